@@ -1,0 +1,466 @@
+//! The handshake of a client, through any number of hops: `open` walks them, `request` asks the last one.
+//!
+//! Errors say which proxy, in which phase, and why; what a mode makes of them is `cmd`'s.
+
+mod udp;
+
+use std::cell::Cell;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use async_net::unix::UnixStream;
+use percent_encoding::percent_decode_str;
+
+use crate::conn::{Conn, ReadError, until};
+use crate::dial::{Failure, Resolver, dial};
+use crate::proto::{
+    self, Addr, Command, Credentials, DEFAULT_PORT, Foreign, Greeting, Host, MAX_FIELD, Message, Method, Name, Rep,
+    Reply, Request, Selection, Status,
+};
+pub use udp::{Association, Lost};
+
+/// One SOCKS5 server on the way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proxy {
+    /// Where it is.
+    pub endpoint: Endpoint,
+    /// Who we are to it.
+    pub credentials: Option<Credentials>,
+}
+
+/// Where a proxy is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A host and a port.
+    Tcp(Addr),
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+/// Never shows credentials.
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.endpoint {
+            Endpoint::Tcp(addr) => addr.fmt(f),
+            Endpoint::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// `[socks5[h]://][user:pass@]host[:port]` or `unix:/path`. The host's name is looked up here, all others by the
+/// proxy, whichever scheme is given.
+impl FromStr for Proxy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rest = match text.split_once("://") {
+            Some(("socks5" | "socks5h", rest)) => rest,
+            Some((scheme, _)) => return Err(format!("{scheme:?} is not a scheme of SOCKS5: use socks5h://HOST:PORT")),
+            None => text,
+        };
+        let (userinfo, place) = match rest.rsplit_once('@') {
+            Some((userinfo, place)) => (Some(userinfo), place),
+            None => (None, rest),
+        };
+        let credentials = userinfo.map(parse_userinfo).transpose()?;
+        let place = place.trim_end_matches('/');
+        let endpoint = match place.strip_prefix("unix:") {
+            Some("") => return Err("unix: without a path".into()),
+            Some(path) => Endpoint::Unix(path.into()),
+            None => Endpoint::Tcp(parse_addr(place, Some(DEFAULT_PORT))?),
+        };
+        Ok(Self { endpoint, credentials })
+    }
+}
+
+/// A comma list of proxies, nearest first.
+///
+/// # Errors
+/// What is wrong with the first one that is wrong, without its credentials.
+pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
+    text.split(',').map(|hop| hop.trim().parse()).collect()
+}
+
+fn parse_userinfo(text: &str) -> Result<Credentials, String> {
+    let (uname, passwd) = text.split_once(':').ok_or("a user name without a password: write user:password@host")?;
+    let decode = |what: &str, text: &str| {
+        let octets: Vec<u8> = percent_decode_str(text).collect();
+        match octets.len() {
+            1..=MAX_FIELD => Ok(octets),
+            length => Err(format!("the {what} has {length} octets, and SOCKS5 takes 1 to {MAX_FIELD}")),
+        }
+    };
+    Ok(Credentials { uname: decode("user name", uname)?, passwd: decode("password", passwd)? })
+}
+
+/// `host:port`, `[v6]:port`, `v4:port`; with a default port also without one.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn parse_addr(text: &str, default_port: Option<u16>) -> Result<Addr, String> {
+    let (host, port) = match text.rsplit_once(':') {
+        // Several colons and no brackets: an IPv6 address alone.
+        Some((host, _)) if host.contains(':') && !host.starts_with('[') => (text, None),
+        Some((_, port)) if text.starts_with('[') && port.ends_with(']') => (text, None),
+        Some((host, port)) => (host, Some(port)),
+        None => (text, None),
+    };
+    let port = match (port, default_port) {
+        (Some(port), _) => parse_port(port)?,
+        (None, Some(port)) => port,
+        (None, None) => return Err(format!("{text:?} has no port: write host:port or [v6]:port")),
+    };
+    Ok(Addr { host: parse_host(host)?, port })
+}
+
+/// # Errors
+/// What is wrong, in words.
+pub fn parse_port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a port (0 to 65535)"))
+}
+
+/// An IPv4 or IPv6 address, with or without brackets, or a name.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn parse_host(text: &str) -> Result<Host, String> {
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    if let Ok(ip) = inner.unwrap_or(text).parse::<IpAddr>() {
+        return Ok(Host::Ip(ip));
+    }
+    if text.is_empty() {
+        return Err("the host is empty".into());
+    }
+    if inner.is_some() || text.contains(':') {
+        return Err(format!("{text:?} is not an IPv6 address"));
+    }
+    Name::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
+        length if length > proto::MAX_NAME => format!("the host name has {length} octets, and SOCKS5 takes 255"),
+        _ => format!("{text:?} is not a host name"),
+    })
+}
+
+/// What a client is doing when it fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Looking up the proxy's name.
+    Resolve,
+    /// Connecting to the proxy.
+    Connect,
+    /// Greeting and selection.
+    Greeting,
+    /// The RFC 1929 sub-negotiation.
+    Login,
+    /// Request and reply.
+    Request,
+    /// Waiting for the second reply to BIND.
+    Accept,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Resolve => "resolving the proxy's name",
+            Self::Connect => "connecting to the proxy",
+            Self::Greeting => "greeting",
+            Self::Login => "login",
+            Self::Request => "request",
+            Self::Accept => "waiting for the peer",
+        })
+    }
+}
+
+/// Why a handshake failed.
+#[derive(Debug)]
+pub enum Cause {
+    /// The proxy's name, or the proxy, could not be reached.
+    Unreachable(Failure),
+    /// The proxy's Unix socket could not be reached.
+    Socket(io::Error),
+    /// The peer does not speak SOCKS5, or not correctly.
+    Protocol(String),
+    /// The proxy closed or reset the connection.
+    Closed(Option<io::Error>),
+    /// The proxy wants a method that we can't offer.
+    NoMethod,
+    /// The proxy refused user name and password.
+    LoginRefused,
+    /// The proxy answered with a failure.
+    Rep(Rep),
+    /// The deadline passed.
+    TimedOut(Duration),
+}
+
+/// A handshake that failed: at which proxy, for which target, in which phase, and why.
+#[derive(Debug)]
+pub struct Error {
+    /// The proxy that was being talked to.
+    pub proxy: String,
+    /// What it was asked for.
+    pub target: String,
+    /// What was being done.
+    pub phase: Phase,
+    /// Why it failed.
+    pub cause: Cause,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { proxy, target, phase, cause } = self;
+        write!(f, "proxy {proxy}: {phase}, for {target}: ")?;
+        match cause {
+            Cause::Unreachable(Failure::Refused) => f.write_str("connection refused (is the proxy running?)"),
+            Cause::Unreachable(failure) => failure.fmt(f),
+            Cause::Socket(error) => write!(f, "{error} (is the proxy running?)"),
+            Cause::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
+            Cause::Closed(None) => f.write_str("the proxy closed the connection"),
+            Cause::Closed(Some(error)) => error.fmt(f),
+            Cause::NoMethod => f.write_str("no acceptable authentication method (does it want user:password@?)"),
+            Cause::LoginRefused => f.write_str("user name or password refused"),
+            Cause::Rep(rep) => write!(f, "{rep} (REP {})", rep.0),
+            Cause::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// One way through proxies to one target, under one deadline.
+#[derive(Debug)]
+pub struct Client {
+    hops: Vec<Proxy>,
+    dst: Addr,
+    limit: Option<(Instant, Duration)>,
+    /// Where the handshake is: at which hop, doing what.
+    at: Cell<(usize, Phase)>,
+}
+
+impl Client {
+    /// `hops` are walked first to last; none at all is a mistake. `wait` bounds everything up to the reply.
+    pub fn new(hops: Vec<Proxy>, dst: Addr, wait: Option<Duration>) -> Self {
+        let limit = wait.and_then(|wait| Some((Instant::now().checked_add(wait)?, wait)));
+        Self { hops, dst, limit, at: Cell::new((0, Phase::Resolve)) }
+    }
+
+    /// What the hops lead to.
+    pub fn dst(&self) -> &Addr {
+        &self.dst
+    }
+
+    /// The proxy that the request itself goes to.
+    pub fn last_proxy(&self) -> String {
+        self.hops.last().map(ToString::to_string).unwrap_or_default()
+    }
+
+    /// Walks all hops and makes the request: a connection on which data may flow, and BND.
+    ///
+    /// # Errors
+    /// Where and why it failed.
+    pub async fn request(&self, command: Command) -> Result<(Conn, Addr), Error> {
+        self.limited(async {
+            let mut conn = self.open(self.hops.len()).await?;
+            let bnd = self.ask(&mut conn, command, &self.dst).await?;
+            Ok((conn, bnd))
+        })
+        .await
+    }
+
+    /// Waits for the second reply to BIND: BND is the peer.
+    ///
+    /// # Errors
+    /// Where and why it failed.
+    pub async fn accepted(&self, conn: &mut Conn) -> Result<Addr, Error> {
+        self.step(Phase::Accept);
+        self.read_reply(conn).await.map(|reply| reply.bnd).map_err(|cause| self.error(cause))
+    }
+
+    /// Runs `future` under the deadline.
+    async fn limited<T>(&self, future: impl Future<Output = Result<T, Cause>>) -> Result<T, Error> {
+        let result = match self.limit {
+            None => future.await,
+            Some((deadline, wait)) => until(deadline, future).await.unwrap_or(Err(Cause::TimedOut(wait))),
+        };
+        result.map_err(|cause| self.error(cause))
+    }
+
+    /// Walks the first `count` hops: a connection to the last of them, past its authentication.
+    async fn open(&self, count: usize) -> Result<Conn, Cause> {
+        let mut open: Option<Conn> = None;
+        for (i, hop) in self.hops.iter().take(count).enumerate() {
+            let mut conn = match (open.take(), &hop.endpoint) {
+                (None, endpoint) => self.connect(endpoint).await?,
+                (Some(mut conn), Endpoint::Tcp(addr)) => {
+                    self.ask(&mut conn, Command::Connect, addr).await?;
+                    conn
+                }
+                (Some(_), Endpoint::Unix(_)) => {
+                    return Err(Cause::Protocol("a Unix socket can only be the first hop".into()));
+                }
+            };
+            self.at.set((i, Phase::Greeting));
+            self.authenticate(&mut conn, hop.credentials.as_ref()).await?;
+            open = Some(conn);
+        }
+        open.ok_or_else(|| Cause::Protocol("no proxy given".into()))
+    }
+
+    async fn connect(&self, endpoint: &Endpoint) -> Result<Conn, Cause> {
+        self.at.set((0, Phase::Resolve));
+        match endpoint {
+            Endpoint::Unix(path) => {
+                self.step(Phase::Connect);
+                UnixStream::connect(path).await.map(Conn::Unix).map_err(Cause::Socket)
+            }
+            Endpoint::Tcp(addr) => {
+                let addrs = Resolver::default().lookup(addr).await.map_err(Cause::Unreachable)?;
+                self.step(Phase::Connect);
+                let deadline = self.limit.map_or_else(far, |(deadline, _)| deadline);
+                dial(addrs, deadline).await.map(Conn::Tcp).map_err(Cause::Unreachable)
+            }
+        }
+    }
+
+    /// NO AUTHENTICATION is always offered, and the password only by those who have one.
+    async fn authenticate(&self, conn: &mut Conn, credentials: Option<&Credentials>) -> Result<(), Cause> {
+        let mut methods = vec![Method::NONE];
+        methods.extend(credentials.map(|_| Method::PASSWORD));
+        write(conn, &Greeting { methods }).await?;
+        match (read::<Selection>(conn).await?.0, credentials) {
+            (Method::NONE, _) => Ok(()),
+            (Method::UNACCEPTABLE, _) => Err(Cause::NoMethod),
+            (Method::PASSWORD, Some(credentials)) => {
+                self.step(Phase::Login);
+                write(conn, credentials).await?;
+                match read::<Status>(conn).await? {
+                    Status::SUCCESS => Ok(()),
+                    _ => Err(Cause::LoginRefused),
+                }
+            }
+            (method, _) => Err(Cause::Protocol(format!("it selected {method}, which was not offered"))),
+        }
+    }
+
+    async fn ask(&self, conn: &mut Conn, command: Command, dst: &Addr) -> Result<Addr, Cause> {
+        self.step(Phase::Request);
+        write(conn, &Request { command, dst: dst.clone() }).await?;
+        self.read_reply(conn).await.map(|reply| reply.bnd)
+    }
+
+    async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, Cause> {
+        let reply = match conn.read_message::<Reply>().await {
+            Err(ReadError::Closed(octets, error)) => match octets.as_slice() {
+                // Some servers close behind the first octets of a failure; they have said what there is to say.
+                [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => return Err(Cause::Rep(Rep(*rep))),
+                _ => return Err(Cause::Closed(error)),
+            },
+            other => other.map_err(cause)?,
+        };
+        match reply.rep {
+            Rep::SUCCEEDED => Ok(reply),
+            rep => Err(Cause::Rep(rep)),
+        }
+    }
+
+    /// BND as the proxy on `conn` means it: an unspecified address is the proxy's own.
+    pub fn meant(&self, bnd: Addr, conn: &Conn) -> Addr {
+        let (hop, _) = self.at.get();
+        let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {
+            (Host::Ip(ip), Some(Endpoint::Tcp(addr))) if ip.is_unspecified() && hop > 0 => addr.host.clone(),
+            (Host::Ip(ip), _) if ip.is_unspecified() => {
+                Host::Ip(conn.peer_addr().map_or(Ipv4Addr::LOCALHOST.into(), |peer| peer.ip()))
+            }
+            _ => bnd.host,
+        };
+        Addr { host, port: bnd.port }
+    }
+
+    fn step(&self, phase: Phase) {
+        self.at.set((self.at.get().0, phase));
+    }
+
+    fn error(&self, cause: Cause) -> Error {
+        let (hop, phase) = self.at.get();
+        let proxy = self.hops.get(hop).map(ToString::to_string).unwrap_or_default();
+        // A request in the middle of a chain is for the next hop.
+        let next = self.hops.get(hop + 1).filter(|_| phase == Phase::Request).map(ToString::to_string);
+        Error { proxy, target: next.unwrap_or_else(|| self.dst.to_string()), phase, cause }
+    }
+}
+
+/// A deadline that never comes, for those who set none.
+fn far() -> Instant {
+    Instant::now() + Duration::from_secs(365 * 24 * 3600)
+}
+
+async fn write(conn: &mut Conn, message: &impl Message) -> Result<(), Cause> {
+    conn.write_message(message).await.map_err(|error| Cause::Closed(Some(error)))
+}
+
+async fn read<M: Message>(conn: &mut Conn) -> Result<M, Cause> {
+    conn.read_message().await.map_err(cause)
+}
+
+fn cause(error: ReadError) -> Cause {
+    match error {
+        ReadError::Closed(_, error) => Cause::Closed(error),
+        ReadError::Protocol(proto::Error::Version(first), _) => {
+            Cause::Protocol(format!("it answered {}", Foreign(first)))
+        }
+        ReadError::Protocol(error, _) => Cause::Protocol(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proxy(text: &str) -> Result<(String, Option<(String, String)>), String> {
+        let proxy: Proxy = text.parse()?;
+        let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
+        Ok((proxy.to_string(), proxy.credentials.map(|c| (text(&c.uname), text(&c.passwd)))))
+    }
+
+    #[test]
+    fn a_proxy_is_read_in_every_form() {
+        let table = [
+            ("127.0.0.1", "127.0.0.1:1080"),
+            ("example.org:9", "example.org:9"),
+            ("socks5://example.org", "example.org:1080"),
+            ("socks5h://example.org:9/", "example.org:9"),
+            ("[::1]", "[::1]:1080"),
+            ("[::1]:9", "[::1]:9"),
+            ("::1", "[::1]:1080"),
+            ("unix:/run/s5.sock", "unix:/run/s5.sock"),
+        ];
+        for (text, shown) in table {
+            assert_eq!(proxy(text), Ok((shown.into(), None)), "{text}");
+        }
+        for text in ["", "http://example.org", "user@host", ":pass@host", "user:@host", "[::1", "host:x", "unix:"] {
+            assert!(proxy(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn userinfo_is_percent_decoded_and_never_shown() {
+        let decoded = proxy("socks5h://al%40ice:p%3A%2C%25@host:1").expect("a proxy");
+        assert_eq!(decoded, ("host:1".into(), Some(("al@ice".into(), "p:,%".into()))));
+        let long = format!("{}:x@host", "u".repeat(256));
+        assert_eq!(proxy(&long), Err("the user name has 256 octets, and SOCKS5 takes 1 to 255".into()));
+        let debug = format!("{:?}", "u:topsecret@host".parse::<Proxy>().expect("a proxy"));
+        assert!(!debug.contains("topsecret"), "{debug}");
+    }
+
+    #[test]
+    fn a_target_is_an_address_where_it_can_be_one() {
+        let addr = |text: &str| parse_addr(text, None);
+        assert_eq!(addr("[::1]:22").map(|a| a.host), Ok(Host::Ip("::1".parse().expect("an address"))));
+        assert_eq!(addr("127.0.0.1:22").map(|a| a.host), Ok(Host::Ip("127.0.0.1".parse().expect("an address"))));
+        assert!(matches!(addr("example.org:22").map(|a| a.host), Ok(Host::Name(_))));
+        assert!(addr("example.org").is_err() && addr("::1").is_err() && addr(":22").is_err());
+        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 octets")));
+    }
+}

@@ -1,0 +1,160 @@
+//! Datagrams through an association, or through one inside another: with several hops, each relays the datagrams to
+//! the next one's relay, so that nothing goes around a hop.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::pin::{Pin, pin};
+use std::task::Poll;
+use std::time::Instant;
+
+use smol::Async;
+
+use super::{Cause, Client, Error, Phase};
+use crate::conn::Conn;
+use crate::dial::{Failure, Resolver};
+use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP};
+use crate::reassembly::{Reassembler, split};
+
+/// Associations with all hops, nested, and the socket towards the first one.
+#[derive(Debug)]
+pub struct Association {
+    /// Control connection, relay and fragments of each hop, nearest first.
+    layers: Vec<Layer>,
+    socket: Async<UdpSocket>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    control: Conn,
+    proxy: String,
+    relay: Addr,
+    reassembler: RefCell<Reassembler>,
+}
+
+/// A proxy has closed the control connection, and its association with it.
+#[derive(Debug)]
+pub struct Lost(pub String);
+
+impl Client {
+    /// Makes an association with each hop, the later ones through the earlier ones.
+    ///
+    /// # Errors
+    /// Where and why it failed.
+    pub async fn associate(&self) -> Result<Association, Error> {
+        self.limited(async {
+            let mut layers = Vec::new();
+            for (hop, proxy) in self.hops.iter().enumerate() {
+                let mut control = self.open(hop + 1).await?;
+                let bnd = self.ask(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
+                let relay = self.meant(bnd, &control);
+                layers.push(Layer { control, proxy: proxy.to_string(), relay, reassembler: RefCell::default() });
+            }
+            let first = layers.first().ok_or_else(|| Cause::Protocol("no proxy given".into()))?;
+            self.step(Phase::Request);
+            let socket = connect(&first.relay).await.map_err(Cause::Unreachable)?;
+            Ok(Association { layers, socket })
+        })
+        .await
+    }
+}
+
+async fn connect(relay: &Addr) -> Result<Async<UdpSocket>, Failure> {
+    let relay = Resolver::default().lookup(relay).await?.into_iter().next().ok_or(Failure::NotFound)?;
+    let any: IpAddr = if relay.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = Async::<UdpSocket>::bind((any, 0)).map_err(|error| Failure::of(&error, relay))?;
+    // From here on the kernel lets in what the relay sends, and nothing else.
+    socket.get_ref().connect(relay).map_err(|error| Failure::of(&error, relay))?;
+    Ok(socket)
+}
+
+impl Association {
+    /// The relay of the last proxy, where the datagrams leave from as far as the target is concerned.
+    pub fn relay(&self) -> Option<&Addr> {
+        self.layers.last().map(|layer| &layer.relay)
+    }
+
+    /// Sends one datagram to `dst`; in fragments when there is no room for the headers.
+    ///
+    /// # Errors
+    /// Those of the socket; and when the payload is larger than UDP carries.
+    pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
+        let inner = self.layers.iter().skip(1).map(|layer| &layer.relay).rev();
+        let overhead: usize = inner.clone().map(|relay| wrap(relay, &[]).len()).sum();
+        let too_large = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} octets are too many", data.len()));
+        let whole = Some(data).filter(|data| data.len() <= MAX_UDP).ok_or_else(too_large)?;
+        for mut octets in split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)? {
+            for relay in inner.clone() {
+                octets = wrap(relay, &octets);
+            }
+            match self.socket.send(&octets).await {
+                // ICMP's answer to an earlier datagram; this one may fare better, and a lost association says so.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                sent => drop(sent?),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next answer: who sent it, and what.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn recv(&self) -> io::Result<(Addr, Vec<u8>)> {
+        let mut buffer = vec![0; 65_536];
+        loop {
+            match self.socket.recv(&mut buffer).await {
+                Ok(n) => {
+                    if let Some(answer) = self.unwrap(buffer.get(..n).unwrap_or_default()) {
+                        return Ok(answer);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes the headers of all layers off; `None` for what is no whole answer by way of all relays.
+    fn unwrap(&self, octets: &[u8]) -> Option<(Addr, Vec<u8>)> {
+        let mut octets = octets.to_vec();
+        let mut from = None;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let datagram = Datagram::decode(&octets).ok()?;
+            let (sender, data) = layer.reassembler.borrow_mut().push(Instant::now(), datagram)?;
+            let next = self.layers.get(i + 1).map(|next| &next.relay);
+            // Inside of a layer only the next relay may speak; a relay known by name has whatever address it has.
+            if next.is_some_and(|next| matches!(next.host, Host::Ip(_)) && *next != sender) {
+                return None;
+            }
+            octets = data.into_owned();
+            from = Some(sender);
+        }
+        Some((from?, octets))
+    }
+
+    /// Returns when a control connection has ended, and says whose.
+    pub async fn lost(&self) -> Lost {
+        let watch = |layer: &'_ Layer| -> Pin<Box<dyn Future<Output = ()> + '_>> {
+            let control = layer.control.clone();
+            Box::pin(async move { control.gone().await })
+        };
+        let mut watches: Vec<_> = self.layers.iter().map(|layer| (watch(layer), layer)).collect();
+        let mut lost = pin!(poll_fn(move |cx| {
+            for (watch, layer) in &mut watches {
+                if watch.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Lost(layer.proxy.clone()));
+                }
+            }
+            Poll::Pending
+        }));
+        lost.as_mut().await
+    }
+}
+
+fn wrap(dst: &Addr, data: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(data.len() + Datagram::MAX_HEADER);
+    Datagram { frag: 0, dst: dst.clone(), data }.write(&mut out);
+    out
+}

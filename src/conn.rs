@@ -1,0 +1,228 @@
+//! One connection of the protocol, and reading and writing one message on it.
+//!
+//! What carries the octets is settled here and nowhere else, so that request, reply and relay need not know it.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use async_net::{TcpStream, unix::UnixStream};
+use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, FutureExt as _};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::RecvFlags;
+use smol::{Async, Timer};
+
+use crate::proto::{self, Message, Stop};
+use crate::relay::Abort;
+
+/// How long a peer may go on sending after its last answer, so that the answer is not lost to a reset. RFC 1928
+/// section 6 wants the connection closed within 10 seconds.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How often a connection with unread octets is asked whether its peer is still there.
+const LEAVE_POLL: Duration = Duration::from_secs(1);
+
+/// A connection between a SOCKS client and a SOCKS server.
+#[derive(Clone, Debug)]
+pub enum Conn {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+/// Why no message came.
+#[derive(Debug)]
+pub enum ReadError {
+    /// The peer closed or reset the connection, having sent this much of the message.
+    Closed(Vec<u8>, Option<io::Error>),
+    /// What came is not a message of the protocol; its first octet stands here too.
+    Protocol(proto::Error, u8),
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed(_, Some(error)) => error.fmt(f),
+            Self::Closed(octets, None) if octets.is_empty() => f.write_str("closed before a message"),
+            Self::Closed(..) => f.write_str("closed inside of a message"),
+            Self::Protocol(error, _) => error.fmt(f),
+        }
+    }
+}
+
+impl Conn {
+    /// Reads one message and not an octet more.
+    ///
+    /// # Errors
+    /// As [`ReadError`] says. The caller sets the deadline.
+    pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
+        let mut octets = Vec::with_capacity(M::MIN);
+        loop {
+            let need = match M::decode(&octets) {
+                Ok(message) => return Ok(message),
+                Err(Stop::Need(need)) => need,
+                Err(Stop::Bad(error)) => {
+                    return Err(ReadError::Protocol(error, octets.first().copied().unwrap_or_default()));
+                }
+            };
+            let have = octets.len();
+            octets.resize(have + need, 0);
+            let read = self.read(octets.get_mut(have..).unwrap_or_default()).await;
+            octets.truncate(have + *read.as_ref().unwrap_or(&0));
+            match read {
+                Ok(0) => return Err(ReadError::Closed(octets, None)),
+                Ok(_) => {}
+                Err(error) => return Err(ReadError::Closed(octets, Some(error))),
+            }
+        }
+    }
+
+    /// Writes one message in one piece: many a peer reads once and takes that for the whole.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn write_message(&mut self, message: &impl Message) -> io::Result<()> {
+        self.write_all(&message.encode()).await
+    }
+
+    /// Says `last`, and closes so that it arrives although the peer may still be sending: shuts down the write side,
+    /// reads on until the peer closes too or [`FAREWELL`] has passed.
+    pub async fn farewell(mut self, last: &[u8]) {
+        let say = async {
+            self.write_all(last).await?;
+            self.close().await?;
+            let mut waste = vec![0; 2048];
+            while self.read(&mut waste).await? > 0 {}
+            io::Result::Ok(())
+        };
+        let timeout = async {
+            Timer::after(FAREWELL).await;
+            Ok(())
+        };
+        // Whoever does not want the answer need not have it.
+        let _ = say.or(timeout).await;
+    }
+
+    /// Returns when the peer has closed its side or is gone, and never while it is only silent. Octets that it has
+    /// sent stay unread; behind them a close is noticed within a second.
+    pub async fn gone(&self) {
+        loop {
+            if self.readable().await.is_err() {
+                return;
+            }
+            let mut octet = [0; 1];
+            match rustix::net::recv(self, &mut octet, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return,
+                Ok(_) if self.has_hung_up() => return,
+                Ok(_) => {
+                    Timer::after(LEAVE_POLL).await;
+                }
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn has_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self, PollFlags::RDHUP)];
+        let ends = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok()
+            && fds.iter().any(|fd| fd.revents().intersects(ends))
+    }
+
+    async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => std::sync::Arc::<Async<std::net::TcpStream>>::from(stream.clone()).readable().await,
+            Self::Unix(stream) => {
+                std::sync::Arc::<Async<std::os::unix::net::UnixStream>>::from(stream.clone()).readable().await
+            }
+        }
+    }
+
+    /// The address that the peer connected from; none on a Unix socket.
+    pub fn peer_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().ok().map(unmapped),
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// The address that the peer connected to; none on a Unix socket.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(stream) => stream.local_addr().ok().map(unmapped),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
+fn unmapped(addr: SocketAddr) -> SocketAddr {
+    match addr.ip().to_canonical() {
+        ip if ip == addr.ip() => addr,
+        ip => SocketAddr::new(ip, addr.port()),
+    }
+}
+
+/// Runs `future` until `deadline`; `None` when it was not done by then.
+pub async fn until<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
+    let done = async { Some(future.await) };
+    let timeout = async {
+        Timer::at(deadline).await;
+        None
+    };
+    done.or(timeout).await
+}
+
+impl Abort for Conn {
+    fn abort(&self) {
+        let linger = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
+        if let Err(error) = linger {
+            log::debug!("a connection could not be reset: {error}");
+        }
+    }
+}
+
+impl AsFd for Conn {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl AsyncRead for Conn {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Conn {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_close(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_close(cx),
+        }
+    }
+}

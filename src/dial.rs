@@ -1,0 +1,315 @@
+//! Names to addresses, and addresses to one connection (RFC 8305). Off the executor where the system blocks.
+//!
+//! Knows nothing of SOCKS: what a failure means for a REP or an exit status is for its callers.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use async_net::TcpStream;
+use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
+use futures_lite::FutureExt as _;
+use smol::{Async, Timer, lock::Semaphore};
+
+use crate::proto::{Addr, Host};
+
+/// How long one address may keep the next one waiting (RFC 8305 section 5, Connection Attempt Delay).
+pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// How many look-ups may wait for the system's resolver at once. Each holds a thread, and the pool has 500 of them.
+const MAX_LOOKUPS: usize = 256;
+/// How many addresses of one name are used.
+const MAX_ADDRESSES: usize = 32;
+
+/// Why there is no connection. The order is that of how much it tells: of several failures the greatest is reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Failure {
+    /// Something on this machine: descriptors, ports, memory.
+    Local,
+    /// The resolver gave no answer, or failed for now.
+    Resolver,
+    /// This machine has no address of the family.
+    NoFamily,
+    /// No route.
+    NetworkUnreachable,
+    /// Nobody answered in time.
+    TimedOut,
+    /// The name has no addresses, or can't be one of a host.
+    NotFound,
+    /// A router or the neighbourhood said that the host is not there.
+    HostUnreachable,
+    /// A rule of this machine's own packet filter.
+    Denied,
+    /// The host said no.
+    Refused,
+}
+
+impl Failure {
+    /// What an error of connect(2) to `addr` means.
+    pub fn of(error: &io::Error, addr: SocketAddr) -> Self {
+        use rustix::io::Errno;
+        match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::CONNREFUSED | Errno::CONNRESET) => Self::Refused,
+            Some(Errno::ACCESS | Errno::PERM) => Self::Denied,
+            Some(Errno::HOSTUNREACH | Errno::HOSTDOWN) => Self::HostUnreachable,
+            Some(Errno::NETUNREACH | Errno::NETDOWN) => Self::NetworkUnreachable,
+            Some(Errno::TIMEDOUT) => Self::TimedOut,
+            Some(Errno::AFNOSUPPORT) => Self::NoFamily,
+            // What connect(2) says for IPv6 when no interface has an address of it.
+            Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::NoFamily,
+            _ => Self::Local,
+        }
+    }
+
+    fn of_lookup(kind: LookupErrorKind) -> Self {
+        match kind {
+            LookupErrorKind::NoName | LookupErrorKind::NoData => Self::NotFound,
+            LookupErrorKind::Family => Self::NoFamily,
+            _ => Self::Resolver,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "no descriptor, port or memory left here",
+            Self::Resolver => "temporary failure in name resolution",
+            Self::NoFamily => "no address of a usable family",
+            Self::NetworkUnreachable => "network unreachable",
+            Self::TimedOut => "timed out",
+            Self::NotFound => "name not found",
+            Self::HostUnreachable => "host unreachable",
+            Self::Denied => "denied by the packet filter here",
+            Self::Refused => "connection refused",
+        })
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// Asks the system's resolver, a bounded number of questions at once.
+#[derive(Clone, Debug)]
+pub struct Resolver {
+    permits: Arc<Semaphore>,
+}
+
+impl Default for Resolver {
+    fn default() -> Self {
+        Self { permits: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
+    }
+}
+
+impl Resolver {
+    /// All addresses of `addr`, canonical and without repeats; a literal, also one in brackets, is asked of nobody.
+    ///
+    /// # Errors
+    /// [`Failure::NotFound`] or [`Failure::Resolver`]. The caller sets the deadline.
+    pub async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, Failure> {
+        let name = match &addr.host {
+            Host::Ip(ip) => return Ok(vec![canonical(*ip, addr.port)]),
+            Host::Name(name) => name.as_str(),
+        };
+        let literal = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+        if let Ok(ip) = literal.parse::<IpAddr>() {
+            return Ok(vec![canonical(ip, addr.port)]);
+        }
+        if !is_host_name(name) {
+            return Err(Failure::NotFound);
+        }
+        let (name, port) = (name.to_owned(), addr.port);
+        let permit = self.permits.acquire_arc().await;
+        smol::unblock(move || {
+            let _permit = permit;
+            let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
+            let found = getaddrinfo(Some(&name), None, Some(hints)).map_err(|e| Failure::of_lookup(e.kind()))?;
+            let mut addrs: Vec<SocketAddr> = Vec::new();
+            for info in found.flatten().take(MAX_ADDRESSES) {
+                let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);
+                if !addrs.contains(&addr) {
+                    addrs.push(addr);
+                }
+            }
+            if addrs.is_empty() { Err(Failure::NotFound) } else { Ok(addrs) }
+        })
+        .await
+    }
+}
+
+/// The address that a packet really goes to: IPv4 out of its IPv6 mapping, and "unspecified" as the loopback that
+/// Linux makes of it, so that whoever judges an address sees what will be dialled.
+pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
+    let ip = match ip.to_canonical() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, port)
+}
+
+/// The resolver may give a link-local address its interface; without it there is no way to dial it.
+fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
+    if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
+        addr.set_scope_id(from.scope_id());
+    }
+    addr
+}
+
+/// Letters (of any script), digits, hyphens and underscores in labels of 1 to 63 octets; one dot may end it.
+fn is_host_name(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let is_letter = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    name.len() <= 253 && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.chars().all(is_letter))
+}
+
+/// Connects to the first of `addrs` that accepts. Families alternate; the next address starts 250 ms after the one
+/// before, or as soon as one has failed (RFC 8305). The stream has TCP_NODELAY and keepalive set.
+///
+/// # Errors
+/// The most telling failure of all addresses; those that had not answered at `deadline` count as timed out.
+pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<TcpStream, Failure> {
+    let mut queue = interleave(addrs);
+    let mut attempts: Vec<Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send>>> = Vec::new();
+    let mut worst = None;
+    loop {
+        match queue.pop_front() {
+            Some(addr) => attempts.push(Box::pin(attempt(addr))),
+            None if attempts.is_empty() => return Err(worst.unwrap_or(Failure::NoFamily)),
+            None => {}
+        }
+        let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
+        let first = async { Some(first_done(&mut attempts).await) };
+        let timeout = async {
+            Timer::at(pause).await;
+            None
+        };
+        match first.or(timeout).await {
+            Some(Ok(stream)) => return Ok(stream),
+            Some(Err(failure)) => worst = worst.max(Some(failure)),
+            None if Instant::now() >= deadline => {
+                return Err(worst.max(Some(Failure::TimedOut)).unwrap_or(Failure::TimedOut));
+            }
+            None => {}
+        }
+    }
+}
+
+async fn attempt(addr: SocketAddr) -> Result<TcpStream, Failure> {
+    let connected = Async::<std::net::TcpStream>::connect(addr).await;
+    let stream = connected.map_err(|error| Failure::of(&error, addr))?;
+    tune(stream.get_ref());
+    Ok(stream.into())
+}
+
+/// Waits for one of the attempts and removes it.
+async fn first_done<T>(attempts: &mut Vec<Pin<Box<dyn Future<Output = T> + Send>>>) -> T {
+    poll_fn(|cx| {
+        for i in 0..attempts.len() {
+            let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));
+            if let Some(Poll::Ready(done)) = polled {
+                drop(attempts.swap_remove(i));
+                return Poll::Ready(done);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// The resolver's order, but for the family, which alternates (RFC 8305 section 4).
+fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
+    let first_is_v6 = addrs.first().is_some_and(SocketAddr::is_ipv6);
+    let (first, second): (Vec<_>, Vec<_>) = addrs.into_iter().partition(|addr| addr.is_ipv6() == first_is_v6);
+    let (mut first, mut second) = (first.into_iter(), second.into_iter());
+    let mut mixed = VecDeque::new();
+    loop {
+        let pair = (first.next(), second.next());
+        if pair == (None, None) {
+            return mixed;
+        }
+        mixed.extend(pair.0);
+        mixed.extend(pair.1);
+    }
+}
+
+/// Sets TCP_NODELAY, since small messages must not wait for each other, and keepalive, so that a peer that is gone
+/// without a word is found: after 60 s of silence, 6 probes 15 s apart. A connection works without them too.
+pub fn tune(stream: &std::net::TcpStream) {
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(15))
+        .with_retries(6);
+    let tuned = stream.set_nodelay(true).and_then(|()| socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive));
+    if let Err(error) = tuned {
+        log::debug!("a connection could not be tuned: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_alternate_and_the_resolvers_first_choice_stays_first() {
+        let addrs = ["[::1]:1", "[::2]:1", "[::3]:1", "10.0.0.1:1"].map(|a| a.parse().expect("an address"));
+        let order: Vec<String> = interleave(addrs.to_vec()).iter().map(ToString::to_string).collect();
+        assert_eq!(order, ["[::1]:1", "10.0.0.1:1", "[::2]:1", "[::3]:1"]);
+    }
+
+    #[test]
+    fn an_errno_tells_what_failed() {
+        let v4 = "127.0.0.1:1".parse().expect("an address");
+        let v6 = "[::1]:1".parse().expect("an address");
+        let table = [
+            (libc_errno::ECONNREFUSED, v4, Failure::Refused),
+            (libc_errno::ENETUNREACH, v4, Failure::NetworkUnreachable),
+            (libc_errno::EHOSTUNREACH, v4, Failure::HostUnreachable),
+            (libc_errno::ETIMEDOUT, v4, Failure::TimedOut),
+            (libc_errno::EAFNOSUPPORT, v6, Failure::NoFamily),
+            (libc_errno::EADDRNOTAVAIL, v6, Failure::NoFamily),
+            (libc_errno::EADDRNOTAVAIL, v4, Failure::Local),
+            (libc_errno::EMFILE, v4, Failure::Local),
+            (libc_errno::EPERM, v4, Failure::Denied),
+        ];
+        for (errno, addr, failure) in table {
+            assert_eq!(Failure::of(&io::Error::from_raw_os_error(errno), addr), failure, "errno {errno}");
+        }
+    }
+
+    mod libc_errno {
+        use rustix::io::Errno;
+        pub(super) const ECONNREFUSED: i32 = Errno::CONNREFUSED.raw_os_error();
+        pub(super) const ENETUNREACH: i32 = Errno::NETUNREACH.raw_os_error();
+        pub(super) const EHOSTUNREACH: i32 = Errno::HOSTUNREACH.raw_os_error();
+        pub(super) const ETIMEDOUT: i32 = Errno::TIMEDOUT.raw_os_error();
+        pub(super) const EAFNOSUPPORT: i32 = Errno::AFNOSUPPORT.raw_os_error();
+        pub(super) const EADDRNOTAVAIL: i32 = Errno::ADDRNOTAVAIL.raw_os_error();
+        pub(super) const EMFILE: i32 = Errno::MFILE.raw_os_error();
+        pub(super) const EPERM: i32 = Errno::PERM.raw_os_error();
+    }
+
+    #[test]
+    fn of_several_failures_the_one_that_a_host_gave_wins() {
+        assert!(Failure::Refused > Failure::HostUnreachable);
+        assert!(Failure::HostUnreachable > Failure::TimedOut);
+        assert!(Failure::TimedOut > Failure::NetworkUnreachable);
+        assert!(Failure::NetworkUnreachable > Failure::NoFamily);
+        assert!(Failure::NoFamily > Failure::Local);
+    }
+
+    #[test]
+    fn only_what_a_host_can_be_called_is_looked_up() {
+        for name in ["localhost", "LOCALHOST.", "a-b.example", "_srv.example", "127.1", "bücher.example"] {
+            assert!(is_host_name(name), "{name}");
+        }
+        let long = format!("{}.example", "a".repeat(64));
+        for name in ["", ".", "a..b", ".a", "a b", "a/b", "a:b", "a%b", "$a", &long] {
+            assert!(!is_host_name(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! s5: a SOCKS5 server and three clients over one protocol module. This page is the map.
+//!
+//! | module | what it is | may import |
+//! | --- | --- | --- |
+//! | [`proto`] | every octet of RFC 1928 and 1929; pure | nothing |
+//! | [`reassembly`] | the FRAG queue; pure | `proto` |
+//! | [`policy`] | which method, who is this, where may they go; pure | `proto` |
+//! | [`relay`] | the two-way pump | nothing |
+//! | [`dial`] | names to addresses to one connection | `proto` |
+//! | [`conn`] | one connection, one message at a time | `relay`, `proto` |
+//! | [`client`] | the handshake of a client, through any number of hops | `conn`, `dial`, `reassembly`, `proto` |
+//! | [`server`] | listen, limit, session, drain | all of the above |
+//! | [`cmd`] | the four modes, their flags, messages and exit statuses | all of the above |
+//!
+//! The library exists for the binary, the tests and the fuzz targets. Its interface is not stable.
+
+pub mod client;
+pub mod cmd;
+pub mod conn;
+pub mod dial;
+pub mod policy;
+pub mod proto;
+pub mod reassembly;
+pub mod relay;
+pub mod server;

@@ -1,0 +1,40 @@
+//! The binary: reads the command line, starts logging, runs one mode, says what went wrong, exits.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use simple_logger::SimpleLogger;
+
+/// A log whose reader is gone must not take the server along: writing to a closed stderr panics inside the logger.
+struct Unbreakable(SimpleLogger);
+
+impl log::Log for Unbreakable {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        // The one thing that a log could do about a lost line is to log it.
+        let _ = catch_unwind(AssertUnwindSafe(|| self.0.log(record)));
+    }
+
+    fn flush(&self) {}
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let command = match s5::cmd::parse(&args) {
+        Ok(command) => command,
+        Err(exit) => return exit.print(),
+    };
+    let level = command.log_level();
+    let logger = SimpleLogger::new().with_level(level).with_utc_timestamps();
+    log::set_max_level(level);
+    if log::set_boxed_logger(Box::new(Unbreakable(logger))).is_err() {
+        return s5::cmd::Failure::usage("a logger is set already").print();
+    }
+    match command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.print(),
+    }
+}

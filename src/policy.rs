@@ -1,0 +1,79 @@
+//! The three questions that a server asks about a client: which method, who is this, where may they go.
+//!
+//! Pure: decisions only, no sockets and no clock. A policy is built whole and never changed; a session keeps the one
+//! that it began with.
+
+pub mod users;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use crate::proto::Method;
+use users::Users;
+
+/// What a server allows.
+#[derive(Debug, Default)]
+pub struct Policy {
+    /// Who may log in. With users, nobody gets in without a login.
+    pub users: Option<Arc<Users>>,
+    /// Where this server listens; nobody is led back there.
+    pub own: Vec<SocketAddr>,
+}
+
+impl Policy {
+    /// Which of the offered methods is used (RFC 1928 section 3); none when none will do.
+    pub fn select(&self, offered: &[Method]) -> Option<Method> {
+        let wanted = if self.users.is_some() { Method::PASSWORD } else { Method::NONE };
+        offered.contains(&wanted).then_some(wanted)
+    }
+
+    /// Whether a session may reach `to`, a canonical address. `is_local` says whether an address is one of this
+    /// machine's, and is asked only where it matters.
+    pub fn may_reach(&self, to: SocketAddr, is_local: impl Fn(IpAddr) -> bool) -> bool {
+        !self.own.iter().any(|own| {
+            own.port() == to.port()
+                && own.is_ipv4() == to.is_ipv4()
+                && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to.ip()))
+        })
+    }
+}
+
+/// Whether `ip` can be that of one host: neither multicast nor broadcast nor of the reserved class E.
+pub fn is_unicast(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip < Ipv4Addr::new(224, 0, 0, 0),
+        IpAddr::V6(ip) => !ip.is_multicast(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn with_users_nobody_gets_in_without_a_login() {
+        let open = Policy::default();
+        let closed = Policy { users: Some(Arc::default()), ..Policy::default() };
+        let all = [Method::GSSAPI, Method::NONE, Method::PASSWORD];
+        assert_eq!(open.select(&all), Some(Method::NONE));
+        assert_eq!(closed.select(&all), Some(Method::PASSWORD));
+        assert_eq!(closed.select(&[Method::NONE]), None);
+        assert_eq!(open.select(&[Method::PASSWORD]), None);
+    }
+
+    #[test]
+    fn the_own_listeners_are_out_of_reach_by_every_address_that_leads_there() {
+        let policy = Policy { own: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
+        let local = |ip| ip == addr("192.0.2.1:0").ip();
+        assert!(!policy.may_reach(addr("127.0.0.1:1080"), local));
+        assert!(policy.may_reach(addr("127.0.0.2:1080"), local));
+        assert!(policy.may_reach(addr("127.0.0.1:1082"), local));
+        assert!(!policy.may_reach(addr("192.0.2.1:1081"), local));
+        assert!(policy.may_reach(addr("192.0.2.2:1081"), local));
+        assert!(policy.may_reach(addr("[::1]:1081"), local));
+    }
+}

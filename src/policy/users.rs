@@ -1,0 +1,208 @@
+//! The users file: one `name:hash` a line, `#` for comments. Reads, checks and edits its text; opens no file.
+//!
+//! Hashes are argon2id in PHC form and the bcrypt that `htpasswd -B` writes. No password and no hash is ever part of a
+//! message.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{BuildHasher as _, RandomState};
+
+use argon2::password_hash::{PasswordHasher as _, PasswordVerifier as _, phc::PasswordHash};
+use argon2::{Algorithm, Argon2, Params, Version};
+
+use crate::proto::MAX_FIELD;
+
+/// The most that bcrypt looks at, in octets; what is longer can't be told apart by it and is refused.
+const BCRYPT_MAX: usize = 72;
+
+/// Everybody who may log in.
+#[derive(Debug, Default)]
+pub struct Users {
+    hashes: Vec<Hash>,
+    /// Where in `hashes` each name has its own.
+    names: HashMap<Vec<u8>, usize>,
+    /// Which hash an unknown name is measured against.
+    stand_in: RandomState,
+}
+
+enum Hash {
+    Argon2(String),
+    Bcrypt(String),
+}
+
+impl fmt::Debug for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Argon2(_) => "Argon2(..)",
+            Self::Bcrypt(_) => "Bcrypt(..)",
+        })
+    }
+}
+
+/// What is wrong with a users file, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Error {
+    /// From 1.
+    pub line: usize,
+    /// What is wrong, with the word that is.
+    pub what: String,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.what)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Users {
+    /// # Errors
+    /// The first line that is wrong: no colon, a bad or repeated name, a hash of an unknown kind.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        let mut users = Self::default();
+        for (line, text) in (1..).zip(text.lines()) {
+            let at = |what: String| Error { line, what };
+            let text = text.trim();
+            if text.is_empty() || text.starts_with('#') {
+                continue;
+            }
+            let Some((name, hash)) = text.split_once(':') else {
+                return Err(at(format!("{:?} has no \":\" behind the name", excerpt(text))));
+            };
+            check_name(name).map_err(at)?;
+            let hash = Hash::parse(hash).map_err(|what| at(format!("user {name:?}: {what}")))?;
+            if users.names.insert(name.into(), users.hashes.len()).is_some() {
+                return Err(at(format!("user {name:?} stands here twice")));
+            }
+            users.hashes.push(hash);
+        }
+        Ok(users)
+    }
+
+    /// Whether `passwd` is that of `uname`. Takes tens of milliseconds of CPU, by design. An unknown name costs what a
+    /// known one does: it is measured against the hash of some user, always the same one for the same name.
+    pub fn verify(&self, uname: &[u8], passwd: &[u8]) -> bool {
+        let known = self.names.get(uname).copied();
+        let stand_in = || usize::try_from(self.stand_in.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
+        let hash = known.or_else(stand_in).and_then(|i| self.hashes.get(i));
+        hash.is_some_and(|hash| hash.verify(passwd)) && known.is_some()
+    }
+
+    /// How many users there are.
+    pub fn len(&self) -> usize {
+        self.hashes.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.hashes.is_empty()
+    }
+
+    /// Whether there is a user of that name.
+    pub fn contains(&self, uname: &[u8]) -> bool {
+        self.names.contains_key(uname)
+    }
+}
+
+impl Hash {
+    fn parse(text: &str) -> Result<Self, String> {
+        let scheme = || text.split('$').nth(1).unwrap_or_default().to_owned();
+        if text.starts_with("$argon2id$") {
+            let hash = PasswordHash::new(text).map_err(|error| format!("bad argon2id hash: {error}"))?;
+            let whole = hash.salt.is_some() && hash.hash.is_some();
+            let sound = whole && Params::try_from(&hash).is_ok();
+            return if sound { Ok(Self::Argon2(text.into())) } else { Err("bad argon2id hash".into()) };
+        }
+        if ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| text.starts_with(prefix)) {
+            let sound = text.parse::<bcrypt::HashParts>().is_ok() && text.len() == 60;
+            return if sound { Ok(Self::Bcrypt(text.into())) } else { Err("bad bcrypt hash".into()) };
+        }
+        match scheme().as_str() {
+            "" => Err("no hash behind the name, as --add-user or htpasswd -B writes it".into()),
+            other => Err(format!("unknown kind of hash {:?}", excerpt(other))),
+        }
+    }
+
+    fn verify(&self, passwd: &[u8]) -> bool {
+        match self {
+            Self::Argon2(hash) => {
+                PasswordHash::new(hash).is_ok_and(|hash| Argon2::default().verify_password(passwd, &hash).is_ok())
+            }
+            Self::Bcrypt(hash) => {
+                // To bcrypt a NUL is the end, and "a\0a" may be the same as "a".
+                let comparable = passwd.len() <= BCRYPT_MAX && !passwd.contains(&0);
+                bcrypt::verify(passwd, hash).unwrap_or(false) && comparable
+            }
+        }
+    }
+}
+
+/// # Errors
+/// What is wrong with a user name: empty, over 255 octets, with a colon, a control character or blanks at its ends.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let wrong = match name {
+        "" => "is empty",
+        _ if name.len() > MAX_FIELD => "is longer than 255 octets",
+        _ if name.contains(':') => "has a \":\" in it",
+        _ if name.contains(char::is_control) => "has a control character in it",
+        _ if name.trim() != name => "has blanks at its ends",
+        _ if name.starts_with('#') => "looks like a comment",
+        _ => return Ok(()),
+    };
+    Err(format!("user name {:?} {wrong}", excerpt(name)))
+}
+
+/// A new line for a user: `name:hash`, argon2id with the recommended cost (19 MiB, 2 passes) and a random salt.
+///
+/// # Errors
+/// A bad name, a password of 0 or over 255 octets, or no randomness to be had.
+pub fn new_line(name: &str, passwd: &[u8]) -> Result<String, String> {
+    check_name(name)?;
+    match passwd.len() {
+        0 => return Err("the password is empty".into()),
+        length if length > MAX_FIELD => return Err("the password is longer than 255 octets".into()),
+        _ => {}
+    }
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::default());
+    let hash: PasswordHash = argon2.hash_password(passwd).map_err(|error| format!("no hash: {error}"))?;
+    Ok(format!("{name}:{hash}"))
+}
+
+/// The text of a users file with the line of `name` replaced, added at its end, or removed (`line` is None); all other
+/// lines as they were. `None` when there was nothing to remove.
+pub fn edit(text: &str, name: &str, line: Option<&str>) -> Option<String> {
+    let is_theirs = |old: &str| old.trim_start().split_once(':').is_some_and(|(other, _)| other == name);
+    let mut found = false;
+    let mut out = String::with_capacity(text.len() + 160);
+    for old in text.split_inclusive('\n') {
+        if !is_theirs(old) {
+            out.push_str(old);
+        } else if let (Some(line), false) = (line, found) {
+            out.push_str(line);
+            out.push('\n');
+        }
+        found |= is_theirs(old);
+    }
+    match line {
+        None => return found.then_some(out),
+        Some(_) if found => {}
+        Some(line) => {
+            if !out.is_empty() && !out.ends_with('\n') {
+                out.push('\n');
+            }
+            out.push_str(line);
+            out.push('\n');
+        }
+    }
+    Some(out)
+}
+
+/// Enough of a word to find it by, and not so much that a secret in the wrong place is told.
+fn excerpt(word: &str) -> String {
+    const SHOWN: usize = 16;
+    match word.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", word.get(..end).unwrap_or_default()),
+        None => word.into(),
+    }
+}

@@ -1,0 +1,108 @@
+//! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue, one timer, the clock an argument.
+//!
+//! It holds one sequence, that of an association's one client. Fragments count only in their order: the RFC empties
+//! the queue at a FRAG lower than the highest one seen, so what arrives late can never be filled in.
+
+use std::borrow::Cow;
+use std::time::{Duration, Instant};
+
+use crate::proto::{Addr, Datagram, MAX_UDP};
+
+/// How long a sequence may take from its first fragment; section 7 wants no less than 5 seconds.
+pub const TIMEOUT: Duration = Duration::from_secs(6);
+
+const LAST: u8 = 0x80;
+
+/// The queue of one association. Holds at most [`MAX_UDP`] octets, and none between sequences.
+#[derive(Debug, Default)]
+pub struct Reassembler {
+    sequence: Option<Sequence>,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    started: Instant,
+    dst: Addr,
+    /// The position of the last fragment that was taken.
+    highest: u8,
+    /// Where its octets begin in `data`.
+    tail: usize,
+    data: Vec<u8>,
+}
+
+impl Reassembler {
+    /// Takes a datagram, alone or a fragment, and gives one when one is whole. `None`: kept, or dropped in silence.
+    pub fn push<'a>(&mut self, now: Instant, datagram: Datagram<'a>) -> Option<(Addr, Cow<'a, [u8]>)> {
+        self.expire(now);
+        let position = datagram.frag & !LAST;
+        match &mut self.sequence {
+            Some(sequence) if sequence.repeats(position, &datagram) => return None,
+            Some(sequence) if sequence.continues(position, &datagram) => sequence.append(position, datagram.data),
+            _ if position == 1 => self.sequence = Some(Sequence::start(now, &datagram)),
+            sequence => *sequence = None,
+        }
+        if datagram.frag == 0 {
+            return Some((datagram.dst, datagram.data.into()));
+        }
+        if self.sequence.as_ref().is_some_and(|sequence| sequence.data.len() > MAX_UDP) {
+            self.sequence = None;
+        }
+        if datagram.frag & LAST == 0 {
+            return None;
+        }
+        self.sequence.take().map(|sequence| (sequence.dst, sequence.data.into()))
+    }
+
+    /// Empties the queue when its timer has ended; for whoever wants the memory back before the next datagram.
+    pub fn expire(&mut self, now: Instant) {
+        if self.deadline().is_some_and(|deadline| now >= deadline) {
+            self.sequence = None;
+        }
+    }
+
+    /// When [`Reassembler::expire`] will have something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        Some(self.sequence.as_ref()?.started + TIMEOUT)
+    }
+}
+
+impl Sequence {
+    fn start(now: Instant, datagram: &Datagram<'_>) -> Self {
+        Self { started: now, dst: datagram.dst.clone(), highest: 1, tail: 0, data: datagram.data.to_vec() }
+    }
+
+    fn continues(&self, position: u8, datagram: &Datagram<'_>) -> bool {
+        position == self.highest.saturating_add(1) && datagram.dst == self.dst
+    }
+
+    /// UDP may deliver a datagram twice; the second one is neither new nor lower.
+    fn repeats(&self, position: u8, datagram: &Datagram<'_>) -> bool {
+        position == self.highest
+            && datagram.dst == self.dst
+            && self.data.get(self.tail..).is_some_and(|tail| tail == datagram.data)
+    }
+
+    fn append(&mut self, position: u8, data: &[u8]) {
+        self.highest = position;
+        self.tail = self.data.len();
+        self.data.extend(data);
+    }
+}
+
+/// Splits a payload that does not fit into one datagram of `limit` octets, header included, into fragments that do.
+/// A payload that fits is sent alone. `None` when even 127 fragments would not do.
+pub fn split(dst: &Addr, data: &[u8], limit: usize) -> Option<Vec<Vec<u8>>> {
+    let encode = |frag, data| {
+        let mut out = Vec::new();
+        Datagram { frag, dst: dst.clone(), data }.write(&mut out);
+        out
+    };
+    let room = limit.saturating_sub(encode(0, &[]).len());
+    if data.len() <= room {
+        return Some(vec![encode(0, data)]);
+    }
+    let chunks = data.chunks(room.max(1));
+    let count = u8::try_from(chunks.len()).ok().filter(|count| *count < LAST && room > 0)?;
+    let frags = (1..count).chain([count | LAST]);
+    Some(frags.zip(chunks).map(|(frag, chunk)| encode(frag, chunk)).collect())
+}

@@ -1,0 +1,290 @@
+//! The two-way pump over any two streams: half-close carried over, a reset carried over as a reset, exact octet counts.
+//!
+//! It owns no memory while a tunnel is idle: a buffer is borrowed from the thread for the length of one poll, and only
+//! what the other side did not take at once is kept, at most one buffer a direction.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use futures_lite::{AsyncRead, AsyncWrite};
+use smol::Timer;
+
+/// The buffer of a thread, in octets, and so the most that a direction keeps.
+const BUFFER: usize = 64 * 1024;
+/// How long dst may be silent before a client that can't send to it any more is told so.
+const UNSENT: Duration = Duration::from_secs(1);
+/// How many buffers one direction may move before the other tunnels of the thread get their turn.
+const BUDGET: usize = 16;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+}
+
+/// A stream that can be cut so that its peer does not take what it got for the whole.
+pub trait Abort {
+    /// Makes the coming close a reset, where the stream has such a thing.
+    fn abort(&self);
+}
+
+/// Octets moved so far; readable while the relay runs.
+#[derive(Debug, Default)]
+pub struct Moved {
+    /// From client to dst.
+    pub up: AtomicU64,
+    /// From dst to client.
+    pub down: AtomicU64,
+}
+
+/// When a relay ends although not both sides have.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// After this long without an octet either way.
+    pub idle: Option<Duration>,
+    /// When `down` has ended: after this long without an octet `up`. None: `up` may take as long as it likes.
+    pub linger: Option<Duration>,
+}
+
+/// Where a relay broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Reading from the client side.
+    ReadClient,
+    /// Writing to the client side.
+    WriteClient,
+    /// Reading from the dst side.
+    ReadDst,
+    /// Writing to the dst side.
+    WriteDst,
+}
+
+/// Why a relay ended before both sides did. Both sides have been reset.
+#[derive(Debug)]
+pub enum Broken {
+    /// An operation failed.
+    Io(Place, io::Error),
+    /// [`Limits::idle`] passed.
+    Idle,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (place, error) = match self {
+            Self::Idle => return f.write_str("idle for too long"),
+            Self::Io(Place::ReadClient, error) => ("reading from the client", error),
+            Self::Io(Place::WriteClient, error) => ("writing to the client", error),
+            Self::Io(Place::ReadDst, error) => ("reading from dst", error),
+            Self::Io(Place::WriteDst, error) => ("writing to dst", error),
+        };
+        write!(f, "{place}: {error}")
+    }
+}
+
+/// Moves octets both ways until both directions have ended. A direction ends when its source does, which is passed on
+/// by closing its sink's write side.
+///
+/// Both streams are reset when an operation on either fails, when the idle limit ends the tunnel, and when the future
+/// is dropped before it is done.
+///
+/// # Errors
+/// As [`Broken`] says.
+pub async fn relay<C, D>(client: &mut C, dst: &mut D, limits: Limits, moved: &Moved) -> Result<(), Broken>
+where
+    C: AsyncRead + AsyncWrite + Abort + Unpin,
+    D: AsyncRead + AsyncWrite + Abort + Unpin,
+{
+    let mut ends = Ends { client, dst, clean: false };
+    let mut tunnel = Tunnel {
+        up: Direction::new(&moved.up),
+        down: Direction::new(&moved.down),
+        unsent: None,
+        limits,
+        last: Instant::now(),
+        timer: Timer::never(),
+    };
+    let result = poll_fn(|cx| {
+        let before = tunnel.progress();
+        if let Poll::Ready(result) = tunnel.pump(cx, ends.client, ends.dst) {
+            return Poll::Ready(result);
+        }
+        if tunnel.progress() != before {
+            tunnel.last = Instant::now();
+        }
+        tunnel.poll_limit(cx)
+    });
+    let result = result.await;
+    ends.clean = result.is_ok();
+    result
+}
+
+/// The streams; a relay that is not done leaves them reset.
+struct Ends<'a, C: Abort, D: Abort> {
+    client: &'a mut C,
+    dst: &'a mut D,
+    clean: bool,
+}
+
+impl<C: Abort, D: Abort> Drop for Ends<'_, C, D> {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.client.abort();
+            self.dst.abort();
+        }
+    }
+}
+
+struct Tunnel<'a> {
+    up: Direction<'a>,
+    down: Direction<'a>,
+    /// Why the rest of `up` can't be sent; the tunnel ends with it when `down` has.
+    unsent: Option<Broken>,
+    limits: Limits,
+    last: Instant,
+    timer: Timer,
+}
+
+impl Tunnel<'_> {
+    fn progress(&self) -> (u64, u64, bool, bool) {
+        (self.up.moved(), self.down.moved(), self.up.done, self.down.done)
+    }
+
+    fn pump<C, D>(&mut self, cx: &mut Context<'_>, client: &mut C, dst: &mut D) -> Poll<Result<(), Broken>>
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+        D: AsyncRead + AsyncWrite + Unpin,
+    {
+        match self.up.poll(cx, client, dst) {
+            Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadClient, error),
+            // What dst sent before it stopped listening is still on its way to the client.
+            Poll::Ready(Err(Fault::Sink(error))) => {
+                self.up.done = true;
+                self.unsent = Some(Broken::Io(Place::WriteDst, error));
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+        }
+        match self.down.poll(cx, dst, client) {
+            Poll::Ready(Err(Fault::Source(_))) if self.unsent.is_some() => self.down.done = true,
+            Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadDst, error),
+            Poll::Ready(Err(Fault::Sink(error))) => return broken(Place::WriteClient, error),
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+        }
+        if self.up.done && self.down.done {
+            return Poll::Ready(self.unsent.take().map_or(Ok(()), Err));
+        }
+        Poll::Pending
+    }
+
+    /// Ready when the tunnel has been silent for too long. It has one timer, which is not set anew at each octet but
+    /// when it fires too early.
+    fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let (limit, result) = match self.limits {
+            _ if self.unsent.is_some() => (UNSENT, Err(())),
+            Limits { linger: Some(linger), .. } if self.down.done => (linger, Ok(())),
+            Limits { idle: Some(idle), .. } => (idle, Err(())),
+            Limits { idle: None, .. } => return Poll::Pending,
+        };
+        let due = self.last + limit;
+        while Instant::now() < due {
+            if !self.timer.will_fire() || self.down.done || self.unsent.is_some() {
+                self.timer.set_at(due);
+            }
+            ready!(Pin::new(&mut self.timer).poll(cx));
+        }
+        Poll::Ready(result.map_err(|()| self.unsent.take().unwrap_or(Broken::Idle)))
+    }
+}
+
+fn broken(place: Place, error: io::Error) -> Poll<Result<(), Broken>> {
+    Poll::Ready(Err(Broken::Io(place, error)))
+}
+
+/// Which end of a direction failed.
+enum Fault {
+    Source(io::Error),
+    Sink(io::Error),
+}
+
+/// One direction of a tunnel.
+struct Direction<'a> {
+    moved: &'a AtomicU64,
+    /// What the sink has not taken yet, from `sent` on.
+    rest: Vec<u8>,
+    sent: usize,
+    ended: bool,
+    done: bool,
+}
+
+impl<'a> Direction<'a> {
+    fn new(moved: &'a AtomicU64) -> Self {
+        Self { moved, rest: Vec::new(), sent: 0, ended: false, done: false }
+    }
+
+    fn moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    fn took(&self, n: usize) {
+        self.moved.fetch_add(n as u64, Ordering::Relaxed);
+    }
+
+    /// Moves what can be moved now. Ready when the source has ended and the sink knows.
+    fn poll<S, T>(&mut self, cx: &mut Context<'_>, source: &mut S, sink: &mut T) -> Poll<Result<(), Fault>>
+    where
+        S: AsyncRead + Unpin,
+        T: AsyncWrite + Unpin,
+    {
+        let (mut source, mut sink) = (Pin::new(source), Pin::new(sink));
+        if self.done {
+            return Poll::Ready(Ok(()));
+        }
+        for _ in 0..BUDGET {
+            while let Some(rest @ [_, ..]) = self.rest.get(self.sent..) {
+                let n = ready!(sink.as_mut().poll_write(cx, rest)).and_then(not_zero).map_err(Fault::Sink)?;
+                self.sent += n;
+                self.took(n);
+            }
+            self.rest = Vec::new();
+            if self.ended {
+                ready!(sink.poll_close(cx)).map_err(Fault::Sink)?;
+                self.done = true;
+                return Poll::Ready(Ok(()));
+            }
+            let step = SCRATCH.with_borrow_mut(|buffer| self.step(cx, source.as_mut(), sink.as_mut(), buffer));
+            ready!(step)?;
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// One read, and one write of what it gave; what is left is kept.
+    fn step<S: AsyncRead, T: AsyncWrite>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: Pin<&mut S>,
+        sink: Pin<&mut T>,
+        buffer: &mut [u8],
+    ) -> Poll<Result<(), Fault>> {
+        let n = ready!(source.poll_read(cx, buffer)).map_err(Fault::Source)?;
+        let Some(octets @ [_, ..]) = buffer.get(..n) else {
+            self.ended = true;
+            return Poll::Ready(Ok(()));
+        };
+        let sent = match sink.poll_write(cx, octets) {
+            Poll::Ready(sent) => sent.and_then(not_zero).map_err(Fault::Sink)?,
+            Poll::Pending => 0,
+        };
+        self.took(sent);
+        self.rest = octets.get(sent..).unwrap_or_default().to_vec();
+        self.sent = 0;
+        Poll::Ready(Ok(()))
+    }
+}
+
+fn not_zero(n: usize) -> io::Result<usize> {
+    if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
+}

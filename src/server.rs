@@ -1,0 +1,348 @@
+//! The server: listens, limits, runs one session a connection, drains.
+//!
+//! What a session may do is the policy's to say; how octets become messages is `conn`'s and `proto`'s.
+
+mod associate;
+mod bind;
+mod connect;
+mod listen;
+mod login;
+mod record;
+mod session;
+
+use std::convert::Infallible;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::ops::RangeInclusive;
+use std::panic::AssertUnwindSafe;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_signal::{Signal, Signals};
+use futures_lite::{FutureExt as _, StreamExt as _};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use smol::channel::{self, Receiver, Sender};
+use smol::lock::Semaphore;
+use smol::{Executor, Timer};
+
+use crate::dial::Resolver;
+use crate::policy::Policy;
+pub use listen::Listen;
+use listen::Listener;
+use login::Login;
+
+/// Descriptors kept back for the listeners, the reactor, the log and the files that a reload reads.
+const RESERVED_DESCRIPTORS: u64 = 64;
+/// Descriptors that a session holds at the least: the client's and the target's.
+const SESSION_DESCRIPTORS: u64 = 2;
+/// The most connections that the default allows, whatever the descriptor limit.
+const MOST_CONNECTIONS: u64 = 500_000;
+/// How long accepting rests when the system has no descriptor or memory left for a connection.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a server is told at its start.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where to listen.
+    pub listen: Vec<Listen>,
+    /// From accept to the end of the request.
+    pub handshake_timeout: Duration,
+    /// For resolution and all addresses together.
+    pub connect_timeout: Duration,
+    /// How long BIND waits for the expected peer.
+    pub bind_timeout: Duration,
+    /// How long a tunnel or an association may be silent.
+    pub idle_timeout: Duration,
+    /// How long sessions may go on once the server has been told to end.
+    pub drain: Duration,
+    /// Sessions at once; none: what the descriptor limit allows.
+    pub max_connections: Option<usize>,
+    /// Threads that run sessions, at least 1.
+    pub threads: usize,
+    /// What BND says in place of the address that the client connected to, at most one a family.
+    pub advertise: Vec<IpAddr>,
+    /// Where BIND listens; none: wherever the system likes.
+    pub bind_ports: Option<Ports>,
+    /// Where associations are; none: wherever the system likes.
+    pub udp_ports: Option<Ports>,
+    /// Whose datagrams reach the client of an association.
+    pub udp_filtering: Filtering,
+}
+
+/// Which answers an association lets in (RFC 4787 section 5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Filtering {
+    /// Those from addresses that the client has sent to.
+    #[default]
+    AddressDependent,
+    /// Everybody's.
+    EndpointIndependent,
+}
+
+/// A range of ports, `LO-HI`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ports(RangeInclusive<u16>);
+
+impl FromStr for Ports {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
+        text.split_once('-')
+            .and_then(|(low, high)| Some(port(low)?..=port(high)?))
+            .filter(|ports| !ports.is_empty())
+            .map(Self)
+            .ok_or_else(|| format!("{text:?} is not LO-HI with ports from 1 to 65535"))
+    }
+}
+
+/// The ports to try in turn: all of a range from a random one on, or 0, the system's choice.
+fn candidates(ports: Option<&Ports>) -> Vec<u16> {
+    let Some(Ports(range)) = ports else { return vec![0] };
+    let mut ports: Vec<u16> = range.clone().collect();
+    let start = getrandom::u32().ok().and_then(|random| usize::try_from(random).ok()).unwrap_or(0);
+    let start = start.checked_rem(ports.len()).unwrap_or(0);
+    ports.rotate_left(start);
+    ports
+}
+
+/// What all sessions share.
+#[derive(Debug)]
+struct Server {
+    options: Options,
+    policy: Policy,
+    login: Login,
+    resolver: Resolver,
+}
+
+impl Server {
+    /// The address that BND gives for a socket at `local`: the one to advertise, where there is one of its family.
+    fn advertised(&self, local: SocketAddr) -> SocketAddr {
+        let advertised = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
+        advertised.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
+    }
+}
+
+/// Why the server did not start: what was tried, and the error.
+pub type StartError = (String, io::Error);
+
+/// Runs until SIGTERM or SIGINT, then drains. Blocks.
+///
+/// # Errors
+/// What could not be listened on, or signals and threads that could not be had.
+pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
+    let descriptors = raise_descriptor_limit();
+    let by_descriptors = descriptors.saturating_sub(RESERVED_DESCRIPTORS) / SESSION_DESCRIPTORS;
+    let limit = usize::try_from(by_descriptors.clamp(1, MOST_CONNECTIONS)).unwrap_or(usize::MAX);
+    let limit = options.max_connections.unwrap_or(limit);
+    let mut listeners = Vec::new();
+    for listen in &options.listen {
+        let bound = listen.bind().map_err(|error| (format!("listen on {listen}"), error))?;
+        listeners.extend(bound);
+    }
+    policy.own = listeners.iter().filter_map(Listener::addr).collect();
+    let signals = Signals::new([Signal::Term, Signal::Int]).map_err(|error| ("signals".into(), error))?;
+    for listener in &listeners {
+        log::info!("listening on {listener}");
+    }
+    let threads = options.threads;
+    let server = Arc::new(Server { options, policy, login: Login::default(), resolver: Resolver::default() });
+    let executor = Arc::new(Executor::new());
+    let (done, stop) = channel::bounded::<Infallible>(1);
+    let mut workers = Vec::new();
+    for _ in 1..threads {
+        let (executor, stop) = (executor.clone(), stop.clone());
+        let worker = move || {
+            let _ = smol::block_on(executor.run(stop.recv()));
+        };
+        let worker = std::thread::Builder::new().name("s5".into()).spawn(worker);
+        workers.push(worker.map_err(|error| ("threads".to_owned(), error))?);
+    }
+    let gate = Arc::new(Gate { slots: Arc::new(Semaphore::new(limit)), limit, complaint: Complaint::default() });
+    smol::block_on(executor.run(accept_and_drain(&server, listeners, &gate, &executor, signals)));
+    drop(done);
+    for worker in workers {
+        // A worker that panicked has said so; there is nothing to be done about it at the end.
+        let _ = worker.join();
+    }
+    Ok(())
+}
+
+/// Raises the soft limit to the hard one and gives what holds then.
+fn raise_descriptor_limit() -> u64 {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    match setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        Ok(()) => maximum,
+        Err(_) => current,
+    }
+    .unwrap_or(u64::MAX)
+}
+
+async fn accept_and_drain(
+    server: &Arc<Server>,
+    listeners: Vec<Listener>,
+    gate: &Arc<Gate>,
+    executor: &Arc<Executor<'static>>,
+    mut signals: Signals,
+) {
+    let (alive, over) = channel::bounded::<Infallible>(1);
+    let accepting: Vec<_> = listeners
+        .into_iter()
+        .map(|listener| {
+            let accepting = accept(server.clone(), listener, gate.clone(), executor.clone(), alive.clone());
+            executor.spawn(accepting)
+        })
+        .collect();
+    drop(alive);
+    signals.next().await;
+    drop(accepting);
+    log::info!("ending: no new connections, {} s for the open ones", server.options.drain.as_secs());
+    let timeout = async {
+        Timer::after(server.options.drain).await;
+        log::info!("ending: the open connections are cut");
+    };
+    let again = async {
+        signals.next().await;
+        log::info!("ending: at once");
+    };
+    all_over(over).or(timeout).or(again).await;
+}
+
+/// Returns when every session has dropped its sender.
+async fn all_over(over: Receiver<Infallible>) {
+    let _ = over.recv().await;
+}
+
+/// How many sessions there may be, and what is said when there are.
+struct Gate {
+    slots: Arc<Semaphore>,
+    limit: usize,
+    complaint: Complaint,
+}
+
+/// A log line that comes once a second at the most.
+#[derive(Default)]
+struct Complaint(Mutex<Option<Instant>>);
+
+impl Complaint {
+    fn log(&self, what: impl FnOnce() -> String) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
+            *last = Some(Instant::now());
+            log::warn!("{}", what());
+        }
+    }
+}
+
+async fn accept(
+    server: Arc<Server>,
+    listener: Listener,
+    gate: Arc<Gate>,
+    executor: Arc<Executor<'static>>,
+    alive: Sender<Infallible>,
+) {
+    loop {
+        // A slot is taken only when somebody is there, or one idle listener would keep it from the others.
+        if let Err(error) = listener.readable().await {
+            gate.complaint.log(|| format!("{listener}: {error}"));
+            Timer::after(EXHAUSTED_PAUSE).await;
+            continue;
+        }
+        let slot = match gate.slots.try_acquire_arc() {
+            Some(slot) => slot,
+            None => {
+                gate.complaint.log(|| format!("{} connections are open, which is the limit: waiting", gate.limit));
+                gate.slots.acquire_arc().await
+            }
+        };
+        match listener.accept() {
+            Ok(conn) => {
+                let (server, alive) = (server.clone(), alive.clone());
+                let session = async move {
+                    if AssertUnwindSafe(session::run(&server, conn)).catch_unwind().await.is_err() {
+                        log::error!("a session ended in a panic; please report it");
+                    }
+                    drop((slot, alive));
+                };
+                executor.spawn(session).detach();
+            }
+            // Somebody else was faster, or the client has left again.
+            Err(error) if is_passing(&error) => {}
+            Err(error) => {
+                gate.complaint.log(|| format!("{listener}: {error}: waiting"));
+                Timer::after(EXHAUSTED_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+    let is_protocol = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());
+    is_protocol || matches!(error.kind(), WouldBlock | ConnectionAborted | ConnectionReset | Interrupted)
+}
+
+/// The address of this machine at which `peer` (unspecified: anybody) of its own family can reach a session whose
+/// client connected to `control`.
+fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
+    let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
+    control.set_port(0);
+    let from_here = control.ip().is_loopback();
+    let meets = peer.is_unspecified() || peer.is_loopback() == from_here;
+    if control.is_ipv4() == peer.is_ipv4() && meets {
+        return Ok(control);
+    }
+    let towards = match peer {
+        _ if peer.is_unspecified() && from_here => loopback,
+        // Documentation addresses (RFC 5737, RFC 3849): the way out of here, whoever is meant by "anybody".
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+        peer => peer,
+    };
+    // Connecting a UDP socket sends nothing, and tells which address the system would send from.
+    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let probe = UdpSocket::bind((any, 0))?;
+    probe.connect((towards, 9))?;
+    let mut local = probe.local_addr()?;
+    local.set_port(0);
+    Ok(local)
+}
+
+/// Whether an address is one of this machine's: only such a one can be bound.
+fn is_local(ip: IpAddr) -> bool {
+    UdpSocket::bind((ip, 0)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_of_ports_is_tried_whole_from_anywhere() {
+        let range = "5000-5003".parse().expect("a range");
+        let mut ports = candidates(Some(&range));
+        ports.sort_unstable();
+        assert_eq!(ports, [5000, 5001, 5002, 5003]);
+        assert_eq!(candidates(None), [0]);
+        for bad in ["", "1", "2-1", "0-5", "1-65536", "a-b", "1-2-3"] {
+            assert!(bad.parse::<Ports>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_address_for_a_peer_is_the_one_the_client_uses_where_the_peer_can_too() {
+        let control = |text: &str| Some(text.parse().expect("an address"));
+        let ask = |control, peer: &str| {
+            address_for(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
+        };
+        assert_eq!(ask(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
+        assert_eq!(ask(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));
+        assert_eq!(ask(control("[::1]:1080"), "0.0.0.0").as_deref(), Some("127.0.0.1"));
+        assert_eq!(ask(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
+        assert_eq!(ask(None, "::").as_deref(), Some("::1"));
+        assert_eq!(ask(control("192.0.2.7:1080"), "0.0.0.0").as_deref(), Some("192.0.2.7"));
+        assert_eq!(ask(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
+    }
+}

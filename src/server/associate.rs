@@ -1,0 +1,365 @@
+//! UDP ASSOCIATE (RFC 1928 sections 4, 6 and 7): one association, from its reply to the end of its control connection.
+//!
+//! The relay socket is on the address that the client connected to and takes datagrams from the client alone: the
+//! kernel filters, by connect(2). What can't be relayed is dropped in silence, and nothing that a datagram or an ICMP
+//! message can do ends an association.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use futures_lite::AsyncReadExt as _;
+use smol::{Async, Timer};
+
+use super::record::Record;
+use super::session::Refusal;
+use super::{Filtering, Server, address_for, candidates};
+use crate::conn::{Conn, until};
+use crate::dial::{Failure, canonical};
+use crate::policy::is_unicast;
+use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
+use crate::reassembly::{Reassembler, split};
+
+/// More than any UDP datagram has, in octets, so that none is cut.
+const BUFFER: usize = 65_536;
+/// How many datagrams of one socket are relayed before another one gets its turn.
+const BUDGET: usize = 64;
+/// Room in the kernel for a burst, in octets, where it grants that much.
+const SOCKET_BUFFER: usize = 1 << 20;
+/// How many octets on the control connection are read and ignored before it is taken for a mistake.
+const MAX_CONTROL: usize = 64 * 1024;
+/// How many addresses an association remembers having sent to; the oldest is forgotten first.
+const MAX_CONTACTED: usize = 4096;
+/// How many names an association remembers the addresses of; then it begins anew.
+const MAX_NAMES: usize = 256;
+/// How many names an association may be looking up at once.
+const MAX_LOOKUPS: usize = 16;
+/// How many datagrams may wait for the look-up of one name.
+const MAX_WAITING: usize = 8;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+}
+
+pub(super) async fn serve(server: &Server, control: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
+    let failed = |error| Refusal::reply(Rep::GENERAL_FAILURE, error);
+    let client = client_addr(control, dst);
+    let relay = relay_socket(server, control, client).map_err(failed)?;
+    let local = relay.get_ref().local_addr().map_err(failed)?;
+    server.succeed(control, server.advertised(local), record).await?;
+    let association = Association {
+        server,
+        record,
+        relay,
+        client,
+        outward: [None, None],
+        contacted: Contacted::default(),
+        names: HashMap::new(),
+        lookups: Vec::new(),
+        reassembler: Reassembler::default(),
+        last: Instant::now(),
+    };
+    let why = association.run(control).await;
+    record.error = why.map(Into::into);
+    Ok(())
+}
+
+/// Who may use the association: the IP address of the control connection, whatever DST says, and the port of DST, or
+/// 0 for the first one that sends. On a Unix socket the client is on this machine.
+fn client_addr(control: &Conn, dst: &Addr) -> SocketAddr {
+    let ip = control.peer_addr().map_or(Ipv4Addr::LOCALHOST.into(), |peer| peer.ip());
+    let mut client = control.peer_addr().unwrap_or(SocketAddr::new(ip, 0));
+    client.set_port(dst.port);
+    client
+}
+
+fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<Async<UdpSocket>> {
+    let unspecified = if client.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let mut local = address_for(control.local_addr(), unspecified)?;
+    let mut result = Err(io::ErrorKind::AddrInUse.into());
+    for port in candidates(server.options.udp_ports.as_ref()) {
+        local.set_port(port);
+        result = udp_socket(local);
+        if result.is_ok() {
+            break;
+        }
+    }
+    let socket = result?;
+    // Port 0 leaves the port open and pins the address.
+    socket.get_ref().connect(client)?;
+    Ok(socket)
+}
+
+fn udp_socket(local: SocketAddr) -> io::Result<Async<UdpSocket>> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::DGRAM, None)?;
+    if local.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&local.into())?;
+    // Bursts fare better with more; the association works with what there is.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    Async::new(socket.into())
+}
+
+struct Association<'a> {
+    server: &'a Server,
+    record: &'a Record,
+    relay: Async<UdpSocket>,
+    /// The port is 0 until it is known.
+    client: SocketAddr,
+    /// One socket a family towards all targets, once it is needed: IPv4, IPv6.
+    outward: [Option<Async<UdpSocket>>; 2],
+    contacted: Contacted,
+    names: HashMap<Name, Resolution>,
+    lookups: Vec<(Name, Lookup)>,
+    reassembler: Reassembler,
+    last: Instant,
+}
+
+type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>> + Send>>;
+
+/// What an association knows of a name.
+enum Resolution {
+    /// Datagrams that wait for it: port and payload.
+    Pending(Vec<(u16, Vec<u8>)>),
+    Known(Vec<SocketAddr>),
+}
+
+impl Association<'_> {
+    /// Relays until the control connection ends, which is how an association should end, or something else is said.
+    async fn run(mut self, control: &mut Conn) -> Option<&'static str> {
+        let mut ended = std::pin::pin!(control_end(control));
+        let mut timer = Timer::never();
+        poll_fn(|cx| {
+            if let Poll::Ready(why) = ended.as_mut().poll(cx) {
+                return Poll::Ready(why);
+            }
+            let busy = SCRATCH.with_borrow_mut(|buffer| self.poll_sockets(cx, buffer));
+            self.poll_lookups(cx);
+            if busy {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            loop {
+                let now = Instant::now();
+                self.reassembler.expire(now);
+                let idle = self.last + self.server.options.idle_timeout;
+                if now >= idle {
+                    return Poll::Ready(Some("idle for too long"));
+                }
+                timer.set_at(self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle)));
+                ready!(Pin::new(&mut timer).poll(cx));
+            }
+        })
+        .await
+    }
+
+    /// Relays what has come, both ways. True when there may be more.
+    fn poll_sockets(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> bool {
+        let mut count = 0;
+        while let Some((n, from)) = poll_recv(&self.relay, cx, buffer) {
+            self.from_client(from, buffer.get(..n).unwrap_or_default());
+            count += 1;
+            if count == BUDGET {
+                return true;
+            }
+        }
+        for family in 0..self.outward.len() {
+            let mut count = 0;
+            while let Some(Some(socket)) = self.outward.get(family) {
+                let Some((n, from)) = poll_recv(socket, cx, buffer) else { break };
+                self.from_target(from, buffer.get(..n).unwrap_or_default());
+                count += 1;
+                if count == BUDGET {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    fn from_client(&mut self, from: SocketAddr, octets: &[u8]) {
+        // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
+        if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
+            return;
+        }
+        let Ok(datagram) = Datagram::decode(octets) else { return };
+        if self.client.port() == 0 {
+            self.client = from;
+            if let Err(error) = self.relay.get_ref().connect(from) {
+                log::debug!("udp: connect to {from}: {error}");
+            }
+        }
+        self.last = Instant::now();
+        let Some((dst, data)) = self.reassembler.push(self.last, datagram) else { return };
+        match dst.host {
+            Host::Ip(ip) => self.send(&[canonical(ip, dst.port)], &data),
+            Host::Name(name) => self.send_to_name(name, dst.port, &data),
+        }
+    }
+
+    fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
+        match self.names.get_mut(&name) {
+            Some(Resolution::Known(addrs)) => {
+                let mut addrs = addrs.clone();
+                addrs.iter_mut().for_each(|addr| addr.set_port(port));
+                self.send(&addrs, data);
+            }
+            Some(Resolution::Pending(waiting)) if waiting.len() < MAX_WAITING => waiting.push((port, data.to_vec())),
+            None if self.lookups.len() < MAX_LOOKUPS => {
+                if self.names.len() >= MAX_NAMES {
+                    self.names.retain(|_, known| matches!(known, Resolution::Pending(_)));
+                }
+                let (resolver, dst) = (self.server.resolver.clone(), Addr { host: Host::Name(name.clone()), port });
+                let deadline = Instant::now() + self.server.options.connect_timeout;
+                let lookup =
+                    async move { until(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(Failure::Resolver)) };
+                self.lookups.push((name.clone(), Box::pin(lookup)));
+                self.names.insert(name, Resolution::Pending(vec![(port, data.to_vec())]));
+            }
+            Some(Resolution::Pending(_)) | None => {}
+        }
+    }
+
+    fn poll_lookups(&mut self, cx: &mut Context<'_>) {
+        let mut done = Vec::new();
+        self.lookups.retain_mut(|(name, lookup)| match lookup.as_mut().poll(cx) {
+            Poll::Ready(found) => {
+                done.push((name.clone(), found));
+                false
+            }
+            Poll::Pending => true,
+        });
+        for (name, found) in done {
+            // A name that failed is forgotten, so that the next datagram asks again.
+            let waiting = self.names.remove(&name);
+            let Ok(addrs) = found else { continue };
+            self.names.insert(name.clone(), Resolution::Known(addrs));
+            if let Some(Resolution::Pending(waiting)) = waiting {
+                for (port, data) in waiting {
+                    self.send_to_name(name.clone(), port, &data);
+                }
+            }
+        }
+    }
+
+    /// Sends to the first of the addresses that takes it.
+    fn send(&mut self, addrs: &[SocketAddr], data: &[u8]) {
+        for addr in addrs {
+            if addr.port() == 0 || !is_unicast(addr.ip()) {
+                continue;
+            }
+            // Noted first: the answer may be here before send_to returns.
+            self.contacted.insert(addr.ip());
+            if self.outward(*addr).and_then(|socket| socket.get_ref().send_to(data, addr)).is_ok() {
+                self.record.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+
+    fn outward(&mut self, addr: SocketAddr) -> io::Result<&Async<UdpSocket>> {
+        let [v4, v6] = &mut self.outward;
+        let (socket, any): (_, IpAddr) = match addr {
+            SocketAddr::V4(_) => (v4, Ipv4Addr::UNSPECIFIED.into()),
+            SocketAddr::V6(_) => (v6, Ipv6Addr::UNSPECIFIED.into()),
+        };
+        match socket {
+            Some(socket) => Ok(socket),
+            none => Ok(none.insert(udp_socket(SocketAddr::new(any, 0))?)),
+        }
+    }
+
+    /// An answer; what has no room behind its header goes in fragments.
+    fn from_target(&mut self, from: SocketAddr, data: &[u8]) {
+        let wanted =
+            self.server.options.udp_filtering == Filtering::EndpointIndependent || self.contacted.includes(from.ip());
+        if !wanted || self.client.port() == 0 {
+            return;
+        }
+        self.last = Instant::now();
+        let sent = split(&from.into(), data, MAX_UDP)
+            .is_some_and(|datagrams| datagrams.iter().all(|octets| self.relay.get_ref().send(octets).is_ok()));
+        if sent {
+            self.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The next datagram, or none for now. Errors are ICMP's, about datagrams that were sent before: they pass.
+fn poll_recv(socket: &Async<UdpSocket>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Option<(usize, SocketAddr)> {
+    let mut errors = 0;
+    loop {
+        match socket.get_ref().recv_from(buffer) {
+            Ok(received) => return Some(received),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => match socket.poll_readable(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) | Poll::Pending => return None,
+            },
+            Err(_) if errors < BUDGET => errors += 1,
+            Err(_) => {
+                cx.waker().wake_by_ref();
+                return None;
+            }
+        }
+    }
+}
+
+/// Returns when the control connection ends, however it does, or when it carries what it should not.
+async fn control_end(control: &mut Conn) -> Option<&'static str> {
+    let mut waste = [0; 256];
+    let mut total = 0;
+    while let Ok(n @ 1..) = control.read(&mut waste).await {
+        total += n;
+        if total > MAX_CONTROL {
+            return Some("data on the control connection");
+        }
+    }
+    None
+}
+
+/// The addresses that the client has sent to.
+#[derive(Default)]
+struct Contacted {
+    ips: HashSet<IpAddr>,
+    order: VecDeque<IpAddr>,
+}
+
+impl Contacted {
+    fn insert(&mut self, ip: IpAddr) {
+        if !self.ips.insert(ip) {
+            return;
+        }
+        self.order.push_back(ip);
+        if self.order.len() > MAX_CONTACTED {
+            let oldest = self.order.pop_front();
+            oldest.map(|ip| self.ips.remove(&ip));
+        }
+    }
+
+    fn includes(&self, ip: IpAddr) -> bool {
+        self.ips.contains(&ip)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_of_too_many_addresses_is_forgotten() {
+        let mut contacted = Contacted::default();
+        let ip = |n: u32| IpAddr::V4(Ipv4Addr::from(n));
+        (0..=4096).for_each(|n| contacted.insert(ip(n)));
+        assert!(!contacted.includes(ip(0)));
+        assert!(contacted.includes(ip(1)) && contacted.includes(ip(4096)));
+        assert_eq!(contacted.ips.len(), MAX_CONTACTED);
+    }
+}

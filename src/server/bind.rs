@@ -1,0 +1,136 @@
+//! BIND (RFC 1928 sections 4 and 6): listen for one expected peer, answer twice, relay.
+//!
+//! DST is who is expected, never where to listen: an address of zeros is anybody, port 0 is any port.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use async_net::{TcpListener, TcpStream};
+use futures_lite::FutureExt as _;
+use smol::{Async, Timer};
+
+use super::record::Record;
+use super::session::Refusal;
+use super::{Server, address_for, candidates};
+use crate::conn::{Conn, until};
+use crate::dial::tune;
+use crate::proto::{Addr, Host, Rep};
+
+/// How long to rest when there is no descriptor for the peer's connection.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
+    let expected = Expected::resolve(server, dst).await?;
+    let listener = listen(server, client, &expected).map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
+    let local = listener.local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
+    let reported = match address_for(client.local_addr(), expected.representative()) {
+        Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
+        _ => local,
+    };
+    server.succeed(client, server.advertised(reported), record).await?;
+    let left = async {
+        client.gone().await;
+        Err(Refusal::silent("the client left before the peer came"))
+    };
+    let deadline = Instant::now() + server.options.bind_timeout;
+    let came = until(deadline, async { Ok(accept(&listener, &expected).await) }.or(left)).await;
+    drop(listener);
+    let (peer, addr) =
+        came.unwrap_or_else(|| Err(Refusal::reply(Rep::TTL_EXPIRED, "the peer did not come in time")))?;
+    let bnd = record.bnd;
+    server.succeed(client, addr, record).await?;
+    record.bnd = bnd;
+    server.relay(client, Conn::Tcp(peer), record).await;
+    Ok(())
+}
+
+/// Who may connect.
+struct Expected {
+    /// All addresses of DST, canonical but for the unspecified ones, which mean anybody.
+    ips: Vec<IpAddr>,
+    port: u16,
+}
+
+impl Expected {
+    async fn resolve(server: &Server, dst: &Addr) -> Result<Self, Refusal> {
+        let ips = match &dst.host {
+            Host::Ip(ip) => vec![ip.to_canonical()],
+            Host::Name(_) => {
+                let deadline = Instant::now() + server.options.connect_timeout;
+                server.resolve(dst, deadline).await?.into_iter().map(|addr| addr.ip()).collect()
+            }
+        };
+        Ok(Self { ips, port: dst.port })
+    }
+
+    fn includes(&self, peer: SocketAddr) -> bool {
+        let ip = peer.ip().to_canonical();
+        let is_expected = |expected: &IpAddr| expected.is_unspecified() || *expected == ip;
+        self.ips.iter().any(is_expected) && (self.port == 0 || self.port == peer.port())
+    }
+
+    /// The address that decides on the family and on where to listen.
+    fn representative(&self) -> IpAddr {
+        self.ips.first().copied().unwrap_or(Ipv4Addr::UNSPECIFIED.into())
+    }
+
+    /// A name may have addresses of both families.
+    fn both_families(&self) -> bool {
+        self.ips.iter().any(IpAddr::is_ipv4) && self.ips.iter().any(IpAddr::is_ipv6)
+    }
+}
+
+/// Binds where the expected peer can come to: the address that the client uses, or every address where one would not
+/// do: for peers of both families, and behind an advertised address, which need not be one of this machine's.
+fn listen(server: &Server, client: &Conn, expected: &Expected) -> io::Result<TcpListener> {
+    let peer = expected.representative();
+    let local = address_for(client.local_addr(), peer)?;
+    let local = if expected.both_families() {
+        SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)
+    } else if server.advertised(local) != local {
+        let any = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        SocketAddr::new(any, 0)
+    } else {
+        local
+    };
+    let mut result = Err(io::ErrorKind::AddrInUse.into());
+    for port in candidates(server.options.bind_ports.as_ref()) {
+        let mut local = local;
+        local.set_port(port);
+        result = listen_at(local, !expected.both_families());
+        if result.is_ok() {
+            break;
+        }
+    }
+    result?.try_into().map(|listener: Async<std::net::TcpListener>| listener.into())
+}
+
+fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<std::net::TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::STREAM, None)?;
+    if local.is_ipv6() {
+        socket.set_only_v6(only_v6)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&local.into())?;
+    // Strangers wait here too, until they are turned away.
+    socket.listen(16)?;
+    Ok(socket.into())
+}
+
+/// Waits for the expected peer. Whoever else connects is closed.
+async fn accept(listener: &TcpListener, expected: &Expected) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) if expected.includes(peer) => {
+                let handle: std::sync::Arc<Async<std::net::TcpStream>> = stream.clone().into();
+                tune((*handle).get_ref());
+                return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+            }
+            Ok((_, stranger)) => log::debug!("bind: {stranger} is not the expected peer"),
+            Err(_) => {
+                Timer::after(EXHAUSTED_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Where a server listens: TCP addresses and Unix sockets.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use smol::Async;
+use socket2::{Domain, Socket, Type};
+
+use crate::conn::Conn;
+use crate::dial::tune;
+
+/// How many connections may wait to be accepted; the system may make it fewer (net.core.somaxconn).
+const BACKLOG: i32 = 4096;
+/// How often a port of the system's choice is asked for that both families have free.
+const PORT_ATTEMPTS: usize = 16;
+
+/// What `--listen` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// `HOST:PORT`: all addresses of a host.
+    Host(String, u16),
+    /// `PORT`: loopback, both families.
+    Loopback(u16),
+    /// `*:PORT`: every address, both families.
+    Every(u16),
+    /// `unix:PATH`.
+    Unix(PathBuf),
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err("unix: without a path".into()) } else { Ok(Self::Unix(path.into())) };
+        }
+        let wrong = || format!("{text:?} is none of HOST:PORT, [IPV6]:PORT, PORT, *:PORT and unix:PATH");
+        let Some((host, port)) = text.rsplit_once(':') else {
+            return text.parse().map(Self::Loopback).map_err(|_| wrong());
+        };
+        let port = port.parse().map_err(|_| wrong())?;
+        match host {
+            "" => Err(wrong()),
+            "*" => Ok(Self::Every(port)),
+            _ if host.starts_with('[') || host.contains(':') => {
+                let ip = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).ok_or_else(wrong)?;
+                ip.parse::<Ipv6Addr>().map(|ip| Self::Host(ip.to_string(), port)).map_err(|_| wrong())
+            }
+            _ => Ok(Self::Host(host.into(), port)),
+        }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Host(host, port) => write!(f, "{host}:{port}"),
+            Self::Loopback(port) => write!(f, "{port}"),
+            Self::Every(port) => write!(f, "*:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl Listen {
+    /// # Errors
+    /// Those of the resolver and of bind(2). Of both families, one that this machine does not have is left out.
+    pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
+        match self {
+            Self::Host(host, port) => {
+                (host.as_str(), *port).to_socket_addrs()?.map(|addr| bind_tcp(addr).and_then(Listener::tcp)).collect()
+            }
+            Self::Loopback(port) => both_families([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
+            Self::Every(port) => both_families([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
+            Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
+        }
+    }
+}
+
+fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
+    let [first, second] = ips;
+    let mut attempts = if port == 0 { PORT_ATTEMPTS } else { 1 };
+    loop {
+        attempts -= 1;
+        let first = bind_tcp(SocketAddr::new(first, port));
+        // With port 0 both families get the same port, that of the first.
+        let chosen =
+            first.as_ref().ok().and_then(|listener| listener.local_addr().ok()).map_or(port, |addr| addr.port());
+        match (first, bind_tcp(SocketAddr::new(second, chosen))) {
+            (Ok(first), Ok(second)) => return Ok(vec![Listener::tcp(first)?, Listener::tcp(second)?]),
+            (Ok(only), Err(error)) | (Err(error), Ok(only)) if is_no_family(&error) => {
+                return Ok(vec![Listener::tcp(only)?]);
+            }
+            (Ok(_), Err(error)) if attempts > 0 && error.kind() == io::ErrorKind::AddrInUse => {}
+            (Err(error), _) | (_, Err(error)) => return Err(error),
+        }
+    }
+}
+
+fn is_no_family(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL))
+}
+
+fn bind_unix(path: PathBuf) -> io::Result<Listener> {
+    let is_socket = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    // Only the socket of a dead process refuses; a live one accepts or has a full backlog.
+    let refused = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    if is_socket && UnixStream::connect(&path).is_err_and(|error| refused(&error)) {
+        std::fs::remove_file(&path)?;
+    }
+    let listener = Async::new(UnixListener::bind(&path)?)?;
+    Ok(Listener::Unix(listener, UnixPath(path)))
+}
+
+/// One listening socket.
+#[derive(Debug)]
+pub(super) enum Listener {
+    Tcp(Async<TcpListener>, SocketAddr),
+    Unix(Async<UnixListener>, UnixPath),
+}
+
+/// Removes the socket's name when the listener goes.
+#[derive(Debug)]
+pub(super) struct UnixPath(PathBuf);
+
+impl Drop for UnixPath {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(_, addr) => addr.fmt(f),
+            Self::Unix(_, path) => write!(f, "unix:{}", path.0.display()),
+        }
+    }
+}
+
+impl Listener {
+    fn tcp(listener: TcpListener) -> io::Result<Self> {
+        let addr = listener.local_addr()?;
+        Ok(Self::Tcp(Async::new(listener)?, addr))
+    }
+
+    pub(super) fn addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(_, addr) => Some(*addr),
+            Self::Unix(..) => None,
+        }
+    }
+
+    pub(super) async fn readable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(listener, _) => listener.readable().await,
+            Self::Unix(listener, _) => listener.readable().await,
+        }
+    }
+
+    /// Accepts a connection that is there already.
+    pub(super) fn accept(&self) -> io::Result<Conn> {
+        match self {
+            Self::Tcp(listener, _) => {
+                let (stream, _) = listener.get_ref().accept()?;
+                tune(&stream);
+                Ok(Conn::Tcp(Async::new(stream)?.into()))
+            }
+            Self::Unix(listener, _) => {
+                let (stream, _) = listener.get_ref().accept()?;
+                Ok(Conn::Unix(Async::new(stream)?.into()))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_to_say_where_is_read_and_shown_again() {
+        let ways = ["127.0.0.1:1080", "localhost:0", "[::1]:1080", "1080", "*:1080", "unix:/run/s5.sock"];
+        for text in ways {
+            assert_eq!(text.parse::<Listen>().map(|listen| listen.to_string()).as_deref(), Ok(text));
+        }
+        for text in ["", ":1080", "host", "host:", "host:65536", "::1:1080", "[::1]", "[host]:1", "unix:", "-1"] {
+            assert!(text.parse::<Listen>().is_err(), "{text}");
+        }
+    }
+}
