@@ -174,7 +174,7 @@ fn is_host_name(name: &str) -> bool {
 /// The most telling failure of all addresses; those that had not answered at `deadline` count as timed out.
 pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<TcpStream, Failure> {
     let mut queue = interleave(addrs);
-    let mut attempts: Vec<Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send>>> = Vec::new();
+    let mut attempts: Vec<Attempt> = Vec::new();
     let mut worst = None;
     loop {
         match queue.pop_front() {
@@ -199,6 +199,8 @@ pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<TcpStream
     }
 }
 
+type Attempt = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send>>;
+
 async fn attempt(addr: SocketAddr) -> Result<TcpStream, Failure> {
     let connected = Async::<std::net::TcpStream>::connect(addr).await;
     let stream = connected.map_err(|error| Failure::of(&error, addr))?;
@@ -207,7 +209,7 @@ async fn attempt(addr: SocketAddr) -> Result<TcpStream, Failure> {
 }
 
 /// Waits for one of the attempts and removes it.
-async fn first_done<T>(attempts: &mut Vec<Pin<Box<dyn Future<Output = T> + Send>>>) -> T {
+async fn first_done(attempts: &mut Vec<Attempt>) -> Result<TcpStream, Failure> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
             let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));

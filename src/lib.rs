@@ -14,6 +14,10 @@
 //!
 //! The library exists for the binary, the tests and the fuzz targets. Its interface is not stable.
 
+#![warn(missing_docs, unreachable_pub)]
+// Nothing that the network, a file or a user can say may end in a panic.
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)]
+
 pub mod client;
 pub mod cmd;
 pub mod conn;

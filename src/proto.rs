@@ -347,7 +347,7 @@ impl Name {
     /// # Errors
     /// [`Error::Name`] for octets that are no such name.
     pub fn new(octets: &[u8]) -> Result<Self, Error> {
-        match str::from_utf8(octets) {
+        match std::str::from_utf8(octets) {
             Ok(text) if (1..=MAX_NAME).contains(&text.len()) && !text.contains(char::is_control) => {
                 Ok(Self(text.into()))
             }

@@ -165,7 +165,7 @@ impl Association<'_> {
     fn poll_sockets(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> bool {
         let mut count = 0;
         while let Some((n, from)) = poll_recv(&self.relay, cx, buffer) {
-            self.from_client(from, buffer.get(..n).unwrap_or_default());
+            self.take_from_client(from, buffer.get(..n).unwrap_or_default());
             count += 1;
             if count == BUDGET {
                 return true;
@@ -175,7 +175,7 @@ impl Association<'_> {
             let mut count = 0;
             while let Some(Some(socket)) = self.outward.get(family) {
                 let Some((n, from)) = poll_recv(socket, cx, buffer) else { break };
-                self.from_target(from, buffer.get(..n).unwrap_or_default());
+                self.take_from_target(from, buffer.get(..n).unwrap_or_default());
                 count += 1;
                 if count == BUDGET {
                     return true;
@@ -185,7 +185,7 @@ impl Association<'_> {
         false
     }
 
-    fn from_client(&mut self, from: SocketAddr, octets: &[u8]) {
+    fn take_from_client(&mut self, from: SocketAddr, octets: &[u8]) {
         // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
         if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
             return;
@@ -278,7 +278,7 @@ impl Association<'_> {
     }
 
     /// An answer; what has no room behind its header goes in fragments.
-    fn from_target(&mut self, from: SocketAddr, data: &[u8]) {
+    fn take_from_target(&mut self, from: SocketAddr, data: &[u8]) {
         let wanted =
             self.server.options.udp_filtering == Filtering::EndpointIndependent || self.contacted.includes(from.ip());
         if !wanted || self.client.port() == 0 {

@@ -1,0 +1,52 @@
+# The commands of the README. `make help` lists them.
+
+PREFIX = /usr/local
+LISTEN = 127.0.0.1:1080
+FUZZ_SECONDS = 30
+FUZZ_TARGETS = proto reassembly
+CARGO = cargo
+
+.PHONY: help build serve check test test-programs fuzz install clean
+
+help:              ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+build:             ## the release binary, target/release/s5
+	$(CARGO) build --release --locked
+
+serve: build       ## build s5 and run its server on LISTEN (127.0.0.1:1080)
+	target/release/s5 serve --listen '$(LISTEN)'
+
+check:             ## format, lints and documentation, warnings as errors
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
+
+test: test-programs ## install what the tests need, and run them all
+	S5_TEST_STRICT=1 $(CARGO) test --locked
+
+# What the tests run against, as Debian packages it. Only what is missing is installed.
+PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
+           python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
+           strace:strace prlimit:util-linux
+test-programs:     ## install the real programs that the tests run against (Debian, as root or with sudo)
+	@missing=; for pair in $(PROGRAMS); do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	/usr/bin/python3 -c 'import socks' 2>/dev/null || missing="$$missing python3-socks"; \
+	[ -z "$$missing" ] || { sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	  $$sudo apt-get update && \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; }
+
+fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
+	command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
+	for target in $(FUZZ_TARGETS); do \
+	  RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir tests/fuzz "$$target" -- \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 || exit 1; \
+	done
+
+install: build     ## copy s5 to PREFIX/bin (/usr/local/bin)
+	install -D -m 755 target/release/s5 '$(DESTDIR)$(PREFIX)/bin/s5'
+
+clean:             ## remove what was built
+	$(CARGO) clean

@@ -1,0 +1,322 @@
+//! What the end-to-end tests share: a server of ours as a child process, targets to talk to, deadlines instead of sleeps.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long anything may take that should happen at once.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// The built program.
+pub fn s5() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_s5"));
+    for variable in ["S5_PROXY", "all_proxy", "ALL_PROXY"] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+/// `s5 serve` as a child process; killed when dropped.
+pub struct Server {
+    child: Child,
+    log: Arc<(Mutex<String>, Condvar)>,
+    /// Where it listens, in the order of its log.
+    pub addrs: Vec<SocketAddr>,
+}
+
+impl Server {
+    /// Starts `s5 serve --listen 127.0.0.1:0` with more arguments.
+    pub fn start(args: &[&str]) -> Self {
+        let all: Vec<&str> = ["--listen", "127.0.0.1:0"].iter().chain(args).copied().collect();
+        Self::start_with(s5().arg("serve").args(all), 1)
+    }
+
+    /// Starts a command that is `s5 serve` in the end, and waits until it listens on `count` addresses.
+    pub fn start_with(command: &mut Command, count: usize) -> Self {
+        let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.expect("s5 starts");
+        let stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
+        let log = Arc::new((Mutex::new(String::new()), Condvar::new()));
+        let shared = log.clone();
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let (text, changed) = &*shared;
+                let mut text = text.lock().expect("no panic holds the log");
+                text.push_str(&line);
+                text.push('\n');
+                changed.notify_all();
+            }
+        });
+        let mut server = Self { child, log, addrs: Vec::new() };
+        let text = server.wait_log(|log| log.matches("listening on ").count() >= count);
+        let listening = text.lines().filter_map(|line| line.split_once("listening on "));
+        server.addrs = listening.filter_map(|(_, addr)| addr.parse().ok()).collect();
+        server
+    }
+
+    /// The first address that it listens on.
+    pub fn addr(&self) -> SocketAddr {
+        *self.addrs.first().expect("it listens on TCP")
+    }
+
+    /// A connection to it, with a read timeout.
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.addr()).expect("the server accepts");
+        stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+        stream
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All that it has logged so far.
+    pub fn log(&self) -> String {
+        self.log.0.lock().expect("no panic holds the log").clone()
+    }
+
+    /// Waits until the log satisfies `done`, and gives it.
+    pub fn wait_log(&self, done: impl Fn(&str) -> bool) -> String {
+        let (text, changed) = &*self.log;
+        let text = text.lock().expect("no panic holds the log");
+        let (text, waited) = changed.wait_timeout_while(text, SOON, |text| !done(text)).expect("no panic");
+        assert!(!waited.timed_out(), "the log never came to that:\n{}", *text);
+        text.clone()
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
+    }
+
+    /// Seconds of CPU that it has used.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
+        let fields: Vec<&str> = stat.rsplit_once(')').expect("a name in brackets").1.split_whitespace().collect();
+        // utime and stime, fields 14 and 15 of proc(5), in ticks of 10 ms.
+        [11, 12].iter().map(|i| fields[*i].parse::<f64>().expect("ticks")).sum::<f64>() / 100.0
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let pid = self.pid().to_string();
+        assert!(Command::new("kill").args(["-s", signal, &pid]).status().expect("kill runs").success());
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let mut status = None;
+        eventually("the server ends", limit, || {
+            status = self.child.try_wait().expect("the child can be waited for");
+            status.is_some()
+        });
+        status.expect("it has ended")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("the server's log:\n{}", self.log());
+        }
+    }
+}
+
+/// Looks every 5 ms whether something has come about.
+pub fn eventually(what: &str, limit: Duration, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs a command with this stdin and gives its output; fails when it takes longer than `limit`.
+pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
+    let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut input = child.stdin.take().expect("stdin is piped");
+    let stdin = stdin.to_vec();
+    // A child that does not read all of it is its own affair.
+    thread::spawn(move || drop(input.write_all(&stdin)));
+    let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let out = thread::spawn(move || {
+        let mut all = Vec::new();
+        out.read_to_end(&mut all).map(|_| all).unwrap_or_default()
+    });
+    let err = thread::spawn(move || {
+        let mut all = Vec::new();
+        err.read_to_end(&mut all).map(|_| all).unwrap_or_default()
+    });
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("the child can be waited for") {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            let _ = child.kill();
+            let _ = child.wait();
+            panic!("{command:?} took longer than {limit:?}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    Output { status, stdout: out.join().expect("a reader"), stderr: err.join().expect("a reader") }
+}
+
+/// A TCP server that runs `serve` on a thread for each connection.
+pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
+    let listener = TcpListener::bind((ip, 0)).expect("a port");
+    let addr = listener.local_addr().expect("an address");
+    let serve = Arc::new(serve);
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let serve = serve.clone();
+            thread::spawn(move || serve(stream));
+        }
+    });
+    addr
+}
+
+/// Sends back what it gets, and half-closes when the other side does.
+pub fn echo_server() -> SocketAddr {
+    tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
+        let mut other = stream.try_clone().expect("a second handle");
+        let _ = std::io::copy(&mut stream, &mut other);
+        let _ = other.shutdown(std::net::Shutdown::Write);
+    })
+}
+
+/// Sends datagrams back to whoever sent them.
+pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
+    let socket = UdpSocket::bind((ip, 0)).expect("a port");
+    let addr = socket.local_addr().expect("an address");
+    thread::spawn(move || {
+        let mut buffer = vec![0; 65_536];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(&buffer[..n], from);
+        }
+    });
+    addr
+}
+
+/// A port on 127.0.0.1 where nobody listens.
+pub fn closed_port() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
+}
+
+/// Reads exactly `n` octets.
+pub fn read_exact(stream: &mut TcpStream, n: usize) -> Vec<u8> {
+    let mut octets = vec![0; n];
+    stream.read_exact(&mut octets).expect("that many octets come");
+    octets
+}
+
+/// A request with an IPv4 or IPv6 address in it.
+pub fn request(command: u8, dst: SocketAddr) -> Vec<u8> {
+    let mut octets = vec![5, command, 0];
+    match dst.ip() {
+        IpAddr::V4(ip) => {
+            octets.push(1);
+            octets.extend(ip.octets());
+        }
+        IpAddr::V6(ip) => {
+            octets.push(4);
+            octets.extend(ip.octets());
+        }
+    }
+    octets.extend(dst.port().to_be_bytes());
+    octets
+}
+
+/// Reads a reply: REP and BND.
+pub fn read_reply(stream: &mut TcpStream) -> (u8, SocketAddr) {
+    let head = read_exact(stream, 4);
+    assert_eq!((head[0], head[2]), (5, 0), "VER and RSV of a reply");
+    let ip: IpAddr = match head[3] {
+        1 => <[u8; 4]>::try_from(read_exact(stream, 4)).expect("4 octets").into(),
+        4 => <[u8; 16]>::try_from(read_exact(stream, 16)).expect("16 octets").into(),
+        other => panic!("ATYP {other} in a reply"),
+    };
+    let port = u16::from_be_bytes(read_exact(stream, 2).try_into().expect("2 octets"));
+    (head[1], SocketAddr::new(ip, port))
+}
+
+/// Greets without authentication and makes a request: the connection, REP and BND.
+pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, SocketAddr) {
+    let mut stream = server.connect();
+    stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    stream.write_all(&request(command, dst)).expect("the request is sent");
+    let (rep, bnd) = read_reply(&mut stream);
+    (stream, rep, bnd)
+}
+
+/// Whether a real program is there. A test that needs one fails without it when S5_TEST_STRICT=1, and else says that
+/// it is skipped.
+pub fn has(program: &str) -> bool {
+    let places = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&places).collect();
+    folders.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    if folders.iter().any(|folder| folder.join(program).is_file()) {
+        return true;
+    }
+    skip(&format!("{program} is not installed"));
+    false
+}
+
+/// Fails when S5_TEST_STRICT=1, and else says that the test is skipped.
+pub fn skip(why: &str) {
+    assert!(std::env::var_os("S5_TEST_STRICT").is_none_or(|strict| strict != "1"), "{why}");
+    eprintln!("skipped: {why}");
+}
+
+/// Runs the calling test once more inside of a network namespace of its own, without a route, with these lines as
+/// /etc/hosts and this /etc/resolv.conf. True in there; outside it returns false when the inner run has passed.
+pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
+    if std::env::var_os("S5_TEST_NAMESPACE").is_some() {
+        return true;
+    }
+    if !has("unshare") || !has("ip") {
+        return false;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, text: &str| -> PathBuf {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("a file");
+        path
+    };
+    let (hosts, resolv) = (file("hosts", hosts), file("resolv.conf", resolv));
+    // dns only: whatever else nsswitch.conf asks would not be this test's business.
+    let nsswitch = file("nsswitch.conf", "hosts: files dns\n");
+    let script = "ip link set lo up && mount --bind \"$1\" /etc/hosts && mount --bind \"$2\" /etc/resolv.conf \
+                  && mount --bind \"$3\" /etc/nsswitch.conf && shift 3 && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--mount", "--net", "--", "sh", "-c", script, "sh"]);
+    command
+        .args([hosts.as_path(), resolv.as_path(), nsswitch.as_path()])
+        .arg(std::env::current_exe().expect("this test"));
+    command.args(["--exact", test, "--nocapture"]).env("S5_TEST_NAMESPACE", "1");
+    let output = run(&mut command, b"", Duration::from_secs(120));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "inside of the namespace:\n{said}");
+    false
+}
+
+/// A folder that goes away with the test.
+pub fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a folder")
+}
+
+/// Writes a file and gives its path as text.
+pub fn write_file(folder: &Path, name: &str, text: &str) -> String {
+    let path = folder.join(name);
+    std::fs::write(&path, text).expect("a file");
+    path.to_str().expect("a path of text").to_owned()
+}
