@@ -51,7 +51,7 @@ impl fmt::Display for Proxy {
     }
 }
 
-/// `[socks5[h]://][user:pass@]host[:port]` or `unix:/path`. The host's name is looked up here, all others by the
+/// `\[socks5\[h\]://][user:pass@]host[:port]` or `unix:/path`. The host's name is looked up here, all others by the
 /// proxy, whichever scheme is given.
 impl FromStr for Proxy {
     type Err = String;
@@ -59,8 +59,11 @@ impl FromStr for Proxy {
     fn from_str(text: &str) -> Result<Self, String> {
         let rest = match text.split_once("://") {
             Some(("socks5" | "socks5h", rest)) => rest,
-            Some((scheme, _)) => return Err(format!("{scheme:?} is not a scheme of SOCKS5: use socks5h://HOST:PORT")),
-            None => text,
+            // Only what can be a scheme is shown; it could also be the beginning of a password.
+            Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
+                return Err(format!("{scheme}:// is not SOCKS5, and s5 speaks nothing else: use socks5h://HOST:PORT"));
+            }
+            _ => text,
         };
         let (userinfo, place) = match rest.rsplit_once('@') {
             Some((userinfo, place)) => (Some(userinfo), place),
@@ -97,7 +100,7 @@ fn parse_userinfo(text: &str) -> Result<Credentials, String> {
     Ok(Credentials { uname: decode("user name", uname)?, passwd: decode("password", passwd)? })
 }
 
-/// `host:port`, `[v6]:port`, `v4:port`; with a default port also without one.
+/// `host:port`, `\[v6\]:port`, `v4:port`; with a default port also without one.
 ///
 /// # Errors
 /// What is wrong, in words.
@@ -318,8 +321,7 @@ impl Client {
             Endpoint::Tcp(addr) => {
                 let addrs = Resolver::default().lookup(addr).await.map_err(Cause::Unreachable)?;
                 self.step(Phase::Connect);
-                let deadline = self.limit.map_or_else(far, |(deadline, _)| deadline);
-                dial(addrs, deadline).await.map(Conn::Tcp).map_err(Cause::Unreachable)
+                dial(addrs, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)
             }
         }
     }
@@ -391,7 +393,7 @@ impl Client {
     }
 }
 
-/// A deadline that never comes, for those who set none.
+/// A deadline that never comes: the one that counts is that of the whole handshake.
 fn far() -> Instant {
     Instant::now() + Duration::from_secs(365 * 24 * 3600)
 }

@@ -90,7 +90,7 @@ impl Conn {
     }
 
     /// Says `last`, and closes so that it arrives although the peer may still be sending: shuts down the write side,
-    /// reads on until the peer closes too or [`FAREWELL`] has passed.
+    /// reads on until the peer closes too, for 5 seconds at the most.
     pub async fn farewell(mut self, last: &[u8]) {
         let say = async {
             self.write_all(last).await?;

@@ -4,8 +4,14 @@
 //! still belong to the message; so whoever reads on its behalf never reads past a message. Nothing here does I/O,
 //! reads a clock, knows a socket or decides who may do what.
 
+mod addr;
+mod codes;
+
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use addr::ATYP_NAME;
+pub use addr::{Addr, Host, Name};
+pub use codes::{Command, Foreign, Method, Rep};
 
 /// VER of RFC 1928.
 pub const VERSION: u8 = 5;
@@ -19,10 +25,6 @@ pub const MAX_NAME: usize = 255;
 pub const MAX_FIELD: usize = 255;
 /// The most octets that one UDP datagram over IPv4 can carry.
 pub const MAX_UDP: usize = 65_507;
-
-const ATYP_IPV4: u8 = 1;
-const ATYP_NAME: u8 = 3;
-const ATYP_IPV6: u8 = 4;
 
 /// What is wrong with octets that can't become a message, whatever follows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,33 +177,6 @@ fn write_counted(bytes: &[u8], out: &mut Vec<u8>) {
     out.extend(bytes.iter().take(length.into()));
 }
 
-/// An authentication method (section 3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Method(pub u8);
-
-impl Method {
-    /// NO AUTHENTICATION REQUIRED.
-    pub const NONE: Self = Self(0);
-    /// GSSAPI (RFC 1961).
-    pub const GSSAPI: Self = Self(1);
-    /// USERNAME/PASSWORD (RFC 1929).
-    pub const PASSWORD: Self = Self(2);
-    /// NO ACCEPTABLE METHODS.
-    pub const UNACCEPTABLE: Self = Self(0xff);
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::NONE => f.write_str("none"),
-            Self::GSSAPI => f.write_str("gssapi"),
-            Self::PASSWORD => f.write_str("password"),
-            Self::UNACCEPTABLE => f.write_str("no acceptable method"),
-            Self(other) => write!(f, "method {other:#04x}"),
-        }
-    }
-}
-
 /// `VER NMETHODS METHODS`: what the client can do (section 3).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Greeting {
@@ -308,130 +283,6 @@ impl Message for Status {
     }
 }
 
-/// CMD (section 4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Command {
-    /// A connection to DST.
-    Connect,
-    /// A connection from DST.
-    Bind,
-    /// Datagrams to and from anywhere.
-    UdpAssociate,
-}
-
-impl Command {
-    fn code(self) -> u8 {
-        match self {
-            Self::Connect => 1,
-            Self::Bind => 2,
-            Self::UdpAssociate => 3,
-        }
-    }
-}
-
-impl fmt::Display for Command {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Connect => "connect",
-            Self::Bind => "bind",
-            Self::UdpAssociate => "udp",
-        })
-    }
-}
-
-/// A name of ATYP 3: 1 to 255 octets of UTF-8 without control characters. Whether a host can have it is another question.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Box<str>);
-
-impl Name {
-    /// # Errors
-    /// [`Error::Name`] for octets that are no such name.
-    pub fn new(octets: &[u8]) -> Result<Self, Error> {
-        match std::str::from_utf8(octets) {
-            Ok(text) if (1..=MAX_NAME).contains(&text.len()) && !text.contains(char::is_control) => {
-                Ok(Self(text.into()))
-            }
-            _ => Err(Error::Name),
-        }
-    }
-
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-/// DST.ADDR or BND.ADDR (section 5).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Host {
-    /// ATYP 1 or 4.
-    Ip(IpAddr),
-    /// ATYP 3.
-    Name(Name),
-}
-
-/// A host and a port: DST or BND.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Addr {
-    /// DST.ADDR or BND.ADDR.
-    pub host: Host,
-    /// DST.PORT or BND.PORT.
-    pub port: u16,
-}
-
-impl Addr {
-    /// 0.0.0.0:0: nothing to tell.
-    pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
-
-    /// ATYP, the shortest address (a name of 0 octets, in replies only), port.
-    const MIN: usize = 1 + 1 + 2;
-    /// ATYP, length, the longest name, port.
-    const MAX: usize = 1 + 1 + MAX_NAME + 2;
-
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
-        let host = match reader.octet()? {
-            ATYP_IPV4 => Host::Ip(Ipv4Addr::from(reader.array::<4>()?).into()),
-            ATYP_NAME => Host::Name(Name::new(reader.counted()?)?),
-            ATYP_IPV6 => Host::Ip(Ipv6Addr::from(reader.array::<16>()?).into()),
-            other => return Err(Error::Atyp(other).into()),
-        };
-        Ok(Self { host, port: u16::from_be_bytes(reader.array()?) })
-    }
-
-    fn write(&self, out: &mut Vec<u8>) {
-        match &self.host {
-            Host::Ip(IpAddr::V4(ip)) => {
-                out.push(ATYP_IPV4);
-                out.extend(ip.octets());
-            }
-            Host::Name(name) => {
-                out.push(ATYP_NAME);
-                write_counted(name.as_str().as_bytes(), out);
-            }
-            Host::Ip(IpAddr::V6(ip)) => {
-                out.push(ATYP_IPV6);
-                out.extend(ip.octets());
-            }
-        }
-        out.extend(self.port.to_be_bytes());
-    }
-}
-
-impl From<SocketAddr> for Addr {
-    fn from(addr: SocketAddr) -> Self {
-        Self { host: Host::Ip(addr.ip()), port: addr.port() }
-    }
-}
-
-impl fmt::Display for Addr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
-            Host::Name(name) => write!(f, "{}:{}", name.as_str(), self.port),
-        }
-    }
-}
-
 /// `VER CMD RSV ATYP DST.ADDR DST.PORT` (section 4). RSV is sent as 0 and taken as it comes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -461,38 +312,6 @@ impl Message for Request {
         out.extend([VERSION, self.command.code(), 0]);
         self.dst.write(out);
     }
-}
-
-/// REP (section 6).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Rep(pub u8);
-
-macro_rules! reps {
-    ($($code:literal $name:ident $text:literal)*) => {
-        impl Rep {
-            $(#[doc = concat!("X'", stringify!($code), "': ", $text, ".")] pub const $name: Self = Self($code);)*
-        }
-        impl fmt::Display for Rep {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                match self.0 {
-                    $($code => f.write_str($text),)*
-                    _ => f.write_str("unassigned reply code"),
-                }
-            }
-        }
-    };
-}
-
-reps! {
-    0 SUCCEEDED "succeeded"
-    1 GENERAL_FAILURE "general SOCKS server failure"
-    2 NOT_ALLOWED "not allowed by ruleset"
-    3 NETWORK_UNREACHABLE "network unreachable"
-    4 HOST_UNREACHABLE "host unreachable"
-    5 REFUSED "connection refused"
-    6 TTL_EXPIRED "TTL expired"
-    7 COMMAND_NOT_SUPPORTED "command not supported"
-    8 ATYP_NOT_SUPPORTED "address type not supported"
 }
 
 /// `VER REP RSV ATYP BND.ADDR BND.PORT` (section 6).
@@ -560,39 +379,5 @@ impl<'a> Datagram<'a> {
         out.extend([0, 0, self.frag]);
         self.dst.write(out);
         out.extend(self.data);
-    }
-}
-
-/// What speaks another protocol, judged by the first octet that it sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Foreign(pub u8);
-
-impl Foreign {
-    /// The answer in the other protocol that says no; empty where it has none.
-    pub fn rejection(self) -> &'static [u8] {
-        match self.0 {
-            4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0],
-            b'A'..=b'Z' => {
-                b"HTTP/1.0 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n\
-                  This is a SOCKS5 proxy, not an HTTP server or proxy. Use it as socks5h://HOST:PORT.\n"
-            }
-            _ => &[],
-        }
-    }
-}
-
-impl fmt::Display for Foreign {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let guess = match self.0 {
-            0 | 4 => ", SOCKS4?",
-            0x15 | 0x16 => ", TLS?",
-            b'S' => ", SSH?",
-            b'A'..=b'Z' => ", HTTP?",
-            _ => "",
-        };
-        match self.0 {
-            octet if octet.is_ascii_graphic() => write!(f, "{octet:#04x} '{}'{guess}", char::from(octet)),
-            octet => write!(f, "{octet:#04x}{guess}"),
-        }
     }
 }

@@ -46,7 +46,8 @@ pub struct Moved {
 pub struct Limits {
     /// After this long without an octet either way.
     pub idle: Option<Duration>,
-    /// When `down` has ended: after this long without an octet `up`. None: `up` may take as long as it likes.
+    /// When `down` has ended: after the client side has given nothing for this long. What it has given is still sent,
+    /// however long dst takes. None: `up` may take as long as it likes.
     pub linger: Option<Duration>,
 }
 
@@ -184,7 +185,7 @@ impl Tunnel<'_> {
     fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let (limit, result) = match self.limits {
             _ if self.unsent.is_some() => (UNSENT, Err(())),
-            Limits { linger: Some(linger), .. } if self.down.done => (linger, Ok(())),
+            Limits { linger: Some(linger), .. } if self.down.done && self.up.waits_for_source() => (linger, Ok(())),
             Limits { idle: Some(idle), .. } => (idle, Err(())),
             Limits { idle: None, .. } => return Poll::Pending,
         };
@@ -226,6 +227,10 @@ impl<'a> Direction<'a> {
 
     fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
+    }
+
+    fn waits_for_source(&self) -> bool {
+        self.rest.is_empty() && !self.ended
     }
 
     fn took(&self, n: usize) {

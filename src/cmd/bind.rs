@@ -18,13 +18,13 @@ use crate::proto::{Addr, Command};
     example = "s5 bind -x proxy.example 192.0.2.7 > received"
 )]
 pub struct Args {
-    /// the proxy, [socks5h://][user:pass@]host[:port] or unix:/path; a comma list is a chain, nearest first
+    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; a comma list is a chain, nearest first
     #[argh(option, short = 'x', long = "proxy", arg_name = "url")]
     proxy: Option<String>,
 
     /// how long it may take until the proxy listens: seconds, or with ms, s, m, h (60); the wait for the peer is the
     /// proxy's to bound
-    #[argh(option, short = 'w', long = "wait", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
+    #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
     wait: Duration,
 
     /// say on stderr what happens

@@ -17,12 +17,12 @@ use crate::proto::Command;
     example = "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | s5 connect example.org:80\nssh -o ProxyCommand='s5 connect %h %p' host"
 )]
 pub struct Args {
-    /// the proxy, [socks5h://][user:pass@]host[:port] or unix:/path; a comma list is a chain, nearest first
+    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; a comma list is a chain, nearest first
     #[argh(option, short = 'x', long = "proxy", arg_name = "url")]
     proxy: Option<String>,
 
     /// how long it may take until the target has accepted: seconds, or with ms, s, m, h (60)
-    #[argh(option, short = 'w', long = "wait", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
+    #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
     wait: Duration,
 
     /// say on stderr what happens

@@ -29,9 +29,12 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
     example = "s5 serve --listen '*:1080' --users /etc/s5/users"
 )]
 pub struct Args {
-    /// where to listen: host:port, [v6]:port, port (loopback), *:port (every address), unix:/path; may be repeated
-    /// (127.0.0.1:1080)
-    #[argh(option, arg_name = "addr")]
+    #[argh(
+        option,
+        arg_name = "addr",
+        description = "where to listen: host:port, [v6]:port, port (loopback), *:port (every address) or unix:/path; \
+                       may be repeated (127.0.0.1:1080)"
+    )]
     listen: Vec<Listen>,
 
     /// a file with a line name:hash for each user; with it, nobody gets in without a password

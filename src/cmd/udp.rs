@@ -25,12 +25,12 @@ const ANSWERS: Duration = Duration::from_secs(2);
     example = "echo ping | s5 udp -w 1 192.0.2.7:7"
 )]
 pub struct Args {
-    /// the proxy, [socks5h://][user:pass@]host[:port] or unix:/path; a comma list is a chain, nearest first
+    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; a comma list is a chain, nearest first
     #[argh(option, short = 'x', long = "proxy", arg_name = "url")]
     proxy: Option<String>,
 
     /// how long to wait for answers when stdin has ended: seconds, or with ms, s, m, h (2)
-    #[argh(option, short = 'w', long = "wait", arg_name = "time", from_str_fn(duration), default = "ANSWERS")]
+    #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(duration), default = "ANSWERS")]
     wait: Duration,
 
     /// take what one read gives as a datagram, and write answers as they are

@@ -1,0 +1,127 @@
+//! The code points of RFC 1928, with their names; and what the first octet of another protocol tells.
+
+use std::fmt;
+
+/// An authentication method (section 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Method(pub u8);
+
+impl Method {
+    /// NO AUTHENTICATION REQUIRED.
+    pub const NONE: Self = Self(0);
+    /// GSSAPI (RFC 1961).
+    pub const GSSAPI: Self = Self(1);
+    /// USERNAME/PASSWORD (RFC 1929).
+    pub const PASSWORD: Self = Self(2);
+    /// NO ACCEPTABLE METHODS.
+    pub const UNACCEPTABLE: Self = Self(0xff);
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::NONE => f.write_str("none"),
+            Self::GSSAPI => f.write_str("gssapi"),
+            Self::PASSWORD => f.write_str("password"),
+            Self::UNACCEPTABLE => f.write_str("no acceptable method"),
+            Self(other) => write!(f, "method {other:#04x}"),
+        }
+    }
+}
+
+/// CMD (RFC 1928 section 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Command {
+    /// A connection to DST.
+    Connect,
+    /// A connection from DST.
+    Bind,
+    /// Datagrams to and from anywhere.
+    UdpAssociate,
+}
+
+impl Command {
+    pub(super) fn code(self) -> u8 {
+        match self {
+            Self::Connect => 1,
+            Self::Bind => 2,
+            Self::UdpAssociate => 3,
+        }
+    }
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connect => "connect",
+            Self::Bind => "bind",
+            Self::UdpAssociate => "udp",
+        })
+    }
+}
+
+/// REP (section 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rep(pub u8);
+
+macro_rules! reps {
+    ($($code:literal $name:ident $text:literal)*) => {
+        impl Rep {
+            $(#[doc = concat!("X'", stringify!($code), "': ", $text, ".")] pub const $name: Self = Self($code);)*
+        }
+        impl fmt::Display for Rep {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self.0 {
+                    $($code => f.write_str($text),)*
+                    _ => f.write_str("unassigned reply code"),
+                }
+            }
+        }
+    };
+}
+
+reps! {
+    0 SUCCEEDED "succeeded"
+    1 GENERAL_FAILURE "general SOCKS server failure"
+    2 NOT_ALLOWED "not allowed by ruleset"
+    3 NETWORK_UNREACHABLE "network unreachable"
+    4 HOST_UNREACHABLE "host unreachable"
+    5 REFUSED "connection refused"
+    6 TTL_EXPIRED "TTL expired"
+    7 COMMAND_NOT_SUPPORTED "command not supported"
+    8 ATYP_NOT_SUPPORTED "address type not supported"
+}
+
+/// What speaks another protocol, judged by the first octet that it sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Foreign(pub u8);
+
+impl Foreign {
+    /// The answer in the other protocol that says no; empty where it has none.
+    pub fn rejection(self) -> &'static [u8] {
+        match self.0 {
+            4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0],
+            b'A'..=b'Z' => {
+                b"HTTP/1.0 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n\
+                  This is a SOCKS5 proxy, not an HTTP server or proxy. Use it as socks5h://HOST:PORT.\n"
+            }
+            _ => &[],
+        }
+    }
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let guess = match self.0 {
+            0 | 4 => ", SOCKS4?",
+            0x15 | 0x16 => ", TLS?",
+            b'S' => ", SSH?",
+            b'A'..=b'Z' => ", HTTP?",
+            _ => "",
+        };
+        match self.0 {
+            octet if octet.is_ascii_graphic() => write!(f, "{octet:#04x} '{}'{guess}", char::from(octet)),
+            octet => write!(f, "{octet:#04x}{guess}"),
+        }
+    }
+}
