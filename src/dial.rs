@@ -7,6 +7,7 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -152,6 +153,11 @@ pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
+/// The unspecified address of the family of `ip`.
+pub fn unspecified(ip: IpAddr) -> IpAddr {
+    if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
 /// The resolver may give a link-local address its interface; without it there is no way to dial it.
 fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
@@ -204,7 +210,7 @@ type Attempt = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send>>;
 async fn attempt(addr: SocketAddr) -> Result<TcpStream, Failure> {
     let connected = Async::<std::net::TcpStream>::connect(addr).await;
     let stream = connected.map_err(|error| Failure::of(&error, addr))?;
-    tune(stream.get_ref());
+    tune(&stream);
     Ok(stream.into())
 }
 
@@ -239,16 +245,21 @@ fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
     }
 }
 
-/// Sets TCP_NODELAY, since small messages must not wait for each other, and keepalive, so that a peer that is gone
-/// without a word is found: after 60 s of silence, 6 probes 15 s apart. A connection works without them too.
-pub fn tune(stream: &std::net::TcpStream) {
+/// Sets what a connection should have, and works without: TCP_NODELAY, since small messages must not wait for each
+/// other; keepalive, so that a peer that is gone without a word is found (after 60 s of silence, 6 probes 15 s apart);
+/// urgent octets in line, so that none is lost. Connections inherit all of it from their listener.
+pub fn tune(socket: &impl AsFd) {
+    let socket = socket2::SockRef::from(socket);
     let keepalive = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
         .with_retries(6);
-    let tuned = stream.set_nodelay(true).and_then(|()| socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive));
+    let tuned = socket
+        .set_tcp_nodelay(true)
+        .and_then(|()| socket.set_tcp_keepalive(&keepalive))
+        .and_then(|()| socket.set_out_of_band_inline(true));
     if let Err(error) = tuned {
-        log::debug!("a connection could not be tuned: {error}");
+        log::debug!("a socket could not be tuned: {error}");
     }
 }
 

@@ -26,7 +26,7 @@ use smol::channel::{self, Receiver, Sender};
 use smol::lock::Semaphore;
 use smol::{Executor, Timer};
 
-use crate::dial::Resolver;
+use crate::dial::{Resolver, unspecified};
 use crate::policy::Policy;
 pub use listen::Listen;
 use listen::Listener;
@@ -105,6 +105,23 @@ fn candidates(ports: Option<&Ports>) -> Vec<u16> {
     let start = start.checked_rem(ports.len()).unwrap_or(0);
     ports.rotate_left(start);
     ports
+}
+
+/// Binds `local` with one of the ports, or gives the error of the last one.
+fn bind_within<T>(
+    ports: Option<&Ports>,
+    mut local: SocketAddr,
+    bind: impl Fn(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    let mut result = Err(io::ErrorKind::AddrInUse.into());
+    for port in candidates(ports) {
+        local.set_port(port);
+        result = bind(local);
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
 }
 
 /// What all sessions share.
@@ -302,8 +319,7 @@ fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAd
         peer => peer,
     };
     // Connecting a UDP socket sends nothing, and tells which address the system would send from.
-    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let probe = UdpSocket::bind((any, 0))?;
+    let probe = UdpSocket::bind((unspecified(peer), 0))?;
     probe.connect((towards, 9))?;
     let mut local = probe.local_addr()?;
     local.set_port(0);

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::net::UdpSocket;
 use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use smol::Async;
 
 use super::{Cause, Client, Error, Phase};
 use crate::conn::Conn;
-use crate::dial::{Failure, Resolver};
+use crate::dial::{Failure, Resolver, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP};
 use crate::reassembly::{Reassembler, split};
 
@@ -62,8 +62,7 @@ impl Client {
 
 async fn connect(relay: &Addr) -> Result<Async<UdpSocket>, Failure> {
     let relay = Resolver::default().lookup(relay).await?.into_iter().next().ok_or(Failure::NotFound)?;
-    let any: IpAddr = if relay.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = Async::<UdpSocket>::bind((any, 0)).map_err(|error| Failure::of(&error, relay))?;
+    let socket = Async::<UdpSocket>::bind((unspecified(relay.ip()), 0)).map_err(|error| Failure::of(&error, relay))?;
     // From here on the kernel lets in what the relay sends, and nothing else.
     socket.get_ref().connect(relay).map_err(|error| Failure::of(&error, relay))?;
     Ok(socket)

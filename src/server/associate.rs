@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
@@ -19,9 +19,9 @@ use smol::{Async, Timer};
 
 use super::record::Record;
 use super::session::Refusal;
-use super::{Filtering, Server, address_for, candidates};
+use super::{Filtering, Server, address_for, bind_within};
 use crate::conn::{Conn, until};
-use crate::dial::{Failure, canonical};
+use crate::dial::{Failure, canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
 use crate::reassembly::{Reassembler, split};
@@ -80,17 +80,8 @@ fn client_addr(control: &Conn, dst: &Addr) -> SocketAddr {
 }
 
 fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<Async<UdpSocket>> {
-    let unspecified = if client.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let mut local = address_for(control.local_addr(), unspecified)?;
-    let mut result = Err(io::ErrorKind::AddrInUse.into());
-    for port in candidates(server.options.udp_ports.as_ref()) {
-        local.set_port(port);
-        result = udp_socket(local);
-        if result.is_ok() {
-            break;
-        }
-    }
-    let socket = result?;
+    let local = address_for(control.local_addr(), unspecified(client.ip()))?;
+    let socket = bind_within(server.options.udp_ports.as_ref(), local, udp_socket)?;
     // Port 0 leaves the port open and pins the address.
     socket.get_ref().connect(client)?;
     Ok(socket)
@@ -267,13 +258,10 @@ impl Association<'_> {
 
     fn outward(&mut self, addr: SocketAddr) -> io::Result<&Async<UdpSocket>> {
         let [v4, v6] = &mut self.outward;
-        let (socket, any): (_, IpAddr) = match addr {
-            SocketAddr::V4(_) => (v4, Ipv4Addr::UNSPECIFIED.into()),
-            SocketAddr::V6(_) => (v6, Ipv6Addr::UNSPECIFIED.into()),
-        };
+        let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
             Some(socket) => Ok(socket),
-            none => Ok(none.insert(udp_socket(SocketAddr::new(any, 0))?)),
+            none => Ok(none.insert(udp_socket(SocketAddr::new(unspecified(addr.ip()), 0))?)),
         }
     }
 

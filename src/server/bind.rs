@@ -12,9 +12,9 @@ use smol::{Async, Timer};
 
 use super::record::Record;
 use super::session::Refusal;
-use super::{Server, address_for, candidates};
+use super::{Server, address_for, bind_within};
 use crate::conn::{Conn, until};
-use crate::dial::tune;
+use crate::dial::{tune, unspecified};
 use crate::proto::{Addr, Host, Rep};
 
 /// How long to rest when there is no descriptor for the peer's connection.
@@ -38,9 +38,7 @@ pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record
     drop(listener);
     let (peer, addr) =
         came.unwrap_or_else(|| Err(Refusal::reply(Rep::TTL_EXPIRED, "the peer did not come in time")))?;
-    let bnd = record.bnd;
     server.succeed(client, addr, record).await?;
-    record.bnd = bnd;
     server.relay(client, Conn::Tcp(peer), record).await;
     Ok(())
 }
@@ -84,26 +82,15 @@ impl Expected {
 /// Binds where the expected peer can come to: the address that the client uses, or every address where one would not
 /// do: for peers of both families, and behind an advertised address, which need not be one of this machine's.
 fn listen(server: &Server, client: &Conn, expected: &Expected) -> io::Result<TcpListener> {
-    let peer = expected.representative();
-    let local = address_for(client.local_addr(), peer)?;
-    let local = if expected.both_families() {
-        SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)
+    let mut local = address_for(client.local_addr(), expected.representative())?;
+    if expected.both_families() {
+        local.set_ip(Ipv6Addr::UNSPECIFIED.into());
     } else if server.advertised(local) != local {
-        let any = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        SocketAddr::new(any, 0)
-    } else {
-        local
-    };
-    let mut result = Err(io::ErrorKind::AddrInUse.into());
-    for port in candidates(server.options.bind_ports.as_ref()) {
-        let mut local = local;
-        local.set_port(port);
-        result = listen_at(local, !expected.both_families());
-        if result.is_ok() {
-            break;
-        }
+        local.set_ip(unspecified(local.ip()));
     }
-    result?.try_into().map(|listener: Async<std::net::TcpListener>| listener.into())
+    let bind = |local| listen_at(local, !expected.both_families());
+    let listener = bind_within(server.options.bind_ports.as_ref(), local, bind)?;
+    Async::new(listener).map(Into::into)
 }
 
 fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<std::net::TcpListener> {
@@ -113,6 +100,7 @@ fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<std::net::TcpListen
     }
     socket.set_reuse_address(true)?;
     socket.bind(&local.into())?;
+    tune(&socket);
     // Strangers wait here too, until they are turned away.
     socket.listen(16)?;
     Ok(socket.into())
@@ -123,8 +111,6 @@ async fn accept(listener: &TcpListener, expected: &Expected) -> (TcpStream, Sock
     loop {
         match listener.accept().await {
             Ok((stream, peer)) if expected.includes(peer) => {
-                let handle: std::sync::Arc<Async<std::net::TcpStream>> = stream.clone().into();
-                tune((*handle).get_ref());
                 return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
             }
             Ok((_, stranger)) => log::debug!("bind: {stranger} is not the expected peer"),

@@ -57,9 +57,9 @@ impl Server {
         found.map_err(|failure| Refusal::failure(failure, dst))
     }
 
-    /// Answers success.
+    /// Answers success. The record keeps the first BND, that of this server's socket.
     pub(super) async fn succeed(&self, client: &mut Conn, bnd: SocketAddr, record: &mut Record) -> Result<(), Refusal> {
-        record.bnd = Some(bnd);
+        record.bnd.get_or_insert(bnd);
         let reply = Reply { rep: Rep::SUCCEEDED, bnd: bnd.into() };
         client.write_message(&reply).await.map_err(Refusal::silent)?;
         record.rep = Some(Rep::SUCCEEDED);

@@ -90,6 +90,7 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     }
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
+    tune(&socket);
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
@@ -182,7 +183,6 @@ impl Listener {
         match self {
             Self::Tcp(listener, _) => {
                 let (stream, _) = listener.get_ref().accept()?;
-                tune(&stream);
                 Ok(Conn::Tcp(Async::new(stream)?.into()))
             }
             Self::Unix(listener, _) => {
