@@ -23,7 +23,7 @@ use crate::relay::Abort;
 /// section 6 wants the connection closed within 10 seconds.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often a connection with unread octets is asked whether its peer is still there.
-const LEAVE_POLL: Duration = Duration::from_secs(1);
+const WATCH: Duration = Duration::from_secs(1);
 
 /// A connection between a SOCKS client and a SOCKS server.
 #[derive(Clone, Debug)]
@@ -107,19 +107,26 @@ impl Conn {
         let _ = say.or(timeout).await;
     }
 
-    /// Returns when the peer has closed its side or is gone, and never while it is only silent. Octets that it has
-    /// sent stay unread; behind them a close is noticed within a second.
-    pub async fn gone(&self) {
-        loop {
-            if self.readable().await.is_err() {
-                return;
-            }
+    /// Returns when the peer has reset the connection, or closed its side with nothing left to be read; and never while
+    /// it is only silent. What it has sent stays unread.
+    pub async fn left(&self) {
+        self.watch(PollFlags::HUP | PollFlags::ERR).await;
+    }
+
+    /// As [`Conn::left`], and also when the peer has closed its side behind something unread; that within a second.
+    pub async fn closed(&self) {
+        self.watch(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
+    }
+
+    /// Returns at the end of what the peer sends, or when one of `signs` shows behind what is unread.
+    async fn watch(&self, signs: PollFlags) {
+        while self.readable().await.is_ok() {
             let mut octet = [0; 1];
             match rustix::net::recv(self, &mut octet, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
                 Ok((_, 0)) => return,
-                Ok(_) if self.has_hung_up() => return,
+                Ok(_) if self.shows(signs) => return,
                 Ok(_) => {
-                    Timer::after(LEAVE_POLL).await;
+                    Timer::after(WATCH).await;
                 }
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
                 Err(_) => return,
@@ -127,11 +134,10 @@ impl Conn {
         }
     }
 
-    fn has_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(self, PollFlags::RDHUP)];
-        let ends = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    fn shows(&self, signs: PollFlags) -> bool {
+        let mut fds = [PollFd::new(self, signs)];
         rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok()
-            && fds.iter().any(|fd| fd.revents().intersects(ends))
+            && fds.iter().any(|fd| fd.revents().intersects(signs))
     }
 
     async fn readable(&self) -> io::Result<()> {

@@ -1,19 +1,14 @@
-//! The server end to end, on loopback.
+//! CONNECT and BIND end to end, on loopback: what client and target see. UDP ASSOCIATE is in udp.rs, start and end of
+//! the server itself in lifecycle.rs.
 
 mod common;
+mod kit;
 
-use std::io::{Read as _, Write as _};
-
-use common::{Server, echo_server, open};
-
-#[test]
-fn connect_relays_both_ways() {
-    let server = Server::start(&[]);
-    let (mut stream, rep, _) = open(&server, 1, echo_server());
-    assert_eq!(rep, 0);
-    stream.write_all(b"hello").expect("it is sent");
-    stream.shutdown(std::net::Shutdown::Write).expect("half-close");
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).expect("it comes back");
-    assert_eq!(answer, b"hello");
-}
+#[path = "serve/bind.rs"]
+mod bind;
+#[path = "serve/connect.rs"]
+mod connect;
+#[path = "serve/names.rs"]
+mod names;
+#[path = "serve/relay.rs"]
+mod relay;

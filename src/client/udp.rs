@@ -137,7 +137,7 @@ impl Association {
     pub async fn lost(&self) -> Lost {
         let watch = |layer: &'_ Layer| -> Pin<Box<dyn Future<Output = ()> + '_>> {
             let control = layer.control.clone();
-            Box::pin(async move { control.gone().await })
+            Box::pin(async move { control.closed().await })
         };
         let mut watches: Vec<_> = self.layers.iter().map(|layer| (watch(layer), layer)).collect();
         let mut lost = pin!(poll_fn(move |cx| {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -199,7 +200,7 @@ fn remove_user(file: &Path, name: &str) -> Result<(), Failure> {
 }
 
 /// Writes a new file beside the old one and renames it: whoever reads meanwhile sees one or the other, whole. Only
-/// the owner may read it.
+/// the owner, who stays the same, may read it.
 fn replace(file: &Path, text: &str) -> Result<(), Failure> {
     // Through a link, so that the link stays one.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
@@ -207,6 +208,9 @@ fn replace(file: &Path, text: &str) -> Result<(), Failure> {
     let write = || {
         let mut new = tempfile::NamedTempFile::new_in(folder)?;
         new.write_all(text.as_bytes())?;
+        if let Ok(old) = fs::metadata(&target) {
+            std::os::unix::fs::fchown(new.as_file(), Some(old.uid()), Some(old.gid()))?;
+        }
         new.as_file().sync_all()?;
         new.persist(&target).map_err(|error| error.error).map(drop)
     };

@@ -30,7 +30,7 @@ pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record
     };
     server.succeed(client, server.advertised(reported), record).await?;
     let left = async {
-        client.gone().await;
+        client.closed().await;
         Err(Refusal::silent("the client left before the peer came"))
     };
     let deadline = Instant::now() + server.options.bind_timeout;

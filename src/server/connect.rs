@@ -15,7 +15,7 @@ use crate::policy::is_unicast;
 use crate::proto::{Addr, Rep, Reply};
 use crate::relay::{Limits, relay};
 
-/// How long the dialling goes on when the client has closed its side: it may have left, or said all that it has to say.
+/// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
 const LEAVE_GRACE: Duration = Duration::from_secs(1);
 
 pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
@@ -25,7 +25,7 @@ pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record
         dial(addrs, deadline).await.map_err(|failure| Refusal::failure(failure, dst))
     };
     let left = async {
-        client.gone().await;
+        client.left().await;
         Timer::after(LEAVE_GRACE).await;
         Err(Refusal::silent("the client left before the connection was made"))
     };
