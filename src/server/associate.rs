@@ -132,9 +132,9 @@ impl Association<'_> {
             if let Poll::Ready(why) = ended.as_mut().poll(cx) {
                 return Poll::Ready(why);
             }
-            let busy = SCRATCH.with_borrow_mut(|buffer| self.poll_sockets(cx, buffer));
-            self.poll_lookups(cx);
-            if busy {
+            let more = SCRATCH.with_borrow_mut(|buffer| self.poll_sockets(cx, buffer));
+            // What waited for a name may have gone out by a socket that nobody has looked at yet.
+            if self.poll_lookups(cx) || more {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -219,7 +219,8 @@ impl Association<'_> {
         }
     }
 
-    fn poll_lookups(&mut self, cx: &mut Context<'_>) {
+    /// Sends what waited for the names that are resolved now. True when there were any.
+    fn poll_lookups(&mut self, cx: &mut Context<'_>) -> bool {
         let mut done = Vec::new();
         self.lookups.retain_mut(|(name, lookup)| match lookup.as_mut().poll(cx) {
             Poll::Ready(found) => {
@@ -228,6 +229,7 @@ impl Association<'_> {
             }
             Poll::Pending => true,
         });
+        let any = !done.is_empty();
         for (name, found) in done {
             // A name that failed is forgotten, so that the next datagram asks again.
             let waiting = self.names.remove(&name);
@@ -239,6 +241,7 @@ impl Association<'_> {
                 }
             }
         }
+        any
     }
 
     /// Sends to the first of the addresses that takes it.

@@ -1,0 +1,146 @@
+//! curl through `s5 serve`.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::process::Command;
+
+use crate::common::{Server, closed_port, folder, has, run, tcp_server};
+use crate::{LONG, add_anna, assert_same, code, have, htpasswd_berta, octets, session, stdout, text};
+
+/// curl's status for everything that a SOCKS server can say no to.
+const PROXY_REFUSED: i32 = 97;
+
+/// Without the user's own settings and exceptions.
+fn curl(proxy: &str) -> Command {
+    let mut command = Command::new("curl");
+    command.args(["-q", "-sS", "--noproxy", "", "--max-time", "50", "-x", proxy]);
+    command
+}
+
+/// A web server that answers with the body of the request, and with `hello` when there is none.
+fn http_server(ip: impl Into<IpAddr>) -> SocketAddr {
+    tcp_server(ip.into(), |stream| drop(answer(stream)))
+}
+
+fn answer(stream: TcpStream) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let line = line.trim_end().to_ascii_lowercase();
+        if let Some(value) = line.strip_prefix("content-length:") {
+            length = value.trim().parse().expect("a length");
+        }
+        if line.is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    if body.is_empty() {
+        body.extend(b"hello");
+    }
+    let mut stream = reader.into_inner();
+    write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len())?;
+    stream.write_all(&body)
+}
+
+#[test]
+fn curl_resolves_names_itself_with_socks5_and_leaves_it_to_the_server_with_socks5h() {
+    if !has("curl") {
+        return;
+    }
+    let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
+    let url = format!("http://localhost:{}/", web.port());
+    for scheme in ["socks5", "socks5h"] {
+        // -4, since socks5:// offers one address only and ::1 has no server.
+        let proxy = format!("{scheme}://{}", server.addr());
+        assert_eq!(stdout(curl(&proxy).args(["-4", &url]), b""), b"hello", "{scheme}");
+    }
+    session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+    session(&server, &["command=connect", &format!("dst=\"localhost:{}\"", web.port()), "rep=0"]);
+}
+
+#[test]
+fn curl_reaches_an_ipv6_literal() {
+    if !has("curl") {
+        return;
+    }
+    let (server, web) = (Server::start(&[]), http_server(Ipv6Addr::LOCALHOST));
+    for scheme in ["socks5", "socks5h"] {
+        let proxy = format!("{scheme}://{}", server.addr());
+        assert_eq!(stdout(curl(&proxy).arg(format!("http://{web}/")), b""), b"hello", "{scheme}");
+    }
+    session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+}
+
+#[test]
+fn curl_reaches_the_server_on_ipv6_and_on_a_unix_socket() {
+    if !has("curl") {
+        return;
+    }
+    let folder = folder();
+    let path = folder.path().join("socket");
+    let path = path.to_str().expect("a path of text");
+    let mut command = crate::s5();
+    command.args(["serve", "--listen", "[::1]:0", "--listen", &format!("unix:{path}")]);
+    let server = Server::start_with(&mut command, 2);
+    let web = http_server(Ipv4Addr::LOCALHOST);
+    for proxy in [format!("socks5h://{}", server.addr()), format!("socks5h://localhost{path}")] {
+        assert_eq!(stdout(curl(&proxy).arg(format!("http://{web}/")), b""), b"hello", "{proxy}");
+    }
+    session(&server, &["client=unix", "command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+}
+
+#[test]
+fn curl_logs_in_with_the_right_password_only() {
+    if !have(&["curl", "htpasswd"]) {
+        return;
+    }
+    let folder = folder();
+    // The one adds a line to what the other has written.
+    htpasswd_berta(folder.path());
+    let users = add_anna(folder.path());
+    let (server, web) = (Server::start(&["--users", &users]), http_server(Ipv4Addr::LOCALHOST));
+    let get = |userinfo: &str| {
+        let proxy = format!("socks5h://{userinfo}{}", server.addr());
+        run(curl(&proxy).arg(format!("http://{web}/")), b"", LONG)
+    };
+    for (userinfo, user) in [("anna:open%20sesame@", "user=\"anna\""), ("berta:swordfish@", "user=\"berta\"")] {
+        let output = get(userinfo);
+        assert_eq!((code(&output), output.stdout.as_slice()), (0, &b"hello"[..]), "{}", text(&output.stderr));
+        session(&server, &[user, "command=connect", "rep=0"]);
+    }
+    for userinfo in ["anna:swordfish@", "berta:swordfis@", "clara:swordfish@", ""] {
+        let output = get(userinfo);
+        assert_eq!((code(&output), output.stdout.as_slice()), (PROXY_REFUSED, &b""[..]), "{userinfo}");
+    }
+    let log = server.log();
+    assert!(!log.contains("sesame") && !log.contains("swordfis"), "a password is in the log:\n{log}");
+}
+
+#[test]
+fn curl_moves_much_both_ways_unchanged() {
+    if !has("curl") {
+        return;
+    }
+    let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
+    let body = octets(32 << 20);
+    let mut command = curl(&format!("socks5h://{}", server.addr()));
+    command.args(["-H", "Expect:", "-H", "Content-Type: application/octet-stream"]);
+    let answer = stdout(command.args(["--data-binary", "@-", &format!("http://{web}/")]), &body);
+    assert_same(&answer, &body);
+}
+
+#[test]
+fn curl_is_told_that_the_target_refuses() {
+    if !has("curl") {
+        return;
+    }
+    let server = Server::start(&[]);
+    let output =
+        run(curl(&format!("socks5h://{}", server.addr())).arg(format!("http://{}/", closed_port())), b"", LONG);
+    assert_eq!(code(&output), PROXY_REFUSED);
+    assert!(text(&output.stderr).contains("(5)"), "{}", text(&output.stderr));
+}

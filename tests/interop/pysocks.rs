@@ -1,0 +1,125 @@
+//! PySocks, Debian's python3-socks, through `s5 serve`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::{Server, echo_server, folder, has, skip, udp_echo_server};
+use crate::{add_anna, stdout, text};
+
+/// Debian's, whatever other Python the path has first: that one has Debian's modules.
+const PYTHON: &str = "/usr/bin/python3";
+
+/// host and port of the proxy and of the target, then user and password.
+const TCP: &str = r#"
+import socket, socks, sys
+proxy, proxy_port, host, port, *login = sys.argv[1:]
+s = socks.socksocket()
+s.settimeout(10)
+s.set_proxy(socks.SOCKS5, proxy, int(proxy_port), True, *login)
+try:
+    s.connect((host, int(port)))
+except socks.GeneralProxyError as error:
+    print(error)
+    sys.exit()
+s.sendall(b"hello " * 100000)
+s.shutdown(socket.SHUT_WR)
+data = b""
+while chunk := s.recv(65536):
+    data += chunk
+print(data == b"hello " * 100000)
+"#;
+
+/// As above; sends datagrams of the lengths on stdin and compares the answers and who sent them.
+const UDP: &str = r#"
+import socket, socks, sys
+proxy, proxy_port, host, port, *login = sys.argv[1:]
+s = socks.socksocket(socket.AF_INET, socket.SOCK_DGRAM)
+s.settimeout(10)
+s.set_proxy(socks.SOCKS5, proxy, int(proxy_port), True, *login)
+target = (host, int(port))
+for length in map(int, sys.stdin.read().split()):
+    data = bytes(i * 7 % 256 for i in range(length))
+    s.sendto(data, target)
+    answer, sender = s.recvfrom(65536)
+    print(length, answer == data, *sender)
+"#;
+
+fn have_pysocks() -> bool {
+    if !Path::new(PYTHON).exists() {
+        return has(PYTHON);
+    }
+    let imported = Command::new(PYTHON).args(["-c", "import socks"]).output().expect("Python runs");
+    if !imported.status.success() {
+        skip("PySocks (python3-socks) is not installed");
+    }
+    imported.status.success()
+}
+
+fn python(script: &str, server: &Server, host: &str, port: u16, login: &[&str], stdin: &str) -> String {
+    let proxy = server.addr();
+    let mut command = Command::new(PYTHON);
+    command.args(["-c", script, &proxy.ip().to_string(), &proxy.port().to_string(), host, &port.to_string()]);
+    text(&stdout(command.args(login), stdin.as_bytes()))
+}
+
+#[test]
+fn pysocks_connects() {
+    if !have_pysocks() {
+        return;
+    }
+    let (server, echo) = (Server::start(&[]), echo_server());
+    for host in ["127.0.0.1", "localhost"] {
+        assert_eq!(python(TCP, &server, host, echo.port(), &[], ""), "True\n", "{host}");
+    }
+}
+
+#[test]
+fn pysocks_logs_in_with_the_right_password_only() {
+    if !have_pysocks() {
+        return;
+    }
+    let folder = folder();
+    let users = add_anna(folder.path());
+    let (server, echo) = (Server::start(&["--users", &users]), echo_server());
+    let udp = udp_echo_server(Ipv4Addr::LOCALHOST.into());
+    let anna = ["anna", "open sesame"];
+    assert_eq!(python(TCP, &server, "127.0.0.1", echo.port(), &anna, ""), "True\n");
+    let answers = python(UDP, &server, "127.0.0.1", udp.port(), &anna, "4");
+    assert_eq!(answers, format!("4 True 127.0.0.1 {}\n", udp.port()));
+    let refused = [
+        (&["anna", "swordfish"][..], "SOCKS5 authentication failed"),
+        (&[], "All offered SOCKS5 authentication methods were rejected"),
+    ];
+    for (login, why) in refused {
+        let said = python(TCP, &server, "127.0.0.1", echo.port(), login, "");
+        assert!(said.contains(why), "{login:?}: {said}");
+    }
+}
+
+#[test]
+fn pysocks_moves_datagrams_of_every_size() {
+    if !have_pysocks() {
+        return;
+    }
+    let server = Server::start(&[]);
+    let targets: [(&str, IpAddr); 2] = [("127.0.0.1", Ipv4Addr::LOCALHOST.into()), ("::1", Ipv6Addr::LOCALHOST.into())];
+    for (host, ip) in targets {
+        let port = udp_echo_server(ip).port();
+        let expected = [0, 1, 1472, 65_000].map(|n| format!("{n} True {host} {port}\n")).concat();
+        assert_eq!(python(UDP, &server, host, port, &[], "0 1 1472 65000"), expected, "{host}");
+    }
+}
+
+#[test]
+fn pysocks_sends_datagrams_to_a_name() {
+    if !have_pysocks() {
+        return;
+    }
+    let server = Server::start(&[]);
+    // On both families, for whichever address of the name the server takes.
+    let port = udp_echo_server(Ipv6Addr::UNSPECIFIED.into()).port();
+    let answers = python(UDP, &server, "localhost", port, &[], "5 5");
+    let expected = ["127.0.0.1", "::1"].map(|sender| format!("5 True {sender} {port}\n").repeat(2));
+    assert!(expected.contains(&answers), "{answers}");
+}

@@ -1,0 +1,253 @@
+//! OpenSSH: ssh and git over tunnels of ours, and `ssh -D` as a server that is not ours.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crate::common::{SOON, Server, closed_port, echo_server, eventually, folder, run, s5, tcp_server, write_file};
+use crate::{LONG, Process, assert_same, code, have, octets, session, stdout, text};
+
+const SSHD: &str = "/usr/sbin/sshd";
+/// What our clients exit with when the server closes instead of an answer.
+const PROTOCOL: i32 = 97;
+
+/// An ssh server with keys of its own that lets in the current user.
+struct Sshd {
+    addr: SocketAddr,
+    folder: tempfile::TempDir,
+    /// One a connection, as inetd would start them.
+    children: Arc<Mutex<Vec<Process>>>,
+}
+
+impl Sshd {
+    fn start() -> Self {
+        let folder = folder();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        for key in ["host_key", "user_key"] {
+            let mut keygen = Command::new("ssh-keygen");
+            stdout(keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", key, "-f", &path(key)]), b"");
+        }
+        let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("a public key");
+        write_file(folder.path(), "known_hosts", &format!("* {}", public("host_key")));
+        // The temporary folder is everybody's, which sshd's StrictModes does not like. Without PAM it takes an account
+        // for locked when it is not root and so can't see its password.
+        let config = write_file(
+            folder.path(),
+            "sshd_config",
+            &format!(
+                "HostKey {}\nAuthorizedKeysFile {}\nPidFile none\nStrictModes no\nUsePAM yes\n\
+                 PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n\
+                 PrintMotd no\nAllowTcpForwarding yes\nLogLevel ERROR\n",
+                path("host_key"),
+                path("user_key.pub")
+            ),
+        );
+        let log = File::create(folder.path().join("log")).expect("a file");
+        let children = Arc::new(Mutex::new(Vec::new()));
+        let shared = children.clone();
+        let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |stream| {
+            let socket = OwnedFd::from(stream);
+            let again = socket.try_clone().expect("a second handle");
+            let mut command = sshd();
+            command.args(["-i", "-e", "-f", &config]).stdin(Stdio::from(socket)).stdout(Stdio::from(again));
+            command.stderr(log.try_clone().expect("a second handle"));
+            shared.lock().expect("no panic holds it").push(Process::start(&mut command));
+        });
+        Self { addr, folder, children }
+    }
+
+    /// A configuration file for ssh, with these lines before the rest.
+    fn client_config(&self, lines: &str) -> String {
+        let path = |name: &str| self.folder.path().join(name).display().to_string();
+        let mut config = format!("{lines}\n");
+        let _ = writeln!(config, "IdentityFile {}\nUserKnownHostsFile {}", path("user_key"), path("known_hosts"));
+        config += "GlobalKnownHostsFile none\nStrictHostKeyChecking yes\nIdentitiesOnly yes\nIdentityAgent none\n\
+                   BatchMode yes\nPreferredAuthentications publickey\nConnectTimeout 30\nLogLevel ERROR\n";
+        static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        write_file(self.folder.path(), &format!("ssh_config{n}"), &config)
+    }
+
+    /// `ssh` to it, with these lines of configuration.
+    fn ssh(&self, lines: &str) -> Command {
+        let mut command = Command::new("ssh");
+        command.args(["-T", "-F", &self.client_config(lines), "-p", &self.addr.port().to_string(), "127.0.0.1"]);
+        command
+    }
+}
+
+impl Drop for Sshd {
+    fn drop(&mut self) {
+        self.children.lock().map(|mut children| children.clear()).unwrap_or_default();
+        if thread::panicking() {
+            eprintln!("sshd's log:\n{}", std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default());
+        }
+    }
+}
+
+/// sshd run by root wants a folder that Debian makes when the service starts; without it, it gets a /run of its own.
+fn sshd() -> Command {
+    if Path::new("/run/sshd").is_dir() || !rustix::process::getuid().is_root() {
+        return Command::new(SSHD);
+    }
+    let script = "mount -t tmpfs none /run && mkdir -m 755 /run/sshd && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--", "sh", "-c", script, "sh", SSHD]);
+    command
+}
+
+/// `ProxyCommand` with `s5 connect`.
+fn s5_as_proxy_command(options: &str) -> String {
+    format!("ProxyCommand '{}' connect {options} %h %p", env!("CARGO_BIN_EXE_s5"))
+}
+
+/// Without the settings of the user and the machine.
+fn git(folder: &Path) -> Command {
+    let mut command = Command::new("git");
+    command.current_dir(folder).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
+    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_SSH", "GIT_SSH_COMMAND"] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+/// A repository with one commit of a file of this content.
+fn repository(folder: &Path, content: &[u8]) -> PathBuf {
+    let path = folder.join("origin");
+    std::fs::create_dir(&path).expect("a folder");
+    std::fs::write(path.join("file"), content).expect("a file");
+    stdout(git(&path).args(["init", "-q", "-b", "main"]), b"");
+    stdout(git(&path).args(["add", "file"]), b"");
+    let author = ["-c", "user.name=anna", "-c", "user.email=anna@localhost", "-c", "commit.gpgsign=false"];
+    stdout(git(&path).args(author).args(["commit", "-q", "-m", "one file"]), b"");
+    path
+}
+
+#[test]
+fn ssh_goes_through_s5_connect_as_proxy_command() {
+    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+        return;
+    }
+    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), octets(4 << 20));
+    let mut ssh = sshd.ssh(&s5_as_proxy_command(""));
+    let echoed = stdout(ssh.arg("cat").env("S5_PROXY", server.addr().to_string()), &data);
+    assert_same(&echoed, &data);
+    session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+}
+
+#[test]
+fn ssh_goes_through_nc_as_proxy_command() {
+    if !have(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
+        return;
+    }
+    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), octets(4 << 20));
+    let mut ssh = sshd.ssh(&format!("ProxyCommand nc.openbsd -X 5 -x {} %h %p", server.addr()));
+    assert_same(&stdout(ssh.arg("cat"), &data), &data);
+    session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+}
+
+#[test]
+fn ssh_says_why_s5_connect_did_not_get_there() {
+    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+        return;
+    }
+    let (server, sshd, nobody) = (Server::start(&[]), Sshd::start(), closed_port());
+    let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {}", server.addr())));
+    let mut ssh = Command::new("ssh");
+    let output = run(ssh.args(["-F", &config, "-p", &nobody.port().to_string(), "127.0.0.1", "true"]), b"", LONG);
+    assert_eq!(code(&output), 255);
+    let said = text(&output.stderr);
+    assert!(said.contains(&format!("for {nobody}: ")) && said.contains("refused (REP 5)"), "{said}");
+}
+
+#[test]
+fn git_clones_and_pushes_over_ssh_through_one_server_and_through_two() {
+    if !have(&["ssh", "sshd", "ssh-keygen", "git"]) {
+        return;
+    }
+    let (first, second, sshd) = (Server::start(&[]), Server::start(&[]), Sshd::start());
+    let (folder, content) = (folder(), octets(2 << 20));
+    let origin = repository(folder.path(), &content);
+    let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
+    for (name, hops) in [("one", first.addr().to_string()), ("two", format!("{},{}", first.addr(), second.addr()))] {
+        let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {hops}")));
+        let with_ssh = |folder: &Path| {
+            let mut command = git(folder);
+            command.env("GIT_SSH_COMMAND", format!("ssh -F '{config}'"));
+            command
+        };
+        stdout(with_ssh(folder.path()).args(["clone", "-q", &url, name]), b"");
+        let clone = folder.path().join(name);
+        assert_same(&std::fs::read(clone.join("file")).expect("the file was cloned"), &content);
+        stdout(with_ssh(&clone).args(["push", "-q", "origin", &format!("main:{name}")]), b"");
+        stdout(git(&origin).args(["rev-parse", "--verify", "-q", name]), b"");
+    }
+    let target = format!("dst=\"{}\"", sshd.addr);
+    session(&first, &[&target, "rep=0"]);
+    session(&first, &[&format!("dst=\"{}\"", second.addr()), "rep=0"]);
+    session(&second, &[&target, "rep=0"]);
+}
+
+/// `ssh -D`, and where it listens.
+fn ssh_d(sshd: &Sshd) -> (Process, SocketAddr) {
+    let attempt = || {
+        let addr = closed_port();
+        let mut ssh = sshd.ssh(&format!("DynamicForward {addr}\nExitOnForwardFailure yes"));
+        let log = File::create(sshd.folder.path().join("ssh_d")).expect("a file");
+        ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
+        let mut process = Process::start(&mut ssh);
+        let mut ended = false;
+        eventually("ssh -D listens", SOON, || {
+            ended = process.has_ended();
+            // It listens before it runs the command.
+            ended || std::fs::read(sshd.folder.path().join("ssh_d")).is_ok_and(|log| log == b"connected\n")
+        });
+        (!ended).then_some((process, addr))
+    };
+    // It takes no port 0, and somebody may be faster to take a port that was free.
+    (0..5).find_map(|_| attempt()).expect("ssh -D listens")
+}
+
+#[test]
+fn s5_connect_goes_through_ssh_d() {
+    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+        return;
+    }
+    let sshd = Sshd::start();
+    let (_ssh, proxy) = ssh_d(&sshd);
+    let (echo, data) = (echo_server(), octets(4 << 20));
+    let connect = |hops: &str, host: &str| {
+        let mut command = s5();
+        command.args(["connect", "-x", hops, host, &echo.port().to_string()]);
+        command
+    };
+    let hop = proxy.to_string();
+    assert_same(&stdout(&mut connect(&hop, "127.0.0.1"), &data), &data);
+    assert_eq!(stdout(&mut connect(&hop, "localhost"), b"hello"), b"hello");
+    // In chains with ours, first and last.
+    let server = Server::start(&[]);
+    assert_eq!(stdout(&mut connect(&format!("{hop},{}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
+    session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
+    assert_eq!(stdout(&mut connect(&format!("{},{hop}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
+    session(&server, &["command=connect", &format!("dst=\"{proxy}\""), "rep=0"]);
+}
+
+#[test]
+fn s5_bind_and_udp_say_that_ssh_d_hangs_up() {
+    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+        return;
+    }
+    let sshd = Sshd::start();
+    let (_ssh, proxy) = ssh_d(&sshd);
+    for mode in ["bind", "udp"] {
+        let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG);
+        let said = text(&output.stderr);
+        assert_eq!(code(&output), PROTOCOL, "{mode}: {said}");
+        assert!(said.contains(&format!("proxy {proxy}: request, for 127.0.0.1:9: ")), "{mode}: {said}");
+    }
+}
