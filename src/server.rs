@@ -213,7 +213,10 @@ async fn accept_and_drain(
         .collect();
     drop(alive);
     signals.next().await;
-    drop(accepting);
+    // Awaited, since these tasks hold the executor, and only one that is dropped cuts what the drain leaves over.
+    for task in accepting {
+        task.cancel().await;
+    }
     log::info!("ending: no new connections, {} s for the open ones", server.options.drain.as_secs());
     let timeout = async {
         Timer::after(server.options.drain).await;

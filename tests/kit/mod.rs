@@ -1,0 +1,231 @@
+//! What the tests of the server share beyond `common`: requests by name, chosen source addresses, ends of connections,
+//! targets that never answer, octets that are known by their position.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub mod dns;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::common::{SOON, Server, eventually, read_exact, read_reply, s5};
+
+pub const CONNECT: u8 = 1;
+pub const BIND: u8 = 2;
+pub const UDP_ASSOCIATE: u8 = 3;
+
+pub const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+pub const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
+/// A server that listens somewhere else than `Server::start` does.
+pub fn serve(listen: &str, count: usize, args: &[&str]) -> Server {
+    Server::start_with(s5().args(["serve", "--listen", listen]).args(args), count)
+}
+
+/// A connection on which the server has selected NO AUTHENTICATION.
+pub fn greet(server: &Server) -> TcpStream {
+    let mut stream = server.connect();
+    stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    stream
+}
+
+/// A request with a name in it.
+pub fn request_name(command: u8, name: &str, port: u16) -> Vec<u8> {
+    let length = u8::try_from(name.len()).expect("a name of at most 255 octets");
+    let mut octets = vec![5, command, 0, 3, length];
+    octets.extend(name.as_bytes());
+    octets.extend(port.to_be_bytes());
+    octets
+}
+
+/// As `common::open`, by name.
+pub fn open_name(server: &Server, command: u8, name: &str, port: u16) -> (TcpStream, u8, SocketAddr) {
+    let mut stream = greet(server);
+    stream.write_all(&request_name(command, name, port)).expect("the request is sent");
+    let (rep, bnd) = read_reply(&mut stream);
+    (stream, rep, bnd)
+}
+
+/// A listener on a port of the system's choice.
+pub fn listener(ip: IpAddr) -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind((ip, 0)).expect("a port");
+    let addr = listener.local_addr().expect("an address");
+    (listener, addr)
+}
+
+/// Accepts one connection and sets its read timeout.
+pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    let (stream, peer) = listener.accept().expect("a connection comes");
+    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    (stream, peer)
+}
+
+/// Connects from a chosen address; port 0 is any.
+pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
+    socket.set_reuse_address(true).expect("an option");
+    socket.bind(&source.into()).expect("the source is ours");
+    socket.connect(&to.into()).expect("somebody listens");
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    stream
+}
+
+/// An address on which connecting takes for ever: its accept queue is full, so Linux drops each SYN.
+pub struct Hanging {
+    pub addr: SocketAddr,
+    _listener: Socket,
+    _queued: TcpStream,
+}
+
+impl Hanging {
+    pub fn at(addr: SocketAddr) -> Self {
+        let listener = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("a socket");
+        listener.bind(&addr.into()).expect("a port");
+        listener.listen(0).expect("it listens");
+        let addr = listener.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address");
+        // A backlog of 0 holds one connection.
+        let queued = TcpStream::connect(addr).expect("the first one is queued");
+        Self { addr, _listener: listener, _queued: queued }
+    }
+
+    pub fn new() -> Self {
+        Self::at(SocketAddr::new(V4, 0))
+    }
+}
+
+/// How many descriptors a server has open that has nobody to serve. It must have answered somebody to be asked: while
+/// it starts it opens files for a moment.
+pub fn idle_descriptors(server: &Server) -> usize {
+    let one = greet(server);
+    let idle = server.descriptors() - 1;
+    drop(one);
+    eventually("the connection is closed", SOON, || server.descriptors() == idle);
+    idle
+}
+
+/// How a connection ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// With a FIN, after these octets.
+    Closed(Vec<u8>),
+    Reset,
+}
+
+/// Reads to the end.
+pub fn end_of(stream: &mut TcpStream) -> End {
+    let mut octets = Vec::new();
+    match stream.read_to_end(&mut octets) {
+        Ok(_) => End::Closed(octets),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => End::Reset,
+        Err(error) => panic!("neither closed nor reset: {error}"),
+    }
+}
+
+/// Closes with an RST.
+pub fn reset(stream: TcpStream) {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
+}
+
+/// Sends and expects the same back.
+pub fn ping(stream: &mut TcpStream, octets: &[u8]) {
+    stream.write_all(octets).expect("it is sent");
+    assert_eq!(read_exact(stream, octets.len()), octets);
+}
+
+/// Fails when anything comes within `time`.
+pub fn assert_silent(stream: &TcpStream, time: Duration) {
+    stream.set_read_timeout(Some(time)).expect("a timeout can be set");
+    let error = stream.peek(&mut [0]).expect_err("nothing comes");
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
+    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+}
+
+/// Resident memory of the server in KiB.
+pub fn resident(server: &Server) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// The lines of finished sessions.
+pub fn sessions(log: &str) -> Vec<&str> {
+    log.lines().filter_map(|line| line.split_once("session client=").map(|(_, rest)| rest)).collect()
+}
+
+/// Lets this process have as many descriptors as it may; false when those are fewer than `wanted`.
+pub fn raise_descriptors(wanted: u64) -> bool {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).expect("the hard limit is ours to take");
+    maximum.is_none_or(|maximum| maximum >= wanted)
+}
+
+/// Octets that look random and repeat after a length that no buffer has.
+fn pattern() -> &'static [u8] {
+    static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
+    PATTERN.get_or_init(|| {
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        let mut octets = Vec::with_capacity(1 << 20);
+        while octets.len() < (1 << 20) - 3 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            octets.extend(state.to_le_bytes());
+        }
+        octets.truncate((1 << 20) - 3);
+        octets
+    })
+}
+
+/// Sends the first `total` octets of the pattern; `sent` hears of each piece.
+pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) {
+    let mut left = total;
+    while left > 0 {
+        for piece in pattern()[..left.min(pattern().len())].chunks(1 << 16) {
+            stream.write_all(piece).expect("it is sent");
+            left -= piece.len();
+            sent(piece.len());
+        }
+    }
+}
+
+/// Reads to the end, and fails unless that was the first `total` octets of the pattern.
+pub fn check_pattern(stream: &mut TcpStream, total: usize) {
+    let mut buffer = vec![0; 1 << 18];
+    let mut at = 0;
+    loop {
+        let n = stream.read(&mut buffer).expect("it can be read");
+        if n == 0 {
+            break;
+        }
+        let mut rest = &buffer[..n];
+        while !rest.is_empty() {
+            let expected = &pattern()[at % pattern().len()..];
+            let length = rest.len().min(expected.len());
+            // Not assert_eq, which would print it all.
+            assert!(rest[..length] == expected[..length], "other octets around {at}");
+            rest = &rest[length..];
+            at += length;
+        }
+    }
+    assert_eq!(at, total, "octets that came");
+}
+
+/// How long something took, and what it gave.
+pub fn timed<T>(what: impl FnOnce() -> T) -> (Duration, T) {
+    let started = Instant::now();
+    let result = what();
+    (started.elapsed(), result)
+}
+
+/// The fastest of a few attempts: on a machine that is busy otherwise, only that one says something.
+pub fn fastest(what: impl FnMut()) -> Duration {
+    let mut what = what;
+    (0..8).map(|_| timed(&mut what).0).min().expect("some attempts")
+}

@@ -1,0 +1,130 @@
+//! SIGTERM and SIGINT: nobody new, the open ones finish or are cut, and a second signal does not wait. Also: a log that
+//! nobody reads any more ends nothing.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::common::{SOON, Server, echo_server, eventually, open, read_exact, s5};
+use crate::kit::{BIND, CONNECT, End, UDP_ASSOCIATE, V4, accept, assert_silent, end_of, greet, listener, ping, timed};
+
+#[test]
+fn an_open_tunnel_may_finish_and_then_the_server_ends() {
+    for signal in ["TERM", "INT"] {
+        let mut server = Server::start(&["--drain", "60"]);
+        let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+        assert_eq!(rep, 0);
+        server.signal(signal);
+        server.wait_log(|log| log.contains("ending: no new connections"));
+        let addr = server.addr();
+        eventually("nobody new is let in", SOON, || TcpStream::connect(addr).is_err());
+        ping(&mut stream, b"to be finished");
+        stream.shutdown(std::net::Shutdown::Write).expect("half-close");
+        assert_eq!(end_of(&mut stream), End::Closed(vec![]), "an end, not a cut");
+        assert_eq!(server.wait(SOON).code(), Some(0), "{signal}");
+        let log = server.wait_log(|log| log.contains("command=connect"));
+        assert!(!log.contains("error=\"reading") && !log.contains("are cut"), "{log}");
+    }
+}
+
+#[test]
+fn an_idle_server_ends_at_once() {
+    let mut server = Server::start(&["--drain", "60"]);
+    server.signal("TERM");
+    assert_eq!(server.wait(SOON).code(), Some(0));
+}
+
+#[test]
+fn when_the_time_is_over_tunnels_are_reset_and_not_ended() {
+    for threads in ["1", "4"] {
+        let mut server = Server::start(&["--drain", "300ms", "--threads", threads]);
+        let (target, dst) = listener(V4);
+        let mut tunnels: Vec<_> = (0..8)
+            .map(|_| {
+                let (client, rep, _) = open(&server, CONNECT, dst);
+                assert_eq!(rep, 0);
+                (client, accept(&target).0)
+            })
+            .collect();
+        for (client, target) in &mut tunnels {
+            client.write_all(b"half of a").expect("it is sent");
+            assert_eq!(read_exact(target, 9), b"half of a");
+        }
+        let (time, status) = timed(|| {
+            server.signal("TERM");
+            server.wait(SOON)
+        });
+        assert_eq!(status.code(), Some(0));
+        assert!(time >= Duration::from_millis(300), "{time:?}");
+        for (client, target) in &mut tunnels {
+            assert_eq!([end_of(client), end_of(target)], [End::Reset, End::Reset], "{threads} threads");
+        }
+        let log = server.wait_log(|log| log.matches("session ").count() == 8);
+        assert!(log.contains("the open connections are cut"), "{log}");
+    }
+}
+
+#[test]
+fn a_bind_that_waits_and_an_association_are_cut_too() {
+    let mut server = Server::start(&["--drain", "100ms"]);
+    let any: SocketAddr = "0.0.0.0:0".parse().expect("an address");
+    let (_bind, rep, bnd) = open(&server, BIND, any);
+    assert_eq!(rep, 0);
+    let (_association, rep, _) = open(&server, UDP_ASSOCIATE, any);
+    assert_eq!(rep, 0);
+    let _undecided = greet(&server);
+    server.signal("TERM");
+    assert_eq!(server.wait(SOON).code(), Some(0));
+    assert!(TcpStream::connect(bnd).is_err());
+    server.wait_log(|log| log.matches("session ").count() == 3);
+}
+
+#[test]
+fn a_second_signal_does_not_wait() {
+    for signals in [["TERM", "TERM"], ["INT", "TERM"]] {
+        let mut server = Server::start(&["--drain", "60"]);
+        let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+        assert_eq!(rep, 0);
+        server.signal(signals[0]);
+        server.wait_log(|log| log.contains("ending: no new connections"));
+        assert_silent(&stream, Duration::from_millis(50));
+        server.signal(signals[1]);
+        assert_eq!(server.wait(SOON).code(), Some(0));
+        assert_eq!(end_of(&mut stream), End::Reset);
+    }
+}
+
+#[test]
+fn no_drain_is_an_end_at_once() {
+    let mut server = Server::start(&["--drain", "0"]);
+    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+    assert_eq!(rep, 0);
+    server.signal("TERM");
+    assert_eq!(server.wait(SOON).code(), Some(0));
+    assert_eq!(end_of(&mut stream), End::Reset);
+}
+
+#[test]
+fn a_log_that_nobody_reads_any_more_ends_nothing() {
+    let mut command = s5();
+    command.args(["serve", "--listen", "127.0.0.1:0", "-v"]);
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("s5 starts");
+    let mut log = BufReader::new(child.stderr.take().expect("stderr is piped"));
+    let mut line = String::new();
+    log.read_line(&mut line).expect("a line");
+    let addr: SocketAddr = line.trim().rsplit(' ').next().and_then(|addr| addr.parse().ok()).expect("an address");
+    drop(log);
+    let served = std::panic::catch_unwind(|| {
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(addr).expect("it accepts");
+            stream.set_read_timeout(Some(SOON)).expect("a timeout");
+            stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+            assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+        }
+    });
+    let running = child.try_wait().expect("the child can be waited for").is_none();
+    child.kill().expect("it can be killed");
+    child.wait().expect("it ends");
+    assert!(served.is_ok() && running);
+}

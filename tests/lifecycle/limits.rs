@@ -1,0 +1,119 @@
+//! Too many connections, and too few descriptors: the server waits, says so now and then, and goes on.
+
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::common::{SOON, Server, echo_server, eventually, has, open, read_exact, s5};
+use crate::kit::{CONNECT, V4, assert_silent, greet, listener, ping, sessions};
+
+#[test]
+fn at_the_limit_the_next_one_waits_and_is_served_when_one_ends() {
+    let server = Server::start(&["--max-connections", "2"]);
+    let dst = echo_server();
+    let [(mut first, ..), (second, ..)] = [(); 2].map(|()| open(&server, CONNECT, dst));
+    let mut third = server.connect();
+    third.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    server.wait_log(|log| log.contains("2 connections are open, which is the limit"));
+    assert_silent(&third, Duration::from_millis(100));
+    ping(&mut first, b"not disturbed");
+    drop(second);
+    assert_eq!(read_exact(&mut third, 2), [5, 0]);
+}
+
+#[test]
+fn the_limit_is_logged_at_most_once_a_second() {
+    let server = Server::start(&["--max-connections", "1"]);
+    let started = Instant::now();
+    for _ in 0..100 {
+        let waiting = [(); 3].map(|()| server.connect());
+        drop(waiting);
+    }
+    let log = server.wait_log(|log| sessions(log).len() == 300);
+    let complaints = u64::try_from(log.matches("which is the limit").count()).expect("a number");
+    assert!(complaints >= 1, "it was never at the limit");
+    assert!(complaints <= 1 + started.elapsed().as_secs(), "{complaints} lines");
+}
+
+#[test]
+fn an_idle_listener_keeps_no_place_from_the_others() {
+    let server = crate::kit::serve(
+        "127.0.0.1:0",
+        3,
+        &["--listen", "127.0.0.2:0", "--listen", "[::1]:0", "--max-connections", "1"],
+    );
+    for addr in &server.addrs {
+        let mut stream = TcpStream::connect(addr).expect("the server accepts");
+        stream.set_read_timeout(Some(SOON)).expect("a timeout");
+        stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 0], "{addr}");
+    }
+}
+
+#[test]
+fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
+    if !has("prlimit") {
+        return;
+    }
+    let mut command = std::process::Command::new("prlimit");
+    command.arg("--nofile=40:40").arg(s5().get_program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
+    let server = Server::start_with(&mut command, 1);
+    let dst = echo_server();
+    let (mut tunnel, rep, _) = open(&server, CONNECT, dst);
+    assert_eq!(rep, 0);
+    let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
+    server.wait_log(|log| log.contains("Too many open files"));
+    // What is measured is a rate, so time must pass.
+    let (started, before) = (Instant::now(), server.cpu_seconds());
+    while started.elapsed() < Duration::from_millis(1200) {
+        ping(&mut tunnel, b"still here");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let load = (server.cpu_seconds() - before) / started.elapsed().as_secs_f64();
+    assert!(load < 0.15, "{:.0} % of a core", load * 100.0);
+    let complaints = u64::try_from(server.log().matches("Too many open files").count()).expect("a number");
+    assert!(complaints <= 3 + started.elapsed().as_secs(), "{complaints} lines");
+    let mut newcomer = server.connect();
+    newcomer.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    drop(silent);
+    let resumed = Instant::now();
+    assert_eq!(read_exact(&mut newcomer, 2), [5, 0]);
+    assert!(resumed.elapsed() < Duration::from_secs(5), "{:?}", resumed.elapsed());
+    ping(&mut tunnel, b"and here as well");
+    let (_stream, rep, _) = open(&server, CONNECT, dst);
+    assert_eq!(rep, 0);
+}
+
+#[test]
+fn a_connect_without_a_descriptor_left_is_a_general_failure() {
+    if !has("prlimit") {
+        return;
+    }
+    let mut command = std::process::Command::new("prlimit");
+    command.arg("--nofile=40:40").arg(s5().get_program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
+    let server = Server::start_with(&mut command, 1);
+    let (target, dst) = listener(V4);
+    let mut asking = greet(&server);
+    let _silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
+    server.wait_log(|log| log.contains("Too many open files"));
+    asking.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
+    assert_eq!(crate::common::read_reply(&mut asking).0, 1);
+    drop(target);
+}
+
+#[test]
+fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+    if !has("prlimit") {
+        return;
+    }
+    let mut command = std::process::Command::new("prlimit");
+    command.arg("--nofile=64:1000").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
+    let server = Server::start_with(&mut command, 1);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).expect("the server runs");
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
+    assert_eq!(line.split_whitespace().nth(3), Some("1000"), "{line}");
+    let streams: Vec<TcpStream> = (0..100).map(|_| greet(&server)).collect();
+    eventually("all are served", SOON, || server.descriptors() > streams.len());
+}

@@ -1,0 +1,178 @@
+//! `--listen`: every form, its line in the log, and what can't be listened on.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use crate::common::{SOON, Server, echo_server, folder, in_namespace, open, run, s5};
+use crate::kit::{CONNECT, V4, V6, listener, ping, serve};
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().expect("an address")
+}
+
+/// Greets, and expects NO AUTHENTICATION.
+fn assert_serves(stream: &mut (impl std::io::Read + std::io::Write)) {
+    stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    let mut selection = [0; 2];
+    stream.read_exact(&mut selection).expect("a selection");
+    assert_eq!(selection, [5, 0]);
+}
+
+fn assert_listens(addr: SocketAddr) {
+    let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
+    stream.set_read_timeout(Some(SOON)).expect("a timeout");
+    assert_serves(&mut stream);
+}
+
+/// Starts a server that should not start: what it says on stderr.
+fn fails(args: &[&str]) -> String {
+    let output = run(s5().arg("serve").args(args), b"", SOON);
+    assert!(!output.status.success(), "{args:?}");
+    let said = String::from_utf8(output.stderr).expect("text");
+    let last = said.lines().last().unwrap_or_default().to_owned();
+    assert!(last.starts_with("s5: "), "{args:?}: {said}");
+    last
+}
+
+#[test]
+fn a_bare_port_is_loopback_of_both_families() {
+    let server = serve("0", 2, &[]);
+    let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
+    assert_eq!(ips, [V4, V6]);
+    assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "one port for both");
+    server.addrs.iter().copied().for_each(assert_listens);
+    let elsewhere = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
+    assert!(TcpStream::connect(elsewhere).is_err(), "nowhere else");
+}
+
+#[test]
+fn a_star_is_every_address_of_both_families() {
+    let server = serve("*:0", 2, &[]);
+    let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
+    assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
+    for ip in ["127.0.0.1", "127.0.0.2", "::1"] {
+        assert_listens(SocketAddr::new(ip.parse().expect("an address"), server.addr().port()));
+    }
+}
+
+#[test]
+fn an_address_or_a_name_with_a_port_is_just_that() {
+    let server = serve("[::1]:0", 1, &["--listen", "127.0.0.2:0", "--listen", "127.0.0.1:0"]);
+    server.wait_log(|log| log.matches("listening on ").count() == 3);
+    assert_eq!(server.addr().ip(), V6);
+    assert_listens(server.addr());
+    let server = serve("localhost:0", 1, &[]);
+    assert!(server.addr().ip().is_loopback());
+    assert_listens(server.addr());
+}
+
+#[test]
+fn the_line_in_the_log_has_the_real_port() {
+    let server = Server::start(&[]);
+    assert_ne!(server.addr().port(), 0);
+    assert!(server.log().lines().any(|line| line.ends_with(&format!("listening on {}", server.addr()))));
+}
+
+#[test]
+fn a_unix_socket_is_served_and_removed_at_the_end() {
+    let folder = folder();
+    let path = folder.path().join("s5.sock");
+    let listen = format!("unix:{}", path.display());
+    let mut server = serve(&listen, 1, &[]);
+    assert!(server.log().contains(&format!("listening on {listen}")));
+    let mut stream = UnixStream::connect(&path).expect("it listens");
+    assert_serves(&mut stream);
+    let dst = echo_server();
+    stream.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
+    let mut reply = [0; 10];
+    stream.read_exact(&mut reply).expect("a reply");
+    assert_eq!(reply[..2], [5, 0]);
+    stream.write_all(b"hello").expect("it is sent");
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).expect("an answer");
+    assert_eq!(&answer, b"hello");
+    drop(stream);
+    assert!(server.wait_log(|log| log.contains("session ")).contains("client=unix "));
+    server.signal("TERM");
+    assert!(server.wait(SOON).success());
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_unix_socket_of_a_dead_process_is_replaced_and_one_in_use_is_not() {
+    let folder = folder();
+    let path = folder.path().join("s5.sock");
+    let listen = format!("unix:{}", path.display());
+    // Dropping a listener leaves its name behind.
+    drop(UnixListener::bind(&path).expect("a socket"));
+    let _server = serve(&listen, 1, &[]);
+    let said = fails(&["--listen", &listen]);
+    assert!(said.contains(&listen), "{said}");
+    assert_serves(&mut UnixStream::connect(&path).expect("the first one still listens"));
+}
+
+#[test]
+fn a_file_that_is_no_socket_is_left_alone() {
+    let folder = folder();
+    let path = crate::common::write_file(folder.path(), "precious", "text");
+    let said = fails(&["--listen", &format!("unix:{path}")]);
+    assert!(said.contains(&path), "{said}");
+    assert_eq!(std::fs::read_to_string(path).expect("it is still there"), "text");
+}
+
+#[test]
+fn a_port_in_use_is_said_so_and_nothing_is_served() {
+    let (_taken, addr) = listener(V4);
+    let said = fails(&["--listen", "127.0.0.1:0", "--listen", &addr.to_string()]);
+    assert!(said.contains(&addr.to_string()) && said.contains("in use"), "{said}");
+    let (_taken, addr) = listener(V6);
+    let said = fails(&["--listen", &addr.port().to_string()]);
+    assert!(said.contains("in use"), "{said}");
+}
+
+#[test]
+fn an_address_of_another_host_is_said_so() {
+    let said = fails(&["--listen", "192.0.2.200:0"]);
+    assert!(said.contains("192.0.2.200:0"), "{said}");
+}
+
+#[test]
+fn a_server_that_was_killed_can_listen_on_its_port_again_at_once() {
+    // A port is let go and taken again: nobody else may come in between.
+    if !in_namespace("listen::a_server_that_was_killed_can_listen_on_its_port_again_at_once", "", "") {
+        return;
+    }
+    let server = Server::start(&[]);
+    let addr = server.addr();
+    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+    assert_eq!(rep, 0);
+    ping(&mut stream, b"hello");
+    drop(server);
+    let again = serve(&addr.to_string(), 1, &[]);
+    assert_listens(again.addr());
+}
+
+#[test]
+fn one_thread_or_four_serve_the_same() {
+    for threads in ["1", "4"] {
+        let server = Server::start(&["--threads", threads]);
+        let dst = echo_server();
+        let mut streams: Vec<TcpStream> = (0..50)
+            .map(|_| {
+                let (stream, rep, _) = open(&server, CONNECT, dst);
+                assert_eq!(rep, 0);
+                stream
+            })
+            .collect();
+        for _ in 0..3 {
+            streams.iter_mut().for_each(|stream| ping(stream, b"hello"));
+        }
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
+        let workers = tasks
+            .flatten()
+            .filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "s5"));
+        // The main thread is one of them.
+        assert_eq!(workers.count().to_string(), threads);
+    }
+}

@@ -1,0 +1,175 @@
+//! The line of a session: one each, key=value, nothing from outside unquoted, never a password.
+
+use std::io::Write as _;
+use std::net::Shutdown;
+
+use crate::common::{Server, closed_port, echo_server, folder, in_namespace, open, read_exact, write_file};
+use crate::kit::{CONNECT, End, end_of, greet, open_name, request_name, sessions};
+
+/// All keys and values of a session's line; a quoted value with its quotes. Fails where the line is anything else.
+fn pairs(line: &str) -> Vec<(&str, &str)> {
+    let mut rest = line.split_once("session ").expect("a session").1;
+    let mut pairs = Vec::new();
+    while !rest.is_empty() {
+        let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("no key in {rest}"));
+        assert!(key.bytes().all(|octet| octet.is_ascii_lowercase()), "{key} in {line}");
+        let length = if value.starts_with('"') { quoted_length(value) } else { value.find(' ').unwrap_or(value.len()) };
+        pairs.push((key, &value[..length]));
+        rest = &value[length..];
+        rest = rest.strip_prefix(' ').unwrap_or(rest);
+    }
+    pairs
+}
+
+fn quoted_length(value: &str) -> usize {
+    let mut escaped = false;
+    let end = value.bytes().skip(1).position(|octet| {
+        let ends = octet == b'"' && !escaped;
+        escaped = octet == b'\\' && !escaped;
+        ends
+    });
+    end.expect("a closing quote") + 2
+}
+
+/// The value of a key that stands in the line once.
+fn value<'a>(line: &'a str, key: &str) -> &'a str {
+    let values: Vec<&str> = pairs(line).into_iter().filter(|pair| pair.0 == key).map(|pair| pair.1).collect();
+    assert_eq!(values.len(), 1, "{key} in {line}");
+    values[0]
+}
+
+fn lines(log: &str) -> Vec<&str> {
+    log.lines().filter(|line| line.contains("session client=")).collect()
+}
+
+#[test]
+fn a_session_is_one_line_of_keys_and_values() {
+    let server = Server::start(&[]);
+    let dst = echo_server();
+    let (mut stream, _, bnd) = open(&server, CONNECT, dst);
+    let client = stream.local_addr().expect("an address");
+    stream.write_all(b"hello").expect("it is sent");
+    stream.shutdown(Shutdown::Write).expect("half-close");
+    assert_eq!(end_of(&mut stream), End::Closed(b"hello".to_vec()));
+    let log = server.wait_log(|log| !sessions(log).is_empty());
+    let line = lines(&log)[0];
+    assert!(line.contains("INFO"), "{line}");
+    let expected = [
+        ("client", client.to_string()),
+        ("user", "-".into()),
+        ("command", "connect".into()),
+        ("dst", format!("\"{dst}\"")),
+        ("bnd", bnd.to_string()),
+        ("rep", "0".into()),
+        ("up", "5".into()),
+        ("down", "5".into()),
+    ];
+    for (key, expected) in expected {
+        assert_eq!(value(line, key), expected, "{key} in {line}");
+    }
+    assert!(value(line, "seconds").parse::<f64>().is_ok_and(|seconds| seconds < 60.0), "{line}");
+    assert!(!line.contains("error="), "{line}");
+}
+
+#[test]
+fn each_session_has_exactly_one_line_however_it_ends() {
+    let server = Server::start(&[]);
+    let echo = echo_server();
+    drop(server.connect());
+    drop(greet(&server));
+    drop(open(&server, CONNECT, echo));
+    drop(open(&server, CONNECT, closed_port()));
+    drop(open(&server, 3, "0.0.0.0:0".parse().expect("an address")));
+    drop(open(&server, 2, "0.0.0.0:0".parse().expect("an address")));
+    drop(open(&server, 9, echo));
+    crate::kit::reset(greet(&server));
+    let log = server.wait_log(|log| sessions(log).len() >= 8);
+    let commands = ["connect", "bind", "associate"].map(|command| log.matches(&format!("command={command}")).count());
+    assert_eq!(sessions(&log).len(), 8, "{log}");
+    assert_eq!(commands[..2], [2, 1], "{log}");
+    assert_eq!(log.matches("rep=5").count(), 1, "{log}");
+    assert_eq!(log.matches("rep=7").count(), 1, "{log}");
+}
+
+#[test]
+fn a_name_can_not_forge_a_line() {
+    let server = Server::start(&[]);
+    for name in ["a\" rep=0 x=\"b", "a\\\" rep=0", "a b=c", "\u{202e}evil", "\u{9b}2J"] {
+        let (_, rep, _) = open_name(&server, CONNECT, name, 80);
+        assert!(rep == 4 || rep == 1, "{name:?}: {rep}");
+    }
+    let log = server.wait_log(|log| sessions(log).len() == 5);
+    for line in lines(&log) {
+        assert_ne!(value(line, "rep"), "0", "{line}");
+        assert!(!line.contains(['\u{202e}', '\u{9b}']), "{line:?}");
+    }
+    assert_eq!(value(lines(&log)[0], "dst"), r#""a\" rep=0 x=\"b:80""#);
+}
+
+#[test]
+fn control_octets_of_names_and_users_are_escaped() {
+    let folder = folder();
+    let users = write_file(folder.path(), "users", "");
+    let server = Server::start(&["--users", &users]);
+    let uname = b"a\r\n\x1b[2J\"\0\xff rep=0";
+    let mut all = vec![5, 1, 2, 1, u8::try_from(uname.len()).expect("short")];
+    all.extend(uname);
+    all.extend([6, b's', b'e', b'c', b'r', b'e', b't']);
+    let mut stream = server.connect();
+    stream.write_all(&all).expect("it is sent");
+    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 2, 1, 1]));
+    drop(stream);
+    let log = server.wait_log(|log| !sessions(log).is_empty());
+    let line = lines(&log)[0];
+    assert_eq!(value(line, "user"), r#""a\r\n\x1b[2J\"\x00\xff rep=0""#);
+    assert_eq!(value(line, "rep"), "-");
+
+    let server = Server::start(&[]);
+    for name in ["a\nb", "a\x1b[2Jb", "a\0b"] {
+        let mut stream = greet(&server);
+        stream.write_all(&request_name(CONNECT, name, 80)).expect("it is sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 1], "{name:?}");
+    }
+    let log = server.wait_log(|log| sessions(log).len() == 3);
+    assert!(!log.contains(['\x1b', '\0']), "{log:?}");
+    assert_eq!(log.lines().count(), 4, "{log}");
+}
+
+#[test]
+fn a_password_is_never_logged_not_even_with_all_there_is() {
+    let folder = folder();
+    let hash = bcrypt::hash("open-sesame", 4).expect("a hash");
+    let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
+    let server = Server::start(&["--users", &users, "-v"]);
+    for passwd in ["open-sesame", "wrong-sesame"] {
+        let mut stream = server.connect();
+        let mut all = vec![5, 1, 2, 1, 5];
+        all.extend(b"alice");
+        all.push(u8::try_from(passwd.len()).expect("short"));
+        all.extend(passwd.as_bytes());
+        stream.write_all(&all).expect("it is sent");
+        assert_eq!(read_exact(&mut stream, 3), [5, 2, 1]);
+    }
+    let log = server.wait_log(|log| sessions(log).len() == 2);
+    assert!(!log.contains("sesame") && !log.contains(&hash), "{log}");
+    assert_eq!(log.matches("user=\"alice\"").count(), 2, "{log}");
+}
+
+#[test]
+fn quiet_is_quiet() {
+    // A port is let go and taken again: nobody else may come in between.
+    if !in_namespace("log::quiet_is_quiet", "", "") {
+        return;
+    }
+    // A quiet server does not say where it listens, so it has to be told where.
+    let addr = closed_port().to_string();
+    let mut child = crate::common::s5()
+        .args(["serve", "-q", "--listen", &addr])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("s5 starts");
+    crate::common::eventually("it listens", crate::common::SOON, || std::net::TcpStream::connect(&addr).is_ok());
+    child.kill().expect("it can be killed");
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}

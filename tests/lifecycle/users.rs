@@ -1,0 +1,206 @@
+//! `--users`: who gets in, who does not, and what a login costs (RFC 1929).
+
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::common::{SOON, Server, echo_server, folder, read_exact, read_reply, request, run, s5, write_file};
+use crate::kit::{CONNECT, End, end_of, fastest, ping};
+
+/// bcrypt of the least cost, since debug builds are slow: what is tested here is the comparison.
+fn users(list: &[(&str, &str)]) -> (TempDir, String) {
+    let line = |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, 4).expect("a hash"));
+    let folder = folder();
+    let path = write_file(folder.path(), "users", &list.iter().map(line).collect::<String>());
+    (folder, path)
+}
+
+fn credentials(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
+    let length = |field: &[u8]| u8::try_from(field.len()).expect("at most 255 octets");
+    let mut octets = vec![1, length(uname)];
+    octets.extend(uname);
+    octets.push(length(passwd));
+    octets.extend(passwd);
+    octets
+}
+
+/// Logs in: the connection and STATUS.
+fn login(server: &Server, uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
+    let mut stream = server.connect();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout: hashing is slow by design");
+    stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
+    assert_eq!(read_exact(&mut stream, 2), [5, 2], "never NO AUTHENTICATION");
+    stream.write_all(&credentials(uname, passwd)).expect("the credentials are sent");
+    let status = read_exact(&mut stream, 2);
+    assert_eq!(status[0], 1);
+    (stream, status[1])
+}
+
+fn assert_refused(server: &Server, uname: &[u8], passwd: &[u8]) {
+    let (mut stream, status) = login(server, uname, passwd);
+    let who = (uname.escape_ascii(), passwd.escape_ascii());
+    assert_ne!(status, 0, "{who:?}");
+    assert_eq!(end_of(&mut stream), End::Closed(vec![]), "{who:?}");
+}
+
+#[test]
+fn the_right_name_and_password_get_in() {
+    let (longest, own) = ("n".repeat(255), "p".repeat(72));
+    let (_folder, users) = users(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)]);
+    let server = Server::start(&["--users", &users]);
+    let dst = echo_server();
+    for (uname, passwd) in [("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)] {
+        let (mut stream, status) = login(&server, uname.as_bytes(), passwd.as_bytes());
+        assert_eq!(status, 0, "{uname}");
+        stream.write_all(&request(CONNECT, dst)).expect("the request is sent");
+        assert_eq!(read_reply(&mut stream).0, 0);
+        ping(&mut stream, b"hello");
+    }
+}
+
+#[test]
+fn all_that_is_not_exactly_right_is_refused() {
+    let (_folder, users) = users(&[("alice", "secret"), ("bob", "other")]);
+    let server = Server::start(&["--users", &users]);
+    // A login that succeeded is remembered; it must not make any of the others easier.
+    for _ in 0..2 {
+        let wrong: [(&[u8], &[u8]); 16] = [
+            (b"alice", b"wrong"),
+            (b"alice", b"other"),
+            (b"mallory", b"secret"),
+            (b"alice\0", b"secret"),
+            (b"alice", b"secret\0"),
+            (b"alice", b"secret\0secret"),
+            (b"alic", b"secret"),
+            (b"alicea", b"secret"),
+            (b"alice", b"secre"),
+            (b"alice", b"secrets"),
+            (b"Alice", b"secret"),
+            (b"alice", b"Secret"),
+            (b" alice", b"secret"),
+            (b"alices", b"ecret"),
+            (b"\xFF\xFE", b"secret"),
+            (&[b'a'; 255], &[b'p'; 255]),
+        ];
+        for (uname, passwd) in wrong {
+            assert_refused(&server, uname, passwd);
+        }
+        assert_eq!(login(&server, b"alice", b"secret").1, 0);
+    }
+}
+
+#[test]
+fn a_name_or_password_of_no_length_is_refused() {
+    let (_folder, users) = users(&[("alice", "secret")]);
+    let server = Server::start(&["--users", &users]);
+    assert_refused(&server, b"alice", b"");
+    let mut stream = server.connect();
+    stream.write_all(&[5, 1, 2, 1, 0]).expect("it is sent");
+    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 2, 1, 1]));
+}
+
+#[test]
+fn no_authentication_is_never_selected_and_nothing_is_served_without_a_login() {
+    let (_folder, users) = users(&[("alice", "secret")]);
+    let server = Server::start(&["--users", &users]);
+    let offers: [&[u8]; 4] = [&[5, 1, 0], &[5, 2, 0, 1], &[5, 1, 0x80], &[5, 3, 0, 0, 0]];
+    for offer in offers {
+        let mut stream = server.connect();
+        // The request behind it must not be answered.
+        stream.write_all(&[offer, &request(CONNECT, echo_server())].concat()).expect("it is sent");
+        assert_eq!(end_of(&mut stream), End::Closed(vec![5, 0xFF]), "{offer:?}");
+    }
+    // Nor one behind a wrong password.
+    let mut stream = server.connect();
+    let all = [vec![5, 1, 2], credentials(b"alice", b"wrong"), request(CONNECT, echo_server())].concat();
+    stream.write_all(&all).expect("it is sent");
+    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 2, 1, 1]));
+}
+
+#[test]
+fn a_file_without_users_lets_nobody_in() {
+    let (_folder, users) = users(&[]);
+    let server = Server::start(&["--users", &users]);
+    assert_refused(&server, b"alice", b"secret");
+    assert!(server.log().contains("no users"));
+}
+
+#[test]
+fn passwords_of_255_octets_are_compared_whole() {
+    let folder = folder();
+    let users = folder.path().join("users");
+    let users = users.to_str().expect("a path of text");
+    let long = "p".repeat(255);
+    add_user(users, "alice", &long);
+    let server = Server::start(&["--users", users]);
+    assert_refused(&server, b"alice", &long.as_bytes()[..254]);
+    let mut other = long.clone().into_bytes();
+    other[254] = b'q';
+    assert_refused(&server, b"alice", &other);
+    assert_eq!(login(&server, b"alice", long.as_bytes()).1, 0);
+}
+
+fn add_user(file: &str, name: &str, passwd: &str) {
+    let mut command = s5();
+    command.args(["serve", "--users", file, "--add-user", name]);
+    let output = run(&mut command, format!("{passwd}\n").as_bytes(), SOON);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn five_hundred_logins_of_one_user_cost_one_hash() {
+    const LOGINS: usize = 500;
+    let folder = folder();
+    let users = folder.path().join("users");
+    let users = users.to_str().expect("a path of text");
+    add_user(users, "alice", "secret");
+    let cost_of = |logins: usize| {
+        let server = Server::start(&["--users", users]);
+        let before = server.cpu_seconds();
+        thread::scope(|scope| {
+            for _ in 0..10 {
+                // Of each thread all are under way before the first one is answered.
+                scope.spawn(|| {
+                    let mut streams: Vec<TcpStream> = (0..logins.div_ceil(10)).map(|_| server.connect()).collect();
+                    for stream in &mut streams {
+                        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+                        let all = [vec![5, 1, 2], credentials(b"alice", b"secret")].concat();
+                        stream.write_all(&all).expect("it is sent");
+                    }
+                    for stream in &mut streams {
+                        assert_eq!(read_exact(stream, 4), [5, 2, 1, 0]);
+                    }
+                });
+            }
+        });
+        server.cpu_seconds() - before
+    };
+    let (few, many) = (cost_of(10), cost_of(LOGINS));
+    // 490 sessions more, and not a hash more; a hash each would be a hundredfold.
+    assert!(many < 3.0 * few + 1.0, "{few} s of CPU for 10, {many} s for {LOGINS}");
+}
+
+#[test]
+fn hashing_holds_up_nobody_who_is_in_already() {
+    let folder = folder();
+    let users = folder.path().join("users");
+    let users = users.to_str().expect("a path of text");
+    add_user(users, "alice", "secret");
+    let server = Server::start(&["--users", users, "--threads", "1", "--handshake-timeout", "60"]);
+    let (mut stream, status) = login(&server, b"alice", b"secret");
+    assert_eq!(status, 0);
+    stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
+    assert_eq!(read_reply(&mut stream).0, 0);
+    let mut guessing: Vec<TcpStream> = (0..20).map(|_| server.connect()).collect();
+    for (number, guess) in (0..20_u8).zip(&mut guessing) {
+        let all = [vec![5, 1, 2], credentials(b"alice", &[b'x', number])].concat();
+        guess.write_all(&all).expect("it is sent");
+        assert_eq!(read_exact(guess, 2), [5, 2]);
+    }
+    let fastest = fastest(|| ping(&mut stream, b"hello"));
+    // A hash on the executor would take longer than this in a debug build.
+    assert!(fastest < Duration::from_millis(50), "{fastest:?}");
+}

@@ -1,0 +1,209 @@
+//! CONNECT up to its reply: which REP, which BND, when, and what becomes of those who leave or keep on talking.
+
+use std::io::Write as _;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::{SOON, Server, closed_port, echo_server, eventually, open, read_exact, read_reply, request, skip};
+use crate::kit::{
+    CONNECT, End, Hanging, V4, V6, accept, connect_from, end_of, greet, idle_descriptors, listener, open_name, ping,
+    raise_descriptors, request_name, reset, serve, timed,
+};
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().expect("an address")
+}
+
+#[test]
+fn bnd_is_the_address_that_the_target_sees() {
+    for (listen, ip) in [("127.0.0.1:0", V4), ("127.0.0.1:0", V6), ("[::1]:0", V4), ("[::1]:0", V6)] {
+        let server = serve(listen, 1, &[]);
+        let (target, dst) = listener(ip);
+        let (_stream, rep, bnd) = open(&server, CONNECT, dst);
+        let (_accepted, peer) = accept(&target);
+        assert_eq!((rep, bnd), (0, peer), "{listen} to {dst}");
+    }
+}
+
+#[test]
+fn a_closed_port_is_05_in_either_family() {
+    let server = Server::start(&[]);
+    let closed = closed_port().port();
+    for ip in [V4, V6] {
+        let (mut stream, rep, _) = open(&server, CONNECT, SocketAddr::new(ip, closed));
+        assert_eq!(rep, 5, "{ip}");
+        assert_eq!(end_of(&mut stream), End::Closed(vec![]), "closed behind the reply");
+    }
+}
+
+#[test]
+fn no_address_of_one_host_is_ever_dialled() {
+    let server = Server::start(&[]);
+    for dst in ["127.0.0.1:0", "224.0.0.1:9", "255.255.255.255:9", "240.0.0.1:9", "[ff02::1]:9"] {
+        let (_, rep, _) = open(&server, CONNECT, addr(dst));
+        assert_eq!(rep, 3, "{dst}");
+    }
+}
+
+#[test]
+fn success_is_never_said_before_the_target_has_accepted() {
+    let server = Server::start(&["--connect-timeout", "400ms"]);
+    let target = Hanging::new();
+    let (time, (mut stream, rep, _)) = timed(|| open(&server, CONNECT, target.addr));
+    assert_eq!(rep, 6, "nobody accepted");
+    assert!(time >= Duration::from_millis(400), "{time:?}");
+    assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+}
+
+#[test]
+fn data_behind_the_request_reaches_the_target() {
+    let server = Server::start(&[]);
+    let mut stream = server.connect();
+    let mut all = vec![5, 1, 0];
+    all.extend(request(CONNECT, echo_server()));
+    all.extend(b"early");
+    stream.write_all(&all).expect("it is sent");
+    assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+    assert_eq!(read_reply(&mut stream).0, 0);
+    assert_eq!(read_exact(&mut stream, 5), b"early");
+}
+
+#[test]
+fn data_sent_while_the_connect_is_under_way_reaches_the_target_after_a_half_close_too() {
+    let server = Server::start(&[]);
+    let mut stream = greet(&server);
+    stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
+    stream.write_all(b"all there is").expect("it is sent");
+    stream.shutdown(std::net::Shutdown::Write).expect("half-close");
+    assert_eq!(read_reply(&mut stream).0, 0);
+    assert_eq!(end_of(&mut stream), End::Closed(b"all there is".to_vec()));
+}
+
+#[test]
+fn a_failure_reply_arrives_although_the_client_keeps_sending() {
+    let server = Server::start(&[]);
+    let mut stream = greet(&server);
+    stream.write_all(&request(CONNECT, closed_port())).expect("the request is sent");
+    let mut sender = stream.try_clone().expect("a second handle");
+    let started = Instant::now();
+    let flood = thread::spawn(move || {
+        let noise = vec![0xAA; 16 * 1024];
+        while sender.write_all(&noise).is_ok() {}
+        started.elapsed()
+    });
+    assert_eq!(read_reply(&mut stream).0, 5);
+    // RFC 1928 section 6: closed no more than 10 seconds after the failure.
+    let ended = flood.join().expect("the sender ends");
+    assert!(ended < Duration::from_secs(10), "{ended:?}");
+    eventually("the session is logged", SOON, || server.log().contains("rep=5"));
+}
+
+#[test]
+fn a_client_that_leaves_takes_its_hanging_connect_along() {
+    let server = Server::start(&["--connect-timeout", "60"]);
+    let target = Hanging::new();
+    let before = idle_descriptors(&server);
+    let leave: [fn(TcpStream); 2] = [drop, reset];
+    for leave in leave {
+        let mut stream = greet(&server);
+        stream.write_all(&request(CONNECT, target.addr)).expect("the request is sent");
+        eventually("both sockets are open", SOON, || server.descriptors() == before + 2);
+        leave(stream);
+        let limit = Duration::from_secs(3);
+        eventually("both sockets are closed", limit, || server.descriptors() == before);
+    }
+}
+
+#[test]
+fn loopback_goes_by_its_many_names() {
+    let server = Server::start(&[]);
+    let port = echo_server().port();
+    for name in ["localhost", "LOCALHOST", "127.0.0.1", "[::ffff:127.0.0.1]"] {
+        let (mut stream, rep, _) = open_name(&server, CONNECT, name, port);
+        assert_eq!(rep, 0, "{name}");
+        ping(&mut stream, b"hello");
+    }
+    for mapped in ["[::ffff:127.0.0.1]:0", "0.0.0.0:0"] {
+        let mut dst = addr(mapped);
+        dst.set_port(port);
+        let (_, rep, bnd) = open(&server, CONNECT, dst);
+        assert_eq!((rep, bnd.ip()), (0, V4), "{dst}");
+    }
+}
+
+#[test]
+fn nobody_is_led_back_to_a_listener_of_the_server_itself() {
+    let server = serve("127.0.0.1:0", 2, &["--listen", "[::1]:0"]);
+    let [v4, v6] = [server.addrs[0].port(), server.addrs[1].port()];
+    let by_address = [
+        SocketAddr::new(V4, v4),
+        SocketAddr::new(V6, v6),
+        SocketAddr::new(addr("0.0.0.0:0").ip(), v4),
+        SocketAddr::new(addr("[::]:0").ip(), v6),
+        SocketAddr::new(addr("[::ffff:127.0.0.1]:0").ip(), v4),
+        SocketAddr::new(addr("[::ffff:0.0.0.0]:0").ip(), v4),
+    ];
+    for dst in by_address {
+        let (mut stream, rep, _) = open(&server, CONNECT, dst);
+        assert_eq!(rep, 2, "{dst}");
+        assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+    }
+    // The resolver takes all of these for 127.0.0.1.
+    for name in ["127.0.0.1", "127.1", "0.0.0.0", "0", "2130706433", "0x7f.1"] {
+        let (_, rep, _) = open_name(&server, CONNECT, name, v4);
+        assert_eq!(rep, 2, "{name}");
+    }
+}
+
+#[test]
+fn a_listener_on_every_address_is_out_of_reach_by_each_of_them() {
+    let server = serve("*:0", 2, &[]);
+    let port = server.addr().port();
+    let local = SocketAddr::new(V4, port);
+    let refused = |request: &[u8]| {
+        let mut stream = connect_from(SocketAddr::new(V4, 0), local);
+        stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+        stream.write_all(request).expect("the request is sent");
+        read_reply(&mut stream).0 == 2
+    };
+    for ip in ["127.0.0.1", "127.0.0.2", "127.9.9.9", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1"] {
+        let dst = SocketAddr::new(ip.parse().expect("an address"), port);
+        assert!(refused(&request(CONNECT, dst)), "{dst}");
+    }
+    assert!(refused(&request_name(CONNECT, "localhost", port)));
+}
+
+#[test]
+fn two_thousand_tunnels_at_once_keep_apart() {
+    const TUNNELS: u32 = 2000;
+    if !raise_descriptors(8192) {
+        return skip("too few descriptors for 2000 tunnels");
+    }
+    let server = Server::start(&[]);
+    let before = idle_descriptors(&server);
+    let (target, dst) = listener(V4);
+    let target = Arc::new(target);
+    let accepting = target.clone();
+    let accepted = thread::spawn(move || (0..TUNNELS).map(|_| accept(&accepting).0).collect::<Vec<_>>());
+    let mut clients: Vec<TcpStream> = Vec::new();
+    for number in 0..TUNNELS {
+        let (mut stream, rep, _) = open(&server, CONNECT, dst);
+        assert_eq!(rep, 0);
+        stream.write_all(&number.to_be_bytes()).expect("it is sent");
+        clients.push(stream);
+    }
+    // Each target answers with what it got, and nobody gets what was another's.
+    let mut targets = accepted.join().expect("all are accepted");
+    for target in &mut targets {
+        let number = read_exact(target, 4);
+        target.write_all(&number).expect("it is sent");
+    }
+    for (number, client) in (0..TUNNELS).zip(&mut clients) {
+        assert_eq!(read_exact(client, 4), number.to_be_bytes());
+    }
+    drop((clients, targets));
+    eventually("all descriptors are free again", SOON, || server.descriptors() == before);
+}
