@@ -28,7 +28,7 @@ test: test-programs ## install what the tests need, and run them all
 # What the tests run against, as Debian packages it. Only what is missing is installed.
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
-           strace:strace prlimit:util-linux
+           strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount
 test-programs:     ## install the real programs that the tests run against (Debian, as root or with sudo)
 	@missing=; for pair in $(PROGRAMS); do \
 	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \

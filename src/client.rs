@@ -85,7 +85,14 @@ impl FromStr for Proxy {
 /// # Errors
 /// What is wrong with the first one that is wrong, without its credentials.
 pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
-    text.split(',').map(|hop| hop.trim().parse()).collect()
+    let parse = |hop: &str| hop.trim().parse();
+    text.split(',').map(parse).collect::<Result<_, String>>().map_err(|error| match text.contains('@') {
+        // A word of a text with a password in it may be the password, or a part of it.
+        true if error.contains('"') => "not [socks5h://]user:password@host[:port]; in user and password write \
+                                        %2C %2F %3A %40 %25 for , / : @ %"
+            .into(),
+        _ => error,
+    })
 }
 
 fn parse_userinfo(text: &str) -> Result<Credentials, String> {

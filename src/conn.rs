@@ -190,6 +190,10 @@ impl Abort for Conn {
             log::debug!("a connection could not be reset: {error}");
         }
     }
+
+    fn is_reset(&self) -> bool {
+        self.shows(PollFlags::ERR)
+    }
 }
 
 impl AsFd for Conn {

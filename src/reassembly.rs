@@ -90,14 +90,14 @@ impl Sequence {
 }
 
 /// Splits a payload that does not fit into one datagram of `limit` octets, header included, into fragments that do.
-/// A payload that fits is sent alone. `None` when even 127 fragments would not do.
+/// A payload that fits is sent alone. `None` when even 127 fragments would not do, or not even a header fits.
 pub fn split(dst: &Addr, data: &[u8], limit: usize) -> Option<Vec<Vec<u8>>> {
     let encode = |frag, data| {
         let mut out = Vec::new();
         Datagram { frag, dst: dst.clone(), data }.write(&mut out);
         out
     };
-    let room = limit.saturating_sub(encode(0, &[]).len());
+    let room = limit.checked_sub(encode(0, &[]).len())?;
     if data.len() <= room {
         return Some(vec![encode(0, data)]);
     }

@@ -19,6 +19,8 @@ use smol::Timer;
 const BUFFER: usize = 64 * 1024;
 /// How long dst may be silent before a client that can't send to it any more is told so.
 const UNSENT: Duration = Duration::from_secs(1);
+/// How often a client is asked whether it is still there while dst takes nothing.
+const STALL_CHECK: Duration = Duration::from_secs(1);
 /// How many buffers one direction may move before the other tunnels of the thread get their turn.
 const BUDGET: usize = 16;
 
@@ -30,6 +32,11 @@ thread_local! {
 pub trait Abort {
     /// Makes the coming close a reset, where the stream has such a thing.
     fn abort(&self);
+
+    /// Whether the peer has reset the stream, which reading would show, were there a use for what is read.
+    fn is_reset(&self) -> bool {
+        false
+    }
 }
 
 /// Octets moved so far; readable while the relay runs.
@@ -64,13 +71,16 @@ pub enum Place {
     WriteDst,
 }
 
-/// Why a relay ended before both sides did. Both sides have been reset.
+/// Why a relay ended before both sides did.
 #[derive(Debug)]
 pub enum Broken {
-    /// An operation failed.
+    /// An operation failed. Both sides have been reset.
     Io(Place, io::Error),
-    /// [`Limits::idle`] passed.
+    /// [`Limits::idle`] passed. Both sides have been reset.
     Idle,
+    /// dst has said all that it has to say, and takes no more. It has been reset; the client has not, and has yet to
+    /// be drained if it is to receive the last of what it was sent.
+    Unsent(io::Error),
 }
 
 impl fmt::Display for Broken {
@@ -80,7 +90,7 @@ impl fmt::Display for Broken {
             Self::Io(Place::ReadClient, error) => ("reading from the client", error),
             Self::Io(Place::WriteClient, error) => ("writing to the client", error),
             Self::Io(Place::ReadDst, error) => ("reading from dst", error),
-            Self::Io(Place::WriteDst, error) => ("writing to dst", error),
+            Self::Io(Place::WriteDst, error) | Self::Unsent(error) => ("writing to dst", error),
         };
         write!(f, "{place}: {error}")
     }
@@ -90,7 +100,7 @@ impl fmt::Display for Broken {
 /// by closing its sink's write side.
 ///
 /// Both streams are reset when an operation on either fails, when the idle limit ends the tunnel, and when the future
-/// is dropped before it is done.
+/// is dropped while it runs. A client that resets is noticed within a second also while dst takes nothing.
 ///
 /// # Errors
 /// As [`Broken`] says.
@@ -99,7 +109,7 @@ where
     C: AsyncRead + AsyncWrite + Abort + Unpin,
     D: AsyncRead + AsyncWrite + Abort + Unpin,
 {
-    let mut ends = Ends { client, dst, clean: false };
+    let mut ends = Ends { client, dst, clean: (false, false) };
     let mut tunnel = Tunnel {
         up: Direction::new(&moved.up),
         down: Direction::new(&moved.down),
@@ -107,6 +117,7 @@ where
         limits,
         last: Instant::now(),
         timer: Timer::never(),
+        wake: None,
     };
     let result = poll_fn(|cx| {
         let before = tunnel.progress();
@@ -116,24 +127,26 @@ where
         if tunnel.progress() != before {
             tunnel.last = Instant::now();
         }
-        tunnel.poll_limit(cx)
+        tunnel.poll_limits(cx, ends.client)
     });
     let result = result.await;
-    ends.clean = result.is_ok();
+    ends.clean = (matches!(result, Ok(()) | Err(Broken::Unsent(_))), result.is_ok());
     result
 }
 
-/// The streams; a relay that is not done leaves them reset.
+/// The streams. What has not ended well is left reset.
 struct Ends<'a, C: Abort, D: Abort> {
     client: &'a mut C,
     dst: &'a mut D,
-    clean: bool,
+    clean: (bool, bool),
 }
 
 impl<C: Abort, D: Abort> Drop for Ends<'_, C, D> {
     fn drop(&mut self) {
-        if !self.clean {
+        if !self.clean.0 {
             self.client.abort();
+        }
+        if !self.clean.1 {
             self.dst.abort();
         }
     }
@@ -143,10 +156,14 @@ struct Tunnel<'a> {
     up: Direction<'a>,
     down: Direction<'a>,
     /// Why the rest of `up` can't be sent; the tunnel ends with it when `down` has.
-    unsent: Option<Broken>,
+    unsent: Option<io::Error>,
     limits: Limits,
+    /// When an octet moved last.
     last: Instant,
+    /// One timer for everything, which is not set anew at each octet, but when it fires too early.
     timer: Timer,
+    /// What the timer is set to.
+    wake: Option<Instant>,
 }
 
 impl Tunnel<'_> {
@@ -164,7 +181,7 @@ impl Tunnel<'_> {
             // What dst sent before it stopped listening is still on its way to the client.
             Poll::Ready(Err(Fault::Sink(error))) => {
                 self.up.done = true;
-                self.unsent = Some(Broken::Io(Place::WriteDst, error));
+                self.unsent = Some(error);
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
@@ -175,28 +192,47 @@ impl Tunnel<'_> {
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
         if self.up.done && self.down.done {
-            return Poll::Ready(self.unsent.take().map_or(Ok(()), Err));
+            return Poll::Ready(self.unsent.take().map_or(Ok(()), |error| Err(self.cut_short(error))));
         }
         Poll::Pending
     }
 
-    /// Ready when the tunnel has been silent for too long. It has one timer, which is not set anew at each octet but
-    /// when it fires too early.
-    fn poll_limit(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        let (limit, result) = match self.limits {
-            _ if self.unsent.is_some() => (UNSENT, Err(())),
-            Limits { linger: Some(linger), .. } if self.down.done && self.up.waits_for_source() => (linger, Ok(())),
-            Limits { idle: Some(idle), .. } => (idle, Err(())),
-            Limits { idle: None, .. } => return Poll::Pending,
-        };
-        let due = self.last + limit;
-        while Instant::now() < due {
-            if !self.timer.will_fire() || self.down.done || self.unsent.is_some() {
-                self.timer.set_at(due);
+    /// How the tunnel ends when dst takes no more.
+    fn cut_short(&self, error: io::Error) -> Broken {
+        if self.down.ended && self.down.done { Broken::Unsent(error) } else { Broken::Io(Place::WriteDst, error) }
+    }
+
+    /// Ready when the tunnel has been silent for too long, or the client has given it up.
+    fn poll_limits(&mut self, cx: &mut Context<'_>, client: &impl Abort) -> Poll<Result<(), Broken>> {
+        loop {
+            let now = Instant::now();
+            let stalled = !self.up.rest.is_empty();
+            if stalled && client.is_reset() {
+                return broken(Place::ReadClient, io::ErrorKind::ConnectionReset.into());
+            }
+            let lingers = self.down.done && !stalled && !self.up.ended;
+            let limit = match self.limits {
+                _ if self.unsent.is_some() => Some(UNSENT),
+                Limits { linger: Some(linger), .. } if lingers => Some(linger),
+                Limits { idle, .. } => idle,
+            };
+            let due = limit.map(|limit| self.last + limit);
+            if due.is_some_and(|due| now >= due) {
+                return Poll::Ready(match self.unsent.take() {
+                    Some(error) => Err(self.cut_short(error)),
+                    None if lingers && self.limits.linger.is_some() => Ok(()),
+                    None => Err(Broken::Idle),
+                });
+            }
+            let check = stalled.then(|| now + STALL_CHECK);
+            let Some(wake) = due.into_iter().chain(check).min() else { return Poll::Pending };
+            if self.wake.is_none_or(|set| wake < set) {
+                self.timer.set_at(wake);
+                self.wake = Some(wake);
             }
             ready!(Pin::new(&mut self.timer).poll(cx));
+            self.wake = None;
         }
-        Poll::Ready(result.map_err(|()| self.unsent.take().unwrap_or(Broken::Idle)))
     }
 }
 
@@ -227,10 +263,6 @@ impl<'a> Direction<'a> {
 
     fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
-    }
-
-    fn waits_for_source(&self) -> bool {
-        self.rest.is_empty() && !self.ended
     }
 
     fn took(&self, n: usize) {

@@ -277,10 +277,10 @@ async fn accept(
             }
         };
         match listener.accept() {
-            Ok(conn) => {
+            Ok((conn, client)) => {
                 let (server, alive) = (server.clone(), alive.clone());
                 let session = async move {
-                    if AssertUnwindSafe(session::run(&server, conn)).catch_unwind().await.is_err() {
+                    if AssertUnwindSafe(session::run(&server, conn, client)).catch_unwind().await.is_err() {
                         log::error!("a session ended in a panic; please report it");
                     }
                     drop((slot, alive));

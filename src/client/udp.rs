@@ -17,6 +17,9 @@ use crate::dial::{Failure, Resolver, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP};
 use crate::reassembly::{Reassembler, split};
 
+/// More than any UDP datagram has, in octets.
+const MAX_DATAGRAM: usize = 65_536;
+
 /// Associations with all hops, nested, and the socket towards the first one.
 #[derive(Debug)]
 pub struct Association {
@@ -101,15 +104,28 @@ impl Association {
     /// # Errors
     /// Those of the socket.
     pub async fn recv(&self) -> io::Result<(Addr, Vec<u8>)> {
-        let mut buffer = vec![0; 65_536];
         loop {
-            match self.socket.recv(&mut buffer).await {
-                Ok(n) => {
-                    if let Some(answer) = self.unwrap(buffer.get(..n).unwrap_or_default()) {
-                        return Ok(answer);
-                    }
-                }
+            if let Some(answer) = self.try_recv()? {
+                return Ok(answer);
+            }
+            self.socket.readable().await?;
+        }
+    }
+
+    /// An answer that is here already.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn try_recv(&self) -> io::Result<Option<(Addr, Vec<u8>)>> {
+        let mut buffer = vec![0; MAX_DATAGRAM];
+        loop {
+            let received = self.socket.get_ref().recv(&mut buffer);
+            match received.map(|n| self.unwrap(buffer.get(..n).unwrap_or_default())) {
+                Ok(Some(answer)) => return Ok(Some(answer)),
+                // Not for us; or what ICMP says about an earlier datagram.
+                Ok(None) => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
             }
         }

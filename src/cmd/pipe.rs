@@ -71,7 +71,10 @@ pub(super) async fn run(client: &Client, mut tunnel: Conn) -> Result<(), Failure
     let limits = Limits { idle: None, linger: Some(LINGER) };
     let ended = relay(&mut pipe, &mut tunnel, limits, &Moved::default()).await;
     let ended = match (ended, pipe.stdout.flush().await) {
-        (Ok(()) | Err(Broken::Idle), Err(error)) => Err(Broken::Io(Place::WriteClient, error)),
+        // Only the thread that writes knows why writing failed.
+        (Ok(()) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
+            Err(Broken::Io(Place::WriteClient, error))
+        }
         (ended, _) => ended,
     };
     match ended {
@@ -81,7 +84,7 @@ pub(super) async fn run(client: &Client, mut tunnel: Conn) -> Result<(), Failure
         }
         Err(Broken::Io(Place::WriteClient, error)) => Err(failed(Status::Stdout, "writing to stdout", &error)),
         Err(Broken::Io(Place::ReadClient, error)) => Err(failed(Status::Stdin, "reading stdin", &error)),
-        Err(Broken::Io(Place::WriteDst, error)) => Err(failed(Status::Send, "sending", &error)),
+        Err(Broken::Io(Place::WriteDst, error) | Broken::Unsent(error)) => Err(failed(Status::Send, "sending", &error)),
         Err(Broken::Io(Place::ReadDst, error)) => Err(failed(Status::Receive, "receiving", &error)),
     }
 }

@@ -1,8 +1,9 @@
 //! `s5 udp`: datagrams through proxies, from stdin and to stdout.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use argh::FromArgs;
@@ -54,9 +55,13 @@ impl Args {
             if let Some(relay) = association.relay() {
                 note(self.verbose, &client, &format!("relays for {} at {relay}", client.dst()));
             }
-            let transfer = Transfer { client: &client, association: &association, raw: self.raw };
+            let transfer = Transfer { client: &client, association: &association };
             let send = async {
-                transfer.send().await?;
+                if self.raw {
+                    transfer.send_reads().await?
+                } else {
+                    transfer.send_lines().await?
+                }
                 Timer::after(self.wait).await;
                 Ok(())
             };
@@ -65,63 +70,105 @@ impl Args {
                 let what = format!("proxy {proxy}: transfer, for {}: the proxy ended the association", client.dst());
                 Err(Failure::new(Status::Receive, what))
             };
-            // Answers that are here already are written before anything ends.
-            transfer.receive().or(send).or(lost).await
+            let mut stdout = Stdout::new(self.raw).map_err(|error| transfer.failed(Status::Stdout, &error))?;
+            let ended = transfer.receive(&mut stdout).or(send).or(lost).await;
+            // Answers that are here already are written, whatever it was that ended.
+            transfer.receive_rest(&mut stdout)?;
+            ended
         })
+    }
+}
+
+/// Where answers go.
+struct Stdout {
+    file: File,
+    raw: bool,
+}
+
+impl Stdout {
+    fn new(raw: bool) -> io::Result<Self> {
+        Ok(Self { file: File::from(io::stdout().as_fd().try_clone_to_owned()?), raw })
+    }
+
+    fn print(&mut self, mut answer: Vec<u8>) -> io::Result<()> {
+        if !self.raw {
+            answer.push(b'\n');
+        }
+        self.file.write_all(&answer)
     }
 }
 
 struct Transfer<'a> {
     client: &'a Client,
     association: &'a Association,
-    raw: bool,
 }
 
 impl Transfer<'_> {
-    /// Sends what stdin has, to its end.
-    async fn send(&self) -> Result<(), Failure> {
-        let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(|error| self.failed(Status::Stdin, &error))?;
-        let mut stdin = BufReader::new(Unblock::with_capacity(MAX_UDP, File::from(stdin)));
-        let mut data = Vec::new();
+    /// Sends each line of stdin, to its end.
+    async fn send_lines(&self) -> Result<(), Failure> {
+        let mut stdin = BufReader::new(Unblock::with_capacity(MAX_UDP, self.stdin()?));
+        let mut line = Vec::new();
         loop {
-            data.clear();
-            let read = if self.raw {
-                data.resize(MAX_UDP, 0);
-                stdin.get_mut().read(&mut data).await.inspect(|n| data.truncate(*n))
-            } else {
-                // One octet more than fits, for the line that does not, and one for its end.
-                (&mut stdin).take(MAX_UDP as u64 + 2).read_until(b'\n', &mut data).await
-            };
+            line.clear();
+            // Room for one octet too many, so that a line that does not fit is refused, and for its end.
+            let read = (&mut stdin).take(MAX_UDP as u64 + 2).read_until(b'\n', &mut line).await;
             if read.map_err(|error| self.failed(Status::Stdin, &error))? == 0 {
                 return Ok(());
             }
-            if !self.raw && data.last() == Some(&b'\n') {
-                data.pop();
-            }
-            if let Err(error) = self.association.send(self.client.dst(), &data).await {
-                return Err(self.failed(Status::Send, &error));
-            }
+            self.send(line.strip_suffix(b"\n").unwrap_or(&line)).await?;
         }
     }
 
-    /// Writes answers as they come, without end.
-    async fn receive(&self) -> Result<(), Failure> {
-        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|error| self.failed(Status::Stdout, &error))?;
-        let mut stdout = File::from(stdout);
+    /// Sends what each read of stdin gives, to its end.
+    async fn send_reads(&self) -> Result<(), Failure> {
+        let stdin = Arc::new(self.stdin()?);
         loop {
-            let answer = self.association.recv().await;
-            let (_, mut data) = answer.map_err(|error| self.failed(Status::Receive, &error))?;
-            if !self.raw {
-                data.push(b'\n');
+            let stdin = stdin.clone();
+            let read = smol::unblock(move || {
+                let mut data = vec![0; MAX_UDP];
+                let n = (&*stdin).read(&mut data)?;
+                data.truncate(n);
+                io::Result::Ok(data)
+            });
+            let data = read.await.map_err(|error| self.failed(Status::Stdin, &error))?;
+            if data.is_empty() {
+                return Ok(());
             }
-            match stdout.write_all(&data) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    return Err(Failure::new(Status::BrokenPipe, ""));
-                }
-                Err(error) => return Err(self.failed(Status::Stdout, &error)),
-            }
+            self.send(&data).await?;
         }
+    }
+
+    fn stdin(&self) -> Result<File, Failure> {
+        let stdin = io::stdin().as_fd().try_clone_to_owned();
+        stdin.map(File::from).map_err(|error| self.failed(Status::Stdin, &error))
+    }
+
+    async fn send(&self, data: &[u8]) -> Result<(), Failure> {
+        let sent = self.association.send(self.client.dst(), data).await;
+        sent.map_err(|error| self.failed(Status::Send, &error))
+    }
+
+    /// Writes answers as they come, without end.
+    async fn receive(&self, stdout: &mut Stdout) -> Result<(), Failure> {
+        loop {
+            let received = self.association.recv().await;
+            let (_, answer) = received.map_err(|error| self.failed(Status::Receive, &error))?;
+            self.print(stdout, answer)?;
+        }
+    }
+
+    fn receive_rest(&self, stdout: &mut Stdout) -> Result<(), Failure> {
+        while let Ok(Some((_, answer))) = self.association.try_recv() {
+            self.print(stdout, answer)?;
+        }
+        Ok(())
+    }
+
+    fn print(&self, stdout: &mut Stdout, answer: Vec<u8>) -> Result<(), Failure> {
+        stdout.print(answer).map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::new(Status::BrokenPipe, ""),
+            _ => self.failed(Status::Stdout, &error),
+        })
     }
 
     fn failed(&self, status: Status, error: &io::Error) -> Failure {

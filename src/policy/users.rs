@@ -68,12 +68,13 @@ impl Users {
                 continue;
             }
             let Some((name, hash)) = text.split_once(':') else {
-                return Err(at(format!("{:?} has no \":\" behind the name", excerpt(text))));
+                let name = text.split_whitespace().next().unwrap_or_default();
+                return Err(at(format!("{:?} has no \":\" behind the name", excerpt(name))));
             };
             check_name(name).map_err(at)?;
-            let hash = Hash::parse(hash).map_err(|what| at(format!("user {name:?}: {what}")))?;
+            let hash = Hash::parse(hash).map_err(|what| at(format!("user {:?}: {what}", excerpt(name))))?;
             if users.names.insert(name.into(), users.hashes.len()).is_some() {
-                return Err(at(format!("user {name:?} stands here twice")));
+                return Err(at(format!("user {:?} stands here twice", excerpt(name))));
             }
             users.hashes.push(hash);
         }
@@ -107,7 +108,6 @@ impl Users {
 
 impl Hash {
     fn parse(text: &str) -> Result<Self, String> {
-        let scheme = || text.split('$').nth(1).unwrap_or_default().to_owned();
         if text.starts_with("$argon2id$") {
             let hash = PasswordHash::new(text).map_err(|error| format!("bad argon2id hash: {error}"))?;
             let whole = hash.salt.is_some() && hash.hash.is_some();
@@ -115,12 +115,13 @@ impl Hash {
             return if sound { Ok(Self::Argon2(text.into())) } else { Err("bad argon2id hash".into()) };
         }
         if ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| text.starts_with(prefix)) {
-            let sound = text.parse::<bcrypt::HashParts>().is_ok() && text.len() == 60;
+            let sound = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
             return if sound { Ok(Self::Bcrypt(text.into())) } else { Err("bad bcrypt hash".into()) };
         }
-        match scheme().as_str() {
-            "" => Err("no hash behind the name, as --add-user or htpasswd -B writes it".into()),
-            other => Err(format!("unknown kind of hash {:?}", excerpt(other))),
+        // Anything but $SCHEME$… may be a password in clear, which is not repeated.
+        match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
+            Some((scheme, _)) => Err(format!("unknown kind of hash {:?}", excerpt(scheme))),
+            None => Err("no hash behind the name, as --add-user or htpasswd -B writes it".into()),
         }
     }
 
@@ -201,6 +202,9 @@ pub fn edit(text: &str, name: &str, line: Option<&str>) -> Option<String> {
 /// Enough of a word to find it by, and not so much that a secret in the wrong place is told.
 fn excerpt(word: &str) -> String {
     const SHOWN: usize = 16;
+    if word.starts_with('$') {
+        return "$…".into();
+    }
     match word.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}…", word.get(..end).unwrap_or_default()),
         None => word.into(),

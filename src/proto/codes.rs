@@ -101,6 +101,7 @@ impl Foreign {
     pub fn rejection(self) -> &'static [u8] {
         match self.0 {
             4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0],
+            b'S' => &[],
             b'A'..=b'Z' => {
                 b"HTTP/1.0 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n\
                   This is a SOCKS5 proxy, not an HTTP server or proxy. Use it as socks5h://HOST:PORT.\n"

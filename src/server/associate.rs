@@ -49,7 +49,7 @@ thread_local! {
 
 pub(super) async fn serve(server: &Server, control: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
     let failed = |error| Refusal::reply(Rep::GENERAL_FAILURE, error);
-    let client = client_addr(control, dst);
+    let client = client_addr(record.client, dst);
     let relay = relay_socket(server, control, client).map_err(failed)?;
     let local = relay.get_ref().local_addr().map_err(failed)?;
     server.succeed(control, server.advertised(local), record).await?;
@@ -72,9 +72,8 @@ pub(super) async fn serve(server: &Server, control: &mut Conn, dst: &Addr, recor
 
 /// Who may use the association: the IP address of the control connection, whatever DST says, and the port of DST, or
 /// 0 for the first one that sends. On a Unix socket the client is on this machine.
-fn client_addr(control: &Conn, dst: &Addr) -> SocketAddr {
-    let ip = control.peer_addr().map_or(Ipv4Addr::LOCALHOST.into(), |peer| peer.ip());
-    let mut client = control.peer_addr().unwrap_or(SocketAddr::new(ip, 0));
+fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
+    let mut client = client.unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
     client.set_port(dst.port);
     client
 }

@@ -13,7 +13,7 @@ use crate::conn::{Conn, until};
 use crate::dial::{Failure, dial};
 use crate::policy::is_unicast;
 use crate::proto::{Addr, Rep, Reply};
-use crate::relay::{Limits, relay};
+use crate::relay::{Abort as _, Broken, Limits, relay};
 
 /// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
 const LEAVE_GRACE: Duration = Duration::from_secs(1);
@@ -69,8 +69,13 @@ impl Server {
     /// Relays between the client and the target until the tunnel ends.
     pub(super) async fn relay(&self, client: &mut Conn, mut target: Conn, record: &mut Record) {
         let limits = Limits { idle: Some(self.options.idle_timeout), linger: None };
-        if let Err(broken) = relay(client, &mut target, limits, &record.moved).await {
-            record.error = Some(broken.to_string());
+        let Err(broken) = relay(client, &mut target, limits, &record.moved).await else { return };
+        record.error = Some(broken.to_string());
+        if let Broken::Unsent(_) = broken {
+            drop(target);
+            client.clone().farewell(&[]).await;
+            // What it went on to send is lost, and it should not think otherwise.
+            client.abort();
         }
     }
 }

@@ -178,16 +178,16 @@ impl Listener {
         }
     }
 
-    /// Accepts a connection that is there already.
-    pub(super) fn accept(&self) -> io::Result<Conn> {
+    /// Accepts a connection that is there already: itself, and where it came from when that is an address.
+    pub(super) fn accept(&self) -> io::Result<(Conn, Option<SocketAddr>)> {
         match self {
             Self::Tcp(listener, _) => {
-                let (stream, _) = listener.get_ref().accept()?;
-                Ok(Conn::Tcp(Async::new(stream)?.into()))
+                let (stream, peer) = listener.get_ref().accept()?;
+                Ok((Conn::Tcp(Async::new(stream)?.into()), Some(peer)))
             }
             Self::Unix(listener, _) => {
                 let (stream, _) = listener.get_ref().accept()?;
-                Ok(Conn::Unix(Async::new(stream)?.into()))
+                Ok((Conn::Unix(Async::new(stream)?.into()), None))
             }
         }
     }

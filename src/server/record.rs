@@ -4,7 +4,6 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use crate::conn::Conn;
 use crate::proto::{Addr, Command, Rep};
 use crate::relay::Moved;
 
@@ -12,7 +11,7 @@ use crate::relay::Moved;
 #[derive(Debug)]
 pub(super) struct Record {
     started: Instant,
-    client: Option<SocketAddr>,
+    pub(super) client: Option<SocketAddr>,
     pub(super) user: Option<Vec<u8>>,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
@@ -23,10 +22,10 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub(super) fn new(conn: &Conn) -> Self {
+    pub(super) fn new(client: Option<SocketAddr>) -> Self {
         Self {
             started: Instant::now(),
-            client: conn.peer_addr(),
+            client,
             user: None,
             command: None,
             dst: None,

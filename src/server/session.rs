@@ -3,6 +3,7 @@
 //! A command answers success itself. Every refusal, of whatever stage, is said here and nowhere else, so that no
 //! path answers twice or not at all.
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::record::Record;
@@ -58,8 +59,9 @@ fn rep(failure: Failure, dst_is_name: bool) -> Rep {
     }
 }
 
-pub(super) async fn run(server: &Server, mut conn: Conn) {
-    let mut record = Record::new(&conn);
+/// Runs a session of `client`, which has no address on a Unix socket, and had one even if it is gone by now.
+pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAddr>) {
+    let mut record = Record::new(client);
     let deadline = Instant::now() + server.options.handshake_timeout;
     let outcome = match until(deadline, handshake(server, &mut conn, &mut record)).await {
         Some(Ok(request)) => dispatch(server, &mut conn, &request, &mut record).await,
