@@ -1,0 +1,181 @@
+//! `s5 bind`, through our own server and against scripted ones.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+
+use crate::common::{SOON, Server, run, s5};
+use crate::scripted::{Running, SUCCESS, Scripted, Step, answer, say, success, text, then};
+
+/// Connects from an address of one's own choice.
+fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None);
+    let socket = socket.expect("a socket");
+    let from: SocketAddr = from.parse().expect("an address");
+    socket.bind(&from.into()).expect("an address of this machine");
+    socket.connect(&to.into()).expect("somebody listens");
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(SOON)).expect("it can be set");
+    stream
+}
+
+/// Starts `s5 bind` and waits until it says where.
+fn bound(args: &[&str]) -> (Running, SocketAddr) {
+    let client = Running::start(s5().arg("bind").args(args));
+    let said = client.stderr(|said| said.lines().any(|line| line.starts_with("bound ")) && said.ends_with('\n'));
+    let line = said.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line");
+    (client, line.parse().expect("an address"))
+}
+
+/// Talks both ways over a connection that `s5 bind` has accepted, to the end of both.
+fn converse(mut client: Running, mut peer: TcpStream) {
+    let from = peer.local_addr().expect("an address");
+    let said = client.stderr(|said| said.contains("accepted ") && said.ends_with('\n'));
+    assert_eq!(said.lines().filter(|line| *line == format!("accepted {from}")).count(), 1, "{said}");
+    client.write(b"from the client");
+    client.close_stdin();
+    let mut heard = Vec::new();
+    peer.read_to_end(&mut heard).expect("the end comes");
+    assert_eq!(text(&heard), "from the client");
+    peer.write_all(b"from the peer").expect("it is sent");
+    drop(peer);
+    let (status, stdout, stderr) = client.end(SOON);
+    assert_eq!((status.code(), text(&stdout)), (Some(0), "from the peer".into()), "{stderr}");
+}
+
+#[test]
+fn it_says_where_and_who_and_then_talks_both_ways() {
+    let server = Server::start(&[]);
+    let proxy = server.addr().to_string();
+    for peer in [&["-x", &proxy][..], &["-x", &proxy, "127.0.0.1"], &["-x", &proxy, "localhost"]] {
+        let (client, at) = bound(peer);
+        assert!(at.ip().is_loopback() && at.port() != 0, "{at}");
+        let peer = TcpStream::connect(at).expect("it listens");
+        converse(client, peer);
+    }
+}
+
+#[test]
+fn an_ipv6_peer_is_accepted_where_one_is_expected() {
+    let server = Server::start(&[]);
+    let (client, at) = bound(&["-x", &server.addr().to_string(), "::1"]);
+    assert!(at.is_ipv6(), "{at}");
+    converse(client, TcpStream::connect(at).expect("it listens"));
+}
+
+#[test]
+fn stderr_has_two_lines_and_stdout_only_data() {
+    let server = Server::start(&[]);
+    let (mut client, at) = bound(&["-x", &server.addr().to_string()]);
+    let peer = TcpStream::connect(at).expect("it listens");
+    let from = peer.local_addr().expect("an address");
+    drop(peer);
+    let (status, stdout, stderr) = client.end(SOON);
+    assert_eq!((status.code(), stdout.len()), (Some(0), 0), "{stderr}");
+    assert_eq!(stderr, format!("bound {at}\naccepted {from}\n"));
+}
+
+#[test]
+fn a_stranger_is_turned_away_and_the_wait_goes_on() {
+    let server = Server::start(&[]);
+    let (mut client, at) = bound(&["-x", &server.addr().to_string(), "127.0.0.2"]);
+    let mut stranger = connect_from("127.0.0.3:0", at);
+    let heard = stranger.read(&mut [0; 1]);
+    assert!(!matches!(heard, Ok(1..)), "a stranger was talked to");
+    assert!(client.is_running());
+    assert!(!client.stderr(|_| true).contains("accepted"), "a stranger was accepted");
+    converse(client, connect_from("127.0.0.2:0", at));
+}
+
+#[test]
+fn a_wait_that_the_server_ends_has_the_status_of_its_rep() {
+    let server = Server::start(&["--bind-timeout", "200ms"]);
+    let proxy = server.addr().to_string();
+    let output = run(s5().args(["bind", "-x", &proxy]), b"", SOON);
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(106), 0), "{said}");
+    let line = format!("s5: proxy {proxy}: waiting for the peer, for 0.0.0.0:0: TTL expired (REP 6)");
+    assert_eq!(said.lines().last(), Some(line.as_str()), "{said}");
+}
+
+#[test]
+fn the_wait_for_the_handshake_does_not_bound_the_wait_for_the_peer() {
+    let server = Server::start(&[]);
+    let (mut client, at) = bound(&["-w", "500ms", "-x", &server.addr().to_string()]);
+    std::thread::sleep(std::time::Duration::from_millis(600));
+    assert!(client.is_running());
+    converse(client, TcpStream::connect(at).expect("it listens"));
+}
+
+#[test]
+fn the_second_reply_can_fail_in_every_way() {
+    let closed = "the proxy closed the connection";
+    let table: [(Vec<Step>, i32, &str); 7] = [
+        (vec![], 97, closed),
+        (vec![say(&SUCCESS[..6])], 97, closed),
+        (vec![Step::Reset], 97, "Connection reset by peer (os error 104)"),
+        (vec![say(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0])], 102, "not allowed by ruleset (REP 2)"),
+        (vec![say(&[5, 6])], 106, "TTL expired (REP 6)"),
+        (vec![say(&[4, 0, 0, 1, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (it answered 0x04, SOCKS4?)"),
+        (vec![say(&[5, 0, 0, 9, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (unknown address type 9)"),
+    ];
+    for (second, status, reason) in table {
+        let first = success(([127, 0, 0, 1], 4321).into());
+        let proxy = Scripted::start(answer(&first).into_iter().chain(second).collect());
+        let output = run(s5().args(["bind", "-x", &proxy.url(), "192.0.2.1"]), b"", SOON);
+        let line = format!("s5: proxy {}: waiting for the peer, for 192.0.2.1:0: {reason}", proxy.addr);
+        let lines = format!("bound 127.0.0.1:4321\n{line}\n");
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(status), lines));
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn a_bound_address_of_zeros_is_the_proxys_own() {
+    let proxy = Scripted::start_at("127.0.0.7:0".parse().expect("an address"), {
+        let first = success(([0, 0, 0, 0], 4321).into());
+        let second = success(([192, 0, 2, 1], 20).into());
+        answer(&first).into_iter().chain([say(&second)]).collect()
+    });
+    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"", SOON);
+    assert_eq!(text(&output.stderr), "bound 127.0.0.7:4321\naccepted 192.0.2.1:20\n");
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn both_replies_and_the_first_data_may_come_in_one_segment() {
+    let replies = [
+        success(([127, 0, 0, 1], 4321).into()),
+        b"\x05\x00\x00\x03\x0bpeer.exampl\x00\x14".to_vec(),
+        b"hello".to_vec(),
+    ];
+    let proxy = Scripted::start(answer(&replies.concat()));
+    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()));
+    assert_eq!(text(&output.stderr), "bound 127.0.0.1:4321\naccepted peer.exampl:20\n");
+}
+
+#[test]
+fn nothing_of_stdin_is_sent_before_the_peer_has_come() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let wait = then(move |mut stream| {
+        stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("it can be set");
+        let _ = tell.send(stream.read(&mut [0; 1]).is_err());
+        stream.set_read_timeout(Some(SOON)).expect("it can be set");
+        let _ = stream.write_all(SUCCESS);
+        let mut heard = Vec::new();
+        let _ = stream.read_to_end(&mut heard);
+        let _ = stream.write_all(&heard);
+    });
+    let proxy = Scripted::start(answer(SUCCESS).into_iter().chain([wait]).collect());
+    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"for the peer", SOON);
+    assert_eq!(told.recv_timeout(SOON), Ok(true), "something was sent");
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "for the peer".into()));
+}
+
+#[test]
+fn it_works_at_the_end_of_a_chain() {
+    let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
+    let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
+    let (client, at) = bound(&["-x", &chain.join(",")]);
+    converse(client, TcpStream::connect(at).expect("it listens"));
+}

@@ -1,0 +1,203 @@
+//! Which proxy a client goes through, and how it gets there.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
+use std::thread;
+
+use crate::common::{SOON, Server, closed_port, echo_server, folder, in_namespace, run, s5};
+use crate::scripted::{SUCCESS, Scripted, answer, say, text};
+
+const TARGET: &str = "target.example:80";
+
+/// Which of these the client tries, judged by what it says when nobody listens there.
+fn tried(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut command = s5();
+    command.args(["connect", TARGET]).envs(variables.iter().copied());
+    if let Some(option) = option {
+        command.args(["-x", option]);
+    }
+    let output = run(&mut command, b"", SOON);
+    (output.status.code(), text(&output.stderr))
+}
+
+#[test]
+fn the_option_comes_before_the_environment_and_that_in_its_order() {
+    let places: Vec<String> = (0..4).map(|_| closed_port().to_string()).collect();
+    let [option, first, second, third] = [0, 1, 2, 3].map(|i| places[i].as_str());
+    let all = [("S5_PROXY", first), ("all_proxy", second), ("ALL_PROXY", third)];
+    let used = |(status, said): (Option<i32>, String), place: &str| {
+        assert_eq!(status, Some(7), "{said}");
+        assert!(said.starts_with(&format!("s5: proxy {place}: ")), "{said} is not about {place}");
+    };
+    used(tried(Some(option), &all), option);
+    used(tried(None, &all), first);
+    used(tried(None, &all[1..]), second);
+    used(tried(None, &all[2..]), third);
+    used(tried(None, &[("S5_PROXY", ""), ("all_proxy", ""), ("ALL_PROXY", third)]), third);
+}
+
+#[test]
+fn without_any_word_the_proxy_is_on_port_1080_here() {
+    if !in_namespace("proxies::without_any_word_the_proxy_is_on_port_1080_here", "127.0.0.1 localhost\n", "") {
+        return;
+    }
+    let at = SocketAddr::from(([127, 0, 0, 1], 1080));
+    for option in [None, Some("127.0.0.1"), Some("socks5h://127.0.0.1/"), Some("localhost")] {
+        let proxy = Scripted::start_at(at, answer(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
+        assert_eq!(tried(option, &[]).0, Some(102));
+        assert_eq!(proxy.messages().len(), 2);
+    }
+}
+
+#[test]
+fn the_environment_may_have_a_chain() {
+    let second = closed_port();
+    let first = Scripted::start(answer(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
+    let chain = format!("socks5h://{}, socks5://u:p@{second}", first.addr);
+    let (status, said) = tried(None, &[("ALL_PROXY", &chain)]);
+    assert_eq!(status, Some(105), "{said}");
+    assert!(said.contains(&format!("request, for {second}: ")), "{said}");
+}
+
+#[test]
+fn a_proxy_of_another_kind_is_not_dialled() {
+    for (variable, value, scheme) in [
+        ("ALL_PROXY", "http://alice:topsecret@127.0.0.1:3128", "http"),
+        ("all_proxy", "https://alice:topsecret@127.0.0.1:3128", "https"),
+        ("S5_PROXY", "socks4a://alice:topsecret@127.0.0.1:3128", "socks4a"),
+    ] {
+        let (status, said) = tried(None, &[(variable, value)]);
+        assert_eq!(status, Some(2), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.starts_with(&format!("s5: {variable}: ")) && said.contains(scheme), "{said}");
+        assert!(!said.contains("topsecret"), "{said}");
+    }
+}
+
+#[test]
+fn a_proxy_that_makes_no_sense_is_a_usage_error_that_names_where_it_stands() {
+    for proxy in ["", "host:port", "host:65536", "[::1", "::1]:1", "user@host", "unix:", "a,,b", "127.0.0.1,", " "] {
+        let (status, said) = tried(Some(proxy), &[]);
+        assert_eq!(status, Some(2), "{proxy:?}: {said}");
+        assert!(said.starts_with("s5: --proxy: ") && said.lines().count() == 1, "{proxy:?}: {said}");
+    }
+    let (status, said) = tried(None, &[("all_proxy", "host:port")]);
+    assert_eq!(status, Some(2), "{said}");
+    assert!(said.starts_with("s5: all_proxy: "), "{said}");
+}
+
+#[test]
+fn no_complaint_about_a_proxy_repeats_a_password() {
+    for proxy in [
+        "alice:topsecret@host:port",
+        "alice:topsecret@[::1",
+        "alice:topsecret@",
+        "http://alice:topsecret@host",
+        "socks5h://alice:topsecret@host:99999",
+        "host,alice:topsecret@unix:",
+        // Not encoded as they should be, which is when people see the complaint.
+        "alice:a,topsecret@[::1",
+        "alice:topsecret,a@[::1",
+        "alice:topsecret://a@[::1",
+    ] {
+        for place in [Some(proxy), None] {
+            let variables = if place.is_none() { &[("ALL_PROXY", proxy)][..] } else { &[] };
+            let (status, said) = tried(place, variables);
+            assert_eq!(status, Some(2), "{said}");
+            assert!(!said.contains("topsecret"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn an_ipv6_proxy_is_reached_with_and_without_a_scheme() {
+    for scheme in ["", "socks5://", "socks5h://"] {
+        let at = "[::1]:0".parse().expect("an address");
+        let proxy = Scripted::start_at(at, answer(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
+        assert_eq!(tried(Some(&format!("{scheme}{}", proxy.addr)), &[]).0, Some(102));
+    }
+}
+
+#[test]
+fn all_addresses_of_the_proxy_are_tried() {
+    let hosts = "::1 proxy.example\n127.0.0.2 proxy.example\n127.0.0.1 proxy.example\n";
+    if !in_namespace("proxies::all_addresses_of_the_proxy_are_tried", hosts, "") {
+        return;
+    }
+    let proxy = Scripted::start(answer(SUCCESS).into_iter().chain([say(b"hello")]).collect());
+    let url = format!("proxy.example:{}", proxy.addr.port());
+    let output = run(s5().args(["connect", "-x", &url, TARGET]), b"", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_proxy_may_be_on_a_unix_socket() {
+    let folder = folder();
+    let path = folder.path().join("s5.sock");
+    let listen = format!("unix:{}", path.display());
+    let _server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
+    let target = echo_server().to_string();
+    for url in [listen.clone(), format!("socks5h://{listen}")] {
+        let output = run(s5().args(["connect", "-x", &url, &target]), b"by path", SOON);
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "by path".into()));
+    }
+}
+
+#[test]
+fn a_unix_socket_takes_a_login_too_and_its_failures_name_it() {
+    let folder = folder();
+    let path = folder.path().join("proxy.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    thread::spawn(move || {
+        use std::io::{Read as _, Write as _};
+        let (mut stream, _) = listener.accept().expect("a client");
+        stream.read_exact(&mut [0; 4]).expect("a greeting");
+        stream.write_all(&[5, 2]).expect("it is sent");
+        stream.read_exact(&mut [0; 14]).expect("a login");
+        stream.write_all(&[1, 1]).expect("it is sent");
+    });
+    let url = format!("alice:secret@unix:{}", path.display());
+    let (status, said) = tried(Some(&url), &[]);
+    let line = format!("s5: proxy unix:{}: login, for {TARGET}: user name or password refused\n", path.display());
+    assert_eq!((status, said), (Some(67), line));
+}
+
+#[test]
+fn a_unix_socket_leads_on_to_other_proxies() {
+    let folder = folder();
+    let listen = format!("unix:{}", folder.path().join("s5.sock").display());
+    let _first = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
+    let second = Server::start(&[]);
+    let chain = format!("{listen},{}", second.addr());
+    let output = run(s5().args(["connect", "-x", &chain, &echo_server().to_string()]), b"on and on", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "on and on".into()));
+    let backwards = format!("{},{listen}", second.addr());
+    let (status, said) = tried(Some(&backwards), &[]);
+    assert!(status != Some(0) && said.contains("a Unix socket can only be the first hop"), "{said}");
+}
+
+#[test]
+fn three_servers_are_walked_in_order_each_with_its_own_login() {
+    let folder = folder();
+    let server = |name: &str, passwd: &str| {
+        // The cheapest cost there is: this is not about the hash.
+        let hash = bcrypt::hash(passwd, 4).expect("a hash");
+        let users = crate::common::write_file(folder.path(), name, &format!("{name}:{hash}\n"));
+        Server::start(&["--users", &users])
+    };
+    let servers = [server("one", "first"), server("two", "second"), server("three", "third")];
+    let chain =
+        format!("one:first@{},two:second@{},three:third@{}", servers[0].addr(), servers[1].addr(), servers[2].addr());
+    let target = echo_server().to_string();
+    let output = run(s5().args(["connect", "-x", &chain, &target]), b"far away", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "far away".into()), "{}", text(&output.stderr));
+    let next = [servers[1].addr().to_string(), servers[2].addr().to_string(), target];
+    for ((server, user), next) in servers.iter().zip(["one", "two", "three"]).zip(next) {
+        let log = server.wait_log(|log| log.contains("dst="));
+        assert!(log.contains(&next) && log.contains(user), "{log}");
+    }
+    let wrong = chain.replace("second", "wrong");
+    let (status, said) = tried(Some(&wrong), &[]);
+    assert_eq!(status, Some(67), "{said}");
+    assert!(said.starts_with(&format!("s5: proxy {}: login", servers[1].addr())), "{said}");
+}

@@ -1,0 +1,244 @@
+//! stdin and stdout as a tunnel: that nothing is lost, and how it ends.
+
+use std::fs::OpenOptions;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Shutdown};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::Stdio;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use crate::common::{SOON, Server, echo_server, eventually, run, s5, tcp_server};
+use crate::scripted::{Running, Scripted, reset, text, tunnel};
+
+const TARGET: &str = "target.example:80";
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// For what moves a lot of data.
+const A_WHILE: Duration = Duration::from_secs(60);
+
+/// Octets without a pattern that a swapped or repeated block would keep.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut octets = Vec::with_capacity(length + 8);
+    while octets.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        octets.extend(state.to_le_bytes());
+    }
+    octets.truncate(length);
+    octets
+}
+
+#[test]
+fn every_octet_value_passes_both_ways() {
+    let server = Server::start(&[]);
+    let octets: Vec<u8> = (0..=255).cycle().take(3 * 256 + 7).collect();
+    let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, SOON);
+    assert_eq!((output.status.code(), output.stdout), (Some(0), octets));
+}
+
+#[test]
+fn sixty_four_mebibytes_pass_both_ways_at_once() {
+    let server = Server::start(&[]);
+    let octets = noise(64 << 20);
+    let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, A_WHILE);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(0), octets.len()), "{}", text(&output.stderr));
+    assert!(output.stdout == octets, "what came back is not what was sent");
+}
+
+#[test]
+fn the_end_of_stdin_is_passed_on_and_a_late_answer_still_arrives() {
+    let proxy = Scripted::start(tunnel(|mut stream| {
+        let mut question = Vec::new();
+        stream.read_to_end(&mut question).expect("the end of stdin comes");
+        // Later than any short wait for stragglers would last.
+        thread::sleep(Duration::from_millis(700));
+        let _ = stream.write_all(&question);
+    }));
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"question", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "question".into()));
+}
+
+#[test]
+fn it_ends_soon_when_the_server_closes_although_stdin_is_open() {
+    let proxy = Scripted::start(tunnel(|mut stream| drop(stream.write_all(b"bye"))));
+    let mut client = Running::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
+    client.stdout(|octets| octets == b"bye");
+    let (status, stdout, stderr) = client.end(Duration::from_secs(2));
+    assert_eq!((status.code(), text(&stdout), stderr.as_str()), (Some(0), "bye".into(), ""));
+}
+
+#[test]
+fn data_is_passed_on_at_once_both_ways_while_both_are_open() {
+    let server = Server::start(&[]);
+    let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
+    let mut client = Running::start(s5().args(["connect", "-x", &proxy, &target]));
+    for round in 1..=20 {
+        client.write(b"ping\n");
+        client.stdout(|octets| octets.len() == 5 * round);
+    }
+    client.close_stdin();
+    let (status, ..) = client.end(SOON);
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_server_that_half_closes_at_once_still_gets_all() {
+    let (tell, told) = channel();
+    let target = tcp_server(LOOPBACK, move |mut stream| {
+        stream.shutdown(Shutdown::Write).expect("half-close");
+        let mut all = Vec::new();
+        let ended = stream.read_to_end(&mut all);
+        let _ = tell.send((all, ended.is_ok()));
+    });
+    let server = Server::start(&[]);
+    let octets = noise(8 << 20);
+    let (proxy, target) = (server.addr().to_string(), target.to_string());
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, A_WHILE);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let (all, ended) = told.recv_timeout(SOON).expect("the target is done");
+    assert!(ended, "cut by a reset");
+    assert!(all == octets, "{} of {} octets arrived", all.len(), octets.len());
+}
+
+#[test]
+fn a_large_answer_arrives_whole_behind_the_end_of_stdin() {
+    let octets = noise(8 << 20);
+    let answer = octets.clone();
+    let proxy = Scripted::start(tunnel(move |mut stream| {
+        stream.read_to_end(&mut Vec::new()).expect("the end of stdin comes");
+        let _ = stream.write_all(&answer);
+    }));
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", A_WHILE);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(output.stdout == octets, "{} of {} octets arrived", output.stdout.len(), octets.len());
+}
+
+#[test]
+fn a_reset_in_the_middle_is_a_failure() {
+    let (tell, told) = channel();
+    let proxy = Scripted::start(tunnel(move |mut stream| {
+        stream.write_all(b"half of").expect("it is sent");
+        told.recv_timeout(SOON).expect("the test goes on");
+        reset(stream);
+    }));
+    let mut client = Running::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
+    client.stdout(|octets| octets == b"half of");
+    tell.send(()).expect("the script goes on");
+    let (status, _, stderr) = client.end(SOON);
+    assert_eq!(status.code(), Some(56), "{stderr}");
+    let line = format!("s5: proxy {}: transfer, for {TARGET}: receiving: ", proxy.addr);
+    assert!(stderr.starts_with(&line) && stderr.lines().count() == 1, "{stderr}");
+}
+
+#[test]
+fn a_reset_of_the_target_comes_through_the_server_as_a_failure() {
+    let server = Server::start(&[]);
+    let target = tcp_server(LOOPBACK, |mut stream| {
+        stream.read_exact(&mut [0; 4]).expect("a word");
+        reset(stream);
+    });
+    let mut client = Running::start(s5().args(["connect", "-x", &server.addr().to_string(), &target.to_string()]));
+    client.write(b"word");
+    let (status, _, stderr) = client.end(SOON);
+    assert!(matches!(status.code(), Some(55 | 56)), "{status:?}: {stderr}");
+}
+
+#[test]
+fn a_server_that_stops_reading_and_closes_is_not_a_success() {
+    // It closes with our octets unread, which is a reset: they are lost, and that must be told.
+    let proxy = Scripted::start(tunnel(|mut stream| {
+        stream.read_exact(&mut [0; 1]).expect("the first octet");
+    }));
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), &noise(8 << 20), SOON);
+    assert!(matches!(output.status.code(), Some(55 | 56)), "{:?}: {}", output.status, text(&output.stderr));
+    assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
+}
+
+#[test]
+fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
+    let proxy = Scripted::start(tunnel(|mut stream| while stream.write_all(b"a line\n").is_ok() {}));
+    let mut command = s5();
+    command.args(["connect", "-x", &proxy.url(), TARGET]);
+    // As `head -n 1` does, while stdin stays open.
+    let mut client = Running::start_until(&mut command, |octets| octets.contains(&b'\n'));
+    let (status, _, stderr) = client.end(SOON);
+    let by_sigpipe = status.signal() == Some(13);
+    assert!(by_sigpipe || status.code() == Some(141), "{status:?}: {stderr}");
+    assert_eq!(stderr, "");
+}
+
+#[test]
+fn a_full_disk_is_a_failure() {
+    for size in [1, 1 << 20] {
+        let proxy = Scripted::start(tunnel(move |mut stream| drop(stream.write_all(&noise(size)))));
+        let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
+        let mut command = s5();
+        command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(Stdio::null()).stdout(full);
+        let output = command.stderr(Stdio::piped()).output().expect("s5 runs");
+        let reason = "transfer, for target.example:80: writing to stdout: No space left on device (os error 28)";
+        let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(23), line));
+    }
+}
+
+#[test]
+fn a_stdin_that_can_not_be_read_is_a_failure() {
+    let proxy = Scripted::start(tunnel(|mut stream| drop(stream.read_to_end(&mut Vec::new()))));
+    let mut command = s5();
+    let folder = std::fs::File::open("/").expect("a folder");
+    command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(folder);
+    let output = command.output().expect("s5 runs");
+    assert_eq!(output.status.code(), Some(26), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("reading stdin: "), "{}", text(&output.stderr));
+}
+
+#[test]
+fn stdin_and_stdout_keep_their_flags() {
+    // O_NONBLOCK would be shared with whoever else holds the descriptor.
+    let folder = crate::common::folder();
+    let input = crate::common::write_file(folder.path(), "input", "hello");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let (mut out_reader, out_writer) = std::io::pipe().expect("a pipe");
+    let flags = |fd: &dyn std::os::fd::AsFd| {
+        let info = format!("/proc/self/fdinfo/{}", std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()));
+        let info = std::fs::read_to_string(info).expect("a descriptor");
+        info.lines().find(|line| line.starts_with("flags:")).map(str::to_owned)
+    };
+    let before = [flags(&reader), flags(&out_writer)];
+    let target = echo_server().to_string();
+    let server = Server::start(&[]);
+    let mut command = s5();
+    command.args(["connect", "-x", &server.addr().to_string(), &target]);
+    command.stdin(reader.try_clone().expect("a copy")).stdout(out_writer.try_clone().expect("a copy"));
+    let mut child = command.spawn().expect("s5 starts");
+    drop(command);
+    let mut writer = writer;
+    writer.write_all(&std::fs::read(input).expect("a file")).expect("it reads");
+    let mut octets = [0; 5];
+    out_reader.read_exact(&mut octets).expect("it answers");
+    assert_eq!([flags(&reader), flags(&out_writer)], before);
+    drop(writer);
+    let mut status = None;
+    eventually("s5 ends", SOON, || {
+        status = child.try_wait().expect("it can be waited for");
+        status.is_some()
+    });
+    assert!(status.is_some_and(|status| status.success()), "{status:?}");
+}
+
+#[test]
+fn a_closed_stdin_and_a_closed_stdout_are_no_disaster() {
+    let server = Server::start(&[]);
+    let target = tcp_server(LOOPBACK, |mut stream| drop(stream.write_all(b"hello")));
+    let script = "exec \"$0\" connect -x \"$1\" \"$2\" <&-";
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &server.addr().to_string(), &target.to_string()]);
+    let output = command.output().expect("sh runs");
+    // The runtime puts /dev/null there.
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
+}

@@ -1,0 +1,329 @@
+//! `s5 udp`, through our own server and against scripted ones.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::process::ExitStatusExt as _;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::common::{SOON, Server, in_namespace, run, s5, udp_echo_server};
+use crate::scripted::{Running, Scripted, answer, success, text, then};
+
+const TARGET: &str = "192.0.2.7:7";
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// A UDP socket with a read timeout.
+fn socket(at: &str) -> UdpSocket {
+    let socket = UdpSocket::bind(at).expect("a port");
+    socket.set_read_timeout(Some(SOON)).expect("it can be set");
+    socket
+}
+
+fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
+    let mut buffer = vec![0; 65_536];
+    let (n, from) = socket.recv_from(&mut buffer).expect("a datagram comes");
+    buffer.truncate(n);
+    (buffer, from)
+}
+
+/// The header of a datagram (RFC 1928 section 7) for or from `192.0.2.7:7`, and a payload.
+fn datagram(payload: &[u8]) -> Vec<u8> {
+    [&[0, 0, 0, 1, 192, 0, 2, 7, 0, 7][..], payload].concat()
+}
+
+/// How a control connection ends.
+type End = fn(TcpStream);
+
+/// A proxy that says that its relay is at `bnd`, and keeps the control connection until the sender says or goes.
+fn associating(bnd: SocketAddr) -> (Scripted, Sender<End>) {
+    let (tell, told) = channel::<End>();
+    let hold = then(move |stream| {
+        if let Ok(end) = told.recv() {
+            end(stream);
+        }
+    });
+    (Scripted::start(answer(&success(bnd)).into_iter().chain([hold]).collect()), tell)
+}
+
+/// A relay that the test plays, and a client that was told to use it.
+fn start(args: &[&str], target: &str) -> (Running, UdpSocket, Sender<End>) {
+    let relay = socket("127.0.0.1:0");
+    let (proxy, control) = associating(relay.local_addr().expect("an address"));
+    let client = Running::start(s5().arg("udp").args(args).args(["-x", &proxy.url(), target]));
+    (client, relay, control)
+}
+
+#[test]
+fn a_line_is_a_datagram_and_an_answer_is_a_line() {
+    let server = Server::start(&[]);
+    let proxy = server.addr().to_string();
+    for ip in [LOOPBACK, Ipv6Addr::LOCALHOST.into()] {
+        let target = udp_echo_server(ip).to_string();
+        let lines = b"one\ntwo\n\nbinary \x00\xff\r\nno end";
+        let mut client = Running::start(s5().args(["udp", "-w", "10", "-x", &proxy, &target]));
+        client.write(lines);
+        client.close_stdin();
+        let heard = client.stdout(|octets| octets.len() > lines.len());
+        assert_eq!(text(&heard), text(b"one\ntwo\n\nbinary \x00\xff\r\nno end\n"), "{ip}");
+        assert!(client.is_running(), "it waits for more answers");
+    }
+}
+
+#[test]
+fn each_datagram_has_the_header_of_its_target() {
+    let v6 = [&[0, 0, 0, 4][..], &[0; 15], &[1, 0, 7]].concat();
+    let name = [&[0, 0, 0, 3, 14][..], b"target.example", &[0, 7]].concat();
+    for (target, header) in [(TARGET, datagram(b"")), ("[::1]:7", v6), ("target.example:7", name)] {
+        let (mut client, relay, _control) = start(&[], target);
+        client.write(b"payload\n\n");
+        assert_eq!(receive(&relay).0, [&header[..], b"payload"].concat());
+        // An empty line is a datagram too.
+        assert_eq!(receive(&relay).0, header);
+    }
+}
+
+#[test]
+fn an_empty_answer_is_an_empty_line() {
+    let (mut client, relay, _control) = start(&[], TARGET);
+    client.write(b"x\n");
+    let (_, from) = receive(&relay);
+    for payload in [&b""[..], b"two\nlines", b""] {
+        relay.send_to(&datagram(payload), from).expect("it is sent");
+    }
+    client.stdout(|octets| octets == b"\ntwo\nlines\n\n");
+}
+
+#[test]
+fn raw_answers_are_written_as_they_are() {
+    let (mut client, relay, _control) = start(&["--raw"], TARGET);
+    client.write(b"x\ny\n");
+    let (octets, from) = receive(&relay);
+    assert_eq!(octets, datagram(b"x\ny\n"));
+    for payload in [&b"\x00\xff"[..], b"", b"two\nlines", b"."] {
+        relay.send_to(&datagram(payload), from).expect("it is sent");
+    }
+    client.stdout(|octets| octets == b"\x00\xfftwo\nlines.");
+}
+
+#[test]
+fn raw_takes_each_read_as_one_datagram_however_many_there_are() {
+    let (mut client, relay, _control) = start(&["--raw"], TARGET);
+    for round in 0..200_u8 {
+        client.write(&[round; 10_000]);
+        assert_eq!(receive(&relay).0.len(), datagram(&[round; 10_000]).len(), "datagram {round}");
+    }
+}
+
+#[test]
+fn sixty_five_thousand_octets_pass_both_ways_in_one_datagram() {
+    let server = Server::start(&[]);
+    let (proxy, target) = (server.addr().to_string(), udp_echo_server(LOOPBACK).to_string());
+    let payload: Vec<u8> = (0..65_000_u32).map(|i| b'a' + u8::try_from(i % 26).expect("a letter")).collect();
+    let line = [&payload[..], b"\n"].concat();
+    let mut lines = Running::start(s5().args(["udp", "-x", &proxy, &target]));
+    lines.write(&line);
+    assert!(lines.stdout(|octets| octets.len() >= line.len()) == line, "what came back is not what was sent");
+    let target = socket("127.0.0.1:0");
+    let addr = target.local_addr().expect("an address").to_string();
+    let mut raw = Running::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
+    raw.write(&payload);
+    let (octets, from) = receive(&target);
+    assert!(octets == payload, "{} octets came in one datagram", octets.len());
+    target.send_to(&octets, from).expect("it is sent");
+    assert!(raw.stdout(|octets| octets.len() >= payload.len()) == payload, "what came back is not what was sent");
+}
+
+#[test]
+fn a_line_that_no_datagram_carries_is_an_error() {
+    let (mut client, _relay, _control) = start(&[], TARGET);
+    client.write(&[&[b'x'; 65_508][..], b"\n"].concat());
+    let (status, stdout, stderr) = client.end(SOON);
+    assert_eq!((status.code(), stdout.len()), (Some(55), 0), "{stderr}");
+    assert!(stderr.contains(&format!("transfer, for {TARGET}: sending: 65508 octets")), "{stderr}");
+}
+
+#[test]
+fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
+    let (mut client, relay, _control) = start(&["-w", "300ms"], TARGET);
+    let began = Instant::now();
+    client.write(b"x\n");
+    receive(&relay);
+    client.close_stdin();
+    let (status, stdout, stderr) = client.end(SOON);
+    assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
+    assert!(began.elapsed() >= Duration::from_millis(300), "it did not wait");
+
+    let (mut client, relay, _control) = start(&["-w", "10"], TARGET);
+    client.write(b"x\n");
+    client.close_stdin();
+    let (_, from) = receive(&relay);
+    std::thread::sleep(Duration::from_millis(300));
+    relay.send_to(&datagram(b"late"), from).expect("it is sent");
+    client.stdout(|octets| octets == b"late\n");
+}
+
+#[test]
+fn no_wait_at_all_is_a_wait_too() {
+    let relay = socket("127.0.0.1:0");
+    let (proxy, _control) = associating(relay.local_addr().expect("an address"));
+    let output = run(s5().args(["udp", "-w", "0", "-x", &proxy.url(), TARGET]), b"x\n", SOON);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(receive(&relay).0, datagram(b"x"));
+}
+
+#[test]
+fn a_relay_at_zeros_is_at_the_proxys_own_address() {
+    for zeros in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+        let at = "127.0.0.8:0";
+        let relay = socket(at);
+        let bnd = SocketAddr::new(zeros, relay.local_addr().expect("an address").port());
+        let at = at.parse().expect("an address");
+        let proxy = Scripted::start_at(at, answer(&success(bnd)).into_iter().chain([then(hold)]).collect());
+        let mut client = Running::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
+        client.write(b"found\n");
+        assert_eq!(receive(&relay).0, datagram(b"found"));
+    }
+}
+
+/// Keeps a control connection until the client leaves.
+fn hold(mut stream: TcpStream) {
+    let _ = std::io::copy(&mut stream, &mut std::io::sink());
+}
+
+#[test]
+fn what_does_not_come_from_the_relay_is_ignored() {
+    let (mut client, relay, _control) = start(&[], TARGET);
+    client.write(b"x\n");
+    let (_, from) = receive(&relay);
+    for stranger in ["127.0.0.1:0", "127.0.0.2:0"] {
+        // Where the kernel refuses it to the stranger, so much the better.
+        let _ = socket(stranger).send_to(&datagram(b"from a stranger"), from);
+    }
+    relay.send_to(&datagram(b"from the relay"), from).expect("it is sent");
+    assert_eq!(text(&client.stdout(|octets| octets.ends_with(b"relay\n"))), "from the relay\n");
+}
+
+#[test]
+fn what_is_no_datagram_of_the_protocol_is_ignored() {
+    let (mut client, relay, _control) = start(&[], TARGET);
+    client.write(b"x\n");
+    let (_, from) = receive(&relay);
+    let broken: [&[u8]; 7] = [
+        b"",
+        &[0],
+        &[0, 0, 0],
+        &[0, 0, 0, 1, 192, 0, 2],
+        &[0, 0, 0, 9, 192, 0, 2, 7, 0, 7, b'x'],
+        &[0, 0, 0, 3, 200, b'x'],
+        // A fragment whose end never comes.
+        &[0, 0, 1, 1, 192, 0, 2, 7, 0, 7, b'x'],
+    ];
+    for octets in broken {
+        relay.send_to(octets, from).expect("it is sent");
+    }
+    relay.send_to(&datagram(b"whole"), from).expect("it is sent");
+    assert_eq!(text(&client.stdout(|octets| octets.ends_with(b"whole\n"))), "whole\n");
+}
+
+#[test]
+fn an_answer_in_fragments_is_put_together() {
+    let (mut client, relay, _control) = start(&[], TARGET);
+    client.write(b"x\n");
+    let (_, from) = receive(&relay);
+    for (frag, payload) in [(1, &b"one "[..]), (2, b"two "), (0x83, b"three")] {
+        let mut octets = datagram(payload);
+        octets[2] = frag;
+        relay.send_to(&octets, from).expect("it is sent");
+    }
+    client.stdout(|octets| octets == b"one two three\n");
+}
+
+#[test]
+fn a_lost_control_connection_ends_it_with_a_failure() {
+    let ends: [End; 3] =
+        [drop, crate::scripted::reset, |stream| drop(stream.shutdown(Shutdown::Write).map(|()| hold(stream)))];
+    for end in ends {
+        let relay = socket("127.0.0.1:0");
+        let (proxy, control) = associating(relay.local_addr().expect("an address"));
+        let mut client = Running::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
+        client.write(b"x\n");
+        let (_, from) = receive(&relay);
+        relay.send_to(&datagram(b"answer"), from).expect("it is sent");
+        control.send(end).expect("the script goes on");
+        let (status, stdout, stderr) = client.end(Duration::from_secs(2));
+        let reason = format!("transfer, for {TARGET}: the proxy ended the association");
+        let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
+        assert_eq!((status.code(), stderr), (Some(56), line));
+        assert_eq!(text(&stdout), "answer\n", "what came before is kept");
+    }
+}
+
+#[test]
+fn a_closed_port_behind_the_relay_ends_nothing() {
+    let server = Server::start(&[]);
+    let target = socket("127.0.0.1:0");
+    let addr = target.local_addr().expect("an address");
+    drop(target);
+    let mut client = Running::start(s5().args(["udp", "-x", &server.addr().to_string(), &addr.to_string()]));
+    client.write(b"to nobody\nagain\n");
+    // Answers to a target that comes up later still pass.
+    let Ok(target) = UdpSocket::bind(addr) else { return };
+    target.set_read_timeout(Some(Duration::from_millis(50))).expect("it can be set");
+    let deadline = Instant::now() + SOON;
+    let mut buffer = [0; 64];
+    let from = loop {
+        client.write(b"hello\n");
+        match target.recv_from(&mut buffer) {
+            Ok((_, from)) => break from,
+            Err(_) => assert!(Instant::now() < deadline, "nothing arrives any more"),
+        }
+    };
+    target.send_to(b"here", from).expect("it is sent");
+    client.stdout(|octets| octets.ends_with(b"here\n"));
+}
+
+#[test]
+fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
+    let server = Server::start(&[]);
+    let target = udp_echo_server(LOOPBACK).to_string();
+    let mut command = s5();
+    command.args(["udp", "-x", &server.addr().to_string(), &target]);
+    let mut client = Running::start_until(&mut command, |_| true);
+    client.write_until_it_ends(b"x\n");
+    let (status, _, stderr) = client.end(SOON);
+    assert!(status.signal() == Some(13) || status.code() == Some(141), "{status:?}: {stderr}");
+    assert_eq!(stderr, "");
+}
+
+#[test]
+fn three_servers_relay_for_each_other() {
+    let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
+    let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
+    let target = udp_echo_server(LOOPBACK).to_string();
+    let mut client = Running::start(s5().args(["udp", "-w", "10", "-x", &chain.join(","), &target]));
+    client.write(b"through all\n\n");
+    client.stdout(|octets| octets == b"through all\n\n");
+    // 65000 octets and three headers still fit into one datagram.
+    let long = [&[b'x'; 65_000][..], b"\n"].concat();
+    client.write(&long);
+    assert_eq!(client.stdout(|octets| octets.len() >= 13 + long.len()).len(), 13 + long.len());
+    drop(client);
+    for server in &servers {
+        server.wait_log(|log| log.matches("dst=").count() >= 1);
+    }
+    let log = servers[2].log();
+    assert!(log.contains("udp"), "{log}");
+}
+
+#[test]
+fn a_relay_known_by_name_is_looked_up() {
+    if !in_namespace("udp::a_relay_known_by_name_is_looked_up", "127.0.0.1 relay.example\n", "") {
+        return;
+    }
+    let relay = socket("127.0.0.1:0");
+    let port = relay.local_addr().expect("an address").port();
+    let reply = [&[5, 0, 0, 3, 13][..], b"relay.example", &port.to_be_bytes()].concat();
+    let proxy = Scripted::start(answer(&reply).into_iter().chain([then(hold)]).collect());
+    let mut client = Running::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
+    client.write(b"found\n");
+    assert_eq!(receive(&relay).0, datagram(b"found"));
+}

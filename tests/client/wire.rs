@@ -1,0 +1,276 @@
+//! What the clients send, octet by octet, and which right answers they understand.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener};
+use std::process::Command;
+
+use crate::common::{SOON, echo_server, has, in_namespace, run, s5};
+use crate::scripted::{PASSWORD, SUCCESS, Scripted, Step, WELCOME, answer, say, success, text, then, tunnel};
+
+use Step::{Greeting, Login, Request};
+
+/// Runs a client against a proxy that refuses its request, and gives the messages that it sent. `prefix` stands before
+/// the proxy's address.
+fn sent(mode: &[&str], prefix: &str) -> Vec<Vec<u8>> {
+    let refusal = [5, 1, 0, 1, 0, 0, 0, 0, 0, 0];
+    let script = if prefix.contains('@') {
+        vec![Greeting, say(PASSWORD), Login, say(WELCOME), Request, say(&refusal)]
+    } else {
+        answer(&refusal)
+    };
+    let proxy = Scripted::start(script);
+    let url = format!("{prefix}{}", proxy.url());
+    let output = run(s5().args(mode).args(["-x", &url]), b"", SOON);
+    assert_eq!(output.status.code(), Some(101), "{}", text(&output.stderr));
+    proxy.messages()
+}
+
+#[test]
+fn without_credentials_only_no_authentication_is_offered() {
+    assert_eq!(sent(&["connect", "127.0.0.1:1"], "")[0], [5, 1, 0]);
+}
+
+#[test]
+fn with_credentials_the_password_is_offered_too() {
+    let messages = sent(&["connect", "127.0.0.1:1"], "alice:secret@");
+    assert_eq!(messages[0], [5, 2, 0, 2]);
+    assert_eq!(messages[1], b"\x01\x05alice\x06secret");
+}
+
+#[test]
+fn a_proxy_that_wants_no_password_is_told_none() {
+    let proxy = Scripted::start(answer(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]));
+    let url = format!("alice:secret@{}", proxy.addr);
+    run(s5().args(["connect", "127.0.0.1:1", "-x", &url]), b"", SOON);
+    let messages = proxy.messages();
+    assert_eq!(messages.len(), 2, "a greeting and a request");
+    assert!(messages.iter().all(|message| !text(message).contains("secret")));
+}
+
+#[test]
+fn userinfo_is_percent_decoded() {
+    let messages = sent(&["connect", "127.0.0.1:1"], "al%40ice:p%3Aa%2Fs%25s%00%ff:@");
+    assert_eq!(messages[1], b"\x01\x06al@ice\x0ap:a/s%s\x00\xff:");
+}
+
+#[test]
+fn the_longest_user_name_and_password_are_sent_whole() {
+    let userinfo = format!("{}:{}@", "u".repeat(255), "p".repeat(255));
+    let expected = [&[1, 255][..], &[b'u'; 255], &[255], &[b'p'; 255]].concat();
+    assert_eq!(sent(&["connect", "127.0.0.1:1"], &userinfo)[1], expected);
+}
+
+#[test]
+fn each_form_of_a_target_has_its_atyp() {
+    let name = [&[5, 1, 0, 3, 14][..], b"target.example", &[0x1f, 0x90]].concat();
+    let longest = "n".repeat(255);
+    let long_name = [&[5, 1, 0, 3, 255][..], longest.as_bytes(), &[0, 80]].concat();
+    let v6 = [&[5, 1, 0, 4, 0x20, 1, 0x0d, 0xb8][..], &[0; 11], &[1, 0, 22]].concat();
+    let mapped = [&[5, 1, 0, 4][..], &[0; 10], &[255, 255, 192, 0, 2, 1, 0, 22]].concat();
+    let longest_target = format!("{longest}:80");
+    let table: [(&[&str], &[u8]); 9] = [
+        (&["192.0.2.1:80"], &[5, 1, 0, 1, 192, 0, 2, 1, 0, 80]),
+        (&["192.0.2.1", "65535"], &[5, 1, 0, 1, 192, 0, 2, 1, 255, 255]),
+        (&["[2001:db8::1]:22"], &v6),
+        (&["2001:db8::1", "22"], &v6),
+        (&["[2001:db8::1]", "22"], &v6),
+        (&["::ffff:192.0.2.1", "22"], &mapped),
+        (&["target.example:8080"], &name),
+        (&["target.example", "8080"], &name),
+        (&[&longest_target], &long_name),
+    ];
+    for (target, request) in table {
+        let mode: Vec<&str> = ["connect"].iter().chain(target).copied().collect();
+        assert_eq!(sent(&mode, "")[1], request, "{target:?}");
+    }
+}
+
+#[test]
+fn each_mode_has_its_cmd_and_its_dst() {
+    let zeros = [0, 1, 0, 0, 0, 0, 0, 0];
+    let table: [(&[&str], &[u8]); 4] = [
+        (&["bind"], &[&[5, 2][..], &zeros].concat()),
+        (&["bind", "192.0.2.1"], &[5, 2, 0, 1, 192, 0, 2, 1, 0, 0]),
+        (&["bind", "192.0.2.1:20"], &[5, 2, 0, 1, 192, 0, 2, 1, 0, 20]),
+        // RFC 1928 section 4: zeros from a client that does not know where it will send from.
+        (&["udp", "192.0.2.1:53"], &[&[5, 3][..], &zeros].concat()),
+    ];
+    for (mode, request) in table {
+        assert_eq!(sent(mode, "")[1], request, "{mode:?}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_on_the_wire_is_an_error_before_anything_is_sent() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let proxy = listener.local_addr().expect("an address").to_string();
+    let long = "n".repeat(256);
+    let table = [
+        (proxy.clone(), format!("{long}:80"), "the host name has 256 octets"),
+        (format!("{long}:p@{proxy}"), "a:80".into(), "the user name has 256 octets"),
+        (format!("u:{long}@{proxy}"), "a:80".into(), "the password has 256 octets"),
+        (format!("u:@{proxy}"), "a:80".into(), "the password has 0 octets"),
+        (format!(":p@{proxy}"), "a:80".into(), "the user name has 0 octets"),
+        (proxy, "a\nb:80".into(), "is not a host name"),
+    ];
+    for (proxy, target, complaint) in table {
+        for mode in ["connect", "udp", "bind"] {
+            let output = run(s5().args([mode, "-x", &proxy, &target]), b"", SOON);
+            let said = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{said}");
+            assert!(said.contains(complaint) && said.lines().count() == 1, "{said}");
+        }
+    }
+    listener.set_nonblocking(true).expect("it can be set");
+    assert!(listener.accept().is_err(), "somebody has connected");
+}
+
+#[test]
+fn names_are_resolved_by_the_proxy_alone() {
+    if !in_namespace(
+        "wire::names_are_resolved_by_the_proxy_alone",
+        "127.0.0.1 target.example\n",
+        "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
+    ) {
+        return;
+    }
+    let resolver = std::net::UdpSocket::bind("127.0.0.1:53").expect("the resolver's port");
+    let request = |cmd: u8, name: &str| {
+        let name = name.as_bytes();
+        let length = u8::try_from(name.len()).expect("a short name");
+        [&[5, cmd, 0, 3, length][..], name, &[0, 80]].concat()
+    };
+    for name in ["target.example", "other.example", "localhost"] {
+        for scheme in ["", "socks5://", "socks5h://"] {
+            let target = format!("{name}:80");
+            assert_eq!(sent(&["connect", &target], scheme)[1], request(1, name));
+            assert_eq!(sent(&["bind", &target], scheme)[1], request(2, name));
+        }
+    }
+    resolver.set_nonblocking(true).expect("it can be set");
+    assert!(resolver.recv(&mut [0; 512]).is_err(), "a name was looked up here");
+}
+
+#[test]
+fn each_message_is_one_segment() {
+    if !has("ss") {
+        return;
+    }
+    let (tell, told) = std::sync::mpsc::channel();
+    // The server's side of the connection is still open when the count is taken.
+    let count = then(move |mut stream| {
+        let (ours, theirs) = (stream.local_addr().expect("ours").port(), stream.peer_addr().expect("theirs").port());
+        let filter = format!("( sport = :{ours} and dport = :{theirs} )");
+        let output = Command::new("ss").args(["-Htin", &filter]).output().expect("ss runs");
+        let _ = tell.send(text(&output.stdout));
+        let _ = stream.write_all(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]);
+    });
+    let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, say(WELCOME), Request, count]);
+    let url = format!("alice:secret@{}", proxy.addr);
+    run(s5().args(["connect", "-x", &url, "target.example:80"]), b"not yet", SOON);
+    let counted = told.recv_timeout(SOON).expect("the script came to its end");
+    let segments = counted.split_whitespace().find_map(|word| word.strip_prefix("data_segs_in:"));
+    assert_eq!(segments, Some("3"), "greeting, login and request: {counted}");
+}
+
+#[test]
+fn nothing_is_sent_ahead_of_the_answer_that_it_depends_on() {
+    // Reading on behind each message would find the next one here, if it were sent ahead.
+    let check = |stream: &mut std::net::TcpStream| {
+        let wait = Some(std::time::Duration::from_millis(50));
+        stream.set_read_timeout(wait).expect("it can be set");
+        assert!(stream.read(&mut [0; 1]).is_err(), "sent ahead");
+        stream.set_read_timeout(None).expect("it can be set");
+    };
+    let (tell, told) = std::sync::mpsc::channel();
+    let proxy = Scripted::start(vec![then(move |mut stream| {
+        for (length, reply) in [(4, PASSWORD), (14, WELCOME), (10, SUCCESS)] {
+            let mut message = vec![0; length];
+            stream.read_exact(&mut message).expect("a message");
+            check(&mut stream);
+            stream.write_all(reply).expect("it is sent");
+        }
+        let _ = tell.send(());
+    })]);
+    let url = format!("alice:secret@{}", proxy.addr);
+    run(s5().args(["connect", "-x", &url, "192.0.2.1:80"]), b"", SOON);
+    told.recv_timeout(SOON).expect("nothing was sent ahead");
+}
+
+/// Gets "hello" through a proxy that replies with this; gives what `-v` says.
+fn hello(script: Vec<Step>) -> String {
+    let proxy = Scripted::start(script);
+    let output = run(s5().args(["connect", "-v", "-x", &proxy.url(), "target.example:80"]), b"", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
+    text(&output.stderr)
+}
+
+#[test]
+fn bnd_may_have_any_atyp() {
+    let name = [&[5, 0, 0, 3, 9][..], b"far.local", &[4, 56]].concat();
+    let longest = [&[5, 0, 0, 3, 255][..], &[b'n'; 255], &[4, 56]].concat();
+    let nameless = [5, 0, 0, 3, 0, 4, 56];
+    let table = [
+        (success(([192, 0, 2, 9], 1080).into()), "192.0.2.9:1080"),
+        (success("[2001:db8::9]:1080".parse().expect("an address")), "[2001:db8::9]:1080"),
+        (name, "far.local:1080"),
+        (longest, "nnn:1080"),
+        (nameless.to_vec(), "0.0.0.0:0"),
+        // RSV is the proxy's business.
+        (vec![5, 0, 7, 1, 192, 0, 2, 9, 4, 56], "192.0.2.9:1080"),
+    ];
+    for (reply, bnd) in table {
+        let said = hello(answer(&reply).into_iter().chain([say(b"hello")]).collect());
+        assert!(said.contains(bnd), "{said}");
+    }
+}
+
+#[test]
+fn data_in_the_segment_of_the_reply_is_data() {
+    for bnd in ["192.0.2.9:1", "[2001:db8::9]:1"] {
+        hello(answer(&[&success(bnd.parse().expect("an address"))[..], b"hello"].concat()));
+    }
+    hello(answer(b"\x05\x00\x00\x03\x04name\x00\x01hello"));
+    hello(answer(b"\x05\x00\x00\x03\x00\x00\x01hello"));
+}
+
+#[test]
+fn answers_may_come_octet_by_octet() {
+    let name = b"\x05\x00\x00\x03\x04name\x00\x01hello";
+    let proxy = Scripted::start(vec![
+        Greeting,
+        Step::Drip(PASSWORD.to_vec()),
+        Login,
+        Step::Drip(WELCOME.to_vec()),
+        Request,
+        Step::Drip(name.to_vec()),
+    ]);
+    let url = format!("alice:secret@{}", proxy.addr);
+    let output = run(s5().args(["connect", "-x", &url, "target.example:80"]), b"", SOON);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
+}
+
+#[test]
+fn verbose_says_who_and_where_on_stderr_alone() {
+    let said = hello(answer(SUCCESS).into_iter().chain([say(b"hello")]).collect());
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.starts_with("s5: proxy 127.0.0.1:") && said.contains("connected to target.example:80"), "{said}");
+}
+
+#[test]
+fn without_verbose_a_success_says_nothing() {
+    let proxy = Scripted::start(tunnel(|stream| drop(stream.shutdown(Shutdown::Both))));
+    let output = run(s5().args(["connect", "-x", &proxy.url(), "target.example:80"]), b"", SOON);
+    assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
+}
+
+#[test]
+fn an_echo_through_a_server_is_what_was_said() {
+    let server = crate::common::Server::start(&[]);
+    let target = echo_server();
+    let (proxy, ip, port) = (server.addr().to_string(), target.ip().to_string(), target.port().to_string());
+    for target in [&[target.to_string()][..], &[ip, port.clone()], &["localhost".into(), port]] {
+        let output = run(s5().args(["connect", "-x", &proxy]).args(target), b"x\n", SOON);
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "x\n".into()), "{}", text(&output.stderr));
+    }
+}

@@ -1,0 +1,315 @@
+//! A SOCKS5 server that does what a script says, right or wrong, and tells the test what it was sent; and programs
+//! that run while the test looks on.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::io::{self, Read, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use crate::common::{SOON, eventually};
+
+/// Selects NO AUTHENTICATION.
+pub const NO_AUTH: &[u8] = &[5, 0];
+/// Selects USERNAME/PASSWORD.
+pub const PASSWORD: &[u8] = &[5, 2];
+/// Lets the user in.
+pub const WELCOME: &[u8] = &[1, 0];
+/// A success reply that has no address to tell.
+pub const SUCCESS: &[u8] = &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+
+/// What a scripted server does next. Behind the last step it closes.
+pub enum Step {
+    /// Reads a greeting.
+    Greeting,
+    /// Reads user name and password.
+    Login,
+    /// Reads a request.
+    Request,
+    /// Sends this in one piece.
+    Say(Vec<u8>),
+    /// Sends this octet by octet.
+    Drip(Vec<u8>),
+    /// Resets the connection.
+    Reset,
+    /// Says nothing until the client has left.
+    Silence,
+    /// Leaves the connection to the test.
+    Then(Box<dyn FnOnce(TcpStream) + Send>),
+}
+
+/// A step that sends this in one piece.
+pub fn say(octets: &[u8]) -> Step {
+    Step::Say(octets.to_vec())
+}
+
+/// A last step that is the test's own.
+pub fn then(what: impl FnOnce(TcpStream) + Send + 'static) -> Step {
+    Step::Then(Box::new(what))
+}
+
+/// Takes a greeting and a request without authentication, and answers the request with `reply`.
+pub fn answer(reply: &[u8]) -> Vec<Step> {
+    vec![Step::Greeting, say(NO_AUTH), Step::Request, say(reply)]
+}
+
+/// Takes a greeting and a request without authentication, succeeds, and goes on with `last`.
+pub fn tunnel(last: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
+    answer(SUCCESS).into_iter().chain([then(last)]).collect()
+}
+
+/// A server that plays a script once, for its first client.
+pub struct Scripted {
+    pub addr: SocketAddr,
+    messages: Receiver<Vec<u8>>,
+}
+
+impl Scripted {
+    /// Listens on 127.0.0.1.
+    pub fn start(script: Vec<Step>) -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), script)
+    }
+
+    pub fn start_at(addr: SocketAddr, script: Vec<Step>) -> Self {
+        let listener = TcpListener::bind(addr).expect("a port");
+        let addr = listener.local_addr().expect("an address");
+        let (sender, messages) = channel();
+        thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("a client");
+            drop(listener);
+            stream.set_nodelay(true).expect("it can be set");
+            // A client that leaves before the script ends is what some tests are about.
+            let _ = play(stream, script, &sender);
+        });
+        Self { addr, messages }
+    }
+
+    /// As `-x` takes it.
+    pub fn url(&self) -> String {
+        self.addr.to_string()
+    }
+
+    /// The next message that it was sent.
+    pub fn message(&self) -> Vec<u8> {
+        self.messages.recv_timeout(SOON).expect("a message comes")
+    }
+
+    /// All messages that it was sent, once its script has ended.
+    pub fn messages(&self) -> Vec<Vec<u8>> {
+        std::iter::from_fn(|| self.messages.recv_timeout(SOON).ok()).collect()
+    }
+}
+
+fn play(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) -> io::Result<()> {
+    for step in script {
+        match step {
+            Step::Greeting => drop(messages.send(read_greeting(&mut stream)?)),
+            Step::Login => drop(messages.send(read_login(&mut stream)?)),
+            Step::Request => drop(messages.send(read_request(&mut stream)?)),
+            Step::Say(octets) => stream.write_all(&octets)?,
+            Step::Drip(octets) => {
+                for octet in octets {
+                    stream.write_all(&[octet])?;
+                    // The pace, so that the client reads each octet alone.
+                    thread::sleep(Duration::from_millis(2));
+                }
+            }
+            Step::Reset => {
+                reset(stream);
+                return Ok(());
+            }
+            Step::Silence => drop(io::copy(&mut stream, &mut io::sink())?),
+            Step::Then(what) => {
+                what(stream);
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Closes with RST.
+pub fn reset(stream: TcpStream) {
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("it can be set");
+}
+
+fn more(stream: &mut TcpStream, octets: &mut Vec<u8>, n: usize) -> io::Result<()> {
+    let have = octets.len();
+    octets.resize(have + n, 0);
+    stream.read_exact(&mut octets[have..])
+}
+
+fn read_greeting(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut octets = Vec::new();
+    more(stream, &mut octets, 2)?;
+    let methods = octets[1].into();
+    more(stream, &mut octets, methods)?;
+    Ok(octets)
+}
+
+fn read_login(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut octets = Vec::new();
+    more(stream, &mut octets, 2)?;
+    let uname = usize::from(octets[1]);
+    more(stream, &mut octets, uname + 1)?;
+    let passwd = octets[uname + 2].into();
+    more(stream, &mut octets, passwd)?;
+    Ok(octets)
+}
+
+fn read_request(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut octets = Vec::new();
+    more(stream, &mut octets, 5)?;
+    let rest = match octets[3] {
+        1 => 3,
+        3 => octets[4].into(),
+        4 => 15,
+        atyp => panic!("ATYP {atyp} in a request"),
+    };
+    more(stream, &mut octets, rest + 2)?;
+    Ok(octets)
+}
+
+/// A success reply with this BND.
+pub fn success(bnd: SocketAddr) -> Vec<u8> {
+    let mut octets = vec![5, 0, 0];
+    match bnd.ip() {
+        IpAddr::V4(ip) => {
+            octets.push(1);
+            octets.extend(ip.octets());
+        }
+        IpAddr::V6(ip) => {
+            octets.push(4);
+            octets.extend(ip.octets());
+        }
+    }
+    octets.extend(bnd.port().to_be_bytes());
+    octets
+}
+
+/// A program that runs while the test looks on; killed when dropped.
+pub struct Running {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Collected,
+    stderr: Collected,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        Self::start_until(command, |_| false)
+    }
+
+    /// As `start`, but its stdout is closed as soon as it satisfies `enough`.
+    pub fn start_until(command: &mut Command, enough: fn(&[u8]) -> bool) -> Self {
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let stdin = child.stdin.take();
+        let stdout = Collected::from(child.stdout.take().expect("piped"), enough);
+        let stderr = Collected::from(child.stderr.take().expect("piped"), |_| false);
+        Self { child, stdin, stdout, stderr }
+    }
+
+    /// Writes to its stdin, which stays open.
+    pub fn write(&mut self, octets: &[u8]) {
+        self.stdin.as_mut().expect("stdin is open").write_all(octets).expect("it reads");
+    }
+
+    /// Writes to its stdin again and again until it has ended.
+    pub fn write_until_it_ends(&mut self, octets: &[u8]) {
+        let mut stdin = self.stdin.take().expect("stdin is open");
+        eventually("the program ends", SOON, || {
+            let _ = stdin.write_all(octets);
+            !self.is_running()
+        });
+    }
+
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits until stdout satisfies `done`, and gives it.
+    pub fn stdout(&self, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        self.stdout.wait("stdout", done)
+    }
+
+    /// Waits until stderr satisfies `done`, and gives it.
+    pub fn stderr(&self, done: impl Fn(&str) -> bool) -> String {
+        text(&self.stderr.wait("stderr", |octets| done(&text(octets))))
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("it can be waited for").is_none()
+    }
+
+    /// Waits for its end, stdin staying as it is: status, all of stdout, all of stderr.
+    pub fn end(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
+        let mut status = None;
+        eventually("the program ends", limit, || {
+            status = self.child.try_wait().expect("it can be waited for");
+            status.is_some()
+        });
+        (status.expect("it has ended"), self.stdout.all(), text(&self.stderr.all()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What is lossily text.
+pub fn text(octets: &[u8]) -> String {
+    String::from_utf8_lossy(octets).into_owned()
+}
+
+/// What a pipe has given so far.
+struct Collected(Arc<(Mutex<Gathered>, Condvar)>);
+
+/// The octets, and whether the pipe has ended.
+type Gathered = (Vec<u8>, bool);
+
+impl Collected {
+    fn from(mut pipe: impl Read + Send + 'static, enough: fn(&[u8]) -> bool) -> Self {
+        let shared = Arc::new((Mutex::new((Vec::new(), false)), Condvar::new()));
+        let ours = shared.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 65_536];
+            let (state, changed) = &*ours;
+            let mut is_enough = enough(&[]);
+            while !is_enough {
+                let n = pipe.read(&mut buffer).unwrap_or(0);
+                let mut state = state.lock().expect("no panic holds it");
+                state.0.extend(&buffer[..n]);
+                is_enough = n == 0 || enough(&state.0);
+                changed.notify_all();
+            }
+            drop(pipe);
+            state.lock().expect("no panic holds it").1 = true;
+            changed.notify_all();
+        });
+        Self(shared)
+    }
+
+    fn wait(&self, what: &str, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let (state, changed) = &*self.0;
+        let state = state.lock().expect("no panic holds it");
+        let waited = changed.wait_timeout_while(state, SOON, |(octets, ended)| !done(octets) && !*ended);
+        let (state, _) = waited.expect("no panic holds it");
+        assert!(done(&state.0), "{what} never came to that: {:?}", text(&state.0));
+        state.0.clone()
+    }
+
+    fn all(&self) -> Vec<u8> {
+        let (state, changed) = &*self.0;
+        let state = state.lock().expect("no panic holds it");
+        let waited = changed.wait_timeout_while(state, SOON, |(_, ended)| !*ended);
+        waited.expect("no panic holds it").0.0.clone()
+    }
+}

@@ -1,0 +1,71 @@
+//! Any octets as every message of RFC 1928 and RFC 1929: no panic, nothing asked for behind the longest message, what
+//! was read can be written and read again, and no more is allocated than is there.
+
+#![no_main]
+
+use std::alloc::System;
+use std::fmt::Debug;
+
+use libfuzzer_sys::fuzz_target;
+use s5::proto::{Credentials, Datagram, Greeting, Message, Reply, Request, Selection, Status, Stop};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+fuzz_target!(|octets: &[u8]| {
+    check::<Greeting>(octets);
+    check::<Selection>(octets);
+    check::<Credentials>(octets);
+    check::<Status>(octets);
+    check::<Request>(octets);
+    check::<Reply>(octets);
+    check_datagram(octets);
+});
+
+/// Runs `decode`, which may allocate as many octets as there are at the most.
+fn bounded<T>(octets: &[u8], decode: impl FnOnce() -> T) -> T {
+    let region = Region::new(ALLOCATOR);
+    let result = decode();
+    let allocated = region.change().bytes_allocated;
+    assert!(allocated <= octets.len(), "{allocated} octets allocated for {}", octets.len());
+    result
+}
+
+fn check<M: Message + Debug + PartialEq>(octets: &[u8]) {
+    let decoded = bounded(octets, || M::decode(octets));
+    let have = octets.len();
+    match decoded {
+        Ok(message) => {
+            let again = message.encode();
+            assert!((M::MIN..=M::MAX).contains(&again.len()));
+            assert_eq!(M::decode(&again), Ok(message));
+        }
+        Err(Stop::Need(n)) => {
+            assert!(n >= 1 && have + n <= M::MAX, "{n} octets asked for behind {have}");
+            check_prefix::<M>(octets);
+        }
+        Err(Stop::Bad(error)) => {
+            assert!(!error.to_string().is_empty());
+            assert_eq!(M::decode(&[octets, &[0; 8]].concat()), Err(Stop::Bad(error)), "an error is final");
+        }
+    }
+}
+
+/// What is a prefix of a message now was one an octet ago.
+fn check_prefix<M: Message + Debug>(octets: &[u8]) {
+    if let Some((_, shorter)) = octets.split_last() {
+        let stop = M::decode(shorter).expect_err("no message yet");
+        assert!(matches!(stop, Stop::Need(_)), "{stop:?} an octet ago");
+    }
+}
+
+fn check_datagram(octets: &[u8]) {
+    let decoded = bounded(octets, || Datagram::decode(octets));
+    if let Ok(datagram) = decoded {
+        let mut again = Vec::new();
+        datagram.write(&mut again);
+        assert_eq!(again.get(2..), octets.get(2..));
+        assert!(again.len() - datagram.data.len() <= Datagram::MAX_HEADER);
+    }
+}

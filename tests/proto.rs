@@ -1,0 +1,475 @@
+//! Every message of RFC 1928 and RFC 1929 as octets: whole, cut, in pieces, malformed and random. Nothing here opens
+//! a socket.
+
+use std::fmt::Debug;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use s5::proto::{
+    Addr, Command, Credentials, Datagram, Error, Foreign, Greeting, Host, Message, Method, Name, Rep, Reply, Request,
+    Selection, Status, Stop,
+};
+
+fn config() -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// What holds for any message: it comes back whole, from any prefix no more is asked for than is missing, and what
+/// stands behind it is not looked at.
+fn check<M: Message + Debug + PartialEq>(message: &M) {
+    check_octets(&message.encode(), message);
+}
+
+fn check_octets<M: Message + Debug + PartialEq>(octets: &[u8], message: &M) {
+    assert!((M::MIN..=M::MAX).contains(&octets.len()), "{} octets of {message:?}", octets.len());
+    for have in 0..octets.len() {
+        let missing = octets.len() - have;
+        match M::decode(&octets[..have]) {
+            Err(Stop::Need(n)) => assert!((1..=missing).contains(&n), "{n} asked, {missing} missing, {message:?}"),
+            other => panic!("{other:?} from {have} octets of {message:?}"),
+        }
+    }
+    assert_eq!(M::decode(octets).as_ref(), Ok(message));
+    for behind in [&[0][..], &[5, 1, 0], &[0xff; 600]] {
+        assert_eq!(M::decode(&[octets, behind].concat()).as_ref(), Ok(message), "{} octets follow", behind.len());
+    }
+    for piece in [1, 2, 3, 7, 64, M::MAX] {
+        assert_eq!(&feed::<M>(octets, &mut std::iter::repeat(piece)), message, "in pieces of {piece}");
+    }
+}
+
+/// Reads a message as a connection would: as many octets as are asked for at the most, often less.
+fn feed<M: Message>(octets: &[u8], pieces: &mut impl Iterator<Item = usize>) -> M {
+    let mut have = 0;
+    loop {
+        match M::decode(&octets[..have]) {
+            Ok(message) => {
+                assert_eq!(have, octets.len(), "the message was there before its last octet");
+                return message;
+            }
+            Err(Stop::Need(n)) => have += n.min(pieces.next().expect("pieces without end").max(1)),
+            Err(Stop::Bad(error)) => panic!("{error} after {have} octets of {octets:?}"),
+        }
+        assert!(have <= octets.len(), "asked for octets behind the message");
+    }
+}
+
+/// That `prefix` may still become a message, and that with its last octet, or octets, it can't any more.
+fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: Error) {
+    for have in 0..=prefix.len() {
+        let stop = M::decode(&prefix[..have]).expect_err("no message yet");
+        assert!(matches!(stop, Stop::Need(1..)), "{stop:?} from {:?}", &prefix[..have]);
+    }
+    let bad = [prefix, last].concat();
+    assert_eq!(M::decode(&bad), Err(Stop::Bad(error)), "{bad:?}");
+    assert_eq!(M::decode(&[&bad[..], &[1; 600]].concat()), Err(Stop::Bad(error)), "{bad:?} and more");
+}
+
+fn name(octets: &[u8]) -> Addr {
+    Addr { host: Host::Name(Name::new(octets).expect("a name")), port: 443 }
+}
+
+fn ip(text: &str) -> Addr {
+    text.parse::<SocketAddr>().expect("an address").into()
+}
+
+/// One of each shape and length.
+fn addrs() -> Vec<Addr> {
+    let mut addrs = vec![Addr::UNSPECIFIED, ip("192.0.2.1:65535"), ip("[::]:0"), ip("[2001:db8::1]:1080")];
+    addrs.extend([1, 2, 63, 64, 254, 255].map(|length| name(&vec![b'a'; length])));
+    addrs.extend(["1.2.3.4", "bücher.example", "a b", "[::1]", "%s"].map(|text| name(text.as_bytes())));
+    addrs
+}
+
+fn any_addr() -> impl Strategy<Value = Addr> {
+    let host = prop_oneof![
+        any::<Ipv4Addr>().prop_map(|ip| Host::Ip(ip.into())),
+        any::<Ipv6Addr>().prop_map(|ip| Host::Ip(ip.into())),
+        vec(any::<char>(), 1..=64).prop_filter_map("no name", |text| {
+            let text: String = text.into_iter().filter(|c| !c.is_control()).collect();
+            Name::new(text.as_bytes()).ok().map(Host::Name)
+        }),
+    ];
+    (host, any::<u16>()).prop_map(|(host, port)| Addr { host, port })
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    prop_oneof![Just(Command::Connect), Just(Command::Bind), Just(Command::UdpAssociate)]
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn every_greeting_survives(methods in vec(any::<u8>().prop_map(Method), 1..=255)) {
+        check(&Greeting { methods });
+    }
+
+    #[test]
+    fn every_login_survives(uname in vec(any::<u8>(), 1..=255), passwd in vec(any::<u8>(), 1..=255)) {
+        check(&Credentials { uname, passwd });
+    }
+
+    #[test]
+    fn every_request_survives(command in any_command(), dst in any_addr()) {
+        check(&Request { command, dst });
+    }
+
+    #[test]
+    fn every_reply_survives(rep in any::<u8>().prop_map(Rep), bnd in any_addr()) {
+        check(&Reply { rep, bnd });
+    }
+
+    #[test]
+    fn every_datagram_survives(frag: u8, dst in any_addr(), data in vec(any::<u8>(), 0..2000)) {
+        let datagram = Datagram { frag, dst, data: &data };
+        let mut octets = Vec::new();
+        datagram.write(&mut octets);
+        prop_assert_eq!(Datagram::decode(&octets), Ok(datagram));
+        let header = octets.len() - data.len();
+        prop_assert!(header <= Datagram::MAX_HEADER);
+        for end in 0..header {
+            prop_assert_eq!(Datagram::decode(&octets[..end]), Err(Error::Truncated), "{} octets", end);
+        }
+    }
+
+    #[test]
+    fn any_pieces_make_the_same_messages(dst in any_addr(), pieces in vec(1_usize..300, 1..40)) {
+        let mut pieces = pieces.into_iter().cycle();
+        let request = Request { command: Command::Bind, dst: dst.clone() };
+        prop_assert_eq!(feed::<Request>(&request.encode(), &mut pieces), request);
+        let reply = Reply { rep: Rep::SUCCEEDED, bnd: dst };
+        prop_assert_eq!(feed::<Reply>(&reply.encode(), &mut pieces), reply);
+        let login = Credentials { uname: vec![b'u'; 255], passwd: vec![b'p'; 255] };
+        prop_assert_eq!(feed::<Credentials>(&login.encode(), &mut pieces), login);
+    }
+
+    #[test]
+    fn random_octets_are_a_message_that_comes_back_or_a_stop(
+        first in prop_oneof![Just(5), Just(1), any::<u8>()],
+        rest in vec(prop_oneof![0_u8..6, any::<u8>()], 0..600),
+    ) {
+        let octets = [&[first], &rest[..]].concat();
+        check_random::<Greeting>(&octets);
+        check_random::<Selection>(&octets);
+        check_random::<Credentials>(&octets);
+        check_random::<Status>(&octets);
+        check_random::<Request>(&octets);
+        check_random::<Reply>(&octets);
+        if let Ok(datagram) = Datagram::decode(&octets) {
+            let mut again = Vec::new();
+            datagram.write(&mut again);
+            prop_assert_eq!(&again[2..], &octets[2..]);
+        }
+    }
+
+    #[test]
+    fn the_answers_to_random_octets_agree_with_those_to_their_prefixes(octets in vec(0_u8..8, 0..40)) {
+        check_prefixes::<Greeting>(&octets);
+        check_prefixes::<Credentials>(&octets);
+        check_prefixes::<Request>(&octets);
+        check_prefixes::<Reply>(&octets);
+    }
+}
+
+fn check_random<M: Message + Debug + PartialEq>(octets: &[u8]) {
+    match M::decode(octets) {
+        Ok(message) => assert_eq!(M::decode(&message.encode()), Ok(message)),
+        Err(Stop::Need(n)) => assert!(n >= 1 && octets.len() + n <= M::MAX, "{n} asked for behind {octets:?}"),
+        Err(Stop::Bad(_)) => {}
+    }
+}
+
+/// An answer is final: neither a message nor an error changes when more octets come, and neither comes earlier than
+/// all octets that were asked for are there.
+fn check_prefixes<M: Message + Debug + PartialEq>(octets: &[u8]) {
+    let mut due = 0;
+    let mut last = None;
+    for have in 0..=octets.len() {
+        let now = M::decode(&octets[..have]);
+        if let Some(last) = &last {
+            assert_eq!(&now, last, "changed its mind at {have} octets of {octets:?}");
+        }
+        match now {
+            Err(Stop::Need(n)) => due = due.max(have + n),
+            Ok(_) => {
+                assert!(have >= due, "asked for {due} octets, was content with {have} of {octets:?}");
+                last = Some(now);
+            }
+            Err(Stop::Bad(_)) => last = Some(now),
+        }
+    }
+}
+
+#[test]
+fn every_length_survives_in_every_piece() {
+    for count in [1, 2, 254, 255] {
+        check(&Greeting { methods: (0..count).map(Method).collect() });
+    }
+    for (ulen, plen) in [(1, 1), (1, 255), (255, 1), (255, 255), (72, 73)] {
+        check(&Credentials { uname: vec![0xff; ulen], passwd: vec![0; plen] });
+    }
+    for dst in addrs() {
+        for command in [Command::Connect, Command::Bind, Command::UdpAssociate] {
+            check(&Request { command, dst: dst.clone() });
+        }
+        check(&Reply { rep: Rep::SUCCEEDED, bnd: dst });
+    }
+    for octet in 0..=255 {
+        check(&Selection(Method(octet)));
+        check(&Status(octet));
+        check(&Reply { rep: Rep(octet), bnd: Addr::UNSPECIFIED });
+    }
+}
+
+/// RFC 1928 sections 3 to 7 and RFC 1929 section 2, written out by hand.
+#[test]
+fn the_octets_are_those_of_the_rfc() {
+    assert_eq!(Greeting { methods: vec![Method::NONE, Method::PASSWORD] }.encode(), [5, 2, 0, 2]);
+    assert_eq!(Selection(Method::UNACCEPTABLE).encode(), [5, 0xff]);
+    assert_eq!(Credentials { uname: b"me".into(), passwd: b"x".into() }.encode(), b"\x01\x02me\x01x");
+    assert_eq!(Status::SUCCESS.encode(), [1, 0]);
+    assert_eq!(Status::FAILURE.encode(), [1, 1]);
+    let request = |command, dst| Request { command, dst }.encode();
+    assert_eq!(request(Command::Connect, ip("192.0.2.1:258")), [5, 1, 0, 1, 192, 0, 2, 1, 1, 2]);
+    assert_eq!(request(Command::Bind, name(b"ab")), b"\x05\x02\0\x03\x02ab\x01\xbb");
+    let v6 = [&[5, 3, 0, 4, 0x20, 1][..], &[0; 13], &[1, 4, 0x38]].concat();
+    assert_eq!(request(Command::UdpAssociate, ip("[2001::1]:1080")), v6);
+    assert_eq!(Reply { rep: Rep::REFUSED, bnd: Addr::UNSPECIFIED }.encode(), [5, 5, 0, 1, 0, 0, 0, 0, 0, 0]);
+    let mut octets = vec![9];
+    Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.write(&mut octets);
+    assert_eq!(octets, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "appended to what is there");
+}
+
+#[test]
+fn what_rsv_says_is_not_looked_at() {
+    for rsv in [1, 5, 0xff] {
+        let request = Request { command: Command::Connect, dst: ip("192.0.2.1:80") };
+        check_octets(&[5, 1, rsv, 1, 192, 0, 2, 1, 0, 80], &request);
+        let reply = Reply { rep: Rep::SUCCEEDED, bnd: ip("192.0.2.1:80") };
+        check_octets(&[5, 0, rsv, 1, 192, 0, 2, 1, 0, 80], &reply);
+        let datagram = Datagram { frag: 0, dst: ip("192.0.2.1:80"), data: b"x" };
+        assert_eq!(Datagram::decode(&[rsv, rsv, 0, 1, 192, 0, 2, 1, 0, 80, b'x']), Ok(datagram));
+    }
+}
+
+#[test]
+fn a_reply_may_have_a_name_of_length_0_and_a_request_may_not() {
+    for rep in [Rep::SUCCEEDED, Rep::GENERAL_FAILURE] {
+        check_octets(&[5, rep.0, 0, 3, 0, 0, 80], &Reply { rep, bnd: Addr::UNSPECIFIED });
+    }
+    check_bad::<Request>(&[5, 1, 0, 3], &[0], Error::Name);
+    assert_eq!(Datagram::decode(&[0, 0, 0, 3, 0, 0, 80, 1]), Err(Error::Name));
+}
+
+#[test]
+fn another_version_is_an_error_at_its_octet() {
+    for version in (0..=255).filter(|version| *version != 5) {
+        check_bad::<Greeting>(&[], &[version], Error::Version(version));
+        check_bad::<Selection>(&[], &[version], Error::Version(version));
+        check_bad::<Request>(&[], &[version], Error::Version(version));
+        check_bad::<Reply>(&[], &[version], Error::Version(version));
+    }
+    for version in (0..=255).filter(|version| *version != 1) {
+        check_bad::<Credentials>(&[], &[version], Error::AuthVersion(version));
+        check_bad::<Status>(&[], &[version], Error::AuthVersion(version));
+    }
+}
+
+#[test]
+fn an_unknown_command_is_an_error_at_its_octet() {
+    for command in (0..=255).filter(|command| !(1..=3).contains(command)) {
+        check_bad::<Request>(&[5], &[command], Error::Command(command));
+        assert_eq!(Error::Command(command).rep(), Rep(7));
+    }
+}
+
+#[test]
+fn an_unknown_address_type_is_an_error_at_its_octet() {
+    for atyp in (0..=255).filter(|atyp| ![1, 3, 4].contains(atyp)) {
+        check_bad::<Request>(&[5, 1, 0], &[atyp], Error::Atyp(atyp));
+        check_bad::<Reply>(&[5, 0, 0], &[atyp], Error::Atyp(atyp));
+        assert_eq!(Datagram::decode(&[0, 0, 0, atyp]), Err(Error::Atyp(atyp)));
+        assert_eq!(Error::Atyp(atyp).rep(), Rep(8));
+    }
+}
+
+#[test]
+fn an_unknown_command_counts_for_more_than_what_stands_behind_it() {
+    assert_eq!(Request::decode(&[5, 9, 0, 9]), Err(Stop::Bad(Error::Command(9))));
+    assert_eq!(Request::decode(&[4, 9, 0, 9]), Err(Stop::Bad(Error::Version(4))));
+}
+
+#[test]
+fn nothing_where_something_must_stand_is_an_error_at_its_length() {
+    check_bad::<Greeting>(&[5], &[0], Error::NoMethods);
+    check_bad::<Credentials>(&[1], &[0], Error::EmptyField);
+    check_bad::<Credentials>(&[1, 2, b'm', b'e'], &[0], Error::EmptyField);
+}
+
+#[test]
+fn a_bad_name_is_an_error_before_its_port() {
+    let bad: [&[u8]; 10] = [
+        b"\0",
+        b"a\0b",
+        b"host\0",
+        b"a\nb",
+        b"\x1b[2J",
+        b"a\x7f",
+        "a\u{85}".as_bytes(),
+        b"\xff",
+        b"\xc3",
+        &[0x80; 255],
+    ];
+    for octets in bad {
+        let length = u8::try_from(octets.len()).expect("a name that fits");
+        let (last, front) = octets.split_last().expect("at least one");
+        check_bad::<Request>(&[&[5, 1, 0, 3, length], front].concat(), &[*last], Error::Name);
+        check_bad::<Reply>(&[&[5, 0, 0, 3, length], front].concat(), &[*last], Error::Name);
+        assert_eq!(Name::new(octets), Err(Error::Name), "{}", octets.escape_ascii());
+    }
+    assert_eq!(Name::new(&[b'a'; 256]), Err(Error::Name));
+    assert_eq!(Name::new(b""), Err(Error::Name));
+    assert_eq!(Error::Name.rep(), Rep(1));
+}
+
+#[test]
+fn what_has_no_rep_of_its_own_is_a_general_failure() {
+    let errors =
+        [Error::Version(4), Error::AuthVersion(5), Error::NoMethods, Error::EmptyField, Error::Name, Error::Truncated];
+    for error in errors {
+        assert_eq!(error.rep(), Rep(1), "{error}");
+    }
+}
+
+#[test]
+fn no_error_says_more_than_a_line_of_plain_words() {
+    let errors = [
+        (Error::Version(4), "version 4 instead of 5"),
+        (Error::AuthVersion(5), "sub-negotiation version 5 instead of 1"),
+        (Error::Command(9), "unknown command 9"),
+        (Error::Atyp(2), "unknown address type 2"),
+        (Error::NoMethods, "no methods offered"),
+    ];
+    for (error, text) in errors {
+        assert_eq!(error.to_string(), text);
+    }
+}
+
+#[test]
+fn a_password_is_never_shown() {
+    let login = Credentials { uname: b"al\x1bice".into(), passwd: b"hunter2".into() };
+    for shown in [format!("{login:?}"), format!("{login:#?}"), format!("{:?}", Some(&login))] {
+        assert!(shown.contains("al\\x1bice"), "{shown}");
+        let octets = format!("{:?}", login.passwd);
+        for secret in ["hunter2", "104", &octets, "68756e"] {
+            assert!(!shown.contains(secret), "{shown}");
+        }
+    }
+}
+
+#[test]
+fn every_rep_has_the_words_of_section_6() {
+    let table = [
+        "succeeded",
+        "general SOCKS server failure",
+        "not allowed by ruleset",
+        "network unreachable",
+        "host unreachable",
+        "connection refused",
+        "TTL expired",
+        "command not supported",
+        "address type not supported",
+    ];
+    for (code, text) in (0..).zip(table) {
+        assert_eq!(Rep(code).to_string(), text);
+    }
+    for code in 9..=255 {
+        assert_eq!(Rep(code).to_string(), "unassigned reply code");
+    }
+    let constants = [
+        Rep::SUCCEEDED,
+        Rep::GENERAL_FAILURE,
+        Rep::NOT_ALLOWED,
+        Rep::NETWORK_UNREACHABLE,
+        Rep::HOST_UNREACHABLE,
+        Rep::REFUSED,
+        Rep::TTL_EXPIRED,
+        Rep::COMMAND_NOT_SUPPORTED,
+        Rep::ATYP_NOT_SUPPORTED,
+    ];
+    assert_eq!(constants.map(|rep| rep.0), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn methods_commands_and_addresses_have_their_words() {
+    let methods = [(0, "none"), (1, "gssapi"), (2, "password"), (0x80, "method 0x80"), (0xff, "no acceptable method")];
+    for (code, text) in methods {
+        assert_eq!(Method(code).to_string(), text);
+    }
+    let commands = [Command::Connect, Command::Bind, Command::UdpAssociate].map(|command| command.to_string());
+    assert_eq!(commands, ["connect", "bind", "udp"]);
+    let shown = [ip("192.0.2.1:80"), ip("[2001:db8::1]:80"), name(b"a.example"), Addr::UNSPECIFIED];
+    let texts = ["192.0.2.1:80", "[2001:db8::1]:80", "a.example:443", "0.0.0.0:0"];
+    assert_eq!(shown.map(|addr| addr.to_string()), texts);
+}
+
+#[test]
+fn another_protocol_is_refused_in_its_own_words_and_never_repeated_to_it() {
+    assert_eq!(Foreign(4).rejection(), [0, 0x5b, 0, 0, 0, 0, 0, 0], "the request is rejected, in SOCKS4");
+    for first in b"GPCHDTO" {
+        let page = String::from_utf8_lossy(Foreign(*first).rejection());
+        assert!(page.starts_with("HTTP/1.0 501 ") && page.contains("\r\n\r\n") && page.contains("SOCKS5"), "{page}");
+    }
+    for first in [0, 1, 2, 3, 6, 0x16, 0x80, b'a', b'\n', 0xff] {
+        assert_eq!(Foreign(first).rejection(), b"", "{first}");
+    }
+    let shown = [Foreign(0x16), Foreign(4), Foreign(b'G'), Foreign(0x1b)].map(|foreign| foreign.to_string());
+    assert!(shown[0].contains("TLS") && shown[1].contains("SOCKS4") && shown[2].contains("HTTP"), "{shown:?}");
+    assert!(!shown[3].contains('\x1b'), "{:?}", shown[3]);
+}
+
+/// A length octet alone reserves nothing, and what a message holds is what came.
+#[test]
+fn a_message_holds_no_more_than_its_octets() {
+    for count in [1, 2, 100, 255] {
+        let octets = [&[5, count][..], &vec![0; count.into()]].concat();
+        let methods = Greeting::decode(&octets).expect("a greeting").methods;
+        assert!(methods.capacity() <= count.into(), "{} for {count}", methods.capacity());
+        let octets = [&[1, count][..], &vec![b'u'; count.into()], &[1, b'p']].concat();
+        let login = Credentials::decode(&octets).expect("a login");
+        let held = login.uname.capacity() + login.passwd.capacity();
+        assert!(held <= octets.len(), "{held} for {}", octets.len());
+    }
+}
+
+/// The reader of a connection makes room for what is asked for, so that bounds what an undecided peer costs.
+#[test]
+fn all_that_is_ever_asked_for_fits_the_longest_message() {
+    assert_eq!([Greeting::MAX, Credentials::MAX, Request::MAX, Reply::MAX], [257, 513, 262, 262]);
+    let starts: [&[u8]; 4] = [&[5, 255], &[1, 255], &[5, 1, 0, 3, 255], &[5, 0, 0, 4]];
+    for start in starts {
+        for stop in [most_asked::<Greeting>(start), most_asked::<Credentials>(start), most_asked::<Request>(start)] {
+            assert!(stop <= 513, "{stop} octets behind {start:?}");
+        }
+    }
+}
+
+fn most_asked<M: Message + Debug>(start: &[u8]) -> usize {
+    let mut octets = start.to_vec();
+    loop {
+        match M::decode(&octets) {
+            Err(Stop::Need(n)) => octets.extend(vec![255; n]),
+            _ => return octets.len(),
+        }
+    }
+}
+
+#[test]
+fn an_ip_address_keeps_its_family() {
+    let mapped: IpAddr = "::ffff:192.0.2.1".parse().expect("an address");
+    let octets = Request { command: Command::Connect, dst: SocketAddr::new(mapped, 1).into() }.encode();
+    assert_eq!(octets[3], 4, "ATYP");
+    assert_eq!(Request::decode(&octets).map(|request| request.dst.host), Ok(Host::Ip(mapped)));
+}

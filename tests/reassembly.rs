@@ -1,0 +1,398 @@
+//! Fragments of datagrams (RFC 1928 section 7), with a made-up clock: tables, a model, and splitting.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use s5::proto::{Addr, Datagram, Host, MAX_UDP, Name};
+use s5::reassembly::{Reassembler, TIMEOUT, split};
+
+/// The high bit of FRAG: the last fragment.
+const LAST: u8 = 0x80;
+
+fn config() -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
+}
+
+fn dst(port: u16) -> Addr {
+    SocketAddr::from(([192, 0, 2, 1], port)).into()
+}
+
+/// Pushes datagrams for one DST at one time, and gives all that became whole.
+fn play(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> Vec<String> {
+    let push = |(frag, data): &(u8, &str)| {
+        let (addr, whole) = queue.push(now, Datagram { frag: *frag, dst: dst(53), data: data.as_bytes() })?;
+        assert_eq!(addr, dst(53));
+        Some(String::from_utf8(whole.into_owned()).expect("the text that was sent"))
+    };
+    datagrams.iter().filter_map(push).collect()
+}
+
+/// Plays it on an empty queue, and then checks that the queue is as empty as it has to be.
+fn check(datagrams: &[(u8, &str)], whole: &[&str], is_empty: bool) {
+    let (mut queue, now) = (Reassembler::default(), Instant::now());
+    assert_eq!(play(&mut queue, now, datagrams), whole, "{datagrams:?}");
+    assert_eq!(queue.deadline().is_none(), is_empty, "{datagrams:?}: {:?}", queue.deadline());
+    assert_eq!(play(&mut queue, now, &[(1, "ne"), (2 | LAST, "w")]), ["new"], "the next sequence after {datagrams:?}");
+    assert_eq!(queue.deadline(), None);
+}
+
+#[test]
+fn frag_0_stands_alone() {
+    check(&[(0, "alone")], &["alone"], true);
+    check(&[(0, "")], &[""], true);
+    check(&[(0, "a"), (0, "b"), (0, "b")], &["a", "b", "b"], true);
+}
+
+#[test]
+fn fragments_in_order_become_whole_at_the_last() {
+    check(&[(1, "a"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
+    check(&[(1, "a"), (2, "b")], &[], false);
+    check(&[(1, "a"), (2, ""), (3 | LAST, "")], &["a"], true);
+    check(&[(1, "a"), (2 | LAST, "b"), (1, "c"), (2 | LAST, "d")], &["ab", "cd"], true);
+}
+
+#[test]
+fn a_sequence_of_one_is_whole_at_once() {
+    check(&[(1 | LAST, "one")], &["one"], true);
+    check(&[(1, "a"), (2, "b"), (1 | LAST, "one")], &["one"], true);
+}
+
+#[test]
+fn the_last_fragment_alone_or_first_is_dropped() {
+    check(&[(2 | LAST, "b")], &[], true);
+    check(&[(2 | LAST, "b"), (1, "a")], &[], false);
+    check(&[(3 | LAST, "c"), (2, "b"), (1, "a")], &[], false);
+    check(&[(2, "b"), (3 | LAST, "c")], &[], true);
+}
+
+#[test]
+fn a_lower_frag_empties_the_queue() {
+    check(&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (4 | LAST, "d")], &[], true);
+    check(&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true);
+}
+
+#[test]
+fn frag_1_again_begins_anew() {
+    check(&[(1, "a"), (2, "b"), (1, "c"), (2 | LAST, "d")], &["cd"], true);
+    check(&[(1, "a"), (1, "c"), (2 | LAST, "d")], &["cd"], true);
+    check(&[(1, "a"), (2, "b"), (1, "c"), (3 | LAST, "d")], &[], true);
+}
+
+#[test]
+fn frag_0_passes_and_empties_the_queue() {
+    check(&[(1, "a"), (0, "alone"), (2 | LAST, "b")], &["alone"], true);
+}
+
+#[test]
+fn the_highest_frag_again_is_ignored() {
+    check(&[(1, "a"), (1, "a"), (2, "b"), (2, "b"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
+    check(&[(1, "a"), (2, ""), (2, ""), (3 | LAST, "c")], &["ac"], true);
+    check(&[(1, "a"), (2 | LAST, "b"), (2 | LAST, "b")], &["ab"], true);
+}
+
+#[test]
+fn the_highest_frag_again_with_other_data_is_no_repetition() {
+    check(&[(1, "a"), (2, "b"), (2, "x"), (3 | LAST, "c")], &[], true);
+    check(&[(1, "a"), (2, "b"), (2, "ab"), (3 | LAST, "c")], &[], true);
+}
+
+#[test]
+fn a_gap_gives_the_sequence_up() {
+    check(&[(1, "a"), (3 | LAST, "c")], &[], true);
+    check(&[(1, "a"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true);
+}
+
+#[test]
+fn position_0_with_the_high_bit_is_dropped() {
+    check(&[(LAST, "nothing")], &[], true);
+    check(&[(1, "a"), (LAST, "nothing"), (2 | LAST, "b")], &[], true);
+}
+
+#[test]
+fn another_dst_gives_the_sequence_up() {
+    let (mut queue, now) = (Reassembler::default(), Instant::now());
+    let other = |port, frag| Datagram { frag, dst: dst(port), data: b"x" };
+    assert_eq!(queue.push(now, other(53, 1)), None);
+    assert_eq!(queue.push(now, other(54, 2)), None);
+    assert_eq!(queue.deadline(), None);
+    assert_eq!(queue.push(now, other(53, 2 | LAST)), None);
+
+    assert_eq!(queue.push(now, other(53, 1)), None);
+    assert_eq!(queue.push(now, other(54, 1)), None, "a sequence of its own");
+    let (to, whole) = queue.push(now, other(54, 2 | LAST)).expect("whole");
+    assert_eq!((to, &*whole), (dst(54), &b"xx"[..]));
+
+    let name = Name::new(b"192.0.2.1").expect("a name");
+    assert_eq!(queue.push(now, other(53, 1)), None);
+    let spelt = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..other(53, 2 | LAST) };
+    assert_eq!(queue.push(now, spelt), None, "the same host in other words");
+}
+
+#[test]
+fn fragments_go_up_to_127_and_no_further() {
+    let (mut queue, now) = (Reassembler::default(), Instant::now());
+    for position in 1..=126 {
+        assert_eq!(queue.push(now, Datagram { frag: position, dst: dst(1), data: &[position] }), None);
+    }
+    let (_, whole) = queue.push(now, Datagram { frag: 127 | LAST, dst: dst(1), data: &[127] }).expect("whole");
+    assert_eq!(*whole, (1..=127).collect::<Vec<u8>>());
+
+    for position in 1..=127 {
+        assert_eq!(queue.push(now, Datagram { frag: position, dst: dst(1), data: &[position] }), None);
+    }
+    for frag in [0xff, 0x80, 1] {
+        assert_eq!(queue.push(now, Datagram { frag, dst: dst(1), data: b"x" }), None, "nothing follows 127");
+    }
+}
+
+#[test]
+fn the_timer_is_no_less_than_5_seconds_and_ends_to_the_nanosecond() {
+    const { assert!(TIMEOUT.as_secs() >= 5) };
+    let begin = Instant::now();
+    let nearly = begin + TIMEOUT - Duration::from_nanos(1);
+
+    let mut queue = Reassembler::default();
+    assert_eq!(queue.deadline(), None);
+    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert_eq!(queue.deadline(), Some(begin + TIMEOUT));
+    assert_eq!(play(&mut queue, nearly, &[(2 | LAST, "b")]), ["ab"]);
+
+    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(play(&mut queue, begin + TIMEOUT, &[(2 | LAST, "b")]).is_empty());
+    assert_eq!(queue.deadline(), None);
+
+    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    queue.expire(nearly);
+    assert!(queue.deadline().is_some());
+    queue.expire(begin + TIMEOUT);
+    assert_eq!(queue.deadline(), None);
+}
+
+#[test]
+fn the_timer_runs_from_the_first_fragment_and_none_after_it_puts_it_off() {
+    let (mut queue, begin) = (Reassembler::default(), Instant::now());
+    let half = TIMEOUT / 2;
+    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(play(&mut queue, begin + half, &[(1, "a"), (2, "b"), (2, "b")]).is_empty());
+    assert_eq!(queue.deadline(), Some(begin + TIMEOUT));
+    assert!(play(&mut queue, begin + half, &[(1, "anew")]).is_empty());
+    assert_eq!(queue.deadline(), Some(begin + half + TIMEOUT));
+    assert_eq!(play(&mut queue, begin + TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
+}
+
+#[test]
+fn a_repetition_after_the_timer_begins_anew() {
+    let (mut queue, begin) = (Reassembler::default(), Instant::now());
+    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(play(&mut queue, begin + TIMEOUT, &[(1, "a")]).is_empty());
+    assert_eq!(queue.deadline(), Some(begin + 2 * TIMEOUT));
+}
+
+#[test]
+fn the_queue_holds_one_datagram_of_udp_and_not_an_octet_more() {
+    let (mut queue, now) = (Reassembler::default(), Instant::now());
+    let data = vec![7; MAX_UDP];
+    let push = |queue: &mut Reassembler, frag, length: usize| {
+        let whole = queue.push(now, Datagram { frag, dst: dst(1), data: &data[..length] });
+        whole.map(|(_, whole)| whole.len())
+    };
+    assert_eq!(push(&mut queue, 1, MAX_UDP - 1), None);
+    assert_eq!(push(&mut queue, 2 | LAST, 1), Some(65_507));
+
+    assert_eq!(push(&mut queue, 1, MAX_UDP - 1), None);
+    assert_eq!(push(&mut queue, 2, 1), None);
+    assert!(queue.deadline().is_some(), "all of it is kept");
+    assert_eq!(push(&mut queue, 3, 1), None);
+    assert_eq!(queue.deadline(), None, "given up at the octet that is too many");
+    assert_eq!(push(&mut queue, 4 | LAST, 0), None);
+
+    assert_eq!(push(&mut queue, 1, MAX_UDP), None);
+    assert_eq!(push(&mut queue, 2 | LAST, 1), None, "too long at the last");
+    assert_eq!(push(&mut queue, 0, MAX_UDP), Some(MAX_UDP), "alone it is not kept at all");
+}
+
+/// What section 7 says, in the plainest way: the fragments as they came, looked through each time.
+#[derive(Default)]
+struct Model {
+    kept: Vec<(Addr, Vec<u8>)>,
+    since: Option<Instant>,
+}
+
+impl Model {
+    fn push(&mut self, now: Instant, frag: u8, dst: &Addr, data: &[u8]) -> Option<(Addr, Vec<u8>)> {
+        if self.since.is_some_and(|since| now.saturating_duration_since(since) >= TIMEOUT) {
+            self.clear();
+        }
+        if frag == 0 {
+            self.clear();
+            return Some((dst.clone(), data.into()));
+        }
+        let (position, kept) = (usize::from(frag % 128), self.kept.len());
+        let fragment = (dst.clone(), data.to_vec());
+        if kept > 0 && position == kept && self.kept[kept - 1] == fragment {
+            return None;
+        }
+        let follows = position == kept + 1 && self.kept.iter().all(|(other, _)| other == dst);
+        if !follows {
+            self.clear();
+        }
+        if follows || position == 1 {
+            self.since.get_or_insert(now);
+            self.kept.push(fragment);
+        }
+        let whole: Vec<u8> = self.kept.iter().flat_map(|(_, data)| data.iter().copied()).collect();
+        if whole.len() > 65_507 {
+            self.clear();
+        }
+        if frag < 128 || self.kept.is_empty() {
+            return None;
+        }
+        self.clear();
+        Some((dst.clone(), whole))
+    }
+
+    fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// FRAG, DST, a short text and milliseconds since the one before; likely to make sense in a row.
+fn any_datagrams() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
+    let position = prop_oneof![8 => 1_u8..5, 1 => Just(0), 1 => any::<u8>()];
+    let frag = (position, prop_oneof![3 => Just(0), 1 => Just(LAST)]).prop_map(|(position, last)| position | last);
+    let dst = prop_oneof![9 => Just(53_u16), 1 => Just(54)];
+    let data = prop_oneof![9 => vec(0_u8..2, 0..2), 1 => Just(vec![0; 40_000])];
+    let pause = prop_oneof![9 => Just(0_u64), 1 => 0_u64..9000];
+    vec((frag, dst, data, pause), 0..40)
+}
+
+/// Mostly in order, now and then repeated, left out or late.
+fn nearly_in_order() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
+    let one = (0_u8..12, any::<bool>(), vec(any::<u8>(), 0..2), prop_oneof![6 => Just(0_u64), 1 => 0_u64..4000]);
+    vec(one, 0..60).prop_map(|steps| {
+        let mut position = 0;
+        let mut datagrams = Vec::new();
+        for (step, is_last, data, pause) in steps {
+            position = match step {
+                0 => position,
+                1 => position + 2,
+                2 => 0,
+                _ => position + 1,
+            } % 128;
+            let frag = if is_last && step > 8 { position | LAST } else { position };
+            datagrams.push((frag, 53, data, pause));
+            position = if frag >= LAST { 0 } else { position };
+        }
+        datagrams
+    })
+}
+
+fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError> {
+    let (mut queue, mut model, mut now) = (Reassembler::default(), Model::default(), Instant::now());
+    for (frag, port, data, pause) in datagrams {
+        now += Duration::from_millis(pause);
+        let whole = queue.push(now, Datagram { frag, dst: dst(port), data: &data });
+        let whole = whole.map(|(to, data)| (to, data.into_owned()));
+        prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP));
+        prop_assert_eq!(whole, model.push(now, frag, &dst(port), &data));
+        prop_assert_eq!(queue.deadline(), model.since.map(|since| since + TIMEOUT));
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn any_datagrams_are_put_together_as_a_plain_model_does(datagrams in any_datagrams()) {
+        compare(datagrams)?;
+    }
+
+    #[test]
+    fn sequences_with_faults_are_put_together_as_a_plain_model_does(datagrams in nearly_in_order()) {
+        compare(datagrams)?;
+    }
+
+    #[test]
+    fn random_octets_never_panic_nor_give_more_than_udp_carries(all in vec(vec(any::<u8>(), 0..40), 0..40)) {
+        let (mut queue, now) = (Reassembler::default(), Instant::now());
+        for octets in &all {
+            let header = [&[0, 0], &octets[..]].concat();
+            if let Ok(datagram) = Datagram::decode(&header) {
+                let whole = queue.push(now, datagram);
+                prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP));
+            }
+        }
+        queue.expire(now + TIMEOUT);
+        prop_assert_eq!(queue.deadline(), None);
+    }
+
+    #[test]
+    fn what_is_split_is_put_together_again(
+        length in prop_oneof![0_usize..2000, 0..=MAX_UDP],
+        limit in prop_oneof![11_usize..600, 11..=MAX_UDP],
+    ) {
+        check_split(&dst(53), length, limit)?;
+    }
+
+    #[test]
+    fn what_is_split_for_a_name_is_put_together_again(
+        name in "[a-z]{1,255}",
+        length in prop_oneof![1 => Just(0_usize), 4 => 0_usize..3000],
+        limit in 0_usize..700,
+    ) {
+        let host = Host::Name(Name::new(name.as_bytes()).expect("a name"));
+        check_split(&Addr { host, port: 53 }, length, limit)?;
+    }
+}
+
+fn check_split(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseError> {
+    let data: Vec<u8> = (0..length).map(|i| i.to_le_bytes()[0]).collect();
+    let mut header = Vec::new();
+    Datagram { frag: 0, dst: dst.clone(), data: &[] }.write(&mut header);
+    let room = limit.checked_sub(header.len());
+    let Some(parts) = split(dst, &data, limit) else {
+        let fits = room.is_some_and(|room| length <= 127 * room);
+        prop_assert!(!fits, "{} octets would fit into 127 of {}", length, limit);
+        return Ok(());
+    };
+    prop_assert!((1..=127).contains(&parts.len()));
+    for part in &parts {
+        prop_assert!(part.len() <= limit, "{} octets with a limit of {}", part.len(), limit);
+    }
+    if room.is_some_and(|room| length <= room) {
+        prop_assert_eq!(parts.len(), 1, "one that fits is not split");
+        prop_assert_eq!(parts[0][2], 0);
+    }
+    let (mut queue, now) = (Reassembler::default(), Instant::now());
+    let (last, front) = parts.split_last().expect("at least one");
+    for part in front {
+        prop_assert_eq!(queue.push(now, Datagram::decode(part).expect("a datagram")), None);
+    }
+    let (to, whole) = queue.push(now, Datagram::decode(last).expect("a datagram")).expect("whole at the last");
+    prop_assert_eq!((&to, &*whole), (dst, &data[..]));
+    prop_assert_eq!(queue.deadline(), None);
+    Ok(())
+}
+
+#[test]
+fn a_payload_is_split_into_127_at_the_most() {
+    let header = 10;
+    let sizes = |length| {
+        let parts = split(&dst(53), &vec![1; length], header + 100)?;
+        Some((parts.len(), parts.last().map(|part| (part[2], part.len() - header))))
+    };
+    assert_eq!(sizes(100), Some((1, Some((0, 100)))));
+    assert_eq!(sizes(101), Some((2, Some((2 | LAST, 1)))));
+    assert_eq!(sizes(12_700), Some((127, Some((127 | LAST, 100)))));
+    assert_eq!(sizes(12_701), None);
+    assert_eq!(split(&dst(53), b"x", header), None, "no room but for the header");
+}
+
+#[test]
+fn a_header_over_the_limit_is_not_sent_even_for_nothing() {
+    assert_eq!(split(&dst(53), b"", 10).map(|parts| parts.len()), Some(1));
+    assert_eq!(split(&dst(53), b"", 9), None);
+}

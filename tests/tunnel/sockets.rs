@@ -1,0 +1,147 @@
+//! `s5::relay` over TCP on loopback, on a thread of its own.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use futures_lite::FutureExt as _;
+use s5::conn::Conn;
+use s5::relay::{Broken, Limits, Moved, relay};
+use smol::channel::{Sender, unbounded};
+use socket2::SockRef;
+
+use super::{Far, Received, Tunnel};
+
+/// The test's end; gone after a reset of its own.
+pub struct FarEnd {
+    stream: Option<TcpStream>,
+    /// Sending has failed: it was reset. The kernel tells so only once, and from then on reading looks like an end.
+    is_broken: bool,
+}
+
+impl Far for FarEnd {
+    fn send(&mut self, octets: &[u8]) -> usize {
+        match self.stream.as_mut().map(|stream| stream.write(octets)) {
+            Some(Ok(n)) => n,
+            Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => 0,
+            Some(Err(_)) | None => {
+                self.is_broken = true;
+                0
+            }
+        }
+    }
+
+    fn receive(&mut self, most: usize) -> Received {
+        let mut buffer = vec![0; most];
+        match self.stream.as_mut().map(|stream| stream.read(&mut buffer)) {
+            Some(Ok(0)) if !self.is_broken => Received::End,
+            Some(Ok(n)) if n > 0 => Received::Octets(buffer[..n].into()),
+            Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => Received::Nothing,
+            _ => Received::Reset,
+        }
+    }
+
+    fn half_close(&mut self) {
+        if let Some(stream) = &self.stream {
+            // Fails when the relay was quicker with a reset.
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    fn reset(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("a linger time can be set");
+        }
+    }
+}
+
+pub struct Sockets {
+    client: FarEnd,
+    dst: FarEnd,
+    moved: Arc<Moved>,
+    cancel: Sender<()>,
+    /// None from the thread: it was cancelled.
+    thread: Option<JoinHandle<Option<Result<(), Broken>>>>,
+    outcome: Option<Result<(), Broken>>,
+}
+
+impl Sockets {
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.outcome = thread.join().expect("the relay does not panic");
+        }
+    }
+}
+
+/// A connection with small buffers, though not so small that TCP waits for more: the far end, and the relay's.
+fn connection(capacity: usize) -> (FarEnd, Conn) {
+    let capacity = capacity.max(64 * 1024);
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    SockRef::from(&listener).set_recv_buffer_size(capacity).expect("a size can be set");
+    let far = TcpStream::connect(listener.local_addr().expect("an address")).expect("it is accepted");
+    let (near, _) = listener.accept().expect("it was connected");
+    for stream in [&far, &near] {
+        SockRef::from(stream).set_send_buffer_size(capacity).expect("a size can be set");
+        stream.set_nodelay(true).expect("it can be set");
+    }
+    far.set_nonblocking(true).expect("it can be set");
+    (FarEnd { stream: Some(far), is_broken: false }, Conn::Tcp(near.try_into().expect("a runtime")))
+}
+
+impl Tunnel for Sockets {
+    type Far = FarEnd;
+
+    fn open(capacity: usize, limits: Limits) -> Self {
+        let (client, mut near_client) = connection(capacity);
+        let (dst, mut near_dst) = connection(capacity);
+        let moved = Arc::<Moved>::default();
+        let (cancel, cancelled) = unbounded();
+        let counted = moved.clone();
+        let thread = thread::spawn(move || {
+            let relay = async { Some(relay(&mut near_client, &mut near_dst, limits, &counted).await) };
+            let cancelled = async {
+                let _ = cancelled.recv().await;
+                None
+            };
+            smol::block_on(relay.or(cancelled))
+        });
+        Self { client, dst, moved, cancel, thread: Some(thread), outcome: None }
+    }
+
+    fn settle(&mut self) {
+        thread::sleep(Duration::from_micros(50));
+    }
+
+    fn client(&mut self) -> &mut FarEnd {
+        &mut self.client
+    }
+
+    fn dst(&mut self) -> &mut FarEnd {
+        &mut self.dst
+    }
+
+    fn moved(&self) -> (u64, u64) {
+        (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
+    }
+
+    fn ended(&mut self) -> Option<&Result<(), Broken>> {
+        if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
+            self.join();
+        }
+        self.outcome.as_ref()
+    }
+
+    fn cancel(&mut self) {
+        self.cancel.try_send(()).expect("the relay runs");
+        self.join();
+    }
+}
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        self.cancel.close();
+    }
+}

@@ -1,0 +1,391 @@
+//! The users file: what is read from it, who gets in by it, and how a line of it is replaced. No file is opened here.
+
+use std::time::{Duration, Instant};
+
+use argon2::password_hash::PasswordHasher as _;
+use argon2::password_hash::phc::PasswordHash;
+use argon2::{Algorithm, Argon2, Params, Version};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use s5::policy::users::{Users, check_name, edit, new_line};
+
+/// From the test vectors of the reference implementation of argon2; "password".
+const ARGON2ID: &str = "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4";
+/// The same with two lanes.
+const TWO_LANES: &str = "$argon2id$v=19$m=256,t=2,p=2$c29tZXNhbHQ$bQk8UB/VmZZF4Oo79iDXuL5/0ttZwg2f/5U52iv1cDc";
+/// What `htpasswd -nbB -C 4 alice p4ssword` wrote.
+const HTPASSWD: &str = "$2y$04$zEhle9QibRYvvalySJvLY.P/KSl5uubhJCzGFq6YyNWF1jg0jrk1O";
+/// From the test vectors of crypt_blowfish; "U*U".
+const CRYPT_2A: &str = "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW";
+/// What crypt(3) makes of "a".
+const CRYPT_2B: &str = "$2b$04$CCCCCCCCCCCCCCCCCCCCC.f/Fm9DOYGp2ai9rjxvG4QHlhtDCuDuu";
+/// What crypt(3) makes of 72 times "a", and of 73 times as well.
+const CRYPT_72: &str = "$2y$04$CCCCCCCCCCCCCCCCCCCCC.mDyzbhj.9K0apb9O/AGMWwoLXiYAu6u";
+/// What crypt(3) makes of nothing.
+const CRYPT_EMPTY: &str = "$2y$04$CCCCCCCCCCCCCCCCCCCCC.Cg0ly9t/KVBCBYYDfOmZKwry9JuXClC";
+
+fn users(text: &str) -> Users {
+    Users::parse(text).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A user with that hash.
+fn alice(hash: &str) -> Users {
+    users(&format!("alice:{hash}\n"))
+}
+
+/// argon2id at this cost, in KiB.
+fn argon2id(passwd: &[u8], cost: u32) -> String {
+    let params = Params::new(cost, 1, 1, None).expect("a cost");
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+    let hash: PasswordHash = argon2.hash_password(passwd).expect("a hash");
+    hash.to_string()
+}
+
+#[test]
+fn hashes_of_other_programs_are_understood() {
+    let table = [
+        (ARGON2ID, "password"),
+        (TWO_LANES, "password"),
+        (HTPASSWD, "p4ssword"),
+        (CRYPT_2A, "U*U"),
+        (CRYPT_2B, "a"),
+        (&CRYPT_2B.replace("$2b$", "$2y$"), "a"),
+        (&CRYPT_2B.replace("$2b$", "$2a$"), "a"),
+    ];
+    for (hash, passwd) in table {
+        let users = alice(hash);
+        assert!(users.verify(b"alice", passwd.as_bytes()), "{hash}");
+        let upper = passwd.to_uppercase();
+        let wrong = [&format!("{passwd}x"), &passwd[1..], &format!(" {passwd}"), "", &upper, &passwd.to_lowercase()];
+        for wrong in wrong.into_iter().filter(|wrong| *wrong != passwd) {
+            assert!(!users.verify(b"alice", wrong.as_bytes()), "{wrong:?} for {hash}");
+        }
+    }
+}
+
+#[test]
+fn a_password_is_compared_whole() {
+    for passwd in [&[b'a'; 255][..], b"\xff\xfe", b"a\r\n\x1b[2J", b"a\0b", "pässwörd".as_bytes(), b"\0"] {
+        let users = alice(&argon2id(passwd, 8));
+        assert!(users.verify(b"alice", passwd), "{}", passwd.escape_ascii());
+        let (_, shorter) = passwd.split_last().expect("at least one");
+        assert!(!users.verify(b"alice", shorter), "{} cut", passwd.escape_ascii());
+        assert!(!users.verify(b"alice", &[passwd, b"\0"].concat()), "{} and NUL", passwd.escape_ascii());
+        assert!(!users.verify(b"alice", &[passwd, b"a"].concat()), "{} and more", passwd.escape_ascii());
+    }
+}
+
+#[test]
+fn what_bcrypt_cannot_tell_apart_is_refused() {
+    let a = alice(CRYPT_2B);
+    assert!(a.verify(b"alice", b"a"));
+    for passwd in [&b"a\0"[..], b"a\0a", b"a\0a\0", b"a\0b", b"\0", b"\0a"] {
+        assert!(!a.verify(b"alice", passwd), "{}", passwd.escape_ascii());
+    }
+    let long = alice(CRYPT_72);
+    assert!(long.verify(b"alice", &[b'a'; 72]), "the longest that bcrypt tells apart");
+    for length in [0, 71, 73, 144, 255] {
+        assert!(!long.verify(b"alice", &vec![b'a'; length]), "{length} octets");
+    }
+    let empty = alice(CRYPT_EMPTY);
+    assert!(!empty.verify(b"alice", b"\0"), "NUL for nothing");
+}
+
+#[test]
+fn a_name_is_compared_whole_too() {
+    let users = alice(CRYPT_2B);
+    assert!(users.contains(b"alice") && users.verify(b"alice", b"a"));
+    for uname in [&b""[..], b"Alice", b"alic", b"alice\0", b"alicea", b" alice", b"alice ", b"\xff", b"bob"] {
+        assert!(!users.contains(uname) && !users.verify(uname, b"a"), "{}", uname.escape_ascii());
+    }
+}
+
+#[test]
+fn everybody_has_a_password_of_their_own() {
+    let users = users(&format!("alice:{ARGON2ID}\nbob:{CRYPT_2B}\nzoë:{HTPASSWD}\n"));
+    assert_eq!((users.len(), users.is_empty()), (3, false));
+    let passwds = ["password", "a", "p4ssword"];
+    for (i, uname) in ["alice", "bob", "zoë"].iter().enumerate() {
+        for (j, passwd) in passwds.iter().enumerate() {
+            assert_eq!(users.verify(uname.as_bytes(), passwd.as_bytes()), i == j, "{uname} with {passwd}");
+        }
+    }
+    for passwd in passwds {
+        assert!(!users.verify(b"mallory", passwd.as_bytes()), "a stranger with {passwd}");
+    }
+}
+
+#[test]
+fn with_no_users_nobody_gets_in() {
+    for text in ["", "\n\n", "# alice:\n", "#", "  \r\n\t# b"] {
+        let users = users(text);
+        assert_eq!((users.len(), users.is_empty()), (0, true), "{text:?}");
+        assert!(!users.verify(b"alice", b"a") && !users.verify(b"", b""));
+    }
+}
+
+#[test]
+fn comments_blanks_and_line_ends_of_windows_are_nothing() {
+    let users =
+        users(&format!("# first: a comment\r\n\r\n  alice:{CRYPT_2B}  \r\n\t#bob:{CRYPT_2B}\r\nzoë:{HTPASSWD}"));
+    assert_eq!(users.len(), 2);
+    assert!(users.verify(b"alice", b"a") && users.verify("zoë".as_bytes(), b"p4ssword"));
+}
+
+/// A bad line, and a word by which its message lets one find it.
+fn bad_lines() -> Vec<(String, &'static str)> {
+    let with = |hash: &str| format!("alice:{hash}");
+    let cost = |cost| with(&HTPASSWD.replace("$04$", cost));
+    vec![
+        ("alice".into(), "alice"),
+        (":".into(), "empty"),
+        (format!(":{ARGON2ID}"), "empty"),
+        (with(""), "alice"),
+        (with("secret-password"), "alice"),
+        (with("rqXexS6ZhobKA"), "alice"),
+        (with("{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g="), "alice"),
+        (with("$1$saltsalt$qjXMvbEw8oaL.CzflDtaK/"), "\"1\""),
+        (with("$apr1$saltsalt$1oSdEkWwqAPDZAOqI7dFd1"), "\"apr1\""),
+        (with("$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc"), "\"6\""),
+        (with(&ARGON2ID.replace("2id", "2i")), "\"argon2i\""),
+        (with(&HTPASSWD.replace("$2y$", "$2x$")), "\"2x\""),
+        (with(&HTPASSWD[..59]), "bcrypt"),
+        (with(&format!("{HTPASSWD}O")), "bcrypt"),
+        (with(&format!("{HTPASSWD}:more")), "bcrypt"),
+        (with(&HTPASSWD.replace('/', "*")), "bcrypt"),
+        (with(&HTPASSWD.replace('/', "é")), "bcrypt"),
+        (with("$2y$"), "bcrypt"),
+        (cost("$xx$"), "bcrypt"),
+        (with("$argon2id$"), "argon2id"),
+        (with("$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ"), "argon2id"),
+        (with("$argon2id$v=19$m=256,t=2,p=1"), "argon2id"),
+        (with(&ARGON2ID.replace("m=256", "m=1")), "argon2id"),
+        (with(&ARGON2ID.replace("t=2", "t=0")), "argon2id"),
+        (with(&ARGON2ID.replace("p=1", "p=x")), "argon2id"),
+        (with(&ARGON2ID.replace('+', "!").replace("nf65", "n!65")), "argon2id"),
+        (format!("alice :{CRYPT_2B}"), "alice "),
+        (format!("al\tice:{CRYPT_2B}"), "al\\tice"),
+        (format!("al\u{1b}ice:{CRYPT_2B}"), "al\\u{1b}ice"),
+        (format!("{}:{CRYPT_2B}", "a".repeat(256)), "aaaa"),
+        (format!("first:{CRYPT_2B}"), "first"),
+    ]
+}
+
+/// 8 characters in a row of a hash or a password, if a message shows that many.
+fn told(message: &str, text: &str) -> Option<String> {
+    let parts = text.split([':', '$', ' ', '\n']);
+    let secrets = parts.filter(|part| !["argon2", "m=", "aaaa"].iter().any(|harmless| part.contains(harmless)));
+    let windows = secrets.flat_map(|secret| {
+        let characters: Vec<char> = secret.chars().collect();
+        characters.windows(8).map(|window| window.iter().collect()).collect::<Vec<String>>()
+    });
+    windows.into_iter().find(|window| message.contains(window))
+}
+
+#[test]
+fn a_bad_line_is_told_by_its_number_and_word_without_its_hash() {
+    for (bad, word) in bad_lines() {
+        let text = format!("# a comment\n\nfirst:{CRYPT_2B}\n{bad}\nlast:{HTPASSWD}\n");
+        let error = Users::parse(&text).expect_err(&bad);
+        let shown = error.to_string();
+        assert_eq!(error.line, 4, "{bad:?}: {shown}");
+        assert!(shown.starts_with("line 4: ") && shown.contains(word), "{bad:?}: {shown}");
+        assert!(!shown.contains(char::is_control), "{shown:?}");
+        assert!(shown.len() < 120, "{} characters: {shown}", shown.len());
+        assert_eq!(told(&shown, &bad), None, "{shown}");
+    }
+}
+
+#[test]
+fn the_first_of_many_bad_lines_is_told() {
+    let error = Users::parse("\r\n#\r\nalice\r\nbob\r\n").expect_err("it is bad");
+    assert_eq!(error.line, 3);
+}
+
+/// bcrypt has costs from 4 to 31; a line with another lets nobody in, ever.
+#[test]
+fn a_bcrypt_cost_that_there_is_not_is_a_bad_line() {
+    for cost in ["00", "03", "32", "99"] {
+        let line = format!("alice:{}", HTPASSWD.replace("$04$", &format!("${cost}$")));
+        let error = Users::parse(&line).map(|users| users.len()).expect_err(cost);
+        assert!(error.line == 1 && error.what.contains("alice"), "{error}");
+    }
+}
+
+#[test]
+fn a_secret_in_the_wrong_place_is_not_shown_either() {
+    let lines = [
+        HTPASSWD.to_owned(),
+        ARGON2ID.to_owned(),
+        format!("alice {HTPASSWD}"),
+        "alice hunter2-hunter2".to_owned(),
+        "alice:$ecret-password".to_owned(),
+        format!("{HTPASSWD}:alice"),
+        format!("{ARGON2ID}:alice"),
+    ];
+    let message = |line| Users::parse(line).map(|users| users.len()).expect_err("it is bad").to_string();
+    let leaks: Vec<String> = lines.iter().map(|line| message(line)).collect();
+    assert!(leaks.iter().all(|message| message.starts_with("line 1: ")), "{leaks:#?}");
+    let leaks: Vec<_> = leaks.iter().zip(&lines).filter(|(message, line)| told(message, line).is_some()).collect();
+    assert!(leaks.is_empty(), "{leaks:#?}");
+}
+
+#[test]
+fn a_hash_is_never_shown_by_debug() {
+    let shown = format!("{:#?}", users(&format!("alice:{ARGON2ID}\nbob:{HTPASSWD}")));
+    assert_eq!((told(&shown, ARGON2ID), told(&shown, HTPASSWD)), (None, None), "{shown}");
+}
+
+#[test]
+fn a_name_is_anything_that_a_line_and_the_protocol_can_carry() {
+    for name in ["a", "alice", "al ice", "zoë", "a#b", "a$b", "user@example.com", &"a".repeat(255)] {
+        assert_eq!(check_name(name), Ok(()), "{name:?}");
+        let users = users(&format!("{name}:{CRYPT_2B}\n"));
+        assert!(users.contains(name.as_bytes()), "{name:?}");
+    }
+    let too_long = "ë".repeat(128);
+    for name in ["", ":", "a:b", "a\nb", "a\0", "a\u{85}", " a", "a ", "a\u{a0}", "#a", &"a".repeat(256), &too_long] {
+        let error = check_name(name).expect_err(name);
+        assert!(error.starts_with("user name ") && error.len() < 100 && !error.contains(char::is_control), "{error}");
+    }
+}
+
+/// The median of each, taken in turns so that a busy machine weighs on all alike.
+fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
+    let mut times = [const { Vec::new() }; N];
+    for _ in 0..15 {
+        for (job, times) in jobs.iter().zip(&mut times) {
+            let begin = Instant::now();
+            job();
+            times.push(begin.elapsed());
+        }
+    }
+    times.map(|mut times| {
+        times.sort_unstable();
+        times[times.len() / 2]
+    })
+}
+
+#[test]
+fn an_unknown_name_takes_as_long_as_a_known_one() {
+    for hash in [&argon2id(b"password", 256), HTPASSWD] {
+        let users = users(&format!("alice:{hash}\nbob:{hash}\n"));
+        let [known, unknown, nobody] = medians([
+            &|| assert!(!users.verify(b"alice", b"wrong")),
+            &|| assert!(!users.verify(b"mallory", b"wrong")),
+            &|| assert!(!users.verify(b"", b"wrong")),
+        ]);
+        assert!(unknown > known / 2 && nobody > known / 2, "{unknown:?} and {nobody:?} against {known:?}");
+    }
+}
+
+#[test]
+fn a_password_that_bcrypt_cannot_take_takes_as_long_as_another() {
+    let users = alice(HTPASSWD);
+    let [plain, nul, long] = medians([
+        &|| assert!(!users.verify(b"alice", b"wrong")),
+        &|| assert!(!users.verify(b"alice", b"p4ssword\0")),
+        &|| assert!(!users.verify(b"alice", &[b'a'; 255])),
+    ]);
+    assert!(nul > plain / 2 && long > plain / 2, "{nul:?} and {long:?} against {plain:?}");
+}
+
+#[test]
+fn a_new_line_is_one_that_lets_its_user_in() {
+    let line = new_line("zoë", b"p\xff\0ss").expect("a line");
+    assert!(line.starts_with("zoë:$argon2id$v=19$m=19456,t=2,p=1$") && !line.contains('\n'), "{line}");
+    let users = users(&line);
+    assert!(users.verify("zoë".as_bytes(), b"p\xff\0ss"));
+    assert_ne!(new_line("zoë", b"p\xff\0ss").expect("a line"), line, "the salt is random");
+}
+
+#[test]
+fn a_new_line_needs_a_name_and_a_password_that_the_protocol_can_carry() {
+    for (name, passwd) in [("", &b"p"[..]), ("a:b", b"p"), ("a\nb:c", b"p"), ("alice", b""), ("alice", &[b'p'; 256])] {
+        let error = new_line(name, passwd).expect_err("no line");
+        assert!(!error.contains("ppp") && !error.contains('\n'), "{error:?}");
+    }
+}
+
+#[test]
+fn a_line_is_replaced_where_it_stands_added_at_the_end_or_removed() {
+    let table = [
+        ("", Some("b:2"), Some("b:2\n")),
+        ("a:1\n", Some("b:2"), Some("a:1\nb:2\n")),
+        ("a:1", Some("b:2"), Some("a:1\nb:2\n")),
+        ("a:1\nb:1\nc:1\n", Some("b:2"), Some("a:1\nb:2\nc:1\n")),
+        ("a:1\nb:1", Some("b:2"), Some("a:1\nb:2\n")),
+        ("b:1\na:1\nb:3\n", Some("b:2"), Some("b:2\na:1\n")),
+        ("  b:1\r\na:1\r\n", Some("b:2"), Some("b:2\na:1\r\n")),
+        ("# b:1\n#b:1\nbb:1\nB:1\nb\n", Some("b:2"), Some("# b:1\n#b:1\nbb:1\nB:1\nb\nb:2\n")),
+        ("a:1\nb:1\nc:1", None, Some("a:1\nc:1")),
+        ("b:1\n", None, Some("")),
+        ("b:1\nb:2\n", None, Some("")),
+        ("a:1\n# b:1\nbb:1\n", None, None),
+        ("", None, None),
+    ];
+    for (text, line, expected) in table {
+        assert_eq!(edit(text, "b", line).as_deref(), expected, "{text:?} with {line:?}");
+    }
+}
+
+/// A line of a file: what it is known for, and all of it.
+#[derive(Clone, Debug)]
+struct Line {
+    owner: Option<String>,
+    text: String,
+}
+
+fn join(lines: &[Line]) -> String {
+    lines.iter().map(|line| line.text.as_str()).collect()
+}
+
+fn any_line() -> impl Strategy<Value = Line> {
+    let user = ("[ \t]{0,2}", "[ab]{1,2}", "[ -~]{0,8}")
+        .prop_map(|(indent, name, rest)| Line { text: format!("{indent}{name}:{rest}"), owner: Some(name) });
+    let other = "[ \t]{0,2}(#[ -~é]{0,8})?|[ab]{1,3}".prop_map(|text| Line { text, owner: None });
+    (prop_oneof![user, other], any::<bool>())
+        .prop_map(|(line, is_windows)| Line { text: line.text + if is_windows { "\r\n" } else { "\n" }, ..line })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn all_other_lines_stay_as_they_were(
+        mut lines in vec(any_line(), 0..8),
+        name in "[ab]{1,2}",
+        is_removed: bool,
+        is_cut: bool,
+    ) {
+        if let (Some(last), true) = (lines.last_mut(), is_cut) {
+            last.text.truncate(last.text.trim_end_matches(['\r', '\n']).len());
+        }
+        let text = join(&lines);
+        let new = format!("{name}:new");
+        let edited = edit(&text, &name, (!is_removed).then_some(&new));
+
+        let is_theirs = |line: &Line| line.owner.as_ref() == Some(&name);
+        let place = lines.iter().position(is_theirs);
+        let mut expected = lines;
+        expected.retain(|line| !is_theirs(line));
+        if !is_removed {
+            if let (Some(last), None) = (expected.last_mut(), place) {
+                let is_open = !last.text.is_empty() && !last.text.ends_with('\n');
+                last.text.extend(is_open.then_some('\n'));
+            }
+            let line = Line { owner: Some(name), text: new + "\n" };
+            expected.insert(place.unwrap_or(expected.len()), line);
+        }
+        prop_assert_eq!(edited, (place.is_some() || !is_removed).then(|| join(&expected)));
+    }
+
+    #[test]
+    fn any_text_is_users_or_an_error_in_one_of_its_lines(text in "([ -~é#:$\t]{0,30}\r?\n){0,5}") {
+        if let Err(error) = Users::parse(&text) {
+            prop_assert!((1..=text.lines().count()).contains(&error.line));
+            prop_assert!(!error.to_string().contains('\n'));
+        }
+        prop_assert_eq!(edit(&text, "absent", None), None);
+    }
+}

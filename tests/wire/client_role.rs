@@ -1,0 +1,211 @@
+//! Plays the server of a transcript against one of the s5 clients.
+
+use std::io::{Read, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::{Child, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use socket2::SockRef;
+
+use super::octets::{GAP, LIMIT, Names, expect_end, hex, within};
+use super::transcript::{Role, Step, Transcript, Who};
+use crate::common::s5;
+
+/// Plays a transcript, with a write for each message or each octet; `Err` names its file and line.
+pub fn play(transcript: &Transcript, octet_by_octet: bool) -> Result<(), String> {
+    let way = if octet_by_octet { "octet by octet" } else { "as written" };
+    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({way}): {what}", transcript.name);
+    let mut play = Play::new(transcript, octet_by_octet).map_err(|error| at(1, error))?;
+    for (line, step) in &transcript.steps {
+        if let Err(error) = play.step(step) {
+            let status = play.client.child.try_wait();
+            let _ = play.client.child.kill();
+            let (_, _, stderr) = play.client.output();
+            return Err(at(*line, format!("{error}\nthe client ({status:?}) said: {stderr}")));
+        }
+    }
+    play.end(transcript).map_err(|error| at(0, format!("at its end: {error}")))
+}
+
+/// The client, as a child process; killed when dropped.
+struct Client {
+    child: Child,
+    stdout: Option<JoinHandle<Vec<u8>>>,
+    stderr: Option<JoinHandle<Vec<u8>>>,
+}
+
+impl Client {
+    fn start(args: &[String], stdin: &[u8], stays_open: bool) -> std::io::Result<Self> {
+        let mut command = s5();
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn()?;
+        let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+        let mut input = child.stdin.take().expect("stdin is piped");
+        // A client that fails early does not read it.
+        let _ = input.write_all(stdin);
+        if stays_open {
+            child.stdin = Some(input);
+        }
+        Ok(Self { child, stdout, stderr })
+    }
+
+    /// Waits for its end: status, stdout, stderr.
+    fn output(&mut self) -> (Option<i32>, Vec<u8>, String) {
+        let mut status = None;
+        let ended = within(LIMIT, || {
+            status = self.child.try_wait().expect("it can be waited for");
+            status.is_some()
+        });
+        if !ended {
+            let _ = self.child.kill();
+        }
+        let [stdout, stderr] = [&mut self.stdout, &mut self.stderr]
+            .map(|reader| reader.take().map(|reader| reader.join().expect("a reader")).unwrap_or_default());
+        (status.and_then(|status| status.code()), stdout, String::from_utf8_lossy(&stderr).into_owned())
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut all = Vec::new();
+        from.read_to_end(&mut all).map(|_| all).unwrap_or_default()
+    })
+}
+
+struct Play {
+    octet_by_octet: bool,
+    client: Client,
+    listener: TcpListener,
+    stream: Option<TcpStream>,
+    /// Whether the client has ended the connection, or we have.
+    over: bool,
+    relay: UdpSocket,
+    /// From where the client's datagrams come.
+    from: Option<SocketAddr>,
+    names: Names,
+}
+
+impl Play {
+    fn new(transcript: &Transcript, octet_by_octet: bool) -> Result<Self, String> {
+        let text = |error: std::io::Error| error.to_string();
+        let Role::Client(args) = &transcript.role else { return Err("it plays the client".into()) };
+        // Nobody else's tests happen to connect there.
+        let ip = if transcript.over.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.over };
+        let listener = TcpListener::bind((ip, 0)).map_err(text)?;
+        listener.set_nonblocking(true).map_err(text)?;
+        let proxy = listener.local_addr().map_err(text)?;
+        let relay = UdpSocket::bind((ip, 0)).map_err(text)?;
+        relay.set_read_timeout(Some(LIMIT)).map_err(text)?;
+        let at = relay.local_addr().map_err(text)?;
+        let mut names = Names::default();
+        names.own.extend([
+            ("relay", at),
+            ("proxy", proxy),
+            ("anyrelay", SocketAddr::new([0, 0, 0, 0].into(), at.port())),
+        ]);
+        let args: Vec<String> = args.iter().map(|arg| arg.replace("{proxy}", &proxy.to_string())).collect();
+        let client = Client::start(&args, &transcript.stdin, transcript.stdin_stays_open).map_err(text)?;
+        Ok(Self { octet_by_octet, client, listener, stream: None, over: false, relay, from: None, names })
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), String> {
+        let text = |error: std::io::Error| error.to_string();
+        match step {
+            Step::ToServer(items) => {
+                self.accept()?;
+                let stream = self.stream.as_mut().ok_or("no connection")?;
+                self.names.expect(stream, items)
+            }
+            Step::ToClient(items) => {
+                let octets = self.names.octets(items)?;
+                let pieces = octets.chunks(if self.octet_by_octet { 1 } else { octets.len().max(1) });
+                for piece in pieces {
+                    // A client that has heard enough may have left.
+                    let _ = self.accept()?.write_all(piece);
+                    thread::sleep(GAP);
+                }
+                Ok(())
+            }
+            Step::UdpToServer(_, items) => {
+                let mut buffer = vec![0; 65_536];
+                let (n, from) = self.relay.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
+                self.from = Some(from);
+                self.names.compare(items, &buffer[..n])
+            }
+            Step::UdpToClient(who, items) => {
+                let octets = self.names.octets(items)?;
+                let to = self.from.ok_or("no datagram came yet")?;
+                let sent = match who {
+                    Who::Own => self.relay.send_to(&octets, to),
+                    _ => UdpSocket::bind("127.0.0.2:0").and_then(|stranger| stranger.send_to(&octets, to)),
+                };
+                sent.map(drop).map_err(text)
+            }
+            Step::Fin => self.accept()?.shutdown(Shutdown::Write).map_err(text),
+            Step::Reset => {
+                SockRef::from(&*self.accept()?).set_linger(Some(Duration::ZERO)).map_err(text)?;
+                self.over = true;
+                self.stream = None;
+                Ok(())
+            }
+            Step::Eof | Step::Close => {
+                self.over = matches!(step, Step::Close);
+                let over = self.over;
+                expect_end(self.accept()?, over)
+            }
+            _ => Err("this is not for a client".into()),
+        }
+    }
+
+    /// The client's connection, which may still have to come.
+    fn accept(&mut self) -> Result<&mut TcpStream, String> {
+        if self.stream.is_none() {
+            let mut accepted = None;
+            within(LIMIT, || {
+                accepted = self.listener.accept().ok();
+                accepted.is_some()
+            });
+            let (stream, _) = accepted.ok_or("the client does not connect")?;
+            let ready = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(LIMIT)));
+            ready.and_then(|()| stream.set_nodelay(true)).map_err(|error| error.to_string())?;
+            self.stream = Some(stream);
+        }
+        self.stream.as_mut().ok_or_else(|| "no connection".into())
+    }
+
+    /// We close, and nothing has come that the transcript does not mention; then the client's own end is judged.
+    fn end(mut self, transcript: &Transcript) -> Result<(), String> {
+        if let (Some(stream), false) = (&mut self.stream, self.over) {
+            let _ = stream.shutdown(Shutdown::Write);
+            expect_end(stream, true)?;
+        }
+        drop(self.stream.take());
+        let (status, stdout, stderr) = self.client.output();
+        let said = format!("the client said: {stderr}");
+        if self.listener.accept().is_ok() {
+            return Err(format!("it has connected once more, or at all; {said}"));
+        }
+        if status != Some(transcript.status) {
+            return Err(format!("status {status:?} instead of {}; {said}", transcript.status));
+        }
+        if stdout != transcript.stdout {
+            return Err(format!("stdout has {}; {said}", hex(&stdout)));
+        }
+        if let Some(missing) = transcript.stderr.iter().find(|text| !stderr.contains(text.as_str())) {
+            return Err(format!("nothing of {missing:?}; {said}"));
+        }
+        let own = stderr.lines().filter(|line| line.starts_with("s5: ")).count();
+        if own != usize::from(status != Some(0)) {
+            return Err(format!("a failure has one line, and success none; {said}"));
+        }
+        if stderr.contains("secret") { Err(format!("a password; {said}")) } else { Ok(()) }
+    }
+}

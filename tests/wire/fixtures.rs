@@ -1,0 +1,126 @@
+//! What transcripts talk to behind the server, and what their `{names}` stand for.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::sync::OnceLock;
+use std::thread;
+
+use socket2::{Domain, Socket, Type};
+
+use crate::common::{tcp_server, udp_echo_server};
+
+/// Targets that serve every transcript, as long as the tests run.
+pub struct Fixtures {
+    named: Vec<(&'static str, SocketAddr)>,
+    /// Keep the closed ports from being given to others.
+    _closed: [Socket; 2],
+    _deaf: UdpSocket,
+}
+
+/// The one set of them.
+pub fn fixtures() -> &'static Fixtures {
+    static FIXTURES: OnceLock<Fixtures> = OnceLock::new();
+    FIXTURES.get_or_init(Fixtures::start)
+}
+
+impl Fixtures {
+    fn start() -> Self {
+        let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
+        let closed = [v4, v6].map(|ip| bound(SocketAddr::new(ip, 0)));
+        let deaf = UdpSocket::bind((v4, 0)).expect("a port");
+        // Connected elsewhere: whoever else sends there is told that the port is unreachable.
+        deaf.connect(("127.0.0.9", 9)).expect("an address");
+        let named = vec![
+            ("echo", tcp_server(v4, echo)),
+            ("echo6", tcp_server(v6, echo)),
+            ("mirror", tcp_server(v4, mirror)),
+            ("mirror6", tcp_server(v6, mirror)),
+            ("speaker", tcp_server(v4, speak)),
+            ("counter", tcp_server(v4, count)),
+            ("resetter", tcp_server(v4, reset)),
+            ("closed", addr_of(&closed[0])),
+            ("closed6", addr_of(&closed[1])),
+            ("udp", udp_echo_server(v4)),
+            ("udp6", udp_echo_server(v6)),
+            ("answers", answers()),
+            ("deaf", deaf.local_addr().expect("an address")),
+            ("any", SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)),
+            ("any6", SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)),
+        ];
+        Self { named, _closed: closed, _deaf: deaf }
+    }
+
+    /// The address with this name.
+    pub fn addr(&self, name: &str) -> Option<SocketAddr> {
+        self.named.iter().find(|(known, _)| *known == name).map(|(_, addr)| *addr)
+    }
+}
+
+/// A TCP socket that has its port and does not listen.
+pub fn bound(addr: SocketAddr) -> Socket {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("a socket");
+    socket.bind(&addr.into()).expect("a port");
+    socket
+}
+
+/// Where a socket is.
+pub fn addr_of(socket: &Socket) -> SocketAddr {
+    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address")
+}
+
+/// ATYP, address and port, as requests, replies and datagrams have them.
+pub fn wire(addr: SocketAddr) -> Vec<u8> {
+    let ip = match addr.ip() {
+        IpAddr::V4(ip) => [&[1], ip.octets().as_slice()].concat(),
+        IpAddr::V6(ip) => [&[4], ip.octets().as_slice()].concat(),
+    };
+    [ip, addr.port().to_be_bytes().to_vec()].concat()
+}
+
+fn echo(mut stream: TcpStream) {
+    let mut other = stream.try_clone().expect("a second handle");
+    let _ = std::io::copy(&mut stream, &mut other);
+    let _ = other.shutdown(Shutdown::Write);
+}
+
+/// Says from which address the connection came.
+fn mirror(mut stream: TcpStream) {
+    let peer = stream.peer_addr().expect("an address");
+    let _ = stream.write_all(&wire(peer));
+}
+
+/// Speaks first, ends its side, and listens on.
+fn speak(mut stream: TcpStream) {
+    let _ = stream.write_all(b"220 welcome\r\n");
+    let _ = stream.shutdown(Shutdown::Write);
+    let _ = stream.read_to_end(&mut Vec::new());
+}
+
+/// Says how much has come when all of it has.
+fn count(mut stream: TcpStream) {
+    let mut all = Vec::new();
+    if stream.read_to_end(&mut all).is_ok() {
+        let _ = write!(stream, "{} octets", all.len());
+    }
+}
+
+/// Resets the connection at the first octet.
+fn reset(mut stream: TcpStream) {
+    let _ = stream.read(&mut [0]);
+    let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
+}
+
+/// Answers each datagram three times: from another address, from another port, and from where it was sent to.
+fn answers() -> SocketAddr {
+    let bind = |ip| UdpSocket::bind((ip, 0)).expect("a port");
+    let (here, near, far) = (bind("127.0.0.1"), bind("127.0.0.1"), bind("127.0.0.3"));
+    let addr = here.local_addr().expect("an address");
+    thread::spawn(move || {
+        while let Ok((_, from)) = here.recv_from(&mut [0; 2048]) {
+            for (socket, text) in [(&far, "far"), (&near, "near"), (&here, "here")] {
+                let _ = socket.send_to(text.as_bytes(), from);
+            }
+        }
+    });
+    addr
+}

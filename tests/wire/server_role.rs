@@ -1,0 +1,297 @@
+//! Plays the client of a transcript against `s5 serve`.
+
+use std::collections::HashMap;
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
+use std::thread;
+
+use argon2::password_hash::PasswordHasher as _;
+use argon2::{Algorithm, Argon2, Params, Version};
+use socket2::{SockRef, Socket};
+
+use super::fixtures::{addr_of, bound};
+use super::octets::{GAP, LIMIT, Names, becomes_free, expect_end, within};
+use super::transcript::{Step, Transcript, User, Who};
+use crate::common::{Server, s5, write_file};
+
+/// How the client's octets are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// A line at a time, each after the answer to the one before.
+    AsWritten,
+    /// The same, with a write for each octet.
+    OctetByOctet,
+    /// All lines in one write.
+    RunTogether,
+    /// All lines in two writes, the first of so many octets.
+    Split(usize),
+}
+
+/// A server for each set of flags and users; many transcripts share one.
+pub struct Servers {
+    folder: tempfile::TempDir,
+    running: HashMap<String, (Server, usize)>,
+}
+
+impl Servers {
+    pub fn start(transcripts: &[Transcript]) -> Self {
+        let mut servers = Self { folder: crate::common::folder(), running: HashMap::new() };
+        for transcript in transcripts {
+            let key = key(transcript);
+            if !servers.running.contains_key(&key) {
+                let name = format!("users{}", servers.running.len());
+                let server = start(&transcript.server_args, &transcript.users, servers.folder.path(), &name);
+                let descriptors = server.descriptors();
+                servers.running.insert(key, (server, descriptors));
+            }
+        }
+        servers
+    }
+
+    pub fn of(&self, transcript: &Transcript) -> &Server {
+        &self.running[&key(transcript)].0
+    }
+
+    /// Every server still lives, has nothing open that it did not have at its start, and did not panic.
+    pub fn assert_at_rest(&self) {
+        for (key, (server, before)) in &self.running {
+            let at_rest = within(LIMIT, || server.descriptors() <= *before);
+            assert!(at_rest, "{key}: {} descriptors instead of {before}\n{}", server.descriptors(), server.log());
+            assert!(!server.log().contains("panic"), "{key}:\n{}", server.log());
+        }
+    }
+}
+
+fn key(transcript: &Transcript) -> String {
+    format!("{:?} {:?}", transcript.server_args, transcript.users)
+}
+
+/// `s5 serve` on both loopback addresses, with cheap hashes for its users.
+pub fn start(args: &[String], users: &[User], folder: &Path, name: &str) -> Server {
+    let mut command = s5();
+    command.args(["serve", "--listen", "127.0.0.1:0", "--listen", "[::1]:0"]).args(args);
+    if !users.is_empty() {
+        let lines: Vec<String> = users.iter().map(line).collect();
+        command.args(["--users", &write_file(folder, name, &lines.join("\n"))]);
+    }
+    Server::start_with(&mut command, 2)
+}
+
+fn line(user: &User) -> String {
+    let hash = if user.bcrypt {
+        bcrypt::hash(&user.password, 4).expect("a hash")
+    } else {
+        let params = Params::new(Params::MIN_M_COST, 1, 1, None).expect("parameters");
+        let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+        argon2.hash_password(&user.password).expect("a hash").to_string()
+    };
+    format!("{}:{hash}", std::str::from_utf8(&user.name).expect("the name is text"))
+}
+
+/// Plays a transcript; `Err` names its file and line.
+pub fn play(transcript: &Transcript, server: &Server, way: Way) -> Result<(), String> {
+    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({way:?}): {what}", transcript.name);
+    let mut play = Play::new(transcript, server, way).map_err(|error| at(1, error))?;
+    for (line, step) in &transcript.steps {
+        play.step(step).map_err(|error| at(*line, error))?;
+    }
+    let client = play.client;
+    play.end().map_err(|error| at(0, format!("at its end: {error}")))?;
+    let logs = transcript.steps.iter().filter_map(|(line, step)| match step {
+        Step::Log(text) => Some((line, text)),
+        _ => None,
+    });
+    for (line, text) in logs {
+        let is_theirs = |log: &str| log.contains(&format!("client={client} ")) && log.contains(text.as_str());
+        if !within(LIMIT, || server.log().lines().any(is_theirs)) {
+            return Err(at(*line, format!("client {client}: no such line in\n{}", server.log())));
+        }
+    }
+    Ok(())
+}
+
+/// How many octets the client of a transcript sends.
+pub fn length(transcript: &Transcript, server: &Server) -> usize {
+    Play::new(transcript, server, Way::AsWritten).expect("it can be played").octets.len()
+}
+
+struct Play {
+    way: Way,
+    stream: TcpStream,
+    client: SocketAddr,
+    /// All that the client sends, and how much of it has been sent, or is due by now.
+    octets: Vec<u8>,
+    sent: usize,
+    due: usize,
+    names: Names,
+    /// Whether the server has ended the connection.
+    over: bool,
+    own: UdpSocket,
+    other: UdpSocket,
+    /// BIND's expected peer, before and after it connects.
+    waiting: Option<Socket>,
+    peer: Option<TcpStream>,
+}
+
+impl Play {
+    fn new(transcript: &Transcript, server: &Server, way: Way) -> Result<Self, String> {
+        let text = |error: std::io::Error| error.to_string();
+        let ip = transcript.over;
+        let listener = server.addrs.iter().find(|addr| addr.ip() == ip).ok_or("it does not listen there")?;
+        let stream = TcpStream::connect(listener).map_err(text)?;
+        stream.set_nodelay(true).map_err(text)?;
+        stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
+        let socket = || UdpSocket::bind((ip, 0)).map_err(text);
+        let (own, other) = (socket()?, socket()?);
+        own.set_read_timeout(Some(LIMIT)).map_err(text)?;
+        let peer_ip: IpAddr = match transcript.steps.iter().any(|(_, step)| format!("{step:?}").contains("peer6")) {
+            true => Ipv6Addr::LOCALHOST.into(),
+            false => Ipv4Addr::LOCALHOST.into(),
+        };
+        let waiting = bound(SocketAddr::new(peer_ip, 0));
+        let mut names = Names::default();
+        let peer = addr_of(&waiting);
+        names.own.extend([("me", own.local_addr().map_err(text)?), ("peer", peer), ("peer6", peer)]);
+        names.own.extend(["own", "own6"].into_iter().zip(server.addrs.iter().copied()));
+        // What a datagram or a reply brings is not known yet, but no request depends on it.
+        let mut octets = Vec::new();
+        for (_, step) in &transcript.steps {
+            if let Step::ToServer(items) = step {
+                octets.extend(names.octets(items)?);
+            }
+        }
+        let client = stream.local_addr().map_err(text)?;
+        let waiting = Some(waiting);
+        let (sent, due, over, peer) = (0, 0, false, None);
+        Ok(Self { way, stream, client, octets, sent, due, names, over, own, other, waiting, peer })
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), String> {
+        let text = |error: std::io::Error| error.to_string();
+        match step {
+            Step::ToServer(items) => {
+                self.due += self.names.octets(items)?.len();
+                self.send();
+                Ok(())
+            }
+            Step::ToClient(items) => self.names.expect(&mut self.stream, items),
+            Step::UdpToServer(who, items) => {
+                let octets = self.names.octets(items)?;
+                let sent = match who {
+                    Who::Own => self.own.send_to(&octets, self.bnd()?),
+                    Who::Other => self.other.send_to(&octets, self.bnd()?),
+                    Who::Stranger => UdpSocket::bind("127.0.0.2:0").and_then(|s| s.send_to(&octets, self.bnd_io()?)),
+                };
+                sent.map(drop).map_err(text)
+            }
+            Step::UdpToClient(_, items) => {
+                let mut buffer = vec![0; 65_536];
+                let (n, from) = self.own.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
+                if from != self.bnd()? {
+                    return Err(format!("a datagram from {from}, which is not BND"));
+                }
+                self.names.compare(items, &buffer[..n])
+            }
+            Step::Connects(Who::Own) => {
+                let socket = self.waiting.take().ok_or("the peer has connected already")?;
+                socket.connect(&self.bnd()?.into()).map_err(text)?;
+                let peer = TcpStream::from(socket);
+                peer.set_read_timeout(Some(LIMIT)).map_err(text)?;
+                self.peer = Some(peer);
+                Ok(())
+            }
+            Step::Connects(who) => {
+                let ip = if *who == Who::Stranger { Ipv4Addr::new(127, 0, 0, 2).into() } else { self.bnd()?.ip() };
+                let socket = bound(SocketAddr::new(ip, 0));
+                socket.connect(&self.bnd()?.into()).map_err(text)?;
+                let mut stream = TcpStream::from(socket);
+                stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
+                expect_end(&mut stream, true)
+            }
+            Step::PeerSends(items) => {
+                let octets = self.names.octets(items)?;
+                self.peer()?.write_all(&octets).map_err(text)
+            }
+            Step::PeerGets(items) => {
+                let peer = self.peer.as_mut().ok_or("the peer has not connected")?;
+                self.names.expect(peer, items)
+            }
+            Step::PeerFin => self.peer()?.shutdown(Shutdown::Write).map_err(text),
+            Step::PeerEof => expect_end(self.peer()?, false),
+            Step::Fin => self.stream.shutdown(Shutdown::Write).map_err(text),
+            Step::Reset => {
+                SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).map_err(text)?;
+                // Another connection takes its place, so that this one is closed here and now.
+                self.stream = TcpStream::connect(self.client_of()?).map_err(text)?;
+                self.over = true;
+                Ok(())
+            }
+            Step::Eof | Step::Close => {
+                self.over = true;
+                expect_end(&mut self.stream, matches!(step, Step::Close))
+            }
+            Step::Gone(tcp) => {
+                let bnd = self.bnd()?;
+                if becomes_free(bnd, *tcp) { Ok(()) } else { Err(format!("{bnd} is still taken")) }
+            }
+            Step::Log(_) => Ok(()),
+        }
+    }
+
+    /// Sends what is due; and what is not, in the ways that do not wait.
+    fn send(&mut self) {
+        if let Way::Split(first) = self.way {
+            self.send_to(first);
+        }
+        match self.way {
+            Way::RunTogether => self.send_to(self.octets.len()),
+            Way::Split(first) if self.due > first => self.send_to(self.octets.len()),
+            Way::Split(_) => {}
+            Way::AsWritten => self.send_to(self.due),
+            Way::OctetByOctet => (self.sent..self.due).for_each(|i| self.send_to(i + 1)),
+        }
+    }
+
+    fn send_to(&mut self, end: usize) {
+        if end <= self.sent {
+            return;
+        }
+        // Of a server that has closed already, what must come tells more than this error.
+        let _ = self.stream.write_all(&self.octets[self.sent..end]);
+        self.sent = end;
+        if self.way != Way::AsWritten {
+            thread::sleep(GAP);
+        }
+    }
+
+    /// Whatever the transcript leaves open ends with the client's side, and nothing that it does not mention has come.
+    fn end(mut self) -> Result<(), String> {
+        drop(self.peer.take());
+        let strays = [&self.own, &self.other].map(|s| s.set_nonblocking(true).and_then(|()| s.recv(&mut [0; 64])));
+        if let Some(n) = strays.iter().flatten().next() {
+            return Err(format!("a stray datagram of {n} octets"));
+        }
+        if self.over {
+            return Ok(());
+        }
+        let _ = self.stream.shutdown(Shutdown::Write);
+        expect_end(&mut self.stream, true)
+    }
+
+    fn client_of(&self) -> Result<SocketAddr, String> {
+        self.stream.peer_addr().map_err(|error| error.to_string())
+    }
+
+    fn bnd(&self) -> Result<SocketAddr, String> {
+        self.names.bnd.ok_or_else(|| "there was no BND yet".into())
+    }
+
+    fn bnd_io(&self) -> std::io::Result<SocketAddr> {
+        self.bnd().map_err(std::io::Error::other)
+    }
+
+    fn peer(&mut self) -> Result<&mut TcpStream, String> {
+        self.peer.as_mut().ok_or_else(|| "the peer has not connected".into())
+    }
+}
