@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, echo_server, eventually, folder, has, open, s5, tcp_server};
+use crate::common::{SOON, Server, echo_server, eventually, folder, has, open, read_exact, s5, tcp_server};
 use crate::kit::{
     CONNECT, End, V4, V6, accept, check_pattern, end_of, idle_descriptors, listener, ping, reset, resident,
     send_pattern, sessions,
@@ -87,6 +87,40 @@ fn what_the_target_sent_before_it_closed_arrives_although_the_client_keeps_sendi
     // Closing with unread octets resets; what was sent and acknowledged before must not be lost by that.
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-close");
+    check_pattern(&mut client, TOTAL);
+}
+
+#[test]
+fn a_client_that_resets_ends_the_tunnel_also_while_the_target_takes_nothing() {
+    let (server, mut client, target) = tunnel(&[]);
+    client.set_nonblocking(true).expect("non-blocking");
+    let mut last = Instant::now();
+    eventually("the client is held back", SOON, || {
+        while client.write(&[0; 65_536]).is_ok() {
+            last = Instant::now();
+        }
+        last.elapsed() > Duration::from_millis(250)
+    });
+    reset(client);
+    let log = server.wait_log(|log| !sessions(log).is_empty());
+    assert!(log.contains("error=\"reading from the client: connection reset\""), "{log}");
+    drop(target);
+}
+
+#[test]
+fn a_slow_client_gets_all_of_what_a_target_said_that_no_longer_listens() {
+    const TOTAL: usize = 1 << 20;
+    let (_server, mut client, mut target) = tunnel(&[]);
+    // As an HTTP server answers 413: it says why, ends its side, and closes with most of the upload unread.
+    client.write_all(&[0; 4096]).expect("an upload begins");
+    send_pattern(&mut target, TOTAL, |_| {});
+    target.shutdown(Shutdown::Write).expect("half-close");
+    read_exact(&mut target, 1);
+    drop(target);
+    for _ in 0..20 {
+        client.write_all(&[0; 1024]).expect("the upload goes on");
+        thread::sleep(Duration::from_millis(5));
+    }
     check_pattern(&mut client, TOTAL);
 }
 
