@@ -212,7 +212,7 @@ impl Tunnel<'_> {
             }
             let lingers = self.down.done && !stalled && !self.up.ended;
             let limit = match self.limits {
-                _ if self.unsent.is_some() => Some(UNSENT),
+                _ if self.unsent.is_some() && self.down.rest.is_empty() => Some(UNSENT),
                 Limits { linger: Some(linger), .. } if lingers => Some(linger),
                 Limits { idle, .. } => idle,
             };
