@@ -196,8 +196,7 @@ impl Failure {
     /// Prints it and gives the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
-            // A closed stderr leaves the status to tell.
-            let _ = writeln!(std::io::stderr(), "s5: {self}");
+            say(&format!("s5: {self}"));
         }
         ExitCode::from(self.status.code())
     }
@@ -280,11 +279,16 @@ fn deadline(text: &str) -> Result<Duration, String> {
 /// How long a handshake may take when nobody says: a proxy that goes through others may well need a while.
 const HANDSHAKE: Duration = Duration::from_secs(60);
 
+/// One line on stderr, in one piece: others may be writing there too. With stderr closed the status has to do.
+fn say(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 /// One line on stderr, with `-v`.
 fn note(verbose: bool, client: &Client, what: &str) {
     if verbose {
         let text = Failure::new(Status::Other, format!("proxy {}: {what}", client.last_proxy()));
-        let _ = writeln!(std::io::stderr(), "s5: {text}");
+        say(&format!("s5: {text}"));
     }
 }
 

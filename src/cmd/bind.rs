@@ -1,11 +1,10 @@
 //! `s5 bind`: asks the proxy to accept one connection for us, says where, then is netcat.
 
-use std::io::Write as _;
 use std::time::Duration;
 
 use argh::FromArgs;
 
-use super::{Failure, HANDSHAKE, deadline, hops, note, pipe};
+use super::{Failure, HANDSHAKE, deadline, hops, note, pipe, say};
 use crate::client::{Client, parse_addr};
 use crate::proto::{Addr, Command};
 
@@ -43,16 +42,11 @@ impl Args {
         let client = Client::new(hops(self.proxy.as_deref())?, peer, Some(self.wait));
         smol::block_on(async {
             let (mut tunnel, bnd) = client.request(Command::Bind).await?;
-            say("bound", &client.meant(bnd, &tunnel));
+            say(&format!("bound {}", client.meant(bnd, &tunnel)));
             note(self.verbose, &client, &format!("waiting for {}", client.dst()));
             let peer = client.accepted(&mut tunnel).await?;
-            say("accepted", &peer);
+            say(&format!("accepted {peer}"));
             pipe::run(&client, tunnel).await
         })
     }
-}
-
-/// A line that scripts wait for.
-fn say(what: &str, addr: &Addr) {
-    let _ = writeln!(std::io::stderr(), "{what} {addr}");
 }
