@@ -69,7 +69,8 @@ impl FromStr for Proxy {
             Some((userinfo, place)) => (Some(userinfo), place),
             None => (None, rest),
         };
-        let credentials = userinfo.map(parse_userinfo).transpose()?;
+        // A user name without a password is nothing to log in with.
+        let credentials = userinfo.and_then(|userinfo| userinfo.split_once(':')).map(parse_userinfo).transpose()?;
         let place = place.trim_end_matches('/');
         let endpoint = match place.strip_prefix("unix:") {
             Some("") => return Err("unix: without a path".into()),
@@ -86,17 +87,19 @@ impl FromStr for Proxy {
 /// What is wrong with the first one that is wrong, without its credentials.
 pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     let parse = |hop: &str| hop.trim().parse();
-    text.split(',').map(parse).collect::<Result<_, String>>().map_err(|error| match text.contains('@') {
-        // A word of a text with a password in it may be the password, or a part of it.
-        true if error.contains('"') => "not [socks5h://]user:password@host[:port]; in user and password write \
-                                        %2C %2F %3A %40 %25 for , / : @ %"
-            .into(),
-        _ => error,
-    })
+    let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
+        // Whatever is quoted may be a password, or a part of one.
+        let what = "not [socks5h://][user:password@]host[:port] or unix:/path; in user and password write \
+                    %2C %2F %3A %40 %25 for , / : @ %";
+        if error.contains('"') { what.into() } else { error }
+    })?;
+    match hops.iter().skip(1).find(|hop| matches!(hop.endpoint, Endpoint::Unix(_))) {
+        Some(hop) => Err(format!("{hop}: a Unix socket can only be the first hop")),
+        None => Ok(hops),
+    }
 }
 
-fn parse_userinfo(text: &str) -> Result<Credentials, String> {
-    let (uname, passwd) = text.split_once(':').ok_or("a user name without a password: write user:password@host")?;
+fn parse_userinfo((uname, passwd): (&str, &str)) -> Result<Credentials, String> {
     let decode = |what: &str, text: &str| {
         let octets: Vec<u8> = percent_decode_str(text).collect();
         match octets.len() {
@@ -307,9 +310,8 @@ impl Client {
                     self.ask(&mut conn, Command::Connect, addr).await?;
                     conn
                 }
-                (Some(_), Endpoint::Unix(_)) => {
-                    return Err(Cause::Protocol("a Unix socket can only be the first hop".into()));
-                }
+                // parse_hops lets none through.
+                (Some(_), Endpoint::Unix(_)) => return Err(Cause::Socket(io::ErrorKind::Unsupported.into())),
             };
             self.at.set((i, Phase::Greeting));
             self.authenticate(&mut conn, hop.credentials.as_ref()).await?;
@@ -360,14 +362,13 @@ impl Client {
     }
 
     async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, Cause> {
-        let reply = match conn.read_message::<Reply>().await {
-            Err(ReadError::Closed(octets, error)) => match octets.as_slice() {
-                // Some servers close behind the first octets of a failure; they have said what there is to say.
-                [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => return Err(Cause::Rep(Rep(*rep))),
-                _ => return Err(Cause::Closed(error)),
+        let reply: Reply = conn.read_message().await.map_err(|error| match &error {
+            // A failure that is cut short, or has an odd BND, has said all that matters.
+            ReadError::Closed(octets, _) | ReadError::Protocol(_, octets) => match octets.as_slice() {
+                [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => Cause::Rep(Rep(*rep)),
+                _ => cause(error),
             },
-            other => other.map_err(cause)?,
-        };
+        })?;
         match reply.rep {
             Rep::SUCCEEDED => Ok(reply),
             rep => Err(Cause::Rep(rep)),
@@ -448,7 +449,7 @@ mod tests {
         for (text, shown) in table {
             assert_eq!(proxy(text), Ok((shown.into(), None)), "{text}");
         }
-        for text in ["", "http://example.org", "user@host", ":pass@host", "user:@host", "[::1", "host:x", "unix:"] {
+        for text in ["", "http://example.org", ":pass@host", "user:@host", "[::1", "host:x", "unix:"] {
             assert!(proxy(text).is_err(), "{text}");
         }
     }

@@ -39,8 +39,8 @@ pub enum Conn {
 pub enum ReadError {
     /// The peer closed or reset the connection, having sent this much of the message.
     Closed(Vec<u8>, Option<io::Error>),
-    /// What came is not a message of the protocol; its first octet stands here too.
-    Protocol(proto::Error, u8),
+    /// What came, which stands here too, is not a message of the protocol.
+    Protocol(proto::Error, Vec<u8>),
 }
 
 impl fmt::Display for ReadError {
@@ -65,9 +65,7 @@ impl Conn {
             let need = match M::decode(&octets) {
                 Ok(message) => return Ok(message),
                 Err(Stop::Need(need)) => need,
-                Err(Stop::Bad(error)) => {
-                    return Err(ReadError::Protocol(error, octets.first().copied().unwrap_or_default()));
-                }
+                Err(Stop::Bad(error)) => return Err(ReadError::Protocol(error, octets)),
             };
             let have = octets.len();
             octets.resize(have + need, 0);

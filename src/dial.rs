@@ -18,7 +18,7 @@ use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use futures_lite::FutureExt as _;
 use smol::{Async, Timer, lock::Semaphore};
 
-use crate::proto::{Addr, Host};
+use crate::proto::{Addr, Host, Name};
 
 /// How long one address may keep the next one waiting (RFC 8305 section 5, Connection Attempt Delay).
 pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -114,12 +114,12 @@ impl Resolver {
     pub async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, Failure> {
         let name = match &addr.host {
             Host::Ip(ip) => return Ok(vec![canonical(*ip, addr.port)]),
-            Host::Name(name) => name.as_str(),
+            Host::Name(name) => name,
         };
-        let literal = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-        if let Ok(ip) = literal.parse::<IpAddr>() {
+        if let Some(ip) = literal(name) {
             return Ok(vec![canonical(ip, addr.port)]);
         }
+        let name = name.as_str();
         if !is_host_name(name) {
             return Err(Failure::NotFound);
         }
@@ -140,6 +140,12 @@ impl Resolver {
         })
         .await
     }
+}
+
+/// The address that some clients send as a name: as it is, or in brackets.
+pub fn literal(name: &Name) -> Option<IpAddr> {
+    let text = name.as_str();
+    text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text).parse().ok()
 }
 
 /// The address that a packet really goes to: IPv4 out of its IPv6 mapping, and "unspecified" as the loopback that

@@ -29,11 +29,11 @@ impl Policy {
 
     /// Whether a session may reach `to`, a canonical address. `is_local` says whether an address is one of this
     /// machine's, and is asked only where it matters.
-    pub fn may_reach(&self, to: SocketAddr, is_local: impl Fn(IpAddr) -> bool) -> bool {
+    pub fn may_reach(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
         !self.own.iter().any(|own| {
             own.port() == to.port()
                 && own.is_ipv4() == to.is_ipv4()
-                && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to.ip()))
+                && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to))
         })
     }
 }
@@ -68,7 +68,7 @@ mod tests {
     #[test]
     fn the_own_listeners_are_out_of_reach_by_every_address_that_leads_there() {
         let policy = Policy { own: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
-        let local = |ip| ip == addr("192.0.2.1:0").ip();
+        let local = |to: SocketAddr| to.ip() == addr("192.0.2.1:0").ip();
         assert!(!policy.may_reach(addr("127.0.0.1:1080"), local));
         assert!(policy.may_reach(addr("127.0.0.2:1080"), local));
         assert!(policy.may_reach(addr("127.0.0.1:1082"), local));

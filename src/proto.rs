@@ -9,7 +9,6 @@ mod codes;
 
 use std::fmt;
 
-use addr::ATYP_NAME;
 pub use addr::{Addr, Host, Name};
 pub use codes::{Command, Foreign, Method, Rep};
 
@@ -25,6 +24,8 @@ pub const MAX_NAME: usize = 255;
 pub const MAX_FIELD: usize = 255;
 /// The most octets that one UDP datagram over IPv4 can carry.
 pub const MAX_UDP: usize = 65_507;
+/// The most octets that one UDP datagram over IPv6 can carry.
+pub const MAX_UDP6: usize = 65_527;
 
 /// What is wrong with octets that can't become a message, whatever follows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -319,7 +320,8 @@ impl Message for Request {
 pub struct Reply {
     /// REP.
     pub rep: Rep,
-    /// BND. A name of length 0, which some servers send, is read as [`Addr::UNSPECIFIED`].
+    /// BND. A name that is none, of length 0 for one, is read as [`Addr::UNSPECIFIED`]: some servers send such, and
+    /// nothing depends on it.
     pub bnd: Addr,
 }
 
@@ -331,12 +333,11 @@ impl Message for Reply {
         reader.version()?;
         let rep = Rep(reader.octet()?);
         reader.octet()?;
-        if let [ATYP_NAME, 0, rest @ ..] = reader.rest {
-            reader.rest = rest;
-            reader.array::<2>()?;
-            return Ok(Self { rep, bnd: Addr::UNSPECIFIED });
-        }
-        Ok(Self { rep, bnd: Addr::read(reader)? })
+        let bnd = match Addr::read(reader) {
+            Err(Stop::Bad(Error::Name)) => reader.array::<2>().map(|_| Addr::UNSPECIFIED)?,
+            bnd => bnd?,
+        };
+        Ok(Self { rep, bnd })
     }
 
     fn write(&self, out: &mut Vec<u8>) {

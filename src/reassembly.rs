@@ -6,14 +6,14 @@
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
-use crate::proto::{Addr, Datagram, MAX_UDP};
+use crate::proto::{Addr, Datagram, MAX_UDP6};
 
 /// How long a sequence may take from its first fragment; section 7 wants no less than 5 seconds.
 pub const TIMEOUT: Duration = Duration::from_secs(6);
 
 const LAST: u8 = 0x80;
 
-/// The queue of one association. Holds at most [`MAX_UDP`] octets, and none between sequences.
+/// The queue of one association. Holds at most [`MAX_UDP6`] octets, and none between sequences.
 #[derive(Debug, Default)]
 pub struct Reassembler {
     sequence: Option<Sequence>,
@@ -44,7 +44,7 @@ impl Reassembler {
         if datagram.frag == 0 {
             return Some((datagram.dst, datagram.data.into()));
         }
-        if self.sequence.as_ref().is_some_and(|sequence| sequence.data.len() > MAX_UDP) {
+        if self.sequence.as_ref().is_some_and(|sequence| sequence.data.len() > MAX_UDP6) {
             self.sequence = None;
         }
         if datagram.frag & LAST == 0 {

@@ -19,8 +19,8 @@ use smol::Timer;
 const BUFFER: usize = 64 * 1024;
 /// How long dst may be silent before a client that can't send to it any more is told so.
 const UNSENT: Duration = Duration::from_secs(1);
-/// How often a client is asked whether it is still there while dst takes nothing.
-const STALL_CHECK: Duration = Duration::from_secs(1);
+/// How often a peer that is not being read from is looked at, whether it is still there.
+const LOOK: Duration = Duration::from_secs(1);
 /// How many buffers one direction may move before the other tunnels of the thread get their turn.
 const BUDGET: usize = 16;
 
@@ -100,7 +100,7 @@ impl fmt::Display for Broken {
 /// by closing its sink's write side.
 ///
 /// Both streams are reset when an operation on either fails, when the idle limit ends the tunnel, and when the future
-/// is dropped while it runs. A client that resets is noticed within a second also while dst takes nothing.
+/// is dropped while it runs. A reset is noticed within a second also from a side that is not being read from.
 ///
 /// # Errors
 /// As [`Broken`] says.
@@ -127,7 +127,7 @@ where
         if tunnel.progress() != before {
             tunnel.last = Instant::now();
         }
-        tunnel.poll_limits(cx, ends.client)
+        tunnel.poll_limits(cx, ends.client, ends.dst)
     });
     let result = result.await;
     ends.clean = (matches!(result, Ok(()) | Err(Broken::Unsent(_))), result.is_ok());
@@ -202,13 +202,19 @@ impl Tunnel<'_> {
         if self.down.ended && self.down.done { Broken::Unsent(error) } else { Broken::Io(Place::WriteDst, error) }
     }
 
-    /// Ready when the tunnel has been silent for too long, or the client has given it up.
-    fn poll_limits(&mut self, cx: &mut Context<'_>, client: &impl Abort) -> Poll<Result<(), Broken>> {
+    /// Ready when the tunnel has been silent for too long, or one side has given it up.
+    fn poll_limits(&mut self, cx: &mut Context<'_>, client: &impl Abort, dst: &impl Abort) -> Poll<Result<(), Broken>> {
         loop {
             let now = Instant::now();
             let stalled = !self.up.rest.is_empty();
-            if stalled && client.is_reset() {
+            // Who is not being read from can only be seen to be gone by looking.
+            let (look_at_client, look_at_dst) = (stalled || self.up.ended, self.down.ended);
+            if look_at_client && client.is_reset() {
                 return broken(Place::ReadClient, io::ErrorKind::ConnectionReset.into());
+            }
+            if look_at_dst && dst.is_reset() {
+                let error = self.unsent.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
+                return Poll::Ready(Err(self.cut_short(error)));
             }
             let lingers = self.down.done && !stalled && !self.up.ended;
             let limit = match self.limits {
@@ -224,8 +230,8 @@ impl Tunnel<'_> {
                     None => Err(Broken::Idle),
                 });
             }
-            let check = stalled.then(|| now + STALL_CHECK);
-            let Some(wake) = due.into_iter().chain(check).min() else { return Poll::Pending };
+            let look = (look_at_client || look_at_dst).then(|| now + LOOK);
+            let Some(wake) = due.into_iter().chain(look).min() else { return Poll::Pending };
             if self.wake.is_none_or(|set| wake < set) {
                 self.timer.set_at(wake);
                 self.wake = Some(wake);

@@ -107,7 +107,7 @@ fn candidates(ports: Option<&Ports>) -> Vec<u16> {
     ports
 }
 
-/// Binds `local` with one of the ports, or gives the error of the last one.
+/// Binds `local` with one of the ports that are not in use, or gives the error of the last one tried.
 fn bind_within<T>(
     ports: Option<&Ports>,
     mut local: SocketAddr,
@@ -117,7 +117,7 @@ fn bind_within<T>(
     for port in candidates(ports) {
         local.set_port(port);
         result = bind(local);
-        if result.is_ok() {
+        if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
             break;
         }
     }
@@ -330,8 +330,9 @@ fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAd
 }
 
 /// Whether an address is one of this machine's: only such a one can be bound.
-fn is_local(ip: IpAddr) -> bool {
-    UdpSocket::bind((ip, 0)).is_ok()
+fn is_local(mut addr: SocketAddr) -> bool {
+    addr.set_port(0);
+    UdpSocket::bind(addr).is_ok()
 }
 
 #[cfg(test)]

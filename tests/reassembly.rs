@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::proto::{Addr, Datagram, Host, MAX_UDP, Name};
+use s5::proto::{Addr, Datagram, Host, MAX_UDP6, Name};
 use s5::reassembly::{Reassembler, TIMEOUT, split};
 
 /// The high bit of FRAG: the last fragment.
@@ -193,24 +193,24 @@ fn a_repetition_after_the_timer_begins_anew() {
 #[test]
 fn the_queue_holds_one_datagram_of_udp_and_not_an_octet_more() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    let data = vec![7; MAX_UDP];
+    let data = vec![7; MAX_UDP6];
     let push = |queue: &mut Reassembler, frag, length: usize| {
         let whole = queue.push(now, Datagram { frag, dst: dst(1), data: &data[..length] });
         whole.map(|(_, whole)| whole.len())
     };
-    assert_eq!(push(&mut queue, 1, MAX_UDP - 1), None);
-    assert_eq!(push(&mut queue, 2 | LAST, 1), Some(65_507));
+    assert_eq!(push(&mut queue, 1, MAX_UDP6 - 1), None);
+    assert_eq!(push(&mut queue, 2 | LAST, 1), Some(65_527));
 
-    assert_eq!(push(&mut queue, 1, MAX_UDP - 1), None);
+    assert_eq!(push(&mut queue, 1, MAX_UDP6 - 1), None);
     assert_eq!(push(&mut queue, 2, 1), None);
     assert!(queue.deadline().is_some(), "all of it is kept");
     assert_eq!(push(&mut queue, 3, 1), None);
     assert_eq!(queue.deadline(), None, "given up at the octet that is too many");
     assert_eq!(push(&mut queue, 4 | LAST, 0), None);
 
-    assert_eq!(push(&mut queue, 1, MAX_UDP), None);
+    assert_eq!(push(&mut queue, 1, MAX_UDP6), None);
     assert_eq!(push(&mut queue, 2 | LAST, 1), None, "too long at the last");
-    assert_eq!(push(&mut queue, 0, MAX_UDP), Some(MAX_UDP), "alone it is not kept at all");
+    assert_eq!(push(&mut queue, 0, MAX_UDP6), Some(MAX_UDP6), "alone it is not kept at all");
 }
 
 /// What section 7 says, in the plainest way: the fragments as they came, looked through each time.
@@ -295,7 +295,7 @@ fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError>
         now += Duration::from_millis(pause);
         let whole = queue.push(now, Datagram { frag, dst: dst(port), data: &data });
         let whole = whole.map(|(to, data)| (to, data.into_owned()));
-        prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP));
+        prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP6));
         prop_assert_eq!(whole, model.push(now, frag, &dst(port), &data));
         prop_assert_eq!(queue.deadline(), model.since.map(|since| since + TIMEOUT));
     }
@@ -322,7 +322,7 @@ proptest! {
             let header = [&[0, 0], &octets[..]].concat();
             if let Ok(datagram) = Datagram::decode(&header) {
                 let whole = queue.push(now, datagram);
-                prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP));
+                prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP6));
             }
         }
         queue.expire(now + TIMEOUT);
@@ -331,8 +331,8 @@ proptest! {
 
     #[test]
     fn what_is_split_is_put_together_again(
-        length in prop_oneof![0_usize..2000, 0..=MAX_UDP],
-        limit in prop_oneof![11_usize..600, 11..=MAX_UDP],
+        length in prop_oneof![0_usize..2000, 0..=MAX_UDP6],
+        limit in prop_oneof![11_usize..600, 11..=MAX_UDP6],
     ) {
         check_split(&dst(53), length, limit)?;
     }

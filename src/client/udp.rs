@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
 use std::pin::{Pin, pin};
 use std::task::Poll;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use smol::Async;
 use super::{Cause, Client, Error, Phase};
 use crate::conn::Conn;
 use crate::dial::{Failure, Resolver, unspecified};
-use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP};
+use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP, MAX_UDP6};
 use crate::reassembly::{Reassembler, split};
 
 /// More than any UDP datagram has, in octets.
@@ -85,15 +85,20 @@ impl Association {
         let inner = self.layers.iter().skip(1).map(|layer| &layer.relay).rev();
         let overhead: usize = inner.clone().map(|relay| wrap(relay, &[]).len()).sum();
         let too_large = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} octets are too many", data.len()));
-        let whole = Some(data).filter(|data| data.len() <= MAX_UDP).ok_or_else(too_large)?;
+        let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP } else { MAX_UDP6 };
+        let whole = Some(data).filter(|data| data.len() <= most).ok_or_else(too_large)?;
         for mut octets in split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)? {
             for relay in inner.clone() {
                 octets = wrap(relay, &octets);
             }
-            match self.socket.send(&octets).await {
-                // ICMP's answer to an earlier datagram; this one may fare better, and a lost association says so.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                sent => drop(sent?),
+            // The first try may only be told what ICMP said about an earlier datagram. A relay that is gone is no error
+            // here: the control connection says that better.
+            for _ in 0..2 {
+                match self.socket.send(&octets).await {
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                    Err(error) => return Err(error),
+                    Ok(_) => break,
+                }
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! `s5 serve`: the server's options, and the users file's upkeep.
 
 use std::fs;
-use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+use std::io::{self, BufRead as _, IsTerminal as _, Read as _, Write as _};
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -168,11 +168,17 @@ fn wrong(file: &Path, what: impl std::fmt::Display) -> Failure {
 }
 
 fn read_users(file: &Path) -> Result<String, Failure> {
-    let size = fs::metadata(file).map_err(|error| wrong(file, error))?.len();
-    if size > MAX_USERS_FILE {
-        return Err(wrong(file, format!("{size} octets are too many for a users file (at most {MAX_USERS_FILE})")));
+    let mut octets = Vec::new();
+    let opened = fs::File::open(file).map_err(|error| wrong(file, error))?;
+    io::Read::take(opened, MAX_USERS_FILE + 1).read_to_end(&mut octets).map_err(|error| wrong(file, error))?;
+    if octets.len() as u64 > MAX_USERS_FILE {
+        return Err(wrong(file, format!("too large for a users file, which has at most {MAX_USERS_FILE} octets")));
     }
-    fs::read_to_string(file).map_err(|error| wrong(file, error))
+    String::from_utf8(octets).map_err(|error| {
+        let before = error.as_bytes().iter().take(error.utf8_error().valid_up_to());
+        let line = before.filter(|octet| **octet == b'\n').count() + 1;
+        wrong(file, format!("line {line}: not UTF-8"))
+    })
 }
 
 fn load_users(file: &Path) -> Result<Users, Failure> {
@@ -184,13 +190,21 @@ fn load_users(file: &Path) -> Result<Users, Failure> {
 }
 
 fn add_user(file: &Path, name: &str) -> Result<(), Failure> {
-    users::check_name(name).map_err(|error| Failure::usage(format!("--add-user: {error}")))?;
+    let bad = |error| Failure::usage(format!("--add-user: {error}"));
+    users::check_name(name).map_err(bad)?;
+    read_users_to_edit(file)?;
+    let passwd = ask_password(name)?;
+    let line = users::new_line(name, passwd.as_bytes()).map_err(bad)?;
+    // Once more: somebody else may have edited it while we asked.
+    let text = read_users_to_edit(file)?;
+    replace(file, &users::edit(&text, name, Some(&line)).unwrap_or_default())
+}
+
+/// The text of a users file that is in order, or of one that is not there yet.
+fn read_users_to_edit(file: &Path) -> Result<String, Failure> {
     let text = if file.exists() { read_users(file)? } else { String::new() };
     Users::parse(&text).map_err(|error| wrong(file, error))?;
-    let passwd = ask_password(name)?;
-    let line =
-        users::new_line(name, passwd.as_bytes()).map_err(|error| Failure::usage(format!("--add-user: {error}")))?;
-    replace(file, &users::edit(&text, name, Some(&line)).unwrap_or_default())
+    Ok(text)
 }
 
 fn remove_user(file: &Path, name: &str) -> Result<(), Failure> {

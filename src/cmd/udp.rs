@@ -1,21 +1,25 @@
 //! `s5 udp`: datagrams through proxies, from stdin and to stdout.
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use argh::FromArgs;
-use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, FutureExt as _, io::BufReader};
+use futures_lite::io::BufReader;
+use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use smol::{Timer, Unblock};
 
 use super::{Failure, HANDSHAKE, Status, duration, hops, note, target};
 use crate::client::{Association, Client, Lost};
-use crate::proto::MAX_UDP;
+use crate::proto::MAX_UDP6;
 
 /// How long to wait for answers behind the last datagram when nobody says.
 const ANSWERS: Duration = Duration::from_secs(2);
+/// How many answers that are here already are written at the end: about what a socket holds, not without end.
+const MAX_REST: usize = 1000;
 
 /// Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.
 #[derive(FromArgs, Debug)]
@@ -73,28 +77,43 @@ impl Args {
             let mut stdout = Stdout::new(self.raw).map_err(|error| transfer.failed(Status::Stdout, &error))?;
             let ended = transfer.receive(&mut stdout).or(send).or(lost).await;
             // Answers that are here already are written, whatever it was that ended.
-            transfer.receive_rest(&mut stdout)?;
+            transfer.receive_rest(&mut stdout).await?;
             ended
         })
     }
 }
 
-/// Where answers go.
+/// Where answers go. Written on a thread of its own, so that who does not read holds up nothing else.
 struct Stdout {
-    file: File,
+    file: Unblock<File>,
     raw: bool,
+    /// What is still to be written; kept here, since writing may be given up in the middle and taken up again.
+    rest: VecDeque<u8>,
 }
 
 impl Stdout {
     fn new(raw: bool) -> io::Result<Self> {
-        Ok(Self { file: File::from(io::stdout().as_fd().try_clone_to_owned()?), raw })
+        let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        Ok(Self { file: Unblock::with_capacity(MAX_UDP6, file), raw, rest: VecDeque::new() })
     }
 
-    fn print(&mut self, mut answer: Vec<u8>) -> io::Result<()> {
+    fn push(&mut self, answer: &[u8]) {
+        self.rest.extend(answer);
         if !self.raw {
-            answer.push(b'\n');
+            self.rest.push_back(b'\n');
         }
-        self.file.write_all(&answer)
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        while !self.rest.is_empty() {
+            match self.file.write(self.rest.as_slices().0).await {
+                Ok(n @ 1..) => drop(self.rest.drain(..n)),
+                // Only flushing tells why.
+                Ok(0) | Err(_) => break,
+            }
+        }
+        self.file.flush().await?;
+        if self.rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }
 
@@ -106,12 +125,12 @@ struct Transfer<'a> {
 impl Transfer<'_> {
     /// Sends each line of stdin, to its end.
     async fn send_lines(&self) -> Result<(), Failure> {
-        let mut stdin = BufReader::new(Unblock::with_capacity(MAX_UDP, self.stdin()?));
+        let mut stdin = BufReader::new(Unblock::with_capacity(MAX_UDP6, self.stdin()?));
         let mut line = Vec::new();
         loop {
             line.clear();
             // Room for one octet too many, so that a line that does not fit is refused, and for its end.
-            let read = (&mut stdin).take(MAX_UDP as u64 + 2).read_until(b'\n', &mut line).await;
+            let read = (&mut stdin).take(MAX_UDP6 as u64 + 2).read_until(b'\n', &mut line).await;
             if read.map_err(|error| self.failed(Status::Stdin, &error))? == 0 {
                 return Ok(());
             }
@@ -125,7 +144,7 @@ impl Transfer<'_> {
         loop {
             let stdin = stdin.clone();
             let read = smol::unblock(move || {
-                let mut data = vec![0; MAX_UDP];
+                let mut data = vec![0; MAX_UDP6];
                 let n = (&*stdin).read(&mut data)?;
                 data.truncate(n);
                 io::Result::Ok(data)
@@ -153,19 +172,23 @@ impl Transfer<'_> {
         loop {
             let received = self.association.recv().await;
             let (_, answer) = received.map_err(|error| self.failed(Status::Receive, &error))?;
-            self.print(stdout, answer)?;
+            stdout.push(&answer);
+            self.flush(stdout).await?;
+            // Answers without end must not keep the others from their turn.
+            smol::future::yield_now().await;
         }
     }
 
-    fn receive_rest(&self, stdout: &mut Stdout) -> Result<(), Failure> {
-        while let Ok(Some((_, answer))) = self.association.try_recv() {
-            self.print(stdout, answer)?;
+    async fn receive_rest(&self, stdout: &mut Stdout) -> Result<(), Failure> {
+        for _ in 0..MAX_REST {
+            let Ok(Some((_, answer))) = self.association.try_recv() else { break };
+            stdout.push(&answer);
         }
-        Ok(())
+        self.flush(stdout).await
     }
 
-    fn print(&self, stdout: &mut Stdout, answer: Vec<u8>) -> Result<(), Failure> {
-        stdout.print(answer).map_err(|error| match error.kind() {
+    async fn flush(&self, stdout: &mut Stdout) -> Result<(), Failure> {
+        stdout.flush().await.map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => Failure::new(Status::BrokenPipe, ""),
             _ => self.failed(Status::Stdout, &error),
         })

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use super::{Error, MAX_NAME, Reader, Stop, write_counted};
 
 const ATYP_IPV4: u8 = 1;
-pub(super) const ATYP_NAME: u8 = 3;
+const ATYP_NAME: u8 = 3;
 const ATYP_IPV6: u8 = 4;
 
 /// A name of ATYP 3: 1 to 255 octets of UTF-8 without control characters. Whether a host can have it is another question.

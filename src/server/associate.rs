@@ -40,8 +40,8 @@ const MAX_CONTACTED: usize = 4096;
 const MAX_NAMES: usize = 256;
 /// How many names an association may be looking up at once.
 const MAX_LOOKUPS: usize = 16;
-/// How many datagrams may wait for the look-up of one name.
-const MAX_WAITING: usize = 8;
+/// How many octets may wait for look-ups in an association.
+const MAX_WAITING: usize = 128 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
@@ -153,26 +153,23 @@ impl Association<'_> {
 
     /// Relays what has come, both ways. True when there may be more.
     fn poll_sockets(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> bool {
-        let mut count = 0;
-        while let Some((n, from)) = poll_recv(&self.relay, cx, buffer) {
+        let mut left = BUDGET;
+        while left > 0 {
+            let Some((n, from)) = poll_recv(&self.relay, cx, buffer) else { break };
             self.take_from_client(from, buffer.get(..n).unwrap_or_default());
-            count += 1;
-            if count == BUDGET {
-                return true;
-            }
+            left -= 1;
         }
+        let mut more = left == 0;
         for family in 0..self.outward.len() {
-            let mut count = 0;
-            while let Some(Some(socket)) = self.outward.get(family) {
+            let mut left = BUDGET;
+            while let (Some(Some(socket)), 1..) = (self.outward.get(family), left) {
                 let Some((n, from)) = poll_recv(socket, cx, buffer) else { break };
                 self.take_from_target(from, buffer.get(..n).unwrap_or_default());
-                count += 1;
-                if count == BUDGET {
-                    return true;
-                }
+                left -= 1;
             }
+            more |= left == 0;
         }
-        false
+        more
     }
 
     fn take_from_client(&mut self, from: SocketAddr, octets: &[u8]) {
@@ -196,14 +193,15 @@ impl Association<'_> {
     }
 
     fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
+        let has_room = self.waiting() + data.len() <= MAX_WAITING;
         match self.names.get_mut(&name) {
             Some(Resolution::Known(addrs)) => {
                 let mut addrs = addrs.clone();
                 addrs.iter_mut().for_each(|addr| addr.set_port(port));
                 self.send(&addrs, data);
             }
-            Some(Resolution::Pending(waiting)) if waiting.len() < MAX_WAITING => waiting.push((port, data.to_vec())),
-            None if self.lookups.len() < MAX_LOOKUPS => {
+            Some(Resolution::Pending(waiting)) if has_room => waiting.push((port, data.to_vec())),
+            None if has_room && self.lookups.len() < MAX_LOOKUPS => {
                 if self.names.len() >= MAX_NAMES {
                     self.names.retain(|_, known| matches!(known, Resolution::Pending(_)));
                 }
@@ -216,6 +214,15 @@ impl Association<'_> {
             }
             Some(Resolution::Pending(_)) | None => {}
         }
+    }
+
+    /// How many octets wait for look-ups, each datagram counted as somewhat more than it has.
+    fn waiting(&self) -> usize {
+        let waiting = self.lookups.iter().filter_map(|(name, _)| match self.names.get(name) {
+            Some(Resolution::Pending(waiting)) => Some(waiting),
+            _ => None,
+        });
+        waiting.flatten().map(|(_, data)| data.len() + 64).sum()
     }
 
     /// Sends what waited for the names that are resolved now. True when there were any.
@@ -275,8 +282,10 @@ impl Association<'_> {
             return;
         }
         self.last = Instant::now();
-        let sent = split(&from.into(), data, MAX_UDP)
-            .is_some_and(|datagrams| datagrams.iter().all(|octets| self.relay.get_ref().send(octets).is_ok()));
+        let relay = self.relay.get_ref();
+        // The first try may only be told what ICMP said about an earlier datagram.
+        let send = |octets: &Vec<u8>| relay.send(octets).or_else(|_| relay.send(octets)).is_ok();
+        let sent = split(&from.into(), data, MAX_UDP).is_some_and(|datagrams| datagrams.iter().all(send));
         if sent {
             self.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }

@@ -14,7 +14,7 @@ use super::record::Record;
 use super::session::Refusal;
 use super::{Server, address_for, bind_within};
 use crate::conn::{Conn, until};
-use crate::dial::{tune, unspecified};
+use crate::dial::{literal, tune, unspecified};
 use crate::proto::{Addr, Host, Rep};
 
 /// How long to rest when there is no descriptor for the peer's connection.
@@ -24,7 +24,7 @@ pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record
     let expected = Expected::resolve(server, dst).await?;
     let listener = listen(server, client, &expected).map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
     let local = listener.local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
-    let reported = match address_for(client.local_addr(), expected.representative()) {
+    let reported = match address_for(client.local_addr(), expected.representative(client.local_addr())) {
         Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
         _ => local,
     };
@@ -54,10 +54,13 @@ impl Expected {
     async fn resolve(server: &Server, dst: &Addr) -> Result<Self, Refusal> {
         let ips = match &dst.host {
             Host::Ip(ip) => vec![ip.to_canonical()],
-            Host::Name(_) => {
-                let deadline = Instant::now() + server.options.connect_timeout;
-                server.resolve(dst, deadline).await?.into_iter().map(|addr| addr.ip()).collect()
-            }
+            Host::Name(name) => match literal(name) {
+                Some(ip) => vec![ip.to_canonical()],
+                None => {
+                    let deadline = Instant::now() + server.options.connect_timeout;
+                    server.resolve(dst, deadline).await?.into_iter().map(|addr| addr.ip()).collect()
+                }
+            },
         };
         Ok(Self { ips, port: dst.port })
     }
@@ -68,9 +71,12 @@ impl Expected {
         self.ips.iter().any(is_expected) && (self.port == 0 || self.port == peer.port())
     }
 
-    /// The address that decides on the family and on where to listen.
-    fn representative(&self) -> IpAddr {
-        self.ips.first().copied().unwrap_or(Ipv4Addr::UNSPECIFIED.into())
+    /// The address that decides on the family and on where to listen: of both families, that of the client's own
+    /// connection.
+    fn representative(&self, control: Option<SocketAddr>) -> IpAddr {
+        let is_near = |ip: &&IpAddr| control.is_some_and(|control| control.is_ipv4() == ip.is_ipv4());
+        let near = self.ips.iter().find(is_near).or(self.ips.first());
+        near.copied().unwrap_or(Ipv4Addr::UNSPECIFIED.into())
     }
 
     /// A name may have addresses of both families.
@@ -82,7 +88,7 @@ impl Expected {
 /// Binds where the expected peer can come to: the address that the client uses, or every address where one would not
 /// do: for peers of both families, and behind an advertised address, which need not be one of this machine's.
 fn listen(server: &Server, client: &Conn, expected: &Expected) -> io::Result<TcpListener> {
-    let mut local = address_for(client.local_addr(), expected.representative())?;
+    let mut local = address_for(client.local_addr(), expected.representative(client.local_addr()))?;
     if expected.both_families() {
         local.set_ip(Ipv6Addr::UNSPECIFIED.into());
     } else if server.advertised(local) != local {

@@ -16,7 +16,7 @@ use crate::proto::{Addr, Rep, Reply};
 use crate::relay::{Abort as _, Broken, Limits, relay};
 
 /// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
-const LEAVE_GRACE: Duration = Duration::from_secs(1);
+const LEAVE_GRACE: Duration = Duration::from_secs(2);
 
 pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
     let deadline = Instant::now() + server.options.connect_timeout;

@@ -1,15 +1,16 @@
 //! Where a server listens: TCP addresses and Unix sockets.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::os::unix::fs::FileTypeExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use smol::Async;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::conn::Conn;
 use crate::dial::tune;
@@ -73,13 +74,20 @@ impl Listen {
     /// Those of the resolver and of bind(2). Of both families, one that this machine does not have is left out.
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         match self {
-            Self::Host(host, port) => {
-                (host.as_str(), *port).to_socket_addrs()?.map(|addr| bind_tcp(addr).and_then(Listener::tcp)).collect()
-            }
+            Self::Host(host, port) => all_of((host.as_str(), *port).to_socket_addrs()?.collect()),
             Self::Loopback(port) => both_families([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
             Self::Every(port) => both_families([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
             Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
         }
+    }
+}
+
+fn all_of(addrs: BTreeSet<SocketAddr>) -> io::Result<Vec<Listener>> {
+    let (bound, failed): (Vec<_>, Vec<_>) = addrs.into_iter().map(bind_tcp).partition(Result::is_ok);
+    let mut failed = failed.into_iter().filter_map(Result::err);
+    match failed.find(|error| bound.is_empty() || !is_no_family(error)) {
+        Some(error) => Err(error),
+        None => bound.into_iter().map(|listener| listener.and_then(Listener::tcp)).collect(),
     }
 }
 
@@ -123,20 +131,27 @@ fn is_no_family(error: &io::Error) -> bool {
 
 fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     let is_socket = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    // Only the socket of a dead process refuses; a live one accepts or has a full backlog.
-    let refused = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    if is_socket && UnixStream::connect(&path).is_err_and(|error| refused(&error)) {
+    if is_socket && is_left_over(&path)? {
         std::fs::remove_file(&path)?;
     }
     let listener = Async::new(UnixListener::bind(&path)?)?;
-    Ok(Listener::Unix(listener, UnixPath(path)))
+    Ok(Listener::Unix(UnixPath(path), listener))
+}
+
+/// Only the socket of a dead process refuses; a live one accepts, or has no room at the moment.
+fn is_left_over(path: &Path) -> io::Result<bool> {
+    let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    probe.set_nonblocking(true)?;
+    let refused = probe.connect(&SockAddr::unix(path)?);
+    Ok(refused.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
 }
 
 /// One listening socket.
 #[derive(Debug)]
 pub(super) enum Listener {
     Tcp(Async<TcpListener>, SocketAddr),
-    Unix(Async<UnixListener>, UnixPath),
+    /// The name goes before the socket does: a successor's must not be taken for ours.
+    Unix(UnixPath, Async<UnixListener>),
 }
 
 /// Removes the socket's name when the listener goes.
@@ -153,7 +168,7 @@ impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(_, addr) => addr.fmt(f),
-            Self::Unix(_, path) => write!(f, "unix:{}", path.0.display()),
+            Self::Unix(path, _) => write!(f, "unix:{}", path.0.display()),
         }
     }
 }
@@ -174,7 +189,7 @@ impl Listener {
     pub(super) async fn readable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(listener, _) => listener.readable().await,
-            Self::Unix(listener, _) => listener.readable().await,
+            Self::Unix(_, listener) => listener.readable().await,
         }
     }
 
@@ -185,7 +200,7 @@ impl Listener {
                 let (stream, peer) = listener.get_ref().accept()?;
                 Ok((Conn::Tcp(Async::new(stream)?.into()), Some(peer)))
             }
-            Self::Unix(listener, _) => {
+            Self::Unix(_, listener) => {
                 let (stream, _) = listener.get_ref().accept()?;
                 Ok((Conn::Unix(Async::new(stream)?.into()), None))
             }

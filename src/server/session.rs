@@ -120,7 +120,7 @@ impl Authenticated<'_> {
 
 fn refuse_greeting(error: ReadError) -> Refusal {
     match error {
-        ReadError::Protocol(Error::Version(_), first) => {
+        ReadError::Protocol(Error::Version(first), _) => {
             let foreign = Foreign(first);
             let why = format!("not SOCKS5: the client began with {foreign}");
             Refusal { say: foreign.rejection().to_vec(), rep: None, why }
