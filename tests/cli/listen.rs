@@ -59,6 +59,19 @@ fn a_unix_socket_in_use_is_named_and_left_alone() {
 }
 
 #[test]
+fn a_unix_socket_whose_owner_has_no_room_for_another_is_in_use() {
+    let folder = folder();
+    let path = folder.path().join("s5.sock");
+    let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("a socket");
+    busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("a name");
+    busy.listen(0).expect("it listens");
+    let _waits = UnixStream::connect(&path).expect("room for one");
+    let listen = format!("unix:{}", path.display());
+    can_not_listen(&listen, &[&listen, "in use"]);
+    assert!(is_socket(&path));
+}
+
+#[test]
 fn a_unix_socket_that_a_dead_process_left_is_replaced() {
     let folder = folder();
     let path = folder.path().join("s5.sock");

@@ -83,6 +83,7 @@ fn a_failure_reply_that_ends_behind_rep_still_tells_the_rep() {
     let refused = "connection refused (REP 5)";
     check(vec![
         request_case(vec![say(&[5, 5])], 105, refused),
+        request_case(vec![say(&[5, 5, 0, 0, 0, 0, 0, 0])], 105, refused),
         request_case(vec![say(&[5, 5, 0])], 105, refused),
         request_case(vec![say(&[5, 5, 0, 1, 127])], 105, refused),
     ]);

@@ -79,6 +79,25 @@ fn a_reset_after_a_half_close_is_still_a_reset() {
 }
 
 #[test]
+fn a_side_that_has_said_all_and_resets_ends_the_tunnel_while_the_other_is_silent() {
+    for client_resets in [true, false] {
+        let (server, client, target) = tunnel(&[]);
+        let (first, mut other) = if client_resets { (client, target) } else { (target, client) };
+        first.shutdown(Shutdown::Write).expect("half-close");
+        assert_eq!(end_of(&mut other), End::Closed(vec![]));
+        reset(first);
+        let log = if client_resets {
+            server.wait_log(|log| !sessions(log).is_empty())
+        } else {
+            // The client is given time to take what it was sent, and ends it by leaving.
+            other.shutdown(Shutdown::Both).expect("it leaves");
+            server.wait_log(|log| !sessions(log).is_empty())
+        };
+        assert!(log.contains("connection reset"), "{log}");
+    }
+}
+
+#[test]
 fn what_the_target_sent_before_it_closed_arrives_although_the_client_keeps_sending() {
     const TOTAL: usize = 1 << 20;
     let (_server, mut client, mut target) = tunnel(&[]);
