@@ -85,14 +85,12 @@ fn a_side_that_has_said_all_and_resets_ends_the_tunnel_while_the_other_is_silent
         let (first, mut other) = if client_resets { (client, target) } else { (target, client) };
         first.shutdown(Shutdown::Write).expect("half-close");
         assert_eq!(end_of(&mut other), End::Closed(vec![]));
+        let open = server.descriptors();
         reset(first);
-        let log = if client_resets {
-            server.wait_log(|log| !sessions(log).is_empty())
-        } else {
-            // The client is given time to take what it was sent, and ends it by leaving.
-            other.shutdown(Shutdown::Both).expect("it leaves");
-            server.wait_log(|log| !sessions(log).is_empty())
-        };
+        eventually("it is noticed", SOON, || server.descriptors() < open);
+        // A client is given time to take what it was sent, unless it leaves.
+        drop(other);
+        let log = server.wait_log(|log| !sessions(log).is_empty());
         assert!(log.contains("connection reset"), "{log}");
     }
 }
