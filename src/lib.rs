@@ -5,7 +5,8 @@
 //! | [`proto`] | every octet of RFC 1928 and 1929; pure | nothing |
 //! | [`reassembly`] | the FRAG queue; pure | `proto` |
 //! | [`policy`] | which method, who is this, where may they go; pure | `proto` |
-//! | [`relay`] | the two-way pump | nothing |
+//! | [`alarm`] | a timer whose deadline moves | nothing |
+//! | [`relay`] | the two-way pump | `alarm` |
 //! | [`dial`] | names to addresses to one connection | `proto` |
 //! | [`conn`] | one connection, one message at a time | `relay`, `proto` |
 //! | [`client`] | the handshake of a client, through any number of hops | `conn`, `dial`, `reassembly`, `proto` |
@@ -18,6 +19,7 @@
 // Nothing that the network, a file or a user can say may end in a panic.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)]
 
+pub mod alarm;
 pub mod client;
 pub mod cmd;
 pub mod conn;

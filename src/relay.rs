@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,8 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_lite::{AsyncRead, AsyncWrite};
-use smol::Timer;
+
+use crate::alarm::Alarm;
 
 /// The buffer of a thread, in octets, and so the most that a direction keeps.
 const BUFFER: usize = 64 * 1024;
@@ -116,8 +117,7 @@ where
         unsent: None,
         limits,
         last: Instant::now(),
-        timer: Timer::never(),
-        wake: None,
+        alarm: Alarm::default(),
     };
     let result = poll_fn(|cx| {
         let before = tunnel.progress();
@@ -160,10 +160,7 @@ struct Tunnel<'a> {
     limits: Limits,
     /// When an octet moved last.
     last: Instant,
-    /// One timer for everything, which is not set anew at each octet, but when it fires too early.
-    timer: Timer,
-    /// What the timer is set to.
-    wake: Option<Instant>,
+    alarm: Alarm,
 }
 
 impl Tunnel<'_> {
@@ -204,15 +201,16 @@ impl Tunnel<'_> {
 
     /// Ready when the tunnel has been silent for too long, or one side has given it up.
     fn poll_limits(&mut self, cx: &mut Context<'_>, client: &impl Abort, dst: &impl Abort) -> Poll<Result<(), Broken>> {
+        let mut fired = false;
         loop {
             let now = Instant::now();
             let stalled = !self.up.rest.is_empty();
-            // Who is not being read from can only be seen to be gone by looking.
-            let (look_at_client, look_at_dst) = (stalled || self.up.ended, self.down.ended);
-            if look_at_client && client.is_reset() {
+            // Who is not being read from can only be seen to be gone by looking, which is done now and then.
+            let (look_at_client, look_at_dst) = (stalled || self.up.ended, self.down.done);
+            if fired && look_at_client && client.is_reset() {
                 return broken(Place::ReadClient, io::ErrorKind::ConnectionReset.into());
             }
-            if look_at_dst && dst.is_reset() {
+            if fired && look_at_dst && dst.is_reset() {
                 let error = self.unsent.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
                 return Poll::Ready(Err(self.cut_short(error)));
             }
@@ -232,12 +230,8 @@ impl Tunnel<'_> {
             }
             let look = (look_at_client || look_at_dst).then(|| now + LOOK);
             let Some(wake) = due.into_iter().chain(look).min() else { return Poll::Pending };
-            if self.wake.is_none_or(|set| wake < set) {
-                self.timer.set_at(wake);
-                self.wake = Some(wake);
-            }
-            ready!(Pin::new(&mut self.timer).poll(cx));
-            self.wake = None;
+            ready!(self.alarm.poll(cx, wake));
+            fired = true;
         }
     }
 }

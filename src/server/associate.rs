@@ -15,11 +15,12 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
-use smol::{Async, Timer};
+use smol::Async;
 
 use super::record::Record;
 use super::session::Refusal;
 use super::{Filtering, Server, address_for, bind_within};
+use crate::alarm::Alarm;
 use crate::conn::{Conn, until};
 use crate::dial::{Failure, canonical, unspecified};
 use crate::policy::is_unicast;
@@ -126,7 +127,7 @@ impl Association<'_> {
     /// Relays until the control connection ends, which is how an association should end, or something else is said.
     async fn run(mut self, control: &mut Conn) -> Option<&'static str> {
         let mut ended = std::pin::pin!(control_end(control));
-        let mut timer = Timer::never();
+        let mut alarm = Alarm::default();
         poll_fn(|cx| {
             if let Poll::Ready(why) = ended.as_mut().poll(cx) {
                 return Poll::Ready(why);
@@ -144,8 +145,7 @@ impl Association<'_> {
                 if now >= idle {
                     return Poll::Ready(Some("idle for too long"));
                 }
-                timer.set_at(self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle)));
-                ready!(Pin::new(&mut timer).poll(cx));
+                ready!(alarm.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
             }
         })
         .await
