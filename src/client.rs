@@ -58,7 +58,7 @@ impl FromStr for Proxy {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let rest = match text.split_once("://") {
-            Some(("socks5" | "socks5h", rest)) => rest,
+            Some((scheme, rest)) if ["socks5", "socks5h"].contains(&scheme.to_ascii_lowercase().as_str()) => rest,
             // Only what can be a scheme is shown; it could also be the beginning of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
                 return Err(format!("{scheme}:// is not SOCKS5, and s5 speaks nothing else: use socks5h://HOST:PORT"));
@@ -151,6 +151,9 @@ pub fn parse_host(text: &str) -> Result<Host, String> {
     if inner.is_some() || text.contains(':') {
         return Err(format!("{text:?} is not an IPv6 address"));
     }
+    if text.contains(['/', '@', ' ']) {
+        return Err(format!("{text:?} is not a host name"));
+    }
     Name::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
         length if length > proto::MAX_NAME => format!("the host name has {length} octets, and SOCKS5 takes 255"),
         _ => format!("{text:?} is not a host name"),
@@ -204,6 +207,8 @@ pub enum Cause {
     LoginRefused,
     /// The proxy answered with a failure.
     Rep(Rep),
+    /// The proxy answered with a failure when it was asked for the next proxy.
+    NextHop(Rep),
     /// The deadline passed.
     TimedOut(Duration),
 }
@@ -234,7 +239,7 @@ impl fmt::Display for Error {
             Cause::Closed(Some(error)) => error.fmt(f),
             Cause::NoMethod => f.write_str("no acceptable authentication method (does it want user:password@?)"),
             Cause::LoginRefused => f.write_str("user name or password refused"),
-            Cause::Rep(rep) => write!(f, "{rep} (REP {})", rep.0),
+            Cause::Rep(rep) | Cause::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
             Cause::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
         }
     }
@@ -397,6 +402,10 @@ impl Client {
         let proxy = self.hops.get(hop).map(ToString::to_string).unwrap_or_default();
         // A request in the middle of a chain is for the next hop.
         let next = self.hops.get(hop + 1).filter(|_| phase == Phase::Request).map(ToString::to_string);
+        let cause = match cause {
+            Cause::Rep(rep) if next.is_some() => Cause::NextHop(rep),
+            cause => cause,
+        };
         Error { proxy, target: next.unwrap_or_else(|| self.dst.to_string()), phase, cause }
     }
 }

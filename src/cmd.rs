@@ -131,7 +131,7 @@ pub enum Status {
     Usage,
     /// The proxy's name could not be resolved.
     ProxyName,
-    /// The proxy could not be reached.
+    /// The proxy, or a later one of the chain, could not be reached.
     ProxyUnreachable,
     /// stdout could not be written.
     Stdout,
@@ -217,7 +217,7 @@ impl From<client::Error> for Failure {
         let status = match (&error.cause, error.phase) {
             (Cause::Unreachable(DialFailure::TimedOut) | Cause::TimedOut(_), _) => Status::TimedOut,
             (Cause::Unreachable(_), Phase::Resolve) => Status::ProxyName,
-            (Cause::Unreachable(_) | Cause::Socket(_), _) => Status::ProxyUnreachable,
+            (Cause::Unreachable(_) | Cause::Socket(_) | Cause::NextHop(_), _) => Status::ProxyUnreachable,
             (Cause::Protocol(_) | Cause::Closed(_), _) => Status::Protocol,
             (Cause::NoMethod | Cause::LoginRefused, _) => Status::Login,
             (Cause::Rep(rep), _) => Status::Rep(rep.0),
@@ -280,7 +280,7 @@ fn deadline(text: &str) -> Result<Duration, String> {
 const HANDSHAKE: Duration = Duration::from_secs(60);
 
 /// One line on stderr, in one piece: others may be writing there too. With stderr closed the status has to do.
-fn say(line: &str) {
+pub fn say(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 

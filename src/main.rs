@@ -33,8 +33,11 @@ fn main() -> ExitCode {
     if log::set_boxed_logger(Box::new(Unbreakable(logger))).is_err() {
         return s5::cmd::Failure::usage("a logger is set already").print();
     }
-    match command.run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.print(),
+    // A panic is a line and status 1 like any other failure; its usual 101 would say REP 1.
+    std::panic::set_hook(Box::new(|panic| s5::cmd::say(&format!("s5: {}", panic.to_string().replace('\n', " ")))));
+    match catch_unwind(AssertUnwindSafe(|| command.run())) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(failure)) => failure.print(),
+        Err(_) => ExitCode::FAILURE,
     }
 }

@@ -32,7 +32,7 @@ pub use listen::Listen;
 use listen::Listener;
 use login::Login;
 
-/// Descriptors kept back for the listeners, the reactor, the log and the files that a reload reads.
+/// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
 const RESERVED_DESCRIPTORS: u64 = 64;
 /// Descriptors that a session holds at the least: the client's and the target's.
 const SESSION_DESCRIPTORS: u64 = 2;
@@ -150,7 +150,7 @@ pub type StartError = (String, io::Error);
 /// What could not be listened on, or signals and threads that could not be had.
 pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     let descriptors = raise_descriptor_limit();
-    let by_descriptors = descriptors.saturating_sub(RESERVED_DESCRIPTORS) / SESSION_DESCRIPTORS;
+    let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / SESSION_DESCRIPTORS;
     let limit = usize::try_from(by_descriptors.clamp(1, MOST_CONNECTIONS)).unwrap_or(usize::MAX);
     let limit = options.max_connections.unwrap_or(limit);
     let mut listeners = Vec::new();
@@ -162,6 +162,9 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     let signals = Signals::new([Signal::Term, Signal::Int]).map_err(|error| ("signals".into(), error))?;
     for listener in &listeners {
         log::info!("listening on {listener}");
+    }
+    if policy.users.is_none() && policy.own.iter().any(|own| !own.ip().is_loopback()) {
+        log::warn!("everybody who can reach this server may use it: there is no --users FILE");
     }
     let threads = options.threads;
     let server = Arc::new(Server { options, policy, login: Login::default(), resolver: Resolver::default() });

@@ -84,8 +84,10 @@ impl Association {
     pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         let inner = self.layers.iter().skip(1).map(|layer| &layer.relay).rev();
         let overhead: usize = inner.clone().map(|relay| wrap(relay, &[]).len()).sum();
-        let too_large = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} octets are too many", data.len()));
         let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP } else { MAX_UDP6 };
+        let too_large = || {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {most} octets at most"))
+        };
         let whole = Some(data).filter(|data| data.len() <= most).ok_or_else(too_large)?;
         for mut octets in split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)? {
             for relay in inner.clone() {

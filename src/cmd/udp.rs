@@ -18,8 +18,8 @@ use crate::proto::MAX_UDP6;
 
 /// How long to wait for answers behind the last datagram when nobody says.
 const ANSWERS: Duration = Duration::from_secs(2);
-/// How many answers that are here already are written at the end: about what a socket holds, not without end.
-const MAX_REST: usize = 1000;
+/// How many answers are written at once: about what a socket holds, and not without end.
+const MAX_BATCH: usize = 1000;
 
 /// Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.
 #[derive(FromArgs, Debug)]
@@ -164,6 +164,8 @@ impl Transfer<'_> {
 
     async fn send(&self, data: &[u8]) -> Result<(), Failure> {
         let sent = self.association.send(self.client.dst(), data).await;
+        // Stdin may always have more; answers must get their turn.
+        smol::future::yield_now().await;
         sent.map_err(|error| self.failed(Status::Send, &error))
     }
 
@@ -173,14 +175,15 @@ impl Transfer<'_> {
             let received = self.association.recv().await;
             let (_, answer) = received.map_err(|error| self.failed(Status::Receive, &error))?;
             stdout.push(&answer);
-            self.flush(stdout).await?;
+            self.receive_rest(stdout).await?;
             // Answers without end must not keep the others from their turn.
             smol::future::yield_now().await;
         }
     }
 
+    /// Writes what is here already, all at once: writing takes a while, and a socket holds only a few hundred answers.
     async fn receive_rest(&self, stdout: &mut Stdout) -> Result<(), Failure> {
-        for _ in 0..MAX_REST {
+        for _ in 0..MAX_BATCH {
             let Ok(Some((_, answer))) = self.association.try_recv() else { break };
             stdout.push(&answer);
         }

@@ -18,6 +18,9 @@ use crate::relay::{Abort as _, Broken, Limits, relay};
 /// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
 const LEAVE_GRACE: Duration = Duration::from_secs(2);
 
+/// How long a client whose target has closed and takes no more may take for the last of what it was sent.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
     let deadline = Instant::now() + server.options.connect_timeout;
     let connected = async {
@@ -73,8 +76,8 @@ impl Server {
         record.error = Some(broken.to_string());
         if let Broken::Unsent(_) = broken {
             drop(target);
-            client.clone().farewell(&[]).await;
-            // What it went on to send is lost, and it should not think otherwise.
+            // What it goes on to send is not read, since it is lost, and the client should not think otherwise.
+            until(Instant::now() + LAST_WORDS, client.closed()).await;
             client.abort();
         }
     }

@@ -284,7 +284,7 @@ fn a_failure_at_the_second_hop_names_the_second_hop() {
     let chain = format!("{},{dead}", first.addr);
     let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", SOON);
     let line = format!("s5: proxy {}: request, for {dead}: connection refused (REP 5)\n", first.addr);
-    assert_eq!((output.status.code(), text(&output.stderr)), (Some(105), line));
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(7), line));
 
     // A first hop that leads to something else than a proxy.
     let first = Scripted::start(answer(SUCCESS).into_iter().chain([Greeting, say(b"HTTP/1.1 400")]).collect());

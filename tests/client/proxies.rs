@@ -55,7 +55,7 @@ fn the_environment_may_have_a_chain() {
     let first = Scripted::start(answer(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
     let chain = format!("socks5h://{}, socks5://u:p@{second}", first.addr);
     let (status, said) = tried(None, &[("ALL_PROXY", &chain)]);
-    assert_eq!(status, Some(105), "{said}");
+    assert_eq!(status, Some(7), "{said}");
     assert!(said.contains(&format!("request, for {second}: ")), "{said}");
 }
 

@@ -144,6 +144,21 @@ fn a_slow_client_gets_all_of_what_a_target_said_that_no_longer_listens() {
     check_pattern(&mut client, TOTAL);
 }
 
+#[test]
+fn an_upload_that_the_target_no_longer_takes_is_cut_and_not_swallowed() {
+    let (server, mut client, mut target) = tunnel(&[]);
+    target.write_all(b"bye").expect("it is sent");
+    drop(target);
+    client.set_write_timeout(Some(SOON)).expect("a timeout can be set");
+    let mut sent = 0_usize;
+    while sent < 256 << 20 && client.write_all(&[0; 65_536]).is_ok() {
+        sent += 65_536;
+    }
+    assert!(sent < 256 << 20, "{sent} octets went nowhere, and nobody said so");
+    let log = server.wait_log(|log| !sessions(log).is_empty());
+    assert!(log.contains("error=\"writing to dst"), "{log}");
+}
+
 /// The state of a connection as /proc/net/tcp has it: 05 is FIN_WAIT2, when the other side has acknowledged the FIN.
 fn state_of(stream: &TcpStream) -> Option<String> {
     let hex = |addr: SocketAddr| match addr.ip() {
