@@ -126,6 +126,15 @@ fn a_client_that_resets_ends_the_tunnel_also_while_the_target_takes_nothing() {
 
 #[test]
 fn a_slow_client_gets_all_of_what_a_target_said_that_no_longer_listens() {
+    slow_client(false);
+}
+
+#[test]
+fn a_slow_client_that_has_said_all_gets_the_answer_of_a_target_that_did_not_listen() {
+    slow_client(true);
+}
+
+fn slow_client(has_said_all: bool) {
     const TOTAL: usize = 512 << 10;
     let (_server, mut client, mut target) = tunnel(&[]);
     // Little fits into its own buffer, so that the rest is on the way when the target is gone.
@@ -137,8 +146,13 @@ fn a_slow_client_gets_all_of_what_a_target_said_that_no_longer_listens() {
     eventually("all of it has left the target", SOON, || state_of(&target) == Some("05".into()));
     drop(target);
     // The first octets are answered with a reset, the next ones meet it; a client hears of neither before the end.
+    if has_said_all {
+        client.shutdown(Shutdown::Write).expect("half-close");
+    }
     for _ in 0..20 {
-        client.write_all(&[0; 1024]).expect("the upload goes on");
+        if !has_said_all {
+            client.write_all(&[0; 1024]).expect("the upload goes on");
+        }
         thread::sleep(Duration::from_millis(5));
     }
     check_pattern(&mut client, TOTAL);
