@@ -220,8 +220,13 @@ pub fn read_exact(stream: &mut TcpStream, n: usize) -> Vec<u8> {
 
 /// A request with an IPv4 or IPv6 address in it.
 pub fn request(command: u8, dst: SocketAddr) -> Vec<u8> {
-    let mut octets = vec![5, command, 0];
-    match dst.ip() {
+    with_addr([5, command, 0], dst)
+}
+
+/// The octets of a request or a reply: three and an address.
+pub fn with_addr(head: [u8; 3], addr: SocketAddr) -> Vec<u8> {
+    let mut octets = head.to_vec();
+    match addr.ip() {
         IpAddr::V4(ip) => {
             octets.push(1);
             octets.extend(ip.octets());
@@ -231,7 +236,7 @@ pub fn request(command: u8, dst: SocketAddr) -> Vec<u8> {
             octets.extend(ip.octets());
         }
     }
-    octets.extend(dst.port().to_be_bytes());
+    octets.extend(addr.port().to_be_bytes());
     octets
 }
 

@@ -4,14 +4,14 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::io::{self, Read, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{SOON, eventually};
+use crate::common::{SOON, eventually, with_addr};
 
 /// Selects NO AUTHENTICATION.
 pub const NO_AUTH: &[u8] = &[5, 0];
@@ -176,19 +176,7 @@ fn read_request(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 
 /// A success reply with this BND.
 pub fn success(bnd: SocketAddr) -> Vec<u8> {
-    let mut octets = vec![5, 0, 0];
-    match bnd.ip() {
-        IpAddr::V4(ip) => {
-            octets.push(1);
-            octets.extend(ip.octets());
-        }
-        IpAddr::V6(ip) => {
-            octets.push(4);
-            octets.extend(ip.octets());
-        }
-    }
-    octets.extend(bnd.port().to_be_bytes());
-    octets
+    with_addr([5, 0, 0], bnd)
 }
 
 /// A program that runs while the test looks on; killed when dropped.
