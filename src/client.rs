@@ -8,12 +8,15 @@ use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::net;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_net::unix::UnixStream;
 use percent_encoding::percent_decode_str;
+use smol::Async;
 
 use crate::conn::{Conn, ReadError, until};
 use crate::dial::{Failure, Resolver, dial};
@@ -330,7 +333,8 @@ impl Client {
         match endpoint {
             Endpoint::Unix(path) => {
                 self.step(Phase::Connect);
-                UnixStream::connect(path).await.map(Conn::Unix).map_err(Cause::Socket)
+                let stream = UnixStream::connect(path).await.map_err(Cause::Socket)?;
+                Ok(Conn::Unix(Arc::<Async<net::UnixStream>>::from(stream).into()))
             }
             Endpoint::Tcp(addr) => {
                 let addrs = Resolver::default().lookup(addr).await.map_err(Cause::Unreachable)?;

@@ -3,21 +3,22 @@
 //! What carries the octets is settled here and nowhere else, so that request, reply and relay need not know it.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use async_net::{TcpStream, unix::UnixStream};
 use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, FutureExt as _};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
-use smol::{Async, Timer};
 
 use crate::proto::{self, Message, Stop};
-use crate::relay::Abort;
+use crate::reactor::{Io, Way, sleep, sleep_until};
+use crate::relay::{BareOp, Stream};
 
 /// How long a peer may go on sending after its last answer, so that the answer is not lost to a reset. RFC 1928
 /// section 6 wants the connection closed within 10 seconds.
@@ -26,12 +27,12 @@ const FAREWELL: Duration = Duration::from_secs(5);
 const WATCH: Duration = Duration::from_secs(1);
 
 /// A connection between a SOCKS client and a SOCKS server.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Conn {
     /// Over TCP.
-    Tcp(TcpStream),
+    Tcp(Io<TcpStream>),
     /// Over a Unix socket.
-    Unix(UnixStream),
+    Unix(Io<UnixStream>),
 }
 
 /// Why no message came.
@@ -98,7 +99,7 @@ impl Conn {
             io::Result::Ok(())
         };
         let timeout = async {
-            Timer::after(FAREWELL).await;
+            sleep(FAREWELL).await;
             Ok(())
         };
         // Whoever does not want the answer need not have it.
@@ -118,17 +119,10 @@ impl Conn {
 
     /// Returns at the end of what the peer sends, or when one of `signs` shows behind what is unread.
     async fn watch(&self, signs: PollFlags) {
-        while self.readable().await.is_ok() {
-            let mut octet = [0; 1];
-            match rustix::net::recv(self, &mut octet, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-                Ok((_, 0)) => return,
-                Ok(_) if self.shows(signs) => return,
-                Ok(_) => {
-                    Timer::after(WATCH).await;
-                }
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-                Err(_) => return,
-            }
+        let mut octet = [0; 1];
+        let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut octet, RecvFlags::PEEK)?.1);
+        while poll_fn(|cx| self.poll_with(cx, Way::Read, &mut peek)).await.is_ok_and(|n| n > 0) && !self.shows(signs) {
+            sleep(WATCH).await;
         }
     }
 
@@ -138,19 +132,17 @@ impl Conn {
             && fds.iter().any(|fd| fd.revents().intersects(signs))
     }
 
-    async fn readable(&self) -> io::Result<()> {
+    fn poll_with(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Poll<io::Result<usize>> {
         match self {
-            Self::Tcp(stream) => std::sync::Arc::<Async<std::net::TcpStream>>::from(stream.clone()).readable().await,
-            Self::Unix(stream) => {
-                std::sync::Arc::<Async<std::os::unix::net::UnixStream>>::from(stream.clone()).readable().await
-            }
+            Self::Tcp(io) => io.poll_with(cx, way, |stream| op(stream.as_fd())),
+            Self::Unix(io) => io.poll_with(cx, way, |stream| op(stream.as_fd())),
         }
     }
 
     /// The address that the peer connected from; none on a Unix socket.
     pub fn peer_addr(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.peer_addr().ok().map(unmapped),
+            Self::Tcp(stream) => stream.get_ref().peer_addr().ok().map(unmapped),
             Self::Unix(_) => None,
         }
     }
@@ -158,7 +150,7 @@ impl Conn {
     /// The address that the peer connected to; none on a Unix socket.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.local_addr().ok().map(unmapped),
+            Self::Tcp(stream) => stream.get_ref().local_addr().ok().map(unmapped),
             Self::Unix(_) => None,
         }
     }
@@ -175,13 +167,13 @@ fn unmapped(addr: SocketAddr) -> SocketAddr {
 pub async fn until<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
     let done = async { Some(future.await) };
     let timeout = async {
-        Timer::at(deadline).await;
+        sleep_until(deadline).await;
         None
     };
     done.or(timeout).await
 }
 
-impl Abort for Conn {
+impl Stream for Conn {
     fn abort(&self) {
         let linger = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
         if let Err(error) = linger {
@@ -191,6 +183,10 @@ impl Abort for Conn {
 
     fn is_reset(&self) -> bool {
         self.shows(PollFlags::ERR)
+    }
+
+    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+        Some(self.poll_with(cx, way, op))
     }
 }
 

@@ -6,19 +6,19 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use async_net::TcpStream;
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use futures_lite::FutureExt as _;
-use smol::{Async, Timer, lock::Semaphore};
+use smol::lock::Semaphore;
 
 use crate::proto::{Addr, Host, Name};
+use crate::reactor::{Io, sleep_until};
 
 /// How long one address may keep the next one waiting (RFC 8305 section 5, Connection Attempt Delay).
 pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -184,7 +184,7 @@ fn is_host_name(name: &str) -> bool {
 ///
 /// # Errors
 /// The most telling failure of all addresses; those that had not answered at `deadline` count as timed out.
-pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<TcpStream, Failure> {
+pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<Io<TcpStream>, Failure> {
     let mut queue = interleave(addrs);
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut worst = None;
@@ -197,7 +197,7 @@ pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<TcpStream
         let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
         let first = async { Some(first_done(&mut attempts).await) };
         let timeout = async {
-            Timer::at(pause).await;
+            sleep_until(pause).await;
             None
         };
         match first.or(timeout).await {
@@ -211,17 +211,16 @@ pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<TcpStream
     }
 }
 
-type Attempt = Pin<Box<dyn Future<Output = Result<TcpStream, Failure>> + Send>>;
+type Attempt = Pin<Box<dyn Future<Output = Result<Io<TcpStream>, Failure>>>>;
 
-async fn attempt(addr: SocketAddr) -> Result<TcpStream, Failure> {
-    let connected = Async::<std::net::TcpStream>::connect(addr).await;
-    let stream = connected.map_err(|error| Failure::of(&error, addr))?;
+async fn attempt(addr: SocketAddr) -> Result<Io<TcpStream>, Failure> {
+    let stream = Io::connect(addr).await.map_err(|error| Failure::of(&error, addr))?;
     tune(&stream);
-    Ok(stream.into())
+    Ok(stream)
 }
 
 /// Waits for one of the attempts and removes it.
-async fn first_done(attempts: &mut Vec<Attempt>) -> Result<TcpStream, Failure> {
+async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, Failure> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
             let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));

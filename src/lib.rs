@@ -5,10 +5,10 @@
 //! | [`proto`] | every octet of RFC 1928 and 1929; pure | nothing |
 //! | [`reassembly`] | the FRAG queue; pure | `proto` |
 //! | [`policy`] | which method, who is this, where may they go; pure | `proto` |
-//! | [`alarm`] | a timer whose deadline moves | nothing |
-//! | [`relay`] | the two-way pump | `alarm` |
-//! | [`dial`] | names to addresses to one connection | `proto` |
-//! | [`conn`] | one connection, one message at a time | `relay`, `proto` |
+//! | [`reactor`] | where futures wait for sockets and for the time | nothing |
+//! | [`relay`] | the two-way pump | `reactor` |
+//! | [`dial`] | names to addresses to one connection | `reactor`, `proto` |
+//! | [`conn`] | one connection, one message at a time | `relay`, `reactor`, `proto` |
 //! | [`client`] | the handshake of a client, through any number of hops | `conn`, `dial`, `reassembly`, `proto` |
 //! | [`server`] | listen, limit, session, drain | all of the above |
 //! | [`cmd`] | the four modes, their flags, messages and exit statuses | all of the above |
@@ -19,13 +19,13 @@
 // Nothing that the network, a file or a user can say may end in a panic.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)]
 
-pub mod alarm;
 pub mod client;
 pub mod cmd;
 pub mod conn;
 pub mod dial;
 pub mod policy;
 pub mod proto;
+pub mod reactor;
 pub mod reassembly;
 pub mod relay;
 pub mod server;

@@ -1,12 +1,17 @@
 //! The two-way pump over any two streams: half-close carried over, a reset carried over as a reset, exact octet counts.
 //!
 //! It owns no memory while a tunnel is idle: a buffer is borrowed from the thread for the length of one poll, and only
-//! what the other side did not take at once is kept, at most one buffer a direction.
+//! what the other side did not take at once is kept, at most one buffer a direction. A direction between two bare
+//! sockets that proves to be bulk is spliced through a pipe (Linux), which it gives back when it goes quiet.
+
+#[cfg_attr(not(target_os = "linux"), path = "relay/no_splice.rs")]
+mod splice;
 
 use std::cell::RefCell;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
@@ -14,29 +19,41 @@ use std::time::{Duration, Instant};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 
-use crate::alarm::Alarm;
+use crate::reactor::{Alarm, Way, wake_later};
+use splice::Pipe;
 
 /// The buffer of a thread, in octets, and so the most that a direction keeps.
 const BUFFER: usize = 64 * 1024;
 /// How long dst may be silent before a client that can't send to it any more is told so.
 const UNSENT: Duration = Duration::from_secs(1);
-/// How often a peer that is not being read from is looked at, whether it is still there.
+/// How often a peer that is not being read from is looked at, whether it is still there; and a pipe, whether it is
+/// still of use.
 const LOOK: Duration = Duration::from_secs(1);
-/// How many buffers one direction may move before the other tunnels of the thread get their turn.
-const BUDGET: usize = 16;
+/// How many octets one direction may move before the other tunnels of the thread get their turn.
+const BUDGET: usize = 1 << 20;
+/// After how many full buffers in a row a direction is bulk.
+const BULK: u8 = 3;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
 }
 
-/// A stream that can be cut so that its peer does not take what it got for the whole.
-pub trait Abort {
+/// An operation on a bare socket: octets moved, 0 at the end.
+pub type BareOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
+
+/// A stream that can be relayed. It can be cut so that its peer does not take what it got for the whole.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     /// Makes the coming close a reset, where the stream has such a thing.
     fn abort(&self);
 
     /// Whether the peer has reset the stream, which reading would show, were there a use for what is read.
     fn is_reset(&self) -> bool {
         false
+    }
+
+    /// Does `op` on the socket when that may be ready. `None` when there is no socket whose octets are the stream's.
+    fn poll_bare(&self, _: &mut Context<'_>, _: Way, _: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+        None
     }
 }
 
@@ -107,8 +124,8 @@ impl fmt::Display for Broken {
 /// As [`Broken`] says.
 pub async fn relay<C, D>(client: &mut C, dst: &mut D, limits: Limits, moved: &Moved) -> Result<(), Broken>
 where
-    C: AsyncRead + AsyncWrite + Abort + Unpin,
-    D: AsyncRead + AsyncWrite + Abort + Unpin,
+    C: Stream,
+    D: Stream,
 {
     let mut ends = Ends { client, dst, clean: (false, false) };
     let mut tunnel = Tunnel {
@@ -135,13 +152,13 @@ where
 }
 
 /// The streams. What has not ended well is left reset.
-struct Ends<'a, C: Abort, D: Abort> {
+struct Ends<'a, C: Stream, D: Stream> {
     client: &'a mut C,
     dst: &'a mut D,
     clean: (bool, bool),
 }
 
-impl<C: Abort, D: Abort> Drop for Ends<'_, C, D> {
+impl<C: Stream, D: Stream> Drop for Ends<'_, C, D> {
     fn drop(&mut self) {
         if !self.clean.0 {
             self.client.abort();
@@ -168,11 +185,12 @@ impl Tunnel<'_> {
         (self.up.moved(), self.down.moved(), self.up.done, self.down.done)
     }
 
-    fn pump<C, D>(&mut self, cx: &mut Context<'_>, client: &mut C, dst: &mut D) -> Poll<Result<(), Broken>>
-    where
-        C: AsyncRead + AsyncWrite + Unpin,
-        D: AsyncRead + AsyncWrite + Unpin,
-    {
+    fn pump(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut impl Stream,
+        dst: &mut impl Stream,
+    ) -> Poll<Result<(), Broken>> {
         match self.up.poll(cx, client, dst) {
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadClient, error),
             // What dst sent before it stopped listening is still on its way to the client.
@@ -200,11 +218,16 @@ impl Tunnel<'_> {
     }
 
     /// Ready when the tunnel has been silent for too long, or one side has given it up.
-    fn poll_limits(&mut self, cx: &mut Context<'_>, client: &impl Abort, dst: &impl Abort) -> Poll<Result<(), Broken>> {
+    fn poll_limits(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &impl Stream,
+        dst: &impl Stream,
+    ) -> Poll<Result<(), Broken>> {
         let mut fired = false;
         loop {
             let now = Instant::now();
-            let stalled = !self.up.rest.is_empty();
+            let stalled = self.up.holds();
             // Who is not being read from can only be seen to be gone by looking, which is done now and then.
             let (look_at_client, look_at_dst) = (stalled || self.up.ended, self.down.done);
             if fired && look_at_client && client.is_reset() {
@@ -216,7 +239,7 @@ impl Tunnel<'_> {
             }
             let lingers = self.down.done && !stalled && !self.up.ended;
             let limit = match self.limits {
-                _ if self.unsent.is_some() && self.down.rest.is_empty() => Some(UNSENT),
+                _ if self.unsent.is_some() && !self.down.holds() => Some(UNSENT),
                 Limits { linger: Some(linger), .. } if lingers => Some(linger),
                 Limits { idle, .. } => idle,
             };
@@ -228,7 +251,12 @@ impl Tunnel<'_> {
                     None => Err(Broken::Idle),
                 });
             }
-            let look = (look_at_client || look_at_dst).then(|| now + LOOK);
+            if fired {
+                self.up.give_back();
+                self.down.give_back();
+            }
+            let looks = look_at_client || look_at_dst || self.up.pipe.is_some() || self.down.pipe.is_some();
+            let look = looks.then(|| now + LOOK);
             let Some(wake) = due.into_iter().chain(look).min() else { return Poll::Pending };
             ready!(self.alarm.poll(cx, wake));
             fired = true;
@@ -249,16 +277,25 @@ enum Fault {
 /// One direction of a tunnel.
 struct Direction<'a> {
     moved: &'a AtomicU64,
-    /// What the sink has not taken yet, from `sent` on.
-    rest: Vec<u8>,
-    sent: usize,
+    /// What was read and the sink has not taken yet.
+    rest: Option<Box<Rest>>,
+    pipe: Option<Box<Pipe>>,
+    /// How many full buffers have been read in a row.
+    full: u8,
+    /// Whether the streams are bare sockets that the kernel can splice, as far as is known.
+    splices: bool,
     ended: bool,
     done: bool,
 }
 
+struct Rest {
+    octets: Vec<u8>,
+    sent: usize,
+}
+
 impl<'a> Direction<'a> {
     fn new(moved: &'a AtomicU64) -> Self {
-        Self { moved, rest: Vec::new(), sent: 0, ended: false, done: false }
+        Self { moved, rest: None, pipe: None, full: 0, splices: true, ended: false, done: false }
     }
 
     fn moved(&self) -> u64 {
@@ -269,55 +306,127 @@ impl<'a> Direction<'a> {
         self.moved.fetch_add(n as u64, Ordering::Relaxed);
     }
 
+    /// Whether something was read that the sink has not taken yet.
+    fn holds(&self) -> bool {
+        self.rest.is_some() || self.pipe.as_ref().is_some_and(|pipe| !pipe.is_empty())
+    }
+
+    /// Closes the pipe if nothing has gone through it since this was asked last.
+    fn give_back(&mut self) {
+        let moved = self.moved();
+        if self.pipe.as_mut().is_some_and(|pipe| pipe.is_empty() && !pipe.has_moved(moved)) {
+            self.pipe = None;
+        }
+    }
+
     /// Moves what can be moved now. Ready when the source has ended and the sink knows.
-    fn poll<S, T>(&mut self, cx: &mut Context<'_>, source: &mut S, sink: &mut T) -> Poll<Result<(), Fault>>
-    where
-        S: AsyncRead + Unpin,
-        T: AsyncWrite + Unpin,
-    {
-        let (mut source, mut sink) = (Pin::new(source), Pin::new(sink));
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut impl Stream,
+        sink: &mut impl Stream,
+    ) -> Poll<Result<(), Fault>> {
         if self.done {
             return Poll::Ready(Ok(()));
         }
-        for _ in 0..BUDGET {
-            while let Some(rest @ [_, ..]) = self.rest.get(self.sent..) {
-                let n = ready!(sink.as_mut().poll_write(cx, rest)).and_then(not_zero).map_err(Fault::Sink)?;
-                self.sent += n;
-                self.took(n);
-            }
-            self.rest = Vec::new();
+        let enough = self.moved() + BUDGET as u64;
+        while self.moved() < enough {
+            ready!(self.flush(cx, sink))?;
             if self.ended {
-                ready!(sink.poll_close(cx)).map_err(Fault::Sink)?;
+                ready!(Pin::new(sink).poll_close(cx)).map_err(Fault::Sink)?;
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
-            let step = SCRATCH.with_borrow_mut(|buffer| self.step(cx, source.as_mut(), sink.as_mut(), buffer));
-            ready!(step)?;
+            ready!(if self.pipe.is_some() {
+                self.fill_pipe(cx, source)
+            } else {
+                SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer))
+            })?;
         }
-        cx.waker().wake_by_ref();
+        wake_later(cx);
         Poll::Pending
     }
 
+    /// Passes on what was read before.
+    fn flush(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<(), Fault>> {
+        while let Some(rest) = &mut self.rest {
+            let octets = rest.octets.get(rest.sent..).unwrap_or_default();
+            if octets.is_empty() {
+                self.rest = None;
+                break;
+            }
+            let n = ready!(Pin::new(&mut *sink).poll_write(cx, octets)).and_then(not_zero).map_err(Fault::Sink)?;
+            rest.sent += n;
+            self.took(n);
+        }
+        while let Some(pipe) = self.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
+            match sink.poll_bare(cx, Way::Write, &mut |socket| pipe.write_to(socket)) {
+                Some(Poll::Pending) => return Poll::Pending,
+                Some(Poll::Ready(Ok(n))) => {
+                    not_zero(n).map_err(Fault::Sink)?;
+                    self.took(n);
+                }
+                Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => {
+                    return Poll::Ready(Err(Fault::Sink(error)));
+                }
+                Some(Poll::Ready(Err(_))) | None => {
+                    let octets = pipe.empty().map_err(Fault::Source)?;
+                    self.rest = Some(Box::new(Rest { octets, sent: 0 }));
+                    self.refuse();
+                    return self.flush(cx, sink);
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// From now on this direction is copied. What is in the pipe has been taken out.
+    fn refuse(&mut self) {
+        self.pipe = None;
+        self.splices = false;
+    }
+
+    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<(), Fault>> {
+        let Some(pipe) = &mut self.pipe else { return Poll::Ready(Ok(())) };
+        match source.poll_bare(cx, Way::Read, &mut |socket| pipe.read_from(socket)) {
+            Some(Poll::Pending) => return Poll::Pending,
+            Some(Poll::Ready(Ok(0))) => self.ended = true,
+            Some(Poll::Ready(Ok(_))) => {}
+            Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => {
+                return Poll::Ready(Err(Fault::Source(error)));
+            }
+            Some(Poll::Ready(Err(_))) | None => self.refuse(),
+        }
+        Poll::Ready(Ok(()))
+    }
+
     /// One read, and one write of what it gave; what is left is kept.
-    fn step<S: AsyncRead, T: AsyncWrite>(
+    fn copy(
         &mut self,
         cx: &mut Context<'_>,
-        source: Pin<&mut S>,
-        sink: Pin<&mut T>,
+        source: &mut impl Stream,
+        sink: &mut impl Stream,
         buffer: &mut [u8],
     ) -> Poll<Result<(), Fault>> {
-        let n = ready!(source.poll_read(cx, buffer)).map_err(Fault::Source)?;
+        let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(Fault::Source)?;
         let Some(octets @ [_, ..]) = buffer.get(..n) else {
             self.ended = true;
             return Poll::Ready(Ok(()));
         };
-        let sent = match sink.poll_write(cx, octets) {
+        let sent = match Pin::new(sink).poll_write(cx, octets) {
             Poll::Ready(sent) => sent.and_then(not_zero).map_err(Fault::Sink)?,
             Poll::Pending => 0,
         };
         self.took(sent);
-        self.rest = octets.get(sent..).unwrap_or_default().to_vec();
-        self.sent = 0;
+        if let Some(octets @ [_, ..]) = octets.get(sent..) {
+            self.rest = Some(Box::new(Rest { octets: octets.to_vec(), sent: 0 }));
+        }
+        self.full = if n == buffer.len() { self.full.saturating_add(1) } else { 0 };
+        if self.full >= BULK && self.splices {
+            self.full = 0;
+            // Without a descriptor or memory to spare for it, copying has to do.
+            self.pipe = Pipe::open(self.moved()).ok().map(Box::new);
+        }
         Poll::Ready(Ok(()))
     }
 }

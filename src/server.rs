@@ -9,28 +9,30 @@ mod listen;
 mod login;
 mod record;
 mod session;
+mod tunnel;
+mod worker;
 
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
-use std::panic::AssertUnwindSafe;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt as _, StreamExt as _};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
-use smol::lock::Semaphore;
-use smol::{Executor, Timer};
 
 use crate::dial::{Resolver, unspecified};
 use crate::policy::Policy;
 pub use listen::Listen;
 use listen::Listener;
 use login::Login;
+use worker::{Shared, Worker};
 
 /// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
 const RESERVED_DESCRIPTORS: u64 = 64;
@@ -38,8 +40,6 @@ const RESERVED_DESCRIPTORS: u64 = 64;
 const SESSION_DESCRIPTORS: u64 = 2;
 /// The most connections that the default allows, whatever the descriptor limit.
 const MOST_CONNECTIONS: u64 = 500_000;
-/// How long accepting rests when the system has no descriptor or memory left for a connection.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a server is told at its start.
 #[derive(Clone, Debug)]
@@ -160,33 +160,46 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     }
     policy.own = listeners.iter().filter_map(Listener::addr).collect();
     let signals = Signals::new([Signal::Term, Signal::Int]).map_err(|error| ("signals".into(), error))?;
-    for listener in &listeners {
-        log::info!("listening on {listener}");
+    let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
+    let is_open = policy.users.is_none() && policy.own.iter().any(|own| !own.ip().is_loopback());
+    let (threads, drain) = (options.threads, options.drain);
+    let server = Server { options, policy, login: Login::default(), resolver: Resolver::default() };
+    let (accepting, closing) = channel::bounded::<Infallible>(1);
+    let (running, over) = channel::bounded::<Infallible>(1);
+    let (alive, all_over) = channel::bounded::<Infallible>(1);
+    let listeners = listeners.into_iter().map(Arc::new).collect();
+    let worker = Worker { shared: Arc::new(Shared::new(server, limit)), listeners, closing, over };
+    let workers = start(threads, &worker, &alive).map_err(|error| ("threads".into(), error))?;
+    // From here on only the workers hold the listeners, which close when nobody accepts.
+    drop((worker, alive));
+    for addr in addrs {
+        log::info!("listening on {addr}");
     }
-    if policy.users.is_none() && policy.own.iter().any(|own| !own.ip().is_loopback()) {
+    if is_open {
         log::warn!("everybody who can reach this server may use it: there is no --users FILE");
     }
-    let threads = options.threads;
-    let server = Arc::new(Server { options, policy, login: Login::default(), resolver: Resolver::default() });
-    let executor = Arc::new(Executor::new());
-    let (done, stop) = channel::bounded::<Infallible>(1);
-    let mut workers = Vec::new();
-    for _ in 1..threads {
-        let (executor, stop) = (executor.clone(), stop.clone());
-        let worker = move || {
-            let _ = smol::block_on(executor.run(stop.recv()));
-        };
-        let worker = std::thread::Builder::new().name("s5".into()).spawn(worker);
-        workers.push(worker.map_err(|error| ("threads".to_owned(), error))?);
-    }
-    let gate = Arc::new(Gate { slots: Arc::new(Semaphore::new(limit)), limit, complaint: Complaint::default() });
-    smol::block_on(executor.run(accept_and_drain(&server, listeners, &gate, &executor, signals)));
-    drop(done);
+    smol::block_on(end(signals, accepting, drain, all_over));
+    drop(running);
     for worker in workers {
         // A worker that panicked has said so; there is nothing to be done about it at the end.
         let _ = worker.join();
     }
     Ok(())
+}
+
+/// Starts the threads, and returns when all of them accept.
+fn start(threads: usize, worker: &Worker, alive: &Sender<Infallible>) -> io::Result<Vec<JoinHandle<()>>> {
+    let (started, ready) = mpsc::channel();
+    let mut workers = Vec::new();
+    for _ in 0..threads {
+        let (worker, started, alive) = (worker.clone(), started.clone(), alive.clone());
+        let thread = std::thread::Builder::new().name("s5-worker".into());
+        workers.push(thread.spawn(move || worker.run(&started, alive))?);
+    }
+    drop(started);
+    // A worker that panics says nothing.
+    workers.iter().try_for_each(|_| ready.recv().map_err(io::Error::other)?)?;
+    Ok(workers)
 }
 
 /// Raises the soft limit to the hard one and gives what holds then.
@@ -199,111 +212,23 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-async fn accept_and_drain(
-    server: &Arc<Server>,
-    listeners: Vec<Listener>,
-    gate: &Arc<Gate>,
-    executor: &Arc<Executor<'static>>,
-    mut signals: Signals,
-) {
-    let (alive, over) = channel::bounded::<Infallible>(1);
-    let accepting: Vec<_> = listeners
-        .into_iter()
-        .map(|listener| {
-            let accepting = accept(server.clone(), listener, gate.clone(), executor.clone(), alive.clone());
-            executor.spawn(accepting)
-        })
-        .collect();
-    drop(alive);
+/// Waits for the signal to end, and then for the sessions, as long as they may take.
+async fn end(mut signals: Signals, accepting: Sender<Infallible>, drain: Duration, all_over: Receiver<Infallible>) {
     signals.next().await;
-    // Awaited, since these tasks hold the executor, and only one that is dropped cuts what the drain leaves over.
-    for task in accepting {
-        task.cancel().await;
-    }
-    log::info!("ending: no new connections, {} s for the open ones", server.options.drain.as_secs());
+    drop(accepting);
+    log::info!("ending: no new connections, {} s for the open ones", drain.as_secs());
+    let over = async {
+        let _ = all_over.recv().await;
+    };
     let timeout = async {
-        Timer::after(server.options.drain).await;
+        Timer::after(drain).await;
         log::info!("ending: the open connections are cut");
     };
     let again = async {
         signals.next().await;
         log::info!("ending: at once");
     };
-    all_over(over).or(timeout).or(again).await;
-}
-
-/// Returns when every session has dropped its sender.
-async fn all_over(over: Receiver<Infallible>) {
-    let _ = over.recv().await;
-}
-
-/// How many sessions there may be, and what is said when there are.
-struct Gate {
-    slots: Arc<Semaphore>,
-    limit: usize,
-    complaint: Complaint,
-}
-
-/// A log line that comes once a second at the most.
-#[derive(Default)]
-struct Complaint(Mutex<Option<Instant>>);
-
-impl Complaint {
-    fn log(&self, what: impl FnOnce() -> String) {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
-            *last = Some(Instant::now());
-            log::warn!("{}", what());
-        }
-    }
-}
-
-async fn accept(
-    server: Arc<Server>,
-    listener: Listener,
-    gate: Arc<Gate>,
-    executor: Arc<Executor<'static>>,
-    alive: Sender<Infallible>,
-) {
-    loop {
-        // A slot is taken only when somebody is there, or one idle listener would keep it from the others.
-        if let Err(error) = listener.readable().await {
-            gate.complaint.log(|| format!("{listener}: {error}"));
-            Timer::after(EXHAUSTED_PAUSE).await;
-            continue;
-        }
-        let slot = match gate.slots.try_acquire_arc() {
-            Some(slot) => slot,
-            None => {
-                gate.complaint.log(|| format!("{} connections are open, which is the limit: waiting", gate.limit));
-                gate.slots.acquire_arc().await
-            }
-        };
-        match listener.accept() {
-            Ok((conn, client)) => {
-                let (server, alive) = (server.clone(), alive.clone());
-                let session = async move {
-                    if AssertUnwindSafe(session::run(&server, conn, client)).catch_unwind().await.is_err() {
-                        log::error!("a session ended in a panic; please report it");
-                    }
-                    drop((slot, alive));
-                };
-                executor.spawn(session).detach();
-            }
-            // Somebody else was faster, or the client has left again.
-            Err(error) if is_passing(&error) => {}
-            Err(error) => {
-                gate.complaint.log(|| format!("{listener}: {error}: waiting"));
-                Timer::after(EXHAUSTED_PAUSE).await;
-            }
-        }
-    }
-}
-
-fn is_passing(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
-    let is_protocol = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());
-    is_protocol || matches!(error.kind(), WouldBlock | ConnectionAborted | ConnectionReset | Interrupted)
+    over.or(timeout).or(again).await;
 }
 
 /// The address of this machine at which `peer` (unspecified: anybody) of its own family can reach a session whose

@@ -9,7 +9,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::relay::{Broken, Limits, Place};
 use tunnel::memory::Memory;
-use tunnel::sockets::Sockets;
+use tunnel::sockets::{EdgeSockets, Sockets};
 use tunnel::{Far as _, Received, Tunnel, Way};
 
 /// Makes tests of generic functions, one for each relay there is.
@@ -17,6 +17,7 @@ macro_rules! for_each_relay {
     ($($test:ident)*) => {
         mod memory { $(#[test] fn $test() { super::$test::<super::Memory>(); })* }
         mod sockets { $(#[test] fn $test() { super::$test::<super::Sockets>(); })* }
+        mod edge { $(#[test] fn $test() { super::$test::<super::EdgeSockets>(); })* }
     };
 }
 
@@ -229,6 +230,16 @@ proptest! {
     #[test]
     fn any_writes_half_closes_and_stalls_are_relayed_exactly_by_sockets(acts in any_acts(0)) {
         play::<Sockets>(CAPACITY, &acts);
+    }
+
+    #[test]
+    fn any_writes_half_closes_and_stalls_are_relayed_exactly_with_a_reactor(acts in any_acts(0)) {
+        play::<EdgeSockets>(CAPACITY, &acts);
+    }
+
+    #[test]
+    fn any_resets_among_them_never_pass_for_an_end_with_a_reactor(acts in any_acts(3)) {
+        play::<EdgeSockets>(CAPACITY, &acts);
     }
 
     #[test]

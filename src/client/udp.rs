@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, UdpSocket};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::task::Poll;
 use std::time::Instant;
 
@@ -157,12 +157,9 @@ impl Association {
     }
 
     /// Returns when a control connection has ended, and says whose.
-    pub async fn lost(&self) -> Lost {
-        let watch = |layer: &'_ Layer| -> Pin<Box<dyn Future<Output = ()> + '_>> {
-            let control = layer.control.clone();
-            Box::pin(async move { control.closed().await })
-        };
-        let mut watches: Vec<_> = self.layers.iter().map(|layer| (watch(layer), layer)).collect();
+    pub async fn lost<'a>(&'a self) -> Lost {
+        let watch = |layer: &'a Layer| (Box::pin(layer.control.closed()), layer);
+        let mut watches: Vec<_> = self.layers.iter().map(watch).collect();
         let mut lost = pin!(poll_fn(move |cx| {
             for (watch, layer) in &mut watches {
                 if watch.as_mut().poll(cx).is_ready() {

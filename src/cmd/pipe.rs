@@ -13,7 +13,7 @@ use smol::Unblock;
 use super::{Failure, Status};
 use crate::client::Client;
 use crate::conn::Conn;
-use crate::relay::{Abort, Broken, Limits, Moved, Place, relay};
+use crate::relay::{Broken, Limits, Moved, Place, Stream, relay};
 
 /// The buffer between a blocking descriptor and the relay, in octets.
 const BUFFER: usize = 64 * 1024;
@@ -36,7 +36,7 @@ impl Pipe {
 }
 
 /// A reset is told by the exit status.
-impl Abort for Pipe {
+impl Stream for Pipe {
     fn abort(&self) {}
 }
 

@@ -15,16 +15,15 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
-use smol::Async;
 
 use super::record::Record;
 use super::session::Refusal;
 use super::{Filtering, Server, address_for, bind_within};
-use crate::alarm::Alarm;
 use crate::conn::{Conn, until};
 use crate::dial::{Failure, canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
+use crate::reactor::{Alarm, Io, Way, wake_later};
 use crate::reassembly::{Reassembler, split};
 
 /// More than any UDP datagram has, in octets, so that none is cut.
@@ -79,7 +78,7 @@ fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
     client
 }
 
-fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<Async<UdpSocket>> {
+fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<Io<UdpSocket>> {
     let local = address_for(control.local_addr(), unspecified(client.ip()))?;
     let socket = bind_within(server.options.udp_ports.as_ref(), local, udp_socket)?;
     // Port 0 leaves the port open and pins the address.
@@ -87,7 +86,7 @@ fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Resu
     Ok(socket)
 }
 
-fn udp_socket(local: SocketAddr) -> io::Result<Async<UdpSocket>> {
+fn udp_socket(local: SocketAddr) -> io::Result<Io<UdpSocket>> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::DGRAM, None)?;
     if local.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -96,17 +95,18 @@ fn udp_socket(local: SocketAddr) -> io::Result<Async<UdpSocket>> {
     // Bursts fare better with more; the association works with what there is.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
-    Async::new(socket.into())
+    socket.set_nonblocking(true)?;
+    Io::new(socket.into())
 }
 
 struct Association<'a> {
     server: &'a Server,
     record: &'a Record,
-    relay: Async<UdpSocket>,
+    relay: Io<UdpSocket>,
     /// The port is 0 until it is known.
     client: SocketAddr,
     /// One socket a family towards all targets, once it is needed: IPv4, IPv6.
-    outward: [Option<Async<UdpSocket>>; 2],
+    outward: [Option<Io<UdpSocket>>; 2],
     contacted: Contacted,
     names: HashMap<Name, Resolution>,
     lookups: Vec<(Name, Lookup)>,
@@ -114,7 +114,7 @@ struct Association<'a> {
     last: Instant,
 }
 
-type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>> + Send>>;
+type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>>>>;
 
 /// What an association knows of a name.
 enum Resolution {
@@ -135,7 +135,7 @@ impl Association<'_> {
             let more = SCRATCH.with_borrow_mut(|buffer| self.poll_sockets(cx, buffer));
             // What waited for a name may have gone out by a socket that nobody has looked at yet.
             if self.poll_lookups(cx) || more {
-                cx.waker().wake_by_ref();
+                wake_later(cx);
                 return Poll::Pending;
             }
             loop {
@@ -265,7 +265,7 @@ impl Association<'_> {
         }
     }
 
-    fn outward(&mut self, addr: SocketAddr) -> io::Result<&Async<UdpSocket>> {
+    fn outward(&mut self, addr: SocketAddr) -> io::Result<&Io<UdpSocket>> {
         let [v4, v6] = &mut self.outward;
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
@@ -293,22 +293,16 @@ impl Association<'_> {
 }
 
 /// The next datagram, or none for now. Errors are ICMP's, about datagrams that were sent before: they pass.
-fn poll_recv(socket: &Async<UdpSocket>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Option<(usize, SocketAddr)> {
-    let mut errors = 0;
-    loop {
-        match socket.get_ref().recv_from(buffer) {
-            Ok(received) => return Some(received),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => match socket.poll_readable(cx) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(_)) | Poll::Pending => return None,
-            },
-            Err(_) if errors < BUDGET => errors += 1,
-            Err(_) => {
-                cx.waker().wake_by_ref();
-                return None;
-            }
+fn poll_recv(socket: &Io<UdpSocket>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Option<(usize, SocketAddr)> {
+    for _ in 0..BUDGET {
+        match socket.poll_with(cx, Way::Read, |socket| socket.recv_from(buffer)) {
+            Poll::Ready(Ok(received)) => return Some(received),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => return None,
         }
     }
+    wake_later(cx);
+    None
 }
 
 /// Returns when the control connection ends, however it does, or when it carries what it should not.

@@ -3,12 +3,10 @@
 //! DST is who is expected, never where to listen: an address of zeros is anybody, port 0 is any port.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
-use async_net::{TcpListener, TcpStream};
 use futures_lite::FutureExt as _;
-use smol::{Async, Timer};
 
 use super::record::Record;
 use super::session::Refusal;
@@ -16,14 +14,20 @@ use super::{Server, address_for, bind_within};
 use crate::conn::{Conn, until};
 use crate::dial::{literal, tune, unspecified};
 use crate::proto::{Addr, Host, Rep};
+use crate::reactor::{self, Io, Way, sleep};
 
 /// How long to rest when there is no descriptor for the peer's connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
+pub(super) async fn serve(
+    server: &Server,
+    client: &mut Conn,
+    dst: &Addr,
+    record: &mut Record,
+) -> Result<Conn, Refusal> {
     let expected = Expected::resolve(server, dst).await?;
     let listener = listen(server, client, &expected).map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
-    let local = listener.local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
+    let local = listener.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
     let reported = match address_for(client.local_addr(), expected.representative(client.local_addr())) {
         Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
         _ => local,
@@ -39,8 +43,7 @@ pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record
     let (peer, addr) =
         came.unwrap_or_else(|| Err(Refusal::reply(Rep::TTL_EXPIRED, "the peer did not come in time")))?;
     server.succeed(client, addr, record).await?;
-    server.relay(client, Conn::Tcp(peer), record).await;
-    Ok(())
+    Ok(peer)
 }
 
 /// Who may connect.
@@ -87,7 +90,7 @@ impl Expected {
 
 /// Binds where the expected peer can come to: the address that the client uses, or every address where one would not
 /// do: for peers of both families, and behind an advertised address, which need not be one of this machine's.
-fn listen(server: &Server, client: &Conn, expected: &Expected) -> io::Result<TcpListener> {
+fn listen(server: &Server, client: &Conn, expected: &Expected) -> io::Result<Io<TcpListener>> {
     let mut local = address_for(client.local_addr(), expected.representative(client.local_addr()))?;
     if expected.both_families() {
         local.set_ip(Ipv6Addr::UNSPECIFIED.into());
@@ -95,15 +98,15 @@ fn listen(server: &Server, client: &Conn, expected: &Expected) -> io::Result<Tcp
         local.set_ip(unspecified(local.ip()));
     }
     let bind = |local| listen_at(local, !expected.both_families());
-    let listener = bind_within(server.options.bind_ports.as_ref(), local, bind)?;
-    Async::new(listener).map(Into::into)
+    Io::new(bind_within(server.options.bind_ports.as_ref(), local, bind)?)
 }
 
-fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<std::net::TcpListener> {
+fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::STREAM, None)?;
     if local.is_ipv6() {
         socket.set_only_v6(only_v6)?;
     }
+    socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
     socket.bind(&local.into())?;
     tune(&socket);
@@ -113,16 +116,15 @@ fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<std::net::TcpListen
 }
 
 /// Waits for the expected peer. Whoever else connects is closed.
-async fn accept(listener: &TcpListener, expected: &Expected) -> (TcpStream, SocketAddr) {
+async fn accept(listener: &Io<TcpListener>, expected: &Expected) -> (Conn, SocketAddr) {
     loop {
-        match listener.accept().await {
-            Ok((stream, peer)) if expected.includes(peer) => {
-                return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+        let accepted = listener.with(Way::Read, |listener| reactor::accept(listener)).await;
+        match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
+            Ok((stream, Some(peer))) if expected.includes(peer) => {
+                return (Conn::Tcp(stream), SocketAddr::new(peer.ip().to_canonical(), peer.port()));
             }
-            Ok((_, stranger)) => log::debug!("bind: {stranger} is not the expected peer"),
-            Err(_) => {
-                Timer::after(EXHAUSTED_PAUSE).await;
-            }
+            Ok((_, stranger)) => log::debug!("bind: {stranger:?} is not the expected peer"),
+            Err(_) => sleep(EXHAUSTED_PAUSE).await,
         }
     }
 }

@@ -1,10 +1,9 @@
-//! CONNECT (RFC 1928 sections 4 and 6): resolve, judge, dial, answer, relay.
+//! CONNECT (RFC 1928 sections 4 and 6): resolve, judge, dial, answer.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
-use smol::Timer;
 
 use super::record::Record;
 use super::session::Refusal;
@@ -13,15 +12,17 @@ use crate::conn::{Conn, until};
 use crate::dial::{Failure, dial};
 use crate::policy::is_unicast;
 use crate::proto::{Addr, Rep, Reply};
-use crate::relay::{Abort as _, Broken, Limits, relay};
+use crate::reactor::sleep;
 
 /// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
 const LEAVE_GRACE: Duration = Duration::from_secs(2);
 
-/// How long a client whose target has closed and takes no more may take for the last of what it was sent.
-const LAST_WORDS: Duration = Duration::from_secs(2);
-
-pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
+pub(super) async fn serve(
+    server: &Server,
+    client: &mut Conn,
+    dst: &Addr,
+    record: &mut Record,
+) -> Result<Conn, Refusal> {
     let deadline = Instant::now() + server.options.connect_timeout;
     let connected = async {
         let addrs = server.reachable(dst, deadline).await?;
@@ -29,14 +30,13 @@ pub(super) async fn serve(server: &Server, client: &mut Conn, dst: &Addr, record
     };
     let left = async {
         client.left().await;
-        Timer::after(LEAVE_GRACE).await;
+        sleep(LEAVE_GRACE).await;
         Err(Refusal::silent("the client left before the connection was made"))
     };
     let target = connected.or(left).await?;
-    let bnd = target.local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
+    let bnd = target.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
     server.succeed(client, bnd, record).await?;
-    server.relay(client, Conn::Tcp(target), record).await;
-    Ok(())
+    Ok(Conn::Tcp(target))
 }
 
 impl Server {
@@ -67,19 +67,5 @@ impl Server {
         client.write_message(&reply).await.map_err(Refusal::silent)?;
         record.rep = Some(Rep::SUCCEEDED);
         Ok(())
-    }
-
-    /// Relays between the client and the target until the tunnel ends.
-    pub(super) async fn relay(&self, client: &mut Conn, mut target: Conn, record: &mut Record) {
-        let limits = Limits { idle: Some(self.options.idle_timeout), linger: None };
-        let Err(broken) = relay(client, &mut target, limits, &record.moved).await else { return };
-        record.error = Some(broken.to_string());
-        if let Broken::Unsent(_) = broken {
-            drop(target);
-            // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
-            // has closed its side does not say that it has read all.
-            Timer::after(LAST_WORDS).await;
-            client.abort();
-        }
     }
 }

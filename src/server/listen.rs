@@ -4,16 +4,17 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use smol::Async;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::conn::Conn;
 use crate::dial::tune;
+use crate::reactor::{Io, accept};
 
 /// How many connections may wait to be accepted; the system may make it fewer (net.core.somaxconn).
 const BACKLOG: i32 = 4096;
@@ -93,6 +94,7 @@ fn all_of(addrs: BTreeSet<SocketAddr>) -> io::Result<Vec<Listener>> {
 
 fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
     if addr.is_ipv6() {
         socket.set_only_v6(true)?;
     }
@@ -134,7 +136,8 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     if is_socket && is_left_over(&path)? {
         std::fs::remove_file(&path)?;
     }
-    let listener = Async::new(UnixListener::bind(&path)?)?;
+    let listener = UnixListener::bind(&path)?;
+    listener.set_nonblocking(true)?;
     Ok(Listener::Unix(UnixPath(path), listener))
 }
 
@@ -149,9 +152,9 @@ fn is_left_over(path: &Path) -> io::Result<bool> {
 /// One listening socket.
 #[derive(Debug)]
 pub(super) enum Listener {
-    Tcp(Async<TcpListener>, SocketAddr),
+    Tcp(TcpListener, SocketAddr),
     /// The name goes before the socket does: a successor's must not be taken for ours.
-    Unix(UnixPath, Async<UnixListener>),
+    Unix(UnixPath, UnixListener),
 }
 
 /// Removes the socket's name when the listener goes.
@@ -176,7 +179,7 @@ impl fmt::Display for Listener {
 impl Listener {
     fn tcp(listener: TcpListener) -> io::Result<Self> {
         let addr = listener.local_addr()?;
-        Ok(Self::Tcp(Async::new(listener)?, addr))
+        Ok(Self::Tcp(listener, addr))
     }
 
     pub(super) fn addr(&self) -> Option<SocketAddr> {
@@ -186,24 +189,21 @@ impl Listener {
         }
     }
 
-    pub(super) async fn readable(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(listener, _) => listener.readable().await,
-            Self::Unix(_, listener) => listener.readable().await,
-        }
-    }
-
     /// Accepts a connection that is there already: itself, and where it came from when that is an address.
     pub(super) fn accept(&self) -> io::Result<(Conn, Option<SocketAddr>)> {
+        let (socket, peer) = accept(self)?;
+        Ok(match self {
+            Self::Tcp(..) => (Conn::Tcp(Io::new(socket.into())?), peer),
+            Self::Unix(..) => (Conn::Unix(Io::new(socket.into())?), None),
+        })
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Tcp(listener, _) => {
-                let (stream, peer) = listener.get_ref().accept()?;
-                Ok((Conn::Tcp(Async::new(stream)?.into()), Some(peer)))
-            }
-            Self::Unix(_, listener) => {
-                let (stream, _) = listener.get_ref().accept()?;
-                Ok((Conn::Unix(Async::new(stream)?.into()), None))
-            }
+            Self::Tcp(listener, _) => listener.as_fd(),
+            Self::Unix(_, listener) => listener.as_fd(),
         }
     }
 }

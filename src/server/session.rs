@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::record::Record;
+use super::tunnel::Tunnel;
 use super::{Server, associate, bind, connect};
 use crate::conn::{Conn, ReadError, until};
 use crate::dial::Failure;
@@ -59,8 +60,9 @@ fn rep(failure: Failure, dst_is_name: bool) -> Rep {
     }
 }
 
-/// Runs a session of `client`, which has no address on a Unix socket, and had one even if it is gone by now.
-pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAddr>) {
+/// Runs a session of `client`, which has no address on a Unix socket, and had one even if it is gone by now. What is
+/// left of it when two ends are to be relayed is its tunnel.
+pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAddr>) -> Option<Tunnel> {
     let mut record = Record::new(client);
     let deadline = Instant::now() + server.options.handshake_timeout;
     let outcome = match until(deadline, handshake(server, &mut conn, &mut record)).await {
@@ -68,11 +70,15 @@ pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAd
         Some(Err(refusal)) => Err(refusal),
         None => Err(Refusal::silent("the handshake took too long")),
     };
-    if let Err(refusal) = outcome {
-        record.rep = refusal.rep.or(record.rep);
-        record.error = Some(refusal.why);
-        if !refusal.say.is_empty() {
-            conn.farewell(&refusal.say).await;
+    match outcome {
+        Ok(target) => Some(Tunnel { client: conn, target: target?, record }),
+        Err(refusal) => {
+            record.rep = refusal.rep.or(record.rep);
+            record.error = Some(refusal.why);
+            if !refusal.say.is_empty() {
+                conn.farewell(&refusal.say).await;
+            }
+            None
         }
     }
 }
@@ -137,13 +143,19 @@ fn refuse_login(error: ReadError) -> Refusal {
     }
 }
 
-async fn dispatch(server: &Server, conn: &mut Conn, request: &Request, record: &mut Record) -> Result<(), Refusal> {
+/// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
+async fn dispatch(
+    server: &Server,
+    conn: &mut Conn,
+    request: &Request,
+    record: &mut Record,
+) -> Result<Option<Conn>, Refusal> {
     let dst = &request.dst;
     match request.command {
-        Command::Connect => connect::serve(server, conn, dst, record).await,
+        Command::Connect => connect::serve(server, conn, dst, record).await.map(Some),
         // The rarer commands are boxed, so that a session is not as large as the largest of them.
-        Command::Bind => Box::pin(bind::serve(server, conn, dst, record)).await,
-        Command::UdpAssociate => Box::pin(associate::serve(server, conn, dst, record)).await,
+        Command::Bind => Box::pin(bind::serve(server, conn, dst, record)).await.map(Some),
+        Command::UdpAssociate => Box::pin(associate::serve(server, conn, dst, record)).await.map(|()| None),
     }
 }
 

@@ -169,10 +169,9 @@ fn one_thread_or_four_serve_the_same() {
             streams.iter_mut().for_each(|stream| ping(stream, b"hello"));
         }
         let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
-        let workers = tasks
-            .flatten()
-            .filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "s5"));
-        // The main thread is one of them.
+        let workers = tasks.flatten().filter(|task| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "s5-worker")
+        });
         assert_eq!(workers.count().to_string(), threads);
     }
 }

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
-use s5::relay::{Abort, Broken, Limits, Moved, relay};
+use s5::relay::{Broken, Limits, Moved, relay};
 
 use super::{Far, Received, Tunnel};
 
@@ -104,7 +104,7 @@ impl Drop for NearEnd {
     }
 }
 
-impl Abort for NearEnd {
+impl s5::relay::Stream for NearEnd {
     fn abort(&self) {
         self.0.borrow_mut().aborts += 1;
     }

@@ -1,4 +1,4 @@
-//! `s5::relay` over TCP on loopback, on a thread of its own.
+//! `s5::relay` over TCP on loopback, on a thread of its own: with a reactor of its own, or with async-io.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures_lite::FutureExt as _;
 use s5::conn::Conn;
+use s5::reactor::{self, Io};
 use s5::relay::{Broken, Limits, Moved, relay};
 use smol::channel::{Sender, unbounded};
 use socket2::SockRef;
@@ -58,7 +59,12 @@ impl Far for FarEnd {
     }
 }
 
-pub struct Sockets {
+/// With async-io.
+pub type Sockets = OnThread<false>;
+/// With the reactor of a server's thread.
+pub type EdgeSockets = OnThread<true>;
+
+pub struct OnThread<const HAS_REACTOR: bool> {
     client: FarEnd,
     dst: FarEnd,
     moved: Arc<Moved>,
@@ -68,7 +74,7 @@ pub struct Sockets {
     outcome: Option<Result<(), Broken>>,
 }
 
-impl Sockets {
+impl<const HAS_REACTOR: bool> OnThread<HAS_REACTOR> {
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.outcome = thread.join().expect("the relay does not panic");
@@ -77,7 +83,7 @@ impl Sockets {
 }
 
 /// A connection with small buffers, though not so small that TCP waits for more: the far end, and the relay's.
-fn connection(capacity: usize) -> (FarEnd, Conn) {
+fn connection(capacity: usize) -> (FarEnd, TcpStream) {
     let capacity = capacity.max(64 * 1024);
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     SockRef::from(&listener).set_recv_buffer_size(capacity).expect("a size can be set");
@@ -88,25 +94,31 @@ fn connection(capacity: usize) -> (FarEnd, Conn) {
         stream.set_nodelay(true).expect("it can be set");
     }
     far.set_nonblocking(true).expect("it can be set");
-    (FarEnd { stream: Some(far), is_broken: false }, Conn::Tcp(near.try_into().expect("a runtime")))
+    near.set_nonblocking(true).expect("it can be set");
+    (FarEnd { stream: Some(far), is_broken: false }, near)
 }
 
-impl Tunnel for Sockets {
+impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
     type Far = FarEnd;
 
     fn open(capacity: usize, limits: Limits) -> Self {
-        let (client, mut near_client) = connection(capacity);
-        let (dst, mut near_dst) = connection(capacity);
+        let (client, near_client) = connection(capacity);
+        let (dst, near_dst) = connection(capacity);
         let moved = Arc::<Moved>::default();
         let (cancel, cancelled) = unbounded();
         let counted = moved.clone();
         let thread = thread::spawn(move || {
-            let relay = async { Some(relay(&mut near_client, &mut near_dst, limits, &counted).await) };
+            let relay = async {
+                let [mut client, mut dst] =
+                    [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
+                Some(relay(&mut client, &mut dst, limits, &counted).await)
+            };
             let cancelled = async {
                 let _ = cancelled.recv().await;
                 None
             };
-            smol::block_on(relay.or(cancelled))
+            let ended = relay.or(cancelled);
+            if HAS_REACTOR { reactor::run(ended).expect("a reactor") } else { smol::block_on(ended) }
         });
         Self { client, dst, moved, cancel, thread: Some(thread), outcome: None }
     }
@@ -140,7 +152,7 @@ impl Tunnel for Sockets {
     }
 }
 
-impl Drop for Sockets {
+impl<const HAS_REACTOR: bool> Drop for OnThread<HAS_REACTOR> {
     fn drop(&mut self) {
         self.cancel.close();
     }

@@ -1,0 +1,348 @@
+//! Where futures wait for sockets and for the time.
+//!
+//! A thread inside of [`run`] on Linux has a reactor of its own: edge-triggered epoll. There a socket is registered
+//! once for its life, waiting for it costs no system call, and it is tried only when there may be something to be had.
+//! Everywhere else the same types wait by way of async-io: in the clients, in tests, and on other systems.
+
+#[cfg(target_os = "linux")]
+mod edge;
+
+use std::future::{Future, poll_fn};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use futures_lite::{AsyncRead, AsyncWrite};
+use smol::Async;
+
+/// Runs `future` to its end on this thread. On Linux everything that is made in here waits on the thread's own reactor.
+///
+/// # Errors
+/// The descriptors that a reactor needs could not be had, or waiting failed for good.
+pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
+    #[cfg(target_os = "linux")]
+    return edge::run(future);
+    #[cfg(not(target_os = "linux"))]
+    return Ok(smol::block_on(future));
+}
+
+/// Wakes the task once the sockets have been looked at again: for one that could go on at once, and must let the
+/// others have their turn.
+pub fn wake_later(cx: &Context<'_>) {
+    #[cfg(target_os = "linux")]
+    if edge::wake_later(cx) {
+        return;
+    }
+    cx.waker().wake_by_ref();
+}
+
+/// Lets the others have their turn, once.
+pub async fn yield_now() {
+    let mut has_yielded = false;
+    poll_fn(|cx| {
+        if has_yielded {
+            return Poll::Ready(());
+        }
+        has_yielded = true;
+        wake_later(cx);
+        Poll::Pending
+    })
+    .await;
+}
+
+/// What a future waits for on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Something to read, to accept, or an end.
+    Read,
+    /// Room to write, or the end of a connect.
+    Write,
+}
+
+/// A non-blocking socket that can be waited for. Bound to the thread that made it.
+#[derive(Debug)]
+pub struct Io<T>(Kind<T>);
+
+#[derive(Debug)]
+enum Kind<T> {
+    #[cfg(target_os = "linux")]
+    Edge(edge::Source<T>),
+    Async(Arc<Async<T>>),
+}
+
+impl<T: AsFd> Io<T> {
+    /// Of a socket that is non-blocking already.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn new(socket: T) -> io::Result<Self> {
+        Self::register(socket, false)
+    }
+
+    /// Of a non-blocking listener for which several threads wait: a connection wakes one of those that are idle.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn shared(listener: T) -> io::Result<Self> {
+        Self::register(listener, true)
+    }
+
+    fn register(socket: T, is_shared: bool) -> io::Result<Self> {
+        #[cfg(target_os = "linux")]
+        if let Some(reactor) = edge::current() {
+            return reactor.register(socket, is_shared).map(|source| Self(Kind::Edge(source)));
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = is_shared;
+        Ok(Self(Kind::Async(Arc::new(Async::new_nonblocking(socket)?))))
+    }
+
+    /// The socket without the reactor, to be taken elsewhere.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2); or the socket is in use elsewhere still.
+    pub fn into_inner(self) -> io::Result<T> {
+        match self.0 {
+            #[cfg(target_os = "linux")]
+            Kind::Edge(source) => source.into_inner(),
+            Kind::Async(socket) => Arc::try_unwrap(socket).map_err(|_| io::ErrorKind::ResourceBusy)?.into_inner(),
+        }
+    }
+
+    /// The socket itself.
+    pub fn get_ref(&self) -> &T {
+        match &self.0 {
+            #[cfg(target_os = "linux")]
+            Kind::Edge(source) => source.get_ref(),
+            Kind::Async(socket) => (**socket).get_ref(),
+        }
+    }
+
+    /// Does `op` when the socket may be ready, as often as it takes: `op` says `WouldBlock` when it was not.
+    ///
+    /// One task at a time may wait for each way of a socket.
+    ///
+    /// # Errors
+    /// Those of `op`, but for `WouldBlock` and `Interrupted`.
+    pub fn poll_with<R>(
+        &self,
+        cx: &mut Context<'_>,
+        way: Way,
+        mut op: impl FnMut(&T) -> io::Result<R>,
+    ) -> Poll<io::Result<R>> {
+        loop {
+            #[cfg(target_os = "linux")]
+            if let Kind::Edge(source) = &self.0 {
+                ready!(source.poll_ready(cx, way));
+            }
+            match op(self.get_ref()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return Poll::Ready(done),
+            }
+            match &self.0 {
+                #[cfg(target_os = "linux")]
+                Kind::Edge(source) => source.exhausted(way),
+                Kind::Async(socket) => match way {
+                    Way::Read => ready!(socket.poll_readable(cx))?,
+                    Way::Write => ready!(socket.poll_writable(cx))?,
+                },
+            }
+        }
+    }
+
+    /// As [`Io::poll_with`].
+    ///
+    /// # Errors
+    /// Those of `op`, but for `WouldBlock` and `Interrupted`.
+    pub async fn with<R>(&self, way: Way, mut op: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
+        poll_fn(|cx| self.poll_with(cx, way, &mut op)).await
+    }
+
+    /// Returns when the socket may be ready.
+    ///
+    /// # Errors
+    /// Those of the reactor.
+    pub async fn ready(&self, way: Way) -> io::Result<()> {
+        match &self.0 {
+            #[cfg(target_os = "linux")]
+            Kind::Edge(source) => {
+                poll_fn(|cx| source.poll_ready(cx, way)).await;
+                Ok(())
+            }
+            Kind::Async(socket) if way == Way::Read => socket.readable().await,
+            Kind::Async(socket) => socket.writable().await,
+        }
+    }
+
+    /// Does `op` once, without waiting.
+    ///
+    /// # Errors
+    /// Those of `op`; `WouldBlock`, when the socket was not ready after all.
+    pub fn try_with<R>(&self, way: Way, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
+        let result = op(self.get_ref());
+        #[cfg(target_os = "linux")]
+        if let (Kind::Edge(source), Err(error)) = (&self.0, &result)
+            && error.kind() == io::ErrorKind::WouldBlock
+        {
+            source.exhausted(way);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = way;
+        result
+    }
+
+    /// The socket is known to have nothing more for now, although no operation has said so.
+    fn drained(&self, way: Way) {
+        #[cfg(target_os = "linux")]
+        if let Kind::Edge(source) = &self.0 {
+            source.drained(way);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = way;
+    }
+}
+
+impl<T> From<Arc<Async<T>>> for Io<T> {
+    fn from(socket: Arc<Async<T>>) -> Self {
+        Self(Kind::Async(socket))
+    }
+}
+
+impl<T: AsFd> AsFd for Io<T> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.get_ref().as_fd()
+    }
+}
+
+impl Io<TcpStream> {
+    /// Connects a new socket to `addr`.
+    ///
+    /// # Errors
+    /// Those of socket(2) and connect(2).
+    pub async fn connect(addr: SocketAddr) -> io::Result<Self> {
+        #[cfg(target_os = "linux")]
+        if edge::current().is_some() {
+            return edge::connect(addr).await;
+        }
+        let stream = async_net::TcpStream::connect(addr).await?;
+        Ok(Arc::<Async<TcpStream>>::from(stream).into())
+    }
+}
+
+/// A connected stream socket.
+pub trait StreamSocket: AsFd {
+    /// Whether a read that gives less than there was room for has taken all that there is. Not so on Unix sockets,
+    /// where what was sent together with descriptors is read by itself.
+    const SHORT_READ_IS_ALL: bool;
+}
+
+impl StreamSocket for TcpStream {
+    const SHORT_READ_IS_ALL: bool = true;
+}
+
+impl StreamSocket for UnixStream {
+    const SHORT_READ_IS_ALL: bool = false;
+}
+
+impl<T: StreamSocket> AsyncRead for Io<T>
+where
+    for<'a> &'a T: Read,
+{
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        let n = ready!(self.poll_with(cx, Way::Read, |mut socket| socket.read(buf)))?;
+        if T::SHORT_READ_IS_ALL && (1..buf.len()).contains(&n) {
+            self.drained(Way::Read);
+        }
+        Poll::Ready(Ok(n))
+    }
+}
+
+impl<T: StreamSocket> AsyncWrite for Io<T>
+where
+    for<'a> &'a T: Write,
+{
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let n = ready!(self.poll_with(cx, Way::Write, |mut socket| socket.write(buf)))?;
+        if n < buf.len() {
+            self.drained(Way::Write);
+        }
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(rustix::net::shutdown(self.get_ref(), rustix::net::Shutdown::Write).map_err(Into::into))
+    }
+}
+
+/// A timer for whoever keeps moving its deadline: it is not set anew when the deadline moves away, only when it comes
+/// nearer, and fires too early instead. So an octet that moves costs no timer. One task at a time polls it.
+#[derive(Debug, Default)]
+pub struct Alarm {
+    #[cfg(target_os = "linux")]
+    edge: Option<edge::Timer>,
+    /// Boxed, since an idle tunnel holds an alarm.
+    other: Option<Box<(smol::Timer, Instant)>>,
+}
+
+impl Alarm {
+    /// Ready at `due`, or at an earlier deadline that it was set to before: look at the clock, and poll again.
+    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
+        #[cfg(target_os = "linux")]
+        if let Some(reactor) = edge::current() {
+            return reactor.poll_timer(&mut self.edge, cx, due);
+        }
+        let (timer, set) = &mut **self.other.get_or_insert_with(|| Box::new((smol::Timer::at(due), due)));
+        if due < *set {
+            timer.set_at(due);
+            *set = due;
+        }
+        ready!(Pin::new(timer).poll(cx));
+        self.other = None;
+        Poll::Ready(())
+    }
+}
+
+/// Accepts a connection that is there already, non-blocking: itself, and where it came from when that is an address.
+///
+/// # Errors
+/// Those of accept(2).
+pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
+    #[cfg(target_os = "linux")]
+    let (socket, peer) = {
+        use rustix::net::{SocketFlags, acceptfrom_with};
+        acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?
+    };
+    #[cfg(not(target_os = "linux"))]
+    let (socket, peer) = {
+        let (socket, peer) = rustix::net::acceptfrom(listener)?;
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        (socket, peer)
+    };
+    Ok((socket, peer.and_then(|peer| SocketAddr::try_from(peer).ok())))
+}
+
+/// Returns at `due`.
+pub async fn sleep_until(due: Instant) {
+    let mut alarm = Alarm::default();
+    poll_fn(|cx| alarm.poll(cx, due)).await;
+}
+
+/// Returns after `time`.
+pub async fn sleep(time: Duration) {
+    // What lies behind the end of the clock never comes.
+    match Instant::now().checked_add(time) {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}

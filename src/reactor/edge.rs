@@ -1,0 +1,384 @@
+//! The reactor of a thread: edge-triggered epoll, timers, and the loop around them (Linux).
+//!
+//! Nothing in here is shared with other threads but the waker of the loop.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Instant;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use slab::Slab;
+
+use super::{Io, Way};
+
+/// How many events are taken from the kernel at once.
+const EVENTS: usize = 256;
+/// What epoll says for the waker of the loop, which is no slot.
+const WAKER: u64 = u64::MAX;
+
+thread_local! {
+    static CURRENT: RefCell<Option<Rc<Reactor>>> = const { RefCell::new(None) };
+}
+
+/// The reactor of this thread, when it is inside of [`run`].
+pub(super) fn current() -> Option<Rc<Reactor>> {
+    CURRENT.with_borrow(Clone::clone)
+}
+
+/// Sets the reactor of the thread for as long as it lives.
+struct Entered;
+
+impl Entered {
+    fn new(reactor: Rc<Reactor>) -> Self {
+        CURRENT.set(Some(reactor));
+        Self
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+    }
+}
+
+pub(super) fn run<F: Future>(future: F) -> io::Result<F::Output> {
+    let reactor = Rc::new(Reactor::new()?);
+    let alert = Arc::new(Alert::new()?);
+    let events = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    epoll::add(&reactor.epoll, &alert.eventfd, epoll::EventData::new_u64(WAKER), events)?;
+    let _entered = Entered::new(reactor.clone());
+    let waker = Waker::from(alert.clone());
+    let mut cx = Context::from_waker(&waker);
+    let mut future = pin!(future);
+    let mut batch = Batch { events: Vec::with_capacity(EVENTS), wakers: Vec::new() };
+    loop {
+        alert.rests();
+        if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+            return Ok(output);
+        }
+        reactor.turn(&alert, &mut batch)?;
+    }
+}
+
+pub(super) fn wake_later(cx: &Context<'_>) -> bool {
+    let reactor = current();
+    if let Some(reactor) = &reactor {
+        reactor.later.borrow_mut().push(cx.waker().clone());
+    }
+    reactor.is_some()
+}
+
+/// The waker of the loop, from this thread or another. An eventfd that is edge-triggered need never be read.
+struct Alert {
+    eventfd: OwnedFd,
+    state: AtomicU8,
+}
+
+/// Runs tasks, or handles events; looks at the state before it waits.
+const AWAKE: u8 = 0;
+/// There is something to be polled.
+const WOKEN: u8 = 1;
+/// Waits in the kernel, and has to be alerted.
+const ASLEEP: u8 = 2;
+
+impl Alert {
+    fn new() -> io::Result<Self> {
+        let eventfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { eventfd, state: AtomicU8::new(AWAKE) })
+    }
+
+    /// Forgets that it was woken, since the future is about to be polled.
+    fn rests(&self) {
+        self.state.swap(AWAKE, Ordering::SeqCst);
+    }
+
+    /// Whether the loop may wait in the kernel: not when it was woken meanwhile.
+    fn may_sleep(&self) -> bool {
+        self.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// The wait is over, whatever for.
+    fn awakes(&self) {
+        let _ = self.state.compare_exchange(ASLEEP, AWAKE, Ordering::SeqCst, Ordering::SeqCst);
+    }
+}
+
+impl Wake for Alert {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
+            // Can fail only when it has been alerted 2^64 times.
+            let _ = rustix::io::write(&self.eventfd, &1_u64.to_ne_bytes());
+        }
+    }
+}
+
+/// What one turn takes from the kernel, and whom it wakes; kept, so that a turn allocates nothing.
+struct Batch {
+    events: Vec<epoll::Event>,
+    wakers: Vec<Waker>,
+}
+
+#[derive(Debug)]
+pub(super) struct Reactor {
+    epoll: OwnedFd,
+    slots: RefCell<Slab<Slot>>,
+    timers: RefCell<BTreeMap<Due, Waker>>,
+    next_timer: Cell<u64>,
+    /// Who could go on, and lets the others have their turn.
+    later: RefCell<Vec<Waker>>,
+    generations: Cell<u32>,
+}
+
+/// What is known of one socket.
+#[derive(Debug)]
+struct Slot {
+    /// Tells the socket from earlier ones in the same slot.
+    generation: u32,
+    /// Reading may succeed: there has been an event, and no operation that found nothing since.
+    readable: bool,
+    writable: bool,
+    /// There is an end, an error or an urgent octet behind what can be read: only `WouldBlock` says that all was read.
+    has_mark: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+/// When a timer fires, and a number of its own.
+type Due = (Instant, u64);
+
+impl Reactor {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            slots: RefCell::default(),
+            timers: RefCell::default(),
+            next_timer: Cell::default(),
+            later: RefCell::default(),
+            generations: Cell::default(),
+        })
+    }
+
+    pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, is_shared: bool) -> io::Result<Source<T>> {
+        use epoll::EventFlags;
+        let events = if is_shared {
+            EventFlags::IN | EventFlags::EXCLUSIVE
+        } else {
+            EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI
+        };
+        let generation = self.generations.get().wrapping_add(1);
+        self.generations.set(generation);
+        let slot = Slot { generation, readable: false, writable: false, has_mark: false, reader: None, writer: None };
+        let key = u32::try_from(self.slots.borrow_mut().insert(slot)).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let registration = Registration { reactor: self.clone(), key };
+        epoll::add(
+            &self.epoll,
+            &socket,
+            epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key)),
+            events | EventFlags::ET,
+        )?;
+        Ok(Source { socket, registration })
+    }
+
+    /// Waits for events and timers, and wakes who waits for them; does not wait when there is something to be polled.
+    fn turn(&self, alert: &Alert, batch: &mut Batch) -> io::Result<()> {
+        batch.wakers.append(&mut self.later.borrow_mut());
+        let timeout = if batch.wakers.is_empty() && alert.may_sleep() { self.until_timer() } else { Some(NOW) };
+        batch.events.clear();
+        let waited = epoll::wait(&self.epoll, spare_capacity(&mut batch.events), timeout.as_ref());
+        alert.awakes();
+        match waited {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        // Those that could go on without any event come last.
+        let later = batch.wakers.len();
+        for event in &batch.events {
+            self.note(event, &mut batch.wakers);
+        }
+        self.fire(&mut batch.wakers);
+        batch.wakers.rotate_left(later);
+        // Nothing is borrowed here: a waker may be the last to hold a task, and the task a socket.
+        batch.wakers.drain(..).for_each(Waker::wake);
+        Ok(())
+    }
+
+    fn note(&self, event: &epoll::Event, wakers: &mut Vec<Waker>) {
+        use epoll::EventFlags;
+        let (flags, key) = (event.flags, event.data.u64());
+        let mut slots = self.slots.borrow_mut();
+        let (generation, key) = ((key >> 32) as u32, key as u32 as usize);
+        // A socket that is closed here may be open elsewhere, and still have events.
+        let Some(slot) = slots.get_mut(key).filter(|slot| slot.generation == generation) else { return };
+        let ended = EventFlags::HUP | EventFlags::ERR;
+        slot.has_mark |= flags.intersects(ended | EventFlags::RDHUP | EventFlags::PRI);
+        if flags.intersects(ended | EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI) {
+            slot.readable = true;
+            wakers.extend(slot.reader.take());
+        }
+        if flags.intersects(ended | EventFlags::OUT) {
+            slot.writable = true;
+            wakers.extend(slot.writer.take());
+        }
+    }
+
+    /// How long it is to the first timer.
+    fn until_timer(&self) -> Option<Timespec> {
+        let timers = self.timers.borrow();
+        let ((due, _), _) = timers.first_key_value()?;
+        Timespec::try_from(due.saturating_duration_since(Instant::now())).ok()
+    }
+
+    fn fire(&self, wakers: &mut Vec<Waker>) {
+        let mut timers = self.timers.borrow_mut();
+        if timers.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        while let Some(first) = timers.first_entry().filter(|first| first.key().0 <= now) {
+            wakers.push(first.remove());
+        }
+    }
+
+    /// As [`super::Alarm::poll`] says.
+    pub(super) fn poll_timer(self: Rc<Self>, timer: &mut Option<Timer>, cx: &Context<'_>, due: Instant) -> Poll<()> {
+        let set = timer.as_ref().map(|timer| timer.due.0);
+        if set.is_some_and(|set| set <= Instant::now()) {
+            *timer = None;
+            return Poll::Ready(());
+        }
+        if set.is_none_or(|set| due < set) {
+            *timer = None;
+            let id = self.next_timer.get();
+            self.next_timer.set(id.wrapping_add(1));
+            self.timers.borrow_mut().insert((due, id), cx.waker().clone());
+            *timer = Some(Timer { due: (due, id), reactor: self });
+        }
+        Poll::Pending
+    }
+}
+
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+/// A timer that is set.
+#[derive(Debug)]
+pub(super) struct Timer {
+    due: Due,
+    reactor: Rc<Reactor>,
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let waker = self.reactor.timers.borrow_mut().remove(&self.due);
+        // Outside of the borrow, since it may be the last to hold a task.
+        drop(waker);
+    }
+}
+
+/// A socket and its slot. The socket is dropped first: that ends its registration with epoll.
+#[derive(Debug)]
+pub(super) struct Source<T> {
+    socket: T,
+    registration: Registration,
+}
+
+#[derive(Debug)]
+struct Registration {
+    reactor: Rc<Reactor>,
+    key: u32,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let slot = self.reactor.slots.borrow_mut().try_remove(self.key as usize);
+        drop(slot);
+    }
+}
+
+impl<T> Source<T> {
+    pub(super) fn get_ref(&self) -> &T {
+        &self.socket
+    }
+
+    pub(super) fn into_inner(self) -> io::Result<T>
+    where
+        T: AsFd,
+    {
+        epoll::delete(&self.registration.reactor.epoll, &self.socket)?;
+        Ok(self.socket)
+    }
+
+    pub(super) fn poll_ready(&self, cx: &Context<'_>, way: Way) -> Poll<()> {
+        let mut slots = self.registration.reactor.slots.borrow_mut();
+        let Some(slot) = slots.get_mut(self.registration.key as usize) else { return Poll::Ready(()) };
+        let (ready, waker) = match way {
+            Way::Read => (slot.readable, &mut slot.reader),
+            Way::Write => (slot.writable, &mut slot.writer),
+        };
+        if ready {
+            return Poll::Ready(());
+        }
+        let old = match waker {
+            Some(waker) if waker.will_wake(cx.waker()) => None,
+            waker => waker.replace(cx.waker().clone()),
+        };
+        drop(slots);
+        drop(old);
+        Poll::Pending
+    }
+
+    /// An operation has said `WouldBlock`.
+    pub(super) fn exhausted(&self, way: Way) {
+        self.with_slot(|slot| match way {
+            Way::Read => slot.readable = false,
+            Way::Write => slot.writable = false,
+        });
+    }
+
+    /// An operation has moved less than it could have.
+    pub(super) fn drained(&self, way: Way) {
+        self.with_slot(|slot| match way {
+            Way::Read => slot.readable = slot.has_mark,
+            Way::Write => slot.writable = false,
+        });
+    }
+
+    fn with_slot(&self, change: impl FnOnce(&mut Slot)) {
+        if let Some(slot) = self.registration.reactor.slots.borrow_mut().get_mut(self.registration.key as usize) {
+            change(slot);
+        }
+    }
+}
+
+/// As [`Io::connect`] says; registered once it is on its way, since before that it would look like a broken one.
+pub(super) async fn connect(addr: SocketAddr) -> io::Result<Io<TcpStream>> {
+    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &addr) {
+        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let io = Io::new(TcpStream::from(socket))?;
+    io.with(Way::Write, |stream| match sockopt::socket_error(stream)? {
+        Ok(()) => Ok(()),
+        Err(error) => Err(error.into()),
+    })
+    .await?;
+    Ok(io)
+}

@@ -1,0 +1,89 @@
+//! A pipe between two sockets: octets go through the kernel without a copy (splice(2), Linux).
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
+use rustix::process::{Resource, getrlimit};
+
+/// The size that is asked for, in octets. A user other than root may get less (pipe(7), pipe-user-pages-soft).
+const SIZE: usize = 1 << 20;
+
+/// Empty most of the time.
+pub(super) struct Pipe {
+    reader: OwnedFd,
+    writer: OwnedFd,
+    size: usize,
+    holds: usize,
+    /// How much its direction had moved when it was asked last.
+    moved: u64,
+}
+
+/// Whether the kernel can't splice this socket, which is no fault of the stream.
+pub(super) fn is_refusal(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
+}
+
+impl Pipe {
+    /// # Errors
+    /// Those of pipe(2); and when descriptors are scarce, so that none is missing for a new session.
+    pub(super) fn open(moved: u64) -> io::Result<Self> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        // The system gives the lowest number that is free.
+        if u64::try_from(writer.as_raw_fd()).is_ok_and(|fd| fd >= limit - limit / 8) {
+            return Err(Errno::MFILE.into());
+        }
+        let size = match fcntl_setpipe_size(&writer, SIZE) {
+            Ok(_) => SIZE,
+            Err(_) => fcntl_getpipe_size(&writer)?,
+        };
+        Ok(Self { reader, writer, size, holds: 0, moved })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.holds == 0
+    }
+
+    /// Whether `moved` is more than it was when this was asked last.
+    pub(super) fn has_moved(&mut self, moved: u64) -> bool {
+        std::mem::replace(&mut self.moved, moved) != moved
+    }
+
+    /// Fills the pipe, which is empty, from a socket. 0: the socket has ended.
+    pub(super) fn read_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        let splice = || splice(socket, None, &self.writer, None, self.size, flags);
+        let n = match splice() {
+            // Asked once more, since what is there may have come in between. Urgent octets are never spliced.
+            Err(Errno::AGAIN) if recv(socket, &mut [0; 1], RecvFlags::PEEK).is_ok() => match splice() {
+                Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
+                n => n?,
+            },
+            n => n?,
+        };
+        self.holds += n;
+        Ok(n)
+    }
+
+    pub(super) fn write_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let n = splice(&self.reader, None, socket, None, self.holds, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?;
+        self.holds -= n.min(self.holds);
+        Ok(n)
+    }
+
+    /// Takes out all that the pipe holds.
+    pub(super) fn empty(&mut self) -> io::Result<Vec<u8>> {
+        let mut octets = vec![0; self.holds];
+        let mut rest = octets.as_mut_slice();
+        while !rest.is_empty() {
+            let n = rustix::io::read(&self.reader, &mut *rest)?;
+            rest = rest.get_mut(n..).filter(|_| n > 0).ok_or(io::ErrorKind::UnexpectedEof)?;
+        }
+        self.holds = 0;
+        Ok(octets)
+    }
+}

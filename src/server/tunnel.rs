@@ -1,0 +1,38 @@
+//! A session that is past its reply: two ends to be relayed, and what is to be said of it at its end.
+//!
+//! It is a task of its own, so that an idle tunnel holds nothing of the handshake.
+
+use std::time::Duration;
+
+use super::Server;
+use super::record::Record;
+use crate::conn::Conn;
+use crate::reactor::sleep;
+use crate::relay::{Broken, Limits, Stream as _, relay};
+
+/// How long a client whose target has closed and takes no more may take for the last of what it was sent.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What is left of a session when its handshake is over.
+#[derive(Debug)]
+pub(super) struct Tunnel {
+    pub(super) client: Conn,
+    pub(super) target: Conn,
+    pub(super) record: Record,
+}
+
+impl Tunnel {
+    /// Relays between the client and the target until the tunnel ends.
+    pub(super) async fn run(mut self, server: &Server) {
+        let limits = Limits { idle: Some(server.options.idle_timeout), linger: None };
+        let Err(broken) = relay(&mut self.client, &mut self.target, limits, &self.record.moved).await else { return };
+        self.record.error = Some(broken.to_string());
+        if let Broken::Unsent(_) = broken {
+            drop(self.target);
+            // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
+            // has closed its side does not say that it has read all.
+            sleep(LAST_WORDS).await;
+            self.client.abort();
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! One thread of the server: a reactor and an executor of its own, on which it accepts connections and runs their
+//! sessions to the end.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::rc::{Rc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use futures_lite::FutureExt as _;
+use smol::channel::{Receiver, Sender};
+use smol::lock::{Semaphore, SemaphoreGuardArc};
+use smol::{LocalExecutor, Task};
+
+use super::listen::Listener;
+use super::{Server, session};
+use crate::reactor::{self, Io, Way, sleep};
+
+/// How long accepting rests when the system has no descriptor or memory left for a connection.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+/// How many connections are accepted before those that are open get their turn.
+const BATCH: usize = 32;
+
+/// What all workers share.
+pub(super) struct Shared {
+    server: Server,
+    /// How many sessions there may be.
+    limit: usize,
+    slots: Arc<Semaphore>,
+    complaint: Complaint,
+}
+
+impl Shared {
+    pub(super) fn new(server: Server, limit: usize) -> Self {
+        Self { server, limit, slots: Arc::new(Semaphore::new(limit)), complaint: Complaint::default() }
+    }
+}
+
+/// A log line that comes once a second at the most.
+#[derive(Default)]
+struct Complaint(Mutex<Option<Instant>>);
+
+impl Complaint {
+    fn log(&self, what: impl FnOnce() -> String) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
+            *last = Some(Instant::now());
+            log::warn!("{}", what());
+        }
+    }
+}
+
+/// Accepts until `closing` is closed, and runs sessions until `over` is.
+#[derive(Clone)]
+pub(super) struct Worker {
+    pub(super) shared: Arc<Shared>,
+    pub(super) listeners: Vec<Arc<Listener>>,
+    pub(super) closing: Receiver<Infallible>,
+    pub(super) over: Receiver<Infallible>,
+}
+
+impl Worker {
+    /// Blocks. Says once through `ready` whether it accepts; `alive` is dropped when it neither accepts nor has a
+    /// session.
+    pub(super) fn run(mut self, ready: &mpsc::Sender<io::Result<()>>, alive: Sender<Infallible>) {
+        let ended = reactor::run(async {
+            // What is left at the end is dropped with it, and so cut.
+            let executor = Rc::new(LocalExecutor::new());
+            let accepting = self.accept(&executor, alive)?;
+            // Whoever started this waits for it.
+            let _ = ready.send(Ok(()));
+            let end = async {
+                let _ = self.closing.recv().await;
+                drop(accepting);
+                let _ = self.over.recv().await;
+            };
+            executor.run(end).await;
+            Ok(())
+        });
+        if let Err(error) = ended.flatten() {
+            let _ = ready.send(Err(error));
+        }
+    }
+
+    /// The tasks that accept, until they are dropped.
+    fn accept(
+        &mut self,
+        executor: &Rc<LocalExecutor<'static>>,
+        alive: Sender<Infallible>,
+    ) -> io::Result<Vec<Task<()>>> {
+        let acceptor = |listener| {
+            let acceptor = Acceptor {
+                shared: self.shared.clone(),
+                listener: Io::shared(listener)?,
+                executor: Rc::downgrade(executor),
+                alive: alive.clone(),
+            };
+            Ok(executor.spawn(acceptor.run()))
+        };
+        // Not held any longer, so that they close with those who accept.
+        self.listeners.drain(..).map(acceptor).collect()
+    }
+}
+
+/// Accepts the connections of one listener.
+struct Acceptor {
+    shared: Arc<Shared>,
+    listener: Io<Arc<Listener>>,
+    executor: Weak<LocalExecutor<'static>>,
+    alive: Sender<Infallible>,
+}
+
+impl Acceptor {
+    async fn run(self) {
+        let mut batch = 0;
+        loop {
+            // A slot is taken only when somebody is there, or one idle listener would keep it from the others.
+            if let Err(error) = self.listener.ready(Way::Read).await {
+                self.rest(&error).await;
+                continue;
+            }
+            let slot = self.slot().await;
+            match self.listener.try_with(Way::Read, |listener| listener.accept()) {
+                Ok((conn, client)) => {
+                    let shared = self.shared.clone();
+                    let guard = Guard { _slot: slot, _alive: self.alive.clone(), executor: self.executor.clone() };
+                    guard.spawn(async move |guard| {
+                        if let Some(tunnel) = session::run(&shared.server, conn, client).await {
+                            guard.spawn(async move |_guard| tunnel.run(&shared.server).await);
+                        }
+                    });
+                }
+                // Somebody else was faster, or the client has left again.
+                Err(error) if is_passing(&error) => {}
+                Err(error) => self.rest(&error).await,
+            }
+            batch += 1;
+            if batch % BATCH == 0 {
+                reactor::yield_now().await;
+            }
+        }
+    }
+
+    async fn slot(&self) -> SemaphoreGuardArc {
+        if let Some(slot) = self.shared.slots.try_acquire_arc() {
+            return slot;
+        }
+        let limit = self.shared.limit;
+        self.shared.complaint.log(|| format!("{limit} connections are open, which is the limit: waiting"));
+        self.shared.slots.acquire_arc().await
+    }
+
+    async fn rest(&self, error: &io::Error) {
+        self.shared.complaint.log(|| format!("{}: {error}: waiting", self.listener.get_ref()));
+        sleep(EXHAUSTED_PAUSE).await;
+    }
+}
+
+/// What a session holds as long as it lives, in its handshake and in its tunnel.
+struct Guard {
+    _slot: SemaphoreGuardArc,
+    _alive: Sender<Infallible>,
+    /// Not held, or it would hold itself by way of its tasks.
+    executor: Weak<LocalExecutor<'static>>,
+}
+
+impl Guard {
+    /// Runs a session, or what is left of it, on this thread. A panic ends that, and nothing else.
+    fn spawn<F: Future<Output = ()> + 'static>(self, session: impl FnOnce(Self) -> F + 'static) {
+        let Some(executor) = self.executor.upgrade() else { return };
+        let session = AssertUnwindSafe(session(self)).catch_unwind();
+        let task = async {
+            if session.await.is_err() {
+                log::error!("a session ended in a panic; please report it");
+            }
+        };
+        executor.spawn(task).detach();
+    }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+    let is_protocol = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());
+    is_protocol || matches!(error.kind(), WouldBlock | ConnectionAborted | ConnectionReset | Interrupted)
+}
