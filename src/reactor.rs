@@ -125,7 +125,7 @@ impl<T: AsFd> Io<T> {
 
     /// Does `op` when the socket may be ready, as often as it takes: `op` says `WouldBlock` when it was not.
     ///
-    /// One task at a time may wait for each way of a socket.
+    /// One task at a time may wait for a socket.
     ///
     /// # Errors
     /// Those of `op`, but for `WouldBlock` and `Interrupted`.

@@ -122,33 +122,32 @@ impl fmt::Display for Broken {
 ///
 /// # Errors
 /// As [`Broken`] says.
-pub async fn relay<C, D>(client: &mut C, dst: &mut D, limits: Limits, moved: &Moved) -> Result<(), Broken>
+pub fn relay<'a, C, D>(
+    client: &'a mut C,
+    dst: &'a mut D,
+    limits: &'a Limits,
+    moved: &'a Moved,
+) -> impl Future<Output = Result<(), Broken>>
 where
     C: Stream,
     D: Stream,
 {
     let mut ends = Ends { client, dst, clean: (false, false) };
     let mut tunnel = Tunnel {
-        up: Direction::new(&moved.up),
-        down: Direction::new(&moved.down),
+        up: Direction::default(),
+        down: Direction::default(),
+        moved,
         unsent: None,
         limits,
         last: Instant::now(),
         alarm: Alarm::default(),
     };
-    let result = poll_fn(|cx| {
-        let before = tunnel.progress();
-        if let Poll::Ready(result) = tunnel.pump(cx, ends.client, ends.dst) {
-            return Poll::Ready(result);
-        }
-        if tunnel.progress() != before {
-            tunnel.last = Instant::now();
-        }
-        tunnel.poll_limits(cx, ends.client, ends.dst)
-    });
-    let result = result.await;
-    ends.clean = (matches!(result, Ok(()) | Err(Broken::Unsent(_))), result.is_ok());
-    result
+    // Not an async fn, which would have room for its arguments twice; there may be many thousands of these.
+    poll_fn(move |cx| {
+        let result = ready!(tunnel.poll(cx, &mut ends));
+        ends.clean = (matches!(result, Ok(()) | Err(Broken::Unsent(_))), result.is_ok());
+        Poll::Ready(result)
+    })
 }
 
 /// The streams. What has not ended well is left reset.
@@ -170,19 +169,36 @@ impl<C: Stream, D: Stream> Drop for Ends<'_, C, D> {
 }
 
 struct Tunnel<'a> {
-    up: Direction<'a>,
-    down: Direction<'a>,
+    up: Direction,
+    down: Direction,
+    moved: &'a Moved,
     /// Why the rest of `up` can't be sent; the tunnel ends with it when `down` has.
     unsent: Option<io::Error>,
-    limits: Limits,
+    limits: &'a Limits,
     /// When an octet moved last.
     last: Instant,
     alarm: Alarm,
 }
 
 impl Tunnel<'_> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        ends: &mut Ends<'_, impl Stream, impl Stream>,
+    ) -> Poll<Result<(), Broken>> {
+        let before = self.progress();
+        if let Poll::Ready(result) = self.pump(cx, ends.client, ends.dst) {
+            return Poll::Ready(result);
+        }
+        if self.progress() != before {
+            self.last = Instant::now();
+        }
+        self.poll_limits(cx, ends.client, ends.dst)
+    }
+
     fn progress(&self) -> (u64, u64, bool, bool) {
-        (self.up.moved(), self.down.moved(), self.up.done, self.down.done)
+        let moved = |octets: &AtomicU64| octets.load(Ordering::Relaxed);
+        (moved(&self.moved.up), moved(&self.moved.down), self.up.done, self.down.done)
     }
 
     fn pump(
@@ -191,7 +207,7 @@ impl Tunnel<'_> {
         client: &mut impl Stream,
         dst: &mut impl Stream,
     ) -> Poll<Result<(), Broken>> {
-        match self.up.poll(cx, client, dst) {
+        match self.up.poll(cx, client, dst, &self.moved.up) {
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadClient, error),
             // What dst sent before it stopped listening is still on its way to the client.
             Poll::Ready(Err(Fault::Sink(error))) => {
@@ -200,7 +216,7 @@ impl Tunnel<'_> {
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        match self.down.poll(cx, dst, client) {
+        match self.down.poll(cx, dst, client, &self.moved.down) {
             Poll::Ready(Err(Fault::Source(_))) if self.unsent.is_some() => self.down.done = true,
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadDst, error),
             Poll::Ready(Err(Fault::Sink(error))) => return broken(Place::WriteClient, error),
@@ -238,7 +254,7 @@ impl Tunnel<'_> {
                 return Poll::Ready(Err(self.cut_short(error)));
             }
             let lingers = self.down.done && !stalled && !self.up.ended;
-            let limit = match self.limits {
+            let limit = match *self.limits {
                 _ if self.unsent.is_some() && !self.down.holds() => Some(UNSENT),
                 Limits { linger: Some(linger), .. } if lingers => Some(linger),
                 Limits { idle, .. } => idle,
@@ -252,10 +268,10 @@ impl Tunnel<'_> {
                 });
             }
             if fired {
-                self.up.give_back();
-                self.down.give_back();
+                self.up.give_back(&self.moved.up);
+                self.down.give_back(&self.moved.down);
             }
-            let looks = look_at_client || look_at_dst || self.up.pipe.is_some() || self.down.pipe.is_some();
+            let looks = look_at_client || look_at_dst || self.up.has_pipe() || self.down.has_pipe();
             let look = looks.then(|| now + LOOK);
             let Some(wake) = due.into_iter().chain(look).min() else { return Poll::Pending };
             ready!(self.alarm.poll(cx, wake));
@@ -274,18 +290,26 @@ enum Fault {
     Sink(io::Error),
 }
 
-/// One direction of a tunnel.
-struct Direction<'a> {
-    moved: &'a AtomicU64,
-    /// What was read and the sink has not taken yet.
-    rest: Option<Box<Rest>>,
-    pipe: Option<Box<Pipe>>,
+/// One direction of a tunnel. Small, since most tunnels are idle most of the time.
+#[derive(Default)]
+struct Direction {
+    held: Held,
     /// How many full buffers have been read in a row.
     full: u8,
-    /// Whether the streams are bare sockets that the kernel can splice, as far as is known.
-    splices: bool,
+    /// The streams are no bare sockets, or the kernel can't splice them.
+    copies: bool,
     ended: bool,
     done: bool,
+}
+
+/// What was read and the sink has not taken yet.
+#[derive(Default)]
+enum Held {
+    #[default]
+    Nothing,
+    Octets(Box<Rest>),
+    /// In a pipe, which may be empty.
+    Pipe(Box<Pipe>),
 }
 
 struct Rest {
@@ -293,29 +317,27 @@ struct Rest {
     sent: usize,
 }
 
-impl<'a> Direction<'a> {
-    fn new(moved: &'a AtomicU64) -> Self {
-        Self { moved, rest: None, pipe: None, full: 0, splices: true, ended: false, done: false }
-    }
-
-    fn moved(&self) -> u64 {
-        self.moved.load(Ordering::Relaxed)
-    }
-
-    fn took(&self, n: usize) {
-        self.moved.fetch_add(n as u64, Ordering::Relaxed);
-    }
-
+impl Direction {
     /// Whether something was read that the sink has not taken yet.
     fn holds(&self) -> bool {
-        self.rest.is_some() || self.pipe.as_ref().is_some_and(|pipe| !pipe.is_empty())
+        match &self.held {
+            Held::Nothing => false,
+            Held::Octets(_) => true,
+            Held::Pipe(pipe) => !pipe.is_empty(),
+        }
+    }
+
+    fn has_pipe(&self) -> bool {
+        matches!(self.held, Held::Pipe(_))
     }
 
     /// Closes the pipe if nothing has gone through it since this was asked last.
-    fn give_back(&mut self) {
-        let moved = self.moved();
-        if self.pipe.as_mut().is_some_and(|pipe| pipe.is_empty() && !pipe.has_moved(moved)) {
-            self.pipe = None;
+    fn give_back(&mut self, moved: &AtomicU64) {
+        if let Held::Pipe(pipe) = &mut self.held
+            && pipe.is_empty()
+            && !pipe.has_moved(moved.load(Ordering::Relaxed))
+        {
+            self.held = Held::Nothing;
         }
     }
 
@@ -325,109 +347,108 @@ impl<'a> Direction<'a> {
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
+        moved: &AtomicU64,
     ) -> Poll<Result<(), Fault>> {
         if self.done {
             return Poll::Ready(Ok(()));
         }
-        let enough = self.moved() + BUDGET as u64;
-        while self.moved() < enough {
-            ready!(self.flush(cx, sink))?;
+        let mut left = BUDGET;
+        while left > 0 {
+            let n = ready!(self.flush(cx, sink))?;
+            moved.fetch_add(n as u64, Ordering::Relaxed);
+            left = left.saturating_sub(n);
+            if self.holds() {
+                continue;
+            }
             if self.ended {
                 ready!(Pin::new(sink).poll_close(cx)).map_err(Fault::Sink)?;
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
-            ready!(if self.pipe.is_some() {
-                self.fill_pipe(cx, source)
-            } else {
-                SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer))
+            let n = ready!(match &mut self.held {
+                Held::Pipe(_) => self.fill_pipe(cx, source),
+                _ => SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer)),
             })?;
+            moved.fetch_add(n as u64, Ordering::Relaxed);
+            left = left.saturating_sub(n);
         }
         wake_later(cx);
         Poll::Pending
     }
 
-    /// Passes on what was read before.
-    fn flush(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<(), Fault>> {
-        while let Some(rest) = &mut self.rest {
-            let octets = rest.octets.get(rest.sent..).unwrap_or_default();
-            if octets.is_empty() {
-                self.rest = None;
-                break;
+    /// One write of what was read before: how much the sink took.
+    fn flush(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, Fault>> {
+        match &mut self.held {
+            Held::Nothing => Poll::Ready(Ok(0)),
+            Held::Octets(rest) => {
+                let octets = rest.octets.get(rest.sent..).unwrap_or_default();
+                let n = ready!(Pin::new(sink).poll_write(cx, octets)).and_then(not_zero).map_err(Fault::Sink)?;
+                rest.sent += n;
+                if rest.sent >= rest.octets.len() {
+                    self.held = Held::Nothing;
+                }
+                Poll::Ready(Ok(n))
             }
-            let n = ready!(Pin::new(&mut *sink).poll_write(cx, octets)).and_then(not_zero).map_err(Fault::Sink)?;
-            rest.sent += n;
-            self.took(n);
-        }
-        while let Some(pipe) = self.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
-            match sink.poll_bare(cx, Way::Write, &mut |socket| pipe.write_to(socket)) {
-                Some(Poll::Pending) => return Poll::Pending,
-                Some(Poll::Ready(Ok(n))) => {
-                    not_zero(n).map_err(Fault::Sink)?;
-                    self.took(n);
-                }
-                Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => {
-                    return Poll::Ready(Err(Fault::Sink(error)));
-                }
+            Held::Pipe(pipe) if pipe.is_empty() => Poll::Ready(Ok(0)),
+            Held::Pipe(pipe) => match sink.poll_bare(cx, Way::Write, &mut |socket| pipe.write_to(socket)) {
+                Some(Poll::Pending) => Poll::Pending,
+                Some(Poll::Ready(Ok(n))) => Poll::Ready(not_zero(n).map_err(Fault::Sink)),
+                Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => Poll::Ready(Err(Fault::Sink(error))),
                 Some(Poll::Ready(Err(_))) | None => {
                     let octets = pipe.empty().map_err(Fault::Source)?;
-                    self.rest = Some(Box::new(Rest { octets, sent: 0 }));
-                    self.refuse();
-                    return self.flush(cx, sink);
+                    self.copies = true;
+                    self.held = Held::Octets(Box::new(Rest { octets, sent: 0 }));
+                    Poll::Ready(Ok(0))
                 }
-            }
+            },
         }
-        Poll::Ready(Ok(()))
     }
 
-    /// From now on this direction is copied. What is in the pipe has been taken out.
-    fn refuse(&mut self) {
-        self.pipe = None;
-        self.splices = false;
-    }
-
-    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<(), Fault>> {
-        let Some(pipe) = &mut self.pipe else { return Poll::Ready(Ok(())) };
+    /// Fills the pipe, which is empty.
+    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, Fault>> {
+        let Held::Pipe(pipe) = &mut self.held else { return Poll::Ready(Ok(0)) };
         match source.poll_bare(cx, Way::Read, &mut |socket| pipe.read_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
-            Some(Poll::Ready(Ok(0))) => self.ended = true,
-            Some(Poll::Ready(Ok(_))) => {}
+            Some(Poll::Ready(Ok(n))) => self.ended = n == 0,
             Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => {
                 return Poll::Ready(Err(Fault::Source(error)));
             }
-            Some(Poll::Ready(Err(_))) | None => self.refuse(),
+            Some(Poll::Ready(Err(_))) | None => {
+                self.copies = true;
+                self.held = Held::Nothing;
+            }
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(0))
     }
 
-    /// One read, and one write of what it gave; what is left is kept.
+    /// One read, and one write of what it gave: how much the sink took. What is left is kept.
     fn copy(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
         buffer: &mut [u8],
-    ) -> Poll<Result<(), Fault>> {
+    ) -> Poll<Result<usize, Fault>> {
         let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(Fault::Source)?;
         let Some(octets @ [_, ..]) = buffer.get(..n) else {
             self.ended = true;
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(0));
         };
         let sent = match Pin::new(sink).poll_write(cx, octets) {
             Poll::Ready(sent) => sent.and_then(not_zero).map_err(Fault::Sink)?,
             Poll::Pending => 0,
         };
-        self.took(sent);
-        if let Some(octets @ [_, ..]) = octets.get(sent..) {
-            self.rest = Some(Box::new(Rest { octets: octets.to_vec(), sent: 0 }));
-        }
         self.full = if n == buffer.len() { self.full.saturating_add(1) } else { 0 };
-        if self.full >= BULK && self.splices {
+        if let Some(octets @ [_, ..]) = octets.get(sent..) {
+            self.held = Held::Octets(Box::new(Rest { octets: octets.to_vec(), sent: 0 }));
+        } else if self.full >= BULK && !self.copies {
             self.full = 0;
-            // Without a descriptor or memory to spare for it, copying has to do.
-            self.pipe = Pipe::open(self.moved()).ok().map(Box::new);
+            // Without a descriptor or memory to spare for a pipe, copying has to do.
+            if let Ok(pipe) = Pipe::open() {
+                self.held = Held::Pipe(Box::new(pipe));
+            }
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(sent))
     }
 }
 

@@ -29,6 +29,7 @@ use smol::channel::{self, Receiver, Sender};
 
 use crate::dial::{Resolver, unspecified};
 use crate::policy::Policy;
+use crate::relay::Limits;
 pub use listen::Listen;
 use listen::Listener;
 use login::Login;
@@ -131,6 +132,7 @@ struct Server {
     policy: Policy,
     login: Login,
     resolver: Resolver,
+    relay_limits: Limits,
 }
 
 impl Server {
@@ -163,7 +165,8 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_open = policy.users.is_none() && policy.own.iter().any(|own| !own.ip().is_loopback());
     let (threads, drain) = (options.threads, options.drain);
-    let server = Server { options, policy, login: Login::default(), resolver: Resolver::default() };
+    let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None };
+    let server = Server { options, policy, login: Login::default(), resolver: Resolver::default(), relay_limits };
     let (accepting, closing) = channel::bounded::<Infallible>(1);
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);

@@ -69,7 +69,7 @@ pub(super) async fn run(client: &Client, mut tunnel: Conn) -> Result<(), Failure
     };
     let mut pipe = Pipe::new().map_err(|error| failed(Status::Other, "stdin and stdout", &error))?;
     let limits = Limits { idle: None, linger: Some(LINGER) };
-    let ended = relay(&mut pipe, &mut tunnel, limits, &Moved::default()).await;
+    let ended = relay(&mut pipe, &mut tunnel, &limits, &Moved::default()).await;
     let ended = match (ended, pipe.stdout.flush().await) {
         // Only the thread that writes knows why writing failed.
         (Ok(()) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {

@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
@@ -139,14 +139,14 @@ pub(super) struct Reactor {
     epoll: OwnedFd,
     slots: RefCell<Slab<Slot>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
-    next_timer: Cell<u64>,
+    started: Instant,
     /// Who could go on, and lets the others have their turn.
     later: RefCell<Vec<Waker>>,
     generations: Cell<u32>,
 }
 
 /// What is known of one socket.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Slot {
     /// Tells the socket from earlier ones in the same slot.
     generation: u32,
@@ -155,12 +155,14 @@ struct Slot {
     writable: bool,
     /// There is an end, an error or an urgent octet behind what can be read: only `WouldBlock` says that all was read.
     has_mark: bool,
-    reader: Option<Waker>,
-    writer: Option<Waker>,
+    waits_to_read: bool,
+    waits_to_write: bool,
+    /// The task that waits, whatever for.
+    waker: Option<Waker>,
 }
 
-/// When a timer fires, and a number of its own.
-type Due = (Instant, u64);
+/// When a timer fires, in nanoseconds since the reactor began; the next one that is free, so that each has its own.
+type Due = u64;
 
 impl Reactor {
     fn new() -> io::Result<Self> {
@@ -168,7 +170,7 @@ impl Reactor {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             slots: RefCell::default(),
             timers: RefCell::default(),
-            next_timer: Cell::default(),
+            started: Instant::now(),
             later: RefCell::default(),
             generations: Cell::default(),
         })
@@ -183,7 +185,7 @@ impl Reactor {
         };
         let generation = self.generations.get().wrapping_add(1);
         self.generations.set(generation);
-        let slot = Slot { generation, readable: false, writable: false, has_mark: false, reader: None, writer: None };
+        let slot = Slot { generation, ..Slot::default() };
         let key = u32::try_from(self.slots.borrow_mut().insert(slot)).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let registration = Registration { reactor: self.clone(), key };
         epoll::add(
@@ -229,19 +231,28 @@ impl Reactor {
         slot.has_mark |= flags.intersects(ended | EventFlags::RDHUP | EventFlags::PRI);
         if flags.intersects(ended | EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI) {
             slot.readable = true;
-            wakers.extend(slot.reader.take());
         }
         if flags.intersects(ended | EventFlags::OUT) {
             slot.writable = true;
-            wakers.extend(slot.writer.take());
         }
+        if slot.waits_to_read && slot.readable || slot.waits_to_write && slot.writable {
+            wakers.extend(slot.waker.take());
+        }
+    }
+
+    fn since(&self, time: Instant) -> Due {
+        Due::try_from(time.saturating_duration_since(self.started).as_nanos()).unwrap_or(Due::MAX)
+    }
+
+    fn now(&self) -> Due {
+        self.since(Instant::now())
     }
 
     /// How long it is to the first timer.
     fn until_timer(&self) -> Option<Timespec> {
         let timers = self.timers.borrow();
-        let ((due, _), _) = timers.first_key_value()?;
-        Timespec::try_from(due.saturating_duration_since(Instant::now())).ok()
+        let (due, _) = timers.first_key_value()?;
+        Timespec::try_from(Duration::from_nanos(due.saturating_sub(self.now()))).ok()
     }
 
     fn fire(&self, wakers: &mut Vec<Waker>) {
@@ -249,25 +260,27 @@ impl Reactor {
         if timers.is_empty() {
             return;
         }
-        let now = Instant::now();
-        while let Some(first) = timers.first_entry().filter(|first| first.key().0 <= now) {
+        let now = self.now();
+        while let Some(first) = timers.first_entry().filter(|first| *first.key() <= now) {
             wakers.push(first.remove());
         }
     }
 
     /// As [`super::Alarm::poll`] says.
     pub(super) fn poll_timer(self: Rc<Self>, timer: &mut Option<Timer>, cx: &Context<'_>, due: Instant) -> Poll<()> {
-        let set = timer.as_ref().map(|timer| timer.due.0);
-        if set.is_some_and(|set| set <= Instant::now()) {
+        let set = timer.as_ref().map(|timer| timer.due);
+        if set.is_some_and(|set| set <= self.now()) {
             *timer = None;
             return Poll::Ready(());
         }
+        let due = self.since(due);
         if set.is_none_or(|set| due < set) {
             *timer = None;
-            let id = self.next_timer.get();
-            self.next_timer.set(id.wrapping_add(1));
-            self.timers.borrow_mut().insert((due, id), cx.waker().clone());
-            *timer = Some(Timer { due: (due, id), reactor: self });
+            let mut timers = self.timers.borrow_mut();
+            let due = (due..).find(|due| !timers.contains_key(due)).unwrap_or(Due::MAX);
+            timers.insert(due, cx.waker().clone());
+            drop(timers);
+            *timer = Some(Timer { due, reactor: self });
         }
         Poll::Pending
     }
@@ -326,16 +339,17 @@ impl<T> Source<T> {
     pub(super) fn poll_ready(&self, cx: &Context<'_>, way: Way) -> Poll<()> {
         let mut slots = self.registration.reactor.slots.borrow_mut();
         let Some(slot) = slots.get_mut(self.registration.key as usize) else { return Poll::Ready(()) };
-        let (ready, waker) = match way {
-            Way::Read => (slot.readable, &mut slot.reader),
-            Way::Write => (slot.writable, &mut slot.writer),
+        let (ready, waits) = match way {
+            Way::Read => (slot.readable, &mut slot.waits_to_read),
+            Way::Write => (slot.writable, &mut slot.waits_to_write),
         };
+        *waits = !ready;
         if ready {
             return Poll::Ready(());
         }
-        let old = match waker {
+        let old = match &slot.waker {
             Some(waker) if waker.will_wake(cx.waker()) => None,
-            waker => waker.replace(cx.waker().clone()),
+            _ => slot.waker.replace(cx.waker().clone()),
         };
         drop(slots);
         drop(old);

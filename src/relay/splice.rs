@@ -30,7 +30,7 @@ pub(super) fn is_refusal(error: &io::Error) -> bool {
 impl Pipe {
     /// # Errors
     /// Those of pipe(2); and when descriptors are scarce, so that none is missing for a new session.
-    pub(super) fn open(moved: u64) -> io::Result<Self> {
+    pub(super) fn open() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         // The system gives the lowest number that is free.
@@ -41,7 +41,7 @@ impl Pipe {
             Ok(_) => SIZE,
             Err(_) => fcntl_getpipe_size(&writer)?,
         };
-        Ok(Self { reader, writer, size, holds: 0, moved })
+        Ok(Self { reader, writer, size, holds: 0, moved: 0 })
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -8,7 +8,7 @@ use super::Server;
 use super::record::Record;
 use crate::conn::Conn;
 use crate::reactor::sleep;
-use crate::relay::{Broken, Limits, Stream as _, relay};
+use crate::relay::{Broken, Stream as _, relay};
 
 /// How long a client whose target has closed and takes no more may take for the last of what it was sent.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -23,9 +23,12 @@ pub(super) struct Tunnel {
 
 impl Tunnel {
     /// Relays between the client and the target until the tunnel ends.
-    pub(super) async fn run(mut self, server: &Server) {
-        let limits = Limits { idle: Some(server.options.idle_timeout), linger: None };
-        let Err(broken) = relay(&mut self.client, &mut self.target, limits, &self.record.moved).await else { return };
+    pub(super) async fn relay(&mut self, server: &Server) -> Result<(), Broken> {
+        relay(&mut self.client, &mut self.target, &server.relay_limits, &self.record.moved).await
+    }
+
+    /// Says what is left to be said when it did not end well.
+    pub(super) async fn break_off(mut self, broken: Broken) {
         self.record.error = Some(broken.to_string());
         if let Broken::Unsent(_) = broken {
             drop(self.target);

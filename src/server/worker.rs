@@ -2,9 +2,10 @@
 //! sessions to the end.
 
 use std::convert::Infallible;
-use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use smol::{LocalExecutor, Task};
 
 use super::listen::Listener;
 use super::{Server, session};
+use crate::conn::Conn;
 use crate::reactor::{self, Io, Way, sleep};
 
 /// How long accepting rests when the system has no descriptor or memory left for a connection.
@@ -76,7 +78,11 @@ impl Worker {
                 drop(accepting);
                 let _ = self.over.recv().await;
             };
-            executor.run(end).await;
+            let mut end = pin!(end);
+            // A panic ends its own session, and nothing else.
+            while AssertUnwindSafe(executor.run(end.as_mut())).catch_unwind().await.is_err() {
+                log::error!("a session ended in a panic; please report it");
+            }
             Ok(())
         });
         if let Err(error) = ended.flatten() {
@@ -108,6 +114,7 @@ impl Worker {
 struct Acceptor {
     shared: Arc<Shared>,
     listener: Io<Arc<Listener>>,
+    /// Not held, or it would hold itself by way of its tasks.
     executor: Weak<LocalExecutor<'static>>,
     alive: Sender<Infallible>,
 }
@@ -124,13 +131,8 @@ impl Acceptor {
             let slot = self.slot().await;
             match self.listener.try_with(Way::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
-                    let shared = self.shared.clone();
-                    let guard = Guard { _slot: slot, _alive: self.alive.clone(), executor: self.executor.clone() };
-                    guard.spawn(async move |guard| {
-                        if let Some(tunnel) = session::run(&shared.server, conn, client).await {
-                            guard.spawn(async move |_guard| tunnel.run(&shared.server).await);
-                        }
-                    });
+                    let guard = Guard { _slot: slot, _alive: self.alive.clone() };
+                    self.spawn(conn, client, guard);
                 }
                 // Somebody else was faster, or the client has left again.
                 Err(error) if is_passing(&error) => {}
@@ -140,6 +142,28 @@ impl Acceptor {
             if batch % BATCH == 0 {
                 reactor::yield_now().await;
             }
+        }
+    }
+
+    /// Runs a session on this thread: first its handshake, then its tunnel, as a task of its own and so without what
+    /// the handshake held.
+    fn spawn(&self, conn: Conn, client: Option<SocketAddr>, guard: Guard) {
+        let (shared, executor) = (self.shared.clone(), self.executor.clone());
+        let session = async move {
+            let tunnel = session::run(&shared.server, conn, client).await;
+            let Some((mut tunnel, executor)) = tunnel.zip(executor.upgrade()) else { return drop(guard) };
+            let relay = async move {
+                // Captured, not moved, since the future would have room for both.
+                let _ = &guard;
+                if let Err(broken) = tunnel.relay(&shared.server).await {
+                    Box::pin(tunnel.break_off(broken)).await;
+                }
+            };
+            executor.spawn(relay).detach();
+        };
+        // Without an executor everything ends.
+        if let Some(executor) = self.executor.upgrade() {
+            executor.spawn(session).detach();
         }
     }
 
@@ -162,22 +186,6 @@ impl Acceptor {
 struct Guard {
     _slot: SemaphoreGuardArc,
     _alive: Sender<Infallible>,
-    /// Not held, or it would hold itself by way of its tasks.
-    executor: Weak<LocalExecutor<'static>>,
-}
-
-impl Guard {
-    /// Runs a session, or what is left of it, on this thread. A panic ends that, and nothing else.
-    fn spawn<F: Future<Output = ()> + 'static>(self, session: impl FnOnce(Self) -> F + 'static) {
-        let Some(executor) = self.executor.upgrade() else { return };
-        let session = AssertUnwindSafe(session(self)).catch_unwind();
-        let task = async {
-            if session.await.is_err() {
-                log::error!("a session ended in a panic; please report it");
-            }
-        };
-        executor.spawn(task).detach();
-    }
 }
 
 fn is_passing(error: &io::Error) -> bool {

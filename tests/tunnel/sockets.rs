@@ -111,7 +111,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
             let relay = async {
                 let [mut client, mut dst] =
                     [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
-                Some(relay(&mut client, &mut dst, limits, &counted).await)
+                Some(relay(&mut client, &mut dst, &limits, &counted).await)
             };
             let cancelled = async {
                 let _ = cancelled.recv().await;
