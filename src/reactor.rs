@@ -102,18 +102,6 @@ impl<T: AsFd> Io<T> {
         Ok(Self(Kind::Async(Arc::new(Async::new_nonblocking(socket)?))))
     }
 
-    /// The socket without the reactor, to be taken elsewhere.
-    ///
-    /// # Errors
-    /// Those of epoll_ctl(2); or the socket is in use elsewhere still.
-    pub fn into_inner(self) -> io::Result<T> {
-        match self.0 {
-            #[cfg(target_os = "linux")]
-            Kind::Edge(source) => source.into_inner(),
-            Kind::Async(socket) => Arc::try_unwrap(socket).map_err(|_| io::ErrorKind::ResourceBusy)?.into_inner(),
-        }
-    }
-
     /// The socket itself.
     pub fn get_ref(&self) -> &T {
         match &self.0 {
@@ -287,28 +275,49 @@ where
 /// A timer for whoever keeps moving its deadline: it is not set anew when the deadline moves away, only when it comes
 /// nearer, and fires too early instead. So an octet that moves costs no timer. One task at a time polls it.
 #[derive(Debug, Default)]
-pub struct Alarm {
+pub struct Alarm(Option<Set>);
+
+/// What an alarm is set to. Small, since an idle tunnel holds one.
+#[derive(Debug)]
+enum Set {
     #[cfg(target_os = "linux")]
-    edge: Option<edge::Timer>,
-    /// Boxed, since an idle tunnel holds an alarm.
-    other: Option<Box<(smol::Timer, Instant)>>,
+    Edge(edge::Timer),
+    Async(Box<(smol::Timer, Instant)>),
 }
 
 impl Alarm {
     /// Ready at `due`, or at an earlier deadline that it was set to before: look at the clock, and poll again.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
+        if self.0.as_ref().is_none_or(|set| set.is_after(due)) {
+            self.0 = Some(Set::new(cx, due));
+        }
+        match &mut self.0 {
+            #[cfg(target_os = "linux")]
+            Some(Set::Edge(timer)) => ready!(timer.poll()),
+            Some(Set::Async(timer)) => drop(ready!(Pin::new(&mut timer.0).poll(cx))),
+            None => {}
+        }
+        self.0 = None;
+        Poll::Ready(())
+    }
+}
+
+impl Set {
+    fn new(cx: &Context<'_>, due: Instant) -> Self {
         #[cfg(target_os = "linux")]
         if let Some(reactor) = edge::current() {
-            return reactor.poll_timer(&mut self.edge, cx, due);
+            return Self::Edge(reactor.timer(cx, due));
         }
-        let (timer, set) = &mut **self.other.get_or_insert_with(|| Box::new((smol::Timer::at(due), due)));
-        if due < *set {
-            timer.set_at(due);
-            *set = due;
+        let _ = cx;
+        Self::Async(Box::new((smol::Timer::at(due), due)))
+    }
+
+    fn is_after(&self, due: Instant) -> bool {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Edge(timer) => timer.is_after(due),
+            Self::Async(timer) => timer.1 > due,
         }
-        ready!(Pin::new(timer).poll(cx));
-        self.other = None;
-        Poll::Ready(())
     }
 }
 

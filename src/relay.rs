@@ -132,7 +132,7 @@ where
     C: Stream,
     D: Stream,
 {
-    let mut ends = Ends { client, dst, clean: (false, false) };
+    let mut ends = Ends { client: Some(client), dst: Some(dst) };
     let mut tunnel = Tunnel {
         up: Direction::default(),
         down: Direction::default(),
@@ -144,26 +144,31 @@ where
     };
     // Not an async fn, which would have room for its arguments twice; there may be many thousands of these.
     poll_fn(move |cx| {
-        let result = ready!(tunnel.poll(cx, &mut ends));
-        ends.clean = (matches!(result, Ok(()) | Err(Broken::Unsent(_))), result.is_ok());
+        let Ends { client: Some(client), dst: Some(dst) } = &mut ends else { return Poll::Pending };
+        let result = ready!(tunnel.poll(cx, *client, *dst));
+        if matches!(result, Ok(()) | Err(Broken::Unsent(_))) {
+            ends.client = None;
+        }
+        if result.is_ok() {
+            ends.dst = None;
+        }
         Poll::Ready(result)
     })
 }
 
-/// The streams. What has not ended well is left reset.
+/// The streams, but for those that have ended well. The others are left reset.
 struct Ends<'a, C: Stream, D: Stream> {
-    client: &'a mut C,
-    dst: &'a mut D,
-    clean: (bool, bool),
+    client: Option<&'a mut C>,
+    dst: Option<&'a mut D>,
 }
 
 impl<C: Stream, D: Stream> Drop for Ends<'_, C, D> {
     fn drop(&mut self) {
-        if !self.clean.0 {
-            self.client.abort();
+        if let Some(client) = &self.client {
+            client.abort();
         }
-        if !self.clean.1 {
-            self.dst.abort();
+        if let Some(dst) = &self.dst {
+            dst.abort();
         }
     }
 }
@@ -184,16 +189,17 @@ impl Tunnel<'_> {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        ends: &mut Ends<'_, impl Stream, impl Stream>,
+        client: &mut impl Stream,
+        dst: &mut impl Stream,
     ) -> Poll<Result<(), Broken>> {
         let before = self.progress();
-        if let Poll::Ready(result) = self.pump(cx, ends.client, ends.dst) {
+        if let Poll::Ready(result) = self.pump(cx, client, dst) {
             return Poll::Ready(result);
         }
         if self.progress() != before {
             self.last = Instant::now();
         }
-        self.poll_limits(cx, ends.client, ends.dst)
+        self.poll_limits(cx, client, dst)
     }
 
     fn progress(&self) -> (u64, u64, bool, bool) {
@@ -293,7 +299,7 @@ enum Fault {
 /// One direction of a tunnel. Small, since most tunnels are idle most of the time.
 #[derive(Default)]
 struct Direction {
-    held: Held,
+    held: Option<Box<Held>>,
     /// How many full buffers have been read in a row.
     full: u8,
     /// The streams are no bare sockets, or the kernel can't splice them.
@@ -303,41 +309,34 @@ struct Direction {
 }
 
 /// What was read and the sink has not taken yet.
-#[derive(Default)]
 enum Held {
-    #[default]
-    Nothing,
-    Octets(Box<Rest>),
+    /// From `sent` on.
+    Octets { octets: Vec<u8>, sent: usize },
     /// In a pipe, which may be empty.
-    Pipe(Box<Pipe>),
-}
-
-struct Rest {
-    octets: Vec<u8>,
-    sent: usize,
+    Pipe(Pipe),
 }
 
 impl Direction {
     /// Whether something was read that the sink has not taken yet.
     fn holds(&self) -> bool {
-        match &self.held {
-            Held::Nothing => false,
-            Held::Octets(_) => true,
-            Held::Pipe(pipe) => !pipe.is_empty(),
+        match self.held.as_deref() {
+            None => false,
+            Some(Held::Octets { .. }) => true,
+            Some(Held::Pipe(pipe)) => !pipe.is_empty(),
         }
     }
 
     fn has_pipe(&self) -> bool {
-        matches!(self.held, Held::Pipe(_))
+        matches!(self.held.as_deref(), Some(Held::Pipe(_)))
     }
 
     /// Closes the pipe if nothing has gone through it since this was asked last.
     fn give_back(&mut self, moved: &AtomicU64) {
-        if let Held::Pipe(pipe) = &mut self.held
+        if let Some(Held::Pipe(pipe)) = self.held.as_deref_mut()
             && pipe.is_empty()
             && !pipe.has_moved(moved.load(Ordering::Relaxed))
         {
-            self.held = Held::Nothing;
+            self.held = None;
         }
     }
 
@@ -365,9 +364,9 @@ impl Direction {
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
-            let n = ready!(match &mut self.held {
-                Held::Pipe(_) => self.fill_pipe(cx, source),
-                _ => SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer)),
+            let n = ready!(match self.has_pipe() {
+                true => self.fill_pipe(cx, source),
+                false => SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer)),
             })?;
             moved.fetch_add(n as u64, Ordering::Relaxed);
             left = left.saturating_sub(n);
@@ -378,26 +377,26 @@ impl Direction {
 
     /// One write of what was read before: how much the sink took.
     fn flush(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, Fault>> {
-        match &mut self.held {
-            Held::Nothing => Poll::Ready(Ok(0)),
-            Held::Octets(rest) => {
-                let octets = rest.octets.get(rest.sent..).unwrap_or_default();
-                let n = ready!(Pin::new(sink).poll_write(cx, octets)).and_then(not_zero).map_err(Fault::Sink)?;
-                rest.sent += n;
-                if rest.sent >= rest.octets.len() {
-                    self.held = Held::Nothing;
+        match self.held.as_deref_mut() {
+            None => Poll::Ready(Ok(0)),
+            Some(Held::Octets { octets, sent }) => {
+                let rest = octets.get(*sent..).unwrap_or_default();
+                let n = ready!(Pin::new(sink).poll_write(cx, rest)).and_then(not_zero).map_err(Fault::Sink)?;
+                *sent += n;
+                if *sent >= octets.len() {
+                    self.held = None;
                 }
                 Poll::Ready(Ok(n))
             }
-            Held::Pipe(pipe) if pipe.is_empty() => Poll::Ready(Ok(0)),
-            Held::Pipe(pipe) => match sink.poll_bare(cx, Way::Write, &mut |socket| pipe.write_to(socket)) {
+            Some(Held::Pipe(pipe)) if pipe.is_empty() => Poll::Ready(Ok(0)),
+            Some(Held::Pipe(pipe)) => match sink.poll_bare(cx, Way::Write, &mut |socket| pipe.write_to(socket)) {
                 Some(Poll::Pending) => Poll::Pending,
                 Some(Poll::Ready(Ok(n))) => Poll::Ready(not_zero(n).map_err(Fault::Sink)),
                 Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => Poll::Ready(Err(Fault::Sink(error))),
                 Some(Poll::Ready(Err(_))) | None => {
                     let octets = pipe.empty().map_err(Fault::Source)?;
                     self.copies = true;
-                    self.held = Held::Octets(Box::new(Rest { octets, sent: 0 }));
+                    self.held = Some(Box::new(Held::Octets { octets, sent: 0 }));
                     Poll::Ready(Ok(0))
                 }
             },
@@ -406,7 +405,7 @@ impl Direction {
 
     /// Fills the pipe, which is empty.
     fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, Fault>> {
-        let Held::Pipe(pipe) = &mut self.held else { return Poll::Ready(Ok(0)) };
+        let Some(Held::Pipe(pipe)) = self.held.as_deref_mut() else { return Poll::Ready(Ok(0)) };
         match source.poll_bare(cx, Way::Read, &mut |socket| pipe.read_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
             Some(Poll::Ready(Ok(n))) => self.ended = n == 0,
@@ -415,7 +414,7 @@ impl Direction {
             }
             Some(Poll::Ready(Err(_))) | None => {
                 self.copies = true;
-                self.held = Held::Nothing;
+                self.held = None;
             }
         }
         Poll::Ready(Ok(0))
@@ -440,12 +439,12 @@ impl Direction {
         };
         self.full = if n == buffer.len() { self.full.saturating_add(1) } else { 0 };
         if let Some(octets @ [_, ..]) = octets.get(sent..) {
-            self.held = Held::Octets(Box::new(Rest { octets: octets.to_vec(), sent: 0 }));
+            self.held = Some(Box::new(Held::Octets { octets: octets.to_vec(), sent: 0 }));
         } else if self.full >= BULK && !self.copies {
             self.full = 0;
             // Without a descriptor or memory to spare for a pipe, copying has to do.
             if let Ok(pipe) = Pipe::open() {
-                self.held = Held::Pipe(Box::new(pipe));
+                self.held = Some(Box::new(Held::Pipe(pipe)));
             }
         }
         Poll::Ready(Ok(sent))

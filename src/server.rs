@@ -171,10 +171,10 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);
     let listeners = listeners.into_iter().map(Arc::new).collect();
-    let worker = Worker { shared: Arc::new(Shared::new(server, limit)), listeners, closing, over };
-    let workers = start(threads, &worker, &alive).map_err(|error| ("threads".into(), error))?;
+    let worker = Worker { shared: Arc::new(Shared::new(server, limit, alive)), listeners, closing, over };
+    let workers = start(threads, &worker).map_err(|error| ("threads".into(), error))?;
     // From here on only the workers hold the listeners, which close when nobody accepts.
-    drop((worker, alive));
+    drop(worker);
     for addr in addrs {
         log::info!("listening on {addr}");
     }
@@ -191,13 +191,13 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
 }
 
 /// Starts the threads, and returns when all of them accept.
-fn start(threads: usize, worker: &Worker, alive: &Sender<Infallible>) -> io::Result<Vec<JoinHandle<()>>> {
+fn start(threads: usize, worker: &Worker) -> io::Result<Vec<JoinHandle<()>>> {
     let (started, ready) = mpsc::channel();
     let mut workers = Vec::new();
     for _ in 0..threads {
-        let (worker, started, alive) = (worker.clone(), started.clone(), alive.clone());
+        let (worker, started) = (worker.clone(), started.clone());
         let thread = std::thread::Builder::new().name("s5-worker".into());
-        workers.push(thread.spawn(move || worker.run(&started, alive))?);
+        workers.push(thread.spawn(move || worker.run(&started))?);
     }
     drop(started);
     // A worker that panics says nothing.

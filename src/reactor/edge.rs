@@ -150,15 +150,32 @@ pub(super) struct Reactor {
 struct Slot {
     /// Tells the socket from earlier ones in the same slot.
     generation: u32,
-    /// Reading may succeed: there has been an event, and no operation that found nothing since.
-    readable: bool,
-    writable: bool,
+    to_read: Readiness,
+    to_write: Readiness,
     /// There is an end, an error or an urgent octet behind what can be read: only `WouldBlock` says that all was read.
     has_mark: bool,
-    waits_to_read: bool,
-    waits_to_write: bool,
     /// The task that waits, whatever for.
     waker: Option<Waker>,
+}
+
+/// Whether an operation may succeed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Readiness {
+    /// No: one has found nothing, and there has been no event since.
+    #[default]
+    No,
+    /// No, and a task waits for it.
+    Awaited,
+    Maybe,
+}
+
+impl Slot {
+    fn readiness(&mut self, way: Way) -> &mut Readiness {
+        match way {
+            Way::Read => &mut self.to_read,
+            Way::Write => &mut self.to_write,
+        }
+    }
 }
 
 /// When a timer fires, in nanoseconds since the reactor began; the next one that is free, so that each has its own.
@@ -187,14 +204,10 @@ impl Reactor {
         self.generations.set(generation);
         let slot = Slot { generation, ..Slot::default() };
         let key = u32::try_from(self.slots.borrow_mut().insert(slot)).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let registration = Registration { reactor: self.clone(), key };
-        epoll::add(
-            &self.epoll,
-            &socket,
-            epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key)),
-            events | EventFlags::ET,
-        )?;
-        Ok(Source { socket, registration })
+        let source = Source { reactor: self, socket, key };
+        let data = epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key));
+        epoll::add(&source.reactor.epoll, &source.socket, data, events | EventFlags::ET)?;
+        Ok(source)
     }
 
     /// Waits for events and timers, and wakes who waits for them; does not wait when there is something to be polled.
@@ -228,14 +241,15 @@ impl Reactor {
         // A socket that is closed here may be open elsewhere, and still have events.
         let Some(slot) = slots.get_mut(key).filter(|slot| slot.generation == generation) else { return };
         let ended = EventFlags::HUP | EventFlags::ERR;
+        let mut is_awaited = false;
         slot.has_mark |= flags.intersects(ended | EventFlags::RDHUP | EventFlags::PRI);
         if flags.intersects(ended | EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI) {
-            slot.readable = true;
+            is_awaited |= std::mem::replace(&mut slot.to_read, Readiness::Maybe) == Readiness::Awaited;
         }
         if flags.intersects(ended | EventFlags::OUT) {
-            slot.writable = true;
+            is_awaited |= std::mem::replace(&mut slot.to_write, Readiness::Maybe) == Readiness::Awaited;
         }
-        if slot.waits_to_read && slot.readable || slot.waits_to_write && slot.writable {
+        if is_awaited {
             wakers.extend(slot.waker.take());
         }
     }
@@ -266,23 +280,13 @@ impl Reactor {
         }
     }
 
-    /// As [`super::Alarm::poll`] says.
-    pub(super) fn poll_timer(self: Rc<Self>, timer: &mut Option<Timer>, cx: &Context<'_>, due: Instant) -> Poll<()> {
-        let set = timer.as_ref().map(|timer| timer.due);
-        if set.is_some_and(|set| set <= self.now()) {
-            *timer = None;
-            return Poll::Ready(());
-        }
-        let due = self.since(due);
-        if set.is_none_or(|set| due < set) {
-            *timer = None;
-            let mut timers = self.timers.borrow_mut();
-            let due = (due..).find(|due| !timers.contains_key(due)).unwrap_or(Due::MAX);
-            timers.insert(due, cx.waker().clone());
-            drop(timers);
-            *timer = Some(Timer { due, reactor: self });
-        }
-        Poll::Pending
+    /// A timer that wakes the task at `due`.
+    pub(super) fn timer(self: Rc<Self>, cx: &Context<'_>, due: Instant) -> Timer {
+        let mut timers = self.timers.borrow_mut();
+        let due = (self.since(due)..).find(|due| !timers.contains_key(due)).unwrap_or(Due::MAX);
+        timers.insert(due, cx.waker().clone());
+        drop(timers);
+        Timer { due, reactor: self }
     }
 }
 
@@ -295,6 +299,16 @@ pub(super) struct Timer {
     reactor: Rc<Reactor>,
 }
 
+impl Timer {
+    pub(super) fn poll(&self) -> Poll<()> {
+        if self.due <= self.reactor.now() { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    pub(super) fn is_after(&self, due: Instant) -> bool {
+        self.due > self.reactor.since(due)
+    }
+}
+
 impl Drop for Timer {
     fn drop(&mut self) {
         let waker = self.reactor.timers.borrow_mut().remove(&self.due);
@@ -303,21 +317,17 @@ impl Drop for Timer {
     }
 }
 
-/// A socket and its slot. The socket is dropped first: that ends its registration with epoll.
+/// A socket and its slot.
 #[derive(Debug)]
 pub(super) struct Source<T> {
-    socket: T,
-    registration: Registration,
-}
-
-#[derive(Debug)]
-struct Registration {
     reactor: Rc<Reactor>,
+    socket: T,
     key: u32,
 }
 
-impl Drop for Registration {
+impl<T> Drop for Source<T> {
     fn drop(&mut self) {
+        // Closing the socket, which comes next, ends its registration with epoll.
         let slot = self.reactor.slots.borrow_mut().try_remove(self.key as usize);
         drop(slot);
     }
@@ -328,25 +338,14 @@ impl<T> Source<T> {
         &self.socket
     }
 
-    pub(super) fn into_inner(self) -> io::Result<T>
-    where
-        T: AsFd,
-    {
-        epoll::delete(&self.registration.reactor.epoll, &self.socket)?;
-        Ok(self.socket)
-    }
-
     pub(super) fn poll_ready(&self, cx: &Context<'_>, way: Way) -> Poll<()> {
-        let mut slots = self.registration.reactor.slots.borrow_mut();
-        let Some(slot) = slots.get_mut(self.registration.key as usize) else { return Poll::Ready(()) };
-        let (ready, waits) = match way {
-            Way::Read => (slot.readable, &mut slot.waits_to_read),
-            Way::Write => (slot.writable, &mut slot.waits_to_write),
-        };
-        *waits = !ready;
-        if ready {
+        let mut slots = self.reactor.slots.borrow_mut();
+        let Some(slot) = slots.get_mut(self.key as usize) else { return Poll::Ready(()) };
+        let readiness = slot.readiness(way);
+        if *readiness == Readiness::Maybe {
             return Poll::Ready(());
         }
+        *readiness = Readiness::Awaited;
         let old = match &slot.waker {
             Some(waker) if waker.will_wake(cx.waker()) => None,
             _ => slot.waker.replace(cx.waker().clone()),
@@ -358,22 +357,20 @@ impl<T> Source<T> {
 
     /// An operation has said `WouldBlock`.
     pub(super) fn exhausted(&self, way: Way) {
-        self.with_slot(|slot| match way {
-            Way::Read => slot.readable = false,
-            Way::Write => slot.writable = false,
-        });
+        self.with_slot(|slot| *slot.readiness(way) = Readiness::No);
     }
 
     /// An operation has moved less than it could have.
     pub(super) fn drained(&self, way: Way) {
-        self.with_slot(|slot| match way {
-            Way::Read => slot.readable = slot.has_mark,
-            Way::Write => slot.writable = false,
+        self.with_slot(|slot| {
+            if way == Way::Write || !slot.has_mark {
+                *slot.readiness(way) = Readiness::No;
+            }
         });
     }
 
     fn with_slot(&self, change: impl FnOnce(&mut Slot)) {
-        if let Some(slot) = self.registration.reactor.slots.borrow_mut().get_mut(self.registration.key as usize) {
+        if let Some(slot) = self.reactor.slots.borrow_mut().get_mut(self.key as usize) {
             change(slot);
         }
     }

@@ -118,7 +118,7 @@ fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
 /// Waits for the expected peer. Whoever else connects is closed.
 async fn accept(listener: &Io<TcpListener>, expected: &Expected) -> (Conn, SocketAddr) {
     loop {
-        let accepted = listener.with(Way::Read, |listener| reactor::accept(listener)).await;
+        let accepted = listener.with(Way::Read, reactor::accept).await;
         match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
             Ok((stream, Some(peer))) if expected.includes(peer) => {
                 return (Conn::Tcp(stream), SocketAddr::new(peer.ip().to_canonical(), peer.port()));

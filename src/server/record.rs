@@ -12,13 +12,13 @@ use crate::relay::Moved;
 pub(super) struct Record {
     started: Instant,
     pub(super) client: Option<SocketAddr>,
-    pub(super) user: Option<Vec<u8>>,
+    pub(super) user: Option<Box<[u8]>>,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
     pub(super) bnd: Option<SocketAddr>,
     pub(super) rep: Option<Rep>,
     pub(super) moved: Moved,
-    pub(super) error: Option<String>,
+    pub(super) error: Option<Box<str>>,
 }
 
 impl Record {

@@ -74,7 +74,7 @@ pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAd
         Ok(target) => Some(Tunnel { client: conn, target: target?, record }),
         Err(refusal) => {
             record.rep = refusal.rep.or(record.rep);
-            record.error = Some(refusal.why);
+            record.error = Some(refusal.why.into());
             if !refusal.say.is_empty() {
                 conn.farewell(&refusal.say).await;
             }
@@ -106,7 +106,7 @@ async fn authenticate<'a>(
     conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
     if let (Method::PASSWORD, Some(users)) = (method, &server.policy.users) {
         let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
-        record.user = Some(credentials.uname.clone());
+        record.user = Some(credentials.uname.clone().into());
         if !server.login.verify(users, credentials).await {
             return Err(Refusal::say(&Status::FAILURE, "login refused"));
         }

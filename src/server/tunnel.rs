@@ -2,6 +2,7 @@
 //!
 //! It is a task of its own, so that an idle tunnel holds nothing of the handshake.
 
+use std::future::Future;
 use std::time::Duration;
 
 use super::Server;
@@ -23,13 +24,13 @@ pub(super) struct Tunnel {
 
 impl Tunnel {
     /// Relays between the client and the target until the tunnel ends.
-    pub(super) async fn relay(&mut self, server: &Server) -> Result<(), Broken> {
-        relay(&mut self.client, &mut self.target, &server.relay_limits, &self.record.moved).await
+    pub(super) fn relay<'a>(&'a mut self, server: &'a Server) -> impl Future<Output = Result<(), Broken>> + 'a {
+        relay(&mut self.client, &mut self.target, &server.relay_limits, &self.record.moved)
     }
 
     /// Says what is left to be said when it did not end well.
     pub(super) async fn break_off(mut self, broken: Broken) {
-        self.record.error = Some(broken.to_string());
+        self.record.error = Some(broken.to_string().into());
         if let Broken::Unsent(_) = broken {
             drop(self.target);
             // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it

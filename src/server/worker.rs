@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
+use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender};
-use smol::lock::{Semaphore, SemaphoreGuardArc};
-use smol::{LocalExecutor, Task};
+use smol::lock::Semaphore;
 
 use super::listen::Listener;
 use super::{Server, session};
@@ -30,13 +30,15 @@ pub(super) struct Shared {
     server: Server,
     /// How many sessions there may be.
     limit: usize,
-    slots: Arc<Semaphore>,
+    slots: Semaphore,
     complaint: Complaint,
+    /// Closed when there is neither anybody who accepts nor a session.
+    _alive: Sender<Infallible>,
 }
 
 impl Shared {
-    pub(super) fn new(server: Server, limit: usize) -> Self {
-        Self { server, limit, slots: Arc::new(Semaphore::new(limit)), complaint: Complaint::default() }
+    pub(super) fn new(server: Server, limit: usize, alive: Sender<Infallible>) -> Self {
+        Self { server, limit, slots: Semaphore::new(limit), complaint: Complaint::default(), _alive: alive }
     }
 }
 
@@ -64,49 +66,35 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Blocks. Says once through `ready` whether it accepts; `alive` is dropped when it neither accepts nor has a
-    /// session.
-    pub(super) fn run(mut self, ready: &mpsc::Sender<io::Result<()>>, alive: Sender<Infallible>) {
+    /// Blocks. Says once through `ready` whether it accepts.
+    pub(super) fn run(self, ready: &mpsc::Sender<io::Result<()>>) {
+        let Self { shared, listeners, closing, over } = self;
         let ended = reactor::run(async {
             // What is left at the end is dropped with it, and so cut.
             let executor = Rc::new(LocalExecutor::new());
-            let accepting = self.accept(&executor, alive)?;
+            let acceptor = |listener| {
+                let (shared, executor) = (shared.clone(), Rc::downgrade(&executor));
+                Io::shared(listener).map(|listener| Acceptor { shared, listener, executor }.run())
+            };
+            let acceptors: io::Result<Vec<_>> = listeners.into_iter().map(acceptor).collect();
+            let accepting: Vec<_> = acceptors?.into_iter().map(|acceptor| executor.spawn(acceptor)).collect();
+            drop(shared);
             // Whoever started this waits for it.
             let _ = ready.send(Ok(()));
-            let end = async {
-                let _ = self.closing.recv().await;
+            let mut end = pin!(async {
+                let _ = closing.recv().await;
                 drop(accepting);
-                let _ = self.over.recv().await;
-            };
-            let mut end = pin!(end);
+                let _ = over.recv().await;
+            });
             // A panic ends its own session, and nothing else.
             while AssertUnwindSafe(executor.run(end.as_mut())).catch_unwind().await.is_err() {
                 log::error!("a session ended in a panic; please report it");
             }
             Ok(())
         });
-        if let Err(error) = ended.flatten() {
+        if let Err(error) = ended.unwrap_or_else(Err) {
             let _ = ready.send(Err(error));
         }
-    }
-
-    /// The tasks that accept, until they are dropped.
-    fn accept(
-        &mut self,
-        executor: &Rc<LocalExecutor<'static>>,
-        alive: Sender<Infallible>,
-    ) -> io::Result<Vec<Task<()>>> {
-        let acceptor = |listener| {
-            let acceptor = Acceptor {
-                shared: self.shared.clone(),
-                listener: Io::shared(listener)?,
-                executor: Rc::downgrade(executor),
-                alive: alive.clone(),
-            };
-            Ok(executor.spawn(acceptor.run()))
-        };
-        // Not held any longer, so that they close with those who accept.
-        self.listeners.drain(..).map(acceptor).collect()
     }
 }
 
@@ -116,7 +104,6 @@ struct Acceptor {
     listener: Io<Arc<Listener>>,
     /// Not held, or it would hold itself by way of its tasks.
     executor: Weak<LocalExecutor<'static>>,
-    alive: Sender<Infallible>,
 }
 
 impl Acceptor {
@@ -131,8 +118,7 @@ impl Acceptor {
             let slot = self.slot().await;
             match self.listener.try_with(Way::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
-                    let guard = Guard { _slot: slot, _alive: self.alive.clone() };
-                    self.spawn(conn, client, guard);
+                    self.spawn(conn, client, slot);
                 }
                 // Somebody else was faster, or the client has left again.
                 Err(error) if is_passing(&error) => {}
@@ -147,15 +133,14 @@ impl Acceptor {
 
     /// Runs a session on this thread: first its handshake, then its tunnel, as a task of its own and so without what
     /// the handshake held.
-    fn spawn(&self, conn: Conn, client: Option<SocketAddr>, guard: Guard) {
-        let (shared, executor) = (self.shared.clone(), self.executor.clone());
+    fn spawn(&self, conn: Conn, client: Option<SocketAddr>, slot: Slot) {
+        let executor = self.executor.clone();
         let session = async move {
-            let tunnel = session::run(&shared.server, conn, client).await;
-            let Some((mut tunnel, executor)) = tunnel.zip(executor.upgrade()) else { return drop(guard) };
+            let tunnel = session::run(&slot.0.server, conn, client).await;
+            let Some((mut tunnel, executor)) = tunnel.zip(executor.upgrade()) else { return };
+            // Neither tunnel nor slot are moved in there: the future would have room for them twice.
             let relay = async move {
-                // Captured, not moved, since the future would have room for both.
-                let _ = &guard;
-                if let Err(broken) = tunnel.relay(&shared.server).await {
+                if let Err(broken) = tunnel.relay(&slot.0.server).await {
                     Box::pin(tunnel.break_off(broken)).await;
                 }
             };
@@ -167,13 +152,18 @@ impl Acceptor {
         }
     }
 
-    async fn slot(&self) -> SemaphoreGuardArc {
-        if let Some(slot) = self.shared.slots.try_acquire_arc() {
-            return slot;
-        }
-        let limit = self.shared.limit;
-        self.shared.complaint.log(|| format!("{limit} connections are open, which is the limit: waiting"));
-        self.shared.slots.acquire_arc().await
+    async fn slot(&self) -> Slot {
+        let slots = &self.shared.slots;
+        let slot = match slots.try_acquire() {
+            Some(slot) => slot,
+            None => {
+                let limit = self.shared.limit;
+                self.shared.complaint.log(|| format!("{limit} connections are open, which is the limit: waiting"));
+                slots.acquire().await
+            }
+        };
+        slot.forget();
+        Slot(self.shared.clone())
     }
 
     async fn rest(&self, error: &io::Error) {
@@ -182,10 +172,13 @@ impl Acceptor {
     }
 }
 
-/// What a session holds as long as it lives, in its handshake and in its tunnel.
-struct Guard {
-    _slot: SemaphoreGuardArc,
-    _alive: Sender<Infallible>,
+/// A session's slot, and its share of what the server is, for as long as it lives.
+struct Slot(Arc<Shared>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.slots.add_permits(1);
+    }
 }
 
 fn is_passing(error: &io::Error) -> bool {
