@@ -121,6 +121,7 @@ impl Conn {
     async fn watch(&self, signs: PollFlags) {
         let mut octet = [0; 1];
         let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut octet, RecvFlags::PEEK)?.1);
+        poll_fn(|cx| self.poll_mark(cx)).await;
         while poll_fn(|cx| self.poll_with(cx, Way::Read, &mut peek)).await.is_ok_and(|n| n > 0) && !self.shows(signs) {
             sleep(WATCH).await;
         }
@@ -130,6 +131,13 @@ impl Conn {
         let mut fds = [PollFd::new(self, signs)];
         rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok()
             && fds.iter().any(|fd| fd.revents().intersects(signs))
+    }
+
+    fn poll_mark(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Tcp(io) => io.poll_mark(cx),
+            Self::Unix(io) => io.poll_mark(cx),
+        }
     }
 
     fn poll_with(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Poll<io::Result<usize>> {

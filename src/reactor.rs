@@ -168,6 +168,16 @@ impl<T: AsFd> Io<T> {
         }
     }
 
+    /// Ready when there is an end, an error or an urgent octet, maybe behind something to be read; or when that can't be
+    /// told without looking.
+    pub fn poll_mark(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match &self.0 {
+            #[cfg(target_os = "linux")]
+            Kind::Edge(source) => source.poll_mark(cx),
+            Kind::Async(_) => Poll::Ready(()),
+        }
+    }
+
     /// Does `op` once, without waiting.
     ///
     /// # Errors

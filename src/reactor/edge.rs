@@ -4,7 +4,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -152,8 +152,9 @@ struct Slot {
     generation: u32,
     to_read: Readiness,
     to_write: Readiness,
-    /// There is an end, an error or an urgent octet behind what can be read: only `WouldBlock` says that all was read.
-    has_mark: bool,
+    /// Whether there is an end, an error or an urgent octet, maybe behind something to be read. If so, only `WouldBlock`
+    /// says that all was read.
+    mark: Readiness,
     /// The task that waits, whatever for.
     waker: Option<Waker>,
 }
@@ -242,12 +243,15 @@ impl Reactor {
         let Some(slot) = slots.get_mut(key).filter(|slot| slot.generation == generation) else { return };
         let ended = EventFlags::HUP | EventFlags::ERR;
         let mut is_awaited = false;
-        slot.has_mark |= flags.intersects(ended | EventFlags::RDHUP | EventFlags::PRI);
-        if flags.intersects(ended | EventFlags::IN | EventFlags::RDHUP | EventFlags::PRI) {
-            is_awaited |= std::mem::replace(&mut slot.to_read, Readiness::Maybe) == Readiness::Awaited;
-        }
-        if flags.intersects(ended | EventFlags::OUT) {
-            is_awaited |= std::mem::replace(&mut slot.to_write, Readiness::Maybe) == Readiness::Awaited;
+        let marks = ended | EventFlags::RDHUP | EventFlags::PRI;
+        for (readiness, signs) in [
+            (&mut slot.mark, marks),
+            (&mut slot.to_read, marks | EventFlags::IN),
+            (&mut slot.to_write, ended | EventFlags::OUT),
+        ] {
+            if flags.intersects(signs) {
+                is_awaited |= std::mem::replace(readiness, Readiness::Maybe) == Readiness::Awaited;
+            }
         }
         if is_awaited {
             wakers.extend(slot.waker.take());
@@ -338,10 +342,19 @@ impl<T> Source<T> {
         &self.socket
     }
 
+    /// Ready when there is an end, an error or an urgent octet.
+    pub(super) fn poll_mark(&self, cx: &Context<'_>) -> Poll<()> {
+        self.poll_slot(cx, |slot| &mut slot.mark)
+    }
+
     pub(super) fn poll_ready(&self, cx: &Context<'_>, way: Way) -> Poll<()> {
+        self.poll_slot(cx, |slot| slot.readiness(way))
+    }
+
+    fn poll_slot(&self, cx: &Context<'_>, readiness: impl FnOnce(&mut Slot) -> &mut Readiness) -> Poll<()> {
         let mut slots = self.reactor.slots.borrow_mut();
         let Some(slot) = slots.get_mut(self.key as usize) else { return Poll::Ready(()) };
-        let readiness = slot.readiness(way);
+        let readiness = readiness(slot);
         if *readiness == Readiness::Maybe {
             return Poll::Ready(());
         }
@@ -363,7 +376,7 @@ impl<T> Source<T> {
     /// An operation has moved less than it could have.
     pub(super) fn drained(&self, way: Way) {
         self.with_slot(|slot| {
-            if way == Way::Write || !slot.has_mark {
+            if way == Way::Write || slot.mark != Readiness::Maybe {
                 *slot.readiness(way) = Readiness::No;
             }
         });
@@ -386,10 +399,10 @@ pub(super) async fn connect(addr: SocketAddr) -> io::Result<Io<TcpStream>> {
         Err(error) => return Err(error.into()),
     }
     let io = Io::new(TcpStream::from(socket))?;
-    io.with(Way::Write, |stream| match sockopt::socket_error(stream)? {
-        Ok(()) => Ok(()),
-        Err(error) => Err(error.into()),
-    })
-    .await?;
+    io.ready(Way::Write).await?;
+    // A connection that failed has an error, which shows as a mark.
+    if poll_fn(|cx| Poll::Ready(io.poll_mark(cx))).await.is_ready() {
+        sockopt::socket_error(&io)??;
+    }
     Ok(io)
 }

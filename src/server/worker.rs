@@ -108,7 +108,7 @@ struct Acceptor {
 
 impl Acceptor {
     async fn run(self) {
-        let mut batch = 0;
+        let mut batch = 0_usize;
         loop {
             // A slot is taken only when somebody is there, or one idle listener would keep it from the others.
             if let Err(error) = self.listener.ready(Way::Read).await {
@@ -117,15 +117,13 @@ impl Acceptor {
             }
             let slot = self.slot().await;
             match self.listener.try_with(Way::Read, |listener| listener.accept()) {
-                Ok((conn, client)) => {
-                    self.spawn(conn, client, slot);
-                }
+                Ok((conn, client)) => self.spawn(conn, client, slot),
                 // Somebody else was faster, or the client has left again.
                 Err(error) if is_passing(&error) => {}
                 Err(error) => self.rest(&error).await,
             }
             batch += 1;
-            if batch % BATCH == 0 {
+            if batch.is_multiple_of(BATCH) {
                 reactor::yield_now().await;
             }
         }
