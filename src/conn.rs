@@ -35,6 +35,28 @@ pub enum Conn {
     Unix(Io<UnixStream>),
 }
 
+/// A connection that no thread waits for yet, or any longer.
+#[derive(Debug)]
+pub enum Loose {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+impl Loose {
+    /// A connection of this thread.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn settle(self) -> io::Result<Conn> {
+        Ok(match self {
+            Self::Tcp(stream) => Conn::Tcp(Io::new(stream)?),
+            Self::Unix(stream) => Conn::Unix(Io::new(stream)?),
+        })
+    }
+}
+
 /// Why no message came.
 #[derive(Debug)]
 pub enum ReadError {
@@ -131,6 +153,25 @@ impl Conn {
         let mut fds = [PollFd::new(self, signs)];
         rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok()
             && fds.iter().any(|fd| fd.revents().intersects(signs))
+    }
+
+    /// The connection for another thread, once this one has let go of it.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn loosen(&self) -> io::Result<Loose> {
+        Ok(match self {
+            Self::Tcp(io) => Loose::Tcp(io.get_ref().try_clone()?),
+            Self::Unix(io) => Loose::Unix(io.get_ref().try_clone()?),
+        })
+    }
+
+    /// Ends all waiting on this thread for a connection that has been loosened. To be dropped then.
+    pub fn let_go(&self) {
+        match self {
+            Self::Tcp(io) => io.deregister(),
+            Self::Unix(io) => io.deregister(),
+        }
     }
 
     fn poll_mark(&self, cx: &mut Context<'_>) -> Poll<()> {

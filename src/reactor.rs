@@ -41,6 +41,14 @@ pub fn wake_later(cx: &Context<'_>) {
     cx.waker().wake_by_ref();
 }
 
+/// How many sockets the reactor of this thread has; 0 without one.
+pub fn sockets() -> usize {
+    #[cfg(target_os = "linux")]
+    return edge::current().map_or(0, |reactor| reactor.sockets());
+    #[cfg(not(target_os = "linux"))]
+    return 0;
+}
+
 /// Lets the others have their turn, once.
 pub async fn yield_now() {
     let mut has_yielded = false;
@@ -100,6 +108,14 @@ impl<T: AsFd> Io<T> {
         #[cfg(not(target_os = "linux"))]
         let _ = is_shared;
         Ok(Self(Kind::Async(Arc::new(Async::new_nonblocking(socket)?))))
+    }
+
+    /// Ends all waiting for the socket, which lives on under another descriptor. To be dropped then.
+    pub fn deregister(&self) {
+        #[cfg(target_os = "linux")]
+        if let Kind::Edge(source) = &self.0 {
+            source.deregister();
+        }
     }
 
     /// The socket itself.

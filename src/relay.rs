@@ -74,6 +74,17 @@ pub struct Limits {
     /// When `down` has ended: after the client side has given nothing for this long. What it has given is still sent,
     /// however long dst takes. None: `up` may take as long as it likes.
     pub linger: Option<Duration>,
+    /// When a direction proves to be bulk, both are open and nothing is held: so that it can be taken up elsewhere.
+    pub until_bulk: bool,
+}
+
+/// How a relay ended when nothing was wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Both directions have ended.
+    Over,
+    /// As [`Limits::until_bulk`] says. The streams are as they were.
+    Bulk,
 }
 
 /// Where a relay broke.
@@ -127,7 +138,7 @@ pub fn relay<'a, C, D>(
     dst: &'a mut D,
     limits: &'a Limits,
     moved: &'a Moved,
-) -> impl Future<Output = Result<(), Broken>>
+) -> impl Future<Output = Result<End, Broken>>
 where
     C: Stream,
     D: Stream,
@@ -146,7 +157,7 @@ where
     poll_fn(move |cx| {
         let Ends { client: Some(client), dst: Some(dst) } = &mut ends else { return Poll::Pending };
         let result = ready!(tunnel.poll(cx, *client, *dst));
-        if matches!(result, Ok(()) | Err(Broken::Unsent(_))) {
+        if matches!(result, Ok(_) | Err(Broken::Unsent(_))) {
             ends.client = None;
         }
         if result.is_ok() {
@@ -191,7 +202,7 @@ impl Tunnel<'_> {
         cx: &mut Context<'_>,
         client: &mut impl Stream,
         dst: &mut impl Stream,
-    ) -> Poll<Result<(), Broken>> {
+    ) -> Poll<Result<End, Broken>> {
         let before = self.progress();
         if let Poll::Ready(result) = self.pump(cx, client, dst) {
             return Poll::Ready(result);
@@ -212,8 +223,9 @@ impl Tunnel<'_> {
         cx: &mut Context<'_>,
         client: &mut impl Stream,
         dst: &mut impl Stream,
-    ) -> Poll<Result<(), Broken>> {
-        match self.up.poll(cx, client, dst, &self.moved.up) {
+    ) -> Poll<Result<End, Broken>> {
+        let may_move = self.limits.until_bulk && self.is_fresh();
+        match self.up.poll(cx, client, dst, &self.moved.up, may_move) {
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadClient, error),
             // What dst sent before it stopped listening is still on its way to the client.
             Poll::Ready(Err(Fault::Sink(error))) => {
@@ -222,16 +234,28 @@ impl Tunnel<'_> {
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        match self.down.poll(cx, dst, client, &self.moved.down) {
+        match self.down.poll(cx, dst, client, &self.moved.down, may_move) {
             Poll::Ready(Err(Fault::Source(_))) if self.unsent.is_some() => self.down.done = true,
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadDst, error),
             Poll::Ready(Err(Fault::Sink(error))) => return broken(Place::WriteClient, error),
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
         if self.up.done && self.down.done {
-            return Poll::Ready(self.unsent.take().map_or(Ok(()), |error| Err(self.cut_short(error))));
+            return Poll::Ready(self.unsent.take().map_or(Ok(End::Over), |error| Err(self.cut_short(error))));
+        }
+        if may_move && (self.up.full >= BULK || self.down.full >= BULK) {
+            if self.is_fresh() {
+                return Poll::Ready(Ok(End::Bulk));
+            }
+            wake_later(cx);
         }
         Poll::Pending
+    }
+
+    /// Whether the streams say all that is to be known of the tunnel.
+    fn is_fresh(&self) -> bool {
+        let is_fresh = |direction: &Direction| direction.held.is_none() && !direction.ended;
+        is_fresh(&self.up) && is_fresh(&self.down) && self.unsent.is_none()
     }
 
     /// How the tunnel ends when dst takes no more.
@@ -245,7 +269,7 @@ impl Tunnel<'_> {
         cx: &mut Context<'_>,
         client: &impl Stream,
         dst: &impl Stream,
-    ) -> Poll<Result<(), Broken>> {
+    ) -> Poll<Result<End, Broken>> {
         let mut fired = false;
         loop {
             let now = Instant::now();
@@ -269,7 +293,7 @@ impl Tunnel<'_> {
             if due.is_some_and(|due| now >= due) {
                 return Poll::Ready(match self.unsent.take() {
                     Some(error) => Err(self.cut_short(error)),
-                    None if lingers && self.limits.linger.is_some() => Ok(()),
+                    None if lingers && self.limits.linger.is_some() => Ok(End::Over),
                     None => Err(Broken::Idle),
                 });
             }
@@ -286,7 +310,7 @@ impl Tunnel<'_> {
     }
 }
 
-fn broken(place: Place, error: io::Error) -> Poll<Result<(), Broken>> {
+fn broken(place: Place, error: io::Error) -> Poll<Result<End, Broken>> {
     Poll::Ready(Err(Broken::Io(place, error)))
 }
 
@@ -347,6 +371,7 @@ impl Direction {
         source: &mut impl Stream,
         sink: &mut impl Stream,
         moved: &AtomicU64,
+        may_move: bool,
     ) -> Poll<Result<(), Fault>> {
         if self.done {
             return Poll::Ready(Ok(()));
@@ -370,9 +395,25 @@ impl Direction {
             })?;
             moved.fetch_add(n as u64, Ordering::Relaxed);
             left = left.saturating_sub(n);
+            if self.full >= BULK && self.held.is_none() {
+                if may_move {
+                    return Poll::Pending;
+                }
+                self.splice();
+            }
         }
         wake_later(cx);
         Poll::Pending
+    }
+
+    /// From now on what is read goes through a pipe, unless there is no descriptor or memory to spare for one.
+    fn splice(&mut self) {
+        self.full = 0;
+        if !self.copies
+            && let Ok(pipe) = Pipe::open()
+        {
+            self.held = Some(Box::new(Held::Pipe(pipe)));
+        }
     }
 
     /// One write of what was read before: how much the sink took.
@@ -440,12 +481,6 @@ impl Direction {
         self.full = if n == buffer.len() { self.full.saturating_add(1) } else { 0 };
         if let Some(octets @ [_, ..]) = octets.get(sent..) {
             self.held = Some(Box::new(Held::Octets { octets: octets.to_vec(), sent: 0 }));
-        } else if self.full >= BULK && !self.copies {
-            self.full = 0;
-            // Without a descriptor or memory to spare for a pipe, copying has to do.
-            if let Ok(pipe) = Pipe::open() {
-                self.held = Some(Box::new(Held::Pipe(pipe)));
-            }
         }
         Poll::Ready(Ok(sent))
     }

@@ -17,7 +17,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ use crate::relay::Limits;
 pub use listen::Listen;
 use listen::Listener;
 use login::Login;
-use worker::{Shared, Worker};
+use worker::{Ends, Worker};
 
 /// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
 const RESERVED_DESCRIPTORS: u64 = 64;
@@ -165,16 +165,13 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let is_open = policy.users.is_none() && policy.own.iter().any(|own| !own.ip().is_loopback());
     let (threads, drain) = (options.threads, options.drain);
-    let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None };
+    let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None, until_bulk: threads > 1 };
     let server = Server { options, policy, login: Login::default(), resolver: Resolver::default(), relay_limits };
     let (accepting, closing) = channel::bounded::<Infallible>(1);
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);
-    let listeners = listeners.into_iter().map(Arc::new).collect();
-    let worker = Worker { shared: Arc::new(Shared::new(server, limit, alive)), listeners, closing, over };
-    let workers = start(threads, &worker).map_err(|error| ("threads".into(), error))?;
-    // From here on only the workers hold the listeners, which close when nobody accepts.
-    drop(worker);
+    let workers = Worker::several(threads, server, listeners, limit, Ends { closing, over, alive });
+    let workers = start(workers).map_err(|error| ("threads".into(), error))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
@@ -191,18 +188,18 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
 }
 
 /// Starts the threads, and returns when all of them accept.
-fn start(threads: usize, worker: &Worker) -> io::Result<Vec<JoinHandle<()>>> {
+fn start(workers: Vec<Worker>) -> io::Result<Vec<JoinHandle<()>>> {
     let (started, ready) = mpsc::channel();
-    let mut workers = Vec::new();
-    for _ in 0..threads {
-        let (worker, started) = (worker.clone(), started.clone());
+    let mut threads = Vec::new();
+    for worker in workers {
+        let started = started.clone();
         let thread = std::thread::Builder::new().name("s5-worker".into());
-        workers.push(thread.spawn(move || worker.run(&started))?);
+        threads.push(thread.spawn(move || worker.run(&started))?);
     }
     drop(started);
     // A worker that panics says nothing.
-    workers.iter().try_for_each(|_| ready.recv().map_err(io::Error::other)?)?;
-    Ok(workers)
+    threads.iter().try_for_each(|_| ready.recv().map_err(io::Error::other)?)?;
+    Ok(threads)
 }
 
 /// Raises the soft limit to the hard one and gives what holds then.

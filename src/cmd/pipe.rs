@@ -68,17 +68,17 @@ pub(super) async fn run(client: &Client, mut tunnel: Conn) -> Result<(), Failure
         Failure::new(status, format!("proxy {proxy}: transfer, for {target}: {what}: {error}"))
     };
     let mut pipe = Pipe::new().map_err(|error| failed(Status::Other, "stdin and stdout", &error))?;
-    let limits = Limits { idle: None, linger: Some(LINGER) };
+    let limits = Limits { linger: Some(LINGER), ..Limits::default() };
     let ended = relay(&mut pipe, &mut tunnel, &limits, &Moved::default()).await;
     let ended = match (ended, pipe.stdout.flush().await) {
         // Only the thread that writes knows why writing failed.
-        (Ok(()) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
+        (Ok(_) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
             Err(Broken::Io(Place::WriteClient, error))
         }
         (ended, _) => ended,
     };
     match ended {
-        Ok(()) | Err(Broken::Idle) => Ok(()),
+        Ok(_) | Err(Broken::Idle) => Ok(()),
         Err(Broken::Io(Place::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Err(Failure::new(Status::BrokenPipe, ""))
         }

@@ -194,6 +194,11 @@ impl Reactor {
         })
     }
 
+    /// How many sockets there are.
+    pub(super) fn sockets(&self) -> usize {
+        self.slots.borrow().len()
+    }
+
     pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, is_shared: bool) -> io::Result<Source<T>> {
         use epoll::EventFlags;
         let events = if is_shared {
@@ -340,6 +345,15 @@ impl<T> Drop for Source<T> {
 impl<T> Source<T> {
     pub(super) fn get_ref(&self) -> &T {
         &self.socket
+    }
+
+    /// For a socket that stays open elsewhere.
+    pub(super) fn deregister(&self)
+    where
+        T: AsFd,
+    {
+        // Fails only for what is not registered.
+        let _ = epoll::delete(&self.reactor.epoll, &self.socket);
     }
 
     /// Ready when there is an end, an error or an urgent octet.

@@ -12,9 +12,9 @@ use std::str::FromStr;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::conn::Conn;
+use crate::conn::Loose;
 use crate::dial::tune;
-use crate::reactor::{Io, accept};
+use crate::reactor::accept;
 
 /// How many connections may wait to be accepted; the system may make it fewer (net.core.somaxconn).
 const BACKLOG: i32 = 4096;
@@ -190,11 +190,11 @@ impl Listener {
     }
 
     /// Accepts a connection that is there already: itself, and where it came from when that is an address.
-    pub(super) fn accept(&self) -> io::Result<(Conn, Option<SocketAddr>)> {
+    pub(super) fn accept(&self) -> io::Result<(Loose, Option<SocketAddr>)> {
         let (socket, peer) = accept(self)?;
         Ok(match self {
-            Self::Tcp(..) => (Conn::Tcp(Io::new(socket.into())?), peer),
-            Self::Unix(..) => (Conn::Unix(Io::new(socket.into())?), None),
+            Self::Tcp(..) => (Loose::Tcp(socket.into()), peer),
+            Self::Unix(..) => (Loose::Unix(socket.into()), None),
         })
     }
 }

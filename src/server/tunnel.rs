@@ -3,13 +3,13 @@
 //! It is a task of its own, so that an idle tunnel holds nothing of the handshake.
 
 use std::future::Future;
+use std::io;
 use std::time::Duration;
 
-use super::Server;
 use super::record::Record;
-use crate::conn::Conn;
+use crate::conn::{Conn, Loose};
 use crate::reactor::sleep;
-use crate::relay::{Broken, Stream as _, relay};
+use crate::relay::{Broken, End, Limits, Stream as _, relay};
 
 /// How long a client whose target has closed and takes no more may take for the last of what it was sent.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -23,9 +23,19 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    /// Relays between the client and the target until the tunnel ends.
-    pub(super) fn relay<'a>(&'a mut self, server: &'a Server) -> impl Future<Output = Result<(), Broken>> + 'a {
-        relay(&mut self.client, &mut self.target, &server.relay_limits, &self.record.moved)
+    /// Relays between the client and the target until the tunnel ends, or `limits` say so.
+    pub(super) fn relay<'a>(&'a mut self, limits: &'a Limits) -> impl Future<Output = Result<End, Broken>> + 'a {
+        relay(&mut self.client, &mut self.target, limits, &self.record.moved)
+    }
+
+    /// The tunnel for another thread; or as it was, when there are no descriptors for that.
+    pub(super) fn loosen(self) -> Result<LooseTunnel, Box<Self>> {
+        let (Ok(client), Ok(target)) = (self.client.loosen(), self.target.loosen()) else {
+            return Err(Box::new(self));
+        };
+        self.client.let_go();
+        self.target.let_go();
+        Ok(LooseTunnel { client, target, record: self.record })
     }
 
     /// Says what is left to be said when it did not end well.
@@ -37,6 +47,29 @@ impl Tunnel {
             // has closed its side does not say that it has read all.
             sleep(LAST_WORDS).await;
             self.client.abort();
+        }
+    }
+}
+
+/// A tunnel on its way to another thread.
+pub(super) struct LooseTunnel {
+    client: Loose,
+    target: Loose,
+    record: Record,
+}
+
+impl LooseTunnel {
+    /// # Errors
+    /// As [`Loose::settle`] says; that is the end of the tunnel.
+    pub(super) fn settle(self) -> io::Result<Tunnel> {
+        let Self { client, target, mut record } = self;
+        let settled = client.settle().and_then(|client| Ok((client, target.settle()?)));
+        match settled {
+            Ok((client, target)) => Ok(Tunnel { client, target, record }),
+            Err(error) => {
+                record.error = Some(error.to_string().into());
+                Err(error)
+            }
         }
     }
 }

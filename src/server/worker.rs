@@ -1,29 +1,40 @@
 //! One thread of the server: a reactor and an executor of its own, on which it accepts connections and runs their
 //! sessions to the end.
+//!
+//! A session stays where it was accepted, since handing it on costs more than most sessions do: the kernel wakes a
+//! worker that is idle. Two things are handed on: a connection that comes to a worker that has far more than another
+//! one, and a tunnel that proves to be bulk, to the worker with the fewest of those.
 
 use std::convert::Infallible;
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::rc::{Rc, Weak};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
-use smol::channel::{Receiver, Sender};
+use smol::channel::{self, Receiver, Sender};
 use smol::lock::Semaphore;
 
 use super::listen::Listener;
+use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
-use crate::conn::Conn;
+use crate::conn::Loose;
 use crate::reactor::{self, Io, Way, sleep};
+use crate::relay::{End, Limits};
 
 /// How long accepting rests when the system has no descriptor or memory left for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// How many connections are accepted before those that are open get their turn.
 const BATCH: usize = 32;
+
+/// How many more sockets than twice those of another worker one has, before it hands a new connection to that.
+const SURPLUS: usize = 64;
 
 /// What all workers share.
 pub(super) struct Shared {
@@ -32,13 +43,41 @@ pub(super) struct Shared {
     limit: usize,
     slots: Semaphore,
     complaint: Complaint,
+    peers: Vec<Peer>,
     /// Closed when there is neither anybody who accepts nor a session.
     _alive: Sender<Infallible>,
 }
 
+/// A worker as the others see it.
+struct Peer {
+    /// Holds sessions only, and of those there are at most `limit`.
+    inbox: Sender<Handed>,
+    /// How many sockets it had when it accepted last.
+    sockets: AtomicUsize,
+    /// How many of its tunnels have proved to be bulk.
+    bulk: AtomicUsize,
+}
+
+/// What one worker hands to another one.
+enum Handed {
+    Accepted(Loose, Option<SocketAddr>, Slot),
+    Bulk(LooseTunnel, Slot),
+}
+
 impl Shared {
-    pub(super) fn new(server: Server, limit: usize, alive: Sender<Infallible>) -> Self {
-        Self { server, limit, slots: Semaphore::new(limit), complaint: Complaint::default(), _alive: alive }
+    /// The worker to which a new connection goes rather than to this one.
+    fn idler(&self, this: usize) -> Option<&Peer> {
+        let sockets = reactor::sockets();
+        self.peers.get(this)?.sockets.store(sockets, Ordering::Relaxed);
+        let least = self.peers.iter().min_by_key(|peer| peer.sockets.load(Ordering::Relaxed))?;
+        (sockets > 2 * least.sockets.load(Ordering::Relaxed) + SURPLUS).then_some(least)
+    }
+
+    /// The worker to which a bulk tunnel goes rather than to this one.
+    fn calmer(&self, this: usize) -> Option<&Peer> {
+        let bulk = |peer: &Peer| peer.bulk.load(Ordering::Relaxed);
+        let least = self.peers.iter().min_by_key(|peer| bulk(peer))?;
+        (bulk(least) < bulk(self.peers.get(this)?)).then_some(least)
     }
 }
 
@@ -56,29 +95,78 @@ impl Complaint {
     }
 }
 
+/// A session's slot, and its share of what the server is, for as long as it lives.
+struct Slot(Arc<Shared>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.slots.add_permits(1);
+    }
+}
+
 /// Accepts until `closing` is closed, and runs sessions until `over` is.
-#[derive(Clone)]
 pub(super) struct Worker {
-    pub(super) shared: Arc<Shared>,
-    pub(super) listeners: Vec<Arc<Listener>>,
+    number: usize,
+    shared: Arc<Shared>,
+    inbox: Receiver<Handed>,
+    listeners: Vec<Arc<Listener>>,
+    closing: Receiver<Infallible>,
+    over: Receiver<Infallible>,
+}
+
+/// What ends workers, and tells that they have ended.
+pub(super) struct Ends {
     pub(super) closing: Receiver<Infallible>,
     pub(super) over: Receiver<Infallible>,
+    pub(super) alive: Sender<Infallible>,
 }
 
 impl Worker {
+    /// `count` workers that together run at most `limit` sessions at once.
+    pub(super) fn several(
+        count: usize,
+        server: Server,
+        listeners: Vec<Listener>,
+        limit: usize,
+        ends: Ends,
+    ) -> Vec<Self> {
+        let (outs, ins): (Vec<_>, Vec<_>) = (0..count).map(|_| channel::unbounded()).unzip();
+        let peer = |inbox| Peer { inbox, sockets: AtomicUsize::new(0), bulk: AtomicUsize::new(0) };
+        let shared = Arc::new(Shared {
+            server,
+            limit,
+            slots: Semaphore::new(limit),
+            complaint: Complaint::default(),
+            peers: outs.into_iter().map(peer).collect(),
+            _alive: ends.alive,
+        });
+        let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
+        let worker = |(number, inbox)| Self {
+            number,
+            shared: shared.clone(),
+            inbox,
+            listeners: listeners.clone(),
+            closing: ends.closing.clone(),
+            over: ends.over.clone(),
+        };
+        ins.into_iter().enumerate().map(worker).collect()
+    }
+
     /// Blocks. Says once through `ready` whether it accepts.
     pub(super) fn run(self, ready: &mpsc::Sender<io::Result<()>>) {
-        let Self { shared, listeners, closing, over } = self;
+        let Self { number, shared, inbox, listeners, closing, over } = self;
         let ended = reactor::run(async {
             // What is left at the end is dropped with it, and so cut.
             let executor = Rc::new(LocalExecutor::new());
+            let home = Rc::new(Home { number, executor: Rc::downgrade(&executor) });
             let acceptor = |listener| {
-                let (shared, executor) = (shared.clone(), Rc::downgrade(&executor));
-                Io::shared(listener).map(|listener| Acceptor { shared, listener, executor }.run())
+                let (shared, home) = (shared.clone(), home.clone());
+                Io::shared(listener).map(|listener| Acceptor { shared, listener, home }.run())
             };
             let acceptors: io::Result<Vec<_>> = listeners.into_iter().map(acceptor).collect();
             let accepting: Vec<_> = acceptors?.into_iter().map(|acceptor| executor.spawn(acceptor)).collect();
             drop(shared);
+            executor.spawn(home.take_in(inbox)).detach();
             // Whoever started this waits for it.
             let _ = ready.send(Ok(()));
             let mut end = pin!(async {
@@ -98,12 +186,100 @@ impl Worker {
     }
 }
 
+/// A worker as its own sessions see it.
+struct Home {
+    number: usize,
+    /// Not held, or it would hold itself by way of its tasks.
+    executor: Weak<LocalExecutor<'static>>,
+}
+
+impl Home {
+    fn spawn(&self, session: impl Future<Output = ()> + 'static) {
+        // Without an executor everything ends.
+        if let Some(executor) = self.executor.upgrade() {
+            executor.spawn(session).detach();
+        }
+    }
+
+    /// Runs the sessions that other workers hand on.
+    async fn take_in(self: Rc<Self>, inbox: Receiver<Handed>) {
+        while let Ok(handed) = inbox.recv().await {
+            match handed {
+                Handed::Accepted(conn, client, slot) => self.begin(conn, client, slot),
+                Handed::Bulk(tunnel, slot) => {
+                    // An error is in its log line.
+                    if let Ok(tunnel) = tunnel.settle() {
+                        let number = self.number;
+                        self.spawn(async move { bulk(tunnel, &slot, number).await });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Begins a session: its handshake, and then its tunnel, as a task of its own and so without what the handshake
+    /// held.
+    fn begin(self: &Rc<Self>, conn: Loose, client: Option<SocketAddr>, slot: Slot) {
+        let conn = match conn.settle() {
+            Ok(conn) => conn,
+            Err(error) => return slot.0.complaint.log(|| format!("a connection could not be served: {error}")),
+        };
+        let home = self.clone();
+        self.spawn(async move {
+            let Some(mut tunnel) = session::run(&slot.0.server, conn, client).await else { return };
+            // Neither of the captured is moved in there: the future would have room for it twice.
+            home.clone().spawn(async move {
+                match tunnel.relay(&slot.0.server.relay_limits).await {
+                    Ok(End::Over) => {}
+                    Ok(End::Bulk) => Box::pin(home.place(tunnel, slot)).await,
+                    Err(broken) => Box::pin(tunnel.break_off(broken)).await,
+                }
+            });
+        });
+    }
+
+    /// Goes on with a bulk tunnel where there are fewest of them.
+    async fn place(self: Rc<Self>, tunnel: Tunnel, slot: Slot) {
+        let shared = slot.0.clone();
+        let Some(peer) = shared.calmer(self.number) else { return bulk(tunnel, &slot, self.number).await };
+        match tunnel.loosen() {
+            // Fails when that worker has ended, and so everything does.
+            Ok(loose) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot))),
+            Err(tunnel) => bulk(*tunnel, &slot, self.number).await,
+        }
+    }
+}
+
+/// Relays a bulk tunnel to its end, on the worker of that number.
+async fn bulk(mut tunnel: Tunnel, slot: &Slot, number: usize) {
+    let _counted = slot.0.peers.get(number).map(|peer| Counted::new(&peer.bulk));
+    let limits = Limits { until_bulk: false, ..slot.0.server.relay_limits };
+    if let Err(broken) = tunnel.relay(&limits).await {
+        tunnel.break_off(broken).await;
+    }
+}
+
+/// One of those that are counted, as long as it lives.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Accepts the connections of one listener.
 struct Acceptor {
     shared: Arc<Shared>,
     listener: Io<Arc<Listener>>,
-    /// Not held, or it would hold itself by way of its tasks.
-    executor: Weak<LocalExecutor<'static>>,
+    home: Rc<Home>,
 }
 
 impl Acceptor {
@@ -117,7 +293,11 @@ impl Acceptor {
             }
             let slot = self.slot().await;
             match self.listener.try_with(Way::Read, |listener| listener.accept()) {
-                Ok((conn, client)) => self.spawn(conn, client, slot),
+                Ok((conn, client)) => match self.shared.idler(self.home.number) {
+                    // Fails when that worker has ended, and so everything does.
+                    Some(peer) => drop(peer.inbox.try_send(Handed::Accepted(conn, client, slot))),
+                    None => self.home.begin(conn, client, slot),
+                },
                 // Somebody else was faster, or the client has left again.
                 Err(error) if is_passing(&error) => {}
                 Err(error) => self.rest(&error).await,
@@ -126,27 +306,6 @@ impl Acceptor {
             if batch.is_multiple_of(BATCH) {
                 reactor::yield_now().await;
             }
-        }
-    }
-
-    /// Runs a session on this thread: first its handshake, then its tunnel, as a task of its own and so without what
-    /// the handshake held.
-    fn spawn(&self, conn: Conn, client: Option<SocketAddr>, slot: Slot) {
-        let executor = self.executor.clone();
-        let session = async move {
-            let tunnel = session::run(&slot.0.server, conn, client).await;
-            let Some((mut tunnel, executor)) = tunnel.zip(executor.upgrade()) else { return };
-            // Neither tunnel nor slot are moved in there: the future would have room for them twice.
-            let relay = async move {
-                if let Err(broken) = tunnel.relay(&slot.0.server).await {
-                    Box::pin(tunnel.break_off(broken)).await;
-                }
-            };
-            executor.spawn(relay).detach();
-        };
-        // Without an executor everything ends.
-        if let Some(executor) = self.executor.upgrade() {
-            executor.spawn(session).detach();
         }
     }
 
@@ -167,15 +326,6 @@ impl Acceptor {
     async fn rest(&self, error: &io::Error) {
         self.shared.complaint.log(|| format!("{}: {error}: waiting", self.listener.get_ref()));
         sleep(EXHAUSTED_PAUSE).await;
-    }
-}
-
-/// A session's slot, and its share of what the server is, for as long as it lives.
-struct Slot(Arc<Shared>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.slots.add_permits(1);
     }
 }
 

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
-use s5::relay::{Broken, Limits, Moved, relay};
+use s5::relay::{Broken, End, Limits, Moved, relay};
 
 use super::{Far, Received, Tunnel};
 
@@ -196,12 +196,12 @@ impl Wake for Flag {
 }
 
 pub struct Memory {
-    relay: Option<BoxedLocal<Result<(), Broken>>>,
+    relay: Option<BoxedLocal<Result<End, Broken>>>,
     is_woken: Arc<Flag>,
     moved: Rc<Moved>,
     client: FarEnd,
     dst: FarEnd,
-    outcome: Option<Result<(), Broken>>,
+    outcome: Option<Result<End, Broken>>,
 }
 
 impl Memory {
@@ -253,7 +253,7 @@ impl Tunnel for Memory {
         (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&Result<(), Broken>> {
+    fn ended(&mut self) -> Option<&Result<End, Broken>> {
         self.outcome.as_ref()
     }
 
@@ -263,7 +263,7 @@ impl Tunnel for Memory {
 
     fn check_end(&mut self) {
         let aborts = match self.outcome {
-            Some(Ok(())) => (0, 0),
+            Some(Ok(_)) => (0, 0),
             Some(Err(Broken::Unsent(_))) => (0, 1),
             _ => (1, 1),
         };

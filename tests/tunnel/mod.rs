@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use s5::relay::{Broken, Limits};
+use s5::relay::{Broken, End, Limits};
 
 pub mod memory;
 pub mod sockets;
@@ -31,7 +31,7 @@ pub trait Tunnel: Sized {
     fn moved(&self) -> (u64, u64);
 
     /// How it ended, when it has.
-    fn ended(&mut self) -> Option<&Result<(), Broken>>;
+    fn ended(&mut self) -> Option<&Result<End, Broken>>;
 
     /// Ends the relay from outside, without its consent.
     fn cancel(&mut self);

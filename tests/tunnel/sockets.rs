@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_lite::FutureExt as _;
 use s5::conn::Conn;
 use s5::reactor::{self, Io};
-use s5::relay::{Broken, Limits, Moved, relay};
+use s5::relay::{Broken, End, Limits, Moved, relay};
 use smol::channel::{Sender, unbounded};
 use socket2::SockRef;
 
@@ -70,8 +70,8 @@ pub struct OnThread<const HAS_REACTOR: bool> {
     moved: Arc<Moved>,
     cancel: Sender<()>,
     /// None from the thread: it was cancelled.
-    thread: Option<JoinHandle<Option<Result<(), Broken>>>>,
-    outcome: Option<Result<(), Broken>>,
+    thread: Option<JoinHandle<Option<Result<End, Broken>>>>,
+    outcome: Option<Result<End, Broken>>,
 }
 
 impl<const HAS_REACTOR: bool> OnThread<HAS_REACTOR> {
@@ -139,7 +139,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
         (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&Result<(), Broken>> {
+    fn ended(&mut self) -> Option<&Result<End, Broken>> {
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
             self.join();
         }
