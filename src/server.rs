@@ -60,7 +60,7 @@ pub struct Options {
     /// Sessions at once; none: what the descriptor limit allows.
     pub max_connections: Option<usize>,
     /// Threads that run sessions, at least 1.
-    pub threads: usize,
+    pub threads: u16,
     /// What BND says in place of the address that the client connected to, at most one a family.
     pub advertise: Vec<IpAddr>,
     /// Where BIND listens; none: wherever the system likes.

@@ -75,8 +75,8 @@ pub struct Args {
     max_connections: Option<usize>,
 
     /// threads that run sessions (one a core)
-    #[argh(option, arg_name = "n", from_str_fn(at_least_one))]
-    threads: Option<usize>,
+    #[argh(option, arg_name = "n", from_str_fn(threads))]
+    threads: Option<u16>,
 
     /// the address that replies to BIND and UDP ASSOCIATE give, behind NAT; one a family (the one the client uses)
     #[argh(option, arg_name = "ip")]
@@ -106,6 +106,14 @@ pub struct Args {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 on"))
+}
+
+fn threads(text: &str) -> Result<u16, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 to 65535"))
+}
+
+fn one_a_core() -> u16 {
+    std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX))
 }
 
 fn filtering(text: &str) -> Result<Filtering, String> {
@@ -154,7 +162,7 @@ impl Args {
             idle_timeout: self.idle_timeout,
             drain: self.drain,
             max_connections: self.max_connections,
-            threads: self.threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1),
+            threads: self.threads.unwrap_or_else(one_a_core),
             advertise: self.advertise,
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,

@@ -66,18 +66,18 @@ enum Handed {
 
 impl Shared {
     /// The worker to which a new connection goes rather than to this one.
-    fn idler(&self, this: usize) -> Option<&Peer> {
+    fn idler(&self, this: u16) -> Option<&Peer> {
         let sockets = reactor::sockets();
-        self.peers.get(this)?.sockets.store(sockets, Ordering::Relaxed);
+        self.peers.get(usize::from(this))?.sockets.store(sockets, Ordering::Relaxed);
         let least = self.peers.iter().min_by_key(|peer| peer.sockets.load(Ordering::Relaxed))?;
         (sockets > 2 * least.sockets.load(Ordering::Relaxed) + SURPLUS).then_some(least)
     }
 
     /// The worker to which a bulk tunnel goes rather than to this one.
-    fn calmer(&self, this: usize) -> Option<&Peer> {
+    fn calmer(&self, this: u16) -> Option<&Peer> {
         let bulk = |peer: &Peer| peer.bulk.load(Ordering::Relaxed);
         let least = self.peers.iter().min_by_key(|peer| bulk(peer))?;
-        (bulk(least) < bulk(self.peers.get(this)?)).then_some(least)
+        (bulk(least) < bulk(self.peers.get(usize::from(this))?)).then_some(least)
     }
 }
 
@@ -106,7 +106,7 @@ impl Drop for Slot {
 
 /// Accepts until `closing` is closed, and runs sessions until `over` is.
 pub(super) struct Worker {
-    number: usize,
+    number: u16,
     shared: Arc<Shared>,
     inbox: Receiver<Handed>,
     listeners: Vec<Arc<Listener>>,
@@ -123,13 +123,7 @@ pub(super) struct Ends {
 
 impl Worker {
     /// `count` workers that together run at most `limit` sessions at once.
-    pub(super) fn several(
-        count: usize,
-        server: Server,
-        listeners: Vec<Listener>,
-        limit: usize,
-        ends: Ends,
-    ) -> Vec<Self> {
+    pub(super) fn several(count: u16, server: Server, listeners: Vec<Listener>, limit: usize, ends: Ends) -> Vec<Self> {
         let (outs, ins): (Vec<_>, Vec<_>) = (0..count).map(|_| channel::unbounded()).unzip();
         let peer = |inbox| Peer { inbox, sockets: AtomicUsize::new(0), bulk: AtomicUsize::new(0) };
         let shared = Arc::new(Shared {
@@ -149,7 +143,7 @@ impl Worker {
             closing: ends.closing.clone(),
             over: ends.over.clone(),
         };
-        ins.into_iter().enumerate().map(worker).collect()
+        (0..).zip(ins).map(worker).collect()
     }
 
     /// Blocks. Says once through `ready` whether it accepts.
@@ -188,7 +182,8 @@ impl Worker {
 
 /// A worker as its own sessions see it.
 struct Home {
-    number: usize,
+    /// Small, since every tunnel knows it.
+    number: u16,
     /// Not held, or it would hold itself by way of its tasks.
     executor: Weak<LocalExecutor<'static>>,
 }
@@ -227,32 +222,33 @@ impl Home {
         let home = self.clone();
         self.spawn(async move {
             let Some(mut tunnel) = session::run(&slot.0.server, conn, client).await else { return };
+            let number = home.number;
             // Neither of the captured is moved in there: the future would have room for it twice.
-            home.clone().spawn(async move {
+            home.spawn(async move {
                 match tunnel.relay(&slot.0.server.relay_limits).await {
                     Ok(End::Over) => {}
-                    Ok(End::Bulk) => Box::pin(home.place(tunnel, slot)).await,
+                    Ok(End::Bulk) => Box::pin(place(tunnel, slot, number)).await,
                     Err(broken) => Box::pin(tunnel.break_off(broken)).await,
                 }
             });
         });
     }
+}
 
-    /// Goes on with a bulk tunnel where there are fewest of them.
-    async fn place(self: Rc<Self>, tunnel: Tunnel, slot: Slot) {
-        let shared = slot.0.clone();
-        let Some(peer) = shared.calmer(self.number) else { return bulk(tunnel, &slot, self.number).await };
-        match tunnel.loosen() {
-            // Fails when that worker has ended, and so everything does.
-            Ok(loose) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot))),
-            Err(tunnel) => bulk(*tunnel, &slot, self.number).await,
-        }
+/// Goes on with a bulk tunnel of the worker of that number where there are fewest of them.
+async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
+    let shared = slot.0.clone();
+    let Some(peer) = shared.calmer(number) else { return bulk(tunnel, &slot, number).await };
+    match tunnel.loosen() {
+        // Fails when that worker has ended, and so everything does.
+        Ok(loose) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot))),
+        Err(tunnel) => bulk(*tunnel, &slot, number).await,
     }
 }
 
 /// Relays a bulk tunnel to its end, on the worker of that number.
-async fn bulk(mut tunnel: Tunnel, slot: &Slot, number: usize) {
-    let _counted = slot.0.peers.get(number).map(|peer| Counted::new(&peer.bulk));
+async fn bulk(mut tunnel: Tunnel, slot: &Slot, number: u16) {
+    let _counted = slot.0.peers.get(usize::from(number)).map(|peer| Counted::new(&peer.bulk));
     let limits = Limits { until_bulk: false, ..slot.0.server.relay_limits };
     if let Err(broken) = tunnel.relay(&limits).await {
         tunnel.break_off(broken).await;
