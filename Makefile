@@ -6,7 +6,7 @@ FUZZ_SECONDS = 30
 FUZZ_TARGETS = proto reassembly
 CARGO = cargo
 
-.PHONY: help build serve check test test-programs fuzz install clean
+.PHONY: help build serve check test test-programs bench bench-quick bench-programs soak fuzz install clean
 
 help:              ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -20,6 +20,7 @@ serve: build       ## build s5 and run its server on LISTEN (127.0.0.1:1080)
 check:             ## format, lints and documentation, warnings as errors
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	cd tests/bench && $(CARGO) fmt --check && $(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
 test: test-programs ## install what the tests need, and run them all
@@ -30,13 +31,31 @@ PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
            strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount
 test-programs:     ## install the real programs that the tests run against (Debian, as root or with sudo)
-	@missing=; for pair in $(PROGRAMS); do \
-	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair##*:}"; \
-	done; \
+	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \
 	/usr/bin/python3 -c 'import socks' 2>/dev/null || missing="$$missing python3-socks"; \
-	[ -z "$$missing" ] || { sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	$(INSTALL_MISSING)
+
+FIND_MISSING = for pair in $(1); do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair\#\#*:}"; \
+	done
+INSTALL_MISSING = [ -z "$$missing" ] || { sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
 	  $$sudo apt-get update && \
 	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; }
+
+BENCH = cd tests/bench && $(CARGO) run --release --locked --
+
+bench: build bench-programs ## s5 and other SOCKS servers side by side, about 40 minutes; into target/bench
+	$(BENCH) --out '$(CURDIR)/target/bench'
+
+bench-quick: build bench-programs ## the same in a minute, and so much less exact
+	$(BENCH) --quick --out '$(CURDIR)/target/bench'
+
+soak: build        ## 30 minutes of mixed load; fails if anything grows or is lost
+	$(BENCH) soak --out '$(CURDIR)/target/bench'
+
+BENCH_PROGRAMS = microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server
+bench-programs:    ## install what s5 is measured against (Debian, as root or with sudo)
+	@missing=; $(call FIND_MISSING,$(BENCH_PROGRAMS)); $(INSTALL_MISSING)
 
 fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz

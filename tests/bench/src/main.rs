@@ -1,0 +1,205 @@
+//! Measures s5 side by side with no proxy and with other SOCKS servers: `bench`, and soaks it: `bench soak`.
+//!
+//! Each row starts a fresh process of each proxy in turn, and that as often as there are runs; what is shown is the
+//! median. Load generator, target and proxy are processes of their own on one machine, all on loopback.
+
+#![forbid(unsafe_code)]
+
+mod chart;
+mod children;
+mod cpu;
+mod load;
+mod measure;
+mod pattern;
+mod proxies;
+mod report;
+mod rows;
+mod soak;
+mod socks;
+mod target;
+mod tunnels;
+mod udp;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use measure::{Fault, failed};
+use report::Results;
+use rows::{Bench, ROWS};
+
+const USAGE: &str = "usage: bench [--quick] [--runs N] [--only row,row] [--proxies name,name] [--out DIR]
+       bench soak [--minutes N] [--out DIR]
+
+S5_BENCH_S5     the s5 to measure (target/release/s5)
+S5_BENCH_ARGS   more arguments for its `serve`
+S5_BENCH_PEERS  more proxies: name=path,name=path; known are microsocks, hev-socks5-server, 3proxy and fast-socks5;
+                names that begin with s5 are started like s5, all others as `path PORT`";
+
+struct Options {
+    quick: bool,
+    soak: bool,
+    runs: usize,
+    minutes: f64,
+    only: Vec<String>,
+    proxies: Vec<String>,
+    out: PathBuf,
+}
+
+fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
+    let out = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/bench").into();
+    let (only, proxies) = (Vec::new(), Vec::new());
+    let mut options = Options { quick: false, soak: false, runs: 0, minutes: 30.0, only, proxies, out };
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or(format!("{arg} wants a value"));
+        let list = |value: String| value.split(',').map(|name| name.trim().to_lowercase()).collect();
+        match arg.as_str() {
+            "soak" => options.soak = true,
+            "--quick" => options.quick = true,
+            "--runs" => options.runs = value()?.parse().map_err(|_| "--runs wants a number")?,
+            "--minutes" => options.minutes = value()?.parse().map_err(|_| "--minutes wants a number")?,
+            "--only" => options.only = list(value()?),
+            "--proxies" => options.proxies = list(value()?),
+            "--out" => options.out = value()?.into(),
+            _ => return Err(format!("what is {arg}?")),
+        }
+    }
+    let known = |name: &String| ROWS.iter().any(|row| row.name == name || row.group == name);
+    if let Some(name) = options.only.iter().find(|name| !known(name)) {
+        let names: Vec<_> = ROWS.iter().map(|row| row.name).collect();
+        return Err(format!("no row {name}; there are: {}", names.join(" ")));
+    }
+    if options.runs == 0 {
+        options.runs = if options.quick { 1 } else { 5 };
+    }
+    Ok(options)
+}
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let first = args.next();
+    let error = match first.as_deref().and_then(|arg| arg.to_str()) {
+        Some(children::BECOME) => children::become_program(args).to_string(),
+        Some(target::TARGET) => return target::run().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
+        Some("--help" | "help" | "-h") => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        _ => match options(std::env::args().skip(1)) {
+            Ok(options) => match start(&options) {
+                Ok(true) => return ExitCode::SUCCESS,
+                Ok(false) => return ExitCode::FAILURE,
+                Err(fault) => fault.to_string(),
+            },
+            Err(error) => format!("{error}\n{USAGE}"),
+        },
+    };
+    eprintln!("bench: {error}");
+    ExitCode::from(2)
+}
+
+fn start(options: &Options) -> Result<bool, Fault> {
+    let descriptors = children::raise_descriptor_limit();
+    children::clean_up_on_signals()?;
+    let _folder = children::Folder::make()?;
+    fs::create_dir_all(&options.out)?;
+    let (found, missing) = proxies::find();
+    let target = target::Target::start()?;
+    if options.soak {
+        let s5 = found.iter().find(|proxy| proxy.name == "s5").ok_or_else(|| failed(missing.join("; ")))?;
+        return soak::run(s5, &target, Duration::from_secs_f64(options.minutes * 60.0), &options.out);
+    }
+    let wanted = |name: &str| {
+        let name = name.to_lowercase();
+        options.proxies.is_empty()
+            || options.proxies.iter().any(|want| name == *want || name.split(' ').next() == Some(want))
+    };
+    let found = found.into_iter().filter(|proxy| wanted(&proxy.name)).collect();
+    let mut missing: Vec<_> =
+        missing.into_iter().filter(|line| wanted(line.split(':').next().unwrap_or_default())).collect();
+    let mut bench = Bench { target, quick: options.quick, descriptors };
+    missing.push(format!("100 000 idle tunnels: they want 200 000 descriptors, and {descriptors} may be had"));
+    let mut circumstances = report::circumstances();
+    let mut results = Results::new(found, missing);
+    for proxy in results.proxies.iter().filter(|proxy| bench.idle_tunnels(proxy) < bench.wanted_idle_tunnels()) {
+        let (count, each) = (bench.idle_tunnels(proxy), proxy.descriptors_a_tunnel());
+        results.missing.push(format!("{}: {count} idle tunnels, since each takes {each} descriptors", proxy.name));
+    }
+    let (began, others) = (Instant::now(), cpu_of_others());
+    measure_all(&mut bench, &mut results, options);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let others = 100.0 * (cpu_of_others() - others) / began.elapsed().as_secs_f64() / cores;
+    circumstances += &format!("- {others:.0} % of the CPU was used by other programs meanwhile\n");
+    write(&bench, &results, options, &circumstances)?;
+    Ok(true)
+}
+
+/// Seconds of everybody but this program and what it started.
+fn cpu_of_others() -> f64 {
+    cpu::of_machine() - cpu::Tree(vec![std::process::id() as i32]).cpu()
+}
+
+fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
+    let wanted = |row: &&rows::Row| {
+        options.only.is_empty() || options.only.iter().any(|name| row.name == name || row.group == name)
+    };
+    let bulk = ROWS.iter().filter(wanted).any(|row| row.group == "bulk");
+    let compare = |proxy| if bulk { bench.compare(proxy) } else { Ok(()) };
+    let compared: Vec<_> = results.proxies.iter().map(compare).collect();
+    for row in ROWS.iter().filter(wanted) {
+        for run in 1..=options.runs {
+            eprintln!("{} {run}/{}", row.name, options.runs);
+            for (at, compared) in compared.iter().enumerate() {
+                // Speed of a stream whose content is wrong is no speed.
+                let figures = match compared {
+                    Err(fault) if row.group == "bulk" => Err(fault.clone()),
+                    _ => row.measure(bench, &results.proxies[at]),
+                };
+                for (which, figure) in row.figures.iter().enumerate() {
+                    let value = figures.as_ref().map(|figures| figures[which]).map_err(Fault::clone);
+                    results.cell_mut(at, figure.id).add(value);
+                }
+            }
+        }
+    }
+}
+
+fn write(bench: &Bench, results: &Results, options: &Options, circumstances: &str) -> Result<(), Fault> {
+    let mut charts = String::new();
+    let mut groups: Vec<_> = ROWS.iter().map(|row| row.group).collect();
+    groups.dedup();
+    for group in groups {
+        if let Some(svg) = chart::bars(results, group) {
+            fs::write(options.out.join(format!("{group}.svg")), svg)?;
+            charts += &format!("![{group}]({group}.svg)\n");
+        }
+    }
+    let text = format!(
+        "# s5 and other SOCKS servers, side by side\n\n{circumstances}- median of {} interleaved runs, least..most\n\n\
+         {}\n## Figures\n\n{}\n## Targets\n\n{}\n## What could not be run, and what failed\n\n{}\n{charts}",
+        options.runs,
+        notes(bench),
+        results.table(),
+        results.targets(),
+        results.remarks(),
+    );
+    fs::write(options.out.join("bench.md"), &text)?;
+    println!("{text}");
+    eprintln!("written to {}", options.out.display());
+    Ok(())
+}
+
+fn notes(bench: &Bench) -> String {
+    format!(
+        "Load generator, target and proxy share the machine and its loopback: ratios count, not the figures. \
+         Each row starts a fresh process of each proxy in turn. CPU is user and system time of all processes of the \
+         proxy (for `ssh -D`, of ssh and sshd). A whole transfer is compared octet by octet before; while measured, \
+         streams are checked by counts, block numbers and samples, and echoes and datagrams completely. Bulk streams \
+         are written and read 256 KiB at a time. Short tunnels are closed by the target first. Idle tunnels are {}, or \
+         as many as the descriptor limit allows. UDP rows keep one datagram under way on each \
+         association, or 16 where it says so; the one-way rows raise the rate in steps on one association, and show \
+         the highest at which all arrived in one of up to three attempts. Memory is private dirty memory.\n",
+        bench.wanted_idle_tunnels()
+    )
+}

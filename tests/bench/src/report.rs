@@ -1,0 +1,255 @@
+//! What the runs came to: the table, the targets, and what could not be run, as Markdown.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::process::Command;
+
+use crate::measure::{Fault, median};
+use crate::proxies::{Kind, Proxy};
+use crate::rows::{Figure, ROWS, Row};
+
+/// All runs of one figure of one proxy.
+#[derive(Clone, Debug, Default)]
+pub struct Cell {
+    pub values: Vec<f64>,
+    pub faults: Vec<Fault>,
+}
+
+impl Cell {
+    pub fn add(&mut self, result: Result<f64, Fault>) {
+        match result {
+            Ok(value) if value.is_finite() => self.values.push(value),
+            Ok(_) => {}
+            Err(fault) => self.faults.push(fault),
+        }
+    }
+
+    fn is_wrong(&self) -> bool {
+        self.faults.iter().any(|fault| matches!(fault, Fault::Wrong(_)))
+    }
+
+    /// A figure of which a run was wrong is none.
+    pub fn median(&self) -> Option<f64> {
+        (!self.is_wrong() && !self.values.is_empty()).then(|| median(&self.values))
+    }
+
+    /// The least and the most.
+    pub fn range(&self) -> (f64, f64) {
+        self.values.iter().fold((f64::INFINITY, 0.0), |(low, high), value| (low.min(*value), high.max(*value)))
+    }
+
+    fn text(&self, digits: usize) -> String {
+        let Some(middle) = self.median() else {
+            return match self.faults.first() {
+                _ if self.is_wrong() => "wrong".into(),
+                Some(Fault::None) => "none".into(),
+                Some(_) => "failed".into(),
+                None => "-".into(),
+            };
+        };
+        let (low, high) = self.range();
+        match self.values.len() {
+            1 => format!("{middle:.digits$}"),
+            _ => format!("**{middle:.digits$}** {low:.digits$}..{high:.digits$}"),
+        }
+    }
+}
+
+/// Everything measured, by proxy and by figure in the order of the rows.
+pub struct Results {
+    pub proxies: Vec<Proxy>,
+    pub figures: Vec<(&'static Row, Figure)>,
+    cells: Vec<Vec<Cell>>,
+    /// What was not there to be run.
+    pub missing: Vec<String>,
+}
+
+impl Results {
+    pub fn new(proxies: Vec<Proxy>, missing: Vec<String>) -> Self {
+        let figures: Vec<_> =
+            ROWS.iter().flat_map(|row| row.figures.iter().map(move |figure| (row, *figure))).collect();
+        let cells = vec![vec![Cell::default(); figures.len()]; proxies.len()];
+        Self { proxies, figures, cells, missing }
+    }
+
+    pub fn cell(&self, proxy: usize, id: &str) -> &Cell {
+        &self.cells[proxy][self.at(id)]
+    }
+
+    pub fn cell_mut(&mut self, proxy: usize, id: &str) -> &mut Cell {
+        let at = self.at(id);
+        &mut self.cells[proxy][at]
+    }
+
+    fn at(&self, id: &str) -> usize {
+        self.figures.iter().position(|(_, figure)| figure.id == id).expect("figures are looked up by their own names")
+    }
+
+    /// Figures of which there is something to show.
+    fn measured(&self) -> impl Iterator<Item = (&'static Row, Figure)> {
+        let any =
+            |at: usize| self.cells.iter().any(|cells| !cells[at].values.is_empty() || !cells[at].faults.is_empty());
+        self.figures.iter().enumerate().filter(move |(at, _)| any(*at)).map(|(_, of)| *of)
+    }
+
+    pub fn table(&self) -> String {
+        let names: Vec<_> = self.proxies.iter().map(|proxy| proxy.name.as_str()).collect();
+        let mut text = format!("| | unit | {} |\n| --- | --- |{}\n", names.join(" | "), " --: |".repeat(names.len()));
+        for (_, figure) in self.measured() {
+            let cells: Vec<_> = (0..names.len()).map(|at| self.cell(at, figure.id).text(figure.digits)).collect();
+            let _ = writeln!(text, "| {} | {} | {} |", figure.label, figure.unit, cells.join(" | "));
+        }
+        text
+    }
+
+    /// The peer with the best figure.
+    fn best_peer(&self, figure: Figure) -> Option<(&str, f64)> {
+        let peers = self.proxies.iter().enumerate().filter(|(_, proxy)| proxy.is_peer());
+        let figures = peers.filter_map(|(at, proxy)| Some((proxy.name.as_str(), self.cell(at, figure.id).median()?)));
+        match figure.more_is_better {
+            true => figures.max_by(|a, b| a.1.total_cmp(&b.1)),
+            false => figures.min_by(|a, b| a.1.total_cmp(&b.1)),
+        }
+    }
+
+    pub fn targets(&self) -> String {
+        let Some(ours) = self.proxies.iter().position(|proxy| proxy.kind == Kind::S5) else {
+            return "s5 was not measured.\n".into();
+        };
+        let mut text =
+            "| row | target | s5 | best peer | ratio | |\n| --- | --- | --: | --: | --: | --- |\n".to_owned();
+        let mut without = Vec::new();
+        for (id, goal) in GOALS {
+            let figure = self.figures[self.at(id)].1;
+            let (digits, Some(got)) = (figure.digits, self.cell(ours, id).median()) else {
+                without.push(figure.label);
+                continue;
+            };
+            let peer = self.best_peer(figure);
+            let best = peer.map_or("-".into(), |(name, best)| format!("{best:.digits$} ({name})"));
+            let ratio =
+                peer.filter(|(_, best)| *best > 0.0).map_or("-".into(), |(_, best)| format!("{:.2}", got / best));
+            let verdict = match goal.met(got, peer.map(|(_, best)| best)) {
+                Some(true) => "met",
+                Some(false) => "**missed**",
+                None => "no peer",
+            };
+            let want = goal.text(figure.unit);
+            let _ = writeln!(text, "| {} | {want} | {got:.digits$} | {best} | {ratio} | {verdict} |", figure.label);
+        }
+        if !without.is_empty() {
+            let _ = writeln!(text, "\nWithout a figure of s5: {}.", without.join("; "));
+        }
+        text
+    }
+
+    /// What could not be run and what went wrong, each said once.
+    pub fn remarks(&self) -> String {
+        let mut lines: Vec<String> = self.missing.iter().map(|line| format!("- {line}\n")).collect();
+        for (at, proxy) in self.proxies.iter().enumerate() {
+            for (row, figure) in self.measured() {
+                for fault in &self.cell(at, figure.id).faults {
+                    let line = format!("- {}: {}: {fault}\n", proxy.name, row.name);
+                    let is_news = !matches!(fault, Fault::None) && !lines.contains(&line);
+                    lines.extend(is_news.then_some(line));
+                }
+            }
+        }
+        let without_udp: Vec<_> =
+            self.proxies.iter().filter(|proxy| !proxy.has_udp()).map(|proxy| proxy.name.as_str()).collect();
+        if !without_udp.is_empty() {
+            lines.push(format!("- no UDP in: {}\n", without_udp.join(", ")));
+        }
+        lines.concat()
+    }
+}
+
+/// What s5 is to reach.
+#[derive(Clone, Copy)]
+enum Goal {
+    /// Times the best peer's figure.
+    AtMost(f64),
+    AtLeast(f64),
+    /// A figure of its own.
+    Below(f64),
+}
+
+impl Goal {
+    fn text(self, unit: &str) -> String {
+        match self {
+            Self::AtMost(1.0) | Self::AtLeast(1.0) => "no worse than the best peer".into(),
+            Self::AtMost(times) => format!("at most {times:.2} of the best peer"),
+            Self::AtLeast(times) => format!("at least {times:.2} times the best peer"),
+            Self::Below(most) => format!("at most {most} {unit}"),
+        }
+    }
+
+    fn met(self, got: f64, best: Option<f64>) -> Option<bool> {
+        match self {
+            Self::AtMost(times) => best.map(|best| got <= times * best),
+            Self::AtLeast(times) => best.map(|best| got >= times * best),
+            Self::Below(most) => Some(got <= most),
+        }
+    }
+}
+
+const GOALS: &[(&str, Goal)] = &[
+    ("down.rate", Goal::AtLeast(1.35)),
+    ("down.cpu", Goal::AtMost(0.60)),
+    ("up.rate", Goal::AtLeast(1.35)),
+    ("up.cpu", Goal::AtMost(0.60)),
+    ("down8.rate", Goal::AtLeast(1.15)),
+    ("down8.cpu", Goal::AtMost(0.50)),
+    ("short.rate", Goal::AtLeast(1.15)),
+    ("short.cpu", Goal::AtMost(0.80)),
+    ("short.p99", Goal::AtMost(1.0)),
+    ("trips1.cpu", Goal::AtMost(1.0)),
+    ("trips1.p50", Goal::AtMost(1.0)),
+    ("trips1.p99", Goal::AtMost(1.0)),
+    ("trips32.cpu", Goal::AtMost(1.0)),
+    ("trips32.p50", Goal::AtMost(1.0)),
+    ("trips32.p99", Goal::AtMost(1.0)),
+    ("trips1000.cpu", Goal::AtMost(1.0)),
+    ("trips1000.p50", Goal::AtMost(1.0)),
+    ("trips1000.p99", Goal::AtMost(1.0)),
+    ("idle.memory", Goal::Below(600.0)),
+    // As near to none as a clock can tell.
+    ("idle.cpu", Goal::Below(0.1)),
+    ("growth", Goal::Below(1.15)),
+    ("udp512.cpu", Goal::AtMost(0.65)),
+    ("udp512w16.cpu", Goal::AtMost(0.65)),
+    ("udp512x64.cpu", Goal::AtMost(0.65)),
+    ("udp1200.cpu", Goal::AtMost(0.65)),
+    ("udp1200w16.cpu", Goal::AtMost(0.65)),
+    ("udp1200x64.cpu", Goal::AtMost(0.65)),
+    ("flood512", Goal::AtLeast(1.0)),
+    ("flood1200", Goal::AtLeast(1.0)),
+    ("start.time", Goal::Below(10.0)),
+    ("start.resident", Goal::Below(3.0)),
+];
+
+/// The machine, the day and the commit, each a line.
+pub fn circumstances() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let info = read("/proc/cpuinfo");
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown CPU");
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let git = |args: &[&str]| output(Command::new("git").arg("-C").arg(env!("CARGO_MANIFEST_DIR")).args(args));
+    let changes = if git(&["status", "--porcelain"]).is_empty() { "" } else { "+changes" };
+    let packages = ["microsocks", "dante-server", "openssh-client", "openssh-server"];
+    let packages = output(Command::new("dpkg-query").args(["-W", "-f", "${Package} ${Version}; "]).args(packages));
+    format!(
+        "- {}, {cores} cores, Linux {}; {}\n- {}\n- commit {}{changes}{}\n",
+        model.trim_start_matches([' ', '\t', ':']),
+        read("/proc/sys/kernel/osrelease").trim(),
+        packages.trim_end_matches([';', ' ']),
+        output(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"])),
+        git(&["rev-parse", "--short", "HEAD"]),
+        std::env::var("S5_BENCH_ARGS").map_or(String::new(), |args| format!("; `s5 serve {args}`")),
+    )
+}
+
+fn output(command: &mut Command) -> String {
+    let output = command.output().map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&output).trim().to_owned()
+}

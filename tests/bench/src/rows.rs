@@ -1,0 +1,279 @@
+//! The rows: what each measures, in which unit, and how.
+
+use std::sync::Barrier;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::measure::{Fault, Times, Via, failed, median, wrong};
+use crate::pattern::Plan;
+use crate::proxies::{Proxy, Running};
+use crate::target::{self, Target};
+use crate::udp::{self, Association, Flood};
+use crate::{socks, tunnels};
+
+/// How long what runs on is given to come to rest before CPU time and memory are read.
+const REST: Duration = Duration::from_millis(100);
+const GIB: f64 = (1 << 30) as f64;
+
+/// One figure of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Figure {
+    pub id: &'static str,
+    pub label: &'static str,
+    pub unit: &'static str,
+    pub more_is_better: bool,
+    pub digits: usize,
+}
+
+const fn more(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
+    Figure { id, label, unit, more_is_better: true, digits }
+}
+
+const fn less(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
+    Figure { id, label, unit, more_is_better: false, digits }
+}
+
+/// What is measured together, on a proxy that was started for it.
+pub struct Row {
+    /// As `--only` takes it.
+    pub name: &'static str,
+    /// The chart that it is in.
+    pub group: &'static str,
+    pub figures: &'static [Figure],
+    run: Run,
+}
+
+/// The figures in their order; not a number where there is none.
+type Run = fn(&mut Bench, &Proxy) -> Result<Vec<f64>, Fault>;
+
+const fn row(name: &'static str, group: &'static str, figures: &'static [Figure], run: Run) -> Row {
+    Row { name, group, figures, run }
+}
+
+/// The figures of rows that differ in name alone.
+macro_rules! figures {
+    (bulk $id:literal, $label:literal) => {
+        &[
+            more(concat!($id, ".rate"), $label, "GiB/s", 2),
+            less(concat!($id, ".cpu"), concat!($label, ", CPU"), "s/GiB", 3),
+        ]
+    };
+    (trips $id:literal, $label:literal) => {
+        &[
+            less(concat!($id, ".cpu"), concat!("64-octet round trip, ", $label, ", CPU"), "us", 1),
+            less(concat!($id, ".p50"), concat!("64-octet round trip, ", $label, ", p50"), "us", 0),
+            less(concat!($id, ".p99"), concat!("64-octet round trip, ", $label, ", p99"), "us", 0),
+        ]
+    };
+    (udp $id:literal, $label:literal) => {
+        &[
+            less(concat!($id, ".cpu"), concat!("UDP round trip, ", $label, ", CPU"), "us", 1),
+            less(concat!($id, ".p50"), concat!("UDP round trip, ", $label, ", p50"), "us", 0),
+            less(concat!($id, ".lost"), concat!("UDP round trip, ", $label, ", lost"), "%", 3),
+        ]
+    };
+    (flood $id:literal, $label:literal) => {
+        &[more($id, concat!("UDP one-way, ", $label, ", most without loss"), "datagrams/s", 0)]
+    };
+}
+
+const SHORT: &[Figure] = &[
+    more("short.rate", "short tunnels, 32 at once", "tunnels/s", 0),
+    less("short.cpu", "short tunnels, CPU", "us", 1),
+    less("short.p50", "short tunnels, p50", "ms", 2),
+    less("short.p99", "short tunnels, p99", "ms", 2),
+];
+const IDLE: &[Figure] = &[
+    less("idle.memory", "memory per idle tunnel", "octets", 0),
+    less("idle.cpu", "CPU in 3 s of nothing but idle tunnels", "ms", 2),
+    less("growth.few", "short tunnel beside 10 idle ones, CPU", "us", 1),
+    less("growth.many", "short tunnel beside all idle ones, CPU", "us", 1),
+    less("growth", "cost of growth: beside all over beside 10", "times", 2),
+];
+const START: &[Figure] = &[
+    less("start.time", "from exec to an answered greeting", "ms", 2),
+    less("start.resident", "memory after the start, resident", "MiB", 2),
+    less("start.dirty", "memory after the start, private dirty", "MiB", 2),
+];
+
+pub static ROWS: &[Row] = &[
+    row("down", "bulk", figures!(bulk "down", "1 stream down"), |b, p| b.bulk(p, 1, false)),
+    row("up", "bulk", figures!(bulk "up", "1 stream up"), |b, p| b.bulk(p, 1, true)),
+    row("down8", "bulk", figures!(bulk "down8", "8 streams down"), |b, p| b.bulk(p, 8, false)),
+    row("short", "short", SHORT, Bench::short),
+    row("trips1", "round-trips", figures!(trips "trips1", "1 tunnel"), |b, p| b.trips(p, 1)),
+    row("trips32", "round-trips", figures!(trips "trips32", "32 tunnels"), |b, p| b.trips(p, 32)),
+    row("trips1000", "round-trips", figures!(trips "trips1000", "1000 tunnels"), |b, p| b.trips(p, 1000)),
+    row("idle", "idle", IDLE, Bench::idle),
+    row("udp512", "udp", figures!(udp "udp512", "512 octets"), |b, p| b.udp(p, 512, 1, 1)),
+    row("udp512w16", "udp", figures!(udp "udp512w16", "512 octets, 16 under way"), |b, p| b.udp(p, 512, 1, 16)),
+    row("udp512x64", "udp", figures!(udp "udp512x64", "512 octets, 64 associations"), |b, p| b.udp(p, 512, 64, 1)),
+    row("udp1200", "udp", figures!(udp "udp1200", "1200 octets"), |b, p| b.udp(p, 1200, 1, 1)),
+    row("udp1200w16", "udp", figures!(udp "udp1200w16", "1200 octets, 16 under way"), |b, p| b.udp(p, 1200, 1, 16)),
+    row("udp1200x64", "udp", figures!(udp "udp1200x64", "1200 octets, 64 associations"), |b, p| b.udp(p, 1200, 64, 1)),
+    row("flood512", "flood", figures!(flood "flood512", "512 octets"), |b, p| b.flood(p, 512)),
+    row("flood1200", "flood", figures!(flood "flood1200", "1200 octets"), |b, p| b.flood(p, 1200)),
+    row("start", "start", START, Bench::start),
+];
+
+/// What the rows run with.
+pub struct Bench {
+    pub target: Target,
+    pub quick: bool,
+    /// Descriptors that one process may have.
+    pub descriptors: u64,
+}
+
+impl Row {
+    pub fn measure(&self, bench: &mut Bench, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+        (self.run)(bench, proxy)
+    }
+}
+
+impl Bench {
+    fn time(&self, millis: u64) -> Duration {
+        Duration::from_millis(if self.quick { millis / 5 } else { millis })
+    }
+
+    pub fn wanted_idle_tunnels(&self) -> usize {
+        if self.quick { 1000 } else { 9000 }
+    }
+
+    /// How many idle tunnels there are: a proxy needs descriptors for each, and some for itself.
+    pub fn idle_tunnels(&self, proxy: &Proxy) -> usize {
+        let most = (self.descriptors.saturating_sub(1500) / proxy.descriptors_a_tunnel()) as usize;
+        most.min(self.wanted_idle_tunnels())
+    }
+
+    /// Moves content both ways and compares all of it.
+    pub fn compare(&self, proxy: &Proxy) -> Result<(), Fault> {
+        let running = proxy.start()?;
+        let plan = Plan::for_octets(if self.quick { 16 << 20 } else { 128 << 20 });
+        for up in [false, true] {
+            let stream = socks::connect(running.via, self.target.bulk)?;
+            let octets = if up { target::upload(&stream, plan, true) } else { target::download(&stream, plan, true) }?;
+            if octets != plan.octets {
+                return Err(wrong(format!("{octets} octets came")));
+            }
+        }
+        Ok(())
+    }
+
+    fn bulk(&mut self, proxy: &Proxy, streams: usize, up: bool) -> Result<Vec<f64>, Fault> {
+        let running = proxy.start()?;
+        let plan = Plan::for_time(self.time(2000));
+        let sockets =
+            (0..streams).map(|_| socks::connect(running.via, self.target.bulk)).collect::<Result<Vec<_>, _>>()?;
+        let (before, began, go) = (running.tree.cpu(), Instant::now(), Barrier::new(streams));
+        let moved = |stream| {
+            go.wait();
+            if up { target::upload(stream, plan, false) } else { target::download(stream, plan, false) }
+        };
+        let octets: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = sockets.iter().map(|stream| scope.spawn(|| moved(stream))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).collect()
+        });
+        let (took, cpu) = (began.elapsed().as_secs_f64(), running.tree.cpu() - before);
+        let gib = octets.into_iter().sum::<Result<u64, _>>()? as f64 / GIB;
+        Ok(vec![gib / took, if_proxy(&running, cpu / gib)])
+    }
+
+    fn short(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+        let running = proxy.start()?;
+        tunnels::short_tunnels(running.via, self.target.echo, 32, self.time(300))?;
+        let (mut times, rate, cpu) = self.short_on(&running, self.time(2000))?;
+        Ok(vec![rate, if_proxy(&running, cpu), times.quantile(0.5) / 1e3, times.quantile(0.99) / 1e3])
+    }
+
+    /// Times, tunnels a second, and microseconds of CPU a tunnel.
+    fn short_on(&self, running: &Running, time: Duration) -> Result<(Times, f64, f64), Fault> {
+        thread::sleep(REST);
+        let (before, began) = (running.tree.cpu(), Instant::now());
+        let times = tunnels::short_tunnels(running.via, self.target.echo, 32, time)?;
+        let took = began.elapsed().as_secs_f64();
+        thread::sleep(REST);
+        let (count, cpu) = (times.len() as f64, running.tree.cpu() - before);
+        Ok((times, count / took, cpu * 1e6 / count))
+    }
+
+    fn trips(&mut self, proxy: &Proxy, count: usize) -> Result<Vec<f64>, Fault> {
+        let running = proxy.start()?;
+        let open = tunnels::open(running.via, self.target.echo, count)?;
+        tunnels::round_trips(&open, self.time(300))?;
+        let before = running.tree.cpu();
+        let mut times = tunnels::round_trips(&open, self.time(2000))?;
+        let cpu = (running.tree.cpu() - before) * 1e6 / times.len() as f64;
+        Ok(vec![if_proxy(&running, cpu), times.quantile(0.5), times.quantile(0.99)])
+    }
+
+    fn idle(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+        let running = proxy.start()?;
+        let Via::Socks(_) = running.via else { return Err(Fault::None) };
+        tunnels::short_tunnels(running.via, self.target.echo, 1, Duration::ZERO)?;
+        thread::sleep(REST);
+        let (all, before) = (self.idle_tunnels(proxy), running.tree.private_dirty() as f64);
+        let mut open = tunnels::open(running.via, self.target.echo, 10)?;
+        let (_, _, few) = self.short_on(&running, self.time(1500))?;
+        open.extend(tunnels::open(running.via, self.target.echo, all - open.len())?);
+        thread::sleep(self.time(1000));
+        let memory = (running.tree.private_dirty() as f64 - before) / all as f64;
+        let cpu = running.tree.cpu();
+        thread::sleep(self.time(3000));
+        let idle = (running.tree.cpu() - cpu) * 3.0 / self.time(3000).as_secs_f64();
+        let (_, _, many) = self.short_on(&running, self.time(1500))?;
+        // Each is still the tunnel that it was.
+        tunnels::round_trips(&open, Duration::ZERO)?;
+        tunnels::close(open)?;
+        Ok(vec![memory, idle * 1e3, few, many, many / few])
+    }
+
+    fn udp(&mut self, proxy: &Proxy, size: usize, count: usize, window: usize) -> Result<Vec<f64>, Fault> {
+        if !proxy.has_udp() {
+            return Err(Fault::None);
+        }
+        let running = proxy.start()?;
+        let open = |_| Association::open(running.via, self.target.udp_echo);
+        let all = (0..count).map(open).collect::<Result<Vec<_>, _>>()?;
+        udp::round_trips(&all, size, window, self.time(200))?;
+        let before = running.tree.cpu();
+        let mut trips = udp::round_trips(&all, size, window, self.time(1500))?;
+        let (cpu, back) = (running.tree.cpu() - before, trips.times.len() as f64);
+        let lost = 100.0 * trips.lost as f64 / (back + trips.lost as f64);
+        Ok(vec![if_proxy(&running, cpu * 1e6 / back), trips.times.quantile(0.5), lost])
+    }
+
+    fn flood(&mut self, proxy: &Proxy, size: usize) -> Result<Vec<f64>, Fault> {
+        if !proxy.has_udp() {
+            return Err(Fault::None);
+        }
+        let running = proxy.start()?;
+        let (rise, tries) = if self.quick { (1.6, 1) } else { (1.25, 3) };
+        let flood = Flood { size, time: self.time(500), rise, tries };
+        Ok(vec![flood.rate(running.via, &mut self.target)?])
+    }
+
+    fn start(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+        let mut times = Vec::new();
+        let mut memory = (0.0, 0.0);
+        // The first one brings the program into memory.
+        for round in 0..if self.quick { 5 } else { 21 } {
+            let (time, running) = proxy.timed_start()?;
+            if round > 0 {
+                times.push(time.as_secs_f64() * 1e3);
+            }
+            if round == 1 {
+                thread::sleep(REST);
+                memory = (running.tree.resident() as f64, running.tree.private_dirty() as f64);
+            }
+        }
+        Ok(vec![median(&times), memory.0 / f64::from(1 << 20), memory.1 / f64::from(1 << 20)])
+    }
+}
+
+/// Without a proxy, there is no CPU time of one.
+fn if_proxy(running: &Running, value: f64) -> f64 {
+    match running.via {
+        Via::Direct => f64::NAN,
+        Via::Socks(_) => value,
+    }
+}
