@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
@@ -219,6 +220,11 @@ impl Reactor {
     /// Waits for events and timers, and wakes who waits for them; does not wait when there is something to be polled.
     fn turn(&self, alert: &Alert, batch: &mut Batch) -> io::Result<()> {
         batch.wakers.append(&mut self.later.borrow_mut());
+        if batch.wakers.is_empty() {
+            // Whoever is ready to run on this core goes first, and has more for us then: a turn for several events costs
+            // less than falling asleep and being woken for each.
+            thread::yield_now();
+        }
         let timeout = if batch.wakers.is_empty() && alert.may_sleep() { self.until_timer() } else { Some(NOW) };
         batch.events.clear();
         let waited = epoll::wait(&self.epoll, spare_capacity(&mut batch.events), timeout.as_ref());
