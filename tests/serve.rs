@@ -6,6 +6,8 @@ mod kit;
 
 #[path = "serve/bind.rs"]
 mod bind;
+#[path = "serve/bulk.rs"]
+mod bulk;
 #[path = "serve/connect.rs"]
 mod connect;
 #[path = "serve/names.rs"]

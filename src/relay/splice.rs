@@ -27,6 +27,10 @@ pub(super) fn is_refusal(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
 }
 
+fn has_more(socket: BorrowedFd<'_>) -> bool {
+    matches!(recv(socket, &mut [0; 1], RecvFlags::PEEK), Ok((_, 1..)))
+}
+
 impl Pipe {
     /// # Errors
     /// Those of pipe(2); and when descriptors are scarce, so that none is missing for a new session.
@@ -58,9 +62,10 @@ impl Pipe {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let splice = || splice(socket, None, &self.writer, None, self.size, flags);
         let n = match splice() {
-            // Asked once more, since what is there may have come in between. Urgent octets are never spliced.
-            Err(Errno::AGAIN) if recv(socket, &mut [0; 1], RecvFlags::PEEK).is_ok() => match splice() {
-                Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
+            // Urgent octets are never spliced: there is nothing, or even an end, in their place.
+            Ok(0) | Err(Errno::AGAIN) if has_more(socket) => match splice() {
+                Ok(0) | Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
+                // It has come in between.
                 n => n?,
             },
             n => n?,

@@ -52,7 +52,7 @@ pub(super) struct Shared {
 struct Peer {
     /// Holds sessions only, and of those there are at most `limit`.
     inbox: Sender<Handed>,
-    /// How many sockets it had when it accepted last.
+    /// How many sockets it had when it was given a connection last.
     sockets: AtomicUsize,
     /// How many of its tunnels have proved to be bulk.
     bulk: AtomicUsize,
@@ -67,10 +67,16 @@ enum Handed {
 impl Shared {
     /// The worker to which a new connection goes rather than to this one.
     fn idler(&self, this: u16) -> Option<&Peer> {
-        let sockets = reactor::sockets();
-        self.peers.get(usize::from(this))?.sockets.store(sockets, Ordering::Relaxed);
+        let sockets = self.count(this)?;
         let least = self.peers.iter().min_by_key(|peer| peer.sockets.load(Ordering::Relaxed))?;
         (sockets > 2 * least.sockets.load(Ordering::Relaxed) + SURPLUS).then_some(least)
+    }
+
+    /// How many sockets this worker has, for the others to know as well.
+    fn count(&self, this: u16) -> Option<usize> {
+        let sockets = reactor::sockets();
+        self.peers.get(usize::from(this))?.sockets.store(sockets, Ordering::Relaxed);
+        Some(sockets)
     }
 
     /// The worker to which a bulk tunnel goes rather than to this one.
@@ -200,7 +206,10 @@ impl Home {
     async fn take_in(self: Rc<Self>, inbox: Receiver<Handed>) {
         while let Ok(handed) = inbox.recv().await {
             match handed {
-                Handed::Accepted(conn, client, slot) => self.begin(conn, client, slot),
+                Handed::Accepted(conn, client, slot) => {
+                    slot.0.count(self.number);
+                    self.begin(conn, client, slot);
+                }
                 Handed::Bulk(tunnel, slot) => {
                     // An error is in its log line.
                     if let Ok(tunnel) = tunnel.settle() {

@@ -5,7 +5,7 @@
 
 pub mod dns;
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -196,7 +196,7 @@ pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) 
 }
 
 /// Reads to the end, and fails unless that was the first `total` octets of the pattern.
-pub fn check_pattern(stream: &mut TcpStream, total: usize) {
+pub fn check_pattern(stream: &mut impl Read, total: usize) {
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0;
     loop {
