@@ -186,6 +186,20 @@ fn any_acts(resets: u32) -> impl Strategy<Value = Vec<Act>> {
     vec(act, 0..60)
 }
 
+/// Enough at a time for a direction to be bulk, and stalls that leave octets in its pipe.
+fn any_bulk_acts() -> impl Strategy<Value = Vec<Act>> {
+    let way = || prop_oneof![3 => Just(Way::Up), 1 => Just(Way::Down)];
+    let size = || 200_000_usize..900_000;
+    let act = prop_oneof![
+        40 => (way(), size()).prop_map(|(way, size)| Act::Send(way, size)),
+        30 => (way(), size()).prop_map(|(way, size)| Act::Receive(way, size)),
+        20 => Just(Act::Settle),
+        2 => way().prop_map(Act::HalfClose),
+        1 => way().prop_map(Act::Reset),
+    ];
+    vec(act, 10..60)
+}
+
 fn any_capacity() -> impl Strategy<Value = usize> {
     prop_oneof![1_usize..10, 10_usize..2000, 60_000_usize..200_000]
 }
@@ -245,6 +259,15 @@ proptest! {
     #[test]
     fn any_resets_among_them_never_pass_for_an_end_on_sockets(acts in any_acts(3)) {
         play::<Sockets>(CAPACITY, &acts);
+    }
+}
+
+proptest! {
+    #![proptest_config(config(12))]
+
+    #[test]
+    fn any_bulk_is_relayed_exactly_with_a_reactor(acts in any_bulk_acts()) {
+        play::<EdgeSockets>(2 << 20, &acts);
     }
 }
 
