@@ -72,6 +72,15 @@ pub enum Way {
     Write,
 }
 
+/// What a socket is waited for, as long as it lives.
+#[derive(Clone, Copy, Debug)]
+enum Interest {
+    Both,
+    Read,
+    /// To read, by several threads.
+    Shared,
+}
+
 /// A non-blocking socket that can be waited for. Bound to the thread that made it.
 #[derive(Debug)]
 pub struct Io<T>(Kind<T>);
@@ -89,7 +98,7 @@ impl<T: AsFd> Io<T> {
     /// # Errors
     /// Those of epoll_ctl(2).
     pub fn new(socket: T) -> io::Result<Self> {
-        Self::register(socket, false)
+        Self::register(socket, Interest::Both)
     }
 
     /// Of a non-blocking listener for which several threads wait: a connection wakes one of those that are idle.
@@ -97,16 +106,26 @@ impl<T: AsFd> Io<T> {
     /// # Errors
     /// Those of epoll_ctl(2).
     pub fn shared(listener: T) -> io::Result<Self> {
-        Self::register(listener, true)
+        Self::register(listener, Interest::Shared)
     }
 
-    fn register(socket: T, is_shared: bool) -> io::Result<Self> {
+    /// Of a non-blocking socket that is only waited for to read, and has to be read whenever there is something. Room
+    /// to write would be an event for each datagram that has left. After [`Io::drained`] it says itself whether there
+    /// is more.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub fn reading(socket: T) -> io::Result<Self> {
+        Self::register(socket, Interest::Read)
+    }
+
+    fn register(socket: T, interest: Interest) -> io::Result<Self> {
         #[cfg(target_os = "linux")]
         if let Some(reactor) = edge::current() {
-            return reactor.register(socket, is_shared).map(|source| Self(Kind::Edge(source)));
+            return reactor.register(socket, interest).map(|source| Self(Kind::Edge(source)));
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = is_shared;
+        let _ = interest;
         Ok(Self(Kind::Async(Arc::new(Async::new_nonblocking(socket)?))))
     }
 
@@ -211,8 +230,8 @@ impl<T: AsFd> Io<T> {
         result
     }
 
-    /// The socket is known to have nothing more for now, although no operation has said so.
-    fn drained(&self, way: Way) {
+    /// The socket is known to have nothing more for now, although no operation has said so; or is an [`Io::reading`].
+    pub fn drained(&self, way: Way) {
         #[cfg(target_os = "linux")]
         if let Kind::Edge(source) = &self.0 {
             source.drained(way);

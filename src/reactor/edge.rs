@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use slab::Slab;
 
-use super::{Io, Way};
+use super::{Interest, Io, Way};
 
 /// How many events are taken from the kernel at once.
 const EVENTS: usize = 256;
@@ -151,6 +151,8 @@ pub(super) struct Reactor {
 struct Slot {
     /// Tells the socket from earlier ones in the same slot.
     generation: u32,
+    /// There is an event as long as there is something to read, not only when something comes.
+    is_level: bool,
     to_read: Readiness,
     to_write: Readiness,
     /// Whether there is an end, an error or an urgent octet, maybe behind something to be read. If so, only `WouldBlock`
@@ -200,20 +202,21 @@ impl Reactor {
         self.slots.borrow().len()
     }
 
-    pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, is_shared: bool) -> io::Result<Source<T>> {
+    pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, interest: Interest) -> io::Result<Source<T>> {
         use epoll::EventFlags;
-        let events = if is_shared {
-            EventFlags::IN | EventFlags::EXCLUSIVE
-        } else {
-            EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI
+        let events = match interest {
+            Interest::Both => EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET,
+            Interest::Read => EventFlags::IN,
+            Interest::Shared => EventFlags::IN | EventFlags::EXCLUSIVE | EventFlags::ET,
         };
+        let is_level = !events.contains(EventFlags::ET);
         let generation = self.generations.get().wrapping_add(1);
         self.generations.set(generation);
-        let slot = Slot { generation, ..Slot::default() };
+        let slot = Slot { generation, is_level, ..Slot::default() };
         let key = u32::try_from(self.slots.borrow_mut().insert(slot)).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let source = Source { reactor: self, socket, key };
         let data = epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key));
-        epoll::add(&source.reactor.epoll, &source.socket, data, events | EventFlags::ET)?;
+        epoll::add(&source.reactor.epoll, &source.socket, data, events)?;
         Ok(source)
     }
 
@@ -396,7 +399,7 @@ impl<T> Source<T> {
     /// An operation has moved less than it could have.
     pub(super) fn drained(&self, way: Way) {
         self.with_slot(|slot| {
-            if way == Way::Write || slot.mark != Readiness::Maybe {
+            if way == Way::Write || slot.is_level || slot.mark != Readiness::Maybe {
                 *slot.readiness(way) = Readiness::No;
             }
         });
