@@ -5,6 +5,8 @@ mod kit;
 
 #[path = "udp/association.rs"]
 mod association;
+#[path = "udp/bursts.rs"]
+mod bursts;
 #[path = "udp/filter.rs"]
 mod filter;
 #[path = "udp/fragments.rs"]

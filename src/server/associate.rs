@@ -4,11 +4,12 @@
 //! kernel filters, by connect(2). What can't be relayed is dropped in silence, and nothing that a datagram or an ICMP
 //! message can do ends an association.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
@@ -16,6 +17,7 @@ use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
 
+use super::batch::{Batch, BatchSocket, Run, Style};
 use super::record::Record;
 use super::session::Refusal;
 use super::{Filtering, Server, address_for, bind_within};
@@ -23,12 +25,10 @@ use crate::conn::{Conn, until};
 use crate::dial::{Failure, canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
-use crate::reactor::{Alarm, Io, Way, wake_later};
+use crate::reactor::{Alarm, wake_later};
 use crate::reassembly::{Reassembler, split};
 
-/// More than any UDP datagram has, in octets, so that none is cut.
-const BUFFER: usize = 65_536;
-/// How many datagrams of one socket are relayed before another one gets its turn.
+/// How many datagrams of one socket are relayed before another one gets its turn; what came as one counts as one.
 const BUDGET: usize = 64;
 /// Room in the kernel for a burst, in octets, where it grants that much.
 const SOCKET_BUFFER: usize = 1 << 20;
@@ -44,7 +44,15 @@ const MAX_LOOKUPS: usize = 16;
 const MAX_WAITING: usize = 128 * 1024;
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What the associations of a thread use in turn.
+#[derive(Default)]
+struct Scratch {
+    batch: Batch,
+    /// The header of the answers of a run.
+    header: Vec<u8>,
 }
 
 pub(super) async fn serve(server: &Server, control: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
@@ -78,7 +86,7 @@ fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
     client
 }
 
-fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<Io<UdpSocket>> {
+fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
     let local = address_for(control.local_addr(), unspecified(client.ip()))?;
     let socket = bind_within(server.options.udp_ports.as_ref(), local, udp_socket)?;
     // Port 0 leaves the port open and pins the address.
@@ -86,7 +94,7 @@ fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Resu
     Ok(socket)
 }
 
-fn udp_socket(local: SocketAddr) -> io::Result<Io<UdpSocket>> {
+fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::DGRAM, None)?;
     if local.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -96,17 +104,17 @@ fn udp_socket(local: SocketAddr) -> io::Result<Io<UdpSocket>> {
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.set_nonblocking(true)?;
-    Io::new(socket.into())
+    BatchSocket::new(socket.into(), Style::BEST)
 }
 
 struct Association<'a> {
     server: &'a Server,
     record: &'a Record,
-    relay: Io<UdpSocket>,
+    relay: BatchSocket,
     /// The port is 0 until it is known.
     client: SocketAddr,
     /// One socket a family towards all targets, once it is needed: IPv4, IPv6.
-    outward: [Option<Io<UdpSocket>>; 2],
+    outward: [Option<BatchSocket>; 2],
     contacted: Contacted,
     names: HashMap<Name, Resolution>,
     lookups: Vec<(Name, Lookup)>,
@@ -132,64 +140,101 @@ impl Association<'_> {
             if let Poll::Ready(why) = ended.as_mut().poll(cx) {
                 return Poll::Ready(why);
             }
-            let more = SCRATCH.with_borrow_mut(|buffer| self.poll_sockets(cx, buffer));
+            let mut now = Instant::now();
+            let more = SCRATCH.with_borrow_mut(|scratch| self.poll_sockets(cx, now, scratch));
             // What waited for a name may have gone out by a socket that nobody has looked at yet.
             if self.poll_lookups(cx) || more {
                 wake_later(cx);
                 return Poll::Pending;
             }
             loop {
-                let now = Instant::now();
                 self.reassembler.expire(now);
                 let idle = self.last + self.server.options.idle_timeout;
                 if now >= idle {
                     return Poll::Ready(Some("idle for too long"));
                 }
                 ready!(alarm.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
+                now = Instant::now();
             }
         })
         .await
     }
 
     /// Relays what has come, both ways. True when there may be more.
-    fn poll_sockets(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> bool {
+    fn poll_sockets(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
+        let Scratch { batch, header } = scratch;
         let mut left = BUDGET;
-        while left > 0 {
-            let Some((n, from)) = poll_recv(&self.relay, cx, buffer) else { break };
-            self.take_from_client(from, buffer.get(..n).unwrap_or_default());
-            left -= 1;
+        while left > 0 && self.relay.poll_receive(cx, batch, left) {
+            left = left.saturating_sub(batch.count());
+            self.take_from_client(now, batch);
         }
         let mut more = left == 0;
         for family in 0..self.outward.len() {
             let mut left = BUDGET;
             while let (Some(Some(socket)), 1..) = (self.outward.get(family), left) {
-                let Some((n, from)) = poll_recv(socket, cx, buffer) else { break };
-                self.take_from_target(from, buffer.get(..n).unwrap_or_default());
-                left -= 1;
+                if !socket.poll_receive(cx, batch, left) {
+                    break;
+                }
+                left = left.saturating_sub(batch.count());
+                self.take_from_targets(now, batch, header);
             }
             more |= left == 0;
         }
         more
     }
 
-    fn take_from_client(&mut self, from: SocketAddr, octets: &[u8]) {
-        // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
-        if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
-            return;
-        }
-        let Ok(datagram) = Datagram::decode(octets) else { return };
-        if self.client.port() == 0 {
-            self.client = from;
-            if let Err(error) = self.relay.get_ref().connect(from) {
-                log::debug!("udp: connect to {from}: {error}");
+    fn take_from_client(&mut self, now: Instant, batch: &Batch) {
+        let mut no_header = Vec::new();
+        let run = &mut Run::new(&mut no_header);
+        for (from, octets) in batch.datagrams() {
+            // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
+            if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
+                continue;
+            }
+            let Ok(datagram) = Datagram::decode(octets) else { continue };
+            if self.client.port() == 0 {
+                self.client = from;
+                if let Err(error) = self.relay.get_ref().connect(from) {
+                    log::debug!("udp: connect to {from}: {error}");
+                }
+            }
+            self.last = now;
+            match self.reassembler.push(now, datagram) {
+                Some((Addr { host: Host::Ip(ip), port }, Cow::Borrowed(data))) => {
+                    self.send_in_run(run, canonical(ip, port), data);
+                }
+                Some((dst, data)) => {
+                    self.send_run(run);
+                    match dst.host {
+                        Host::Ip(ip) => self.send(&[canonical(ip, dst.port)], &data),
+                        Host::Name(name) => self.send_to_name(name, dst.port, &data),
+                    }
+                }
+                None => {}
             }
         }
-        self.last = Instant::now();
-        let Some((dst, data)) = self.reassembler.push(self.last, datagram) else { return };
-        match dst.host {
-            Host::Ip(ip) => self.send(&[canonical(ip, dst.port)], &data),
-            Host::Name(name) => self.send_to_name(name, dst.port, &data),
+        self.send_run(run);
+    }
+
+    fn send_in_run<'a>(&mut self, run: &mut Run<'a>, dst: SocketAddr, data: &'a [u8]) {
+        if run.peer() != Some(dst) {
+            self.send_run(run);
+            if !self.contact(dst) {
+                return;
+            }
+            run.begin(dst, |_| {});
         }
+        if !run.push(data) {
+            self.send_run(run);
+            run.push(data);
+        }
+    }
+
+    fn send_run(&mut self, run: &mut Run<'_>) {
+        let Some(dst) = run.peer().filter(|_| !run.is_empty()) else { return };
+        let sent = self.outward(dst).map_or(0, |socket| socket.send_run(Some(dst), run));
+        run.clear();
+        self.record.moved.up.fetch_add(sent as u64, Ordering::Relaxed);
     }
 
     fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
@@ -253,19 +298,26 @@ impl Association<'_> {
     /// Sends to the first of the addresses that takes it.
     fn send(&mut self, addrs: &[SocketAddr], data: &[u8]) {
         for addr in addrs {
-            if addr.port() == 0 || !is_unicast(addr.ip()) {
-                continue;
-            }
-            // Noted first: the answer may be here before send_to returns.
-            self.contacted.insert(addr.ip());
-            if self.outward(*addr).and_then(|socket| socket.get_ref().send_to(data, addr)).is_ok() {
+            if self.contact(*addr)
+                && self.outward(*addr).and_then(|socket| socket.send_octets(Some(*addr), data)).is_ok()
+            {
                 self.record.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
                 return;
             }
         }
     }
 
-    fn outward(&mut self, addr: SocketAddr) -> io::Result<&Io<UdpSocket>> {
+    /// Whether somebody can be there; then he may answer. Before anything is sent: the answer may be here sooner than
+    /// sending returns.
+    fn contact(&mut self, addr: SocketAddr) -> bool {
+        let may_be = addr.port() != 0 && is_unicast(addr.ip());
+        if may_be {
+            self.contacted.insert(addr.ip());
+        }
+        may_be
+    }
+
+    fn outward(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
         let [v4, v6] = &mut self.outward;
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
@@ -274,35 +326,47 @@ impl Association<'_> {
         }
     }
 
-    /// An answer; what has no room behind its header goes in fragments.
-    fn take_from_target(&mut self, from: SocketAddr, data: &[u8]) {
-        let wanted =
-            self.server.options.udp_filtering == Filtering::EndpointIndependent || self.contacted.includes(from.ip());
-        if !wanted || self.client.port() == 0 {
-            return;
+    fn take_from_targets(&mut self, now: Instant, batch: &Batch, header: &mut Vec<u8>) {
+        let run = &mut Run::new(header);
+        for (from, data) in batch.datagrams() {
+            if run.peer() != Some(from) {
+                self.answer_run(run);
+                if !self.may_answer(from) {
+                    continue;
+                }
+                run.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.write(header));
+            }
+            self.last = now;
+            if run.header() + data.len() > MAX_UDP {
+                self.answer_run(run);
+                self.answer_in_fragments(from, data);
+            } else if !run.push(data) {
+                self.answer_run(run);
+                run.push(data);
+            }
         }
-        self.last = Instant::now();
-        let relay = self.relay.get_ref();
-        // The first try may only be told what ICMP said about an earlier datagram.
-        let send = |octets: &Vec<u8>| relay.send(octets).or_else(|_| relay.send(octets)).is_ok();
-        let sent = split(&from.into(), data, MAX_UDP).is_some_and(|datagrams| datagrams.iter().all(send));
-        if sent {
+        self.answer_run(run);
+    }
+
+    fn may_answer(&self, from: SocketAddr) -> bool {
+        let is_open = self.server.options.udp_filtering == Filtering::EndpointIndependent;
+        (is_open || self.contacted.includes(from.ip())) && self.client.port() != 0
+    }
+
+    fn answer_run(&self, run: &mut Run<'_>) {
+        if !run.is_empty() {
+            let sent = self.relay.send_run(None, run);
+            self.record.moved.down.fetch_add(sent as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// An answer that has no room behind its header.
+    fn answer_in_fragments(&self, from: SocketAddr, data: &[u8]) {
+        let send = |octets: &Vec<u8>| self.relay.send_octets(None, octets).is_ok();
+        if split(&from.into(), data, MAX_UDP).is_some_and(|datagrams| datagrams.iter().all(send)) {
             self.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
     }
-}
-
-/// The next datagram, or none for now. Errors are ICMP's, about datagrams that were sent before: they pass.
-fn poll_recv(socket: &Io<UdpSocket>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Option<(usize, SocketAddr)> {
-    for _ in 0..BUDGET {
-        match socket.poll_with(cx, Way::Read, |socket| socket.recv_from(buffer)) {
-            Poll::Ready(Ok(received)) => return Some(received),
-            Poll::Ready(Err(_)) => {}
-            Poll::Pending => return None,
-        }
-    }
-    wake_later(cx);
-    None
 }
 
 /// Returns when the control connection ends, however it does, or when it carries what it should not.
@@ -321,13 +385,15 @@ async fn control_end(control: &mut Conn) -> Option<&'static str> {
 /// The addresses that the client has sent to.
 #[derive(Default)]
 struct Contacted {
+    last: Option<IpAddr>,
     ips: HashSet<IpAddr>,
     order: VecDeque<IpAddr>,
 }
 
 impl Contacted {
     fn insert(&mut self, ip: IpAddr) {
-        if !self.ips.insert(ip) {
+        // The usual case, at no cost. Only another insertion could have it forgotten.
+        if self.last.replace(ip) == Some(ip) || !self.ips.insert(ip) {
             return;
         }
         self.order.push_back(ip);
