@@ -185,6 +185,9 @@ impl Slot {
 /// When a timer fires, in nanoseconds since the reactor began; the next one that is free, so that each has its own.
 type Due = u64;
 
+/// 292 years, which leaves room behind it.
+const FAR: Due = Due::MAX / 2;
+
 impl Reactor {
     fn new() -> io::Result<Self> {
         Ok(Self {
@@ -273,7 +276,7 @@ impl Reactor {
     }
 
     fn since(&self, time: Instant) -> Due {
-        Due::try_from(time.saturating_duration_since(self.started).as_nanos()).unwrap_or(Due::MAX)
+        Due::try_from(time.saturating_duration_since(self.started).as_nanos()).unwrap_or(FAR).min(FAR)
     }
 
     fn now(&self) -> Due {
@@ -301,7 +304,7 @@ impl Reactor {
     /// A timer that wakes the task at `due`.
     pub(super) fn timer(self: Rc<Self>, cx: &Context<'_>, due: Instant) -> Timer {
         let mut timers = self.timers.borrow_mut();
-        let due = (self.since(due)..).find(|due| !timers.contains_key(due)).unwrap_or(Due::MAX);
+        let due = (self.since(due)..).find(|due| !timers.contains_key(due)).unwrap_or(FAR);
         timers.insert(due, cx.waker().clone());
         drop(timers);
         Timer { due, reactor: self }

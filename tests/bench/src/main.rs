@@ -142,7 +142,8 @@ fn cpu_of_others() -> f64 {
 
 fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
     let wanted = |row: &&rows::Row| {
-        options.only.is_empty() || options.only.iter().any(|name| row.name == name || row.group == name)
+        let is_asked_for = options.only.iter().any(|name| row.name == name || row.group == name);
+        is_asked_for || options.only.is_empty() && row.group != rows::THREADS
     };
     let bulk = ROWS.iter().filter(wanted).any(|row| row.group == "bulk");
     let compare = |proxy| if bulk { bench.compare(proxy) } else { Ok(()) };

@@ -101,9 +101,9 @@ pub static ROWS: &[Row] = &[
     row("up", "bulk", figures!(bulk "up", "1 stream up"), |b, p| b.bulk(p, 1, true)),
     row("down8", "bulk", figures!(bulk "down8", "8 streams down"), |b, p| b.bulk(p, 8, false)),
     row("short", "short", SHORT, Bench::short),
-    row("trips1", "round-trips", figures!(trips "trips1", "1 tunnel"), |b, p| b.trips(p, 1)),
-    row("trips32", "round-trips", figures!(trips "trips32", "32 tunnels"), |b, p| b.trips(p, 32)),
-    row("trips1000", "round-trips", figures!(trips "trips1000", "1000 tunnels"), |b, p| b.trips(p, 1000)),
+    row("trips1", "round-trips", figures!(trips "trips1", "1 tunnel"), |b, p| b.trips(p, 1, 0)),
+    row("trips32", "round-trips", figures!(trips "trips32", "32 tunnels"), |b, p| b.trips(p, 32, 0)),
+    row("trips1000", "round-trips", figures!(trips "trips1000", "1000 tunnels"), |b, p| b.trips(p, 1000, 0)),
     row("idle", "idle", IDLE, Bench::idle),
     row("udp512", "udp", figures!(udp "udp512", "512 octets"), |b, p| b.udp(p, 512, 1, 1)),
     row("udp512w16", "udp", figures!(udp "udp512w16", "512 octets, 16 under way"), |b, p| b.udp(p, 512, 1, 16)),
@@ -114,7 +114,16 @@ pub static ROWS: &[Row] = &[
     row("flood512", "flood", figures!(flood "flood512", "512 octets"), |b, p| b.flood(p, 512)),
     row("flood1200", "flood", figures!(flood "flood1200", "1200 octets"), |b, p| b.flood(p, 1200)),
     row("start", "start", START, Bench::start),
+    row("busy1", THREADS, figures!(trips "busy1", "1 busy tunnel"), |b, p| b.trips(p, 1, 0)),
+    row("busy8", THREADS, figures!(trips "busy8", "8 busy tunnels"), |b, p| b.trips(p, 8, 0)),
+    row("busy32", THREADS, figures!(trips "busy32", "32 busy tunnels"), |b, p| b.trips(p, 32, 0)),
+    row("busy500", THREADS, figures!(trips "busy500", "500 busy tunnels"), |b, p| b.trips(p, 500, 0)),
+    row("busy5000", THREADS, figures!(trips "busy5000", "5000 busy tunnels"), |b, p| b.trips(p, 5000, 0)),
+    row("few5000", THREADS, figures!(trips "few5000", "8 busy among 5000"), |b, p| b.trips(p, 8, 4992)),
 ];
+
+/// The rows that settle how many threads there should be; they are run only when they are asked for.
+pub const THREADS: &str = "threads";
 
 /// What the rows run with.
 pub struct Bench {
@@ -196,8 +205,9 @@ impl Bench {
         Ok((times, count / took, cpu * 1e6 / count))
     }
 
-    fn trips(&mut self, proxy: &Proxy, count: usize) -> Result<Vec<f64>, Fault> {
+    fn trips(&mut self, proxy: &Proxy, count: usize, idle: usize) -> Result<Vec<f64>, Fault> {
         let running = proxy.start()?;
+        let _idle = tunnels::open(running.via, self.target.echo, idle)?;
         let open = tunnels::open(running.via, self.target.echo, count)?;
         tunnels::round_trips(&open, self.time(300))?;
         let before = running.tree.cpu();
