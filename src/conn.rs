@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 
 use crate::proto::{self, Message, Stop};
-use crate::reactor::{Io, Way, sleep, sleep_until};
+use crate::reactor::{Io, Way, sleep, sleep_until, yield_now};
 use crate::relay::{BareOp, Stream};
 
 /// How long a peer may go on sending after its last answer, so that the answer is not lost to a reset. RFC 1928
@@ -117,7 +117,10 @@ impl Conn {
             self.write_all(last).await?;
             self.close().await?;
             let mut waste = vec![0; 2048];
-            while self.read(&mut waste).await? > 0 {}
+            while self.read(&mut waste).await? > 0 {
+                // A peer that never stops must not keep the timeout from its turn.
+                yield_now().await;
+            }
             io::Result::Ok(())
         };
         let timeout = async {
@@ -164,6 +167,14 @@ impl Conn {
             Self::Tcp(io) => Loose::Tcp(io.get_ref().try_clone()?),
             Self::Unix(io) => Loose::Unix(io.get_ref().try_clone()?),
         })
+    }
+
+    /// Whether its end, should it come now, is a reset.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn end_with_reset(&self, reset: bool) -> io::Result<()> {
+        socket2::SockRef::from(self).set_linger(reset.then_some(Duration::ZERO))
     }
 
     /// Ends all waiting on this thread for a connection that has been loosened. To be dropped then.
@@ -224,8 +235,7 @@ pub async fn until<T>(deadline: Instant, future: impl Future<Output = T>) -> Opt
 
 impl Stream for Conn {
     fn abort(&self) {
-        let linger = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
-        if let Err(error) = linger {
+        if let Err(error) = self.end_with_reset(true) {
             log::debug!("a connection could not be reset: {error}");
         }
     }

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -41,12 +42,14 @@ pub fn wake_later(cx: &Context<'_>) {
     cx.waker().wake_by_ref();
 }
 
-/// How many sockets the reactor of this thread has; 0 without one.
-pub fn sockets() -> usize {
+/// Has the reactor of this thread show how many sockets it has, from now on; without one, nothing is shown.
+pub fn show_sockets(count: Arc<AtomicUsize>) {
     #[cfg(target_os = "linux")]
-    return edge::current().map_or(0, |reactor| reactor.sockets());
+    if let Some(reactor) = edge::current() {
+        reactor.show(count);
+    }
     #[cfg(not(target_os = "linux"))]
-    return 0;
+    drop(count);
 }
 
 /// Lets the others have their turn, once.

@@ -22,7 +22,8 @@ use futures_lite::{AsyncRead, AsyncWrite};
 use crate::reactor::{Alarm, Way, wake_later};
 use splice::Pipe;
 
-/// The buffer of a thread, in octets, and so the most that a direction keeps.
+/// The buffer of a thread, in octets, and so the most that a direction keeps outside of a pipe; but for once, when it
+/// turns out that what is in the pipe can't be spliced out.
 const BUFFER: usize = 64 * 1024;
 /// How long dst may be silent before a client that can't send to it any more is told so.
 const UNSENT: Duration = Duration::from_secs(1);
@@ -224,8 +225,11 @@ impl Tunnel<'_> {
         client: &mut impl Stream,
         dst: &mut impl Stream,
     ) -> Poll<Result<End, Broken>> {
-        let may_move = self.limits.until_bulk && self.is_fresh();
-        match self.up.poll(cx, client, dst, &self.moved.up, may_move) {
+        let may_move = |one: &Direction, other: &Direction| {
+            self.limits.until_bulk && !one.ended && other.is_fresh() && self.unsent.is_none()
+        };
+        let (up_may_move, down_may_move) = (may_move(&self.up, &self.down), may_move(&self.down, &self.up));
+        match self.up.poll(cx, client, dst, &self.moved.up, up_may_move) {
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadClient, error),
             // What dst sent before it stopped listening is still on its way to the client.
             Poll::Ready(Err(Fault::Sink(error))) => {
@@ -234,7 +238,7 @@ impl Tunnel<'_> {
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        match self.down.poll(cx, dst, client, &self.moved.down, may_move) {
+        match self.down.poll(cx, dst, client, &self.moved.down, down_may_move) {
             Poll::Ready(Err(Fault::Source(_))) if self.unsent.is_some() => self.down.done = true,
             Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadDst, error),
             Poll::Ready(Err(Fault::Sink(error))) => return broken(Place::WriteClient, error),
@@ -243,19 +247,14 @@ impl Tunnel<'_> {
         if self.up.done && self.down.done {
             return Poll::Ready(self.unsent.take().map_or(Ok(End::Over), |error| Err(self.cut_short(error))));
         }
-        if may_move && (self.up.full >= BULK || self.down.full >= BULK) {
-            if self.is_fresh() {
+        if up_may_move && self.up.is_bulk() || down_may_move && self.down.is_bulk() {
+            if self.up.is_fresh() && self.down.is_fresh() && self.unsent.is_none() {
                 return Poll::Ready(Ok(End::Bulk));
             }
+            // The other direction has come to hold something just now.
             wake_later(cx);
         }
         Poll::Pending
-    }
-
-    /// Whether the streams say all that is to be known of the tunnel.
-    fn is_fresh(&self) -> bool {
-        let is_fresh = |direction: &Direction| direction.held.is_none() && !direction.ended;
-        is_fresh(&self.up) && is_fresh(&self.down) && self.unsent.is_none()
     }
 
     /// How the tunnel ends when dst takes no more.
@@ -326,7 +325,7 @@ struct Direction {
     held: Option<Box<Held>>,
     /// How many full buffers have been read in a row.
     full: u8,
-    /// The streams are no bare sockets, or the kernel can't splice them.
+    /// The streams are no bare sockets, or the kernel can't splice them, or there was no pipe to be had.
     copies: bool,
     ended: bool,
     done: bool,
@@ -341,6 +340,16 @@ enum Held {
 }
 
 impl Direction {
+    /// Whether the streams say all that is to be known of it.
+    fn is_fresh(&self) -> bool {
+        self.held.is_none() && !self.ended
+    }
+
+    /// Whether it has just proved to be bulk, with nothing left over.
+    fn is_bulk(&self) -> bool {
+        self.full >= BULK && self.held.is_none()
+    }
+
     /// Whether something was read that the sink has not taken yet.
     fn holds(&self) -> bool {
         match self.held.as_deref() {
@@ -395,7 +404,7 @@ impl Direction {
             })?;
             moved.fetch_add(n as u64, Ordering::Relaxed);
             left = left.saturating_sub(n);
-            if self.full >= BULK && self.held.is_none() {
+            if self.is_bulk() {
                 if may_move {
                     return Poll::Pending;
                 }
@@ -409,10 +418,12 @@ impl Direction {
     /// From now on what is read goes through a pipe, unless there is no descriptor or memory to spare for one.
     fn splice(&mut self) {
         self.full = 0;
-        if !self.copies
-            && let Ok(pipe) = Pipe::open()
-        {
-            self.held = Some(Box::new(Held::Pipe(pipe)));
+        if self.copies {
+            return;
+        }
+        match Pipe::open(BUFFER) {
+            Ok(pipe) => self.held = Some(Box::new(Held::Pipe(pipe))),
+            Err(_) => self.copies = true,
         }
     }
 

@@ -17,8 +17,8 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
-use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -172,34 +172,40 @@ pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);
     let workers = Worker::several(threads, server, listeners, limit, Ends { closing, over, alive });
-    let workers = start(workers).map_err(|error| ("threads".into(), error))?;
+    let (say, said) = channel::unbounded();
+    let workers = start(workers, &say, &said).map_err(|error| ("threads".to_owned(), error))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
     if is_open {
         log::warn!("everybody who can reach this server may use it: there is no --users FILE");
     }
-    smol::block_on(end(signals, accepting, drain, all_over));
+    let ended = smol::block_on(end(signals, accepting, drain, all_over, said));
     drop(running);
     for worker in workers {
         // A worker that panicked has said so; there is nothing to be done about it at the end.
         let _ = worker.join();
     }
-    Ok(())
+    ended.map_err(|error| ("threads".into(), error))
 }
 
+/// What a thread says: `Ok` when it accepts, and the error with which it has ended.
+type Said = io::Result<()>;
+
 /// Starts the threads, and returns when all of them accept.
-fn start(workers: Vec<Worker>) -> io::Result<Vec<JoinHandle<()>>> {
-    let (started, ready) = mpsc::channel();
+fn start(workers: Vec<Worker>, say: &Sender<Said>, said: &Receiver<Said>) -> io::Result<Vec<JoinHandle<()>>> {
     let mut threads = Vec::new();
     for worker in workers {
-        let started = started.clone();
+        let say = say.clone();
         let thread = std::thread::Builder::new().name("s5-worker".into());
-        threads.push(thread.spawn(move || worker.run(&started))?);
+        threads.push(thread.spawn(move || {
+            let ended = catch_unwind(AssertUnwindSafe(|| worker.run(&say)));
+            if let Err(error) = ended.unwrap_or_else(|_| Err(io::Error::other("one of them panicked"))) {
+                let _ = say.try_send(Err(error));
+            }
+        })?);
     }
-    drop(started);
-    // A worker that panics says nothing.
-    threads.iter().try_for_each(|_| ready.recv().map_err(io::Error::other)?)?;
+    threads.iter().try_for_each(|_| said.recv_blocking().map_err(io::Error::other)?)?;
     Ok(threads)
 }
 
@@ -213,9 +219,26 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-/// Waits for the signal to end, and then for the sessions, as long as they may take.
-async fn end(mut signals: Signals, accepting: Sender<Infallible>, drain: Duration, all_over: Receiver<Infallible>) {
-    signals.next().await;
+/// Waits for the signal to end, and then for the sessions, as long as they may take. A thread that ends before that is
+/// the end as well, and its error: a server that goes on with a part of itself would fool those who watch it.
+async fn end(
+    mut signals: Signals,
+    accepting: Sender<Infallible>,
+    drain: Duration,
+    all_over: Receiver<Infallible>,
+    said: Receiver<Said>,
+) -> io::Result<()> {
+    let signal = async {
+        signals.next().await;
+        Said::Ok(())
+    };
+    let failed = async {
+        while let Ok(said) = said.recv().await {
+            said?;
+        }
+        std::future::pending().await
+    };
+    signal.or(failed).await?;
     drop(accepting);
     log::info!("ending: no new connections, {} s for the open ones", drain.as_secs());
     let over = async {
@@ -230,6 +253,7 @@ async fn end(mut signals: Signals, accepting: Sender<Infallible>, drain: Duratio
         log::info!("ending: at once");
     };
     over.or(timeout).or(again).await;
+    Ok(())
 }
 
 /// The address of this machine at which `peer` (unspecified: anybody) of its own family can reach a session whose

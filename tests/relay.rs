@@ -205,7 +205,11 @@ fn any_capacity() -> impl Strategy<Value = usize> {
 }
 
 fn play<T: Tunnel>(capacity: usize, acts: &[Act]) {
-    let mut game = Game::<T>::new(capacity, NO_LIMITS);
+    play_with::<T>(capacity, NO_LIMITS, acts);
+}
+
+fn play_with<T: Tunnel>(capacity: usize, limits: Limits, acts: &[Act]) {
+    let mut game = Game::<T>::new(capacity, limits);
     for act in acts {
         match *act {
             Act::Send(way, size) => {
@@ -268,6 +272,12 @@ proptest! {
     #[test]
     fn any_bulk_is_relayed_exactly_with_a_reactor(acts in any_bulk_acts()) {
         play::<EdgeSockets>(2 << 20, &acts);
+    }
+
+    #[test]
+    fn any_bulk_that_is_handed_over_again_and_again_is_relayed_exactly(acts in any_bulk_acts()) {
+        play_with::<EdgeSockets>(2 << 20, Limits { until_bulk: true, ..NO_LIMITS }, &acts);
+        play_with::<Sockets>(1 << 20, Limits { until_bulk: true, ..NO_LIMITS }, &acts);
     }
 }
 

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +26,12 @@ use super::{Interest, Io, Way};
 
 /// How many events are taken from the kernel at once.
 const EVENTS: usize = 256;
+/// How long one wait is at the most: older kernels know no more than 24 days.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+/// When letting others run has taken longer than this, somebody needs the core for himself, and it is not done for
+/// the next `PATIENCE` turns: it would cost us his whole slice each time.
+const YIELD: Duration = Duration::from_micros(200);
+const PATIENCE: u32 = 256;
 /// What epoll says for the waker of the loop, which is no slot.
 const WAKER: u64 = u64::MAX;
 
@@ -144,6 +150,10 @@ pub(super) struct Reactor {
     /// Who could go on, and lets the others have their turn.
     later: RefCell<Vec<Waker>>,
     generations: Cell<u32>,
+    /// For how many turns others are not let run first.
+    patience: Cell<u32>,
+    /// Where others see how many sockets there are.
+    shown: RefCell<Arc<AtomicUsize>>,
 }
 
 /// What is known of one socket.
@@ -197,12 +207,14 @@ impl Reactor {
             started: Instant::now(),
             later: RefCell::default(),
             generations: Cell::default(),
+            patience: Cell::default(),
+            shown: RefCell::default(),
         })
     }
 
-    /// How many sockets there are.
-    pub(super) fn sockets(&self) -> usize {
-        self.slots.borrow().len()
+    /// Shows how many sockets there are, from now on.
+    pub(super) fn show(&self, sockets: Arc<AtomicUsize>) {
+        self.shown.replace(sockets);
     }
 
     pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, interest: Interest) -> io::Result<Source<T>> {
@@ -226,10 +238,9 @@ impl Reactor {
     /// Waits for events and timers, and wakes who waits for them; does not wait when there is something to be polled.
     fn turn(&self, alert: &Alert, batch: &mut Batch) -> io::Result<()> {
         batch.wakers.append(&mut self.later.borrow_mut());
-        if batch.wakers.is_empty() {
-            // Whoever is ready to run on this core goes first, and has more for us then: a turn for several events costs
-            // less than falling asleep and being woken for each.
-            thread::yield_now();
+        self.shown.borrow().store(self.slots.borrow().len(), Ordering::Relaxed);
+        if batch.wakers.is_empty() && batch.events.len() > 1 {
+            self.let_others_run();
         }
         let timeout = if batch.wakers.is_empty() && alert.may_sleep() { self.until_timer() } else { Some(NOW) };
         batch.events.clear();
@@ -249,6 +260,21 @@ impl Reactor {
         // Nothing is borrowed here: a waker may be the last to hold a task, and the task a socket.
         batch.wakers.drain(..).for_each(Waker::wake);
         Ok(())
+    }
+
+    /// Whoever is ready to run on this core goes first, and has more for us then: where there is much to do, a turn for
+    /// several events costs less than falling asleep and being woken for each.
+    fn let_others_run(&self) {
+        match self.patience.get() {
+            0 => {
+                let began = Instant::now();
+                thread::yield_now();
+                if began.elapsed() > YIELD {
+                    self.patience.set(PATIENCE);
+                }
+            }
+            left => self.patience.set(left - 1),
+        }
     }
 
     fn note(&self, event: &epoll::Event, wakers: &mut Vec<Waker>) {
@@ -287,7 +313,8 @@ impl Reactor {
     fn until_timer(&self) -> Option<Timespec> {
         let timers = self.timers.borrow();
         let (due, _) = timers.first_key_value()?;
-        Timespec::try_from(Duration::from_nanos(due.saturating_sub(self.now()))).ok()
+        let time = Duration::from_nanos(due.saturating_sub(self.now()));
+        Timespec::try_from(time.min(LONGEST)).ok()
     }
 
     fn fire(&self, wakers: &mut Vec<Waker>) {

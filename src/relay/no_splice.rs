@@ -11,7 +11,7 @@ pub(super) fn is_refusal(_: &io::Error) -> bool {
 }
 
 impl Pipe {
-    pub(super) fn open() -> io::Result<Self> {
+    pub(super) fn open(_: usize) -> io::Result<Self> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

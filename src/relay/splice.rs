@@ -8,8 +8,9 @@ use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use rustix::process::{Resource, getrlimit};
 
-/// The size that is asked for, in octets. A user other than root may get less (pipe(7), pipe-user-pages-soft).
-const SIZE: usize = 1 << 20;
+/// The sizes that are asked for in turn, in octets. A user other than root may get less (pipe(7),
+/// pipe-user-pages-soft).
+const SIZES: [usize; 2] = [1 << 20, 1 << 18];
 
 /// Empty most of the time.
 pub(super) struct Pipe {
@@ -33,18 +34,20 @@ fn has_more(socket: BorrowedFd<'_>) -> bool {
 
 impl Pipe {
     /// # Errors
-    /// Those of pipe(2); and when descriptors are scarce, so that none is missing for a new session.
-    pub(super) fn open() -> io::Result<Self> {
+    /// Those of pipe(2); when half of all descriptors are in use, since the others are for sessions; and when the pipe
+    /// would have less than `least` octets, since copying is faster then.
+    pub(super) fn open(least: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         // The system gives the lowest number that is free.
-        if u64::try_from(writer.as_raw_fd()).is_ok_and(|fd| fd >= limit - limit / 8) {
+        if u64::try_from(writer.as_raw_fd()).is_ok_and(|fd| fd >= limit / 2) {
             return Err(Errno::MFILE.into());
         }
-        let size = match fcntl_setpipe_size(&writer, SIZE) {
-            Ok(_) => SIZE,
-            Err(_) => fcntl_getpipe_size(&writer)?,
-        };
+        let granted = SIZES.iter().find(|size| fcntl_setpipe_size(&writer, **size).is_ok());
+        let size = granted.copied().map_or_else(|| fcntl_getpipe_size(&writer), Ok)?;
+        if size < least {
+            return Err(Errno::NOMEM.into());
+        }
         Ok(Self { reader, writer, size, holds: 0, moved: 0 })
     }
 

@@ -10,10 +10,10 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
@@ -32,7 +32,6 @@ use crate::relay::{End, Limits};
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// How many connections are accepted before those that are open get their turn.
 const BATCH: usize = 32;
-
 /// How many more sockets than twice those of another worker one has, before it hands a new connection to that.
 const SURPLUS: usize = 64;
 
@@ -52,8 +51,8 @@ pub(super) struct Shared {
 struct Peer {
     /// Holds sessions only, and of those there are at most `limit`.
     inbox: Sender<Handed>,
-    /// How many sockets it had when it was given a connection last.
-    sockets: AtomicUsize,
+    /// How many sockets it has.
+    sockets: Arc<AtomicUsize>,
     /// How many of its tunnels have proved to be bulk.
     bulk: AtomicUsize,
 }
@@ -61,29 +60,22 @@ struct Peer {
 /// What one worker hands to another one.
 enum Handed {
     Accepted(Loose, Option<SocketAddr>, Slot),
-    Bulk(LooseTunnel, Slot),
+    Bulk(LooseTunnel, Slot, Counted),
 }
 
 impl Shared {
     /// The worker to which a new connection goes rather than to this one.
     fn idler(&self, this: u16) -> Option<&Peer> {
-        let sockets = self.count(this)?;
-        let least = self.peers.iter().min_by_key(|peer| peer.sockets.load(Ordering::Relaxed))?;
-        (sockets > 2 * least.sockets.load(Ordering::Relaxed) + SURPLUS).then_some(least)
+        let sockets = |peer: &Peer| peer.sockets.load(Ordering::Relaxed);
+        let least = self.peers.iter().min_by_key(|peer| sockets(peer))?;
+        (sockets(self.peers.get(usize::from(this))?) > 2 * sockets(least) + SURPLUS).then_some(least)
     }
 
-    /// How many sockets this worker has, for the others to know as well.
-    fn count(&self, this: u16) -> Option<usize> {
-        let sockets = reactor::sockets();
-        self.peers.get(usize::from(this))?.sockets.store(sockets, Ordering::Relaxed);
-        Some(sockets)
-    }
-
-    /// The worker to which a bulk tunnel goes rather than to this one.
-    fn calmer(&self, this: u16) -> Option<&Peer> {
+    /// The worker that should have a bulk tunnel of this one: this one itself, or one with fewer of them.
+    fn calmest(&self, this: u16) -> u16 {
         let bulk = |peer: &Peer| peer.bulk.load(Ordering::Relaxed);
-        let least = self.peers.iter().min_by_key(|peer| bulk(peer))?;
-        (bulk(least) < bulk(self.peers.get(usize::from(this))?)).then_some(least)
+        let least = (0..).zip(&self.peers).min_by_key(|(number, peer)| (bulk(peer), *number != this));
+        least.map_or(this, |(number, _)| number)
     }
 }
 
@@ -110,6 +102,26 @@ impl Drop for Slot {
     }
 }
 
+/// A bulk tunnel, as one of those of its worker, for as long as it lives; also on the way there.
+struct Counted(Arc<Shared>, u16);
+
+impl Counted {
+    fn new(shared: Arc<Shared>, number: u16) -> Self {
+        if let Some(peer) = shared.peers.get(usize::from(number)) {
+            peer.bulk.fetch_add(1, Ordering::Relaxed);
+        }
+        Self(shared, number)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if let Some(peer) = self.0.peers.get(usize::from(self.1)) {
+            peer.bulk.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Accepts until `closing` is closed, and runs sessions until `over` is.
 pub(super) struct Worker {
     number: u16,
@@ -131,7 +143,7 @@ impl Worker {
     /// `count` workers that together run at most `limit` sessions at once.
     pub(super) fn several(count: u16, server: Server, listeners: Vec<Listener>, limit: usize, ends: Ends) -> Vec<Self> {
         let (outs, ins): (Vec<_>, Vec<_>) = (0..count).map(|_| channel::unbounded()).unzip();
-        let peer = |inbox| Peer { inbox, sockets: AtomicUsize::new(0), bulk: AtomicUsize::new(0) };
+        let peer = |inbox| Peer { inbox, sockets: Arc::default(), bulk: AtomicUsize::new(0) };
         let shared = Arc::new(Shared {
             server,
             limit,
@@ -152,39 +164,52 @@ impl Worker {
         (0..).zip(ins).map(worker).collect()
     }
 
-    /// Blocks. Says once through `ready` whether it accepts.
-    pub(super) fn run(self, ready: &mpsc::Sender<io::Result<()>>) {
+    /// Blocks, until the end. Says `Ok` when it accepts.
+    ///
+    /// # Errors
+    /// Those of the reactor.
+    pub(super) fn run(self, say: &Sender<io::Result<()>>) -> io::Result<()> {
         let Self { number, shared, inbox, listeners, closing, over } = self;
-        let ended = reactor::run(async {
+        reactor::run(async {
             // What is left at the end is dropped with it, and so cut.
             let executor = Rc::new(LocalExecutor::new());
             let home = Rc::new(Home { number, executor: Rc::downgrade(&executor) });
+            if let Some(this) = shared.peers.get(usize::from(number)) {
+                reactor::show_sockets(this.sockets.clone());
+            }
             let acceptor = |listener| {
                 let (shared, home) = (shared.clone(), home.clone());
                 Io::shared(listener).map(|listener| Acceptor { shared, listener, home }.run())
             };
             let acceptors: io::Result<Vec<_>> = listeners.into_iter().map(acceptor).collect();
-            let accepting: Vec<_> = acceptors?.into_iter().map(|acceptor| executor.spawn(acceptor)).collect();
+            let vital = |task| executor.spawn(or_say(task, say.clone()));
+            let accepting: Vec<_> = acceptors?.into_iter().map(|acceptor| vital(acceptor.boxed_local())).collect();
+            vital(home.take_in(inbox.clone()).boxed_local()).detach();
             drop(shared);
-            executor.spawn(home.take_in(inbox)).detach();
             // Whoever started this waits for it.
-            let _ = ready.send(Ok(()));
-            let mut end = pin!(async {
+            let _ = say.try_send(Ok(()));
+            let end = async {
                 let _ = closing.recv().await;
                 drop(accepting);
                 let _ = over.recv().await;
-            });
-            // A panic ends its own session, and nothing else.
-            while AssertUnwindSafe(executor.run(end.as_mut())).catch_unwind().await.is_err() {
-                log::error!("a session ended in a panic; please report it");
-            }
+            };
+            // A session that panics ends, and nothing else: the executor catches it, and the panic has been said.
+            executor.run(end).await;
+            inbox.close();
+            while inbox.try_recv().is_ok() {}
             Ok(())
-        });
-        if let Err(error) = ended.unwrap_or_else(Err) {
-            let _ = ready.send(Err(error));
-        }
+        })?
     }
 }
+
+/// Runs what a worker is no good without; should it panic, that is said.
+async fn or_say(task: LocalBoxed<()>, say: Sender<io::Result<()>>) {
+    if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+        let _ = say.try_send(Err(io::Error::other("one of them panicked; please report it")));
+    }
+}
+
+type LocalBoxed<T> = Pin<Box<dyn Future<Output = T>>>;
 
 /// A worker as its own sessions see it.
 struct Home {
@@ -206,15 +231,10 @@ impl Home {
     async fn take_in(self: Rc<Self>, inbox: Receiver<Handed>) {
         while let Ok(handed) = inbox.recv().await {
             match handed {
-                Handed::Accepted(conn, client, slot) => {
-                    slot.0.count(self.number);
-                    self.begin(conn, client, slot);
-                }
-                Handed::Bulk(tunnel, slot) => {
-                    // An error is in its log line.
-                    if let Ok(tunnel) = tunnel.settle() {
-                        let number = self.number;
-                        self.spawn(async move { bulk(tunnel, &slot, number).await });
+                Handed::Accepted(conn, client, slot) => self.begin(conn, client, slot),
+                Handed::Bulk(tunnel, slot, counted) => {
+                    if let Some(tunnel) = tunnel.settle() {
+                        self.spawn(bulk(tunnel, slot, counted));
                     }
                 }
             }
@@ -246,37 +266,25 @@ impl Home {
 
 /// Goes on with a bulk tunnel of the worker of that number where there are fewest of them.
 async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
+    let there = slot.0.calmest(number);
+    let counted = Counted::new(slot.0.clone(), there);
+    if there == number {
+        return bulk(tunnel, slot, counted).await;
+    }
     let shared = slot.0.clone();
-    let Some(peer) = shared.calmer(number) else { return bulk(tunnel, &slot, number).await };
-    match tunnel.loosen() {
+    match (tunnel.loosen(), shared.peers.get(usize::from(there))) {
         // Fails when that worker has ended, and so everything does.
-        Ok(loose) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot))),
-        Err(tunnel) => bulk(*tunnel, &slot, number).await,
+        (Ok(loose), Some(peer)) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot, counted))),
+        (Ok(_), None) => {}
+        (Err(tunnel), _) => bulk(*tunnel, slot, Counted::new(shared, number)).await,
     }
 }
 
-/// Relays a bulk tunnel to its end, on the worker of that number.
-async fn bulk(mut tunnel: Tunnel, slot: &Slot, number: u16) {
-    let _counted = slot.0.peers.get(usize::from(number)).map(|peer| Counted::new(&peer.bulk));
+/// Relays a bulk tunnel to its end.
+async fn bulk(mut tunnel: Tunnel, slot: Slot, _counted: Counted) {
     let limits = Limits { until_bulk: false, ..slot.0.server.relay_limits };
     if let Err(broken) = tunnel.relay(&limits).await {
         tunnel.break_off(broken).await;
-    }
-}
-
-/// One of those that are counted, as long as it lives.
-struct Counted<'a>(&'a AtomicUsize);
-
-impl<'a> Counted<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

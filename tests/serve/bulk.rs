@@ -172,7 +172,7 @@ fn where_the_kernel_refuses_to_splice_all_is_copied() {
 
 #[test]
 fn pipes_leave_descriptors_for_new_sessions() {
-    // Few descriptors: 20 tunnels, which all want a pipe, would take them all.
+    // Few descriptors: 20 tunnels that all get a pipe would take them all.
     let mut command = Command::new("prlimit");
     command.arg("--nofile=72").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
     let server = Server::start_with(&mut command, 1);
@@ -247,28 +247,22 @@ fn sockets_by_thread(server: &Server) -> Vec<usize> {
 #[test]
 fn a_few_bulk_tunnels_are_spread_over_the_threads() {
     let server = Server::start(&["--threads", "2"]);
-    let tunnels: Vec<_> = (0..4).map(|_| through(&server)).collect();
-    let transfers: Vec<_> = tunnels
-        .into_iter()
-        .map(|(mut client, mut target)| {
-            let sending = thread::spawn(move || {
-                send_pattern(&mut client, MUCH, |_| {});
-                client
-            });
-            (
-                sending,
-                thread::spawn(move || {
-                    let mut octets = vec![0; MUCH];
-                    target.read_exact(&mut octets).expect("all comes");
-                    target
-                }),
-            )
-        })
+    let ends: Vec<_> = (0..4).map(|_| through(&server)).collect();
+    // Both ways at once, and each octet looked at.
+    let transfer = |from: &TcpStream, to: &TcpStream| {
+        let (mut from, mut to) = (from.try_clone().expect("a descriptor"), to.try_clone().expect("a descriptor"));
+        let sending = thread::spawn(move || send_pattern(&mut from, MUCH, |_| {}));
+        let checking = thread::spawn(move || check_pattern(&mut (&mut to).take(MUCH as u64), MUCH));
+        [sending, checking]
+    };
+    let transfers: Vec<_> = ends
+        .iter()
+        .flat_map(|(client, target)| [transfer(client, target), transfer(target, client)])
+        .flatten()
         .collect();
-    let ends: Vec<_> = transfers
-        .into_iter()
-        .map(|(sending, receiving)| (sending.join().expect("sent"), receiving.join().expect("received")))
-        .collect();
+    for thread in transfers {
+        thread.join().expect("all is sent, and comes as it was sent");
+    }
     assert_eq!(sockets_by_thread(&server), [4, 4]);
     for (mut client, mut target) in ends {
         target.write_all(b"back").expect("it is sent");
@@ -276,7 +270,7 @@ fn a_few_bulk_tunnels_are_spread_over_the_threads() {
         assert_eq!(end_of(&mut client), End::Closed(b"back".to_vec()));
     }
     let log = server.wait_log(|log| log.matches("command=connect").count() == 4);
-    assert_eq!(log.matches(&format!("up={MUCH} down=4 ")).count(), 4, "{log}");
+    assert_eq!(log.matches(&format!("up={MUCH} down={} ", MUCH + 4)).count(), 4, "{log}");
 }
 
 #[test]

@@ -74,6 +74,13 @@ pub struct OnThread<const HAS_REACTOR: bool> {
     outcome: Option<Result<End, Broken>>,
 }
 
+/// As it is done from thread to thread.
+fn hand_over(conn: Conn) -> Conn {
+    let loose = conn.loosen().expect("a descriptor");
+    conn.let_go();
+    loose.settle().expect("it waits")
+}
+
 impl<const HAS_REACTOR: bool> OnThread<HAS_REACTOR> {
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
@@ -109,9 +116,14 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
         let counted = moved.clone();
         let thread = thread::spawn(move || {
             let relay = async {
-                let [mut client, mut dst] =
-                    [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
-                Some(relay(&mut client, &mut dst, &limits, &counted).await)
+                let mut ends = [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
+                loop {
+                    let [client, dst] = &mut ends;
+                    match relay(client, dst, &limits, &counted).await {
+                        Ok(End::Bulk) => ends = ends.map(hand_over),
+                        ended => break Some(ended),
+                    }
+                }
             };
             let cancelled = async {
                 let _ = cancelled.recv().await;
