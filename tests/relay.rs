@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::relay::{Broken, Limits, Place};
+use s5::conn::Conn;
+use s5::reactor::Io;
+use s5::relay::{Broken, Limits, Moved, Place, relay};
 use tunnel::memory::Memory;
 use tunnel::sockets::{EdgeSockets, Sockets};
 use tunnel::{Far as _, Received, Tunnel, Way};
@@ -418,6 +420,19 @@ fn the_linger_limit_does_not_count_before_down_has_ended<T: Tunnel>() {
         game.transfer(Way::Down, 100);
         game.finish();
     }
+}
+
+#[test]
+fn an_idle_relay_is_small() {
+    let (client, dst) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    let [mut client, mut dst] = [client, dst].map(|stream| {
+        stream.set_nonblocking(true).expect("it can be set");
+        Conn::Unix(Io::new(stream).expect("it waits"))
+    });
+    let moved = Moved::default();
+    let relay = relay(&mut client, &mut dst, &NO_LIMITS, &moved);
+    // There may be 100 000 of them.
+    assert!(size_of_val(&relay) <= 128, "{}", size_of_val(&relay));
 }
 
 #[test]

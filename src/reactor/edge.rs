@@ -375,7 +375,7 @@ pub(super) struct Source<T> {
 
 impl<T> Drop for Source<T> {
     fn drop(&mut self) {
-        // Closing the socket, which comes next, ends its registration with epoll.
+        // Closing the socket, which comes next, ends its registration with epoll; of a listener, the last one to close.
         let slot = self.reactor.slots.borrow_mut().try_remove(self.key as usize);
         drop(slot);
     }

@@ -28,7 +28,8 @@ use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
 use crate::reactor::{Alarm, wake_later};
 use crate::reassembly::{Reassembler, split};
 
-/// How many datagrams of one socket are relayed before another one gets its turn; what came as one counts as one.
+/// How many datagrams of one socket are relayed before another one gets its turn. What was received at once is relayed
+/// at once, and may be more.
 const BUDGET: usize = 64;
 /// Room in the kernel for a burst, in octets, where it grants that much.
 const SOCKET_BUFFER: usize = 1 << 20;
