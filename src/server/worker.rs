@@ -276,7 +276,10 @@ async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
         // Fails when that worker has ended, and so everything does.
         (Ok(loose), Some(peer)) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot, counted))),
         (Ok(_), None) => {}
-        (Err(tunnel), _) => bulk(*tunnel, slot, Counted::new(shared, number)).await,
+        (Err(tunnel), _) => {
+            drop(counted);
+            bulk(*tunnel, slot, Counted::new(shared, number)).await;
+        }
     }
 }
 
