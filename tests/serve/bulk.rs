@@ -87,6 +87,7 @@ fn what_waits_in_a_pipe_for_a_reader_is_all_there_when_it_reads() {
         let (sending, mut reader, read) = stalled(&server, up);
         // For longer than an idle pipe is kept, were it taken for one.
         thread::sleep(Duration::from_millis(2200));
+        assert!(pipes(&server) > 0, "the pipe is still there");
         check_pattern(&mut (&read[..]).chain(&mut reader), MUCH);
         // The other way is open still.
         let mut writer = sending.join().expect("all is sent");
@@ -125,14 +126,14 @@ fn a_reset_with_octets_in_a_pipe_is_a_reset() {
 }
 
 /// A server under strace with these faults, and the trace; none without strace.
-fn with_fault(inject: &str, args: &[&str]) -> Option<Server> {
+fn with_fault(inject: &str) -> Option<Server> {
     if !has("strace") {
         return None;
     }
     let mut command = Command::new("strace");
     // -D: the server is the child, so that killing it ends both.
     command.args(["-D", "-f", "-qq", "-e", "trace=splice,pipe2", "-e", &format!("inject={inject}"), "-o", "/dev/null"]);
-    command.arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0", "--threads", "1"]).args(args);
+    command.arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0", "--threads", "1"]);
     Some(Server::start_with(&mut command, 1))
 }
 
@@ -150,7 +151,7 @@ fn where_the_kernel_refuses_to_splice_all_is_copied() {
         "pipe2:error=ENFILE:when=1+2",
     ];
     for fault in faults {
-        let Some(server) = with_fault(fault, &[]) else { return };
+        let Some(server) = with_fault(fault) else { return };
         let (client, target) = through(&server);
         let there = [(client.try_clone(), target.try_clone()), (target.try_clone(), client.try_clone())];
         let transfers = there.map(|(from, to)| {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use s5::relay::{Broken, End, Limits};
 
+pub mod game;
 pub mod memory;
 pub mod sockets;
 
