@@ -25,7 +25,7 @@ fn through(server: &Server) -> (TcpStream, TcpStream) {
     (client, accept(&target).0)
 }
 
-/// How many pipe ends the server has open.
+/// How many pipe ends the server has open; its stderr is one, and there may be others that it was given.
 fn pipes(server: &Server) -> usize {
     let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
     let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
@@ -34,8 +34,8 @@ fn pipes(server: &Server) -> usize {
 
 /// A tunnel that is bulk in one direction and has come to a stop with a full pipe, since nobody reads on: who sends,
 /// until all is sent and the half-close behind it; who should read; and what it has read to let it prove itself.
-fn stalled(server: &Server, up: bool) -> (thread::JoinHandle<TcpStream>, TcpStream, Vec<u8>) {
-    let before = pipes(server);
+fn stalled(server: &Server, quiet: usize, up: bool) -> (thread::JoinHandle<TcpStream>, TcpStream, Vec<u8>) {
+    eventually("no other tunnel has a pipe", SOON, || pipes(server) == quiet);
     let (client, target) = through(server);
     let (mut writer, mut reader) = if up { (client, target) } else { (target, client) };
     let sending = thread::spawn(move || {
@@ -45,11 +45,11 @@ fn stalled(server: &Server, up: bool) -> (thread::JoinHandle<TcpStream>, TcpStre
     });
     let (mut read, mut piece) = (Vec::new(), vec![0; 1 << 20]);
     eventually("it is spliced", SOON, || {
-        if pipes(server) == before {
+        if pipes(server) == quiet {
             let n = reader.read(&mut piece).expect("it comes");
             read.extend_from_slice(&piece[..n]);
         }
-        pipes(server) > before
+        pipes(server) > quiet
     });
     (sending, reader, read)
 }
@@ -83,11 +83,12 @@ fn bulk_goes_through_a_pipe_which_is_given_back_when_it_is_quiet() {
 #[test]
 fn what_waits_in_a_pipe_for_a_reader_is_all_there_when_it_reads() {
     let server = Server::start(&[]);
+    let quiet = pipes(&server);
     for up in [true, false] {
-        let (sending, mut reader, read) = stalled(&server, up);
+        let (sending, mut reader, read) = stalled(&server, quiet, up);
         // For longer than an idle pipe is kept, were it taken for one.
         thread::sleep(Duration::from_millis(2200));
-        assert!(pipes(&server) > 0, "the pipe is still there");
+        assert!(pipes(&server) > quiet, "the pipe is still there");
         check_pattern(&mut (&read[..]).chain(&mut reader), MUCH);
         // The other way is open still.
         let mut writer = sending.join().expect("all is sent");
@@ -100,7 +101,7 @@ fn what_waits_in_a_pipe_for_a_reader_is_all_there_when_it_reads() {
 #[test]
 fn a_reset_with_octets_in_a_pipe_is_a_reset() {
     let server = Server::start(&[]);
-    let before = idle_descriptors(&server);
+    let (before, quiet) = (idle_descriptors(&server), pipes(&server));
     for up in [true, false] {
         // Of the one that does not read, which the sender hears of.
         let (client, target) = through(&server);
@@ -116,7 +117,7 @@ fn a_reset_with_octets_in_a_pipe_is_a_reset() {
         let mut octets = vec![0; 1 << 20];
         eventually("it is spliced", SOON, || {
             let _ = (&reader).read(&mut octets).expect("it comes");
-            pipes(&server) > 0
+            pipes(&server) > quiet
         });
         reset(reader);
         let error = sending.join().expect("no panic");
