@@ -3,12 +3,14 @@
 //! Pure: decisions only, no sockets and no clock. A policy is built whole and never changed; a session keeps the one
 //! that it began with.
 
+pub mod rules;
 pub mod users;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::proto::Method;
+use rules::{Login, Question, Rules, Verdict};
 use users::Users;
 
 /// What a server allows.
@@ -16,7 +18,9 @@ use users::Users;
 pub struct Policy {
     /// Who may log in. With users, nobody gets in without a login.
     pub users: Option<Arc<Users>>,
-    /// Where this server listens; nobody is led back there.
+    /// Who may go where.
+    pub rules: Rules,
+    /// Where this server listens.
     pub own: Vec<SocketAddr>,
 }
 
@@ -27,10 +31,28 @@ impl Policy {
         offered.contains(&wanted).then_some(wanted)
     }
 
-    /// Whether a session may reach `to`, a canonical address. `is_local` says whether an address is one of this
-    /// machine's, and is asked only where it matters.
-    pub fn may_reach(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
-        !self.own.iter().any(|own| {
+    /// Whether a session may be what it is, as far as is known; and because of which rule. `is_local` says whether an
+    /// address is one of this machine's, and is asked only where it matters.
+    pub fn judge(&self, question: &Question<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Verdict<'_> {
+        self.rules.judge(question, &|to| self.is_home(to, &is_local))
+    }
+
+    /// Whether whoever got in so would get in again.
+    pub fn knows(&self, login: &Login<'_>) -> bool {
+        let is_user = |users: &Arc<Users>| login.user.is_some_and(|user| users.contains(user));
+        self.select(&[login.method]).is_some() && self.users.as_ref().is_none_or(is_user)
+    }
+
+    /// Whether somebody whom no rule names gets in without a login.
+    pub fn is_open(&self) -> bool {
+        let login = Login { method: Method::NONE, user: None };
+        let anybody = Question { login: Some(login), ..Question::default() };
+        self.select(&[Method::NONE]).is_some() && !matches!(self.judge(&anybody, |_| false), Verdict::Deny(_))
+    }
+
+    /// Whether a connection to `to` would come back to this server.
+    fn is_home(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
+        self.own.iter().any(|own| {
             own.port() == to.port()
                 && own.is_ipv4() == to.is_ipv4()
                 && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to))
@@ -69,11 +91,11 @@ mod tests {
     fn the_own_listeners_are_out_of_reach_by_every_address_that_leads_there() {
         let policy = Policy { own: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
         let local = |to: SocketAddr| to.ip() == addr("192.0.2.1:0").ip();
-        assert!(!policy.may_reach(addr("127.0.0.1:1080"), local));
-        assert!(policy.may_reach(addr("127.0.0.2:1080"), local));
-        assert!(policy.may_reach(addr("127.0.0.1:1082"), local));
-        assert!(!policy.may_reach(addr("192.0.2.1:1081"), local));
-        assert!(policy.may_reach(addr("192.0.2.2:1081"), local));
-        assert!(policy.may_reach(addr("[::1]:1081"), local));
+        assert!(policy.is_home(addr("127.0.0.1:1080"), local));
+        assert!(!policy.is_home(addr("127.0.0.2:1080"), local));
+        assert!(!policy.is_home(addr("127.0.0.1:1082"), local));
+        assert!(policy.is_home(addr("192.0.2.1:1081"), local));
+        assert!(!policy.is_home(addr("192.0.2.2:1081"), local));
+        assert!(!policy.is_home(addr("[::1]:1081"), local));
     }
 }

@@ -143,7 +143,7 @@ impl Args {
             (_, None, None) => {}
         }
         let users = self.users.as_deref().map(load_users).transpose()?;
-        let policy = Policy { users: users.map(Arc::new), own: Vec::new() };
+        let policy = Policy { users: users.map(Arc::new), ..Policy::default() };
         server::run(self.options()?, policy)
             .map_err(|(what, error)| Failure::new(Status::Other, format!("{what}: {error}")))
     }

@@ -11,6 +11,7 @@ use super::{Server, is_local};
 use crate::conn::{Conn, until};
 use crate::dial::{Failure, dial};
 use crate::policy::is_unicast;
+use crate::policy::rules::{Question, Verdict};
 use crate::proto::{Addr, Rep, Reply};
 use crate::reactor::sleep;
 
@@ -47,7 +48,11 @@ impl Server {
         if addrs.is_empty() {
             return Err(Refusal::reply(Rep::NETWORK_UNREACHABLE, "no address that one could connect to"));
         }
-        addrs.retain(|addr| self.policy.may_reach(*addr, is_local));
+        let allowed = |addr: &SocketAddr| {
+            let question = Question { ip: Some(addr.ip()), port: Some(addr.port()), ..Question::default() };
+            !matches!(self.policy.judge(&question, is_local), Verdict::Deny(_))
+        };
+        addrs.retain(allowed);
         if addrs.is_empty() {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, "a listener of this server itself"));
         }

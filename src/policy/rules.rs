@@ -1,0 +1,357 @@
+//! The rules: who may go where, and which way. First match wins; the built-in ones come last.
+//!
+//! Judges what it is told and nothing else: resolves no name, opens no file. A question may be asked before all of its
+//! facts are known; it is answered as soon as nothing that is still to come could change the answer.
+
+mod text;
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+
+use crate::proto::{Command, Method, Name};
+pub use text::{Error, name_of, parse, parse_line};
+
+/// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
+/// link (and the metadata service of a cloud), nobody in particular, and many at once.
+const PROTECTED: &str = "0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
+                         ::,::1,fd00:ec2::254,fe80::/10,ff00::/8";
+
+/// What is known of a session so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Question<'a> {
+    /// Where the client is, canonical. `None`: somewhere that no rule names.
+    pub from: Option<IpAddr>,
+    /// How it got in, once it has.
+    pub login: Option<Login<'a>>,
+    /// What it asks for, once it has.
+    pub command: Option<Command>,
+    /// The name of DST, when it is one.
+    pub name: Option<&'a Name>,
+    /// The address that packets would go to, once it is known, canonical.
+    pub ip: Option<IpAddr>,
+    /// The port, once it is known.
+    pub port: Option<u16>,
+}
+
+/// How a client got in.
+#[derive(Clone, Copy, Debug)]
+pub struct Login<'a> {
+    /// By which method.
+    pub method: Method,
+    /// As whom.
+    pub user: Option<&'a [u8]>,
+}
+
+/// The answer to a question.
+#[derive(Clone, Copy, Debug)]
+pub enum Verdict<'a> {
+    /// Yes, because of this rule, and this way.
+    Allow(&'a Rule, Route),
+    /// No, because of this rule.
+    Deny(&'a Rule),
+    /// It depends on what is not known yet; first for this rule.
+    Undecided(&'a Rule),
+}
+
+/// The way to a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Route {
+    /// From here.
+    #[default]
+    Direct,
+    /// Through the hop of this number.
+    Hop(usize),
+}
+
+/// One rule.
+#[derive(Debug)]
+pub struct Rule {
+    allow: bool,
+    from: Vec<Source>,
+    users: Vec<User>,
+    methods: Vec<Method>,
+    commands: Vec<Command>,
+    to: To,
+    ports: Vec<RangeInclusive<u16>>,
+    via: Option<Route>,
+    /// As it was written.
+    text: String,
+    /// Where it was.
+    origin: String,
+}
+
+#[derive(Debug)]
+enum Source {
+    Loopback,
+    Remote,
+    Net(IpNet),
+}
+
+#[derive(Debug)]
+enum User {
+    /// `*`: whoever has logged in.
+    Anybody,
+    Named(Vec<u8>),
+    /// `*@REALM`, with the `@`.
+    Realm(Vec<u8>),
+}
+
+#[derive(Debug)]
+enum To {
+    Anywhere,
+    /// What an `allow` without `to=` means: everywhere but where the built-in rules do not let this client.
+    Unprotected,
+    These(Vec<Place>),
+    /// Where this server itself listens.
+    Home,
+}
+
+#[derive(Debug)]
+enum Place {
+    Name(String),
+    /// `.SUFFIX`, without the dot: that name and all below it.
+    Below(String),
+    Net(IpNet),
+}
+
+/// Whether something is so, as far as is known. Ordered, so that "all" is the minimum and "any" is the maximum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Holds {
+    No,
+    Perhaps,
+    Yes,
+}
+
+impl From<bool> for Holds {
+    fn from(holds: bool) -> Self {
+        if holds { Self::Yes } else { Self::No }
+    }
+}
+
+/// All rules of a server, in the order in which they are tried.
+#[derive(Debug)]
+pub struct Rules {
+    rules: Vec<Rule>,
+    /// How many of them are not built in.
+    written: usize,
+    /// What holds when none matches.
+    otherwise: Rule,
+    /// The way that is taken where a rule names none.
+    route: Route,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self::new(Vec::new(), Route::Direct)
+    }
+}
+
+impl Rules {
+    /// These, and the built-in ones behind them. As soon as an `allow` names `from`, what nothing allows is denied.
+    pub fn new(mut rules: Vec<Rule>, route: Route) -> Self {
+        let written = rules.len();
+        let is_list = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
+        rules.push(Rule { to: To::Home, ..Rule::built_in(false, "deny to=(where s5 itself listens)") });
+        let text = format!("deny from=remote to={PROTECTED}");
+        let nets = PROTECTED.split(',').filter_map(text::net).map(Place::Net).collect();
+        rules.push(Rule { from: vec![Source::Remote], to: To::These(nets), ..Rule::built_in(false, &text) });
+        if !is_list {
+            rules.push(Rule { to: To::Unprotected, ..Rule::built_in(true, "allow") });
+        }
+        Self { rules, written, otherwise: Rule::built_in(false, "deny"), route }
+    }
+
+    /// The rules that are not built in.
+    pub fn written(&self) -> &[Rule] {
+        self.rules.get(..self.written).unwrap_or_default()
+    }
+
+    /// All rules, the built-in ones too.
+    pub fn all(&self) -> impl Iterator<Item = &Rule> {
+        self.rules.iter().chain([&self.otherwise])
+    }
+
+    /// The first rule that decides. `is_home` says whether an address leads to this server's own listeners.
+    pub fn judge(&self, question: &Question<'_>, is_home: &dyn Fn(SocketAddr) -> bool) -> Verdict<'_> {
+        let mut doubt = None;
+        for rule in &self.rules {
+            match (self.matches(rule, question, is_home), rule.allow) {
+                (Holds::No, _) => {}
+                (Holds::Perhaps, true) => return Verdict::Undecided(rule),
+                (Holds::Perhaps, false) => doubt = doubt.or(Some(rule)),
+                // Whatever else may match before it denies too.
+                (Holds::Yes, false) => return Verdict::Deny(rule),
+                (Holds::Yes, true) => {
+                    return doubt.map_or(Verdict::Allow(rule, self.route(rule)), Verdict::Undecided);
+                }
+            }
+        }
+        Verdict::Deny(&self.otherwise)
+    }
+
+    /// The ways that an answer of "yes" may still name, each once.
+    pub fn routes(&self, question: &Question<'_>) -> Vec<Route> {
+        let mut routes = Vec::new();
+        for rule in self.rules.iter().filter(|rule| rule.allow) {
+            let route = self.route(rule);
+            if self.matches(rule, question, &|_| false) > Holds::No && !routes.contains(&route) {
+                routes.push(route);
+            }
+        }
+        routes
+    }
+
+    fn route(&self, rule: &Rule) -> Route {
+        rule.via.unwrap_or(self.route)
+    }
+
+    fn matches(&self, rule: &Rule, question: &Question<'_>, is_home: &dyn Fn(SocketAddr) -> bool) -> Holds {
+        let client = rule.matches_client(question);
+        if client == Holds::No {
+            return Holds::No;
+        }
+        let to = match &rule.to {
+            To::Anywhere => Holds::Yes,
+            To::These(places) => any(places, |place| place.matches(rule.allow, question)),
+            To::Home => match (question.ip, question.port) {
+                (Some(ip), Some(port)) => is_home(SocketAddr::new(ip, port)).into(),
+                _ => Holds::Perhaps,
+            },
+            // What a name means is the hop's to know, and its rules' to judge.
+            To::Unprotected if is_name_only(question) && self.route(rule) != Route::Direct => Holds::Yes,
+            To::Unprotected => {
+                let built_in = self.rules.iter().skip(self.written).filter(|rule| !rule.allow);
+                match built_in.map(|rule| self.matches(rule, question, is_home)).max() {
+                    Some(Holds::Yes) => Holds::No,
+                    Some(Holds::Perhaps) => Holds::Perhaps,
+                    Some(Holds::No) | None => Holds::Yes,
+                }
+            }
+        };
+        client.min(to)
+    }
+}
+
+fn is_name_only(question: &Question<'_>) -> bool {
+    question.name.is_some() && question.ip.is_none()
+}
+
+/// Whether one of a list holds; an empty list is no condition.
+fn any<T>(list: &[T], holds: impl Fn(&T) -> Holds) -> Holds {
+    if list.is_empty() { Holds::Yes } else { list.iter().map(holds).max().unwrap_or(Holds::No) }
+}
+
+impl Rule {
+    fn built_in(allow: bool, text: &str) -> Self {
+        Self {
+            allow,
+            from: Vec::new(),
+            users: Vec::new(),
+            methods: Vec::new(),
+            commands: Vec::new(),
+            to: To::Anywhere,
+            ports: Vec::new(),
+            via: None,
+            text: text.into(),
+            origin: "built in".into(),
+        }
+    }
+
+    /// Where the rule stands: a file and its line, an option, or "built in".
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// All that a rule says, but for `to`.
+    fn matches_client(&self, question: &Question<'_>) -> Holds {
+        let user = |user: &User| match question.login {
+            None => Holds::Perhaps,
+            Some(login) => login.user.is_some_and(|name| user.is(name)).into(),
+        };
+        let method = |method: &Method| question.login.map_or(Holds::Perhaps, |login| (login.method == *method).into());
+        let command = |command: &Command| question.command.map_or(Holds::Perhaps, |asked| (asked == *command).into());
+        let port = |ports: &RangeInclusive<u16>| question.port.map_or(Holds::Perhaps, |p| ports.contains(&p).into());
+        let from = any(&self.from, |source| source.includes(question.from).into());
+        let login = any(&self.users, user).min(any(&self.methods, method));
+        from.min(login).min(any(&self.commands, command)).min(any(&self.ports, port))
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Source {
+    fn includes(&self, from: Option<IpAddr>) -> bool {
+        match self {
+            Self::Loopback => from.is_some_and(|ip| ip.is_loopback()),
+            Self::Remote => from.is_some_and(|ip| !ip.is_loopback()),
+            Self::Net(net) => from.is_some_and(|ip| net.contains(&ip)),
+        }
+    }
+}
+
+impl User {
+    fn is(&self, user: &[u8]) -> bool {
+        match self {
+            Self::Anybody => true,
+            Self::Named(name) => name == user,
+            Self::Realm(realm) => user.ends_with(realm),
+        }
+    }
+}
+
+impl Place {
+    fn matches(&self, allow: bool, question: &Question<'_>) -> Holds {
+        let (name, net) = match self {
+            Self::Name(name) => (name, None),
+            Self::Below(suffix) => (suffix, None),
+            Self::Net(net) => (&String::new(), Some(net)),
+        };
+        match (net, question.ip, question.name) {
+            (Some(net), Some(ip), _) => includes(net, ip, allow).into(),
+            (_, None, None) | (Some(_), None, Some(_)) => Holds::Perhaps,
+            (None, _, None) => Holds::No,
+            (None, _, Some(asked)) => {
+                let asked = name_of(asked.as_str());
+                let rest = asked.strip_suffix(name.as_str());
+                let is_below = matches!(self, Self::Below(_)) && rest.is_some_and(|rest| rest.ends_with('.'));
+                (rest == Some("") || is_below).into()
+            }
+        }
+    }
+}
+
+/// Whether `net` has `ip`: to allow it, by the address that it really leads to; to deny it, by any that it could be
+/// taken for.
+fn includes(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
+    let IpAddr::V6(v6) = ip else { return net.contains(&ip) };
+    let inside = inside(v6);
+    if allow {
+        return net.contains(&inside.map_or(ip, IpAddr::V4));
+    }
+    let teredo_server = Some(v6.segments()).filter(|segments| segments.starts_with(&TEREDO)).map(|s| v4(s[2], s[3]));
+    let forms = [Some(ip), inside.map(IpAddr::V4), teredo_server.map(IpAddr::V4)];
+    forms.into_iter().flatten().any(|form| net.contains(&form))
+}
+
+const TEREDO: [u16; 2] = [0x2001, 0];
+
+/// The IPv4 address in an IPv6 one: mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or Teredo, the client's (RFC 4380).
+pub fn inside(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+    match ip.segments() {
+        [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(v4(high, low)),
+        [0x2002, high, low, ..] => Some(v4(high, low)),
+        [0x2001, 0, .., high, low] => Some(v4(!high, !low)),
+        _ => None,
+    }
+}
+
+fn v4(high: u16, low: u16) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(high) << 16 | u32::from(low))
+}

@@ -1,0 +1,201 @@
+//! Rules as text: `allow` or `deny`, and then `key=value[,value]...` as often as it takes; `#` begins a comment.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+use percent_encoding::percent_decode_str;
+
+use super::{Place, Route, Rule, Source, To, User};
+use crate::proto::{Command, Method};
+
+/// The way that `via=` calls the one through no hop.
+const DIRECT: &str = "direct";
+
+/// What is wrong with a rule, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Error {
+    /// From 1.
+    pub line: usize,
+    /// What is wrong, with the word that is.
+    pub what: String,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.what)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// The rules of a file that is called `file`. `hops` are the names that `via=` may say, by number.
+///
+/// # Errors
+/// The first line that is wrong.
+pub fn parse(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, Error> {
+    let mut rules = Vec::new();
+    for (line, text) in (1..).zip(text.lines()) {
+        let origin = format!("{file} line {line}");
+        rules.extend(parse_line(text, &origin, hops).map_err(|what| Error { line, what })?);
+    }
+    Ok(rules)
+}
+
+/// One rule; none for a line with nothing or only a comment on it.
+///
+/// # Errors
+/// What is wrong, with the word that is.
+pub fn parse_line(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
+    let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
+    let Some((verdict, conditions)) = words.split_first() else { return Ok(None) };
+    let allow = match *verdict {
+        "allow" => true,
+        "deny" => false,
+        other => return Err(format!("{other:?} is neither allow nor deny, with which a rule begins")),
+    };
+    let to = if allow { To::Unprotected } else { To::Anywhere };
+    let mut rule = Rule { to, origin: origin.into(), ..Rule::built_in(allow, &words.join(" ")) };
+    let mut seen = HashSet::new();
+    for word in conditions {
+        let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
+        let wrong = |why: String| format!("{word:?}: {why}");
+        if !seen.insert(key) {
+            return Err(wrong(format!("{key}= stands in this rule twice; write a list with commas")));
+        }
+        if value.split(',').any(str::is_empty) {
+            return Err(wrong("an empty value".into()));
+        }
+        rule.add(key, value, hops).map_err(wrong)?;
+    }
+    Ok(Some(rule))
+}
+
+impl Rule {
+    fn add(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
+        match key {
+            "from" => self.from = list(value, source)?,
+            "user" => self.users = list(value, user)?,
+            "method" => self.methods = list(value, method)?,
+            "command" => self.commands = list(value, command)?,
+            "to" => self.to = To::These(list(value, place)?),
+            "port" => self.ports = list(value, ports)?,
+            "via" if self.allow => self.via = Some(via(value, hops)?),
+            "via" => return Err("what is denied goes no way".into()),
+            _ => return Err(format!("unknown key {key:?}; there are from, user, method, command, to, port and via")),
+        }
+        Ok(())
+    }
+}
+
+fn list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    values.split(',').map(parse).collect()
+}
+
+fn source(text: &str) -> Result<Source, String> {
+    match text {
+        "loopback" => Ok(Source::Loopback),
+        "remote" => Ok(Source::Remote),
+        _ => cidr(text)?.map(Source::Net).ok_or_else(|| {
+            format!("{text:?} is not a CIDR such as 192.0.2.0/24 or 2001:db8::/32, an address, loopback or remote")
+        }),
+    }
+}
+
+fn user(text: &str) -> Result<User, String> {
+    let decoded = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
+    match text.strip_prefix('*') {
+        Some("") => Ok(User::Anybody),
+        Some(realm) if realm.len() > 1 && realm.starts_with('@') && !realm.contains('*') => {
+            Ok(User::Realm(decoded(realm)))
+        }
+        _ if text.contains('*') => Err(format!("{text:?} is none of NAME, *@REALM and *; a * in a name is %2A")),
+        _ => Ok(User::Named(decoded(text))),
+    }
+}
+
+fn method(text: &str) -> Result<Method, String> {
+    let all = [Method::NONE, Method::PASSWORD, Method::GSSAPI];
+    let found = all.into_iter().find(|method| method.to_string() == text);
+    found.ok_or_else(|| format!("{text:?} is none of none, password and gssapi"))
+}
+
+fn command(text: &str) -> Result<Command, String> {
+    let all = [Command::Connect, Command::Bind, Command::UdpAssociate];
+    let found = all.into_iter().find(|command| command.to_string() == text);
+    found.ok_or_else(|| format!("{text:?} is none of connect, bind and udp"))
+}
+
+fn place(text: &str) -> Result<Place, String> {
+    if let Some(net) = cidr(text)? {
+        return Ok(Place::Net(net));
+    }
+    if text.contains('*') {
+        return Err(format!("{text:?}: there is no *; .example.org is example.org and all below it"));
+    }
+    let name = name_of(text);
+    let suffix = name.strip_prefix('.');
+    let plain = suffix.unwrap_or(&name);
+    let is_letter = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    let are_labels = plain.split('.').all(|label| !label.is_empty() && label.chars().all(is_letter));
+    // 10.0.0 or 0x7f.1: the system's resolver would take it for an address, and a rule that does not is of no use.
+    let last = plain.rsplit('.').next().unwrap_or_default();
+    let is_number = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
+    match suffix {
+        _ if !are_labels || is_number => {
+            Err(format!("{text:?} is neither a name, a .suffix, an address nor a CIDR such as 192.0.2.0/24"))
+        }
+        Some(suffix) => Ok(Place::Below(suffix.into())),
+        None => Ok(Place::Name(name)),
+    }
+}
+
+fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+    let (low, high) = text.split_once('-').unwrap_or((text, text));
+    match (port(low), port(high)) {
+        (Some(low), Some(high)) if low <= high => Ok(low..=high),
+        _ => Err(format!("{text:?} is neither a port nor LO-HI, from 1 to 65535")),
+    }
+}
+
+fn via(text: &str, hops: &[String]) -> Result<Route, String> {
+    if text == DIRECT {
+        return Ok(Route::Direct);
+    }
+    let found = hops.iter().position(|hop| hop == text).map(Route::Hop);
+    found.ok_or_else(|| format!("no hop is called {text:?}; --hop {text}=URL says where it is"))
+}
+
+/// An address or a CIDR; `None` for what does not look like one.
+fn cidr(text: &str) -> Result<Option<IpNet>, String> {
+    let Some(net) = net(text) else {
+        let looks_so = text.contains(['/', ':']);
+        return if looks_so { Err(format!("bad CIDR {text:?}")) } else { Ok(None) };
+    };
+    if net.trunc() != net {
+        return Err(format!(
+            "bad CIDR {text:?}: it has more bits than /{}; is {} meant?",
+            net.prefix_len(),
+            net.trunc()
+        ));
+    }
+    if let IpNet::V6(v6) = net
+        && let Some(v4) = v6.addr().to_ipv4_mapped()
+    {
+        return Err(format!("bad CIDR {text:?}: write the IPv4 address itself, {v4}"));
+    }
+    Ok(Some(net))
+}
+
+pub(super) fn net(text: &str) -> Option<IpNet> {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()).ok()
+}
+
+/// A name as it is compared: in lower case, without the dot at its end.
+pub fn name_of(text: &str) -> String {
+    text.strip_suffix('.').unwrap_or(text).to_lowercase()
+}
