@@ -256,6 +256,7 @@ pub struct Client {
     hops: Vec<Proxy>,
     dst: Addr,
     limit: Option<(Instant, Duration)>,
+    resolver: Resolver,
     /// Where the handshake is: at which hop, doing what.
     at: Cell<(usize, Phase)>,
 }
@@ -264,7 +265,12 @@ impl Client {
     /// `hops` are walked first to last; none at all is a mistake. `wait` bounds everything up to the reply.
     pub fn new(hops: Vec<Proxy>, dst: Addr, wait: Option<Duration>) -> Self {
         let limit = wait.and_then(|wait| Some((Instant::now().checked_add(wait)?, wait)));
-        Self { hops, dst, limit, at: Cell::new((0, Phase::Resolve)) }
+        Self { hops, dst, limit, resolver: Resolver::default(), at: Cell::new((0, Phase::Resolve)) }
+    }
+
+    /// The same, as one of many that share a resolver.
+    pub fn resolving_by(self, resolver: Resolver) -> Self {
+        Self { resolver, ..self }
     }
 
     /// What the hops lead to.
@@ -337,7 +343,7 @@ impl Client {
                 Ok(Conn::Unix(Arc::<Async<net::UnixStream>>::from(stream).into()))
             }
             Endpoint::Tcp(addr) => {
-                let addrs = Resolver::default().lookup(addr).await.map_err(Cause::Unreachable)?;
+                let addrs = self.resolver.lookup(addr).await.map_err(Cause::Unreachable)?;
                 self.step(Phase::Connect);
                 dial(addrs, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)
             }

@@ -42,7 +42,7 @@ pub struct Args {
 #[argh(subcommand)]
 pub enum Command {
     /// `s5 serve`
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// `s5 connect`
     Connect(connect::Args),
     /// `s5 bind`

@@ -9,7 +9,7 @@
 //! | [`relay`] | the two-way pump | `reactor` |
 //! | [`dial`] | names to addresses to one connection | `reactor`, `proto` |
 //! | [`conn`] | one connection, one message at a time | `relay`, `reactor`, `proto` |
-//! | [`client`] | the handshake of a client, through any number of hops | `conn`, `dial`, `reassembly`, `proto` |
+//! | [`client`] | the handshake of a client, through any number of hops | `conn`, `dial`, `reactor`, `reassembly`, `proto` |
 //! | [`server`] | listen, limit, session, drain | all of the above |
 //! | [`cmd`] | the four modes, their flags, messages and exit statuses | all of the above |
 //!

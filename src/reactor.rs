@@ -52,6 +52,15 @@ pub fn show_sockets(count: Arc<AtomicUsize>) {
     drop(count);
 }
 
+/// Wakes every task that waits for a socket on this thread: for when something has changed that is no event. Without a
+/// reactor, each hears of it when it wakes for something else.
+pub fn wake_all() {
+    #[cfg(target_os = "linux")]
+    if let Some(reactor) = edge::current() {
+        reactor.wake_all();
+    }
+}
+
 /// Lets the others have their turn, once.
 pub async fn yield_now() {
     let mut has_yielded = false;

@@ -95,6 +95,8 @@ pub enum Broken {
     Io(Place, io::Error),
     /// [`Limits::idle`] passed. Both sides have been reset.
     Idle,
+    /// The caller did not let it go on. Both sides have been reset.
+    Cut,
     /// dst has said all that it has to say, and takes no more. It has been reset; the client has not, and has yet to
     /// be drained if it is to receive the last of what it was sent.
     Unsent(io::Error),
@@ -104,6 +106,7 @@ impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (place, error) = match self {
             Self::Idle => return f.write_str("idle for too long"),
+            Self::Cut => return f.write_str("cut"),
             Self::Io(Place::ReadClient, error) => ("reading from the client", error),
             Self::Io(Place::WriteClient, error) => ("writing to the client", error),
             Self::Io(Place::ReadDst, error) => ("reading from dst", error),
@@ -114,7 +117,7 @@ impl fmt::Display for Broken {
 }
 
 /// Moves octets both ways until both directions have ended. A direction ends when its source does, which is passed on
-/// by closing its sink's write side.
+/// by closing its sink's write side. Before each step `may_go_on` is asked.
 ///
 /// Both streams are reset when an operation on either fails, when the idle limit ends the tunnel, and when the future
 /// is dropped while it runs. A reset is noticed within a second also from a side that is not being read from.
@@ -126,6 +129,7 @@ pub fn relay<'a, C, D>(
     dst: &'a mut D,
     limits: &'a Limits,
     moved: &'a Moved,
+    may_go_on: impl Fn(&C, &D) -> bool + 'a,
 ) -> impl Future<Output = Result<End, Broken>>
 where
     C: Stream,
@@ -144,6 +148,9 @@ where
     // Not an async fn, which would have room for its arguments twice; there may be many thousands of these.
     poll_fn(move |cx| {
         let Ends { client: Some(client), dst: Some(dst) } = &mut ends else { return Poll::Pending };
+        if !may_go_on(client, dst) {
+            return Poll::Ready(Err(Broken::Cut));
+        }
         let result = ready!(tunnel.poll(cx, *client, *dst));
         if matches!(result, Ok(_) | Err(Broken::Unsent(_))) {
             ends.client = None;

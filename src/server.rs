@@ -6,10 +6,15 @@ mod associate;
 mod batch;
 mod bind;
 mod connect;
+mod gate;
+mod law;
 mod listen;
 mod login;
+mod offenders;
+mod pace;
 mod record;
 mod session;
+mod shares;
 mod tunnel;
 mod worker;
 
@@ -19,6 +24,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,13 +35,16 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
+use crate::client::Proxy;
 use crate::dial::{Resolver, unspecified};
 use crate::policy::Policy;
 use crate::relay::Limits;
+pub use gate::Bounds;
+use gate::Gate;
+use law::Laws;
 pub use listen::Listen;
 use listen::Listener;
-use login::Login;
-use worker::{Ends, Worker};
+use worker::{Ends, Worker, Workers};
 
 /// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
 const RESERVED_DESCRIPTORS: u64 = 64;
@@ -70,6 +80,23 @@ pub struct Options {
     pub udp_ports: Option<Ports>,
     /// Whose datagrams reach the client of an association.
     pub udp_filtering: Filtering,
+    /// The ways that rules may name, by number.
+    pub hops: Vec<Arc<Hop>>,
+    /// What one client or user may take up.
+    pub bounds: Bounds,
+    /// Whether everybody who can reach this server may use it.
+    pub open: bool,
+    /// Whether sessions that a new policy would refuse live on.
+    pub keep_sessions: bool,
+}
+
+/// A way through other SOCKS5 servers.
+#[derive(Debug)]
+pub struct Hop {
+    /// What rules and the log call it.
+    pub name: String,
+    /// Nearest first, at least one.
+    pub proxies: Vec<Proxy>,
 }
 
 /// Which answers an association lets in (RFC 4787 section 5).
@@ -130,8 +157,8 @@ fn bind_within<T>(
 #[derive(Debug)]
 struct Server {
     options: Options,
-    policy: Policy,
-    login: Login,
+    laws: Laws,
+    gate: Gate,
     resolver: Resolver,
     relay_limits: Limits,
 }
@@ -144,49 +171,98 @@ impl Server {
     }
 }
 
-/// Why the server did not start: what was tried, and the error.
-pub type StartError = (String, io::Error);
+/// Why the server did not start, or ended.
+#[derive(Debug)]
+pub enum StartError {
+    /// Something that was tried, and the error.
+    Io(String, io::Error),
+    /// It would be open to everybody, and nobody has said that it should.
+    Open(String),
+}
 
-/// Runs until SIGTERM or SIGINT, then drains. Blocks.
+impl StartError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        |error| Self::Io(what.into(), error)
+    }
+}
+
+/// Makes a new policy out of what the files say now; or says what is wrong with them.
+pub type Reload<'a> = dyn Fn() -> Result<Policy, String> + 'a;
+
+/// Runs until SIGTERM or SIGINT, then drains; reloads at each SIGHUP. Blocks.
 ///
 /// # Errors
-/// What could not be listened on, or signals and threads that could not be had.
-pub fn run(options: Options, mut policy: Policy) -> Result<(), StartError> {
+/// What could not be listened on, or signals and threads that could not be had; or that nobody would be kept out.
+pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<(), StartError> {
     let descriptors = raise_descriptor_limit();
     let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / SESSION_DESCRIPTORS;
     let limit = usize::try_from(by_descriptors.clamp(1, MOST_CONNECTIONS)).unwrap_or(usize::MAX);
     let limit = options.max_connections.unwrap_or(limit);
     let mut listeners = Vec::new();
     for listen in &options.listen {
-        let bound = listen.bind().map_err(|error| (format!("listen on {listen}"), error))?;
-        listeners.extend(bound);
+        listeners.extend(listen.bind().map_err(StartError::io(format!("listen on {listen}")))?);
     }
     policy.own = listeners.iter().filter_map(Listener::addr).collect();
-    let signals = Signals::new([Signal::Term, Signal::Int]).map_err(|error| ("signals".into(), error))?;
+    if let Some(why) = openness(&policy, &options) {
+        return Err(StartError::Open(why));
+    }
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-    let is_open = policy.users.is_none() && policy.own.iter().any(|own| !own.ip().is_loopback());
     let (threads, drain) = (options.threads, options.drain);
     let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None, until_bulk: threads > 1 };
-    let server = Server { options, policy, login: Login::default(), resolver: Resolver::default(), relay_limits };
+    let (laws, gate) = (Laws::new(policy, options.keep_sessions), Gate::new(options.bounds));
+    let server = Server { options, laws, gate, resolver: Resolver::default(), relay_limits };
     let (accepting, closing) = channel::bounded::<Infallible>(1);
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);
-    let workers = Worker::several(threads, server, listeners, limit, Ends { closing, over, alive });
+    let (workers, crew) = Worker::several(threads, server, listeners, limit, Ends { closing, over, alive });
     let (say, said) = channel::unbounded();
-    let workers = start(workers, &say, &said).map_err(|error| ("threads".to_owned(), error))?;
+    let threads = start(crew, &say, &said).map_err(StartError::io("threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
-    if is_open {
-        log::warn!("everybody who can reach this server may use it: there is no --users FILE");
-    }
-    let ended = smol::block_on(end(signals, accepting, drain, all_over, said));
-    drop(running);
-    for worker in workers {
+    let reload = || renew(&workers, reload);
+    let ended = smol::block_on(end(signals, accepting, drain, all_over, said, reload));
+    drop((running, workers));
+    for thread in threads {
         // A worker that panicked has said so; there is nothing to be done about it at the end.
-        let _ = worker.join();
+        let _ = thread.join();
     }
-    ended.map_err(|error| ("threads".into(), error))
+    ended.map_err(StartError::io("threads"))
+}
+
+/// Why a server would be an open relay, and how not to be one; `None` when it would not be, or is meant to be.
+fn openness(policy: &Policy, options: &Options) -> Option<String> {
+    let own = policy.own.iter().find(|own| !own.ip().is_loopback())?;
+    (policy.is_open() && !options.open).then(|| {
+        let who = if policy.rules.names_from() { "whoever no rule keeps out" } else { "whoever reaches it" };
+        format!(
+            "{own} can be reached from other hosts, and {who} could use this server: let them log in (--users FILE), \
+             say who may come (--allow from=CIDR, or a rule that does), or mean it (--open)"
+        )
+    })
+}
+
+/// Puts a new policy in force, unless there is something wrong with it.
+async fn renew(workers: &Workers, reload: &Reload<'_>) {
+    let Some(workers) = workers.shared() else { return };
+    let server = workers.server();
+    let old = server.laws.current();
+    let policy = reload().and_then(|policy| {
+        let policy = Policy { own: old.policy.own.clone(), ..policy };
+        openness(&policy, &server.options).map_or(Ok(policy), Err)
+    });
+    match policy {
+        Err(why) => log::error!("reload: {why}; what was in force stays in force"),
+        Ok(policy) => {
+            let users = policy.users.as_ref().map_or(0, |users| users.len());
+            let rules = policy.rules.written().len();
+            server.laws.replace(policy);
+            workers.look_up().await;
+            let cut = server.laws.cut.load(Ordering::Relaxed);
+            log::info!("reload: {users} users and {rules} rules are in force; sessions cut: {cut}");
+        }
+    }
 }
 
 /// What a thread says: `Ok` when it accepts, and the error with which it has ended.
@@ -219,7 +295,7 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-/// Waits for the signal to end, and then for the sessions, as long as they may take. A thread that ends before that is
+/// Reloads when told to, waits for the signal to end, and then for the sessions, as long as they may take. A thread that ends before that is
 /// the end as well, and its error: a server that goes on with a part of itself would fool those who watch it.
 async fn end(
     mut signals: Signals,
@@ -227,9 +303,12 @@ async fn end(
     drain: Duration,
     all_over: Receiver<Infallible>,
     said: Receiver<Said>,
+    reload: impl AsyncFn(),
 ) -> io::Result<()> {
     let signal = async {
-        signals.next().await;
+        while let Some(Ok(Signal::Hup)) = signals.next().await {
+            reload().await;
+        }
         Said::Ok(())
     };
     let failed = async {
@@ -249,7 +328,7 @@ async fn end(
         log::info!("ending: the open connections are cut");
     };
     let again = async {
-        signals.next().await;
+        while let Some(Ok(Signal::Hup)) = signals.next().await {}
         log::info!("ending: at once");
     };
     over.or(timeout).or(again).await;
@@ -283,7 +362,7 @@ fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAd
 }
 
 /// Whether an address is one of this machine's: only such a one can be bound.
-fn is_local(mut addr: SocketAddr) -> bool {
+pub fn is_local(mut addr: SocketAddr) -> bool {
     addr.set_port(0);
     UdpSocket::bind(addr).is_ok()
 }

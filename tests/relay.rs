@@ -302,7 +302,7 @@ fn an_idle_relay_is_small() {
         Conn::Unix(Io::new(stream).expect("it waits"))
     });
     let moved = Moved::default();
-    let relay = relay(&mut client, &mut dst, &NO_LIMITS, &moved);
+    let relay = relay(&mut client, &mut dst, &NO_LIMITS, &moved, |_, _| true);
     // There may be 100 000 of them.
     assert!(size_of_val(&relay) <= 128, "{}", size_of_val(&relay));
 }

@@ -4,17 +4,16 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::pin::pin;
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
-
-use smol::Async;
 
 use super::{Cause, Client, Error, Phase};
 use crate::conn::Conn;
-use crate::dial::{Failure, Resolver, unspecified};
+use crate::dial::{Failure, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP, MAX_UDP6};
+use crate::reactor::{Io, Way};
 use crate::reassembly::{Reassembler, split};
 
 /// More than any UDP datagram has, in octets.
@@ -25,7 +24,7 @@ const MAX_DATAGRAM: usize = 65_536;
 pub struct Association {
     /// Control connection, relay and fragments of each hop, nearest first.
     layers: Vec<Layer>,
-    socket: Async<UdpSocket>,
+    socket: Io<UdpSocket>,
 }
 
 #[derive(Debug)]
@@ -56,19 +55,22 @@ impl Client {
             }
             let first = layers.first().ok_or_else(|| Cause::Protocol("no proxy given".into()))?;
             self.step(Phase::Request);
-            let socket = connect(&first.relay).await.map_err(Cause::Unreachable)?;
-            Ok(Association { layers, socket })
+            let relay = self.resolver.lookup(&first.relay).await.and_then(|found| {
+                let relay = found.into_iter().next().ok_or(Failure::NotFound)?;
+                connect(relay).map_err(|error| Failure::of(&error, relay))
+            });
+            Ok(Association { layers, socket: relay.map_err(Cause::Unreachable)? })
         })
         .await
     }
 }
 
-async fn connect(relay: &Addr) -> Result<Async<UdpSocket>, Failure> {
-    let relay = Resolver::default().lookup(relay).await?.into_iter().next().ok_or(Failure::NotFound)?;
-    let socket = Async::<UdpSocket>::bind((unspecified(relay.ip()), 0)).map_err(|error| Failure::of(&error, relay))?;
+fn connect(relay: SocketAddr) -> io::Result<Io<UdpSocket>> {
+    let socket = UdpSocket::bind((unspecified(relay.ip()), 0))?;
+    socket.set_nonblocking(true)?;
     // From here on the kernel lets in what the relay sends, and nothing else.
-    socket.get_ref().connect(relay).map_err(|error| Failure::of(&error, relay))?;
-    Ok(socket)
+    socket.connect(relay)?;
+    Io::new(socket)
 }
 
 impl Association {
@@ -82,6 +84,23 @@ impl Association {
     /// # Errors
     /// Those of the socket; and when the payload is larger than UDP carries.
     pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
+        for octets in self.wrapped(dst, data)? {
+            self.socket.with(Way::Write, |socket| send(socket, &octets)).await?;
+        }
+        Ok(())
+    }
+
+    /// As [`Association::send`], without waiting for room.
+    ///
+    /// # Errors
+    /// Those of the socket; and when the payload is larger than UDP carries.
+    pub fn try_send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
+        let mut all = self.wrapped(dst, data)?.into_iter();
+        all.try_for_each(|octets| self.socket.try_with(Way::Write, |socket| send(socket, &octets)))
+    }
+
+    /// A datagram as the first relay wants it, or several.
+    fn wrapped(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         let inner = self.layers.iter().skip(1).map(|layer| &layer.relay).rev();
         let overhead: usize = inner.clone().map(|relay| wrap(relay, &[]).len()).sum();
         let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP } else { MAX_UDP6 };
@@ -89,21 +108,13 @@ impl Association {
             io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {most} octets at most"))
         };
         let whole = Some(data).filter(|data| data.len() <= most).ok_or_else(too_large)?;
-        for mut octets in split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)? {
+        let mut all = split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)?;
+        for octets in &mut all {
             for relay in inner.clone() {
-                octets = wrap(relay, &octets);
-            }
-            // The first try may only be told what ICMP said about an earlier datagram. A relay that is gone is no error
-            // here: the control connection says that better.
-            for _ in 0..2 {
-                match self.socket.send(&octets).await {
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                    Err(error) => return Err(error),
-                    Ok(_) => break,
-                }
+                *octets = wrap(relay, octets);
             }
         }
-        Ok(())
+        Ok(all)
     }
 
     /// The next answer: who sent it, and what.
@@ -111,11 +122,20 @@ impl Association {
     /// # Errors
     /// Those of the socket.
     pub async fn recv(&self) -> io::Result<(Addr, Vec<u8>)> {
+        poll_fn(|cx| self.poll_recv(cx)).await
+    }
+
+    /// As [`Association::recv`].
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
+        let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
-            if let Some(answer) = self.try_recv()? {
-                return Ok(answer);
+            let n = ready!(self.socket.poll_with(cx, Way::Read, |socket| receive(socket, &mut buffer)))?;
+            if let Some(answer) = self.unwrap(buffer.get(..n).unwrap_or_default()) {
+                return Poll::Ready(Ok(answer));
             }
-            self.socket.readable().await?;
         }
     }
 
@@ -126,12 +146,11 @@ impl Association {
     pub fn try_recv(&self) -> io::Result<Option<(Addr, Vec<u8>)>> {
         let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
-            let received = self.socket.get_ref().recv(&mut buffer);
+            let received = self.socket.try_with(Way::Read, |socket| receive(socket, &mut buffer));
             match received.map(|n| self.unwrap(buffer.get(..n).unwrap_or_default())) {
                 Ok(Some(answer)) => return Ok(Some(answer)),
-                // Not for us; or what ICMP says about an earlier datagram.
+                // Not for us.
                 Ok(None) => {}
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
             }
@@ -169,6 +188,28 @@ impl Association {
             Poll::Pending
         }));
         lost.as_mut().await
+    }
+}
+
+/// The first try may only be told what ICMP said about an earlier datagram. A relay that is gone is no error here: the
+/// control connection says that better.
+fn send(socket: &UdpSocket, octets: &[u8]) -> io::Result<()> {
+    for _ in 0..2 {
+        match socket.send(octets) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            sent => return sent.map(drop),
+        }
+    }
+    Ok(())
+}
+
+/// Skips what ICMP says about an earlier datagram.
+fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.recv(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            received => return received,
+        }
     }
 }
 

@@ -69,7 +69,7 @@ pub(super) async fn run(client: &Client, mut tunnel: Conn) -> Result<(), Failure
     };
     let mut pipe = Pipe::new().map_err(|error| failed(Status::Other, "stdin and stdout", &error))?;
     let limits = Limits { linger: Some(LINGER), ..Limits::default() };
-    let ended = relay(&mut pipe, &mut tunnel, &limits, &Moved::default()).await;
+    let ended = relay(&mut pipe, &mut tunnel, &limits, &Moved::default(), |_, _| true).await;
     let ended = match (ended, pipe.stdout.flush().await) {
         // Only the thread that writes knows why writing failed.
         (Ok(_) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
@@ -78,7 +78,8 @@ pub(super) async fn run(client: &Client, mut tunnel: Conn) -> Result<(), Failure
         (ended, _) => ended,
     };
     match ended {
-        Ok(_) | Err(Broken::Idle) => Ok(()),
+        // Nobody cuts it here.
+        Ok(_) | Err(Broken::Idle | Broken::Cut) => Ok(()),
         Err(Broken::Io(Place::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Err(Failure::new(Status::BrokenPipe, ""))
         }

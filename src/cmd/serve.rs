@@ -1,23 +1,26 @@
-//! `s5 serve`: the server's options, and the users file's upkeep.
+//! `s5 serve`: the server's options.
 
-use std::fs;
-use std::io::{self, BufRead as _, IsTerminal as _, Read as _, Write as _};
+mod explain;
+mod load;
+mod users;
+
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use argh::FromArgs;
 use log::LevelFilter;
 
 use super::{Failure, Status, deadline, duration};
-use crate::policy::Policy;
-use crate::policy::users::{self, Users};
-use crate::server::{self, Filtering, Listen, Options, Ports};
+use crate::client::parse_hops;
+use crate::policy::rules::Route;
+use crate::server::{self, Bounds, Filtering, Hop, Listen, Options, Ports, StartError};
+use load::{Source, Sources};
 
-/// The largest users file that is read, in octets: room for some 100 000 users.
-const MAX_USERS_FILE: u64 = 16 << 20;
+/// What the log calls the way of `--via`.
+const VIA: &str = "--via";
 /// Where to listen when nobody says.
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
@@ -26,8 +29,13 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 #[argh(
     subcommand,
     name = "serve",
-    note = "Times are seconds, or with ms, s, m, h. SIGTERM and SIGINT drain and end it, a second one ends it at once.",
-    example = "s5 serve --listen '*:1080' --users /etc/s5/users"
+    note = "Times are seconds, or with ms, s, m, h; rates are octets a second, or with k, M, G. SIGHUP reads users and \
+            rules again. SIGTERM and SIGINT drain and end it, a second one ends it at once.\n\nA rule is allow or deny, \
+            and any of from=CIDR user=NAME|*@REALM method=none|password|gssapi command=connect|bind|udp \
+            to=NAME|.SUFFIX|CIDR port=N|LO-HI via=NAME, with commas for lists. The first one that matches decides.",
+    example = "s5 serve --listen '*:1080' --users /etc/s5/users\n\
+               s5 serve --listen '*:1080' --allow from=192.168.0.0/16\n\
+               s5 serve --rules rules --explain 'from=192.168.1.2 to=localhost:22'"
 )]
 pub struct Args {
     #[argh(
@@ -49,6 +57,58 @@ pub struct Args {
     /// remove a user from the users file and exit
     #[argh(option, arg_name = "name")]
     remove_user: Option<String>,
+
+    /// a file with a rule a line: who may go where; first match wins
+    #[argh(option, arg_name = "file")]
+    rules: Option<PathBuf>,
+
+    /// a rule before those of the file, without its first word; may be repeated
+    #[argh(option, arg_name = "conditions", from_str_fn(allow_line))]
+    allow: Vec<Line>,
+
+    /// the same for what is denied; the order of all of them counts
+    #[argh(option, arg_name = "conditions", from_str_fn(deny_line))]
+    deny: Vec<Line>,
+
+    /// print all rules, the built-in ones too, and exit
+    #[argh(switch)]
+    show_rules: bool,
+
+    /// print which rule decides about 'from=IP user=NAME command=connect to=HOST:PORT', and exit: 0 allow, 1 deny
+    #[argh(option, arg_name = "question")]
+    explain: Option<String>,
+
+    /// let everybody who can reach this server use it, without login or rules
+    #[argh(switch)]
+    open: bool,
+
+    /// go through this SOCKS5 server, or through several with commas, nearest first: [user:password@]host[:port]
+    #[argh(option, arg_name = "url")]
+    via: Option<String>,
+
+    /// a way that rules can name with via=NAME; may be repeated
+    #[argh(option, arg_name = "name=url")]
+    hop: Vec<String>,
+
+    /// at a reload, leave sessions alone that would now be refused
+    #[argh(switch)]
+    keep_sessions: bool,
+
+    /// sessions at once from one address, of IPv6 from one /64 (no limit)
+    #[argh(option, arg_name = "n", from_str_fn(at_least_one))]
+    max_per_client: Option<usize>,
+
+    /// sessions at once of one user (no limit)
+    #[argh(option, arg_name = "n", from_str_fn(at_least_one))]
+    max_per_user: Option<usize>,
+
+    /// octets a second of a session, and of all sessions of a user together; both ways together (no limit)
+    #[argh(option, arg_name = "bytes", from_str_fn(octets_a_second))]
+    rate: Option<u64>,
+
+    /// octets a second of all sessions of a user together, where that is to be another number (as --rate)
+    #[argh(option, arg_name = "bytes", from_str_fn(octets_a_second))]
+    rate_per_user: Option<u64>,
 
     /// for everything up to the request (10)
     #[argh(option, arg_name = "time", from_str_fn(deadline), default = "Duration::from_secs(10)")]
@@ -95,9 +155,9 @@ pub struct Args {
     #[argh(option, arg_name = "how", from_str_fn(filtering), default = "Filtering::AddressDependent")]
     udp_filtering: Filtering,
 
-    /// log more
+    /// log more; twice, all there is
     #[argh(switch, short = 'v')]
-    verbose: bool,
+    verbose: u8,
 
     /// log only what is wrong
     #[argh(switch, short = 'q')]
@@ -124,31 +184,111 @@ fn filtering(text: &str) -> Result<Filtering, String> {
     }
 }
 
+/// `1500`, `64k`, `10M`, `1G`: octets a second, in powers of 1000.
+fn octets_a_second(text: &str) -> Result<u64, String> {
+    let number = text.trim_end_matches(['k', 'M', 'G']);
+    let unit = match text.get(number.len()..).unwrap_or_default() {
+        "" => Some(1),
+        "k" => Some(1_000),
+        "M" => Some(1_000_000),
+        "G" => Some(1_000_000_000),
+        _ => None,
+    };
+    let rate = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
+    rate.filter(|rate| *rate > 0).ok_or_else(|| format!("{text:?} is not a number of octets a second, as 1500 or 10M"))
+}
+
+/// A rule of the command line, and the how manieth it is: the options keep their own order only.
+#[derive(Debug)]
+struct Line(usize, String);
+
+static LINES: AtomicUsize = AtomicUsize::new(0);
+
+fn allow_line(text: &str) -> Result<Line, String> {
+    Ok(Line(LINES.fetch_add(1, Ordering::Relaxed), format!("allow {text}")))
+}
+
+fn deny_line(text: &str) -> Result<Line, String> {
+    Ok(Line(LINES.fetch_add(1, Ordering::Relaxed), format!("deny {text}")))
+}
+
 impl Args {
     pub(super) fn log_level(&self) -> LevelFilter {
         match (self.quiet, self.verbose) {
             (true, _) => LevelFilter::Warn,
-            (false, true) => LevelFilter::Debug,
-            (false, false) => LevelFilter::Info,
+            (false, 0) => LevelFilter::Info,
+            (false, 1) => LevelFilter::Debug,
+            (false, _) => LevelFilter::Trace,
         }
     }
 
-    pub(super) fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(mut self) -> Result<(), Failure> {
         match (&self.users, &self.add_user, &self.remove_user) {
             (_, Some(_), Some(_)) => return Err(Failure::usage("--add-user and --remove-user: one at a time")),
             (None, Some(_), None) => return Err(Failure::usage("--add-user needs --users FILE")),
             (None, None, Some(_)) => return Err(Failure::usage("--remove-user needs --users FILE")),
-            (Some(file), Some(name), None) => return add_user(file, name),
-            (Some(file), None, Some(name)) => return remove_user(file, name),
+            (Some(file), Some(name), None) => return users::add_user(file, name),
+            (Some(file), None, Some(name)) => return users::remove_user(file, name),
             (_, None, None) => {}
         }
-        let users = self.users.as_deref().map(load_users).transpose()?;
-        let policy = Policy { users: users.map(Arc::new), ..Policy::default() };
-        server::run(self.options()?, policy)
-            .map_err(|(what, error)| Failure::new(Status::Other, format!("{what}: {error}")))
+        let hops = self.hops()?;
+        let sources = self.sources(&hops);
+        let policy = sources.load()?;
+        let (question, show_rules) = (self.explain.take(), self.show_rules);
+        let options = self.options(hops)?;
+        if show_rules {
+            return explain::show(&policy, &options);
+        }
+        if let Some(question) = question {
+            return explain::explain(policy, &options, &question);
+        }
+        let reload = || sources.load().map_err(|failure| failure.message);
+        server::run(options, policy, &reload).map_err(|error| match error {
+            StartError::Io(what, error) => Failure::new(Status::Other, format!("{what}: {error}")),
+            StartError::Open(why) => Failure::usage(why),
+        })
     }
 
-    fn options(self) -> Result<Options, Failure> {
+    /// The hops by number. That of `--via` comes last.
+    fn hops(&mut self) -> Result<Vec<Arc<Hop>>, Failure> {
+        let mut hops: Vec<Arc<Hop>> = Vec::new();
+        for text in &self.hop {
+            let (name, url) = text.split_once('=').ok_or_else(|| Failure::usage("--hop: write NAME=URL"))?;
+            // A URL in place of a name may have a password in it, so neither is shown.
+            let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
+            if !is_name || name == "direct" {
+                let what = "a name has letters, digits, - _ and . only, and is not \"direct\"";
+                return Err(Failure::usage(format!("--hop: write NAME=URL; {what}")));
+            }
+            if hops.iter().any(|hop| hop.name == name) {
+                return Err(Failure::usage(format!("--hop: there are two called {name:?}")));
+            }
+            let proxies = parse_hops(url).map_err(|error| Failure::usage(format!("--hop {name}: {error}")))?;
+            hops.push(Arc::new(Hop { name: name.into(), proxies }));
+        }
+        if let Some(url) = &self.via {
+            let proxies = parse_hops(url).map_err(|error| Failure::usage(format!("--via: {error}")))?;
+            hops.push(Arc::new(Hop { name: VIA.into(), proxies }));
+        }
+        Ok(hops)
+    }
+
+    fn sources(&mut self, hops: &[Arc<Hop>]) -> Sources {
+        let lines = |lines: &mut Vec<Line>, option| lines.drain(..).map(move |line| (line, option)).collect::<Vec<_>>();
+        let mut all = lines(&mut self.allow, "--allow");
+        all.extend(lines(&mut self.deny, "--deny"));
+        all.sort_by_key(|(Line(number, _), _)| *number);
+        let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
+        Sources {
+            users: self.users.take().map(Source::new),
+            rules: self.rules.take().map(Source::new),
+            lines: all.into_iter().map(|(Line(_, text), option)| (text, option)).collect(),
+            hops: hops.iter().map(|hop| hop.name.clone()).collect(),
+            route: via.map_or(Route::Direct, Route::Hop),
+        }
+    }
+
+    fn options(self, hops: Vec<Arc<Hop>>) -> Result<Options, Failure> {
         let [v4, v6] = [IpAddr::is_ipv4, IpAddr::is_ipv6].map(|is| self.advertise.iter().filter(|ip| is(ip)).count());
         if v4 > 1 || v6 > 1 {
             return Err(Failure::usage("--advertise: one address a family"));
@@ -167,92 +307,15 @@ impl Args {
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
+            hops,
+            bounds: Bounds {
+                per_client: self.max_per_client,
+                per_user: self.max_per_user,
+                rate: self.rate,
+                user_rate: self.rate_per_user.or(self.rate),
+            },
+            open: self.open,
+            keep_sessions: self.keep_sessions,
         })
-    }
-}
-
-fn wrong(file: &Path, what: impl std::fmt::Display) -> Failure {
-    Failure::usage(format!("{}: {what}", file.display()))
-}
-
-fn read_users(file: &Path) -> Result<String, Failure> {
-    let mut octets = Vec::new();
-    let opened = fs::File::open(file).map_err(|error| wrong(file, error))?;
-    io::Read::take(opened, MAX_USERS_FILE + 1).read_to_end(&mut octets).map_err(|error| wrong(file, error))?;
-    if octets.len() as u64 > MAX_USERS_FILE {
-        return Err(wrong(file, format!("too large for a users file, which has at most {MAX_USERS_FILE} octets")));
-    }
-    String::from_utf8(octets).map_err(|error| {
-        let before = error.as_bytes().iter().take(error.utf8_error().valid_up_to());
-        let line = before.filter(|octet| **octet == b'\n').count() + 1;
-        wrong(file, format!("line {line}: not UTF-8"))
-    })
-}
-
-fn load_users(file: &Path) -> Result<Users, Failure> {
-    let users = Users::parse(&read_users(file)?).map_err(|error| wrong(file, error))?;
-    if users.is_empty() {
-        log::warn!("{}: no users, so nobody can log in; add one with --add-user", file.display());
-    }
-    Ok(users)
-}
-
-fn add_user(file: &Path, name: &str) -> Result<(), Failure> {
-    let bad = |error| Failure::usage(format!("--add-user: {error}"));
-    users::check_name(name).map_err(bad)?;
-    read_users_to_edit(file)?;
-    let passwd = ask_password(name)?;
-    let line = users::new_line(name, passwd.as_bytes()).map_err(bad)?;
-    // Once more: somebody else may have edited it while we asked.
-    let text = read_users_to_edit(file)?;
-    replace(file, &users::edit(&text, name, Some(&line)).unwrap_or_default())
-}
-
-/// The text of a users file that is in order, or of one that is not there yet.
-fn read_users_to_edit(file: &Path) -> Result<String, Failure> {
-    let text = if file.exists() { read_users(file)? } else { String::new() };
-    Users::parse(&text).map_err(|error| wrong(file, error))?;
-    Ok(text)
-}
-
-fn remove_user(file: &Path, name: &str) -> Result<(), Failure> {
-    let text = read_users(file)?;
-    let text = users::edit(&text, name, None).ok_or_else(|| wrong(file, format!("no user {name:?}")))?;
-    replace(file, &text)
-}
-
-/// Writes a new file beside the old one and renames it: whoever reads meanwhile sees one or the other, whole. Only
-/// the owner, who stays the same, may read it.
-fn replace(file: &Path, text: &str) -> Result<(), Failure> {
-    // Through a link, so that the link stays one.
-    let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
-    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || {
-        let mut new = tempfile::NamedTempFile::new_in(folder)?;
-        new.write_all(text.as_bytes())?;
-        if let Ok(old) = fs::metadata(&target) {
-            std::os::unix::fs::fchown(new.as_file(), Some(old.uid()), Some(old.gid()))?;
-        }
-        new.as_file().sync_all()?;
-        new.persist(&target).map_err(|error| error.error).map(drop)
-    };
-    write().map_err(|error: io::Error| wrong(file, error))
-}
-
-/// Twice from the terminal, without echo; or the first line of a stdin that is none.
-fn ask_password(name: &str) -> Result<String, Failure> {
-    let failed = |error: io::Error| Failure::new(Status::Other, format!("no password for {name:?}: {error}"));
-    if !io::stdin().is_terminal() {
-        let mut line = String::new();
-        let mut stdin = io::Read::take(io::stdin().lock(), 4096);
-        stdin.read_line(&mut line).map_err(failed)?;
-        return Ok(line.trim_end_matches(['\r', '\n']).into());
-    }
-    let first = rpassword::prompt_password(format!("password for {name}: ")).map_err(failed)?;
-    let again = rpassword::prompt_password("again: ").map_err(failed)?;
-    if first == again {
-        Ok(first)
-    } else {
-        Err(Failure::new(Status::Other, "the two passwords differ; nothing changed"))
     }
 }

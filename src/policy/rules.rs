@@ -169,6 +169,11 @@ impl Rules {
         self.rules.get(..self.written).unwrap_or_default()
     }
 
+    /// Whether a rule names `from`.
+    pub fn names_from(&self) -> bool {
+        self.written().iter().any(|rule| !rule.from.is_empty())
+    }
+
     /// All rules, the built-in ones too.
     pub fn all(&self) -> impl Iterator<Item = &Rule> {
         self.rules.iter().chain([&self.otherwise])
@@ -263,6 +268,16 @@ impl Rule {
     /// Where the rule stands: a file and its line, an option, or "built in".
     pub fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// Whether it is the built-in rule about this server's own listeners.
+    pub fn is_home(&self) -> bool {
+        matches!(self.to, To::Home)
+    }
+
+    /// Whether it says `to=`.
+    pub fn names_places(&self) -> bool {
+        matches!(self.to, To::These(_))
     }
 
     /// All that a rule says, but for `to`.

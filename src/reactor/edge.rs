@@ -217,6 +217,12 @@ impl Reactor {
         self.shown.replace(sockets);
     }
 
+    /// Wakes every task that waits for a socket.
+    pub(super) fn wake_all(&self) {
+        let wakers: Vec<Waker> = self.slots.borrow().iter().filter_map(|(_, slot)| slot.waker.clone()).collect();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
     pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, interest: Interest) -> io::Result<Source<T>> {
         use epoll::EventFlags;
         let events = match interest {

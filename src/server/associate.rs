@@ -4,13 +4,15 @@
 //! kernel filters, by connect(2). What can't be relayed is dropped in silence, and nothing that a datagram or an ICMP
 //! message can do ends an association.
 
+mod contacts;
+mod names;
+mod upstream;
+
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::pin::Pin;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
@@ -18,15 +20,20 @@ use std::time::Instant;
 use futures_lite::AsyncReadExt as _;
 
 use super::batch::{Batch, BatchSocket, Run, Style};
-use super::record::Record;
-use super::session::Refusal;
+use super::pace::Pace;
+use super::record::towards;
+use super::session::{Refusal, Session};
 use super::{Filtering, Server, address_for, bind_within};
-use crate::conn::{Conn, until};
-use crate::dial::{Failure, canonical, unspecified};
+use crate::conn::Conn;
+use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
+use crate::policy::rules::{Question, Route, Verdict};
 use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
 use crate::reactor::{Alarm, wake_later};
 use crate::reassembly::{Reassembler, split};
+use contacts::Contacts;
+use names::Names;
+use upstream::Upstream;
 
 /// How many datagrams of one socket are relayed before another one gets its turn. What was received at once is relayed
 /// at once, and may be more.
@@ -35,14 +42,6 @@ const BUDGET: usize = 64;
 const SOCKET_BUFFER: usize = 1 << 20;
 /// How many octets on the control connection are read and ignored before it is taken for a mistake.
 const MAX_CONTROL: usize = 64 * 1024;
-/// How many addresses an association remembers having sent to; the oldest is forgotten first.
-const MAX_CONTACTED: usize = 4096;
-/// How many names an association remembers the addresses of; then it begins anew.
-const MAX_NAMES: usize = 256;
-/// How many names an association may be looking up at once.
-const MAX_LOOKUPS: usize = 16;
-/// How many octets may wait for look-ups in an association.
-const MAX_WAITING: usize = 128 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -56,26 +55,37 @@ struct Scratch {
     header: Vec<u8>,
 }
 
-pub(super) async fn serve(server: &Server, control: &mut Conn, dst: &Addr, record: &mut Record) -> Result<(), Refusal> {
+pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> Result<(), Refusal> {
     let failed = |error| Refusal::reply(Rep::GENERAL_FAILURE, error);
-    let client = client_addr(record.client, dst);
+    let server = session.server;
+    // All hops that datagrams may have to go through: one that is down is an error now, and not a silence later.
+    let mut upstreams = Vec::new();
+    for route in session.law.policy.rules.routes(&session.record.question()) {
+        if let Route::Hop(number) = route {
+            upstreams.push(Upstream::open(server, number).await?);
+        }
+    }
+    session.record.via = upstreams.first().map(|upstream| upstream.hop.clone());
+    let client = client_addr(session.record.client(), dst);
     let relay = relay_socket(server, control, client).map_err(failed)?;
     let local = relay.get_ref().local_addr().map_err(failed)?;
-    server.succeed(control, server.advertised(local), record).await?;
+    session.succeed(control, server.advertised(local).into(), None).await?;
     let association = Association {
-        server,
-        record,
+        pace: session.claims.as_ref().and_then(|claims| claims.pace.clone()),
+        session,
         relay,
         client,
         outward: [None, None],
-        contacted: Contacted::default(),
-        names: HashMap::new(),
-        lookups: Vec::new(),
+        upstreams,
+        contacts: Contacts::default(),
+        names: Names::default(),
         reassembler: Reassembler::default(),
         last: Instant::now(),
     };
     let why = association.run(control).await;
-    record.error = why.map(Into::into);
+    if let Some(why) = why {
+        session.record.fail(why);
+    }
     Ok(())
 }
 
@@ -108,57 +118,69 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
     BatchSocket::new(socket.into(), Style::BEST)
 }
 
-struct Association<'a> {
-    server: &'a Server,
-    record: &'a Record,
+struct Association<'a, 'b> {
+    session: &'a mut Session<'b>,
+    pace: Option<Pace>,
     relay: BatchSocket,
     /// The port is 0 until it is known.
     client: SocketAddr,
     /// One socket a family towards all targets, once it is needed: IPv4, IPv6.
     outward: [Option<BatchSocket>; 2],
-    contacted: Contacted,
-    names: HashMap<Name, Resolution>,
-    lookups: Vec<(Name, Lookup)>,
+    upstreams: Vec<Upstream>,
+    contacts: Contacts,
+    names: Names,
     reassembler: Reassembler,
     last: Instant,
 }
 
-type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>>>>;
-
-/// What an association knows of a name.
-enum Resolution {
-    /// Datagrams that wait for it: port and payload.
-    Pending(Vec<(u16, Vec<u8>)>),
-    Known(Vec<SocketAddr>),
-}
-
-impl Association<'_> {
+impl Association<'_, '_> {
     /// Relays until the control connection ends, which is how an association should end, or something else is said.
-    async fn run(mut self, control: &mut Conn) -> Option<&'static str> {
+    async fn run(mut self, control: &mut Conn) -> Option<String> {
         let mut ended = std::pin::pin!(control_end(control));
         let mut alarm = Alarm::default();
         poll_fn(|cx| {
             if let Poll::Ready(why) = ended.as_mut().poll(cx) {
-                return Poll::Ready(why);
+                return Poll::Ready(why.map(Into::into));
+            }
+            if let Some(why) = self.obey_law().or_else(|| self.poll_lost(cx)) {
+                return Poll::Ready(Some(why));
             }
             let mut now = Instant::now();
             let more = SCRATCH.with_borrow_mut(|scratch| self.poll_sockets(cx, now, scratch));
             // What waited for a name may have gone out by a socket that nobody has looked at yet.
-            if self.poll_lookups(cx) || more {
+            if self.poll_names(cx) || more {
                 wake_later(cx);
                 return Poll::Pending;
             }
             loop {
                 self.reassembler.expire(now);
-                let idle = self.last + self.server.options.idle_timeout;
+                let idle = self.last + self.session.server.options.idle_timeout;
                 if now >= idle {
-                    return Poll::Ready(Some("idle for too long"));
+                    return Poll::Ready(Some("idle for too long".into()));
                 }
                 ready!(alarm.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
                 now = Instant::now();
             }
         })
         .await
+    }
+
+    /// Lives on under a new law, or says why not.
+    fn obey_law(&mut self) -> Option<String> {
+        let Session { server, law, record, .. } = &mut *self.session;
+        let objection = server.objection(record, || None);
+        if objection.is_none() && record.law.get() != law.number {
+            *law = server.laws.current();
+        }
+        objection
+    }
+
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Option<String> {
+        let lost = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_lost(cx) {
+            Poll::Ready(lost) => Some(lost.0),
+            Poll::Pending => None,
+        });
+        lost.map(|proxy| format!("proxy {proxy} ended its association"))
     }
 
     /// Relays what has come, both ways. True when there may be more.
@@ -178,6 +200,25 @@ impl Association<'_> {
                 }
                 left = left.saturating_sub(batch.count());
                 self.take_from_targets(now, batch, header);
+            }
+            more |= left == 0;
+        }
+        more | self.take_from_upstreams(cx, now)
+    }
+
+    fn take_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        let mut more = false;
+        for upstream in &self.upstreams {
+            let mut left = BUDGET;
+            while left > 0
+                && let Poll::Ready(Ok((from, data))) = upstream.poll_recv(cx)
+            {
+                left -= 1;
+                self.last = now;
+                // Whom the client has sent to is the hop's to know.
+                if self.client.port() != 0 && self.may_pass(data.len()) {
+                    self.answer_in_fragments(&from, &data);
+                }
             }
             more |= left == 0;
         }
@@ -207,7 +248,7 @@ impl Association<'_> {
                 Some((dst, data)) => {
                     self.send_run(run);
                     match dst.host {
-                        Host::Ip(ip) => self.send(&[canonical(ip, dst.port)], &data),
+                        Host::Ip(ip) => self.send(canonical(ip, dst.port), &data),
                         Host::Name(name) => self.send_to_name(name, dst.port, &data),
                     }
                 }
@@ -220,10 +261,14 @@ impl Association<'_> {
     fn send_in_run<'a>(&mut self, run: &mut Run<'a>, dst: SocketAddr, data: &'a [u8]) {
         if run.peer() != Some(dst) {
             self.send_run(run);
-            if !self.contact(dst) {
-                return;
+            match self.way(dst, None) {
+                Some(Route::Direct) => run.begin(dst, |_| {}),
+                Some(Route::Hop(hop)) => return self.send_through(hop, &dst.into(), data),
+                None => return,
             }
-            run.begin(dst, |_| {});
+        }
+        if !self.may_pass(data.len()) {
+            return;
         }
         if !run.push(data) {
             self.send_run(run);
@@ -233,89 +278,94 @@ impl Association<'_> {
 
     fn send_run(&mut self, run: &mut Run<'_>) {
         let Some(dst) = run.peer().filter(|_| !run.is_empty()) else { return };
+        self.contacts.insert(dst.ip(), None);
         let sent = self.outward(dst).map_or(0, |socket| socket.send_run(Some(dst), run));
         run.clear();
-        self.record.moved.up.fetch_add(sent as u64, Ordering::Relaxed);
+        self.has_sent(sent);
     }
 
-    fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
-        let has_room = self.waiting() + data.len() <= MAX_WAITING;
-        match self.names.get_mut(&name) {
-            Some(Resolution::Known(addrs)) => {
-                let mut addrs = addrs.clone();
-                addrs.iter_mut().for_each(|addr| addr.set_port(port));
-                self.send(&addrs, data);
-            }
-            Some(Resolution::Pending(waiting)) if has_room => waiting.push((port, data.to_vec())),
-            None if has_room && self.lookups.len() < MAX_LOOKUPS => {
-                if self.names.len() >= MAX_NAMES {
-                    self.names.retain(|_, known| matches!(known, Resolution::Pending(_)));
-                }
-                let (resolver, dst) = (self.server.resolver.clone(), Addr { host: Host::Name(name.clone()), port });
-                let deadline = Instant::now() + self.server.options.connect_timeout;
-                let lookup =
-                    async move { until(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(Failure::Resolver)) };
-                self.lookups.push((name.clone(), Box::pin(lookup)));
-                self.names.insert(name, Resolution::Pending(vec![(port, data.to_vec())]));
-            }
-            Some(Resolution::Pending(_)) | None => {}
+    fn send(&mut self, dst: SocketAddr, data: &[u8]) {
+        match self.way(dst, None) {
+            Some(Route::Direct) if self.may_pass(data.len()) => self.send_to_one_of(&[dst], None, data),
+            Some(Route::Hop(hop)) => self.send_through(hop, &dst.into(), data),
+            Some(Route::Direct) | None => {}
         }
     }
 
-    /// How many octets wait for look-ups, each datagram counted as somewhat more than it has.
-    fn waiting(&self) -> usize {
-        let waiting = self.lookups.iter().filter_map(|(name, _)| match self.names.get(name) {
-            Some(Resolution::Pending(waiting)) => Some(waiting),
-            _ => None,
-        });
-        waiting.flatten().map(|(_, data)| data.len() + 64).sum()
+    /// To a name that is denied nothing is sent, and it is not looked up; nor is one that a hop looks up.
+    fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
+        let server = self.session.server;
+        let dst = Addr { host: Host::Name(name), port };
+        let question = towards(self.session.record.client_question(), &dst);
+        match self.session.law.judge(&question) {
+            Verdict::Deny(_) => return,
+            Verdict::Allow(_, Route::Hop(hop)) => return self.send_through(hop, &dst, data),
+            Verdict::Allow(_, Route::Direct) | Verdict::Undecided(_) => {}
+        }
+        let Host::Name(name) = &dst.host else { return };
+        let deadline = Instant::now() + server.options.connect_timeout;
+        let Some(addrs) = self.names.get_or_wait(name, port, data, &server.resolver, deadline) else { return };
+        let ways: Vec<_> = addrs.into_iter().filter_map(|addr| Some((addr, self.way(addr, Some(name))?))).collect();
+        if let Some((addr, Route::Hop(hop))) = ways.first() {
+            return self.send_through(*hop, &(*addr).into(), data);
+        }
+        let here = ways.iter().filter(|(_, way)| *way == Route::Direct).map(|(addr, _)| *addr);
+        if self.may_pass(data.len()) {
+            self.send_to_one_of(&here.collect::<Vec<_>>(), Some(name), data);
+        }
     }
 
     /// Sends what waited for the names that are resolved now. True when there were any.
-    fn poll_lookups(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut done = Vec::new();
-        self.lookups.retain_mut(|(name, lookup)| match lookup.as_mut().poll(cx) {
-            Poll::Ready(found) => {
-                done.push((name.clone(), found));
-                false
-            }
-            Poll::Pending => true,
-        });
-        let any = !done.is_empty();
-        for (name, found) in done {
-            // A name that failed is forgotten, so that the next datagram asks again.
-            let waiting = self.names.remove(&name);
-            let Ok(addrs) = found else { continue };
-            self.names.insert(name.clone(), Resolution::Known(addrs));
-            if let Some(Resolution::Pending(waiting)) = waiting {
-                for (port, data) in waiting {
-                    self.send_to_name(name.clone(), port, &data);
-                }
+    fn poll_names(&mut self, cx: &mut Context<'_>) -> bool {
+        let known = self.names.poll(cx);
+        let any = !known.is_empty();
+        for (name, waiting) in known {
+            for (port, data) in waiting {
+                self.send_to_name(name.clone(), port, &data);
             }
         }
         any
     }
 
     /// Sends to the first of the addresses that takes it.
-    fn send(&mut self, addrs: &[SocketAddr], data: &[u8]) {
+    fn send_to_one_of(&mut self, addrs: &[SocketAddr], name: Option<&Name>, data: &[u8]) {
         for addr in addrs {
-            if self.contact(*addr)
-                && self.outward(*addr).and_then(|socket| socket.send_octets(Some(*addr), data)).is_ok()
-            {
-                self.record.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
-                return;
+            // Before anything is sent: the answer may be here sooner than sending returns.
+            self.contacts.insert(addr.ip(), name);
+            if self.outward(*addr).and_then(|socket| socket.send_octets(Some(*addr), data)).is_ok() {
+                return self.has_sent(data.len());
             }
         }
     }
 
-    /// Whether somebody can be there; then he may answer. Before anything is sent: the answer may be here sooner than
-    /// sending returns.
-    fn contact(&mut self, addr: SocketAddr) -> bool {
-        let may_be = addr.port() != 0 && is_unicast(addr.ip());
-        if may_be {
-            self.contacted.insert(addr.ip());
+    fn send_through(&mut self, hop: usize, dst: &Addr, data: &[u8]) {
+        let upstream = self.upstreams.iter().find(|upstream| upstream.number == hop);
+        if self.may_pass(data.len()) && upstream.is_some_and(|upstream| upstream.send(dst, data)) {
+            self.has_sent(data.len());
         }
-        may_be
+    }
+
+    fn has_sent(&self, octets: usize) {
+        self.session.record.moved.up.fetch_add(octets as u64, Ordering::Relaxed);
+    }
+
+    /// The way to an address that the client knows by that name; none when the rules deny it, or nobody can be there. To
+    /// many at once only those get whom a rule lets by address.
+    fn way(&self, addr: SocketAddr, name: Option<&Name>) -> Option<Route> {
+        let question = self.session.record.client_question();
+        let question = Question { name, ip: Some(addr.ip()), port: Some(addr.port()), ..question };
+        match self.session.law.judge(&question) {
+            Verdict::Allow(rule, route) => {
+                let may_be = is_unicast(addr.ip()) || rule.names_places();
+                (addr.port() != 0 && may_be).then_some(route)
+            }
+            Verdict::Deny(_) | Verdict::Undecided(_) => None,
+        }
+    }
+
+    /// Whether the pace of the session has room for so many octets.
+    fn may_pass(&self, octets: usize) -> bool {
+        self.pace.as_ref().is_none_or(|pace| pace.lets_pass(octets, Instant::now()))
     }
 
     fn outward(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
@@ -338,9 +388,12 @@ impl Association<'_> {
                 run.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.write(header));
             }
             self.last = now;
+            if !self.may_pass(data.len()) {
+                continue;
+            }
             if run.header() + data.len() > MAX_UDP {
                 self.answer_run(run);
-                self.answer_in_fragments(from, data);
+                self.answer_in_fragments(&from.into(), data);
             } else if !run.push(data) {
                 self.answer_run(run);
                 run.push(data);
@@ -349,23 +402,28 @@ impl Association<'_> {
         self.answer_run(run);
     }
 
+    /// Whether the client may have asked for it: it has sent to that address, or to that of everybody, and might send
+    /// to where the answer comes from.
     fn may_answer(&self, from: SocketAddr) -> bool {
-        let is_open = self.server.options.udp_filtering == Filtering::EndpointIndependent;
-        (is_open || self.contacted.includes(from.ip())) && self.client.port() != 0
+        let is_open = self.session.server.options.udp_filtering == Filtering::EndpointIndependent;
+        let asked = self.contacts.get(from.ip());
+        (is_open || asked.is_some())
+            && self.client.port() != 0
+            && self.way(from, asked.flatten()) == Some(Route::Direct)
     }
 
     fn answer_run(&self, run: &mut Run<'_>) {
         if !run.is_empty() {
             let sent = self.relay.send_run(None, run);
-            self.record.moved.down.fetch_add(sent as u64, Ordering::Relaxed);
+            self.session.record.moved.down.fetch_add(sent as u64, Ordering::Relaxed);
         }
     }
 
-    /// An answer that has no room behind its header.
-    fn answer_in_fragments(&self, from: SocketAddr, data: &[u8]) {
+    /// An answer that has no room behind its header, or comes by itself.
+    fn answer_in_fragments(&self, from: &Addr, data: &[u8]) {
         let send = |octets: &Vec<u8>| self.relay.send_octets(None, octets).is_ok();
-        if split(&from.into(), data, MAX_UDP).is_some_and(|datagrams| datagrams.iter().all(send)) {
-            self.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+        if split(from, data, MAX_UDP).is_some_and(|datagrams| datagrams.iter().all(send)) {
+            self.session.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
     }
 }
@@ -381,45 +439,4 @@ async fn control_end(control: &mut Conn) -> Option<&'static str> {
         }
     }
     None
-}
-
-/// The addresses that the client has sent to.
-#[derive(Default)]
-struct Contacted {
-    last: Option<IpAddr>,
-    ips: HashSet<IpAddr>,
-    order: VecDeque<IpAddr>,
-}
-
-impl Contacted {
-    fn insert(&mut self, ip: IpAddr) {
-        // The usual case, at no cost. Only another insertion could have it forgotten.
-        if self.last.replace(ip) == Some(ip) || !self.ips.insert(ip) {
-            return;
-        }
-        self.order.push_back(ip);
-        if self.order.len() > MAX_CONTACTED {
-            let oldest = self.order.pop_front();
-            oldest.map(|ip| self.ips.remove(&ip));
-        }
-    }
-
-    fn includes(&self, ip: IpAddr) -> bool {
-        self.ips.contains(&ip)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_oldest_of_too_many_addresses_is_forgotten() {
-        let mut contacted = Contacted::default();
-        let ip = |n: u32| IpAddr::V4(Ipv4Addr::from(n));
-        (0..=4096).for_each(|n| contacted.insert(ip(n)));
-        assert!(!contacted.includes(ip(0)));
-        assert!(contacted.includes(ip(1)) && contacted.includes(ip(4096)));
-        assert_eq!(contacted.ips.len(), MAX_CONTACTED);
-    }
 }

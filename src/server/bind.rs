@@ -8,42 +8,115 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use super::record::Record;
-use super::session::Refusal;
-use super::{Server, address_for, bind_within};
+use super::law::refusal;
+use super::session::{Refusal, Session};
+use super::{Hop, Server, address_for, bind_within};
 use crate::conn::{Conn, until};
 use crate::dial::{literal, tune, unspecified};
-use crate::proto::{Addr, Host, Rep};
+use crate::policy::rules::{Question, Route, Verdict};
+use crate::proto::{Addr, Command, Host, Rep};
 use crate::reactor::{self, Io, Way, sleep};
 
 /// How long to rest when there is no descriptor for the peer's connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-pub(super) async fn serve(
-    server: &Server,
-    client: &mut Conn,
-    dst: &Addr,
-    record: &mut Record,
-) -> Result<Conn, Refusal> {
-    let expected = Expected::resolve(server, dst).await?;
+pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, Refusal> {
+    match session.way_to_bind()? {
+        Route::Direct => here(session, client, dst).await,
+        Route::Hop(number) => {
+            let hop = session.server.hop(number)?;
+            session.record.via = Some(hop.clone());
+            through(session, client, dst, &hop).await
+        }
+    }
+}
+
+async fn here(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, Refusal> {
+    let server = session.server;
+    let expected = Expected::resolve(session, dst).await?;
     let listener = listen(server, client, &expected).map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
     let local = listener.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
     let reported = match address_for(client.local_addr(), expected.representative(client.local_addr())) {
         Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
         _ => local,
     };
-    server.succeed(client, server.advertised(reported), record).await?;
-    let left = async {
-        client.closed().await;
-        Err(Refusal::silent("the client left before the peer came"))
-    };
-    let deadline = Instant::now() + server.options.bind_timeout;
-    let came = until(deadline, async { Ok(accept(&listener, &expected).await) }.or(left)).await;
+    session.succeed(client, server.advertised(reported).into(), None).await?;
+    let came = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
-    let (peer, addr) =
-        came.unwrap_or_else(|| Err(Refusal::reply(Rep::TTL_EXPIRED, "the peer did not come in time")))?;
-    server.succeed(client, addr, record).await?;
+    let (peer, addr) = came?;
+    session.succeed(client, addr.into(), Some(addr)).await?;
     Ok(peer)
+}
+
+async fn through(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, hop: &Hop) -> Result<Conn, Refusal> {
+    let server = session.server;
+    let proxy = server.client(hop, dst.clone(), Instant::now() + server.options.connect_timeout);
+    let (mut conn, bnd) = proxy.request(Command::Bind).await.map_err(Refusal::hop)?;
+    session.succeed(client, proxy.meant(bnd, &conn), None).await?;
+    let accepted = async { proxy.accepted(&mut conn).await.map_err(Refusal::hop) };
+    let peer = session.wait_for_peer(client, accepted).await?;
+    let Host::Ip(ip) = peer.host else { return Err(Refusal::reply(Rep::GENERAL_FAILURE, "a peer without an address")) };
+    let addr = SocketAddr::new(ip.to_canonical(), peer.port);
+    if let Verdict::Deny(rule) = session.law.judge(&session.question_of(addr)) {
+        return Err(refusal(rule));
+    }
+    session.succeed(client, peer, Some(addr)).await?;
+    Ok(conn)
+}
+
+impl Session<'_> {
+    /// Where the peer is to be waited for. When that depends on who comes, it is here, and only for those who may come
+    /// here.
+    fn way_to_bind(&self) -> Result<Route, Refusal> {
+        let question = self.record.question();
+        match self.law.judge(&question) {
+            Verdict::Allow(_, route) => Ok(route),
+            Verdict::Deny(rule) => Err(refusal(rule)),
+            Verdict::Undecided(_) => {
+                let routes = self.law.policy.rules.routes(&question);
+                let only = routes.first().filter(|_| routes.len() == 1);
+                Ok(only.copied().unwrap_or_default())
+            }
+        }
+    }
+
+    /// Waits as long as the peer may take, the client stays, and the rules let it.
+    async fn wait_for_peer<T>(
+        &self,
+        client: &Conn,
+        comes: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<T, Refusal> {
+        let left = async {
+            client.closed().await;
+            Err(Refusal::silent("the client left before the peer came"))
+        };
+        let revoked = async { Err(self.revoked().await) };
+        let deadline = Instant::now() + self.server.options.bind_timeout;
+        let came = until(deadline, comes.or(left).or(revoked)).await;
+        came.unwrap_or_else(|| Err(Refusal::reply(Rep::TTL_EXPIRED, "the peer did not come in time")))
+    }
+
+    fn question_of(&self, peer: SocketAddr) -> Question<'_> {
+        Question { ip: Some(peer.ip()), port: Some(peer.port()), ..self.record.question() }
+    }
+
+    /// Waits for the expected peer. Whoever else connects is closed.
+    async fn accept(&self, listener: &Io<TcpListener>, expected: &Expected) -> (Conn, SocketAddr) {
+        loop {
+            let accepted = listener.with(Way::Read, reactor::accept).await;
+            match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
+                Ok((stream, Some(peer))) => {
+                    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+                    if expected.includes(peer) && self.law.way(&self.question_of(peer)) == Some(Route::Direct) {
+                        return (Conn::Tcp(stream), peer);
+                    }
+                    log::debug!("bind: {peer} is not the expected peer, or is denied");
+                }
+                Ok((_, None)) => {}
+                Err(_) => sleep(EXHAUSTED_PAUSE).await,
+            }
+        }
+    }
 }
 
 /// Who may connect.
@@ -54,18 +127,34 @@ struct Expected {
 }
 
 impl Expected {
-    async fn resolve(server: &Server, dst: &Addr) -> Result<Self, Refusal> {
-        let ips = match &dst.host {
-            Host::Ip(ip) => vec![ip.to_canonical()],
+    /// Those that the rules let come; an error when that is nobody.
+    async fn resolve(session: &Session<'_>, dst: &Addr) -> Result<Self, Refusal> {
+        let port = dst.port;
+        let mut ips = match &dst.host {
+            Host::Ip(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
             Host::Name(name) => match literal(name) {
-                Some(ip) => vec![ip.to_canonical()],
+                Some(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
                 None => {
-                    let deadline = Instant::now() + server.options.connect_timeout;
-                    server.resolve(dst, deadline).await?.into_iter().map(|addr| addr.ip()).collect()
+                    let deadline = Instant::now() + session.server.options.connect_timeout;
+                    session.server.resolve(dst, deadline).await?
                 }
             },
         };
-        Ok(Self { ips, port: dst.port })
+        let mut objection = None;
+        ips.retain(|addr| {
+            let question = Question { ip: Some(addr.ip()), ..session.record.question() };
+            match session.law.judge(&question) {
+                Verdict::Deny(rule) => {
+                    objection = Some(rule);
+                    false
+                }
+                Verdict::Allow(..) | Verdict::Undecided(_) => true,
+            }
+        });
+        match objection {
+            Some(rule) if ips.is_empty() => Err(refusal(rule)),
+            _ => Ok(Self { ips: ips.into_iter().map(|addr| addr.ip()).collect(), port }),
+        }
     }
 
     fn includes(&self, peer: SocketAddr) -> bool {
@@ -113,18 +202,4 @@ fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     // Strangers wait here too, until they are turned away.
     socket.listen(16)?;
     Ok(socket.into())
-}
-
-/// Waits for the expected peer. Whoever else connects is closed.
-async fn accept(listener: &Io<TcpListener>, expected: &Expected) -> (Conn, SocketAddr) {
-    loop {
-        let accepted = listener.with(Way::Read, reactor::accept).await;
-        match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
-            Ok((stream, Some(peer))) if expected.includes(peer) => {
-                return (Conn::Tcp(stream), SocketAddr::new(peer.ip().to_canonical(), peer.port()));
-            }
-            Ok((_, stranger)) => log::debug!("bind: {stranger:?} is not the expected peer"),
-            Err(_) => sleep(EXHAUSTED_PAUSE).await,
-        }
-    }
 }

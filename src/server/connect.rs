@@ -1,62 +1,83 @@
-//! CONNECT (RFC 1928 sections 4 and 6): resolve, judge, dial, answer.
+//! CONNECT (RFC 1928 sections 4 and 6): resolve, judge, dial or ask a hop, answer.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use super::record::Record;
-use super::session::Refusal;
-use super::{Server, is_local};
+use super::law::{denied, refusal};
+use super::session::{Refusal, Session};
+use super::{Hop, Server};
+use crate::client::Client;
 use crate::conn::{Conn, until};
 use crate::dial::{Failure, dial};
 use crate::policy::is_unicast;
-use crate::policy::rules::{Question, Verdict};
-use crate::proto::{Addr, Rep, Reply};
+use crate::policy::rules::{Question, Route, Verdict};
+use crate::proto::{Addr, Command, Rep};
 use crate::reactor::sleep;
 
 /// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
 const LEAVE_GRACE: Duration = Duration::from_secs(2);
 
-pub(super) async fn serve(
-    server: &Server,
-    client: &mut Conn,
-    dst: &Addr,
-    record: &mut Record,
-) -> Result<Conn, Refusal> {
-    let deadline = Instant::now() + server.options.connect_timeout;
+/// Where a request leads: the addresses that it may go to, and the way there.
+enum Targets {
+    Here(Vec<SocketAddr>),
+    /// To be tried in turn.
+    Through(Arc<Hop>, Vec<Addr>),
+}
+
+pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, Refusal> {
+    let deadline = Instant::now() + session.server.options.connect_timeout;
     let connected = async {
-        let addrs = server.reachable(dst, deadline).await?;
-        dial(addrs, deadline).await.map_err(|failure| Refusal::failure(failure, dst))
+        match session.targets(dst, deadline).await? {
+            Targets::Here(addrs) => {
+                let target = dial(addrs, deadline).await.map_err(|failure| Refusal::failure(failure, dst))?;
+                let bnd = target.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
+                Ok((Conn::Tcp(target), bnd.into(), None))
+            }
+            Targets::Through(hop, targets) => {
+                let (conn, bnd) = Box::pin(through(session.server, &hop, targets, deadline)).await?;
+                Ok((conn, bnd, Some(hop)))
+            }
+        }
     };
     let left = async {
         client.left().await;
         sleep(LEAVE_GRACE).await;
         Err(Refusal::silent("the client left before the connection was made"))
     };
-    let target = connected.or(left).await?;
-    let bnd = target.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
-    server.succeed(client, bnd, record).await?;
-    Ok(Conn::Tcp(target))
+    let (target, bnd, via) = connected.or(left).await?;
+    session.record.via = via;
+    let peer = target.peer_addr().filter(|_| session.record.via.is_none());
+    session.succeed(client, bnd, peer).await?;
+    Ok(target)
+}
+
+/// Asks the hop for one target after the other, until it has reached one.
+async fn through(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> Result<(Conn, Addr), Refusal> {
+    let mut last = Refusal::reply(Rep::GENERAL_FAILURE, "no time left for the hop");
+    for dst in targets {
+        let client = server.client(hop, dst, deadline);
+        match client.request(Command::Connect).await {
+            Ok(reached) => return Ok(reached),
+            Err(error) => last = Refusal::hop(error),
+        }
+    }
+    Err(last)
 }
 
 impl Server {
-    /// The addresses of `dst` that a session may go to, in the resolver's order.
-    pub(super) async fn reachable(&self, dst: &Addr, deadline: Instant) -> Result<Vec<SocketAddr>, Refusal> {
-        let mut addrs = self.resolve(dst, deadline).await?;
-        addrs.retain(|addr| addr.port() != 0 && is_unicast(addr.ip()));
-        if addrs.is_empty() {
-            return Err(Refusal::reply(Rep::NETWORK_UNREACHABLE, "no address that one could connect to"));
-        }
-        let allowed = |addr: &SocketAddr| {
-            let question = Question { ip: Some(addr.ip()), port: Some(addr.port()), ..Question::default() };
-            !matches!(self.policy.judge(&question, is_local), Verdict::Deny(_))
-        };
-        addrs.retain(allowed);
-        if addrs.is_empty() {
-            return Err(Refusal::reply(Rep::NOT_ALLOWED, "a listener of this server itself"));
-        }
-        Ok(addrs)
+    /// A client of `hop` that has until `deadline`.
+    pub(super) fn client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
+        let left = deadline.saturating_duration_since(Instant::now());
+        Client::new(hop.proxies.clone(), dst, Some(left)).resolving_by(self.resolver.clone())
+    }
+
+    /// The hop of that number.
+    pub(super) fn hop(&self, number: usize) -> Result<Arc<Hop>, Refusal> {
+        let hop = self.options.hops.get(number).cloned();
+        hop.ok_or_else(|| Refusal::reply(Rep::GENERAL_FAILURE, "a hop that is not there"))
     }
 
     /// All addresses of `dst`.
@@ -64,13 +85,43 @@ impl Server {
         let found = until(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(Failure::Resolver));
         found.map_err(|failure| Refusal::failure(failure, dst))
     }
+}
 
-    /// Answers success. The record keeps the first BND, that of this server's socket.
-    pub(super) async fn succeed(&self, client: &mut Conn, bnd: SocketAddr, record: &mut Record) -> Result<(), Refusal> {
-        record.bnd.get_or_insert(bnd);
-        let reply = Reply { rep: Rep::SUCCEEDED, bnd: bnd.into() };
-        client.write_message(&reply).await.map_err(Refusal::silent)?;
-        record.rep = Some(Rep::SUCCEEDED);
-        Ok(())
+impl Session<'_> {
+    /// Judges `dst`, and all of its addresses when that is not enough. A name that is denied is not resolved, and one
+    /// that a hop resolves is not resolved here.
+    async fn targets(&self, dst: &Addr, deadline: Instant) -> Result<Targets, Refusal> {
+        let question = self.record.question();
+        match self.law.judge(&question) {
+            Verdict::Deny(rule) => return Err(refusal(rule)),
+            Verdict::Allow(_, Route::Hop(hop)) => {
+                return Ok(Targets::Through(self.server.hop(hop)?, vec![dst.clone()]));
+            }
+            Verdict::Allow(_, Route::Direct) | Verdict::Undecided(_) => {}
+        }
+        let mut objection = None;
+        let mut way = None;
+        let mut addrs = self.server.resolve(dst, deadline).await?;
+        addrs.retain(|addr| match self.law.judge(&Question { ip: Some(addr.ip()), ..question }) {
+            // All go the way of the first one.
+            Verdict::Allow(_, route) => *way.get_or_insert(route) == route,
+            Verdict::Deny(rule) | Verdict::Undecided(rule) => {
+                objection.get_or_insert_with(|| denied(rule));
+                false
+            }
+        });
+        match way {
+            None => Err(Refusal::reply(Rep::NOT_ALLOWED, objection.unwrap_or_default())),
+            Some(Route::Hop(hop)) => {
+                Ok(Targets::Through(self.server.hop(hop)?, addrs.into_iter().map(Addr::from).collect()))
+            }
+            Some(Route::Direct) => {
+                addrs.retain(|addr| addr.port() != 0 && is_unicast(addr.ip()));
+                if addrs.is_empty() {
+                    return Err(Refusal::reply(Rep::NETWORK_UNREACHABLE, "no address that one could connect to"));
+                }
+                Ok(Targets::Here(addrs))
+            }
+        }
     }
 }

@@ -71,6 +71,19 @@ impl fmt::Display for Listen {
 }
 
 impl Listen {
+    /// The addresses that it means, as far as they are known before it is done; none that can't be had.
+    pub fn addrs(&self) -> Vec<SocketAddr> {
+        let both = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
+        match self {
+            Self::Host(host, port) => {
+                (host.as_str(), *port).to_socket_addrs().map(Iterator::collect).unwrap_or_default()
+            }
+            Self::Loopback(port) => both(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
+            Self::Every(port) => both(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
+            Self::Unix(_) => Vec::new(),
+        }
+    }
+
     /// # Errors
     /// Those of the resolver and of bind(2). Of both families, one that this machine does not have is left out.
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {

@@ -48,6 +48,11 @@ impl fmt::Debug for Login {
 }
 
 impl Login {
+    /// One that remembers nobody, and waits for the same cores.
+    pub(super) fn afresh(&self) -> Self {
+        Self { hashing: self.hashing.clone(), ..Self::default() }
+    }
+
     /// Whether the credentials are those of a user. Of many logins with the same ones at once, one is hashed.
     pub(super) async fn verify(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let Some(mac) = self.mac(&credentials) else {

@@ -1,52 +1,129 @@
-//! What one session was: one log line at its end, however it ends.
+//! What one session was: one log line at its end, however it ends. And so what the rules are asked about it.
 
+use std::cell::{Cell, OnceCell};
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Instant;
 
-use crate::proto::{Addr, Command, Rep};
+use log::Level;
+
+use super::Hop;
+use crate::dial::{canonical, literal};
+use crate::policy::rules::{Login, Question};
+use crate::proto::{Addr, Command, Host, Method, Rep};
 use crate::relay::Moved;
 
-/// Filled in as the session goes on; logs itself when it is dropped.
+/// What the line of a failed login says; filters look for it.
+pub(super) const LOGIN_REFUSED: &str = "login refused";
+
+/// Filled in as the session goes on; logs itself when it is dropped. Small, since every tunnel has one.
 #[derive(Debug)]
 pub(super) struct Record {
     started: Instant,
-    pub(super) client: Option<SocketAddr>,
+    client: Option<Place>,
     pub(super) user: Option<Box<[u8]>>,
+    pub(super) method: Option<Method>,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
-    pub(super) bnd: Option<SocketAddr>,
+    bnd: Option<Place>,
+    /// The hop that it goes through.
+    pub(super) via: Option<Arc<Hop>>,
     pub(super) rep: Option<Rep>,
+    /// The number of the policy that has let it be.
+    pub(super) law: Cell<u32>,
     pub(super) moved: Moved,
-    pub(super) error: Option<Box<str>>,
+    pub(super) error: OnceCell<Box<str>>,
 }
 
+/// A [`SocketAddr`] without what only the system needs.
+type Place = (IpAddr, u16);
+
 impl Record {
+    /// A session of `client`, which has no address on a Unix socket.
     pub(super) fn new(client: Option<SocketAddr>) -> Self {
         Self {
             started: Instant::now(),
-            client,
+            client: client.map(|client| (client.ip(), client.port())),
             user: None,
+            method: None,
             command: None,
             dst: None,
             bnd: None,
+            via: None,
             rep: None,
+            law: Cell::new(0),
             moved: Moved::default(),
-            error: None,
+            error: OnceCell::new(),
+        }
+    }
+
+    /// Says why it ended, unless that is known already.
+    pub(super) fn fail(&self, why: impl ToString) {
+        let _ = self.error.set(why.to_string().into());
+    }
+
+    pub(super) fn client(&self) -> Option<SocketAddr> {
+        self.client.map(SocketAddr::from)
+    }
+
+    /// Keeps the first BND, that of this server's socket.
+    pub(super) fn set_bnd(&mut self, bnd: SocketAddr) {
+        self.bnd.get_or_insert((bnd.ip(), bnd.port()));
+    }
+
+    /// How the client got in, once it has.
+    pub(super) fn login(&self) -> Option<Login<'_>> {
+        self.method.map(|method| Login { method, user: self.user.as_deref() })
+    }
+
+    /// What is known of the session, but for where it goes.
+    pub(super) fn client_question(&self) -> Question<'_> {
+        Question { login: self.login(), command: self.command, ..client_question(self.client()) }
+    }
+
+    /// What is known of the session. Of BIND, zeros are anybody and any port; DST of UDP ASSOCIATE is no target.
+    pub(super) fn question(&self) -> Question<'_> {
+        let question = self.client_question();
+        match (&self.dst, self.command) {
+            (Some(dst), Some(Command::Connect)) => towards(question, dst),
+            (Some(dst), Some(Command::Bind)) => {
+                let is_anybody = matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
+                let question = towards(question, dst);
+                let ip = question.ip.filter(|_| !is_anybody);
+                Question { ip, port: question.port.filter(|port| *port != 0), ..question }
+            }
+            _ => question,
         }
     }
 }
 
+/// A question about a client of which only the address is known. On a Unix socket it is on this machine.
+pub(super) fn client_question(client: Option<SocketAddr>) -> Question<'static> {
+    let from = client.map_or(Ipv4Addr::LOCALHOST.into(), |client| client.ip().to_canonical());
+    Question { from: Some(from), ..Question::default() }
+}
+
+/// A question about going to `dst`.
+pub(super) fn towards<'a>(question: Question<'a>, dst: &'a Addr) -> Question<'a> {
+    let (name, ip) = match &dst.host {
+        Host::Ip(ip) => (None, Some(*ip)),
+        Host::Name(name) => literal(name).map_or((Some(name), None), |ip| (None, Some(ip))),
+    };
+    Question { name, ip: ip.map(|ip| canonical(ip, dst.port).ip()), port: Some(dst.port), ..question }
+}
+
 impl Drop for Record {
     fn drop(&mut self) {
-        log::info!("session {self}");
+        let is_refused = self.error.get().is_some_and(|error| **error == *LOGIN_REFUSED);
+        log::log!(if is_refused { Level::Warn } else { Level::Info }, "session {self}");
     }
 }
 
 /// `key=value`, `-` for what never came about. What a client can choose freely is quoted and escaped.
 impl fmt::Display for Record {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.client {
+        match self.client() {
             Some(client) => write!(f, "client={client}")?,
             None => write!(f, "client=unix")?,
         }
@@ -59,10 +136,13 @@ impl fmt::Display for Record {
             Some(dst) => write!(f, " dst={:?}", dst.to_string())?,
             None => write!(f, " dst=-")?,
         }
-        write!(f, " bnd={} rep={}", or_dash(self.bnd), or_dash(self.rep.map(|rep| rep.0)))?;
+        if let Some(hop) = &self.via {
+            write!(f, " via={:?}", hop.name)?;
+        }
+        write!(f, " bnd={} rep={}", or_dash(self.bnd.map(SocketAddr::from)), or_dash(self.rep.map(|rep| rep.0)))?;
         let [up, down] = [&self.moved.up, &self.moved.down].map(|n| n.load(std::sync::atomic::Ordering::Relaxed));
         write!(f, " up={up} down={down} seconds={:.3}", self.started.elapsed().as_secs_f64())?;
-        self.error.as_ref().map_or(Ok(()), |error| write!(f, " error={error:?}"))
+        self.error.get().map_or(Ok(()), |error| write!(f, " error={error:?}"))
     }
 }
 

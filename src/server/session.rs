@@ -3,17 +3,25 @@
 //! A command answers success itself. Every refusal, of whatever stage, is said here and nowhere else, so that no
 //! path answers twice or not at all.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
-use super::record::Record;
+use super::gate::Claims;
+use super::law::Law;
+use super::offenders::LONGEST;
+use super::record::{LOGIN_REFUSED, Record};
 use super::tunnel::Tunnel;
 use super::{Server, associate, bind, connect};
+use crate::client;
 use crate::conn::{Conn, ReadError, until};
 use crate::dial::Failure;
 use crate::proto::{
     Addr, Command, Credentials, Error, Foreign, Greeting, Host, Message, Method, Rep, Reply, Request, Selection, Status,
 };
+use crate::reactor::sleep;
 
 /// Why a session ends before it has succeeded, and what the client is told.
 #[derive(Debug)]
@@ -33,6 +41,15 @@ impl Refusal {
     /// The reply to a request for `dst` that failed.
     pub(super) fn failure(failure: Failure, dst: &Addr) -> Self {
         Self::reply(rep(failure, matches!(dst.host, Host::Name(_))), failure)
+    }
+
+    /// A hop that failed: its own REP is handed on, and all else is a general failure.
+    pub(super) fn hop(error: client::Error) -> Self {
+        let rep = match error.cause {
+            client::Cause::Rep(rep) => rep,
+            _ => Rep::GENERAL_FAILURE,
+        };
+        Self::reply(rep, error)
     }
 
     fn say(message: &impl Message, why: impl ToString) -> Self {
@@ -60,21 +77,35 @@ fn rep(failure: Failure, dst_is_name: bool) -> Rep {
     }
 }
 
+/// A session on its way to an answer.
+pub(super) struct Session<'a> {
+    pub(super) server: &'a Server,
+    /// The policy that it began with, and from its request on the one that was in force then.
+    pub(super) law: Arc<Law>,
+    pub(super) record: Record,
+    /// What it takes up of its client's and its user's share.
+    pub(super) claims: &'a mut Option<Box<Claims>>,
+}
+
 /// Runs a session of `client`, which has no address on a Unix socket, and had one even if it is gone by now. What is
 /// left of it when two ends are to be relayed is its tunnel.
-pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAddr>) -> Option<Tunnel> {
-    let mut record = Record::new(client);
-    let deadline = Instant::now() + server.options.handshake_timeout;
-    let outcome = match until(deadline, handshake(server, &mut conn, &mut record)).await {
-        Some(Ok(request)) => dispatch(server, &mut conn, &request, &mut record).await,
-        Some(Err(refusal)) => Err(refusal),
-        None => Err(Refusal::silent("the handshake took too long")),
+pub(super) async fn run(
+    server: &Server,
+    mut conn: Conn,
+    client: Option<SocketAddr>,
+    claims: &mut Option<Box<Claims>>,
+) -> Option<Tunnel> {
+    let mut session = Session { server, law: server.laws.current(), record: Record::new(client), claims };
+    let outcome = match session.handshake(&mut conn).await {
+        Ok(request) => session.dispatch(&mut conn, &request).await,
+        Err(refusal) => Err(refusal),
     };
+    let Session { mut record, .. } = session;
     match outcome {
         Ok(target) => Some(Tunnel { client: conn, target: target?, record }),
         Err(refusal) => {
             record.rep = refusal.rep.or(record.rep);
-            record.error = Some(refusal.why.into());
+            record.fail(refusal.why);
             if !refusal.say.is_empty() {
                 conn.farewell(&refusal.say).await;
             }
@@ -83,36 +114,118 @@ pub(super) async fn run(server: &Server, mut conn: Conn, client: Option<SocketAd
     }
 }
 
-async fn handshake(server: &Server, conn: &mut Conn, record: &mut Record) -> Result<Request, Refusal> {
-    let request = authenticate(server, conn, record).await?.request().await?;
-    record.command = Some(request.command);
-    record.dst = Some(request.dst.clone());
-    Ok(request)
-}
-
 /// A connection whose client may make a request; there is no other way to read one.
 struct Authenticated<'a>(&'a mut Conn);
 
-async fn authenticate<'a>(
-    server: &Server,
-    conn: &'a mut Conn,
-    record: &mut Record,
-) -> Result<Authenticated<'a>, Refusal> {
-    let greeting: Greeting = conn.read_message().await.map_err(refuse_greeting)?;
-    let Some(method) = server.policy.select(&greeting.methods) else {
-        let none = Selection(Method::UNACCEPTABLE);
-        return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
-    };
-    conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
-    if let (Method::PASSWORD, Some(users)) = (method, &server.policy.users) {
-        let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
-        record.user = Some(credentials.uname.clone().into());
-        if !server.login.verify(users, credentials).await {
-            return Err(Refusal::say(&Status::FAILURE, "login refused"));
+/// A client that has said all that it has to say to be let in.
+struct Attempt {
+    method: Method,
+    is_valid: bool,
+    /// How long the answer is held back.
+    delay: Duration,
+}
+
+impl Session<'_> {
+    /// Everything up to the request, under one deadline; but the client does not answer for what the answer to its
+    /// login is held back.
+    async fn handshake(&mut self, conn: &mut Conn) -> Result<Request, Refusal> {
+        let deadline = Instant::now() + self.server.options.handshake_timeout;
+        let late = || Refusal::silent("the handshake took too long");
+        let attempt = until(deadline, self.attempt(conn)).await.ok_or_else(late)??;
+        let delay = attempt.delay;
+        if !delay.is_zero() {
+            sleep(delay).await;
         }
-        conn.write_message(&Status::SUCCESS).await.map_err(Refusal::silent)?;
+        let request = async { self.admit(conn, attempt).await?.request().await };
+        let request = until(deadline + delay, request).await.ok_or_else(late)??;
+        self.record.command = Some(request.command);
+        self.record.dst = Some(request.dst.clone());
+        Ok(request)
     }
-    Ok(Authenticated(conn))
+
+    async fn attempt(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
+        let greeting: Greeting = conn.read_message().await.map_err(refuse_greeting)?;
+        let Some(method) = self.law.policy.select(&greeting.methods) else {
+            let none = Selection(Method::UNACCEPTABLE);
+            return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
+        };
+        conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
+        let (Method::PASSWORD, Some(users)) = (method, &self.law.policy.users) else {
+            return Ok(Attempt { method, is_valid: true, delay: Duration::ZERO });
+        };
+        let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
+        self.record.user = Some(credentials.uname.clone().into());
+        let is_valid = match self.server.gate.delay(self.record.client()) {
+            // Not worth a hash.
+            None => false,
+            Some(_) => self.law.login.verify(users, credentials).await,
+        };
+        // Asked again: others may have failed meanwhile.
+        let delay = self.server.gate.delay(self.record.client()).unwrap_or(LONGEST);
+        if !is_valid {
+            self.server.gate.failed(self.record.client());
+        }
+        Ok(Attempt { method, is_valid, delay })
+    }
+
+    async fn admit<'a>(&mut self, conn: &'a mut Conn, attempt: Attempt) -> Result<Authenticated<'a>, Refusal> {
+        if !attempt.is_valid {
+            return Err(Refusal::say(&Status::FAILURE, LOGIN_REFUSED));
+        }
+        self.record.method = Some(attempt.method);
+        if attempt.method == Method::PASSWORD {
+            conn.write_message(&Status::SUCCESS).await.map_err(Refusal::silent)?;
+        }
+        Ok(Authenticated(conn))
+    }
+
+    /// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
+    async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, Refusal> {
+        self.law = self.server.laws.newer_than(self.law.number).unwrap_or_else(|| self.law.clone());
+        self.record.law.set(self.law.number);
+        if let Some(why) = self.law.objection(&self.record, &self.record.question()) {
+            return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
+        }
+        if let Some(user) = &self.record.user
+            && !self.server.gate.log_in(user, self.claims)
+        {
+            return Err(Refusal::reply(Rep::NOT_ALLOWED, "as many sessions of this user as there may be"));
+        }
+        let dst = &request.dst;
+        match request.command {
+            Command::Connect => connect::serve(self, conn, dst).await.map(Some),
+            // The rarer commands are boxed, so that a session is not as large as the largest of them.
+            Command::Bind => Box::pin(bind::serve(self, conn, dst)).await.map(Some),
+            Command::UdpAssociate => Box::pin(associate::serve(self, conn, dst)).await.map(|()| None),
+        }
+    }
+
+    /// Returns when a new law forbids what the session is waiting for.
+    pub(super) async fn revoked(&self) -> Refusal {
+        poll_fn(|_| match self.server.objection(&self.record, || None) {
+            Some(why) => Poll::Ready(Refusal::reply(Rep::NOT_ALLOWED, why)),
+            None => Poll::Pending,
+        })
+        .await
+    }
+
+    /// Answers success, unless that is no longer allowed. The record keeps the first BND, that of this server's socket.
+    pub(super) async fn succeed(
+        &mut self,
+        client: &mut Conn,
+        bnd: Addr,
+        peer: Option<SocketAddr>,
+    ) -> Result<(), Refusal> {
+        if let Some(why) = self.server.objection(&self.record, || peer) {
+            return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
+        }
+        if let Host::Ip(ip) = bnd.host {
+            self.record.set_bnd(SocketAddr::new(ip, bnd.port));
+        }
+        client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(Refusal::silent)?;
+        self.record.rep = Some(Rep::SUCCEEDED);
+        Ok(())
+    }
 }
 
 impl Authenticated<'_> {
@@ -140,22 +253,6 @@ fn refuse_login(error: ReadError) -> Refusal {
     match error {
         ReadError::Protocol(error, _) => Refusal::say(&Status::FAILURE, error),
         closed => Refusal::silent(closed),
-    }
-}
-
-/// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
-async fn dispatch(
-    server: &Server,
-    conn: &mut Conn,
-    request: &Request,
-    record: &mut Record,
-) -> Result<Option<Conn>, Refusal> {
-    let dst = &request.dst;
-    match request.command {
-        Command::Connect => connect::serve(server, conn, dst, record).await.map(Some),
-        // The rarer commands are boxed, so that a session is not as large as the largest of them.
-        Command::Bind => Box::pin(bind::serve(server, conn, dst, record)).await.map(Some),
-        Command::UdpAssociate => Box::pin(associate::serve(server, conn, dst, record)).await.map(|()| None),
     }
 }
 

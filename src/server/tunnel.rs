@@ -5,6 +5,8 @@
 use std::future::Future;
 use std::time::Duration;
 
+use super::Server;
+use super::pace::{Pace, Paced};
 use super::record::Record;
 use crate::conn::{Conn, Loose};
 use crate::reactor::sleep;
@@ -22,9 +24,23 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    /// Relays between the client and the target until the tunnel ends, or `limits` say so.
-    pub(super) fn relay<'a>(&'a mut self, limits: &'a Limits) -> impl Future<Output = Result<End, Broken>> + 'a {
-        relay(&mut self.client, &mut self.target, limits, &self.record.moved)
+    /// Relays between the client and the target until the tunnel ends, or `limits` say so, or the law does.
+    pub(super) fn relay<'a>(
+        &'a mut self,
+        server: &'a Server,
+        limits: &'a Limits,
+    ) -> impl Future<Output = Result<End, Broken>> + 'a {
+        let Self { client, target, record } = self;
+        let record = &*record;
+        relay(client, target, limits, &record.moved, |_, target| may_go_on(server, record, target))
+    }
+
+    /// The same, at a pace.
+    pub(super) async fn relay_at(&mut self, pace: &Pace, server: &Server) -> Result<End, Broken> {
+        let Self { client, target, record } = self;
+        let (record, limits) = (&*record, Limits { until_bulk: false, ..server.relay_limits });
+        let client = &mut Paced::new(client, pace);
+        relay(client, target, &limits, &record.moved, |_, target| may_go_on(server, record, target)).await
     }
 
     /// The tunnel for another thread; or as it was, when there are no descriptors for that.
@@ -41,8 +57,8 @@ impl Tunnel {
     }
 
     /// Says what is left to be said when it did not end well.
-    pub(super) async fn break_off(mut self, broken: Broken) {
-        self.record.error = Some(broken.to_string().into());
+    pub(super) async fn break_off(self, broken: Broken) {
+        self.record.fail(&broken);
         if let Broken::Unsent(_) = broken {
             drop(self.target);
             // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
@@ -50,6 +66,14 @@ impl Tunnel {
             sleep(LAST_WORDS).await;
             self.client.abort();
         }
+    }
+}
+
+fn may_go_on(server: &Server, record: &Record, target: &Conn) -> bool {
+    let peer = || target.peer_addr().filter(|_| record.via.is_none());
+    match server.objection(record, peer) {
+        Some(why) => record.error.set(why.into()).is_err(),
+        None => true,
     }
 }
 
@@ -63,7 +87,7 @@ pub(super) struct LooseTunnel {
 impl LooseTunnel {
     /// The tunnel for this thread. When it can't be had, it is over, and its log line says why.
     pub(super) fn settle(self) -> Option<Tunnel> {
-        let Self { client, target, mut record } = self;
+        let Self { client, target, record } = self;
         let settled = client.settle().and_then(|client| Ok((client, target.settle()?)));
         let ready = settled.and_then(|(client, target)| {
             client.end_with_reset(false)?;
@@ -73,7 +97,7 @@ impl LooseTunnel {
         match ready {
             Ok((client, target)) => Some(Tunnel { client, target, record }),
             Err(error) => {
-                record.error = Some(error.to_string().into());
+                record.fail(error);
                 None
             }
         }

@@ -21,10 +21,15 @@ use smol::LocalExecutor;
 use smol::channel::{self, Receiver, Sender};
 use smol::lock::Semaphore;
 
+use super::gate::{Claims, Closed};
+use super::law::denied;
 use super::listen::Listener;
+use super::pace::Pace;
+use super::record::{Record, client_question};
 use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
 use crate::conn::Loose;
+use crate::policy::rules::Verdict;
 use crate::reactor::{self, Io, Way, sleep};
 use crate::relay::{End, Limits};
 
@@ -49,7 +54,7 @@ pub(super) struct Shared {
 
 /// A worker as the others see it.
 struct Peer {
-    /// Holds sessions only, and of those there are at most `limit`.
+    /// Holds sessions, of which there are at most `limit`, and at most one new law.
     inbox: Sender<Handed>,
     /// How many sockets it has.
     sockets: Arc<AtomicUsize>,
@@ -61,6 +66,10 @@ struct Peer {
 enum Handed {
     Accepted(Loose, Option<SocketAddr>, Slot),
     Bulk(LooseTunnel, Slot, Counted),
+    /// There is a new law. Dropped when all sessions that could be asked have been.
+    Law {
+        _seen: Sender<Infallible>,
+    },
 }
 
 impl Shared {
@@ -93,12 +102,54 @@ impl Complaint {
     }
 }
 
-/// A session's slot, and its share of what the server is, for as long as it lives.
-struct Slot(Arc<Shared>);
+/// A session's slot, its share of what the server is, and what it takes up of its client's share; for as long as it
+/// lives.
+struct Slot {
+    shared: Arc<Shared>,
+    claims: Option<Box<Claims>>,
+}
+
+impl Slot {
+    fn server(&self) -> &Server {
+        &self.shared.server
+    }
+
+    fn pace(&self) -> Option<&Pace> {
+        self.claims.as_ref()?.pace.as_ref()
+    }
+}
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.slots.add_permits(1);
+        self.shared.slots.add_permits(1);
+    }
+}
+
+/// All workers, as whoever has started them sees them.
+/// They end without them.
+pub(super) struct Workers(std::sync::Weak<Shared>);
+
+impl Workers {
+    pub(super) fn shared(&self) -> Option<Arc<Shared>> {
+        self.0.upgrade()
+    }
+}
+
+impl Shared {
+    pub(super) fn server(&self) -> &Server {
+        &self.server
+    }
+
+    /// Has all sessions look at the law. Returns when they have, but for those that are in the middle of something that
+    /// is neither a tunnel nor an association; they do it afterwards.
+    pub(super) async fn look_up(&self) {
+        let (seen, all_seen) = channel::bounded(1);
+        for peer in &self.peers {
+            // Fails when that worker has ended, and so everything does.
+            let _ = peer.inbox.try_send(Handed::Law { _seen: seen.clone() });
+        }
+        drop(seen);
+        let _ = all_seen.recv().await;
     }
 }
 
@@ -141,7 +192,13 @@ pub(super) struct Ends {
 
 impl Worker {
     /// `count` workers that together run at most `limit` sessions at once.
-    pub(super) fn several(count: u16, server: Server, listeners: Vec<Listener>, limit: usize, ends: Ends) -> Vec<Self> {
+    pub(super) fn several(
+        count: u16,
+        server: Server,
+        listeners: Vec<Listener>,
+        limit: usize,
+        ends: Ends,
+    ) -> (Workers, Vec<Self>) {
         let (outs, ins): (Vec<_>, Vec<_>) = (0..count).map(|_| channel::unbounded()).unzip();
         let peer = |inbox| Peer { inbox, sockets: Arc::default(), bulk: AtomicUsize::new(0) };
         let shared = Arc::new(Shared {
@@ -161,7 +218,8 @@ impl Worker {
             closing: ends.closing.clone(),
             over: ends.over.clone(),
         };
-        (0..).zip(ins).map(worker).collect()
+        let crew = (0..).zip(ins).map(worker).collect();
+        (Workers(Arc::downgrade(&shared)), crew)
     }
 
     /// Blocks, until the end. Says `Ok` when it accepts.
@@ -237,24 +295,34 @@ impl Home {
                         self.spawn(bulk(tunnel, slot, counted));
                     }
                 }
+                Handed::Law { _seen } => {
+                    reactor::wake_all();
+                    // Tasks run in the order in which they are woken.
+                    smol::future::yield_now().await;
+                }
             }
         }
     }
 
     /// Begins a session: its handshake, and then its tunnel, as a task of its own and so without what the handshake
     /// held.
-    fn begin(self: &Rc<Self>, conn: Loose, client: Option<SocketAddr>, slot: Slot) {
+    fn begin(self: &Rc<Self>, conn: Loose, client: Option<SocketAddr>, mut slot: Slot) {
         let conn = match conn.settle() {
             Ok(conn) => conn,
-            Err(error) => return slot.0.complaint.log(|| format!("a connection could not be served: {error}")),
+            Err(error) => return slot.shared.complaint.log(|| format!("a connection could not be served: {error}")),
         };
         let home = self.clone();
         self.spawn(async move {
-            let Some(mut tunnel) = session::run(&slot.0.server, conn, client).await else { return };
+            let Slot { shared, claims } = &mut slot;
+            let Some(mut tunnel) = session::run(&shared.server, conn, client, claims).await else { return };
             let number = home.number;
+            if slot.pace().is_some() {
+                return home.spawn(Box::pin(paced(tunnel, slot)));
+            }
             // Neither of the captured is moved in there: the future would have room for it twice.
             home.spawn(async move {
-                match tunnel.relay(&slot.0.server.relay_limits).await {
+                let server = slot.server();
+                match tunnel.relay(server, &server.relay_limits).await {
                     Ok(End::Over) => {}
                     Ok(End::Bulk) => Box::pin(place(tunnel, slot, number)).await,
                     Err(broken) => Box::pin(tunnel.break_off(broken)).await,
@@ -266,12 +334,12 @@ impl Home {
 
 /// Goes on with a bulk tunnel of the worker of that number where there are fewest of them.
 async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
-    let there = slot.0.calmest(number);
-    let counted = Counted::new(slot.0.clone(), there);
+    let there = slot.shared.calmest(number);
+    let counted = Counted::new(slot.shared.clone(), there);
     if there == number {
         return bulk(tunnel, slot, counted).await;
     }
-    let shared = slot.0.clone();
+    let shared = slot.shared.clone();
     match (tunnel.loosen(), shared.peers.get(usize::from(there))) {
         // Fails when that worker has ended, and so everything does.
         (Ok(loose), Some(peer)) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot, counted))),
@@ -285,8 +353,17 @@ async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
 
 /// Relays a bulk tunnel to its end.
 async fn bulk(mut tunnel: Tunnel, slot: Slot, _counted: Counted) {
-    let limits = Limits { until_bulk: false, ..slot.0.server.relay_limits };
-    if let Err(broken) = tunnel.relay(&limits).await {
+    let limits = Limits { until_bulk: false, ..slot.server().relay_limits };
+    if let Err(broken) = tunnel.relay(slot.server(), &limits).await {
+        tunnel.break_off(broken).await;
+    }
+}
+
+/// Relays a tunnel that has a pace to its end.
+async fn paced(mut tunnel: Tunnel, slot: Slot) {
+    if let Some(pace) = slot.pace()
+        && let Err(broken) = tunnel.relay_at(pace, slot.server()).await
+    {
         tunnel.break_off(broken).await;
     }
 }
@@ -307,13 +384,18 @@ impl Acceptor {
                 self.rest(&error).await;
                 continue;
             }
-            let slot = self.slot().await;
+            let mut slot = self.slot().await;
             match self.listener.try_with(Way::Read, |listener| listener.accept()) {
-                Ok((conn, client)) => match self.shared.idler(self.home.number) {
-                    // Fails when that worker has ended, and so everything does.
-                    Some(peer) => drop(peer.inbox.try_send(Handed::Accepted(conn, client, slot))),
-                    None => self.home.begin(conn, client, slot),
-                },
+                Ok((conn, client)) => {
+                    if let Some(claims) = self.let_in(client) {
+                        slot.claims = claims;
+                        match self.shared.idler(self.home.number) {
+                            // Fails when that worker has ended, and so everything does.
+                            Some(peer) => drop(peer.inbox.try_send(Handed::Accepted(conn, client, slot))),
+                            None => self.home.begin(conn, client, slot),
+                        }
+                    }
+                }
                 // Somebody else was faster, or the client has left again.
                 Err(error) if is_passing(&error) => {}
                 Err(error) => self.rest(&error).await,
@@ -323,6 +405,24 @@ impl Acceptor {
                 reactor::yield_now().await;
             }
         }
+    }
+
+    /// What the session of a client takes up, unless it is closed at once.
+    fn let_in(&self, client: Option<SocketAddr>) -> Option<Option<Box<Claims>>> {
+        let server = &self.shared.server;
+        let who = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
+        match server.gate.enter(client) {
+            Err(Closed::ShutOut) => log::debug!("client {} is shut out: closed", who()),
+            Err(Closed::Full(limit)) => {
+                let what = || format!("client {} has {limit} connections, which is its limit: closed", who());
+                self.shared.complaint.log(what);
+            }
+            Ok(claims) => match server.laws.current().judge(&client_question(client)) {
+                Verdict::Deny(rule) => Record::new(client).fail(denied(rule)),
+                Verdict::Allow(..) | Verdict::Undecided(_) => return Some(claims),
+            },
+        }
+        None
     }
 
     async fn slot(&self) -> Slot {
@@ -336,7 +436,7 @@ impl Acceptor {
             }
         };
         slot.forget();
-        Slot(self.shared.clone())
+        Slot { shared: self.shared.clone(), claims: None }
     }
 
     async fn rest(&self, error: &io::Error) {

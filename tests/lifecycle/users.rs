@@ -1,14 +1,15 @@
 //! `--users`: who gets in, who does not, and what a login costs (RFC 1929).
 
 use std::io::Write as _;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use tempfile::TempDir;
 
 use crate::common::{SOON, Server, echo_server, folder, read_exact, read_reply, request, run, s5, write_file};
-use crate::kit::{CONNECT, End, end_of, fastest, ping};
+use crate::kit::{CONNECT, End, connect_from, end_of, fastest, ping};
 
 /// bcrypt of the least cost, since debug builds are slow: what is tested here is the comparison.
 fn users(list: &[(&str, &str)]) -> (TempDir, String) {
@@ -27,9 +28,16 @@ fn credentials(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
     octets
 }
 
+/// A connection from where nobody has come from yet, since one that fails again and again is held back.
+fn from_elsewhere(server: &Server) -> TcpStream {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    connect_from(SocketAddr::from(([127, 1, high, low], 0)), server.addr())
+}
+
 /// Logs in: the connection and STATUS.
 fn login(server: &Server, uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
-    let mut stream = server.connect();
+    let mut stream = from_elsewhere(server);
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout: hashing is slow by design");
     stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 2], "never NO AUTHENTICATION");

@@ -61,7 +61,7 @@ fn both_replies_come_and_then_data_flows_both_ways() {
 
 #[test]
 fn bnd_is_the_address_that_the_client_connected_to() {
-    let server = serve("*:0", 2, &[]);
+    let server = serve("*:0", 2, &["--open"]);
     let through = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
     let mut client = from(V4, through);
     client.write_all(&[5, 1, 0]).expect("the greeting is sent");

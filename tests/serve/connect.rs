@@ -159,7 +159,7 @@ fn nobody_is_led_back_to_a_listener_of_the_server_itself() {
 
 #[test]
 fn a_listener_on_every_address_is_out_of_reach_by_each_of_them() {
-    let server = serve("*:0", 2, &[]);
+    let server = serve("*:0", 2, &["--open"]);
     let port = server.addr().port();
     let local = SocketAddr::new(V4, port);
     let refused = |request: &[u8]| {

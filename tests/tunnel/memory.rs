@@ -226,7 +226,7 @@ impl Tunnel for Memory {
         let stream = || Rc::new(RefCell::new(Stream { capacity, ..Stream::default() }));
         let (client, dst, moved) = (stream(), stream(), Rc::<Moved>::default());
         let (mut near, mut far, counted) = (NearEnd(client.clone()), NearEnd(dst.clone()), moved.clone());
-        let relay = async move { relay(&mut near, &mut far, &limits, &counted).await };
+        let relay = async move { relay(&mut near, &mut far, &limits, &counted, |_, _| true).await };
         Self {
             relay: Some(Box::pin(relay)),
             is_woken: Arc::new(Flag(AtomicBool::new(true))),

@@ -119,7 +119,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
                 let mut ends = [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
                 loop {
                     let [client, dst] = &mut ends;
-                    match relay(client, dst, &limits, &counted).await {
+                    match relay(client, dst, &limits, &counted, |_, _| true).await {
                         Ok(End::Bulk) => ends = ends.map(hand_over),
                         ended => break Some(ended),
                     }

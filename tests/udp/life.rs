@@ -84,7 +84,7 @@ fn a_server_that_ends_takes_its_associations_along() {
 
 #[test]
 fn bnd_is_on_the_address_that_the_client_connected_to() {
-    let server = serve("*:0", 2, &[]);
+    let server = serve("*:0", 2, &["--open"]);
     let through = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
     let mut control = connect_from(addr("127.0.0.5:0"), through);
     control.write_all(&[5, 1, 0]).expect("the greeting is sent");

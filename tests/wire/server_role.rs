@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 
 use argon2::password_hash::PasswordHasher as _;
@@ -134,12 +135,23 @@ struct Play {
     peer: Option<TcpStream>,
 }
 
+/// An address that nobody has come from yet, since one that fails to log in again and again is shut out. Of IPv6 there
+/// is only one.
+fn fresh(like: IpAddr) -> IpAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    if like.is_ipv4() { Ipv4Addr::new(127, 1, high, low).into() } else { like }
+}
+
 impl Play {
     fn new(transcript: &Transcript, server: &Server, way: Way) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
-        let ip = transcript.over;
-        let listener = server.addrs.iter().find(|addr| addr.ip() == ip).ok_or("it does not listen there")?;
-        let stream = TcpStream::connect(listener).map_err(text)?;
+        let listener =
+            server.addrs.iter().find(|addr| addr.ip() == transcript.over).ok_or("it does not listen there")?;
+        let ip = fresh(transcript.over);
+        let socket = bound(SocketAddr::new(ip, 0));
+        socket.connect(&(*listener).into()).map_err(text)?;
+        let stream = TcpStream::from(socket);
         stream.set_nodelay(true).map_err(text)?;
         stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
         let socket = || UdpSocket::bind((ip, 0)).map_err(text);

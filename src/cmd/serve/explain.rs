@@ -1,0 +1,212 @@
+//! What the rules are, and what they say to a question. Nothing is started for it.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::client::parse_addr;
+use crate::cmd::{Failure, Status};
+use crate::conn::until;
+use crate::dial::{Resolver, canonical, literal};
+use crate::policy::Policy;
+use crate::policy::rules::{Login, Question, Route, Rule, Verdict};
+use crate::proto::{Addr, Command, Host, Method, Name};
+use crate::server::{Options, is_local};
+
+/// How long the system's resolver may take.
+const LOOKUP: Duration = Duration::from_secs(10);
+
+/// Where the comments of rules that are not longer stand.
+const COLUMN: usize = 48;
+
+/// Prints all rules in their order, each with where it stands.
+pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), Failure> {
+    let mut text = String::new();
+    let mut lines: Vec<(String, &str)> = Vec::new();
+    for rule in policy.rules.all() {
+        if rule.is_home() {
+            let own = options.listen.iter().flat_map(|listen| listen.addrs());
+            lines.extend(own.map(|own| (format!("deny to={} port={}", own.ip(), own.port()), "built in, s5 itself")));
+        } else {
+            lines.push((rule.to_string(), rule.origin()));
+        }
+    }
+    for (rule, origin) in lines {
+        let _ = writeln!(text, "{rule:COLUMN$}  # {origin}");
+    }
+    text += "# an allow that does not say to= leaves the built-in denials in force\n";
+    print(&text)
+}
+
+/// Prints which rule decides, for the name and for each address.
+pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> Result<(), Failure> {
+    policy.own = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
+    let asked = Asked::parse(question).map_err(|why| Failure::usage(format!("--explain: {why}")))?;
+    let mut explained = Explained { policy: &policy, options, text: String::new() };
+    let explained_so_far = explained.explain(&asked);
+    explained.text += match explained_so_far {
+        Ok(true) => "allow\n",
+        Ok(false) => "deny\n",
+        Err(_) => "",
+    };
+    print(&explained.text)?;
+    if explained_so_far? { Ok(()) } else { Err(Failure::new(Status::Other, "")) }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    let written = std::io::stdout().write_all(text.as_bytes());
+    written.map_err(|error| Failure::new(Status::Stdout, format!("writing to stdout: {error}")))
+}
+
+/// A question as it was put.
+#[derive(Debug)]
+struct Asked {
+    from: IpAddr,
+    user: Option<String>,
+    method: Method,
+    command: Command,
+    to: Option<Addr>,
+}
+
+impl Asked {
+    fn parse(text: &str) -> Result<Self, String> {
+        let mut words: HashMap<&str, &str> = HashMap::new();
+        for word in text.split_whitespace() {
+            let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
+            if value.is_empty() || words.insert(key, value).is_some() {
+                return Err(format!("{word:?} is empty, or stands here twice"));
+            }
+        }
+        let from = words.remove("from").unwrap_or("127.0.0.1");
+        let user = words.remove("user").map(str::to_owned);
+        let method = match words.remove("method") {
+            None if user.is_none() => Method::NONE,
+            None | Some("password") => Method::PASSWORD,
+            Some("none") => Method::NONE,
+            Some("gssapi") => Method::GSSAPI,
+            Some(other) => return Err(format!("method={other}: there are none, password and gssapi")),
+        };
+        let command = match words.remove("command").unwrap_or("connect") {
+            "connect" => Command::Connect,
+            "bind" => Command::Bind,
+            "udp" => Command::UdpAssociate,
+            other => return Err(format!("command={other}: there are connect, bind and udp")),
+        };
+        let to = words.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
+        let port = words.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
+        let to = match (to, port.transpose()?) {
+            (Some(to), Some(port)) => Some(Addr { port, ..to }),
+            (to, _) => to,
+        };
+        if let Some(key) = words.keys().next() {
+            return Err(format!("unknown key {key:?}; there are from, user, method, command, to and port"));
+        }
+        let from: IpAddr = from.parse().map_err(|_| format!("from={from}: write one address"))?;
+        Ok(Self { from: from.to_canonical(), user, method, command, to })
+    }
+
+    fn question(&self) -> Question<'_> {
+        let login = Login { method: self.method, user: self.user.as_deref().map(str::as_bytes) };
+        let port = self.to.as_ref().map(|to| to.port).filter(|port| *port != 0);
+        let question =
+            Question { from: Some(self.from), login: Some(login), command: Some(self.command), ..Question::default() };
+        Question { port, ..question }
+    }
+
+    /// The address, or the name that has to be looked up.
+    fn target(&self) -> Option<Result<IpAddr, &Name>> {
+        Some(match &self.to.as_ref()?.host {
+            Host::Ip(ip) => Ok(*ip),
+            Host::Name(name) => literal(name).ok_or(name),
+        })
+    }
+}
+
+struct Explained<'a> {
+    policy: &'a Policy,
+    options: &'a Options,
+    text: String,
+}
+
+impl<'a> Explained<'a> {
+    fn explain(&mut self, asked: &Asked) -> Result<bool, Failure> {
+        let question = asked.question();
+        if let Some(login) = question.login
+            && !self.policy.knows(&login)
+        {
+            self.text += match (&asked.user, &self.policy.users) {
+                (Some(_), Some(_)) => "deny at the login: there is no such user, or not by this method\n",
+                (None, Some(_)) => "deny at the greeting: nobody gets in without a login; say user=NAME\n",
+                (_, None) => "deny at the greeting: without --users there is no login; leave out user=\n",
+            };
+            return Ok(false);
+        }
+        match asked.target() {
+            None => self.certain("the client", &question),
+            Some(Ok(ip)) => self.addresses(&question, &[ip]),
+            Some(Err(name)) => {
+                let question = Question { name: Some(name), ..question };
+                match self.judge(&question) {
+                    Verdict::Undecided(rule) => {
+                        let what = format!("{}, by its addresses", name.as_str());
+                        self.line("look up", &what, rule, Route::Direct);
+                        let addrs = lookup(asked)?;
+                        self.addresses(&question, &addrs)
+                    }
+                    _ => self.certain(name.as_str(), &question),
+                }
+            }
+        }
+    }
+
+    /// Whether one of the addresses is allowed.
+    fn addresses(&mut self, question: &Question<'_>, ips: &[IpAddr]) -> Result<bool, Failure> {
+        let mut any = false;
+        for ip in ips {
+            let ip = canonical(*ip, 0).ip();
+            any |= self.certain(&ip.to_string(), &Question { ip: Some(ip), ..*question })?;
+        }
+        Ok(any)
+    }
+
+    fn certain(&mut self, what: &str, question: &Question<'_>) -> Result<bool, Failure> {
+        match self.judge(question) {
+            Verdict::Allow(rule, route) => {
+                self.line("allow", what, rule, route);
+                Ok(true)
+            }
+            Verdict::Deny(rule) => {
+                self.line("deny", what, rule, Route::Direct);
+                Ok(false)
+            }
+            Verdict::Undecided(rule) => {
+                let what = format!("it depends on {}: {rule}", rule.origin());
+                Err(Failure::usage(format!("--explain: say more, as in to=HOST:PORT; {what}")))
+            }
+        }
+    }
+
+    fn judge(&self, question: &Question<'_>) -> Verdict<'a> {
+        self.policy.judge(question, is_local)
+    }
+
+    fn line(&mut self, verdict: &str, what: &str, rule: &Rule, route: Route) {
+        let via = match route {
+            Route::Direct => String::new(),
+            Route::Hop(hop) => self.options.hops.get(hop).map(|hop| format!(" via {}", hop.name)).unwrap_or_default(),
+        };
+        let _ = writeln!(self.text, "{verdict} {what}{via}: {} ({rule})", rule.origin());
+    }
+}
+
+fn lookup(asked: &Asked) -> Result<Vec<IpAddr>, Failure> {
+    let Some(to) = &asked.to else { return Ok(Vec::new()) };
+    let found = smol::block_on(until(Instant::now() + LOOKUP, Resolver::default().lookup(to)));
+    match found {
+        Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
+        Some(Err(failure)) => Err(Failure::new(Status::Other, format!("--explain: {to}: {failure}"))),
+        None => Err(Failure::new(Status::TimedOut, format!("--explain: {to}: the resolver gave no answer"))),
+    }
+}

@@ -1,0 +1,144 @@
+//! The policy out of what the command line and files say; and once more at each reload.
+
+use std::cell::Cell;
+use std::fs;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::cmd::Failure;
+use crate::policy::Policy;
+use crate::policy::rules::{self, Route, Rule, Rules};
+use crate::policy::users::Users;
+
+/// The largest users file that is read, in octets: room for some 100 000 users.
+pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
+/// The largest rules file that is read, in octets.
+const MAX_RULES_FILE: u64 = 1 << 20;
+
+/// A file that is read again at each reload.
+#[derive(Debug)]
+pub(super) struct Source {
+    path: PathBuf,
+    /// What it looked like when it was taken last.
+    taken: Cell<Shape>,
+}
+
+/// How whole a file looks. One that is replaced by copying is empty for a moment, and then ends anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Shape {
+    Empty,
+    /// The last line does not end.
+    Open,
+    Whole,
+}
+
+impl Shape {
+    fn of(text: &str) -> Self {
+        match text {
+            "" => Self::Empty,
+            _ if text.ends_with('\n') => Self::Whole,
+            _ => Self::Open,
+        }
+    }
+}
+
+impl Source {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path, taken: Cell::new(Shape::Empty) }
+    }
+
+    /// Its text, unless that looks less whole than the one before.
+    fn read(&self, max: u64) -> Result<(String, Shape), Failure> {
+        let text = read(&self.path, max)?;
+        let shape = Shape::of(&text);
+        if shape >= self.taken.get() {
+            return Ok((text, shape));
+        }
+        let line = text.lines().count();
+        let first = text.lines().last().and_then(|line| line.split([' ', '\t', ':']).next()).unwrap_or_default();
+        Err(wrong(
+            &self.path,
+            match shape {
+                Shape::Empty => "line 1: the file is empty, as if it were just being written".into(),
+                _ => format!(
+                    "line {line}: the line that begins with {first:?} does not end, as if the file were cut off"
+                ),
+            },
+        ))
+    }
+}
+
+/// All that the policy is made of.
+#[derive(Debug, Default)]
+pub(super) struct Sources {
+    pub(super) users: Option<Source>,
+    pub(super) rules: Option<Source>,
+    /// The rules of the command line, each with the option that it came by.
+    pub(super) lines: Vec<(String, &'static str)>,
+    /// The names of the hops, by number.
+    pub(super) hops: Vec<String>,
+    /// The way that is taken where no rule names one.
+    pub(super) route: Route,
+}
+
+impl Sources {
+    /// # Errors
+    /// What can't be read, or is wrong: file, line and word.
+    pub(super) fn load(&self) -> Result<Policy, Failure> {
+        let (users, users_shape) = match &self.users {
+            None => (None, None),
+            Some(source) => {
+                let (text, shape) = source.read(MAX_USERS_FILE)?;
+                let users = Users::parse(&text).map_err(|error| wrong(&source.path, error))?;
+                if users.is_empty() {
+                    log::warn!("{}: no users, so nobody can log in; add one with --add-user", source.path.display());
+                }
+                (Some(Arc::new(users)), Some(shape))
+            }
+        };
+        let mut all = self.lines()?;
+        let mut rules_shape = None;
+        if let Some(source) = &self.rules {
+            let (text, shape) = source.read(MAX_RULES_FILE)?;
+            let file = source.path.display().to_string();
+            all.extend(rules::parse(&text, &file, &self.hops).map_err(|error| wrong(&source.path, error))?);
+            rules_shape = Some(shape);
+        }
+        // Taken both or not at all.
+        for (source, shape) in [(&self.users, users_shape), (&self.rules, rules_shape)] {
+            if let (Some(source), Some(shape)) = (source, shape) {
+                source.taken.set(shape);
+            }
+        }
+        Ok(Policy { users, rules: Rules::new(all, self.route), ..Policy::default() })
+    }
+
+    fn lines(&self) -> Result<Vec<Rule>, Failure> {
+        let mut all = Vec::new();
+        for (text, option) in &self.lines {
+            let parsed = rules::parse_line(text, option, &self.hops);
+            all.extend(parsed.map_err(|what| Failure::usage(format!("{option}: {what}")))?);
+        }
+        Ok(all)
+    }
+}
+
+pub(super) fn wrong(file: &Path, what: impl std::fmt::Display) -> Failure {
+    Failure::usage(format!("{}: {what}", file.display()))
+}
+
+/// The text of a file of at most `max` octets.
+pub(super) fn read(file: &Path, max: u64) -> Result<String, Failure> {
+    let mut octets = Vec::new();
+    let opened = fs::File::open(file).map_err(|error| wrong(file, error))?;
+    io::Read::take(opened, max + 1).read_to_end(&mut octets).map_err(|error| wrong(file, error))?;
+    if octets.len() as u64 > max {
+        return Err(wrong(file, format!("too large: it may have at most {max} octets")));
+    }
+    String::from_utf8(octets).map_err(|error| {
+        let before = error.as_bytes().iter().take(error.utf8_error().valid_up_to());
+        let line = before.filter(|octet| **octet == b'\n').count() + 1;
+        wrong(file, format!("line {line}: not UTF-8"))
+    })
+}

@@ -1,0 +1,71 @@
+//! The users file's upkeep: `--add-user` and `--remove-user`.
+
+use std::fs;
+use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use super::load::{MAX_USERS_FILE, read, wrong};
+use crate::cmd::{Failure, Status};
+use crate::policy::users::{self, Users};
+
+pub(super) fn add_user(file: &Path, name: &str) -> Result<(), Failure> {
+    let bad = |error| Failure::usage(format!("--add-user: {error}"));
+    users::check_name(name).map_err(bad)?;
+    read_users_to_edit(file)?;
+    let passwd = ask_password(name)?;
+    let line = users::new_line(name, passwd.as_bytes()).map_err(bad)?;
+    // Once more: somebody else may have edited it while we asked.
+    let text = read_users_to_edit(file)?;
+    replace(file, &users::edit(&text, name, Some(&line)).unwrap_or_default())
+}
+
+/// The text of a users file that is in order, or of one that is not there yet.
+fn read_users_to_edit(file: &Path) -> Result<String, Failure> {
+    let text = if file.exists() { read(file, MAX_USERS_FILE)? } else { String::new() };
+    Users::parse(&text).map_err(|error| wrong(file, error))?;
+    Ok(text)
+}
+
+pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), Failure> {
+    let text = read(file, MAX_USERS_FILE)?;
+    let text = users::edit(&text, name, None).ok_or_else(|| wrong(file, format!("no user {name:?}")))?;
+    // An empty file could also be one that is being written.
+    replace(file, if text.is_empty() { "# no users\n" } else { &text })
+}
+
+/// Writes a new file beside the old one and renames it: whoever reads meanwhile sees one or the other, whole. Only
+/// the owner, who stays the same, may read it.
+fn replace(file: &Path, text: &str) -> Result<(), Failure> {
+    // Through a link, so that the link stays one.
+    let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
+    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let write = || {
+        let mut new = tempfile::NamedTempFile::new_in(folder)?;
+        new.write_all(text.as_bytes())?;
+        if let Ok(old) = fs::metadata(&target) {
+            std::os::unix::fs::fchown(new.as_file(), Some(old.uid()), Some(old.gid()))?;
+        }
+        new.as_file().sync_all()?;
+        new.persist(&target).map_err(|error| error.error).map(drop)
+    };
+    write().map_err(|error: io::Error| wrong(file, error))
+}
+
+/// Twice from the terminal, without echo; or the first line of a stdin that is none.
+fn ask_password(name: &str) -> Result<String, Failure> {
+    let failed = |error: io::Error| Failure::new(Status::Other, format!("no password for {name:?}: {error}"));
+    if !io::stdin().is_terminal() {
+        let mut line = String::new();
+        let mut stdin = io::Read::take(io::stdin().lock(), 4096);
+        stdin.read_line(&mut line).map_err(failed)?;
+        return Ok(line.trim_end_matches(['\r', '\n']).into());
+    }
+    let first = rpassword::prompt_password(format!("password for {name}: ")).map_err(failed)?;
+    let again = rpassword::prompt_password("again: ").map_err(failed)?;
+    if first == again {
+        Ok(first)
+    } else {
+        Err(Failure::new(Status::Other, "the two passwords differ; nothing changed"))
+    }
+}

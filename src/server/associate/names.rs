@@ -1,0 +1,108 @@
+//! The names that an association sends to: looked up once, while the datagrams for them wait.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use crate::conn::until;
+use crate::dial::{Failure, Resolver};
+use crate::proto::{Addr, Host, Name};
+
+/// How many names an association remembers the addresses of; then it begins anew.
+const MAX_NAMES: usize = 256;
+/// How many names an association may be looking up at once.
+const MAX_LOOKUPS: usize = 16;
+/// How many octets may wait for look-ups in an association.
+const MAX_WAITING: usize = 128 * 1024;
+/// What a datagram that waits counts for beyond its payload, in octets.
+const OVERHEAD: usize = 64;
+
+/// A datagram that waits for a name: port and payload.
+pub(super) type Waiting = (u16, Vec<u8>);
+
+/// What is known of names.
+#[derive(Default)]
+pub(super) struct Names {
+    names: HashMap<Name, Resolution>,
+    lookups: Vec<(Name, Lookup)>,
+}
+
+type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>>>>;
+
+enum Resolution {
+    Pending(Vec<Waiting>),
+    Known(Vec<SocketAddr>),
+}
+
+impl Names {
+    /// The addresses of a name, with that port. When they are not known, the datagram waits for them, or is dropped
+    /// where too much does so already.
+    pub(super) fn get_or_wait(
+        &mut self,
+        name: &Name,
+        port: u16,
+        data: &[u8],
+        resolver: &Resolver,
+        deadline: Instant,
+    ) -> Option<Vec<SocketAddr>> {
+        let has_room = self.waiting() + data.len() <= MAX_WAITING;
+        match self.names.get_mut(name) {
+            Some(Resolution::Known(addrs)) => {
+                return Some(addrs.iter().map(|addr| with_port(*addr, port)).collect());
+            }
+            Some(Resolution::Pending(waiting)) if has_room => waiting.push((port, data.to_vec())),
+            None if has_room && self.lookups.len() < MAX_LOOKUPS => {
+                if self.names.len() >= MAX_NAMES {
+                    self.names.retain(|_, known| matches!(known, Resolution::Pending(_)));
+                }
+                let (resolver, dst) = (resolver.clone(), Addr { host: Host::Name(name.clone()), port });
+                let lookup =
+                    async move { until(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(Failure::Resolver)) };
+                self.lookups.push((name.clone(), Box::pin(lookup)));
+                self.names.insert(name.clone(), Resolution::Pending(vec![(port, data.to_vec())]));
+            }
+            Some(Resolution::Pending(_)) | None => {}
+        }
+        None
+    }
+
+    /// How many octets wait for look-ups, each datagram counted as somewhat more than it has.
+    fn waiting(&self) -> usize {
+        let waiting = self.lookups.iter().filter_map(|(name, _)| match self.names.get(name) {
+            Some(Resolution::Pending(waiting)) => Some(waiting),
+            _ => None,
+        });
+        waiting.flatten().map(|(_, data)| data.len() + OVERHEAD).sum()
+    }
+
+    /// The names that are known now, and what has waited for them.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Vec<(Name, Vec<Waiting>)> {
+        let mut done = Vec::new();
+        self.lookups.retain_mut(|(name, lookup)| match lookup.as_mut().poll(cx) {
+            Poll::Ready(found) => {
+                done.push((name.clone(), found));
+                false
+            }
+            Poll::Pending => true,
+        });
+        let mut freed = Vec::new();
+        for (name, found) in done {
+            // A name that failed is forgotten, so that the next datagram asks again.
+            let waiting = self.names.remove(&name);
+            let Ok(addrs) = found else { continue };
+            self.names.insert(name.clone(), Resolution::Known(addrs));
+            if let Some(Resolution::Pending(waiting)) = waiting {
+                freed.push((name, waiting));
+            }
+        }
+        freed
+    }
+}
+
+fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
+    addr.set_port(port);
+    addr
+}

@@ -1,0 +1,46 @@
+//! An association with a hop, through which datagrams of ours go.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use super::super::session::Refusal;
+use super::super::{Hop, Server};
+use crate::client::{Association, Lost};
+use crate::proto::Addr;
+
+pub(super) struct Upstream {
+    /// The hop's.
+    pub(super) number: usize,
+    pub(super) hop: Arc<Hop>,
+    association: Rc<Association>,
+    lost: Pin<Box<dyn Future<Output = Lost>>>,
+}
+
+impl Upstream {
+    pub(super) async fn open(server: &Server, number: usize) -> Result<Self, Refusal> {
+        let hop = server.hop(number)?;
+        let client = server.client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
+        let association = Rc::new(client.associate().await.map_err(Refusal::hop)?);
+        let watched = association.clone();
+        Ok(Self { number, hop, association, lost: Box::pin(async move { watched.lost().await }) })
+    }
+
+    /// Ready when the hop has ended its association.
+    pub(super) fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        self.lost.as_mut().poll(cx)
+    }
+
+    /// True when the datagram has been sent.
+    pub(super) fn send(&self, dst: &Addr, data: &[u8]) -> bool {
+        self.association.try_send(dst, data).is_ok()
+    }
+
+    pub(super) fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
+        self.association.poll_recv(cx)
+    }
+}

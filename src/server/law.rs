@@ -1,0 +1,112 @@
+//! The policy that is in force: sessions ask it, a reload replaces it, and those that it would refuse are cut.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::login::Login;
+use super::record::Record;
+use super::session::Refusal;
+use super::{Server, is_local};
+use crate::policy::Policy;
+use crate::policy::rules::{Question, Route, Rule, Verdict};
+use crate::proto::Rep;
+
+/// A policy, and the logins that were verified by it. A session keeps the one that it began with until it makes its
+/// request.
+#[derive(Debug)]
+pub(super) struct Law {
+    pub(super) policy: Policy,
+    pub(super) login: Login,
+    pub(super) number: u32,
+}
+
+/// The law of the day.
+#[derive(Debug)]
+pub(super) struct Laws {
+    current: RwLock<Arc<Law>>,
+    /// That of the current one.
+    number: AtomicU32,
+    /// How many sessions the current one has cut.
+    pub(super) cut: AtomicUsize,
+    /// Whether sessions live on under the law that they began with.
+    keep: bool,
+}
+
+impl Laws {
+    pub(super) fn new(policy: Policy, keep: bool) -> Self {
+        let law = Arc::new(Law { policy, login: Login::default(), number: 0 });
+        Self { current: RwLock::new(law), number: AtomicU32::new(0), cut: AtomicUsize::new(0), keep }
+    }
+
+    pub(super) fn current(&self) -> Arc<Law> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts another policy in force. The listeners stay what they are.
+    pub(super) fn replace(&self, policy: Policy) {
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let policy = Policy { own: current.policy.own.clone(), ..policy };
+        let number = current.number.wrapping_add(1);
+        *current = Arc::new(Law { policy, login: current.login.afresh(), number });
+        self.cut.store(0, Ordering::Relaxed);
+        self.number.store(number, Ordering::Release);
+    }
+
+    /// The law of the day, when it is another one and counts for those who live under the one of this number.
+    pub(super) fn newer_than(&self, number: u32) -> Option<Arc<Law>> {
+        let is_newer = !self.keep && self.number.load(Ordering::Acquire) != number;
+        is_newer.then(|| self.current())
+    }
+}
+
+impl Law {
+    pub(super) fn judge(&self, question: &Question<'_>) -> Verdict<'_> {
+        self.policy.judge(question, is_local)
+    }
+
+    /// The way on which all that is known is allowed; none when it is denied or not decided.
+    pub(super) fn way(&self, question: &Question<'_>) -> Option<Route> {
+        match self.judge(question) {
+            Verdict::Allow(_, route) => Some(route),
+            Verdict::Deny(_) | Verdict::Undecided(_) => None,
+        }
+    }
+
+    /// Why a session may not be what it is.
+    pub(super) fn objection(&self, record: &Record, question: &Question<'_>) -> Option<String> {
+        match record.login() {
+            Some(login) if !self.policy.knows(&login) => return Some("this login is no longer valid".into()),
+            _ => {}
+        }
+        match self.judge(question) {
+            Verdict::Deny(rule) => Some(denied(rule)),
+            Verdict::Allow(..) | Verdict::Undecided(_) => None,
+        }
+    }
+}
+
+pub(super) fn denied(rule: &Rule) -> String {
+    format!("denied: {} ({rule})", rule.origin())
+}
+
+pub(super) fn refusal(rule: &Rule) -> Refusal {
+    Refusal::reply(Rep::NOT_ALLOWED, denied(rule))
+}
+
+impl Server {
+    /// Why a session that goes to `peer`, if that is known, may no longer be what it is. Looks once for each new law.
+    pub(super) fn objection(&self, record: &Record, peer: impl FnOnce() -> Option<SocketAddr>) -> Option<String> {
+        let law = self.laws.newer_than(record.law.get())?;
+        record.law.set(law.number);
+        let mut question = record.question();
+        if let Some(peer) = peer() {
+            question = Question { ip: Some(peer.ip()), port: Some(peer.port()), ..question };
+        }
+        let objection = law.objection(record, &question);
+        if objection.is_some() {
+            self.laws.cut.fetch_add(1, Ordering::Relaxed);
+        }
+        objection
+    }
+}
