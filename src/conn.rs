@@ -2,6 +2,8 @@
 //!
 //! What carries the octets is settled here and nowhere else, so that request, reply and relay need not know it.
 
+mod protected;
+
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
@@ -19,10 +21,14 @@ use rustix::net::RecvFlags;
 use crate::proto::{self, Message, Stop};
 use crate::reactor::{Io, Way, sleep, sleep_until, yield_now};
 use crate::relay::{BareOp, Stream};
+use protected::Protected;
+pub use protected::{Context as SecurityContext, Order, Protection, Unwrapped};
 
 /// How long a peer may go on sending after its last answer, so that the answer is not lost to a reset. RFC 1928
 /// section 6 wants the connection closed within 10 seconds.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How many octets of a message there is room for before any of it has come.
+const PIECE: usize = 1024;
 /// How often a connection with unread octets is asked whether its peer is still there.
 const WATCH: Duration = Duration::from_secs(1);
 
@@ -33,6 +39,8 @@ pub enum Conn {
     Tcp(Io<TcpStream>),
     /// Over a Unix socket.
     Unix(Io<UnixStream>),
+    /// Over another connection, protected.
+    Protected(Box<Protected>),
 }
 
 /// A connection that no thread waits for yet, or any longer.
@@ -91,7 +99,8 @@ impl Conn {
                 Err(Stop::Bad(error)) => return Err(ReadError::Protocol(error, octets)),
             };
             let have = octets.len();
-            octets.resize(have + need, 0);
+            // Room for a long message only as it comes.
+            octets.resize(have + need.min(have.max(PIECE)), 0);
             let read = self.read(octets.get_mut(have..).unwrap_or_default()).await;
             octets.truncate(have + *read.as_ref().unwrap_or(&0));
             match read {
@@ -107,7 +116,21 @@ impl Conn {
     /// # Errors
     /// Those of the socket.
     pub async fn write_message(&mut self, message: &impl Message) -> io::Result<()> {
-        self.write_all(&message.encode()).await
+        self.write_all(&message.encode()).await?;
+        self.flush().await
+    }
+
+    /// The same connection, on which from now on everything is protected.
+    pub fn protect(self, protection: Protection) -> Self {
+        Self::Protected(Box::new(Protected::new(self, protection)))
+    }
+
+    /// What protects the connection, and its datagrams.
+    pub fn protection(&self) -> Option<&Protection> {
+        match self {
+            Self::Protected(protected) => Some(&protected.protection),
+            Self::Tcp(_) | Self::Unix(_) => None,
+        }
     }
 
     /// Says `last`, and closes so that it arrives although the peer may still be sending: shuts down the write side,
@@ -161,11 +184,12 @@ impl Conn {
     /// The connection for another thread, once this one has let go of it.
     ///
     /// # Errors
-    /// There is no descriptor left.
+    /// There is no descriptor left, or the connection is more than a socket.
     pub fn loosen(&self) -> io::Result<Loose> {
         Ok(match self {
             Self::Tcp(io) => Loose::Tcp(io.get_ref().try_clone()?),
             Self::Unix(io) => Loose::Unix(io.get_ref().try_clone()?),
+            Self::Protected(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 
@@ -182,6 +206,7 @@ impl Conn {
         match self {
             Self::Tcp(io) => io.deregister(),
             Self::Unix(io) => io.deregister(),
+            Self::Protected(protected) => protected.conn.let_go(),
         }
     }
 
@@ -189,6 +214,7 @@ impl Conn {
         match self {
             Self::Tcp(io) => io.poll_mark(cx),
             Self::Unix(io) => io.poll_mark(cx),
+            Self::Protected(protected) => protected.conn.poll_mark(cx),
         }
     }
 
@@ -196,6 +222,7 @@ impl Conn {
         match self {
             Self::Tcp(io) => io.poll_with(cx, way, |stream| op(stream.as_fd())),
             Self::Unix(io) => io.poll_with(cx, way, |stream| op(stream.as_fd())),
+            Self::Protected(protected) => protected.conn.poll_with(cx, way, op),
         }
     }
 
@@ -204,6 +231,7 @@ impl Conn {
         match self {
             Self::Tcp(stream) => stream.get_ref().peer_addr().ok().map(unmapped),
             Self::Unix(_) => None,
+            Self::Protected(protected) => protected.conn.peer_addr(),
         }
     }
 
@@ -212,6 +240,7 @@ impl Conn {
         match self {
             Self::Tcp(stream) => stream.get_ref().local_addr().ok().map(unmapped),
             Self::Unix(_) => None,
+            Self::Protected(protected) => protected.conn.local_addr(),
         }
     }
 }
@@ -240,12 +269,16 @@ impl Stream for Conn {
         }
     }
 
+    fn has_unsent(&self) -> bool {
+        matches!(self, Self::Protected(protected) if protected.has_unsent())
+    }
+
     fn is_reset(&self) -> bool {
         self.shows(PollFlags::ERR)
     }
 
     fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
-        Some(self.poll_with(cx, way, op))
+        (!matches!(self, Self::Protected(_))).then(|| self.poll_with(cx, way, op))
     }
 }
 
@@ -254,6 +287,7 @@ impl AsFd for Conn {
         match self {
             Self::Tcp(stream) => stream.as_fd(),
             Self::Unix(stream) => stream.as_fd(),
+            Self::Protected(protected) => protected.conn.as_fd(),
         }
     }
 }
@@ -263,6 +297,7 @@ impl AsyncRead for Conn {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Protected(stream) => Pin::new(&mut **stream).poll_read(cx, buf),
         }
     }
 }
@@ -272,6 +307,7 @@ impl AsyncWrite for Conn {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Protected(stream) => Pin::new(&mut **stream).poll_write(cx, buf),
         }
     }
 
@@ -279,6 +315,7 @@ impl AsyncWrite for Conn {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Protected(stream) => Pin::new(&mut **stream).poll_flush(cx),
         }
     }
 
@@ -286,6 +323,7 @@ impl AsyncWrite for Conn {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_close(cx),
             Self::Unix(stream) => Pin::new(stream).poll_close(cx),
+            Self::Protected(stream) => Pin::new(&mut **stream).poll_close(cx),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Every octet of RFC 1928 (SOCKS5) and RFC 1929 (username/password), both directions side by side.
+//! Every octet of RFC 1928 (SOCKS5), RFC 1929 (username/password) and RFC 1961 (GSSAPI), both directions side by side.
 //!
 //! A decoder takes the octets that are there and gives a message, an error, or the number of octets that certainly
 //! still belong to the message; so whoever reads on its behalf never reads past a message. Nothing here does I/O,
@@ -6,15 +6,17 @@
 
 mod addr;
 mod codes;
+mod frame;
 
 use std::fmt;
 
 pub use addr::{Addr, Host, Name};
 pub use codes::{Command, Foreign, Method, Rep};
+pub use frame::{FRAME_HEADER, Frame, Level, MAX_TOKEN};
 
 /// VER of RFC 1928.
 pub const VERSION: u8 = 5;
-/// VER of the RFC 1929 sub-negotiation.
+/// VER of the sub-negotiations of RFC 1929 and RFC 1961.
 pub const AUTH_VERSION: u8 = 1;
 /// Where a SOCKS server listens by convention (RFC 1928 section 3).
 pub const DEFAULT_PORT: u16 = 1080;
@@ -32,8 +34,10 @@ pub const MAX_UDP6: usize = 65_527;
 pub enum Error {
     /// VER of a greeting, selection, request or reply is not 5.
     Version(u8),
-    /// VER of an RFC 1929 message is not 1.
+    /// VER of a message of RFC 1929 or RFC 1961 is not 1.
     AuthVersion(u8),
+    /// MTYP of an RFC 1961 message is none of 1, 2, 3 and FF, or not the one that belongs here.
+    Mtyp(u8),
     /// A greeting that offers no method.
     NoMethods,
     /// UNAME or PASSWD of length 0.
@@ -64,6 +68,7 @@ impl fmt::Display for Error {
         match self {
             Self::Version(v) => write!(f, "version {v} instead of 5"),
             Self::AuthVersion(v) => write!(f, "sub-negotiation version {v} instead of 1"),
+            Self::Mtyp(m) => write!(f, "message type {m} out of place"),
             Self::NoMethods => write!(f, "no methods offered"),
             Self::EmptyField => write!(f, "empty user name or password"),
             Self::Command(c) => write!(f, "unknown command {c}"),

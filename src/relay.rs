@@ -34,6 +34,11 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     /// Makes the coming close a reset, where the stream has such a thing.
     fn abort(&self);
 
+    /// Whether octets that it has taken have yet to be flushed.
+    fn has_unsent(&self) -> bool {
+        false
+    }
+
     /// Whether the peer has reset the stream, which reading would show, were there a use for what is read.
     fn is_reset(&self) -> bool {
         false

@@ -109,10 +109,14 @@ impl Direction {
                 self.done = true;
                 return Poll::Ready(Ok(()));
             }
-            let n = ready!(match self.has_pipe() {
+            let filled = match self.has_pipe() {
                 true => self.fill_pipe(cx, source),
                 false => SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer)),
-            })?;
+            };
+            if filled.is_pending() && sink.has_unsent() {
+                let _ = Pin::new(&mut *sink).poll_flush(cx).map_err(Fault::Sink)?;
+            }
+            let n = ready!(filled)?;
             moved.fetch_add(n as u64, Ordering::Relaxed);
             left = left.saturating_sub(n);
             if self.is_bulk() {

@@ -158,6 +158,10 @@ impl Stream for Paced<'_> {
         self.conn.abort();
     }
 
+    fn has_unsent(&self) -> bool {
+        self.conn.has_unsent()
+    }
+
     fn is_reset(&self) -> bool {
         self.conn.is_reset()
     }
