@@ -18,8 +18,9 @@ use async_net::unix::UnixStream;
 use percent_encoding::percent_decode_str;
 use smol::Async;
 
-use crate::conn::{Conn, ReadError, until};
+use crate::conn::{Conn, Protection, ReadError, until};
 use crate::dial::{Failure, Resolver, dial};
+use crate::gssapi::{self, Initiator, Ticket};
 use crate::proto::{
     self, Addr, Command, Credentials, DEFAULT_PORT, Foreign, Greeting, Host, MAX_FIELD, Message, Method, Name, Rep,
     Reply, Request, Selection, Status,
@@ -208,6 +209,8 @@ pub enum Cause {
     NoMethod,
     /// The proxy refused user name and password.
     LoginRefused,
+    /// The login by GSSAPI failed, on either side.
+    Gssapi(gssapi::Error),
     /// The proxy answered with a failure.
     Rep(Rep),
     /// The proxy answered with a failure when it was asked for the next proxy.
@@ -240,7 +243,10 @@ impl fmt::Display for Error {
             Cause::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
             Cause::Closed(None) => f.write_str("the proxy closed the connection"),
             Cause::Closed(Some(error)) => error.fmt(f),
-            Cause::NoMethod => f.write_str("no acceptable authentication method (does it want user:password@?)"),
+            Cause::NoMethod => {
+                f.write_str("no acceptable authentication method (does it want user:password@, or a Kerberos ticket?)")
+            }
+            Cause::Gssapi(error) => error.fmt(f),
             Cause::LoginRefused => f.write_str("user name or password refused"),
             Cause::Rep(rep) | Cause::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
             Cause::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
@@ -250,6 +256,16 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// What a client offers to proxies, besides the credentials of each.
+#[derive(Debug, Default)]
+pub struct Auth {
+    /// The methods that are offered, in this order. None: NO AUTHENTICATION, and whatever there is something to log in
+    /// with.
+    pub methods: Option<Vec<Method>>,
+    /// How to log in by GSSAPI; not, without it.
+    pub gssapi: Option<Initiator>,
+}
+
 /// One way through proxies to one target, under one deadline.
 #[derive(Debug)]
 pub struct Client {
@@ -257,6 +273,7 @@ pub struct Client {
     dst: Addr,
     limit: Option<(Instant, Duration)>,
     resolver: Resolver,
+    auth: Arc<Auth>,
     /// Where the handshake is: at which hop, doing what.
     at: Cell<(usize, Phase)>,
 }
@@ -265,7 +282,13 @@ impl Client {
     /// `hops` are walked first to last; none at all is a mistake. `wait` bounds everything up to the reply.
     pub fn new(hops: Vec<Proxy>, dst: Addr, wait: Option<Duration>) -> Self {
         let limit = wait.and_then(|wait| Some((Instant::now().checked_add(wait)?, wait)));
-        Self { hops, dst, limit, resolver: Resolver::default(), at: Cell::new((0, Phase::Resolve)) }
+        let (resolver, auth) = (Resolver::default(), Arc::default());
+        Self { hops, dst, limit, resolver, auth, at: Cell::new((0, Phase::Resolve)) }
+    }
+
+    /// The same, with these ways to log in.
+    pub fn with_auth(self, auth: Arc<Auth>) -> Self {
+        Self { auth, ..self }
     }
 
     /// The same, as one of many that share a resolver.
@@ -328,8 +351,10 @@ impl Client {
                 (Some(_), Endpoint::Unix(_)) => return Err(Cause::Socket(io::ErrorKind::Unsupported.into())),
             };
             self.at.set((i, Phase::Greeting));
-            self.authenticate(&mut conn, hop.credentials.as_ref()).await?;
-            open = Some(conn);
+            open = Some(match self.authenticate(&mut conn, hop).await? {
+                Some(protection) => conn.protect(protection),
+                None => conn,
+            });
         }
         open.ok_or_else(|| Cause::Protocol("no proxy given".into()))
     }
@@ -350,23 +375,65 @@ impl Client {
         }
     }
 
-    /// NO AUTHENTICATION is always offered, and the password only by those who have one.
-    async fn authenticate(&self, conn: &mut Conn, credentials: Option<&Credentials>) -> Result<(), Cause> {
-        let mut methods = vec![Method::NONE];
-        methods.extend(credentials.map(|_| Method::PASSWORD));
-        write(conn, &Greeting { methods }).await?;
-        match (read::<Selection>(conn).await?.0, credentials) {
-            (Method::NONE, _) => Ok(()),
-            (Method::UNACCEPTABLE, _) => Err(Cause::NoMethod),
-            (Method::PASSWORD, Some(credentials)) => {
+    /// Logs in: what protects the connection from there on.
+    async fn authenticate(&self, conn: &mut Conn, hop: &Proxy) -> Result<Option<Protection>, Cause> {
+        let credentials = hop.credentials.as_ref();
+        let ticket = self.ticket().await?;
+        let can = |method: &Method| match *method {
+            Method::PASSWORD => credentials.is_some(),
+            Method::GSSAPI => ticket.is_some(),
+            _ => true,
+        };
+        let all = self.auth.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
+        let methods: Vec<Method> = all.iter().copied().filter(can).collect();
+        if methods.is_empty() {
+            return Err(Cause::NoMethod);
+        }
+        write(conn, &Greeting { methods: methods.clone() }).await?;
+        let selected = read::<Selection>(conn).await?.0;
+        match (selected, credentials, &self.auth.gssapi, ticket) {
+            (Method::UNACCEPTABLE, ..) => Err(Cause::NoMethod),
+            _ if !methods.contains(&selected) => {
+                Err(Cause::Protocol(format!("it selected {selected}, which was not offered")))
+            }
+            (Method::PASSWORD, Some(credentials), ..) => {
                 self.step(Phase::Login);
                 write(conn, credentials).await?;
                 match read::<Status>(conn).await? {
-                    Status::SUCCESS => Ok(()),
+                    Status::SUCCESS => Ok(None),
                     _ => Err(Cause::LoginRefused),
                 }
             }
-            (method, _) => Err(Cause::Protocol(format!("it selected {method}, which was not offered"))),
+            (Method::GSSAPI, _, Some(initiator), Some(ticket)) => {
+                self.step(Phase::Login);
+                let host = match &hop.endpoint {
+                    Endpoint::Tcp(Addr { host: Host::Name(name), .. }) => name.as_str().to_owned(),
+                    Endpoint::Tcp(Addr { host: Host::Ip(ip), .. }) => ip.to_string(),
+                    Endpoint::Unix(_) => String::new(),
+                };
+                initiator.initiate(conn, ticket, &host).await.map_err(Cause::Gssapi)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Something to log in with by GSSAPI, when that may be offered. Only whoever has asked for it in so many words is
+    /// told that there is nothing.
+    async fn ticket(&self) -> Result<Option<Ticket>, Cause> {
+        let Some(initiator) = &self.auth.gssapi else { return Ok(None) };
+        let is_demanded = self.auth.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
+        if self.auth.methods.is_some() && !is_demanded {
+            return Ok(None);
+        }
+        match initiator.ticket().await {
+            Ok(ticket) => Ok(Some(ticket)),
+            Err(error) if is_demanded && self.auth.methods.as_ref().is_some_and(|methods| methods.len() == 1) => {
+                Err(Cause::Gssapi(error))
+            }
+            Err(error) => {
+                log::debug!("not offered: {error}");
+                Ok(None)
+            }
         }
     }
 

@@ -8,6 +8,7 @@ pub mod connect;
 pub mod serve;
 pub mod udp;
 
+mod client;
 mod pipe;
 
 use std::fmt;
@@ -18,7 +19,7 @@ use std::time::Duration;
 use argh::FromArgs;
 use log::LevelFilter;
 
-use crate::client::{self, Cause, Client, Phase, Proxy, parse_hops};
+use crate::client::{self as socks, Cause, Client, Phase, Proxy, parse_hops};
 use crate::dial::Failure as DialFailure;
 use crate::proto::Addr;
 
@@ -212,14 +213,14 @@ impl fmt::Display for Failure {
     }
 }
 
-impl From<client::Error> for Failure {
-    fn from(error: client::Error) -> Self {
+impl From<socks::Error> for Failure {
+    fn from(error: socks::Error) -> Self {
         let status = match (&error.cause, error.phase) {
             (Cause::Unreachable(DialFailure::TimedOut) | Cause::TimedOut(_), _) => Status::TimedOut,
             (Cause::Unreachable(_), Phase::Resolve) => Status::ProxyName,
             (Cause::Unreachable(_) | Cause::Socket(_) | Cause::NextHop(_), _) => Status::ProxyUnreachable,
             (Cause::Protocol(_) | Cause::Closed(_), _) => Status::Protocol,
-            (Cause::NoMethod | Cause::LoginRefused, _) => Status::Login,
+            (Cause::NoMethod | Cause::LoginRefused | Cause::Gssapi(_), _) => Status::Login,
             (Cause::Rep(rep), _) => Status::Rep(rep.0),
         };
         Self::new(status, error.to_string())
@@ -242,8 +243,8 @@ fn hops(option: Option<&str>) -> Result<Vec<Proxy>, Failure> {
 /// The target of `host:port` or `host port`.
 fn target(words: &[String]) -> Result<Addr, Failure> {
     let parsed = match words {
-        [both] => client::parse_addr(both, None),
-        [host, port] => client::parse_host(host).and_then(|host| Ok(Addr { host, port: client::parse_port(port)? })),
+        [both] => socks::parse_addr(both, None),
+        [host, port] => socks::parse_host(host).and_then(|host| Ok(Addr { host, port: socks::parse_port(port)? })),
         _ => Err("write one target: host:port or host port".into()),
     };
     match parsed {

@@ -2,14 +2,15 @@
 //!
 //! | module | what it is | may import |
 //! | --- | --- | --- |
-//! | [`proto`] | every octet of RFC 1928 and 1929; pure | nothing |
+//! | [`proto`] | every octet of RFC 1928, 1929 and 1961; pure | nothing |
 //! | [`reassembly`] | the FRAG queue; pure | `proto` |
 //! | [`policy`] | which method, who is this, where may they go; pure | `proto` |
 //! | [`reactor`] | where futures wait for sockets and for the time | nothing |
 //! | [`relay`] | the two-way pump | `reactor` |
 //! | [`dial`] | names to addresses to one connection | `reactor`, `proto` |
 //! | [`conn`] | one connection, one message at a time | `relay`, `reactor`, `proto` |
-//! | [`client`] | the handshake of a client, through any number of hops | `conn`, `dial`, `reactor`, `reassembly`, `proto` |
+//! | [`gssapi`] | RFC 1961: establishing a security context, both sides | `conn`, `proto` |
+//! | [`client`] | the handshake of a client, through any number of hops | `gssapi`, `conn`, `dial`, `reactor`, `reassembly`, `proto` |
 //! | [`server`] | listen, limit, session, drain | all of the above |
 //! | [`cmd`] | the four modes, their flags, messages and exit statuses | all of the above |
 //!
@@ -23,6 +24,7 @@ pub mod client;
 pub mod cmd;
 pub mod conn;
 pub mod dial;
+pub mod gssapi;
 pub mod policy;
 pub mod proto;
 pub mod reactor;

@@ -9,15 +9,18 @@ pub mod users;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::proto::Method;
+use crate::proto::{Level, Method};
 use rules::{Login, Question, Rules, Verdict};
 use users::Users;
 
 /// What a server allows.
 #[derive(Debug, Default)]
 pub struct Policy {
-    /// Who may log in. With users, nobody gets in without a login.
+    /// Who may log in by password.
     pub users: Option<Arc<Users>>,
+    /// The methods that are taken, the preferred one first. None: passwords where there are users, else NO
+    /// AUTHENTICATION.
+    pub methods: Vec<Method>,
     /// Who may go where.
     pub rules: Rules,
     /// Where this server listens.
@@ -27,8 +30,9 @@ pub struct Policy {
 impl Policy {
     /// Which of the offered methods is used (RFC 1928 section 3); none when none will do.
     pub fn select(&self, offered: &[Method]) -> Option<Method> {
-        let wanted = if self.users.is_some() { Method::PASSWORD } else { Method::NONE };
-        offered.contains(&wanted).then_some(wanted)
+        let default = [if self.users.is_some() { Method::PASSWORD } else { Method::NONE }];
+        let methods = if self.methods.is_empty() { &default } else { self.methods.as_slice() };
+        methods.iter().copied().find(|method| offered.contains(method))
     }
 
     /// Whether a session may be what it is, as far as is known; and because of which rule. `is_local` says whether an
@@ -40,12 +44,13 @@ impl Policy {
     /// Whether whoever got in so would get in again.
     pub fn knows(&self, login: &Login<'_>) -> bool {
         let is_user = |users: &Arc<Users>| login.user.is_some_and(|user| users.contains(user));
-        self.select(&[login.method]).is_some() && self.users.as_ref().is_none_or(is_user)
+        let is_known = login.method != Method::PASSWORD || self.users.as_ref().is_some_and(is_user);
+        self.select(&[login.method]).is_some() && is_known
     }
 
     /// Whether somebody whom no rule names gets in without a login.
     pub fn is_open(&self) -> bool {
-        let login = Login { method: Method::NONE, user: None };
+        let login = Login { method: Method::NONE, user: None, level: Level::None };
         let anybody = Question { login: Some(login), ..Question::default() };
         self.select(&[Method::NONE]).is_some() && !matches!(self.judge(&anybody, |_| false), Verdict::Deny(_))
     }

@@ -35,8 +35,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
-use crate::client::Proxy;
+use crate::client::{Auth, Proxy};
 use crate::dial::{Resolver, unspecified};
+use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::relay::Limits;
 pub use gate::Bounds;
@@ -54,7 +55,7 @@ const SESSION_DESCRIPTORS: u64 = 2;
 const MOST_CONNECTIONS: u64 = 500_000;
 
 /// What a server is told at its start.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Options {
     /// Where to listen.
     pub listen: Vec<Listen>,
@@ -80,6 +81,10 @@ pub struct Options {
     pub udp_ports: Option<Ports>,
     /// Whose datagrams reach the client of an association.
     pub udp_filtering: Filtering,
+    /// Who this server is to clients that come with GSSAPI.
+    pub acceptor: Option<Acceptor>,
+    /// What is offered to hops besides the credentials of each.
+    pub hop_auth: Arc<Auth>,
     /// The ways that rules may name, by number.
     pub hops: Vec<Arc<Hop>>,
     /// What one client or user may take up.

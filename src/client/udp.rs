@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use super::{Cause, Client, Error, Phase};
-use crate::conn::Conn;
+use crate::conn::{Conn, Protection};
 use crate::dial::{Failure, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP, MAX_UDP6};
 use crate::reactor::{Io, Way};
@@ -33,6 +33,13 @@ struct Layer {
     proxy: String,
     relay: Addr,
     reassembler: RefCell<Reassembler>,
+}
+
+impl Layer {
+    /// How many octets a datagram gets longer by being protected.
+    fn overhead(&self) -> usize {
+        self.control.protection().map_or(0, Protection::overhead)
+    }
 }
 
 /// A proxy has closed the control connection, and its association with it.
@@ -101,17 +108,24 @@ impl Association {
 
     /// A datagram as the first relay wants it, or several.
     fn wrapped(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-        let inner = self.layers.iter().skip(1).map(|layer| &layer.relay).rev();
-        let overhead: usize = inner.clone().map(|relay| wrap(relay, &[]).len()).sum();
         let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP } else { MAX_UDP6 };
         let too_large = || {
             io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {most} octets at most"))
         };
         let whole = Some(data).filter(|data| data.len() <= most).ok_or_else(too_large)?;
+        let nested = self.layers.iter().skip(1).map(|layer| header(&layer.relay)).sum::<usize>();
+        let overhead = nested + self.layers.iter().map(Layer::overhead).sum::<usize>();
         let mut all = split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)?;
         for octets in &mut all {
-            for relay in inner.clone() {
-                *octets = wrap(relay, octets);
+            let mut inner: Option<&Layer> = None;
+            for layer in self.layers.iter().rev() {
+                if let Some(inner) = inner {
+                    *octets = wrap(&inner.relay, octets);
+                }
+                if let Some(protection) = layer.control.protection() {
+                    *octets = protection.wrap(octets)?;
+                }
+                inner = Some(layer);
             }
         }
         Ok(all)
@@ -162,6 +176,9 @@ impl Association {
         let mut octets = octets.to_vec();
         let mut from = None;
         for (i, layer) in self.layers.iter().enumerate() {
+            if let Some(protection) = layer.control.protection() {
+                octets = protection.unwrap_datagram(&mut octets)?;
+            }
             let datagram = Datagram::decode(&octets).ok()?;
             let (sender, data) = layer.reassembler.borrow_mut().push(Instant::now(), datagram)?;
             let next = self.layers.get(i + 1).map(|next| &next.relay);
@@ -211,6 +228,11 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
             received => return received,
         }
     }
+}
+
+/// How long the header of a datagram to `dst` is.
+fn header(dst: &Addr) -> usize {
+    wrap(dst, &[]).len()
 }
 
 fn wrap(dst: &Addr, data: &[u8]) -> Vec<u8> {

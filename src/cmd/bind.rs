@@ -4,42 +4,37 @@ use std::time::Duration;
 
 use argh::FromArgs;
 
-use super::{Failure, HANDSHAKE, deadline, hops, note, pipe, say};
-use crate::client::{Client, parse_addr};
+use super::client::client_args;
+use super::{Failure, HANDSHAKE, deadline, note, pipe, say};
+use crate::client::parse_addr;
 use crate::proto::{Addr, Command};
 
-/// Accept one connection at a SOCKS5 proxy: says where on stderr, then stdin and stdout are that connection.
-#[derive(FromArgs, Debug)]
-#[argh(
-    subcommand,
-    name = "bind",
-    note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
-    example = "s5 bind -x proxy.example 192.0.2.7 > received"
-)]
-pub struct Args {
-    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; a comma list is a chain, nearest first
-    #[argh(option, short = 'x', long = "proxy", arg_name = "url")]
-    proxy: Option<String>,
+client_args! {
+    /// Accept one connection at a SOCKS5 proxy: says where on stderr, then stdin and stdout are that connection.
+    #[derive(FromArgs, Debug)]
+    #[argh(
+        subcommand,
+        name = "bind",
+        note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
+        example = "s5 bind -x proxy.example 192.0.2.7 > received"
+    )]
+    pub struct Args {
+        /// how long it may take until the proxy listens: seconds, or with ms, s, m, h (60); the wait for the peer is the
+        /// proxy's to bound
+        #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
+        wait: Duration,
 
-    /// how long it may take until the proxy listens: seconds, or with ms, s, m, h (60); the wait for the peer is the
-    /// proxy's to bound
-    #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
-    wait: Duration,
-
-    /// say on stderr what happens
-    #[argh(switch, short = 'v')]
-    verbose: bool,
-
-    /// who may connect: host or host:port, anybody without it
-    #[argh(positional)]
-    peer: Option<String>,
+        /// who may connect: host or host:port, anybody without it
+        #[argh(positional)]
+        peer: Option<String>,
+    }
 }
 
 impl Args {
-    pub(super) fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(mut self) -> Result<(), Failure> {
         let peer = self.peer.as_deref().map_or(Ok(Addr::UNSPECIFIED), |peer| parse_addr(peer, Some(0)));
         let peer = peer.map_err(|error| Failure::usage(format!("peer: {error}")))?;
-        let client = Client::new(hops(self.proxy.as_deref())?, peer, Some(self.wait));
+        let client = self.client(peer, self.wait)?;
         smol::block_on(async {
             let (mut tunnel, bnd) = client.request(Command::Bind).await?;
             say(&format!("bound {}", client.meant(bnd, &tunnel)));

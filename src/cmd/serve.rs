@@ -13,9 +13,13 @@ use std::time::Duration;
 use argh::FromArgs;
 use log::LevelFilter;
 
+use super::client::{levels, methods};
 use super::{Failure, Status, deadline, duration};
-use crate::client::parse_hops;
+use crate::client::{Auth, parse_hops};
+use crate::gssapi::Initiator;
+use crate::policy::Policy;
 use crate::policy::rules::Route;
+use crate::proto::{Level, Method};
 use crate::server::{self, Bounds, Filtering, Hop, Listen, Options, Ports, StartError};
 use load::{Source, Sources};
 
@@ -57,6 +61,23 @@ pub struct Args {
     /// remove a user from the users file and exit
     #[argh(option, arg_name = "name")]
     remove_user: Option<String>,
+
+    /// methods that are taken, the preferred one first: none, password, gssapi (password with --users, gssapi with
+    /// --keytab, else none)
+    #[argh(option, arg_name = "method,…", from_str_fn(methods))]
+    auth: Option<Vec<Method>>,
+
+    /// where the keys for gssapi are (what the environment or the system says)
+    #[argh(option, arg_name = "file")]
+    keytab: Option<PathBuf>,
+
+    /// which key is used: rcmd, rcmd@host or a principal (any of the keytab)
+    #[argh(option, arg_name = "name")]
+    gssapi_service: Option<String>,
+
+    /// what may be granted: none (curl can do no other), integrity, confidentiality (the last two)
+    #[argh(option, arg_name = "level,…", from_str_fn(levels))]
+    gssapi_protection: Option<Vec<Level>>,
 
     /// a file with a rule a line: who may go where; first match wins
     #[argh(option, arg_name = "file")]
@@ -232,10 +253,11 @@ impl Args {
             (_, None, None) => {}
         }
         let hops = self.hops()?;
-        let sources = self.sources(&hops);
+        let methods = self.methods()?;
+        let sources = self.sources(&hops, methods);
         let policy = sources.load()?;
         let (question, show_rules) = (self.explain.take(), self.show_rules);
-        let options = self.options(hops)?;
+        let options = self.options(&policy, hops)?;
         if show_rules {
             return explain::show(&policy, &options);
         }
@@ -273,7 +295,24 @@ impl Args {
         Ok(hops)
     }
 
-    fn sources(&mut self, hops: &[Arc<Hop>]) -> Sources {
+    /// The methods that are taken, in their order.
+    fn methods(&self) -> Result<Vec<Method>, Failure> {
+        let is_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
+        let methods = self.auth.clone().unwrap_or_else(|| {
+            let some = [(self.users.is_some(), Method::PASSWORD), (is_gssapi, Method::GSSAPI)];
+            let found: Vec<Method> = some.into_iter().filter(|(is, _)| *is).map(|(_, method)| method).collect();
+            if found.is_empty() { vec![Method::NONE] } else { found }
+        });
+        let wrong = |what: &str| Err(Failure::usage(format!("--auth: {what}")));
+        match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
+            (true, _) if self.users.is_none() => wrong("password needs --users FILE"),
+            (false, _) if self.users.is_some() => wrong("with --users, password has to be one of them"),
+            (_, false) if is_gssapi => wrong("with --keytab and the like, gssapi has to be one of them"),
+            _ => Ok(methods),
+        }
+    }
+
+    fn sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> Sources {
         let lines = |lines: &mut Vec<Line>, option| lines.drain(..).map(move |line| (line, option)).collect::<Vec<_>>();
         let mut all = lines(&mut self.allow, "--allow");
         all.extend(lines(&mut self.deny, "--deny"));
@@ -283,16 +322,22 @@ impl Args {
             users: self.users.take().map(Source::new),
             rules: self.rules.take().map(Source::new),
             lines: all.into_iter().map(|(Line(_, text), option)| (text, option)).collect(),
+            methods,
             hops: hops.iter().map(|hop| hop.name.clone()).collect(),
             route: via.map_or(Route::Direct, Route::Hop),
         }
     }
 
-    fn options(self, hops: Vec<Arc<Hop>>) -> Result<Options, Failure> {
+    fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, Failure> {
         let [v4, v6] = [IpAddr::is_ipv4, IpAddr::is_ipv6].map(|is| self.advertise.iter().filter(|ip| is(ip)).count());
         if v4 > 1 || v6 > 1 {
             return Err(Failure::usage("--advertise: one address a family"));
         }
+        let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
+            let both = || vec![Level::Integrity, Level::Confidentiality];
+            let levels = self.gssapi_protection.unwrap_or_else(both);
+            load::acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
+        });
         let default = || DEFAULT_LISTEN.parse().map(|listen| vec![listen]).map_err(Failure::usage);
         Ok(Options {
             listen: if self.listen.is_empty() { default()? } else { self.listen },
@@ -307,6 +352,8 @@ impl Args {
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
+            acceptor: acceptor.transpose()?,
+            hop_auth: Arc::new(Auth { methods: None, gssapi: Initiator::may_have_tickets().then(Initiator::default) }),
             hops,
             bounds: Bounds {
                 per_client: self.max_per_client,

@@ -12,7 +12,8 @@ use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use smol::{Timer, Unblock};
 
-use super::{Failure, HANDSHAKE, Status, duration, hops, note, target};
+use super::client::client_args;
+use super::{Failure, HANDSHAKE, Status, duration, note, target};
 use crate::client::{Association, Client, Lost};
 use crate::proto::MAX_UDP6;
 
@@ -21,39 +22,33 @@ const ANSWERS: Duration = Duration::from_secs(2);
 /// How many answers are written at once: about what a socket holds, and not without end.
 const MAX_BATCH: usize = 1000;
 
-/// Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.
-#[derive(FromArgs, Debug)]
-#[argh(
-    subcommand,
-    name = "udp",
-    note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
-    example = "echo ping | s5 udp -w 1 192.0.2.7:7"
-)]
-pub struct Args {
-    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; a comma list is a chain, nearest first
-    #[argh(option, short = 'x', long = "proxy", arg_name = "url")]
-    proxy: Option<String>,
+client_args! {
+    /// Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.
+    #[derive(FromArgs, Debug)]
+    #[argh(
+        subcommand,
+        name = "udp",
+        note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
+        example = "echo ping | s5 udp -w 1 192.0.2.7:7"
+    )]
+    pub struct Args {
+        /// how long to wait for answers when stdin has ended: seconds, or with ms, s, m, h (2)
+        #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(duration), default = "ANSWERS")]
+        wait: Duration,
 
-    /// how long to wait for answers when stdin has ended: seconds, or with ms, s, m, h (2)
-    #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(duration), default = "ANSWERS")]
-    wait: Duration,
+        /// take what one read gives as a datagram, and write answers as they are
+        #[argh(switch)]
+        raw: bool,
 
-    /// take what one read gives as a datagram, and write answers as they are
-    #[argh(switch)]
-    raw: bool,
-
-    /// say on stderr what happens
-    #[argh(switch, short = 'v')]
-    verbose: bool,
-
-    /// host:port, or host and port
-    #[argh(positional, arg_name = "target")]
-    target: Vec<String>,
+        /// host:port, or host and port
+        #[argh(positional, arg_name = "target")]
+        target: Vec<String>,
+    }
 }
 
 impl Args {
-    pub(super) fn run(self) -> Result<(), Failure> {
-        let client = Client::new(hops(self.proxy.as_deref())?, target(&self.target)?, Some(HANDSHAKE));
+    pub(super) fn run(mut self) -> Result<(), Failure> {
+        let client = self.client(target(&self.target)?, HANDSHAKE)?;
         smol::block_on(async {
             let association = client.associate().await?;
             if let Some(relay) = association.relay() {

@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
-use crate::proto::{Command, Method, Name};
+use crate::proto::{Command, Level, Method, Name};
 pub use text::{Error, name_of, parse, parse_line};
 
 /// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
@@ -43,6 +43,8 @@ pub struct Login<'a> {
     pub method: Method,
     /// As whom.
     pub user: Option<&'a [u8]>,
+    /// How the session is protected (RFC 1961).
+    pub level: Level,
 }
 
 /// The answer to a question.
@@ -73,6 +75,7 @@ pub struct Rule {
     from: Vec<Source>,
     users: Vec<User>,
     methods: Vec<Method>,
+    levels: Vec<Level>,
     commands: Vec<Command>,
     to: To,
     ports: Vec<RangeInclusive<u16>>,
@@ -154,13 +157,14 @@ impl Rules {
     pub fn new(mut rules: Vec<Rule>, route: Route) -> Self {
         let written = rules.len();
         let is_list = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
+        // It means what it would mean behind the denials, and does not wait for them to be decided.
+        if !is_list {
+            rules.push(Rule { to: To::Unprotected, ..Rule::built_in(true, "allow") });
+        }
         rules.push(Rule { to: To::Home, ..Rule::built_in(false, "deny to=(where s5 itself listens)") });
         let text = format!("deny from=remote to={PROTECTED}");
         let nets = PROTECTED.split(',').filter_map(text::net).map(Place::Net).collect();
         rules.push(Rule { from: vec![Source::Remote], to: To::These(nets), ..Rule::built_in(false, &text) });
-        if !is_list {
-            rules.push(Rule { to: To::Unprotected, ..Rule::built_in(true, "allow") });
-        }
         Self { rules, written, otherwise: Rule::built_in(false, "deny"), route }
     }
 
@@ -174,9 +178,11 @@ impl Rules {
         self.written().iter().any(|rule| !rule.from.is_empty())
     }
 
-    /// All rules, the built-in ones too.
+    /// All rules, the built-in ones too, in an order in which they can be read: what is denied before what is not.
     pub fn all(&self) -> impl Iterator<Item = &Rule> {
-        self.rules.iter().chain([&self.otherwise])
+        let (written, built_in) = self.rules.split_at_checked(self.written).unwrap_or_default();
+        let of = |allow: bool| built_in.iter().filter(move |rule| rule.allow == allow);
+        written.iter().chain(of(false)).chain(of(true)).chain([&self.otherwise])
     }
 
     /// The first rule that decides. `is_home` says whether an address leads to this server's own listeners.
@@ -185,7 +191,7 @@ impl Rules {
         for rule in &self.rules {
             match (self.matches(rule, question, is_home), rule.allow) {
                 (Holds::No, _) => {}
-                (Holds::Perhaps, true) => return Verdict::Undecided(rule),
+                (Holds::Perhaps, true) => return Verdict::Undecided(doubt.unwrap_or(rule)),
                 (Holds::Perhaps, false) => doubt = doubt.or(Some(rule)),
                 // Whatever else may match before it denies too.
                 (Holds::Yes, false) => return Verdict::Deny(rule),
@@ -256,6 +262,7 @@ impl Rule {
             from: Vec::new(),
             users: Vec::new(),
             methods: Vec::new(),
+            levels: Vec::new(),
             commands: Vec::new(),
             to: To::Anywhere,
             ports: Vec::new(),
@@ -287,10 +294,11 @@ impl Rule {
             Some(login) => login.user.is_some_and(|name| user.is(name)).into(),
         };
         let method = |method: &Method| question.login.map_or(Holds::Perhaps, |login| (login.method == *method).into());
+        let level = |level: &Level| question.login.map_or(Holds::Perhaps, |login| (login.level == *level).into());
         let command = |command: &Command| question.command.map_or(Holds::Perhaps, |asked| (asked == *command).into());
         let port = |ports: &RangeInclusive<u16>| question.port.map_or(Holds::Perhaps, |p| ports.contains(&p).into());
         let from = any(&self.from, |source| source.includes(question.from).into());
-        let login = any(&self.users, user).min(any(&self.methods, method));
+        let login = any(&self.users, user).min(any(&self.methods, method)).min(any(&self.levels, level));
         from.min(login).min(any(&self.commands, command)).min(any(&self.ports, port))
     }
 }

@@ -24,7 +24,7 @@ use super::pace::Pace;
 use super::record::towards;
 use super::session::{Refusal, Session};
 use super::{Filtering, Server, address_for, bind_within};
-use crate::conn::Conn;
+use crate::conn::{Conn, Protection};
 use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::policy::rules::{Question, Route, Verdict};
@@ -73,6 +73,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let association = Association {
         pace: session.claims.as_ref().and_then(|claims| claims.pace.clone()),
         session,
+        protection: control.protection().cloned(),
         relay,
         client,
         outward: [None, None],
@@ -121,6 +122,8 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
 struct Association<'a, 'b> {
     session: &'a mut Session<'b>,
     pace: Option<Pace>,
+    /// That of the control connection, which holds for datagrams too (RFC 1961 section 5).
+    protection: Option<Protection>,
     relay: BatchSocket,
     /// The port is 0 until it is known.
     client: SocketAddr,
@@ -217,7 +220,7 @@ impl Association<'_, '_> {
                 self.last = now;
                 // Whom the client has sent to is the hop's to know.
                 if self.client.port() != 0 && self.may_pass(data.len()) {
-                    self.answer_in_fragments(&from, &data);
+                    self.answer_alone(&from, &data);
                 }
             }
             more |= left == 0;
@@ -233,29 +236,53 @@ impl Association<'_, '_> {
             if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
                 continue;
             }
-            let Ok(datagram) = Datagram::decode(octets) else { continue };
-            if self.client.port() == 0 {
-                self.client = from;
-                if let Err(error) = self.relay.get_ref().connect(from) {
-                    log::debug!("udp: connect to {from}: {error}");
+            if let Some(protection) = &self.protection {
+                let plain = protection.unwrap_datagram(&mut octets.to_vec());
+                if let Some(plain) = plain {
+                    self.take_protected(now, from, &plain);
                 }
+                continue;
             }
-            self.last = now;
+            let Ok(datagram) = Datagram::decode(octets) else { continue };
+            self.hear(now, from);
             match self.reassembler.push(now, datagram) {
                 Some((Addr { host: Host::Ip(ip), port }, Cow::Borrowed(data))) => {
                     self.send_in_run(run, canonical(ip, port), data);
                 }
                 Some((dst, data)) => {
                     self.send_run(run);
-                    match dst.host {
-                        Host::Ip(ip) => self.send(canonical(ip, dst.port), &data),
-                        Host::Name(name) => self.send_to_name(name, dst.port, &data),
-                    }
+                    self.send_to(dst, &data);
                 }
                 None => {}
             }
         }
         self.send_run(run);
+    }
+
+    fn take_protected(&mut self, now: Instant, from: SocketAddr, octets: &[u8]) {
+        let Ok(datagram) = Datagram::decode(octets) else { return };
+        self.hear(now, from);
+        if let Some((dst, data)) = self.reassembler.push(now, datagram) {
+            self.send_to(dst, &data);
+        }
+    }
+
+    /// The client has sent something; the first time, it is known from where.
+    fn hear(&mut self, now: Instant, from: SocketAddr) {
+        self.last = now;
+        if self.client.port() == 0 {
+            self.client = from;
+            if let Err(error) = self.relay.get_ref().connect(from) {
+                log::debug!("udp: connect to {from}: {error}");
+            }
+        }
+    }
+
+    fn send_to(&mut self, dst: Addr, data: &[u8]) {
+        match dst.host {
+            Host::Ip(ip) => self.send(canonical(ip, dst.port), data),
+            Host::Name(name) => self.send_to_name(name, dst.port, data),
+        }
     }
 
     fn send_in_run<'a>(&mut self, run: &mut Run<'a>, dst: SocketAddr, data: &'a [u8]) {
@@ -391,9 +418,9 @@ impl Association<'_, '_> {
             if !self.may_pass(data.len()) {
                 continue;
             }
-            if run.header() + data.len() > MAX_UDP {
+            if self.protection.is_some() || run.header() + data.len() > MAX_UDP {
                 self.answer_run(run);
-                self.answer_in_fragments(&from.into(), data);
+                self.answer_alone(&from.into(), data);
             } else if !run.push(data) {
                 self.answer_run(run);
                 run.push(data);
@@ -419,10 +446,16 @@ impl Association<'_, '_> {
         }
     }
 
-    /// An answer that has no room behind its header, or comes by itself.
-    fn answer_in_fragments(&self, from: &Addr, data: &[u8]) {
-        let send = |octets: &Vec<u8>| self.relay.send_octets(None, octets).is_ok();
-        if split(from, data, MAX_UDP).is_some_and(|datagrams| datagrams.iter().all(send)) {
+    /// An answer that comes by itself: protected, or through a hop, or without room behind its header.
+    fn answer_alone(&self, from: &Addr, data: &[u8]) {
+        let send = |octets: &Vec<u8>| match &self.protection {
+            Some(protection) => {
+                protection.wrap(octets).is_ok_and(|octets| self.relay.send_octets(None, &octets).is_ok())
+            }
+            None => self.relay.send_octets(None, octets).is_ok(),
+        };
+        let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
+        if split(from, data, MAX_UDP - overhead).is_some_and(|datagrams| datagrams.iter().all(send)) {
             self.session.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
     }

@@ -71,7 +71,9 @@ impl Server {
     /// A client of `hop` that has until `deadline`.
     pub(super) fn client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let left = deadline.saturating_duration_since(Instant::now());
-        Client::new(hop.proxies.clone(), dst, Some(left)).resolving_by(self.resolver.clone())
+        Client::new(hop.proxies.clone(), dst, Some(left))
+            .resolving_by(self.resolver.clone())
+            .with_auth(self.options.hop_auth.clone())
     }
 
     /// The hop of that number.

@@ -6,12 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use log::Level;
-
 use super::Hop;
 use crate::dial::{canonical, literal};
 use crate::policy::rules::{Login, Question};
-use crate::proto::{Addr, Command, Host, Method, Rep};
+use crate::proto::{Addr, Command, Host, Level, Method, Rep};
 use crate::relay::Moved;
 
 /// What the line of a failed login says; filters look for it.
@@ -24,6 +22,7 @@ pub(super) struct Record {
     client: Option<Place>,
     pub(super) user: Option<Box<[u8]>>,
     pub(super) method: Option<Method>,
+    pub(super) level: Level,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
     bnd: Option<Place>,
@@ -47,6 +46,7 @@ impl Record {
             client: client.map(|client| (client.ip(), client.port())),
             user: None,
             method: None,
+            level: Level::None,
             command: None,
             dst: None,
             bnd: None,
@@ -74,7 +74,7 @@ impl Record {
 
     /// How the client got in, once it has.
     pub(super) fn login(&self) -> Option<Login<'_>> {
-        self.method.map(|method| Login { method, user: self.user.as_deref() })
+        self.method.map(|method| Login { method, user: self.user.as_deref(), level: self.level })
     }
 
     /// What is known of the session, but for where it goes.
@@ -116,7 +116,7 @@ pub(super) fn towards<'a>(question: Question<'a>, dst: &'a Addr) -> Question<'a>
 impl Drop for Record {
     fn drop(&mut self) {
         let is_refused = self.error.get().is_some_and(|error| **error == *LOGIN_REFUSED);
-        log::log!(if is_refused { Level::Warn } else { Level::Info }, "session {self}");
+        log::log!(if is_refused { log::Level::Warn } else { log::Level::Info }, "session {self}");
     }
 }
 

@@ -16,10 +16,12 @@ use super::record::{LOGIN_REFUSED, Record};
 use super::tunnel::Tunnel;
 use super::{Server, associate, bind, connect};
 use crate::client;
-use crate::conn::{Conn, ReadError, until};
+use crate::conn::{Conn, Protection, ReadError, until};
 use crate::dial::Failure;
+use crate::gssapi::{self, Acceptor};
 use crate::proto::{
-    Addr, Command, Credentials, Error, Foreign, Greeting, Host, Message, Method, Rep, Reply, Request, Selection, Status,
+    Addr, Command, Credentials, Error, Foreign, Frame, Greeting, Host, Message, Method, Rep, Reply, Request, Selection,
+    Status,
 };
 use crate::reactor::sleep;
 
@@ -83,6 +85,8 @@ pub(super) struct Session<'a> {
     /// The policy that it began with, and from its request on the one that was in force then.
     pub(super) law: Arc<Law>,
     pub(super) record: Record,
+    /// Whether the order of octets is assured, as far as it should be.
+    is_ordered: bool,
     /// What it takes up of its client's and its user's share.
     pub(super) claims: &'a mut Option<Box<Claims>>,
 }
@@ -95,8 +99,11 @@ pub(super) async fn run(
     client: Option<SocketAddr>,
     claims: &mut Option<Box<Claims>>,
 ) -> Option<Tunnel> {
-    let mut session = Session { server, law: server.laws.current(), record: Record::new(client), claims };
-    let outcome = match session.handshake(&mut conn).await {
+    let mut session =
+        Session { server, law: server.laws.current(), record: Record::new(client), is_ordered: true, claims };
+    let handshake;
+    (conn, handshake) = session.handshake(conn).await;
+    let outcome = match handshake {
         Ok(request) => session.dispatch(&mut conn, &request).await,
         Err(refusal) => Err(refusal),
     };
@@ -123,24 +130,34 @@ struct Attempt {
     is_valid: bool,
     /// How long the answer is held back.
     delay: Duration,
+    /// What protects all that follows.
+    protection: Option<Protection>,
 }
 
 impl Session<'_> {
     /// Everything up to the request, under one deadline; but the client does not answer for what the answer to its
     /// login is held back.
-    async fn handshake(&mut self, conn: &mut Conn) -> Result<Request, Refusal> {
+    async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, Refusal>) {
         let deadline = Instant::now() + self.server.options.handshake_timeout;
         let late = || Refusal::silent("the handshake took too long");
-        let attempt = until(deadline, self.attempt(conn)).await.ok_or_else(late)??;
+        let mut attempt = match until(deadline, self.attempt(&mut conn)).await.unwrap_or_else(|| Err(late())) {
+            Ok(attempt) => attempt,
+            Err(refusal) => return (conn, Err(refusal)),
+        };
+        if let Some(protection) = attempt.protection.take() {
+            conn = conn.protect(protection);
+        }
         let delay = attempt.delay;
         if !delay.is_zero() {
             sleep(delay).await;
         }
-        let request = async { self.admit(conn, attempt).await?.request().await };
-        let request = until(deadline + delay, request).await.ok_or_else(late)??;
-        self.record.command = Some(request.command);
-        self.record.dst = Some(request.dst.clone());
-        Ok(request)
+        let request = async { self.admit(&mut conn, attempt).await?.request().await };
+        let request = until(deadline + delay, request).await.unwrap_or_else(|| Err(late()));
+        if let Ok(request) = &request {
+            self.record.command = Some(request.command);
+            self.record.dst = Some(request.dst.clone());
+        }
+        (conn, request)
     }
 
     async fn attempt(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
@@ -150,22 +167,42 @@ impl Session<'_> {
             return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
         };
         conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
-        let (Method::PASSWORD, Some(users)) = (method, &self.law.policy.users) else {
-            return Ok(Attempt { method, is_valid: true, delay: Duration::ZERO });
-        };
+        match (method, &self.law.policy.users, &self.server.options.acceptor) {
+            (Method::PASSWORD, Some(_), _) => self.log_in(conn).await,
+            (Method::GSSAPI, _, Some(acceptor)) => self.establish(conn, acceptor).await,
+            (Method::NONE, ..) => Ok(Attempt { method, is_valid: true, delay: Duration::ZERO, protection: None }),
+            _ => Err(Refusal::silent("a method that nothing is there for")),
+        }
+    }
+
+    /// RFC 1929.
+    async fn log_in(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
         let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
         self.record.user = Some(credentials.uname.clone().into());
-        let is_valid = match self.server.gate.delay(self.record.client()) {
+        let is_valid = match (self.server.gate.delay(self.record.client()), &self.law.policy.users) {
+            (Some(_), Some(users)) => self.law.login.verify(users, credentials).await,
             // Not worth a hash.
-            None => false,
-            Some(_) => self.law.login.verify(users, credentials).await,
+            (None, _) | (_, None) => false,
         };
         // Asked again: others may have failed meanwhile.
         let delay = self.server.gate.delay(self.record.client()).unwrap_or(LONGEST);
         if !is_valid {
             self.server.gate.failed(self.record.client());
         }
-        Ok(Attempt { method, is_valid, delay })
+        Ok(Attempt { method: Method::PASSWORD, is_valid, delay, protection: None })
+    }
+
+    /// RFC 1961.
+    async fn establish(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Attempt, Refusal> {
+        let accepted = acceptor.accept(conn).await.map_err(|error| match error {
+            gssapi::Error::Refused(_) => Refusal::silent(error),
+            _ => Refusal::say(&Frame::Abort, error),
+        })?;
+        self.record.user = Some(accepted.user.into());
+        self.record.level = accepted.level;
+        self.is_ordered = accepted.is_ordered || accepted.protection.is_none();
+        let (is_valid, protection) = (true, accepted.protection);
+        Ok(Attempt { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
     }
 
     async fn admit<'a>(&mut self, conn: &'a mut Conn, attempt: Attempt) -> Result<Authenticated<'a>, Refusal> {
@@ -190,6 +227,11 @@ impl Session<'_> {
             && !self.server.gate.log_in(user, self.claims)
         {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, "as many sessions of this user as there may be"));
+        }
+        if !self.is_ordered && request.command != Command::UdpAssociate {
+            let why =
+                "the context would not notice octets in another order (RFC 1961 wants replay and sequence detection)";
+            return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
         let dst = &request.dst;
         match request.command {

@@ -233,7 +233,7 @@ fn a_method_that_was_not_offered_is_an_error() {
 
 #[test]
 fn a_proxy_that_does_not_let_us_in_is_a_login_failure() {
-    let no_method = "no acceptable authentication method (does it want user:password@?)";
+    let no_method = "no acceptable authentication method (does it want user:password@, or a Kerberos ticket?)";
     let refused = "user name or password refused";
     check(vec![
         case(vec![Greeting, say(&[5, 255])], 67, "greeting", no_method),

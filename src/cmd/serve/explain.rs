@@ -12,7 +12,7 @@ use crate::conn::until;
 use crate::dial::{Resolver, canonical, literal};
 use crate::policy::Policy;
 use crate::policy::rules::{Login, Question, Route, Rule, Verdict};
-use crate::proto::{Addr, Command, Host, Method, Name};
+use crate::proto::{Addr, Command, Host, Level, Method, Name};
 use crate::server::{Options, is_local};
 
 /// How long the system's resolver may take.
@@ -66,6 +66,7 @@ struct Asked {
     from: IpAddr,
     user: Option<String>,
     method: Method,
+    level: Level,
     command: Command,
     to: Option<Addr>,
 }
@@ -83,11 +84,15 @@ impl Asked {
         let user = words.remove("user").map(str::to_owned);
         let method = match words.remove("method") {
             None if user.is_none() => Method::NONE,
+            None if user.as_ref().is_some_and(|user| user.contains('@')) => Method::GSSAPI,
             None | Some("password") => Method::PASSWORD,
             Some("none") => Method::NONE,
             Some("gssapi") => Method::GSSAPI,
             Some(other) => return Err(format!("method={other}: there are none, password and gssapi")),
         };
+        let level = words.remove("protection").unwrap_or("none");
+        let level = Level::ALL.into_iter().find(|known| known.to_string() == level);
+        let level = level.ok_or("protection=: there are none, integrity and confidentiality")?;
         let command = match words.remove("command").unwrap_or("connect") {
             "connect" => Command::Connect,
             "bind" => Command::Bind,
@@ -101,14 +106,14 @@ impl Asked {
             (to, _) => to,
         };
         if let Some(key) = words.keys().next() {
-            return Err(format!("unknown key {key:?}; there are from, user, method, command, to and port"));
+            return Err(format!("unknown key {key:?}; there are from, user, method, protection, command, to and port"));
         }
         let from: IpAddr = from.parse().map_err(|_| format!("from={from}: write one address"))?;
-        Ok(Self { from: from.to_canonical(), user, method, command, to })
+        Ok(Self { from: from.to_canonical(), user, method, level, command, to })
     }
 
     fn question(&self) -> Question<'_> {
-        let login = Login { method: self.method, user: self.user.as_deref().map(str::as_bytes) };
+        let login = Login { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
         let port = self.to.as_ref().map(|to| to.port).filter(|port| *port != 0);
         let question =
             Question { from: Some(self.from), login: Some(login), command: Some(self.command), ..Question::default() };

@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cmd::Failure;
+use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};
 use crate::policy::users::Users;
+use crate::proto::{Level, Method};
 
 /// The largest users file that is read, in octets: room for some 100 000 users.
 pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
@@ -74,6 +76,8 @@ impl Source {
 pub(super) struct Sources {
     pub(super) users: Option<Source>,
     pub(super) rules: Option<Source>,
+    /// The methods that are taken, in their order.
+    pub(super) methods: Vec<Method>,
     /// The rules of the command line, each with the option that it came by.
     pub(super) lines: Vec<(String, &'static str)>,
     /// The names of the hops, by number.
@@ -111,7 +115,7 @@ impl Sources {
                 source.taken.set(shape);
             }
         }
-        Ok(Policy { users, rules: Rules::new(all, self.route), ..Policy::default() })
+        Ok(Policy { users, methods: self.methods.clone(), rules: Rules::new(all, self.route), ..Policy::default() })
     }
 
     fn lines(&self) -> Result<Vec<Rule>, Failure> {
@@ -122,6 +126,23 @@ impl Sources {
         }
         Ok(all)
     }
+}
+
+/// Who the server is to clients that come with GSSAPI.
+///
+/// # Errors
+/// The library is missing, or the keytab can't be read, or has no such key.
+pub(super) fn acceptor(
+    keytab: Option<PathBuf>,
+    service: Option<&str>,
+    levels: Vec<Level>,
+) -> Result<Acceptor, Failure> {
+    if let Some(file) = &keytab {
+        // The library calls everything that it can't read "nonexistent or empty".
+        fs::File::open(file).map_err(|error| wrong(file, error))?;
+    }
+    let file = keytab.as_ref().map_or_else(|| "--auth gssapi".into(), |file| file.display().to_string());
+    Acceptor::new(keytab, service, levels).map_err(|error| Failure::usage(format!("{file}: {error}")))
 }
 
 pub(super) fn wrong(file: &Path, what: impl std::fmt::Display) -> Failure {

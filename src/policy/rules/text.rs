@@ -9,10 +9,12 @@ use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 
 use super::{Place, Route, Rule, Source, To, User};
-use crate::proto::{Command, Method};
+use crate::proto::{Command, Level, Method};
 
 /// The way that `via=` calls the one through no hop.
 const DIRECT: &str = "direct";
+
+const KEYS: &str = "from, user, method, protection, command, to, port and via";
 
 /// What is wrong with a rule, and where.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,6 +53,9 @@ pub fn parse(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, Error
 pub fn parse_line(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
     let Some((verdict, conditions)) = words.split_first() else { return Ok(None) };
+    if let Some(word) = words.iter().find(|word| word.contains(char::is_control)) {
+        return Err(format!("{word:?} has a control character in it"));
+    }
     let allow = match *verdict {
         "allow" => true,
         "deny" => false,
@@ -79,12 +84,13 @@ impl Rule {
             "from" => self.from = list(value, source)?,
             "user" => self.users = list(value, user)?,
             "method" => self.methods = list(value, method)?,
+            "protection" => self.levels = list(value, level)?,
             "command" => self.commands = list(value, command)?,
             "to" => self.to = To::These(list(value, place)?),
             "port" => self.ports = list(value, ports)?,
             "via" if self.allow => self.via = Some(via(value, hops)?),
             "via" => return Err("what is denied goes no way".into()),
-            _ => return Err(format!("unknown key {key:?}; there are from, user, method, command, to, port and via")),
+            _ => return Err(format!("unknown key {key:?}; there are {KEYS}")),
         }
         Ok(())
     }
@@ -122,6 +128,11 @@ fn method(text: &str) -> Result<Method, String> {
     found.ok_or_else(|| format!("{text:?} is none of none, password and gssapi"))
 }
 
+fn level(text: &str) -> Result<Level, String> {
+    let found = Level::ALL.into_iter().find(|level| level.to_string() == text);
+    found.ok_or_else(|| format!("{text:?} is none of none, integrity and confidentiality"))
+}
+
 fn command(text: &str) -> Result<Command, String> {
     let all = [Command::Connect, Command::Bind, Command::UdpAssociate];
     let found = all.into_iter().find(|command| command.to_string() == text);
@@ -153,7 +164,8 @@ fn place(text: &str) -> Result<Place, String> {
 }
 
 fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
-    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+    let is_number = |text: &&str| text.chars().all(|c| c.is_ascii_digit());
+    let port = |text: &str| Some(text).filter(is_number)?.parse::<u16>().ok().filter(|port| *port > 0);
     let (low, high) = text.split_once('-').unwrap_or((text, text));
     match (port(low), port(high)) {
         (Some(low), Some(high)) if low <= high => Ok(low..=high),
@@ -166,7 +178,7 @@ fn via(text: &str, hops: &[String]) -> Result<Route, String> {
         return Ok(Route::Direct);
     }
     let found = hops.iter().position(|hop| hop == text).map(Route::Hop);
-    found.ok_or_else(|| format!("no hop is called {text:?}; --hop {text}=URL says where it is"))
+    found.ok_or_else(|| format!("no hop is called {text:?}; --hop NAME=URL says where it is"))
 }
 
 /// An address or a CIDR; `None` for what does not look like one.

@@ -1,0 +1,406 @@
+//! GSSAPI for SOCKS5 (RFC 1961), both sides: how a security context comes about, and the level at which it is used.
+//!
+//! What is in tokens is the library's affair (`ffi`); what protects a stream once this is over is `conn`'s.
+
+#[cfg_attr(not(feature = "gssapi"), path = "gssapi/absent.rs")]
+pub mod ffi;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use smol::lock::Semaphore;
+
+use crate::conn::{Conn, Order, Protection, ReadError, SecurityContext, Unwrapped, until};
+use crate::proto::{Frame, Level, MAX_TOKEN};
+use ffi::{Context, Credential, Name, Wants};
+
+/// How many tokens one side may take to establish a context. Kerberos needs one.
+const MAX_ROUNDS: usize = 8;
+/// How many handshakes may wait for a KDC at once. Each holds a thread, and the library waits for half a minute.
+const MAX_WAITING: usize = 32;
+/// How long establishing a context may take on our side; a KDC that is silent is not waited for any longer.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Why there is no context.
+#[derive(Debug)]
+pub enum Error {
+    /// The peer has refused it: with an abort, or by closing the connection.
+    Refused(String),
+    /// We do not take what the peer says, or the library does not.
+    Failed(String),
+    /// There is no credential to be had, for which the user can do something.
+    NoCredential(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(what) | Self::Failed(what) => write!(f, "GSSAPI: {what}"),
+            Self::NoCredential(what) => write!(f, "GSSAPI: {what} (run kinit, or name a cache with --ccache)"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<ffi::Error> for Error {
+    fn from(error: ffi::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Protocol(error, _) => Self::Failed(error.to_string()),
+            closed => Self::Refused(closed.to_string()),
+        }
+    }
+}
+
+fn failed(what: impl Into<String>) -> Error {
+    Error::Failed(what.into())
+}
+
+/// The server's side: who it is, and what it grants.
+#[derive(Debug)]
+pub struct Acceptor {
+    credential: Arc<Credential>,
+    /// At least one.
+    levels: Vec<Level>,
+    cores: Arc<Semaphore>,
+}
+
+/// A client whose context is established.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The name of the initiator, whole: `alice@REALM`.
+    pub user: Vec<u8>,
+    /// What was granted.
+    pub level: Level,
+    /// From here on, for the stream; none at [`Level::None`].
+    pub protection: Option<Protection>,
+    /// Whether octets that are replayed or in another order would be noticed, as RFC 1961 demands of a stream.
+    pub is_ordered: bool,
+}
+
+impl Acceptor {
+    /// Takes the key of `service` (a name such as `rcmd`, `rcmd@host` or a principal with a `/`), or any key there is.
+    ///
+    /// # Errors
+    /// The library is missing, or there is no such key.
+    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<Level>) -> Result<Self, Error> {
+        ffi::available().map_err(Error::Failed)?;
+        let name = service.map(service_name).transpose()?;
+        let credential = Arc::new(Credential::acceptor(name.as_ref(), keytab.as_deref())?);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self { credential, levels, cores: Arc::new(Semaphore::new(cores)) })
+    }
+
+    /// Establishes a context with the client on `conn`, which has been told that this is the method. The caller sets the
+    /// deadline, and says [`Frame::Abort`] to whoever fails.
+    ///
+    /// # Errors
+    /// Whoever fails.
+    pub async fn accept(&self, conn: &mut Conn) -> Result<Accepted, Error> {
+        let context = self.establish(conn).await?;
+        let flags = context.flags();
+        let user = context.peer().filter(|_| !flags.anonymous).ok_or_else(|| failed("the client has no name"))?;
+        let allowed = |level: &Level| match level {
+            Level::None => true,
+            Level::Integrity => flags.integrity,
+            Level::Confidentiality => flags.integrity && flags.confidentiality,
+        };
+        let levels: Vec<Level> = self.levels.iter().copied().filter(allowed).collect();
+        let (level, context) = agree(conn, context, &levels).await?;
+        let is_ordered = flags.replay && flags.sequence;
+        Ok(Accepted { user, level, protection: Protection::new(context, level), is_ordered })
+    }
+
+    async fn establish(&self, conn: &mut Conn) -> Result<Context, Error> {
+        let mut context = Context::default();
+        for _ in 0..MAX_ROUNDS {
+            let token = match conn.read_message().await? {
+                Frame::Authentication(token) if !token.is_empty() => token,
+                other => return Err(failed(format!("{other:?} where a token was due"))),
+            };
+            let (credential, permit) = (self.credential.clone(), self.cores.acquire_arc().await);
+            let step;
+            (context, step) = smol::unblock(move || {
+                let _permit = permit;
+                let step = context.accept(&credential, &token);
+                (context, step)
+            })
+            .await;
+            let step = step?;
+            // The last token may be empty, and is said all the same (RFC 1961 section 3.6).
+            if !step.output.is_empty() || step.is_complete {
+                say(conn, Frame::Authentication(step.output)).await?;
+            }
+            if step.is_complete {
+                return Ok(context);
+            }
+        }
+        Err(failed("too many tokens"))
+    }
+}
+
+/// Grants a level, in the form in which it was asked for: wrapped, or as NEC has it, as it is.
+async fn agree(conn: &mut Conn, context: Context, levels: &[Level]) -> Result<(Level, Established), Error> {
+    let mut context = Established(context);
+    let Frame::Protection(mut token) = conn.read_message().await? else {
+        return Err(failed("no level of protection was asked for"));
+    };
+    let is_nec = token.len() == 1;
+    let asked = if is_nec { token.first().copied() } else { Some(context.unwrap_level(&mut token)?) };
+    let level = grant(asked, levels).ok_or_else(|| failed("none of the levels that are allowed can be had"))?;
+    let answer = if is_nec { vec![level.code()] } else { context.wrap(&[level.code()], false).map_err(failed)? };
+    say(conn, Frame::Protection(answer)).await?;
+    Ok((level, context))
+}
+
+/// What was asked for where that is allowed, else the strongest that is.
+fn grant(asked: Option<u8>, levels: &[Level]) -> Option<Level> {
+    let asked = asked.and_then(Level::of).filter(|level| levels.contains(level));
+    asked.or_else(|| levels.iter().copied().max())
+}
+
+/// The client's side: whom it logs in as, to what, and what it wants.
+#[derive(Debug)]
+pub struct Initiator {
+    /// A file with tickets; else what the environment says.
+    pub ccache: Option<PathBuf>,
+    /// The service's name without its host, or a principal with a `/`.
+    pub service: String,
+    /// The host in the service's name, where it is not that of the proxy.
+    pub host: Option<String>,
+    /// The level that is asked for.
+    pub wanted: Level,
+    /// The lowest that is taken.
+    pub least: Level,
+    /// Whether the level is said as NEC does it.
+    pub nec: bool,
+    /// How many may wait for a KDC.
+    pub waiting: Arc<Semaphore>,
+}
+
+impl Default for Initiator {
+    /// As RFC 1961 and Dante have it: the service is `rcmd`, everything is sealed if possible and signed in any case.
+    fn default() -> Self {
+        Self {
+            ccache: None,
+            service: "rcmd".into(),
+            host: None,
+            wanted: Level::Confidentiality,
+            least: Level::Integrity,
+            nec: false,
+            waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+        }
+    }
+}
+
+/// Something to log in with.
+#[derive(Clone, Debug)]
+pub struct Ticket(Arc<Credential>);
+
+impl Initiator {
+    /// Whether it is worth to look for tickets, which takes a library: not where Kerberos was never set up.
+    pub fn may_have_tickets() -> bool {
+        let is_set = |variable| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
+        let default_cache = format!("/tmp/krb5cc_{}", rustix::process::getuid().as_raw());
+        ["KRB5CCNAME", "KRB5_CONFIG", "KRB5_CLIENT_KTNAME"].into_iter().any(is_set)
+            || ["/etc/krb5.conf", &default_cache].into_iter().any(|file| std::path::Path::new(file).exists())
+    }
+
+    /// The credential, when there is one; whether it is good for the service shows later.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn ticket(&self) -> Result<Ticket, Error> {
+        let ccache = self.ccache.clone();
+        let found = self.off_thread(move || {
+            ffi::available().map_err(Error::Failed)?;
+            Credential::initiator(ccache.as_deref()).map_err(|error| Error::NoCredential(error.to_string()))
+        });
+        Ok(Ticket(Arc::new(found.await??)))
+    }
+
+    /// Establishes a context with the server on `conn`, which has selected this method: what protects the connection
+    /// from here on, none at [`Level::None`]. `host` is how we call the proxy.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn initiate(&self, conn: &mut Conn, ticket: Ticket, host: &str) -> Result<Option<Protection>, Error> {
+        let context = self.establish(conn, ticket, self.target(host)?).await?;
+        let flags = context.flags();
+        if !flags.mutual || !flags.integrity {
+            return Err(failed("the server has not shown who it is"));
+        }
+        let mut context = Established(context);
+        let wanted = if flags.confidentiality { self.wanted } else { self.wanted.min(Level::Integrity) };
+        let asked = vec![wanted.code()];
+        let asked = if self.nec { asked } else { context.wrap(&asked, false).map_err(failed)? };
+        say(conn, Frame::Protection(asked)).await?;
+        let mut answer = conn.read_message().await?;
+        if answer == Frame::Authentication(Vec::new()) {
+            // What a server says that has nothing more to say (RFC 1961 section 3.6).
+            answer = conn.read_message().await?;
+        }
+        let code = match answer {
+            Frame::Protection(token) if self.nec && token.len() == 1 => token.first().copied(),
+            Frame::Protection(mut token) if !self.nec => Some(context.unwrap_level(&mut token)?),
+            other => return Err(unexpected(&other)),
+        };
+        match code.and_then(Level::of) {
+            Some(level) if level < self.least => {
+                let why = format!("the server grants {level}, and the least that is taken is {}", self.least);
+                Err(failed(why + " (--gssapi-min)"))
+            }
+            Some(Level::Confidentiality) if !flags.confidentiality => Err(failed("the context can't seal")),
+            Some(level) => Ok(Protection::new(context, level)),
+            None => Err(failed("the server grants a level that there is not")),
+        }
+    }
+
+    async fn establish(&self, conn: &mut Conn, ticket: Ticket, target: String) -> Result<Context, Error> {
+        let wants = Wants { sequence: true, confidentiality: self.wanted == Level::Confidentiality };
+        let mut context = Context::default();
+        let mut token: Option<Vec<u8>> = None;
+        for _ in 0..MAX_ROUNDS {
+            let (ticket, service) = (ticket.clone(), target.clone());
+            let (after, step) = self
+                .off_thread(move || {
+                    let step = service_name(&service)
+                        .and_then(|name| context.init(&ticket.0, &name, wants, token.as_deref()).map_err(Error::from));
+                    (context, step)
+                })
+                .await?;
+            context = after;
+            let step = step?;
+            if !step.output.is_empty() {
+                say(conn, Frame::Authentication(step.output)).await?;
+            }
+            if step.is_complete {
+                return Ok(context);
+            }
+            token = match conn.read_message().await? {
+                Frame::Authentication(token) if !token.is_empty() => Some(token),
+                other => return Err(unexpected(&other)),
+            };
+        }
+        Err(failed("too many tokens"))
+    }
+
+    /// The name of the service on `host`.
+    fn target(&self, host: &str) -> Result<String, Error> {
+        let host = self.host.as_deref().unwrap_or(host);
+        match self.service.contains(['/', '@']) {
+            true => Ok(self.service.clone()),
+            false if host.is_empty() || host.parse::<std::net::IpAddr>().is_ok() => Err(failed(format!(
+                "Kerberos knows hosts by name, and the proxy is {host:?}: name it with --gssapi-host"
+            ))),
+            false => Ok(format!("{}@{host}", self.service)),
+        }
+    }
+
+    /// Runs what may wait for a KDC; gives up waiting for it after a while, and is not run when too many do.
+    async fn off_thread<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+        let permit = self.waiting.try_acquire_arc().ok_or_else(|| failed("too many are waiting for the KDC"))?;
+        let task = smol::unblock(move || {
+            let _permit = permit;
+            work()
+        });
+        // A task that is dropped is not cancelled once it runs; its thread goes on, and its permit with it.
+        until(Instant::now() + LIMIT, task).await.ok_or_else(|| failed("the KDC gives no answer"))
+    }
+}
+
+/// `service@host`, or a principal, which has a `/`.
+fn service_name(text: &str) -> Result<Name, Error> {
+    Ok(if text.contains('/') { Name::principal(text)? } else { Name::service(text)? })
+}
+
+fn unexpected(frame: &Frame) -> Error {
+    match frame {
+        Frame::Abort => Error::Refused("refused by the server".into()),
+        other => failed(format!("{other:?} out of place")),
+    }
+}
+
+async fn say(conn: &mut Conn, frame: Frame) -> Result<(), Error> {
+    conn.write_message(&frame).await.map_err(|error| Error::Refused(error.to_string()))
+}
+
+/// A context that is established.
+#[derive(Debug)]
+struct Established(Context);
+
+impl Established {
+    /// The one octet of a wrapped level.
+    fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8, Error> {
+        let unwrapped = self.unwrap(token).map_err(failed)?;
+        match unwrapped.data.as_slice() {
+            [level] if unwrapped.order == Order::Next => Ok(*level),
+            _ => Err(failed("a level that is not one octet in its place")),
+        }
+    }
+}
+
+impl SecurityContext for Established {
+    fn wrap(&mut self, data: &[u8], seal: bool) -> Result<Vec<u8>, String> {
+        self.0.wrap(data, seal).map_err(|error| error.to_string())
+    }
+
+    fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
+        let unwrapped = self.0.unwrap(token).map_err(|error| error.to_string())?;
+        let order = match unwrapped.order {
+            ffi::Order::InOrder => Order::Next,
+            ffi::Order::Gap | ffi::Order::Unsequenced => Order::Loose,
+            ffi::Order::Duplicate | ffi::Order::Old => Order::Again,
+        };
+        Ok(Unwrapped { data: unwrapped.data, is_sealed: unwrapped.is_sealed, order })
+    }
+
+    fn capacity(&self, seal: bool) -> usize {
+        // More than any mechanism needs, should the library not say.
+        self.0.capacity(seal).unwrap_or(MAX_TOKEN - 256)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_is_granted_or_the_strongest_there_is() {
+        use Level::{Confidentiality, Integrity, None as Clear};
+        let table: [(u8, &[Level], Option<Level>); 9] = [
+            (1, &[Integrity, Confidentiality], Some(Integrity)),
+            (2, &[Integrity, Confidentiality], Some(Confidentiality)),
+            (0, &[Integrity, Confidentiality], Some(Confidentiality)),
+            (3, &[Integrity, Confidentiality], Some(Confidentiality)),
+            (2, &[Clear], Some(Clear)),
+            (2, &[Clear, Integrity, Confidentiality], Some(Confidentiality)),
+            (0, &[Clear, Integrity], Some(Clear)),
+            (2, &[Clear, Integrity], Some(Integrity)),
+            (1, &[], None),
+        ];
+        for (asked, levels, granted) in table {
+            assert_eq!(grant(Some(asked), levels), granted, "{asked} of {levels:?}");
+        }
+    }
+
+    #[test]
+    fn a_service_is_named_with_its_host_and_a_principal_as_it_is() {
+        let target = |service: &str, host: Option<&str>, proxy: &str| {
+            let initiator = Initiator { service: service.into(), host: host.map(Into::into), ..Initiator::default() };
+            initiator.target(proxy).ok()
+        };
+        assert_eq!(target("rcmd", None, "proxy.test").as_deref(), Some("rcmd@proxy.test"));
+        assert_eq!(target("rcmd", Some("real.test"), "192.0.2.1").as_deref(), Some("rcmd@real.test"));
+        assert_eq!(target("socks/other.test@REALM", None, "192.0.2.1").as_deref(), Some("socks/other.test@REALM"));
+        assert_eq!(target("rcmd", None, "192.0.2.1"), None);
+    }
+}

@@ -1,0 +1,133 @@
+//! Rules: their text, what the built-in ones say, answers before all is known, and everything against a plain model.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use proptest::prelude::*;
+use s5::policy::rules::{Login, Question, Route, Rule, Rules, Verdict, parse};
+use s5::proto::{Command, Level, Method, Name};
+
+#[path = "rules/any.rs"]
+mod any;
+#[path = "rules/built_in.rs"]
+mod built_in;
+#[path = "rules/early.rs"]
+mod early;
+#[path = "rules/model.rs"]
+mod model;
+#[path = "rules/table.rs"]
+mod table;
+#[path = "rules/text.rs"]
+mod text;
+
+/// Where the server listens, for [`ask`].
+const HOME: &str = "192.0.2.80:1080";
+
+/// The built-in rules as they are shown, and how they are called here.
+const BUILT_IN: [(&str, &str); 4] = [
+    ("deny to=(where s5 itself listens)", "home"),
+    (
+        "deny from=remote to=0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
+         ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",
+        "protected",
+    ),
+    ("allow", "open"),
+    ("deny", "otherwise"),
+];
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, cases, ..ProptestConfig::default() }
+}
+
+fn hops() -> [String; 2] {
+    ["a".into(), "b".into()]
+}
+
+/// These rules, and everything without `via=` on this way.
+fn rules_by(route: Route, text: &str) -> Rules {
+    let rules = parse(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
+    Rules::new(rules, route)
+}
+
+fn rules(text: &str) -> Rules {
+    rules_by(Route::Direct, text)
+}
+
+/// The line of a rule, or what a built-in one is called.
+fn called(rule: &Rule) -> String {
+    let (origin, text) = (rule.origin(), rule.to_string());
+    if let Some(line) = origin.strip_prefix("rules ") {
+        return line.into();
+    }
+    assert_eq!(origin, "built in", "{text}");
+    let found = BUILT_IN.iter().find(|(shown, _)| *shown == text);
+    found.unwrap_or_else(|| panic!("a built-in rule that nobody knows: {text}")).1.into()
+}
+
+/// "allow line 1", "deny protected", "? line 2", "allow open a": the verdict, the rule, the way.
+fn told(verdict: Verdict<'_>) -> String {
+    match verdict {
+        Verdict::Allow(rule, Route::Direct) => format!("allow {}", called(rule)),
+        Verdict::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", called(rule), hops()[hop]),
+        Verdict::Deny(rule) => format!("deny {}", called(rule)),
+        Verdict::Undecided(rule) => format!("? {}", called(rule)),
+    }
+}
+
+fn method(name: &str) -> Method {
+    match name {
+        "none" => Method::NONE,
+        "password" => Method::PASSWORD,
+        "gssapi" => Method::GSSAPI,
+        other => panic!("no method {other}"),
+    }
+}
+
+fn command(name: &str) -> Command {
+    match name {
+        "connect" => Command::Connect,
+        "bind" => Command::Bind,
+        "udp" => Command::UdpAssociate,
+        other => panic!("no command {other}"),
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap_or_else(|_| panic!("no address {text}"))
+}
+
+/// What is known, as words such as `from=192.0.2.7`; of two with one key the later counts, and one without a value
+/// takes it back.
+fn ask(rules: &Rules, facts: &str) -> String {
+    let facts: Vec<_> = facts.split_whitespace().map(|word| word.split_once('=').expect("key=value")).collect();
+    let is_key = |key| ["from", "method", "user", "command", "name", "ip", "port"].contains(&key);
+    assert!(facts.iter().all(|(key, _)| is_key(key)), "{facts:?}");
+    let known = |key: &str| {
+        let last = facts.iter().rfind(|(word, _)| *word == key).map(|(_, value)| *value);
+        last.filter(|value| !value.is_empty())
+    };
+    let name = known("name").map(|name| Name::new(name.as_bytes()).expect("a name"));
+    let user = known("user").map(str::as_bytes);
+    let question = Question {
+        from: known("from").map(ip),
+        login: known("method").map(|name| Login { method: method(name), user, level: Level::None }),
+        command: known("command").map(command),
+        name: name.as_ref(),
+        ip: known("ip").map(ip),
+        port: known("port").map(|port| port.parse().expect("a port")),
+    };
+    let home: SocketAddr = HOME.parse().expect("an address");
+    told(rules.judge(&question, &|to| to == home))
+}
+
+/// An IPv4 address as itself and in each of the four forms in which an IPv6 address has one inside.
+fn forms(inside: Ipv4Addr) -> [IpAddr; 5] {
+    let [a, b, c, d] = inside.octets();
+    let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    [
+        inside.into(),
+        Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, high, low).into(),
+        Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low).into(),
+        Ipv6Addr::new(0x2002, high, low, 0, 0, 0, 0, 1).into(),
+        Ipv6Addr::new(0x2001, 0, 0xc612, 0x0001, 0, 0x1234, !high, !low).into(),
+    ]
+}

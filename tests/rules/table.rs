@@ -1,0 +1,169 @@
+//! THE decision table: rules and questions of every kind, judged by the crate and by the plain model.
+
+use std::collections::BTreeSet;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+use proptest::strategy::ValueTree as _;
+use proptest::test_runner::TestRunner;
+use s5::policy::rules::{self, Login, Rules, Verdict, parse};
+use s5::proto::{Level, Name};
+
+use crate::any::{
+    CLIENTS, COMMANDS, KINDS, METHODS, Printed, WAYS, any_question, any_question_of, any_rule, is_home, print, route,
+    std_ip,
+};
+use crate::model::{Answer, By, Question, Rule, decide, holds};
+use crate::{BUILT_IN, command, config, hops, method};
+
+/// Verdict, origin, text and way, as the crate should have them.
+fn expected(answer: Answer, printed: &Printed) -> String {
+    let (verdict, by, way) = match answer {
+        Answer::Allow(by, way) => ("allow", by, format!("{:?}", route(way))),
+        Answer::Deny(by) => ("deny", by, String::new()),
+    };
+    let built_in = |i: usize| ("built in".to_owned(), BUILT_IN[i].0.to_owned());
+    let (origin, text) = match by {
+        By::Written(i) => (format!("f line {}", printed.lines[i].0), printed.lines[i].1.clone()),
+        By::Home => built_in(0),
+        By::Protected => built_in(1),
+        By::Open => built_in(2),
+        By::Otherwise => built_in(3),
+    };
+    format!("{verdict} because of {origin}: {text} {way}")
+}
+
+fn given(rules: &Rules, asked: &Question) -> String {
+    let name = asked.name.map(|name| Name::new(name.as_bytes()).expect("a name"));
+    let question = rules::Question {
+        from: asked.from.map(std_ip),
+        login: Some(Login { method: method(asked.method), user: asked.user, level: Level::None }),
+        command: Some(command(asked.command)),
+        name: name.as_ref(),
+        ip: Some(std_ip(asked.ip)),
+        port: Some(asked.port),
+    };
+    let (verdict, rule, way) = match rules.judge(&question, &is_home) {
+        Verdict::Allow(rule, way) => ("allow", rule, format!("{way:?}")),
+        Verdict::Deny(rule) => ("deny", rule, String::new()),
+        Verdict::Undecided(rule) => ("undecided", rule, String::new()),
+    };
+    format!("{verdict} because of {}: {rule} {way}", rule.origin())
+}
+
+/// Asks both; gives what the model said.
+fn compare(written: &[Rule], way: &'static str, asked: &[Question]) -> Result<Vec<Answer>, TestCaseError> {
+    let printed = print(written);
+    let parsed = parse(&printed.text, "f", &hops());
+    let parsed = parsed.map_err(|error| TestCaseError::fail(format!("{error}\n{}", printed.text)))?;
+    prop_assert_eq!(parsed.len(), written.len());
+    let rules = Rules::new(parsed, route(way));
+    let mut answers = Vec::new();
+    for question in asked {
+        let answer = decide(written, way, question);
+        prop_assert_eq!(given(&rules, question), expected(answer, &printed), "{}\n{:?}", printed.text, question);
+        answers.push(answer);
+    }
+    Ok(answers)
+}
+
+proptest! {
+    #![proptest_config(config(3000))]
+
+    #[test]
+    fn random_rules_answer_random_questions_as_a_plain_model_does(
+        written in vec(any_rule(), 0..8),
+        asked in vec(any_question(), 6),
+        way in select(&WAYS[..]),
+    ) {
+        compare(&written, way, &asked)?;
+    }
+}
+
+/// Where the rule that decides stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Position {
+    First,
+    Middle,
+    Last,
+    BuiltIn,
+}
+
+const POSITIONS: [Position; 4] = [Position::First, Position::Middle, Position::Last, Position::BuiltIn];
+
+fn position(by: By, written: usize) -> Position {
+    match by {
+        By::Written(0) => Position::First,
+        By::Written(i) if i + 1 == written => Position::Last,
+        By::Written(_) => Position::Middle,
+        _ => Position::BuiltIn,
+    }
+}
+
+/// The next of the bank, from wherever the last search ended, that will do.
+fn next<'a>(bank: &'a [Rule], at: &mut usize, will_do: impl Fn(&Rule) -> bool) -> &'a Rule {
+    for _ in 0..bank.len() {
+        *at = (*at + 1) % bank.len();
+        if will_do(&bank[*at]) {
+            return &bank[*at];
+        }
+    }
+    panic!("no such rule in the bank");
+}
+
+/// Some rules, of which the one at a position is the first that holds and has this verdict.
+fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, asked: &Question) -> Vec<Rule> {
+    let length = 3 + *at % 3;
+    let place = match position {
+        Position::First => 0,
+        Position::Middle => 1 + *at % (length - 2),
+        Position::Last => length - 1,
+        Position::BuiltIn => length,
+    };
+    let mut rules = Vec::new();
+    for i in 0..length {
+        let rule = next(bank, at, |rule| match i.cmp(&place) {
+            std::cmp::Ordering::Less => !holds(rule, asked),
+            std::cmp::Ordering::Equal => holds(rule, asked) && rule.allow == allow,
+            std::cmp::Ordering::Greater => true,
+        });
+        rules.push(rule.clone());
+    }
+    rules
+}
+
+#[test]
+fn every_method_command_kind_of_address_and_position_of_the_rule_is_judged_as_a_plain_model_does() {
+    let mut runner = TestRunner::deterministic();
+    let bank = vec(any_rule(), 1500).new_tree(&mut runner).expect("rules").current();
+    let (mut at, mut seen, mut built_in) = (0, BTreeSet::new(), BTreeSet::new());
+    for (method, command, kind) in METHODS.iter().flat_map(|method| {
+        COMMANDS.iter().flat_map(move |command| KINDS.iter().map(move |kind| (*method, *command, *kind)))
+    }) {
+        for (client, clients) in CLIENTS.into_iter().enumerate() {
+            for is_named in [false, true] {
+                let from = select(clients).prop_map(Some).boxed();
+                let questions = any_question_of(from, kind, method, command, is_named);
+                for (place, allow) in POSITIONS.into_iter().flat_map(|place| [(place, false), (place, true)]) {
+                    let asked = questions.new_tree(&mut runner).expect("a question").current();
+                    let written = rules_with(&bank, &mut at, place, allow, &asked);
+                    let answers = compare(&written, WAYS[at % 3], &[asked]).unwrap_or_else(|error| panic!("{error}"));
+                    let (is_allowed, by) = match answers[0] {
+                        Answer::Allow(by, _) => (true, by),
+                        Answer::Deny(by) => (false, by),
+                    };
+                    if place == Position::BuiltIn {
+                        built_in.insert(by);
+                    }
+                    assert!(place == Position::BuiltIn || is_allowed == allow, "{answers:?}");
+                    let wished = place == Position::BuiltIn || is_allowed;
+                    seen.insert((method, command, kind, client, is_named, position(by, written.len()), wished));
+                }
+            }
+        }
+    }
+    // Written rules at three positions with both verdicts, and the built-in ones.
+    assert_eq!(seen.len(), 3 * 3 * 6 * 4 * 2 * (3 * 2 + 1));
+    assert_eq!(built_in.into_iter().collect::<Vec<_>>(), [By::Home, By::Protected, By::Open, By::Otherwise]);
+}

@@ -1,0 +1,346 @@
+//! Rules as text: what each key means, and each way to get one wrong.
+
+use proptest::prelude::*;
+use s5::policy::rules::{Login, Question, Route, Verdict, name_of, parse, parse_line};
+use s5::proto::{Level, Method};
+
+use crate::{ask, config, hops, rules, rules_by};
+
+/// Everything is known, and nothing of it is special.
+const BASE: &str = "from=192.0.2.7 method=password user=alice command=connect ip=198.51.100.1 port=80";
+
+/// Checks for what a rule of these conditions counts, whether it allows or denies. The facts stand in for those of
+/// [`BASE`].
+fn check(conditions: &str, yes: &[&str], no: &[&str]) {
+    for verdict in ["allow", "deny"] {
+        let rules = rules(&format!("{verdict} {conditions}\n"));
+        let by_rule = format!("{verdict} line 1");
+        for (facts, counts) in yes.iter().map(|facts| (facts, true)).chain(no.iter().map(|facts| (facts, false))) {
+            let answer = ask(&rules, &format!("{BASE} {facts}"));
+            assert_eq!(answer == by_rule, counts, "{verdict} {conditions}, asked {facts:?}: {answer}");
+        }
+    }
+}
+
+#[test]
+fn a_rule_without_conditions_counts_for_all() {
+    check(
+        "",
+        &["", "from=", "from=2001:db8::7", "method=none user=", "command=udp", "name=example.org", "port=1"],
+        &[],
+    );
+}
+
+#[test]
+fn from_is_an_address_a_cidr_or_a_side() {
+    check("from=192.0.2.7", &[""], &["from=192.0.2.6", "from=192.0.2.8", "from=::c000:207", "from="]);
+    check("from=192.0.2.0/24", &["from=192.0.2.0", "from=192.0.2.255"], &["from=192.0.1.255", "from=192.0.3.0"]);
+    check("from=0.0.0.0/0", &["from=0.0.0.0", "from=255.255.255.255"], &["from=::1", "from=2001:db8::7", "from="]);
+    check("from=2001:db8::/32", &["from=2001:db8:ffff::"], &["from=2001:db9::", "from=2001:db7:ffff::", ""]);
+    check("from=loopback", &["from=127.0.0.1", "from=127.255.255.255", "from=::1"], &["", "from=::2", "from="]);
+    check("from=remote", &["", "from=126.0.0.1", "from=::2", "from=fe80::1"], &["from=127.0.0.1", "from=::1", "from="]);
+}
+
+#[test]
+fn a_client_is_where_it_is_and_not_where_its_address_could_lead() {
+    check("from=10.0.0.0/8", &["from=10.1.2.3"], &["from=2002:a01:203::1", "from=64:ff9b::a01:203"]);
+    check("from=2002::/16", &["from=2002:a01:203::1"], &["from=10.1.2.3"]);
+}
+
+#[test]
+fn a_method_is_one_of_three() {
+    check("method=none", &["method=none user="], &["", "method=gssapi"]);
+    check("method=password", &[""], &["method=none user=", "method=gssapi"]);
+    check("method=gssapi", &["method=gssapi"], &["", "method=none user="]);
+}
+
+#[test]
+fn a_command_is_one_of_three() {
+    check("command=connect", &[""], &["command=bind", "command=udp"]);
+    check("command=bind", &["command=bind"], &["", "command=udp"]);
+    check("command=udp", &["command=udp"], &["", "command=bind"]);
+}
+
+#[test]
+fn a_list_is_any_of_it_and_all_conditions_have_to_hold() {
+    check("from=127.0.0.1,192.0.2.0/24,::1", &["", "from=127.0.0.1", "from=::1"], &["from=127.0.0.2", "from=::2"]);
+    check("method=none,gssapi", &["method=none user=", "method=gssapi"], &[""]);
+    check("command=udp,bind", &["command=bind", "command=udp"], &[""]);
+    check("user=alice,bob", &["", "user=bob"], &["user=carol", "method=none user="]);
+    check("to=198.51.100.1,.example.org", &["", "ip=203.0.113.1 name=www.example.org"], &["ip=203.0.113.1"]);
+    check("port=22,80-81", &["port=22", "port=81"], &["port=23", "port=82"]);
+    check(
+        "port=80 user=alice to=198.51.100.0/24 command=connect method=password from=remote",
+        &["", "ip=198.51.100.255"],
+        &["port=81", "user=bob", "ip=198.51.101.0", "command=udp", "method=gssapi", "from=127.0.0.1"],
+    );
+}
+
+/// Whether a rule with this user counts for somebody with that name; none has not logged in.
+fn counts(user: &str, name: Option<&[u8]>) -> bool {
+    let rules = rules(&format!("deny user={user}"));
+    let method = if name.is_some() { Method::PASSWORD } else { Method::NONE };
+    let question = Question { login: Some(Login { method, user: name, level: Level::None }), ..Question::default() };
+    matches!(rules.judge(&question, &|_| false), Verdict::Deny(_))
+}
+
+#[test]
+fn a_user_is_a_name_a_realm_or_anybody_who_logged_in() {
+    type Names<'a> = &'a [&'a [u8]];
+    let table: [(&str, Names<'_>, Names<'_>); 14] = [
+        ("alice", &[b"alice"], &[b"Alice", b"alic", b"alicea", b"", b"*", b"alice\0", b"alice@example.org"]),
+        ("*", &[b"alice", b"", b"*", b"\xff"], &[]),
+        ("%2A", &[b"*"], &[b"alice", b"%2A"]),
+        (
+            "*@example.org",
+            &[b"a@example.org", b"a@b@example.org"],
+            &[b"a@example.orgs", b"example.org", b"a@Example.org"],
+        ),
+        ("*@ex%61mple.org", &[b"a@example.org"], &[b"a@ex%61mple.org"]),
+        ("*@a%2Ab", &[b"x@a*b"], &[b"x@axb"]),
+        ("alice@example.org", &[b"alice@example.org"], &[b"bob@example.org", b"alice"]),
+        ("al%20ice", &[b"al ice"], &[b"alice", b"al%20ice"]),
+        ("a%2Cb", &[b"a,b"], &[b"a", b"b"]),
+        ("a,b", &[b"a", b"b"], &[b"a,b"]),
+        ("%ff%FE", &[b"\xff\xfe"], &["ÿþ".as_bytes()]),
+        ("zo%C3%AB,%23x", &["zoë".as_bytes(), b"#x"], &[b"zo\xeb", b"x"]),
+        ("zoë", &["zoë".as_bytes()], &["zoe".as_bytes(), "ZOË".as_bytes()]),
+        ("a=b#c", &[b"a=b#c"], &[b"a=b", b"a"]),
+    ];
+    for (user, yes, no) in table {
+        for name in yes {
+            assert!(counts(user, Some(name)), "{user} for {}", name.escape_ascii());
+        }
+        for name in no {
+            assert!(!counts(user, Some(name)), "{user} for {}", name.escape_ascii());
+        }
+        assert!(!counts(user, None), "{user} for somebody without a login");
+    }
+}
+
+#[test]
+fn to_is_an_address_or_a_cidr() {
+    check("to=198.51.100.1", &["", "name=example.org"], &["ip=198.51.100.2", "ip=::c633:6401"]);
+    check("to=198.51.100.0/31", &["", "ip=198.51.100.0"], &["ip=198.51.100.2", "ip=198.51.99.255"]);
+    check("to=0.0.0.0/0", &["", "ip=255.255.255.255", "ip=2002:a01:203::1"], &["ip=::1", "ip=2001:db8::1"]);
+    check("to=::/0", &["ip=::1", "ip=2001:db8::1"], &[""]);
+    check("to=2001:db8::1", &["ip=2001:db8::1"], &["ip=2001:db8::2"]);
+    check("to=[2001:db8::1]", &["ip=2001:db8::1"], &["ip=2001:db8::2"]);
+    check("to=2001:DB8:0:0::/33", &["ip=2001:db8:7fff::1"], &["ip=2001:db8:8000::", "ip=2001:db7::"]);
+    check("to=fe80::/10,[::1]", &["ip=fe80::1", "ip=febf:ffff::1", "ip=::1"], &["ip=fec0::1", "ip=::2"]);
+}
+
+#[test]
+fn to_is_a_name_or_a_suffix() {
+    let spelt = ["name=example.org", "name=EXAMPLE.org", "name=example.org.", "name=Example.Org."];
+    let others = ["", "name=example.orgs", "name=notexample.org", "name=example.org.evil.net", "name=org"];
+    let below = ["name=www.example.org", "name=a.b.example.org", "name=WWW.EXAMPLE.ORG."];
+    for name in ["example.org", "EXAMPLE.org", "example.org.", "eXaMPLE.oRG."] {
+        check(&format!("to={name}"), &spelt, &[&others[..], &below].concat());
+        check(&format!("to=.{name}"), &[&spelt[..], &below].concat(), &others);
+    }
+    check("to=.org", &["name=org", "name=example.org", "name=www.example.org"], &["name=xorg", "name=example.com"]);
+    check("to=localhost", &["name=localhost", "name=LocalHost."], &["name=a.localhost"]);
+    check("to=_a-b.x1,1.x", &["name=_a-b.x1", "name=1.x"], &["name=a-b.x1"]);
+    check("to=BÜCHER.example", &["name=bücher.example", "name=Bücher.Example"], &["name=bucher.example"]);
+    check("to=0x.1a", &["name=0x.1a"], &["name=0x.1b"]);
+}
+
+#[test]
+fn a_name_is_compared_in_lower_case_without_the_dot_at_its_end() {
+    assert_eq!(
+        ["Example.ORG.", "example.org", "a..", "Ü", "."].map(name_of),
+        ["example.org", "example.org", "a.", "ü", ""]
+    );
+}
+
+#[test]
+fn a_port_is_a_number_or_a_range_with_both_ends() {
+    check("port=80", &["port=80"], &["port=79", "port=81", "port=0"]);
+    check("port=80-82", &["port=80", "port=81", "port=82"], &["port=79", "port=83"]);
+    check("port=80-80", &["port=80"], &["port=79", "port=81"]);
+    check("port=1-65535", &["port=1", "port=65535"], &["port=0"]);
+    check("port=1,65535", &["port=1", "port=65535"], &["port=2", "port=65534"]);
+}
+
+#[test]
+fn via_names_the_way() {
+    for (default, way) in [(Route::Direct, ""), (Route::Hop(0), " a"), (Route::Hop(1), " b")] {
+        for (via, expected) in [("", way), ("via=direct", ""), ("via=a", " a"), ("via=b", " b")] {
+            let answer = ask(&rules_by(default, &format!("allow {via}")), BASE);
+            assert_eq!(answer, format!("allow line 1{expected}"), "{via:?} with {default:?}");
+        }
+        assert_eq!(ask(&rules_by(default, ""), BASE), format!("allow open{way}"));
+    }
+}
+
+#[test]
+fn keys_stand_in_any_order_and_the_last_rule_is_as_good_as_the_first() {
+    for line in ["deny port=80 command=connect", "deny command=connect port=80", "  deny\tport=80 \t command=connect  "]
+    {
+        let rules = rules(line);
+        assert_eq!(ask(&rules, BASE), "deny line 1", "{line:?}");
+        assert_eq!(rules.written()[0].to_string(), line.split_whitespace().collect::<Vec<_>>().join(" "));
+    }
+    let rules = rules("allow port=1\nallow port=2\ndeny port=80\nallow port=80\n");
+    assert_eq!(ask(&rules, BASE), "deny line 3", "first match wins");
+}
+
+#[test]
+fn comments_blanks_and_line_ends_of_windows_are_nothing() {
+    for line in ["", " \t", "#", "# allow", "  # deny to=x", "#deny", "#port=0"] {
+        assert!(parse_line(line, "", &[]).expect("no mistake").is_none(), "{line:?}");
+    }
+    let text = "# first\r\n\r\n  allow port=80 # why\r\n\t#deny\ndeny to=a#b # c\ndeny port=1 #port=0";
+    let wrong = parse(text, "f", &[]).expect_err("a#b is no name");
+    assert_eq!((wrong.line, wrong.what.contains("a#b")), (5, true), "{wrong}");
+    let found = parse(&text.replace("a#b", "b"), "f", &[]).expect("rules");
+    let shown: Vec<_> = found.iter().map(|rule| (rule.origin(), rule.to_string())).collect();
+    let expected = [("f line 3", "allow port=80"), ("f line 5", "deny to=b"), ("f line 6", "deny port=1")];
+    assert_eq!(shown, expected.map(|(origin, text)| (origin, text.to_owned())));
+}
+
+#[test]
+fn a_line_alone_is_known_by_what_it_was_called() {
+    let rule = parse_line("deny # all", "--deny", &[]).expect("no mistake").expect("a rule");
+    assert_eq!((rule.origin(), &*rule.to_string()), ("--deny", "deny"));
+}
+
+/// A bad line, and the words by which its message lets one find the mistake.
+const MISTAKES: [(&str, &[&str]); 78] = [
+    ("permit", &["\"permit\"", "allow", "deny"]),
+    ("Allow", &["\"Allow\""]),
+    ("DENY port=80", &["\"DENY\""]),
+    ("allow, port=80", &["\"allow,\""]),
+    ("port=80 deny", &["\"port=80\""]),
+    ("allow#", &["\"allow#\""]),
+    ("\u{feff}allow", &["\"\\u{feff}allow\""]),
+    ("allow deny", &["\"deny\"", "key=value"]),
+    ("allow example.org", &["\"example.org\"", "key=value"]),
+    ("allow port", &["\"port\""]),
+    ("allow port = 80", &["\"port\""]),
+    ("allow port =80", &["\"port\""]),
+    ("allow ports=80", &["\"ports=80\"", "\"ports\"", "port"]),
+    ("allow Port=80", &["\"Port\""]),
+    ("allow dst=10.0.0.1", &["\"dst\""]),
+    ("allow =80", &["\"=80\""]),
+    ("allow po\u{1b}rt=80", &["po\\u{1b}rt"]),
+    ("allow port=", &["\"port=\"", "empty"]),
+    ("allow from=", &["\"from=\"", "empty"]),
+    ("allow user=", &["\"user=\"", "empty"]),
+    ("allow via=", &["\"via=\"", "empty"]),
+    ("allow port= 80", &["\"port=\"", "empty"]),
+    ("allow port=80,", &["\"port=80,\"", "empty"]),
+    ("allow port=,80", &["\"port=,80\"", "empty"]),
+    ("allow to=a,,b", &["\"to=a,,b\"", "empty"]),
+    ("allow user=,", &["\"user=,\"", "empty"]),
+    ("allow port=80 port=81", &["\"port=81\"", "port=", "twice"]),
+    ("allow to=a command=udp to=b", &["\"to=b\"", "twice"]),
+    ("allow from=192.0.2.0/33", &["\"192.0.2.0/33\"", "CIDR"]),
+    ("allow from=192.0.2.0/", &["\"192.0.2.0/\""]),
+    ("allow from=192.0.2.0/a", &["\"192.0.2.0/a\""]),
+    ("allow from=192.0.2.0/-1", &["\"192.0.2.0/-1\""]),
+    ("allow from=192.0.2.0/255.255.255.0", &["\"192.0.2.0/255.255.255.0\""]),
+    ("allow from=192.0.2/24", &["\"192.0.2/24\""]),
+    ("allow from=192.0.2.256", &["\"192.0.2.256\""]),
+    ("allow from=2001:db8::/129", &["\"2001:db8::/129\""]),
+    ("allow from=2001:db8", &["\"2001:db8\""]),
+    ("allow from=fe80::1%eth0", &["\"fe80::1%eth0\""]),
+    ("allow from=192.0.2.1:80", &["\"192.0.2.1:80\""]),
+    ("allow from=[::1", &["\"[::1\""]),
+    ("allow from=192.0.2.1,10.0.0.1/8", &["\"10.0.0.1/8\"", "10.0.0.0/8"]),
+    ("allow from=192.0.2.1/24", &["\"192.0.2.1/24\"", "192.0.2.0/24"]),
+    ("allow to=2001:db8::1/32", &["\"2001:db8::1/32\"", "2001:db8::/32"]),
+    ("allow to=1.0.0.0/0", &["\"1.0.0.0/0\"", "0.0.0.0/0"]),
+    ("allow to=::ffff:192.0.2.1", &["\"::ffff:192.0.2.1\"", "192.0.2.1"]),
+    ("allow to=::ffff:0:0/96", &["\"::ffff:0:0/96\""]),
+    ("allow from=example.org", &["\"example.org\"", "loopback"]),
+    ("allow from=*", &["\"*\""]),
+    ("allow from=Loopback", &["\"Loopback\""]),
+    ("allow user=a*", &["\"a*\"", "%2A"]),
+    ("allow user=**", &["\"**\""]),
+    ("allow user=*@", &["\"*@\""]),
+    ("allow user=*example.org", &["\"*example.org\""]),
+    ("allow user=*@*.org", &["\"*@*.org\""]),
+    ("allow user=*%40example.org", &["\"*%40example.org\""]),
+    ("allow method=plain", &["\"plain\"", "password"]),
+    ("allow method=None", &["\"None\""]),
+    ("allow command=CONNECT", &["\"CONNECT\"", "connect"]),
+    ("allow command=associate", &["\"associate\"", "udp"]),
+    ("allow to=10.0.0", &["\"10.0.0\""]),
+    ("allow to=0x7f.1", &["\"0x7f.1\""]),
+    ("allow to=127.1", &["\"127.1\""]),
+    ("allow to=2130706433", &["\"2130706433\""]),
+    ("allow to=127.0.0.0X1", &["\"127.0.0.0X1\""]),
+    ("allow to=.10", &["\".10\""]),
+    ("allow to=10.0.0.1.", &["\"10.0.0.1.\""]),
+    ("allow to=*.example.org", &["\"*.example.org\"", ".example.org is"]),
+    ("allow to=*", &["\"*\""]),
+    ("allow to=.", &["\".\""]),
+    ("allow to=a..b", &["\"a..b\""]),
+    ("allow to=..b", &["\"..b\""]),
+    ("allow to=http://example.org", &["\"http://example.org\""]),
+    ("allow port=0", &["\"0\"", "65535"]),
+    ("allow port=70000", &["\"70000\""]),
+    ("allow port=80,5-1", &["\"5-1\""]),
+    ("allow port=1-", &["\"1-\""]),
+    ("allow via=c", &["\"via=c\"", "\"c\"", "--hop c=URL"]),
+    ("deny via=a", &["\"via=a\"", "denied"]),
+];
+
+#[test]
+fn a_mistake_is_told_by_its_line_and_its_word() {
+    for (bad, words) in MISTAKES {
+        let text = format!("# a comment\n\nallow port=80\n{bad}\npermit\n");
+        let error = parse(&text, "file", &hops()).map(|rules| rules.len()).expect_err(bad);
+        let shown = error.to_string();
+        assert_eq!(error.line, 4, "{bad:?}: {shown}");
+        assert!(shown.starts_with("line 4: ") && shown.contains(&error.what), "{shown}");
+        for word in words {
+            assert!(shown.contains(word), "{bad:?} without {word:?}: {shown}");
+        }
+        assert!(!shown.contains(char::is_control) && shown.len() < 200, "{shown:?}");
+    }
+}
+
+#[test]
+fn ports_and_ways_that_there_are_not_are_mistakes() {
+    for bad in ["-1", "0-5", "1-65536", "1-2-3", "80x", "x", "http", "0x50", "-", " 80"] {
+        parse_line(&format!("deny port={bad}"), "", &[]).expect_err(bad);
+    }
+    for bad in ["direct,a", "a,b", "A", "Direct", "no"] {
+        parse_line(&format!("allow via={bad}"), "", &hops()).expect_err(bad);
+    }
+    for via in ["direct", "a", "c"] {
+        parse_line(&format!("deny via={via}"), "", &hops()).expect_err(via);
+    }
+    parse_line("allow via=a", "", &[]).expect_err("without hops there is none called a");
+    parse_line("allow via=direct", "", &[]).expect("direct is no hop");
+}
+
+proptest! {
+    #![proptest_config(config(500))]
+
+    #[test]
+    fn any_text_is_rules_or_an_error_in_one_of_its_lines(
+        text in "((allow|deny|[ -~é]{0,5})( (from|to|port|user|via|[a-z]{0,3})[=]?[ -~é\u{1b}]{0,12}){0,3}\r?\n){0,5}",
+    ) {
+        match parse(&text, "f", &hops()) {
+            Ok(rules) => prop_assert!(rules.len() <= text.lines().count()),
+            Err(error) => {
+                prop_assert!((1..=text.lines().count()).contains(&error.line));
+                let bad = text.lines().nth(error.line - 1).expect("that line");
+                let alone = parse_line(bad, "f", &hops()).map(|_| ());
+                prop_assert_eq!(alone, Err(error.what));
+            }
+        }
+    }
+
+    #[test]
+    fn any_value_of_to_is_a_place_or_an_error(value in "[0-9a-fx.:/*\\[\\]]{1,12}") {
+        if let Ok(Some(rule)) = parse_line(&format!("deny to={value}"), "f", &[]) {
+            prop_assert_eq!(rule.to_string(), format!("deny to={value}"));
+            prop_assert!(!value.contains('*'));
+        }
+    }
+}
