@@ -151,7 +151,7 @@ fn a_name_through_the_hop_of_all_needs_no_address_when_there_are_no_rules() {
 #[test]
 fn what_is_not_decided_is_so_first_for_the_first_rule_in_doubt() {
     let table = [
-        ("", NAMED, "? home"),
+        ("", NAMED, "? open"),
         ("deny to=10.0.0.0/8", NAMED, "? line 1"),
         ("deny to=10.0.0.0/8\nallow", NAMED, "? line 1"),
         ("deny to=10.0.0.0/8\nallow to=192.0.2.0/24", NAMED, "? line 1"),

@@ -284,7 +284,7 @@ const MISTAKES: [(&str, &[&str]); 78] = [
     ("allow port=70000", &["\"70000\""]),
     ("allow port=80,5-1", &["\"5-1\""]),
     ("allow port=1-", &["\"1-\""]),
-    ("allow via=c", &["\"via=c\"", "\"c\"", "--hop c=URL"]),
+    ("allow via=c", &["\"via=c\"", "\"c\"", "--hop NAME=URL"]),
     ("deny via=a", &["\"via=a\"", "denied"]),
 ];
 
