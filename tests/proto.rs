@@ -1,4 +1,4 @@
-//! Every message of RFC 1928 and RFC 1929 as octets: whole, cut, in pieces, malformed and random. Nothing here opens
+//! Every message of RFC 1928, RFC 1929 and RFC 1961 as octets: whole, cut, in pieces, malformed and random. Nothing here opens
 //! a socket.
 
 use std::fmt::Debug;
@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::proto::{
-    Addr, Command, Credentials, Datagram, Error, Foreign, Greeting, Host, Message, Method, Name, Rep, Reply, Request,
-    Selection, Status, Stop,
+    Addr, Command, Credentials, Datagram, Error, Foreign, Frame, Greeting, Host, Message, Method, Name, Rep, Reply,
+    Request, Selection, Status, Stop,
 };
 
 fn config() -> ProptestConfig {
@@ -135,6 +135,13 @@ proptest! {
     }
 
     #[test]
+    fn every_frame_survives(token in vec(any::<u8>(), 0..2000)) {
+        check(&Frame::Authentication(token.clone()));
+        check(&Frame::Protection(token.clone()));
+        check(&Frame::Data(token));
+    }
+
+    #[test]
     fn any_pieces_make_the_same_messages(dst in any_addr(), pieces in vec(1_usize..300, 1..40)) {
         let mut pieces = pieces.into_iter().cycle();
         let request = Request { command: Command::Bind, dst: dst.clone() };
@@ -155,6 +162,7 @@ proptest! {
         check_random::<Selection>(&octets);
         check_random::<Credentials>(&octets);
         check_random::<Status>(&octets);
+        check_random::<Frame>(&octets);
         check_random::<Request>(&octets);
         check_random::<Reply>(&octets);
         if let Ok(datagram) = Datagram::decode(&octets) {
@@ -274,7 +282,33 @@ fn another_version_is_an_error_at_its_octet() {
     for version in (0..=255).filter(|version| *version != 1) {
         check_bad::<Credentials>(&[], &[version], Error::AuthVersion(version));
         check_bad::<Status>(&[], &[version], Error::AuthVersion(version));
+        check_bad::<Frame>(&[], &[version], Error::AuthVersion(version));
     }
+}
+
+#[test]
+fn an_abort_has_two_octets_and_an_unknown_message_type_is_an_error_at_its_octet() {
+    check(&Frame::Abort);
+    assert_eq!(Frame::Abort.encode(), [1, 0xff]);
+    for mtyp in (0..=0xfe).filter(|mtyp| !(1..=3).contains(mtyp)) {
+        check_bad::<Frame>(&[1], &[mtyp], Error::Mtyp(mtyp));
+    }
+    let longest = Frame::Data(vec![7; 65_535]);
+    assert_eq!(Frame::decode(&longest.encode()), Ok(longest));
+}
+
+#[test]
+fn a_datagram_is_one_data_frame_or_none() {
+    let whole = Frame::Data(vec![1, 2, 3]).encode();
+    assert_eq!(Frame::of_datagram(&mut whole.clone()), Some(&mut [1, 2, 3][..]));
+    for length in 0..whole.len() {
+        assert_eq!(Frame::of_datagram(&mut whole[..length].to_vec()), None, "{length} octets");
+    }
+    assert_eq!(Frame::of_datagram(&mut [&whole[..], &[0]].concat()), None, "an octet too many");
+    for other in [Frame::Authentication(vec![1]), Frame::Protection(vec![1]), Frame::Abort] {
+        assert_eq!(Frame::of_datagram(&mut other.encode()), None, "{other:?}");
+    }
+    assert_eq!(Frame::of_datagram(&mut [5, 3, 0, 1, 1]), None, "another version");
 }
 
 #[test]

@@ -169,7 +169,8 @@ impl Session<'_> {
         conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
         match (method, &self.law.policy.users, &self.server.options.acceptor) {
             (Method::PASSWORD, Some(_), _) => self.log_in(conn).await,
-            (Method::GSSAPI, _, Some(acceptor)) => self.establish(conn, acceptor).await,
+            // Boxed, so that all others do not have room for it.
+            (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.establish(conn, acceptor)).await,
             (Method::NONE, ..) => Ok(Attempt { method, is_valid: true, delay: Duration::ZERO, protection: None }),
             _ => Err(Refusal::silent("a method that nothing is there for")),
         }

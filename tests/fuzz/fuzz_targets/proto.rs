@@ -1,4 +1,4 @@
-//! Any octets as every message of RFC 1928 and RFC 1929: no panic, nothing asked for behind the longest message, what
+//! Any octets as every message of RFC 1928, RFC 1929 and RFC 1961: no panic, nothing asked for behind the longest message, what
 //! was read can be written and read again, and no more is allocated than is there.
 
 #![no_main]
@@ -7,7 +7,7 @@ use std::alloc::System;
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use s5::proto::{Credentials, Datagram, Greeting, Message, Reply, Request, Selection, Status, Stop};
+use s5::proto::{Credentials, Datagram, Frame, Greeting, Message, Reply, Request, Selection, Status, Stop};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -20,6 +20,7 @@ fuzz_target!(|octets: &[u8]| {
     check::<Status>(octets);
     check::<Request>(octets);
     check::<Reply>(octets);
+    check::<Frame>(octets);
     check_datagram(octets);
 });
 
