@@ -115,12 +115,24 @@ pub fn parse(args: &[String]) -> Result<Command, Exit> {
     }
 }
 
-/// argh's complaints are paragraphs; ours are lines.
+/// argh's complaints are paragraphs; ours are lines. Words of the command line are repeated in them, and a proxy's URL in
+/// the wrong place may have a password in it.
 fn one_line(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let line = lines.join(" ").replace("Run s5", "run s5").replace(" for more information.", "");
+    let words: Vec<String> = text.split_whitespace().map(without_userinfo).collect();
+    let line = words.join(" ").replace("Run s5", "run s5").replace(" for more information.", "");
     let mut chars = line.chars();
     chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()
+}
+
+/// What stands before an `@`, but for a scheme, is not shown.
+fn without_userinfo(word: &str) -> String {
+    match word.rsplit_once('@') {
+        Some((before, place)) => match before.split_once("://") {
+            Some((scheme, _)) => format!("{scheme}://…@{place}"),
+            None => format!("…@{place}"),
+        },
+        None => word.into(),
+    }
 }
 
 /// Every exit status there is. Scripts rely on the numbers: curl's where curl has one.
@@ -316,6 +328,18 @@ mod tests {
         let Err(Exit::Usage(failure)) = parse(&words) else { panic!("not a usage error") };
         assert_eq!(failure.message.lines().count(), 1, "{}", failure.message);
         assert!(failure.message.contains("--nonsense"), "{}", failure.message);
+    }
+
+    #[test]
+    fn a_url_in_the_wrong_place_does_not_give_its_password_away() {
+        for words in [
+            ["s5", "socks5h://alice:secret@proxy.test", ""],
+            ["s5", "connect", "--socks5h://alice:secret@proxy.test"],
+            ["s5", "serve", "alice:secret@proxy.test"],
+        ] {
+            let Err(Exit::Usage(failure)) = parse(&words.map(String::from)) else { panic!("not a usage error") };
+            assert!(failure.message.contains("@proxy.test") && !failure.message.contains("secret"), "{failure}");
+        }
     }
 
     #[test]
