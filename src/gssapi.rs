@@ -107,7 +107,11 @@ impl Acceptor {
     pub async fn accept(&self, conn: &mut Conn) -> Result<Accepted, Error> {
         let context = self.establish(conn).await?;
         let flags = context.flags();
-        let user = context.peer().filter(|_| !flags.anonymous).ok_or_else(|| failed("the client has no name"))?;
+        let user = context
+            .peer()
+            .filter(|_| !flags.anonymous)
+            .map(<[u8]>::to_vec)
+            .ok_or_else(|| failed("the client has no name"))?;
         let allowed = |level: &Level| match level {
             Level::None => true,
             Level::Integrity => flags.integrity,

@@ -103,7 +103,7 @@ impl Context {
         Flags::default()
     }
 
-    pub fn peer(&self) -> Option<Vec<u8>> {
+    pub fn peer(&self) -> Option<&[u8]> {
         None
     }
 
