@@ -29,10 +29,12 @@ test: test-programs ## install what the tests need, and run them all
 # What the tests run against, as Debian packages it. Only what is missing is installed.
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
-           strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount
+           strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount fail2ban-regex:fail2ban \
+           krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind tshark:tshark
 test-programs:     ## install the real programs that the tests run against (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \
 	/usr/bin/python3 -c 'import socks' 2>/dev/null || missing="$$missing python3-socks"; \
+	/usr/bin/python3 -c 'import gssapi' 2>/dev/null || missing="$$missing python3-gssapi"; \
 	$(INSTALL_MISSING)
 
 FIND_MISSING = for pair in $(1); do \
