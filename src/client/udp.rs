@@ -19,6 +19,10 @@ use crate::reassembly::{Reassembler, split};
 /// More than any UDP datagram has, in octets.
 const MAX_DATAGRAM: usize = 65_536;
 
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_DATAGRAM]);
+}
+
 /// Associations with all hops, nested, and the socket towards the first one.
 #[derive(Debug)]
 pub struct Association {
@@ -144,10 +148,8 @@ impl Association {
     /// # Errors
     /// Those of the socket.
     pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
-        let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
-            let n = ready!(self.socket.poll_with(cx, Way::Read, |socket| receive(socket, &mut buffer)))?;
-            if let Some(answer) = self.unwrap(buffer.get(..n).unwrap_or_default()) {
+            if let Some(answer) = ready!(self.socket.poll_with(cx, Way::Read, |socket| self.receive(socket)))? {
                 return Poll::Ready(Ok(answer));
             }
         }
@@ -158,10 +160,8 @@ impl Association {
     /// # Errors
     /// Those of the socket.
     pub fn try_recv(&self) -> io::Result<Option<(Addr, Vec<u8>)>> {
-        let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
-            let received = self.socket.try_with(Way::Read, |socket| receive(socket, &mut buffer));
-            match received.map(|n| self.unwrap(buffer.get(..n).unwrap_or_default())) {
+            match self.socket.try_with(Way::Read, |socket| self.receive(socket)) {
                 Ok(Some(answer)) => return Ok(Some(answer)),
                 // Not for us.
                 Ok(None) => {}
@@ -169,6 +169,14 @@ impl Association {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// What has come, if it is an answer.
+    fn receive(&self, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
+        BUFFER.with_borrow_mut(|buffer| {
+            let n = receive(socket, buffer)?;
+            Ok(self.unwrap(buffer.get(..n).unwrap_or_default()))
+        })
     }
 
     /// Takes the headers of all layers off; `None` for what is no whole answer by way of all relays.
