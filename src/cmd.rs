@@ -8,6 +8,7 @@ pub mod connect;
 pub mod serve;
 pub mod udp;
 
+mod argv;
 mod client;
 mod pipe;
 
@@ -16,7 +17,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use crate::client::{self as socks, Cause, Client, Phase, Proxy, parse_hops};
@@ -24,7 +25,7 @@ use crate::dial::Failure as DialFailure;
 use crate::proto::Addr;
 
 /// A SOCKS5 server, and a netcat through SOCKS5 proxies.
-#[derive(FromArgs, Debug)]
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
     error_code(2, "Usage; other statuses of the clients stand in the README."),
     example = "s5 serve\ns5 connect -x socks5h://127.0.0.1:1080 example.org:80"
@@ -39,11 +40,12 @@ pub struct Args {
 }
 
 /// One of the four modes.
-#[derive(FromArgs, Debug)]
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one in a process")]
 pub enum Command {
     /// `s5 serve`
-    Serve(Box<serve::Args>),
+    Serve(serve::Args),
     /// `s5 connect`
     Connect(connect::Args),
     /// `s5 bind`
@@ -103,7 +105,9 @@ impl Exit {
 /// # Errors
 /// What to print instead of running.
 pub fn parse(args: &[String]) -> Result<Command, Exit> {
-    let args: Vec<&str> = args.iter().skip(1).map(String::as_str).collect();
+    let args = argv::normalise(args.get(1..).unwrap_or_default());
+    let args = args.map_err(|what| Exit::Usage(Failure::usage(what)))?;
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let parsed = Args::from_args(&["s5"], &args).map_err(|early| match early.status {
         Ok(()) => Exit::Text(early.output),
         Err(()) => Exit::Usage(Failure::usage(one_line(&early.output))),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use super::client::client_args;
 use super::{Failure, HANDSHAKE, deadline, note, pipe, say};
@@ -11,7 +11,7 @@ use crate::proto::{Addr, Command};
 
 client_args! {
     /// Accept one connection at a SOCKS5 proxy: says where on stderr, then stdin and stdout are that connection.
-    #[derive(FromArgs, Debug)]
+    #[derive(FromArgs, ArgsInfo, Debug)]
     #[argh(
         subcommand,
         name = "bind",

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use super::client::client_args;
 use super::{Failure, HANDSHAKE, deadline, note, pipe, target};
@@ -10,7 +10,7 @@ use crate::proto::Command;
 
 client_args! {
     /// Connect to a target through SOCKS5 proxies: stdin goes there, what it answers comes to stdout.
-    #[derive(FromArgs, Debug)]
+    #[derive(FromArgs, ArgsInfo, Debug)]
     #[argh(
         subcommand,
         name = "connect",

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::client::{levels, methods};
@@ -29,7 +29,7 @@ const VIA: &str = "--via";
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE (RFC 1928), without or with passwords (RFC 1929).
-#[derive(FromArgs, Debug)]
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
     subcommand,
     name = "serve",

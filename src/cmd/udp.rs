@@ -7,7 +7,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use smol::{Timer, Unblock};
@@ -24,7 +24,7 @@ const MAX_BATCH: usize = 1000;
 
 client_args! {
     /// Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.
-    #[derive(FromArgs, Debug)]
+    #[derive(FromArgs, ArgsInfo, Debug)]
     #[argh(
         subcommand,
         name = "udp",
