@@ -173,7 +173,7 @@ impl Client {
     /// Where and why it failed.
     pub async fn request(&self, command: Command) -> Result<(Conn, Addr), Error> {
         self.limited(async {
-            let mut conn = self.open(self.hops.len()).await?;
+            let (mut conn, _) = self.open(self.hops.len()).await?;
             let bnd = self.ask(&mut conn, command, &self.dst).await?;
             Ok((conn, bnd))
         })
@@ -199,8 +199,9 @@ impl Client {
     }
 
     /// Walks the first `count` hops: a connection to the last of them, past its authentication.
-    async fn open(&self, count: usize) -> Result<Conn, Cause> {
+    async fn open(&self, count: usize) -> Result<(Conn, Option<Protection>), Cause> {
         let mut open: Option<Conn> = None;
+        let mut protection = None;
         for (i, hop) in self.hops.iter().take(count).enumerate() {
             let mut conn = match (open.take(), &hop.endpoint) {
                 (None, endpoint) => self.connect(endpoint).await?,
@@ -212,12 +213,14 @@ impl Client {
                 (Some(_), Endpoint::Unix(_)) => return Err(Cause::Socket(io::ErrorKind::Unsupported.into())),
             };
             self.at.set((i, Phase::Greeting));
-            open = Some(match self.authenticate(&mut conn, hop).await? {
-                Some(protection) => conn.protect(protection),
+            protection = self.authenticate(&mut conn, hop).await?;
+            open = Some(match &protection {
+                Some(protection) => conn.protect(protection.clone()),
                 None => conn,
             });
         }
-        open.ok_or_else(|| Cause::Protocol("no proxy given".into()))
+        let conn = open.ok_or_else(|| Cause::Protocol("no proxy given".into()))?;
+        Ok((conn, protection))
     }
 
     async fn connect(&self, endpoint: &Endpoint) -> Result<Conn, Cause> {

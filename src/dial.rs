@@ -142,10 +142,37 @@ impl Resolver {
     }
 }
 
-/// The address that some clients send as a name: as it is, or in brackets.
+/// The address that some clients send as a name: as it is, in brackets, or in one of the forms that inet_aton(3) takes,
+/// and getaddrinfo(3) with it: `127.1`, `0x7f.0.0.1`, `2130706433`.
 pub fn literal(name: &Name) -> Option<IpAddr> {
     let text = name.as_str();
-    text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text).parse().ok()
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    bare.parse().ok().or_else(|| number(text).map(IpAddr::V4))
+}
+
+/// One to four numbers with dots, decimal, octal (`0…`) or hexadecimal (`0x…`); the last one fills what is left.
+fn number(text: &str) -> Option<Ipv4Addr> {
+    let part = |part: &str| {
+        let (digits, radix) = match part.strip_prefix("0x").or_else(|| part.strip_prefix("0X")) {
+            Some(digits) => (digits, 16),
+            None if part.len() > 1 && part.starts_with('0') => (part, 8),
+            None => (part, 10),
+        };
+        // from_str_radix would take a sign.
+        let value = u32::from_str_radix(digits, radix).ok();
+        value.filter(|_| digits.starts_with(|c: char| c.is_ascii_hexdigit()))
+    };
+    let parts: Vec<u32> = text.split('.').map(part).collect::<Option<_>>()?;
+    let (last, before) = parts.split_last().filter(|(_, before)| before.len() <= 3)?;
+    let mut address = u64::from(*last);
+    for (place, part) in (0..).zip(before) {
+        if *part > 255 {
+            return None;
+        }
+        address |= u64::from(*part) << (24 - 8 * place);
+    }
+    let fits = u64::from(*last) < 1 << (32 - 8 * before.len());
+    u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
 }
 
 /// The address that a packet really goes to: IPv4 out of its IPv6 mapping, and "unspecified" as the loopback that
@@ -318,6 +345,34 @@ mod tests {
         assert!(Failure::TimedOut > Failure::NetworkUnreachable);
         assert!(Failure::NetworkUnreachable > Failure::NoFamily);
         assert!(Failure::NoFamily > Failure::Local);
+    }
+
+    #[test]
+    fn what_the_systems_resolver_takes_for_an_address_is_one() {
+        let table = [
+            ("127.0.0.1", Some("127.0.0.1")),
+            ("[::1]", Some("::1")),
+            ("127.1", Some("127.0.0.1")),
+            ("2130706433", Some("127.0.0.1")),
+            ("0x7f.1", Some("127.0.0.1")),
+            ("0177.0.0.1", Some("127.0.0.1")),
+            ("0xA9FEA9FE", Some("169.254.169.254")),
+            ("10.258", Some("10.0.1.2")),
+            ("0", Some("0.0.0.0")),
+            ("4294967296", None),
+            ("1.2.3.256", None),
+            ("256.1", None),
+            ("1.2.3.4.5", None),
+            ("08", None),
+            ("+1", None),
+            ("1.", None),
+            ("a.1", None),
+            ("face", None),
+        ];
+        for (text, ip) in table {
+            let name = Name::new(text.as_bytes()).expect("a name");
+            assert_eq!(literal(&name).map(|ip| ip.to_string()).as_deref(), ip, "{text}");
+        }
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl Policy {
     }
 
     /// Whether a connection to `to` would come back to this server.
-    fn is_home(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
+    pub fn is_home(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
         self.own.iter().any(|own| {
             own.port() == to.port()
                 && own.is_ipv4() == to.is_ipv4()

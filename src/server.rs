@@ -18,6 +18,7 @@ mod shares;
 mod tunnel;
 mod worker;
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -35,10 +36,11 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
-use crate::client::{Auth, Proxy};
-use crate::dial::{Resolver, unspecified};
+use crate::client::{Auth, Endpoint, Proxy};
+use crate::dial::{Resolver, canonical, literal, unspecified};
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
+use crate::proto::{Addr, Host};
 use crate::relay::Limits;
 pub use gate::Bounds;
 use gate::Gate;
@@ -208,7 +210,11 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
         listeners.extend(listen.bind().map_err(StartError::io(format!("listen on {listen}")))?);
     }
     policy.own = listeners.iter().filter_map(Listener::addr).collect();
-    if let Some(why) = openness(&policy, &options) {
+    // Behind NAT they lead here as well.
+    let ports: BTreeSet<u16> = policy.own.iter().map(SocketAddr::port).collect();
+    let advertised = options.advertise.iter().flat_map(|ip| ports.iter().map(|port| SocketAddr::new(*ip, *port)));
+    policy.own.extend(advertised.collect::<Vec<_>>());
+    if let Some(why) = openness(&policy, &options).or_else(|| roundabout(&policy, &options)) {
         return Err(StartError::Open(why));
     }
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("signals"))?;
@@ -238,7 +244,8 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
 
 /// Why a server would be an open relay, and how not to be one; `None` when it would not be, or is meant to be.
 fn openness(policy: &Policy, options: &Options) -> Option<String> {
-    let own = policy.own.iter().find(|own| !own.ip().is_loopback())?;
+    let is_remote = |own: &&SocketAddr| !own.ip().is_loopback() && !options.advertise.contains(&own.ip());
+    let own = policy.own.iter().find(is_remote)?;
     (policy.is_open() && !options.open).then(|| {
         let who = if policy.rules.names_from() { "whoever no rule keeps out" } else { "whoever reaches it" };
         format!(
@@ -246,6 +253,23 @@ fn openness(policy: &Policy, options: &Options) -> Option<String> {
              say who may come (--allow from=CIDR, or a rule that does), or mean it (--open)"
         )
     })
+}
+
+/// Which hop leads back to this server, so that one request would take all that it has.
+fn roundabout(policy: &Policy, options: &Options) -> Option<String> {
+    let leads_home = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
+        Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => policy.is_home(canonical(*ip, *port), is_local),
+        Some(Endpoint::Tcp(Addr { host: Host::Name(name), port })) => {
+            let near = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            let ips = literal(name).map_or(near.to_vec(), |ip| vec![ip]);
+            let is_near = literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
+            is_near && ips.iter().any(|ip| policy.is_home(canonical(*ip, *port), is_local))
+        }
+        Some(Endpoint::Unix(_)) | None => false,
+    };
+    let hop = options.hops.iter().find(leads_home)?;
+    let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();
+    Some(format!("the hop {} is this server itself, {proxy}", hop.name))
 }
 
 /// Puts a new policy in force, unless there is something wrong with it.
@@ -366,10 +390,13 @@ fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAd
     Ok(local)
 }
 
-/// Whether an address is one of this machine's: only such a one can be bound.
+/// Whether an address may be one of this machine's: only such a one can be bound, and of others the system says that
+/// they are not. When it says that it has no port or descriptor left, it has not said so.
 pub fn is_local(mut addr: SocketAddr) -> bool {
+    use rustix::io::Errno;
     addr.set_port(0);
-    UdpSocket::bind(addr).is_ok()
+    let refused = UdpSocket::bind(addr).err().and_then(|error| error.raw_os_error()).map(Errno::from_raw_os_error);
+    !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
 }
 
 #[cfg(test)]

@@ -34,6 +34,8 @@ pub struct Association {
 #[derive(Debug)]
 struct Layer {
     control: Conn,
+    /// Of this hop; the control connection may be protected by those before it.
+    protection: Option<Protection>,
     proxy: String,
     relay: Addr,
     reassembler: RefCell<Reassembler>,
@@ -42,7 +44,7 @@ struct Layer {
 impl Layer {
     /// How many octets a datagram gets longer by being protected.
     fn overhead(&self) -> usize {
-        self.control.protection().map_or(0, Protection::overhead)
+        self.protection.as_ref().map_or(0, Protection::overhead)
     }
 }
 
@@ -59,10 +61,16 @@ impl Client {
         self.limited(async {
             let mut layers = Vec::new();
             for (hop, proxy) in self.hops.iter().enumerate() {
-                let mut control = self.open(hop + 1).await?;
+                let (mut control, protection) = self.open(hop + 1).await?;
                 let bnd = self.ask(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
                 let relay = self.meant(bnd, &control);
-                layers.push(Layer { control, proxy: proxy.to_string(), relay, reassembler: RefCell::default() });
+                layers.push(Layer {
+                    control,
+                    protection,
+                    proxy: proxy.to_string(),
+                    relay,
+                    reassembler: RefCell::default(),
+                });
             }
             let first = layers.first().ok_or_else(|| Cause::Protocol("no proxy given".into()))?;
             self.step(Phase::Request);
@@ -126,7 +134,7 @@ impl Association {
                 if let Some(inner) = inner {
                     *octets = wrap(&inner.relay, octets);
                 }
-                if let Some(protection) = layer.control.protection() {
+                if let Some(protection) = &layer.protection {
                     *octets = protection.wrap(octets)?;
                 }
                 inner = Some(layer);
@@ -184,7 +192,7 @@ impl Association {
         let mut octets = octets.to_vec();
         let mut from = None;
         for (i, layer) in self.layers.iter().enumerate() {
-            if let Some(protection) = layer.control.protection() {
+            if let Some(protection) = &layer.protection {
                 octets = protection.unwrap_datagram(&mut octets)?;
             }
             let datagram = Datagram::decode(&octets).ok()?;

@@ -32,11 +32,11 @@ macro_rules! client_args {
             gssapi_host: Option<String>,
 
             /// what is asked for with gssapi: none, integrity or confidentiality (confidentiality)
-            #[argh(option, arg_name = "level", from_str_fn($crate::cmd::client::level))]
+            #[argh(option, arg_name = "level", from_str_fn($crate::policy::rules::level))]
             gssapi_protection: Option<$crate::proto::Level>,
 
             /// the least that is taken (integrity)
-            #[argh(option, arg_name = "level", from_str_fn($crate::cmd::client::level))]
+            #[argh(option, arg_name = "level", from_str_fn($crate::policy::rules::level))]
             gssapi_min: Option<$crate::proto::Level>,
 
             /// say the level as NEC's servers want it
@@ -125,12 +125,6 @@ pub(super) fn methods(text: &str) -> Result<Vec<Method>, String> {
 /// A comma list of levels.
 pub(super) fn levels(text: &str) -> Result<Vec<Level>, String> {
     some_of(text, &Level::ALL)
-}
-
-/// One level.
-pub(super) fn level(text: &str) -> Result<Level, String> {
-    let found = Level::ALL.into_iter().find(|level| level.to_string() == text);
-    found.ok_or_else(|| format!("{text:?} is none of none, integrity and confidentiality"))
 }
 
 /// A comma list of some of `all`, each once.

@@ -103,7 +103,7 @@ pub struct Args {
     #[argh(switch)]
     open: bool,
 
-    /// go through this SOCKS5 server, or through several with commas, nearest first: [user:password@]host[:port]
+    /// go through this SOCKS5 server, or through several with commas, nearest first: user:password@host:port
     #[argh(option, arg_name = "url")]
     via: Option<String>,
 

@@ -41,8 +41,9 @@ const MINOR: c_int = 2;
 // SAFETY: it points to constants.
 unsafe impl Sync for Oid {}
 
+const KRB5_OCTETS: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
 // Statics, since the library may keep a pointer to one.
-static KRB5: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02");
+static KRB5: Oid = Oid::new(KRB5_OCTETS);
 static HOST_BASED_SERVICE: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x01\x04");
 static KRB5_PRINCIPAL: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02\x01");
 
@@ -145,14 +146,15 @@ impl Api {
 
     /// What the library says of an error; to be asked on the thread that had it.
     fn error(&self, major: u32, minor: u32) -> Error {
-        let of_minor = if minor == 0 { String::new() } else { self.words(minor, MINOR) };
-        let text = match (self.words(major, MAJOR), of_minor) {
-            (of_major, of_minor) if of_minor.is_empty() => of_major,
+        let (of_major, of_minor) = (self.words(major, MAJOR), self.words(minor, MINOR));
+        let text = match () {
+            // MIT's way of a minor that is 0.
+            _ if minor == 0 || of_minor == "Success" => of_major,
             // This major says only that the minor tells.
-            (_, of_minor) if major == FAILURE => of_minor,
-            (of_major, of_minor) => format!("{of_major}: {of_minor}"),
+            _ if major == FAILURE && !of_minor.is_empty() => of_minor,
+            _ => format!("{of_major}: {of_minor}"),
         };
-        Error::new(major, text)
+        Error { text, major, minor }
     }
 
     fn words(&self, value: u32, kind: c_int) -> String {
@@ -197,6 +199,8 @@ impl<'a> Buffer<'a> {
 
 impl Drop for Buffer<'_> {
     fn drop(&mut self) {
+        // MIT allocates for a message of no octets, too, and would not release what seems to have none.
+        self.octets.length = self.octets.length.max((!self.octets.value.is_null()).into());
         // SAFETY: it is empty or the library's, and nobody has released it.
         unsafe { (self.api.gss_release_buffer)(&mut 0, &mut self.octets) };
     }
@@ -287,10 +291,10 @@ impl Credential {
         let entry = StoreEntry { key: key.as_ptr(), value: value.as_ptr() };
         let store = Store { count: 1, elements: &entry };
         // SAFETY: all pointers are to what lives here.
-        api.call(|minor| unsafe {
+        let acquired = api.call(|minor| unsafe {
             acquire_from(minor, name, INDEFINITE, &mechanisms, usage, &store, handle, null_mut(), null_mut())
-        })?;
-        Ok(credential)
+        });
+        acquired.map(|_| credential).map_err(|error| error.about(path))
     }
 }
 
@@ -412,15 +416,17 @@ impl RawContext {
         Ok((output.as_slice().to_vec(), is_sealed != 0))
     }
 
-    /// The data, whether it was sealed, and the major status with its remarks. The library writes into the token.
-    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Vec<u8>, bool, u32), Error> {
+    /// The data if there is some, whether it was sealed, and the major status with its remarks. The library writes into
+    /// the token.
+    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Option<Vec<u8>>, bool, u32), Error> {
         let Self { api, handle } = self;
         let (mut output, mut is_sealed, token) = (Buffer::new(api), 0, Octets::of_mut(token));
         let octets = &mut output.octets;
         // SAFETY: the context is the library's or null, the rest lives here and may be written to.
         let major =
             api.call(|minor| unsafe { (api.gss_unwrap)(minor, *handle, &token, octets, &mut is_sealed, null_mut()) })?;
-        Ok((output.as_slice().to_vec(), is_sealed != 0, major))
+        let data = (!output.octets.value.is_null()).then(|| output.as_slice().to_vec());
+        Ok((data, is_sealed != 0, major))
     }
 
     fn capacity(&self, seal: bool, token: u32) -> Result<u32, Error> {

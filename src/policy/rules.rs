@@ -12,11 +12,11 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 
 use crate::proto::{Command, Level, Method, Name};
-pub use text::{Error, name_of, parse, parse_line};
+pub use text::{Error, command, level, method, name_of, parse, parse_line};
 
 /// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
 /// link (and the metadata service of a cloud), nobody in particular, and many at once.
-const PROTECTED: &str = "0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
+const PROTECTED: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
                          ::,::1,fd00:ec2::254,fe80::/10,ff00::/8";
 
 /// What is known of a session so far.
@@ -163,14 +163,19 @@ impl Rules {
         }
         rules.push(Rule { to: To::Home, ..Rule::built_in(false, "deny to=(where s5 itself listens)") });
         let text = format!("deny from=remote to={PROTECTED}");
-        let nets = PROTECTED.split(',').filter_map(text::net).map(Place::Net).collect();
-        rules.push(Rule { from: vec![Source::Remote], to: To::These(nets), ..Rule::built_in(false, &text) });
+        let places = PROTECTED.split(',').filter_map(|place| text::place(place).ok()).collect();
+        rules.push(Rule { from: vec![Source::Remote], to: To::These(places), ..Rule::built_in(false, &text) });
         Self { rules, written, otherwise: Rule::built_in(false, "deny"), route }
     }
 
     /// The rules that are not built in.
     pub fn written(&self) -> &[Rule] {
         self.rules.get(..self.written).unwrap_or_default()
+    }
+
+    /// Whether what no rule allows is denied.
+    pub fn is_list(&self) -> bool {
+        !self.rules.iter().skip(self.written).any(|rule| rule.allow)
     }
 
     /// Whether a rule names `from`.
@@ -228,15 +233,15 @@ impl Rules {
             To::Anywhere => Holds::Yes,
             To::These(places) => any(places, |place| place.matches(rule.allow, question)),
             To::Home => match (question.ip, question.port) {
-                (Some(ip), Some(port)) => is_home(SocketAddr::new(ip, port)).into(),
+                (Some(ip), Some(port)) => forms(ip).any(|ip| is_home(SocketAddr::new(ip, port))).into(),
                 _ => Holds::Perhaps,
             },
-            // What a name means is the hop's to know, and its rules' to judge.
-            To::Unprotected if is_name_only(question) && self.route(rule) != Route::Direct => Holds::Yes,
             To::Unprotected => {
                 let built_in = self.rules.iter().skip(self.written).filter(|rule| !rule.allow);
                 match built_in.map(|rule| self.matches(rule, question, is_home)).max() {
                     Some(Holds::Yes) => Holds::No,
+                    // What a name means is the hop's to know, and its rules' to judge.
+                    Some(Holds::Perhaps) if is_name_only(question) && self.route(rule) != Route::Direct => Holds::Yes,
                     Some(Holds::Perhaps) => Holds::Perhaps,
                     Some(Holds::No) | None => Holds::Yes,
                 }
@@ -353,17 +358,24 @@ impl Place {
 /// Whether `net` has `ip`: to allow it, by the address that it really leads to; to deny it, by any that it could be
 /// taken for.
 fn includes(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
-    let IpAddr::V6(v6) = ip else { return net.contains(&ip) };
-    let inside = inside(v6);
-    if allow {
-        return net.contains(&inside.map_or(ip, IpAddr::V4));
-    }
-    let teredo_server = Some(v6.segments()).filter(|segments| segments.starts_with(&TEREDO)).map(|s| v4(s[2], s[3]));
-    let forms = [Some(ip), inside.map(IpAddr::V4), teredo_server.map(IpAddr::V4)];
-    forms.into_iter().flatten().any(|form| net.contains(&form))
+    let real = match ip {
+        IpAddr::V6(v6) => inside(v6).map_or(ip, IpAddr::V4),
+        IpAddr::V4(_) => ip,
+    };
+    if allow { net.contains(&real) } else { forms(ip).any(|form| net.contains(&form)) }
 }
 
-const TEREDO: [u16; 2] = [0x2001, 0];
+/// All addresses that one could be taken for: itself, the one inside, and of Teredo the server's.
+fn forms(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let (inside, server) = match ip {
+        IpAddr::V4(_) => (None, None),
+        IpAddr::V6(v6) => match v6.segments() {
+            [0x2001, 0, high, low, ..] => (inside(v6), Some(v4(high, low))),
+            _ => (inside(v6), None),
+        },
+    };
+    [Some(ip), inside.map(IpAddr::V4), server.map(IpAddr::V4)].into_iter().flatten()
+}
 
 /// The IPv4 address in an IPv6 one: mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or Teredo, the client's (RFC 4380).
 pub fn inside(ip: Ipv6Addr) -> Option<Ipv4Addr> {

@@ -15,6 +15,9 @@ use crate::proto::MAX_FIELD;
 /// The most that bcrypt looks at, in octets; what is longer can't be told apart by it and is refused.
 const BCRYPT_MAX: usize = 72;
 
+/// Kinds of hashes that there are elsewhere.
+const KNOWN_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
+
 /// Everybody who may log in.
 #[derive(Debug, Default)]
 pub struct Users {
@@ -120,8 +123,8 @@ impl Hash {
         }
         // Anything but $SCHEME$… may be a password in clear, which is not repeated.
         match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
-            Some((scheme, _)) => Err(format!("unknown kind of hash {:?}", excerpt(scheme))),
-            None => Err("no hash behind the name, as --add-user or htpasswd -B writes it".into()),
+            Some((scheme, _)) if KNOWN_SCHEMES.contains(&scheme) => Err(format!("unknown kind of hash {scheme:?}")),
+            _ => Err("no hash behind the name, as --add-user or htpasswd -B writes it".into()),
         }
     }
 

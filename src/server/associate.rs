@@ -62,10 +62,10 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let mut upstreams = Vec::new();
     for route in session.law.policy.rules.routes(&session.record.question()) {
         if let Route::Hop(number) = route {
+            session.record.via = Some(server.hop(number)?);
             upstreams.push(Upstream::open(server, number).await?);
         }
     }
-    session.record.via = upstreams.first().map(|upstream| upstream.hop.clone());
     let client = client_addr(session.record.client(), dst);
     let relay = relay_socket(server, control, client).map_err(failed)?;
     let local = relay.get_ref().local_addr().map_err(failed)?;
@@ -171,11 +171,17 @@ impl Association<'_, '_> {
     /// Lives on under a new law, or says why not.
     fn obey_law(&mut self) -> Option<String> {
         let Session { server, law, record, .. } = &mut *self.session;
-        let objection = server.objection(record, || None);
-        if objection.is_none() && record.law.get() != law.number {
-            *law = server.laws.current();
+        let objection = server.objection(record, &record.law, || None);
+        if objection.is_some() || record.law.get() == law.number {
+            return objection;
         }
-        objection
+        *law = server.laws.current();
+        let is_open = |route: &Route| match route {
+            Route::Direct => true,
+            Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.number == *hop),
+        };
+        let are_open = law.policy.rules.routes(&record.question()).iter().all(is_open);
+        (!are_open).then(|| "the rules now name a hop that it was not opened with".into())
     }
 
     fn poll_lost(&mut self, cx: &mut Context<'_>) -> Option<String> {
@@ -214,12 +220,13 @@ impl Association<'_, '_> {
         for upstream in &self.upstreams {
             let mut left = BUDGET;
             while left > 0
-                && let Poll::Ready(Ok((from, data))) = upstream.poll_recv(cx)
+                && let Poll::Ready(received) = upstream.poll_recv(cx)
             {
                 left -= 1;
+                // An error is about an earlier datagram; the control connection says when it is over.
+                let Ok((from, data)) = received else { continue };
                 self.last = now;
-                // Whom the client has sent to is the hop's to know.
-                if self.client.port() != 0 && self.may_pass(data.len()) {
+                if self.client.port() != 0 && self.may_answer_by(upstream, &from) && self.may_pass(data.len()) {
                     self.answer_alone(&from, &data);
                 }
             }
@@ -366,8 +373,11 @@ impl Association<'_, '_> {
     }
 
     fn send_through(&mut self, hop: usize, dst: &Addr, data: &[u8]) {
-        let upstream = self.upstreams.iter().find(|upstream| upstream.number == hop);
-        if self.may_pass(data.len()) && upstream.is_some_and(|upstream| upstream.send(dst, data)) {
+        if !self.may_pass(data.len()) {
+            return;
+        }
+        let upstream = self.upstreams.iter_mut().find(|upstream| upstream.number == hop);
+        if upstream.is_some_and(|upstream| upstream.send(dst, data)) {
             self.has_sent(data.len());
         }
     }
@@ -437,6 +447,13 @@ impl Association<'_, '_> {
         (is_open || asked.is_some())
             && self.client.port() != 0
             && self.way(from, asked.flatten()) == Some(Route::Direct)
+    }
+
+    /// The same for what comes through a hop. Which address a name has is the hop's to know, and whom the client has sent
+    /// to; but to a client that has sent only to addresses, the rules say from where.
+    fn may_answer_by(&self, upstream: &Upstream, from: &Addr) -> bool {
+        let question = towards(self.session.record.client_question(), from);
+        upstream.has_names || !matches!(self.session.law.judge(&question), Verdict::Deny(_))
     }
 
     fn answer_run(&self, run: &mut Run<'_>) {

@@ -57,7 +57,7 @@ async fn through(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, hop: 
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(Refusal::reply(Rep::GENERAL_FAILURE, "a peer without an address")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
-    if let Verdict::Deny(rule) = session.law.judge(&session.question_of(addr)) {
+    if let Verdict::Deny(rule) = session.law_now().judge(&session.question_of(addr)) {
         return Err(refusal(rule));
     }
     session.succeed(client, peer, Some(addr)).await?;
@@ -74,8 +74,11 @@ impl Session<'_> {
             Verdict::Deny(rule) => Err(refusal(rule)),
             Verdict::Undecided(_) => {
                 let routes = self.law.policy.rules.routes(&question);
-                let only = routes.first().filter(|_| routes.len() == 1);
-                Ok(only.copied().unwrap_or_default())
+                match routes.as_slice() {
+                    [only] => Ok(*only),
+                    several if several.contains(&Route::Direct) => Ok(Route::Direct),
+                    _ => Err(Refusal::reply(Rep::NOT_ALLOWED, "the way depends on the peer, who was not named")),
+                }
             }
         }
     }
@@ -107,7 +110,7 @@ impl Session<'_> {
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
                     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                    if expected.includes(peer) && self.law.way(&self.question_of(peer)) == Some(Route::Direct) {
+                    if expected.includes(peer) && self.law_now().way(&self.question_of(peer)) == Some(Route::Direct) {
                         return (Conn::Tcp(stream), peer);
                     }
                     log::debug!("bind: {peer} is not the expected peer, or is denied");

@@ -29,26 +29,21 @@ enum Targets {
 
 pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, Refusal> {
     let deadline = Instant::now() + session.server.options.connect_timeout;
-    let connected = async {
-        match session.targets(dst, deadline).await? {
+    let targets = session.unless_in_vain(client, session.targets(dst, deadline)).await?;
+    if let Targets::Through(hop, _) = &targets {
+        session.record.via = Some(hop.clone());
+    }
+    let reached = async {
+        match targets {
             Targets::Here(addrs) => {
                 let target = dial(addrs, deadline).await.map_err(|failure| Refusal::failure(failure, dst))?;
                 let bnd = target.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
-                Ok((Conn::Tcp(target), bnd.into(), None))
+                Ok((Conn::Tcp(target), bnd.into()))
             }
-            Targets::Through(hop, targets) => {
-                let (conn, bnd) = Box::pin(through(session.server, &hop, targets, deadline)).await?;
-                Ok((conn, bnd, Some(hop)))
-            }
+            Targets::Through(hop, targets) => Box::pin(through(session.server, &hop, targets, deadline)).await,
         }
     };
-    let left = async {
-        client.left().await;
-        sleep(LEAVE_GRACE).await;
-        Err(Refusal::silent("the client left before the connection was made"))
-    };
-    let (target, bnd, via) = connected.or(left).await?;
-    session.record.via = via;
+    let (target, bnd) = session.unless_in_vain(client, reached).await?;
     let peer = target.peer_addr().filter(|_| session.record.via.is_none());
     session.succeed(client, bnd, peer).await?;
     Ok(target)
@@ -90,6 +85,21 @@ impl Server {
 }
 
 impl Session<'_> {
+    /// Goes on with `work` as long as the client stays and the rules let it.
+    async fn unless_in_vain<T>(
+        &self,
+        client: &Conn,
+        work: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<T, Refusal> {
+        let left = async {
+            client.left().await;
+            sleep(LEAVE_GRACE).await;
+            Err(Refusal::silent("the client left before the connection was made"))
+        };
+        let revoked = async { Err(self.revoked().await) };
+        work.or(left).or(revoked).await
+    }
+
     /// Judges `dst`, and all of its addresses when that is not enough. A name that is denied is not resolved, and one
     /// that a hop resolves is not resolved here.
     async fn targets(&self, dst: &Addr, deadline: Instant) -> Result<Targets, Refusal> {
@@ -104,7 +114,8 @@ impl Session<'_> {
         let mut objection = None;
         let mut way = None;
         let mut addrs = self.server.resolve(dst, deadline).await?;
-        addrs.retain(|addr| match self.law.judge(&Question { ip: Some(addr.ip()), ..question }) {
+        let law = self.law_now();
+        addrs.retain(|addr| match law.judge(&Question { ip: Some(addr.ip()), ..question }) {
             // All go the way of the first one.
             Verdict::Allow(_, route) => *way.get_or_insert(route) == route,
             Verdict::Deny(rule) | Verdict::Undecided(rule) => {

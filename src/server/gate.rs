@@ -132,7 +132,8 @@ impl Gate {
         let source = source(client.ip());
         self.offended.store(true, Ordering::Relaxed);
         if self.offenders().fail(source, Instant::now()) {
-            log::warn!("too many failed logins: connections of {source} are closed for {} s", SHUT.as_secs());
+            let net = if source.is_ipv6() { "/64" } else { "" };
+            log::warn!("too many failed logins: connections of {source}{net} are closed for {} s", SHUT.as_secs());
         }
     }
 

@@ -1,5 +1,6 @@
 //! The policy that is in force: sessions ask it, a reload replaces it, and those that it would refuse are cut.
 
+use std::cell::Cell;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -95,10 +96,16 @@ pub(super) fn refusal(rule: &Rule) -> Refusal {
 }
 
 impl Server {
-    /// Why a session that goes to `peer`, if that is known, may no longer be what it is. Looks once for each new law.
-    pub(super) fn objection(&self, record: &Record, peer: impl FnOnce() -> Option<SocketAddr>) -> Option<String> {
-        let law = self.laws.newer_than(record.law.get())?;
-        record.law.set(law.number);
+    /// Why a session that goes to `peer`, if that is known, may no longer be what it is. Looks once for each law that is
+    /// newer than the one that was `seen` last.
+    pub(super) fn objection(
+        &self,
+        record: &Record,
+        seen: &Cell<u32>,
+        peer: impl FnOnce() -> Option<SocketAddr>,
+    ) -> Option<String> {
+        let law = self.laws.newer_than(seen.get())?;
+        seen.set(law.number);
         let mut question = record.question();
         if let Some(peer) = peer() {
             question = Question { ip: Some(peer.ip()), port: Some(peer.port()), ..question };

@@ -82,7 +82,7 @@ fn rep(failure: Failure, dst_is_name: bool) -> Rep {
 /// A session on its way to an answer.
 pub(super) struct Session<'a> {
     pub(super) server: &'a Server,
-    /// The policy that it began with, and from its request on the one that was in force then.
+    /// The policy that was in force when it was asked last; from the request on it is asked again where that matters.
     pub(super) law: Arc<Law>,
     pub(super) record: Record,
     /// Whether the order of octets is assured, as far as it should be.
@@ -113,6 +113,8 @@ pub(super) async fn run(
         Err(refusal) => {
             record.rep = refusal.rep.or(record.rep);
             record.fail(refusal.why);
+            // Said in the log now, however long the client may take to leave.
+            drop(record);
             if !refusal.say.is_empty() {
                 conn.farewell(&refusal.say).await;
             }
@@ -179,17 +181,22 @@ impl Session<'_> {
     /// RFC 1929.
     async fn log_in(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
         let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
+        // A password that was changed meanwhile is none any more.
+        self.law = self.server.laws.current();
         self.record.user = Some(credentials.uname.clone().into());
         let is_valid = match (self.server.gate.delay(self.record.client()), &self.law.policy.users) {
             (Some(_), Some(users)) => self.law.login.verify(users, credentials).await,
             // Not worth a hash.
             (None, _) | (_, None) => false,
         };
-        // Asked again: others may have failed meanwhile.
-        let delay = self.server.gate.delay(self.record.client()).unwrap_or(LONGEST);
+        // Asked again: others may have failed meanwhile, and who is shut out does not get in by having been early.
+        let delay = self.server.gate.delay(self.record.client());
+        let is_valid = is_valid && delay.is_some();
         if !is_valid {
             self.server.gate.failed(self.record.client());
+            self.record.fail(LOGIN_REFUSED);
         }
+        let delay = delay.unwrap_or(LONGEST);
         Ok(Attempt { method: Method::PASSWORD, is_valid, delay, protection: None })
     }
 
@@ -219,7 +226,7 @@ impl Session<'_> {
 
     /// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
     async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, Refusal> {
-        self.law = self.server.laws.newer_than(self.law.number).unwrap_or_else(|| self.law.clone());
+        self.law = self.server.laws.current();
         self.record.law.set(self.law.number);
         if let Some(why) = self.law.objection(&self.record, &self.record.question()) {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
@@ -245,11 +252,18 @@ impl Session<'_> {
 
     /// Returns when a new law forbids what the session is waiting for.
     pub(super) async fn revoked(&self) -> Refusal {
-        poll_fn(|_| match self.server.objection(&self.record, || None) {
+        // Whoever comes of the waiting is judged once more.
+        let seen = self.record.law.clone();
+        poll_fn(|_| match self.server.objection(&self.record, &seen, || None) {
             Some(why) => Poll::Ready(Refusal::reply(Rep::NOT_ALLOWED, why)),
             None => Poll::Pending,
         })
         .await
+    }
+
+    /// The law of the day, where it counts for sessions that have made their request.
+    pub(super) fn law_now(&self) -> Arc<Law> {
+        self.server.laws.newer_than(self.law.number).unwrap_or_else(|| self.law.clone())
     }
 
     /// Answers success, unless that is no longer allowed. The record keeps the first BND, that of this server's socket.
@@ -259,7 +273,7 @@ impl Session<'_> {
         bnd: Addr,
         peer: Option<SocketAddr>,
     ) -> Result<(), Refusal> {
-        if let Some(why) = self.server.objection(&self.record, || peer) {
+        if let Some(why) = self.server.objection(&self.record, &self.record.law, || peer) {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
         if let Host::Ip(ip) = bnd.host {

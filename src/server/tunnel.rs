@@ -71,8 +71,11 @@ impl Tunnel {
 
 fn may_go_on(server: &Server, record: &Record, target: &Conn) -> bool {
     let peer = || target.peer_addr().filter(|_| record.via.is_none());
-    match server.objection(record, peer) {
-        Some(why) => record.error.set(why.into()).is_err(),
+    match server.objection(record, &record.law, peer) {
+        Some(why) => {
+            record.fail(why);
+            false
+        }
         None => true,
     }
 }

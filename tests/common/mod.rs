@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -78,7 +78,8 @@ impl Server {
 
     /// All that it has logged so far.
     pub fn log(&self) -> String {
-        self.log.0.lock().expect("no panic holds the log").clone()
+        // Of a test that fails as it waits for the log, it is still to be shown.
+        self.log.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Waits until the log satisfies `done`, and gives it.

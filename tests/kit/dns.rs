@@ -1,7 +1,8 @@
 //! A DNS server of a few lines on 127.0.0.1:53, for inside of a network namespace. The first label of a name says what
-//! comes: `nx` and `servfail` their codes, `silent` nothing, anything else the address 127.0.0.1.
+//! comes, unless the test does: `nx` and `servfail` their codes, `silent` nothing, anything else the address 127.0.0.1.
 
-use std::net::UdpSocket;
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -11,16 +12,45 @@ pub const RESOLV: &str = "nameserver 127.0.0.1\n";
 /// The names that it has been asked for, in order.
 pub type Asked = Arc<Mutex<Vec<String>>>;
 
+/// What comes back for a name.
+pub enum Answer {
+    Nothing,
+    /// An RCODE.
+    Failure(u8),
+    /// IPv4 only; there is none of IPv6.
+    Addrs(Vec<Ipv4Addr>),
+}
+
+impl Answer {
+    pub fn addrs(ips: impl IntoIterator<Item = Ipv4Addr>) -> Self {
+        Self::Addrs(ips.into_iter().collect())
+    }
+}
+
 pub fn start() -> Asked {
+    start_with(|name, _| match name.split('.').next() {
+        Some("silent") => Answer::Nothing,
+        Some("servfail") => Answer::Failure(2),
+        Some("nx") => Answer::Failure(3),
+        _ => Answer::addrs([Ipv4Addr::LOCALHOST]),
+    })
+}
+
+/// Answers as `choose` says for a name and how many times its addresses have been asked for before.
+pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Asked {
     let socket = UdpSocket::bind("127.0.0.1:53").expect("the port is free in here");
     let asked = Asked::default();
     let shared = asked.clone();
     thread::spawn(move || {
         let mut query = [0; 512];
+        let mut times: HashMap<String, usize> = HashMap::new();
         while let Ok((n, from)) = socket.recv_from(&mut query) {
-            let (name, answer) = answer(&query[..n]);
+            let (name, is_a, question) = parse(&query[..n]);
+            let nth = times.entry(name.clone()).or_default();
+            let answer = choose(&name, *nth);
+            *nth += usize::from(is_a);
             shared.lock().expect("no panic").push(name);
-            if let Some(answer) = answer {
+            if let Some(answer) = encode(&query, question, is_a, answer) {
                 let _ = socket.send_to(&answer, from);
             }
         }
@@ -28,8 +58,8 @@ pub fn start() -> Asked {
     asked
 }
 
-/// The name that a query is for, and the answer (RFC 1035 section 4).
-fn answer(query: &[u8]) -> (String, Option<Vec<u8>>) {
+/// The name that a query is for, whether it wants IPv4, and the question as it is (RFC 1035 section 4).
+fn parse(query: &[u8]) -> (String, bool, &[u8]) {
     const HEADER: usize = 12;
     let (mut labels, mut at) = (Vec::new(), HEADER);
     while query[at] != 0 {
@@ -37,20 +67,22 @@ fn answer(query: &[u8]) -> (String, Option<Vec<u8>>) {
         labels.push(String::from_utf8_lossy(&query[at + 1..end]).into_owned());
         at = end;
     }
-    let is_a = query[at + 1..at + 3] == [0, 1];
-    let question = &query[HEADER..at + 5];
-    let rcode = match labels[0].as_str() {
-        "silent" => return (labels.join("."), None),
-        "servfail" => 2,
-        "nx" => 3,
-        _ => 0,
+    (labels.join("."), query[at + 1..at + 3] == [0, 1], &query[HEADER..at + 5])
+}
+
+fn encode(query: &[u8], question: &[u8], is_a: bool, answer: Answer) -> Option<Vec<u8>> {
+    let (rcode, ips) = match answer {
+        Answer::Nothing => return None,
+        Answer::Failure(rcode) => (rcode, Vec::new()),
+        Answer::Addrs(ips) => (0, if is_a { ips } else { Vec::new() }),
     };
-    let answers = u8::from(rcode == 0 && is_a);
-    let mut octets = vec![query[0], query[1], 0x81, 0x80 | rcode, 0, 1, 0, answers, 0, 0, 0, 0];
+    let count = u8::try_from(ips.len()).expect("a few addresses");
+    let mut octets = vec![query[0], query[1], 0x81, 0x80 | rcode, 0, 1, 0, count, 0, 0, 0, 0];
     octets.extend(question);
-    if answers == 1 {
+    for ip in ips {
         // The name by a pointer to the question, A, IN, a TTL of 0, 4 octets.
-        octets.extend([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4, 127, 0, 0, 1]);
+        octets.extend([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
+        octets.extend(ip.octets());
     }
-    (labels.join("."), Some(octets))
+    Some(octets)
 }

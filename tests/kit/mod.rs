@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod dns;
+pub mod login;
 pub mod realm;
 
 use std::io::{ErrorKind, Read, Write as _};

@@ -1,7 +1,7 @@
 //! A throw-away realm of Kerberos on 127.0.0.1: a KDC of MIT's as a child process, its principals, their keys and
 //! tickets, all of it in a folder that goes away. Any number of them can run at once.
 
-use std::net::UdpSocket;
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -36,7 +36,7 @@ impl Default for Options {
 
 pub struct Realm {
     folder: TempDir,
-    kdc: Child,
+    kdc: Kdc,
     port: Port,
     /// Keeps the KDC's other port when it is silenced.
     silent: Option<UdpSocket>,
@@ -96,12 +96,40 @@ impl Realm {
 
     /// The KDC is gone, and its port closed.
     pub fn stop(&mut self) {
-        let _ = self.kdc.kill();
-        let _ = self.kdc.wait();
+        self.kdc.stop();
     }
 }
 
-impl Drop for Realm {
+/// A KDC that ends with this process, however that ends.
+struct Kdc {
+    child: Child,
+    /// Kills it when our end of its stdin is closed.
+    guard: Child,
+}
+
+impl Kdc {
+    fn start(command: &mut Command) -> Self {
+        let null = |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let child = null(command.stdin(Stdio::null())).expect("krb5kdc starts");
+        let mut guard = Command::new("sh");
+        guard.args(["-c", "read _; kill -s KILL \"$1\"", "sh", &child.id().to_string()]).stdin(Stdio::piped());
+        Self { child, guard: null(&mut guard).expect("sh starts") }
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("the child can be waited for").is_some()
+    }
+
+    fn stop(&mut self) {
+        // In this order, since the number of a process that has ended may be given to another.
+        for child in [&mut self.guard, &mut self.child] {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Kdc {
     fn drop(&mut self) {
         self.stop();
     }
@@ -155,7 +183,7 @@ impl Port {
     fn reserve() -> Self {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
         socket.set_reuse_address(true).and_then(|()| socket.set_reuse_port(true)).expect("options");
-        socket.bind(&std::net::SocketAddr::new(V4, 0).into()).expect("a port");
+        socket.bind(&SocketAddr::new(V4, 0).into()).expect("a port");
         let addr = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address");
         Self { socket, number: addr.port() }
     }
@@ -266,15 +294,13 @@ ktadd -k {at}/mallory.keytab -norandkey mallory
 }
 
 /// `None` when it ends at once, as when the port is taken.
-fn start_kdc(folder: &Path, port: &Port) -> Option<Child> {
-    let mut command = program("krb5kdc");
-    command.args(["-n", "-r", REALM]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut kdc = env(folder, &mut command).spawn().expect("krb5kdc starts");
-    let addr = std::net::SocketAddr::new(V4, port.number);
+fn start_kdc(folder: &Path, port: &Port) -> Option<Kdc> {
+    let mut kdc = Kdc::start(env(folder, program("krb5kdc").args(["-n", "-r", REALM])));
+    let addr = SocketAddr::new(V4, port.number);
     let mut is_up = false;
     eventually("the KDC listens or ends", SOON, || {
-        is_up = std::net::TcpStream::connect(addr).is_ok();
-        is_up || kdc.try_wait().expect("the child can be waited for").is_some()
+        is_up = TcpStream::connect(addr).is_ok();
+        is_up || kdc.has_ended()
     });
     is_up.then_some(kdc)
 }

@@ -130,12 +130,13 @@ pub fn holds(rule: &Rule, asked: &Question) -> bool {
 }
 
 fn is_home(asked: &Question) -> bool {
-    OWN.contains(&(asked.ip, asked.port))
+    forms(asked.ip).into_iter().any(|ip| OWN.contains(&(ip, asked.port)))
 }
 
 fn is_protected(asked: &Question) -> bool {
     let is_remote = asked.from.is_some_and(|from| !is_loopback(from));
-    is_remote && forms(asked.ip).into_iter().any(is_protected_form)
+    let is_local_name = asked.name.is_some_and(|name| labels(name).last().is_some_and(|last| last == "localhost"));
+    is_remote && (is_local_name || forms(asked.ip).into_iter().any(is_protected_form))
 }
 
 fn is_loopback(ip: Ip) -> bool {

@@ -228,7 +228,7 @@ const MISTAKES: [(&str, &[&str]); 78] = [
     ("allow port=", &["\"port=\"", "empty"]),
     ("allow from=", &["\"from=\"", "empty"]),
     ("allow user=", &["\"user=\"", "empty"]),
-    ("allow via=", &["\"via=\"", "empty"]),
+    ("allow via=", &["via=", "empty"]),
     ("allow port= 80", &["\"port=\"", "empty"]),
     ("allow port=80,", &["\"port=80,\"", "empty"]),
     ("allow port=,80", &["\"port=,80\"", "empty"]),
@@ -284,8 +284,8 @@ const MISTAKES: [(&str, &[&str]); 78] = [
     ("allow port=70000", &["\"70000\""]),
     ("allow port=80,5-1", &["\"5-1\""]),
     ("allow port=1-", &["\"1-\""]),
-    ("allow via=c", &["\"via=c\"", "\"c\"", "--hop NAME=URL"]),
-    ("deny via=a", &["\"via=a\"", "denied"]),
+    ("allow via=c", &["via=", "\"c\"", "--hop NAME=URL"]),
+    ("deny via=a", &["via=", "denied"]),
 ];
 
 #[test]

@@ -1,9 +1,9 @@
 //! What the rules are, and what they say to a question. Nothing is started for it.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::client::parse_addr;
@@ -11,7 +11,7 @@ use crate::cmd::{Failure, Status};
 use crate::conn::until;
 use crate::dial::{Resolver, canonical, literal};
 use crate::policy::Policy;
-use crate::policy::rules::{Login, Question, Route, Rule, Verdict};
+use crate::policy::rules::{self, Login, Question, Route, Rule, Verdict};
 use crate::proto::{Addr, Command, Host, Level, Method, Name};
 use crate::server::{Options, is_local};
 
@@ -28,13 +28,20 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), Failure> {
     for rule in policy.rules.all() {
         if rule.is_home() {
             let own = options.listen.iter().flat_map(|listen| listen.addrs());
-            lines.extend(own.map(|own| (format!("deny to={} port={}", own.ip(), own.port()), "built in, s5 itself")));
+            let to = |own: SocketAddr| match own.ip().is_unspecified() {
+                true => format!("deny to=(all of this machine) port={}", own.port()),
+                false => format!("deny to={} port={}", own.ip(), own.port()),
+            };
+            lines.extend(own.map(|own| (to(own), "built in, s5 itself")));
         } else {
             lines.push((rule.to_string(), rule.origin()));
         }
     }
     for (rule, origin) in lines {
         let _ = writeln!(text, "{rule:COLUMN$}  # {origin}");
+    }
+    if policy.rules.is_list() {
+        text += "# what no rule allows is denied, since an allow names from=\n";
     }
     text += "# an allow that does not say to= leaves the built-in denials in force\n";
     print(&text)
@@ -44,7 +51,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), Failure> {
 pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> Result<(), Failure> {
     policy.own = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
     let asked = Asked::parse(question).map_err(|why| Failure::usage(format!("--explain: {why}")))?;
-    let mut explained = Explained { policy: &policy, options, text: String::new() };
+    let mut explained = Explained { policy: &policy, options, text: format!("asked {asked}\n") };
     let explained_so_far = explained.explain(&asked);
     explained.text += match explained_so_far {
         Ok(true) => "allow\n",
@@ -82,23 +89,14 @@ impl Asked {
         }
         let from = words.remove("from").unwrap_or("127.0.0.1");
         let user = words.remove("user").map(str::to_owned);
-        let method = match words.remove("method") {
-            None if user.is_none() => Method::NONE,
-            None if user.as_ref().is_some_and(|user| user.contains('@')) => Method::GSSAPI,
-            None | Some("password") => Method::PASSWORD,
-            Some("none") => Method::NONE,
-            Some("gssapi") => Method::GSSAPI,
-            Some(other) => return Err(format!("method={other}: there are none, password and gssapi")),
+        let likely = match &user {
+            None => Method::NONE,
+            Some(user) if user.contains('@') => Method::GSSAPI,
+            Some(_) => Method::PASSWORD,
         };
-        let level = words.remove("protection").unwrap_or("none");
-        let level = Level::ALL.into_iter().find(|known| known.to_string() == level);
-        let level = level.ok_or("protection=: there are none, integrity and confidentiality")?;
-        let command = match words.remove("command").unwrap_or("connect") {
-            "connect" => Command::Connect,
-            "bind" => Command::Bind,
-            "udp" => Command::UdpAssociate,
-            other => return Err(format!("command={other}: there are connect, bind and udp")),
-        };
+        let method = words.remove("method").map_or(Ok(likely), rules::method)?;
+        let level = words.remove("protection").map_or(Ok(Level::None), rules::level)?;
+        let command = words.remove("command").map_or(Ok(Command::Connect), rules::command)?;
         let to = words.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
         let port = words.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
         let to = match (to, port.transpose()?) {
@@ -122,10 +120,29 @@ impl Asked {
 
     /// The address, or the name that has to be looked up.
     fn target(&self) -> Option<Result<IpAddr, &Name>> {
-        Some(match &self.to.as_ref()?.host {
+        let host = &self.to.as_ref()?.host;
+        // Whose peer is anybody says nothing about a target.
+        if self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified()) {
+            return None;
+        }
+        Some(match host {
             Host::Ip(ip) => Ok(*ip),
             Host::Name(name) => literal(name).ok_or(name),
         })
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "from={} ", self.from)?;
+        self.user.as_ref().map_or(Ok(()), |user| write!(f, "user={user} "))?;
+        write!(f, "method={} protection={} command={}", self.method, self.level, self.command)?;
+        match &self.to {
+            Some(Addr { host: Host::Name(name), port: 0 }) => write!(f, " to={}", name.as_str()),
+            Some(Addr { host: Host::Ip(ip), port: 0 }) => write!(f, " to={ip}"),
+            Some(to) => write!(f, " to={to}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -211,7 +228,7 @@ fn lookup(asked: &Asked) -> Result<Vec<IpAddr>, Failure> {
     let found = smol::block_on(until(Instant::now() + LOOKUP, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
-        Some(Err(failure)) => Err(Failure::new(Status::Other, format!("--explain: {to}: {failure}"))),
-        None => Err(Failure::new(Status::TimedOut, format!("--explain: {to}: the resolver gave no answer"))),
+        Some(Err(failure)) => Err(Failure::usage(format!("--explain: {to}: {failure}"))),
+        None => Err(Failure::usage(format!("--explain: {to}: the resolver gave no answer"))),
     }
 }

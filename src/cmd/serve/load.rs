@@ -1,6 +1,6 @@
 //! The policy out of what the command line and files say; and once more at each reload.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,9 @@ const MAX_RULES_FILE: u64 = 1 << 20;
 pub(super) struct Source {
     path: PathBuf,
     /// What it looked like when it was taken last.
-    taken: Cell<Shape>,
+    taken: Cell<Option<Shape>>,
+    /// What it said then, if its last line did not end: a part of it looks no less whole.
+    open_text: RefCell<String>,
 }
 
 /// How whole a file looks. One that is replaced by copying is empty for a moment, and then ends anywhere.
@@ -47,14 +49,21 @@ impl Shape {
 
 impl Source {
     pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, taken: Cell::new(Shape::Empty) }
+        Self { path, taken: Cell::new(None), open_text: RefCell::default() }
     }
 
     /// Its text, unless that looks less whole than the one before.
     fn read(&self, max: u64) -> Result<(String, Shape), Failure> {
+        let taken = self.taken.get();
+        // Nobody waits at the other end of a pipe the second time, and opening it would wait for him.
+        if taken.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
+            return Err(wrong(&self.path, "not a plain file but a directory or a pipe, which is not read again"));
+        }
         let text = read(&self.path, max)?;
         let shape = Shape::of(&text);
-        if shape >= self.taken.get() {
+        let old = self.open_text.borrow();
+        let is_part = shape == Shape::Open && text.len() < old.len() && old.starts_with(&text);
+        if taken.is_none_or(|taken| shape >= taken) && !is_part {
             return Ok((text, shape));
         }
         let line = text.lines().count();
@@ -90,30 +99,30 @@ impl Sources {
     /// # Errors
     /// What can't be read, or is wrong: file, line and word.
     pub(super) fn load(&self) -> Result<Policy, Failure> {
-        let (users, users_shape) = match &self.users {
-            None => (None, None),
+        let mut taken = Vec::new();
+        let users = match &self.users {
+            None => None,
             Some(source) => {
                 let (text, shape) = source.read(MAX_USERS_FILE)?;
                 let users = Users::parse(&text).map_err(|error| wrong(&source.path, error))?;
+                taken.push((source, shape, text));
                 if users.is_empty() {
                     log::warn!("{}: no users, so nobody can log in; add one with --add-user", source.path.display());
                 }
-                (Some(Arc::new(users)), Some(shape))
+                Some(Arc::new(users))
             }
         };
         let mut all = self.lines()?;
-        let mut rules_shape = None;
         if let Some(source) = &self.rules {
             let (text, shape) = source.read(MAX_RULES_FILE)?;
             let file = source.path.display().to_string();
             all.extend(rules::parse(&text, &file, &self.hops).map_err(|error| wrong(&source.path, error))?);
-            rules_shape = Some(shape);
+            taken.push((source, shape, text));
         }
         // Taken both or not at all.
-        for (source, shape) in [(&self.users, users_shape), (&self.rules, rules_shape)] {
-            if let (Some(source), Some(shape)) = (source, shape) {
-                source.taken.set(shape);
-            }
+        for (source, shape, text) in taken {
+            source.taken.set(Some(shape));
+            source.open_text.replace(if shape == Shape::Open { text } else { String::new() });
         }
         Ok(Policy { users, methods: self.methods.clone(), rules: Rules::new(all, self.route), ..Policy::default() })
     }

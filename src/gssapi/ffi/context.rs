@@ -5,9 +5,10 @@ use std::fmt;
 use std::time::Duration;
 
 use super::status::{
-    BAD_QOP, CONFIDENTIALITY, DEFECTIVE_TOKEN, Error, Flags, INTEGRITY, MUTUAL, NO_CONTEXT, Order, REPLAY, SEQUENCE,
+    BAD_NAME, BAD_QOP, CONFIDENTIALITY, DEFECTIVE_TOKEN, Error, FAILURE, Flags, INTEGRITY, MUTUAL, NO_CONTEXT, Order,
+    REPLAY, SEQUENCE,
 };
-use super::{Credential, HOST_BASED_SERVICE, INDEFINITE, KRB5_PRINCIPAL, RawContext, RawName, RawStep};
+use super::{Credential, HOST_BASED_SERVICE, INDEFINITE, KRB5_OCTETS, KRB5_PRINCIPAL, RawContext, RawName, RawStep};
 
 /// The longest token of RFC 1961.
 const TOKEN_MAX: u32 = 65_535;
@@ -39,6 +40,10 @@ impl Name {
     }
 
     fn new(text: &str, is_principal: bool) -> Result<Self, Error> {
+        // To the libraries a NUL is an end, and nothing is a name like others.
+        if text.is_empty() || text.contains('\0') {
+            return Err(Error::new(BAD_NAME, "a name that is empty or has a NUL in it"));
+        }
         let name = Self { text: text.into(), is_principal };
         name.import().map(|_| name)
     }
@@ -77,7 +82,7 @@ pub struct Step {
 /// A message that came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unwrapped {
-    /// What was wrapped. With an order other than [`Order::InOrder`], MIT's library gives it and Heimdal's does not.
+    /// What was wrapped.
     pub data: Vec<u8>,
     /// Whether nobody else can have read it.
     pub is_sealed: bool,
@@ -140,8 +145,8 @@ impl Context {
         token: Option<&[u8]>,
     ) -> Result<Step, Error> {
         let is_first = self.begin(State::Initiating)?;
-        if token.is_some_and(<[u8]>::is_empty) || token.is_none() != is_first {
-            return Err(Error::new(DEFECTIVE_TOKEN, "a token is missing, empty or too early"));
+        if token.is_none() != is_first || !token.is_none_or(is_answer) {
+            return Err(Error::new(DEFECTIVE_TOKEN, "no answer of an acceptor"));
         }
         let mut flags = MUTUAL | REPLAY | INTEGRITY;
         flags |= if wants.sequence { SEQUENCE } else { 0 };
@@ -212,14 +217,19 @@ impl Context {
     /// Takes a message, whose octets are spoilt thereby.
     ///
     /// # Errors
-    /// The context is not complete, or that is no message of the other side for it, or a changed one.
+    /// The context is not complete, or that is no message of the other side for it, or a changed one. With Heimdal's
+    /// library also any that is not the next one, which MIT's gives with its order unless there is nothing in it.
     pub fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, Error> {
         let raw = self.complete_mut()?;
         if token.is_empty() {
             return Err(Error::new(DEFECTIVE_TOKEN, "an empty token"));
         }
         let (data, is_sealed, major) = raw.unwrap(token)?;
-        Ok(Unwrapped { data, is_sealed, order: Order::new(major) })
+        match (data, Order::new(major)) {
+            // The order of it may be a forger's: Heimdal has not looked yet who made it.
+            (None, order) if order != Order::InOrder => Err(Error::new(FAILURE, "a message that is not the next one")),
+            (data, order) => Ok(Unwrapped { data: data.unwrap_or_default(), is_sealed, order }),
+        }
     }
 
     /// How many octets of data fit into one message of RFC 1961, of 65535 octets.
@@ -230,6 +240,18 @@ impl Context {
         let size = self.complete()?.capacity(seal, TOKEN_MAX)?;
         Ok(usize::try_from(size).unwrap_or(usize::MAX))
     }
+}
+
+/// Whether a token is an AP-REP or a KRB-ERROR in its frame, by RFC 2743 (3.1) and RFC 4121 (4.1). Heimdal 7.8 reads
+/// through a pointer that it has not set when it is neither.
+fn is_answer(token: &[u8]) -> bool {
+    let (length, rest) = match token {
+        [0x60, 0x82, high, low, rest @ ..] => (u16::from_be_bytes([*high, *low]).into(), rest),
+        [0x60, 0x81, length, rest @ ..] | [0x60, length @ ..=0x7F, rest @ ..] => (usize::from(*length), rest),
+        _ => return false,
+    };
+    let kind = rest.strip_prefix(b"\x06\x09").and_then(|rest| rest.strip_prefix(KRB5_OCTETS));
+    rest.len() == length && kind.is_some_and(|kind| matches!(kind, [2 | 3, 0, ..]))
 }
 
 fn incomplete() -> Error {

@@ -2,18 +2,22 @@
 //! are those of RFC 2744.
 
 use std::fmt;
+use std::path::Path;
 
 /// An upper half that is not 0 is an error, any bit of the lower half a remark.
 pub(super) const ERRORS: u32 = 0xFFFF_0000;
-pub(super) const NO_CRED: u32 = 7 << 16;
+pub(super) const BAD_NAME: u32 = 2 << 16;
+const NO_CRED: u32 = 7 << 16;
 pub(super) const NO_CONTEXT: u32 = 8 << 16;
 pub(super) const DEFECTIVE_TOKEN: u32 = 9 << 16;
-pub(super) const CREDENTIALS_EXPIRED: u32 = 11 << 16;
-pub(super) const CONTEXT_EXPIRED: u32 = 12 << 16;
+const CREDENTIALS_EXPIRED: u32 = 11 << 16;
+const CONTEXT_EXPIRED: u32 = 12 << 16;
 pub(super) const FAILURE: u32 = 13 << 16;
 pub(super) const BAD_QOP: u32 = 14 << 16;
 pub(super) const UNAVAILABLE: u32 = 16 << 16;
 pub(super) const CONTINUE: u32 = 1;
+/// A minor status, of Kerberos: MIT's major says no more than that it failed.
+const TICKET_EXPIRED: u32 = -1_765_328_352_i32 as u32;
 
 const DELEGATED: u32 = 1;
 pub(super) const MUTUAL: u32 = 2;
@@ -30,11 +34,21 @@ pub struct Error {
     pub text: String,
     /// The major status, without remarks.
     pub major: u32,
+    pub(super) minor: u32,
 }
 
 impl Error {
     pub(super) fn new(major: u32, text: impl Into<String>) -> Self {
-        Self { text: text.into(), major }
+        Self { text: text.into(), major, minor: 0 }
+    }
+
+    /// Says which file it is about, unless the library did.
+    pub(super) fn about(mut self, path: &Path) -> Self {
+        let path = one_line(&path.to_string_lossy());
+        if !self.text.contains(&path) {
+            self.text = format!("{} ({path})", self.text);
+        }
+        self
     }
 
     /// There is no credential: no ticket, no key.
@@ -44,7 +58,7 @@ impl Error {
 
     /// The ticket has expired.
     pub fn is_expired(&self) -> bool {
-        matches!(self.major, CREDENTIALS_EXPIRED | CONTEXT_EXPIRED)
+        matches!(self.major, CREDENTIALS_EXPIRED | CONTEXT_EXPIRED) || self.minor == TICKET_EXPIRED
     }
 }
 

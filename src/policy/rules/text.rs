@@ -66,7 +66,8 @@ pub fn parse_line(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
     let mut seen = HashSet::new();
     for word in conditions {
         let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
-        let wrong = |why: String| format!("{word:?}: {why}");
+        // What is said of a way names what is wrong itself.
+        let wrong = |why: String| if key == "via" { format!("via=: {why}") } else { format!("{word:?}: {why}") };
         if !seen.insert(key) {
             return Err(wrong(format!("{key}= stands in this rule twice; write a list with commas")));
         }
@@ -122,24 +123,36 @@ fn user(text: &str) -> Result<User, String> {
     }
 }
 
-fn method(text: &str) -> Result<Method, String> {
+/// A method by its name.
+///
+/// # Errors
+/// The names that there are.
+pub fn method(text: &str) -> Result<Method, String> {
     let all = [Method::NONE, Method::PASSWORD, Method::GSSAPI];
     let found = all.into_iter().find(|method| method.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of none, password and gssapi"))
 }
 
-fn level(text: &str) -> Result<Level, String> {
+/// A level of protection by its name.
+///
+/// # Errors
+/// The names that there are.
+pub fn level(text: &str) -> Result<Level, String> {
     let found = Level::ALL.into_iter().find(|level| level.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of none, integrity and confidentiality"))
 }
 
-fn command(text: &str) -> Result<Command, String> {
+/// A command by its name.
+///
+/// # Errors
+/// The names that there are.
+pub fn command(text: &str) -> Result<Command, String> {
     let all = [Command::Connect, Command::Bind, Command::UdpAssociate];
     let found = all.into_iter().find(|command| command.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of connect, bind and udp"))
 }
 
-fn place(text: &str) -> Result<Place, String> {
+pub(super) fn place(text: &str) -> Result<Place, String> {
     if let Some(net) = cidr(text)? {
         return Ok(Place::Net(net));
     }
@@ -177,8 +190,13 @@ fn via(text: &str, hops: &[String]) -> Result<Route, String> {
     if text == DIRECT {
         return Ok(Route::Direct);
     }
-    let found = hops.iter().position(|hop| hop == text).map(Route::Hop);
-    found.ok_or_else(|| format!("no hop is called {text:?}; --hop NAME=URL says where it is"))
+    if let Some(hop) = hops.iter().position(|hop| hop == text) {
+        return Ok(Route::Hop(hop));
+    }
+    // A URL in place of a name may have a password in it.
+    let is_name = !text.contains([':', '/', '@']);
+    let what = if is_name { format!("no hop is called {text:?}") } else { "that is not the name of a hop".into() };
+    Err(format!("{what}; --hop NAME=URL says where it is"))
 }
 
 /// An address or a CIDR; `None` for what does not look like one.
@@ -202,7 +220,7 @@ fn cidr(text: &str) -> Result<Option<IpNet>, String> {
     Ok(Some(net))
 }
 
-pub(super) fn net(text: &str) -> Option<IpNet> {
+fn net(text: &str) -> Option<IpNet> {
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()).ok()
 }

@@ -4,19 +4,19 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use super::super::Server;
 use super::super::session::Refusal;
-use super::super::{Hop, Server};
 use crate::client::{Association, Lost};
-use crate::proto::Addr;
+use crate::proto::{Addr, Host};
 
 pub(super) struct Upstream {
     /// The hop's.
     pub(super) number: usize,
-    pub(super) hop: Arc<Hop>,
+    /// Whether datagrams have gone to names.
+    pub(super) has_names: bool,
     association: Rc<Association>,
     lost: Pin<Box<dyn Future<Output = Lost>>>,
 }
@@ -27,7 +27,7 @@ impl Upstream {
         let client = server.client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
         let association = Rc::new(client.associate().await.map_err(Refusal::hop)?);
         let watched = association.clone();
-        Ok(Self { number, hop, association, lost: Box::pin(async move { watched.lost().await }) })
+        Ok(Self { number, has_names: false, association, lost: Box::pin(async move { watched.lost().await }) })
     }
 
     /// Ready when the hop has ended its association.
@@ -36,7 +36,8 @@ impl Upstream {
     }
 
     /// True when the datagram has been sent.
-    pub(super) fn send(&self, dst: &Addr, data: &[u8]) -> bool {
+    pub(super) fn send(&mut self, dst: &Addr, data: &[u8]) -> bool {
+        self.has_names |= matches!(dst.host, Host::Name(_));
         self.association.try_send(dst, data).is_ok()
     }
 

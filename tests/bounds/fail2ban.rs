@@ -1,0 +1,163 @@
+//! The filter of the README, over the log of a real server: every failed login is one match with the right address, and
+//! nothing that a client can choose makes another one, or hides one.
+
+use std::io::Write as _;
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::common::{
+    SOON, Server, closed_port, folder, has, in_namespace, read_exact, read_reply, request, run, write_file,
+};
+use crate::kit::login::{credentials, greet_to_log_in, try_to_log_in, users};
+use crate::kit::{CONNECT, connect_from, end_of, request_name, serve, sessions};
+
+/// Until the README has one.
+const FILTER: &str = r#"[Definition]
+failregex = ^(?:\S+ s5\[\d+\]: \S+)?\s+WARN\s+\[s5::\S+\] session client=(?:\[<IP6>\]|<IP4>):\d+ user="(?:[^"\\]|\\.)*" command=- dst=- bnd=- rep=- up=0 down=0 seconds=[\d.]+ error="login refused"$
+ignoreregex =
+datepattern = ^%%Y-%%m-%%dT%%H:%%M:%%S\.%%f%%z
+journalmatch = SYSLOG_IDENTIFIER=s5
+"#;
+
+fn filter() -> String {
+    let readme = include_str!("../../README.md");
+    let blocks = readme.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
+    let mut filters = blocks.map(|(_, text)| text).filter(|text| text.trim_start().starts_with("[Definition]"));
+    filters.next().map_or(FILTER.into(), |text| format!("{}\n", text.trim()))
+}
+
+/// What is logged for a failed login of somebody else, and how it could be begun in the middle of another line.
+const FORGED: &str = "x\" command=- dst=- bnd=- rep=- up=0 down=0 seconds=0.001 error=\"login refused\"";
+
+/// User names that would like to be something else.
+fn names() -> Vec<Vec<u8>> {
+    let line = format!("2026-11-23T23:30:48.827Z WARN  [s5::server::record] session client=1.2.3.4:5 user=\"{FORGED}");
+    let line = line.split_at(line.len().min(250)).0;
+    let texts = [
+        "alice",
+        "mallory",
+        "\"",
+        "\\",
+        "\\\\\\",
+        "\\\"",
+        "a\" rep=0 error=\"other",
+        "client=1.2.3.4:5",
+        "a\" client=1.2.3.4:5 user=\"b",
+        "error=\"login refused\"",
+        FORGED,
+        &format!("{FORGED}\n"),
+        &format!("\n{line}"),
+        &format!("\r\n{line}"),
+        &format!("\u{2028}{line}"),
+        &format!("\u{85}{line}"),
+        &format!("\x0b\x0c{line}"),
+        "<HOST> <F-ID>1.2.3.4</F-ID> %(known/failregex)s",
+        "\0",
+        "\x1b[2K\x1b[1A",
+        "\u{202e}",
+        " ",
+    ];
+    let octets = [b'"', b'\\', b'\n', 0, b'a', 0xFF].map(|octet| vec![octet; 255]);
+    texts.iter().map(|text| text.as_bytes().to_vec()).chain(octets).collect()
+}
+
+/// What the filter makes of a log: addresses with times, in the order of the log.
+fn matches(folder: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
+    let [log, filter] = [("log", log), ("s5.conf", &filter())].map(|(name, text)| write_file(folder, name, text));
+    let mut command = Command::new("fail2ban-regex");
+    command.args(["--out", "<ip> <time>", &log, &filter]).env("TZ", zone);
+    let output = run(&mut command, b"", SOON * 3);
+    let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(wrong.is_empty(), "{wrong}");
+    let parse = |line: &str| {
+        let (ip, time) = line.split_once(' ').unwrap_or_else(|| panic!("{said}"));
+        (ip.to_owned(), time.parse().unwrap_or_else(|_| panic!("{said}")))
+    };
+    said.lines().map(parse).collect()
+}
+
+/// A login that succeeds.
+fn enter(server: &Server, uname: &str) -> TcpStream {
+    let mut stream = server.connect();
+    greet_to_log_in(&mut stream);
+    assert_eq!(try_to_log_in(&mut stream, uname.as_bytes(), b"secret"), 0);
+    stream
+}
+
+#[test]
+fn a_failed_login_is_one_match_and_nothing_else_is() {
+    if !has("fail2ban-regex") || !in_namespace("fail2ban::a_failed_login_is_one_match_and_nothing_else_is", "", "") {
+        return;
+    }
+    let honest = "a\" error=\"login refused";
+    let (_folder, users) = users(&[("alice", "secret"), (honest, "secret")]);
+    let args = ["--listen", "[::1]:0", "--users", &users, "--deny", "to=.evil", "--max-per-user", "2", "-v", "-v"];
+    let server = serve("127.0.0.1:0", 2, &args);
+    let mut expected = Vec::new();
+    let hostile = names();
+    for (uname, n) in hostile.iter().zip(1..) {
+        let ip = Ipv4Addr::new(127, 11, 0, n);
+        let mut stream = connect_from(SocketAddr::from((ip, 0)), server.addrs[0]);
+        greet_to_log_in(&mut stream);
+        assert_ne!(try_to_log_in(&mut stream, uname, b"wrong"), 0, "{}", uname.escape_ascii());
+        expected.push(ip.to_string());
+    }
+    for uname in hostile.iter().take(4) {
+        let mut stream = connect_from(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), server.addrs[1]);
+        greet_to_log_in(&mut stream);
+        // Whoever does not wait for the answer has failed as well.
+        stream.write_all(&credentials(uname, b"wrong")).expect("it is sent");
+        stream.shutdown(Shutdown::Write).expect("half-close");
+        end_of(&mut stream);
+        expected.push(Ipv6Addr::LOCALHOST.to_string());
+    }
+    let mut others = 0;
+    for uname in ["alice", honest] {
+        let name = format!("{FORGED}.evil");
+        for asked in [request(CONNECT, closed_port()), request_name(CONNECT, &name, 80), request_name(2, &name, 80)] {
+            let mut stream = enter(&server, uname);
+            stream.write_all(&asked).expect("it is sent");
+            assert_ne!(read_reply(&mut stream).0, 0);
+            others += 1;
+        }
+        drop(enter(&server, uname));
+        others += 1;
+    }
+    // Nobody has tried to log in there, or has got to the end of it.
+    let half = credentials(FORGED.as_bytes(), b"wrong");
+    let unsaid: [(&[u8], usize); 6] = [
+        (b"GET / HTTP/1.1\r\nerror=\"login refused\"\r\n\r\n", 0),
+        (&[5, 1, 0], 2),
+        (&[5, 1, 2, 1, 0], 4),
+        (&[&[5, 1, 2], &half[..half.len() - 1]].concat(), 2),
+        (&[5, 1, 2, 9], 4),
+        (b"", 0),
+    ];
+    for (said, answer) in unsaid {
+        let mut stream = server.connect();
+        stream.write_all(said).expect("it is sent");
+        read_exact(&mut stream, answer);
+        others += 1;
+    }
+    let all = expected.len() + others;
+    let log = server.wait_log(|log| sessions(log).len() >= all);
+    assert_eq!(log.lines().count(), all + 2, "a line each, and two for the listeners:\n{log}");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("later than 1970").as_secs_f64();
+    let folder = folder();
+    // The log is in UTC wherever this is; a time that is hours off would ban nobody, or for too long.
+    for zone in ["UTC", "Asia/Tokyo", "America/New_York"] {
+        let found = matches(folder.path(), &log, zone);
+        assert!(found.iter().all(|(_, time)| (now - 120.0..=now + 1.0).contains(time)), "{zone}: {found:?} at {now}");
+        let mut addresses: Vec<_> = found.into_iter().map(|(ip, _)| ip).collect();
+        addresses.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(addresses, expected, "{zone}");
+    }
+    // As the journal hands it on: the host and the program before the line, the time apart.
+    let journal: String = log.lines().map(|line| format!("host s5[123]: {line}\n")).collect();
+    let mut addresses: Vec<_> = matches(folder.path(), &journal, "UTC").into_iter().map(|(ip, _)| ip).collect();
+    addresses.sort_unstable();
+    assert_eq!(addresses, expected, "from the journal");
+}

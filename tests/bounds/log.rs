@@ -1,0 +1,336 @@
+//! What clients, targets and hops have a say in reaches the log escaped, and no secret ever does.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+
+use crate::common::{
+    SOON, Server, closed_port, echo_server, folder, in_namespace, open, read_exact, run, s5, tcp_server, write_file,
+};
+use crate::kit::login::{log_in, users};
+use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, end_of, greet, sessions};
+
+/// What somebody could do harm with in a log: end a line or a value, command a terminal, or turn around what follows.
+const TRICKS: [&[u8]; 26] = [
+    b"\n",
+    b"\r\n2026-11-23T23:30:48.827Z WARN  [s5::server::record] session client=1.2.3.4:5",
+    b"\" error=\"login refused",
+    b"\\",
+    b"\\\"",
+    b"\0",
+    b"\x07",
+    b"\x08",
+    b"\x1b[2J",
+    b"\x1b]0;title\x07",
+    b"\x7f",
+    b"\x80\x9b",
+    b"\xff\xfe",
+    "\u{85}".as_bytes(),
+    "\u{9b}2J".as_bytes(),
+    "\u{a0}".as_bytes(),
+    "\u{ad}".as_bytes(),
+    "\u{200b}".as_bytes(),
+    "\u{200f}".as_bytes(),
+    "\u{2028}".as_bytes(),
+    "\u{202e}".as_bytes(),
+    "\u{2066}".as_bytes(),
+    "\u{feff}".as_bytes(),
+    "\u{fff9}".as_bytes(),
+    "\u{e0041}".as_bytes(),
+    "\u{f8ff}".as_bytes(),
+];
+
+/// A request with a name of any octets.
+fn request_octets(command: u8, name: &[u8], port: u16) -> Vec<u8> {
+    let length = u8::try_from(name.len()).expect("a name of at most 255 octets");
+    [&[5, command, 0, 3, length], name, &port.to_be_bytes()].concat()
+}
+
+/// A line is printable ASCII and letters, and a session's is keys and values to its end.
+fn assert_harmless(log: &str, started: usize) {
+    for line in log.lines() {
+        let harmful = line.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ' || c.is_alphanumeric()));
+        assert_eq!(harmful, None, "{line:?}");
+        let (head, rest) = line.split_at("2026-11-23T23:30:48.827Z INFO  ".len());
+        assert!(head.starts_with("20") && head.contains("Z ") && rest.starts_with("[s5"), "no line of its own: {line}");
+        if let Some((_, pairs)) = line.split_once("] session ") {
+            assert_pairs(pairs);
+        }
+    }
+    assert_eq!(sessions(log).len(), started, "a line a session:\n{log}");
+}
+
+fn assert_pairs(line: &str) {
+    let mut rest = line;
+    let mut keys = Vec::new();
+    while !rest.is_empty() {
+        let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("no key: {line}"));
+        assert!(key.bytes().all(|octet| octet.is_ascii_lowercase()), "{key}: {line}");
+        let quoted = value.strip_prefix('"').map(|value| {
+            let mut escaped = false;
+            let end = value.bytes().position(|octet| {
+                let is_end = octet == b'"' && !escaped;
+                escaped = octet == b'\\' && !escaped;
+                is_end
+            });
+            end.unwrap_or_else(|| panic!("no closing quote: {line}")) + 2
+        });
+        let value = value.split_at(quoted.or(value.find(' ')).unwrap_or(value.len()));
+        keys.push(key);
+        rest = value.1.strip_prefix(' ').unwrap_or(value.1);
+    }
+    let all = ["client", "user", "command", "dst", "bnd", "rep", "up", "down", "seconds"];
+    keys.retain(|key| *key != "error" && *key != "via");
+    assert_eq!(keys, all, "{line}");
+}
+
+/// Says this in a handshake and gives what comes back.
+fn ask(server: &Server, asked: &[u8]) -> TcpStream {
+    let mut stream = greet(server);
+    stream.write_all(asked).expect("it is sent");
+    stream
+}
+
+/// A hop that has a conversation with whoever comes: reads so much, says that.
+fn hop(script: Vec<(usize, Vec<u8>)>) -> String {
+    let addr = tcp_server(V4, move |mut stream| {
+        for (reads, says) in &script {
+            let mut waste = vec![0; *reads];
+            if stream.read_exact(&mut waste).is_err() || stream.write_all(says).is_err() {
+                return;
+            }
+        }
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    addr.to_string()
+}
+
+/// A reply with a name in BND.
+fn reply_name(rep: u8, name: &[u8]) -> Vec<u8> {
+    [&[5, rep, 0, 3, u8::try_from(name.len()).expect("short")], name, &[0, 80]].concat()
+}
+
+#[test]
+fn names_are_escaped_whatever_becomes_of_them() {
+    // Where nobody resolves names.
+    if !in_namespace("log::names_are_escaped_whatever_becomes_of_them", "", "") {
+        return;
+    }
+    let port = closed_port().port();
+    for args in [&[][..], &["--deny", "to=.evil"], &["--deny", "command=bind", "--deny", "to=127.0.0.0/8"]] {
+        let server = Server::start(&[&["-v", "-v", "--connect-timeout", "300ms"], args].concat());
+        let mut count = 0;
+        let mut streams = Vec::new();
+        for trick in TRICKS {
+            let name = [b"a", trick, b"b.evil"].concat();
+            for command in [CONNECT, BIND, UDP_ASSOCIATE, 9] {
+                streams.push(ask(&server, &request_octets(command, &name, port)));
+                // And those who leave at once.
+                drop(ask(&server, &request_octets(command, &name, port)));
+                count += 2;
+            }
+        }
+        let (mut control, rep, bnd) = open(&server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("an address"));
+        assert_eq!(rep, 0);
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        for trick in TRICKS {
+            let name = request_octets(0, &[trick, b".evil"].concat(), port);
+            socket.send_to(&[&[0, 0], &name[2..], b"data"].concat(), bnd).expect("it is sent");
+        }
+        for stream in &mut streams {
+            read_exact(stream, 2);
+        }
+        drop(streams);
+        control.shutdown(std::net::Shutdown::Write).expect("half-close");
+        end_of(&mut control);
+        let log = server.wait_log(|log| sessions(log).len() > count);
+        assert_harmless(&log, count + 1);
+        let verdict = if args.is_empty() { "name not found" } else { "denied: --deny" };
+        assert!(log.contains(verdict), "the names came to where they should:\n{log}");
+    }
+}
+
+#[test]
+fn what_hops_say_is_escaped() {
+    let unreachable = closed_port().to_string();
+    let hello = |says: &[u8]| (3, says.to_vec());
+    for trick in TRICKS.iter().filter(|trick| std::str::from_utf8(trick).is_ok()) {
+        let name = [b"a", *trick, b"b"].concat();
+        let hops = [
+            unreachable.clone(),
+            hop(vec![hello(trick)]),
+            hop(vec![hello(&[b"HTTP/1.1 400 ", *trick, b"\r\n\r\n"].concat())]),
+            hop(vec![hello(b"\x05\xff")]),
+            hop(vec![hello(b"\x05\x00"), (7, reply_name(0, &name))]),
+            hop(vec![hello(b"\x05\x00"), (7, reply_name(5, &name))]),
+            hop(vec![hello(b"\x05\x00"), (7, reply_name(0x9B, &name))]),
+            hop(vec![hello(b"\x05\x00"), (7, [reply_name(0, b"x"), reply_name(0, &name)].concat())]),
+        ];
+        for via in hops {
+            let server = Server::start(&["-v", "-v", "--via", &via, "--connect-timeout", "300ms"]);
+            let asked = [CONNECT, BIND, UDP_ASSOCIATE].map(|command| ask(&server, &request_octets(command, &name, 80)));
+            for mut stream in asked {
+                read_exact(&mut stream, 2);
+                drop(stream);
+            }
+            let log = server.wait_log(|log| sessions(log).len() == 3);
+            assert_harmless(&log, 3);
+        }
+    }
+}
+
+#[test]
+fn names_of_users_are_escaped_in_success_and_failure() {
+    let honest = "ren\u{e9} \u{202e}\" rep=0";
+    let (_folder, users) = users(&[(honest, "secret")]);
+    let server = Server::start(&["--users", &users, "-v", "-v", "--max-per-user", "1"]);
+    for (trick, n) in TRICKS.iter().zip(1..) {
+        assert_ne!(log_in(&server, [127, 9, 0, n], trick, b"wrong").1, 0);
+    }
+    let mut held = Vec::new();
+    for n in 1..=3 {
+        let (mut stream, status) = log_in(&server, [127, 9, 1, n], honest.as_bytes(), b"secret");
+        assert_eq!(status, 0);
+        stream.write_all(&crate::common::request(CONNECT, echo_server())).expect("it is sent");
+        read_exact(&mut stream, 2);
+        held.push(stream);
+    }
+    drop(held);
+    let count = TRICKS.len() + 3;
+    let log = server.wait_log(|log| sessions(log).len() >= count);
+    assert_harmless(&log, count);
+    assert!(log.is_ascii(), "{log}");
+    assert_eq!(log.matches(r#"user="ren\xc3\xa9 \xe2\x80\xae\" rep=0""#).count(), 3, "{log}");
+}
+
+/// Fails when a secret, or a good part of one, is told.
+#[track_caller]
+fn assert_discreet(told: &str, secrets: &[&str]) {
+    for secret in secrets {
+        assert!(!told.contains(secret), "{secret:?} is told:\n{told}");
+    }
+}
+
+#[test]
+fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
+    let folder = folder();
+    let (_users, users) = users(&[("alice", "open-sesame")]);
+    let text = std::fs::read_to_string(&users).expect("the file");
+    let hash = text.trim().split_once(':').expect("a line").1.to_owned();
+    let secrets = ["sesame", &hash, &hash[7..29], &hash[29..]];
+    let refusing = |status: u8| hop(vec![(4, vec![5, 2]), (6, vec![]), (19, vec![1, status])]);
+    let unreachable = closed_port().to_string();
+    let foreign = hop(vec![(4, b"HTTP/1.1 400 no\r\n\r\n".to_vec())]);
+    for to in [unreachable, foreign, refusing(1), hop(vec![(4, vec![5, 2]), (6, vec![])])] {
+        let via = format!("socks5h://hopper:hop%2Dsesame-two@{to}");
+        let (named, rules) = (format!("other={via}"), write_file(folder.path(), "rules", "allow via=other port=81\n"));
+        let args = ["-v", "-v", "--users", &users, "--via", &via, "--hop", &named, "--rules", &rules];
+        let server = Server::start(&[&args[..], &["--connect-timeout", "300ms"]].concat());
+        for (passwd, n) in ["wrong-sesame", "open-sesame", "open-sesame", "open-sesame-not", ""].iter().zip(1..) {
+            let (mut stream, status) = log_in(&server, [127, 9, 2, n], b"alice", passwd.as_bytes());
+            assert_eq!(status == 0, *passwd == "open-sesame");
+            if status == 0 {
+                let dst = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 79 + u16::from(n)));
+                stream.write_all(&crate::common::request(CONNECT, dst)).expect("it is sent");
+                assert_eq!(read_exact(&mut stream, 2)[0], 5);
+            }
+        }
+        server.wait_log(|log| sessions(log).len() == 5);
+        let good = std::fs::read_to_string(&users).expect("the file");
+        for bad in [format!("{good}bob{hash}\n"), format!("{good}bob:{hash}!\n"), good.trim().into(), String::new()] {
+            let before = server.log().matches("reload: ").count();
+            std::fs::write(&users, bad).expect("it is written");
+            server.signal("HUP");
+            server.wait_log(|log| log.matches("reload: ").count() > before);
+        }
+        std::fs::write(&users, good).expect("it is written");
+        assert_discreet(&server.log(), &secrets);
+    }
+}
+
+/// What a server says that does not start.
+fn complaint(args: &[&str]) -> String {
+    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", SOON);
+    assert_eq!(output.status.code(), Some(2), "{args:?}");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_wrong_users_file_is_complained_of_without_its_hashes() {
+    let folder = folder();
+    let bcrypt = bcrypt::hash("sesame", 4).expect("a hash");
+    let argon2 = s5::policy::users::new_line("alice", b"sesame").expect("a line");
+    let argon2 = argon2.split_once(':').expect("a line").1;
+    for (hash, salt) in [(bcrypt.as_str(), &bcrypt[7..29]), (argon2, argon2.split('$').nth(4).expect("a salt"))] {
+        let end = &hash[hash.len() - 12..];
+        let short = &hash[..hash.len() - 2];
+        let wrong = [
+            hash.to_owned(),
+            format!("alice {hash}"),
+            format!("alice{hash}"),
+            format!("{hash}:alice"),
+            format!("alice:{hash}!"),
+            format!("alice:{hash}{hash}"),
+            format!("alice:x{hash}"),
+            format!("alice:{hash} "),
+            format!("alice: {hash}"),
+            format!("alice:{short}\u{1b}"),
+            format!("alice:$9{hash}"),
+            format!("alice:{hash}\nalice:{hash}\n"),
+            format!("alice:{hash}\n{hash}\n"),
+            format!("alice:{hash}\nb\x1b[2Job:{hash}\n"),
+            format!("alice:{}", hash.replace('$', "%")),
+            format!("alice\t{hash}"),
+        ];
+        for text in wrong {
+            let users = write_file(folder.path(), "users", &text);
+            // Some are right after all: blanks at the end do not count.
+            if s5::policy::users::Users::parse(&text).is_ok() {
+                continue;
+            }
+            let said = complaint(&["--users", &users]);
+            assert_discreet(&said, &[hash, salt, end, "sesame", "\x1b"]);
+            assert_eq!(said.lines().count(), 1, "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_password_in_place_of_a_hash_is_not_repeated() {
+    let folder = folder();
+    for text in ["alice:hunter2", "alice:hunter2:x", "alice:$hunter2", "alice:$hunter2$x", "alice:hunter2$x$y"] {
+        let said = complaint(&["--users", &write_file(folder.path(), "users", text)]);
+        assert_discreet(&said, &["hunter2"]);
+    }
+}
+
+#[test]
+fn a_wrong_hop_is_complained_of_without_its_password() {
+    for url in [
+        "alice:hunter2@",
+        "alice:hunter2@:x",
+        "alice:hunter2@host:99999",
+        "alice:hunter2@[::1",
+        "alice:hunter2@host:1080x",
+        "alice:hunter2@h ost",
+        "http://alice:hunter2@host",
+        "socks5://alice:hunter2/@host/x",
+        "alice:hunter2,@host",
+        "alice:hunter2@host,unix:/x",
+        "alice:hunter2%@unix:",
+        "alice:hunter2,hunter2@host:hunter2",
+        "hunter2",
+        ":hunter2@host",
+    ] {
+        let named = format!("way={url}");
+        for args in [["--via", url], ["--hop", &named], ["--hop", url]] {
+            // A lone word is a host.
+            if s5::client::parse_hops(url).is_ok() && args[1] != url {
+                continue;
+            }
+            if args == ["--via", "hunter2"] {
+                continue;
+            }
+            assert_discreet(&complaint(&args), &["hunter2"]);
+        }
+    }
+}

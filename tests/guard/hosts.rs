@@ -1,0 +1,387 @@
+//! Clients and targets on other hosts than the server. The server has a network namespace of its own, with an address
+//! in each of two networks; all the others are addresses of the test's namespace, at the far ends of its two cables.
+//!
+//! | who | address |
+//! | --- | --- |
+//! | the server | 10.9.0.1, 10.9.1.1; fd09::1, fd09:1::1 |
+//! | clients | 10.9.0.2, 10.9.0.3; fd09::2, fd09::3 |
+//! | targets | 10.9.1.2, 10.9.1.3; fd09:1::2; 169.254.169.254, and 224.0.0.251 for a group of them |
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::process::{Child, Command, Stdio};
+
+use crate::association::{datagram, receive, socket};
+use crate::common::{SOON, Server, eventually, in_namespace, read_exact, read_reply, tcp_server};
+use crate::kit::{BIND, CONNECT, assert_silent, connect_from, ping};
+use crate::tools::{addr, ask, associate, enter, got_nothing, ip, is_closed, saw_nobody};
+
+const CLIENT: &str = "10.9.0.2";
+const OTHER_CLIENT: &str = "10.9.0.3";
+const TARGET: &str = "10.9.1.2";
+const OTHER_TARGET: &str = "10.9.1.3";
+const METADATA: &str = "169.254.169.254";
+const GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
+
+/// The server's side: its two interfaces, whose other ends are in the namespace of the process $1.
+const NEAR: &str = "set -e; ip link set lo up
+    for net in 0 1; do
+        ip link add s$net type veth peer name c$net netns $1
+        ip addr add 10.9.$net.1/24 dev s$net; ip addr add fd09:$net::1/64 dev s$net nodad; ip link set s$net up
+    done
+    ip route add 169.254.0.0/16 dev s1; ip route add 224.0.0.0/4 dev s1
+    echo ready; exec cat";
+const FAR: &str = "set -e
+    ip addr add 10.9.0.2/24 dev c0; ip addr add 10.9.0.3/24 dev c0
+    ip addr add 10.9.1.2/24 dev c1; ip addr add 10.9.1.3/24 dev c1; ip addr add 169.254.169.254/32 dev c1
+    for n in 2 3; do ip addr add fd09:0::$n/64 dev c0 nodad; done; ip addr add fd09:1::2/64 dev c1 nodad
+    ip link set c0 up; ip link set c1 up";
+
+/// The server's host. It ends with the test.
+struct Host(Child);
+
+impl Host {
+    fn new() -> Self {
+        let pid = std::process::id().to_string();
+        let mut command = Command::new("unshare");
+        command.args(["--net", "sh", "-c", NEAR, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut host = Self(command.spawn().expect("unshare runs"));
+        let mut line = String::new();
+        let stdout = host.0.stdout.take().expect("it is piped");
+        BufReader::new(stdout).read_line(&mut line).expect("it can be read");
+        assert_eq!(line, "ready\n", "the server's host");
+        assert!(Command::new("sh").args(["-c", FAR]).status().expect("sh runs").success(), "the other hosts");
+        host
+    }
+
+    fn s5(&self, listen: &str, count: usize, args: &[&str]) -> Server {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{}/ns/net", self.0.id()));
+        command.args(["--", env!("CARGO_BIN_EXE_s5"), "serve", "--listen", listen]).args(args);
+        Server::start_with(&mut command, count)
+    }
+
+    /// A server for everybody, on every address.
+    fn serve(&self, args: &[&str]) -> Server {
+        self.s5("*:1080", 2, &[&["--open"], args].concat())
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Where clients connect to.
+fn server_addr() -> SocketAddr {
+    addr("10.9.0.1:1080")
+}
+
+/// The REP for a client on another host.
+fn rep(dst: &str) -> u8 {
+    ask(&mut enter(server_addr(), ip(CLIENT), None), CONNECT, dst).0
+}
+
+fn local(socket: &UdpSocket) -> SocketAddr {
+    socket.local_addr().expect("an address")
+}
+
+#[test]
+fn a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link() {
+    if !in_namespace("hosts::a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link", "", "") {
+        return;
+    }
+    let host = Host::new();
+    // What only the server's own host should reach: another server, which logs whoever comes.
+    let inner = host.s5("127.0.0.1:7000", 1, &[]);
+    let inner_v6 = host.s5("[::1]:7000", 1, &[]);
+    let target = TcpListener::bind((TARGET, 0)).expect("a port");
+    let metadata = TcpListener::bind((METADATA, 80)).expect("a port");
+    let target_dst = target.local_addr().expect("an address").to_string();
+    let protected = [
+        "127.0.0.1:7000",
+        "127.9.9.9:7000",
+        "0.0.0.0:7000",
+        "0.1.2.3:7000",
+        "[::1]:7000",
+        "[::]:7000",
+        "[::ffff:127.0.0.1]:7000",
+        "[::ffff:0.0.0.0]:7000",
+        "[64:ff9b::7f00:1]:7000",
+        "=127.0.0.1:7000",
+        "=[::1]:7000",
+        "127.1:7000",
+        "localhost:7000",
+        "169.254.169.254:80",
+        "[::ffff:169.254.169.254]:80",
+        "[64:ff9b::a9fe:a9fe]:80",
+        "[fe80::1]:80",
+        "[fd00:ec2::254]:80",
+        "224.0.0.251:80",
+        "[ff02::1]:80",
+        "255.255.255.255:80",
+    ];
+    let home = ["10.9.0.1:1080", "10.9.1.1:1080", "[::ffff:10.9.0.1]:1080", "=10.9.1.1:1080"];
+    // Neither does an allow without to= open any of it.
+    for rules in [&[][..], &["--allow", "from=10.9.0.0/16"], &["--allow", "port=1-65535"]] {
+        let _server = host.serve(rules);
+        assert_eq!(rep(&target_dst), 0, "{rules:?}");
+        target.accept().expect("a connection comes");
+        for dst in protected.iter().chain(&home) {
+            let rep = rep(dst);
+            // Without a resolver there is no localhost.
+            assert!(rep == 2 || rep != 0 && dst.starts_with("localhost"), "{rules:?}: {dst}: {rep}");
+        }
+        saw_nobody(&metadata);
+        assert!(!inner.log().contains("session") && !inner_v6.log().contains("session"), "{}", inner.log());
+    }
+    let rows: [(&str, &[&str], &[&str]); 4] = [
+        ("to=127.0.0.1", &["127.0.0.1:7000", "0.0.0.0:7000", "[::ffff:127.0.0.1]:7000"], &["[::1]:7000", METADATA_DST]),
+        ("to=::1 from=10.9.0.2", &["[::1]:7000", "[::]:7000"], &["127.0.0.1:7000"]),
+        ("to=169.254.169.254 port=80", &[METADATA_DST], &["127.0.0.1:7000", "169.254.169.254:7000"]),
+        ("to=10.9.1.1 port=1080", &["10.9.1.1:1080"], &["10.9.0.1:1080", "127.0.0.1:7000"]),
+    ];
+    for (rule, allowed, denied) in rows {
+        let _server = host.serve(&["--allow", rule]);
+        for dst in allowed {
+            let mut stream = enter(server_addr(), ip(CLIENT), None);
+            assert_eq!(ask(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
+            if *dst == METADATA_DST {
+                metadata.accept().expect("a connection comes");
+            } else {
+                stream.write_all(&[5, 1, 0]).expect("it is sent");
+                assert_eq!(read_exact(&mut stream, 2), [5, 0], "{rule}: {dst}");
+            }
+        }
+        for dst in denied {
+            assert_eq!(rep(dst), 2, "{rule}: {dst}");
+        }
+        saw_nobody(&metadata);
+    }
+    assert!(inner.log().contains("session") && inner_v6.log().contains("session"), "they do log whoever comes");
+}
+
+const METADATA_DST: &str = "169.254.169.254:80";
+
+/// A socket in the multicast group, as a target has it.
+fn member(port: u16) -> UdpSocket {
+    let socket = UdpSocket::bind((GROUP, port)).expect("a port");
+    socket.join_multicast_v4(&GROUP, &TARGET.parse().expect("an address")).expect("it can be joined");
+    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket
+}
+
+#[test]
+fn datagrams_go_where_a_connection_might_and_nowhere_else() {
+    if !in_namespace("hosts::datagrams_go_where_a_connection_might_and_nowhere_else", "", "") {
+        return;
+    }
+    let host = Host::new();
+    let (target, denied, metadata) = (socket(ip(TARGET)), socket(ip(OTHER_TARGET)), socket(ip(METADATA)));
+    let member = member(5353);
+    let server = host.serve(&["--deny", "to=10.9.1.3 command=udp"]);
+    let other = associate(server_addr(), ip(OTHER_CLIENT), None);
+    let association = associate(server_addr(), ip(CLIENT), None);
+    let nested = datagram(0, local(&target), b"nested");
+    // To the listener, to the own relay, and to that of somebody who has not sent yet: it takes datagrams from any port
+    // of its client, but the server is not that.
+    let own = [addr("10.9.0.1:1080"), addr("10.9.1.1:1080"), addr("127.0.0.1:1080")];
+    for dst in own.into_iter().chain([local(&denied), local(&metadata), addr("224.0.0.251:5353"), addr("[::1]:9")]) {
+        association.send(dst, &nested);
+    }
+    association.send(local(&target), b"allowed");
+    assert_eq!(receive(&target).0, b"allowed", "what came before was not relayed");
+    [&target, &denied, &metadata, &member].into_iter().for_each(got_nothing);
+    drop(association);
+    server.wait_log(|log| log.contains("client=10.9.0.2") && log.contains(" up=7 down=0 "));
+    let association = associate(server_addr(), ip(CLIENT), None);
+    for dst in [association.bnd, other.bnd] {
+        association.send(dst, &nested);
+    }
+    association.send(local(&target), b"allowed");
+    assert_eq!(receive(&target).0, b"allowed", "a relay took what the server itself sent");
+    got_nothing(&target);
+    // An association is still there for whom it is.
+    other.send(local(&target), b"other");
+    assert_eq!(receive(&target).0, b"other");
+    drop(server);
+    let _server = host.serve(&["--allow", "to=224.0.0.251,169.254.0.0/16 command=udp"]);
+    let association = associate(server_addr(), ip(CLIENT), None);
+    association.send(addr("224.0.0.251:5353"), b"group");
+    association.send(local(&metadata), b"link");
+    assert_eq!((receive(&member).0, receive(&metadata).0), (b"group".to_vec(), b"link".to_vec()));
+}
+
+#[test]
+fn a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else() {
+    if !in_namespace("hosts::a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else", "", "") {
+        return;
+    }
+    let host = Host::new();
+    let _server = host.serve(&[]);
+    let target = socket(ip(TARGET));
+    let association = associate(server_addr(), ip(CLIENT), None);
+    let (other_host, same_port) =
+        (socket(ip(OTHER_CLIENT)), SocketAddr::new(ip(OTHER_CLIENT), local(&association.socket).port()));
+    let same_port = UdpSocket::bind(same_port).expect("nobody else is in here");
+    let second = socket(ip(CLIENT));
+    let stray = datagram(0, local(&target), b"stray");
+    for round in 0..3 {
+        for stranger in [&other_host, &same_port].into_iter().chain((round > 0).then_some(&second)) {
+            // Later it hears that nobody takes it.
+            let _ = stranger.send_to(&stray, association.bnd);
+        }
+        association.send(local(&target), b"client");
+        assert_eq!(receive(&target).0, b"client", "round {round}");
+        got_nothing(&target);
+    }
+    let (_, relay) = {
+        association.send(local(&target), b"once more");
+        receive(&target)
+    };
+    target.send_to(b"answer", relay).expect("it is sent");
+    assert_eq!(association.receive(), (local(&target), b"answer".to_vec()));
+}
+
+#[test]
+fn answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise() {
+    if !in_namespace("hosts::answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise", "", "") {
+        return;
+    }
+    let host = Host::new();
+    let (target, other) = (socket(ip(TARGET)), socket(ip(OTHER_TARGET)));
+    let open = ["--udp-filtering", "endpoint-independent"];
+    let rows: [(&[&str], bool); 4] = [
+        (&[], false),
+        (&open, true),
+        (&[&open[..], &["--deny", "to=10.9.1.3"]].concat(), false),
+        (&[&open[..], &["--deny", "to=10.9.1.3 command=connect"]].concat(), true),
+    ];
+    for (args, comes_in) in rows {
+        let _server = host.serve(args);
+        let association = associate(server_addr(), ip(CLIENT), None);
+        association.send(local(&target), b"hello");
+        let (_, relay) = receive(&target);
+        other.send_to(b"not asked", relay).expect("it is sent");
+        target.send_to(b"answer", relay).expect("it is sent");
+        if comes_in {
+            assert_eq!(association.receive(), (local(&other), b"not asked".to_vec()), "{args:?}");
+        }
+        assert_eq!(association.receive(), (local(&target), b"answer".to_vec()), "{args:?}");
+    }
+}
+
+#[test]
+fn bind_takes_the_expected_peer_and_closes_all_others() {
+    if !in_namespace("hosts::bind_takes_the_expected_peer_and_closes_all_others", "", "") {
+        return;
+    }
+    let host = Host::new();
+    let rows: [(&[&str], &str, &str, &str); 4] = [
+        (&[], "10.9.1.2:0", OTHER_TARGET, TARGET),
+        (&["--deny", "to=10.9.1.3 command=bind"], "0.0.0.0:0", OTHER_TARGET, TARGET),
+        (&["--allow", "to=10.9.1.3", "--deny", ""], "0.0.0.0:0", TARGET, OTHER_TARGET),
+        // Of two, only the expected one, though the rules would let both.
+        (&["--allow", "to=10.9.1.0/24", "--deny", ""], "10.9.1.3:0", TARGET, OTHER_TARGET),
+    ];
+    for (rules, dst, stranger, peer) in rows {
+        let _server = host.serve(rules);
+        let mut client = enter(server_addr(), ip(CLIENT), None);
+        let (rep, bnd) = ask(&mut client, BIND, dst);
+        assert_eq!((rep, bnd.ip()), (0, server_addr().ip()), "{rules:?}");
+        for _ in 0..2 {
+            assert!(is_closed(&mut connect_from(SocketAddr::new(ip(stranger), 0), bnd)), "{rules:?}");
+        }
+        assert_silent(&client, std::time::Duration::from_millis(20));
+        let mut peer = connect_from(SocketAddr::new(ip(peer), 0), bnd);
+        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{rules:?}");
+        peer.write_all(b"hello").expect("it is sent");
+        assert_eq!(read_exact(&mut client, 5), b"hello");
+        // The port is given back.
+        eventually("nobody listens any more", SOON, || std::net::TcpStream::connect(bnd).is_err());
+    }
+    // A denied peer can't be waited for, and the server's own host is one.
+    let _server = host.serve(&["--deny", "to=10.9.1.3"]);
+    for dst in ["10.9.1.3:0", "[::ffff:10.9.1.3]:0", "127.0.0.1:0"] {
+        assert_eq!(ask(&mut enter(server_addr(), ip(CLIENT), None), BIND, dst).0, 2, "{dst}");
+    }
+}
+
+#[test]
+fn rules_tell_hosts_apart() {
+    if !in_namespace("hosts::rules_tell_hosts_apart", "", "") {
+        return;
+    }
+    let host = Host::new();
+    let echo = tcp_server(ip(TARGET), |mut stream| {
+        let mut other = stream.try_clone().expect("a second handle");
+        let _ = std::io::copy(&mut stream, &mut other);
+    });
+    // Not open: from= is enough.
+    let rules = ["--allow", "from=10.9.0.2 to=10.9.1.0/24"];
+    let server = host.s5("*:1080", 2, &rules);
+    let mut stream = enter(server_addr(), ip(CLIENT), None);
+    assert_eq!(ask(&mut stream, CONNECT, &echo.to_string()).0, 0);
+    ping(&mut stream, b"hello");
+    assert_eq!(rep("10.9.0.1:9"), 2);
+    assert!(is_closed(&mut connect_from(SocketAddr::new(ip(OTHER_CLIENT), 0), server_addr())));
+    server.wait_log(|log| log.contains("client=10.9.0.3") && log.contains("denied: built in (deny)"));
+}
+
+#[test]
+fn all_of_it_holds_for_ipv6() {
+    if !in_namespace("hosts::all_of_it_holds_for_ipv6", "", "") {
+        return;
+    }
+    let host = Host::new();
+    let inner = host.s5("[::1]:7000", 1, &[]);
+    let (near, client) = (addr("[fd09::1]:1080"), ip("fd09::2"));
+    let tcp = TcpListener::bind("[fd09:1::2]:0").expect("a port");
+    let (target, spoofer) = (socket(ip("fd09:1::2")), socket(ip("fd09::3")));
+    let both = tcp_server(ip(TARGET), drop);
+    let server = host.serve(&[]);
+    let rep = |dst: &str| ask(&mut enter(near, client, None), CONNECT, dst).0;
+    for dst in [tcp.local_addr().expect("an address").to_string(), both.to_string()] {
+        assert_eq!(rep(&dst), 0, "{dst}");
+    }
+    tcp.accept().expect("a connection comes");
+    for dst in [
+        "[fd09::1]:1080",
+        "[fd09:1::1]:1080",
+        "10.9.0.1:1080",
+        "[::1]:7000",
+        "[::]:7000",
+        "127.0.0.1:7000",
+        "[fe80::1]:80",
+        "[ff02::1]:80",
+        "169.254.169.254:80",
+    ] {
+        assert_eq!(rep(dst), 2, "{dst}");
+    }
+    assert!(!inner.log().contains("session"), "{}", inner.log());
+    let association = associate(near, client, None);
+    let _ = spoofer.send_to(&datagram(0, local(&target), b"stray"), association.bnd);
+    for dst in [addr("[ff02::1]:9"), addr("[::1]:7000"), near, local(&target)] {
+        association.send(dst, b"client");
+    }
+    assert_eq!(receive(&target).0, b"client");
+    drop(association);
+    server.wait_log(|log| log.contains("command=udp") && log.contains(" up=6 down=0 "));
+    drop(server);
+    for (rule, v6_may) in [
+        ("from=fd09::/64", true),
+        ("from=fd09::2", true),
+        ("from=10.9.0.0/16", false),
+        ("from=fd09:1::/64,::/96", false),
+    ] {
+        let _server = host.s5("*:1080", 2, &["--allow", rule, "--allow", "from=10.9.0.2"]);
+        if v6_may {
+            enter(near, client, None);
+        } else {
+            assert!(is_closed(&mut connect_from(SocketAddr::new(client, 0), near)), "{rule}");
+        }
+        enter(server_addr(), ip(CLIENT), None);
+    }
+}

@@ -1,0 +1,224 @@
+//! A reload at each moment of a session: with the same files nothing happens; to whom the new ones refuse, it is as if
+//! they had always been in force.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+
+use crate::association::{datagram_name, receive, socket};
+use crate::common::{Server, in_namespace, read_exact, read_reply};
+use crate::kit::dns::{self, Answer};
+use crate::kit::{BIND, CONNECT, V4, accept, assert_silent, connect_from, listener, request_name};
+use crate::tools::{
+    ALICE, Rig, alice_and_bob, ask, associate, credentials, elsewhere, enter, got_nothing, request_for, saw_nobody,
+};
+
+/// What a client does, one after the other.
+#[derive(Clone)]
+enum Step {
+    Send(Vec<u8>),
+    Expect(Vec<u8>),
+}
+
+fn steps(dst: SocketAddr) -> Vec<Step> {
+    let login = credentials(ALICE.expect("a login"));
+    let request = request_for(CONNECT, &dst.to_string());
+    let halves = |octets: &[u8]| {
+        let (first, second) = octets.split_at(octets.len() / 2);
+        [Step::Send(first.to_vec()), Step::Send(second.to_vec())]
+    };
+    let mut steps = halves(&[5, 1, 2]).to_vec();
+    steps.push(Step::Expect(vec![5, 2]));
+    steps.extend(halves(&login));
+    steps.push(Step::Expect(vec![1, 0]));
+    steps.extend(halves(&request));
+    // VER, REP and RSV; the rest is read with what the target says.
+    steps.push(Step::Expect(vec![5, 0, 0]));
+    steps
+}
+
+/// Does them until something else comes than is expected. True when all were done.
+fn walk(stream: &mut TcpStream, steps: &[Step]) -> bool {
+    steps.iter().all(|step| match step {
+        Step::Send(octets) => stream.write_all(octets).is_ok(),
+        Step::Expect(expected) => {
+            let mut octets = vec![0; expected.len()];
+            stream.read_exact(&mut octets).is_ok() && octets == *expected
+        }
+    })
+}
+
+/// What the files are made to say.
+const CHANGES: [&str; 4] = ["nothing", "no alice", "deny her", "deny the target"];
+
+fn change(rig: &Rig, what: &str, dst: SocketAddr) -> String {
+    match what {
+        "nothing" => rig.reload(),
+        "no alice" => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        "deny her" => rig.reload_rules("deny user=alice\n"),
+        _ => rig.reload_rules(&format!("deny to=127.0.0.1 port={}\n", dst.port())),
+    }
+}
+
+fn begin(server: &Server) -> TcpStream {
+    let stream = connect_from(SocketAddr::new(elsewhere(), 0), server.addr());
+    stream.set_nodelay(true).expect("an option");
+    stream
+}
+
+#[test]
+fn at_each_moment_before_the_reply_the_new_files_hold() {
+    for threads in ["1", "2"] {
+        for what in CHANGES {
+            let (target, dst) = listener(V4);
+            let steps = steps(dst);
+            // After the last step but one the request is made; what comes then is in the tests below.
+            for moment in 0..steps.len() - 1 {
+                let rig = Rig::start(alice_and_bob(), "# none\n", &["--threads", threads]);
+                let mut stream = begin(&rig.server);
+                assert!(walk(&mut stream, &steps[..moment]));
+                let line = change(&rig, what, dst);
+                assert!(line.contains("are in force"), "{line}");
+                let arrives = walk(&mut stream, &steps[moment..]);
+                assert_eq!(arrives, what == "nothing", "{what} before step {moment}:\n{}", rig.server.log());
+                if arrives {
+                    accept(&target).0.write_all(b"hello").expect("it is sent");
+                    assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "behind the rest of the reply");
+                }
+                saw_nobody(&target);
+            }
+        }
+    }
+}
+
+/// A target that takes nobody until it is told to.
+struct Slow(TcpListener, TcpStream);
+
+impl Slow {
+    fn new() -> (Self, SocketAddr) {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        listener.bind(&SocketAddr::new(V4, 0).into()).expect("a port");
+        listener.listen(0).expect("it listens");
+        let listener = TcpListener::from(listener);
+        let addr = listener.local_addr().expect("an address");
+        let queued = TcpStream::connect(addr).expect("the first one is queued");
+        (Self(listener, queued), addr)
+    }
+
+    /// Takes the next one. Linux has dropped its first packet, and sends another one after a second.
+    fn take(self) -> TcpStream {
+        drop(self.1);
+        accept(&self.0);
+        accept(&self.0).0
+    }
+}
+
+#[test]
+fn while_a_target_is_dialled_the_new_files_hold() {
+    let moments = CHANGES.map(|what| {
+        let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+        let (slow, dst) = Slow::new();
+        let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
+        stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("the request is sent");
+        assert_silent(&stream, Duration::from_millis(50));
+        assert!(change(&rig, what, dst).contains("are in force"));
+        (what, rig, slow, stream)
+    });
+    // All of them at once, since each takes a second.
+    for (what, _rig, slow, mut stream) in moments {
+        stream.write_all(b"early").expect("it is sent");
+        if what == "nothing" {
+            let mut target = slow.take();
+            assert_eq!(read_reply(&mut stream).0, 0);
+            assert_eq!(read_exact(&mut target, 5), b"early");
+        } else {
+            // The target has yet to answer.
+            assert_eq!(read_reply(&mut stream).0, 2, "{what}");
+        }
+    }
+}
+
+#[test]
+fn while_bind_waits_the_new_files_hold() {
+    for what in CHANGES {
+        let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+        let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
+        let (_, dst) = listener(V4);
+        let (rep, bnd) = ask(&mut stream, BIND, &dst.to_string());
+        assert_eq!(rep, 0);
+        let line = change(&rig, what, dst);
+        let count = usize::from(what != "nothing");
+        assert!(line.ends_with(&format!("sessions cut: {count}")), "{what}: {line}");
+        if what == "nothing" {
+            let peer = connect_from(dst, bnd);
+            assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("an address")));
+        } else {
+            assert_eq!(read_reply(&mut stream).0, 2, "{what}");
+            assert!(TcpStream::connect(bnd).is_err(), "{what}: somebody still listens");
+        }
+    }
+}
+
+/// Starts a resolver that says nothing until it is told to.
+fn held_back() -> (dns::Asked, mpsc::Sender<()>) {
+    let (go, gone) = mpsc::channel();
+    let asked = dns::start_with(move |name, nth| {
+        // What is asked first is held back, and with it all that comes after.
+        if name == "slow.test" && nth == 0 {
+            let _ = gone.recv();
+        }
+        Answer::addrs([[127, 0, 0, 1].into()])
+    });
+    (asked, go)
+}
+
+#[test]
+fn while_a_name_is_looked_up_the_new_files_hold_for_connect() {
+    if !in_namespace("moments::while_a_name_is_looked_up_the_new_files_hold_for_connect", "", dns::RESOLV) {
+        return;
+    }
+    let (_asked, go) = held_back();
+    let moments = CHANGES.map(|what| {
+        let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+        let (target, dst) = listener(V4);
+        let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
+        stream.write_all(&request_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
+        assert_silent(&stream, Duration::from_millis(50));
+        assert!(change(&rig, what, dst).contains("are in force"));
+        (what, rig, target, stream)
+    });
+    drop(go);
+    for (what, _rig, target, mut stream) in moments {
+        assert_eq!(read_reply(&mut stream).0, if what == "nothing" { 0 } else { 2 }, "{what}");
+        if what == "nothing" {
+            accept(&target);
+        }
+        saw_nobody(&target);
+    }
+}
+
+#[test]
+fn while_a_name_is_looked_up_the_new_rules_hold_for_datagrams() {
+    if !in_namespace("moments::while_a_name_is_looked_up_the_new_rules_hold_for_datagrams", "", dns::RESOLV) {
+        return;
+    }
+    let (_asked, go) = held_back();
+    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+    let (good, bad) = (socket(V4), socket(V4));
+    let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("an address").port());
+    let association = associate(rig.server.addr(), elsewhere(), ALICE);
+    for port in [bad_port, good_port] {
+        association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
+    }
+    // So that both wait for the name by then.
+    let other = socket(V4);
+    association.send(other.local_addr().expect("an address"), b"behind them");
+    receive(&other);
+    assert!(rig.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions cut: 0"));
+    drop(go);
+    assert_eq!(receive(&good).0, b"hello");
+    got_nothing(&bad);
+}

@@ -1,0 +1,218 @@
+//! What names lead to, in a network namespace with a resolver that gives other answers when it likes.
+
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::association::{datagram_name, receive, socket};
+use crate::common::{SOON, Server, echo_server, eventually, in_namespace, open, read_exact, read_reply};
+use crate::kit::dns::{self, Answer};
+use crate::kit::{BIND, CONNECT, connect_from, raise_descriptors, request_name, timed};
+use crate::tools::{addr, associate, got_nothing, ip, is_closed, open_as, saw_nobody};
+
+const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+const BAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
+const NOT_BAD: [&str; 2] = ["--deny", "to=127.0.0.3"];
+
+/// Listeners at the good and at the bad address, of one port.
+fn pair() -> [TcpListener; 2] {
+    let good = TcpListener::bind((GOOD, 0)).expect("a port");
+    let port = good.local_addr().expect("an address").port();
+    [good, TcpListener::bind((BAD, port)).expect("nobody else is in here")]
+}
+
+fn port_of(listener: &TcpListener) -> u16 {
+    listener.local_addr().expect("an address").port()
+}
+
+#[test]
+fn a_name_that_is_denied_is_never_resolved() {
+    if !in_namespace("names::a_name_that_is_denied_is_never_resolved", "", dns::RESOLV) {
+        return;
+    }
+    let asked = dns::start();
+    let target = socket(ip("127.0.0.1"));
+    let port = target.local_addr().expect("an address").port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).expect("nobody else is in here");
+    // A rule that names it, and one that only says that nothing else is allowed.
+    for rules in [&["--deny", "to=.bad.test"][..], &["--allow", "to=good.test,last.test", "--deny", ""]] {
+        asked.lock().expect("no panic").clear();
+        let server = Server::start(rules);
+        for name in ["bad.test", "x.bad.test", "BAD.test.", "X.Y.bad.TEST"] {
+            for command in [CONNECT, BIND] {
+                assert_eq!(open_as(&server, None, command, &format!("{name}:{port}")).1, 2, "{name}");
+            }
+            let association = associate(server.addr(), ip("127.0.0.1"), None);
+            association.send_raw(&datagram_name(0, name, port, b"denied"));
+            association.send_raw(&datagram_name(0, "last.test", port, b"allowed"));
+            assert_eq!(receive(&target).0, b"allowed", "{name}");
+        }
+        let names = std::mem::take(&mut *asked.lock().expect("no panic"));
+        assert!(names.iter().all(|name| name == "last.test"), "{rules:?}: {names:?}");
+        // So it would have been asked, and its answer taken.
+        assert_eq!(open_as(&server, None, CONNECT, &format!("good.test:{port}")).1, 0);
+        listener.accept().expect("a connection comes");
+        assert_eq!(asked.lock().expect("no panic").first().map(String::as_str), Some("good.test"));
+        saw_nobody(&listener);
+    }
+}
+
+#[test]
+fn an_answer_that_changes_never_leads_to_a_denied_address() {
+    if !in_namespace("names::an_answer_that_changes_never_leads_to_a_denied_address", "", dns::RESOLV) {
+        return;
+    }
+    // Each look-up gets the other answer: whoever judges one and dials the next one would come to the bad address.
+    dns::start_with(|name, nth| {
+        let bad_first = name.starts_with("bad-first");
+        Answer::addrs([if nth.is_multiple_of(2) == bad_first { BAD } else { GOOD }])
+    });
+    let [good, bad] = pair();
+    let (udp_good, udp_bad) = (socket(GOOD.into()), socket(BAD.into()));
+    let server = Server::start(&NOT_BAD);
+    for (name, reps) in [("good-first.test", [0, 2, 0, 2]), ("bad-first.test", [2, 0, 2, 0])] {
+        for expected in reps {
+            assert_eq!(open_as(&server, None, CONNECT, &format!("{name}:{}", port_of(&good))).1, expected, "{name}");
+            saw_nobody(&bad);
+            if expected == 0 {
+                good.accept().expect("a connection comes");
+            }
+            saw_nobody(&good);
+        }
+    }
+    let [good_port, bad_port] = [&udp_good, &udp_bad].map(|socket| socket.local_addr().expect("an address").port());
+    for name in ["good-first.udp.test", "bad-first.udp.test"] {
+        for round in 0..6_usize {
+            // Each association asks once.
+            let association = associate(server.addr(), ip("127.0.0.1"), None);
+            for port in [bad_port, bad_port, good_port] {
+                association.send_raw(&datagram_name(0, name, port, b"x"));
+            }
+            if round.is_multiple_of(2) == name.starts_with("good-first") {
+                assert_eq!(receive(&udp_good).0, b"x", "{name}, round {round}");
+                association.send_raw(&datagram_name(0, name, good_port, b"again"));
+                assert_eq!(receive(&udp_good).0, b"again", "{name}, round {round}");
+            } else {
+                // A name that is asked for later: its datagram comes when the answer for the other one has come.
+                let last = socket(GOOD.into());
+                let later = format!("good-first.{name}.{round}");
+                association.send_raw(&datagram_name(0, &later, last.local_addr().expect("an address").port(), b"last"));
+                assert_eq!(receive(&last).0, b"last");
+                got_nothing(&udp_good);
+            }
+            got_nothing(&udp_bad);
+        }
+    }
+}
+
+#[test]
+fn of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used() {
+    if !in_namespace(
+        "names::of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used",
+        "",
+        dns::RESOLV,
+    ) {
+        return;
+    }
+    let both = [[BAD, GOOD], [GOOD, BAD]];
+    dns::start_with(move |name, nth| match name {
+        "bad.test" => Answer::addrs([BAD]),
+        _ => Answer::addrs(both[nth % 2]),
+    });
+    let [good, bad] = pair();
+    let dst = format!("both.test:{}", port_of(&good));
+    let server = Server::start(&NOT_BAD);
+    for _ in 0..4 {
+        let (_stream, rep, bnd) = open_as(&server, None, CONNECT, &dst);
+        saw_nobody(&bad);
+        assert_eq!((rep, bnd), (0, good.accept().expect("a connection comes").1));
+    }
+    assert_eq!(open_as(&server, None, CONNECT, &format!("bad.test:{}", port_of(&good))).1, 2);
+    // BIND: whoever comes from the denied one is closed.
+    for _ in 0..2 {
+        let (mut client, rep, bnd) = open_as(&server, None, BIND, "both.test:0");
+        assert_eq!(rep, 0);
+        assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)));
+        let peer = connect_from(addr("127.0.0.2:0"), bnd);
+        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")));
+    }
+    assert_eq!(open_as(&server, None, BIND, "bad.test:0").1, 2);
+    // Nor is the denied one tried when the allowed one refuses.
+    let port = port_of(&good);
+    drop(good);
+    for _ in 0..4 {
+        assert_eq!(open_as(&server, None, CONNECT, &dst).1, 5);
+    }
+    saw_nobody(&bad);
+    let (udp_good, udp_bad) = (udp_at(GOOD, port), udp_at(BAD, port));
+    for _ in 0..4 {
+        let association = associate(server.addr(), ip("127.0.0.1"), None);
+        association.send_raw(&datagram_name(0, "both.test", port, b"hello"));
+        let (data, relay) = receive(&udp_good);
+        assert_eq!(data, b"hello");
+        // Nor may it answer.
+        udp_bad.send_to(b"denied", relay).expect("it is sent");
+        udp_good.send_to(b"answer", relay).expect("it is sent");
+        assert_eq!(association.receive().1, b"answer");
+    }
+    got_nothing(&udp_bad);
+}
+
+fn udp_at(ip: Ipv4Addr, port: u16) -> std::net::UdpSocket {
+    let socket = std::net::UdpSocket::bind((ip, port)).expect("nobody else is in here");
+    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket
+}
+
+#[test]
+fn a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_reply() {
+    const SILENT: usize = 1000;
+    const TIMEOUT: Duration = Duration::from_secs(3);
+    const SERVED: Duration = Duration::from_millis(50);
+    // The system's resolver gives up later than the server does.
+    if !in_namespace(
+        "names::a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_reply",
+        "",
+        &format!("{}options timeout:4 attempts:1\n", dns::RESOLV),
+    ) {
+        return;
+    }
+    assert!(raise_descriptors(4 * SILENT as u64), "descriptors for {SILENT} sessions");
+    dns::start();
+    let server = Server::start(&["--connect-timeout", "3"]);
+    let dst: SocketAddr = echo_server();
+    let mut waiting: Vec<(TcpStream, Instant)> = Vec::new();
+    for number in 0..SILENT {
+        let mut stream = server.connect();
+        let request = request_name(CONNECT, &format!("silent.n{number}.test"), 9);
+        // At once, so that all are under way soon on a busy machine too.
+        stream.write_all(&[&[5, 1, 0], &request[..]].concat()).expect("the request is sent");
+        waiting.push((stream, Instant::now()));
+    }
+    for (stream, _) in &mut waiting {
+        assert_eq!(read_exact(stream, 2), [5, 0]);
+    }
+    let first = waiting[0].1;
+    let median = || {
+        let mut times: Vec<_> = (0..7).map(|_| timed(|| assert_eq!(open(&server, CONNECT, dst).1, 0)).0).collect();
+        times.sort_unstable();
+        times[3]
+    };
+    // Of several, since others may want the cores for a while.
+    let mut best = median();
+    while best >= SERVED && first.elapsed() < TIMEOUT / 2 {
+        best = best.min(median());
+    }
+    assert!(first.elapsed() < TIMEOUT, "they do not wait any more, so this says nothing");
+    assert!(best < SERVED, "{best:?}");
+    for (stream, since) in &mut waiting {
+        let rep = read_reply(stream).0;
+        let took = since.elapsed();
+        assert_eq!(rep, 1);
+        assert!(took >= TIMEOUT - Duration::from_millis(100) && took < 2 * TIMEOUT, "{took:?}");
+    }
+    // And then everything is as before.
+    eventually("names are looked up again", SOON, || {
+        open_as(&server, None, CONNECT, &format!("known.test:{}", dst.port())).1 == 0
+    });
+}

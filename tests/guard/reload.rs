@@ -1,0 +1,334 @@
+//! SIGHUP: what is read again, when it is taken, and what holds when it is not.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::process::geteuid;
+
+use crate::association::{receive, socket};
+use crate::common::{SOON, Server, echo_server, folder, has, in_namespace, s5, tcp_server, write_file};
+use crate::kit::{CONNECT, V4, connect_from, ping};
+use crate::tools::{
+    ALICE, BOB, Login, Rig, alice_and_bob, ask, associate, elsewhere, enter, got_nothing, ip, is_closed, open_as,
+    reload, try_enter, user_line,
+};
+
+const EVE: Login<'_> = Some(("eve", "secret"));
+
+fn alice_alone() -> String {
+    alice_and_bob().lines().next().expect("a line").to_owned() + "\n"
+}
+
+/// The REP for somebody who comes from where nobody has failed yet; none when he does not get in.
+fn rep(server: &Server, login: Login<'_>, dst: SocketAddr) -> Option<u8> {
+    let mut stream = try_enter(server.addr(), elsewhere(), login)?;
+    Some(ask(&mut stream, CONNECT, &dst.to_string()).0)
+}
+
+fn target() -> SocketAddr {
+    tcp_server(V4, drop)
+}
+
+#[test]
+fn users_and_rules_are_read_again() {
+    let [a, b] = [target(), target()];
+    let deny = |dst: SocketAddr| format!("deny port={}\n", dst.port());
+    let rig = Rig::start(&alice_alone(), &deny(a), &[]);
+    let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&rig.server, login, dst));
+    assert_eq!(reps(), [Some(2), Some(0), None, None]);
+    let eve = user_line("eve", "secret");
+    std::fs::write(&rig.users, &eve).expect("the file can be written");
+    let line = rig.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
+    assert!(
+        line.contains("INFO") && line.ends_with("reload: 1 users and 2 rules are in force; sessions cut: 0"),
+        "{line}"
+    );
+    assert_eq!(reps(), [None, None, Some(0), Some(2)]);
+    // Those of the command line stay, in front of the file's, and a file without a change changes nothing.
+    let rig = Rig::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
+    for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
+        let line = rig.reload_rules(&rules);
+        assert!(line.contains(&format!(" {} rules are in force", rules.lines().count() + 1)), "{line}");
+        assert_eq!(rep(&rig.server, EVE, b), Some(0));
+    }
+    assert_eq!(rep(&rig.server, EVE, a), Some(2));
+}
+
+#[test]
+fn nobody_ever_sees_new_users_with_old_rules_or_the_other_way_round() {
+    let [a, b] = [target(), target()];
+    let policies = [("alice", a, b), ("eve", b, a)]
+        .map(|(name, allowed, _)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
+    let rig = Rig::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let never = |login: Login<'static>, dst: SocketAddr| {
+            let (rig, over) = (&rig, &over);
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    assert_ne!(rep(&rig.server, login, dst), Some(0), "{login:?} got to {dst}");
+                }
+            });
+        };
+        never(ALICE, b);
+        never(EVE, a);
+        for (users, rules) in policies.iter().cycle().skip(1).take(100) {
+            std::fs::write(&rig.users, users).expect("the file can be written");
+            let line = rig.reload_rules(rules);
+            assert!(line.contains("are in force"), "{line}");
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn an_old_password_is_not_accepted_although_it_was_remembered() {
+    let rig = Rig::start(alice_and_bob(), "", &[]);
+    let dst = target();
+    // The second time it is remembered.
+    for _ in 0..2 {
+        assert_eq!(rep(&rig.server, ALICE, dst), Some(0));
+    }
+    let line = rig.reload_users(&user_line("alice", "another"));
+    assert!(line.contains(" 1 users "), "{line}");
+    for _ in 0..2 {
+        assert_eq!(rep(&rig.server, ALICE, dst), None);
+        assert_eq!(rep(&rig.server, BOB, dst), None);
+        assert_eq!(rep(&rig.server, Some(("alice", "another")), dst), Some(0));
+    }
+    // Nor is the other one, once it is the old one.
+    rig.reload_users(alice_and_bob());
+    assert_eq!(rep(&rig.server, Some(("alice", "another")), dst), None);
+    assert_eq!(rep(&rig.server, ALICE, dst), Some(0));
+}
+
+/// What files are that no policy can be made of, and what the log says of them: the line, and the word.
+const BAD_USERS: [(&str, &str, &str); 7] = [
+    ("# ours\nalice\n", "line 2", "alice"),
+    ("eve:\n", "line 1", "eve"),
+    ("alice:secret\n", "line 1", "alice"),
+    ("alice:$1$abc$def\n", "line 1", "1"),
+    ("\n\nalice:$argon2id$v=19$m=1$x\n", "line 3", "alice"),
+    (":$2b$04$abc\n", "line 1", ""),
+    ("alice:$2b$04$tooshort\n", "line 1", "alice"),
+];
+const BAD_RULES: [(&str, &str, &str); 8] = [
+    ("deny\npermit port=1\n", "line 2", "permit"),
+    ("deny colour=red\n", "line 1", "colour"),
+    ("deny to=10.0.0.1/8\n", "line 1", "10.0.0.1/8"),
+    ("deny user=\n", "line 1", "user="),
+    ("# x\n\ndeny port=99999\n", "line 3", "99999"),
+    ("deny to\n", "line 1", "to"),
+    ("allow via=far\n", "line 1", "far"),
+    ("{\"deny\": true}\n", "line 1", "{"),
+];
+
+#[test]
+fn files_that_are_wrong_change_nothing() {
+    let [a, b] = [target(), target()];
+    let rules = format!("deny port={}\n", a.port());
+    let rig = Rig::start(alice_and_bob(), &rules, &[]);
+    let other = user_line("eve", "secret");
+    let holds = |line: &str, file: &str, words: [&str; 2]| {
+        assert!(line.contains("ERROR") && line.contains("what was in force stays in force"), "{line}");
+        assert!(
+            line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
+            "{words:?}: {line}"
+        );
+        let reps = [(ALICE, a), (ALICE, b), (EVE, b)].map(|(login, dst)| rep(&rig.server, login, dst));
+        assert_eq!(reps, [Some(2), Some(0), None], "{line}");
+    };
+    for (text, line, word) in BAD_USERS {
+        // With rules that are in order, and others.
+        std::fs::write(&rig.rules, "deny\n").expect("the file can be written");
+        holds(&rig.reload_users(text), &rig.users, [line, word]);
+    }
+    // A password in clear is not told on.
+    assert!(!rig.server.log().contains(":secret") && !rig.server.log().contains("$argon2id$v"), "{}", rig.server.log());
+    for (text, line, word) in BAD_RULES {
+        std::fs::write(&rig.users, &other).expect("the file can be written");
+        holds(&rig.reload_rules(text), &rig.rules, [line, word]);
+    }
+    for (file, good) in [(&rig.users, &other), (&rig.rules, &rules)] {
+        std::fs::write(file, b"# fine\n\xff\xfe\n").expect("the file can be written");
+        holds(&rig.reload(), file, ["line 2", "UTF-8"]);
+        std::fs::write(file, "").expect("the file can be written");
+        holds(&rig.reload(), file, ["line 1", "empty"]);
+        std::fs::write(file, vec![b'#'; 17 << 20]).expect("the file can be written");
+        holds(&rig.reload(), file, ["too large", ""]);
+        std::fs::remove_file(file).expect("it is there");
+        holds(&rig.reload(), file, ["No such file", ""]);
+        symlink(file, file).expect("a link");
+        holds(&rig.reload(), file, ["symbolic link", ""]);
+        std::fs::remove_file(file).expect("it is there");
+        std::fs::create_dir(file).expect("a folder");
+        holds(&rig.reload(), file, ["directory", ""]);
+        std::fs::remove_dir(file).expect("it is there");
+        std::fs::write(file, good).expect("the file can be written");
+    }
+    let line = rig.reload();
+    assert!(line.contains(" 1 users and 1 rules are in force"), "in the end they are taken: {line}");
+    assert_eq!(rep(&rig.server, EVE, b), Some(0));
+}
+
+#[test]
+fn a_pipe_in_place_of_a_file_stops_nothing() {
+    let mut rig = Rig::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
+    std::fs::remove_file(&rig.rules).expect("it is there");
+    assert!(Command::new("mkfifo").arg(&rig.rules).status().expect("mkfifo runs").success());
+    rig.server.signal("HUP");
+    assert_eq!(rep(&rig.server, ALICE, target()), Some(0));
+    rig.server.signal("TERM");
+    assert_eq!(rig.server.wait(SOON / 4).code(), Some(0));
+}
+
+#[test]
+fn files_that_may_not_be_read_change_nothing() {
+    let folder = folder();
+    let file = |name, text| write_file(folder.path(), name, text);
+    let (users, rules) = (file("users", alice_and_bob()), file("rules", "deny port=1\n"));
+    let mode = |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("a mode");
+    mode(folder.path().to_str().expect("a path of text"), 0o755);
+    // Root may read everything.
+    let mut command = if geteuid().is_root() {
+        if !has("setpriv") {
+            return;
+        }
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--clear-groups", env!("CARGO_BIN_EXE_s5")]);
+        command
+    } else {
+        s5()
+    };
+    command.args(["serve", "--listen", "127.0.0.1:0", "--users", &users, "--rules", &rules]);
+    let server = Server::start_with(&mut command, 1);
+    for file in [&users, &rules] {
+        mode(file, 0o000);
+        let line = reload(&server);
+        assert!(line.contains("ERROR") && line.contains(file) && line.contains("denied"), "{line}");
+        assert_eq!(rep(&server, ALICE, target()), Some(0));
+        mode(file, 0o644);
+        assert!(reload(&server).contains("are in force"));
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_off_anywhere_is_not_taken_but_at_the_end_of_a_line() {
+    let [a, b] = [target(), target()];
+    let users = format!("# both\n{}", alice_and_bob());
+    let rules = format!("# ours\ndeny port={} # not there\n\ndeny to=192.0.2.0/24,198.51.100.7\n", a.port());
+    let rig = Rig::start(&users, &rules, &[]);
+    for (file, text) in [(&rig.users, &users), (&rig.rules, &rules)] {
+        for cut in 0..text.len() {
+            let part = &text[..cut];
+            std::fs::write(file, part).expect("the file can be written");
+            let line = rig.reload();
+            let last = part.lines().count();
+            let word = part.lines().last().unwrap_or_default().split([' ', ':']).next().unwrap_or_default();
+            if part.ends_with('\n') {
+                assert!(line.contains("are in force"), "{part:?}: {line}");
+                std::fs::write(file, text).expect("the file can be written");
+                assert!(rig.reload().contains(" 2 users and 2 rules are in force"));
+            } else {
+                let is_named = line.contains(&format!("{file}: line {}: ", last.max(1))) && line.contains(word);
+                assert!(line.contains("ERROR") && is_named, "{part:?}: {line}");
+                let reps = [(ALICE, a), (BOB, b)].map(|(login, dst)| rep(&rig.server, login, dst));
+                assert_eq!(reps, [Some(2), Some(0)], "{part:?}");
+            }
+        }
+        std::fs::write(file, text).expect("the file can be written");
+    }
+}
+
+#[test]
+fn a_server_for_a_network_does_not_become_open_by_a_reload() {
+    if !in_namespace("reload::a_server_for_a_network_does_not_become_open_by_a_reload", "", "") {
+        return;
+    }
+    let (folder, dst) = (folder(), target());
+    let rules = write_file(folder.path(), "rules", "allow from=127.0.0.2\n");
+    let mut command = s5();
+    command.args(["serve", "--listen", "*:0", "--rules", &rules]);
+    let server = Server::start_with(&mut command, 2);
+    let to = SocketAddr::new(V4, server.addr().port());
+    for open in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"] {
+        std::fs::write(&rules, open).expect("the file can be written");
+        let line = reload(&server);
+        assert!(line.contains("ERROR") && line.contains("--open") && line.contains("stays in force"), "{open}: {line}");
+        assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open}");
+        assert_eq!(ask(&mut enter(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0, 0, "{open}");
+    }
+    std::fs::write(&rules, "allow from=127.0.0.3\n").expect("the file can be written");
+    assert!(reload(&server).contains("are in force"));
+    assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.2"), 0), to)));
+    enter(to, ip("127.0.0.3"), None);
+}
+
+#[test]
+fn an_association_that_lives_on_obeys_the_new_rules_from_the_next_datagram_on() {
+    let (good, bad) = (socket(V4), socket(V4));
+    let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("an address"));
+    let deny = format!("deny command=udp port={}\n", bad_addr.port());
+    for (args, obeys) in [(&[][..], true), (&["--keep-sessions"], false)] {
+        let rig = Rig::start(alice_and_bob(), "# none\n", args);
+        let association = associate(rig.server.addr(), V4, ALICE);
+        let mut relay = None;
+        for socket in [&good, &bad] {
+            association.send(socket.local_addr().expect("an address"), b"before");
+            relay = Some(receive(socket).1);
+        }
+        let relay = relay.expect("a datagram came");
+        assert!(rig.reload_rules(&deny).ends_with("sessions cut: 0"));
+        association.send(bad_addr, b"denied");
+        association.send(good_addr, b"after");
+        assert_eq!(receive(&good).0, b"after");
+        if obeys {
+            got_nothing(&bad);
+        } else {
+            assert_eq!(receive(&bad).0, b"denied");
+        }
+        // Nor may it answer any more.
+        bad.send_to(b"denied", relay).expect("it is sent");
+        good.send_to(b"answer", relay).expect("it is sent");
+        let answer = association.receive();
+        assert_eq!(answer.1, if obeys { &b"answer"[..] } else { b"denied" });
+        if !obeys {
+            association.receive();
+        }
+        // And back.
+        assert!(rig.reload_rules("# none\n").ends_with("sessions cut: 0"));
+        association.send(bad_addr, b"again");
+        assert_eq!(receive(&bad).0, b"again");
+    }
+}
+
+#[test]
+fn a_session_under_no_changed_rule_hears_nothing_of_many_reloads() {
+    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+    let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    for number in 0..20_u8 {
+        rig.server.signal("HUP");
+        ping(&mut stream, &[number; 1000]);
+    }
+    rig.reload();
+    ping(&mut stream, b"last");
+}
+
+#[test]
+fn a_reload_neither_hastens_nor_keeps_up_the_end() {
+    let mut rig = Rig::start(alice_and_bob(), "# none\n", &["--drain", "60"]);
+    let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    rig.server.signal("TERM");
+    rig.server.wait_log(|log| log.contains("ending: no new connections"));
+    for _ in 0..3 {
+        rig.server.signal("HUP");
+        ping(&mut stream, b"still here");
+    }
+    drop(stream);
+    assert_eq!(rig.server.wait(SOON).code(), Some(0));
+}

@@ -1,0 +1,244 @@
+//! What is said before anything is served: all rules, which rule decides, what is wrong with a rule, and that a server
+//! would be open to everybody.
+
+use std::process::Output;
+
+use crate::common::{SOON, Server, folder, in_namespace, run, s5, write_file};
+use crate::kit::dns;
+use crate::tools::{alice_and_bob, user_line};
+
+/// `s5 serve` with a free port that is not used when it goes as it should.
+fn serve(args: &[&str]) -> Output {
+    run(s5().arg("serve").args(args), b"", SOON)
+}
+
+fn text(octets: &[u8]) -> String {
+    String::from_utf8_lossy(octets).into_owned()
+}
+
+#[test]
+fn all_rules_are_shown_in_their_order_with_where_they_stand() {
+    let folder = folder();
+    let file = write_file(folder.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
+    let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
+    let output = serve(&[&args[..], &["--allow", "to=a.test", "--show-rules"]].concat());
+    let lines: Vec<String> = text(&output.stdout).lines().map(str::to_owned).collect();
+    let expected = [
+        ("allow to=a.test", "--allow"),
+        ("deny port=25", &format!("{file} line 2")),
+        ("allow from=10.0.0.0/8", &format!("{file} line 4")),
+        ("deny to=127.0.0.1 port=1080", "built in, s5 itself"),
+        ("deny to=(all of this machine) port=1081", "built in, s5 itself"),
+        ("deny to=(all of this machine) port=1081", "built in, s5 itself"),
+        (
+            "deny from=remote to=.localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
+             ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",
+            "built in",
+        ),
+        ("deny", "built in"),
+    ];
+    assert_eq!(lines.len(), expected.len() + 2, "{lines:#?}");
+    for (line, (rule, origin)) in lines.iter().zip(expected) {
+        let (said, comment) = line.split_once('#').expect("a comment");
+        assert_eq!((said.trim_end(), comment.trim()), (rule, origin));
+    }
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+    // Without an allow that names from, what nothing denies is allowed.
+    let output = serve(&["--show-rules"]);
+    assert!(text(&output.stdout).contains("\nallow  "), "{}", text(&output.stdout));
+}
+
+#[test]
+fn a_question_is_explained_with_the_rule_that_decides() {
+    let hosts = "127.0.0.2 pair.test\n127.0.0.3 pair.test\n127.0.0.3 bad.test\n";
+    if !in_namespace("start::a_question_is_explained_with_the_rule_that_decides", hosts, dns::RESOLV) {
+        return;
+    }
+    let asked = dns::start();
+    let folder = folder();
+    let users = write_file(folder.path(), "users", alice_and_bob());
+    let rules = "deny to=127.0.0.3\ndeny to=.denied.test\ndeny user=alice port=25\n";
+    let rules = write_file(folder.path(), "rules", rules);
+    let at = |line: u8, rule: &str| format!("{rules} line {line} ({rule})");
+    let rows: [(&[&str], &str, i32, Vec<String>); 16] = [
+        (&[], "to=127.0.0.1:80", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
+        (&[], "to=127.0.0.3:80", 1, vec![format!("deny 127.0.0.3: {}", at(1, "deny to=127.0.0.3")), "deny".into()]),
+        (&[], "to=[::ffff:127.0.0.3]:80", 1, vec!["deny 127.0.0.3: ".into(), "deny".into()]),
+        (&[], "to=[64:ff9b::7f00:3]:80", 1, vec!["deny 64:ff9b::7f00:3: ".into(), "deny".into()]),
+        (&[], "to=127.0.0.1:1080", 1, vec!["deny 127.0.0.1: built in (".into(), "deny".into()]),
+        (&[], "from=192.0.2.1 to=127.0.0.1:80", 1, vec!["deny 127.0.0.1: built in (".into(), "deny".into()]),
+        (
+            &[],
+            "to=x.denied.test:80",
+            1,
+            vec![format!("deny x.denied.test: {}", at(2, "deny to=.denied.test")), "deny".into()],
+        ),
+        (
+            &[],
+            "to=pair.test:80",
+            0,
+            vec![
+                "look up pair.test, by its addresses: ".into(),
+                "allow 127.0.0.2: ".into(),
+                format!("deny 127.0.0.3: {}", at(1, "deny to=127.0.0.3")),
+                "allow".into(),
+            ],
+        ),
+        (&[], "to=bad.test:80", 1, vec!["look up ".into(), "deny 127.0.0.3: ".into(), "deny".into()]),
+        (&["--users"], "user=alice to=127.0.0.1:25", 1, vec!["deny 127.0.0.1: ".into(), "deny".into()]),
+        (&["--users"], "user=alice to=127.0.0.1:80", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
+        (&["--users"], "to=127.0.0.1:80", 1, vec!["deny at the greeting".into(), "deny".into()]),
+        (&["--users"], "user=eve to=127.0.0.1:80", 1, vec!["deny at the login".into(), "deny".into()]),
+        (&["--users"], "user=alice method=none to=127.0.0.1:80", 1, vec!["deny at the login".into(), "deny".into()]),
+        (&[], "to=127.0.0.1:80 command=udp", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
+        (&[], "to=nx.test:80", 2, vec!["look up nx.test".into()]),
+    ];
+    for (more, question, status, expected) in rows {
+        let users: &[&str] = if more.is_empty() { &[] } else { &["--users", &users] };
+        let output = serve(&[&["--rules", &rules, "--explain", question], users].concat());
+        let said = text(&output.stdout);
+        let lines: Vec<&str> = said.lines().filter(|line| !line.starts_with("asked from=")).collect();
+        assert_eq!(lines.len(), expected.len(), "{question}: {said}");
+        // In the order of the resolver.
+        for expected in &expected {
+            assert!(lines.iter().any(|line| line.starts_with(expected)), "{question}: {expected} is not in\n{said}");
+        }
+        assert_eq!(lines.last().copied().unwrap_or_default().contains(' '), status == 2);
+        assert_eq!(output.status.code(), Some(status), "{question}: {said}{}", text(&output.stderr));
+    }
+    assert!(!asked.lock().expect("no panic").iter().any(|name| name.contains("denied")), "a denied name is looked up");
+    assert!(asked.lock().expect("no panic").iter().any(|name| name == "nx.test"), "nothing else is");
+    for bad in ["", "to=a.test:80 colour=red", "to=a.test:80 to=b.test:80", "from=10.0.0.0/8", "to=", "port=x"] {
+        let output = serve(&["--deny", "port=1", "--explain", bad]);
+        assert_eq!(output.status.code(), Some(2), "{bad:?}: {}{}", text(&output.stdout), text(&output.stderr));
+        assert!(text(&output.stderr).contains("--explain: "), "{bad:?}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn what_a_look_up_is_for_is_the_first_rule_that_depends_on_it() {
+    let output = serve(&["--deny", "to=127.0.0.9", "--explain", "to=localhost:80"]);
+    let expected = "look up localhost, by its addresses: --deny (deny to=127.0.0.9)\n";
+    assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
+}
+
+#[test]
+fn a_way_is_explained_with_its_name() {
+    let args = ["--hop", "far=192.0.2.1:1080", "--allow", "to=.far.test via=far", "--explain"];
+    let output = serve(&[&args[..], &["to=x.far.test:80"]].concat());
+    assert!(text(&output.stdout).contains("\nallow x.far.test via far: --allow ("), "{}", text(&output.stdout));
+    let output = serve(&["--via", "alice:sesame@192.0.2.1:1080", "--explain", "to=a.test:80"]);
+    assert!(text(&output.stdout).contains("\nallow a.test via --via: built in ("), "{}", text(&output.stdout));
+}
+
+#[test]
+fn what_is_wrong_with_a_rule_is_said_with_file_line_and_word() {
+    let folder = folder();
+    let bad = [
+        ("deny colour=red", "colour"),
+        ("permit port=80", "permit"),
+        ("DENY port=80", "DENY"),
+        ("allow port", "port"),
+        ("deny to=10.0.0.0/33", "10.0.0.0/33"),
+        ("deny to=10.0.0.1/8", "10.0.0.1/8"),
+        ("deny from=10.0.0", "10.0.0"),
+        ("deny from=example.org", "example.org"),
+        ("deny to=::ffff:10.0.0.0/104", "::ffff:10.0.0.0/104"),
+        ("deny to=fe80::/129", "fe80::/129"),
+        ("deny to=", "to="),
+        ("deny to=10.0.0.1,", "10.0.0.1,"),
+        ("deny to=,10.0.0.1", ",10.0.0.1"),
+        ("deny user=", "user="),
+        ("deny user=al*", "al*"),
+        ("deny to=*.example.org", "*.example.org"),
+        ("deny to=127.1", "127.1"),
+        ("deny to=0x7f000001", "0x7f000001"),
+        ("deny to=a..b", "a..b"),
+        ("deny port=0", "0"),
+        ("deny port=70000", "70000"),
+        ("deny port=20-10", "20-10"),
+        ("deny port=http", "http"),
+        ("deny command=udp,fly", "fly"),
+        ("deny method=kerberos", "kerberos"),
+        ("deny port=1 port=2", "port"),
+        ("allow via=nowhere", "nowhere"),
+        ("deny via=direct", "via="),
+        ("deny to=10.0.0.1 10.0.0.2", "10.0.0.2"),
+    ];
+    for (rule, word) in bad {
+        let file = write_file(folder.path(), "rules", &format!("# fine\nallow port=80\n{rule}\ndeny\n"));
+        let output = serve(&["--listen", "127.0.0.1:0", "--rules", &file]);
+        let said = text(&output.stderr);
+        let is_named = said.contains(&format!("{file}: line 3: ")) && said.contains(word);
+        assert!(is_named && said.lines().count() == 1, "{rule}: {said}");
+        assert_eq!(output.status.code(), Some(2), "{rule}: {said}");
+        let (verdict, conditions) = rule.split_once(' ').expect("two words");
+        if ["allow", "deny"].contains(&verdict) {
+            let option = format!("--{verdict}");
+            let output = serve(&["--listen", "127.0.0.1:0", &option, conditions]);
+            let said = text(&output.stderr);
+            assert!(said.contains(&option) && said.contains(word), "{rule}: {said}");
+            assert_eq!(output.status.code(), Some(2), "{rule}: {said}");
+        }
+    }
+    // Nor is a file taken that can't be read, or is no text.
+    let no_text = folder.path().join("no-text");
+    std::fs::write(&no_text, b"deny port=1\ndeny user=\xff\n").expect("a file");
+    let no_text = no_text.to_str().expect("a path of text").to_owned();
+    let missing = format!("{no_text}-missing");
+    let here = folder.path().to_str().expect("a path of text");
+    for (file, what) in [(&*no_text, "line 2"), (&missing, "No such file"), (here, "directory")] {
+        for option in ["--rules", "--users"] {
+            let output = serve(&["--listen", "127.0.0.1:0", option, file]);
+            let said = text(&output.stderr);
+            assert!(said.contains(file) && said.contains(what), "{option} {file}: {said}");
+            assert_eq!(output.status.code(), Some(2), "{option} {file}: {said}");
+        }
+    }
+}
+
+#[test]
+fn a_server_that_would_be_open_to_a_network_does_not_start_by_mistake() {
+    if !in_namespace("start::a_server_that_would_be_open_to_a_network_does_not_start_by_mistake", "", "") {
+        return;
+    }
+    let folder = folder();
+    let users = write_file(folder.path(), "users", &user_line("alice", "secret"));
+    let from = write_file(folder.path(), "from", "allow from=10.0.0.0/8\n");
+    let deny = write_file(folder.path(), "deny", "deny from=10.0.0.0/8\ndeny from=192.0.2.0/24 port=25\n");
+    let open: [&[&str]; 7] = [
+        &[],
+        &["--deny", "from=10.0.0.0/8"],
+        &["--rules", &deny],
+        &["--deny", "port=25"],
+        &["--allow", "port=80"],
+        &["--deny", "user=*"],
+        // It names from, but whoever is not there gets in by the other.
+        &["--allow", "from=10.0.0.0/8", "--allow", "command=connect"],
+    ];
+    for args in open {
+        let output = serve(&[&["--listen", "127.0.0.1:0", "--listen", "*:0"], args].concat());
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+        for word in ["--users", "--allow from", "--open"] {
+            assert!(said.contains(word), "{args:?}: {said}");
+        }
+        assert!(!said.contains("listening on"), "{args:?}: {said}");
+    }
+    let closed: [&[&str]; 6] = [
+        &["--users", &users],
+        &["--rules", &from],
+        &["--allow", "from=10.0.0.0/8"],
+        &["--open"],
+        &["--deny", "from=10.0.0.0/8", "--open"],
+        &["--deny", "method=none"],
+    ];
+    for args in closed {
+        let server = Server::start_with(s5().args(["serve", "--listen", "*:0"]).args(args), 2);
+        drop(server);
+    }
+    // On loopback and on a Unix socket nothing has to be said.
+    drop(Server::start_with(s5().args(["serve", "--listen", "0"]), 2));
+    let unix = format!("unix:{}", folder.path().join("socket").display());
+    drop(Server::start_with(s5().args(["serve", "--listen", &unix]), 1));
+}

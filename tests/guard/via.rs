@@ -1,0 +1,456 @@
+//! `--via`, `--hop` and `via=`: sessions that go through other proxies, and never around them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+
+use crate::association::{datagram_name, socket};
+use crate::common::{
+    SOON, Server, closed_port, echo_server, eventually, folder, has, in_namespace, read_exact, read_reply, run, s5,
+    tcp_server, udp_echo_server, write_file,
+};
+use crate::kit::dns::{self, Answer};
+use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, listener, ping, timed};
+use crate::tools::{alice_and_bob, associate, got_nothing, ip, is_closed, open_as, saw_nobody, user_line};
+
+/// A session of each command through a server: to an echo server, with a peer, and with datagrams.
+fn all_commands(server: &Server, what: &str) {
+    let (mut stream, rep, _) = open_as(server, None, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0, "{what}");
+    ping(&mut stream, b"connect");
+    bind(server, what);
+    associate(server.addr(), V4, None).ping(udp_echo_server(V4), b"udp");
+}
+
+fn bind(server: &Server, what: &str) {
+    let (mut client, rep, bnd) = open_as(server, None, BIND, "127.0.0.1:0");
+    assert_eq!(rep, 0, "{what}");
+    let mut peer = TcpStream::connect(bnd).expect("somebody listens");
+    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{what}");
+    peer.write_all(b"bind").expect("it is sent");
+    assert_eq!(read_exact(&mut client, 4), b"bind", "{what}");
+}
+
+/// How many sessions a server has logged whose line has this in it.
+fn logged(server: &Server, what: &str) -> usize {
+    server.log().lines().filter(|line| line.contains("session client=") && line.contains(what)).count()
+}
+
+#[test]
+fn all_commands_go_through_one_hop_and_through_several() {
+    let folder = folder();
+    let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
+    let unix = format!("unix:{}", folder.path().join("hop").display());
+    let (plain, closed) = (Server::start(&[]), Server::start(&["--users", &users]));
+    let by_unix = Server::start_with(s5().args(["serve", "--listen", &unix]), 1);
+    let [plain_url, closed_url] =
+        [format!("{}", plain.addr()), format!("socks5h://anna:open%20sesame@{}", closed.addr())];
+    let rows = [
+        (plain_url.clone(), &plain),
+        (closed_url.clone(), &closed),
+        (unix.clone(), &by_unix),
+        (format!("{plain_url},{closed_url}"), &closed),
+        (format!("{closed_url},{plain_url}"), &plain),
+        (format!("{unix},{closed_url},{plain_url}"), &plain),
+    ];
+    for (url, last) in rows {
+        let before = ["connect", "bind", "udp"].map(|command| logged(last, &format!("command={command} ")));
+        let server = Server::start(&["--via", &url]);
+        all_commands(&server, &url);
+        for (command, before) in ["connect", "bind", "udp"].into_iter().zip(before) {
+            let what = format!("command={command} ");
+            eventually("the last hop logs each", SOON, || logged(last, &what) == before + 1);
+            server.wait_log(|log| log.lines().any(|line| line.contains(&what) && line.contains(" via=\"--via\" ")));
+        }
+    }
+    // The nearer hop knows the next one only.
+    assert!(logged(&by_unix, &format!("dst=\"{}\"", closed.addr())) > 0);
+}
+
+#[test]
+fn rules_choose_the_way() {
+    let [a, b, c] = [(); 3].map(|()| Server::start(&[]));
+    let folder = folder();
+    let rules = "allow to=127.0.0.2 via=a\nallow to=127.0.0.3,127.0.0.5 via=b\nallow to=127.0.0.4 via=direct\n\
+                 deny to=127.0.0.6\n";
+    let rules = write_file(folder.path(), "rules", rules);
+    let [at_a, at_b, at_c] = [("a=", &a), ("b=", &b), ("", &c)].map(|(name, hop)| format!("{name}{}", hop.addr()));
+    let server = Server::start(&["--hop", &at_a, "--hop", &at_b, "--via", &at_c, "--rules", &rules]);
+    let rows = [
+        ("127.0.0.2", Some(&a), " via=\"a\" "),
+        ("127.0.0.3", Some(&b), " via=\"b\" "),
+        ("127.0.0.4", None, ""),
+        ("127.0.0.5", Some(&b), " via=\"b\" "),
+        ("127.0.0.1", Some(&c), " via=\"--via\" "),
+    ];
+    let mut addrs = Vec::new();
+    for (at, hop, via) in rows {
+        let echo = tcp_server(ip(at), |mut stream| {
+            let mut other = stream.try_clone().expect("a second handle");
+            let _ = std::io::copy(&mut stream, &mut other);
+        });
+        let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo.to_string());
+        assert_eq!(rep, 0, "{at}");
+        ping(&mut stream, b"hello");
+        drop(stream);
+        let dst = format!("dst=\"{echo}\"");
+        let log = server.wait_log(|log| log.contains(&dst));
+        let line = log.lines().find(|line| line.contains(&dst)).expect("a line");
+        assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
+        for other in [&a, &b, &c] {
+            let is_it = hop.is_some_and(|hop| std::ptr::eq(hop, other));
+            eventually("it is the hop's session", SOON, || !is_it || logged(other, &dst) == 1);
+            assert_eq!(logged(other, &dst), usize::from(is_it), "{at}");
+        }
+        addrs.push(udp_echo_server(ip(at)));
+    }
+    let denied = socket(ip("127.0.0.6"));
+    assert_eq!(open_as(&server, None, CONNECT, "127.0.0.6:9").1, 2);
+    // Each datagram of one association takes its own way, and each answer comes back.
+    let association = associate(server.addr(), V4, None);
+    for _ in 0..2 {
+        for addr in &addrs {
+            association.send(denied.local_addr().expect("an address"), b"denied");
+            association.ping(*addr, b"udp");
+        }
+    }
+    got_nothing(&denied);
+    drop(association);
+    for (hop, ups) in [(&a, "up=6 down=6"), (&b, "up=12 down=12"), (&c, "up=6 down=6")] {
+        hop.wait_log(|log| log.lines().any(|line| line.contains("command=udp") && line.contains(ups)));
+    }
+}
+
+/// A server whose /etc/hosts knows more than that of everybody else.
+fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
+    let folder = folder();
+    let hosts = write_file(folder.path(), "hosts", hosts);
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"", "sh", &hosts]);
+    command.args([env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0"]).args(args);
+    (folder, Server::start_with(&mut command, 1))
+}
+
+/// A resolver that the hop need not ask, a hop that knows known.inside.test, and echo servers.
+struct Inside {
+    asked: dns::Asked,
+    _folder: tempfile::TempDir,
+    hop: Server,
+    echo: SocketAddr,
+    udp: SocketAddr,
+}
+
+impl Inside {
+    fn new() -> Self {
+        // Here the name leads to nowhere.
+        let asked = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("an address")]));
+        let (_folder, hop) = with_hosts("127.0.0.1 known.inside.test\n", &[]);
+        Self { asked, _folder, hop, echo: echo_server(), udp: udp_echo_server(V4) }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut *self.asked.lock().expect("no panic"))
+    }
+
+    /// All commands by name. Nothing is looked up here.
+    fn all_commands(&self, args: &[&str]) {
+        let server = Server::start(args);
+        let dst = format!("known.inside.test:{}", self.echo.port());
+        let (mut stream, rep, _) = open_as(&server, None, CONNECT, &dst);
+        assert_eq!((self.asked(), rep), (vec![], 0), "{args:?}");
+        ping(&mut stream, b"hello");
+        let association = associate(server.addr(), V4, None);
+        association.send_raw(&datagram_name(0, "known.inside.test", self.udp.port(), b"by name"));
+        assert_eq!(association.receive(), (self.udp, b"by name".to_vec()), "{args:?}");
+        let (mut client, rep, bnd) = open_as(&server, None, BIND, "known.inside.test:0");
+        assert_eq!(rep, 0, "{args:?}");
+        let _peer = TcpStream::connect(bnd).expect("somebody listens");
+        assert_eq!(read_reply(&mut client).0, 0, "{args:?}");
+        assert_eq!(self.asked(), Vec::<String>::new(), "{args:?}");
+    }
+}
+
+#[test]
+fn a_name_is_the_hops_to_resolve_unless_a_rule_about_addresses_stands_before() {
+    if !in_namespace("via::a_name_is_the_hops_to_resolve_unless_a_rule_about_addresses_stands_before", "", dns::RESOLV)
+    {
+        return;
+    }
+    let inside = Inside::new();
+    let (url, named) = (inside.hop.addr().to_string(), format!("in={}", inside.hop.addr()));
+    let ways: [&[&str]; 4] = [
+        &["--via", &url, "--allow", "to=.inside.test"],
+        &["--hop", &named, "--allow", "to=.inside.test via=in"],
+        &["--hop", &named, "--allow", "via=in"],
+        &["--via", &url, "--deny", "port=1", "--allow", ""],
+    ];
+    ways.into_iter().for_each(|args| inside.all_commands(args));
+    // It depends on the address now, so that is what the hop is given.
+    for (rule, expected) in [("to=127.0.0.3", 5), ("to=127.0.0.9", 2)] {
+        let server = Server::start(&["--via", &url, "--deny", rule]);
+        let dst = format!("known.inside.test:{}", inside.echo.port());
+        assert_eq!(open_as(&server, None, CONNECT, &dst).1, expected, "{rule}");
+        assert_eq!(inside.asked().first().map(String::as_str), Some("known.inside.test"));
+        let dst = format!("dst=\"127.0.0.9:{}\"", inside.echo.port());
+        eventually("the hop is asked for the address", SOON, || logged(&inside.hop, &dst) == 1);
+    }
+    assert_eq!(logged(&inside.hop, "127.0.0.9"), 1);
+}
+
+#[test]
+fn with_nothing_but_via_each_name_is_the_hops_to_resolve() {
+    if !in_namespace("via::with_nothing_but_via_each_name_is_the_hops_to_resolve", "", dns::RESOLV) {
+        return;
+    }
+    let inside = Inside::new();
+    let url = inside.hop.addr().to_string();
+    inside.all_commands(&["--via", &url]);
+    inside.all_commands(&["--via", &url, "--deny", "port=1"]);
+}
+
+/// A hop that says `selection` to the greeting and `reply` to the request, and then nothing.
+fn scripted(selection: &'static [u8], reply: &'static [u8]) -> SocketAddr {
+    tcp_server(V4, move |mut stream| {
+        let mut greeting = [0; 3];
+        let _ = stream.read_exact(&mut greeting).and_then(|()| stream.write_all(selection));
+        let _ = stream.read_exact(&mut [0; 10]).and_then(|()| stream.write_all(reply));
+        let _ = stream.read(&mut [0; 64]);
+    })
+}
+
+#[test]
+fn what_the_hop_replies_is_handed_on() {
+    let denying = Server::start(&["--deny", "to=127.0.0.3"]);
+    let server = Server::start(&["--via", &denying.addr().to_string()]);
+    for command in [CONNECT, BIND] {
+        assert_eq!(open_as(&server, None, command, "127.0.0.3:9").1, 2);
+    }
+    assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
+    assert_eq!(open_as(&server, None, CONNECT, "a b:9").1, 4, "a name that the hop has no host for");
+    macro_rules! reply {
+        ($rep:expr) => {
+            &[5, $rep, 0, 1, 0, 0, 0, 0, 0, 0]
+        };
+    }
+    let replies: [&[u8]; 9] =
+        [reply!(1), reply!(2), reply!(3), reply!(4), reply!(5), reply!(6), reply!(7), reply!(8), reply!(0x42)];
+    let (target, dst) = listener(V4);
+    for reply in replies {
+        let hop = scripted(&[5, 0], reply);
+        let server = Server::start(&["--via", &hop.to_string()]);
+        for command in [CONNECT, BIND, UDP_ASSOCIATE] {
+            let (mut stream, rep, _) = open_as(&server, None, command, &dst.to_string());
+            assert_eq!(rep, reply[1], "{command}");
+            assert!(is_closed(&mut stream));
+        }
+    }
+    saw_nobody(&target);
+}
+
+#[test]
+fn a_hop_that_does_not_do_its_part_is_never_gone_around() {
+    let folder = folder();
+    let users = write_file(folder.path(), "users", alice_and_bob());
+    let locked = Server::start(&["--users", &users]);
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let silent_url = silent.local_addr().expect("an address").to_string();
+    let fake = |selection, reply| scripted(selection, reply).to_string();
+    let closing = tcp_server(V4, drop).to_string();
+    let good = Server::start(&[]);
+    let hops = [
+        closed_port().to_string(),
+        format!("unix:{}", folder.path().join("nobody").display()),
+        silent_url.clone(),
+        closing,
+        fake(b"HTTP/1.0 400 Bad Request\r\n\r\n", b""),
+        fake(&[0, 0x5B, 0, 0, 0, 0, 0, 0], b""),
+        fake(&[5, 0xFF], b""),
+        fake(&[5, 2], b""),
+        fake(&[5, 0], b""),
+        fake(&[5, 0], &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0]),
+        fake(&[5, 0], &[5, 0, 0, 9, 0, 0, 0, 0, 0, 0]),
+        locked.addr().to_string(),
+        format!("alice:wrong@{}", locked.addr()),
+        // The second of two.
+        format!("{},alice:wrong@{}", good.addr(), locked.addr()),
+        format!("{},{silent_url}", good.addr()),
+    ];
+    let (target, dst) = listener(V4);
+    for hop in &hops {
+        let named = format!("h={hop}");
+        let by_rule = ["--hop", &named, "--allow", "via=h"];
+        for args in [&["--via", hop][..], &by_rule] {
+            let server = Server::start(&[args, &["--connect-timeout", "200ms"]].concat());
+            for command in [CONNECT, BIND, UDP_ASSOCIATE] {
+                let (time, (mut stream, rep, _)) = timed(|| open_as(&server, None, command, &dst.to_string()));
+                assert_eq!(rep, 1, "{hop}: {command}");
+                assert!(time < SOON / 4, "{hop}: {command}: {time:?}");
+                assert!(is_closed(&mut stream));
+            }
+            server.wait_log(|log| log.matches(" rep=1 up=0 down=0 ").count() == 3);
+        }
+    }
+    saw_nobody(&target);
+    let name = open_as(&Server::start(&["--via", &hops[0]]), None, CONNECT, &format!("localhost:{}", dst.port()));
+    assert_eq!(name.1, 1);
+    saw_nobody(&target);
+}
+
+#[test]
+fn what_goes_through_a_hop_ends_with_it() {
+    let (first, second) = (Server::start(&[]), Server::start(&[]));
+    for dies_first in [true, false] {
+        let mut hops = [Server::start(&[]), Server::start(&[])].map(Some);
+        let url = hops.iter().flatten().map(|hop| hop.addr().to_string()).collect::<Vec<_>>().join(",");
+        let server = Server::start(&["--via", &url]);
+        let (mut tunnel, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
+        assert_eq!(rep, 0);
+        ping(&mut tunnel, b"hello");
+        let mut association = associate(server.addr(), V4, None);
+        association.ping(udp_echo_server(V4), b"hello");
+        let (mut waiting, rep, _) = open_as(&server, None, BIND, "127.0.0.1:0");
+        assert_eq!(rep, 0);
+        hops[usize::from(!dies_first)].take();
+        assert!(is_closed(&mut tunnel), "the tunnel");
+        assert!(is_closed(&mut association.control), "the association");
+        assert_ne!(read_reply(&mut waiting).0, 0, "the peer can't come any more");
+        drop((tunnel, association, waiting));
+        let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
+        let line = log.lines().find(|line| line.contains("command=udp")).expect("a line");
+        assert!(line.contains("ended its association"), "{line}");
+        assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 1);
+    }
+    // Those that have nothing to do with it live on.
+    let [at_first, at_second] = [("a=", &first), ("b=", &second)].map(|(name, hop)| format!("{name}{}", hop.addr()));
+    let rules = ["--allow", "to=127.0.0.2 command=connect via=a", "--allow", "command=connect via=b"];
+    let server = Server::start(&[&["--hop", &at_first, "--hop", &at_second][..], &rules].concat());
+    let (mut tunnel, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    drop(first);
+    ping(&mut tunnel, b"still here");
+}
+
+#[test]
+fn passwords_of_hops_are_said_to_nobody() {
+    let folder = folder();
+    let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
+    let hop = Server::start(&["--users", &users]);
+    let good = format!("anna:open%20sesame@{}", hop.addr());
+    let named = format!("far=anna:not%20sesame@{}", hop.addr());
+    let rules = write_file(folder.path(), "rules", "allow to=127.0.0.2 via=far\n");
+    let server = Server::start(&["-v", "-v", "--via", &good, "--hop", &named, "--rules", &rules]);
+    let rep = |command, dst: &str| open_as(&server, None, command, dst).1;
+    assert_eq!(rep(CONNECT, &echo_server().to_string()), 0);
+    assert_eq!(rep(CONNECT, &closed_port().to_string()), 5);
+    assert_eq!(rep(CONNECT, "127.0.0.2:9"), 1);
+    assert_eq!(rep(UDP_ASSOCIATE, "0.0.0.0:0"), 1);
+    std::fs::write(&rules, "allow to=127.0.0.2 via=near\n").expect("a file");
+    server.signal("HUP");
+    server.wait_log(|log| log.contains("reload: ") && log.matches("session client=").count() == 4);
+    drop(hop);
+    assert_eq!(rep(CONNECT, &closed_port().to_string()), 1);
+    let log = server.wait_log(|log| log.matches("session client=").count() == 5);
+    assert!(!log.contains("sesame"), "{log}");
+    for question in ["to=127.0.0.1:80", "to=127.0.0.2:80"] {
+        std::fs::write(&rules, "allow to=127.0.0.2 via=far\n").expect("a file");
+        let args = ["serve", "--via", &good, "--hop", &named, "--rules", &rules, "--explain", question];
+        let output = run(s5().args(args), b"", SOON);
+        let said = [output.stdout, output.stderr].concat();
+        assert!(!String::from_utf8_lossy(&said).contains("sesame"), "{}", String::from_utf8_lossy(&said));
+    }
+    let bad = [
+        "http://anna:sesame@192.0.2.1:1080",
+        "anna:sesame@192.0.2.1:99999",
+        "anna:sesame@192.0.2.1:sesame",
+        "anna:sesame@",
+        "anna:sesame@[::1",
+        "anna:sesame@::1:x",
+        "anna:open/sesame@a/b",
+        "anna:sesame@a b",
+        "socks5://anna:sesame@192.0.2.1:1080,anna:sesame@unix:/socket",
+        "192.0.2.1:1080,anna:sesame",
+        "anna:,sesame@192.0.2.1",
+        "192.0.2.1,,anna:sesame@192.0.2.2",
+        ":sesame@192.0.2.1",
+        "sesame://anna@192.0.2.1:99999",
+        "anna:ses@ame:sesame@192.0.2.1:x",
+        "anna:sesame@unix:",
+    ];
+    for url in bad {
+        let (in_name, hop) = (format!("{url}=192.0.2.1"), format!("a={url}"));
+        for args in [["--via", url], ["--hop", &hop], ["--hop", &in_name], ["--hop", url]] {
+            let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", SOON);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+            assert!(said.lines().count() == 1 && said.contains(args[0]), "{args:?}: {said}");
+            assert!(!said.contains("ame@") && (!said.contains("sesame") || url.starts_with("sesame:")), "{said}");
+        }
+    }
+    for hop in ["direct=anna:sesame@192.0.2.1", "=anna:sesame@192.0.2.1", "anna:sesame@192.0.2.1"] {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--hop", hop]), b"", SOON);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("sesame"));
+    }
+}
+
+#[test]
+fn a_url_in_place_of_the_name_of_a_hop_is_not_told_on() {
+    let folder = folder();
+    let rules = write_file(folder.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
+    let allow = "via=socks5h://anna:sesame@192.0.2.1";
+    for args in [["--rules", &rules], ["--allow", allow]] {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", SOON);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("via=") && !said.contains("sesame"), "{said}");
+    }
+}
+
+/// Dante's server, ended with the test.
+struct Danted(Child);
+
+impl Drop for Danted {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn dante_is_a_hop_as_well() {
+    if !has("danted") {
+        return;
+    }
+    let folder = folder();
+    let (addr, log) = (closed_port(), folder.path().join("log"));
+    let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", SOON).stdout).expect("a name");
+    let config = format!(
+        "logoutput: {}\ninternal: {} port = {}\nexternal: 127.0.0.1\nclientmethod: none\nsocksmethod: none\n\
+         user.privileged: {user}user.unprivileged: {user}client pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n}}\n\
+         socks pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n  command: connect udpassociate udpreply\n  \
+         log: connect error\n}}\n",
+        log.display(),
+        addr.ip(),
+        addr.port()
+    );
+    let (config, pid) = (write_file(folder.path(), "config", &config), write_file(folder.path(), "pid", ""));
+    let mut command = Command::new("/usr/sbin/danted");
+    command.args(["-N", "1", "-f", &config, "-p", &pid]).env("TMPDIR", folder.path());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let _danted = Danted(command.spawn().expect("danted starts"));
+    let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
+    eventually("danted runs", SOON, || read_log().contains(" running"));
+    let server = Server::start(&["--via", &addr.to_string()]);
+    let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    ping(&mut stream, b"connect");
+    let association = associate(server.addr(), V4, None);
+    let echo = udp_echo_server(V4);
+    (0..10).for_each(|_| association.ping(echo, b"udp"));
+    for what in ["tcp/connect", "udp/udpassociate"] {
+        eventually(what, SOON, || read_log().contains(what));
+    }
+    // What it refuses, it refuses in its own words.
+    assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
+    assert_eq!(open_as(&server, None, BIND, "127.0.0.1:0").1, 2);
+}

@@ -1,0 +1,230 @@
+//! The options of the server: which method wins, whose key is used, what is granted, and what is refused at start.
+
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Output};
+
+use crate::common::{SOON, Server, echo_server, folder, has, read_exact, run, s5};
+use crate::kit::realm::Realm;
+use crate::{ALICE, LONG, assert_says, client, client_at, path, realm, serve, session, start, stdout, url};
+
+/// A server that does not start.
+fn refused(realm: &Realm, args: &[&str]) -> Output {
+    run(realm.env(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args)), b"", SOON)
+}
+
+fn users(folder: &std::path::Path) -> String {
+    let users = path(&folder.join("users"));
+    stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
+    users
+}
+
+/// The method that the server takes of those that are offered.
+fn selected(server: &Server, methods: &[u8]) -> u8 {
+    let mut stream = server.connect();
+    let count = u8::try_from(methods.len()).expect("a few methods");
+    stream.write_all(&[&[5, count], methods].concat()).expect("the greeting is sent");
+    read_exact(&mut stream, 2)[1]
+}
+
+#[test]
+fn the_order_of_methods_is_the_operators() {
+    let Some(realm) = realm() else { return };
+    let (folder, keytab) = (folder(), path(&realm.file("service.keytab")));
+    let users = users(folder.path());
+    let both = ["--users", &users, "--keytab", &keytab];
+    let table: [(&[&str], [u8; 5]); 7] = [
+        // What is taken of 0, 1, 2 and of 2, 1, 0; of 0; of 1; of 2.
+        (&both, [2, 2, 0xff, 1, 2]),
+        (&[&both[..], &["--auth", "password,gssapi"]].concat(), [2, 2, 0xff, 1, 2]),
+        (&[&both[..], &["--auth", "gssapi,password"]].concat(), [1, 1, 0xff, 1, 2]),
+        (&[&both[..], &["--auth", "none,gssapi,password"]].concat(), [0, 0, 0, 1, 2]),
+        (&["--keytab", &keytab], [1, 1, 0xff, 1, 0xff]),
+        (&["--auth", "gssapi"], [1, 1, 0xff, 1, 0xff]),
+        (&["--auth", "gssapi,none"], [1, 1, 0, 1, 0xff]),
+    ];
+    for (args, expected) in table {
+        let server = start(&realm, args);
+        let offers: [&[u8]; 5] = [&[0, 1, 2], &[2, 1, 0], &[0], &[1], &[2]];
+        assert_eq!(offers.map(|methods| selected(&server, methods)), expected, "{args:?}");
+    }
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let Some(realm) = realm() else { return };
+    let (folder, keytab) = (folder(), path(&realm.file("service.keytab")));
+    let users = users(folder.path());
+    let table: [(&[&str], &str); 9] = [
+        (&["--auth", "password"], "password needs --users"),
+        (&["--auth", "gssapi,password", "--keytab", &keytab], "password needs --users"),
+        (&["--auth", "none", "--keytab", &keytab], "gssapi has to be one of them"),
+        (&["--auth", "none", "--gssapi-protection", "none"], "gssapi has to be one of them"),
+        (&["--auth", "gssapi", "--users", &users], "password has to be one of them"),
+        (&["--auth", "gssapi,gssapi"], "each once"),
+        (&["--auth", "kerberos"], "none, password, gssapi"),
+        (&["--keytab", &keytab, "--gssapi-protection", "most"], "none, integrity, confidentiality"),
+        (&["--keytab", &keytab, "--gssapi-protection", ""], "none, integrity, confidentiality"),
+    ];
+    for (args, why) in table {
+        assert_says(&refused(&realm, args), 2, &[why]);
+    }
+}
+
+#[test]
+fn a_keytab_that_is_of_no_use_is_found_out_at_start() {
+    let Some(realm) = realm() else { return };
+    let folder = folder();
+    let file = |name: &str| path(&folder.path().join(name));
+    std::fs::write(file("junk"), b"this is no keytab\n").expect("a file");
+    std::fs::write(file("empty"), b"").expect("a file");
+    std::fs::create_dir(file("folder")).expect("a folder");
+    let unusable = "is nonexistent or empty";
+    for (name, why) in [("missing", "No such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)] {
+        assert_says(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), why]);
+        crate::readme::assert_explains(why);
+    }
+    let keytab = path(&realm.file("service.keytab"));
+    let no_key = refused(&realm, &["--keytab", &keytab, "--gssapi-service", "nokey"]);
+    assert_says(&no_key, 2, &[&keytab, "No key table entry found"]);
+    crate::readme::assert_explains("No key table entry found");
+    // Without one, it is that of the environment.
+    let mut command = s5();
+    realm.env(command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]));
+    let output = run(command.env("KRB5_KTNAME", format!("FILE:{}", file("missing"))), b"", SOON);
+    assert_says(&output, 2, &["--auth gssapi", "missing"]);
+}
+
+#[test]
+fn a_keytab_that_may_not_be_read_is_told_as_such() {
+    let Some(realm) = realm() else { return };
+    let (folder, is_root) = (folder(), rustix::process::getuid().is_root());
+    if is_root && !has("setpriv") {
+        return;
+    }
+    // All but the keytab can be reached by anybody.
+    let (program, keytab) = (path(&folder.path().join("s5")), path(&folder.path().join("keytab")));
+    std::fs::copy(env!("CARGO_BIN_EXE_s5"), &program).expect("a copy");
+    std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
+    let mode = |path: &str, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("a mode");
+    mode(&path(folder.path()), 0o755);
+    mode(&program, 0o755);
+    mode(&keytab, if is_root { 0o600 } else { 0 });
+    let mut command = if is_root {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", &program]);
+        command
+    } else {
+        Command::new(&program)
+    };
+    command.args(["serve", "--listen", "127.0.0.1:0", "--keytab", &keytab]);
+    let output = run(realm.env(&mut command), b"", SOON);
+    assert_says(&output, 2, &[&keytab, "Permission denied"]);
+    crate::readme::assert_explains("Permission denied");
+}
+
+#[test]
+fn the_key_that_is_used_can_be_named_in_three_ways() {
+    let Some(realm) = realm() else { return };
+    let echo = echo_server().to_string();
+    for (service, takes) in [
+        ("rcmd", "rcmd"),
+        ("rcmd@localhost", "rcmd"),
+        ("rcmd/localhost@S5.TEST", "rcmd"),
+        ("rcmd/localhost", "rcmd"),
+        ("socks", "socks"),
+        ("socks@localhost", "socks"),
+        ("socks/localhost@S5.TEST", "socks"),
+    ] {
+        let server = serve(&realm, &["--gssapi-service", service]);
+        for wanted in ["rcmd", "socks"] {
+            let args = ["--gssapi-service", wanted, &echo];
+            let output = run(&mut client(&realm, "connect", &url(&server), &args), b"hello", LONG);
+            match wanted == takes {
+                true => assert_eq!(output.stdout, b"hello", "{service}"),
+                false => assert_says(&output, 67, &["login", "GSSAPI"]),
+            }
+        }
+    }
+    let other_host = refused(&realm, &["--auth", "gssapi", "--gssapi-service", "rcmd@other.test"]);
+    assert_says(&other_host, 2, &["--auth gssapi", "GSSAPI"]);
+}
+
+#[test]
+fn a_wrong_key_lets_nobody_in() {
+    let Some(realm) = realm() else { return };
+    let server = start(&realm, &["--keytab", &path(&realm.file("wrong.keytab"))]);
+    let echo = echo_server().to_string();
+    let output = run(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello", LONG);
+    assert_says(&output, 67, &["proxy localhost:", "login", "refused by the server"]);
+    session(&server, &["user=- ", "rep=-", "GSSAPI: "]);
+    // A key that is written later counts at the next login.
+    let keytab = realm.file("wrong.keytab");
+    std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
+    assert_eq!(stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello"), b"hello");
+}
+
+#[test]
+fn what_is_granted_is_enough_for_the_client_or_it_leaves() {
+    let Some(realm) = realm() else { return };
+    let echo = echo_server().to_string();
+    let table: [(&str, &[&str], Option<&str>); 8] = [
+        ("integrity,confidentiality", &[], None),
+        ("integrity", &[], None),
+        ("integrity", &["--gssapi-min", "confidentiality"], Some("grants integrity")),
+        ("none", &[], Some("grants none, and the least that is taken is integrity (--gssapi-min)")),
+        ("none", &["--gssapi-min", "none"], None),
+        ("none", &["--gssapi-protection", "integrity"], Some("grants none")),
+        ("confidentiality", &["--gssapi-protection", "none"], None),
+        ("confidentiality", &["--gssapi-nec"], None),
+    ];
+    for (levels, args, why) in table {
+        let server = serve(&realm, &["--gssapi-protection", levels]);
+        let output = run(&mut client(&realm, "connect", &url(&server), &[args, &[&echo]].concat()), b"hello", LONG);
+        match why {
+            None => assert_eq!(output.stdout, b"hello", "{levels} {args:?}"),
+            Some(why) => assert_says(&output, 67, &["login", why]),
+        }
+    }
+    let args = ["--gssapi-min", "confidentiality", &echo];
+    let server = serve(&realm, &[]);
+    let more_than_wanted = run(&mut client_at(&realm, "connect", &url(&server), "integrity", &args), b"", LONG);
+    assert_says(&more_than_wanted, 2, &["--gssapi-min", "--gssapi-protection"]);
+}
+
+#[test]
+fn tickets_are_taken_from_where_the_user_says() {
+    let Some(realm) = realm() else { return };
+    let (server, echo) = (serve(&realm, &[]), echo_server().to_string());
+    for (ccache, user) in [("ccache", ALICE), ("ccache.mallory", "mallory@S5.TEST")] {
+        let mut command = client(&realm, "connect", &url(&server), &["--ccache", &path(&realm.file(ccache)), &echo]);
+        command.env("KRB5CCNAME", "FILE:/nonexistent");
+        assert_eq!(stdout(&mut command, b"hello"), b"hello");
+        session(&server, &[&format!("user=\"{user}\"")]);
+    }
+}
+
+#[test]
+fn gssapi_is_offered_only_where_there_is_a_ticket() {
+    let Some(realm) = realm() else { return };
+    let (folder, echo) = (folder(), echo_server().to_string());
+    // Prefers GSSAPI, and takes others.
+    let users = users(folder.path());
+    let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password,none"]);
+    let said = |ccache: &str, args: &[&str], proxy: &str| {
+        let mut command = s5();
+        realm.env(command.args(["connect", "-x", proxy]).args(args).arg(&echo));
+        let output = run(command.env("KRB5CCNAME", format!("FILE:{}", realm.file(ccache).display())), b"hello", LONG);
+        assert_eq!(output.stdout, b"hello", "{}", crate::text(&output.stderr));
+    };
+    let bob = format!("bob:secret@{}", url(&server));
+    said("ccache", &[], &url(&server));
+    session(&server, &[&format!("user=\"{ALICE}\"")]);
+    said("none", &[], &bob);
+    session(&server, &["user=\"bob\""]);
+    said("none", &[], &url(&server));
+    session(&server, &["user=- "]);
+    let before = server.log();
+    said("ccache", &["--auth", "password"], &bob);
+    server.wait_log(|log| log[before.len()..].contains("user=\"bob\""));
+}

@@ -1,0 +1,124 @@
+//! What rules make of Kerberos logins, at first and after a reload.
+
+use std::io::Write as _;
+use std::net::TcpStream;
+
+use crate::common::{SOON, Server, echo_server, eventually, folder, run, udp_echo_server, write_file};
+use crate::kit::V4;
+use crate::kit::realm::Realm;
+use crate::scripted::Running;
+use crate::{ALICE, LONG, assert_says, client, path, realm, serve, session, stdout, url};
+
+/// Runs `s5 connect` as alice or mallory, at that level.
+fn as_user(realm: &Realm, server: &Server, user: &str, level: &str, target: &str) -> std::process::Output {
+    let ccache = path(&realm.file(if user == "alice" { "ccache" } else { "ccache.mallory" }));
+    let args = ["--ccache", &ccache, "--gssapi-protection", level, target];
+    run(&mut client(realm, "connect", &url(server), &args), b"hello", LONG)
+}
+
+#[test]
+fn rules_know_users_methods_and_levels() {
+    let Some(realm) = realm() else { return };
+    let echo = echo_server().to_string();
+    let (yes, no) = (true, false);
+    // For alice at confidentiality and integrity, for mallory at confidentiality.
+    let table = [
+        ("user=alice@S5.TEST", [yes, yes, no]),
+        ("user=*@S5.TEST", [yes, yes, yes]),
+        ("user=*@OTHER.TEST", [no, no, no]),
+        ("user=alice", [no, no, no]),
+        ("user=*", [yes, yes, yes]),
+        ("method=gssapi", [yes, yes, yes]),
+        ("method=password", [no, no, no]),
+        ("protection=confidentiality", [yes, no, yes]),
+        ("protection=integrity,confidentiality user=mallory@S5.TEST", [no, no, yes]),
+        ("protection=none", [no, no, no]),
+    ];
+    for (rule, expected) in table {
+        let server = serve(&realm, &["--allow", rule, "--deny", ""]);
+        let cases = [("alice", "confidentiality"), ("alice", "integrity"), ("mallory", "confidentiality")];
+        for ((user, level), expected) in cases.into_iter().zip(expected) {
+            let output = as_user(&realm, &server, user, level, &echo);
+            match expected {
+                true => assert_eq!(output.stdout, b"hello", "{rule}: {user} at {level}"),
+                false => {
+                    assert_says(&output, 102, &["REP 2"]);
+                    session(&server, &[&format!("user=\"{user}@S5.TEST\""), "rep=2", "denied"]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rules_hold_for_datagrams_and_bind_too() {
+    let Some(realm) = realm() else { return };
+    let (udp, mallory) = (udp_echo_server(V4).to_string(), path(&realm.file("ccache.mallory")));
+    let server = serve(&realm, &["--allow", &format!("user={ALICE} protection=confidentiality"), "--deny", ""]);
+    for mode in ["udp", "bind"] {
+        for args in [&["--ccache", &*mallory][..], &["--gssapi-protection", "integrity"]] {
+            let target = if mode == "udp" { &*udp } else { "127.0.0.1" };
+            let output = run(&mut client(&realm, mode, &url(&server), &[args, &[target]].concat()), b"hello\n", LONG);
+            assert_says(&output, 102, &["REP 2"]);
+        }
+    }
+    let mut client = Running::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
+    client.write(b"hello\n");
+    client.stdout(|all| all == b"hello\n");
+}
+
+#[test]
+fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
+    let Some(realm) = realm() else { return };
+    let (folder, echo, udp) = (folder(), echo_server().to_string(), udp_echo_server(V4).to_string());
+    let rules = |text: &str| write_file(folder.path(), "rules", text);
+    let file = rules("allow user=*@S5.TEST\ndeny\n");
+    let server = serve(&realm, &["--rules", &file]);
+    let mallory = path(&realm.file("ccache.mallory"));
+    let start = |mode: &str, args: &[&str]| {
+        let mut client = Running::start(&mut client(&realm, mode, &url(&server), args));
+        client.write(b"hello\n");
+        client.stdout(|all| all == b"hello\n");
+        client
+    };
+    let mut stay = [start("connect", &[&echo]), start("udp", &[&udp])];
+    let mut go = [
+        start("connect", &["--gssapi-protection", "integrity", &echo]),
+        start("connect", &["--ccache", &mallory, &echo]),
+        start("udp", &["--ccache", &mallory, &udp]),
+    ];
+    rules("# the same\nallow user=*@S5.TEST\ndeny\n");
+    server.signal("HUP");
+    server.wait_log(|log| log.matches("reload").count() >= 1);
+    for client in stay.iter_mut().chain(&mut go) {
+        client.write(b"again\n");
+        client.stdout(|all| all == b"hello\nagain\n");
+    }
+    rules(&format!("allow user={ALICE} protection=confidentiality\ndeny\n"));
+    server.signal("HUP");
+    for client in &mut go {
+        let (status, _, said) = client.end(SOON);
+        assert!(!status.success(), "{said}");
+    }
+    for client in &mut stay {
+        client.write(b"and again\n");
+        client.stdout(|all| all == b"hello\nagain\nand again\n");
+    }
+}
+
+#[test]
+fn who_may_reach_the_server_without_a_login_is_nobody() {
+    let Some(realm) = realm() else { return };
+    // Every address, which without a login is refused.
+    let mut command = crate::common::s5();
+    let keytab = path(&realm.file("service.keytab"));
+    realm.env(command.args(["serve", "--listen", "*:0", "--keytab", &keytab]));
+    let server = Server::start_with(&mut command, 1);
+    let mut stream = TcpStream::connect((V4, server.addr().port())).expect("the server accepts");
+    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
+    assert_eq!(crate::common::read_exact(&mut stream, 2), [5, 0xff]);
+    let echo = echo_server().to_string();
+    assert_eq!(stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello"), b"hello");
+    eventually("the session ends", SOON, || server.log().contains(ALICE));
+}
