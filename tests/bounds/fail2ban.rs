@@ -13,19 +13,11 @@ use crate::common::{
 use crate::kit::login::{credentials, greet_to_log_in, try_to_log_in, users};
 use crate::kit::{CONNECT, connect_from, end_of, request_name, serve, sessions};
 
-/// Until the README has one.
-const FILTER: &str = r#"[Definition]
-failregex = ^(?:\S+ s5\[\d+\]: \S+)?\s+WARN\s+\[s5::\S+\] session client=(?:\[<IP6>\]|<IP4>):\d+ user="(?:[^"\\]|\\.)*" command=- dst=- bnd=- rep=- up=0 down=0 seconds=[\d.]+ error="login refused"$
-ignoreregex =
-datepattern = ^%%Y-%%m-%%dT%%H:%%M:%%S\.%%f%%z
-journalmatch = SYSLOG_IDENTIFIER=s5
-"#;
-
 fn filter() -> String {
     let readme = include_str!("../../README.md");
     let blocks = readme.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
-    let mut filters = blocks.map(|(_, text)| text).filter(|text| text.trim_start().starts_with("[Definition]"));
-    filters.next().map_or(FILTER.into(), |text| format!("{}\n", text.trim()))
+    let mut filters = blocks.map(|(_, text)| text).filter(|text| text.contains("[Definition]"));
+    format!("{}\n", filters.next().expect("a filter in the README").trim())
 }
 
 /// What is logged for a failed login of somebody else, and how it could be begun in the middle of another line.
