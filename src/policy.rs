@@ -6,12 +6,30 @@
 pub mod rules;
 pub mod users;
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::proto::{Level, Method};
 use rules::{Login, Question, Rules, Verdict};
 use users::Users;
+
+/// What is wrong with a file of rules or users, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Error {
+    /// From 1.
+    pub line: usize,
+    /// What is wrong, with the word that is.
+    pub what: String,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.what)
+    }
+}
+
+impl std::error::Error for Error {}
 
 /// What a server allows.
 #[derive(Debug, Default)]

@@ -28,7 +28,7 @@ const VIA: &str = "--via";
 /// Where to listen when nobody says.
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
-/// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE (RFC 1928), without or with passwords (RFC 1929).
+/// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE (RFC 1928); open, with passwords (RFC 1929) or Kerberos (RFC 1961).
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
     subcommand,

@@ -165,17 +165,14 @@ impl Rules {
         let text = format!("deny from=remote to={PROTECTED}");
         let places = PROTECTED.split(',').filter_map(|place| text::place(place).ok()).collect();
         rules.push(Rule { from: vec![Source::Remote], to: To::These(places), ..Rule::built_in(false, &text) });
-        Self { rules, written, otherwise: Rule::built_in(false, "deny"), route }
+        let origin = if is_list { "built in, since an allow names from=" } else { "built in" };
+        let otherwise = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
+        Self { rules, written, otherwise, route }
     }
 
     /// The rules that are not built in.
     pub fn written(&self) -> &[Rule] {
         self.rules.get(..self.written).unwrap_or_default()
-    }
-
-    /// Whether what no rule allows is denied.
-    pub fn is_list(&self) -> bool {
-        !self.rules.iter().skip(self.written).any(|rule| rule.allow)
     }
 
     /// Whether a rule names `from`.

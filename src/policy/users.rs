@@ -10,6 +10,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use argon2::password_hash::{PasswordHasher as _, PasswordVerifier as _, phc::PasswordHash};
 use argon2::{Algorithm, Argon2, Params, Version};
 
+pub use super::Error;
 use crate::proto::MAX_FIELD;
 
 /// The most that bcrypt looks at, in octets; what is longer can't be told apart by it and is refused.
@@ -41,23 +42,6 @@ impl fmt::Debug for Hash {
         })
     }
 }
-
-/// What is wrong with a users file, and where.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Error {
-    /// From 1.
-    pub line: usize,
-    /// What is wrong, with the word that is.
-    pub what: String,
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}: {}", self.line, self.what)
-    }
-}
-
-impl std::error::Error for Error {}
 
 impl Users {
     /// # Errors

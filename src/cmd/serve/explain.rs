@@ -40,9 +40,6 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), Failure> {
     for (rule, origin) in lines {
         let _ = writeln!(text, "{rule:COLUMN$}  # {origin}");
     }
-    if policy.rules.is_list() {
-        text += "# what no rule allows is denied, since an allow names from=\n";
-    }
     text += "# an allow that does not say to= leaves the built-in denials in force\n";
     print(&text)
 }

@@ -1,7 +1,6 @@
 //! Rules as text: `allow` or `deny`, and then `key=value[,value]...` as often as it takes; `#` begins a comment.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -9,29 +8,13 @@ use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 
 use super::{Place, Route, Rule, Source, To, User};
+pub use crate::policy::Error;
 use crate::proto::{Command, Level, Method};
 
 /// The way that `via=` calls the one through no hop.
 const DIRECT: &str = "direct";
 
 const KEYS: &str = "from, user, method, protection, command, to, port and via";
-
-/// What is wrong with a rule, and where.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Error {
-    /// From 1.
-    pub line: usize,
-    /// What is wrong, with the word that is.
-    pub what: String,
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}: {}", self.line, self.what)
-    }
-}
-
-impl std::error::Error for Error {}
 
 /// The rules of a file that is called `file`. `hops` are the names that `via=` may say, by number.
 ///
