@@ -291,13 +291,14 @@ impl Client {
         }
         match initiator.ticket().await {
             Ok(ticket) => Ok(Some(ticket)),
-            Err(error) if is_demanded && self.auth.methods.as_ref().is_some_and(|methods| methods.len() == 1) => {
-                Err(Cause::Gssapi(error))
-            }
-            Err(error) => {
+            Err(error @ (gssapi::Error::NoCredential(_) | gssapi::Error::Unavailable(_)))
+                if self.auth.methods.as_ref().is_none_or(|methods| methods.len() > 1) =>
+            {
                 log::debug!("not offered: {error}");
                 Ok(None)
             }
+            // That there is something wrong is no reason to do without.
+            Err(error) => Err(Cause::Gssapi(error)),
         }
     }
 

@@ -170,9 +170,17 @@ impl Conn {
         let mut octet = [0; 1];
         let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut octet, RecvFlags::PEEK)?.1);
         poll_fn(|cx| self.poll_mark(cx)).await;
-        while poll_fn(|cx| self.poll_with(cx, Way::Read, &mut peek)).await.is_ok_and(|n| n > 0) && !self.shows(signs) {
+        let mut is_there = async || {
+            poll_fn(|cx| self.poll_with(cx, Way::Read, &mut peek)).await.is_ok_and(|n| n > 0 || self.has_unread())
+        };
+        while is_there().await && !self.shows(signs) {
             sleep(WATCH).await;
         }
+    }
+
+    /// Whether octets were taken from the socket that nobody has read yet.
+    fn has_unread(&self) -> bool {
+        matches!(self, Self::Protected(protected) if protected.has_unread())
     }
 
     fn shows(&self, signs: PollFlags) -> bool {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smol::lock::Semaphore;
+use smol::lock::{Semaphore, SemaphoreGuardArc};
 
 use crate::conn::{Conn, Order, Protection, ReadError, SecurityContext, Unwrapped, until};
 use crate::proto::{Frame, Level, MAX_TOKEN};
@@ -20,6 +20,8 @@ use ffi::{Context, Credential, Name, Wants};
 const MAX_ROUNDS: usize = 8;
 /// How many handshakes may wait for a KDC at once. Each holds a thread, and the library waits for half a minute.
 const MAX_WAITING: usize = 32;
+/// How long one waits for his turn to do so.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How long establishing a context may take on our side; a KDC that is silent is not waited for any longer.
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -32,12 +34,14 @@ pub enum Error {
     Failed(String),
     /// There is no credential to be had, for which the user can do something.
     NoCredential(String),
+    /// There is no library.
+    Unavailable(String),
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(what) | Self::Failed(what) => write!(f, "GSSAPI: {what}"),
+            Self::Refused(what) | Self::Failed(what) | Self::Unavailable(what) => write!(f, "GSSAPI: {what}"),
             Self::NoCredential(what) => write!(f, "GSSAPI: {what} (run kinit, or name a cache with --ccache)"),
         }
     }
@@ -224,11 +228,12 @@ impl Initiator {
     /// Why not.
     pub async fn ticket(&self) -> Result<Ticket, Error> {
         let ccache = self.ccache.clone();
-        let found = self.off_thread(move || {
-            ffi::available().map_err(Error::Failed)?;
+        let found = smol::unblock(move || {
+            ffi::available().map_err(Error::Unavailable)?;
             Credential::initiator(ccache.as_deref()).map_err(|error| Error::NoCredential(error.to_string()))
         });
-        Ok(Ticket(Arc::new(found.await??)))
+        let found = until(Instant::now() + LIMIT, found).await.ok_or_else(|| failed("no answer about tickets"))?;
+        Ok(Ticket(Arc::new(found?)))
     }
 
     /// Establishes a context with the server on `conn`, which has selected this method: what protects the connection
@@ -241,6 +246,9 @@ impl Initiator {
         let flags = context.flags();
         if !flags.mutual || !flags.integrity {
             return Err(failed("the server has not shown who it is"));
+        }
+        if !flags.replay || !flags.sequence {
+            return Err(failed("the context would not notice octets in another order"));
         }
         let mut context = Established(context);
         let wanted = if flags.confidentiality { self.wanted } else { self.wanted.min(Level::Integrity) };
@@ -274,8 +282,10 @@ impl Initiator {
         let mut token: Option<Vec<u8>> = None;
         for _ in 0..MAX_ROUNDS {
             let (ticket, service) = (ticket.clone(), target.clone());
+            // Only the first token can be had from a KDC.
+            let permit = if token.is_none() { Some(self.permit().await?) } else { None };
             let (after, step) = self
-                .off_thread(move || {
+                .off_thread(permit, move || {
                     let step = service_name(&service)
                         .and_then(|name| context.init(&ticket.0, &name, wants, token.as_deref()).map_err(Error::from));
                     (context, step)
@@ -309,9 +319,18 @@ impl Initiator {
         }
     }
 
-    /// Runs what may wait for a KDC; gives up waiting for it after a while, and is not run when too many do.
-    async fn off_thread<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-        let permit = self.waiting.try_acquire_arc().ok_or_else(|| failed("too many are waiting for the KDC"))?;
+    /// For whoever may have to wait for a KDC.
+    async fn permit(&self) -> Result<SemaphoreGuardArc, Error> {
+        let permit = until(Instant::now() + PATIENCE, self.waiting.acquire_arc()).await;
+        permit.ok_or_else(|| failed("too many are waiting for the KDC"))
+    }
+
+    /// Runs what may take long; gives up waiting for it after a while.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        permit: Option<SemaphoreGuardArc>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Error> {
         let task = smol::unblock(move || {
             let _permit = permit;
             work()

@@ -271,9 +271,9 @@ impl Tunnel<'_> {
         let mut fired = false;
         loop {
             let now = Instant::now();
-            let stalled = self.up.holds();
+            let stalled = self.up.holds() || dst.has_unsent();
             // Who is not being read from can only be seen to be gone by looking, which is done now and then.
-            let (look_at_client, look_at_dst) = (stalled || self.up.ended, self.down.done);
+            let (look_at_client, look_at_dst) = (self.up.holds() || self.up.ended, self.down.done);
             if fired && look_at_client && client.is_reset() {
                 return broken(Place::ReadClient, io::ErrorKind::ConnectionReset.into());
             }
@@ -283,7 +283,7 @@ impl Tunnel<'_> {
             }
             let lingers = self.down.done && !stalled && !self.up.ended;
             let limit = match *self.limits {
-                _ if self.unsent.is_some() && !self.down.holds() => Some(UNSENT),
+                _ if self.unsent.is_some() && !self.down.holds() && !client.has_unsent() => Some(UNSENT),
                 Limits { linger: Some(linger), .. } if lingers => Some(linger),
                 Limits { idle, .. } => idle,
             };

@@ -92,14 +92,31 @@ pub(super) struct Common {
 impl Common {
     pub(super) fn client(self, dst: Addr, wait: Duration) -> Result<Client, Failure> {
         let hops = hops(self.proxy.as_deref())?;
-        let is_asked_for = self.ccache.is_some() || self.service.is_some() || self.host.is_some();
-        let is_offered = match &self.auth {
-            Some(methods) => methods.contains(&Method::GSSAPI),
-            None => is_asked_for || Initiator::may_have_tickets(),
+        let is_named = self.ccache.is_some() || self.service.is_some() || self.host.is_some();
+        let is_demanded = self.protection.is_some() || self.min.is_some() || self.nec;
+        let methods = match self.auth {
+            Some(methods) if (is_named || is_demanded) && !methods.contains(&Method::GSSAPI) => {
+                return Err(Failure::usage("--gssapi-* and --ccache are of no use without gssapi in --auth"));
+            }
+            // Who wants protection does not want to be talked out of it.
+            None if is_demanded => Some(vec![Method::GSSAPI]),
+            methods => methods,
         };
+        let is_offered = match &methods {
+            Some(methods) => methods.contains(&Method::GSSAPI),
+            None => is_named || Initiator::may_have_tickets(),
+        };
+        let is_one_host = self.host.is_some() || self.service.as_ref().is_some_and(|name| name.contains(['/', '@']));
+        if hops.len() > 1 && is_one_host {
+            return Err(Failure::usage(
+                "--gssapi-host, or a principal as --gssapi-service, is of one proxy, not of a chain",
+            ));
+        }
         let default = Initiator::default();
         let wanted = self.protection.unwrap_or(default.wanted);
-        let least = self.min.unwrap_or(default.least.min(wanted));
+        // What NEC's servers say of the level can be changed on the way.
+        let usual = if self.nec { wanted } else { default.least.min(wanted) };
+        let least = self.min.unwrap_or(usual);
         if least > wanted {
             return Err(Failure::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
         }
@@ -112,7 +129,7 @@ impl Common {
             nec: self.nec,
             ..default
         };
-        let auth = Auth { methods: self.auth, gssapi: is_offered.then_some(gssapi) };
+        let auth = Auth { methods, gssapi: is_offered.then_some(gssapi) };
         Ok(Client::new(hops, dst, Some(wait)).with_auth(Arc::new(auth)))
     }
 }

@@ -111,6 +111,10 @@ pub struct Args {
     #[argh(option, arg_name = "name=url")]
     hop: Vec<String>,
 
+    /// the methods that are offered to hops: none, password, gssapi (none, and what there is something to log in with)
+    #[argh(option, arg_name = "method,…", from_str_fn(methods))]
+    hop_auth: Option<Vec<Method>>,
+
     /// at a reload, leave sessions alone that would now be refused
     #[argh(switch)]
     keep_sessions: bool,
@@ -333,6 +337,10 @@ impl Args {
         if v4 > 1 || v6 > 1 {
             return Err(Failure::usage("--advertise: one address a family"));
         }
+        let offers_gssapi = match &self.hop_auth {
+            Some(methods) => methods.contains(&Method::GSSAPI),
+            None => Initiator::may_have_tickets(),
+        };
         let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
             let both = || vec![Level::Integrity, Level::Confidentiality];
             let levels = self.gssapi_protection.unwrap_or_else(both);
@@ -353,7 +361,7 @@ impl Args {
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
             acceptor: acceptor.transpose()?,
-            hop_auth: Arc::new(Auth { methods: None, gssapi: Initiator::may_have_tickets().then(Initiator::default) }),
+            hop_auth: Arc::new(Auth { gssapi: offers_gssapi.then(Initiator::default), methods: self.hop_auth }),
             hops,
             bounds: Bounds {
                 per_client: self.max_per_client,

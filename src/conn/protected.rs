@@ -135,6 +135,10 @@ impl Protected {
         !self.outgoing.0.is_empty()
     }
 
+    pub(super) fn has_unread(&self) -> bool {
+        !self.received.is_empty() || !self.plain.0.is_empty() || self.conn.has_unread()
+    }
+
     /// What is left of what was unwrapped, as much as fits.
     fn take_plain(&mut self, buf: &mut [u8]) -> usize {
         let (plain, at) = &mut self.plain;

@@ -326,7 +326,8 @@ impl User {
         match self {
             Self::Anybody => true,
             Self::Named(name) => name == user,
-            Self::Realm(realm) => user.ends_with(realm),
+            // Kerberos writes an @ that is part of a name as \@.
+            Self::Realm(realm) => user.strip_suffix(realm.as_slice()).is_some_and(|name| !name.ends_with(b"\\")),
         }
     }
 }

@@ -472,7 +472,7 @@ impl Association<'_, '_> {
             None => self.relay.send_octets(None, octets).is_ok(),
         };
         let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
-        if split(from, data, MAX_UDP - overhead).is_some_and(|datagrams| datagrams.iter().all(send)) {
+        if split(from, data, MAX_UDP.saturating_sub(overhead)).is_some_and(|datagrams| datagrams.iter().all(send)) {
             self.session.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
     }

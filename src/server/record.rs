@@ -131,6 +131,9 @@ impl fmt::Display for Record {
             Some(user) => write!(f, " user=\"{}\"", user.escape_ascii())?,
             None => write!(f, " user=-")?,
         }
+        if self.method == Some(Method::GSSAPI) {
+            write!(f, " protection={}", self.level)?;
+        }
         write!(f, " command={}", or_dash(self.command))?;
         match &self.dst {
             Some(dst) => write!(f, " dst={:?}", dst.to_string())?,
