@@ -18,6 +18,8 @@ mod dante;
 mod datagrams;
 #[path = "kerberos/datagrams_raw.rs"]
 mod datagrams_raw;
+#[path = "kerberos/demands.rs"]
+mod demands;
 #[path = "kerberos/foreign.rs"]
 mod foreign;
 #[path = "kerberos/handshake.rs"]
