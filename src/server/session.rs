@@ -87,6 +87,8 @@ pub(super) struct Session<'a> {
     pub(super) record: Record,
     /// Whether the order of octets is assured, as far as it should be.
     is_ordered: bool,
+    /// Whether a context is being established, which is ended by an abort (RFC 1961 section 3.8).
+    is_establishing: bool,
     /// What it takes up of its client's and its user's share.
     pub(super) claims: &'a mut Option<Box<Claims>>,
 }
@@ -99,8 +101,14 @@ pub(super) async fn run(
     client: Option<SocketAddr>,
     claims: &mut Option<Box<Claims>>,
 ) -> Option<Tunnel> {
-    let mut session =
-        Session { server, law: server.laws.current(), record: Record::new(client), is_ordered: true, claims };
+    let mut session = Session {
+        server,
+        law: server.laws.current(),
+        record: Record::new(client),
+        is_ordered: true,
+        is_establishing: false,
+        claims,
+    };
     let handshake;
     (conn, handshake) = session.handshake(conn).await;
     let outcome = match handshake {
@@ -142,9 +150,11 @@ impl Session<'_> {
     async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, Refusal>) {
         let deadline = Instant::now() + self.server.options.handshake_timeout;
         let late = || Refusal::silent("the handshake took too long");
-        let mut attempt = match until(deadline, self.attempt(&mut conn)).await.unwrap_or_else(|| Err(late())) {
-            Ok(attempt) => attempt,
-            Err(refusal) => return (conn, Err(refusal)),
+        let mut attempt = match until(deadline, self.attempt(&mut conn)).await {
+            Some(Ok(attempt)) => attempt,
+            Some(Err(refusal)) => return (conn, Err(refusal)),
+            None if self.is_establishing => return (conn, Err(Refusal::say(&Frame::Abort, late().why))),
+            None => return (conn, Err(late())),
         };
         if let Some(protection) = attempt.protection.take() {
             conn = conn.protect(protection);
@@ -202,6 +212,7 @@ impl Session<'_> {
 
     /// RFC 1961.
     async fn establish(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Attempt, Refusal> {
+        self.is_establishing = true;
         let accepted = acceptor.accept(conn).await.map_err(|error| match error {
             gssapi::Error::Refused(_) => Refusal::silent(error),
             _ => Refusal::say(&Frame::Abort, error),
