@@ -55,7 +55,8 @@ bench-quick: build bench-programs ## the same in a minute, and so much less exac
 soak: build        ## 30 minutes of mixed load; fails if anything grows or is lost
 	$(BENCH) soak --out '$(CURDIR)/target/bench'
 
-BENCH_PROGRAMS = microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server
+BENCH_PROGRAMS = microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server \
+                 krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user
 bench-programs:    ## install what s5 is measured against (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(BENCH_PROGRAMS)); $(INSTALL_MISSING)
 

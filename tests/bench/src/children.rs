@@ -45,6 +45,7 @@ impl Process {
     fn wrap(command: &Command) -> io::Result<Command> {
         let mut wrapped = Command::new(std::env::current_exe()?);
         wrapped.arg(BECOME).arg(command.get_program()).args(command.get_args());
+        wrapped.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         Ok(wrapped)
     }
 

@@ -8,6 +8,7 @@
 mod chart;
 mod children;
 mod cpu;
+mod gssapi;
 mod load;
 mod measure;
 mod pattern;
@@ -34,6 +35,7 @@ const USAGE: &str = "usage: bench [--quick] [--runs N] [--only row,row] [--proxi
 
 S5_BENCH_S5     the s5 to measure (target/release/s5)
 S5_BENCH_ARGS   more arguments for its `serve`
+S5_BENCH_DANTE  a folder with sbin/sockd and bin/socksify of a Dante that has GSSAPI
 S5_BENCH_PEERS  more proxies: name=path,name=path; known are microsocks, hev-socks5-server, 3proxy and fast-socks5;
                 names that begin with s5 are started like s5, all others as `path PORT`";
 
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
     let error = match first.as_deref().and_then(|arg| arg.to_str()) {
         Some(children::BECOME) => children::become_program(args).to_string(),
         Some(target::TARGET) => return target::run().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
+        Some(gssapi::GSSAPI) => return gssapi::main(&std::env::args().skip(2).collect::<Vec<_>>()),
         Some("--help" | "help" | "-h") => {
             println!("{USAGE}");
             return ExitCode::SUCCESS;
@@ -116,9 +119,12 @@ fn start(options: &Options) -> Result<bool, Fault> {
             || options.proxies.iter().any(|want| name == *want || name.split(' ').next() == Some(want))
     };
     let found = found.into_iter().filter(|proxy| wanted(&proxy.name)).collect();
-    let mut missing: Vec<_> =
-        missing.into_iter().filter(|line| wanted(line.split(':').next().unwrap_or_default())).collect();
-    let mut bench = Bench { target, quick: options.quick, descriptors };
+    let mut missing: Vec<_> = missing
+        .into_iter()
+        .chain(gssapi::missing())
+        .filter(|line| wanted(line.split(':').next().unwrap_or_default()))
+        .collect();
+    let mut bench = Bench { target, quick: options.quick, descriptors, realm: None };
     missing.push(format!("100 000 idle tunnels: they want 200 000 descriptors, and {descriptors} may be had"));
     let mut circumstances = report::circumstances();
     let mut results = Results::new(found, missing);
@@ -200,7 +206,9 @@ fn notes(bench: &Bench) -> String {
          are written and read 256 KiB at a time. Short tunnels are closed by the target first. Idle tunnels are {}, or \
          as many as the descriptor limit allows. UDP rows keep one datagram under way on each \
          association, or 16 where it says so; the one-way rows raise the rate in steps on one association, and show \
-         the highest at which all arrived in one of up to three attempts. Memory is private dirty memory.\n",
+         the highest at which all arrived in one of up to three attempts. Memory is private dirty memory. \
+         GSSAPI: the column `direct` is the library alone, a thread that wraps pieces of 16 KiB and one that unwraps \
+         them, and logins of as many threads that do both sides.\n",
         bench.wanted_idle_tunnels()
     )
 }

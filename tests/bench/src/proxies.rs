@@ -32,7 +32,7 @@ pub enum Kind {
 pub struct Proxy {
     pub name: String,
     pub kind: Kind,
-    path: PathBuf,
+    pub path: PathBuf,
 }
 
 /// A proxy that runs, until this is dropped.
@@ -80,19 +80,19 @@ pub fn find() -> (Vec<Proxy>, Vec<String>) {
     (found, missing)
 }
 
-fn which(program: &str) -> Option<PathBuf> {
+pub fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
     folders.map(|folder| folder.join(program)).find(|path| path.is_file())
 }
 
 /// A port that nobody has at the moment: not every proxy can say which one it took.
-fn free_port() -> Result<u16, Fault> {
+pub fn free_port() -> Result<u16, Fault> {
     Ok(listen_anywhere()?.local_addr()?.port())
 }
 
 /// A file of this run.
-fn write(name: &str, content: &str) -> Result<PathBuf, Fault> {
+pub fn write(name: &str, content: &str) -> Result<PathBuf, Fault> {
     let path = folder().join(name);
     fs::write(&path, content)?;
     Ok(path)
@@ -128,6 +128,11 @@ impl Proxy {
         if self.kind == Kind::Direct {
             return Ok(Running { via: Via::Direct, tree: Tree::default(), _processes: Vec::new() });
         }
+        self.start_as(|port| self.command(port))
+    }
+
+    /// The same with another command line, or another program.
+    pub fn start_as(&self, command: impl Fn(u16) -> Result<Command, Fault>) -> Result<Running, Fault> {
         // Somebody else may be faster to take a port that was free.
         let mut last = Err(failed("was not tried"));
         for _ in 0..3 {
@@ -136,7 +141,7 @@ impl Proxy {
             if self.kind == Kind::Ssh {
                 processes.push(start_sshd()?);
             }
-            processes.push(Process::start(&self.command(port)?)?);
+            processes.push(Process::start(&command(port)?)?);
             last = self.wait(processes, port);
             if last.is_ok() {
                 break;
@@ -177,7 +182,7 @@ impl Proxy {
         Ok(Running { via: Via::Socks(at), tree, _processes: processes })
     }
 
-    fn command(&self, port: u16) -> Result<Command, Fault> {
+    pub fn command(&self, port: u16) -> Result<Command, Fault> {
         let (path, number) = (self.path.as_path(), port.to_string());
         let listen = format!("127.0.0.1:{port}");
         Ok(match self.kind {
@@ -219,7 +224,7 @@ impl Proxy {
     }
 }
 
-fn user() -> Result<String, Fault> {
+pub fn user() -> Result<String, Fault> {
     let output = Command::new("id").arg("-un").output()?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

@@ -4,6 +4,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::gssapi::Realm;
 use crate::measure::{Fault, Times, Via, failed, median, wrong};
 use crate::pattern::Plan;
 use crate::proxies::{Proxy, Running};
@@ -72,6 +73,12 @@ macro_rules! figures {
             less(concat!($id, ".lost"), concat!("UDP round trip, ", $label, ", lost"), "%", 3),
         ]
     };
+    (gssapi $id:literal, $label:literal) => {
+        &[
+            more(concat!($id, ".rate"), concat!("GSSAPI, 1 stream up, ", $label), "MiB/s", 1),
+            more(concat!($id, ".thread"), concat!("GSSAPI, ", $label, ", one thread that does both sides"), "MiB/s", 1),
+        ]
+    };
     (flood $id:literal, $label:literal) => {
         &[more($id, concat!("UDP one-way, ", $label, ", most without loss"), "datagrams/s", 0)]
     };
@@ -96,6 +103,8 @@ const START: &[Figure] = &[
     less("start.dirty", "memory after the start, private dirty", "MiB", 2),
 ];
 
+const LOGINS: &[Figure] = &[more("logins", "GSSAPI logins, 8 at once", "logins/s", 0)];
+
 pub static ROWS: &[Row] = &[
     row("down", "bulk", figures!(bulk "down", "1 stream down"), |b, p| b.bulk(p, 1, false)),
     row("up", "bulk", figures!(bulk "up", "1 stream up"), |b, p| b.bulk(p, 1, true)),
@@ -114,6 +123,9 @@ pub static ROWS: &[Row] = &[
     row("flood512", "flood", figures!(flood "flood512", "512 octets"), |b, p| b.flood(p, 512)),
     row("flood1200", "flood", figures!(flood "flood1200", "1200 octets"), |b, p| b.flood(p, 1200)),
     row("start", "start", START, Bench::start),
+    row("gssapi1", "gssapi", figures!(gssapi "gssapi1", "level 1"), |b, p| b.protected(p, 1)),
+    row("gssapi2", "gssapi", figures!(gssapi "gssapi2", "level 2"), |b, p| b.protected(p, 2)),
+    row("logins", "gssapi", LOGINS, Bench::logins),
     row("busy1", THREADS, figures!(trips "busy1", "1 busy tunnel"), |b, p| b.trips(p, 1, 0)),
     row("busy8", THREADS, figures!(trips "busy8", "8 busy tunnels"), |b, p| b.trips(p, 8, 0)),
     row("busy32", THREADS, figures!(trips "busy32", "32 busy tunnels"), |b, p| b.trips(p, 32, 0)),
@@ -131,6 +143,8 @@ pub struct Bench {
     pub quick: bool,
     /// Descriptors that one process may have.
     pub descriptors: u64,
+    /// Started when it is first needed.
+    pub realm: Option<Realm>,
 }
 
 impl Row {
@@ -260,6 +274,21 @@ impl Bench {
         let (rise, tries) = if self.quick { (1.6, 1) } else { (1.25, 3) };
         let flood = Flood { size, time: self.time(500), rise, tries };
         Ok(vec![flood.rate(running.via, &mut self.target)?])
+    }
+
+    fn realm(&mut self) -> Result<&Realm, Fault> {
+        let realm = self.realm.take().map_or_else(Realm::start, Ok)?;
+        Ok(self.realm.insert(realm))
+    }
+
+    fn protected(&mut self, proxy: &Proxy, level: usize) -> Result<Vec<f64>, Fault> {
+        let (bulk, time) = (self.target.bulk, self.time(4000));
+        self.realm()?.stream(proxy, bulk, level, time)
+    }
+
+    fn logins(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+        let (echo, time) = (self.target.echo, self.time(2000));
+        Ok(vec![self.realm()?.logins(proxy, echo, time)?])
     }
 
     fn start(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {

@@ -10,10 +10,10 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect as
 use crate::measure::{Fault, PATIENCE, Via, failed, wrong};
 
 const GREETING: [u8; 3] = [5, 1, 0];
-const CONNECT: u8 = 1;
+pub const CONNECT: u8 = 1;
 const ASSOCIATE: u8 = 3;
 
-fn request(command: u8, to: SocketAddrV4) -> [u8; 10] {
+pub fn request(command: u8, to: SocketAddrV4) -> [u8; 10] {
     let mut request = [5, command, 0, 1, 0, 0, 0, 0, 0, 0];
     request[4..8].copy_from_slice(&to.ip().octets());
     request[8..].copy_from_slice(&to.port().to_be_bytes());
@@ -28,7 +28,7 @@ pub fn connect(via: Via, to: SocketAddrV4) -> Result<TcpStream, Fault> {
     Ok(stream)
 }
 
-fn plain(to: SocketAddrV4) -> Result<TcpStream, Fault> {
+pub fn plain(to: SocketAddrV4) -> Result<TcpStream, Fault> {
     let stream = TcpStream::connect_timeout(&SocketAddr::V4(to), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -64,14 +64,14 @@ fn ask(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result<SocketAd
     }
 }
 
-/// Whether a greeting is answered, in one attempt.
+/// Whether a greeting is answered, be it that a login is needed; in one attempt.
 pub fn greets(proxy: SocketAddrV4) -> io::Result<bool> {
     let mut stream = TcpStream::connect(proxy)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut answer = [0; 2];
     stream.write_all(&GREETING)?;
     stream.read_exact(&mut answer)?;
-    Ok(answer == [5, 0])
+    Ok(matches!(answer, [5, 0 | 255]))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

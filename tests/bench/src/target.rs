@@ -1,7 +1,7 @@
 //! What the tunnels lead to, in a process of its own: an echo, bulk streams either way, a datagram echo, and a sink
 //! that counts datagrams.
 
-use std::io::{self, BufRead as _, BufReader, Read as _, Write};
+use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::process::{ChildStdin, ChildStdout, Command};
@@ -94,18 +94,22 @@ pub fn finish_download(mut stream: &TcpStream, whole: bool) -> Result<u64, Fault
 }
 
 /// Sends octets to the target, which says how many it got and that they were right.
-pub fn upload(mut stream: &TcpStream, plan: Plan, whole: bool) -> Result<u64, Fault> {
-    order(stream, if whole { b'U' } else { b'u' }, plan)?;
-    let octets = pattern::send(stream, plan)?;
+pub fn upload(stream: &TcpStream, plan: Plan, whole: bool) -> Result<u64, Fault> {
+    upload_over(stream, stream, plan, whole)
+}
+
+pub fn upload_over(mut to: impl Write, mut from: impl Read, plan: Plan, whole: bool) -> Result<u64, Fault> {
+    order(&mut to, if whole { b'U' } else { b'u' }, plan)?;
+    let octets = pattern::send(to, plan)?;
     let mut answer = [0; 8];
-    stream.read_exact(&mut answer)?;
+    from.read_exact(&mut answer)?;
     match u64::from_le_bytes(answer) {
         got if got == octets => Ok(octets),
         got => Err(Fault::Wrong(format!("sent {octets} octets, the target has {got} right ones"))),
     }
 }
 
-fn order(mut stream: &TcpStream, what: u8, plan: Plan) -> io::Result<()> {
+fn order(mut stream: impl Write, what: u8, plan: Plan) -> io::Result<()> {
     let mut order = [what; 17];
     order[1..9].copy_from_slice(&(plan.time.as_millis() as u64).to_le_bytes());
     order[9..].copy_from_slice(&plan.octets.to_le_bytes());
