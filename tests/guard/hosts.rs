@@ -327,7 +327,9 @@ fn rules_tell_hosts_apart() {
     ping(&mut stream, b"hello");
     assert_eq!(rep("10.9.0.1:9"), 2);
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip(OTHER_CLIENT), 0), server_addr())));
-    server.wait_log(|log| log.contains("client=10.9.0.3") && log.contains("denied: built in (deny)"));
+    server.wait_log(|log| {
+        log.contains("client=10.9.0.3") && log.contains("denied: built in, since an allow names from= (deny)")
+    });
 }
 
 #[test]
