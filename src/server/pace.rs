@@ -56,9 +56,11 @@ impl Bucket {
         state
     }
 
-    /// What is there, or else a slice.
-    fn offer(&self, now: Instant) -> f64 {
-        self.state(now).tokens.max(self.rate * SLICE.as_secs_f64()).max(1.0)
+    /// What is wanted, if it is there; or else what is, or a slice.
+    fn offer(&self, wanted: usize, now: Instant) -> f64 {
+        let tokens = self.state(now).tokens;
+        let wanted = wanted as f64;
+        if tokens >= wanted { wanted } else { tokens.max(self.rate * SLICE.as_secs_f64()).max(1.0) }
     }
 
     /// Takes so many octets, which need not be there yet: how long it is until they are.
@@ -85,9 +87,10 @@ impl Pace {
         [Some(&self.session), self.user.as_ref()].into_iter().flatten().map(|bucket| &**bucket)
     }
 
-    /// How many octets may move, and how long it is until they may.
-    fn reserve(&self, now: Instant) -> (usize, Duration) {
-        let octets = self.buckets().map(|bucket| bucket.offer(now)).fold(f64::MAX, f64::min) as usize;
+    /// How many octets may move, and how long it is until they may. Where there is enough, no more than is wanted, so
+    /// that others find some.
+    fn reserve(&self, wanted: usize, now: Instant) -> (usize, Duration) {
+        let octets = self.buckets().map(|bucket| bucket.offer(wanted, now)).fold(f64::MAX, f64::min) as usize;
         let wait = self.buckets().map(|bucket| bucket.reserve(octets, now)).max();
         (octets, wait.unwrap_or_default())
     }
@@ -120,10 +123,10 @@ struct Reserved {
 
 impl Reserved {
     /// Ready when so many octets may move.
-    fn poll(&mut self, pace: &Pace, cx: &mut Context<'_>) -> Poll<usize> {
+    fn poll(&mut self, wanted: usize, pace: &Pace, cx: &mut Context<'_>) -> Poll<usize> {
         if self.octets == 0 {
             let now = Instant::now();
-            let (octets, wait) = pace.reserve(now);
+            let (octets, wait) = pace.reserve(wanted, now);
             self.octets = octets;
             self.due = (!wait.is_zero()).then(|| now + wait);
         }
@@ -170,7 +173,7 @@ impl Drop for Paced<'_> {
 impl AsyncRead for Paced<'_> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let Self { conn, pace, read, .. } = self.get_mut();
-        let most = ready!(read.poll(pace, cx)).min(buf.len());
+        let most = ready!(read.poll(buf.len(), pace, cx)).min(buf.len());
         let moved = Pin::new(&mut **conn).poll_read(cx, buf.get_mut(..most).unwrap_or_default());
         read.pay(moved, pace)
     }
@@ -179,7 +182,7 @@ impl AsyncRead for Paced<'_> {
 impl AsyncWrite for Paced<'_> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let Self { conn, pace, write, .. } = self.get_mut();
-        let most = ready!(write.poll(pace, cx)).min(buf.len());
+        let most = ready!(write.poll(buf.len(), pace, cx)).min(buf.len());
         let moved = Pin::new(&mut **conn).poll_write(cx, buf.get(..most).unwrap_or_default());
         write.pay(moved, pace)
     }
@@ -221,7 +224,7 @@ mod tests {
         let pace = pace(rate, start);
         let (mut now, mut moved) = (start, 0);
         while now < start + time {
-            let (octets, wait) = pace.reserve(now);
+            let (octets, wait) = pace.reserve(65_536, now);
             now += if wait.is_zero() { wait } else { wait + late };
             moved += octets;
         }
@@ -243,7 +246,7 @@ mod tests {
     fn those_who_share_a_bucket_take_turns() {
         let start = Instant::now();
         let pace = pace(1_000_000, start);
-        let mut waits = [(); 4].map(|()| pace.reserve(start).1.as_millis());
+        let mut waits = [(); 4].map(|()| pace.reserve(65_536, start).1.as_millis());
         waits.sort_unstable();
         assert_eq!(waits, [0, 25, 50, 75]);
     }
@@ -253,10 +256,12 @@ mod tests {
         let start = Instant::now();
         let later = start + Duration::from_secs(60);
         let bucket = Bucket::new(4_000_000, start);
-        assert_eq!(bucket.offer(later), 1_000_000.0);
+        assert_eq!(bucket.offer(2_000_000, later), 1_000_000.0);
+        assert_eq!(bucket.offer(1000, later), 1000.0);
         assert_eq!(bucket.reserve(1_100_000, later), Duration::from_millis(25));
         bucket.give_back(1_100_000, later);
-        assert_eq!(bucket.offer(later), 1_000_000.0);
+        assert_eq!(bucket.offer(2_000_000, later), 1_000_000.0);
+        assert_eq!(bucket.offer(1000, later), 1000.0);
     }
 
     #[test]
