@@ -43,9 +43,16 @@ pub struct Policy {
     pub rules: Rules,
     /// Where this server listens.
     pub own: Vec<SocketAddr>,
+    /// Addresses that lead to the ports of those from elsewhere, behind NAT.
+    pub aliases: Vec<IpAddr>,
 }
 
 impl Policy {
+    /// The same, where the server is that of `old`.
+    pub fn in_place_of(self, old: &Self) -> Self {
+        Self { own: old.own.clone(), aliases: old.aliases.clone(), ..self }
+    }
+
     /// Which of the offered methods is used (RFC 1928 section 3); none when none will do.
     pub fn select(&self, offered: &[Method]) -> Option<Method> {
         let default = [if self.users.is_some() { Method::PASSWORD } else { Method::NONE }];
@@ -75,10 +82,10 @@ impl Policy {
 
     /// Whether a connection to `to` would come back to this server.
     pub fn is_home(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
-        self.own.iter().any(|own| {
-            own.port() == to.port()
-                && own.is_ipv4() == to.is_ipv4()
-                && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to))
+        self.own.iter().filter(|own| own.port() == to.port()).any(|own| {
+            let is_own =
+                own.is_ipv4() == to.is_ipv4() && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to));
+            is_own || self.aliases.contains(&to.ip())
         })
     }
 }
@@ -120,5 +127,9 @@ mod tests {
         assert!(policy.is_home(addr("192.0.2.1:1081"), local));
         assert!(!policy.is_home(addr("192.0.2.2:1081"), local));
         assert!(!policy.is_home(addr("[::1]:1081"), local));
+        let aliases = vec![addr("198.51.100.1:0").ip()];
+        let policy = Policy { aliases, ..policy };
+        assert!(policy.is_home(addr("198.51.100.1:1080"), local));
+        assert!(!policy.is_home(addr("198.51.100.1:1082"), local));
     }
 }

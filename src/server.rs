@@ -18,7 +18,6 @@ mod shares;
 mod tunnel;
 mod worker;
 
-use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -210,10 +209,7 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
         listeners.extend(listen.bind().map_err(StartError::io(format!("listen on {listen}")))?);
     }
     policy.own = listeners.iter().filter_map(Listener::addr).collect();
-    // Behind NAT they lead here as well.
-    let ports: BTreeSet<u16> = policy.own.iter().map(SocketAddr::port).collect();
-    let advertised = options.advertise.iter().flat_map(|ip| ports.iter().map(|port| SocketAddr::new(*ip, *port)));
-    policy.own.extend(advertised.collect::<Vec<_>>());
+    policy.aliases.clone_from(&options.advertise);
     if let Some(why) = openness(&policy, &options).or_else(|| roundabout(&policy, &options)) {
         return Err(StartError::Open(why));
     }
@@ -244,8 +240,7 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
 
 /// Why a server would be an open relay, and how not to be one; `None` when it would not be, or is meant to be.
 fn openness(policy: &Policy, options: &Options) -> Option<String> {
-    let is_remote = |own: &&SocketAddr| !own.ip().is_loopback() && !options.advertise.contains(&own.ip());
-    let own = policy.own.iter().find(is_remote)?;
+    let own = policy.own.iter().find(|own| !own.ip().is_loopback())?;
     (policy.is_open() && !options.open).then(|| {
         let who = if policy.rules.names_from() { "whoever no rule keeps out" } else { "whoever reaches it" };
         format!(
@@ -278,7 +273,7 @@ async fn renew(workers: &Workers, reload: &Reload<'_>) {
     let server = workers.server();
     let old = server.laws.current();
     let policy = reload().and_then(|policy| {
-        let policy = Policy { own: old.policy.own.clone(), ..policy };
+        let policy = policy.in_place_of(&old.policy);
         openness(&policy, &server.options).map_or(Ok(policy), Err)
     });
     match policy {
@@ -324,8 +319,9 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-/// Reloads when told to, waits for the signal to end, and then for the sessions, as long as they may take. A thread that ends before that is
-/// the end as well, and its error: a server that goes on with a part of itself would fool those who watch it.
+/// Reloads when told to, waits for the signal to end, and then for the sessions, as long as they may take. A thread that
+/// ends before that is the end as well, and its error: a server that goes on with a part of itself would fool those who
+/// watch it.
 async fn end(
     mut signals: Signals,
     accepting: Sender<Infallible>,

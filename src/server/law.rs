@@ -13,8 +13,7 @@ use crate::policy::Policy;
 use crate::policy::rules::{Question, Route, Rule, Verdict};
 use crate::proto::Rep;
 
-/// A policy, and the logins that were verified by it. A session keeps the one that it began with until it makes its
-/// request.
+/// A policy, and the logins that were verified by it.
 #[derive(Debug)]
 pub(super) struct Law {
     pub(super) policy: Policy,
@@ -44,10 +43,9 @@ impl Laws {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Puts another policy in force. The listeners stay what they are.
+    /// Puts another policy in force.
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        let policy = Policy { own: current.policy.own.clone(), ..policy };
         let number = current.number.wrapping_add(1);
         *current = Arc::new(Law { policy, login: current.login.afresh(), number });
         self.cut.store(0, Ordering::Relaxed);

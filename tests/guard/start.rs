@@ -1,7 +1,7 @@
 //! What is said before anything is served: all rules, which rule decides, what is wrong with a rule, and that a server
 //! would be open to everybody.
 
-use std::process::Output;
+use std::process::{Command, Output};
 
 use crate::common::{SOON, Server, folder, in_namespace, run, s5, write_file};
 use crate::kit::dns;
@@ -225,6 +225,11 @@ fn a_server_that_would_be_open_to_a_network_does_not_start_by_mistake() {
         }
         assert!(!said.contains("listening on"), "{args:?}: {said}");
     }
+    // That an address is advertised makes it no safer to listen there.
+    let added = run(Command::new("ip").args(["address", "add", "192.0.2.1/32", "dev", "lo"]), b"", SOON);
+    assert!(added.status.success(), "{}", text(&added.stderr));
+    let output = serve(&["--listen", "192.0.2.1:0", "--advertise", "192.0.2.1"]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     let closed: [&[&str]; 6] = [
         &["--users", &users],
         &["--rules", &from],
