@@ -138,27 +138,36 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, n: usize) -> Result<&'a [u8], Stop> {
+    /// The next `n` octets, behind which `more` certainly follow.
+    fn take(&mut self, n: usize, more: usize) -> Result<&'a [u8], Stop> {
         let Some((taken, rest)) = self.rest.split_at_checked(n) else {
-            return Err(Stop::Need(self.missing.max(n - self.rest.len())));
+            return Err(Stop::Need(self.missing.max(n + more - self.rest.len())));
         };
         self.rest = rest;
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Stop> {
-        let taken = self.take(N)?;
+    fn array_before<const N: usize>(&mut self, more: usize) -> Result<[u8; N], Stop> {
+        let taken = self.take(N, more)?;
         taken.try_into().map_err(|_| Stop::Need(N))
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Stop> {
+        self.array_before(0)
     }
 
     fn octet(&mut self) -> Result<u8, Stop> {
         Ok(u8::from_be_bytes(self.array()?))
     }
 
-    /// One octet of length, then that many octets.
-    fn counted(&mut self) -> Result<&'a [u8], Stop> {
+    /// One octet of length, then that many octets, behind which `more` follow.
+    fn counted_before(&mut self, more: usize) -> Result<&'a [u8], Stop> {
         let length = self.octet()?;
-        self.take(length.into())
+        self.take(length.into(), more)
+    }
+
+    fn counted(&mut self) -> Result<&'a [u8], Stop> {
+        self.counted_before(0)
     }
 
     fn version(&mut self) -> Result<(), Stop> {
@@ -200,7 +209,7 @@ impl Message for Greeting {
         if count == 0 {
             return Err(Error::NoMethods.into());
         }
-        let methods = reader.take(count.into())?.iter().copied().map(Method).collect();
+        let methods = reader.take(count.into(), 0)?.iter().copied().map(Method).collect();
         Ok(Self { methods })
     }
 

@@ -8,6 +8,8 @@ use super::{Error, MAX_NAME, Reader, Stop, write_counted};
 const ATYP_IPV4: u8 = 1;
 const ATYP_NAME: u8 = 3;
 const ATYP_IPV6: u8 = 4;
+/// How many octets a port has, which is always behind an address.
+const PORT: usize = 2;
 
 /// A name of ATYP 3: 1 to 255 octets of UTF-8 without control characters. Whether a host can have it is another question.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,9 +62,9 @@ impl Addr {
 
     pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
         let host = match reader.octet()? {
-            ATYP_IPV4 => Host::Ip(Ipv4Addr::from(reader.array::<4>()?).into()),
-            ATYP_NAME => Host::Name(Name::new(reader.counted()?)?),
-            ATYP_IPV6 => Host::Ip(Ipv6Addr::from(reader.array::<16>()?).into()),
+            ATYP_IPV4 => Host::Ip(Ipv4Addr::from(reader.array_before::<4>(PORT)?).into()),
+            ATYP_NAME => Host::Name(Name::new(reader.counted_before(PORT)?)?),
+            ATYP_IPV6 => Host::Ip(Ipv6Addr::from(reader.array_before::<16>(PORT)?).into()),
             other => return Err(Error::Atyp(other).into()),
         };
         Ok(Self { host, port: u16::from_be_bytes(reader.array()?) })

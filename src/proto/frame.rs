@@ -81,7 +81,7 @@ impl Message for Frame {
             other => return Err(Error::Mtyp(other).into()),
         };
         let length = u16::from_be_bytes(reader.array()?);
-        Ok(make(reader.take(length.into())?.to_vec()))
+        Ok(make(reader.take(length.into(), 0)?.to_vec()))
     }
 
     /// A token that is too long is cut, not mangled; none that GSSAPI was told the limit of is.
