@@ -17,6 +17,10 @@ const LAST: u8 = 0x80;
 #[derive(Debug, Default)]
 pub struct Reassembler {
     sequence: Option<Sequence>,
+    /// How many sequences have lost a fragment for good.
+    given_up: u64,
+    /// What still comes of such a one is no further loss.
+    torn: bool,
 }
 
 #[derive(Debug)]
@@ -38,14 +42,21 @@ impl Reassembler {
         match &mut self.sequence {
             Some(sequence) if sequence.repeats(position, &datagram) => return None,
             Some(sequence) if sequence.continues(position, &datagram) => sequence.append(position, datagram.data),
-            _ if position == 1 => self.sequence = Some(Sequence::start(now, &datagram)),
-            sequence => *sequence = None,
+            _ if position == 1 => {
+                self.give_up(false);
+                self.sequence = Some(Sequence::start(now, &datagram));
+                self.torn = false;
+            }
+            _ => {
+                self.give_up(datagram.frag != 0);
+                self.torn &= datagram.frag & LAST == 0;
+            }
         }
         if datagram.frag == 0 {
             return Some((datagram.dst, datagram.data.into()));
         }
         if self.sequence.as_ref().is_some_and(|sequence| sequence.data.len() > MAX_UDP6) {
-            self.sequence = None;
+            self.give_up(false);
         }
         if datagram.frag & LAST == 0 {
             return None;
@@ -56,8 +67,21 @@ impl Reassembler {
     /// Empties the queue when its timer has ended; for whoever wants the memory back before the next datagram.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
-            self.sequence = None;
+            self.give_up(false);
         }
+    }
+
+    /// Empties the queue. A fragment that belongs to no sequence is of one whose beginning was lost.
+    fn give_up(&mut self, is_stray: bool) {
+        if self.sequence.take().is_some() || is_stray && !self.torn {
+            self.given_up += 1;
+            self.torn = true;
+        }
+    }
+
+    /// How many datagrams are lost for want of a fragment, the one under way included when its time is over.
+    pub fn given_up(&self, now: Instant) -> u64 {
+        self.given_up + u64::from(self.deadline().is_some_and(|deadline| now >= deadline))
     }
 
     /// When [`Reassembler::expire`] will have something to do.
