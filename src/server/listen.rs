@@ -1,6 +1,5 @@
 //! Where a server listens: TCP addresses and Unix sockets.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
@@ -88,7 +87,7 @@ impl Listen {
     /// Those of the resolver and of bind(2). Of both families, one that this machine does not have is left out.
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         match self {
-            Self::Host(host, port) => all_of((host.as_str(), *port).to_socket_addrs()?.collect()),
+            Self::Host(host, port) => all_of((host.as_str(), *port).to_socket_addrs()?),
             Self::Loopback(port) => both_families([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
             Self::Every(port) => both_families([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
             Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
@@ -96,8 +95,14 @@ impl Listen {
     }
 }
 
-fn all_of(addrs: BTreeSet<SocketAddr>) -> io::Result<Vec<Listener>> {
-    let (bound, failed): (Vec<_>, Vec<_>) = addrs.into_iter().map(bind_tcp).partition(Result::is_ok);
+fn all_of(addrs: impl Iterator<Item = SocketAddr>) -> io::Result<Vec<Listener>> {
+    let mut each: Vec<SocketAddr> = Vec::new();
+    for addr in addrs {
+        if !each.contains(&addr) {
+            each.push(addr);
+        }
+    }
+    let (bound, failed): (Vec<_>, Vec<_>) = each.into_iter().map(bind_tcp).partition(Result::is_ok);
     let mut failed = failed.into_iter().filter_map(Result::err);
     match failed.find(|error| bound.is_empty() || !is_no_family(error)) {
         Some(error) => Err(error),

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blake2::Blake2sMac256;
+use blake2::Blake2bMac512;
 use blake2::digest::{KeyInit as _, Mac as _};
 use smol::lock::{Mutex as AsyncMutex, Semaphore};
 
@@ -26,7 +26,7 @@ pub(super) struct Login {
     verified: Mutex<HashMap<Vec<u8>, (Digest, Instant)>>,
 }
 
-type Digest = [u8; 32];
+type Digest = [u8; 64];
 
 impl Default for Login {
     fn default() -> Self {
@@ -88,13 +88,13 @@ impl Login {
         .await
     }
 
-    fn remembers(&self, uname: &[u8], mac: Blake2sMac256) -> bool {
+    fn remembers(&self, uname: &[u8], mac: Blake2bMac512) -> bool {
         let known = self.lock().get(uname).copied();
         known.is_some_and(|(digest, since)| since.elapsed() < REMEMBERED && mac.verify_slice(&digest).is_ok())
     }
 
-    fn mac(&self, credentials: &Credentials) -> Option<Blake2sMac256> {
-        let mut mac = Blake2sMac256::new_from_slice(self.key.as_ref()?).ok()?;
+    fn mac(&self, credentials: &Credentials) -> Option<Blake2bMac512> {
+        let mut mac = Blake2bMac512::new_from_slice(self.key.as_ref()?).ok()?;
         mac.update(&[u8::try_from(credentials.uname.len()).ok()?]);
         mac.update(&credentials.uname);
         mac.update(&credentials.passwd);

@@ -144,7 +144,8 @@ impl fmt::Display for Record {
         }
         write!(f, " bnd={} rep={}", or_dash(self.bnd.map(SocketAddr::from)), or_dash(self.rep.map(|rep| rep.0)))?;
         let [up, down] = [&self.moved.up, &self.moved.down].map(|n| n.load(std::sync::atomic::Ordering::Relaxed));
-        write!(f, " up={up} down={down} seconds={:.3}", self.started.elapsed().as_secs_f64())?;
+        let elapsed = self.started.elapsed();
+        write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
         self.error.get().map_or(Ok(()), |error| write!(f, " error={error:?}"))
     }
 }
