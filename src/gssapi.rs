@@ -214,12 +214,17 @@ impl Default for Initiator {
 pub struct Ticket(Arc<Credential>);
 
 impl Initiator {
-    /// Whether it is worth to look for tickets, which takes a library: not where Kerberos was never set up.
+    /// Whether it is worth to look for tickets, which takes a library and the time to load it: where the environment says
+    /// so, the usual cache is there, or the configuration names or includes another one.
     pub fn may_have_tickets() -> bool {
         let is_set = |variable| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
         let default_cache = format!("/tmp/krb5cc_{}", rustix::process::getuid().as_raw());
         ["KRB5CCNAME", "KRB5_CONFIG", "KRB5_CLIENT_KTNAME"].into_iter().any(is_set)
-            || ["/etc/krb5.conf", &default_cache].into_iter().any(|file| std::path::Path::new(file).exists())
+            || std::path::Path::new(&default_cache).exists()
+            || std::fs::read_to_string("/etc/krb5.conf").is_ok_and(|text| {
+                text.lines()
+                    .any(|line| ["default_ccache_name", "include"].iter().any(|word| line.trim().starts_with(word)))
+            })
     }
 
     /// The credential, when there is one; whether it is good for the service shows later.
