@@ -1,12 +1,13 @@
 # The commands of the README. `make help` lists them.
 
 PREFIX = /usr/local
+ROOT = $(DESTDIR)$(PREFIX)
 LISTEN = 127.0.0.1:1080
 FUZZ_SECONDS = 30
 FUZZ_TARGETS = proto reassembly
 CARGO = cargo
 
-.PHONY: help build serve check test test-programs bench bench-quick bench-programs soak fuzz install clean
+.PHONY: help build serve check test test-programs compare-clients bench bench-quick bench-programs soak fuzz install clean
 
 help:              ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -30,11 +31,14 @@ test: test-programs ## install what the tests need, and run them all
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
            strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount fail2ban-regex:fail2ban \
-           krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind tshark:tshark
+           krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind tshark:tshark \
+           connect-proxy:connect-proxy dig:bind9-dnsutils unbound:unbound rsync:rsync man:man-db groff:groff-base \
+           bash:bash zsh:zsh fish:fish
 test-programs:     ## install the real programs that the tests run against (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \
 	/usr/bin/python3 -c 'import socks' 2>/dev/null || missing="$$missing python3-socks"; \
 	/usr/bin/python3 -c 'import gssapi' 2>/dev/null || missing="$$missing python3-gssapi"; \
+	/usr/bin/python3 -c 'import aiosmtpd' 2>/dev/null || missing="$$missing python3-aiosmtpd"; \
 	$(INSTALL_MISSING)
 
 FIND_MISSING = for pair in $(1); do \
@@ -47,18 +51,23 @@ INSTALL_MISSING = [ -z "$$missing" ] || { sudo=; [ "$$(id -u)" = 0 ] || sudo=sud
 BENCH = cd tests/bench && $(CARGO) run --release --locked --
 
 bench: build bench-programs ## s5 and other SOCKS servers side by side, about 40 minutes; into target/bench
+	-$(BENCH) clients --out '$(CURDIR)/target/bench'
 	$(BENCH) --out '$(CURDIR)/target/bench'
 
 bench-quick: build bench-programs ## the same in a minute, and so much less exact
+	-$(BENCH) clients --out '$(CURDIR)/target/bench'
 	$(BENCH) --quick --out '$(CURDIR)/target/bench'
 
 soak: build        ## 30 minutes of mixed load; fails if anything grows or is lost
 	$(BENCH) soak --out '$(CURDIR)/target/bench'
 
-BENCH_PROGRAMS = microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server \
+BENCH_PROGRAMS = nc.openbsd:netcat-openbsd microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server \
                  krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user
 bench-programs:    ## install what s5 is measured against (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(BENCH_PROGRAMS)); $(INSTALL_MISSING)
+
+compare-clients: test-programs ## put other clients through what s5 is tested with; the table of the README
+	S5_TEST_STRICT=1 $(CARGO) test --locked --test client compare -- --ignored
 
 fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
@@ -67,8 +76,14 @@ fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 || exit 1; \
 	done
 
-install: build     ## copy s5 to PREFIX/bin (/usr/local/bin)
-	install -D -m 755 target/release/s5 '$(DESTDIR)$(PREFIX)/bin/s5'
+install: build     ## s5, its manual and its completions to PREFIX (/usr/local)
+	install -D -m 755 target/release/s5 '$(ROOT)/bin/s5'
+	mkdir -p '$(ROOT)/share/man/man1' '$(ROOT)/share/bash-completion/completions' \
+	  '$(ROOT)/share/zsh/site-functions' '$(ROOT)/share/fish/vendor_completions.d'
+	target/release/s5 --man > '$(ROOT)/share/man/man1/s5.1'
+	target/release/s5 --completions bash > '$(ROOT)/share/bash-completion/completions/s5'
+	target/release/s5 --completions zsh > '$(ROOT)/share/zsh/site-functions/_s5'
+	target/release/s5 --completions fish > '$(ROOT)/share/fish/vendor_completions.d/s5.fish'
 
 clean:             ## remove what was built
 	$(CARGO) clean

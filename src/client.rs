@@ -1,121 +1,28 @@
-//! The handshake of a client, through any number of hops: `open` walks them, `request` asks the last one.
+//! The handshake of a client, through any number of hops: `open` walks them, `request` asks the last one. With no hops
+//! at all the target is reached directly.
 //!
 //! Errors say which proxy, in which phase, and why; what a mode makes of them is `cmd`'s.
 
+mod error;
 mod proxy;
 mod udp;
 
 use std::cell::Cell;
-use std::fmt;
 use std::io;
-use std::net::Ipv4Addr;
-use std::os::unix::net;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_net::unix::UnixStream;
-use smol::Async;
-
 use crate::conn::{Conn, Protection, ReadError, until};
-use crate::dial::{Failure, Resolver, dial};
+use crate::dial::{Failure, Resolver, Source, dial};
 use crate::gssapi::{self, Initiator, Ticket};
 use crate::proto::{
     self, Addr, Command, Foreign, Greeting, Host, Message, Method, Rep, Reply, Request, Selection, Status,
 };
-pub use proxy::{Endpoint, Proxy, parse_addr, parse_hops, parse_host, parse_port};
+use crate::reactor::Io;
+pub use error::{Cause, Error, Phase, Times};
+pub use proxy::{Endpoint, Proxy, credentials, parse_addr, parse_hops, parse_host, parse_port};
 pub use udp::{Association, Lost};
-
-/// What a client is doing when it fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Looking up the proxy's name.
-    Resolve,
-    /// Connecting to the proxy.
-    Connect,
-    /// Greeting and selection.
-    Greeting,
-    /// The RFC 1929 sub-negotiation.
-    Login,
-    /// Request and reply.
-    Request,
-    /// Waiting for the second reply to BIND.
-    Accept,
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Resolve => "resolving the proxy's name",
-            Self::Connect => "connecting to the proxy",
-            Self::Greeting => "greeting",
-            Self::Login => "login",
-            Self::Request => "request",
-            Self::Accept => "waiting for the peer",
-        })
-    }
-}
-
-/// Why a handshake failed.
-#[derive(Debug)]
-pub enum Cause {
-    /// The proxy's name, or the proxy, could not be reached.
-    Unreachable(Failure),
-    /// The proxy's Unix socket could not be reached.
-    Socket(io::Error),
-    /// The peer does not speak SOCKS5, or not correctly.
-    Protocol(String),
-    /// The proxy closed or reset the connection.
-    Closed(Option<io::Error>),
-    /// The proxy wants a method that we can't offer.
-    NoMethod,
-    /// The proxy refused user name and password.
-    LoginRefused,
-    /// The login by GSSAPI failed, on either side.
-    Gssapi(gssapi::Error),
-    /// The proxy answered with a failure.
-    Rep(Rep),
-    /// The proxy answered with a failure when it was asked for the next proxy.
-    NextHop(Rep),
-    /// The deadline passed.
-    TimedOut(Duration),
-}
-
-/// A handshake that failed: at which proxy, for which target, in which phase, and why.
-#[derive(Debug)]
-pub struct Error {
-    /// The proxy that was being talked to.
-    pub proxy: String,
-    /// What it was asked for.
-    pub target: String,
-    /// What was being done.
-    pub phase: Phase,
-    /// Why it failed.
-    pub cause: Cause,
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { proxy, target, phase, cause } = self;
-        write!(f, "proxy {proxy}: {phase}, for {target}: ")?;
-        match cause {
-            Cause::Unreachable(Failure::Refused) => f.write_str("connection refused (is the proxy running?)"),
-            Cause::Unreachable(failure) => failure.fmt(f),
-            Cause::Socket(error) => write!(f, "{error} (is the proxy running?)"),
-            Cause::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
-            Cause::Closed(None) => f.write_str("the proxy closed the connection"),
-            Cause::Closed(Some(error)) => error.fmt(f),
-            Cause::NoMethod => {
-                f.write_str("no acceptable authentication method (does it want user:password@, or a Kerberos ticket?)")
-            }
-            Cause::Gssapi(error) => error.fmt(f),
-            Cause::LoginRefused => f.write_str("user name or password refused"),
-            Cause::Rep(rep) | Cause::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
-            Cause::TimedOut(after) => write!(f, "timed out after {} s", after.as_secs_f64()),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
 
 /// What a client offers to proxies, besides the credentials of each.
 #[derive(Debug, Default)]
@@ -135,16 +42,33 @@ pub struct Client {
     limit: Option<(Instant, Duration)>,
     resolver: Resolver,
     auth: Arc<Auth>,
-    /// Where the handshake is: at which hop, doing what.
-    at: Cell<(usize, Phase)>,
+    source: Source,
+    /// Whether the target's name is looked up here.
+    resolves: bool,
+    /// Where the handshake is: at which hop, doing what, since when.
+    at: Cell<(usize, Phase, Instant)>,
+    times: Cell<Times>,
+    /// What the last hop that was greeted selected, and the REP that was heard last.
+    heard: Cell<(Option<Method>, Option<Rep>)>,
 }
 
 impl Client {
-    /// `hops` are walked first to last; none at all is a mistake. `wait` bounds everything up to the reply.
+    /// `hops` are walked first to last; without any, the target is reached directly. `wait` bounds everything up to the
+    /// reply.
     pub fn new(hops: Vec<Proxy>, dst: Addr, wait: Option<Duration>) -> Self {
-        let limit = wait.and_then(|wait| Some((Instant::now().checked_add(wait)?, wait)));
-        let (resolver, auth) = (Resolver::default(), Arc::default());
-        Self { hops, dst, limit, resolver, auth, at: Cell::new((0, Phase::Resolve)) }
+        let now = Instant::now();
+        Self {
+            hops,
+            dst,
+            limit: wait.and_then(|wait| Some((now.checked_add(wait)?, wait))),
+            resolver: Resolver::default(),
+            auth: Arc::default(),
+            source: Source::default(),
+            resolves: false,
+            at: Cell::new((0, Phase::Resolve, now)),
+            times: Cell::default(),
+            heard: Cell::default(),
+        }
     }
 
     /// The same, with these ways to log in.
@@ -157,14 +81,39 @@ impl Client {
         Self { resolver, ..self }
     }
 
+    /// The same, from there.
+    pub fn from_source(self, source: Source) -> Self {
+        Self { source, ..self }
+    }
+
+    /// The same; the target's name is looked up here when `resolves`, and by the last proxy otherwise.
+    pub fn resolving_target(self, resolves: bool) -> Self {
+        Self { resolves, ..self }
+    }
+
     /// What the hops lead to.
     pub fn dst(&self) -> &Addr {
         &self.dst
     }
 
-    /// The proxy that the request itself goes to.
-    pub fn last_proxy(&self) -> String {
-        self.hops.last().map(ToString::to_string).unwrap_or_default()
+    /// The proxy that the request itself goes to, if there is one.
+    pub fn last_proxy(&self) -> Option<String> {
+        self.hops.last().map(ToString::to_string)
+    }
+
+    /// How long each phase took so far.
+    pub fn times(&self) -> Times {
+        self.times.get()
+    }
+
+    /// What the proxy that was greeted last has selected.
+    pub fn method(&self) -> Option<Method> {
+        self.heard.get().0
+    }
+
+    /// The REP that was heard last.
+    pub fn rep(&self) -> Option<Rep> {
+        self.heard.get().1
     }
 
     /// Walks all hops and makes the request: a connection on which data may flow, and BND.
@@ -173,11 +122,68 @@ impl Client {
     /// Where and why it failed.
     pub async fn request(&self, command: Command) -> Result<(Conn, Addr), Error> {
         self.limited(async {
-            let (mut conn, _) = self.open(self.hops.len()).await?;
-            let bnd = self.ask(&mut conn, command, &self.dst).await?;
-            Ok((conn, bnd))
+            if self.hops.is_empty() {
+                return self.direct().await;
+            }
+            let mut refusal = Cause::Unreachable(Failure::NotFound);
+            for dst in self.targets().await? {
+                let (mut conn, _) = self.open(self.hops.len()).await?;
+                match self.ask(&mut conn, command, &dst).await {
+                    // Of several addresses another one may do.
+                    Err(cause @ Cause::Rep(_)) => refusal = cause,
+                    asked => return Ok((conn, asked?)),
+                }
+            }
+            Err(refusal)
         })
         .await
+    }
+
+    /// Walks all hops, past the login of the last, and asks it for nothing.
+    ///
+    /// # Errors
+    /// Where and why it failed.
+    pub async fn probe(&self) -> Result<(), Error> {
+        self.limited(async { self.open(self.hops.len()).await.map(drop) }).await
+    }
+
+    /// What a request asks for, by the deadline: the target as it was given, or the first of its addresses here.
+    ///
+    /// # Errors
+    /// The name could not be resolved.
+    pub async fn target(&self) -> Result<Addr, Error> {
+        self.limited(async {
+            self.targets().await.map(|targets| targets.into_iter().next().unwrap_or(Addr::UNSPECIFIED))
+        })
+        .await
+    }
+
+    /// What to ask for in turn.
+    async fn targets(&self) -> Result<Vec<Addr>, Cause> {
+        match self.dst.host {
+            Host::Name(_) if self.resolves || self.hops.is_empty() => {
+                self.step(Phase::Target);
+                Ok(self.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
+            }
+            _ => Ok(vec![self.dst.clone()]),
+        }
+    }
+
+    /// The addresses of `addr` that can be reached from where we come from.
+    async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, Cause> {
+        let mut found = self.resolver.lookup(addr).await.map_err(Cause::Unreachable)?;
+        found.retain(|addr| self.source.reaches(addr.ip()));
+        if found.is_empty() { Err(Cause::Unreachable(Failure::NoFamily)) } else { Ok(found) }
+    }
+
+    /// A connection to the target itself, and where it comes from.
+    async fn direct(&self) -> Result<(Conn, Addr), Cause> {
+        self.step(Phase::Target);
+        let addrs = self.lookup(&self.dst).await?;
+        self.step(Phase::Connect);
+        let conn = dial(addrs, self.source, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)?;
+        let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
+        Ok((conn, bnd))
     }
 
     /// Waits for the second reply to BIND: BND is the peer.
@@ -186,7 +192,18 @@ impl Client {
     /// Where and why it failed.
     pub async fn accepted(&self, conn: &mut Conn) -> Result<Addr, Error> {
         self.step(Phase::Accept);
-        self.read_reply(conn).await.map(|reply| reply.bnd).map_err(|cause| self.error(cause))
+        let reply = self.read_reply(conn).await;
+        self.step(Phase::Accept);
+        reply.map(|reply| reply.bnd).map_err(|cause| self.error(cause))
+    }
+
+    /// As [`Client::accepted`], by the deadline.
+    ///
+    /// # Errors
+    /// Where and why it failed.
+    pub async fn accepted_in_time(&self, conn: &mut Conn) -> Result<Addr, Error> {
+        self.step(Phase::Accept);
+        self.limited(async { self.read_reply(conn).await.map(|reply| reply.bnd) }).await
     }
 
     /// Runs `future` under the deadline.
@@ -195,6 +212,7 @@ impl Client {
             None => future.await,
             Some((deadline, wait)) => until(deadline, future).await.unwrap_or(Err(Cause::TimedOut(wait))),
         };
+        self.step(self.at.get().1);
         result.map_err(|cause| self.error(cause))
     }
 
@@ -212,7 +230,7 @@ impl Client {
                 // parse_hops lets none through.
                 (Some(_), Endpoint::Unix(_)) => return Err(Cause::Socket(io::ErrorKind::Unsupported.into())),
             };
-            self.at.set((i, Phase::Greeting));
+            self.step_at(i, Phase::Greeting);
             protection = self.authenticate(&mut conn, hop).await?;
             open = Some(match &protection {
                 Some(protection) => conn.protect(protection.clone()),
@@ -224,17 +242,16 @@ impl Client {
     }
 
     async fn connect(&self, endpoint: &Endpoint) -> Result<Conn, Cause> {
-        self.at.set((0, Phase::Resolve));
+        self.step_at(0, Phase::Resolve);
         match endpoint {
             Endpoint::Unix(path) => {
                 self.step(Phase::Connect);
-                let stream = UnixStream::connect(path).await.map_err(Cause::Socket)?;
-                Ok(Conn::Unix(Arc::<Async<net::UnixStream>>::from(stream).into()))
+                Io::connect_unix(path).await.map(Conn::Unix).map_err(Cause::Socket)
             }
             Endpoint::Tcp(addr) => {
-                let addrs = self.resolver.lookup(addr).await.map_err(Cause::Unreachable)?;
+                let addrs = self.lookup(addr).await?;
                 self.step(Phase::Connect);
-                dial(addrs, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)
+                dial(addrs, self.source, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)
             }
         }
     }
@@ -255,6 +272,8 @@ impl Client {
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<Selection>(conn).await?.0;
+        self.heard.set((Some(selected), None));
+        log::debug!("proxy {hop} selected {selected} of {}", listed(&methods));
         match (selected, credentials, &self.auth.gssapi, ticket) {
             (Method::UNACCEPTABLE, ..) => Err(Cause::NoMethod),
             _ if !methods.contains(&selected) => {
@@ -309,13 +328,19 @@ impl Client {
     }
 
     async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, Cause> {
+        let hear = |rep| self.heard.set((self.heard.get().0, Some(rep)));
         let reply: Reply = conn.read_message().await.map_err(|error| match &error {
             // A failure that is cut short, or has an odd BND, has said all that matters.
             ReadError::Closed(octets, _) | ReadError::Protocol(_, octets) => match octets.as_slice() {
-                [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => Cause::Rep(Rep(*rep)),
+                [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => {
+                    hear(Rep(*rep));
+                    Cause::Rep(Rep(*rep))
+                }
                 _ => cause(error),
             },
         })?;
+        hear(reply.rep);
+        log::debug!("reply: {} (REP {}), bnd {}", reply.rep, reply.rep.0, reply.bnd.to_string().escape_debug());
         match reply.rep {
             Rep::SUCCEEDED => Ok(reply),
             rep => Err(Cause::Rep(rep)),
@@ -324,7 +349,7 @@ impl Client {
 
     /// BND as the proxy on `conn` means it: an unspecified address is the proxy's own.
     pub fn meant(&self, bnd: Addr, conn: &Conn) -> Addr {
-        let (hop, _) = self.at.get();
+        let (hop, ..) = self.at.get();
         let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {
             (Host::Ip(ip), Some(Endpoint::Tcp(addr))) if ip.is_unspecified() && hop > 0 => addr.host.clone(),
             (Host::Ip(ip), _) if ip.is_unspecified() => {
@@ -336,20 +361,34 @@ impl Client {
     }
 
     fn step(&self, phase: Phase) {
-        self.at.set((self.at.get().0, phase));
+        self.step_at(self.at.get().0, phase);
+    }
+
+    fn step_at(&self, hop: usize, phase: Phase) {
+        let (_, last, since) = self.at.get();
+        let now = Instant::now();
+        let mut times = self.times.get();
+        times.add(last, now.saturating_duration_since(since));
+        self.times.set(times);
+        self.at.set((hop, phase, now));
     }
 
     fn error(&self, cause: Cause) -> Error {
-        let (hop, phase) = self.at.get();
-        let proxy = self.hops.get(hop).map(ToString::to_string).unwrap_or_default();
+        let (hop, phase, _) = self.at.get();
+        let proxy = self.hops.get(hop).map(ToString::to_string);
         // A request in the middle of a chain is for the next hop.
         let next = self.hops.get(hop + 1).filter(|_| phase == Phase::Request).map(ToString::to_string);
         let cause = match cause {
             Cause::Rep(rep) if next.is_some() => Cause::NextHop(rep),
             cause => cause,
         };
-        Error { proxy, target: next.unwrap_or_else(|| self.dst.to_string()), phase, cause }
+        let dst = Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED).map(ToString::to_string);
+        Error { proxy, target: next.or(dst), phase, cause }
     }
+}
+
+fn listed(methods: &[Method]) -> String {
+    methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// A deadline that never comes: the one that counts is that of the whole handshake.
@@ -372,56 +411,5 @@ fn cause(error: ReadError) -> Cause {
             Cause::Protocol(format!("it answered {}", Foreign(first)))
         }
         ReadError::Protocol(error, _) => Cause::Protocol(error.to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn proxy(text: &str) -> Result<(String, Option<(String, String)>), String> {
-        let proxy: Proxy = text.parse()?;
-        let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
-        Ok((proxy.to_string(), proxy.credentials.map(|c| (text(&c.uname), text(&c.passwd)))))
-    }
-
-    #[test]
-    fn a_proxy_is_read_in_every_form() {
-        let table = [
-            ("127.0.0.1", "127.0.0.1:1080"),
-            ("example.org:9", "example.org:9"),
-            ("socks5://example.org", "example.org:1080"),
-            ("socks5h://example.org:9/", "example.org:9"),
-            ("[::1]", "[::1]:1080"),
-            ("[::1]:9", "[::1]:9"),
-            ("::1", "[::1]:1080"),
-            ("unix:/run/s5.sock", "unix:/run/s5.sock"),
-        ];
-        for (text, shown) in table {
-            assert_eq!(proxy(text), Ok((shown.into(), None)), "{text}");
-        }
-        for text in ["", "http://example.org", ":pass@host", "user:@host", "[::1", "host:x", "unix:"] {
-            assert!(proxy(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn userinfo_is_percent_decoded_and_never_shown() {
-        let decoded = proxy("socks5h://al%40ice:p%3A%2C%25@host:1").expect("a proxy");
-        assert_eq!(decoded, ("host:1".into(), Some(("al@ice".into(), "p:,%".into()))));
-        let long = format!("{}:x@host", "u".repeat(256));
-        assert_eq!(proxy(&long), Err("the user name has 256 octets, and SOCKS5 takes 1 to 255".into()));
-        let debug = format!("{:?}", "u:topsecret@host".parse::<Proxy>().expect("a proxy"));
-        assert!(!debug.contains("topsecret"), "{debug}");
-    }
-
-    #[test]
-    fn a_target_is_an_address_where_it_can_be_one() {
-        let addr = |text: &str| parse_addr(text, None);
-        assert_eq!(addr("[::1]:22").map(|a| a.host), Ok(Host::Ip("::1".parse().expect("an address"))));
-        assert_eq!(addr("127.0.0.1:22").map(|a| a.host), Ok(Host::Ip("127.0.0.1".parse().expect("an address"))));
-        assert!(matches!(addr("example.org:22").map(|a| a.host), Ok(Host::Name(_))));
-        assert!(addr("example.org").is_err() && addr("::1").is_err() && addr(":22").is_err());
-        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 octets")));
     }
 }

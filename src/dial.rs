@@ -18,7 +18,7 @@ use futures_lite::FutureExt as _;
 use smol::lock::Semaphore;
 
 use crate::proto::{Addr, Host, Name};
-use crate::reactor::{Io, sleep_until};
+use crate::reactor::{ConnectError, Io, sleep_until};
 
 /// How long one address may keep the next one waiting (RFC 8305 section 5, Connection Attempt Delay).
 pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -32,6 +32,8 @@ const MAX_ADDRESSES: usize = 32;
 pub enum Failure {
     /// Something on this machine: descriptors, ports, memory.
     Local,
+    /// The address or port that it was to come from can't be had on this machine.
+    Source,
     /// The resolver gave no answer, or failed for now.
     Resolver,
     /// This machine has no address of the family.
@@ -80,6 +82,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Local => "no descriptor, port or memory left here",
+            Self::Source => "the source address or port can't be used here",
             Self::Resolver => "temporary failure in name resolution",
             Self::NoFamily => "no address of a usable family",
             Self::NetworkUnreachable => "network unreachable",
@@ -93,6 +96,31 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+/// Where connections come from, when that is not left to the system; and so what they can lead to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Source {
+    /// The address.
+    pub ip: Option<IpAddr>,
+    /// The port; 0 for any.
+    pub port: u16,
+    /// Whether addresses of IPv4 alone are used, or of IPv6 alone.
+    pub is_ipv4: Option<bool>,
+}
+
+impl Source {
+    /// Whether `to` can be reached from there.
+    pub fn reaches(&self, to: IpAddr) -> bool {
+        let family = self.ip.map(|ip| ip.is_ipv4()).into_iter().chain(self.is_ipv4);
+        family.into_iter().all(|is_ipv4| is_ipv4 == to.is_ipv4())
+    }
+
+    /// What a socket that is to lead to `to` is bound to; nothing, where the system may choose.
+    pub fn towards(&self, to: SocketAddr) -> Option<SocketAddr> {
+        let is_free = self.ip.is_none() && self.port == 0;
+        (!is_free).then(|| SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port))
+    }
+}
 
 /// Asks the system's resolver, a bounded number of questions at once.
 #[derive(Clone, Debug)]
@@ -211,13 +239,13 @@ fn is_host_name(name: &str) -> bool {
 ///
 /// # Errors
 /// The most telling failure of all addresses; those that had not answered at `deadline` count as timed out.
-pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<Io<TcpStream>, Failure> {
-    let mut queue = interleave(addrs);
+pub async fn dial(addrs: Vec<SocketAddr>, source: Source, deadline: Instant) -> Result<Io<TcpStream>, Failure> {
+    let mut queue = interleave(addrs.into_iter().filter(|addr| source.reaches(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut worst = None;
     loop {
         match queue.pop_front() {
-            Some(addr) => attempts.push(Box::pin(attempt(addr))),
+            Some(addr) => attempts.push(Box::pin(attempt(addr, source))),
             None if attempts.is_empty() => return Err(worst.unwrap_or(Failure::NoFamily)),
             None => {}
         }
@@ -240,8 +268,11 @@ pub async fn dial(addrs: Vec<SocketAddr>, deadline: Instant) -> Result<Io<TcpStr
 
 type Attempt = Pin<Box<dyn Future<Output = Result<Io<TcpStream>, Failure>>>>;
 
-async fn attempt(addr: SocketAddr) -> Result<Io<TcpStream>, Failure> {
-    let stream = Io::connect(addr).await.map_err(|error| Failure::of(&error, addr))?;
+async fn attempt(addr: SocketAddr, source: Source) -> Result<Io<TcpStream>, Failure> {
+    let stream = Io::connect(addr, source.towards(addr)).await.map_err(|error| match error {
+        ConnectError::Source(_) => Failure::Source,
+        ConnectError::Io(error) => Failure::of(&error, addr),
+    })?;
     tune(&stream);
     Ok(stream)
 }

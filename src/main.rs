@@ -1,5 +1,6 @@
 //! The binary: reads the command line, starts logging, runs one mode, says what went wrong, exits.
 
+use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
@@ -22,7 +23,11 @@ impl log::Log for Unbreakable {
 }
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let args: Vec<OsString> = std::env::args_os().collect();
+    s5::cmd::hide_secrets(&args);
+    let Ok(args) = args.into_iter().map(OsString::into_string).collect::<Result<Vec<String>, _>>() else {
+        return s5::cmd::Failure::usage("the command line is not UTF-8").print();
+    };
     let command = match s5::cmd::parse(&args) {
         Ok(command) => command,
         Err(exit) => return exit.print(),

@@ -2,8 +2,9 @@
 //!
 //! A thread inside of [`run`] on Linux has a reactor of its own: edge-triggered epoll. There a socket is registered
 //! once for its life, waiting for it costs no system call, and it is tried only when there may be something to be had.
-//! Everywhere else the same types wait by way of async-io: in the clients, in tests, and on other systems.
+//! Everywhere else the same types wait by way of async-io: in tests, and on other systems.
 
+mod connect;
 #[cfg(target_os = "linux")]
 mod edge;
 
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 use smol::Async;
+
+pub use connect::ConnectError;
 
 /// Runs `future` to its end on this thread. On Linux everything that is made in here waits on the thread's own reactor.
 ///
@@ -262,21 +265,6 @@ impl<T> From<Arc<Async<T>>> for Io<T> {
 impl<T: AsFd> AsFd for Io<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.get_ref().as_fd()
-    }
-}
-
-impl Io<TcpStream> {
-    /// Connects a new socket to `addr`.
-    ///
-    /// # Errors
-    /// Those of socket(2) and connect(2).
-    pub async fn connect(addr: SocketAddr) -> io::Result<Self> {
-        #[cfg(target_os = "linux")]
-        if edge::current().is_some() {
-            return edge::connect(addr).await;
-        }
-        let stream = async_net::TcpStream::connect(addr).await?;
-        Ok(Arc::<Async<TcpStream>>::from(stream).into())
     }
 }
 

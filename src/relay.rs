@@ -50,6 +50,25 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     }
 }
 
+/// Any stream, for those who need no code of their own for theirs.
+impl Stream for &mut dyn Stream {
+    fn abort(&self) {
+        (**self).abort();
+    }
+
+    fn has_unsent(&self) -> bool {
+        (**self).has_unsent()
+    }
+
+    fn is_reset(&self) -> bool {
+        (**self).is_reset()
+    }
+
+    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+        (**self).poll_bare(cx, way, op)
+    }
+}
+
 /// Octets moved so far; readable while the relay runs.
 #[derive(Debug, Default)]
 pub struct Moved {

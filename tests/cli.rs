@@ -7,6 +7,8 @@ mod scripted;
 
 #[path = "cli/listen.rs"]
 mod listen;
+#[path = "cli/manual.rs"]
+mod manual;
 #[path = "cli/users.rs"]
 mod users;
 

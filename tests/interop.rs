@@ -3,6 +3,9 @@
 //! Only programs as Debian packages them; a test whose program is missing is skipped, or fails when S5_TEST_STRICT=1.
 
 mod common;
+mod kit;
+#[path = "common/scripted.rs"]
+mod scripted;
 
 #[path = "interop/curl.rs"]
 mod curl;
@@ -14,6 +17,8 @@ mod netcat;
 mod pysocks;
 #[path = "interop/ssh.rs"]
 mod ssh;
+#[path = "interop/uses.rs"]
+mod uses;
 
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;

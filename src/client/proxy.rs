@@ -14,6 +14,8 @@ use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, Host, MAX_FIELD, Name}
 pub struct Proxy {
     /// Where it is.
     pub endpoint: Endpoint,
+    /// The user name that its URL has without a password.
+    pub uname: Option<Vec<u8>>,
     /// Who we are to it.
     pub credentials: Option<Credentials>,
 }
@@ -27,6 +29,13 @@ pub enum Endpoint {
     Unix(PathBuf),
 }
 
+impl Proxy {
+    /// Whether it is reached over a Unix socket.
+    pub fn is_unix(&self) -> bool {
+        matches!(self.endpoint, Endpoint::Unix(_))
+    }
+}
+
 /// Never shows credentials.
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,8 +46,8 @@ impl fmt::Display for Proxy {
     }
 }
 
-/// `\[socks5\[h\]://][user:pass@]host[:port]` or `unix:/path`. The host's name is looked up here, all others by the
-/// proxy, whichever scheme is given.
+/// `\[socks5\[h\]://][user[:pass]@]host[:port]`, `unix:/path`, or `socks5h://localhost/path` for the same. The host's
+/// name is looked up here, all others by the proxy, whichever scheme is given.
 impl FromStr for Proxy {
     type Err = String;
 
@@ -55,15 +64,21 @@ impl FromStr for Proxy {
             Some((userinfo, place)) => (Some(userinfo), place),
             None => (None, rest),
         };
-        // A user name without a password is nothing to log in with.
-        let credentials = userinfo.and_then(|userinfo| userinfo.split_once(':')).map(parse_userinfo).transpose()?;
-        let place = place.trim_end_matches('/');
-        let endpoint = match place.strip_prefix("unix:") {
-            Some("") => return Err("unix: without a path".into()),
-            Some(path) => Endpoint::Unix(path.into()),
-            None => Endpoint::Tcp(parse_addr(place, Some(DEFAULT_PORT))?),
+        let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
+        let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
+            Some((_, Some((uname, passwd)))) => (None, Some(credentials(&decode(uname), &decode(passwd))?)),
+            Some((uname, None)) => (Some(decode(uname)), None),
+            None => (None, None),
         };
-        Ok(Self { endpoint, credentials })
+        let place = place.trim_end_matches('/');
+        let endpoint = match (place.strip_prefix("unix:"), place.split_once("localhost/")) {
+            (Some(""), _) => return Err("unix: without a path".into()),
+            (Some(path), _) => Endpoint::Unix(path.into()),
+            // As curl has it.
+            (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
+            (None, _) => Endpoint::Tcp(parse_addr(place, Some(DEFAULT_PORT))?),
+        };
+        Ok(Self { endpoint, uname, credentials })
     }
 }
 
@@ -79,21 +94,23 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
                     %2C %2F %3A %40 %25 for , / : @ %";
         if error.contains('"') { what.into() } else { error }
     })?;
-    match hops.iter().skip(1).find(|hop| matches!(hop.endpoint, Endpoint::Unix(_))) {
+    match hops.iter().skip(1).find(|hop| hop.is_unix()) {
         Some(hop) => Err(format!("{hop}: a Unix socket can only be the first hop")),
         None => Ok(hops),
     }
 }
 
-fn parse_userinfo((uname, passwd): (&str, &str)) -> Result<Credentials, String> {
-    let decode = |what: &str, text: &str| {
-        let octets: Vec<u8> = percent_decode_str(text).collect();
-        match octets.len() {
-            1..=MAX_FIELD => Ok(octets),
-            length => Err(format!("the {what} has {length} octets, and SOCKS5 takes 1 to {MAX_FIELD}")),
+/// What SOCKS5 can carry of a user name and a password (RFC 1929).
+///
+/// # Errors
+/// What is wrong, without either.
+pub fn credentials(uname: &[u8], passwd: &[u8]) -> Result<Credentials, String> {
+    for (what, octets) in [("user name", uname), ("password", passwd)] {
+        if !(1..=MAX_FIELD).contains(&octets.len()) {
+            return Err(format!("the {what} has {} octets, and SOCKS5 takes 1 to {MAX_FIELD}", octets.len()));
         }
-    };
-    Ok(Credentials { uname: decode("user name", uname)?, passwd: decode("password", passwd)? })
+    }
+    Ok(Credentials { uname: uname.into(), passwd: passwd.into() })
 }
 
 /// `host:port`, `\[v6\]:port`, `v4:port`; with a default port also without one.
@@ -144,4 +161,55 @@ pub fn parse_host(text: &str) -> Result<Host, String> {
         length if length > proto::MAX_NAME => format!("the host name has {length} octets, and SOCKS5 takes 255"),
         _ => format!("{text:?} is not a host name"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proxy(text: &str) -> Result<(String, Option<(String, String)>), String> {
+        let proxy: Proxy = text.parse()?;
+        let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
+        Ok((proxy.to_string(), proxy.credentials.map(|c| (text(&c.uname), text(&c.passwd)))))
+    }
+
+    #[test]
+    fn a_proxy_is_read_in_every_form() {
+        let table = [
+            ("127.0.0.1", "127.0.0.1:1080"),
+            ("example.org:9", "example.org:9"),
+            ("socks5://example.org", "example.org:1080"),
+            ("socks5h://example.org:9/", "example.org:9"),
+            ("[::1]", "[::1]:1080"),
+            ("[::1]:9", "[::1]:9"),
+            ("::1", "[::1]:1080"),
+            ("unix:/run/s5.sock", "unix:/run/s5.sock"),
+        ];
+        for (text, shown) in table {
+            assert_eq!(proxy(text), Ok((shown.into(), None)), "{text}");
+        }
+        for text in ["", "http://example.org", ":pass@host", "user:@host", "[::1", "host:x", "unix:"] {
+            assert!(proxy(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn userinfo_is_percent_decoded_and_never_shown() {
+        let decoded = proxy("socks5h://al%40ice:p%3A%2C%25@host:1").expect("a proxy");
+        assert_eq!(decoded, ("host:1".into(), Some(("al@ice".into(), "p:,%".into()))));
+        let long = format!("{}:x@host", "u".repeat(256));
+        assert_eq!(proxy(&long), Err("the user name has 256 octets, and SOCKS5 takes 1 to 255".into()));
+        let debug = format!("{:?}", "u:topsecret@host".parse::<Proxy>().expect("a proxy"));
+        assert!(!debug.contains("topsecret"), "{debug}");
+    }
+
+    #[test]
+    fn a_target_is_an_address_where_it_can_be_one() {
+        let addr = |text: &str| parse_addr(text, None);
+        assert_eq!(addr("[::1]:22").map(|a| a.host), Ok(Host::Ip("::1".parse().expect("an address"))));
+        assert_eq!(addr("127.0.0.1:22").map(|a| a.host), Ok(Host::Ip("127.0.0.1".parse().expect("an address"))));
+        assert!(matches!(addr("example.org:22").map(|a| a.host), Ok(Host::Name(_))));
+        assert!(addr("example.org").is_err() && addr("::1").is_err() && addr(":22").is_err());
+        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 octets")));
+    }
 }

@@ -1,10 +1,13 @@
 //! Datagrams through an association, or through one inside another: with several hops, each relays the datagrams to
 //! the next one's relay, so that nothing goes around a hop.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::fs;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::pin::pin;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
@@ -23,12 +26,27 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_DATAGRAM]);
 }
 
-/// Associations with all hops, nested, and the socket towards the first one.
+/// Associations with all hops, nested, and the socket towards the first one; or, without hops, towards the target.
 #[derive(Debug)]
 pub struct Association {
     /// Control connection, relay and fragments of each hop, nearest first.
     layers: Vec<Layer>,
     socket: Io<UdpSocket>,
+    /// Where the socket leads to.
+    peer: Addr,
+    /// Datagrams from a relay that are none of the protocol, or not for us.
+    strange: Cell<u64>,
+}
+
+/// Answers that were lost on the last part of their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// Of which fragments are missing.
+    pub cut: u64,
+    /// That are no datagrams of the protocol, or that no relay sent.
+    pub strange: u64,
+    /// For which the socket had no room.
+    pub overflown: u64,
 }
 
 #[derive(Debug)]
@@ -48,6 +66,9 @@ impl Layer {
     }
 }
 
+/// No datagram of the protocol, or from somewhere else.
+struct Strange;
+
 /// A proxy has closed the control connection, and its association with it.
 #[derive(Debug)]
 pub struct Lost(pub String);
@@ -64,6 +85,9 @@ impl Client {
                 let (mut control, protection) = self.open(hop + 1).await?;
                 let bnd = self.ask(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
                 let relay = self.meant(bnd, &control);
+                if relay.port == 0 {
+                    return Err(Cause::Protocol("its relay has no port".into()));
+                }
                 layers.push(Layer {
                     control,
                     protection,
@@ -72,30 +96,34 @@ impl Client {
                     reassembler: RefCell::default(),
                 });
             }
-            let first = layers.first().ok_or_else(|| Cause::Protocol("no proxy given".into()))?;
-            self.step(Phase::Request);
-            let relay = self.resolver.lookup(&first.relay).await.and_then(|found| {
-                let relay = found.into_iter().next().ok_or(Failure::NotFound)?;
-                connect(relay).map_err(|error| Failure::of(&error, relay))
-            });
-            Ok(Association { layers, socket: relay.map_err(Cause::Unreachable)? })
+            let peer = layers.first().map_or(&self.dst, |first| &first.relay).clone();
+            self.step(if layers.is_empty() { Phase::Target } else { Phase::Request });
+            let relay = self.lookup(&peer).await?.into_iter().next().ok_or(Cause::Unreachable(Failure::NotFound))?;
+            let socket = self.datagram_socket(relay).map_err(Cause::Unreachable)?;
+            Ok(Association { layers, socket, peer, strange: Cell::default() })
         })
         .await
     }
-}
 
-fn connect(relay: SocketAddr) -> io::Result<Io<UdpSocket>> {
-    let socket = UdpSocket::bind((unspecified(relay.ip()), 0))?;
-    socket.set_nonblocking(true)?;
-    // From here on the kernel lets in what the relay sends, and nothing else.
-    socket.connect(relay)?;
-    Io::new(socket)
+    fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, Failure> {
+        let from = self.source.towards(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
+        let socket = UdpSocket::bind(from).map_err(|_| Failure::Source)?;
+        // From here on the kernel lets in what the relay sends, and nothing else.
+        let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));
+        connected.and_then(|()| Io::new(socket)).map_err(|error| Failure::of(&error, relay))
+    }
 }
 
 impl Association {
     /// The relay of the last proxy, where the datagrams leave from as far as the target is concerned.
     pub fn relay(&self) -> Option<&Addr> {
         self.layers.last().map(|layer| &layer.relay)
+    }
+
+    /// What was lost so far, as far as this machine can tell.
+    pub fn losses(&self) -> Losses {
+        let cut = self.layers.iter().map(|layer| layer.reassembler.borrow().given_up(Instant::now())).sum();
+        Losses { cut, strange: self.strange.get(), overflown: overflown(&self.socket).unwrap_or_default() }
     }
 
     /// Sends one datagram to `dst`; in fragments when there is no room for the headers.
@@ -125,6 +153,9 @@ impl Association {
             io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {most} octets at most"))
         };
         let whole = Some(data).filter(|data| data.len() <= most).ok_or_else(too_large)?;
+        if self.layers.is_empty() {
+            return Ok(vec![whole.to_vec()]);
+        }
         let nested = self.layers.iter().skip(1).map(|layer| header(&layer.relay)).sum::<usize>();
         let overhead = nested + self.layers.iter().map(Layer::overhead).sum::<usize>();
         let mut all = split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)?;
@@ -183,29 +214,33 @@ impl Association {
     fn receive(&self, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
             let n = receive(socket, buffer)?;
-            Ok(self.unwrap(buffer.get(..n).unwrap_or_default()))
+            Ok(self.unwrap(buffer.get(..n).unwrap_or_default()).unwrap_or_else(|Strange| {
+                self.strange.set(self.strange.get() + 1);
+                None
+            }))
         })
     }
 
-    /// Takes the headers of all layers off; `None` for what is no whole answer by way of all relays.
-    fn unwrap(&self, octets: &[u8]) -> Option<(Addr, Vec<u8>)> {
+    /// Takes the headers of all layers off; `None` for what is not whole yet.
+    fn unwrap(&self, octets: &[u8]) -> Result<Option<(Addr, Vec<u8>)>, Strange> {
         let mut octets = octets.to_vec();
-        let mut from = None;
+        let mut from = self.peer.clone();
         for (i, layer) in self.layers.iter().enumerate() {
             if let Some(protection) = &layer.protection {
-                octets = protection.unwrap_datagram(&mut octets)?;
+                octets = protection.unwrap_datagram(&mut octets).ok_or(Strange)?;
             }
-            let datagram = Datagram::decode(&octets).ok()?;
-            let (sender, data) = layer.reassembler.borrow_mut().push(Instant::now(), datagram)?;
+            let datagram = Datagram::decode(&octets).map_err(|_| Strange)?;
+            let whole = layer.reassembler.borrow_mut().push(Instant::now(), datagram);
+            let Some((sender, data)) = whole else { return Ok(None) };
             let next = self.layers.get(i + 1).map(|next| &next.relay);
             // Inside of a layer only the next relay may speak; a relay known by name has whatever address it has.
             if next.is_some_and(|next| matches!(next.host, Host::Ip(_)) && *next != sender) {
-                return None;
+                return Err(Strange);
             }
             octets = data.into_owned();
-            from = Some(sender);
+            from = sender;
         }
-        Some((from?, octets))
+        Ok(Some((from, octets)))
     }
 
     /// Returns when a control connection has ended, and says whose.
@@ -244,6 +279,15 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
             received => return received,
         }
     }
+}
+
+/// How many datagrams the kernel has dropped for want of room in the socket (Linux).
+fn overflown(socket: &Io<UdpSocket>) -> Option<u64> {
+    let inode = fs::metadata(format!("/proc/self/fd/{}", socket.as_fd().as_raw_fd())).ok()?.ino().to_string();
+    let tables = ["/proc/net/udp", "/proc/net/udp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
+    let mut rows = tables.iter().flat_map(|table| table.lines()).map(str::split_ascii_whitespace);
+    // The tenth column is the inode, the thirteenth and last the drops (proc_net_udp(5)).
+    rows.find_map(|mut row| (row.nth(9)? == inode).then(|| row.last()).flatten())?.parse().ok()
 }
 
 /// How long the header of a datagram to `dst` is.

@@ -1,47 +1,148 @@
 //! `s5 bind`: asks the proxy to accept one connection for us, says where, then is netcat.
 
-use std::time::Duration;
+use std::fs::{self, File, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use argh::{ArgsInfo, FromArgs};
+use filedescriptor::FileDescriptor;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
-use super::client::client_args;
-use super::{Failure, HANDSHAKE, deadline, note, pipe, say};
-use crate::client::parse_addr;
+use super::client::plan::{self, Attempt, Plan};
+use super::client::report::Report;
+use super::client::tunnel::Use;
+use super::client::{Mode, client_mode, descriptor};
+use super::status::{Failure, Status};
+use crate::client::{Client, parse_addr};
+use crate::conn::Conn;
 use crate::proto::{Addr, Command};
+use crate::reactor::sleep;
 
-client_args! {
-    /// Accept one connection at a SOCKS5 proxy: says where on stderr, then stdin and stdout are that connection.
-    #[derive(FromArgs, ArgsInfo, Debug)]
-    #[argh(
-        subcommand,
-        name = "bind",
-        note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
-        example = "s5 bind -x proxy.example 192.0.2.7 > received"
-    )]
-    pub struct Args {
-        /// how long it may take until the proxy listens: seconds, or with ms, s, m, h (60); the wait for the peer is the
-        /// proxy's to bound
-        #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
-        wait: Duration,
+client_mode!(
+    Bind,
+    "bind",
+    "Accept one connection at a SOCKS5 proxy: says where on stderr, then stdin and stdout are that connection.",
+    "s5 bind -x proxy.example 192.0.2.7 > received\n\
+     s5 bind -x proxy.example --bound-to address -w 5m 192.0.2.7 < file",
+    [peer "who may connect: host or host:port, anybody without it"]
+);
 
-        /// who may connect: host or host:port, anybody without it
-        #[argh(positional)]
-        peer: Option<String>,
+/// How long writing the bound address may take.
+const WRITING: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Where the bound address is written to.
+enum Sink {
+    File(PathBuf),
+    Descriptor(FileDescriptor),
+}
+
+impl Sink {
+    /// A file of an earlier run is removed, so that nobody takes its address for ours.
+    fn of(text: &str) -> Result<Self, Failure> {
+        match descriptor::number(text) {
+            Some(number) => {
+                let file = descriptor::take(number);
+                file.map(Self::Descriptor).map_err(|error| Failure::usage(format!("--bound-to {text}: {error}")))
+            }
+            None => {
+                let path = Path::new(text);
+                // What a link leads to is meant, and not the link.
+                let path = path.canonicalize().unwrap_or(path.into());
+                let removed = if path.is_file() { fs::remove_file(&path) } else { Ok(()) };
+                removed.map_err(|error| Failure::usage(format!("--bound-to {text}: {error}")))?;
+                Ok(Self::File(path))
+            }
+        }
+    }
+
+    /// Writes it whole: who looks sees all of it or nothing. Then the file or the descriptor is closed.
+    fn write(&mut self, line: &str) -> std::io::Result<()> {
+        match self {
+            Self::Descriptor(file) => file.write_all(line.as_bytes()),
+            // A pipe with a name, or a device.
+            Self::File(path) if path.metadata().is_ok_and(|found| !found.is_file()) => {
+                let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+                File::options().write(true).custom_flags(flag).open(&path)?.write_all(line.as_bytes())
+            }
+            Self::File(path) => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                // For whoever the umask lets.
+                let readable = Permissions::from_mode(0o666);
+                let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
+                file.write_all(line.as_bytes())?;
+                file.persist(path)?;
+                Ok(())
+            }
+        }
     }
 }
 
 impl Args {
-    pub(super) fn run(mut self) -> Result<(), Failure> {
-        let peer = self.peer.as_deref().map_or(Ok(Addr::UNSPECIFIED), |peer| parse_addr(peer, Some(0)));
-        let peer = peer.map_err(|error| Failure::usage(format!("peer: {error}")))?;
-        let client = self.client(peer, self.wait)?;
-        smol::block_on(async {
-            let (mut tunnel, bnd) = client.request(Command::Bind).await?;
-            say(&format!("bound {}", client.meant(bnd, &tunnel)));
-            note(self.verbose, &client, &format!("waiting for {}", client.dst()));
-            let peer = client.accepted(&mut tunnel).await?;
-            say(&format!("accepted {peer}"));
-            pipe::run(&client, tunnel).await
-        })
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let Self(args) = self;
+        let tunnel_use = Use::of(&args)?;
+        let peer = match args.target.as_slice() {
+            [] => None,
+            [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| Failure::usage(format!("peer: {error}")))?),
+            [_, surplus, ..] => return Err(Failure::usage(format!("one peer is enough: {surplus:?} is too much"))),
+        };
+        let mut sink = args.bound_to.as_deref().map(Sink::of).transpose()?;
+        let plan = Plan::new(Mode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+        plan::run(Box::pin(async {
+            let attempt = plan.request(Command::Bind).await;
+            let Attempt { client, tries, result } = attempt;
+            let mut report = Report::new(&plan, &client, tries);
+            let result = match result {
+                Ok((mut tunnel, bnd)) => {
+                    let bound = client.meant(bnd, &tunnel);
+                    report.set_bnd(&bound);
+                    match wait(&plan, &client, &mut tunnel, &bound, sink.take(), args.timeout.is_some()).await {
+                        Ok(peer) => {
+                            report.set_peer(&client, Some(&peer));
+                            Box::pin(tunnel_use.run(&plan, tunnel, &bound, &mut report)).await
+                        }
+                        Err(failure) => {
+                            report.set_peer(&client, None);
+                            Err(failure)
+                        }
+                    }
+                }
+                Err(failure) => Err(failure),
+            };
+            plan.conclude(report, result)
+        }))
     }
+}
+
+/// Says where the proxy listens, and waits for the peer, which is who it says has come.
+async fn wait(
+    plan: &Plan,
+    client: &Client,
+    tunnel: &mut Conn,
+    bound: &Addr,
+    sink: Option<Sink>,
+    is_limited: bool,
+) -> Result<Addr, Failure> {
+    plan.tell(&format!("bound {bound}"));
+    if let Some(mut sink) = sink {
+        let line = format!("{bound}\n");
+        let deadline = Instant::now() + WRITING;
+        let written = loop {
+            match sink.write(&line) {
+                // A named pipe whose reader has yet to come.
+                Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && Instant::now() < deadline => {
+                    sleep(PAUSE).await;
+                }
+                written => break written,
+            }
+        };
+        written.map_err(|error| Failure::new(Status::STDOUT, format!("--bound-to: {error}")))?;
+    }
+    plan.note(&format!("waiting for {}", plan.dst().map_or("anybody".into(), ToString::to_string)));
+    let peer = if is_limited { client.accepted_in_time(tunnel).await } else { client.accepted(tunnel).await }?;
+    plan.tell(&format!("accepted {peer}"));
+    Ok(peer)
 }

@@ -1,137 +1,271 @@
-//! What the three client modes have in common: their options, and the client that comes of them.
+//! The options of the three client modes, which share most of them. What a mode can do nothing with is neither in its
+//! help nor taken, and the table here says why.
 
+pub(super) mod child;
+pub(super) mod credentials;
+pub(super) mod descriptor;
+pub(super) mod forward;
+pub(super) mod pipe;
+pub(super) mod plan;
+pub(super) mod proxies;
+pub(super) mod report;
+pub(super) mod tunnel;
+
+use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Failure, hops};
-use crate::client::{Auth, Client};
-use crate::gssapi::Initiator;
+use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, PositionalInfo};
+
+use super::secrets::without_userinfo;
+use super::udp::MAX_PEERS;
+use super::{Failure, at_least_one, deadline, duration};
+use crate::client::{self as socks};
+use crate::policy::rules::level;
 use crate::proto::{Addr, Level, Method};
 
-/// The argument struct of a client mode: the common options, and its own. argh can't share fields between structs.
-macro_rules! client_args {
-    ($(#[$attr:meta])* pub struct Args { $($own:tt)* }) => {
-        $(#[$attr])*
-        pub struct Args {
-            /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; a comma list is a chain, nearest first
-            #[argh(option, short = 'x', long = "proxy", arg_name = "url")]
-            proxy: Option<String>,
-
-            /// the methods that are offered to the proxy: none, password, gssapi (none, and what there is something to
-            /// log in with)
-            #[argh(option, arg_name = "method,…", from_str_fn($crate::cmd::client::methods))]
-            auth: Option<Vec<$crate::proto::Method>>,
-
-            /// the proxy's Kerberos service: a name, or a principal such as rcmd/host@REALM (rcmd)
-            #[argh(option, arg_name = "name")]
-            gssapi_service: Option<String>,
-
-            /// the proxy's name as Kerberos knows it (the one it is reached by)
-            #[argh(option, arg_name = "host")]
-            gssapi_host: Option<String>,
-
-            /// what is asked for with gssapi: none, integrity or confidentiality (confidentiality)
-            #[argh(option, arg_name = "level", from_str_fn($crate::policy::rules::level))]
-            gssapi_protection: Option<$crate::proto::Level>,
-
-            /// the least that is taken (integrity)
-            #[argh(option, arg_name = "level", from_str_fn($crate::policy::rules::level))]
-            gssapi_min: Option<$crate::proto::Level>,
-
-            /// say the level as NEC's servers want it
-            #[argh(switch)]
-            gssapi_nec: bool,
-
-            /// where the Kerberos tickets are (what the environment or the system says)
-            #[argh(option, arg_name = "file")]
-            ccache: Option<std::path::PathBuf>,
-
-            /// say on stderr what happens
-            #[argh(switch, short = 'v')]
-            verbose: bool,
-
-            $($own)*
-        }
-
-        impl Args {
-            fn client(
-                &mut self,
-                dst: $crate::proto::Addr,
-                wait: std::time::Duration,
-            ) -> Result<$crate::client::Client, $crate::cmd::Failure> {
-                $crate::cmd::client::Common {
-                    proxy: self.proxy.take(),
-                    auth: self.auth.take(),
-                    service: self.gssapi_service.take(),
-                    host: self.gssapi_host.take(),
-                    protection: self.gssapi_protection,
-                    min: self.gssapi_min,
-                    nec: self.gssapi_nec,
-                    ccache: self.ccache.take(),
-                }
-                .client(dst, wait)
-            }
-        }
-    };
-}
-pub(super) use client_args;
-
-/// The common options.
-pub(super) struct Common {
-    pub(super) proxy: Option<String>,
-    pub(super) auth: Option<Vec<Method>>,
-    pub(super) service: Option<String>,
-    pub(super) host: Option<String>,
-    pub(super) protection: Option<Level>,
-    pub(super) min: Option<Level>,
-    pub(super) nec: bool,
-    pub(super) ccache: Option<PathBuf>,
+/// A client mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// `s5 connect`
+    Connect,
+    /// `s5 bind`
+    Bind,
+    /// `s5 udp`
+    Udp,
 }
 
-impl Common {
-    pub(super) fn client(self, dst: Addr, wait: Duration) -> Result<Client, Failure> {
-        let hops = hops(self.proxy.as_deref())?;
-        let is_named = self.ccache.is_some() || self.service.is_some() || self.host.is_some();
-        let is_demanded = self.protection.is_some() || self.min.is_some() || self.nec;
-        let methods = match self.auth {
-            Some(methods) if (is_named || is_demanded) && !methods.contains(&Method::GSSAPI) => {
-                return Err(Failure::usage("--gssapi-* and --ccache are of no use without gssapi in --auth"));
-            }
-            // Who wants protection does not want to be talked out of it.
-            None if is_demanded => Some(vec![Method::GSSAPI]),
-            methods => methods,
-        };
-        let is_offered = match &methods {
-            Some(methods) => methods.contains(&Method::GSSAPI),
-            None => is_named || Initiator::may_have_tickets(),
-        };
-        let is_one_host = self.host.is_some() || self.service.as_ref().is_some_and(|name| name.contains(['/', '@']));
-        if hops.len() > 1 && is_one_host {
-            return Err(Failure::usage(
-                "--gssapi-host, or a principal as --gssapi-service, is of one proxy, not of a chain",
-            ));
-        }
-        let default = Initiator::default();
-        let wanted = self.protection.unwrap_or(default.wanted);
-        // What NEC's servers say of the level can be changed on the way.
-        let usual = if self.nec { wanted } else { default.least.min(wanted) };
-        let least = self.min.unwrap_or(usual);
-        if least > wanted {
-            return Err(Failure::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
-        }
-        let gssapi = Initiator {
-            ccache: self.ccache,
-            service: self.service.unwrap_or(default.service.clone()),
-            host: self.host,
-            wanted,
-            least,
-            nec: self.nec,
-            ..default
-        };
-        let auth = Auth { methods, gssapi: is_offered.then_some(gssapi) };
-        Ok(Client::new(hops, dst, Some(wait)).with_auth(Arc::new(auth)))
+/// The options that not every mode takes: which do, and why the others do not.
+const OWN: [(&[&str], &[Mode], &str); 10] = [
+    (&["-l", "--listen"], &[Mode::Connect, Mode::Udp], "it is the proxy that listens"),
+    (&["-k", "--keep-open"], &[Mode::Connect], "it is for connect with -l; udp -l serves many as it is"),
+    (&["--direct", "--no-proxy"], &[Mode::Connect, Mode::Udp], "without a proxy there is nobody to listen"),
+    (&["--bound-to"], &[Mode::Bind], "it is for bind"),
+    (&["-N", "--shutdown", "--no-shutdown"], &[Mode::Connect, Mode::Bind], "datagrams have no end to pass on"),
+    (&["-C", "--crlf"], &[Mode::Connect, Mode::Bind], "a line becomes a datagram without its end"),
+    (&["-F", "--pass-fd"], &[Mode::Connect, Mode::Bind], "an association ends with its connection"),
+    (&["-e", "--exec", "-c", "--sh-exec"], &[Mode::Connect, Mode::Bind], "datagrams are no stream for a program"),
+    (&["--progress"], &[Mode::Connect, Mode::Bind], "datagrams have no progress"),
+    (
+        &["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"],
+        &[Mode::Udp],
+        "it is for datagrams, and so for udp",
+    ),
+];
+
+/// Why a mode does not take an option that another one does.
+pub(super) fn why_not(mode: &str, option: &str) -> Option<&'static str> {
+    [Mode::Connect, Mode::Bind, Mode::Udp].into_iter().find(|known| known.name() == mode)?.why_not(option)
+}
+
+impl Mode {
+    fn why_not(self, option: &str) -> Option<&'static str> {
+        let row = OWN.iter().find(|(options, ..)| options.contains(&option))?;
+        (!row.1.contains(&self)).then_some(row.2)
     }
+}
+
+/// The options of the client modes.
+#[derive(FromArgs, ArgsInfo, Debug)]
+pub struct Args {
+    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; with commas, or repeated, a chain, nearest
+    /// first; '' for none
+    #[argh(option, short = 'x', arg_name = "url")]
+    pub(super) proxy: Vec<String>,
+
+    /// the protocol of the proxy, as nc and ncat name it: 5 or socks5, since there is no other
+    #[argh(option, short = 'X', arg_name = "5", from_str_fn(socks5))]
+    #[allow(dead_code, reason = "it is taken, and there is nothing to choose")]
+    pub(super) proxy_type: Option<()>,
+
+    /// use no proxy (also --no-proxy)
+    #[argh(switch)]
+    pub(super) direct: bool,
+
+    /// the user name for proxies whose URL has none; with :password, which others may see
+    #[argh(option, short = 'P', arg_name = "user")]
+    pub(super) proxy_user: Option<String>,
+
+    /// where the password is: a line user:password for each user of FILE; or the first line of stdin (-) or of a
+    /// descriptor (fd:N)
+    #[argh(option, arg_name = "file")]
+    pub(super) proxy_auth_file: Option<String>,
+
+    /// the methods that are offered to the proxy: none, password, gssapi (none, and what there is something to log in
+    /// with)
+    #[argh(option, arg_name = "method,…", from_str_fn(methods))]
+    pub(super) auth: Option<Vec<Method>>,
+
+    /// the proxy's Kerberos service: a name, or a principal such as rcmd/host@REALM (rcmd)
+    #[argh(option, arg_name = "name")]
+    pub(super) gssapi_service: Option<String>,
+
+    /// the proxy's name as Kerberos knows it (the one it is reached by)
+    #[argh(option, arg_name = "host")]
+    pub(super) gssapi_host: Option<String>,
+
+    /// what is asked for with gssapi: none, integrity or confidentiality (confidentiality)
+    #[argh(option, arg_name = "level", from_str_fn(level))]
+    pub(super) gssapi_protection: Option<Level>,
+
+    /// the least that is taken (integrity)
+    #[argh(option, arg_name = "level", from_str_fn(level))]
+    pub(super) gssapi_min: Option<Level>,
+
+    /// say the level as NEC's servers want it
+    #[argh(switch)]
+    pub(super) gssapi_nec: bool,
+
+    /// where the Kerberos tickets are (what the environment or the system says)
+    #[argh(option, arg_name = "file")]
+    pub(super) ccache: Option<PathBuf>,
+
+    /// who looks up the target's name: remote, which is the last proxy, or local (remote)
+    #[argh(option, short = 'R', arg_name = "side", from_str_fn(side), default = "false")]
+    pub(super) proxy_dns: bool,
+
+    /// use IPv4 alone
+    #[argh(switch, short = '4')]
+    pub(super) ipv4: bool,
+
+    /// use IPv6 alone
+    #[argh(switch, short = '6')]
+    pub(super) ipv6: bool,
+
+    /// the address of this machine to come from
+    #[argh(option, short = 's', arg_name = "ip")]
+    pub(super) source: Option<IpAddr>,
+
+    /// the port to come from
+    #[argh(option, short = 'p', arg_name = "port", from_str_fn(port))]
+    pub(super) source_port: Option<u16>,
+
+    /// how long it may take until the target has accepted or, with bind, the peer has come: seconds, or with ms, s, m, h
+    /// (60; for bind's peer, what the proxy allows). With udp, to associate (60) and then, behind the end of stdin, to
+    /// wait for answers (2)
+    #[argh(option, short = 'w', arg_name = "time", from_str_fn(duration))]
+    pub(super) timeout: Option<Duration>,
+
+    /// try again for so long, unless it would fail the same way again
+    #[argh(option, arg_name = "time", from_str_fn(duration))]
+    pub(super) wait: Option<Duration>,
+
+    /// end, with status 28, after so long without an octet either way; with udp -l, end a peer's association (60)
+    #[argh(option, short = 'i', arg_name = "time", from_str_fn(deadline))]
+    pub(super) idle_timeout: Option<Duration>,
+
+    /// only establish what was asked for, quietly: the exit status is the answer. Without a target, ask the proxy for
+    /// nothing but to let us in
+    #[argh(switch, short = 'z')]
+    pub(super) zero_io: bool,
+
+    /// read nothing from stdin
+    #[argh(switch, short = 'd')]
+    pub(super) recv_only: bool,
+
+    /// write nothing to stdout, and end 5 s behind stdin at the latest
+    #[argh(switch)]
+    pub(super) send_only: bool,
+
+    /// end so long after stdin, whatever is still to come (never)
+    #[argh(option, short = 'q', arg_name = "time", from_str_fn(duration))]
+    pub(super) quit_after: Option<Duration>,
+
+    /// pass on the end of stdin, which is done anyway
+    #[argh(switch, short = 'N')]
+    #[allow(dead_code, reason = "it is taken, and is what happens anyway")]
+    pub(super) shutdown: bool,
+
+    /// do not pass on the end of stdin
+    #[argh(switch)]
+    pub(super) no_shutdown: bool,
+
+    /// send the ends of lines as CR LF
+    #[argh(switch, short = 'C')]
+    pub(super) crlf: bool,
+
+    /// hand the connected socket over stdout and end, for ssh's ProxyUseFdpass
+    #[argh(switch, short = 'F')]
+    pub(super) pass_fd: bool,
+
+    /// run a program, with arguments after blanks, with the tunnel as its stdin and stdout
+    #[argh(option, short = 'e', arg_name = "program")]
+    pub(super) exec: Option<String>,
+
+    /// the same with a command for the shell
+    #[argh(option, short = 'c', arg_name = "command")]
+    pub(super) sh_exec: Option<String>,
+
+    /// listen here, on 127.0.0.1 unless told otherwise, and give what comes its own way to the target
+    #[argh(option, short = 'l', arg_name = "[addr:]port")]
+    pub(super) listen: Option<String>,
+
+    /// with -l, serve any number of connections, and not just one
+    #[argh(switch, short = 'k')]
+    pub(super) keep_open: bool,
+
+    /// write the address that is bound, and nothing else, to a file or a descriptor (fd:N)
+    #[argh(option, arg_name = "file")]
+    pub(super) bound_to: Option<String>,
+
+    /// end after so many answers; fewer in their time are a failure
+    #[argh(option, short = 'n', arg_name = "n")]
+    pub(super) count: Option<u64>,
+
+    /// take what one read gives as a datagram, and write answers as they are
+    #[argh(switch)]
+    pub(super) raw: bool,
+
+    /// take each line as the hexadecimal digits of a datagram, and write answers so
+    #[argh(switch)]
+    pub(super) hex: bool,
+
+    /// two octets before each datagram, and each answer, are its length, the higher one first
+    #[argh(switch)]
+    pub(super) length_prefixed: bool,
+
+    /// with -l, how many peers may have an association at once (256)
+    #[argh(option, arg_name = "n", from_str_fn(at_least_one), default = "MAX_PEERS")]
+    pub(super) max_peers: usize,
+
+    /// say on stderr what happens; twice, also in the handshake
+    #[argh(switch, short = 'v')]
+    pub(super) verbose: u8,
+
+    /// say nothing on stderr, not even what went wrong
+    #[argh(switch)]
+    pub(super) quiet: bool,
+
+    /// say at the end what happened as a JSON object, one line on stderr
+    #[argh(switch)]
+    pub(super) json: bool,
+
+    /// show octets, rate and time on stderr, when that is a terminal
+    #[argh(switch)]
+    pub(super) progress: bool,
+
+    /// host:port, or host and port
+    #[argh(positional)]
+    pub(super) target: Vec<String>,
+}
+
+fn socks5(text: &str) -> Result<(), String> {
+    match text {
+        "5" | "socks5" | "socks5h" => Ok(()),
+        _ => Err(format!("{text:?}: s5 speaks SOCKS5 alone")),
+    }
+}
+
+fn side(text: &str) -> Result<bool, String> {
+    match text {
+        "remote" => Ok(false),
+        "local" => Ok(true),
+        _ => Err(format!("{text:?} is neither local nor remote")),
+    }
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    socks::parse_port(text).and_then(|port| if port == 0 { Err("0 is no port to come from".into()) } else { Ok(port) })
 }
 
 /// A comma list of methods.
@@ -157,4 +291,103 @@ fn some_of<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result<Vec<
         }
     }
     Ok(found)
+}
+
+impl Mode {
+    /// The word of the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Bind => "bind",
+            Self::Udp => "udp",
+        }
+    }
+
+    /// What the mode can be told, for help and manual: the options that it takes.
+    pub(super) fn info(
+        self,
+        description: &'static str,
+        examples: &'static [&'static str],
+        positional: &'static [PositionalInfo<'static>],
+    ) -> CommandInfoWithArgs {
+        let all = Args::get_args_info();
+        let takes = |flag: &&FlagInfo<'static>| self.why_not(flag.long).is_none();
+        let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(takes).map(same).collect();
+        let notes = &[NOTE];
+        // Once or twice in the life of a process.
+        let flags = Box::leak(flags.into_boxed_slice());
+        CommandInfoWithArgs {
+            name: self.name(),
+            description,
+            examples,
+            flags,
+            notes,
+            positionals: positional,
+            ..CommandInfoWithArgs::default()
+        }
+    }
+}
+
+/// What all modes say of the proxy.
+const NOTE: &str = "The proxy is --proxy, else S5_PROXY, all_proxy, ALL_PROXY, SOCKS5_SERVER or SOCKS_SERVER, unless no_proxy \
+                    or NO_PROXY names the target; else 127.0.0.1:1080.\n\n\
+                    User and password are those of the URL, else of --proxy-user, --proxy-auth-file, S5_PROXY_AUTH or \
+                    NCAT_PROXY_AUTH (user:password), SOCKS5_USER and SOCKS5_PASSWORD, SOCKS_USERNAME and SOCKS_PASSWORD. \
+                    For a user without a password SSH_ASKPASS is run, or the terminal asked, where that is not also \
+                    stdin.";
+
+/// argh's type can't be cloned. How often an option may stand is not told in any help.
+fn same(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
+    let kind = match flag.kind {
+        FlagInfoKind::Switch => FlagInfoKind::Switch,
+        FlagInfoKind::Option { arg_name } => FlagInfoKind::Option { arg_name },
+    };
+    let FlagInfo { long, short, description, hidden, .. } = *flag;
+    FlagInfo { kind, long, short, description, hidden, ..FlagInfo::default() }
+}
+
+/// The definition of a client mode for argh: the shared options under a name of its own.
+macro_rules! client_mode {
+    ($mode:ident, $name:literal, $description:literal, $example:expr, [$($positional:ident $what:literal)?]) => {
+        #[doc = $description]
+        #[derive(Debug)]
+        pub struct Args(pub(super) crate::cmd::client::Args);
+
+        impl argh::FromArgs for Args {
+            fn from_args(name: &[&str], args: &[&str]) -> Result<Self, argh::EarlyExit> {
+                argh::FromArgs::from_args(name, args).map(Self)
+            }
+        }
+
+        impl argh::SubCommand for Args {
+            const COMMAND: &'static argh::CommandInfo =
+                &argh::CommandInfo { name: $name, short: &'\0', description: $description };
+        }
+
+        impl argh::ArgsInfo for Args {
+            fn get_args_info() -> argh::CommandInfoWithArgs {
+                crate::cmd::client::Mode::$mode.info($description, &[$example], &[$(argh::PositionalInfo {
+                    name: stringify!($positional),
+                    description: $what,
+                    optionality: argh::Optionality::Optional,
+                    hidden: false,
+                })?])
+            }
+        }
+    };
+}
+pub(super) use client_mode;
+
+/// The target of `host:port` or `host port`.
+pub(super) fn target(words: &[String]) -> Result<Addr, Failure> {
+    let parsed = match words {
+        [both] => socks::parse_addr(both, None),
+        [host, port] => socks::parse_host(host).and_then(|host| Ok(Addr { host, port: socks::parse_port(port)? })),
+        _ => Err("write one target: host:port or host port".into()),
+    };
+    match parsed {
+        Ok(addr) if addr.port == 0 => Err(Failure::usage("the target's port is 0")),
+        // It may be a proxy's URL in the wrong place.
+        parsed => parsed.map_err(|error| Failure::usage(format!("target: {}", without_userinfo(&error)))),
+    }
 }

@@ -1,40 +1,71 @@
 //! `s5 connect`: stdin and stdout through proxies to a target.
 
-use std::time::Duration;
-
-use argh::{ArgsInfo, FromArgs};
-
-use super::client::client_args;
-use super::{Failure, HANDSHAKE, deadline, note, pipe, target};
+use super::Failure;
+use super::client::plan::{self, Attempt, Plan};
+use super::client::report::Report;
+use super::client::tunnel::Use;
+use super::client::{Mode, client_mode, forward, target};
 use crate::proto::Command;
 
-client_args! {
-    /// Connect to a target through SOCKS5 proxies: stdin goes there, what it answers comes to stdout.
-    #[derive(FromArgs, ArgsInfo, Debug)]
-    #[argh(
-        subcommand,
-        name = "connect",
-        note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
-        example = "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | s5 connect example.org:80\nssh -o ProxyCommand='s5 connect %h %p' host"
-    )]
-    pub struct Args {
-        /// how long it may take until the target has accepted: seconds, or with ms, s, m, h (60)
-        #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(deadline), default = "HANDSHAKE")]
-        wait: Duration,
+client_mode!(
+    Connect,
+    "connect",
+    "Connect to a target through SOCKS5 proxies: stdin goes there, what it answers comes to stdout.",
+    "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | s5 connect example.org:80\n\
+     ssh -o ProxyCommand='s5 connect %h %p' host\n\
+     s5 connect -z --wait 30s example.org:80\n\
+     s5 connect -l 8022 -k example.org:22",
+    [target "host:port, or host and port"]
+);
 
-        /// host:port, or host and port
-        #[argh(positional, arg_name = "target")]
-        target: Vec<String>,
+impl Args {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let Self(args) = self;
+        let tunnel_use = Use::of(&args)?;
+        // Without a target a proxy can still be asked whether it lets us in.
+        let dst = match (args.target.as_slice(), args.zero_io) {
+            ([], true) => None,
+            (words, _) => Some(target(words)?),
+        };
+        let listen = args.listen.as_deref().map(forward::local).transpose()?;
+        if listen.is_none() && args.keep_open {
+            return Err(Failure::usage("-k is for -l"));
+        }
+        if args.keep_open && args.source_port.is_some() {
+            return Err(Failure::usage("-p and -k: one port is enough for one connection alone"));
+        }
+        let plan = Plan::new(Mode::Connect, &args, dst)?;
+        plan::run(Box::pin(async {
+            match (listen, plan.dst()) {
+                // What is large and may not be needed is made when it is.
+                (Some(addr), _) => Box::pin(forward::run(&plan, addr, args.keep_open, args.idle_timeout)).await,
+                (None, Some(_)) => connect(&plan, &tunnel_use).await,
+                (None, None) => probe(&plan).await,
+            }
+        }))
     }
 }
 
-impl Args {
-    pub(super) fn run(mut self) -> Result<(), Failure> {
-        let client = self.client(target(&self.target)?, self.wait)?;
-        smol::block_on(async {
-            let (tunnel, bnd) = client.request(Command::Connect).await?;
-            note(self.verbose, &client, &format!("connected to {} from {bnd}", client.dst()));
-            pipe::run(&client, tunnel).await
-        })
+async fn connect(plan: &Plan, tunnel_use: &Use) -> Result<(), Failure> {
+    let Attempt { client, tries, result } = plan.request(Command::Connect).await;
+    let mut report = Report::new(plan, &client, tries);
+    let result = match result {
+        Ok((tunnel, bnd)) => {
+            report.set_bnd(&bnd);
+            plan.note(&format!("connected to {} from {bnd}", client.dst()));
+            Box::pin(tunnel_use.run(plan, tunnel, &bnd, &mut report)).await
+        }
+        Err(failure) => Err(failure),
+    };
+    plan.conclude(report, result)
+}
+
+/// Only asks the proxy to let us in.
+async fn probe(plan: &Plan) -> Result<(), Failure> {
+    let Attempt { client, tries, result } = plan.attempt(async |client| client.probe().await).await;
+    if result.is_ok() {
+        let method = client.method().map(|method| method.to_string()).unwrap_or_default();
+        plan.note(&format!("it lets us in (method {method})"));
     }
+    plan.conclude(Report::new(plan, &client, tries), result)
 }

@@ -14,7 +14,7 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::client::{levels, methods};
-use super::{Failure, Status, deadline, duration};
+use super::{Failure, Status, at_least_one, deadline, duration};
 use crate::client::{Auth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
@@ -189,10 +189,6 @@ pub struct Args {
     quiet: bool,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 on"))
-}
-
 fn threads(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 to 65535"))
 }
@@ -270,7 +266,7 @@ impl Args {
         }
         let reload = || sources.load().map_err(|failure| failure.message);
         server::run(options, policy, &reload).map_err(|error| match error {
-            StartError::Io(what, error) => Failure::new(Status::Other, format!("{what}: {error}")),
+            StartError::Io(what, error) => Failure::new(Status::OTHER, format!("{what}: {error}")),
             StartError::Open(why) => Failure::usage(why),
         })
     }
@@ -319,8 +315,10 @@ impl Args {
     fn sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> Sources {
         let lines = |lines: &mut Vec<Line>, option| lines.drain(..).map(move |line| (line, option)).collect::<Vec<_>>();
         let mut all = lines(&mut self.allow, "--allow");
-        all.extend(lines(&mut self.deny, "--deny"));
-        all.sort_by_key(|(Line(number, _), _)| *number);
+        for (line, option) in lines(&mut self.deny, "--deny") {
+            let at = all.partition_point(|(before, _)| before.0 < line.0);
+            all.insert(at, (line, option));
+        }
         let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
         Sources {
             users: self.users.take().map(Source::new),

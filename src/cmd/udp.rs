@@ -1,205 +1,272 @@
-//! `s5 udp`: datagrams through proxies, from stdin and to stdout.
+//! `s5 udp`: datagrams through proxies, from stdin and to stdout, or from and to a local port.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::fd::AsFd as _;
-use std::sync::Arc;
-use std::time::Duration;
+mod forward;
+mod framing;
 
-use argh::{ArgsInfo, FromArgs};
-use futures_lite::io::BufReader;
-use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
-use smol::{Timer, Unblock};
+use std::cell::Cell;
+use std::future::pending;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use super::client::client_args;
-use super::{Failure, HANDSHAKE, Status, duration, note, target};
-use crate::client::{Association, Client, Lost};
-use crate::proto::MAX_UDP6;
+use futures_lite::FutureExt as _;
+
+use super::client::forward::local;
+use super::client::plan::{self, Attempt, Plan};
+use super::client::report::Report;
+use super::client::{Mode, client_mode, target};
+use super::status::{Failure, Status};
+use crate::client::{Association, Client, Error, Lost};
+use crate::proto::Addr;
+use crate::reactor::{sleep, sleep_until, yield_now};
+use crate::relay::Moved;
+use framing::{Framing, Sink, Source};
 
 /// How long to wait for answers behind the last datagram when nobody says.
 const ANSWERS: Duration = Duration::from_secs(2);
 /// How many answers are written at once: about what a socket holds, and not without end.
 const MAX_BATCH: usize = 1000;
+/// How many local peers may have an association at once when nobody says.
+pub(super) const MAX_PEERS: usize = 256;
+/// After how long without a datagram a local peer's association is closed when nobody says.
+const PEER_IDLE: Duration = Duration::from_secs(60);
 
-client_args! {
-    /// Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.
-    #[derive(FromArgs, ArgsInfo, Debug)]
-    #[argh(
-        subcommand,
-        name = "udp",
-        note = "The proxy is --proxy, else S5_PROXY, all_proxy or ALL_PROXY, else 127.0.0.1:1080.",
-        example = "echo ping | s5 udp -w 1 192.0.2.7:7"
-    )]
-    pub struct Args {
-        /// how long to wait for answers when stdin has ended: seconds, or with ms, s, m, h (2)
-        #[argh(option, short = 'w', long = "timeout", arg_name = "time", from_str_fn(duration), default = "ANSWERS")]
-        wait: Duration,
-
-        /// take what one read gives as a datagram, and write answers as they are
-        #[argh(switch)]
-        raw: bool,
-
-        /// host:port, or host and port
-        #[argh(positional, arg_name = "target")]
-        target: Vec<String>,
-    }
-}
+client_mode!(
+    Udp,
+    "udp",
+    "Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.",
+    "echo ping | s5 udp -w 1 192.0.2.7:7\n\
+     s5 udp -z -v -x proxy.example\n\
+     s5 udp -l 5353 192.0.2.53:53",
+    [target "host:port, or host and port"]
+);
 
 impl Args {
-    pub(super) fn run(mut self) -> Result<(), Failure> {
-        let client = self.client(target(&self.target)?, HANDSHAKE)?;
-        smol::block_on(async {
-            let association = client.associate().await?;
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let Self(args) = self;
+        let dst = match (args.target.as_slice(), args.zero_io) {
+            ([], true) => None,
+            (words, _) => Some(target(words)?),
+        };
+        let framing = Framing::of(&args)?;
+        let listen = args.listen.as_deref().map(local).transpose()?;
+        if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
+            return Err(Failure::usage("-z, -d, -n and --send-only are of no use with -l"));
+        }
+        let plan = Plan::new(Mode::Udp, &args, dst)?;
+        if let Some(addr) = listen {
+            let bounds = forward::Bounds { peers: args.max_peers, idle: args.idle_timeout.unwrap_or(PEER_IDLE) };
+            return plan::run(Box::pin(forward::run(&plan, addr, bounds)));
+        }
+        let transfer = Transfer {
+            framing,
+            reads: !args.recv_only,
+            writes: !args.send_only,
+            answers: args.quit_after.or(args.timeout),
+            idle: args.idle_timeout,
+            count: args.count,
+        };
+        plan::run(Box::pin(run(&plan, (!args.zero_io).then_some(transfer))))
+    }
+}
+
+/// An association, and what its datagrams are for, as it is resolved by whoever is to resolve it.
+async fn associate(client: &Client) -> Result<(Association, Addr), Error> {
+    let dst = client.target().await?;
+    Ok((client.associate().await?, dst))
+}
+
+async fn run(plan: &Plan, transfer: Option<Transfer>) -> Result<(), Failure> {
+    let Attempt { client, tries, result } = plan.attempt(associate).await;
+    let mut report = Report::new(plan, &client, tries);
+    let result = match result {
+        Ok((association, dst)) => {
             if let Some(relay) = association.relay() {
-                note(self.verbose, &client, &format!("relays for {} at {relay}", client.dst()));
+                report.set_bnd(relay);
+                let target = plan.dst().map(|dst| format!(" for {dst}")).unwrap_or_default();
+                plan.note(&format!("relays{target} at {relay}"));
             }
-            let transfer = Transfer { client: &client, association: &association };
-            let send = async {
-                if self.raw {
-                    transfer.send_reads().await?
-                } else {
-                    transfer.send_lines().await?
+            match transfer {
+                Some(transfer) => transfer.run(plan, &association, &dst, &mut report).await,
+                None => Ok(()),
+            }
+        }
+        Err(failure) => Err(failure),
+    };
+    plan.conclude(report, result)
+}
+
+/// What is to be done with stdin and answers.
+struct Transfer {
+    framing: Framing,
+    reads: bool,
+    writes: bool,
+    /// How long answers are waited for behind the end of stdin.
+    answers: Option<Duration>,
+    idle: Option<Duration>,
+    /// After how many answers it is enough.
+    count: Option<u64>,
+}
+
+impl Transfer {
+    async fn run(self, plan: &Plan, association: &Association, dst: &Addr, report: &mut Report) -> Result<(), Failure> {
+        let sink = Sink::new(self.framing, self.writes).map_err(|error| failed(plan, Status::STDOUT, &error))?;
+        let flow = Flow {
+            plan,
+            association,
+            dst,
+            began: Instant::now(),
+            first_answer: Cell::default(),
+            last: Cell::new(Instant::now()),
+            answers: Cell::new(0),
+            count: self.count.unwrap_or(u64::MAX),
+            moved: Moved::default(),
+        };
+        let mut sink = sink;
+        let ended = flow.receive(&mut sink).or(self.send(&flow)).or(self.idle(&flow)).or(lost(plan, association)).await;
+        // Answers that are here already are written, whatever it was that ended.
+        let rest = match &ended {
+            // Who does not read does not keep it from ending when its time is over.
+            Err(failure) if failure.status == Status::TIMED_OUT => Ok(()),
+            _ => flow.receive_rest(&mut sink).await,
+        };
+        report.set_moved(&flow.moved);
+        report.set_ends(flow.first_answer.get(), None);
+        tell_losses(plan, association);
+        rest.and(ended)?;
+        match self.count {
+            Some(count) if flow.answers.get() < count => {
+                let answers = flow.answers.get();
+                Err(plan.failed(Status::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends all of stdin, and waits for the answers.
+    async fn send(&self, flow: &Flow<'_>) -> Result<(), Failure> {
+        if !self.reads {
+            // Then there is no end of stdin that answers could be waited for behind.
+            return match self.answers {
+                Some(time) => {
+                    sleep(time).await;
+                    Ok(())
                 }
-                Timer::after(self.wait).await;
-                Ok(())
+                None => pending().await,
             };
-            let lost = async {
-                let Lost(proxy) = association.lost().await;
-                let what = format!("proxy {proxy}: transfer, for {}: the proxy ended the association", client.dst());
-                Err(Failure::new(Status::Receive, what))
-            };
-            let mut stdout = Stdout::new(self.raw).map_err(|error| transfer.failed(Status::Stdout, &error))?;
-            let ended = transfer.receive(&mut stdout).or(send).or(lost).await;
-            // Answers that are here already are written, whatever it was that ended.
-            transfer.receive_rest(&mut stdout).await?;
-            ended
-        })
+        }
+        let stdin = |error: io::Error| failed(flow.plan, Status::STDIN, &error);
+        let mut source = Source::new(self.framing).map_err(stdin)?;
+        while let Some(data) = source.next().await.map_err(stdin)? {
+            flow.send(&data).await?;
+        }
+        sleep(self.answers.unwrap_or(ANSWERS)).await;
+        Ok(())
+    }
+
+    async fn idle(&self, flow: &Flow<'_>) -> Result<(), Failure> {
+        let Some(idle) = self.idle else { return pending().await };
+        silence(&flow.last, idle).await;
+        Err(flow.plan.failed(Status::TIMED_OUT, &format!("idle for {idle:?}")))
     }
 }
 
-/// Where answers go. Written on a thread of its own, so that who does not read holds up nothing else.
-struct Stdout {
-    file: Unblock<File>,
-    raw: bool,
-    /// What is still to be written; kept here, since writing may be given up in the middle and taken up again.
-    rest: VecDeque<u8>,
-}
-
-impl Stdout {
-    fn new(raw: bool) -> io::Result<Self> {
-        let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-        Ok(Self { file: Unblock::with_capacity(MAX_UDP6, file), raw, rest: VecDeque::new() })
-    }
-
-    fn push(&mut self, answer: &[u8]) {
-        self.rest.extend(answer);
-        if !self.raw {
-            self.rest.push_back(b'\n');
+/// Datagrams may be lost, but not without a word where we know of it.
+fn tell_losses(plan: &Plan, association: &Association) {
+    let losses = association.losses();
+    for (n, what) in [
+        (losses.cut, "cut: fragments are missing"),
+        (losses.strange, "dropped: not of the protocol, or not from the relay"),
+        (losses.overflown, "dropped: they came faster than they were read"),
+    ] {
+        if n > 0 {
+            plan.tell(&format!("s5: {}", plan.failed(Status::OTHER, &format!("answers {what} ({n})"))));
         }
     }
+}
 
-    async fn flush(&mut self) -> io::Result<()> {
-        while !self.rest.is_empty() {
-            match self.file.write(self.rest.as_slices().0).await {
-                Ok(n @ 1..) => drop(self.rest.drain(..n)),
-                // Only flushing tells why.
-                Ok(0) | Err(_) => break,
-            }
-        }
-        self.file.flush().await?;
-        if self.rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+/// Returns when nothing has moved for so long.
+async fn silence(last: &Cell<Instant>, idle: Duration) {
+    while last.get().elapsed() < idle {
+        sleep_until(last.get() + idle).await;
     }
 }
 
-struct Transfer<'a> {
-    client: &'a Client,
+/// Returns when a proxy has ended the association, which is a failure.
+async fn lost(plan: &Plan, association: &Association) -> Result<(), Failure> {
+    let Lost(proxy) = association.lost().await;
+    let target = plan.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
+    let what = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
+    Err(Failure::new(Status::RECEIVE, what))
+}
+
+fn failed(plan: &Plan, status: Status, error: &io::Error) -> Failure {
+    let what = match status {
+        Status::STDIN => "reading stdin",
+        Status::STDOUT => "writing to stdout",
+        Status::SEND => "sending",
+        _ => "receiving",
+    };
+    plan.failed(status, &format!("{what}: {error}"))
+}
+
+/// Datagrams on their way.
+struct Flow<'a> {
+    plan: &'a Plan,
     association: &'a Association,
+    dst: &'a Addr,
+    began: Instant,
+    first_answer: Cell<Option<Duration>>,
+    /// When one moved last.
+    last: Cell<Instant>,
+    answers: Cell<u64>,
+    count: u64,
+    moved: Moved,
 }
 
-impl Transfer<'_> {
-    /// Sends each line of stdin, to its end.
-    async fn send_lines(&self) -> Result<(), Failure> {
-        let mut stdin = BufReader::new(Unblock::with_capacity(MAX_UDP6, self.stdin()?));
-        let mut line = Vec::new();
-        loop {
-            line.clear();
-            // Room for one octet too many, so that a line that does not fit is refused, and for its end.
-            let read = (&mut stdin).take(MAX_UDP6 as u64 + 2).read_until(b'\n', &mut line).await;
-            if read.map_err(|error| self.failed(Status::Stdin, &error))? == 0 {
-                return Ok(());
-            }
-            self.send(line.strip_suffix(b"\n").unwrap_or(&line)).await?;
-        }
-    }
-
-    /// Sends what each read of stdin gives, to its end.
-    async fn send_reads(&self) -> Result<(), Failure> {
-        let stdin = Arc::new(self.stdin()?);
-        loop {
-            let stdin = stdin.clone();
-            let read = smol::unblock(move || {
-                let mut data = vec![0; MAX_UDP6];
-                let n = (&*stdin).read(&mut data)?;
-                data.truncate(n);
-                io::Result::Ok(data)
-            });
-            let data = read.await.map_err(|error| self.failed(Status::Stdin, &error))?;
-            if data.is_empty() {
-                return Ok(());
-            }
-            self.send(&data).await?;
-        }
-    }
-
-    fn stdin(&self) -> Result<File, Failure> {
-        let stdin = io::stdin().as_fd().try_clone_to_owned();
-        stdin.map(File::from).map_err(|error| self.failed(Status::Stdin, &error))
-    }
-
+impl Flow<'_> {
     async fn send(&self, data: &[u8]) -> Result<(), Failure> {
-        let sent = self.association.send(self.client.dst(), data).await;
+        let sent = self.association.send(self.dst, data).await;
+        self.last.set(Instant::now());
+        self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
         // Stdin may always have more; answers must get their turn.
-        smol::future::yield_now().await;
-        sent.map_err(|error| self.failed(Status::Send, &error))
+        yield_now().await;
+        sent.map_err(|error| failed(self.plan, Status::SEND, &error))
     }
 
-    /// Writes answers as they come, without end.
-    async fn receive(&self, stdout: &mut Stdout) -> Result<(), Failure> {
-        loop {
+    /// Writes answers as they come, until there are enough.
+    async fn receive(&self, sink: &mut Sink) -> Result<(), Failure> {
+        while self.answers.get() < self.count {
             let received = self.association.recv().await;
-            let (_, answer) = received.map_err(|error| self.failed(Status::Receive, &error))?;
-            stdout.push(&answer);
-            self.receive_rest(stdout).await?;
+            let (_, answer) = received.map_err(|error| failed(self.plan, Status::RECEIVE, &error))?;
+            self.take(&answer, sink);
+            self.receive_rest(sink).await?;
             // Answers without end must not keep the others from their turn.
-            smol::future::yield_now().await;
+            yield_now().await;
         }
+        Ok(())
     }
 
     /// Writes what is here already, all at once: writing takes a while, and a socket holds only a few hundred answers.
-    async fn receive_rest(&self, stdout: &mut Stdout) -> Result<(), Failure> {
+    async fn receive_rest(&self, sink: &mut Sink) -> Result<(), Failure> {
         for _ in 0..MAX_BATCH {
+            if self.answers.get() >= self.count {
+                break;
+            }
             let Ok(Some((_, answer))) = self.association.try_recv() else { break };
-            stdout.push(&answer);
+            self.take(&answer, sink);
         }
-        self.flush(stdout).await
-    }
-
-    async fn flush(&self, stdout: &mut Stdout) -> Result<(), Failure> {
-        stdout.flush().await.map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Failure::new(Status::BrokenPipe, ""),
-            _ => self.failed(Status::Stdout, &error),
+        sink.flush().await.map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::new(Status::BROKEN_PIPE, ""),
+            _ => failed(self.plan, Status::STDOUT, &error),
         })
     }
 
-    fn failed(&self, status: Status, error: &io::Error) -> Failure {
-        let what = match status {
-            Status::Stdin => "reading stdin",
-            Status::Stdout => "writing to stdout",
-            Status::Send => "sending",
-            _ => "receiving",
-        };
-        let (proxy, target) = (self.client.last_proxy(), self.client.dst());
-        Failure::new(status, format!("proxy {proxy}: transfer, for {target}: {what}: {error}"))
+    fn take(&self, answer: &[u8], sink: &mut Sink) {
+        self.answers.set(self.answers.get() + 1);
+        self.last.set(Instant::now());
+        self.first_answer.set(self.first_answer.get().or(Some(self.began.elapsed())));
+        self.moved.down.fetch_add(answer.len() as u64, Ordering::Relaxed);
+        sink.push(answer);
     }
 }

@@ -4,11 +4,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -19,10 +18,9 @@ use std::time::{Duration, Instant};
 use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use slab::Slab;
 
-use super::{Interest, Io, Way};
+use super::{Interest, Way};
 
 /// How many events are taken from the kernel at once.
 const EVENTS: usize = 256;
@@ -61,6 +59,14 @@ impl Drop for Entered {
 }
 
 pub(super) fn run<F: Future>(future: F) -> io::Result<F::Output> {
+    let mut output = None;
+    run_unit(pin!(async { output = Some(future.await) }))?;
+    // It has been set when that returns.
+    output.ok_or_else(|| io::ErrorKind::Other.into())
+}
+
+/// One loop for all kinds of futures, which would each have a copy of it.
+fn run_unit(mut future: Pin<&mut dyn Future<Output = ()>>) -> io::Result<()> {
     let reactor = Rc::new(Reactor::new()?);
     let alert = Arc::new(Alert::new()?);
     let events = epoll::EventFlags::IN | epoll::EventFlags::ET;
@@ -68,12 +74,11 @@ pub(super) fn run<F: Future>(future: F) -> io::Result<F::Output> {
     let _entered = Entered::new(reactor.clone());
     let waker = Waker::from(alert.clone());
     let mut cx = Context::from_waker(&waker);
-    let mut future = pin!(future);
     let mut batch = Batch { events: Vec::with_capacity(EVENTS), wakers: Vec::new() };
     loop {
         alert.rests();
-        if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
-            return Ok(output);
+        if future.as_mut().poll(&mut cx).is_ready() {
+            return Ok(());
         }
         reactor.turn(&alert, &mut batch)?;
     }
@@ -446,22 +451,4 @@ impl<T> Source<T> {
             change(slot);
         }
     }
-}
-
-/// As [`Io::connect`] says; registered once it is on its way, since before that it would look like a broken one.
-pub(super) async fn connect(addr: SocketAddr) -> io::Result<Io<TcpStream>> {
-    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    match rustix::net::connect(&socket, &addr) {
-        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let io = Io::new(TcpStream::from(socket))?;
-    io.ready(Way::Write).await?;
-    // A connection that failed has an error, which shows as a mark.
-    if poll_fn(|cx| Poll::Ready(io.poll_mark(cx))).await.is_ready() {
-        sockopt::socket_error(&io)??;
-    }
-    Ok(io)
 }

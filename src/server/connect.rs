@@ -11,7 +11,7 @@ use super::session::{Refusal, Session};
 use super::{Hop, Server};
 use crate::client::Client;
 use crate::conn::{Conn, until};
-use crate::dial::{Failure, dial};
+use crate::dial::{Failure, Source, dial};
 use crate::policy::is_unicast;
 use crate::policy::rules::{Question, Route, Verdict};
 use crate::proto::{Addr, Command, Rep};
@@ -36,7 +36,8 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
     let reached = async {
         match targets {
             Targets::Here(addrs) => {
-                let target = dial(addrs, deadline).await.map_err(|failure| Refusal::failure(failure, dst))?;
+                let target =
+                    dial(addrs, Source::default(), deadline).await.map_err(|failure| Refusal::failure(failure, dst))?;
                 let bnd = target.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
                 Ok((Conn::Tcp(target), bnd.into()))
             }

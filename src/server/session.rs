@@ -67,7 +67,7 @@ impl Refusal {
 /// The one table from failures to REP.
 fn rep(failure: Failure, dst_is_name: bool) -> Rep {
     match failure {
-        Failure::Local | Failure::Resolver => Rep::GENERAL_FAILURE,
+        Failure::Local | Failure::Source | Failure::Resolver => Rep::GENERAL_FAILURE,
         Failure::Denied => Rep::NOT_ALLOWED,
         Failure::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
         Failure::HostUnreachable | Failure::NotFound => Rep::HOST_UNREACHABLE,

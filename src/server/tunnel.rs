@@ -10,7 +10,7 @@ use super::pace::{Pace, Paced};
 use super::record::Record;
 use crate::conn::{Conn, Loose};
 use crate::reactor::sleep;
-use crate::relay::{Broken, End, Limits, Stream as _, relay};
+use crate::relay::{Broken, End, Limits, Stream, relay};
 
 /// How long a client whose target has closed and takes no more may take for the last of what it was sent.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -39,8 +39,9 @@ impl Tunnel {
     pub(super) async fn relay_at(&mut self, pace: &Pace, server: &Server) -> Result<End, Broken> {
         let Self { client, target, record } = self;
         let (record, limits) = (&*record, Limits { until_bulk: false, ..server.relay_limits });
-        let client = &mut Paced::new(client, pace);
-        relay(client, target, &limits, &record.moved, |_, target| may_go_on(server, record, target)).await
+        let mut client = Paced::new(client, pace);
+        let mut client: &mut dyn Stream = &mut client;
+        relay(&mut client, target, &limits, &record.moved, |_, target| may_go_on(server, record, target)).await
     }
 
     /// The tunnel for another thread; or as it was, when there are no descriptors for that.

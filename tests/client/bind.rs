@@ -93,17 +93,18 @@ fn a_wait_that_the_server_ends_has_the_status_of_its_rep() {
     let output = run(s5().args(["bind", "-x", &proxy]), b"", SOON);
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(106), 0), "{said}");
-    let line = format!("s5: proxy {proxy}: waiting for the peer, for 0.0.0.0:0: TTL expired (REP 6)");
+    let line = format!("s5: proxy {proxy}: waiting for the peer: TTL expired (REP 6)");
     assert_eq!(said.lines().last(), Some(line.as_str()), "{said}");
 }
 
 #[test]
-fn the_wait_for_the_handshake_does_not_bound_the_wait_for_the_peer() {
+fn the_wait_bounds_the_wait_for_the_peer() {
     let server = Server::start(&[]);
-    let (mut client, at) = bound(&["-w", "500ms", "-x", &server.addr().to_string()]);
-    std::thread::sleep(std::time::Duration::from_millis(600));
-    assert!(client.is_running());
-    converse(client, TcpStream::connect(at).expect("it listens"));
+    let (mut client, _) = bound(&["-w", "500ms", "-x", &server.addr().to_string(), "192.0.2.1"]);
+    let (status, _, said) = client.end(SOON);
+    let reason = "waiting for the peer, for 192.0.2.1:0: timed out after 500ms";
+    assert_eq!(status.code(), Some(28), "{said}");
+    assert_eq!(said.lines().last(), Some(&*format!("s5: proxy {}: {reason}", server.addr())));
 }
 
 #[test]

@@ -226,31 +226,6 @@ fn bnd_may_have_any_atyp() {
 }
 
 #[test]
-fn data_in_the_segment_of_the_reply_is_data() {
-    for bnd in ["192.0.2.9:1", "[2001:db8::9]:1"] {
-        hello(answer(&[&success(bnd.parse().expect("an address"))[..], b"hello"].concat()));
-    }
-    hello(answer(b"\x05\x00\x00\x03\x04name\x00\x01hello"));
-    hello(answer(b"\x05\x00\x00\x03\x00\x00\x01hello"));
-}
-
-#[test]
-fn answers_may_come_octet_by_octet() {
-    let name = b"\x05\x00\x00\x03\x04name\x00\x01hello";
-    let proxy = Scripted::start(vec![
-        Greeting,
-        Step::Drip(PASSWORD.to_vec()),
-        Login,
-        Step::Drip(WELCOME.to_vec()),
-        Request,
-        Step::Drip(name.to_vec()),
-    ]);
-    let url = format!("alice:secret@{}", proxy.addr);
-    let output = run(s5().args(["connect", "-x", &url, "target.example:80"]), b"", SOON);
-    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
-}
-
-#[test]
 fn verbose_says_who_and_where_on_stderr_alone() {
     let said = hello(answer(SUCCESS).into_iter().chain([say(b"hello")]).collect());
     assert_eq!(said.lines().count(), 1, "{said}");

@@ -13,10 +13,33 @@ use std::time::{Duration, Instant};
 /// How long anything may take that should happen at once.
 pub const SOON: Duration = Duration::from_secs(10);
 
-/// The built program.
+/// What the clients read of the environment, and the tests of a client may set.
+const VARIABLES: [&str; 19] = [
+    "S5_PROXY",
+    "all_proxy",
+    "ALL_PROXY",
+    "SOCKS5_SERVER",
+    "SOCKS_SERVER",
+    "no_proxy",
+    "NO_PROXY",
+    "S5_PROXY_AUTH",
+    "NCAT_PROXY_AUTH",
+    "SOCKS5_USER",
+    "SOCKS5_PASSWORD",
+    "SOCKS5_PASSWD",
+    "SOCKS_USERNAME",
+    "SOCKS_PASSWORD",
+    "SSH_ASKPASS",
+    "SSH_ASKPASS_REQUIRE",
+    "DISPLAY",
+    "WAYLAND_DISPLAY",
+    "CI",
+];
+
+/// The built program, in an environment that says nothing of proxies.
 pub fn s5() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_s5"));
-    for variable in ["S5_PROXY", "all_proxy", "ALL_PROXY"] {
+    for variable in VARIABLES {
         command.env_remove(variable);
     }
     command

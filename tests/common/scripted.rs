@@ -230,6 +230,10 @@ impl Running {
         text(&self.stderr.wait("stderr", |octets| done(&text(octets))))
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("it can be waited for").is_none()
     }

@@ -17,15 +17,15 @@ const SSHD: &str = "/usr/sbin/sshd";
 const PROTOCOL: i32 = 97;
 
 /// An ssh server with keys of its own that lets in the current user.
-struct Sshd {
-    addr: SocketAddr,
+pub(crate) struct Sshd {
+    pub(crate) addr: SocketAddr,
     folder: tempfile::TempDir,
     /// One a connection, as inetd would start them.
     children: Arc<Mutex<Vec<Process>>>,
 }
 
 impl Sshd {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let folder = folder();
         let path = |name: &str| folder.path().join(name).display().to_string();
         for key in ["host_key", "user_key"] {
@@ -62,7 +62,7 @@ impl Sshd {
     }
 
     /// A configuration file for ssh, with these lines before the rest.
-    fn client_config(&self, lines: &str) -> String {
+    pub(crate) fn client_config(&self, lines: &str) -> String {
         let path = |name: &str| self.folder.path().join(name).display().to_string();
         let mut config = format!("{lines}\n");
         let _ = writeln!(config, "IdentityFile {}\nUserKnownHostsFile {}", path("user_key"), path("known_hosts"));
@@ -74,7 +74,7 @@ impl Sshd {
     }
 
     /// `ssh` to it, with these lines of configuration.
-    fn ssh(&self, lines: &str) -> Command {
+    pub(crate) fn ssh(&self, lines: &str) -> Command {
         let mut command = Command::new("ssh");
         command.args(["-T", "-F", &self.client_config(lines), "-p", &self.addr.port().to_string(), "127.0.0.1"]);
         command
@@ -102,12 +102,12 @@ fn sshd() -> Command {
 }
 
 /// `ProxyCommand` with `s5 connect`.
-fn s5_as_proxy_command(options: &str) -> String {
+pub(crate) fn s5_as_proxy_command(options: &str) -> String {
     format!("ProxyCommand '{}' connect {options} %h %p", env!("CARGO_BIN_EXE_s5"))
 }
 
 /// Without the settings of the user and the machine.
-fn git(folder: &Path) -> Command {
+pub(crate) fn git(folder: &Path) -> Command {
     let mut command = Command::new("git");
     command.current_dir(folder).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_SSH", "GIT_SSH_COMMAND"] {
@@ -117,7 +117,7 @@ fn git(folder: &Path) -> Command {
 }
 
 /// A repository with one commit of a file of this content.
-fn repository(folder: &Path, content: &[u8]) -> PathBuf {
+pub(crate) fn repository(folder: &Path, content: &[u8]) -> PathBuf {
     let path = folder.join("origin");
     std::fs::create_dir(&path).expect("a folder");
     std::fs::write(path.join("file"), content).expect("a file");

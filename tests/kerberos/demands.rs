@@ -1,5 +1,8 @@
 //! What a client demands, it is not talked out of; and many at once who go through a hop wait for their turn.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Stdio};
 use std::thread;
 
 use crate::common::{Server, echo_server, open, read_exact, run, s5};
@@ -28,6 +31,18 @@ fn whoever_wants_protection_offers_nothing_else() {
     for one in [&["--gssapi-host", "localhost"][..], &["--gssapi-service", "rcmd/localhost"]] {
         assert_says(&ask(&realm, &chain, &[one, &[&target]].concat()), 2, &["chain"]);
     }
+}
+
+#[test]
+fn a_protected_tunnel_is_not_handed_on_without_its_protection() {
+    let Some(realm) = realm() else { return };
+    let (server, target) = (serve(&realm, &[]), echo_server().to_string());
+    let (stdout, _ours) = UnixStream::pair().expect("a pair");
+    let mut command = s5();
+    command.args(["connect", "-F", "--auth", "gssapi", "-x", &url(&server), &target]);
+    let command = realm.env(command.stdout(OwnedFd::from(stdout)).stderr(Stdio::piped()));
+    let output = command.spawn().and_then(Child::wait_with_output).expect("s5 runs");
+    assert_says(&output, 1, &["passing the socket", "GSSAPI"]);
 }
 
 #[test]

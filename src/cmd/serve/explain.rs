@@ -56,12 +56,12 @@ pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> 
         Err(_) => "",
     };
     print(&explained.text)?;
-    if explained_so_far? { Ok(()) } else { Err(Failure::new(Status::Other, "")) }
+    if explained_so_far? { Ok(()) } else { Err(Failure::new(Status::OTHER, "")) }
 }
 
 fn print(text: &str) -> Result<(), Failure> {
     let written = std::io::stdout().write_all(text.as_bytes());
-    written.map_err(|error| Failure::new(Status::Stdout, format!("writing to stdout: {error}")))
+    written.map_err(|error| Failure::new(Status::STDOUT, format!("writing to stdout: {error}")))
 }
 
 /// A question as it was put.

@@ -54,7 +54,7 @@ fn replace(file: &Path, text: &str) -> Result<(), Failure> {
 
 /// Twice from the terminal, without echo; or the first line of a stdin that is none.
 fn ask_password(name: &str) -> Result<String, Failure> {
-    let failed = |error: io::Error| Failure::new(Status::Other, format!("no password for {name:?}: {error}"));
+    let failed = |error: io::Error| Failure::new(Status::OTHER, format!("no password for {name:?}: {error}"));
     if !io::stdin().is_terminal() {
         let mut line = String::new();
         let mut stdin = io::Read::take(io::stdin().lock(), 4096);
@@ -66,6 +66,6 @@ fn ask_password(name: &str) -> Result<String, Failure> {
     if first == again {
         Ok(first)
     } else {
-        Err(Failure::new(Status::Other, "the two passwords differ; nothing changed"))
+        Err(Failure::new(Status::OTHER, "the two passwords differ; nothing changed"))
     }
 }

@@ -1,0 +1,170 @@
+//! Who we are to each proxy: what the command line, a file and the environment know, in this order; and who is asked
+//! when they know a name without its password.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Read};
+use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStringExt as _;
+use std::process::{Command, Stdio};
+
+use super::proxies::variable;
+use super::{Args, descriptor};
+use crate::client::{Proxy, credentials};
+use crate::cmd::Failure;
+use crate::cmd::status::{Status, say};
+use crate::proto::{Credentials, MAX_FIELD, Method};
+
+/// How many octets of a password file are read.
+const MAX_FILE: u64 = 1 << 20;
+
+/// A user name, and the password that belongs to it.
+struct Login {
+    uname: Vec<u8>,
+    passwd: Vec<u8>,
+}
+
+/// Gives credentials to all hops that have none of their own, where there are some.
+///
+/// A hop whose URL has a user name gets the password of that user; one that has none gets the first that is known.
+pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), Failure> {
+    let mut known = Vec::new();
+    let mut user = None;
+    match args.proxy_user.as_deref().map(|user| (user, login(user.as_bytes()))) {
+        Some(("", _)) => return Err(Failure::usage("--proxy-user: no name")),
+        Some((_, Some(login))) => {
+            if !args.quiet {
+                say("s5: --proxy-user: others may have seen the password; use --proxy-auth-file or S5_PROXY_AUTH");
+            }
+            known.push(login);
+        }
+        Some((name, None)) => user = Some(name.as_bytes().to_vec()),
+        None => {}
+    }
+    if let Some(file) = &args.proxy_auth_file {
+        // Somebody may have taken it for the password itself.
+        let shown = if file.contains(':') && descriptor::number(file).is_none() { "…" } else { file };
+        known.extend(from_file(file).map_err(|error| Failure::usage(format!("--proxy-auth-file {shown}: {error}")))?);
+    }
+    // The line of stdin or of a descriptor is taken in any case: whoever reads on must not find it there.
+    if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {
+        return Ok(());
+    }
+    known.extend(from_environment()?);
+    for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
+        let uname = hop.uname.as_ref().or(user.as_ref());
+        let login = known.iter().find(|login| uname.is_none_or(|uname| *uname == login.uname));
+        hop.credentials = match (login, uname) {
+            (Some(Login { uname, passwd }), _) => Some(made(hop, uname, passwd)?),
+            (None, Some(uname)) => Some(made(hop, uname, &asked(hop, uname, args)?)?),
+            (None, None) => None,
+        };
+    }
+    Ok(())
+}
+
+fn made(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, Failure> {
+    credentials(uname, passwd).map_err(|error| Failure::usage(format!("proxy {hop}: {error}")))
+}
+
+/// The lines of a file; the first line of stdin or of a descriptor, of which what follows may be for others.
+fn from_file(name: &str) -> io::Result<Vec<Login>> {
+    let mut text = Vec::new();
+    match (name, descriptor::number(name)) {
+        ("-", _) => first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
+        (_, Some(number)) => first_line(descriptor::take(number)?, &mut text)?,
+        (path, None) => drop(File::open(path)?.take(MAX_FILE).read_to_end(&mut text)?),
+    }
+    let lines = text.split(|octet| *octet == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    let mut logins = Vec::new();
+    for (i, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
+        let no_pair = || io::Error::new(io::ErrorKind::InvalidData, format!("line {} is not user:password", i + 1));
+        logins.push(login(line).ok_or_else(no_pair)?);
+    }
+    if logins.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "there is no user:password in it"));
+    }
+    Ok(logins)
+}
+
+/// Reads to the end of the line, and not an octet more.
+fn first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
+    let mut octet = [0];
+    while line.len() <= 2 * MAX_FIELD + 2 && file.read(&mut octet)? == 1 && octet != *b"\n" {
+        line.extend(octet);
+    }
+    Ok(())
+}
+
+fn from_environment() -> Result<Vec<Login>, Failure> {
+    // Octets as they are, which need be no text.
+    let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
+    let mut known = Vec::new();
+    for name in ["S5_PROXY_AUTH", "NCAT_PROXY_AUTH"] {
+        if let Some(pair) = variable(name) {
+            known.push(login(&pair).ok_or_else(|| Failure::usage(format!("{name}: it is not user:password")))?);
+        }
+    }
+    for (user, passwords) in
+        [("SOCKS5_USER", &["SOCKS5_PASSWORD", "SOCKS5_PASSWD"][..]), ("SOCKS_USERNAME", &["SOCKS_PASSWORD"])]
+    {
+        let passwd = passwords.iter().copied().find_map(variable);
+        known.extend(variable(user).zip(passwd).map(|(uname, passwd)| Login { uname, passwd }));
+    }
+    Ok(known)
+}
+
+/// `user:password`.
+fn login(pair: &[u8]) -> Option<Login> {
+    let colon = pair.iter().position(|octet| *octet == b':')?;
+    let (uname, passwd) = pair.split_at(colon);
+    Some(Login { uname: uname.into(), passwd: passwd.get(1..)?.into() })
+}
+
+/// Asks for a password: a program that was named for that, or whoever sits at the terminal. Nobody, where nobody is.
+fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Failure> {
+    let prompt = format!("Password of {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
+    let is_attended = variable("CI").is_none_or(|ci| ci == "false");
+    if is_attended {
+        if let Some(program) = askpass() {
+            return from_program(&program, &prompt)
+                .map_err(|error| Failure::new(Status::LOGIN, format!("proxy {hop}: login: {program}: {error}")));
+        }
+        let uses_stdin = !(args.zero_io || args.recv_only || args.pass_fd)
+            && args.listen.is_none()
+            && args.exec.is_none()
+            && args.sh_exec.is_none();
+        let is_payload = uses_stdin && io::stdin().is_terminal();
+        if !is_payload && let Ok(passwd) = rpassword::prompt_password(&prompt) {
+            return Ok(passwd.into_bytes());
+        }
+    }
+    let why = format!(
+        "proxy {hop}: login: there is no password for {}; use --proxy-auth-file or S5_PROXY_AUTH",
+        String::from_utf8_lossy(uname).escape_debug()
+    );
+    Err(Failure::new(Status::LOGIN, why))
+}
+
+/// The program that asks for passwords, where it is to be used as ssh(1) has it.
+fn askpass() -> Option<String> {
+    let program = variable("SSH_ASKPASS")?;
+    let is_wanted = match variable("SSH_ASKPASS_REQUIRE").as_deref() {
+        Some("never") => false,
+        Some("force" | "prefer") => true,
+        _ => variable("DISPLAY").or(variable("WAYLAND_DISPLAY")).is_some(),
+    };
+    is_wanted.then_some(program)
+}
+
+fn from_program(program: &str, prompt: &str) -> io::Result<Vec<u8>> {
+    let output = Command::new(program).arg(prompt).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    if !output.status.success() {
+        return Err(io::Error::other(output.status.to_string()));
+    }
+    match output.stdout.split(|octet| *octet == b'\n').next().unwrap_or_default() {
+        b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "no password")),
+        line => Ok(line.strip_suffix(b"\r").unwrap_or(line).to_vec()),
+    }
+}

@@ -1,0 +1,26 @@
+//! Descriptors that the shell has opened for us, as in `fd:3`.
+
+use std::io;
+
+use filedescriptor::FileDescriptor;
+
+/// The number behind `fd:`; `None` for the name of a file.
+pub(in crate::cmd) fn number(text: &str) -> Option<&str> {
+    text.strip_prefix("fd:")
+}
+
+/// Takes descriptor `number` over: under its own number it is closed, so that its other end sees when we are done.
+///
+/// # Errors
+/// It is not open, or one of the standard three.
+pub(in crate::cmd) fn take(number: &str) -> io::Result<FileDescriptor> {
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
+    let n: i32 = number.parse().map_err(|_| invalid("not the number of a descriptor"))?;
+    if n < 3 {
+        return Err(invalid("0, 1 and 2 are stdin, stdout and stderr"));
+    }
+    let taken = FileDescriptor::dup(&n).map_err(|_| io::Error::last_os_error())?;
+    #[cfg(target_os = "linux")]
+    nix::unistd::close(n)?;
+    Ok(taken)
+}

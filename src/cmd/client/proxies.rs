@@ -1,0 +1,115 @@
+//! Which proxies to go through: what the command line says, else the environment, else the default; or none.
+
+use std::env;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::Args;
+use crate::client::{Proxy, parse_hops};
+use crate::cmd::Failure;
+use crate::proto::{Addr, Host};
+
+/// The variables that may name a proxy, the first one that does so counts.
+const VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
+/// The variables that may name targets to be reached directly.
+const EXCEPTIONS: [&str; 2] = ["no_proxy", "NO_PROXY"];
+/// The proxy when nothing names one.
+const DEFAULT: &str = "127.0.0.1:1080";
+
+/// The proxies on the way to `dst`, nearest first; none when it is to be reached directly.
+pub(super) fn hops(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, Failure> {
+    match (args.direct, args.proxy.as_slice()) {
+        (true, []) => return Ok(Vec::new()),
+        (true, _) => return Err(Failure::usage("--direct and --proxy: one or the other")),
+        (false, [none]) if none.is_empty() => return Ok(Vec::new()),
+        (false, []) => {}
+        (false, urls) => {
+            return parse_hops(&urls.join(",")).map_err(|error| Failure::usage(format!("--proxy: {error}")));
+        }
+    }
+    let Some((name, text)) = VARIABLES.into_iter().find_map(|name| Some((name, variable(name)?))) else {
+        return parse_hops(DEFAULT).map_err(Failure::usage);
+    };
+    let exceptions = EXCEPTIONS.into_iter().find_map(variable).unwrap_or_default();
+    if dst.is_some_and(|dst| is_exception(&exceptions, dst)) {
+        return Ok(Vec::new());
+    }
+    parse_hops(&text).map_err(|error| Failure::usage(format!("{name}: {error}; or give the proxy with -x")))
+}
+
+/// A variable that is there and not empty.
+pub(super) fn variable(name: &str) -> Option<String> {
+    env::var_os(name).filter(|text| !text.is_empty()).map(|text| text.to_string_lossy().into_owned())
+}
+
+/// Whether a list as of NO_PROXY names the target: `*`, a name and all below it, an address, CIDR; each with or without
+/// a port.
+fn is_exception(list: &str, dst: &Addr) -> bool {
+    list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| names(entry, dst))
+}
+
+fn names(entry: &str, dst: &Addr) -> bool {
+    if entry == "*" {
+        return true;
+    }
+    let (entry, port) = match entry.rsplit_once(':') {
+        // Several colons and no brackets: an IPv6 address alone.
+        Some((host, _)) if host.contains(':') && !host.ends_with(']') => (entry, None),
+        Some((host, port)) => (host, Some(port)),
+        None => (entry, None),
+    };
+    if port.is_some_and(|port| port.parse() != Ok(dst.port)) {
+        return false;
+    }
+    let entry = entry.trim_start_matches('[').trim_end_matches(']');
+    match &dst.host {
+        Host::Ip(ip) => {
+            let ip = ip.to_canonical();
+            entry.parse::<IpAddr>().is_ok_and(|entry| entry.to_canonical() == ip)
+                || entry.parse::<IpNet>().is_ok_and(|net| net.contains(&ip))
+        }
+        Host::Name(name) => {
+            let name = name.as_str().trim_end_matches('.').to_ascii_lowercase();
+            let entry = entry.trim_start_matches("*.").trim_matches('.').to_ascii_lowercase();
+            !entry.is_empty() && (name == entry || name.strip_suffix(&entry).is_some_and(|rest| rest.ends_with('.')))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::parse_addr;
+
+    #[test]
+    fn a_target_is_an_exception_when_the_list_names_it() {
+        let table = [
+            ("*", "example.org:80", true),
+            ("example.org", "example.org:80", true),
+            ("example.org", "www.Example.ORG.:80", true),
+            (".example.org", "www.example.org:80", true),
+            (".example.org", "example.org:80", true),
+            ("*.example.org", "www.example.org:80", true),
+            ("example.org", "notexample.org:80", false),
+            ("other.test, example.org", "example.org:80", true),
+            ("example.org:80", "example.org:80", true),
+            ("example.org:81", "example.org:80", false),
+            ("10.0.0.0/8", "10.1.2.3:80", true),
+            ("10.0.0.0/8", "11.1.2.3:80", false),
+            ("10.1.2.3", "10.1.2.3:80", true),
+            ("10.1.2.3", "[::ffff:10.1.2.3]:80", true),
+            ("::1", "[::1]:80", true),
+            ("[::1]", "[::1]:80", true),
+            ("[::1]:81", "[::1]:80", false),
+            ("2001:db8::/32", "[2001:db8::7]:80", true),
+            ("", "example.org:80", false),
+            (".", "example.org:80", false),
+            ("10.0.0.0/8", "ten.test:80", false),
+        ];
+        for (list, target, expected) in table {
+            let dst = parse_addr(target, None).expect("a target");
+            assert_eq!(is_exception(list, &dst), expected, "{list} {target}");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! What happened, as one JSON object (RFC 8259). Written by hand: it is flat, and the numbers that a library would write
+//! in it cost more than all else here.
+
+use std::fmt::Write as _;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::plan::Plan;
+use crate::client::{Client, Phase};
+use crate::cmd::{Failure, Status};
+use crate::proto::Addr;
+use crate::relay::Moved;
+
+/// What is known of a client's way and tunnel, in the words of RFC 1928. `null` is what never came about.
+#[derive(Debug, Default)]
+pub(in crate::cmd) struct Report {
+    /// The last proxy.
+    proxy: Option<String>,
+    /// All of them, nearest first.
+    hops: Vec<String>,
+    target: Option<String>,
+    /// What the last proxy that was greeted selected.
+    method: Option<String>,
+    /// What was heard last.
+    rep: Option<u8>,
+    bnd: Option<String>,
+    /// BIND: who came.
+    peer: Option<String>,
+    tries: u32,
+    ms: Phases,
+    /// Octets to the target.
+    up: u64,
+    /// Octets from it.
+    down: u64,
+    /// Which side ended first: `local` or `remote`.
+    ended_first: Option<&'static str>,
+    status: u8,
+    error: Option<String>,
+}
+
+/// How long each phase took, in the try that counted.
+#[derive(Debug, Default)]
+struct Phases {
+    resolve: Duration,
+    tcp: Duration,
+    method: Duration,
+    login: Duration,
+    reply: Duration,
+    /// BIND: from the first reply to the second.
+    accept: Duration,
+    /// From the end of all that to the first octet from the target.
+    first_byte: Option<Duration>,
+}
+
+impl Report {
+    /// The way that a client has come.
+    pub(in crate::cmd) fn new(plan: &Plan, client: &Client, tries: u32) -> Self {
+        let times = client.times();
+        Self {
+            proxy: plan.hops().last(),
+            hops: plan.hops().collect(),
+            target: plan.dst().map(ToString::to_string),
+            method: client.method().map(|method| method.to_string()),
+            rep: client.rep().map(|rep| rep.0),
+            bnd: None,
+            peer: None,
+            tries,
+            ms: Phases {
+                resolve: times.of(Phase::Resolve) + times.of(Phase::Target),
+                tcp: times.of(Phase::Connect),
+                method: times.of(Phase::Greeting),
+                login: times.of(Phase::Login),
+                reply: times.of(Phase::Request),
+                accept: times.of(Phase::Accept),
+                first_byte: None,
+            },
+            up: 0,
+            down: 0,
+            ended_first: None,
+            status: 0,
+            error: None,
+        }
+    }
+
+    pub(in crate::cmd) fn set_bnd(&mut self, bnd: &Addr) {
+        self.bnd = Some(bnd.to_string());
+    }
+
+    /// BIND's second reply.
+    pub(in crate::cmd) fn set_peer(&mut self, client: &Client, peer: Option<&Addr>) {
+        self.peer = peer.map(ToString::to_string);
+        self.rep = client.rep().map(|rep| rep.0);
+        self.ms.accept = client.times().of(Phase::Accept);
+    }
+
+    /// What went through.
+    pub(in crate::cmd) fn set_moved(&mut self, moved: &Moved) {
+        self.up = moved.up.load(Ordering::Relaxed);
+        self.down = moved.down.load(Ordering::Relaxed);
+    }
+
+    pub(in crate::cmd) fn set_ends(&mut self, first_byte: Option<Duration>, ended_first: Option<&'static str>) {
+        self.ms.first_byte = first_byte;
+        self.ended_first = ended_first;
+    }
+
+    /// The object, in one line.
+    pub(in crate::cmd) fn json(mut self, result: &Result<(), Failure>) -> String {
+        if let Err(failure) = result {
+            self.status = failure.status.code();
+            self.error = Some(failure.to_string()).filter(|message| !message.is_empty());
+        } else {
+            self.status = Status::DONE.code();
+        }
+        self.text()
+    }
+
+    fn text(&self) -> String {
+        let Phases { resolve, tcp, method, login, reply, accept, first_byte } = &self.ms;
+        let phases = [
+            ("resolve", millis(*resolve)),
+            ("tcp", millis(*tcp)),
+            ("method", millis(*method)),
+            ("login", millis(*login)),
+            ("reply", millis(*reply)),
+            ("accept", millis(*accept)),
+            ("first_byte", or_null(first_byte.map(millis))),
+        ];
+        let hops: Vec<String> = self.hops.iter().map(|hop| quoted(hop)).collect();
+        let text = |text: &Option<String>| or_null(text.as_deref().map(quoted));
+        object(&[
+            ("proxy", text(&self.proxy)),
+            ("hops", format!("[{}]", hops.join(","))),
+            ("target", text(&self.target)),
+            ("method", text(&self.method)),
+            ("rep", or_null(self.rep)),
+            ("bnd", text(&self.bnd)),
+            ("peer", text(&self.peer)),
+            ("tries", self.tries.to_string()),
+            ("ms", object(&phases)),
+            ("up", self.up.to_string()),
+            ("down", self.down.to_string()),
+            ("ended_first", or_null(self.ended_first.map(quoted))),
+            ("status", self.status.to_string()),
+            ("error", text(&self.error)),
+        ])
+    }
+}
+
+/// An object of values that are JSON already.
+fn object(members: &[(&str, String)]) -> String {
+    let members: Vec<String> = members.iter().map(|(name, value)| format!("{}:{value}", quoted(name))).collect();
+    format!("{{{}}}", members.join(","))
+}
+
+fn or_null(value: Option<impl ToString>) -> String {
+    value.map_or("null".into(), |value| value.to_string())
+}
+
+fn millis(time: Duration) -> String {
+    format!("{}.{:03}", time.as_millis(), time.subsec_micros() % 1000)
+}
+
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c < ' ' => drop(write!(out, "\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out + "\""
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_string_may_not_have_is_escaped() {
+        assert_eq!(quoted("a\"b\\c\nd\x1be"), r#""a\"b\\c\u000ad\u001be""#);
+        assert_eq!(millis(Duration::from_micros(12_034_056)), "12034.056");
+    }
+}

@@ -1,0 +1,344 @@
+//! What becomes of a tunnel that is established: nothing, a socket for somebody else, the stdin and stdout of a program,
+//! or our own.
+
+use std::cell::{Cell, RefCell};
+use std::future::{pending, poll_fn};
+use std::io::{self, IoSlice, IsTerminal as _};
+use std::os::fd::AsFd as _;
+use std::pin::Pin;
+use std::process::Child;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant};
+
+use futures_lite::{AsyncRead, AsyncWrite, FutureExt as _};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::Args;
+use super::child::{self, Program};
+use super::pipe::Pipe;
+use super::plan::Plan;
+use super::report::Report;
+use crate::cmd::Failure;
+use crate::cmd::progress;
+use crate::cmd::status::Status;
+use crate::conn::{Conn, until};
+use crate::proto::Addr;
+use crate::reactor::{Way, sleep};
+use crate::relay::{BareOp, Broken, End, Limits, Moved, Place, Stream, relay};
+
+/// How long stdin may be silent when the network side has ended: what it has ready is still sent, but it is not
+/// waited for, since the peer has most likely left.
+const LINGER: Duration = Duration::from_millis(250);
+/// How long who only sends gives the other side to take it all.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What a tunnel is for.
+#[derive(Debug)]
+pub(in crate::cmd) struct Use {
+    only_establish: bool,
+    pass_fd: bool,
+    program: Option<Program>,
+    reads: bool,
+    writes: bool,
+    crlf: bool,
+    shuts_down: bool,
+    quit_after: Option<Duration>,
+    idle: Option<Duration>,
+    progress: bool,
+}
+
+impl Use {
+    /// What the options say.
+    pub(in crate::cmd) fn of(args: &Args) -> Result<Self, Failure> {
+        if args.timeout.is_some_and(|time| time.is_zero()) {
+            return Err(Failure::usage("-w: 0 is no time at all"));
+        }
+        let program = Program::of(args)?;
+        let uses = [
+            (args.zero_io, "-z"),
+            (args.pass_fd, "-F"),
+            (program.is_some(), "-e and -c"),
+            (args.listen.is_some(), "-l"),
+            (args.recv_only, "-d"),
+            (args.send_only, "--send-only"),
+        ];
+        let named: Vec<&str> = uses.iter().filter(|(is_used, _)| *is_used).map(|(_, name)| *name).collect();
+        if let [one, other, ..] = named.as_slice() {
+            return Err(Failure::usage(format!("{one} and {other}: one or the other")));
+        }
+        let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
+        if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
+            let what = "-C, -q, --no-shutdown and --progress";
+            return Err(Failure::usage(format!("{what} are of no use with {}", named.concat())));
+        }
+        if args.pass_fd {
+            let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
+            if !is_socket {
+                return Err(Failure::usage("-F: stdout is no socket; it is for ssh's ProxyUseFdpass"));
+            }
+        }
+        Ok(Self {
+            only_establish: args.zero_io,
+            pass_fd: args.pass_fd,
+            program,
+            reads: !args.recv_only,
+            writes: !args.send_only,
+            crlf: args.crlf,
+            shuts_down: !args.no_shutdown,
+            quit_after: args.quit_after.or(args.send_only.then_some(FAREWELL)),
+            idle: args.idle_timeout,
+            progress: args.progress && io::stderr().is_terminal(),
+        })
+    }
+
+    /// Puts the tunnel to its use, to the end.
+    pub(in crate::cmd) async fn run(
+        &self,
+        plan: &Plan,
+        tunnel: Conn,
+        bnd: &Addr,
+        report: &mut Report,
+    ) -> Result<(), Failure> {
+        if self.only_establish {
+            return Ok(());
+        }
+        if self.pass_fd {
+            return pass(&tunnel).map_err(|error| plan.failed(Status::OTHER, &format!("passing the socket: {error}")));
+        }
+        let (child, pipe) = match &self.program {
+            Some(program) => {
+                let variables = [
+                    ("S5_TARGET", plan.dst().map(ToString::to_string)),
+                    ("S5_BND", Some(bnd.to_string())),
+                    ("S5_PROXY_ADDR", plan.hops().last()),
+                ];
+                let variables = variables.map(|(name, value)| (name, value.unwrap_or_default()));
+                let (child, pipe) = program.start(&variables, self.crlf)?;
+                (Some(child), pipe)
+            }
+            None => {
+                let pipe = Pipe::standard(self.reads, self.writes, self.crlf);
+                (None, pipe.map_err(|error| plan.failed(Status::OTHER, &format!("stdin and stdout: {error}")))?)
+            }
+        };
+        self.relay(plan, pipe, child, tunnel, report).await
+    }
+
+    async fn relay(
+        &self,
+        plan: &Plan,
+        mut pipe: Pipe,
+        child: Option<Child>,
+        tunnel: Conn,
+        report: &mut Report,
+    ) -> Result<(), Failure> {
+        let linger = if pipe.reads() { LINGER } else { Duration::ZERO };
+        let limits = Limits { idle: self.idle, linger: child.is_none().then_some(linger), ..Limits::default() };
+        let moved = Moved::default();
+        let mut watched = Watched::new(tunnel, self.shuts_down);
+        let seen = watched.seen.clone();
+        let mut exit = child.map(|child| Box::pin(child::end(child)));
+        let mut exited = None;
+        let has_quit = Cell::new(false);
+        let ended = {
+            let quit = async {
+                seen.up_has_ended().await;
+                match (self.quit_after, &mut exit) {
+                    (Some(time), _) => {
+                        sleep(time).await;
+                        has_quit.set(true);
+                    }
+                    // A program that has said all and is gone hears nothing any more.
+                    (None, Some(exit)) => exited = Some(exit.await),
+                    (None, None) => pending().await,
+                }
+                Ok(End::Over)
+            };
+            let show = progress::show(self.progress, &moved);
+            let (mut near, mut far): (&mut dyn Stream, &mut dyn Stream) = (&mut pipe, &mut watched);
+            relay(&mut near, &mut far, &limits, &moved, |_, _| true).or(quit).or(show).await
+        };
+        if ended.is_ok() {
+            // Who was left before the end is left in peace.
+            let _ = watched.stream.end_with_reset(false);
+        }
+        let is_cut = has_quit.get() || matches!(ended, Err(Broken::Idle));
+        let flushed = match is_cut {
+            // Who does not read does not keep it from ending when its time is over.
+            true => until(Instant::now() + LINGER, pipe.flush()).await.unwrap_or(Ok(())),
+            false => pipe.flush().await,
+        };
+        drop((pipe, watched));
+        report.set_moved(&moved);
+        report.set_ends(seen.first_byte.get(), seen.ended_first.get());
+        end(plan, self.idle, ended, flushed)?;
+        if let (None, Some(exit)) = (&exited, exit.filter(|_| !has_quit.get())) {
+            exited = Some(exit.await);
+        }
+        match exited {
+            Some(Ok(Status::DONE)) | None => Ok(()),
+            Some(Ok(status)) => Err(Failure::new(status, "")),
+            Some(Err(error)) => Err(plan.failed(Status::OTHER, &format!("waiting for the program: {error}"))),
+        }
+    }
+}
+
+/// What a relay's end is to the user.
+pub(super) fn end(
+    plan: &Plan,
+    idle: Option<Duration>,
+    ended: Result<End, Broken>,
+    flushed: io::Result<()>,
+) -> Result<(), Failure> {
+    let ended = match (ended, flushed) {
+        (Ok(_) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
+            Err(Broken::Io(Place::WriteClient, error))
+        }
+        (ended, _) => ended,
+    };
+    let failed = |status, what: &str, error: &io::Error| Err(plan.failed(status, &format!("{what}: {error}")));
+    match ended {
+        // Nobody cuts it here.
+        Ok(_) | Err(Broken::Cut) => Ok(()),
+        Err(Broken::Idle) => {
+            let idle = idle.unwrap_or_default();
+            Err(plan.failed(Status::TIMED_OUT, &format!("idle for {idle:?}")))
+        }
+        Err(Broken::Io(Place::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Status::BROKEN_PIPE, ""))
+        }
+        Err(Broken::Io(Place::WriteClient, error)) => failed(Status::STDOUT, "writing to stdout", &error),
+        Err(Broken::Io(Place::ReadClient, error)) => failed(Status::STDIN, "reading stdin", &error),
+        Err(Broken::Io(Place::WriteDst, error) | Broken::Unsent(error)) => failed(Status::SEND, "sending", &error),
+        Err(Broken::Io(Place::ReadDst, error)) => failed(Status::RECEIVE, "receiving", &error),
+    }
+}
+
+/// Sends the socket itself over stdout, with an octet to carry it (SCM_RIGHTS, unix(7)).
+fn pass(tunnel: &Conn) -> io::Result<()> {
+    if tunnel.protection().is_some() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "it is protected by GSSAPI, which does not go along"));
+    }
+    // Whoever gets it shares the flag.
+    rustix::io::ioctl_fionbio(tunnel, false)?;
+    let sockets = [tunnel.as_fd()];
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&sockets)) {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    rustix::net::sendmsg(io::stdout(), &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// A tunnel's far side, and what is seen of how the relay goes.
+pub(super) struct Watched {
+    stream: Conn,
+    /// Whether the end of `up` is passed on.
+    shuts_down: bool,
+    pub(super) seen: std::rc::Rc<Seen>,
+}
+
+/// What is seen of a relay.
+pub(super) struct Seen {
+    began: Instant,
+    /// When the first octet came from the far side.
+    pub(super) first_byte: Cell<Option<Duration>>,
+    pub(super) ended_first: Cell<Option<&'static str>>,
+    up_ended: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Seen {
+    /// Returns when all of `up` is sent, its end included.
+    async fn up_has_ended(&self) {
+        poll_fn(|cx| match self.up_ended.get() {
+            true => Poll::Ready(()),
+            false => {
+                *self.waker.borrow_mut() = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
+    fn end(&self, side: &'static str) {
+        self.ended_first.set(self.ended_first.get().or(Some(side)));
+    }
+
+    fn read(&self, n: usize) {
+        if n == 0 {
+            self.end("remote");
+        } else if self.first_byte.get().is_none() {
+            self.first_byte.set(Some(self.began.elapsed()));
+        }
+    }
+}
+
+impl Watched {
+    pub(super) fn new(stream: Conn, shuts_down: bool) -> Self {
+        let seen = Seen {
+            began: Instant::now(),
+            first_byte: Cell::default(),
+            ended_first: Cell::default(),
+            up_ended: Cell::default(),
+            waker: RefCell::default(),
+        };
+        Self { stream, shuts_down, seen: seen.into() }
+    }
+}
+
+impl Stream for Watched {
+    fn abort(&self) {
+        self.stream.abort();
+    }
+
+    fn has_unsent(&self) -> bool {
+        self.stream.has_unsent()
+    }
+
+    fn is_reset(&self) -> bool {
+        self.stream.is_reset()
+    }
+
+    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+        let polled = self.stream.poll_bare(cx, way, op);
+        if let (Way::Read, Some(Poll::Ready(Ok(n)))) = (way, &polled) {
+            self.seen.read(*n);
+        }
+        polled
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        let n = ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.seen.read(n);
+        Poll::Ready(Ok(n))
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let shuts_down = self.shuts_down;
+        ready!(if shuts_down {
+            Pin::new(&mut self.stream).poll_close(cx)
+        } else {
+            Pin::new(&mut self.stream).poll_flush(cx)
+        })?;
+        self.seen.end("local");
+        self.seen.up_ended.set(true);
+        if let Some(waker) = self.seen.waker.borrow_mut().take() {
+            waker.wake();
+        }
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,131 @@
+//! What `--completions` prints: for each shell the modes, the options of each, and files behind what takes a value.
+//!
+//! Not by a generator that others keep: those for argh complete no files, trip over hosts that are called like a mode, and
+//! call what fish 3 does not have.
+
+use std::fmt::Write as _;
+use std::str::FromStr;
+
+use argh::{ArgsInfo as _, CommandInfoWithArgs, FlagInfo};
+
+use super::Args;
+use super::help::value;
+
+/// A shell that completes command lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shell {
+    /// GNU bash.
+    Bash,
+    /// The Z shell.
+    Zsh,
+    /// The friendly interactive shell.
+    Fish,
+}
+
+impl FromStr for Shell {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "bash" => Ok(Self::Bash),
+            "zsh" => Ok(Self::Zsh),
+            "fish" => Ok(Self::Fish),
+            _ => Err(format!("{text:?} is none of bash, zsh and fish")),
+        }
+    }
+}
+
+impl Shell {
+    /// The script that completes the command lines of s5.
+    pub(super) fn script(self) -> String {
+        let program = Args::get_args_info();
+        match self {
+            Self::Bash => bash(&program),
+            Self::Zsh => zsh(&program),
+            Self::Fish => fish(&program),
+        }
+    }
+}
+
+/// The names of an option, the short one first.
+fn names(flag: &FlagInfo<'_>) -> impl Iterator<Item = String> {
+    flag.short.map(|short| format!("-{short}")).into_iter().chain([flag.long.to_owned()])
+}
+
+fn words(command: &CommandInfoWithArgs) -> String {
+    command.flags.iter().flat_map(names).collect::<Vec<_>>().join(" ")
+}
+
+/// In single quotes, for any of the shells.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+fn bash(program: &CommandInfoWithArgs) -> String {
+    let modes: Vec<&str> = program.commands.iter().map(|mode| mode.name).collect();
+    let mut out = format!(
+        "_s5() {{\n    local cur=\"${{COMP_WORDS[COMP_CWORD]}}\" words=\n    COMPREPLY=()\n    \
+         if [[ $COMP_CWORD -eq 1 ]]; then\n        words={}\n    elif [[ $cur == -* ]]; then\n        \
+         case \"${{COMP_WORDS[1]}}\" in\n",
+        quoted(&format!("{} {}", modes.join(" "), words(program)))
+    );
+    for mode in &program.commands {
+        let _ = writeln!(out, "            {}) words={} ;;", mode.name, quoted(&words(&mode.command)));
+    }
+    out + "        esac\n    fi\n    \
+           if [[ -n $words ]]; then\n        COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n    fi\n    return 0\n}\n\
+           complete -o bashdefault -o default -F _s5 s5\n"
+}
+
+fn zsh(program: &CommandInfoWithArgs) -> String {
+    let plain = |text: &str| text.replace('[', "(").replace(']', ")").replace(':', "\\:");
+    let spec = |flag: &FlagInfo<'_>, name: &str| {
+        let action = value(flag).map(|value| format!(":{}:_files", plain(value))).unwrap_or_default();
+        quoted(&format!("*{name}[{}]{action}", plain(flag.description)))
+    };
+    let mut out =
+        "#compdef s5\n\n_s5() {\n    local -a modes specs\n    if (( CURRENT == 2 )); then\n        modes=(\n"
+            .to_owned();
+    for mode in &program.commands {
+        let text = format!("{}:{}", mode.name, plain(mode.command.description));
+        let _ = writeln!(out, "            {}", quoted(&text));
+    }
+    for flag in program.flags {
+        let _ = writeln!(out, "            {}", quoted(&format!("{}:{}", flag.long, plain(flag.description))));
+    }
+    out += "        )\n        _describe mode modes\n        return\n    fi\n    case $words[2] in\n";
+    for mode in &program.commands {
+        let _ = writeln!(out, "        {}) specs=(", mode.name);
+        for flag in mode.command.flags {
+            for name in names(flag) {
+                let _ = writeln!(out, "            {}", spec(flag, &name));
+            }
+        }
+        out += "        ) ;;\n";
+    }
+    out + "    esac\n    shift words\n    (( CURRENT-- ))\n    _arguments -s -S $specs '*: :_files'\n}\n\n\
+           if [[ $funcstack[1] == _s5 ]]; then\n    _s5 \"$@\"\nelse\n    compdef _s5 s5\nfi\n"
+}
+
+fn fish(program: &CommandInfoWithArgs) -> String {
+    // A quote stands behind a backslash there, and not between quotes.
+    let quoted = |text: &str| format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"));
+    let mut out = String::new();
+    let mut options = |condition: &str, flags: &[FlagInfo<'_>]| {
+        for flag in flags {
+            let short = flag.short.map(|short| format!(" -s {short}")).unwrap_or_default();
+            let needs = if value(flag).is_some() { " -r" } else { "" };
+            let (long, what) = (flag.long.trim_start_matches('-'), quoted(flag.description));
+            let _ = writeln!(out, "complete -c s5 -n '{condition}'{short} -l {long}{needs} -d {what}");
+        }
+    };
+    options("__fish_use_subcommand", program.flags);
+    for mode in &program.commands {
+        options(&format!("__fish_seen_subcommand_from {}", mode.name), mode.command.flags);
+    }
+    for mode in &program.commands {
+        let what = quoted(mode.command.description);
+        let _ = writeln!(out, "complete -c s5 -n __fish_use_subcommand -f -a {} -d {what}", mode.name);
+    }
+    out
+}

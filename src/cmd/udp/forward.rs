@@ -1,0 +1,196 @@
+//! `s5 udp -l`: a local port that leads through the proxy; each local peer has an association of its own, as long as it
+//! is used.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use futures_lite::FutureExt as _;
+use smol::LocalExecutor;
+use smol::channel::{Receiver, Sender, bounded};
+
+use super::{associate, failed, lost, silence, tell_losses};
+use crate::client::Association;
+use crate::cmd::Failure;
+use crate::cmd::client::forward::{Task, run_with, unbound};
+use crate::cmd::client::plan::{Attempt, Plan};
+use crate::cmd::client::report::Report;
+use crate::cmd::status::Status;
+use crate::proto::{Addr, Host};
+use crate::reactor::{Io, Way, sleep, yield_now};
+use crate::relay::Moved;
+
+/// How many datagrams of a peer wait for its association; more are dropped.
+const MAX_QUEUE: usize = 64;
+/// And of those with more octets than this, that many.
+const SMALL: usize = 2048;
+const MAX_LARGE: usize = 4;
+/// How long a peer that got no association waits for the next attempt.
+const AGAIN: Duration = Duration::from_secs(1);
+/// More than any UDP datagram has, in octets.
+const MAX_DATAGRAM: usize = 65_536;
+
+/// How many peers, and how long they may be silent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    pub(super) peers: usize,
+    pub(super) idle: Duration,
+}
+
+/// Those that have an association or are getting one, by their address: where their datagrams go.
+type Peers = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
+
+/// Relays between a local port and the target, without end.
+pub(super) async fn run(plan: &Plan, addr: SocketAddr, bounds: Bounds) -> Result<(), Failure> {
+    let bound = UdpSocket::bind(addr).and_then(|socket| {
+        socket.set_nonblocking(true)?;
+        let addr = socket.local_addr()?;
+        Ok((Io::new(socket)?, addr))
+    });
+    let (socket, addr) = bound.map_err(|error| unbound(addr, &error))?;
+    plan.tell(&format!("listening on {addr}"));
+    let peers = Peers::default();
+    let executor = LocalExecutor::new();
+    let mut is_told = false;
+    let take_all = async {
+        let mut buffer = vec![0; MAX_DATAGRAM];
+        loop {
+            let (n, peer) =
+                receive(&socket, &mut buffer).await.map_err(|error| failed(plan, Status::RECEIVE, &error))?;
+            let data = buffer.get(..n).unwrap_or_default().to_vec();
+            let queue = peers.borrow().get(&peer).cloned();
+            let queue = match queue {
+                Some(queue) => queue,
+                None if peers.borrow().len() >= bounds.peers => {
+                    if !is_told {
+                        plan.tell(&format!("s5: {peer} is one peer too many; see --max-peers"));
+                    }
+                    is_told = true;
+                    continue;
+                }
+                None => {
+                    let (queue, datagrams) = bounded(MAX_QUEUE);
+                    peers.borrow_mut().insert(peer, queue.clone());
+                    let association = serve(plan, &socket, &peers, peer, datagrams, bounds.idle);
+                    executor.spawn(Box::pin(association) as Task<'_>).detach();
+                    queue
+                }
+            };
+            // UDP may lose what comes too fast.
+            if data.len() <= SMALL || queue.len() < MAX_LARGE {
+                let _ = queue.try_send(data);
+            }
+            yield_now().await;
+        }
+    };
+    run_with(&executor, Box::pin(take_all)).await
+}
+
+/// Skips what ICMP says about an earlier answer.
+async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.with(Way::Read, |socket| socket.recv_from(buffer)).await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            received => return received,
+        }
+    }
+}
+
+/// One peer, from its first datagram until it has been silent for long enough.
+async fn serve(
+    plan: &Plan,
+    socket: &Io<UdpSocket>,
+    peers: &Peers,
+    peer: SocketAddr,
+    datagrams: Receiver<Vec<u8>>,
+    idle: Duration,
+) {
+    let Attempt { client, tries, result } = plan.attempt(associate).await;
+    let mut report = Report::new(plan, &client, tries);
+    let is_associated = result.is_ok();
+    let result = match result {
+        Ok((association, dst)) => {
+            if let Some(relay) = association.relay() {
+                report.set_bnd(relay);
+                plan.note(&format!("relays between {peer} and {dst} at {relay}"));
+            }
+            let flow = Flow {
+                plan,
+                socket,
+                peer,
+                association: &association,
+                dst: &dst,
+                began: Instant::now(),
+                first_answer: Cell::default(),
+                last: Cell::new(Instant::now()),
+                moved: Moved::default(),
+            };
+            let idle = async {
+                silence(&flow.last, idle).await;
+                Ok(())
+            };
+            let ended = flow.send(&datagrams).or(flow.receive()).or(idle).or(lost(plan, &association)).await;
+            report.set_moved(&flow.moved);
+            report.set_ends(flow.first_answer.get(), None);
+            tell_losses(plan, &association);
+            ended
+        }
+        Err(failure) => Err(failure),
+    };
+    plan.tell_failure(plan.conclude(report, result));
+    if !is_associated {
+        // A peer that goes on sending does not make an attempt, and a line, of each datagram.
+        sleep(AGAIN).await;
+    }
+    peers.borrow_mut().remove(&peer);
+}
+
+struct Flow<'a> {
+    plan: &'a Plan,
+    socket: &'a Io<UdpSocket>,
+    peer: SocketAddr,
+    association: &'a Association,
+    dst: &'a Addr,
+    began: Instant,
+    first_answer: Cell<Option<Duration>>,
+    /// When a datagram moved last.
+    last: Cell<Instant>,
+    moved: Moved,
+}
+
+impl Flow<'_> {
+    async fn send(&self, datagrams: &Receiver<Vec<u8>>) -> Result<(), Failure> {
+        while let Ok(data) = datagrams.recv().await {
+            self.last.set(Instant::now());
+            self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
+            // What is too large for one way or another is lost, as on any way.
+            if let Err(error) = self.association.send(self.dst, &data).await {
+                log::debug!("a datagram of {} was not sent: {error}", self.peer);
+            }
+        }
+        Ok(())
+    }
+
+    async fn receive(&self) -> Result<(), Failure> {
+        loop {
+            let received = self.association.recv().await;
+            let (from, data) = received.map_err(|error| failed(self.plan, Status::RECEIVE, &error))?;
+            // A target known by name has whatever address it has.
+            if matches!(self.dst.host, Host::Ip(_)) && from != *self.dst {
+                log::debug!("an answer from {from} is not one of {}", self.dst);
+                continue;
+            }
+            self.last.set(Instant::now());
+            self.first_answer.set(self.first_answer.get().or(Some(self.began.elapsed())));
+            self.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+            // Others wait for the socket as well; where there is no room, it is lost.
+            if let Err(error) = self.socket.try_with(Way::Write, |socket| socket.send_to(&data, self.peer)) {
+                log::debug!("an answer to {} was not sent: {error}", self.peer);
+            }
+            yield_now().await;
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Datagrams in a stream: lines, hexadecimal lines, behind a length, or just as they come.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_lite::io::BufReader;
+use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
+use smol::Unblock;
+
+use crate::cmd::Failure;
+use crate::cmd::client::Args;
+use crate::cmd::client::pipe::Patient;
+use crate::proto::MAX_UDP6;
+
+/// How many octets a line of hexadecimal digits may have: those of the largest datagram, with a blank between all.
+const MAX_HEX_LINE: usize = 3 * MAX_UDP6;
+
+/// How datagrams stand in stdin and in stdout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Framing {
+    /// Each line is one, without its end.
+    Lines,
+    /// Each read is one; what is written has no ends.
+    Raw,
+    /// Each line has the digits of one.
+    Hex,
+    /// Two octets, the higher one first, tell how long the next one is.
+    LengthPrefixed,
+}
+
+impl Framing {
+    pub(super) fn of(args: &Args) -> Result<Self, Failure> {
+        match (args.raw, args.hex, args.length_prefixed) {
+            (false, false, false) => Ok(Self::Lines),
+            (true, false, false) => Ok(Self::Raw),
+            (false, true, false) => Ok(Self::Hex),
+            (false, false, true) => Ok(Self::LengthPrefixed),
+            _ => Err(Failure::usage("--raw, --hex and --length-prefixed: one of them")),
+        }
+    }
+}
+
+/// stdin as datagrams.
+pub(super) enum Source {
+    /// One read at a time.
+    Reads(Arc<Mutex<Patient>>),
+    Stream(Framing, BufReader<Unblock<Patient>>),
+}
+
+impl Source {
+    pub(super) fn new(framing: Framing) -> io::Result<Self> {
+        let stdin = Patient(File::from(io::stdin().as_fd().try_clone_to_owned()?));
+        Ok(match framing {
+            Framing::Raw => Self::Reads(Arc::new(Mutex::new(stdin))),
+            _ => Self::Stream(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6, stdin))),
+        })
+    }
+
+    /// The next one; `None` at the end.
+    pub(super) async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        match self {
+            Self::Reads(stdin) => {
+                let stdin = stdin.clone();
+                let data = smol::unblock(move || {
+                    let mut data = vec![0; MAX_UDP6];
+                    let n = stdin.lock().unwrap_or_else(PoisonError::into_inner).read(&mut data)?;
+                    data.truncate(n);
+                    io::Result::Ok(data)
+                })
+                .await?;
+                Ok(Some(data).filter(|data| !data.is_empty()))
+            }
+            Self::Stream(Framing::LengthPrefixed, stdin) => prefixed(stdin).await,
+            Self::Stream(Framing::Hex, stdin) => match line(stdin, MAX_HEX_LINE).await? {
+                Some(digits) => octets(&digits).map(Some),
+                None => Ok(None),
+            },
+            Self::Stream(_, stdin) => line(stdin, MAX_UDP6).await,
+        }
+    }
+}
+
+/// A line without its end, and not much more than `most` octets of it.
+async fn line(stdin: &mut BufReader<Unblock<Patient>>, most: usize) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    // Room for one octet too many, so that a line that does not fit is refused, and for its end.
+    if stdin.take(most as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
+        return Ok(None);
+    }
+    if line.last() == Some(&b'\n') {
+        line.pop();
+    }
+    Ok(Some(line))
+}
+
+fn octets(digits: &[u8]) -> io::Result<Vec<u8>> {
+    let digits: Vec<u8> = digits.iter().copied().filter(|octet| !octet.is_ascii_whitespace()).collect();
+    hex::decode(digits).map_err(|error| invalid(format!("not hexadecimal: {error}")))
+}
+
+async fn prefixed(stdin: &mut BufReader<Unblock<Patient>>) -> io::Result<Option<Vec<u8>>> {
+    let mut length = [0; 2];
+    if stdin.read(&mut length[..1]).await? == 0 {
+        return Ok(None);
+    }
+    let mut rest = async || {
+        stdin.read_exact(&mut length[1..]).await?;
+        let mut data = vec![0; u16::from_be_bytes(length).into()];
+        stdin.read_exact(&mut data).await?;
+        Ok(Some(data))
+    };
+    rest().await.map_err(|error: io::Error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => invalid("it ends inside of a datagram".into()),
+        _ => error,
+    })
+}
+
+fn invalid(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// Where answers go. Written on a thread of its own, so that who does not read holds up nothing else.
+pub(super) struct Sink {
+    framing: Framing,
+    /// Without it, answers are thrown away.
+    file: Option<Unblock<Patient>>,
+    /// What is still to be written; kept here, since writing may be given up in the middle and taken up again.
+    rest: VecDeque<u8>,
+}
+
+impl Sink {
+    pub(super) fn new(framing: Framing, writes: bool) -> io::Result<Self> {
+        let file = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
+        let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6, Patient(File::from(fd))));
+        Ok(Self { framing, file, rest: VecDeque::new() })
+    }
+
+    pub(super) fn push(&mut self, answer: &[u8]) {
+        match self.framing {
+            _ if self.file.is_none() => {}
+            Framing::Raw => self.rest.extend(answer),
+            Framing::Lines => self.rest.extend(answer.iter().chain(b"\n")),
+            Framing::Hex => self.rest.extend(hex::encode(answer).as_bytes().iter().chain(b"\n")),
+            Framing::LengthPrefixed => {
+                // No datagram is longer.
+                let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+                self.rest.extend(length.to_be_bytes().iter().chain(answer.iter().take(length.into())));
+            }
+        }
+    }
+
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        while !self.rest.is_empty() {
+            match file.write(self.rest.as_slices().0).await {
+                Ok(n @ 1..) => drop(self.rest.drain(..n)),
+                // Only flushing tells why.
+                Ok(0) | Err(_) => break,
+            }
+        }
+        file.flush().await?;
+        if self.rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+}

@@ -1,0 +1,121 @@
+//! New connections: over TCP, from wherever is wanted, and to Unix sockets.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use rustix::io::Errno;
+#[cfg(target_os = "linux")]
+use rustix::net::SocketFlags;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
+use smol::Async;
+
+#[cfg(target_os = "linux")]
+use super::edge;
+use super::{Io, Way, sleep};
+
+/// How soon a Unix socket is tried again whose backlog is full.
+const BACKLOG: Duration = Duration::from_millis(10);
+
+impl Io<TcpStream> {
+    /// Connects a new socket to `addr`, from `from` where that is given.
+    ///
+    /// # Errors
+    /// Those of socket(2) and connect(2); of bind(2), when `from` can't be had.
+    pub async fn connect(addr: SocketAddr, from: Option<SocketAddr>) -> Result<Self, ConnectError> {
+        if from.is_none() && !has_own() {
+            let stream = async_net::TcpStream::connect(addr).await?;
+            return Ok(Arc::<Async<TcpStream>>::from(stream).into());
+        }
+        let socket = stream_socket(if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 })?;
+        if let Some(from) = from {
+            // A port that was in use a minute ago may be used again, for another connection.
+            let bound = sockopt::set_socket_reuseaddr(&socket, true).and_then(|()| rustix::net::bind(&socket, &from));
+            bound.map_err(|error| ConnectError::Source(error.into()))?;
+        }
+        match rustix::net::connect(&socket, &addr) {
+            Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
+            Err(error @ (Errno::ADDRNOTAVAIL | Errno::ADDRINUSE)) if from.is_some() => {
+                return Err(ConnectError::Source(error.into()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        // Registered once it is on its way, since before that it would look like a broken one.
+        let io = Self::new(TcpStream::from(socket))?;
+        io.ready(Way::Write).await?;
+        // A connection that failed has an error, which shows as a mark.
+        if poll_fn(|cx| Poll::Ready(io.poll_mark(cx))).await.is_ready() {
+            sockopt::socket_error(&io).and_then(|error| error)?;
+        }
+        Ok(io)
+    }
+}
+
+/// Why a socket could not be connected.
+#[derive(Debug)]
+pub enum ConnectError {
+    /// The address that it was to come from can't be had.
+    Source(io::Error),
+    /// Anything else.
+    Io(io::Error),
+}
+
+impl<E: Into<io::Error>> From<E> for ConnectError {
+    fn from(error: E) -> Self {
+        Self::Io(error.into())
+    }
+}
+
+impl Io<UnixStream> {
+    /// Connects a new socket to that of a server.
+    ///
+    /// # Errors
+    /// Those of socket(2) and connect(2). The caller sets the deadline.
+    pub async fn connect_unix(path: &Path) -> io::Result<Self> {
+        if !has_own() {
+            let stream = async_net::unix::UnixStream::connect(path).await?;
+            return Ok(Arc::<Async<UnixStream>>::from(stream).into());
+        }
+        let addr = SocketAddrUnix::new(path)?;
+        let socket = stream_socket(AddressFamily::UNIX)?;
+        loop {
+            match rustix::net::connect(&socket, &addr) {
+                Ok(()) | Err(Errno::ISCONN) => return Self::new(UnixStream::from(socket)),
+                // The backlog is full, and no event tells when it no longer is.
+                Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => sleep(BACKLOG).await,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Whether this thread has a reactor of its own.
+fn has_own() -> bool {
+    #[cfg(target_os = "linux")]
+    return edge::current().is_some();
+    #[cfg(not(target_os = "linux"))]
+    return false;
+}
+
+/// A new stream socket, non-blocking.
+fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    #[cfg(target_os = "linux")]
+    let socket = {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        rustix::net::socket_with(family, SocketType::STREAM, flags, None)?
+    };
+    #[cfg(not(target_os = "linux"))]
+    let socket = {
+        let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        socket
+    };
+    Ok(socket)
+}

@@ -1,0 +1,355 @@
+//! Where a client has it from which proxy there is, and who we are to it: options, files, variables. Who is asked for a
+//! password is in prompts.rs.
+
+use std::process::{Command, Output};
+
+use crate::common::{SOON, Server, closed_port, echo_server, folder, in_namespace, run, s5, write_file};
+use crate::scripted::{NO_AUTH, PASSWORD, SUCCESS, Scripted, Step, WELCOME, say, text, then};
+
+use Step::{Greeting, Login, Request};
+
+const TARGET: &str = "target.example:80";
+
+/// A proxy that takes any login, and sends back what comes through it.
+pub(crate) fn welcoming() -> Scripted {
+    let echo = then(|mut stream| {
+        let mut other = stream.try_clone().expect("a second handle");
+        let _ = std::io::copy(&mut stream, &mut other);
+    });
+    Scripted::start(vec![Greeting, say(PASSWORD), Login, say(WELCOME), Request, say(SUCCESS), echo])
+}
+
+/// The octets of a login.
+pub(crate) fn login(uname: &str, passwd: &[u8]) -> Vec<u8> {
+    let length = |octets: &[u8]| u8::try_from(octets.len()).expect("it fits");
+    [&[1, length(uname.as_bytes())], uname.as_bytes(), &[length(passwd)], passwd].concat()
+}
+
+/// Another program than ours in the environment that ours is tested in.
+pub(crate) fn as_s5(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let s5 = s5();
+    for (name, _) in s5.get_envs().filter(|(_, value)| value.is_none()) {
+        command.env_remove(name);
+    }
+    command.env("S5", s5.get_program());
+    command
+}
+
+/// The login that is made with these options and variables; `userinfo` stands before the proxy's address.
+fn sent(userinfo: &str, options: &[&str], variables: &[(&str, &str)]) -> Vec<u8> {
+    let proxy = welcoming();
+    let url = format!("{userinfo}{}", proxy.addr);
+    let mut command = s5();
+    command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
+    let output = run(&mut command, b"", SOON);
+    assert_eq!(output.status.code(), Some(0), "{userinfo} {options:?} {variables:?}: {}", text(&output.stderr));
+    proxy.messages().swap_remove(1)
+}
+
+/// That it ended with this status, and one line without the password.
+pub(crate) fn is_failure(output: &Output, status: i32, what: &str) {
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{said}");
+    assert!(said.starts_with("s5: ") && said.lines().count() == 1 && said.contains(what), "not about {what}: {said}");
+    assert!(!said.contains("topsecret"), "{said}");
+}
+
+#[test]
+fn every_place_that_names_a_proxy_gives_way_to_the_one_before_it() {
+    let names = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
+    let option = closed_port().to_string();
+    let places = names.map(|name| (name, closed_port().to_string()));
+    for first in 0..places.len() {
+        let variables = places[first..].iter().map(|(name, place)| (name, place));
+        let output = run(s5().args(["connect", TARGET]).envs(variables.clone()), b"", SOON);
+        is_failure(&output, 7, &format!("proxy {}: ", places[first].1));
+        let output = run(s5().args(["connect", "-x", &option, TARGET]).envs(variables), b"", SOON);
+        is_failure(&output, 7, &format!("proxy {option}: "));
+    }
+}
+
+#[test]
+fn no_proxy_is_used_where_an_option_says_so() {
+    let (dead, target) = (closed_port().to_string(), echo_server().to_string());
+    for option in [&["-x", ""][..], &["--proxy="], &["--direct"], &["--no-proxy"]] {
+        let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &dead), b"straight", SOON);
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "straight".into()), "{option:?}");
+    }
+}
+
+#[test]
+fn a_chain_is_a_list_or_a_repeated_option() {
+    let chains = ["-x ADDR,second.example:2,third.example:3", "-x ADDR,second.example:2 -x third.example:3"];
+    for chain in chains.into_iter().chain(["-x ADDR -x second.example:2 -x third.example:3"]) {
+        let hop = || [Greeting, say(NO_AUTH), Request, say(SUCCESS)];
+        let proxy = Scripted::start([hop(), hop(), hop()].into_iter().flatten().collect());
+        let chain = chain.replace("ADDR", &proxy.url());
+        let output = run(s5().args(["connect", "-z", TARGET]).args(chain.split(' ')), b"", SOON);
+        assert_eq!(output.status.code(), Some(0), "{chain}: {}", text(&output.stderr));
+        let asked: Vec<String> = proxy.messages().iter().map(|message| text(message)).collect();
+        for (request, host) in [(1, "second.example"), (3, "third.example"), (5, "target.example")] {
+            assert!(asked[request].contains(host), "{chain}: {asked:?}");
+        }
+    }
+}
+
+#[test]
+fn a_path_behind_localhost_is_a_unix_socket() {
+    let folder = folder();
+    let path = folder.path().join("s5.sock");
+    let _server = Server::start_with(s5().args(["serve", "--listen", &format!("unix:{}", path.display())]), 1);
+    let (url, target) = (format!("socks5h://localhost{}", path.display()), echo_server().to_string());
+    let from_option = run(s5().args(["connect", "-x", &url, &target]), b"by path", SOON);
+    let from_variable = run(s5().args(["connect", &target]).env("ALL_PROXY", &url), b"by path", SOON);
+    for output in [from_option, from_variable] {
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "by path".into()));
+    }
+}
+
+#[test]
+fn exceptions_are_reached_without_the_proxy_of_the_environment() {
+    let hosts = "127.0.0.1 localhost target.example www.target.example mytarget.example\n";
+    let test = "credentials::exceptions_are_reached_without_the_proxy_of_the_environment";
+    if !in_namespace(test, hosts, "") {
+        return;
+    }
+    let (dead, port) = (closed_port().to_string(), echo_server().port());
+    let status = |host: &str, options: &[&str], variables: &[(&str, &str)]| {
+        let mut command = s5();
+        command.args(["connect", "-z", host, &port.to_string()]).args(options).envs(variables.iter().copied());
+        run(&mut command, b"", SOON).status.code()
+    };
+    let table = [
+        ("target.example", "www.target.example", true),
+        (".target.example", "www.target.example", true),
+        ("target.example", "target.example", true),
+        ("target.example", "mytarget.example", false),
+        ("other.example, target.example", "target.example", true),
+        ("*", "target.example", true),
+        ("*", "127.0.0.1", true),
+        ("127.0.0.1", "127.0.0.1", true),
+        ("127.0.0.0/8", "127.0.0.1", true),
+        ("10.0.0.0/8", "127.0.0.1", false),
+        // A name is looked up by the proxy, so that its address is nobody's business here.
+        ("127.0.0.0/8", "target.example", false),
+        ("", "target.example", false),
+    ];
+    for (list, host, is_direct) in table {
+        let expected = Some(if is_direct { 0 } else { 7 });
+        for name in ["no_proxy", "NO_PROXY"] {
+            assert_eq!(status(host, &[], &[("ALL_PROXY", &dead), (name, list)]), expected, "{name}={list} {host}");
+        }
+        let both = [("ALL_PROXY", dead.as_str()), ("no_proxy", list), ("NO_PROXY", "other.example")];
+        assert_eq!(status(host, &[], &both), expected, "no_proxy={list} {host}");
+    }
+    let overruled = [("ALL_PROXY", dead.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
+    assert_eq!(status("target.example", &[], &overruled), Some(7));
+    let everything = [("S5_PROXY", dead.as_str()), ("no_proxy", "*"), ("NO_PROXY", "*")];
+    assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "-x says what to use");
+    assert_eq!(status("target.example", &[], &everything[1..]), Some(7), "the default is not of the environment");
+}
+
+#[test]
+fn every_source_of_a_login_gives_way_to_the_one_before_it() {
+    let folder = folder();
+    let file = write_file(folder.path(), "auth", "file:3\n");
+    type Source<'a> = (&'a str, &'a str, &'a [&'a str], &'a [(&'a str, &'a str)]);
+    let sources: [Source<'_>; 9] = [
+        ("url", "1", &[], &[]),
+        ("option", "2", &["-P", "option:2"], &[]),
+        ("file", "3", &["--proxy-auth-file", &file], &[]),
+        ("ours", "4", &[], &[("S5_PROXY_AUTH", "ours:4")]),
+        ("ncat", "5", &[], &[("NCAT_PROXY_AUTH", "ncat:5")]),
+        ("five", "6", &[], &[("SOCKS5_USER", "five"), ("SOCKS5_PASSWORD", "6")]),
+        ("five", "7", &[], &[("SOCKS5_USER", "five"), ("SOCKS5_PASSWD", "7")]),
+        ("any", "8", &[], &[("SOCKS_USERNAME", "any"), ("SOCKS_PASSWORD", "8")]),
+        // An empty variable says nothing.
+        ("any", "8", &[], &[("S5_PROXY_AUTH", ""), ("SOCKS_USERNAME", "any"), ("SOCKS_PASSWORD", "8")]),
+    ];
+    for (first, (uname, passwd, ..)) in sources.iter().enumerate() {
+        let options: Vec<&str> = sources[first..].iter().flat_map(|source| source.2).copied().collect();
+        // Of a name that comes twice, the last one counts.
+        let variables: Vec<_> = sources[first..].iter().rev().flat_map(|source| source.3).copied().collect();
+        let userinfo = if first == 0 { "url:1@" } else { "" };
+        assert_eq!(sent(userinfo, &options, &variables), login(uname, passwd.as_bytes()), "{options:?} {variables:?}");
+    }
+}
+
+#[test]
+fn a_user_gets_that_users_password_and_no_other() {
+    let folder = folder();
+    let file = write_file(folder.path(), "auth", "alice:hers\r\n\nbob:his\nalice:late\n");
+    let options = ["--proxy-auth-file", &file];
+    let variables = [
+        ("S5_PROXY_AUTH", "carol:third"),
+        ("NCAT_PROXY_AUTH", "bob:late"),
+        ("SOCKS5_USER", "dave"),
+        ("SOCKS5_PASSWD", "fourth"),
+        ("SOCKS_USERNAME", "erin"),
+        ("SOCKS_PASSWORD", "fifth"),
+        ("CI", "true"),
+    ];
+    let table = [
+        ("", "alice", "hers"),
+        ("alice@", "alice", "hers"),
+        ("bob@", "bob", "his"),
+        ("carol@", "carol", "third"),
+        ("dave@", "dave", "fourth"),
+        ("erin@", "erin", "fifth"),
+        ("b%6Fb@", "bob", "his"),
+    ];
+    for (userinfo, uname, passwd) in table {
+        assert_eq!(sent(userinfo, &options, &variables), login(uname, passwd.as_bytes()), "{userinfo}");
+        // The user of the option is for a URL that has none.
+        let with_user = [&options[..], &["-P", "bob"]].concat();
+        let (uname, passwd) = if userinfo.is_empty() { ("bob", "his") } else { (uname, passwd) };
+        assert_eq!(sent(userinfo, &with_user, &variables), login(uname, passwd.as_bytes()), "{userinfo} -P bob");
+    }
+    // Nobody listens there: whoever asks for nothing finds nothing.
+    let dead = closed_port().to_string();
+    let stranger = format!("mallory@{dead}");
+    for options in [&["-x", &stranger][..], &["-x", &dead, "-P", "mallory"], &["-x", &stranger, "-P", "alice"]] {
+        let args = ["connect", TARGET, "--proxy-auth-file", &file];
+        let output = run(s5().args(args).args(options).envs(variables), b"", SOON);
+        is_failure(&output, 67, &format!("proxy {dead}: login: there is no password for mallory; use "));
+    }
+}
+
+#[test]
+fn each_proxy_of_a_chain_gets_the_password_of_its_own_user() {
+    let hop = || [Greeting, say(PASSWORD), Login, say(WELCOME), Request, say(SUCCESS)];
+    let proxy = Scripted::start([hop(), hop(), hop()].into_iter().flatten().collect());
+    let folder = folder();
+    let file = write_file(folder.path(), "auth", "alice:hers\nbob:his\n");
+    let chain = format!("bob@{},carol:own@second.example,third.example", proxy.addr);
+    let output = run(s5().args(["connect", "-z", "-x", &chain, "--proxy-auth-file", &file, TARGET]), b"", SOON);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let messages = proxy.messages();
+    let logins = [login("bob", b"his"), login("carol", b"own"), login("alice", b"hers")];
+    assert_eq!([&messages[1], &messages[4], &messages[7]], logins.each_ref());
+}
+
+#[test]
+fn a_password_is_raw_everywhere_but_in_a_url() {
+    let folder = folder();
+    let file = write_file(folder.path(), "auth", "alice:p:a@b%41, /\n");
+    let pair = "alice:p:a@b%41, /";
+    let expected = login("alice", b"p:a@b%41, /");
+    assert_eq!(sent("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[]), expected);
+    assert_eq!(sent("", &["--proxy-auth-file", &file], &[]), expected);
+    assert_eq!(sent("", &["-P", pair], &[]), expected);
+    assert_eq!(sent("", &[], &[("S5_PROXY_AUTH", pair)]), expected);
+    assert_eq!(sent("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
+    // Octets that are no text.
+    let file = folder.path().join("octets");
+    std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("a file");
+    let file = file.to_str().expect("text");
+    assert_eq!(sent("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
+}
+
+#[test]
+fn a_descriptor_gives_its_first_line_and_stdin_the_rest_to_the_target() {
+    let folder = folder();
+    let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();
+    let with_login = [b"alice:se:cret\r\n", payload.as_slice()].concat();
+    let file = folder.path().join("both");
+    std::fs::write(&file, &with_login).expect("a file");
+    write_file(folder.path(), "login", "alice:se:cret\nnot a pair\n");
+    let table = [
+        ("-", "", with_login.as_slice()),
+        ("-", "<both", b"what is not read"),
+        ("fd:3", "3<&0", &with_login),
+        ("fd:3", "3<login", &payload),
+        ("fd:9", "9<login", &payload),
+        // Two descriptors with one place in the file between them.
+        ("fd:3", "<both 3<&0", b"what is not read"),
+    ];
+    for (name, redirection, stdin) in table {
+        let proxy = welcoming();
+        let script = format!("exec \"$S5\" connect -x {} --proxy-auth-file {name} {TARGET} {redirection}", proxy.addr);
+        let output = run(as_s5("sh").current_dir(folder.path()).args(["-c", &script]), stdin, SOON);
+        assert_eq!(output.status.code(), Some(0), "{script}: {}", text(&output.stderr));
+        assert_eq!(proxy.messages()[1], login("alice", b"se:cret"), "{script}");
+        assert!(output.stdout == payload, "{script}: {} octets came back", output.stdout.len());
+    }
+}
+
+#[test]
+fn the_password_on_stdin_is_never_sent_to_the_target() {
+    let server = Server::start(&[]);
+    let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
+    let with_own = format!("bob:own@{proxy}");
+    // Where there is no use for it, too.
+    for options in [&["-x", &proxy][..], &["-x", &with_own], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
+        let args = ["connect", "--proxy-auth-file", "-", &target];
+        let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", SOON);
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{options:?}");
+    }
+}
+
+#[test]
+fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
+    let folder = folder();
+    let file = |name: &str, octets: &str| write_file(folder.path(), name, octets);
+    let long = format!("alice:topsecret{}\n", "x".repeat(250));
+    let files = [
+        (file("pair", "alice topsecret\n"), "pair: line 1 is not user:password"),
+        (file("third", "alice:secret\n\ntopsecret"), "third: line 3 is not user:password"),
+        (file("empty", "\n\n"), "empty: there is no user:password in it"),
+        (file("long", &long), "the password has 259 octets"),
+        (file("nobody", ":topsecret\n"), "the user name has 0 octets"),
+        ("/nonexistent/auth".into(), "/nonexistent/auth: "),
+        (folder.path().display().to_string(), "--proxy-auth-file "),
+        ("-".into(), "--proxy-auth-file -: line 1 "),
+        ("fd:0".into(), "--proxy-auth-file fd:0: "),
+        ("fd:2".into(), "--proxy-auth-file fd:2: "),
+        ("fd:99".into(), "--proxy-auth-file fd:99: "),
+        ("fd:-3".into(), "--proxy-auth-file fd:-3: "),
+        ("fd:".into(), "--proxy-auth-file fd:: "),
+    ];
+    let dead = closed_port().to_string();
+    for mode in ["connect", "bind", "udp"] {
+        for (file, what) in &files {
+            let args = [mode, "-x", &dead, "--proxy-auth-file", file, TARGET];
+            is_failure(&run(s5().args(args), b"topsecret\n", SOON), 2, what);
+        }
+    }
+    for (name, value, what) in [
+        ("S5_PROXY_AUTH", "topsecret", "S5_PROXY_AUTH: "),
+        ("NCAT_PROXY_AUTH", "topsecret", "NCAT_PROXY_AUTH: "),
+        ("S5_PROXY_AUTH", "alice:", "the password has 0 octets"),
+        ("S5_PROXY_AUTH", &long, "the password has "),
+    ] {
+        is_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", SOON), 2, what);
+    }
+}
+
+#[test]
+fn a_password_is_offered_only_where_there_is_one_and_no_login_beside_it() {
+    let known = ("S5_PROXY_AUTH", "alice:secret");
+    type Row<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)], &'a [u8]);
+    let table: [Row<'_>; 10] = [
+        ("", &[], &[("USER", "alice"), ("LOGNAME", "alice")], &[0]),
+        ("", &[], &[("SOCKS5_USER", "alice"), ("SOCKS_PASSWORD", "secret")], &[0]),
+        ("", &[], &[known], &[0, 2]),
+        ("", &["-P", "alice:secret"], &[], &[0, 2]),
+        ("alice:secret@", &[], &[], &[0, 2]),
+        ("alice@", &[], &[known], &[0, 2]),
+        ("", &["--auth", "none"], &[known], &[0]),
+        ("alice:secret@", &["--auth", "none"], &[], &[0]),
+        // Who is not to log in is not asked for a password either.
+        ("alice@", &["--auth", "none"], &[("CI", "true")], &[0]),
+        ("", &["--auth", "password,none"], &[known], &[2, 0]),
+    ];
+    for (userinfo, options, variables, methods) in table {
+        let proxy = Scripted::start(vec![Greeting, say(NO_AUTH), Request, say(SUCCESS)]);
+        let url = format!("{userinfo}{}", proxy.addr);
+        let mut command = s5();
+        command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
+        let output = run(&mut command, b"", SOON);
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let greeting = [&[5, u8::try_from(methods.len()).expect("few")], methods].concat();
+        assert_eq!(proxy.message(), greeting, "{userinfo} {options:?} {variables:?}");
+    }
+}

@@ -1,0 +1,254 @@
+//! A user without a password: who is asked for it, and who is not. And the passwords that stand in the command line.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::common::{SOON, Server, closed_port, eventually, folder, has, run, s5, write_file};
+use crate::credentials::{as_s5, is_failure, login, welcoming};
+use crate::scripted::{PASSWORD, Running, Scripted, Step, say, text};
+
+use Step::{Greeting, Login, Silence};
+
+const TARGET: &str = "target.example:80";
+
+/// Our program in a session of its own, which has no terminal.
+fn without_a_terminal(args: &[&str]) -> Command {
+    let mut command = as_s5("setsid");
+    command.args(["--wait", env!("CARGO_BIN_EXE_s5")]).args(args);
+    command
+}
+
+/// That it could ask nobody, and gave up before it sent anything.
+fn is_not_asked(output: &Output, proxy: &str) {
+    is_failure(output, 67, &format!("proxy {proxy}: login: there is no password for alice; use --proxy-auth-file or "));
+}
+
+#[test]
+fn where_nobody_can_be_asked_a_user_without_a_password_fails_at_once() {
+    // Nobody listens there: whoever asks for nothing finds nothing.
+    let dead = closed_port().to_string();
+    let url = format!("alice@{dead}");
+    for mode in ["connect", "bind", "udp"] {
+        for options in [&["-x", &url][..], &["-x", &dead, "-P", "alice"]] {
+            let args = [&[mode][..], options, &[TARGET]].concat();
+            is_not_asked(&run(s5().args(&args).env("CI", "true"), b"", SOON), &dead);
+            if has("setsid") {
+                is_not_asked(&run(&mut without_a_terminal(&args), b"", SOON), &dead);
+            }
+        }
+    }
+}
+
+/// A program that is told what to ask, takes all of its stdin and answers with two lines.
+fn askpass(folder: &Path) -> String {
+    let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$ASKED\"\ncat\necho topsecret\necho more\n";
+    executable(folder, "askpass", script)
+}
+
+fn executable(folder: &Path, name: &str, script: &str) -> String {
+    let path = write_file(folder, name, script);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("it can be set");
+    path
+}
+
+#[test]
+fn a_program_is_asked_where_ssh_would_ask_it() {
+    if !has("setsid") {
+        return;
+    }
+    let folder = folder();
+    let program = askpass(folder.path());
+    let asked = folder.path().join("asked");
+    let start = |proxy: &str, variables: &[(&str, &str)]| {
+        let mut command = without_a_terminal(&["connect", "-P", "alice", "-x", proxy, TARGET]);
+        command.env("SSH_ASKPASS", &program).env("ASKED", &asked).envs(variables.iter().copied());
+        run(&mut command, b"payload", SOON)
+    };
+    let yes: [&[(&str, &str)]; 5] = [
+        &[("SSH_ASKPASS_REQUIRE", "force")],
+        &[("SSH_ASKPASS_REQUIRE", "prefer")],
+        &[("DISPLAY", ":0")],
+        &[("WAYLAND_DISPLAY", "wayland-0")],
+        &[("SSH_ASKPASS_REQUIRE", "force"), ("CI", "false")],
+    ];
+    for variables in yes {
+        let proxy = welcoming();
+        let output = start(&proxy.url(), variables);
+        // What it has read of stdin is its own affair; ours it was not.
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{variables:?}");
+        assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{variables:?}");
+        let prompt = fs::read_to_string(&asked).expect("it was asked");
+        assert!(prompt.contains("alice") && prompt.contains(&proxy.url()), "{prompt}");
+        fs::remove_file(&asked).expect("it goes");
+    }
+    let no: [&[(&str, &str)]; 4] = [
+        &[],
+        &[("SSH_ASKPASS_REQUIRE", "never"), ("DISPLAY", ":0")],
+        &[("SSH_ASKPASS_REQUIRE", "force"), ("CI", "true")],
+        &[("DISPLAY", ":0"), ("CI", "1")],
+    ];
+    let dead = closed_port().to_string();
+    for variables in no {
+        is_not_asked(&start(&dead, variables), &dead);
+        assert!(!asked.exists(), "{variables:?}");
+    }
+}
+
+#[test]
+fn a_program_that_does_not_answer_is_a_login_that_was_not_given() {
+    let folder = folder();
+    let fails = executable(folder.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
+    let dead = closed_port().to_string();
+    for program in [&fails, "/nonexistent/askpass"] {
+        let mut command = s5();
+        command.args(["connect", "-P", "alice", "-x", &dead, TARGET]);
+        let output = run(command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force"), b"", SOON);
+        is_failure(&output, 67, &format!("proxy {dead}: login: {program}: "));
+    }
+}
+
+/// A shell's command on a terminal of its own, which echoes. What the terminal shows comes to stdout.
+fn on_a_terminal(folder: &Path, command: &str) -> Command {
+    let mut script = as_s5("script");
+    script.current_dir(folder).env("SHELL", "/bin/sh");
+    script.args(["-q", "-e", "-c", &format!("tty > tty; {command}"), "/dev/null"]);
+    script
+}
+
+/// Waits until a password is asked for, and types one as soon as the terminal would not show it.
+fn type_password(terminal: &mut Running, folder: &Path, passwd: &str) {
+    terminal.stdout(|shown| text(shown).contains("Password of alice at "));
+    let tty = fs::read_to_string(folder.join("tty")).expect("a file");
+    eventually("the terminal does not echo", SOON, || {
+        let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
+        text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
+    });
+    terminal.write(format!("{passwd}\n").as_bytes());
+}
+
+#[test]
+fn a_terminal_is_asked_and_shows_nothing_of_the_answer() {
+    if !has("script") {
+        return;
+    }
+    // Nothing reads stdin in the first, and it is a pipe in the second.
+    for (command, payload) in [
+        ("\"$S5\" connect -z -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", ""),
+        ("printf payload | \"$S5\" connect -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", "payload"),
+    ] {
+        let (folder, proxy) = (folder(), welcoming());
+        let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
+        let mut terminal = Running::start(&mut on_a_terminal(folder.path(), &command));
+        type_password(&mut terminal, folder.path(), "topsecret");
+        let (status, shown, _) = terminal.end(SOON);
+        let shown = text(&shown);
+        assert_eq!(status.code(), Some(0), "{shown}");
+        assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{command}");
+        assert!(!shown.contains("topsecret") && shown.contains(payload), "{shown}");
+        assert!(shown.split_whitespace().any(|word| word == "echo"), "it echoes as it did before: {shown}");
+    }
+}
+
+#[test]
+fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
+    if !has("script") {
+        return;
+    }
+    let folder = folder();
+    let dead = closed_port().to_string();
+    for (command, ci) in [
+        ("exec \"$S5\" connect -P alice -x ADDR TARGET", "false"),
+        ("exec \"$S5\" udp -P alice -x ADDR TARGET", ""),
+        ("exec \"$S5\" bind -P alice -x ADDR", ""),
+        ("exec \"$S5\" connect -v -z -P alice -x ADDR TARGET", "true"),
+    ] {
+        let command = command.replace("ADDR", &dead).replace("TARGET", TARGET);
+        let mut terminal = Running::start(on_a_terminal(folder.path(), &command).env("CI", ci));
+        let (status, shown, _) = terminal.end(SOON);
+        let shown = text(&shown);
+        assert_eq!(status.code(), Some(67), "{shown}");
+        assert!(shown.starts_with(&format!("s5: proxy {dead}: login: there is no password for alice; ")), "{shown}");
+    }
+}
+
+/// The command line of a process as others see it, in words.
+fn command_line(pid: u32) -> Vec<String> {
+    let octets = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
+    text(&octets).split_terminator('\0').map(String::from).collect()
+}
+
+/// That the passwords of a command line are not to be seen, and that nothing else of it has changed.
+fn is_hidden(pid: u32, given: &[String]) {
+    let shown = command_line(pid);
+    let blotted: Vec<String> = given.iter().map(|word| word.replace("topsecret", "xxxxxxxxx")).collect();
+    assert_eq!(shown[1..], blotted);
+}
+
+#[test]
+fn a_password_in_the_command_line_is_sent_but_not_seen_there() {
+    for args in [
+        "-x alice:topsecret@ADDR",
+        "-x socks5h://alice:topsecret@ADDR",
+        "-xalice:topsecret@ADDR",
+        "--proxy=alice:topsecret@ADDR",
+        "-vxalice:topsecret@ADDR",
+        "-x ADDR -P alice:topsecret",
+        "-x ADDR -Palice:topsecret",
+        "-x ADDR -vPalice:topsecret",
+        "-x ADDR --proxy-user=alice:topsecret",
+    ] {
+        let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, Silence]);
+        let args = format!("connect {} {TARGET}", args.replace("ADDR", &proxy.url()));
+        let args: Vec<String> = args.split(' ').map(String::from).collect();
+        let client = Running::start(s5().args(&args));
+        proxy.message();
+        is_hidden(client.pid(), &args);
+        assert_eq!(proxy.message(), login("alice", b"topsecret"), "{args:?}");
+    }
+}
+
+#[test]
+fn the_passwords_of_a_chain_are_not_seen_in_the_command_line() {
+    let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, Silence]);
+    let chain = format!("alice:topsecret@{},bob:othersecret@second.example", proxy.addr);
+    let client = Running::start(s5().args(["connect", "-x", &chain, TARGET]));
+    proxy.message();
+    let shown = command_line(client.pid());
+    let passwords = shown[3].strip_prefix("alice:").and_then(|rest| rest.strip_suffix("@second.example"));
+    assert!(passwords.is_some_and(|passwords| passwords.chars().all(|c| c == 'x')), "{shown:?}");
+    assert_eq!(shown[3].len(), chain.len());
+    assert_eq!(proxy.message(), login("alice", b"topsecret"));
+}
+
+#[test]
+fn the_passwords_of_a_server_are_not_seen_in_its_command_line() {
+    let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, Silence]);
+    let via = format!("alice:topsecret@{}", proxy.addr);
+    let server = Server::start(&["--via", &via]);
+    is_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
+    let mut client = server.connect();
+    client.write_all(&[5, 1, 0]).expect("it is sent");
+    client.write_all(&crate::common::request(1, closed_port())).expect("it is sent");
+    proxy.message();
+    assert_eq!(proxy.message(), login("alice", b"topsecret"));
+}
+
+#[test]
+fn a_password_in_the_option_of_the_user_is_warned_of_once() {
+    let said = |options: &[&str]| {
+        let proxy = welcoming();
+        let mut command = s5();
+        command.args(["connect", "-z", "-x", &proxy.url(), TARGET]).args(options).env("S5_PROXY_AUTH", "alice:known");
+        let output = run(&mut command, b"", SOON);
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        text(&output.stderr)
+    };
+    let warned = said(&["-P", "alice:topsecret"]);
+    assert!(warned.starts_with("s5: --proxy-user: ") && warned.lines().count() == 1, "{warned}");
+    assert!(!warned.contains("topsecret"), "{warned}");
+    assert_eq!(said(&["-P", "alice:topsecret", "--quiet"]), "");
+    assert_eq!(said(&["-P", "alice"]), "");
+}

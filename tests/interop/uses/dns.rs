@@ -1,0 +1,111 @@
+//! DNS over UDP through a proxy, with a server that knows a few names and asks nobody.
+
+use std::net::SocketAddr;
+use std::process::Command;
+
+use super::listening;
+use crate::common::{SOON, Server, folder, has, run, s5, write_file};
+use crate::{Process, code, stdout, text};
+
+const UNBOUND: &str = "/usr/sbin/unbound";
+
+struct Unbound {
+    addr: SocketAddr,
+    _process: Process,
+    _folder: tempfile::TempDir,
+}
+
+/// What `large.test` is: more than DNS over UDP has without EDNS, and than servers send unless told to.
+fn large() -> Vec<String> {
+    (b'a'..=b'n').map(|letter| char::from(letter).to_string().repeat(250)).collect()
+}
+
+impl Unbound {
+    fn start() -> Self {
+        let folder = folder();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let strings: String = large().iter().map(|string| format!(" \"{string}\"")).collect();
+        let (_process, addr) = listening(folder.path(), |addr| {
+            let config = format!(
+                "server:\n\
+                 interface: 127.0.0.1@{port}\naccess-control: 127.0.0.0/8 allow\nnum-threads: 1\n\
+                 do-daemonize: no\nusername: \"\"\nchroot: \"\"\nuse-syslog: no\nlogfile: \"\"\n\
+                 directory: \"{directory}\"\npidfile: \"{pid}\"\n\
+                 module-config: \"iterator\"\ndo-not-query-localhost: yes\n\
+                 edns-buffer-size: 4096\nmax-udp-size: 4096\n\
+                 local-zone: \".\" refuse\nlocal-zone: \"test.\" static\n\
+                 local-data: \"host.test. A 192.0.2.10\"\nlocal-data: \"host.test. AAAA 2001:db8::10\"\n\
+                 local-data: 'large.test. TXT{strings}'\n\
+                 remote-control:\ncontrol-enable: no\n",
+                port = addr.port(),
+                directory = folder.path().display(),
+                pid = path("pid"),
+            );
+            let mut command = Command::new(UNBOUND);
+            command.args(["-d", "-c", &write_file(folder.path(), "unbound.conf", &config)]);
+            command
+        });
+        Self { addr, _process, _folder: folder }
+    }
+}
+
+/// What dig says, which has one try and no other way than UDP.
+fn dig(server: SocketAddr, name: &str, kind: &str) -> String {
+    let mut command = Command::new("dig");
+    command.args(["-r", "@127.0.0.1", "-p", &server.port().to_string()]);
+    command.args(["+short", "+notcp", "+ignore", "+tries=1", "+time=8", "+bufsize=4096", name, kind]);
+    text(&stdout(&mut command, b""))
+}
+
+/// How long each association lasted, in seconds, and what it carried down.
+fn associations(log: &str) -> Vec<(f64, usize)> {
+    let value = |line: &str, key: &str| {
+        let value = line.split_whitespace().find_map(|word| word.strip_prefix(key).map(str::to_owned));
+        value.unwrap_or_else(|| panic!("no {key} in {line}"))
+    };
+    let number = |line: &str| (value(line, "seconds=").parse(), value(line, "down=").parse());
+    let sessions = log.lines().filter(|line| line.contains(" command=udp "));
+    sessions.map(number).map(|(seconds, down)| (seconds.expect("seconds"), down.expect("octets"))).collect()
+}
+
+#[test]
+fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
+    if !has("unbound") || !has("dig") {
+        return;
+    }
+    let (unbound, server) = (Unbound::start(), Server::start(&[]));
+    let args = ["udp", "-l", "0", "-i", "1s", "-x", &server.addr().to_string(), &unbound.addr.to_string()];
+    let forward = Server::start_with(s5().args(args), 1);
+    assert_eq!(forward.log(), format!("listening on {}\n", forward.addr()));
+    assert!(forward.addr().ip().is_loopback() && forward.addr().port() != 0);
+    assert_eq!(dig(forward.addr(), "host.test", "A"), "192.0.2.10\n");
+    assert_eq!(dig(forward.addr(), "host.test", "AAAA"), "2001:db8::10\n");
+    // Each dig has a port of its own, and so an association.
+    server.wait_log(|log| associations(log).len() == 2);
+    let strings: Vec<String> = large().iter().map(|string| format!("\"{string}\"")).collect();
+    assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
+    let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
+    assert!(ended.iter().all(|(seconds, _)| (1.0..SOON.as_secs_f64()).contains(seconds)), "{ended:?}");
+    assert!(ended[2].1 > 3500, "one datagram: {ended:?}");
+    // That is no failure.
+    assert_eq!(forward.log().lines().count(), 1, "{}", forward.log());
+}
+
+#[test]
+fn a_query_in_digits_is_answered_in_digits() {
+    if !has("unbound") {
+        return;
+    }
+    let (unbound, server) = (Unbound::start(), Server::start(&[]));
+    // Id, RD, one question; the name, A, IN (RFC 1035 section 4).
+    let query = b"1234 0100 0001 0000 0000 0000 04686f7374 0474657374 00 0001 0001\n";
+    let args = ["udp", "-x", &server.addr().to_string(), &unbound.addr.to_string(), "-n", "1", "--hex"];
+    let output = run(s5().args(args), query, SOON);
+    assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
+    let answer = text(&output.stdout);
+    let digits = answer.strip_suffix('\n').expect("a line");
+    assert!(digits.bytes().all(|digit| digit.is_ascii_hexdigit()), "{answer:?}");
+    // The id, QR with NOERROR, one answer; 4 octets of address at the end.
+    assert!(digits.starts_with("12348") && digits[7..16] == *"000010001", "{digits}");
+    assert!(digits.ends_with("0004c000020a"), "{digits}");
+}

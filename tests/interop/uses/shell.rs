@@ -1,0 +1,142 @@
+//! git, rsync and ssh through proxies that want a password, which a file has.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::{SOON, Server, closed_port, echo_server, folder, run, s5, write_file};
+use crate::kit::login::users;
+use crate::scripted::Running;
+use crate::ssh::{Sshd, git, repository, s5_as_proxy_command};
+use crate::{LONG, assert_same, code, have, octets, session, stdout, text};
+
+#[test]
+fn git_clones_over_ssh_through_two_proxies_whose_passwords_a_file_has() {
+    if !have(&["ssh", "sshd", "ssh-keygen", "git"]) {
+        return;
+    }
+    let ((_alices, alice), (_bobs, bob)) = (users(&[("alice", "open sesame")]), users(&[("bob", "pass:word")]));
+    let (first, second) = (Server::start(&["--users", &alice]), Server::start(&["--users", &bob]));
+    let (sshd, folder, content) = (Sshd::start(), folder(), octets(2 << 20));
+    let origin = repository(folder.path(), &content);
+    let clone = |name: &str, passwords: &str| {
+        let file = write_file(folder.path(), &format!("{name}.auth"), passwords);
+        let options = format!("-x alice@{},bob@{} --proxy-auth-file '{file}'", first.addr(), second.addr());
+        let config = sshd.client_config(&s5_as_proxy_command(&options));
+        let mut command = git(folder.path());
+        command.env("GIT_SSH_COMMAND", format!("ssh -F '{config}'"));
+        let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
+        run(command.args(["clone", "-q", &url, name]), b"", LONG)
+    };
+    // Not in the order of the proxies.
+    let output = clone("right", "carol:other\nbob:pass:word\nalice:open sesame\n");
+    assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
+    let cloned = std::fs::read(folder.path().join("right/file")).expect("the file was cloned");
+    assert_same(&cloned, &content);
+    session(&first, &["user=\"alice\"", &format!("dst=\"{}\"", second.addr()), "rep=0"]);
+    session(&second, &["user=\"bob\"", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+
+    let output = clone("wrong", "bob:open barley\nalice:open sesame\n");
+    let said = text(&output.stderr);
+    assert!(!output.status.success() && said.contains(&format!("proxy {}: login, ", second.addr())), "{said}");
+    assert!(!said.contains("barley") && !said.contains("sesame"), "{said}");
+}
+
+/// What is in a folder, by its path below it.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        if path.is_dir() {
+            files.extend(self::files(&path).into_iter().map(|(below, content)| (format!("{name}/{below}"), content)));
+        } else {
+            files.insert(name, std::fs::read(&path).expect("a file"));
+        }
+    }
+    files
+}
+
+#[test]
+fn rsync_copies_a_folder_over_ssh_there_and_back() {
+    if !have(&["ssh", "sshd", "ssh-keygen", "rsync"]) {
+        return;
+    }
+    let (_alices, users) = users(&[("alice", "open sesame")]);
+    let (server, sshd, folder) = (Server::start(&["--users", &users]), Sshd::start(), folder());
+    let here = |name: &str| format!("{}/{name}/", folder.path().display());
+    std::fs::create_dir_all(folder.path().join("original/below")).expect("a folder");
+    for (name, content) in [("large", octets(3 << 20)), ("empty", Vec::new()), ("below/two words", octets(1000))] {
+        std::fs::write(folder.path().join("original").join(name), content).expect("a file");
+    }
+    let file = write_file(folder.path(), "auth", "alice:open sesame\n");
+    let options = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
+    let ssh = format!("ssh -p {} -F '{}'", sshd.addr.port(), sshd.client_config(&s5_as_proxy_command(&options)));
+    for [from, to] in [
+        [here("original"), format!("127.0.0.1:{}", here("there"))],
+        [format!("127.0.0.1:{}", here("there")), here("back")],
+    ] {
+        stdout(Command::new("rsync").args(["-a", "-e", &ssh, &from, &to]), b"");
+    }
+    let original = files(&folder.path().join("original"));
+    for name in ["there", "back"] {
+        let copied = files(&folder.path().join(name));
+        assert!(copied.keys().eq(original.keys()), "{name}: {:?}", copied.keys());
+        copied.iter().zip(&original).for_each(|((_, left), (_, right))| assert_same(left, right));
+    }
+    let of_alice = format!("user=\"alice\" command=connect dst=\"{}\"", sshd.addr);
+    server.wait_log(|log| log.matches(&of_alice).count() == 2);
+}
+
+/// How many processes run `s5 connect` through this proxy.
+fn clients_of(proxy: &Server) -> usize {
+    let addr = proxy.addr().to_string();
+    let is_one = |line: &[u8]| {
+        let line = text(line);
+        let mut words = line.split('\0');
+        words.next() == Some(env!("CARGO_BIN_EXE_s5"))
+            && words.next() == Some("connect")
+            && words.any(|word| word.ends_with(&addr))
+    };
+    let processes = std::fs::read_dir("/proc").expect("the processes").flatten();
+    processes.filter(|process| std::fs::read(process.path().join("cmdline")).is_ok_and(|line| is_one(&line))).count()
+}
+
+#[test]
+fn ssh_goes_on_alone_with_the_socket_that_s5_connect_hands_over() {
+    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+        return;
+    }
+    let (_alices, users) = users(&[("alice", "open sesame")]);
+    let (server, sshd, folder, data) = (Server::start(&["--users", &users]), Sshd::start(), folder(), octets(4 << 20));
+    let file = write_file(folder.path(), "auth", "alice:open sesame\n");
+    let login = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
+    let hands_over = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
+    assert_eq!(text(&stdout(sshd.ssh(&hands_over).arg("echo over there"), b"")), "over there\n");
+    // What stays shows that one would be found.
+    for (lines, stay) in [(hands_over, 0), (s5_as_proxy_command(&login), 1)] {
+        let mut ssh = Running::start(sshd.ssh(&lines).arg("cat"));
+        ssh.write(b"hello\n");
+        ssh.stdout(|octets| octets == b"hello\n");
+        assert_eq!(clients_of(&server), stay, "{lines}");
+        ssh.write(&data);
+        ssh.close_stdin();
+        let (status, echoed, said) = ssh.end(LONG);
+        assert_eq!((status.code(), said.as_str()), (Some(0), ""));
+        assert_same(&echoed[6..], &data);
+    }
+    let target = format!("dst=\"{}\"", sshd.addr);
+    server.wait_log(|log| log.lines().filter(|line| line.contains(&target) && line.contains(" rep=0 ")).count() == 3);
+}
+
+#[test]
+fn a_socket_is_handed_over_to_a_socket_alone() {
+    // Nobody is asked before.
+    let (proxy, target) = (closed_port().to_string(), echo_server().to_string());
+    for args in [&["-F", "-x", &proxy, &target][..], &["--pass-fd", "--direct", &target]] {
+        let output = run(s5().arg("connect").args(args), b"", SOON);
+        let said = text(&output.stderr);
+        assert_eq!((code(&output), output.stdout.len(), said.lines().count()), (2, 0, 1), "{said}");
+        assert!(said.starts_with("s5: -F: ") && said.contains("socket"), "{said}");
+    }
+}
