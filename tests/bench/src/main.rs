@@ -1,4 +1,5 @@
-//! Measures s5 side by side with no proxy and with other SOCKS servers: `bench`, and soaks it: `bench soak`.
+//! Measures s5 side by side with no proxy and with other SOCKS servers: `bench`; soaks it: `bench soak`; and its start as
+//! a client: `bench clients`.
 //!
 //! Each row starts a fresh process of each proxy in turn, and that as often as there are runs; what is shown is the
 //! median. Load generator, target and proxy are processes of their own on one machine, all on loopback.
@@ -7,6 +8,7 @@
 
 mod chart;
 mod children;
+mod clients;
 mod cpu;
 mod gssapi;
 mod load;
@@ -32,6 +34,7 @@ use rows::{Bench, ROWS};
 
 const USAGE: &str = "usage: bench [--quick] [--runs N] [--only row,row] [--proxies name,name] [--out DIR]
        bench soak [--minutes N] [--out DIR]
+       bench clients [--out DIR]
 
 S5_BENCH_S5     the s5 to measure (target/release/s5)
 S5_BENCH_ARGS   more arguments for its `serve`
@@ -42,6 +45,7 @@ S5_BENCH_PEERS  more proxies: name=path,name=path; known are microsocks, hev-soc
 struct Options {
     quick: bool,
     soak: bool,
+    clients: bool,
     runs: usize,
     minutes: f64,
     only: Vec<String>,
@@ -52,12 +56,13 @@ struct Options {
 fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let out = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/bench").into();
     let (only, proxies) = (Vec::new(), Vec::new());
-    let mut options = Options { quick: false, soak: false, runs: 0, minutes: 30.0, only, proxies, out };
+    let mut options = Options { quick: false, soak: false, clients: false, runs: 0, minutes: 30.0, only, proxies, out };
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or(format!("{arg} wants a value"));
         let list = |value: String| value.split(',').map(|name| name.trim().to_lowercase()).collect();
         match arg.as_str() {
             "soak" => options.soak = true,
+            "clients" => options.clients = true,
             "--quick" => options.quick = true,
             "--runs" => options.runs = value()?.parse().map_err(|_| "--runs wants a number")?,
             "--minutes" => options.minutes = value()?.parse().map_err(|_| "--minutes wants a number")?,
@@ -109,8 +114,11 @@ fn start(options: &Options) -> Result<bool, Fault> {
     fs::create_dir_all(&options.out)?;
     let (found, missing) = proxies::find();
     let target = target::Target::start()?;
-    if options.soak {
+    if options.soak || options.clients {
         let s5 = found.iter().find(|proxy| proxy.name == "s5").ok_or_else(|| failed(missing.join("; ")))?;
+        if options.clients {
+            return clients::run(s5, &target, &options.out);
+        }
         return soak::run(s5, &target, Duration::from_secs_f64(options.minutes * 60.0), &options.out);
     }
     let wanted = |name: &str| {
