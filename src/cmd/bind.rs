@@ -1,16 +1,15 @@
 //! `s5 bind`: asks the proxy to accept one connection for us, says where, then is netcat.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::io::Write as _;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use filedescriptor::FileDescriptor;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::client::plan::{self, Attempt, Plan};
+use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::tunnel::Use;
 use super::client::{Mode, client_mode, descriptor};
@@ -64,8 +63,7 @@ impl Sink {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
             // A pipe with a name, or a device.
             Self::File(path) if path.metadata().is_ok_and(|found| !found.is_file()) => {
-                let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
-                File::options().write(true).custom_flags(flag).open(&path)?.write_all(line.as_bytes())
+                descriptor::open_pipe(path, true)?.write_all(line.as_bytes())
             }
             Self::File(path) => {
                 let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -91,7 +89,7 @@ impl Args {
         };
         let mut sink = args.bound_to.as_deref().map(Sink::of).transpose()?;
         let plan = Plan::new(Mode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
-        plan::run(Box::pin(async {
+        plan.run(Box::pin(async {
             let attempt = plan.request(Command::Bind).await;
             let Attempt { client, tries, result } = attempt;
             let mut report = Report::new(&plan, &client, tries);

@@ -1,7 +1,7 @@
 //! `s5 connect`: stdin and stdout through proxies to a target.
 
 use super::Failure;
-use super::client::plan::{self, Attempt, Plan};
+use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::tunnel::Use;
 use super::client::{Mode, client_mode, forward, target};
@@ -35,7 +35,7 @@ impl Args {
             return Err(Failure::usage("-p and -k: one port is enough for one connection alone"));
         }
         let plan = Plan::new(Mode::Connect, &args, dst)?;
-        plan::run(Box::pin(async {
+        plan.run(Box::pin(async {
             match (listen, plan.dst()) {
                 // What is large and may not be needed is made when it is.
                 (Some(addr), _) => Box::pin(forward::run(&plan, addr, args.keep_open, args.idle_timeout)).await,

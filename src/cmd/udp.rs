@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures_lite::FutureExt as _;
 
 use super::client::forward::local;
-use super::client::plan::{self, Attempt, Plan};
+use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::{Mode, client_mode, target};
 use super::status::{Failure, Status};
@@ -56,7 +56,7 @@ impl Args {
         let plan = Plan::new(Mode::Udp, &args, dst)?;
         if let Some(addr) = listen {
             let bounds = forward::Bounds { peers: args.max_peers, idle: args.idle_timeout.unwrap_or(PEER_IDLE) };
-            return plan::run(Box::pin(forward::run(&plan, addr, bounds)));
+            return plan.run(Box::pin(forward::run(&plan, addr, bounds)));
         }
         let transfer = Transfer {
             framing,
@@ -66,7 +66,7 @@ impl Args {
             idle: args.idle_timeout,
             count: args.count,
         };
-        plan::run(Box::pin(run(&plan, (!args.zero_io).then_some(transfer))))
+        plan.run(Box::pin(run(&plan, (!args.zero_io).then_some(transfer))))
     }
 }
 
@@ -110,7 +110,7 @@ struct Transfer {
 
 impl Transfer {
     async fn run(self, plan: &Plan, association: &Association, dst: &Addr, report: &mut Report) -> Result<(), Failure> {
-        let sink = Sink::new(self.framing, self.writes).map_err(|error| failed(plan, Status::STDOUT, &error))?;
+        let mut sink = Sink::new(self.framing, self.writes).map_err(|error| failed(plan, Status::STDOUT, &error))?;
         let flow = Flow {
             plan,
             association,
@@ -122,7 +122,6 @@ impl Transfer {
             count: self.count.unwrap_or(u64::MAX),
             moved: Moved::default(),
         };
-        let mut sink = sink;
         let ended = flow.receive(&mut sink).or(self.send(&flow)).or(self.idle(&flow)).or(lost(plan, association)).await;
         // Answers that are here already are written, whatever it was that ended.
         let rest = match &ended {

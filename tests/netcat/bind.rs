@@ -193,3 +193,17 @@ fn whom_a_proxy_waits_for_is_no_exception() {
     command.env("ALL_PROXY", server.addr().to_string()).env("NO_PROXY", "*").args(["bind", "127.0.0.1"]);
     Running::start(&mut command).stderr(|said| said.starts_with("bound "));
 }
+
+#[test]
+fn a_descriptor_goes_on_where_it_is() {
+    let (server, folder) = (Server::start(&[]), folder());
+    let log = folder.path().join("log");
+    std::fs::write(&log, "before\n").expect("a file");
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" bind -x \"$1\" --bound-to fd:3 3>>\"$2\"", env!("CARGO_BIN_EXE_s5")]);
+    let client = Running::start(command.arg(server.addr().to_string()).arg(&log));
+    let said = client.stderr(|said| said.contains("bound "));
+    let bound = said.trim().trim_start_matches("bound ");
+    let expected = format!("before\n{bound}\n");
+    eventually("it is added", SOON, || std::fs::read_to_string(&log).is_ok_and(|text| text == expected));
+}

@@ -227,6 +227,7 @@ fn what_fails_before_the_first_octet_is_as_quiet_as_the_rest() {
     };
     assert_eq!(ask(&["-z"]), (Some(67), String::new()));
     assert_eq!(ask(&["--quiet"]), (Some(67), String::new()));
+    assert_eq!(status(&["connect", "--quiet", "-l", "192.0.2.9:1", "a.example:1"]), (Some(45), String::new()));
     let (code, said) = ask(&["--json"]);
     assert_eq!((code, said.lines().count()), (Some(67), 1), "{said}");
     assert!(said.starts_with('{') && said.contains("\"status\":67"), "{said}");

@@ -1,8 +1,22 @@
-//! Descriptors that the shell has opened for us, as in `fd:3`.
+//! Descriptors that the shell has opened for us, as in `fd:3`; and pipes with a name that are opened without waiting for
+//! their other end.
 
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 
 use filedescriptor::FileDescriptor;
+use rustix::fs::OFlags;
+
+/// Opens a pipe, non-blocking, for what is to be done with it.
+///
+/// # Errors
+/// Those of open(2): ENXIO, when it is to be written and nobody reads.
+pub(in crate::cmd) fn open_pipe(path: &Path, writes: bool) -> io::Result<File> {
+    let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    OpenOptions::new().read(!writes).write(writes).custom_flags(flag).open(path)
+}
 
 /// The number behind `fd:`; `None` for the name of a file.
 pub(in crate::cmd) fn number(text: &str) -> Option<&str> {

@@ -126,7 +126,8 @@ async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(
         None
     };
     let Some(Attempt { client, tries, result }) = async { Some(established.await) }.or(left).await else {
-        return Err(plan.failed(Status::RECEIVE, "the local client left before there was a tunnel"));
+        let left = plan.failed(Status::RECEIVE, "the local client left before there was a tunnel");
+        return plan.conclude(Report::default(), Err(left));
     };
     let mut report = Report::new(plan, &client, tries);
     let (tunnel, bnd) = match result {

@@ -1,18 +1,19 @@
 //! stdin and stdout, or those of a program, as one stream for the relay.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::OFlags;
 use smol::Unblock;
 
+use super::descriptor;
 use crate::reactor::{Io, Way};
 use crate::relay::{BareOp, Stream};
 
@@ -74,9 +75,7 @@ impl End {
         }
         let again = || {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            // Without the flag it would wait for the other end to be opened.
-            let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
-            OpenOptions::new().read(!writes).write(writes).custom_flags(flag).open(path).and_then(Io::new)
+            descriptor::open_pipe(Path::new(&path), writes).and_then(Io::new)
         };
         match kind.is_fifo().then(again) {
             Some(Ok(pipe)) => Self::Pipe(pipe),

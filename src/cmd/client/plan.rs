@@ -57,11 +57,6 @@ pub(in crate::cmd) struct Attempt<T> {
     pub(in crate::cmd) result: Result<T, Failure>,
 }
 
-/// Runs a client mode to its end.
-pub(in crate::cmd) fn run(future: Pin<Box<dyn Future<Output = Result<(), Failure>> + '_>>) -> Result<(), Failure> {
-    reactor::run(future).unwrap_or_else(|error| Err(Failure::new(Status::OTHER, format!("no reactor: {error}"))))
-}
-
 impl Plan {
     /// `dst` is what the mode asks for: nothing, when a proxy is only probed; with BIND, who may come.
     pub(in crate::cmd) fn new(mode: Mode, args: &Args, dst: Option<Addr>) -> Result<Self, Failure> {
@@ -88,6 +83,15 @@ impl Plan {
             wait: args.wait.filter(|time| !time.is_zero()),
             said: Said::of(args),
         })
+    }
+
+    /// Runs the mode to its end, whose failures are as quiet as the rest.
+    pub(in crate::cmd) fn run(
+        &self,
+        mode: Pin<Box<dyn Future<Output = Result<(), Failure>> + '_>>,
+    ) -> Result<(), Failure> {
+        let no_reactor = |error| Err(Failure::new(Status::OTHER, format!("no reactor: {error}")));
+        self.said.muted(reactor::run(mode).unwrap_or_else(no_reactor))
     }
 
     /// The proxies, without credentials.
@@ -207,7 +211,12 @@ impl Said {
         if self.json {
             say(&report.json(&result));
         }
-        result.map_err(|failure| match self.json || self.mute {
+        // What the object tells is not told beside it.
+        Self { mute: self.mute || self.json, ..self }.muted(result)
+    }
+
+    fn muted(self, result: Result<(), Failure>) -> Result<(), Failure> {
+        result.map_err(|failure| match self.mute {
             true => Failure { message: String::new(), ..failure },
             false => failure,
         })
