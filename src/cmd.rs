@@ -3,8 +3,8 @@
 pub mod bind;
 pub mod client;
 pub mod connect;
+pub mod exit_status;
 pub mod serve;
-pub mod status;
 pub mod udp;
 
 mod argv;
@@ -24,7 +24,7 @@ use log::LevelFilter;
 
 use argv::Normal;
 pub use completions::Shell;
-pub use status::{Failure, Status, say};
+pub use exit_status::{CliError, ExitStatus, eprint_line};
 
 /// What the program is called.
 const NAME: &str = "s5";
@@ -86,7 +86,7 @@ impl Command {
     ///
     /// # Errors
     /// What to print and how to exit.
-    pub fn run(self) -> Result<(), Failure> {
+    pub fn run(self) -> Result<(), CliError> {
         match self {
             Self::Serve(args) => args.run(),
             Self::Connect(args) => args.run(),
@@ -102,7 +102,7 @@ pub enum Exit {
     /// Text that was asked for: to stdout, status 0.
     Text(String),
     /// A command line that makes no sense.
-    Usage(Failure),
+    Usage(CliError),
 }
 
 impl Exit {
@@ -125,21 +125,21 @@ impl Exit {
 /// What to print instead of running.
 pub fn parse(args: &[String]) -> Result<Command, Exit> {
     let normal = argv::normalise(args.get(1..).unwrap_or_default());
-    let words = match normal.map_err(|what| Exit::Usage(Failure::usage(what)))? {
+    let words = match normal.map_err(|what| Exit::Usage(CliError::usage(what)))? {
         Normal::Words(words) => words,
         Normal::Help(text) => return Err(Exit::Text(text)),
     };
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let parsed = Args::from_args(&[NAME], &words).map_err(|early| match early.status {
         Ok(()) => Exit::Text(early.output),
-        Err(()) => Exit::Usage(Failure::usage(one_line(&early.output))),
+        Err(()) => Exit::Usage(CliError::usage(one_line(&early.output))),
     })?;
     match parsed {
         Args { version: true, .. } => Err(Exit::Text(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
         Args { man: true, .. } => Err(Exit::Text(help::manual())),
         Args { completions: Some(shell), .. } => Err(Exit::Text(shell.script())),
         Args { mode: Some(command), .. } => Ok(command),
-        Args { mode: None, .. } => Err(Exit::Usage(Failure::usage("a mode is missing: serve, connect, bind or udp"))),
+        Args { mode: None, .. } => Err(Exit::Usage(CliError::usage("a mode is missing: serve, connect, bind or udp"))),
     }
 }
 

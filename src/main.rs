@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     s5::cmd::hide_secrets(&args);
     let Ok(args) = args.into_iter().map(OsString::into_string).collect::<Result<Vec<String>, _>>() else {
-        return s5::cmd::Failure::usage("the command line is not UTF-8").print();
+        return s5::cmd::CliError::usage("the command line is not UTF-8").print();
     };
     let command = match s5::cmd::parse(&args) {
         Ok(command) => command,
@@ -36,10 +36,12 @@ fn main() -> ExitCode {
     let logger = SimpleLogger::new().with_level(level).with_utc_timestamps();
     log::set_max_level(level);
     if log::set_boxed_logger(Box::new(Unbreakable(logger))).is_err() {
-        return s5::cmd::Failure::usage("a logger is set already").print();
+        return s5::cmd::CliError::usage("a logger is set already").print();
     }
     // A panic is a line and status 1 like any other failure; its usual 101 would say REP 1.
-    std::panic::set_hook(Box::new(|panic| s5::cmd::say(&format!("s5: {}", panic.to_string().replace('\n', " ")))));
+    std::panic::set_hook(Box::new(|panic| {
+        s5::cmd::eprint_line(&format!("s5: {}", panic.to_string().replace('\n', " ")))
+    }));
     match catch_unwind(AssertUnwindSafe(|| command.run())) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => failure.print(),

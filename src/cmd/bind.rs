@@ -13,7 +13,7 @@ use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::tunnel::Use;
 use super::client::{Mode, client_mode, descriptor};
-use super::status::{Failure, Status};
+use super::exit_status::{CliError, ExitStatus};
 use crate::client::{Client, parse_addr};
 use crate::conn::Conn;
 use crate::proto::{Addr, Command};
@@ -40,18 +40,18 @@ enum Sink {
 
 impl Sink {
     /// A file of an earlier run is removed, so that nobody takes its address for ours.
-    fn of(text: &str) -> Result<Self, Failure> {
+    fn of(text: &str) -> Result<Self, CliError> {
         match descriptor::number(text) {
             Some(number) => {
                 let file = descriptor::take(number);
-                file.map(Self::Descriptor).map_err(|error| Failure::usage(format!("--bound-to {text}: {error}")))
+                file.map(Self::Descriptor).map_err(|error| CliError::usage(format!("--bound-to {text}: {error}")))
             }
             None => {
                 let path = Path::new(text);
                 // What a link leads to is meant, and not the link.
                 let path = path.canonicalize().unwrap_or(path.into());
                 let removed = if path.is_file() { fs::remove_file(&path) } else { Ok(()) };
-                removed.map_err(|error| Failure::usage(format!("--bound-to {text}: {error}")))?;
+                removed.map_err(|error| CliError::usage(format!("--bound-to {text}: {error}")))?;
                 Ok(Self::File(path))
             }
         }
@@ -79,13 +79,13 @@ impl Sink {
 }
 
 impl Args {
-    pub(super) fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
         let tunnel_use = Use::of(&args)?;
         let peer = match args.target.as_slice() {
             [] => None,
-            [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| Failure::usage(format!("peer: {error}")))?),
-            [_, surplus, ..] => return Err(Failure::usage(format!("one peer is enough: {surplus:?} is too much"))),
+            [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| CliError::usage(format!("peer: {error}")))?),
+            [_, surplus, ..] => return Err(CliError::usage(format!("one peer is enough: {surplus:?} is too much"))),
         };
         let mut sink = args.bound_to.as_deref().map(Sink::of).transpose()?;
         let plan = Plan::new(Mode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
@@ -123,7 +123,7 @@ async fn wait(
     bound: &Addr,
     sink: Option<Sink>,
     is_limited: bool,
-) -> Result<Addr, Failure> {
+) -> Result<Addr, CliError> {
     plan.tell(&format!("bound {bound}"));
     if let Some(mut sink) = sink {
         let line = format!("{bound}\n");
@@ -137,7 +137,7 @@ async fn wait(
                 written => break written,
             }
         };
-        written.map_err(|error| Failure::new(Status::STDOUT, format!("--bound-to: {error}")))?;
+        written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
     }
     plan.note(&format!("waiting for {}", plan.dst().map_or("anybody".into(), ToString::to_string)));
     let peer = if is_limited { client.accepted_in_time(tunnel).await } else { client.accepted(tunnel).await }?;

@@ -19,7 +19,7 @@ use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, Posi
 
 use super::secrets::without_userinfo;
 use super::udp::MAX_PEERS;
-use super::{Failure, at_least_one, deadline, duration};
+use super::{CliError, at_least_one, deadline, duration};
 use crate::client::{self as socks};
 use crate::policy::rules::level;
 use crate::proto::{Addr, Level, Method};
@@ -379,15 +379,15 @@ macro_rules! client_mode {
 pub(super) use client_mode;
 
 /// The target of `host:port` or `host port`.
-pub(super) fn target(words: &[String]) -> Result<Addr, Failure> {
+pub(super) fn target(words: &[String]) -> Result<Addr, CliError> {
     let parsed = match words {
         [both] => socks::parse_addr(both, None),
         [host, port] => socks::parse_host(host).and_then(|host| Ok(Addr { host, port: socks::parse_port(port)? })),
         _ => Err("write one target: host:port or host port".into()),
     };
     match parsed {
-        Ok(addr) if addr.port == 0 => Err(Failure::usage("the target's port is 0")),
+        Ok(addr) if addr.port == 0 => Err(CliError::usage("the target's port is 0")),
         // It may be a proxy's URL in the wrong place.
-        parsed => parsed.map_err(|error| Failure::usage(format!("target: {}", without_userinfo(&error)))),
+        parsed => parsed.map_err(|error| CliError::usage(format!("target: {}", without_userinfo(&error)))),
     }
 }

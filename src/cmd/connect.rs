@@ -1,6 +1,6 @@
 //! `s5 connect`: stdin and stdout through proxies to a target.
 
-use super::Failure;
+use super::CliError;
 use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::tunnel::Use;
@@ -19,7 +19,7 @@ client_mode!(
 );
 
 impl Args {
-    pub(super) fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
         let tunnel_use = Use::of(&args)?;
         // Without a target a proxy can still be asked whether it lets us in.
@@ -29,10 +29,10 @@ impl Args {
         };
         let listen = args.listen.as_deref().map(forward::local).transpose()?;
         if listen.is_none() && args.keep_open {
-            return Err(Failure::usage("-k is for -l"));
+            return Err(CliError::usage("-k is for -l"));
         }
         if args.keep_open && args.source_port.is_some() {
-            return Err(Failure::usage("-p and -k: one port is enough for one connection alone"));
+            return Err(CliError::usage("-p and -k: one port is enough for one connection alone"));
         }
         let plan = Plan::new(Mode::Connect, &args, dst)?;
         plan.run(Box::pin(async {
@@ -46,7 +46,7 @@ impl Args {
     }
 }
 
-async fn connect(plan: &Plan, tunnel_use: &Use) -> Result<(), Failure> {
+async fn connect(plan: &Plan, tunnel_use: &Use) -> Result<(), CliError> {
     let Attempt { client, tries, result } = plan.request(Command::Connect).await;
     let mut report = Report::new(plan, &client, tries);
     let result = match result {
@@ -61,7 +61,7 @@ async fn connect(plan: &Plan, tunnel_use: &Use) -> Result<(), Failure> {
 }
 
 /// Only asks the proxy to let us in.
-async fn probe(plan: &Plan) -> Result<(), Failure> {
+async fn probe(plan: &Plan) -> Result<(), CliError> {
     let Attempt { client, tries, result } = plan.attempt(async |client| client.probe().await).await;
     if result.is_ok() {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use argh::{ArgsInfo as _, CommandInfoWithArgs, FlagInfo, FlagInfoKind};
 use roff::{Inline, Roff, bold, italic, roman};
 
-use super::status::Status;
+use super::exit_status::ExitStatus;
 use super::{Args, NAME};
 
 /// How wide a line of help may be, in columns.
@@ -110,7 +110,7 @@ pub(super) fn manual() -> String {
         section(&mut roff, mode.name, &mode.command);
     }
     roff.control("SH", ["EXIT STATUS"]);
-    for (code, meaning) in Status::ALL {
+    for (code, meaning) in ExitStatus::ALL {
         roff.control("TP", ["6"]);
         roff.text([bold(code.to_string())]);
         roff.text([roman(meaning.replace('`', ""))]);

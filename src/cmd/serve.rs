@@ -14,7 +14,7 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::client::{levels, methods};
-use super::{Failure, Status, at_least_one, deadline, duration};
+use super::{CliError, ExitStatus, at_least_one, deadline, duration};
 use crate::client::{Auth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
@@ -243,11 +243,11 @@ impl Args {
         }
     }
 
-    pub(super) fn run(mut self) -> Result<(), Failure> {
+    pub(super) fn run(mut self) -> Result<(), CliError> {
         match (&self.users, &self.add_user, &self.remove_user) {
-            (_, Some(_), Some(_)) => return Err(Failure::usage("--add-user and --remove-user: one at a time")),
-            (None, Some(_), None) => return Err(Failure::usage("--add-user needs --users FILE")),
-            (None, None, Some(_)) => return Err(Failure::usage("--remove-user needs --users FILE")),
+            (_, Some(_), Some(_)) => return Err(CliError::usage("--add-user and --remove-user: one at a time")),
+            (None, Some(_), None) => return Err(CliError::usage("--add-user needs --users FILE")),
+            (None, None, Some(_)) => return Err(CliError::usage("--remove-user needs --users FILE")),
             (Some(file), Some(name), None) => return users::add_user(file, name),
             (Some(file), None, Some(name)) => return users::remove_user(file, name),
             (_, None, None) => {}
@@ -266,44 +266,44 @@ impl Args {
         }
         let reload = || sources.load().map_err(|failure| failure.message);
         server::run(options, policy, &reload).map_err(|error| match error {
-            StartError::Io(what, error) => Failure::new(Status::OTHER, format!("{what}: {error}")),
-            StartError::Open(why) => Failure::usage(why),
+            StartError::Io(what, error) => CliError::new(ExitStatus::FAILURE, format!("{what}: {error}")),
+            StartError::Open(why) => CliError::usage(why),
         })
     }
 
     /// The hops by number. That of `--via` comes last.
-    fn hops(&mut self) -> Result<Vec<Arc<Hop>>, Failure> {
+    fn hops(&mut self) -> Result<Vec<Arc<Hop>>, CliError> {
         let mut hops: Vec<Arc<Hop>> = Vec::new();
         for text in &self.hop {
-            let (name, url) = text.split_once('=').ok_or_else(|| Failure::usage("--hop: write NAME=URL"))?;
+            let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: write NAME=URL"))?;
             // A URL in place of a name may have a password in it, so neither is shown.
             let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
             if !is_name || name == "direct" {
                 let what = "a name has letters, digits, - _ and . only, and is not \"direct\"";
-                return Err(Failure::usage(format!("--hop: write NAME=URL; {what}")));
+                return Err(CliError::usage(format!("--hop: write NAME=URL; {what}")));
             }
             if hops.iter().any(|hop| hop.name == name) {
-                return Err(Failure::usage(format!("--hop: there are two called {name:?}")));
+                return Err(CliError::usage(format!("--hop: there are two called {name:?}")));
             }
-            let proxies = parse_hops(url).map_err(|error| Failure::usage(format!("--hop {name}: {error}")))?;
+            let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--hop {name}: {error}")))?;
             hops.push(Arc::new(Hop { name: name.into(), proxies }));
         }
         if let Some(url) = &self.via {
-            let proxies = parse_hops(url).map_err(|error| Failure::usage(format!("--via: {error}")))?;
+            let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--via: {error}")))?;
             hops.push(Arc::new(Hop { name: VIA.into(), proxies }));
         }
         Ok(hops)
     }
 
     /// The methods that are taken, in their order.
-    fn methods(&self) -> Result<Vec<Method>, Failure> {
+    fn methods(&self) -> Result<Vec<Method>, CliError> {
         let is_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
         let methods = self.auth.clone().unwrap_or_else(|| {
             let some = [(self.users.is_some(), Method::PASSWORD), (is_gssapi, Method::GSSAPI)];
             let found: Vec<Method> = some.into_iter().filter(|(is, _)| *is).map(|(_, method)| method).collect();
             if found.is_empty() { vec![Method::NONE] } else { found }
         });
-        let wrong = |what: &str| Err(Failure::usage(format!("--auth: {what}")));
+        let wrong = |what: &str| Err(CliError::usage(format!("--auth: {what}")));
         match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
             (true, _) if self.users.is_none() => wrong("password needs --users FILE"),
             (false, _) if self.users.is_some() => wrong("with --users, password has to be one of them"),
@@ -330,10 +330,10 @@ impl Args {
         }
     }
 
-    fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, Failure> {
+    fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, CliError> {
         let [v4, v6] = [IpAddr::is_ipv4, IpAddr::is_ipv6].map(|is| self.advertise.iter().filter(|ip| is(ip)).count());
         if v4 > 1 || v6 > 1 {
-            return Err(Failure::usage("--advertise: one address a family"));
+            return Err(CliError::usage("--advertise: one address a family"));
         }
         let offers_gssapi = match &self.hop_auth {
             Some(methods) => methods.contains(&Method::GSSAPI),
@@ -344,7 +344,7 @@ impl Args {
             let levels = self.gssapi_protection.unwrap_or_else(both);
             load::acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
         });
-        let default = || DEFAULT_LISTEN.parse().map(|listen| vec![listen]).map_err(Failure::usage);
+        let default = || DEFAULT_LISTEN.parse().map(|listen| vec![listen]).map_err(CliError::usage);
         Ok(Options {
             listen: if self.listen.is_empty() { default()? } else { self.listen },
             handshake_timeout: self.handshake_timeout,

@@ -15,7 +15,7 @@ use super::client::forward::local;
 use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::{Mode, client_mode, target};
-use super::status::{Failure, Status};
+use super::exit_status::{CliError, ExitStatus};
 use crate::client::{Association, Client, Error, Lost};
 use crate::proto::Addr;
 use crate::reactor::{sleep, sleep_until, yield_now};
@@ -42,7 +42,7 @@ client_mode!(
 );
 
 impl Args {
-    pub(super) fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
         let dst = match (args.target.as_slice(), args.zero_io) {
             ([], true) => None,
@@ -51,7 +51,7 @@ impl Args {
         let framing = Framing::of(&args)?;
         let listen = args.listen.as_deref().map(local).transpose()?;
         if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
-            return Err(Failure::usage("-z, -d, -n and --send-only are of no use with -l"));
+            return Err(CliError::usage("-z, -d, -n and --send-only are of no use with -l"));
         }
         let plan = Plan::new(Mode::Udp, &args, dst)?;
         if let Some(addr) = listen {
@@ -76,7 +76,7 @@ async fn associate(client: &Client) -> Result<(Association, Addr), Error> {
     Ok((client.associate().await?, dst))
 }
 
-async fn run(plan: &Plan, transfer: Option<Transfer>) -> Result<(), Failure> {
+async fn run(plan: &Plan, transfer: Option<Transfer>) -> Result<(), CliError> {
     let Attempt { client, tries, result } = plan.attempt(associate).await;
     let mut report = Report::new(plan, &client, tries);
     let result = match result {
@@ -109,8 +109,15 @@ struct Transfer {
 }
 
 impl Transfer {
-    async fn run(self, plan: &Plan, association: &Association, dst: &Addr, report: &mut Report) -> Result<(), Failure> {
-        let mut sink = Sink::new(self.framing, self.writes).map_err(|error| failed(plan, Status::STDOUT, &error))?;
+    async fn run(
+        self,
+        plan: &Plan,
+        association: &Association,
+        dst: &Addr,
+        report: &mut Report,
+    ) -> Result<(), CliError> {
+        let mut sink =
+            Sink::new(self.framing, self.writes).map_err(|error| failed(plan, ExitStatus::WRITE_STDOUT, &error))?;
         let flow = Flow {
             plan,
             association,
@@ -126,7 +133,7 @@ impl Transfer {
         // Answers that are here already are written, whatever it was that ended.
         let rest = match &ended {
             // Who does not read does not keep it from ending when its time is over.
-            Err(failure) if failure.status == Status::TIMED_OUT => Ok(()),
+            Err(failure) if failure.status == ExitStatus::TIMED_OUT => Ok(()),
             _ => flow.receive_rest(&mut sink).await,
         };
         report.set_moved(&flow.moved);
@@ -136,14 +143,14 @@ impl Transfer {
         match self.count {
             Some(count) if flow.answers.get() < count => {
                 let answers = flow.answers.get();
-                Err(plan.failed(Status::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
+                Err(plan.failed(ExitStatus::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
             }
             _ => Ok(()),
         }
     }
 
     /// Sends all of stdin, and waits for the answers.
-    async fn send(&self, flow: &Flow<'_>) -> Result<(), Failure> {
+    async fn send(&self, flow: &Flow<'_>) -> Result<(), CliError> {
         if !self.reads {
             // Then there is no end of stdin that answers could be waited for behind.
             return match self.answers {
@@ -154,7 +161,7 @@ impl Transfer {
                 None => pending().await,
             };
         }
-        let stdin = |error: io::Error| failed(flow.plan, Status::STDIN, &error);
+        let stdin = |error: io::Error| failed(flow.plan, ExitStatus::READ_STDIN, &error);
         let mut source = Source::new(self.framing).map_err(stdin)?;
         while let Some(data) = source.next().await.map_err(stdin)? {
             flow.send(&data).await?;
@@ -163,10 +170,10 @@ impl Transfer {
         Ok(())
     }
 
-    async fn idle(&self, flow: &Flow<'_>) -> Result<(), Failure> {
+    async fn idle(&self, flow: &Flow<'_>) -> Result<(), CliError> {
         let Some(idle) = self.idle else { return pending().await };
         silence(&flow.last, idle).await;
-        Err(flow.plan.failed(Status::TIMED_OUT, &format!("idle for {idle:?}")))
+        Err(flow.plan.failed(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
     }
 }
 
@@ -179,7 +186,7 @@ fn tell_losses(plan: &Plan, association: &Association) {
         (losses.overflown, "dropped: they came faster than they were read"),
     ] {
         if n > 0 {
-            plan.tell(&format!("s5: {}", plan.failed(Status::OTHER, &format!("answers {what} ({n})"))));
+            plan.tell(&format!("s5: {}", plan.failed(ExitStatus::FAILURE, &format!("answers {what} ({n})"))));
         }
     }
 }
@@ -192,18 +199,18 @@ async fn silence(last: &Cell<Instant>, idle: Duration) {
 }
 
 /// Returns when a proxy has ended the association, which is a failure.
-async fn lost(plan: &Plan, association: &Association) -> Result<(), Failure> {
+async fn lost(plan: &Plan, association: &Association) -> Result<(), CliError> {
     let Lost(proxy) = association.lost().await;
     let target = plan.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
     let what = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
-    Err(Failure::new(Status::RECEIVE, what))
+    Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))
 }
 
-fn failed(plan: &Plan, status: Status, error: &io::Error) -> Failure {
+fn failed(plan: &Plan, status: ExitStatus, error: &io::Error) -> CliError {
     let what = match status {
-        Status::STDIN => "reading stdin",
-        Status::STDOUT => "writing to stdout",
-        Status::SEND => "sending",
+        ExitStatus::READ_STDIN => "reading stdin",
+        ExitStatus::WRITE_STDOUT => "writing to stdout",
+        ExitStatus::SEND_ERROR => "sending",
         _ => "receiving",
     };
     plan.failed(status, &format!("{what}: {error}"))
@@ -224,20 +231,20 @@ struct Flow<'a> {
 }
 
 impl Flow<'_> {
-    async fn send(&self, data: &[u8]) -> Result<(), Failure> {
+    async fn send(&self, data: &[u8]) -> Result<(), CliError> {
         let sent = self.association.send(self.dst, data).await;
         self.last.set(Instant::now());
         self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
         // Stdin may always have more; answers must get their turn.
         yield_now().await;
-        sent.map_err(|error| failed(self.plan, Status::SEND, &error))
+        sent.map_err(|error| failed(self.plan, ExitStatus::SEND_ERROR, &error))
     }
 
     /// Writes answers as they come, until there are enough.
-    async fn receive(&self, sink: &mut Sink) -> Result<(), Failure> {
+    async fn receive(&self, sink: &mut Sink) -> Result<(), CliError> {
         while self.answers.get() < self.count {
             let received = self.association.recv().await;
-            let (_, answer) = received.map_err(|error| failed(self.plan, Status::RECEIVE, &error))?;
+            let (_, answer) = received.map_err(|error| failed(self.plan, ExitStatus::RECEIVE_ERROR, &error))?;
             self.take(&answer, sink);
             self.receive_rest(sink).await?;
             // Answers without end must not keep the others from their turn.
@@ -247,7 +254,7 @@ impl Flow<'_> {
     }
 
     /// Writes what is here already, all at once: writing takes a while, and a socket holds only a few hundred answers.
-    async fn receive_rest(&self, sink: &mut Sink) -> Result<(), Failure> {
+    async fn receive_rest(&self, sink: &mut Sink) -> Result<(), CliError> {
         for _ in 0..MAX_BATCH {
             if self.answers.get() >= self.count {
                 break;
@@ -256,8 +263,8 @@ impl Flow<'_> {
             self.take(&answer, sink);
         }
         sink.flush().await.map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Failure::new(Status::BROKEN_PIPE, ""),
-            _ => failed(self.plan, Status::STDOUT, &error),
+            io::ErrorKind::BrokenPipe => CliError::new(ExitStatus::BROKEN_PIPE, ""),
+            _ => failed(self.plan, ExitStatus::WRITE_STDOUT, &error),
         })
     }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use s5::cmd::Status;
+use s5::cmd::ExitStatus;
 
 use crate::behaviour_table::{Behaviour, Ends, WAIT, behaviours};
 use crate::common::{SOON, Server, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
@@ -157,14 +157,14 @@ fn every_status_of_the_table_comes_about() {
         seen.extend(u8::try_from(status));
     }
     seen.insert(nobody_takes_the_socket());
-    let table: BTreeSet<u8> = Status::ALL.iter().map(|(code, _)| *code).collect();
+    let table: BTreeSet<u8> = ExitStatus::ALL.iter().map(|(code, _)| *code).collect();
     assert_eq!(seen, table);
 }
 
 #[test]
 fn the_readme_has_the_table_of_the_code() {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("README.md");
-    for (code, meaning) in Status::ALL {
+    for (code, meaning) in ExitStatus::ALL {
         let row = format!("| {code} | {meaning} |");
         assert!(readme.contains(&row), "README.md has no row {row}");
     }

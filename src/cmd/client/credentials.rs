@@ -12,8 +12,8 @@ use std::process::{Command, Stdio};
 use super::proxies::variable;
 use super::{Args, descriptor};
 use crate::client::{Proxy, credentials};
-use crate::cmd::Failure;
-use crate::cmd::status::{Status, say};
+use crate::cmd::CliError;
+use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::proto::{Credentials, MAX_FIELD, Method};
 
 /// How many octets of a password file are read.
@@ -28,14 +28,16 @@ struct Login {
 /// Gives credentials to all hops that have none of their own, where there are some.
 ///
 /// A hop whose URL has a user name gets the password of that user; one that has none gets the first that is known.
-pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), Failure> {
+pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> {
     let mut known = Vec::new();
     let mut user = None;
     match args.proxy_user.as_deref().map(|user| (user, login(user.as_bytes()))) {
-        Some(("", _)) => return Err(Failure::usage("--proxy-user: no name")),
+        Some(("", _)) => return Err(CliError::usage("--proxy-user: no name")),
         Some((_, Some(login))) => {
             if !args.quiet {
-                say("s5: --proxy-user: others may have seen the password; use --proxy-auth-file or S5_PROXY_AUTH");
+                eprint_line(
+                    "s5: --proxy-user: others may have seen the password; use --proxy-auth-file or S5_PROXY_AUTH",
+                );
             }
             known.push(login);
         }
@@ -45,7 +47,7 @@ pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), Failure> {
     if let Some(file) = &args.proxy_auth_file {
         // Somebody may have taken it for the password itself.
         let shown = if file.contains(':') && descriptor::number(file).is_none() { "…" } else { file };
-        known.extend(from_file(file).map_err(|error| Failure::usage(format!("--proxy-auth-file {shown}: {error}")))?);
+        known.extend(from_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
     }
     // The line of stdin or of a descriptor is taken in any case: whoever reads on must not find it there.
     if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {
@@ -64,8 +66,8 @@ pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-fn made(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, Failure> {
-    credentials(uname, passwd).map_err(|error| Failure::usage(format!("proxy {hop}: {error}")))
+fn made(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, CliError> {
+    credentials(uname, passwd).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))
 }
 
 /// The lines of a file; the first line of stdin or of a descriptor, of which what follows may be for others.
@@ -97,13 +99,13 @@ fn first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-fn from_environment() -> Result<Vec<Login>, Failure> {
+fn from_environment() -> Result<Vec<Login>, CliError> {
     // Octets as they are, which need be no text.
     let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
     let mut known = Vec::new();
     for name in ["S5_PROXY_AUTH", "NCAT_PROXY_AUTH"] {
         if let Some(pair) = variable(name) {
-            known.push(login(&pair).ok_or_else(|| Failure::usage(format!("{name}: it is not user:password")))?);
+            known.push(login(&pair).ok_or_else(|| CliError::usage(format!("{name}: it is not user:password")))?);
         }
     }
     for (user, passwords) in
@@ -123,13 +125,14 @@ fn login(pair: &[u8]) -> Option<Login> {
 }
 
 /// Asks for a password: a program that was named for that, or whoever sits at the terminal. Nobody, where nobody is.
-fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Failure> {
+fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
     let prompt = format!("Password of {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
     let is_attended = variable("CI").is_none_or(|ci| ci == "false");
     if is_attended {
         if let Some(program) = askpass() {
-            return from_program(&program, &prompt)
-                .map_err(|error| Failure::new(Status::LOGIN, format!("proxy {hop}: login: {program}: {error}")));
+            return from_program(&program, &prompt).map_err(|error| {
+                CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {program}: {error}"))
+            });
         }
         let uses_stdin = !(args.zero_io || args.recv_only || args.pass_fd)
             && args.listen.is_none()
@@ -144,7 +147,7 @@ fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Failure> {
         "proxy {hop}: login: there is no password for {}; use --proxy-auth-file or S5_PROXY_AUTH",
         String::from_utf8_lossy(uname).escape_debug()
     );
-    Err(Failure::new(Status::LOGIN, why))
+    Err(CliError::new(ExitStatus::LOGIN_FAILED, why))
 }
 
 /// The program that asks for passwords, where it is to be used as ssh(1) has it.

@@ -13,8 +13,8 @@ use super::plan::{Attempt, Plan};
 use super::report::Report;
 use super::tunnel::{Watched, end};
 use crate::client::parse_addr;
-use crate::cmd::Failure;
-use crate::cmd::status::Status;
+use crate::cmd::CliError;
+use crate::cmd::exit_status::ExitStatus;
 use crate::conn::Conn;
 use crate::dial::tune;
 use crate::proto::{Addr, Command, Host};
@@ -32,8 +32,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// What is wrong, in words.
-pub(in crate::cmd) fn local(text: &str) -> Result<SocketAddr, Failure> {
-    let wrong = |what: String| Failure::usage(format!("-l: {what}"));
+pub(in crate::cmd) fn local(text: &str) -> Result<SocketAddr, CliError> {
+    let wrong = |what: String| CliError::usage(format!("-l: {what}"));
     if let Ok(port) = text.parse() {
         return Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
     }
@@ -50,8 +50,8 @@ pub(in crate::cmd) fn local(text: &str) -> Result<SocketAddr, Failure> {
 }
 
 /// What a socket that can't be had is to the user.
-pub(in crate::cmd) fn unbound(addr: SocketAddr, error: &io::Error) -> Failure {
-    Failure::new(Status::SOURCE, format!("listen on {addr}: {error}"))
+pub(in crate::cmd) fn unbound(addr: SocketAddr, error: &io::Error) -> CliError {
+    CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error}"))
 }
 
 /// Gives one connection its tunnel, or with `keeps` any number.
@@ -60,7 +60,7 @@ pub(in crate::cmd) async fn run(
     addr: SocketAddr,
     keeps: bool,
     idle: Option<Duration>,
-) -> Result<(), Failure> {
+) -> Result<(), CliError> {
     let bound = TcpListener::bind(addr).and_then(|listener| {
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
@@ -90,13 +90,13 @@ pub(in crate::cmd) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 /// Runs `main` to its end, and meanwhile the tasks of the executor.
 pub(in crate::cmd) async fn run_with(
     executor: &LocalExecutor<'_>,
-    main: Pin<Box<dyn Future<Output = Result<(), Failure>> + '_>>,
-) -> Result<(), Failure> {
+    main: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
+) -> Result<(), CliError> {
     executor.run(main).await
 }
 
 /// The next connection. What one of them has to do with it does not keep the others from coming.
-async fn accept(plan: &Plan, listener: &Io<TcpListener>) -> Result<Conn, Failure> {
+async fn accept(plan: &Plan, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_short = false;
     loop {
         let accepted = listener.with(Way::Read, reactor::accept).await;
@@ -118,7 +118,7 @@ async fn accept(plan: &Plan, listener: &Io<TcpListener>) -> Result<Conn, Failure
 }
 
 /// One connection from its beginning to its end.
-async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(), Failure> {
+async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(), CliError> {
     let established = plan.request(Command::Connect);
     let left = async {
         local.left().await;
@@ -126,7 +126,7 @@ async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(
         None
     };
     let Some(Attempt { client, tries, result }) = async { Some(established.await) }.or(left).await else {
-        let left = plan.failed(Status::RECEIVE, "the local client left before there was a tunnel");
+        let left = plan.failed(ExitStatus::RECEIVE_ERROR, "the local client left before there was a tunnel");
         return plan.conclude(Report::default(), Err(left));
     };
     let mut report = Report::new(plan, &client, tries);
@@ -157,7 +157,7 @@ async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(
     report.set_ends(seen.first_byte.get(), seen.ended_first.get());
     let result = match ended {
         Err(Broken::Io(Place::ReadClient | Place::WriteClient, error)) => {
-            Err(plan.failed(Status::RECEIVE, &format!("the local client: {error}")))
+            Err(plan.failed(ExitStatus::RECEIVE_ERROR, &format!("the local client: {error}")))
         }
         ended => end(plan, idle, ended, Ok(())),
     };

@@ -148,7 +148,7 @@ impl Pipe {
     }
 
     /// The ends of a program's pipes.
-    pub(super) fn of_program(stdout: OwnedFd, stdin: OwnedFd, crlf: bool) -> io::Result<Self> {
+    pub(super) fn from_child(stdout: OwnedFd, stdin: OwnedFd, crlf: bool) -> io::Result<Self> {
         let (source, sink) = (Some(End::own(stdout)?), Some(End::own(stdin)?));
         Ok(Self { source, sink, crlf: crlf.then(Crlf::default), may_hang_up: true, unsent: false })
     }

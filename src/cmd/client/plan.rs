@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use super::report::Report;
 use super::{Args, Mode, credentials, proxies};
 use crate::client::{Auth, Cause, Client, Error, Proxy};
-use crate::cmd::Failure;
-use crate::cmd::status::{Status, say};
+use crate::cmd::CliError;
+use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::conn::Conn;
 use crate::dial::{Resolver, Source};
 use crate::gssapi::Initiator;
@@ -54,22 +54,22 @@ struct Said {
 pub(in crate::cmd) struct Attempt<T> {
     pub(in crate::cmd) client: Client,
     pub(in crate::cmd) tries: u32,
-    pub(in crate::cmd) result: Result<T, Failure>,
+    pub(in crate::cmd) result: Result<T, CliError>,
 }
 
 impl Plan {
     /// `dst` is what the mode asks for: nothing, when a proxy is only probed; with BIND, who may come.
-    pub(in crate::cmd) fn new(mode: Mode, args: &Args, dst: Option<Addr>) -> Result<Self, Failure> {
+    pub(in crate::cmd) fn new(mode: Mode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // Whom a proxy waits for can't be reached directly instead.
         let mut hops = proxies::hops(args, dst.as_ref().filter(|_| mode != Mode::Bind))?;
         if hops.is_empty() && (mode == Mode::Bind || dst.is_none()) {
-            return Err(Failure::usage("without a proxy there is nobody to ask"));
+            return Err(CliError::usage("without a proxy there is nobody to ask"));
         }
         let source = source(args, &hops)?;
         let auth = auth(args, &hops)?;
         // What fails from here on is no mistake of the command line.
         credentials::complete(&mut hops, args).or_else(|failure| match failure.status {
-            Status::USAGE => Err(failure),
+            ExitStatus::USAGE => Err(failure),
             _ => Said::of(args).conclude(Report::default(), Err(failure)),
         })?;
         Ok(Self {
@@ -88,9 +88,9 @@ impl Plan {
     /// Runs the mode to its end, whose failures are as quiet as the rest.
     pub(in crate::cmd) fn run(
         &self,
-        mode: Pin<Box<dyn Future<Output = Result<(), Failure>> + '_>>,
-    ) -> Result<(), Failure> {
-        let no_reactor = |error| Err(Failure::new(Status::OTHER, format!("no reactor: {error}")));
+        mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
+    ) -> Result<(), CliError> {
+        let no_reactor = |error| Err(CliError::new(ExitStatus::FAILURE, format!("no reactor: {error}")));
         self.said.muted(reactor::run(mode).unwrap_or_else(no_reactor))
     }
 
@@ -123,7 +123,7 @@ impl Plan {
         let left = || self.wait.map(|wait| wait.saturating_sub(began.elapsed()));
         let mut pause = FIRST_PAUSE;
         let mut tries = 0;
-        let mut last: Option<(Client, Failure)> = None;
+        let mut last: Option<(Client, CliError)> = None;
         loop {
             tries += 1;
             let limit = left().map_or(self.limit, |left| left.min(self.limit).max(LAST));
@@ -134,7 +134,7 @@ impl Plan {
                 Err(error) => error,
             };
             let is_cut = limit < self.limit && matches!(error.cause, Cause::TimedOut(_));
-            let failure = Failure::from(error);
+            let failure = CliError::from(error);
             // That the last try had no time left tells less than why the one before it failed.
             let failed = match last.take() {
                 Some(last) if is_cut => last,
@@ -163,20 +163,20 @@ impl Plan {
     }
 
     /// A failure behind the handshake.
-    pub(in crate::cmd) fn failed(&self, status: Status, what: &str) -> Failure {
+    pub(in crate::cmd) fn failed(&self, status: ExitStatus, what: &str) -> CliError {
         let target = self.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
-        Failure::new(status, format!("{}: transfer{target}: {what}", self.who()))
+        CliError::new(status, format!("{}: transfer{target}: {what}", self.who()))
     }
 
     /// One line on stderr, unless nothing is to be said.
     pub(in crate::cmd) fn tell(&self, what: &str) {
         if !self.said.quiet {
-            say(&Failure::new(Status::OTHER, what).to_string());
+            eprint_line(&CliError::new(ExitStatus::FAILURE, what).to_string());
         }
     }
 
     /// The line of one failure of many.
-    pub(in crate::cmd) fn tell_failure(&self, result: Result<(), Failure>) {
+    pub(in crate::cmd) fn tell_failure(&self, result: Result<(), CliError>) {
         if let Err(failure) = result
             && !failure.message.is_empty()
         {
@@ -187,12 +187,12 @@ impl Plan {
     /// One line on stderr, with `-v`.
     pub(in crate::cmd) fn note(&self, what: &str) {
         if self.said.verbose {
-            say(&format!("s5: {}", Failure::new(Status::OTHER, format!("{}: {what}", self.who()))));
+            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {what}", self.who()))));
         }
     }
 
     /// Says what is to be said at the end.
-    pub(in crate::cmd) fn conclude(&self, report: Report, result: Result<(), Failure>) -> Result<(), Failure> {
+    pub(in crate::cmd) fn conclude(&self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
         self.said.conclude(report, result)
     }
 }
@@ -207,47 +207,47 @@ impl Said {
         }
     }
 
-    fn conclude(self, report: Report, result: Result<(), Failure>) -> Result<(), Failure> {
+    fn conclude(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
         if self.json {
-            say(&report.json(&result));
+            eprint_line(&report.json(&result));
         }
         // What the object tells is not told beside it.
         Self { mute: self.mute || self.json, ..self }.muted(result)
     }
 
-    fn muted(self, result: Result<(), Failure>) -> Result<(), Failure> {
+    fn muted(self, result: Result<(), CliError>) -> Result<(), CliError> {
         result.map_err(|failure| match self.mute {
-            true => Failure { message: String::new(), ..failure },
+            true => CliError { message: String::new(), ..failure },
             false => failure,
         })
     }
 }
 
-fn source(args: &Args, hops: &[Proxy]) -> Result<Source, Failure> {
+fn source(args: &Args, hops: &[Proxy]) -> Result<Source, CliError> {
     let is_ipv4 = match (args.ipv4, args.ipv6) {
-        (true, true) => return Err(Failure::usage("-4 and -6: one or the other")),
+        (true, true) => return Err(CliError::usage("-4 and -6: one or the other")),
         (true, false) => Some(true),
         (false, true) => Some(false),
         (false, false) => None,
     };
     let source = Source { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
     if source.ip.is_some_and(|ip| !source.reaches(ip)) {
-        return Err(Failure::usage("-s is of the other family than -4 or -6 wants"));
+        return Err(CliError::usage("-s is of the other family than -4 or -6 wants"));
     }
     let is_unix = hops.first().is_some_and(Proxy::is_unix);
     if is_unix && (args.source.is_some() || args.source_port.is_some() || is_ipv4.is_some()) {
-        return Err(Failure::usage("-4, -6, -s and -p are of no use with a proxy on a Unix socket"));
+        return Err(CliError::usage("-4, -6, -s and -p are of no use with a proxy on a Unix socket"));
     }
     Ok(source)
 }
 
 /// What is offered to proxies, besides passwords.
-fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, Failure> {
+fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
     let is_named = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
     let is_demanded = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {
         Some(methods) if (is_named || is_demanded) && !methods.contains(&Method::GSSAPI) => {
-            return Err(Failure::usage("--gssapi-* and --ccache are of no use without gssapi in --auth"));
+            return Err(CliError::usage("--gssapi-* and --ccache are of no use without gssapi in --auth"));
         }
         // Who wants protection does not want to be talked out of it.
         None if is_demanded => Some(vec![Method::GSSAPI]),
@@ -260,7 +260,7 @@ fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, Failure> {
     let is_one_host =
         args.gssapi_host.is_some() || args.gssapi_service.as_ref().is_some_and(|name| name.contains(['/', '@']));
     if hops.len() > 1 && is_one_host {
-        return Err(Failure::usage(
+        return Err(CliError::usage(
             "--gssapi-host, or a principal as --gssapi-service, is of one proxy, not of a chain",
         ));
     }
@@ -270,7 +270,7 @@ fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, Failure> {
     let usual = if args.gssapi_nec { wanted } else { default.least.min(wanted) };
     let least = args.gssapi_min.unwrap_or(usual);
     if least > wanted {
-        return Err(Failure::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
+        return Err(CliError::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
     }
     let gssapi = Initiator {
         ccache: args.ccache.clone(),

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::Args;
 use crate::client::{Proxy, parse_hops};
-use crate::cmd::Failure;
+use crate::cmd::CliError;
 use crate::proto::{Addr, Host};
 
 /// The variables that may name a proxy, the first one that does so counts.
@@ -18,24 +18,24 @@ const EXCEPTIONS: [&str; 2] = ["no_proxy", "NO_PROXY"];
 const DEFAULT: &str = "127.0.0.1:1080";
 
 /// The proxies on the way to `dst`, nearest first; none when it is to be reached directly.
-pub(super) fn hops(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, Failure> {
+pub(super) fn hops(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
     match (args.direct, args.proxy.as_slice()) {
         (true, []) => return Ok(Vec::new()),
-        (true, _) => return Err(Failure::usage("--direct and --proxy: one or the other")),
+        (true, _) => return Err(CliError::usage("--direct and --proxy: one or the other")),
         (false, [none]) if none.is_empty() => return Ok(Vec::new()),
         (false, []) => {}
         (false, urls) => {
-            return parse_hops(&urls.join(",")).map_err(|error| Failure::usage(format!("--proxy: {error}")));
+            return parse_hops(&urls.join(",")).map_err(|error| CliError::usage(format!("--proxy: {error}")));
         }
     }
     let Some((name, text)) = VARIABLES.into_iter().find_map(|name| Some((name, variable(name)?))) else {
-        return parse_hops(DEFAULT).map_err(Failure::usage);
+        return parse_hops(DEFAULT).map_err(CliError::usage);
     };
     let exceptions = EXCEPTIONS.into_iter().find_map(variable).unwrap_or_default();
     if dst.is_some_and(|dst| is_exception(&exceptions, dst)) {
         return Ok(Vec::new());
     }
-    parse_hops(&text).map_err(|error| Failure::usage(format!("{name}: {error}; or give the proxy with -x")))
+    parse_hops(&text).map_err(|error| CliError::usage(format!("{name}: {error}; or give the proxy with -x")))
 }
 
 /// A variable that is there and not empty.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::plan::Plan;
 use crate::client::{Client, Phase};
-use crate::cmd::{Failure, Status};
+use crate::cmd::{CliError, ExitStatus};
 use crate::proto::Addr;
 use crate::relay::Moved;
 
@@ -105,12 +105,12 @@ impl Report {
     }
 
     /// The object, in one line.
-    pub(in crate::cmd) fn json(mut self, result: &Result<(), Failure>) -> String {
+    pub(in crate::cmd) fn json(mut self, result: &Result<(), CliError>) -> String {
         if let Err(failure) = result {
             self.status = failure.status.code();
             self.error = Some(failure.to_string()).filter(|message| !message.is_empty());
         } else {
-            self.status = Status::DONE.code();
+            self.status = ExitStatus::SUCCESS.code();
         }
         self.text()
     }

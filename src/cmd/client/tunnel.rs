@@ -18,9 +18,9 @@ use super::child::{self, Program};
 use super::pipe::Pipe;
 use super::plan::Plan;
 use super::report::Report;
-use crate::cmd::Failure;
+use crate::cmd::CliError;
+use crate::cmd::exit_status::ExitStatus;
 use crate::cmd::progress;
-use crate::cmd::status::Status;
 use crate::conn::{Conn, until};
 use crate::proto::Addr;
 use crate::reactor::{Way, sleep};
@@ -49,9 +49,9 @@ pub(in crate::cmd) struct Use {
 
 impl Use {
     /// What the options say.
-    pub(in crate::cmd) fn of(args: &Args) -> Result<Self, Failure> {
+    pub(in crate::cmd) fn of(args: &Args) -> Result<Self, CliError> {
         if args.timeout.is_some_and(|time| time.is_zero()) {
-            return Err(Failure::usage("-w: 0 is no time at all"));
+            return Err(CliError::usage("-w: 0 is no time at all"));
         }
         let program = Program::of(args)?;
         let uses = [
@@ -64,17 +64,17 @@ impl Use {
         ];
         let named: Vec<&str> = uses.iter().filter(|(is_used, _)| *is_used).map(|(_, name)| *name).collect();
         if let [one, other, ..] = named.as_slice() {
-            return Err(Failure::usage(format!("{one} and {other}: one or the other")));
+            return Err(CliError::usage(format!("{one} and {other}: one or the other")));
         }
         let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
         if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
             let what = "-C, -q, --no-shutdown and --progress";
-            return Err(Failure::usage(format!("{what} are of no use with {}", named.concat())));
+            return Err(CliError::usage(format!("{what} are of no use with {}", named.concat())));
         }
         if args.pass_fd {
             let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
             if !is_socket {
-                return Err(Failure::usage("-F: stdout is no socket; it is for ssh's ProxyUseFdpass"));
+                return Err(CliError::usage("-F: stdout is no socket; it is for ssh's ProxyUseFdpass"));
             }
         }
         Ok(Self {
@@ -98,12 +98,13 @@ impl Use {
         tunnel: Conn,
         bnd: &Addr,
         report: &mut Report,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), CliError> {
         if self.only_establish {
             return Ok(());
         }
         if self.pass_fd {
-            return pass(&tunnel).map_err(|error| plan.failed(Status::OTHER, &format!("passing the socket: {error}")));
+            return pass(&tunnel)
+                .map_err(|error| plan.failed(ExitStatus::FAILURE, &format!("passing the socket: {error}")));
         }
         let (child, pipe) = match &self.program {
             Some(program) => {
@@ -118,7 +119,7 @@ impl Use {
             }
             None => {
                 let pipe = Pipe::standard(self.reads, self.writes, self.crlf);
-                (None, pipe.map_err(|error| plan.failed(Status::OTHER, &format!("stdin and stdout: {error}")))?)
+                (None, pipe.map_err(|error| plan.failed(ExitStatus::FAILURE, &format!("stdin and stdout: {error}")))?)
             }
         };
         self.relay(plan, pipe, child, tunnel, report).await
@@ -131,7 +132,7 @@ impl Use {
         child: Option<Child>,
         tunnel: Conn,
         report: &mut Report,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), CliError> {
         let linger = if pipe.reads() { LINGER } else { Duration::ZERO };
         let limits = Limits { idle: self.idle, linger: child.is_none().then_some(linger), ..Limits::default() };
         let moved = Moved::default();
@@ -176,9 +177,9 @@ impl Use {
             exited = Some(exit.await);
         }
         match exited {
-            Some(Ok(Status::DONE)) | None => Ok(()),
-            Some(Ok(status)) => Err(Failure::new(status, "")),
-            Some(Err(error)) => Err(plan.failed(Status::OTHER, &format!("waiting for the program: {error}"))),
+            Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
+            Some(Ok(status)) => Err(CliError::new(status, "")),
+            Some(Err(error)) => Err(plan.failed(ExitStatus::FAILURE, &format!("waiting for the program: {error}"))),
         }
     }
 }
@@ -189,7 +190,7 @@ pub(super) fn end(
     idle: Option<Duration>,
     ended: Result<End, Broken>,
     flushed: io::Result<()>,
-) -> Result<(), Failure> {
+) -> Result<(), CliError> {
     let ended = match (ended, flushed) {
         (Ok(_) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
             Err(Broken::Io(Place::WriteClient, error))
@@ -202,15 +203,17 @@ pub(super) fn end(
         Ok(_) | Err(Broken::Cut) => Ok(()),
         Err(Broken::Idle) => {
             let idle = idle.unwrap_or_default();
-            Err(plan.failed(Status::TIMED_OUT, &format!("idle for {idle:?}")))
+            Err(plan.failed(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
         }
         Err(Broken::Io(Place::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(Status::BROKEN_PIPE, ""))
+            Err(CliError::new(ExitStatus::BROKEN_PIPE, ""))
         }
-        Err(Broken::Io(Place::WriteClient, error)) => failed(Status::STDOUT, "writing to stdout", &error),
-        Err(Broken::Io(Place::ReadClient, error)) => failed(Status::STDIN, "reading stdin", &error),
-        Err(Broken::Io(Place::WriteDst, error) | Broken::Unsent(error)) => failed(Status::SEND, "sending", &error),
-        Err(Broken::Io(Place::ReadDst, error)) => failed(Status::RECEIVE, "receiving", &error),
+        Err(Broken::Io(Place::WriteClient, error)) => failed(ExitStatus::WRITE_STDOUT, "writing to stdout", &error),
+        Err(Broken::Io(Place::ReadClient, error)) => failed(ExitStatus::READ_STDIN, "reading stdin", &error),
+        Err(Broken::Io(Place::WriteDst, error) | Broken::Unsent(error)) => {
+            failed(ExitStatus::SEND_ERROR, "sending", &error)
+        }
+        Err(Broken::Io(Place::ReadDst, error)) => failed(ExitStatus::RECEIVE_ERROR, "receiving", &error),
     }
 }
 

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::client::parse_addr;
-use crate::cmd::{Failure, Status};
+use crate::cmd::{CliError, ExitStatus};
 use crate::conn::until;
 use crate::dial::{Resolver, canonical, literal};
 use crate::policy::Policy;
@@ -22,7 +22,7 @@ const LOOKUP: Duration = Duration::from_secs(10);
 const COLUMN: usize = 48;
 
 /// Prints all rules in their order, each with where it stands.
-pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), Failure> {
+pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut text = String::new();
     let mut lines: Vec<(String, &str)> = Vec::new();
     for rule in policy.rules.all() {
@@ -45,9 +45,9 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), Failure> {
 }
 
 /// Prints which rule decides, for the name and for each address.
-pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> Result<(), Failure> {
+pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> Result<(), CliError> {
     policy.own = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
-    let asked = Asked::parse(question).map_err(|why| Failure::usage(format!("--explain: {why}")))?;
+    let asked = Asked::parse(question).map_err(|why| CliError::usage(format!("--explain: {why}")))?;
     let mut explained = Explained { policy: &policy, options, text: format!("asked {asked}\n") };
     let explained_so_far = explained.explain(&asked);
     explained.text += match explained_so_far {
@@ -56,12 +56,12 @@ pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> 
         Err(_) => "",
     };
     print(&explained.text)?;
-    if explained_so_far? { Ok(()) } else { Err(Failure::new(Status::OTHER, "")) }
+    if explained_so_far? { Ok(()) } else { Err(CliError::new(ExitStatus::FAILURE, "")) }
 }
 
-fn print(text: &str) -> Result<(), Failure> {
+fn print(text: &str) -> Result<(), CliError> {
     let written = std::io::stdout().write_all(text.as_bytes());
-    written.map_err(|error| Failure::new(Status::STDOUT, format!("writing to stdout: {error}")))
+    written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("writing to stdout: {error}")))
 }
 
 /// A question as it was put.
@@ -150,7 +150,7 @@ struct Explained<'a> {
 }
 
 impl<'a> Explained<'a> {
-    fn explain(&mut self, asked: &Asked) -> Result<bool, Failure> {
+    fn explain(&mut self, asked: &Asked) -> Result<bool, CliError> {
         let question = asked.question();
         if let Some(login) = question.login
             && !self.policy.knows(&login)
@@ -181,7 +181,7 @@ impl<'a> Explained<'a> {
     }
 
     /// Whether one of the addresses is allowed.
-    fn addresses(&mut self, question: &Question<'_>, ips: &[IpAddr]) -> Result<bool, Failure> {
+    fn addresses(&mut self, question: &Question<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
         let mut any = false;
         for ip in ips {
             let ip = canonical(*ip, 0).ip();
@@ -190,7 +190,7 @@ impl<'a> Explained<'a> {
         Ok(any)
     }
 
-    fn certain(&mut self, what: &str, question: &Question<'_>) -> Result<bool, Failure> {
+    fn certain(&mut self, what: &str, question: &Question<'_>) -> Result<bool, CliError> {
         match self.judge(question) {
             Verdict::Allow(rule, route) => {
                 self.line("allow", what, rule, route);
@@ -202,7 +202,7 @@ impl<'a> Explained<'a> {
             }
             Verdict::Undecided(rule) => {
                 let what = format!("it depends on {}: {rule}", rule.origin());
-                Err(Failure::usage(format!("--explain: say more, as in to=HOST:PORT; {what}")))
+                Err(CliError::usage(format!("--explain: say more, as in to=HOST:PORT; {what}")))
             }
         }
     }
@@ -220,12 +220,12 @@ impl<'a> Explained<'a> {
     }
 }
 
-fn lookup(asked: &Asked) -> Result<Vec<IpAddr>, Failure> {
+fn lookup(asked: &Asked) -> Result<Vec<IpAddr>, CliError> {
     let Some(to) = &asked.to else { return Ok(Vec::new()) };
     let found = smol::block_on(until(Instant::now() + LOOKUP, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
-        Some(Err(failure)) => Err(Failure::usage(format!("--explain: {to}: {failure}"))),
-        None => Err(Failure::usage(format!("--explain: {to}: the resolver gave no answer"))),
+        Some(Err(failure)) => Err(CliError::usage(format!("--explain: {to}: {failure}"))),
+        None => Err(CliError::usage(format!("--explain: {to}: the resolver gave no answer"))),
     }
 }

@@ -6,7 +6,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cmd::Failure;
+use crate::cmd::CliError;
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};
@@ -53,7 +53,7 @@ impl Source {
     }
 
     /// Its text, unless that looks less whole than the one before.
-    fn read(&self, max: u64) -> Result<(String, Shape), Failure> {
+    fn read(&self, max: u64) -> Result<(String, Shape), CliError> {
         let taken = self.taken.get();
         // Nobody waits at the other end of a pipe the second time, and opening it would wait for him.
         if taken.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
@@ -98,7 +98,7 @@ pub(super) struct Sources {
 impl Sources {
     /// # Errors
     /// What can't be read, or is wrong: file, line and word.
-    pub(super) fn load(&self) -> Result<Policy, Failure> {
+    pub(super) fn load(&self) -> Result<Policy, CliError> {
         let mut taken = Vec::new();
         let users = match &self.users {
             None => None,
@@ -127,11 +127,11 @@ impl Sources {
         Ok(Policy { users, methods: self.methods.clone(), rules: Rules::new(all, self.route), ..Policy::default() })
     }
 
-    fn lines(&self) -> Result<Vec<Rule>, Failure> {
+    fn lines(&self) -> Result<Vec<Rule>, CliError> {
         let mut all = Vec::new();
         for (text, option) in &self.lines {
             let parsed = rules::parse_line(text, option, &self.hops);
-            all.extend(parsed.map_err(|what| Failure::usage(format!("{option}: {what}")))?);
+            all.extend(parsed.map_err(|what| CliError::usage(format!("{option}: {what}")))?);
         }
         Ok(all)
     }
@@ -145,21 +145,21 @@ pub(super) fn acceptor(
     keytab: Option<PathBuf>,
     service: Option<&str>,
     levels: Vec<Level>,
-) -> Result<Acceptor, Failure> {
+) -> Result<Acceptor, CliError> {
     if let Some(file) = &keytab {
         // The library calls everything that it can't read "nonexistent or empty".
         fs::File::open(file).map_err(|error| wrong(file, error))?;
     }
     let file = keytab.as_ref().map_or_else(|| "--auth gssapi".into(), |file| file.display().to_string());
-    Acceptor::new(keytab, service, levels).map_err(|error| Failure::usage(format!("{file}: {error}")))
+    Acceptor::new(keytab, service, levels).map_err(|error| CliError::usage(format!("{file}: {error}")))
 }
 
-pub(super) fn wrong(file: &Path, what: impl std::fmt::Display) -> Failure {
-    Failure::usage(format!("{}: {what}", file.display()))
+pub(super) fn wrong(file: &Path, what: impl std::fmt::Display) -> CliError {
+    CliError::usage(format!("{}: {what}", file.display()))
 }
 
 /// The text of a file of at most `max` octets.
-pub(super) fn read(file: &Path, max: u64) -> Result<String, Failure> {
+pub(super) fn read(file: &Path, max: u64) -> Result<String, CliError> {
     let mut octets = Vec::new();
     let opened = fs::File::open(file).map_err(|error| wrong(file, error))?;
     io::Read::take(opened, max + 1).read_to_end(&mut octets).map_err(|error| wrong(file, error))?;

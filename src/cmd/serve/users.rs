@@ -6,11 +6,11 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, read, wrong};
-use crate::cmd::{Failure, Status};
+use crate::cmd::{CliError, ExitStatus};
 use crate::policy::users::{self, Users};
 
-pub(super) fn add_user(file: &Path, name: &str) -> Result<(), Failure> {
-    let bad = |error| Failure::usage(format!("--add-user: {error}"));
+pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {
+    let bad = |error| CliError::usage(format!("--add-user: {error}"));
     users::check_name(name).map_err(bad)?;
     read_users_to_edit(file)?;
     let passwd = ask_password(name)?;
@@ -21,13 +21,13 @@ pub(super) fn add_user(file: &Path, name: &str) -> Result<(), Failure> {
 }
 
 /// The text of a users file that is in order, or of one that is not there yet.
-fn read_users_to_edit(file: &Path) -> Result<String, Failure> {
+fn read_users_to_edit(file: &Path) -> Result<String, CliError> {
     let text = if file.exists() { read(file, MAX_USERS_FILE)? } else { String::new() };
     Users::parse(&text).map_err(|error| wrong(file, error))?;
     Ok(text)
 }
 
-pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), Failure> {
+pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
     let text = read(file, MAX_USERS_FILE)?;
     let text = users::edit(&text, name, None).ok_or_else(|| wrong(file, format!("no user {name:?}")))?;
     // An empty file could also be one that is being written.
@@ -36,7 +36,7 @@ pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), Failure> {
 
 /// Writes a new file beside the old one and renames it: whoever reads meanwhile sees one or the other, whole. Only
 /// the owner, who stays the same, may read it.
-fn replace(file: &Path, text: &str) -> Result<(), Failure> {
+fn replace(file: &Path, text: &str) -> Result<(), CliError> {
     // Through a link, so that the link stays one.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
     let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -53,8 +53,8 @@ fn replace(file: &Path, text: &str) -> Result<(), Failure> {
 }
 
 /// Twice from the terminal, without echo; or the first line of a stdin that is none.
-fn ask_password(name: &str) -> Result<String, Failure> {
-    let failed = |error: io::Error| Failure::new(Status::OTHER, format!("no password for {name:?}: {error}"));
+fn ask_password(name: &str) -> Result<String, CliError> {
+    let failed = |error: io::Error| CliError::new(ExitStatus::FAILURE, format!("no password for {name:?}: {error}"));
     if !io::stdin().is_terminal() {
         let mut line = String::new();
         let mut stdin = io::Read::take(io::stdin().lock(), 4096);
@@ -66,6 +66,6 @@ fn ask_password(name: &str) -> Result<String, Failure> {
     if first == again {
         Ok(first)
     } else {
-        Err(Failure::new(Status::OTHER, "the two passwords differ; nothing changed"))
+        Err(CliError::new(ExitStatus::FAILURE, "the two passwords differ; nothing changed"))
     }
 }

@@ -14,11 +14,11 @@ use smol::channel::{Receiver, Sender, bounded};
 
 use super::{associate, failed, lost, silence, tell_losses};
 use crate::client::Association;
-use crate::cmd::Failure;
+use crate::cmd::CliError;
 use crate::cmd::client::forward::{Task, run_with, unbound};
 use crate::cmd::client::plan::{Attempt, Plan};
 use crate::cmd::client::report::Report;
-use crate::cmd::status::Status;
+use crate::cmd::exit_status::ExitStatus;
 use crate::proto::{Addr, Host};
 use crate::reactor::{Io, Way, sleep, yield_now};
 use crate::relay::Moved;
@@ -44,7 +44,7 @@ pub(super) struct Bounds {
 type Peers = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target, without end.
-pub(super) async fn run(plan: &Plan, addr: SocketAddr, bounds: Bounds) -> Result<(), Failure> {
+pub(super) async fn run(plan: &Plan, addr: SocketAddr, bounds: Bounds) -> Result<(), CliError> {
     let bound = UdpSocket::bind(addr).and_then(|socket| {
         socket.set_nonblocking(true)?;
         let addr = socket.local_addr()?;
@@ -59,7 +59,7 @@ pub(super) async fn run(plan: &Plan, addr: SocketAddr, bounds: Bounds) -> Result
         let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
             let (n, peer) =
-                receive(&socket, &mut buffer).await.map_err(|error| failed(plan, Status::RECEIVE, &error))?;
+                receive(&socket, &mut buffer).await.map_err(|error| failed(plan, ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
             let queue = peers.borrow().get(&peer).cloned();
             let queue = match queue {
@@ -162,7 +162,7 @@ struct Flow<'a> {
 }
 
 impl Flow<'_> {
-    async fn send(&self, datagrams: &Receiver<Vec<u8>>) -> Result<(), Failure> {
+    async fn send(&self, datagrams: &Receiver<Vec<u8>>) -> Result<(), CliError> {
         while let Ok(data) = datagrams.recv().await {
             self.last.set(Instant::now());
             self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
@@ -174,10 +174,10 @@ impl Flow<'_> {
         Ok(())
     }
 
-    async fn receive(&self) -> Result<(), Failure> {
+    async fn receive(&self) -> Result<(), CliError> {
         loop {
             let received = self.association.recv().await;
-            let (from, data) = received.map_err(|error| failed(self.plan, Status::RECEIVE, &error))?;
+            let (from, data) = received.map_err(|error| failed(self.plan, ExitStatus::RECEIVE_ERROR, &error))?;
             // A target known by name has whatever address it has.
             if matches!(self.dst.host, Host::Ip(_)) && from != *self.dst {
                 log::debug!("an answer from {from} is not one of {}", self.dst);

@@ -10,7 +10,7 @@ use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use smol::Unblock;
 
-use crate::cmd::Failure;
+use crate::cmd::CliError;
 use crate::cmd::client::Args;
 use crate::cmd::client::pipe::Patient;
 use crate::proto::MAX_UDP6;
@@ -32,13 +32,13 @@ pub(super) enum Framing {
 }
 
 impl Framing {
-    pub(super) fn of(args: &Args) -> Result<Self, Failure> {
+    pub(super) fn of(args: &Args) -> Result<Self, CliError> {
         match (args.raw, args.hex, args.length_prefixed) {
             (false, false, false) => Ok(Self::Lines),
             (true, false, false) => Ok(Self::Raw),
             (false, true, false) => Ok(Self::Hex),
             (false, false, true) => Ok(Self::LengthPrefixed),
-            _ => Err(Failure::usage("--raw, --hex and --length-prefixed: one of them")),
+            _ => Err(CliError::usage("--raw, --hex and --length-prefixed: one of them")),
         }
     }
 }

@@ -13,11 +13,11 @@ use crate::proto::Rep;
 
 /// An exit status. Scripts rely on the numbers: curl's where curl has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Status(u8);
+pub struct ExitStatus(u8);
 
-macro_rules! statuses {
+macro_rules! exit_statuses {
     ($($code:literal $name:ident $meaning:literal)*) => {
-        impl Status {
+        impl ExitStatus {
             $(#[doc = concat!("Status ", stringify!($code), ": ", $meaning, ".")] pub const $name: Self = Self($code);)*
             /// Every status there is, with its meaning; but for those of a program that was run.
             pub const ALL: &[(u8, &str)] = &[$(($code, $meaning)),*];
@@ -25,20 +25,20 @@ macro_rules! statuses {
     };
 }
 
-statuses! {
-    0 DONE "it ended well: TCP's word, which does not say that the other side had finished; `udp`: all was sent"
-    1 OTHER "none of the below"
+exit_statuses! {
+    0 SUCCESS "it ended well: TCP's word, which does not say that the other side had finished; `udp`: all was sent"
+    1 FAILURE "none of the below"
     2 USAGE "the command line, a variable or a file is wrong"
-    5 PROXY_NAME "the proxy's name could not be resolved"
-    6 TARGET_NAME "the target's name could not be resolved, with `-R local` or without a proxy"
+    5 RESOLVE_PROXY "the proxy's name could not be resolved"
+    6 RESOLVE_TARGET "the target's name could not be resolved, with `-R local` or without a proxy"
     7 UNREACHABLE "the proxy, a later one of a chain, or without a proxy the target could not be reached"
-    23 STDOUT "stdout, or the file of an option, could not be written"
-    26 STDIN "stdin could not be read, or is not what an option says that it is"
+    23 WRITE_STDOUT "stdout, or the file of an option, could not be written"
+    26 READ_STDIN "stdin could not be read, or is not what an option says that it is"
     28 TIMED_OUT "time ran out; the message names the phase"
-    45 SOURCE "the address or port of `-s`, `-p` or `-l` could not be had"
-    55 SEND "sending failed in the middle"
-    56 RECEIVE "receiving failed in the middle"
-    67 LOGIN "the proxy wants a login that was not given, or refused it"
+    45 LOCAL_ADDR "the address or port of `-s`, `-p` or `-l` could not be had"
+    55 SEND_ERROR "sending failed in the middle"
+    56 RECEIVE_ERROR "receiving failed in the middle"
+    67 LOGIN_FAILED "the proxy wants a login that was not given, or refused it"
     97 PROTOCOL "not a SOCKS5 server, or it broke off"
     101 REP_1 "the proxy answered: general failure"
     102 REP_2 "the proxy answered: not allowed by ruleset"
@@ -50,20 +50,20 @@ statuses! {
     108 REP_8 "the proxy answered: address type not supported"
     109 REP_9 "the proxy answered with a code that is not assigned"
     126 NOT_EXECUTABLE "the program of `-e` could not be run"
-    127 NO_PROGRAM "the program of `-e` was not found"
+    127 PROGRAM_NOT_FOUND "the program of `-e` was not found"
     141 BROKEN_PIPE "nobody reads stdout any more"
 }
 
-impl Status {
+impl ExitStatus {
     /// Of a reply that is a failure: 100 + REP, 109 for all that are not assigned.
-    fn of_rep(rep: Rep) -> Self {
+    fn from_rep(rep: Rep) -> Self {
         Self(100 + rep.0.min(9))
     }
 
     /// As a program ended that was run: its own, 128 and the signal that killed it.
-    pub fn of_program(code: Option<i32>, signal: Option<i32>) -> Self {
+    pub fn from_child(code: Option<i32>, signal: Option<i32>) -> Self {
         let code = code.or(signal.map(|signal| 128 + signal));
-        code.and_then(|code| u8::try_from(code).ok()).map_or(Self::OTHER, Self)
+        code.and_then(|code| u8::try_from(code).ok()).map_or(Self::FAILURE, Self)
     }
 
     /// The number.
@@ -74,37 +74,37 @@ impl Status {
 
 /// How a mode ends when it does not end well.
 #[derive(Debug)]
-pub struct Failure {
+pub struct CliError {
     /// What is printed behind `s5: `; empty for nothing.
     pub message: String,
     /// How the program exits.
-    pub status: Status,
+    pub status: ExitStatus,
     /// Whether it would fail the same way if it were tried again.
     pub is_final: bool,
 }
 
-impl Failure {
+impl CliError {
     /// A failure that trying again would not mend.
-    pub fn new(status: Status, message: impl Into<String>) -> Self {
+    pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
         Self { message: message.into(), status, is_final: true }
     }
 
     /// A mistake in the command line or in a file that it names.
     pub fn usage(message: impl Into<String>) -> Self {
-        Self::new(Status::USAGE, message)
+        Self::new(ExitStatus::USAGE, message)
     }
 
     /// Prints it and gives the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
-            say(&format!("s5: {self}"));
+            eprint_line(&format!("s5: {self}"));
         }
         ExitCode::from(self.status.code())
     }
 }
 
 /// Escapes what a terminal could take for a command: proxies and targets have a say in messages.
-impl fmt::Display for Failure {
+impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.message.chars() {
             if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
@@ -113,17 +113,17 @@ impl fmt::Display for Failure {
     }
 }
 
-impl From<socks::Error> for Failure {
+impl From<socks::Error> for CliError {
     fn from(error: socks::Error) -> Self {
         let status = match (&error.cause, error.phase) {
-            (Cause::Unreachable(DialFailure::TimedOut) | Cause::TimedOut(_), _) => Status::TIMED_OUT,
-            (Cause::Unreachable(DialFailure::Source), _) => Status::SOURCE,
-            (Cause::Unreachable(_), Phase::Target) => Status::TARGET_NAME,
-            (Cause::Unreachable(_), Phase::Resolve) => Status::PROXY_NAME,
-            (Cause::Unreachable(_) | Cause::Socket(_) | Cause::NextHop(_), _) => Status::UNREACHABLE,
-            (Cause::Protocol(_) | Cause::Closed(_), _) => Status::PROTOCOL,
-            (Cause::NoMethod | Cause::LoginRefused | Cause::Gssapi(_), _) => Status::LOGIN,
-            (Cause::Rep(rep), _) => Status::of_rep(*rep),
+            (Cause::Unreachable(DialFailure::TimedOut) | Cause::TimedOut(_), _) => ExitStatus::TIMED_OUT,
+            (Cause::Unreachable(DialFailure::Source), _) => ExitStatus::LOCAL_ADDR,
+            (Cause::Unreachable(_), Phase::Target) => ExitStatus::RESOLVE_TARGET,
+            (Cause::Unreachable(_), Phase::Resolve) => ExitStatus::RESOLVE_PROXY,
+            (Cause::Unreachable(_) | Cause::Socket(_) | Cause::NextHop(_), _) => ExitStatus::UNREACHABLE,
+            (Cause::Protocol(_) | Cause::Closed(_), _) => ExitStatus::PROTOCOL,
+            (Cause::NoMethod | Cause::LoginRefused | Cause::Gssapi(_), _) => ExitStatus::LOGIN_FAILED,
+            (Cause::Rep(rep), _) => ExitStatus::from_rep(*rep),
         };
         let is_final = match &error.cause {
             Cause::Unreachable(failure) => *failure == DialFailure::Source,
@@ -136,7 +136,7 @@ impl From<socks::Error> for Failure {
 }
 
 /// One line on stderr, in one piece: others may be writing there too. With stderr closed the status has to do.
-pub fn say(line: &str) {
+pub fn eprint_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
@@ -146,14 +146,14 @@ mod tests {
 
     #[test]
     fn a_message_can_not_drive_a_terminal() {
-        assert_eq!(Failure::usage("a\x1b[2Jb\n").to_string(), "a\\u{1b}[2Jb\\n");
+        assert_eq!(CliError::usage("a\x1b[2Jb\n").to_string(), "a\\u{1b}[2Jb\\n");
     }
 
     #[test]
     fn a_program_ends_as_a_shell_would_tell_it() {
         let table = [(Some(0), None, 0), (Some(3), None, 3), (None, Some(9), 137), (Some(256), None, 1)];
         for (code, signal, status) in table {
-            assert_eq!(Status::of_program(code, signal).code(), status);
+            assert_eq!(ExitStatus::from_child(code, signal).code(), status);
         }
     }
 }
