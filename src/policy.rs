@@ -11,25 +11,25 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::proto::{Level, Method};
-use rules::{Login, Question, Rules, Verdict};
+use rules::{AccessRequest, Decision, Identity, Rules};
 use users::Users;
 
 /// What is wrong with a file of rules or users, and where.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Error {
+pub struct PolicyError {
     /// From 1.
     pub line: usize,
     /// What is wrong, with the word that is.
-    pub what: String,
+    pub message: String,
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for PolicyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}: {}", self.line, self.what)
+        write!(f, "line {}: {}", self.line, self.message)
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for PolicyError {}
 
 /// What a server allows.
 #[derive(Debug, Default)]
@@ -42,19 +42,19 @@ pub struct Policy {
     /// Who may go where.
     pub rules: Rules,
     /// Where this server listens.
-    pub own: Vec<SocketAddr>,
+    pub listen_addrs: Vec<SocketAddr>,
     /// Addresses that lead to the ports of those from elsewhere, behind NAT.
-    pub aliases: Vec<IpAddr>,
+    pub advertised_ips: Vec<IpAddr>,
 }
 
 impl Policy {
     /// The same, where the server is that of `old`.
-    pub fn in_place_of(self, old: &Self) -> Self {
-        Self { own: old.own.clone(), aliases: old.aliases.clone(), ..self }
+    pub fn with_listeners_of(self, old: &Self) -> Self {
+        Self { listen_addrs: old.listen_addrs.clone(), advertised_ips: old.advertised_ips.clone(), ..self }
     }
 
     /// Which of the offered methods is used (RFC 1928 section 3); none when none will do.
-    pub fn select(&self, offered: &[Method]) -> Option<Method> {
+    pub fn select_method(&self, offered: &[Method]) -> Option<Method> {
         let default = [if self.users.is_some() { Method::PASSWORD } else { Method::NONE }];
         let methods = if self.methods.is_empty() { &default } else { self.methods.as_slice() };
         methods.iter().copied().find(|method| offered.contains(method))
@@ -62,30 +62,31 @@ impl Policy {
 
     /// Whether a session may be what it is, as far as is known; and because of which rule. `is_local` says whether an
     /// address is one of this machine's, and is asked only where it matters.
-    pub fn judge(&self, question: &Question<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Verdict<'_> {
-        self.rules.judge(question, &|to| self.is_home(to, &is_local))
+    pub fn evaluate(&self, question: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
+        self.rules.evaluate(question, &|to| self.is_own_listener(to, &is_local))
     }
 
     /// Whether whoever got in so would get in again.
-    pub fn knows(&self, login: &Login<'_>) -> bool {
+    pub fn accepts_identity(&self, login: &Identity<'_>) -> bool {
         let is_user = |users: &Arc<Users>| login.user.is_some_and(|user| users.contains(user));
         let is_known = login.method != Method::PASSWORD || self.users.as_ref().is_some_and(is_user);
-        self.select(&[login.method]).is_some() && is_known
+        self.select_method(&[login.method]).is_some() && is_known
     }
 
     /// Whether somebody whom no rule names gets in without a login.
-    pub fn is_open(&self) -> bool {
-        let login = Login { method: Method::NONE, user: None, level: Level::None };
-        let anybody = Question { login: Some(login), ..Question::default() };
-        self.select(&[Method::NONE]).is_some() && !matches!(self.judge(&anybody, |_| false), Verdict::Deny(_))
+    pub fn is_open_relay(&self) -> bool {
+        let login = Identity { method: Method::NONE, user: None, level: Level::None };
+        let anybody = AccessRequest { identity: Some(login), ..AccessRequest::default() };
+        self.select_method(&[Method::NONE]).is_some()
+            && !matches!(self.evaluate(&anybody, |_| false), Decision::Deny(_))
     }
 
     /// Whether a connection to `to` would come back to this server.
-    pub fn is_home(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
-        self.own.iter().filter(|own| own.port() == to.port()).any(|own| {
+    pub fn is_own_listener(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
+        self.listen_addrs.iter().filter(|own| own.port() == to.port()).any(|own| {
             let is_own =
                 own.is_ipv4() == to.is_ipv4() && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to));
-            is_own || self.aliases.contains(&to.ip())
+            is_own || self.advertised_ips.contains(&to.ip())
         })
     }
 }
@@ -111,25 +112,25 @@ mod tests {
         let open = Policy::default();
         let closed = Policy { users: Some(Arc::default()), ..Policy::default() };
         let all = [Method::GSSAPI, Method::NONE, Method::PASSWORD];
-        assert_eq!(open.select(&all), Some(Method::NONE));
-        assert_eq!(closed.select(&all), Some(Method::PASSWORD));
-        assert_eq!(closed.select(&[Method::NONE]), None);
-        assert_eq!(open.select(&[Method::PASSWORD]), None);
+        assert_eq!(open.select_method(&all), Some(Method::NONE));
+        assert_eq!(closed.select_method(&all), Some(Method::PASSWORD));
+        assert_eq!(closed.select_method(&[Method::NONE]), None);
+        assert_eq!(open.select_method(&[Method::PASSWORD]), None);
     }
 
     #[test]
     fn the_own_listeners_are_out_of_reach_by_every_address_that_leads_there() {
-        let policy = Policy { own: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
+        let policy = Policy { listen_addrs: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
         let local = |to: SocketAddr| to.ip() == addr("192.0.2.1:0").ip();
-        assert!(policy.is_home(addr("127.0.0.1:1080"), local));
-        assert!(!policy.is_home(addr("127.0.0.2:1080"), local));
-        assert!(!policy.is_home(addr("127.0.0.1:1082"), local));
-        assert!(policy.is_home(addr("192.0.2.1:1081"), local));
-        assert!(!policy.is_home(addr("192.0.2.2:1081"), local));
-        assert!(!policy.is_home(addr("[::1]:1081"), local));
-        let aliases = vec![addr("198.51.100.1:0").ip()];
-        let policy = Policy { aliases, ..policy };
-        assert!(policy.is_home(addr("198.51.100.1:1080"), local));
-        assert!(!policy.is_home(addr("198.51.100.1:1082"), local));
+        assert!(policy.is_own_listener(addr("127.0.0.1:1080"), local));
+        assert!(!policy.is_own_listener(addr("127.0.0.2:1080"), local));
+        assert!(!policy.is_own_listener(addr("127.0.0.1:1082"), local));
+        assert!(policy.is_own_listener(addr("192.0.2.1:1081"), local));
+        assert!(!policy.is_own_listener(addr("192.0.2.2:1081"), local));
+        assert!(!policy.is_own_listener(addr("[::1]:1081"), local));
+        let advertised_ips = vec![addr("198.51.100.1:0").ip()];
+        let policy = Policy { advertised_ips, ..policy };
+        assert!(policy.is_own_listener(addr("198.51.100.1:1080"), local));
+        assert!(!policy.is_own_listener(addr("198.51.100.1:1082"), local));
     }
 }

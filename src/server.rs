@@ -208,8 +208,8 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
     for listen in &options.listen {
         listeners.extend(listen.bind().map_err(StartError::io(format!("listen on {listen}")))?);
     }
-    policy.own = listeners.iter().filter_map(Listener::addr).collect();
-    policy.aliases.clone_from(&options.advertise);
+    policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
+    policy.advertised_ips.clone_from(&options.advertise);
     if let Some(why) = openness(&policy, &options).or_else(|| roundabout(&policy, &options)) {
         return Err(StartError::Open(why));
     }
@@ -240,9 +240,9 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
 
 /// Why a server would be an open relay, and how not to be one; `None` when it would not be, or is meant to be.
 fn openness(policy: &Policy, options: &Options) -> Option<String> {
-    let own = policy.own.iter().find(|own| !own.ip().is_loopback())?;
-    (policy.is_open() && !options.open).then(|| {
-        let who = if policy.rules.names_from() { "whoever no rule keeps out" } else { "whoever reaches it" };
+    let own = policy.listen_addrs.iter().find(|own| !own.ip().is_loopback())?;
+    (policy.is_open_relay() && !options.open).then(|| {
+        let who = if policy.rules.has_from_condition() { "whoever no rule keeps out" } else { "whoever reaches it" };
         format!(
             "{own} can be reached from other hosts, and {who} could use this server: let them log in (--users FILE), \
              say who may come (--allow from=CIDR, or a rule that does), or mean it (--open)"
@@ -253,12 +253,14 @@ fn openness(policy: &Policy, options: &Options) -> Option<String> {
 /// Which hop leads back to this server, so that one request would take all that it has.
 fn roundabout(policy: &Policy, options: &Options) -> Option<String> {
     let leads_home = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
-        Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => policy.is_home(canonical(*ip, *port), is_local),
+        Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => {
+            policy.is_own_listener(canonical(*ip, *port), is_local)
+        }
         Some(Endpoint::Tcp(Addr { host: Host::Name(name), port })) => {
             let near = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
             let ips = literal(name).map_or(near.to_vec(), |ip| vec![ip]);
             let is_near = literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
-            is_near && ips.iter().any(|ip| policy.is_home(canonical(*ip, *port), is_local))
+            is_near && ips.iter().any(|ip| policy.is_own_listener(canonical(*ip, *port), is_local))
         }
         Some(Endpoint::Unix(_)) | None => false,
     };
@@ -273,14 +275,14 @@ async fn renew(workers: &Workers, reload: &Reload<'_>) {
     let server = workers.server();
     let old = server.laws.current();
     let policy = reload().and_then(|policy| {
-        let policy = policy.in_place_of(&old.policy);
+        let policy = policy.with_listeners_of(&old.policy);
         openness(&policy, &server.options).map_or(Ok(policy), Err)
     });
     match policy {
         Err(why) => log::error!("reload: {why}; what was in force stays in force"),
         Ok(policy) => {
             let users = policy.users.as_ref().map_or(0, |users| users.len());
-            let rules = policy.rules.written().len();
+            let rules = policy.rules.user_rules().len();
             server.laws.replace(policy);
             workers.look_up().await;
             let cut = server.laws.cut.load(Ordering::Relaxed);

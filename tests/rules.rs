@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::prelude::*;
-use s5::policy::rules::{Login, Question, Route, Rule, Rules, Verdict, parse};
+use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, parse_rules};
 use s5::proto::{Command, Level, Method, Name};
 
 #[path = "rules/any.rs"]
@@ -44,7 +44,7 @@ fn hops() -> [String; 2] {
 
 /// These rules, and everything without `via=` on this way.
 fn rules_by(route: Route, text: &str) -> Rules {
-    let rules = parse(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
+    let rules = parse_rules(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
     Rules::new(rules, route)
 }
 
@@ -64,12 +64,12 @@ fn called(rule: &Rule) -> String {
 }
 
 /// "allow line 1", "deny protected", "? line 2", "allow open a": the verdict, the rule, the way.
-fn told(verdict: Verdict<'_>) -> String {
+fn told(verdict: Decision<'_>) -> String {
     match verdict {
-        Verdict::Allow(rule, Route::Direct) => format!("allow {}", called(rule)),
-        Verdict::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", called(rule), hops()[hop]),
-        Verdict::Deny(rule) => format!("deny {}", called(rule)),
-        Verdict::Undecided(rule) => format!("? {}", called(rule)),
+        Decision::Allow(rule, Route::Direct) => format!("allow {}", called(rule)),
+        Decision::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", called(rule), hops()[hop]),
+        Decision::Deny(rule) => format!("deny {}", called(rule)),
+        Decision::Undecided(rule) => format!("? {}", called(rule)),
     }
 }
 
@@ -107,20 +107,20 @@ fn ask(rules: &Rules, facts: &str) -> String {
     };
     let name = known("name").map(|name| Name::new(name.as_bytes()).expect("a name"));
     let user = known("user").map(str::as_bytes);
-    let question = Question {
-        from: known("from").map(ip),
-        login: known("method").map(|name| Login { method: method(name), user, level: Level::None }),
+    let question = AccessRequest {
+        client_ip: known("from").map(ip),
+        identity: known("method").map(|name| Identity { method: method(name), user, level: Level::None }),
         command: known("command").map(command),
-        name: name.as_ref(),
-        ip: known("ip").map(ip),
-        port: known("port").map(|port| port.parse().expect("a port")),
+        target_name: name.as_ref(),
+        target_ip: known("ip").map(ip),
+        target_port: known("port").map(|port| port.parse().expect("a port")),
     };
     let home: SocketAddr = HOME.parse().expect("an address");
-    told(rules.judge(&question, &|to| to == home))
+    told(rules.evaluate(&question, &|to| to == home))
 }
 
 /// An IPv4 address as itself and in each of the four forms in which an IPv6 address has one inside.
-fn forms(inside: Ipv4Addr) -> [IpAddr; 5] {
+fn embedded_addrs(inside: Ipv4Addr) -> [IpAddr; 5] {
     let [a, b, c, d] = inside.octets();
     let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
     [

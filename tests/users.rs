@@ -7,7 +7,7 @@ use argon2::password_hash::phc::PasswordHash;
 use argon2::{Algorithm, Argon2, Params, Version};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::policy::users::{Users, check_name, edit, new_line};
+use s5::policy::users::{Users, check_name, edit_entry, new_entry};
 
 /// From the test vectors of the reference implementation of argon2; "password".
 const ARGON2ID: &str = "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4";
@@ -208,7 +208,7 @@ fn a_bcrypt_cost_that_there_is_not_is_a_bad_line() {
     for cost in ["00", "03", "32", "99"] {
         let line = format!("alice:{}", HTPASSWD.replace("$04$", &format!("${cost}$")));
         let error = Users::parse(&line).map(|users| users.len()).expect_err(cost);
-        assert!(error.line == 1 && error.what.contains("alice"), "{error}");
+        assert!(error.line == 1 && error.message.contains("alice"), "{error}");
     }
 }
 
@@ -292,17 +292,17 @@ fn a_password_that_bcrypt_cannot_take_takes_as_long_as_another() {
 
 #[test]
 fn a_new_line_is_one_that_lets_its_user_in() {
-    let line = new_line("zoë", b"p\xff\0ss").expect("a line");
+    let line = new_entry("zoë", b"p\xff\0ss").expect("a line");
     assert!(line.starts_with("zoë:$argon2id$v=19$m=19456,t=2,p=1$") && !line.contains('\n'), "{line}");
     let users = users(&line);
     assert!(users.verify("zoë".as_bytes(), b"p\xff\0ss"));
-    assert_ne!(new_line("zoë", b"p\xff\0ss").expect("a line"), line, "the salt is random");
+    assert_ne!(new_entry("zoë", b"p\xff\0ss").expect("a line"), line, "the salt is random");
 }
 
 #[test]
 fn a_new_line_needs_a_name_and_a_password_that_the_protocol_can_carry() {
     for (name, passwd) in [("", &b"p"[..]), ("a:b", b"p"), ("a\nb:c", b"p"), ("alice", b""), ("alice", &[b'p'; 256])] {
-        let error = new_line(name, passwd).expect_err("no line");
+        let error = new_entry(name, passwd).expect_err("no line");
         assert!(!error.contains("ppp") && !error.contains('\n'), "{error:?}");
     }
 }
@@ -325,7 +325,7 @@ fn a_line_is_replaced_where_it_stands_added_at_the_end_or_removed() {
         ("", None, None),
     ];
     for (text, line, expected) in table {
-        assert_eq!(edit(text, "b", line).as_deref(), expected, "{text:?} with {line:?}");
+        assert_eq!(edit_entry(text, "b", line).as_deref(), expected, "{text:?} with {line:?}");
     }
 }
 
@@ -363,7 +363,7 @@ proptest! {
         }
         let text = join(&lines);
         let new = format!("{name}:new");
-        let edited = edit(&text, &name, (!is_removed).then_some(&new));
+        let edited = edit_entry(&text, &name, (!is_removed).then_some(&new));
 
         let is_theirs = |line: &Line| line.owner.as_ref() == Some(&name);
         let place = lines.iter().position(is_theirs);
@@ -386,6 +386,6 @@ proptest! {
             prop_assert!((1..=text.lines().count()).contains(&error.line));
             prop_assert!(!error.to_string().contains('\n'));
         }
-        prop_assert_eq!(edit(&text, "absent", None), None);
+        prop_assert_eq!(edit_entry(&text, "absent", None), None);
     }
 }

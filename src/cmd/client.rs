@@ -21,7 +21,7 @@ use super::secrets::without_userinfo;
 use super::udp::MAX_PEERS;
 use super::{CliError, at_least_one, deadline, duration};
 use crate::client::{self as socks};
-use crate::policy::rules::level;
+use crate::policy::rules::parse_level;
 use crate::proto::{Addr, Level, Method};
 
 /// A client mode.
@@ -105,11 +105,11 @@ pub struct Args {
     pub(super) gssapi_host: Option<String>,
 
     /// what is asked for with gssapi: none, integrity or confidentiality (confidentiality)
-    #[argh(option, arg_name = "level", from_str_fn(level))]
+    #[argh(option, arg_name = "level", from_str_fn(parse_level))]
     pub(super) gssapi_protection: Option<Level>,
 
     /// the least that is taken (integrity)
-    #[argh(option, arg_name = "level", from_str_fn(level))]
+    #[argh(option, arg_name = "level", from_str_fn(parse_level))]
     pub(super) gssapi_min: Option<Level>,
 
     /// say the level as NEC's servers want it

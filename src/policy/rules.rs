@@ -3,7 +3,7 @@
 //! Judges what it is told and nothing else: resolves no name, opens no file. A question may be asked before all of its
 //! facts are known; it is answered as soon as nothing that is still to come could change the answer.
 
-mod text;
+mod parse;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 
 use crate::proto::{Command, Level, Method, Name};
-pub use text::{Error, command, level, method, name_of, parse, parse_line};
+pub use parse::{normalize_name, parse_command, parse_level, parse_method, parse_rule, parse_rules};
 
 /// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
 /// link (and the metadata service of a cloud), nobody in particular, and many at once.
@@ -21,24 +21,24 @@ const PROTECTED: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0
 
 /// What is known of a session so far.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Question<'a> {
+pub struct AccessRequest<'a> {
     /// Where the client is, canonical. `None`: somewhere that no rule names.
-    pub from: Option<IpAddr>,
+    pub client_ip: Option<IpAddr>,
     /// How it got in, once it has.
-    pub login: Option<Login<'a>>,
+    pub identity: Option<Identity<'a>>,
     /// What it asks for, once it has.
     pub command: Option<Command>,
     /// The name of DST, when it is one.
-    pub name: Option<&'a Name>,
+    pub target_name: Option<&'a Name>,
     /// The address that packets would go to, once it is known, canonical.
-    pub ip: Option<IpAddr>,
+    pub target_ip: Option<IpAddr>,
     /// The port, once it is known.
-    pub port: Option<u16>,
+    pub target_port: Option<u16>,
 }
 
 /// How a client got in.
 #[derive(Clone, Copy, Debug)]
-pub struct Login<'a> {
+pub struct Identity<'a> {
     /// By which method.
     pub method: Method,
     /// As whom.
@@ -49,7 +49,7 @@ pub struct Login<'a> {
 
 /// The answer to a question.
 #[derive(Clone, Copy, Debug)]
-pub enum Verdict<'a> {
+pub enum Decision<'a> {
     /// Yes, because of this rule, and this way.
     Allow(&'a Rule, Route),
     /// No, because of this rule.
@@ -72,12 +72,12 @@ pub enum Route {
 #[derive(Debug)]
 pub struct Rule {
     allow: bool,
-    from: Vec<Source>,
-    users: Vec<User>,
+    from: Vec<ClientPattern>,
+    users: Vec<UserPattern>,
     methods: Vec<Method>,
     levels: Vec<Level>,
     commands: Vec<Command>,
-    to: To,
+    to: TargetCondition,
     ports: Vec<RangeInclusive<u16>>,
     via: Option<Route>,
     /// As it was written.
@@ -87,48 +87,48 @@ pub struct Rule {
 }
 
 #[derive(Debug)]
-enum Source {
+enum ClientPattern {
     Loopback,
     Remote,
     Net(IpNet),
 }
 
 #[derive(Debug)]
-enum User {
+enum UserPattern {
     /// `*`: whoever has logged in.
-    Anybody,
+    Any,
     Named(Vec<u8>),
     /// `*@REALM`, with the `@`.
     Realm(Vec<u8>),
 }
 
 #[derive(Debug)]
-enum To {
-    Anywhere,
+enum TargetCondition {
+    Any,
     /// What an `allow` without `to=` means: everywhere but where the built-in rules do not let this client.
     Unprotected,
-    These(Vec<Place>),
+    Patterns(Vec<TargetPattern>),
     /// Where this server itself listens.
-    Home,
+    OwnListeners,
 }
 
 #[derive(Debug)]
-enum Place {
+enum TargetPattern {
     Name(String),
     /// `.SUFFIX`, without the dot: that name and all below it.
-    Below(String),
+    Suffix(String),
     Net(IpNet),
 }
 
 /// Whether something is so, as far as is known. Ordered, so that "all" is the minimum and "any" is the maximum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Holds {
+enum Match {
     No,
-    Perhaps,
+    Maybe,
     Yes,
 }
 
-impl From<bool> for Holds {
+impl From<bool> for Match {
     fn from(holds: bool) -> Self {
         if holds { Self::Yes } else { Self::No }
     }
@@ -139,11 +139,11 @@ impl From<bool> for Holds {
 pub struct Rules {
     rules: Vec<Rule>,
     /// How many of them are not built in.
-    written: usize,
+    user_rule_count: usize,
     /// What holds when none matches.
-    otherwise: Rule,
+    default_rule: Rule,
     /// The way that is taken where a rule names none.
-    route: Route,
+    default_route: Route,
 }
 
 impl Default for Rules {
@@ -154,63 +154,70 @@ impl Default for Rules {
 
 impl Rules {
     /// These, and the built-in ones behind them. As soon as an `allow` names `from`, what nothing allows is denied.
-    pub fn new(mut rules: Vec<Rule>, route: Route) -> Self {
-        let written = rules.len();
+    pub fn new(mut rules: Vec<Rule>, default_route: Route) -> Self {
+        let user_rule_count = rules.len();
         let is_list = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
         // It means what it would mean behind the denials, and does not wait for them to be decided.
         if !is_list {
-            rules.push(Rule { to: To::Unprotected, ..Rule::built_in(true, "allow") });
+            rules.push(Rule { to: TargetCondition::Unprotected, ..Rule::built_in(true, "allow") });
         }
-        rules.push(Rule { to: To::Home, ..Rule::built_in(false, "deny to=(where s5 itself listens)") });
+        rules.push(Rule {
+            to: TargetCondition::OwnListeners,
+            ..Rule::built_in(false, "deny to=(where s5 itself listens)")
+        });
         let text = format!("deny from=remote to={PROTECTED}");
-        let places = PROTECTED.split(',').filter_map(|place| text::place(place).ok()).collect();
-        rules.push(Rule { from: vec![Source::Remote], to: To::These(places), ..Rule::built_in(false, &text) });
+        let places = PROTECTED.split(',').filter_map(|place| parse::parse_target(place).ok()).collect();
+        rules.push(Rule {
+            from: vec![ClientPattern::Remote],
+            to: TargetCondition::Patterns(places),
+            ..Rule::built_in(false, &text)
+        });
         let origin = if is_list { "built in, since an allow names from=" } else { "built in" };
-        let otherwise = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
-        Self { rules, written, otherwise, route }
+        let default_rule = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
+        Self { rules, user_rule_count, default_rule, default_route }
     }
 
     /// The rules that are not built in.
-    pub fn written(&self) -> &[Rule] {
-        self.rules.get(..self.written).unwrap_or_default()
+    pub fn user_rules(&self) -> &[Rule] {
+        self.rules.get(..self.user_rule_count).unwrap_or_default()
     }
 
     /// Whether a rule names `from`.
-    pub fn names_from(&self) -> bool {
-        self.written().iter().any(|rule| !rule.from.is_empty())
+    pub fn has_from_condition(&self) -> bool {
+        self.user_rules().iter().any(|rule| !rule.from.is_empty())
     }
 
     /// All rules, the built-in ones too, in an order in which they can be read: what is denied before what is not.
-    pub fn all(&self) -> impl Iterator<Item = &Rule> {
-        let (written, built_in) = self.rules.split_at_checked(self.written).unwrap_or_default();
+    pub fn in_display_order(&self) -> impl Iterator<Item = &Rule> {
+        let (written, built_in) = self.rules.split_at_checked(self.user_rule_count).unwrap_or_default();
         let of = |allow: bool| built_in.iter().filter(move |rule| rule.allow == allow);
-        written.iter().chain(of(false)).chain(of(true)).chain([&self.otherwise])
+        written.iter().chain(of(false)).chain(of(true)).chain([&self.default_rule])
     }
 
-    /// The first rule that decides. `is_home` says whether an address leads to this server's own listeners.
-    pub fn judge(&self, question: &Question<'_>, is_home: &dyn Fn(SocketAddr) -> bool) -> Verdict<'_> {
+    /// The first rule that decides. `is_own_listener` says whether an address leads to this server's own listeners.
+    pub fn evaluate(&self, question: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
         let mut doubt = None;
         for rule in &self.rules {
-            match (self.matches(rule, question, is_home), rule.allow) {
-                (Holds::No, _) => {}
-                (Holds::Perhaps, true) => return Verdict::Undecided(doubt.unwrap_or(rule)),
-                (Holds::Perhaps, false) => doubt = doubt.or(Some(rule)),
+            match (self.matches(rule, question, is_own_listener), rule.allow) {
+                (Match::No, _) => {}
+                (Match::Maybe, true) => return Decision::Undecided(doubt.unwrap_or(rule)),
+                (Match::Maybe, false) => doubt = doubt.or(Some(rule)),
                 // Whatever else may match before it denies too.
-                (Holds::Yes, false) => return Verdict::Deny(rule),
-                (Holds::Yes, true) => {
-                    return doubt.map_or(Verdict::Allow(rule, self.route(rule)), Verdict::Undecided);
+                (Match::Yes, false) => return Decision::Deny(rule),
+                (Match::Yes, true) => {
+                    return doubt.map_or(Decision::Allow(rule, self.route(rule)), Decision::Undecided);
                 }
             }
         }
-        Verdict::Deny(&self.otherwise)
+        Decision::Deny(&self.default_rule)
     }
 
     /// The ways that an answer of "yes" may still name, each once.
-    pub fn routes(&self, question: &Question<'_>) -> Vec<Route> {
+    pub fn possible_routes(&self, question: &AccessRequest<'_>) -> Vec<Route> {
         let mut routes = Vec::new();
         for rule in self.rules.iter().filter(|rule| rule.allow) {
             let route = self.route(rule);
-            if self.matches(rule, question, &|_| false) > Holds::No && !routes.contains(&route) {
+            if self.matches(rule, question, &|_| false) > Match::No && !routes.contains(&route) {
                 routes.push(route);
             }
         }
@@ -218,29 +225,36 @@ impl Rules {
     }
 
     fn route(&self, rule: &Rule) -> Route {
-        rule.via.unwrap_or(self.route)
+        rule.via.unwrap_or(self.default_route)
     }
 
-    fn matches(&self, rule: &Rule, question: &Question<'_>, is_home: &dyn Fn(SocketAddr) -> bool) -> Holds {
+    fn matches(
+        &self,
+        rule: &Rule,
+        question: &AccessRequest<'_>,
+        is_own_listener: &dyn Fn(SocketAddr) -> bool,
+    ) -> Match {
         let client = rule.matches_client(question);
-        if client == Holds::No {
-            return Holds::No;
+        if client == Match::No {
+            return Match::No;
         }
         let to = match &rule.to {
-            To::Anywhere => Holds::Yes,
-            To::These(places) => any(places, |place| place.matches(rule.allow, question)),
-            To::Home => match (question.ip, question.port) {
-                (Some(ip), Some(port)) => forms(ip).any(|ip| is_home(SocketAddr::new(ip, port))).into(),
-                _ => Holds::Perhaps,
+            TargetCondition::Any => Match::Yes,
+            TargetCondition::Patterns(places) => any(places, |place| place.matches(rule.allow, question)),
+            TargetCondition::OwnListeners => match (question.target_ip, question.target_port) {
+                (Some(ip), Some(port)) => {
+                    embedded_addrs(ip).any(|ip| is_own_listener(SocketAddr::new(ip, port))).into()
+                }
+                _ => Match::Maybe,
             },
-            To::Unprotected => {
-                let built_in = self.rules.iter().skip(self.written).filter(|rule| !rule.allow);
-                match built_in.map(|rule| self.matches(rule, question, is_home)).max() {
-                    Some(Holds::Yes) => Holds::No,
+            TargetCondition::Unprotected => {
+                let built_in = self.rules.iter().skip(self.user_rule_count).filter(|rule| !rule.allow);
+                match built_in.map(|rule| self.matches(rule, question, is_own_listener)).max() {
+                    Some(Match::Yes) => Match::No,
                     // What a name means is the hop's to know, and its rules' to judge.
-                    Some(Holds::Perhaps) if is_name_only(question) && self.route(rule) != Route::Direct => Holds::Yes,
-                    Some(Holds::Perhaps) => Holds::Perhaps,
-                    Some(Holds::No) | None => Holds::Yes,
+                    Some(Match::Maybe) if is_name_only(question) && self.route(rule) != Route::Direct => Match::Yes,
+                    Some(Match::Maybe) => Match::Maybe,
+                    Some(Match::No) | None => Match::Yes,
                 }
             }
         };
@@ -248,13 +262,13 @@ impl Rules {
     }
 }
 
-fn is_name_only(question: &Question<'_>) -> bool {
-    question.name.is_some() && question.ip.is_none()
+fn is_name_only(question: &AccessRequest<'_>) -> bool {
+    question.target_name.is_some() && question.target_ip.is_none()
 }
 
 /// Whether one of a list holds; an empty list is no condition.
-fn any<T>(list: &[T], holds: impl Fn(&T) -> Holds) -> Holds {
-    if list.is_empty() { Holds::Yes } else { list.iter().map(holds).max().unwrap_or(Holds::No) }
+fn any<T>(list: &[T], holds: impl Fn(&T) -> Match) -> Match {
+    if list.is_empty() { Match::Yes } else { list.iter().map(holds).max().unwrap_or(Match::No) }
 }
 
 impl Rule {
@@ -266,7 +280,7 @@ impl Rule {
             methods: Vec::new(),
             levels: Vec::new(),
             commands: Vec::new(),
-            to: To::Anywhere,
+            to: TargetCondition::Any,
             ports: Vec::new(),
             via: None,
             text: text.into(),
@@ -280,26 +294,27 @@ impl Rule {
     }
 
     /// Whether it is the built-in rule about this server's own listeners.
-    pub fn is_home(&self) -> bool {
-        matches!(self.to, To::Home)
+    pub fn is_about_own_listeners(&self) -> bool {
+        matches!(self.to, TargetCondition::OwnListeners)
     }
 
     /// Whether it says `to=`.
-    pub fn names_places(&self) -> bool {
-        matches!(self.to, To::These(_))
+    pub fn has_to_condition(&self) -> bool {
+        matches!(self.to, TargetCondition::Patterns(_))
     }
 
     /// All that a rule says, but for `to`.
-    fn matches_client(&self, question: &Question<'_>) -> Holds {
-        let user = |user: &User| match question.login {
-            None => Holds::Perhaps,
+    fn matches_client(&self, question: &AccessRequest<'_>) -> Match {
+        let user = |user: &UserPattern| match question.identity {
+            None => Match::Maybe,
             Some(login) => login.user.is_some_and(|name| user.is(name)).into(),
         };
-        let method = |method: &Method| question.login.map_or(Holds::Perhaps, |login| (login.method == *method).into());
-        let level = |level: &Level| question.login.map_or(Holds::Perhaps, |login| (login.level == *level).into());
-        let command = |command: &Command| question.command.map_or(Holds::Perhaps, |asked| (asked == *command).into());
-        let port = |ports: &RangeInclusive<u16>| question.port.map_or(Holds::Perhaps, |p| ports.contains(&p).into());
-        let from = any(&self.from, |source| source.includes(question.from).into());
+        let method = |method: &Method| question.identity.map_or(Match::Maybe, |login| (login.method == *method).into());
+        let level = |level: &Level| question.identity.map_or(Match::Maybe, |login| (login.level == *level).into());
+        let command = |command: &Command| question.command.map_or(Match::Maybe, |asked| (asked == *command).into());
+        let port =
+            |ports: &RangeInclusive<u16>| question.target_port.map_or(Match::Maybe, |p| ports.contains(&p).into());
+        let from = any(&self.from, |source| source.includes(question.client_ip).into());
         let login = any(&self.users, user).min(any(&self.methods, method)).min(any(&self.levels, level));
         from.min(login).min(any(&self.commands, command)).min(any(&self.ports, port))
     }
@@ -311,7 +326,7 @@ impl fmt::Display for Rule {
     }
 }
 
-impl Source {
+impl ClientPattern {
     fn includes(&self, from: Option<IpAddr>) -> bool {
         match self {
             Self::Loopback => from.is_some_and(|ip| ip.is_loopback()),
@@ -321,10 +336,10 @@ impl Source {
     }
 }
 
-impl User {
+impl UserPattern {
     fn is(&self, user: &[u8]) -> bool {
         match self {
-            Self::Anybody => true,
+            Self::Any => true,
             Self::Named(name) => name == user,
             // Kerberos writes an @ that is part of a name as \@.
             Self::Realm(realm) => user.strip_suffix(realm.as_slice()).is_some_and(|name| !name.ends_with(b"\\")),
@@ -332,21 +347,21 @@ impl User {
     }
 }
 
-impl Place {
-    fn matches(&self, allow: bool, question: &Question<'_>) -> Holds {
+impl TargetPattern {
+    fn matches(&self, allow: bool, question: &AccessRequest<'_>) -> Match {
         let (name, net) = match self {
             Self::Name(name) => (name, None),
-            Self::Below(suffix) => (suffix, None),
+            Self::Suffix(suffix) => (suffix, None),
             Self::Net(net) => (&String::new(), Some(net)),
         };
-        match (net, question.ip, question.name) {
+        match (net, question.target_ip, question.target_name) {
             (Some(net), Some(ip), _) => includes(net, ip, allow).into(),
-            (_, None, None) | (Some(_), None, Some(_)) => Holds::Perhaps,
-            (None, _, None) => Holds::No,
+            (_, None, None) | (Some(_), None, Some(_)) => Match::Maybe,
+            (None, _, None) => Match::No,
             (None, _, Some(asked)) => {
-                let asked = name_of(asked.as_str());
+                let asked = normalize_name(asked.as_str());
                 let rest = asked.strip_suffix(name.as_str());
-                let is_below = matches!(self, Self::Below(_)) && rest.is_some_and(|rest| rest.ends_with('.'));
+                let is_below = matches!(self, Self::Suffix(_)) && rest.is_some_and(|rest| rest.ends_with('.'));
                 (rest == Some("") || is_below).into()
             }
         }
@@ -357,26 +372,26 @@ impl Place {
 /// taken for.
 fn includes(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
     let real = match ip {
-        IpAddr::V6(v6) => inside(v6).map_or(ip, IpAddr::V4),
+        IpAddr::V6(v6) => embedded_ipv4(v6).map_or(ip, IpAddr::V4),
         IpAddr::V4(_) => ip,
     };
-    if allow { net.contains(&real) } else { forms(ip).any(|form| net.contains(&form)) }
+    if allow { net.contains(&real) } else { embedded_addrs(ip).any(|form| net.contains(&form)) }
 }
 
 /// All addresses that one could be taken for: itself, the one inside, and of Teredo the server's.
-fn forms(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
-    let (inside, server) = match ip {
+fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let (embedded_ipv4, server) = match ip {
         IpAddr::V4(_) => (None, None),
         IpAddr::V6(v6) => match v6.segments() {
-            [0x2001, 0, high, low, ..] => (inside(v6), Some(v4(high, low))),
-            _ => (inside(v6), None),
+            [0x2001, 0, high, low, ..] => (embedded_ipv4(v6), Some(v4(high, low))),
+            _ => (embedded_ipv4(v6), None),
         },
     };
-    [Some(ip), inside.map(IpAddr::V4), server.map(IpAddr::V4)].into_iter().flatten()
+    [Some(ip), embedded_ipv4.map(IpAddr::V4), server.map(IpAddr::V4)].into_iter().flatten()
 }
 
 /// The IPv4 address in an IPv6 one: mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or Teredo, the client's (RFC 4380).
-pub fn inside(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     match ip.segments() {
         [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(v4(high, low)),
         [0x2002, high, low, ..] => Some(v4(high, low)),

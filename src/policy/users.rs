@@ -10,7 +10,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use argon2::password_hash::{PasswordHasher as _, PasswordVerifier as _, phc::PasswordHash};
 use argon2::{Algorithm, Argon2, Params, Version};
 
-pub use super::Error;
+use super::PolicyError;
 use crate::proto::MAX_FIELD;
 
 /// The most that bcrypt looks at, in octets; what is longer can't be told apart by it and is refused.
@@ -46,10 +46,10 @@ impl fmt::Debug for Hash {
 impl Users {
     /// # Errors
     /// The first line that is wrong: no colon, a bad or repeated name, a hash of an unknown kind.
-    pub fn parse(text: &str) -> Result<Self, Error> {
+    pub fn parse(text: &str) -> Result<Self, PolicyError> {
         let mut users = Self::default();
         for (line, text) in (1..).zip(text.lines()) {
-            let at = |what: String| Error { line, what };
+            let at = |message: String| PolicyError { line, message };
             let text = text.trim();
             if text.is_empty() || text.starts_with('#') {
                 continue;
@@ -145,7 +145,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 ///
 /// # Errors
 /// A bad name, a password of 0 or over 255 octets, or no randomness to be had.
-pub fn new_line(name: &str, passwd: &[u8]) -> Result<String, String> {
+pub fn new_entry(name: &str, passwd: &[u8]) -> Result<String, String> {
     check_name(name)?;
     match passwd.len() {
         0 => return Err("the password is empty".into()),
@@ -159,7 +159,7 @@ pub fn new_line(name: &str, passwd: &[u8]) -> Result<String, String> {
 
 /// The text of a users file with the line of `name` replaced, added at its end, or removed (`line` is None); all other
 /// lines as they were. `None` when there was nothing to remove.
-pub fn edit(text: &str, name: &str, line: Option<&str>) -> Option<String> {
+pub fn edit_entry(text: &str, name: &str, line: Option<&str>) -> Option<String> {
     let is_theirs = |old: &str| old.trim_start().split_once(':').is_some_and(|(other, _)| other == name);
     let mut found = false;
     let mut out = String::with_capacity(text.len() + 160);

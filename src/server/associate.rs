@@ -27,7 +27,7 @@ use super::{Filtering, Server, address_for, bind_within};
 use crate::conn::{Conn, Protection};
 use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
-use crate::policy::rules::{Question, Route, Verdict};
+use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
 use crate::reactor::{Alarm, wake_later};
 use crate::reassembly::{Reassembler, split};
@@ -60,7 +60,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let server = session.server;
     // All hops that datagrams may have to go through: one that is down is an error now, and not a silence later.
     let mut upstreams = Vec::new();
-    for route in session.law.policy.rules.routes(&session.record.question()) {
+    for route in session.law.policy.rules.possible_routes(&session.record.question()) {
         if let Route::Hop(number) = route {
             session.record.via = Some(server.hop(number)?);
             upstreams.push(Upstream::open(server, number).await?);
@@ -180,7 +180,7 @@ impl Association<'_, '_> {
             Route::Direct => true,
             Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.number == *hop),
         };
-        let are_open = law.policy.rules.routes(&record.question()).iter().all(is_open);
+        let are_open = law.policy.rules.possible_routes(&record.question()).iter().all(is_open);
         (!are_open).then(|| "the rules now name a hop that it was not opened with".into())
     }
 
@@ -331,10 +331,10 @@ impl Association<'_, '_> {
         let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
         let question = towards(self.session.record.client_question(), &dst);
-        match self.session.law.judge(&question) {
-            Verdict::Deny(_) => return,
-            Verdict::Allow(_, Route::Hop(hop)) => return self.send_through(hop, &dst, data),
-            Verdict::Allow(_, Route::Direct) | Verdict::Undecided(_) => {}
+        match self.session.law.evaluate(&question) {
+            Decision::Deny(_) => return,
+            Decision::Allow(_, Route::Hop(hop)) => return self.send_through(hop, &dst, data),
+            Decision::Allow(_, Route::Direct) | Decision::Undecided(_) => {}
         }
         let Host::Name(name) = &dst.host else { return };
         let deadline = Instant::now() + server.options.connect_timeout;
@@ -390,13 +390,14 @@ impl Association<'_, '_> {
     /// many at once only those get whom a rule lets by address.
     fn way(&self, addr: SocketAddr, name: Option<&Name>) -> Option<Route> {
         let question = self.session.record.client_question();
-        let question = Question { name, ip: Some(addr.ip()), port: Some(addr.port()), ..question };
-        match self.session.law.judge(&question) {
-            Verdict::Allow(rule, route) => {
-                let may_be = is_unicast(addr.ip()) || rule.names_places();
+        let question =
+            AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..question };
+        match self.session.law.evaluate(&question) {
+            Decision::Allow(rule, route) => {
+                let may_be = is_unicast(addr.ip()) || rule.has_to_condition();
                 (addr.port() != 0 && may_be).then_some(route)
             }
-            Verdict::Deny(_) | Verdict::Undecided(_) => None,
+            Decision::Deny(_) | Decision::Undecided(_) => None,
         }
     }
 
@@ -453,7 +454,7 @@ impl Association<'_, '_> {
     /// to; but to a client that has sent only to addresses, the rules say from where.
     fn may_answer_by(&self, upstream: &Upstream, from: &Addr) -> bool {
         let question = towards(self.session.record.client_question(), from);
-        upstream.has_names || !matches!(self.session.law.judge(&question), Verdict::Deny(_))
+        upstream.has_names || !matches!(self.session.law.evaluate(&question), Decision::Deny(_))
     }
 
     fn answer_run(&self, run: &mut Run<'_>) {

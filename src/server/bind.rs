@@ -13,7 +13,7 @@ use super::session::{Refusal, Session};
 use super::{Hop, Server, address_for, bind_within};
 use crate::conn::{Conn, until};
 use crate::dial::{literal, tune, unspecified};
-use crate::policy::rules::{Question, Route, Verdict};
+use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
 use crate::reactor::{self, Io, Way, sleep};
 
@@ -57,7 +57,7 @@ async fn through(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, hop: 
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(Refusal::reply(Rep::GENERAL_FAILURE, "a peer without an address")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
-    if let Verdict::Deny(rule) = session.law_now().judge(&session.question_of(addr)) {
+    if let Decision::Deny(rule) = session.law_now().evaluate(&session.question_of(addr)) {
         return Err(refusal(rule));
     }
     session.succeed(client, peer, Some(addr)).await?;
@@ -69,11 +69,11 @@ impl Session<'_> {
     /// here.
     fn way_to_bind(&self) -> Result<Route, Refusal> {
         let question = self.record.question();
-        match self.law.judge(&question) {
-            Verdict::Allow(_, route) => Ok(route),
-            Verdict::Deny(rule) => Err(refusal(rule)),
-            Verdict::Undecided(_) => {
-                let routes = self.law.policy.rules.routes(&question);
+        match self.law.evaluate(&question) {
+            Decision::Allow(_, route) => Ok(route),
+            Decision::Deny(rule) => Err(refusal(rule)),
+            Decision::Undecided(_) => {
+                let routes = self.law.policy.rules.possible_routes(&question);
                 match routes.as_slice() {
                     [only] => Ok(*only),
                     several if several.contains(&Route::Direct) => Ok(Route::Direct),
@@ -99,8 +99,8 @@ impl Session<'_> {
         came.unwrap_or_else(|| Err(Refusal::reply(Rep::TTL_EXPIRED, "the peer did not come in time")))
     }
 
-    fn question_of(&self, peer: SocketAddr) -> Question<'_> {
-        Question { ip: Some(peer.ip()), port: Some(peer.port()), ..self.record.question() }
+    fn question_of(&self, peer: SocketAddr) -> AccessRequest<'_> {
+        AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..self.record.question() }
     }
 
     /// Waits for the expected peer. Whoever else connects is closed.
@@ -145,13 +145,13 @@ impl Expected {
         };
         let mut objection = None;
         ips.retain(|addr| {
-            let question = Question { ip: Some(addr.ip()), ..session.record.question() };
-            match session.law.judge(&question) {
-                Verdict::Deny(rule) => {
+            let question = AccessRequest { target_ip: Some(addr.ip()), ..session.record.question() };
+            match session.law.evaluate(&question) {
+                Decision::Deny(rule) => {
                     objection = Some(rule);
                     false
                 }
-                Verdict::Allow(..) | Verdict::Undecided(_) => true,
+                Decision::Allow(..) | Decision::Undecided(_) => true,
             }
         });
         match objection {

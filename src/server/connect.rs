@@ -13,7 +13,7 @@ use crate::client::Client;
 use crate::conn::{Conn, until};
 use crate::dial::{Failure, Source, dial};
 use crate::policy::is_unicast;
-use crate::policy::rules::{Question, Route, Verdict};
+use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Rep};
 use crate::reactor::sleep;
 
@@ -105,21 +105,21 @@ impl Session<'_> {
     /// that a hop resolves is not resolved here.
     async fn targets(&self, dst: &Addr, deadline: Instant) -> Result<Targets, Refusal> {
         let question = self.record.question();
-        match self.law.judge(&question) {
-            Verdict::Deny(rule) => return Err(refusal(rule)),
-            Verdict::Allow(_, Route::Hop(hop)) => {
+        match self.law.evaluate(&question) {
+            Decision::Deny(rule) => return Err(refusal(rule)),
+            Decision::Allow(_, Route::Hop(hop)) => {
                 return Ok(Targets::Through(self.server.hop(hop)?, vec![dst.clone()]));
             }
-            Verdict::Allow(_, Route::Direct) | Verdict::Undecided(_) => {}
+            Decision::Allow(_, Route::Direct) | Decision::Undecided(_) => {}
         }
         let mut objection = None;
         let mut way = None;
         let mut addrs = self.server.resolve(dst, deadline).await?;
         let law = self.law_now();
-        addrs.retain(|addr| match law.judge(&Question { ip: Some(addr.ip()), ..question }) {
+        addrs.retain(|addr| match law.evaluate(&AccessRequest { target_ip: Some(addr.ip()), ..question }) {
             // All go the way of the first one.
-            Verdict::Allow(_, route) => *way.get_or_insert(route) == route,
-            Verdict::Deny(rule) | Verdict::Undecided(rule) => {
+            Decision::Allow(_, route) => *way.get_or_insert(route) == route,
+            Decision::Deny(rule) | Decision::Undecided(rule) => {
                 objection.get_or_insert_with(|| denied(rule));
                 false
             }

@@ -10,7 +10,7 @@ use super::record::Record;
 use super::session::Refusal;
 use super::{Server, is_local};
 use crate::policy::Policy;
-use crate::policy::rules::{Question, Route, Rule, Verdict};
+use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 use crate::proto::Rep;
 
 /// A policy, and the logins that were verified by it.
@@ -60,27 +60,29 @@ impl Laws {
 }
 
 impl Law {
-    pub(super) fn judge(&self, question: &Question<'_>) -> Verdict<'_> {
-        self.policy.judge(question, is_local)
+    pub(super) fn evaluate(&self, question: &AccessRequest<'_>) -> Decision<'_> {
+        self.policy.evaluate(question, is_local)
     }
 
     /// The way on which all that is known is allowed; none when it is denied or not decided.
-    pub(super) fn way(&self, question: &Question<'_>) -> Option<Route> {
-        match self.judge(question) {
-            Verdict::Allow(_, route) => Some(route),
-            Verdict::Deny(_) | Verdict::Undecided(_) => None,
+    pub(super) fn way(&self, question: &AccessRequest<'_>) -> Option<Route> {
+        match self.evaluate(question) {
+            Decision::Allow(_, route) => Some(route),
+            Decision::Deny(_) | Decision::Undecided(_) => None,
         }
     }
 
     /// Why a session may not be what it is.
-    pub(super) fn objection(&self, record: &Record, question: &Question<'_>) -> Option<String> {
+    pub(super) fn objection(&self, record: &Record, question: &AccessRequest<'_>) -> Option<String> {
         match record.login() {
-            Some(login) if !self.policy.knows(&login) => return Some("this login is no longer valid".into()),
+            Some(login) if !self.policy.accepts_identity(&login) => {
+                return Some("this login is no longer valid".into());
+            }
             _ => {}
         }
-        match self.judge(question) {
-            Verdict::Deny(rule) => Some(denied(rule)),
-            Verdict::Allow(..) | Verdict::Undecided(_) => None,
+        match self.evaluate(question) {
+            Decision::Deny(rule) => Some(denied(rule)),
+            Decision::Allow(..) | Decision::Undecided(_) => None,
         }
     }
 }
@@ -106,7 +108,7 @@ impl Server {
         seen.set(law.number);
         let mut question = record.question();
         if let Some(peer) = peer() {
-            question = Question { ip: Some(peer.ip()), port: Some(peer.port()), ..question };
+            question = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..question };
         }
         let objection = law.objection(record, &question);
         if objection.is_some() {

@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_login_is_hashed_once_and_a_wrong_password_is_never_remembered() {
-        let line = crate::policy::users::new_line("alice", b"secret").expect("a line");
+        let line = crate::policy::users::new_entry("alice", b"secret").expect("a line");
         let users = Arc::new(Users::parse(&line).expect("users"));
         let login = Login::default();
         smol::block_on(async {

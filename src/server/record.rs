@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::Hop;
 use crate::dial::{canonical, literal};
-use crate::policy::rules::{Login, Question};
+use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Level, Method, Rep};
 use crate::relay::Moved;
 
@@ -73,25 +73,25 @@ impl Record {
     }
 
     /// How the client got in, once it has.
-    pub(super) fn login(&self) -> Option<Login<'_>> {
-        self.method.map(|method| Login { method, user: self.user.as_deref(), level: self.level })
+    pub(super) fn login(&self) -> Option<Identity<'_>> {
+        self.method.map(|method| Identity { method, user: self.user.as_deref(), level: self.level })
     }
 
     /// What is known of the session, but for where it goes.
-    pub(super) fn client_question(&self) -> Question<'_> {
-        Question { login: self.login(), command: self.command, ..client_question(self.client()) }
+    pub(super) fn client_question(&self) -> AccessRequest<'_> {
+        AccessRequest { identity: self.login(), command: self.command, ..client_question(self.client()) }
     }
 
     /// What is known of the session. Of BIND, zeros are anybody and any port; DST of UDP ASSOCIATE is no target.
-    pub(super) fn question(&self) -> Question<'_> {
+    pub(super) fn question(&self) -> AccessRequest<'_> {
         let question = self.client_question();
         match (&self.dst, self.command) {
             (Some(dst), Some(Command::Connect)) => towards(question, dst),
             (Some(dst), Some(Command::Bind)) => {
                 let is_anybody = matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
                 let question = towards(question, dst);
-                let ip = question.ip.filter(|_| !is_anybody);
-                Question { ip, port: question.port.filter(|port| *port != 0), ..question }
+                let ip = question.target_ip.filter(|_| !is_anybody);
+                AccessRequest { target_ip: ip, target_port: question.target_port.filter(|port| *port != 0), ..question }
             }
             _ => question,
         }
@@ -99,18 +99,23 @@ impl Record {
 }
 
 /// A question about a client of which only the address is known. On a Unix socket it is on this machine.
-pub(super) fn client_question(client: Option<SocketAddr>) -> Question<'static> {
+pub(super) fn client_question(client: Option<SocketAddr>) -> AccessRequest<'static> {
     let from = client.map_or(Ipv4Addr::LOCALHOST.into(), |client| client.ip().to_canonical());
-    Question { from: Some(from), ..Question::default() }
+    AccessRequest { client_ip: Some(from), ..AccessRequest::default() }
 }
 
 /// A question about going to `dst`.
-pub(super) fn towards<'a>(question: Question<'a>, dst: &'a Addr) -> Question<'a> {
+pub(super) fn towards<'a>(question: AccessRequest<'a>, dst: &'a Addr) -> AccessRequest<'a> {
     let (name, ip) = match &dst.host {
         Host::Ip(ip) => (None, Some(*ip)),
         Host::Name(name) => literal(name).map_or((Some(name), None), |ip| (None, Some(ip))),
     };
-    Question { name, ip: ip.map(|ip| canonical(ip, dst.port).ip()), port: Some(dst.port), ..question }
+    AccessRequest {
+        target_name: name,
+        target_ip: ip.map(|ip| canonical(ip, dst.port).ip()),
+        target_port: Some(dst.port),
+        ..question
+    }
 }
 
 impl Drop for Record {

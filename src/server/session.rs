@@ -174,7 +174,7 @@ impl Session<'_> {
 
     async fn attempt(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
         let greeting: Greeting = conn.read_message().await.map_err(refuse_greeting)?;
-        let Some(method) = self.law.policy.select(&greeting.methods) else {
+        let Some(method) = self.law.policy.select_method(&greeting.methods) else {
             let none = Selection(Method::UNACCEPTABLE);
             return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
         };

@@ -29,7 +29,7 @@ use super::record::{Record, client_question};
 use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
 use crate::conn::Loose;
-use crate::policy::rules::Verdict;
+use crate::policy::rules::Decision;
 use crate::reactor::{self, Io, Way, sleep};
 use crate::relay::{End, Limits};
 
@@ -417,9 +417,9 @@ impl Acceptor {
                 let what = || format!("client {} has {limit} connections, which is its limit: closed", who());
                 self.shared.complaint.log(what);
             }
-            Ok(claims) => match server.laws.current().judge(&client_question(client)) {
-                Verdict::Deny(rule) => Record::new(client).fail(denied(rule)),
-                Verdict::Allow(..) | Verdict::Undecided(_) => return Some(claims),
+            Ok(claims) => match server.laws.current().evaluate(&client_question(client)) {
+                Decision::Deny(rule) => Record::new(client).fail(denied(rule)),
+                Decision::Allow(..) | Decision::Undecided(_) => return Some(claims),
             },
         }
         None

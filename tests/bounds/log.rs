@@ -258,7 +258,7 @@ fn complaint(args: &[&str]) -> String {
 fn a_wrong_users_file_is_complained_of_without_its_hashes() {
     let folder = folder();
     let bcrypt = bcrypt::hash("sesame", 4).expect("a hash");
-    let argon2 = s5::policy::users::new_line("alice", b"sesame").expect("a line");
+    let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("a line");
     let argon2 = argon2.split_once(':').expect("a line").1;
     for (hash, salt) in [(bcrypt.as_str(), &bcrypt[7..29]), (argon2, argon2.split('$').nth(4).expect("a salt"))] {
         let end = &hash[hash.len() - 12..];

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use s5::policy::rules::Route;
 
-use crate::model::{Ip, Net, OWN, Place, Question, Rule, Source, User};
+use crate::model::{AccessRequest, ClientPattern, Ip, Net, OWN, Rule, TargetPattern, UserPattern};
 
 pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
@@ -190,11 +190,11 @@ fn any_target() -> BoxedStrategy<Ip> {
     select(&KINDS[..]).prop_flat_map(any_ip).boxed()
 }
 
-fn any_place() -> impl Strategy<Value = Place> {
+fn any_place() -> impl Strategy<Value = TargetPattern> {
     prop_oneof![
-        4 => any_net(any_target()).prop_map(Place::Net),
-        1 => select(&RULE_NAMES[..]).prop_map(Place::Name),
-        2 => select(&RULE_NAMES[..]).prop_map(Place::Below),
+        4 => any_net(any_target()).prop_map(TargetPattern::Net),
+        1 => select(&RULE_NAMES[..]).prop_map(TargetPattern::Name),
+        2 => select(&RULE_NAMES[..]).prop_map(TargetPattern::Suffix),
     ]
 }
 
@@ -217,15 +217,15 @@ fn some(all: &'static [&'static str]) -> impl Strategy<Value = Vec<&'static str>
 
 pub fn any_rule() -> impl Strategy<Value = Rule> {
     let source = prop_oneof![
-        Just(Source::Loopback),
-        Just(Source::Remote),
-        any_net(any_client()).prop_map(Source::Net),
-        any_net(any_client()).prop_map(Source::Net),
+        Just(ClientPattern::Loopback),
+        Just(ClientPattern::Remote),
+        any_net(any_client()).prop_map(ClientPattern::Net),
+        any_net(any_client()).prop_map(ClientPattern::Net),
     ];
     let user = prop_oneof![
-        1 => Just(User::Anybody),
-        3 => select(&USERS[..]).prop_map(User::Named),
-        2 => select(&REALMS[..]).prop_map(User::Realm),
+        1 => Just(UserPattern::Any),
+        3 => select(&USERS[..]).prop_map(UserPattern::Named),
+        2 => select(&REALMS[..]).prop_map(UserPattern::Realm),
     ];
     let way = proptest::option::of(select(&WAYS[..]));
     let client = (few(source), few(user), some(&METHODS), some(&COMMANDS));
@@ -243,7 +243,7 @@ pub fn any_question_of(
     method: &'static str,
     command: &'static str,
     is_named: bool,
-) -> impl Strategy<Value = Question> {
+) -> impl Strategy<Value = AccessRequest> {
     let port = prop_oneof![8 => select(&PORTS[..]), 2 => Just(1080), 1 => Just(0), 1 => any::<u16>()];
     let target = prop_oneof![8 => any_ip(kind).boxed(), 1 => select(&OWN[..]).prop_map(|(ip, _)| ip).boxed()];
     (from, select(&USERS[..]), select(&NAMES[..]), target, any_ip(kind), port).prop_map(
@@ -251,12 +251,12 @@ pub fn any_question_of(
             let is_of_kind = matches!((kind, ip), (Kind::V4, Ip::V4(_)) | (Kind::V6, Ip::V6(_)));
             let ip = if is_of_kind || !OWN.iter().any(|(own, _)| *own == ip) { ip } else { other };
             let user = (method != "none").then_some(user);
-            Question { from, method, user, command, name: is_named.then_some(name), ip, port }
+            AccessRequest { from, method, user, command, name: is_named.then_some(name), ip, port }
         },
     )
 }
 
-pub fn any_question() -> impl Strategy<Value = Question> {
+pub fn any_question() -> impl Strategy<Value = AccessRequest> {
     let kinds = (select(&KINDS[..]), select(&METHODS[..]), select(&COMMANDS[..]), any::<bool>());
     kinds.prop_flat_map(|(kind, method, command, is_named)| {
         let from = prop_oneof![19 => any_client().prop_map(Some), 1 => Just(None)];
@@ -330,19 +330,19 @@ fn list<T: Copy>(items: &[T], print: impl Fn(T) -> String) -> String {
     items.iter().map(|item| print(*item)).collect::<Vec<_>>().join(",")
 }
 
-fn source(source: Source, style: u64) -> String {
+fn source(source: ClientPattern, style: u64) -> String {
     match source {
-        Source::Loopback => "loopback".into(),
-        Source::Remote => "remote".into(),
-        Source::Net(of) => net(of, style),
+        ClientPattern::Loopback => "loopback".into(),
+        ClientPattern::Remote => "remote".into(),
+        ClientPattern::Net(of) => net(of, style),
     }
 }
 
-fn user(user: User, style: u64) -> String {
+fn user(user: UserPattern, style: u64) -> String {
     match user {
-        User::Anybody => "*".into(),
-        User::Named(name) => percent(name, style),
-        User::Realm(realm) => format!("*@{}", percent(realm, style)),
+        UserPattern::Any => "*".into(),
+        UserPattern::Named(name) => percent(name, style),
+        UserPattern::Realm(realm) => format!("*@{}", percent(realm, style)),
     }
 }
 
@@ -359,13 +359,13 @@ fn percent(octets: &[u8], style: u64) -> String {
     text
 }
 
-fn place(place: Place, style: u64) -> String {
+fn place(place: TargetPattern, style: u64) -> String {
     let dot = if style & 16 == 0 { "" } else { "." };
     let case = |name: &str| if style & 32 == 0 { name.to_owned() } else { name.to_uppercase() };
     match place {
-        Place::Name(name) => case(name) + dot,
-        Place::Below(suffix) => format!(".{}{dot}", case(suffix)),
-        Place::Net(of) => net(of, style),
+        TargetPattern::Name(name) => case(name) + dot,
+        TargetPattern::Suffix(suffix) => format!(".{}{dot}", case(suffix)),
+        TargetPattern::Net(of) => net(of, style),
     }
 }
 

@@ -5,9 +5,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use s5::policy::Policy;
-use s5::policy::rules::{Question, Route, Rules};
+use s5::policy::rules::{AccessRequest, Route, Rules};
 
-use crate::{HOME, ask, forms, ip, rules, rules_by, told};
+use crate::{HOME, ask, embedded_addrs, ip, rules, rules_by, told};
 
 /// Everybody who is not on this machine.
 const REMOTE: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
@@ -79,7 +79,7 @@ const ORDINARY_6: [&str; 12] = [
 /// Each of these IPv4 addresses in all its forms.
 fn in_all_forms(list: &[&str]) -> Vec<String> {
     let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("an IPv4 address"));
-    parsed.flat_map(forms).map(|ip| ip.to_string()).collect()
+    parsed.flat_map(embedded_addrs).map(|ip| ip.to_string()).collect()
 }
 
 fn protected() -> Vec<String> {
@@ -94,7 +94,7 @@ fn ordinary() -> Vec<String> {
 fn check(rules: &Rules, from: &str, to: &str, expected: &str) {
     let plain = format!("from={from} method=password user=alice command=connect ip={to} port=80");
     for facts in [plain.clone(), format!("{plain} name=example.net"), plain.replace("connect", "udp")] {
-        assert_eq!(ask(rules, &facts), expected, "{facts} with {:?}", rules.written());
+        assert_eq!(ask(rules, &facts), expected, "{facts} with {:?}", rules.user_rules());
     }
 }
 
@@ -187,14 +187,14 @@ fn an_address_with_another_inside_is_allowed_by_the_one_that_it_leads_to() {
 
 #[test]
 fn an_address_with_another_inside_is_denied_by_either() {
-    for to in forms(Ipv4Addr::new(198, 51, 100, 1)) {
+    for to in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)) {
         check(&rules("deny to=198.51.100.0/24"), "::1", &to.to_string(), "deny line 1");
         let by_raw = if to.is_ipv4() { "allow open" } else { "deny line 1" };
         check(&rules("deny to=::/0"), "::1", &to.to_string(), by_raw);
     }
     let table = [("2002::/16", 3), ("64:ff9b::/96", 2), ("2001::/32", 4)];
     for (net, form) in table {
-        for (i, to) in forms(Ipv4Addr::new(198, 51, 100, 1)).iter().enumerate() {
+        for (i, to) in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)).iter().enumerate() {
             let expected = if i == form { "deny line 1" } else { "allow open" };
             check(&rules(&format!("deny to={net}")), "::1", &to.to_string(), expected);
         }
@@ -243,8 +243,8 @@ fn the_servers_own_listeners_are_out_of_reach_for_everybody() {
 fn a_policy_knows_its_listeners_and_asks_for_the_addresses_of_this_machine_only_for_them() {
     let addr = |text: &str| text.parse::<SocketAddr>().expect("an address");
     let own = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
-    let closed = Policy { own: own.clone(), ..Policy::default() };
-    let lifted = Policy { own, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
+    let closed = Policy { listen_addrs: own.clone(), ..Policy::default() };
+    let lifted = Policy { listen_addrs: own, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
     let asked = Cell::new(0);
     let local = |to: SocketAddr| {
         asked.set(asked.get() + 1);
@@ -260,12 +260,16 @@ fn a_policy_knows_its_listeners_and_asks_for_the_addresses_of_this_machine_only_
         ("[::1]:1081", "allow open", 0),
     ];
     for (to, expected, local_asked) in table.map(|(to, expected, asked)| (addr(to), expected, asked)) {
-        let question =
-            Question { from: Some(ip("::1")), ip: Some(to.ip()), port: Some(to.port()), ..Question::default() };
+        let question = AccessRequest {
+            client_ip: Some(ip("::1")),
+            target_ip: Some(to.ip()),
+            target_port: Some(to.port()),
+            ..AccessRequest::default()
+        };
         asked.set(0);
-        assert_eq!(told(closed.judge(&question, local)), expected, "{to}");
+        assert_eq!(told(closed.evaluate(&question, local)), expected, "{to}");
         assert_eq!(asked.get() > 0, local_asked > 0, "{to}");
-        assert_eq!(told(lifted.judge(&question, local)), "allow line 1", "{to}");
+        assert_eq!(told(lifted.evaluate(&question, local)), "allow line 1", "{to}");
     }
 }
 
@@ -295,15 +299,15 @@ fn where_an_allow_names_from_nothing_else_gets_in() {
 
 #[test]
 fn the_built_in_rules_come_behind_the_written_ones() {
-    let names = |rules: &Rules| rules.all().map(crate::called).collect::<Vec<_>>();
+    let names = |rules: &Rules| rules.in_display_order().map(crate::called).collect::<Vec<_>>();
     let none = Rules::default();
     assert_eq!(
-        (none.written().len(), names(&none)),
+        (none.user_rules().len(), names(&none)),
         (0, ["home", "protected", "open", "otherwise"].map(Into::into).into())
     );
     let list = rules("allow from=::1\ndeny\n");
     let expected = ["line 1", "line 2", "home", "protected", "otherwise"].map(String::from);
-    assert_eq!((list.written().len(), names(&list)), (2, expected.into()));
+    assert_eq!((list.user_rules().len(), names(&list)), (2, expected.into()));
 }
 
 #[test]
@@ -330,8 +334,8 @@ fn a_server_is_open_when_somebody_whom_no_rule_names_gets_in_without_a_login() {
     ];
     for (text, is_open) in table {
         let policy = Policy { rules: rules(text), ..Policy::default() };
-        assert_eq!(policy.is_open(), is_open, "{text:?}");
+        assert_eq!(policy.is_open_relay(), is_open, "{text:?}");
         let closed = Policy { users: Some(Arc::default()), ..policy };
-        assert!(!closed.is_open(), "{text:?} with users");
+        assert!(!closed.is_open_relay(), "{text:?} with users");
     }
 }

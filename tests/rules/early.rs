@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::policy::rules::{Login, Question, Route, Rules, Verdict};
+use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rules};
 use s5::proto::{Level, Name};
 
 use crate::any::{any_question, any_rule, any_way, is_home, print, std_ip};
@@ -187,8 +187,8 @@ fn with_an_address_nothing_is_open_but_what_is_unknown_of_the_client() {
 #[test]
 fn the_ways_that_are_left_are_told_each_once() {
     let ways = |rules: &Rules, from: &str, to: Option<&str>| {
-        let question = Question { from: Some(ip(from)), ip: to.map(ip), ..Question::default() };
-        rules.routes(&question)
+        let question = AccessRequest { client_ip: Some(ip(from)), target_ip: to.map(ip), ..AccessRequest::default() };
+        rules.possible_routes(&question)
     };
     let (direct, a, b) = (Route::Direct, Route::Hop(0), Route::Hop(1));
     let text = "allow from=192.0.2.7 via=b\nallow port=22 via=a\nallow port=23 via=a\ndeny\nallow to=10.0.0.0/8";
@@ -201,7 +201,7 @@ fn the_ways_that_are_left_are_told_each_once() {
         (rules("allow from=::1 via=direct"), "192.0.2.7", None, vec![]),
     ];
     for (rules, from, to, expected) in table {
-        assert_eq!(ways(&rules, from, to), expected, "{:?} from {from} to {to:?}", rules.written());
+        assert_eq!(ways(&rules, from, to), expected, "{:?} from {from} to {to:?}", rules.user_rules());
     }
 }
 
@@ -213,15 +213,15 @@ const ADDRESS: usize = 2;
 const STAGES: usize = 8 * 3;
 
 /// As much of a question as is known at a stage.
-fn known<'a>(all: &Question<'a>, stage: usize) -> Question<'a> {
+fn known<'a>(all: &AccessRequest<'a>, stage: usize) -> AccessRequest<'a> {
     let (bits, place) = (stage % 8, stage / 8);
-    Question {
-        from: all.from,
-        login: all.login.filter(|_| bits & 1 != 0),
+    AccessRequest {
+        client_ip: all.client_ip,
+        identity: all.identity.filter(|_| bits & 1 != 0),
         command: all.command.filter(|_| bits & 2 != 0),
-        port: all.port.filter(|_| bits & 4 != 0),
-        name: all.name.filter(|_| place >= NAME),
-        ip: all.ip.filter(|_| place == ADDRESS),
+        target_port: all.target_port.filter(|_| bits & 4 != 0),
+        target_name: all.target_name.filter(|_| place >= NAME),
+        target_ip: all.target_ip.filter(|_| place == ADDRESS),
     }
 }
 
@@ -231,13 +231,13 @@ fn is_later(stage: usize, other: usize) -> bool {
 }
 
 /// Each answer that is given counts at all stages that know more.
-fn check_stages(rules: &Rules, all: &Question<'_>) -> Result<(), TestCaseError> {
+fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseError> {
     let home = |to: SocketAddr| is_home(to);
-    let answers: Vec<Verdict<'_>> = (0..STAGES).map(|stage| rules.judge(&known(all, stage), &home)).collect();
+    let answers: Vec<Decision<'_>> = (0..STAGES).map(|stage| rules.evaluate(&known(all, stage), &home)).collect();
     for (stage, early) in answers.iter().enumerate() {
         // A name that is a hop's to resolve is all that will be known of the place.
         let is_hops = match early {
-            Verdict::Allow(rule, Route::Hop(_)) => stage / 8 == NAME && !rule.to_string().contains(" to="),
+            Decision::Allow(rule, Route::Hop(_)) => stage / 8 == NAME && !rule.to_string().contains(" to="),
             _ => false,
         };
         for (other, late) in answers.iter().enumerate() {
@@ -245,20 +245,20 @@ fn check_stages(rules: &Rules, all: &Question<'_>) -> Result<(), TestCaseError> 
                 continue;
             }
             match (early, late) {
-                (Verdict::Undecided(_), _) | (Verdict::Deny(_), Verdict::Deny(_)) => {}
-                (Verdict::Allow(..), Verdict::Allow(..)) => prop_assert_eq!(told(*early), told(*late)),
+                (Decision::Undecided(_), _) | (Decision::Deny(_), Decision::Deny(_)) => {}
+                (Decision::Allow(..), Decision::Allow(..)) => prop_assert_eq!(told(*early), told(*late)),
                 _ => prop_assert!(false, "{} at {stage}, {} at {other}", told(*early), told(*late)),
             }
-            if let Verdict::Allow(_, way) = late {
-                let ways = rules.routes(&known(all, stage));
+            if let Decision::Allow(_, way) = late {
+                let ways = rules.possible_routes(&known(all, stage));
                 prop_assert!(ways.contains(way), "{way:?} at {other}, {ways:?} at {stage}");
             }
         }
     }
     let last = answers.last().expect("the last stage");
-    prop_assert!(!matches!(last, Verdict::Undecided(_)), "everything is known");
+    prop_assert!(!matches!(last, Decision::Undecided(_)), "everything is known");
     let places = [NOTHING, NAME, ADDRESS].map(|place| told(answers[place * 8 + 7]));
-    prop_assert!(all.name.is_some() || places[NOTHING] == places[NAME], "{:?}", places);
+    prop_assert!(all.target_name.is_some() || places[NOTHING] == places[NAME], "{:?}", places);
     Ok(())
 }
 
@@ -275,13 +275,13 @@ proptest! {
         let rules = rules_by(way, &text);
         for plain in &asked {
             let name = plain.name.map(|name| Name::new(name.as_bytes()).expect("a name"));
-            let all = Question {
-                from: plain.from.map(std_ip),
-                login: Some(Login { method: crate::method(plain.method), user: plain.user, level: Level::None }),
+            let all = AccessRequest {
+                client_ip: plain.from.map(std_ip),
+                identity: Some(Identity { method: crate::method(plain.method), user: plain.user, level: Level::None }),
                 command: Some(crate::command(plain.command)),
-                name: name.as_ref(),
-                ip: Some(std_ip(plain.ip)),
-                port: Some(plain.port),
+                target_name: name.as_ref(),
+                target_ip: Some(std_ip(plain.ip)),
+                target_port: Some(plain.port),
             };
             let checked = check_stages(&rules, &all);
             prop_assert!(checked.is_ok(), "{checked:?}\n{text}\n{plain:?}");

@@ -15,24 +15,24 @@ pub enum Net {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub enum Source {
+pub enum ClientPattern {
     Loopback,
     Remote,
     Net(Net),
 }
 
 #[derive(Clone, Copy, Debug)]
-pub enum User {
-    Anybody,
+pub enum UserPattern {
+    Any,
     Named(&'static [u8]),
     /// What stands behind the `@`.
     Realm(&'static [u8]),
 }
 
 #[derive(Clone, Copy, Debug)]
-pub enum Place {
+pub enum TargetPattern {
     Name(&'static str),
-    Below(&'static str),
+    Suffix(&'static str),
     Net(Net),
 }
 
@@ -40,11 +40,11 @@ pub enum Place {
 #[derive(Clone, Debug)]
 pub struct Rule {
     pub allow: bool,
-    pub from: Vec<Source>,
-    pub users: Vec<User>,
+    pub from: Vec<ClientPattern>,
+    pub users: Vec<UserPattern>,
     pub methods: Vec<&'static str>,
     pub commands: Vec<&'static str>,
-    pub to: Vec<Place>,
+    pub to: Vec<TargetPattern>,
     pub ports: Vec<(u16, u16)>,
     pub via: Option<&'static str>,
     /// Decides how it is written down, and nothing else.
@@ -53,7 +53,7 @@ pub struct Rule {
 
 /// A question with all that there is to know.
 #[derive(Clone, Copy, Debug)]
-pub struct Question {
+pub struct AccessRequest {
     pub from: Option<Ip>,
     pub method: &'static str,
     pub user: Option<&'static [u8]>,
@@ -84,7 +84,7 @@ pub const OWN: [(Ip, u16); 3] =
     [(Ip::V4(0xc000_0250), 1080), (Ip::V4(0x7f00_0001), 1080), (Ip::V6(0x2001_0db8 << 96 | 0x50), 1080)];
 
 /// The answer to a question. `way` is taken where a rule names none.
-pub fn decide(rules: &[Rule], way: &'static str, asked: &Question) -> Answer {
+pub fn decide(rules: &[Rule], way: &'static str, asked: &AccessRequest) -> Answer {
     for (i, rule) in rules.iter().enumerate() {
         if holds(rule, asked) {
             return match rule.allow {
@@ -106,7 +106,7 @@ pub fn decide(rules: &[Rule], way: &'static str, asked: &Question) -> Answer {
 }
 
 /// Whether every condition of a rule holds.
-pub fn holds(rule: &Rule, asked: &Question) -> bool {
+pub fn holds(rule: &Rule, asked: &AccessRequest) -> bool {
     if !rule.from.is_empty() && !rule.from.iter().any(|source| is_from(*source, asked.from)) {
         return false;
     }
@@ -129,14 +129,14 @@ pub fn holds(rule: &Rule, asked: &Question) -> bool {
     !rule.allow || !is_home(asked) && !is_protected(asked)
 }
 
-fn is_home(asked: &Question) -> bool {
-    forms(asked.ip).into_iter().any(|ip| OWN.contains(&(ip, asked.port)))
+fn is_home(asked: &AccessRequest) -> bool {
+    embedded_addrs(asked.ip).into_iter().any(|ip| OWN.contains(&(ip, asked.port)))
 }
 
-fn is_protected(asked: &Question) -> bool {
+fn is_protected(asked: &AccessRequest) -> bool {
     let is_remote = asked.from.is_some_and(|from| !is_loopback(from));
     let is_local_name = asked.name.is_some_and(|name| labels(name).last().is_some_and(|last| last == "localhost"));
-    is_remote && (is_local_name || forms(asked.ip).into_iter().any(is_protected_form))
+    is_remote && (is_local_name || embedded_addrs(asked.ip).into_iter().any(is_protected_form))
 }
 
 fn is_loopback(ip: Ip) -> bool {
@@ -160,7 +160,7 @@ fn is_protected_form(ip: Ip) -> bool {
 }
 
 /// All that an address could be taken for.
-fn forms(ip: Ip) -> Vec<Ip> {
+fn embedded_addrs(ip: Ip) -> Vec<Ip> {
     let mut forms = vec![ip];
     forms.extend(inside(ip).map(Ip::V4));
     if let Ip::V6(ip) = ip
@@ -188,30 +188,30 @@ fn low(number: u128) -> u32 {
     u32::try_from(number % (1 << 32)).expect("32 bits")
 }
 
-fn is_from(source: Source, from: Option<Ip>) -> bool {
+fn is_from(source: ClientPattern, from: Option<Ip>) -> bool {
     let Some(from) = from else { return false };
     match source {
-        Source::Loopback => is_loopback(from),
-        Source::Remote => !is_loopback(from),
-        Source::Net(net) => has(net, from),
+        ClientPattern::Loopback => is_loopback(from),
+        ClientPattern::Remote => !is_loopback(from),
+        ClientPattern::Net(net) => has(net, from),
     }
 }
 
-fn is_user(user: User, name: Option<&[u8]>) -> bool {
+fn is_user(user: UserPattern, name: Option<&[u8]>) -> bool {
     let Some(name) = name else { return false };
     match user {
-        User::Anybody => true,
-        User::Named(named) => named == name,
-        User::Realm(realm) => name.ends_with(&[b"@", realm].concat()),
+        UserPattern::Any => true,
+        UserPattern::Named(named) => named == name,
+        UserPattern::Realm(realm) => name.ends_with(&[b"@", realm].concat()),
     }
 }
 
-fn is_to(place: Place, allow: bool, asked: &Question) -> bool {
+fn is_to(place: TargetPattern, allow: bool, asked: &AccessRequest) -> bool {
     match place {
-        Place::Name(name) => asked.name.is_some_and(|asked| labels(asked) == labels(name)),
-        Place::Below(suffix) => asked.name.is_some_and(|asked| labels(asked).ends_with(&labels(suffix))),
-        Place::Net(net) if allow => has(net, inside(asked.ip).map_or(asked.ip, Ip::V4)),
-        Place::Net(net) => forms(asked.ip).into_iter().any(|form| has(net, form)),
+        TargetPattern::Name(name) => asked.name.is_some_and(|asked| labels(asked) == labels(name)),
+        TargetPattern::Suffix(suffix) => asked.name.is_some_and(|asked| labels(asked).ends_with(&labels(suffix))),
+        TargetPattern::Net(net) if allow => has(net, inside(asked.ip).map_or(asked.ip, Ip::V4)),
+        TargetPattern::Net(net) => embedded_addrs(asked.ip).into_iter().any(|form| has(net, form)),
     }
 }
 

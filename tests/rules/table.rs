@@ -7,17 +7,17 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
-use s5::policy::rules::{self, Login, Rules, Verdict, parse};
+use s5::policy::rules::{self, Decision, Identity, Rules, parse_rules};
 use s5::proto::{Level, Name};
 
 use crate::any::{
     CLIENTS, COMMANDS, KINDS, METHODS, Printed, WAYS, any_question, any_question_of, any_rule, is_home, print, route,
     std_ip,
 };
-use crate::model::{Answer, By, Question, Rule, decide, holds};
+use crate::model::{AccessRequest, Answer, By, Rule, decide, holds};
 use crate::{BUILT_IN, command, config, hops, method};
 
-/// Verdict, origin, text and way, as the crate should have them.
+/// Decision, origin, text and way, as the crate should have them.
 fn expected(answer: Answer, printed: &Printed) -> String {
     let (verdict, by, way) = match answer {
         Answer::Allow(by, way) => ("allow", by, format!("{:?}", route(way))),
@@ -34,28 +34,28 @@ fn expected(answer: Answer, printed: &Printed) -> String {
     format!("{verdict} because of {origin}: {text} {way}")
 }
 
-fn given(rules: &Rules, asked: &Question) -> String {
+fn given(rules: &Rules, asked: &AccessRequest) -> String {
     let name = asked.name.map(|name| Name::new(name.as_bytes()).expect("a name"));
-    let question = rules::Question {
-        from: asked.from.map(std_ip),
-        login: Some(Login { method: method(asked.method), user: asked.user, level: Level::None }),
+    let question = rules::AccessRequest {
+        client_ip: asked.from.map(std_ip),
+        identity: Some(Identity { method: method(asked.method), user: asked.user, level: Level::None }),
         command: Some(command(asked.command)),
-        name: name.as_ref(),
-        ip: Some(std_ip(asked.ip)),
-        port: Some(asked.port),
+        target_name: name.as_ref(),
+        target_ip: Some(std_ip(asked.ip)),
+        target_port: Some(asked.port),
     };
-    let (verdict, rule, way) = match rules.judge(&question, &is_home) {
-        Verdict::Allow(rule, way) => ("allow", rule, format!("{way:?}")),
-        Verdict::Deny(rule) => ("deny", rule, String::new()),
-        Verdict::Undecided(rule) => ("undecided", rule, String::new()),
+    let (verdict, rule, way) = match rules.evaluate(&question, &is_home) {
+        Decision::Allow(rule, way) => ("allow", rule, format!("{way:?}")),
+        Decision::Deny(rule) => ("deny", rule, String::new()),
+        Decision::Undecided(rule) => ("undecided", rule, String::new()),
     };
     format!("{verdict} because of {}: {rule} {way}", rule.origin())
 }
 
 /// Asks both; gives what the model said.
-fn compare(written: &[Rule], way: &'static str, asked: &[Question]) -> Result<Vec<Answer>, TestCaseError> {
+fn compare(written: &[Rule], way: &'static str, asked: &[AccessRequest]) -> Result<Vec<Answer>, TestCaseError> {
     let printed = print(written);
-    let parsed = parse(&printed.text, "f", &hops());
+    let parsed = parse_rules(&printed.text, "f", &hops());
     let parsed = parsed.map_err(|error| TestCaseError::fail(format!("{error}\n{}", printed.text)))?;
     prop_assert_eq!(parsed.len(), written.len());
     let rules = Rules::new(parsed, route(way));
@@ -113,7 +113,7 @@ fn next<'a>(bank: &'a [Rule], at: &mut usize, will_do: impl Fn(&Rule) -> bool) -
 }
 
 /// Some rules, of which the one at a position is the first that holds and has this verdict.
-fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, asked: &Question) -> Vec<Rule> {
+fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, asked: &AccessRequest) -> Vec<Rule> {
     let length = 3 + *at % 3;
     let place = match position {
         Position::First => 0,

@@ -1,7 +1,7 @@
 //! Rules as text: what each key means, and each way to get one wrong.
 
 use proptest::prelude::*;
-use s5::policy::rules::{Login, Question, Route, Verdict, name_of, parse, parse_line};
+use s5::policy::rules::{AccessRequest, Decision, Identity, Route, normalize_name, parse_rule, parse_rules};
 use s5::proto::{Level, Method};
 
 use crate::{ask, config, hops, rules, rules_by};
@@ -80,8 +80,11 @@ fn a_list_is_any_of_it_and_all_conditions_have_to_hold() {
 fn counts(user: &str, name: Option<&[u8]>) -> bool {
     let rules = rules(&format!("deny user={user}"));
     let method = if name.is_some() { Method::PASSWORD } else { Method::NONE };
-    let question = Question { login: Some(Login { method, user: name, level: Level::None }), ..Question::default() };
-    matches!(rules.judge(&question, &|_| false), Verdict::Deny(_))
+    let question = AccessRequest {
+        identity: Some(Identity { method, user: name, level: Level::None }),
+        ..AccessRequest::default()
+    };
+    matches!(rules.evaluate(&question, &|_| false), Decision::Deny(_))
 }
 
 #[test]
@@ -149,7 +152,7 @@ fn to_is_a_name_or_a_suffix() {
 #[test]
 fn a_name_is_compared_in_lower_case_without_the_dot_at_its_end() {
     assert_eq!(
-        ["Example.ORG.", "example.org", "a..", "Ü", "."].map(name_of),
+        ["Example.ORG.", "example.org", "a..", "Ü", "."].map(normalize_name),
         ["example.org", "example.org", "a.", "ü", ""]
     );
 }
@@ -180,7 +183,7 @@ fn keys_stand_in_any_order_and_the_last_rule_is_as_good_as_the_first() {
     {
         let rules = rules(line);
         assert_eq!(ask(&rules, BASE), "deny line 1", "{line:?}");
-        assert_eq!(rules.written()[0].to_string(), line.split_whitespace().collect::<Vec<_>>().join(" "));
+        assert_eq!(rules.user_rules()[0].to_string(), line.split_whitespace().collect::<Vec<_>>().join(" "));
     }
     let rules = rules("allow port=1\nallow port=2\ndeny port=80\nallow port=80\n");
     assert_eq!(ask(&rules, BASE), "deny line 3", "first match wins");
@@ -189,12 +192,12 @@ fn keys_stand_in_any_order_and_the_last_rule_is_as_good_as_the_first() {
 #[test]
 fn comments_blanks_and_line_ends_of_windows_are_nothing() {
     for line in ["", " \t", "#", "# allow", "  # deny to=x", "#deny", "#port=0"] {
-        assert!(parse_line(line, "", &[]).expect("no mistake").is_none(), "{line:?}");
+        assert!(parse_rule(line, "", &[]).expect("no mistake").is_none(), "{line:?}");
     }
     let text = "# first\r\n\r\n  allow port=80 # why\r\n\t#deny\ndeny to=a#b # c\ndeny port=1 #port=0";
-    let wrong = parse(text, "f", &[]).expect_err("a#b is no name");
-    assert_eq!((wrong.line, wrong.what.contains("a#b")), (5, true), "{wrong}");
-    let found = parse(&text.replace("a#b", "b"), "f", &[]).expect("rules");
+    let wrong = parse_rules(text, "f", &[]).expect_err("a#b is no name");
+    assert_eq!((wrong.line, wrong.message.contains("a#b")), (5, true), "{wrong}");
+    let found = parse_rules(&text.replace("a#b", "b"), "f", &[]).expect("rules");
     let shown: Vec<_> = found.iter().map(|rule| (rule.origin(), rule.to_string())).collect();
     let expected = [("f line 3", "allow port=80"), ("f line 5", "deny to=b"), ("f line 6", "deny port=1")];
     assert_eq!(shown, expected.map(|(origin, text)| (origin, text.to_owned())));
@@ -202,7 +205,7 @@ fn comments_blanks_and_line_ends_of_windows_are_nothing() {
 
 #[test]
 fn a_line_alone_is_known_by_what_it_was_called() {
-    let rule = parse_line("deny # all", "--deny", &[]).expect("no mistake").expect("a rule");
+    let rule = parse_rule("deny # all", "--deny", &[]).expect("no mistake").expect("a rule");
     assert_eq!((rule.origin(), &*rule.to_string()), ("--deny", "deny"));
 }
 
@@ -292,10 +295,10 @@ const MISTAKES: [(&str, &[&str]); 78] = [
 fn a_mistake_is_told_by_its_line_and_its_word() {
     for (bad, words) in MISTAKES {
         let text = format!("# a comment\n\nallow port=80\n{bad}\npermit\n");
-        let error = parse(&text, "file", &hops()).map(|rules| rules.len()).expect_err(bad);
+        let error = parse_rules(&text, "file", &hops()).map(|rules| rules.len()).expect_err(bad);
         let shown = error.to_string();
         assert_eq!(error.line, 4, "{bad:?}: {shown}");
-        assert!(shown.starts_with("line 4: ") && shown.contains(&error.what), "{shown}");
+        assert!(shown.starts_with("line 4: ") && shown.contains(&error.message), "{shown}");
         for word in words {
             assert!(shown.contains(word), "{bad:?} without {word:?}: {shown}");
         }
@@ -306,16 +309,16 @@ fn a_mistake_is_told_by_its_line_and_its_word() {
 #[test]
 fn ports_and_ways_that_there_are_not_are_mistakes() {
     for bad in ["-1", "0-5", "1-65536", "1-2-3", "80x", "x", "http", "0x50", "-", " 80"] {
-        parse_line(&format!("deny port={bad}"), "", &[]).expect_err(bad);
+        parse_rule(&format!("deny port={bad}"), "", &[]).expect_err(bad);
     }
     for bad in ["direct,a", "a,b", "A", "Direct", "no"] {
-        parse_line(&format!("allow via={bad}"), "", &hops()).expect_err(bad);
+        parse_rule(&format!("allow via={bad}"), "", &hops()).expect_err(bad);
     }
     for via in ["direct", "a", "c"] {
-        parse_line(&format!("deny via={via}"), "", &hops()).expect_err(via);
+        parse_rule(&format!("deny via={via}"), "", &hops()).expect_err(via);
     }
-    parse_line("allow via=a", "", &[]).expect_err("without hops there is none called a");
-    parse_line("allow via=direct", "", &[]).expect("direct is no hop");
+    parse_rule("allow via=a", "", &[]).expect_err("without hops there is none called a");
+    parse_rule("allow via=direct", "", &[]).expect("direct is no hop");
 }
 
 proptest! {
@@ -325,20 +328,20 @@ proptest! {
     fn any_text_is_rules_or_an_error_in_one_of_its_lines(
         text in "((allow|deny|[ -~é]{0,5})( (from|to|port|user|via|[a-z]{0,3})[=]?[ -~é\u{1b}]{0,12}){0,3}\r?\n){0,5}",
     ) {
-        match parse(&text, "f", &hops()) {
+        match parse_rules(&text, "f", &hops()) {
             Ok(rules) => prop_assert!(rules.len() <= text.lines().count()),
             Err(error) => {
                 prop_assert!((1..=text.lines().count()).contains(&error.line));
                 let bad = text.lines().nth(error.line - 1).expect("that line");
-                let alone = parse_line(bad, "f", &hops()).map(|_| ());
-                prop_assert_eq!(alone, Err(error.what));
+                let alone = parse_rule(bad, "f", &hops()).map(|_| ());
+                prop_assert_eq!(alone, Err(error.message));
             }
         }
     }
 
     #[test]
     fn any_value_of_to_is_a_place_or_an_error(value in "[0-9a-fx.:/*\\[\\]]{1,12}") {
-        if let Ok(Some(rule)) = parse_line(&format!("deny to={value}"), "f", &[]) {
+        if let Ok(Some(rule)) = parse_rule(&format!("deny to={value}"), "f", &[]) {
             prop_assert_eq!(rule.to_string(), format!("deny to={value}"));
             prop_assert!(!value.contains('*'));
         }

@@ -11,7 +11,7 @@ use crate::cmd::{CliError, ExitStatus};
 use crate::conn::until;
 use crate::dial::{Resolver, canonical, literal};
 use crate::policy::Policy;
-use crate::policy::rules::{self, Login, Question, Route, Rule, Verdict};
+use crate::policy::rules::{self, AccessRequest, Decision, Identity, Route, Rule};
 use crate::proto::{Addr, Command, Host, Level, Method, Name};
 use crate::server::{Options, is_local};
 
@@ -25,8 +25,8 @@ const COLUMN: usize = 48;
 pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut text = String::new();
     let mut lines: Vec<(String, &str)> = Vec::new();
-    for rule in policy.rules.all() {
-        if rule.is_home() {
+    for rule in policy.rules.in_display_order() {
+        if rule.is_about_own_listeners() {
             let own = options.listen.iter().flat_map(|listen| listen.addrs());
             let to = |own: SocketAddr| match own.ip().is_unspecified() {
                 true => format!("deny to=(all of this machine) port={}", own.port()),
@@ -46,7 +46,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
 
 /// Prints which rule decides, for the name and for each address.
 pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> Result<(), CliError> {
-    policy.own = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
+    policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
     let asked = Asked::parse(question).map_err(|why| CliError::usage(format!("--explain: {why}")))?;
     let mut explained = Explained { policy: &policy, options, text: format!("asked {asked}\n") };
     let explained_so_far = explained.explain(&asked);
@@ -91,9 +91,9 @@ impl Asked {
             Some(user) if user.contains('@') => Method::GSSAPI,
             Some(_) => Method::PASSWORD,
         };
-        let method = words.remove("method").map_or(Ok(likely), rules::method)?;
-        let level = words.remove("protection").map_or(Ok(Level::None), rules::level)?;
-        let command = words.remove("command").map_or(Ok(Command::Connect), rules::command)?;
+        let method = words.remove("method").map_or(Ok(likely), rules::parse_method)?;
+        let level = words.remove("protection").map_or(Ok(Level::None), rules::parse_level)?;
+        let command = words.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
         let to = words.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
         let port = words.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
         let to = match (to, port.transpose()?) {
@@ -107,12 +107,16 @@ impl Asked {
         Ok(Self { from: from.to_canonical(), user, method, level, command, to })
     }
 
-    fn question(&self) -> Question<'_> {
-        let login = Login { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
+    fn question(&self) -> AccessRequest<'_> {
+        let login = Identity { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
         let port = self.to.as_ref().map(|to| to.port).filter(|port| *port != 0);
-        let question =
-            Question { from: Some(self.from), login: Some(login), command: Some(self.command), ..Question::default() };
-        Question { port, ..question }
+        let question = AccessRequest {
+            client_ip: Some(self.from),
+            identity: Some(login),
+            command: Some(self.command),
+            ..AccessRequest::default()
+        };
+        AccessRequest { target_port: port, ..question }
     }
 
     /// The address, or the name that has to be looked up.
@@ -152,8 +156,8 @@ struct Explained<'a> {
 impl<'a> Explained<'a> {
     fn explain(&mut self, asked: &Asked) -> Result<bool, CliError> {
         let question = asked.question();
-        if let Some(login) = question.login
-            && !self.policy.knows(&login)
+        if let Some(login) = question.identity
+            && !self.policy.accepts_identity(&login)
         {
             self.text += match (&asked.user, &self.policy.users) {
                 (Some(_), Some(_)) => "deny at the login: there is no such user, or not by this method\n",
@@ -166,9 +170,9 @@ impl<'a> Explained<'a> {
             None => self.certain("the client", &question),
             Some(Ok(ip)) => self.addresses(&question, &[ip]),
             Some(Err(name)) => {
-                let question = Question { name: Some(name), ..question };
-                match self.judge(&question) {
-                    Verdict::Undecided(rule) => {
+                let question = AccessRequest { target_name: Some(name), ..question };
+                match self.evaluate(&question) {
+                    Decision::Undecided(rule) => {
                         let what = format!("{}, by its addresses", name.as_str());
                         self.line("look up", &what, rule, Route::Direct);
                         let addrs = lookup(asked)?;
@@ -181,34 +185,34 @@ impl<'a> Explained<'a> {
     }
 
     /// Whether one of the addresses is allowed.
-    fn addresses(&mut self, question: &Question<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
+    fn addresses(&mut self, question: &AccessRequest<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
         let mut any = false;
         for ip in ips {
             let ip = canonical(*ip, 0).ip();
-            any |= self.certain(&ip.to_string(), &Question { ip: Some(ip), ..*question })?;
+            any |= self.certain(&ip.to_string(), &AccessRequest { target_ip: Some(ip), ..*question })?;
         }
         Ok(any)
     }
 
-    fn certain(&mut self, what: &str, question: &Question<'_>) -> Result<bool, CliError> {
-        match self.judge(question) {
-            Verdict::Allow(rule, route) => {
+    fn certain(&mut self, what: &str, question: &AccessRequest<'_>) -> Result<bool, CliError> {
+        match self.evaluate(question) {
+            Decision::Allow(rule, route) => {
                 self.line("allow", what, rule, route);
                 Ok(true)
             }
-            Verdict::Deny(rule) => {
+            Decision::Deny(rule) => {
                 self.line("deny", what, rule, Route::Direct);
                 Ok(false)
             }
-            Verdict::Undecided(rule) => {
+            Decision::Undecided(rule) => {
                 let what = format!("it depends on {}: {rule}", rule.origin());
                 Err(CliError::usage(format!("--explain: say more, as in to=HOST:PORT; {what}")))
             }
         }
     }
 
-    fn judge(&self, question: &Question<'_>) -> Verdict<'a> {
-        self.policy.judge(question, is_local)
+    fn evaluate(&self, question: &AccessRequest<'_>) -> Decision<'a> {
+        self.policy.evaluate(question, is_local)
     }
 
     fn line(&mut self, verdict: &str, what: &str, rule: &Rule, route: Route) {

@@ -116,7 +116,7 @@ impl Sources {
         if let Some(source) = &self.rules {
             let (text, shape) = source.read(MAX_RULES_FILE)?;
             let file = source.path.display().to_string();
-            all.extend(rules::parse(&text, &file, &self.hops).map_err(|error| wrong(&source.path, error))?);
+            all.extend(rules::parse_rules(&text, &file, &self.hops).map_err(|error| wrong(&source.path, error))?);
             taken.push((source, shape, text));
         }
         // Taken both or not at all.
@@ -130,7 +130,7 @@ impl Sources {
     fn lines(&self) -> Result<Vec<Rule>, CliError> {
         let mut all = Vec::new();
         for (text, option) in &self.lines {
-            let parsed = rules::parse_line(text, option, &self.hops);
+            let parsed = rules::parse_rule(text, option, &self.hops);
             all.extend(parsed.map_err(|what| CliError::usage(format!("{option}: {what}")))?);
         }
         Ok(all)

@@ -14,10 +14,10 @@ pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {
     users::check_name(name).map_err(bad)?;
     read_users_to_edit(file)?;
     let passwd = ask_password(name)?;
-    let line = users::new_line(name, passwd.as_bytes()).map_err(bad)?;
+    let line = users::new_entry(name, passwd.as_bytes()).map_err(bad)?;
     // Once more: somebody else may have edited it while we asked.
     let text = read_users_to_edit(file)?;
-    replace(file, &users::edit(&text, name, Some(&line)).unwrap_or_default())
+    replace(file, &users::edit_entry(&text, name, Some(&line)).unwrap_or_default())
 }
 
 /// The text of a users file that is in order, or of one that is not there yet.
@@ -29,7 +29,7 @@ fn read_users_to_edit(file: &Path) -> Result<String, CliError> {
 
 pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
     let text = read(file, MAX_USERS_FILE)?;
-    let text = users::edit(&text, name, None).ok_or_else(|| wrong(file, format!("no user {name:?}")))?;
+    let text = users::edit_entry(&text, name, None).ok_or_else(|| wrong(file, format!("no user {name:?}")))?;
     // An empty file could also be one that is being written.
     replace(file, if text.is_empty() { "# no users\n" } else { &text })
 }

@@ -7,8 +7,8 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 
-use super::{Place, Route, Rule, Source, To, User};
-pub use crate::policy::Error;
+use super::{ClientPattern, Route, Rule, TargetCondition, TargetPattern, UserPattern};
+use crate::policy::PolicyError;
 use crate::proto::{Command, Level, Method};
 
 /// The way that `via=` calls the one through no hop.
@@ -20,11 +20,11 @@ const KEYS: &str = "from, user, method, protection, command, to, port and via";
 ///
 /// # Errors
 /// The first line that is wrong.
-pub fn parse(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, Error> {
+pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
     let mut rules = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {
         let origin = format!("{file} line {line}");
-        rules.extend(parse_line(text, &origin, hops).map_err(|what| Error { line, what })?);
+        rules.extend(parse_rule(text, &origin, hops).map_err(|message| PolicyError { line, message })?);
     }
     Ok(rules)
 }
@@ -33,7 +33,7 @@ pub fn parse(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, Error
 ///
 /// # Errors
 /// What is wrong, with the word that is.
-pub fn parse_line(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
+pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
     let Some((verdict, conditions)) = words.split_first() else { return Ok(None) };
     if let Some(word) = words.iter().find(|word| word.contains(char::is_control)) {
@@ -44,7 +44,7 @@ pub fn parse_line(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
         "deny" => false,
         other => return Err(format!("{other:?} is neither allow nor deny, with which a rule begins")),
     };
-    let to = if allow { To::Unprotected } else { To::Anywhere };
+    let to = if allow { TargetCondition::Unprotected } else { TargetCondition::Any };
     let mut rule = Rule { to, origin: origin.into(), ..Rule::built_in(allow, &words.join(" ")) };
     let mut seen = HashSet::new();
     for word in conditions {
@@ -57,22 +57,22 @@ pub fn parse_line(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
         if value.split(',').any(str::is_empty) {
             return Err(wrong("an empty value".into()));
         }
-        rule.add(key, value, hops).map_err(wrong)?;
+        rule.set_condition(key, value, hops).map_err(wrong)?;
     }
     Ok(Some(rule))
 }
 
 impl Rule {
-    fn add(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
+    fn set_condition(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
         match key {
-            "from" => self.from = list(value, source)?,
-            "user" => self.users = list(value, user)?,
-            "method" => self.methods = list(value, method)?,
-            "protection" => self.levels = list(value, level)?,
-            "command" => self.commands = list(value, command)?,
-            "to" => self.to = To::These(list(value, place)?),
-            "port" => self.ports = list(value, ports)?,
-            "via" if self.allow => self.via = Some(via(value, hops)?),
+            "from" => self.from = parse_list(value, parse_client)?,
+            "user" => self.users = parse_list(value, parse_user)?,
+            "method" => self.methods = parse_list(value, parse_method)?,
+            "protection" => self.levels = parse_list(value, parse_level)?,
+            "command" => self.commands = parse_list(value, parse_command)?,
+            "to" => self.to = TargetCondition::Patterns(parse_list(value, parse_target)?),
+            "port" => self.ports = parse_list(value, parse_ports)?,
+            "via" if self.allow => self.via = Some(parse_route(value, hops)?),
             "via" => return Err("what is denied goes no way".into()),
             _ => return Err(format!("unknown key {key:?}; there are {KEYS}")),
         }
@@ -80,29 +80,29 @@ impl Rule {
     }
 }
 
-fn list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+fn parse_list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
     values.split(',').map(parse).collect()
 }
 
-fn source(text: &str) -> Result<Source, String> {
+fn parse_client(text: &str) -> Result<ClientPattern, String> {
     match text {
-        "loopback" => Ok(Source::Loopback),
-        "remote" => Ok(Source::Remote),
-        _ => cidr(text)?.map(Source::Net).ok_or_else(|| {
+        "loopback" => Ok(ClientPattern::Loopback),
+        "remote" => Ok(ClientPattern::Remote),
+        _ => parse_cidr(text)?.map(ClientPattern::Net).ok_or_else(|| {
             format!("{text:?} is not a CIDR such as 192.0.2.0/24 or 2001:db8::/32, an address, loopback or remote")
         }),
     }
 }
 
-fn user(text: &str) -> Result<User, String> {
+fn parse_user(text: &str) -> Result<UserPattern, String> {
     let decoded = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
     match text.strip_prefix('*') {
-        Some("") => Ok(User::Anybody),
+        Some("") => Ok(UserPattern::Any),
         Some(realm) if realm.len() > 1 && realm.starts_with('@') && !realm.contains('*') => {
-            Ok(User::Realm(decoded(realm)))
+            Ok(UserPattern::Realm(decoded(realm)))
         }
         _ if text.contains('*') => Err(format!("{text:?} is none of NAME, *@REALM and *; a * in a name is %2A")),
-        _ => Ok(User::Named(decoded(text))),
+        _ => Ok(UserPattern::Named(decoded(text))),
     }
 }
 
@@ -110,7 +110,7 @@ fn user(text: &str) -> Result<User, String> {
 ///
 /// # Errors
 /// The names that there are.
-pub fn method(text: &str) -> Result<Method, String> {
+pub fn parse_method(text: &str) -> Result<Method, String> {
     let all = [Method::NONE, Method::PASSWORD, Method::GSSAPI];
     let found = all.into_iter().find(|method| method.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of none, password and gssapi"))
@@ -120,7 +120,7 @@ pub fn method(text: &str) -> Result<Method, String> {
 ///
 /// # Errors
 /// The names that there are.
-pub fn level(text: &str) -> Result<Level, String> {
+pub fn parse_level(text: &str) -> Result<Level, String> {
     let found = Level::ALL.into_iter().find(|level| level.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of none, integrity and confidentiality"))
 }
@@ -129,20 +129,20 @@ pub fn level(text: &str) -> Result<Level, String> {
 ///
 /// # Errors
 /// The names that there are.
-pub fn command(text: &str) -> Result<Command, String> {
+pub fn parse_command(text: &str) -> Result<Command, String> {
     let all = [Command::Connect, Command::Bind, Command::UdpAssociate];
     let found = all.into_iter().find(|command| command.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of connect, bind and udp"))
 }
 
-pub(super) fn place(text: &str) -> Result<Place, String> {
-    if let Some(net) = cidr(text)? {
-        return Ok(Place::Net(net));
+pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
+    if let Some(net) = parse_cidr(text)? {
+        return Ok(TargetPattern::Net(net));
     }
     if text.contains('*') {
         return Err(format!("{text:?}: there is no *; .example.org is example.org and all below it"));
     }
-    let name = name_of(text);
+    let name = normalize_name(text);
     let suffix = name.strip_prefix('.');
     let plain = suffix.unwrap_or(&name);
     let is_letter = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
@@ -154,12 +154,12 @@ pub(super) fn place(text: &str) -> Result<Place, String> {
         _ if !are_labels || is_number => {
             Err(format!("{text:?} is neither a name, a .suffix, an address nor a CIDR such as 192.0.2.0/24"))
         }
-        Some(suffix) => Ok(Place::Below(suffix.into())),
-        None => Ok(Place::Name(name)),
+        Some(suffix) => Ok(TargetPattern::Suffix(suffix.into())),
+        None => Ok(TargetPattern::Name(name)),
     }
 }
 
-fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
+fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     let is_number = |text: &&str| text.chars().all(|c| c.is_ascii_digit());
     let port = |text: &str| Some(text).filter(is_number)?.parse::<u16>().ok().filter(|port| *port > 0);
     let (low, high) = text.split_once('-').unwrap_or((text, text));
@@ -169,7 +169,7 @@ fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     }
 }
 
-fn via(text: &str, hops: &[String]) -> Result<Route, String> {
+fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
     if text == DIRECT {
         return Ok(Route::Direct);
     }
@@ -183,8 +183,8 @@ fn via(text: &str, hops: &[String]) -> Result<Route, String> {
 }
 
 /// An address or a CIDR; `None` for what does not look like one.
-fn cidr(text: &str) -> Result<Option<IpNet>, String> {
-    let Some(net) = net(text) else {
+fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
+    let Some(net) = parse_net(text) else {
         let looks_so = text.contains(['/', ':']);
         return if looks_so { Err(format!("bad CIDR {text:?}")) } else { Ok(None) };
     };
@@ -203,12 +203,12 @@ fn cidr(text: &str) -> Result<Option<IpNet>, String> {
     Ok(Some(net))
 }
 
-fn net(text: &str) -> Option<IpNet> {
+fn parse_net(text: &str) -> Option<IpNet> {
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()).ok()
 }
 
 /// A name as it is compared: in lower case, without the dot at its end.
-pub fn name_of(text: &str) -> String {
+pub fn normalize_name(text: &str) -> String {
     text.strip_suffix('.').unwrap_or(text).to_lowercase()
 }
