@@ -7,11 +7,11 @@ mod batch;
 mod bind;
 mod connect;
 mod gate;
-mod law;
 mod listen;
 mod login;
 mod offenders;
 mod pace;
+mod policy_handle;
 mod record;
 mod session;
 mod shares;
@@ -43,9 +43,9 @@ use crate::proto::{Addr, Host};
 use crate::relay::Limits;
 pub use gate::Bounds;
 use gate::Gate;
-use law::Laws;
 pub use listen::Listen;
 use listen::Listener;
+use policy_handle::PolicyHandle;
 use worker::{Ends, Worker, Workers};
 
 /// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
@@ -163,7 +163,7 @@ fn bind_within<T>(
 #[derive(Debug)]
 struct Server {
     options: Options,
-    laws: Laws,
+    policy: PolicyHandle,
     gate: Gate,
     resolver: Resolver,
     relay_limits: Limits,
@@ -217,8 +217,8 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let (threads, drain) = (options.threads, options.drain);
     let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None, until_bulk: threads > 1 };
-    let (laws, gate) = (Laws::new(policy, options.keep_sessions), Gate::new(options.bounds));
-    let server = Server { options, laws, gate, resolver: Resolver::default(), relay_limits };
+    let (policy, gate) = (PolicyHandle::new(policy, options.keep_sessions), Gate::new(options.bounds));
+    let server = Server { options, policy, gate, resolver: Resolver::default(), relay_limits };
     let (accepting, closing) = channel::bounded::<Infallible>(1);
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);
@@ -273,7 +273,7 @@ fn roundabout(policy: &Policy, options: &Options) -> Option<String> {
 async fn renew(workers: &Workers, reload: &Reload<'_>) {
     let Some(workers) = workers.shared() else { return };
     let server = workers.server();
-    let old = server.laws.current();
+    let old = server.policy.current();
     let policy = reload().and_then(|policy| {
         let policy = policy.with_listeners_of(&old.policy);
         openness(&policy, &server.options).map_or(Ok(policy), Err)
@@ -283,9 +283,9 @@ async fn renew(workers: &Workers, reload: &Reload<'_>) {
         Ok(policy) => {
             let users = policy.users.as_ref().map_or(0, |users| users.len());
             let rules = policy.rules.user_rules().len();
-            server.laws.replace(policy);
-            workers.look_up().await;
-            let cut = server.laws.cut.load(Ordering::Relaxed);
+            server.policy.replace(policy);
+            workers.recheck_all().await;
+            let cut = server.policy.closed_sessions.load(Ordering::Relaxed);
             log::info!("reload: {users} users and {rules} rules are in force; sessions cut: {cut}");
         }
     }

@@ -60,7 +60,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let server = session.server;
     // All hops that datagrams may have to go through: one that is down is an error now, and not a silence later.
     let mut upstreams = Vec::new();
-    for route in session.law.policy.rules.possible_routes(&session.record.question()) {
+    for route in session.snapshot.policy.rules.possible_routes(&session.record.question()) {
         if let Route::Hop(number) = route {
             session.record.via = Some(server.hop(number)?);
             upstreams.push(Upstream::open(server, number).await?);
@@ -170,17 +170,17 @@ impl Association<'_, '_> {
 
     /// Lives on under a new law, or says why not.
     fn obey_law(&mut self) -> Option<String> {
-        let Session { server, law, record, .. } = &mut *self.session;
-        let objection = server.objection(record, &record.law, || None);
-        if objection.is_some() || record.law.get() == law.number {
+        let Session { server, snapshot, record, .. } = &mut *self.session;
+        let objection = server.recheck(record, &record.policy_generation, || None);
+        if objection.is_some() || record.policy_generation.get() == snapshot.generation {
             return objection;
         }
-        *law = server.laws.current();
+        *snapshot = server.policy.current();
         let is_open = |route: &Route| match route {
             Route::Direct => true,
             Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.number == *hop),
         };
-        let are_open = law.policy.rules.possible_routes(&record.question()).iter().all(is_open);
+        let are_open = snapshot.policy.rules.possible_routes(&record.question()).iter().all(is_open);
         (!are_open).then(|| "the rules now name a hop that it was not opened with".into())
     }
 
@@ -331,7 +331,7 @@ impl Association<'_, '_> {
         let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
         let question = towards(self.session.record.client_question(), &dst);
-        match self.session.law.evaluate(&question) {
+        match self.session.snapshot.evaluate(&question) {
             Decision::Deny(_) => return,
             Decision::Allow(_, Route::Hop(hop)) => return self.send_through(hop, &dst, data),
             Decision::Allow(_, Route::Direct) | Decision::Undecided(_) => {}
@@ -392,7 +392,7 @@ impl Association<'_, '_> {
         let question = self.session.record.client_question();
         let question =
             AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..question };
-        match self.session.law.evaluate(&question) {
+        match self.session.snapshot.evaluate(&question) {
             Decision::Allow(rule, route) => {
                 let may_be = is_unicast(addr.ip()) || rule.has_to_condition();
                 (addr.port() != 0 && may_be).then_some(route)
@@ -454,7 +454,7 @@ impl Association<'_, '_> {
     /// to; but to a client that has sent only to addresses, the rules say from where.
     fn may_answer_by(&self, upstream: &Upstream, from: &Addr) -> bool {
         let question = towards(self.session.record.client_question(), from);
-        upstream.has_names || !matches!(self.session.law.evaluate(&question), Decision::Deny(_))
+        upstream.has_names || !matches!(self.session.snapshot.evaluate(&question), Decision::Deny(_))
     }
 
     fn answer_run(&self, run: &mut Run<'_>) {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use super::law::refusal;
+use super::policy_handle::denial;
 use super::session::{Refusal, Session};
 use super::{Hop, Server, address_for, bind_within};
 use crate::conn::{Conn, until};
@@ -57,8 +57,8 @@ async fn through(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, hop: 
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(Refusal::reply(Rep::GENERAL_FAILURE, "a peer without an address")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
-    if let Decision::Deny(rule) = session.law_now().evaluate(&session.question_of(addr)) {
-        return Err(refusal(rule));
+    if let Decision::Deny(rule) = session.current_snapshot().evaluate(&session.question_of(addr)) {
+        return Err(denial(rule));
     }
     session.succeed(client, peer, Some(addr)).await?;
     Ok(conn)
@@ -69,11 +69,11 @@ impl Session<'_> {
     /// here.
     fn way_to_bind(&self) -> Result<Route, Refusal> {
         let question = self.record.question();
-        match self.law.evaluate(&question) {
+        match self.snapshot.evaluate(&question) {
             Decision::Allow(_, route) => Ok(route),
-            Decision::Deny(rule) => Err(refusal(rule)),
+            Decision::Deny(rule) => Err(denial(rule)),
             Decision::Undecided(_) => {
-                let routes = self.law.policy.rules.possible_routes(&question);
+                let routes = self.snapshot.policy.rules.possible_routes(&question);
                 match routes.as_slice() {
                     [only] => Ok(*only),
                     several if several.contains(&Route::Direct) => Ok(Route::Direct),
@@ -110,7 +110,9 @@ impl Session<'_> {
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
                     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                    if expected.includes(peer) && self.law_now().way(&self.question_of(peer)) == Some(Route::Direct) {
+                    if expected.includes(peer)
+                        && self.current_snapshot().allowed_route(&self.question_of(peer)) == Some(Route::Direct)
+                    {
                         return (Conn::Tcp(stream), peer);
                     }
                     log::debug!("bind: {peer} is not the expected peer, or is denied");
@@ -146,7 +148,7 @@ impl Expected {
         let mut objection = None;
         ips.retain(|addr| {
             let question = AccessRequest { target_ip: Some(addr.ip()), ..session.record.question() };
-            match session.law.evaluate(&question) {
+            match session.snapshot.evaluate(&question) {
                 Decision::Deny(rule) => {
                     objection = Some(rule);
                     false
@@ -155,7 +157,7 @@ impl Expected {
             }
         });
         match objection {
-            Some(rule) if ips.is_empty() => Err(refusal(rule)),
+            Some(rule) if ips.is_empty() => Err(denial(rule)),
             _ => Ok(Self { ips: ips.into_iter().map(|addr| addr.ip()).collect(), port }),
         }
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use super::law::{denied, refusal};
+use super::policy_handle::{denial, denial_reason};
 use super::session::{Refusal, Session};
 use super::{Hop, Server};
 use crate::client::Client;
@@ -105,8 +105,8 @@ impl Session<'_> {
     /// that a hop resolves is not resolved here.
     async fn targets(&self, dst: &Addr, deadline: Instant) -> Result<Targets, Refusal> {
         let question = self.record.question();
-        match self.law.evaluate(&question) {
-            Decision::Deny(rule) => return Err(refusal(rule)),
+        match self.snapshot.evaluate(&question) {
+            Decision::Deny(rule) => return Err(denial(rule)),
             Decision::Allow(_, Route::Hop(hop)) => {
                 return Ok(Targets::Through(self.server.hop(hop)?, vec![dst.clone()]));
             }
@@ -115,12 +115,12 @@ impl Session<'_> {
         let mut objection = None;
         let mut way = None;
         let mut addrs = self.server.resolve(dst, deadline).await?;
-        let law = self.law_now();
-        addrs.retain(|addr| match law.evaluate(&AccessRequest { target_ip: Some(addr.ip()), ..question }) {
+        let snapshot = self.current_snapshot();
+        addrs.retain(|addr| match snapshot.evaluate(&AccessRequest { target_ip: Some(addr.ip()), ..question }) {
             // All go the way of the first one.
             Decision::Allow(_, route) => *way.get_or_insert(route) == route,
             Decision::Deny(rule) | Decision::Undecided(rule) => {
-                objection.get_or_insert_with(|| denied(rule));
+                objection.get_or_insert_with(|| denial_reason(rule));
                 false
             }
         });

@@ -30,7 +30,7 @@ pub(super) struct Record {
     pub(super) via: Option<Arc<Hop>>,
     pub(super) rep: Option<Rep>,
     /// The number of the policy that has let it be.
-    pub(super) law: Cell<u32>,
+    pub(super) policy_generation: Cell<u32>,
     pub(super) moved: Moved,
     pub(super) error: OnceCell<Box<str>>,
 }
@@ -52,7 +52,7 @@ impl Record {
             bnd: None,
             via: None,
             rep: None,
-            law: Cell::new(0),
+            policy_generation: Cell::new(0),
             moved: Moved::default(),
             error: OnceCell::new(),
         }

@@ -10,8 +10,8 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use super::gate::Claims;
-use super::law::Law;
 use super::offenders::LONGEST;
+use super::policy_handle::PolicySnapshot;
 use super::record::{LOGIN_REFUSED, Record};
 use super::tunnel::Tunnel;
 use super::{Server, associate, bind, connect};
@@ -83,7 +83,7 @@ fn rep(failure: Failure, dst_is_name: bool) -> Rep {
 pub(super) struct Session<'a> {
     pub(super) server: &'a Server,
     /// The policy that was in force when it was asked last; from the request on it is asked again where that matters.
-    pub(super) law: Arc<Law>,
+    pub(super) snapshot: Arc<PolicySnapshot>,
     pub(super) record: Record,
     /// Whether the order of octets is assured, as far as it should be.
     is_ordered: bool,
@@ -103,7 +103,7 @@ pub(super) async fn run(
 ) -> Option<Tunnel> {
     let mut session = Session {
         server,
-        law: server.laws.current(),
+        snapshot: server.policy.current(),
         record: Record::new(client),
         is_ordered: true,
         is_establishing: false,
@@ -174,12 +174,12 @@ impl Session<'_> {
 
     async fn attempt(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
         let greeting: Greeting = conn.read_message().await.map_err(refuse_greeting)?;
-        let Some(method) = self.law.policy.select_method(&greeting.methods) else {
+        let Some(method) = self.snapshot.policy.select_method(&greeting.methods) else {
             let none = Selection(Method::UNACCEPTABLE);
             return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
         };
         conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
-        match (method, &self.law.policy.users, &self.server.options.acceptor) {
+        match (method, &self.snapshot.policy.users, &self.server.options.acceptor) {
             (Method::PASSWORD, Some(_), _) => self.log_in(conn).await,
             // Boxed, so that all others do not have room for it.
             (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.establish(conn, acceptor)).await,
@@ -192,10 +192,10 @@ impl Session<'_> {
     async fn log_in(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
         let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
         // A password that was changed meanwhile is none any more.
-        self.law = self.server.laws.current();
+        self.snapshot = self.server.policy.current();
         self.record.user = Some(credentials.uname.clone().into());
-        let is_valid = match (self.server.gate.delay(self.record.client()), &self.law.policy.users) {
-            (Some(_), Some(users)) => self.law.login.verify(users, credentials).await,
+        let is_valid = match (self.server.gate.delay(self.record.client()), &self.snapshot.policy.users) {
+            (Some(_), Some(users)) => self.snapshot.passwords.verify(users, credentials).await,
             // Not worth a hash.
             (None, _) | (_, None) => false,
         };
@@ -237,9 +237,9 @@ impl Session<'_> {
 
     /// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
     async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, Refusal> {
-        self.law = self.server.laws.current();
-        self.record.law.set(self.law.number);
-        if let Some(why) = self.law.objection(&self.record, &self.record.question()) {
+        self.snapshot = self.server.policy.current();
+        self.record.policy_generation.set(self.snapshot.generation);
+        if let Some(why) = self.snapshot.check(&self.record, &self.record.question()) {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
         if let Some(user) = &self.record.user
@@ -264,8 +264,8 @@ impl Session<'_> {
     /// Returns when a new law forbids what the session is waiting for.
     pub(super) async fn revoked(&self) -> Refusal {
         // Whoever comes of the waiting is judged once more.
-        let seen = self.record.law.clone();
-        poll_fn(|_| match self.server.objection(&self.record, &seen, || None) {
+        let seen = self.record.policy_generation.clone();
+        poll_fn(|_| match self.server.recheck(&self.record, &seen, || None) {
             Some(why) => Poll::Ready(Refusal::reply(Rep::NOT_ALLOWED, why)),
             None => Poll::Pending,
         })
@@ -273,8 +273,8 @@ impl Session<'_> {
     }
 
     /// The law of the day, where it counts for sessions that have made their request.
-    pub(super) fn law_now(&self) -> Arc<Law> {
-        self.server.laws.newer_than(self.law.number).unwrap_or_else(|| self.law.clone())
+    pub(super) fn current_snapshot(&self) -> Arc<PolicySnapshot> {
+        self.server.policy.newer_than(self.snapshot.generation).unwrap_or_else(|| self.snapshot.clone())
     }
 
     /// Answers success, unless that is no longer allowed. The record keeps the first BND, that of this server's socket.
@@ -284,7 +284,7 @@ impl Session<'_> {
         bnd: Addr,
         peer: Option<SocketAddr>,
     ) -> Result<(), Refusal> {
-        if let Some(why) = self.server.objection(&self.record, &self.record.law, || peer) {
+        if let Some(why) = self.server.recheck(&self.record, &self.record.policy_generation, || peer) {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
         if let Host::Ip(ip) = bnd.host {

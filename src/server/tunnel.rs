@@ -72,7 +72,7 @@ impl Tunnel {
 
 fn may_go_on(server: &Server, record: &Record, target: &Conn) -> bool {
     let peer = || target.peer_addr().filter(|_| record.via.is_none());
-    match server.objection(record, &record.law, peer) {
+    match server.recheck(record, &record.policy_generation, peer) {
         Some(why) => {
             record.fail(why);
             false

@@ -22,9 +22,9 @@ use smol::channel::{self, Receiver, Sender};
 use smol::lock::Semaphore;
 
 use super::gate::{Claims, Closed};
-use super::law::denied;
 use super::listen::Listener;
 use super::pace::Pace;
+use super::policy_handle::denial_reason;
 use super::record::{Record, client_question};
 use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
@@ -67,7 +67,7 @@ enum Handed {
     Accepted(Loose, Option<SocketAddr>, Slot),
     Bulk(LooseTunnel, Slot, Counted),
     /// There is a new law. Dropped when all sessions that could be asked have been.
-    Law {
+    PolicyChanged {
         _seen: Sender<Infallible>,
     },
 }
@@ -142,11 +142,11 @@ impl Shared {
 
     /// Has all sessions look at the law. Returns when they have, but for those that are in the middle of something that
     /// is neither a tunnel nor an association; they do it afterwards.
-    pub(super) async fn look_up(&self) {
+    pub(super) async fn recheck_all(&self) {
         let (seen, all_seen) = channel::bounded(1);
         for peer in &self.peers {
             // Fails when that worker has ended, and so everything does.
-            let _ = peer.inbox.try_send(Handed::Law { _seen: seen.clone() });
+            let _ = peer.inbox.try_send(Handed::PolicyChanged { _seen: seen.clone() });
         }
         drop(seen);
         let _ = all_seen.recv().await;
@@ -295,7 +295,7 @@ impl Home {
                         self.spawn(bulk(tunnel, slot, counted));
                     }
                 }
-                Handed::Law { _seen } => {
+                Handed::PolicyChanged { _seen } => {
                     reactor::wake_all();
                     // Tasks run in the order in which they are woken.
                     smol::future::yield_now().await;
@@ -417,8 +417,8 @@ impl Acceptor {
                 let what = || format!("client {} has {limit} connections, which is its limit: closed", who());
                 self.shared.complaint.log(what);
             }
-            Ok(claims) => match server.laws.current().evaluate(&client_question(client)) {
-                Decision::Deny(rule) => Record::new(client).fail(denied(rule)),
+            Ok(claims) => match server.policy.current().evaluate(&client_question(client)) {
+                Decision::Deny(rule) => Record::new(client).fail(denial_reason(rule)),
                 Decision::Allow(..) | Decision::Undecided(_) => return Some(claims),
             },
         }

@@ -15,57 +15,62 @@ use crate::proto::Rep;
 
 /// A policy, and the logins that were verified by it.
 #[derive(Debug)]
-pub(super) struct Law {
+pub(super) struct PolicySnapshot {
     pub(super) policy: Policy,
-    pub(super) login: Login,
-    pub(super) number: u32,
+    pub(super) passwords: Login,
+    pub(super) generation: u32,
 }
 
 /// The law of the day.
 #[derive(Debug)]
-pub(super) struct Laws {
-    current: RwLock<Arc<Law>>,
+pub(super) struct PolicyHandle {
+    current: RwLock<Arc<PolicySnapshot>>,
     /// That of the current one.
-    number: AtomicU32,
+    generation: AtomicU32,
     /// How many sessions the current one has cut.
-    pub(super) cut: AtomicUsize,
+    pub(super) closed_sessions: AtomicUsize,
     /// Whether sessions live on under the law that they began with.
-    keep: bool,
+    keep_sessions: bool,
 }
 
-impl Laws {
-    pub(super) fn new(policy: Policy, keep: bool) -> Self {
-        let law = Arc::new(Law { policy, login: Login::default(), number: 0 });
-        Self { current: RwLock::new(law), number: AtomicU32::new(0), cut: AtomicUsize::new(0), keep }
+impl PolicyHandle {
+    pub(super) fn new(policy: Policy, keep_sessions: bool) -> Self {
+        let snapshot = Arc::new(PolicySnapshot { policy, passwords: Login::default(), generation: 0 });
+        Self {
+            current: RwLock::new(snapshot),
+            generation: AtomicU32::new(0),
+            closed_sessions: AtomicUsize::new(0),
+            keep_sessions,
+        }
     }
 
-    pub(super) fn current(&self) -> Arc<Law> {
+    pub(super) fn current(&self) -> Arc<PolicySnapshot> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Puts another policy in force.
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        let number = current.number.wrapping_add(1);
-        *current = Arc::new(Law { policy, login: current.login.afresh(), number });
-        self.cut.store(0, Ordering::Relaxed);
-        self.number.store(number, Ordering::Release);
+        let generation = current.generation.wrapping_add(1);
+        *current = Arc::new(PolicySnapshot { policy, passwords: current.passwords.afresh(), generation });
+        self.closed_sessions.store(0, Ordering::Relaxed);
+        self.generation.store(generation, Ordering::Release);
     }
 
     /// The law of the day, when it is another one and counts for those who live under the one of this number.
-    pub(super) fn newer_than(&self, number: u32) -> Option<Arc<Law>> {
-        let is_newer = !self.keep && self.number.load(Ordering::Acquire) != number;
+    pub(super) fn newer_than(&self, generation: u32) -> Option<Arc<PolicySnapshot>> {
+        let is_newer = !self.keep_sessions && self.generation.load(Ordering::Acquire) != generation;
         is_newer.then(|| self.current())
     }
 }
 
-impl Law {
+impl PolicySnapshot {
     pub(super) fn evaluate(&self, question: &AccessRequest<'_>) -> Decision<'_> {
         self.policy.evaluate(question, is_local)
     }
 
     /// The way on which all that is known is allowed; none when it is denied or not decided.
-    pub(super) fn way(&self, question: &AccessRequest<'_>) -> Option<Route> {
+    pub(super) fn allowed_route(&self, question: &AccessRequest<'_>) -> Option<Route> {
         match self.evaluate(question) {
             Decision::Allow(_, route) => Some(route),
             Decision::Deny(_) | Decision::Undecided(_) => None,
@@ -73,7 +78,7 @@ impl Law {
     }
 
     /// Why a session may not be what it is.
-    pub(super) fn objection(&self, record: &Record, question: &AccessRequest<'_>) -> Option<String> {
+    pub(super) fn check(&self, record: &Record, question: &AccessRequest<'_>) -> Option<String> {
         match record.login() {
             Some(login) if !self.policy.accepts_identity(&login) => {
                 return Some("this login is no longer valid".into());
@@ -81,38 +86,38 @@ impl Law {
             _ => {}
         }
         match self.evaluate(question) {
-            Decision::Deny(rule) => Some(denied(rule)),
+            Decision::Deny(rule) => Some(denial_reason(rule)),
             Decision::Allow(..) | Decision::Undecided(_) => None,
         }
     }
 }
 
-pub(super) fn denied(rule: &Rule) -> String {
+pub(super) fn denial_reason(rule: &Rule) -> String {
     format!("denied: {} ({rule})", rule.origin())
 }
 
-pub(super) fn refusal(rule: &Rule) -> Refusal {
-    Refusal::reply(Rep::NOT_ALLOWED, denied(rule))
+pub(super) fn denial(rule: &Rule) -> Refusal {
+    Refusal::reply(Rep::NOT_ALLOWED, denial_reason(rule))
 }
 
 impl Server {
     /// Why a session that goes to `peer`, if that is known, may no longer be what it is. Looks once for each law that is
     /// newer than the one that was `seen` last.
-    pub(super) fn objection(
+    pub(super) fn recheck(
         &self,
         record: &Record,
         seen: &Cell<u32>,
         peer: impl FnOnce() -> Option<SocketAddr>,
     ) -> Option<String> {
-        let law = self.laws.newer_than(seen.get())?;
-        seen.set(law.number);
+        let snapshot = self.policy.newer_than(seen.get())?;
+        seen.set(snapshot.generation);
         let mut question = record.question();
         if let Some(peer) = peer() {
             question = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..question };
         }
-        let objection = law.objection(record, &question);
+        let objection = snapshot.check(record, &question);
         if objection.is_some() {
-            self.laws.cut.fetch_add(1, Ordering::Relaxed);
+            self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
         }
         objection
     }
