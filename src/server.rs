@@ -12,8 +12,8 @@ mod login;
 mod offenders;
 mod pace;
 mod policy_handle;
-mod record;
 mod session;
+mod session_log;
 mod shares;
 mod tunnel;
 mod worker;
@@ -373,7 +373,7 @@ fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAd
     if control.is_ipv4() == peer.is_ipv4() && meets {
         return Ok(control);
     }
-    let towards = match peer {
+    let target = match peer {
         _ if peer.is_unspecified() && from_here => loopback,
         // Documentation addresses (RFC 5737, RFC 3849): the way out of here, whoever is meant by "anybody".
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
@@ -382,7 +382,7 @@ fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAd
     };
     // Connecting a UDP socket sends nothing, and tells which address the system would send from.
     let probe = UdpSocket::bind((unspecified(peer), 0))?;
-    probe.connect((towards, 9))?;
+    probe.connect((target, 9))?;
     let mut local = probe.local_addr()?;
     local.set_port(0);
     Ok(local)

@@ -21,8 +21,8 @@ use futures_lite::AsyncReadExt as _;
 
 use super::batch::{Batch, BatchSocket, Run, Style};
 use super::pace::Pace;
-use super::record::towards;
 use super::session::{Refusal, Session};
+use super::session_log::with_target;
 use super::{Filtering, Server, address_for, bind_within};
 use crate::conn::{Conn, Protection};
 use crate::dial::{canonical, unspecified};
@@ -60,13 +60,13 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let server = session.server;
     // All hops that datagrams may have to go through: one that is down is an error now, and not a silence later.
     let mut upstreams = Vec::new();
-    for route in session.snapshot.policy.rules.possible_routes(&session.record.question()) {
+    for route in session.snapshot.policy.rules.possible_routes(&session.log.access_request()) {
         if let Route::Hop(number) = route {
-            session.record.via = Some(server.hop(number)?);
+            session.log.via = Some(server.hop(number)?);
             upstreams.push(Upstream::open(server, number).await?);
         }
     }
-    let client = client_addr(session.record.client(), dst);
+    let client = client_addr(session.log.client(), dst);
     let relay = relay_socket(server, control, client).map_err(failed)?;
     let local = relay.get_ref().local_addr().map_err(failed)?;
     session.succeed(control, server.advertised(local).into(), None).await?;
@@ -85,7 +85,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     };
     let why = association.run(control).await;
     if let Some(why) = why {
-        session.record.fail(why);
+        session.log.set_error(why);
     }
     Ok(())
 }
@@ -170,9 +170,9 @@ impl Association<'_, '_> {
 
     /// Lives on under a new law, or says why not.
     fn obey_law(&mut self) -> Option<String> {
-        let Session { server, snapshot, record, .. } = &mut *self.session;
-        let objection = server.recheck(record, &record.policy_generation, || None);
-        if objection.is_some() || record.policy_generation.get() == snapshot.generation {
+        let Session { server, snapshot, log, .. } = &mut *self.session;
+        let objection = server.recheck(log, &log.policy_generation, || None);
+        if objection.is_some() || log.policy_generation.get() == snapshot.generation {
             return objection;
         }
         *snapshot = server.policy.current();
@@ -180,7 +180,7 @@ impl Association<'_, '_> {
             Route::Direct => true,
             Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.number == *hop),
         };
-        let are_open = snapshot.policy.rules.possible_routes(&record.question()).iter().all(is_open);
+        let are_open = snapshot.policy.rules.possible_routes(&log.access_request()).iter().all(is_open);
         (!are_open).then(|| "the rules now name a hop that it was not opened with".into())
     }
 
@@ -330,7 +330,7 @@ impl Association<'_, '_> {
     fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
         let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
-        let question = towards(self.session.record.client_question(), &dst);
+        let question = with_target(self.session.log.client_request(), &dst);
         match self.session.snapshot.evaluate(&question) {
             Decision::Deny(_) => return,
             Decision::Allow(_, Route::Hop(hop)) => return self.send_through(hop, &dst, data),
@@ -383,13 +383,13 @@ impl Association<'_, '_> {
     }
 
     fn has_sent(&self, octets: usize) {
-        self.session.record.moved.up.fetch_add(octets as u64, Ordering::Relaxed);
+        self.session.log.bytes.up.fetch_add(octets as u64, Ordering::Relaxed);
     }
 
     /// The way to an address that the client knows by that name; none when the rules deny it, or nobody can be there. To
     /// many at once only those get whom a rule lets by address.
     fn way(&self, addr: SocketAddr, name: Option<&Name>) -> Option<Route> {
-        let question = self.session.record.client_question();
+        let question = self.session.log.client_request();
         let question =
             AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..question };
         match self.session.snapshot.evaluate(&question) {
@@ -453,14 +453,14 @@ impl Association<'_, '_> {
     /// The same for what comes through a hop. Which address a name has is the hop's to know, and whom the client has sent
     /// to; but to a client that has sent only to addresses, the rules say from where.
     fn may_answer_by(&self, upstream: &Upstream, from: &Addr) -> bool {
-        let question = towards(self.session.record.client_question(), from);
+        let question = with_target(self.session.log.client_request(), from);
         upstream.has_names || !matches!(self.session.snapshot.evaluate(&question), Decision::Deny(_))
     }
 
     fn answer_run(&self, run: &mut Run<'_>) {
         if !run.is_empty() {
             let sent = self.relay.send_run(None, run);
-            self.session.record.moved.down.fetch_add(sent as u64, Ordering::Relaxed);
+            self.session.log.bytes.down.fetch_add(sent as u64, Ordering::Relaxed);
         }
     }
 
@@ -474,7 +474,7 @@ impl Association<'_, '_> {
         };
         let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
         if split(from, data, MAX_UDP.saturating_sub(overhead)).is_some_and(|datagrams| datagrams.iter().all(send)) {
-            self.session.record.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+            self.session.log.bytes.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
     }
 }

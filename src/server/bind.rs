@@ -25,7 +25,7 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
         Route::Direct => here(session, client, dst).await,
         Route::Hop(number) => {
             let hop = session.server.hop(number)?;
-            session.record.via = Some(hop.clone());
+            session.log.via = Some(hop.clone());
             through(session, client, dst, &hop).await
         }
     }
@@ -68,7 +68,7 @@ impl Session<'_> {
     /// Where the peer is to be waited for. When that depends on who comes, it is here, and only for those who may come
     /// here.
     fn way_to_bind(&self) -> Result<Route, Refusal> {
-        let question = self.record.question();
+        let question = self.log.access_request();
         match self.snapshot.evaluate(&question) {
             Decision::Allow(_, route) => Ok(route),
             Decision::Deny(rule) => Err(denial(rule)),
@@ -100,7 +100,7 @@ impl Session<'_> {
     }
 
     fn question_of(&self, peer: SocketAddr) -> AccessRequest<'_> {
-        AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..self.record.question() }
+        AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..self.log.access_request() }
     }
 
     /// Waits for the expected peer. Whoever else connects is closed.
@@ -147,7 +147,7 @@ impl Expected {
         };
         let mut objection = None;
         ips.retain(|addr| {
-            let question = AccessRequest { target_ip: Some(addr.ip()), ..session.record.question() };
+            let question = AccessRequest { target_ip: Some(addr.ip()), ..session.log.access_request() };
             match session.snapshot.evaluate(&question) {
                 Decision::Deny(rule) => {
                     objection = Some(rule);

@@ -31,7 +31,7 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
     let deadline = Instant::now() + session.server.options.connect_timeout;
     let targets = session.unless_in_vain(client, session.targets(dst, deadline)).await?;
     if let Targets::Through(hop, _) = &targets {
-        session.record.via = Some(hop.clone());
+        session.log.via = Some(hop.clone());
     }
     let reached = async {
         match targets {
@@ -45,7 +45,7 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
         }
     };
     let (target, bnd) = session.unless_in_vain(client, reached).await?;
-    let peer = target.peer_addr().filter(|_| session.record.via.is_none());
+    let peer = target.peer_addr().filter(|_| session.log.via.is_none());
     session.succeed(client, bnd, peer).await?;
     Ok(target)
 }
@@ -104,7 +104,7 @@ impl Session<'_> {
     /// Judges `dst`, and all of its addresses when that is not enough. A name that is denied is not resolved, and one
     /// that a hop resolves is not resolved here.
     async fn targets(&self, dst: &Addr, deadline: Instant) -> Result<Targets, Refusal> {
-        let question = self.record.question();
+        let question = self.log.access_request();
         match self.snapshot.evaluate(&question) {
             Decision::Deny(rule) => return Err(denial(rule)),
             Decision::Allow(_, Route::Hop(hop)) => {

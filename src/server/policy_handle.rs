@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::login::Login;
-use super::record::Record;
 use super::session::Refusal;
+use super::session_log::SessionLog;
 use super::{Server, is_local};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
@@ -78,8 +78,8 @@ impl PolicySnapshot {
     }
 
     /// Why a session may not be what it is.
-    pub(super) fn check(&self, record: &Record, question: &AccessRequest<'_>) -> Option<String> {
-        match record.login() {
+    pub(super) fn check(&self, log: &SessionLog, question: &AccessRequest<'_>) -> Option<String> {
+        match log.identity() {
             Some(login) if !self.policy.accepts_identity(&login) => {
                 return Some("this login is no longer valid".into());
             }
@@ -105,17 +105,17 @@ impl Server {
     /// newer than the one that was `seen` last.
     pub(super) fn recheck(
         &self,
-        record: &Record,
+        log: &SessionLog,
         seen: &Cell<u32>,
         peer: impl FnOnce() -> Option<SocketAddr>,
     ) -> Option<String> {
         let snapshot = self.policy.newer_than(seen.get())?;
         seen.set(snapshot.generation);
-        let mut question = record.question();
+        let mut question = log.access_request();
         if let Some(peer) = peer() {
             question = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..question };
         }
-        let objection = snapshot.check(record, &question);
+        let objection = snapshot.check(log, &question);
         if objection.is_some() {
             self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
         }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::gate::Claims;
 use super::offenders::LONGEST;
 use super::policy_handle::PolicySnapshot;
-use super::record::{LOGIN_REFUSED, Record};
+use super::session_log::{LOGIN_REFUSED, SessionLog};
 use super::tunnel::Tunnel;
 use super::{Server, associate, bind, connect};
 use crate::client;
@@ -84,7 +84,7 @@ pub(super) struct Session<'a> {
     pub(super) server: &'a Server,
     /// The policy that was in force when it was asked last; from the request on it is asked again where that matters.
     pub(super) snapshot: Arc<PolicySnapshot>,
-    pub(super) record: Record,
+    pub(super) log: SessionLog,
     /// Whether the order of octets is assured, as far as it should be.
     is_ordered: bool,
     /// Whether a context is being established, which is ended by an abort (RFC 1961 section 3.8).
@@ -104,7 +104,7 @@ pub(super) async fn run(
     let mut session = Session {
         server,
         snapshot: server.policy.current(),
-        record: Record::new(client),
+        log: SessionLog::new(client),
         is_ordered: true,
         is_establishing: false,
         claims,
@@ -115,14 +115,14 @@ pub(super) async fn run(
         Ok(request) => session.dispatch(&mut conn, &request).await,
         Err(refusal) => Err(refusal),
     };
-    let Session { mut record, .. } = session;
+    let Session { mut log, .. } = session;
     match outcome {
-        Ok(target) => Some(Tunnel { client: conn, target: target?, record }),
+        Ok(target) => Some(Tunnel { client: conn, target: target?, log }),
         Err(refusal) => {
-            record.rep = refusal.rep.or(record.rep);
-            record.fail(refusal.why);
+            log.rep = refusal.rep.or(log.rep);
+            log.set_error(refusal.why);
             // Said in the log now, however long the client may take to leave.
-            drop(record);
+            drop(log);
             if !refusal.say.is_empty() {
                 conn.farewell(&refusal.say).await;
             }
@@ -166,8 +166,8 @@ impl Session<'_> {
         let request = async { self.admit(&mut conn, attempt).await?.request().await };
         let request = until(deadline + delay, request).await.unwrap_or_else(|| Err(late()));
         if let Ok(request) = &request {
-            self.record.command = Some(request.command);
-            self.record.dst = Some(request.dst.clone());
+            self.log.command = Some(request.command);
+            self.log.dst = Some(request.dst.clone());
         }
         (conn, request)
     }
@@ -193,18 +193,18 @@ impl Session<'_> {
         let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
         // A password that was changed meanwhile is none any more.
         self.snapshot = self.server.policy.current();
-        self.record.user = Some(credentials.uname.clone().into());
-        let is_valid = match (self.server.gate.delay(self.record.client()), &self.snapshot.policy.users) {
+        self.log.user = Some(credentials.uname.clone().into());
+        let is_valid = match (self.server.gate.delay(self.log.client()), &self.snapshot.policy.users) {
             (Some(_), Some(users)) => self.snapshot.passwords.verify(users, credentials).await,
             // Not worth a hash.
             (None, _) | (_, None) => false,
         };
         // Asked again: others may have failed meanwhile, and who is shut out does not get in by having been early.
-        let delay = self.server.gate.delay(self.record.client());
+        let delay = self.server.gate.delay(self.log.client());
         let is_valid = is_valid && delay.is_some();
         if !is_valid {
-            self.server.gate.failed(self.record.client());
-            self.record.fail(LOGIN_REFUSED);
+            self.server.gate.failed(self.log.client());
+            self.log.set_error(LOGIN_REFUSED);
         }
         let delay = delay.unwrap_or(LONGEST);
         Ok(Attempt { method: Method::PASSWORD, is_valid, delay, protection: None })
@@ -217,8 +217,8 @@ impl Session<'_> {
             gssapi::Error::Refused(_) => Refusal::silent(error),
             _ => Refusal::say(&Frame::Abort, error),
         })?;
-        self.record.user = Some(accepted.user.into());
-        self.record.level = accepted.level;
+        self.log.user = Some(accepted.user.into());
+        self.log.level = accepted.level;
         self.is_ordered = accepted.is_ordered || accepted.protection.is_none();
         let (is_valid, protection) = (true, accepted.protection);
         Ok(Attempt { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
@@ -228,7 +228,7 @@ impl Session<'_> {
         if !attempt.is_valid {
             return Err(Refusal::say(&Status::FAILURE, LOGIN_REFUSED));
         }
-        self.record.method = Some(attempt.method);
+        self.log.method = Some(attempt.method);
         if attempt.method == Method::PASSWORD {
             conn.write_message(&Status::SUCCESS).await.map_err(Refusal::silent)?;
         }
@@ -238,11 +238,11 @@ impl Session<'_> {
     /// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
     async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, Refusal> {
         self.snapshot = self.server.policy.current();
-        self.record.policy_generation.set(self.snapshot.generation);
-        if let Some(why) = self.snapshot.check(&self.record, &self.record.question()) {
+        self.log.policy_generation.set(self.snapshot.generation);
+        if let Some(why) = self.snapshot.check(&self.log, &self.log.access_request()) {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
-        if let Some(user) = &self.record.user
+        if let Some(user) = &self.log.user
             && !self.server.gate.log_in(user, self.claims)
         {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, "as many sessions of this user as there may be"));
@@ -264,8 +264,8 @@ impl Session<'_> {
     /// Returns when a new law forbids what the session is waiting for.
     pub(super) async fn revoked(&self) -> Refusal {
         // Whoever comes of the waiting is judged once more.
-        let seen = self.record.policy_generation.clone();
-        poll_fn(|_| match self.server.recheck(&self.record, &seen, || None) {
+        let seen = self.log.policy_generation.clone();
+        poll_fn(|_| match self.server.recheck(&self.log, &seen, || None) {
             Some(why) => Poll::Ready(Refusal::reply(Rep::NOT_ALLOWED, why)),
             None => Poll::Pending,
         })
@@ -284,14 +284,14 @@ impl Session<'_> {
         bnd: Addr,
         peer: Option<SocketAddr>,
     ) -> Result<(), Refusal> {
-        if let Some(why) = self.server.recheck(&self.record, &self.record.policy_generation, || peer) {
+        if let Some(why) = self.server.recheck(&self.log, &self.log.policy_generation, || peer) {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
         if let Host::Ip(ip) = bnd.host {
-            self.record.set_bnd(SocketAddr::new(ip, bnd.port));
+            self.log.set_bnd(SocketAddr::new(ip, bnd.port));
         }
         client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(Refusal::silent)?;
-        self.record.rep = Some(Rep::SUCCEEDED);
+        self.log.rep = Some(Rep::SUCCEEDED);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Server;
 use super::pace::{Pace, Paced};
-use super::record::Record;
+use super::session_log::SessionLog;
 use crate::conn::{Conn, Loose};
 use crate::reactor::sleep;
 use crate::relay::{Broken, End, Limits, Stream, relay};
@@ -20,7 +20,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub(super) struct Tunnel {
     pub(super) client: Conn,
     pub(super) target: Conn,
-    pub(super) record: Record,
+    pub(super) log: SessionLog,
 }
 
 impl Tunnel {
@@ -30,18 +30,18 @@ impl Tunnel {
         server: &'a Server,
         limits: &'a Limits,
     ) -> impl Future<Output = Result<End, Broken>> + 'a {
-        let Self { client, target, record } = self;
-        let record = &*record;
-        relay(client, target, limits, &record.moved, |_, target| may_go_on(server, record, target))
+        let Self { client, target, log } = self;
+        let log = &*log;
+        relay(client, target, limits, &log.bytes, |_, target| may_go_on(server, log, target))
     }
 
     /// The same, at a pace.
     pub(super) async fn relay_at(&mut self, pace: &Pace, server: &Server) -> Result<End, Broken> {
-        let Self { client, target, record } = self;
-        let (record, limits) = (&*record, Limits { until_bulk: false, ..server.relay_limits });
+        let Self { client, target, log } = self;
+        let (log, limits) = (&*log, Limits { until_bulk: false, ..server.relay_limits });
         let mut client = Paced::new(client, pace);
         let mut client: &mut dyn Stream = &mut client;
-        relay(&mut client, target, &limits, &record.moved, |_, target| may_go_on(server, record, target)).await
+        relay(&mut client, target, &limits, &log.bytes, |_, target| may_go_on(server, log, target)).await
     }
 
     /// The tunnel for another thread; or as it was, when there are no descriptors for that.
@@ -54,12 +54,12 @@ impl Tunnel {
             conn.abort();
             conn.let_go();
         }
-        Ok(LooseTunnel { client, target, record: self.record })
+        Ok(LooseTunnel { client, target, log: self.log })
     }
 
     /// Says what is left to be said when it did not end well.
     pub(super) async fn break_off(self, broken: Broken) {
-        self.record.fail(&broken);
+        self.log.set_error(&broken);
         if let Broken::Unsent(_) = broken {
             drop(self.target);
             // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
@@ -70,11 +70,11 @@ impl Tunnel {
     }
 }
 
-fn may_go_on(server: &Server, record: &Record, target: &Conn) -> bool {
-    let peer = || target.peer_addr().filter(|_| record.via.is_none());
-    match server.recheck(record, &record.policy_generation, peer) {
+fn may_go_on(server: &Server, log: &SessionLog, target: &Conn) -> bool {
+    let peer = || target.peer_addr().filter(|_| log.via.is_none());
+    match server.recheck(log, &log.policy_generation, peer) {
         Some(why) => {
-            record.fail(why);
+            log.set_error(why);
             false
         }
         None => true,
@@ -85,13 +85,13 @@ fn may_go_on(server: &Server, record: &Record, target: &Conn) -> bool {
 pub(super) struct LooseTunnel {
     client: Loose,
     target: Loose,
-    record: Record,
+    log: SessionLog,
 }
 
 impl LooseTunnel {
     /// The tunnel for this thread. When it can't be had, it is over, and its log line says why.
     pub(super) fn settle(self) -> Option<Tunnel> {
-        let Self { client, target, record } = self;
+        let Self { client, target, log } = self;
         let settled = client.settle().and_then(|client| Ok((client, target.settle()?)));
         let ready = settled.and_then(|(client, target)| {
             client.end_with_reset(false)?;
@@ -99,9 +99,9 @@ impl LooseTunnel {
             Ok((client, target))
         });
         match ready {
-            Ok((client, target)) => Some(Tunnel { client, target, record }),
+            Ok((client, target)) => Some(Tunnel { client, target, log }),
             Err(error) => {
-                record.fail(error);
+                log.set_error(error);
                 None
             }
         }

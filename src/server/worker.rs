@@ -25,7 +25,7 @@ use super::gate::{Claims, Closed};
 use super::listen::Listener;
 use super::pace::Pace;
 use super::policy_handle::denial_reason;
-use super::record::{Record, client_question};
+use super::session_log::{SessionLog, request_from};
 use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
 use crate::conn::Loose;
@@ -417,8 +417,8 @@ impl Acceptor {
                 let what = || format!("client {} has {limit} connections, which is its limit: closed", who());
                 self.shared.complaint.log(what);
             }
-            Ok(claims) => match server.policy.current().evaluate(&client_question(client)) {
-                Decision::Deny(rule) => Record::new(client).fail(denial_reason(rule)),
+            Ok(claims) => match server.policy.current().evaluate(&request_from(client)) {
+                Decision::Deny(rule) => SessionLog::new(client).set_error(denial_reason(rule)),
                 Decision::Allow(..) | Decision::Undecided(_) => return Some(claims),
             },
         }

@@ -17,28 +17,28 @@ pub(super) const LOGIN_REFUSED: &str = "login refused";
 
 /// Filled in as the session goes on; logs itself when it is dropped. Small, since every tunnel has one.
 #[derive(Debug)]
-pub(super) struct Record {
+pub(super) struct SessionLog {
     started: Instant,
-    client: Option<Place>,
+    client: Option<AddrPort>,
     pub(super) user: Option<Box<[u8]>>,
     pub(super) method: Option<Method>,
     pub(super) level: Level,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
-    bnd: Option<Place>,
+    bnd: Option<AddrPort>,
     /// The hop that it goes through.
     pub(super) via: Option<Arc<Hop>>,
     pub(super) rep: Option<Rep>,
     /// The number of the policy that has let it be.
     pub(super) policy_generation: Cell<u32>,
-    pub(super) moved: Moved,
+    pub(super) bytes: Moved,
     pub(super) error: OnceCell<Box<str>>,
 }
 
 /// A [`SocketAddr`] without what only the system needs.
-type Place = (IpAddr, u16);
+type AddrPort = (IpAddr, u16);
 
-impl Record {
+impl SessionLog {
     /// A session of `client`, which has no address on a Unix socket.
     pub(super) fn new(client: Option<SocketAddr>) -> Self {
         Self {
@@ -53,14 +53,14 @@ impl Record {
             via: None,
             rep: None,
             policy_generation: Cell::new(0),
-            moved: Moved::default(),
+            bytes: Moved::default(),
             error: OnceCell::new(),
         }
     }
 
     /// Says why it ended, unless that is known already.
-    pub(super) fn fail(&self, why: impl ToString) {
-        let _ = self.error.set(why.to_string().into());
+    pub(super) fn set_error(&self, error: impl ToString) {
+        let _ = self.error.set(error.to_string().into());
     }
 
     pub(super) fn client(&self) -> Option<SocketAddr> {
@@ -73,39 +73,39 @@ impl Record {
     }
 
     /// How the client got in, once it has.
-    pub(super) fn login(&self) -> Option<Identity<'_>> {
+    pub(super) fn identity(&self) -> Option<Identity<'_>> {
         self.method.map(|method| Identity { method, user: self.user.as_deref(), level: self.level })
     }
 
     /// What is known of the session, but for where it goes.
-    pub(super) fn client_question(&self) -> AccessRequest<'_> {
-        AccessRequest { identity: self.login(), command: self.command, ..client_question(self.client()) }
+    pub(super) fn client_request(&self) -> AccessRequest<'_> {
+        AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
     }
 
     /// What is known of the session. Of BIND, zeros are anybody and any port; DST of UDP ASSOCIATE is no target.
-    pub(super) fn question(&self) -> AccessRequest<'_> {
-        let question = self.client_question();
+    pub(super) fn access_request(&self) -> AccessRequest<'_> {
+        let request = self.client_request();
         match (&self.dst, self.command) {
-            (Some(dst), Some(Command::Connect)) => towards(question, dst),
+            (Some(dst), Some(Command::Connect)) => with_target(request, dst),
             (Some(dst), Some(Command::Bind)) => {
-                let is_anybody = matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
-                let question = towards(question, dst);
-                let ip = question.target_ip.filter(|_| !is_anybody);
-                AccessRequest { target_ip: ip, target_port: question.target_port.filter(|port| *port != 0), ..question }
+                let is_unspecified = matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
+                let request = with_target(request, dst);
+                let ip = request.target_ip.filter(|_| !is_unspecified);
+                AccessRequest { target_ip: ip, target_port: request.target_port.filter(|port| *port != 0), ..request }
             }
-            _ => question,
+            _ => request,
         }
     }
 }
 
 /// A question about a client of which only the address is known. On a Unix socket it is on this machine.
-pub(super) fn client_question(client: Option<SocketAddr>) -> AccessRequest<'static> {
+pub(super) fn request_from(client: Option<SocketAddr>) -> AccessRequest<'static> {
     let from = client.map_or(Ipv4Addr::LOCALHOST.into(), |client| client.ip().to_canonical());
     AccessRequest { client_ip: Some(from), ..AccessRequest::default() }
 }
 
 /// A question about going to `dst`.
-pub(super) fn towards<'a>(question: AccessRequest<'a>, dst: &'a Addr) -> AccessRequest<'a> {
+pub(super) fn with_target<'a>(request: AccessRequest<'a>, dst: &'a Addr) -> AccessRequest<'a> {
     let (name, ip) = match &dst.host {
         Host::Ip(ip) => (None, Some(*ip)),
         Host::Name(name) => literal(name).map_or((Some(name), None), |ip| (None, Some(ip))),
@@ -114,11 +114,11 @@ pub(super) fn towards<'a>(question: AccessRequest<'a>, dst: &'a Addr) -> AccessR
         target_name: name,
         target_ip: ip.map(|ip| canonical(ip, dst.port).ip()),
         target_port: Some(dst.port),
-        ..question
+        ..request
     }
 }
 
-impl Drop for Record {
+impl Drop for SessionLog {
     fn drop(&mut self) {
         let is_refused = self.error.get().is_some_and(|error| **error == *LOGIN_REFUSED);
         log::log!(if is_refused { log::Level::Warn } else { log::Level::Info }, "session {self}");
@@ -126,7 +126,7 @@ impl Drop for Record {
 }
 
 /// `key=value`, `-` for what never came about. What a client can choose freely is quoted and escaped.
-impl fmt::Display for Record {
+impl fmt::Display for SessionLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.client() {
             Some(client) => write!(f, "client={client}")?,
@@ -148,7 +148,7 @@ impl fmt::Display for Record {
             write!(f, " via={:?}", hop.name)?;
         }
         write!(f, " bnd={} rep={}", or_dash(self.bnd.map(SocketAddr::from)), or_dash(self.rep.map(|rep| rep.0)))?;
-        let [up, down] = [&self.moved.up, &self.moved.down].map(|n| n.load(std::sync::atomic::Ordering::Relaxed));
+        let [up, down] = [&self.bytes.up, &self.bytes.down].map(|n| n.load(std::sync::atomic::Ordering::Relaxed));
         let elapsed = self.started.elapsed();
         write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
         self.error.get().map_or(Ok(()), |error| write!(f, " error={error:?}"))
