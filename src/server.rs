@@ -6,15 +6,15 @@ mod associate;
 mod batch;
 mod bind;
 mod connect;
-mod gate;
+mod connection_counts;
+mod limiter;
 mod listen;
-mod login;
-mod offenders;
-mod pace;
+mod login_throttle;
+mod passwords;
 mod policy_handle;
+mod rate_limit;
 mod session;
 mod session_log;
-mod shares;
 mod tunnel;
 mod worker;
 
@@ -41,8 +41,8 @@ use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::proto::{Addr, Host};
 use crate::relay::Limits;
-pub use gate::Bounds;
-use gate::Gate;
+use limiter::Limiter;
+pub use limiter::Quotas;
 pub use listen::Listen;
 use listen::Listener;
 use policy_handle::PolicyHandle;
@@ -89,7 +89,7 @@ pub struct Options {
     /// The ways that rules may name, by number.
     pub hops: Vec<Arc<Hop>>,
     /// What one client or user may take up.
-    pub bounds: Bounds,
+    pub quotas: Quotas,
     /// Whether everybody who can reach this server may use it.
     pub open: bool,
     /// Whether sessions that a new policy would refuse live on.
@@ -164,7 +164,7 @@ fn bind_within<T>(
 struct Server {
     options: Options,
     policy: PolicyHandle,
-    gate: Gate,
+    limiter: Limiter,
     resolver: Resolver,
     relay_limits: Limits,
 }
@@ -217,8 +217,8 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let (threads, drain) = (options.threads, options.drain);
     let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None, until_bulk: threads > 1 };
-    let (policy, gate) = (PolicyHandle::new(policy, options.keep_sessions), Gate::new(options.bounds));
-    let server = Server { options, policy, gate, resolver: Resolver::default(), relay_limits };
+    let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(options.quotas));
+    let server = Server { options, policy, limiter, resolver: Resolver::default(), relay_limits };
     let (accepting, closing) = channel::bounded::<Infallible>(1);
     let (running, over) = channel::bounded::<Infallible>(1);
     let (alive, all_over) = channel::bounded::<Infallible>(1);

@@ -20,7 +20,7 @@ use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Level, Method};
-use crate::server::{self, Bounds, Filtering, Hop, Listen, Options, Ports, StartError};
+use crate::server::{self, Filtering, Hop, Listen, Options, Ports, Quotas, StartError};
 use load::{Source, Sources};
 
 /// What the log calls the way of `--via`.
@@ -361,10 +361,10 @@ impl Args {
             acceptor: acceptor.transpose()?,
             hop_auth: Arc::new(Auth { gssapi: offers_gssapi.then(Initiator::default), methods: self.hop_auth }),
             hops,
-            bounds: Bounds {
-                per_client: self.max_per_client,
-                per_user: self.max_per_user,
-                rate: self.rate,
+            quotas: Quotas {
+                sessions_per_client: self.max_per_client,
+                sessions_per_user: self.max_per_user,
+                session_rate: self.rate,
                 user_rate: self.rate_per_user.or(self.rate),
             },
             open: self.open,

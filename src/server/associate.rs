@@ -20,7 +20,7 @@ use std::time::Instant;
 use futures_lite::AsyncReadExt as _;
 
 use super::batch::{Batch, BatchSocket, Run, Style};
-use super::pace::Pace;
+use super::rate_limit::RateLimit;
 use super::session::{Refusal, Session};
 use super::session_log::with_target;
 use super::{Filtering, Server, address_for, bind_within};
@@ -71,7 +71,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let local = relay.get_ref().local_addr().map_err(failed)?;
     session.succeed(control, server.advertised(local).into(), None).await?;
     let association = Association {
-        pace: session.claims.as_ref().and_then(|claims| claims.pace.clone()),
+        rate_limit: session.quota.as_ref().and_then(|quota| quota.rate_limit.clone()),
         session,
         protection: control.protection().cloned(),
         relay,
@@ -121,7 +121,7 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
 
 struct Association<'a, 'b> {
     session: &'a mut Session<'b>,
-    pace: Option<Pace>,
+    rate_limit: Option<RateLimit>,
     /// That of the control connection, which holds for datagrams too (RFC 1961 section 5).
     protection: Option<Protection>,
     relay: BatchSocket,
@@ -403,7 +403,7 @@ impl Association<'_, '_> {
 
     /// Whether the pace of the session has room for so many octets.
     fn may_pass(&self, octets: usize) -> bool {
-        self.pace.as_ref().is_none_or(|pace| pace.lets_pass(octets, Instant::now()))
+        self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(octets, Instant::now()))
     }
 
     fn outward(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {

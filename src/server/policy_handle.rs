@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::login::Login;
+use super::passwords::PasswordVerifier;
 use super::session::Refusal;
 use super::session_log::SessionLog;
 use super::{Server, is_local};
@@ -17,7 +17,7 @@ use crate::proto::Rep;
 #[derive(Debug)]
 pub(super) struct PolicySnapshot {
     pub(super) policy: Policy,
-    pub(super) passwords: Login,
+    pub(super) passwords: PasswordVerifier,
     pub(super) generation: u32,
 }
 
@@ -35,7 +35,7 @@ pub(super) struct PolicyHandle {
 
 impl PolicyHandle {
     pub(super) fn new(policy: Policy, keep_sessions: bool) -> Self {
-        let snapshot = Arc::new(PolicySnapshot { policy, passwords: Login::default(), generation: 0 });
+        let snapshot = Arc::new(PolicySnapshot { policy, passwords: PasswordVerifier::default(), generation: 0 });
         Self {
             current: RwLock::new(snapshot),
             generation: AtomicU32::new(0),
@@ -52,7 +52,7 @@ impl PolicyHandle {
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let generation = current.generation.wrapping_add(1);
-        *current = Arc::new(PolicySnapshot { policy, passwords: current.passwords.afresh(), generation });
+        *current = Arc::new(PolicySnapshot { policy, passwords: current.passwords.with_empty_cache(), generation });
         self.closed_sessions.store(0, Ordering::Relaxed);
         self.generation.store(generation, Ordering::Release);
     }

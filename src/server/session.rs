@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use super::gate::Claims;
-use super::offenders::LONGEST;
+use super::limiter::SessionQuota;
+use super::login_throttle::MAX_DELAY;
 use super::policy_handle::PolicySnapshot;
 use super::session_log::{LOGIN_REFUSED, SessionLog};
 use super::tunnel::Tunnel;
@@ -90,7 +90,7 @@ pub(super) struct Session<'a> {
     /// Whether a context is being established, which is ended by an abort (RFC 1961 section 3.8).
     is_establishing: bool,
     /// What it takes up of its client's and its user's share.
-    pub(super) claims: &'a mut Option<Box<Claims>>,
+    pub(super) quota: &'a mut Option<Box<SessionQuota>>,
 }
 
 /// Runs a session of `client`, which has no address on a Unix socket, and had one even if it is gone by now. What is
@@ -99,7 +99,7 @@ pub(super) async fn run(
     server: &Server,
     mut conn: Conn,
     client: Option<SocketAddr>,
-    claims: &mut Option<Box<Claims>>,
+    quota: &mut Option<Box<SessionQuota>>,
 ) -> Option<Tunnel> {
     let mut session = Session {
         server,
@@ -107,7 +107,7 @@ pub(super) async fn run(
         log: SessionLog::new(client),
         is_ordered: true,
         is_establishing: false,
-        claims,
+        quota,
     };
     let handshake;
     (conn, handshake) = session.handshake(conn).await;
@@ -194,19 +194,19 @@ impl Session<'_> {
         // A password that was changed meanwhile is none any more.
         self.snapshot = self.server.policy.current();
         self.log.user = Some(credentials.uname.clone().into());
-        let is_valid = match (self.server.gate.delay(self.log.client()), &self.snapshot.policy.users) {
+        let is_valid = match (self.server.limiter.login_delay(self.log.client()), &self.snapshot.policy.users) {
             (Some(_), Some(users)) => self.snapshot.passwords.verify(users, credentials).await,
             // Not worth a hash.
             (None, _) | (_, None) => false,
         };
         // Asked again: others may have failed meanwhile, and who is shut out does not get in by having been early.
-        let delay = self.server.gate.delay(self.log.client());
+        let delay = self.server.limiter.login_delay(self.log.client());
         let is_valid = is_valid && delay.is_some();
         if !is_valid {
-            self.server.gate.failed(self.log.client());
+            self.server.limiter.record_failed_login(self.log.client());
             self.log.set_error(LOGIN_REFUSED);
         }
-        let delay = delay.unwrap_or(LONGEST);
+        let delay = delay.unwrap_or(MAX_DELAY);
         Ok(Attempt { method: Method::PASSWORD, is_valid, delay, protection: None })
     }
 
@@ -243,7 +243,7 @@ impl Session<'_> {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
         }
         if let Some(user) = &self.log.user
-            && !self.server.gate.log_in(user, self.claims)
+            && !self.server.limiter.admit_user(user, self.quota)
         {
             return Err(Refusal::reply(Rep::NOT_ALLOWED, "as many sessions of this user as there may be"));
         }

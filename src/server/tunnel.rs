@@ -6,7 +6,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use super::Server;
-use super::pace::{Pace, Paced};
+use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
 use crate::conn::{Conn, Loose};
 use crate::reactor::sleep;
@@ -36,10 +36,10 @@ impl Tunnel {
     }
 
     /// The same, at a pace.
-    pub(super) async fn relay_at(&mut self, pace: &Pace, server: &Server) -> Result<End, Broken> {
+    pub(super) async fn relay_at(&mut self, rate_limit: &RateLimit, server: &Server) -> Result<End, Broken> {
         let Self { client, target, log } = self;
         let (log, limits) = (&*log, Limits { until_bulk: false, ..server.relay_limits });
-        let mut client = Paced::new(client, pace);
+        let mut client = RateLimitedStream::new(client, rate_limit);
         let mut client: &mut dyn Stream = &mut client;
         relay(&mut client, target, &limits, &log.bytes, |_, target| may_go_on(server, log, target)).await
     }

@@ -21,10 +21,10 @@ use smol::LocalExecutor;
 use smol::channel::{self, Receiver, Sender};
 use smol::lock::Semaphore;
 
-use super::gate::{Claims, Closed};
+use super::limiter::{AdmitError, SessionQuota};
 use super::listen::Listener;
-use super::pace::Pace;
 use super::policy_handle::denial_reason;
+use super::rate_limit::RateLimit;
 use super::session_log::{SessionLog, request_from};
 use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
@@ -106,7 +106,7 @@ impl Complaint {
 /// lives.
 struct Slot {
     shared: Arc<Shared>,
-    claims: Option<Box<Claims>>,
+    quota: Option<Box<SessionQuota>>,
 }
 
 impl Slot {
@@ -114,8 +114,8 @@ impl Slot {
         &self.shared.server
     }
 
-    fn pace(&self) -> Option<&Pace> {
-        self.claims.as_ref()?.pace.as_ref()
+    fn rate_limit(&self) -> Option<&RateLimit> {
+        self.quota.as_ref()?.rate_limit.as_ref()
     }
 }
 
@@ -313,10 +313,10 @@ impl Home {
         };
         let home = self.clone();
         self.spawn(async move {
-            let Slot { shared, claims } = &mut slot;
-            let Some(mut tunnel) = session::run(&shared.server, conn, client, claims).await else { return };
+            let Slot { shared, quota } = &mut slot;
+            let Some(mut tunnel) = session::run(&shared.server, conn, client, quota).await else { return };
             let number = home.number;
-            if slot.pace().is_some() {
+            if slot.rate_limit().is_some() {
                 return home.spawn(Box::pin(paced(tunnel, slot)));
             }
             // Neither of the captured is moved in there: the future would have room for it twice.
@@ -361,8 +361,8 @@ async fn bulk(mut tunnel: Tunnel, slot: Slot, _counted: Counted) {
 
 /// Relays a tunnel that has a pace to its end.
 async fn paced(mut tunnel: Tunnel, slot: Slot) {
-    if let Some(pace) = slot.pace()
-        && let Err(broken) = tunnel.relay_at(pace, slot.server()).await
+    if let Some(rate_limit) = slot.rate_limit()
+        && let Err(broken) = tunnel.relay_at(rate_limit, slot.server()).await
     {
         tunnel.break_off(broken).await;
     }
@@ -387,8 +387,8 @@ impl Acceptor {
             let mut slot = self.slot().await;
             match self.listener.try_with(Way::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
-                    if let Some(claims) = self.let_in(client) {
-                        slot.claims = claims;
+                    if let Some(quota) = self.let_in(client) {
+                        slot.quota = quota;
                         match self.shared.idler(self.home.number) {
                             // Fails when that worker has ended, and so everything does.
                             Some(peer) => drop(peer.inbox.try_send(Handed::Accepted(conn, client, slot))),
@@ -408,18 +408,18 @@ impl Acceptor {
     }
 
     /// What the session of a client takes up, unless it is closed at once.
-    fn let_in(&self, client: Option<SocketAddr>) -> Option<Option<Box<Claims>>> {
+    fn let_in(&self, client: Option<SocketAddr>) -> Option<Option<Box<SessionQuota>>> {
         let server = &self.shared.server;
         let who = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
-        match server.gate.enter(client) {
-            Err(Closed::ShutOut) => log::debug!("client {} is shut out: closed", who()),
-            Err(Closed::Full(limit)) => {
+        match server.limiter.admit_client(client) {
+            Err(AdmitError::Blocked) => log::debug!("client {} is shut out: closed", who()),
+            Err(AdmitError::TooManySessions(limit)) => {
                 let what = || format!("client {} has {limit} connections, which is its limit: closed", who());
                 self.shared.complaint.log(what);
             }
-            Ok(claims) => match server.policy.current().evaluate(&request_from(client)) {
+            Ok(quota) => match server.policy.current().evaluate(&request_from(client)) {
                 Decision::Deny(rule) => SessionLog::new(client).set_error(denial_reason(rule)),
-                Decision::Allow(..) | Decision::Undecided(_) => return Some(claims),
+                Decision::Allow(..) | Decision::Undecided(_) => return Some(quota),
             },
         }
         None
@@ -436,7 +436,7 @@ impl Acceptor {
             }
         };
         slot.forget();
-        Slot { shared: self.shared.clone(), claims: None }
+        Slot { shared: self.shared.clone(), quota: None }
     }
 
     async fn rest(&self, error: &io::Error) {

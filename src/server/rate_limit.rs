@@ -17,117 +17,117 @@ use crate::reactor::Alarm;
 use crate::relay::Stream;
 
 /// What is reserved at once, in time, where there is no more.
-const SLICE: Duration = Duration::from_millis(25);
+const RESERVATION_TIME: Duration = Duration::from_millis(25);
 /// What an unused bucket holds, in time.
-const BURST: Duration = Duration::from_millis(250);
+const BURST_TIME: Duration = Duration::from_millis(250);
 /// What a bucket holds at least, in octets: a datagram must fit in.
-const MIN_BURST: f64 = 65_536.0;
+const MIN_BURST_BYTES: f64 = 65_536.0;
 /// The longest that is waited for at once.
-const LONGEST: f64 = 3600.0;
+const MAX_WAIT_SECONDS: f64 = 3600.0;
 
 /// Octets that may move, as many a second.
 #[derive(Debug)]
-pub(super) struct Bucket {
+pub(super) struct TokenBucket {
     rate: f64,
-    state: Mutex<State>,
+    state: Mutex<BucketState>,
 }
 
 #[derive(Debug)]
-struct State {
+struct BucketState {
     /// Below 0 when more has been reserved than there is.
     tokens: f64,
-    since: Instant,
+    updated: Instant,
 }
 
-impl Bucket {
+impl TokenBucket {
     /// `rate` is in octets a second, and not 0.
     pub(super) fn new(rate: u64, now: Instant) -> Self {
         let rate = rate as f64;
-        Self { rate, state: Mutex::new(State { tokens: rate * SLICE.as_secs_f64(), since: now }) }
+        Self { rate, state: Mutex::new(BucketState { tokens: rate * RESERVATION_TIME.as_secs_f64(), updated: now }) }
     }
 
     /// With what has come in since.
-    fn state(&self, now: Instant) -> MutexGuard<'_, State> {
+    fn state(&self, now: Instant) -> MutexGuard<'_, BucketState> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let most = (self.rate * BURST.as_secs_f64()).max(MIN_BURST);
-        let passed = now.saturating_duration_since(state.since).as_secs_f64();
-        state.tokens = most.min(state.tokens + passed * self.rate);
-        state.since = state.since.max(now);
+        let max = (self.rate * BURST_TIME.as_secs_f64()).max(MIN_BURST_BYTES);
+        let passed = now.saturating_duration_since(state.updated).as_secs_f64();
+        state.tokens = max.min(state.tokens + passed * self.rate);
+        state.updated = state.updated.max(now);
         state
     }
 
     /// What is wanted, if it is there; or else what is, or a slice.
-    fn offer(&self, wanted: usize, now: Instant) -> f64 {
+    fn available(&self, requested: usize, now: Instant) -> f64 {
         let tokens = self.state(now).tokens;
-        let wanted = wanted as f64;
-        if tokens >= wanted { wanted } else { tokens.max(self.rate * SLICE.as_secs_f64()).max(1.0) }
+        let requested = requested as f64;
+        if tokens >= requested { requested } else { tokens.max(self.rate * RESERVATION_TIME.as_secs_f64()).max(1.0) }
     }
 
     /// Takes so many octets, which need not be there yet: how long it is until they are.
-    fn reserve(&self, octets: usize, now: Instant) -> Duration {
+    fn reserve(&self, bytes: usize, now: Instant) -> Duration {
         let mut state = self.state(now);
-        state.tokens -= octets as f64;
-        Duration::from_secs_f64(((-state.tokens).max(0.0) / self.rate).min(LONGEST))
+        state.tokens -= bytes as f64;
+        Duration::from_secs_f64(((-state.tokens).max(0.0) / self.rate).min(MAX_WAIT_SECONDS))
     }
 
-    fn give_back(&self, octets: usize, now: Instant) {
-        self.state(now).tokens += octets as f64;
+    fn refund(&self, bytes: usize, now: Instant) {
+        self.state(now).tokens += bytes as f64;
     }
 }
 
 /// The buckets of a session: its own, and that of its user.
 #[derive(Clone, Debug)]
-pub(super) struct Pace {
-    pub(super) session: Arc<Bucket>,
-    pub(super) user: Option<Arc<Bucket>>,
+pub(super) struct RateLimit {
+    pub(super) session: Arc<TokenBucket>,
+    pub(super) user: Option<Arc<TokenBucket>>,
 }
 
-impl Pace {
-    fn buckets(&self) -> impl Iterator<Item = &Bucket> {
+impl RateLimit {
+    fn buckets(&self) -> impl Iterator<Item = &TokenBucket> {
         [Some(&self.session), self.user.as_ref()].into_iter().flatten().map(|bucket| &**bucket)
     }
 
     /// How many octets may move, and how long it is until they may. Where there is enough, no more than is wanted, so
     /// that others find some.
-    fn reserve(&self, wanted: usize, now: Instant) -> (usize, Duration) {
-        let octets = self.buckets().map(|bucket| bucket.offer(wanted, now)).fold(f64::MAX, f64::min) as usize;
-        let wait = self.buckets().map(|bucket| bucket.reserve(octets, now)).max();
-        (octets, wait.unwrap_or_default())
+    fn reserve(&self, requested: usize, now: Instant) -> (usize, Duration) {
+        let bytes = self.buckets().map(|bucket| bucket.available(requested, now)).fold(f64::MAX, f64::min) as usize;
+        let wait = self.buckets().map(|bucket| bucket.reserve(bytes, now)).max();
+        (bytes, wait.unwrap_or_default())
     }
 
-    fn give_back(&self, octets: usize) {
+    fn refund(&self, bytes: usize) {
         let now = Instant::now();
-        self.buckets().for_each(|bucket| bucket.give_back(octets, now));
+        self.buckets().for_each(|bucket| bucket.refund(bytes, now));
     }
 
     /// Whether a datagram of that size may pass; it counts if so.
-    pub(super) fn lets_pass(&self, octets: usize, now: Instant) -> bool {
-        let may_pass = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
-        if may_pass {
+    pub(super) fn try_take(&self, bytes: usize, now: Instant) -> bool {
+        let has_tokens = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
+        if has_tokens {
             for bucket in self.buckets() {
-                bucket.reserve(octets, now);
+                bucket.reserve(bytes, now);
             }
         }
-        may_pass
+        has_tokens
     }
 }
 
 /// What one way of a stream has reserved.
 #[derive(Default)]
-struct Reserved {
-    octets: usize,
+struct Reservation {
+    bytes: usize,
     /// Until when it has to wait for them.
     due: Option<Instant>,
     alarm: Alarm,
 }
 
-impl Reserved {
+impl Reservation {
     /// Ready when so many octets may move.
-    fn poll(&mut self, wanted: usize, pace: &Pace, cx: &mut Context<'_>) -> Poll<usize> {
-        if self.octets == 0 {
+    fn poll(&mut self, requested: usize, rate_limit: &RateLimit, cx: &mut Context<'_>) -> Poll<usize> {
+        if self.bytes == 0 {
             let now = Instant::now();
-            let (octets, wait) = pace.reserve(wanted, now);
-            self.octets = octets;
+            let (bytes, wait) = rate_limit.reserve(requested, now);
+            self.bytes = bytes;
             self.due = (!wait.is_zero()).then(|| now + wait);
         }
         while let Some(due) = self.due {
@@ -137,54 +137,54 @@ impl Reserved {
                 ready!(self.alarm.poll(cx, due));
             }
         }
-        Poll::Ready(self.octets)
+        Poll::Ready(self.bytes)
     }
 
     /// Pays for what has moved. Whoever can't move anything now gives back what others may have use for.
-    fn pay(&mut self, moved: Poll<io::Result<usize>>, pace: &Pace) -> Poll<io::Result<usize>> {
+    fn commit(&mut self, moved: Poll<io::Result<usize>>, rate_limit: &RateLimit) -> Poll<io::Result<usize>> {
         match moved {
-            Poll::Ready(Ok(n)) => self.octets = self.octets.saturating_sub(n),
-            Poll::Ready(Err(_)) | Poll::Pending => pace.give_back(std::mem::take(&mut self.octets)),
+            Poll::Ready(Ok(n)) => self.bytes = self.bytes.saturating_sub(n),
+            Poll::Ready(Err(_)) | Poll::Pending => rate_limit.refund(std::mem::take(&mut self.bytes)),
         }
         moved
     }
 }
 
 /// A client's connection that is read from and written to at a pace.
-pub(super) struct Paced<'a> {
+pub(super) struct RateLimitedStream<'a> {
     conn: &'a mut Conn,
-    pace: &'a Pace,
-    read: Reserved,
-    write: Reserved,
+    rate_limit: &'a RateLimit,
+    read: Reservation,
+    write: Reservation,
 }
 
-impl<'a> Paced<'a> {
-    pub(super) fn new(conn: &'a mut Conn, pace: &'a Pace) -> Self {
-        Self { conn, pace, read: Reserved::default(), write: Reserved::default() }
+impl<'a> RateLimitedStream<'a> {
+    pub(super) fn new(conn: &'a mut Conn, rate_limit: &'a RateLimit) -> Self {
+        Self { conn, rate_limit, read: Reservation::default(), write: Reservation::default() }
     }
 }
 
-impl Drop for Paced<'_> {
+impl Drop for RateLimitedStream<'_> {
     fn drop(&mut self) {
-        self.pace.give_back(self.read.octets + self.write.octets);
+        self.rate_limit.refund(self.read.bytes + self.write.bytes);
     }
 }
 
-impl AsyncRead for Paced<'_> {
+impl AsyncRead for RateLimitedStream<'_> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { conn, pace, read, .. } = self.get_mut();
-        let most = ready!(read.poll(buf.len(), pace, cx)).min(buf.len());
-        let moved = Pin::new(&mut **conn).poll_read(cx, buf.get_mut(..most).unwrap_or_default());
-        read.pay(moved, pace)
+        let Self { conn, rate_limit, read, .. } = self.get_mut();
+        let max = ready!(read.poll(buf.len(), rate_limit, cx)).min(buf.len());
+        let moved = Pin::new(&mut **conn).poll_read(cx, buf.get_mut(..max).unwrap_or_default());
+        read.commit(moved, rate_limit)
     }
 }
 
-impl AsyncWrite for Paced<'_> {
+impl AsyncWrite for RateLimitedStream<'_> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let Self { conn, pace, write, .. } = self.get_mut();
-        let most = ready!(write.poll(buf.len(), pace, cx)).min(buf.len());
-        let moved = Pin::new(&mut **conn).poll_write(cx, buf.get(..most).unwrap_or_default());
-        write.pay(moved, pace)
+        let Self { conn, rate_limit, write, .. } = self.get_mut();
+        let max = ready!(write.poll(buf.len(), rate_limit, cx)).min(buf.len());
+        let moved = Pin::new(&mut **conn).poll_write(cx, buf.get(..max).unwrap_or_default());
+        write.commit(moved, rate_limit)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -196,7 +196,7 @@ impl AsyncWrite for Paced<'_> {
     }
 }
 
-impl Stream for Paced<'_> {
+impl Stream for RateLimitedStream<'_> {
     fn abort(&self) {
         self.conn.abort();
     }
@@ -214,19 +214,19 @@ impl Stream for Paced<'_> {
 mod tests {
     use super::*;
 
-    fn pace(rate: u64, start: Instant) -> Pace {
-        Pace { session: Arc::new(Bucket::new(rate, start)), user: None }
+    fn rate_limit(rate: u64, start: Instant) -> RateLimit {
+        RateLimit { session: Arc::new(TokenBucket::new(rate, start)), user: None }
     }
 
     /// What moves in `time` when each wait is as much too long as said.
     fn moved(rate: u64, late: Duration, time: Duration) -> usize {
         let start = Instant::now();
-        let pace = pace(rate, start);
+        let rate_limit = rate_limit(rate, start);
         let (mut now, mut moved) = (start, 0);
         while now < start + time {
-            let (octets, wait) = pace.reserve(65_536, now);
+            let (bytes, wait) = rate_limit.reserve(65_536, now);
             now += if wait.is_zero() { wait } else { wait + late };
-            moved += octets;
+            moved += bytes;
         }
         moved
     }
@@ -245,8 +245,8 @@ mod tests {
     #[test]
     fn those_who_share_a_bucket_take_turns() {
         let start = Instant::now();
-        let pace = pace(1_000_000, start);
-        let mut waits = [(); 4].map(|()| pace.reserve(65_536, start).1.as_millis());
+        let rate_limit = rate_limit(1_000_000, start);
+        let mut waits = [(); 4].map(|()| rate_limit.reserve(65_536, start).1.as_millis());
         waits.sort_unstable();
         assert_eq!(waits, [0, 25, 50, 75]);
     }
@@ -255,21 +255,21 @@ mod tests {
     fn an_idle_bucket_holds_a_quarter_of_a_second_and_what_is_given_back_is_there_again() {
         let start = Instant::now();
         let later = start + Duration::from_secs(60);
-        let bucket = Bucket::new(4_000_000, start);
-        assert_eq!(bucket.offer(2_000_000, later), 1_000_000.0);
-        assert_eq!(bucket.offer(1000, later), 1000.0);
+        let bucket = TokenBucket::new(4_000_000, start);
+        assert_eq!(bucket.available(2_000_000, later), 1_000_000.0);
+        assert_eq!(bucket.available(1000, later), 1000.0);
         assert_eq!(bucket.reserve(1_100_000, later), Duration::from_millis(25));
-        bucket.give_back(1_100_000, later);
-        assert_eq!(bucket.offer(2_000_000, later), 1_000_000.0);
-        assert_eq!(bucket.offer(1000, later), 1000.0);
+        bucket.refund(1_100_000, later);
+        assert_eq!(bucket.available(2_000_000, later), 1_000_000.0);
+        assert_eq!(bucket.available(1000, later), 1000.0);
     }
 
     #[test]
     fn datagrams_pass_as_long_as_there_is_something_left() {
         let start = Instant::now();
-        let pace = pace(1_000_000, start);
-        assert!(pace.lets_pass(60_000, start));
-        assert!(!pace.lets_pass(1, start));
-        assert!(pace.lets_pass(1, start + Duration::from_millis(40)));
+        let rate_limit = rate_limit(1_000_000, start);
+        assert!(rate_limit.try_take(60_000, start));
+        assert!(!rate_limit.try_take(1, start));
+        assert!(rate_limit.try_take(1, start + Duration::from_millis(40)));
     }
 }

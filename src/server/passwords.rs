@@ -13,72 +13,72 @@ use crate::policy::users::Users;
 use crate::proto::Credentials;
 
 /// How long a password that was verified is taken without hashing it again.
-const REMEMBERED: Duration = Duration::from_secs(600);
+const CACHE_TIME: Duration = Duration::from_secs(600);
 /// Logins with the same credentials wait for each other's result in one of this many lines.
-const LINES: usize = 64;
+const QUEUES: usize = 64;
 
 /// Remembers at most one digest a user, and nothing of names that are not users.
-pub(super) struct Login {
+pub(super) struct PasswordVerifier {
     hashing: Arc<Semaphore>,
-    lines: [AsyncMutex<()>; LINES],
+    queues: [AsyncMutex<()>; QUEUES],
     /// Keys the digests, so that what stays in memory is of no use elsewhere.
-    key: Option<[u8; 32]>,
-    verified: Mutex<HashMap<Vec<u8>, (Digest, Instant)>>,
+    mac_key: Option<[u8; 32]>,
+    cache: Mutex<HashMap<Vec<u8>, (Digest, Instant)>>,
 }
 
 type Digest = [u8; 64];
 
-impl Default for Login {
+impl Default for PasswordVerifier {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let mut key = [0; 32];
         Self {
             hashing: Arc::new(Semaphore::new(cores)),
-            lines: [const { AsyncMutex::new(()) }; LINES],
-            key: getrandom::fill(&mut key).is_ok().then_some(key),
-            verified: Mutex::default(),
+            queues: [const { AsyncMutex::new(()) }; QUEUES],
+            mac_key: getrandom::fill(&mut key).is_ok().then_some(key),
+            cache: Mutex::default(),
         }
     }
 }
 
-impl fmt::Debug for Login {
+impl fmt::Debug for PasswordVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Login(..)")
+        f.write_str("PasswordVerifier(..)")
     }
 }
 
-impl Login {
+impl PasswordVerifier {
     /// One that remembers nobody, and waits for the same cores.
-    pub(super) fn afresh(&self) -> Self {
+    pub(super) fn with_empty_cache(&self) -> Self {
         Self { hashing: self.hashing.clone(), ..Self::default() }
     }
 
     /// Whether the credentials are those of a user. Of many logins with the same ones at once, one is hashed.
     pub(super) async fn verify(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let Some(mac) = self.mac(&credentials) else {
-            return self.hash(users, credentials).await;
+            return self.verify_uncached(users, credentials).await;
         };
         let digest: Digest = mac.clone().finalize().into_bytes().into();
-        if self.remembers(&credentials.uname, mac.clone()) {
+        if self.is_cached(&credentials.uname, mac.clone()) {
             return true;
         }
-        let line = digest.first().map_or(0, |octet| usize::from(*octet) % LINES);
-        let _turn = match self.lines.get(line) {
-            Some(line) => Some(line.lock().await),
+        let queue = digest.first().map_or(0, |byte| usize::from(*byte) % QUEUES);
+        let _turn = match self.queues.get(queue) {
+            Some(queue) => Some(queue.lock().await),
             None => None,
         };
-        if self.remembers(&credentials.uname, mac) {
+        if self.is_cached(&credentials.uname, mac) {
             return true;
         }
         let uname = credentials.uname.clone();
-        let valid = self.hash(users, credentials).await;
+        let valid = self.verify_uncached(users, credentials).await;
         if valid {
-            self.lock().insert(uname, (digest, Instant::now()));
+            self.cache().insert(uname, (digest, Instant::now()));
         }
         valid
     }
 
-    async fn hash(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
+    async fn verify_uncached(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let (users, permit) = (users.clone(), self.hashing.acquire_arc().await);
         smol::unblock(move || {
             // Held in here: a client that leaves does not stop the hash that it has caused.
@@ -88,21 +88,23 @@ impl Login {
         .await
     }
 
-    fn remembers(&self, uname: &[u8], mac: Blake2bMac512) -> bool {
-        let known = self.lock().get(uname).copied();
-        known.is_some_and(|(digest, since)| since.elapsed() < REMEMBERED && mac.verify_slice(&digest).is_ok())
+    fn is_cached(&self, uname: &[u8], mac: Blake2bMac512) -> bool {
+        let cached = self.cache().get(uname).copied();
+        cached.is_some_and(|(digest, verified_at)| {
+            verified_at.elapsed() < CACHE_TIME && mac.verify_slice(&digest).is_ok()
+        })
     }
 
     fn mac(&self, credentials: &Credentials) -> Option<Blake2bMac512> {
-        let mut mac = Blake2bMac512::new_from_slice(self.key.as_ref()?).ok()?;
+        let mut mac = Blake2bMac512::new_from_slice(self.mac_key.as_ref()?).ok()?;
         mac.update(&[u8::try_from(credentials.uname.len()).ok()?]);
         mac.update(&credentials.uname);
         mac.update(&credentials.passwd);
         Some(mac)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Vec<u8>, (Digest, Instant)>> {
-        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
+    fn cache(&self) -> std::sync::MutexGuard<'_, HashMap<Vec<u8>, (Digest, Instant)>> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -118,15 +120,15 @@ mod tests {
     fn a_login_is_hashed_once_and_a_wrong_password_is_never_remembered() {
         let line = crate::policy::users::new_entry("alice", b"secret").expect("a line");
         let users = Arc::new(Users::parse(&line).expect("users"));
-        let login = Login::default();
+        let passwords = PasswordVerifier::default();
         smol::block_on(async {
-            assert!(!login.verify(&users, alice("wrong")).await);
-            assert!(login.verify(&users, alice("secret")).await);
-            assert!(!login.verify(&users, alice("wrong")).await);
+            assert!(!passwords.verify(&users, alice("wrong")).await);
+            assert!(passwords.verify(&users, alice("secret")).await);
+            assert!(!passwords.verify(&users, alice("wrong")).await);
             // The second time no hash is needed, which users without any show.
             let nobody = Arc::new(Users::default());
-            assert!(login.verify(&nobody, alice("secret")).await);
-            assert!(!login.verify(&nobody, alice("wrong")).await);
+            assert!(passwords.verify(&nobody, alice("secret")).await);
+            assert!(!passwords.verify(&nobody, alice("wrong")).await);
         });
     }
 }

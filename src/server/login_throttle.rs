@@ -1,0 +1,163 @@
+//! Who fails to log in, and what comes of it: after a few failures answers take longer and longer, then the door is
+//! shut for a while. Knows addresses and times and nothing else; the clock is an argument.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// How many failures within [`FAILURE_WINDOW`] are taken for typing errors.
+const FREE_FAILURES: usize = 5;
+/// See [`FREE_FAILURES`].
+const FAILURE_WINDOW: Duration = Duration::from_secs(60);
+/// How long the first answer after them takes; each further one twice as long, up to [`MAX_DELAY`].
+const MIN_DELAY: Duration = Duration::from_secs(1);
+/// See [`MIN_DELAY`].
+pub(super) const MAX_DELAY: Duration = Duration::from_secs(30);
+/// How many answers are delayed before the door is shut.
+const MAX_DELAYED_FAILURES: u32 = 6;
+/// How long the door is shut; and after how long without a failure everything is forgotten.
+pub(super) const BLOCK_TIME: Duration = Duration::from_secs(600);
+/// How many sources are remembered. At the limit the most harmless one is forgotten for a new one, and of several the
+/// one that has been quiet for longest.
+const MAX_CLIENTS: usize = 4096;
+
+/// Those who have failed to log in lately.
+#[derive(Debug, Default)]
+pub(super) struct LoginThrottle(HashMap<IpAddr, FailedLogins>);
+
+#[derive(Debug)]
+struct FailedLogins {
+    /// When the first and the last of the failures that still count were; the last one is the last of all.
+    recent: [Option<Instant>; FREE_FAILURES],
+    last: Instant,
+    /// How many answers were delayed, once there were too many failures.
+    delayed_failures: Option<u32>,
+}
+
+impl FailedLogins {
+    fn new(now: Instant) -> Self {
+        Self { recent: [None; FREE_FAILURES], last: now, delayed_failures: None }
+    }
+
+    fn is_expired(&self, now: Instant) -> bool {
+        now.duration_since(self.last) >= if self.delayed_failures.is_some() { BLOCK_TIME } else { FAILURE_WINDOW }
+    }
+
+    fn is_blocked(&self) -> bool {
+        self.delayed_failures.is_some_and(|count| count >= MAX_DELAYED_FAILURES)
+    }
+
+    fn record_failure(&mut self, now: Instant) {
+        self.last = now;
+        if let Some(count) = &mut self.delayed_failures {
+            *count += 1;
+            return;
+        }
+        self.recent.rotate_left(1);
+        if let Some(newest) = self.recent.last_mut() {
+            *newest = Some(now);
+        }
+        let oldest = self.recent.first().copied().flatten();
+        self.delayed_failures = oldest.filter(|oldest| now.duration_since(*oldest) < FAILURE_WINDOW).map(|_| 0);
+    }
+}
+
+impl LoginThrottle {
+    /// How much later than otherwise `client` gets its next answer.
+    pub(super) fn delay(&self, client: IpAddr, now: Instant) -> Duration {
+        match self.failures_of(client, now).and_then(|failed| failed.delayed_failures) {
+            Some(count) => MIN_DELAY.saturating_mul(2_u32.saturating_pow(count)).min(MAX_DELAY),
+            None => Duration::ZERO,
+        }
+    }
+
+    /// Whether connections of `client` are closed as they come.
+    pub(super) fn is_blocked(&self, client: IpAddr, now: Instant) -> bool {
+        self.failures_of(client, now).is_some_and(FailedLogins::is_blocked)
+    }
+
+    /// Counts a failure. True when it is the one that shuts the door.
+    pub(super) fn record_failure(&mut self, client: IpAddr, now: Instant) -> bool {
+        if self.failures_of(client, now).is_none() {
+            self.0.remove(&client);
+            self.make_room(now);
+        }
+        let failed = self.0.entry(client).or_insert_with(|| FailedLogins::new(now));
+        let was_blocked = failed.is_blocked();
+        failed.record_failure(now);
+        failed.is_blocked() && !was_blocked
+    }
+
+    fn failures_of(&self, client: IpAddr, now: Instant) -> Option<&FailedLogins> {
+        self.0.get(&client).filter(|failed| !failed.is_expired(now))
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        if self.0.len() < MAX_CLIENTS {
+            return;
+        }
+        self.0.retain(|_, failed| !failed.is_expired(now));
+        if self.0.len() >= MAX_CLIENTS {
+            let evicted = self.0.iter().min_by_key(|(_, failed)| (failed.delayed_failures, failed.last));
+            let evicted = evicted.map(|(client, _)| *client);
+            evicted.map(|client| self.0.remove(&client));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+    const B: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2));
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    #[test]
+    fn answers_take_longer_and_longer_and_then_the_door_is_shut_for_a_while() {
+        let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
+        for _ in 0..FREE_FAILURES {
+            assert_eq!(throttle.delay(A, now), Duration::ZERO);
+            assert!(!throttle.record_failure(A, now));
+        }
+        for delay in [1, 2, 4, 8, 16, 30] {
+            assert_eq!(throttle.delay(A, now), seconds(delay));
+            assert!(!throttle.is_blocked(A, now));
+            assert_eq!(throttle.record_failure(A, now), delay == 30);
+        }
+        assert!(throttle.is_blocked(A, now + BLOCK_TIME - seconds(1)));
+        assert!(!throttle.record_failure(A, now), "the door is shut once");
+        assert!(!throttle.is_blocked(A, now + BLOCK_TIME));
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO);
+        assert!(!throttle.is_blocked(B, now), "somebody else");
+    }
+
+    #[test]
+    fn failures_that_are_far_apart_cost_nothing() {
+        let (mut throttle, mut now) = (LoginThrottle::default(), Instant::now());
+        for _ in 0..100 {
+            throttle.record_failure(A, now);
+            now += FAILURE_WINDOW / 4;
+            assert_eq!(throttle.delay(A, now), Duration::ZERO);
+        }
+        now += FAILURE_WINDOW;
+        (0..FREE_FAILURES).for_each(|_| assert!(!throttle.record_failure(A, now)));
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME - seconds(1)), seconds(1));
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO, "it is forgotten");
+    }
+
+    #[test]
+    fn of_too_many_sources_the_harmless_and_quiet_ones_are_forgotten() {
+        let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
+        (0..FREE_FAILURES).for_each(|_| assert!(!throttle.record_failure(A, now)));
+        for n in 0..2 * MAX_CLIENTS {
+            let client = IpAddr::from(u32::try_from(n).expect("small").to_be_bytes());
+            throttle.record_failure(client, now + seconds(1));
+            assert!(throttle.0.len() <= MAX_CLIENTS);
+        }
+        assert_eq!(throttle.delay(A, now + seconds(2)), seconds(1));
+    }
+}
