@@ -49,14 +49,14 @@ pub struct Args {
     man: bool,
 
     #[argh(subcommand)]
-    mode: Option<Command>,
+    mode: Option<Subcommand>,
 }
 
 /// One of the four modes.
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand)]
 #[allow(clippy::large_enum_variant, reason = "there is one in a process")]
-pub enum Command {
+pub enum Subcommand {
     /// `s5 serve`
     Serve(serve::Args),
     /// `s5 connect`
@@ -67,7 +67,7 @@ pub enum Command {
     Udp(udp::Args),
 }
 
-impl Command {
+impl Subcommand {
     /// What is logged.
     pub fn log_level(&self) -> LevelFilter {
         match self {
@@ -98,18 +98,18 @@ impl Command {
 
 /// What ends the program before a mode has begun.
 #[derive(Debug)]
-pub enum Exit {
+pub enum EarlyExit {
     /// Text that was asked for: to stdout, status 0.
-    Text(String),
+    Output(String),
     /// A command line that makes no sense.
     Usage(CliError),
 }
 
-impl Exit {
+impl EarlyExit {
     /// Prints it and gives the exit status.
     pub fn print(self) -> ExitCode {
         match self {
-            Self::Text(text) => {
+            Self::Output(text) => {
                 // Nobody is left to be told that nobody reads.
                 let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
                 ExitCode::SUCCESS
@@ -123,32 +123,34 @@ impl Exit {
 ///
 /// # Errors
 /// What to print instead of running.
-pub fn parse(args: &[String]) -> Result<Command, Exit> {
+pub fn parse(args: &[String]) -> Result<Subcommand, EarlyExit> {
     let normal = argv::normalise(args.get(1..).unwrap_or_default());
-    let words = match normal.map_err(|what| Exit::Usage(CliError::usage(what)))? {
+    let words = match normal.map_err(|what| EarlyExit::Usage(CliError::usage(what)))? {
         Normal::Words(words) => words,
-        Normal::Help(text) => return Err(Exit::Text(text)),
+        Normal::Help(text) => return Err(EarlyExit::Output(text)),
     };
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let parsed = Args::from_args(&[NAME], &words).map_err(|early| match early.status {
-        Ok(()) => Exit::Text(early.output),
-        Err(()) => Exit::Usage(CliError::usage(one_line(&early.output))),
+        Ok(()) => EarlyExit::Output(early.output),
+        Err(()) => EarlyExit::Usage(CliError::usage(one_line(&early.output))),
     })?;
     match parsed {
-        Args { version: true, .. } => Err(Exit::Text(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
-        Args { man: true, .. } => Err(Exit::Text(help::manual())),
-        Args { completions: Some(shell), .. } => Err(Exit::Text(shell.script())),
+        Args { version: true, .. } => Err(EarlyExit::Output(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
+        Args { man: true, .. } => Err(EarlyExit::Output(help::manual())),
+        Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script())),
         Args { mode: Some(command), .. } => Ok(command),
-        Args { mode: None, .. } => Err(Exit::Usage(CliError::usage("a mode is missing: serve, connect, bind or udp"))),
+        Args { mode: None, .. } => {
+            Err(EarlyExit::Usage(CliError::usage("a mode is missing: serve, connect, bind or udp")))
+        }
     }
 }
 
 /// Overwrites passwords in the command line of this process, `args` being what it was.
-pub fn hide_secrets(args: &[OsString]) {
-    let octets: Vec<&[u8]> = args.iter().map(|arg| arg.as_bytes()).collect();
-    let may_hold_one =
+pub fn redact_command_line(args: &[OsString]) {
+    let raw_args: Vec<&[u8]> = args.iter().map(|arg| arg.as_bytes()).collect();
+    let may_have_password =
         |arg: &&[u8]| arg.contains(&b'@') || arg.starts_with(b"-") && (arg.contains(&b'P') || arg.contains(&b'u'));
-    if !octets.iter().any(may_hold_one) {
+    if !raw_args.iter().any(may_have_password) {
         return;
     }
     let words: Vec<String> = args.iter().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
@@ -159,7 +161,7 @@ pub fn hide_secrets(args: &[OsString]) {
         }
         _ => None,
     };
-    secrets::blot(&octets, user.as_deref());
+    secrets::redact(&raw_args, user.as_deref());
 }
 
 /// argh's complaints are paragraphs; ours are lines. Words of the command line are repeated in them, and a proxy's URL in
@@ -172,7 +174,7 @@ fn one_line(text: &str) -> String {
 }
 
 /// `10`, `2.5`, `500ms`, `10s`, `5m`, `2h`.
-fn duration(text: &str) -> Result<Duration, String> {
+fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text.get(digits.len()..).unwrap_or_default() {
         "" | "s" => Duration::from_secs(1),
@@ -181,21 +183,21 @@ fn duration(text: &str) -> Result<Duration, String> {
         "h" => Duration::from_secs(3600),
         _ => return Err(format!("{text:?} has a unit other than ms, s, m and h")),
     };
-    let time = decimal(digits).and_then(|billionths| {
+    let time = parse_decimal(digits).and_then(|billionths| {
         // Not in binary fractions, whose code is large for what it would do here.
         let nanos = unit.as_nanos().checked_mul(billionths)? / 1_000_000_000;
         u64::try_from(nanos).ok().map(Duration::from_nanos)
     });
-    let time = time.filter(|time| *time <= LONGEST);
+    let time = time.filter(|time| *time <= MAX_DURATION);
     time.ok_or_else(|| format!("{text:?} is not a number of seconds up to a year"))
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 on"))
 }
 
 /// A decimal number in billionths; what is finer is left out.
-fn decimal(text: &str) -> Option<u128> {
+fn parse_decimal(text: &str) -> Option<u128> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let is_number = |text: &str| text.bytes().all(|octet| octet.is_ascii_digit());
     if whole.is_empty() && fraction.is_empty() || !is_number(whole) || !is_number(fraction) {
@@ -206,11 +208,11 @@ fn decimal(text: &str) -> Option<u128> {
 }
 
 /// The longest time that an option takes: a year.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// As [`duration`], but not 0.
-fn deadline(text: &str) -> Result<Duration, String> {
-    duration(text).and_then(|time| if time.is_zero() { Err("0 is no time at all".into()) } else { Ok(time) })
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    parse_duration(text).and_then(|time| if time.is_zero() { Err("0 is no time at all".into()) } else { Ok(time) })
 }
 
 #[cfg(test)]
@@ -230,18 +232,18 @@ mod tests {
             ("2h", 7_200_000),
         ];
         for (text, millis) in table {
-            assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
         for text in ["", "-1", "1.2.3", ".", "1d", "x", "1e9999", "inf", "NaN", "99999999999", "ms"] {
-            assert!(duration(text).is_err(), "{text}");
+            assert!(parse_duration(text).is_err(), "{text}");
         }
-        assert!(deadline("0").is_err());
+        assert!(parse_timeout("0").is_err());
     }
 
     #[test]
     fn complaints_fit_on_a_line() {
         let words = ["s5", "connect", "--nonsense"].map(String::from);
-        let Err(Exit::Usage(failure)) = parse(&words) else { panic!("not a usage error") };
+        let Err(EarlyExit::Usage(failure)) = parse(&words) else { panic!("not a usage error") };
         assert_eq!(failure.message.lines().count(), 1, "{}", failure.message);
         assert!(failure.message.contains("--nonsense"), "{}", failure.message);
     }
@@ -253,7 +255,7 @@ mod tests {
             ["s5", "connect", "--socks5h://alice:secret@proxy.test"],
             ["s5", "serve", "alice:secret@proxy.test"],
         ] {
-            let Err(Exit::Usage(failure)) = parse(&words.map(String::from)) else { panic!("not a usage error") };
+            let Err(EarlyExit::Usage(failure)) = parse(&words.map(String::from)) else { panic!("not a usage error") };
             assert!(failure.message.contains("@proxy.test") && !failure.message.contains("secret"), "{failure}");
         }
     }

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use simple_logger::SimpleLogger;
 
 /// A log whose reader is gone must not take the server along: writing to a closed stderr panics inside the logger.
-struct Unbreakable(SimpleLogger);
+struct InfallibleLogger(SimpleLogger);
 
-impl log::Log for Unbreakable {
+impl log::Log for InfallibleLogger {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
         self.0.enabled(metadata)
     }
@@ -24,7 +24,7 @@ impl log::Log for Unbreakable {
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    s5::cmd::hide_secrets(&args);
+    s5::cmd::redact_command_line(&args);
     let Ok(args) = args.into_iter().map(OsString::into_string).collect::<Result<Vec<String>, _>>() else {
         return s5::cmd::CliError::usage("the command line is not UTF-8").print();
     };
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     let level = command.log_level();
     let logger = SimpleLogger::new().with_level(level).with_utc_timestamps();
     log::set_max_level(level);
-    if log::set_boxed_logger(Box::new(Unbreakable(logger))).is_err() {
+    if log::set_boxed_logger(Box::new(InfallibleLogger(logger))).is_err() {
         return s5::cmd::CliError::usage("a logger is set already").print();
     }
     // A panic is a line and status 1 like any other failure; its usual 101 would say REP 1.

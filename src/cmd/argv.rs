@@ -3,7 +3,7 @@
 
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
-use super::client::why_not;
+use super::client::unsupported_reason;
 use super::secrets::without_userinfo;
 use super::{Args, client, help, serve};
 
@@ -98,14 +98,15 @@ struct Words<'a> {
 impl<'a> Words<'a> {
     /// The option that is meant, if there is one; an error, if it is one of other modes.
     fn find(&self, name: &str, is_meant: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
-        match why_not(self.mode, name) {
+        match unsupported_reason(self.mode, name) {
             Some(why) => Err(format!("{} takes no {name}: {why}", self.mode)),
             None => Ok(self.flags.iter().find(|flag| is_meant(flag))),
         }
     }
 
     fn unknown(&self, option: &str) -> String {
-        let known = self.flags.iter().map(|flag| flag.long).filter(|long| why_not(self.mode, long).is_none());
+        let known =
+            self.flags.iter().map(|flag| flag.long).filter(|long| unsupported_reason(self.mode, long).is_none());
         let nearest =
             known.filter(|_| option.starts_with("--")).map(|long| (strsim::osa_distance(long, option), long)).min();
         let option = without_userinfo(option);

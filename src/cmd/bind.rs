@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::tunnel::Use;
-use super::client::{Mode, client_mode, descriptor};
+use super::client::{ClientMode, client_mode, descriptor};
 use super::exit_status::{CliError, ExitStatus};
 use crate::client::{Client, parse_addr};
 use crate::conn::Conn;
@@ -88,7 +88,7 @@ impl Args {
             [_, surplus, ..] => return Err(CliError::usage(format!("one peer is enough: {surplus:?} is too much"))),
         };
         let mut sink = args.bound_to.as_deref().map(Sink::of).transpose()?;
-        let plan = Plan::new(Mode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+        let plan = Plan::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         plan.run(Box::pin(async {
             let attempt = plan.request(Command::Bind).await;
             let Attempt { client, tries, result } = attempt;

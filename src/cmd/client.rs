@@ -19,14 +19,14 @@ use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, Posi
 
 use super::secrets::without_userinfo;
 use super::udp::MAX_PEERS;
-use super::{CliError, at_least_one, deadline, duration};
+use super::{CliError, parse_duration, parse_positive, parse_timeout};
 use crate::client::{self as socks};
 use crate::policy::rules::parse_level;
 use crate::proto::{Addr, Level, Method};
 
 /// A client mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum ClientMode {
     /// `s5 connect`
     Connect,
     /// `s5 bind`
@@ -36,31 +36,42 @@ pub enum Mode {
 }
 
 /// The options that not every mode takes: which do, and why the others do not.
-const OWN: [(&[&str], &[Mode], &str); 10] = [
-    (&["-l", "--listen"], &[Mode::Connect, Mode::Udp], "it is the proxy that listens"),
-    (&["-k", "--keep-open"], &[Mode::Connect], "it is for connect with -l; udp -l serves many as it is"),
-    (&["--direct", "--no-proxy"], &[Mode::Connect, Mode::Udp], "without a proxy there is nobody to listen"),
-    (&["--bound-to"], &[Mode::Bind], "it is for bind"),
-    (&["-N", "--shutdown", "--no-shutdown"], &[Mode::Connect, Mode::Bind], "datagrams have no end to pass on"),
-    (&["-C", "--crlf"], &[Mode::Connect, Mode::Bind], "a line becomes a datagram without its end"),
-    (&["-F", "--pass-fd"], &[Mode::Connect, Mode::Bind], "an association ends with its connection"),
-    (&["-e", "--exec", "-c", "--sh-exec"], &[Mode::Connect, Mode::Bind], "datagrams are no stream for a program"),
-    (&["--progress"], &[Mode::Connect, Mode::Bind], "datagrams have no progress"),
+const RESTRICTED_OPTIONS: [(&[&str], &[ClientMode], &str); 10] = [
+    (&["-l", "--listen"], &[ClientMode::Connect, ClientMode::Udp], "it is the proxy that listens"),
+    (&["-k", "--keep-open"], &[ClientMode::Connect], "it is for connect with -l; udp -l serves many as it is"),
+    (&["--direct", "--no-proxy"], &[ClientMode::Connect, ClientMode::Udp], "without a proxy there is nobody to listen"),
+    (&["--bound-to"], &[ClientMode::Bind], "it is for bind"),
+    (
+        &["-N", "--shutdown", "--no-shutdown"],
+        &[ClientMode::Connect, ClientMode::Bind],
+        "datagrams have no end to pass on",
+    ),
+    (&["-C", "--crlf"], &[ClientMode::Connect, ClientMode::Bind], "a line becomes a datagram without its end"),
+    (&["-F", "--pass-fd"], &[ClientMode::Connect, ClientMode::Bind], "an association ends with its connection"),
+    (
+        &["-e", "--exec", "-c", "--sh-exec"],
+        &[ClientMode::Connect, ClientMode::Bind],
+        "datagrams are no stream for a program",
+    ),
+    (&["--progress"], &[ClientMode::Connect, ClientMode::Bind], "datagrams have no progress"),
     (
         &["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"],
-        &[Mode::Udp],
+        &[ClientMode::Udp],
         "it is for datagrams, and so for udp",
     ),
 ];
 
 /// Why a mode does not take an option that another one does.
-pub(super) fn why_not(mode: &str, option: &str) -> Option<&'static str> {
-    [Mode::Connect, Mode::Bind, Mode::Udp].into_iter().find(|known| known.name() == mode)?.why_not(option)
+pub(super) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
+    [ClientMode::Connect, ClientMode::Bind, ClientMode::Udp]
+        .into_iter()
+        .find(|known| known.name() == mode)?
+        .unsupported_reason(option)
 }
 
-impl Mode {
-    fn why_not(self, option: &str) -> Option<&'static str> {
-        let row = OWN.iter().find(|(options, ..)| options.contains(&option))?;
+impl ClientMode {
+    fn unsupported_reason(self, option: &str) -> Option<&'static str> {
+        let row = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
         (!row.1.contains(&self)).then_some(row.2)
     }
 }
@@ -74,7 +85,7 @@ pub struct Args {
     pub(super) proxy: Vec<String>,
 
     /// the protocol of the proxy, as nc and ncat name it: 5 or socks5, since there is no other
-    #[argh(option, short = 'X', arg_name = "5", from_str_fn(socks5))]
+    #[argh(option, short = 'X', arg_name = "5", from_str_fn(parse_proxy_type))]
     #[allow(dead_code, reason = "it is taken, and there is nothing to choose")]
     pub(super) proxy_type: Option<()>,
 
@@ -93,7 +104,7 @@ pub struct Args {
 
     /// the methods that are offered to the proxy: none, password, gssapi (none, and what there is something to log in
     /// with)
-    #[argh(option, arg_name = "method,…", from_str_fn(methods))]
+    #[argh(option, arg_name = "method,…", from_str_fn(parse_methods))]
     pub(super) auth: Option<Vec<Method>>,
 
     /// the proxy's Kerberos service: a name, or a principal such as rcmd/host@REALM (rcmd)
@@ -121,7 +132,7 @@ pub struct Args {
     pub(super) ccache: Option<PathBuf>,
 
     /// who looks up the target's name: remote, which is the last proxy, or local (remote)
-    #[argh(option, short = 'R', arg_name = "side", from_str_fn(side), default = "false")]
+    #[argh(option, short = 'R', arg_name = "side", from_str_fn(parse_dns_side), default = "false")]
     pub(super) proxy_dns: bool,
 
     /// use IPv4 alone
@@ -137,21 +148,21 @@ pub struct Args {
     pub(super) source: Option<IpAddr>,
 
     /// the port to come from
-    #[argh(option, short = 'p', arg_name = "port", from_str_fn(port))]
+    #[argh(option, short = 'p', arg_name = "port", from_str_fn(parse_source_port))]
     pub(super) source_port: Option<u16>,
 
     /// how long it may take until the target has accepted or, with bind, the peer has come: seconds, or with ms, s, m, h
     /// (60; for bind's peer, what the proxy allows). With udp, to associate (60) and then, behind the end of stdin, to
     /// wait for answers (2)
-    #[argh(option, short = 'w', arg_name = "time", from_str_fn(duration))]
+    #[argh(option, short = 'w', arg_name = "time", from_str_fn(parse_duration))]
     pub(super) timeout: Option<Duration>,
 
     /// try again for so long, unless it would fail the same way again
-    #[argh(option, arg_name = "time", from_str_fn(duration))]
+    #[argh(option, arg_name = "time", from_str_fn(parse_duration))]
     pub(super) wait: Option<Duration>,
 
     /// end, with status 28, after so long without an octet either way; with udp -l, end a peer's association (60)
-    #[argh(option, short = 'i', arg_name = "time", from_str_fn(deadline))]
+    #[argh(option, short = 'i', arg_name = "time", from_str_fn(parse_timeout))]
     pub(super) idle_timeout: Option<Duration>,
 
     /// only establish what was asked for, quietly: the exit status is the answer. Without a target, ask the proxy for
@@ -168,7 +179,7 @@ pub struct Args {
     pub(super) send_only: bool,
 
     /// end so long after stdin, whatever is still to come (never)
-    #[argh(option, short = 'q', arg_name = "time", from_str_fn(duration))]
+    #[argh(option, short = 'q', arg_name = "time", from_str_fn(parse_duration))]
     pub(super) quit_after: Option<Duration>,
 
     /// pass on the end of stdin, which is done anyway
@@ -225,7 +236,7 @@ pub struct Args {
     pub(super) length_prefixed: bool,
 
     /// with -l, how many peers may have an association at once (256)
-    #[argh(option, arg_name = "n", from_str_fn(at_least_one), default = "MAX_PEERS")]
+    #[argh(option, arg_name = "n", from_str_fn(parse_positive), default = "MAX_PEERS")]
     pub(super) max_peers: usize,
 
     /// say on stderr what happens; twice, also in the handshake
@@ -249,14 +260,14 @@ pub struct Args {
     pub(super) target: Vec<String>,
 }
 
-fn socks5(text: &str) -> Result<(), String> {
+fn parse_proxy_type(text: &str) -> Result<(), String> {
     match text {
         "5" | "socks5" | "socks5h" => Ok(()),
         _ => Err(format!("{text:?}: s5 speaks SOCKS5 alone")),
     }
 }
 
-fn side(text: &str) -> Result<bool, String> {
+fn parse_dns_side(text: &str) -> Result<bool, String> {
     match text {
         "remote" => Ok(false),
         "local" => Ok(true),
@@ -264,22 +275,22 @@ fn side(text: &str) -> Result<bool, String> {
     }
 }
 
-fn port(text: &str) -> Result<u16, String> {
+fn parse_source_port(text: &str) -> Result<u16, String> {
     socks::parse_port(text).and_then(|port| if port == 0 { Err("0 is no port to come from".into()) } else { Ok(port) })
 }
 
 /// A comma list of methods.
-pub(super) fn methods(text: &str) -> Result<Vec<Method>, String> {
-    some_of(text, &[Method::NONE, Method::PASSWORD, Method::GSSAPI])
+pub(super) fn parse_methods(text: &str) -> Result<Vec<Method>, String> {
+    parse_subset(text, &[Method::NONE, Method::PASSWORD, Method::GSSAPI])
 }
 
 /// A comma list of levels.
-pub(super) fn levels(text: &str) -> Result<Vec<Level>, String> {
-    some_of(text, &Level::ALL)
+pub(super) fn parse_levels(text: &str) -> Result<Vec<Level>, String> {
+    parse_subset(text, &Level::ALL)
 }
 
 /// A comma list of some of `all`, each once.
-fn some_of<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result<Vec<T>, String> {
+fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result<Vec<T>, String> {
     let mut found = Vec::new();
     for word in text.split(',') {
         match all.iter().find(|known| known.to_string() == word) {
@@ -293,7 +304,7 @@ fn some_of<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result<Vec<
     Ok(found)
 }
 
-impl Mode {
+impl ClientMode {
     /// The word of the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -311,9 +322,9 @@ impl Mode {
         positional: &'static [PositionalInfo<'static>],
     ) -> CommandInfoWithArgs {
         let all = Args::get_args_info();
-        let takes = |flag: &&FlagInfo<'static>| self.why_not(flag.long).is_none();
-        let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(takes).map(same).collect();
-        let notes = &[NOTE];
+        let takes = |flag: &&FlagInfo<'static>| self.unsupported_reason(flag.long).is_none();
+        let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(takes).map(copy_flag).collect();
+        let notes = &[PROXY_NOTE];
         // Once or twice in the life of a process.
         let flags = Box::leak(flags.into_boxed_slice());
         CommandInfoWithArgs {
@@ -329,7 +340,7 @@ impl Mode {
 }
 
 /// What all modes say of the proxy.
-const NOTE: &str = "The proxy is --proxy, else S5_PROXY, all_proxy, ALL_PROXY, SOCKS5_SERVER or SOCKS_SERVER, unless no_proxy \
+const PROXY_NOTE: &str = "The proxy is --proxy, else S5_PROXY, all_proxy, ALL_PROXY, SOCKS5_SERVER or SOCKS_SERVER, unless no_proxy \
                     or NO_PROXY names the target; else 127.0.0.1:1080.\n\n\
                     User and password are those of the URL, else of --proxy-user, --proxy-auth-file, S5_PROXY_AUTH or \
                     NCAT_PROXY_AUTH (user:password), SOCKS5_USER and SOCKS5_PASSWORD, SOCKS_USERNAME and SOCKS_PASSWORD. \
@@ -337,7 +348,7 @@ const NOTE: &str = "The proxy is --proxy, else S5_PROXY, all_proxy, ALL_PROXY, S
                     stdin.";
 
 /// argh's type can't be cloned. How often an option may stand is not told in any help.
-fn same(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
+fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
     let kind = match flag.kind {
         FlagInfoKind::Switch => FlagInfoKind::Switch,
         FlagInfoKind::Option { arg_name } => FlagInfoKind::Option { arg_name },
@@ -366,7 +377,7 @@ macro_rules! client_mode {
 
         impl argh::ArgsInfo for Args {
             fn get_args_info() -> argh::CommandInfoWithArgs {
-                crate::cmd::client::Mode::$mode.info($description, &[$example], &[$(argh::PositionalInfo {
+                crate::cmd::client::ClientMode::$mode.info($description, &[$example], &[$(argh::PositionalInfo {
                     name: stringify!($positional),
                     description: $what,
                     optionality: argh::Optionality::Optional,
@@ -379,7 +390,7 @@ macro_rules! client_mode {
 pub(super) use client_mode;
 
 /// The target of `host:port` or `host port`.
-pub(super) fn target(words: &[String]) -> Result<Addr, CliError> {
+pub(super) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
     let parsed = match words {
         [both] => socks::parse_addr(both, None),
         [host, port] => socks::parse_host(host).and_then(|host| Ok(Addr { host, port: socks::parse_port(port)? })),

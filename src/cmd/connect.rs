@@ -4,7 +4,7 @@ use super::CliError;
 use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::tunnel::Use;
-use super::client::{Mode, client_mode, forward, target};
+use super::client::{ClientMode, client_mode, forward, parse_target};
 use crate::proto::Command;
 
 client_mode!(
@@ -25,7 +25,7 @@ impl Args {
         // Without a target a proxy can still be asked whether it lets us in.
         let dst = match (args.target.as_slice(), args.zero_io) {
             ([], true) => None,
-            (words, _) => Some(target(words)?),
+            (words, _) => Some(parse_target(words)?),
         };
         let listen = args.listen.as_deref().map(forward::local).transpose()?;
         if listen.is_none() && args.keep_open {
@@ -34,7 +34,7 @@ impl Args {
         if args.keep_open && args.source_port.is_some() {
             return Err(CliError::usage("-p and -k: one port is enough for one connection alone"));
         }
-        let plan = Plan::new(Mode::Connect, &args, dst)?;
+        let plan = Plan::new(ClientMode::Connect, &args, dst)?;
         plan.run(Box::pin(async {
             match (listen, plan.dst()) {
                 // What is large and may not be needed is made when it is.

@@ -10,58 +10,58 @@ use crate::reactor::sleep;
 use crate::relay::Moved;
 
 /// How often it is drawn.
-const PACE: Duration = Duration::from_millis(200);
+const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Shows octets, rate and time on stderr for as long as it is polled, if `is_wanted`; never ready.
-pub(super) async fn show<T>(is_wanted: bool, moved: &Moved) -> T {
-    if !is_wanted {
+/// Shows octets, rate and time on stderr for as long as it is polled, if `is_enabled`; never ready.
+pub(super) async fn show<T>(is_enabled: bool, moved: &Moved) -> T {
+    if !is_enabled {
         return pending().await;
     }
-    let shown = Shown { began: Instant::now(), moved };
+    let line = ProgressLine { began: Instant::now(), moved };
     loop {
-        shown.draw("");
-        sleep(PACE).await;
+        line.draw("");
+        sleep(REDRAW_INTERVAL).await;
     }
 }
 
 /// A line that stays when it is dropped, with what is true then.
-struct Shown<'a> {
+struct ProgressLine<'a> {
     began: Instant,
     moved: &'a Moved,
 }
 
-impl Shown<'_> {
+impl ProgressLine<'_> {
     /// Over what is there (ECMA-48: to the first column, and erase the line).
     fn draw(&self, end: &str) {
-        let octets = self.moved.up.load(Ordering::Relaxed) + self.moved.down.load(Ordering::Relaxed);
+        let bytes = self.moved.up.load(Ordering::Relaxed) + self.moved.down.load(Ordering::Relaxed);
         let time = self.began.elapsed();
-        let rate = u128::from(octets) * 1000 / time.as_millis().max(1);
-        let rate = Octets(u64::try_from(rate).unwrap_or(u64::MAX));
+        let rate = u128::from(bytes) * 1000 / time.as_millis().max(1);
+        let rate = ByteSize(u64::try_from(rate).unwrap_or(u64::MAX));
         let seconds = time.as_secs();
         let (minutes, seconds) = (seconds / 60, seconds % 60);
-        let _ = write!(io::stderr(), "\r\x1b[K{} in {minutes}:{seconds:02}, {rate}/s{end}", Octets(octets));
+        let _ = write!(io::stderr(), "\r\x1b[K{} in {minutes}:{seconds:02}, {rate}/s{end}", ByteSize(bytes));
     }
 }
 
-impl Drop for Shown<'_> {
+impl Drop for ProgressLine<'_> {
     fn drop(&mut self) {
         self.draw("\n");
     }
 }
 
 /// `17 B`, `1.5 KiB`, `3.2 GiB`.
-struct Octets(u64);
+struct ByteSize(u64);
 
-impl fmt::Display for Octets {
+impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(octets) = *self;
+        let Self(bytes) = *self;
         let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-        match units.into_iter().find(|(shift, _)| octets >> shift > 0) {
+        match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
             Some((shift, unit)) => {
-                let tenths = ((octets >> (shift - 10)) * 10) >> 10;
+                let tenths = ((bytes >> (shift - 10)) * 10) >> 10;
                 write!(f, "{}.{} {unit}", tenths / 10, tenths % 10)
             }
-            None => write!(f, "{octets} B"),
+            None => write!(f, "{bytes} B"),
         }
     }
 }
@@ -81,8 +81,8 @@ mod tests {
             ((1 << 30) - 1, "1023.9 MiB"),
             (u64::MAX, "16777215.9 TiB"),
         ];
-        for (octets, shown) in table {
-            assert_eq!(Octets(octets).to_string(), shown);
+        for (bytes, shown) in table {
+            assert_eq!(ByteSize(bytes).to_string(), shown);
         }
     }
 }

@@ -5,14 +5,14 @@ use std::ops::Range;
 
 /// What a password in the command line is overwritten with.
 #[cfg(target_os = "linux")]
-const BLOT: u8 = b'x';
+const FILLER: u8 = b'x';
 
 /// What stands before an `@`, but for a scheme, is not shown.
 pub(super) fn without_userinfo(word: &str) -> String {
     match word.rsplit_once('@') {
-        Some((before, place)) => match before.split_once("://") {
-            Some((scheme, _)) => format!("{scheme}://…@{place}"),
-            None => format!("…@{place}"),
+        Some((before, host)) => match before.split_once("://") {
+            Some((scheme, _)) => format!("{scheme}://…@{host}"),
+            None => format!("…@{host}"),
         },
         None => word.into(),
     }
@@ -20,25 +20,25 @@ pub(super) fn without_userinfo(word: &str) -> String {
 
 /// Overwrites in the command line of this process, of which `words` are a copy, the passwords of URLs and that of
 /// `user`, which is the value of an option. As far as the system lets it.
-pub(super) fn blot(words: &[&[u8]], user: Option<&str>) {
+pub(super) fn redact(words: &[&[u8]], user: Option<&str>) {
     let spans: Vec<(usize, Range<usize>)> = words
         .iter()
         .enumerate()
         .flat_map(|(i, word)| {
-            let spans = [in_url(word), user.and_then(|user| in_option(word, user.as_bytes()))];
+            let spans = [password_in_url(word), user.and_then(|user| password_in_option(word, user.as_bytes()))];
             spans.into_iter().flatten().map(move |span| (i, span))
         })
         .collect();
     if !spans.is_empty() {
         #[cfg(target_os = "linux")]
-        if let Err(error) = overwrite(words, &spans) {
+        if let Err(error) = overwrite_arguments(words, &spans) {
             log::debug!("a password stays in the command line: {error}");
         }
     }
 }
 
 /// Where a word has passwords, from the first to the end of the last.
-fn in_url(word: &[u8]) -> Option<Range<usize>> {
+fn password_in_url(word: &[u8]) -> Option<Range<usize>> {
     let end = word.iter().rposition(|octet| *octet == b'@')?;
     let before = word.get(..end)?;
     let colon = before.iter().position(|octet| *octet == b':')?;
@@ -54,14 +54,14 @@ fn in_url(word: &[u8]) -> Option<Range<usize>> {
 }
 
 /// Where a word that is or ends with `user:password` has the password.
-fn in_option(word: &[u8], value: &[u8]) -> Option<Range<usize>> {
+fn password_in_option(word: &[u8], value: &[u8]) -> Option<Range<usize>> {
     let colon = value.iter().position(|octet| *octet == b':')?;
     word.ends_with(value).then(|| word.len() - value.len() + colon + 1..word.len())
 }
 
 /// The kernel says where the command line is, and gives this process its own memory as a file.
 #[cfg(target_os = "linux")]
-fn overwrite(words: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Result<()> {
+fn overwrite_arguments(words: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     // arg_start, field 48 of proc_pid_stat(5); the third comes behind the name, which is in brackets.
@@ -77,7 +77,7 @@ fn overwrite(words: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Resul
     let mut at = start;
     for (i, word) in words.iter().enumerate() {
         for (_, span) in spans.iter().filter(|(of, _)| *of == i) {
-            memory.write_all_at(&vec![BLOT; span.len()], at + span.start as u64)?;
+            memory.write_all_at(&vec![FILLER; span.len()], at + span.start as u64)?;
         }
         at += word.len() as u64 + 1;
     }
@@ -104,12 +104,12 @@ mod tests {
             ("", None),
         ];
         for (word, secret) in table {
-            let found = in_url(word.as_bytes()).and_then(|span| word.get(span));
+            let found = password_in_url(word.as_bytes()).and_then(|span| word.get(span));
             assert_eq!(found, secret, "{word}");
         }
         let table = [("-Palice:a:b", Some("a:b")), ("alice:a:b", Some("a:b")), ("alice:a:bc", None)];
         for (word, secret) in table {
-            let found = in_option(word.as_bytes(), b"alice:a:b").and_then(|span| word.get(span));
+            let found = password_in_option(word.as_bytes(), b"alice:a:b").and_then(|span| word.get(span));
             assert_eq!(found, secret, "{word}");
         }
     }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
-use super::client::{levels, methods};
-use super::{CliError, ExitStatus, at_least_one, deadline, duration};
+use super::client::{parse_levels, parse_methods};
+use super::{CliError, ExitStatus, parse_duration, parse_positive, parse_timeout};
 use crate::client::{Auth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
@@ -64,7 +64,7 @@ pub struct Args {
 
     /// methods that are taken, the preferred one first: none, password, gssapi (password with --users, gssapi with
     /// --keytab, else none)
-    #[argh(option, arg_name = "method,…", from_str_fn(methods))]
+    #[argh(option, arg_name = "method,…", from_str_fn(parse_methods))]
     auth: Option<Vec<Method>>,
 
     /// where the keys for gssapi are (what the environment or the system says)
@@ -76,7 +76,7 @@ pub struct Args {
     gssapi_service: Option<String>,
 
     /// what may be granted: none (curl can do no other), integrity, confidentiality (the last two)
-    #[argh(option, arg_name = "level,…", from_str_fn(levels))]
+    #[argh(option, arg_name = "level,…", from_str_fn(parse_levels))]
     gssapi_protection: Option<Vec<Level>>,
 
     /// a file with a rule a line: who may go where; first match wins
@@ -112,7 +112,7 @@ pub struct Args {
     hop: Vec<String>,
 
     /// the methods that are offered to hops: none, password, gssapi (none, and what there is something to log in with)
-    #[argh(option, arg_name = "method,…", from_str_fn(methods))]
+    #[argh(option, arg_name = "method,…", from_str_fn(parse_methods))]
     hop_auth: Option<Vec<Method>>,
 
     /// at a reload, leave sessions alone that would now be refused
@@ -120,11 +120,11 @@ pub struct Args {
     keep_sessions: bool,
 
     /// sessions at once from one address, of IPv6 from one /64 (no limit)
-    #[argh(option, arg_name = "n", from_str_fn(at_least_one))]
+    #[argh(option, arg_name = "n", from_str_fn(parse_positive))]
     max_per_client: Option<usize>,
 
     /// sessions at once of one user (no limit)
-    #[argh(option, arg_name = "n", from_str_fn(at_least_one))]
+    #[argh(option, arg_name = "n", from_str_fn(parse_positive))]
     max_per_user: Option<usize>,
 
     /// octets a second of a session, and of all sessions of a user together; both ways together (no limit)
@@ -136,27 +136,27 @@ pub struct Args {
     rate_per_user: Option<u64>,
 
     /// for everything up to the request (10)
-    #[argh(option, arg_name = "time", from_str_fn(deadline), default = "Duration::from_secs(10)")]
+    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
     handshake_timeout: Duration,
 
     /// for the name and all addresses of a target together (10)
-    #[argh(option, arg_name = "time", from_str_fn(deadline), default = "Duration::from_secs(10)")]
+    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
     connect_timeout: Duration,
 
     /// for the peer that BIND expects (120)
-    #[argh(option, arg_name = "time", from_str_fn(deadline), default = "Duration::from_secs(120)")]
+    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(120)")]
     bind_timeout: Duration,
 
     /// for silence on an open tunnel or association (124m, RFC 5382)
-    #[argh(option, arg_name = "time", from_str_fn(deadline), default = "Duration::from_secs(124 * 60)")]
+    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(124 * 60)")]
     idle_timeout: Duration,
 
     /// for open sessions to finish once the server is told to end (5)
-    #[argh(option, arg_name = "time", from_str_fn(duration), default = "Duration::from_secs(5)")]
+    #[argh(option, arg_name = "time", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
     drain: Duration,
 
     /// connections at once (what the descriptor limit allows)
-    #[argh(option, arg_name = "n", from_str_fn(at_least_one))]
+    #[argh(option, arg_name = "n", from_str_fn(parse_positive))]
     max_connections: Option<usize>,
 
     /// threads that run sessions (one a core)

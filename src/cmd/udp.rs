@@ -14,7 +14,7 @@ use futures_lite::FutureExt as _;
 use super::client::forward::local;
 use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
-use super::client::{Mode, client_mode, target};
+use super::client::{ClientMode, client_mode, parse_target};
 use super::exit_status::{CliError, ExitStatus};
 use crate::client::{Association, Client, Error, Lost};
 use crate::proto::Addr;
@@ -46,14 +46,14 @@ impl Args {
         let Self(args) = self;
         let dst = match (args.target.as_slice(), args.zero_io) {
             ([], true) => None,
-            (words, _) => Some(target(words)?),
+            (words, _) => Some(parse_target(words)?),
         };
         let framing = Framing::of(&args)?;
         let listen = args.listen.as_deref().map(local).transpose()?;
         if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
             return Err(CliError::usage("-z, -d, -n and --send-only are of no use with -l"));
         }
-        let plan = Plan::new(Mode::Udp, &args, dst)?;
+        let plan = Plan::new(ClientMode::Udp, &args, dst)?;
         if let Some(addr) = listen {
             let bounds = forward::Bounds { peers: args.max_peers, idle: args.idle_timeout.unwrap_or(PEER_IDLE) };
             return plan.run(Box::pin(forward::run(&plan, addr, bounds)));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::report::Report;
-use super::{Args, Mode, credentials, proxies};
+use super::{Args, ClientMode, credentials, proxies};
 use crate::client::{Auth, Cause, Client, Error, Proxy};
 use crate::cmd::CliError;
 use crate::cmd::exit_status::{ExitStatus, eprint_line};
@@ -59,10 +59,10 @@ pub(in crate::cmd) struct Attempt<T> {
 
 impl Plan {
     /// `dst` is what the mode asks for: nothing, when a proxy is only probed; with BIND, who may come.
-    pub(in crate::cmd) fn new(mode: Mode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
+    pub(in crate::cmd) fn new(mode: ClientMode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // Whom a proxy waits for can't be reached directly instead.
-        let mut hops = proxies::hops(args, dst.as_ref().filter(|_| mode != Mode::Bind))?;
-        if hops.is_empty() && (mode == Mode::Bind || dst.is_none()) {
+        let mut hops = proxies::hops(args, dst.as_ref().filter(|_| mode != ClientMode::Bind))?;
+        if hops.is_empty() && (mode == ClientMode::Bind || dst.is_none()) {
             return Err(CliError::usage("without a proxy there is nobody to ask"));
         }
         let source = source(args, &hops)?;
