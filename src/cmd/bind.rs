@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use filedescriptor::FileDescriptor;
 use rustix::io::Errno;
 
-use super::client::plan::{Attempt, Plan};
+use super::client::connector::{Attempt, Connector};
 use super::client::report::Report;
-use super::client::tunnel::Use;
+use super::client::tunnel::TunnelAction;
 use super::client::{ClientMode, client_mode, descriptor};
 use super::exit_status::{CliError, ExitStatus};
 use crate::client::{Client, parse_addr};
@@ -41,9 +41,9 @@ enum Sink {
 impl Sink {
     /// A file of an earlier run is removed, so that nobody takes its address for ours.
     fn of(text: &str) -> Result<Self, CliError> {
-        match descriptor::number(text) {
+        match descriptor::fd_number(text) {
             Some(number) => {
-                let file = descriptor::take(number);
+                let file = descriptor::take_fd(number);
                 file.map(Self::Descriptor).map_err(|error| CliError::usage(format!("--bound-to {text}: {error}")))
             }
             None => {
@@ -63,7 +63,7 @@ impl Sink {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
             // A pipe with a name, or a device.
             Self::File(path) if path.metadata().is_ok_and(|found| !found.is_file()) => {
-                descriptor::open_pipe(path, true)?.write_all(line.as_bytes())
+                descriptor::open_fifo(path, true)?.write_all(line.as_bytes())
             }
             Self::File(path) => {
                 let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -81,26 +81,26 @@ impl Sink {
 impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
-        let tunnel_use = Use::of(&args)?;
+        let action = TunnelAction::from_args(&args)?;
         let peer = match args.target.as_slice() {
             [] => None,
             [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| CliError::usage(format!("peer: {error}")))?),
             [_, surplus, ..] => return Err(CliError::usage(format!("one peer is enough: {surplus:?} is too much"))),
         };
         let mut sink = args.bound_to.as_deref().map(Sink::of).transpose()?;
-        let plan = Plan::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
-        plan.run(Box::pin(async {
-            let attempt = plan.request(Command::Bind).await;
+        let connector = Connector::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+        connector.run(Box::pin(async {
+            let attempt = connector.request(Command::Bind).await;
             let Attempt { client, tries, result } = attempt;
-            let mut report = Report::new(&plan, &client, tries);
+            let mut report = Report::new(&connector, &client, tries);
             let result = match result {
                 Ok((mut tunnel, bnd)) => {
                     let bound = client.meant(bnd, &tunnel);
                     report.set_bnd(&bound);
-                    match wait(&plan, &client, &mut tunnel, &bound, sink.take(), args.timeout.is_some()).await {
+                    match wait(&connector, &client, &mut tunnel, &bound, sink.take(), args.timeout.is_some()).await {
                         Ok(peer) => {
                             report.set_peer(&client, Some(&peer));
-                            Box::pin(tunnel_use.run(&plan, tunnel, &bound, &mut report)).await
+                            Box::pin(action.run(&connector, tunnel, &bound, &mut report)).await
                         }
                         Err(failure) => {
                             report.set_peer(&client, None);
@@ -110,21 +110,21 @@ impl Args {
                 }
                 Err(failure) => Err(failure),
             };
-            plan.conclude(report, result)
+            connector.finish(report, result)
         }))
     }
 }
 
 /// Says where the proxy listens, and waits for the peer, which is who it says has come.
 async fn wait(
-    plan: &Plan,
+    connector: &Connector,
     client: &Client,
     tunnel: &mut Conn,
     bound: &Addr,
     sink: Option<Sink>,
     is_limited: bool,
 ) -> Result<Addr, CliError> {
-    plan.tell(&format!("bound {bound}"));
+    connector.print_line(&format!("bound {bound}"));
     if let Some(mut sink) = sink {
         let line = format!("{bound}\n");
         let deadline = Instant::now() + WRITING;
@@ -139,8 +139,8 @@ async fn wait(
         };
         written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
     }
-    plan.note(&format!("waiting for {}", plan.dst().map_or("anybody".into(), ToString::to_string)));
+    connector.print_verbose(&format!("waiting for {}", connector.dst().map_or("anybody".into(), ToString::to_string)));
     let peer = if is_limited { client.accepted_in_time(tunnel).await } else { client.accepted(tunnel).await }?;
-    plan.tell(&format!("accepted {peer}"));
+    connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

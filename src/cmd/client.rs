@@ -2,13 +2,13 @@
 //! help nor taken, and the table here says why.
 
 pub(super) mod child;
+pub(super) mod connector;
 pub(super) mod credentials;
 pub(super) mod descriptor;
 pub(super) mod forward;
-pub(super) mod pipe;
-pub(super) mod plan;
 pub(super) mod proxies;
 pub(super) mod report;
+pub(super) mod stdio;
 pub(super) mod tunnel;
 
 use std::net::IpAddr;

@@ -1,9 +1,9 @@
 //! `s5 connect`: stdin and stdout through proxies to a target.
 
 use super::CliError;
-use super::client::plan::{Attempt, Plan};
+use super::client::connector::{Attempt, Connector};
 use super::client::report::Report;
-use super::client::tunnel::Use;
+use super::client::tunnel::TunnelAction;
 use super::client::{ClientMode, client_mode, forward, parse_target};
 use crate::proto::Command;
 
@@ -21,7 +21,7 @@ client_mode!(
 impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
-        let tunnel_use = Use::of(&args)?;
+        let action = TunnelAction::from_args(&args)?;
         // Without a target a proxy can still be asked whether it lets us in.
         let dst = match (args.target.as_slice(), args.zero_io) {
             ([], true) => None,
@@ -34,38 +34,38 @@ impl Args {
         if args.keep_open && args.source_port.is_some() {
             return Err(CliError::usage("-p and -k: one port is enough for one connection alone"));
         }
-        let plan = Plan::new(ClientMode::Connect, &args, dst)?;
-        plan.run(Box::pin(async {
-            match (listen, plan.dst()) {
+        let connector = Connector::new(ClientMode::Connect, &args, dst)?;
+        connector.run(Box::pin(async {
+            match (listen, connector.dst()) {
                 // What is large and may not be needed is made when it is.
-                (Some(addr), _) => Box::pin(forward::run(&plan, addr, args.keep_open, args.idle_timeout)).await,
-                (None, Some(_)) => connect(&plan, &tunnel_use).await,
-                (None, None) => probe(&plan).await,
+                (Some(addr), _) => Box::pin(forward::run(&connector, addr, args.keep_open, args.idle_timeout)).await,
+                (None, Some(_)) => connect(&connector, &action).await,
+                (None, None) => probe(&connector).await,
             }
         }))
     }
 }
 
-async fn connect(plan: &Plan, tunnel_use: &Use) -> Result<(), CliError> {
-    let Attempt { client, tries, result } = plan.request(Command::Connect).await;
-    let mut report = Report::new(plan, &client, tries);
+async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), CliError> {
+    let Attempt { client, tries, result } = connector.request(Command::Connect).await;
+    let mut report = Report::new(connector, &client, tries);
     let result = match result {
         Ok((tunnel, bnd)) => {
             report.set_bnd(&bnd);
-            plan.note(&format!("connected to {} from {bnd}", client.dst()));
-            Box::pin(tunnel_use.run(plan, tunnel, &bnd, &mut report)).await
+            connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
+            Box::pin(action.run(connector, tunnel, &bnd, &mut report)).await
         }
         Err(failure) => Err(failure),
     };
-    plan.conclude(report, result)
+    connector.finish(report, result)
 }
 
 /// Only asks the proxy to let us in.
-async fn probe(plan: &Plan) -> Result<(), CliError> {
-    let Attempt { client, tries, result } = plan.attempt(async |client| client.probe().await).await;
+async fn probe(connector: &Connector) -> Result<(), CliError> {
+    let Attempt { client, tries, result } = connector.attempt(async |client| client.probe().await).await;
     if result.is_ok() {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
-        plan.note(&format!("it lets us in (method {method})"));
+        connector.print_verbose(&format!("it lets us in (method {method})"));
     }
-    plan.conclude(Report::new(plan, &client, tries), result)
+    connector.finish(Report::new(connector, &client, tries), result)
 }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
+use super::client::connector::{Attempt, Connector};
 use super::client::forward::local;
-use super::client::plan::{Attempt, Plan};
 use super::client::report::Report;
 use super::client::{ClientMode, client_mode, parse_target};
 use super::exit_status::{CliError, ExitStatus};
@@ -53,10 +53,10 @@ impl Args {
         if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
             return Err(CliError::usage("-z, -d, -n and --send-only are of no use with -l"));
         }
-        let plan = Plan::new(ClientMode::Udp, &args, dst)?;
+        let connector = Connector::new(ClientMode::Udp, &args, dst)?;
         if let Some(addr) = listen {
             let bounds = forward::Bounds { peers: args.max_peers, idle: args.idle_timeout.unwrap_or(PEER_IDLE) };
-            return plan.run(Box::pin(forward::run(&plan, addr, bounds)));
+            return connector.run(Box::pin(forward::run(&connector, addr, bounds)));
         }
         let transfer = Transfer {
             framing,
@@ -66,7 +66,7 @@ impl Args {
             idle: args.idle_timeout,
             count: args.count,
         };
-        plan.run(Box::pin(run(&plan, (!args.zero_io).then_some(transfer))))
+        connector.run(Box::pin(run(&connector, (!args.zero_io).then_some(transfer))))
     }
 }
 
@@ -76,24 +76,24 @@ async fn associate(client: &Client) -> Result<(Association, Addr), Error> {
     Ok((client.associate().await?, dst))
 }
 
-async fn run(plan: &Plan, transfer: Option<Transfer>) -> Result<(), CliError> {
-    let Attempt { client, tries, result } = plan.attempt(associate).await;
-    let mut report = Report::new(plan, &client, tries);
+async fn run(connector: &Connector, transfer: Option<Transfer>) -> Result<(), CliError> {
+    let Attempt { client, tries, result } = connector.attempt(associate).await;
+    let mut report = Report::new(connector, &client, tries);
     let result = match result {
         Ok((association, dst)) => {
             if let Some(relay) = association.relay() {
                 report.set_bnd(relay);
-                let target = plan.dst().map(|dst| format!(" for {dst}")).unwrap_or_default();
-                plan.note(&format!("relays{target} at {relay}"));
+                let target = connector.dst().map(|dst| format!(" for {dst}")).unwrap_or_default();
+                connector.print_verbose(&format!("relays{target} at {relay}"));
             }
             match transfer {
-                Some(transfer) => transfer.run(plan, &association, &dst, &mut report).await,
+                Some(transfer) => transfer.run(connector, &association, &dst, &mut report).await,
                 None => Ok(()),
             }
         }
         Err(failure) => Err(failure),
     };
-    plan.conclude(report, result)
+    connector.finish(report, result)
 }
 
 /// What is to be done with stdin and answers.
@@ -111,15 +111,15 @@ struct Transfer {
 impl Transfer {
     async fn run(
         self,
-        plan: &Plan,
+        connector: &Connector,
         association: &Association,
         dst: &Addr,
         report: &mut Report,
     ) -> Result<(), CliError> {
-        let mut sink =
-            Sink::new(self.framing, self.writes).map_err(|error| failed(plan, ExitStatus::WRITE_STDOUT, &error))?;
+        let mut sink = Sink::new(self.framing, self.writes)
+            .map_err(|error| failed(connector, ExitStatus::WRITE_STDOUT, &error))?;
         let flow = Flow {
-            plan,
+            connector,
             association,
             dst,
             began: Instant::now(),
@@ -129,7 +129,8 @@ impl Transfer {
             count: self.count.unwrap_or(u64::MAX),
             moved: Moved::default(),
         };
-        let ended = flow.receive(&mut sink).or(self.send(&flow)).or(self.idle(&flow)).or(lost(plan, association)).await;
+        let ended =
+            flow.receive(&mut sink).or(self.send(&flow)).or(self.idle(&flow)).or(lost(connector, association)).await;
         // Answers that are here already are written, whatever it was that ended.
         let rest = match &ended {
             // Who does not read does not keep it from ending when its time is over.
@@ -138,12 +139,13 @@ impl Transfer {
         };
         report.set_moved(&flow.moved);
         report.set_ends(flow.first_answer.get(), None);
-        tell_losses(plan, association);
+        tell_losses(connector, association);
         rest.and(ended)?;
         match self.count {
             Some(count) if flow.answers.get() < count => {
                 let answers = flow.answers.get();
-                Err(plan.failed(ExitStatus::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
+                Err(connector
+                    .transfer_error(ExitStatus::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
             }
             _ => Ok(()),
         }
@@ -161,7 +163,7 @@ impl Transfer {
                 None => pending().await,
             };
         }
-        let stdin = |error: io::Error| failed(flow.plan, ExitStatus::READ_STDIN, &error);
+        let stdin = |error: io::Error| failed(flow.connector, ExitStatus::READ_STDIN, &error);
         let mut source = Source::new(self.framing).map_err(stdin)?;
         while let Some(data) = source.next().await.map_err(stdin)? {
             flow.send(&data).await?;
@@ -173,12 +175,12 @@ impl Transfer {
     async fn idle(&self, flow: &Flow<'_>) -> Result<(), CliError> {
         let Some(idle) = self.idle else { return pending().await };
         silence(&flow.last, idle).await;
-        Err(flow.plan.failed(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
+        Err(flow.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
     }
 }
 
 /// Datagrams may be lost, but not without a word where we know of it.
-fn tell_losses(plan: &Plan, association: &Association) {
+fn tell_losses(connector: &Connector, association: &Association) {
     let losses = association.losses();
     for (n, what) in [
         (losses.cut, "cut: fragments are missing"),
@@ -186,7 +188,10 @@ fn tell_losses(plan: &Plan, association: &Association) {
         (losses.overflown, "dropped: they came faster than they were read"),
     ] {
         if n > 0 {
-            plan.tell(&format!("s5: {}", plan.failed(ExitStatus::FAILURE, &format!("answers {what} ({n})"))));
+            connector.print_line(&format!(
+                "s5: {}",
+                connector.transfer_error(ExitStatus::FAILURE, &format!("answers {what} ({n})"))
+            ));
         }
     }
 }
@@ -199,26 +204,26 @@ async fn silence(last: &Cell<Instant>, idle: Duration) {
 }
 
 /// Returns when a proxy has ended the association, which is a failure.
-async fn lost(plan: &Plan, association: &Association) -> Result<(), CliError> {
+async fn lost(connector: &Connector, association: &Association) -> Result<(), CliError> {
     let Lost(proxy) = association.lost().await;
-    let target = plan.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
+    let target = connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
     let what = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
     Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))
 }
 
-fn failed(plan: &Plan, status: ExitStatus, error: &io::Error) -> CliError {
+fn failed(connector: &Connector, status: ExitStatus, error: &io::Error) -> CliError {
     let what = match status {
         ExitStatus::READ_STDIN => "reading stdin",
         ExitStatus::WRITE_STDOUT => "writing to stdout",
         ExitStatus::SEND_ERROR => "sending",
         _ => "receiving",
     };
-    plan.failed(status, &format!("{what}: {error}"))
+    connector.transfer_error(status, &format!("{what}: {error}"))
 }
 
 /// Datagrams on their way.
 struct Flow<'a> {
-    plan: &'a Plan,
+    connector: &'a Connector,
     association: &'a Association,
     dst: &'a Addr,
     began: Instant,
@@ -237,14 +242,14 @@ impl Flow<'_> {
         self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
         // Stdin may always have more; answers must get their turn.
         yield_now().await;
-        sent.map_err(|error| failed(self.plan, ExitStatus::SEND_ERROR, &error))
+        sent.map_err(|error| failed(self.connector, ExitStatus::SEND_ERROR, &error))
     }
 
     /// Writes answers as they come, until there are enough.
     async fn receive(&self, sink: &mut Sink) -> Result<(), CliError> {
         while self.answers.get() < self.count {
             let received = self.association.recv().await;
-            let (_, answer) = received.map_err(|error| failed(self.plan, ExitStatus::RECEIVE_ERROR, &error))?;
+            let (_, answer) = received.map_err(|error| failed(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
             self.take(&answer, sink);
             self.receive_rest(sink).await?;
             // Answers without end must not keep the others from their turn.
@@ -264,7 +269,7 @@ impl Flow<'_> {
         }
         sink.flush().await.map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => CliError::new(ExitStatus::BROKEN_PIPE, ""),
-            _ => failed(self.plan, ExitStatus::WRITE_STDOUT, &error),
+            _ => failed(self.connector, ExitStatus::WRITE_STDOUT, &error),
         })
     }
 

@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 
 use super::Args;
-use super::pipe::Pipe;
+use super::stdio::StdioStream;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
 
@@ -16,7 +16,7 @@ pub(super) struct Program(Vec<String>);
 
 impl Program {
     /// The one that the options name.
-    pub(super) fn of(args: &Args) -> Result<Option<Self>, CliError> {
+    pub(super) fn from_args(args: &Args) -> Result<Option<Self>, CliError> {
         match (&args.exec, &args.sh_exec) {
             (Some(_), Some(_)) => Err(CliError::usage("-e and -c: one or the other")),
             (Some(program), None) => {
@@ -29,7 +29,7 @@ impl Program {
     }
 
     /// Starts it, with these variables in its environment: it, and its stdout and stdin.
-    pub(super) fn start(&self, variables: &[(&str, String)], crlf: bool) -> Result<(Child, Pipe), CliError> {
+    pub(super) fn start(&self, variables: &[(&str, String)], crlf: bool) -> Result<(Child, StdioStream), CliError> {
         let Self(words) = self;
         let mut command = Command::new(words.first().map(String::as_str).unwrap_or_default());
         command.args(words.iter().skip(1)).envs(variables.iter().map(|(name, value)| (*name, value)));
@@ -43,13 +43,13 @@ impl Program {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| failed(&error))?;
         let pipes = child.stdin.take().map(OwnedFd::from).zip(child.stdout.take().map(OwnedFd::from));
         let pipe = pipes.ok_or_else(|| io::ErrorKind::BrokenPipe.into());
-        let pipe = pipe.and_then(|(stdin, stdout)| Pipe::from_child(stdout, stdin, crlf));
+        let pipe = pipe.and_then(|(stdin, stdout)| StdioStream::from_child(stdout, stdin, crlf));
         Ok((child, pipe.map_err(|error| failed(&error))?))
     }
 }
 
 /// How it ends, which is waited for on another thread.
-pub(super) async fn end(mut child: Child) -> io::Result<ExitStatus> {
+pub(super) async fn wait(mut child: Child) -> io::Result<ExitStatus> {
     let ended = smol::unblock(move || child.wait()).await?;
     Ok(ExitStatus::from_child(ended.code(), ended.signal()))
 }

@@ -46,7 +46,7 @@ pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> 
     }
     if let Some(file) = &args.proxy_auth_file {
         // Somebody may have taken it for the password itself.
-        let shown = if file.contains(':') && descriptor::number(file).is_none() { "…" } else { file };
+        let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
         known.extend(from_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
     }
     // The line of stdin or of a descriptor is taken in any case: whoever reads on must not find it there.
@@ -73,9 +73,9 @@ fn made(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, CliErro
 /// The lines of a file; the first line of stdin or of a descriptor, of which what follows may be for others.
 fn from_file(name: &str) -> io::Result<Vec<Login>> {
     let mut text = Vec::new();
-    match (name, descriptor::number(name)) {
+    match (name, descriptor::fd_number(name)) {
         ("-", _) => first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
-        (_, Some(number)) => first_line(descriptor::take(number)?, &mut text)?,
+        (_, Some(number)) => first_line(descriptor::take_fd(number)?, &mut text)?,
         (path, None) => drop(File::open(path)?.take(MAX_FILE).read_to_end(&mut text)?),
     }
     let lines = text.split(|octet| *octet == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));

@@ -13,13 +13,13 @@ use rustix::fs::OFlags;
 ///
 /// # Errors
 /// Those of open(2): ENXIO, when it is to be written and nobody reads.
-pub(in crate::cmd) fn open_pipe(path: &Path, writes: bool) -> io::Result<File> {
+pub(in crate::cmd) fn open_fifo(path: &Path, writes: bool) -> io::Result<File> {
     let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
     OpenOptions::new().read(!writes).write(writes).custom_flags(flag).open(path)
 }
 
 /// The number behind `fd:`; `None` for the name of a file.
-pub(in crate::cmd) fn number(text: &str) -> Option<&str> {
+pub(in crate::cmd) fn fd_number(text: &str) -> Option<&str> {
     text.strip_prefix("fd:")
 }
 
@@ -27,7 +27,7 @@ pub(in crate::cmd) fn number(text: &str) -> Option<&str> {
 ///
 /// # Errors
 /// It is not open, or one of the standard three.
-pub(in crate::cmd) fn take(number: &str) -> io::Result<FileDescriptor> {
+pub(in crate::cmd) fn take_fd(number: &str) -> io::Result<FileDescriptor> {
     let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
     let n: i32 = number.parse().map_err(|_| invalid("not the number of a descriptor"))?;
     if n < 3 {

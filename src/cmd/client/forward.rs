@@ -9,9 +9,9 @@ use std::time::Duration;
 use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 
-use super::plan::{Attempt, Plan};
+use super::connector::{Attempt, Connector};
 use super::report::Report;
-use super::tunnel::{Watched, end};
+use super::tunnel::{TrackedConn, relay_result};
 use crate::client::parse_addr;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
@@ -56,7 +56,7 @@ pub(in crate::cmd) fn unbound(addr: SocketAddr, error: &io::Error) -> CliError {
 
 /// Gives one connection its tunnel, or with `keeps` any number.
 pub(in crate::cmd) async fn run(
-    plan: &Plan,
+    connector: &Connector,
     addr: SocketAddr,
     keeps: bool,
     idle: Option<Duration>,
@@ -67,17 +67,17 @@ pub(in crate::cmd) async fn run(
         Ok((Io::new(listener)?, addr))
     });
     let (listener, addr) = bound.map_err(|error| unbound(addr, &error))?;
-    plan.tell(&format!("listening on {addr}"));
+    connector.print_line(&format!("listening on {addr}"));
     if !keeps {
-        let local = accept(plan, &listener).await?;
+        let local = accept(connector, &listener).await?;
         drop(listener);
-        return serve(plan, local, idle).await;
+        return serve(connector, local, idle).await;
     }
     let executor = LocalExecutor::new();
     let serve_all = async {
         loop {
-            let local = accept(plan, &listener).await?;
-            let tunnel = async { plan.tell_failure(serve(plan, local, idle).await) };
+            let local = accept(connector, &listener).await?;
+            let tunnel = async { connector.print_error(serve(connector, local, idle).await) };
             executor.spawn(Box::pin(tunnel) as Task<'_>).detach();
         }
     };
@@ -96,7 +96,7 @@ pub(in crate::cmd) async fn run_with(
 }
 
 /// The next connection. What one of them has to do with it does not keep the others from coming.
-async fn accept(plan: &Plan, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
+async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_short = false;
     loop {
         let accepted = listener.with(Way::Read, reactor::accept).await;
@@ -108,7 +108,7 @@ async fn accept(plan: &Plan, listener: &Io<TcpListener>) -> Result<Conn, CliErro
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 if !is_short {
-                    plan.tell(&format!("s5: accepting: {error}"));
+                    connector.print_line(&format!("s5: accepting: {error}"));
                 }
                 is_short = true;
                 sleep(PAUSE).await;
@@ -118,30 +118,31 @@ async fn accept(plan: &Plan, listener: &Io<TcpListener>) -> Result<Conn, CliErro
 }
 
 /// One connection from its beginning to its end.
-async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(), CliError> {
-    let established = plan.request(Command::Connect);
+async fn serve(connector: &Connector, mut local: Conn, idle: Option<Duration>) -> Result<(), CliError> {
+    let established = connector.request(Command::Connect);
     let left = async {
         local.left().await;
         sleep(LEAVE_GRACE).await;
         None
     };
     let Some(Attempt { client, tries, result }) = async { Some(established.await) }.or(left).await else {
-        let left = plan.failed(ExitStatus::RECEIVE_ERROR, "the local client left before there was a tunnel");
-        return plan.conclude(Report::default(), Err(left));
+        let left =
+            connector.transfer_error(ExitStatus::RECEIVE_ERROR, "the local client left before there was a tunnel");
+        return connector.finish(Report::default(), Err(left));
     };
-    let mut report = Report::new(plan, &client, tries);
+    let mut report = Report::new(connector, &client, tries);
     let (tunnel, bnd) = match result {
         Ok(reached) => reached,
         Err(failure) => {
             // It must not take nothing for the whole.
             local.abort();
-            return plan.conclude(report, Err(failure));
+            return connector.finish(report, Err(failure));
         }
     };
     report.set_bnd(&bnd);
-    plan.note(&format!("connected to {} from {bnd}", client.dst()));
-    let mut tunnel = Watched::new(tunnel, true);
-    let seen = tunnel.seen.clone();
+    connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
+    let mut tunnel = TrackedConn::new(tunnel, true);
+    let stats = tunnel.stats.clone();
     let moved = Moved::default();
     let limits = Limits { idle, ..Limits::default() };
     let ended = {
@@ -154,12 +155,12 @@ async fn serve(plan: &Plan, mut local: Conn, idle: Option<Duration>) -> Result<(
         local.abort();
     }
     report.set_moved(&moved);
-    report.set_ends(seen.first_byte.get(), seen.ended_first.get());
+    report.set_ends(stats.first_byte.get(), stats.ended_first.get());
     let result = match ended {
         Err(Broken::Io(Place::ReadClient | Place::WriteClient, error)) => {
-            Err(plan.failed(ExitStatus::RECEIVE_ERROR, &format!("the local client: {error}")))
+            Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("the local client: {error}")))
         }
-        ended => end(plan, idle, ended, Ok(())),
+        ended => relay_result(connector, idle, ended, Ok(())),
     };
-    plan.conclude(report, result)
+    connector.finish(report, result)
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::plan::Plan;
+use super::connector::Connector;
 use crate::client::{Client, Phase};
 use crate::cmd::{CliError, ExitStatus};
 use crate::proto::Addr;
@@ -54,12 +54,12 @@ struct Phases {
 
 impl Report {
     /// The way that a client has come.
-    pub(in crate::cmd) fn new(plan: &Plan, client: &Client, tries: u32) -> Self {
+    pub(in crate::cmd) fn new(connector: &Connector, client: &Client, tries: u32) -> Self {
         let times = client.times();
         Self {
-            proxy: plan.hops().last(),
-            hops: plan.hops().collect(),
-            target: plan.dst().map(ToString::to_string),
+            proxy: connector.hops().last(),
+            hops: connector.hops().collect(),
+            target: connector.dst().map(ToString::to_string),
             method: client.method().map(|method| method.to_string()),
             rep: client.rep().map(|rep| rep.0),
             bnd: None,

@@ -15,9 +15,9 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::Args;
 use super::child::{self, Program};
-use super::pipe::Pipe;
-use super::plan::Plan;
+use super::connector::Connector;
 use super::report::Report;
+use super::stdio::StdioStream;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
 use crate::cmd::progress;
@@ -28,32 +28,32 @@ use crate::relay::{BareOp, Broken, End, Limits, Moved, Place, Stream, relay};
 
 /// How long stdin may be silent when the network side has ended: what it has ready is still sent, but it is not
 /// waited for, since the peer has most likely left.
-const LINGER: Duration = Duration::from_millis(250);
+const STDIN_LINGER: Duration = Duration::from_millis(250);
 /// How long who only sends gives the other side to take it all.
-const FAREWELL: Duration = Duration::from_secs(5);
+const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
 /// What a tunnel is for.
 #[derive(Debug)]
-pub(in crate::cmd) struct Use {
-    only_establish: bool,
+pub(in crate::cmd) struct TunnelAction {
+    establish_only: bool,
     pass_fd: bool,
     program: Option<Program>,
-    reads: bool,
-    writes: bool,
+    reads_stdin: bool,
+    writes_stdout: bool,
     crlf: bool,
-    shuts_down: bool,
+    sends_eof: bool,
     quit_after: Option<Duration>,
-    idle: Option<Duration>,
-    progress: bool,
+    idle_timeout: Option<Duration>,
+    shows_progress: bool,
 }
 
-impl Use {
+impl TunnelAction {
     /// What the options say.
-    pub(in crate::cmd) fn of(args: &Args) -> Result<Self, CliError> {
+    pub(in crate::cmd) fn from_args(args: &Args) -> Result<Self, CliError> {
         if args.timeout.is_some_and(|time| time.is_zero()) {
             return Err(CliError::usage("-w: 0 is no time at all"));
         }
-        let program = Program::of(args)?;
+        let program = Program::from_args(args)?;
         let uses = [
             (args.zero_io, "-z"),
             (args.pass_fd, "-F"),
@@ -78,116 +78,125 @@ impl Use {
             }
         }
         Ok(Self {
-            only_establish: args.zero_io,
+            establish_only: args.zero_io,
             pass_fd: args.pass_fd,
             program,
-            reads: !args.recv_only,
-            writes: !args.send_only,
+            reads_stdin: !args.recv_only,
+            writes_stdout: !args.send_only,
             crlf: args.crlf,
-            shuts_down: !args.no_shutdown,
-            quit_after: args.quit_after.or(args.send_only.then_some(FAREWELL)),
-            idle: args.idle_timeout,
-            progress: args.progress && io::stderr().is_terminal(),
+            sends_eof: !args.no_shutdown,
+            quit_after: args.quit_after.or(args.send_only.then_some(SEND_ONLY_GRACE)),
+            idle_timeout: args.idle_timeout,
+            shows_progress: args.progress && io::stderr().is_terminal(),
         })
     }
 
     /// Puts the tunnel to its use, to the end.
     pub(in crate::cmd) async fn run(
         &self,
-        plan: &Plan,
+        connector: &Connector,
         tunnel: Conn,
         bnd: &Addr,
         report: &mut Report,
     ) -> Result<(), CliError> {
-        if self.only_establish {
+        if self.establish_only {
             return Ok(());
         }
         if self.pass_fd {
-            return pass(&tunnel)
-                .map_err(|error| plan.failed(ExitStatus::FAILURE, &format!("passing the socket: {error}")));
+            return pass_socket(&tunnel).map_err(|error| {
+                connector.transfer_error(ExitStatus::FAILURE, &format!("passing the socket: {error}"))
+            });
         }
         let (child, pipe) = match &self.program {
             Some(program) => {
                 let variables = [
-                    ("S5_TARGET", plan.dst().map(ToString::to_string)),
+                    ("S5_TARGET", connector.dst().map(ToString::to_string)),
                     ("S5_BND", Some(bnd.to_string())),
-                    ("S5_PROXY_ADDR", plan.hops().last()),
+                    ("S5_PROXY_ADDR", connector.hops().last()),
                 ];
                 let variables = variables.map(|(name, value)| (name, value.unwrap_or_default()));
                 let (child, pipe) = program.start(&variables, self.crlf)?;
                 (Some(child), pipe)
             }
             None => {
-                let pipe = Pipe::standard(self.reads, self.writes, self.crlf);
-                (None, pipe.map_err(|error| plan.failed(ExitStatus::FAILURE, &format!("stdin and stdout: {error}")))?)
+                let pipe = StdioStream::from_stdio(self.reads_stdin, self.writes_stdout, self.crlf);
+                (
+                    None,
+                    pipe.map_err(|error| {
+                        connector.transfer_error(ExitStatus::FAILURE, &format!("stdin and stdout: {error}"))
+                    })?,
+                )
             }
         };
-        self.relay(plan, pipe, child, tunnel, report).await
+        self.relay(connector, pipe, child, tunnel, report).await
     }
 
     async fn relay(
         &self,
-        plan: &Plan,
-        mut pipe: Pipe,
+        connector: &Connector,
+        mut pipe: StdioStream,
         child: Option<Child>,
         tunnel: Conn,
         report: &mut Report,
     ) -> Result<(), CliError> {
-        let linger = if pipe.reads() { LINGER } else { Duration::ZERO };
-        let limits = Limits { idle: self.idle, linger: child.is_none().then_some(linger), ..Limits::default() };
+        let linger = if pipe.reads() { STDIN_LINGER } else { Duration::ZERO };
+        let options =
+            Limits { idle: self.idle_timeout, linger: child.is_none().then_some(linger), ..Limits::default() };
         let moved = Moved::default();
-        let mut watched = Watched::new(tunnel, self.shuts_down);
-        let seen = watched.seen.clone();
-        let mut exit = child.map(|child| Box::pin(child::end(child)));
-        let mut exited = None;
-        let has_quit = Cell::new(false);
+        let mut tracked = TrackedConn::new(tunnel, self.sends_eof);
+        let stats = tracked.stats.clone();
+        let mut exit = child.map(|child| Box::pin(child::wait(child)));
+        let mut exit_status = None;
+        let quit_timed_out = Cell::new(false);
         let ended = {
             let quit = async {
-                seen.up_has_ended().await;
+                stats.up_done().await;
                 match (self.quit_after, &mut exit) {
                     (Some(time), _) => {
                         sleep(time).await;
-                        has_quit.set(true);
+                        quit_timed_out.set(true);
                     }
                     // A program that has said all and is gone hears nothing any more.
-                    (None, Some(exit)) => exited = Some(exit.await),
+                    (None, Some(exit)) => exit_status = Some(exit.await),
                     (None, None) => pending().await,
                 }
                 Ok(End::Over)
             };
-            let show = progress::show(self.progress, &moved);
-            let (mut near, mut far): (&mut dyn Stream, &mut dyn Stream) = (&mut pipe, &mut watched);
-            relay(&mut near, &mut far, &limits, &moved, |_, _| true).or(quit).or(show).await
+            let show = progress::show(self.shows_progress, &moved);
+            let (mut stdio, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut pipe, &mut tracked);
+            relay(&mut stdio, &mut remote, &options, &moved, |_, _| true).or(quit).or(show).await
         };
         if ended.is_ok() {
             // Who was left before the end is left in peace.
-            let _ = watched.stream.end_with_reset(false);
+            let _ = tracked.stream.end_with_reset(false);
         }
-        let is_cut = has_quit.get() || matches!(ended, Err(Broken::Idle));
-        let flushed = match is_cut {
+        let is_aborted = quit_timed_out.get() || matches!(ended, Err(Broken::Idle));
+        let flushed = match is_aborted {
             // Who does not read does not keep it from ending when its time is over.
-            true => until(Instant::now() + LINGER, pipe.flush()).await.unwrap_or(Ok(())),
+            true => until(Instant::now() + STDIN_LINGER, pipe.flush()).await.unwrap_or(Ok(())),
             false => pipe.flush().await,
         };
-        drop((pipe, watched));
+        drop((pipe, tracked));
         report.set_moved(&moved);
-        report.set_ends(seen.first_byte.get(), seen.ended_first.get());
-        end(plan, self.idle, ended, flushed)?;
-        if let (None, Some(exit)) = (&exited, exit.filter(|_| !has_quit.get())) {
-            exited = Some(exit.await);
+        report.set_ends(stats.first_byte.get(), stats.ended_first.get());
+        relay_result(connector, self.idle_timeout, ended, flushed)?;
+        if let (None, Some(exit)) = (&exit_status, exit.filter(|_| !quit_timed_out.get())) {
+            exit_status = Some(exit.await);
         }
-        match exited {
+        match exit_status {
             Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
             Some(Ok(status)) => Err(CliError::new(status, "")),
-            Some(Err(error)) => Err(plan.failed(ExitStatus::FAILURE, &format!("waiting for the program: {error}"))),
+            Some(Err(error)) => {
+                Err(connector.transfer_error(ExitStatus::FAILURE, &format!("waiting for the program: {error}")))
+            }
         }
     }
 }
 
 /// What a relay's end is to the user.
-pub(super) fn end(
-    plan: &Plan,
-    idle: Option<Duration>,
+pub(super) fn relay_result(
+    connector: &Connector,
+    idle_timeout: Option<Duration>,
     ended: Result<End, Broken>,
     flushed: io::Result<()>,
 ) -> Result<(), CliError> {
@@ -197,13 +206,14 @@ pub(super) fn end(
         }
         (ended, _) => ended,
     };
-    let failed = |status, what: &str, error: &io::Error| Err(plan.failed(status, &format!("{what}: {error}")));
+    let failed =
+        |status, what: &str, error: &io::Error| Err(connector.transfer_error(status, &format!("{what}: {error}")));
     match ended {
         // Nobody cuts it here.
         Ok(_) | Err(Broken::Cut) => Ok(()),
         Err(Broken::Idle) => {
-            let idle = idle.unwrap_or_default();
-            Err(plan.failed(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
+            let idle = idle_timeout.unwrap_or_default();
+            Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
         }
         Err(Broken::Io(Place::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Err(CliError::new(ExitStatus::BROKEN_PIPE, ""))
@@ -218,7 +228,7 @@ pub(super) fn end(
 }
 
 /// Sends the socket itself over stdout, with an octet to carry it (SCM_RIGHTS, unix(7)).
-fn pass(tunnel: &Conn) -> io::Result<()> {
+fn pass_socket(tunnel: &Conn) -> io::Result<()> {
     if tunnel.protection().is_some() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "it is protected by GSSAPI, which does not go along"));
     }
@@ -235,27 +245,27 @@ fn pass(tunnel: &Conn) -> io::Result<()> {
 }
 
 /// A tunnel's far side, and what is seen of how the relay goes.
-pub(super) struct Watched {
+pub(super) struct TrackedConn {
     stream: Conn,
     /// Whether the end of `up` is passed on.
-    shuts_down: bool,
-    pub(super) seen: std::rc::Rc<Seen>,
+    sends_eof: bool,
+    pub(super) stats: std::rc::Rc<TransferStats>,
 }
 
 /// What is seen of a relay.
-pub(super) struct Seen {
-    began: Instant,
+pub(super) struct TransferStats {
+    started: Instant,
     /// When the first octet came from the far side.
     pub(super) first_byte: Cell<Option<Duration>>,
     pub(super) ended_first: Cell<Option<&'static str>>,
-    up_ended: Cell<bool>,
+    is_up_done: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
-impl Seen {
+impl TransferStats {
     /// Returns when all of `up` is sent, its end included.
-    async fn up_has_ended(&self) {
-        poll_fn(|cx| match self.up_ended.get() {
+    async fn up_done(&self) {
+        poll_fn(|cx| match self.is_up_done.get() {
             true => Poll::Ready(()),
             false => {
                 *self.waker.borrow_mut() = Some(cx.waker().clone());
@@ -265,33 +275,33 @@ impl Seen {
         .await;
     }
 
-    fn end(&self, side: &'static str) {
+    fn set_ended_first(&self, side: &'static str) {
         self.ended_first.set(self.ended_first.get().or(Some(side)));
     }
 
-    fn read(&self, n: usize) {
+    fn on_read(&self, n: usize) {
         if n == 0 {
-            self.end("remote");
+            self.set_ended_first("remote");
         } else if self.first_byte.get().is_none() {
-            self.first_byte.set(Some(self.began.elapsed()));
+            self.first_byte.set(Some(self.started.elapsed()));
         }
     }
 }
 
-impl Watched {
-    pub(super) fn new(stream: Conn, shuts_down: bool) -> Self {
-        let seen = Seen {
-            began: Instant::now(),
+impl TrackedConn {
+    pub(super) fn new(stream: Conn, sends_eof: bool) -> Self {
+        let stats = TransferStats {
+            started: Instant::now(),
             first_byte: Cell::default(),
             ended_first: Cell::default(),
-            up_ended: Cell::default(),
+            is_up_done: Cell::default(),
             waker: RefCell::default(),
         };
-        Self { stream, shuts_down, seen: seen.into() }
+        Self { stream, sends_eof, stats: stats.into() }
     }
 }
 
-impl Stream for Watched {
+impl Stream for TrackedConn {
     fn abort(&self) {
         self.stream.abort();
     }
@@ -307,21 +317,21 @@ impl Stream for Watched {
     fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
         let polled = self.stream.poll_bare(cx, way, op);
         if let (Way::Read, Some(Poll::Ready(Ok(n)))) = (way, &polled) {
-            self.seen.read(*n);
+            self.stats.on_read(*n);
         }
         polled
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for TrackedConn {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let n = ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        self.seen.read(n);
+        self.stats.on_read(n);
         Poll::Ready(Ok(n))
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for TrackedConn {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
@@ -331,15 +341,15 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let shuts_down = self.shuts_down;
-        ready!(if shuts_down {
+        let sends_eof = self.sends_eof;
+        ready!(if sends_eof {
             Pin::new(&mut self.stream).poll_close(cx)
         } else {
             Pin::new(&mut self.stream).poll_flush(cx)
         })?;
-        self.seen.end("local");
-        self.seen.up_ended.set(true);
-        if let Some(waker) = self.seen.waker.borrow_mut().take() {
+        self.stats.set_ended_first("local");
+        self.stats.is_up_done.set(true);
+        if let Some(waker) = self.stats.waker.borrow_mut().take() {
             waker.wake();
         }
         Poll::Ready(Ok(()))

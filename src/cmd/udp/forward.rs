@@ -15,8 +15,8 @@ use smol::channel::{Receiver, Sender, bounded};
 use super::{associate, failed, lost, silence, tell_losses};
 use crate::client::Association;
 use crate::cmd::CliError;
+use crate::cmd::client::connector::{Attempt, Connector};
 use crate::cmd::client::forward::{Task, run_with, unbound};
-use crate::cmd::client::plan::{Attempt, Plan};
 use crate::cmd::client::report::Report;
 use crate::cmd::exit_status::ExitStatus;
 use crate::proto::{Addr, Host};
@@ -44,29 +44,30 @@ pub(super) struct Bounds {
 type Peers = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target, without end.
-pub(super) async fn run(plan: &Plan, addr: SocketAddr, bounds: Bounds) -> Result<(), CliError> {
+pub(super) async fn run(connector: &Connector, addr: SocketAddr, bounds: Bounds) -> Result<(), CliError> {
     let bound = UdpSocket::bind(addr).and_then(|socket| {
         socket.set_nonblocking(true)?;
         let addr = socket.local_addr()?;
         Ok((Io::new(socket)?, addr))
     });
     let (socket, addr) = bound.map_err(|error| unbound(addr, &error))?;
-    plan.tell(&format!("listening on {addr}"));
+    connector.print_line(&format!("listening on {addr}"));
     let peers = Peers::default();
     let executor = LocalExecutor::new();
     let mut is_told = false;
     let take_all = async {
         let mut buffer = vec![0; MAX_DATAGRAM];
         loop {
-            let (n, peer) =
-                receive(&socket, &mut buffer).await.map_err(|error| failed(plan, ExitStatus::RECEIVE_ERROR, &error))?;
+            let (n, peer) = receive(&socket, &mut buffer)
+                .await
+                .map_err(|error| failed(connector, ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
             let queue = peers.borrow().get(&peer).cloned();
             let queue = match queue {
                 Some(queue) => queue,
                 None if peers.borrow().len() >= bounds.peers => {
                     if !is_told {
-                        plan.tell(&format!("s5: {peer} is one peer too many; see --max-peers"));
+                        connector.print_line(&format!("s5: {peer} is one peer too many; see --max-peers"));
                     }
                     is_told = true;
                     continue;
@@ -74,7 +75,7 @@ pub(super) async fn run(plan: &Plan, addr: SocketAddr, bounds: Bounds) -> Result
                 None => {
                     let (queue, datagrams) = bounded(MAX_QUEUE);
                     peers.borrow_mut().insert(peer, queue.clone());
-                    let association = serve(plan, &socket, &peers, peer, datagrams, bounds.idle);
+                    let association = serve(connector, &socket, &peers, peer, datagrams, bounds.idle);
                     executor.spawn(Box::pin(association) as Task<'_>).detach();
                     queue
                 }
@@ -101,24 +102,24 @@ async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize
 
 /// One peer, from its first datagram until it has been silent for long enough.
 async fn serve(
-    plan: &Plan,
+    connector: &Connector,
     socket: &Io<UdpSocket>,
     peers: &Peers,
     peer: SocketAddr,
     datagrams: Receiver<Vec<u8>>,
     idle: Duration,
 ) {
-    let Attempt { client, tries, result } = plan.attempt(associate).await;
-    let mut report = Report::new(plan, &client, tries);
+    let Attempt { client, tries, result } = connector.attempt(associate).await;
+    let mut report = Report::new(connector, &client, tries);
     let is_associated = result.is_ok();
     let result = match result {
         Ok((association, dst)) => {
             if let Some(relay) = association.relay() {
                 report.set_bnd(relay);
-                plan.note(&format!("relays between {peer} and {dst} at {relay}"));
+                connector.print_verbose(&format!("relays between {peer} and {dst} at {relay}"));
             }
             let flow = Flow {
-                plan,
+                connector,
                 socket,
                 peer,
                 association: &association,
@@ -132,15 +133,15 @@ async fn serve(
                 silence(&flow.last, idle).await;
                 Ok(())
             };
-            let ended = flow.send(&datagrams).or(flow.receive()).or(idle).or(lost(plan, &association)).await;
+            let ended = flow.send(&datagrams).or(flow.receive()).or(idle).or(lost(connector, &association)).await;
             report.set_moved(&flow.moved);
             report.set_ends(flow.first_answer.get(), None);
-            tell_losses(plan, &association);
+            tell_losses(connector, &association);
             ended
         }
         Err(failure) => Err(failure),
     };
-    plan.tell_failure(plan.conclude(report, result));
+    connector.print_error(connector.finish(report, result));
     if !is_associated {
         // A peer that goes on sending does not make an attempt, and a line, of each datagram.
         sleep(AGAIN).await;
@@ -149,7 +150,7 @@ async fn serve(
 }
 
 struct Flow<'a> {
-    plan: &'a Plan,
+    connector: &'a Connector,
     socket: &'a Io<UdpSocket>,
     peer: SocketAddr,
     association: &'a Association,
@@ -177,7 +178,7 @@ impl Flow<'_> {
     async fn receive(&self) -> Result<(), CliError> {
         loop {
             let received = self.association.recv().await;
-            let (from, data) = received.map_err(|error| failed(self.plan, ExitStatus::RECEIVE_ERROR, &error))?;
+            let (from, data) = received.map_err(|error| failed(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
             // A target known by name has whatever address it has.
             if matches!(self.dst.host, Host::Ip(_)) && from != *self.dst {
                 log::debug!("an answer from {from} is not one of {}", self.dst);

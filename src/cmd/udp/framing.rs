@@ -12,7 +12,7 @@ use smol::Unblock;
 
 use crate::cmd::CliError;
 use crate::cmd::client::Args;
-use crate::cmd::client::pipe::Patient;
+use crate::cmd::client::stdio::BlockingFile;
 use crate::proto::MAX_UDP6;
 
 /// How many octets a line of hexadecimal digits may have: those of the largest datagram, with a blank between all.
@@ -46,13 +46,13 @@ impl Framing {
 /// stdin as datagrams.
 pub(super) enum Source {
     /// One read at a time.
-    Reads(Arc<Mutex<Patient>>),
-    Stream(Framing, BufReader<Unblock<Patient>>),
+    Reads(Arc<Mutex<BlockingFile>>),
+    Stream(Framing, BufReader<Unblock<BlockingFile>>),
 }
 
 impl Source {
     pub(super) fn new(framing: Framing) -> io::Result<Self> {
-        let stdin = Patient(File::from(io::stdin().as_fd().try_clone_to_owned()?));
+        let stdin = BlockingFile(File::from(io::stdin().as_fd().try_clone_to_owned()?));
         Ok(match framing {
             Framing::Raw => Self::Reads(Arc::new(Mutex::new(stdin))),
             _ => Self::Stream(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6, stdin))),
@@ -84,7 +84,7 @@ impl Source {
 }
 
 /// A line without its end, and not much more than `most` octets of it.
-async fn line(stdin: &mut BufReader<Unblock<Patient>>, most: usize) -> io::Result<Option<Vec<u8>>> {
+async fn line(stdin: &mut BufReader<Unblock<BlockingFile>>, most: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     // Room for one octet too many, so that a line that does not fit is refused, and for its end.
     if stdin.take(most as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
@@ -101,7 +101,7 @@ fn octets(digits: &[u8]) -> io::Result<Vec<u8>> {
     hex::decode(digits).map_err(|error| invalid(format!("not hexadecimal: {error}")))
 }
 
-async fn prefixed(stdin: &mut BufReader<Unblock<Patient>>) -> io::Result<Option<Vec<u8>>> {
+async fn prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> io::Result<Option<Vec<u8>>> {
     let mut length = [0; 2];
     if stdin.read(&mut length[..1]).await? == 0 {
         return Ok(None);
@@ -126,7 +126,7 @@ fn invalid(what: String) -> io::Error {
 pub(super) struct Sink {
     framing: Framing,
     /// Without it, answers are thrown away.
-    file: Option<Unblock<Patient>>,
+    file: Option<Unblock<BlockingFile>>,
     /// What is still to be written; kept here, since writing may be given up in the middle and taken up again.
     rest: VecDeque<u8>,
 }
@@ -134,7 +134,7 @@ pub(super) struct Sink {
 impl Sink {
     pub(super) fn new(framing: Framing, writes: bool) -> io::Result<Self> {
         let file = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
-        let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6, Patient(File::from(fd))));
+        let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6, BlockingFile(File::from(fd))));
         Ok(Self { framing, file, rest: VecDeque::new() })
     }
 

@@ -17,37 +17,37 @@ use crate::proto::{Addr, Command, Method};
 use crate::reactor::{self, sleep};
 
 /// How long a handshake may take when nobody says: a proxy that goes through others may well need a while.
-const HANDSHAKE: Duration = Duration::from_secs(60);
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The pause before the second try; each further one is half as long again, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// With less time left than this there is no further try.
-const LAST: Duration = Duration::from_millis(20);
+const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 
 /// One way to one target, for one tunnel or for many.
 #[derive(Debug)]
-pub(in crate::cmd) struct Plan {
+pub(in crate::cmd) struct Connector {
     hops: Vec<Proxy>,
     dst: Addr,
     auth: Arc<Auth>,
     source: Source,
-    resolves: bool,
+    resolves_target: bool,
     resolver: Resolver,
     /// For one try.
-    limit: Duration,
+    timeout: Duration,
     /// For all tries.
     wait: Option<Duration>,
-    said: Said,
+    verbosity: Verbosity,
 }
 
 /// What is said on stderr.
 #[derive(Clone, Copy, Debug)]
-struct Said {
-    verbose: bool,
-    quiet: bool,
+struct Verbosity {
+    is_verbose: bool,
+    is_quiet: bool,
     /// Failures have their status alone to tell of them.
-    mute: bool,
-    json: bool,
+    hides_errors: bool,
+    has_json: bool,
 }
 
 /// What came of it: the client that got there or failed last, and how many tries it took.
@@ -57,7 +57,7 @@ pub(in crate::cmd) struct Attempt<T> {
     pub(in crate::cmd) result: Result<T, CliError>,
 }
 
-impl Plan {
+impl Connector {
     /// `dst` is what the mode asks for: nothing, when a proxy is only probed; with BIND, who may come.
     pub(in crate::cmd) fn new(mode: ClientMode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // Whom a proxy waits for can't be reached directly instead.
@@ -65,23 +65,23 @@ impl Plan {
         if hops.is_empty() && (mode == ClientMode::Bind || dst.is_none()) {
             return Err(CliError::usage("without a proxy there is nobody to ask"));
         }
-        let source = source(args, &hops)?;
-        let auth = auth(args, &hops)?;
+        let source = source_from_args(args, &hops)?;
+        let auth = auth_from_args(args, &hops)?;
         // What fails from here on is no mistake of the command line.
         credentials::complete(&mut hops, args).or_else(|failure| match failure.status {
             ExitStatus::USAGE => Err(failure),
-            _ => Said::of(args).conclude(Report::default(), Err(failure)),
+            _ => Verbosity::from_args(args).finish(Report::default(), Err(failure)),
         })?;
         Ok(Self {
             hops,
             dst: dst.unwrap_or(Addr::UNSPECIFIED),
             auth: Arc::new(auth),
             source,
-            resolves: args.proxy_dns,
+            resolves_target: args.proxy_dns,
             resolver: Resolver::default(),
-            limit: args.timeout.filter(|time| !time.is_zero()).unwrap_or(HANDSHAKE),
+            timeout: args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT),
             wait: args.wait.filter(|time| !time.is_zero()),
-            said: Said::of(args),
+            verbosity: Verbosity::from_args(args),
         })
     }
 
@@ -91,7 +91,7 @@ impl Plan {
         mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
     ) -> Result<(), CliError> {
         let no_reactor = |error| Err(CliError::new(ExitStatus::FAILURE, format!("no reactor: {error}")));
-        self.said.muted(reactor::run(mode).unwrap_or_else(no_reactor))
+        self.verbosity.apply(reactor::run(mode).unwrap_or_else(no_reactor))
     }
 
     /// The proxies, without credentials.
@@ -104,50 +104,50 @@ impl Plan {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
-    fn client(&self, limit: Duration) -> Client {
-        Client::new(self.hops.clone(), self.dst.clone(), Some(limit))
+    fn client(&self, timeout: Duration) -> Client {
+        Client::new(self.hops.clone(), self.dst.clone(), Some(timeout))
             .with_auth(self.auth.clone())
             .resolving_by(self.resolver.clone())
             .from_source(self.source)
-            .resolving_target(self.resolves)
+            .resolving_target(self.resolves_target)
     }
 
-    /// Makes the request, as [`Plan::attempt`] has it: a tunnel, and BND.
+    /// Makes the request, as [`Connector::attempt`] has it: a tunnel, and BND.
     pub(in crate::cmd) async fn request(&self, command: Command) -> Attempt<(Conn, Addr)> {
         self.attempt(async |client| client.request(command).await).await
     }
 
     /// Asks until it succeeds, or would fail again the same way, or there is no time left for another try.
-    pub(in crate::cmd) async fn attempt<T>(&self, ask: impl AsyncFn(&Client) -> Result<T, Error>) -> Attempt<T> {
-        let began = Instant::now();
-        let left = || self.wait.map(|wait| wait.saturating_sub(began.elapsed()));
+    pub(in crate::cmd) async fn attempt<T>(&self, operation: impl AsyncFn(&Client) -> Result<T, Error>) -> Attempt<T> {
+        let started = Instant::now();
+        let left = || self.wait.map(|wait| wait.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
         let mut tries = 0;
-        let mut last: Option<(Client, CliError)> = None;
+        let mut previous: Option<(Client, CliError)> = None;
         loop {
             tries += 1;
-            let limit = left().map_or(self.limit, |left| left.min(self.limit).max(LAST));
-            let limit = Duration::from_millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
-            let client = self.client(limit);
-            let error = match ask(&client).await {
+            let timeout = left().map_or(self.timeout, |left| left.min(self.timeout).max(MIN_TIME_LEFT));
+            let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+            let client = self.client(timeout);
+            let error = match operation(&client).await {
                 Ok(done) => return Attempt { client, tries, result: Ok(done) },
                 Err(error) => error,
             };
-            let is_cut = limit < self.limit && matches!(error.cause, Cause::TimedOut(_));
+            let is_shortened = timeout < self.timeout && matches!(error.cause, Cause::TimedOut(_));
             let failure = CliError::from(error);
             // That the last try had no time left tells less than why the one before it failed.
-            let failed = match last.take() {
-                Some(last) if is_cut => last,
+            let latest = match previous.take() {
+                Some(previous) if is_shortened => previous,
                 _ => (client, failure),
             };
             match left() {
-                Some(left) if left > LAST && !failed.1.is_final => {
-                    last = Some(failed);
+                Some(left) if left > MIN_TIME_LEFT && !latest.1.is_final => {
+                    previous = Some(latest);
                     sleep(pause.min(left / 2)).await;
-                    pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+                    pause = (pause * 3 / 2).min(MAX_PAUSE);
                 }
                 _ => {
-                    let (client, mut failure) = failed;
+                    let (client, mut failure) = latest;
                     if tries > 1 {
                         failure.message += &format!(" (given up after {tries} tries)");
                     }
@@ -158,72 +158,72 @@ impl Plan {
     }
 
     /// Whose affair something is: the last proxy's, or nobody's but ours.
-    fn who(&self) -> String {
+    fn label(&self) -> String {
         self.hops.last().map_or("direct".into(), |hop| format!("proxy {hop}"))
     }
 
     /// A failure behind the handshake.
-    pub(in crate::cmd) fn failed(&self, status: ExitStatus, what: &str) -> CliError {
+    pub(in crate::cmd) fn transfer_error(&self, status: ExitStatus, what: &str) -> CliError {
         let target = self.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
-        CliError::new(status, format!("{}: transfer{target}: {what}", self.who()))
+        CliError::new(status, format!("{}: transfer{target}: {what}", self.label()))
     }
 
     /// One line on stderr, unless nothing is to be said.
-    pub(in crate::cmd) fn tell(&self, what: &str) {
-        if !self.said.quiet {
+    pub(in crate::cmd) fn print_line(&self, what: &str) {
+        if !self.verbosity.is_quiet {
             eprint_line(&CliError::new(ExitStatus::FAILURE, what).to_string());
         }
     }
 
     /// The line of one failure of many.
-    pub(in crate::cmd) fn tell_failure(&self, result: Result<(), CliError>) {
+    pub(in crate::cmd) fn print_error(&self, result: Result<(), CliError>) {
         if let Err(failure) = result
             && !failure.message.is_empty()
         {
-            self.tell(&format!("s5: {failure}"));
+            self.print_line(&format!("s5: {failure}"));
         }
     }
 
     /// One line on stderr, with `-v`.
-    pub(in crate::cmd) fn note(&self, what: &str) {
-        if self.said.verbose {
-            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {what}", self.who()))));
+    pub(in crate::cmd) fn print_verbose(&self, what: &str) {
+        if self.verbosity.is_verbose {
+            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {what}", self.label()))));
         }
     }
 
     /// Says what is to be said at the end.
-    pub(in crate::cmd) fn conclude(&self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
-        self.said.conclude(report, result)
+    pub(in crate::cmd) fn finish(&self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
+        self.verbosity.finish(report, result)
     }
 }
 
-impl Said {
-    fn of(args: &Args) -> Self {
+impl Verbosity {
+    fn from_args(args: &Args) -> Self {
         Self {
-            verbose: args.verbose > 0 && !args.quiet,
-            quiet: args.quiet,
-            mute: args.quiet || args.zero_io && args.verbose == 0,
-            json: args.json,
+            is_verbose: args.verbose > 0 && !args.quiet,
+            is_quiet: args.quiet,
+            hides_errors: args.quiet || args.zero_io && args.verbose == 0,
+            has_json: args.json,
         }
     }
 
-    fn conclude(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
-        if self.json {
+    fn finish(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
+        if self.has_json {
             eprint_line(&report.json(&result));
         }
         // What the object tells is not told beside it.
-        Self { mute: self.mute || self.json, ..self }.muted(result)
+        Self { hides_errors: self.hides_errors || self.has_json, ..self }.apply(result)
     }
 
-    fn muted(self, result: Result<(), CliError>) -> Result<(), CliError> {
-        result.map_err(|failure| match self.mute {
+    fn apply(self, result: Result<(), CliError>) -> Result<(), CliError> {
+        result.map_err(|failure| match self.hides_errors {
             true => CliError { message: String::new(), ..failure },
             false => failure,
         })
     }
 }
 
-fn source(args: &Args, hops: &[Proxy]) -> Result<Source, CliError> {
+fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<Source, CliError> {
     let is_ipv4 = match (args.ipv4, args.ipv6) {
         (true, true) => return Err(CliError::usage("-4 and -6: one or the other")),
         (true, false) => Some(true),
@@ -242,24 +242,24 @@ fn source(args: &Args, hops: &[Proxy]) -> Result<Source, CliError> {
 }
 
 /// What is offered to proxies, besides passwords.
-fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
-    let is_named = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
-    let is_demanded = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
+fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
+    let has_gssapi_options = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
+    let requires_gssapi = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {
-        Some(methods) if (is_named || is_demanded) && !methods.contains(&Method::GSSAPI) => {
+        Some(methods) if (has_gssapi_options || requires_gssapi) && !methods.contains(&Method::GSSAPI) => {
             return Err(CliError::usage("--gssapi-* and --ccache are of no use without gssapi in --auth"));
         }
         // Who wants protection does not want to be talked out of it.
-        None if is_demanded => Some(vec![Method::GSSAPI]),
+        None if requires_gssapi => Some(vec![Method::GSSAPI]),
         methods => methods.clone(),
     };
-    let is_offered = match &methods {
+    let offers_gssapi = match &methods {
         Some(methods) => methods.contains(&Method::GSSAPI),
-        None => is_named || Initiator::may_have_tickets(),
+        None => has_gssapi_options || Initiator::may_have_tickets(),
     };
-    let is_one_host =
+    let names_one_proxy =
         args.gssapi_host.is_some() || args.gssapi_service.as_ref().is_some_and(|name| name.contains(['/', '@']));
-    if hops.len() > 1 && is_one_host {
+    if hops.len() > 1 && names_one_proxy {
         return Err(CliError::usage(
             "--gssapi-host, or a principal as --gssapi-service, is of one proxy, not of a chain",
         ));
@@ -267,8 +267,8 @@ fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
     let default = Initiator::default();
     let wanted = args.gssapi_protection.unwrap_or(default.wanted);
     // What NEC's servers say of the level can be changed on the way.
-    let usual = if args.gssapi_nec { wanted } else { default.least.min(wanted) };
-    let least = args.gssapi_min.unwrap_or(usual);
+    let default_least = if args.gssapi_nec { wanted } else { default.least.min(wanted) };
+    let least = args.gssapi_min.unwrap_or(default_least);
     if least > wanted {
         return Err(CliError::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
     }
@@ -281,5 +281,5 @@ fn auth(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
         nec: args.gssapi_nec,
         ..default
     };
-    Ok(Auth { methods, gssapi: is_offered.then_some(gssapi) })
+    Ok(Auth { methods, gssapi: offers_gssapi.then_some(gssapi) })
 }
