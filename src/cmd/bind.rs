@@ -29,18 +29,18 @@ client_mode!(
 );
 
 /// How long writing the bound address may take.
-const WRITING: Duration = Duration::from_secs(60);
-const PAUSE: Duration = Duration::from_millis(50);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where the bound address is written to.
-enum Sink {
+enum AddrOutput {
     File(PathBuf),
     Descriptor(FileDescriptor),
 }
 
-impl Sink {
+impl AddrOutput {
     /// A file of an earlier run is removed, so that nobody takes its address for ours.
-    fn of(text: &str) -> Result<Self, CliError> {
+    fn open(text: &str) -> Result<Self, CliError> {
         match descriptor::fd_number(text) {
             Some(number) => {
                 let file = descriptor::take_fd(number);
@@ -66,10 +66,11 @@ impl Sink {
                 descriptor::open_fifo(path, true)?.write_all(line.as_bytes())
             }
             Self::File(path) => {
-                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                let directory =
+                    path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
                 // For whoever the umask lets.
-                let readable = Permissions::from_mode(0o666);
-                let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
+                let mode = Permissions::from_mode(0o666);
+                let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(directory)?;
                 file.write_all(line.as_bytes())?;
                 file.persist(path)?;
                 Ok(())
@@ -85,9 +86,9 @@ impl Args {
         let peer = match args.target.as_slice() {
             [] => None,
             [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| CliError::usage(format!("peer: {error}")))?),
-            [_, surplus, ..] => return Err(CliError::usage(format!("one peer is enough: {surplus:?} is too much"))),
+            [_, extra, ..] => return Err(CliError::usage(format!("one peer is enough: {extra:?} is too much"))),
         };
-        let mut sink = args.bound_to.as_deref().map(Sink::of).transpose()?;
+        let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
         let connector = Connector::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         connector.run(Box::pin(async {
             let attempt = connector.request(Command::Bind).await;
@@ -97,7 +98,9 @@ impl Args {
                 Ok((mut tunnel, bnd)) => {
                     let bound = client.meant(bnd, &tunnel);
                     report.set_bnd(&bound);
-                    match wait(&connector, &client, &mut tunnel, &bound, sink.take(), args.timeout.is_some()).await {
+                    match accept_peer(&connector, &client, &mut tunnel, &bound, output.take(), args.timeout.is_some())
+                        .await
+                    {
                         Ok(peer) => {
                             report.set_peer(&client, Some(&peer));
                             Box::pin(action.run(&connector, tunnel, &bound, &mut report)).await
@@ -116,23 +119,23 @@ impl Args {
 }
 
 /// Says where the proxy listens, and waits for the peer, which is who it says has come.
-async fn wait(
+async fn accept_peer(
     connector: &Connector,
     client: &Client,
     tunnel: &mut Conn,
     bound: &Addr,
-    sink: Option<Sink>,
-    is_limited: bool,
+    output: Option<AddrOutput>,
+    has_timeout: bool,
 ) -> Result<Addr, CliError> {
     connector.print_line(&format!("bound {bound}"));
-    if let Some(mut sink) = sink {
+    if let Some(mut output) = output {
         let line = format!("{bound}\n");
-        let deadline = Instant::now() + WRITING;
+        let deadline = Instant::now() + WRITE_TIMEOUT;
         let written = loop {
-            match sink.write(&line) {
+            match output.write(&line) {
                 // A named pipe whose reader has yet to come.
                 Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && Instant::now() < deadline => {
-                    sleep(PAUSE).await;
+                    sleep(RETRY_PAUSE).await;
                 }
                 written => break written,
             }
@@ -140,7 +143,7 @@ async fn wait(
         written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
     }
     connector.print_verbose(&format!("waiting for {}", connector.dst().map_or("anybody".into(), ToString::to_string)));
-    let peer = if is_limited { client.accepted_in_time(tunnel).await } else { client.accepted(tunnel).await }?;
+    let peer = if has_timeout { client.accepted_in_time(tunnel).await } else { client.accepted(tunnel).await }?;
     connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

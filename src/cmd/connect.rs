@@ -27,7 +27,7 @@ impl Args {
             ([], true) => None,
             (words, _) => Some(parse_target(words)?),
         };
-        let listen = args.listen.as_deref().map(forward::local).transpose()?;
+        let listen = args.listen.as_deref().map(forward::parse_listen_addr).transpose()?;
         if listen.is_none() && args.keep_open {
             return Err(CliError::usage("-k is for -l"));
         }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures_lite::FutureExt as _;
 
 use super::client::connector::{Attempt, Connector};
-use super::client::forward::local;
+use super::client::forward::parse_listen_addr;
 use super::client::report::Report;
 use super::client::{ClientMode, client_mode, parse_target};
 use super::exit_status::{CliError, ExitStatus};
@@ -20,16 +20,16 @@ use crate::client::{Association, Client, Error, Lost};
 use crate::proto::Addr;
 use crate::reactor::{sleep, sleep_until, yield_now};
 use crate::relay::Moved;
-use framing::{Framing, Sink, Source};
+use framing::{DatagramReader, DatagramWriter, Framing};
 
 /// How long to wait for answers behind the last datagram when nobody says.
-const ANSWERS: Duration = Duration::from_secs(2);
+const ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// How many answers are written at once: about what a socket holds, and not without end.
 const MAX_BATCH: usize = 1000;
 /// How many local peers may have an association at once when nobody says.
 pub(super) const MAX_PEERS: usize = 256;
 /// After how long without a datagram a local peer's association is closed when nobody says.
-const PEER_IDLE: Duration = Duration::from_secs(60);
+const PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 client_mode!(
     Udp,
@@ -48,25 +48,28 @@ impl Args {
             ([], true) => None,
             (words, _) => Some(parse_target(words)?),
         };
-        let framing = Framing::of(&args)?;
-        let listen = args.listen.as_deref().map(local).transpose()?;
+        let framing = Framing::from_args(&args)?;
+        let listen = args.listen.as_deref().map(parse_listen_addr).transpose()?;
         if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
             return Err(CliError::usage("-z, -d, -n and --send-only are of no use with -l"));
         }
         let connector = Connector::new(ClientMode::Udp, &args, dst)?;
         if let Some(addr) = listen {
-            let bounds = forward::Bounds { peers: args.max_peers, idle: args.idle_timeout.unwrap_or(PEER_IDLE) };
-            return connector.run(Box::pin(forward::run(&connector, addr, bounds)));
+            let limits = forward::PeerLimits {
+                max_peers: args.max_peers,
+                idle_timeout: args.idle_timeout.unwrap_or(PEER_IDLE_TIMEOUT),
+            };
+            return connector.run(Box::pin(forward::run(&connector, addr, limits)));
         }
-        let transfer = Transfer {
+        let options = TransferOptions {
             framing,
-            reads: !args.recv_only,
-            writes: !args.send_only,
-            answers: args.quit_after.or(args.timeout),
-            idle: args.idle_timeout,
+            reads_stdin: !args.recv_only,
+            writes_stdout: !args.send_only,
+            answer_wait: args.quit_after.or(args.timeout),
+            idle_timeout: args.idle_timeout,
             count: args.count,
         };
-        connector.run(Box::pin(run(&connector, (!args.zero_io).then_some(transfer))))
+        connector.run(Box::pin(run(&connector, (!args.zero_io).then_some(options))))
     }
 }
 
@@ -76,7 +79,7 @@ async fn associate(client: &Client) -> Result<(Association, Addr), Error> {
     Ok((client.associate().await?, dst))
 }
 
-async fn run(connector: &Connector, transfer: Option<Transfer>) -> Result<(), CliError> {
+async fn run(connector: &Connector, options: Option<TransferOptions>) -> Result<(), CliError> {
     let Attempt { client, tries, result } = connector.attempt(associate).await;
     let mut report = Report::new(connector, &client, tries);
     let result = match result {
@@ -86,8 +89,8 @@ async fn run(connector: &Connector, transfer: Option<Transfer>) -> Result<(), Cl
                 let target = connector.dst().map(|dst| format!(" for {dst}")).unwrap_or_default();
                 connector.print_verbose(&format!("relays{target} at {relay}"));
             }
-            match transfer {
-                Some(transfer) => transfer.run(connector, &association, &dst, &mut report).await,
+            match options {
+                Some(options) => options.run(connector, &association, &dst, &mut report).await,
                 None => Ok(()),
             }
         }
@@ -97,18 +100,18 @@ async fn run(connector: &Connector, transfer: Option<Transfer>) -> Result<(), Cl
 }
 
 /// What is to be done with stdin and answers.
-struct Transfer {
+struct TransferOptions {
     framing: Framing,
-    reads: bool,
-    writes: bool,
+    reads_stdin: bool,
+    writes_stdout: bool,
     /// How long answers are waited for behind the end of stdin.
-    answers: Option<Duration>,
-    idle: Option<Duration>,
+    answer_wait: Option<Duration>,
+    idle_timeout: Option<Duration>,
     /// After how many answers it is enough.
     count: Option<u64>,
 }
 
-impl Transfer {
+impl TransferOptions {
     async fn run(
         self,
         connector: &Connector,
@@ -116,34 +119,38 @@ impl Transfer {
         dst: &Addr,
         report: &mut Report,
     ) -> Result<(), CliError> {
-        let mut sink = Sink::new(self.framing, self.writes)
-            .map_err(|error| failed(connector, ExitStatus::WRITE_STDOUT, &error))?;
-        let flow = Flow {
+        let mut writer = DatagramWriter::new(self.framing, self.writes_stdout)
+            .map_err(|error| io_error(connector, ExitStatus::WRITE_STDOUT, &error))?;
+        let transfer = Transfer {
             connector,
             association,
             dst,
-            began: Instant::now(),
+            started: Instant::now(),
             first_answer: Cell::default(),
-            last: Cell::new(Instant::now()),
+            last_activity: Cell::new(Instant::now()),
             answers: Cell::new(0),
             count: self.count.unwrap_or(u64::MAX),
             moved: Moved::default(),
         };
-        let ended =
-            flow.receive(&mut sink).or(self.send(&flow)).or(self.idle(&flow)).or(lost(connector, association)).await;
+        let ended = transfer
+            .receive(&mut writer)
+            .or(self.send(&transfer))
+            .or(self.idle(&transfer))
+            .or(association_end(connector, association))
+            .await;
         // Answers that are here already are written, whatever it was that ended.
-        let rest = match &ended {
+        let flushed = match &ended {
             // Who does not read does not keep it from ending when its time is over.
             Err(failure) if failure.status == ExitStatus::TIMED_OUT => Ok(()),
-            _ => flow.receive_rest(&mut sink).await,
+            _ => transfer.receive_ready(&mut writer).await,
         };
-        report.set_moved(&flow.moved);
-        report.set_ends(flow.first_answer.get(), None);
-        tell_losses(connector, association);
-        rest.and(ended)?;
+        report.set_bytes(&transfer.moved);
+        report.set_transfer_stats(transfer.first_answer.get(), None);
+        print_losses(connector, association);
+        flushed.and(ended)?;
         match self.count {
-            Some(count) if flow.answers.get() < count => {
-                let answers = flow.answers.get();
+            Some(count) if transfer.answers.get() < count => {
+                let answers = transfer.answers.get();
                 Err(connector
                     .transfer_error(ExitStatus::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
             }
@@ -152,10 +159,10 @@ impl Transfer {
     }
 
     /// Sends all of stdin, and waits for the answers.
-    async fn send(&self, flow: &Flow<'_>) -> Result<(), CliError> {
-        if !self.reads {
+    async fn send(&self, transfer: &Transfer<'_>) -> Result<(), CliError> {
+        if !self.reads_stdin {
             // Then there is no end of stdin that answers could be waited for behind.
-            return match self.answers {
+            return match self.answer_wait {
                 Some(time) => {
                     sleep(time).await;
                     Ok(())
@@ -163,24 +170,24 @@ impl Transfer {
                 None => pending().await,
             };
         }
-        let stdin = |error: io::Error| failed(flow.connector, ExitStatus::READ_STDIN, &error);
-        let mut source = Source::new(self.framing).map_err(stdin)?;
-        while let Some(data) = source.next().await.map_err(stdin)? {
-            flow.send(&data).await?;
+        let stdin = |error: io::Error| io_error(transfer.connector, ExitStatus::READ_STDIN, &error);
+        let mut reader = DatagramReader::new(self.framing).map_err(stdin)?;
+        while let Some(data) = reader.next().await.map_err(stdin)? {
+            transfer.send(&data).await?;
         }
-        sleep(self.answers.unwrap_or(ANSWERS)).await;
+        sleep(self.answer_wait.unwrap_or(ANSWER_WAIT)).await;
         Ok(())
     }
 
-    async fn idle(&self, flow: &Flow<'_>) -> Result<(), CliError> {
-        let Some(idle) = self.idle else { return pending().await };
-        silence(&flow.last, idle).await;
-        Err(flow.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
+    async fn idle(&self, transfer: &Transfer<'_>) -> Result<(), CliError> {
+        let Some(idle_timeout) = self.idle_timeout else { return pending().await };
+        wait_for_silence(&transfer.last_activity, idle_timeout).await;
+        Err(transfer.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle_timeout:?}")))
     }
 }
 
 /// Datagrams may be lost, but not without a word where we know of it.
-fn tell_losses(connector: &Connector, association: &Association) {
+fn print_losses(connector: &Connector, association: &Association) {
     let losses = association.losses();
     for (n, what) in [
         (losses.cut, "cut: fragments are missing"),
@@ -197,21 +204,21 @@ fn tell_losses(connector: &Connector, association: &Association) {
 }
 
 /// Returns when nothing has moved for so long.
-async fn silence(last: &Cell<Instant>, idle: Duration) {
-    while last.get().elapsed() < idle {
-        sleep_until(last.get() + idle).await;
+async fn wait_for_silence(last_activity: &Cell<Instant>, limit: Duration) {
+    while last_activity.get().elapsed() < limit {
+        sleep_until(last_activity.get() + limit).await;
     }
 }
 
 /// Returns when a proxy has ended the association, which is a failure.
-async fn lost(connector: &Connector, association: &Association) -> Result<(), CliError> {
+async fn association_end(connector: &Connector, association: &Association) -> Result<(), CliError> {
     let Lost(proxy) = association.lost().await;
     let target = connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
     let what = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
     Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))
 }
 
-fn failed(connector: &Connector, status: ExitStatus, error: &io::Error) -> CliError {
+fn io_error(connector: &Connector, status: ExitStatus, error: &io::Error) -> CliError {
     let what = match status {
         ExitStatus::READ_STDIN => "reading stdin",
         ExitStatus::WRITE_STDOUT => "writing to stdout",
@@ -222,36 +229,36 @@ fn failed(connector: &Connector, status: ExitStatus, error: &io::Error) -> CliEr
 }
 
 /// Datagrams on their way.
-struct Flow<'a> {
+struct Transfer<'a> {
     connector: &'a Connector,
     association: &'a Association,
     dst: &'a Addr,
-    began: Instant,
+    started: Instant,
     first_answer: Cell<Option<Duration>>,
     /// When one moved last.
-    last: Cell<Instant>,
+    last_activity: Cell<Instant>,
     answers: Cell<u64>,
     count: u64,
     moved: Moved,
 }
 
-impl Flow<'_> {
+impl Transfer<'_> {
     async fn send(&self, data: &[u8]) -> Result<(), CliError> {
         let sent = self.association.send(self.dst, data).await;
-        self.last.set(Instant::now());
+        self.last_activity.set(Instant::now());
         self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
         // Stdin may always have more; answers must get their turn.
         yield_now().await;
-        sent.map_err(|error| failed(self.connector, ExitStatus::SEND_ERROR, &error))
+        sent.map_err(|error| io_error(self.connector, ExitStatus::SEND_ERROR, &error))
     }
 
     /// Writes answers as they come, until there are enough.
-    async fn receive(&self, sink: &mut Sink) -> Result<(), CliError> {
+    async fn receive(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
         while self.answers.get() < self.count {
             let received = self.association.recv().await;
-            let (_, answer) = received.map_err(|error| failed(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
-            self.take(&answer, sink);
-            self.receive_rest(sink).await?;
+            let (_, answer) = received.map_err(|error| io_error(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
+            self.push_answer(&answer, writer);
+            self.receive_ready(writer).await?;
             // Answers without end must not keep the others from their turn.
             yield_now().await;
         }
@@ -259,25 +266,25 @@ impl Flow<'_> {
     }
 
     /// Writes what is here already, all at once: writing takes a while, and a socket holds only a few hundred answers.
-    async fn receive_rest(&self, sink: &mut Sink) -> Result<(), CliError> {
+    async fn receive_ready(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
         for _ in 0..MAX_BATCH {
             if self.answers.get() >= self.count {
                 break;
             }
             let Ok(Some((_, answer))) = self.association.try_recv() else { break };
-            self.take(&answer, sink);
+            self.push_answer(&answer, writer);
         }
-        sink.flush().await.map_err(|error| match error.kind() {
+        writer.flush().await.map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => CliError::new(ExitStatus::BROKEN_PIPE, ""),
-            _ => failed(self.connector, ExitStatus::WRITE_STDOUT, &error),
+            _ => io_error(self.connector, ExitStatus::WRITE_STDOUT, &error),
         })
     }
 
-    fn take(&self, answer: &[u8], sink: &mut Sink) {
+    fn push_answer(&self, answer: &[u8], writer: &mut DatagramWriter) {
         self.answers.set(self.answers.get() + 1);
-        self.last.set(Instant::now());
-        self.first_answer.set(self.first_answer.get().or(Some(self.began.elapsed())));
+        self.last_activity.set(Instant::now());
+        self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
         self.moved.down.fetch_add(answer.len() as u64, Ordering::Relaxed);
-        sink.push(answer);
+        writer.push(answer);
     }
 }

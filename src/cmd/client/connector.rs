@@ -61,14 +61,14 @@ impl Connector {
     /// `dst` is what the mode asks for: nothing, when a proxy is only probed; with BIND, who may come.
     pub(in crate::cmd) fn new(mode: ClientMode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // Whom a proxy waits for can't be reached directly instead.
-        let mut hops = proxies::hops(args, dst.as_ref().filter(|_| mode != ClientMode::Bind))?;
+        let mut hops = proxies::select_proxies(args, dst.as_ref().filter(|_| mode != ClientMode::Bind))?;
         if hops.is_empty() && (mode == ClientMode::Bind || dst.is_none()) {
             return Err(CliError::usage("without a proxy there is nobody to ask"));
         }
         let source = source_from_args(args, &hops)?;
         let auth = auth_from_args(args, &hops)?;
         // What fails from here on is no mistake of the command line.
-        credentials::complete(&mut hops, args).or_else(|failure| match failure.status {
+        credentials::add_credentials(&mut hops, args).or_else(|failure| match failure.status {
             ExitStatus::USAGE => Err(failure),
             _ => Verbosity::from_args(args).finish(Report::default(), Err(failure)),
         })?;
@@ -209,7 +209,7 @@ impl Verbosity {
 
     fn finish(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
         if self.has_json {
-            eprint_line(&report.json(&result));
+            eprint_line(&report.into_json(&result));
         }
         // What the object tells is not told beside it.
         Self { hides_errors: self.hides_errors || self.has_json, ..self }.apply(result)

@@ -9,7 +9,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStringExt as _;
 use std::process::{Command, Stdio};
 
-use super::proxies::variable;
+use super::proxies::env_var;
 use super::{Args, descriptor};
 use crate::client::{Proxy, credentials};
 use crate::cmd::CliError;
@@ -17,7 +17,7 @@ use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::proto::{Credentials, MAX_FIELD, Method};
 
 /// How many octets of a password file are read.
-const MAX_FILE: u64 = 1 << 20;
+const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// A user name, and the password that belongs to it.
 struct Login {
@@ -28,10 +28,10 @@ struct Login {
 /// Gives credentials to all hops that have none of their own, where there are some.
 ///
 /// A hop whose URL has a user name gets the password of that user; one that has none gets the first that is known.
-pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> {
-    let mut known = Vec::new();
+pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> {
+    let mut logins = Vec::new();
     let mut user = None;
-    match args.proxy_user.as_deref().map(|user| (user, login(user.as_bytes()))) {
+    match args.proxy_user.as_deref().map(|user| (user, parse_login(user.as_bytes()))) {
         Some(("", _)) => return Err(CliError::usage("--proxy-user: no name")),
         Some((_, Some(login))) => {
             if !args.quiet {
@@ -39,7 +39,7 @@ pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> 
                     "s5: --proxy-user: others may have seen the password; use --proxy-auth-file or S5_PROXY_AUTH",
                 );
             }
-            known.push(login);
+            logins.push(login);
         }
         Some((name, None)) => user = Some(name.as_bytes().to_vec()),
         None => {}
@@ -47,42 +47,42 @@ pub(super) fn complete(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> 
     if let Some(file) = &args.proxy_auth_file {
         // Somebody may have taken it for the password itself.
         let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
-        known.extend(from_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
+        logins.extend(read_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
     }
     // The line of stdin or of a descriptor is taken in any case: whoever reads on must not find it there.
     if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {
         return Ok(());
     }
-    known.extend(from_environment()?);
+    logins.extend(read_environment()?);
     for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
         let uname = hop.uname.as_ref().or(user.as_ref());
-        let login = known.iter().find(|login| uname.is_none_or(|uname| *uname == login.uname));
+        let login = logins.iter().find(|login| uname.is_none_or(|uname| *uname == login.uname));
         hop.credentials = match (login, uname) {
-            (Some(Login { uname, passwd }), _) => Some(made(hop, uname, passwd)?),
-            (None, Some(uname)) => Some(made(hop, uname, &asked(hop, uname, args)?)?),
+            (Some(Login { uname, passwd }), _) => Some(to_credentials(hop, uname, passwd)?),
+            (None, Some(uname)) => Some(to_credentials(hop, uname, &prompt_password(hop, uname, args)?)?),
             (None, None) => None,
         };
     }
     Ok(())
 }
 
-fn made(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, CliError> {
+fn to_credentials(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, CliError> {
     credentials(uname, passwd).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))
 }
 
 /// The lines of a file; the first line of stdin or of a descriptor, of which what follows may be for others.
-fn from_file(name: &str) -> io::Result<Vec<Login>> {
+fn read_file(name: &str) -> io::Result<Vec<Login>> {
     let mut text = Vec::new();
     match (name, descriptor::fd_number(name)) {
-        ("-", _) => first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
-        (_, Some(number)) => first_line(descriptor::take_fd(number)?, &mut text)?,
-        (path, None) => drop(File::open(path)?.take(MAX_FILE).read_to_end(&mut text)?),
+        ("-", _) => read_first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
+        (_, Some(number)) => read_first_line(descriptor::take_fd(number)?, &mut text)?,
+        (path, None) => drop(File::open(path)?.take(MAX_FILE_SIZE).read_to_end(&mut text)?),
     }
-    let lines = text.split(|octet| *octet == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    let lines = text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let mut logins = Vec::new();
     for (i, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
-        let no_pair = || io::Error::new(io::ErrorKind::InvalidData, format!("line {} is not user:password", i + 1));
-        logins.push(login(line).ok_or_else(no_pair)?);
+        let malformed = || io::Error::new(io::ErrorKind::InvalidData, format!("line {} is not user:password", i + 1));
+        logins.push(parse_login(line).ok_or_else(malformed)?);
     }
     if logins.is_empty() {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "there is no user:password in it"));
@@ -91,46 +91,46 @@ fn from_file(name: &str) -> io::Result<Vec<Login>> {
 }
 
 /// Reads to the end of the line, and not an octet more.
-fn first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
-    let mut octet = [0];
-    while line.len() <= 2 * MAX_FIELD + 2 && file.read(&mut octet)? == 1 && octet != *b"\n" {
-        line.extend(octet);
+fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
+    let mut byte = [0];
+    while line.len() <= 2 * MAX_FIELD + 2 && file.read(&mut byte)? == 1 && byte != *b"\n" {
+        line.extend(byte);
     }
     Ok(())
 }
 
-fn from_environment() -> Result<Vec<Login>, CliError> {
+fn read_environment() -> Result<Vec<Login>, CliError> {
     // Octets as they are, which need be no text.
     let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
-    let mut known = Vec::new();
+    let mut logins = Vec::new();
     for name in ["S5_PROXY_AUTH", "NCAT_PROXY_AUTH"] {
         if let Some(pair) = variable(name) {
-            known.push(login(&pair).ok_or_else(|| CliError::usage(format!("{name}: it is not user:password")))?);
+            logins.push(parse_login(&pair).ok_or_else(|| CliError::usage(format!("{name}: it is not user:password")))?);
         }
     }
     for (user, passwords) in
         [("SOCKS5_USER", &["SOCKS5_PASSWORD", "SOCKS5_PASSWD"][..]), ("SOCKS_USERNAME", &["SOCKS_PASSWORD"])]
     {
         let passwd = passwords.iter().copied().find_map(variable);
-        known.extend(variable(user).zip(passwd).map(|(uname, passwd)| Login { uname, passwd }));
+        logins.extend(variable(user).zip(passwd).map(|(uname, passwd)| Login { uname, passwd }));
     }
-    Ok(known)
+    Ok(logins)
 }
 
 /// `user:password`.
-fn login(pair: &[u8]) -> Option<Login> {
-    let colon = pair.iter().position(|octet| *octet == b':')?;
+fn parse_login(pair: &[u8]) -> Option<Login> {
+    let colon = pair.iter().position(|byte| *byte == b':')?;
     let (uname, passwd) = pair.split_at(colon);
     Some(Login { uname: uname.into(), passwd: passwd.get(1..)?.into() })
 }
 
 /// Asks for a password: a program that was named for that, or whoever sits at the terminal. Nobody, where nobody is.
-fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
+fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
     let prompt = format!("Password of {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
-    let is_attended = variable("CI").is_none_or(|ci| ci == "false");
-    if is_attended {
-        if let Some(program) = askpass() {
-            return from_program(&program, &prompt).map_err(|error| {
+    let may_prompt = env_var("CI").is_none_or(|ci| ci == "false");
+    if may_prompt {
+        if let Some(program) = askpass_program() {
+            return run_askpass(&program, &prompt).map_err(|error| {
                 CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {program}: {error}"))
             });
         }
@@ -138,8 +138,8 @@ fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
             && args.listen.is_none()
             && args.exec.is_none()
             && args.sh_exec.is_none();
-        let is_payload = uses_stdin && io::stdin().is_terminal();
-        if !is_payload && let Ok(passwd) = rpassword::prompt_password(&prompt) {
+        let types_payload = uses_stdin && io::stdin().is_terminal();
+        if !types_payload && let Ok(passwd) = rpassword::prompt_password(&prompt) {
             return Ok(passwd.into_bytes());
         }
     }
@@ -151,22 +151,22 @@ fn asked(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
 }
 
 /// The program that asks for passwords, where it is to be used as ssh(1) has it.
-fn askpass() -> Option<String> {
-    let program = variable("SSH_ASKPASS")?;
-    let is_wanted = match variable("SSH_ASKPASS_REQUIRE").as_deref() {
+fn askpass_program() -> Option<String> {
+    let program = env_var("SSH_ASKPASS")?;
+    let is_enabled = match env_var("SSH_ASKPASS_REQUIRE").as_deref() {
         Some("never") => false,
         Some("force" | "prefer") => true,
-        _ => variable("DISPLAY").or(variable("WAYLAND_DISPLAY")).is_some(),
+        _ => env_var("DISPLAY").or(env_var("WAYLAND_DISPLAY")).is_some(),
     };
-    is_wanted.then_some(program)
+    is_enabled.then_some(program)
 }
 
-fn from_program(program: &str, prompt: &str) -> io::Result<Vec<u8>> {
+fn run_askpass(program: &str, prompt: &str) -> io::Result<Vec<u8>> {
     let output = Command::new(program).arg(prompt).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
     if !output.status.success() {
         return Err(io::Error::other(output.status.to_string()));
     }
-    match output.stdout.split(|octet| *octet == b'\n').next().unwrap_or_default() {
+    match output.stdout.split(|byte| *byte == b'\n').next().unwrap_or_default() {
         b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "no password")),
         line => Ok(line.strip_suffix(b"\r").unwrap_or(line).to_vec()),
     }

@@ -22,22 +22,22 @@ use crate::reactor::{self, Io, Way, sleep};
 use crate::relay::{Broken, Limits, Moved, Place, Stream, relay};
 
 /// How long a local client whose target has closed and takes no more may take for the last of what it was sent.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const UNSENT_GRACE: Duration = Duration::from_secs(2);
 /// How long the attempt goes on when a local client has closed its side and said nothing: it may only want to listen.
-const LEAVE_GRACE: Duration = Duration::from_secs(2);
+const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
 /// How long nothing is accepted when there is no descriptor left.
-const PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// Where to listen: `port` on 127.0.0.1, or `addr:port`.
 ///
 /// # Errors
 /// What is wrong, in words.
-pub(in crate::cmd) fn local(text: &str) -> Result<SocketAddr, CliError> {
-    let wrong = |what: String| CliError::usage(format!("-l: {what}"));
+pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliError> {
+    let usage_error = |what: String| CliError::usage(format!("-l: {what}"));
     if let Ok(port) = text.parse() {
         return Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
     }
-    match parse_addr(text, None).map_err(wrong)? {
+    match parse_addr(text, None).map_err(usage_error)? {
         Addr { host: Host::Ip(ip), port } => Ok(SocketAddr::new(ip, port)),
         Addr { host: Host::Name(name), port } if name.as_str() == "localhost" => {
             Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
@@ -45,50 +45,50 @@ pub(in crate::cmd) fn local(text: &str) -> Result<SocketAddr, CliError> {
         Addr { host: Host::Name(name), port } if name.as_str() == "*" => {
             Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port))
         }
-        Addr { host: Host::Name(_), .. } => Err(wrong(format!("{text:?} is not an address of this machine"))),
+        Addr { host: Host::Name(_), .. } => Err(usage_error(format!("{text:?} is not an address of this machine"))),
     }
 }
 
 /// What a socket that can't be had is to the user.
-pub(in crate::cmd) fn unbound(addr: SocketAddr, error: &io::Error) -> CliError {
+pub(in crate::cmd) fn listen_error(addr: SocketAddr, error: &io::Error) -> CliError {
     CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error}"))
 }
 
-/// Gives one connection its tunnel, or with `keeps` any number.
+/// Gives one connection its tunnel, or with `keep_open` any number.
 pub(in crate::cmd) async fn run(
     connector: &Connector,
     addr: SocketAddr,
-    keeps: bool,
-    idle: Option<Duration>,
+    keep_open: bool,
+    idle_timeout: Option<Duration>,
 ) -> Result<(), CliError> {
     let bound = TcpListener::bind(addr).and_then(|listener| {
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
         Ok((Io::new(listener)?, addr))
     });
-    let (listener, addr) = bound.map_err(|error| unbound(addr, &error))?;
+    let (listener, addr) = bound.map_err(|error| listen_error(addr, &error))?;
     connector.print_line(&format!("listening on {addr}"));
-    if !keeps {
+    if !keep_open {
         let local = accept(connector, &listener).await?;
         drop(listener);
-        return serve(connector, local, idle).await;
+        return serve_connection(connector, local, idle_timeout).await;
     }
     let executor = LocalExecutor::new();
-    let serve_all = async {
+    let accept_all = async {
         loop {
             let local = accept(connector, &listener).await?;
-            let tunnel = async { connector.print_error(serve(connector, local, idle).await) };
+            let tunnel = async { connector.print_error(serve_connection(connector, local, idle_timeout).await) };
             executor.spawn(Box::pin(tunnel) as Task<'_>).detach();
         }
     };
-    run_with(&executor, Box::pin(serve_all)).await
+    run_with_tasks(&executor, Box::pin(accept_all)).await
 }
 
 /// What is done beside the accepting. Of one type for all, each of which would have its copy of the executor's code.
 pub(in crate::cmd) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 /// Runs `main` to its end, and meanwhile the tasks of the executor.
-pub(in crate::cmd) async fn run_with(
+pub(in crate::cmd) async fn run_with_tasks(
     executor: &LocalExecutor<'_>,
     main: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
 ) -> Result<(), CliError> {
@@ -97,7 +97,7 @@ pub(in crate::cmd) async fn run_with(
 
 /// The next connection. What one of them has to do with it does not keep the others from coming.
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
-    let mut is_short = false;
+    let mut is_reported = false;
     loop {
         let accepted = listener.with(Way::Read, reactor::accept).await;
         match accepted.and_then(|(socket, _)| Io::new(TcpStream::from(socket))) {
@@ -107,25 +107,29 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                if !is_short {
+                if !is_reported {
                     connector.print_line(&format!("s5: accepting: {error}"));
                 }
-                is_short = true;
-                sleep(PAUSE).await;
+                is_reported = true;
+                sleep(ACCEPT_RETRY_PAUSE).await;
             }
         }
     }
 }
 
 /// One connection from its beginning to its end.
-async fn serve(connector: &Connector, mut local: Conn, idle: Option<Duration>) -> Result<(), CliError> {
-    let established = connector.request(Command::Connect);
+async fn serve_connection(
+    connector: &Connector,
+    mut local: Conn,
+    idle_timeout: Option<Duration>,
+) -> Result<(), CliError> {
+    let request = connector.request(Command::Connect);
     let left = async {
         local.left().await;
-        sleep(LEAVE_GRACE).await;
+        sleep(HALF_CLOSED_GRACE).await;
         None
     };
-    let Some(Attempt { client, tries, result }) = async { Some(established.await) }.or(left).await else {
+    let Some(Attempt { client, tries, result }) = async { Some(request.await) }.or(left).await else {
         let left =
             connector.transfer_error(ExitStatus::RECEIVE_ERROR, "the local client left before there was a tunnel");
         return connector.finish(Report::default(), Err(left));
@@ -144,23 +148,23 @@ async fn serve(connector: &Connector, mut local: Conn, idle: Option<Duration>) -
     let mut tunnel = TrackedConn::new(tunnel, true);
     let stats = tunnel.stats.clone();
     let moved = Moved::default();
-    let limits = Limits { idle, ..Limits::default() };
+    let limits = Limits { idle: idle_timeout, ..Limits::default() };
     let ended = {
-        let (mut near, mut far): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
-        relay(&mut near, &mut far, &limits, &moved, |_, _| true).await
+        let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
+        relay(&mut local_stream, &mut tunnel_stream, &limits, &moved, |_, _| true).await
     };
     drop(tunnel);
     if let Err(Broken::Unsent(_)) = ended {
-        sleep(LAST_WORDS).await;
+        sleep(UNSENT_GRACE).await;
         local.abort();
     }
-    report.set_moved(&moved);
-    report.set_ends(stats.first_byte.get(), stats.ended_first.get());
+    report.set_bytes(&moved);
+    report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
     let result = match ended {
         Err(Broken::Io(Place::ReadClient | Place::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("the local client: {error}")))
         }
-        ended => relay_result(connector, idle, ended, Ok(())),
+        ended => relay_result(connector, idle_timeout, ended, Ok(())),
     };
     connector.finish(report, result)
 }

@@ -11,14 +11,14 @@ use crate::cmd::CliError;
 use crate::proto::{Addr, Host};
 
 /// The variables that may name a proxy, the first one that does so counts.
-const VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
+const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
 /// The variables that may name targets to be reached directly.
-const EXCEPTIONS: [&str; 2] = ["no_proxy", "NO_PROXY"];
+const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
 /// The proxy when nothing names one.
-const DEFAULT: &str = "127.0.0.1:1080";
+const DEFAULT_PROXY: &str = "127.0.0.1:1080";
 
 /// The proxies on the way to `dst`, nearest first; none when it is to be reached directly.
-pub(super) fn hops(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
+pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
     match (args.direct, args.proxy.as_slice()) {
         (true, []) => return Ok(Vec::new()),
         (true, _) => return Err(CliError::usage("--direct and --proxy: one or the other")),
@@ -28,28 +28,28 @@ pub(super) fn hops(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliErr
             return parse_hops(&urls.join(",")).map_err(|error| CliError::usage(format!("--proxy: {error}")));
         }
     }
-    let Some((name, text)) = VARIABLES.into_iter().find_map(|name| Some((name, variable(name)?))) else {
-        return parse_hops(DEFAULT).map_err(CliError::usage);
+    let Some((name, text)) = PROXY_VARIABLES.into_iter().find_map(|name| Some((name, env_var(name)?))) else {
+        return parse_hops(DEFAULT_PROXY).map_err(CliError::usage);
     };
-    let exceptions = EXCEPTIONS.into_iter().find_map(variable).unwrap_or_default();
-    if dst.is_some_and(|dst| is_exception(&exceptions, dst)) {
+    let no_proxy = NO_PROXY_VARIABLES.into_iter().find_map(env_var).unwrap_or_default();
+    if dst.is_some_and(|dst| is_excluded(&no_proxy, dst)) {
         return Ok(Vec::new());
     }
     parse_hops(&text).map_err(|error| CliError::usage(format!("{name}: {error}; or give the proxy with -x")))
 }
 
 /// A variable that is there and not empty.
-pub(super) fn variable(name: &str) -> Option<String> {
+pub(super) fn env_var(name: &str) -> Option<String> {
     env::var_os(name).filter(|text| !text.is_empty()).map(|text| text.to_string_lossy().into_owned())
 }
 
 /// Whether a list as of NO_PROXY names the target: `*`, a name and all below it, an address, CIDR; each with or without
 /// a port.
-fn is_exception(list: &str, dst: &Addr) -> bool {
-    list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| names(entry, dst))
+fn is_excluded(list: &str, dst: &Addr) -> bool {
+    list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| entry_matches(entry, dst))
 }
 
-fn names(entry: &str, dst: &Addr) -> bool {
+fn entry_matches(entry: &str, dst: &Addr) -> bool {
     if entry == "*" {
         return true;
     }
@@ -109,7 +109,7 @@ mod tests {
         ];
         for (list, target, expected) in table {
             let dst = parse_addr(target, None).expect("a target");
-            assert_eq!(is_exception(list, &dst), expected, "{list} {target}");
+            assert_eq!(is_excluded(list, &dst), expected, "{list} {target}");
         }
     }
 }

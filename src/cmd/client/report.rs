@@ -27,7 +27,7 @@ pub(in crate::cmd) struct Report {
     /// BIND: who came.
     peer: Option<String>,
     tries: u32,
-    ms: Phases,
+    ms: PhaseDurations,
     /// Octets to the target.
     up: u64,
     /// Octets from it.
@@ -40,7 +40,7 @@ pub(in crate::cmd) struct Report {
 
 /// How long each phase took, in the try that counted.
 #[derive(Debug, Default)]
-struct Phases {
+struct PhaseDurations {
     resolve: Duration,
     tcp: Duration,
     method: Duration,
@@ -65,7 +65,7 @@ impl Report {
             bnd: None,
             peer: None,
             tries,
-            ms: Phases {
+            ms: PhaseDurations {
                 resolve: times.of(Phase::Resolve) + times.of(Phase::Target),
                 tcp: times.of(Phase::Connect),
                 method: times.of(Phase::Greeting),
@@ -94,40 +94,44 @@ impl Report {
     }
 
     /// What went through.
-    pub(in crate::cmd) fn set_moved(&mut self, moved: &Moved) {
+    pub(in crate::cmd) fn set_bytes(&mut self, moved: &Moved) {
         self.up = moved.up.load(Ordering::Relaxed);
         self.down = moved.down.load(Ordering::Relaxed);
     }
 
-    pub(in crate::cmd) fn set_ends(&mut self, first_byte: Option<Duration>, ended_first: Option<&'static str>) {
+    pub(in crate::cmd) fn set_transfer_stats(
+        &mut self,
+        first_byte: Option<Duration>,
+        ended_first: Option<&'static str>,
+    ) {
         self.ms.first_byte = first_byte;
         self.ended_first = ended_first;
     }
 
     /// The object, in one line.
-    pub(in crate::cmd) fn json(mut self, result: &Result<(), CliError>) -> String {
+    pub(in crate::cmd) fn into_json(mut self, result: &Result<(), CliError>) -> String {
         if let Err(failure) = result {
             self.status = failure.status.code();
             self.error = Some(failure.to_string()).filter(|message| !message.is_empty());
         } else {
             self.status = ExitStatus::SUCCESS.code();
         }
-        self.text()
+        self.to_json()
     }
 
-    fn text(&self) -> String {
-        let Phases { resolve, tcp, method, login, reply, accept, first_byte } = &self.ms;
+    fn to_json(&self) -> String {
+        let PhaseDurations { resolve, tcp, method, login, reply, accept, first_byte } = &self.ms;
         let phases = [
-            ("resolve", millis(*resolve)),
-            ("tcp", millis(*tcp)),
-            ("method", millis(*method)),
-            ("login", millis(*login)),
-            ("reply", millis(*reply)),
-            ("accept", millis(*accept)),
-            ("first_byte", or_null(first_byte.map(millis))),
+            ("resolve", format_millis(*resolve)),
+            ("tcp", format_millis(*tcp)),
+            ("method", format_millis(*method)),
+            ("login", format_millis(*login)),
+            ("reply", format_millis(*reply)),
+            ("accept", format_millis(*accept)),
+            ("first_byte", or_null(first_byte.map(format_millis))),
         ];
-        let hops: Vec<String> = self.hops.iter().map(|hop| quoted(hop)).collect();
-        let text = |text: &Option<String>| or_null(text.as_deref().map(quoted));
+        let hops: Vec<String> = self.hops.iter().map(|hop| quote(hop)).collect();
+        let text = |text: &Option<String>| or_null(text.as_deref().map(quote));
         object(&[
             ("proxy", text(&self.proxy)),
             ("hops", format!("[{}]", hops.join(","))),
@@ -140,7 +144,7 @@ impl Report {
             ("ms", object(&phases)),
             ("up", self.up.to_string()),
             ("down", self.down.to_string()),
-            ("ended_first", or_null(self.ended_first.map(quoted))),
+            ("ended_first", or_null(self.ended_first.map(quote))),
             ("status", self.status.to_string()),
             ("error", text(&self.error)),
         ])
@@ -149,7 +153,7 @@ impl Report {
 
 /// An object of values that are JSON already.
 fn object(members: &[(&str, String)]) -> String {
-    let members: Vec<String> = members.iter().map(|(name, value)| format!("{}:{value}", quoted(name))).collect();
+    let members: Vec<String> = members.iter().map(|(name, value)| format!("{}:{value}", quote(name))).collect();
     format!("{{{}}}", members.join(","))
 }
 
@@ -157,11 +161,11 @@ fn or_null(value: Option<impl ToString>) -> String {
     value.map_or("null".into(), |value| value.to_string())
 }
 
-fn millis(time: Duration) -> String {
+fn format_millis(time: Duration) -> String {
     format!("{}.{:03}", time.as_millis(), time.subsec_micros() % 1000)
 }
 
-fn quoted(text: &str) -> String {
+fn quote(text: &str) -> String {
     let mut out = String::from("\"");
     for c in text.chars() {
         match c {
@@ -179,7 +183,7 @@ mod tests {
 
     #[test]
     fn what_a_string_may_not_have_is_escaped() {
-        assert_eq!(quoted("a\"b\\c\nd\x1be"), r#""a\"b\\c\u000ad\u001be""#);
-        assert_eq!(millis(Duration::from_micros(12_034_056)), "12034.056");
+        assert_eq!(quote("a\"b\\c\nd\x1be"), r#""a\"b\\c\u000ad\u001be""#);
+        assert_eq!(format_millis(Duration::from_micros(12_034_056)), "12034.056");
     }
 }

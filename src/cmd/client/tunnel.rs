@@ -177,8 +177,8 @@ impl TunnelAction {
             false => pipe.flush().await,
         };
         drop((pipe, tracked));
-        report.set_moved(&moved);
-        report.set_ends(stats.first_byte.get(), stats.ended_first.get());
+        report.set_bytes(&moved);
+        report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
         relay_result(connector, self.idle_timeout, ended, flushed)?;
         if let (None, Some(exit)) = (&exit_status, exit.filter(|_| !quit_timed_out.get())) {
             exit_status = Some(exit.await);

@@ -12,11 +12,11 @@ use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender, bounded};
 
-use super::{associate, failed, lost, silence, tell_losses};
+use super::{associate, association_end, io_error, print_losses, wait_for_silence};
 use crate::client::Association;
 use crate::cmd::CliError;
 use crate::cmd::client::connector::{Attempt, Connector};
-use crate::cmd::client::forward::{Task, run_with, unbound};
+use crate::cmd::client::forward::{Task, listen_error, run_with_tasks};
 use crate::cmd::client::report::Report;
 use crate::cmd::exit_status::ExitStatus;
 use crate::proto::{Addr, Host};
@@ -24,70 +24,70 @@ use crate::reactor::{Io, Way, sleep, yield_now};
 use crate::relay::Moved;
 
 /// How many datagrams of a peer wait for its association; more are dropped.
-const MAX_QUEUE: usize = 64;
+const MAX_QUEUED: usize = 64;
 /// And of those with more octets than this, that many.
-const SMALL: usize = 2048;
-const MAX_LARGE: usize = 4;
+const LARGE_DATAGRAM: usize = 2048;
+const MAX_QUEUED_LARGE: usize = 4;
 /// How long a peer that got no association waits for the next attempt.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// More than any UDP datagram has, in octets.
-const MAX_DATAGRAM: usize = 65_536;
+const RECV_BUFFER_SIZE: usize = 65_536;
 
 /// How many peers, and how long they may be silent.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bounds {
-    pub(super) peers: usize,
-    pub(super) idle: Duration,
+pub(super) struct PeerLimits {
+    pub(super) max_peers: usize,
+    pub(super) idle_timeout: Duration,
 }
 
 /// Those that have an association or are getting one, by their address: where their datagrams go.
-type Peers = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
+type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target, without end.
-pub(super) async fn run(connector: &Connector, addr: SocketAddr, bounds: Bounds) -> Result<(), CliError> {
+pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLimits) -> Result<(), CliError> {
     let bound = UdpSocket::bind(addr).and_then(|socket| {
         socket.set_nonblocking(true)?;
         let addr = socket.local_addr()?;
         Ok((Io::new(socket)?, addr))
     });
-    let (socket, addr) = bound.map_err(|error| unbound(addr, &error))?;
+    let (socket, addr) = bound.map_err(|error| listen_error(addr, &error))?;
     connector.print_line(&format!("listening on {addr}"));
-    let peers = Peers::default();
+    let peers = PeerQueues::default();
     let executor = LocalExecutor::new();
-    let mut is_told = false;
-    let take_all = async {
-        let mut buffer = vec![0; MAX_DATAGRAM];
+    let mut is_limit_reported = false;
+    let accept_datagrams = async {
+        let mut buffer = vec![0; RECV_BUFFER_SIZE];
         loop {
             let (n, peer) = receive(&socket, &mut buffer)
                 .await
-                .map_err(|error| failed(connector, ExitStatus::RECEIVE_ERROR, &error))?;
+                .map_err(|error| io_error(connector, ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
             let queue = peers.borrow().get(&peer).cloned();
             let queue = match queue {
                 Some(queue) => queue,
-                None if peers.borrow().len() >= bounds.peers => {
-                    if !is_told {
+                None if peers.borrow().len() >= limits.max_peers => {
+                    if !is_limit_reported {
                         connector.print_line(&format!("s5: {peer} is one peer too many; see --max-peers"));
                     }
-                    is_told = true;
+                    is_limit_reported = true;
                     continue;
                 }
                 None => {
-                    let (queue, datagrams) = bounded(MAX_QUEUE);
+                    let (queue, datagrams) = bounded(MAX_QUEUED);
                     peers.borrow_mut().insert(peer, queue.clone());
-                    let association = serve(connector, &socket, &peers, peer, datagrams, bounds.idle);
+                    let association = serve_peer(connector, &socket, &peers, peer, datagrams, limits.idle_timeout);
                     executor.spawn(Box::pin(association) as Task<'_>).detach();
                     queue
                 }
             };
             // UDP may lose what comes too fast.
-            if data.len() <= SMALL || queue.len() < MAX_LARGE {
+            if data.len() <= LARGE_DATAGRAM || queue.len() < MAX_QUEUED_LARGE {
                 let _ = queue.try_send(data);
             }
             yield_now().await;
         }
     };
-    run_with(&executor, Box::pin(take_all)).await
+    run_with_tasks(&executor, Box::pin(accept_datagrams)).await
 }
 
 /// Skips what ICMP says about an earlier answer.
@@ -101,13 +101,13 @@ async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize
 }
 
 /// One peer, from its first datagram until it has been silent for long enough.
-async fn serve(
+async fn serve_peer(
     connector: &Connector,
     socket: &Io<UdpSocket>,
-    peers: &Peers,
+    peers: &PeerQueues,
     peer: SocketAddr,
     datagrams: Receiver<Vec<u8>>,
-    idle: Duration,
+    idle_timeout: Duration,
 ) {
     let Attempt { client, tries, result } = connector.attempt(associate).await;
     let mut report = Report::new(connector, &client, tries);
@@ -118,25 +118,30 @@ async fn serve(
                 report.set_bnd(relay);
                 connector.print_verbose(&format!("relays between {peer} and {dst} at {relay}"));
             }
-            let flow = Flow {
+            let transfer = Transfer {
                 connector,
                 socket,
                 peer,
                 association: &association,
                 dst: &dst,
-                began: Instant::now(),
+                started: Instant::now(),
                 first_answer: Cell::default(),
-                last: Cell::new(Instant::now()),
+                last_activity: Cell::new(Instant::now()),
                 moved: Moved::default(),
             };
             let idle = async {
-                silence(&flow.last, idle).await;
+                wait_for_silence(&transfer.last_activity, idle_timeout).await;
                 Ok(())
             };
-            let ended = flow.send(&datagrams).or(flow.receive()).or(idle).or(lost(connector, &association)).await;
-            report.set_moved(&flow.moved);
-            report.set_ends(flow.first_answer.get(), None);
-            tell_losses(connector, &association);
+            let ended = transfer
+                .send(&datagrams)
+                .or(transfer.receive())
+                .or(idle)
+                .or(association_end(connector, &association))
+                .await;
+            report.set_bytes(&transfer.moved);
+            report.set_transfer_stats(transfer.first_answer.get(), None);
+            print_losses(connector, &association);
             ended
         }
         Err(failure) => Err(failure),
@@ -144,28 +149,28 @@ async fn serve(
     connector.print_error(connector.finish(report, result));
     if !is_associated {
         // A peer that goes on sending does not make an attempt, and a line, of each datagram.
-        sleep(AGAIN).await;
+        sleep(RETRY_PAUSE).await;
     }
     peers.borrow_mut().remove(&peer);
 }
 
-struct Flow<'a> {
+struct Transfer<'a> {
     connector: &'a Connector,
     socket: &'a Io<UdpSocket>,
     peer: SocketAddr,
     association: &'a Association,
     dst: &'a Addr,
-    began: Instant,
+    started: Instant,
     first_answer: Cell<Option<Duration>>,
     /// When a datagram moved last.
-    last: Cell<Instant>,
+    last_activity: Cell<Instant>,
     moved: Moved,
 }
 
-impl Flow<'_> {
+impl Transfer<'_> {
     async fn send(&self, datagrams: &Receiver<Vec<u8>>) -> Result<(), CliError> {
         while let Ok(data) = datagrams.recv().await {
-            self.last.set(Instant::now());
+            self.last_activity.set(Instant::now());
             self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
             // What is too large for one way or another is lost, as on any way.
             if let Err(error) = self.association.send(self.dst, &data).await {
@@ -178,14 +183,14 @@ impl Flow<'_> {
     async fn receive(&self) -> Result<(), CliError> {
         loop {
             let received = self.association.recv().await;
-            let (from, data) = received.map_err(|error| failed(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
+            let (from, data) = received.map_err(|error| io_error(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
             // A target known by name has whatever address it has.
             if matches!(self.dst.host, Host::Ip(_)) && from != *self.dst {
                 log::debug!("an answer from {from} is not one of {}", self.dst);
                 continue;
             }
-            self.last.set(Instant::now());
-            self.first_answer.set(self.first_answer.get().or(Some(self.began.elapsed())));
+            self.last_activity.set(Instant::now());
+            self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
             self.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
             // Others wait for the socket as well; where there is no room, it is lost.
             if let Err(error) = self.socket.try_with(Way::Write, |socket| socket.send_to(&data, self.peer)) {

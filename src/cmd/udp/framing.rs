@@ -32,7 +32,7 @@ pub(super) enum Framing {
 }
 
 impl Framing {
-    pub(super) fn of(args: &Args) -> Result<Self, CliError> {
+    pub(super) fn from_args(args: &Args) -> Result<Self, CliError> {
         match (args.raw, args.hex, args.length_prefixed) {
             (false, false, false) => Ok(Self::Lines),
             (true, false, false) => Ok(Self::Raw),
@@ -44,13 +44,13 @@ impl Framing {
 }
 
 /// stdin as datagrams.
-pub(super) enum Source {
+pub(super) enum DatagramReader {
     /// One read at a time.
     Reads(Arc<Mutex<BlockingFile>>),
     Stream(Framing, BufReader<Unblock<BlockingFile>>),
 }
 
-impl Source {
+impl DatagramReader {
     pub(super) fn new(framing: Framing) -> io::Result<Self> {
         let stdin = BlockingFile(File::from(io::stdin().as_fd().try_clone_to_owned()?));
         Ok(match framing {
@@ -73,21 +73,21 @@ impl Source {
                 .await?;
                 Ok(Some(data).filter(|data| !data.is_empty()))
             }
-            Self::Stream(Framing::LengthPrefixed, stdin) => prefixed(stdin).await,
-            Self::Stream(Framing::Hex, stdin) => match line(stdin, MAX_HEX_LINE).await? {
-                Some(digits) => octets(&digits).map(Some),
+            Self::Stream(Framing::LengthPrefixed, stdin) => read_length_prefixed(stdin).await,
+            Self::Stream(Framing::Hex, stdin) => match read_line(stdin, MAX_HEX_LINE).await? {
+                Some(digits) => decode_hex(&digits).map(Some),
                 None => Ok(None),
             },
-            Self::Stream(_, stdin) => line(stdin, MAX_UDP6).await,
+            Self::Stream(_, stdin) => read_line(stdin, MAX_UDP6).await,
         }
     }
 }
 
 /// A line without its end, and not much more than `most` octets of it.
-async fn line(stdin: &mut BufReader<Unblock<BlockingFile>>, most: usize) -> io::Result<Option<Vec<u8>>> {
+async fn read_line(stdin: &mut BufReader<Unblock<BlockingFile>>, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     // Room for one octet too many, so that a line that does not fit is refused, and for its end.
-    if stdin.take(most as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
+    if stdin.take(max as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
         return Ok(None);
     }
     if line.last() == Some(&b'\n') {
@@ -96,23 +96,23 @@ async fn line(stdin: &mut BufReader<Unblock<BlockingFile>>, most: usize) -> io::
     Ok(Some(line))
 }
 
-fn octets(digits: &[u8]) -> io::Result<Vec<u8>> {
-    let digits: Vec<u8> = digits.iter().copied().filter(|octet| !octet.is_ascii_whitespace()).collect();
+fn decode_hex(digits: &[u8]) -> io::Result<Vec<u8>> {
+    let digits: Vec<u8> = digits.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
     hex::decode(digits).map_err(|error| invalid(format!("not hexadecimal: {error}")))
 }
 
-async fn prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> io::Result<Option<Vec<u8>>> {
+async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> io::Result<Option<Vec<u8>>> {
     let mut length = [0; 2];
     if stdin.read(&mut length[..1]).await? == 0 {
         return Ok(None);
     }
-    let mut rest = async || {
+    let mut read_frame = async || {
         stdin.read_exact(&mut length[1..]).await?;
         let mut data = vec![0; u16::from_be_bytes(length).into()];
         stdin.read_exact(&mut data).await?;
         Ok(Some(data))
     };
-    rest().await.map_err(|error: io::Error| match error.kind() {
+    read_frame().await.map_err(|error: io::Error| match error.kind() {
         io::ErrorKind::UnexpectedEof => invalid("it ends inside of a datagram".into()),
         _ => error,
     })
@@ -123,45 +123,45 @@ fn invalid(what: String) -> io::Error {
 }
 
 /// Where answers go. Written on a thread of its own, so that who does not read holds up nothing else.
-pub(super) struct Sink {
+pub(super) struct DatagramWriter {
     framing: Framing,
     /// Without it, answers are thrown away.
     file: Option<Unblock<BlockingFile>>,
     /// What is still to be written; kept here, since writing may be given up in the middle and taken up again.
-    rest: VecDeque<u8>,
+    pending: VecDeque<u8>,
 }
 
-impl Sink {
+impl DatagramWriter {
     pub(super) fn new(framing: Framing, writes: bool) -> io::Result<Self> {
         let file = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
         let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6, BlockingFile(File::from(fd))));
-        Ok(Self { framing, file, rest: VecDeque::new() })
+        Ok(Self { framing, file, pending: VecDeque::new() })
     }
 
     pub(super) fn push(&mut self, answer: &[u8]) {
         match self.framing {
             _ if self.file.is_none() => {}
-            Framing::Raw => self.rest.extend(answer),
-            Framing::Lines => self.rest.extend(answer.iter().chain(b"\n")),
-            Framing::Hex => self.rest.extend(hex::encode(answer).as_bytes().iter().chain(b"\n")),
+            Framing::Raw => self.pending.extend(answer),
+            Framing::Lines => self.pending.extend(answer.iter().chain(b"\n")),
+            Framing::Hex => self.pending.extend(hex::encode(answer).as_bytes().iter().chain(b"\n")),
             Framing::LengthPrefixed => {
                 // No datagram is longer.
                 let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
-                self.rest.extend(length.to_be_bytes().iter().chain(answer.iter().take(length.into())));
+                self.pending.extend(length.to_be_bytes().iter().chain(answer.iter().take(length.into())));
             }
         }
     }
 
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         let Some(file) = &mut self.file else { return Ok(()) };
-        while !self.rest.is_empty() {
-            match file.write(self.rest.as_slices().0).await {
-                Ok(n @ 1..) => drop(self.rest.drain(..n)),
+        while !self.pending.is_empty() {
+            match file.write(self.pending.as_slices().0).await {
+                Ok(n @ 1..) => drop(self.pending.drain(..n)),
                 // Only flushing tells why.
                 Ok(0) | Err(_) => break,
             }
         }
         file.flush().await?;
-        if self.rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        if self.pending.is_empty() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }
