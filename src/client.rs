@@ -17,7 +17,8 @@ use crate::conn::{Conn, Protection, ReadError, until};
 use crate::dial::{Failure, Resolver, Source, dial};
 use crate::gssapi::{self, Initiator, Ticket};
 use crate::proto::{
-    self, Addr, Command, Foreign, Greeting, Host, Message, Method, Rep, Reply, Request, Selection, Status,
+    self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
+    Request,
 };
 use crate::reactor::Io;
 pub use error::{Cause, Error, Phase, Times};
@@ -271,19 +272,19 @@ impl Client {
             return Err(Cause::NoMethod);
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
-        let selected = read::<Selection>(conn).await?.0;
+        let selected = read::<MethodSelection>(conn).await?.0;
         self.heard.set((Some(selected), None));
         log::debug!("proxy {hop} selected {selected} of {}", listed(&methods));
         match (selected, credentials, &self.auth.gssapi, ticket) {
-            (Method::UNACCEPTABLE, ..) => Err(Cause::NoMethod),
+            (Method::NO_ACCEPTABLE, ..) => Err(Cause::NoMethod),
             _ if !methods.contains(&selected) => {
                 Err(Cause::Protocol(format!("it selected {selected}, which was not offered")))
             }
             (Method::PASSWORD, Some(credentials), ..) => {
                 self.step(Phase::Login);
                 write(conn, credentials).await?;
-                match read::<Status>(conn).await? {
-                    Status::SUCCESS => Ok(None),
+                match read::<LoginStatus>(conn).await? {
+                    LoginStatus::SUCCESS => Ok(None),
                     _ => Err(Cause::LoginRefused),
                 }
             }
@@ -407,8 +408,8 @@ async fn read<M: Message>(conn: &mut Conn) -> Result<M, Cause> {
 fn cause(error: ReadError) -> Cause {
     match error {
         ReadError::Closed(_, error) => Cause::Closed(error),
-        ReadError::Protocol(proto::Error::Version(first), _) => {
-            Cause::Protocol(format!("it answered {}", Foreign(first)))
+        ReadError::Protocol(proto::ProtocolError::Version(first), _) => {
+            Cause::Protocol(format!("it answered {}", OtherProtocol(first)))
         }
         ReadError::Protocol(error, _) => Cause::Protocol(error.to_string()),
     }

@@ -18,7 +18,7 @@ use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _,
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 
-use crate::proto::{self, Message, Stop};
+use crate::proto::{self, DecodeError, Message};
 use crate::reactor::{Io, Way, sleep, sleep_until, yield_now};
 use crate::relay::{BareOp, Stream};
 use protected::Protected;
@@ -71,7 +71,7 @@ pub enum ReadError {
     /// The peer closed or reset the connection, having sent this much of the message.
     Closed(Vec<u8>, Option<io::Error>),
     /// What came, which stands here too, is not a message of the protocol.
-    Protocol(proto::Error, Vec<u8>),
+    Protocol(proto::ProtocolError, Vec<u8>),
 }
 
 impl fmt::Display for ReadError {
@@ -91,12 +91,12 @@ impl Conn {
     /// # Errors
     /// As [`ReadError`] says. The caller sets the deadline.
     pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
-        let mut octets = Vec::with_capacity(M::MIN);
+        let mut octets = Vec::with_capacity(M::MIN_LEN);
         loop {
             let need = match M::decode(&octets) {
                 Ok(message) => return Ok(message),
-                Err(Stop::Need(need)) => need,
-                Err(Stop::Bad(error)) => return Err(ReadError::Protocol(error, octets)),
+                Err(DecodeError::Incomplete(need)) => need,
+                Err(DecodeError::Invalid(error)) => return Err(ReadError::Protocol(error, octets)),
             };
             let have = octets.len();
             // Room for a long message only as it comes.

@@ -17,7 +17,7 @@ use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use futures_lite::FutureExt as _;
 use smol::lock::Semaphore;
 
-use crate::proto::{Addr, Host, Name};
+use crate::proto::{Addr, Host, HostName};
 use crate::reactor::{ConnectError, Io, sleep_until};
 
 /// How long one address may keep the next one waiting (RFC 8305 section 5, Connection Attempt Delay).
@@ -172,7 +172,7 @@ impl Resolver {
 
 /// The address that some clients send as a name: as it is, in brackets, or in one of the forms that inet_aton(3) takes,
 /// and getaddrinfo(3) with it: `127.1`, `0x7f.0.0.1`, `2130706433`.
-pub fn literal(name: &Name) -> Option<IpAddr> {
+pub fn literal(name: &HostName) -> Option<IpAddr> {
     let text = name.as_str();
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     bare.parse().ok().or_else(|| number(text).map(IpAddr::V4))
@@ -401,7 +401,7 @@ mod tests {
             ("face", None),
         ];
         for (text, ip) in table {
-            let name = Name::new(text.as_bytes()).expect("a name");
+            let name = HostName::new(text.as_bytes()).expect("a name");
             assert_eq!(literal(&name).map(|ip| ip.to_string()).as_deref(), ip, "{text}");
         }
     }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use smol::lock::{Semaphore, SemaphoreGuardArc};
 
 use crate::conn::{Conn, Order, Protection, ReadError, SecurityContext, Unwrapped, until};
-use crate::proto::{Frame, Level, MAX_TOKEN};
+use crate::proto::{Frame, MAX_TOKEN_LEN, ProtectionLevel};
 use ffi::{Context, Credential, Name, Wants};
 
 /// How many tokens one side may take to establish a context. Kerberos needs one.
@@ -73,7 +73,7 @@ fn failed(what: impl Into<String>) -> Error {
 pub struct Acceptor {
     credential: Arc<Credential>,
     /// At least one.
-    levels: Vec<Level>,
+    levels: Vec<ProtectionLevel>,
     cores: Arc<Semaphore>,
 }
 
@@ -83,8 +83,8 @@ pub struct Accepted {
     /// The name of the initiator, whole: `alice@REALM`.
     pub user: Vec<u8>,
     /// What was granted.
-    pub level: Level,
-    /// From here on, for the stream; none at [`Level::None`].
+    pub level: ProtectionLevel,
+    /// From here on, for the stream; none at [`ProtectionLevel::None`].
     pub protection: Option<Protection>,
     /// Whether octets that are replayed or in another order would be noticed, as RFC 1961 demands of a stream.
     pub is_ordered: bool,
@@ -95,7 +95,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// The library is missing, or there is no such key.
-    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<Level>) -> Result<Self, Error> {
+    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> Result<Self, Error> {
         ffi::available().map_err(Error::Failed)?;
         let name = service.map(service_name).transpose()?;
         let credential = Arc::new(Credential::acceptor(name.as_ref(), keytab.as_deref())?);
@@ -116,12 +116,12 @@ impl Acceptor {
             .filter(|_| !flags.anonymous)
             .map(<[u8]>::to_vec)
             .ok_or_else(|| failed("the client has no name"))?;
-        let allowed = |level: &Level| match level {
-            Level::None => true,
-            Level::Integrity => flags.integrity,
-            Level::Confidentiality => flags.integrity && flags.confidentiality,
+        let allowed = |level: &ProtectionLevel| match level {
+            ProtectionLevel::None => true,
+            ProtectionLevel::Integrity => flags.integrity,
+            ProtectionLevel::Confidentiality => flags.integrity && flags.confidentiality,
         };
-        let levels: Vec<Level> = self.levels.iter().copied().filter(allowed).collect();
+        let levels: Vec<ProtectionLevel> = self.levels.iter().copied().filter(allowed).collect();
         let (level, context) = agree(conn, context, &levels).await?;
         let is_ordered = flags.replay && flags.sequence;
         Ok(Accepted { user, level, protection: Protection::new(context, level), is_ordered })
@@ -156,7 +156,11 @@ impl Acceptor {
 }
 
 /// Grants a level, in the form in which it was asked for: wrapped, or as NEC has it, as it is.
-async fn agree(conn: &mut Conn, context: Context, levels: &[Level]) -> Result<(Level, Established), Error> {
+async fn agree(
+    conn: &mut Conn,
+    context: Context,
+    levels: &[ProtectionLevel],
+) -> Result<(ProtectionLevel, Established), Error> {
     let mut context = Established(context);
     let Frame::Protection(mut token) = conn.read_message().await? else {
         return Err(failed("no level of protection was asked for"));
@@ -170,8 +174,8 @@ async fn agree(conn: &mut Conn, context: Context, levels: &[Level]) -> Result<(L
 }
 
 /// What was asked for where that is allowed, else the strongest that is.
-fn grant(asked: Option<u8>, levels: &[Level]) -> Option<Level> {
-    let asked = asked.and_then(Level::of).filter(|level| levels.contains(level));
+fn grant(asked: Option<u8>, levels: &[ProtectionLevel]) -> Option<ProtectionLevel> {
+    let asked = asked.and_then(ProtectionLevel::from_code).filter(|level| levels.contains(level));
     asked.or_else(|| levels.iter().copied().max())
 }
 
@@ -185,9 +189,9 @@ pub struct Initiator {
     /// The host in the service's name, where it is not that of the proxy.
     pub host: Option<String>,
     /// The level that is asked for.
-    pub wanted: Level,
+    pub wanted: ProtectionLevel,
     /// The lowest that is taken.
-    pub least: Level,
+    pub least: ProtectionLevel,
     /// Whether the level is said as NEC does it.
     pub nec: bool,
     /// How many may wait for a KDC.
@@ -201,8 +205,8 @@ impl Default for Initiator {
             ccache: None,
             service: "rcmd".into(),
             host: None,
-            wanted: Level::Confidentiality,
-            least: Level::Integrity,
+            wanted: ProtectionLevel::Confidentiality,
+            least: ProtectionLevel::Integrity,
             nec: false,
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
         }
@@ -242,7 +246,7 @@ impl Initiator {
     }
 
     /// Establishes a context with the server on `conn`, which has selected this method: what protects the connection
-    /// from here on, none at [`Level::None`]. `host` is how we call the proxy.
+    /// from here on, none at [`ProtectionLevel::None`]. `host` is how we call the proxy.
     ///
     /// # Errors
     /// Why there is none.
@@ -256,7 +260,7 @@ impl Initiator {
             return Err(failed("the context would not notice octets in another order"));
         }
         let mut context = Established(context);
-        let wanted = if flags.confidentiality { self.wanted } else { self.wanted.min(Level::Integrity) };
+        let wanted = if flags.confidentiality { self.wanted } else { self.wanted.min(ProtectionLevel::Integrity) };
         let asked = vec![wanted.code()];
         let asked = if self.nec { asked } else { context.wrap(&asked, false).map_err(failed)? };
         say(conn, Frame::Protection(asked)).await?;
@@ -270,19 +274,19 @@ impl Initiator {
             Frame::Protection(mut token) if !self.nec => Some(context.unwrap_level(&mut token)?),
             other => return Err(unexpected(&other)),
         };
-        match code.and_then(Level::of) {
+        match code.and_then(ProtectionLevel::from_code) {
             Some(level) if level < self.least => {
                 let why = format!("the server grants {level}, and the least that is taken is {}", self.least);
                 Err(failed(why + " (--gssapi-min)"))
             }
-            Some(Level::Confidentiality) if !flags.confidentiality => Err(failed("the context can't seal")),
+            Some(ProtectionLevel::Confidentiality) if !flags.confidentiality => Err(failed("the context can't seal")),
             Some(level) => Ok(Protection::new(context, level)),
             None => Err(failed("the server grants a level that there is not")),
         }
     }
 
     async fn establish(&self, conn: &mut Conn, ticket: Ticket, target: String) -> Result<Context, Error> {
-        let wants = Wants { sequence: true, confidentiality: self.wanted == Level::Confidentiality };
+        let wants = Wants { sequence: true, confidentiality: self.wanted == ProtectionLevel::Confidentiality };
         let mut context = Context::default();
         let mut token: Option<Vec<u8>> = None;
         for _ in 0..MAX_ROUNDS {
@@ -393,7 +397,7 @@ impl SecurityContext for Established {
 
     fn capacity(&self, seal: bool) -> usize {
         // More than any mechanism needs, should the library not say.
-        self.0.capacity(seal).unwrap_or(MAX_TOKEN - 256)
+        self.0.capacity(seal).unwrap_or(MAX_TOKEN_LEN - 256)
     }
 }
 
@@ -403,8 +407,8 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_granted_or_the_strongest_there_is() {
-        use Level::{Confidentiality, Integrity, None as Clear};
-        let table: [(u8, &[Level], Option<Level>); 9] = [
+        use ProtectionLevel::{Confidentiality, Integrity, None as Clear};
+        let table: [(u8, &[ProtectionLevel], Option<ProtectionLevel>); 9] = [
             (1, &[Integrity, Confidentiality], Some(Integrity)),
             (2, &[Integrity, Confidentiality], Some(Confidentiality)),
             (0, &[Integrity, Confidentiality], Some(Confidentiality)),

@@ -10,7 +10,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::proto::{Level, Method};
+use crate::proto::{Method, ProtectionLevel};
 use rules::{AccessRequest, Decision, Identity, Rules};
 use users::Users;
 
@@ -75,7 +75,7 @@ impl Policy {
 
     /// Whether somebody whom no rule names gets in without a login.
     pub fn is_open_relay(&self) -> bool {
-        let login = Identity { method: Method::NONE, user: None, level: Level::None };
+        let login = Identity { method: Method::NONE, user: None, level: ProtectionLevel::None };
         let anybody = AccessRequest { identity: Some(login), ..AccessRequest::default() };
         self.select_method(&[Method::NONE]).is_some()
             && !matches!(self.evaluate(&anybody, |_| false), Decision::Deny(_))

@@ -6,14 +6,14 @@
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
-use crate::proto::{Addr, Datagram, MAX_UDP6};
+use crate::proto::{Addr, Datagram, MAX_UDP6_PAYLOAD};
 
 /// How long a sequence may take from its first fragment; section 7 wants no less than 5 seconds.
 pub const TIMEOUT: Duration = Duration::from_secs(6);
 
 const LAST: u8 = 0x80;
 
-/// The queue of one association. Holds at most [`MAX_UDP6`] octets, and none between sequences.
+/// The queue of one association. Holds at most [`MAX_UDP6_PAYLOAD`] octets, and none between sequences.
 #[derive(Debug, Default)]
 pub struct Reassembler {
     sequence: Option<Sequence>,
@@ -55,7 +55,7 @@ impl Reassembler {
         if datagram.frag == 0 {
             return Some((datagram.dst, datagram.data.into()));
         }
-        if self.sequence.as_ref().is_some_and(|sequence| sequence.data.len() > MAX_UDP6) {
+        if self.sequence.as_ref().is_some_and(|sequence| sequence.data.len() > MAX_UDP6_PAYLOAD) {
             self.give_up(false);
         }
         if datagram.frag & LAST == 0 {
@@ -118,7 +118,7 @@ impl Sequence {
 pub fn split(dst: &Addr, data: &[u8], limit: usize) -> Option<Vec<Vec<u8>>> {
     let encode = |frag, data| {
         let mut out = Vec::new();
-        Datagram { frag, dst: dst.clone(), data }.write(&mut out);
+        Datagram { frag, dst: dst.clone(), data }.encode_into(&mut out);
         out
     };
     let room = limit.checked_sub(encode(0, &[]).len())?;

@@ -11,7 +11,7 @@ use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::{Conn, Order, Protection, SecurityContext, Unwrapped};
-use s5::proto::{Addr, Command, Frame, Level, Message as _, Request};
+use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
 use s5::reactor::Io;
 use s5::relay::{Limits, Moved, relay};
 
@@ -58,7 +58,7 @@ fn frame(seal: bool, number: u8, data: &[u8]) -> Vec<u8> {
     Frame::Data(token(seal, number, data)).encode()
 }
 
-fn protection(level: Level) -> Protection {
+fn protection(level: ProtectionLevel) -> Protection {
     Protection::new(Toy::default(), level).expect("a level that protects")
 }
 
@@ -68,12 +68,12 @@ fn conn(socket: UnixStream) -> Conn {
 }
 
 /// A protected connection, and its other end as it is.
-fn half(level: Level) -> (Conn, Conn) {
+fn half(level: ProtectionLevel) -> (Conn, Conn) {
     let (near, far) = UnixStream::pair().expect("a pair of sockets");
     (conn(near).protect(protection(level)), conn(far))
 }
 
-fn both(level: Level) -> (Conn, Conn) {
+fn both(level: ProtectionLevel) -> (Conn, Conn) {
     let (near, far) = half(level);
     (near, far.protect(protection(level)))
 }
@@ -86,7 +86,7 @@ fn soon<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// What a protected connection makes of these octets: what it reads, and how that ends.
-fn read_all(level: Level, octets: &[u8]) -> (Vec<u8>, Option<ErrorKind>) {
+fn read_all(level: ProtectionLevel, octets: &[u8]) -> (Vec<u8>, Option<ErrorKind>) {
     let (mut near, mut far) = half(level);
     soon(async {
         let send = async {
@@ -104,12 +104,12 @@ fn read_all(level: Level, octets: &[u8]) -> (Vec<u8>, Option<ErrorKind>) {
 
 #[test]
 fn level_none_protects_nothing() {
-    assert!(Protection::new(Toy::default(), Level::None).is_none());
+    assert!(Protection::new(Toy::default(), ProtectionLevel::None).is_none());
 }
 
 #[test]
 fn messages_and_streams_go_through_at_either_level() {
-    for level in [Level::Integrity, Level::Confidentiality] {
+    for level in [ProtectionLevel::Integrity, ProtectionLevel::Confidentiality] {
         let (mut near, mut far) = both(level);
         assert_eq!(near.protection().map(Protection::level), Some(level));
         soon(async {
@@ -127,7 +127,7 @@ fn messages_and_streams_go_through_at_either_level() {
 
 #[test]
 fn nothing_can_be_read_of_what_is_sealed() {
-    let (mut near, mut far) = half(Level::Confidentiality);
+    let (mut near, mut far) = half(ProtectionLevel::Confidentiality);
     soon(async {
         near.write_all(b"secret").await.expect("it is sent");
         near.close().await.expect("it is closed");
@@ -139,7 +139,7 @@ fn nothing_can_be_read_of_what_is_sealed() {
 
 #[test]
 fn what_is_sent_comes_in_tokens_of_at_most_16_kib() {
-    let (mut near, mut far) = half(Level::Integrity);
+    let (mut near, mut far) = half(ProtectionLevel::Integrity);
     let data: Vec<u8> = (0..100_000_u32).map(|n| n.to_le_bytes()[1]).collect();
     soon(async {
         let send = async {
@@ -163,10 +163,10 @@ fn what_is_sent_comes_in_tokens_of_at_most_16_kib() {
 fn tokens_of_any_size_are_taken_and_empty_ones_are_nothing() {
     let longest = vec![7; 65_533];
     let octets = [frame(true, 1, &longest), frame(true, 2, b""), frame(true, 3, b"x")].concat();
-    let (all, end) = read_all(Level::Confidentiality, &octets);
+    let (all, end) = read_all(ProtectionLevel::Confidentiality, &octets);
     assert_eq!((all.len(), end), (65_534, None));
     let empty: Vec<u8> = (1..=200).flat_map(|number| frame(true, number, b"")).collect();
-    assert_eq!(read_all(Level::Confidentiality, &empty), (vec![], None));
+    assert_eq!(read_all(ProtectionLevel::Confidentiality, &empty), (vec![], None));
 }
 
 #[test]
@@ -180,13 +180,13 @@ fn an_end_between_frames_is_one_and_an_end_inside_of_one_is_a_fault() {
             1..9 => (vec![], Some(ErrorKind::UnexpectedEof)),
             _ => (b"one".to_vec(), Some(ErrorKind::UnexpectedEof)),
         };
-        assert_eq!(read_all(Level::Integrity, &octets[..end]), expected, "{end} octets");
+        assert_eq!(read_all(ProtectionLevel::Integrity, &octets[..end]), expected, "{end} octets");
     }
 }
 
 #[test]
 fn what_is_not_as_it_was_agreed_ends_the_stream() {
-    use Level::{Confidentiality, Integrity};
+    use ProtectionLevel::{Confidentiality, Integrity};
     let bad = Some(ErrorKind::InvalidData);
     let ok = frame(true, 1, b"ok");
     let table = [
@@ -209,7 +209,7 @@ fn what_is_not_as_it_was_agreed_ends_the_stream() {
 
 #[test]
 fn a_flood_of_nothing_lets_others_have_their_turn() {
-    let (mut near, mut far) = half(Level::Integrity);
+    let (mut near, mut far) = half(ProtectionLevel::Integrity);
     let turns = Cell::new(0);
     let flood = async {
         for number in 0_u32.. {
@@ -231,7 +231,8 @@ fn a_flood_of_nothing_lets_others_have_their_turn() {
 
 #[test]
 fn a_relay_between_protected_streams_loses_nothing() {
-    let ((mut client, mut near), (mut server, mut far)) = (both(Level::Confidentiality), both(Level::Integrity));
+    let ((mut client, mut near), (mut server, mut far)) =
+        (both(ProtectionLevel::Confidentiality), both(ProtectionLevel::Integrity));
     let data: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
     let moved = Moved::default();
     let play = async {
@@ -258,9 +259,11 @@ fn a_relay_between_protected_streams_loses_nothing() {
 
 #[test]
 fn one_protected_stream_can_carry_another() {
-    let (near, far) = both(Level::Integrity);
-    let (mut near, mut far) =
-        (near.protect(protection(Level::Confidentiality)), far.protect(protection(Level::Confidentiality)));
+    let (near, far) = both(ProtectionLevel::Integrity);
+    let (mut near, mut far) = (
+        near.protect(protection(ProtectionLevel::Confidentiality)),
+        far.protect(protection(ProtectionLevel::Confidentiality)),
+    );
     soon(async {
         near.write_all(b"twice").await.expect("it is sent");
         near.flush().await.expect("it is sent");
@@ -273,7 +276,8 @@ fn one_protected_stream_can_carry_another() {
 #[test]
 fn datagrams_may_be_late_or_missing_and_are_taken_once() {
     let open = |protection: &Protection, number, seal| protection.unwrap_datagram(&mut frame(seal, number, b"x"));
-    let (sender, receiver) = (protection(Level::Confidentiality), protection(Level::Confidentiality));
+    let (sender, receiver) =
+        (protection(ProtectionLevel::Confidentiality), protection(ProtectionLevel::Confidentiality));
     let wrapped = sender.wrap(b"hello").expect("it is wrapped");
     assert!(wrapped.len() <= b"hello".len() + sender.overhead());
     assert_eq!(receiver.unwrap_datagram(&mut wrapped.clone()).as_deref(), Some(&b"hello"[..]));
@@ -296,7 +300,7 @@ proptest! {
         for (number, data) in (1..).zip(&data) {
             octets.extend(frame(true, number, data));
         }
-        let (mut near, mut far) = half(Level::Confidentiality);
+        let (mut near, mut far) = half(ProtectionLevel::Confidentiality);
         let all = soon(async {
             let send = async {
                 let mut rest = &octets[..];

@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::proto::{
-    Addr, Command, Credentials, Datagram, Error, Foreign, Frame, Greeting, Host, Message, Method, Name, Rep, Reply,
-    Request, Selection, Status, Stop,
+    Addr, Command, Credentials, Datagram, DecodeError, Frame, Greeting, Host, HostName, LoginStatus, Message, Method,
+    MethodSelection, OtherProtocol, ProtocolError, Rep, Reply, Request,
 };
 
 fn config() -> ProptestConfig {
@@ -22,11 +22,13 @@ fn check<M: Message + Debug + PartialEq>(message: &M) {
 }
 
 fn check_octets<M: Message + Debug + PartialEq>(octets: &[u8], message: &M) {
-    assert!((M::MIN..=M::MAX).contains(&octets.len()), "{} octets of {message:?}", octets.len());
+    assert!((M::MIN_LEN..=M::MAX_LEN).contains(&octets.len()), "{} octets of {message:?}", octets.len());
     for have in 0..octets.len() {
         let missing = octets.len() - have;
         match M::decode(&octets[..have]) {
-            Err(Stop::Need(n)) => assert!((1..=missing).contains(&n), "{n} asked, {missing} missing, {message:?}"),
+            Err(DecodeError::Incomplete(n)) => {
+                assert!((1..=missing).contains(&n), "{n} asked, {missing} missing, {message:?}")
+            }
             other => panic!("{other:?} from {have} octets of {message:?}"),
         }
     }
@@ -34,7 +36,7 @@ fn check_octets<M: Message + Debug + PartialEq>(octets: &[u8], message: &M) {
     for behind in [&[0][..], &[5, 1, 0], &[0xff; 600]] {
         assert_eq!(M::decode(&[octets, behind].concat()).as_ref(), Ok(message), "{} octets follow", behind.len());
     }
-    for piece in [1, 2, 3, 7, 64, M::MAX] {
+    for piece in [1, 2, 3, 7, 64, M::MAX_LEN] {
         assert_eq!(&feed::<M>(octets, &mut std::iter::repeat(piece)), message, "in pieces of {piece}");
     }
 }
@@ -48,26 +50,26 @@ fn feed<M: Message>(octets: &[u8], pieces: &mut impl Iterator<Item = usize>) -> 
                 assert_eq!(have, octets.len(), "the message was there before its last octet");
                 return message;
             }
-            Err(Stop::Need(n)) => have += n.min(pieces.next().expect("pieces without end").max(1)),
-            Err(Stop::Bad(error)) => panic!("{error} after {have} octets of {octets:?}"),
+            Err(DecodeError::Incomplete(n)) => have += n.min(pieces.next().expect("pieces without end").max(1)),
+            Err(DecodeError::Invalid(error)) => panic!("{error} after {have} octets of {octets:?}"),
         }
         assert!(have <= octets.len(), "asked for octets behind the message");
     }
 }
 
 /// That `prefix` may still become a message, and that with its last octet, or octets, it can't any more.
-fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: Error) {
+fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: ProtocolError) {
     for have in 0..=prefix.len() {
         let stop = M::decode(&prefix[..have]).expect_err("no message yet");
-        assert!(matches!(stop, Stop::Need(1..)), "{stop:?} from {:?}", &prefix[..have]);
+        assert!(matches!(stop, DecodeError::Incomplete(1..)), "{stop:?} from {:?}", &prefix[..have]);
     }
     let bad = [prefix, last].concat();
-    assert_eq!(M::decode(&bad), Err(Stop::Bad(error)), "{bad:?}");
-    assert_eq!(M::decode(&[&bad[..], &[1; 600]].concat()), Err(Stop::Bad(error)), "{bad:?} and more");
+    assert_eq!(M::decode(&bad), Err(DecodeError::Invalid(error)), "{bad:?}");
+    assert_eq!(M::decode(&[&bad[..], &[1; 600]].concat()), Err(DecodeError::Invalid(error)), "{bad:?} and more");
 }
 
 fn name(octets: &[u8]) -> Addr {
-    Addr { host: Host::Name(Name::new(octets).expect("a name")), port: 443 }
+    Addr { host: Host::Name(HostName::new(octets).expect("a name")), port: 443 }
 }
 
 fn ip(text: &str) -> Addr {
@@ -88,7 +90,7 @@ fn any_addr() -> impl Strategy<Value = Addr> {
         any::<Ipv6Addr>().prop_map(|ip| Host::Ip(ip.into())),
         vec(any::<char>(), 1..=64).prop_filter_map("no name", |text| {
             let text: String = text.into_iter().filter(|c| !c.is_control()).collect();
-            Name::new(text.as_bytes()).ok().map(Host::Name)
+            HostName::new(text.as_bytes()).ok().map(Host::Name)
         }),
     ];
     (host, any::<u16>()).prop_map(|(host, port)| Addr { host, port })
@@ -125,12 +127,12 @@ proptest! {
     fn every_datagram_survives(frag: u8, dst in any_addr(), data in vec(any::<u8>(), 0..2000)) {
         let datagram = Datagram { frag, dst, data: &data };
         let mut octets = Vec::new();
-        datagram.write(&mut octets);
+        datagram.encode_into(&mut octets);
         prop_assert_eq!(Datagram::decode(&octets), Ok(datagram));
         let header = octets.len() - data.len();
-        prop_assert!(header <= Datagram::MAX_HEADER);
+        prop_assert!(header <= Datagram::MAX_HEADER_LEN);
         for end in 0..header {
-            prop_assert_eq!(Datagram::decode(&octets[..end]), Err(Error::Truncated), "{} octets", end);
+            prop_assert_eq!(Datagram::decode(&octets[..end]), Err(ProtocolError::TruncatedHeader), "{} octets", end);
         }
     }
 
@@ -159,15 +161,15 @@ proptest! {
     ) {
         let octets = [&[first], &rest[..]].concat();
         check_random::<Greeting>(&octets);
-        check_random::<Selection>(&octets);
+        check_random::<MethodSelection>(&octets);
         check_random::<Credentials>(&octets);
-        check_random::<Status>(&octets);
+        check_random::<LoginStatus>(&octets);
         check_random::<Frame>(&octets);
         check_random::<Request>(&octets);
         check_random::<Reply>(&octets);
         if let Ok(datagram) = Datagram::decode(&octets) {
             let mut again = Vec::new();
-            datagram.write(&mut again);
+            datagram.encode_into(&mut again);
             prop_assert_eq!(&again[2..], &octets[2..]);
         }
     }
@@ -184,8 +186,10 @@ proptest! {
 fn check_random<M: Message + Debug + PartialEq>(octets: &[u8]) {
     match M::decode(octets) {
         Ok(message) => assert_eq!(M::decode(&message.encode()), Ok(message)),
-        Err(Stop::Need(n)) => assert!(n >= 1 && octets.len() + n <= M::MAX, "{n} asked for behind {octets:?}"),
-        Err(Stop::Bad(_)) => {}
+        Err(DecodeError::Incomplete(n)) => {
+            assert!(n >= 1 && octets.len() + n <= M::MAX_LEN, "{n} asked for behind {octets:?}")
+        }
+        Err(DecodeError::Invalid(_)) => {}
     }
 }
 
@@ -200,12 +204,12 @@ fn check_prefixes<M: Message + Debug + PartialEq>(octets: &[u8]) {
             assert_eq!(&now, last, "changed its mind at {have} octets of {octets:?}");
         }
         match now {
-            Err(Stop::Need(n)) => due = due.max(have + n),
+            Err(DecodeError::Incomplete(n)) => due = due.max(have + n),
             Ok(_) => {
                 assert!(have >= due, "asked for {due} octets, was content with {have} of {octets:?}");
                 last = Some(now);
             }
-            Err(Stop::Bad(_)) => last = Some(now),
+            Err(DecodeError::Invalid(_)) => last = Some(now),
         }
     }
 }
@@ -225,8 +229,8 @@ fn every_length_survives_in_every_piece() {
         check(&Reply { rep: Rep::SUCCEEDED, bnd: dst });
     }
     for octet in 0..=255 {
-        check(&Selection(Method(octet)));
-        check(&Status(octet));
+        check(&MethodSelection(Method(octet)));
+        check(&LoginStatus(octet));
         check(&Reply { rep: Rep(octet), bnd: Addr::UNSPECIFIED });
     }
 }
@@ -235,18 +239,18 @@ fn every_length_survives_in_every_piece() {
 #[test]
 fn the_octets_are_those_of_the_rfc() {
     assert_eq!(Greeting { methods: vec![Method::NONE, Method::PASSWORD] }.encode(), [5, 2, 0, 2]);
-    assert_eq!(Selection(Method::UNACCEPTABLE).encode(), [5, 0xff]);
+    assert_eq!(MethodSelection(Method::NO_ACCEPTABLE).encode(), [5, 0xff]);
     assert_eq!(Credentials { uname: b"me".into(), passwd: b"x".into() }.encode(), b"\x01\x02me\x01x");
-    assert_eq!(Status::SUCCESS.encode(), [1, 0]);
-    assert_eq!(Status::FAILURE.encode(), [1, 1]);
+    assert_eq!(LoginStatus::SUCCESS.encode(), [1, 0]);
+    assert_eq!(LoginStatus::FAILURE.encode(), [1, 1]);
     let request = |command, dst| Request { command, dst }.encode();
     assert_eq!(request(Command::Connect, ip("192.0.2.1:258")), [5, 1, 0, 1, 192, 0, 2, 1, 1, 2]);
     assert_eq!(request(Command::Bind, name(b"ab")), b"\x05\x02\0\x03\x02ab\x01\xbb");
     let v6 = [&[5, 3, 0, 4, 0x20, 1][..], &[0; 13], &[1, 4, 0x38]].concat();
     assert_eq!(request(Command::UdpAssociate, ip("[2001::1]:1080")), v6);
-    assert_eq!(Reply { rep: Rep::REFUSED, bnd: Addr::UNSPECIFIED }.encode(), [5, 5, 0, 1, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(Reply { rep: Rep::CONNECTION_REFUSED, bnd: Addr::UNSPECIFIED }.encode(), [5, 5, 0, 1, 0, 0, 0, 0, 0, 0]);
     let mut octets = vec![9];
-    Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.write(&mut octets);
+    Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.encode_into(&mut octets);
     assert_eq!(octets, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "appended to what is there");
 }
 
@@ -267,22 +271,22 @@ fn a_reply_may_have_a_name_of_length_0_and_a_request_may_not() {
     for rep in [Rep::SUCCEEDED, Rep::GENERAL_FAILURE] {
         check_octets(&[5, rep.0, 0, 3, 0, 0, 80], &Reply { rep, bnd: Addr::UNSPECIFIED });
     }
-    check_bad::<Request>(&[5, 1, 0, 3], &[0], Error::Name);
-    assert_eq!(Datagram::decode(&[0, 0, 0, 3, 0, 0, 80, 1]), Err(Error::Name));
+    check_bad::<Request>(&[5, 1, 0, 3], &[0], ProtocolError::InvalidHostName);
+    assert_eq!(Datagram::decode(&[0, 0, 0, 3, 0, 0, 80, 1]), Err(ProtocolError::InvalidHostName));
 }
 
 #[test]
 fn another_version_is_an_error_at_its_octet() {
     for version in (0..=255).filter(|version| *version != 5) {
-        check_bad::<Greeting>(&[], &[version], Error::Version(version));
-        check_bad::<Selection>(&[], &[version], Error::Version(version));
-        check_bad::<Request>(&[], &[version], Error::Version(version));
-        check_bad::<Reply>(&[], &[version], Error::Version(version));
+        check_bad::<Greeting>(&[], &[version], ProtocolError::Version(version));
+        check_bad::<MethodSelection>(&[], &[version], ProtocolError::Version(version));
+        check_bad::<Request>(&[], &[version], ProtocolError::Version(version));
+        check_bad::<Reply>(&[], &[version], ProtocolError::Version(version));
     }
     for version in (0..=255).filter(|version| *version != 1) {
-        check_bad::<Credentials>(&[], &[version], Error::AuthVersion(version));
-        check_bad::<Status>(&[], &[version], Error::AuthVersion(version));
-        check_bad::<Frame>(&[], &[version], Error::AuthVersion(version));
+        check_bad::<Credentials>(&[], &[version], ProtocolError::AuthVersion(version));
+        check_bad::<LoginStatus>(&[], &[version], ProtocolError::AuthVersion(version));
+        check_bad::<Frame>(&[], &[version], ProtocolError::AuthVersion(version));
     }
 }
 
@@ -291,7 +295,7 @@ fn an_abort_has_two_octets_and_an_unknown_message_type_is_an_error_at_its_octet(
     check(&Frame::Abort);
     assert_eq!(Frame::Abort.encode(), [1, 0xff]);
     for mtyp in (0..=0xfe).filter(|mtyp| !(1..=3).contains(mtyp)) {
-        check_bad::<Frame>(&[1], &[mtyp], Error::Mtyp(mtyp));
+        check_bad::<Frame>(&[1], &[mtyp], ProtocolError::MessageType(mtyp));
     }
     let longest = Frame::Data(vec![7; 65_535]);
     assert_eq!(Frame::decode(&longest.encode()), Ok(longest));
@@ -300,46 +304,46 @@ fn an_abort_has_two_octets_and_an_unknown_message_type_is_an_error_at_its_octet(
 #[test]
 fn a_datagram_is_one_data_frame_or_none() {
     let whole = Frame::Data(vec![1, 2, 3]).encode();
-    assert_eq!(Frame::of_datagram(&mut whole.clone()), Some(&mut [1, 2, 3][..]));
+    assert_eq!(Frame::datagram_token(&mut whole.clone()), Some(&mut [1, 2, 3][..]));
     for length in 0..whole.len() {
-        assert_eq!(Frame::of_datagram(&mut whole[..length].to_vec()), None, "{length} octets");
+        assert_eq!(Frame::datagram_token(&mut whole[..length].to_vec()), None, "{length} octets");
     }
-    assert_eq!(Frame::of_datagram(&mut [&whole[..], &[0]].concat()), None, "an octet too many");
+    assert_eq!(Frame::datagram_token(&mut [&whole[..], &[0]].concat()), None, "an octet too many");
     for other in [Frame::Authentication(vec![1]), Frame::Protection(vec![1]), Frame::Abort] {
-        assert_eq!(Frame::of_datagram(&mut other.encode()), None, "{other:?}");
+        assert_eq!(Frame::datagram_token(&mut other.encode()), None, "{other:?}");
     }
-    assert_eq!(Frame::of_datagram(&mut [5, 3, 0, 1, 1]), None, "another version");
+    assert_eq!(Frame::datagram_token(&mut [5, 3, 0, 1, 1]), None, "another version");
 }
 
 #[test]
 fn an_unknown_command_is_an_error_at_its_octet() {
     for command in (0..=255).filter(|command| !(1..=3).contains(command)) {
-        check_bad::<Request>(&[5], &[command], Error::Command(command));
-        assert_eq!(Error::Command(command).rep(), Rep(7));
+        check_bad::<Request>(&[5], &[command], ProtocolError::Command(command));
+        assert_eq!(ProtocolError::Command(command).rep(), Rep(7));
     }
 }
 
 #[test]
 fn an_unknown_address_type_is_an_error_at_its_octet() {
     for atyp in (0..=255).filter(|atyp| ![1, 3, 4].contains(atyp)) {
-        check_bad::<Request>(&[5, 1, 0], &[atyp], Error::Atyp(atyp));
-        check_bad::<Reply>(&[5, 0, 0], &[atyp], Error::Atyp(atyp));
-        assert_eq!(Datagram::decode(&[0, 0, 0, atyp]), Err(Error::Atyp(atyp)));
-        assert_eq!(Error::Atyp(atyp).rep(), Rep(8));
+        check_bad::<Request>(&[5, 1, 0], &[atyp], ProtocolError::AddressType(atyp));
+        check_bad::<Reply>(&[5, 0, 0], &[atyp], ProtocolError::AddressType(atyp));
+        assert_eq!(Datagram::decode(&[0, 0, 0, atyp]), Err(ProtocolError::AddressType(atyp)));
+        assert_eq!(ProtocolError::AddressType(atyp).rep(), Rep(8));
     }
 }
 
 #[test]
 fn an_unknown_command_counts_for_more_than_what_stands_behind_it() {
-    assert_eq!(Request::decode(&[5, 9, 0, 9]), Err(Stop::Bad(Error::Command(9))));
-    assert_eq!(Request::decode(&[4, 9, 0, 9]), Err(Stop::Bad(Error::Version(4))));
+    assert_eq!(Request::decode(&[5, 9, 0, 9]), Err(DecodeError::Invalid(ProtocolError::Command(9))));
+    assert_eq!(Request::decode(&[4, 9, 0, 9]), Err(DecodeError::Invalid(ProtocolError::Version(4))));
 }
 
 #[test]
 fn nothing_where_something_must_stand_is_an_error_at_its_length() {
-    check_bad::<Greeting>(&[5], &[0], Error::NoMethods);
-    check_bad::<Credentials>(&[1], &[0], Error::EmptyField);
-    check_bad::<Credentials>(&[1, 2, b'm', b'e'], &[0], Error::EmptyField);
+    check_bad::<Greeting>(&[5], &[0], ProtocolError::NoMethods);
+    check_bad::<Credentials>(&[1], &[0], ProtocolError::EmptyCredential);
+    check_bad::<Credentials>(&[1, 2, b'm', b'e'], &[0], ProtocolError::EmptyCredential);
 }
 
 #[test]
@@ -359,20 +363,26 @@ fn a_bad_name_is_an_error_before_its_port() {
     for octets in bad {
         let length = u8::try_from(octets.len()).expect("a name that fits");
         let (last, front) = octets.split_last().expect("at least one");
-        check_bad::<Request>(&[&[5, 1, 0, 3, length], front].concat(), &[*last], Error::Name);
+        check_bad::<Request>(&[&[5, 1, 0, 3, length], front].concat(), &[*last], ProtocolError::InvalidHostName);
         let reply = [&[5, 0, 0, 3, length], octets, &[0, 80]].concat();
         assert_eq!(Reply::decode(&reply), Ok(Reply { rep: Rep::SUCCEEDED, bnd: Addr::UNSPECIFIED }));
-        assert_eq!(Name::new(octets), Err(Error::Name), "{}", octets.escape_ascii());
+        assert_eq!(HostName::new(octets), Err(ProtocolError::InvalidHostName), "{}", octets.escape_ascii());
     }
-    assert_eq!(Name::new(&[b'a'; 256]), Err(Error::Name));
-    assert_eq!(Name::new(b""), Err(Error::Name));
-    assert_eq!(Error::Name.rep(), Rep(1));
+    assert_eq!(HostName::new(&[b'a'; 256]), Err(ProtocolError::InvalidHostName));
+    assert_eq!(HostName::new(b""), Err(ProtocolError::InvalidHostName));
+    assert_eq!(ProtocolError::InvalidHostName.rep(), Rep(1));
 }
 
 #[test]
 fn what_has_no_rep_of_its_own_is_a_general_failure() {
-    let errors =
-        [Error::Version(4), Error::AuthVersion(5), Error::NoMethods, Error::EmptyField, Error::Name, Error::Truncated];
+    let errors = [
+        ProtocolError::Version(4),
+        ProtocolError::AuthVersion(5),
+        ProtocolError::NoMethods,
+        ProtocolError::EmptyCredential,
+        ProtocolError::InvalidHostName,
+        ProtocolError::TruncatedHeader,
+    ];
     for error in errors {
         assert_eq!(error.rep(), Rep(1), "{error}");
     }
@@ -381,11 +391,11 @@ fn what_has_no_rep_of_its_own_is_a_general_failure() {
 #[test]
 fn no_error_says_more_than_a_line_of_plain_words() {
     let errors = [
-        (Error::Version(4), "version 4 instead of 5"),
-        (Error::AuthVersion(5), "sub-negotiation version 5 instead of 1"),
-        (Error::Command(9), "unknown command 9"),
-        (Error::Atyp(2), "unknown address type 2"),
-        (Error::NoMethods, "no methods offered"),
+        (ProtocolError::Version(4), "version 4 instead of 5"),
+        (ProtocolError::AuthVersion(5), "sub-negotiation version 5 instead of 1"),
+        (ProtocolError::Command(9), "unknown command 9"),
+        (ProtocolError::AddressType(2), "unknown address type 2"),
+        (ProtocolError::NoMethods, "no methods offered"),
     ];
     for (error, text) in errors {
         assert_eq!(error.to_string(), text);
@@ -429,7 +439,7 @@ fn every_rep_has_the_words_of_section_6() {
         Rep::NOT_ALLOWED,
         Rep::NETWORK_UNREACHABLE,
         Rep::HOST_UNREACHABLE,
-        Rep::REFUSED,
+        Rep::CONNECTION_REFUSED,
         Rep::TTL_EXPIRED,
         Rep::COMMAND_NOT_SUPPORTED,
         Rep::ATYP_NOT_SUPPORTED,
@@ -452,15 +462,16 @@ fn methods_commands_and_addresses_have_their_words() {
 
 #[test]
 fn another_protocol_is_refused_in_its_own_words_and_never_repeated_to_it() {
-    assert_eq!(Foreign(4).rejection(), [0, 0x5b, 0, 0, 0, 0, 0, 0], "the request is rejected, in SOCKS4");
+    assert_eq!(OtherProtocol(4).rejection(), [0, 0x5b, 0, 0, 0, 0, 0, 0], "the request is rejected, in SOCKS4");
     for first in b"GPCHDTO" {
-        let page = String::from_utf8_lossy(Foreign(*first).rejection());
+        let page = String::from_utf8_lossy(OtherProtocol(*first).rejection());
         assert!(page.starts_with("HTTP/1.0 501 ") && page.contains("\r\n\r\n") && page.contains("SOCKS5"), "{page}");
     }
     for first in [0, 1, 2, 3, 6, 0x16, 0x80, b'a', b'\n', 0xff] {
-        assert_eq!(Foreign(first).rejection(), b"", "{first}");
+        assert_eq!(OtherProtocol(first).rejection(), b"", "{first}");
     }
-    let shown = [Foreign(0x16), Foreign(4), Foreign(b'G'), Foreign(0x1b)].map(|foreign| foreign.to_string());
+    let shown = [OtherProtocol(0x16), OtherProtocol(4), OtherProtocol(b'G'), OtherProtocol(0x1b)]
+        .map(|foreign| foreign.to_string());
     assert!(shown[0].contains("TLS") && shown[1].contains("SOCKS4") && shown[2].contains("HTTP"), "{shown:?}");
     assert!(!shown[3].contains('\x1b'), "{:?}", shown[3]);
 }
@@ -482,7 +493,7 @@ fn a_message_holds_no_more_than_its_octets() {
 /// The reader of a connection makes room for what is asked for, so that bounds what an undecided peer costs.
 #[test]
 fn all_that_is_ever_asked_for_fits_the_longest_message() {
-    assert_eq!([Greeting::MAX, Credentials::MAX, Request::MAX, Reply::MAX], [257, 513, 262, 262]);
+    assert_eq!([Greeting::MAX_LEN, Credentials::MAX_LEN, Request::MAX_LEN, Reply::MAX_LEN], [257, 513, 262, 262]);
     let starts: [&[u8]; 4] = [&[5, 255], &[1, 255], &[5, 1, 0, 3, 255], &[5, 0, 0, 4]];
     for start in starts {
         for stop in [most_asked::<Greeting>(start), most_asked::<Credentials>(start), most_asked::<Request>(start)] {
@@ -495,7 +506,7 @@ fn most_asked<M: Message + Debug>(start: &[u8]) -> usize {
     let mut octets = start.to_vec();
     loop {
         match M::decode(&octets) {
-            Err(Stop::Need(n)) => octets.extend(vec![255; n]),
+            Err(DecodeError::Incomplete(n)) => octets.extend(vec![255; n]),
             _ => return octets.len(),
         }
     }

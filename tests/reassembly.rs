@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::proto::{Addr, Datagram, Host, MAX_UDP6, Name};
+use s5::proto::{Addr, Datagram, Host, HostName, MAX_UDP6_PAYLOAD};
 use s5::reassembly::{Reassembler, TIMEOUT, split};
 
 /// The high bit of FRAG: the last fragment.
@@ -124,7 +124,7 @@ fn another_dst_gives_the_sequence_up() {
     let (to, whole) = queue.push(now, other(54, 2 | LAST)).expect("whole");
     assert_eq!((to, &*whole), (dst(54), &b"xx"[..]));
 
-    let name = Name::new(b"192.0.2.1").expect("a name");
+    let name = HostName::new(b"192.0.2.1").expect("a name");
     assert_eq!(queue.push(now, other(53, 1)), None);
     let spelt = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..other(53, 2 | LAST) };
     assert_eq!(queue.push(now, spelt), None, "the same host in other words");
@@ -193,24 +193,24 @@ fn a_repetition_after_the_timer_begins_anew() {
 #[test]
 fn the_queue_holds_one_datagram_of_udp_and_not_an_octet_more() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    let data = vec![7; MAX_UDP6];
+    let data = vec![7; MAX_UDP6_PAYLOAD];
     let push = |queue: &mut Reassembler, frag, length: usize| {
         let whole = queue.push(now, Datagram { frag, dst: dst(1), data: &data[..length] });
         whole.map(|(_, whole)| whole.len())
     };
-    assert_eq!(push(&mut queue, 1, MAX_UDP6 - 1), None);
+    assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD - 1), None);
     assert_eq!(push(&mut queue, 2 | LAST, 1), Some(65_527));
 
-    assert_eq!(push(&mut queue, 1, MAX_UDP6 - 1), None);
+    assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD - 1), None);
     assert_eq!(push(&mut queue, 2, 1), None);
     assert!(queue.deadline().is_some(), "all of it is kept");
     assert_eq!(push(&mut queue, 3, 1), None);
     assert_eq!(queue.deadline(), None, "given up at the octet that is too many");
     assert_eq!(push(&mut queue, 4 | LAST, 0), None);
 
-    assert_eq!(push(&mut queue, 1, MAX_UDP6), None);
+    assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD), None);
     assert_eq!(push(&mut queue, 2 | LAST, 1), None, "too long at the last");
-    assert_eq!(push(&mut queue, 0, MAX_UDP6), Some(MAX_UDP6), "alone it is not kept at all");
+    assert_eq!(push(&mut queue, 0, MAX_UDP6_PAYLOAD), Some(MAX_UDP6_PAYLOAD), "alone it is not kept at all");
 }
 
 /// What section 7 says, in the plainest way: the fragments as they came, looked through each time.
@@ -295,7 +295,7 @@ fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError>
         now += Duration::from_millis(pause);
         let whole = queue.push(now, Datagram { frag, dst: dst(port), data: &data });
         let whole = whole.map(|(to, data)| (to, data.into_owned()));
-        prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP6));
+        prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
         prop_assert_eq!(whole, model.push(now, frag, &dst(port), &data));
         prop_assert_eq!(queue.deadline(), model.since.map(|since| since + TIMEOUT));
     }
@@ -322,7 +322,7 @@ proptest! {
             let header = [&[0, 0], &octets[..]].concat();
             if let Ok(datagram) = Datagram::decode(&header) {
                 let whole = queue.push(now, datagram);
-                prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP6));
+                prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP6_PAYLOAD));
             }
         }
         queue.expire(now + TIMEOUT);
@@ -331,8 +331,8 @@ proptest! {
 
     #[test]
     fn what_is_split_is_put_together_again(
-        length in prop_oneof![0_usize..2000, 0..=MAX_UDP6],
-        limit in prop_oneof![11_usize..600, 11..=MAX_UDP6],
+        length in prop_oneof![0_usize..2000, 0..=MAX_UDP6_PAYLOAD],
+        limit in prop_oneof![11_usize..600, 11..=MAX_UDP6_PAYLOAD],
     ) {
         check_split(&dst(53), length, limit)?;
     }
@@ -343,7 +343,7 @@ proptest! {
         length in prop_oneof![1 => Just(0_usize), 4 => 0_usize..3000],
         limit in 0_usize..700,
     ) {
-        let host = Host::Name(Name::new(name.as_bytes()).expect("a name"));
+        let host = Host::Name(HostName::new(name.as_bytes()).expect("a name"));
         check_split(&Addr { host, port: 53 }, length, limit)?;
     }
 }
@@ -351,7 +351,7 @@ proptest! {
 fn check_split(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseError> {
     let data: Vec<u8> = (0..length).map(|i| i.to_le_bytes()[0]).collect();
     let mut header = Vec::new();
-    Datagram { frag: 0, dst: dst.clone(), data: &[] }.write(&mut header);
+    Datagram { frag: 0, dst: dst.clone(), data: &[] }.encode_into(&mut header);
     let room = limit.checked_sub(header.len());
     let Some(parts) = split(dst, &data, limit) else {
         let fits = room.is_some_and(|room| length <= 127 * room);

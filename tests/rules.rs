@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, parse_rules};
-use s5::proto::{Command, Level, Method, Name};
+use s5::proto::{Command, HostName, Method, ProtectionLevel};
 
 #[path = "rules/any.rs"]
 mod any;
@@ -105,11 +105,11 @@ fn ask(rules: &Rules, facts: &str) -> String {
         let last = facts.iter().rfind(|(word, _)| *word == key).map(|(_, value)| *value);
         last.filter(|value| !value.is_empty())
     };
-    let name = known("name").map(|name| Name::new(name.as_bytes()).expect("a name"));
+    let name = known("name").map(|name| HostName::new(name.as_bytes()).expect("a name"));
     let user = known("user").map(str::as_bytes);
     let question = AccessRequest {
         client_ip: known("from").map(ip),
-        identity: known("method").map(|name| Identity { method: method(name), user, level: Level::None }),
+        identity: known("method").map(|name| Identity { method: method(name), user, level: ProtectionLevel::None }),
         command: known("command").map(command),
         target_name: name.as_ref(),
         target_ip: known("ip").map(ip),

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 
-use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, Host, MAX_FIELD, Name};
+use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, Host, HostName, MAX_CREDENTIAL_LEN};
 
 /// One SOCKS5 server on the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,8 +106,8 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
 /// What is wrong, without either.
 pub fn credentials(uname: &[u8], passwd: &[u8]) -> Result<Credentials, String> {
     for (what, octets) in [("user name", uname), ("password", passwd)] {
-        if !(1..=MAX_FIELD).contains(&octets.len()) {
-            return Err(format!("the {what} has {} octets, and SOCKS5 takes 1 to {MAX_FIELD}", octets.len()));
+        if !(1..=MAX_CREDENTIAL_LEN).contains(&octets.len()) {
+            return Err(format!("the {what} has {} octets, and SOCKS5 takes 1 to {MAX_CREDENTIAL_LEN}", octets.len()));
         }
     }
     Ok(Credentials { uname: uname.into(), passwd: passwd.into() })
@@ -157,8 +157,10 @@ pub fn parse_host(text: &str) -> Result<Host, String> {
     if text.contains(['/', '@', ' ']) {
         return Err(format!("{text:?} is not a host name"));
     }
-    Name::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
-        length if length > proto::MAX_NAME => format!("the host name has {length} octets, and SOCKS5 takes 255"),
+    HostName::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
+        length if length > proto::MAX_HOST_NAME_LEN => {
+            format!("the host name has {length} octets, and SOCKS5 takes 255")
+        }
         _ => format!("{text:?} is not a host name"),
     })
 }

@@ -15,7 +15,7 @@ use std::time::Instant;
 use super::{Cause, Client, Error, Phase};
 use crate::conn::{Conn, Protection};
 use crate::dial::{Failure, unspecified};
-use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP, MAX_UDP6};
+use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reactor::{Io, Way};
 use crate::reassembly::{Reassembler, split};
 
@@ -148,7 +148,7 @@ impl Association {
 
     /// A datagram as the first relay wants it, or several.
     fn wrapped(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-        let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP } else { MAX_UDP6 };
+        let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP4_PAYLOAD } else { MAX_UDP6_PAYLOAD };
         let too_large = || {
             io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {most} octets at most"))
         };
@@ -158,7 +158,7 @@ impl Association {
         }
         let nested = self.layers.iter().skip(1).map(|layer| header(&layer.relay)).sum::<usize>();
         let overhead = nested + self.layers.iter().map(Layer::overhead).sum::<usize>();
-        let mut all = split(dst, whole, MAX_UDP.saturating_sub(overhead)).ok_or_else(too_large)?;
+        let mut all = split(dst, whole, MAX_UDP4_PAYLOAD.saturating_sub(overhead)).ok_or_else(too_large)?;
         for octets in &mut all {
             let mut inner: Option<&Layer> = None;
             for layer in self.layers.iter().rev() {
@@ -296,7 +296,7 @@ fn header(dst: &Addr) -> usize {
 }
 
 fn wrap(dst: &Addr, data: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(data.len() + Datagram::MAX_HEADER);
-    Datagram { frag: 0, dst: dst.clone(), data }.write(&mut out);
+    let mut out = Vec::with_capacity(data.len() + Datagram::MAX_HEADER_LEN);
+    Datagram { frag: 0, dst: dst.clone(), data }.encode_into(&mut out);
     out
 }

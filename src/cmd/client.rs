@@ -22,7 +22,7 @@ use super::udp::MAX_PEERS;
 use super::{CliError, parse_duration, parse_positive, parse_timeout};
 use crate::client::{self as socks};
 use crate::policy::rules::parse_level;
-use crate::proto::{Addr, Level, Method};
+use crate::proto::{Addr, Method, ProtectionLevel};
 
 /// A client mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,11 +117,11 @@ pub struct Args {
 
     /// what is asked for with gssapi: none, integrity or confidentiality (confidentiality)
     #[argh(option, arg_name = "level", from_str_fn(parse_level))]
-    pub(super) gssapi_protection: Option<Level>,
+    pub(super) gssapi_protection: Option<ProtectionLevel>,
 
     /// the least that is taken (integrity)
     #[argh(option, arg_name = "level", from_str_fn(parse_level))]
-    pub(super) gssapi_min: Option<Level>,
+    pub(super) gssapi_min: Option<ProtectionLevel>,
 
     /// say the level as NEC's servers want it
     #[argh(switch)]
@@ -285,8 +285,8 @@ pub(super) fn parse_methods(text: &str) -> Result<Vec<Method>, String> {
 }
 
 /// A comma list of levels.
-pub(super) fn parse_levels(text: &str) -> Result<Vec<Level>, String> {
-    parse_subset(text, &Level::ALL)
+pub(super) fn parse_levels(text: &str) -> Result<Vec<ProtectionLevel>, String> {
+    parse_subset(text, &ProtectionLevel::ALL)
 }
 
 /// A comma list of some of `all`, each once.

@@ -19,7 +19,7 @@ use crate::client::{Auth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
-use crate::proto::{Level, Method};
+use crate::proto::{Method, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, Listen, Options, Ports, Quotas, StartError};
 use load::{Source, Sources};
 
@@ -77,7 +77,7 @@ pub struct Args {
 
     /// what may be granted: none (curl can do no other), integrity, confidentiality (the last two)
     #[argh(option, arg_name = "level,…", from_str_fn(parse_levels))]
-    gssapi_protection: Option<Vec<Level>>,
+    gssapi_protection: Option<Vec<ProtectionLevel>>,
 
     /// a file with a rule a line: who may go where; first match wins
     #[argh(option, arg_name = "file")]
@@ -340,7 +340,7 @@ impl Args {
             None => Initiator::may_have_tickets(),
         };
         let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
-            let both = || vec![Level::Integrity, Level::Confidentiality];
+            let both = || vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality];
             let levels = self.gssapi_protection.unwrap_or_else(both);
             load::acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
         });

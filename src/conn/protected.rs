@@ -11,7 +11,7 @@ use std::task::{Context as Task, Poll, ready};
 use futures_lite::{AsyncRead, AsyncWrite};
 
 use super::Conn;
-use crate::proto::{FRAME_HEADER, Frame, Level, MAX_TOKEN, Message as _};
+use crate::proto::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, Message as _, ProtectionLevel};
 use crate::reactor::wake_later;
 
 /// How many octets one token of ours has at the most: larger ones are no faster.
@@ -69,20 +69,20 @@ pub struct Protection {
 }
 
 impl Protection {
-    /// `None` at [`Level::None`], which protects nothing.
-    pub fn new(context: impl Context + 'static, level: Level) -> Option<Self> {
-        let seal = level == Level::Confidentiality;
-        (level > Level::None).then(|| Self { context: Rc::new(RefCell::new(context)), seal })
+    /// `None` at [`ProtectionLevel::None`], which protects nothing.
+    pub fn new(context: impl Context + 'static, level: ProtectionLevel) -> Option<Self> {
+        let seal = level == ProtectionLevel::Confidentiality;
+        (level > ProtectionLevel::None).then(|| Self { context: Rc::new(RefCell::new(context)), seal })
     }
 
     /// The level at which it is used.
-    pub fn level(&self) -> Level {
-        if self.seal { Level::Confidentiality } else { Level::Integrity }
+    pub fn level(&self) -> ProtectionLevel {
+        if self.seal { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity }
     }
 
     /// How many octets a datagram gets longer at the most.
     pub fn overhead(&self) -> usize {
-        FRAME_HEADER + MAX_TOKEN.saturating_sub(self.context.borrow().capacity(self.seal))
+        FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().capacity(self.seal))
     }
 
     /// A data frame with these octets in it.
@@ -91,7 +91,7 @@ impl Protection {
     /// They are too many, or the library says no.
     pub fn wrap(&self, data: &[u8]) -> io::Result<Vec<u8>> {
         let token = self.context.borrow_mut().wrap(data, self.seal).map_err(io::Error::other)?;
-        if token.len() > MAX_TOKEN {
+        if token.len() > MAX_TOKEN_LEN {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         Ok(Frame::Data(token).encode())
@@ -99,7 +99,7 @@ impl Protection {
 
     /// What is in a datagram; `None` for what is no frame, was not protected so, or was here before.
     pub fn unwrap_datagram(&self, octets: &mut [u8]) -> Option<Vec<u8>> {
-        let unwrapped = self.unwrap(Frame::of_datagram(octets)?).ok()?;
+        let unwrapped = self.unwrap(Frame::datagram_token(octets)?).ok()?;
         (unwrapped.order != Order::Again).then_some(unwrapped.data)
     }
 
@@ -156,11 +156,11 @@ impl Protected {
 
     /// Unwraps the first frame of what has come, if it is whole.
     fn unwrap_next(&mut self) -> io::Result<bool> {
-        let Some(length) = Frame::data_length(&self.received).map_err(|error| broken(error.to_string()))? else {
+        let Some(length) = Frame::data_frame_len(&self.received).map_err(|error| broken(error.to_string()))? else {
             return Ok(false);
         };
         let Some(frame) = self.received.get_mut(..length) else { return Ok(false) };
-        let token = Frame::of_datagram(frame).unwrap_or_default();
+        let token = Frame::datagram_token(frame).unwrap_or_default();
         let unwrapped = self.protection.unwrap(token).map_err(broken)?;
         if unwrapped.order != Order::Next {
             return Err(broken("a token that is out of order"));
@@ -176,7 +176,7 @@ impl Protected {
     /// Reads what there is, as far as it is of use.
     fn poll_receive(&mut self, cx: &mut Task<'_>) -> Poll<io::Result<usize>> {
         let have = self.received.len();
-        let whole = Frame::data_length(&self.received).ok().flatten().unwrap_or_default();
+        let whole = Frame::data_frame_len(&self.received).ok().flatten().unwrap_or_default();
         // Room for a long token only as it comes.
         let room = whole.saturating_sub(have).clamp(READ, READ.max(have));
         self.received.resize(have + room, 0);

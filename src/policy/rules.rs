@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
-use crate::proto::{Command, Level, Method, Name};
+use crate::proto::{Command, HostName, Method, ProtectionLevel};
 pub use parse::{normalize_name, parse_command, parse_level, parse_method, parse_rule, parse_rules};
 
 /// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
@@ -29,7 +29,7 @@ pub struct AccessRequest<'a> {
     /// What it asks for, once it has.
     pub command: Option<Command>,
     /// The name of DST, when it is one.
-    pub target_name: Option<&'a Name>,
+    pub target_name: Option<&'a HostName>,
     /// The address that packets would go to, once it is known, canonical.
     pub target_ip: Option<IpAddr>,
     /// The port, once it is known.
@@ -44,7 +44,7 @@ pub struct Identity<'a> {
     /// As whom.
     pub user: Option<&'a [u8]>,
     /// How the session is protected (RFC 1961).
-    pub level: Level,
+    pub level: ProtectionLevel,
 }
 
 /// The answer to a question.
@@ -75,7 +75,7 @@ pub struct Rule {
     from: Vec<ClientPattern>,
     users: Vec<UserPattern>,
     methods: Vec<Method>,
-    levels: Vec<Level>,
+    levels: Vec<ProtectionLevel>,
     commands: Vec<Command>,
     to: TargetCondition,
     ports: Vec<RangeInclusive<u16>>,
@@ -310,7 +310,8 @@ impl Rule {
             Some(login) => login.user.is_some_and(|name| user.is(name)).into(),
         };
         let method = |method: &Method| question.identity.map_or(Match::Maybe, |login| (login.method == *method).into());
-        let level = |level: &Level| question.identity.map_or(Match::Maybe, |login| (login.level == *level).into());
+        let level =
+            |level: &ProtectionLevel| question.identity.map_or(Match::Maybe, |login| (login.level == *level).into());
         let command = |command: &Command| question.command.map_or(Match::Maybe, |asked| (asked == *command).into());
         let port =
             |ports: &RangeInclusive<u16>| question.target_port.map_or(Match::Maybe, |p| ports.contains(&p).into());

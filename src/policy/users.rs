@@ -11,7 +11,7 @@ use argon2::password_hash::{PasswordHasher as _, PasswordVerifier as _, phc::Pas
 use argon2::{Algorithm, Argon2, Params, Version};
 
 use super::PolicyError;
-use crate::proto::MAX_FIELD;
+use crate::proto::MAX_CREDENTIAL_LEN;
 
 /// The most that bcrypt looks at, in octets; what is longer can't be told apart by it and is refused.
 const BCRYPT_MAX: usize = 72;
@@ -131,7 +131,7 @@ impl Hash {
 pub fn check_name(name: &str) -> Result<(), String> {
     let wrong = match name {
         "" => "is empty",
-        _ if name.len() > MAX_FIELD => "is longer than 255 octets",
+        _ if name.len() > MAX_CREDENTIAL_LEN => "is longer than 255 octets",
         _ if name.contains(':') => "has a \":\" in it",
         _ if name.contains(char::is_control) => "has a control character in it",
         _ if name.trim() != name => "has blanks at its ends",
@@ -149,7 +149,7 @@ pub fn new_entry(name: &str, passwd: &[u8]) -> Result<String, String> {
     check_name(name)?;
     match passwd.len() {
         0 => return Err("the password is empty".into()),
-        length if length > MAX_FIELD => return Err("the password is longer than 255 octets".into()),
+        length if length > MAX_CREDENTIAL_LEN => return Err("the password is longer than 255 octets".into()),
         _ => {}
     }
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, Params::default());

@@ -3,27 +3,27 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{Error, MAX_NAME, Reader, Stop, write_counted};
+use super::{DecodeError, MAX_HOST_NAME_LEN, MessageReader, ProtocolError, write_length_prefixed};
 
 const ATYP_IPV4: u8 = 1;
 const ATYP_NAME: u8 = 3;
 const ATYP_IPV6: u8 = 4;
 /// How many octets a port has, which is always behind an address.
-const PORT: usize = 2;
+const PORT_LEN: usize = 2;
 
 /// A name of ATYP 3: 1 to 255 octets of UTF-8 without control characters. Whether a host can have it is another question.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Box<str>);
+pub struct HostName(Box<str>);
 
-impl Name {
+impl HostName {
     /// # Errors
-    /// [`Error::Name`] for octets that are no such name.
-    pub fn new(octets: &[u8]) -> Result<Self, Error> {
+    /// [`ProtocolError::InvalidHostName`] for octets that are no such name.
+    pub fn new(octets: &[u8]) -> Result<Self, ProtocolError> {
         match std::str::from_utf8(octets) {
-            Ok(text) if (1..=MAX_NAME).contains(&text.len()) && !text.contains(char::is_control) => {
+            Ok(text) if (1..=MAX_HOST_NAME_LEN).contains(&text.len()) && !text.contains(char::is_control) => {
                 Ok(Self(text.into()))
             }
-            _ => Err(Error::Name),
+            _ => Err(ProtocolError::InvalidHostName),
         }
     }
 
@@ -39,7 +39,7 @@ pub enum Host {
     /// ATYP 1 or 4.
     Ip(IpAddr),
     /// ATYP 3.
-    Name(Name),
+    Name(HostName),
 }
 
 /// A host and a port: DST or BND.
@@ -56,21 +56,21 @@ impl Addr {
     pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
 
     /// ATYP, the shortest address (a name of 0 octets, in replies only), port.
-    pub(super) const MIN: usize = 1 + 1 + 2;
+    pub(super) const MIN_LEN: usize = 1 + 1 + 2;
     /// ATYP, length, the longest name, port.
-    pub(super) const MAX: usize = 1 + 1 + MAX_NAME + 2;
+    pub(super) const MAX_LEN: usize = 1 + 1 + MAX_HOST_NAME_LEN + 2;
 
-    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
-        let host = match reader.octet()? {
-            ATYP_IPV4 => Host::Ip(Ipv4Addr::from(reader.array_before::<4>(PORT)?).into()),
-            ATYP_NAME => Host::Name(Name::new(reader.counted_before(PORT)?)?),
-            ATYP_IPV6 => Host::Ip(Ipv6Addr::from(reader.array_before::<16>(PORT)?).into()),
-            other => return Err(Error::Atyp(other).into()),
+    pub(super) fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
+        let host = match reader.byte()? {
+            ATYP_IPV4 => Host::Ip(Ipv4Addr::from(reader.array_followed_by::<4>(PORT_LEN)?).into()),
+            ATYP_NAME => Host::Name(HostName::new(reader.length_prefixed_followed_by(PORT_LEN)?)?),
+            ATYP_IPV6 => Host::Ip(Ipv6Addr::from(reader.array_followed_by::<16>(PORT_LEN)?).into()),
+            other => return Err(ProtocolError::AddressType(other).into()),
         };
         Ok(Self { host, port: u16::from_be_bytes(reader.array()?) })
     }
 
-    pub(super) fn write(&self, out: &mut Vec<u8>) {
+    pub(super) fn encode_into(&self, out: &mut Vec<u8>) {
         match &self.host {
             Host::Ip(IpAddr::V4(ip)) => {
                 out.push(ATYP_IPV4);
@@ -78,7 +78,7 @@ impl Addr {
             }
             Host::Name(name) => {
                 out.push(ATYP_NAME);
-                write_counted(name.as_str().as_bytes(), out);
+                write_length_prefixed(name.as_str().as_bytes(), out);
             }
             Host::Ip(IpAddr::V6(ip)) => {
                 out.push(ATYP_IPV6);

@@ -14,7 +14,7 @@ impl Method {
     /// USERNAME/PASSWORD (RFC 1929).
     pub const PASSWORD: Self = Self(2);
     /// NO ACCEPTABLE METHODS.
-    pub const UNACCEPTABLE: Self = Self(0xff);
+    pub const NO_ACCEPTABLE: Self = Self(0xff);
 }
 
 impl fmt::Display for Method {
@@ -23,7 +23,7 @@ impl fmt::Display for Method {
             Self::NONE => f.write_str("none"),
             Self::GSSAPI => f.write_str("gssapi"),
             Self::PASSWORD => f.write_str("password"),
-            Self::UNACCEPTABLE => f.write_str("no acceptable method"),
+            Self::NO_ACCEPTABLE => f.write_str("no acceptable method"),
             Self(other) => write!(f, "method {other:#04x}"),
         }
     }
@@ -64,7 +64,7 @@ impl fmt::Display for Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rep(pub u8);
 
-macro_rules! reps {
+macro_rules! reply_codes {
     ($($code:literal $name:ident $text:literal)*) => {
         impl Rep {
             $(#[doc = concat!("X'", stringify!($code), "': ", $text, ".")] pub const $name: Self = Self($code);)*
@@ -80,13 +80,13 @@ macro_rules! reps {
     };
 }
 
-reps! {
+reply_codes! {
     0 SUCCEEDED "succeeded"
     1 GENERAL_FAILURE "general SOCKS server failure"
     2 NOT_ALLOWED "not allowed by ruleset"
     3 NETWORK_UNREACHABLE "network unreachable"
     4 HOST_UNREACHABLE "host unreachable"
-    5 REFUSED "connection refused"
+    5 CONNECTION_REFUSED "connection refused"
     6 TTL_EXPIRED "TTL expired"
     7 COMMAND_NOT_SUPPORTED "command not supported"
     8 ATYP_NOT_SUPPORTED "address type not supported"
@@ -94,9 +94,9 @@ reps! {
 
 /// What speaks another protocol, judged by the first octet that it sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Foreign(pub u8);
+pub struct OtherProtocol(pub u8);
 
-impl Foreign {
+impl OtherProtocol {
     /// The answer in the other protocol that says no; empty where it has none.
     pub fn rejection(self) -> &'static [u8] {
         match self.0 {
@@ -111,7 +111,7 @@ impl Foreign {
     }
 }
 
-impl fmt::Display for Foreign {
+impl fmt::Display for OtherProtocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let guess = match self.0 {
             0 | 4 => ", SOCKS4?",

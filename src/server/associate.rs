@@ -28,7 +28,7 @@ use crate::conn::{Conn, Protection};
 use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
-use crate::proto::{Addr, Datagram, Host, MAX_UDP, Name, Rep};
+use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD, Rep};
 use crate::reactor::{Alarm, wake_later};
 use crate::reassembly::{Reassembler, split};
 use contacts::Contacts;
@@ -327,7 +327,7 @@ impl Association<'_, '_> {
     }
 
     /// To a name that is denied nothing is sent, and it is not looked up; nor is one that a hop looks up.
-    fn send_to_name(&mut self, name: Name, port: u16, data: &[u8]) {
+    fn send_to_name(&mut self, name: HostName, port: u16, data: &[u8]) {
         let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
         let question = with_target(self.session.log.client_request(), &dst);
@@ -362,7 +362,7 @@ impl Association<'_, '_> {
     }
 
     /// Sends to the first of the addresses that takes it.
-    fn send_to_one_of(&mut self, addrs: &[SocketAddr], name: Option<&Name>, data: &[u8]) {
+    fn send_to_one_of(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
         for addr in addrs {
             // Before anything is sent: the answer may be here sooner than sending returns.
             self.contacts.insert(addr.ip(), name);
@@ -388,7 +388,7 @@ impl Association<'_, '_> {
 
     /// The way to an address that the client knows by that name; none when the rules deny it, or nobody can be there. To
     /// many at once only those get whom a rule lets by address.
-    fn way(&self, addr: SocketAddr, name: Option<&Name>) -> Option<Route> {
+    fn way(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
         let question = self.session.log.client_request();
         let question =
             AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..question };
@@ -423,13 +423,13 @@ impl Association<'_, '_> {
                 if !self.may_answer(from) {
                     continue;
                 }
-                run.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.write(header));
+                run.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.encode_into(header));
             }
             self.last = now;
             if !self.may_pass(data.len()) {
                 continue;
             }
-            if self.protection.is_some() || run.header() + data.len() > MAX_UDP {
+            if self.protection.is_some() || run.header() + data.len() > MAX_UDP4_PAYLOAD {
                 self.answer_run(run);
                 self.answer_alone(&from.into(), data);
             } else if !run.push(data) {
@@ -473,7 +473,9 @@ impl Association<'_, '_> {
             None => self.relay.send_octets(None, octets).is_ok(),
         };
         let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
-        if split(from, data, MAX_UDP.saturating_sub(overhead)).is_some_and(|datagrams| datagrams.iter().all(send)) {
+        if split(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
+            .is_some_and(|datagrams| datagrams.iter().all(send))
+        {
             self.session.log.bytes.down.fetch_add(data.len() as u64, Ordering::Relaxed);
         }
     }

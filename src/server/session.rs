@@ -20,8 +20,8 @@ use crate::conn::{Conn, Protection, ReadError, until};
 use crate::dial::Failure;
 use crate::gssapi::{self, Acceptor};
 use crate::proto::{
-    Addr, Command, Credentials, Error, Foreign, Frame, Greeting, Host, Message, Method, Rep, Reply, Request, Selection,
-    Status,
+    Addr, Command, Credentials, Frame, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol,
+    ProtocolError, Rep, Reply, Request,
 };
 use crate::reactor::sleep;
 
@@ -71,7 +71,7 @@ fn rep(failure: Failure, dst_is_name: bool) -> Rep {
         Failure::Denied => Rep::NOT_ALLOWED,
         Failure::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
         Failure::HostUnreachable | Failure::NotFound => Rep::HOST_UNREACHABLE,
-        Failure::Refused => Rep::REFUSED,
+        Failure::Refused => Rep::CONNECTION_REFUSED,
         Failure::TimedOut => Rep::TTL_EXPIRED,
         // The client chose the family of an address, but not that of a name.
         Failure::NoFamily if dst_is_name => Rep::HOST_UNREACHABLE,
@@ -175,10 +175,10 @@ impl Session<'_> {
     async fn attempt(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
         let greeting: Greeting = conn.read_message().await.map_err(refuse_greeting)?;
         let Some(method) = self.snapshot.policy.select_method(&greeting.methods) else {
-            let none = Selection(Method::UNACCEPTABLE);
+            let none = MethodSelection(Method::NO_ACCEPTABLE);
             return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
         };
-        conn.write_message(&Selection(method)).await.map_err(Refusal::silent)?;
+        conn.write_message(&MethodSelection(method)).await.map_err(Refusal::silent)?;
         match (method, &self.snapshot.policy.users, &self.server.options.acceptor) {
             (Method::PASSWORD, Some(_), _) => self.log_in(conn).await,
             // Boxed, so that all others do not have room for it.
@@ -226,11 +226,11 @@ impl Session<'_> {
 
     async fn admit<'a>(&mut self, conn: &'a mut Conn, attempt: Attempt) -> Result<Authenticated<'a>, Refusal> {
         if !attempt.is_valid {
-            return Err(Refusal::say(&Status::FAILURE, LOGIN_REFUSED));
+            return Err(Refusal::say(&LoginStatus::FAILURE, LOGIN_REFUSED));
         }
         self.log.method = Some(attempt.method);
         if attempt.method == Method::PASSWORD {
-            conn.write_message(&Status::SUCCESS).await.map_err(Refusal::silent)?;
+            conn.write_message(&LoginStatus::SUCCESS).await.map_err(Refusal::silent)?;
         }
         Ok(Authenticated(conn))
     }
@@ -307,19 +307,19 @@ impl Authenticated<'_> {
 
 fn refuse_greeting(error: ReadError) -> Refusal {
     match error {
-        ReadError::Protocol(Error::Version(first), _) => {
-            let foreign = Foreign(first);
+        ReadError::Protocol(ProtocolError::Version(first), _) => {
+            let foreign = OtherProtocol(first);
             let why = format!("not SOCKS5: the client began with {foreign}");
             Refusal { say: foreign.rejection().to_vec(), rep: None, why }
         }
-        ReadError::Protocol(error, _) => Refusal::say(&Selection(Method::UNACCEPTABLE), error),
+        ReadError::Protocol(error, _) => Refusal::say(&MethodSelection(Method::NO_ACCEPTABLE), error),
         closed => Refusal::silent(closed),
     }
 }
 
 fn refuse_login(error: ReadError) -> Refusal {
     match error {
-        ReadError::Protocol(error, _) => Refusal::say(&Status::FAILURE, error),
+        ReadError::Protocol(error, _) => Refusal::say(&LoginStatus::FAILURE, error),
         closed => Refusal::silent(closed),
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::Hop;
 use crate::dial::{canonical, literal};
 use crate::policy::rules::{AccessRequest, Identity};
-use crate::proto::{Addr, Command, Host, Level, Method, Rep};
+use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
 use crate::relay::Moved;
 
 /// What the line of a failed login says; filters look for it.
@@ -22,7 +22,7 @@ pub(super) struct SessionLog {
     client: Option<AddrPort>,
     pub(super) user: Option<Box<[u8]>>,
     pub(super) method: Option<Method>,
-    pub(super) level: Level,
+    pub(super) level: ProtectionLevel,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
     bnd: Option<AddrPort>,
@@ -46,7 +46,7 @@ impl SessionLog {
             client: client.map(|client| (client.ip(), client.port())),
             user: None,
             method: None,
-            level: Level::None,
+            level: ProtectionLevel::None,
             command: None,
             dst: None,
             bnd: None,

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rules};
-use s5::proto::{Level, Name};
+use s5::proto::{HostName, ProtectionLevel};
 
 use crate::any::{any_question, any_rule, any_way, is_home, print, std_ip};
 use crate::{ask, config, ip, rules, rules_by, told};
@@ -274,10 +274,10 @@ proptest! {
         let text = print(&written).text;
         let rules = rules_by(way, &text);
         for plain in &asked {
-            let name = plain.name.map(|name| Name::new(name.as_bytes()).expect("a name"));
+            let name = plain.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
             let all = AccessRequest {
                 client_ip: plain.from.map(std_ip),
-                identity: Some(Identity { method: crate::method(plain.method), user: plain.user, level: Level::None }),
+                identity: Some(Identity { method: crate::method(plain.method), user: plain.user, level: ProtectionLevel::None }),
                 command: Some(crate::command(plain.command)),
                 target_name: name.as_ref(),
                 target_ip: Some(std_ip(plain.ip)),

@@ -8,7 +8,7 @@ use proptest::sample::select;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
 use s5::policy::rules::{self, Decision, Identity, Rules, parse_rules};
-use s5::proto::{Level, Name};
+use s5::proto::{HostName, ProtectionLevel};
 
 use crate::any::{
     CLIENTS, COMMANDS, KINDS, METHODS, Printed, WAYS, any_question, any_question_of, any_rule, is_home, print, route,
@@ -35,10 +35,10 @@ fn expected(answer: Answer, printed: &Printed) -> String {
 }
 
 fn given(rules: &Rules, asked: &AccessRequest) -> String {
-    let name = asked.name.map(|name| Name::new(name.as_bytes()).expect("a name"));
+    let name = asked.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
     let question = rules::AccessRequest {
         client_ip: asked.from.map(std_ip),
-        identity: Some(Identity { method: method(asked.method), user: asked.user, level: Level::None }),
+        identity: Some(Identity { method: method(asked.method), user: asked.user, level: ProtectionLevel::None }),
         command: Some(command(asked.command)),
         target_name: name.as_ref(),
         target_ip: Some(std_ip(asked.ip)),

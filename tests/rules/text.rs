@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, normalize_name, parse_rule, parse_rules};
-use s5::proto::{Level, Method};
+use s5::proto::{Method, ProtectionLevel};
 
 use crate::{ask, config, hops, rules, rules_by};
 
@@ -81,7 +81,7 @@ fn counts(user: &str, name: Option<&[u8]>) -> bool {
     let rules = rules(&format!("deny user={user}"));
     let method = if name.is_some() { Method::PASSWORD } else { Method::NONE };
     let question = AccessRequest {
-        identity: Some(Identity { method, user: name, level: Level::None }),
+        identity: Some(Identity { method, user: name, level: ProtectionLevel::None }),
         ..AccessRequest::default()
     };
     matches!(rules.evaluate(&question, &|_| false), Decision::Deny(_))

@@ -14,7 +14,7 @@ use super::{Args, descriptor};
 use crate::client::{Proxy, credentials};
 use crate::cmd::CliError;
 use crate::cmd::exit_status::{ExitStatus, eprint_line};
-use crate::proto::{Credentials, MAX_FIELD, Method};
+use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
 /// How many octets of a password file are read.
 const MAX_FILE_SIZE: u64 = 1 << 20;
@@ -93,7 +93,7 @@ fn read_file(name: &str) -> io::Result<Vec<Login>> {
 /// Reads to the end of the line, and not an octet more.
 fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     let mut byte = [0];
-    while line.len() <= 2 * MAX_FIELD + 2 && file.read(&mut byte)? == 1 && byte != *b"\n" {
+    while line.len() <= 2 * MAX_CREDENTIAL_LEN + 2 && file.read(&mut byte)? == 1 && byte != *b"\n" {
         line.extend(byte);
     }
     Ok(())

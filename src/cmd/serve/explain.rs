@@ -12,7 +12,7 @@ use crate::conn::until;
 use crate::dial::{Resolver, canonical, literal};
 use crate::policy::Policy;
 use crate::policy::rules::{self, AccessRequest, Decision, Identity, Route, Rule};
-use crate::proto::{Addr, Command, Host, Level, Method, Name};
+use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel};
 use crate::server::{Options, is_local};
 
 /// How long the system's resolver may take.
@@ -70,7 +70,7 @@ struct Asked {
     from: IpAddr,
     user: Option<String>,
     method: Method,
-    level: Level,
+    level: ProtectionLevel,
     command: Command,
     to: Option<Addr>,
 }
@@ -92,7 +92,7 @@ impl Asked {
             Some(_) => Method::PASSWORD,
         };
         let method = words.remove("method").map_or(Ok(likely), rules::parse_method)?;
-        let level = words.remove("protection").map_or(Ok(Level::None), rules::parse_level)?;
+        let level = words.remove("protection").map_or(Ok(ProtectionLevel::None), rules::parse_level)?;
         let command = words.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
         let to = words.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
         let port = words.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
@@ -120,7 +120,7 @@ impl Asked {
     }
 
     /// The address, or the name that has to be looked up.
-    fn target(&self) -> Option<Result<IpAddr, &Name>> {
+    fn target(&self) -> Option<Result<IpAddr, &HostName>> {
         let host = &self.to.as_ref()?.host;
         // Whose peer is anybody says nothing about a target.
         if self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified()) {

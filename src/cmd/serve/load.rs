@@ -11,7 +11,7 @@ use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};
 use crate::policy::users::Users;
-use crate::proto::{Level, Method};
+use crate::proto::{Method, ProtectionLevel};
 
 /// The largest users file that is read, in octets: room for some 100 000 users.
 pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
@@ -144,7 +144,7 @@ impl Sources {
 pub(super) fn acceptor(
     keytab: Option<PathBuf>,
     service: Option<&str>,
-    levels: Vec<Level>,
+    levels: Vec<ProtectionLevel>,
 ) -> Result<Acceptor, CliError> {
     if let Some(file) = &keytab {
         // The library calls everything that it can't read "nonexistent or empty".

@@ -13,10 +13,10 @@ use smol::Unblock;
 use crate::cmd::CliError;
 use crate::cmd::client::Args;
 use crate::cmd::client::stdio::BlockingFile;
-use crate::proto::MAX_UDP6;
+use crate::proto::MAX_UDP6_PAYLOAD;
 
 /// How many octets a line of hexadecimal digits may have: those of the largest datagram, with a blank between all.
-const MAX_HEX_LINE: usize = 3 * MAX_UDP6;
+const MAX_HEX_LINE: usize = 3 * MAX_UDP6_PAYLOAD;
 
 /// How datagrams stand in stdin and in stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl DatagramReader {
         let stdin = BlockingFile(File::from(io::stdin().as_fd().try_clone_to_owned()?));
         Ok(match framing {
             Framing::Raw => Self::Reads(Arc::new(Mutex::new(stdin))),
-            _ => Self::Stream(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6, stdin))),
+            _ => Self::Stream(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6_PAYLOAD, stdin))),
         })
     }
 
@@ -65,7 +65,7 @@ impl DatagramReader {
             Self::Reads(stdin) => {
                 let stdin = stdin.clone();
                 let data = smol::unblock(move || {
-                    let mut data = vec![0; MAX_UDP6];
+                    let mut data = vec![0; MAX_UDP6_PAYLOAD];
                     let n = stdin.lock().unwrap_or_else(PoisonError::into_inner).read(&mut data)?;
                     data.truncate(n);
                     io::Result::Ok(data)
@@ -78,7 +78,7 @@ impl DatagramReader {
                 Some(digits) => decode_hex(&digits).map(Some),
                 None => Ok(None),
             },
-            Self::Stream(_, stdin) => read_line(stdin, MAX_UDP6).await,
+            Self::Stream(_, stdin) => read_line(stdin, MAX_UDP6_PAYLOAD).await,
         }
     }
 }
@@ -134,7 +134,7 @@ pub(super) struct DatagramWriter {
 impl DatagramWriter {
     pub(super) fn new(framing: Framing, writes: bool) -> io::Result<Self> {
         let file = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
-        let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6, BlockingFile(File::from(fd))));
+        let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6_PAYLOAD, BlockingFile(File::from(fd))));
         Ok(Self { framing, file, pending: VecDeque::new() })
     }
 

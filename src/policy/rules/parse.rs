@@ -9,7 +9,7 @@ use percent_encoding::percent_decode_str;
 
 use super::{ClientPattern, Route, Rule, TargetCondition, TargetPattern, UserPattern};
 use crate::policy::PolicyError;
-use crate::proto::{Command, Level, Method};
+use crate::proto::{Command, Method, ProtectionLevel};
 
 /// The way that `via=` calls the one through no hop.
 const DIRECT: &str = "direct";
@@ -120,8 +120,8 @@ pub fn parse_method(text: &str) -> Result<Method, String> {
 ///
 /// # Errors
 /// The names that there are.
-pub fn parse_level(text: &str) -> Result<Level, String> {
-    let found = Level::ALL.into_iter().find(|level| level.to_string() == text);
+pub fn parse_level(text: &str) -> Result<ProtectionLevel, String> {
+    let found = ProtectionLevel::ALL.into_iter().find(|level| level.to_string() == text);
     found.ok_or_else(|| format!("{text:?} is none of none, integrity and confidentiality"))
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 
-use crate::proto::Name;
+use crate::proto::HostName;
 
 /// How many addresses are remembered; the oldest is forgotten first.
 const MAX_CONTACTS: usize = 4096;
@@ -13,12 +13,12 @@ const MAX_CONTACTS: usize = 4096;
 pub(super) struct Contacts {
     last: Option<IpAddr>,
     /// The name by which the client has called the address last, if it ever did.
-    ips: HashMap<IpAddr, Option<Name>>,
+    ips: HashMap<IpAddr, Option<HostName>>,
     order: VecDeque<IpAddr>,
 }
 
 impl Contacts {
-    pub(super) fn insert(&mut self, ip: IpAddr, name: Option<&Name>) {
+    pub(super) fn insert(&mut self, ip: IpAddr, name: Option<&HostName>) {
         // The usual case, at no cost. Only another insertion could have it forgotten.
         if self.last.replace(ip) == Some(ip) && name.is_none() {
             return;
@@ -38,7 +38,7 @@ impl Contacts {
     }
 
     /// Whether the client has sent to that address, and what it called it.
-    pub(super) fn get(&self, ip: IpAddr) -> Option<Option<&Name>> {
+    pub(super) fn get(&self, ip: IpAddr) -> Option<Option<&HostName>> {
         self.ips.get(&ip).map(Option::as_ref)
     }
 }
@@ -65,7 +65,7 @@ mod tests {
     #[test]
     fn an_address_keeps_the_name_that_it_was_called_by() {
         let mut contacts = Contacts::default();
-        let [a, b] = ["a.test", "b.test"].map(|name| Name::new(name.as_bytes()).expect("a name"));
+        let [a, b] = ["a.test", "b.test"].map(|name| HostName::new(name.as_bytes()).expect("a name"));
         for (name, expected) in [(None, None), (Some(&a), Some(&a)), (None, Some(&a)), (Some(&b), Some(&b))] {
             contacts.insert(ip(1), name);
             assert_eq!(contacts.get(ip(1)), Some(expected));

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::conn::until;
 use crate::dial::{Failure, Resolver};
-use crate::proto::{Addr, Host, Name};
+use crate::proto::{Addr, Host, HostName};
 
 /// How many names an association remembers the addresses of; then it begins anew.
 const MAX_NAMES: usize = 256;
@@ -26,8 +26,8 @@ pub(super) type Waiting = (u16, Vec<u8>);
 /// What is known of names.
 #[derive(Default)]
 pub(super) struct Names {
-    names: HashMap<Name, Resolution>,
-    lookups: Vec<(Name, Lookup)>,
+    names: HashMap<HostName, Resolution>,
+    lookups: Vec<(HostName, Lookup)>,
 }
 
 type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>>>>;
@@ -42,7 +42,7 @@ impl Names {
     /// where too much does so already.
     pub(super) fn get_or_wait(
         &mut self,
-        name: &Name,
+        name: &HostName,
         port: u16,
         data: &[u8],
         resolver: &Resolver,
@@ -79,7 +79,7 @@ impl Names {
     }
 
     /// The names that are known now, and what has waited for them.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Vec<(Name, Vec<Waiting>)> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Vec<(HostName, Vec<Waiting>)> {
         let mut done = Vec::new();
         self.lookups.retain_mut(|(name, lookup)| match lookup.as_mut().poll(cx) {
             Poll::Ready(found) => {

@@ -7,7 +7,7 @@ use std::alloc::System;
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use s5::proto::{Credentials, Datagram, Frame, Greeting, Message, Reply, Request, Selection, Status, Stop};
+use s5::proto::{Credentials, Datagram, Frame, Greeting, Message, Reply, Request, MethodSelection, LoginStatus, DecodeError};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -15,9 +15,9 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 fuzz_target!(|octets: &[u8]| {
     check::<Greeting>(octets);
-    check::<Selection>(octets);
+    check::<MethodSelection>(octets);
     check::<Credentials>(octets);
-    check::<Status>(octets);
+    check::<LoginStatus>(octets);
     check::<Request>(octets);
     check::<Reply>(octets);
     check::<Frame>(octets);
@@ -39,16 +39,16 @@ fn check<M: Message + Debug + PartialEq>(octets: &[u8]) {
     match decoded {
         Ok(message) => {
             let again = message.encode();
-            assert!((M::MIN..=M::MAX).contains(&again.len()));
+            assert!((M::MIN_LEN..=M::MAX_LEN).contains(&again.len()));
             assert_eq!(M::decode(&again), Ok(message));
         }
-        Err(Stop::Need(n)) => {
-            assert!(n >= 1 && have + n <= M::MAX, "{n} octets asked for behind {have}");
+        Err(DecodeError::Incomplete(n)) => {
+            assert!(n >= 1 && have + n <= M::MAX_LEN, "{n} octets asked for behind {have}");
             check_prefix::<M>(octets);
         }
-        Err(Stop::Bad(error)) => {
+        Err(DecodeError::Invalid(error)) => {
             assert!(!error.to_string().is_empty());
-            assert_eq!(M::decode(&[octets, &[0; 8]].concat()), Err(Stop::Bad(error)), "an error is final");
+            assert_eq!(M::decode(&[octets, &[0; 8]].concat()), Err(DecodeError::Invalid(error)), "an error is final");
         }
     }
 }
@@ -57,7 +57,7 @@ fn check<M: Message + Debug + PartialEq>(octets: &[u8]) {
 fn check_prefix<M: Message + Debug>(octets: &[u8]) {
     if let Some((_, shorter)) = octets.split_last() {
         let stop = M::decode(shorter).expect_err("no message yet");
-        assert!(matches!(stop, Stop::Need(_)), "{stop:?} an octet ago");
+        assert!(matches!(stop, DecodeError::Incomplete(_)), "{stop:?} an octet ago");
     }
 }
 
@@ -65,8 +65,8 @@ fn check_datagram(octets: &[u8]) {
     let decoded = bounded(octets, || Datagram::decode(octets));
     if let Ok(datagram) = decoded {
         let mut again = Vec::new();
-        datagram.write(&mut again);
+        datagram.encode_into(&mut again);
         assert_eq!(again.get(2..), octets.get(2..));
-        assert!(again.len() - datagram.data.len() <= Datagram::MAX_HEADER);
+        assert!(again.len() - datagram.data.len() <= Datagram::MAX_HEADER_LEN);
     }
 }

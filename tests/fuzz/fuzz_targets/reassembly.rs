@@ -7,7 +7,7 @@ use std::alloc::System;
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use s5::proto::{Datagram, MAX_UDP6};
+use s5::proto::{Datagram, MAX_UDP6_PAYLOAD};
 use s5::reassembly::{Reassembler, TIMEOUT, split};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -15,7 +15,7 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// A vector grows by doubling; DST is the rest.
-const MAX_HELD: usize = 2 * MAX_UDP6 + 1024;
+const MAX_HELD: usize = 2 * MAX_UDP6_PAYLOAD + 1024;
 
 fuzz_target!(|octets: &[u8]| {
     let region = Region::new(ALLOCATOR);
@@ -44,7 +44,7 @@ fn push(queue: &mut Reassembler, now: Instant, raw: &[u8], padding: usize) {
     let whole = queue.push(now, datagram);
     assert!(frag & 0x7f != 0 || whole.is_some() == (frag == 0), "FRAG {frag}");
     assert!(frag == 0 || frag >= 0x80 || whole.is_none(), "whole at FRAG {frag}");
-    assert!(whole.is_none_or(|(_, data)| data.len() <= MAX_UDP6));
+    assert!(whole.is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
 }
 
 fn check_split(octets: &[u8]) {

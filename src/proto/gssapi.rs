@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use super::{AUTH_VERSION, Error, Message, Reader, Stop};
+use super::{AUTH_VERSION, DecodeError, Message, MessageReader, ProtocolError};
 
 /// The most octets that a token can have (RFC 1961 section 3.3): what LEN can say.
-pub const MAX_TOKEN: usize = 65_535;
+pub const MAX_TOKEN_LEN: usize = 65_535;
 /// What stands before a token, in octets.
-pub const FRAME_HEADER: usize = 4;
+pub const FRAME_HEADER_LEN: usize = 4;
 
 const AUTHENTICATION: u8 = 1;
 const PROTECTION: u8 = 2;
@@ -28,7 +28,7 @@ pub enum Frame {
 }
 
 impl Frame {
-    fn parts(&self) -> (u8, &[u8]) {
+    fn message_type_and_token(&self) -> (u8, &[u8]) {
         match self {
             Self::Authentication(token) => (AUTHENTICATION, token),
             Self::Protection(token) => (PROTECTION, token),
@@ -38,8 +38,8 @@ impl Frame {
     }
 
     /// The token of the data frame that a datagram is, whole; it may be written to.
-    pub fn of_datagram(octets: &mut [u8]) -> Option<&mut [u8]> {
-        let (header, token) = octets.split_first_chunk_mut::<FRAME_HEADER>()?;
+    pub fn datagram_token(octets: &mut [u8]) -> Option<&mut [u8]> {
+        let (header, token) = octets.split_first_chunk_mut::<FRAME_HEADER_LEN>()?;
         let [version, mtyp, high, low] = *header;
         let is_whole = usize::from(u16::from_be_bytes([high, low])) == token.len();
         (version == AUTH_VERSION && mtyp == DATA && is_whole).then_some(token)
@@ -49,11 +49,11 @@ impl Frame {
     ///
     /// # Errors
     /// No data frame begins so.
-    pub fn data_length(octets: &[u8]) -> Result<Option<usize>, Error> {
+    pub fn data_frame_len(octets: &[u8]) -> Result<Option<usize>, ProtocolError> {
         match *octets {
-            [version, ..] if version != AUTH_VERSION => Err(Error::AuthVersion(version)),
-            [_, mtyp, ..] if mtyp != DATA => Err(Error::Mtyp(mtyp)),
-            [_, _, high, low, ..] => Ok(Some(FRAME_HEADER + usize::from(u16::from_be_bytes([high, low])))),
+            [version, ..] if version != AUTH_VERSION => Err(ProtocolError::AuthVersion(version)),
+            [_, mtyp, ..] if mtyp != DATA => Err(ProtocolError::MessageType(mtyp)),
+            [_, _, high, low, ..] => Ok(Some(FRAME_HEADER_LEN + usize::from(u16::from_be_bytes([high, low])))),
             _ => Ok(None),
         }
     }
@@ -62,31 +62,31 @@ impl Frame {
 /// Tokens are not shown.
 impl fmt::Debug for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (mtyp, token) = self.parts();
+        let (mtyp, token) = self.message_type_and_token();
         write!(f, "Frame({mtyp}, {} octets)", token.len())
     }
 }
 
 impl Message for Frame {
-    const MIN: usize = 2;
-    const MAX: usize = FRAME_HEADER + MAX_TOKEN;
+    const MIN_LEN: usize = 2;
+    const MAX_LEN: usize = FRAME_HEADER_LEN + MAX_TOKEN_LEN;
 
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Stop> {
-        reader.auth_version()?;
-        let make = match reader.octet()? {
+    fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
+        reader.expect_auth_version()?;
+        let make = match reader.byte()? {
             ABORT => return Ok(Self::Abort),
             AUTHENTICATION => Self::Authentication,
             PROTECTION => Self::Protection,
             DATA => Self::Data,
-            other => return Err(Error::Mtyp(other).into()),
+            other => return Err(ProtocolError::MessageType(other).into()),
         };
         let length = u16::from_be_bytes(reader.array()?);
         Ok(make(reader.take(length.into(), 0)?.to_vec()))
     }
 
     /// A token that is too long is cut, not mangled; none that GSSAPI was told the limit of is.
-    fn write(&self, out: &mut Vec<u8>) {
-        let (mtyp, token) = self.parts();
+    fn encode_into(&self, out: &mut Vec<u8>) {
+        let (mtyp, token) = self.message_type_and_token();
         out.extend([AUTH_VERSION, mtyp]);
         if mtyp != ABORT {
             let length = u16::try_from(token.len()).unwrap_or(u16::MAX);
@@ -98,7 +98,7 @@ impl Message for Frame {
 
 /// How octets are protected once a context is there (RFC 1961 section 4.3). Ordered by strength.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Level {
+pub enum ProtectionLevel {
     /// Not at all. Not in the RFC; what NEC, Dante and curl mean by 0.
     None,
     /// Nobody changes them unseen.
@@ -107,7 +107,7 @@ pub enum Level {
     Confidentiality,
 }
 
-impl Level {
+impl ProtectionLevel {
     /// All there are, but for "selective" (3), which nobody speaks.
     pub const ALL: [Self; 3] = [Self::None, Self::Integrity, Self::Confidentiality];
 
@@ -121,12 +121,12 @@ impl Level {
     }
 
     /// The level of that octet.
-    pub fn of(code: u8) -> Option<Self> {
+    pub fn from_code(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|level| level.code() == code)
     }
 }
 
-impl fmt::Display for Level {
+impl fmt::Display for ProtectionLevel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::None => "none",
