@@ -8,24 +8,24 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::octets::{GAP, LIMIT, Names, expect_end, hex, within};
-use super::transcript::{Role, Step, Transcript, Who};
+use super::bytes::{GAP, LIMIT, Placeholders, expect_end, hex, wait_until};
+use super::transcript::{Endpoint, Role, Step, Transcript};
 use crate::common::s5;
 
-/// Plays a transcript, with a write for each message or each octet; `Err` names its file and line.
-pub fn play(transcript: &Transcript, octet_by_octet: bool) -> Result<(), String> {
-    let way = if octet_by_octet { "octet by octet" } else { "as written" };
-    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({way}): {what}", transcript.name);
-    let mut play = Play::new(transcript, octet_by_octet).map_err(|error| at(1, error))?;
+/// Plays a transcript, with a write for each message or each byte; `Err` names its file and line.
+pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
+    let chunking = if byte_by_byte { "byte by byte" } else { "as written" };
+    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking}): {what}", transcript.name);
+    let mut player = Player::new(transcript, byte_by_byte).map_err(|error| at(1, error))?;
     for (line, step) in &transcript.steps {
-        if let Err(error) = play.step(step) {
-            let status = play.client.child.try_wait();
-            let _ = play.client.child.kill();
-            let (_, _, stderr) = play.client.output();
+        if let Err(error) = player.step(step) {
+            let status = player.client.child.try_wait();
+            let _ = player.client.child.kill();
+            let (_, _, stderr) = player.client.output();
             return Err(at(*line, format!("{error}\nthe client ({status:?}) said: {stderr}")));
         }
     }
-    play.end(transcript).map_err(|error| at(0, format!("at its end: {error}")))
+    player.end(transcript).map_err(|error| at(0, format!("at its end: {error}")))
 }
 
 /// The client, as a child process; killed when dropped.
@@ -36,7 +36,7 @@ struct Client {
 }
 
 impl Client {
-    fn start(args: &[String], stdin: &[u8], stays_open: bool) -> std::io::Result<Self> {
+    fn start(args: &[String], stdin: &[u8], is_stdin_left_open: bool) -> std::io::Result<Self> {
         let mut command = s5();
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
@@ -44,7 +44,7 @@ impl Client {
         let mut input = child.stdin.take().expect("stdin is piped");
         // A client that fails early does not read it.
         let _ = input.write_all(stdin);
-        if stays_open {
+        if is_stdin_left_open {
             child.stdin = Some(input);
         }
         Ok(Self { child, stdout, stderr })
@@ -53,7 +53,7 @@ impl Client {
     /// Waits for its end: status, stdout, stderr.
     fn output(&mut self) -> (Option<i32>, Vec<u8>, String) {
         let mut status = None;
-        let ended = within(LIMIT, || {
+        let ended = wait_until(LIMIT, || {
             status = self.child.try_wait().expect("it can be waited for");
             status.is_some()
         });
@@ -80,40 +80,49 @@ fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     })
 }
 
-struct Play {
-    octet_by_octet: bool,
+struct Player {
+    byte_by_byte: bool,
     client: Client,
     listener: TcpListener,
     stream: Option<TcpStream>,
     /// Whether the client has ended the connection, or we have.
-    over: bool,
+    is_closed: bool,
     relay: UdpSocket,
     /// From where the client's datagrams come.
-    from: Option<SocketAddr>,
-    names: Names,
+    client_udp_addr: Option<SocketAddr>,
+    placeholders: Placeholders,
 }
 
-impl Play {
-    fn new(transcript: &Transcript, octet_by_octet: bool) -> Result<Self, String> {
+impl Player {
+    fn new(transcript: &Transcript, byte_by_byte: bool) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
         let Role::Client(args) = &transcript.role else { return Err("it plays the client".into()) };
         // Nobody else's tests happen to connect there.
-        let ip = if transcript.over.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.over };
+        let ip = if transcript.proxy_ip.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.proxy_ip };
         let listener = TcpListener::bind((ip, 0)).map_err(text)?;
         listener.set_nonblocking(true).map_err(text)?;
         let proxy = listener.local_addr().map_err(text)?;
         let relay = UdpSocket::bind((ip, 0)).map_err(text)?;
         relay.set_read_timeout(Some(LIMIT)).map_err(text)?;
-        let at = relay.local_addr().map_err(text)?;
-        let mut names = Names::default();
-        names.own.extend([
-            ("relay", at),
+        let relay_addr = relay.local_addr().map_err(text)?;
+        let mut placeholders = Placeholders::default();
+        placeholders.per_session.extend([
+            ("relay", relay_addr),
             ("proxy", proxy),
-            ("anyrelay", SocketAddr::new([0, 0, 0, 0].into(), at.port())),
+            ("any-relay", SocketAddr::new([0, 0, 0, 0].into(), relay_addr.port())),
         ]);
         let args: Vec<String> = args.iter().map(|arg| arg.replace("{proxy}", &proxy.to_string())).collect();
-        let client = Client::start(&args, &transcript.stdin, transcript.stdin_stays_open).map_err(text)?;
-        Ok(Self { octet_by_octet, client, listener, stream: None, over: false, relay, from: None, names })
+        let client = Client::start(&args, &transcript.stdin, transcript.is_stdin_left_open).map_err(text)?;
+        Ok(Self {
+            byte_by_byte,
+            client,
+            listener,
+            stream: None,
+            is_closed: false,
+            relay,
+            client_udp_addr: None,
+            placeholders,
+        })
     }
 
     fn step(&mut self, step: &Step) -> Result<(), String> {
@@ -122,11 +131,11 @@ impl Play {
             Step::ToServer(items) => {
                 self.accept()?;
                 let stream = self.stream.as_mut().ok_or("no connection")?;
-                self.names.expect(stream, items)
+                self.placeholders.expect(stream, items)
             }
             Step::ToClient(items) => {
-                let octets = self.names.octets(items)?;
-                let pieces = octets.chunks(if self.octet_by_octet { 1 } else { octets.len().max(1) });
+                let bytes = self.placeholders.bytes(items)?;
+                let pieces = bytes.chunks(if self.byte_by_byte { 1 } else { bytes.len().max(1) });
                 for piece in pieces {
                     // A client that has heard enough may have left.
                     let _ = self.accept()?.write_all(piece);
@@ -137,29 +146,29 @@ impl Play {
             Step::UdpToServer(_, items) => {
                 let mut buffer = vec![0; 65_536];
                 let (n, from) = self.relay.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
-                self.from = Some(from);
-                self.names.compare(items, &buffer[..n])
+                self.client_udp_addr = Some(from);
+                self.placeholders.compare(items, &buffer[..n])
             }
-            Step::UdpToClient(who, items) => {
-                let octets = self.names.octets(items)?;
-                let to = self.from.ok_or("no datagram came yet")?;
-                let sent = match who {
-                    Who::Own => self.relay.send_to(&octets, to),
-                    _ => UdpSocket::bind("127.0.0.2:0").and_then(|stranger| stranger.send_to(&octets, to)),
+            Step::UdpToClient(endpoint, items) => {
+                let bytes = self.placeholders.bytes(items)?;
+                let to = self.client_udp_addr.ok_or("no datagram came yet")?;
+                let sent = match endpoint {
+                    Endpoint::Expected => self.relay.send_to(&bytes, to),
+                    _ => UdpSocket::bind("127.0.0.2:0").and_then(|stranger| stranger.send_to(&bytes, to)),
                 };
                 sent.map(drop).map_err(text)
             }
             Step::Fin => self.accept()?.shutdown(Shutdown::Write).map_err(text),
             Step::Reset => {
                 SockRef::from(&*self.accept()?).set_linger(Some(Duration::ZERO)).map_err(text)?;
-                self.over = true;
+                self.is_closed = true;
                 self.stream = None;
                 Ok(())
             }
             Step::Eof | Step::Close => {
-                self.over = matches!(step, Step::Close);
-                let over = self.over;
-                expect_end(self.accept()?, over)
+                self.is_closed = matches!(step, Step::Close);
+                let is_closed = self.is_closed;
+                expect_end(self.accept()?, is_closed)
             }
             _ => Err("this is not for a client".into()),
         }
@@ -169,7 +178,7 @@ impl Play {
     fn accept(&mut self) -> Result<&mut TcpStream, String> {
         if self.stream.is_none() {
             let mut accepted = None;
-            within(LIMIT, || {
+            wait_until(LIMIT, || {
                 accepted = self.listener.accept().ok();
                 accepted.is_some()
             });
@@ -183,7 +192,7 @@ impl Play {
 
     /// We close, and nothing has come that the transcript does not mention; then the client's own end is judged.
     fn end(mut self, transcript: &Transcript) -> Result<(), String> {
-        if let (Some(stream), false) = (&mut self.stream, self.over) {
+        if let (Some(stream), false) = (&mut self.stream, self.is_closed) {
             let _ = stream.shutdown(Shutdown::Write);
             expect_end(stream, true)?;
         }

@@ -27,27 +27,27 @@ impl Fixtures {
     fn start() -> Self {
         let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
         let closed = [v4, v6].map(|ip| bound(SocketAddr::new(ip, 0)));
-        let deaf = UdpSocket::bind((v4, 0)).expect("a port");
+        let closed_udp = UdpSocket::bind((v4, 0)).expect("a port");
         // Connected elsewhere: whoever else sends there is told that the port is unreachable.
-        deaf.connect(("127.0.0.9", 9)).expect("an address");
+        closed_udp.connect(("127.0.0.9", 9)).expect("an address");
         let named = vec![
             ("echo", tcp_server(v4, echo)),
             ("echo6", tcp_server(v6, echo)),
-            ("mirror", tcp_server(v4, mirror)),
-            ("mirror6", tcp_server(v6, mirror)),
-            ("speaker", tcp_server(v4, speak)),
-            ("counter", tcp_server(v4, count)),
-            ("resetter", tcp_server(v4, reset)),
+            ("whoami", tcp_server(v4, send_peer_addr)),
+            ("whoami6", tcp_server(v6, send_peer_addr)),
+            ("banner", tcp_server(v4, send_banner)),
+            ("counter", tcp_server(v4, send_byte_count)),
+            ("resetter", tcp_server(v4, reset_after_first_byte)),
             ("closed", addr_of(&closed[0])),
             ("closed6", addr_of(&closed[1])),
             ("udp", udp_echo_server(v4)),
             ("udp6", udp_echo_server(v6)),
-            ("answers", answers()),
-            ("deaf", deaf.local_addr().expect("an address")),
+            ("three-answers", three_answers()),
+            ("closed-udp", closed_udp.local_addr().expect("an address")),
             ("any", SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)),
             ("any6", SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)),
         ];
-        Self { named, _closed: closed, _deaf: deaf }
+        Self { named, _closed: closed, _deaf: closed_udp }
     }
 
     /// The address with this name.
@@ -69,7 +69,7 @@ pub fn addr_of(socket: &Socket) -> SocketAddr {
 }
 
 /// ATYP, address and port, as requests, replies and datagrams have them.
-pub fn wire(addr: SocketAddr) -> Vec<u8> {
+pub fn encode_addr(addr: SocketAddr) -> Vec<u8> {
     let ip = match addr.ip() {
         IpAddr::V4(ip) => [&[1], ip.octets().as_slice()].concat(),
         IpAddr::V6(ip) => [&[4], ip.octets().as_slice()].concat(),
@@ -84,34 +84,34 @@ fn echo(mut stream: TcpStream) {
 }
 
 /// Says from which address the connection came.
-fn mirror(mut stream: TcpStream) {
+fn send_peer_addr(mut stream: TcpStream) {
     let peer = stream.peer_addr().expect("an address");
-    let _ = stream.write_all(&wire(peer));
+    let _ = stream.write_all(&encode_addr(peer));
 }
 
 /// Speaks first, ends its side, and listens on.
-fn speak(mut stream: TcpStream) {
+fn send_banner(mut stream: TcpStream) {
     let _ = stream.write_all(b"220 welcome\r\n");
     let _ = stream.shutdown(Shutdown::Write);
     let _ = stream.read_to_end(&mut Vec::new());
 }
 
 /// Says how much has come when all of it has.
-fn count(mut stream: TcpStream) {
+fn send_byte_count(mut stream: TcpStream) {
     let mut all = Vec::new();
     if stream.read_to_end(&mut all).is_ok() {
         let _ = write!(stream, "{} octets", all.len());
     }
 }
 
-/// Resets the connection at the first octet.
-fn reset(mut stream: TcpStream) {
+/// Resets the connection at the first byte.
+fn reset_after_first_byte(mut stream: TcpStream) {
     let _ = stream.read(&mut [0]);
     let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
 }
 
 /// Answers each datagram three times: from another address, from another port, and from where it was sent to.
-fn answers() -> SocketAddr {
+fn three_answers() -> SocketAddr {
     let bind = |ip| UdpSocket::bind((ip, 0)).expect("a port");
     let (here, near, far) = (bind("127.0.0.1"), bind("127.0.0.1"), bind("127.0.0.3"));
     let addr = here.local_addr().expect("an address");

@@ -11,22 +11,22 @@ use argon2::password_hash::PasswordHasher as _;
 use argon2::{Algorithm, Argon2, Params, Version};
 use socket2::{SockRef, Socket};
 
+use super::bytes::{GAP, LIMIT, Placeholders, expect_end, wait_port_free, wait_until};
 use super::fixtures::{addr_of, bound};
-use super::octets::{GAP, LIMIT, Names, becomes_free, expect_end, within};
-use super::transcript::{Step, Transcript, User, Who};
+use super::transcript::{Endpoint, Step, Transcript, User};
 use crate::common::{Server, s5, write_file};
 
-/// How the client's octets are sent.
+/// How the client's bytes are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Chunking {
     /// A line at a time, each after the answer to the one before.
-    AsWritten,
-    /// The same, with a write for each octet.
-    OctetByOctet,
+    PerLine,
+    /// The same, with a write for each byte.
+    PerByte,
     /// All lines in one write.
-    RunTogether,
-    /// All lines in two writes, the first of so many octets.
-    Split(usize),
+    AllAtOnce,
+    /// All lines in two writes, the first of so many bytes.
+    SplitAt(usize),
 }
 
 /// A server for each set of flags and users; many transcripts share one.
@@ -39,7 +39,7 @@ impl Servers {
     pub fn start(transcripts: &[Transcript]) -> Self {
         let mut servers = Self { folder: crate::common::folder(), running: HashMap::new() };
         for transcript in transcripts {
-            let key = key(transcript);
+            let key = server_key(transcript);
             if !servers.running.contains_key(&key) {
                 let name = format!("users{}", servers.running.len());
                 let server = start(&transcript.server_args, &transcript.users, servers.folder.path(), &name);
@@ -50,21 +50,21 @@ impl Servers {
         servers
     }
 
-    pub fn of(&self, transcript: &Transcript) -> &Server {
-        &self.running[&key(transcript)].0
+    pub fn server_for(&self, transcript: &Transcript) -> &Server {
+        &self.running[&server_key(transcript)].0
     }
 
     /// Every server still lives, has nothing open that it did not have at its start, and did not panic.
-    pub fn assert_at_rest(&self) {
+    pub fn assert_no_leaks(&self) {
         for (key, (server, before)) in &self.running {
-            let at_rest = within(LIMIT, || server.descriptors() <= *before);
+            let at_rest = wait_until(LIMIT, || server.descriptors() <= *before);
             assert!(at_rest, "{key}: {} descriptors instead of {before}\n{}", server.descriptors(), server.log());
             assert!(!server.log().contains("panic"), "{key}:\n{}", server.log());
         }
     }
 }
 
-fn key(transcript: &Transcript) -> String {
+fn server_key(transcript: &Transcript) -> String {
     format!("{:?} {:?}", transcript.server_args, transcript.users)
 }
 
@@ -73,13 +73,13 @@ pub fn start(args: &[String], users: &[User], folder: &Path, name: &str) -> Serv
     let mut command = s5();
     command.args(["serve", "--listen", "127.0.0.1:0", "--listen", "[::1]:0"]).args(args);
     if !users.is_empty() {
-        let lines: Vec<String> = users.iter().map(line).collect();
+        let lines: Vec<String> = users.iter().map(users_file_line).collect();
         command.args(["--users", &write_file(folder, name, &lines.join("\n"))]);
     }
     Server::start_with(&mut command, 2)
 }
 
-fn line(user: &User) -> String {
+fn users_file_line(user: &User) -> String {
     let hash = if user.bcrypt {
         bcrypt::hash(&user.password, 4).expect("a hash")
     } else {
@@ -91,130 +91,149 @@ fn line(user: &User) -> String {
 }
 
 /// Plays a transcript; `Err` names its file and line.
-pub fn play(transcript: &Transcript, server: &Server, way: Way) -> Result<(), String> {
-    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({way:?}): {what}", transcript.name);
-    let mut play = Play::new(transcript, server, way).map_err(|error| at(1, error))?;
+pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Result<(), String> {
+    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking:?}): {what}", transcript.name);
+    let mut player = Player::new(transcript, server, chunking).map_err(|error| at(1, error))?;
     for (line, step) in &transcript.steps {
-        play.step(step).map_err(|error| at(*line, error))?;
+        player.step(step).map_err(|error| at(*line, error))?;
     }
-    let client = play.client;
-    play.end().map_err(|error| at(0, format!("at its end: {error}")))?;
+    let client = player.client;
+    player.end().map_err(|error| at(0, format!("at its end: {error}")))?;
     let logs = transcript.steps.iter().filter_map(|(line, step)| match step {
         Step::Log(text) => Some((line, text)),
         _ => None,
     });
     for (line, text) in logs {
         let is_theirs = |log: &str| log.contains(&format!("client={client} ")) && log.contains(text.as_str());
-        if !within(LIMIT, || server.log().lines().any(is_theirs)) {
+        if !wait_until(LIMIT, || server.log().lines().any(is_theirs)) {
             return Err(at(*line, format!("client {client}: no such line in\n{}", server.log())));
         }
     }
     Ok(())
 }
 
-/// How many octets the client of a transcript sends.
-pub fn length(transcript: &Transcript, server: &Server) -> usize {
-    Play::new(transcript, server, Way::AsWritten).expect("it can be played").octets.len()
+/// How many bytes the client of a transcript sends.
+pub fn sent_length(transcript: &Transcript, server: &Server) -> usize {
+    Player::new(transcript, server, Chunking::PerLine).expect("it can be played").bytes.len()
 }
 
-struct Play {
-    way: Way,
+struct Player {
+    chunking: Chunking,
     stream: TcpStream,
     client: SocketAddr,
     /// All that the client sends, and how much of it has been sent, or is due by now.
-    octets: Vec<u8>,
+    bytes: Vec<u8>,
     sent: usize,
     due: usize,
-    names: Names,
+    placeholders: Placeholders,
     /// Whether the server has ended the connection.
-    over: bool,
-    own: UdpSocket,
-    other: UdpSocket,
+    is_closed: bool,
+    client_udp: UdpSocket,
+    other_udp: UdpSocket,
     /// BIND's expected peer, before and after it connects.
-    waiting: Option<Socket>,
+    unconnected_peer: Option<Socket>,
     peer: Option<TcpStream>,
 }
 
 /// An address that nobody has come from yet, since one that fails to log in again and again is shut out. Of IPv6 there
 /// is only one.
-fn fresh(like: IpAddr) -> IpAddr {
+fn unused_ip(like: IpAddr) -> IpAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     if like.is_ipv4() { Ipv4Addr::new(127, 1, high, low).into() } else { like }
 }
 
-impl Play {
-    fn new(transcript: &Transcript, server: &Server, way: Way) -> Result<Self, String> {
+impl Player {
+    fn new(transcript: &Transcript, server: &Server, chunking: Chunking) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
         let listener =
-            server.addrs.iter().find(|addr| addr.ip() == transcript.over).ok_or("it does not listen there")?;
-        let ip = fresh(transcript.over);
+            server.addrs.iter().find(|addr| addr.ip() == transcript.proxy_ip).ok_or("it does not listen there")?;
+        let ip = unused_ip(transcript.proxy_ip);
         let socket = bound(SocketAddr::new(ip, 0));
         socket.connect(&(*listener).into()).map_err(text)?;
         let stream = TcpStream::from(socket);
         stream.set_nodelay(true).map_err(text)?;
         stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
         let socket = || UdpSocket::bind((ip, 0)).map_err(text);
-        let (own, other) = (socket()?, socket()?);
-        own.set_read_timeout(Some(LIMIT)).map_err(text)?;
+        let (client_udp, other_udp) = (socket()?, socket()?);
+        client_udp.set_read_timeout(Some(LIMIT)).map_err(text)?;
         let peer_ip: IpAddr = match transcript.steps.iter().any(|(_, step)| format!("{step:?}").contains("peer6")) {
             true => Ipv6Addr::LOCALHOST.into(),
             false => Ipv4Addr::LOCALHOST.into(),
         };
-        let waiting = bound(SocketAddr::new(peer_ip, 0));
-        let mut names = Names::default();
-        let peer = addr_of(&waiting);
-        names.own.extend([("me", own.local_addr().map_err(text)?), ("peer", peer), ("peer6", peer)]);
-        names.own.extend(["own", "own6"].into_iter().zip(server.addrs.iter().copied()));
+        let unconnected_peer = bound(SocketAddr::new(peer_ip, 0));
+        let mut placeholders = Placeholders::default();
+        let peer = addr_of(&unconnected_peer);
+        placeholders.per_session.extend([
+            ("client-udp", client_udp.local_addr().map_err(text)?),
+            ("peer", peer),
+            ("peer6", peer),
+        ]);
+        placeholders.per_session.extend(["listener", "listener6"].into_iter().zip(server.addrs.iter().copied()));
         // What a datagram or a reply brings is not known yet, but no request depends on it.
-        let mut octets = Vec::new();
+        let mut bytes = Vec::new();
         for (_, step) in &transcript.steps {
             if let Step::ToServer(items) = step {
-                octets.extend(names.octets(items)?);
+                bytes.extend(placeholders.bytes(items)?);
             }
         }
         let client = stream.local_addr().map_err(text)?;
-        let waiting = Some(waiting);
-        let (sent, due, over, peer) = (0, 0, false, None);
-        Ok(Self { way, stream, client, octets, sent, due, names, over, own, other, waiting, peer })
+        let unconnected_peer = Some(unconnected_peer);
+        let (sent, due, is_closed, peer) = (0, 0, false, None);
+        Ok(Self {
+            chunking,
+            stream,
+            client,
+            bytes,
+            sent,
+            due,
+            placeholders,
+            is_closed,
+            client_udp,
+            other_udp,
+            unconnected_peer,
+            peer,
+        })
     }
 
     fn step(&mut self, step: &Step) -> Result<(), String> {
         let text = |error: std::io::Error| error.to_string();
         match step {
             Step::ToServer(items) => {
-                self.due += self.names.octets(items)?.len();
+                self.due += self.placeholders.bytes(items)?.len();
                 self.send();
                 Ok(())
             }
-            Step::ToClient(items) => self.names.expect(&mut self.stream, items),
-            Step::UdpToServer(who, items) => {
-                let octets = self.names.octets(items)?;
-                let sent = match who {
-                    Who::Own => self.own.send_to(&octets, self.bnd()?),
-                    Who::Other => self.other.send_to(&octets, self.bnd()?),
-                    Who::Stranger => UdpSocket::bind("127.0.0.2:0").and_then(|s| s.send_to(&octets, self.bnd_io()?)),
+            Step::ToClient(items) => self.placeholders.expect(&mut self.stream, items),
+            Step::UdpToServer(endpoint, items) => {
+                let bytes = self.placeholders.bytes(items)?;
+                let sent = match endpoint {
+                    Endpoint::Expected => self.client_udp.send_to(&bytes, self.bnd()?),
+                    Endpoint::OtherPort => self.other_udp.send_to(&bytes, self.bnd()?),
+                    Endpoint::OtherIp => UdpSocket::bind("127.0.0.2:0").and_then(|s| s.send_to(&bytes, self.bnd_io()?)),
                 };
                 sent.map(drop).map_err(text)
             }
             Step::UdpToClient(_, items) => {
                 let mut buffer = vec![0; 65_536];
-                let (n, from) = self.own.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
+                let (n, from) =
+                    self.client_udp.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
                 if from != self.bnd()? {
                     return Err(format!("a datagram from {from}, which is not BND"));
                 }
-                self.names.compare(items, &buffer[..n])
+                self.placeholders.compare(items, &buffer[..n])
             }
-            Step::Connects(Who::Own) => {
-                let socket = self.waiting.take().ok_or("the peer has connected already")?;
+            Step::Connects(Endpoint::Expected) => {
+                let socket = self.unconnected_peer.take().ok_or("the peer has connected already")?;
                 socket.connect(&self.bnd()?.into()).map_err(text)?;
                 let peer = TcpStream::from(socket);
                 peer.set_read_timeout(Some(LIMIT)).map_err(text)?;
                 self.peer = Some(peer);
                 Ok(())
             }
-            Step::Connects(who) => {
-                let ip = if *who == Who::Stranger { Ipv4Addr::new(127, 0, 0, 2).into() } else { self.bnd()?.ip() };
+            Step::Connects(endpoint) => {
+                let ip =
+                    if *endpoint == Endpoint::OtherIp { Ipv4Addr::new(127, 0, 0, 2).into() } else { self.bnd()?.ip() };
                 let socket = bound(SocketAddr::new(ip, 0));
                 socket.connect(&self.bnd()?.into()).map_err(text)?;
                 let mut stream = TcpStream::from(socket);
@@ -222,12 +241,12 @@ impl Play {
                 expect_end(&mut stream, true)
             }
             Step::PeerSends(items) => {
-                let octets = self.names.octets(items)?;
-                self.peer()?.write_all(&octets).map_err(text)
+                let bytes = self.placeholders.bytes(items)?;
+                self.peer()?.write_all(&bytes).map_err(text)
             }
-            Step::PeerGets(items) => {
+            Step::PeerReceives(items) => {
                 let peer = self.peer.as_mut().ok_or("the peer has not connected")?;
-                self.names.expect(peer, items)
+                self.placeholders.expect(peer, items)
             }
             Step::PeerFin => self.peer()?.shutdown(Shutdown::Write).map_err(text),
             Step::PeerEof => expect_end(self.peer()?, false),
@@ -236,16 +255,16 @@ impl Play {
                 SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).map_err(text)?;
                 // Another connection takes its place, so that this one is closed here and now.
                 self.stream = TcpStream::connect(self.client_of()?).map_err(text)?;
-                self.over = true;
+                self.is_closed = true;
                 Ok(())
             }
             Step::Eof | Step::Close => {
-                self.over = true;
+                self.is_closed = true;
                 expect_end(&mut self.stream, matches!(step, Step::Close))
             }
-            Step::Gone(tcp) => {
+            Step::PortFree(tcp) => {
                 let bnd = self.bnd()?;
-                if becomes_free(bnd, *tcp) { Ok(()) } else { Err(format!("{bnd} is still taken")) }
+                if wait_port_free(bnd, *tcp) { Ok(()) } else { Err(format!("{bnd} is still taken")) }
             }
             Step::Log(_) => Ok(()),
         }
@@ -253,15 +272,15 @@ impl Play {
 
     /// Sends what is due; and what is not, in the ways that do not wait.
     fn send(&mut self) {
-        if let Way::Split(first) = self.way {
+        if let Chunking::SplitAt(first) = self.chunking {
             self.send_to(first);
         }
-        match self.way {
-            Way::RunTogether => self.send_to(self.octets.len()),
-            Way::Split(first) if self.due > first => self.send_to(self.octets.len()),
-            Way::Split(_) => {}
-            Way::AsWritten => self.send_to(self.due),
-            Way::OctetByOctet => (self.sent..self.due).for_each(|i| self.send_to(i + 1)),
+        match self.chunking {
+            Chunking::AllAtOnce => self.send_to(self.bytes.len()),
+            Chunking::SplitAt(first) if self.due > first => self.send_to(self.bytes.len()),
+            Chunking::SplitAt(_) => {}
+            Chunking::PerLine => self.send_to(self.due),
+            Chunking::PerByte => (self.sent..self.due).for_each(|i| self.send_to(i + 1)),
         }
     }
 
@@ -270,9 +289,9 @@ impl Play {
             return;
         }
         // Of a server that has closed already, what must come tells more than this error.
-        let _ = self.stream.write_all(&self.octets[self.sent..end]);
+        let _ = self.stream.write_all(&self.bytes[self.sent..end]);
         self.sent = end;
-        if self.way != Way::AsWritten {
+        if self.chunking != Chunking::PerLine {
             thread::sleep(GAP);
         }
     }
@@ -280,11 +299,12 @@ impl Play {
     /// Whatever the transcript leaves open ends with the client's side, and nothing that it does not mention has come.
     fn end(mut self) -> Result<(), String> {
         drop(self.peer.take());
-        let strays = [&self.own, &self.other].map(|s| s.set_nonblocking(true).and_then(|()| s.recv(&mut [0; 64])));
+        let strays =
+            [&self.client_udp, &self.other_udp].map(|s| s.set_nonblocking(true).and_then(|()| s.recv(&mut [0; 64])));
         if let Some(n) = strays.iter().flatten().next() {
             return Err(format!("a stray datagram of {n} octets"));
         }
-        if self.over {
+        if self.is_closed {
             return Ok(());
         }
         let _ = self.stream.shutdown(Shutdown::Write);
@@ -296,7 +316,7 @@ impl Play {
     }
 
     fn bnd(&self) -> Result<SocketAddr, String> {
-        self.names.bnd.ok_or_else(|| "there was no BND yet".into())
+        self.placeholders.bnd.ok_or_else(|| "there was no BND yet".into())
     }
 
     fn bnd_io(&self) -> std::io::Result<SocketAddr> {

@@ -3,38 +3,38 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-/// One piece of a line of octets.
+/// One piece of a line of bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Item {
-    Octets(Vec<u8>),
+    Bytes(Vec<u8>),
     /// `??`
-    Any,
+    AnyByte,
     /// `{name}`
     Named(String),
     /// `...`
-    Rest,
+    ToEnd,
 }
 
 /// Who a line is about, besides the SOCKS client and the SOCKS server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
+pub enum Endpoint {
     /// From where it should come: the client's own UDP socket, or BIND's expected peer.
-    Own,
+    Expected,
     /// From another port of the same address.
-    Other,
+    OtherPort,
     /// From another address.
-    Stranger,
+    OtherIp,
 }
 
 #[derive(Clone, Debug)]
 pub enum Step {
     ToServer(Vec<Item>),
     ToClient(Vec<Item>),
-    UdpToServer(Who, Vec<Item>),
-    UdpToClient(Who, Vec<Item>),
-    Connects(Who),
+    UdpToServer(Endpoint, Vec<Item>),
+    UdpToClient(Endpoint, Vec<Item>),
+    Connects(Endpoint),
     PeerSends(Vec<Item>),
-    PeerGets(Vec<Item>),
+    PeerReceives(Vec<Item>),
     PeerFin,
     PeerEof,
     Fin,
@@ -42,7 +42,7 @@ pub enum Step {
     Eof,
     Close,
     /// Nothing has the port of BND: TCP's where that is true, else UDP's.
-    Gone(bool),
+    PortFree(bool),
     Log(String),
 }
 
@@ -65,16 +65,16 @@ pub struct User {
 pub struct Transcript {
     /// Its file's name.
     pub name: String,
-    pub demands: Vec<u32>,
+    pub requirements: Vec<u32>,
     pub role: Role,
     pub server_args: Vec<String>,
     pub users: Vec<User>,
     /// Where the client connects to.
-    pub over: IpAddr,
+    pub proxy_ip: IpAddr,
     /// Every two-way split is played as well.
-    pub splits: bool,
+    pub has_splits: bool,
     pub stdin: Vec<u8>,
-    pub stdin_stays_open: bool,
+    pub is_stdin_left_open: bool,
     /// With the number of its line.
     pub steps: Vec<(usize, Step)>,
     pub status: i32,
@@ -89,14 +89,14 @@ impl Transcript {
         let text = std::fs::read_to_string(path).map_err(|error| format!("{name}: {error}"))?;
         let mut transcript = Self {
             name: name.clone(),
-            demands: Vec::new(),
+            requirements: Vec::new(),
             role: Role::Server,
             server_args: Vec::new(),
             users: Vec::new(),
-            over: Ipv4Addr::LOCALHOST.into(),
-            splits: false,
+            proxy_ip: Ipv4Addr::LOCALHOST.into(),
+            has_splits: false,
             stdin: Vec::new(),
-            stdin_stays_open: false,
+            is_stdin_left_open: false,
             steps: Vec::new(),
             status: 0,
             stdout: Vec::new(),
@@ -109,15 +109,15 @@ impl Transcript {
             if line.trim().is_empty() || line.starts_with('#') {
                 continue;
             }
-            transcript.take(number, line).map_err(|error| format!("{name}:{number}: {error}"))?;
+            transcript.parse_line(number, line).map_err(|error| format!("{name}:{number}: {error}"))?;
         }
-        if transcript.demands.is_empty() {
-            return Err(format!("{name}: no demands"));
+        if transcript.requirements.is_empty() {
+            return Err(format!("{name}: no requirements"));
         }
         Ok(transcript)
     }
 
-    fn take(&mut self, number: usize, line: &str) -> Result<(), String> {
+    fn parse_line(&mut self, number: usize, line: &str) -> Result<(), String> {
         if let Some(step) = step(line)? {
             self.steps.push((number, step));
             return Ok(());
@@ -125,24 +125,24 @@ impl Transcript {
         let (key, value) = line.split_once(':').map_or((line, ""), |(key, value)| (key, value.trim()));
         let words = || value.split_whitespace().map(String::from);
         match key {
-            "demands" => {
+            "requirements" => {
                 let numbers: Result<_, _> = words().map(|word| word.parse()).collect();
-                self.demands = numbers.map_err(|_| "demands are numbers")?;
+                self.requirements = numbers.map_err(|_| "requirements are numbers")?;
             }
             "role" if value == "server" => self.role = Role::Server,
             "role" => self.role = Role::Client(words().collect()),
             "server" => self.server_args.extend(words()),
             "user" | "bcrypt user" => {
-                let end = end_of_word(value);
-                let (name, password) = (octets(&value[..end])?, octets(&value[end..])?);
+                let end = word_len(value);
+                let (name, password) = (bytes(&value[..end])?, bytes(&value[end..])?);
                 self.users.push(User { bcrypt: key != "user", name, password });
             }
-            "over" if value == "::1" => self.over = Ipv6Addr::LOCALHOST.into(),
-            "splits" => self.splits = true,
-            "stdin" => self.stdin = octets(value)?,
-            "stdin open" => (self.stdin, self.stdin_stays_open) = (octets(value)?, true),
+            "over" if value == "::1" => self.proxy_ip = Ipv6Addr::LOCALHOST.into(),
+            "splits" => self.has_splits = true,
+            "stdin" => self.stdin = bytes(value)?,
+            "stdin open" => (self.stdin, self.is_stdin_left_open) = (bytes(value)?, true),
             "status" => self.status = value.parse().map_err(|_| "a status is a number")?,
-            "stdout" => self.stdout = octets(value)?,
+            "stdout" => self.stdout = bytes(value)?,
             "stderr" => self.stderr.push(value.into()),
             _ => return Err(format!("what is {line:?}?")),
         }
@@ -155,35 +155,35 @@ fn step(line: &str) -> Result<Option<Step>, String> {
     Ok(Some(match (word, rest) {
         (">", rest) => Step::ToServer(items(rest)?),
         ("<", rest) => Step::ToClient(items(rest)?),
-        ("udp>", rest) => Step::UdpToServer(Who::Own, items(rest)?),
-        ("udp<", rest) => Step::UdpToClient(Who::Own, items(rest)?),
-        ("other>", rest) => Step::UdpToServer(Who::Other, items(rest)?),
-        ("stranger>", rest) => Step::UdpToServer(Who::Stranger, items(rest)?),
-        ("stranger<", rest) => Step::UdpToClient(Who::Stranger, items(rest)?),
-        ("peer", "connects") => Step::Connects(Who::Own),
-        ("other", "connects") => Step::Connects(Who::Other),
-        ("stranger", "connects") => Step::Connects(Who::Stranger),
+        ("udp>", rest) => Step::UdpToServer(Endpoint::Expected, items(rest)?),
+        ("udp<", rest) => Step::UdpToClient(Endpoint::Expected, items(rest)?),
+        ("other-port>", rest) => Step::UdpToServer(Endpoint::OtherPort, items(rest)?),
+        ("other-ip>", rest) => Step::UdpToServer(Endpoint::OtherIp, items(rest)?),
+        ("other-ip<", rest) => Step::UdpToClient(Endpoint::OtherIp, items(rest)?),
+        ("peer", "connects") => Step::Connects(Endpoint::Expected),
+        ("other-port", "connects") => Step::Connects(Endpoint::OtherPort),
+        ("other-ip", "connects") => Step::Connects(Endpoint::OtherIp),
         ("peer", "fin") => Step::PeerFin,
         ("peer", "eof") => Step::PeerEof,
         ("peer", rest) => match rest.split_once(' ') {
             Some(("sends", rest)) => Step::PeerSends(items(rest)?),
-            Some(("gets", rest)) => Step::PeerGets(items(rest)?),
+            Some(("receives", rest)) => Step::PeerReceives(items(rest)?),
             _ => return Err("a peer connects, sends, gets, fin or eof".into()),
         },
         ("fin", "") => Step::Fin,
         ("reset", "") => Step::Reset,
         ("eof", "") => Step::Eof,
         ("close", "") => Step::Close,
-        ("gone", "tcp" | "udp") => Step::Gone(rest == "tcp"),
+        ("port-free", "tcp" | "udp") => Step::PortFree(rest == "tcp"),
         ("log:", rest) => Step::Log(rest.into()),
         _ => return Ok(None),
     }))
 }
 
-/// A line of items that are all octets.
-fn octets(text: &str) -> Result<Vec<u8>, String> {
+/// A line of items that are all bytes.
+fn bytes(text: &str) -> Result<Vec<u8>, String> {
     let plain = |item| match item {
-        Item::Octets(octets) => Ok(octets),
+        Item::Bytes(bytes) => Ok(bytes),
         other => Err(format!("{other:?} has no place here")),
     };
     Ok(items(text)?.into_iter().map(plain).collect::<Result<Vec<_>, _>>()?.concat())
@@ -193,16 +193,16 @@ fn items(text: &str) -> Result<Vec<Item>, String> {
     let mut items = Vec::new();
     let mut rest = text.trim_start();
     while !rest.is_empty() {
-        let end = end_of_word(rest);
-        let (word, behind) = rest.split_at(end);
+        let end = word_len(rest);
+        let (word, remainder) = rest.split_at(end);
         items.push(item(word)?);
-        rest = behind.trim_start();
+        rest = remainder.trim_start();
     }
     Ok(items)
 }
 
 /// Blanks end a word, but not inside of quotes.
-fn end_of_word(text: &str) -> usize {
+fn word_len(text: &str) -> usize {
     let (mut quoted, mut escaped) = (false, false);
     for (i, c) in text.char_indices() {
         match c {
@@ -217,7 +217,7 @@ fn end_of_word(text: &str) -> usize {
 }
 
 fn item(word: &str) -> Result<Item, String> {
-    let bad = || format!("{word:?} is neither octets nor a name");
+    let bad = || format!("{word:?} is neither bytes nor a name");
     if let Some(name) = word.strip_prefix('{').and_then(|word| word.strip_suffix('}')) {
         return Ok(Item::Named(name.into()));
     }
@@ -226,16 +226,16 @@ fn item(word: &str) -> Result<Item, String> {
         _ => (word, 1),
     };
     match what {
-        "??" => return Ok(Item::Any),
-        "..." => return Ok(Item::Rest),
+        "??" => return Ok(Item::AnyByte),
+        "..." => return Ok(Item::ToEnd),
         _ => {}
     }
-    let octets = match what.strip_prefix('"').and_then(|what| what.strip_suffix('"')) {
+    let bytes = match what.strip_prefix('"').and_then(|what| what.strip_suffix('"')) {
         Some(quoted) => unescape(quoted).ok_or_else(bad)?,
         None if what.len() == 2 => vec![u8::from_str_radix(what, 16).map_err(|_| bad())?],
         None => return Err(bad()),
     };
-    Ok(Item::Octets(octets.repeat(count)))
+    Ok(Item::Bytes(bytes.repeat(count)))
 }
 
 fn unescape(text: &str) -> Option<Vec<u8>> {

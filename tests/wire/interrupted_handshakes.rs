@@ -1,0 +1,172 @@
+//! Every handshake, cut after every byte: by FIN, by RST, by silence. Nothing of it stays behind.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+
+use super::bytes::{LIMIT, wait_port_free, wait_until};
+use super::fixtures::{encode_addr, fixtures};
+use super::server_role::start;
+use super::transcript::User;
+use crate::common::{Server, eventually, folder, open, read_exact};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Interruption {
+    Fin,
+    Reset,
+    Silence,
+}
+
+/// What the client says, and how many bytes the server answers to it.
+type Handshake = Vec<(Vec<u8>, usize)>;
+
+#[test]
+fn fin_after_each_handshake_byte_leaks_nothing() {
+    interrupt_at_every_byte(Interruption::Fin, &[]);
+}
+
+#[test]
+fn reset_after_each_handshake_byte_leaks_nothing() {
+    interrupt_at_every_byte(Interruption::Reset, &[]);
+}
+
+#[test]
+fn timeout_after_each_handshake_byte_leaks_nothing() {
+    let args = ["--handshake-timeout", "300ms", "--bind-timeout", "300ms", "--idle-timeout", "300ms"];
+    interrupt_at_every_byte(Interruption::Silence, &args);
+}
+
+/// RFC 1928 section 6: closed shortly after the failure reply, in no more than 10 seconds.
+#[test]
+fn refused_client_that_keeps_sending_is_closed_within_ten_seconds() {
+    let server = Server::start(&[]);
+    let before = server.descriptors();
+    let started = Instant::now();
+    let closed = fixtures().addr("closed").expect("a fixture");
+    let (mut stream, rep, _) = open(&server, 1, closed);
+    assert_eq!(rep, 5);
+    eventually("the server closes", Duration::from_secs(10), || {
+        // What it still sends must not keep the connection either.
+        let _ = stream.write(b"more");
+        server.descriptors() == before
+    });
+    assert!(started.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn handshake_timeout_is_not_extended_by_slow_bytes() {
+    let server = Server::start(&["--handshake-timeout", "300ms"]);
+    let mut stream = server.connect();
+    stream.set_read_timeout(Some(Duration::from_millis(20))).expect("a timeout can be set");
+    stream.write_all(&[5, 255]).expect("it is sent");
+    let started = Instant::now();
+    // The greeting would take 255 of these.
+    let over = (0..200).any(|_| {
+        let _ = stream.write(&[0x80]);
+        !matches!(stream.read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+    });
+    assert!(over, "still open after {:?}", started.elapsed());
+}
+
+#[test]
+fn client_reset_before_accept_is_logged_with_its_address() {
+    let server = Server::start(&[]);
+    server.signal("STOP");
+    let stream = server.connect();
+    let client = stream.local_addr().expect("an address");
+    finish(Interruption::Reset, stream).expect("it can be reset");
+    server.signal("CONT");
+    let log = server.wait_log(|log| log.contains(" session client="));
+    assert!(log.contains(&format!(" session client={client} ")), "{client}\n{log}");
+}
+
+fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
+    let folder = folder();
+    let args: Vec<String> = args.iter().map(ToString::to_string).collect();
+    let alice = User { bcrypt: false, name: "alice".into(), password: "secret".into() };
+    for users in [vec![], vec![alice]] {
+        let server = start(&args, &users, folder.path(), "users");
+        // A first session of each command, so that what the server makes once is made.
+        for command in 1..=3 {
+            let handshake = handshake(command, !users.is_empty());
+            begin(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("it closes");
+        }
+        eventually("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
+        let before = server.descriptors();
+        let mut interrupted = Vec::new();
+        for command in 1..=3 {
+            let handshake = handshake(command, !users.is_empty());
+            let length: usize = handshake.iter().map(|(message, _)| message.len()).sum();
+            interrupted.extend((0..=length).map(|end| (command, end, begin(&server, &handshake, end))));
+        }
+        let clients: Vec<SocketAddr> =
+            interrupted.iter().map(|(.., (stream, _))| stream.local_addr().expect("one")).collect();
+        let mut ports = Vec::new();
+        for (command, end, (stream, reply)) in interrupted {
+            ports.extend(reply.filter(|_| command != 1).map(|addr| (addr, command == 2)));
+            finish(interruption, stream)
+                .unwrap_or_else(|error| panic!("{interruption:?}, CMD {command}, {end} bytes: {error}"));
+        }
+        assert_eq!(ports.len(), 2, "BIND and UDP ASSOCIATE each came as far as their reply");
+        for (addr, tcp) in ports {
+            assert!(wait_port_free(addr, tcp), "{interruption:?}: {addr} is still taken\n{}", server.log());
+        }
+        let at_rest = wait_until(LIMIT, || server.descriptors() <= before);
+        assert!(at_rest, "{interruption:?}: {} descriptors instead of {before}", server.descriptors());
+        for client in clients {
+            let lines = || server.log().matches(&format!(" session client={client} ")).count();
+            assert!(
+                wait_until(LIMIT, || lines() == 1),
+                "{interruption:?}: {} lines for {client}\n{}",
+                lines(),
+                server.log()
+            );
+        }
+        assert!(!server.log().contains("client=unix"), "{interruption:?}: it listens on TCP only\n{}", server.log());
+        begin(&server, &handshake(1, !users.is_empty()), usize::MAX);
+    }
+}
+
+fn handshake(command: u8, login: bool) -> Handshake {
+    let dst = fixtures().addr(if command == 1 { "echo" } else { "any" }).expect("a fixture");
+    let request = [&[5, command, 0], encode_addr(dst).as_slice()].concat();
+    match login {
+        false => vec![(vec![5, 1, 0], 2), (request, 10)],
+        true => vec![(vec![5, 1, 2], 2), (b"\x01\x05alice\x06secret".into(), 2), (request, 10)],
+    }
+}
+
+/// Sends the first bytes of a handshake, and reads the answers to its whole messages; with BND, if it came that far.
+fn begin(server: &Server, handshake: &Handshake, end: usize) -> (TcpStream, Option<SocketAddr>) {
+    let mut stream = server.connect();
+    let mut left = end;
+    for (message, answer) in handshake {
+        let part = message.get(..left).unwrap_or(message);
+        stream.write_all(part).expect("the server listens");
+        left -= part.len();
+        if part.len() < message.len() {
+            return (stream, None);
+        }
+        let bytes = read_exact(&mut stream, *answer);
+        assert_eq!(bytes[1] & !2, 0, "{bytes:?}: a method or success");
+        if let [.., a, b, c, d, high, low] = bytes[..] {
+            return (stream, Some(([a, b, c, d], u16::from_be_bytes([high, low])).into()));
+        }
+    }
+    (stream, None)
+}
+
+fn finish(interruption: Interruption, mut stream: TcpStream) -> std::io::Result<()> {
+    match interruption {
+        Interruption::Fin => stream.shutdown(Shutdown::Write)?,
+        Interruption::Reset => return SockRef::from(&stream).set_linger(Some(Duration::ZERO)),
+        Interruption::Silence => {}
+    }
+    stream.set_read_timeout(Some(LIMIT))?;
+    match stream.read_to_end(&mut Vec::new()) {
+        Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => Err(error),
+        _ => Ok(()),
+    }
+}
