@@ -1,37 +1,38 @@
-//! Transcripts of the protocol, `wire/*.txt`: bytes in, bytes out, one fact a file.
+//! Plays the transcripts in `wire/*.txt` against `s5 serve` and the s5 clients. `wire/README.md` is the introduction.
 //!
-//! `>` is always from the SOCKS client to the SOCKS server, and `<` always back; `role` says which of them is s5. A
-//! transcript opens with its fact as a comment and names the requirements of the RFCs (numbered in the README) that it covers:
+//! A transcript opens with a comment that states its fact, and lists the RFC requirements that it tests. Its keywords:
 //!
 //! ```text
-//! # A right password is answered 01 00 (RFC 1929 section 2).
-//! requirements: 30 31
-//! role: server                    s5 serve is played against; else a client and its arguments, with {proxy} for us
-//! server: --bind-timeout 1s       more flags for s5 serve
+//! # A correct password is answered 01 00 (RFC 1929 section 2).
+//! requirements: 30 31             row numbers of the table in wire/README.md
+//! role: server                    s5 is the server; otherwise: s5 is this client, with these arguments ({proxy}: the test)
+//! server: --bind-timeout 1s       more arguments for s5 serve
 //! user: "alice" "secret"          a user of the server (argon2id); `bcrypt user:` likewise
-//! over: ::1                       the client connects to there; else to 127.0.0.1, or 127.0.0.7 where we are the server
-//! splits                          every two-way split of what the client sends is played as well
-//! > 05 01 00 "text\r\n\x00"       bytes, in hex or quoted; 41*255 and "ab"*3 repeat; {echo} is an address, see below
-//! > 03 09 "localhost" {echo:port} its port alone
-//! < 05 ?? 00 {bnd} ...            exactly these must come; ?? is any byte, ... all up to the end
-//! udp> udp<                       a datagram to BND from the client's own socket, one back to it
-//! other> stranger> stranger<      from another port, from another address
-//! peer connects                   BIND's expected peer connects to BND; also: peer sends, peer gets, peer fin, peer eof
-//! other connects                  somebody from another port does (stranger: address), and must be closed
-//! fin  reset                      our side ends its half, resets
-//! eof  close                      theirs must end: with FIN; with FIN or a reset
-//! gone tcp  gone udp              nothing has the port of BND any more
-//! log: rep=5                      the server's line about this session has that in it
-//! stdin: "text"                   what the client reads; `stdin open:` does not end behind it
-//! status: 105                     how the client exits (0)
-//! stdout: "text"                  all that it writes to stdout (nothing)
-//! stderr: refused                 part of what it writes to stderr
+//! over: ::1                       the IP address of the proxy [default: 127.0.0.1 for s5, 127.0.0.7 for the test]
+//! splits                          also play every split of the client's bytes into two writes
+//! > 05 01 00 "text\r\n\x00"       bytes to the server, in hex or quoted; 41*255 and "ab"*3 repeat
+//! > 03 09 "localhost" {echo:port} a placeholder for an address, or for its port alone
+//! < 05 ?? 00 {bnd} ...            bytes from the server; ?? is any byte, ... is everything up to EOF
+//! udp> udp<                       datagrams: from the client's UDP socket to BND, and back
+//! other-port> other-ip> other-ip< datagrams from another port or another IP address
+//! peer connects                   BIND's expected peer connects to BND; also: peer sends, peer receives, peer fin, peer eof
+//! other-port connects             a peer from another port (other-ip: another address) connects; the server must close it
+//! fin  reset                      the test half-closes, resets the TCP connection
+//! eof  close                      s5 must close the TCP connection: with FIN; with FIN or RST
+//! port-free tcp  port-free udp    s5 must release the port of BND
+//! log: rep=5                      part of the server's log line about this session
+//! stdin: "text"                   stdin of the client; with `stdin open:` it has no EOF
+//! status: 105                     exit status of the client [default: 0]
+//! stdout: "text"                  all that the client writes to stdout [default: nothing]
+//! stderr: refused                 part of what the client writes to stderr
 //! ```
 //!
-//! `{bnd}` in a reply is any loopback address with a port; elsewhere, as `{same}` in a reply, it is the one that came
-//! last. `{me}` is the client's UDP socket, `{peer}` the expected peer, `{own}` and `{own6}` the server's listeners,
-//! `{relay}` our UDP socket where we are the server, `{anyrelay}` its port at 0.0.0.0; the others stand in
-//! `wire/fixtures.rs`. At the end of each transcript our side is closed, and nothing that it does not mention may have come.
+//! Placeholders: `{bnd}` in a reply accepts any loopback address with a port; elsewhere it is the last such address, and
+//! in a reply `{same-bnd}` is. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND, `{listener}`
+//! and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP socket and
+//! `{any-relay}` has that port at 0.0.0.0. `wire/fixtures.rs` defines all others.
+//!
+//! After the last line the test closes its side. Bytes that the transcript does not mention are an error.
 
 #[path = "wire/bytes.rs"]
 mod bytes;
@@ -55,7 +56,7 @@ use std::thread;
 use server_role::{Chunking, Servers};
 use transcript::{Role, Transcript};
 
-/// How many transcripts are played at once.
+/// Number of transcripts that are played at the same time.
 const THREADS: usize = 8;
 
 #[test]
@@ -64,7 +65,7 @@ fn transcripts_are_distinct_and_cover_every_requirement() {
     assert!(all.len() >= 65, "{} transcripts", all.len());
     let cited: BTreeSet<u32> = all.iter().flat_map(|transcript| transcript.requirements.clone()).collect();
     assert!(cited.iter().all(|requirement| (1..=33).contains(requirement)), "{cited:?}");
-    // Not in a transcript: the port by convention (1, see below) and protected methods (6, 33).
+    // Tested elsewhere: the default port (1, below), encapsulation (6) and GSSAPI (33).
     let shown: BTreeSet<u32> = (2..=32).filter(|requirement| *requirement != 6).collect();
     let missing: Vec<&u32> = shown.difference(&cited).collect();
     assert!(missing.is_empty(), "requirements without a transcript: {missing:?}");
@@ -73,27 +74,27 @@ fn transcripts_are_distinct_and_cover_every_requirement() {
         let Transcript { role, server_args, users, proxy_ip, stdin, .. } = transcript;
         let steps: Vec<_> = transcript.steps.iter().map(|(_, step)| step).collect();
         let fact = format!("{role:?} {server_args:?} {users:?} {proxy_ip} {stdin:?} {steps:?}");
-        let former = facts.insert(fact, &transcript.name);
-        assert!(former.is_none(), "{} and {former:?} are the same", transcript.name);
+        let duplicate = facts.insert(fact, &transcript.name);
+        assert!(duplicate.is_none(), "{} and {duplicate:?} are identical", transcript.name);
     }
 }
 
 #[test]
 fn readme_table_lists_transcripts_that_cover_each_requirement() {
-    let readme = include_str!("../README.md");
+    let readme = include_str!("wire/README.md");
     let all = transcripts();
     let mut rows = 0;
     for row in readme.lines() {
         let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        let ["", number, _who, _demand, shown, ""] = cells[..] else { continue };
+        let ["", number, _who, _requirement, names, ""] = cells[..] else { continue };
         let Ok(requirement) = number.parse::<u32>() else { continue };
         rows += 1;
-        // Words in backticks: every second part. Those with an underscore are tests, not transcripts.
-        for name in shown.split('`').skip(1).step_by(2).filter(|name| !name.contains('_')) {
-            let begin = name.trim_end_matches('*');
-            let is_meant = |found: &str| if begin == name { found == name } else { found.starts_with(begin) };
+        // Every second part is in backticks. Names with an underscore are test functions.
+        for name in names.split('`').skip(1).step_by(2).filter(|name| !name.contains('_')) {
+            let prefix = name.trim_end_matches('*');
+            let is_match = |found: &str| if prefix == name { found == name } else { found.starts_with(prefix) };
             let covers = |found: &&Transcript| {
-                is_meant(found.name.trim_end_matches(".txt")) && found.requirements.contains(&requirement)
+                is_match(found.name.trim_end_matches(".txt")) && found.requirements.contains(&requirement)
             };
             assert!(all.iter().any(|found| covers(&found)), "requirement {requirement}: {name}");
         }
@@ -119,7 +120,7 @@ fn server_matches_transcripts_sent_in_one_write() {
 #[test]
 fn server_matches_sessions_split_after_every_byte() {
     let recorded = transcripts().into_iter().filter(|transcript| transcript.has_splits).count();
-    assert!(recorded >= 6, "CONNECT, BIND and UDP ASSOCIATE, each without and with a login");
+    assert!(recorded >= 6, "{recorded}: CONNECT, BIND and UDP ASSOCIATE, each with and without a login");
     play_server_transcripts(|transcript, servers| {
         if !transcript.has_splits {
             return Vec::new();
@@ -153,15 +154,15 @@ fn server_and_clients_default_to_port_1080() {
 }
 
 fn transcripts() -> Vec<Transcript> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wire");
-    let entries = std::fs::read_dir(folder).expect("the folder of the transcripts");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wire");
+    let entries = std::fs::read_dir(dir).expect("tests/wire");
     let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "txt"));
     paths.sort();
     paths.iter().map(|path| Transcript::read(path).unwrap_or_else(|error| panic!("{error}"))).collect()
 }
 
-/// Plays the transcripts of the server in these chunkings; the servers are as they were, afterwards.
+/// Plays the server transcripts with these chunkings, then checks that the servers have released all descriptors.
 fn play_server_transcripts(chunkings: impl Fn(&Transcript, &Servers) -> Vec<Chunking>) {
     let mut all = transcripts();
     all.retain(|transcript| transcript.role == Role::Server);
@@ -180,7 +181,7 @@ fn play_client_transcripts(byte_by_byte: bool) {
     run_all(all.iter().collect(), |transcript| client_role::play(transcript, byte_by_byte));
 }
 
-/// Does all jobs, a few at a time, and fails with all that has failed.
+/// Runs all jobs on [`THREADS`] threads; panics with the list of failures.
 fn run_all<J: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<(), String> + Sync) {
     assert!(!jobs.is_empty());
     let jobs = Mutex::new(jobs.into_iter());
@@ -189,14 +190,14 @@ fn run_all<J: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<(), String> + Sync)
         for _ in 0..THREADS {
             scope.spawn(|| {
                 loop {
-                    let job = jobs.lock().expect("no panic holds it").next();
+                    let job = jobs.lock().expect("no job panics").next();
                     let Some(job) = job else { return };
                     let failure = work(job).err();
-                    failures.lock().expect("no panic holds it").extend(failure);
+                    failures.lock().expect("no job panics").extend(failure);
                 }
             });
         }
     });
-    let failures = failures.into_inner().expect("no panic holds it");
+    let failures = failures.into_inner().expect("no job panics");
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
 }
