@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 
 use crate::proto::{self, DecodeError, Message};
-use crate::reactor::{Io, Way, sleep, sleep_until, yield_now};
+use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
 use crate::relay::{BareOp, Stream};
 use protected::Protected;
 pub use protected::{Context as SecurityContext, Order, Protection, Unwrapped};
@@ -169,9 +169,9 @@ impl Conn {
     async fn watch(&self, signs: PollFlags) {
         let mut octet = [0; 1];
         let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut octet, RecvFlags::PEEK)?.1);
-        poll_fn(|cx| self.poll_mark(cx)).await;
+        poll_fn(|cx| self.poll_hangup(cx)).await;
         let mut is_there = async || {
-            poll_fn(|cx| self.poll_with(cx, Way::Read, &mut peek)).await.is_ok_and(|n| n > 0 || self.has_unread())
+            poll_fn(|cx| self.poll_with(cx, Interest::Read, &mut peek)).await.is_ok_and(|n| n > 0 || self.has_unread())
         };
         while is_there().await && !self.shows(signs) {
             sleep(WATCH).await;
@@ -218,19 +218,19 @@ impl Conn {
         }
     }
 
-    fn poll_mark(&self, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_hangup(&self, cx: &mut Context<'_>) -> Poll<()> {
         match self {
-            Self::Tcp(io) => io.poll_mark(cx),
-            Self::Unix(io) => io.poll_mark(cx),
-            Self::Protected(protected) => protected.conn.poll_mark(cx),
+            Self::Tcp(io) => io.poll_hangup(cx),
+            Self::Unix(io) => io.poll_hangup(cx),
+            Self::Protected(protected) => protected.conn.poll_hangup(cx),
         }
     }
 
-    fn poll_with(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Poll<io::Result<usize>> {
+    fn poll_with(&self, cx: &mut Context<'_>, interest: Interest, op: &mut BareOp<'_>) -> Poll<io::Result<usize>> {
         match self {
-            Self::Tcp(io) => io.poll_with(cx, way, |stream| op(stream.as_fd())),
-            Self::Unix(io) => io.poll_with(cx, way, |stream| op(stream.as_fd())),
-            Self::Protected(protected) => protected.conn.poll_with(cx, way, op),
+            Self::Tcp(io) => io.poll_with(cx, interest, |stream| op(stream.as_fd())),
+            Self::Unix(io) => io.poll_with(cx, interest, |stream| op(stream.as_fd())),
+            Self::Protected(protected) => protected.conn.poll_with(cx, interest, op),
         }
     }
 
@@ -285,8 +285,13 @@ impl Stream for Conn {
         self.shows(PollFlags::ERR)
     }
 
-    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
-        (!matches!(self, Self::Protected(_))).then(|| self.poll_with(cx, way, op))
+    fn poll_bare(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        op: &mut BareOp<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        (!matches!(self, Self::Protected(_))).then(|| self.poll_with(cx, interest, op))
     }
 }
 

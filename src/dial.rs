@@ -270,7 +270,7 @@ type Attempt = Pin<Box<dyn Future<Output = Result<Io<TcpStream>, Failure>>>>;
 
 async fn attempt(addr: SocketAddr, source: Source) -> Result<Io<TcpStream>, Failure> {
     let stream = Io::connect(addr, source.towards(addr)).await.map_err(|error| match error {
-        ConnectError::Source(_) => Failure::Source,
+        ConnectError::LocalAddr(_) => Failure::Source,
         ConnectError::Io(error) => Failure::of(&error, addr),
     })?;
     tune(&stream);

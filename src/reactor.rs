@@ -1,12 +1,12 @@
 //! Where futures wait for sockets and for the time.
 //!
-//! A thread inside of [`run`] on Linux has a reactor of its own: edge-triggered epoll. There a socket is registered
+//! A thread inside of [`run`] on Linux has a reactor of its own: epoll-triggered epoll. There a socket is registered
 //! once for its life, waiting for it costs no system call, and it is tried only when there may be something to be had.
 //! Everywhere else the same types wait by way of async-io: in tests, and on other systems.
 
 mod connect;
 #[cfg(target_os = "linux")]
-mod edge;
+mod epoll;
 
 use std::future::{Future, poll_fn};
 use std::io::{self, Read, Write};
@@ -30,7 +30,7 @@ pub use connect::ConnectError;
 /// The descriptors that a reactor needs could not be had, or waiting failed for good.
 pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     #[cfg(target_os = "linux")]
-    return edge::run(future);
+    return epoll::run(future);
     #[cfg(not(target_os = "linux"))]
     return Ok(smol::block_on(future));
 }
@@ -39,17 +39,17 @@ pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
 /// others have their turn.
 pub fn wake_later(cx: &Context<'_>) {
     #[cfg(target_os = "linux")]
-    if edge::wake_later(cx) {
+    if epoll::wake_later(cx) {
         return;
     }
     cx.waker().wake_by_ref();
 }
 
 /// Has the reactor of this thread show how many sockets it has, from now on; without one, nothing is shown.
-pub fn show_sockets(count: Arc<AtomicUsize>) {
+pub fn publish_socket_count(count: Arc<AtomicUsize>) {
     #[cfg(target_os = "linux")]
-    if let Some(reactor) = edge::current() {
-        reactor.show(count);
+    if let Some(reactor) = epoll::current() {
+        reactor.publish_socket_count(count);
     }
     #[cfg(not(target_os = "linux"))]
     drop(count);
@@ -59,7 +59,7 @@ pub fn show_sockets(count: Arc<AtomicUsize>) {
 /// reactor, each hears of it when it wakes for something else.
 pub fn wake_all() {
     #[cfg(target_os = "linux")]
-    if let Some(reactor) = edge::current() {
+    if let Some(reactor) = epoll::current() {
         reactor.wake_all();
     }
 }
@@ -80,7 +80,7 @@ pub async fn yield_now() {
 
 /// What a future waits for on a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Interest {
     /// Something to read, to accept, or an end.
     Read,
     /// Room to write, or the end of a connect.
@@ -89,22 +89,22 @@ pub enum Way {
 
 /// What a socket is waited for, as long as it lives.
 #[derive(Clone, Copy, Debug)]
-enum Interest {
-    Both,
+enum EventSet {
+    ReadWrite,
     Read,
     /// To read, by several threads.
-    Shared,
+    SharedRead,
 }
 
 /// A non-blocking socket that can be waited for. Bound to the thread that made it.
 #[derive(Debug)]
-pub struct Io<T>(Kind<T>);
+pub struct Io<T>(Backend<T>);
 
 #[derive(Debug)]
-enum Kind<T> {
+enum Backend<T> {
     #[cfg(target_os = "linux")]
-    Edge(edge::Source<T>),
-    Async(Arc<Async<T>>),
+    Epoll(epoll::Registration<T>),
+    AsyncIo(Arc<Async<T>>),
 }
 
 impl<T: AsFd> Io<T> {
@@ -113,42 +113,42 @@ impl<T: AsFd> Io<T> {
     /// # Errors
     /// Those of epoll_ctl(2).
     pub fn new(socket: T) -> io::Result<Self> {
-        Self::register(socket, Interest::Both)
+        Self::register(socket, EventSet::ReadWrite)
     }
 
     /// Of a non-blocking listener for which several threads wait: a connection wakes one of those that are idle.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
-    pub fn shared(listener: T) -> io::Result<Self> {
-        Self::register(listener, Interest::Shared)
+    pub fn shared_listener(listener: T) -> io::Result<Self> {
+        Self::register(listener, EventSet::SharedRead)
     }
 
     /// Of a non-blocking socket that is only waited for to read, and has to be read whenever there is something. Room
-    /// to write would be an event for each datagram that has left. After [`Io::drained`] it says itself whether there
+    /// to write would be an event for each datagram that has left. After [`Io::mark_drained`] it says itself whether there
     /// is more.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
-    pub fn reading(socket: T) -> io::Result<Self> {
-        Self::register(socket, Interest::Read)
+    pub fn read_only(socket: T) -> io::Result<Self> {
+        Self::register(socket, EventSet::Read)
     }
 
-    fn register(socket: T, interest: Interest) -> io::Result<Self> {
+    fn register(socket: T, events: EventSet) -> io::Result<Self> {
         #[cfg(target_os = "linux")]
-        if let Some(reactor) = edge::current() {
-            return reactor.register(socket, interest).map(|source| Self(Kind::Edge(source)));
+        if let Some(reactor) = epoll::current() {
+            return reactor.register(socket, events).map(|registration| Self(Backend::Epoll(registration)));
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = interest;
-        Ok(Self(Kind::Async(Arc::new(Async::new_nonblocking(socket)?))))
+        let _ = events;
+        Ok(Self(Backend::AsyncIo(Arc::new(Async::new_nonblocking(socket)?))))
     }
 
     /// Ends all waiting for the socket, which lives on under another descriptor. To be dropped then.
     pub fn deregister(&self) {
         #[cfg(target_os = "linux")]
-        if let Kind::Edge(source) = &self.0 {
-            source.deregister();
+        if let Backend::Epoll(registration) = &self.0 {
+            registration.deregister();
         }
     }
 
@@ -156,8 +156,8 @@ impl<T: AsFd> Io<T> {
     pub fn get_ref(&self) -> &T {
         match &self.0 {
             #[cfg(target_os = "linux")]
-            Kind::Edge(source) => source.get_ref(),
-            Kind::Async(socket) => (**socket).get_ref(),
+            Backend::Epoll(registration) => registration.get_ref(),
+            Backend::AsyncIo(socket) => (**socket).get_ref(),
         }
     }
 
@@ -170,13 +170,13 @@ impl<T: AsFd> Io<T> {
     pub fn poll_with<R>(
         &self,
         cx: &mut Context<'_>,
-        way: Way,
+        interest: Interest,
         mut op: impl FnMut(&T) -> io::Result<R>,
     ) -> Poll<io::Result<R>> {
         loop {
             #[cfg(target_os = "linux")]
-            if let Kind::Edge(source) = &self.0 {
-                ready!(source.poll_ready(cx, way));
+            if let Backend::Epoll(registration) = &self.0 {
+                ready!(registration.poll_ready(cx, interest));
             }
             match op(self.get_ref()) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -185,10 +185,10 @@ impl<T: AsFd> Io<T> {
             }
             match &self.0 {
                 #[cfg(target_os = "linux")]
-                Kind::Edge(source) => source.exhausted(way),
-                Kind::Async(socket) => match way {
-                    Way::Read => ready!(socket.poll_readable(cx))?,
-                    Way::Write => ready!(socket.poll_writable(cx))?,
+                Backend::Epoll(registration) => registration.mark_would_block(interest),
+                Backend::AsyncIo(socket) => match interest {
+                    Interest::Read => ready!(socket.poll_readable(cx))?,
+                    Interest::Write => ready!(socket.poll_writable(cx))?,
                 },
             }
         }
@@ -198,33 +198,33 @@ impl<T: AsFd> Io<T> {
     ///
     /// # Errors
     /// Those of `op`, but for `WouldBlock` and `Interrupted`.
-    pub async fn with<R>(&self, way: Way, mut op: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
-        poll_fn(|cx| self.poll_with(cx, way, &mut op)).await
+    pub async fn with<R>(&self, interest: Interest, mut op: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
+        poll_fn(|cx| self.poll_with(cx, interest, &mut op)).await
     }
 
     /// Returns when the socket may be ready.
     ///
     /// # Errors
     /// Those of the reactor.
-    pub async fn ready(&self, way: Way) -> io::Result<()> {
+    pub async fn ready(&self, interest: Interest) -> io::Result<()> {
         match &self.0 {
             #[cfg(target_os = "linux")]
-            Kind::Edge(source) => {
-                poll_fn(|cx| source.poll_ready(cx, way)).await;
+            Backend::Epoll(registration) => {
+                poll_fn(|cx| registration.poll_ready(cx, interest)).await;
                 Ok(())
             }
-            Kind::Async(socket) if way == Way::Read => socket.readable().await,
-            Kind::Async(socket) => socket.writable().await,
+            Backend::AsyncIo(socket) if interest == Interest::Read => socket.readable().await,
+            Backend::AsyncIo(socket) => socket.writable().await,
         }
     }
 
     /// Ready when there is an end, an error or an urgent octet, maybe behind something to be read; or when that can't be
     /// told without looking.
-    pub fn poll_mark(&self, cx: &mut Context<'_>) -> Poll<()> {
+    pub fn poll_hangup(&self, cx: &mut Context<'_>) -> Poll<()> {
         match &self.0 {
             #[cfg(target_os = "linux")]
-            Kind::Edge(source) => source.poll_mark(cx),
-            Kind::Async(_) => Poll::Ready(()),
+            Backend::Epoll(registration) => registration.poll_hangup(cx),
+            Backend::AsyncIo(_) => Poll::Ready(()),
         }
     }
 
@@ -232,33 +232,33 @@ impl<T: AsFd> Io<T> {
     ///
     /// # Errors
     /// Those of `op`; `WouldBlock`, when the socket was not ready after all.
-    pub fn try_with<R>(&self, way: Way, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
+    pub fn try_with<R>(&self, interest: Interest, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
         let result = op(self.get_ref());
         #[cfg(target_os = "linux")]
-        if let (Kind::Edge(source), Err(error)) = (&self.0, &result)
+        if let (Backend::Epoll(registration), Err(error)) = (&self.0, &result)
             && error.kind() == io::ErrorKind::WouldBlock
         {
-            source.exhausted(way);
+            registration.mark_would_block(interest);
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = way;
+        let _ = interest;
         result
     }
 
-    /// The socket is known to have nothing more for now, although no operation has said so; or is an [`Io::reading`].
-    pub fn drained(&self, way: Way) {
+    /// The socket is known to have nothing more for now, although no operation has said so; or is an [`Io::read_only`].
+    pub fn mark_drained(&self, interest: Interest) {
         #[cfg(target_os = "linux")]
-        if let Kind::Edge(source) = &self.0 {
-            source.drained(way);
+        if let Backend::Epoll(registration) = &self.0 {
+            registration.mark_drained(interest);
         }
         #[cfg(not(target_os = "linux"))]
-        let _ = way;
+        let _ = interest;
     }
 }
 
 impl<T> From<Arc<Async<T>>> for Io<T> {
     fn from(socket: Arc<Async<T>>) -> Self {
-        Self(Kind::Async(socket))
+        Self(Backend::AsyncIo(socket))
     }
 }
 
@@ -272,15 +272,15 @@ impl<T: AsFd> AsFd for Io<T> {
 pub trait StreamSocket: AsFd {
     /// Whether a read that gives less than there was room for has taken all that there is. Not so on Unix sockets,
     /// where what was sent together with descriptors is read by itself.
-    const SHORT_READ_IS_ALL: bool;
+    const SHORT_READ_MEANS_DRAINED: bool;
 }
 
 impl StreamSocket for TcpStream {
-    const SHORT_READ_IS_ALL: bool = true;
+    const SHORT_READ_MEANS_DRAINED: bool = true;
 }
 
 impl StreamSocket for UnixStream {
-    const SHORT_READ_IS_ALL: bool = false;
+    const SHORT_READ_MEANS_DRAINED: bool = false;
 }
 
 impl<T: StreamSocket> AsyncRead for Io<T>
@@ -288,9 +288,9 @@ where
     for<'a> &'a T: Read,
 {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let n = ready!(self.poll_with(cx, Way::Read, |mut socket| socket.read(buf)))?;
-        if T::SHORT_READ_IS_ALL && (1..buf.len()).contains(&n) {
-            self.drained(Way::Read);
+        let n = ready!(self.poll_with(cx, Interest::Read, |mut socket| socket.read(buf)))?;
+        if T::SHORT_READ_MEANS_DRAINED && (1..buf.len()).contains(&n) {
+            self.mark_drained(Interest::Read);
         }
         Poll::Ready(Ok(n))
     }
@@ -301,9 +301,9 @@ where
     for<'a> &'a T: Write,
 {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let n = ready!(self.poll_with(cx, Way::Write, |mut socket| socket.write(buf)))?;
+        let n = ready!(self.poll_with(cx, Interest::Write, |mut socket| socket.write(buf)))?;
         if n < buf.len() {
-            self.drained(Way::Write);
+            self.mark_drained(Interest::Write);
         }
         Poll::Ready(Ok(n))
     }
@@ -320,26 +320,26 @@ where
 /// A timer for whoever keeps moving its deadline: it is not set anew when the deadline moves away, only when it comes
 /// nearer, and fires too early instead. So an octet that moves costs no timer. One task at a time polls it.
 #[derive(Debug, Default)]
-pub struct Alarm(Option<Set>);
+pub struct IdleTimer(Option<ArmedTimer>);
 
 /// What an alarm is set to. Small, since an idle tunnel holds one.
 #[derive(Debug)]
-enum Set {
+enum ArmedTimer {
     #[cfg(target_os = "linux")]
-    Edge(edge::Timer),
-    Async(Box<(smol::Timer, Instant)>),
+    Epoll(epoll::Timer),
+    AsyncIo(Box<(smol::Timer, Instant)>),
 }
 
-impl Alarm {
+impl IdleTimer {
     /// Ready at `due`, or at an earlier deadline that it was set to before: look at the clock, and poll again.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
-        if self.0.as_ref().is_none_or(|set| set.is_after(due)) {
-            self.0 = Some(Set::new(cx, due));
+        if self.0.as_ref().is_none_or(|timer| timer.is_after(due)) {
+            self.0 = Some(ArmedTimer::new(cx, due));
         }
         match &mut self.0 {
             #[cfg(target_os = "linux")]
-            Some(Set::Edge(timer)) => ready!(timer.poll()),
-            Some(Set::Async(timer)) => drop(ready!(Pin::new(&mut timer.0).poll(cx))),
+            Some(ArmedTimer::Epoll(timer)) => ready!(timer.poll()),
+            Some(ArmedTimer::AsyncIo(timer)) => drop(ready!(Pin::new(&mut timer.0).poll(cx))),
             None => {}
         }
         self.0 = None;
@@ -347,21 +347,21 @@ impl Alarm {
     }
 }
 
-impl Set {
+impl ArmedTimer {
     fn new(cx: &Context<'_>, due: Instant) -> Self {
         #[cfg(target_os = "linux")]
-        if let Some(reactor) = edge::current() {
-            return Self::Edge(reactor.timer(cx, due));
+        if let Some(reactor) = epoll::current() {
+            return Self::Epoll(reactor.timer(cx, due));
         }
         let _ = cx;
-        Self::Async(Box::new((smol::Timer::at(due), due)))
+        Self::AsyncIo(Box::new((smol::Timer::at(due), due)))
     }
 
     fn is_after(&self, due: Instant) -> bool {
         match self {
             #[cfg(target_os = "linux")]
-            Self::Edge(timer) => timer.is_after(due),
-            Self::Async(timer) => timer.1 > due,
+            Self::Epoll(timer) => timer.is_after(due),
+            Self::AsyncIo(timer) => timer.1 > due,
         }
     }
 }
@@ -388,8 +388,8 @@ pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, Option<SocketAddr>)>
 
 /// Returns at `due`.
 pub async fn sleep_until(due: Instant) {
-    let mut alarm = Alarm::default();
-    poll_fn(|cx| alarm.poll(cx, due)).await;
+    let mut timer = IdleTimer::default();
+    poll_fn(|cx| timer.poll(cx, due)).await;
 }
 
 /// Returns after `time`.

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 
-use crate::reactor::{Alarm, Way, wake_later};
+use crate::reactor::{IdleTimer, Interest, wake_later};
 use direction::{Direction, Fault};
 
 /// How long dst may be silent before a client that can't send to it any more is told so.
@@ -45,7 +45,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     }
 
     /// Does `op` on the socket when that may be ready. `None` when there is no socket whose octets are the stream's.
-    fn poll_bare(&self, _: &mut Context<'_>, _: Way, _: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+    fn poll_bare(&self, _: &mut Context<'_>, _: Interest, _: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
         None
     }
 }
@@ -64,8 +64,13 @@ impl Stream for &mut dyn Stream {
         (**self).is_reset()
     }
 
-    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
-        (**self).poll_bare(cx, way, op)
+    fn poll_bare(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        op: &mut BareOp<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        (**self).poll_bare(cx, interest, op)
     }
 }
 
@@ -167,7 +172,7 @@ where
         unsent: None,
         limits,
         last: Instant::now(),
-        alarm: Alarm::default(),
+        timer: IdleTimer::default(),
     };
     // Not an async fn, which would have room for its arguments twice; there may be many thousands of these.
     poll_fn(move |cx| {
@@ -212,7 +217,7 @@ struct Tunnel<'a> {
     limits: &'a Limits,
     /// When an octet moved last.
     last: Instant,
-    alarm: Alarm,
+    timer: IdleTimer,
 }
 
 impl Tunnel<'_> {
@@ -321,7 +326,7 @@ impl Tunnel<'_> {
             let looks = look_at_client || look_at_dst || self.up.has_pipe() || self.down.has_pipe();
             let look = looks.then(|| now + LOOK);
             let Some(wake) = due.into_iter().chain(look).min() else { return Poll::Pending };
-            ready!(self.alarm.poll(cx, wake));
+            ready!(self.timer.poll(cx, wake));
             fired = true;
         }
     }

@@ -16,7 +16,7 @@ use super::{Cause, Client, Error, Phase};
 use crate::conn::{Conn, Protection};
 use crate::dial::{Failure, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
-use crate::reactor::{Io, Way};
+use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, split};
 
 /// More than any UDP datagram has, in octets.
@@ -132,7 +132,7 @@ impl Association {
     /// Those of the socket; and when the payload is larger than UDP carries.
     pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         for octets in self.wrapped(dst, data)? {
-            self.socket.with(Way::Write, |socket| send(socket, &octets)).await?;
+            self.socket.with(Interest::Write, |socket| send(socket, &octets)).await?;
         }
         Ok(())
     }
@@ -143,7 +143,7 @@ impl Association {
     /// Those of the socket; and when the payload is larger than UDP carries.
     pub fn try_send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         let mut all = self.wrapped(dst, data)?.into_iter();
-        all.try_for_each(|octets| self.socket.try_with(Way::Write, |socket| send(socket, &octets)))
+        all.try_for_each(|octets| self.socket.try_with(Interest::Write, |socket| send(socket, &octets)))
     }
 
     /// A datagram as the first relay wants it, or several.
@@ -188,7 +188,7 @@ impl Association {
     /// Those of the socket.
     pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
         loop {
-            if let Some(answer) = ready!(self.socket.poll_with(cx, Way::Read, |socket| self.receive(socket)))? {
+            if let Some(answer) = ready!(self.socket.poll_with(cx, Interest::Read, |socket| self.receive(socket)))? {
                 return Poll::Ready(Ok(answer));
             }
         }
@@ -200,7 +200,7 @@ impl Association {
     /// Those of the socket.
     pub fn try_recv(&self) -> io::Result<Option<(Addr, Vec<u8>)>> {
         loop {
-            match self.socket.try_with(Way::Read, |socket| self.receive(socket)) {
+            match self.socket.try_with(Interest::Read, |socket| self.receive(socket)) {
                 Ok(Some(answer)) => return Ok(Some(answer)),
                 // Not for us.
                 Ok(None) => {}

@@ -17,11 +17,11 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
 use smol::Async;
 
 #[cfg(target_os = "linux")]
-use super::edge;
-use super::{Io, Way, sleep};
+use super::epoll;
+use super::{Interest, Io, sleep};
 
 /// How soon a Unix socket is tried again whose backlog is full.
-const BACKLOG: Duration = Duration::from_millis(10);
+const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 impl Io<TcpStream> {
     /// Connects a new socket to `addr`, from `from` where that is given.
@@ -29,7 +29,7 @@ impl Io<TcpStream> {
     /// # Errors
     /// Those of socket(2) and connect(2); of bind(2), when `from` can't be had.
     pub async fn connect(addr: SocketAddr, from: Option<SocketAddr>) -> Result<Self, ConnectError> {
-        if from.is_none() && !has_own() {
+        if from.is_none() && !has_reactor() {
             let stream = async_net::TcpStream::connect(addr).await?;
             return Ok(Arc::<Async<TcpStream>>::from(stream).into());
         }
@@ -37,20 +37,20 @@ impl Io<TcpStream> {
         if let Some(from) = from {
             // A port that was in use a minute ago may be used again, for another connection.
             let bound = sockopt::set_socket_reuseaddr(&socket, true).and_then(|()| rustix::net::bind(&socket, &from));
-            bound.map_err(|error| ConnectError::Source(error.into()))?;
+            bound.map_err(|error| ConnectError::LocalAddr(error.into()))?;
         }
         match rustix::net::connect(&socket, &addr) {
             Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
             Err(error @ (Errno::ADDRNOTAVAIL | Errno::ADDRINUSE)) if from.is_some() => {
-                return Err(ConnectError::Source(error.into()));
+                return Err(ConnectError::LocalAddr(error.into()));
             }
             Err(error) => return Err(error.into()),
         }
         // Registered once it is on its way, since before that it would look like a broken one.
         let io = Self::new(TcpStream::from(socket))?;
-        io.ready(Way::Write).await?;
+        io.ready(Interest::Write).await?;
         // A connection that failed has an error, which shows as a mark.
-        if poll_fn(|cx| Poll::Ready(io.poll_mark(cx))).await.is_ready() {
+        if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
             sockopt::socket_error(&io).and_then(|error| error)?;
         }
         Ok(io)
@@ -61,7 +61,7 @@ impl Io<TcpStream> {
 #[derive(Debug)]
 pub enum ConnectError {
     /// The address that it was to come from can't be had.
-    Source(io::Error),
+    LocalAddr(io::Error),
     /// Anything else.
     Io(io::Error),
 }
@@ -78,7 +78,7 @@ impl Io<UnixStream> {
     /// # Errors
     /// Those of socket(2) and connect(2). The caller sets the deadline.
     pub async fn connect_unix(path: &Path) -> io::Result<Self> {
-        if !has_own() {
+        if !has_reactor() {
             let stream = async_net::unix::UnixStream::connect(path).await?;
             return Ok(Arc::<Async<UnixStream>>::from(stream).into());
         }
@@ -88,7 +88,9 @@ impl Io<UnixStream> {
             match rustix::net::connect(&socket, &addr) {
                 Ok(()) | Err(Errno::ISCONN) => return Self::new(UnixStream::from(socket)),
                 // The backlog is full, and no event tells when it no longer is.
-                Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => sleep(BACKLOG).await,
+                Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => {
+                    sleep(BACKLOG_RETRY_DELAY).await
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -96,9 +98,9 @@ impl Io<UnixStream> {
 }
 
 /// Whether this thread has a reactor of its own.
-fn has_own() -> bool {
+fn has_reactor() -> bool {
     #[cfg(target_os = "linux")]
-    return edge::current().is_some();
+    return epoll::current().is_some();
     #[cfg(not(target_os = "linux"))]
     return false;
 }

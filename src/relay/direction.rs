@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use super::Stream;
 use super::splice::{self, Pipe};
-use crate::reactor::{Way, wake_later};
+use crate::reactor::{Interest, wake_later};
 
 /// The buffer of a thread, in octets, and so the most that a direction keeps outside of a pipe; but for once, when it
 /// turns out that what is in the pipe can't be spliced out.
@@ -156,7 +156,7 @@ impl Direction {
                 Poll::Ready(Ok(n))
             }
             Some(Held::Pipe(pipe)) if pipe.is_empty() => Poll::Ready(Ok(0)),
-            Some(Held::Pipe(pipe)) => match sink.poll_bare(cx, Way::Write, &mut |socket| pipe.write_to(socket)) {
+            Some(Held::Pipe(pipe)) => match sink.poll_bare(cx, Interest::Write, &mut |socket| pipe.write_to(socket)) {
                 Some(Poll::Pending) => Poll::Pending,
                 Some(Poll::Ready(Ok(n))) => Poll::Ready(not_zero(n).map_err(Fault::Sink)),
                 Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => Poll::Ready(Err(Fault::Sink(error))),
@@ -173,7 +173,7 @@ impl Direction {
     /// Fills the pipe, which is empty.
     fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, Fault>> {
         let Some(Held::Pipe(pipe)) = self.held.as_deref_mut() else { return Poll::Ready(Ok(0)) };
-        match source.poll_bare(cx, Way::Read, &mut |socket| pipe.read_from(socket)) {
+        match source.poll_bare(cx, Interest::Read, &mut |socket| pipe.read_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
             Some(Poll::Ready(Ok(n))) => self.ended = n == 0,
             Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => {

@@ -29,7 +29,7 @@ use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD, Rep};
-use crate::reactor::{Alarm, wake_later};
+use crate::reactor::{IdleTimer, wake_later};
 use crate::reassembly::{Reassembler, split};
 use contacts::Contacts;
 use names::Names;
@@ -140,7 +140,7 @@ impl Association<'_, '_> {
     /// Relays until the control connection ends, which is how an association should end, or something else is said.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
         let mut ended = std::pin::pin!(control_end(control));
-        let mut alarm = Alarm::default();
+        let mut alarm = IdleTimer::default();
         poll_fn(|cx| {
             if let Poll::Ready(why) = ended.as_mut().poll(cx) {
                 return Poll::Ready(why.map(Into::into));

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sendmsg_addr};
 
-use crate::reactor::{Io, Way, wake_later};
+use crate::reactor::{Interest, Io, wake_later};
 
 #[cfg(target_os = "linux")]
 mod offload;
@@ -206,7 +206,7 @@ impl BatchSocket {
         let can_segment = false;
         let refused = if can_segment { Refused::Nothing } else { Refused::All };
         Ok(Self {
-            io: Io::reading(socket)?,
+            io: Io::read_only(socket)?,
             style,
             refused: refused.into(),
             #[cfg(target_os = "linux")]
@@ -224,10 +224,10 @@ impl BatchSocket {
     /// that were sent before: they pass.
     pub(super) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut Batch, most: usize) -> bool {
         for _ in 0..most {
-            match self.io.poll_with(cx, Way::Read, |socket| self.receive(socket, batch, most)) {
+            match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, most)) {
                 Poll::Ready(Ok(is_all)) => {
                     if is_all {
-                        self.io.drained(Way::Read);
+                        self.io.mark_drained(Interest::Read);
                     }
                     return true;
                 }

@@ -15,7 +15,7 @@ use crate::conn::{Conn, until};
 use crate::dial::{literal, tune, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
-use crate::reactor::{self, Io, Way, sleep};
+use crate::reactor::{self, Interest, Io, sleep};
 
 /// How long to rest when there is no descriptor for the peer's connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -106,7 +106,7 @@ impl Session<'_> {
     /// Waits for the expected peer. Whoever else connects is closed.
     async fn accept(&self, listener: &Io<TcpListener>, expected: &Expected) -> (Conn, SocketAddr) {
         loop {
-            let accepted = listener.with(Way::Read, reactor::accept).await;
+            let accepted = listener.with(Interest::Read, reactor::accept).await;
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
                     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use futures_lite::{AsyncRead, AsyncWrite};
 
 use crate::conn::Conn;
-use crate::reactor::Alarm;
+use crate::reactor::IdleTimer;
 use crate::relay::Stream;
 
 /// What is reserved at once, in time, where there is no more.
@@ -118,7 +118,7 @@ struct Reservation {
     bytes: usize,
     /// Until when it has to wait for them.
     due: Option<Instant>,
-    alarm: Alarm,
+    alarm: IdleTimer,
 }
 
 impl Reservation {

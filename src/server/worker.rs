@@ -30,7 +30,7 @@ use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
 use crate::conn::Loose;
 use crate::policy::rules::Decision;
-use crate::reactor::{self, Io, Way, sleep};
+use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{End, Limits};
 
 /// How long accepting rests when the system has no descriptor or memory left for a connection.
@@ -233,11 +233,11 @@ impl Worker {
             let executor = Rc::new(LocalExecutor::new());
             let home = Rc::new(Home { number, executor: Rc::downgrade(&executor) });
             if let Some(this) = shared.peers.get(usize::from(number)) {
-                reactor::show_sockets(this.sockets.clone());
+                reactor::publish_socket_count(this.sockets.clone());
             }
             let acceptor = |listener| {
                 let (shared, home) = (shared.clone(), home.clone());
-                Io::shared(listener).map(|listener| Acceptor { shared, listener, home }.run())
+                Io::shared_listener(listener).map(|listener| Acceptor { shared, listener, home }.run())
             };
             let acceptors: io::Result<Vec<_>> = listeners.into_iter().map(acceptor).collect();
             let vital = |task| executor.spawn(or_say(task, say.clone()));
@@ -380,12 +380,12 @@ impl Acceptor {
         let mut batch = 0_usize;
         loop {
             // A slot is taken only when somebody is there, or one idle listener would keep it from the others.
-            if let Err(error) = self.listener.ready(Way::Read).await {
+            if let Err(error) = self.listener.ready(Interest::Read).await {
                 self.rest(&error).await;
                 continue;
             }
             let mut slot = self.slot().await;
-            match self.listener.try_with(Way::Read, |listener| listener.accept()) {
+            match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
                     if let Some(quota) = self.let_in(client) {
                         slot.quota = quota;

@@ -18,7 +18,7 @@ use crate::cmd::exit_status::ExitStatus;
 use crate::conn::Conn;
 use crate::dial::tune;
 use crate::proto::{Addr, Command, Host};
-use crate::reactor::{self, Io, Way, sleep};
+use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{Broken, Limits, Moved, Place, Stream, relay};
 
 /// How long a local client whose target has closed and takes no more may take for the last of what it was sent.
@@ -99,7 +99,7 @@ pub(in crate::cmd) async fn run_with_tasks(
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_reported = false;
     loop {
-        let accepted = listener.with(Way::Read, reactor::accept).await;
+        let accepted = listener.with(Interest::Read, reactor::accept).await;
         match accepted.and_then(|(socket, _)| Io::new(TcpStream::from(socket))) {
             Ok(local) => {
                 tune(&local);

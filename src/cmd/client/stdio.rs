@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags};
 use smol::Unblock;
 
 use super::descriptor;
-use crate::reactor::{Io, Way};
+use crate::reactor::{Interest, Io};
 use crate::relay::{BareOp, Stream};
 
 /// The buffer between a blocking descriptor and the relay, in octets.
@@ -95,7 +95,7 @@ impl StdioEnd {
 
     fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         match self {
-            Self::Pipe(pipe) => pipe.poll_with(cx, Way::Read, |mut file| file.read(buf)),
+            Self::Pipe(pipe) => pipe.poll_with(cx, Interest::Read, |mut file| file.read(buf)),
             Self::File(file) => Poll::Ready(file.read(buf)),
             Self::Blocking(file) => Pin::new(file).poll_read(cx, buf),
         }
@@ -103,7 +103,7 @@ impl StdioEnd {
 
     fn poll_write(&mut self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self {
-            Self::Pipe(pipe) => pipe.poll_with(cx, Way::Write, |mut file| file.write(buf)),
+            Self::Pipe(pipe) => pipe.poll_with(cx, Interest::Write, |mut file| file.write(buf)),
             Self::File(file) => Poll::Ready(file.write(buf)),
             Self::Blocking(file) => Pin::new(file).poll_write(cx, buf),
         }
@@ -116,9 +116,14 @@ impl StdioEnd {
         }
     }
 
-    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+    fn poll_bare(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        op: &mut BareOp<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
         match self {
-            Self::Pipe(pipe) => Some(pipe.poll_with(cx, way, |file| op(file.as_fd()))),
+            Self::Pipe(pipe) => Some(pipe.poll_with(cx, interest, |file| op(file.as_fd()))),
             Self::File(file) => Some(Poll::Ready(op(file.as_fd()))),
             Self::Blocking(_) => None,
         }
@@ -186,11 +191,16 @@ impl Stream for StdioStream {
         self.has_unflushed
     }
 
-    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
-        match way {
-            Way::Read if self.crlf.is_none() => self.input.as_ref()?.poll_bare(cx, way, op),
-            Way::Write if !self.ignores_broken_pipe => self.output.as_ref()?.poll_bare(cx, way, op),
-            Way::Read | Way::Write => None,
+    fn poll_bare(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        op: &mut BareOp<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        match interest {
+            Interest::Read if self.crlf.is_none() => self.input.as_ref()?.poll_bare(cx, interest, op),
+            Interest::Write if !self.ignores_broken_pipe => self.output.as_ref()?.poll_bare(cx, interest, op),
+            Interest::Read | Interest::Write => None,
         }
     }
 }

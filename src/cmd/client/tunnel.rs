@@ -23,7 +23,7 @@ use crate::cmd::exit_status::ExitStatus;
 use crate::cmd::progress;
 use crate::conn::{Conn, until};
 use crate::proto::Addr;
-use crate::reactor::{Way, sleep};
+use crate::reactor::{Interest, sleep};
 use crate::relay::{BareOp, Broken, End, Limits, Moved, Place, Stream, relay};
 
 /// How long stdin may be silent when the network side has ended: what it has ready is still sent, but it is not
@@ -314,9 +314,14 @@ impl Stream for TrackedConn {
         self.stream.is_reset()
     }
 
-    fn poll_bare(&self, cx: &mut Context<'_>, way: Way, op: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
-        let polled = self.stream.poll_bare(cx, way, op);
-        if let (Way::Read, Some(Poll::Ready(Ok(n)))) = (way, &polled) {
+    fn poll_bare(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        op: &mut BareOp<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        let polled = self.stream.poll_bare(cx, interest, op);
+        if let (Interest::Read, Some(Poll::Ready(Ok(n)))) = (interest, &polled) {
             self.stats.on_read(*n);
         }
         polled

@@ -20,7 +20,7 @@ use crate::cmd::client::forward::{Task, listen_error, run_with_tasks};
 use crate::cmd::client::report::Report;
 use crate::cmd::exit_status::ExitStatus;
 use crate::proto::{Addr, Host};
-use crate::reactor::{Io, Way, sleep, yield_now};
+use crate::reactor::{Interest, Io, sleep, yield_now};
 use crate::relay::Moved;
 
 /// How many datagrams of a peer wait for its association; more are dropped.
@@ -93,7 +93,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
 /// Skips what ICMP says about an earlier answer.
 async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
     loop {
-        match socket.with(Way::Read, |socket| socket.recv_from(buffer)).await {
+        match socket.with(Interest::Read, |socket| socket.recv_from(buffer)).await {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             received => return received,
         }
@@ -193,7 +193,7 @@ impl Transfer<'_> {
             self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
             self.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
             // Others wait for the socket as well; where there is no room, it is lost.
-            if let Err(error) = self.socket.try_with(Way::Write, |socket| socket.send_to(&data, self.peer)) {
+            if let Err(error) = self.socket.try_with(Interest::Write, |socket| socket.send_to(&data, self.peer)) {
                 log::debug!("an answer to {} was not sent: {error}", self.peer);
             }
             yield_now().await;
