@@ -20,7 +20,7 @@ use rustix::net::RecvFlags;
 
 use crate::proto::{self, DecodeError, Message};
 use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
-use crate::relay::{BareOp, Stream};
+use crate::relay::{SocketOp, Stream};
 use protected::Protected;
 pub use protected::{Context as SecurityContext, Order, Protection, Unwrapped};
 
@@ -226,7 +226,7 @@ impl Conn {
         }
     }
 
-    fn poll_with(&self, cx: &mut Context<'_>, interest: Interest, op: &mut BareOp<'_>) -> Poll<io::Result<usize>> {
+    fn poll_with(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> Poll<io::Result<usize>> {
         match self {
             Self::Tcp(io) => io.poll_with(cx, interest, |stream| op(stream.as_fd())),
             Self::Unix(io) => io.poll_with(cx, interest, |stream| op(stream.as_fd())),
@@ -277,19 +277,19 @@ impl Stream for Conn {
         }
     }
 
-    fn has_unsent(&self) -> bool {
-        matches!(self, Self::Protected(protected) if protected.has_unsent())
+    fn has_unflushed(&self) -> bool {
+        matches!(self, Self::Protected(protected) if protected.has_unflushed())
     }
 
     fn is_reset(&self) -> bool {
         self.shows(PollFlags::ERR)
     }
 
-    fn poll_bare(
+    fn poll_socket(
         &self,
         cx: &mut Context<'_>,
         interest: Interest,
-        op: &mut BareOp<'_>,
+        op: &mut SocketOp<'_>,
     ) -> Option<Poll<io::Result<usize>>> {
         (!matches!(self, Self::Protected(_))).then(|| self.poll_with(cx, interest, op))
     }

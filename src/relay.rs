@@ -19,15 +19,15 @@ use std::time::{Duration, Instant};
 use futures_lite::{AsyncRead, AsyncWrite};
 
 use crate::reactor::{IdleTimer, Interest, wake_later};
-use direction::{Direction, Fault};
+use direction::{Direction, DirectionError};
 
 /// How long dst may be silent before a client that can't send to it any more is told so.
-const UNSENT: Duration = Duration::from_secs(1);
+const UNDELIVERED_WAIT: Duration = Duration::from_secs(1);
 /// How often a peer that is not being read from is looked at, whether it is still there; and a pipe, whether it is
 /// still of use.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// An operation on a bare socket: octets moved, 0 at the end.
-pub type BareOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
+pub type SocketOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
 
 /// A stream that can be relayed. It can be cut so that its peer does not take what it got for the whole.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin {
@@ -35,7 +35,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     fn abort(&self);
 
     /// Whether octets that it has taken have yet to be flushed.
-    fn has_unsent(&self) -> bool {
+    fn has_unflushed(&self) -> bool {
         false
     }
 
@@ -45,7 +45,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     }
 
     /// Does `op` on the socket when that may be ready. `None` when there is no socket whose octets are the stream's.
-    fn poll_bare(&self, _: &mut Context<'_>, _: Interest, _: &mut BareOp<'_>) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> Option<Poll<io::Result<usize>>> {
         None
     }
 }
@@ -56,27 +56,27 @@ impl Stream for &mut dyn Stream {
         (**self).abort();
     }
 
-    fn has_unsent(&self) -> bool {
-        (**self).has_unsent()
+    fn has_unflushed(&self) -> bool {
+        (**self).has_unflushed()
     }
 
     fn is_reset(&self) -> bool {
         (**self).is_reset()
     }
 
-    fn poll_bare(
+    fn poll_socket(
         &self,
         cx: &mut Context<'_>,
         interest: Interest,
-        op: &mut BareOp<'_>,
+        op: &mut SocketOp<'_>,
     ) -> Option<Poll<io::Result<usize>>> {
-        (**self).poll_bare(cx, interest, op)
+        (**self).poll_socket(cx, interest, op)
     }
 }
 
 /// Octets moved so far; readable while the relay runs.
 #[derive(Debug, Default)]
-pub struct Moved {
+pub struct ByteCounts {
     /// From client to dst.
     pub up: AtomicU64,
     /// From dst to client.
@@ -85,28 +85,28 @@ pub struct Moved {
 
 /// When a relay ends although not both sides have.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Limits {
+pub struct RelayOptions {
     /// After this long without an octet either way.
-    pub idle: Option<Duration>,
+    pub idle_timeout: Option<Duration>,
     /// When `down` has ended: after the client side has given nothing for this long. What it has given is still sent,
     /// however long dst takes. None: `up` may take as long as it likes.
     pub linger: Option<Duration>,
     /// When a direction proves to be bulk, both are open and nothing is held: so that it can be taken up elsewhere.
-    pub until_bulk: bool,
+    pub stop_when_bulk: bool,
 }
 
 /// How a relay ended when nothing was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum RelayOutcome {
     /// Both directions have ended.
-    Over,
-    /// As [`Limits::until_bulk`] says. The streams are as they were.
+    Finished,
+    /// As [`RelayOptions::stop_when_bulk`] says. The streams are as they were.
     Bulk,
 }
 
 /// Where a relay broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum RelayOp {
     /// Reading from the client side.
     ReadClient,
     /// Writing to the client side.
@@ -119,29 +119,29 @@ pub enum Place {
 
 /// Why a relay ended before both sides did.
 #[derive(Debug)]
-pub enum Broken {
+pub enum RelayError {
     /// An operation failed. Both sides have been reset.
-    Io(Place, io::Error),
-    /// [`Limits::idle`] passed. Both sides have been reset.
-    Idle,
+    Io(RelayOp, io::Error),
+    /// [`RelayOptions::idle_timeout`] passed. Both sides have been reset.
+    IdleTimeout,
     /// The caller did not let it go on. Both sides have been reset.
-    Cut,
+    Stopped,
     /// dst has said all that it has to say, and takes no more. It has been reset; the client has not, and has yet to
     /// be drained if it is to receive the last of what it was sent.
-    Unsent(io::Error),
+    Undelivered(io::Error),
 }
 
-impl fmt::Display for Broken {
+impl fmt::Display for RelayError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (place, error) = match self {
-            Self::Idle => return f.write_str("idle for too long"),
-            Self::Cut => return f.write_str("cut"),
-            Self::Io(Place::ReadClient, error) => ("reading from the client", error),
-            Self::Io(Place::WriteClient, error) => ("writing to the client", error),
-            Self::Io(Place::ReadDst, error) => ("reading from dst", error),
-            Self::Io(Place::WriteDst, error) | Self::Unsent(error) => ("writing to dst", error),
+        let (operation, error) = match self {
+            Self::IdleTimeout => return f.write_str("idle for too long"),
+            Self::Stopped => return f.write_str("cut"),
+            Self::Io(RelayOp::ReadClient, error) => ("reading from the client", error),
+            Self::Io(RelayOp::WriteClient, error) => ("writing to the client", error),
+            Self::Io(RelayOp::ReadDst, error) => ("reading from dst", error),
+            Self::Io(RelayOp::WriteDst, error) | Self::Undelivered(error) => ("writing to dst", error),
         };
-        write!(f, "{place}: {error}")
+        write!(f, "{operation}: {error}")
     }
 }
 
@@ -152,52 +152,52 @@ impl fmt::Display for Broken {
 /// is dropped while it runs. A reset is noticed within a second also from a side that is not being read from.
 ///
 /// # Errors
-/// As [`Broken`] says.
+/// As [`RelayError`] says.
 pub fn relay<'a, C, D>(
     client: &'a mut C,
     dst: &'a mut D,
-    limits: &'a Limits,
-    moved: &'a Moved,
+    options: &'a RelayOptions,
+    counts: &'a ByteCounts,
     may_go_on: impl Fn(&C, &D) -> bool + 'a,
-) -> impl Future<Output = Result<End, Broken>>
+) -> impl Future<Output = Result<RelayOutcome, RelayError>>
 where
     C: Stream,
     D: Stream,
 {
-    let mut ends = Ends { client: Some(client), dst: Some(dst) };
+    let mut streams = AbortGuard { client: Some(client), dst: Some(dst) };
     let mut tunnel = Tunnel {
         up: Direction::default(),
         down: Direction::default(),
-        moved,
-        unsent: None,
-        limits,
-        last: Instant::now(),
+        counts,
+        undelivered: None,
+        options,
+        last_progress: Instant::now(),
         timer: IdleTimer::default(),
     };
     // Not an async fn, which would have room for its arguments twice; there may be many thousands of these.
     poll_fn(move |cx| {
-        let Ends { client: Some(client), dst: Some(dst) } = &mut ends else { return Poll::Pending };
+        let AbortGuard { client: Some(client), dst: Some(dst) } = &mut streams else { return Poll::Pending };
         if !may_go_on(client, dst) {
-            return Poll::Ready(Err(Broken::Cut));
+            return Poll::Ready(Err(RelayError::Stopped));
         }
         let result = ready!(tunnel.poll(cx, *client, *dst));
-        if matches!(result, Ok(_) | Err(Broken::Unsent(_))) {
-            ends.client = None;
+        if matches!(result, Ok(_) | Err(RelayError::Undelivered(_))) {
+            streams.client = None;
         }
         if result.is_ok() {
-            ends.dst = None;
+            streams.dst = None;
         }
         Poll::Ready(result)
     })
 }
 
 /// The streams, but for those that have ended well. The others are left reset.
-struct Ends<'a, C: Stream, D: Stream> {
+struct AbortGuard<'a, C: Stream, D: Stream> {
     client: Option<&'a mut C>,
     dst: Option<&'a mut D>,
 }
 
-impl<C: Stream, D: Stream> Drop for Ends<'_, C, D> {
+impl<C: Stream, D: Stream> Drop for AbortGuard<'_, C, D> {
     fn drop(&mut self) {
         if let Some(client) = &self.client {
             client.abort();
@@ -211,12 +211,12 @@ impl<C: Stream, D: Stream> Drop for Ends<'_, C, D> {
 struct Tunnel<'a> {
     up: Direction,
     down: Direction,
-    moved: &'a Moved,
+    counts: &'a ByteCounts,
     /// Why the rest of `up` can't be sent; the tunnel ends with it when `down` has.
-    unsent: Option<io::Error>,
-    limits: &'a Limits,
+    undelivered: Option<io::Error>,
+    options: &'a RelayOptions,
     /// When an octet moved last.
-    last: Instant,
+    last_progress: Instant,
     timer: IdleTimer,
 }
 
@@ -226,20 +226,20 @@ impl Tunnel<'_> {
         cx: &mut Context<'_>,
         client: &mut impl Stream,
         dst: &mut impl Stream,
-    ) -> Poll<Result<End, Broken>> {
+    ) -> Poll<Result<RelayOutcome, RelayError>> {
         let before = self.progress();
         if let Poll::Ready(result) = self.pump(cx, client, dst) {
             return Poll::Ready(result);
         }
         if self.progress() != before {
-            self.last = Instant::now();
+            self.last_progress = Instant::now();
         }
-        self.poll_limits(cx, client, dst)
+        self.poll_timeouts(cx, client, dst)
     }
 
     fn progress(&self) -> (u64, u64, bool, bool) {
-        let moved = |octets: &AtomicU64| octets.load(Ordering::Relaxed);
-        (moved(&self.moved.up), moved(&self.moved.down), self.up.done, self.down.done)
+        let count = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed);
+        (count(&self.counts.up), count(&self.counts.down), self.up.is_done, self.down.is_done)
     }
 
     fn pump(
@@ -247,32 +247,34 @@ impl Tunnel<'_> {
         cx: &mut Context<'_>,
         client: &mut impl Stream,
         dst: &mut impl Stream,
-    ) -> Poll<Result<End, Broken>> {
-        let may_move = |one: &Direction, other: &Direction| {
-            self.limits.until_bulk && !one.ended && other.is_fresh() && self.unsent.is_none()
+    ) -> Poll<Result<RelayOutcome, RelayError>> {
+        let may_stop = |one: &Direction, other: &Direction| {
+            self.options.stop_when_bulk && !one.has_ended && other.is_stateless() && self.undelivered.is_none()
         };
-        let (up_may_move, down_may_move) = (may_move(&self.up, &self.down), may_move(&self.down, &self.up));
-        match self.up.poll(cx, client, dst, &self.moved.up, up_may_move) {
-            Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadClient, error),
+        let (up_may_stop, down_may_stop) = (may_stop(&self.up, &self.down), may_stop(&self.down, &self.up));
+        match self.up.poll(cx, client, dst, &self.counts.up, up_may_stop) {
+            Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadClient, error),
             // What dst sent before it stopped listening is still on its way to the client.
-            Poll::Ready(Err(Fault::Sink(error))) => {
-                self.up.done = true;
-                self.unsent = Some(error);
+            Poll::Ready(Err(DirectionError::Write(error))) => {
+                self.up.is_done = true;
+                self.undelivered = Some(error);
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        match self.down.poll(cx, dst, client, &self.moved.down, down_may_move) {
-            Poll::Ready(Err(Fault::Source(_))) if self.unsent.is_some() => self.down.done = true,
-            Poll::Ready(Err(Fault::Source(error))) => return broken(Place::ReadDst, error),
-            Poll::Ready(Err(Fault::Sink(error))) => return broken(Place::WriteClient, error),
+        match self.down.poll(cx, dst, client, &self.counts.down, down_may_stop) {
+            Poll::Ready(Err(DirectionError::Read(_))) if self.undelivered.is_some() => self.down.is_done = true,
+            Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadDst, error),
+            Poll::Ready(Err(DirectionError::Write(error))) => return io_error(RelayOp::WriteClient, error),
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        if self.up.done && self.down.done {
-            return Poll::Ready(self.unsent.take().map_or(Ok(End::Over), |error| Err(self.cut_short(error))));
+        if self.up.is_done && self.down.is_done {
+            return Poll::Ready(
+                self.undelivered.take().map_or(Ok(RelayOutcome::Finished), |error| Err(self.undelivered_error(error))),
+            );
         }
-        if up_may_move && self.up.is_bulk() || down_may_move && self.down.is_bulk() {
-            if self.up.is_fresh() && self.down.is_fresh() && self.unsent.is_none() {
-                return Poll::Ready(Ok(End::Bulk));
+        if up_may_stop && self.up.is_bulk() || down_may_stop && self.down.is_bulk() {
+            if self.up.is_stateless() && self.down.is_stateless() && self.undelivered.is_none() {
+                return Poll::Ready(Ok(RelayOutcome::Bulk));
             }
             // The other direction has come to hold something just now.
             wake_later(cx);
@@ -281,57 +283,63 @@ impl Tunnel<'_> {
     }
 
     /// How the tunnel ends when dst takes no more.
-    fn cut_short(&self, error: io::Error) -> Broken {
-        if self.down.ended && self.down.done { Broken::Unsent(error) } else { Broken::Io(Place::WriteDst, error) }
+    fn undelivered_error(&self, error: io::Error) -> RelayError {
+        if self.down.has_ended && self.down.is_done {
+            RelayError::Undelivered(error)
+        } else {
+            RelayError::Io(RelayOp::WriteDst, error)
+        }
     }
 
     /// Ready when the tunnel has been silent for too long, or one side has given it up.
-    fn poll_limits(
+    fn poll_timeouts(
         &mut self,
         cx: &mut Context<'_>,
         client: &impl Stream,
         dst: &impl Stream,
-    ) -> Poll<Result<End, Broken>> {
+    ) -> Poll<Result<RelayOutcome, RelayError>> {
         let mut fired = false;
         loop {
             let now = Instant::now();
-            let stalled = self.up.holds() || dst.has_unsent();
+            let stalled = self.up.has_pending() || dst.has_unflushed();
             // Who is not being read from can only be seen to be gone by looking, which is done now and then.
-            let (look_at_client, look_at_dst) = (self.up.holds() || self.up.ended, self.down.done);
-            if fired && look_at_client && client.is_reset() {
-                return broken(Place::ReadClient, io::ErrorKind::ConnectionReset.into());
+            let (check_client, check_dst) = (self.up.has_pending() || self.up.has_ended, self.down.is_done);
+            if fired && check_client && client.is_reset() {
+                return io_error(RelayOp::ReadClient, io::ErrorKind::ConnectionReset.into());
             }
-            if fired && look_at_dst && dst.is_reset() {
-                let error = self.unsent.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
-                return Poll::Ready(Err(self.cut_short(error)));
+            if fired && check_dst && dst.is_reset() {
+                let error = self.undelivered.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
+                return Poll::Ready(Err(self.undelivered_error(error)));
             }
-            let lingers = self.down.done && !stalled && !self.up.ended;
-            let limit = match *self.limits {
-                _ if self.unsent.is_some() && !self.down.holds() && !client.has_unsent() => Some(UNSENT),
-                Limits { linger: Some(linger), .. } if lingers => Some(linger),
-                Limits { idle, .. } => idle,
+            let lingers = self.down.is_done && !stalled && !self.up.has_ended;
+            let limit = match *self.options {
+                _ if self.undelivered.is_some() && !self.down.has_pending() && !client.has_unflushed() => {
+                    Some(UNDELIVERED_WAIT)
+                }
+                RelayOptions { linger: Some(linger), .. } if lingers => Some(linger),
+                RelayOptions { idle_timeout, .. } => idle_timeout,
             };
-            let due = limit.map(|limit| self.last + limit);
+            let due = limit.map(|limit| self.last_progress + limit);
             if due.is_some_and(|due| now >= due) {
-                return Poll::Ready(match self.unsent.take() {
-                    Some(error) => Err(self.cut_short(error)),
-                    None if lingers && self.limits.linger.is_some() => Ok(End::Over),
-                    None => Err(Broken::Idle),
+                return Poll::Ready(match self.undelivered.take() {
+                    Some(error) => Err(self.undelivered_error(error)),
+                    None if lingers && self.options.linger.is_some() => Ok(RelayOutcome::Finished),
+                    None => Err(RelayError::IdleTimeout),
                 });
             }
             if fired {
-                self.up.give_back(&self.moved.up);
-                self.down.give_back(&self.moved.down);
+                self.up.close_idle_pipe(&self.counts.up);
+                self.down.close_idle_pipe(&self.counts.down);
             }
-            let looks = look_at_client || look_at_dst || self.up.has_pipe() || self.down.has_pipe();
-            let look = looks.then(|| now + LOOK);
-            let Some(wake) = due.into_iter().chain(look).min() else { return Poll::Pending };
+            let is_checked = check_client || check_dst || self.up.has_pipe() || self.down.has_pipe();
+            let check = is_checked.then(|| now + CHECK_INTERVAL);
+            let Some(wake) = due.into_iter().chain(check).min() else { return Poll::Pending };
             ready!(self.timer.poll(cx, wake));
             fired = true;
         }
     }
 }
 
-fn broken(place: Place, error: io::Error) -> Poll<Result<End, Broken>> {
-    Poll::Ready(Err(Broken::Io(place, error)))
+fn io_error(operation: RelayOp, error: io::Error) -> Poll<Result<RelayOutcome, RelayError>> {
+    Poll::Ready(Err(RelayError::Io(operation, error)))
 }

@@ -40,7 +40,7 @@ use crate::dial::{Resolver, canonical, literal, unspecified};
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::proto::{Addr, Host};
-use crate::relay::Limits;
+use crate::relay::RelayOptions;
 use limiter::Limiter;
 pub use limiter::Quotas;
 pub use listen::Listen;
@@ -166,7 +166,7 @@ struct Server {
     policy: PolicyHandle,
     limiter: Limiter,
     resolver: Resolver,
-    relay_limits: Limits,
+    relay_limits: RelayOptions,
 }
 
 impl Server {
@@ -216,7 +216,8 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let (threads, drain) = (options.threads, options.drain);
-    let relay_limits = Limits { idle: Some(options.idle_timeout), linger: None, until_bulk: threads > 1 };
+    let relay_limits =
+        RelayOptions { idle_timeout: Some(options.idle_timeout), linger: None, stop_when_bulk: threads > 1 };
     let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(options.quotas));
     let server = Server { options, policy, limiter, resolver: Resolver::default(), relay_limits };
     let (accepting, closing) = channel::bounded::<Infallible>(1);

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use s5::conn::{Conn, Order, Protection, SecurityContext, Unwrapped};
 use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
 use s5::reactor::Io;
-use s5::relay::{Limits, Moved, relay};
+use s5::relay::{ByteCounts, RelayOptions, relay};
 
 /// Numbers its tokens, and turns their octets around to seal them: `seal number data`.
 #[derive(Debug, Default)]
@@ -234,7 +234,7 @@ fn a_relay_between_protected_streams_loses_nothing() {
     let ((mut client, mut near), (mut server, mut far)) =
         (both(ProtectionLevel::Confidentiality), both(ProtectionLevel::Integrity));
     let data: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
-    let moved = Moved::default();
+    let moved = ByteCounts::default();
     let play = async {
         let send = async {
             client.write_all(&data).await.expect("it is sent");
@@ -252,7 +252,7 @@ fn a_relay_between_protected_streams_loses_nothing() {
         client.read_to_string(&mut all).await.expect("it is read");
         assert_eq!(all, "done");
     };
-    let limits = Limits::default();
+    let limits = RelayOptions::default();
     let relayed = async { relay(&mut near, &mut server, &limits, &moved, |_, _| true).await.expect("it ends well") };
     soon(futures_lite::future::zip(play, relayed));
 }

@@ -9,7 +9,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::Conn;
 use s5::reactor::Io;
-use s5::relay::{Broken, Limits, Moved, Place, relay};
+use s5::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, relay};
 use tunnel::game::{CAPACITY, Game};
 use tunnel::memory::Memory;
 use tunnel::sockets::{EdgeSockets, Sockets};
@@ -36,7 +36,7 @@ for_each_relay! {
     the_linger_limit_does_not_count_before_down_has_ended
 }
 
-const NO_LIMITS: Limits = Limits { idle: None, linger: None, until_bulk: false };
+const NO_LIMITS: RelayOptions = RelayOptions { idle_timeout: None, linger: None, stop_when_bulk: false };
 
 #[derive(Clone, Debug)]
 enum Act {
@@ -82,7 +82,7 @@ fn play<T: Tunnel>(capacity: usize, acts: &[Act]) {
     play_with::<T>(capacity, NO_LIMITS, acts);
 }
 
-fn play_with<T: Tunnel>(capacity: usize, limits: Limits, acts: &[Act]) {
+fn play_with<T: Tunnel>(capacity: usize, limits: RelayOptions, acts: &[Act]) {
     let mut game = Game::<T>::new(capacity, limits);
     for act in acts {
         match *act {
@@ -150,8 +150,8 @@ proptest! {
 
     #[test]
     fn any_bulk_that_is_handed_over_again_and_again_is_relayed_exactly(acts in any_bulk_acts()) {
-        play_with::<EdgeSockets>(2 << 20, Limits { until_bulk: true, ..NO_LIMITS }, &acts);
-        play_with::<Sockets>(1 << 20, Limits { until_bulk: true, ..NO_LIMITS }, &acts);
+        play_with::<EdgeSockets>(2 << 20, RelayOptions { stop_when_bulk: true, ..NO_LIMITS }, &acts);
+        play_with::<Sockets>(1 << 20, RelayOptions { stop_when_bulk: true, ..NO_LIMITS }, &acts);
     }
 }
 
@@ -180,14 +180,14 @@ fn a_half_close_is_carried_over_and_the_other_way_stays_open<T: Tunnel>() {
 }
 
 fn a_reset_is_carried_over_as_a_reset<T: Tunnel>() {
-    for (from, place) in [(Way::Up, Place::ReadClient), (Way::Down, Place::ReadDst)] {
+    for (from, place) in [(Way::Up, RelayOp::ReadClient), (Way::Down, RelayOp::ReadDst)] {
         let mut game = Game::<T>::new(CAPACITY, NO_LIMITS);
         game.transfer(Way::Up, 10);
         game.transfer(Way::Down, 10);
         game.reset(from);
         game.tunnel.wait_end();
         let ended = game.tunnel.ended();
-        assert!(matches!(ended, Some(Err(Broken::Io(at, _))) if *at == place), "{ended:?} after {from:?}");
+        assert!(matches!(ended, Some(Err(RelayError::Io(at, _))) if *at == place), "{ended:?} after {from:?}");
         game.tunnel.wait("the reset arrives", |tunnel| tunnel.sink(from).receive(1) == Received::Reset);
         game.tunnel.check_end();
     }
@@ -221,10 +221,11 @@ fn a_relay_that_is_dropped_resets_both_ends<T: Tunnel>() {
 fn silence_for_the_idle_limit_resets_both_ends<T: Tunnel>() {
     let idle = Duration::from_millis(60);
     let before = Instant::now();
-    let mut game = Game::<T>::new(CAPACITY, Limits { idle: Some(idle), linger: None, ..Limits::default() });
+    let mut game =
+        Game::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), linger: None, ..RelayOptions::default() });
     game.tunnel.wait_end();
     assert!(before.elapsed() >= idle, "after {:?}", before.elapsed());
-    assert!(matches!(game.tunnel.ended(), Some(Err(Broken::Idle))), "{:?}", game.tunnel.ended());
+    assert!(matches!(game.tunnel.ended(), Some(Err(RelayError::IdleTimeout))), "{:?}", game.tunnel.ended());
     game.tunnel.wait("the client is reset", |tunnel| tunnel.client().receive(1) == Received::Reset);
     game.tunnel.wait("dst is reset", |tunnel| tunnel.dst().receive(1) == Received::Reset);
     game.tunnel.check_end();
@@ -247,7 +248,10 @@ fn octets_either_way_put_the_idle_limit_off<T: Tunnel>() {
     for way in [Way::Up, Way::Down] {
         let tries = 10;
         let went_on = (0..tries).any(|_| {
-            let mut game = Game::<T>::new(CAPACITY, Limits { idle: Some(idle), linger: None, ..Limits::default() });
+            let mut game = Game::<T>::new(
+                CAPACITY,
+                RelayOptions { idle_timeout: Some(idle), linger: None, ..RelayOptions::default() },
+            );
             let was_busy = busy(idle, || game.transfer(way, 1));
             let last = Instant::now();
             let has_ended = game.tunnel.ended().is_some();
@@ -264,7 +268,7 @@ fn octets_either_way_put_the_idle_limit_off<T: Tunnel>() {
 
 fn when_down_has_ended_silence_for_the_linger_limit_ends_it_cleanly<T: Tunnel>() {
     let linger = Duration::from_millis(60);
-    let limits = Limits { idle: Some(tunnel::SOON), linger: Some(linger), ..Limits::default() };
+    let limits = RelayOptions { idle_timeout: Some(tunnel::SOON), linger: Some(linger), ..RelayOptions::default() };
     let mut game = Game::<T>::new(CAPACITY, limits);
     game.transfer(Way::Up, 10);
     game.transfer(Way::Down, 10);
@@ -281,7 +285,10 @@ fn when_down_has_ended_silence_for_the_linger_limit_ends_it_cleanly<T: Tunnel>()
 fn the_linger_limit_does_not_count_before_down_has_ended<T: Tunnel>() {
     for has_up_ended in [false, true] {
         let linger = Duration::from_millis(20);
-        let mut game = Game::<T>::new(CAPACITY, Limits { idle: None, linger: Some(linger), ..Limits::default() });
+        let mut game = Game::<T>::new(
+            CAPACITY,
+            RelayOptions { idle_timeout: None, linger: Some(linger), ..RelayOptions::default() },
+        );
         game.transfer(Way::Up, 1);
         if has_up_ended {
             game.half_close(Way::Up);
@@ -301,7 +308,7 @@ fn an_idle_relay_is_small() {
         stream.set_nonblocking(true).expect("it can be set");
         Conn::Unix(Io::new(stream).expect("it waits"))
     });
-    let moved = Moved::default();
+    let moved = ByteCounts::default();
     let relay = relay(&mut client, &mut dst, &NO_LIMITS, &moved, |_, _| true);
     // There may be 100 000 of them.
     assert!(size_of_val(&relay) <= 128, "{}", size_of_val(&relay));
@@ -310,7 +317,8 @@ fn an_idle_relay_is_small() {
 #[test]
 fn octets_that_dst_has_not_taken_yet_keep_the_linger_limit_away() {
     let linger = Duration::from_millis(20);
-    let mut game = Game::<Memory>::new(100, Limits { idle: None, linger: Some(linger), ..Limits::default() });
+    let mut game =
+        Game::<Memory>::new(100, RelayOptions { idle_timeout: None, linger: Some(linger), ..RelayOptions::default() });
     game.send(Way::Up, 100);
     game.half_close(Way::Down);
     game.tunnel.settle();
@@ -328,7 +336,10 @@ fn octets_that_dst_has_not_taken_yet_keep_the_linger_limit_away() {
 fn octets_up_put_the_linger_limit_off() {
     let linger = Duration::from_millis(80);
     let went_on = (0..10).any(|_| {
-        let mut game = Game::<Memory>::new(CAPACITY, Limits { idle: None, linger: Some(linger), ..Limits::default() });
+        let mut game = Game::<Memory>::new(
+            CAPACITY,
+            RelayOptions { idle_timeout: None, linger: Some(linger), ..RelayOptions::default() },
+        );
         game.half_close(Way::Down);
         let was_busy = busy(linger, || game.transfer(Way::Up, 1));
         assert!(!was_busy || game.tunnel.ended().is_none(), "ended while octets went up");
@@ -372,7 +383,7 @@ fn what_dst_said_last_reaches_a_client_that_dst_no_longer_listens_to() {
     game.drain();
     assert_eq!(game.seen(Way::Down).end, Some(Received::End));
     let ended = game.tunnel.ended();
-    assert!(matches!(ended, Some(Err(Broken::Unsent(_)))), "{ended:?}");
+    assert!(matches!(ended, Some(Err(RelayError::Undelivered(_)))), "{ended:?}");
     assert_eq!(game.tunnel.moved(), (10, 100_000));
     // Its last octets may still be on their way, which a reset would overtake.
     game.tunnel.check_end();
@@ -385,19 +396,19 @@ fn a_dst_that_neither_listens_nor_speaks_ends_the_tunnel_within_seconds() {
     game.send(Way::Up, 1);
     game.tunnel.wait_end();
     let ended = game.tunnel.ended();
-    assert!(matches!(ended, Some(Err(Broken::Io(Place::WriteDst, _)))), "{ended:?}");
+    assert!(matches!(ended, Some(Err(RelayError::Io(RelayOp::WriteDst, _)))), "{ended:?}");
     game.tunnel.check_end();
 }
 
 #[test]
 fn each_failure_names_its_place() {
     type Break = fn(&mut Game<Memory>);
-    let table: [(Break, Place, &str); 5] = [
-        (|game| game.tunnel.client().stream().is_unreadable = true, Place::ReadClient, "reading from the client: "),
-        (|game| game.tunnel.dst().stream().is_unreadable = true, Place::ReadDst, "reading from dst: "),
-        (|game| game.tunnel.client().stream().is_deaf = true, Place::WriteClient, "writing to the client: "),
-        (|game| game.tunnel.client().stream().is_stuck = true, Place::WriteClient, "writing to the client: "),
-        (|game| game.reset(Way::Up), Place::ReadClient, "reading from the client: "),
+    let table: [(Break, RelayOp, &str); 5] = [
+        (|game| game.tunnel.client().stream().is_unreadable = true, RelayOp::ReadClient, "reading from the client: "),
+        (|game| game.tunnel.dst().stream().is_unreadable = true, RelayOp::ReadDst, "reading from dst: "),
+        (|game| game.tunnel.client().stream().is_deaf = true, RelayOp::WriteClient, "writing to the client: "),
+        (|game| game.tunnel.client().stream().is_stuck = true, RelayOp::WriteClient, "writing to the client: "),
+        (|game| game.reset(Way::Up), RelayOp::ReadClient, "reading from the client: "),
     ];
     for (break_it, place, text) in table {
         let mut game = Game::<Memory>::new(CAPACITY, NO_LIMITS);
@@ -406,7 +417,7 @@ fn each_failure_names_its_place() {
         break_it(&mut game);
         game.tunnel.wait_end();
         match game.tunnel.ended() {
-            Some(Err(broken @ Broken::Io(at, _))) => {
+            Some(Err(broken @ RelayError::Io(at, _))) => {
                 assert_eq!(*at, place);
                 assert!(broken.to_string().starts_with(text), "{broken}");
             }
@@ -414,5 +425,5 @@ fn each_failure_names_its_place() {
         }
         game.tunnel.check_end();
     }
-    assert_eq!(Broken::Idle.to_string(), "idle for too long");
+    assert_eq!(RelayError::IdleTimeout.to_string(), "idle for too long");
 }

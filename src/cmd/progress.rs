@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::reactor::sleep;
-use crate::relay::Moved;
+use crate::relay::ByteCounts;
 
 /// How often it is drawn.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Shows octets, rate and time on stderr for as long as it is polled, if `is_enabled`; never ready.
-pub(super) async fn show<T>(is_enabled: bool, moved: &Moved) -> T {
+pub(super) async fn show<T>(is_enabled: bool, moved: &ByteCounts) -> T {
     if !is_enabled {
         return pending().await;
     }
@@ -27,7 +27,7 @@ pub(super) async fn show<T>(is_enabled: bool, moved: &Moved) -> T {
 /// A line that stays when it is dropped, with what is true then.
 struct ProgressLine<'a> {
     began: Instant,
-    moved: &'a Moved,
+    moved: &'a ByteCounts,
 }
 
 impl ProgressLine<'_> {

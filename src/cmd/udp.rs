@@ -19,7 +19,7 @@ use super::exit_status::{CliError, ExitStatus};
 use crate::client::{Association, Client, Error, Lost};
 use crate::proto::Addr;
 use crate::reactor::{sleep, sleep_until, yield_now};
-use crate::relay::Moved;
+use crate::relay::ByteCounts;
 use framing::{DatagramReader, DatagramWriter, Framing};
 
 /// How long to wait for answers behind the last datagram when nobody says.
@@ -130,7 +130,7 @@ impl TransferOptions {
             last_activity: Cell::new(Instant::now()),
             answers: Cell::new(0),
             count: self.count.unwrap_or(u64::MAX),
-            moved: Moved::default(),
+            moved: ByteCounts::default(),
         };
         let ended = transfer
             .receive(&mut writer)
@@ -239,7 +239,7 @@ struct Transfer<'a> {
     last_activity: Cell<Instant>,
     answers: Cell<u64>,
     count: u64,
-    moved: Moved,
+    moved: ByteCounts,
 }
 
 impl Transfer<'_> {

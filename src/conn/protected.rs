@@ -131,7 +131,7 @@ impl Protected {
         Self { conn, protection, received: Vec::new(), plain: Default::default(), outgoing: Default::default() }
     }
 
-    pub(super) fn has_unsent(&self) -> bool {
+    pub(super) fn has_unflushed(&self) -> bool {
         !self.outgoing.0.is_empty()
     }
 

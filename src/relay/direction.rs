@@ -12,75 +12,75 @@ use crate::reactor::{Interest, wake_later};
 
 /// The buffer of a thread, in octets, and so the most that a direction keeps outside of a pipe; but for once, when it
 /// turns out that what is in the pipe can't be spliced out.
-const BUFFER: usize = 64 * 1024;
+const BUFFER_SIZE: usize = 64 * 1024;
 /// How many octets one direction may move before the other tunnels of the thread get their turn.
-const BUDGET: usize = 1 << 20;
+const POLL_BUDGET: usize = 1 << 20;
 /// After how many full buffers in a row a direction is bulk.
-const BULK: u8 = 3;
+const BULK_READS: u8 = 3;
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+    static THREAD_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_SIZE]);
 }
 
 /// Which end of a direction failed.
-pub(super) enum Fault {
-    Source(io::Error),
-    Sink(io::Error),
+pub(super) enum DirectionError {
+    Read(io::Error),
+    Write(io::Error),
 }
 
 /// One direction of a tunnel. Small, since most tunnels are idle most of the time.
 #[derive(Default)]
 pub(super) struct Direction {
-    held: Option<Box<Held>>,
+    pending: Option<Box<Pending>>,
     /// How many full buffers have been read in a row.
-    full: u8,
+    full_reads: u8,
     /// The streams are no bare sockets, or the kernel can't splice them, or there was no pipe to be had.
-    copies: bool,
+    must_copy: bool,
     /// The source has ended.
-    pub(super) ended: bool,
+    pub(super) has_ended: bool,
     /// And the sink knows; or it takes no more.
-    pub(super) done: bool,
+    pub(super) is_done: bool,
 }
 
 /// What was read and the sink has not taken yet.
-enum Held {
+enum Pending {
     /// From `sent` on.
-    Octets { octets: Vec<u8>, sent: usize },
+    Bytes { bytes: Vec<u8>, sent: usize },
     /// In a pipe, which may be empty.
     Pipe(Pipe),
 }
 
 impl Direction {
     /// Whether the streams say all that is to be known of it.
-    pub(super) fn is_fresh(&self) -> bool {
-        self.held.is_none() && !self.ended
+    pub(super) fn is_stateless(&self) -> bool {
+        self.pending.is_none() && !self.has_ended
     }
 
     /// Whether it has just proved to be bulk, with nothing left over.
     pub(super) fn is_bulk(&self) -> bool {
-        self.full >= BULK && self.held.is_none()
+        self.full_reads >= BULK_READS && self.pending.is_none()
     }
 
     /// Whether something was read that the sink has not taken yet.
-    pub(super) fn holds(&self) -> bool {
-        match self.held.as_deref() {
+    pub(super) fn has_pending(&self) -> bool {
+        match self.pending.as_deref() {
             None => false,
-            Some(Held::Octets { .. }) => true,
-            Some(Held::Pipe(pipe)) => !pipe.is_empty(),
+            Some(Pending::Bytes { .. }) => true,
+            Some(Pending::Pipe(pipe)) => !pipe.is_empty(),
         }
     }
 
     pub(super) fn has_pipe(&self) -> bool {
-        matches!(self.held.as_deref(), Some(Held::Pipe(_)))
+        matches!(self.pending.as_deref(), Some(Pending::Pipe(_)))
     }
 
     /// Closes the pipe if nothing has gone through it since this was asked last.
-    pub(super) fn give_back(&mut self, moved: &AtomicU64) {
-        if let Some(Held::Pipe(pipe)) = self.held.as_deref_mut()
+    pub(super) fn close_idle_pipe(&mut self, count: &AtomicU64) {
+        if let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut()
             && pipe.is_empty()
-            && !pipe.has_moved(moved.load(Ordering::Relaxed))
+            && !pipe.has_progressed(count.load(Ordering::Relaxed))
         {
-            self.held = None;
+            self.pending = None;
         }
     }
 
@@ -90,40 +90,40 @@ impl Direction {
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
-        moved: &AtomicU64,
-        may_move: bool,
-    ) -> Poll<Result<(), Fault>> {
-        if self.done {
+        count: &AtomicU64,
+        may_stop: bool,
+    ) -> Poll<Result<(), DirectionError>> {
+        if self.is_done {
             return Poll::Ready(Ok(()));
         }
-        let mut left = BUDGET;
-        while left > 0 {
-            let n = ready!(self.flush(cx, sink))?;
-            moved.fetch_add(n as u64, Ordering::Relaxed);
-            left = left.saturating_sub(n);
-            if self.holds() {
+        let mut budget = POLL_BUDGET;
+        while budget > 0 {
+            let n = ready!(self.write_pending(cx, sink))?;
+            count.fetch_add(n as u64, Ordering::Relaxed);
+            budget = budget.saturating_sub(n);
+            if self.has_pending() {
                 continue;
             }
-            if self.ended {
-                ready!(Pin::new(sink).poll_close(cx)).map_err(Fault::Sink)?;
-                self.done = true;
+            if self.has_ended {
+                ready!(Pin::new(sink).poll_close(cx)).map_err(DirectionError::Write)?;
+                self.is_done = true;
                 return Poll::Ready(Ok(()));
             }
-            let filled = match self.has_pipe() {
+            let progress = match self.has_pipe() {
                 true => self.fill_pipe(cx, source),
-                false => SCRATCH.with_borrow_mut(|buffer| self.copy(cx, source, sink, buffer)),
+                false => THREAD_BUFFER.with_borrow_mut(|buffer| self.copy_once(cx, source, sink, buffer)),
             };
-            if filled.is_pending() && sink.has_unsent() {
-                let _ = Pin::new(&mut *sink).poll_flush(cx).map_err(Fault::Sink)?;
+            if progress.is_pending() && sink.has_unflushed() {
+                let _ = Pin::new(&mut *sink).poll_flush(cx).map_err(DirectionError::Write)?;
             }
-            let n = ready!(filled)?;
-            moved.fetch_add(n as u64, Ordering::Relaxed);
-            left = left.saturating_sub(n);
+            let n = ready!(progress)?;
+            count.fetch_add(n as u64, Ordering::Relaxed);
+            budget = budget.saturating_sub(n);
             if self.is_bulk() {
-                if may_move {
+                if may_stop {
                     return Poll::Pending;
                 }
-                self.splice();
+                self.start_splicing();
             }
         }
         wake_later(cx);
@@ -131,87 +131,92 @@ impl Direction {
     }
 
     /// From now on what is read goes through a pipe, unless there is no descriptor or memory to spare for one.
-    fn splice(&mut self) {
-        self.full = 0;
-        if self.copies {
+    fn start_splicing(&mut self) {
+        self.full_reads = 0;
+        if self.must_copy {
             return;
         }
-        match Pipe::open(BUFFER) {
-            Ok(pipe) => self.held = Some(Box::new(Held::Pipe(pipe))),
-            Err(_) => self.copies = true,
+        match Pipe::open(BUFFER_SIZE) {
+            Ok(pipe) => self.pending = Some(Box::new(Pending::Pipe(pipe))),
+            Err(_) => self.must_copy = true,
         }
     }
 
     /// One write of what was read before: how much the sink took.
-    fn flush(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, Fault>> {
-        match self.held.as_deref_mut() {
+    fn write_pending(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, DirectionError>> {
+        match self.pending.as_deref_mut() {
             None => Poll::Ready(Ok(0)),
-            Some(Held::Octets { octets, sent }) => {
-                let rest = octets.get(*sent..).unwrap_or_default();
-                let n = ready!(Pin::new(sink).poll_write(cx, rest)).and_then(not_zero).map_err(Fault::Sink)?;
+            Some(Pending::Bytes { bytes, sent }) => {
+                let unsent = bytes.get(*sent..).unwrap_or_default();
+                let n =
+                    ready!(Pin::new(sink).poll_write(cx, unsent)).and_then(nonzero).map_err(DirectionError::Write)?;
                 *sent += n;
-                if *sent >= octets.len() {
-                    self.held = None;
+                if *sent >= bytes.len() {
+                    self.pending = None;
                 }
                 Poll::Ready(Ok(n))
             }
-            Some(Held::Pipe(pipe)) if pipe.is_empty() => Poll::Ready(Ok(0)),
-            Some(Held::Pipe(pipe)) => match sink.poll_bare(cx, Interest::Write, &mut |socket| pipe.write_to(socket)) {
-                Some(Poll::Pending) => Poll::Pending,
-                Some(Poll::Ready(Ok(n))) => Poll::Ready(not_zero(n).map_err(Fault::Sink)),
-                Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => Poll::Ready(Err(Fault::Sink(error))),
-                Some(Poll::Ready(Err(_))) | None => {
-                    let octets = pipe.empty().map_err(Fault::Source)?;
-                    self.copies = true;
-                    self.held = Some(Box::new(Held::Octets { octets, sent: 0 }));
-                    Poll::Ready(Ok(0))
+            Some(Pending::Pipe(pipe)) if pipe.is_empty() => Poll::Ready(Ok(0)),
+            Some(Pending::Pipe(pipe)) => {
+                match sink.poll_socket(cx, Interest::Write, &mut |socket| pipe.drain_to(socket)) {
+                    Some(Poll::Pending) => Poll::Pending,
+                    Some(Poll::Ready(Ok(n))) => Poll::Ready(nonzero(n).map_err(DirectionError::Write)),
+                    Some(Poll::Ready(Err(error))) if !splice::is_unsupported(&error) => {
+                        Poll::Ready(Err(DirectionError::Write(error)))
+                    }
+                    Some(Poll::Ready(Err(_))) | None => {
+                        let bytes = pipe.take_all().map_err(DirectionError::Read)?;
+                        self.must_copy = true;
+                        self.pending = Some(Box::new(Pending::Bytes { bytes, sent: 0 }));
+                        Poll::Ready(Ok(0))
+                    }
                 }
-            },
+            }
         }
     }
 
     /// Fills the pipe, which is empty.
-    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, Fault>> {
-        let Some(Held::Pipe(pipe)) = self.held.as_deref_mut() else { return Poll::Ready(Ok(0)) };
-        match source.poll_bare(cx, Interest::Read, &mut |socket| pipe.read_from(socket)) {
+    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, DirectionError>> {
+        let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut() else { return Poll::Ready(Ok(0)) };
+        match source.poll_socket(cx, Interest::Read, &mut |socket| pipe.fill_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
-            Some(Poll::Ready(Ok(n))) => self.ended = n == 0,
-            Some(Poll::Ready(Err(error))) if !splice::is_refusal(&error) => {
-                return Poll::Ready(Err(Fault::Source(error)));
+            Some(Poll::Ready(Ok(n))) => self.has_ended = n == 0,
+            Some(Poll::Ready(Err(error))) if !splice::is_unsupported(&error) => {
+                return Poll::Ready(Err(DirectionError::Read(error)));
             }
             Some(Poll::Ready(Err(_))) | None => {
-                self.copies = true;
-                self.held = None;
+                self.must_copy = true;
+                self.pending = None;
             }
         }
         Poll::Ready(Ok(0))
     }
 
     /// One read, and one write of what it gave: how much the sink took. What is left is kept.
-    fn copy(
+    fn copy_once(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
         buffer: &mut [u8],
-    ) -> Poll<Result<usize, Fault>> {
-        let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(Fault::Source)?;
-        let Some(octets @ [_, ..]) = buffer.get(..n) else {
-            self.ended = true;
+    ) -> Poll<Result<usize, DirectionError>> {
+        let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(DirectionError::Read)?;
+        let Some(bytes @ [_, ..]) = buffer.get(..n) else {
+            self.has_ended = true;
             return Poll::Ready(Ok(0));
         };
-        let sent = match Pin::new(sink).poll_write(cx, octets) {
-            Poll::Ready(sent) => sent.and_then(not_zero).map_err(Fault::Sink)?,
+        let sent = match Pin::new(sink).poll_write(cx, bytes) {
+            Poll::Ready(sent) => sent.and_then(nonzero).map_err(DirectionError::Write)?,
             Poll::Pending => 0,
         };
-        self.full = if n == buffer.len() { self.full.saturating_add(1) } else { 0 };
-        if let Some(octets @ [_, ..]) = octets.get(sent..) {
-            self.held = Some(Box::new(Held::Octets { octets: octets.to_vec(), sent: 0 }));
+        self.full_reads = if n == buffer.len() { self.full_reads.saturating_add(1) } else { 0 };
+        if let Some(bytes @ [_, ..]) = bytes.get(sent..) {
+            self.pending = Some(Box::new(Pending::Bytes { bytes: bytes.to_vec(), sent: 0 }));
         }
         Poll::Ready(Ok(sent))
     }
 }
 
-fn not_zero(n: usize) -> io::Result<usize> {
+fn nonzero(n: usize) -> io::Result<usize> {
     if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
 }

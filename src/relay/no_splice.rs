@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 pub(super) struct Pipe(Infallible);
 
-pub(super) fn is_refusal(_: &io::Error) -> bool {
+pub(super) fn is_unsupported(_: &io::Error) -> bool {
     false
 }
 
@@ -19,19 +19,19 @@ impl Pipe {
         match self.0 {}
     }
 
-    pub(super) fn has_moved(&mut self, _: u64) -> bool {
+    pub(super) fn has_progressed(&mut self, _: u64) -> bool {
         match self.0 {}
     }
 
-    pub(super) fn read_from(&mut self, _: BorrowedFd<'_>) -> io::Result<usize> {
+    pub(super) fn fill_from(&mut self, _: BorrowedFd<'_>) -> io::Result<usize> {
         match self.0 {}
     }
 
-    pub(super) fn write_to(&mut self, _: BorrowedFd<'_>) -> io::Result<usize> {
+    pub(super) fn drain_to(&mut self, _: BorrowedFd<'_>) -> io::Result<usize> {
         match self.0 {}
     }
 
-    pub(super) fn empty(&mut self) -> io::Result<Vec<u8>> {
+    pub(super) fn take_all(&mut self) -> io::Result<Vec<u8>> {
         match self.0 {}
     }
 }

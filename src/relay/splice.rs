@@ -10,88 +10,88 @@ use rustix::process::{Resource, getrlimit};
 
 /// The sizes that are asked for in turn, in octets. A user other than root may get less (pipe(7),
 /// pipe-user-pages-soft).
-const SIZES: [usize; 2] = [1 << 20, 1 << 18];
+const PIPE_SIZES: [usize; 2] = [1 << 20, 1 << 18];
 
 /// Empty most of the time.
 pub(super) struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
     size: usize,
-    holds: usize,
+    len: usize,
     /// How much its direction had moved when it was asked last.
-    moved: u64,
+    last_count: u64,
 }
 
 /// Whether the kernel can't splice this socket, which is no fault of the stream.
-pub(super) fn is_refusal(error: &io::Error) -> bool {
+pub(super) fn is_unsupported(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw_os_error);
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
 }
 
-fn has_more(socket: BorrowedFd<'_>) -> bool {
+fn has_data(socket: BorrowedFd<'_>) -> bool {
     matches!(recv(socket, &mut [0; 1], RecvFlags::PEEK), Ok((_, 1..)))
 }
 
 impl Pipe {
     /// # Errors
     /// Those of pipe(2); when half of all descriptors are in use, since the others are for sessions; and when the pipe
-    /// would have less than `least` octets, since copying is faster then.
-    pub(super) fn open(least: usize) -> io::Result<Self> {
+    /// would have less than `min_size` octets, since copying is faster then.
+    pub(super) fn open(min_size: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         // The system gives the lowest number that is free.
         if u64::try_from(writer.as_raw_fd()).is_ok_and(|fd| fd >= limit / 2) {
             return Err(Errno::MFILE.into());
         }
-        let granted = SIZES.iter().find(|size| fcntl_setpipe_size(&writer, **size).is_ok());
+        let granted = PIPE_SIZES.iter().find(|size| fcntl_setpipe_size(&writer, **size).is_ok());
         let size = granted.copied().map_or_else(|| fcntl_getpipe_size(&writer), Ok)?;
-        if size < least {
+        if size < min_size {
             return Err(Errno::NOMEM.into());
         }
-        Ok(Self { reader, writer, size, holds: 0, moved: 0 })
+        Ok(Self { reader, writer, size, len: 0, last_count: 0 })
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.holds == 0
+        self.len == 0
     }
 
-    /// Whether `moved` is more than it was when this was asked last.
-    pub(super) fn has_moved(&mut self, moved: u64) -> bool {
-        std::mem::replace(&mut self.moved, moved) != moved
+    /// Whether `count` is more than it was when this was asked last.
+    pub(super) fn has_progressed(&mut self, count: u64) -> bool {
+        std::mem::replace(&mut self.last_count, count) != count
     }
 
     /// Fills the pipe, which is empty, from a socket. 0: the socket has ended.
-    pub(super) fn read_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+    pub(super) fn fill_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let splice = || splice(socket, None, &self.writer, None, self.size, flags);
         let n = match splice() {
             // Urgent octets are never spliced: there is nothing, or even an end, in their place.
-            Ok(0) | Err(Errno::AGAIN) if has_more(socket) => match splice() {
+            Ok(0) | Err(Errno::AGAIN) if has_data(socket) => match splice() {
                 Ok(0) | Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
                 // It has come in between.
                 n => n?,
             },
             n => n?,
         };
-        self.holds += n;
+        self.len += n;
         Ok(n)
     }
 
-    pub(super) fn write_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
-        let n = splice(&self.reader, None, socket, None, self.holds, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?;
-        self.holds -= n.min(self.holds);
+    pub(super) fn drain_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let n = splice(&self.reader, None, socket, None, self.len, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)?;
+        self.len -= n.min(self.len);
         Ok(n)
     }
 
     /// Takes out all that the pipe holds.
-    pub(super) fn empty(&mut self) -> io::Result<Vec<u8>> {
-        let mut octets = vec![0; self.holds];
-        let mut rest = octets.as_mut_slice();
+    pub(super) fn take_all(&mut self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.len];
+        let mut rest = bytes.as_mut_slice();
         while !rest.is_empty() {
             let n = rustix::io::read(&self.reader, &mut *rest)?;
             rest = rest.get_mut(n..).filter(|_| n > 0).ok_or(io::ErrorKind::UnexpectedEof)?;
         }
-        self.holds = 0;
-        Ok(octets)
+        self.len = 0;
+        Ok(bytes)
     }
 }

@@ -201,8 +201,8 @@ impl Stream for RateLimitedStream<'_> {
         self.conn.abort();
     }
 
-    fn has_unsent(&self) -> bool {
-        self.conn.has_unsent()
+    fn has_unflushed(&self) -> bool {
+        self.conn.has_unflushed()
     }
 
     fn is_reset(&self) -> bool {

@@ -10,7 +10,7 @@ use super::Hop;
 use crate::dial::{canonical, literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
-use crate::relay::Moved;
+use crate::relay::ByteCounts;
 
 /// What the line of a failed login says; filters look for it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
@@ -31,7 +31,7 @@ pub(super) struct SessionLog {
     pub(super) rep: Option<Rep>,
     /// The number of the policy that has let it be.
     pub(super) policy_generation: Cell<u32>,
-    pub(super) bytes: Moved,
+    pub(super) bytes: ByteCounts,
     pub(super) error: OnceCell<Box<str>>,
 }
 
@@ -53,7 +53,7 @@ impl SessionLog {
             via: None,
             rep: None,
             policy_generation: Cell::new(0),
-            bytes: Moved::default(),
+            bytes: ByteCounts::default(),
             error: OnceCell::new(),
         }
     }

@@ -10,7 +10,7 @@ use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
 use crate::conn::{Conn, Loose};
 use crate::reactor::sleep;
-use crate::relay::{Broken, End, Limits, Stream, relay};
+use crate::relay::{RelayError, RelayOptions, RelayOutcome, Stream, relay};
 
 /// How long a client whose target has closed and takes no more may take for the last of what it was sent.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -28,17 +28,21 @@ impl Tunnel {
     pub(super) fn relay<'a>(
         &'a mut self,
         server: &'a Server,
-        limits: &'a Limits,
-    ) -> impl Future<Output = Result<End, Broken>> + 'a {
+        limits: &'a RelayOptions,
+    ) -> impl Future<Output = Result<RelayOutcome, RelayError>> + 'a {
         let Self { client, target, log } = self;
         let log = &*log;
         relay(client, target, limits, &log.bytes, |_, target| may_go_on(server, log, target))
     }
 
     /// The same, at a pace.
-    pub(super) async fn relay_at(&mut self, rate_limit: &RateLimit, server: &Server) -> Result<End, Broken> {
+    pub(super) async fn relay_at(
+        &mut self,
+        rate_limit: &RateLimit,
+        server: &Server,
+    ) -> Result<RelayOutcome, RelayError> {
         let Self { client, target, log } = self;
-        let (log, limits) = (&*log, Limits { until_bulk: false, ..server.relay_limits });
+        let (log, limits) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_limits });
         let mut client = RateLimitedStream::new(client, rate_limit);
         let mut client: &mut dyn Stream = &mut client;
         relay(&mut client, target, &limits, &log.bytes, |_, target| may_go_on(server, log, target)).await
@@ -58,9 +62,9 @@ impl Tunnel {
     }
 
     /// Says what is left to be said when it did not end well.
-    pub(super) async fn break_off(self, broken: Broken) {
+    pub(super) async fn break_off(self, broken: RelayError) {
         self.log.set_error(&broken);
-        if let Broken::Unsent(_) = broken {
+        if let RelayError::Undelivered(_) = broken {
             drop(self.target);
             // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
             // has closed its side does not say that it has read all.

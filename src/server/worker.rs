@@ -31,7 +31,7 @@ use super::{Server, session};
 use crate::conn::Loose;
 use crate::policy::rules::Decision;
 use crate::reactor::{self, Interest, Io, sleep};
-use crate::relay::{End, Limits};
+use crate::relay::{RelayOptions, RelayOutcome};
 
 /// How long accepting rests when the system has no descriptor or memory left for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -323,8 +323,8 @@ impl Home {
             home.spawn(async move {
                 let server = slot.server();
                 match tunnel.relay(server, &server.relay_limits).await {
-                    Ok(End::Over) => {}
-                    Ok(End::Bulk) => Box::pin(place(tunnel, slot, number)).await,
+                    Ok(RelayOutcome::Finished) => {}
+                    Ok(RelayOutcome::Bulk) => Box::pin(place(tunnel, slot, number)).await,
                     Err(broken) => Box::pin(tunnel.break_off(broken)).await,
                 }
             });
@@ -353,7 +353,7 @@ async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
 
 /// Relays a bulk tunnel to its end.
 async fn bulk(mut tunnel: Tunnel, slot: Slot, _counted: Counted) {
-    let limits = Limits { until_bulk: false, ..slot.server().relay_limits };
+    let limits = RelayOptions { stop_when_bulk: false, ..slot.server().relay_limits };
     if let Err(broken) = tunnel.relay(slot.server(), &limits).await {
         tunnel.break_off(broken).await;
     }

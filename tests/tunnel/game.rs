@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use s5::relay::{Broken, Limits};
+use s5::relay::{RelayError, RelayOptions};
 
 use super::{Far as _, Received, SOON, Tunnel, Way};
 
@@ -32,7 +32,7 @@ pub struct Game<T> {
 }
 
 impl<T: Tunnel> Game<T> {
-    pub fn new(capacity: usize, limits: Limits) -> Self {
+    pub fn new(capacity: usize, limits: RelayOptions) -> Self {
         Self { tunnel: T::open(capacity, limits), ways: Default::default(), is_reset: [false; 2] }
     }
 
@@ -94,7 +94,7 @@ impl<T: Tunnel> Game<T> {
         let is_broken = self.is_reset.contains(&true);
         match self.tunnel.ended() {
             Some(Ok(_)) => {}
-            Some(Err(Broken::Io(..) | Broken::Unsent(_))) => assert!(is_broken, "it broke by itself"),
+            Some(Err(RelayError::Io(..) | RelayError::Undelivered(_))) => assert!(is_broken, "it broke by itself"),
             other => panic!("ended as {other:?}"),
         }
         if !is_broken {

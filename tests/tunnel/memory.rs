@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
-use s5::relay::{Broken, End, Limits, Moved, relay};
+use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayOutcome, relay};
 
 use super::{Far, Received, Tunnel};
 
@@ -196,12 +196,12 @@ impl Wake for Flag {
 }
 
 pub struct Memory {
-    relay: Option<BoxedLocal<Result<End, Broken>>>,
+    relay: Option<BoxedLocal<Result<RelayOutcome, RelayError>>>,
     is_woken: Arc<Flag>,
-    moved: Rc<Moved>,
+    moved: Rc<ByteCounts>,
     client: FarEnd,
     dst: FarEnd,
-    outcome: Option<Result<End, Broken>>,
+    outcome: Option<Result<RelayOutcome, RelayError>>,
 }
 
 impl Memory {
@@ -222,9 +222,9 @@ impl Memory {
 impl Tunnel for Memory {
     type Far = FarEnd;
 
-    fn open(capacity: usize, limits: Limits) -> Self {
+    fn open(capacity: usize, limits: RelayOptions) -> Self {
         let stream = || Rc::new(RefCell::new(Stream { capacity, ..Stream::default() }));
-        let (client, dst, moved) = (stream(), stream(), Rc::<Moved>::default());
+        let (client, dst, moved) = (stream(), stream(), Rc::<ByteCounts>::default());
         let (mut near, mut far, counted) = (NearEnd(client.clone()), NearEnd(dst.clone()), moved.clone());
         let relay = async move { relay(&mut near, &mut far, &limits, &counted, |_, _| true).await };
         Self {
@@ -253,7 +253,7 @@ impl Tunnel for Memory {
         (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&Result<End, Broken>> {
+    fn ended(&mut self) -> Option<&Result<RelayOutcome, RelayError>> {
         self.outcome.as_ref()
     }
 
@@ -264,7 +264,7 @@ impl Tunnel for Memory {
     fn check_end(&mut self) {
         let aborts = match self.outcome {
             Some(Ok(_)) => (0, 0),
-            Some(Err(Broken::Unsent(_))) => (0, 1),
+            Some(Err(RelayError::Undelivered(_))) => (0, 1),
             _ => (1, 1),
         };
         assert_eq!((self.client.aborts(), self.dst.aborts()), aborts, "after {:?}", self.outcome);

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use s5::relay::{Broken, End, Limits};
+use s5::relay::{RelayError, RelayOptions, RelayOutcome};
 
 pub mod game;
 pub mod memory;
@@ -17,7 +17,7 @@ pub trait Tunnel: Sized {
     type Far: Far;
 
     /// A new tunnel; `capacity` is about how many octets a stream takes before it stalls.
-    fn open(capacity: usize, limits: Limits) -> Self;
+    fn open(capacity: usize, limits: RelayOptions) -> Self;
 
     /// Lets the relay do what it can do now.
     fn settle(&mut self);
@@ -32,7 +32,7 @@ pub trait Tunnel: Sized {
     fn moved(&self) -> (u64, u64);
 
     /// How it ended, when it has.
-    fn ended(&mut self) -> Option<&Result<End, Broken>>;
+    fn ended(&mut self) -> Option<&Result<RelayOutcome, RelayError>>;
 
     /// Ends the relay from outside, without its consent.
     fn cancel(&mut self);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_lite::FutureExt as _;
 use s5::conn::Conn;
 use s5::reactor::{self, Io};
-use s5::relay::{Broken, End, Limits, Moved, relay};
+use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayOutcome, relay};
 use smol::channel::{Sender, unbounded};
 use socket2::SockRef;
 
@@ -67,11 +67,11 @@ pub type EdgeSockets = OnThread<true>;
 pub struct OnThread<const HAS_REACTOR: bool> {
     client: FarEnd,
     dst: FarEnd,
-    moved: Arc<Moved>,
+    moved: Arc<ByteCounts>,
     cancel: Sender<()>,
     /// None from the thread: it was cancelled.
-    thread: Option<JoinHandle<Option<Result<End, Broken>>>>,
-    outcome: Option<Result<End, Broken>>,
+    thread: Option<JoinHandle<Option<Result<RelayOutcome, RelayError>>>>,
+    outcome: Option<Result<RelayOutcome, RelayError>>,
 }
 
 /// As it is done from thread to thread.
@@ -108,10 +108,10 @@ fn connection(capacity: usize) -> (FarEnd, TcpStream) {
 impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
     type Far = FarEnd;
 
-    fn open(capacity: usize, limits: Limits) -> Self {
+    fn open(capacity: usize, limits: RelayOptions) -> Self {
         let (client, near_client) = connection(capacity);
         let (dst, near_dst) = connection(capacity);
-        let moved = Arc::<Moved>::default();
+        let moved = Arc::<ByteCounts>::default();
         let (cancel, cancelled) = unbounded();
         let counted = moved.clone();
         let thread = thread::spawn(move || {
@@ -120,7 +120,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
                 loop {
                     let [client, dst] = &mut ends;
                     match relay(client, dst, &limits, &counted, |_, _| true).await {
-                        Ok(End::Bulk) => ends = ends.map(hand_over),
+                        Ok(RelayOutcome::Bulk) => ends = ends.map(hand_over),
                         ended => break Some(ended),
                     }
                 }
@@ -151,7 +151,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
         (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&Result<End, Broken>> {
+    fn ended(&mut self) -> Option<&Result<RelayOutcome, RelayError>> {
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
             self.join();
         }

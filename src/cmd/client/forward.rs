@@ -19,7 +19,7 @@ use crate::conn::Conn;
 use crate::dial::tune;
 use crate::proto::{Addr, Command, Host};
 use crate::reactor::{self, Interest, Io, sleep};
-use crate::relay::{Broken, Limits, Moved, Place, Stream, relay};
+use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, relay};
 
 /// How long a local client whose target has closed and takes no more may take for the last of what it was sent.
 const UNSENT_GRACE: Duration = Duration::from_secs(2);
@@ -147,21 +147,21 @@ async fn serve_connection(
     connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
     let mut tunnel = TrackedConn::new(tunnel, true);
     let stats = tunnel.stats.clone();
-    let moved = Moved::default();
-    let limits = Limits { idle: idle_timeout, ..Limits::default() };
+    let moved = ByteCounts::default();
+    let limits = RelayOptions { idle_timeout, ..RelayOptions::default() };
     let ended = {
         let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
         relay(&mut local_stream, &mut tunnel_stream, &limits, &moved, |_, _| true).await
     };
     drop(tunnel);
-    if let Err(Broken::Unsent(_)) = ended {
+    if let Err(RelayError::Undelivered(_)) = ended {
         sleep(UNSENT_GRACE).await;
         local.abort();
     }
     report.set_bytes(&moved);
     report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
     let result = match ended {
-        Err(Broken::Io(Place::ReadClient | Place::WriteClient, error)) => {
+        Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("the local client: {error}")))
         }
         ended => relay_result(connector, idle_timeout, ended, Ok(())),

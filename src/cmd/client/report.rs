@@ -9,7 +9,7 @@ use super::connector::Connector;
 use crate::client::{Client, Phase};
 use crate::cmd::{CliError, ExitStatus};
 use crate::proto::Addr;
-use crate::relay::Moved;
+use crate::relay::ByteCounts;
 
 /// What is known of a client's way and tunnel, in the words of RFC 1928. `null` is what never came about.
 #[derive(Debug, Default)]
@@ -94,7 +94,7 @@ impl Report {
     }
 
     /// What went through.
-    pub(in crate::cmd) fn set_bytes(&mut self, moved: &Moved) {
+    pub(in crate::cmd) fn set_bytes(&mut self, moved: &ByteCounts) {
         self.up = moved.up.load(Ordering::Relaxed);
         self.down = moved.down.load(Ordering::Relaxed);
     }

@@ -15,7 +15,7 @@ use smol::Unblock;
 
 use super::descriptor;
 use crate::reactor::{Interest, Io};
-use crate::relay::{BareOp, Stream};
+use crate::relay::{SocketOp, Stream};
 
 /// The buffer between a blocking descriptor and the relay, in octets.
 const BUFFER_SIZE: usize = 64 * 1024;
@@ -116,11 +116,11 @@ impl StdioEnd {
         }
     }
 
-    fn poll_bare(
+    fn poll_socket(
         &self,
         cx: &mut Context<'_>,
         interest: Interest,
-        op: &mut BareOp<'_>,
+        op: &mut SocketOp<'_>,
     ) -> Option<Poll<io::Result<usize>>> {
         match self {
             Self::Pipe(pipe) => Some(pipe.poll_with(cx, interest, |file| op(file.as_fd()))),
@@ -187,19 +187,19 @@ impl Stream for StdioStream {
     fn abort(&self) {}
 
     /// So that the relay hears of a failure when it happens, and not at the next octet.
-    fn has_unsent(&self) -> bool {
+    fn has_unflushed(&self) -> bool {
         self.has_unflushed
     }
 
-    fn poll_bare(
+    fn poll_socket(
         &self,
         cx: &mut Context<'_>,
         interest: Interest,
-        op: &mut BareOp<'_>,
+        op: &mut SocketOp<'_>,
     ) -> Option<Poll<io::Result<usize>>> {
         match interest {
-            Interest::Read if self.crlf.is_none() => self.input.as_ref()?.poll_bare(cx, interest, op),
-            Interest::Write if !self.ignores_broken_pipe => self.output.as_ref()?.poll_bare(cx, interest, op),
+            Interest::Read if self.crlf.is_none() => self.input.as_ref()?.poll_socket(cx, interest, op),
+            Interest::Write if !self.ignores_broken_pipe => self.output.as_ref()?.poll_socket(cx, interest, op),
             Interest::Read | Interest::Write => None,
         }
     }

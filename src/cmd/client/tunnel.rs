@@ -24,7 +24,7 @@ use crate::cmd::progress;
 use crate::conn::{Conn, until};
 use crate::proto::Addr;
 use crate::reactor::{Interest, sleep};
-use crate::relay::{BareOp, Broken, End, Limits, Moved, Place, Stream, relay};
+use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, SocketOp, Stream, relay};
 
 /// How long stdin may be silent when the network side has ended: what it has ready is still sent, but it is not
 /// waited for, since the peer has most likely left.
@@ -140,9 +140,12 @@ impl TunnelAction {
         report: &mut Report,
     ) -> Result<(), CliError> {
         let linger = if pipe.reads() { STDIN_LINGER } else { Duration::ZERO };
-        let options =
-            Limits { idle: self.idle_timeout, linger: child.is_none().then_some(linger), ..Limits::default() };
-        let moved = Moved::default();
+        let options = RelayOptions {
+            idle_timeout: self.idle_timeout,
+            linger: child.is_none().then_some(linger),
+            ..RelayOptions::default()
+        };
+        let moved = ByteCounts::default();
         let mut tracked = TrackedConn::new(tunnel, self.sends_eof);
         let stats = tracked.stats.clone();
         let mut exit = child.map(|child| Box::pin(child::wait(child)));
@@ -160,7 +163,7 @@ impl TunnelAction {
                     (None, Some(exit)) => exit_status = Some(exit.await),
                     (None, None) => pending().await,
                 }
-                Ok(End::Over)
+                Ok(RelayOutcome::Finished)
             };
             let show = progress::show(self.shows_progress, &moved);
             let (mut stdio, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut pipe, &mut tracked);
@@ -170,7 +173,7 @@ impl TunnelAction {
             // Who was left before the end is left in peace.
             let _ = tracked.stream.end_with_reset(false);
         }
-        let is_aborted = quit_timed_out.get() || matches!(ended, Err(Broken::Idle));
+        let is_aborted = quit_timed_out.get() || matches!(ended, Err(RelayError::IdleTimeout));
         let flushed = match is_aborted {
             // Who does not read does not keep it from ending when its time is over.
             true => until(Instant::now() + STDIN_LINGER, pipe.flush()).await.unwrap_or(Ok(())),
@@ -197,12 +200,12 @@ impl TunnelAction {
 pub(super) fn relay_result(
     connector: &Connector,
     idle_timeout: Option<Duration>,
-    ended: Result<End, Broken>,
+    ended: Result<RelayOutcome, RelayError>,
     flushed: io::Result<()>,
 ) -> Result<(), CliError> {
     let ended = match (ended, flushed) {
-        (Ok(_) | Err(Broken::Idle | Broken::Io(Place::WriteClient, _)), Err(error)) => {
-            Err(Broken::Io(Place::WriteClient, error))
+        (Ok(_) | Err(RelayError::IdleTimeout | RelayError::Io(RelayOp::WriteClient, _)), Err(error)) => {
+            Err(RelayError::Io(RelayOp::WriteClient, error))
         }
         (ended, _) => ended,
     };
@@ -210,20 +213,22 @@ pub(super) fn relay_result(
         |status, what: &str, error: &io::Error| Err(connector.transfer_error(status, &format!("{what}: {error}")));
     match ended {
         // Nobody cuts it here.
-        Ok(_) | Err(Broken::Cut) => Ok(()),
-        Err(Broken::Idle) => {
+        Ok(_) | Err(RelayError::Stopped) => Ok(()),
+        Err(RelayError::IdleTimeout) => {
             let idle = idle_timeout.unwrap_or_default();
             Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
         }
-        Err(Broken::Io(Place::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+        Err(RelayError::Io(RelayOp::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Err(CliError::new(ExitStatus::BROKEN_PIPE, ""))
         }
-        Err(Broken::Io(Place::WriteClient, error)) => failed(ExitStatus::WRITE_STDOUT, "writing to stdout", &error),
-        Err(Broken::Io(Place::ReadClient, error)) => failed(ExitStatus::READ_STDIN, "reading stdin", &error),
-        Err(Broken::Io(Place::WriteDst, error) | Broken::Unsent(error)) => {
+        Err(RelayError::Io(RelayOp::WriteClient, error)) => {
+            failed(ExitStatus::WRITE_STDOUT, "writing to stdout", &error)
+        }
+        Err(RelayError::Io(RelayOp::ReadClient, error)) => failed(ExitStatus::READ_STDIN, "reading stdin", &error),
+        Err(RelayError::Io(RelayOp::WriteDst, error) | RelayError::Undelivered(error)) => {
             failed(ExitStatus::SEND_ERROR, "sending", &error)
         }
-        Err(Broken::Io(Place::ReadDst, error)) => failed(ExitStatus::RECEIVE_ERROR, "receiving", &error),
+        Err(RelayError::Io(RelayOp::ReadDst, error)) => failed(ExitStatus::RECEIVE_ERROR, "receiving", &error),
     }
 }
 
@@ -306,21 +311,21 @@ impl Stream for TrackedConn {
         self.stream.abort();
     }
 
-    fn has_unsent(&self) -> bool {
-        self.stream.has_unsent()
+    fn has_unflushed(&self) -> bool {
+        self.stream.has_unflushed()
     }
 
     fn is_reset(&self) -> bool {
         self.stream.is_reset()
     }
 
-    fn poll_bare(
+    fn poll_socket(
         &self,
         cx: &mut Context<'_>,
         interest: Interest,
-        op: &mut BareOp<'_>,
+        op: &mut SocketOp<'_>,
     ) -> Option<Poll<io::Result<usize>>> {
-        let polled = self.stream.poll_bare(cx, interest, op);
+        let polled = self.stream.poll_socket(cx, interest, op);
         if let (Interest::Read, Some(Poll::Ready(Ok(n)))) = (interest, &polled) {
             self.stats.on_read(*n);
         }

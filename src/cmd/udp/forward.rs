@@ -21,7 +21,7 @@ use crate::cmd::client::report::Report;
 use crate::cmd::exit_status::ExitStatus;
 use crate::proto::{Addr, Host};
 use crate::reactor::{Interest, Io, sleep, yield_now};
-use crate::relay::Moved;
+use crate::relay::ByteCounts;
 
 /// How many datagrams of a peer wait for its association; more are dropped.
 const MAX_QUEUED: usize = 64;
@@ -127,7 +127,7 @@ async fn serve_peer(
                 started: Instant::now(),
                 first_answer: Cell::default(),
                 last_activity: Cell::new(Instant::now()),
-                moved: Moved::default(),
+                moved: ByteCounts::default(),
             };
             let idle = async {
                 wait_for_silence(&transfer.last_activity, idle_timeout).await;
@@ -164,7 +164,7 @@ struct Transfer<'a> {
     first_answer: Cell<Option<Duration>>,
     /// When a datagram moved last.
     last_activity: Cell<Instant>,
-    moved: Moved,
+    moved: ByteCounts,
 }
 
 impl Transfer<'_> {
