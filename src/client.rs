@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::conn::{Conn, Protection, ReadError, until};
-use crate::dial::{Failure, Resolver, Source, dial};
+use crate::dial::{DialError, LocalAddr, Resolver, dial};
 use crate::gssapi::{self, Initiator, Ticket};
 use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
@@ -43,7 +43,7 @@ pub struct Client {
     limit: Option<(Instant, Duration)>,
     resolver: Resolver,
     auth: Arc<Auth>,
-    source: Source,
+    source: LocalAddr,
     /// Whether the target's name is looked up here.
     resolves: bool,
     /// Where the handshake is: at which hop, doing what, since when.
@@ -64,7 +64,7 @@ impl Client {
             limit: wait.and_then(|wait| Some((now.checked_add(wait)?, wait))),
             resolver: Resolver::default(),
             auth: Arc::default(),
-            source: Source::default(),
+            source: LocalAddr::default(),
             resolves: false,
             at: Cell::new((0, Phase::Resolve, now)),
             times: Cell::default(),
@@ -83,7 +83,7 @@ impl Client {
     }
 
     /// The same, from there.
-    pub fn from_source(self, source: Source) -> Self {
+    pub fn from_source(self, source: LocalAddr) -> Self {
         Self { source, ..self }
     }
 
@@ -126,7 +126,7 @@ impl Client {
             if self.hops.is_empty() {
                 return self.direct().await;
             }
-            let mut refusal = Cause::Unreachable(Failure::NotFound);
+            let mut refusal = Cause::Unreachable(DialError::NameNotFound);
             for dst in self.targets().await? {
                 let (mut conn, _) = self.open(self.hops.len()).await?;
                 match self.ask(&mut conn, command, &dst).await {
@@ -173,8 +173,8 @@ impl Client {
     /// The addresses of `addr` that can be reached from where we come from.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, Cause> {
         let mut found = self.resolver.lookup(addr).await.map_err(Cause::Unreachable)?;
-        found.retain(|addr| self.source.reaches(addr.ip()));
-        if found.is_empty() { Err(Cause::Unreachable(Failure::NoFamily)) } else { Ok(found) }
+        found.retain(|addr| self.source.can_reach(addr.ip()));
+        if found.is_empty() { Err(Cause::Unreachable(DialError::FamilyUnavailable)) } else { Ok(found) }
     }
 
     /// A connection to the target itself, and where it comes from.

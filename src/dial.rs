@@ -25,25 +25,25 @@ pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// How many look-ups may wait for the system's resolver at once. Each holds a thread, and the pool has 500 of them.
 const MAX_LOOKUPS: usize = 256;
 /// How many addresses of one name are used.
-const MAX_ADDRESSES: usize = 32;
+const MAX_ADDRS_PER_NAME: usize = 32;
 
 /// Why there is no connection. The order is that of how much it tells: of several failures the greatest is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Failure {
+pub enum DialError {
     /// Something on this machine: descriptors, ports, memory.
-    Local,
+    LocalResources,
     /// The address or port that it was to come from can't be had on this machine.
-    Source,
+    LocalAddr,
     /// The resolver gave no answer, or failed for now.
     Resolver,
     /// This machine has no address of the family.
-    NoFamily,
+    FamilyUnavailable,
     /// No route.
     NetworkUnreachable,
     /// Nobody answered in time.
     TimedOut,
     /// The name has no addresses, or can't be one of a host.
-    NotFound,
+    NameNotFound,
     /// A router or the neighbourhood said that the host is not there.
     HostUnreachable,
     /// A rule of this machine's own packet filter.
@@ -52,9 +52,9 @@ pub enum Failure {
     Refused,
 }
 
-impl Failure {
+impl DialError {
     /// What an error of connect(2) to `addr` means.
-    pub fn of(error: &io::Error, addr: SocketAddr) -> Self {
+    pub fn from_connect(error: &io::Error, addr: SocketAddr) -> Self {
         use rustix::io::Errno;
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::CONNREFUSED | Errno::CONNRESET) => Self::Refused,
@@ -62,32 +62,32 @@ impl Failure {
             Some(Errno::HOSTUNREACH | Errno::HOSTDOWN) => Self::HostUnreachable,
             Some(Errno::NETUNREACH | Errno::NETDOWN) => Self::NetworkUnreachable,
             Some(Errno::TIMEDOUT) => Self::TimedOut,
-            Some(Errno::AFNOSUPPORT) => Self::NoFamily,
+            Some(Errno::AFNOSUPPORT) => Self::FamilyUnavailable,
             // What connect(2) says for IPv6 when no interface has an address of it.
-            Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::NoFamily,
-            _ => Self::Local,
+            Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::FamilyUnavailable,
+            _ => Self::LocalResources,
         }
     }
 
-    fn of_lookup(kind: LookupErrorKind) -> Self {
+    fn from_lookup(kind: LookupErrorKind) -> Self {
         match kind {
-            LookupErrorKind::NoName | LookupErrorKind::NoData => Self::NotFound,
-            LookupErrorKind::Family => Self::NoFamily,
+            LookupErrorKind::NoName | LookupErrorKind::NoData => Self::NameNotFound,
+            LookupErrorKind::Family => Self::FamilyUnavailable,
             _ => Self::Resolver,
         }
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Local => "no descriptor, port or memory left here",
-            Self::Source => "the source address or port can't be used here",
+            Self::LocalResources => "no descriptor, port or memory left here",
+            Self::LocalAddr => "the source address or port can't be used here",
             Self::Resolver => "temporary failure in name resolution",
-            Self::NoFamily => "no address of a usable family",
+            Self::FamilyUnavailable => "no address of a usable family",
             Self::NetworkUnreachable => "network unreachable",
             Self::TimedOut => "timed out",
-            Self::NotFound => "name not found",
+            Self::NameNotFound => "name not found",
             Self::HostUnreachable => "host unreachable",
             Self::Denied => "denied by the packet filter here",
             Self::Refused => "connection refused",
@@ -95,11 +95,11 @@ impl fmt::Display for Failure {
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for DialError {}
 
 /// Where connections come from, when that is not left to the system; and so what they can lead to.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Source {
+pub struct LocalAddr {
     /// The address.
     pub ip: Option<IpAddr>,
     /// The port; 0 for any.
@@ -108,17 +108,17 @@ pub struct Source {
     pub is_ipv4: Option<bool>,
 }
 
-impl Source {
+impl LocalAddr {
     /// Whether `to` can be reached from there.
-    pub fn reaches(&self, to: IpAddr) -> bool {
+    pub fn can_reach(&self, to: IpAddr) -> bool {
         let family = self.ip.map(|ip| ip.is_ipv4()).into_iter().chain(self.is_ipv4);
         family.into_iter().all(|is_ipv4| is_ipv4 == to.is_ipv4())
     }
 
     /// What a socket that is to lead to `to` is bound to; nothing, where the system may choose.
-    pub fn towards(&self, to: SocketAddr) -> Option<SocketAddr> {
-        let is_free = self.ip.is_none() && self.port == 0;
-        (!is_free).then(|| SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port))
+    pub fn bind_addr(&self, to: SocketAddr) -> Option<SocketAddr> {
+        let is_any = self.ip.is_none() && self.port == 0;
+        (!is_any).then(|| SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port))
     }
 }
 
@@ -138,33 +138,33 @@ impl Resolver {
     /// All addresses of `addr`, canonical and without repeats; a literal, also one in brackets, is asked of nobody.
     ///
     /// # Errors
-    /// [`Failure::NotFound`] or [`Failure::Resolver`]. The caller sets the deadline.
-    pub async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, Failure> {
+    /// [`DialError::NameNotFound`] or [`DialError::Resolver`]. The caller sets the deadline.
+    pub async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
         let name = match &addr.host {
             Host::Ip(ip) => return Ok(vec![canonical(*ip, addr.port)]),
             Host::Name(name) => name,
         };
-        if let Some(ip) = literal(name) {
+        if let Some(ip) = parse_literal(name) {
             return Ok(vec![canonical(ip, addr.port)]);
         }
         let name = name.as_str();
         if !is_host_name(name) {
-            return Err(Failure::NotFound);
+            return Err(DialError::NameNotFound);
         }
         let (name, port) = (name.to_owned(), addr.port);
         let permit = self.permits.acquire_arc().await;
         smol::unblock(move || {
             let _permit = permit;
             let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-            let found = getaddrinfo(Some(&name), None, Some(hints)).map_err(|e| Failure::of_lookup(e.kind()))?;
+            let found = getaddrinfo(Some(&name), None, Some(hints)).map_err(|e| DialError::from_lookup(e.kind()))?;
             let mut addrs: Vec<SocketAddr> = Vec::new();
-            for info in found.flatten().take(MAX_ADDRESSES) {
+            for info in found.flatten().take(MAX_ADDRS_PER_NAME) {
                 let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);
                 if !addrs.contains(&addr) {
                     addrs.push(addr);
                 }
             }
-            if addrs.is_empty() { Err(Failure::NotFound) } else { Ok(addrs) }
+            if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
         })
         .await
     }
@@ -172,14 +172,14 @@ impl Resolver {
 
 /// The address that some clients send as a name: as it is, in brackets, or in one of the forms that inet_aton(3) takes,
 /// and getaddrinfo(3) with it: `127.1`, `0x7f.0.0.1`, `2130706433`.
-pub fn literal(name: &HostName) -> Option<IpAddr> {
+pub fn parse_literal(name: &HostName) -> Option<IpAddr> {
     let text = name.as_str();
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-    bare.parse().ok().or_else(|| number(text).map(IpAddr::V4))
+    bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4))
 }
 
 /// One to four numbers with dots, decimal, octal (`0…`) or hexadecimal (`0x…`); the last one fills what is left.
-fn number(text: &str) -> Option<Ipv4Addr> {
+fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
     let part = |part: &str| {
         let (digits, radix) = match part.strip_prefix("0x").or_else(|| part.strip_prefix("0X")) {
             Some(digits) => (digits, 16),
@@ -193,11 +193,11 @@ fn number(text: &str) -> Option<Ipv4Addr> {
     let parts: Vec<u32> = text.split('.').map(part).collect::<Option<_>>()?;
     let (last, before) = parts.split_last().filter(|(_, before)| before.len() <= 3)?;
     let mut address = u64::from(*last);
-    for (place, part) in (0..).zip(before) {
+    for (index, part) in (0..).zip(before) {
         if *part > 255 {
             return None;
         }
-        address |= u64::from(*part) << (24 - 8 * place);
+        address |= u64::from(*part) << (24 - 8 * index);
     }
     let fits = u64::from(*last) < 1 << (32 - 8 * before.len());
     u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
@@ -230,8 +230,8 @@ fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
 /// Letters (of any script), digits, hyphens and underscores in labels of 1 to 63 octets; one dot may end it.
 fn is_host_name(name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name);
-    let is_letter = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
-    name.len() <= 253 && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.chars().all(is_letter))
+    let is_allowed = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    name.len() <= 253 && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.chars().all(is_allowed))
 }
 
 /// Connects to the first of `addrs` that accepts. Families alternate; the next address starts 250 ms after the one
@@ -239,14 +239,14 @@ fn is_host_name(name: &str) -> bool {
 ///
 /// # Errors
 /// The most telling failure of all addresses; those that had not answered at `deadline` count as timed out.
-pub async fn dial(addrs: Vec<SocketAddr>, source: Source, deadline: Instant) -> Result<Io<TcpStream>, Failure> {
-    let mut queue = interleave(addrs.into_iter().filter(|addr| source.reaches(addr.ip())).collect());
+pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<TcpStream>, DialError> {
+    let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
-    let mut worst = None;
+    let mut reported = None;
     loop {
         match queue.pop_front() {
-            Some(addr) => attempts.push(Box::pin(attempt(addr, source))),
-            None if attempts.is_empty() => return Err(worst.unwrap_or(Failure::NoFamily)),
+            Some(addr) => attempts.push(Box::pin(attempt(addr, local))),
+            None if attempts.is_empty() => return Err(reported.unwrap_or(DialError::FamilyUnavailable)),
             None => {}
         }
         let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
@@ -257,28 +257,28 @@ pub async fn dial(addrs: Vec<SocketAddr>, source: Source, deadline: Instant) -> 
         };
         match first.or(timeout).await {
             Some(Ok(stream)) => return Ok(stream),
-            Some(Err(failure)) => worst = worst.max(Some(failure)),
+            Some(Err(error)) => reported = reported.max(Some(error)),
             None if Instant::now() >= deadline => {
-                return Err(worst.max(Some(Failure::TimedOut)).unwrap_or(Failure::TimedOut));
+                return Err(reported.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
             }
             None => {}
         }
     }
 }
 
-type Attempt = Pin<Box<dyn Future<Output = Result<Io<TcpStream>, Failure>>>>;
+type Attempt = Pin<Box<dyn Future<Output = Result<Io<TcpStream>, DialError>>>>;
 
-async fn attempt(addr: SocketAddr, source: Source) -> Result<Io<TcpStream>, Failure> {
-    let stream = Io::connect(addr, source.towards(addr)).await.map_err(|error| match error {
-        ConnectError::LocalAddr(_) => Failure::Source,
-        ConnectError::Io(error) => Failure::of(&error, addr),
+async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<TcpStream>, DialError> {
+    let stream = Io::connect(addr, local.bind_addr(addr)).await.map_err(|error| match error {
+        ConnectError::LocalAddr(_) => DialError::LocalAddr,
+        ConnectError::Io(error) => DialError::from_connect(&error, addr),
     })?;
-    tune(&stream);
+    set_tcp_options(&stream);
     Ok(stream)
 }
 
 /// Waits for one of the attempts and removes it.
-async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, Failure> {
+async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
             let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));
@@ -311,7 +311,7 @@ fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
 /// Sets what a connection should have, and works without: TCP_NODELAY, since small messages must not wait for each
 /// other; keepalive, so that a peer that is gone without a word is found (after 60 s of silence, 6 probes 15 s apart);
 /// urgent octets in line, so that none is lost. Connections inherit all of it from their listener.
-pub fn tune(socket: &impl AsFd) {
+pub fn set_tcp_options(socket: &impl AsFd) {
     let socket = socket2::SockRef::from(socket);
     let keepalive = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
@@ -342,18 +342,18 @@ mod tests {
         let v4 = "127.0.0.1:1".parse().expect("an address");
         let v6 = "[::1]:1".parse().expect("an address");
         let table = [
-            (libc_errno::ECONNREFUSED, v4, Failure::Refused),
-            (libc_errno::ENETUNREACH, v4, Failure::NetworkUnreachable),
-            (libc_errno::EHOSTUNREACH, v4, Failure::HostUnreachable),
-            (libc_errno::ETIMEDOUT, v4, Failure::TimedOut),
-            (libc_errno::EAFNOSUPPORT, v6, Failure::NoFamily),
-            (libc_errno::EADDRNOTAVAIL, v6, Failure::NoFamily),
-            (libc_errno::EADDRNOTAVAIL, v4, Failure::Local),
-            (libc_errno::EMFILE, v4, Failure::Local),
-            (libc_errno::EPERM, v4, Failure::Denied),
+            (libc_errno::ECONNREFUSED, v4, DialError::Refused),
+            (libc_errno::ENETUNREACH, v4, DialError::NetworkUnreachable),
+            (libc_errno::EHOSTUNREACH, v4, DialError::HostUnreachable),
+            (libc_errno::ETIMEDOUT, v4, DialError::TimedOut),
+            (libc_errno::EAFNOSUPPORT, v6, DialError::FamilyUnavailable),
+            (libc_errno::EADDRNOTAVAIL, v6, DialError::FamilyUnavailable),
+            (libc_errno::EADDRNOTAVAIL, v4, DialError::LocalResources),
+            (libc_errno::EMFILE, v4, DialError::LocalResources),
+            (libc_errno::EPERM, v4, DialError::Denied),
         ];
-        for (errno, addr, failure) in table {
-            assert_eq!(Failure::of(&io::Error::from_raw_os_error(errno), addr), failure, "errno {errno}");
+        for (errno, addr, error) in table {
+            assert_eq!(DialError::from_connect(&io::Error::from_raw_os_error(errno), addr), error, "errno {errno}");
         }
     }
 
@@ -371,11 +371,11 @@ mod tests {
 
     #[test]
     fn of_several_failures_the_one_that_a_host_gave_wins() {
-        assert!(Failure::Refused > Failure::HostUnreachable);
-        assert!(Failure::HostUnreachable > Failure::TimedOut);
-        assert!(Failure::TimedOut > Failure::NetworkUnreachable);
-        assert!(Failure::NetworkUnreachable > Failure::NoFamily);
-        assert!(Failure::NoFamily > Failure::Local);
+        assert!(DialError::Refused > DialError::HostUnreachable);
+        assert!(DialError::HostUnreachable > DialError::TimedOut);
+        assert!(DialError::TimedOut > DialError::NetworkUnreachable);
+        assert!(DialError::NetworkUnreachable > DialError::FamilyUnavailable);
+        assert!(DialError::FamilyUnavailable > DialError::LocalResources);
     }
 
     #[test]
@@ -402,7 +402,7 @@ mod tests {
         ];
         for (text, ip) in table {
             let name = HostName::new(text.as_bytes()).expect("a name");
-            assert_eq!(literal(&name).map(|ip| ip.to_string()).as_deref(), ip, "{text}");
+            assert_eq!(parse_literal(&name).map(|ip| ip.to_string()).as_deref(), ip, "{text}");
         }
     }
 

@@ -36,7 +36,7 @@ use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
 use crate::client::{Auth, Endpoint, Proxy};
-use crate::dial::{Resolver, canonical, literal, unspecified};
+use crate::dial::{Resolver, canonical, parse_literal, unspecified};
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::proto::{Addr, Host};
@@ -259,8 +259,8 @@ fn roundabout(policy: &Policy, options: &Options) -> Option<String> {
         }
         Some(Endpoint::Tcp(Addr { host: Host::Name(name), port })) => {
             let near = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-            let ips = literal(name).map_or(near.to_vec(), |ip| vec![ip]);
-            let is_near = literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
+            let ips = parse_literal(name).map_or(near.to_vec(), |ip| vec![ip]);
+            let is_near = parse_literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
             is_near && ips.iter().any(|ip| policy.is_own_listener(canonical(*ip, *port), is_local))
         }
         Some(Endpoint::Unix(_)) | None => false,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
-use crate::dial::Failure;
+use crate::dial::DialError;
 use crate::gssapi;
 use crate::proto::Rep;
 
@@ -62,7 +62,7 @@ impl Times {
 #[derive(Debug)]
 pub enum Cause {
     /// The name could not be resolved, or the address not be reached: of the first proxy or, without one, of the target.
-    Unreachable(Failure),
+    Unreachable(DialError),
     /// The proxy's Unix socket could not be reached.
     Socket(io::Error),
     /// The peer does not speak SOCKS5, or not correctly.
@@ -110,7 +110,7 @@ impl fmt::Display for Error {
         }
         f.write_str(": ")?;
         match cause {
-            Cause::Unreachable(Failure::Refused) => write!(f, "connection refused{hint}"),
+            Cause::Unreachable(DialError::Refused) => write!(f, "connection refused{hint}"),
             Cause::Unreachable(failure) => failure.fmt(f),
             Cause::Socket(error) => write!(f, "{error}{hint}"),
             Cause::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::{Cause, Client, Error, Phase};
 use crate::conn::{Conn, Protection};
-use crate::dial::{Failure, unspecified};
+use crate::dial::{DialError, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, split};
@@ -98,19 +98,20 @@ impl Client {
             }
             let peer = layers.first().map_or(&self.dst, |first| &first.relay).clone();
             self.step(if layers.is_empty() { Phase::Target } else { Phase::Request });
-            let relay = self.lookup(&peer).await?.into_iter().next().ok_or(Cause::Unreachable(Failure::NotFound))?;
+            let relay =
+                self.lookup(&peer).await?.into_iter().next().ok_or(Cause::Unreachable(DialError::NameNotFound))?;
             let socket = self.datagram_socket(relay).map_err(Cause::Unreachable)?;
             Ok(Association { layers, socket, peer, strange: Cell::default() })
         })
         .await
     }
 
-    fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, Failure> {
-        let from = self.source.towards(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
-        let socket = UdpSocket::bind(from).map_err(|_| Failure::Source)?;
+    fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
+        let from = self.source.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
+        let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
         // From here on the kernel lets in what the relay sends, and nothing else.
         let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));
-        connected.and_then(|()| Io::new(socket)).map_err(|error| Failure::of(&error, relay))
+        connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, relay))
     }
 }
 

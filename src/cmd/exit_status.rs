@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::client::{self as socks, Cause, Phase};
-use crate::dial::Failure as DialFailure;
+use crate::dial::DialError;
 use crate::proto::Rep;
 
 /// An exit status. Scripts rely on the numbers: curl's where curl has one.
@@ -116,8 +116,8 @@ impl fmt::Display for CliError {
 impl From<socks::Error> for CliError {
     fn from(error: socks::Error) -> Self {
         let status = match (&error.cause, error.phase) {
-            (Cause::Unreachable(DialFailure::TimedOut) | Cause::TimedOut(_), _) => ExitStatus::TIMED_OUT,
-            (Cause::Unreachable(DialFailure::Source), _) => ExitStatus::LOCAL_ADDR,
+            (Cause::Unreachable(DialError::TimedOut) | Cause::TimedOut(_), _) => ExitStatus::TIMED_OUT,
+            (Cause::Unreachable(DialError::LocalAddr), _) => ExitStatus::LOCAL_ADDR,
             (Cause::Unreachable(_), Phase::Target) => ExitStatus::RESOLVE_TARGET,
             (Cause::Unreachable(_), Phase::Resolve) => ExitStatus::RESOLVE_PROXY,
             (Cause::Unreachable(_) | Cause::Socket(_) | Cause::NextHop(_), _) => ExitStatus::UNREACHABLE,
@@ -126,7 +126,7 @@ impl From<socks::Error> for CliError {
             (Cause::Rep(rep), _) => ExitStatus::from_rep(*rep),
         };
         let is_final = match &error.cause {
-            Cause::Unreachable(failure) => *failure == DialFailure::Source,
+            Cause::Unreachable(failure) => *failure == DialError::LocalAddr,
             Cause::Protocol(_) | Cause::NoMethod | Cause::LoginRefused | Cause::Gssapi(_) => true,
             Cause::Rep(rep) => [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED].contains(rep),
             Cause::Socket(_) | Cause::Closed(_) | Cause::NextHop(_) | Cause::TimedOut(_) => false,

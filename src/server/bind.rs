@@ -12,7 +12,7 @@ use super::policy_handle::denial;
 use super::session::{Refusal, Session};
 use super::{Hop, Server, address_for, bind_within};
 use crate::conn::{Conn, until};
-use crate::dial::{literal, tune, unspecified};
+use crate::dial::{parse_literal, set_tcp_options, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
 use crate::reactor::{self, Interest, Io, sleep};
@@ -137,7 +137,7 @@ impl Expected {
         let port = dst.port;
         let mut ips = match &dst.host {
             Host::Ip(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
-            Host::Name(name) => match literal(name) {
+            Host::Name(name) => match parse_literal(name) {
                 Some(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
                 None => {
                     let deadline = Instant::now() + session.server.options.connect_timeout;
@@ -203,7 +203,7 @@ fn listen_at(local: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
     socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
     socket.bind(&local.into())?;
-    tune(&socket);
+    set_tcp_options(&socket);
     // Strangers wait here too, until they are turned away.
     socket.listen(16)?;
     Ok(socket.into())

@@ -11,7 +11,7 @@ use super::session::{Refusal, Session};
 use super::{Hop, Server};
 use crate::client::Client;
 use crate::conn::{Conn, until};
-use crate::dial::{Failure, Source, dial};
+use crate::dial::{DialError, LocalAddr, dial};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Rep};
@@ -36,8 +36,9 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
     let reached = async {
         match targets {
             Targets::Here(addrs) => {
-                let target =
-                    dial(addrs, Source::default(), deadline).await.map_err(|failure| Refusal::failure(failure, dst))?;
+                let target = dial(addrs, LocalAddr::default(), deadline)
+                    .await
+                    .map_err(|failure| Refusal::failure(failure, dst))?;
                 let bnd = target.get_ref().local_addr().map_err(|error| Refusal::reply(Rep::GENERAL_FAILURE, error))?;
                 Ok((Conn::Tcp(target), bnd.into()))
             }
@@ -80,7 +81,7 @@ impl Server {
 
     /// All addresses of `dst`.
     pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> Result<Vec<SocketAddr>, Refusal> {
-        let found = until(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(Failure::Resolver));
+        let found = until(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
         found.map_err(|failure| Refusal::failure(failure, dst))
     }
 }

@@ -12,7 +12,7 @@ use std::str::FromStr;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::conn::Loose;
-use crate::dial::tune;
+use crate::dial::set_tcp_options;
 use crate::reactor::accept;
 
 /// How many connections may wait to be accepted; the system may make it fewer (net.core.somaxconn).
@@ -118,7 +118,7 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     }
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
-    tune(&socket);
+    set_tcp_options(&socket);
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }

@@ -17,7 +17,7 @@ use super::tunnel::Tunnel;
 use super::{Server, associate, bind, connect};
 use crate::client;
 use crate::conn::{Conn, Protection, ReadError, until};
-use crate::dial::Failure;
+use crate::dial::DialError;
 use crate::gssapi::{self, Acceptor};
 use crate::proto::{
     Addr, Command, Credentials, Frame, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol,
@@ -41,7 +41,7 @@ impl Refusal {
     }
 
     /// The reply to a request for `dst` that failed.
-    pub(super) fn failure(failure: Failure, dst: &Addr) -> Self {
+    pub(super) fn failure(failure: DialError, dst: &Addr) -> Self {
         Self::reply(rep(failure, matches!(dst.host, Host::Name(_))), failure)
     }
 
@@ -65,17 +65,17 @@ impl Refusal {
 }
 
 /// The one table from failures to REP.
-fn rep(failure: Failure, dst_is_name: bool) -> Rep {
+fn rep(failure: DialError, dst_is_name: bool) -> Rep {
     match failure {
-        Failure::Local | Failure::Source | Failure::Resolver => Rep::GENERAL_FAILURE,
-        Failure::Denied => Rep::NOT_ALLOWED,
-        Failure::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
-        Failure::HostUnreachable | Failure::NotFound => Rep::HOST_UNREACHABLE,
-        Failure::Refused => Rep::CONNECTION_REFUSED,
-        Failure::TimedOut => Rep::TTL_EXPIRED,
+        DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
+        DialError::Denied => Rep::NOT_ALLOWED,
+        DialError::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
+        DialError::HostUnreachable | DialError::NameNotFound => Rep::HOST_UNREACHABLE,
+        DialError::Refused => Rep::CONNECTION_REFUSED,
+        DialError::TimedOut => Rep::TTL_EXPIRED,
         // The client chose the family of an address, but not that of a name.
-        Failure::NoFamily if dst_is_name => Rep::HOST_UNREACHABLE,
-        Failure::NoFamily => Rep::ATYP_NOT_SUPPORTED,
+        DialError::FamilyUnavailable if dst_is_name => Rep::HOST_UNREACHABLE,
+        DialError::FamilyUnavailable => Rep::ATYP_NOT_SUPPORTED,
     }
 }
 
@@ -331,15 +331,15 @@ mod tests {
     #[test]
     fn each_failure_has_its_rep() {
         let table = [
-            (Failure::Refused, 5, 5),
-            (Failure::NetworkUnreachable, 3, 3),
-            (Failure::HostUnreachable, 4, 4),
-            (Failure::TimedOut, 6, 6),
-            (Failure::NotFound, 4, 4),
-            (Failure::Resolver, 1, 1),
-            (Failure::NoFamily, 8, 4),
-            (Failure::Denied, 2, 2),
-            (Failure::Local, 1, 1),
+            (DialError::Refused, 5, 5),
+            (DialError::NetworkUnreachable, 3, 3),
+            (DialError::HostUnreachable, 4, 4),
+            (DialError::TimedOut, 6, 6),
+            (DialError::NameNotFound, 4, 4),
+            (DialError::Resolver, 1, 1),
+            (DialError::FamilyUnavailable, 8, 4),
+            (DialError::Denied, 2, 2),
+            (DialError::LocalResources, 1, 1),
         ];
         for (failure, by_address, by_name) in table {
             assert_eq!(rep(failure, false).0, by_address, "{failure:?}");

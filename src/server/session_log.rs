@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Hop;
-use crate::dial::{canonical, literal};
+use crate::dial::{canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
 use crate::relay::ByteCounts;
@@ -108,7 +108,7 @@ pub(super) fn request_from(client: Option<SocketAddr>) -> AccessRequest<'static>
 pub(super) fn with_target<'a>(request: AccessRequest<'a>, dst: &'a Addr) -> AccessRequest<'a> {
     let (name, ip) = match &dst.host {
         Host::Ip(ip) => (None, Some(*ip)),
-        Host::Name(name) => literal(name).map_or((Some(name), None), |ip| (None, Some(ip))),
+        Host::Name(name) => parse_literal(name).map_or((Some(name), None), |ip| (None, Some(ip))),
     };
     AccessRequest {
         target_name: name,

@@ -11,7 +11,7 @@ use crate::client::{Auth, Cause, Client, Error, Proxy};
 use crate::cmd::CliError;
 use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::conn::Conn;
-use crate::dial::{Resolver, Source};
+use crate::dial::{LocalAddr, Resolver};
 use crate::gssapi::Initiator;
 use crate::proto::{Addr, Command, Method};
 use crate::reactor::{self, sleep};
@@ -30,7 +30,7 @@ pub(in crate::cmd) struct Connector {
     hops: Vec<Proxy>,
     dst: Addr,
     auth: Arc<Auth>,
-    source: Source,
+    source: LocalAddr,
     resolves_target: bool,
     resolver: Resolver,
     /// For one try.
@@ -223,15 +223,15 @@ impl Verbosity {
     }
 }
 
-fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<Source, CliError> {
+fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> {
     let is_ipv4 = match (args.ipv4, args.ipv6) {
         (true, true) => return Err(CliError::usage("-4 and -6: one or the other")),
         (true, false) => Some(true),
         (false, true) => Some(false),
         (false, false) => None,
     };
-    let source = Source { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
-    if source.ip.is_some_and(|ip| !source.reaches(ip)) {
+    let source = LocalAddr { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
+    if source.ip.is_some_and(|ip| !source.can_reach(ip)) {
         return Err(CliError::usage("-s is of the other family than -4 or -6 wants"));
     }
     let is_unix = hops.first().is_some_and(Proxy::is_unix);

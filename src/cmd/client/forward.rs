@@ -16,7 +16,7 @@ use crate::client::parse_addr;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
 use crate::conn::Conn;
-use crate::dial::tune;
+use crate::dial::set_tcp_options;
 use crate::proto::{Addr, Command, Host};
 use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, relay};
@@ -102,7 +102,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
         let accepted = listener.with(Interest::Read, reactor::accept).await;
         match accepted.and_then(|(socket, _)| Io::new(TcpStream::from(socket))) {
             Ok(local) => {
-                tune(&local);
+                set_tcp_options(&local);
                 return Ok(Conn::Tcp(local));
             }
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}

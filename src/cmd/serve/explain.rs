@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::client::parse_addr;
 use crate::cmd::{CliError, ExitStatus};
 use crate::conn::until;
-use crate::dial::{Resolver, canonical, literal};
+use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::policy::rules::{self, AccessRequest, Decision, Identity, Route, Rule};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel};
@@ -128,7 +128,7 @@ impl Asked {
         }
         Some(match host {
             Host::Ip(ip) => Ok(*ip),
-            Host::Name(name) => literal(name).ok_or(name),
+            Host::Name(name) => parse_literal(name).ok_or(name),
         })
     }
 }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use crate::conn::until;
-use crate::dial::{Failure, Resolver};
+use crate::dial::{DialError, Resolver};
 use crate::proto::{Addr, Host, HostName};
 
 /// How many names an association remembers the addresses of; then it begins anew.
@@ -30,7 +30,7 @@ pub(super) struct Names {
     lookups: Vec<(HostName, Lookup)>,
 }
 
-type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, Failure>>>>;
+type Lookup = Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, DialError>>>>;
 
 enum Resolution {
     Pending(Vec<Waiting>),
@@ -60,7 +60,7 @@ impl Names {
                 }
                 let (resolver, dst) = (resolver.clone(), Addr { host: Host::Name(name.clone()), port });
                 let lookup =
-                    async move { until(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(Failure::Resolver)) };
+                    async move { until(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(DialError::Resolver)) };
                 self.lookups.push((name.clone(), Box::pin(lookup)));
                 self.names.insert(name.clone(), Resolution::Pending(vec![(port, data.to_vec())]));
             }
