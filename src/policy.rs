@@ -62,31 +62,31 @@ impl Policy {
 
     /// Whether a session may be what it is, as far as is known; and because of which rule. `is_local` says whether an
     /// address is one of this machine's, and is asked only where it matters.
-    pub fn evaluate(&self, question: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
-        self.rules.evaluate(question, &|to| self.is_own_listener(to, &is_local))
+    pub fn evaluate(&self, request: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
+        self.rules.evaluate(request, &|addr| self.is_own_listener(addr, &is_local))
     }
 
     /// Whether whoever got in so would get in again.
-    pub fn accepts_identity(&self, login: &Identity<'_>) -> bool {
-        let is_user = |users: &Arc<Users>| login.user.is_some_and(|user| users.contains(user));
-        let is_known = login.method != Method::PASSWORD || self.users.as_ref().is_some_and(is_user);
-        self.select_method(&[login.method]).is_some() && is_known
+    pub fn accepts_identity(&self, identity: &Identity<'_>) -> bool {
+        let is_user = |users: &Arc<Users>| identity.user.is_some_and(|user| users.contains(user));
+        let is_user_valid = identity.method != Method::PASSWORD || self.users.as_ref().is_some_and(is_user);
+        self.select_method(&[identity.method]).is_some() && is_user_valid
     }
 
     /// Whether somebody whom no rule names gets in without a login.
     pub fn is_open_relay(&self) -> bool {
-        let login = Identity { method: Method::NONE, user: None, level: ProtectionLevel::None };
-        let anybody = AccessRequest { identity: Some(login), ..AccessRequest::default() };
+        let identity = Identity { method: Method::NONE, user: None, level: ProtectionLevel::None };
+        let anonymous = AccessRequest { identity: Some(identity), ..AccessRequest::default() };
         self.select_method(&[Method::NONE]).is_some()
-            && !matches!(self.evaluate(&anybody, |_| false), Decision::Deny(_))
+            && !matches!(self.evaluate(&anonymous, |_| false), Decision::Deny(_))
     }
 
     /// Whether a connection to `to` would come back to this server.
-    pub fn is_own_listener(&self, to: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
-        self.listen_addrs.iter().filter(|own| own.port() == to.port()).any(|own| {
-            let is_own =
-                own.is_ipv4() == to.is_ipv4() && (own.ip() == to.ip() || own.ip().is_unspecified() && is_local(to));
-            is_own || self.advertised_ips.contains(&to.ip())
+    pub fn is_own_listener(&self, addr: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
+        self.listen_addrs.iter().filter(|own| own.port() == addr.port()).any(|own| {
+            let is_own = own.is_ipv4() == addr.is_ipv4()
+                && (own.ip() == addr.ip() || own.ip().is_unspecified() && is_local(addr));
+            is_own || self.advertised_ips.contains(&addr.ip())
         })
     }
 }

@@ -16,7 +16,7 @@ pub use parse::{normalize_name, parse_command, parse_level, parse_method, parse_
 
 /// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
 /// link (and the metadata service of a cloud), nobody in particular, and many at once.
-const PROTECTED: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
+const PROTECTED_TARGETS: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
                          ::,::1,fd00:ec2::254,fe80::/10,ff00::/8";
 
 /// What is known of a session so far.
@@ -129,8 +129,8 @@ enum Match {
 }
 
 impl From<bool> for Match {
-    fn from(holds: bool) -> Self {
-        if holds { Self::Yes } else { Self::No }
+    fn from(matches: bool) -> Self {
+        if matches { Self::Yes } else { Self::No }
     }
 }
 
@@ -156,23 +156,23 @@ impl Rules {
     /// These, and the built-in ones behind them. As soon as an `allow` names `from`, what nothing allows is denied.
     pub fn new(mut rules: Vec<Rule>, default_route: Route) -> Self {
         let user_rule_count = rules.len();
-        let is_list = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
+        let has_client_allowlist = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
         // It means what it would mean behind the denials, and does not wait for them to be decided.
-        if !is_list {
+        if !has_client_allowlist {
             rules.push(Rule { to: TargetCondition::Unprotected, ..Rule::built_in(true, "allow") });
         }
         rules.push(Rule {
             to: TargetCondition::OwnListeners,
             ..Rule::built_in(false, "deny to=(where s5 itself listens)")
         });
-        let text = format!("deny from=remote to={PROTECTED}");
-        let places = PROTECTED.split(',').filter_map(|place| parse::parse_target(place).ok()).collect();
+        let text = format!("deny from=remote to={PROTECTED_TARGETS}");
+        let patterns = PROTECTED_TARGETS.split(',').filter_map(|target| parse::parse_target(target).ok()).collect();
         rules.push(Rule {
             from: vec![ClientPattern::Remote],
-            to: TargetCondition::Patterns(places),
+            to: TargetCondition::Patterns(patterns),
             ..Rule::built_in(false, &text)
         });
-        let origin = if is_list { "built in, since an allow names from=" } else { "built in" };
+        let origin = if has_client_allowlist { "built in, since an allow names from=" } else { "built in" };
         let default_rule = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
         Self { rules, user_rule_count, default_rule, default_route }
     }
@@ -189,23 +189,23 @@ impl Rules {
 
     /// All rules, the built-in ones too, in an order in which they can be read: what is denied before what is not.
     pub fn in_display_order(&self) -> impl Iterator<Item = &Rule> {
-        let (written, built_in) = self.rules.split_at_checked(self.user_rule_count).unwrap_or_default();
-        let of = |allow: bool| built_in.iter().filter(move |rule| rule.allow == allow);
-        written.iter().chain(of(false)).chain(of(true)).chain([&self.default_rule])
+        let (user_rules, built_in) = self.rules.split_at_checked(self.user_rule_count).unwrap_or_default();
+        let built_in_with = |allow: bool| built_in.iter().filter(move |rule| rule.allow == allow);
+        user_rules.iter().chain(built_in_with(false)).chain(built_in_with(true)).chain([&self.default_rule])
     }
 
     /// The first rule that decides. `is_own_listener` says whether an address leads to this server's own listeners.
-    pub fn evaluate(&self, question: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
-        let mut doubt = None;
+    pub fn evaluate(&self, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
+        let mut first_maybe = None;
         for rule in &self.rules {
-            match (self.matches(rule, question, is_own_listener), rule.allow) {
+            match (self.matches(rule, request, is_own_listener), rule.allow) {
                 (Match::No, _) => {}
-                (Match::Maybe, true) => return Decision::Undecided(doubt.unwrap_or(rule)),
-                (Match::Maybe, false) => doubt = doubt.or(Some(rule)),
+                (Match::Maybe, true) => return Decision::Undecided(first_maybe.unwrap_or(rule)),
+                (Match::Maybe, false) => first_maybe = first_maybe.or(Some(rule)),
                 // Whatever else may match before it denies too.
                 (Match::Yes, false) => return Decision::Deny(rule),
                 (Match::Yes, true) => {
-                    return doubt.map_or(Decision::Allow(rule, self.route(rule)), Decision::Undecided);
+                    return first_maybe.map_or(Decision::Allow(rule, self.route(rule)), Decision::Undecided);
                 }
             }
         }
@@ -213,11 +213,11 @@ impl Rules {
     }
 
     /// The ways that an answer of "yes" may still name, each once.
-    pub fn possible_routes(&self, question: &AccessRequest<'_>) -> Vec<Route> {
+    pub fn possible_routes(&self, request: &AccessRequest<'_>) -> Vec<Route> {
         let mut routes = Vec::new();
         for rule in self.rules.iter().filter(|rule| rule.allow) {
             let route = self.route(rule);
-            if self.matches(rule, question, &|_| false) > Match::No && !routes.contains(&route) {
+            if self.matches(rule, request, &|_| false) > Match::No && !routes.contains(&route) {
                 routes.push(route);
             }
         }
@@ -228,20 +228,15 @@ impl Rules {
         rule.via.unwrap_or(self.default_route)
     }
 
-    fn matches(
-        &self,
-        rule: &Rule,
-        question: &AccessRequest<'_>,
-        is_own_listener: &dyn Fn(SocketAddr) -> bool,
-    ) -> Match {
-        let client = rule.matches_client(question);
+    fn matches(&self, rule: &Rule, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Match {
+        let client = rule.match_all_but_to(request);
         if client == Match::No {
             return Match::No;
         }
         let to = match &rule.to {
             TargetCondition::Any => Match::Yes,
-            TargetCondition::Patterns(places) => any(places, |place| place.matches(rule.allow, question)),
-            TargetCondition::OwnListeners => match (question.target_ip, question.target_port) {
+            TargetCondition::Patterns(patterns) => match_any(patterns, |pattern| pattern.matches(rule.allow, request)),
+            TargetCondition::OwnListeners => match (request.target_ip, request.target_port) {
                 (Some(ip), Some(port)) => {
                     embedded_addrs(ip).any(|ip| is_own_listener(SocketAddr::new(ip, port))).into()
                 }
@@ -249,10 +244,12 @@ impl Rules {
             },
             TargetCondition::Unprotected => {
                 let built_in = self.rules.iter().skip(self.user_rule_count).filter(|rule| !rule.allow);
-                match built_in.map(|rule| self.matches(rule, question, is_own_listener)).max() {
+                match built_in.map(|rule| self.matches(rule, request, is_own_listener)).max() {
                     Some(Match::Yes) => Match::No,
                     // What a name means is the hop's to know, and its rules' to judge.
-                    Some(Match::Maybe) if is_name_only(question) && self.route(rule) != Route::Direct => Match::Yes,
+                    Some(Match::Maybe) if is_unresolved_name(request) && self.route(rule) != Route::Direct => {
+                        Match::Yes
+                    }
                     Some(Match::Maybe) => Match::Maybe,
                     Some(Match::No) | None => Match::Yes,
                 }
@@ -262,13 +259,13 @@ impl Rules {
     }
 }
 
-fn is_name_only(question: &AccessRequest<'_>) -> bool {
-    question.target_name.is_some() && question.target_ip.is_none()
+fn is_unresolved_name(request: &AccessRequest<'_>) -> bool {
+    request.target_name.is_some() && request.target_ip.is_none()
 }
 
 /// Whether one of a list holds; an empty list is no condition.
-fn any<T>(list: &[T], holds: impl Fn(&T) -> Match) -> Match {
-    if list.is_empty() { Match::Yes } else { list.iter().map(holds).max().unwrap_or(Match::No) }
+fn match_any<T>(list: &[T], match_one: impl Fn(&T) -> Match) -> Match {
+    if list.is_empty() { Match::Yes } else { list.iter().map(match_one).max().unwrap_or(Match::No) }
 }
 
 impl Rule {
@@ -304,20 +301,24 @@ impl Rule {
     }
 
     /// All that a rule says, but for `to`.
-    fn matches_client(&self, question: &AccessRequest<'_>) -> Match {
-        let user = |user: &UserPattern| match question.identity {
+    fn match_all_but_to(&self, request: &AccessRequest<'_>) -> Match {
+        let user = |user: &UserPattern| match request.identity {
             None => Match::Maybe,
-            Some(login) => login.user.is_some_and(|name| user.is(name)).into(),
+            Some(identity) => identity.user.is_some_and(|name| user.matches(name)).into(),
         };
-        let method = |method: &Method| question.identity.map_or(Match::Maybe, |login| (login.method == *method).into());
-        let level =
-            |level: &ProtectionLevel| question.identity.map_or(Match::Maybe, |login| (login.level == *level).into());
-        let command = |command: &Command| question.command.map_or(Match::Maybe, |asked| (asked == *command).into());
+        let method =
+            |method: &Method| request.identity.map_or(Match::Maybe, |identity| (identity.method == *method).into());
+        let level = |level: &ProtectionLevel| {
+            request.identity.map_or(Match::Maybe, |identity| (identity.level == *level).into())
+        };
+        let command =
+            |command: &Command| request.command.map_or(Match::Maybe, |requested| (requested == *command).into());
         let port =
-            |ports: &RangeInclusive<u16>| question.target_port.map_or(Match::Maybe, |p| ports.contains(&p).into());
-        let from = any(&self.from, |source| source.includes(question.client_ip).into());
-        let login = any(&self.users, user).min(any(&self.methods, method)).min(any(&self.levels, level));
-        from.min(login).min(any(&self.commands, command)).min(any(&self.ports, port))
+            |ports: &RangeInclusive<u16>| request.target_port.map_or(Match::Maybe, |p| ports.contains(&p).into());
+        let from = match_any(&self.from, |pattern| pattern.matches(request.client_ip).into());
+        let identity =
+            match_any(&self.users, user).min(match_any(&self.methods, method)).min(match_any(&self.levels, level));
+        from.min(identity).min(match_any(&self.commands, command)).min(match_any(&self.ports, port))
     }
 }
 
@@ -328,17 +329,17 @@ impl fmt::Display for Rule {
 }
 
 impl ClientPattern {
-    fn includes(&self, from: Option<IpAddr>) -> bool {
+    fn matches(&self, client_ip: Option<IpAddr>) -> bool {
         match self {
-            Self::Loopback => from.is_some_and(|ip| ip.is_loopback()),
-            Self::Remote => from.is_some_and(|ip| !ip.is_loopback()),
-            Self::Net(net) => from.is_some_and(|ip| net.contains(&ip)),
+            Self::Loopback => client_ip.is_some_and(|ip| ip.is_loopback()),
+            Self::Remote => client_ip.is_some_and(|ip| !ip.is_loopback()),
+            Self::Net(net) => client_ip.is_some_and(|ip| net.contains(&ip)),
         }
     }
 }
 
 impl UserPattern {
-    fn is(&self, user: &[u8]) -> bool {
+    fn matches(&self, user: &[u8]) -> bool {
         match self {
             Self::Any => true,
             Self::Named(name) => name == user,
@@ -349,21 +350,22 @@ impl UserPattern {
 }
 
 impl TargetPattern {
-    fn matches(&self, allow: bool, question: &AccessRequest<'_>) -> Match {
+    fn matches(&self, allow: bool, request: &AccessRequest<'_>) -> Match {
         let (name, net) = match self {
             Self::Name(name) => (name, None),
             Self::Suffix(suffix) => (suffix, None),
             Self::Net(net) => (&String::new(), Some(net)),
         };
-        match (net, question.target_ip, question.target_name) {
-            (Some(net), Some(ip), _) => includes(net, ip, allow).into(),
+        match (net, request.target_ip, request.target_name) {
+            (Some(net), Some(ip), _) => net_matches(net, ip, allow).into(),
             (_, None, None) | (Some(_), None, Some(_)) => Match::Maybe,
             (None, _, None) => Match::No,
-            (None, _, Some(asked)) => {
-                let asked = normalize_name(asked.as_str());
-                let rest = asked.strip_suffix(name.as_str());
-                let is_below = matches!(self, Self::Suffix(_)) && rest.is_some_and(|rest| rest.ends_with('.'));
-                (rest == Some("") || is_below).into()
+            (None, _, Some(target)) => {
+                let target = normalize_name(target.as_str());
+                let prefix = target.strip_suffix(name.as_str());
+                let is_subdomain =
+                    matches!(self, Self::Suffix(_)) && prefix.is_some_and(|prefix| prefix.ends_with('.'));
+                (prefix == Some("") || is_subdomain).into()
             }
         }
     }
@@ -371,36 +373,36 @@ impl TargetPattern {
 
 /// Whether `net` has `ip`: to allow it, by the address that it really leads to; to deny it, by any that it could be
 /// taken for.
-fn includes(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
-    let real = match ip {
+fn net_matches(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
+    let destination = match ip {
         IpAddr::V6(v6) => embedded_ipv4(v6).map_or(ip, IpAddr::V4),
         IpAddr::V4(_) => ip,
     };
-    if allow { net.contains(&real) } else { embedded_addrs(ip).any(|form| net.contains(&form)) }
+    if allow { net.contains(&destination) } else { embedded_addrs(ip).any(|addr| net.contains(&addr)) }
 }
 
 /// All addresses that one could be taken for: itself, the one inside, and of Teredo the server's.
 fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
-    let (embedded_ipv4, server) = match ip {
+    let (embedded, teredo_server) = match ip {
         IpAddr::V4(_) => (None, None),
         IpAddr::V6(v6) => match v6.segments() {
-            [0x2001, 0, high, low, ..] => (embedded_ipv4(v6), Some(v4(high, low))),
+            [0x2001, 0, high, low, ..] => (embedded_ipv4(v6), Some(ipv4(high, low))),
             _ => (embedded_ipv4(v6), None),
         },
     };
-    [Some(ip), embedded_ipv4.map(IpAddr::V4), server.map(IpAddr::V4)].into_iter().flatten()
+    [Some(ip), embedded.map(IpAddr::V4), teredo_server.map(IpAddr::V4)].into_iter().flatten()
 }
 
 /// The IPv4 address in an IPv6 one: mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or Teredo, the client's (RFC 4380).
 pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     match ip.segments() {
-        [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(v4(high, low)),
-        [0x2002, high, low, ..] => Some(v4(high, low)),
-        [0x2001, 0, .., high, low] => Some(v4(!high, !low)),
+        [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),
+        [0x2002, high, low, ..] => Some(ipv4(high, low)),
+        [0x2001, 0, .., high, low] => Some(ipv4(!high, !low)),
         _ => None,
     }
 }
 
-fn v4(high: u16, low: u16) -> Ipv4Addr {
+fn ipv4(high: u16, low: u16) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(high) << 16 | u32::from(low))
 }

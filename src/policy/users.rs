@@ -14,27 +14,27 @@ use super::PolicyError;
 use crate::proto::MAX_CREDENTIAL_LEN;
 
 /// The most that bcrypt looks at, in octets; what is longer can't be told apart by it and is refused.
-const BCRYPT_MAX: usize = 72;
+const BCRYPT_MAX_PASSWORD: usize = 72;
 
 /// Kinds of hashes that there are elsewhere.
-const KNOWN_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
+const UNSUPPORTED_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
 
 /// Everybody who may log in.
 #[derive(Debug, Default)]
 pub struct Users {
-    hashes: Vec<Hash>,
+    hashes: Vec<StoredHash>,
     /// Where in `hashes` each name has its own.
-    names: HashMap<Vec<u8>, usize>,
+    index_by_name: HashMap<Vec<u8>, usize>,
     /// Which hash an unknown name is measured against.
-    stand_in: RandomState,
+    decoy: RandomState,
 }
 
-enum Hash {
+enum StoredHash {
     Argon2(String),
     Bcrypt(String),
 }
 
-impl fmt::Debug for Hash {
+impl fmt::Debug for StoredHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Argon2(_) => "Argon2(..)",
@@ -59,8 +59,8 @@ impl Users {
                 return Err(at(format!("{:?} has no \":\" behind the name", excerpt(name))));
             };
             check_name(name).map_err(at)?;
-            let hash = Hash::parse(hash).map_err(|what| at(format!("user {:?}: {what}", excerpt(name))))?;
-            if users.names.insert(name.into(), users.hashes.len()).is_some() {
+            let hash = StoredHash::parse(hash).map_err(|what| at(format!("user {:?}: {what}", excerpt(name))))?;
+            if users.index_by_name.insert(name.into(), users.hashes.len()).is_some() {
                 return Err(at(format!("user {:?} stands here twice", excerpt(name))));
             }
             users.hashes.push(hash);
@@ -71,9 +71,9 @@ impl Users {
     /// Whether `passwd` is that of `uname`. Takes tens of milliseconds of CPU, by design. An unknown name costs what a
     /// known one does: it is measured against the hash of some user, always the same one for the same name.
     pub fn verify(&self, uname: &[u8], passwd: &[u8]) -> bool {
-        let known = self.names.get(uname).copied();
-        let stand_in = || usize::try_from(self.stand_in.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
-        let hash = known.or_else(stand_in).and_then(|i| self.hashes.get(i));
+        let known = self.index_by_name.get(uname).copied();
+        let decoy = || usize::try_from(self.decoy.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
+        let hash = known.or_else(decoy).and_then(|i| self.hashes.get(i));
         hash.is_some_and(|hash| hash.verify(passwd)) && known.is_some()
     }
 
@@ -89,25 +89,27 @@ impl Users {
 
     /// Whether there is a user of that name.
     pub fn contains(&self, uname: &[u8]) -> bool {
-        self.names.contains_key(uname)
+        self.index_by_name.contains_key(uname)
     }
 }
 
-impl Hash {
+impl StoredHash {
     fn parse(text: &str) -> Result<Self, String> {
         if text.starts_with("$argon2id$") {
             let hash = PasswordHash::new(text).map_err(|error| format!("bad argon2id hash: {error}"))?;
-            let whole = hash.salt.is_some() && hash.hash.is_some();
-            let sound = whole && Params::try_from(&hash).is_ok();
-            return if sound { Ok(Self::Argon2(text.into())) } else { Err("bad argon2id hash".into()) };
+            let is_complete = hash.salt.is_some() && hash.hash.is_some();
+            let is_valid = is_complete && Params::try_from(&hash).is_ok();
+            return if is_valid { Ok(Self::Argon2(text.into())) } else { Err("bad argon2id hash".into()) };
         }
         if ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| text.starts_with(prefix)) {
-            let sound = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
-            return if sound { Ok(Self::Bcrypt(text.into())) } else { Err("bad bcrypt hash".into()) };
+            let is_valid = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
+            return if is_valid { Ok(Self::Bcrypt(text.into())) } else { Err("bad bcrypt hash".into()) };
         }
         // Anything but $SCHEME$… may be a password in clear, which is not repeated.
         match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
-            Some((scheme, _)) if KNOWN_SCHEMES.contains(&scheme) => Err(format!("unknown kind of hash {scheme:?}")),
+            Some((scheme, _)) if UNSUPPORTED_SCHEMES.contains(&scheme) => {
+                Err(format!("unknown kind of hash {scheme:?}"))
+            }
             _ => Err("no hash behind the name, as --add-user or htpasswd -B writes it".into()),
         }
     }
@@ -119,8 +121,8 @@ impl Hash {
             }
             Self::Bcrypt(hash) => {
                 // To bcrypt a NUL is the end, and "a\0a" may be the same as "a".
-                let comparable = passwd.len() <= BCRYPT_MAX && !passwd.contains(&0);
-                bcrypt::verify(passwd, hash).unwrap_or(false) && comparable
+                let is_comparable = passwd.len() <= BCRYPT_MAX_PASSWORD && !passwd.contains(&0);
+                bcrypt::verify(passwd, hash).unwrap_or(false) && is_comparable
             }
         }
     }
@@ -129,7 +131,7 @@ impl Hash {
 /// # Errors
 /// What is wrong with a user name: empty, over 255 octets, with a colon, a control character or blanks at its ends.
 pub fn check_name(name: &str) -> Result<(), String> {
-    let wrong = match name {
+    let problem = match name {
         "" => "is empty",
         _ if name.len() > MAX_CREDENTIAL_LEN => "is longer than 255 octets",
         _ if name.contains(':') => "has a \":\" in it",
@@ -138,7 +140,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
         _ if name.starts_with('#') => "looks like a comment",
         _ => return Ok(()),
     };
-    Err(format!("user name {:?} {wrong}", excerpt(name)))
+    Err(format!("user name {:?} {problem}", excerpt(name)))
 }
 
 /// A new line for a user: `name:hash`, argon2id with the recommended cost (19 MiB, 2 passes) and a random salt.
@@ -160,17 +162,17 @@ pub fn new_entry(name: &str, passwd: &[u8]) -> Result<String, String> {
 /// The text of a users file with the line of `name` replaced, added at its end, or removed (`line` is None); all other
 /// lines as they were. `None` when there was nothing to remove.
 pub fn edit_entry(text: &str, name: &str, line: Option<&str>) -> Option<String> {
-    let is_theirs = |old: &str| old.trim_start().split_once(':').is_some_and(|(other, _)| other == name);
+    let is_entry = |old: &str| old.trim_start().split_once(':').is_some_and(|(other, _)| other == name);
     let mut found = false;
     let mut out = String::with_capacity(text.len() + 160);
     for old in text.split_inclusive('\n') {
-        if !is_theirs(old) {
+        if !is_entry(old) {
             out.push_str(old);
         } else if let (Some(line), false) = (line, found) {
             out.push_str(line);
             out.push('\n');
         }
-        found |= is_theirs(old);
+        found |= is_entry(old);
     }
     match line {
         None => return found.then_some(out),
@@ -188,11 +190,11 @@ pub fn edit_entry(text: &str, name: &str, line: Option<&str>) -> Option<String> 
 
 /// Enough of a word to find it by, and not so much that a secret in the wrong place is told.
 fn excerpt(word: &str) -> String {
-    const SHOWN: usize = 16;
+    const MAX_CHARS: usize = 16;
     if word.starts_with('$') {
         return "$…".into();
     }
-    match word.char_indices().nth(SHOWN) {
+    match word.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", word.get(..end).unwrap_or_default()),
         None => word.into(),
     }

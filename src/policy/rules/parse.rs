@@ -35,29 +35,29 @@ pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>,
 /// What is wrong, with the word that is.
 pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
-    let Some((verdict, conditions)) = words.split_first() else { return Ok(None) };
+    let Some((action, conditions)) = words.split_first() else { return Ok(None) };
     if let Some(word) = words.iter().find(|word| word.contains(char::is_control)) {
         return Err(format!("{word:?} has a control character in it"));
     }
-    let allow = match *verdict {
+    let allow = match *action {
         "allow" => true,
         "deny" => false,
         other => return Err(format!("{other:?} is neither allow nor deny, with which a rule begins")),
     };
     let to = if allow { TargetCondition::Unprotected } else { TargetCondition::Any };
     let mut rule = Rule { to, origin: origin.into(), ..Rule::built_in(allow, &words.join(" ")) };
-    let mut seen = HashSet::new();
+    let mut keys = HashSet::new();
     for word in conditions {
         let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
         // What is said of a way names what is wrong itself.
-        let wrong = |why: String| if key == "via" { format!("via=: {why}") } else { format!("{word:?}: {why}") };
-        if !seen.insert(key) {
-            return Err(wrong(format!("{key}= stands in this rule twice; write a list with commas")));
+        let with_word = |why: String| if key == "via" { format!("via=: {why}") } else { format!("{word:?}: {why}") };
+        if !keys.insert(key) {
+            return Err(with_word(format!("{key}= stands in this rule twice; write a list with commas")));
         }
         if value.split(',').any(str::is_empty) {
-            return Err(wrong("an empty value".into()));
+            return Err(with_word("an empty value".into()));
         }
-        rule.set_condition(key, value, hops).map_err(wrong)?;
+        rule.set_condition(key, value, hops).map_err(with_word)?;
     }
     Ok(Some(rule))
 }
@@ -144,14 +144,14 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
     }
     let name = normalize_name(text);
     let suffix = name.strip_prefix('.');
-    let plain = suffix.unwrap_or(&name);
-    let is_letter = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
-    let are_labels = plain.split('.').all(|label| !label.is_empty() && label.chars().all(is_letter));
+    let labels = suffix.unwrap_or(&name);
+    let is_label_char = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    let has_valid_labels = labels.split('.').all(|label| !label.is_empty() && label.chars().all(is_label_char));
     // 10.0.0 or 0x7f.1: the system's resolver would take it for an address, and a rule that does not is of no use.
-    let last = plain.rsplit('.').next().unwrap_or_default();
-    let is_number = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
+    let last = labels.rsplit('.').next().unwrap_or_default();
+    let is_numeric = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
     match suffix {
-        _ if !are_labels || is_number => {
+        _ if !has_valid_labels || is_numeric => {
             Err(format!("{text:?} is neither a name, a .suffix, an address nor a CIDR such as 192.0.2.0/24"))
         }
         Some(suffix) => Ok(TargetPattern::Suffix(suffix.into())),
@@ -160,8 +160,8 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
 }
 
 fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
-    let is_number = |text: &&str| text.chars().all(|c| c.is_ascii_digit());
-    let port = |text: &str| Some(text).filter(is_number)?.parse::<u16>().ok().filter(|port| *port > 0);
+    let is_numeric = |text: &&str| text.chars().all(|c| c.is_ascii_digit());
+    let port = |text: &str| Some(text).filter(is_numeric)?.parse::<u16>().ok().filter(|port| *port > 0);
     let (low, high) = text.split_once('-').unwrap_or((text, text));
     match (port(low), port(high)) {
         (Some(low), Some(high)) if low <= high => Ok(low..=high),
@@ -185,8 +185,8 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
 /// An address or a CIDR; `None` for what does not look like one.
 fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
     let Some(net) = parse_net(text) else {
-        let looks_so = text.contains(['/', ':']);
-        return if looks_so { Err(format!("bad CIDR {text:?}")) } else { Ok(None) };
+        let looks_like_cidr = text.contains(['/', ':']);
+        return if looks_like_cidr { Err(format!("bad CIDR {text:?}")) } else { Ok(None) };
     };
     if net.trunc() != net {
         return Err(format!(
