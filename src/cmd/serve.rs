@@ -21,10 +21,10 @@ use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Method, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, Listen, Options, Ports, Quotas, StartError};
-use load::{Source, Sources};
+use load::{ConfigFile, PolicySources};
 
 /// What the log calls the way of `--via`.
-const VIA: &str = "--via";
+const VIA_HOP_NAME: &str = "--via";
 /// Where to listen when nobody says.
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
@@ -84,12 +84,12 @@ pub struct Args {
     rules: Option<PathBuf>,
 
     /// a rule before those of the file, without its first word; may be repeated
-    #[argh(option, arg_name = "conditions", from_str_fn(allow_line))]
-    allow: Vec<Line>,
+    #[argh(option, arg_name = "conditions", from_str_fn(allow_rule))]
+    allow: Vec<RuleOption>,
 
     /// the same for what is denied; the order of all of them counts
-    #[argh(option, arg_name = "conditions", from_str_fn(deny_line))]
-    deny: Vec<Line>,
+    #[argh(option, arg_name = "conditions", from_str_fn(deny_rule))]
+    deny: Vec<RuleOption>,
 
     /// print all rules, the built-in ones too, and exit
     #[argh(switch)]
@@ -128,11 +128,11 @@ pub struct Args {
     max_per_user: Option<usize>,
 
     /// octets a second of a session, and of all sessions of a user together; both ways together (no limit)
-    #[argh(option, arg_name = "bytes", from_str_fn(octets_a_second))]
+    #[argh(option, arg_name = "bytes", from_str_fn(parse_rate))]
     rate: Option<u64>,
 
     /// octets a second of all sessions of a user together, where that is to be another number (as --rate)
-    #[argh(option, arg_name = "bytes", from_str_fn(octets_a_second))]
+    #[argh(option, arg_name = "bytes", from_str_fn(parse_rate))]
     rate_per_user: Option<u64>,
 
     /// for everything up to the request (10)
@@ -160,7 +160,7 @@ pub struct Args {
     max_connections: Option<usize>,
 
     /// threads that run sessions (one a core)
-    #[argh(option, arg_name = "n", from_str_fn(threads))]
+    #[argh(option, arg_name = "n", from_str_fn(parse_threads))]
     threads: Option<u16>,
 
     /// the address that replies to BIND and UDP ASSOCIATE give, behind NAT; one a family (the one the client uses)
@@ -177,7 +177,7 @@ pub struct Args {
 
     /// whose datagrams reach a client: address-dependent (of those it has sent to) or endpoint-independent
     /// (everybody's) (address-dependent)
-    #[argh(option, arg_name = "how", from_str_fn(filtering), default = "Filtering::AddressDependent")]
+    #[argh(option, arg_name = "how", from_str_fn(parse_filtering), default = "Filtering::AddressDependent")]
     udp_filtering: Filtering,
 
     /// log more; twice, all there is
@@ -189,15 +189,15 @@ pub struct Args {
     quiet: bool,
 }
 
-fn threads(text: &str) -> Result<u16, String> {
+fn parse_threads(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 to 65535"))
 }
 
-fn one_a_core() -> u16 {
+fn default_threads() -> u16 {
     std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX))
 }
 
-fn filtering(text: &str) -> Result<Filtering, String> {
+fn parse_filtering(text: &str) -> Result<Filtering, String> {
     match text {
         "address-dependent" => Ok(Filtering::AddressDependent),
         "endpoint-independent" => Ok(Filtering::EndpointIndependent),
@@ -206,7 +206,7 @@ fn filtering(text: &str) -> Result<Filtering, String> {
 }
 
 /// `1500`, `64k`, `10M`, `1G`: octets a second, in powers of 1000.
-fn octets_a_second(text: &str) -> Result<u64, String> {
+fn parse_rate(text: &str) -> Result<u64, String> {
     let number = text.trim_end_matches(['k', 'M', 'G']);
     let unit = match text.get(number.len()..).unwrap_or_default() {
         "" => Some(1),
@@ -221,16 +221,24 @@ fn octets_a_second(text: &str) -> Result<u64, String> {
 
 /// A rule of the command line, and the how manieth it is: the options keep their own order only.
 #[derive(Debug)]
-struct Line(usize, String);
-
-static LINES: AtomicUsize = AtomicUsize::new(0);
-
-fn allow_line(text: &str) -> Result<Line, String> {
-    Ok(Line(LINES.fetch_add(1, Ordering::Relaxed), format!("allow {text}")))
+struct RuleOption {
+    position: usize,
+    text: String,
 }
 
-fn deny_line(text: &str) -> Result<Line, String> {
-    Ok(Line(LINES.fetch_add(1, Ordering::Relaxed), format!("deny {text}")))
+impl RuleOption {
+    fn new(action: &str, conditions: &str) -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        Self { position: COUNT.fetch_add(1, Ordering::Relaxed), text: format!("{action} {conditions}") }
+    }
+}
+
+fn allow_rule(text: &str) -> Result<RuleOption, String> {
+    Ok(RuleOption::new("allow", text))
+}
+
+fn deny_rule(text: &str) -> Result<RuleOption, String> {
+    Ok(RuleOption::new("deny", text))
 }
 
 impl Args {
@@ -253,16 +261,16 @@ impl Args {
             (_, None, None) => {}
         }
         let hops = self.hops()?;
-        let methods = self.methods()?;
-        let sources = self.sources(&hops, methods);
+        let methods = self.accepted_methods()?;
+        let sources = self.policy_sources(&hops, methods);
         let policy = sources.load()?;
-        let (question, show_rules) = (self.explain.take(), self.show_rules);
+        let (request, show_rules) = (self.explain.take(), self.show_rules);
         let options = self.options(&policy, hops)?;
         if show_rules {
             return explain::show(&policy, &options);
         }
-        if let Some(question) = question {
-            return explain::explain(policy, &options, &question);
+        if let Some(request) = request {
+            return explain::explain(policy, &options, &request);
         }
         let reload = || sources.load().map_err(|failure| failure.message);
         server::run(options, policy, &reload).map_err(|error| match error {
@@ -290,49 +298,53 @@ impl Args {
         }
         if let Some(url) = &self.via {
             let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--via: {error}")))?;
-            hops.push(Arc::new(Hop { name: VIA.into(), proxies }));
+            hops.push(Arc::new(Hop { name: VIA_HOP_NAME.into(), proxies }));
         }
         Ok(hops)
     }
 
     /// The methods that are taken, in their order.
-    fn methods(&self) -> Result<Vec<Method>, CliError> {
-        let is_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
+    fn accepted_methods(&self) -> Result<Vec<Method>, CliError> {
+        let has_gssapi_options =
+            self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
         let methods = self.auth.clone().unwrap_or_else(|| {
-            let some = [(self.users.is_some(), Method::PASSWORD), (is_gssapi, Method::GSSAPI)];
-            let found: Vec<Method> = some.into_iter().filter(|(is, _)| *is).map(|(_, method)| method).collect();
+            let candidates = [(self.users.is_some(), Method::PASSWORD), (has_gssapi_options, Method::GSSAPI)];
+            let found: Vec<Method> =
+                candidates.into_iter().filter(|(is_configured, _)| *is_configured).map(|(_, method)| method).collect();
             if found.is_empty() { vec![Method::NONE] } else { found }
         });
-        let wrong = |what: &str| Err(CliError::usage(format!("--auth: {what}")));
+        let usage_error = |what: &str| Err(CliError::usage(format!("--auth: {what}")));
         match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
-            (true, _) if self.users.is_none() => wrong("password needs --users FILE"),
-            (false, _) if self.users.is_some() => wrong("with --users, password has to be one of them"),
-            (_, false) if is_gssapi => wrong("with --keytab and the like, gssapi has to be one of them"),
+            (true, _) if self.users.is_none() => usage_error("password needs --users FILE"),
+            (false, _) if self.users.is_some() => usage_error("with --users, password has to be one of them"),
+            (_, false) if has_gssapi_options => usage_error("with --keytab and the like, gssapi has to be one of them"),
             _ => Ok(methods),
         }
     }
 
-    fn sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> Sources {
-        let lines = |lines: &mut Vec<Line>, option| lines.drain(..).map(move |line| (line, option)).collect::<Vec<_>>();
-        let mut all = lines(&mut self.allow, "--allow");
-        for (line, option) in lines(&mut self.deny, "--deny") {
-            let at = all.partition_point(|(before, _)| before.0 < line.0);
-            all.insert(at, (line, option));
+    fn policy_sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> PolicySources {
+        let drain =
+            |rules: &mut Vec<RuleOption>, option| rules.drain(..).map(move |rule| (rule, option)).collect::<Vec<_>>();
+        let mut all = drain(&mut self.allow, "--allow");
+        for (rule, option) in drain(&mut self.deny, "--deny") {
+            let at = all.partition_point(|(before, _)| before.position < rule.position);
+            all.insert(at, (rule, option));
         }
         let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
-        Sources {
-            users: self.users.take().map(Source::new),
-            rules: self.rules.take().map(Source::new),
-            lines: all.into_iter().map(|(Line(_, text), option)| (text, option)).collect(),
+        PolicySources {
+            users: self.users.take().map(ConfigFile::new),
+            rules: self.rules.take().map(ConfigFile::new),
+            rule_options: all.into_iter().map(|(rule, option)| (rule.text, option)).collect(),
             methods,
             hops: hops.iter().map(|hop| hop.name.clone()).collect(),
-            route: via.map_or(Route::Direct, Route::Hop),
+            default_route: via.map_or(Route::Direct, Route::Hop),
         }
     }
 
     fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, CliError> {
-        let [v4, v6] = [IpAddr::is_ipv4, IpAddr::is_ipv6].map(|is| self.advertise.iter().filter(|ip| is(ip)).count());
-        if v4 > 1 || v6 > 1 {
+        let [ipv4_count, ipv6_count] = [IpAddr::is_ipv4, IpAddr::is_ipv6]
+            .map(|is_family| self.advertise.iter().filter(|ip| is_family(ip)).count());
+        if ipv4_count > 1 || ipv6_count > 1 {
             return Err(CliError::usage("--advertise: one address a family"));
         }
         let offers_gssapi = match &self.hop_auth {
@@ -340,20 +352,20 @@ impl Args {
             None => Initiator::may_have_tickets(),
         };
         let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
-            let both = || vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality];
-            let levels = self.gssapi_protection.unwrap_or_else(both);
-            load::acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
+            let default_levels = || vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality];
+            let levels = self.gssapi_protection.unwrap_or_else(default_levels);
+            load::gssapi_acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
         });
-        let default = || DEFAULT_LISTEN.parse().map(|listen| vec![listen]).map_err(CliError::usage);
+        let default_listen = || DEFAULT_LISTEN.parse().map(|listen| vec![listen]).map_err(CliError::usage);
         Ok(Options {
-            listen: if self.listen.is_empty() { default()? } else { self.listen },
+            listen: if self.listen.is_empty() { default_listen()? } else { self.listen },
             handshake_timeout: self.handshake_timeout,
             connect_timeout: self.connect_timeout,
             bind_timeout: self.bind_timeout,
             idle_timeout: self.idle_timeout,
             drain: self.drain,
             max_connections: self.max_connections,
-            threads: self.threads.unwrap_or_else(one_a_core),
+            threads: self.threads.unwrap_or_else(default_threads),
             advertise: self.advertise,
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,

@@ -16,10 +16,10 @@ use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel};
 use crate::server::{Options, is_local};
 
 /// How long the system's resolver may take.
-const LOOKUP: Duration = Duration::from_secs(10);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where the comments of rules that are not longer stand.
-const COLUMN: usize = 48;
+const COMMENT_COLUMN: usize = 48;
 
 /// Prints all rules in their order, each with where it stands.
 pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
@@ -38,35 +38,35 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
         }
     }
     for (rule, origin) in lines {
-        let _ = writeln!(text, "{rule:COLUMN$}  # {origin}");
+        let _ = writeln!(text, "{rule:COMMENT_COLUMN$}  # {origin}");
     }
     text += "# an allow that does not say to= leaves the built-in denials in force\n";
     print(&text)
 }
 
 /// Prints which rule decides, for the name and for each address.
-pub(super) fn explain(mut policy: Policy, options: &Options, question: &str) -> Result<(), CliError> {
+pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> Result<(), CliError> {
     policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
-    let asked = Asked::parse(question).map_err(|why| CliError::usage(format!("--explain: {why}")))?;
-    let mut explained = Explained { policy: &policy, options, text: format!("asked {asked}\n") };
-    let explained_so_far = explained.explain(&asked);
-    explained.text += match explained_so_far {
+    let query = ExplainedRequest::parse(request).map_err(|why| CliError::usage(format!("--explain: {why}")))?;
+    let mut explanation = Explanation { policy: &policy, options, text: format!("asked {query}\n") };
+    let is_allowed = explanation.explain(&query);
+    explanation.text += match is_allowed {
         Ok(true) => "allow\n",
         Ok(false) => "deny\n",
         Err(_) => "",
     };
-    print(&explained.text)?;
-    if explained_so_far? { Ok(()) } else { Err(CliError::new(ExitStatus::FAILURE, "")) }
+    print(&explanation.text)?;
+    if is_allowed? { Ok(()) } else { Err(CliError::new(ExitStatus::FAILURE, "")) }
 }
 
 fn print(text: &str) -> Result<(), CliError> {
-    let written = std::io::stdout().write_all(text.as_bytes());
-    written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("writing to stdout: {error}")))
+    let result = std::io::stdout().write_all(text.as_bytes());
+    result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("writing to stdout: {error}")))
 }
 
 /// A question as it was put.
 #[derive(Debug)]
-struct Asked {
+struct ExplainedRequest {
     from: IpAddr,
     user: Option<String>,
     method: Method,
@@ -75,48 +75,49 @@ struct Asked {
     to: Option<Addr>,
 }
 
-impl Asked {
+impl ExplainedRequest {
     fn parse(text: &str) -> Result<Self, String> {
-        let mut words: HashMap<&str, &str> = HashMap::new();
+        let mut conditions: HashMap<&str, &str> = HashMap::new();
         for word in text.split_whitespace() {
             let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
-            if value.is_empty() || words.insert(key, value).is_some() {
+            if value.is_empty() || conditions.insert(key, value).is_some() {
                 return Err(format!("{word:?} is empty, or stands here twice"));
             }
         }
-        let from = words.remove("from").unwrap_or("127.0.0.1");
-        let user = words.remove("user").map(str::to_owned);
-        let likely = match &user {
+        let from = conditions.remove("from").unwrap_or("127.0.0.1");
+        let user = conditions.remove("user").map(str::to_owned);
+        let default_method = match &user {
             None => Method::NONE,
             Some(user) if user.contains('@') => Method::GSSAPI,
             Some(_) => Method::PASSWORD,
         };
-        let method = words.remove("method").map_or(Ok(likely), rules::parse_method)?;
-        let level = words.remove("protection").map_or(Ok(ProtectionLevel::None), rules::parse_level)?;
-        let command = words.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
-        let to = words.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
-        let port = words.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
+        let method = conditions.remove("method").map_or(Ok(default_method), rules::parse_method)?;
+        let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), rules::parse_level)?;
+        let command = conditions.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
+        let to = conditions.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
+        let port = conditions.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
         let to = match (to, port.transpose()?) {
             (Some(to), Some(port)) => Some(Addr { port, ..to }),
             (to, _) => to,
         };
-        if let Some(key) = words.keys().next() {
+        if let Some(key) = conditions.keys().next() {
             return Err(format!("unknown key {key:?}; there are from, user, method, protection, command, to and port"));
         }
         let from: IpAddr = from.parse().map_err(|_| format!("from={from}: write one address"))?;
         Ok(Self { from: from.to_canonical(), user, method, level, command, to })
     }
 
-    fn question(&self) -> AccessRequest<'_> {
-        let login = Identity { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
+    fn request(&self) -> AccessRequest<'_> {
+        let identity =
+            Identity { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
         let port = self.to.as_ref().map(|to| to.port).filter(|port| *port != 0);
-        let question = AccessRequest {
+        let request = AccessRequest {
             client_ip: Some(self.from),
-            identity: Some(login),
+            identity: Some(identity),
             command: Some(self.command),
             ..AccessRequest::default()
         };
-        AccessRequest { target_port: port, ..question }
+        AccessRequest { target_port: port, ..request }
     }
 
     /// The address, or the name that has to be looked up.
@@ -133,7 +134,7 @@ impl Asked {
     }
 }
 
-impl fmt::Display for Asked {
+impl fmt::Display for ExplainedRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "from={} ", self.from)?;
         self.user.as_ref().map_or(Ok(()), |user| write!(f, "user={user} "))?;
@@ -147,86 +148,86 @@ impl fmt::Display for Asked {
     }
 }
 
-struct Explained<'a> {
+struct Explanation<'a> {
     policy: &'a Policy,
     options: &'a Options,
     text: String,
 }
 
-impl<'a> Explained<'a> {
-    fn explain(&mut self, asked: &Asked) -> Result<bool, CliError> {
-        let question = asked.question();
-        if let Some(login) = question.identity
-            && !self.policy.accepts_identity(&login)
+impl<'a> Explanation<'a> {
+    fn explain(&mut self, query: &ExplainedRequest) -> Result<bool, CliError> {
+        let request = query.request();
+        if let Some(identity) = request.identity
+            && !self.policy.accepts_identity(&identity)
         {
-            self.text += match (&asked.user, &self.policy.users) {
+            self.text += match (&query.user, &self.policy.users) {
                 (Some(_), Some(_)) => "deny at the login: there is no such user, or not by this method\n",
                 (None, Some(_)) => "deny at the greeting: nobody gets in without a login; say user=NAME\n",
                 (_, None) => "deny at the greeting: without --users there is no login; leave out user=\n",
             };
             return Ok(false);
         }
-        match asked.target() {
-            None => self.certain("the client", &question),
-            Some(Ok(ip)) => self.addresses(&question, &[ip]),
+        match query.target() {
+            None => self.report("the client", &request),
+            Some(Ok(ip)) => self.report_addrs(&request, &[ip]),
             Some(Err(name)) => {
-                let question = AccessRequest { target_name: Some(name), ..question };
-                match self.evaluate(&question) {
+                let request = AccessRequest { target_name: Some(name), ..request };
+                match self.evaluate(&request) {
                     Decision::Undecided(rule) => {
-                        let what = format!("{}, by its addresses", name.as_str());
-                        self.line("look up", &what, rule, Route::Direct);
-                        let addrs = lookup(asked)?;
-                        self.addresses(&question, &addrs)
+                        let subject = format!("{}, by its addresses", name.as_str());
+                        self.add_line("look up", &subject, rule, Route::Direct);
+                        let addrs = resolve(query)?;
+                        self.report_addrs(&request, &addrs)
                     }
-                    _ => self.certain(name.as_str(), &question),
+                    _ => self.report(name.as_str(), &request),
                 }
             }
         }
     }
 
     /// Whether one of the addresses is allowed.
-    fn addresses(&mut self, question: &AccessRequest<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
-        let mut any = false;
+    fn report_addrs(&mut self, request: &AccessRequest<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
+        let mut is_any_allowed = false;
         for ip in ips {
             let ip = canonical(*ip, 0).ip();
-            any |= self.certain(&ip.to_string(), &AccessRequest { target_ip: Some(ip), ..*question })?;
+            is_any_allowed |= self.report(&ip.to_string(), &AccessRequest { target_ip: Some(ip), ..*request })?;
         }
-        Ok(any)
+        Ok(is_any_allowed)
     }
 
-    fn certain(&mut self, what: &str, question: &AccessRequest<'_>) -> Result<bool, CliError> {
-        match self.evaluate(question) {
+    fn report(&mut self, subject: &str, request: &AccessRequest<'_>) -> Result<bool, CliError> {
+        match self.evaluate(request) {
             Decision::Allow(rule, route) => {
-                self.line("allow", what, rule, route);
+                self.add_line("allow", subject, rule, route);
                 Ok(true)
             }
             Decision::Deny(rule) => {
-                self.line("deny", what, rule, Route::Direct);
+                self.add_line("deny", subject, rule, Route::Direct);
                 Ok(false)
             }
             Decision::Undecided(rule) => {
-                let what = format!("it depends on {}: {rule}", rule.origin());
-                Err(CliError::usage(format!("--explain: say more, as in to=HOST:PORT; {what}")))
+                let reason = format!("it depends on {}: {rule}", rule.origin());
+                Err(CliError::usage(format!("--explain: say more, as in to=HOST:PORT; {reason}")))
             }
         }
     }
 
-    fn evaluate(&self, question: &AccessRequest<'_>) -> Decision<'a> {
-        self.policy.evaluate(question, is_local)
+    fn evaluate(&self, request: &AccessRequest<'_>) -> Decision<'a> {
+        self.policy.evaluate(request, is_local)
     }
 
-    fn line(&mut self, verdict: &str, what: &str, rule: &Rule, route: Route) {
+    fn add_line(&mut self, decision: &str, subject: &str, rule: &Rule, route: Route) {
         let via = match route {
             Route::Direct => String::new(),
             Route::Hop(hop) => self.options.hops.get(hop).map(|hop| format!(" via {}", hop.name)).unwrap_or_default(),
         };
-        let _ = writeln!(self.text, "{verdict} {what}{via}: {} ({rule})", rule.origin());
+        let _ = writeln!(self.text, "{decision} {subject}{via}: {} ({rule})", rule.origin());
     }
 }
 
-fn lookup(asked: &Asked) -> Result<Vec<IpAddr>, CliError> {
-    let Some(to) = &asked.to else { return Ok(Vec::new()) };
-    let found = smol::block_on(until(Instant::now() + LOOKUP, Resolver::default().lookup(to)));
+fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
+    let Some(to) = &query.to else { return Ok(Vec::new()) };
+    let found = smol::block_on(until(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
         Some(Err(failure)) => Err(CliError::usage(format!("--explain: {to}: {failure}"))),
