@@ -21,14 +21,14 @@ use futures_lite::AsyncReadExt as _;
 
 use super::batch::{Batch, BatchSocket, Run, Style};
 use super::rate_limit::RateLimit;
-use super::session::{Refusal, Session};
+use super::session::{Session, SessionError};
 use super::session_log::with_target;
 use super::{Filtering, Server, address_for, bind_within};
 use crate::conn::{Conn, Protection};
 use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
-use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD, Rep};
+use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
 use crate::reactor::{IdleTimer, wake_later};
 use crate::reassembly::{Reassembler, split};
 use contacts::Contacts;
@@ -55,8 +55,7 @@ struct Scratch {
     header: Vec<u8>,
 }
 
-pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> Result<(), Refusal> {
-    let failed = |error| Refusal::reply(Rep::GENERAL_FAILURE, error);
+pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> Result<(), SessionError> {
     let server = session.server;
     // All hops that datagrams may have to go through: one that is down is an error now, and not a silence later.
     let mut upstreams = Vec::new();
@@ -67,9 +66,9 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
         }
     }
     let client = client_addr(session.log.client(), dst);
-    let relay = relay_socket(server, control, client).map_err(failed)?;
-    let local = relay.get_ref().local_addr().map_err(failed)?;
-    session.succeed(control, server.advertised(local).into(), None).await?;
+    let relay = relay_socket(server, control, client).map_err(SessionError::general_failure)?;
+    let local = relay.get_ref().local_addr().map_err(SessionError::general_failure)?;
+    session.reply_success(control, server.advertised(local).into(), None).await?;
     let association = Association {
         rate_limit: session.quota.as_ref().and_then(|quota| quota.rate_limit.clone()),
         session,

@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::passwords::PasswordVerifier;
-use super::session::Refusal;
+use super::session::SessionError;
 use super::session_log::SessionLog;
 use super::{Server, is_local};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
-use crate::proto::Rep;
 
 /// A policy, and the logins that were verified by it.
 #[derive(Debug)]
@@ -96,8 +95,8 @@ pub(super) fn denial_reason(rule: &Rule) -> String {
     format!("denied: {} ({rule})", rule.origin())
 }
 
-pub(super) fn denial(rule: &Rule) -> Refusal {
-    Refusal::reply(Rep::NOT_ALLOWED, denial_reason(rule))
+pub(super) fn denial(rule: &Rule) -> SessionError {
+    SessionError::not_allowed(denial_reason(rule))
 }
 
 impl Server {

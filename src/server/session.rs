@@ -27,45 +27,53 @@ use crate::reactor::sleep;
 
 /// Why a session ends before it has succeeded, and what the client is told.
 #[derive(Debug)]
-pub(super) struct Refusal {
-    say: Vec<u8>,
+pub(super) struct SessionError {
+    reply: Vec<u8>,
     rep: Option<Rep>,
-    why: String,
+    reason: String,
 }
 
-impl Refusal {
+impl SessionError {
     /// A failure reply (RFC 1928 section 6).
-    pub(super) fn reply(rep: Rep, why: impl ToString) -> Self {
-        let say = Reply { rep, bnd: Addr::UNSPECIFIED }.encode();
-        Self { say, rep: Some(rep), why: why.to_string() }
+    pub(super) fn with_rep(rep: Rep, reason: impl ToString) -> Self {
+        let reply = Reply { rep, bnd: Addr::UNSPECIFIED }.encode();
+        Self { reply, rep: Some(rep), reason: reason.to_string() }
+    }
+
+    pub(super) fn general_failure(reason: impl ToString) -> Self {
+        Self::with_rep(Rep::GENERAL_FAILURE, reason)
+    }
+
+    pub(super) fn not_allowed(reason: impl ToString) -> Self {
+        Self::with_rep(Rep::NOT_ALLOWED, reason)
     }
 
     /// The reply to a request for `dst` that failed.
-    pub(super) fn failure(failure: DialError, dst: &Addr) -> Self {
-        Self::reply(rep(failure, matches!(dst.host, Host::Name(_))), failure)
+    pub(super) fn from_dial(failure: DialError, dst: &Addr) -> Self {
+        Self::with_rep(rep_for(failure, matches!(dst.host, Host::Name(_))), failure)
     }
 
     /// A hop that failed: its own REP is handed on, and all else is a general failure.
-    pub(super) fn hop(error: client::Error) -> Self {
+    pub(super) fn from_upstream(error: client::Error) -> Self {
         let rep = match error.cause {
             client::Cause::Rep(rep) => rep,
             _ => Rep::GENERAL_FAILURE,
         };
-        Self::reply(rep, error)
+        Self::with_rep(rep, error)
     }
 
-    fn say(message: &impl Message, why: impl ToString) -> Self {
-        Self { say: message.encode(), rep: None, why: why.to_string() }
+    fn with_message(message: &impl Message, reason: impl ToString) -> Self {
+        Self { reply: message.encode(), rep: None, reason: reason.to_string() }
     }
 
     /// There is nobody to answer, or no way to.
-    pub(super) fn silent(why: impl ToString) -> Self {
-        Self { say: Vec::new(), rep: None, why: why.to_string() }
+    pub(super) fn silent(reason: impl ToString) -> Self {
+        Self { reply: Vec::new(), rep: None, reason: reason.to_string() }
     }
 }
 
 /// The one table from failures to REP.
-fn rep(failure: DialError, dst_is_name: bool) -> Rep {
+fn rep_for(failure: DialError, dst_is_name: bool) -> Rep {
     match failure {
         DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
         DialError::Denied => Rep::NOT_ALLOWED,
@@ -86,9 +94,9 @@ pub(super) struct Session<'a> {
     pub(super) snapshot: Arc<PolicySnapshot>,
     pub(super) log: SessionLog,
     /// Whether the order of octets is assured, as far as it should be.
-    is_ordered: bool,
+    is_stream_allowed: bool,
     /// Whether a context is being established, which is ended by an abort (RFC 1961 section 3.8).
-    is_establishing: bool,
+    is_context_pending: bool,
     /// What it takes up of its client's and its user's share.
     pub(super) quota: &'a mut Option<Box<SessionQuota>>,
 }
@@ -105,26 +113,26 @@ pub(super) async fn run(
         server,
         snapshot: server.policy.current(),
         log: SessionLog::new(client),
-        is_ordered: true,
-        is_establishing: false,
+        is_stream_allowed: true,
+        is_context_pending: false,
         quota,
     };
     let handshake;
     (conn, handshake) = session.handshake(conn).await;
     let outcome = match handshake {
         Ok(request) => session.dispatch(&mut conn, &request).await,
-        Err(refusal) => Err(refusal),
+        Err(error) => Err(error),
     };
     let Session { mut log, .. } = session;
     match outcome {
         Ok(target) => Some(Tunnel { client: conn, target: target?, log }),
-        Err(refusal) => {
-            log.rep = refusal.rep.or(log.rep);
-            log.set_error(refusal.why);
+        Err(error) => {
+            log.rep = error.rep.or(log.rep);
+            log.set_error(error.reason);
             // Said in the log now, however long the client may take to leave.
             drop(log);
-            if !refusal.say.is_empty() {
-                conn.farewell(&refusal.say).await;
+            if !error.reply.is_empty() {
+                conn.farewell(&error.reply).await;
             }
             None
         }
@@ -135,7 +143,7 @@ pub(super) async fn run(
 struct Authenticated<'a>(&'a mut Conn);
 
 /// A client that has said all that it has to say to be let in.
-struct Attempt {
+struct Authentication {
     method: Method,
     is_valid: bool,
     /// How long the answer is held back.
@@ -147,24 +155,26 @@ struct Attempt {
 impl Session<'_> {
     /// Everything up to the request, under one deadline; but the client does not answer for what the answer to its
     /// login is held back.
-    async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, Refusal>) {
+    async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, SessionError>) {
         let deadline = Instant::now() + self.server.options.handshake_timeout;
-        let late = || Refusal::silent("the handshake took too long");
-        let mut attempt = match until(deadline, self.attempt(&mut conn)).await {
-            Some(Ok(attempt)) => attempt,
-            Some(Err(refusal)) => return (conn, Err(refusal)),
-            None if self.is_establishing => return (conn, Err(Refusal::say(&Frame::Abort, late().why))),
-            None => return (conn, Err(late())),
+        let timed_out = || SessionError::silent("the handshake took too long");
+        let mut auth = match until(deadline, self.authenticate(&mut conn)).await {
+            Some(Ok(auth)) => auth,
+            Some(Err(error)) => return (conn, Err(error)),
+            None if self.is_context_pending => {
+                return (conn, Err(SessionError::with_message(&Frame::Abort, timed_out().reason)));
+            }
+            None => return (conn, Err(timed_out())),
         };
-        if let Some(protection) = attempt.protection.take() {
+        if let Some(protection) = auth.protection.take() {
             conn = conn.protect(protection);
         }
-        let delay = attempt.delay;
+        let delay = auth.delay;
         if !delay.is_zero() {
             sleep(delay).await;
         }
-        let request = async { self.admit(&mut conn, attempt).await?.request().await };
-        let request = until(deadline + delay, request).await.unwrap_or_else(|| Err(late()));
+        let request = async { self.finish_authentication(&mut conn, auth).await?.request().await };
+        let request = until(deadline + delay, request).await.unwrap_or_else(|| Err(timed_out()));
         if let Ok(request) = &request {
             self.log.command = Some(request.command);
             self.log.dst = Some(request.dst.clone());
@@ -172,25 +182,27 @@ impl Session<'_> {
         (conn, request)
     }
 
-    async fn attempt(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
-        let greeting: Greeting = conn.read_message().await.map_err(refuse_greeting)?;
+    async fn authenticate(&mut self, conn: &mut Conn) -> Result<Authentication, SessionError> {
+        let greeting: Greeting = conn.read_message().await.map_err(greeting_error)?;
         let Some(method) = self.snapshot.policy.select_method(&greeting.methods) else {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
-            return Err(Refusal::say(&none, "none of the methods that the client offers will do"));
+            return Err(SessionError::with_message(&none, "none of the methods that the client offers will do"));
         };
-        conn.write_message(&MethodSelection(method)).await.map_err(Refusal::silent)?;
+        conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
         match (method, &self.snapshot.policy.users, &self.server.options.acceptor) {
-            (Method::PASSWORD, Some(_), _) => self.log_in(conn).await,
+            (Method::PASSWORD, Some(_), _) => self.verify_password(conn).await,
             // Boxed, so that all others do not have room for it.
-            (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.establish(conn, acceptor)).await,
-            (Method::NONE, ..) => Ok(Attempt { method, is_valid: true, delay: Duration::ZERO, protection: None }),
-            _ => Err(Refusal::silent("a method that nothing is there for")),
+            (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.accept_gssapi(conn, acceptor)).await,
+            (Method::NONE, ..) => {
+                Ok(Authentication { method, is_valid: true, delay: Duration::ZERO, protection: None })
+            }
+            _ => Err(SessionError::silent("a method that nothing is there for")),
         }
     }
 
     /// RFC 1929.
-    async fn log_in(&mut self, conn: &mut Conn) -> Result<Attempt, Refusal> {
-        let credentials: Credentials = conn.read_message().await.map_err(refuse_login)?;
+    async fn verify_password(&mut self, conn: &mut Conn) -> Result<Authentication, SessionError> {
+        let credentials: Credentials = conn.read_message().await.map_err(login_error)?;
         // A password that was changed meanwhile is none any more.
         self.snapshot = self.server.policy.current();
         self.log.user = Some(credentials.uname.clone().into());
@@ -207,50 +219,54 @@ impl Session<'_> {
             self.log.set_error(LOGIN_REFUSED);
         }
         let delay = delay.unwrap_or(MAX_DELAY);
-        Ok(Attempt { method: Method::PASSWORD, is_valid, delay, protection: None })
+        Ok(Authentication { method: Method::PASSWORD, is_valid, delay, protection: None })
     }
 
     /// RFC 1961.
-    async fn establish(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Attempt, Refusal> {
-        self.is_establishing = true;
+    async fn accept_gssapi(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Authentication, SessionError> {
+        self.is_context_pending = true;
         let accepted = acceptor.accept(conn).await.map_err(|error| match error {
-            gssapi::Error::Refused(_) => Refusal::silent(error),
-            _ => Refusal::say(&Frame::Abort, error),
+            gssapi::Error::Refused(_) => SessionError::silent(error),
+            _ => SessionError::with_message(&Frame::Abort, error),
         })?;
         self.log.user = Some(accepted.user.into());
         self.log.level = accepted.level;
-        self.is_ordered = accepted.is_ordered || accepted.protection.is_none();
+        self.is_stream_allowed = accepted.is_ordered || accepted.protection.is_none();
         let (is_valid, protection) = (true, accepted.protection);
-        Ok(Attempt { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
+        Ok(Authentication { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
     }
 
-    async fn admit<'a>(&mut self, conn: &'a mut Conn, attempt: Attempt) -> Result<Authenticated<'a>, Refusal> {
-        if !attempt.is_valid {
-            return Err(Refusal::say(&LoginStatus::FAILURE, LOGIN_REFUSED));
+    async fn finish_authentication<'a>(
+        &mut self,
+        conn: &'a mut Conn,
+        auth: Authentication,
+    ) -> Result<Authenticated<'a>, SessionError> {
+        if !auth.is_valid {
+            return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
         }
-        self.log.method = Some(attempt.method);
-        if attempt.method == Method::PASSWORD {
-            conn.write_message(&LoginStatus::SUCCESS).await.map_err(Refusal::silent)?;
+        self.log.method = Some(auth.method);
+        if auth.method == Method::PASSWORD {
+            conn.write_message(&LoginStatus::SUCCESS).await.map_err(SessionError::silent)?;
         }
         Ok(Authenticated(conn))
     }
 
     /// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
-    async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, Refusal> {
+    async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, SessionError> {
         self.snapshot = self.server.policy.current();
         self.log.policy_generation.set(self.snapshot.generation);
-        if let Some(why) = self.snapshot.check(&self.log, &self.log.access_request()) {
-            return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
+        if let Some(reason) = self.snapshot.check(&self.log, &self.log.access_request()) {
+            return Err(SessionError::not_allowed(reason));
         }
         if let Some(user) = &self.log.user
             && !self.server.limiter.admit_user(user, self.quota)
         {
-            return Err(Refusal::reply(Rep::NOT_ALLOWED, "as many sessions of this user as there may be"));
+            return Err(SessionError::not_allowed("as many sessions of this user as there may be"));
         }
-        if !self.is_ordered && request.command != Command::UdpAssociate {
-            let why =
+        if !self.is_stream_allowed && request.command != Command::UdpAssociate {
+            let reason =
                 "the context would not notice octets in another order (RFC 1961 wants replay and sequence detection)";
-            return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
+            return Err(SessionError::not_allowed(reason));
         }
         let dst = &request.dst;
         match request.command {
@@ -262,11 +278,11 @@ impl Session<'_> {
     }
 
     /// Returns when a new law forbids what the session is waiting for.
-    pub(super) async fn revoked(&self) -> Refusal {
+    pub(super) async fn denied_by_reload(&self) -> SessionError {
         // Whoever comes of the waiting is judged once more.
         let seen = self.log.policy_generation.clone();
         poll_fn(|_| match self.server.recheck(&self.log, &seen, || None) {
-            Some(why) => Poll::Ready(Refusal::reply(Rep::NOT_ALLOWED, why)),
+            Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
             None => Poll::Pending,
         })
         .await
@@ -278,49 +294,49 @@ impl Session<'_> {
     }
 
     /// Answers success, unless that is no longer allowed. The record keeps the first BND, that of this server's socket.
-    pub(super) async fn succeed(
+    pub(super) async fn reply_success(
         &mut self,
         client: &mut Conn,
         bnd: Addr,
         peer: Option<SocketAddr>,
-    ) -> Result<(), Refusal> {
-        if let Some(why) = self.server.recheck(&self.log, &self.log.policy_generation, || peer) {
-            return Err(Refusal::reply(Rep::NOT_ALLOWED, why));
+    ) -> Result<(), SessionError> {
+        if let Some(reason) = self.server.recheck(&self.log, &self.log.policy_generation, || peer) {
+            return Err(SessionError::not_allowed(reason));
         }
         if let Host::Ip(ip) = bnd.host {
             self.log.set_bnd(SocketAddr::new(ip, bnd.port));
         }
-        client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(Refusal::silent)?;
+        client.write_message(&Reply { rep: Rep::SUCCEEDED, bnd }).await.map_err(SessionError::silent)?;
         self.log.rep = Some(Rep::SUCCEEDED);
         Ok(())
     }
 }
 
 impl Authenticated<'_> {
-    async fn request(self) -> Result<Request, Refusal> {
+    async fn request(self) -> Result<Request, SessionError> {
         self.0.read_message().await.map_err(|error| match error {
-            ReadError::Protocol(error, _) => Refusal::reply(error.rep(), error),
-            closed => Refusal::silent(closed),
+            ReadError::Protocol(error, _) => SessionError::with_rep(error.rep(), error),
+            other => SessionError::silent(other),
         })
     }
 }
 
-fn refuse_greeting(error: ReadError) -> Refusal {
+fn greeting_error(error: ReadError) -> SessionError {
     match error {
         ReadError::Protocol(ProtocolError::Version(first), _) => {
             let foreign = OtherProtocol(first);
-            let why = format!("not SOCKS5: the client began with {foreign}");
-            Refusal { say: foreign.rejection().to_vec(), rep: None, why }
+            let reason = format!("not SOCKS5: the client began with {foreign}");
+            SessionError { reply: foreign.rejection().to_vec(), rep: None, reason }
         }
-        ReadError::Protocol(error, _) => Refusal::say(&MethodSelection(Method::NO_ACCEPTABLE), error),
-        closed => Refusal::silent(closed),
+        ReadError::Protocol(error, _) => SessionError::with_message(&MethodSelection(Method::NO_ACCEPTABLE), error),
+        other => SessionError::silent(other),
     }
 }
 
-fn refuse_login(error: ReadError) -> Refusal {
+fn login_error(error: ReadError) -> SessionError {
     match error {
-        ReadError::Protocol(error, _) => Refusal::say(&LoginStatus::FAILURE, error),
-        closed => Refusal::silent(closed),
+        ReadError::Protocol(error, _) => SessionError::with_message(&LoginStatus::FAILURE, error),
+        other => SessionError::silent(other),
     }
 }
 
@@ -329,7 +345,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_failure_has_its_rep() {
+    fn every_dial_error_has_its_rep() {
         let table = [
             (DialError::Refused, 5, 5),
             (DialError::NetworkUnreachable, 3, 3),
@@ -342,8 +358,8 @@ mod tests {
             (DialError::LocalResources, 1, 1),
         ];
         for (failure, by_address, by_name) in table {
-            assert_eq!(rep(failure, false).0, by_address, "{failure:?}");
-            assert_eq!(rep(failure, true).0, by_name, "{failure:?}");
+            assert_eq!(rep_for(failure, false).0, by_address, "{failure:?}");
+            assert_eq!(rep_for(failure, true).0, by_name, "{failure:?}");
         }
     }
 }

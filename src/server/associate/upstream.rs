@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::super::Server;
-use super::super::session::Refusal;
+use super::super::session::SessionError;
 use crate::client::{Association, Lost};
 use crate::proto::{Addr, Host};
 
@@ -22,10 +22,10 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    pub(super) async fn open(server: &Server, number: usize) -> Result<Self, Refusal> {
+    pub(super) async fn open(server: &Server, number: usize) -> Result<Self, SessionError> {
         let hop = server.hop(number)?;
-        let client = server.client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
-        let association = Rc::new(client.associate().await.map_err(Refusal::hop)?);
+        let client = server.hop_client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
+        let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
         let watched = association.clone();
         Ok(Self { number, has_names: false, association, lost: Box::pin(async move { watched.lost().await }) })
     }
