@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
 
-use super::batch::{Batch, BatchSocket, Run, Style};
+use super::batch::{BatchMode, BatchSocket, GsoBatch, RecvBatch};
 use super::rate_limit::RateLimit;
 use super::session::{Session, SessionError};
 use super::session_log::with_target;
@@ -50,7 +50,7 @@ thread_local! {
 /// What the associations of a thread use in turn.
 #[derive(Default)]
 struct Scratch {
-    batch: Batch,
+    batch: RecvBatch,
     /// The header of the answers of a run.
     header: Vec<u8>,
 }
@@ -115,7 +115,7 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.set_nonblocking(true)?;
-    BatchSocket::new(socket.into(), Style::BEST)
+    BatchSocket::new(socket.into(), BatchMode::BEST)
 }
 
 struct Association<'a, 'b> {
@@ -234,9 +234,9 @@ impl Association<'_, '_> {
         more
     }
 
-    fn take_from_client(&mut self, now: Instant, batch: &Batch) {
+    fn take_from_client(&mut self, now: Instant, batch: &RecvBatch) {
         let mut no_header = Vec::new();
-        let run = &mut Run::new(&mut no_header);
+        let run = &mut GsoBatch::new(&mut no_header);
         for (from, octets) in batch.datagrams() {
             // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
             if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
@@ -291,7 +291,7 @@ impl Association<'_, '_> {
         }
     }
 
-    fn send_in_run<'a>(&mut self, run: &mut Run<'a>, dst: SocketAddr, data: &'a [u8]) {
+    fn send_in_run<'a>(&mut self, run: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
         if run.peer() != Some(dst) {
             self.send_run(run);
             match self.way(dst, None) {
@@ -309,10 +309,10 @@ impl Association<'_, '_> {
         }
     }
 
-    fn send_run(&mut self, run: &mut Run<'_>) {
+    fn send_run(&mut self, run: &mut GsoBatch<'_>) {
         let Some(dst) = run.peer().filter(|_| !run.is_empty()) else { return };
         self.contacts.insert(dst.ip(), None);
-        let sent = self.outward(dst).map_or(0, |socket| socket.send_run(Some(dst), run));
+        let sent = self.outward(dst).map_or(0, |socket| socket.send_batch(Some(dst), run));
         run.clear();
         self.has_sent(sent);
     }
@@ -365,7 +365,7 @@ impl Association<'_, '_> {
         for addr in addrs {
             // Before anything is sent: the answer may be here sooner than sending returns.
             self.contacts.insert(addr.ip(), name);
-            if self.outward(*addr).and_then(|socket| socket.send_octets(Some(*addr), data)).is_ok() {
+            if self.outward(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
                 return self.has_sent(data.len());
             }
         }
@@ -414,8 +414,8 @@ impl Association<'_, '_> {
         }
     }
 
-    fn take_from_targets(&mut self, now: Instant, batch: &Batch, header: &mut Vec<u8>) {
-        let run = &mut Run::new(header);
+    fn take_from_targets(&mut self, now: Instant, batch: &RecvBatch, header: &mut Vec<u8>) {
+        let run = &mut GsoBatch::new(header);
         for (from, data) in batch.datagrams() {
             if run.peer() != Some(from) {
                 self.answer_run(run);
@@ -428,7 +428,7 @@ impl Association<'_, '_> {
             if !self.may_pass(data.len()) {
                 continue;
             }
-            if self.protection.is_some() || run.header() + data.len() > MAX_UDP4_PAYLOAD {
+            if self.protection.is_some() || run.header_len() + data.len() > MAX_UDP4_PAYLOAD {
                 self.answer_run(run);
                 self.answer_alone(&from.into(), data);
             } else if !run.push(data) {
@@ -456,9 +456,9 @@ impl Association<'_, '_> {
         upstream.has_names || !matches!(self.session.snapshot.evaluate(&question), Decision::Deny(_))
     }
 
-    fn answer_run(&self, run: &mut Run<'_>) {
+    fn answer_run(&self, run: &mut GsoBatch<'_>) {
         if !run.is_empty() {
-            let sent = self.relay.send_run(None, run);
+            let sent = self.relay.send_batch(None, run);
             self.session.log.bytes.down.fetch_add(sent as u64, Ordering::Relaxed);
         }
     }
@@ -467,9 +467,9 @@ impl Association<'_, '_> {
     fn answer_alone(&self, from: &Addr, data: &[u8]) {
         let send = |octets: &Vec<u8>| match &self.protection {
             Some(protection) => {
-                protection.wrap(octets).is_ok_and(|octets| self.relay.send_octets(None, &octets).is_ok())
+                protection.wrap(octets).is_ok_and(|octets| self.relay.send_bytes(None, &octets).is_ok())
             }
-            None => self.relay.send_octets(None, octets).is_ok(),
+            None => self.relay.send_bytes(None, octets).is_ok(),
         };
         let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
         if split(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
