@@ -2,7 +2,7 @@
 //!
 //! What a session may do is the policy's to say; how octets become messages is `conn`'s and `proto`'s.
 
-mod associate;
+mod association;
 mod batch;
 mod bind;
 mod connect;

@@ -14,7 +14,7 @@ use super::login_throttle::MAX_DELAY;
 use super::policy_handle::PolicySnapshot;
 use super::session_log::{LOGIN_REFUSED, SessionLog};
 use super::tunnel::Tunnel;
-use super::{Server, associate, bind, connect};
+use super::{Server, association, bind, connect};
 use crate::client;
 use crate::conn::{Conn, Protection, ReadError, until};
 use crate::dial::DialError;
@@ -273,7 +273,7 @@ impl Session<'_> {
             Command::Connect => connect::serve(self, conn, dst).await.map(Some),
             // The rarer commands are boxed, so that a session is not as large as the largest of them.
             Command::Bind => Box::pin(bind::serve(self, conn, dst)).await.map(Some),
-            Command::UdpAssociate => Box::pin(associate::serve(self, conn, dst)).await.map(|()| None),
+            Command::UdpAssociate => Box::pin(association::serve(self, conn, dst)).await.map(|()| None),
         }
     }
 

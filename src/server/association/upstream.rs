@@ -14,30 +14,35 @@ use crate::proto::{Addr, Host};
 
 pub(super) struct Upstream {
     /// The hop's.
-    pub(super) number: usize,
+    pub(super) hop_index: usize,
     /// Whether datagrams have gone to names.
-    pub(super) has_names: bool,
+    pub(super) has_sent_to_names: bool,
     association: Rc<Association>,
-    lost: Pin<Box<dyn Future<Output = Lost>>>,
+    ended: Pin<Box<dyn Future<Output = Lost>>>,
 }
 
 impl Upstream {
-    pub(super) async fn open(server: &Server, number: usize) -> Result<Self, SessionError> {
-        let hop = server.hop(number)?;
+    pub(super) async fn open(server: &Server, hop_index: usize) -> Result<Self, SessionError> {
+        let hop = server.hop(hop_index)?;
         let client = server.hop_client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
         let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
-        let watched = association.clone();
-        Ok(Self { number, has_names: false, association, lost: Box::pin(async move { watched.lost().await }) })
+        let control = association.clone();
+        Ok(Self {
+            hop_index,
+            has_sent_to_names: false,
+            association,
+            ended: Box::pin(async move { control.lost().await }),
+        })
     }
 
     /// Ready when the hop has ended its association.
-    pub(super) fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
-        self.lost.as_mut().poll(cx)
+    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+        self.ended.as_mut().poll(cx)
     }
 
     /// True when the datagram has been sent.
     pub(super) fn send(&mut self, dst: &Addr, data: &[u8]) -> bool {
-        self.has_names |= matches!(dst.host, Host::Name(_));
+        self.has_sent_to_names |= matches!(dst.host, Host::Name(_));
         self.association.try_send(dst, data).is_ok()
     }
 

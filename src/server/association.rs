@@ -4,8 +4,8 @@
 //! kernel filters, by connect(2). What can't be relayed is dropped in silence, and nothing that a datagram or an ICMP
 //! message can do ends an association.
 
-mod contacts;
-mod names;
+mod name_cache;
+mod sent_to;
 mod upstream;
 
 use std::borrow::Cow;
@@ -31,17 +31,17 @@ use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
 use crate::reactor::{IdleTimer, wake_later};
 use crate::reassembly::{Reassembler, split};
-use contacts::Contacts;
-use names::Names;
+use name_cache::NameCache;
+use sent_to::SentTo;
 use upstream::Upstream;
 
 /// How many datagrams of one socket are relayed before another one gets its turn. What was received at once is relayed
 /// at once, and may be more.
-const BUDGET: usize = 64;
+const MAX_DATAGRAMS_PER_TURN: usize = 64;
 /// Room in the kernel for a burst, in octets, where it grants that much.
-const SOCKET_BUFFER: usize = 1 << 20;
+const SOCKET_BUFFER_SIZE: usize = 1 << 20;
 /// How many octets on the control connection are read and ignored before it is taken for a mistake.
-const MAX_CONTROL: usize = 64 * 1024;
+const MAX_CONTROL_BYTES: usize = 64 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -50,7 +50,7 @@ thread_local! {
 /// What the associations of a thread use in turn.
 #[derive(Default)]
 struct Scratch {
-    batch: RecvBatch,
+    received: RecvBatch,
     /// The header of the answers of a run.
     header: Vec<u8>,
 }
@@ -66,25 +66,25 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
         }
     }
     let client = client_addr(session.log.client(), dst);
-    let relay = relay_socket(server, control, client).map_err(SessionError::general_failure)?;
-    let local = relay.get_ref().local_addr().map_err(SessionError::general_failure)?;
+    let client_socket = client_socket(server, control, client).map_err(SessionError::general_failure)?;
+    let local = client_socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     session.reply_success(control, server.advertised(local).into(), None).await?;
     let association = Association {
         rate_limit: session.quota.as_ref().and_then(|quota| quota.rate_limit.clone()),
         session,
         protection: control.protection().cloned(),
-        relay,
+        client_socket,
         client,
-        outward: [None, None],
+        egress: [None, None],
         upstreams,
-        contacts: Contacts::default(),
-        names: Names::default(),
+        sent_to: SentTo::default(),
+        name_cache: NameCache::default(),
         reassembler: Reassembler::default(),
-        last: Instant::now(),
+        last_activity: Instant::now(),
     };
-    let why = association.run(control).await;
-    if let Some(why) = why {
-        session.log.set_error(why);
+    let error = association.run(control).await;
+    if let Some(error) = error {
+        session.log.set_error(error);
     }
     Ok(())
 }
@@ -97,7 +97,7 @@ fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
     client
 }
 
-fn relay_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
+fn client_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
     let local = address_for(control.local_addr(), unspecified(client.ip()))?;
     let socket = bind_within(server.options.udp_ports.as_ref(), local, udp_socket)?;
     // Port 0 leaves the port open and pins the address.
@@ -112,8 +112,8 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
     }
     socket.bind(&local.into())?;
     // Bursts fare better with more; the association works with what there is.
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
     socket.set_nonblocking(true)?;
     BatchSocket::new(socket.into(), BatchMode::BEST)
 }
@@ -123,40 +123,40 @@ struct Association<'a, 'b> {
     rate_limit: Option<RateLimit>,
     /// That of the control connection, which holds for datagrams too (RFC 1961 section 5).
     protection: Option<Protection>,
-    relay: BatchSocket,
+    client_socket: BatchSocket,
     /// The port is 0 until it is known.
     client: SocketAddr,
     /// One socket a family towards all targets, once it is needed: IPv4, IPv6.
-    outward: [Option<BatchSocket>; 2],
+    egress: [Option<BatchSocket>; 2],
     upstreams: Vec<Upstream>,
-    contacts: Contacts,
-    names: Names,
+    sent_to: SentTo,
+    name_cache: NameCache,
     reassembler: Reassembler,
-    last: Instant,
+    last_activity: Instant,
 }
 
 impl Association<'_, '_> {
     /// Relays until the control connection ends, which is how an association should end, or something else is said.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
-        let mut ended = std::pin::pin!(control_end(control));
+        let mut ended = std::pin::pin!(wait_for_control_end(control));
         let mut alarm = IdleTimer::default();
         poll_fn(|cx| {
-            if let Poll::Ready(why) = ended.as_mut().poll(cx) {
-                return Poll::Ready(why.map(Into::into));
+            if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
+                return Poll::Ready(reason.map(Into::into));
             }
-            if let Some(why) = self.obey_law().or_else(|| self.poll_lost(cx)) {
-                return Poll::Ready(Some(why));
+            if let Some(reason) = self.recheck_policy().or_else(|| self.poll_ended_upstream(cx)) {
+                return Poll::Ready(Some(reason));
             }
             let mut now = Instant::now();
-            let more = SCRATCH.with_borrow_mut(|scratch| self.poll_sockets(cx, now, scratch));
+            let more = SCRATCH.with_borrow_mut(|scratch| self.relay_ready(cx, now, scratch));
             // What waited for a name may have gone out by a socket that nobody has looked at yet.
-            if self.poll_names(cx) || more {
+            if self.send_resolved(cx) || more {
                 wake_later(cx);
                 return Poll::Pending;
             }
             loop {
                 self.reassembler.expire(now);
-                let idle = self.last + self.session.server.options.idle_timeout;
+                let idle = self.last_activity + self.session.server.options.idle_timeout;
                 if now >= idle {
                     return Poll::Ready(Some("idle for too long".into()));
                 }
@@ -168,117 +168,120 @@ impl Association<'_, '_> {
     }
 
     /// Lives on under a new law, or says why not.
-    fn obey_law(&mut self) -> Option<String> {
+    fn recheck_policy(&mut self) -> Option<String> {
         let Session { server, snapshot, log, .. } = &mut *self.session;
-        let objection = server.recheck(log, &log.policy_generation, || None);
-        if objection.is_some() || log.policy_generation.get() == snapshot.generation {
-            return objection;
+        let denial = server.recheck(log, &log.policy_generation, || None);
+        if denial.is_some() || log.policy_generation.get() == snapshot.generation {
+            return denial;
         }
         *snapshot = server.policy.current();
-        let is_open = |route: &Route| match route {
+        let is_available = |route: &Route| match route {
             Route::Direct => true,
-            Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.number == *hop),
+            Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.hop_index == *hop),
         };
-        let are_open = snapshot.policy.rules.possible_routes(&log.access_request()).iter().all(is_open);
-        (!are_open).then(|| "the rules now name a hop that it was not opened with".into())
+        let has_all_upstreams = snapshot.policy.rules.possible_routes(&log.access_request()).iter().all(is_available);
+        (!has_all_upstreams).then(|| "the rules now name a hop that it was not opened with".into())
     }
 
-    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Option<String> {
-        let lost = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_lost(cx) {
-            Poll::Ready(lost) => Some(lost.0),
+    fn poll_ended_upstream(&mut self, cx: &mut Context<'_>) -> Option<String> {
+        let ended = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_ended(cx) {
+            Poll::Ready(ended) => Some(ended.0),
             Poll::Pending => None,
         });
-        lost.map(|proxy| format!("proxy {proxy} ended its association"))
+        ended.map(|proxy| format!("proxy {proxy} ended its association"))
     }
 
     /// Relays what has come, both ways. True when there may be more.
-    fn poll_sockets(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
-        let Scratch { batch, header } = scratch;
-        let mut left = BUDGET;
-        while left > 0 && self.relay.poll_receive(cx, batch, left) {
-            left = left.saturating_sub(batch.count());
-            self.take_from_client(now, batch);
+    fn relay_ready(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
+        let Scratch { received, header } = scratch;
+        let mut budget = MAX_DATAGRAMS_PER_TURN;
+        while budget > 0 && self.client_socket.poll_receive(cx, received, budget) {
+            budget = budget.saturating_sub(received.count());
+            self.relay_from_client(now, received);
         }
-        let mut more = left == 0;
-        for family in 0..self.outward.len() {
-            let mut left = BUDGET;
-            while let (Some(Some(socket)), 1..) = (self.outward.get(family), left) {
-                if !socket.poll_receive(cx, batch, left) {
+        let mut more = budget == 0;
+        for family in 0..self.egress.len() {
+            let mut budget = MAX_DATAGRAMS_PER_TURN;
+            while let (Some(Some(socket)), 1..) = (self.egress.get(family), budget) {
+                if !socket.poll_receive(cx, received, budget) {
                     break;
                 }
-                left = left.saturating_sub(batch.count());
-                self.take_from_targets(now, batch, header);
+                budget = budget.saturating_sub(received.count());
+                self.relay_from_targets(now, received, header);
             }
-            more |= left == 0;
+            more |= budget == 0;
         }
-        more | self.take_from_upstreams(cx, now)
+        more | self.relay_from_upstreams(cx, now)
     }
 
-    fn take_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+    fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut more = false;
         for upstream in &self.upstreams {
-            let mut left = BUDGET;
-            while left > 0
+            let mut budget = MAX_DATAGRAMS_PER_TURN;
+            while budget > 0
                 && let Poll::Ready(received) = upstream.poll_recv(cx)
             {
-                left -= 1;
+                budget -= 1;
                 // An error is about an earlier datagram; the control connection says when it is over.
                 let Ok((from, data)) = received else { continue };
-                self.last = now;
-                if self.client.port() != 0 && self.may_answer_by(upstream, &from) && self.may_pass(data.len()) {
-                    self.answer_alone(&from, &data);
+                self.last_activity = now;
+                if self.client.port() != 0
+                    && self.is_upstream_answer_allowed(upstream, &from)
+                    && self.charge(data.len())
+                {
+                    self.send_answer(&from, &data);
                 }
             }
-            more |= left == 0;
+            more |= budget == 0;
         }
         more
     }
 
-    fn take_from_client(&mut self, now: Instant, batch: &RecvBatch) {
+    fn relay_from_client(&mut self, now: Instant, received: &RecvBatch) {
         let mut no_header = Vec::new();
-        let run = &mut GsoBatch::new(&mut no_header);
-        for (from, octets) in batch.datagrams() {
+        let batch = &mut GsoBatch::new(&mut no_header);
+        for (from, bytes) in received.datagrams() {
             // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
             if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
                 continue;
             }
             if let Some(protection) = &self.protection {
-                let plain = protection.unwrap_datagram(&mut octets.to_vec());
+                let plain = protection.unwrap_datagram(&mut bytes.to_vec());
                 if let Some(plain) = plain {
-                    self.take_protected(now, from, &plain);
+                    self.relay_protected(now, from, &plain);
                 }
                 continue;
             }
-            let Ok(datagram) = Datagram::decode(octets) else { continue };
-            self.hear(now, from);
+            let Ok(datagram) = Datagram::decode(bytes) else { continue };
+            self.on_client_datagram(now, from);
             match self.reassembler.push(now, datagram) {
                 Some((Addr { host: Host::Ip(ip), port }, Cow::Borrowed(data))) => {
-                    self.send_in_run(run, canonical(ip, port), data);
+                    self.queue(batch, canonical(ip, port), data);
                 }
                 Some((dst, data)) => {
-                    self.send_run(run);
+                    self.flush(batch);
                     self.send_to(dst, &data);
                 }
                 None => {}
             }
         }
-        self.send_run(run);
+        self.flush(batch);
     }
 
-    fn take_protected(&mut self, now: Instant, from: SocketAddr, octets: &[u8]) {
-        let Ok(datagram) = Datagram::decode(octets) else { return };
-        self.hear(now, from);
+    fn relay_protected(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
+        let Ok(datagram) = Datagram::decode(bytes) else { return };
+        self.on_client_datagram(now, from);
         if let Some((dst, data)) = self.reassembler.push(now, datagram) {
             self.send_to(dst, &data);
         }
     }
 
     /// The client has sent something; the first time, it is known from where.
-    fn hear(&mut self, now: Instant, from: SocketAddr) {
-        self.last = now;
+    fn on_client_datagram(&mut self, now: Instant, from: SocketAddr) {
+        self.last_activity = now;
         if self.client.port() == 0 {
             self.client = from;
-            if let Err(error) = self.relay.get_ref().connect(from) {
+            if let Err(error) = self.client_socket.get_ref().connect(from) {
                 log::debug!("udp: connect to {from}: {error}");
             }
         }
@@ -286,41 +289,41 @@ impl Association<'_, '_> {
 
     fn send_to(&mut self, dst: Addr, data: &[u8]) {
         match dst.host {
-            Host::Ip(ip) => self.send(canonical(ip, dst.port), data),
+            Host::Ip(ip) => self.send_to_addr(canonical(ip, dst.port), data),
             Host::Name(name) => self.send_to_name(name, dst.port, data),
         }
     }
 
-    fn send_in_run<'a>(&mut self, run: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
-        if run.peer() != Some(dst) {
-            self.send_run(run);
-            match self.way(dst, None) {
-                Some(Route::Direct) => run.begin(dst, |_| {}),
-                Some(Route::Hop(hop)) => return self.send_through(hop, &dst.into(), data),
+    fn queue<'a>(&mut self, batch: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
+        if batch.peer() != Some(dst) {
+            self.flush(batch);
+            match self.route_to(dst, None) {
+                Some(Route::Direct) => batch.begin(dst, |_| {}),
+                Some(Route::Hop(hop)) => return self.send_via_hop(hop, &dst.into(), data),
                 None => return,
             }
         }
-        if !self.may_pass(data.len()) {
+        if !self.charge(data.len()) {
             return;
         }
-        if !run.push(data) {
-            self.send_run(run);
-            run.push(data);
+        if !batch.push(data) {
+            self.flush(batch);
+            batch.push(data);
         }
     }
 
-    fn send_run(&mut self, run: &mut GsoBatch<'_>) {
-        let Some(dst) = run.peer().filter(|_| !run.is_empty()) else { return };
-        self.contacts.insert(dst.ip(), None);
-        let sent = self.outward(dst).map_or(0, |socket| socket.send_batch(Some(dst), run));
-        run.clear();
-        self.has_sent(sent);
+    fn flush(&mut self, batch: &mut GsoBatch<'_>) {
+        let Some(dst) = batch.peer().filter(|_| !batch.is_empty()) else { return };
+        self.sent_to.insert(dst.ip(), None);
+        let sent = self.egress(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
+        batch.clear();
+        self.count_sent(sent);
     }
 
-    fn send(&mut self, dst: SocketAddr, data: &[u8]) {
-        match self.way(dst, None) {
-            Some(Route::Direct) if self.may_pass(data.len()) => self.send_to_one_of(&[dst], None, data),
-            Some(Route::Hop(hop)) => self.send_through(hop, &dst.into(), data),
+    fn send_to_addr(&mut self, dst: SocketAddr, data: &[u8]) {
+        match self.route_to(dst, None) {
+            Some(Route::Direct) if self.charge(data.len()) => self.send_to_first(&[dst], None, data),
+            Some(Route::Hop(hop)) => self.send_via_hop(hop, &dst.into(), data),
             Some(Route::Direct) | None => {}
         }
     }
@@ -329,84 +332,85 @@ impl Association<'_, '_> {
     fn send_to_name(&mut self, name: HostName, port: u16, data: &[u8]) {
         let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
-        let question = with_target(self.session.log.client_request(), &dst);
-        match self.session.snapshot.evaluate(&question) {
+        let request = with_target(self.session.log.client_request(), &dst);
+        match self.session.snapshot.evaluate(&request) {
             Decision::Deny(_) => return,
-            Decision::Allow(_, Route::Hop(hop)) => return self.send_through(hop, &dst, data),
+            Decision::Allow(_, Route::Hop(hop)) => return self.send_via_hop(hop, &dst, data),
             Decision::Allow(_, Route::Direct) | Decision::Undecided(_) => {}
         }
         let Host::Name(name) = &dst.host else { return };
         let deadline = Instant::now() + server.options.connect_timeout;
-        let Some(addrs) = self.names.get_or_wait(name, port, data, &server.resolver, deadline) else { return };
-        let ways: Vec<_> = addrs.into_iter().filter_map(|addr| Some((addr, self.way(addr, Some(name))?))).collect();
-        if let Some((addr, Route::Hop(hop))) = ways.first() {
-            return self.send_through(*hop, &(*addr).into(), data);
+        let Some(addrs) = self.name_cache.get_or_wait(name, port, data, &server.resolver, deadline) else { return };
+        let routes: Vec<_> =
+            addrs.into_iter().filter_map(|addr| Some((addr, self.route_to(addr, Some(name))?))).collect();
+        if let Some((addr, Route::Hop(hop))) = routes.first() {
+            return self.send_via_hop(*hop, &(*addr).into(), data);
         }
-        let here = ways.iter().filter(|(_, way)| *way == Route::Direct).map(|(addr, _)| *addr);
-        if self.may_pass(data.len()) {
-            self.send_to_one_of(&here.collect::<Vec<_>>(), Some(name), data);
+        let direct = routes.iter().filter(|(_, route)| *route == Route::Direct).map(|(addr, _)| *addr);
+        if self.charge(data.len()) {
+            self.send_to_first(&direct.collect::<Vec<_>>(), Some(name), data);
         }
     }
 
     /// Sends what waited for the names that are resolved now. True when there were any.
-    fn poll_names(&mut self, cx: &mut Context<'_>) -> bool {
-        let known = self.names.poll(cx);
-        let any = !known.is_empty();
-        for (name, waiting) in known {
+    fn send_resolved(&mut self, cx: &mut Context<'_>) -> bool {
+        let resolved = self.name_cache.poll(cx);
+        let has_sent = !resolved.is_empty();
+        for (name, waiting) in resolved {
             for (port, data) in waiting {
                 self.send_to_name(name.clone(), port, &data);
             }
         }
-        any
+        has_sent
     }
 
     /// Sends to the first of the addresses that takes it.
-    fn send_to_one_of(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
+    fn send_to_first(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
         for addr in addrs {
             // Before anything is sent: the answer may be here sooner than sending returns.
-            self.contacts.insert(addr.ip(), name);
-            if self.outward(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
-                return self.has_sent(data.len());
+            self.sent_to.insert(addr.ip(), name);
+            if self.egress(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
+                return self.count_sent(data.len());
             }
         }
     }
 
-    fn send_through(&mut self, hop: usize, dst: &Addr, data: &[u8]) {
-        if !self.may_pass(data.len()) {
+    fn send_via_hop(&mut self, hop: usize, dst: &Addr, data: &[u8]) {
+        if !self.charge(data.len()) {
             return;
         }
-        let upstream = self.upstreams.iter_mut().find(|upstream| upstream.number == hop);
+        let upstream = self.upstreams.iter_mut().find(|upstream| upstream.hop_index == hop);
         if upstream.is_some_and(|upstream| upstream.send(dst, data)) {
-            self.has_sent(data.len());
+            self.count_sent(data.len());
         }
     }
 
-    fn has_sent(&self, octets: usize) {
-        self.session.log.bytes.up.fetch_add(octets as u64, Ordering::Relaxed);
+    fn count_sent(&self, bytes: usize) {
+        self.session.log.bytes.up.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// The way to an address that the client knows by that name; none when the rules deny it, or nobody can be there. To
     /// many at once only those get whom a rule lets by address.
-    fn way(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
-        let question = self.session.log.client_request();
-        let question =
-            AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..question };
-        match self.session.snapshot.evaluate(&question) {
+    fn route_to(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
+        let request = self.session.log.client_request();
+        let request =
+            AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..request };
+        match self.session.snapshot.evaluate(&request) {
             Decision::Allow(rule, route) => {
-                let may_be = is_unicast(addr.ip()) || rule.has_to_condition();
-                (addr.port() != 0 && may_be).then_some(route)
+                let is_host_or_named = is_unicast(addr.ip()) || rule.has_to_condition();
+                (addr.port() != 0 && is_host_or_named).then_some(route)
             }
             Decision::Deny(_) | Decision::Undecided(_) => None,
         }
     }
 
     /// Whether the pace of the session has room for so many octets.
-    fn may_pass(&self, octets: usize) -> bool {
-        self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(octets, Instant::now()))
+    fn charge(&self, bytes: usize) -> bool {
+        self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
     }
 
-    fn outward(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
-        let [v4, v6] = &mut self.outward;
+    fn egress(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
+        let [v4, v6] = &mut self.egress;
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
             Some(socket) => Ok(socket),
@@ -414,62 +418,62 @@ impl Association<'_, '_> {
         }
     }
 
-    fn take_from_targets(&mut self, now: Instant, batch: &RecvBatch, header: &mut Vec<u8>) {
-        let run = &mut GsoBatch::new(header);
-        for (from, data) in batch.datagrams() {
-            if run.peer() != Some(from) {
-                self.answer_run(run);
-                if !self.may_answer(from) {
+    fn relay_from_targets(&mut self, now: Instant, received: &RecvBatch, header: &mut Vec<u8>) {
+        let batch = &mut GsoBatch::new(header);
+        for (from, data) in received.datagrams() {
+            if batch.peer() != Some(from) {
+                self.flush_answers(batch);
+                if !self.is_answer_allowed(from) {
                     continue;
                 }
-                run.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.encode_into(header));
+                batch.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.encode_into(header));
             }
-            self.last = now;
-            if !self.may_pass(data.len()) {
+            self.last_activity = now;
+            if !self.charge(data.len()) {
                 continue;
             }
-            if self.protection.is_some() || run.header_len() + data.len() > MAX_UDP4_PAYLOAD {
-                self.answer_run(run);
-                self.answer_alone(&from.into(), data);
-            } else if !run.push(data) {
-                self.answer_run(run);
-                run.push(data);
+            if self.protection.is_some() || batch.header_len() + data.len() > MAX_UDP4_PAYLOAD {
+                self.flush_answers(batch);
+                self.send_answer(&from.into(), data);
+            } else if !batch.push(data) {
+                self.flush_answers(batch);
+                batch.push(data);
             }
         }
-        self.answer_run(run);
+        self.flush_answers(batch);
     }
 
     /// Whether the client may have asked for it: it has sent to that address, or to that of everybody, and might send
     /// to where the answer comes from.
-    fn may_answer(&self, from: SocketAddr) -> bool {
-        let is_open = self.session.server.options.udp_filtering == Filtering::EndpointIndependent;
-        let asked = self.contacts.get(from.ip());
-        (is_open || asked.is_some())
+    fn is_answer_allowed(&self, from: SocketAddr) -> bool {
+        let accepts_any = self.session.server.options.udp_filtering == Filtering::EndpointIndependent;
+        let sent_to = self.sent_to.get(from.ip());
+        (accepts_any || sent_to.is_some())
             && self.client.port() != 0
-            && self.way(from, asked.flatten()) == Some(Route::Direct)
+            && self.route_to(from, sent_to.flatten()) == Some(Route::Direct)
     }
 
     /// The same for what comes through a hop. Which address a name has is the hop's to know, and whom the client has sent
     /// to; but to a client that has sent only to addresses, the rules say from where.
-    fn may_answer_by(&self, upstream: &Upstream, from: &Addr) -> bool {
-        let question = with_target(self.session.log.client_request(), from);
-        upstream.has_names || !matches!(self.session.snapshot.evaluate(&question), Decision::Deny(_))
+    fn is_upstream_answer_allowed(&self, upstream: &Upstream, from: &Addr) -> bool {
+        let request = with_target(self.session.log.client_request(), from);
+        upstream.has_sent_to_names || !matches!(self.session.snapshot.evaluate(&request), Decision::Deny(_))
     }
 
-    fn answer_run(&self, run: &mut GsoBatch<'_>) {
-        if !run.is_empty() {
-            let sent = self.relay.send_batch(None, run);
+    fn flush_answers(&self, batch: &mut GsoBatch<'_>) {
+        if !batch.is_empty() {
+            let sent = self.client_socket.send_batch(None, batch);
             self.session.log.bytes.down.fetch_add(sent as u64, Ordering::Relaxed);
         }
     }
 
     /// An answer that comes by itself: protected, or through a hop, or without room behind its header.
-    fn answer_alone(&self, from: &Addr, data: &[u8]) {
-        let send = |octets: &Vec<u8>| match &self.protection {
+    fn send_answer(&self, from: &Addr, data: &[u8]) {
+        let send = |bytes: &Vec<u8>| match &self.protection {
             Some(protection) => {
-                protection.wrap(octets).is_ok_and(|octets| self.relay.send_bytes(None, &octets).is_ok())
+                protection.wrap(bytes).is_ok_and(|bytes| self.client_socket.send_bytes(None, &bytes).is_ok())
             }
-            None => self.relay.send_bytes(None, octets).is_ok(),
+            None => self.client_socket.send_bytes(None, bytes).is_ok(),
         };
         let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
         if split(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
@@ -481,12 +485,12 @@ impl Association<'_, '_> {
 }
 
 /// Returns when the control connection ends, however it does, or when it carries what it should not.
-async fn control_end(control: &mut Conn) -> Option<&'static str> {
-    let mut waste = [0; 256];
+async fn wait_for_control_end(control: &mut Conn) -> Option<&'static str> {
+    let mut ignored = [0; 256];
     let mut total = 0;
-    while let Ok(n @ 1..) = control.read(&mut waste).await {
+    while let Ok(n @ 1..) = control.read(&mut ignored).await {
         total += n;
-        if total > MAX_CONTROL {
+        if total > MAX_CONTROL_BYTES {
             return Some("data on the control connection");
         }
     }
