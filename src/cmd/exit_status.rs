@@ -1,7 +1,7 @@
-//! How a mode ends: the exit statuses, all of them, and the line that goes with each.
+//! Exit statuses, and errors as the user sees them.
 //!
-//! Every message is one line on stderr: `s5: ` and then who or what, the phase, the reason, and where there is one the
-//! way out. Lower case, no full stop, never a secret.
+//! An error is one line on stderr: `s5: `, then what failed, the phase, the reason and, where there is one, the remedy.
+//! It is in lower case, without a full stop, and never contains a password.
 
 use std::fmt;
 use std::io::Write as _;
@@ -11,7 +11,7 @@ use crate::client::{self as socks, Cause, Phase};
 use crate::dial::DialError;
 use crate::proto::Rep;
 
-/// An exit status. Scripts rely on the numbers: curl's where curl has one.
+/// An exit status. Scripts rely on the numbers, which are those of curl(1) where curl has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExitStatus(u8);
 
@@ -19,82 +19,82 @@ macro_rules! exit_statuses {
     ($($code:literal $name:ident $meaning:literal)*) => {
         impl ExitStatus {
             $(#[doc = concat!("Status ", stringify!($code), ": ", $meaning, ".")] pub const $name: Self = Self($code);)*
-            /// Every status there is, with its meaning; but for those of a program that was run.
+            /// All statuses with their meanings, except those passed on from a child process.
             pub const ALL: &[(u8, &str)] = &[$(($code, $meaning)),*];
         }
     };
 }
 
 exit_statuses! {
-    0 SUCCESS "it ended well: TCP's word, which does not say that the other side had finished; `udp`: all was sent"
-    1 FAILURE "none of the below"
-    2 USAGE "the command line, a variable or a file is wrong"
+    0 SUCCESS "success: the transfer ended without an error (`udp`: all datagrams were sent)"
+    1 FAILURE "any other failure"
+    2 USAGE "the command line, an environment variable or a file is invalid"
     5 RESOLVE_PROXY "the proxy's name could not be resolved"
-    6 RESOLVE_TARGET "the target's name could not be resolved, with `-R local` or without a proxy"
-    7 UNREACHABLE "the proxy, a later one of a chain, or without a proxy the target could not be reached"
-    23 WRITE_STDOUT "stdout, or the file of an option, could not be written"
-    26 READ_STDIN "stdin could not be read, or is not what an option says that it is"
-    28 TIMED_OUT "time ran out; the message names the phase"
-    45 LOCAL_ADDR "the address or port of `-s`, `-p` or `-l` could not be had"
-    55 SEND_ERROR "sending failed in the middle"
-    56 RECEIVE_ERROR "receiving failed in the middle"
-    67 LOGIN_FAILED "the proxy wants a login that was not given, or refused it"
-    97 PROTOCOL "not a SOCKS5 server, or it broke off"
-    101 REP_1 "the proxy answered: general failure"
-    102 REP_2 "the proxy answered: not allowed by ruleset"
-    103 REP_3 "the proxy answered: network unreachable"
-    104 REP_4 "the proxy answered: host unreachable, or no such name"
-    105 REP_5 "the proxy answered: connection refused"
-    106 REP_6 "the proxy answered: TTL expired, which most servers say for a time-out"
-    107 REP_7 "the proxy answered: command not supported"
-    108 REP_8 "the proxy answered: address type not supported"
-    109 REP_9 "the proxy answered with a code that is not assigned"
-    126 NOT_EXECUTABLE "the program of `-e` could not be run"
+    6 RESOLVE_TARGET "the target's name could not be resolved (with `-R local`, or without a proxy)"
+    7 UNREACHABLE "a proxy, or without a proxy the target, could not be reached"
+    23 WRITE_STDOUT "stdout, or a file named by an option, could not be written"
+    26 READ_STDIN "stdin could not be read, or is not in the format that an option requires"
+    28 TIMED_OUT "a timeout expired (the message names the phase)"
+    45 LOCAL_ADDR "the local address or port (`-s`, `-p`, `-l`) is not available"
+    55 SEND_ERROR "write error during the transfer"
+    56 RECEIVE_ERROR "read error during the transfer"
+    67 LOGIN_FAILED "the proxy refused the login, or requires one that was not given"
+    97 PROTOCOL "not a SOCKS5 server, or connection closed during the handshake"
+    101 REP_1 "the proxy replied: general failure"
+    102 REP_2 "the proxy replied: not allowed by ruleset"
+    103 REP_3 "the proxy replied: network unreachable"
+    104 REP_4 "the proxy replied: host unreachable, or no such name"
+    105 REP_5 "the proxy replied: connection refused"
+    106 REP_6 "the proxy replied: TTL expired, which most servers send for a timeout"
+    107 REP_7 "the proxy replied: command not supported"
+    108 REP_8 "the proxy replied: address type not supported"
+    109 REP_9 "the proxy replied with an unassigned code"
+    126 NOT_EXECUTABLE "the program of `-e` could not be executed"
     127 PROGRAM_NOT_FOUND "the program of `-e` was not found"
-    141 BROKEN_PIPE "nobody reads stdout any more"
+    141 BROKEN_PIPE "broken pipe: the reader of stdout has closed it"
 }
 
 impl ExitStatus {
-    /// Of a reply that is a failure: 100 + REP, 109 for all that are not assigned.
+    /// Returns 100 + REP, and 109 for all unassigned codes.
     fn from_rep(rep: Rep) -> Self {
         Self(100 + rep.0.min(9))
     }
 
-    /// As a program ended that was run: its own, 128 and the signal that killed it.
+    /// Returns the status of a child process as a shell does: its exit code, or 128 + the signal that killed it.
     pub fn from_child(code: Option<i32>, signal: Option<i32>) -> Self {
         let code = code.or(signal.map(|signal| 128 + signal));
         code.and_then(|code| u8::try_from(code).ok()).map_or(Self::FAILURE, Self)
     }
 
-    /// The number.
+    /// The status as a number.
     pub fn code(self) -> u8 {
         self.0
     }
 }
 
-/// How a mode ends when it does not end well.
+/// An error that ends a mode.
 #[derive(Debug)]
 pub struct CliError {
-    /// What is printed behind `s5: `; empty for nothing.
+    /// Text after `s5: `; nothing is printed if it is empty.
     pub message: String,
-    /// How the program exits.
+    /// Exit status of the program.
     pub status: ExitStatus,
-    /// Whether it would fail the same way if it were tried again.
+    /// Whether a retry would fail the same way.
     pub is_final: bool,
 }
 
 impl CliError {
-    /// A failure that trying again would not mend.
+    /// Returns an error that a retry would not fix.
     pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
         Self { message: message.into(), status, is_final: true }
     }
 
-    /// A mistake in the command line or in a file that it names.
+    /// Returns an error of the command line, or of a file that it names.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(ExitStatus::USAGE, message)
     }
 
-    /// Prints it and gives the exit status.
+    /// Prints the message and returns the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
             eprint_line(&format!("s5: {self}"));
@@ -103,7 +103,7 @@ impl CliError {
     }
 }
 
-/// Escapes what a terminal could take for a command: proxies and targets have a say in messages.
+/// Escapes control characters: messages may contain text from proxies and targets.
 impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.message.chars() {
@@ -135,7 +135,7 @@ impl From<socks::Error> for CliError {
     }
 }
 
-/// One line on stderr, in one piece: others may be writing there too. With stderr closed the status has to do.
+/// Writes one line to stderr in a single write, since other processes may write there too. Write errors are ignored.
 pub fn eprint_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
@@ -145,12 +145,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_can_not_drive_a_terminal() {
+    fn display_escapes_control_characters() {
         assert_eq!(CliError::usage("a\x1b[2Jb\n").to_string(), "a\\u{1b}[2Jb\\n");
     }
 
     #[test]
-    fn a_program_ends_as_a_shell_would_tell_it() {
+    fn child_status_is_that_of_a_shell() {
         let table = [(Some(0), None, 0), (Some(3), None, 3), (None, Some(9), 137), (Some(256), None, 1)];
         for (code, signal, status) in table {
             assert_eq!(ExitStatus::from_child(code, signal).code(), status);
