@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::conn::{Conn, Protection, ReadError, until};
+use crate::conn::{Conn, Protection, ReadError, timeout_at};
 use crate::dial::{DialError, LocalAddr, Resolver, dial};
 use crate::gssapi::{self, Initiator, Ticket};
 use crate::proto::{
@@ -211,7 +211,7 @@ impl Client {
     async fn limited<T>(&self, future: impl Future<Output = Result<T, Cause>>) -> Result<T, Error> {
         let result = match self.limit {
             None => future.await,
-            Some((deadline, wait)) => until(deadline, future).await.unwrap_or(Err(Cause::TimedOut(wait))),
+            Some((deadline, wait)) => timeout_at(deadline, future).await.unwrap_or(Err(Cause::TimedOut(wait))),
         };
         self.step(self.at.get().1);
         result.map_err(|cause| self.error(cause))

@@ -21,16 +21,16 @@ use rustix::net::RecvFlags;
 use crate::proto::{self, DecodeError, Message};
 use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
 use crate::relay::{SocketOp, Stream};
-use protected::Protected;
-pub use protected::{Context as SecurityContext, Order, Protection, Unwrapped};
+use protected::ProtectedStream;
+pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 
 /// How long a peer may go on sending after its last answer, so that the answer is not lost to a reset. RFC 1928
 /// section 6 wants the connection closed within 10 seconds.
-const FAREWELL: Duration = Duration::from_secs(5);
+const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How many octets of a message there is room for before any of it has come.
-const PIECE: usize = 1024;
+const INITIAL_READ_LEN: usize = 1024;
 /// How often a connection with unread octets is asked whether its peer is still there.
-const WATCH: Duration = Duration::from_secs(1);
+const CLOSE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A connection between a SOCKS client and a SOCKS server.
 #[derive(Debug)]
@@ -40,24 +40,24 @@ pub enum Conn {
     /// Over a Unix socket.
     Unix(Io<UnixStream>),
     /// Over another connection, protected.
-    Protected(Box<Protected>),
+    Protected(Box<ProtectedStream>),
 }
 
 /// A connection that no thread waits for yet, or any longer.
 #[derive(Debug)]
-pub enum Loose {
+pub enum DetachedConn {
     /// Over TCP.
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
 }
 
-impl Loose {
+impl DetachedConn {
     /// A connection of this thread.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
-    pub fn settle(self) -> io::Result<Conn> {
+    pub fn attach(self) -> io::Result<Conn> {
         Ok(match self {
             Self::Tcp(stream) => Conn::Tcp(Io::new(stream)?),
             Self::Unix(stream) => Conn::Unix(Io::new(stream)?),
@@ -78,7 +78,7 @@ impl fmt::Display for ReadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Closed(_, Some(error)) => error.fmt(f),
-            Self::Closed(octets, None) if octets.is_empty() => f.write_str("closed before a message"),
+            Self::Closed(bytes, None) if bytes.is_empty() => f.write_str("closed before a message"),
             Self::Closed(..) => f.write_str("closed inside of a message"),
             Self::Protocol(error, _) => error.fmt(f),
         }
@@ -91,22 +91,22 @@ impl Conn {
     /// # Errors
     /// As [`ReadError`] says. The caller sets the deadline.
     pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
-        let mut octets = Vec::with_capacity(M::MIN_LEN);
+        let mut bytes = Vec::with_capacity(M::MIN_LEN);
         loop {
-            let need = match M::decode(&octets) {
+            let missing = match M::decode(&bytes) {
                 Ok(message) => return Ok(message),
-                Err(DecodeError::Incomplete(need)) => need,
-                Err(DecodeError::Invalid(error)) => return Err(ReadError::Protocol(error, octets)),
+                Err(DecodeError::Incomplete(missing)) => missing,
+                Err(DecodeError::Invalid(error)) => return Err(ReadError::Protocol(error, bytes)),
             };
-            let have = octets.len();
+            let received = bytes.len();
             // Room for a long message only as it comes.
-            octets.resize(have + need.min(have.max(PIECE)), 0);
-            let read = self.read(octets.get_mut(have..).unwrap_or_default()).await;
-            octets.truncate(have + *read.as_ref().unwrap_or(&0));
+            bytes.resize(received + missing.min(received.max(INITIAL_READ_LEN)), 0);
+            let read = self.read(bytes.get_mut(received..).unwrap_or_default()).await;
+            bytes.truncate(received + *read.as_ref().unwrap_or(&0));
             match read {
-                Ok(0) => return Err(ReadError::Closed(octets, None)),
+                Ok(0) => return Err(ReadError::Closed(bytes, None)),
                 Ok(_) => {}
-                Err(error) => return Err(ReadError::Closed(octets, Some(error))),
+                Err(error) => return Err(ReadError::Closed(bytes, Some(error))),
             }
         }
     }
@@ -122,7 +122,7 @@ impl Conn {
 
     /// The same connection, on which from now on everything is protected.
     pub fn protect(self, protection: Protection) -> Self {
-        Self::Protected(Box::new(Protected::new(self, protection)))
+        Self::Protected(Box::new(ProtectedStream::new(self, protection)))
     }
 
     /// What protects the connection, and its datagrams.
@@ -135,46 +135,46 @@ impl Conn {
 
     /// Says `last`, and closes so that it arrives although the peer may still be sending: shuts down the write side,
     /// reads on until the peer closes too, for 5 seconds at the most.
-    pub async fn farewell(mut self, last: &[u8]) {
-        let say = async {
-            self.write_all(last).await?;
+    pub async fn close_gracefully(mut self, last_message: &[u8]) {
+        let close = async {
+            self.write_all(last_message).await?;
             self.close().await?;
-            let mut waste = vec![0; 2048];
-            while self.read(&mut waste).await? > 0 {
+            let mut discarded = vec![0; 2048];
+            while self.read(&mut discarded).await? > 0 {
                 // A peer that never stops must not keep the timeout from its turn.
                 yield_now().await;
             }
             io::Result::Ok(())
         };
         let timeout = async {
-            sleep(FAREWELL).await;
+            sleep(GRACEFUL_CLOSE_TIMEOUT).await;
             Ok(())
         };
         // Whoever does not want the answer need not have it.
-        let _ = say.or(timeout).await;
+        let _ = close.or(timeout).await;
     }
 
     /// Returns when the peer has reset the connection, or closed its side with nothing left to be read; and never while
     /// it is only silent. What it has sent stays unread.
-    pub async fn left(&self) {
-        self.watch(PollFlags::HUP | PollFlags::ERR).await;
+    pub async fn wait_eof(&self) {
+        self.wait_for_events(PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// As [`Conn::left`], and also when the peer has closed its side behind something unread; that within a second.
-    pub async fn closed(&self) {
-        self.watch(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
+    /// As [`Conn::wait_eof`], and also when the peer has closed its side behind something unread; that within a second.
+    pub async fn wait_peer_closed(&self) {
+        self.wait_for_events(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// Returns at the end of what the peer sends, or when one of `signs` shows behind what is unread.
-    async fn watch(&self, signs: PollFlags) {
-        let mut octet = [0; 1];
-        let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut octet, RecvFlags::PEEK)?.1);
+    /// Returns at the end of what the peer sends, or when one of `events` shows behind what is unread.
+    async fn wait_for_events(&self, events: PollFlags) {
+        let mut byte = [0; 1];
+        let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut byte, RecvFlags::PEEK)?.1);
         poll_fn(|cx| self.poll_hangup(cx)).await;
-        let mut is_there = async || {
+        let mut is_open = async || {
             poll_fn(|cx| self.poll_with(cx, Interest::Read, &mut peek)).await.is_ok_and(|n| n > 0 || self.has_unread())
         };
-        while is_there().await && !self.shows(signs) {
-            sleep(WATCH).await;
+        while is_open().await && !self.has_event(events) {
+            sleep(CLOSE_POLL_INTERVAL).await;
         }
     }
 
@@ -183,20 +183,20 @@ impl Conn {
         matches!(self, Self::Protected(protected) if protected.has_unread())
     }
 
-    fn shows(&self, signs: PollFlags) -> bool {
-        let mut fds = [PollFd::new(self, signs)];
+    fn has_event(&self, events: PollFlags) -> bool {
+        let mut fds = [PollFd::new(self, events)];
         rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok()
-            && fds.iter().any(|fd| fd.revents().intersects(signs))
+            && fds.iter().any(|fd| fd.revents().intersects(events))
     }
 
     /// The connection for another thread, once this one has let go of it.
     ///
     /// # Errors
     /// There is no descriptor left, or the connection is more than a socket.
-    pub fn loosen(&self) -> io::Result<Loose> {
+    pub fn detach(&self) -> io::Result<DetachedConn> {
         Ok(match self {
-            Self::Tcp(io) => Loose::Tcp(io.get_ref().try_clone()?),
-            Self::Unix(io) => Loose::Unix(io.get_ref().try_clone()?),
+            Self::Tcp(io) => DetachedConn::Tcp(io.get_ref().try_clone()?),
+            Self::Unix(io) => DetachedConn::Unix(io.get_ref().try_clone()?),
             Self::Protected(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
@@ -205,16 +205,16 @@ impl Conn {
     ///
     /// # Errors
     /// Those of setsockopt(2).
-    pub fn end_with_reset(&self, reset: bool) -> io::Result<()> {
-        socket2::SockRef::from(self).set_linger(reset.then_some(Duration::ZERO))
+    pub fn set_reset_on_close(&self, should_reset: bool) -> io::Result<()> {
+        socket2::SockRef::from(self).set_linger(should_reset.then_some(Duration::ZERO))
     }
 
     /// Ends all waiting on this thread for a connection that has been loosened. To be dropped then.
-    pub fn let_go(&self) {
+    pub fn deregister(&self) {
         match self {
             Self::Tcp(io) => io.deregister(),
             Self::Unix(io) => io.deregister(),
-            Self::Protected(protected) => protected.conn.let_go(),
+            Self::Protected(protected) => protected.conn.deregister(),
         }
     }
 
@@ -237,7 +237,7 @@ impl Conn {
     /// The address that the peer connected from; none on a Unix socket.
     pub fn peer_addr(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.get_ref().peer_addr().ok().map(unmapped),
+            Self::Tcp(stream) => stream.get_ref().peer_addr().ok().map(to_canonical_addr),
             Self::Unix(_) => None,
             Self::Protected(protected) => protected.conn.peer_addr(),
         }
@@ -246,14 +246,14 @@ impl Conn {
     /// The address that the peer connected to; none on a Unix socket.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.get_ref().local_addr().ok().map(unmapped),
+            Self::Tcp(stream) => stream.get_ref().local_addr().ok().map(to_canonical_addr),
             Self::Unix(_) => None,
             Self::Protected(protected) => protected.conn.local_addr(),
         }
     }
 }
 
-fn unmapped(addr: SocketAddr) -> SocketAddr {
+fn to_canonical_addr(addr: SocketAddr) -> SocketAddr {
     match addr.ip().to_canonical() {
         ip if ip == addr.ip() => addr,
         ip => SocketAddr::new(ip, addr.port()),
@@ -261,7 +261,7 @@ fn unmapped(addr: SocketAddr) -> SocketAddr {
 }
 
 /// Runs `future` until `deadline`; `None` when it was not done by then.
-pub async fn until<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
+pub async fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
     let done = async { Some(future.await) };
     let timeout = async {
         sleep_until(deadline).await;
@@ -272,7 +272,7 @@ pub async fn until<T>(deadline: Instant, future: impl Future<Output = T>) -> Opt
 
 impl Stream for Conn {
     fn abort(&self) {
-        if let Err(error) = self.end_with_reset(true) {
+        if let Err(error) = self.set_reset_on_close(true) {
             log::debug!("a connection could not be reset: {error}");
         }
     }
@@ -282,7 +282,7 @@ impl Stream for Conn {
     }
 
     fn is_reset(&self) -> bool {
-        self.shows(PollFlags::ERR)
+        self.has_event(PollFlags::ERR)
     }
 
     fn poll_socket(

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use smol::lock::{Semaphore, SemaphoreGuardArc};
 
-use crate::conn::{Conn, Order, Protection, ReadError, SecurityContext, Unwrapped, until};
+use crate::conn::{Conn, Protection, ReadError, SecurityContext, TokenOrder, Unwrapped, timeout_at};
 use crate::proto::{Frame, MAX_TOKEN_LEN, ProtectionLevel};
 use ffi::{Context, Credential, Name, Wants};
 
@@ -241,7 +241,7 @@ impl Initiator {
             ffi::available().map_err(Error::Unavailable)?;
             Credential::initiator(ccache.as_deref()).map_err(|error| Error::NoCredential(error.to_string()))
         });
-        let found = until(Instant::now() + LIMIT, found).await.ok_or_else(|| failed("no answer about tickets"))?;
+        let found = timeout_at(Instant::now() + LIMIT, found).await.ok_or_else(|| failed("no answer about tickets"))?;
         Ok(Ticket(Arc::new(found?)))
     }
 
@@ -330,7 +330,7 @@ impl Initiator {
 
     /// For whoever may have to wait for a KDC.
     async fn permit(&self) -> Result<SemaphoreGuardArc, Error> {
-        let permit = until(Instant::now() + PATIENCE, self.waiting.acquire_arc()).await;
+        let permit = timeout_at(Instant::now() + PATIENCE, self.waiting.acquire_arc()).await;
         permit.ok_or_else(|| failed("too many are waiting for the KDC"))
     }
 
@@ -345,7 +345,7 @@ impl Initiator {
             work()
         });
         // A task that is dropped is not cancelled once it runs; its thread goes on, and its permit with it.
-        until(Instant::now() + LIMIT, task).await.ok_or_else(|| failed("the KDC gives no answer"))
+        timeout_at(Instant::now() + LIMIT, task).await.ok_or_else(|| failed("the KDC gives no answer"))
     }
 }
 
@@ -374,7 +374,7 @@ impl Established {
     fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8, Error> {
         let unwrapped = self.unwrap(token).map_err(failed)?;
         match unwrapped.data.as_slice() {
-            [level] if unwrapped.order == Order::Next => Ok(*level),
+            [level] if unwrapped.order == TokenOrder::Next => Ok(*level),
             _ => Err(failed("a level that is not one octet in its place")),
         }
     }
@@ -388,11 +388,11 @@ impl SecurityContext for Established {
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
         let unwrapped = self.0.unwrap(token).map_err(|error| error.to_string())?;
         let order = match unwrapped.order {
-            ffi::Order::InOrder => Order::Next,
-            ffi::Order::Gap | ffi::Order::Unsequenced => Order::Loose,
-            ffi::Order::Duplicate | ffi::Order::Old => Order::Again,
+            ffi::Order::InOrder => TokenOrder::Next,
+            ffi::Order::Gap | ffi::Order::Unsequenced => TokenOrder::OutOfOrder,
+            ffi::Order::Duplicate | ffi::Order::Old => TokenOrder::Duplicate,
         };
-        Ok(Unwrapped { data: unwrapped.data, is_sealed: unwrapped.is_sealed, order })
+        Ok(Unwrapped { data: unwrapped.data, is_encrypted: unwrapped.is_sealed, order })
     }
 
     fn capacity(&self, seal: bool) -> usize {

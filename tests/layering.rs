@@ -307,7 +307,7 @@ use crate::server::Server;
 use crate::{client::{self, udp}, proto, dial as d};
 pub(crate) fn bad(now: std::time::Instant) {
     // Here crate::cmd and .unwrap() are only talked about: smol, Instant::now().
-    let url = \"http://crate\"; let _ = mycrate::relay; crate::conn::until(Instant::now());
+    let url = \"http://crate\"; let _ = mycrate::relay; crate::conn::timeout_at(Instant::now());
     std::fs::read(url)
         .unwrap ();
     unsafe { todo!() }

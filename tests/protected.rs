@@ -10,7 +10,7 @@ use futures_lite::future::or;
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::conn::{Conn, Order, Protection, SecurityContext, Unwrapped};
+use s5::conn::{Conn, Protection, SecurityContext, TokenOrder, Unwrapped};
 use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
 use s5::reactor::Io;
 use s5::relay::{ByteCounts, RelayOptions, relay};
@@ -23,23 +23,23 @@ struct Toy {
 }
 
 impl SecurityContext for Toy {
-    fn wrap(&mut self, data: &[u8], seal: bool) -> Result<Vec<u8>, String> {
+    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, String> {
         self.sent = self.sent.wrapping_add(1);
-        Ok(token(seal, self.sent, data))
+        Ok(token(encrypt, self.sent, data))
     }
 
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
-        let [seal, number, ref data @ ..] = *token else { return Err("no token".into()) };
+        let [encrypt, number, ref data @ ..] = *token else { return Err("no token".into()) };
         let order = match number.wrapping_sub(self.received) {
-            1 => Order::Next,
-            2..=100 => Order::Loose,
-            _ => Order::Again,
+            1 => TokenOrder::Next,
+            2..=100 => TokenOrder::OutOfOrder,
+            _ => TokenOrder::Duplicate,
         };
         self.received = number;
-        let is_sealed = seal == 1;
+        let is_encrypted = encrypt == 1;
         Ok(Unwrapped {
-            data: data.iter().map(|octet| if is_sealed { !octet } else { *octet }).collect(),
-            is_sealed,
+            data: data.iter().map(|octet| if is_encrypted { !octet } else { *octet }).collect(),
+            is_encrypted,
             order,
         })
     }
@@ -49,13 +49,13 @@ impl SecurityContext for Toy {
     }
 }
 
-fn token(seal: bool, number: u8, data: &[u8]) -> Vec<u8> {
-    let data = data.iter().map(|octet| if seal { !octet } else { *octet });
-    [u8::from(seal), number].into_iter().chain(data).collect()
+fn token(encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
+    let data = data.iter().map(|octet| if encrypt { !octet } else { *octet });
+    [u8::from(encrypt), number].into_iter().chain(data).collect()
 }
 
-fn frame(seal: bool, number: u8, data: &[u8]) -> Vec<u8> {
-    Frame::Data(token(seal, number, data)).encode()
+fn frame(encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
+    Frame::Data(token(encrypt, number, data)).encode()
 }
 
 fn protection(level: ProtectionLevel) -> Protection {
@@ -275,11 +275,11 @@ fn one_protected_stream_can_carry_another() {
 
 #[test]
 fn datagrams_may_be_late_or_missing_and_are_taken_once() {
-    let open = |protection: &Protection, number, seal| protection.unwrap_datagram(&mut frame(seal, number, b"x"));
+    let open = |protection: &Protection, number, encrypt| protection.unwrap_datagram(&mut frame(encrypt, number, b"x"));
     let (sender, receiver) =
         (protection(ProtectionLevel::Confidentiality), protection(ProtectionLevel::Confidentiality));
     let wrapped = sender.wrap(b"hello").expect("it is wrapped");
-    assert!(wrapped.len() <= b"hello".len() + sender.overhead());
+    assert!(wrapped.len() <= b"hello".len() + sender.max_overhead());
     assert_eq!(receiver.unwrap_datagram(&mut wrapped.clone()).as_deref(), Some(&b"hello"[..]));
     assert_eq!(receiver.unwrap_datagram(&mut wrapped.clone()), None, "a duplicate");
     assert_eq!(open(&receiver, 5, true).as_deref(), Some(&b"x"[..]), "some are missing");

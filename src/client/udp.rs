@@ -62,7 +62,7 @@ struct Layer {
 impl Layer {
     /// How many octets a datagram gets longer by being protected.
     fn overhead(&self) -> usize {
-        self.protection.as_ref().map_or(0, Protection::overhead)
+        self.protection.as_ref().map_or(0, Protection::max_overhead)
     }
 }
 
@@ -246,7 +246,7 @@ impl Association {
 
     /// Returns when a control connection has ended, and says whose.
     pub async fn lost<'a>(&'a self) -> Lost {
-        let watch = |layer: &'a Layer| (Box::pin(layer.control.closed()), layer);
+        let watch = |layer: &'a Layer| (Box::pin(layer.control.wait_peer_closed()), layer);
         let mut watches: Vec<_> = self.layers.iter().map(watch).collect();
         let mut lost = pin!(poll_fn(move |cx| {
             for (watch, layer) in &mut watches {

@@ -475,7 +475,7 @@ impl Association<'_, '_> {
             }
             None => self.client_socket.send_bytes(None, bytes).is_ok(),
         };
-        let overhead = self.protection.as_ref().map_or(0, Protection::overhead);
+        let overhead = self.protection.as_ref().map_or(0, Protection::max_overhead);
         if split(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
             .is_some_and(|datagrams| datagrams.iter().all(send))
         {

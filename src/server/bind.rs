@@ -11,7 +11,7 @@ use futures_lite::FutureExt as _;
 use super::policy_handle::denial;
 use super::session::{Session, SessionError};
 use super::{Hop, Server, address_for, bind_within};
-use crate::conn::{Conn, until};
+use crate::conn::{Conn, timeout_at};
 use crate::dial::{parse_literal, set_tcp_options, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
@@ -95,12 +95,12 @@ impl Session<'_> {
         accepted: impl Future<Output = Result<T, SessionError>>,
     ) -> Result<T, SessionError> {
         let client_gone = async {
-            client.closed().await;
+            client.wait_peer_closed().await;
             Err(SessionError::silent("the client left before the peer came"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
         let deadline = Instant::now() + self.server.options.bind_timeout;
-        let result = until(deadline, accepted.or(client_gone).or(denied)).await;
+        let result = timeout_at(deadline, accepted.or(client_gone).or(denied)).await;
         result.unwrap_or_else(|| Err(SessionError::with_rep(Rep::TTL_EXPIRED, "the peer did not come in time")))
     }
 

@@ -10,7 +10,7 @@ use super::policy_handle::{denial, denial_reason};
 use super::session::{Session, SessionError};
 use super::{Hop, Server};
 use crate::client::Client;
-use crate::conn::{Conn, until};
+use crate::conn::{Conn, timeout_at};
 use crate::dial::{DialError, LocalAddr, dial};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
@@ -88,7 +88,7 @@ impl Server {
 
     /// All addresses of `dst`.
     pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> Result<Vec<SocketAddr>, SessionError> {
-        let found = until(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
+        let found = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
         found.map_err(|failure| SessionError::from_dial(failure, dst))
     }
 }
@@ -101,7 +101,7 @@ impl Session<'_> {
         work: impl Future<Output = Result<T, SessionError>>,
     ) -> Result<T, SessionError> {
         let client_gone = async {
-            client.left().await;
+            client.wait_eof().await;
             sleep(HALF_CLOSE_GRACE).await;
             Err(SessionError::silent("the client left before the connection was made"))
         };

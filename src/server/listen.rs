@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::conn::Loose;
+use crate::conn::DetachedConn;
 use crate::dial::set_tcp_options;
 use crate::reactor::accept;
 
@@ -208,11 +208,11 @@ impl Listener {
     }
 
     /// Accepts a connection that is there already: itself, and where it came from when that is an address.
-    pub(super) fn accept(&self) -> io::Result<(Loose, Option<SocketAddr>)> {
+    pub(super) fn accept(&self) -> io::Result<(DetachedConn, Option<SocketAddr>)> {
         let (socket, peer) = accept(self)?;
         Ok(match self {
-            Self::Tcp(..) => (Loose::Tcp(socket.into()), peer),
-            Self::Unix(..) => (Loose::Unix(socket.into()), None),
+            Self::Tcp(..) => (DetachedConn::Tcp(socket.into()), peer),
+            Self::Unix(..) => (DetachedConn::Unix(socket.into()), None),
         })
     }
 }

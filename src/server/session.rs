@@ -16,7 +16,7 @@ use super::session_log::{LOGIN_REFUSED, SessionLog};
 use super::tunnel::Tunnel;
 use super::{Server, association, bind, connect};
 use crate::client;
-use crate::conn::{Conn, Protection, ReadError, until};
+use crate::conn::{Conn, Protection, ReadError, timeout_at};
 use crate::dial::DialError;
 use crate::gssapi::{self, Acceptor};
 use crate::proto::{
@@ -132,7 +132,7 @@ pub(super) async fn run(
             // Said in the log now, however long the client may take to leave.
             drop(log);
             if !error.reply.is_empty() {
-                conn.farewell(&error.reply).await;
+                conn.close_gracefully(&error.reply).await;
             }
             None
         }
@@ -158,7 +158,7 @@ impl Session<'_> {
     async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, SessionError>) {
         let deadline = Instant::now() + self.server.options.handshake_timeout;
         let timed_out = || SessionError::silent("the handshake took too long");
-        let mut auth = match until(deadline, self.authenticate(&mut conn)).await {
+        let mut auth = match timeout_at(deadline, self.authenticate(&mut conn)).await {
             Some(Ok(auth)) => auth,
             Some(Err(error)) => return (conn, Err(error)),
             None if self.is_context_pending => {
@@ -174,7 +174,7 @@ impl Session<'_> {
             sleep(delay).await;
         }
         let request = async { self.finish_authentication(&mut conn, auth).await?.request().await };
-        let request = until(deadline + delay, request).await.unwrap_or_else(|| Err(timed_out()));
+        let request = timeout_at(deadline + delay, request).await.unwrap_or_else(|| Err(timed_out()));
         if let Ok(request) = &request {
             self.log.command = Some(request.command);
             self.log.dst = Some(request.dst.clone());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::Server;
 use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
-use crate::conn::{Conn, Loose};
+use crate::conn::{Conn, DetachedConn};
 use crate::reactor::sleep;
 use crate::relay::{RelayError, RelayOptions, RelayOutcome, Stream, relay};
 
@@ -50,13 +50,13 @@ impl Tunnel {
 
     /// The tunnel for another thread; or as it was, when there are no descriptors for that.
     pub(super) fn loosen(self) -> Result<LooseTunnel, Box<Self>> {
-        let (Ok(client), Ok(target)) = (self.client.loosen(), self.target.loosen()) else {
+        let (Ok(client), Ok(target)) = (self.client.detach(), self.target.detach()) else {
             return Err(Box::new(self));
         };
         for conn in [&self.client, &self.target] {
             // Should it be lost on the way, nobody is to take what he got for the whole.
             conn.abort();
-            conn.let_go();
+            conn.deregister();
         }
         Ok(LooseTunnel { client, target, log: self.log })
     }
@@ -87,8 +87,8 @@ fn may_go_on(server: &Server, log: &SessionLog, target: &Conn) -> bool {
 
 /// A tunnel on its way to another thread.
 pub(super) struct LooseTunnel {
-    client: Loose,
-    target: Loose,
+    client: DetachedConn,
+    target: DetachedConn,
     log: SessionLog,
 }
 
@@ -96,10 +96,10 @@ impl LooseTunnel {
     /// The tunnel for this thread. When it can't be had, it is over, and its log line says why.
     pub(super) fn settle(self) -> Option<Tunnel> {
         let Self { client, target, log } = self;
-        let settled = client.settle().and_then(|client| Ok((client, target.settle()?)));
+        let settled = client.attach().and_then(|client| Ok((client, target.attach()?)));
         let ready = settled.and_then(|(client, target)| {
-            client.end_with_reset(false)?;
-            target.end_with_reset(false)?;
+            client.set_reset_on_close(false)?;
+            target.set_reset_on_close(false)?;
             Ok((client, target))
         });
         match ready {

@@ -28,7 +28,7 @@ use super::rate_limit::RateLimit;
 use super::session_log::{SessionLog, request_from};
 use super::tunnel::{LooseTunnel, Tunnel};
 use super::{Server, session};
-use crate::conn::Loose;
+use crate::conn::DetachedConn;
 use crate::policy::rules::Decision;
 use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{RelayOptions, RelayOutcome};
@@ -64,7 +64,7 @@ struct Peer {
 
 /// What one worker hands to another one.
 enum Handed {
-    Accepted(Loose, Option<SocketAddr>, Slot),
+    Accepted(DetachedConn, Option<SocketAddr>, Slot),
     Bulk(LooseTunnel, Slot, Counted),
     /// There is a new law. Dropped when all sessions that could be asked have been.
     PolicyChanged {
@@ -306,8 +306,8 @@ impl Home {
 
     /// Begins a session: its handshake, and then its tunnel, as a task of its own and so without what the handshake
     /// held.
-    fn begin(self: &Rc<Self>, conn: Loose, client: Option<SocketAddr>, mut slot: Slot) {
-        let conn = match conn.settle() {
+    fn begin(self: &Rc<Self>, conn: DetachedConn, client: Option<SocketAddr>, mut slot: Slot) {
+        let conn = match conn.attach() {
             Ok(conn) => conn,
             Err(error) => return slot.shared.complaint.log(|| format!("a connection could not be served: {error}")),
         };

@@ -76,9 +76,9 @@ pub struct OnThread<const HAS_REACTOR: bool> {
 
 /// As it is done from thread to thread.
 fn hand_over(conn: Conn) -> Conn {
-    let loose = conn.loosen().expect("a descriptor");
-    conn.let_go();
-    loose.settle().expect("it waits")
+    let detached = conn.detach().expect("a descriptor");
+    conn.deregister();
+    detached.attach().expect("it waits")
 }
 
 impl<const HAS_REACTOR: bool> OnThread<HAS_REACTOR> {

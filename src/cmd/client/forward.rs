@@ -125,7 +125,7 @@ async fn serve_connection(
 ) -> Result<(), CliError> {
     let request = connector.request(Command::Connect);
     let left = async {
-        local.left().await;
+        local.wait_eof().await;
         sleep(HALF_CLOSED_GRACE).await;
         None
     };

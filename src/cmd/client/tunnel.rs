@@ -21,7 +21,7 @@ use super::stdio::StdioStream;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
 use crate::cmd::progress;
-use crate::conn::{Conn, until};
+use crate::conn::{Conn, timeout_at};
 use crate::proto::Addr;
 use crate::reactor::{Interest, sleep};
 use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, SocketOp, Stream, relay};
@@ -171,12 +171,12 @@ impl TunnelAction {
         };
         if ended.is_ok() {
             // Who was left before the end is left in peace.
-            let _ = tracked.stream.end_with_reset(false);
+            let _ = tracked.stream.set_reset_on_close(false);
         }
         let is_aborted = quit_timed_out.get() || matches!(ended, Err(RelayError::IdleTimeout));
         let flushed = match is_aborted {
             // Who does not read does not keep it from ending when its time is over.
-            true => until(Instant::now() + STDIN_LINGER, pipe.flush()).await.unwrap_or(Ok(())),
+            true => timeout_at(Instant::now() + STDIN_LINGER, pipe.flush()).await.unwrap_or(Ok(())),
             false => pipe.flush().await,
         };
         drop((pipe, tracked));

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::parse_addr;
 use crate::cmd::{CliError, ExitStatus};
-use crate::conn::until;
+use crate::conn::timeout_at;
 use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::policy::rules::{self, AccessRequest, Decision, Identity, Route, Rule};
@@ -227,7 +227,7 @@ impl<'a> Explanation<'a> {
 
 fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
     let Some(to) = &query.to else { return Ok(Vec::new()) };
-    let found = smol::block_on(until(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
+    let found = smol::block_on(timeout_at(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
         Some(Err(failure)) => Err(CliError::usage(format!("--explain: {to}: {failure}"))),

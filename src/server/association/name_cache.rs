@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use crate::conn::until;
+use crate::conn::timeout_at;
 use crate::dial::{DialError, Resolver};
 use crate::proto::{Addr, Host, HostName};
 
@@ -59,8 +59,9 @@ impl NameCache {
                     self.names.retain(|_, resolution| matches!(resolution, Resolution::Pending(_)));
                 }
                 let (resolver, dst) = (resolver.clone(), Addr { host: Host::Name(name.clone()), port });
-                let lookup =
-                    async move { until(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(DialError::Resolver)) };
+                let lookup = async move {
+                    timeout_at(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(DialError::Resolver))
+                };
                 self.lookups.push((name.clone(), Box::pin(lookup)));
                 self.names.insert(name.clone(), Resolution::Pending(vec![(port, data.to_vec())]));
             }
