@@ -3,9 +3,9 @@
 //!
 //! Errors say which proxy, in which phase, and why; what a mode makes of them is `cmd`'s.
 
+mod association;
 mod error;
 mod proxy;
-mod udp;
 
 use std::cell::Cell;
 use std::io;
@@ -21,13 +21,13 @@ use crate::proto::{
     Request,
 };
 use crate::reactor::Io;
-pub use error::{Cause, Error, Phase, Times};
+pub use association::{Association, AssociationClosed};
+pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, credentials, parse_addr, parse_hops, parse_host, parse_port};
-pub use udp::{Association, Lost};
 
 /// What a client offers to proxies, besides the credentials of each.
 #[derive(Debug, Default)]
-pub struct Auth {
+pub struct ClientAuth {
     /// The methods that are offered, in this order. None: NO AUTHENTICATION, and whatever there is something to log in
     /// with.
     pub methods: Option<Vec<Method>>,
@@ -40,56 +40,56 @@ pub struct Auth {
 pub struct Client {
     hops: Vec<Proxy>,
     dst: Addr,
-    limit: Option<(Instant, Duration)>,
+    deadline: Option<(Instant, Duration)>,
     resolver: Resolver,
-    auth: Arc<Auth>,
-    source: LocalAddr,
+    auth: Arc<ClientAuth>,
+    local: LocalAddr,
     /// Whether the target's name is looked up here.
-    resolves: bool,
+    looks_up_target: bool,
     /// Where the handshake is: at which hop, doing what, since when.
-    at: Cell<(usize, Phase, Instant)>,
-    times: Cell<Times>,
+    position: Cell<(usize, Phase, Instant)>,
+    times: Cell<PhaseTimes>,
     /// What the last hop that was greeted selected, and the REP that was heard last.
-    heard: Cell<(Option<Method>, Option<Rep>)>,
+    last_answer: Cell<(Option<Method>, Option<Rep>)>,
 }
 
 impl Client {
-    /// `hops` are walked first to last; without any, the target is reached directly. `wait` bounds everything up to the
+    /// `hops` are walked first to last; without any, the target is reached directly. `timeout` bounds everything up to the
     /// reply.
-    pub fn new(hops: Vec<Proxy>, dst: Addr, wait: Option<Duration>) -> Self {
+    pub fn new(hops: Vec<Proxy>, dst: Addr, timeout: Option<Duration>) -> Self {
         let now = Instant::now();
         Self {
             hops,
             dst,
-            limit: wait.and_then(|wait| Some((now.checked_add(wait)?, wait))),
+            deadline: timeout.and_then(|timeout| Some((now.checked_add(timeout)?, timeout))),
             resolver: Resolver::default(),
             auth: Arc::default(),
-            source: LocalAddr::default(),
-            resolves: false,
-            at: Cell::new((0, Phase::Resolve, now)),
+            local: LocalAddr::default(),
+            looks_up_target: false,
+            position: Cell::new((0, Phase::ResolveProxy, now)),
             times: Cell::default(),
-            heard: Cell::default(),
+            last_answer: Cell::default(),
         }
     }
 
     /// The same, with these ways to log in.
-    pub fn with_auth(self, auth: Arc<Auth>) -> Self {
+    pub fn with_auth(self, auth: Arc<ClientAuth>) -> Self {
         Self { auth, ..self }
     }
 
     /// The same, as one of many that share a resolver.
-    pub fn resolving_by(self, resolver: Resolver) -> Self {
+    pub fn with_resolver(self, resolver: Resolver) -> Self {
         Self { resolver, ..self }
     }
 
     /// The same, from there.
-    pub fn from_source(self, source: LocalAddr) -> Self {
-        Self { source, ..self }
+    pub fn with_local_addr(self, local: LocalAddr) -> Self {
+        Self { local, ..self }
     }
 
-    /// The same; the target's name is looked up here when `resolves`, and by the last proxy otherwise.
-    pub fn resolving_target(self, resolves: bool) -> Self {
-        Self { resolves, ..self }
+    /// The same; the target's name is looked up here when `looks_up_target`, and by the last proxy otherwise.
+    pub fn with_target_lookup(self, looks_up_target: bool) -> Self {
+        Self { looks_up_target, ..self }
     }
 
     /// What the hops lead to.
@@ -103,39 +103,39 @@ impl Client {
     }
 
     /// How long each phase took so far.
-    pub fn times(&self) -> Times {
+    pub fn times(&self) -> PhaseTimes {
         self.times.get()
     }
 
     /// What the proxy that was greeted last has selected.
     pub fn method(&self) -> Option<Method> {
-        self.heard.get().0
+        self.last_answer.get().0
     }
 
     /// The REP that was heard last.
     pub fn rep(&self) -> Option<Rep> {
-        self.heard.get().1
+        self.last_answer.get().1
     }
 
     /// Walks all hops and makes the request: a connection on which data may flow, and BND.
     ///
     /// # Errors
     /// Where and why it failed.
-    pub async fn request(&self, command: Command) -> Result<(Conn, Addr), Error> {
-        self.limited(async {
+    pub async fn request(&self, command: Command) -> Result<(Conn, Addr), ClientError> {
+        self.with_deadline(async {
             if self.hops.is_empty() {
-                return self.direct().await;
+                return self.connect_direct().await;
             }
-            let mut refusal = Cause::Unreachable(DialError::NameNotFound);
+            let mut last_error = ClientErrorKind::Unreachable(DialError::NameNotFound);
             for dst in self.targets().await? {
-                let (mut conn, _) = self.open(self.hops.len()).await?;
-                match self.ask(&mut conn, command, &dst).await {
+                let (mut conn, _) = self.open_hops(self.hops.len()).await?;
+                match self.send_request(&mut conn, command, &dst).await {
                     // Of several addresses another one may do.
-                    Err(cause @ Cause::Rep(_)) => refusal = cause,
-                    asked => return Ok((conn, asked?)),
+                    Err(kind @ ClientErrorKind::Rep(_)) => last_error = kind,
+                    replied => return Ok((conn, replied?)),
                 }
             }
-            Err(refusal)
+            Err(last_error)
         })
         .await
     }
@@ -144,26 +144,26 @@ impl Client {
     ///
     /// # Errors
     /// Where and why it failed.
-    pub async fn probe(&self) -> Result<(), Error> {
-        self.limited(async { self.open(self.hops.len()).await.map(drop) }).await
+    pub async fn probe(&self) -> Result<(), ClientError> {
+        self.with_deadline(async { self.open_hops(self.hops.len()).await.map(drop) }).await
     }
 
     /// What a request asks for, by the deadline: the target as it was given, or the first of its addresses here.
     ///
     /// # Errors
     /// The name could not be resolved.
-    pub async fn target(&self) -> Result<Addr, Error> {
-        self.limited(async {
+    pub async fn target(&self) -> Result<Addr, ClientError> {
+        self.with_deadline(async {
             self.targets().await.map(|targets| targets.into_iter().next().unwrap_or(Addr::UNSPECIFIED))
         })
         .await
     }
 
     /// What to ask for in turn.
-    async fn targets(&self) -> Result<Vec<Addr>, Cause> {
+    async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
         match self.dst.host {
-            Host::Name(_) if self.resolves || self.hops.is_empty() => {
-                self.step(Phase::Target);
+            Host::Name(_) if self.looks_up_target || self.hops.is_empty() => {
+                self.enter_phase(Phase::ResolveTarget);
                 Ok(self.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }
             _ => Ok(vec![self.dst.clone()]),
@@ -171,18 +171,18 @@ impl Client {
     }
 
     /// The addresses of `addr` that can be reached from where we come from.
-    async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, Cause> {
-        let mut found = self.resolver.lookup(addr).await.map_err(Cause::Unreachable)?;
-        found.retain(|addr| self.source.can_reach(addr.ip()));
-        if found.is_empty() { Err(Cause::Unreachable(DialError::FamilyUnavailable)) } else { Ok(found) }
+    async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
+        let mut found = self.resolver.lookup(addr).await.map_err(ClientErrorKind::Unreachable)?;
+        found.retain(|addr| self.local.can_reach(addr.ip()));
+        if found.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(found) }
     }
 
     /// A connection to the target itself, and where it comes from.
-    async fn direct(&self) -> Result<(Conn, Addr), Cause> {
-        self.step(Phase::Target);
+    async fn connect_direct(&self) -> Result<(Conn, Addr), ClientErrorKind> {
+        self.enter_phase(Phase::ResolveTarget);
         let addrs = self.lookup(&self.dst).await?;
-        self.step(Phase::Connect);
-        let conn = dial(addrs, self.source, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)?;
+        self.enter_phase(Phase::Connect);
+        let conn = dial(addrs, self.local, no_deadline()).await.map(Conn::Tcp).map_err(ClientErrorKind::Unreachable)?;
         let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
         Ok((conn, bnd))
     }
@@ -191,111 +191,116 @@ impl Client {
     ///
     /// # Errors
     /// Where and why it failed.
-    pub async fn accepted(&self, conn: &mut Conn) -> Result<Addr, Error> {
-        self.step(Phase::Accept);
+    pub async fn wait_for_peer(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
+        self.enter_phase(Phase::Accept);
         let reply = self.read_reply(conn).await;
-        self.step(Phase::Accept);
-        reply.map(|reply| reply.bnd).map_err(|cause| self.error(cause))
+        self.enter_phase(Phase::Accept);
+        reply.map(|reply| reply.bnd).map_err(|kind| self.error_at_position(kind))
     }
 
-    /// As [`Client::accepted`], by the deadline.
+    /// As [`Client::wait_for_peer`], by the deadline.
     ///
     /// # Errors
     /// Where and why it failed.
-    pub async fn accepted_in_time(&self, conn: &mut Conn) -> Result<Addr, Error> {
-        self.step(Phase::Accept);
-        self.limited(async { self.read_reply(conn).await.map(|reply| reply.bnd) }).await
+    pub async fn wait_for_peer_with_deadline(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
+        self.enter_phase(Phase::Accept);
+        self.with_deadline(async { self.read_reply(conn).await.map(|reply| reply.bnd) }).await
     }
 
     /// Runs `future` under the deadline.
-    async fn limited<T>(&self, future: impl Future<Output = Result<T, Cause>>) -> Result<T, Error> {
-        let result = match self.limit {
+    async fn with_deadline<T>(
+        &self,
+        future: impl Future<Output = Result<T, ClientErrorKind>>,
+    ) -> Result<T, ClientError> {
+        let result = match self.deadline {
             None => future.await,
-            Some((deadline, wait)) => timeout_at(deadline, future).await.unwrap_or(Err(Cause::TimedOut(wait))),
+            Some((deadline, timeout)) => {
+                timeout_at(deadline, future).await.unwrap_or(Err(ClientErrorKind::TimedOut(timeout)))
+            }
         };
-        self.step(self.at.get().1);
-        result.map_err(|cause| self.error(cause))
+        self.enter_phase(self.position.get().1);
+        result.map_err(|kind| self.error_at_position(kind))
     }
 
     /// Walks the first `count` hops: a connection to the last of them, past its authentication.
-    async fn open(&self, count: usize) -> Result<(Conn, Option<Protection>), Cause> {
+    async fn open_hops(&self, count: usize) -> Result<(Conn, Option<Protection>), ClientErrorKind> {
         let mut open: Option<Conn> = None;
         let mut protection = None;
         for (i, hop) in self.hops.iter().take(count).enumerate() {
             let mut conn = match (open.take(), &hop.endpoint) {
                 (None, endpoint) => self.connect(endpoint).await?,
                 (Some(mut conn), Endpoint::Tcp(addr)) => {
-                    self.ask(&mut conn, Command::Connect, addr).await?;
+                    self.send_request(&mut conn, Command::Connect, addr).await?;
                     conn
                 }
                 // parse_hops lets none through.
-                (Some(_), Endpoint::Unix(_)) => return Err(Cause::Socket(io::ErrorKind::Unsupported.into())),
+                (Some(_), Endpoint::Unix(_)) => return Err(ClientErrorKind::Socket(io::ErrorKind::Unsupported.into())),
             };
-            self.step_at(i, Phase::Greeting);
+            self.enter_phase_at(i, Phase::Greeting);
             protection = self.authenticate(&mut conn, hop).await?;
             open = Some(match &protection {
                 Some(protection) => conn.protect(protection.clone()),
                 None => conn,
             });
         }
-        let conn = open.ok_or_else(|| Cause::Protocol("no proxy given".into()))?;
+        let conn = open.ok_or_else(|| ClientErrorKind::Protocol("no proxy given".into()))?;
         Ok((conn, protection))
     }
 
-    async fn connect(&self, endpoint: &Endpoint) -> Result<Conn, Cause> {
-        self.step_at(0, Phase::Resolve);
+    async fn connect(&self, endpoint: &Endpoint) -> Result<Conn, ClientErrorKind> {
+        self.enter_phase_at(0, Phase::ResolveProxy);
         match endpoint {
             Endpoint::Unix(path) => {
-                self.step(Phase::Connect);
-                Io::connect_unix(path).await.map(Conn::Unix).map_err(Cause::Socket)
+                self.enter_phase(Phase::Connect);
+                Io::connect_unix(path).await.map(Conn::Unix).map_err(ClientErrorKind::Socket)
             }
             Endpoint::Tcp(addr) => {
                 let addrs = self.lookup(addr).await?;
-                self.step(Phase::Connect);
-                dial(addrs, self.source, far()).await.map(Conn::Tcp).map_err(Cause::Unreachable)
+                self.enter_phase(Phase::Connect);
+                dial(addrs, self.local, no_deadline()).await.map(Conn::Tcp).map_err(ClientErrorKind::Unreachable)
             }
         }
     }
 
     /// Logs in: what protects the connection from there on.
-    async fn authenticate(&self, conn: &mut Conn, hop: &Proxy) -> Result<Option<Protection>, Cause> {
+    async fn authenticate(&self, conn: &mut Conn, hop: &Proxy) -> Result<Option<Protection>, ClientErrorKind> {
         let credentials = hop.credentials.as_ref();
         let ticket = self.ticket().await?;
-        let can = |method: &Method| match *method {
+        let is_available = |method: &Method| match *method {
             Method::PASSWORD => credentials.is_some(),
             Method::GSSAPI => ticket.is_some(),
             _ => true,
         };
-        let all = self.auth.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
-        let methods: Vec<Method> = all.iter().copied().filter(can).collect();
+        let wanted = self.auth.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
+        let methods: Vec<Method> = wanted.iter().copied().filter(is_available).collect();
         if methods.is_empty() {
-            return Err(Cause::NoMethod);
+            return Err(ClientErrorKind::NoAcceptableMethod);
         }
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
-        self.heard.set((Some(selected), None));
-        log::debug!("proxy {hop} selected {selected} of {}", listed(&methods));
+        self.last_answer.set((Some(selected), None));
+        log::debug!("proxy {hop} selected {selected} of {}", join_methods(&methods));
         match (selected, credentials, &self.auth.gssapi, ticket) {
-            (Method::NO_ACCEPTABLE, ..) => Err(Cause::NoMethod),
+            (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod),
             _ if !methods.contains(&selected) => {
-                Err(Cause::Protocol(format!("it selected {selected}, which was not offered")))
+                Err(ClientErrorKind::Protocol(format!("it selected {selected}, which was not offered")))
             }
             (Method::PASSWORD, Some(credentials), ..) => {
-                self.step(Phase::Login);
+                self.enter_phase(Phase::Login);
                 write(conn, credentials).await?;
                 match read::<LoginStatus>(conn).await? {
                     LoginStatus::SUCCESS => Ok(None),
-                    _ => Err(Cause::LoginRefused),
+                    _ => Err(ClientErrorKind::LoginRefused),
                 }
             }
             (Method::GSSAPI, _, Some(initiator), Some(ticket)) => {
-                self.step(Phase::Login);
+                self.enter_phase(Phase::Login);
                 let host = match &hop.endpoint {
                     Endpoint::Tcp(Addr { host: Host::Name(name), .. }) => name.as_str().to_owned(),
                     Endpoint::Tcp(Addr { host: Host::Ip(ip), .. }) => ip.to_string(),
                     Endpoint::Unix(_) => String::new(),
                 };
-                initiator.initiate(conn, ticket, &host).await.map_err(Cause::Gssapi)
+                initiator.initiate(conn, ticket, &host).await.map_err(ClientErrorKind::Gssapi)
             }
             _ => Ok(None),
         }
@@ -303,10 +308,10 @@ impl Client {
 
     /// Something to log in with by GSSAPI, when that may be offered. Only whoever has asked for it in so many words is
     /// told that there is nothing.
-    async fn ticket(&self) -> Result<Option<Ticket>, Cause> {
+    async fn ticket(&self) -> Result<Option<Ticket>, ClientErrorKind> {
         let Some(initiator) = &self.auth.gssapi else { return Ok(None) };
-        let is_demanded = self.auth.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
-        if self.auth.methods.is_some() && !is_demanded {
+        let is_requested = self.auth.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
+        if self.auth.methods.is_some() && !is_requested {
             return Ok(None);
         }
         match initiator.ticket().await {
@@ -318,39 +323,39 @@ impl Client {
                 Ok(None)
             }
             // That there is something wrong is no reason to do without.
-            Err(error) => Err(Cause::Gssapi(error)),
+            Err(error) => Err(ClientErrorKind::Gssapi(error)),
         }
     }
 
-    async fn ask(&self, conn: &mut Conn, command: Command, dst: &Addr) -> Result<Addr, Cause> {
-        self.step(Phase::Request);
+    async fn send_request(&self, conn: &mut Conn, command: Command, dst: &Addr) -> Result<Addr, ClientErrorKind> {
+        self.enter_phase(Phase::Request);
         write(conn, &Request { command, dst: dst.clone() }).await?;
         self.read_reply(conn).await.map(|reply| reply.bnd)
     }
 
-    async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, Cause> {
-        let hear = |rep| self.heard.set((self.heard.get().0, Some(rep)));
+    async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, ClientErrorKind> {
+        let record_rep = |rep| self.last_answer.set((self.last_answer.get().0, Some(rep)));
         let reply: Reply = conn.read_message().await.map_err(|error| match &error {
             // A failure that is cut short, or has an odd BND, has said all that matters.
             ReadError::Closed(octets, _) | ReadError::Protocol(_, octets) => match octets.as_slice() {
                 [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => {
-                    hear(Rep(*rep));
-                    Cause::Rep(Rep(*rep))
+                    record_rep(Rep(*rep));
+                    ClientErrorKind::Rep(Rep(*rep))
                 }
-                _ => cause(error),
+                _ => read_error_kind(error),
             },
         })?;
-        hear(reply.rep);
+        record_rep(reply.rep);
         log::debug!("reply: {} (REP {}), bnd {}", reply.rep, reply.rep.0, reply.bnd.to_string().escape_debug());
         match reply.rep {
             Rep::SUCCEEDED => Ok(reply),
-            rep => Err(Cause::Rep(rep)),
+            rep => Err(ClientErrorKind::Rep(rep)),
         }
     }
 
     /// BND as the proxy on `conn` means it: an unspecified address is the proxy's own.
-    pub fn meant(&self, bnd: Addr, conn: &Conn) -> Addr {
-        let (hop, ..) = self.at.get();
+    pub fn resolve_unspecified_bnd(&self, bnd: Addr, conn: &Conn) -> Addr {
+        let (hop, ..) = self.position.get();
         let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {
             (Host::Ip(ip), Some(Endpoint::Tcp(addr))) if ip.is_unspecified() && hop > 0 => addr.host.clone(),
             (Host::Ip(ip), _) if ip.is_unspecified() => {
@@ -361,56 +366,56 @@ impl Client {
         Addr { host, port: bnd.port }
     }
 
-    fn step(&self, phase: Phase) {
-        self.step_at(self.at.get().0, phase);
+    fn enter_phase(&self, phase: Phase) {
+        self.enter_phase_at(self.position.get().0, phase);
     }
 
-    fn step_at(&self, hop: usize, phase: Phase) {
-        let (_, last, since) = self.at.get();
+    fn enter_phase_at(&self, hop: usize, phase: Phase) {
+        let (_, last, since) = self.position.get();
         let now = Instant::now();
         let mut times = self.times.get();
         times.add(last, now.saturating_duration_since(since));
         self.times.set(times);
-        self.at.set((hop, phase, now));
+        self.position.set((hop, phase, now));
     }
 
-    fn error(&self, cause: Cause) -> Error {
-        let (hop, phase, _) = self.at.get();
+    fn error_at_position(&self, kind: ClientErrorKind) -> ClientError {
+        let (hop, phase, _) = self.position.get();
         let proxy = self.hops.get(hop).map(ToString::to_string);
         // A request in the middle of a chain is for the next hop.
         let next = self.hops.get(hop + 1).filter(|_| phase == Phase::Request).map(ToString::to_string);
-        let cause = match cause {
-            Cause::Rep(rep) if next.is_some() => Cause::NextHop(rep),
-            cause => cause,
+        let kind = match kind {
+            ClientErrorKind::Rep(rep) if next.is_some() => ClientErrorKind::NextHop(rep),
+            kind => kind,
         };
         let dst = Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED).map(ToString::to_string);
-        Error { proxy, target: next.or(dst), phase, cause }
+        ClientError { proxy, target: next.or(dst), phase, kind }
     }
 }
 
-fn listed(methods: &[Method]) -> String {
+fn join_methods(methods: &[Method]) -> String {
     methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// A deadline that never comes: the one that counts is that of the whole handshake.
-fn far() -> Instant {
+fn no_deadline() -> Instant {
     Instant::now() + Duration::from_secs(365 * 24 * 3600)
 }
 
-async fn write(conn: &mut Conn, message: &impl Message) -> Result<(), Cause> {
-    conn.write_message(message).await.map_err(|error| Cause::Closed(Some(error)))
+async fn write(conn: &mut Conn, message: &impl Message) -> Result<(), ClientErrorKind> {
+    conn.write_message(message).await.map_err(|error| ClientErrorKind::Closed(Some(error)))
 }
 
-async fn read<M: Message>(conn: &mut Conn) -> Result<M, Cause> {
-    conn.read_message().await.map_err(cause)
+async fn read<M: Message>(conn: &mut Conn) -> Result<M, ClientErrorKind> {
+    conn.read_message().await.map_err(read_error_kind)
 }
 
-fn cause(error: ReadError) -> Cause {
+fn read_error_kind(error: ReadError) -> ClientErrorKind {
     match error {
-        ReadError::Closed(_, error) => Cause::Closed(error),
+        ReadError::Closed(_, error) => ClientErrorKind::Closed(error),
         ReadError::Protocol(proto::ProtocolError::Version(first), _) => {
-            Cause::Protocol(format!("it answered {}", OtherProtocol(first)))
+            ClientErrorKind::Protocol(format!("it answered {}", OtherProtocol(first)))
         }
-        ReadError::Protocol(error, _) => Cause::Protocol(error.to_string()),
+        ReadError::Protocol(error, _) => ClientErrorKind::Protocol(error.to_string()),
     }
 }

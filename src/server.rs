@@ -35,7 +35,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
-use crate::client::{Auth, Endpoint, Proxy};
+use crate::client::{ClientAuth, Endpoint, Proxy};
 use crate::dial::{Resolver, canonical, parse_literal, unspecified};
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
@@ -85,7 +85,7 @@ pub struct Options {
     /// Who this server is to clients that come with GSSAPI.
     pub acceptor: Option<Acceptor>,
     /// What is offered to hops besides the credentials of each.
-    pub hop_auth: Arc<Auth>,
+    pub hop_auth: Arc<ClientAuth>,
     /// The ways that rules may name, by number.
     pub hops: Vec<Arc<Hop>>,
     /// What one client or user may take up.

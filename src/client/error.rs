@@ -12,9 +12,9 @@ use crate::proto::Rep;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Looking up the target's name here.
-    Target,
+    ResolveTarget,
     /// Looking up the proxy's name.
-    Resolve,
+    ResolveProxy,
     /// Connecting to the proxy.
     Connect,
     /// Greeting and selection.
@@ -30,8 +30,8 @@ pub enum Phase {
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Target => "resolving the target's name",
-            Self::Resolve => "resolving the proxy's name",
+            Self::ResolveTarget => "resolving the target's name",
+            Self::ResolveProxy => "resolving the proxy's name",
             Self::Connect => "connecting to the proxy",
             Self::Greeting => "greeting",
             Self::Login => "login",
@@ -43,9 +43,9 @@ impl fmt::Display for Phase {
 
 /// How long a client was in each phase, with all hops and tries together.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Times([Duration; 7]);
+pub struct PhaseTimes([Duration; 7]);
 
-impl Times {
+impl PhaseTimes {
     /// Of one phase.
     pub fn of(&self, phase: Phase) -> Duration {
         self.0.get(phase as usize).copied().unwrap_or_default()
@@ -60,7 +60,7 @@ impl Times {
 
 /// Why a handshake failed.
 #[derive(Debug)]
-pub enum Cause {
+pub enum ClientErrorKind {
     /// The name could not be resolved, or the address not be reached: of the first proxy or, without one, of the target.
     Unreachable(DialError),
     /// The proxy's Unix socket could not be reached.
@@ -70,7 +70,7 @@ pub enum Cause {
     /// The proxy closed or reset the connection.
     Closed(Option<io::Error>),
     /// The proxy wants a method that we can't offer.
-    NoMethod,
+    NoAcceptableMethod,
     /// The proxy refused user name and password.
     LoginRefused,
     /// The login by GSSAPI failed, on either side.
@@ -85,7 +85,7 @@ pub enum Cause {
 
 /// A handshake that failed: at which proxy, for which target, in which phase, and why.
 #[derive(Debug)]
-pub struct Error {
+pub struct ClientError {
     /// The proxy that was being talked to, if there is one.
     pub proxy: Option<String>,
     /// What it was asked for, if for anything.
@@ -93,12 +93,12 @@ pub struct Error {
     /// What was being done.
     pub phase: Phase,
     /// Why it failed.
-    pub cause: Cause,
+    pub kind: ClientErrorKind,
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { proxy, target, phase, cause } = self;
+        let Self { proxy, target, phase, kind } = self;
         let hint = if proxy.is_some() { " (is the proxy running?)" } else { "" };
         match proxy {
             Some(proxy) => write!(f, "proxy {proxy}: {phase}")?,
@@ -109,22 +109,22 @@ impl fmt::Display for Error {
             write!(f, ", for {target}")?;
         }
         f.write_str(": ")?;
-        match cause {
-            Cause::Unreachable(DialError::Refused) => write!(f, "connection refused{hint}"),
-            Cause::Unreachable(failure) => failure.fmt(f),
-            Cause::Socket(error) => write!(f, "{error}{hint}"),
-            Cause::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
-            Cause::Closed(None) => f.write_str("the proxy closed the connection"),
-            Cause::Closed(Some(error)) => error.fmt(f),
-            Cause::NoMethod => {
+        match kind {
+            ClientErrorKind::Unreachable(DialError::Refused) => write!(f, "connection refused{hint}"),
+            ClientErrorKind::Unreachable(failure) => failure.fmt(f),
+            ClientErrorKind::Socket(error) => write!(f, "{error}{hint}"),
+            ClientErrorKind::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
+            ClientErrorKind::Closed(None) => f.write_str("the proxy closed the connection"),
+            ClientErrorKind::Closed(Some(error)) => error.fmt(f),
+            ClientErrorKind::NoAcceptableMethod => {
                 f.write_str("no acceptable authentication method (does it want user:password@, or a Kerberos ticket?)")
             }
-            Cause::Gssapi(error) => error.fmt(f),
-            Cause::LoginRefused => f.write_str("user name or password refused"),
-            Cause::Rep(rep) | Cause::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
-            Cause::TimedOut(after) => write!(f, "timed out after {after:?}"),
+            ClientErrorKind::Gssapi(error) => error.fmt(f),
+            ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),
+            ClientErrorKind::Rep(rep) | ClientErrorKind::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
+            ClientErrorKind::TimedOut(after) => write!(f, "timed out after {after:?}"),
         }
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for ClientError {}

@@ -96,7 +96,7 @@ impl Args {
             let mut report = Report::new(&connector, &client, tries);
             let result = match result {
                 Ok((mut tunnel, bnd)) => {
-                    let bound = client.meant(bnd, &tunnel);
+                    let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
                     report.set_bnd(&bound);
                     match accept_peer(&connector, &client, &mut tunnel, &bound, output.take(), args.timeout.is_some())
                         .await
@@ -143,7 +143,11 @@ async fn accept_peer(
         written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
     }
     connector.print_verbose(&format!("waiting for {}", connector.dst().map_or("anybody".into(), ToString::to_string)));
-    let peer = if has_timeout { client.accepted_in_time(tunnel).await } else { client.accepted(tunnel).await }?;
+    let peer = if has_timeout {
+        client.wait_for_peer_with_deadline(tunnel).await
+    } else {
+        client.wait_for_peer(tunnel).await
+    }?;
     connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

@@ -7,7 +7,7 @@ use std::fmt;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use crate::client::{self as socks, Cause, Phase};
+use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::dial::DialError;
 use crate::proto::Rep;
 
@@ -113,23 +113,23 @@ impl fmt::Display for CliError {
     }
 }
 
-impl From<socks::Error> for CliError {
-    fn from(error: socks::Error) -> Self {
-        let status = match (&error.cause, error.phase) {
-            (Cause::Unreachable(DialError::TimedOut) | Cause::TimedOut(_), _) => ExitStatus::TIMED_OUT,
-            (Cause::Unreachable(DialError::LocalAddr), _) => ExitStatus::LOCAL_ADDR,
-            (Cause::Unreachable(_), Phase::Target) => ExitStatus::RESOLVE_TARGET,
-            (Cause::Unreachable(_), Phase::Resolve) => ExitStatus::RESOLVE_PROXY,
-            (Cause::Unreachable(_) | Cause::Socket(_) | Cause::NextHop(_), _) => ExitStatus::UNREACHABLE,
-            (Cause::Protocol(_) | Cause::Closed(_), _) => ExitStatus::PROTOCOL,
-            (Cause::NoMethod | Cause::LoginRefused | Cause::Gssapi(_), _) => ExitStatus::LOGIN_FAILED,
-            (Cause::Rep(rep), _) => ExitStatus::from_rep(*rep),
+impl From<ClientError> for CliError {
+    fn from(error: ClientError) -> Self {
+        let status = match (&error.kind, error.phase) {
+            (Kind::Unreachable(DialError::TimedOut) | Kind::TimedOut(_), _) => ExitStatus::TIMED_OUT,
+            (Kind::Unreachable(DialError::LocalAddr), _) => ExitStatus::LOCAL_ADDR,
+            (Kind::Unreachable(_), Phase::ResolveTarget) => ExitStatus::RESOLVE_TARGET,
+            (Kind::Unreachable(_), Phase::ResolveProxy) => ExitStatus::RESOLVE_PROXY,
+            (Kind::Unreachable(_) | Kind::Socket(_) | Kind::NextHop(_), _) => ExitStatus::UNREACHABLE,
+            (Kind::Protocol(_) | Kind::Closed(_), _) => ExitStatus::PROTOCOL,
+            (Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_), _) => ExitStatus::LOGIN_FAILED,
+            (Kind::Rep(rep), _) => ExitStatus::from_rep(*rep),
         };
-        let is_final = match &error.cause {
-            Cause::Unreachable(failure) => *failure == DialError::LocalAddr,
-            Cause::Protocol(_) | Cause::NoMethod | Cause::LoginRefused | Cause::Gssapi(_) => true,
-            Cause::Rep(rep) => [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED].contains(rep),
-            Cause::Socket(_) | Cause::Closed(_) | Cause::NextHop(_) | Cause::TimedOut(_) => false,
+        let is_final = match &error.kind {
+            Kind::Unreachable(failure) => *failure == DialError::LocalAddr,
+            Kind::Protocol(_) | Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_) => true,
+            Kind::Rep(rep) => [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED].contains(rep),
+            Kind::Socket(_) | Kind::Closed(_) | Kind::NextHop(_) | Kind::TimedOut(_) => false,
         };
         Self { message: error.to_string(), status, is_final }
     }

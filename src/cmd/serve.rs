@@ -15,7 +15,7 @@ use log::LevelFilter;
 
 use super::client::{parse_levels, parse_methods};
 use super::{CliError, ExitStatus, parse_duration, parse_positive, parse_timeout};
-use crate::client::{Auth, parse_hops};
+use crate::client::{ClientAuth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
@@ -371,7 +371,7 @@ impl Args {
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
             acceptor: acceptor.transpose()?,
-            hop_auth: Arc::new(Auth { gssapi: offers_gssapi.then(Initiator::default), methods: self.hop_auth }),
+            hop_auth: Arc::new(ClientAuth { gssapi: offers_gssapi.then(Initiator::default), methods: self.hop_auth }),
             hops,
             quotas: Quotas {
                 sessions_per_client: self.max_per_client,

@@ -16,7 +16,7 @@ use super::client::forward::parse_listen_addr;
 use super::client::report::Report;
 use super::client::{ClientMode, client_mode, parse_target};
 use super::exit_status::{CliError, ExitStatus};
-use crate::client::{Association, Client, Error, Lost};
+use crate::client::{Association, AssociationClosed, Client, ClientError};
 use crate::proto::Addr;
 use crate::reactor::{sleep, sleep_until, yield_now};
 use crate::relay::ByteCounts;
@@ -74,7 +74,7 @@ impl Args {
 }
 
 /// An association, and what its datagrams are for, as it is resolved by whoever is to resolve it.
-async fn associate(client: &Client) -> Result<(Association, Addr), Error> {
+async fn associate(client: &Client) -> Result<(Association, Addr), ClientError> {
     let dst = client.target().await?;
     Ok((client.associate().await?, dst))
 }
@@ -190,9 +190,9 @@ impl TransferOptions {
 fn print_losses(connector: &Connector, association: &Association) {
     let losses = association.losses();
     for (n, what) in [
-        (losses.cut, "cut: fragments are missing"),
-        (losses.strange, "dropped: not of the protocol, or not from the relay"),
-        (losses.overflown, "dropped: they came faster than they were read"),
+        (losses.incomplete, "cut: fragments are missing"),
+        (losses.invalid, "dropped: not of the protocol, or not from the relay"),
+        (losses.overflowed, "dropped: they came faster than they were read"),
     ] {
         if n > 0 {
             connector.print_line(&format!(
@@ -212,7 +212,7 @@ async fn wait_for_silence(last_activity: &Cell<Instant>, limit: Duration) {
 
 /// Returns when a proxy has ended the association, which is a failure.
 async fn association_end(connector: &Connector, association: &Association) -> Result<(), CliError> {
-    let Lost(proxy) = association.lost().await;
+    let AssociationClosed(proxy) = association.closed().await;
     let target = connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
     let what = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
     Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))

@@ -57,8 +57,8 @@ async fn bind_via_hop(
     let server = session.server;
     let proxy = server.hop_client(hop, dst.clone(), Instant::now() + server.options.connect_timeout);
     let (mut conn, bnd) = proxy.request(Command::Bind).await.map_err(SessionError::from_upstream)?;
-    session.reply_success(client, proxy.meant(bnd, &conn), None).await?;
-    let accepted = async { proxy.accepted(&mut conn).await.map_err(SessionError::from_upstream) };
+    session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), None).await?;
+    let accepted = async { proxy.wait_for_peer(&mut conn).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("a peer without an address")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);

@@ -76,7 +76,7 @@ impl Server {
     pub(super) fn hop_client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let remaining = deadline.saturating_duration_since(Instant::now());
         Client::new(hop.proxies.clone(), dst, Some(remaining))
-            .resolving_by(self.resolver.clone())
+            .with_resolver(self.resolver.clone())
             .with_auth(self.options.hop_auth.clone())
     }
 

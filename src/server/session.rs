@@ -15,7 +15,7 @@ use super::policy_handle::PolicySnapshot;
 use super::session_log::{LOGIN_REFUSED, SessionLog};
 use super::tunnel::Tunnel;
 use super::{Server, association, bind, connect};
-use crate::client;
+use crate::client::{ClientError, ClientErrorKind};
 use crate::conn::{Conn, Protection, ReadError, timeout_at};
 use crate::dial::DialError;
 use crate::gssapi::{self, Acceptor};
@@ -54,9 +54,9 @@ impl SessionError {
     }
 
     /// A hop that failed: its own REP is handed on, and all else is a general failure.
-    pub(super) fn from_upstream(error: client::Error) -> Self {
-        let rep = match error.cause {
-            client::Cause::Rep(rep) => rep,
+    pub(super) fn from_upstream(error: ClientError) -> Self {
+        let rep = match error.kind {
+            ClientErrorKind::Rep(rep) => rep,
             _ => Rep::GENERAL_FAILURE,
         };
         Self::with_rep(rep, error)

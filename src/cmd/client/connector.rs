@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::report::Report;
 use super::{Args, ClientMode, credentials, proxies};
-use crate::client::{Auth, Cause, Client, Error, Proxy};
+use crate::client::{Client, ClientAuth, ClientError, ClientErrorKind, Proxy};
 use crate::cmd::CliError;
 use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::conn::Conn;
@@ -29,7 +29,7 @@ const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 pub(in crate::cmd) struct Connector {
     hops: Vec<Proxy>,
     dst: Addr,
-    auth: Arc<Auth>,
+    auth: Arc<ClientAuth>,
     source: LocalAddr,
     resolves_target: bool,
     resolver: Resolver,
@@ -107,9 +107,9 @@ impl Connector {
     fn client(&self, timeout: Duration) -> Client {
         Client::new(self.hops.clone(), self.dst.clone(), Some(timeout))
             .with_auth(self.auth.clone())
-            .resolving_by(self.resolver.clone())
-            .from_source(self.source)
-            .resolving_target(self.resolves_target)
+            .with_resolver(self.resolver.clone())
+            .with_local_addr(self.source)
+            .with_target_lookup(self.resolves_target)
     }
 
     /// Makes the request, as [`Connector::attempt`] has it: a tunnel, and BND.
@@ -118,7 +118,10 @@ impl Connector {
     }
 
     /// Asks until it succeeds, or would fail again the same way, or there is no time left for another try.
-    pub(in crate::cmd) async fn attempt<T>(&self, operation: impl AsyncFn(&Client) -> Result<T, Error>) -> Attempt<T> {
+    pub(in crate::cmd) async fn attempt<T>(
+        &self,
+        operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
+    ) -> Attempt<T> {
         let started = Instant::now();
         let left = || self.wait.map(|wait| wait.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
@@ -133,7 +136,7 @@ impl Connector {
                 Ok(done) => return Attempt { client, tries, result: Ok(done) },
                 Err(error) => error,
             };
-            let is_shortened = timeout < self.timeout && matches!(error.cause, Cause::TimedOut(_));
+            let is_shortened = timeout < self.timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let failure = CliError::from(error);
             // That the last try had no time left tells less than why the one before it failed.
             let latest = match previous.take() {
@@ -242,7 +245,7 @@ fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> 
 }
 
 /// What is offered to proxies, besides passwords.
-fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
+fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
     let has_gssapi_options = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
     let requires_gssapi = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {
@@ -281,5 +284,5 @@ fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<Auth, CliError> {
         nec: args.gssapi_nec,
         ..default
     };
-    Ok(Auth { methods, gssapi: offers_gssapi.then_some(gssapi) })
+    Ok(ClientAuth { methods, gssapi: offers_gssapi.then_some(gssapi) })
 }

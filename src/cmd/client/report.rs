@@ -66,7 +66,7 @@ impl Report {
             peer: None,
             tries,
             ms: PhaseDurations {
-                resolve: times.of(Phase::Resolve) + times.of(Phase::Target),
+                resolve: times.of(Phase::ResolveProxy) + times.of(Phase::ResolveTarget),
                 tcp: times.of(Phase::Connect),
                 method: times.of(Phase::Greeting),
                 login: times.of(Phase::Login),

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::super::Server;
 use super::super::session::SessionError;
-use crate::client::{Association, Lost};
+use crate::client::{Association, AssociationClosed};
 use crate::proto::{Addr, Host};
 
 pub(super) struct Upstream {
@@ -18,7 +18,7 @@ pub(super) struct Upstream {
     /// Whether datagrams have gone to names.
     pub(super) has_sent_to_names: bool,
     association: Rc<Association>,
-    ended: Pin<Box<dyn Future<Output = Lost>>>,
+    ended: Pin<Box<dyn Future<Output = AssociationClosed>>>,
 }
 
 impl Upstream {
@@ -31,12 +31,12 @@ impl Upstream {
             hop_index,
             has_sent_to_names: false,
             association,
-            ended: Box::pin(async move { control.lost().await }),
+            ended: Box::pin(async move { control.closed().await }),
         })
     }
 
     /// Ready when the hop has ended its association.
-    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Lost> {
+    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<AssociationClosed> {
         self.ended.as_mut().poll(cx)
     }
 

@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use super::{Cause, Client, Error, Phase};
+use super::{Client, ClientError, ClientErrorKind, Phase};
 use crate::conn::{Conn, Protection};
 use crate::dial::{DialError, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
@@ -20,37 +20,37 @@ use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, split};
 
 /// More than any UDP datagram has, in octets.
-const MAX_DATAGRAM: usize = 65_536;
+const BUFFER_SIZE: usize = 65_536;
 
 thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_DATAGRAM]);
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_SIZE]);
 }
 
 /// Associations with all hops, nested, and the socket towards the first one; or, without hops, towards the target.
 #[derive(Debug)]
 pub struct Association {
     /// Control connection, relay and fragments of each hop, nearest first.
-    layers: Vec<Layer>,
+    hops: Vec<HopAssociation>,
     socket: Io<UdpSocket>,
     /// Where the socket leads to.
     peer: Addr,
     /// Datagrams from a relay that are none of the protocol, or not for us.
-    strange: Cell<u64>,
+    invalid: Cell<u64>,
 }
 
 /// Answers that were lost on the last part of their way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Losses {
+pub struct LossCounts {
     /// Of which fragments are missing.
-    pub cut: u64,
+    pub incomplete: u64,
     /// That are no datagrams of the protocol, or that no relay sent.
-    pub strange: u64,
+    pub invalid: u64,
     /// For which the socket had no room.
-    pub overflown: u64,
+    pub overflowed: u64,
 }
 
 #[derive(Debug)]
-struct Layer {
+struct HopAssociation {
     control: Conn,
     /// Of this hop; the control connection may be protected by those before it.
     protection: Option<Protection>,
@@ -59,7 +59,7 @@ struct Layer {
     reassembler: RefCell<Reassembler>,
 }
 
-impl Layer {
+impl HopAssociation {
     /// How many octets a datagram gets longer by being protected.
     fn overhead(&self) -> usize {
         self.protection.as_ref().map_or(0, Protection::max_overhead)
@@ -67,28 +67,28 @@ impl Layer {
 }
 
 /// No datagram of the protocol, or from somewhere else.
-struct Strange;
+struct DatagramError;
 
 /// A proxy has closed the control connection, and its association with it.
 #[derive(Debug)]
-pub struct Lost(pub String);
+pub struct AssociationClosed(pub String);
 
 impl Client {
     /// Makes an association with each hop, the later ones through the earlier ones.
     ///
     /// # Errors
     /// Where and why it failed.
-    pub async fn associate(&self) -> Result<Association, Error> {
-        self.limited(async {
-            let mut layers = Vec::new();
+    pub async fn associate(&self) -> Result<Association, ClientError> {
+        self.with_deadline(async {
+            let mut hops = Vec::new();
             for (hop, proxy) in self.hops.iter().enumerate() {
-                let (mut control, protection) = self.open(hop + 1).await?;
-                let bnd = self.ask(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
-                let relay = self.meant(bnd, &control);
+                let (mut control, protection) = self.open_hops(hop + 1).await?;
+                let bnd = self.send_request(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
+                let relay = self.resolve_unspecified_bnd(bnd, &control);
                 if relay.port == 0 {
-                    return Err(Cause::Protocol("its relay has no port".into()));
+                    return Err(ClientErrorKind::Protocol("its relay has no port".into()));
                 }
-                layers.push(Layer {
+                hops.push(HopAssociation {
                     control,
                     protection,
                     proxy: proxy.to_string(),
@@ -96,18 +96,22 @@ impl Client {
                     reassembler: RefCell::default(),
                 });
             }
-            let peer = layers.first().map_or(&self.dst, |first| &first.relay).clone();
-            self.step(if layers.is_empty() { Phase::Target } else { Phase::Request });
-            let relay =
-                self.lookup(&peer).await?.into_iter().next().ok_or(Cause::Unreachable(DialError::NameNotFound))?;
-            let socket = self.datagram_socket(relay).map_err(Cause::Unreachable)?;
-            Ok(Association { layers, socket, peer, strange: Cell::default() })
+            let peer = hops.first().map_or(&self.dst, |first| &first.relay).clone();
+            self.enter_phase(if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
+            let relay = self
+                .lookup(&peer)
+                .await?
+                .into_iter()
+                .next()
+                .ok_or(ClientErrorKind::Unreachable(DialError::NameNotFound))?;
+            let socket = self.datagram_socket(relay).map_err(ClientErrorKind::Unreachable)?;
+            Ok(Association { hops, socket, peer, invalid: Cell::default() })
         })
         .await
     }
 
     fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
-        let from = self.source.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
+        let from = self.local.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
         let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
         // From here on the kernel lets in what the relay sends, and nothing else.
         let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));
@@ -118,13 +122,17 @@ impl Client {
 impl Association {
     /// The relay of the last proxy, where the datagrams leave from as far as the target is concerned.
     pub fn relay(&self) -> Option<&Addr> {
-        self.layers.last().map(|layer| &layer.relay)
+        self.hops.last().map(|hop| &hop.relay)
     }
 
     /// What was lost so far, as far as this machine can tell.
-    pub fn losses(&self) -> Losses {
-        let cut = self.layers.iter().map(|layer| layer.reassembler.borrow().given_up(Instant::now())).sum();
-        Losses { cut, strange: self.strange.get(), overflown: overflown(&self.socket).unwrap_or_default() }
+    pub fn losses(&self) -> LossCounts {
+        let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().given_up(Instant::now())).sum();
+        LossCounts {
+            incomplete,
+            invalid: self.invalid.get(),
+            overflowed: kernel_drops(&self.socket).unwrap_or_default(),
+        }
     }
 
     /// Sends one datagram to `dst`; in fragments when there is no room for the headers.
@@ -132,8 +140,8 @@ impl Association {
     /// # Errors
     /// Those of the socket; and when the payload is larger than UDP carries.
     pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
-        for octets in self.wrapped(dst, data)? {
-            self.socket.with(Interest::Write, |socket| send(socket, &octets)).await?;
+        for bytes in self.encapsulate(dst, data)? {
+            self.socket.with(Interest::Write, |socket| send(socket, &bytes)).await?;
         }
         Ok(())
     }
@@ -143,36 +151,36 @@ impl Association {
     /// # Errors
     /// Those of the socket; and when the payload is larger than UDP carries.
     pub fn try_send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
-        let mut all = self.wrapped(dst, data)?.into_iter();
-        all.try_for_each(|octets| self.socket.try_with(Interest::Write, |socket| send(socket, &octets)))
+        let mut datagrams = self.encapsulate(dst, data)?.into_iter();
+        datagrams.try_for_each(|bytes| self.socket.try_with(Interest::Write, |socket| send(socket, &bytes)))
     }
 
     /// A datagram as the first relay wants it, or several.
-    fn wrapped(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-        let most = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP4_PAYLOAD } else { MAX_UDP6_PAYLOAD };
+    fn encapsulate(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+        let max_len = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP4_PAYLOAD } else { MAX_UDP6_PAYLOAD };
         let too_large = || {
-            io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {most} octets at most"))
+            io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {max_len} octets at most"))
         };
-        let whole = Some(data).filter(|data| data.len() <= most).ok_or_else(too_large)?;
-        if self.layers.is_empty() {
-            return Ok(vec![whole.to_vec()]);
+        let payload = Some(data).filter(|data| data.len() <= max_len).ok_or_else(too_large)?;
+        if self.hops.is_empty() {
+            return Ok(vec![payload.to_vec()]);
         }
-        let nested = self.layers.iter().skip(1).map(|layer| header(&layer.relay)).sum::<usize>();
-        let overhead = nested + self.layers.iter().map(Layer::overhead).sum::<usize>();
-        let mut all = split(dst, whole, MAX_UDP4_PAYLOAD.saturating_sub(overhead)).ok_or_else(too_large)?;
-        for octets in &mut all {
-            let mut inner: Option<&Layer> = None;
-            for layer in self.layers.iter().rev() {
+        let nested = self.hops.iter().skip(1).map(|hop| header_size(&hop.relay)).sum::<usize>();
+        let overhead = nested + self.hops.iter().map(HopAssociation::overhead).sum::<usize>();
+        let mut datagrams = split(dst, payload, MAX_UDP4_PAYLOAD.saturating_sub(overhead)).ok_or_else(too_large)?;
+        for bytes in &mut datagrams {
+            let mut inner: Option<&HopAssociation> = None;
+            for hop in self.hops.iter().rev() {
                 if let Some(inner) = inner {
-                    *octets = wrap(&inner.relay, octets);
+                    *bytes = encode_datagram(&inner.relay, bytes);
                 }
-                if let Some(protection) = &layer.protection {
-                    *octets = protection.wrap(octets)?;
+                if let Some(protection) = &hop.protection {
+                    *bytes = protection.wrap(bytes)?;
                 }
-                inner = Some(layer);
+                inner = Some(hop);
             }
         }
-        Ok(all)
+        Ok(datagrams)
     }
 
     /// The next answer: who sent it, and what.
@@ -215,56 +223,56 @@ impl Association {
     fn receive(&self, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
             let n = receive(socket, buffer)?;
-            Ok(self.unwrap(buffer.get(..n).unwrap_or_default()).unwrap_or_else(|Strange| {
-                self.strange.set(self.strange.get() + 1);
+            Ok(self.decapsulate(buffer.get(..n).unwrap_or_default()).unwrap_or_else(|DatagramError| {
+                self.invalid.set(self.invalid.get() + 1);
                 None
             }))
         })
     }
 
-    /// Takes the headers of all layers off; `None` for what is not whole yet.
-    fn unwrap(&self, octets: &[u8]) -> Result<Option<(Addr, Vec<u8>)>, Strange> {
-        let mut octets = octets.to_vec();
+    /// Takes the headers of all hops off; `None` for what is not whole yet.
+    fn decapsulate(&self, bytes: &[u8]) -> Result<Option<(Addr, Vec<u8>)>, DatagramError> {
+        let mut bytes = bytes.to_vec();
         let mut from = self.peer.clone();
-        for (i, layer) in self.layers.iter().enumerate() {
-            if let Some(protection) = &layer.protection {
-                octets = protection.unwrap_datagram(&mut octets).ok_or(Strange)?;
+        for (i, hop) in self.hops.iter().enumerate() {
+            if let Some(protection) = &hop.protection {
+                bytes = protection.unwrap_datagram(&mut bytes).ok_or(DatagramError)?;
             }
-            let datagram = Datagram::decode(&octets).map_err(|_| Strange)?;
-            let whole = layer.reassembler.borrow_mut().push(Instant::now(), datagram);
-            let Some((sender, data)) = whole else { return Ok(None) };
-            let next = self.layers.get(i + 1).map(|next| &next.relay);
-            // Inside of a layer only the next relay may speak; a relay known by name has whatever address it has.
+            let datagram = Datagram::decode(&bytes).map_err(|_| DatagramError)?;
+            let payload = hop.reassembler.borrow_mut().push(Instant::now(), datagram);
+            let Some((sender, data)) = payload else { return Ok(None) };
+            let next = self.hops.get(i + 1).map(|next| &next.relay);
+            // Inside of a hop only the next relay may speak; a relay known by name has whatever address it has.
             if next.is_some_and(|next| matches!(next.host, Host::Ip(_)) && *next != sender) {
-                return Err(Strange);
+                return Err(DatagramError);
             }
-            octets = data.into_owned();
+            bytes = data.into_owned();
             from = sender;
         }
-        Ok(Some((from, octets)))
+        Ok(Some((from, bytes)))
     }
 
     /// Returns when a control connection has ended, and says whose.
-    pub async fn lost<'a>(&'a self) -> Lost {
-        let watch = |layer: &'a Layer| (Box::pin(layer.control.wait_peer_closed()), layer);
-        let mut watches: Vec<_> = self.layers.iter().map(watch).collect();
-        let mut lost = pin!(poll_fn(move |cx| {
-            for (watch, layer) in &mut watches {
+    pub async fn closed<'a>(&'a self) -> AssociationClosed {
+        let watch = |hop: &'a HopAssociation| (Box::pin(hop.control.wait_peer_closed()), hop);
+        let mut watches: Vec<_> = self.hops.iter().map(watch).collect();
+        let mut closed = pin!(poll_fn(move |cx| {
+            for (watch, hop) in &mut watches {
                 if watch.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Lost(layer.proxy.clone()));
+                    return Poll::Ready(AssociationClosed(hop.proxy.clone()));
                 }
             }
             Poll::Pending
         }));
-        lost.as_mut().await
+        closed.as_mut().await
     }
 }
 
 /// The first try may only be told what ICMP said about an earlier datagram. A relay that is gone is no error here: the
 /// control connection says that better.
-fn send(socket: &UdpSocket, octets: &[u8]) -> io::Result<()> {
+fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     for _ in 0..2 {
-        match socket.send(octets) {
+        match socket.send(bytes) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             sent => return sent.map(drop),
         }
@@ -283,7 +291,7 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// How many datagrams the kernel has dropped for want of room in the socket (Linux).
-fn overflown(socket: &Io<UdpSocket>) -> Option<u64> {
+fn kernel_drops(socket: &Io<UdpSocket>) -> Option<u64> {
     let inode = fs::metadata(format!("/proc/self/fd/{}", socket.as_fd().as_raw_fd())).ok()?.ino().to_string();
     let tables = ["/proc/net/udp", "/proc/net/udp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
     let mut rows = tables.iter().flat_map(|table| table.lines()).map(str::split_ascii_whitespace);
@@ -292,11 +300,11 @@ fn overflown(socket: &Io<UdpSocket>) -> Option<u64> {
 }
 
 /// How long the header of a datagram to `dst` is.
-fn header(dst: &Addr) -> usize {
-    wrap(dst, &[]).len()
+fn header_size(dst: &Addr) -> usize {
+    encode_datagram(dst, &[]).len()
 }
 
-fn wrap(dst: &Addr, data: &[u8]) -> Vec<u8> {
+fn encode_datagram(dst: &Addr, data: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(data.len() + Datagram::MAX_HEADER_LEN);
     Datagram { frag: 0, dst: dst.clone(), data }.encode_into(&mut out);
     out
