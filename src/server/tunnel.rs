@@ -13,7 +13,7 @@ use crate::reactor::sleep;
 use crate::relay::{RelayError, RelayOptions, RelayOutcome, Stream, relay};
 
 /// How long a client whose target has closed and takes no more may take for the last of what it was sent.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 
 /// What is left of a session when its handshake is over.
 #[derive(Debug)]
@@ -24,32 +24,32 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    /// Relays between the client and the target until the tunnel ends, or `limits` say so, or the law does.
+    /// Relays between the client and the target until the tunnel ends, or `options` say so, or the law does.
     pub(super) fn relay<'a>(
         &'a mut self,
         server: &'a Server,
-        limits: &'a RelayOptions,
+        options: &'a RelayOptions,
     ) -> impl Future<Output = Result<RelayOutcome, RelayError>> + 'a {
         let Self { client, target, log } = self;
         let log = &*log;
-        relay(client, target, limits, &log.bytes, |_, target| may_go_on(server, log, target))
+        relay(client, target, options, &log.bytes, |_, target| is_still_allowed(server, log, target))
     }
 
     /// The same, at a pace.
-    pub(super) async fn relay_at(
+    pub(super) async fn relay_rate_limited(
         &mut self,
         rate_limit: &RateLimit,
         server: &Server,
     ) -> Result<RelayOutcome, RelayError> {
         let Self { client, target, log } = self;
-        let (log, limits) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_limits });
+        let (log, options) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_limits });
         let mut client = RateLimitedStream::new(client, rate_limit);
         let mut client: &mut dyn Stream = &mut client;
-        relay(&mut client, target, &limits, &log.bytes, |_, target| may_go_on(server, log, target)).await
+        relay(&mut client, target, &options, &log.bytes, |_, target| is_still_allowed(server, log, target)).await
     }
 
     /// The tunnel for another thread; or as it was, when there are no descriptors for that.
-    pub(super) fn loosen(self) -> Result<LooseTunnel, Box<Self>> {
+    pub(super) fn detach(self) -> Result<DetachedTunnel, Box<Self>> {
         let (Ok(client), Ok(target)) = (self.client.detach(), self.target.detach()) else {
             return Err(Box::new(self));
         };
@@ -58,27 +58,27 @@ impl Tunnel {
             conn.abort();
             conn.deregister();
         }
-        Ok(LooseTunnel { client, target, log: self.log })
+        Ok(DetachedTunnel { client, target, log: self.log })
     }
 
     /// Says what is left to be said when it did not end well.
-    pub(super) async fn break_off(self, broken: RelayError) {
-        self.log.set_error(&broken);
-        if let RelayError::Undelivered(_) = broken {
+    pub(super) async fn close_after_error(self, error: RelayError) {
+        self.log.set_error(&error);
+        if let RelayError::Undelivered(_) = error {
             drop(self.target);
             // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
             // has closed its side does not say that it has read all.
-            sleep(LAST_WORDS).await;
+            sleep(UNDELIVERED_GRACE).await;
             self.client.abort();
         }
     }
 }
 
-fn may_go_on(server: &Server, log: &SessionLog, target: &Conn) -> bool {
+fn is_still_allowed(server: &Server, log: &SessionLog, target: &Conn) -> bool {
     let peer = || target.peer_addr().filter(|_| log.via.is_none());
     match server.recheck(log, &log.policy_generation, peer) {
-        Some(why) => {
-            log.set_error(why);
+        Some(reason) => {
+            log.set_error(reason);
             false
         }
         None => true,
@@ -86,23 +86,23 @@ fn may_go_on(server: &Server, log: &SessionLog, target: &Conn) -> bool {
 }
 
 /// A tunnel on its way to another thread.
-pub(super) struct LooseTunnel {
+pub(super) struct DetachedTunnel {
     client: DetachedConn,
     target: DetachedConn,
     log: SessionLog,
 }
 
-impl LooseTunnel {
+impl DetachedTunnel {
     /// The tunnel for this thread. When it can't be had, it is over, and its log line says why.
-    pub(super) fn settle(self) -> Option<Tunnel> {
+    pub(super) fn attach(self) -> Option<Tunnel> {
         let Self { client, target, log } = self;
-        let settled = client.attach().and_then(|client| Ok((client, target.attach()?)));
-        let ready = settled.and_then(|(client, target)| {
+        let attached = client.attach().and_then(|client| Ok((client, target.attach()?)));
+        let result = attached.and_then(|(client, target)| {
             client.set_reset_on_close(false)?;
             target.set_reset_on_close(false)?;
             Ok((client, target))
         });
-        match ready {
+        match result {
             Ok((client, target)) => Some(Tunnel { client, target, log }),
             Err(error) => {
                 log.set_error(error);

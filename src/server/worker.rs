@@ -26,7 +26,7 @@ use super::listen::Listener;
 use super::policy_handle::denial_reason;
 use super::rate_limit::RateLimit;
 use super::session_log::{SessionLog, request_from};
-use super::tunnel::{LooseTunnel, Tunnel};
+use super::tunnel::{DetachedTunnel, Tunnel};
 use super::{Server, session};
 use crate::conn::DetachedConn;
 use crate::policy::rules::Decision;
@@ -65,7 +65,7 @@ struct Peer {
 /// What one worker hands to another one.
 enum Handed {
     Accepted(DetachedConn, Option<SocketAddr>, Slot),
-    Bulk(LooseTunnel, Slot, Counted),
+    Bulk(DetachedTunnel, Slot, Counted),
     /// There is a new law. Dropped when all sessions that could be asked have been.
     PolicyChanged {
         _seen: Sender<Infallible>,
@@ -291,7 +291,7 @@ impl Home {
             match handed {
                 Handed::Accepted(conn, client, slot) => self.begin(conn, client, slot),
                 Handed::Bulk(tunnel, slot, counted) => {
-                    if let Some(tunnel) = tunnel.settle() {
+                    if let Some(tunnel) = tunnel.attach() {
                         self.spawn(bulk(tunnel, slot, counted));
                     }
                 }
@@ -325,7 +325,7 @@ impl Home {
                 match tunnel.relay(server, &server.relay_limits).await {
                     Ok(RelayOutcome::Finished) => {}
                     Ok(RelayOutcome::Bulk) => Box::pin(place(tunnel, slot, number)).await,
-                    Err(broken) => Box::pin(tunnel.break_off(broken)).await,
+                    Err(broken) => Box::pin(tunnel.close_after_error(broken)).await,
                 }
             });
         });
@@ -340,7 +340,7 @@ async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
         return bulk(tunnel, slot, counted).await;
     }
     let shared = slot.shared.clone();
-    match (tunnel.loosen(), shared.peers.get(usize::from(there))) {
+    match (tunnel.detach(), shared.peers.get(usize::from(there))) {
         // Fails when that worker has ended, and so everything does.
         (Ok(loose), Some(peer)) => drop(peer.inbox.try_send(Handed::Bulk(loose, slot, counted))),
         (Ok(_), None) => {}
@@ -355,16 +355,16 @@ async fn place(tunnel: Tunnel, slot: Slot, number: u16) {
 async fn bulk(mut tunnel: Tunnel, slot: Slot, _counted: Counted) {
     let limits = RelayOptions { stop_when_bulk: false, ..slot.server().relay_limits };
     if let Err(broken) = tunnel.relay(slot.server(), &limits).await {
-        tunnel.break_off(broken).await;
+        tunnel.close_after_error(broken).await;
     }
 }
 
 /// Relays a tunnel that has a pace to its end.
 async fn paced(mut tunnel: Tunnel, slot: Slot) {
     if let Some(rate_limit) = slot.rate_limit()
-        && let Err(broken) = tunnel.relay_at(rate_limit, slot.server()).await
+        && let Err(broken) = tunnel.relay_rate_limited(rate_limit, slot.server()).await
     {
-        tunnel.break_off(broken).await;
+        tunnel.close_after_error(broken).await;
     }
 }
 
