@@ -46,14 +46,16 @@ pub use limiter::Quotas;
 pub use listen::Listen;
 use listen::Listener;
 use policy_handle::PolicyHandle;
-use worker::{Ends, Worker, Workers};
+use worker::{Shutdown, Worker, WorkerPoolHandle};
 
 /// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
 const RESERVED_DESCRIPTORS: u64 = 64;
 /// Descriptors that a session holds at the least: the client's and the target's.
-const SESSION_DESCRIPTORS: u64 = 2;
+const DESCRIPTORS_PER_SESSION: u64 = 2;
+/// Pause after accept(2) failed for lack of descriptors or memory.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// The most connections that the default allows, whatever the descriptor limit.
-const MOST_CONNECTIONS: u64 = 500_000;
+const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 
 /// What a server is told at its start.
 #[derive(Debug)]
@@ -69,7 +71,7 @@ pub struct Options {
     /// How long a tunnel or an association may be silent.
     pub idle_timeout: Duration,
     /// How long sessions may go on once the server has been told to end.
-    pub drain: Duration,
+    pub drain_timeout: Duration,
     /// Sessions at once; none: what the descriptor limit allows.
     pub max_connections: Option<usize>,
     /// Threads that run sessions, at least 1.
@@ -77,13 +79,13 @@ pub struct Options {
     /// What BND says in place of the address that the client connected to, at most one a family.
     pub advertise: Vec<IpAddr>,
     /// Where BIND listens; none: wherever the system likes.
-    pub bind_ports: Option<Ports>,
+    pub bind_ports: Option<PortRange>,
     /// Where associations are; none: wherever the system likes.
-    pub udp_ports: Option<Ports>,
+    pub udp_ports: Option<PortRange>,
     /// Whose datagrams reach the client of an association.
     pub udp_filtering: Filtering,
     /// Who this server is to clients that come with GSSAPI.
-    pub acceptor: Option<Acceptor>,
+    pub gssapi_acceptor: Option<Acceptor>,
     /// What is offered to hops besides the credentials of each.
     pub hop_auth: Arc<ClientAuth>,
     /// The ways that rules may name, by number.
@@ -91,7 +93,7 @@ pub struct Options {
     /// What one client or user may take up.
     pub quotas: Quotas,
     /// Whether everybody who can reach this server may use it.
-    pub open: bool,
+    pub allow_open_relay: bool,
     /// Whether sessions that a new policy would refuse live on.
     pub keep_sessions: bool,
 }
@@ -117,9 +119,9 @@ pub enum Filtering {
 
 /// A range of ports, `LO-HI`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ports(RangeInclusive<u16>);
+pub struct PortRange(RangeInclusive<u16>);
 
-impl FromStr for Ports {
+impl FromStr for PortRange {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -133,8 +135,8 @@ impl FromStr for Ports {
 }
 
 /// The ports to try in turn: all of a range from a random one on, or 0, the system's choice.
-fn candidates(ports: Option<&Ports>) -> Vec<u16> {
-    let Some(Ports(range)) = ports else { return vec![0] };
+fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
+    let Some(PortRange(range)) = ports else { return vec![0] };
     let mut ports: Vec<u16> = range.clone().collect();
     let start = getrandom::u32().ok().and_then(|random| usize::try_from(random).ok()).unwrap_or(0);
     let start = start.checked_rem(ports.len()).unwrap_or(0);
@@ -143,13 +145,13 @@ fn candidates(ports: Option<&Ports>) -> Vec<u16> {
 }
 
 /// Binds `local` with one of the ports that are not in use, or gives the error of the last one tried.
-fn bind_within<T>(
-    ports: Option<&Ports>,
+fn bind_in_range<T>(
+    ports: Option<&PortRange>,
     mut local: SocketAddr,
     bind: impl Fn(SocketAddr) -> io::Result<T>,
 ) -> io::Result<T> {
     let mut result = Err(io::ErrorKind::AddrInUse.into());
-    for port in candidates(ports) {
+    for port in candidate_ports(ports) {
         local.set_port(port);
         result = bind(local);
         if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
@@ -166,14 +168,14 @@ struct Server {
     policy: PolicyHandle,
     limiter: Limiter,
     resolver: Resolver,
-    relay_limits: RelayOptions,
+    relay_options: RelayOptions,
 }
 
 impl Server {
     /// The address that BND gives for a socket at `local`: the one to advertise, where there is one of its family.
-    fn advertised(&self, local: SocketAddr) -> SocketAddr {
-        let advertised = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
-        advertised.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
+    fn advertised_addr(&self, local: SocketAddr) -> SocketAddr {
+        let ip = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
+        ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
     }
 }
 
@@ -183,7 +185,7 @@ pub enum StartError {
     /// Something that was tried, and the error.
     Io(String, io::Error),
     /// It would be open to everybody, and nobody has said that it should.
-    Open(String),
+    Config(String),
 }
 
 impl StartError {
@@ -193,16 +195,16 @@ impl StartError {
 }
 
 /// Makes a new policy out of what the files say now; or says what is wrong with them.
-pub type Reload<'a> = dyn Fn() -> Result<Policy, String> + 'a;
+pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 
 /// Runs until SIGTERM or SIGINT, then drains; reloads at each SIGHUP. Blocks.
 ///
 /// # Errors
 /// What could not be listened on, or signals and threads that could not be had; or that nobody would be kept out.
-pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<(), StartError> {
+pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), StartError> {
     let descriptors = raise_descriptor_limit();
-    let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / SESSION_DESCRIPTORS;
-    let limit = usize::try_from(by_descriptors.clamp(1, MOST_CONNECTIONS)).unwrap_or(usize::MAX);
+    let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
+    let limit = usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX);
     let limit = options.max_connections.unwrap_or(limit);
     let mut listeners = Vec::new();
     for listen in &options.listen {
@@ -210,39 +212,40 @@ pub fn run(options: Options, mut policy: Policy, reload: &Reload<'_>) -> Result<
     }
     policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
     policy.advertised_ips.clone_from(&options.advertise);
-    if let Some(why) = openness(&policy, &options).or_else(|| roundabout(&policy, &options)) {
-        return Err(StartError::Open(why));
+    if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
+        return Err(StartError::Config(error));
     }
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-    let (threads, drain) = (options.threads, options.drain);
-    let relay_limits =
+    let (threads, drain) = (options.threads, options.drain_timeout);
+    let relay_options =
         RelayOptions { idle_timeout: Some(options.idle_timeout), linger: None, stop_when_bulk: threads > 1 };
     let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(options.quotas));
-    let server = Server { options, policy, limiter, resolver: Resolver::default(), relay_limits };
-    let (accepting, closing) = channel::bounded::<Infallible>(1);
-    let (running, over) = channel::bounded::<Infallible>(1);
-    let (alive, all_over) = channel::bounded::<Infallible>(1);
-    let (workers, crew) = Worker::several(threads, server, listeners, limit, Ends { closing, over, alive });
-    let (say, said) = channel::unbounded();
-    let threads = start(crew, &say, &said).map_err(StartError::io("threads"))?;
+    let server = Server { options, policy, limiter, resolver: Resolver::default(), relay_options };
+    let (accepting, stop_accepting) = channel::bounded::<Infallible>(1);
+    let (running, stop_sessions) = channel::bounded::<Infallible>(1);
+    let (alive, all_ended) = channel::bounded::<Infallible>(1);
+    let (pool, workers) =
+        Worker::create_pool(threads, server, listeners, limit, Shutdown { stop_accepting, stop_sessions, alive });
+    let (report, reports) = channel::unbounded();
+    let threads = start_workers(workers, &report, &reports).map_err(StartError::io("threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
-    let reload = || renew(&workers, reload);
-    let ended = smol::block_on(end(signals, accepting, drain, all_over, said, reload));
-    drop((running, workers));
+    let reload = || reload(&pool, load_policy);
+    let result = smol::block_on(run_until_signal(signals, accepting, drain, all_ended, reports, reload));
+    drop((running, pool));
     for thread in threads {
         // A worker that panicked has said so; there is nothing to be done about it at the end.
         let _ = thread.join();
     }
-    ended.map_err(StartError::io("threads"))
+    result.map_err(StartError::io("threads"))
 }
 
 /// Why a server would be an open relay, and how not to be one; `None` when it would not be, or is meant to be.
-fn openness(policy: &Policy, options: &Options) -> Option<String> {
+fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
     let own = policy.listen_addrs.iter().find(|own| !own.ip().is_loopback())?;
-    (policy.is_open_relay() && !options.open).then(|| {
+    (policy.is_open_relay() && !options.allow_open_relay).then(|| {
         let who = if policy.rules.has_from_condition() { "whoever no rule keeps out" } else { "whoever reaches it" };
         format!(
             "{own} can be reached from other hosts, and {who} could use this server: let them log in (--users FILE), \
@@ -252,40 +255,40 @@ fn openness(policy: &Policy, options: &Options) -> Option<String> {
 }
 
 /// Which hop leads back to this server, so that one request would take all that it has.
-fn roundabout(policy: &Policy, options: &Options) -> Option<String> {
-    let leads_home = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
+fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
+    let leads_here = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
         Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => {
             policy.is_own_listener(canonical(*ip, *port), is_local)
         }
         Some(Endpoint::Tcp(Addr { host: Host::Name(name), port })) => {
-            let near = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-            let ips = parse_literal(name).map_or(near.to_vec(), |ip| vec![ip]);
-            let is_near = parse_literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
-            is_near && ips.iter().any(|ip| policy.is_own_listener(canonical(*ip, *port), is_local))
+            let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            let ips = parse_literal(name).map_or(loopback.to_vec(), |ip| vec![ip]);
+            let is_local_name = parse_literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
+            is_local_name && ips.iter().any(|ip| policy.is_own_listener(canonical(*ip, *port), is_local))
         }
         Some(Endpoint::Unix(_)) | None => false,
     };
-    let hop = options.hops.iter().find(leads_home)?;
+    let hop = options.hops.iter().find(leads_here)?;
     let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();
     Some(format!("the hop {} is this server itself, {proxy}", hop.name))
 }
 
 /// Puts a new policy in force, unless there is something wrong with it.
-async fn renew(workers: &Workers, reload: &Reload<'_>) {
-    let Some(workers) = workers.shared() else { return };
-    let server = workers.server();
+async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
+    let Some(pool) = pool.upgrade() else { return };
+    let server = pool.server();
     let old = server.policy.current();
-    let policy = reload().and_then(|policy| {
+    let policy = load_policy().and_then(|policy| {
         let policy = policy.with_listeners_of(&old.policy);
-        openness(&policy, &server.options).map_or(Ok(policy), Err)
+        check_open_relay(&policy, &server.options).map_or(Ok(policy), Err)
     });
     match policy {
-        Err(why) => log::error!("reload: {why}; what was in force stays in force"),
+        Err(error) => log::error!("reload: {error}; what was in force stays in force"),
         Ok(policy) => {
             let users = policy.users.as_ref().map_or(0, |users| users.len());
             let rules = policy.rules.user_rules().len();
             server.policy.replace(policy);
-            workers.recheck_all().await;
+            pool.recheck_all().await;
             let cut = server.policy.closed_sessions.load(Ordering::Relaxed);
             log::info!("reload: {users} users and {rules} rules are in force; sessions cut: {cut}");
         }
@@ -293,22 +296,26 @@ async fn renew(workers: &Workers, reload: &Reload<'_>) {
 }
 
 /// What a thread says: `Ok` when it accepts, and the error with which it has ended.
-type Said = io::Result<()>;
+type WorkerResult = io::Result<()>;
 
 /// Starts the threads, and returns when all of them accept.
-fn start(workers: Vec<Worker>, say: &Sender<Said>, said: &Receiver<Said>) -> io::Result<Vec<JoinHandle<()>>> {
+fn start_workers(
+    workers: Vec<Worker>,
+    report: &Sender<WorkerResult>,
+    reports: &Receiver<WorkerResult>,
+) -> io::Result<Vec<JoinHandle<()>>> {
     let mut threads = Vec::new();
     for worker in workers {
-        let say = say.clone();
+        let report = report.clone();
         let thread = std::thread::Builder::new().name("s5-worker".into());
         threads.push(thread.spawn(move || {
-            let ended = catch_unwind(AssertUnwindSafe(|| worker.run(&say)));
-            if let Err(error) = ended.unwrap_or_else(|_| Err(io::Error::other("one of them panicked"))) {
-                let _ = say.try_send(Err(error));
+            let result = catch_unwind(AssertUnwindSafe(|| worker.run(&report)));
+            if let Err(error) = result.unwrap_or_else(|_| Err(io::Error::other("one of them panicked"))) {
+                let _ = report.try_send(Err(error));
             }
         })?);
     }
-    threads.iter().try_for_each(|_| said.recv_blocking().map_err(io::Error::other)?)?;
+    threads.iter().try_for_each(|_| reports.recv_blocking().map_err(io::Error::other)?)?;
     Ok(threads)
 }
 
@@ -325,31 +332,31 @@ fn raise_descriptor_limit() -> u64 {
 /// Reloads when told to, waits for the signal to end, and then for the sessions, as long as they may take. A thread that
 /// ends before that is the end as well, and its error: a server that goes on with a part of itself would fool those who
 /// watch it.
-async fn end(
+async fn run_until_signal(
     mut signals: Signals,
     accepting: Sender<Infallible>,
     drain: Duration,
-    all_over: Receiver<Infallible>,
-    said: Receiver<Said>,
+    all_ended: Receiver<Infallible>,
+    reports: Receiver<WorkerResult>,
     reload: impl AsyncFn(),
 ) -> io::Result<()> {
     let signal = async {
         while let Some(Ok(Signal::Hup)) = signals.next().await {
             reload().await;
         }
-        Said::Ok(())
+        WorkerResult::Ok(())
     };
     let failed = async {
-        while let Ok(said) = said.recv().await {
-            said?;
+        while let Ok(result) = reports.recv().await {
+            result?;
         }
         std::future::pending().await
     };
     signal.or(failed).await?;
     drop(accepting);
     log::info!("ending: no new connections, {} s for the open ones", drain.as_secs());
-    let over = async {
-        let _ = all_over.recv().await;
+    let drained = async {
+        let _ = all_ended.recv().await;
     };
     let timeout = async {
         Timer::after(drain).await;
@@ -359,23 +366,23 @@ async fn end(
         while let Some(Ok(Signal::Hup)) = signals.next().await {}
         log::info!("ending: at once");
     };
-    over.or(timeout).or(again).await;
+    drained.or(timeout).or(again).await;
     Ok(())
 }
 
 /// The address of this machine at which `peer` (unspecified: anybody) of its own family can reach a session whose
 /// client connected to `control`.
-fn address_for(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
+fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
     let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
     control.set_port(0);
-    let from_here = control.ip().is_loopback();
-    let meets = peer.is_unspecified() || peer.is_loopback() == from_here;
-    if control.is_ipv4() == peer.is_ipv4() && meets {
+    let is_loopback = control.ip().is_loopback();
+    let can_reach = peer.is_unspecified() || peer.is_loopback() == is_loopback;
+    if control.is_ipv4() == peer.is_ipv4() && can_reach {
         return Ok(control);
     }
     let target = match peer {
-        _ if peer.is_unspecified() && from_here => loopback,
+        _ if peer.is_unspecified() && is_loopback => loopback,
         // Documentation addresses (RFC 5737, RFC 3849): the way out of here, whoever is meant by "anybody".
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
@@ -405,12 +412,12 @@ mod tests {
     #[test]
     fn a_range_of_ports_is_tried_whole_from_anywhere() {
         let range = "5000-5003".parse().expect("a range");
-        let mut ports = candidates(Some(&range));
+        let mut ports = candidate_ports(Some(&range));
         ports.sort_unstable();
         assert_eq!(ports, [5000, 5001, 5002, 5003]);
-        assert_eq!(candidates(None), [0]);
+        assert_eq!(candidate_ports(None), [0]);
         for bad in ["", "1", "2-1", "0-5", "1-65536", "a-b", "1-2-3"] {
-            assert!(bad.parse::<Ports>().is_err(), "{bad}");
+            assert!(bad.parse::<PortRange>().is_err(), "{bad}");
         }
     }
 
@@ -418,7 +425,7 @@ mod tests {
     fn the_address_for_a_peer_is_the_one_the_client_uses_where_the_peer_can_too() {
         let control = |text: &str| Some(text.parse().expect("an address"));
         let ask = |control, peer: &str| {
-            address_for(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
+            reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
         };
         assert_eq!(ask(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
         assert_eq!(ask(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));

@@ -20,7 +20,7 @@ use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Method, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, Listen, Options, Ports, Quotas, StartError};
+use crate::server::{self, Filtering, Hop, Listen, Options, PortRange, Quotas, StartError};
 use load::{ConfigFile, PolicySources};
 
 /// What the log calls the way of `--via`.
@@ -169,11 +169,11 @@ pub struct Args {
 
     /// ports for BIND, lo-hi (the system's choice)
     #[argh(option, arg_name = "lo-hi")]
-    bind_ports: Option<Ports>,
+    bind_ports: Option<PortRange>,
 
     /// ports for UDP ASSOCIATE, lo-hi (the system's choice)
     #[argh(option, arg_name = "lo-hi")]
-    udp_ports: Option<Ports>,
+    udp_ports: Option<PortRange>,
 
     /// whose datagrams reach a client: address-dependent (of those it has sent to) or endpoint-independent
     /// (everybody's) (address-dependent)
@@ -275,7 +275,7 @@ impl Args {
         let reload = || sources.load().map_err(|failure| failure.message);
         server::run(options, policy, &reload).map_err(|error| match error {
             StartError::Io(what, error) => CliError::new(ExitStatus::FAILURE, format!("{what}: {error}")),
-            StartError::Open(why) => CliError::usage(why),
+            StartError::Config(why) => CliError::usage(why),
         })
     }
 
@@ -363,14 +363,14 @@ impl Args {
             connect_timeout: self.connect_timeout,
             bind_timeout: self.bind_timeout,
             idle_timeout: self.idle_timeout,
-            drain: self.drain,
+            drain_timeout: self.drain,
             max_connections: self.max_connections,
             threads: self.threads.unwrap_or_else(default_threads),
             advertise: self.advertise,
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
-            acceptor: acceptor.transpose()?,
+            gssapi_acceptor: acceptor.transpose()?,
             hop_auth: Arc::new(ClientAuth { gssapi: offers_gssapi.then(Initiator::default), methods: self.hop_auth }),
             hops,
             quotas: Quotas {
@@ -379,7 +379,7 @@ impl Args {
                 session_rate: self.rate,
                 user_rate: self.rate_per_user.or(self.rate),
             },
-            open: self.open,
+            allow_open_relay: self.open,
             keep_sessions: self.keep_sessions,
         })
     }

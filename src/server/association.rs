@@ -23,7 +23,7 @@ use super::batch::{BatchMode, BatchSocket, GsoBatch, RecvBatch};
 use super::rate_limit::RateLimit;
 use super::session::{Session, SessionError};
 use super::session_log::with_target;
-use super::{Filtering, Server, address_for, bind_within};
+use super::{Filtering, Server, bind_in_range, reachable_addr};
 use crate::conn::{Conn, Protection};
 use crate::dial::{canonical, unspecified};
 use crate::policy::is_unicast;
@@ -68,7 +68,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
     let client = client_addr(session.log.client(), dst);
     let client_socket = client_socket(server, control, client).map_err(SessionError::general_failure)?;
     let local = client_socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
-    session.reply_success(control, server.advertised(local).into(), None).await?;
+    session.reply_success(control, server.advertised_addr(local).into(), None).await?;
     let association = Association {
         rate_limit: session.quota.as_ref().and_then(|quota| quota.rate_limit.clone()),
         session,
@@ -98,8 +98,8 @@ fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
 }
 
 fn client_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
-    let local = address_for(control.local_addr(), unspecified(client.ip()))?;
-    let socket = bind_within(server.options.udp_ports.as_ref(), local, udp_socket)?;
+    let local = reachable_addr(control.local_addr(), unspecified(client.ip()))?;
+    let socket = bind_in_range(server.options.udp_ports.as_ref(), local, udp_socket)?;
     // Port 0 leaves the port open and pins the address.
     socket.get_ref().connect(client)?;
     Ok(socket)

@@ -10,7 +10,7 @@ use futures_lite::FutureExt as _;
 
 use super::policy_handle::denial;
 use super::session::{Session, SessionError};
-use super::{Hop, Server, address_for, bind_within};
+use super::{Hop, Server, bind_in_range, reachable_addr};
 use crate::conn::{Conn, timeout_at};
 use crate::dial::{parse_literal, set_tcp_options, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};
@@ -36,11 +36,11 @@ async fn bind_directly(session: &mut Session<'_>, client: &mut Conn, dst: &Addr)
     let expected = ExpectedPeer::resolve(session, dst).await?;
     let listener = listen(server, client, &expected).map_err(SessionError::general_failure)?;
     let local = listener.get_ref().local_addr().map_err(SessionError::general_failure)?;
-    let bnd = match address_for(client.local_addr(), expected.representative(client.local_addr())) {
+    let bnd = match reachable_addr(client.local_addr(), expected.representative(client.local_addr())) {
         Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
         _ => local,
     };
-    session.reply_success(client, server.advertised(bnd).into(), None).await?;
+    session.reply_success(client, server.advertised_addr(bnd).into(), None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
     let (peer, addr) = accepted?;
@@ -190,14 +190,14 @@ impl ExpectedPeer {
 /// Binds where the expected peer can come to: the address that the client uses, or every address where one would not
 /// do: for peers of both families, and behind an advertised address, which need not be one of this machine's.
 fn listen(server: &Server, client: &Conn, expected: &ExpectedPeer) -> io::Result<Io<TcpListener>> {
-    let mut local = address_for(client.local_addr(), expected.representative(client.local_addr()))?;
+    let mut local = reachable_addr(client.local_addr(), expected.representative(client.local_addr()))?;
     if expected.has_both_families() {
         local.set_ip(Ipv6Addr::UNSPECIFIED.into());
-    } else if server.advertised(local) != local {
+    } else if server.advertised_addr(local) != local {
         local.set_ip(unspecified(local.ip()));
     }
     let bind = |local| bind_tcp(local, !expected.has_both_families());
-    Io::new(bind_within(server.options.bind_ports.as_ref(), local, bind)?)
+    Io::new(bind_in_range(server.options.bind_ports.as_ref(), local, bind)?)
 }
 
 fn bind_tcp(local: SocketAddr, is_v6_only: bool) -> io::Result<TcpListener> {

@@ -189,7 +189,7 @@ impl Session<'_> {
             return Err(SessionError::with_message(&none, "none of the methods that the client offers will do"));
         };
         conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
-        match (method, &self.snapshot.policy.users, &self.server.options.acceptor) {
+        match (method, &self.snapshot.policy.users, &self.server.options.gssapi_acceptor) {
             (Method::PASSWORD, Some(_), _) => self.verify_password(conn).await,
             // Boxed, so that all others do not have room for it.
             (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.accept_gssapi(conn, acceptor)).await,

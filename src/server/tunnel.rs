@@ -42,7 +42,7 @@ impl Tunnel {
         server: &Server,
     ) -> Result<RelayOutcome, RelayError> {
         let Self { client, target, log } = self;
-        let (log, options) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_limits });
+        let (log, options) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_options });
         let mut client = RateLimitedStream::new(client, rate_limit);
         let mut client: &mut dyn Stream = &mut client;
         relay(&mut client, target, &options, &log.bytes, |_, target| is_still_allowed(server, log, target)).await
