@@ -43,7 +43,7 @@ use crate::proto::{Addr, Host};
 use crate::relay::RelayOptions;
 use limiter::Limiter;
 pub use limiter::Quotas;
-pub use listen::Listen;
+pub use listen::ListenAddr;
 use listen::Listener;
 use policy_handle::PolicyHandle;
 use worker::{Shutdown, Worker, WorkerPoolHandle};
@@ -61,7 +61,7 @@ const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 #[derive(Debug)]
 pub struct Options {
     /// Where to listen.
-    pub listen: Vec<Listen>,
+    pub listen: Vec<ListenAddr>,
     /// From accept to the end of the request.
     pub handshake_timeout: Duration,
     /// For resolution and all addresses together.

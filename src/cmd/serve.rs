@@ -20,7 +20,7 @@ use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Method, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, Listen, Options, PortRange, Quotas, StartError};
+use crate::server::{self, Filtering, Hop, ListenAddr, Options, PortRange, Quotas, StartError};
 use load::{ConfigFile, PolicySources};
 
 /// What the log calls the way of `--via`.
@@ -48,7 +48,7 @@ pub struct Args {
         description = "where to listen: host:port, [v6]:port, port (loopback), *:port (every address) or unix:/path; \
                        may be repeated (127.0.0.1:1080)"
     )]
-    listen: Vec<Listen>,
+    listen: Vec<ListenAddr>,
 
     /// a file with a line name:hash for each user; with it, nobody gets in without a password
     #[argh(option, arg_name = "file")]

@@ -4,21 +4,18 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
 use super::policy_handle::denial;
 use super::session::{Session, SessionError};
-use super::{Hop, Server, bind_in_range, reachable_addr};
+use super::{ACCEPT_RETRY_DELAY, Hop, Server, bind_in_range, reachable_addr};
 use crate::conn::{Conn, timeout_at};
 use crate::dial::{parse_literal, set_tcp_options, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
 use crate::reactor::{self, Interest, Io, sleep};
-
-/// How long to rest when there is no descriptor for the peer's connection.
-const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
     match session.bind_route()? {

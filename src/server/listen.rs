@@ -16,69 +16,69 @@ use crate::dial::set_tcp_options;
 use crate::reactor::accept;
 
 /// How many connections may wait to be accepted; the system may make it fewer (net.core.somaxconn).
-const BACKLOG: i32 = 4096;
+const LISTEN_BACKLOG: i32 = 4096;
 /// How often a port of the system's choice is asked for that both families have free.
-const PORT_ATTEMPTS: usize = 16;
+const MAX_PORT_ATTEMPTS: usize = 16;
 
 /// What `--listen` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Listen {
+pub enum ListenAddr {
     /// `HOST:PORT`: all addresses of a host.
     Host(String, u16),
     /// `PORT`: loopback, both families.
     Loopback(u16),
     /// `*:PORT`: every address, both families.
-    Every(u16),
+    Wildcard(u16),
     /// `unix:PATH`.
     Unix(PathBuf),
 }
 
-impl FromStr for Listen {
+impl FromStr for ListenAddr {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() { Err("unix: without a path".into()) } else { Ok(Self::Unix(path.into())) };
         }
-        let wrong = || format!("{text:?} is none of HOST:PORT, [IPV6]:PORT, PORT, *:PORT and unix:PATH");
+        let invalid = || format!("{text:?} is none of HOST:PORT, [IPV6]:PORT, PORT, *:PORT and unix:PATH");
         let Some((host, port)) = text.rsplit_once(':') else {
-            return text.parse().map(Self::Loopback).map_err(|_| wrong());
+            return text.parse().map(Self::Loopback).map_err(|_| invalid());
         };
-        let port = port.parse().map_err(|_| wrong())?;
+        let port = port.parse().map_err(|_| invalid())?;
         match host {
-            "" => Err(wrong()),
-            "*" => Ok(Self::Every(port)),
+            "" => Err(invalid()),
+            "*" => Ok(Self::Wildcard(port)),
             _ if host.starts_with('[') || host.contains(':') => {
-                let ip = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).ok_or_else(wrong)?;
-                ip.parse::<Ipv6Addr>().map(|ip| Self::Host(ip.to_string(), port)).map_err(|_| wrong())
+                let ip = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).ok_or_else(invalid)?;
+                ip.parse::<Ipv6Addr>().map(|ip| Self::Host(ip.to_string(), port)).map_err(|_| invalid())
             }
             _ => Ok(Self::Host(host.into(), port)),
         }
     }
 }
 
-impl fmt::Display for Listen {
+impl fmt::Display for ListenAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Host(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
             Self::Host(host, port) => write!(f, "{host}:{port}"),
             Self::Loopback(port) => write!(f, "{port}"),
-            Self::Every(port) => write!(f, "*:{port}"),
+            Self::Wildcard(port) => write!(f, "*:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
 }
 
-impl Listen {
+impl ListenAddr {
     /// The addresses that it means, as far as they are known before it is done; none that can't be had.
     pub fn addrs(&self) -> Vec<SocketAddr> {
-        let both = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
+        let pair = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
         match self {
             Self::Host(host, port) => {
                 (host.as_str(), *port).to_socket_addrs().map(Iterator::collect).unwrap_or_default()
             }
-            Self::Loopback(port) => both(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
-            Self::Every(port) => both(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
+            Self::Loopback(port) => pair(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
+            Self::Wildcard(port) => pair(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
             Self::Unix(_) => Vec::new(),
         }
     }
@@ -87,15 +87,17 @@ impl Listen {
     /// Those of the resolver and of bind(2). Of both families, one that this machine does not have is left out.
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         match self {
-            Self::Host(host, port) => all_of((host.as_str(), *port).to_socket_addrs()?),
-            Self::Loopback(port) => both_families([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
-            Self::Every(port) => both_families([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
+            Self::Host(host, port) => bind_all((host.as_str(), *port).to_socket_addrs()?),
+            Self::Loopback(port) => bind_both_families([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
+            Self::Wildcard(port) => {
+                bind_both_families([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port)
+            }
             Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
         }
     }
 }
 
-fn all_of(addrs: impl Iterator<Item = SocketAddr>) -> io::Result<Vec<Listener>> {
+fn bind_all(addrs: impl Iterator<Item = SocketAddr>) -> io::Result<Vec<Listener>> {
     let mut each: Vec<SocketAddr> = Vec::new();
     for addr in addrs {
         if !each.contains(&addr) {
@@ -104,7 +106,7 @@ fn all_of(addrs: impl Iterator<Item = SocketAddr>) -> io::Result<Vec<Listener>> 
     }
     let (bound, failed): (Vec<_>, Vec<_>) = each.into_iter().map(bind_tcp).partition(Result::is_ok);
     let mut failed = failed.into_iter().filter_map(Result::err);
-    match failed.find(|error| bound.is_empty() || !is_no_family(error)) {
+    match failed.find(|error| bound.is_empty() || !is_family_unavailable(error)) {
         Some(error) => Err(error),
         None => bound.into_iter().map(|listener| listener.and_then(Listener::tcp)).collect(),
     }
@@ -119,13 +121,13 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
     set_tcp_options(&socket);
-    socket.listen(BACKLOG)?;
+    socket.listen(LISTEN_BACKLOG)?;
     Ok(socket.into())
 }
 
-fn both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
+fn bind_both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
     let [first, second] = ips;
-    let mut attempts = if port == 0 { PORT_ATTEMPTS } else { 1 };
+    let mut attempts = if port == 0 { MAX_PORT_ATTEMPTS } else { 1 };
     loop {
         attempts -= 1;
         let first = bind_tcp(SocketAddr::new(first, port));
@@ -134,7 +136,7 @@ fn both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
             first.as_ref().ok().and_then(|listener| listener.local_addr().ok()).map_or(port, |addr| addr.port());
         match (first, bind_tcp(SocketAddr::new(second, chosen))) {
             (Ok(first), Ok(second)) => return Ok(vec![Listener::tcp(first)?, Listener::tcp(second)?]),
-            (Ok(only), Err(error)) | (Err(error), Ok(only)) if is_no_family(&error) => {
+            (Ok(only), Err(error)) | (Err(error), Ok(only)) if is_family_unavailable(&error) => {
                 return Ok(vec![Listener::tcp(only)?]);
             }
             (Ok(_), Err(error)) if attempts > 0 && error.kind() == io::ErrorKind::AddrInUse => {}
@@ -143,7 +145,7 @@ fn both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
     }
 }
 
-fn is_no_family(error: &io::Error) -> bool {
+fn is_family_unavailable(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let errno = error.raw_os_error().map(Errno::from_raw_os_error);
     matches!(errno, Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL))
@@ -151,16 +153,16 @@ fn is_no_family(error: &io::Error) -> bool {
 
 fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     let is_socket = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    if is_socket && is_left_over(&path)? {
+    if is_socket && is_stale(&path)? {
         std::fs::remove_file(&path)?;
     }
     let listener = UnixListener::bind(&path)?;
     listener.set_nonblocking(true)?;
-    Ok(Listener::Unix(UnixPath(path), listener))
+    Ok(Listener::Unix(SocketPathGuard(path), listener))
 }
 
 /// Only the socket of a dead process refuses; a live one accepts, or has no room at the moment.
-fn is_left_over(path: &Path) -> io::Result<bool> {
+fn is_stale(path: &Path) -> io::Result<bool> {
     let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     probe.set_nonblocking(true)?;
     let refused = probe.connect(&SockAddr::unix(path)?);
@@ -172,14 +174,14 @@ fn is_left_over(path: &Path) -> io::Result<bool> {
 pub(super) enum Listener {
     Tcp(TcpListener, SocketAddr),
     /// The name goes before the socket does: a successor's must not be taken for ours.
-    Unix(UnixPath, UnixListener),
+    Unix(SocketPathGuard, UnixListener),
 }
 
 /// Removes the socket's name when the listener goes.
 #[derive(Debug)]
-pub(super) struct UnixPath(PathBuf);
+pub(super) struct SocketPathGuard(PathBuf);
 
-impl Drop for UnixPath {
+impl Drop for SocketPathGuard {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
     }
@@ -234,10 +236,10 @@ mod tests {
     fn every_way_to_say_where_is_read_and_shown_again() {
         let ways = ["127.0.0.1:1080", "localhost:0", "[::1]:1080", "1080", "*:1080", "unix:/run/s5.sock"];
         for text in ways {
-            assert_eq!(text.parse::<Listen>().map(|listen| listen.to_string()).as_deref(), Ok(text));
+            assert_eq!(text.parse::<ListenAddr>().map(|listen| listen.to_string()).as_deref(), Ok(text));
         }
         for text in ["", ":1080", "host", "host:", "host:65536", "::1:1080", "[::1]", "[host]:1", "unix:", "-1"] {
-            assert!(text.parse::<Listen>().is_err(), "{text}");
+            assert!(text.parse::<ListenAddr>().is_err(), "{text}");
         }
     }
 }

@@ -114,10 +114,10 @@ impl Server {
         if let Some(peer) = peer() {
             question = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..question };
         }
-        let objection = snapshot.check(log, &question);
-        if objection.is_some() {
+        let denial = snapshot.check(log, &question);
+        if denial.is_some() {
             self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
         }
-        objection
+        denial
     }
 }
