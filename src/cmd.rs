@@ -1,4 +1,4 @@
-//! The command line: which mode, and what comes of it. stdout is data; all else is said on stderr.
+//! The command line and its four modes. stdout is for data only: messages, logs and prompts go to stderr.
 
 pub mod bind;
 pub mod client;
@@ -26,7 +26,7 @@ use argv::Normal;
 pub use completions::Shell;
 pub use exit_status::{CliError, ExitStatus, eprint_line};
 
-/// What the program is called.
+/// The program's name.
 const NAME: &str = "s5";
 
 /// A SOCKS5 server, and a netcat through SOCKS5 proxies.
@@ -55,7 +55,7 @@ pub struct Args {
 /// One of the four modes.
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand)]
-#[allow(clippy::large_enum_variant, reason = "there is one in a process")]
+#[allow(clippy::large_enum_variant, reason = "a process has one")]
 pub enum Subcommand {
     /// `s5 serve`
     Serve(serve::Args),
@@ -68,7 +68,7 @@ pub enum Subcommand {
 }
 
 impl Subcommand {
-    /// What is logged.
+    /// Returns the log level that the options select.
     pub fn log_level(&self) -> LevelFilter {
         match self {
             Self::Serve(args) => args.log_level(),
@@ -85,7 +85,7 @@ impl Subcommand {
     /// Runs the mode to its end.
     ///
     /// # Errors
-    /// What to print and how to exit.
+    /// The message to print and the exit status.
     pub fn run(self) -> Result<(), CliError> {
         match self {
             Self::Serve(args) => args.run(),
@@ -96,21 +96,21 @@ impl Subcommand {
     }
 }
 
-/// What ends the program before a mode has begun.
+/// A result of reading the command line that ends the program.
 #[derive(Debug)]
 pub enum EarlyExit {
-    /// Text that was asked for: to stdout, status 0.
+    /// Help, manual, version or completions: printed on stdout, exit status 0.
     Output(String),
-    /// A command line that makes no sense.
+    /// An invalid command line.
     Usage(CliError),
 }
 
 impl EarlyExit {
-    /// Prints it and gives the exit status.
+    /// Prints the text or the error, and returns the exit status.
     pub fn print(self) -> ExitCode {
         match self {
             Self::Output(text) => {
-                // Nobody is left to be told that nobody reads.
+                // A closed stdout is not an error here.
                 let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
                 ExitCode::SUCCESS
             }
@@ -119,10 +119,10 @@ impl EarlyExit {
     }
 }
 
-/// Reads a command line, `args[0]` being the program's name.
+/// Parses a command line; `args[0]` is the program's name.
 ///
 /// # Errors
-/// What to print instead of running.
+/// The text or the error to print instead of running a mode.
 pub fn parse(args: &[String]) -> Result<Subcommand, EarlyExit> {
     let normal = argv::normalise(args.get(1..).unwrap_or_default());
     let words = match normal.map_err(|what| EarlyExit::Usage(CliError::usage(what)))? {
@@ -140,12 +140,12 @@ pub fn parse(args: &[String]) -> Result<Subcommand, EarlyExit> {
         Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script())),
         Args { mode: Some(command), .. } => Ok(command),
         Args { mode: None, .. } => {
-            Err(EarlyExit::Usage(CliError::usage("a mode is missing: serve, connect, bind or udp")))
+            Err(EarlyExit::Usage(CliError::usage("a mode is required: serve, connect, bind or udp")))
         }
     }
 }
 
-/// Overwrites passwords in the command line of this process, `args` being what it was.
+/// Overwrites passwords in the command line of this process, of which `args` is a copy.
 pub fn redact_command_line(args: &[OsString]) {
     let raw_args: Vec<&[u8]> = args.iter().map(|arg| arg.as_bytes()).collect();
     let may_have_password =
@@ -164,8 +164,8 @@ pub fn redact_command_line(args: &[OsString]) {
     secrets::redact(&raw_args, user.as_deref());
 }
 
-/// argh's complaints are paragraphs; ours are lines. Words of the command line are repeated in them, and a proxy's URL in
-/// the wrong place may have a password in it.
+/// Turns an error message of argh, which is a paragraph, into one line. It may repeat a proxy's URL that was given to the
+/// wrong option, so user names and passwords are removed.
 fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
     let line = words.join(" ").replace("Run s5", "run s5").replace(" for more information.", "");
@@ -173,7 +173,7 @@ fn one_line(text: &str) -> String {
     chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()
 }
 
-/// `10`, `2.5`, `500ms`, `10s`, `5m`, `2h`.
+/// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`. The default unit is seconds.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text.get(digits.len()..).unwrap_or_default() {
@@ -181,25 +181,26 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "ms" => Duration::from_millis(1),
         "m" => Duration::from_secs(60),
         "h" => Duration::from_secs(3600),
-        _ => return Err(format!("{text:?} has a unit other than ms, s, m and h")),
+        _ => return Err("the unit must be ms, s, m or h".into()),
     };
     let time = parse_decimal(digits).and_then(|billionths| {
-        // Not in binary fractions, whose code is large for what it would do here.
+        // In integers: parsing floating-point numbers would add much code to the binary.
         let nanos = unit.as_nanos().checked_mul(billionths)? / 1_000_000_000;
         u64::try_from(nanos).ok().map(Duration::from_nanos)
     });
     let time = time.filter(|time| *time <= MAX_DURATION);
-    time.ok_or_else(|| format!("{text:?} is not a number of seconds up to a year"))
+    time.ok_or_else(|| "expected a number with ms, s (the default), m or h, at most one year".into())
 }
 
+/// Parses a number from 1 up.
 fn parse_positive(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 on"))
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 up".into())
 }
 
-/// A decimal number in billionths; what is finer is left out.
+/// Parses a decimal number. Returns it in billionths, rounded down.
 fn parse_decimal(text: &str) -> Option<u128> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let is_number = |text: &str| text.bytes().all(|octet| octet.is_ascii_digit());
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     if whole.is_empty() && fraction.is_empty() || !is_number(whole) || !is_number(fraction) {
         return None;
     }
@@ -207,12 +208,12 @@ fn parse_decimal(text: &str) -> Option<u128> {
     format!("{whole}{fraction}").parse().ok()
 }
 
-/// The longest time that an option takes: a year.
+/// The longest time that an option accepts: one year.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// As [`duration`], but not 0.
+/// Parses a time greater than 0.
 fn parse_timeout(text: &str) -> Result<Duration, String> {
-    parse_duration(text).and_then(|time| if time.is_zero() { Err("0 is no time at all".into()) } else { Ok(time) })
+    parse_duration(text).and_then(|time| if time.is_zero() { Err("must be greater than 0".into()) } else { Ok(time) })
 }
 
 #[cfg(test)]
@@ -220,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_is_seconds_unless_it_says_otherwise() {
+    fn parse_duration_takes_seconds_by_default() {
         let table = [
             ("10", 10_000),
             ("2.5", 2500),
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn complaints_fit_on_a_line() {
+    fn usage_error_is_one_line() {
         let words = ["s5", "connect", "--nonsense"].map(String::from);
         let Err(EarlyExit::Usage(failure)) = parse(&words) else { panic!("not a usage error") };
         assert_eq!(failure.message.lines().count(), 1, "{}", failure.message);
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_in_the_wrong_place_does_not_give_its_password_away() {
+    fn usage_error_hides_password_of_misplaced_url() {
         for words in [
             ["s5", "socks5h://alice:secret@proxy.test", ""],
             ["s5", "connect", "--socks5h://alice:secret@proxy.test"],

@@ -1,4 +1,4 @@
-//! The binary: reads the command line, starts logging, runs one mode, says what went wrong, exits.
+//! The binary: parses the command line, starts logging, runs one mode, prints its error and exits.
 
 use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use simple_logger::SimpleLogger;
 
-/// A log whose reader is gone must not take the server along: writing to a closed stderr panics inside the logger.
+/// A logger that survives a closed stderr: `SimpleLogger` panics there, which must not end the server.
 struct InfallibleLogger(SimpleLogger);
 
 impl log::Log for InfallibleLogger {
@@ -15,7 +15,7 @@ impl log::Log for InfallibleLogger {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        // The one thing that a log could do about a lost line is to log it.
+        // A lost log line can't be reported: the log is where it would be reported.
         let _ = catch_unwind(AssertUnwindSafe(|| self.0.log(record)));
     }
 
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     if log::set_boxed_logger(Box::new(InfallibleLogger(logger))).is_err() {
         return s5::cmd::CliError::usage("a logger is set already").print();
     }
-    // A panic is a line and status 1 like any other failure; its usual 101 would say REP 1.
+    // A panic is one line and status 1, as any other failure. Rust's default status 101 would mean REP 1.
     std::panic::set_hook(Box::new(|panic| {
         s5::cmd::eprint_line(&format!("s5: {}", panic.to_string().replace('\n', " ")))
     }));

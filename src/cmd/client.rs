@@ -1,5 +1,5 @@
-//! The options of the three client modes, which share most of them. What a mode can do nothing with is neither in its
-//! help nor taken, and the table here says why.
+//! The options of the three client modes, which share most of them. An option that a mode does not support is not in its
+//! help and is refused with a reason.
 
 pub(super) mod child;
 pub(super) mod connector;
@@ -35,33 +35,23 @@ pub enum ClientMode {
     Udp,
 }
 
-/// The options that not every mode takes: which do, and why the others do not.
+const STREAM_MODES: &[ClientMode] = &[ClientMode::Connect, ClientMode::Bind];
+
+/// Options that only some modes support, those modes, and the reason that the other modes refuse them with.
 const RESTRICTED_OPTIONS: [(&[&str], &[ClientMode], &str); 10] = [
-    (&["-l", "--listen"], &[ClientMode::Connect, ClientMode::Udp], "it is the proxy that listens"),
-    (&["-k", "--keep-open"], &[ClientMode::Connect], "it is for connect with -l; udp -l serves many as it is"),
-    (&["--direct", "--no-proxy"], &[ClientMode::Connect, ClientMode::Udp], "without a proxy there is nobody to listen"),
-    (&["--bound-to"], &[ClientMode::Bind], "it is for bind"),
-    (
-        &["-N", "--shutdown", "--no-shutdown"],
-        &[ClientMode::Connect, ClientMode::Bind],
-        "datagrams have no end to pass on",
-    ),
-    (&["-C", "--crlf"], &[ClientMode::Connect, ClientMode::Bind], "a line becomes a datagram without its end"),
-    (&["-F", "--pass-fd"], &[ClientMode::Connect, ClientMode::Bind], "an association ends with its connection"),
-    (
-        &["-e", "--exec", "-c", "--sh-exec"],
-        &[ClientMode::Connect, ClientMode::Bind],
-        "datagrams are no stream for a program",
-    ),
-    (&["--progress"], &[ClientMode::Connect, ClientMode::Bind], "datagrams have no progress"),
-    (
-        &["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"],
-        &[ClientMode::Udp],
-        "it is for datagrams, and so for udp",
-    ),
+    (&["-l", "--listen"], &[ClientMode::Connect, ClientMode::Udp], "with bind, the proxy listens"),
+    (&["-k", "--keep-open"], &[ClientMode::Connect], "only connect -l uses it; udp -l always serves several peers"),
+    (&["--direct", "--no-proxy"], &[ClientMode::Connect, ClientMode::Udp], "bind requires a proxy"),
+    (&["--bound-to"], &[ClientMode::Bind], "only bind uses it"),
+    (&["-N", "--shutdown", "--no-shutdown"], STREAM_MODES, "datagrams have no end of stream"),
+    (&["-C", "--crlf"], STREAM_MODES, "line ends are not part of a datagram"),
+    (&["-F", "--pass-fd"], STREAM_MODES, "a UDP association ends with its TCP connection, which s5 must keep open"),
+    (&["-e", "--exec", "-c", "--sh-exec"], STREAM_MODES, "a program needs a stream, not datagrams"),
+    (&["--progress"], STREAM_MODES, "it shows the progress of a stream, not of datagrams"),
+    (&["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"], &[ClientMode::Udp], "only udp uses it"),
 ];
 
-/// Why a mode does not take an option that another one does.
+/// Returns the reason that `mode` refuses `option` with, if another mode supports it.
 pub(super) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
     [ClientMode::Connect, ClientMode::Bind, ClientMode::Udp]
         .into_iter()
@@ -263,7 +253,7 @@ pub struct Args {
 fn parse_proxy_type(text: &str) -> Result<(), String> {
     match text {
         "5" | "socks5" | "socks5h" => Ok(()),
-        _ => Err(format!("{text:?}: s5 speaks SOCKS5 alone")),
+        _ => Err("only SOCKS5 is supported".into()),
     }
 }
 
@@ -271,25 +261,25 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
     match text {
         "remote" => Ok(false),
         "local" => Ok(true),
-        _ => Err(format!("{text:?} is neither local nor remote")),
+        _ => Err("expected local or remote".into()),
     }
 }
 
 fn parse_source_port(text: &str) -> Result<u16, String> {
-    socks::parse_port(text).and_then(|port| if port == 0 { Err("0 is no port to come from".into()) } else { Ok(port) })
+    socks::parse_port(text).and_then(|port| if port == 0 { Err("must not be 0".into()) } else { Ok(port) })
 }
 
-/// A comma list of methods.
+/// Parses a comma-separated list of methods.
 pub(super) fn parse_methods(text: &str) -> Result<Vec<Method>, String> {
     parse_subset(text, &[Method::NONE, Method::PASSWORD, Method::GSSAPI])
 }
 
-/// A comma list of levels.
+/// Parses a comma-separated list of protection levels.
 pub(super) fn parse_levels(text: &str) -> Result<Vec<ProtectionLevel>, String> {
     parse_subset(text, &ProtectionLevel::ALL)
 }
 
-/// A comma list of some of `all`, each once.
+/// Parses a comma-separated list of members of `all`, each at most once.
 fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result<Vec<T>, String> {
     let mut found = Vec::new();
     for word in text.split(',') {
@@ -297,7 +287,10 @@ fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result
             Some(known) if !found.contains(known) => found.push(*known),
             _ => {
                 let all: Vec<String> = all.iter().map(ToString::to_string).collect();
-                return Err(format!("{word:?}: write some of {}, with commas, each once", all.join(", ")));
+                return Err(format!(
+                    "{word:?}: expected a comma-separated list of {}, each at most once",
+                    all.join(", ")
+                ));
             }
         }
     }
@@ -305,7 +298,7 @@ fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result
 }
 
 impl ClientMode {
-    /// The word of the command line.
+    /// The name of the mode on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Connect => "connect",
@@ -314,7 +307,7 @@ impl ClientMode {
         }
     }
 
-    /// What the mode can be told, for help and manual: the options that it takes.
+    /// Returns what help and manual print: the options that the mode supports.
     pub(super) fn info(
         self,
         description: &'static str,
@@ -325,7 +318,7 @@ impl ClientMode {
         let takes = |flag: &&FlagInfo<'static>| self.unsupported_reason(flag.long).is_none();
         let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(takes).map(copy_flag).collect();
         let notes = &[PROXY_NOTE];
-        // Once or twice in the life of a process.
+        // Called once or twice in a process.
         let flags = Box::leak(flags.into_boxed_slice());
         CommandInfoWithArgs {
             name: self.name(),
@@ -347,7 +340,7 @@ const PROXY_NOTE: &str = "The proxy is --proxy, else S5_PROXY, all_proxy, ALL_PR
                     For a user without a password SSH_ASKPASS is run, or the terminal asked, where that is not also \
                     stdin.";
 
-/// argh's type can't be cloned. How often an option may stand is not told in any help.
+/// Copies what the help prints of an option, since argh's type is not `Clone`.
 fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
     let kind = match flag.kind {
         FlagInfoKind::Switch => FlagInfoKind::Switch,
@@ -357,7 +350,7 @@ fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
     FlagInfo { kind, long, short, description, hidden, ..FlagInfo::default() }
 }
 
-/// The definition of a client mode for argh: the shared options under a name of its own.
+/// Defines a client mode for argh: the shared options under the mode's name.
 macro_rules! client_mode {
     ($mode:ident, $name:literal, $description:literal, $example:expr, [$($positional:ident $what:literal)?]) => {
         #[doc = $description]
@@ -389,16 +382,16 @@ macro_rules! client_mode {
 }
 pub(super) use client_mode;
 
-/// The target of `host:port` or `host port`.
+/// Parses a target given as `host:port` or as `host port`.
 pub(super) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
     let parsed = match words {
         [both] => socks::parse_addr(both, None),
         [host, port] => socks::parse_host(host).and_then(|host| Ok(Addr { host, port: socks::parse_port(port)? })),
-        _ => Err("write one target: host:port or host port".into()),
+        _ => Err("expected host:port, or host and port".into()),
     };
     match parsed {
-        Ok(addr) if addr.port == 0 => Err(CliError::usage("the target's port is 0")),
-        // It may be a proxy's URL in the wrong place.
+        Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
+        // The target may be a proxy's URL with a password, given without -x.
         parsed => parsed.map_err(|error| CliError::usage(format!("target: {}", without_userinfo(&error)))),
     }
 }

@@ -1,4 +1,4 @@
-//! How a transfer goes, shown on a terminal.
+//! `--progress`: bytes, rate and time of a transfer on the terminal.
 
 use std::fmt;
 use std::future::pending;
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use crate::reactor::sleep;
 use crate::relay::ByteCounts;
 
-/// How often it is drawn.
+/// Time between two updates of the line.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Shows octets, rate and time on stderr for as long as it is polled, if `is_enabled`; never ready.
+/// Shows bytes, rate and time on stderr while it is polled, if `is_enabled`. Never returns.
 pub(super) async fn show<T>(is_enabled: bool, moved: &ByteCounts) -> T {
     if !is_enabled {
         return pending().await;
@@ -24,14 +24,14 @@ pub(super) async fn show<T>(is_enabled: bool, moved: &ByteCounts) -> T {
     }
 }
 
-/// A line that stays when it is dropped, with what is true then.
+/// The progress line. Drop draws the final figures and ends the line.
 struct ProgressLine<'a> {
     began: Instant,
     moved: &'a ByteCounts,
 }
 
 impl ProgressLine<'_> {
-    /// Over what is there (ECMA-48: to the first column, and erase the line).
+    /// Draws over the line (ECMA-48: return to the first column, erase the line).
     fn draw(&self, end: &str) {
         let bytes = self.moved.up.load(Ordering::Relaxed) + self.moved.down.load(Ordering::Relaxed);
         let time = self.began.elapsed();
@@ -49,7 +49,7 @@ impl Drop for ProgressLine<'_> {
     }
 }
 
-/// `17 B`, `1.5 KiB`, `3.2 GiB`.
+/// A size as `17 B`, `1.5 KiB` or `3.2 GiB`.
 struct ByteSize(u64);
 
 impl fmt::Display for ByteSize {
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn octets_are_shown_in_the_largest_unit_of_which_there_is_one() {
+    fn byte_size_uses_the_largest_unit_not_above_it() {
         let table = [
             (0, "0 B"),
             (1023, "1023 B"),

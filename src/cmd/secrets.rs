@@ -1,13 +1,13 @@
-//! Passwords that were given in the command line: not shown in messages, and overwritten there, so that ps(1) does not
-//! show them either. Others may have looked before.
+//! Passwords in the command line: removed from messages, and overwritten in the process's arguments so that ps(1) does
+//! not show them. Other users may have read them before that.
 
 use std::ops::Range;
 
-/// What a password in the command line is overwritten with.
+/// Overwrites each byte of a password.
 #[cfg(target_os = "linux")]
 const FILLER: u8 = b'x';
 
-/// What stands before an `@`, but for a scheme, is not shown.
+/// Returns `word` with the text before its last `@` replaced by `…`, except a scheme.
 pub(super) fn without_userinfo(word: &str) -> String {
     match word.rsplit_once('@') {
         Some((before, host)) => match before.split_once("://") {
@@ -18,8 +18,8 @@ pub(super) fn without_userinfo(word: &str) -> String {
     }
 }
 
-/// Overwrites in the command line of this process, of which `words` are a copy, the passwords of URLs and that of
-/// `user`, which is the value of an option. As far as the system lets it.
+/// Overwrites passwords in the command line of this process, of which `words` are a copy: those in URLs, and that in
+/// `user`, the value `user:password` of an option. Does nothing if the system does not permit it.
 pub(super) fn redact(words: &[&[u8]], user: Option<&str>) {
     let spans: Vec<(usize, Range<usize>)> = words
         .iter()
@@ -32,39 +32,39 @@ pub(super) fn redact(words: &[&[u8]], user: Option<&str>) {
     if !spans.is_empty() {
         #[cfg(target_os = "linux")]
         if let Err(error) = overwrite_arguments(words, &spans) {
-            log::debug!("a password stays in the command line: {error}");
+            log::debug!("can not overwrite a password in the command line: {error}");
         }
     }
 }
 
-/// Where a word has passwords, from the first to the end of the last.
+/// Returns the range of a URL's password; in a list of URLs, from the first password to the end of the last.
 fn password_in_url(word: &[u8]) -> Option<Range<usize>> {
-    let end = word.iter().rposition(|octet| *octet == b'@')?;
+    let end = word.iter().rposition(|byte| *byte == b'@')?;
     let before = word.get(..end)?;
-    let colon = before.iter().position(|octet| *octet == b':')?;
+    let colon = before.iter().position(|byte| *byte == b':')?;
     let rest = before.get(colon..)?;
     match rest.strip_prefix(b"://") {
-        // Behind a scheme.
+        // After a scheme.
         Some(userinfo) => {
-            let second = userinfo.iter().position(|octet| *octet == b':')?;
+            let second = userinfo.iter().position(|byte| *byte == b':')?;
             Some(colon + 3 + second + 1..end)
         }
         None => Some(colon + 1..end),
     }
 }
 
-/// Where a word that is or ends with `user:password` has the password.
+/// Returns the range of the password in a word that ends with `value`, which is `user:password`.
 fn password_in_option(word: &[u8], value: &[u8]) -> Option<Range<usize>> {
-    let colon = value.iter().position(|octet| *octet == b':')?;
+    let colon = value.iter().position(|byte| *byte == b':')?;
     word.ends_with(value).then(|| word.len() - value.len() + colon + 1..word.len())
 }
 
-/// The kernel says where the command line is, and gives this process its own memory as a file.
+/// Writes to the arguments through /proc/self/mem, at the address that /proc/self/stat reports.
 #[cfg(target_os = "linux")]
 fn overwrite_arguments(words: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // arg_start, field 48 of proc_pid_stat(5); the third comes behind the name, which is in brackets.
+    // arg_start, field 48 of proc_pid_stat(5); the third follows the name, which is in brackets.
     let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(48 - 3));
     let start = field.and_then(|field| field.parse::<u64>().ok()).ok_or(std::io::ErrorKind::Unsupported)?;
     let memory = std::fs::OpenOptions::new().read(true).write(true).open("/proc/self/mem")?;
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_password_is_found_wherever_it_stands() {
+    fn password_is_found_in_urls_and_option_values() {
         let table = [
             ("alice:secret@proxy", Some("secret")),
             ("socks5h://alice:secret@proxy:1", Some("secret")),
