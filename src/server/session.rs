@@ -1,7 +1,7 @@
-//! One session from greeting to end, top to bottom: negotiate, authenticate, read the request, dispatch.
+//! One session, top to bottom: negotiate, authenticate, read the request, dispatch.
 //!
-//! A command answers success itself. Every refusal, of whatever stage, is said here and nowhere else, so that no
-//! path answers twice or not at all.
+//! Each command sends its own success reply. Failure replies of all stages are sent only by [`run`], so that each
+//! path replies exactly once.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -25,11 +25,13 @@ use crate::proto::{
 };
 use crate::reactor::sleep;
 
-/// Why a session ends before it has succeeded, and what the client is told.
+/// Why a session failed, and what the client receives.
 #[derive(Debug)]
 pub(super) struct SessionError {
+    /// The encoded message. Empty: the connection is closed without one.
     reply: Vec<u8>,
     rep: Option<Rep>,
+    /// For the log.
     reason: String,
 }
 
@@ -48,12 +50,11 @@ impl SessionError {
         Self::with_rep(Rep::NOT_ALLOWED, reason)
     }
 
-    /// The reply to a request for `dst` that failed.
-    pub(super) fn from_dial(failure: DialError, dst: &Addr) -> Self {
-        Self::with_rep(rep_for(failure, matches!(dst.host, Host::Name(_))), failure)
+    pub(super) fn from_dial(error: DialError, dst: &Addr) -> Self {
+        Self::with_rep(rep_for(error, matches!(dst.host, Host::Name(_))), error)
     }
 
-    /// A hop that failed: its own REP is handed on, and all else is a general failure.
+    /// Forwards the REP of an upstream proxy; its other errors are general failures.
     pub(super) fn from_upstream(error: ClientError) -> Self {
         let rep = match error.kind {
             ClientErrorKind::Rep(rep) => rep,
@@ -66,43 +67,43 @@ impl SessionError {
         Self { reply: message.encode(), rep: None, reason: reason.to_string() }
     }
 
-    /// There is nobody to answer, or no way to.
+    /// Closes the connection without a message.
     pub(super) fn silent(reason: impl ToString) -> Self {
         Self { reply: Vec::new(), rep: None, reason: reason.to_string() }
     }
 }
 
-/// The one table from failures to REP.
-fn rep_for(failure: DialError, dst_is_name: bool) -> Rep {
-    match failure {
+/// Maps errors of a direct connection to REP (RFC 1928 section 6).
+fn rep_for(error: DialError, is_name: bool) -> Rep {
+    match error {
         DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
         DialError::Denied => Rep::NOT_ALLOWED,
         DialError::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
         DialError::HostUnreachable | DialError::NameNotFound => Rep::HOST_UNREACHABLE,
         DialError::Refused => Rep::CONNECTION_REFUSED,
         DialError::TimedOut => Rep::TTL_EXPIRED,
-        // The client chose the family of an address, but not that of a name.
-        DialError::FamilyUnavailable if dst_is_name => Rep::HOST_UNREACHABLE,
+        // The client chose the family of an address, but not of a name.
+        DialError::FamilyUnavailable if is_name => Rep::HOST_UNREACHABLE,
         DialError::FamilyUnavailable => Rep::ATYP_NOT_SUPPORTED,
     }
 }
 
-/// A session on its way to an answer.
+/// A session until its success reply.
 pub(super) struct Session<'a> {
     pub(super) server: &'a Server,
-    /// The policy that was in force when it was asked last; from the request on it is asked again where that matters.
+    /// The policy of the last evaluation. Later ones are seen by `current_snapshot` and `recheck`.
     pub(super) snapshot: Arc<PolicySnapshot>,
     pub(super) log: SessionLog,
-    /// Whether the order of octets is assured, as far as it should be.
+    /// Unset when a GSSAPI context protects messages, but can't detect that they are replayed or reordered.
     is_stream_allowed: bool,
-    /// Whether a context is being established, which is ended by an abort (RFC 1961 section 3.8).
+    /// Set during a GSSAPI handshake, which a timeout ends with an abort message (RFC 1961 section 3.8).
     is_context_pending: bool,
-    /// What it takes up of its client's and its user's share.
     pub(super) quota: &'a mut Option<Box<SessionQuota>>,
 }
 
-/// Runs a session of `client`, which has no address on a Unix socket, and had one even if it is gone by now. What is
-/// left of it when two ends are to be relayed is its tunnel.
+/// Runs a session until its tunnel can be relayed. Returns `None` when the session is over.
+///
+/// `client` is the address from accept(2), which is known even if the peer has disconnected; `None` on a Unix socket.
 pub(super) async fn run(
     server: &Server,
     mut conn: Conn,
@@ -129,7 +130,7 @@ pub(super) async fn run(
         Err(error) => {
             log.rep = error.rep.or(log.rep);
             log.set_error(error.reason);
-            // Said in the log now, however long the client may take to leave.
+            // Logs the session now: closing can take seconds.
             drop(log);
             if !error.reply.is_empty() {
                 conn.close_gracefully(&error.reply).await;
@@ -139,25 +140,24 @@ pub(super) async fn run(
     }
 }
 
-/// A connection whose client may make a request; there is no other way to read one.
+/// An authenticated connection: the only type that a request can be read from.
 struct Authenticated<'a>(&'a mut Conn);
 
-/// A client that has said all that it has to say to be let in.
+/// Result of the method's sub-negotiation, before the client knows it.
 struct Authentication {
     method: Method,
     is_valid: bool,
-    /// How long the answer is held back.
+    /// Time until the client receives the result.
     delay: Duration,
-    /// What protects all that follows.
+    /// For all messages after it (RFC 1961 section 5).
     protection: Option<Protection>,
 }
 
 impl Session<'_> {
-    /// Everything up to the request, under one deadline; but the client does not answer for what the answer to its
-    /// login is held back.
+    /// Reads everything up to the request within the handshake timeout, which is extended by the delay of a login.
     async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, SessionError>) {
         let deadline = Instant::now() + self.server.options.handshake_timeout;
-        let timed_out = || SessionError::silent("the handshake took too long");
+        let timed_out = || SessionError::silent("handshake timed out");
         let mut auth = match timeout_at(deadline, self.authenticate(&mut conn)).await {
             Some(Ok(auth)) => auth,
             Some(Err(error)) => return (conn, Err(error)),
@@ -186,32 +186,33 @@ impl Session<'_> {
         let greeting: Greeting = conn.read_message().await.map_err(greeting_error)?;
         let Some(method) = self.snapshot.policy.select_method(&greeting.methods) else {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
-            return Err(SessionError::with_message(&none, "none of the methods that the client offers will do"));
+            return Err(SessionError::with_message(&none, "no acceptable authentication method"));
         };
         conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
         match (method, &self.snapshot.policy.users, &self.server.options.gssapi_acceptor) {
             (Method::PASSWORD, Some(_), _) => self.verify_password(conn).await,
-            // Boxed, so that all others do not have room for it.
+            // Boxed: other sessions need no room for its future.
             (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.accept_gssapi(conn, acceptor)).await,
             (Method::NONE, ..) => {
                 Ok(Authentication { method, is_valid: true, delay: Duration::ZERO, protection: None })
             }
-            _ => Err(SessionError::silent("a method that nothing is there for")),
+            _ => Err(SessionError::silent("the selected authentication method is not configured")),
         }
     }
 
-    /// RFC 1929.
+    /// Reads and checks a login (RFC 1929).
     async fn verify_password(&mut self, conn: &mut Conn) -> Result<Authentication, SessionError> {
         let credentials: Credentials = conn.read_message().await.map_err(login_error)?;
-        // A password that was changed meanwhile is none any more.
+        // The password may have changed since the greeting.
         self.snapshot = self.server.policy.current();
         self.log.user = Some(credentials.uname.clone().into());
         let is_valid = match (self.server.limiter.login_delay(self.log.client()), &self.snapshot.policy.users) {
             (Some(_), Some(users)) => self.snapshot.passwords.verify(users, credentials).await,
-            // Not worth a hash.
+            // Throttled clients are refused without hashing.
             (None, _) | (_, None) => false,
         };
-        // Asked again: others may have failed meanwhile, and who is shut out does not get in by having been early.
+        // Parallel logins of this client may have failed during the hashing: a throttled client is refused even if
+        // this password is valid.
         let delay = self.server.limiter.login_delay(self.log.client());
         let is_valid = is_valid && delay.is_some();
         if !is_valid {
@@ -222,7 +223,7 @@ impl Session<'_> {
         Ok(Authentication { method: Method::PASSWORD, is_valid, delay, protection: None })
     }
 
-    /// RFC 1961.
+    /// Establishes a security context (RFC 1961).
     async fn accept_gssapi(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Authentication, SessionError> {
         self.is_context_pending = true;
         let accepted = acceptor.accept(conn).await.map_err(|error| match error {
@@ -251,7 +252,7 @@ impl Session<'_> {
         Ok(Authenticated(conn))
     }
 
-    /// Does what was asked for; what comes of it, but for an association, is the connection to relay with.
+    /// Executes the request. Returns the connection to relay with, or `None` after an association.
     async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, SessionError> {
         self.snapshot = self.server.policy.current();
         self.log.policy_generation.set(self.snapshot.generation);
@@ -261,25 +262,24 @@ impl Session<'_> {
         if let Some(user) = &self.log.user
             && !self.server.limiter.admit_user(user, self.quota)
         {
-            return Err(SessionError::not_allowed("as many sessions of this user as there may be"));
+            return Err(SessionError::not_allowed("session limit of this user reached"));
         }
         if !self.is_stream_allowed && request.command != Command::UdpAssociate {
-            let reason =
-                "the context would not notice octets in another order (RFC 1961 wants replay and sequence detection)";
+            let reason = "GSSAPI context has no replay and sequence detection (required by RFC 1961 for TCP)";
             return Err(SessionError::not_allowed(reason));
         }
         let dst = &request.dst;
         match request.command {
             Command::Connect => connect::serve(self, conn, dst).await.map(Some),
-            // The rarer commands are boxed, so that a session is not as large as the largest of them.
+            // The rarer commands are boxed: their futures are larger than that of CONNECT.
             Command::Bind => Box::pin(bind::serve(self, conn, dst)).await.map(Some),
             Command::UdpAssociate => Box::pin(association::serve(self, conn, dst)).await.map(|()| None),
         }
     }
 
-    /// Returns when a new law forbids what the session is waiting for.
+    /// Waits until a reloaded policy denies this session.
     pub(super) async fn denied_by_reload(&self) -> SessionError {
-        // Whoever comes of the waiting is judged once more.
+        // A copy: `reply_success` rechecks against the same policy, then with the address of the peer.
         let seen = self.log.policy_generation.clone();
         poll_fn(|_| match self.server.recheck(&self.log, &seen, || None) {
             Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
@@ -288,12 +288,13 @@ impl Session<'_> {
         .await
     }
 
-    /// The law of the day, where it counts for sessions that have made their request.
+    /// Returns the current policy, or that of the request if existing sessions are kept over a reload.
     pub(super) fn current_snapshot(&self) -> Arc<PolicySnapshot> {
         self.server.policy.newer_than(self.snapshot.generation).unwrap_or_else(|| self.snapshot.clone())
     }
 
-    /// Answers success, unless that is no longer allowed. The record keeps the first BND, that of this server's socket.
+    /// Sends a success reply, unless a reloaded policy denies the session. `peer` is the other end of a direct
+    /// connection. The log keeps the first BND, which is the address of this server's socket.
     pub(super) async fn reply_success(
         &mut self,
         client: &mut Conn,
@@ -324,9 +325,9 @@ impl Authenticated<'_> {
 fn greeting_error(error: ReadError) -> SessionError {
     match error {
         ReadError::Protocol(ProtocolError::Version(first), _) => {
-            let foreign = OtherProtocol(first);
-            let reason = format!("not SOCKS5: the client began with {foreign}");
-            SessionError { reply: foreign.rejection().to_vec(), rep: None, reason }
+            let protocol = OtherProtocol(first);
+            let reason = format!("not SOCKS5: the client's first byte is {protocol}");
+            SessionError { reply: protocol.rejection().to_vec(), rep: None, reason }
         }
         ReadError::Protocol(error, _) => SessionError::with_message(&MethodSelection(Method::NO_ACCEPTABLE), error),
         other => SessionError::silent(other),
@@ -357,9 +358,9 @@ mod tests {
             (DialError::Denied, 2, 2),
             (DialError::LocalResources, 1, 1),
         ];
-        for (failure, by_address, by_name) in table {
-            assert_eq!(rep_for(failure, false).0, by_address, "{failure:?}");
-            assert_eq!(rep_for(failure, true).0, by_name, "{failure:?}");
+        for (error, by_address, by_name) in table {
+            assert_eq!(rep_for(error, false).0, by_address, "{error:?}");
+            assert_eq!(rep_for(error, true).0, by_name, "{error:?}");
         }
     }
 }

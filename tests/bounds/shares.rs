@@ -220,7 +220,7 @@ fn a_user_too_many_is_told_so_behind_the_login_and_other_users_are_not() {
         drop(second);
         eventually("a place is free", SOON, || ask(b"alice", b"secret", CONNECT, dst).1 == 0);
         let log = server.wait_log(|log| log.contains("rep=2"));
-        assert!(log.contains("error=\"as many sessions of this user as there may be\""), "{log}");
+        assert!(log.contains("error=\"session limit of this user reached\""), "{log}");
     }
 }
 

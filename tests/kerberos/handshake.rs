@@ -303,6 +303,6 @@ fn who_takes_too_long_is_cut_off_at_every_stage() {
     }
     let end = end_of(&mut granted.stream);
     assert!(end == End::Closed(vec![]) || end == End::Reset, "{end:?}");
-    let log = server.wait_log(|log| log.matches("the handshake took too long").count() == 4);
+    let log = server.wait_log(|log| log.matches("handshake timed out").count() == 4);
     assert_eq!(log.matches("rep=-").count(), 4, "{log}");
 }
