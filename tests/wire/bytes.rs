@@ -1,4 +1,4 @@
-//! Items to bytes and back: what is sent, and whether what comes is what must come.
+//! Encodes the items of a transcript line, and compares received bytes with them.
 
 use std::io::{ErrorKind, Read as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 use super::fixtures::{encode_addr, fixtures};
 use super::transcript::Item;
 
-/// How long anything may take that should happen at once; less than the 10 s of RFC 1928 section 6.
+/// Time limit for each expected event; less than the 10 s of RFC 1928 section 6.
 pub const LIMIT: Duration = Duration::from_secs(8);
-/// Between two pieces of a message, so that the other side has a chance to read them apart. What must come is the
-/// same whether it does or not.
+/// Pause between two writes, so that the receiver is likely to read them separately. The expected answer does not depend
+/// on it.
 pub const GAP: Duration = Duration::from_micros(200);
 
-/// The state of a listening socket in /proc/net/tcp.
+/// State LISTEN in /proc/net/tcp.
 const TCP_LISTEN: &str = "0A";
 
-/// What the names of a transcript stand for while it is played.
+/// Addresses that stand for the `{names}` of a transcript.
 #[derive(Debug, Default)]
 pub struct Placeholders {
-    /// What stands for more than an address of the fixtures.
+    /// Addresses of this session; those of the fixtures are common to all sessions.
     pub per_session: Vec<(&'static str, SocketAddr)>,
     /// BND of the last reply.
     pub bnd: Option<SocketAddr>,
@@ -29,13 +29,13 @@ pub struct Placeholders {
 impl Placeholders {
     fn addr(&self, name: &str) -> Result<SocketAddr, String> {
         if name == "bnd" {
-            return self.bnd.ok_or_else(|| "there was no BND yet".into());
+            return self.bnd.ok_or_else(|| "no reply with {bnd} so far".into());
         }
-        let addr = self.per_session.iter().find(|(known, _)| *known == name).map(|(_, addr)| *addr);
-        addr.or_else(|| fixtures().addr(name)).ok_or_else(|| format!("nothing is called {name:?}"))
+        let addr = self.per_session.iter().find(|(key, _)| *key == name).map(|(_, addr)| *addr);
+        addr.or_else(|| fixtures().addr(name)).ok_or_else(|| format!("unknown placeholder {name:?}"))
     }
 
-    /// `None` where any byte will do.
+    /// Returns the expected bytes; `None` stands for any byte.
     fn expected(&self, items: &[Item]) -> Result<Vec<Option<u8>>, String> {
         let mut expected = Vec::new();
         for item in items {
@@ -49,29 +49,29 @@ impl Placeholders {
                     expected.extend(bytes.into_iter().map(Some));
                 }
                 Item::AnyByte => expected.push(None),
-                Item::ToEnd => return Err("\"...\" has no place here".into()),
+                Item::ToEnd => return Err("\"...\" is only valid in a line of the server".into()),
             }
         }
         Ok(expected)
     }
 
-    /// What is to be sent.
+    /// Encodes the items as bytes to send.
     pub fn bytes(&self, items: &[Item]) -> Result<Vec<u8>, String> {
         let bytes: Option<Vec<u8>> = self.expected(items)?.into_iter().collect();
         bytes.ok_or_else(|| "\"??\" can't be sent".into())
     }
 
-    /// Compares a datagram.
+    /// Compares a received datagram with the items.
     pub fn compare(&self, items: &[Item], got: &[u8]) -> Result<(), String> {
         let expected = self.expected(items)?;
         let fits = |(expected, got): (&Option<u8>, &u8)| expected.is_none_or(|expected| expected == *got);
         if expected.len() == got.len() && expected.iter().zip(got).all(fits) {
             return Ok(());
         }
-        Err(format!("{} bytes instead of {}: {}", got.len(), expected.len(), hex(got)))
+        Err(format!("expected a datagram of {} bytes, received {}: {}", expected.len(), got.len(), hex(got)))
     }
 
-    /// Reads exactly these from a stream. `{bnd}` takes any address of loopback with a port, and keeps it.
+    /// Reads exactly these items from a stream. `{bnd}` accepts any loopback address with a port, and stores it.
     pub fn expect(&mut self, stream: &mut TcpStream, items: &[Item]) -> Result<(), String> {
         let mut got = Vec::new();
         for item in items {
@@ -93,7 +93,7 @@ impl Placeholders {
 fn expect_bytes(stream: &mut TcpStream, expected: &[u8], got: &mut Vec<u8>) -> Result<(), String> {
     for byte in expected {
         if read_byte(stream, got)? != *byte {
-            return Err(format!("byte {byte:02x} was due, and what came is {}", hex(got)));
+            return Err(format!("expected {byte:02x} as the last byte of {}", hex(got)));
         }
     }
     Ok(())
@@ -106,8 +106,8 @@ fn read_byte(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<u8, String> {
             got.push(byte[0]);
             Ok(byte[0])
         }
-        Ok(_) => Err(format!("the end came behind {}", hex(got))),
-        Err(error) => Err(format!("behind {}: {error}", hex(got))),
+        Ok(_) => Err(format!("EOF after {}", hex(got))),
+        Err(error) => Err(format!("after {}: {error}", hex(got))),
     }
 }
 
@@ -122,23 +122,27 @@ fn read_addr(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<SocketAddr, St
     let ip: IpAddr = match (<[u8; 4]>::try_from(ip), <[u8; 16]>::try_from(ip)) {
         (Ok(ip), _) => ip.into(),
         (_, Ok(ip)) => ip.into(),
-        _ => return Err("no address".into()),
+        _ => return Err("BND is not an address".into()),
     };
     let addr = SocketAddr::new(ip, u16::from_be_bytes([port[0], port[1]]));
-    if addr.ip().is_loopback() && addr.port() != 0 { Ok(addr) } else { Err(format!("BND is {addr}")) }
-}
-
-/// Nothing more comes but the end: FIN, or also a reset.
-pub fn expect_end(stream: &mut TcpStream, reset_will_do: bool) -> Result<(), String> {
-    match stream.read(&mut [0]) {
-        Ok(0) => Ok(()),
-        Ok(_) => Err("more came where the end was due".into()),
-        Err(error) if reset_will_do && error.kind() == ErrorKind::ConnectionReset => Ok(()),
-        Err(error) => Err(format!("the end was due: {error}")),
+    if addr.ip().is_loopback() && addr.port() != 0 {
+        Ok(addr)
+    } else {
+        Err(format!("expected a loopback address with a port as BND, received {addr}"))
     }
 }
 
-/// Whether something comes about soon.
+/// Expects EOF, or also a reset if `allow_reset`, and no byte before it.
+pub fn expect_end(stream: &mut TcpStream, allow_reset: bool) -> Result<(), String> {
+    match stream.read(&mut [0]) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err("expected EOF, received more bytes".into()),
+        Err(error) if allow_reset && error.kind() == ErrorKind::ConnectionReset => Ok(()),
+        Err(error) => Err(format!("expected EOF: {error}")),
+    }
+}
+
+/// Waits until `is_so` returns true; returns false after `limit`.
 pub fn wait_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     while !is_so() {
@@ -150,26 +154,28 @@ pub fn wait_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Whether nobody listens at an address any more, or no UDP socket has it. Neither connecting nor binding would tell:
-/// the port may be another's by then, or held by a connection that has ended.
-pub fn wait_port_free(addr: SocketAddr, tcp: bool) -> bool {
-    let table = format!("/proc/net/{}{}", if tcp { "tcp" } else { "udp" }, if addr.is_ipv6() { "6" } else { "" });
+/// Waits until no TCP listener (or no UDP socket) has this address; returns false after [`LIMIT`].
+///
+/// Reads /proc/net, since a connection or bind attempt is not conclusive: another process may have taken the port, or a
+/// closed connection may still hold it.
+pub fn wait_port_free(addr: SocketAddr, is_tcp: bool) -> bool {
+    let table = format!("/proc/net/{}{}", if is_tcp { "tcp" } else { "udp" }, if addr.is_ipv6() { "6" } else { "" });
     let bytes = &encode_addr(addr)[1..];
-    // The kernel shows four bytes of an address as one number of its own byte order.
-    let words = bytes[..bytes.len() - 2].chunks(4).map(|word| <[u8; 4]>::try_from(word).expect("four bytes"));
+    // The kernel prints each 4 bytes of an address as one number in native byte order.
+    let words = bytes[..bytes.len() - 2].chunks(4).map(|word| <[u8; 4]>::try_from(word).expect("chunks of 4"));
     let ip: String = words.map(|word| format!("{:08X}", u32::from_ne_bytes(word))).collect();
-    let holder = format!("{ip}:{:04X}", addr.port());
-    let holds = |line: &str| {
+    let local_address = format!("{ip}:{:04X}", addr.port());
+    let is_holder = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        fields[1] == holder && (!tcp || fields[3] == TCP_LISTEN)
+        fields[1] == local_address && (!is_tcp || fields[3] == TCP_LISTEN)
     };
     wait_until(LIMIT, || {
-        let table = std::fs::read_to_string(&table).expect("the kernel's table of sockets");
-        !table.lines().skip(1).any(holds)
+        let table = std::fs::read_to_string(&table).expect("/proc/net");
+        !table.lines().skip(1).any(is_holder)
     })
 }
 
-/// The first bytes of a message, for people.
+/// Formats the first 300 bytes as hex digits for an error message.
 pub fn hex(bytes: &[u8]) -> String {
     let shown: Vec<String> = bytes.iter().take(300).map(|byte| format!("{byte:02x}")).collect();
     if shown.is_empty() { "nothing".into() } else { shown.join(" ") }

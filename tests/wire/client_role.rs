@@ -1,4 +1,4 @@
-//! Plays the server of a transcript against one of the s5 clients.
+//! Plays the proxy's side of a transcript against one of the s5 clients.
 
 use std::io::{Read, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -12,9 +12,9 @@ use super::bytes::{GAP, LIMIT, Placeholders, expect_end, hex, wait_until};
 use super::transcript::{Endpoint, Role, Step, Transcript};
 use crate::common::s5;
 
-/// Plays a transcript, with a write for each message or each byte; `Err` names its file and line.
+/// Plays a transcript, with one write per line or per byte. Errors name the file and line.
 pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
-    let chunking = if byte_by_byte { "byte by byte" } else { "as written" };
+    let chunking = if byte_by_byte { "byte by byte" } else { "line by line" };
     let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking}): {what}", transcript.name);
     let mut player = Player::new(transcript, byte_by_byte).map_err(|error| at(1, error))?;
     for (line, step) in &transcript.steps {
@@ -22,13 +22,13 @@ pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
             let status = player.client.child.try_wait();
             let _ = player.client.child.kill();
             let (_, _, stderr) = player.client.output();
-            return Err(at(*line, format!("{error}\nthe client ({status:?}) said: {stderr}")));
+            return Err(at(*line, format!("{error}\nthe client ({status:?}) wrote: {stderr}")));
         }
     }
-    player.end(transcript).map_err(|error| at(0, format!("at its end: {error}")))
+    player.end(transcript).map_err(|error| at(0, format!("after the last line: {error}")))
 }
 
-/// The client, as a child process; killed when dropped.
+/// The client as a child process, which is killed on drop.
 struct Client {
     child: Child,
     stdout: Option<JoinHandle<Vec<u8>>>,
@@ -41,8 +41,8 @@ impl Client {
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
         let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
-        let mut input = child.stdin.take().expect("stdin is piped");
-        // A client that fails early does not read it.
+        let mut input = child.stdin.take().expect("piped stdin");
+        // A client that fails early does not read stdin.
         let _ = input.write_all(stdin);
         if is_stdin_left_open {
             child.stdin = Some(input);
@@ -50,18 +50,18 @@ impl Client {
         Ok(Self { child, stdout, stderr })
     }
 
-    /// Waits for its end: status, stdout, stderr.
+    /// Waits for exit; returns exit status, stdout and stderr.
     fn output(&mut self) -> (Option<i32>, Vec<u8>, String) {
         let mut status = None;
         let ended = wait_until(LIMIT, || {
-            status = self.child.try_wait().expect("it can be waited for");
+            status = self.child.try_wait().expect("wait");
             status.is_some()
         });
         if !ended {
             let _ = self.child.kill();
         }
         let [stdout, stderr] = [&mut self.stdout, &mut self.stderr]
-            .map(|reader| reader.take().map(|reader| reader.join().expect("a reader")).unwrap_or_default());
+            .map(|reader| reader.take().map(|reader| reader.join().expect("reader thread")).unwrap_or_default());
         (status.and_then(|status| status.code()), stdout, String::from_utf8_lossy(&stderr).into_owned())
     }
 }
@@ -85,10 +85,10 @@ struct Player {
     client: Client,
     listener: TcpListener,
     stream: Option<TcpStream>,
-    /// Whether the client has ended the connection, or we have.
+    /// Set when the client has closed the connection or the test has reset it.
     is_closed: bool,
     relay: UdpSocket,
-    /// From where the client's datagrams come.
+    /// Source address of the client's last datagram.
     client_udp_addr: Option<SocketAddr>,
     placeholders: Placeholders,
 }
@@ -96,8 +96,8 @@ struct Player {
 impl Player {
     fn new(transcript: &Transcript, byte_by_byte: bool) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
-        let Role::Client(args) = &transcript.role else { return Err("it plays the client".into()) };
-        // Nobody else's tests happen to connect there.
+        let Role::Client(args) = &transcript.role else { return Err("this transcript has role: server".into()) };
+        // An address that no other test uses.
         let ip = if transcript.proxy_ip.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.proxy_ip };
         let listener = TcpListener::bind((ip, 0)).map_err(text)?;
         listener.set_nonblocking(true).map_err(text)?;
@@ -137,7 +137,7 @@ impl Player {
                 let bytes = self.placeholders.bytes(items)?;
                 let pieces = bytes.chunks(if self.byte_by_byte { 1 } else { bytes.len().max(1) });
                 for piece in pieces {
-                    // A client that has heard enough may have left.
+                    // The client may have closed already; its exit status is checked below.
                     let _ = self.accept()?.write_all(piece);
                     thread::sleep(GAP);
                 }
@@ -145,16 +145,17 @@ impl Player {
             }
             Step::UdpToServer(_, items) => {
                 let mut buffer = vec![0; 65_536];
-                let (n, from) = self.relay.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
+                let (n, from) =
+                    self.relay.recv_from(&mut buffer).map_err(|error| format!("expected a datagram: {error}"))?;
                 self.client_udp_addr = Some(from);
                 self.placeholders.compare(items, &buffer[..n])
             }
             Step::UdpToClient(endpoint, items) => {
                 let bytes = self.placeholders.bytes(items)?;
-                let to = self.client_udp_addr.ok_or("no datagram came yet")?;
+                let to = self.client_udp_addr.ok_or("no datagram from the client so far")?;
                 let sent = match endpoint {
                     Endpoint::Expected => self.relay.send_to(&bytes, to),
-                    _ => UdpSocket::bind("127.0.0.2:0").and_then(|stranger| stranger.send_to(&bytes, to)),
+                    _ => UdpSocket::bind("127.0.0.2:0").and_then(|socket| socket.send_to(&bytes, to)),
                 };
                 sent.map(drop).map_err(text)
             }
@@ -170,11 +171,11 @@ impl Player {
                 let is_closed = self.is_closed;
                 expect_end(self.accept()?, is_closed)
             }
-            _ => Err("this is not for a client".into()),
+            _ => Err("this step is only valid with role: server".into()),
         }
     }
 
-    /// The client's connection, which may still have to come.
+    /// Returns the client's connection; accepts it if needed.
     fn accept(&mut self) -> Result<&mut TcpStream, String> {
         if self.stream.is_none() {
             let mut accepted = None;
@@ -182,7 +183,7 @@ impl Player {
                 accepted = self.listener.accept().ok();
                 accepted.is_some()
             });
-            let (stream, _) = accepted.ok_or("the client does not connect")?;
+            let (stream, _) = accepted.ok_or("the client did not connect")?;
             let ready = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(LIMIT)));
             ready.and_then(|()| stream.set_nodelay(true)).map_err(|error| error.to_string())?;
             self.stream = Some(stream);
@@ -190,7 +191,7 @@ impl Player {
         self.stream.as_mut().ok_or_else(|| "no connection".into())
     }
 
-    /// We close, and nothing has come that the transcript does not mention; then the client's own end is judged.
+    /// Closes the connection, expects no more bytes, and checks the client's exit status and output.
     fn end(mut self, transcript: &Transcript) -> Result<(), String> {
         if let (Some(stream), false) = (&mut self.stream, self.is_closed) {
             let _ = stream.shutdown(Shutdown::Write);
@@ -198,25 +199,25 @@ impl Player {
         }
         drop(self.stream.take());
         let (status, stdout, stderr) = self.client.output();
-        let said = format!("the client said: {stderr}");
+        let output = format!("the client wrote: {stderr}");
         if self.listener.accept().is_ok() {
-            return Err(format!("it has connected once more, or at all; {said}"));
+            return Err(format!("unexpected connection; {output}"));
         }
         if status != Some(transcript.status) {
-            return Err(format!("status {status:?} instead of {}; {said}", transcript.status));
+            return Err(format!("expected exit status {}, got {status:?}; {output}", transcript.status));
         }
         if stdout != transcript.stdout {
-            return Err(format!("stdout has {}; {said}", hex(&stdout)));
+            return Err(format!("unexpected stdout {}; {output}", hex(&stdout)));
         }
         if let Some(missing) = transcript.stderr.iter().find(|text| !stderr.contains(text.as_str())) {
-            return Err(format!("nothing of {missing:?}; {said}"));
+            return Err(format!("{missing:?} is missing on stderr; {output}"));
         }
-        let own: Vec<&str> = stderr.lines().filter(|line| line.starts_with("s5: ")).collect();
+        let messages: Vec<&str> = stderr.lines().filter(|line| line.starts_with("s5: ")).collect();
         let is_expected = |line: &&str| transcript.stderr.iter().any(|text| line.contains(text.as_str()));
-        let is_fine = if status == Some(0) { own.iter().all(is_expected) } else { own.len() == 1 };
-        if !is_fine {
-            return Err(format!("a failure has one line, and success what is written here; {said}"));
+        let is_valid = if status == Some(0) { messages.iter().all(is_expected) } else { messages.len() == 1 };
+        if !is_valid {
+            return Err(format!("a failure must write one line, success only the lines in the transcript; {output}"));
         }
-        if stderr.contains("secret") { Err(format!("a password; {said}")) } else { Ok(()) }
+        if stderr.contains("secret") { Err(format!("the password is on stderr; {output}")) } else { Ok(()) }
     }
 }

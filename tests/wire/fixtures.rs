@@ -1,4 +1,4 @@
-//! What transcripts talk to behind the server, and what their `{names}` stand for.
+//! Targets for the transcripts, and the addresses that their `{names}` stand for.
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -9,15 +9,15 @@ use socket2::{Domain, Socket, Type};
 
 use crate::common::{tcp_server, udp_echo_server};
 
-/// Targets that serve every transcript, as long as the tests run.
+/// Targets that all transcripts share, for as long as the tests run.
 pub struct Fixtures {
     named: Vec<(&'static str, SocketAddr)>,
-    /// Keep the closed ports from being given to others.
+    /// Bound, but not listening: keeps the closed ports reserved.
     _closed: [Socket; 2],
     _deaf: UdpSocket,
 }
 
-/// The one set of them.
+/// Returns the shared fixtures; starts them at the first call.
 pub fn fixtures() -> &'static Fixtures {
     static FIXTURES: OnceLock<Fixtures> = OnceLock::new();
     FIXTURES.get_or_init(Fixtures::start)
@@ -27,9 +27,9 @@ impl Fixtures {
     fn start() -> Self {
         let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
         let closed = [v4, v6].map(|ip| bound(SocketAddr::new(ip, 0)));
-        let closed_udp = UdpSocket::bind((v4, 0)).expect("a port");
-        // Connected elsewhere: whoever else sends there is told that the port is unreachable.
-        closed_udp.connect(("127.0.0.9", 9)).expect("an address");
+        let closed_udp = UdpSocket::bind((v4, 0)).expect("bind");
+        // A socket that is connected elsewhere: the kernel answers other senders with ICMP port unreachable.
+        closed_udp.connect(("127.0.0.9", 9)).expect("connect");
         let named = vec![
             ("echo", tcp_server(v4, echo)),
             ("echo6", tcp_server(v6, echo)),
@@ -43,32 +43,32 @@ impl Fixtures {
             ("udp", udp_echo_server(v4)),
             ("udp6", udp_echo_server(v6)),
             ("three-answers", three_answers()),
-            ("closed-udp", closed_udp.local_addr().expect("an address")),
+            ("closed-udp", closed_udp.local_addr().expect("address")),
             ("any", SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)),
             ("any6", SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)),
         ];
         Self { named, _closed: closed, _deaf: closed_udp }
     }
 
-    /// The address with this name.
+    /// Returns the address with this name.
     pub fn addr(&self, name: &str) -> Option<SocketAddr> {
-        self.named.iter().find(|(known, _)| *known == name).map(|(_, addr)| *addr)
+        self.named.iter().find(|(key, _)| *key == name).map(|(_, addr)| *addr)
     }
 }
 
-/// A TCP socket that has its port and does not listen.
+/// Returns a TCP socket that is bound and does not listen.
 pub fn bound(addr: SocketAddr) -> Socket {
-    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("a socket");
-    socket.bind(&addr.into()).expect("a port");
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("socket");
+    socket.bind(&addr.into()).expect("bind");
     socket
 }
 
-/// Where a socket is.
+/// Returns the local address of a socket.
 pub fn addr_of(socket: &Socket) -> SocketAddr {
-    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address")
+    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("address")
 }
 
-/// ATYP, address and port, as requests, replies and datagrams have them.
+/// Encodes ATYP, address and port as in requests, replies and datagrams.
 pub fn encode_addr(addr: SocketAddr) -> Vec<u8> {
     let ip = match addr.ip() {
         IpAddr::V4(ip) => [&[1], ip.octets().as_slice()].concat(),
@@ -78,25 +78,25 @@ pub fn encode_addr(addr: SocketAddr) -> Vec<u8> {
 }
 
 fn echo(mut stream: TcpStream) {
-    let mut other = stream.try_clone().expect("a second handle");
+    let mut other = stream.try_clone().expect("try_clone");
     let _ = std::io::copy(&mut stream, &mut other);
     let _ = other.shutdown(Shutdown::Write);
 }
 
-/// Says from which address the connection came.
+/// Sends the peer's address, encoded as in a reply.
 fn send_peer_addr(mut stream: TcpStream) {
-    let peer = stream.peer_addr().expect("an address");
+    let peer = stream.peer_addr().expect("address");
     let _ = stream.write_all(&encode_addr(peer));
 }
 
-/// Speaks first, ends its side, and listens on.
+/// Sends a banner, half-closes, and reads until EOF.
 fn send_banner(mut stream: TcpStream) {
     let _ = stream.write_all(b"220 welcome\r\n");
     let _ = stream.shutdown(Shutdown::Write);
     let _ = stream.read_to_end(&mut Vec::new());
 }
 
-/// Says how much has come when all of it has.
+/// Reads until EOF, then sends the number of bytes as text.
 fn send_byte_count(mut stream: TcpStream) {
     let mut all = Vec::new();
     if stream.read_to_end(&mut all).is_ok() {
@@ -104,20 +104,20 @@ fn send_byte_count(mut stream: TcpStream) {
     }
 }
 
-/// Resets the connection at the first byte.
+/// Resets the connection after the first byte.
 fn reset_after_first_byte(mut stream: TcpStream) {
     let _ = stream.read(&mut [0]);
     let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
 }
 
-/// Answers each datagram three times: from another address, from another port, and from where it was sent to.
+/// Answers each datagram from another IP address, from another port, and from the address it was sent to, in this order.
 fn three_answers() -> SocketAddr {
-    let bind = |ip| UdpSocket::bind((ip, 0)).expect("a port");
-    let (here, near, far) = (bind("127.0.0.1"), bind("127.0.0.1"), bind("127.0.0.3"));
-    let addr = here.local_addr().expect("an address");
+    let bind = |ip| UdpSocket::bind((ip, 0)).expect("bind");
+    let (target, other_port, other_ip) = (bind("127.0.0.1"), bind("127.0.0.1"), bind("127.0.0.3"));
+    let addr = target.local_addr().expect("address");
     thread::spawn(move || {
-        while let Ok((_, from)) = here.recv_from(&mut [0; 2048]) {
-            for (socket, text) in [(&far, "far"), (&near, "near"), (&here, "here")] {
+        while let Ok((_, from)) = target.recv_from(&mut [0; 2048]) {
+            for (socket, text) in [(&other_ip, "far"), (&other_port, "near"), (&target, "here")] {
                 let _ = socket.send_to(text.as_bytes(), from);
             }
         }

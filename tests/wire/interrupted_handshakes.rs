@@ -1,4 +1,4 @@
-//! Every handshake, cut after every byte: by FIN, by RST, by silence. Nothing of it stays behind.
+//! Handshakes that the client interrupts after each byte: by FIN, by RST, by silence. The server releases everything.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -19,7 +19,7 @@ enum Interruption {
     Silence,
 }
 
-/// What the client says, and how many bytes the server answers to it.
+/// Each message of the client, with the number of bytes in the answer.
 type Handshake = Vec<(Vec<u8>, usize)>;
 
 #[test]
@@ -38,17 +38,17 @@ fn timeout_after_each_handshake_byte_leaks_nothing() {
     interrupt_at_every_byte(Interruption::Silence, &args);
 }
 
-/// RFC 1928 section 6: closed shortly after the failure reply, in no more than 10 seconds.
+/// RFC 1928 section 6: the server closes no more than 10 seconds after the failure.
 #[test]
 fn refused_client_that_keeps_sending_is_closed_within_ten_seconds() {
     let server = Server::start(&[]);
     let before = server.descriptors();
     let started = Instant::now();
-    let closed = fixtures().addr("closed").expect("a fixture");
+    let closed = fixtures().addr("closed").expect("fixture");
     let (mut stream, rep, _) = open(&server, 1, closed);
     assert_eq!(rep, 5);
-    eventually("the server closes", Duration::from_secs(10), || {
-        // What it still sends must not keep the connection either.
+    eventually("the server closes the connection", Duration::from_secs(10), || {
+        // More data from the client must not keep the connection open.
         let _ = stream.write(b"more");
         server.descriptors() == before
     });
@@ -59,15 +59,15 @@ fn refused_client_that_keeps_sending_is_closed_within_ten_seconds() {
 fn handshake_timeout_is_not_extended_by_slow_bytes() {
     let server = Server::start(&["--handshake-timeout", "300ms"]);
     let mut stream = server.connect();
-    stream.set_read_timeout(Some(Duration::from_millis(20))).expect("a timeout can be set");
-    stream.write_all(&[5, 255]).expect("it is sent");
+    stream.set_read_timeout(Some(Duration::from_millis(20))).expect("set_read_timeout");
+    stream.write_all(&[5, 255]).expect("write");
     let started = Instant::now();
-    // The greeting would take 255 of these.
-    let over = (0..200).any(|_| {
+    // A complete greeting would have 255 methods.
+    let is_closed = (0..200).any(|_| {
         let _ = stream.write(&[0x80]);
         !matches!(stream.read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
     });
-    assert!(over, "still open after {:?}", started.elapsed());
+    assert!(is_closed, "still open after {:?}", started.elapsed());
 }
 
 #[test]
@@ -75,8 +75,8 @@ fn client_reset_before_accept_is_logged_with_its_address() {
     let server = Server::start(&[]);
     server.signal("STOP");
     let stream = server.connect();
-    let client = stream.local_addr().expect("an address");
-    finish(Interruption::Reset, stream).expect("it can be reset");
+    let client = stream.local_addr().expect("local address");
+    interrupt(Interruption::Reset, stream).expect("reset");
     server.signal("CONT");
     let log = server.wait_log(|log| log.contains(" session client="));
     assert!(log.contains(&format!(" session client={client} ")), "{client}\n{log}");
@@ -88,10 +88,10 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
     let alice = User { bcrypt: false, name: "alice".into(), password: "secret".into() };
     for users in [vec![], vec![alice]] {
         let server = start(&args, &users, folder.path(), "users");
-        // A first session of each command, so that what the server makes once is made.
+        // One complete session of each command first, for descriptors that the server opens once and keeps.
         for command in 1..=3 {
             let handshake = handshake(command, !users.is_empty());
-            begin(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("it closes");
+            send_up_to(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("shutdown");
         }
         eventually("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
         let before = server.descriptors();
@@ -99,38 +99,42 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
         for command in 1..=3 {
             let handshake = handshake(command, !users.is_empty());
             let length: usize = handshake.iter().map(|(message, _)| message.len()).sum();
-            interrupted.extend((0..=length).map(|end| (command, end, begin(&server, &handshake, end))));
+            interrupted.extend((0..=length).map(|end| (command, end, send_up_to(&server, &handshake, end))));
         }
         let clients: Vec<SocketAddr> =
-            interrupted.iter().map(|(.., (stream, _))| stream.local_addr().expect("one")).collect();
+            interrupted.iter().map(|(.., (stream, _))| stream.local_addr().expect("local address")).collect();
         let mut ports = Vec::new();
         for (command, end, (stream, reply)) in interrupted {
             ports.extend(reply.filter(|_| command != 1).map(|addr| (addr, command == 2)));
-            finish(interruption, stream)
+            interrupt(interruption, stream)
                 .unwrap_or_else(|error| panic!("{interruption:?}, CMD {command}, {end} bytes: {error}"));
         }
-        assert_eq!(ports.len(), 2, "BIND and UDP ASSOCIATE each came as far as their reply");
-        for (addr, tcp) in ports {
-            assert!(wait_port_free(addr, tcp), "{interruption:?}: {addr} is still taken\n{}", server.log());
+        assert_eq!(ports.len(), 2, "complete handshakes: one BIND, one UDP ASSOCIATE");
+        for (addr, is_tcp) in ports {
+            assert!(wait_port_free(addr, is_tcp), "{interruption:?}: {addr} is still in use\n{}", server.log());
         }
-        let at_rest = wait_until(LIMIT, || server.descriptors() <= before);
-        assert!(at_rest, "{interruption:?}: {} descriptors instead of {before}", server.descriptors());
+        let is_released = wait_until(LIMIT, || server.descriptors() <= before);
+        assert!(is_released, "{interruption:?}: {} descriptors, {before} before", server.descriptors());
         for client in clients {
             let lines = || server.log().matches(&format!(" session client={client} ")).count();
             assert!(
                 wait_until(LIMIT, || lines() == 1),
-                "{interruption:?}: {} lines for {client}\n{}",
+                "{interruption:?}: {} log lines for {client}\n{}",
                 lines(),
                 server.log()
             );
         }
-        assert!(!server.log().contains("client=unix"), "{interruption:?}: it listens on TCP only\n{}", server.log());
-        begin(&server, &handshake(1, !users.is_empty()), usize::MAX);
+        assert!(
+            !server.log().contains("client=unix"),
+            "{interruption:?}: a TCP client is logged as a Unix client\n{}",
+            server.log()
+        );
+        send_up_to(&server, &handshake(1, !users.is_empty()), usize::MAX);
     }
 }
 
 fn handshake(command: u8, login: bool) -> Handshake {
-    let dst = fixtures().addr(if command == 1 { "echo" } else { "any" }).expect("a fixture");
+    let dst = fixtures().addr(if command == 1 { "echo" } else { "any" }).expect("fixture");
     let request = [&[5, command, 0], encode_addr(dst).as_slice()].concat();
     match login {
         false => vec![(vec![5, 1, 0], 2), (request, 10)],
@@ -138,19 +142,20 @@ fn handshake(command: u8, login: bool) -> Handshake {
     }
 }
 
-/// Sends the first bytes of a handshake, and reads the answers to its whole messages; with BND, if it came that far.
-fn begin(server: &Server, handshake: &Handshake, end: usize) -> (TcpStream, Option<SocketAddr>) {
+/// Sends the first `end` bytes of a handshake and reads the answers to its complete messages. Returns BND if the
+/// handshake is complete.
+fn send_up_to(server: &Server, handshake: &Handshake, end: usize) -> (TcpStream, Option<SocketAddr>) {
     let mut stream = server.connect();
-    let mut left = end;
+    let mut remaining = end;
     for (message, answer) in handshake {
-        let part = message.get(..left).unwrap_or(message);
-        stream.write_all(part).expect("the server listens");
-        left -= part.len();
+        let part = message.get(..remaining).unwrap_or(message);
+        stream.write_all(part).expect("write");
+        remaining -= part.len();
         if part.len() < message.len() {
             return (stream, None);
         }
         let bytes = read_exact(&mut stream, *answer);
-        assert_eq!(bytes[1] & !2, 0, "{bytes:?}: a method or success");
+        assert_eq!(bytes[1] & !2, 0, "{bytes:?}: expected a method or success");
         if let [.., a, b, c, d, high, low] = bytes[..] {
             return (stream, Some(([a, b, c, d], u16::from_be_bytes([high, low])).into()));
         }
@@ -158,7 +163,8 @@ fn begin(server: &Server, handshake: &Handshake, end: usize) -> (TcpStream, Opti
     (stream, None)
 }
 
-fn finish(interruption: Interruption, mut stream: TcpStream) -> std::io::Result<()> {
+/// Interrupts a handshake, then waits for the server to close.
+fn interrupt(interruption: Interruption, mut stream: TcpStream) -> std::io::Result<()> {
     match interruption {
         Interruption::Fin => stream.shutdown(Shutdown::Write)?,
         Interruption::Reset => return SockRef::from(&stream).set_linger(Some(Duration::ZERO)),

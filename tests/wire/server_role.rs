@@ -1,4 +1,4 @@
-//! Plays the client of a transcript against `s5 serve`.
+//! Plays the client's side of a transcript against `s5 serve`.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -16,20 +16,20 @@ use super::fixtures::{addr_of, bound};
 use super::transcript::{Endpoint, Step, Transcript, User};
 use crate::common::{Server, s5, write_file};
 
-/// How the client's bytes are sent.
+/// How the client's bytes are divided into writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chunking {
-    /// A line at a time, each after the answer to the one before.
+    /// One write per line, each after the answer to the previous one.
     PerLine,
-    /// The same, with a write for each byte.
+    /// One write per byte; each line after the answer to the previous one.
     PerByte,
-    /// All lines in one write.
+    /// One write for all lines.
     AllAtOnce,
-    /// All lines in two writes, the first of so many bytes.
+    /// Two writes for all lines; the first one has this many bytes.
     SplitAt(usize),
 }
 
-/// A server for each set of flags and users; many transcripts share one.
+/// One server for each combination of arguments and users, with its number of descriptors after the start.
 pub struct Servers {
     folder: tempfile::TempDir,
     running: HashMap<String, (Server, usize)>,
@@ -54,11 +54,16 @@ impl Servers {
         &self.running[&server_key(transcript)].0
     }
 
-    /// Every server still lives, has nothing open that it did not have at its start, and did not panic.
+    /// Panics unless each server runs, has no more descriptors than after its start, and has not panicked.
     pub fn assert_no_leaks(&self) {
         for (key, (server, before)) in &self.running {
-            let at_rest = wait_until(LIMIT, || server.descriptors() <= *before);
-            assert!(at_rest, "{key}: {} descriptors instead of {before}\n{}", server.descriptors(), server.log());
+            let is_released = wait_until(LIMIT, || server.descriptors() <= *before);
+            assert!(
+                is_released,
+                "{key}: {} descriptors, {before} after the start\n{}",
+                server.descriptors(),
+                server.log()
+            );
             assert!(!server.log().contains("panic"), "{key}:\n{}", server.log());
         }
     }
@@ -68,7 +73,7 @@ fn server_key(transcript: &Transcript) -> String {
     format!("{:?} {:?}", transcript.server_args, transcript.users)
 }
 
-/// `s5 serve` on both loopback addresses, with cheap hashes for its users.
+/// Starts `s5 serve` on 127.0.0.1 and ::1, with cheap password hashes.
 pub fn start(args: &[String], users: &[User], folder: &Path, name: &str) -> Server {
     let mut command = s5();
     command.args(["serve", "--listen", "127.0.0.1:0", "--listen", "[::1]:0"]).args(args);
@@ -81,16 +86,16 @@ pub fn start(args: &[String], users: &[User], folder: &Path, name: &str) -> Serv
 
 fn users_file_line(user: &User) -> String {
     let hash = if user.bcrypt {
-        bcrypt::hash(&user.password, 4).expect("a hash")
+        bcrypt::hash(&user.password, 4).expect("hash")
     } else {
         let params = Params::new(Params::MIN_M_COST, 1, 1, None).expect("parameters");
         let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
-        argon2.hash_password(&user.password).expect("a hash").to_string()
+        argon2.hash_password(&user.password).expect("hash").to_string()
     };
-    format!("{}:{hash}", std::str::from_utf8(&user.name).expect("the name is text"))
+    format!("{}:{hash}", std::str::from_utf8(&user.name).expect("UTF-8 name"))
 }
 
-/// Plays a transcript; `Err` names its file and line.
+/// Plays a transcript. Errors name the file and line.
 pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Result<(), String> {
     let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking:?}): {what}", transcript.name);
     let mut player = Player::new(transcript, server, chunking).map_err(|error| at(1, error))?;
@@ -98,45 +103,47 @@ pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Res
         player.step(step).map_err(|error| at(*line, error))?;
     }
     let client = player.client;
-    player.end().map_err(|error| at(0, format!("at its end: {error}")))?;
+    player.end().map_err(|error| at(0, format!("after the last line: {error}")))?;
     let logs = transcript.steps.iter().filter_map(|(line, step)| match step {
         Step::Log(text) => Some((line, text)),
         _ => None,
     });
     for (line, text) in logs {
-        let is_theirs = |log: &str| log.contains(&format!("client={client} ")) && log.contains(text.as_str());
-        if !wait_until(LIMIT, || server.log().lines().any(is_theirs)) {
-            return Err(at(*line, format!("client {client}: no such line in\n{}", server.log())));
+        let is_match = |log: &str| log.contains(&format!("client={client} ")) && log.contains(text.as_str());
+        if !wait_until(LIMIT, || server.log().lines().any(is_match)) {
+            return Err(at(*line, format!("no log line of client {client} has this text\n{}", server.log())));
         }
     }
     Ok(())
 }
 
-/// How many bytes the client of a transcript sends.
+/// Number of bytes that the client of a transcript sends.
 pub fn sent_length(transcript: &Transcript, server: &Server) -> usize {
-    Player::new(transcript, server, Chunking::PerLine).expect("it can be played").bytes.len()
+    Player::new(transcript, server, Chunking::PerLine).expect("a valid transcript").bytes.len()
 }
 
 struct Player {
     chunking: Chunking,
     stream: TcpStream,
     client: SocketAddr,
-    /// All that the client sends, and how much of it has been sent, or is due by now.
+    /// All bytes that the client sends.
     bytes: Vec<u8>,
+    /// Number of bytes that have been sent.
     sent: usize,
+    /// Number of bytes up to the current line.
     due: usize,
     placeholders: Placeholders,
-    /// Whether the server has ended the connection.
+    /// Set when the server has closed the connection or the test has reset it.
     is_closed: bool,
     client_udp: UdpSocket,
     other_udp: UdpSocket,
-    /// BIND's expected peer, before and after it connects.
+    /// The expected peer of BIND, bound to its address, until it connects.
     unconnected_peer: Option<Socket>,
     peer: Option<TcpStream>,
 }
 
-/// An address that nobody has come from yet, since one that fails to log in again and again is shut out. Of IPv6 there
-/// is only one.
+/// Returns a loopback address that no client has used yet, since the server throttles addresses after failed logins.
+/// IPv6 has only one loopback address.
 fn unused_ip(like: IpAddr) -> IpAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
@@ -146,8 +153,11 @@ fn unused_ip(like: IpAddr) -> IpAddr {
 impl Player {
     fn new(transcript: &Transcript, server: &Server, chunking: Chunking) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
-        let listener =
-            server.addrs.iter().find(|addr| addr.ip() == transcript.proxy_ip).ok_or("it does not listen there")?;
+        let listener = server
+            .addrs
+            .iter()
+            .find(|addr| addr.ip() == transcript.proxy_ip)
+            .ok_or("the server does not listen on this address")?;
         let ip = unused_ip(transcript.proxy_ip);
         let socket = bound(SocketAddr::new(ip, 0));
         socket.connect(&(*listener).into()).map_err(text)?;
@@ -170,7 +180,7 @@ impl Player {
             ("peer6", peer),
         ]);
         placeholders.per_session.extend(["listener", "listener6"].into_iter().zip(server.addrs.iter().copied()));
-        // What a datagram or a reply brings is not known yet, but no request depends on it.
+        // Placeholders of replies have no value yet, but no request uses them.
         let mut bytes = Vec::new();
         for (_, step) in &transcript.steps {
             if let Step::ToServer(items) = step {
@@ -217,9 +227,9 @@ impl Player {
             Step::UdpToClient(_, items) => {
                 let mut buffer = vec![0; 65_536];
                 let (n, from) =
-                    self.client_udp.recv_from(&mut buffer).map_err(|error| format!("no datagram: {error}"))?;
+                    self.client_udp.recv_from(&mut buffer).map_err(|error| format!("expected a datagram: {error}"))?;
                 if from != self.bnd()? {
-                    return Err(format!("a datagram from {from}, which is not BND"));
+                    return Err(format!("received a datagram from {from}, which is not BND"));
                 }
                 self.placeholders.compare(items, &buffer[..n])
             }
@@ -253,7 +263,7 @@ impl Player {
             Step::Fin => self.stream.shutdown(Shutdown::Write).map_err(text),
             Step::Reset => {
                 SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).map_err(text)?;
-                // Another connection takes its place, so that this one is closed here and now.
+                // Replacing the stream closes it, which sends the RST.
                 self.stream = TcpStream::connect(self.client_of()?).map_err(text)?;
                 self.is_closed = true;
                 Ok(())
@@ -262,15 +272,15 @@ impl Player {
                 self.is_closed = true;
                 expect_end(&mut self.stream, matches!(step, Step::Close))
             }
-            Step::PortFree(tcp) => {
+            Step::PortFree(is_tcp) => {
                 let bnd = self.bnd()?;
-                if wait_port_free(bnd, *tcp) { Ok(()) } else { Err(format!("{bnd} is still taken")) }
+                if wait_port_free(bnd, *is_tcp) { Ok(()) } else { Err(format!("{bnd} is still in use")) }
             }
             Step::Log(_) => Ok(()),
         }
     }
 
-    /// Sends what is due; and what is not, in the ways that do not wait.
+    /// Sends the bytes up to the current line, or more, depending on the chunking.
     fn send(&mut self) {
         if let Chunking::SplitAt(first) = self.chunking {
             self.send_to(first);
@@ -288,7 +298,7 @@ impl Player {
         if end <= self.sent {
             return;
         }
-        // Of a server that has closed already, what must come tells more than this error.
+        // The server may have closed already; the next expected answer then gives the better error.
         let _ = self.stream.write_all(&self.bytes[self.sent..end]);
         self.sent = end;
         if self.chunking != Chunking::PerLine {
@@ -296,13 +306,13 @@ impl Player {
         }
     }
 
-    /// Whatever the transcript leaves open ends with the client's side, and nothing that it does not mention has come.
+    /// Closes what is still open, and expects no datagram and no byte that the transcript does not mention.
     fn end(mut self) -> Result<(), String> {
         drop(self.peer.take());
-        let strays =
+        let datagrams =
             [&self.client_udp, &self.other_udp].map(|s| s.set_nonblocking(true).and_then(|()| s.recv(&mut [0; 64])));
-        if let Some(n) = strays.iter().flatten().next() {
-            return Err(format!("a stray datagram of {n} octets"));
+        if let Some(n) = datagrams.iter().flatten().next() {
+            return Err(format!("unexpected datagram of {n} bytes"));
         }
         if self.is_closed {
             return Ok(());
@@ -316,7 +326,7 @@ impl Player {
     }
 
     fn bnd(&self) -> Result<SocketAddr, String> {
-        self.placeholders.bnd.ok_or_else(|| "there was no BND yet".into())
+        self.placeholders.bnd.ok_or_else(|| "no reply with {bnd} so far".into())
     }
 
     fn bnd_io(&self) -> std::io::Result<SocketAddr> {

@@ -1,9 +1,9 @@
-//! Reads a transcript; the format stands at the top of `wire.rs`. Plays nothing.
+//! Parses transcripts. `wire.rs` describes the format.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-/// One piece of a line of bytes.
+/// One word of a line of bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Item {
     Bytes(Vec<u8>),
@@ -15,14 +15,14 @@ pub enum Item {
     ToEnd,
 }
 
-/// Who a line is about, besides the SOCKS client and the SOCKS server.
+/// The endpoint that sends a datagram or connects to BND, by its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// From where it should come: the client's own UDP socket, or BIND's expected peer.
+    /// The expected address: that of the client's UDP socket, or of BIND's expected peer.
     Expected,
-    /// From another port of the same address.
+    /// The same IP address, another port.
     OtherPort,
-    /// From another address.
+    /// Another IP address.
     OtherIp,
 }
 
@@ -41,16 +41,16 @@ pub enum Step {
     Reset,
     Eof,
     Close,
-    /// Nothing has the port of BND: TCP's where that is true, else UDP's.
+    /// The port of BND is released: the TCP port if true, otherwise the UDP port.
     PortFree(bool),
     Log(String),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// We are the client of `s5 serve`.
+    /// s5 is the server; the test is its client.
     Server,
-    /// We are the server of this s5 client: its arguments.
+    /// s5 is the client, with these arguments; the test is its proxy.
     Client(Vec<String>),
 }
 
@@ -63,19 +63,19 @@ pub struct User {
 
 #[derive(Clone, Debug)]
 pub struct Transcript {
-    /// Its file's name.
+    /// File name.
     pub name: String,
     pub requirements: Vec<u32>,
     pub role: Role,
     pub server_args: Vec<String>,
     pub users: Vec<User>,
-    /// Where the client connects to.
+    /// IP address of the proxy.
     pub proxy_ip: IpAddr,
-    /// Every two-way split is played as well.
+    /// Play every split of the client's bytes into two writes.
     pub has_splits: bool,
     pub stdin: Vec<u8>,
     pub is_stdin_left_open: bool,
-    /// With the number of its line.
+    /// The steps with their line numbers.
     pub steps: Vec<(usize, Step)>,
     pub status: i32,
     pub stdout: Vec<u8>,
@@ -83,7 +83,7 @@ pub struct Transcript {
 }
 
 impl Transcript {
-    /// Reads a file; `Err` has the line that is wrong.
+    /// Parses a file. Errors name the line.
     pub fn read(path: &Path) -> Result<Self, String> {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let text = std::fs::read_to_string(path).map_err(|error| format!("{name}: {error}"))?;
@@ -103,7 +103,7 @@ impl Transcript {
             stderr: Vec::new(),
         };
         if !text.starts_with("# ") {
-            return Err(format!("{name}:1: a transcript opens with its fact"));
+            return Err(format!("{name}:1: expected a comment that states the fact"));
         }
         for (number, line) in (1..).zip(text.lines()) {
             if line.trim().is_empty() || line.starts_with('#') {
@@ -112,7 +112,7 @@ impl Transcript {
             transcript.parse_line(number, line).map_err(|error| format!("{name}:{number}: {error}"))?;
         }
         if transcript.requirements.is_empty() {
-            return Err(format!("{name}: no requirements"));
+            return Err(format!("{name}: expected a line \"requirements:\""));
         }
         Ok(transcript)
     }
@@ -127,7 +127,7 @@ impl Transcript {
         match key {
             "requirements" => {
                 let numbers: Result<_, _> = words().map(|word| word.parse()).collect();
-                self.requirements = numbers.map_err(|_| "requirements are numbers")?;
+                self.requirements = numbers.map_err(|_| "requirements: expected numbers")?;
             }
             "role" if value == "server" => self.role = Role::Server,
             "role" => self.role = Role::Client(words().collect()),
@@ -141,10 +141,10 @@ impl Transcript {
             "splits" => self.has_splits = true,
             "stdin" => self.stdin = bytes(value)?,
             "stdin open" => (self.stdin, self.is_stdin_left_open) = (bytes(value)?, true),
-            "status" => self.status = value.parse().map_err(|_| "a status is a number")?,
+            "status" => self.status = value.parse().map_err(|_| "status: expected a number")?,
             "stdout" => self.stdout = bytes(value)?,
             "stderr" => self.stderr.push(value.into()),
-            _ => return Err(format!("what is {line:?}?")),
+            _ => return Err(format!("unknown line {line:?}")),
         }
         Ok(())
     }
@@ -168,7 +168,7 @@ fn step(line: &str) -> Result<Option<Step>, String> {
         ("peer", rest) => match rest.split_once(' ') {
             Some(("sends", rest)) => Step::PeerSends(items(rest)?),
             Some(("receives", rest)) => Step::PeerReceives(items(rest)?),
-            _ => return Err("a peer connects, sends, gets, fin or eof".into()),
+            _ => return Err("expected connects, sends, receives, fin or eof after peer".into()),
         },
         ("fin", "") => Step::Fin,
         ("reset", "") => Step::Reset,
@@ -180,11 +180,11 @@ fn step(line: &str) -> Result<Option<Step>, String> {
     }))
 }
 
-/// A line of items that are all bytes.
+/// Parses a line that has only bytes.
 fn bytes(text: &str) -> Result<Vec<u8>, String> {
     let plain = |item| match item {
         Item::Bytes(bytes) => Ok(bytes),
-        other => Err(format!("{other:?} has no place here")),
+        other => Err(format!("expected bytes, found {other:?}")),
     };
     Ok(items(text)?.into_iter().map(plain).collect::<Result<Vec<_>, _>>()?.concat())
 }
@@ -201,7 +201,7 @@ fn items(text: &str) -> Result<Vec<Item>, String> {
     Ok(items)
 }
 
-/// Blanks end a word, but not inside of quotes.
+/// Length of the first word. A space ends a word, except inside quotes.
 fn word_len(text: &str) -> usize {
     let (mut quoted, mut escaped) = (false, false);
     for (i, c) in text.char_indices() {
@@ -217,12 +217,12 @@ fn word_len(text: &str) -> usize {
 }
 
 fn item(word: &str) -> Result<Item, String> {
-    let bad = || format!("{word:?} is neither bytes nor a name");
+    let invalid = || format!("{word:?} is neither bytes nor a placeholder");
     if let Some(name) = word.strip_prefix('{').and_then(|word| word.strip_suffix('}')) {
         return Ok(Item::Named(name.into()));
     }
     let (what, count) = match word.rsplit_once('*') {
-        Some((what, count)) if !count.contains('"') => (what, count.parse().map_err(|_| bad())?),
+        Some((what, count)) if !count.contains('"') => (what, count.parse().map_err(|_| invalid())?),
         _ => (word, 1),
     };
     match what {
@@ -231,9 +231,9 @@ fn item(word: &str) -> Result<Item, String> {
         _ => {}
     }
     let bytes = match what.strip_prefix('"').and_then(|what| what.strip_suffix('"')) {
-        Some(quoted) => unescape(quoted).ok_or_else(bad)?,
-        None if what.len() == 2 => vec![u8::from_str_radix(what, 16).map_err(|_| bad())?],
-        None => return Err(bad()),
+        Some(quoted) => unescape(quoted).ok_or_else(invalid)?,
+        None if what.len() == 2 => vec![u8::from_str_radix(what, 16).map_err(|_| invalid())?],
+        None => return Err(invalid()),
     };
     Ok(Item::Bytes(bytes.repeat(count)))
 }
