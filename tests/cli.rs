@@ -14,11 +14,11 @@ mod users;
 
 use std::process::{Command, Output};
 
-use common::{SOON, echo_server, folder, run, s5, write_file};
+use common::{TIMEOUT, echo_server, run, s5, temp_dir, write_file};
 use scripted::text;
 
 fn s5_with(args: &[&str]) -> Output {
-    run(s5().args(args), b"", SOON)
+    run(s5().args(args), b"", TIMEOUT)
 }
 
 /// Fails unless the program says one line on stderr with all of these words in it, nothing on stdout, and exits with 2.
@@ -174,7 +174,7 @@ fn complaints_can_not_drive_a_terminal() {
 fn an_argument_that_is_not_utf8_is_a_usage_error() {
     use std::os::unix::ffi::OsStrExt as _;
     let word = std::ffi::OsStr::from_bytes(b"--\xff\xfe");
-    let output = run(s5().arg("connect").arg(word), b"", SOON);
+    let output = run(s5().arg("connect").arg(word), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
 }
@@ -191,14 +191,14 @@ fn a_closed_stderr_leaves_the_status_to_tell() {
 
 #[test]
 fn no_password_is_in_any_output_of_server_and_clients() {
-    let folder = folder();
+    let folder = temp_dir();
     let hash = bcrypt::hash("topsecret", 4).expect("a hash");
     let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
     let server = common::Server::start(&["-v", "--users", &users]);
     let target = echo_server().to_string();
     for (passwd, status) in [("topsecret", 0), ("wrongsecret", 67)] {
         let proxy = format!("alice:{passwd}@{}", server.addr());
-        let output = run(s5().args(["connect", "-v", "-x", &proxy, &target]), b"x", SOON);
+        let output = run(s5().args(["connect", "-v", "-x", &proxy, &target]), b"x", TIMEOUT);
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(status), "{said}");
         assert!(!said.contains("secret"), "{said}");

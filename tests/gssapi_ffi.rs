@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use common::{has, run, write_file};
-use kit::realm::{Options, Realm, can_start, in_realm, inside};
+use common::{is_installed, run, write_file};
+use kit::realm::{Options, Realm, can_start, current_realm_dir, in_realm};
 use s5::gssapi::ffi::{Context, Credential, Error, Name, Order, Step, Unwrapped, Wants};
 
 const ALL: Wants = Wants { sequence: true, confidentiality: true };
@@ -320,7 +320,7 @@ fn realms_do_not_meet_and_a_kdc_can_be_silent() {
     let (one, mut other) = (Realm::start(), Realm::start());
     let port = |realm: &Realm| std::fs::read_to_string(realm.file("krb5.conf")).expect("a file");
     assert_ne!(port(&one), port(&other));
-    other.silence();
+    other.stop_answering();
     let ask = |realm: &Realm| {
         let mut command = Command::new("kinit");
         command.arg("-k").arg("-t").arg(realm.file("user.keytab")).arg("alice").stderr(Stdio::null());
@@ -335,7 +335,7 @@ fn realms_do_not_meet_and_a_kdc_can_be_silent() {
 
 #[test]
 fn nothing_is_lost_and_nothing_is_read_beyond_its_end() {
-    if inside().is_some() || !has("valgrind") || !can_start() {
+    if current_realm_dir().is_some() || !is_installed("valgrind") || !can_start() {
         return;
     }
     let realm = Realm::start();

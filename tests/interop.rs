@@ -25,7 +25,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output};
 use std::time::Duration;
 
-use common::{Server, has, run, s5, write_file};
+use common::{Server, is_installed, run, s5, write_file};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 /// How long a program may take that does something of size, on a loaded machine.
@@ -61,7 +61,7 @@ impl Drop for Process {
 
 /// Whether all these programs are there.
 fn have(programs: &[&str]) -> bool {
-    programs.iter().all(|program| has(program))
+    programs.iter().all(|program| is_installed(program))
 }
 
 /// Octets of all values, in an order that repeats late.

@@ -113,7 +113,7 @@ fn assert_says(output: &Output, status: i32, words: &[&str]) {
 
 /// Waits for a line of a session with all of these words.
 fn session(server: &Server, words: &[&str]) {
-    server.wait_log(|log| kit::sessions(log).iter().any(|line| words.iter().all(|word| line.contains(word))));
+    server.wait_log(|log| kit::session_lines(log).iter().any(|line| words.iter().all(|word| line.contains(word))));
 }
 
 fn path(path: &Path) -> String {

@@ -148,7 +148,7 @@ fn server_and_clients_default_to_port_1080() {
     assert_eq!(server.addr().to_string(), "127.0.0.1:1080");
     let echo = common::echo_server().to_string();
     for proxy in [&[][..], &["-x", "127.0.0.1"]] {
-        let output = common::run(common::s5().arg("connect").args(proxy).arg(&echo), b"hello", common::SOON);
+        let output = common::run(common::s5().arg("connect").args(proxy).arg(&echo), b"hello", common::TIMEOUT);
         assert_eq!(output.stdout, b"hello", "{output:?}");
     }
 }

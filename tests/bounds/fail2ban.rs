@@ -8,10 +8,11 @@ use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::common::{
-    SOON, Server, closed_port, folder, has, in_namespace, read_exact, read_reply, request, run, write_file,
+    Server, TIMEOUT, closed_port, in_namespace, is_installed, read_exact, read_reply, request, run, temp_dir,
+    write_file,
 };
-use crate::kit::login::{credentials, greet_to_log_in, try_to_log_in, users};
-use crate::kit::{CONNECT, connect_from, end_of, request_name, serve, sessions};
+use crate::kit::login::{login_message, select_password, send_login, users_file};
+use crate::kit::{CONNECT, connect_from, request_by_name, serve, session_lines, stream_end};
 
 fn filter() -> String {
     let readme = include_str!("../../README.md");
@@ -60,7 +61,7 @@ fn matches(folder: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
     let [log, filter] = [("log", log), ("s5.conf", &filter())].map(|(name, text)| write_file(folder, name, text));
     let mut command = Command::new("fail2ban-regex");
     command.args(["--out", "<ip> <time>", &log, &filter]).env("TZ", zone);
-    let output = run(&mut command, b"", SOON * 3);
+    let output = run(&mut command, b"", TIMEOUT * 3);
     let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(wrong.is_empty(), "{wrong}");
     let parse = |line: &str| {
@@ -73,18 +74,20 @@ fn matches(folder: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
 /// A login that succeeds.
 fn enter(server: &Server, uname: &str) -> TcpStream {
     let mut stream = server.connect();
-    greet_to_log_in(&mut stream);
-    assert_eq!(try_to_log_in(&mut stream, uname.as_bytes(), b"secret"), 0);
+    select_password(&mut stream);
+    assert_eq!(send_login(&mut stream, uname.as_bytes(), b"secret"), 0);
     stream
 }
 
 #[test]
 fn a_failed_login_is_one_match_and_nothing_else_is() {
-    if !has("fail2ban-regex") || !in_namespace("fail2ban::a_failed_login_is_one_match_and_nothing_else_is", "", "") {
+    if !is_installed("fail2ban-regex")
+        || !in_namespace("fail2ban::a_failed_login_is_one_match_and_nothing_else_is", "", "")
+    {
         return;
     }
     let honest = "a\" error=\"login refused";
-    let (_folder, users) = users(&[("alice", "secret"), (honest, "secret")]);
+    let (_folder, users) = users_file(&[("alice", "secret"), (honest, "secret")]);
     let args = ["--listen", "[::1]:0", "--users", &users, "--deny", "to=.evil", "--max-per-user", "2", "-v", "-v"];
     let server = serve("127.0.0.1:0", 2, &args);
     let mut expected = Vec::new();
@@ -92,23 +95,25 @@ fn a_failed_login_is_one_match_and_nothing_else_is() {
     for (uname, n) in hostile.iter().zip(1..) {
         let ip = Ipv4Addr::new(127, 11, 0, n);
         let mut stream = connect_from(SocketAddr::from((ip, 0)), server.addrs[0]);
-        greet_to_log_in(&mut stream);
-        assert_ne!(try_to_log_in(&mut stream, uname, b"wrong"), 0, "{}", uname.escape_ascii());
+        select_password(&mut stream);
+        assert_ne!(send_login(&mut stream, uname, b"wrong"), 0, "{}", uname.escape_ascii());
         expected.push(ip.to_string());
     }
     for uname in hostile.iter().take(4) {
         let mut stream = connect_from(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), server.addrs[1]);
-        greet_to_log_in(&mut stream);
+        select_password(&mut stream);
         // Whoever does not wait for the answer has failed as well.
-        stream.write_all(&credentials(uname, b"wrong")).expect("it is sent");
+        stream.write_all(&login_message(uname, b"wrong")).expect("it is sent");
         stream.shutdown(Shutdown::Write).expect("half-close");
-        end_of(&mut stream);
+        stream_end(&mut stream);
         expected.push(Ipv6Addr::LOCALHOST.to_string());
     }
     let mut others = 0;
     for uname in ["alice", honest] {
         let name = format!("{FORGED}.evil");
-        for asked in [request(CONNECT, closed_port()), request_name(CONNECT, &name, 80), request_name(2, &name, 80)] {
+        for asked in
+            [request(CONNECT, closed_port()), request_by_name(CONNECT, &name, 80), request_by_name(2, &name, 80)]
+        {
             let mut stream = enter(&server, uname);
             stream.write_all(&asked).expect("it is sent");
             assert_ne!(read_reply(&mut stream).0, 0);
@@ -118,7 +123,7 @@ fn a_failed_login_is_one_match_and_nothing_else_is() {
         others += 1;
     }
     // Nobody has tried to log in there, or has got to the end of it.
-    let half = credentials(FORGED.as_bytes(), b"wrong");
+    let half = login_message(FORGED.as_bytes(), b"wrong");
     let unsaid: [(&[u8], usize); 6] = [
         (b"GET / HTTP/1.1\r\nerror=\"login refused\"\r\n\r\n", 0),
         (&[5, 1, 0], 2),
@@ -134,10 +139,10 @@ fn a_failed_login_is_one_match_and_nothing_else_is() {
         others += 1;
     }
     let all = expected.len() + others;
-    let log = server.wait_log(|log| sessions(log).len() >= all);
+    let log = server.wait_log(|log| session_lines(log).len() >= all);
     assert_eq!(log.lines().count(), all + 2, "a line each, and two for the listeners:\n{log}");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("later than 1970").as_secs_f64();
-    let folder = folder();
+    let folder = temp_dir();
     // The log is in UTC wherever this is; a time that is hours off would ban nobody, or for too long.
     for zone in ["UTC", "Asia/Tokyo", "America/New_York"] {
         let found = matches(folder.path(), &log, zone);

@@ -5,9 +5,9 @@ use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, eventually, read_exact, skip};
-use crate::kit::login::{come_from, credentials, users};
-use crate::kit::{End, end_of, raise_descriptors, sessions};
+use crate::common::{Server, TIMEOUT, read_exact, skip, wait_until};
+use crate::kit::login::{connect_from_ip, login_message, users_file};
+use crate::kit::{StreamEnd, raise_fd_limit, session_lines, stream_end};
 use crate::machine;
 
 const SLOW: usize = 2000;
@@ -17,15 +17,15 @@ const MOST: usize = 4096;
 
 /// What is said, and what comes until the server waits for more.
 fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
-    let login = credentials(&[b'n'; 255], &[b'p'; 255]);
+    let login = login_message(&[b'n'; 255], &[b'p'; 255]);
     [
         ("half a greeting", [&[5, 255], &[1; 100][..]].concat(), vec![]),
         ("a greeting", vec![5, 1, 2], vec![5, 2]),
         ("half a login", [&[5, 1, 2], &login[..300]].concat(), vec![5, 2]),
-        ("a login and no request", [vec![5, 1, 2], credentials(b"alice", b"secret")].concat(), vec![5, 2, 1, 0]),
+        ("a login and no request", [vec![5, 1, 2], login_message(b"alice", b"secret")].concat(), vec![5, 2, 1, 0]),
         (
             "half a request",
-            [vec![5, 1, 2], credentials(b"alice", b"secret"), vec![5, 1, 0, 3, 255], vec![b'x'; 200]].concat(),
+            [vec![5, 1, 2], login_message(b"alice", b"secret"), vec![5, 1, 0, 3, 255], vec![b'x'; 200]].concat(),
             vec![5, 2, 1, 0],
         ),
     ]
@@ -54,7 +54,7 @@ struct Crowd {
 fn open(server: &Server, count: usize, said: &[u8], answer: &[u8]) -> Vec<TcpStream> {
     let come = |n: usize| {
         let [.., high, low] = n.to_be_bytes();
-        let mut stream = come_from(server, [127, 8, high, low]);
+        let mut stream = connect_from_ip(server, [127, 8, high, low]);
         stream.write_all(said).expect("it is sent");
         stream
     };
@@ -70,15 +70,15 @@ fn crowd(server: Server, (stage, said, answer): (&'static str, Vec<u8>, Vec<u8>)
     const FIRST: usize = 20;
     // What is set up once is no one's cost: the password of alice is hashed, and both threads have worked.
     drop(open(&server, FIRST, &said, &answer));
-    server.wait_log(|log| sessions(log).len() == FIRST);
+    server.wait_log(|log| session_lines(log).len() == FIRST);
     let mut descriptors = 0;
-    eventually("they have gone", SOON, || {
+    wait_until("they have gone", TIMEOUT, || {
         let now = server.descriptors();
         std::mem::replace(&mut descriptors, now) == now
     });
     let (memory, began) = (dirty(&server), Instant::now());
     let streams = open(&server, SLOW, &said, &answer);
-    eventually("one descriptor each", DEADLINE, || server.descriptors() == descriptors + SLOW);
+    wait_until("one descriptor each", DEADLINE, || server.descriptors() == descriptors + SLOW);
     let cost = (dirty(&server) - memory) / SLOW;
     assert_eq!(server.descriptors(), descriptors + SLOW, "{stage}");
     Crowd { stage, server, streams, descriptors, began, cost }
@@ -88,12 +88,12 @@ impl Crowd {
     fn ends_at_the_deadline(self) {
         let Self { stage, server, mut streams, descriptors, began, .. } = self;
         for stream in &mut streams {
-            assert_eq!(end_of(stream), End::Closed(vec![]), "{stage}");
+            assert_eq!(stream_end(stream), StreamEnd::Closed(vec![]), "{stage}");
             assert!(began.elapsed() >= DEADLINE, "{stage}: closed after {:?}", began.elapsed());
         }
-        assert!(began.elapsed() < DEADLINE + SOON, "{stage}: {:?}", began.elapsed());
+        assert!(began.elapsed() < DEADLINE + TIMEOUT, "{stage}: {:?}", began.elapsed());
         drop(streams);
-        eventually("all are gone", SOON, || server.descriptors() == descriptors);
+        wait_until("all are gone", TIMEOUT, || server.descriptors() == descriptors);
         let log = server.wait_log(|log| log.matches("handshake timed out").count() >= SLOW);
         assert_eq!(log.matches("handshake timed out").count(), SLOW, "{stage}");
     }
@@ -101,11 +101,11 @@ impl Crowd {
 
 #[test]
 fn a_slow_handshake_costs_a_descriptor_and_little_memory_and_ends_at_the_deadline() {
-    if !raise_descriptors(15_000) {
+    if !raise_fd_limit(15_000) {
         return skip("too few descriptors");
     }
     let machine = machine();
-    let (_folder, users) = users(&[("alice", "secret")]);
+    let (_folder, users) = users_file(&[("alice", "secret")]);
     let timeout = format!("{}s", DEADLINE.as_secs());
     let args = ["--users", &users, "--handshake-timeout", &timeout];
     thread::scope(|scope| {

@@ -4,10 +4,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 
 use crate::common::{
-    SOON, Server, closed_port, echo_server, folder, in_namespace, open, read_exact, run, s5, tcp_server, write_file,
+    Server, TIMEOUT, closed_port, echo_server, in_namespace, open, read_exact, run, s5, tcp_server, temp_dir,
+    write_file,
 };
-use crate::kit::login::{log_in, users};
-use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, end_of, greet, sessions};
+use crate::kit::login::{log_in, users_file};
+use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, greet, session_lines, stream_end};
 
 /// What somebody could do harm with in a log: end a line or a value, command a terminal, or turn around what follows.
 const TRICKS: [&[u8]; 26] = [
@@ -56,7 +57,7 @@ fn assert_harmless(log: &str, started: usize) {
             assert_pairs(pairs);
         }
     }
-    assert_eq!(sessions(log).len(), started, "a line a session:\n{log}");
+    assert_eq!(session_lines(log).len(), started, "a line a session:\n{log}");
 }
 
 fn assert_pairs(line: &str) {
@@ -141,8 +142,8 @@ fn names_are_escaped_whatever_becomes_of_them() {
         }
         drop(streams);
         control.shutdown(std::net::Shutdown::Write).expect("half-close");
-        end_of(&mut control);
-        let log = server.wait_log(|log| sessions(log).len() > count);
+        stream_end(&mut control);
+        let log = server.wait_log(|log| session_lines(log).len() > count);
         assert_harmless(&log, count + 1);
         let verdict = if args.is_empty() { "name not found" } else { "denied: --deny" };
         assert!(log.contains(verdict), "the names came to where they should:\n{log}");
@@ -172,7 +173,7 @@ fn what_hops_say_is_escaped() {
                 read_exact(&mut stream, 2);
                 drop(stream);
             }
-            let log = server.wait_log(|log| sessions(log).len() == 3);
+            let log = server.wait_log(|log| session_lines(log).len() == 3);
             assert_harmless(&log, 3);
         }
     }
@@ -181,7 +182,7 @@ fn what_hops_say_is_escaped() {
 #[test]
 fn names_of_users_are_escaped_in_success_and_failure() {
     let honest = "ren\u{e9} \u{202e}\" rep=0";
-    let (_folder, users) = users(&[(honest, "secret")]);
+    let (_folder, users) = users_file(&[(honest, "secret")]);
     let server = Server::start(&["--users", &users, "-v", "-v", "--max-per-user", "1"]);
     for (trick, n) in TRICKS.iter().zip(1..) {
         assert_ne!(log_in(&server, [127, 9, 0, n], trick, b"wrong").1, 0);
@@ -196,7 +197,7 @@ fn names_of_users_are_escaped_in_success_and_failure() {
     }
     drop(held);
     let count = TRICKS.len() + 3;
-    let log = server.wait_log(|log| sessions(log).len() >= count);
+    let log = server.wait_log(|log| session_lines(log).len() >= count);
     assert_harmless(&log, count);
     assert!(log.is_ascii(), "{log}");
     assert_eq!(log.matches(r#"user="ren\xc3\xa9 \xe2\x80\xae\" rep=0""#).count(), 3, "{log}");
@@ -212,8 +213,8 @@ fn assert_discreet(told: &str, secrets: &[&str]) {
 
 #[test]
 fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
-    let folder = folder();
-    let (_users, users) = users(&[("alice", "open-sesame")]);
+    let folder = temp_dir();
+    let (_users, users) = users_file(&[("alice", "open-sesame")]);
     let text = std::fs::read_to_string(&users).expect("the file");
     let hash = text.trim().split_once(':').expect("a line").1.to_owned();
     let secrets = ["sesame", &hash, &hash[7..29], &hash[29..]];
@@ -234,7 +235,7 @@ fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
                 assert_eq!(read_exact(&mut stream, 2)[0], 5);
             }
         }
-        server.wait_log(|log| sessions(log).len() == 5);
+        server.wait_log(|log| session_lines(log).len() == 5);
         let good = std::fs::read_to_string(&users).expect("the file");
         for bad in [format!("{good}bob{hash}\n"), format!("{good}bob:{hash}!\n"), good.trim().into(), String::new()] {
             let before = server.log().matches("reload: ").count();
@@ -249,14 +250,14 @@ fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
 
 /// What a server says that does not start.
 fn complaint(args: &[&str]) -> String {
-    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", SOON);
+    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(2), "{args:?}");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[test]
 fn a_wrong_users_file_is_complained_of_without_its_hashes() {
-    let folder = folder();
+    let folder = temp_dir();
     let bcrypt = bcrypt::hash("sesame", 4).expect("a hash");
     let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("a line");
     let argon2 = argon2.split_once(':').expect("a line").1;
@@ -296,7 +297,7 @@ fn a_wrong_users_file_is_complained_of_without_its_hashes() {
 
 #[test]
 fn a_password_in_place_of_a_hash_is_not_repeated() {
-    let folder = folder();
+    let folder = temp_dir();
     for text in ["alice:hunter2", "alice:hunter2:x", "alice:$hunter2", "alice:$hunter2$x", "alice:hunter2$x$y"] {
         let said = complaint(&["--users", &write_file(folder.path(), "users", text)]);
         assert_discreet(&said, &["hunter2"]);

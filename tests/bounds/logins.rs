@@ -7,8 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{Server, echo_server, read_exact, read_reply, request};
-use crate::kit::login::{come_from, credentials, greet_to_log_in, log_in, try_to_log_in, users, users_of_cost};
-use crate::kit::{CONNECT, End, end_of, ping, resident, timed};
+use crate::kit::login::{
+    connect_from_ip, log_in, login_message, select_password, send_login, users_file, users_file_with_cost,
+};
+use crate::kit::{CONNECT, StreamEnd, ping, resident_kib, stream_end, timed};
 use crate::{best_of_three, ensure, machine};
 
 /// How many failures within a minute are free.
@@ -28,7 +30,7 @@ fn wait_up_to(stream: &TcpStream, n: u64) {
 
 #[test]
 fn answers_take_twice_as_long_each_time_and_nobody_else_waits() {
-    let (_folder, users) = users(&[("alice", "secret")]);
+    let (_folder, users) = users_file(&[("alice", "secret")]);
     // The delays are longer than what a handshake may take.
     let server = Server::start(&["--users", &users, "--handshake-timeout", "500ms"]);
     let guess = |passwd: &[u8]| timed(|| log_in(&server, [127, 5, 0, 1], b"alice", passwd));
@@ -40,7 +42,7 @@ fn answers_take_twice_as_long_each_time_and_nobody_else_waits() {
         let (time, (mut stream, status)) = guess(b"wrong");
         assert!(time >= seconds(delay) && time < seconds(delay) + AT_ONCE, "{delay} s: {time:?}");
         assert_ne!(status, 0);
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
     thread::scope(|scope| {
         // The right password too, or an answer that comes at once would tell it.
@@ -58,8 +60,8 @@ fn answers_take_twice_as_long_each_time_and_nobody_else_waits() {
         // The time that was not the client's is not given to it.
         let (mut idler, status) = guess(b"secret").1;
         assert_eq!(status, 0);
-        let (time, end) = timed(|| end_of(&mut idler));
-        assert!(end == End::Closed(vec![]) && time < AT_ONCE, "{end:?} after {time:?}");
+        let (time, end) = timed(|| stream_end(&mut idler));
+        assert!(end == StreamEnd::Closed(vec![]) && time < AT_ONCE, "{end:?} after {time:?}");
     });
     assert!(!server.log().contains("too many failed logins"), "{}", server.log());
 }
@@ -69,11 +71,11 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
     const UNDER_WAY: u8 = 12;
     let guesser = [127, 6, 0, 1];
     // Dear enough for a hash to be seen.
-    let (_folder, users) = users_of_cost(9, &[("alice", "secret")]);
+    let (_folder, users) = users_file_with_cost(9, &[("alice", "secret")]);
     let server = Server::start(&["--users", &users, "--handshake-timeout", "40", "-v"]);
     let greeted = || {
-        let mut stream = come_from(&server, guesser);
-        greet_to_log_in(&mut stream);
+        let mut stream = connect_from_ip(&server, guesser);
+        select_password(&mut stream);
         wait_up_to(&stream, 40);
         stream
     };
@@ -82,7 +84,7 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
     let cpu = server.cpu_seconds();
     for (guess, n) in guesses.iter_mut().zip(0..) {
         assert!(!server.log().contains("too many"), "shut before attempt {n}");
-        guess.write_all(&credentials(b"alice", &[b'x', n])).expect("it is sent");
+        guess.write_all(&login_message(b"alice", &[b'x', n])).expect("it is sent");
     }
     let said = "too many failed logins: connections of 127.6.0.1 are closed for 600 s";
     server.wait_log(|log| log.contains(said));
@@ -91,11 +93,11 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
     for (stream, n) in under_way.iter_mut().zip(0..) {
         // Right ones among them: none is even looked at.
         let passwd: &[u8] = if n % 4 == 0 { b"secret" } else { &[b'y', n] };
-        stream.write_all(&credentials(b"alice", passwd)).expect("it is sent");
+        stream.write_all(&login_message(b"alice", passwd)).expect("it is sent");
     }
     for _ in 0..3 {
-        let (time, end) = timed(|| end_of(&mut come_from(&server, guesser)));
-        assert!(end == End::Closed(vec![]) && time < AT_ONCE, "{end:?} after {time:?}");
+        let (time, end) = timed(|| stream_end(&mut connect_from_ip(&server, guesser)));
+        assert!(end == StreamEnd::Closed(vec![]) && time < AT_ONCE, "{end:?} after {time:?}");
     }
     let (mut other, status) = log_in(&server, [127, 6, 0, 2], b"alice", b"secret");
     assert_eq!(status, 0, "somebody else");
@@ -106,7 +108,7 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
     }
     for (mut stream, n) in under_way.into_iter().zip(0..) {
         assert_eq!(read_exact(&mut stream, 2), [1, 1], "the one under way, {n}");
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
     // One hash, that of the somebody else, is less than the eleven before.
     let later = server.cpu_seconds() - cpu;
@@ -119,10 +121,10 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
 
 /// The time between a wrong password and the answer to it.
 fn refusal(server: &Server, source: [u8; 4], uname: &[u8]) -> Duration {
-    let mut stream = come_from(server, source);
+    let mut stream = connect_from_ip(server, source);
     stream.set_nodelay(true).expect("an option");
-    greet_to_log_in(&mut stream);
-    let (time, status) = timed(|| try_to_log_in(&mut stream, uname, b"wrong"));
+    select_password(&mut stream);
+    let (time, status) = timed(|| send_login(&mut stream, uname, b"wrong"));
     assert_ne!(status, 0);
     time
 }
@@ -132,7 +134,7 @@ fn the_time_of_a_refusal_does_not_tell_who_is_a_user() {
     const EACH: usize = 1000;
     let _machine = machine();
     let names = ["alice", "bob", "carol", "dave", "erin"];
-    let (_folder, users) = users(&names.map(|name| (name, "secret")));
+    let (_folder, users) = users_file(&names.map(|name| (name, "secret")));
     let server = Server::start(&["--users", &users]);
     let last = AtomicU32::new(0x7F10_0000);
     let source = || (last.fetch_add(1, Ordering::Relaxed) + 1).to_be_bytes();
@@ -158,7 +160,7 @@ fn a_flood_of_guesses_from_everywhere_takes_no_memory_and_covers_for_nobody() {
     const SOURCES: usize = 20_000;
     const AT_ONCE: usize = 16;
     let _machine = machine();
-    let (_folder, users) = users(&[("alice", "secret"), ("bob", "other")]);
+    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
     let offender = [127, 7, 7, 7];
     for _ in 0..FREE {
@@ -178,7 +180,7 @@ fn a_flood_of_guesses_from_everywhere_takes_no_memory_and_covers_for_nobody() {
                         let source = u32::try_from(0x7F20_0001 + n).expect("an address").to_be_bytes();
                         assert_ne!(log_in(&server, source, format!("user{n}").as_bytes(), b"wrong").1, 0);
                         if n % 100 == 0 {
-                            sizes.push((n, resident(&server)));
+                            sizes.push((n, resident_kib(&server)));
                         }
                     }
                 })

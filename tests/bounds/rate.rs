@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, echo_server, open, read_exact, read_reply, request, tcp_server, with_addr};
-use crate::kit::login::{log_in, users};
+use crate::common::{
+    Server, TIMEOUT, echo_server, message_with_addr, open, read_exact, read_reply, request, tcp_server,
+};
+use crate::kit::login::{log_in, users_file};
 use crate::kit::{CONNECT, UDP_ASSOCIATE, V4, check_pattern, ping, send_pattern};
 use crate::{best_of_three, ensure, machine};
 
@@ -135,7 +137,7 @@ fn a_session_has_what_was_set_whichever_way_it_goes() {
 fn sessions_of_a_user_share_a_rate_and_another_user_has_his_own() {
     let _machine = machine();
     let [alice, bob] = [("alice", "secret"), ("bob", "other")];
-    let (_folder, users) = users(&[alice, bob]);
+    let (_folder, users) = users_file(&[alice, bob]);
     best_of_three(|| {
         let server = Server::start(&["--users", &users, "--rate", "4M"]);
         let other = Server::start(&["--users", &users, "--rate", "1M", "--rate-per-user", "2M"]);
@@ -157,7 +159,7 @@ fn sessions_of_a_user_share_a_rate_and_another_user_has_his_own() {
 #[test]
 fn no_session_of_a_user_is_left_without() {
     let alice = ("alice", "secret");
-    let (_folder, users) = users(&[alice]);
+    let (_folder, users) = users_file(&[alice]);
     let server = |threads| Server::start(&["--users", &users, "--rate", "4M", "--threads", threads]);
     let servers = ["1", "2"].map(server);
     let started = Instant::now();
@@ -192,7 +194,7 @@ fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
     let sink = sink.expect("a port");
     let (_control, rep, bnd) = open(server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("an address"));
     assert_eq!(rep, 0);
-    let head = with_addr([0, 0, 0], sink.local_addr().expect("an address"));
+    let head = message_with_addr([0, 0, 0], sink.local_addr().expect("an address"));
     let datagram = [&head[..], &[7; 1000]].concat();
     let (passed, over) = (AtomicU64::new(0), AtomicBool::new(false));
     let take = |socket: &UdpSocket, head: usize, answers: bool| {
@@ -328,7 +330,7 @@ fn idle_paced_tunnels_cost_nothing() {
     thread::sleep(Duration::from_millis(1500));
     let (naps, cpu) = (naps() - before.0, cpu() - before.1);
     assert!(naps <= 10 && cpu <= 0.011, "{naps} wake-ups and {cpu} s of CPU");
-    tunnels[0].set_read_timeout(Some(SOON)).expect("an option");
+    tunnels[0].set_read_timeout(Some(TIMEOUT)).expect("an option");
     tunnels[0].write_all(b"and they go on").expect("it is sent");
     assert_eq!(read_exact(&mut tunnels[0], 14), b"and they go on");
 }

@@ -8,10 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    SOON, Server, closed_port, echo_server, eventually, in_namespace, open, read_exact, read_reply, request, tcp_server,
+    Server, TIMEOUT, closed_port, echo_server, in_namespace, open, read_exact, read_reply, request, tcp_server,
+    wait_until,
 };
-use crate::kit::login::{come_from, credentials, log_in, users};
-use crate::kit::{BIND, CONNECT, End, UDP_ASSOCIATE, V4, accept, connect_from, end_of, listener, ping, reset, serve};
+use crate::kit::login::{connect_from_ip, log_in, login_message, users_file};
+use crate::kit::{
+    BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, accept, connect_from, listener, ping, reset, serve, stream_end,
+};
 use crate::machine;
 
 const ZEROS: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
@@ -24,20 +27,20 @@ fn is_let_in(stream: &mut TcpStream) -> bool {
 }
 
 fn assert_shut(mut stream: TcpStream) {
-    assert_eq!(end_of(&mut stream), End::Closed(vec![]), "closed without an octet");
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed without an octet");
 }
 
 #[test]
 fn one_connection_too_many_is_closed_and_other_addresses_have_their_own() {
     for threads in ["1", "2"] {
         let server = Server::start(&["--max-per-client", "3", "--threads", threads]);
-        let mut first: Vec<TcpStream> = (0..3).map(|_| come_from(&server, [127, 0, 0, 1])).collect();
+        let mut first: Vec<TcpStream> = (0..3).map(|_| connect_from_ip(&server, [127, 0, 0, 1])).collect();
         // Those who say nothing count as well.
-        assert_shut(come_from(&server, [127, 0, 0, 1]));
-        let mut other = come_from(&server, [127, 0, 0, 2]);
+        assert_shut(connect_from_ip(&server, [127, 0, 0, 1]));
+        let mut other = connect_from_ip(&server, [127, 0, 0, 2]);
         assert!(is_let_in(&mut other), "another address");
         assert!(first.iter_mut().all(is_let_in), "those who came first are not disturbed");
-        assert_shut(come_from(&server, [127, 0, 0, 1]));
+        assert_shut(connect_from_ip(&server, [127, 0, 0, 1]));
         let log = server.wait_log(|log| log.contains("which is its limit"));
         assert!(log.contains("client 127.0.0.1 has 3 connections, which is its limit: closed"), "{log}");
     }
@@ -92,12 +95,12 @@ fn a_place_is_free_again_however_its_session_ends() {
         }),
         ("too late", |server| {
             let mut stream = server.connect();
-            assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
             Some(stream)
         }),
         ("too late with the request", |server| {
             let mut stream = crate::kit::greet(server);
-            assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
             Some(stream)
         }),
         ("no method", |server| {
@@ -112,7 +115,7 @@ fn a_place_is_free_again_however_its_session_ends() {
         }),
         ("refused", |server| {
             let (mut stream, rep, _) = open(server, CONNECT, closed_port());
-            assert_eq!((rep, end_of(&mut stream)), (5, End::Closed(vec![])));
+            assert_eq!((rep, stream_end(&mut stream)), (5, StreamEnd::Closed(vec![])));
             None
         }),
         ("an unknown command", |server| {
@@ -122,7 +125,7 @@ fn a_place_is_free_again_however_its_session_ends() {
         ("both close", |server| {
             let (mut client, target) = tunnel(server);
             drop(target);
-            assert_eq!(end_of(&mut client), End::Closed(vec![]));
+            assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
             None
         }),
         ("the client resets", |server| {
@@ -153,7 +156,7 @@ fn a_place_is_free_again_however_its_session_ends() {
             let args = ["--max-per-client", "1", "--handshake-timeout", "300ms", "--threads", threads];
             let server = Server::start(&args);
             let _left = end(&server);
-            eventually(what, SOON, || is_let_in(&mut server.connect()));
+            wait_until(what, TIMEOUT, || is_let_in(&mut server.connect()));
         }
     }
 }
@@ -195,7 +198,7 @@ fn addresses_of_one_ipv6_network_are_one_client() {
 
 #[test]
 fn a_user_too_many_is_told_so_behind_the_login_and_other_users_are_not() {
-    let (_folder, users) = users(&[("alice", "secret"), ("bob", "other")]);
+    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let dst = echo_server();
     for threads in ["1", "2"] {
         let server = Server::start(&["--users", &users, "--max-per-user", "2", "--threads", threads]);
@@ -213,12 +216,12 @@ fn a_user_too_many_is_told_so_behind_the_login_and_other_users_are_not() {
         assert_eq!((first.1, second.1), (0, 0));
         for (command, dst) in [(CONNECT, dst), (BIND, ZEROS), (UDP_ASSOCIATE, ZEROS)] {
             let (mut third, rep) = alice(command, dst);
-            assert_eq!((rep, end_of(&mut third)), (2, End::Closed(vec![])), "command {command}");
+            assert_eq!((rep, stream_end(&mut third)), (2, StreamEnd::Closed(vec![])), "command {command}");
         }
         assert_eq!(ask(b"bob", b"other", CONNECT, dst).1, 0);
         ping(&mut first.0, b"not disturbed");
         drop(second);
-        eventually("a place is free", SOON, || ask(b"alice", b"secret", CONNECT, dst).1 == 0);
+        wait_until("a place is free", TIMEOUT, || ask(b"alice", b"secret", CONNECT, dst).1 == 0);
         let log = server.wait_log(|log| log.contains("rep=2"));
         assert!(log.contains("error=\"session limit of this user reached\""), "{log}");
     }
@@ -246,12 +249,12 @@ fn stampede(server: &Server, all: &[u8], answer: &[u8]) -> usize {
 
 #[test]
 fn no_stampede_gets_more_in_than_there_may_be() {
-    let (_folder, users) = users(&[("alice", "secret")]);
+    let (_folder, users) = users_file(&[("alice", "secret")]);
     let _machine = machine();
     let dst = tcp_server(V4, |mut stream| drop(stream.read(&mut [0])));
     let asked = request(CONNECT, dst);
     let by_client = [&[5, 1, 0], &asked[..]].concat();
-    let by_user = [&[5, 1, 2], &credentials(b"alice", b"secret")[..], &asked].concat();
+    let by_user = [&[5, 1, 2], &login_message(b"alice", b"secret")[..], &asked].concat();
     for threads in ["1", "2"] {
         for (limit, said, answer) in [
             (["--max-per-client", "20"], &by_client, &[5, 0, 5, 0][..]),
@@ -264,7 +267,7 @@ fn no_stampede_gets_more_in_than_there_may_be() {
             }
             let server = Server::start(&args);
             assert_eq!(stampede(&server, said, answer), 20, "{args:?}");
-            eventually("all have left", SOON, || descriptors_of_clients(&server) == 0);
+            wait_until("all have left", TIMEOUT, || descriptors_of_clients(&server) == 0);
             assert_eq!(stampede(&server, said, answer), 20, "{args:?}, once more");
         }
     }

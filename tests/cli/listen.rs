@@ -5,12 +5,12 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use crate::common::{SOON, Server, eventually, folder, run, s5, write_file};
+use crate::common::{Server, TIMEOUT, run, s5, temp_dir, wait_until, write_file};
 use crate::scripted::text;
 
 /// Fails unless `s5 serve --listen` of this says one line with these words, nothing on stdout, and exits with 1.
 fn can_not_listen(listen: &str, words: &[&str]) {
-    let output = run(s5().args(["serve", "--listen", listen]), b"", SOON);
+    let output = run(s5().args(["serve", "--listen", listen]), b"", TIMEOUT);
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{listen}: {said}");
     assert!(said.starts_with("s5: ") && said.lines().count() == 1, "{said}");
@@ -39,7 +39,7 @@ fn an_address_of_another_machine_is_named() {
 fn a_port_that_one_of_two_addresses_can_not_have_ends_the_start() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = taken.local_addr().expect("an address").to_string();
-    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--listen", &addr]), b"", SOON);
+    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--listen", &addr]), b"", TIMEOUT);
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(!said.contains("listening on"), "it says that it listens and does not: {said}");
@@ -48,7 +48,7 @@ fn a_port_that_one_of_two_addresses_can_not_have_ends_the_start() {
 
 #[test]
 fn a_unix_socket_in_use_is_named_and_left_alone() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
@@ -60,7 +60,7 @@ fn a_unix_socket_in_use_is_named_and_left_alone() {
 
 #[test]
 fn a_unix_socket_whose_owner_has_no_room_for_another_is_in_use() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("a socket");
     busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("a name");
@@ -73,12 +73,12 @@ fn a_unix_socket_whose_owner_has_no_room_for_another_is_in_use() {
 
 #[test]
 fn a_unix_socket_that_a_dead_process_left_is_replaced() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     drop(UnixListener::bind(&path).expect("a socket"));
     // A program that another test is just starting may hold it a moment longer.
-    eventually("the socket is dead", SOON, || UnixStream::connect(&path).is_err());
+    wait_until("the socket is dead", TIMEOUT, || UnixStream::connect(&path).is_err());
     assert!(is_socket(&path), "the name outlives the socket");
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     UnixStream::connect(&path).expect("the server listens there now");
@@ -92,18 +92,18 @@ fn a_unix_socket_that_a_dead_process_left_is_replaced() {
 
 #[test]
 fn a_unix_socket_goes_with_its_server() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     server.signal("TERM");
-    assert!(server.wait(SOON).success());
+    assert!(server.wait(TIMEOUT).success());
     assert!(!path.exists());
 }
 
 #[test]
 fn a_file_that_is_no_socket_is_left_alone() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = write_file(folder.path(), "precious", "data");
     can_not_listen(&format!("unix:{path}"), &[&path]);
     assert_eq!(std::fs::read_to_string(&path).expect("it is still there"), "data");
@@ -114,7 +114,7 @@ fn a_file_that_is_no_socket_is_left_alone() {
 
 #[test]
 fn a_server_says_nothing_on_stdout() {
-    let mut child = crate::scripted::Running::start(s5().args(["serve", "--listen", "127.0.0.1:0"]));
+    let mut child = crate::scripted::RunningProgram::start(s5().args(["serve", "--listen", "127.0.0.1:0"]));
     child.stderr(|said| said.contains("listening on 127.0.0.1:"));
     assert!(child.stdout(|_| true).is_empty());
     assert!(child.is_running());
@@ -122,11 +122,11 @@ fn a_server_says_nothing_on_stdout() {
 
 #[test]
 fn quiet_hides_what_is_not_wrong() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
-    let mut child = crate::scripted::Running::start(s5().args(["serve", "-q", "--listen", &listen]));
-    eventually("it listens", SOON, || UnixStream::connect(&path).is_ok());
+    let mut child = crate::scripted::RunningProgram::start(s5().args(["serve", "-q", "--listen", &listen]));
+    wait_until("it listens", TIMEOUT, || UnixStream::connect(&path).is_ok());
     assert_eq!(child.stderr(|_| true), "");
     assert!(child.is_running());
 }

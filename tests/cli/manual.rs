@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use crate::common::{folder, has, run, write_file};
+use crate::common::{is_installed, run, temp_dir, write_file};
 use crate::scripted::text;
 use crate::{is_usage_error, s5_with};
 
@@ -50,7 +50,7 @@ fn options(mode: &str) -> Vec<String> {
 
 #[test]
 fn groff_and_man_have_no_complaint_about_the_manual() {
-    if !has("man") || !has("groff") {
+    if !is_installed("man") || !is_installed("groff") {
         return;
     }
     assert!(rendered().starts_with("S5(1)"), "{}", rendered());
@@ -60,7 +60,7 @@ fn groff_and_man_have_no_complaint_about_the_manual() {
 
 #[test]
 fn the_manual_has_every_option_of_every_mode() {
-    if !has("man") {
+    if !is_installed("man") {
         return;
     }
     let manual = rendered();
@@ -81,7 +81,7 @@ fn the_manual_has_every_option_of_every_mode() {
 
 #[test]
 fn the_manual_has_every_exit_status_once_with_a_meaning() {
-    if !has("man") {
+    if !is_installed("man") {
         return;
     }
     let manual = rendered();
@@ -109,8 +109,8 @@ fn script(folder: &Path, shell: &str) -> String {
 
 #[test]
 fn completions_are_scripts_that_their_shells_can_read() {
-    let folder = folder();
-    for shell in SHELLS.into_iter().filter(|shell| has(shell)) {
+    let folder = temp_dir();
+    for shell in SHELLS.into_iter().filter(|shell| is_installed(shell)) {
         let option = if shell == "fish" { "--no-execute" } else { "-n" };
         let output = run(Command::new(shell).args([option, &script(folder.path(), shell)]), b"", A_WHILE);
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{shell}");
@@ -145,10 +145,10 @@ fn sorted<'a>(words: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 
 #[test]
 fn bash_completes_modes_and_options() {
-    if !has("bash") {
+    if !is_installed("bash") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let path = script(folder.path(), "bash");
     let code = "source \"$1\"; shift; complete -p s5 | grep -q -- '-F _s5 ' || exit 3; \
                 COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _s5 && printf '%s\\n' \"${COMPREPLY[@]}\"";
@@ -164,10 +164,10 @@ fn bash_completes_modes_and_options() {
 
 #[test]
 fn fish_completes_modes_and_options() {
-    if !has("fish") {
+    if !is_installed("fish") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let path = script(folder.path(), "fish");
     for (line, expected) in CASES {
         let code = format!("source '{path}'; complete --do-complete '{line}'");
@@ -195,10 +195,10 @@ zpty -d shell
 
 #[test]
 fn zsh_completes_modes_and_options() {
-    if !has("zsh") {
+    if !is_installed("zsh") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let path = script(folder.path(), "zsh");
     let rc = format!(
         "autoload -U compinit; compinit -D -u; source '{path}'\n\

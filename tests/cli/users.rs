@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use crate::common::{Server, echo_server, eventually, folder, has, run, s5, write_file};
+use crate::common::{Server, echo_server, is_installed, run, s5, temp_dir, wait_until, write_file};
 use crate::is_usage_error;
-use crate::scripted::{Running, text};
+use crate::scripted::{RunningProgram, text};
 
 /// What is not optimised takes its time to hash.
 const A_WHILE: Duration = Duration::from_secs(60);
@@ -55,7 +55,7 @@ fn login(users: &str, userinfo: &str) -> Option<i32> {
 
 #[test]
 fn a_bad_line_is_named_with_file_line_and_word() {
-    let folder = folder();
+    let folder = temp_dir();
     let long = "n".repeat(256);
     let table = [
         ("alice", "line 1", "alice"),
@@ -79,7 +79,7 @@ fn a_bad_line_is_named_with_file_line_and_word() {
 
 #[test]
 fn a_users_file_that_can_not_be_read_is_named() {
-    let folder = folder();
+    let folder = temp_dir();
     let missing = format!("{}/missing", folder.path().display());
     is_usage_error(&["serve", "--users", &missing], &[&missing, "No such file"]);
     let path = folder.path().to_str().expect("text").to_owned();
@@ -92,7 +92,7 @@ fn a_users_file_that_can_not_be_read_is_named() {
 
 #[test]
 fn a_password_in_a_users_file_is_not_repeated() {
-    let folder = folder();
+    let folder = temp_dir();
     for content in [
         "alice:topsecret",
         "alice:$topsecret",
@@ -110,7 +110,7 @@ fn a_password_in_a_users_file_is_not_repeated() {
 
 #[test]
 fn a_user_is_added_and_can_log_in() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = format!("{}/users", folder.path().display());
     succeeds(&add(&users, "alice", b"topsecret\n"));
     let content = read(&users);
@@ -123,7 +123,7 @@ fn a_user_is_added_and_can_log_in() {
 
 #[test]
 fn the_first_line_of_stdin_is_the_password_without_its_end() {
-    let folder = folder();
+    let folder = temp_dir();
     for (stdin, passwd) in [(&b" pass word\r\nmore\n"[..], " pass word"), (b"no end", "no end")] {
         let users = format!("{}/users", folder.path().display());
         succeeds(&add(&users, "alice", stdin));
@@ -134,7 +134,7 @@ fn the_first_line_of_stdin_is_the_password_without_its_end() {
 
 #[test]
 fn a_password_that_can_not_be_used_changes_nothing() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", "# mine\n");
     fails(&add(&users, "alice", b""), &["--add-user", "empty"]);
     fails(&add(&users, "alice", b"\n"), &["--add-user", "empty"]);
@@ -148,7 +148,7 @@ fn a_password_that_can_not_be_used_changes_nothing() {
 
 #[test]
 fn a_name_that_can_not_be_used_changes_nothing() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", "# mine\n");
     for name in ["", "a:b", "a\nb", " a", "#a", &"n".repeat(256)] {
         fails(&add(&users, name, b"topsecret\n"), &["--add-user", "user name"]);
@@ -158,7 +158,7 @@ fn a_name_that_can_not_be_used_changes_nothing() {
 
 #[test]
 fn other_lines_stay_as_they_are_octet_for_octet() {
-    let folder = folder();
+    let folder = temp_dir();
     let before = format!("# one\r\n\n  bob:{BCRYPT}  \nalice:{BCRYPT}\n\t# two: alice:x\nalicia:{BCRYPT}\n#end");
     let users = write_file(folder.path(), "users", &before);
     succeeds(&add(&users, "alice", b"topsecret\n"));
@@ -184,7 +184,7 @@ fn other_lines_stay_as_they_are_octet_for_octet() {
 
 #[test]
 fn a_user_who_is_not_there_can_not_be_removed() {
-    let folder = folder();
+    let folder = temp_dir();
     let before = format!("# alice\nalicia:{BCRYPT}\n");
     let users = write_file(folder.path(), "users", &before);
     fails(&remove(&users, "alice"), &[&users, "alice"]);
@@ -196,7 +196,7 @@ fn a_user_who_is_not_there_can_not_be_removed() {
 
 #[test]
 fn only_the_owner_can_read_what_is_written() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", &format!("bob:{BCRYPT}\n"));
     for act in [add, |users: &str, name: &str, _: &[u8]| remove(users, name)] {
         fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("it can be set");
@@ -210,8 +210,8 @@ fn only_the_owner_can_read_what_is_written() {
 
 #[test]
 fn a_link_stays_a_link() {
-    let folder = folder();
-    let elsewhere = crate::common::folder();
+    let folder = temp_dir();
+    let elsewhere = crate::common::temp_dir();
     let real = write_file(elsewhere.path(), "real", "# mine\n");
     let link = folder.path().join("users");
     symlink(&real, &link).expect("a link");
@@ -226,7 +226,7 @@ fn a_link_stays_a_link() {
 
 #[test]
 fn a_bad_file_is_not_touched() {
-    let folder = folder();
+    let folder = temp_dir();
     let before = format!("bob:{BCRYPT}\nnonsense\n");
     let users = write_file(folder.path(), "users", &before);
     fails(&add(&users, "alice", b"topsecret\n"), &[&users, "line 2", "nonsense"]);
@@ -241,10 +241,10 @@ fn a_folder_that_can_not_be_written_is_named() {
 
 #[test]
 fn what_htpasswd_wrote_stays_and_works() {
-    if !has("htpasswd") {
+    if !is_installed("htpasswd") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = format!("{}/users", folder.path().display());
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let mut htpasswd = Command::new("htpasswd");
@@ -271,16 +271,16 @@ fn upkeep_needs_a_file_and_one_thing_at_a_time() {
 }
 
 /// `--add-user alice` on a terminal of its own. What the terminal shows comes to stdout.
-fn on_a_terminal(folder: &Path, users: &str) -> Running {
+fn on_a_terminal(folder: &Path, users: &str) -> RunningProgram {
     let command = format!("tty > tty; exec '{}' serve --users '{users}' --add-user alice", env!("CARGO_BIN_EXE_s5"));
-    Running::start(Command::new("script").current_dir(folder).args(["-q", "-e", "-c", &command, "/dev/null"]))
+    RunningProgram::start(Command::new("script").current_dir(folder).args(["-q", "-e", "-c", &command, "/dev/null"]))
 }
 
 /// Waits for a prompt, and types an answer as soon as the terminal would not show it.
-fn type_at(terminal: &mut Running, folder: &Path, prompt: &str, answer: &[u8]) {
+fn type_at(terminal: &mut RunningProgram, folder: &Path, prompt: &str, answer: &[u8]) {
     terminal.stdout(|shown| text(shown).ends_with(prompt));
     let tty = read(folder.join("tty").to_str().expect("text"));
-    eventually("the terminal does not echo", A_WHILE, || {
+    wait_until("the terminal does not echo", A_WHILE, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
     });
@@ -289,10 +289,10 @@ fn type_at(terminal: &mut Running, folder: &Path, prompt: &str, answer: &[u8]) {
 
 #[test]
 fn a_terminal_is_asked_twice_and_shows_nothing() {
-    if !has("script") {
+    if !is_installed("script") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = format!("{}/users", folder.path().display());
     let mut terminal = on_a_terminal(folder.path(), &users);
     type_at(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
@@ -306,10 +306,10 @@ fn a_terminal_is_asked_twice_and_shows_nothing() {
 
 #[test]
 fn two_passwords_that_differ_change_nothing() {
-    if !has("script") {
+    if !is_installed("script") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", "# mine\n");
     let mut terminal = on_a_terminal(folder.path(), &users);
     type_at(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");

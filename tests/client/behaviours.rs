@@ -13,7 +13,7 @@ use std::thread;
 use s5::cmd::ExitStatus;
 
 use crate::behaviour_table::{Behaviour, Ends, WAIT, behaviours};
-use crate::common::{SOON, Server, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
 use crate::scripted::{reset, text};
 
 /// `s5 connect` as the row wants it.
@@ -30,7 +30,7 @@ fn client(row: &Behaviour, host: &str, port: u16) -> Command {
 
 fn check(row: &Behaviour) {
     let name = row.name;
-    let outcome = row.play(SOON, client);
+    let outcome = row.play(TIMEOUT, client);
     assert_eq!(outcome.status, Some(row.status), "{name}: {}", outcome.stderr);
     if row.status == 2 {
         assert!(outcome.stderr.contains(&row.said), "{name}: {}", outcome.stderr);
@@ -76,7 +76,7 @@ fn no_two_behaviours_have_one_name() {
 fn shell(script: &str) -> (i32, String) {
     let mut command = Command::new("sh");
     command.args(["-c", script]).env("S5", env!("CARGO_BIN_EXE_s5"));
-    let output = run(&mut command, b"", SOON);
+    let output = run(&mut command, b"", TIMEOUT);
     (output.status.code().expect("it exits"), text(&output.stderr))
 }
 
@@ -147,7 +147,7 @@ fn every_status_of_the_table_comes_about() {
         return;
     }
     let mut seen: BTreeSet<u8> = behaviours().iter().filter_map(|row| u8::try_from(row.status).ok()).collect();
-    let folder = crate::common::folder();
+    let folder = crate::common::temp_dir();
     seen.extend(others(folder.path()).iter().map(|(status, ..)| status));
     // Names, of which this namespace knows none.
     for (status, args) in [(5, "connect -x proxy.test a.test:80"), (6, "connect --direct a.test:80")] {

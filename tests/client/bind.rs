@@ -3,8 +3,10 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
-use crate::common::{SOON, Server, run, s5};
-use crate::scripted::{Running, SUCCESS, Scripted, Step, answer, say, success, text, then};
+use crate::common::{Server, TIMEOUT, run, s5};
+use crate::scripted::{
+    RunningProgram, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, success_reply, text, with_stream,
+};
 
 /// Connects from an address of one's own choice.
 fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
@@ -14,20 +16,20 @@ fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
     socket.bind(&from.into()).expect("an address of this machine");
     socket.connect(&to.into()).expect("somebody listens");
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(SOON)).expect("it can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     stream
 }
 
 /// Starts `s5 bind` and waits until it says where.
-fn bound(args: &[&str]) -> (Running, SocketAddr) {
-    let client = Running::start(s5().arg("bind").args(args));
+fn bound(args: &[&str]) -> (RunningProgram, SocketAddr) {
+    let client = RunningProgram::start(s5().arg("bind").args(args));
     let said = client.stderr(|said| said.lines().any(|line| line.starts_with("bound ")) && said.ends_with('\n'));
     let line = said.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line");
     (client, line.parse().expect("an address"))
 }
 
 /// Talks both ways over a connection that `s5 bind` has accepted, to the end of both.
-fn converse(mut client: Running, mut peer: TcpStream) {
+fn converse(mut client: RunningProgram, mut peer: TcpStream) {
     let from = peer.local_addr().expect("an address");
     let said = client.stderr(|said| said.contains("accepted ") && said.ends_with('\n'));
     assert_eq!(said.lines().filter(|line| *line == format!("accepted {from}")).count(), 1, "{said}");
@@ -38,7 +40,7 @@ fn converse(mut client: Running, mut peer: TcpStream) {
     assert_eq!(text(&heard), "from the client");
     peer.write_all(b"from the peer").expect("it is sent");
     drop(peer);
-    let (status, stdout, stderr) = client.end(SOON);
+    let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), text(&stdout)), (Some(0), "from the peer".into()), "{stderr}");
 }
 
@@ -69,7 +71,7 @@ fn stderr_has_two_lines_and_stdout_only_data() {
     let peer = TcpStream::connect(at).expect("it listens");
     let from = peer.local_addr().expect("an address");
     drop(peer);
-    let (status, stdout, stderr) = client.end(SOON);
+    let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len()), (Some(0), 0), "{stderr}");
     assert_eq!(stderr, format!("bound {at}\naccepted {from}\n"));
 }
@@ -90,7 +92,7 @@ fn a_stranger_is_turned_away_and_the_wait_goes_on() {
 fn a_wait_that_the_server_ends_has_the_status_of_its_rep() {
     let server = Server::start(&["--bind-timeout", "200ms"]);
     let proxy = server.addr().to_string();
-    let output = run(s5().args(["bind", "-x", &proxy]), b"", SOON);
+    let output = run(s5().args(["bind", "-x", &proxy]), b"", TIMEOUT);
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(106), 0), "{said}");
     let line = format!("s5: proxy {proxy}: waiting for the peer: TTL expired (REP 6)");
@@ -101,7 +103,7 @@ fn a_wait_that_the_server_ends_has_the_status_of_its_rep() {
 fn the_wait_bounds_the_wait_for_the_peer() {
     let server = Server::start(&[]);
     let (mut client, _) = bound(&["-w", "500ms", "-x", &server.addr().to_string(), "192.0.2.1"]);
-    let (status, _, said) = client.end(SOON);
+    let (status, _, said) = client.end(TIMEOUT);
     let reason = "waiting for the peer, for 192.0.2.1:0: timed out after 500ms";
     assert_eq!(status.code(), Some(28), "{said}");
     assert_eq!(said.lines().last(), Some(&*format!("s5: proxy {}: {reason}", server.addr())));
@@ -112,17 +114,17 @@ fn the_second_reply_can_fail_in_every_way() {
     let closed = "the proxy closed the connection";
     let table: [(Vec<Step>, i32, &str); 7] = [
         (vec![], 97, closed),
-        (vec![say(&SUCCESS[..6])], 97, closed),
+        (vec![send(&SUCCESS_REPLY[..6])], 97, closed),
         (vec![Step::Reset], 97, "Connection reset by peer (os error 104)"),
-        (vec![say(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0])], 102, "not allowed by ruleset (REP 2)"),
-        (vec![say(&[5, 6])], 106, "TTL expired (REP 6)"),
-        (vec![say(&[4, 0, 0, 1, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (it answered 0x04, SOCKS4?)"),
-        (vec![say(&[5, 0, 0, 9, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (unknown address type 9)"),
+        (vec![send(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0])], 102, "not allowed by ruleset (REP 2)"),
+        (vec![send(&[5, 6])], 106, "TTL expired (REP 6)"),
+        (vec![send(&[4, 0, 0, 1, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (it answered 0x04, SOCKS4?)"),
+        (vec![send(&[5, 0, 0, 9, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (unknown address type 9)"),
     ];
     for (second, status, reason) in table {
-        let first = success(([127, 0, 0, 1], 4321).into());
-        let proxy = Scripted::start(answer(&first).into_iter().chain(second).collect());
-        let output = run(s5().args(["bind", "-x", &proxy.url(), "192.0.2.1"]), b"", SOON);
+        let first = success_reply(([127, 0, 0, 1], 4321).into());
+        let proxy = ScriptedServer::start(reply_with(&first).into_iter().chain(second).collect());
+        let output = run(s5().args(["bind", "-x", &proxy.url(), "192.0.2.1"]), b"", TIMEOUT);
         let line = format!("s5: proxy {}: waiting for the peer, for 192.0.2.1:0: {reason}", proxy.addr);
         let lines = format!("bound 127.0.0.1:4321\n{line}\n");
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(status), lines));
@@ -132,12 +134,12 @@ fn the_second_reply_can_fail_in_every_way() {
 
 #[test]
 fn a_bound_address_of_zeros_is_the_proxys_own() {
-    let proxy = Scripted::start_at("127.0.0.7:0".parse().expect("an address"), {
-        let first = success(([0, 0, 0, 0], 4321).into());
-        let second = success(([192, 0, 2, 1], 20).into());
-        answer(&first).into_iter().chain([say(&second)]).collect()
+    let proxy = ScriptedServer::start_at("127.0.0.7:0".parse().expect("an address"), {
+        let first = success_reply(([0, 0, 0, 0], 4321).into());
+        let second = success_reply(([192, 0, 2, 1], 20).into());
+        reply_with(&first).into_iter().chain([send(&second)]).collect()
     });
-    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"", SOON);
+    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"", TIMEOUT);
     assert_eq!(text(&output.stderr), "bound 127.0.0.7:4321\naccepted 192.0.2.1:20\n");
     assert_eq!(output.status.code(), Some(0));
 }
@@ -145,12 +147,12 @@ fn a_bound_address_of_zeros_is_the_proxys_own() {
 #[test]
 fn both_replies_and_the_first_data_may_come_in_one_segment() {
     let replies = [
-        success(([127, 0, 0, 1], 4321).into()),
+        success_reply(([127, 0, 0, 1], 4321).into()),
         b"\x05\x00\x00\x03\x0bpeer.exampl\x00\x14".to_vec(),
         b"hello".to_vec(),
     ];
-    let proxy = Scripted::start(answer(&replies.concat()));
-    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"", SOON);
+    let proxy = ScriptedServer::start(reply_with(&replies.concat()));
+    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()));
     assert_eq!(text(&output.stderr), "bound 127.0.0.1:4321\naccepted peer.exampl:20\n");
 }
@@ -158,18 +160,18 @@ fn both_replies_and_the_first_data_may_come_in_one_segment() {
 #[test]
 fn nothing_of_stdin_is_sent_before_the_peer_has_come() {
     let (tell, told) = std::sync::mpsc::channel();
-    let wait = then(move |mut stream| {
+    let wait = with_stream(move |mut stream| {
         stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("it can be set");
         let _ = tell.send(stream.read(&mut [0; 1]).is_err());
-        stream.set_read_timeout(Some(SOON)).expect("it can be set");
-        let _ = stream.write_all(SUCCESS);
+        stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+        let _ = stream.write_all(SUCCESS_REPLY);
         let mut heard = Vec::new();
         let _ = stream.read_to_end(&mut heard);
         let _ = stream.write_all(&heard);
     });
-    let proxy = Scripted::start(answer(SUCCESS).into_iter().chain([wait]).collect());
-    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"for the peer", SOON);
-    assert_eq!(told.recv_timeout(SOON), Ok(true), "something was sent");
+    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([wait]).collect());
+    let output = run(s5().args(["bind", "-x", &proxy.url()]), b"for the peer", TIMEOUT);
+    assert_eq!(told.recv_timeout(TIMEOUT), Ok(true), "something was sent");
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "for the peer".into()));
 }
 

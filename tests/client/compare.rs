@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::behaviour_table::{Behaviour, Ends, Outcome, behaviours};
-use crate::common::{has, s5};
+use crate::common::{is_installed, s5};
 use crate::scripted::text;
 
 /// After how long a client counts as hanging that was told to wait for half a second, or for nothing.
@@ -155,7 +155,7 @@ fn debian(package: &str) -> String {
 #[test]
 #[ignore = "a comparison, which make compare-clients runs"]
 fn the_table_of_the_readme_is_made_anew() {
-    if !CLIENTS.iter().all(|client| has(client.program)) {
+    if !CLIENTS.iter().all(|client| is_installed(client.program)) {
         return;
     }
     let rows = behaviours();

@@ -3,20 +3,30 @@
 
 use std::process::{Command, Output};
 
-use crate::common::{SOON, Server, closed_port, echo_server, folder, in_namespace, run, s5, write_file};
-use crate::scripted::{NO_AUTH, PASSWORD, SUCCESS, Scripted, Step, WELCOME, say, text, then};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
+use crate::scripted::{
+    LOGIN_SUCCESS, SELECT_NO_AUTH, SELECT_PASSWORD, SUCCESS_REPLY, ScriptedServer, Step, send, text, with_stream,
+};
 
 use Step::{Greeting, Login, Request};
 
 const TARGET: &str = "target.example:80";
 
 /// A proxy that takes any login, and sends back what comes through it.
-pub(crate) fn welcoming() -> Scripted {
-    let echo = then(|mut stream| {
+pub(crate) fn welcoming() -> ScriptedServer {
+    let echo = with_stream(|mut stream| {
         let mut other = stream.try_clone().expect("a second handle");
         let _ = std::io::copy(&mut stream, &mut other);
     });
-    Scripted::start(vec![Greeting, say(PASSWORD), Login, say(WELCOME), Request, say(SUCCESS), echo])
+    ScriptedServer::start(vec![
+        Greeting,
+        send(SELECT_PASSWORD),
+        Login,
+        send(LOGIN_SUCCESS),
+        Request,
+        send(SUCCESS_REPLY),
+        echo,
+    ])
 }
 
 /// The octets of a login.
@@ -42,7 +52,7 @@ fn sent(userinfo: &str, options: &[&str], variables: &[(&str, &str)]) -> Vec<u8>
     let url = format!("{userinfo}{}", proxy.addr);
     let mut command = s5();
     command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
-    let output = run(&mut command, b"", SOON);
+    let output = run(&mut command, b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{userinfo} {options:?} {variables:?}: {}", text(&output.stderr));
     proxy.messages().swap_remove(1)
 }
@@ -62,9 +72,9 @@ fn every_place_that_names_a_proxy_gives_way_to_the_one_before_it() {
     let places = names.map(|name| (name, closed_port().to_string()));
     for first in 0..places.len() {
         let variables = places[first..].iter().map(|(name, place)| (name, place));
-        let output = run(s5().args(["connect", TARGET]).envs(variables.clone()), b"", SOON);
+        let output = run(s5().args(["connect", TARGET]).envs(variables.clone()), b"", TIMEOUT);
         is_failure(&output, 7, &format!("proxy {}: ", places[first].1));
-        let output = run(s5().args(["connect", "-x", &option, TARGET]).envs(variables), b"", SOON);
+        let output = run(s5().args(["connect", "-x", &option, TARGET]).envs(variables), b"", TIMEOUT);
         is_failure(&output, 7, &format!("proxy {option}: "));
     }
 }
@@ -73,7 +83,7 @@ fn every_place_that_names_a_proxy_gives_way_to_the_one_before_it() {
 fn no_proxy_is_used_where_an_option_says_so() {
     let (dead, target) = (closed_port().to_string(), echo_server().to_string());
     for option in [&["-x", ""][..], &["--proxy="], &["--direct"], &["--no-proxy"]] {
-        let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &dead), b"straight", SOON);
+        let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &dead), b"straight", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "straight".into()), "{option:?}");
     }
 }
@@ -82,10 +92,10 @@ fn no_proxy_is_used_where_an_option_says_so() {
 fn a_chain_is_a_list_or_a_repeated_option() {
     let chains = ["-x ADDR,second.example:2,third.example:3", "-x ADDR,second.example:2 -x third.example:3"];
     for chain in chains.into_iter().chain(["-x ADDR -x second.example:2 -x third.example:3"]) {
-        let hop = || [Greeting, say(NO_AUTH), Request, say(SUCCESS)];
-        let proxy = Scripted::start([hop(), hop(), hop()].into_iter().flatten().collect());
+        let hop = || [Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY)];
+        let proxy = ScriptedServer::start([hop(), hop(), hop()].into_iter().flatten().collect());
         let chain = chain.replace("ADDR", &proxy.url());
-        let output = run(s5().args(["connect", "-z", TARGET]).args(chain.split(' ')), b"", SOON);
+        let output = run(s5().args(["connect", "-z", TARGET]).args(chain.split(' ')), b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{chain}: {}", text(&output.stderr));
         let asked: Vec<String> = proxy.messages().iter().map(|message| text(message)).collect();
         for (request, host) in [(1, "second.example"), (3, "third.example"), (5, "target.example")] {
@@ -96,12 +106,12 @@ fn a_chain_is_a_list_or_a_repeated_option() {
 
 #[test]
 fn a_path_behind_localhost_is_a_unix_socket() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let _server = Server::start_with(s5().args(["serve", "--listen", &format!("unix:{}", path.display())]), 1);
     let (url, target) = (format!("socks5h://localhost{}", path.display()), echo_server().to_string());
-    let from_option = run(s5().args(["connect", "-x", &url, &target]), b"by path", SOON);
-    let from_variable = run(s5().args(["connect", &target]).env("ALL_PROXY", &url), b"by path", SOON);
+    let from_option = run(s5().args(["connect", "-x", &url, &target]), b"by path", TIMEOUT);
+    let from_variable = run(s5().args(["connect", &target]).env("ALL_PROXY", &url), b"by path", TIMEOUT);
     for output in [from_option, from_variable] {
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "by path".into()));
     }
@@ -118,7 +128,7 @@ fn exceptions_are_reached_without_the_proxy_of_the_environment() {
     let status = |host: &str, options: &[&str], variables: &[(&str, &str)]| {
         let mut command = s5();
         command.args(["connect", "-z", host, &port.to_string()]).args(options).envs(variables.iter().copied());
-        run(&mut command, b"", SOON).status.code()
+        run(&mut command, b"", TIMEOUT).status.code()
     };
     let table = [
         ("target.example", "www.target.example", true),
@@ -152,7 +162,7 @@ fn exceptions_are_reached_without_the_proxy_of_the_environment() {
 
 #[test]
 fn every_source_of_a_login_gives_way_to_the_one_before_it() {
-    let folder = folder();
+    let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "file:3\n");
     type Source<'a> = (&'a str, &'a str, &'a [&'a str], &'a [(&'a str, &'a str)]);
     let sources: [Source<'_>; 9] = [
@@ -178,7 +188,7 @@ fn every_source_of_a_login_gives_way_to_the_one_before_it() {
 
 #[test]
 fn a_user_gets_that_users_password_and_no_other() {
-    let folder = folder();
+    let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "alice:hers\r\n\nbob:his\nalice:late\n");
     let options = ["--proxy-auth-file", &file];
     let variables = [
@@ -211,19 +221,19 @@ fn a_user_gets_that_users_password_and_no_other() {
     let stranger = format!("mallory@{dead}");
     for options in [&["-x", &stranger][..], &["-x", &dead, "-P", "mallory"], &["-x", &stranger, "-P", "alice"]] {
         let args = ["connect", TARGET, "--proxy-auth-file", &file];
-        let output = run(s5().args(args).args(options).envs(variables), b"", SOON);
+        let output = run(s5().args(args).args(options).envs(variables), b"", TIMEOUT);
         is_failure(&output, 67, &format!("proxy {dead}: login: there is no password for mallory; use "));
     }
 }
 
 #[test]
 fn each_proxy_of_a_chain_gets_the_password_of_its_own_user() {
-    let hop = || [Greeting, say(PASSWORD), Login, say(WELCOME), Request, say(SUCCESS)];
-    let proxy = Scripted::start([hop(), hop(), hop()].into_iter().flatten().collect());
-    let folder = folder();
+    let hop = || [Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY)];
+    let proxy = ScriptedServer::start([hop(), hop(), hop()].into_iter().flatten().collect());
+    let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "alice:hers\nbob:his\n");
     let chain = format!("bob@{},carol:own@second.example,third.example", proxy.addr);
-    let output = run(s5().args(["connect", "-z", "-x", &chain, "--proxy-auth-file", &file, TARGET]), b"", SOON);
+    let output = run(s5().args(["connect", "-z", "-x", &chain, "--proxy-auth-file", &file, TARGET]), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let messages = proxy.messages();
     let logins = [login("bob", b"his"), login("carol", b"own"), login("alice", b"hers")];
@@ -232,7 +242,7 @@ fn each_proxy_of_a_chain_gets_the_password_of_its_own_user() {
 
 #[test]
 fn a_password_is_raw_everywhere_but_in_a_url() {
-    let folder = folder();
+    let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "alice:p:a@b%41, /\n");
     let pair = "alice:p:a@b%41, /";
     let expected = login("alice", b"p:a@b%41, /");
@@ -250,7 +260,7 @@ fn a_password_is_raw_everywhere_but_in_a_url() {
 
 #[test]
 fn a_descriptor_gives_its_first_line_and_stdin_the_rest_to_the_target() {
-    let folder = folder();
+    let folder = temp_dir();
     let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();
     let with_login = [b"alice:se:cret\r\n", payload.as_slice()].concat();
     let file = folder.path().join("both");
@@ -268,7 +278,7 @@ fn a_descriptor_gives_its_first_line_and_stdin_the_rest_to_the_target() {
     for (name, redirection, stdin) in table {
         let proxy = welcoming();
         let script = format!("exec \"$S5\" connect -x {} --proxy-auth-file {name} {TARGET} {redirection}", proxy.addr);
-        let output = run(as_s5("sh").current_dir(folder.path()).args(["-c", &script]), stdin, SOON);
+        let output = run(as_s5("sh").current_dir(folder.path()).args(["-c", &script]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{script}: {}", text(&output.stderr));
         assert_eq!(proxy.messages()[1], login("alice", b"se:cret"), "{script}");
         assert!(output.stdout == payload, "{script}: {} octets came back", output.stdout.len());
@@ -283,14 +293,14 @@ fn the_password_on_stdin_is_never_sent_to_the_target() {
     // Where there is no use for it, too.
     for options in [&["-x", &proxy][..], &["-x", &with_own], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
         let args = ["connect", "--proxy-auth-file", "-", &target];
-        let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", SOON);
+        let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{options:?}");
     }
 }
 
 #[test]
 fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
-    let folder = folder();
+    let folder = temp_dir();
     let file = |name: &str, octets: &str| write_file(folder.path(), name, octets);
     let long = format!("alice:topsecret{}\n", "x".repeat(250));
     let files = [
@@ -312,7 +322,7 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
     for mode in ["connect", "bind", "udp"] {
         for (file, what) in &files {
             let args = [mode, "-x", &dead, "--proxy-auth-file", file, TARGET];
-            is_failure(&run(s5().args(args), b"topsecret\n", SOON), 2, what);
+            is_failure(&run(s5().args(args), b"topsecret\n", TIMEOUT), 2, what);
         }
     }
     for (name, value, what) in [
@@ -321,7 +331,7 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
         ("S5_PROXY_AUTH", "alice:", "the password has 0 octets"),
         ("S5_PROXY_AUTH", &long, "the password has "),
     ] {
-        is_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", SOON), 2, what);
+        is_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", TIMEOUT), 2, what);
     }
 }
 
@@ -343,11 +353,11 @@ fn a_password_is_offered_only_where_there_is_one_and_no_login_beside_it() {
         ("", &["--auth", "password,none"], &[known], &[2, 0]),
     ];
     for (userinfo, options, variables, methods) in table {
-        let proxy = Scripted::start(vec![Greeting, say(NO_AUTH), Request, say(SUCCESS)]);
+        let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY)]);
         let url = format!("{userinfo}{}", proxy.addr);
         let mut command = s5();
         command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
-        let output = run(&mut command, b"", SOON);
+        let output = run(&mut command, b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         let greeting = [&[5, u8::try_from(methods.len()).expect("few")], methods].concat();
         assert_eq!(proxy.message(), greeting, "{userinfo} {options:?} {variables:?}");

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, closed_port, in_namespace, run, s5};
-use crate::scripted::{NO_AUTH, SUCCESS, Scripted, Step, answer, say, text};
+use crate::common::{TIMEOUT, closed_port, in_namespace, run, s5};
+use crate::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, text};
 
 use Step::{Greeting, Request, Reset};
 
@@ -12,18 +12,18 @@ const TARGET: &str = "target.example:80";
 #[test]
 fn a_drip_does_not_renew_the_wait() {
     let name = [&[5, 0, 0, 3, 255][..], &[b'x'; 255], &[0, 80]].concat();
-    let script = vec![Greeting, say(NO_AUTH), Request, Step::Drip(name.repeat(20))];
-    let proxy = Scripted::start(script);
+    let script = vec![Greeting, send(SELECT_NO_AUTH), Request, Step::SendByteByByte(name.repeat(20))];
+    let proxy = ScriptedServer::start(script);
     let began = Instant::now();
-    let output = run(s5().args(["bind", "-w", "200ms", "-x", &proxy.url()]), b"", SOON);
+    let output = run(s5().args(["bind", "-w", "200ms", "-x", &proxy.url()]), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(28), "{}", text(&output.stderr));
     assert!(began.elapsed() >= Duration::from_millis(200));
 }
 
 #[test]
 fn a_proxy_that_resets_at_once_is_a_failure_of_the_proxy() {
-    let proxy = Scripted::start(vec![Reset]);
-    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", SOON);
+    let proxy = ScriptedServer::start(vec![Reset]);
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", TIMEOUT);
     // Whether the reset meets connect(2) or what follows is a matter of microseconds.
     assert!(matches!(output.status.code(), Some(7 | 97)), "{:?}", output.status);
     assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
@@ -33,7 +33,7 @@ fn a_proxy_that_resets_at_once_is_a_failure_of_the_proxy() {
 fn a_proxy_that_is_down_is_told_from_a_target_that_is() {
     let proxy = closed_port().to_string();
     for mode in [&["connect", TARGET][..], &["bind", TARGET], &["udp", TARGET]] {
-        let output = run(s5().args(mode).args(["-x", &proxy]), b"", SOON);
+        let output = run(s5().args(mode).args(["-x", &proxy]), b"", TIMEOUT);
         let reason = "connection refused (is the proxy running?)";
         let line = format!("s5: proxy {proxy}: connecting to the proxy, for {TARGET}: {reason}\n");
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(7), line));
@@ -42,7 +42,7 @@ fn a_proxy_that_is_down_is_told_from_a_target_that_is() {
 
 #[test]
 fn a_unix_socket_that_is_not_there_is_a_proxy_that_is_down() {
-    let output = run(s5().args(["connect", "-x", "unix:/nonexistent/s5.sock", TARGET]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", "unix:/nonexistent/s5.sock", TARGET]), b"", TIMEOUT);
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(7), "{said}");
     assert!(said.starts_with("s5: proxy unix:/nonexistent/s5.sock: connecting to the proxy, for"), "{said}");
@@ -58,7 +58,7 @@ fn a_proxy_whose_name_can_not_be_resolved_has_its_own_status() {
         return;
     }
     for (name, reason) in [("proxy.example", "temporary failure in name resolution"), ("a..b", "name not found")] {
-        let output = run(s5().args(["connect", "-x", name, TARGET]), b"", SOON);
+        let output = run(s5().args(["connect", "-x", name, TARGET]), b"", TIMEOUT);
         let line = format!("s5: proxy {name}:1080: resolving the proxy's name, for {TARGET}: {reason}\n");
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(5), line));
     }
@@ -67,16 +67,17 @@ fn a_proxy_whose_name_can_not_be_resolved_has_its_own_status() {
 #[test]
 fn a_failure_at_the_second_hop_names_the_second_hop() {
     let dead = closed_port();
-    let first = Scripted::start(answer(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
+    let first = ScriptedServer::start(reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
     let chain = format!("{},{dead}", first.addr);
-    let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", TIMEOUT);
     let line = format!("s5: proxy {}: request, for {dead}: connection refused (REP 5)\n", first.addr);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(7), line));
 
     // A first hop that leads to something else than a proxy.
-    let first = Scripted::start(answer(SUCCESS).into_iter().chain([Greeting, say(b"HTTP/1.1 400")]).collect());
+    let first =
+        ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([Greeting, send(b"HTTP/1.1 400")]).collect());
     let chain = format!("{},second.example:99", first.addr);
-    let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", TIMEOUT);
     let reason = "not a SOCKS5 server (it answered 0x48 'H', HTTP?)";
     let line = format!("s5: proxy second.example:99: greeting, for {TARGET}: {reason}\n");
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(97), line));
@@ -87,8 +88,8 @@ fn what_a_proxy_says_can_not_drive_the_terminal() {
     // The peer's name in the second reply to BIND comes from outside as well as anything.
     let hostile = b"\x1b[2Jowned";
     let name = [&[5, 0, 0, 3, 9][..], hostile, &[0, 80]].concat();
-    let proxy = Scripted::start(answer(SUCCESS).into_iter().chain([say(&name)]).collect());
-    let output = run(s5().args(["bind", "-v", "-x", &proxy.url()]), b"", SOON);
+    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([send(&name)]).collect());
+    let output = run(s5().args(["bind", "-v", "-x", &proxy.url()]), b"", TIMEOUT);
     assert!(!output.stderr.contains(&0x1b), "{:?}", text(&output.stderr));
     assert!(text(&output.stderr).ends_with("accepted 0.0.0.0:0\n"), "{:?}", text(&output.stderr));
 }
@@ -97,12 +98,12 @@ fn what_a_proxy_says_can_not_drive_the_terminal() {
 fn every_mode_fails_alike() {
     for mode in [&["connect", TARGET][..], &["bind", TARGET], &["udp", TARGET]] {
         let cases = [
-            (answer(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102, "request", "not allowed by ruleset (REP 2)"),
+            (reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102, "request", "not allowed by ruleset (REP 2)"),
             (vec![Greeting], 97, "greeting", "the proxy closed the connection"),
         ];
         for (script, status, phase, reason) in cases {
-            let proxy = Scripted::start(script);
-            let output = run(s5().args(mode).args(["-x", &proxy.url()]), b"", SOON);
+            let proxy = ScriptedServer::start(script);
+            let output = run(s5().args(mode).args(["-x", &proxy.url()]), b"", TIMEOUT);
             let line = format!("s5: proxy {}: {phase}, for {TARGET}: {reason}\n", proxy.addr);
             assert_eq!((output.status.code(), text(&output.stderr)), (Some(status), line), "{mode:?}");
             assert!(output.stdout.is_empty());

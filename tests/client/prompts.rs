@@ -6,11 +6,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{SOON, Server, closed_port, eventually, folder, has, run, s5, write_file};
+use crate::common::{Server, TIMEOUT, closed_port, is_installed, run, s5, temp_dir, wait_until, write_file};
 use crate::credentials::{as_s5, is_failure, login, welcoming};
-use crate::scripted::{PASSWORD, Running, Scripted, Step, say, text};
+use crate::scripted::{RunningProgram, SELECT_PASSWORD, ScriptedServer, Step, send, text};
 
-use Step::{Greeting, Login, Silence};
+use Step::{Greeting, Login, WaitForClose};
 
 const TARGET: &str = "target.example:80";
 
@@ -34,9 +34,9 @@ fn where_nobody_can_be_asked_a_user_without_a_password_fails_at_once() {
     for mode in ["connect", "bind", "udp"] {
         for options in [&["-x", &url][..], &["-x", &dead, "-P", "alice"]] {
             let args = [&[mode][..], options, &[TARGET]].concat();
-            is_not_asked(&run(s5().args(&args).env("CI", "true"), b"", SOON), &dead);
-            if has("setsid") {
-                is_not_asked(&run(&mut without_a_terminal(&args), b"", SOON), &dead);
+            is_not_asked(&run(s5().args(&args).env("CI", "true"), b"", TIMEOUT), &dead);
+            if is_installed("setsid") {
+                is_not_asked(&run(&mut without_a_terminal(&args), b"", TIMEOUT), &dead);
             }
         }
     }
@@ -56,16 +56,16 @@ fn executable(folder: &Path, name: &str, script: &str) -> String {
 
 #[test]
 fn a_program_is_asked_where_ssh_would_ask_it() {
-    if !has("setsid") {
+    if !is_installed("setsid") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let program = askpass(folder.path());
     let asked = folder.path().join("asked");
     let start = |proxy: &str, variables: &[(&str, &str)]| {
         let mut command = without_a_terminal(&["connect", "-P", "alice", "-x", proxy, TARGET]);
         command.env("SSH_ASKPASS", &program).env("ASKED", &asked).envs(variables.iter().copied());
-        run(&mut command, b"payload", SOON)
+        run(&mut command, b"payload", TIMEOUT)
     };
     let yes: [&[(&str, &str)]; 5] = [
         &[("SSH_ASKPASS_REQUIRE", "force")],
@@ -99,13 +99,13 @@ fn a_program_is_asked_where_ssh_would_ask_it() {
 
 #[test]
 fn a_program_that_does_not_answer_is_a_login_that_was_not_given() {
-    let folder = folder();
+    let folder = temp_dir();
     let fails = executable(folder.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
     let dead = closed_port().to_string();
     for program in [&fails, "/nonexistent/askpass"] {
         let mut command = s5();
         command.args(["connect", "-P", "alice", "-x", &dead, TARGET]);
-        let output = run(command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force"), b"", SOON);
+        let output = run(command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force"), b"", TIMEOUT);
         is_failure(&output, 67, &format!("proxy {dead}: login: {program}: "));
     }
 }
@@ -119,10 +119,10 @@ fn on_a_terminal(folder: &Path, command: &str) -> Command {
 }
 
 /// Waits until a password is asked for, and types one as soon as the terminal would not show it.
-fn type_password(terminal: &mut Running, folder: &Path, passwd: &str) {
+fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
     terminal.stdout(|shown| text(shown).contains("Password of alice at "));
     let tty = fs::read_to_string(folder.join("tty")).expect("a file");
-    eventually("the terminal does not echo", SOON, || {
+    wait_until("the terminal does not echo", TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
     });
@@ -131,7 +131,7 @@ fn type_password(terminal: &mut Running, folder: &Path, passwd: &str) {
 
 #[test]
 fn a_terminal_is_asked_and_shows_nothing_of_the_answer() {
-    if !has("script") {
+    if !is_installed("script") {
         return;
     }
     // Nothing reads stdin in the first, and it is a pipe in the second.
@@ -139,11 +139,11 @@ fn a_terminal_is_asked_and_shows_nothing_of_the_answer() {
         ("\"$S5\" connect -z -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", ""),
         ("printf payload | \"$S5\" connect -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", "payload"),
     ] {
-        let (folder, proxy) = (folder(), welcoming());
+        let (folder, proxy) = (temp_dir(), welcoming());
         let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
-        let mut terminal = Running::start(&mut on_a_terminal(folder.path(), &command));
+        let mut terminal = RunningProgram::start(&mut on_a_terminal(folder.path(), &command));
         type_password(&mut terminal, folder.path(), "topsecret");
-        let (status, shown, _) = terminal.end(SOON);
+        let (status, shown, _) = terminal.end(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(0), "{shown}");
         assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{command}");
@@ -154,10 +154,10 @@ fn a_terminal_is_asked_and_shows_nothing_of_the_answer() {
 
 #[test]
 fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
-    if !has("script") {
+    if !is_installed("script") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let dead = closed_port().to_string();
     for (command, ci) in [
         ("exec \"$S5\" connect -P alice -x ADDR TARGET", "false"),
@@ -166,8 +166,8 @@ fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
         ("exec \"$S5\" connect -v -z -P alice -x ADDR TARGET", "true"),
     ] {
         let command = command.replace("ADDR", &dead).replace("TARGET", TARGET);
-        let mut terminal = Running::start(on_a_terminal(folder.path(), &command).env("CI", ci));
-        let (status, shown, _) = terminal.end(SOON);
+        let mut terminal = RunningProgram::start(on_a_terminal(folder.path(), &command).env("CI", ci));
+        let (status, shown, _) = terminal.end(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(67), "{shown}");
         assert!(shown.starts_with(&format!("s5: proxy {dead}: login: there is no password for alice; ")), "{shown}");
@@ -200,10 +200,10 @@ fn a_password_in_the_command_line_is_sent_but_not_seen_there() {
         "-x ADDR -vPalice:topsecret",
         "-x ADDR --proxy-user=alice:topsecret",
     ] {
-        let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, Silence]);
+        let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
         let args = format!("connect {} {TARGET}", args.replace("ADDR", &proxy.url()));
         let args: Vec<String> = args.split(' ').map(String::from).collect();
-        let client = Running::start(s5().args(&args));
+        let client = RunningProgram::start(s5().args(&args));
         proxy.message();
         is_hidden(client.pid(), &args);
         assert_eq!(proxy.message(), login("alice", b"topsecret"), "{args:?}");
@@ -212,9 +212,9 @@ fn a_password_in_the_command_line_is_sent_but_not_seen_there() {
 
 #[test]
 fn the_passwords_of_a_chain_are_not_seen_in_the_command_line() {
-    let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, Silence]);
+    let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
     let chain = format!("alice:topsecret@{},bob:othersecret@second.example", proxy.addr);
-    let client = Running::start(s5().args(["connect", "-x", &chain, TARGET]));
+    let client = RunningProgram::start(s5().args(["connect", "-x", &chain, TARGET]));
     proxy.message();
     let shown = command_line(client.pid());
     let passwords = shown[3].strip_prefix("alice:").and_then(|rest| rest.strip_suffix("@second.example"));
@@ -225,7 +225,7 @@ fn the_passwords_of_a_chain_are_not_seen_in_the_command_line() {
 
 #[test]
 fn the_passwords_of_a_server_are_not_seen_in_its_command_line() {
-    let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, Silence]);
+    let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
     let via = format!("alice:topsecret@{}", proxy.addr);
     let server = Server::start(&["--via", &via]);
     is_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
@@ -242,7 +242,7 @@ fn a_password_in_the_option_of_the_user_is_warned_of_once() {
         let proxy = welcoming();
         let mut command = s5();
         command.args(["connect", "-z", "-x", &proxy.url(), TARGET]).args(options).env("S5_PROXY_AUTH", "alice:known");
-        let output = run(&mut command, b"", SOON);
+        let output = run(&mut command, b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         text(&output.stderr)
     };

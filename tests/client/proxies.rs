@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::thread;
 
-use crate::common::{SOON, Server, closed_port, echo_server, folder, in_namespace, run, s5};
-use crate::scripted::{SUCCESS, Scripted, answer, say, text};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir};
+use crate::scripted::{SUCCESS_REPLY, ScriptedServer, reply_with, send, text};
 
 const TARGET: &str = "target.example:80";
 
@@ -16,7 +16,7 @@ fn tried(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>, Stri
     if let Some(option) = option {
         command.args(["-x", option]);
     }
-    let output = run(&mut command, b"", SOON);
+    let output = run(&mut command, b"", TIMEOUT);
     (output.status.code(), text(&output.stderr))
 }
 
@@ -43,7 +43,7 @@ fn without_any_word_the_proxy_is_on_port_1080_here() {
     }
     let at = SocketAddr::from(([127, 0, 0, 1], 1080));
     for option in [None, Some("127.0.0.1"), Some("socks5h://127.0.0.1/"), Some("localhost")] {
-        let proxy = Scripted::start_at(at, answer(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
+        let proxy = ScriptedServer::start_at(at, reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
         assert_eq!(tried(option, &[]).0, Some(102));
         assert_eq!(proxy.messages().len(), 2);
     }
@@ -52,7 +52,7 @@ fn without_any_word_the_proxy_is_on_port_1080_here() {
 #[test]
 fn the_environment_may_have_a_chain() {
     let second = closed_port();
-    let first = Scripted::start(answer(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
+    let first = ScriptedServer::start(reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
     let chain = format!("socks5h://{}, socks5://u:p@{second}", first.addr);
     let (status, said) = tried(None, &[("ALL_PROXY", &chain)]);
     assert_eq!(status, Some(7), "{said}");
@@ -121,7 +121,7 @@ fn no_complaint_about_a_proxy_repeats_a_password() {
 fn an_ipv6_proxy_is_reached_with_and_without_a_scheme() {
     for scheme in ["", "socks5://", "socks5h://"] {
         let at = "[::1]:0".parse().expect("an address");
-        let proxy = Scripted::start_at(at, answer(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
+        let proxy = ScriptedServer::start_at(at, reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
         assert_eq!(tried(Some(&format!("{scheme}{}", proxy.addr)), &[]).0, Some(102));
     }
 }
@@ -132,28 +132,28 @@ fn all_addresses_of_the_proxy_are_tried() {
     if !in_namespace("proxies::all_addresses_of_the_proxy_are_tried", hosts, "") {
         return;
     }
-    let proxy = Scripted::start(answer(SUCCESS).into_iter().chain([say(b"hello")]).collect());
+    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([send(b"hello")]).collect());
     let url = format!("proxy.example:{}", proxy.addr.port());
-    let output = run(s5().args(["connect", "-x", &url, TARGET]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", &url, TARGET]), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
 }
 
 #[test]
 fn a_proxy_may_be_on_a_unix_socket() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let _server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     let target = echo_server().to_string();
     for url in [listen.clone(), format!("socks5h://{listen}")] {
-        let output = run(s5().args(["connect", "-x", &url, &target]), b"by path", SOON);
+        let output = run(s5().args(["connect", "-x", &url, &target]), b"by path", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "by path".into()));
     }
 }
 
 #[test]
 fn a_unix_socket_takes_a_login_too_and_its_failures_name_it() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("proxy.sock");
     let listener = UnixListener::bind(&path).expect("a socket");
     thread::spawn(move || {
@@ -172,12 +172,12 @@ fn a_unix_socket_takes_a_login_too_and_its_failures_name_it() {
 
 #[test]
 fn a_unix_socket_leads_on_to_other_proxies() {
-    let folder = folder();
+    let folder = temp_dir();
     let listen = format!("unix:{}", folder.path().join("s5.sock").display());
     let _first = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     let second = Server::start(&[]);
     let chain = format!("{listen},{}", second.addr());
-    let output = run(s5().args(["connect", "-x", &chain, &echo_server().to_string()]), b"on and on", SOON);
+    let output = run(s5().args(["connect", "-x", &chain, &echo_server().to_string()]), b"on and on", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "on and on".into()));
     let backwards = format!("{},{listen}", second.addr());
     let (status, said) = tried(Some(&backwards), &[]);
@@ -186,7 +186,7 @@ fn a_unix_socket_leads_on_to_other_proxies() {
 
 #[test]
 fn three_servers_are_walked_in_order_each_with_its_own_login() {
-    let folder = folder();
+    let folder = temp_dir();
     let server = |name: &str, passwd: &str| {
         // The cheapest cost there is: this is not about the hash.
         let hash = bcrypt::hash(passwd, 4).expect("a hash");
@@ -197,7 +197,7 @@ fn three_servers_are_walked_in_order_each_with_its_own_login() {
     let chain =
         format!("one:first@{},two:second@{},three:third@{}", servers[0].addr(), servers[1].addr(), servers[2].addr());
     let target = echo_server().to_string();
-    let output = run(s5().args(["connect", "-x", &chain, &target]), b"far away", SOON);
+    let output = run(s5().args(["connect", "-x", &chain, &target]), b"far away", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "far away".into()), "{}", text(&output.stderr));
     let next = [servers[1].addr().to_string(), servers[2].addr().to_string(), target];
     for ((server, user), next) in servers.iter().zip(["one", "two", "three"]).zip(next) {

@@ -9,8 +9,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{SOON, Server, echo_server, eventually, run, s5, tcp_server};
-use crate::scripted::{Running, Scripted, reset, text, tunnel};
+use crate::common::{Server, TIMEOUT, echo_server, run, s5, tcp_server, wait_until};
+use crate::scripted::{RunningProgram, ScriptedServer, open_tunnel, reset, text};
 
 const TARGET: &str = "target.example:80";
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -36,7 +36,7 @@ fn every_octet_value_passes_both_ways() {
     let server = Server::start(&[]);
     let octets: Vec<u8> = (0..=255).cycle().take(3 * 256 + 7).collect();
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
-    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, SOON);
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, TIMEOUT);
     assert_eq!((output.status.code(), output.stdout), (Some(0), octets));
 }
 
@@ -52,21 +52,21 @@ fn sixty_four_mebibytes_pass_both_ways_at_once() {
 
 #[test]
 fn the_end_of_stdin_is_passed_on_and_a_late_answer_still_arrives() {
-    let proxy = Scripted::start(tunnel(|mut stream| {
+    let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
         let mut question = Vec::new();
         stream.read_to_end(&mut question).expect("the end of stdin comes");
         // Later than any short wait for stragglers would last.
         thread::sleep(Duration::from_millis(700));
         let _ = stream.write_all(&question);
     }));
-    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"question", SOON);
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"question", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "question".into()));
 }
 
 #[test]
 fn it_ends_soon_when_the_server_closes_although_stdin_is_open() {
-    let proxy = Scripted::start(tunnel(|mut stream| drop(stream.write_all(b"bye"))));
-    let mut client = Running::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
+    let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.write_all(b"bye"))));
+    let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|octets| octets == b"bye");
     let (status, stdout, stderr) = client.end(Duration::from_secs(2));
     assert_eq!((status.code(), text(&stdout), stderr.as_str()), (Some(0), "bye".into(), ""));
@@ -76,13 +76,13 @@ fn it_ends_soon_when_the_server_closes_although_stdin_is_open() {
 fn data_is_passed_on_at_once_both_ways_while_both_are_open() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
-    let mut client = Running::start(s5().args(["connect", "-x", &proxy, &target]));
+    let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy, &target]));
     for round in 1..=20 {
         client.write(b"ping\n");
         client.stdout(|octets| octets.len() == 5 * round);
     }
     client.close_stdin();
-    let (status, ..) = client.end(SOON);
+    let (status, ..) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(0));
 }
 
@@ -100,7 +100,7 @@ fn a_server_that_half_closes_at_once_still_gets_all() {
     let (proxy, target) = (server.addr().to_string(), target.to_string());
     let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, A_WHILE);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    let (all, ended) = told.recv_timeout(SOON).expect("the target is done");
+    let (all, ended) = told.recv_timeout(TIMEOUT).expect("the target is done");
     assert!(ended, "cut by a reset");
     assert!(all == octets, "{} of {} octets arrived", all.len(), octets.len());
 }
@@ -109,7 +109,7 @@ fn a_server_that_half_closes_at_once_still_gets_all() {
 fn a_large_answer_arrives_whole_behind_the_end_of_stdin() {
     let octets = noise(8 << 20);
     let answer = octets.clone();
-    let proxy = Scripted::start(tunnel(move |mut stream| {
+    let proxy = ScriptedServer::start(open_tunnel(move |mut stream| {
         stream.read_to_end(&mut Vec::new()).expect("the end of stdin comes");
         let _ = stream.write_all(&answer);
     }));
@@ -121,15 +121,15 @@ fn a_large_answer_arrives_whole_behind_the_end_of_stdin() {
 #[test]
 fn a_reset_in_the_middle_is_a_failure() {
     let (tell, told) = channel();
-    let proxy = Scripted::start(tunnel(move |mut stream| {
+    let proxy = ScriptedServer::start(open_tunnel(move |mut stream| {
         stream.write_all(b"half of").expect("it is sent");
-        told.recv_timeout(SOON).expect("the test goes on");
+        told.recv_timeout(TIMEOUT).expect("the test goes on");
         reset(stream);
     }));
-    let mut client = Running::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
+    let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|octets| octets == b"half of");
     tell.send(()).expect("the script goes on");
-    let (status, _, stderr) = client.end(SOON);
+    let (status, _, stderr) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
     let line = format!("s5: proxy {}: transfer, for {TARGET}: receiving: ", proxy.addr);
     assert!(stderr.starts_with(&line) && stderr.lines().count() == 1, "{stderr}");
@@ -142,31 +142,32 @@ fn a_reset_of_the_target_comes_through_the_server_as_a_failure() {
         stream.read_exact(&mut [0; 4]).expect("a word");
         reset(stream);
     });
-    let mut client = Running::start(s5().args(["connect", "-x", &server.addr().to_string(), &target.to_string()]));
+    let mut client =
+        RunningProgram::start(s5().args(["connect", "-x", &server.addr().to_string(), &target.to_string()]));
     client.write(b"word");
-    let (status, _, stderr) = client.end(SOON);
+    let (status, _, stderr) = client.end(TIMEOUT);
     assert!(matches!(status.code(), Some(55 | 56)), "{status:?}: {stderr}");
 }
 
 #[test]
 fn a_server_that_stops_reading_and_closes_is_not_a_success() {
     // It closes with our octets unread, which is a reset: they are lost, and that must be told.
-    let proxy = Scripted::start(tunnel(|mut stream| {
+    let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
         stream.read_exact(&mut [0; 1]).expect("the first octet");
     }));
-    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), &noise(8 << 20), SOON);
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), &noise(8 << 20), TIMEOUT);
     assert!(matches!(output.status.code(), Some(55 | 56)), "{:?}: {}", output.status, text(&output.stderr));
     assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
 }
 
 #[test]
 fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
-    let proxy = Scripted::start(tunnel(|mut stream| while stream.write_all(b"a line\n").is_ok() {}));
+    let proxy = ScriptedServer::start(open_tunnel(|mut stream| while stream.write_all(b"a line\n").is_ok() {}));
     let mut command = s5();
     command.args(["connect", "-x", &proxy.url(), TARGET]);
     // As `head -n 1` does, while stdin stays open.
-    let mut client = Running::start_until(&mut command, |octets| octets.contains(&b'\n'));
-    let (status, _, stderr) = client.end(SOON);
+    let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |octets| octets.contains(&b'\n'));
+    let (status, _, stderr) = client.end(TIMEOUT);
     let by_sigpipe = status.signal() == Some(13);
     assert!(by_sigpipe || status.code() == Some(141), "{status:?}: {stderr}");
     assert_eq!(stderr, "");
@@ -175,7 +176,7 @@ fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
 #[test]
 fn a_full_disk_is_a_failure() {
     for size in [1, 1 << 20] {
-        let proxy = Scripted::start(tunnel(move |mut stream| drop(stream.write_all(&noise(size)))));
+        let proxy = ScriptedServer::start(open_tunnel(move |mut stream| drop(stream.write_all(&noise(size)))));
         let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
         let mut command = s5();
         command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(Stdio::null()).stdout(full);
@@ -188,7 +189,7 @@ fn a_full_disk_is_a_failure() {
 
 #[test]
 fn a_stdin_that_can_not_be_read_is_a_failure() {
-    let proxy = Scripted::start(tunnel(|mut stream| drop(stream.read_to_end(&mut Vec::new()))));
+    let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.read_to_end(&mut Vec::new()))));
     let mut command = s5();
     let folder = std::fs::File::open("/").expect("a folder");
     command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(folder);
@@ -200,7 +201,7 @@ fn a_stdin_that_can_not_be_read_is_a_failure() {
 #[test]
 fn stdin_and_stdout_keep_their_flags() {
     // O_NONBLOCK would be shared with whoever else holds the descriptor.
-    let folder = crate::common::folder();
+    let folder = crate::common::temp_dir();
     let input = crate::common::write_file(folder.path(), "input", "hello");
     let (reader, writer) = std::io::pipe().expect("a pipe");
     let (mut out_reader, out_writer) = std::io::pipe().expect("a pipe");
@@ -224,7 +225,7 @@ fn stdin_and_stdout_keep_their_flags() {
     assert_eq!([flags(&reader), flags(&out_writer)], before);
     drop(writer);
     let mut status = None;
-    eventually("s5 ends", SOON, || {
+    wait_until("s5 ends", TIMEOUT, || {
         status = child.try_wait().expect("it can be waited for");
         status.is_some()
     });

@@ -5,8 +5,8 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, in_namespace, run, s5, udp_echo_server};
-use crate::scripted::{Running, Scripted, answer, success, text, then};
+use crate::common::{Server, TIMEOUT, in_namespace, run, s5, udp_echo_server};
+use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
 const TARGET: &str = "192.0.2.7:7";
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -14,7 +14,7 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// A UDP socket with a read timeout.
 fn socket(at: &str) -> UdpSocket {
     let socket = UdpSocket::bind(at).expect("a port");
-    socket.set_read_timeout(Some(SOON)).expect("it can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     socket
 }
 
@@ -34,21 +34,21 @@ fn datagram(payload: &[u8]) -> Vec<u8> {
 type End = fn(TcpStream);
 
 /// A proxy that says that its relay is at `bnd`, and keeps the control connection until the sender says or goes.
-fn associating(bnd: SocketAddr) -> (Scripted, Sender<End>) {
+fn associating(bnd: SocketAddr) -> (ScriptedServer, Sender<End>) {
     let (tell, told) = channel::<End>();
-    let hold = then(move |stream| {
+    let hold = with_stream(move |stream| {
         if let Ok(end) = told.recv() {
             end(stream);
         }
     });
-    (Scripted::start(answer(&success(bnd)).into_iter().chain([hold]).collect()), tell)
+    (ScriptedServer::start(reply_with(&success_reply(bnd)).into_iter().chain([hold]).collect()), tell)
 }
 
 /// A relay that the test plays, and a client that was told to use it.
-fn start(args: &[&str], target: &str) -> (Running, UdpSocket, Sender<End>) {
+fn start(args: &[&str], target: &str) -> (RunningProgram, UdpSocket, Sender<End>) {
     let relay = socket("127.0.0.1:0");
     let (proxy, control) = associating(relay.local_addr().expect("an address"));
-    let client = Running::start(s5().arg("udp").args(args).args(["-x", &proxy.url(), target]));
+    let client = RunningProgram::start(s5().arg("udp").args(args).args(["-x", &proxy.url(), target]));
     (client, relay, control)
 }
 
@@ -59,7 +59,7 @@ fn a_line_is_a_datagram_and_an_answer_is_a_line() {
     for ip in [LOOPBACK, Ipv6Addr::LOCALHOST.into()] {
         let target = udp_echo_server(ip).to_string();
         let lines = b"one\ntwo\n\nbinary \x00\xff\r\nno end";
-        let mut client = Running::start(s5().args(["udp", "-w", "10", "-x", &proxy, &target]));
+        let mut client = RunningProgram::start(s5().args(["udp", "-w", "10", "-x", &proxy, &target]));
         client.write(lines);
         client.close_stdin();
         let heard = client.stdout(|octets| octets.len() > lines.len());
@@ -119,12 +119,12 @@ fn sixty_five_thousand_octets_pass_both_ways_in_one_datagram() {
     let (proxy, target) = (server.addr().to_string(), udp_echo_server(LOOPBACK).to_string());
     let payload: Vec<u8> = (0..65_000_u32).map(|i| b'a' + u8::try_from(i % 26).expect("a letter")).collect();
     let line = [&payload[..], b"\n"].concat();
-    let mut lines = Running::start(s5().args(["udp", "-x", &proxy, &target]));
+    let mut lines = RunningProgram::start(s5().args(["udp", "-x", &proxy, &target]));
     lines.write(&line);
     assert!(lines.stdout(|octets| octets.len() >= line.len()) == line, "what came back is not what was sent");
     let target = socket("127.0.0.1:0");
     let addr = target.local_addr().expect("an address").to_string();
-    let mut raw = Running::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
+    let mut raw = RunningProgram::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
     raw.write(&payload);
     let (octets, from) = receive(&target);
     assert!(octets == payload, "{} octets came in one datagram", octets.len());
@@ -136,7 +136,7 @@ fn sixty_five_thousand_octets_pass_both_ways_in_one_datagram() {
 fn a_line_that_no_datagram_carries_is_an_error() {
     let (mut client, _relay, _control) = start(&[], TARGET);
     client.write(&[&[b'x'; 65_528][..], b"\n"].concat());
-    let (status, stdout, stderr) = client.end(SOON);
+    let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len()), (Some(55), 0), "{stderr}");
     assert!(
         stderr.contains(&format!("transfer, for {TARGET}: sending: a datagram to there carries 65507 octets at most")),
@@ -151,7 +151,7 @@ fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
     client.write(b"x\n");
     receive(&relay);
     client.close_stdin();
-    let (status, stdout, stderr) = client.end(SOON);
+    let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
     assert!(began.elapsed() >= Duration::from_millis(300), "it did not wait");
 
@@ -168,7 +168,7 @@ fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
 fn no_wait_at_all_is_a_wait_too() {
     let relay = socket("127.0.0.1:0");
     let (proxy, _control) = associating(relay.local_addr().expect("an address"));
-    let output = run(s5().args(["udp", "-w", "0", "-x", &proxy.url(), TARGET]), b"x\n", SOON);
+    let output = run(s5().args(["udp", "-w", "0", "-x", &proxy.url(), TARGET]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert_eq!(receive(&relay).0, datagram(b"x"));
 }
@@ -180,8 +180,11 @@ fn a_relay_at_zeros_is_at_the_proxys_own_address() {
         let relay = socket(at);
         let bnd = SocketAddr::new(zeros, relay.local_addr().expect("an address").port());
         let at = at.parse().expect("an address");
-        let proxy = Scripted::start_at(at, answer(&success(bnd)).into_iter().chain([then(hold)]).collect());
-        let mut client = Running::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
+        let proxy = ScriptedServer::start_at(
+            at,
+            reply_with(&success_reply(bnd)).into_iter().chain([with_stream(hold)]).collect(),
+        );
+        let mut client = RunningProgram::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
         client.write(b"found\n");
         assert_eq!(receive(&relay).0, datagram(b"found"));
     }
@@ -247,7 +250,7 @@ fn a_lost_control_connection_ends_it_with_a_failure() {
     for end in ends {
         let relay = socket("127.0.0.1:0");
         let (proxy, control) = associating(relay.local_addr().expect("an address"));
-        let mut client = Running::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
+        let mut client = RunningProgram::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
         client.write(b"x\n");
         let (_, from) = receive(&relay);
         relay.send_to(&datagram(b"answer"), from).expect("it is sent");
@@ -266,7 +269,7 @@ fn answers_get_their_turn_while_stdin_always_has_more() {
     let echo = udp_echo_server([127, 0, 0, 1].into());
     let lines: String = (0..2000).map(|n| format!("{n}\n")).collect();
     let args = ["udp", "-w", "300ms", "-x", &server.addr().to_string(), &echo.to_string()];
-    let output = run(s5().args(args), lines.as_bytes(), SOON);
+    let output = run(s5().args(args), lines.as_bytes(), TIMEOUT);
     // UDP may lose some; a client that only sent would be left with the few hundred that its socket holds.
     let answers = text(&output.stdout).lines().count();
     assert!(answers > 400, "{answers} of 2000");
@@ -278,12 +281,12 @@ fn a_closed_port_behind_the_relay_ends_nothing() {
     let target = socket("127.0.0.1:0");
     let addr = target.local_addr().expect("an address");
     drop(target);
-    let mut client = Running::start(s5().args(["udp", "-x", &server.addr().to_string(), &addr.to_string()]));
+    let mut client = RunningProgram::start(s5().args(["udp", "-x", &server.addr().to_string(), &addr.to_string()]));
     client.write(b"to nobody\nagain\n");
     // Answers to a target that comes up later still pass.
     let Ok(target) = UdpSocket::bind(addr) else { return };
     target.set_read_timeout(Some(Duration::from_millis(50))).expect("it can be set");
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     let mut buffer = [0; 64];
     let from = loop {
         client.write(b"hello\n");
@@ -302,9 +305,9 @@ fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
     let target = udp_echo_server(LOOPBACK).to_string();
     let mut command = s5();
     command.args(["udp", "-x", &server.addr().to_string(), &target]);
-    let mut client = Running::start_until(&mut command, |_| true);
-    client.write_until_it_ends(b"x\n");
-    let (status, _, stderr) = client.end(SOON);
+    let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |_| true);
+    client.write_until_exit(b"x\n");
+    let (status, _, stderr) = client.end(TIMEOUT);
     assert!(status.signal() == Some(13) || status.code() == Some(141), "{status:?}: {stderr}");
     assert_eq!(stderr, "");
 }
@@ -314,7 +317,7 @@ fn three_servers_relay_for_each_other() {
     let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
     let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
     let target = udp_echo_server(LOOPBACK).to_string();
-    let mut client = Running::start(s5().args(["udp", "-w", "10", "-x", &chain.join(","), &target]));
+    let mut client = RunningProgram::start(s5().args(["udp", "-w", "10", "-x", &chain.join(","), &target]));
     client.write(b"through all\n\n");
     client.stdout(|octets| octets == b"through all\n\n");
     // 65000 octets and three headers still fit into one datagram.
@@ -337,8 +340,8 @@ fn a_relay_known_by_name_is_looked_up() {
     let relay = socket("127.0.0.1:0");
     let port = relay.local_addr().expect("an address").port();
     let reply = [&[5, 0, 0, 3, 13][..], b"relay.example", &port.to_be_bytes()].concat();
-    let proxy = Scripted::start(answer(&reply).into_iter().chain([then(hold)]).collect());
-    let mut client = Running::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
+    let proxy = ScriptedServer::start(reply_with(&reply).into_iter().chain([with_stream(hold)]).collect());
+    let mut client = RunningProgram::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
     client.write(b"found\n");
     assert_eq!(receive(&relay).0, datagram(b"found"));
 }

@@ -4,8 +4,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener};
 use std::process::Command;
 
-use crate::common::{SOON, echo_server, has, in_namespace, run, s5};
-use crate::scripted::{PASSWORD, SUCCESS, Scripted, Step, WELCOME, answer, say, success, text, then, tunnel};
+use crate::common::{TIMEOUT, echo_server, in_namespace, is_installed, run, s5};
+use crate::scripted::{
+    LOGIN_SUCCESS, SELECT_PASSWORD, SUCCESS_REPLY, ScriptedServer, Step, open_tunnel, reply_with, send, success_reply,
+    text, with_stream,
+};
 
 use Step::{Greeting, Login, Request};
 
@@ -14,13 +17,13 @@ use Step::{Greeting, Login, Request};
 fn sent(mode: &[&str], prefix: &str) -> Vec<Vec<u8>> {
     let refusal = [5, 1, 0, 1, 0, 0, 0, 0, 0, 0];
     let script = if prefix.contains('@') {
-        vec![Greeting, say(PASSWORD), Login, say(WELCOME), Request, say(&refusal)]
+        vec![Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, send(&refusal)]
     } else {
-        answer(&refusal)
+        reply_with(&refusal)
     };
-    let proxy = Scripted::start(script);
+    let proxy = ScriptedServer::start(script);
     let url = format!("{prefix}{}", proxy.url());
-    let output = run(s5().args(mode).args(["-x", &url]), b"", SOON);
+    let output = run(s5().args(mode).args(["-x", &url]), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(101), "{}", text(&output.stderr));
     proxy.messages()
 }
@@ -39,9 +42,9 @@ fn with_credentials_the_password_is_offered_too() {
 
 #[test]
 fn a_proxy_that_wants_no_password_is_told_none() {
-    let proxy = Scripted::start(answer(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]));
+    let proxy = ScriptedServer::start(reply_with(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]));
     let url = format!("alice:secret@{}", proxy.addr);
-    run(s5().args(["connect", "127.0.0.1:1", "-x", &url]), b"", SOON);
+    run(s5().args(["connect", "127.0.0.1:1", "-x", &url]), b"", TIMEOUT);
     let messages = proxy.messages();
     assert_eq!(messages.len(), 2, "a greeting and a request");
     assert!(messages.iter().all(|message| !text(message).contains("secret")));
@@ -115,7 +118,7 @@ fn what_does_not_fit_on_the_wire_is_an_error_before_anything_is_sent() {
     ];
     for (proxy, target, complaint) in table {
         for mode in ["connect", "udp", "bind"] {
-            let output = run(s5().args([mode, "-x", &proxy, &target]), b"", SOON);
+            let output = run(s5().args([mode, "-x", &proxy, &target]), b"", TIMEOUT);
             let said = text(&output.stderr);
             assert_eq!(output.status.code(), Some(2), "{said}");
             assert!(said.contains(complaint) && said.lines().count() == 1, "{said}");
@@ -153,22 +156,23 @@ fn names_are_resolved_by_the_proxy_alone() {
 
 #[test]
 fn each_message_is_one_segment() {
-    if !has("ss") {
+    if !is_installed("ss") {
         return;
     }
     let (tell, told) = std::sync::mpsc::channel();
     // The server's side of the connection is still open when the count is taken.
-    let count = then(move |mut stream| {
+    let count = with_stream(move |mut stream| {
         let (ours, theirs) = (stream.local_addr().expect("ours").port(), stream.peer_addr().expect("theirs").port());
         let filter = format!("( sport = :{ours} and dport = :{theirs} )");
         let output = Command::new("ss").args(["-Htin", &filter]).output().expect("ss runs");
         let _ = tell.send(text(&output.stdout));
         let _ = stream.write_all(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]);
     });
-    let proxy = Scripted::start(vec![Greeting, say(PASSWORD), Login, say(WELCOME), Request, count]);
+    let proxy =
+        ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, count]);
     let url = format!("alice:secret@{}", proxy.addr);
-    run(s5().args(["connect", "-x", &url, "target.example:80"]), b"not yet", SOON);
-    let counted = told.recv_timeout(SOON).expect("the script came to its end");
+    run(s5().args(["connect", "-x", &url, "target.example:80"]), b"not yet", TIMEOUT);
+    let counted = told.recv_timeout(TIMEOUT).expect("the script came to its end");
     let segments = counted.split_whitespace().find_map(|word| word.strip_prefix("data_segs_in:"));
     assert_eq!(segments, Some("3"), "greeting, login and request: {counted}");
 }
@@ -183,8 +187,8 @@ fn nothing_is_sent_ahead_of_the_answer_that_it_depends_on() {
         stream.set_read_timeout(None).expect("it can be set");
     };
     let (tell, told) = std::sync::mpsc::channel();
-    let proxy = Scripted::start(vec![then(move |mut stream| {
-        for (length, reply) in [(4, PASSWORD), (14, WELCOME), (10, SUCCESS)] {
+    let proxy = ScriptedServer::start(vec![with_stream(move |mut stream| {
+        for (length, reply) in [(4, SELECT_PASSWORD), (14, LOGIN_SUCCESS), (10, SUCCESS_REPLY)] {
             let mut message = vec![0; length];
             stream.read_exact(&mut message).expect("a message");
             check(&mut stream);
@@ -193,14 +197,14 @@ fn nothing_is_sent_ahead_of_the_answer_that_it_depends_on() {
         let _ = tell.send(());
     })]);
     let url = format!("alice:secret@{}", proxy.addr);
-    run(s5().args(["connect", "-x", &url, "192.0.2.1:80"]), b"", SOON);
-    told.recv_timeout(SOON).expect("nothing was sent ahead");
+    run(s5().args(["connect", "-x", &url, "192.0.2.1:80"]), b"", TIMEOUT);
+    told.recv_timeout(TIMEOUT).expect("nothing was sent ahead");
 }
 
 /// Gets "hello" through a proxy that replies with this; gives what `-v` says.
 fn hello(script: Vec<Step>) -> String {
-    let proxy = Scripted::start(script);
-    let output = run(s5().args(["connect", "-v", "-x", &proxy.url(), "target.example:80"]), b"", SOON);
+    let proxy = ScriptedServer::start(script);
+    let output = run(s5().args(["connect", "-v", "-x", &proxy.url(), "target.example:80"]), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
     text(&output.stderr)
 }
@@ -211,8 +215,8 @@ fn bnd_may_have_any_atyp() {
     let longest = [&[5, 0, 0, 3, 255][..], &[b'n'; 255], &[4, 56]].concat();
     let nameless = [5, 0, 0, 3, 0, 4, 56];
     let table = [
-        (success(([192, 0, 2, 9], 1080).into()), "192.0.2.9:1080"),
-        (success("[2001:db8::9]:1080".parse().expect("an address")), "[2001:db8::9]:1080"),
+        (success_reply(([192, 0, 2, 9], 1080).into()), "192.0.2.9:1080"),
+        (success_reply("[2001:db8::9]:1080".parse().expect("an address")), "[2001:db8::9]:1080"),
         (name, "far.local:1080"),
         (longest, "nnn:1080"),
         (nameless.to_vec(), "0.0.0.0:0"),
@@ -220,22 +224,22 @@ fn bnd_may_have_any_atyp() {
         (vec![5, 0, 7, 1, 192, 0, 2, 9, 4, 56], "192.0.2.9:1080"),
     ];
     for (reply, bnd) in table {
-        let said = hello(answer(&reply).into_iter().chain([say(b"hello")]).collect());
+        let said = hello(reply_with(&reply).into_iter().chain([send(b"hello")]).collect());
         assert!(said.contains(bnd), "{said}");
     }
 }
 
 #[test]
 fn verbose_says_who_and_where_on_stderr_alone() {
-    let said = hello(answer(SUCCESS).into_iter().chain([say(b"hello")]).collect());
+    let said = hello(reply_with(SUCCESS_REPLY).into_iter().chain([send(b"hello")]).collect());
     assert_eq!(said.lines().count(), 1, "{said}");
     assert!(said.starts_with("s5: proxy 127.0.0.1:") && said.contains("connected to target.example:80"), "{said}");
 }
 
 #[test]
 fn without_verbose_a_success_says_nothing() {
-    let proxy = Scripted::start(tunnel(|stream| drop(stream.shutdown(Shutdown::Both))));
-    let output = run(s5().args(["connect", "-x", &proxy.url(), "target.example:80"]), b"", SOON);
+    let proxy = ScriptedServer::start(open_tunnel(|stream| drop(stream.shutdown(Shutdown::Both))));
+    let output = run(s5().args(["connect", "-x", &proxy.url(), "target.example:80"]), b"", TIMEOUT);
     assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
 }
 
@@ -245,7 +249,7 @@ fn an_echo_through_a_server_is_what_was_said() {
     let target = echo_server();
     let (proxy, ip, port) = (server.addr().to_string(), target.ip().to_string(), target.port().to_string());
     for target in [&[target.to_string()][..], &[ip, port.clone()], &["localhost".into(), port]] {
-        let output = run(s5().args(["connect", "-x", &proxy]).args(target), b"x\n", SOON);
+        let output = run(s5().args(["connect", "-x", &proxy]).args(target), b"x\n", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "x\n".into()), "{}", text(&output.stderr));
     }
 }

@@ -9,9 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{closed_port, echo_server};
-use crate::scripted::{NO_AUTH, PASSWORD, SUCCESS, Scripted, Step, WELCOME, answer, reset, say, success, text, then};
+use crate::scripted::{
+    LOGIN_SUCCESS, SELECT_NO_AUTH, SELECT_PASSWORD, SUCCESS_REPLY, ScriptedServer, Step, reply_with, reset, send,
+    success_reply, text, with_stream,
+};
 
-use Step::{Drip, Greeting, Login, Request, Reset, Silence};
+use Step::{Greeting, Login, Request, Reset, SendByteByByte, WaitForClose};
 
 /// What is asked for, unless a row says otherwise.
 pub const TARGET: &str = "target.example:80";
@@ -80,7 +83,7 @@ impl Behaviour {
     /// Puts a client through it; `client` makes a command of the proxy's host and port.
     pub fn play(&self, limit: Duration, client: impl FnOnce(&Self, &str, u16) -> Command) -> Outcome {
         let script = |script: &(dyn Fn() -> Vec<Step> + Send + Sync)| {
-            let proxy = Scripted::start(script());
+            let proxy = ScriptedServer::start(script());
             (proxy.addr, Some(proxy))
         };
         let mut held = Vec::new();
@@ -164,18 +167,18 @@ fn row(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'stati
 
 /// A script behind a greeting and a request without login.
 fn replies(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
-    row(name, move || [Greeting, say(NO_AUTH), Request].into_iter().chain(script()).collect())
+    row(name, move || [Greeting, send(SELECT_NO_AUTH), Request].into_iter().chain(script()).collect())
 }
 
 /// A script behind the selection of user name and password.
 fn logs_in(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
-    let script = move || [Greeting, say(PASSWORD), Login].into_iter().chain(script()).collect();
+    let script = move || [Greeting, send(SELECT_PASSWORD), Login].into_iter().chain(script()).collect();
     Behaviour { userinfo: "alice:secret@", ..row(name, script) }
 }
 
 /// A tunnel on which the script goes on.
 fn opens(name: &'static str, last: fn(TcpStream)) -> Behaviour {
-    row(name, move || answer(SUCCESS).into_iter().chain([then(last)]).collect())
+    row(name, move || reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect())
 }
 
 impl Behaviour {
@@ -231,9 +234,9 @@ fn failures_of_the_proxy() -> Vec<Behaviour> {
     let down = |name| Behaviour { peer: Peer::Down, ..row(name, Vec::new) };
     let mut all = vec![
         down("the proxy is down").fails(7, "connecting to the proxy", "connection refused (is the proxy running?)"),
-        row("no acceptable method", || vec![Greeting, say(&[5, 0xff])]).fails(67, "greeting", no_method),
-        logs_in("wrong password", || vec![say(&[1, 1])]).fails(67, "login", refused),
-        logs_in("wrong password, STATUS 255", || vec![say(&[1, 255])]).fails(67, "login", refused),
+        row("no acceptable method", || vec![Greeting, send(&[5, 0xff])]).fails(67, "greeting", no_method),
+        logs_in("wrong password", || vec![send(&[1, 1])]).fails(67, "login", refused),
+        logs_in("wrong password, STATUS 255", || vec![send(&[1, 255])]).fails(67, "login", refused),
     ];
     let name = |rep: u8| {
         [
@@ -250,12 +253,12 @@ fn failures_of_the_proxy() -> Vec<Behaviour> {
         ][usize::from(rep.min(10)) - 1]
     };
     for rep in (1..=9).chain([255_u8]) {
-        let script = move || vec![say(&[5, rep, 0, 1, 0, 0, 0, 0, 0, 0]), Silence];
+        let script = move || vec![send(&[5, rep, 0, 1, 0, 0, 0, 0, 0, 0]), WaitForClose];
         let reason = format!("{} (REP {rep})", REPS[usize::from(rep.min(9)) - 1]);
         all.push(replies(name(rep), script).fails(100 + i32::from(rep.min(9)), "request", &reason));
     }
     let refused = "connection refused (REP 5)";
-    let cut = |name, reply: &'static [u8]| replies(name, move || vec![say(reply)]).fails(105, "request", refused);
+    let cut = |name, reply: &'static [u8]| replies(name, move || vec![send(reply)]).fails(105, "request", refused);
     all.extend([
         cut("a refusal of two octets, and the end", &[5, 5]),
         cut("a refusal of three octets, and the end", &[5, 5, 0]),
@@ -272,24 +275,24 @@ fn silence_and_ends() -> Vec<Behaviour> {
     let hanging = Behaviour { peer: Peer::Hanging, ..row("it never accepts", Vec::new) };
     let silent = [
         hanging.fails(28, "connecting to the proxy", late),
-        row("silent from the start", || vec![Silence]).fails(28, "greeting", late),
-        row("silent inside of the selection", || vec![Greeting, say(&[5]), Silence]).fails(28, "greeting", late),
-        logs_in("silent at the login", || vec![Silence]).fails(28, "login", late),
-        logs_in("silent behind the login", || vec![say(WELCOME), Silence]).fails(28, "request", late),
-        replies("silent behind the request", || vec![Silence]).fails(28, "request", late),
-        replies("silent inside of the reply", || vec![say(&[5, 0, 0, 3, 200, b'x']), Silence])
+        row("silent from the start", || vec![WaitForClose]).fails(28, "greeting", late),
+        row("silent inside of the selection", || vec![Greeting, send(&[5]), WaitForClose]).fails(28, "greeting", late),
+        logs_in("silent at the login", || vec![WaitForClose]).fails(28, "login", late),
+        logs_in("silent behind the login", || vec![send(LOGIN_SUCCESS), WaitForClose]).fails(28, "request", late),
+        replies("silent behind the request", || vec![WaitForClose]).fails(28, "request", late),
+        replies("silent inside of the reply", || vec![send(&[5, 0, 0, 3, 200, b'x']), WaitForClose])
             .fails(28, "request", late),
     ];
     let ends = [
         row("it closes at the greeting", || vec![Greeting]).fails(97, "greeting", closed),
-        row("it closes inside of the selection", || vec![Greeting, say(&[5])]).fails(97, "greeting", closed),
+        row("it closes inside of the selection", || vec![Greeting, send(&[5])]).fails(97, "greeting", closed),
         logs_in("it closes at the login", Vec::new).fails(97, "login", closed),
-        logs_in("it closes behind the login", || vec![say(WELCOME), Request]).fails(97, "request", closed),
+        logs_in("it closes behind the login", || vec![send(LOGIN_SUCCESS), Request]).fails(97, "request", closed),
         replies("it closes at the request", Vec::new).fails(97, "request", closed),
-        replies("it closes inside of a success", || vec![say(&SUCCESS[..9])]).fails(97, "request", closed),
+        replies("it closes inside of a success", || vec![send(&SUCCESS_REPLY[..9])]).fails(97, "request", closed),
         row("it resets at the greeting", || vec![Greeting, Reset]).fails(97, "greeting", reset),
         logs_in("it resets at the login", || vec![Reset]).fails(97, "login", reset),
-        logs_in("it resets behind the login", || vec![say(WELCOME), Request, Reset]).fails(97, "request", reset),
+        logs_in("it resets behind the login", || vec![send(LOGIN_SUCCESS), Request, Reset]).fails(97, "request", reset),
         replies("it resets at the request", || vec![Reset]).fails(97, "request", reset),
     ];
     silent.into_iter().chain(ends).collect()
@@ -298,14 +301,14 @@ fn silence_and_ends() -> Vec<Behaviour> {
 fn foreigners() -> Vec<Behaviour> {
     let not = |what: &str| format!("not a SOCKS5 server ({what})");
     let says = |name, first: &'static [u8], what: &str| {
-        row(name, move || vec![Greeting, say(first)]).fails(97, "greeting", &not(what))
+        row(name, move || vec![Greeting, send(first)]).fails(97, "greeting", &not(what))
     };
     let wrong = |name, reply: &'static [u8], what: &str| {
-        replies(name, move || vec![say(reply)]).fails(97, "request", &not(what))
+        replies(name, move || vec![send(reply)]).fails(97, "request", &not(what))
     };
     let echo = |name| Behaviour { peer: Peer::Echo, ..row(name, Vec::new) };
     let offered = "it selected gssapi, which was not offered";
-    let banner = row("an SSH server, which speaks first", || vec![say(b"SSH-2.0-OpenSSH_9.2\r\n"), Silence]);
+    let banner = row("an SSH server, which speaks first", || vec![send(b"SSH-2.0-OpenSSH_9.2\r\n"), WaitForClose]);
     vec![
         says("an HTTP server", b"HTTP/1.1 400 Bad Request\r\n\r\n", "it answered 0x48 'H', HTTP?"),
         says("a TLS server", &[0x15, 3, 1, 0, 2, 2, 70], "it answered 0x15, TLS?"),
@@ -319,7 +322,7 @@ fn foreigners() -> Vec<Behaviour> {
             &not("sub-negotiation version 0 instead of 1"),
         ),
         says("a selection with VER 4", &[4, 0], "it answered 0x04, SOCKS4?"),
-        logs_in("a login answered with VER 5", || vec![say(&[5, 0])]).fails(
+        logs_in("a login answered with VER 5", || vec![send(&[5, 0])]).fails(
             97,
             "login",
             &not("sub-negotiation version 5 instead of 1"),
@@ -334,14 +337,14 @@ fn foreigners() -> Vec<Behaviour> {
 
 fn replies_of_all_kinds() -> Vec<Behaviour> {
     let name = |length: u8| [&[5, 0, 0, 3, length][..], &vec![b'n'; length.into()], &[4, 56]].concat();
-    let v6 = success("[2001:db8::9]:1080".parse().expect("an address"));
+    let v6 = success_reply("[2001:db8::9]:1080".parse().expect("an address"));
     let with_reply = |what, reply: Vec<u8>| {
         let reply = [&reply[..], b"hello"].concat();
-        replies(what, move || vec![say(&reply)]).gives(b"hello")
+        replies(what, move || vec![send(&reply)]).gives(b"hello")
     };
     vec![
-        replies("data behind the reply", || vec![say(SUCCESS), say(b"hello")]).gives(b"hello"),
-        with_reply("data in the segment of the reply", SUCCESS.into()),
+        replies("data behind the reply", || vec![send(SUCCESS_REPLY), send(b"hello")]).gives(b"hello"),
+        with_reply("data in the segment of the reply", SUCCESS_REPLY.into()),
         with_reply("BND of IPv6", v6),
         with_reply("BND with a name", name(9)),
         with_reply("BND with a name of 255 octets", name(255)),
@@ -349,13 +352,22 @@ fn replies_of_all_kinds() -> Vec<Behaviour> {
         with_reply("RSV is not 0", vec![5, 0, 7, 1, 192, 0, 2, 9, 4, 56]),
         row("all answers octet by octet", move || {
             let reply = [&name(9)[..], b"hello"].concat();
-            vec![Greeting, Drip(PASSWORD.into()), Login, Drip(WELCOME.into()), Request, Drip(reply)]
+            vec![
+                Greeting,
+                SendByteByByte(SELECT_PASSWORD.into()),
+                Login,
+                SendByteByByte(LOGIN_SUCCESS.into()),
+                Request,
+                SendByteByByte(reply),
+            ]
         })
         .gives(b"hello")
         .for_alice(),
-        row("it wants no password", || vec![Greeting, say(NO_AUTH), Request, say(SUCCESS), say(b"hello")])
-            .gives(b"hello")
-            .for_alice(),
+        row("it wants no password", || {
+            vec![Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY), send(b"hello")]
+        })
+        .gives(b"hello")
+        .for_alice(),
     ]
 }
 
@@ -366,8 +378,10 @@ impl Behaviour {
 }
 
 fn addresses_and_logins() -> Vec<Behaviour> {
-    let hello = |name| replies(name, || vec![say(SUCCESS), say(b"hello")]).gives(b"hello");
-    let login = |name| logs_in(name, || vec![say(WELCOME), Request, say(SUCCESS), say(b"hello")]).gives(b"hello");
+    let hello = |name| replies(name, || vec![send(SUCCESS_REPLY), send(b"hello")]).gives(b"hello");
+    let login = |name| {
+        logs_in(name, || vec![send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY), send(b"hello")]).gives(b"hello")
+    };
     let request = |rest: &[u8]| [&[5, 1, 0][..], rest].concat();
     let v6 = request(&[&[4][..], &[0x20, 1, 0x0d, 0xb8], &[0; 11], &[7, 0, 80]].concat());
     let long = "n".repeat(255);

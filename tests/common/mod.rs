@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long anything may take that should happen at once.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the clients read of the environment, and the tests of a client may set.
 const VARIABLES: [&str; 19] = [
@@ -91,7 +91,7 @@ impl Server {
     /// A connection to it, with a read timeout.
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.addr()).expect("the server accepts");
-        stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
         stream
     }
 
@@ -109,7 +109,7 @@ impl Server {
     pub fn wait_log(&self, done: impl Fn(&str) -> bool) -> String {
         let (text, changed) = &*self.log;
         let text = text.lock().expect("no panic holds the log");
-        let (text, waited) = changed.wait_timeout_while(text, SOON, |text| !done(text)).expect("no panic");
+        let (text, waited) = changed.wait_timeout_while(text, TIMEOUT, |text| !done(text)).expect("no panic");
         assert!(!waited.timed_out(), "the log never came to that:\n{}", *text);
         text.clone()
     }
@@ -135,7 +135,7 @@ impl Server {
     /// Waits for its end.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
         let mut status = None;
-        eventually("the server ends", limit, || {
+        wait_until("the server ends", limit, || {
             status = self.child.try_wait().expect("the child can be waited for");
             status.is_some()
         });
@@ -154,7 +154,7 @@ impl Drop for Server {
 }
 
 /// Looks every 5 ms whether something has come about.
-pub fn eventually(what: &str, limit: Duration, mut is_so: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, limit: Duration, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + limit;
     while !is_so() {
         assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
@@ -244,11 +244,11 @@ pub fn read_exact(stream: &mut TcpStream, n: usize) -> Vec<u8> {
 
 /// A request with an IPv4 or IPv6 address in it.
 pub fn request(command: u8, dst: SocketAddr) -> Vec<u8> {
-    with_addr([5, command, 0], dst)
+    message_with_addr([5, command, 0], dst)
 }
 
 /// The octets of a request or a reply: three and an address.
-pub fn with_addr(head: [u8; 3], addr: SocketAddr) -> Vec<u8> {
+pub fn message_with_addr(head: [u8; 3], addr: SocketAddr) -> Vec<u8> {
     let mut octets = head.to_vec();
     match addr.ip() {
         IpAddr::V4(ip) => {
@@ -289,7 +289,7 @@ pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, So
 
 /// Whether a real program is there. A test that needs one fails without it when S5_TEST_STRICT=1, and else says that
 /// it is skipped.
-pub fn has(program: &str) -> bool {
+pub fn is_installed(program: &str) -> bool {
     let places = std::env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<PathBuf> = std::env::split_paths(&places).collect();
     folders.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
@@ -312,7 +312,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     if std::env::var_os("S5_TEST_NAMESPACE").is_some() {
         return true;
     }
-    if !has("unshare") || !has("ip") {
+    if !is_installed("unshare") || !is_installed("ip") {
         return false;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -339,7 +339,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
 }
 
 /// A folder that goes away with the test.
-pub fn folder() -> tempfile::TempDir {
+pub fn temp_dir() -> tempfile::TempDir {
     tempfile::tempdir().expect("a folder")
 }
 

@@ -11,16 +11,16 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{SOON, eventually, with_addr};
+use crate::common::{TIMEOUT, message_with_addr, wait_until};
 
 /// Selects NO AUTHENTICATION.
-pub const NO_AUTH: &[u8] = &[5, 0];
-/// Selects USERNAME/PASSWORD.
-pub const PASSWORD: &[u8] = &[5, 2];
+pub const SELECT_NO_AUTH: &[u8] = &[5, 0];
+/// Selects USERNAME/SELECT_PASSWORD.
+pub const SELECT_PASSWORD: &[u8] = &[5, 2];
 /// Lets the user in.
-pub const WELCOME: &[u8] = &[1, 0];
+pub const LOGIN_SUCCESS: &[u8] = &[1, 0];
 /// A success reply that has no address to tell.
-pub const SUCCESS: &[u8] = &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+pub const SUCCESS_REPLY: &[u8] = &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
 
 /// What a scripted server does next. Behind the last step it closes.
 pub enum Step {
@@ -31,44 +31,44 @@ pub enum Step {
     /// Reads a request.
     Request,
     /// Sends this in one piece.
-    Say(Vec<u8>),
+    Send(Vec<u8>),
     /// Sends this octet by octet.
-    Drip(Vec<u8>),
+    SendByteByByte(Vec<u8>),
     /// Resets the connection.
     Reset,
     /// Says nothing until the client has left.
-    Silence,
+    WaitForClose,
     /// Leaves the connection to the test.
-    Then(Box<dyn FnOnce(TcpStream) + Send>),
+    WithStream(Box<dyn FnOnce(TcpStream) + Send>),
 }
 
 /// A step that sends this in one piece.
-pub fn say(octets: &[u8]) -> Step {
-    Step::Say(octets.to_vec())
+pub fn send(octets: &[u8]) -> Step {
+    Step::Send(octets.to_vec())
 }
 
 /// A last step that is the test's own.
-pub fn then(what: impl FnOnce(TcpStream) + Send + 'static) -> Step {
-    Step::Then(Box::new(what))
+pub fn with_stream(what: impl FnOnce(TcpStream) + Send + 'static) -> Step {
+    Step::WithStream(Box::new(what))
 }
 
 /// Takes a greeting and a request without authentication, and answers the request with `reply`.
-pub fn answer(reply: &[u8]) -> Vec<Step> {
-    vec![Step::Greeting, say(NO_AUTH), Step::Request, say(reply)]
+pub fn reply_with(reply: &[u8]) -> Vec<Step> {
+    vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request, send(reply)]
 }
 
 /// Takes a greeting and a request without authentication, succeeds, and goes on with `last`.
-pub fn tunnel(last: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
-    answer(SUCCESS).into_iter().chain([then(last)]).collect()
+pub fn open_tunnel(last: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
+    reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect()
 }
 
 /// A server that plays a script once, for its first client.
-pub struct Scripted {
+pub struct ScriptedServer {
     pub addr: SocketAddr,
     messages: Receiver<Vec<u8>>,
 }
 
-impl Scripted {
+impl ScriptedServer {
     /// Listens on 127.0.0.1.
     pub fn start(script: Vec<Step>) -> Self {
         Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), script)
@@ -95,12 +95,12 @@ impl Scripted {
 
     /// The next message that it was sent.
     pub fn message(&self) -> Vec<u8> {
-        self.messages.recv_timeout(SOON).expect("a message comes")
+        self.messages.recv_timeout(TIMEOUT).expect("a message comes")
     }
 
     /// All messages that it was sent, once its script has ended.
     pub fn messages(&self) -> Vec<Vec<u8>> {
-        std::iter::from_fn(|| self.messages.recv_timeout(SOON).ok()).collect()
+        std::iter::from_fn(|| self.messages.recv_timeout(TIMEOUT).ok()).collect()
     }
 }
 
@@ -110,8 +110,8 @@ fn play(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) ->
             Step::Greeting => drop(messages.send(read_greeting(&mut stream)?)),
             Step::Login => drop(messages.send(read_login(&mut stream)?)),
             Step::Request => drop(messages.send(read_request(&mut stream)?)),
-            Step::Say(octets) => stream.write_all(&octets)?,
-            Step::Drip(octets) => {
+            Step::Send(octets) => stream.write_all(&octets)?,
+            Step::SendByteByByte(octets) => {
                 for octet in octets {
                     stream.write_all(&[octet])?;
                     // The pace, so that the client reads each octet alone.
@@ -122,8 +122,8 @@ fn play(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) ->
                 reset(stream);
                 return Ok(());
             }
-            Step::Silence => drop(io::copy(&mut stream, &mut io::sink())?),
-            Step::Then(what) => {
+            Step::WaitForClose => drop(io::copy(&mut stream, &mut io::sink())?),
+            Step::WithStream(what) => {
                 what(stream);
                 return Ok(());
             }
@@ -175,25 +175,25 @@ fn read_request(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 }
 
 /// A success reply with this BND.
-pub fn success(bnd: SocketAddr) -> Vec<u8> {
-    with_addr([5, 0, 0], bnd)
+pub fn success_reply(bnd: SocketAddr) -> Vec<u8> {
+    message_with_addr([5, 0, 0], bnd)
 }
 
 /// A program that runs while the test looks on; killed when dropped.
-pub struct Running {
+pub struct RunningProgram {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: Collected,
     stderr: Collected,
 }
 
-impl Running {
+impl RunningProgram {
     pub fn start(command: &mut Command) -> Self {
-        Self::start_until(command, |_| false)
+        Self::start_and_close_stdout_when(command, |_| false)
     }
 
     /// As `start`, but its stdout is closed as soon as it satisfies `enough`.
-    pub fn start_until(command: &mut Command, enough: fn(&[u8]) -> bool) -> Self {
+    pub fn start_and_close_stdout_when(command: &mut Command, enough: fn(&[u8]) -> bool) -> Self {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stdin = child.stdin.take();
@@ -208,9 +208,9 @@ impl Running {
     }
 
     /// Writes to its stdin again and again until it has ended.
-    pub fn write_until_it_ends(&mut self, octets: &[u8]) {
+    pub fn write_until_exit(&mut self, octets: &[u8]) {
         let mut stdin = self.stdin.take().expect("stdin is open");
-        eventually("the program ends", SOON, || {
+        wait_until("the program ends", TIMEOUT, || {
             let _ = stdin.write_all(octets);
             !self.is_running()
         });
@@ -241,7 +241,7 @@ impl Running {
     /// Waits for its end, stdin staying as it is: status, all of stdout, all of stderr.
     pub fn end(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
         let mut status = None;
-        eventually("the program ends", limit, || {
+        wait_until("the program ends", limit, || {
             status = self.child.try_wait().expect("it can be waited for");
             status.is_some()
         });
@@ -249,7 +249,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningProgram {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -292,7 +292,7 @@ impl Collected {
     fn wait(&self, what: &str, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let (state, changed) = &*self.0;
         let state = state.lock().expect("no panic holds it");
-        let waited = changed.wait_timeout_while(state, SOON, |(octets, ended)| !done(octets) && !*ended);
+        let waited = changed.wait_timeout_while(state, TIMEOUT, |(octets, ended)| !done(octets) && !*ended);
         let (state, _) = waited.expect("no panic holds it");
         assert!(done(&state.0), "{what} never came to that: {:?}", text(&state.0));
         state.0.clone()
@@ -301,7 +301,7 @@ impl Collected {
     fn all(&self) -> Vec<u8> {
         let (state, changed) = &*self.0;
         let state = state.lock().expect("no panic holds it");
-        let waited = changed.wait_timeout_while(state, SOON, |(_, ended)| !*ended);
+        let waited = changed.wait_timeout_while(state, TIMEOUT, |(_, ended)| !*ended);
         waited.expect("no panic holds it").0.0.clone()
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use s5::gssapi::ffi::{Context, Credential, Flags, Name, available};
 
-use crate::common::{SOON, eventually, folder, run, write_file};
+use crate::common::{TIMEOUT, run, temp_dir, wait_until, write_file};
 use crate::kit::realm::{Options, Realm, in_realm, kinit};
 use crate::{ALL, KRB5, alice, der, establish, fault, first, in_any, pair, service, services, unwrap};
 
@@ -85,7 +85,7 @@ fn a_ticket_that_has_expired_is_told() {
     let path = folder.join("ccache.short");
     let target = service("rcmd@localhost");
     let mut error = None;
-    eventually("the ticket expires", SOON, || {
+    wait_until("the ticket expires", TIMEOUT, || {
         error = Credential::initiator(Some(&path)).and_then(|short| first(&short, &target, ALL)).err();
         error.is_some()
     });
@@ -160,7 +160,7 @@ fn a_library_that_is_missing_or_another_is_an_error() {
         assert_eq!(fault(Credential::acceptor(None, Some(Path::new("x")))).text, expected);
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let missing = folder.path().join("missing.so").display().to_string();
     let text = write_file(folder.path(), "text.so", "no library");
     let maps = std::fs::read_to_string("/proc/self/maps").expect("Linux");
@@ -175,7 +175,7 @@ fn a_library_that_is_missing_or_another_is_an_error() {
         let mut command = Command::new(std::env::current_exe().expect("this test"));
         command.args(["--exact", "faults::a_library_that_is_missing_or_another_is_an_error"]);
         command.env("S5_GSSAPI_LIBRARY", library).env("S5_TEST_LIBRARY", expected);
-        let output = run(&mut command, b"", SOON);
+        let output = run(&mut command, b"", TIMEOUT);
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && said.contains("1 passed"), "{library}:\n{said}");
     }

@@ -8,8 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::association::{Association, datagram, socket};
-use crate::common::{SOON, Server, echo_server, eventually, in_namespace, read_exact, read_reply, udp_echo_server};
-use crate::kit::{BIND, CONNECT, V4, accept, assert_silent, connect_from, listener, ping};
+use crate::common::{Server, TIMEOUT, echo_server, in_namespace, read_exact, read_reply, udp_echo_server, wait_until};
+use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, ping};
 use crate::tools::{
     ALICE, BOB, Login, Rig, addr, alice_and_bob, ask, associate, elsewhere, enter, got_nothing, ip, is_closed, open_as,
     try_enter,
@@ -106,7 +106,7 @@ fn all_kinds(server: &Server, login: Login<'_>) -> Vec<Live> {
 fn assert_busy(live: &Live) {
     if let Live::Busy(_, moved) = live {
         let before = moved.load(Ordering::Relaxed);
-        eventually("octets move", SOON, || moved.load(Ordering::Relaxed) > before + BULK);
+        wait_until("octets move", TIMEOUT, || moved.load(Ordering::Relaxed) > before + BULK);
     }
 }
 
@@ -121,7 +121,7 @@ fn assert_cut(live: Live, since: Instant) {
         // Whoever has read the end hears of the reset as he writes.
         Live::Half(mut client, mut far) => {
             assert!(is_reset(&mut client));
-            eventually("the target's side is reset", SOON_CUT, || far.write_all(b"x").is_err());
+            wait_until("the target's side is reset", SOON_CUT, || far.write_all(b"x").is_err());
         }
         Live::Busy(ends, _) => {
             for end in ends {
@@ -268,7 +268,7 @@ fn whoever_comes_to_a_bind_that_waits_is_judged_by_the_new_rules() {
     assert_eq!(rep, 0);
     // Somebody else may still come, so it goes on waiting.
     assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions cut: 0"));
-    assert_silent(&client, Duration::from_millis(20));
+    assert_no_data(&client, Duration::from_millis(20));
     assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "a peer that is denied now");
     let peer = connect_from(addr("127.0.0.2:0"), bnd);
     assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")));

@@ -12,8 +12,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::{Child, Command, Stdio};
 
 use crate::association::{datagram, receive, socket};
-use crate::common::{SOON, Server, eventually, in_namespace, read_exact, read_reply, tcp_server};
-use crate::kit::{BIND, CONNECT, assert_silent, connect_from, ping};
+use crate::common::{Server, TIMEOUT, in_namespace, read_exact, read_reply, tcp_server, wait_until};
+use crate::kit::{BIND, CONNECT, assert_no_data, connect_from, ping};
 use crate::tools::{addr, ask, associate, enter, got_nothing, ip, is_closed, saw_nobody};
 
 const CLIENT: &str = "10.9.0.2";
@@ -169,7 +169,7 @@ const METADATA_DST: &str = "169.254.169.254:80";
 fn member(port: u16) -> UdpSocket {
     let socket = UdpSocket::bind((GROUP, port)).expect("a port");
     socket.join_multicast_v4(&GROUP, &TARGET.parse().expect("an address")).expect("it can be joined");
-    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     socket
 }
 
@@ -294,13 +294,13 @@ fn bind_takes_the_expected_peer_and_closes_all_others() {
         for _ in 0..2 {
             assert!(is_closed(&mut connect_from(SocketAddr::new(ip(stranger), 0), bnd)), "{rules:?}");
         }
-        assert_silent(&client, std::time::Duration::from_millis(20));
+        assert_no_data(&client, std::time::Duration::from_millis(20));
         let mut peer = connect_from(SocketAddr::new(ip(peer), 0), bnd);
         assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{rules:?}");
         peer.write_all(b"hello").expect("it is sent");
         assert_eq!(read_exact(&mut client, 5), b"hello");
         // The port is given back.
-        eventually("nobody listens any more", SOON, || std::net::TcpStream::connect(bnd).is_err());
+        wait_until("nobody listens any more", TIMEOUT, || std::net::TcpStream::connect(bnd).is_err());
     }
     // A denied peer can't be waited for, and the server's own host is one.
     let _server = host.serve(&["--deny", "to=10.9.1.3"]);

@@ -11,7 +11,7 @@ use socket2::{Domain, Socket, Type};
 use crate::association::{datagram_name, receive, socket};
 use crate::common::{Server, in_namespace, read_exact, read_reply};
 use crate::kit::dns::{self, Answer};
-use crate::kit::{BIND, CONNECT, V4, accept, assert_silent, connect_from, listener, request_name};
+use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, request_by_name};
 use crate::tools::{
     ALICE, Rig, alice_and_bob, ask, associate, credentials, elsewhere, enter, got_nothing, request_for, saw_nobody,
 };
@@ -123,7 +123,7 @@ fn while_a_target_is_dialled_the_new_files_hold() {
         let (slow, dst) = Slow::new();
         let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
         stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("the request is sent");
-        assert_silent(&stream, Duration::from_millis(50));
+        assert_no_data(&stream, Duration::from_millis(50));
         assert!(change(&rig, what, dst).contains("are in force"));
         (what, rig, slow, stream)
     });
@@ -163,7 +163,7 @@ fn while_bind_waits_the_new_files_hold() {
 }
 
 /// Starts a resolver that says nothing until it is told to.
-fn held_back() -> (dns::Asked, mpsc::Sender<()>) {
+fn held_back() -> (dns::Queries, mpsc::Sender<()>) {
     let (go, gone) = mpsc::channel();
     let asked = dns::start_with(move |name, nth| {
         // What is asked first is held back, and with it all that comes after.
@@ -185,8 +185,8 @@ fn while_a_name_is_looked_up_the_new_files_hold_for_connect() {
         let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
         let (target, dst) = listener(V4);
         let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
-        stream.write_all(&request_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
-        assert_silent(&stream, Duration::from_millis(50));
+        stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
+        assert_no_data(&stream, Duration::from_millis(50));
         assert!(change(&rig, what, dst).contains("are in force"));
         (what, rig, target, stream)
     });

@@ -5,9 +5,9 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::association::{datagram_name, receive, socket};
-use crate::common::{SOON, Server, echo_server, eventually, in_namespace, open, read_exact, read_reply};
+use crate::common::{Server, TIMEOUT, echo_server, in_namespace, open, read_exact, read_reply, wait_until};
 use crate::kit::dns::{self, Answer};
-use crate::kit::{BIND, CONNECT, connect_from, raise_descriptors, request_name, timed};
+use crate::kit::{BIND, CONNECT, connect_from, raise_fd_limit, request_by_name, timed};
 use crate::tools::{addr, associate, got_nothing, ip, is_closed, open_as, saw_nobody};
 
 const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -160,14 +160,14 @@ fn of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used()
 
 fn udp_at(ip: Ipv4Addr, port: u16) -> std::net::UdpSocket {
     let socket = std::net::UdpSocket::bind((ip, port)).expect("nobody else is in here");
-    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     socket
 }
 
 #[test]
 fn a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_reply() {
     const SILENT: usize = 1000;
-    const TIMEOUT: Duration = Duration::from_secs(3);
+    const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
     const SERVED: Duration = Duration::from_millis(50);
     // The system's resolver gives up later than the server does.
     if !in_namespace(
@@ -177,14 +177,14 @@ fn a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_rep
     ) {
         return;
     }
-    assert!(raise_descriptors(4 * SILENT as u64), "descriptors for {SILENT} sessions");
+    assert!(raise_fd_limit(4 * SILENT as u64), "descriptors for {SILENT} sessions");
     dns::start();
     let server = Server::start(&["--connect-timeout", "3"]);
     let dst: SocketAddr = echo_server();
     let mut waiting: Vec<(TcpStream, Instant)> = Vec::new();
     for number in 0..SILENT {
         let mut stream = server.connect();
-        let request = request_name(CONNECT, &format!("silent.n{number}.test"), 9);
+        let request = request_by_name(CONNECT, &format!("silent.n{number}.test"), 9);
         // At once, so that all are under way soon on a busy machine too.
         stream.write_all(&[&[5, 1, 0], &request[..]].concat()).expect("the request is sent");
         waiting.push((stream, Instant::now()));
@@ -200,19 +200,19 @@ fn a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_rep
     };
     // Of several, since others may want the cores for a while.
     let mut best = median();
-    while best >= SERVED && first.elapsed() < TIMEOUT / 2 {
+    while best >= SERVED && first.elapsed() < LOOKUP_TIMEOUT / 2 {
         best = best.min(median());
     }
-    assert!(first.elapsed() < TIMEOUT, "they do not wait any more, so this says nothing");
+    assert!(first.elapsed() < LOOKUP_TIMEOUT, "they do not wait any more, so this says nothing");
     assert!(best < SERVED, "{best:?}");
     for (stream, since) in &mut waiting {
         let rep = read_reply(stream).0;
         let took = since.elapsed();
         assert_eq!(rep, 1);
-        assert!(took >= TIMEOUT - Duration::from_millis(100) && took < 2 * TIMEOUT, "{took:?}");
+        assert!(took >= LOOKUP_TIMEOUT - Duration::from_millis(100) && took < 2 * LOOKUP_TIMEOUT, "{took:?}");
     }
     // And then everything is as before.
-    eventually("names are looked up again", SOON, || {
+    wait_until("names are looked up again", TIMEOUT, || {
         open_as(&server, None, CONNECT, &format!("known.test:{}", dst.port())).1 == 0
     });
 }

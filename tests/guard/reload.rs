@@ -9,7 +9,7 @@ use std::thread;
 use rustix::process::geteuid;
 
 use crate::association::{receive, socket};
-use crate::common::{SOON, Server, echo_server, folder, has, in_namespace, s5, tcp_server, write_file};
+use crate::common::{Server, TIMEOUT, echo_server, in_namespace, is_installed, s5, tcp_server, temp_dir, write_file};
 use crate::kit::{CONNECT, V4, connect_from, ping};
 use crate::tools::{
     ALICE, BOB, Login, Rig, alice_and_bob, ask, associate, elsewhere, enter, got_nothing, ip, is_closed, open_as,
@@ -182,19 +182,19 @@ fn a_pipe_in_place_of_a_file_stops_nothing() {
     rig.server.signal("HUP");
     assert_eq!(rep(&rig.server, ALICE, target()), Some(0));
     rig.server.signal("TERM");
-    assert_eq!(rig.server.wait(SOON / 4).code(), Some(0));
+    assert_eq!(rig.server.wait(TIMEOUT / 4).code(), Some(0));
 }
 
 #[test]
 fn files_that_may_not_be_read_change_nothing() {
-    let folder = folder();
+    let folder = temp_dir();
     let file = |name, text| write_file(folder.path(), name, text);
     let (users, rules) = (file("users", alice_and_bob()), file("rules", "deny port=1\n"));
     let mode = |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("a mode");
     mode(folder.path().to_str().expect("a path of text"), 0o755);
     // Root may read everything.
     let mut command = if geteuid().is_root() {
-        if !has("setpriv") {
+        if !is_installed("setpriv") {
             return;
         }
         let mut command = Command::new("setpriv");
@@ -248,7 +248,7 @@ fn a_server_for_a_network_does_not_become_open_by_a_reload() {
     if !in_namespace("reload::a_server_for_a_network_does_not_become_open_by_a_reload", "", "") {
         return;
     }
-    let (folder, dst) = (folder(), target());
+    let (folder, dst) = (temp_dir(), target());
     let rules = write_file(folder.path(), "rules", "allow from=127.0.0.2\n");
     let mut command = s5();
     command.args(["serve", "--listen", "*:0", "--rules", &rules]);
@@ -330,5 +330,5 @@ fn a_reload_neither_hastens_nor_keeps_up_the_end() {
         ping(&mut stream, b"still here");
     }
     drop(stream);
-    assert_eq!(rig.server.wait(SOON).code(), Some(0));
+    assert_eq!(rig.server.wait(TIMEOUT).code(), Some(0));
 }

@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 
 use crate::association::{datagram, datagram_name, receive, socket};
 use crate::common::{
-    Server, closed_port, folder, in_namespace, read_exact, read_reply, s5, tcp_server, udp_echo_server, write_file,
+    Server, closed_port, in_namespace, read_exact, read_reply, s5, tcp_server, temp_dir, udp_echo_server, write_file,
 };
-use crate::kit::{BIND, CONNECT, End, UDP_ASSOCIATE, connect_from, end_of, listener, ping, serve};
+use crate::kit::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, connect_from, listener, ping, serve, stream_end};
 use crate::tools::{
     ALICE, BOB, Login, addr, alice_and_bob, ask, associate, enter, got_nothing, ip, is_closed, open_as, request_for,
 };
@@ -226,7 +226,7 @@ fn each_condition_decides_about_each_command() {
     if !in_namespace("rules::each_condition_decides_about_each_command", HOSTS, "") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let [p, q] = [(); 2].map(|()| tcp_server(Ipv6Addr::UNSPECIFIED.into(), drop).port().to_string());
     let with_ports = |text: &str| text.replace('P', &p).replace('Q', &q);
@@ -241,7 +241,7 @@ fn each_condition_decides_about_each_command() {
             let rules = std::fs::read_to_string(&rules).expect("the file is there");
             assert_eq!(rep, *expected, "{rules}\n{from} {login:?} {command} {dst}");
             if rep == 2 {
-                assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+                assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
             }
         }
     }
@@ -249,7 +249,7 @@ fn each_condition_decides_about_each_command() {
 
 #[test]
 fn options_are_tried_in_their_order_and_before_the_file() {
-    let folder = folder();
+    let folder = temp_dir();
     let (_listener, dst) = listener(ip(LOCAL));
     let port = format!("port={}", dst.port());
     let deny = write_file(folder.path(), "deny", &format!("deny {port}\n"));
@@ -271,7 +271,7 @@ fn options_are_tried_in_their_order_and_before_the_file() {
 
 #[test]
 fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let file = write_file(folder.path(), "rules", "# nobody\ndeny from=127.0.0.2\n");
     let list = write_file(folder.path(), "list", "allow from=127.0.0.3\n");
@@ -285,7 +285,7 @@ fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
     for (args, why) in rows {
         let server = Server::start(args);
         let mut stream = connect_from(SocketAddr::new(ip("127.0.0.2"), 0), server.addr());
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]), "{args:?}");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{args:?}");
         let line = format!("client={}", stream.local_addr().expect("an address"));
         let log = server.wait_log(|log| log.contains(&line));
         assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(why)), "{log}");
@@ -295,7 +295,7 @@ fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
 
 #[test]
 fn a_client_on_a_unix_socket_is_on_this_machine() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("socket");
     let unix = format!("unix:{}", path.display());
     for (rule, may_come) in [("from=remote", true), ("from=10.0.0.0/8,::1", true), ("from=loopback", false)] {
@@ -351,7 +351,7 @@ fn each_datagram_is_judged_on_its_way_out() {
     if !in_namespace("rules::each_datagram_is_judged_on_its_way_out", HOSTS, "") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let (good, bad) = (socket(ip(LOCAL)), socket(ip("127.0.0.3")));
     let closed = socket(ip(LOCAL));

@@ -3,13 +3,13 @@
 
 use std::process::{Command, Output};
 
-use crate::common::{SOON, Server, folder, in_namespace, run, s5, write_file};
+use crate::common::{Server, TIMEOUT, in_namespace, run, s5, temp_dir, write_file};
 use crate::kit::dns;
 use crate::tools::{alice_and_bob, user_line};
 
 /// `s5 serve` with a free port that is not used when it goes as it should.
 fn serve(args: &[&str]) -> Output {
-    run(s5().arg("serve").args(args), b"", SOON)
+    run(s5().arg("serve").args(args), b"", TIMEOUT)
 }
 
 fn text(octets: &[u8]) -> String {
@@ -18,7 +18,7 @@ fn text(octets: &[u8]) -> String {
 
 #[test]
 fn all_rules_are_shown_in_their_order_with_where_they_stand() {
-    let folder = folder();
+    let folder = temp_dir();
     let file = write_file(folder.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
     let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
     let output = serve(&[&args[..], &["--allow", "to=a.test", "--show-rules"]].concat());
@@ -55,7 +55,7 @@ fn a_question_is_explained_with_the_rule_that_decides() {
         return;
     }
     let asked = dns::start();
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let rules = "deny to=127.0.0.3\ndeny to=.denied.test\ndeny user=alice port=25\n";
     let rules = write_file(folder.path(), "rules", rules);
@@ -133,7 +133,7 @@ fn a_way_is_explained_with_its_name() {
 
 #[test]
 fn what_is_wrong_with_a_rule_is_said_with_file_line_and_word() {
-    let folder = folder();
+    let folder = temp_dir();
     let bad = [
         ("deny colour=red", "colour"),
         ("permit port=80", "permit"),
@@ -202,7 +202,7 @@ fn a_server_that_would_be_open_to_a_network_does_not_start_by_mistake() {
     if !in_namespace("start::a_server_that_would_be_open_to_a_network_does_not_start_by_mistake", "", "") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", &user_line("alice", "secret"));
     let from = write_file(folder.path(), "from", "allow from=10.0.0.0/8\n");
     let deny = write_file(folder.path(), "deny", "deny from=10.0.0.0/8\ndeny from=192.0.2.0/24 port=25\n");
@@ -226,7 +226,7 @@ fn a_server_that_would_be_open_to_a_network_does_not_start_by_mistake() {
         assert!(!said.contains("listening on"), "{args:?}: {said}");
     }
     // That an address is advertised makes it no safer to listen there.
-    let added = run(Command::new("ip").args(["address", "add", "192.0.2.1/32", "dev", "lo"]), b"", SOON);
+    let added = run(Command::new("ip").args(["address", "add", "192.0.2.1/32", "dev", "lo"]), b"", TIMEOUT);
     assert!(added.status.success(), "{}", text(&added.stderr));
     let output = serve(&["--listen", "192.0.2.1:0", "--advertise", "192.0.2.1"]);
     assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));

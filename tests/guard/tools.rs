@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use tempfile::TempDir;
 
 use crate::association::{Association, socket};
-use crate::common::{Server, folder, read_exact, read_reply, request, write_file};
-use crate::kit::{UDP_ASSOCIATE, connect_from, request_name};
+use crate::common::{Server, read_exact, read_reply, request, temp_dir, write_file};
+use crate::kit::{UDP_ASSOCIATE, connect_from, request_by_name};
 
 /// Name and password; none for a server without users.
 pub type Login<'a> = Option<(&'a str, &'a str)>;
@@ -53,7 +53,7 @@ pub struct Rig {
 
 impl Rig {
     pub fn start(users: &str, rules: &str, more: &[&str]) -> Self {
-        let folder = folder();
+        let folder = temp_dir();
         let [users, rules] =
             [("users", users), ("rules", rules)].map(|(name, text)| write_file(folder.path(), name, text));
         let server = Server::start(&[&["--users", &users, "--rules", &rules], more].concat());
@@ -118,7 +118,7 @@ pub fn request_for(command: u8, dst: &str) -> Vec<u8> {
     dst.parse().map_or_else(
         |_| {
             let (name, port) = dst.trim_start_matches('=').rsplit_once(':').expect("a port");
-            request_name(command, name, port.parse().expect("a port"))
+            request_by_name(command, name, port.parse().expect("a port"))
         },
         |dst| request(command, dst),
     )

@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 
 use crate::association::{datagram_name, socket};
 use crate::common::{
-    SOON, Server, closed_port, echo_server, eventually, folder, has, in_namespace, read_exact, read_reply, run, s5,
-    tcp_server, udp_echo_server, write_file,
+    Server, TIMEOUT, closed_port, echo_server, in_namespace, is_installed, read_exact, read_reply, run, s5, tcp_server,
+    temp_dir, udp_echo_server, wait_until, write_file,
 };
 use crate::kit::dns::{self, Answer};
 use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, listener, ping, timed};
@@ -38,7 +38,7 @@ fn logged(server: &Server, what: &str) -> usize {
 
 #[test]
 fn all_commands_go_through_one_hop_and_through_several() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
     let unix = format!("unix:{}", folder.path().join("hop").display());
     let (plain, closed) = (Server::start(&[]), Server::start(&["--users", &users]));
@@ -59,7 +59,7 @@ fn all_commands_go_through_one_hop_and_through_several() {
         all_commands(&server, &url);
         for (command, before) in ["connect", "bind", "udp"].into_iter().zip(before) {
             let what = format!("command={command} ");
-            eventually("the last hop logs each", SOON, || logged(last, &what) == before + 1);
+            wait_until("the last hop logs each", TIMEOUT, || logged(last, &what) == before + 1);
             server.wait_log(|log| log.lines().any(|line| line.contains(&what) && line.contains(" via=\"--via\" ")));
         }
     }
@@ -70,7 +70,7 @@ fn all_commands_go_through_one_hop_and_through_several() {
 #[test]
 fn rules_choose_the_way() {
     let [a, b, c] = [(); 3].map(|()| Server::start(&[]));
-    let folder = folder();
+    let folder = temp_dir();
     let rules = "allow to=127.0.0.2 via=a\nallow to=127.0.0.3,127.0.0.5 via=b\nallow to=127.0.0.4 via=direct\n\
                  deny to=127.0.0.6\n";
     let rules = write_file(folder.path(), "rules", rules);
@@ -99,7 +99,7 @@ fn rules_choose_the_way() {
         assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
         for other in [&a, &b, &c] {
             let is_it = hop.is_some_and(|hop| std::ptr::eq(hop, other));
-            eventually("it is the hop's session", SOON, || !is_it || logged(other, &dst) == 1);
+            wait_until("it is the hop's session", TIMEOUT, || !is_it || logged(other, &dst) == 1);
             assert_eq!(logged(other, &dst), usize::from(is_it), "{at}");
         }
         addrs.push(udp_echo_server(ip(at)));
@@ -123,7 +123,7 @@ fn rules_choose_the_way() {
 
 /// A server whose /etc/hosts knows more than that of everybody else.
 fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
-    let folder = folder();
+    let folder = temp_dir();
     let hosts = write_file(folder.path(), "hosts", hosts);
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"", "sh", &hosts]);
@@ -133,7 +133,7 @@ fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
 
 /// A resolver that the hop need not ask, a hop that knows known.inside.test, and echo servers.
 struct Inside {
-    asked: dns::Asked,
+    asked: dns::Queries,
     _folder: tempfile::TempDir,
     hop: Server,
     echo: SocketAddr,
@@ -192,7 +192,7 @@ fn a_name_is_the_hops_to_resolve_unless_a_rule_about_addresses_stands_before() {
         assert_eq!(open_as(&server, None, CONNECT, &dst).1, expected, "{rule}");
         assert_eq!(inside.asked().first().map(String::as_str), Some("known.inside.test"));
         let dst = format!("dst=\"127.0.0.9:{}\"", inside.echo.port());
-        eventually("the hop is asked for the address", SOON, || logged(&inside.hop, &dst) == 1);
+        wait_until("the hop is asked for the address", TIMEOUT, || logged(&inside.hop, &dst) == 1);
     }
     assert_eq!(logged(&inside.hop, "127.0.0.9"), 1);
 }
@@ -249,7 +249,7 @@ fn what_the_hop_replies_is_handed_on() {
 
 #[test]
 fn a_hop_that_does_not_do_its_part_is_never_gone_around() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let locked = Server::start(&["--users", &users]);
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -284,7 +284,7 @@ fn a_hop_that_does_not_do_its_part_is_never_gone_around() {
             for command in [CONNECT, BIND, UDP_ASSOCIATE] {
                 let (time, (mut stream, rep, _)) = timed(|| open_as(&server, None, command, &dst.to_string()));
                 assert_eq!(rep, 1, "{hop}: {command}");
-                assert!(time < SOON / 4, "{hop}: {command}: {time:?}");
+                assert!(time < TIMEOUT / 4, "{hop}: {command}: {time:?}");
                 assert!(is_closed(&mut stream));
             }
             server.wait_log(|log| log.matches(" rep=1 up=0 down=0 ").count() == 3);
@@ -332,7 +332,7 @@ fn what_goes_through_a_hop_ends_with_it() {
 
 #[test]
 fn passwords_of_hops_are_said_to_nobody() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
     let hop = Server::start(&["--users", &users]);
     let good = format!("anna:open%20sesame@{}", hop.addr());
@@ -354,7 +354,7 @@ fn passwords_of_hops_are_said_to_nobody() {
     for question in ["to=127.0.0.1:80", "to=127.0.0.2:80"] {
         std::fs::write(&rules, "allow to=127.0.0.2 via=far\n").expect("a file");
         let args = ["serve", "--via", &good, "--hop", &named, "--rules", &rules, "--explain", question];
-        let output = run(s5().args(args), b"", SOON);
+        let output = run(s5().args(args), b"", TIMEOUT);
         let said = [output.stdout, output.stderr].concat();
         assert!(!String::from_utf8_lossy(&said).contains("sesame"), "{}", String::from_utf8_lossy(&said));
     }
@@ -379,7 +379,7 @@ fn passwords_of_hops_are_said_to_nobody() {
     for url in bad {
         let (in_name, hop) = (format!("{url}=192.0.2.1"), format!("a={url}"));
         for args in [["--via", url], ["--hop", &hop], ["--hop", &in_name], ["--hop", url]] {
-            let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", SOON);
+            let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
             assert!(said.lines().count() == 1 && said.contains(args[0]), "{args:?}: {said}");
@@ -387,7 +387,7 @@ fn passwords_of_hops_are_said_to_nobody() {
         }
     }
     for hop in ["direct=anna:sesame@192.0.2.1", "=anna:sesame@192.0.2.1", "anna:sesame@192.0.2.1"] {
-        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--hop", hop]), b"", SOON);
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--hop", hop]), b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(2));
         assert!(!String::from_utf8_lossy(&output.stderr).contains("sesame"));
     }
@@ -395,11 +395,11 @@ fn passwords_of_hops_are_said_to_nobody() {
 
 #[test]
 fn a_url_in_place_of_the_name_of_a_hop_is_not_told_on() {
-    let folder = folder();
+    let folder = temp_dir();
     let rules = write_file(folder.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
     let allow = "via=socks5h://anna:sesame@192.0.2.1";
     for args in [["--rules", &rules], ["--allow", allow]] {
-        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", SOON);
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains("via=") && !said.contains("sesame"), "{said}");
@@ -418,12 +418,12 @@ impl Drop for Danted {
 
 #[test]
 fn dante_is_a_hop_as_well() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let (addr, log) = (closed_port(), folder.path().join("log"));
-    let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", SOON).stdout).expect("a name");
+    let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", TIMEOUT).stdout).expect("a name");
     let config = format!(
         "logoutput: {}\ninternal: {} port = {}\nexternal: 127.0.0.1\nclientmethod: none\nsocksmethod: none\n\
          user.privileged: {user}user.unprivileged: {user}client pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n}}\n\
@@ -439,7 +439,7 @@ fn dante_is_a_hop_as_well() {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _danted = Danted(command.spawn().expect("danted starts"));
     let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
-    eventually("danted runs", SOON, || read_log().contains(" running"));
+    wait_until("danted runs", TIMEOUT, || read_log().contains(" running"));
     let server = Server::start(&["--via", &addr.to_string()]);
     let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
@@ -448,7 +448,7 @@ fn dante_is_a_hop_as_well() {
     let echo = udp_echo_server(V4);
     (0..10).for_each(|_| association.ping(echo, b"udp"));
     for what in ["tcp/connect", "udp/udpassociate"] {
-        eventually(what, SOON, || read_log().contains(what));
+        wait_until(what, TIMEOUT, || read_log().contains(what));
     }
     // What it refuses, it refuses in its own words.
     assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);

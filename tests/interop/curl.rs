@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 
-use crate::common::{Server, closed_port, folder, has, run, tcp_server};
+use crate::common::{Server, closed_port, is_installed, run, tcp_server, temp_dir};
 use crate::{LONG, add_anna, assert_same, code, have, htpasswd_berta, octets, session, stdout, text};
 
 /// curl's status for everything that a SOCKS server can say no to.
@@ -48,7 +48,7 @@ fn answer(stream: TcpStream) -> std::io::Result<()> {
 
 #[test]
 fn curl_resolves_names_itself_with_socks5_and_leaves_it_to_the_server_with_socks5h() {
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
     let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
@@ -64,7 +64,7 @@ fn curl_resolves_names_itself_with_socks5_and_leaves_it_to_the_server_with_socks
 
 #[test]
 fn curl_reaches_an_ipv6_literal() {
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
     let (server, web) = (Server::start(&[]), http_server(Ipv6Addr::LOCALHOST));
@@ -77,10 +77,10 @@ fn curl_reaches_an_ipv6_literal() {
 
 #[test]
 fn curl_reaches_the_server_on_ipv6_and_on_a_unix_socket() {
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("socket");
     let path = path.to_str().expect("a path of text");
     let mut command = crate::s5();
@@ -98,7 +98,7 @@ fn curl_logs_in_with_the_right_password_only() {
     if !have(&["curl", "htpasswd"]) {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     // The one adds a line to what the other has written.
     htpasswd_berta(folder.path());
     let users = add_anna(folder.path());
@@ -122,7 +122,7 @@ fn curl_logs_in_with_the_right_password_only() {
 
 #[test]
 fn curl_moves_much_both_ways_unchanged() {
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
     let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
@@ -135,7 +135,7 @@ fn curl_moves_much_both_ways_unchanged() {
 
 #[test]
 fn curl_is_told_that_the_target_refuses() {
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
     let server = Server::start(&[]);

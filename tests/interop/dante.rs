@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{ChildStdin, Command, Stdio};
 
 use crate::common::{
-    SOON, Server, closed_port, echo_server, eventually, folder, has, run, s5, udp_echo_server, write_file,
+    Server, TIMEOUT, closed_port, echo_server, is_installed, run, s5, temp_dir, udp_echo_server, wait_until, write_file,
 };
 use crate::{LONG, Process, assert_same, code, octets, session, stdout, text};
 
@@ -42,7 +42,7 @@ impl Danted {
     }
 
     fn start_on(addr: SocketAddr, setup: &Setup<'_>) -> Option<Self> {
-        let folder = folder();
+        let folder = temp_dir();
         let (user, method) = match setup.login {
             true => ("root".into(), "username"),
             false => (text(&stdout(Command::new("id").arg("-un"), b"")).trim().to_owned(), "none"),
@@ -66,7 +66,7 @@ impl Danted {
         let mut process = Process::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()));
         let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
         let mut ended = false;
-        eventually("danted runs", SOON, || {
+        wait_until("danted runs", TIMEOUT, || {
             ended = process.has_ended();
             ended || read_log().contains(" running")
         });
@@ -87,7 +87,7 @@ impl Danted {
 
     /// Waits until the log has a line with this in it.
     fn logged(&self, what: &str) {
-        eventually(what, SOON, || self.log().contains(what));
+        wait_until(what, TIMEOUT, || self.log().contains(what));
     }
 }
 
@@ -127,7 +127,7 @@ struct Client {
 
 impl Client {
     fn start(args: &[&str]) -> Self {
-        let folder = folder();
+        let folder = temp_dir();
         let file = |name: &str| File::create(folder.path().join(name)).expect("a file");
         let mut command = s5();
         command.args(args).stdin(Stdio::piped()).stdout(file("stdout")).stderr(file("stderr"));
@@ -141,7 +141,7 @@ impl Client {
     /// Waits for the line `word ADDR:PORT` on stderr.
     fn says(&mut self, word: &str) -> SocketAddr {
         let mut found = None;
-        eventually(word, SOON, || {
+        wait_until(word, TIMEOUT, || {
             let said = self.wrote("stderr");
             // Not a line that is half written.
             let mut lines = said.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
@@ -161,7 +161,7 @@ impl Client {
 
     /// Waits for its end, which must be a good one, and gives what it wrote to stdout.
     fn output(&mut self) -> String {
-        eventually("the client ends", SOON, || self.process.has_ended());
+        wait_until("the client ends", TIMEOUT, || self.process.has_ended());
         let status = self.process.child.wait().expect("it has ended");
         assert!(status.success(), "{status}: {}", self.wrote("stderr"));
         self.wrote("stdout")
@@ -172,7 +172,7 @@ impl Client {
 fn bind_and_talk(hops: &str) {
     let mut bind = Client::start(&["bind", "-x", hops, "127.0.0.1"]);
     let mut peer = TcpStream::connect(bind.says("bound ")).expect("the proxy accepts the peer");
-    peer.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    peer.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     assert_eq!(bind.says("accepted "), peer.local_addr().expect("an address"));
     drop(bind.tell("from the client"));
     let mut heard = String::new();
@@ -188,14 +188,14 @@ fn udp_and_compare(hops: &str, echo: SocketAddr) {
     let lines = format!("one\n\n{}\n", "x".repeat(8000));
     let mut udp = Client::start(&["udp", "-w", "0", "-x", hops, &echo.to_string()]);
     let stdin = udp.tell(&lines);
-    eventually("all answers", SOON, || udp.wrote("stdout").len() >= lines.len() || udp.process.has_ended());
+    wait_until("all answers", TIMEOUT, || udp.wrote("stdout").len() >= lines.len() || udp.process.has_ended());
     drop(stdin);
     assert_eq!(udp.output(), lines, "{hops}");
 }
 
 #[test]
 fn connect_through_dante_gets_back_what_it_sends() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let (danted, echo, data) = (Danted::start(&ALL), echo_server(), octets(4 << 20));
@@ -207,7 +207,7 @@ fn connect_through_dante_gets_back_what_it_sends() {
 
 #[test]
 fn connect_through_dante_tells_a_refusal_from_a_rule() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let danted = Danted::start(&Setup { commands: "connect", ..ALL });
@@ -224,7 +224,7 @@ fn connect_through_dante_tells_a_refusal_from_a_rule() {
 
 #[test]
 fn bind_through_dante_talks_to_its_peer() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let danted = Danted::start(&ALL);
@@ -234,7 +234,7 @@ fn bind_through_dante_talks_to_its_peer() {
 
 #[test]
 fn udp_through_dante_gets_its_answers() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let (danted, echo) = (Danted::start(&ALL), udp_echo_server(Ipv4Addr::LOCALHOST.into()));
@@ -244,7 +244,7 @@ fn udp_through_dante_gets_its_answers() {
 
 #[test]
 fn dante_logs_in_who_has_the_right_password() {
-    if !has("danted") || !has("unshare") {
+    if !is_installed("danted") || !is_installed("unshare") {
         return;
     }
     let (danted, echo) = (Danted::start(&Setup { login: true, ..ALL }), echo_server());
@@ -262,7 +262,7 @@ fn dante_logs_in_who_has_the_right_password() {
 
 #[test]
 fn chains_lead_through_dante_and_servers_of_ours() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let (danted, first, last) = (Danted::start(&ALL), Server::start(&[]), Server::start(&[]));
@@ -278,7 +278,7 @@ fn chains_lead_through_dante_and_servers_of_ours() {
 
 #[test]
 fn datagrams_pass_chains_with_dante_in_either_place() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let (danted, server) = (Danted::start(&ALL), Server::start(&[]));
@@ -289,7 +289,7 @@ fn datagrams_pass_chains_with_dante_in_either_place() {
 
 #[test]
 fn dante_forwards_to_our_server_as_its_client() {
-    if !has("danted") {
+    if !is_installed("danted") {
         return;
     }
     let (server, echo, data) = (Server::start(&[]), echo_server(), octets(1 << 20));

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::common::{Server, closed_port, echo_server, folder, has, run};
+use crate::common::{Server, closed_port, echo_server, is_installed, run, temp_dir};
 use crate::{LONG, assert_same, code, have, htpasswd_berta, octets, session, stdout, text};
 
 /// More than the socket buffers hold, so that it must flow both ways at once.
@@ -23,7 +23,7 @@ fn nc(server: &Server) -> Command {
 
 #[test]
 fn ncat_gets_back_what_it_sends() {
-    if !has("ncat") {
+    if !is_installed("ncat") {
         return;
     }
     let (server, echo, data) = (Server::start(&[]), echo_server(), octets(SIZE));
@@ -37,7 +37,7 @@ fn ncat_logs_in_with_the_right_password_only() {
     if !have(&["ncat", "htpasswd"]) {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = htpasswd_berta(folder.path());
     let (server, echo) = (Server::start(&["--users", &users]), echo_server());
     let say =
@@ -52,7 +52,7 @@ fn ncat_logs_in_with_the_right_password_only() {
 
 #[test]
 fn nc_gets_back_what_it_sends() {
-    if !has("nc.openbsd") {
+    if !is_installed("nc.openbsd") {
         return;
     }
     let (server, echo, data) = (Server::start(&[]), echo_server(), octets(SIZE));
@@ -65,7 +65,7 @@ fn nc_gets_back_what_it_sends() {
 
 #[test]
 fn nc_is_told_why_there_is_no_connection() {
-    if !has("nc.openbsd") {
+    if !is_installed("nc.openbsd") {
         return;
     }
     let server = Server::start(&[]);

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Server, echo_server, folder, has, skip, udp_echo_server};
+use crate::common::{Server, echo_server, is_installed, skip, temp_dir, udp_echo_server};
 use crate::{add_anna, stdout, text};
 
 /// Debian's, whatever other Python the path has first: that one has Debian's modules.
@@ -47,7 +47,7 @@ for length in map(int, sys.stdin.read().split()):
 
 fn have_pysocks() -> bool {
     if !Path::new(PYTHON).exists() {
-        return has(PYTHON);
+        return is_installed(PYTHON);
     }
     let imported = Command::new(PYTHON).args(["-c", "import socks"]).output().expect("Python runs");
     if !imported.status.success() {
@@ -79,7 +79,7 @@ fn pysocks_logs_in_with_the_right_password_only() {
     if !have_pysocks() {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = add_anna(folder.path());
     let (server, echo) = (Server::start(&["--users", &users]), echo_server());
     let udp = udp_echo_server(Ipv4Addr::LOCALHOST.into());

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::common::{SOON, Server, closed_port, echo_server, eventually, folder, run, s5, tcp_server, write_file};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, tcp_server, temp_dir, wait_until, write_file};
 use crate::{LONG, Process, assert_same, code, have, octets, session, stdout, text};
 
 const SSHD: &str = "/usr/sbin/sshd";
@@ -26,7 +26,7 @@ pub(crate) struct Sshd {
 
 impl Sshd {
     pub(crate) fn start() -> Self {
-        let folder = folder();
+        let folder = temp_dir();
         let path = |name: &str| folder.path().join(name).display().to_string();
         for key in ["host_key", "user_key"] {
             let mut keygen = Command::new("ssh-keygen");
@@ -171,7 +171,7 @@ fn git_clones_and_pushes_over_ssh_through_one_server_and_through_two() {
         return;
     }
     let (first, second, sshd) = (Server::start(&[]), Server::start(&[]), Sshd::start());
-    let (folder, content) = (folder(), octets(2 << 20));
+    let (folder, content) = (temp_dir(), octets(2 << 20));
     let origin = repository(folder.path(), &content);
     let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
     for (name, hops) in [("one", first.addr().to_string()), ("two", format!("{},{}", first.addr(), second.addr()))] {
@@ -202,7 +202,7 @@ fn ssh_d(sshd: &Sshd) -> (Process, SocketAddr) {
         ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
         let mut process = Process::start(&mut ssh);
         let mut ended = false;
-        eventually("ssh -D listens", SOON, || {
+        wait_until("ssh -D listens", TIMEOUT, || {
             ended = process.has_ended();
             // It listens before it runs the command.
             ended || std::fs::read(sshd.folder.path().join("ssh_d")).is_ok_and(|log| log == b"connected\n")

@@ -14,11 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    SOON, Server, closed_port, eventually, folder, in_namespace, read_exact, run, s5, skip, tcp_server,
+    Server, TIMEOUT, closed_port, in_namespace, read_exact, run, s5, skip, tcp_server, temp_dir, wait_until,
 };
-use crate::kit::login::users;
+use crate::kit::login::users_file;
 use crate::kit::{V4, check_pattern, idle_descriptors, send_pattern, timed};
-use crate::scripted::Running;
+use crate::scripted::RunningProgram;
 use crate::{LONG, Process, code, session, text};
 
 /// A server that takes no port 0, and where it listens; it writes its log into the folder.
@@ -30,7 +30,7 @@ fn listening(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (Process
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
         let mut process = Process::start(&mut command);
         let mut ended = false;
-        eventually("it listens", LONG, || {
+        wait_until("it listens", LONG, || {
             ended = process.has_ended();
             ended || TcpStream::connect(addr).is_ok()
         });
@@ -62,7 +62,7 @@ fn mail_arrives_with_crlf_and_only_so() {
     if !have_aiosmtpd() || !in_namespace("uses::mail_arrives_with_crlf_and_only_so", HOSTS, "") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let new = folder.path().join("mail/new");
     let (_mta, addr) = listening(folder.path(), |addr| {
         let mut command = Command::new(PYTHON);
@@ -73,7 +73,8 @@ fn mail_arrives_with_crlf_and_only_so() {
     let server = Server::start(&[]);
     let start = |options: &[&str]| {
         let mut command = s5();
-        let mut client = Running::start(command.args(["connect", "-x", &server.addr().to_string()]).args(options));
+        let mut client =
+            RunningProgram::start(command.args(["connect", "-x", &server.addr().to_string()]).args(options));
         // One line has the end that it needs already.
         client.write(b"HELO client.test\nMAIL FROM:<anna@client.test>\nRCPT TO:<berta@mail.test>\nDATA\n");
         client.write(b"Subject: hello\n\none line\nanother\r\n.\nQUIT\n");
@@ -103,23 +104,23 @@ fn mail_arrives_with_crlf_and_only_so() {
 const WAIT: &str = "30s";
 
 /// Fails unless it runs for long enough to have failed a few times.
-fn keeps_trying(check: &mut Running) {
+fn keeps_trying(check: &mut RunningProgram) {
     let began = Instant::now();
-    eventually("it has tried a few times", SOON, || {
+    wait_until("it has tried a few times", TIMEOUT, || {
         assert!(check.is_running(), "it gave up");
         began.elapsed() > Duration::from_millis(400)
     });
 }
 
-fn succeeds(mut check: Running) {
-    let (status, stdout, stderr) = check.end(SOON);
+fn succeeds(mut check: RunningProgram) {
+    let (status, stdout, stderr) = check.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
 }
 
 #[test]
 fn a_health_check_waits_until_its_proxy_is_there() {
     let addr = closed_port().to_string();
-    let mut check = Running::start(s5().args(["connect", "-z", "--wait", WAIT, "-x", &addr]));
+    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", WAIT, "-x", &addr]));
     keeps_trying(&mut check);
     let _server = Server::start_with(s5().args(["serve", "--listen", &addr]), 1);
     succeeds(check);
@@ -129,7 +130,7 @@ fn a_health_check_waits_until_its_proxy_is_there() {
 fn a_health_check_waits_until_its_target_is_there() {
     let (server, target) = (Server::start(&[]), closed_port());
     let (proxy, addr) = (server.addr().to_string(), target.to_string());
-    let mut check = Running::start(s5().args(["connect", "-z", "--wait", WAIT, "-x", &proxy, &addr]));
+    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", WAIT, "-x", &proxy, &addr]));
     keeps_trying(&mut check);
     session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
     let listener = TcpListener::bind(target).expect("the port is still free");
@@ -142,7 +143,7 @@ fn a_health_check_waits_until_its_target_is_there() {
 fn a_health_check_gives_up_in_time_and_tells_its_tries() {
     let proxy = closed_port().to_string();
     let check =
-        |options: &str| timed(|| run(s5().args(["connect", options, "--wait", "300ms", "-x", &proxy]), b"", SOON));
+        |options: &str| timed(|| run(s5().args(["connect", options, "--wait", "300ms", "-x", &proxy]), b"", TIMEOUT));
     let (took, output) = check("-zv");
     let said = text(&output.stderr);
     assert_eq!((code(&output), said.lines().count()), (7, 1), "{said}");
@@ -157,7 +158,7 @@ fn a_health_check_gives_up_in_time_and_tells_its_tries() {
 
 #[test]
 fn a_health_check_does_not_wait_for_what_will_not_change() {
-    let (_folder, users) = users(&[("alice", "secret")]);
+    let (_folder, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     let web = tcp_server(V4, |mut stream| {
         let _ = stream.write_all(b"HTTP/1.0 400 Bad Request\r\n\r\n");
@@ -170,14 +171,14 @@ fn a_health_check_does_not_wait_for_what_will_not_change() {
         (web.to_string(), 97, "SOCKS5"),
     ];
     for (proxy, status, word) in table {
-        // Who does not succeed here within SOON has tried again.
-        let output = run(s5().args(["connect", "-zv", "--wait", WAIT, "-x", &proxy]), b"", SOON);
+        // Who does not succeed here within TIMEOUT has tried again.
+        let output = run(s5().args(["connect", "-zv", "--wait", WAIT, "-x", &proxy]), b"", TIMEOUT);
         let said = text(&output.stderr);
         assert_eq!(code(&output), status, "{proxy}: {said}");
         assert!(said.contains(word) && !said.contains("given up"), "{proxy}: {said}");
     }
     // A wait is the limit of a try as well.
-    let output = run(s5().args(["connect", "-zv", "--wait", "300ms", "-x", &mute.to_string()]), b"", SOON);
+    let output = run(s5().args(["connect", "-zv", "--wait", "300ms", "-x", &mute.to_string()]), b"", TIMEOUT);
     assert_eq!(code(&output), 28, "{}", text(&output.stderr));
 }
 
@@ -226,6 +227,6 @@ fn a_gibibyte_goes_through_a_forwarded_port_on_eight_connections_at_once() {
     });
     let moved = [format!(" up={} down=6 ", EACH + 1), format!(" up=1 down={} ", EACH + 1)];
     server.wait_log(|log| moved.iter().all(|moved| log.matches(moved).count() == CONNECTIONS / 2));
-    eventually("nothing is left open", SOON, || (forward.descriptors(), server.descriptors()) == idle);
+    wait_until("nothing is left open", TIMEOUT, || (forward.descriptors(), server.descriptors()) == idle);
     assert_eq!(forward.log(), format!("listening on {}\n", forward.addr()));
 }

@@ -7,9 +7,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::common::{SOON, eventually, has, in_namespace, tcp_server, udp_echo_server};
+use crate::common::{TIMEOUT, in_namespace, is_installed, tcp_server, udp_echo_server, wait_until};
 use crate::kit::V4;
-use crate::scripted::Running;
+use crate::scripted::RunningProgram;
 use crate::{LEVELS, client_at, realm, serve_at, stdout, url};
 
 const SENT: &[u8] = b"a secret of the client";
@@ -66,7 +66,7 @@ fn a_stream_shows_all_at_level_1_and_nothing_at_level_2() {
         stream.read_to_end(&mut all).expect("it is closed");
         stream.write_all(ANSWERED).expect("it is sent");
     });
-    let request = crate::kit::request_name(crate::kit::CONNECT, NAME, target.port());
+    let request = crate::kit::request_by_name(crate::kit::CONNECT, NAME, target.port());
     for level in LEVELS {
         let server = serve_at(&realm, level);
         let (proxy, seen) = recorder(server.addr());
@@ -90,7 +90,7 @@ fn a_stream_shows_all_at_level_1_and_nothing_at_level_2() {
 
 #[test]
 fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
-    if !has("tshark") || !has("unshare") || realm().is_none() {
+    if !is_installed("tshark") || !is_installed("unshare") || realm().is_none() {
         return;
     }
     // With nobody else on the wire, and as whoever may listen there.
@@ -106,14 +106,14 @@ fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
     });
     let udp = udp_echo_server(V4);
     for level in &LEVELS[1..] {
-        let folder = crate::common::folder();
+        let folder = crate::common::temp_dir();
         let file = folder.path().join("capture.pcapng");
         let server = serve_at(&realm, level);
         let (host, port) = (server.addr().ip(), server.addr().port());
         assert_eq!(host, V4);
         let mut tshark = Command::new("tshark");
         tshark.args(["-i", "lo", "-q", "-w"]).arg(&file).stdin(Stdio::null());
-        let mut tshark = Running::start(&mut tshark);
+        let mut tshark = RunningProgram::start(&mut tshark);
         tshark.stderr(|said| said.contains("Capturing on"));
         // It says so a little before it does so.
         let marker = UdpSocket::bind((V4, 0)).expect("a port");
@@ -122,7 +122,8 @@ fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
         let args = [target.to_string()];
         let came = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&args[0]]), SENT);
         assert_eq!(came, ANSWERED);
-        let mut client = Running::start(&mut client_at(&realm, "udp", &url(&server), level, &[&udp.to_string()]));
+        let mut client =
+            RunningProgram::start(&mut client_at(&realm, "udp", &url(&server), level, &[&udp.to_string()]));
         client.write(b"a secret datagram\n");
         client.stdout(|all| all == b"a secret datagram\n");
         drop(client);
@@ -150,7 +151,7 @@ fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
 
 /// Does something again and again until a file has these octets.
 fn seen_after(file: &Path, octets: &[u8], act: impl Fn()) {
-    eventually("it is captured", SOON, || {
+    wait_until("it is captured", TIMEOUT, || {
         act();
         std::fs::read(file).is_ok_and(|all| contains(&all, octets))
     });

@@ -1,9 +1,9 @@
 //! s5 with s5 through several: each hop has a context of its own, inside of that of the hop before.
 
-use crate::common::{Server, echo_server, folder, run, s5, udp_echo_server};
+use crate::common::{Server, echo_server, run, s5, temp_dir, udp_echo_server};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
-use crate::scripted::{Running, text};
+use crate::scripted::{RunningProgram, text};
 use crate::{
     ALICE, LEVELS, LONG, assert_says, client, octets, path, realm, serve, serve_at, session, start, stdout, url,
 };
@@ -53,7 +53,7 @@ fn datagrams_go_through_a_chain_wrapped_for_each_hop() {
     for levels in PAIRS {
         let [first, second] = levels.map(|level| serve_at(&realm, level));
         let hops = format!("{},{}", url(&first), url(&second));
-        let mut client = Running::start(&mut client(&realm, "udp", &hops, &["--gssapi-min", "none", &target]));
+        let mut client = RunningProgram::start(&mut client(&realm, "udp", &hops, &["--gssapi-min", "none", &target]));
         let mut expected = Vec::new();
         // The last one goes in fragments.
         for length in [5, 1472, 60_000, 65_400] {
@@ -71,7 +71,7 @@ fn a_chain_may_bind() {
     let Some(realm) = realm() else { return };
     let [first, second] = ["integrity", "confidentiality"].map(|level| serve_at(&realm, level));
     let hops = format!("{},{}", url(&first), url(&second));
-    let mut client = Running::start(&mut client(&realm, "bind", &hops, &[]));
+    let mut client = RunningProgram::start(&mut client(&realm, "bind", &hops, &[]));
     let said = client.stderr(|said| said.contains("bound ") && said.ends_with('\n'));
     let port = said.trim().rsplit_once(':').expect("an address").1.parse::<u16>().expect("a port");
     let mut peer = std::net::TcpStream::connect((V4, port)).expect("the second hop listens");
@@ -79,13 +79,13 @@ fn a_chain_may_bind() {
     drop(peer);
     client.stdout(|octets| octets == b"hello");
     client.close_stdin();
-    assert!(client.end(crate::common::SOON).0.success());
+    assert!(client.end(crate::common::TIMEOUT).0.success());
 }
 
 #[test]
 fn hops_may_want_different_logins() {
     let Some(realm) = realm() else { return };
-    let folder = folder();
+    let folder = temp_dir();
     let (kerberos, bob) = (serve(&realm, &[]), serve_bob(&realm, folder.path()));
     let (echo, with_bob) = (echo_server().to_string(), format!("bob:secret@{}", url(&bob)));
     for hops in [format!("{},{with_bob}", url(&kerberos)), format!("{with_bob},{}", url(&kerberos))] {
@@ -93,7 +93,7 @@ fn hops_may_want_different_logins() {
     }
     let udp = udp_echo_server(V4).to_string();
     for hops in [format!("{},{with_bob}", url(&kerberos)), format!("{with_bob},{}", url(&kerberos))] {
-        let mut client = Running::start(&mut any_client(&realm, "udp", &hops, &[&udp]));
+        let mut client = RunningProgram::start(&mut any_client(&realm, "udp", &hops, &[&udp]));
         client.write(b"hello\n");
         client.stdout(|all| all == b"hello\n");
     }
@@ -112,7 +112,7 @@ fn a_server_logs_in_to_hops_with_the_tickets_of_its_environment() {
         let came = stdout(plain.args(["connect", "-x", &url(&server), &echo]), &data);
         assert!(came == data, "{level}: {} octets", came.len());
         session(&hop, &[ALICE, "command=connect", "rep=0"]);
-        let mut client = Running::start(s5().args(["udp", "-x", &url(&server), &udp]));
+        let mut client = RunningProgram::start(s5().args(["udp", "-x", &url(&server), &udp]));
         // What goes through alone, and what has to be split behind the hop's protection only.
         for length in [5, 65_433, 65_490] {
             let line = [vec![b'x'; length], b"\n".to_vec()].concat();
@@ -132,7 +132,7 @@ fn a_server_is_protected_on_both_sides() {
     let server = serve(&realm, &["--via", &url(&hop)]);
     let came = stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), &data);
     assert!(came == data, "{} octets", came.len());
-    let mut client = Running::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
+    let mut client = RunningProgram::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
     client.write(b"hello\n");
     client.stdout(|all| all == b"hello\n");
 }

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::common::{SOON, closed_port, echo_server, eventually, folder, udp_echo_server, write_file};
+use crate::common::{TIMEOUT, closed_port, echo_server, temp_dir, udp_echo_server, wait_until, write_file};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
-use crate::scripted::{Running, text};
+use crate::scripted::{RunningProgram, text};
 use crate::{ALICE, LEVELS, client_at, octets, path, realm, serve, session, stdout};
 
 /// What Dante calls the levels.
@@ -58,7 +58,7 @@ impl Sockd {
     }
 
     fn start_on(addr: SocketAddr, dante: &Path, realm: &Realm, level: &str, more: &str) -> Option<Self> {
-        let folder = folder();
+        let folder = temp_dir();
         let user = text(&stdout(Command::new("id").arg("-un"), b""));
         // The first of its rules counts for the login, the second for the level.
         let keytab = realm.file("service.keytab");
@@ -81,7 +81,7 @@ impl Sockd {
         let mut child = command.spawn().expect("sockd starts");
         let log = || std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
         let mut has_ended = false;
-        eventually("sockd runs", SOON, || {
+        wait_until("sockd runs", TIMEOUT, || {
             has_ended = child.try_wait().expect("it can be waited for").is_some();
             has_ended || log().contains(" running")
         });
@@ -118,7 +118,7 @@ fn our_clients_go_through_dantes_server() {
             let args = |target| nec.into_iter().chain([target]).collect::<Vec<&str>>();
             let came = stdout(&mut client_at(&realm, "connect", &sockd.url(), level, &args(&echo)), &data);
             assert!(came == data, "{level} {nec:?}: {} octets", came.len());
-            let mut client = Running::start(&mut client_at(&realm, "udp", &sockd.url(), level, &args(&udp)));
+            let mut client = RunningProgram::start(&mut client_at(&realm, "udp", &sockd.url(), level, &args(&udp)));
             for length in [1, 1472, 60_000] {
                 let line = [vec![b'x'; length], b"\n".to_vec()].concat();
                 client.write(&line);
@@ -135,7 +135,7 @@ fn dantes_client_goes_through_our_server() {
     for (level, its) in LEVELS.into_iter().zip(ITS_LEVELS) {
         for nec in ["", "clientcompatibility: necgssapi"] {
             let server = serve(&realm, &["--gssapi-protection", level]);
-            let folder = folder();
+            let folder = temp_dir();
             let config = format!(
                 "route {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0 via: localhost port = {port}\n\
                  proxyprotocol: socks_v5\n  command: connect udpassociate\n  method: gssapi\n\

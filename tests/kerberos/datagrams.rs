@@ -5,14 +5,14 @@ use std::net::Ipv6Addr;
 use crate::common::{Server, udp_echo_server};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
-use crate::scripted::{Running, text};
+use crate::scripted::{RunningProgram, text};
 use crate::{ALICE, LEVELS, client_at, realm, serve_at, session, url};
 
 /// What is left of 65507 octets behind the header of an IPv4 target and what Kerberos adds at each level (aes-sha1).
 const WHOLE: [usize; 3] = [65_497, 65_465, 65_433];
 
-fn udp(realm: &Realm, server: &Server, level: &str, target: &str) -> Running {
-    Running::start(&mut client_at(realm, "udp", &url(server), level, &["-w", "0", target]))
+fn udp(realm: &Realm, server: &Server, level: &str, target: &str) -> RunningProgram {
+    RunningProgram::start(&mut client_at(realm, "udp", &url(server), level, &["-w", "0", target]))
 }
 
 fn line(length: usize) -> Vec<u8> {
@@ -36,7 +36,7 @@ fn datagrams_of_every_size_come_back_at_every_level() {
             assert!(all == expected, "{length} octets at {level}");
         }
         client.close_stdin();
-        let (status, _, said) = client.end(crate::common::SOON);
+        let (status, _, said) = client.end(crate::common::TIMEOUT);
         assert!(status.success(), "{said}");
         let total = expected.len() - 7;
         session(&server, &[ALICE, "command=udp", &format!("rep=0 up={total} down={total} ")]);

@@ -19,7 +19,7 @@ impl<'a> Udp<'a> {
     pub fn new(control: &'a mut Peer, relay: SocketAddr) -> Self {
         let socket = UdpSocket::bind((V4, 0)).expect("a port");
         socket.connect(relay).expect("an address");
-        socket.set_read_timeout(Some(crate::common::SOON)).expect("a timeout can be set");
+        socket.set_read_timeout(Some(crate::common::TIMEOUT)).expect("a timeout can be set");
         Self { context: &control.context, seal: control.seal, socket }
     }
 
@@ -62,7 +62,7 @@ impl<'a> Udp<'a> {
 }
 
 fn datagram(frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
-    let mut octets = crate::common::with_addr([0, 0, frag], dst);
+    let mut octets = crate::common::message_with_addr([0, 0, frag], dst);
     octets.extend(data);
     octets
 }

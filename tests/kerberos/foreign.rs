@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::process::{Command, Output};
 
-use crate::common::{Server, echo_server, folder, has, run, tcp_server};
+use crate::common::{Server, echo_server, is_installed, run, tcp_server, temp_dir};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
@@ -52,7 +52,7 @@ fn assert_serves(realm: &Realm, server: &Server) {
 #[test]
 fn libcurl_logs_in_where_nothing_is_protected_and_fails_cleanly_elsewhere() {
     let Some(realm) = realm() else { return };
-    let folder = folder();
+    let folder = temp_dir();
     let mut pip = Command::new(PYTHON);
     pip.args(["-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check", "--retries", "1"]);
     pip.args(["--timeout", "5", "--only-binary", ":all:", "--target"]).arg(folder.path()).arg("pycurl>=7.46");
@@ -98,7 +98,7 @@ fn libcurl_logs_in_where_nothing_is_protected_and_fails_cleanly_elsewhere() {
 #[test]
 fn debians_curl_gets_through_the_login_and_no_further() {
     let Some(realm) = realm() else { return };
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
     let page = format!("http://{}/", web_server());
@@ -131,10 +131,10 @@ fn debians_curl_gets_through_the_login_and_no_further() {
 #[test]
 fn a_stock_curl_logs_in_by_password_where_that_comes_first() {
     let Some(realm) = realm() else { return };
-    if !has("curl") {
+    if !is_installed("curl") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let users = crate::path(&folder.path().join("users"));
     stdout(crate::common::s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
     let server = serve(&realm, &["--users", &users]);

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use crate::common::{echo_server, udp_echo_server};
 use crate::kit::realm::Realm;
-use crate::kit::{BIND, CONNECT, End, UDP_ASSOCIATE, V4, end_of};
+use crate::kit::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, stream_end};
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, Context, DATA, DELEG, FORMS, Form, INTEG, Library, MUTUAL, PROTECTION, Peer,
     REPLAY, SEQUENCE, greet, have_python, hear, message, rest,
@@ -99,7 +99,7 @@ fn what_is_no_token_is_answered_with_an_abort() {
         let mut stream = server.connect();
         greet(&mut stream);
         stream.write_all(&octets).expect("it is sent");
-        assert_eq!(end_of(&mut stream), End::Closed(ABORT.to_vec()), "{what}");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(ABORT.to_vec()), "{what}");
     }
     // After all of that others are served.
     assert_eq!(Peer::new(&library, &server, ALL).ask(2, Form::Rfc), 2);
@@ -137,7 +137,7 @@ fn what_is_no_level_is_answered_with_an_abort() {
         peer.say_raw(&octets);
         peer.assert_aborted(what);
     }
-    let log = server.wait_log(|log| crate::kit::sessions(log).len() == 12);
+    let log = server.wait_log(|log| crate::kit::session_lines(log).len() == 12);
     assert_eq!(log.matches("rep=-").count(), 12, "{log}");
     assert_eq!(log.matches("GSSAPI: ").count(), 12, "each is told why:\n{log}");
 }
@@ -153,7 +153,7 @@ fn a_handshake_that_is_broken_off_anywhere_is_over() {
         stream.write_all(&whole[..end]).expect("it is sent");
         stream.shutdown(std::net::Shutdown::Write).expect("half-close");
         // Whoever has closed has nobody left to abort for.
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]), "{end} octets");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{end} octets");
     }
     for end in [0, 1, 2, 3, 4, 5, 20, 32] {
         let mut peer = Peer::new(&library, &server, ALL);
@@ -161,7 +161,7 @@ fn a_handshake_that_is_broken_off_anywhere_is_over() {
         assert_eq!(level.len(), 33);
         peer.say_raw(&level[..end]);
         peer.shutdown();
-        assert_eq!(end_of(&mut peer.stream), End::Closed(vec![]), "{end} octets of the level");
+        assert_eq!(stream_end(&mut peer.stream), StreamEnd::Closed(vec![]), "{end} octets of the level");
     }
 }
 
@@ -204,7 +204,7 @@ fn a_login_that_was_recorded_is_of_no_use() {
         let mut second = server.connect();
         greet(&mut second);
         second.write_all(&token).expect("it is sent");
-        assert_eq!(end_of(&mut second), End::Closed(ABORT.to_vec()));
+        assert_eq!(stream_end(&mut second), StreamEnd::Closed(ABORT.to_vec()));
         drop(second);
         session(server, &["rep=-", "Request is a replay"]);
     }
@@ -299,10 +299,10 @@ fn who_takes_too_long_is_cut_off_at_every_stage() {
     granted.ask(2, Form::Rfc);
     // As long as the context is not agreed upon, it is refused.
     for stream in [&mut greeted, &mut half, &mut established.stream] {
-        assert_eq!(end_of(stream), End::Closed(vec![1, 0xff]));
+        assert_eq!(stream_end(stream), StreamEnd::Closed(vec![1, 0xff]));
     }
-    let end = end_of(&mut granted.stream);
-    assert!(end == End::Closed(vec![]) || end == End::Reset, "{end:?}");
+    let end = stream_end(&mut granted.stream);
+    assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     let log = server.wait_log(|log| log.matches("handshake timed out").count() == 4);
     assert_eq!(log.matches("rep=-").count(), 4, "{log}");
 }

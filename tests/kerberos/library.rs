@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::{SOON, Server, echo_server, folder, has, run, s5};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, temp_dir};
 use crate::kit::realm::Realm;
 use crate::readme::assert_explains;
 use crate::{ALICE, LEVELS, LONG, assert_says, client_at, octets, path, realm, serve, session, stdout, url};
@@ -20,7 +20,7 @@ fn library(name: &str) -> Option<PathBuf> {
 
 #[test]
 fn without_a_library_all_but_gssapi_works() {
-    let (folder, echo) = (folder(), echo_server().to_string());
+    let (folder, echo) = (temp_dir(), echo_server().to_string());
     let users = path(&folder.path().join("users"));
     stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]).env(KNOB, "/nonexistent"), b"secret\n");
     let mut command = s5();
@@ -43,18 +43,18 @@ fn without_a_library_all_but_gssapi_works() {
 
 #[test]
 fn a_server_that_is_to_take_gssapi_does_not_start_without_a_library() {
-    let folder = folder();
+    let folder = temp_dir();
     let keytab = crate::common::write_file(folder.path(), "keytab", "");
     for args in [&["--auth", "gssapi"][..], &["--keytab", &keytab], &["--gssapi-service", "rcmd"]] {
         let mut command = s5();
         command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).env(KNOB, "/nonexistent");
-        assert_says(&run(&mut command, b"", SOON), 2, &["/nonexistent", "cannot open shared object file"]);
+        assert_says(&run(&mut command, b"", TIMEOUT), 2, &["/nonexistent", "cannot open shared object file"]);
     }
 }
 
 #[test]
 fn where_there_is_no_library_it_is_said_what_to_install() {
-    if !has("unshare") {
+    if !is_installed("unshare") {
         return;
     }
     // Both are hidden from the program, each behind a file that is none.
@@ -64,7 +64,7 @@ fn where_there_is_no_library_it_is_said_what_to_install() {
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "--", "sh", "-e", "-c", script, "sh"]).args(&found);
     command.args(["--", env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]);
-    assert_says(&run(&mut command, b"", SOON), 2, &["--auth gssapi", "apt install libgssapi-krb5-2"]);
+    assert_says(&run(&mut command, b"", TIMEOUT), 2, &["--auth gssapi", "apt install libgssapi-krb5-2"]);
     assert_explains("apt install libgssapi-krb5-2");
 }
 

@@ -4,13 +4,13 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
-use crate::common::{SOON, Server, echo_server, folder, has, read_exact, run, s5};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir};
 use crate::kit::realm::Realm;
 use crate::{ALICE, LONG, assert_says, client, client_at, path, realm, serve, session, start, stdout, url};
 
 /// A server that does not start.
 fn refused(realm: &Realm, args: &[&str]) -> Output {
-    run(realm.env(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args)), b"", SOON)
+    run(realm.env(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args)), b"", TIMEOUT)
 }
 
 fn users(folder: &std::path::Path) -> String {
@@ -30,7 +30,7 @@ fn selected(server: &Server, methods: &[u8]) -> u8 {
 #[test]
 fn the_order_of_methods_is_the_operators() {
     let Some(realm) = realm() else { return };
-    let (folder, keytab) = (folder(), path(&realm.file("service.keytab")));
+    let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
     let users = users(folder.path());
     let both = ["--users", &users, "--keytab", &keytab];
     let table: [(&[&str], [u8; 5]); 7] = [
@@ -53,7 +53,7 @@ fn the_order_of_methods_is_the_operators() {
 #[test]
 fn options_that_do_not_fit_are_refused() {
     let Some(realm) = realm() else { return };
-    let (folder, keytab) = (folder(), path(&realm.file("service.keytab")));
+    let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
     let users = users(folder.path());
     let table: [(&[&str], &str); 9] = [
         (&["--auth", "password"], "password needs --users"),
@@ -74,7 +74,7 @@ fn options_that_do_not_fit_are_refused() {
 #[test]
 fn a_keytab_that_is_of_no_use_is_found_out_at_start() {
     let Some(realm) = realm() else { return };
-    let folder = folder();
+    let folder = temp_dir();
     let file = |name: &str| path(&folder.path().join(name));
     std::fs::write(file("junk"), b"this is no keytab\n").expect("a file");
     std::fs::write(file("empty"), b"").expect("a file");
@@ -91,15 +91,15 @@ fn a_keytab_that_is_of_no_use_is_found_out_at_start() {
     // Without one, it is that of the environment.
     let mut command = s5();
     realm.env(command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]));
-    let output = run(command.env("KRB5_KTNAME", format!("FILE:{}", file("missing"))), b"", SOON);
+    let output = run(command.env("KRB5_KTNAME", format!("FILE:{}", file("missing"))), b"", TIMEOUT);
     assert_says(&output, 2, &["--auth gssapi", "missing"]);
 }
 
 #[test]
 fn a_keytab_that_may_not_be_read_is_told_as_such() {
     let Some(realm) = realm() else { return };
-    let (folder, is_root) = (folder(), rustix::process::getuid().is_root());
-    if is_root && !has("setpriv") {
+    let (folder, is_root) = (temp_dir(), rustix::process::getuid().is_root());
+    if is_root && !is_installed("setpriv") {
         return;
     }
     // All but the keytab can be reached by anybody.
@@ -118,7 +118,7 @@ fn a_keytab_that_may_not_be_read_is_told_as_such() {
         Command::new(&program)
     };
     command.args(["serve", "--listen", "127.0.0.1:0", "--keytab", &keytab]);
-    let output = run(realm.env(&mut command), b"", SOON);
+    let output = run(realm.env(&mut command), b"", TIMEOUT);
     assert_says(&output, 2, &[&keytab, "Permission denied"]);
     crate::readme::assert_explains("Permission denied");
 }
@@ -207,7 +207,7 @@ fn tickets_are_taken_from_where_the_user_says() {
 #[test]
 fn gssapi_is_offered_only_where_there_is_a_ticket() {
     let Some(realm) = realm() else { return };
-    let (folder, echo) = (folder(), echo_server().to_string());
+    let (folder, echo) = (temp_dir(), echo_server().to_string());
     // Prefers GSSAPI, and takes others.
     let users = users(folder.path());
     let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password,none"]);

@@ -10,9 +10,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::common::{SOON, Server, has, read_exact, request, skip};
+use crate::common::{Server, TIMEOUT, is_installed, read_exact, request, skip};
 use crate::kit::realm::Realm;
-use crate::kit::{CONNECT, End, end_of};
+use crate::kit::{CONNECT, StreamEnd, stream_end};
 
 /// Debian's, whatever other Python the path has first: that one has Debian's modules.
 pub const PYTHON: &str = "/usr/bin/python3";
@@ -36,7 +36,7 @@ pub const DATA: u8 = 3;
 /// Whether python3-gssapi is there; as `has`.
 pub fn have_python() -> bool {
     if !Path::new(PYTHON).exists() {
-        return has(PYTHON);
+        return is_installed(PYTHON);
     }
     let imported = Command::new(PYTHON).args(["-c", "import gssapi"]).output().expect("Python runs");
     if !imported.status.success() {
@@ -78,7 +78,7 @@ impl Library {
     fn try_ask(&self, words: &[&str]) -> Result<String, String> {
         let mut process = self.0.lock().expect("no panic holds it");
         process.stdin.write_all(format!("{}\n", words.join(" ")).as_bytes()).expect("Python reads");
-        let answer = process.answers.recv_timeout(SOON).expect("Python answers");
+        let answer = process.answers.recv_timeout(TIMEOUT).expect("Python answers");
         match answer.strip_prefix("error ") {
             Some(error) => Err(error.into()),
             None => Ok(answer),
@@ -299,7 +299,7 @@ impl Peer {
 
     /// Fails unless the server aborts with its two octets, no more, and then closes.
     pub fn assert_aborted(&mut self, what: &str) {
-        assert_eq!(end_of(&mut self.stream), End::Closed(ABORT.to_vec()), "{what}");
+        assert_eq!(stream_end(&mut self.stream), StreamEnd::Closed(ABORT.to_vec()), "{what}");
     }
 }
 

@@ -3,14 +3,14 @@
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 
-use crate::common::{SOON, closed_port, read_exact, run};
+use crate::common::{TIMEOUT, closed_port, read_exact, run};
 use crate::kit::realm::Realm;
-use crate::kit::{End, V4, end_of};
+use crate::kit::{StreamEnd, V4, stream_end};
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, DATA, DELEG, FORMS, Form, INTEG, Library, MUTUAL, PROTECTION, Peer, Proxy,
     REPLAY, SEQUENCE, have_python, hear, message,
 };
-use crate::scripted::{Running, text};
+use crate::scripted::{RunningProgram, text};
 use crate::{ALICE, LONG, assert_says, client, octets, realm};
 
 struct Scene {
@@ -31,12 +31,12 @@ impl Scene {
         Some(Self { realm, proxy })
     }
 
-    fn client(&self, args: &[&str]) -> Running {
-        Running::start(&mut client(&self.realm, "connect", &self.proxy.url(), args))
+    fn client(&self, args: &[&str]) -> RunningProgram {
+        RunningProgram::start(&mut client(&self.realm, "connect", &self.proxy.url(), args))
     }
 
     /// A client whose request has been answered, and its connection.
-    fn tunnel(&self) -> (Running, Peer) {
+    fn tunnel(&self) -> (RunningProgram, Peer) {
         let client = self.client(&["192.0.2.1:80"]);
         let mut peer = self.proxy.established();
         let (asked, form) = Proxy::asked(&mut peer);
@@ -48,9 +48,9 @@ impl Scene {
 }
 
 /// Fails unless a client of ours ends with this status, and one line with these words.
-fn ends(mut client: Running, status: i32, words: &[&str]) {
+fn ends(mut client: RunningProgram, status: i32, words: &[&str]) {
     client.close_stdin();
-    let (ended, _, said) = client.end(SOON);
+    let (ended, _, said) = client.end(TIMEOUT);
     assert_eq!(ended.code(), Some(status), "{words:?}: {said}");
     assert!(said.starts_with("s5: ") && said.lines().count() == 1, "one line: {said:?}");
     for word in words {
@@ -87,7 +87,7 @@ fn methods_are_offered_as_the_user_says() {
     for (url, args, methods) in table {
         let mut command = crate::common::s5();
         scene.realm.env(command.args(["connect", "-x", url]).args(args).arg("192.0.2.1:80"));
-        let _client = Running::start(&mut command);
+        let _client = RunningProgram::start(&mut command);
         assert_eq!(scene.proxy.greeted().1, methods, "{args:?}");
     }
 }
@@ -105,7 +105,7 @@ fn every_level_is_asked_for_and_used_in_both_forms() {
             let mut peer = scene.proxy.established();
             assert_eq!(Proxy::asked(&mut peer), (code, form));
             Proxy::grant(&mut peer, code, form);
-            let request = crate::kit::request_name(crate::kit::CONNECT, "example.test", 80);
+            let request = crate::kit::request_by_name(crate::kit::CONNECT, "example.test", 80);
             if code == 0 {
                 assert_eq!(read_exact(&mut peer.stream, request.len()), request, "{level}");
                 peer.say_raw(&SUCCESS);
@@ -121,9 +121,9 @@ fn every_level_is_asked_for_and_used_in_both_forms() {
             }
             client.stdout(|all| all == b"there");
             client.close_stdin();
-            assert_eq!(end_of(&mut peer.stream), End::Closed(vec![]), "{level}");
+            assert_eq!(stream_end(&mut peer.stream), StreamEnd::Closed(vec![]), "{level}");
             drop(peer);
-            assert!(client.end(SOON).0.success(), "{level}");
+            assert!(client.end(TIMEOUT).0.success(), "{level}");
         }
     }
 }
@@ -145,7 +145,7 @@ fn a_level_that_is_too_low_or_none_is_refused_before_anything_is_said() {
         let mut peer = scene.proxy.established();
         let (_, form) = Proxy::asked(&mut peer);
         Proxy::grant(&mut peer, granted, form);
-        assert_eq!(end_of(&mut peer.stream), End::Closed(vec![]), "no request, {args:?}");
+        assert_eq!(stream_end(&mut peer.stream), StreamEnd::Closed(vec![]), "no request, {args:?}");
         ends(client, 67, &["proxy localhost:", "login", why]);
     }
 }
@@ -207,8 +207,8 @@ fn what_a_server_says_instead_of_its_token_is_told() {
         let _ = stream.shutdown(std::net::Shutdown::Write);
         ends(client, 67, &["proxy localhost:", "login", why]);
         // A reset, where it has left something unread.
-        let end = end_of(&mut stream);
-        assert!(end == End::Reset || end == End::Closed(vec![]), "{what}: it just closes: {end:?}");
+        let end = stream_end(&mut stream);
+        assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{what}: it just closes: {end:?}");
     }
 }
 
@@ -250,8 +250,8 @@ fn what_a_server_says_instead_of_its_level_is_told() {
         peer.say_raw(&octets);
         peer.shutdown();
         ends(client, 67, &["proxy localhost:", "login", why]);
-        let end = end_of(&mut peer.stream);
-        assert!(end == End::Reset || end == End::Closed(vec![]), "{what}: it just closes: {end:?}");
+        let end = stream_end(&mut peer.stream);
+        assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{what}: it just closes: {end:?}");
     }
     // Who speaks as NEC does wants such an answer, too.
     let client = scene.client(&["--gssapi-nec", "192.0.2.1:80"]);
@@ -267,7 +267,7 @@ fn a_server_that_is_another_one_is_found_out() {
     let mut python = std::process::Command::new(crate::peer::PYTHON);
     scene.realm.env(&mut python).env("KRB5_KTNAME", scene.realm.file("wrong.keytab"));
     let impostor = Proxy::new(&Library::with(&mut python));
-    let client = Running::start(&mut client(&scene.realm, "connect", &impostor.url(), &["192.0.2.1:80"]));
+    let client = RunningProgram::start(&mut client(&scene.realm, "connect", &impostor.url(), &["192.0.2.1:80"]));
     let (mut stream, _) = impostor.greeted();
     let token = hear(&mut stream, AUTHENTICATION);
     // It can't read the ticket; the best that it can do is to give an answer of somebody else's.
@@ -325,7 +325,7 @@ fn faults_in_what_comes_end_the_client_with_a_status() {
         peer.say_raw(&octets);
         peer.shutdown();
         let mut client = client;
-        let (status, stdout, said) = client.end(SOON);
+        let (status, stdout, said) = client.end(TIMEOUT);
         assert_eq!(status.code(), Some(56), "{what}: {said}");
         assert!(stdout.is_empty() || stdout == b"good", "{what}: {}", text(&stdout));
         assert!(said.contains(why) && said.lines().count() == 1, "{what}: {said}");
@@ -333,7 +333,7 @@ fn faults_in_what_comes_end_the_client_with_a_status() {
     // An end between frames is a good one.
     let (mut client, peer) = scene.tunnel();
     peer.shutdown();
-    assert!(client.end(SOON).0.success());
+    assert!(client.end(TIMEOUT).0.success());
 }
 
 #[test]
@@ -345,7 +345,7 @@ fn tokens_of_the_largest_size_are_taken() {
     peer.send(&[]);
     peer.send(b"end");
     peer.shutdown();
-    let (status, stdout, said) = client.end(SOON);
+    let (status, stdout, said) = client.end(TIMEOUT);
     assert!(status.success(), "{said}");
     assert!(stdout == [octets(largest), b"end".to_vec()].concat(), "{} octets", stdout.len());
 }
@@ -353,21 +353,21 @@ fn tokens_of_the_largest_size_are_taken() {
 #[test]
 fn answers_that_are_not_as_agreed_are_dropped_by_our_client() {
     let Some(scene) = Scene::new() else { return };
-    let mut client = Running::start(&mut client(&scene.realm, "udp", &scene.proxy.url(), &["192.0.2.9:9"]));
+    let mut client = RunningProgram::start(&mut client(&scene.realm, "udp", &scene.proxy.url(), &["192.0.2.9:9"]));
     let mut peer = scene.proxy.established();
     let (asked, form) = Proxy::asked(&mut peer);
     Proxy::grant(&mut peer, asked, form);
     assert_eq!(peer.receive()[..4], [5, 3, 0, 1]);
     let relay = UdpSocket::bind((V4, 0)).expect("a port");
-    relay.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    relay.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     let addr = relay.local_addr().expect("an address");
-    peer.send(&crate::common::with_addr([5, 0, 0], addr));
+    peer.send(&crate::common::message_with_addr([5, 0, 0], addr));
     client.write(b"question\n");
     let mut buffer = [0; 2048];
     let (n, from) = relay.recv_from(&mut buffer).expect("a datagram comes");
     let [1, DATA, _, length, token @ ..] = &buffer[..n] else { panic!("no frame") };
     assert_eq!(usize::from(*length), token.len());
-    let header = crate::common::with_addr([0, 0, 0], SocketAddr::from(([192, 0, 2, 9], 9)));
+    let header = crate::common::message_with_addr([0, 0, 0], SocketAddr::from(([192, 0, 2, 9], 9)));
     assert_eq!(peer.context.unwrap(token), ([&header[..], b"question"].concat(), true));
     let answer = |text: &str| message(DATA, &peer.context.wrap(&[&header[..], text.as_bytes()].concat(), true));
     let (first, lost, late) = (answer("first"), answer("lost"), answer("late"));

@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Server, has, run, tcp_server};
+use crate::common::{Server, is_installed, run, tcp_server};
 use crate::kit::V4;
 use crate::kit::realm::{PASSWORD, REALM, Realm};
 use crate::{ALICE, LONG, realm, session, text};
@@ -39,10 +39,10 @@ fn shell(realm: &Realm, folder: &Path, line: &str) -> Command {
 #[test]
 fn its_commands_lead_from_an_empty_keytab_to_a_working_login() {
     let Some(realm) = realm() else { return };
-    if !has("sh") {
+    if !is_installed("sh") {
         return;
     }
-    let folder = crate::common::folder();
+    let folder = crate::common::temp_dir();
     let forget = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
     let output = run(&mut shell(&realm, folder.path(), &forget), b"", LONG);
     assert!(output.status.success(), "{}", text(&output.stderr));

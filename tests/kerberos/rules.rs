@@ -3,10 +3,10 @@
 use std::io::Write as _;
 use std::net::TcpStream;
 
-use crate::common::{SOON, Server, echo_server, eventually, folder, run, udp_echo_server, write_file};
+use crate::common::{Server, TIMEOUT, echo_server, run, temp_dir, udp_echo_server, wait_until, write_file};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
-use crate::scripted::Running;
+use crate::scripted::RunningProgram;
 use crate::{ALICE, LONG, assert_says, client, path, realm, serve, session, stdout, url};
 
 /// Runs `s5 connect` as alice or mallory, at that level.
@@ -62,7 +62,7 @@ fn rules_hold_for_datagrams_and_bind_too() {
             assert_says(&output, 102, &["REP 2"]);
         }
     }
-    let mut client = Running::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
+    let mut client = RunningProgram::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
     client.write(b"hello\n");
     client.stdout(|all| all == b"hello\n");
 }
@@ -70,13 +70,13 @@ fn rules_hold_for_datagrams_and_bind_too() {
 #[test]
 fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
     let Some(realm) = realm() else { return };
-    let (folder, echo, udp) = (folder(), echo_server().to_string(), udp_echo_server(V4).to_string());
+    let (folder, echo, udp) = (temp_dir(), echo_server().to_string(), udp_echo_server(V4).to_string());
     let rules = |text: &str| write_file(folder.path(), "rules", text);
     let file = rules("allow user=*@S5.TEST\ndeny\n");
     let server = serve(&realm, &["--rules", &file]);
     let mallory = path(&realm.file("ccache.mallory"));
     let start = |mode: &str, args: &[&str]| {
-        let mut client = Running::start(&mut client(&realm, mode, &url(&server), args));
+        let mut client = RunningProgram::start(&mut client(&realm, mode, &url(&server), args));
         client.write(b"hello\n");
         client.stdout(|all| all == b"hello\n");
         client
@@ -97,7 +97,7 @@ fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
     rules(&format!("allow user={ALICE} protection=confidentiality\ndeny\n"));
     server.signal("HUP");
     for client in &mut go {
-        let (status, _, said) = client.end(SOON);
+        let (status, _, said) = client.end(TIMEOUT);
         assert!(!status.success(), "{said}");
     }
     for client in &mut stay {
@@ -115,10 +115,10 @@ fn who_may_reach_the_server_without_a_login_is_nobody() {
     realm.env(command.args(["serve", "--listen", "*:0", "--keytab", &keytab]));
     let server = Server::start_with(&mut command, 1);
     let mut stream = TcpStream::connect((V4, server.addr().port())).expect("the server accepts");
-    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
     assert_eq!(crate::common::read_exact(&mut stream, 2), [5, 0xff]);
     let echo = echo_server().to_string();
     assert_eq!(stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello"), b"hello");
-    eventually("the session ends", SOON, || server.log().contains(ALICE));
+    wait_until("the session ends", TIMEOUT, || server.log().contains(ALICE));
 }

@@ -4,10 +4,10 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
 
-use crate::common::{SOON, Server, closed_port, echo_server, folder, read_exact, run, s5, tcp_server};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, read_exact, run, s5, tcp_server, temp_dir};
 use crate::kit::realm::Realm;
 use crate::kit::{V4, listener, reset};
-use crate::scripted::{Running, text};
+use crate::scripted::{RunningProgram, text};
 use crate::{
     ALICE, LEVELS, LONG, assert_says, client, client_at, octets, path, realm, serve, serve_at, session, stdout, url,
 };
@@ -41,11 +41,11 @@ fn whichever_side_speaks_first_and_each_half_close_goes_through() {
     });
     for level in LEVELS {
         let server = serve_at(&realm, level);
-        let mut client = Running::start(&mut connect(&realm, &server, level, target));
+        let mut client = RunningProgram::start(&mut connect(&realm, &server, level, target));
         client.stdout(|octets| octets == b"220 hello\n");
         client.write(b"question");
         client.close_stdin();
-        let (status, stdout, said) = client.end(SOON);
+        let (status, stdout, said) = client.end(TIMEOUT);
         assert_eq!((status.code(), text(&stdout).as_str()), (Some(0), "220 hello\n8 octets"), "{level}: {said}");
     }
 }
@@ -56,8 +56,8 @@ fn the_target_may_close_first() {
     let target = tcp_server(V4, |mut stream| stream.write_all(b"all").expect("it is sent"));
     for level in LEVELS {
         let server = serve_at(&realm, level);
-        let mut client = Running::start(&mut connect(&realm, &server, level, target));
-        let (status, stdout, said) = client.end(SOON);
+        let mut client = RunningProgram::start(&mut connect(&realm, &server, level, target));
+        let (status, stdout, said) = client.end(TIMEOUT);
         assert_eq!((status.code(), stdout), (Some(0), b"all".to_vec()), "{level}: {said}");
     }
 }
@@ -71,9 +71,9 @@ fn a_target_that_resets_is_no_good_end() {
     });
     for level in LEVELS {
         let server = serve_at(&realm, level);
-        let mut client = Running::start(&mut connect(&realm, &server, level, target));
+        let mut client = RunningProgram::start(&mut connect(&realm, &server, level, target));
         client.write(b"go");
-        let (status, _, said) = client.end(SOON);
+        let (status, _, said) = client.end(TIMEOUT);
         assert!(status.code() == Some(56) && said.contains("transfer"), "{level}: {said}");
     }
 }
@@ -90,7 +90,7 @@ fn refusals_come_in_the_protected_reply() {
 }
 
 /// The address behind a word that the program says on stderr.
-fn said(program: &Running, word: &str) -> SocketAddr {
+fn said(program: &RunningProgram, word: &str) -> SocketAddr {
     let said = program.stderr(|said| said.lines().any(|line| line.starts_with(word)) && said.ends_with('\n'));
     let line = said.lines().find_map(|line| line.strip_prefix(word)).expect("the line is there");
     line.trim().parse().expect("an address")
@@ -101,7 +101,7 @@ fn bind_moves_data_both_ways_at_every_level() {
     let Some(realm) = realm() else { return };
     for level in LEVELS {
         let server = serve_at(&realm, level);
-        let mut client = Running::start(&mut client_at(&realm, "bind", &url(&server), level, &["127.0.0.1"]));
+        let mut client = RunningProgram::start(&mut client_at(&realm, "bind", &url(&server), level, &["127.0.0.1"]));
         let mut peer = TcpStream::connect(said(&client, "bound ")).expect("the server listens");
         assert_eq!(said(&client, "accepted "), peer.local_addr().expect("an address"));
         peer.write_all(b"from the peer").expect("it is sent");
@@ -113,7 +113,7 @@ fn bind_moves_data_both_ways_at_every_level() {
         assert_eq!(all, "from the client", "{level}");
         peer.write_all(b", more").expect("it is sent");
         peer.shutdown(Shutdown::Write).expect("half-close");
-        let (status, stdout, said) = client.end(SOON);
+        let (status, stdout, said) = client.end(TIMEOUT);
         assert_eq!((status.code(), text(&stdout).as_str()), (Some(0), "from the peer, more"), "{level}: {said}");
         session(&server, &[ALICE, "command=bind"]);
     }
@@ -122,7 +122,7 @@ fn bind_moves_data_both_ways_at_every_level() {
 #[test]
 fn a_unix_socket_takes_gssapi_when_the_host_is_named() {
     let Some(realm) = realm() else { return };
-    let folder = folder();
+    let folder = temp_dir();
     let (socket, keytab) = (path(&folder.path().join("s5.sock")), path(&realm.file("service.keytab")));
     let listen = format!("unix:{socket}");
     let mut command = s5();
@@ -152,9 +152,9 @@ fn a_proxy_known_by_address_wants_its_host_named() {
 fn many_sessions_at_once_do_not_get_into_each_others_way() {
     let Some(realm) = realm() else { return };
     let (server, (listener, target)) = (serve(&realm, &[]), listener(V4));
-    let clients: Vec<Running> = (0..8)
+    let clients: Vec<RunningProgram> = (0..8)
         .map(|i| {
-            let mut client = Running::start(&mut connect(&realm, &server, LEVELS[1 + i % 2], target));
+            let mut client = RunningProgram::start(&mut connect(&realm, &server, LEVELS[1 + i % 2], target));
             client.write(&[b'a' + u8::try_from(i).expect("a letter"); 100_000]);
             client.close_stdin();
             client
@@ -168,7 +168,7 @@ fn many_sessions_at_once_do_not_get_into_each_others_way() {
         stream.write_all(&all).expect("it is sent");
     }
     for (i, mut client) in clients.into_iter().enumerate() {
-        let (status, stdout, said) = client.end(SOON);
+        let (status, stdout, said) = client.end(TIMEOUT);
         assert!(status.success(), "{said}");
         assert!(stdout == [b'a' + u8::try_from(i).expect("a letter"); 100_000], "others' octets");
     }

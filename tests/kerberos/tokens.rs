@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use crate::common::{Server, echo_server, read_exact};
 use crate::kit::realm::Realm;
-use crate::kit::{CONNECT, End, V4, accept, end_of, listener};
+use crate::kit::{CONNECT, StreamEnd, V4, accept, listener, stream_end};
 use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, Form, Library, PROTECTION, Peer, have_python, message};
 use crate::{octets, realm, serve, session};
 
@@ -158,8 +158,8 @@ fn what_is_only_signed_does_not_pass_where_sealing_was_agreed() {
     assert_eq!(peer.ask(2, Form::Rfc), 2);
     let token = peer.context.wrap(&crate::common::request(CONNECT, scene.target), false);
     peer.say(DATA, &token);
-    let end = end_of(&mut peer.stream);
-    assert!(end == End::Reset || end == End::Closed(vec![]), "{end:?}");
+    let end = stream_end(&mut peer.stream);
+    assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{end:?}");
     session(&scene.server, &["command=- ", "rep=-", "not sealed"]);
     scene.listener.set_nonblocking(true).expect("an option");
     assert!(scene.listener.accept().is_err(), "nobody has connected");
@@ -189,8 +189,8 @@ fn an_end_inside_of_a_frame_is_none() {
         let what = format!("{end} octets");
         match end {
             // Between frames it is a half-close.
-            0 => assert_eq!(end_of(&mut target), End::Closed(vec![])),
-            68 => assert_eq!(end_of(&mut target), End::Closed(b"last".to_vec())),
+            0 => assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![])),
+            68 => assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"last".to_vec())),
             _ => assert_eq!(until_reset(&mut target, &what), b""),
         }
         if end % length > 0 {
@@ -227,5 +227,5 @@ fn many_tokens_may_come_at_once_and_in_any_pieces() {
     }
     peer.shutdown();
     let expected: Vec<u8> = (0..300_usize).flat_map(|i| octets(i % 50)).collect();
-    assert!(end_of(&mut target) == End::Closed(expected), "other octets");
+    assert!(stream_end(&mut target) == StreamEnd::Closed(expected), "other octets");
 }

@@ -5,11 +5,11 @@ use std::net::TcpStream;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, closed_port, echo_server, eventually, read_exact, run};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, read_exact, run, wait_until};
 use crate::kit::realm::{Realm, kinit};
 use crate::kit::timed;
 use crate::readme::assert_explains;
-use crate::scripted::Running;
+use crate::scripted::RunningProgram;
 use crate::{LONG, assert_says, client, path, realm, serve, start, stdout, url};
 
 /// Where nobody is, should anybody get that far.
@@ -17,7 +17,7 @@ const NOWHERE: &str = "127.0.0.9:9";
 
 /// Until a login with that ticket is refused: the library takes one for some time longer than klist does.
 fn wait_for_expiry(realm: &Realm, server: &Server, ccache: &str) {
-    eventually("the ticket expires", SOON, || as_of(realm, server, ccache).status.code() == Some(67));
+    wait_until("the ticket expires", TIMEOUT, || as_of(realm, server, ccache).status.code() == Some(67));
 }
 
 /// A client that logs in with these tickets.
@@ -60,14 +60,15 @@ fn a_session_lives_on_when_its_ticket_ends() {
     let (server, echo) = (serve(&realm, &[]), echo_server().to_string());
     let ccache = path(&realm.file("short"));
     kinit(&folder(&realm), "alice", "user.keytab", "short", "2s");
-    let mut client = Running::start(&mut client(&realm, "connect", &url(&server), &["--ccache", &ccache, &echo]));
+    let mut client =
+        RunningProgram::start(&mut client(&realm, "connect", &url(&server), &["--ccache", &ccache, &echo]));
     client.write(b"before ");
     client.stdout(|all| all == b"before ");
     wait_for_expiry(&realm, &server, &ccache);
     client.write(b"and after");
     client.stdout(|all| all == b"before and after");
     client.close_stdin();
-    assert!(client.end(SOON).0.success());
+    assert!(client.end(TIMEOUT).0.success());
 }
 
 #[test]
@@ -98,14 +99,14 @@ fn a_kdc_that_is_gone_is_told_at_once() {
 fn a_kdc_that_is_silent_is_waited_for_as_long_as_the_user_says_and_no_longer_than_10_s() {
     let Some(mut realm) = realm() else { return };
     let server = serve(&realm, &[]);
-    realm.silence();
+    realm.stop_answering();
     let started = Instant::now();
-    let mut patient = Running::start(&mut client(&realm, "connect", &url(&server), &[NOWHERE]));
-    let output = run(&mut client(&realm, "connect", &url(&server), &["-w", "300ms", NOWHERE]), b"", SOON);
+    let mut patient = RunningProgram::start(&mut client(&realm, "connect", &url(&server), &[NOWHERE]));
+    let output = run(&mut client(&realm, "connect", &url(&server), &["-w", "300ms", NOWHERE]), b"", TIMEOUT);
     assert_says(&output, 28, &["proxy localhost:", "login", "timed out after 300ms"]);
-    let output = run(&mut client(&realm, "udp", &url(&server), &["-w", "300ms", NOWHERE]), b"", SOON);
+    let output = run(&mut client(&realm, "udp", &url(&server), &["-w", "300ms", NOWHERE]), b"", TIMEOUT);
     assert_says(&output, 28, &["login", "timed out after 300ms"]);
-    let (status, _, said) = patient.end(SOON);
+    let (status, _, said) = patient.end(TIMEOUT);
     let time = started.elapsed();
     assert!(status.code() == Some(67) && said.contains("the KDC gives no answer"), "{said}");
     assert!(time > Duration::from_secs(9) && time < Duration::from_secs(25), "{time:?}");
@@ -128,7 +129,7 @@ fn a_server_whose_kdc_is_silent_serves_others_meanwhile() {
     let args = ["--hop", &kerberos, "--hop", &plain, "--allow", "to=127.0.0.9 via=kerberos"];
     let more = ["--allow", "to=localhost via=plain", "--connect-timeout", "5s", "--drain", "100ms"];
     let mut server = start(&realm, &[&args[..], &more].concat());
-    realm.silence();
+    realm.stop_answering();
     // More than may wait at once: some are told at once, and the rest at the deadline.
     let mut all: Vec<TcpStream> = (0..40).map(|_| ask(&server, NOWHERE)).collect();
     let port = echo.rsplit_once(':').expect("an address").1;
@@ -145,7 +146,7 @@ fn a_server_whose_kdc_is_silent_serves_others_meanwhile() {
         stream.set_nonblocking(false).expect("an option");
         is_answered
     };
-    eventually("eight are told", SOON, || all.iter().filter(|stream| is_answered(stream)).count() >= 8);
+    wait_until("eight are told", TIMEOUT, || all.iter().filter(|stream| is_answered(stream)).count() >= 8);
     assert_eq!(all.iter().filter(|stream| is_answered(stream)).count(), 8, "the others wait");
     for stream in &mut all {
         assert_eq!(read_exact(stream, 4), [5, 1, 0, 1], "REP 1");
@@ -155,5 +156,5 @@ fn a_server_whose_kdc_is_silent_serves_others_meanwhile() {
     assert_eq!(log.matches("login, for 127.0.0.9:9: timed out after").count(), 32, "{log}");
     // Threads that the library holds are not waited for.
     server.signal("TERM");
-    assert!(server.wait(SOON).success());
+    assert!(server.wait(TIMEOUT).success());
 }

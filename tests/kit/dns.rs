@@ -9,14 +9,14 @@ use std::thread;
 /// What resolv.conf says for it.
 pub const RESOLV: &str = "nameserver 127.0.0.1\n";
 
-/// The names that it has been asked for, in order.
-pub type Asked = Arc<Mutex<Vec<String>>>;
+/// The names that it has been queries for, in order.
+pub type Queries = Arc<Mutex<Vec<String>>>;
 
 /// What comes back for a name.
 pub enum Answer {
-    Nothing,
+    NoReply,
     /// An RCODE.
-    Failure(u8),
+    Rcode(u8),
     /// IPv4 only; there is none of IPv6.
     Addrs(Vec<Ipv4Addr>),
 }
@@ -27,20 +27,20 @@ impl Answer {
     }
 }
 
-pub fn start() -> Asked {
+pub fn start() -> Queries {
     start_with(|name, _| match name.split('.').next() {
-        Some("silent") => Answer::Nothing,
-        Some("servfail") => Answer::Failure(2),
-        Some("nx") => Answer::Failure(3),
+        Some("silent") => Answer::NoReply,
+        Some("servfail") => Answer::Rcode(2),
+        Some("nx") => Answer::Rcode(3),
         _ => Answer::addrs([Ipv4Addr::LOCALHOST]),
     })
 }
 
-/// Answers as `choose` says for a name and how many times its addresses have been asked for before.
-pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Asked {
+/// Answers as `choose` says for a name and how many times its addresses have been queries for before.
+pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Queries {
     let socket = UdpSocket::bind("127.0.0.1:53").expect("the port is free in here");
-    let asked = Asked::default();
-    let shared = asked.clone();
+    let queries = Queries::default();
+    let shared = queries.clone();
     thread::spawn(move || {
         let mut query = [0; 512];
         let mut times: HashMap<String, usize> = HashMap::new();
@@ -55,7 +55,7 @@ pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> As
             }
         }
     });
-    asked
+    queries
 }
 
 /// The name that a query is for, whether it wants IPv4, and the question as it is (RFC 1035 section 4).
@@ -72,8 +72,8 @@ fn parse(query: &[u8]) -> (String, bool, &[u8]) {
 
 fn encode(query: &[u8], question: &[u8], is_a: bool, answer: Answer) -> Option<Vec<u8>> {
     let (rcode, ips) = match answer {
-        Answer::Nothing => return None,
-        Answer::Failure(rcode) => (rcode, Vec::new()),
+        Answer::NoReply => return None,
+        Answer::Rcode(rcode) => (rcode, Vec::new()),
         Answer::Addrs(ips) => (0, if is_a { ips } else { Vec::new() }),
     };
     let count = u8::try_from(ips.len()).expect("a few addresses");

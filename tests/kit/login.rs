@@ -6,48 +6,48 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use tempfile::TempDir;
 
 use super::connect_from;
-use crate::common::{Server, folder, read_exact, write_file};
+use crate::common::{Server, read_exact, temp_dir, write_file};
 
 /// A users file. bcrypt of the least cost, since debug builds are slow.
-pub fn users(list: &[(&str, &str)]) -> (TempDir, String) {
-    users_of_cost(4, list)
+pub fn users_file(list: &[(&str, &str)]) -> (TempDir, String) {
+    users_file_with_cost(4, list)
 }
 
-pub fn users_of_cost(cost: u32, list: &[(&str, &str)]) -> (TempDir, String) {
+pub fn users_file_with_cost(cost: u32, list: &[(&str, &str)]) -> (TempDir, String) {
     let line = |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, cost).expect("a hash"));
-    let folder = folder();
+    let folder = temp_dir();
     let path = write_file(folder.path(), "users", &list.iter().map(line).collect::<String>());
     (folder, path)
 }
 
 /// What a client says to log in.
-pub fn credentials(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
+pub fn login_message(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
     let length = |field: &[u8]| u8::try_from(field.len()).expect("at most 255 octets");
     [&[1, length(uname)], uname, &[length(passwd)], passwd].concat()
 }
 
 /// A connection from an address of loopback.
-pub fn come_from(server: &Server, source: [u8; 4]) -> TcpStream {
+pub fn connect_from_ip(server: &Server, source: [u8; 4]) -> TcpStream {
     connect_from(SocketAddr::from((Ipv4Addr::from(source), 0)), server.addr())
 }
 
 /// Has the method PASSWORD selected.
-pub fn greet_to_log_in(stream: &mut TcpStream) {
+pub fn select_password(stream: &mut TcpStream) {
     stream.write_all(&[5, 1, 2]).expect("the greeting is sent");
     assert_eq!(read_exact(stream, 2), [5, 2]);
 }
 
 /// Sends credentials and gives STATUS.
-pub fn try_to_log_in(stream: &mut TcpStream, uname: &[u8], passwd: &[u8]) -> u8 {
-    stream.write_all(&credentials(uname, passwd)).expect("the credentials are sent");
+pub fn send_login(stream: &mut TcpStream, uname: &[u8], passwd: &[u8]) -> u8 {
+    stream.write_all(&login_message(uname, passwd)).expect("the credentials are sent");
     let [1, status] = read_exact(stream, 2)[..] else { panic!("VER of the answer to a login") };
     status
 }
 
 /// Logs in from there: the connection and STATUS.
 pub fn log_in(server: &Server, source: [u8; 4], uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
-    let mut stream = come_from(server, source);
-    greet_to_log_in(&mut stream);
-    let status = try_to_log_in(&mut stream, uname, passwd);
+    let mut stream = connect_from_ip(server, source);
+    select_password(&mut stream);
+    let status = send_login(&mut stream, uname, passwd);
     (stream, status)
 }

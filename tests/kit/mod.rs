@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::common::{SOON, Server, eventually, read_exact, read_reply, s5};
+use crate::common::{Server, TIMEOUT, read_exact, read_reply, s5, wait_until};
 
 pub const CONNECT: u8 = 1;
 pub const BIND: u8 = 2;
@@ -38,7 +38,7 @@ pub fn greet(server: &Server) -> TcpStream {
 }
 
 /// A request with a name in it.
-pub fn request_name(command: u8, name: &str, port: u16) -> Vec<u8> {
+pub fn request_by_name(command: u8, name: &str, port: u16) -> Vec<u8> {
     let length = u8::try_from(name.len()).expect("a name of at most 255 octets");
     let mut octets = vec![5, command, 0, 3, length];
     octets.extend(name.as_bytes());
@@ -47,9 +47,9 @@ pub fn request_name(command: u8, name: &str, port: u16) -> Vec<u8> {
 }
 
 /// As `common::open`, by name.
-pub fn open_name(server: &Server, command: u8, name: &str, port: u16) -> (TcpStream, u8, SocketAddr) {
+pub fn open_by_name(server: &Server, command: u8, name: &str, port: u16) -> (TcpStream, u8, SocketAddr) {
     let mut stream = greet(server);
-    stream.write_all(&request_name(command, name, port)).expect("the request is sent");
+    stream.write_all(&request_by_name(command, name, port)).expect("the request is sent");
     let (rep, bnd) = read_reply(&mut stream);
     (stream, rep, bnd)
 }
@@ -64,7 +64,7 @@ pub fn listener(ip: IpAddr) -> (TcpListener, SocketAddr) {
 /// Accepts one connection and sets its read timeout.
 pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     let (stream, peer) = listener.accept().expect("a connection comes");
-    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     (stream, peer)
 }
 
@@ -75,18 +75,18 @@ pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
     socket.bind(&source.into()).expect("the source is ours");
     socket.connect(&to.into()).expect("somebody listens");
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     stream
 }
 
 /// An address on which connecting takes for ever: its accept queue is full, so Linux drops each SYN.
-pub struct Hanging {
+pub struct FullBacklog {
     pub addr: SocketAddr,
     _listener: Socket,
     _queued: TcpStream,
 }
 
-impl Hanging {
+impl FullBacklog {
     pub fn at(addr: SocketAddr) -> Self {
         let listener = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("a socket");
         listener.bind(&addr.into()).expect("a port");
@@ -108,24 +108,24 @@ pub fn idle_descriptors(server: &Server) -> usize {
     let one = greet(server);
     let idle = server.descriptors() - 1;
     drop(one);
-    eventually("the connection is closed", SOON, || server.descriptors() == idle);
+    wait_until("the connection is closed", TIMEOUT, || server.descriptors() == idle);
     idle
 }
 
 /// How a connection ended.
 #[derive(Debug, PartialEq, Eq)]
-pub enum End {
+pub enum StreamEnd {
     /// With a FIN, after these octets.
     Closed(Vec<u8>),
     Reset,
 }
 
 /// Reads to the end.
-pub fn end_of(stream: &mut TcpStream) -> End {
+pub fn stream_end(stream: &mut TcpStream) -> StreamEnd {
     let mut octets = Vec::new();
     match stream.read_to_end(&mut octets) {
-        Ok(_) => End::Closed(octets),
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => End::Reset,
+        Ok(_) => StreamEnd::Closed(octets),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => StreamEnd::Reset,
         Err(error) => panic!("neither closed nor reset: {error}"),
     }
 }
@@ -142,27 +142,27 @@ pub fn ping(stream: &mut TcpStream, octets: &[u8]) {
 }
 
 /// Fails when anything comes within `time`.
-pub fn assert_silent(stream: &TcpStream, time: Duration) {
+pub fn assert_no_data(stream: &TcpStream, time: Duration) {
     stream.set_read_timeout(Some(time)).expect("a timeout can be set");
     let error = stream.peek(&mut [0]).expect_err("nothing comes");
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
-    stream.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
 }
 
 /// Resident memory of the server in KiB.
-pub fn resident(server: &Server) -> usize {
+pub fn resident_kib(server: &Server) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 /// The lines of finished sessions.
-pub fn sessions(log: &str) -> Vec<&str> {
+pub fn session_lines(log: &str) -> Vec<&str> {
     log.lines().filter_map(|line| line.split_once("session client=").map(|(_, rest)| rest)).collect()
 }
 
 /// Lets this process have as many descriptors as it may; false when those are fewer than `wanted`.
-pub fn raise_descriptors(wanted: u64) -> bool {
+pub fn raise_fd_limit(wanted: u64) -> bool {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).expect("the hard limit is ours to take");
     maximum.is_none_or(|maximum| maximum >= wanted)

@@ -10,7 +10,7 @@ use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
 use super::V4;
-use crate::common::{SOON, eventually, has, run};
+use crate::common::{TIMEOUT, is_installed, run, wait_until};
 
 pub const REALM: &str = "S5.TEST";
 /// The password of alice.
@@ -18,19 +18,19 @@ pub const PASSWORD: &str = "alice-secret";
 
 /// The programs that it takes.
 const PROGRAMS: [&str; 4] = ["krb5kdc", "kdb5_util", "kadmin.local", "kinit"];
-/// Where [`inside`] finds the folder of the realm.
-const INSIDE: &str = "S5_TEST_REALM";
+/// Where [`current_realm_dir`] finds the folder of the realm.
+const REALM_VARIABLE: &str = "S5_TEST_REALM";
 
 pub struct Options {
     /// How long tickets live, as kinit has it: `10s`, `1h`.
-    pub life: &'static str,
+    pub lifetime: &'static str,
     /// The only encryption type.
     pub enctype: &'static str,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { life: "1h", enctype: "aes256-cts-hmac-sha1-96" }
+        Self { lifetime: "1h", enctype: "aes256-cts-hmac-sha1-96" }
     }
 }
 
@@ -69,8 +69,8 @@ impl Realm {
             }
             if let Some(kdc) = start_kdc(folder.path(), &port) {
                 let realm = Self { folder, kdc, port, silent: None };
-                kinit(realm.folder.path(), "alice", "user.keytab", "ccache", options.life);
-                kinit(realm.folder.path(), "mallory", "mallory.keytab", "ccache.mallory", options.life);
+                kinit(realm.folder.path(), "alice", "user.keytab", "ccache", options.lifetime);
+                kinit(realm.folder.path(), "mallory", "mallory.keytab", "ccache.mallory", options.lifetime);
                 return realm;
             }
         }
@@ -88,7 +88,7 @@ impl Realm {
     }
 
     /// From now on nobody answers at the KDC's address, though it can be connected to.
-    pub fn silence(&mut self) {
+    pub fn stop_answering(&mut self) {
         self.stop();
         self.silent = Some(UdpSocket::bind((V4, self.port.number)).expect("the KDC's port is free again"));
         self.port.socket.listen(16).expect("the port is ours");
@@ -137,19 +137,19 @@ impl Drop for Kdc {
 
 /// Whether all is there that a realm takes; as [`has`].
 pub fn can_start() -> bool {
-    PROGRAMS.iter().all(|program| has(program))
+    PROGRAMS.iter().all(|program| is_installed(program))
 }
 
 /// The folder of the realm that this process lives in.
-pub fn inside() -> Option<PathBuf> {
-    std::env::var_os(INSIDE).map(PathBuf::from)
+pub fn current_realm_dir() -> Option<PathBuf> {
+    std::env::var_os(REALM_VARIABLE).map(PathBuf::from)
 }
 
 /// Runs the calling test once more, as a child process in a realm with these options, which `prepare` may change
 /// before. The folder of the realm in there; outside nothing when the inner run has passed.
 pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, &mut Command)) -> Option<PathBuf> {
-    if inside().is_some() {
-        return inside();
+    if current_realm_dir().is_some() {
+        return current_realm_dir();
     }
     if !can_start() {
         return None;
@@ -157,7 +157,7 @@ pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, 
     let mut realm = Realm::with(options);
     let mut command = Command::new(std::env::current_exe().expect("this test"));
     command.args(["--exact", test, "--nocapture"]);
-    realm.env(&mut command).env(INSIDE, realm.folder.path());
+    realm.env(&mut command).env(REALM_VARIABLE, realm.folder.path());
     prepare(&mut realm, &mut command);
     let output = run(&mut command, b"", Duration::from_secs(120));
     let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
@@ -166,9 +166,9 @@ pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, 
 }
 
 /// Gets a ticket of that lifetime by the key of a keytab, all in the folder of a realm.
-pub fn kinit(folder: &Path, user: &str, keytab: &str, ccache: &str, life: &str) {
+pub fn kinit(folder: &Path, user: &str, keytab: &str, ccache: &str, lifetime: &str) {
     let mut command = program("kinit");
-    command.args(["-l", life, "-k", "-t"]).arg(folder.join(keytab)).arg("-c").arg(folder.join(ccache)).arg(user);
+    command.args(["-l", lifetime, "-k", "-t"]).arg(folder.join(keytab)).arg("-c").arg(folder.join(ccache)).arg(user);
     check(env(folder, &mut command), b"");
 }
 
@@ -212,13 +212,13 @@ fn env<'a>(folder: &Path, command: &'a mut Command) -> &'a mut Command {
 
 /// Runs a program that has to succeed.
 fn check(command: &mut Command, stdin: &[u8]) {
-    let output = run(command, stdin, SOON);
+    let output = run(command, stdin, TIMEOUT);
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}:\n{said}");
 }
 
 fn write_config(folder: &Path, port: u16, options: &Options) {
-    let Options { life, enctype } = options;
+    let Options { lifetime, enctype } = options;
     // Nothing is asked of DNS, nor of this host's own name.
     let krb5 = format!(
         "[libdefaults]
@@ -230,7 +230,7 @@ fn write_config(folder: &Path, port: u16, options: &Options) {
     qualify_shortname = \"\"
     udp_preference_limit = 1
     permitted_enctypes = {enctype}
-    ticket_lifetime = {life}
+    ticket_lifetime = {lifetime}
     forwardable = true
 [realms]
     {REALM} = {{
@@ -298,7 +298,7 @@ fn start_kdc(folder: &Path, port: &Port) -> Option<Kdc> {
     let mut kdc = Kdc::start(env(folder, program("krb5kdc").args(["-n", "-r", REALM])));
     let addr = SocketAddr::new(V4, port.number);
     let mut is_up = false;
-    eventually("the KDC listens or ends", SOON, || {
+    wait_until("the KDC listens or ends", TIMEOUT, || {
         is_up = TcpStream::connect(addr).is_ok();
         is_up || kdc.has_ended()
     });

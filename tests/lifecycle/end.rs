@@ -6,8 +6,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::common::{SOON, Server, echo_server, eventually, open, read_exact, s5};
-use crate::kit::{BIND, CONNECT, End, UDP_ASSOCIATE, V4, accept, assert_silent, end_of, greet, listener, ping, timed};
+use crate::common::{Server, TIMEOUT, echo_server, open, read_exact, s5, wait_until};
+use crate::kit::{
+    BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, accept, assert_no_data, greet, listener, ping, stream_end, timed,
+};
 
 #[test]
 fn an_open_tunnel_may_finish_and_then_the_server_ends() {
@@ -18,11 +20,11 @@ fn an_open_tunnel_may_finish_and_then_the_server_ends() {
         server.signal(signal);
         server.wait_log(|log| log.contains("ending: no new connections"));
         let addr = server.addr();
-        eventually("nobody new is let in", SOON, || TcpStream::connect(addr).is_err());
+        wait_until("nobody new is let in", TIMEOUT, || TcpStream::connect(addr).is_err());
         ping(&mut stream, b"to be finished");
         stream.shutdown(std::net::Shutdown::Write).expect("half-close");
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]), "an end, not a cut");
-        assert_eq!(server.wait(SOON).code(), Some(0), "{signal}");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "an end, not a cut");
+        assert_eq!(server.wait(TIMEOUT).code(), Some(0), "{signal}");
         let log = server.wait_log(|log| log.contains("command=connect"));
         assert!(!log.contains("error=\"reading") && !log.contains("are cut"), "{log}");
     }
@@ -32,7 +34,7 @@ fn an_open_tunnel_may_finish_and_then_the_server_ends() {
 fn an_idle_server_ends_at_once() {
     let mut server = Server::start(&["--drain", "60"]);
     server.signal("TERM");
-    assert_eq!(server.wait(SOON).code(), Some(0));
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
 }
 
 #[test]
@@ -53,12 +55,16 @@ fn when_the_time_is_over_tunnels_are_reset_and_not_ended() {
         }
         let (time, status) = timed(|| {
             server.signal("TERM");
-            server.wait(SOON)
+            server.wait(TIMEOUT)
         });
         assert_eq!(status.code(), Some(0));
         assert!(time >= Duration::from_millis(300), "{time:?}");
         for (client, target) in &mut tunnels {
-            assert_eq!([end_of(client), end_of(target)], [End::Reset, End::Reset], "{threads} threads");
+            assert_eq!(
+                [stream_end(client), stream_end(target)],
+                [StreamEnd::Reset, StreamEnd::Reset],
+                "{threads} threads"
+            );
         }
         let log = server.wait_log(|log| log.matches("session ").count() == 8);
         assert!(log.contains("the open connections are cut"), "{log}");
@@ -75,7 +81,7 @@ fn a_bind_that_waits_and_an_association_are_cut_too() {
     assert_eq!(rep, 0);
     let _undecided = greet(&server);
     server.signal("TERM");
-    assert_eq!(server.wait(SOON).code(), Some(0));
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
     assert!(TcpStream::connect(bnd).is_err());
     server.wait_log(|log| log.matches("session ").count() == 3);
 }
@@ -88,10 +94,10 @@ fn a_second_signal_does_not_wait() {
         assert_eq!(rep, 0);
         server.signal(signals[0]);
         server.wait_log(|log| log.contains("ending: no new connections"));
-        assert_silent(&stream, Duration::from_millis(50));
+        assert_no_data(&stream, Duration::from_millis(50));
         server.signal(signals[1]);
-        assert_eq!(server.wait(SOON).code(), Some(0));
-        assert_eq!(end_of(&mut stream), End::Reset);
+        assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+        assert_eq!(stream_end(&mut stream), StreamEnd::Reset);
     }
 }
 
@@ -101,8 +107,8 @@ fn no_drain_is_an_end_at_once() {
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
     server.signal("TERM");
-    assert_eq!(server.wait(SOON).code(), Some(0));
-    assert_eq!(end_of(&mut stream), End::Reset);
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Reset);
 }
 
 #[test]
@@ -118,7 +124,7 @@ fn a_log_that_nobody_reads_any_more_ends_nothing() {
     let served = std::panic::catch_unwind(|| {
         for _ in 0..20 {
             let mut stream = TcpStream::connect(addr).expect("it accepts");
-            stream.set_read_timeout(Some(SOON)).expect("a timeout");
+            stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
             stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
             assert_eq!(read_exact(&mut stream, 2), [5, 0]);
         }

@@ -5,16 +5,16 @@ use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, echo_server, eventually, open, request};
-use crate::kit::{CONNECT, End, end_of, fastest, greet, idle_descriptors, ping, sessions, timed};
+use crate::common::{Server, TIMEOUT, echo_server, open, request, wait_until};
+use crate::kit::{CONNECT, StreamEnd, fastest, greet, idle_descriptors, ping, session_lines, stream_end, timed};
 
 /// Sends this and reads to the end.
 fn answer_to(server: &Server, octets: &[u8]) -> Vec<u8> {
     let mut stream = server.connect();
     stream.write_all(octets).expect("it is sent");
-    match end_of(&mut stream) {
-        End::Closed(answer) => answer,
-        End::Reset => panic!("reset after {octets:02x?}"),
+    match stream_end(&mut stream) {
+        StreamEnd::Closed(answer) => answer,
+        StreamEnd::Reset => panic!("reset after {octets:02x?}"),
     }
 }
 
@@ -28,11 +28,11 @@ fn who_says_nothing_is_closed_when_the_time_is_over() {
         stream
     });
     for mut stream in streams {
-        let (time, end) = timed(|| end_of(&mut stream));
-        assert!(matches!(&end, End::Closed(said) if said.is_empty() || *said == [5, 0]), "{end:?}");
+        let (time, end) = timed(|| stream_end(&mut stream));
+        assert!(matches!(&end, StreamEnd::Closed(said) if said.is_empty() || *said == [5, 0]), "{end:?}");
         assert!(time < Duration::from_secs(5), "{time:?}");
     }
-    let log = server.wait_log(|log| sessions(log).len() == 4);
+    let log = server.wait_log(|log| session_lines(log).len() == 4);
     assert_eq!(log.matches("handshake timed out").count(), 4, "{log}");
 }
 
@@ -52,9 +52,9 @@ fn a_drip_does_not_renew_the_time() {
             thread::sleep(Duration::from_millis(50));
         }
     });
-    let end = end_of(&mut stream);
+    let end = stream_end(&mut stream);
     let time = started.elapsed();
-    assert!(end == End::Closed(vec![]) || end == End::Reset, "{end:?}");
+    assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     assert!(time >= Duration::from_millis(550) && time < Duration::from_secs(5), "{time:?}");
     drop(stream);
     drip.join().expect("the drip ends");
@@ -81,7 +81,7 @@ fn hundreds_who_are_silent_hold_up_nobody() {
     let fastest = fastest(|| assert_eq!(open(&server, CONNECT, dst).1, 0));
     assert!(fastest < Duration::from_millis(100), "{fastest:?}");
     drop(silent);
-    eventually("all are gone", SOON, || sessions(&server.log()).len() == 308);
+    wait_until("all are gone", TIMEOUT, || session_lines(&server.log()).len() == 308);
 }
 
 #[test]
@@ -114,10 +114,10 @@ fn tls_and_noise_are_closed_without_a_word() {
         let mut stream = server.connect();
         stream.write_all(octets).expect("it is sent");
         // There is no answer that a reset could lose.
-        let end = end_of(&mut stream);
-        assert!(end == End::Closed(vec![]) || end == End::Reset, "{end:?}");
+        let end = stream_end(&mut stream);
+        assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     }
-    let log = server.wait_log(|log| sessions(log).len() == 3);
+    let log = server.wait_log(|log| session_lines(log).len() == 3);
     assert_eq!(log.matches("not SOCKS5: the client's first byte is").count(), 3, "{log}");
     assert!(log.contains("TLS"), "{log}");
 }
@@ -131,7 +131,7 @@ fn a_refused_greeting_is_answered_though_more_is_on_its_way() {
     let mut stream = server.connect();
     stream.write_all(&all).expect("it is sent");
     stream.shutdown(std::net::Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 0xFF]));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 0xFF]));
 }
 
 #[test]
@@ -147,8 +147,8 @@ fn clients_that_leave_at_every_octet_leave_nothing_behind() {
             leave(stream);
         }
     }
-    eventually("all are gone", SOON, || server.descriptors() == before);
+    wait_until("all are gone", TIMEOUT, || server.descriptors() == before);
     let expected = 2 * (whole.len() + 1);
     // A reset before accept(2) may leave no session at all.
-    eventually("all are logged", SOON, || sessions(&server.log()).len() >= expected - whole.len() - 1);
+    wait_until("all are logged", TIMEOUT, || session_lines(&server.log()).len() >= expected - whole.len() - 1);
 }

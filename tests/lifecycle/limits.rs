@@ -4,8 +4,8 @@ use std::io::Write as _;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, echo_server, eventually, has, open, read_exact, s5};
-use crate::kit::{CONNECT, V4, assert_silent, greet, listener, ping, sessions};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, read_exact, s5, wait_until};
+use crate::kit::{CONNECT, V4, assert_no_data, greet, listener, ping, session_lines};
 
 #[test]
 fn at_the_limit_the_next_one_waits_and_is_served_when_one_ends() {
@@ -15,7 +15,7 @@ fn at_the_limit_the_next_one_waits_and_is_served_when_one_ends() {
     let mut third = server.connect();
     third.write_all(&[5, 1, 0]).expect("the greeting is sent");
     server.wait_log(|log| log.contains("2 connections are open, which is the limit"));
-    assert_silent(&third, Duration::from_millis(100));
+    assert_no_data(&third, Duration::from_millis(100));
     ping(&mut first, b"not disturbed");
     drop(second);
     assert_eq!(read_exact(&mut third, 2), [5, 0]);
@@ -29,7 +29,7 @@ fn the_limit_is_logged_at_most_once_a_second() {
         let waiting = [(); 3].map(|()| server.connect());
         drop(waiting);
     }
-    let log = server.wait_log(|log| sessions(log).len() == 300);
+    let log = server.wait_log(|log| session_lines(log).len() == 300);
     let complaints = u64::try_from(log.matches("which is the limit").count()).expect("a number");
     assert!(complaints >= 1, "it was never at the limit");
     assert!(complaints <= 1 + started.elapsed().as_secs(), "{complaints} lines");
@@ -44,7 +44,7 @@ fn an_idle_listener_keeps_no_place_from_the_others() {
     );
     for addr in &server.addrs {
         let mut stream = TcpStream::connect(addr).expect("the server accepts");
-        stream.set_read_timeout(Some(SOON)).expect("a timeout");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
         stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
         assert_eq!(read_exact(&mut stream, 2), [5, 0], "{addr}");
     }
@@ -52,7 +52,7 @@ fn an_idle_listener_keeps_no_place_from_the_others() {
 
 #[test]
 fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
-    if !has("prlimit") {
+    if !is_installed("prlimit") {
         return;
     }
     let mut command = std::process::Command::new("prlimit");
@@ -87,7 +87,7 @@ fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
 
 #[test]
 fn a_connect_without_a_descriptor_left_is_a_general_failure() {
-    if !has("prlimit") {
+    if !is_installed("prlimit") {
         return;
     }
     let mut command = std::process::Command::new("prlimit");
@@ -105,7 +105,7 @@ fn a_connect_without_a_descriptor_left_is_a_general_failure() {
 
 #[test]
 fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
-    if !has("prlimit") {
+    if !is_installed("prlimit") {
         return;
     }
     let mut command = std::process::Command::new("prlimit");
@@ -115,5 +115,5 @@ fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
     assert_eq!(line.split_whitespace().nth(3), Some("1000"), "{line}");
     let streams: Vec<TcpStream> = (0..100).map(|_| greet(&server)).collect();
-    eventually("all are served", SOON, || server.descriptors() > streams.len());
+    wait_until("all are served", TIMEOUT, || server.descriptors() > streams.len());
 }

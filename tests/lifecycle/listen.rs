@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use crate::common::{SOON, Server, echo_server, folder, in_namespace, open, run, s5};
+use crate::common::{Server, TIMEOUT, echo_server, in_namespace, open, run, s5, temp_dir};
 use crate::kit::{CONNECT, V4, V6, listener, ping, serve};
 
 fn addr(text: &str) -> SocketAddr {
@@ -21,13 +21,13 @@ fn assert_serves(stream: &mut (impl std::io::Read + std::io::Write)) {
 
 fn assert_listens(addr: SocketAddr) {
     let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
-    stream.set_read_timeout(Some(SOON)).expect("a timeout");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
     assert_serves(&mut stream);
 }
 
 /// Starts a server that should not start: what it says on stderr.
 fn fails(args: &[&str]) -> String {
-    let output = run(s5().arg("serve").args(args), b"", SOON);
+    let output = run(s5().arg("serve").args(args), b"", TIMEOUT);
     assert!(!output.status.success(), "{args:?}");
     let said = String::from_utf8(output.stderr).expect("text");
     let last = said.lines().last().unwrap_or_default().to_owned();
@@ -76,7 +76,7 @@ fn the_line_in_the_log_has_the_real_port() {
 
 #[test]
 fn a_unix_socket_is_served_and_removed_at_the_end() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut server = serve(&listen, 1, &[]);
@@ -95,13 +95,13 @@ fn a_unix_socket_is_served_and_removed_at_the_end() {
     drop(stream);
     assert!(server.wait_log(|log| log.contains("session ")).contains("client=unix "));
     server.signal("TERM");
-    assert!(server.wait(SOON).success());
+    assert!(server.wait(TIMEOUT).success());
     assert!(!path.exists());
 }
 
 #[test]
 fn a_unix_socket_of_a_dead_process_is_replaced_and_one_in_use_is_not() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     // Dropping a listener leaves its name behind.
@@ -114,7 +114,7 @@ fn a_unix_socket_of_a_dead_process_is_replaced_and_one_in_use_is_not() {
 
 #[test]
 fn a_file_that_is_no_socket_is_left_alone() {
-    let folder = folder();
+    let folder = temp_dir();
     let path = crate::common::write_file(folder.path(), "precious", "text");
     let said = fails(&["--listen", &format!("unix:{path}")]);
     assert!(said.contains(&path), "{said}");

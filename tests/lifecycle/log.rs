@@ -3,8 +3,8 @@
 use std::io::Write as _;
 use std::net::Shutdown;
 
-use crate::common::{Server, closed_port, echo_server, folder, in_namespace, open, read_exact, write_file};
-use crate::kit::{CONNECT, End, end_of, greet, open_name, request_name, sessions};
+use crate::common::{Server, closed_port, echo_server, in_namespace, open, read_exact, temp_dir, write_file};
+use crate::kit::{CONNECT, StreamEnd, greet, open_by_name, request_by_name, session_lines, stream_end};
 
 /// All keys and values of a session's line; a quoted value with its quotes. Fails where the line is anything else.
 fn pairs(line: &str) -> Vec<(&str, &str)> {
@@ -50,8 +50,8 @@ fn a_session_is_one_line_of_keys_and_values() {
     let client = stream.local_addr().expect("an address");
     stream.write_all(b"hello").expect("it is sent");
     stream.shutdown(Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(&mut stream), End::Closed(b"hello".to_vec()));
-    let log = server.wait_log(|log| !sessions(log).is_empty());
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"hello".to_vec()));
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
     let line = lines(&log)[0];
     assert!(line.contains("INFO"), "{line}");
     let expected = [
@@ -83,9 +83,9 @@ fn each_session_has_exactly_one_line_however_it_ends() {
     drop(open(&server, 2, "0.0.0.0:0".parse().expect("an address")));
     drop(open(&server, 9, echo));
     crate::kit::reset(greet(&server));
-    let log = server.wait_log(|log| sessions(log).len() >= 8);
+    let log = server.wait_log(|log| session_lines(log).len() >= 8);
     let commands = ["connect", "bind", "associate"].map(|command| log.matches(&format!("command={command}")).count());
-    assert_eq!(sessions(&log).len(), 8, "{log}");
+    assert_eq!(session_lines(&log).len(), 8, "{log}");
     assert_eq!(commands[..2], [2, 1], "{log}");
     assert_eq!(log.matches("rep=5").count(), 1, "{log}");
     assert_eq!(log.matches("rep=7").count(), 1, "{log}");
@@ -95,10 +95,10 @@ fn each_session_has_exactly_one_line_however_it_ends() {
 fn a_name_can_not_forge_a_line() {
     let server = Server::start(&[]);
     for name in ["a\" rep=0 x=\"b", "a\\\" rep=0", "a b=c", "\u{202e}evil", "\u{9b}2J"] {
-        let (_, rep, _) = open_name(&server, CONNECT, name, 80);
+        let (_, rep, _) = open_by_name(&server, CONNECT, name, 80);
         assert!(rep == 4 || rep == 1, "{name:?}: {rep}");
     }
-    let log = server.wait_log(|log| sessions(log).len() == 5);
+    let log = server.wait_log(|log| session_lines(log).len() == 5);
     for line in lines(&log) {
         assert_ne!(value(line, "rep"), "0", "{line}");
         assert!(!line.contains(['\u{202e}', '\u{9b}']), "{line:?}");
@@ -109,7 +109,7 @@ fn a_name_can_not_forge_a_line() {
 
 #[test]
 fn control_octets_of_names_and_users_are_escaped() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = write_file(folder.path(), "users", "");
     let server = Server::start(&["--users", &users]);
     let uname = b"a\r\n\x1b[2J\"\0\xff rep=0";
@@ -118,9 +118,9 @@ fn control_octets_of_names_and_users_are_escaped() {
     all.extend([6, b's', b'e', b'c', b'r', b'e', b't']);
     let mut stream = server.connect();
     stream.write_all(&all).expect("it is sent");
-    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 2, 1, 1]));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
     drop(stream);
-    let log = server.wait_log(|log| !sessions(log).is_empty());
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
     let line = lines(&log)[0];
     assert_eq!(value(line, "user"), r#""a\r\n\x1b[2J\"\x00\xff rep=0""#);
     assert_eq!(value(line, "rep"), "-");
@@ -128,17 +128,17 @@ fn control_octets_of_names_and_users_are_escaped() {
     let server = Server::start(&[]);
     for name in ["a\nb", "a\x1b[2Jb", "a\0b"] {
         let mut stream = greet(&server);
-        stream.write_all(&request_name(CONNECT, name, 80)).expect("it is sent");
+        stream.write_all(&request_by_name(CONNECT, name, 80)).expect("it is sent");
         assert_eq!(read_exact(&mut stream, 2), [5, 1], "{name:?}");
     }
-    let log = server.wait_log(|log| sessions(log).len() == 3);
+    let log = server.wait_log(|log| session_lines(log).len() == 3);
     assert!(!log.contains(['\x1b', '\0']), "{log:?}");
     assert_eq!(log.lines().count(), 4, "{log}");
 }
 
 #[test]
 fn a_password_is_never_logged_not_even_with_all_there_is() {
-    let folder = folder();
+    let folder = temp_dir();
     let hash = bcrypt::hash("open-sesame", 4).expect("a hash");
     let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
     let server = Server::start(&["--users", &users, "-v"]);
@@ -151,7 +151,7 @@ fn a_password_is_never_logged_not_even_with_all_there_is() {
         stream.write_all(&all).expect("it is sent");
         assert_eq!(read_exact(&mut stream, 3), [5, 2, 1]);
     }
-    let log = server.wait_log(|log| sessions(log).len() == 2);
+    let log = server.wait_log(|log| session_lines(log).len() == 2);
     assert!(!log.contains("sesame") && !log.contains(&hash), "{log}");
     assert_eq!(log.matches("user=\"alice\"").count(), 2, "{log}");
 }
@@ -169,7 +169,7 @@ fn quiet_is_quiet() {
         .stderr(std::process::Stdio::piped())
         .spawn()
         .expect("s5 starts");
-    crate::common::eventually("it listens", crate::common::SOON, || std::net::TcpStream::connect(&addr).is_ok());
+    crate::common::wait_until("it listens", crate::common::TIMEOUT, || std::net::TcpStream::connect(&addr).is_ok());
     child.kill().expect("it can be killed");
     let output = child.wait_with_output().expect("it ends");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");

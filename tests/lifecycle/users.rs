@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::common::{SOON, Server, echo_server, folder, read_exact, read_reply, request, run, s5, write_file};
-use crate::kit::{CONNECT, End, connect_from, end_of, fastest, ping};
+use crate::common::{Server, TIMEOUT, echo_server, read_exact, read_reply, request, run, s5, temp_dir, write_file};
+use crate::kit::{CONNECT, StreamEnd, connect_from, fastest, ping, stream_end};
 
 /// bcrypt of the least cost, since debug builds are slow: what is tested here is the comparison.
 fn users(list: &[(&str, &str)]) -> (TempDir, String) {
     let line = |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, 4).expect("a hash"));
-    let folder = folder();
+    let folder = temp_dir();
     let path = write_file(folder.path(), "users", &list.iter().map(line).collect::<String>());
     (folder, path)
 }
@@ -51,7 +51,7 @@ fn assert_refused(server: &Server, uname: &[u8], passwd: &[u8]) {
     let (mut stream, status) = login(server, uname, passwd);
     let who = (uname.escape_ascii(), passwd.escape_ascii());
     assert_ne!(status, 0, "{who:?}");
-    assert_eq!(end_of(&mut stream), End::Closed(vec![]), "{who:?}");
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{who:?}");
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn a_name_or_password_of_no_length_is_refused() {
     assert_refused(&server, b"alice", b"");
     let mut stream = server.connect();
     stream.write_all(&[5, 1, 2, 1, 0]).expect("it is sent");
-    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 2, 1, 1]));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
 }
 
 #[test]
@@ -119,13 +119,13 @@ fn no_authentication_is_never_selected_and_nothing_is_served_without_a_login() {
         let mut stream = server.connect();
         // The request behind it must not be answered.
         stream.write_all(&[offer, &request(CONNECT, echo_server())].concat()).expect("it is sent");
-        assert_eq!(end_of(&mut stream), End::Closed(vec![5, 0xFF]), "{offer:?}");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 0xFF]), "{offer:?}");
     }
     // Nor one behind a wrong password.
     let mut stream = server.connect();
     let all = [vec![5, 1, 2], credentials(b"alice", b"wrong"), request(CONNECT, echo_server())].concat();
     stream.write_all(&all).expect("it is sent");
-    assert_eq!(end_of(&mut stream), End::Closed(vec![5, 2, 1, 1]));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn a_file_without_users_lets_nobody_in() {
 
 #[test]
 fn passwords_of_255_octets_are_compared_whole() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = folder.path().join("users");
     let users = users.to_str().expect("a path of text");
     let long = "p".repeat(255);
@@ -154,14 +154,14 @@ fn passwords_of_255_octets_are_compared_whole() {
 fn add_user(file: &str, name: &str, passwd: &str) {
     let mut command = s5();
     command.args(["serve", "--users", file, "--add-user", name]);
-    let output = run(&mut command, format!("{passwd}\n").as_bytes(), SOON);
+    let output = run(&mut command, format!("{passwd}\n").as_bytes(), TIMEOUT);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
 fn five_hundred_logins_of_one_user_cost_one_hash() {
     const LOGINS: usize = 500;
-    let folder = folder();
+    let folder = temp_dir();
     let users = folder.path().join("users");
     let users = users.to_str().expect("a path of text");
     add_user(users, "alice", "secret");
@@ -193,7 +193,7 @@ fn five_hundred_logins_of_one_user_cost_one_hash() {
 
 #[test]
 fn hashing_holds_up_nobody_who_is_in_already() {
-    let folder = folder();
+    let folder = temp_dir();
     let users = folder.path().join("users");
     let users = users.to_str().expect("a path of text");
     add_user(users, "alice", "secret");

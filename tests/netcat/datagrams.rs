@@ -3,9 +3,9 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, run, s5, udp_echo_server};
+use crate::common::{Server, TIMEOUT, run, s5, udp_echo_server};
 use crate::kit::V4;
-use crate::scripted::{Running, Scripted, answer, success, text, then};
+use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
 #[test]
 fn every_framing_gives_back_what_it_takes() {
@@ -21,7 +21,7 @@ fn every_framing_gives_back_what_it_takes() {
     ];
     for (framing, stdin, stdout, count) in cases {
         let args = ["udp", framing, "-n", count, "-w", "5", "-x", &server.addr().to_string(), &echo];
-        let output = run(s5().args(args), stdin, SOON);
+        let output = run(s5().args(args), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{framing}: {}", text(&output.stderr));
         assert!(output.stdout == stdout, "{framing}: {:?}", text(&output.stdout));
     }
@@ -38,7 +38,7 @@ fn a_frame_that_makes_no_sense_is_an_error() {
         ("--length-prefixed", b"\xff\xff", "inside of a datagram"),
     ];
     for (framing, stdin, said) in cases {
-        let output = run(s5().args(["udp", framing, "-x", &server.addr().to_string(), &echo]), stdin, SOON);
+        let output = run(s5().args(["udp", framing, "-x", &server.addr().to_string(), &echo]), stdin, TIMEOUT);
         let stderr = text(&output.stderr);
         assert_eq!((output.status.code(), stderr.lines().count()), (Some(26), 1), "{stderr}");
         assert!(stderr.contains(said), "{stderr}");
@@ -50,24 +50,24 @@ fn enough_answers_end_it_at_once_and_too_few_are_a_failure() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let proxy = server.addr().to_string();
     let began = Instant::now();
-    let output = run(s5().args(["udp", "-n", "2", "-w", "9", "-x", &proxy, &echo]), b"a\nb\nc\nd\n", SOON);
+    let output = run(s5().args(["udp", "-n", "2", "-w", "9", "-x", &proxy, &echo]), b"a\nb\nc\nd\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert_eq!(text(&output.stdout).lines().count(), 2, "two are enough, whatever else has come");
     assert!(began.elapsed() < Duration::from_secs(5), "it does not wait for more");
-    let output = run(s5().args(["udp", "-n", "3", "-w", "300ms", "-x", &proxy, &echo]), b"a\nb\n", SOON);
+    let output = run(s5().args(["udp", "-n", "3", "-w", "300ms", "-x", &proxy, &echo]), b"a\nb\n", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(28), "a\nb\n".into()));
     assert!(text(&output.stderr).ends_with(": 2 of 3 answers came in time\n"), "{}", text(&output.stderr));
     // -q is for the answers alone.
-    let output = run(s5().args(["udp", "-q", "100ms", "-w", "30", "-x", &proxy, &echo]), b"a\n", SOON);
+    let output = run(s5().args(["udp", "-q", "100ms", "-w", "30", "-x", &proxy, &echo]), b"a\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0));
 }
 
 #[test]
 fn silence_for_too_long_is_a_time_out() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
-    let mut client = Running::start(s5().args(["udp", "-i", "400ms", "-x", &server.addr().to_string(), &echo]));
+    let mut client = RunningProgram::start(s5().args(["udp", "-i", "400ms", "-x", &server.addr().to_string(), &echo]));
     client.write(b"x\n");
-    let (status, stdout, said) = client.end(SOON);
+    let (status, stdout, said) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(28), b"x\n".to_vec()), "{said}");
     assert!(said.ends_with("idle for 400ms\n"), "{said}");
 }
@@ -76,11 +76,11 @@ fn silence_for_too_long_is_a_time_out() {
 fn without_a_proxy_datagrams_go_directly() {
     for ip in [V4, crate::kit::V6] {
         let echo = udp_echo_server(ip).to_string();
-        let output = run(s5().args(["udp", "--direct", "-n", "2", "-w", "5", &echo]), b"one\ntwo\n", SOON);
+        let output = run(s5().args(["udp", "--direct", "-n", "2", "-w", "5", &echo]), b"one\ntwo\n", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "one\ntwo\n".into()));
         let mut by_variable = s5();
         by_variable.env("ALL_PROXY", "127.0.0.1:1").env("NO_PROXY", "127.0.0.0/8,::1");
-        let output = run(by_variable.args(["udp", "-n", "1", "-w", "5", &echo]), b"one\n", SOON);
+        let output = run(by_variable.args(["udp", "-n", "1", "-w", "5", &echo]), b"one\n", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "one\n".into()));
     }
 }
@@ -88,28 +88,29 @@ fn without_a_proxy_datagrams_go_directly() {
 #[test]
 fn the_source_is_that_of_the_datagrams_too() {
     let (server, target) = (Server::start(&[]), UdpSocket::bind("127.0.0.1:0").expect("a port"));
-    target.set_read_timeout(Some(SOON)).expect("it can be set");
+    target.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     let addr = target.local_addr().expect("an address").to_string();
-    let output = run(s5().args(["udp", "--direct", "-s", "127.0.0.9", "-w", "0", &addr]), b"x\n", SOON);
+    let output = run(s5().args(["udp", "--direct", "-s", "127.0.0.9", "-w", "0", &addr]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert_eq!(target.recv_from(&mut [0; 4]).expect("it comes").1.ip().to_string(), "127.0.0.9");
     // Through a proxy that knows its client by the address of the connection.
     let args = ["udp", "-s", "127.0.0.9", "-n", "1", "-w", "5", "-x", &server.addr().to_string()];
-    let output = run(s5().args(args).arg(udp_echo_server(V4).to_string()), b"x\n", SOON);
+    let output = run(s5().args(args).arg(udp_echo_server(V4).to_string()), b"x\n", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "x\n".into()), "{}", text(&output.stderr));
 }
 
 /// Answers, as a relay sends them, to a client that has sent one datagram; what it says of them in the end.
 fn told(answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static, args: &[&str]) -> (String, String) {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = success(relay.local_addr().expect("an address"));
-    let hold = then(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
-    let proxy = Scripted::start(answer(&bnd).into_iter().chain([hold]).collect());
+    let bnd = success_reply(relay.local_addr().expect("an address"));
+    let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
+    let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     std::thread::spawn(move || {
         let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
         answers(&relay, from);
     });
-    let output = run(s5().args(["udp", "-w", "500ms", "-x", &proxy.url()]).args(args).arg("192.0.2.7:7"), b"x\n", SOON);
+    let output =
+        run(s5().args(["udp", "-w", "500ms", "-x", &proxy.url()]).args(args).arg("192.0.2.7:7"), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "a loss is no failure");
     (text(&output.stdout), text(&output.stderr))
 }
@@ -151,14 +152,14 @@ fn answers_that_were_cut_or_dropped_are_told() {
 #[test]
 fn answers_for_which_there_was_no_room_are_told() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = success(relay.local_addr().expect("an address"));
-    let hold = then(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
-    let proxy = Scripted::start(answer(&bnd).into_iter().chain([hold]).collect());
+    let bnd = success_reply(relay.local_addr().expect("an address"));
+    let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
+    let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     // Its reader is asleep meanwhile, and so its stdout is full.
     let script = "echo x | \"$0\" udp -w 2 --raw -x \"$1\" 192.0.2.7:7 | { sleep 1; cat >/dev/null; }";
     let mut command = std::process::Command::new("sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &proxy.url()]);
-    let client = std::thread::spawn(move || run(&mut command, b"", SOON));
+    let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
     let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
     for _ in 0..3000 {
         relay.send_to(&fragment(0, &[b'x'; 1200]), from).expect("it is sent");

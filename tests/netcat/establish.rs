@@ -3,12 +3,12 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, closed_port, echo_server, in_namespace, run, s5, tcp_server};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, tcp_server};
 use crate::kit::listener;
-use crate::scripted::{NO_AUTH, SUCCESS, Scripted, Step, answer, say, text};
+use crate::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, text};
 
 fn status(args: &[&str]) -> (Option<i32>, String) {
-    let output = run(s5().args(args), b"", SOON);
+    let output = run(s5().args(args), b"", TIMEOUT);
     assert!(output.stdout.is_empty(), "{args:?}: stdout is data");
     (output.status.code(), text(&output.stderr))
 }
@@ -30,14 +30,14 @@ fn z_is_silent_unless_asked_and_answers_by_its_status() {
 #[test]
 fn z_without_a_target_asks_the_proxy_for_nothing_but_to_let_us_in() {
     for (userinfo, script, sent) in [
-        ("", vec![Step::Greeting, say(NO_AUTH), Step::Request], vec![vec![5, 1, 0]]),
+        ("", vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request], vec![vec![5, 1, 0]]),
         (
             "alice:secret@",
-            vec![Step::Greeting, say(&[5, 2]), Step::Login, say(&[1, 0]), Step::Request],
+            vec![Step::Greeting, send(&[5, 2]), Step::Login, send(&[1, 0]), Step::Request],
             vec![vec![5, 2, 0, 2], [&[1, 5][..], b"alice", &[6], b"secret"].concat()],
         ),
     ] {
-        let proxy = Scripted::start(script);
+        let proxy = ScriptedServer::start(script);
         let (code, said) = status(&["connect", "-zv", "-x", &format!("{userinfo}{}", proxy.addr)]);
         assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
         assert_eq!(proxy.messages(), sent, "it was asked for something");
@@ -52,7 +52,7 @@ fn z_without_a_target_asks_the_proxy_for_nothing_but_to_let_us_in() {
 fn z_of_udp_says_whether_the_proxy_associates() {
     let server = Server::start(&[]);
     assert_eq!(status(&["udp", "-z", "-x", &server.addr().to_string()]), (Some(0), String::new()));
-    let proxy = Scripted::start(answer(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]));
+    let proxy = ScriptedServer::start(reply_with(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]));
     assert_eq!(status(&["udp", "-z", "-x", &proxy.url()]), (Some(107), String::new()));
 }
 
@@ -65,8 +65,8 @@ fn recovering(failures: usize) -> SocketAddr {
             return;
         }
         let mut octets = [0; 64];
-        let _ = stream.read(&mut octets).and_then(|_| stream.write_all(NO_AUTH));
-        let _ = stream.read(&mut octets).and_then(|_| stream.write_all(SUCCESS));
+        let _ = stream.read(&mut octets).and_then(|_| stream.write_all(SELECT_NO_AUTH));
+        let _ = stream.read(&mut octets).and_then(|_| stream.write_all(SUCCESS_REPLY));
         let _ = stream.read(&mut octets);
     })
 }
@@ -88,7 +88,7 @@ fn wait_ends_when_its_time_is_over_with_what_failed_last() {
     assert!(said.contains("connection refused") && said.contains(" tries)"), "{said}");
     assert!((Duration::from_millis(350)..Duration::from_secs(3)).contains(&began.elapsed()), "{:?}", began.elapsed());
     // A last try that has no time left does not hide why the others failed.
-    let proxy = Scripted::start(vec![Step::Silence]);
+    let proxy = ScriptedServer::start(vec![Step::WaitForClose]);
     let (code, said) = status(&["connect", "--wait", "300ms", "-x", &proxy.url(), "target.example:80"]);
     assert_eq!((code, said.contains("timed out after")), (Some(28), true), "{said}");
 }
@@ -96,16 +96,16 @@ fn wait_ends_when_its_time_is_over_with_what_failed_last() {
 #[test]
 fn wait_does_not_try_again_what_would_fail_again() {
     let cases: [(Vec<Step>, i32); 6] = [
-        (vec![Step::Greeting, say(&[5, 0xff])], 67),
-        (vec![Step::Greeting, say(b"HTTP/1.1 400")], 97),
-        (vec![Step::Greeting, say(&[5, 1])], 97),
-        (answer(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102),
-        (answer(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]), 107),
-        (answer(&[5, 8, 0, 1, 0, 0, 0, 0, 0, 0]), 108),
+        (vec![Step::Greeting, send(&[5, 0xff])], 67),
+        (vec![Step::Greeting, send(b"HTTP/1.1 400")], 97),
+        (vec![Step::Greeting, send(&[5, 1])], 97),
+        (reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102),
+        (reply_with(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]), 107),
+        (reply_with(&[5, 8, 0, 1, 0, 0, 0, 0, 0, 0]), 108),
     ];
     for (script, expected) in cases {
         // A second try would find nobody.
-        let proxy = Scripted::start(script);
+        let proxy = ScriptedServer::start(script);
         let (code, said) = status(&["connect", "--wait", "30", "-x", &proxy.url(), "target.example:80"]);
         assert_eq!(code, Some(expected), "{said}");
         assert!(!said.contains("tries"), "{said}");
@@ -116,7 +116,7 @@ fn wait_does_not_try_again_what_would_fail_again() {
 
 #[test]
 fn each_try_has_its_own_limit() {
-    let hanging = Scripted::start(vec![Step::Silence]);
+    let hanging = ScriptedServer::start(vec![Step::WaitForClose]);
     // Behind the first client nobody listens there.
     let args = ["connect", "--wait", "1s", "-w", "200ms", "-x", &hanging.url(), "target.example:80"];
     let (code, said) = status(&args);
@@ -130,7 +130,7 @@ fn source_address_and_port_are_those_of_the_connection_to_the_proxy() {
     for args in [&["-s", "127.0.0.9"][..], &["-p", &port], &["-s", "127.0.0.9", "-p", &port]] {
         let mut command = s5();
         command.args(["connect", "-z", "-x", &addr.to_string()]).args(args).args(["-w", "5", "a.example:80"]);
-        let client = std::thread::spawn(move || run(&mut command, b"", SOON));
+        let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
         let (_, peer) = listener.accept().expect("it comes");
         client.join().expect("it ends");
         assert!(!args.contains(&"-s") || peer.ip() == Ipv4Addr::new(127, 0, 0, 9), "{args:?}: {peer}");
@@ -164,7 +164,7 @@ fn r_local_looks_up_the_target_here_and_tries_its_addresses_in_turn() {
     ) {
         return;
     }
-    let proxy = Scripted::start(answer(SUCCESS));
+    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY));
     let (code, said) = status(&["connect", "-z", "-R", "local", "-x", &proxy.url(), "localhost:80"]);
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(proxy.messages()[1], [5, 1, 0, 1, 127, 0, 0, 1, 0, 80]);
@@ -222,7 +222,7 @@ fn what_fails_before_the_first_octet_is_as_quiet_as_the_rest() {
     let ask = |args: &[&str]| {
         let mut command = s5();
         let output =
-            run(command.env("CI", "true").args(["connect", "-P", "alice"]).args(args).arg("a.example:1"), b"", SOON);
+            run(command.env("CI", "true").args(["connect", "-P", "alice"]).args(args).arg("a.example:1"), b"", TIMEOUT);
         (output.status.code(), text(&output.stderr))
     };
     assert_eq!(ask(&["-z"]), (Some(67), String::new()));
@@ -236,7 +236,7 @@ fn what_fails_before_the_first_octet_is_as_quiet_as_the_rest() {
 #[test]
 fn a_host_may_be_called_as_it_likes() {
     for host in ["help", "connect", "serve"] {
-        let proxy = Scripted::start(answer(&[5, 4, 0, 1, 0, 0, 0, 0, 0, 0]));
+        let proxy = ScriptedServer::start(reply_with(&[5, 4, 0, 1, 0, 0, 0, 0, 0, 0]));
         assert_eq!(status(&["connect", "-x", &proxy.url(), host, "80"]).0, Some(104), "{host}");
     }
 }
@@ -256,7 +256,7 @@ fn no_complaint_about_a_target_or_a_file_repeats_a_password() {
 
 #[test]
 fn a_relay_without_a_port_is_no_relay() {
-    let proxy = Scripted::start(answer(SUCCESS));
+    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY));
     let (code, said) = status(&["udp", "-x", &proxy.url(), "192.0.2.7:7"]);
     assert_eq!(code, Some(97), "{said}");
     assert!(said.contains("its relay has no port"), "{said}");

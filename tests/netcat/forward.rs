@@ -4,20 +4,20 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use crate::common::{SOON, Server, closed_port, echo_server, eventually, s5, tcp_server, udp_echo_server};
-use crate::kit::{End, V4, end_of, sessions};
-use crate::scripted::{Running, Scripted, Step, answer, text};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, s5, tcp_server, udp_echo_server, wait_until};
+use crate::kit::{StreamEnd, V4, session_lines, stream_end};
+use crate::scripted::{RunningProgram, ScriptedServer, Step, reply_with, text};
 
 /// A client that listens, and where.
-fn listening(args: &[&str]) -> (Running, SocketAddr) {
-    let client = Running::start(s5().args(args));
+fn listening(args: &[&str]) -> (RunningProgram, SocketAddr) {
+    let client = RunningProgram::start(s5().args(args));
     let said = client.stderr(|said| said.lines().any(|line| line.starts_with("listening on ")));
     let line = said.lines().find_map(|line| line.strip_prefix("listening on ")).expect("it says so");
     (client, line.parse().expect("an address"))
 }
 
 fn ping(stream: &mut TcpStream, octets: &[u8]) {
-    stream.set_read_timeout(Some(SOON)).expect("it can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     stream.write_all(octets).expect("it is sent");
     let mut back = vec![0; octets.len()];
     stream.read_exact(&mut back).expect("it comes back");
@@ -33,8 +33,8 @@ fn one_connection_gets_its_tunnel_and_then_it_ends() {
     ping(&mut local, b"hello");
     assert!(TcpStream::connect(at).is_err(), "it takes one");
     local.shutdown(Shutdown::Write).expect("it can be");
-    assert_eq!(end_of(&mut local), End::Closed(Vec::new()));
-    assert_eq!(client.end(SOON).0.code(), Some(0));
+    assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
+    assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
@@ -43,8 +43,8 @@ fn the_status_of_the_one_connection_is_that_of_its_tunnel() {
     let (mut client, at) = listening(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
     assert_eq!(at.ip().to_string(), "127.0.0.7");
     let mut local = TcpStream::connect(at).expect("it listens");
-    assert_eq!(end_of(&mut local), End::Reset, "nothing is not to be taken for the whole");
-    let (status, _, said) = client.end(SOON);
+    assert_eq!(stream_end(&mut local), StreamEnd::Reset, "nothing is not to be taken for the whole");
+    let (status, _, said) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(105), "{said}");
     assert!(said.ends_with("connection refused (REP 5)\n"), "{said}");
 }
@@ -68,7 +68,7 @@ fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
     let mut locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
     let mut resets = 0;
     for local in &mut locals {
-        local.set_read_timeout(Some(SOON)).expect("it can be set");
+        local.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
         let mut octet = [0];
         match local.write_all(b"x").and_then(|()| local.read_exact(&mut octet)) {
             Ok(()) => assert_eq!(octet, *b"x"),
@@ -81,7 +81,7 @@ fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
     let alive = locals.iter_mut().filter_map(|local| local.write_all(b"y").ok()).count();
     assert!(alive >= 20, "{alive}");
     drop(locals);
-    server.wait_log(|log| sessions(log).len() >= 30);
+    server.wait_log(|log| session_lines(log).len() >= 30);
     let count = |said: &str| said.matches("receiving: Connection reset").count();
     let said = client.stderr(|said| count(said) >= 10);
     assert_eq!(count(&said), 10, "{said}");
@@ -89,13 +89,13 @@ fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
 
 #[test]
 fn a_local_client_that_leaves_ends_the_attempt() {
-    let proxy = Scripted::start(vec![Step::Greeting, Step::Silence]);
+    let proxy = ScriptedServer::start(vec![Step::Greeting, Step::WaitForClose]);
     let (mut client, at) = listening(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
     let local = TcpStream::connect(at).expect("it listens");
     proxy.message();
     // Whoever has only closed his side may still want to listen, for a while.
     drop(local);
-    let (status, _, said) = client.end(SOON);
+    let (status, _, said) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{said}");
     assert!(said.contains("the local client left"), "{said}");
 }
@@ -106,13 +106,13 @@ fn it_comes_back_from_a_want_of_descriptors() {
     let mut command = std::process::Command::new("sh");
     let script = "ulimit -n 24; exec \"$0\" connect -l 0 -k -x \"$1\" \"$2\"";
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &server.addr().to_string(), &echo]);
-    let mut client = Running::start(&mut command);
+    let mut client = RunningProgram::start(&mut command);
     let said = client.stderr(|said| said.contains("listening on "));
     let at: SocketAddr = said.trim().trim_start_matches("listening on ").parse().expect("an address");
     let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
     client.stderr(|said| said.contains("Too many open files"));
     drop(locals);
-    eventually("there is room again", SOON, || {
+    wait_until("there is room again", TIMEOUT, || {
         let mut local = TcpStream::connect(at).expect("it listens");
         local.set_read_timeout(Some(Duration::from_millis(500))).expect("it can be set");
         local.write_all(b"x").is_ok() && local.read(&mut [0]).is_ok_and(|n| n == 1)
@@ -125,7 +125,7 @@ fn a_place_to_listen_that_makes_no_sense_or_is_taken_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("an address").to_string();
     for (place, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
-        let output = crate::common::run(s5().args(["connect", "-l", place, "a.example:80"]), b"", SOON);
+        let output = crate::common::run(s5().args(["connect", "-l", place, "a.example:80"]), b"", TIMEOUT);
         let said = text(&output.stderr);
         assert_eq!((output.status.code(), said.lines().count()), (Some(status), 1), "{place}: {said}");
     }
@@ -133,7 +133,7 @@ fn a_place_to_listen_that_makes_no_sense_or_is_taken_is_named() {
 
 fn udp() -> UdpSocket {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    socket.set_read_timeout(Some(SOON)).expect("it can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     socket
 }
 
@@ -154,8 +154,8 @@ fn each_local_peer_has_an_association_that_ends_when_it_is_silent() {
     exchange(&one, at, b"of one");
     exchange(&two, at, b"of two");
     exchange(&one, at, b"of one again");
-    assert_eq!(sessions(&server.log()).len(), 0, "both are still there");
-    let log = server.wait_log(|log| sessions(log).len() >= 2);
+    assert_eq!(session_lines(&server.log()).len(), 0, "both are still there");
+    let log = server.wait_log(|log| session_lines(log).len() >= 2);
     assert!(log.contains("up=18") && log.contains("up=6"), "{log}");
     exchange(&one, at, b"afresh");
 }
@@ -194,13 +194,13 @@ fn peers_are_limited_in_number() {
 #[test]
 fn a_lost_association_is_told_and_the_next_datagram_gets_a_new_one() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = crate::scripted::success(relay.local_addr().expect("an address"));
+    let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
     let (told, tell) = std::sync::mpsc::channel::<()>();
-    let script = answer(&bnd).into_iter().chain([crate::scripted::then(move |stream| {
+    let script = reply_with(&bnd).into_iter().chain([crate::scripted::with_stream(move |stream| {
         let _ = tell.recv();
         drop(stream);
     })]);
-    let proxy = Scripted::start(script.collect());
+    let proxy = ScriptedServer::start(script.collect());
     let (mut client, at) = listening(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp();
     socket.send_to(b"x", at).expect("it is sent");
@@ -216,9 +216,9 @@ fn a_lost_association_is_told_and_the_next_datagram_gets_a_new_one() {
 #[test]
 fn answers_of_strangers_are_not_handed_on() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = crate::scripted::success(relay.local_addr().expect("an address"));
-    let hold = crate::scripted::then(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
-    let proxy = Scripted::start(answer(&bnd).into_iter().chain([hold]).collect());
+    let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
+    let hold = crate::scripted::with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
+    let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     let (_client, at) = listening(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp();
     socket.send_to(b"x", at).expect("it is sent");
@@ -238,8 +238,8 @@ fn a_local_client_that_only_wants_to_listen_gets_what_the_target_says() {
     let (mut client, at) = listening(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
     let mut local = TcpStream::connect(at).expect("it listens");
     local.shutdown(Shutdown::Write).expect("it can be");
-    assert_eq!(end_of(&mut local), End::Closed(b"banner".to_vec()));
-    assert_eq!(client.end(SOON).0.code(), Some(0));
+    assert_eq!(stream_end(&mut local), StreamEnd::Closed(b"banner".to_vec()));
+    assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]

@@ -2,26 +2,26 @@
 
 use std::process::Command;
 
-use crate::common::{SOON, Server, closed_port, echo_server, has, run, s5};
-use crate::scripted::{Scripted, Step, answer, say, text};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, is_installed, run, s5};
+use crate::scripted::{ScriptedServer, Step, reply_with, send, text};
 
 /// What python makes of an expression over the object, which is the last line of stderr.
 fn look(stderr: &[u8], expression: &str) -> String {
     let line = text(stderr).lines().last().unwrap_or_default().to_owned();
     let script = "import json,sys\no=json.loads(sys.argv[1])\nprint(eval(sys.argv[2]))";
-    let output = run(Command::new("python3").args(["-c", script, &line, expression]), b"", SOON);
+    let output = run(Command::new("python3").args(["-c", script, &line, expression]), b"", TIMEOUT);
     assert!(output.status.success(), "{line}: {}", text(&output.stderr));
     text(&output.stdout).trim_end().to_owned()
 }
 
 #[test]
 fn it_tells_the_way_the_octets_and_the_end() {
-    if !has("python3") {
+    if !is_installed("python3") {
         return;
     }
     let (first, second, echo) = (Server::start(&[]), Server::start(&[]), echo_server().to_string());
     let chain = format!("{},{}", first.addr(), second.addr());
-    let output = run(s5().args(["connect", "--json", "-x", &chain, &echo]), b"seven..", SOON);
+    let output = run(s5().args(["connect", "--json", "-x", &chain, &echo]), b"seven..", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "seven..".into()));
     assert_eq!(text(&output.stderr).lines().count(), 1, "one line");
     let table = [
@@ -45,7 +45,7 @@ fn it_tells_the_way_the_octets_and_the_end() {
 
 #[test]
 fn a_failure_stands_in_it_and_not_beside_it() {
-    if !has("python3") {
+    if !is_installed("python3") {
         return;
     }
     let hostile = [&[5, 0, 0, 3, 7][..], b"\"\\\xc3\xa9nam", &[0, 80]].concat();
@@ -53,22 +53,22 @@ fn a_failure_stands_in_it_and_not_beside_it() {
     let cases: [(&[&str], Vec<Step>, &str, &str); 4] = [
         (
             &["-z"],
-            answer(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]),
+            reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]),
             "o['status'], o['rep'], o['error'][-26:], o['bnd']",
             "(105, 5, 'connection refused (REP 5)', None)",
         ),
-        (&[], vec![Step::Greeting, say(&[5, 0xff])], "o['status'], o['rep'], o['up']", "(67, None, 0)"),
-        (&["-z"], answer(&hostile), "o['status'], o['rep']", "(0, 0)"),
+        (&[], vec![Step::Greeting, send(&[5, 0xff])], "o['status'], o['rep'], o['up']", "(67, None, 0)"),
+        (&["-z"], reply_with(&hostile), "o['status'], o['rep']", "(0, 0)"),
         (&["-x", &down], vec![], "o['status'], o['method'], o['ended_first']", "(7, None, None)"),
     ];
     for (args, script, expression, expected) in cases {
         let mut command = s5();
         command.args(["connect", "--json"]).args(args);
-        let proxy = Scripted::start(script);
+        let proxy = ScriptedServer::start(script);
         if !args.contains(&"-x") {
             command.args(["-x", &proxy.url()]);
         }
-        let output = run(command.arg("target.example:80"), b"", SOON);
+        let output = run(command.arg("target.example:80"), b"", TIMEOUT);
         assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
         assert_eq!(look(&output.stderr, expression), expected, "{}", text(&output.stderr));
     }
@@ -76,25 +76,26 @@ fn a_failure_stands_in_it_and_not_beside_it() {
 
 #[test]
 fn it_tells_who_ended_first_and_how_often_it_was_tried() {
-    if !has("python3") {
+    if !is_installed("python3") {
         return;
     }
     let closes = crate::common::tcp_server([127, 0, 0, 1].into(), |mut stream| {
         let _ = std::io::Write::write_all(&mut stream, b"bye");
     });
-    let mut client = crate::scripted::Running::start(s5().args(["connect", "--json", "--direct", &closes.to_string()]));
-    let (status, stdout, said) = client.end(SOON);
+    let mut client =
+        crate::scripted::RunningProgram::start(s5().args(["connect", "--json", "--direct", &closes.to_string()]));
+    let (status, stdout, said) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(0), b"bye".to_vec()));
     assert_eq!(
         look(said.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),
         "('remote', None, None, 3)"
     );
     let down = closed_port().to_string();
-    let output = run(s5().args(["connect", "--json", "--wait", "300ms", "-x", &down, "a.example:1"]), b"", SOON);
+    let output = run(s5().args(["connect", "--json", "--wait", "300ms", "-x", &down, "a.example:1"]), b"", TIMEOUT);
     assert_eq!(look(&output.stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
     let server = Server::start(&[]);
     let args = ["udp", "--json", "-n", "1", "-x", &server.addr().to_string()];
     let echo = crate::common::udp_echo_server([127, 0, 0, 1].into()).to_string();
-    let output = run(s5().args(args).arg(&echo), b"four\n", SOON);
+    let output = run(s5().args(args).arg(&echo), b"four\n", TIMEOUT);
     assert_eq!(look(&output.stderr, "o['up'], o['down'], o['status'], o['bnd'][:10]"), "(4, 4, 0, '127.0.0.1:')");
 }

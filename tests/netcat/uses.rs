@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, echo_server, eventually, has, run, s5, tcp_server};
-use crate::scripted::{Running, text};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, tcp_server, wait_until};
+use crate::scripted::{RunningProgram, text};
 
 fn proxy() -> (Server, String) {
     let server = Server::start(&[]);
@@ -49,22 +49,22 @@ fn ends_of_lines_become_cr_lf() {
     ];
     for (stdin, expected) in table {
         let (target, told) = listening(b"");
-        let output = run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), stdin, SOON);
+        let output = run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        assert_eq!(text(&told.recv_timeout(SOON).expect("it was sent")), text(expected));
+        assert_eq!(text(&told.recv_timeout(TIMEOUT).expect("it was sent")), text(expected));
     }
     // An end of a line that comes in two reads is one.
     let (target, told) = listening(b"");
-    let mut client = Running::start(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]));
+    let mut client = RunningProgram::start(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]));
     client.write(b"a\r");
     std::thread::sleep(Duration::from_millis(50));
     client.write(b"\nb");
     client.close_stdin();
-    assert_eq!(told.recv_timeout(SOON).expect("it was sent"), b"a\r\nb");
+    assert_eq!(told.recv_timeout(TIMEOUT).expect("it was sent"), b"a\r\nb");
     // A buffer full of them grows to twice its size.
     let (target, told) = listening(b"");
-    run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), &[b'\n'; 200_000], SOON);
-    assert!(told.recv_timeout(SOON).expect("it was sent") == b"\r\n".repeat(200_000));
+    run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), &[b'\n'; 200_000], TIMEOUT);
+    assert!(told.recv_timeout(TIMEOUT).expect("it was sent") == b"\r\n".repeat(200_000));
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn without_stdin_it_ends_when_the_other_side_does() {
         let _ = stream.write_all(if end.is_err() { b"open" } else { b"closed" });
     });
     for stdin in [&b""[..], b"not read"] {
-        let output = run(s5().args(["connect", "-d", "-x", &proxy, &target.to_string()]), stdin, SOON);
+        let output = run(s5().args(["connect", "-d", "-x", &proxy, &target.to_string()]), stdin, TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "open".into()));
     }
 }
@@ -85,9 +85,9 @@ fn without_stdin_it_ends_when_the_other_side_does() {
 fn who_only_sends_writes_nothing_and_waits_for_the_other_side_to_take_it() {
     let (_server, proxy) = proxy();
     let (target, told) = listening(b"an answer that nobody wants");
-    let output = run(s5().args(["connect", "--send-only", "-x", &proxy, &target.to_string()]), b"data", SOON);
+    let output = run(s5().args(["connect", "--send-only", "-x", &proxy, &target.to_string()]), b"data", TIMEOUT);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(0), 0), "{}", text(&output.stderr));
-    assert_eq!(told.recv_timeout(SOON).expect("it was sent"), b"data");
+    assert_eq!(told.recv_timeout(TIMEOUT).expect("it was sent"), b"data");
 }
 
 #[test]
@@ -97,14 +97,14 @@ fn q_ends_it_behind_the_end_of_stdin() {
     // That target would never close by itself without a half-close.
     let args = ["connect", "--no-shutdown", "-q", "300ms", "-x", &proxy, &target];
     let began = Instant::now();
-    let output = run(s5().args(args), b"", SOON);
+    let output = run(s5().args(args), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
     assert!(began.elapsed() >= Duration::from_millis(300));
-    let mut waiting = Running::start(s5().args(["connect", "-q", "0", "-x", &proxy, &target]));
+    let mut waiting = RunningProgram::start(s5().args(["connect", "-q", "0", "-x", &proxy, &target]));
     waiting.stdout(|octets| octets == b"hello");
     assert!(waiting.is_running(), "stdin is still open");
     waiting.close_stdin();
-    assert_eq!(waiting.end(SOON).0.code(), Some(0));
+    assert_eq!(waiting.end(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
@@ -118,9 +118,9 @@ fn without_shutdown_the_other_side_sees_no_end() {
         let _ = stream.write_all(b"late");
     });
     for (option, is_open) in [("--no-shutdown", true), ("--shutdown", false)] {
-        let output = run(s5().args(["connect", option, "-x", &proxy, &target.to_string()]), b"x", SOON);
+        let output = run(s5().args(["connect", option, "-x", &proxy, &target.to_string()]), b"x", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "late".into()), "{option}");
-        assert_eq!(told.recv_timeout(SOON), Ok(is_open), "{option}");
+        assert_eq!(told.recv_timeout(TIMEOUT), Ok(is_open), "{option}");
     }
 }
 
@@ -128,13 +128,13 @@ fn without_shutdown_the_other_side_sees_no_end() {
 fn silence_for_too_long_is_a_time_out_and_octets_renew_it() {
     let (_server, proxy) = proxy();
     let echo = echo_server().to_string();
-    let mut client = Running::start(s5().args(["connect", "-i", "700ms", "-x", &proxy, &echo]));
+    let mut client = RunningProgram::start(s5().args(["connect", "-i", "700ms", "-x", &proxy, &echo]));
     for _ in 0..5 {
         client.write(b".");
         std::thread::sleep(Duration::from_millis(250));
     }
     assert!(client.is_running(), "octets went both ways");
-    let (status, stdout, said) = client.end(SOON);
+    let (status, stdout, said) = client.end(TIMEOUT);
     assert_eq!((status.code(), text(&stdout).as_str()), (Some(28), "....."), "{said}");
     assert!(said.ends_with(&format!("transfer, for {echo}: idle for 700ms\n")), "{said}");
 }
@@ -143,7 +143,7 @@ fn silence_for_too_long_is_a_time_out_and_octets_renew_it() {
 fn a_program_has_the_tunnel_as_stdin_and_stdout() {
     let (_server, proxy) = proxy();
     let echo = echo_server().to_string();
-    let connect = |args: &[&str]| run(s5().args(["connect", "-x", &proxy]).args(args), b"not for it", SOON);
+    let connect = |args: &[&str]| run(s5().args(["connect", "-x", &proxy]).args(args), b"not for it", TIMEOUT);
     let output = connect(&["-c", "printf 'one\\ntwo\\n'; exec >&-; cat >&2", &echo]);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), "one\ntwo\n".into()));
     assert!(output.stdout.is_empty(), "stdout is the program's tunnel");
@@ -151,7 +151,7 @@ fn a_program_has_the_tunnel_as_stdin_and_stdout() {
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
     let (target, told) = listening(b"");
     connect(&["-e", "printf one-%s two", &target.to_string()]);
-    assert_eq!(text(&told.recv_timeout(SOON).expect("it was sent")), "one-two");
+    assert_eq!(text(&told.recv_timeout(TIMEOUT).expect("it was sent")), "one-two");
 }
 
 #[test]
@@ -159,14 +159,14 @@ fn a_programs_status_is_ours() {
     let (_server, proxy) = proxy();
     let echo = echo_server().to_string();
     for (command, status) in [("exit 7", 7), ("kill -9 $$", 137), ("true", 0), ("exit 200", 200)] {
-        let output = run(s5().args(["connect", "-x", &proxy, "-c", command, &echo]), b"", SOON);
+        let output = run(s5().args(["connect", "-x", &proxy, "-c", command, &echo]), b"", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(status), String::new()), "{command}");
     }
 }
 
 #[test]
 fn a_program_is_told_where_it_is_and_no_secret() {
-    let folder = crate::common::folder();
+    let folder = crate::common::temp_dir();
     let users = crate::common::write_file(
         folder.path(),
         "users",
@@ -177,7 +177,7 @@ fn a_program_is_told_where_it_is_and_no_secret() {
     let url = format!("alice:secret@{}", server.addr());
     let target = format!("localhost:{}", echo.port());
     let script = "echo \"$S5_TARGET $S5_PROXY_ADDR\" >&2; case \"$S5_BND\" in 127.0.0.1:*) echo bnd >&2;; esac";
-    let output = run(s5().args(["connect", "-x", &url, "-c", script, &target]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", &url, "-c", script, &target]), b"", TIMEOUT);
     assert_eq!(text(&output.stderr), format!("{target} {}\nbnd\n", server.addr()));
 }
 
@@ -185,7 +185,7 @@ fn a_program_is_told_where_it_is_and_no_secret() {
 fn a_program_that_hears_no_more_or_is_gone_does_not_keep_the_tunnel() {
     let (_server, proxy) = proxy();
     let flood = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| while stream.write_all(&[b'x'; 4096]).is_ok() {});
-    let output = run(s5().args(["connect", "-x", &proxy, "-c", "head -c 3 >&2", &flood.to_string()]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", &proxy, "-c", "head -c 3 >&2", &flood.to_string()]), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), "xxx".into()));
     // It says all that it has to say to a target that has nothing more to say itself.
     let (tell, told) = channel();
@@ -196,25 +196,25 @@ fn a_program_that_hears_no_more_or_is_gone_does_not_keep_the_tunnel() {
         let _ = tell.send(all.len());
     });
     let script = "cat > /dev/null; sleep 0.5; head -c 1000000 /dev/zero";
-    let output = run(s5().args(["connect", "-x", &proxy, "-c", script, &target.to_string()]), b"", SOON);
+    let output = run(s5().args(["connect", "-x", &proxy, "-c", script, &target.to_string()]), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(told.recv_timeout(SOON), Ok(1_000_000));
+    assert_eq!(told.recv_timeout(TIMEOUT), Ok(1_000_000));
 }
 
 #[test]
 fn progress_is_shown_on_a_terminal_and_nowhere_else() {
     let (_server, proxy) = proxy();
     let echo = echo_server().to_string();
-    let output = run(s5().args(["connect", "--progress", "-x", &proxy, &echo]), b"data", SOON);
+    let output = run(s5().args(["connect", "--progress", "-x", &proxy, &echo]), b"data", TIMEOUT);
     assert_eq!((text(&output.stdout), text(&output.stderr)), ("data".into(), String::new()));
-    if !has("script") {
+    if !is_installed("script") {
         return;
     }
     let command = format!(
         "head -c 300000 /dev/zero | '{}' connect --progress -x {proxy} {echo} | wc -c",
         env!("CARGO_BIN_EXE_s5")
     );
-    let output = run(Command::new("script").args(["-qec", &command, "/dev/null"]), b"", SOON);
+    let output = run(Command::new("script").args(["-qec", &command, "/dev/null"]), b"", TIMEOUT);
     let said = text(&output.stdout);
     assert!(said.contains("300000") && said.contains("585.9 KiB in 0:0"), "{said:?}");
 }
@@ -247,7 +247,7 @@ fn who_does_not_read_does_not_keep_it_from_ending_when_its_time_is_over() {
         let (mut client, _unread) = with_socket_as_stdout(&[&args[..], &["-x", &proxy, &flood.to_string()]].concat());
         drop(client.stdin.take());
         let mut ended = None;
-        eventually("it ends", SOON, || {
+        wait_until("it ends", TIMEOUT, || {
             ended = client.try_wait().expect("it can be waited for");
             ended.is_some()
         });

@@ -4,8 +4,10 @@ use std::io::{ErrorKind, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, eventually, in_namespace, open, read_exact, read_reply};
-use crate::kit::{BIND, End, V4, V6, connect_from, end_of, idle_descriptors, open_name, ping, reset, serve, timed};
+use crate::common::{Server, TIMEOUT, in_namespace, open, read_exact, read_reply, wait_until};
+use crate::kit::{
+    BIND, StreamEnd, V4, V6, connect_from, idle_descriptors, open_by_name, ping, reset, serve, stream_end, timed,
+};
 
 const ANYBODY: &str = "0.0.0.0:0";
 const STRANGER: &str = "127.0.0.2:0";
@@ -33,16 +35,16 @@ fn assert_served(client: &mut TcpStream, peer: &mut TcpStream) {
     assert_eq!(read_reply(client), (0, peer.local_addr().expect("an address")));
     client.write_all(b"question").expect("it is sent");
     client.shutdown(Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(peer), End::Closed(b"question".to_vec()));
+    assert_eq!(stream_end(peer), StreamEnd::Closed(b"question".to_vec()));
     peer.write_all(b"answer").expect("it is sent");
     peer.shutdown(Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(client), End::Closed(b"answer".to_vec()));
+    assert_eq!(stream_end(client), StreamEnd::Closed(b"answer".to_vec()));
 }
 
 /// A stranger may see the end as a FIN or as a reset, but nothing else.
 fn assert_turned_away(stranger: &mut TcpStream) {
-    let end = end_of(stranger);
-    assert!(end == End::Closed(vec![]) || end == End::Reset, "{end:?}");
+    let end = stream_end(stranger);
+    assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
 }
 
 fn refuses(addr: SocketAddr) -> bool {
@@ -115,16 +117,16 @@ fn all_addresses_of_a_name_are_expected() {
     let server = Server::start(&[]);
     let table = [("localhost", "127.0.0.1"), ("pair", "127.0.0.4"), ("pair", "127.0.0.5"), ("dual", "127.0.0.1")];
     for (name, ip) in table {
-        let (mut client, rep, bnd) = open_name(&server, BIND, name, 0);
+        let (mut client, rep, bnd) = open_by_name(&server, BIND, name, 0);
         assert_eq!(rep, 0, "{name}");
         let bnd = SocketAddr::new(V4, bnd.port());
         assert_turned_away(&mut connect_from(addr(STRANGER), bnd));
         assert_served(&mut client, &mut from(ip.parse().expect("an address"), bnd));
     }
     // Of a name of both families the peer may come by either.
-    let (mut client, _, bnd) = open_name(&server, BIND, "dual", 0);
+    let (mut client, _, bnd) = open_by_name(&server, BIND, "dual", 0);
     assert_served(&mut client, &mut from(V6, SocketAddr::new(V6, bnd.port())));
-    let (_, rep, _) = open_name(&server, BIND, "nobody.a..b", 0);
+    let (_, rep, _) = open_by_name(&server, BIND, "nobody.a..b", 0);
     assert_eq!(rep, 4);
 }
 
@@ -136,8 +138,8 @@ fn a_peer_that_does_not_come_in_time_is_06_in_the_second_reply() {
         assert_eq!(read_reply(&mut client).0, 6);
         (client, bnd)
     });
-    assert!(time >= Duration::from_millis(200) && time < SOON, "{time:?}");
-    assert_eq!(end_of(&mut client), End::Closed(vec![]));
+    assert!(time >= Duration::from_millis(200) && time < TIMEOUT, "{time:?}");
+    assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
     assert!(refuses(bnd), "the listener is gone");
     assert!(server.wait_log(|log| log.contains("session ")).contains("rep=6"));
 }
@@ -174,14 +176,14 @@ fn a_client_that_leaves_takes_its_listener_along() {
         },
         |mut stream| {
             stream.shutdown(Shutdown::Write).expect("half-close");
-            assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
         },
     ];
     for leave in leave {
         let (client, bnd) = bind(&server, "192.0.2.1:9");
         leave(client);
-        eventually("the listener is gone", FREED, || refuses(bnd));
-        eventually("the descriptors are free", FREED, || server.descriptors() == before);
+        wait_until("the listener is gone", FREED, || refuses(bnd));
+        wait_until("the descriptors are free", FREED, || server.descriptors() == before);
     }
 }
 
@@ -220,7 +222,7 @@ fn a_reset_of_the_peer_is_a_reset_for_the_client() {
     let peer = from(V4, bnd);
     assert_eq!(read_reply(&mut client).0, 0);
     reset(peer);
-    assert_eq!(end_of(&mut client), End::Reset);
+    assert_eq!(stream_end(&mut client), StreamEnd::Reset);
 }
 
 #[test]
@@ -238,7 +240,7 @@ fn bind_ports_limits_the_ports() {
     let (mut client, bnd) = open_binds.swap_remove(1);
     assert_served(&mut client, &mut from(V4, bnd));
     drop(client);
-    eventually("the port is free", FREED, || open(&server, BIND, addr(ANYBODY)).1 == 0);
+    wait_until("the port is free", FREED, || open(&server, BIND, addr(ANYBODY)).1 == 0);
 }
 
 #[test]
@@ -266,7 +268,7 @@ fn fifty_at_once_keep_apart() {
         assert_eq!(read_exact(client, 1), [number]);
     }
     drop((clients, peers));
-    eventually("all descriptors are free", SOON, || server.descriptors() == before);
+    wait_until("all descriptors are free", TIMEOUT, || server.descriptors() == before);
 }
 
 #[test]

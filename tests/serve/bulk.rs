@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use crate::common::{SOON, Server, echo_server, eventually, has, open, s5};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, s5, wait_until};
 use crate::kit::{
-    CONNECT, End, V4, accept, check_pattern, end_of, idle_descriptors, listener, ping, reset, send_pattern, timed,
+    CONNECT, StreamEnd, V4, accept, check_pattern, idle_descriptors, listener, ping, reset, send_pattern, stream_end,
+    timed,
 };
 
 /// More than all buffers on the way, pipes included, hold.
@@ -35,7 +36,7 @@ fn pipes(server: &Server) -> usize {
 /// A tunnel that is bulk in one direction and has come to a stop with a full pipe, since nobody reads on: who sends,
 /// until all is sent and the half-close behind it; who should read; and what it has read to let it prove itself.
 fn stalled(server: &Server, quiet: usize, up: bool) -> (thread::JoinHandle<TcpStream>, TcpStream, Vec<u8>) {
-    eventually("no other tunnel has a pipe", SOON, || pipes(server) == quiet);
+    wait_until("no other tunnel has a pipe", TIMEOUT, || pipes(server) == quiet);
     let (client, target) = through(server);
     let (mut writer, mut reader) = if up { (client, target) } else { (target, client) };
     let sending = thread::spawn(move || {
@@ -44,7 +45,7 @@ fn stalled(server: &Server, quiet: usize, up: bool) -> (thread::JoinHandle<TcpSt
         writer
     });
     let (mut read, mut piece) = (Vec::new(), vec![0; 1 << 20]);
-    eventually("it is spliced", SOON, || {
+    wait_until("it is spliced", TIMEOUT, || {
         if pipes(server) == quiet {
             let n = reader.read(&mut piece).expect("it comes");
             read.extend_from_slice(&piece[..n]);
@@ -72,7 +73,7 @@ fn bulk_goes_through_a_pipe_which_is_given_back_when_it_is_quiet() {
             }
             sending.join().expect("all is sent");
             assert!(most >= before + 2, "{most} pipe ends at the most, {before} before");
-            eventually("the pipe is given back", SOON, || pipes(&server) == before);
+            wait_until("the pipe is given back", TIMEOUT, || pipes(&server) == before);
             // And goes on as before.
             from.write_all(b"x").expect("it is sent");
             to.read_exact(&mut [0]).expect("it comes");
@@ -94,7 +95,7 @@ fn what_waits_in_a_pipe_for_a_reader_is_all_there_when_it_reads() {
         let mut writer = sending.join().expect("all is sent");
         reader.write_all(b"answer").expect("it is sent");
         drop(reader);
-        assert_eq!(end_of(&mut writer), End::Closed(b"answer".to_vec()));
+        assert_eq!(stream_end(&mut writer), StreamEnd::Closed(b"answer".to_vec()));
     }
 }
 
@@ -115,20 +116,20 @@ fn a_reset_with_octets_in_a_pipe_is_a_reset() {
             }
         });
         let mut octets = vec![0; 1 << 20];
-        eventually("it is spliced", SOON, || {
+        wait_until("it is spliced", TIMEOUT, || {
             let _ = (&reader).read(&mut octets).expect("it comes");
             pipes(&server) > quiet
         });
         reset(reader);
         let error = sending.join().expect("no panic");
         assert!(matches!(error, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
-        eventually("all is closed", SOON, || server.descriptors() == before);
+        wait_until("all is closed", TIMEOUT, || server.descriptors() == before);
     }
 }
 
 /// A server under strace with these faults, and the trace; none without strace.
 fn with_fault(inject: &str) -> Option<Server> {
-    if !has("strace") {
+    if !is_installed("strace") {
         return None;
     }
     let mut command = Command::new("strace");
@@ -269,7 +270,7 @@ fn a_few_bulk_tunnels_are_spread_over_the_threads() {
     for (mut client, mut target) in ends {
         target.write_all(b"back").expect("it is sent");
         drop(target);
-        assert_eq!(end_of(&mut client), End::Closed(b"back".to_vec()));
+        assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"back".to_vec()));
     }
     let log = server.wait_log(|log| log.matches("command=connect").count() == 4);
     assert_eq!(log.matches(&format!("up={MUCH} down={} ", MUCH + 4)).count(), 4, "{log}");

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, closed_port, echo_server, eventually, open, read_exact, read_reply, request, skip};
+use crate::common::{
+    Server, TIMEOUT, closed_port, echo_server, open, read_exact, read_reply, request, skip, wait_until,
+};
 use crate::kit::{
-    CONNECT, End, Hanging, V4, V6, accept, connect_from, end_of, greet, idle_descriptors, listener, open_name, ping,
-    raise_descriptors, request_name, reset, serve, timed,
+    CONNECT, FullBacklog, StreamEnd, V4, V6, accept, connect_from, greet, idle_descriptors, listener, open_by_name,
+    ping, raise_fd_limit, request_by_name, reset, serve, stream_end, timed,
 };
 
 fn addr(text: &str) -> SocketAddr {
@@ -34,7 +36,7 @@ fn a_closed_port_is_05_in_either_family() {
     for ip in [V4, V6] {
         let (mut stream, rep, _) = open(&server, CONNECT, SocketAddr::new(ip, closed));
         assert_eq!(rep, 5, "{ip}");
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]), "closed behind the reply");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed behind the reply");
     }
 }
 
@@ -50,11 +52,11 @@ fn no_address_of_one_host_is_ever_dialled() {
 #[test]
 fn success_is_never_said_before_the_target_has_accepted() {
     let server = Server::start(&["--connect-timeout", "400ms"]);
-    let target = Hanging::new();
+    let target = FullBacklog::new();
     let (time, (mut stream, rep, _)) = timed(|| open(&server, CONNECT, target.addr));
     assert_eq!(rep, 6, "nobody accepted");
     assert!(time >= Duration::from_millis(400), "{time:?}");
-    assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
 }
 
 #[test]
@@ -78,7 +80,7 @@ fn data_sent_while_the_connect_is_under_way_reaches_the_target_after_a_half_clos
     stream.write_all(b"all there is").expect("it is sent");
     stream.shutdown(std::net::Shutdown::Write).expect("half-close");
     assert_eq!(read_reply(&mut stream).0, 0);
-    assert_eq!(end_of(&mut stream), End::Closed(b"all there is".to_vec()));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"all there is".to_vec()));
 }
 
 #[test]
@@ -97,22 +99,22 @@ fn a_failure_reply_arrives_although_the_client_keeps_sending() {
     // RFC 1928 section 6: closed no more than 10 seconds after the failure.
     let ended = flood.join().expect("the sender ends");
     assert!(ended < Duration::from_secs(10), "{ended:?}");
-    eventually("the session is logged", SOON, || server.log().contains("rep=5"));
+    wait_until("the session is logged", TIMEOUT, || server.log().contains("rep=5"));
 }
 
 #[test]
 fn a_client_that_leaves_takes_its_hanging_connect_along() {
     let server = Server::start(&["--connect-timeout", "60"]);
-    let target = Hanging::new();
+    let target = FullBacklog::new();
     let before = idle_descriptors(&server);
     let leave: [fn(TcpStream); 2] = [drop, reset];
     for leave in leave {
         let mut stream = greet(&server);
         stream.write_all(&request(CONNECT, target.addr)).expect("the request is sent");
-        eventually("both sockets are open", SOON, || server.descriptors() == before + 2);
+        wait_until("both sockets are open", TIMEOUT, || server.descriptors() == before + 2);
         leave(stream);
         let limit = Duration::from_secs(3);
-        eventually("both sockets are closed", limit, || server.descriptors() == before);
+        wait_until("both sockets are closed", limit, || server.descriptors() == before);
     }
 }
 
@@ -121,7 +123,7 @@ fn loopback_goes_by_its_many_names() {
     let server = Server::start(&[]);
     let port = echo_server().port();
     for name in ["localhost", "LOCALHOST", "127.0.0.1", "[::ffff:127.0.0.1]"] {
-        let (mut stream, rep, _) = open_name(&server, CONNECT, name, port);
+        let (mut stream, rep, _) = open_by_name(&server, CONNECT, name, port);
         assert_eq!(rep, 0, "{name}");
         ping(&mut stream, b"hello");
     }
@@ -148,11 +150,11 @@ fn nobody_is_led_back_to_a_listener_of_the_server_itself() {
     for dst in by_address {
         let (mut stream, rep, _) = open(&server, CONNECT, dst);
         assert_eq!(rep, 2, "{dst}");
-        assert_eq!(end_of(&mut stream), End::Closed(vec![]));
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
     // The resolver takes all of these for 127.0.0.1.
     for name in ["127.0.0.1", "127.1", "0.0.0.0", "0", "2130706433", "0x7f.1"] {
-        let (_, rep, _) = open_name(&server, CONNECT, name, v4);
+        let (_, rep, _) = open_by_name(&server, CONNECT, name, v4);
         assert_eq!(rep, 2, "{name}");
     }
 }
@@ -173,13 +175,13 @@ fn a_listener_on_every_address_is_out_of_reach_by_each_of_them() {
         let dst = SocketAddr::new(ip.parse().expect("an address"), port);
         assert!(refused(&request(CONNECT, dst)), "{dst}");
     }
-    assert!(refused(&request_name(CONNECT, "localhost", port)));
+    assert!(refused(&request_by_name(CONNECT, "localhost", port)));
 }
 
 #[test]
 fn two_thousand_tunnels_at_once_keep_apart() {
     const TUNNELS: u32 = 2000;
-    if !raise_descriptors(8192) {
+    if !raise_fd_limit(8192) {
         return skip("too few descriptors for 2000 tunnels");
     }
     let server = Server::start(&[]);
@@ -205,5 +207,5 @@ fn two_thousand_tunnels_at_once_keep_apart() {
         assert_eq!(read_exact(client, 4), number.to_be_bytes());
     }
     drop((clients, targets));
-    eventually("all descriptors are free again", SOON, || server.descriptors() == before);
+    wait_until("all descriptors are free again", TIMEOUT, || server.descriptors() == before);
 }

@@ -5,8 +5,8 @@ use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use crate::common::{Server, closed_port, echo_server, eventually, in_namespace, open, read_exact, read_reply};
-use crate::kit::{CONNECT, Hanging, accept, dns, fastest, greet, open_name, request_name, timed};
+use crate::common::{Server, closed_port, echo_server, in_namespace, open, read_exact, read_reply, wait_until};
+use crate::kit::{CONNECT, FullBacklog, accept, dns, fastest, greet, open_by_name, request_by_name, timed};
 
 fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse().expect("an address"), port)
@@ -26,7 +26,7 @@ fn the_second_address_is_tried_when_the_first_refuses() {
         let target = TcpListener::bind((ip, 0)).expect("a port");
         let port = target.local_addr().expect("an address").port();
         let time = fastest(|| {
-            let (_stream, rep, bnd) = open_name(&server, CONNECT, name, port);
+            let (_stream, rep, bnd) = open_by_name(&server, CONNECT, name, port);
             assert_eq!((rep, bnd), (0, accept(&target).1), "{name} at {ip}");
         });
         assert!(time < Duration::from_millis(200), "{name} at {ip}: a failure needs no waiting, but took {time:?}");
@@ -41,10 +41,10 @@ fn the_second_address_is_tried_when_the_first_is_silent_for_a_while() {
     }
     let server = Server::start(&[]);
     let times = [[PAIR[0], PAIR[1]], [PAIR[1], PAIR[0]]].map(|[silent, listening]| {
-        let silent = Hanging::at(at(silent, 0));
+        let silent = FullBacklog::at(at(silent, 0));
         let target = TcpListener::bind(at(listening, silent.addr.port())).expect("a port");
         fastest(|| {
-            assert_eq!(open_name(&server, CONNECT, "pair", silent.addr.port()).1, 0);
+            assert_eq!(open_by_name(&server, CONNECT, "pair", silent.addr.port()).1, 0);
             accept(&target);
         })
     });
@@ -65,12 +65,12 @@ fn the_rep_is_the_most_telling_one_of_all_addresses() {
         return;
     }
     let server = Server::start(&["--connect-timeout", "300ms"]);
-    let rep = |name, port| open_name(&server, CONNECT, name, port).1;
+    let rep = |name, port| open_by_name(&server, CONNECT, name, port).1;
     let closed = closed_port().port();
     assert_eq!(rep("dual", closed), 5, "both refuse");
     assert_eq!(rep("mixed", closed), 5, "no route and a refusal");
     assert_eq!(rep("away", closed), 3, "no route at all");
-    let silent = Hanging::at(at("127.0.0.2", 0));
+    let silent = FullBacklog::at(at("127.0.0.2", 0));
     assert_eq!(rep("slow", silent.addr.port()), 6, "no route and nobody who answers");
     assert_eq!(rep("many", closed), 3, "multicast is no host");
     assert_eq!(rep("127.0.0.1", closed), 5, "a literal");
@@ -87,10 +87,10 @@ fn of_a_name_that_leads_back_here_too_only_the_other_address_is_dialled() {
     }
     let server = Server::start(&[]);
     let port = server.addr().port();
-    assert_eq!(open_name(&server, CONNECT, "here", port).1, 2);
-    assert_eq!(open_name(&server, CONNECT, "pair", port).1, 5, "nobody listens at the other address yet");
+    assert_eq!(open_by_name(&server, CONNECT, "here", port).1, 2);
+    assert_eq!(open_by_name(&server, CONNECT, "pair", port).1, 5, "nobody listens at the other address yet");
     let target = TcpListener::bind(at("127.0.0.2", port)).expect("the port is free at this address");
-    let (_stream, rep, bnd) = open_name(&server, CONNECT, "pair", port);
+    let (_stream, rep, bnd) = open_by_name(&server, CONNECT, "pair", port);
     assert_eq!((rep, bnd), (0, accept(&target).1));
 }
 
@@ -101,7 +101,7 @@ fn what_the_resolver_says_decides_the_rep() {
     }
     let asked = dns::start();
     let server = Server::start(&["--connect-timeout", "300ms"]);
-    let rep = |name| open_name(&server, CONNECT, name, 9).1;
+    let rep = |name| open_by_name(&server, CONNECT, name, 9).1;
     assert_eq!(rep("nx.example"), 4, "not found");
     assert_eq!(rep("servfail.example"), 1, "a resolver that fails");
     let (time, rep_of_silent) = timed(|| rep("silent.example"));
@@ -130,12 +130,12 @@ fn hundreds_of_silent_look_ups_hold_up_nobody() {
     let waiting: Vec<_> = (0..SILENT)
         .map(|number| {
             let mut stream = greet(&server);
-            stream.write_all(&request_name(CONNECT, &format!("silent.n{number}"), 9)).expect("the request is sent");
+            stream.write_all(&request_by_name(CONNECT, &format!("silent.n{number}"), 9)).expect("the request is sent");
             stream
         })
         .collect();
     // Fewer than 300 are asked for at once; how many is the server's affair.
-    eventually("many have been asked for", Duration::from_secs(10), || {
+    wait_until("many have been asked for", Duration::from_secs(10), || {
         let mut names = asked.lock().expect("no panic").clone();
         names.sort_unstable();
         names.dedup();
@@ -154,8 +154,8 @@ fn a_client_that_leaves_during_a_look_up_frees_its_descriptor() {
     let asked = dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let mut stream = greet(&server);
-    stream.write_all(&request_name(CONNECT, "silent.example", 9)).expect("the request is sent");
-    eventually("the resolver is asked", Duration::from_secs(5), || !asked.lock().expect("no panic").is_empty());
+    stream.write_all(&request_by_name(CONNECT, "silent.example", 9)).expect("the request is sent");
+    wait_until("the resolver is asked", Duration::from_secs(5), || !asked.lock().expect("no panic").is_empty());
     drop(stream);
     let log = server.wait_log(|log| log.contains("the client left"));
     assert!(log.contains("dst=\"silent.example:9\""), "{log}");
@@ -170,7 +170,7 @@ fn a_name_is_looked_up_and_its_address_dialled() {
     let server = Server::start(&[]);
     let dst = echo_server();
     let mut stream = greet(&server);
-    stream.write_all(&request_name(CONNECT, "known.example", dst.port())).expect("the request is sent");
+    stream.write_all(&request_by_name(CONNECT, "known.example", dst.port())).expect("the request is sent");
     assert_eq!(read_reply(&mut stream).0, 0);
     stream.write_all(b"hello").expect("it is sent");
     assert_eq!(read_exact(&mut stream, 5), b"hello");

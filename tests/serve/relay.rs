@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{SOON, Server, echo_server, eventually, folder, has, open, s5, tcp_server};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, s5, tcp_server, temp_dir, wait_until};
 use crate::kit::{
-    CONNECT, End, V4, V6, accept, check_pattern, end_of, idle_descriptors, listener, ping, reset, resident,
-    send_pattern, sessions,
+    CONNECT, StreamEnd, V4, V6, accept, check_pattern, idle_descriptors, listener, ping, reset, resident_kib,
+    send_pattern, session_lines, stream_end,
 };
 
 /// A tunnel: the server, the client's end and the target's.
@@ -34,10 +34,10 @@ fn the_client_may_end_its_side_first() {
         let (mut client, mut target) = through(&server, ip);
         client.write_all(b"question").expect("it is sent");
         client.shutdown(Shutdown::Write).expect("half-close");
-        assert_eq!(end_of(&mut target), End::Closed(b"question".to_vec()));
+        assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"question".to_vec()));
         target.write_all(b"answer").expect("the other way is open");
         drop(target);
-        assert_eq!(end_of(&mut client), End::Closed(b"answer".to_vec()));
+        assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"answer".to_vec()));
     }
 }
 
@@ -46,11 +46,11 @@ fn the_target_may_end_its_side_first() {
     let (server, mut client, mut target) = tunnel(&[]);
     target.write_all(b"bye").expect("it is sent");
     target.shutdown(Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(&mut client), End::Closed(b"bye".to_vec()));
+    assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"bye".to_vec()));
     client.write_all(b"still here").expect("the other way is open");
     client.shutdown(Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(&mut target), End::Closed(b"still here".to_vec()));
-    let log = server.wait_log(|log| !sessions(log).is_empty());
+    assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"still here".to_vec()));
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
     assert!(log.contains("up=10 down=3 "), "{log}");
     assert!(!log.contains("error="), "{log}");
 }
@@ -61,21 +61,21 @@ fn a_reset_of_either_side_is_a_reset_for_the_other() {
     let before = idle_descriptors(&server);
     let (client, mut target) = through(&server, V4);
     reset(client);
-    assert_eq!(end_of(&mut target), End::Reset);
+    assert_eq!(stream_end(&mut target), StreamEnd::Reset);
     let (mut client, target) = through(&server, V6);
     reset(target);
-    assert_eq!(end_of(&mut client), End::Reset);
-    eventually("all is closed", SOON, || server.descriptors() == before);
+    assert_eq!(stream_end(&mut client), StreamEnd::Reset);
+    wait_until("all is closed", TIMEOUT, || server.descriptors() == before);
 }
 
 #[test]
 fn a_reset_after_a_half_close_is_still_a_reset() {
     let (_server, client, mut target) = tunnel(&[]);
     client.shutdown(Shutdown::Write).expect("half-close");
-    assert_eq!(end_of(&mut target), End::Closed(vec![]));
+    assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![]));
     reset(client);
     // Only who writes or waits hears of it.
-    eventually("the target is cut off", SOON, || target.write_all(b"x").is_err());
+    wait_until("the target is cut off", TIMEOUT, || target.write_all(b"x").is_err());
 }
 
 #[test]
@@ -84,13 +84,13 @@ fn a_side_that_has_said_all_and_resets_ends_the_tunnel_while_the_other_is_silent
         let (server, client, target) = tunnel(&[]);
         let (first, mut other) = if client_resets { (client, target) } else { (target, client) };
         first.shutdown(Shutdown::Write).expect("half-close");
-        assert_eq!(end_of(&mut other), End::Closed(vec![]));
+        assert_eq!(stream_end(&mut other), StreamEnd::Closed(vec![]));
         let open = server.descriptors();
         reset(first);
-        eventually("it is noticed", SOON, || server.descriptors() < open);
+        wait_until("it is noticed", TIMEOUT, || server.descriptors() < open);
         // A client is given time to take what it was sent, unless it leaves.
         drop(other);
-        let log = server.wait_log(|log| !sessions(log).is_empty());
+        let log = server.wait_log(|log| !session_lines(log).is_empty());
         assert!(log.contains("connection reset"), "{log}");
     }
 }
@@ -112,14 +112,14 @@ fn a_client_that_resets_ends_the_tunnel_also_while_the_target_takes_nothing() {
     let (server, mut client, target) = tunnel(&[]);
     client.set_nonblocking(true).expect("non-blocking");
     let mut last = Instant::now();
-    eventually("the client is held back", SOON, || {
+    wait_until("the client is held back", TIMEOUT, || {
         while client.write(&[0; 65_536]).is_ok() {
             last = Instant::now();
         }
         last.elapsed() > Duration::from_millis(250)
     });
     reset(client);
-    let log = server.wait_log(|log| !sessions(log).is_empty());
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
     assert!(log.contains("error=\"reading from the client: connection reset\""), "{log}");
     drop(target);
 }
@@ -143,7 +143,7 @@ fn slow_client(has_said_all: bool) {
     client.write_all(&[0; 4096]).expect("an upload begins");
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-close");
-    eventually("all of it has left the target", SOON, || state_of(&target) == Some("05".into()));
+    wait_until("all of it has left the target", TIMEOUT, || state_of(&target) == Some("05".into()));
     drop(target);
     // The first octets are answered with a reset, the next ones meet it; a client hears of neither before the end.
     if has_said_all {
@@ -163,13 +163,13 @@ fn an_upload_that_the_target_no_longer_takes_is_cut_and_not_swallowed() {
     let (server, mut client, mut target) = tunnel(&[]);
     target.write_all(b"bye").expect("it is sent");
     drop(target);
-    client.set_write_timeout(Some(SOON)).expect("a timeout can be set");
+    client.set_write_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     let mut sent = 0_usize;
     while sent < 256 << 20 && client.write_all(&[0; 65_536]).is_ok() {
         sent += 65_536;
     }
     assert!(sent < 256 << 20, "{sent} octets went nowhere, and nobody said so");
-    let log = server.wait_log(|log| !sessions(log).is_empty());
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
     assert!(log.contains("error=\"writing to dst"), "{log}");
 }
 
@@ -212,7 +212,7 @@ fn a_stalled_reader_loses_nothing_and_costs_no_memory() {
     for client_stalls in [true, false] {
         let (client, target) = through(&server, V4);
         let (mut reader, mut sender) = if client_stalls { (client, target) } else { (target, client) };
-        let before = resident(&server);
+        let before = resident_kib(&server);
         let sent = Arc::new(AtomicUsize::new(0));
         let count = sent.clone();
         let sending = thread::spawn(move || {
@@ -221,7 +221,7 @@ fn a_stalled_reader_loses_nothing_and_costs_no_memory() {
             });
         });
         let mut last = (0, Instant::now());
-        eventually("the sender is held back", SOON, || {
+        wait_until("the sender is held back", TIMEOUT, || {
             let now = sent.load(Ordering::Relaxed);
             if now != last.0 {
                 last = (now, Instant::now());
@@ -230,7 +230,7 @@ fn a_stalled_reader_loses_nothing_and_costs_no_memory() {
         });
         assert!(last.0 < TOTAL, "somebody has taken it all");
         // Two directions of 64 KiB, and what the allocator makes of that.
-        let grown = resident(&server).saturating_sub(before);
+        let grown = resident_kib(&server).saturating_sub(before);
         assert!(grown < 2048, "{grown} KiB");
         check_pattern(&mut reader, TOTAL);
         sending.join().expect("all is sent");
@@ -248,10 +248,10 @@ fn a_tunnel_without_a_word_is_reset_after_the_idle_timeout_and_a_busy_one_is_not
         ping(&mut busy, b"x");
         thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(end_of(&mut client), End::Reset);
-    assert_eq!(end_of(&mut target), End::Reset);
+    assert_eq!(stream_end(&mut client), StreamEnd::Reset);
+    assert_eq!(stream_end(&mut target), StreamEnd::Reset);
     ping(&mut busy, b"still here");
-    assert!(server.wait_log(|log| !sessions(log).is_empty()).contains("idle for too long"));
+    assert!(server.wait_log(|log| !session_lines(log).is_empty()).contains("idle for too long"));
 }
 
 #[test]
@@ -269,10 +269,10 @@ fn traffic_one_way_keeps_a_tunnel_open() {
 
 #[test]
 fn both_sockets_of_a_tunnel_have_nodelay_and_keepalive() {
-    if !has("strace") {
+    if !is_installed("strace") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let trace = folder.path().join("trace");
     // -D: the server is the child, so that killing it ends both.
     let mut command = std::process::Command::new("strace");
@@ -288,7 +288,7 @@ fn both_sockets_of_a_tunnel_have_nodelay_and_keepalive() {
             lines.filter_map(|line| Some(line.split_once('(')?.1.split_once(',')?.0.into())).collect();
         sockets
     };
-    eventually("the trace is written", SOON, || set("TCP_NODELAY").len() >= 2 && set("SO_KEEPALIVE").len() >= 2);
+    wait_until("the trace is written", TIMEOUT, || set("TCP_NODELAY").len() >= 2 && set("SO_KEEPALIVE").len() >= 2);
     let (nodelay, keepalive) = (set("TCP_NODELAY"), set("SO_KEEPALIVE"));
     assert_ne!(nodelay[0], nodelay[1]);
     assert_eq!(nodelay, keepalive);
@@ -316,6 +316,6 @@ fn many_tunnels_that_end_in_every_way_leave_nothing_behind() {
             _ => drop(stream),
         }
     }
-    eventually("all is closed", SOON, || server.descriptors() == before);
+    wait_until("all is closed", TIMEOUT, || server.descriptors() == before);
     server.wait_log(|log| log.matches("command=connect").count() == 60);
 }

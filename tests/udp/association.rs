@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use crate::common::{SOON, Server, open};
+use crate::common::{Server, TIMEOUT, open};
 use crate::kit::{UDP_ASSOCIATE, V4};
 
 /// How long something may take to be dropped before the test goes on. Only where nothing later shows it.
@@ -68,7 +68,7 @@ impl Association {
 /// A socket with a read timeout and as much room for bursts as the system grants.
 pub fn socket(ip: IpAddr) -> UdpSocket {
     let socket = UdpSocket::bind((ip, 0)).expect("a port");
-    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     SockRef::from(&socket).set_recv_buffer_size(1 << 22).expect("an option");
     socket
 }
@@ -92,7 +92,7 @@ pub fn assert_nothing(socket: &UdpSocket) {
     socket.set_read_timeout(Some(DROPPED)).expect("a timeout can be set");
     let received = socket.recv_from(&mut [0; 64]);
     assert!(received.is_err(), "{received:?}");
-    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
 }
 
 pub fn datagram(frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
@@ -103,7 +103,7 @@ pub fn datagram(frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
 }
 
 pub fn datagram_name(frag: u8, name: &str, port: u16, data: &[u8]) -> Vec<u8> {
-    let mut octets = crate::kit::request_name(0, name, port);
+    let mut octets = crate::kit::request_by_name(0, name, port);
     octets[..3].copy_from_slice(&[0, 0, frag]);
     octets.extend(data);
     octets

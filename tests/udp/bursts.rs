@@ -10,8 +10,8 @@ use std::process::Command;
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
 use crate::association::{Association, assert_nothing, datagram, datagram_name, receive, socket, target};
-use crate::common::{SOON, Server, eventually, folder, has, in_namespace, s5};
-use crate::kit::{V4, V6, sessions};
+use crate::common::{Server, TIMEOUT, in_namespace, is_installed, s5, temp_dir, wait_until};
+use crate::kit::{V4, V6, session_lines};
 
 /// Octets that tell datagrams apart: by number and by position.
 fn payload(number: usize, length: usize) -> Vec<u8> {
@@ -34,7 +34,7 @@ fn lengths(burst: usize) -> Vec<Vec<usize>> {
 /// Does it while the server is stopped, so that it finds all of it at once.
 fn at_once(server: &Server, what: impl FnOnce()) {
     server.signal("STOP");
-    eventually("the server is stopped", SOON, || {
+    wait_until("the server is stopped", TIMEOUT, || {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("it runs");
         tasks.flatten().all(|task| {
             let status = std::fs::read_to_string(task.path().join("status")).expect("it runs");
@@ -229,9 +229,9 @@ fn what_went_is_counted_by_its_payload() {
         there_and_back(&server, &association, &target, dst, &lengths);
     }
     drop(association);
-    eventually("the session is logged", SOON, || !sessions(&server.log()).is_empty());
+    wait_until("the session is logged", TIMEOUT, || !session_lines(&server.log()).is_empty());
     let log = server.log();
-    let line = sessions(&log)[0];
+    let line = session_lines(&log)[0];
     assert!(line.contains(" up=27400 down=27400 "), "{line}");
 }
 
@@ -276,7 +276,7 @@ fn a_peer_that_is_gone_for_a_moment_costs_nothing_later() {
         target.send_to(&payload(number, 100), relay).expect("it is sent");
     }
     let socket = UdpSocket::bind(addr).expect("the port is ours again");
-    socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     // Answers that were still under way come first.
     target.send_to(b"mark", relay).expect("it is sent");
     while !receive(&socket).0.ends_with(b"mark") {}
@@ -288,10 +288,10 @@ fn a_peer_that_is_gone_for_a_moment_costs_nothing_later() {
 
 #[test]
 fn a_device_that_can_not_segment_is_asked_once() {
-    if !has("strace") {
+    if !is_installed("strace") {
         return;
     }
-    let folder = folder();
+    let folder = temp_dir();
     let trace = folder.path().join("trace");
     let mut strace = Command::new("strace");
     strace.args(["-D", "-f", "-qq", "-e", "trace=sendmsg", "-e", "inject=sendmsg:error=EIO", "-o"]).arg(&trace);

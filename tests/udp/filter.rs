@@ -4,7 +4,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use crate::association::{Association, assert_nothing, datagram, datagram_name, receive, socket, target};
-use crate::common::{SOON, Server, closed_port, eventually, in_namespace, udp_echo_server};
+use crate::common::{Server, TIMEOUT, closed_port, in_namespace, udp_echo_server, wait_until};
 use crate::kit::{V4, V6};
 
 fn addr(text: &str) -> SocketAddr {
@@ -134,7 +134,7 @@ fn a_client_whose_port_is_closed_for_a_while_ends_nothing() {
         target.send_to(b"nobody hears this", relay).expect("it is sent");
     }
     association.socket = UdpSocket::bind(own).expect("the port is still free");
-    association.socket.set_read_timeout(Some(SOON)).expect("a timeout can be set");
+    association.socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     // The first one may have come in before the error was told.
     association.send(dst, b"back again");
     assert_eq!(receive(&target).0, b"back again");
@@ -223,7 +223,7 @@ fn silent_look_ups_hold_up_nobody() {
         }
     }
     association.socket.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout can be set");
-    eventually("an answer", SOON, || {
+    wait_until("an answer", TIMEOUT, || {
         // UDP may lose one in the crowd.
         association.send(echo, b"still there");
         association.socket.recv_from(&mut [0; 64]).is_ok()

@@ -5,8 +5,10 @@ use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use crate::association::{Association, receive, socket, target};
-use crate::common::{SOON, Server, eventually, in_namespace, open, read_exact, read_reply, request, udp_echo_server};
-use crate::kit::{End, UDP_ASSOCIATE, V4, V6, connect_from, end_of, idle_descriptors, reset, serve};
+use crate::common::{
+    Server, TIMEOUT, in_namespace, open, read_exact, read_reply, request, udp_echo_server, wait_until,
+};
+use crate::kit::{StreamEnd, UDP_ASSOCIATE, V4, V6, connect_from, idle_descriptors, reset, serve, stream_end};
 
 /// How long the port may outlive its control connection.
 const FREED: Duration = Duration::from_secs(2);
@@ -27,7 +29,7 @@ fn it_ends_with_its_control_connection_in_every_way() {
         let echo = udp_echo_server(V4);
         let leave: [fn(TcpStream); 3] = [drop, reset, |mut control| {
             control.shutdown(Shutdown::Write).expect("half-close");
-            assert_eq!(end_of(&mut control), End::Closed(vec![]));
+            assert_eq!(stream_end(&mut control), StreamEnd::Closed(vec![]));
         }];
         for leave in leave {
             for used in [true, false] {
@@ -37,8 +39,8 @@ fn it_ends_with_its_control_connection_in_every_way() {
                 }
                 assert!(!is_free(association.bnd));
                 leave(association.control);
-                eventually("the port is free", FREED, || is_free(association.bnd));
-                eventually("the descriptors are free", FREED, || server.descriptors() == before);
+                wait_until("the port is free", FREED, || is_free(association.bnd));
+                wait_until("the descriptors are free", FREED, || server.descriptors() == before);
             }
         }
     }
@@ -53,7 +55,7 @@ fn words_on_the_control_connection_are_ignored_up_to_a_bound() {
     association.ping(echo, b"yes");
     // A flood is a mistake of the client, and ends it.
     while association.control.write_all(&[0; 4096]).is_ok() {}
-    eventually("the port is free", FREED, || is_free(association.bnd));
+    wait_until("the port is free", FREED, || is_free(association.bnd));
 }
 
 #[test]
@@ -67,9 +69,9 @@ fn it_ends_when_nothing_is_sent_for_the_idle_timeout() {
         busy.ping(echo, b"x");
         std::thread::sleep(Duration::from_millis(20));
     }
-    let end = end_of(&mut idle.control);
-    assert!(end == End::Closed(vec![]) || end == End::Reset, "{end:?}");
-    eventually("the port is free", FREED, || is_free(idle.bnd));
+    let end = stream_end(&mut idle.control);
+    assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
+    wait_until("the port is free", FREED, || is_free(idle.bnd));
     busy.ping(echo, b"still there");
 }
 
@@ -78,7 +80,7 @@ fn a_server_that_ends_takes_its_associations_along() {
     let mut server = Server::start(&["--drain", "100ms"]);
     let association = Association::new(&server);
     server.signal("TERM");
-    assert!(server.wait(SOON).success());
+    assert!(server.wait(TIMEOUT).success());
     assert!(is_free(association.bnd));
 }
 
@@ -113,7 +115,7 @@ fn udp_ports_limits_the_ports() {
     }
     assert_eq!(open(&server, UDP_ASSOCIATE, addr("0.0.0.0:0")).1, 1, "all are taken");
     let gone = associations.remove(0).bnd;
-    eventually("the port is free", FREED, || is_free(gone));
+    wait_until("the port is free", FREED, || is_free(gone));
     assert_eq!(Association::new(&server).bnd, gone);
 }
 

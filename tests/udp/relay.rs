@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::association::{Association, datagram_name, receive, socket, target};
-use crate::common::{SOON, Server, eventually, folder, in_namespace, udp_echo_server};
+use crate::common::{Server, TIMEOUT, in_namespace, temp_dir, udp_echo_server, wait_until};
 use crate::kit::{V4, V6, dns, idle_descriptors, serve};
 
 #[test]
@@ -107,7 +107,7 @@ fn a_hundred_associations_keep_apart() {
         assert_eq!(association.receive(), (echo, vec![number]));
     }
     drop(associations);
-    eventually("all descriptors are free", SOON, || server.descriptors() == before);
+    wait_until("all descriptors are free", TIMEOUT, || server.descriptors() == before);
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn a_burst_comes_back() {
 fn a_client_over_a_unix_socket_has_its_association_on_loopback() {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
-    let folder = folder();
+    let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let _server = serve(&format!("unix:{}", path.display()), 1, &[]);
     let mut control = UnixStream::connect(&path).expect("it listens");

@@ -143,7 +143,7 @@ pub fn expect_end(stream: &mut TcpStream, allow_reset: bool) -> Result<(), Strin
 }
 
 /// Waits until `is_so` returns true; returns false after `limit`.
-pub fn wait_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
+pub fn poll_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     while !is_so() {
         if Instant::now() >= deadline {
@@ -169,7 +169,7 @@ pub fn wait_port_free(addr: SocketAddr, is_tcp: bool) -> bool {
         let fields: Vec<&str> = line.split_whitespace().collect();
         fields[1] == local_address && (!is_tcp || fields[3] == TCP_LISTEN)
     };
-    wait_until(LIMIT, || {
+    poll_until(LIMIT, || {
         let table = std::fs::read_to_string(&table).expect("/proc/net");
         !table.lines().skip(1).any(is_holder)
     })

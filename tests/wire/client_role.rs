@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::bytes::{GAP, LIMIT, Placeholders, expect_end, hex, wait_until};
+use super::bytes::{GAP, LIMIT, Placeholders, expect_end, hex, poll_until};
 use super::transcript::{Endpoint, Role, Step, Transcript};
 use crate::common::s5;
 
@@ -53,7 +53,7 @@ impl Client {
     /// Waits for exit; returns exit status, stdout and stderr.
     fn output(&mut self) -> (Option<i32>, Vec<u8>, String) {
         let mut status = None;
-        let ended = wait_until(LIMIT, || {
+        let ended = poll_until(LIMIT, || {
             status = self.child.try_wait().expect("wait");
             status.is_some()
         });
@@ -179,7 +179,7 @@ impl Player {
     fn accept(&mut self) -> Result<&mut TcpStream, String> {
         if self.stream.is_none() {
             let mut accepted = None;
-            wait_until(LIMIT, || {
+            poll_until(LIMIT, || {
                 accepted = self.listener.accept().ok();
                 accepted.is_some()
             });

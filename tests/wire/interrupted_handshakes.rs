@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
-use super::bytes::{LIMIT, wait_port_free, wait_until};
+use super::bytes::{LIMIT, poll_until, wait_port_free};
 use super::fixtures::{encode_addr, fixtures};
 use super::server_role::start;
 use super::transcript::User;
-use crate::common::{Server, eventually, folder, open, read_exact};
+use crate::common::{Server, open, read_exact, temp_dir, wait_until};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Interruption {
@@ -47,7 +47,7 @@ fn refused_client_that_keeps_sending_is_closed_within_ten_seconds() {
     let closed = fixtures().addr("closed").expect("fixture");
     let (mut stream, rep, _) = open(&server, 1, closed);
     assert_eq!(rep, 5);
-    eventually("the server closes the connection", Duration::from_secs(10), || {
+    wait_until("the server closes the connection", Duration::from_secs(10), || {
         // More data from the client must not keep the connection open.
         let _ = stream.write(b"more");
         server.descriptors() == before
@@ -83,7 +83,7 @@ fn client_reset_before_accept_is_logged_with_its_address() {
 }
 
 fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
-    let folder = folder();
+    let folder = temp_dir();
     let args: Vec<String> = args.iter().map(ToString::to_string).collect();
     let alice = User { bcrypt: false, name: "alice".into(), password: "secret".into() };
     for users in [vec![], vec![alice]] {
@@ -93,7 +93,7 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
             let handshake = handshake(command, !users.is_empty());
             send_up_to(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("shutdown");
         }
-        eventually("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
+        wait_until("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
         let before = server.descriptors();
         let mut interrupted = Vec::new();
         for command in 1..=3 {
@@ -113,12 +113,12 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
         for (addr, is_tcp) in ports {
             assert!(wait_port_free(addr, is_tcp), "{interruption:?}: {addr} is still in use\n{}", server.log());
         }
-        let is_released = wait_until(LIMIT, || server.descriptors() <= before);
+        let is_released = poll_until(LIMIT, || server.descriptors() <= before);
         assert!(is_released, "{interruption:?}: {} descriptors, {before} before", server.descriptors());
         for client in clients {
             let lines = || server.log().matches(&format!(" session client={client} ")).count();
             assert!(
-                wait_until(LIMIT, || lines() == 1),
+                poll_until(LIMIT, || lines() == 1),
                 "{interruption:?}: {} log lines for {client}\n{}",
                 lines(),
                 server.log()

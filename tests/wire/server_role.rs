@@ -11,7 +11,7 @@ use argon2::password_hash::PasswordHasher as _;
 use argon2::{Algorithm, Argon2, Params, Version};
 use socket2::{SockRef, Socket};
 
-use super::bytes::{GAP, LIMIT, Placeholders, expect_end, wait_port_free, wait_until};
+use super::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
 use super::fixtures::{addr_of, bound};
 use super::transcript::{Endpoint, Step, Transcript, User};
 use crate::common::{Server, s5, write_file};
@@ -37,7 +37,7 @@ pub struct Servers {
 
 impl Servers {
     pub fn start(transcripts: &[Transcript]) -> Self {
-        let mut servers = Self { folder: crate::common::folder(), running: HashMap::new() };
+        let mut servers = Self { folder: crate::common::temp_dir(), running: HashMap::new() };
         for transcript in transcripts {
             let key = server_key(transcript);
             if !servers.running.contains_key(&key) {
@@ -57,7 +57,7 @@ impl Servers {
     /// Panics unless each server runs, has no more descriptors than after its start, and has not panicked.
     pub fn assert_no_leaks(&self) {
         for (key, (server, before)) in &self.running {
-            let is_released = wait_until(LIMIT, || server.descriptors() <= *before);
+            let is_released = poll_until(LIMIT, || server.descriptors() <= *before);
             assert!(
                 is_released,
                 "{key}: {} descriptors, {before} after the start\n{}",
@@ -110,7 +110,7 @@ pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Res
     });
     for (line, text) in logs {
         let is_match = |log: &str| log.contains(&format!("client={client} ")) && log.contains(text.as_str());
-        if !wait_until(LIMIT, || server.log().lines().any(is_match)) {
+        if !poll_until(LIMIT, || server.log().lines().any(is_match)) {
             return Err(at(*line, format!("no log line of client {client} has this text\n{}", server.log())));
         }
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::process::Command;
 
 use super::listening;
-use crate::common::{SOON, Server, folder, has, run, s5, write_file};
+use crate::common::{Server, TIMEOUT, is_installed, run, s5, temp_dir, write_file};
 use crate::{Process, code, stdout, text};
 
 const UNBOUND: &str = "/usr/sbin/unbound";
@@ -22,7 +22,7 @@ fn large() -> Vec<String> {
 
 impl Unbound {
     fn start() -> Self {
-        let folder = folder();
+        let folder = temp_dir();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let strings: String = large().iter().map(|string| format!(" \"{string}\"")).collect();
         let (_process, addr) = listening(folder.path(), |addr| {
@@ -70,7 +70,7 @@ fn associations(log: &str) -> Vec<(f64, usize)> {
 
 #[test]
 fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
-    if !has("unbound") || !has("dig") {
+    if !is_installed("unbound") || !is_installed("dig") {
         return;
     }
     let (unbound, server) = (Unbound::start(), Server::start(&[]));
@@ -85,7 +85,7 @@ fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
     let strings: Vec<String> = large().iter().map(|string| format!("\"{string}\"")).collect();
     assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
     let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
-    assert!(ended.iter().all(|(seconds, _)| (1.0..SOON.as_secs_f64()).contains(seconds)), "{ended:?}");
+    assert!(ended.iter().all(|(seconds, _)| (1.0..TIMEOUT.as_secs_f64()).contains(seconds)), "{ended:?}");
     assert!(ended[2].1 > 3500, "one datagram: {ended:?}");
     // That is no failure.
     assert_eq!(forward.log().lines().count(), 1, "{}", forward.log());
@@ -93,14 +93,14 @@ fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
 
 #[test]
 fn a_query_in_digits_is_answered_in_digits() {
-    if !has("unbound") {
+    if !is_installed("unbound") {
         return;
     }
     let (unbound, server) = (Unbound::start(), Server::start(&[]));
     // Id, RD, one question; the name, A, IN (RFC 1035 section 4).
     let query = b"1234 0100 0001 0000 0000 0000 04686f7374 0474657374 00 0001 0001\n";
     let args = ["udp", "-x", &server.addr().to_string(), &unbound.addr.to_string(), "-n", "1", "--hex"];
-    let output = run(s5().args(args), query, SOON);
+    let output = run(s5().args(args), query, TIMEOUT);
     assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
     let answer = text(&output.stdout);
     let digits = answer.strip_suffix('\n').expect("a line");

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{SOON, Server, closed_port, echo_server, folder, run, s5, write_file};
-use crate::kit::login::users;
-use crate::scripted::Running;
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, temp_dir, write_file};
+use crate::kit::login::users_file;
+use crate::scripted::RunningProgram;
 use crate::ssh::{Sshd, git, repository, s5_as_proxy_command};
 use crate::{LONG, assert_same, code, have, octets, session, stdout, text};
 
@@ -15,9 +15,10 @@ fn git_clones_over_ssh_through_two_proxies_whose_passwords_a_file_has() {
     if !have(&["ssh", "sshd", "ssh-keygen", "git"]) {
         return;
     }
-    let ((_alices, alice), (_bobs, bob)) = (users(&[("alice", "open sesame")]), users(&[("bob", "pass:word")]));
+    let ((_alices, alice), (_bobs, bob)) =
+        (users_file(&[("alice", "open sesame")]), users_file(&[("bob", "pass:word")]));
     let (first, second) = (Server::start(&["--users", &alice]), Server::start(&["--users", &bob]));
-    let (sshd, folder, content) = (Sshd::start(), folder(), octets(2 << 20));
+    let (sshd, folder, content) = (Sshd::start(), temp_dir(), octets(2 << 20));
     let origin = repository(folder.path(), &content);
     let clone = |name: &str, passwords: &str| {
         let file = write_file(folder.path(), &format!("{name}.auth"), passwords);
@@ -62,8 +63,8 @@ fn rsync_copies_a_folder_over_ssh_there_and_back() {
     if !have(&["ssh", "sshd", "ssh-keygen", "rsync"]) {
         return;
     }
-    let (_alices, users) = users(&[("alice", "open sesame")]);
-    let (server, sshd, folder) = (Server::start(&["--users", &users]), Sshd::start(), folder());
+    let (_alices, users) = users_file(&[("alice", "open sesame")]);
+    let (server, sshd, folder) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir());
     let here = |name: &str| format!("{}/{name}/", folder.path().display());
     std::fs::create_dir_all(folder.path().join("original/below")).expect("a folder");
     for (name, content) in [("large", octets(3 << 20)), ("empty", Vec::new()), ("below/two words", octets(1000))] {
@@ -107,15 +108,16 @@ fn ssh_goes_on_alone_with_the_socket_that_s5_connect_hands_over() {
     if !have(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
-    let (_alices, users) = users(&[("alice", "open sesame")]);
-    let (server, sshd, folder, data) = (Server::start(&["--users", &users]), Sshd::start(), folder(), octets(4 << 20));
+    let (_alices, users) = users_file(&[("alice", "open sesame")]);
+    let (server, sshd, folder, data) =
+        (Server::start(&["--users", &users]), Sshd::start(), temp_dir(), octets(4 << 20));
     let file = write_file(folder.path(), "auth", "alice:open sesame\n");
     let login = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
     let hands_over = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
     assert_eq!(text(&stdout(sshd.ssh(&hands_over).arg("echo over there"), b"")), "over there\n");
     // What stays shows that one would be found.
     for (lines, stay) in [(hands_over, 0), (s5_as_proxy_command(&login), 1)] {
-        let mut ssh = Running::start(sshd.ssh(&lines).arg("cat"));
+        let mut ssh = RunningProgram::start(sshd.ssh(&lines).arg("cat"));
         ssh.write(b"hello\n");
         ssh.stdout(|octets| octets == b"hello\n");
         assert_eq!(clients_of(&server), stay, "{lines}");
@@ -134,7 +136,7 @@ fn a_socket_is_handed_over_to_a_socket_alone() {
     // Nobody is asked before.
     let (proxy, target) = (closed_port().to_string(), echo_server().to_string());
     for args in [&["-F", "-x", &proxy, &target][..], &["--pass-fd", "--direct", &target]] {
-        let output = run(s5().arg("connect").args(args), b"", SOON);
+        let output = run(s5().arg("connect").args(args), b"", TIMEOUT);
         let said = text(&output.stderr);
         assert_eq!((code(&output), output.stdout.len(), said.lines().count()), (2, 0, 1), "{said}");
         assert!(said.starts_with("s5: -F: ") && said.contains("socket"), "{said}");
