@@ -314,9 +314,9 @@ impl Client {
         if self.auth.methods.is_some() && !is_requested {
             return Ok(None);
         }
-        match initiator.ticket().await {
+        match initiator.acquire_ticket().await {
             Ok(ticket) => Ok(Some(ticket)),
-            Err(error @ (gssapi::Error::NoCredential(_) | gssapi::Error::Unavailable(_)))
+            Err(error @ (gssapi::GssapiError::NoCredential(_) | gssapi::GssapiError::Unavailable(_)))
                 if self.auth.methods.as_ref().is_none_or(|methods| methods.len() > 1) =>
             {
                 log::debug!("not offered: {error}");

@@ -14,20 +14,20 @@ use smol::lock::{Semaphore, SemaphoreGuardArc};
 
 use crate::conn::{Conn, Protection, ReadError, SecurityContext, TokenOrder, Unwrapped, timeout_at};
 use crate::proto::{Frame, MAX_TOKEN_LEN, ProtectionLevel};
-use ffi::{Context, Credential, Name, Wants};
+use ffi::{Credential, GssContext, GssName, RequestedFlags};
 
 /// How many tokens one side may take to establish a context. Kerberos needs one.
-const MAX_ROUNDS: usize = 8;
+const MAX_TOKEN_ROUNDS: usize = 8;
 /// How many handshakes may wait for a KDC at once. Each holds a thread, and the library waits for half a minute.
-const MAX_WAITING: usize = 32;
+const MAX_KDC_REQUESTS: usize = 32;
 /// How long one waits for his turn to do so.
-const PATIENCE: Duration = Duration::from_secs(1);
+const KDC_PERMIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long establishing a context may take on our side; a KDC that is silent is not waited for any longer.
-const LIMIT: Duration = Duration::from_secs(10);
+const KDC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why there is no context.
 #[derive(Debug)]
-pub enum Error {
+pub enum GssapiError {
     /// The peer has refused it: with an abort, or by closing the connection.
     Refused(String),
     /// We do not take what the peer says, or the library does not.
@@ -38,7 +38,7 @@ pub enum Error {
     Unavailable(String),
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for GssapiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Refused(what) | Self::Failed(what) | Self::Unavailable(what) => write!(f, "GSSAPI: {what}"),
@@ -47,15 +47,15 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for GssapiError {}
 
-impl From<ffi::Error> for Error {
-    fn from(error: ffi::Error) -> Self {
+impl From<ffi::LibraryError> for GssapiError {
+    fn from(error: ffi::LibraryError) -> Self {
         Self::Failed(error.to_string())
     }
 }
 
-impl From<ReadError> for Error {
+impl From<ReadError> for GssapiError {
     fn from(error: ReadError) -> Self {
         match error {
             ReadError::Protocol(error, _) => Self::Failed(error.to_string()),
@@ -64,8 +64,8 @@ impl From<ReadError> for Error {
     }
 }
 
-fn failed(what: impl Into<String>) -> Error {
-    Error::Failed(what.into())
+fn failed(what: impl Into<String>) -> GssapiError {
+    GssapiError::Failed(what.into())
 }
 
 /// The server's side: who it is, and what it grants.
@@ -74,12 +74,12 @@ pub struct Acceptor {
     credential: Arc<Credential>,
     /// At least one.
     levels: Vec<ProtectionLevel>,
-    cores: Arc<Semaphore>,
+    cpu_permits: Arc<Semaphore>,
 }
 
 /// A client whose context is established.
 #[derive(Debug)]
-pub struct Accepted {
+pub struct AuthenticatedClient {
     /// The name of the initiator, whole: `alice@REALM`.
     pub user: Vec<u8>,
     /// What was granted.
@@ -87,7 +87,7 @@ pub struct Accepted {
     /// From here on, for the stream; none at [`ProtectionLevel::None`].
     pub protection: Option<Protection>,
     /// Whether octets that are replayed or in another order would be noticed, as RFC 1961 demands of a stream.
-    pub is_ordered: bool,
+    pub detects_reordering: bool,
 }
 
 impl Acceptor {
@@ -95,12 +95,16 @@ impl Acceptor {
     ///
     /// # Errors
     /// The library is missing, or there is no such key.
-    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> Result<Self, Error> {
-        ffi::available().map_err(Error::Failed)?;
-        let name = service.map(service_name).transpose()?;
+    pub fn new(
+        keytab: Option<PathBuf>,
+        service: Option<&str>,
+        levels: Vec<ProtectionLevel>,
+    ) -> Result<Self, GssapiError> {
+        ffi::available().map_err(GssapiError::Failed)?;
+        let name = service.map(import_name).transpose()?;
         let credential = Arc::new(Credential::acceptor(name.as_ref(), keytab.as_deref())?);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { credential, levels, cores: Arc::new(Semaphore::new(cores)) })
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self { credential, levels, cpu_permits: Arc::new(Semaphore::new(cpus)) })
     }
 
     /// Establishes a context with the client on `conn`, which has been told that this is the method. The caller sets the
@@ -108,11 +112,11 @@ impl Acceptor {
     ///
     /// # Errors
     /// Whoever fails.
-    pub async fn accept(&self, conn: &mut Conn) -> Result<Accepted, Error> {
-        let context = self.establish(conn).await?;
+    pub async fn accept(&self, conn: &mut Conn) -> Result<AuthenticatedClient, GssapiError> {
+        let context = self.establish_context(conn).await?;
         let flags = context.flags();
         let user = context
-            .peer()
+            .initiator_name()
             .filter(|_| !flags.anonymous)
             .map(<[u8]>::to_vec)
             .ok_or_else(|| failed("the client has no name"))?;
@@ -122,19 +126,19 @@ impl Acceptor {
             ProtectionLevel::Confidentiality => flags.integrity && flags.confidentiality,
         };
         let levels: Vec<ProtectionLevel> = self.levels.iter().copied().filter(allowed).collect();
-        let (level, context) = agree(conn, context, &levels).await?;
-        let is_ordered = flags.replay && flags.sequence;
-        Ok(Accepted { user, level, protection: Protection::new(context, level), is_ordered })
+        let (level, context) = negotiate_level(conn, context, &levels).await?;
+        let detects_reordering = flags.replay && flags.sequence;
+        Ok(AuthenticatedClient { user, level, protection: Protection::new(context, level), detects_reordering })
     }
 
-    async fn establish(&self, conn: &mut Conn) -> Result<Context, Error> {
-        let mut context = Context::default();
-        for _ in 0..MAX_ROUNDS {
+    async fn establish_context(&self, conn: &mut Conn) -> Result<GssContext, GssapiError> {
+        let mut context = GssContext::default();
+        for _ in 0..MAX_TOKEN_ROUNDS {
             let token = match conn.read_message().await? {
                 Frame::Authentication(token) if !token.is_empty() => token,
                 other => return Err(failed(format!("{other:?} where a token was due"))),
             };
-            let (credential, permit) = (self.credential.clone(), self.cores.acquire_arc().await);
+            let (credential, permit) = (self.credential.clone(), self.cpu_permits.acquire_arc().await);
             let step;
             (context, step) = smol::unblock(move || {
                 let _permit = permit;
@@ -145,7 +149,7 @@ impl Acceptor {
             let step = step?;
             // The last token may be empty, and is said all the same (RFC 1961 section 3.6).
             if !step.output.is_empty() || step.is_complete {
-                say(conn, Frame::Authentication(step.output)).await?;
+                send_frame(conn, Frame::Authentication(step.output)).await?;
             }
             if step.is_complete {
                 return Ok(context);
@@ -156,27 +160,29 @@ impl Acceptor {
 }
 
 /// Grants a level, in the form in which it was asked for: wrapped, or as NEC has it, as it is.
-async fn agree(
+async fn negotiate_level(
     conn: &mut Conn,
-    context: Context,
+    context: GssContext,
     levels: &[ProtectionLevel],
-) -> Result<(ProtectionLevel, Established), Error> {
-    let mut context = Established(context);
+) -> Result<(ProtectionLevel, EstablishedContext), GssapiError> {
+    let mut context = EstablishedContext(context);
     let Frame::Protection(mut token) = conn.read_message().await? else {
         return Err(failed("no level of protection was asked for"));
     };
-    let is_nec = token.len() == 1;
-    let asked = if is_nec { token.first().copied() } else { Some(context.unwrap_level(&mut token)?) };
-    let level = grant(asked, levels).ok_or_else(|| failed("none of the levels that are allowed can be had"))?;
-    let answer = if is_nec { vec![level.code()] } else { context.wrap(&[level.code()], false).map_err(failed)? };
-    say(conn, Frame::Protection(answer)).await?;
+    let is_nec_exchange = token.len() == 1;
+    let requested = if is_nec_exchange { token.first().copied() } else { Some(context.unwrap_level(&mut token)?) };
+    let level =
+        choose_level(requested, levels).ok_or_else(|| failed("none of the levels that are allowed can be had"))?;
+    let answer =
+        if is_nec_exchange { vec![level.code()] } else { context.wrap(&[level.code()], false).map_err(failed)? };
+    send_frame(conn, Frame::Protection(answer)).await?;
     Ok((level, context))
 }
 
 /// What was asked for where that is allowed, else the strongest that is.
-fn grant(asked: Option<u8>, levels: &[ProtectionLevel]) -> Option<ProtectionLevel> {
-    let asked = asked.and_then(ProtectionLevel::from_code).filter(|level| levels.contains(level));
-    asked.or_else(|| levels.iter().copied().max())
+fn choose_level(requested: Option<u8>, levels: &[ProtectionLevel]) -> Option<ProtectionLevel> {
+    let requested = requested.and_then(ProtectionLevel::from_code).filter(|level| levels.contains(level));
+    requested.or_else(|| levels.iter().copied().max())
 }
 
 /// The client's side: whom it logs in as, to what, and what it wants.
@@ -189,13 +195,13 @@ pub struct Initiator {
     /// The host in the service's name, where it is not that of the proxy.
     pub host: Option<String>,
     /// The level that is asked for.
-    pub wanted: ProtectionLevel,
+    pub requested_level: ProtectionLevel,
     /// The lowest that is taken.
-    pub least: ProtectionLevel,
+    pub min_level: ProtectionLevel,
     /// Whether the level is said as NEC does it.
-    pub nec: bool,
+    pub uses_nec_exchange: bool,
     /// How many may wait for a KDC.
-    pub waiting: Arc<Semaphore>,
+    pub kdc_permits: Arc<Semaphore>,
 }
 
 impl Default for Initiator {
@@ -205,10 +211,10 @@ impl Default for Initiator {
             ccache: None,
             service: "rcmd".into(),
             host: None,
-            wanted: ProtectionLevel::Confidentiality,
-            least: ProtectionLevel::Integrity,
-            nec: false,
-            waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+            requested_level: ProtectionLevel::Confidentiality,
+            min_level: ProtectionLevel::Integrity,
+            uses_nec_exchange: false,
+            kdc_permits: Arc::new(Semaphore::new(MAX_KDC_REQUESTS)),
         }
     }
 }
@@ -235,13 +241,14 @@ impl Initiator {
     ///
     /// # Errors
     /// Why not.
-    pub async fn ticket(&self) -> Result<Ticket, Error> {
+    pub async fn acquire_ticket(&self) -> Result<Ticket, GssapiError> {
         let ccache = self.ccache.clone();
         let found = smol::unblock(move || {
-            ffi::available().map_err(Error::Unavailable)?;
-            Credential::initiator(ccache.as_deref()).map_err(|error| Error::NoCredential(error.to_string()))
+            ffi::available().map_err(GssapiError::Unavailable)?;
+            Credential::initiator(ccache.as_deref()).map_err(|error| GssapiError::NoCredential(error.to_string()))
         });
-        let found = timeout_at(Instant::now() + LIMIT, found).await.ok_or_else(|| failed("no answer about tickets"))?;
+        let found =
+            timeout_at(Instant::now() + KDC_TIMEOUT, found).await.ok_or_else(|| failed("no answer about tickets"))?;
         Ok(Ticket(Arc::new(found?)))
     }
 
@@ -250,8 +257,13 @@ impl Initiator {
     ///
     /// # Errors
     /// Why there is none.
-    pub async fn initiate(&self, conn: &mut Conn, ticket: Ticket, host: &str) -> Result<Option<Protection>, Error> {
-        let context = self.establish(conn, ticket, self.target(host)?).await?;
+    pub async fn initiate(
+        &self,
+        conn: &mut Conn,
+        ticket: Ticket,
+        host: &str,
+    ) -> Result<Option<Protection>, GssapiError> {
+        let context = self.establish_context(conn, ticket, self.target_name(host)?).await?;
         let flags = context.flags();
         if !flags.mutual || !flags.integrity {
             return Err(failed("the server has not shown who it is"));
@@ -259,24 +271,29 @@ impl Initiator {
         if !flags.replay || !flags.sequence {
             return Err(failed("the context would not notice octets in another order"));
         }
-        let mut context = Established(context);
-        let wanted = if flags.confidentiality { self.wanted } else { self.wanted.min(ProtectionLevel::Integrity) };
-        let asked = vec![wanted.code()];
-        let asked = if self.nec { asked } else { context.wrap(&asked, false).map_err(failed)? };
-        say(conn, Frame::Protection(asked)).await?;
+        let mut context = EstablishedContext(context);
+        let level = if flags.confidentiality {
+            self.requested_level
+        } else {
+            self.requested_level.min(ProtectionLevel::Integrity)
+        };
+        let requested = vec![level.code()];
+        let requested =
+            if self.uses_nec_exchange { requested } else { context.wrap(&requested, false).map_err(failed)? };
+        send_frame(conn, Frame::Protection(requested)).await?;
         let mut answer = conn.read_message().await?;
         if answer == Frame::Authentication(Vec::new()) {
             // What a server says that has nothing more to say (RFC 1961 section 3.6).
             answer = conn.read_message().await?;
         }
         let code = match answer {
-            Frame::Protection(token) if self.nec && token.len() == 1 => token.first().copied(),
-            Frame::Protection(mut token) if !self.nec => Some(context.unwrap_level(&mut token)?),
-            other => return Err(unexpected(&other)),
+            Frame::Protection(token) if self.uses_nec_exchange && token.len() == 1 => token.first().copied(),
+            Frame::Protection(mut token) if !self.uses_nec_exchange => Some(context.unwrap_level(&mut token)?),
+            other => return Err(unexpected_frame(&other)),
         };
         match code.and_then(ProtectionLevel::from_code) {
-            Some(level) if level < self.least => {
-                let why = format!("the server grants {level}, and the least that is taken is {}", self.least);
+            Some(level) if level < self.min_level => {
+                let why = format!("the server grants {level}, and the least that is taken is {}", self.min_level);
                 Err(failed(why + " (--gssapi-min)"))
             }
             Some(ProtectionLevel::Confidentiality) if !flags.confidentiality => Err(failed("the context can't seal")),
@@ -285,39 +302,48 @@ impl Initiator {
         }
     }
 
-    async fn establish(&self, conn: &mut Conn, ticket: Ticket, target: String) -> Result<Context, Error> {
-        let wants = Wants { sequence: true, confidentiality: self.wanted == ProtectionLevel::Confidentiality };
-        let mut context = Context::default();
+    async fn establish_context(
+        &self,
+        conn: &mut Conn,
+        ticket: Ticket,
+        target: String,
+    ) -> Result<GssContext, GssapiError> {
+        let requested = RequestedFlags {
+            sequence: true,
+            confidentiality: self.requested_level == ProtectionLevel::Confidentiality,
+        };
+        let mut context = GssContext::default();
         let mut token: Option<Vec<u8>> = None;
-        for _ in 0..MAX_ROUNDS {
+        for _ in 0..MAX_TOKEN_ROUNDS {
             let (ticket, service) = (ticket.clone(), target.clone());
             // Only the first token can be had from a KDC.
-            let permit = if token.is_none() { Some(self.permit().await?) } else { None };
+            let permit = if token.is_none() { Some(self.kdc_permit().await?) } else { None };
             let (after, step) = self
-                .off_thread(permit, move || {
-                    let step = service_name(&service)
-                        .and_then(|name| context.init(&ticket.0, &name, wants, token.as_deref()).map_err(Error::from));
+                .run_blocking(permit, move || {
+                    let step = import_name(&service).and_then(|name| {
+                        context.init(&ticket.0, &name, requested, token.as_deref()).map_err(GssapiError::from)
+                    });
                     (context, step)
                 })
                 .await?;
             context = after;
             let step = step?;
             if !step.output.is_empty() {
-                say(conn, Frame::Authentication(step.output)).await?;
+                send_frame(conn, Frame::Authentication(step.output)).await?;
             }
             if step.is_complete {
                 return Ok(context);
             }
             token = match conn.read_message().await? {
                 Frame::Authentication(token) if !token.is_empty() => Some(token),
-                other => return Err(unexpected(&other)),
+                other => return Err(unexpected_frame(&other)),
             };
         }
         Err(failed("too many tokens"))
     }
 
     /// The name of the service on `host`.
-    fn target(&self, host: &str) -> Result<String, Error> {
+    fn target_name(&self, host: &str) -> Result<String, GssapiError> {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
             true => Ok(self.service.clone()),
@@ -329,49 +355,49 @@ impl Initiator {
     }
 
     /// For whoever may have to wait for a KDC.
-    async fn permit(&self) -> Result<SemaphoreGuardArc, Error> {
-        let permit = timeout_at(Instant::now() + PATIENCE, self.waiting.acquire_arc()).await;
+    async fn kdc_permit(&self) -> Result<SemaphoreGuardArc, GssapiError> {
+        let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
         permit.ok_or_else(|| failed("too many are waiting for the KDC"))
     }
 
     /// Runs what may take long; gives up waiting for it after a while.
-    async fn off_thread<T: Send + 'static>(
+    async fn run_blocking<T: Send + 'static>(
         &self,
         permit: Option<SemaphoreGuardArc>,
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, Error> {
+    ) -> Result<T, GssapiError> {
         let task = smol::unblock(move || {
             let _permit = permit;
             work()
         });
         // A task that is dropped is not cancelled once it runs; its thread goes on, and its permit with it.
-        timeout_at(Instant::now() + LIMIT, task).await.ok_or_else(|| failed("the KDC gives no answer"))
+        timeout_at(Instant::now() + KDC_TIMEOUT, task).await.ok_or_else(|| failed("the KDC gives no answer"))
     }
 }
 
 /// `service@host`, or a principal, which has a `/`.
-fn service_name(text: &str) -> Result<Name, Error> {
-    Ok(if text.contains('/') { Name::principal(text)? } else { Name::service(text)? })
+fn import_name(text: &str) -> Result<GssName, GssapiError> {
+    Ok(if text.contains('/') { GssName::principal(text)? } else { GssName::service(text)? })
 }
 
-fn unexpected(frame: &Frame) -> Error {
+fn unexpected_frame(frame: &Frame) -> GssapiError {
     match frame {
-        Frame::Abort => Error::Refused("refused by the server".into()),
+        Frame::Abort => GssapiError::Refused("refused by the server".into()),
         other => failed(format!("{other:?} out of place")),
     }
 }
 
-async fn say(conn: &mut Conn, frame: Frame) -> Result<(), Error> {
-    conn.write_message(&frame).await.map_err(|error| Error::Refused(error.to_string()))
+async fn send_frame(conn: &mut Conn, frame: Frame) -> Result<(), GssapiError> {
+    conn.write_message(&frame).await.map_err(|error| GssapiError::Refused(error.to_string()))
 }
 
 /// A context that is established.
 #[derive(Debug)]
-struct Established(Context);
+struct EstablishedContext(GssContext);
 
-impl Established {
+impl EstablishedContext {
     /// The one octet of a wrapped level.
-    fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8, Error> {
+    fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8, GssapiError> {
         let unwrapped = self.unwrap(token).map_err(failed)?;
         match unwrapped.data.as_slice() {
             [level] if unwrapped.order == TokenOrder::Next => Ok(*level),
@@ -380,24 +406,24 @@ impl Established {
     }
 }
 
-impl SecurityContext for Established {
-    fn wrap(&mut self, data: &[u8], seal: bool) -> Result<Vec<u8>, String> {
-        self.0.wrap(data, seal).map_err(|error| error.to_string())
+impl SecurityContext for EstablishedContext {
+    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, String> {
+        self.0.wrap(data, encrypt).map_err(|error| error.to_string())
     }
 
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
         let unwrapped = self.0.unwrap(token).map_err(|error| error.to_string())?;
         let order = match unwrapped.order {
-            ffi::Order::InOrder => TokenOrder::Next,
-            ffi::Order::Gap | ffi::Order::Unsequenced => TokenOrder::OutOfOrder,
-            ffi::Order::Duplicate | ffi::Order::Old => TokenOrder::Duplicate,
+            ffi::SequenceStatus::InOrder => TokenOrder::Next,
+            ffi::SequenceStatus::Gap | ffi::SequenceStatus::Unsequenced => TokenOrder::OutOfOrder,
+            ffi::SequenceStatus::Duplicate | ffi::SequenceStatus::Old => TokenOrder::Duplicate,
         };
-        Ok(Unwrapped { data: unwrapped.data, is_encrypted: unwrapped.is_sealed, order })
+        Ok(Unwrapped { data: unwrapped.data, is_encrypted: unwrapped.is_encrypted, order })
     }
 
-    fn capacity(&self, seal: bool) -> usize {
+    fn wrap_size_limit(&self, encrypt: bool) -> usize {
         // More than any mechanism needs, should the library not say.
-        self.0.capacity(seal).unwrap_or(MAX_TOKEN_LEN - 256)
+        self.0.wrap_size_limit(encrypt).unwrap_or(MAX_TOKEN_LEN - 256)
     }
 }
 
@@ -419,8 +445,8 @@ mod tests {
             (2, &[Clear, Integrity], Some(Integrity)),
             (1, &[], None),
         ];
-        for (asked, levels, granted) in table {
-            assert_eq!(grant(Some(asked), levels), granted, "{asked} of {levels:?}");
+        for (requested, levels, granted) in table {
+            assert_eq!(choose_level(Some(requested), levels), granted, "{requested} of {levels:?}");
         }
     }
 
@@ -428,7 +454,7 @@ mod tests {
     fn a_service_is_named_with_its_host_and_a_principal_as_it_is() {
         let target = |service: &str, host: Option<&str>, proxy: &str| {
             let initiator = Initiator { service: service.into(), host: host.map(Into::into), ..Initiator::default() };
-            initiator.target(proxy).ok()
+            initiator.target_name(proxy).ok()
         };
         assert_eq!(target("rcmd", None, "proxy.test").as_deref(), Some("rcmd@proxy.test"));
         assert_eq!(target("rcmd", Some("real.test"), "192.0.2.1").as_deref(), Some("rcmd@real.test"));

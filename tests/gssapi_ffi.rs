@@ -18,9 +18,11 @@ use std::time::Duration;
 
 use common::{is_installed, run, write_file};
 use kit::realm::{Options, Realm, can_start, current_realm_dir, in_realm};
-use s5::gssapi::ffi::{Context, Credential, Error, Name, Order, Step, Unwrapped, Wants};
+use s5::gssapi::ffi::{
+    ContextStep, Credential, GssContext, GssName, LibraryError, RequestedFlags, SequenceStatus, Unwrapped,
+};
 
-const ALL: Wants = Wants { sequence: true, confidentiality: true };
+const ALL: RequestedFlags = RequestedFlags { sequence: true, confidentiality: true };
 /// The mechanism's object identifier.
 const KRB5: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
 /// What RFC 1961 can carry.
@@ -39,12 +41,12 @@ fn services() -> Credential {
     Credential::acceptor(None, None).expect("there is a keytab")
 }
 
-fn service(text: &str) -> Name {
-    Name::service(text).expect("a name")
+fn service(text: &str) -> GssName {
+    GssName::service(text).expect("a name")
 }
 
 /// The error, which must fit into a line of the log.
-fn fault(result: Result<impl Debug, Error>) -> Error {
+fn fault(result: Result<impl Debug, LibraryError>) -> LibraryError {
     let error = result.expect_err("it fails");
     assert!(!error.text.is_empty() && !error.text.contains(char::is_control), "{error:?}");
     assert!(!error.text.contains("Success"), "{error:?}");
@@ -53,34 +55,43 @@ fn fault(result: Result<impl Debug, Error>) -> Error {
 }
 
 /// The first token of an initiator.
-fn first(credential: &Credential, target: &Name, wants: Wants) -> Result<(Context, Vec<u8>), Error> {
-    let mut context = Context::new();
-    let step = context.init(credential, target, wants, None)?;
+fn first(
+    credential: &Credential,
+    target: &GssName,
+    requested: RequestedFlags,
+) -> Result<(GssContext, Vec<u8>), LibraryError> {
+    let mut context = GssContext::new();
+    let step = context.init(credential, target, requested, None)?;
     assert!(!step.is_complete, "who asks for mutual authentication waits for an answer");
     Ok((context, step.output))
 }
 
 /// Both sides of a context: the initiator's and the acceptor's.
-fn establish(from: &Credential, target: &Name, to: &Credential, wants: Wants) -> Result<(Context, Context), Error> {
-    let (mut initiator, token) = first(from, target, wants)?;
-    let mut acceptor = Context::new();
+fn establish(
+    from: &Credential,
+    target: &GssName,
+    to: &Credential,
+    requested: RequestedFlags,
+) -> Result<(GssContext, GssContext), LibraryError> {
+    let (mut initiator, token) = first(from, target, requested)?;
+    let mut acceptor = GssContext::new();
     let step = acceptor.accept(to, &token)?;
     assert!(step.is_complete && !step.output.is_empty());
-    let last = initiator.init(from, target, wants, Some(&step.output))?;
-    assert_eq!(last, Step { output: Vec::new(), is_complete: true });
+    let last = initiator.init(from, target, requested, Some(&step.output))?;
+    assert_eq!(last, ContextStep { output: Vec::new(), is_complete: true });
     Ok((initiator, acceptor))
 }
 
-fn pair(wants: Wants) -> (Context, Context) {
-    establish(&alice(), &service("rcmd@localhost"), &services(), wants).expect("they come together")
+fn pair(requested: RequestedFlags) -> (GssContext, GssContext) {
+    establish(&alice(), &service("rcmd@localhost"), &services(), requested).expect("they come together")
 }
 
 /// Unwraps a copy, since a token is spoilt by it.
-fn unwrap(context: &mut Context, token: &[u8]) -> Result<Unwrapped, Error> {
+fn unwrap(context: &mut GssContext, token: &[u8]) -> Result<Unwrapped, LibraryError> {
     context.unwrap(&mut token.to_vec())
 }
 
-fn order(context: &mut Context, token: &[u8]) -> Order {
+fn order(context: &mut GssContext, token: &[u8]) -> SequenceStatus {
     unwrap(context, token).expect("it is good as such").order
 }
 
@@ -99,7 +110,7 @@ fn der(tag: u8, pieces: &[&[u8]]) -> Vec<u8> {
 fn both_sides_know_what_they_have() {
     let Some(_) = in_any("both_sides_know_what_they_have") else { return };
     for sequence in [true, false] {
-        let (initiator, acceptor) = pair(Wants { sequence, confidentiality: true });
+        let (initiator, acceptor) = pair(RequestedFlags { sequence, confidentiality: true });
         for context in [&initiator, &acceptor] {
             let flags = context.flags();
             assert!(flags.mutual && flags.replay && flags.integrity && flags.confidentiality, "{flags:?}");
@@ -110,8 +121,8 @@ fn both_sides_know_what_they_have() {
             // The acceptor may add what it allows clocks to differ.
             assert!((3500..=3900).contains(&lifetime.as_secs()), "{lifetime:?}");
         }
-        assert_eq!(acceptor.peer(), Some(&b"alice@S5.TEST"[..]));
-        assert_eq!(initiator.peer(), None);
+        assert_eq!(acceptor.initiator_name(), Some(&b"alice@S5.TEST"[..]));
+        assert_eq!(initiator.initiator_name(), None);
     }
 }
 
@@ -120,7 +131,7 @@ fn names_are_taken_as_they_are() {
     let Some(folder) = in_any("names_are_taken_as_they_are") else { return };
     let (keys, alice) = (services(), alice());
     assert_eq!(service("rcmd@localhost").display().expect("it is shown"), b"rcmd@localhost");
-    let principal = Name::principal("socks/localhost@S5.TEST").expect("a name");
+    let principal = GssName::principal("socks/localhost@S5.TEST").expect("a name");
     assert_eq!(principal.display().expect("it is shown"), b"socks/localhost@S5.TEST");
     let names = [service("rcmd@localhost"), service("socks@localhost"), principal];
     for name in &names {
@@ -128,7 +139,7 @@ fn names_are_taken_as_they_are() {
     }
     let mallory = Credential::initiator(Some(&folder.join("ccache.mallory"))).expect("a ticket");
     let (_, acceptor) = establish(&mallory, &names[0], &keys, ALL).expect("they come together");
-    assert_eq!(acceptor.peer(), Some(&b"mallory@S5.TEST"[..]));
+    assert_eq!(acceptor.initiator_name(), Some(&b"mallory@S5.TEST"[..]));
 }
 
 #[test]
@@ -139,7 +150,7 @@ fn an_acceptor_may_be_one_name_or_any_of_a_keytab() {
     let any = Credential::acceptor(None, Some(&keytab)).expect("a keytab");
     establish(&alice, &rcmd, &any, ALL).expect("it has that key");
     establish(&alice, &socks, &any, ALL).expect("it has that key");
-    for name in [&rcmd, &Name::principal("rcmd/localhost@S5.TEST").expect("a name")] {
+    for name in [&rcmd, &GssName::principal("rcmd/localhost@S5.TEST").expect("a name")] {
         for keytab in [None, Some(&*keytab)] {
             let one = Credential::acceptor(Some(name), keytab).expect("it has that key");
             establish(&alice, &rcmd, &one, ALL).expect("it is that service");
@@ -156,12 +167,12 @@ fn a_message_is_sealed_or_only_protected() {
     let (mut initiator, mut acceptor) = pair(ALL);
     let long = vec![0xA5; LARGEST - 100];
     for data in [&b"to be or not to be"[..], b"", b"\0", &long] {
-        for seal in [true, false] {
-            let token = initiator.wrap(data, seal).expect("it is wrapped");
-            assert_eq!(contains(&token, b"not to be"), !seal && contains(data, b"not to be"));
-            let expected = Unwrapped { data: data.into(), is_sealed: seal, order: Order::InOrder };
+        for encrypt in [true, false] {
+            let token = initiator.wrap(data, encrypt).expect("it is wrapped");
+            assert_eq!(contains(&token, b"not to be"), !encrypt && contains(data, b"not to be"));
+            let expected = Unwrapped { data: data.into(), is_encrypted: encrypt, order: SequenceStatus::InOrder };
             assert_eq!(unwrap(&mut acceptor, &token), Ok(expected.clone()));
-            let token = acceptor.wrap(data, seal).expect("it is wrapped");
+            let token = acceptor.wrap(data, encrypt).expect("it is wrapped");
             assert_eq!(unwrap(&mut initiator, &token), Ok(expected));
         }
     }
@@ -172,41 +183,46 @@ fn what_is_missing_late_or_twice_is_told() {
     let Some(_) = in_any("what_is_missing_late_or_twice_is_told") else { return };
     let (mut initiator, mut acceptor) = pair(ALL);
     let tokens: Vec<Vec<u8>> = (0..5_u8).map(|i| initiator.wrap(&[i], true).expect("it is wrapped")).collect();
-    let expected =
-        [(0, Order::InOrder), (0, Order::Duplicate), (2, Order::Gap), (1, Order::Unsequenced), (1, Order::Duplicate)];
-    for (i, order) in expected.into_iter().chain([(3, Order::InOrder), (4, Order::InOrder)]) {
+    let expected = [
+        (0, SequenceStatus::InOrder),
+        (0, SequenceStatus::Duplicate),
+        (2, SequenceStatus::Gap),
+        (1, SequenceStatus::Unsequenced),
+        (1, SequenceStatus::Duplicate),
+    ];
+    for (i, order) in expected.into_iter().chain([(3, SequenceStatus::InOrder), (4, SequenceStatus::InOrder)]) {
         let got = unwrap(&mut acceptor, &tokens[i]).expect("it is good as such");
         assert_eq!((got.order, &got.data), (order, &vec![i as u8]), "token {i}");
     }
     // Where the library gives no data, an order alone would be taken for a message of no octets.
     let nothing = initiator.wrap(b"", true).expect("it is wrapped");
-    assert_eq!(order(&mut acceptor, &nothing), Order::InOrder);
+    assert_eq!(order(&mut acceptor, &nothing), SequenceStatus::InOrder);
     assert_eq!(fault(unwrap(&mut acceptor, &nothing)).text, "a message that is not the next one");
 }
 
 #[test]
 fn without_a_sequence_only_what_comes_twice_is_told() {
     let Some(_) = in_any("without_a_sequence_only_what_comes_twice_is_told") else { return };
-    let (mut initiator, mut acceptor) = pair(Wants { sequence: false, confidentiality: true });
+    let (mut initiator, mut acceptor) = pair(RequestedFlags { sequence: false, confidentiality: true });
     let tokens: Vec<Vec<u8>> = (0..200_u8).map(|i| initiator.wrap(&[i], false).expect("it is wrapped")).collect();
-    assert_eq!(order(&mut acceptor, &tokens[0]), Order::InOrder);
-    assert_eq!(order(&mut acceptor, &tokens[2]), Order::InOrder);
-    assert_eq!(order(&mut acceptor, &tokens[1]), Order::InOrder);
-    assert_eq!(order(&mut acceptor, &tokens[1]), Order::Duplicate);
-    assert_eq!(order(&mut acceptor, &tokens[199]), Order::InOrder);
-    assert_eq!(order(&mut acceptor, &tokens[3]), Order::Old);
+    assert_eq!(order(&mut acceptor, &tokens[0]), SequenceStatus::InOrder);
+    assert_eq!(order(&mut acceptor, &tokens[2]), SequenceStatus::InOrder);
+    assert_eq!(order(&mut acceptor, &tokens[1]), SequenceStatus::InOrder);
+    assert_eq!(order(&mut acceptor, &tokens[1]), SequenceStatus::Duplicate);
+    assert_eq!(order(&mut acceptor, &tokens[199]), SequenceStatus::InOrder);
+    assert_eq!(order(&mut acceptor, &tokens[3]), SequenceStatus::Old);
 }
 
 #[test]
 fn what_the_other_side_did_not_send_is_refused() {
     let Some(_) = in_any("what_the_other_side_did_not_send_is_refused") else { return };
     let (mut initiator, mut acceptor) = pair(ALL);
-    for seal in [true, false] {
-        let own = acceptor.wrap(b"hello", seal).expect("it is wrapped");
+    for encrypt in [true, false] {
+        let own = acceptor.wrap(b"hello", encrypt).expect("it is wrapped");
         fault(unwrap(&mut acceptor, &own));
         let (mut stranger, _) = pair(ALL);
-        fault(unwrap(&mut acceptor, &stranger.wrap(b"hello", seal).expect("it is wrapped")));
-        let token = initiator.wrap(b"hello", seal).expect("it is wrapped");
+        fault(unwrap(&mut acceptor, &stranger.wrap(b"hello", encrypt).expect("it is wrapped")));
+        let token = initiator.wrap(b"hello", encrypt).expect("it is wrapped");
         for i in 0..token.len() {
             let mut changed = token.clone();
             changed[i] ^= 0x10;
@@ -221,7 +237,7 @@ fn what_the_other_side_did_not_send_is_refused() {
         // None of it has done any harm.
         assert_eq!(
             unwrap(&mut acceptor, &token).map(|got| (got.data, got.order)),
-            Ok((b"hello".into(), Order::InOrder))
+            Ok((b"hello".into(), SequenceStatus::InOrder))
         );
         assert_eq!(unwrap(&mut initiator, &own).map(|got| got.data), Ok(b"hello".into()));
     }
@@ -230,16 +246,16 @@ fn what_the_other_side_did_not_send_is_refused() {
 /// How much goes into a message: the most that makes no more than a frame of RFC 1961.
 fn check_capacity() -> [usize; 2] {
     let (mut initiator, mut acceptor) = pair(ALL);
-    [false, true].map(|seal| {
-        let capacity = initiator.capacity(seal).expect("it is told");
+    [false, true].map(|encrypt| {
+        let capacity = initiator.wrap_size_limit(encrypt).expect("it is told");
         let data = vec![b'x'; capacity + 1];
-        let token = initiator.wrap(&data[1..], seal).expect("it is wrapped");
+        let token = initiator.wrap(&data[1..], encrypt).expect("it is wrapped");
         assert!(token.len() <= LARGEST, "{}", token.len());
         assert_eq!(unwrap(&mut acceptor, &token).expect("it is good").data.len(), capacity);
-        let token = initiator.wrap(&data, seal).expect("it is wrapped");
+        let token = initiator.wrap(&data, encrypt).expect("it is wrapped");
         assert!(token.len() > LARGEST, "{}", token.len());
         unwrap(&mut acceptor, &token).expect("it is good");
-        assert_eq!(acceptor.capacity(seal), Ok(capacity));
+        assert_eq!(acceptor.wrap_size_limit(encrypt), Ok(capacity));
         capacity
     })
 }
@@ -266,8 +282,8 @@ fn only_kerberos_is_spoken() {
     let inner = der(0xA0, &[&der(0x30, &[&kinds, &der(0xA2, &[&der(0x04, &[&token])])])]);
     let spnego = der(0x60, &[b"\x06\x06\x2B\x06\x01\x05\x05\x02", &inner]);
     let keys = services();
-    fault(Context::new().accept(&keys, &spnego));
-    Context::new().accept(&keys, &token).expect("it is good as such");
+    fault(GssContext::new().accept(&keys, &spnego));
+    GssContext::new().accept(&keys, &token).expect("it is good as such");
 }
 
 #[test]
@@ -282,12 +298,12 @@ fn spoilt_tokens_do_no_harm_to_who_takes_them() {
         token
     };
     for i in (0..request.len()).step_by(3) {
-        let _ = Context::new().accept(&keys, &spoil(&request, i));
-        fault(Context::new().accept(&keys, &request[..i]));
+        let _ = GssContext::new().accept(&keys, &spoil(&request, i));
+        fault(GssContext::new().accept(&keys, &request[..i]));
     }
     for i in 0..150 {
         let (mut initiator, request) = first(&alice, &target, ALL).expect("a token");
-        let answer = Context::new().accept(&keys, &request).expect("it is good").output;
+        let answer = GssContext::new().accept(&keys, &request).expect("it is good").output;
         let (cut, spoilt) = (&answer[..i], spoil(&answer, i));
         let _ = initiator.init(&alice, &target, ALL, Some(if i % 2 == 0 { cut } else { &spoilt }));
     }

@@ -44,7 +44,7 @@ impl SecurityContext for Toy {
         })
     }
 
-    fn capacity(&self, _: bool) -> usize {
+    fn wrap_size_limit(&self, _: bool) -> usize {
         65_533
     }
 }

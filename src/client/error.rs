@@ -74,7 +74,7 @@ pub enum ClientErrorKind {
     /// The proxy refused user name and password.
     LoginRefused,
     /// The login by GSSAPI failed, on either side.
-    Gssapi(gssapi::Error),
+    Gssapi(gssapi::GssapiError),
     /// The proxy answered with a failure.
     Rep(Rep),
     /// The proxy answered with a failure when it was asked for the next proxy.

@@ -36,7 +36,7 @@ pub trait SecurityContext: fmt::Debug {
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String>;
 
     /// How many octets fit into a token of 65535.
-    fn capacity(&self, encrypt: bool) -> usize;
+    fn wrap_size_limit(&self, encrypt: bool) -> usize;
 }
 
 /// What was in a token.
@@ -82,7 +82,7 @@ impl Protection {
 
     /// How many octets a datagram gets longer at the most.
     pub fn max_overhead(&self) -> usize {
-        FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().capacity(self.encrypt))
+        FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().wrap_size_limit(self.encrypt))
     }
 
     /// A data frame with these octets in it.

@@ -14,9 +14,9 @@ pub fn available() -> Result<(), String> {
 }
 
 #[derive(Debug)]
-pub struct Error;
+pub struct LibraryError;
 
-impl fmt::Display for Error {
+impl fmt::Display for LibraryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(ABSENT)
     }
@@ -27,36 +27,36 @@ impl fmt::Display for Error {
 pub enum Credential {}
 
 impl Credential {
-    pub fn acceptor(_: Option<&Name>, _: Option<&Path>) -> Result<Self, Error> {
-        Err(Error)
+    pub fn acceptor(_: Option<&GssName>, _: Option<&Path>) -> Result<Self, LibraryError> {
+        Err(LibraryError)
     }
 
-    pub fn initiator(_: Option<&Path>) -> Result<Self, Error> {
-        Err(Error)
+    pub fn initiator(_: Option<&Path>) -> Result<Self, LibraryError> {
+        Err(LibraryError)
     }
 }
 
 #[derive(Debug)]
-pub struct Name;
+pub struct GssName;
 
-impl Name {
-    pub fn service(_: &str) -> Result<Self, Error> {
-        Err(Error)
+impl GssName {
+    pub fn service(_: &str) -> Result<Self, LibraryError> {
+        Err(LibraryError)
     }
 
-    pub fn principal(_: &str) -> Result<Self, Error> {
-        Err(Error)
+    pub fn principal(_: &str) -> Result<Self, LibraryError> {
+        Err(LibraryError)
     }
 }
 
 #[derive(Clone, Copy, Debug)]
-pub struct Wants {
+pub struct RequestedFlags {
     pub sequence: bool,
     pub confidentiality: bool,
 }
 
 #[derive(Debug, Default)]
-pub struct Flags {
+pub struct ContextFlags {
     pub mutual: bool,
     pub replay: bool,
     pub sequence: bool,
@@ -66,13 +66,13 @@ pub struct Flags {
 }
 
 #[derive(Debug)]
-pub struct Step {
+pub struct ContextStep {
     pub output: Vec<u8>,
     pub is_complete: bool,
 }
 
 #[derive(Debug)]
-pub enum Order {
+pub enum SequenceStatus {
     InOrder,
     Gap,
     Unsequenced,
@@ -83,39 +83,45 @@ pub enum Order {
 #[derive(Debug)]
 pub struct Unwrapped {
     pub data: Vec<u8>,
-    pub is_sealed: bool,
-    pub order: Order,
+    pub is_encrypted: bool,
+    pub order: SequenceStatus,
 }
 
 #[derive(Debug, Default)]
-pub struct Context(());
+pub struct GssContext(());
 
-impl Context {
-    pub fn accept(&mut self, _: &Credential, _: &[u8]) -> Result<Step, Error> {
-        Err(Error)
+impl GssContext {
+    pub fn accept(&mut self, _: &Credential, _: &[u8]) -> Result<ContextStep, LibraryError> {
+        Err(LibraryError)
     }
 
-    pub fn init(&mut self, _: &Credential, _: &Name, _: Wants, _: Option<&[u8]>) -> Result<Step, Error> {
-        Err(Error)
+    pub fn init(
+        &mut self,
+        _: &Credential,
+        _: &GssName,
+        _: RequestedFlags,
+        _: Option<&[u8]>,
+    ) -> Result<ContextStep, LibraryError> {
+        Err(LibraryError)
     }
 
-    pub fn flags(&self) -> Flags {
-        Flags::default()
+    pub fn flags(&self) -> ContextFlags {
+        ContextFlags::default()
     }
 
-    pub fn peer(&self) -> Option<&[u8]> {
+    pub fn initiator_name(&self) -> Option<&[u8]> {
         None
     }
 
-    pub fn wrap(&mut self, _: &[u8], _: bool) -> Result<Vec<u8>, Error> {
-        Err(Error)
+    pub fn wrap(&mut self, _: &[u8], _: bool) -> Result<Vec<u8>, LibraryError> {
+        Err(LibraryError)
     }
 
-    pub fn unwrap(&mut self, _: &mut [u8]) -> Result<Unwrapped, Error> {
-        Err(Error)
+    pub fn unwrap(&mut self, _: &mut [u8]) -> Result<Unwrapped, LibraryError> {
+        Err(LibraryError)
     }
 
-    pub fn capacity(&self, _: bool) -> Result<usize, Error> {
-        Err(Error)
+    pub fn wrap_size_limit(&self, _: bool) -> Result<usize, LibraryError> {
+        Err(LibraryError)
     }
 }

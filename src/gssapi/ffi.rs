@@ -22,30 +22,30 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-pub use context::{Context, Name, Step, Unwrapped, Wants};
-use layout::{Octets, Oid, OidSet, Store, StoreEntry};
-use status::{CONTINUE, ERRORS, FAILURE, UNAVAILABLE, one_line};
-pub use status::{Error, Flags, Order};
+pub use context::{ContextStep, GssContext, GssName, RequestedFlags, Unwrapped};
+use layout::{GssBuffer, KeyValueElement, KeyValueSet, Oid, OidSet};
+pub use status::{ContextFlags, LibraryError, SequenceStatus};
+use status::{ERROR_MASK, GSS_S_CONTINUE_NEEDED, GSS_S_FAILURE, GSS_S_UNAVAILABLE, one_line};
 
 /// MIT's and Heimdal's; the first one that there is.
-const LIBRARIES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
+const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
 /// For tests: the only library to open, as an absolute path.
-const KNOB: &str = "S5_GSSAPI_LIBRARY";
-const INITIATE: c_int = 1;
-const ACCEPT: c_int = 2;
-const INDEFINITE: u32 = u32::MAX;
+const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
+const GSS_C_INITIATE: c_int = 1;
+const GSS_C_ACCEPT: c_int = 2;
+const GSS_C_INDEFINITE: u32 = u32::MAX;
 /// Which half of an error is to be put into words.
-const MAJOR: c_int = 1;
-const MINOR: c_int = 2;
+const GSS_C_GSS_CODE: c_int = 1;
+const GSS_C_MECH_CODE: c_int = 2;
 
 // SAFETY: it points to constants.
 unsafe impl Sync for Oid {}
 
-const KRB5_OCTETS: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
+const KRB5_OID_BYTES: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
 // Statics, since the library may keep a pointer to one.
-static KRB5: Oid = Oid::new(KRB5_OCTETS);
-static HOST_BASED_SERVICE: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x01\x04");
-static KRB5_PRINCIPAL: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02\x01");
+static KRB5_OID: Oid = Oid::new(KRB5_OID_BYTES);
+static HOSTBASED_SERVICE_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x01\x04");
+static KRB5_PRINCIPAL_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02\x01");
 
 /// A credential, name or context of the library.
 type Handle = *mut c_void;
@@ -77,47 +77,47 @@ macro_rules! functions {
 }
 
 functions! {
-    gss_import_name(*const Octets<'_>, *const Oid, *mut Handle);
-    gss_display_name(Handle, *mut Octets<'_>, *mut *mut Oid);
+    gss_import_name(*const GssBuffer<'_>, *const Oid, *mut Handle);
+    gss_display_name(Handle, *mut GssBuffer<'_>, *mut *mut Oid);
     gss_release_name(*mut Handle);
     gss_acquire_cred(Handle, u32, *const OidSet, c_int, *mut Handle, *mut *mut OidSet, *mut u32);
     gss_release_cred(*mut Handle);
     gss_init_sec_context(
-        Handle, *mut Handle, Handle, *const Oid, u32, u32, *const c_void, *const Octets<'_>, *mut *mut Oid,
-        *mut Octets<'_>, *mut u32, *mut u32
+        Handle, *mut Handle, Handle, *const Oid, u32, u32, *const c_void, *const GssBuffer<'_>, *mut *mut Oid,
+        *mut GssBuffer<'_>, *mut u32, *mut u32
     );
     gss_accept_sec_context(
-        *mut Handle, Handle, *const Octets<'_>, *const c_void, *mut Handle, *mut *mut Oid, *mut Octets<'_>, *mut u32,
+        *mut Handle, Handle, *const GssBuffer<'_>, *const c_void, *mut Handle, *mut *mut Oid, *mut GssBuffer<'_>, *mut u32,
         *mut u32, *mut Handle
     );
-    gss_delete_sec_context(*mut Handle, *mut Octets<'_>);
+    gss_delete_sec_context(*mut Handle, *mut GssBuffer<'_>);
     gss_context_time(Handle, *mut u32);
-    gss_wrap(Handle, c_int, u32, *const Octets<'_>, *mut c_int, *mut Octets<'_>);
-    gss_unwrap(Handle, *const Octets<'_>, *mut Octets<'_>, *mut c_int, *mut u32);
+    gss_wrap(Handle, c_int, u32, *const GssBuffer<'_>, *mut c_int, *mut GssBuffer<'_>);
+    gss_unwrap(Handle, *const GssBuffer<'_>, *mut GssBuffer<'_>, *mut c_int, *mut u32);
     gss_wrap_size_limit(Handle, c_int, u32, u32, *mut u32);
-    gss_display_status(u32, c_int, *const Oid, *mut u32, *mut Octets<'_>);
-    gss_release_buffer(*mut Octets<'_>);
+    gss_display_status(u32, c_int, *const Oid, *mut u32, *mut GssBuffer<'_>);
+    gss_release_buffer(*mut GssBuffer<'_>);
     ?gss_acquire_cred_from(
-        Handle, u32, *const OidSet, c_int, *const Store, *mut Handle, *mut *mut OidSet, *mut u32
+        Handle, u32, *const OidSet, c_int, *const KeyValueSet, *mut Handle, *mut *mut OidSet, *mut u32
     );
 }
 
 /// The library, opened once.
-fn api() -> Result<&'static Api, Error> {
+fn api() -> Result<&'static Api, LibraryError> {
     static API: OnceLock<Result<Api, String>> = OnceLock::new();
-    let api = API.get_or_init(|| match std::env::var_os(KNOB) {
-        Some(path) if Path::new(&path).is_absolute() => open(path),
-        Some(_) => Err(format!("{KNOB} is not an absolute path")),
+    let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR) {
+        Some(path) if Path::new(&path).is_absolute() => open_library(path),
+        Some(_) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path")),
         None => {
-            let [mit, heimdal] = LIBRARIES.map(OsString::from);
+            let [mit, heimdal] = LIBRARY_NAMES.map(OsString::from);
             let hint = |error| format!("{error} (Debian: apt install libgssapi-krb5-2)");
-            open(mit).or_else(|error| open(heimdal).map_err(|_| hint(error)))
+            open_library(mit).or_else(|error| open_library(heimdal).map_err(|_| hint(error)))
         }
     });
-    api.as_ref().map_err(|text| Error::new(UNAVAILABLE, text))
+    api.as_ref().map_err(|text| LibraryError::new(GSS_S_UNAVAILABLE, text))
 }
 
-fn open(name: OsString) -> Result<Api, String> {
+fn open_library(name: OsString) -> Result<Api, String> {
     // SAFETY: what a GSSAPI library does when it is opened needs nothing of us, and it is never closed.
     let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     let name = name.display();
@@ -138,34 +138,35 @@ pub fn available() -> Result<(), String> {
 
 impl Api {
     /// The major status, when it is no error.
-    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<u32, Error> {
+    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<u32, LibraryError> {
         let mut minor = 0;
         let major = function(&mut minor);
-        if major & ERRORS == 0 { Ok(major) } else { Err(self.error(major & ERRORS, minor)) }
+        if major & ERROR_MASK == 0 { Ok(major) } else { Err(self.error(major & ERROR_MASK, minor)) }
     }
 
     /// What the library says of an error; to be asked on the thread that had it.
-    fn error(&self, major: u32, minor: u32) -> Error {
-        let (of_major, of_minor) = (self.words(major, MAJOR), self.words(minor, MINOR));
+    fn error(&self, major: u32, minor: u32) -> LibraryError {
+        let (major_text, minor_text) =
+            (self.status_text(major, GSS_C_GSS_CODE), self.status_text(minor, GSS_C_MECH_CODE));
         let text = match () {
             // MIT's way of a minor that is 0.
-            _ if minor == 0 || of_minor == "Success" => of_major,
+            _ if minor == 0 || minor_text == "Success" => major_text,
             // This major says only that the minor tells.
-            _ if major == FAILURE && !of_minor.is_empty() => of_minor,
-            _ => format!("{of_major}: {of_minor}"),
+            _ if major == GSS_S_FAILURE && !minor_text.is_empty() => minor_text,
+            _ => format!("{major_text}: {minor_text}"),
         };
-        Error { text, major, minor }
+        LibraryError { text, major, minor }
     }
 
-    fn words(&self, value: u32, kind: c_int) -> String {
+    fn status_text(&self, value: u32, kind: c_int) -> String {
         let (mut words, mut more, mut minor) = (Vec::new(), 0, 0);
         // One message for each bit, and no endless list.
         for _ in 0..8 {
-            let mut text = Buffer::new(self);
-            let (more, text_octets) = (&mut more, &mut text.octets);
+            let mut text = LibraryBuffer::new(self);
+            let (more, raw) = (&mut more, &mut text.raw);
             // SAFETY: all pointers are to what lives here, or to a constant.
-            let major = unsafe { (self.gss_display_status)(&mut minor, value, kind, &KRB5, more, text_octets) };
-            if major & ERRORS != 0 {
+            let major = unsafe { (self.gss_display_status)(&mut minor, value, kind, &KRB5_OID, more, raw) };
+            if major & ERROR_MASK != 0 {
                 break;
             }
             words.push(one_line(&String::from_utf8_lossy(text.as_slice())));
@@ -177,32 +178,32 @@ impl Api {
     }
 }
 
-/// Octets that the library allocates.
-struct Buffer<'a> {
+/// Bytes that the library allocates.
+struct LibraryBuffer<'a> {
     api: &'a Api,
-    octets: Octets<'a>,
+    raw: GssBuffer<'a>,
 }
 
-impl<'a> Buffer<'a> {
+impl<'a> LibraryBuffer<'a> {
     fn new(api: &'a Api) -> Self {
-        Self { api, octets: Octets::NONE }
+        Self { api, raw: GssBuffer::EMPTY }
     }
 
     fn as_slice(&self) -> &[u8] {
-        if self.octets.value.is_null() {
+        if self.raw.value.is_null() {
             return &[];
         }
         // SAFETY: the library has filled that many octets, which are ours until the drop.
-        unsafe { std::slice::from_raw_parts(self.octets.value.cast(), self.octets.length) }
+        unsafe { std::slice::from_raw_parts(self.raw.value.cast(), self.raw.length) }
     }
 }
 
-impl Drop for Buffer<'_> {
+impl Drop for LibraryBuffer<'_> {
     fn drop(&mut self) {
         // MIT allocates for a message of no octets, too, and would not release what seems to have none.
-        self.octets.length = self.octets.length.max((!self.octets.value.is_null()).into());
+        self.raw.length = self.raw.length.max((!self.raw.value.is_null()).into());
         // SAFETY: it is empty or the library's, and nobody has released it.
-        unsafe { (self.api.gss_release_buffer)(&mut 0, &mut self.octets) };
+        unsafe { (self.api.gss_release_buffer)(&mut 0, &mut self.raw) };
     }
 }
 
@@ -213,20 +214,20 @@ struct RawName {
 }
 
 impl RawName {
-    fn import(text: &[u8], kind: &'static Oid) -> Result<Self, Error> {
+    fn import(text: &[u8], kind: &'static Oid) -> Result<Self, LibraryError> {
         let api = api()?;
         let mut name = Self { api, handle: null_mut() };
-        let text = Octets::of(text);
+        let text = GssBuffer::borrowed(text);
         // SAFETY: all pointers are to what lives here, or to a constant.
         api.call(|minor| unsafe { (api.gss_import_name)(minor, &text, kind, &mut name.handle) })?;
         Ok(name)
     }
 
-    fn display(&self) -> Result<Vec<u8>, Error> {
-        let mut text = Buffer::new(self.api);
-        let octets = &mut text.octets;
+    fn display(&self) -> Result<Vec<u8>, LibraryError> {
+        let mut text = LibraryBuffer::new(self.api);
+        let raw_output = &mut text.raw;
         // SAFETY: the name is the library's, the rest lives here.
-        self.api.call(|minor| unsafe { (self.api.gss_display_name)(minor, self.handle, octets, null_mut()) })?;
+        self.api.call(|minor| unsafe { (self.api.gss_display_name)(minor, self.handle, raw_output, null_mut()) })?;
         Ok(text.as_slice().to_vec())
     }
 }
@@ -256,45 +257,61 @@ impl Credential {
     ///
     /// # Errors
     /// There is no library, or no such key. An unreadable keytab is told as an empty one.
-    pub fn acceptor(name: Option<&Name>, keytab: Option<&Path>) -> Result<Self, Error> {
-        let name = name.map(Name::import).transpose()?;
-        Self::acquire(name.as_ref(), ACCEPT, keytab.map(|path| (c"keytab", path, "a keytab: set KRB5_KTNAME")))
+    pub fn acceptor(name: Option<&GssName>, keytab: Option<&Path>) -> Result<Self, LibraryError> {
+        let name = name.map(GssName::import).transpose()?;
+        Self::acquire(name.as_ref(), GSS_C_ACCEPT, keytab.map(|path| (c"keytab", path, "a keytab: set KRB5_KTNAME")))
     }
 
     /// The ticket of a user; of the system's ticket cache if none is given.
     ///
     /// # Errors
     /// There is no library, or no ticket. Whether an expired one is told here or when it is used is the library's affair.
-    pub fn initiator(ccache: Option<&Path>) -> Result<Self, Error> {
-        Self::acquire(None, INITIATE, ccache.map(|path| (c"ccache", path, "a ticket cache: set KRB5CCNAME")))
+    pub fn initiator(ccache: Option<&Path>) -> Result<Self, LibraryError> {
+        Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "a ticket cache: set KRB5CCNAME")))
     }
 
     /// With a key of the store, its path, and what to say where there is no store.
-    fn acquire(name: Option<&RawName>, usage: c_int, place: Option<(&CStr, &Path, &str)>) -> Result<Self, Error> {
+    fn acquire(
+        name: Option<&RawName>,
+        usage: c_int,
+        store: Option<(&CStr, &Path, &str)>,
+    ) -> Result<Self, LibraryError> {
         let api = api()?;
         let name = name.map_or(null_mut(), |name| name.handle);
-        let mechanisms = OidSet { count: 1, elements: &KRB5 };
+        let mechanisms = OidSet { count: 1, elements: &KRB5_OID };
         let mut credential = Self { api, handle: null_mut() };
         let handle = &mut credential.handle;
-        let Some((key, path, instead)) = place else {
+        let Some((key, path, instead)) = store else {
             // SAFETY: all pointers are to what lives here.
             api.call(|minor| unsafe {
-                (api.gss_acquire_cred)(minor, name, INDEFINITE, &mechanisms, usage, handle, null_mut(), null_mut())
+                (api.gss_acquire_cred)(
+                    minor,
+                    name,
+                    GSS_C_INDEFINITE,
+                    &mechanisms,
+                    usage,
+                    handle,
+                    null_mut(),
+                    null_mut(),
+                )
             })?;
             return Ok(credential);
         };
         let Some(acquire_from) = api.gss_acquire_cred_from else {
-            return Err(Error::new(UNAVAILABLE, format!("this GSSAPI library takes no path of {instead}")));
+            return Err(LibraryError::new(
+                GSS_S_UNAVAILABLE,
+                format!("this GSSAPI library takes no path of {instead}"),
+            ));
         };
         let value = CString::new([b"FILE:", path.as_os_str().as_bytes()].concat());
-        let value = value.map_err(|_| Error::new(FAILURE, "a path with a NUL in it"))?;
-        let entry = StoreEntry { key: key.as_ptr(), value: value.as_ptr() };
-        let store = Store { count: 1, elements: &entry };
+        let value = value.map_err(|_| LibraryError::new(GSS_S_FAILURE, "a path with a NUL in it"))?;
+        let entry = KeyValueElement { key: key.as_ptr(), value: value.as_ptr() };
+        let key_values = KeyValueSet { count: 1, elements: &entry };
         // SAFETY: all pointers are to what lives here.
         let acquired = api.call(|minor| unsafe {
-            acquire_from(minor, name, INDEFINITE, &mechanisms, usage, &store, handle, null_mut(), null_mut())
+            acquire_from(minor, name, GSS_C_INDEFINITE, &mechanisms, usage, &key_values, handle, null_mut(), null_mut())
         });
-        acquired.map(|_| credential).map_err(|error| error.about(path))
+        acquired.map(|_| credential).map_err(|error| error.with_path(path))
     }
 }
 
@@ -321,8 +338,8 @@ struct RawStep {
 }
 
 impl RawStep {
-    fn new(major: u32, output: &Buffer<'_>, flags: u32) -> Self {
-        Self { output: output.as_slice().to_vec(), is_complete: major & CONTINUE == 0, flags }
+    fn new(major: u32, output: &LibraryBuffer<'_>, flags: u32) -> Self {
+        Self { output: output.as_slice().to_vec(), is_complete: major & GSS_S_CONTINUE_NEEDED == 0, flags }
     }
 }
 
@@ -336,16 +353,16 @@ struct RawContext {
 unsafe impl Send for RawContext {}
 
 impl RawContext {
-    fn new() -> Result<Self, Error> {
+    fn new() -> Result<Self, LibraryError> {
         Ok(Self { api: api()?, handle: null_mut() })
     }
 
     /// With the name of the initiator, which may come at any step.
-    fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<(RawStep, RawName), Error> {
+    fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<(RawStep, RawName), LibraryError> {
         let Self { api, handle } = self;
-        let mut source = RawName { api, handle: null_mut() };
-        let (mut output, mut flags, token) = (Buffer::new(api), 0, Octets::of(token));
-        let (name, octets, cred) = (&mut source.handle, &mut output.octets, credential.handle);
+        let mut initiator = RawName { api, handle: null_mut() };
+        let (mut output, mut flags, token) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(token));
+        let (name, raw_output, cred) = (&mut initiator.handle, &mut output.raw, credential.handle);
         // No place for a delegated credential, the last one, is how it is not taken.
         // SAFETY: the handles are the library's or null, all pointers are to what lives here.
         let major = api.call(|minor| unsafe {
@@ -357,26 +374,26 @@ impl RawContext {
                 null(),
                 name,
                 null_mut(),
-                octets,
+                raw_output,
                 &mut flags,
                 null_mut(),
                 null_mut(),
             )
         })?;
-        Ok((RawStep::new(major, &output, flags), source))
+        Ok((RawStep::new(major, &output, flags), initiator))
     }
 
     fn init(
         &mut self,
         cred: &Credential,
         target: &RawName,
-        wants: u32,
+        requested: u32,
         token: Option<&[u8]>,
-    ) -> Result<RawStep, Error> {
+    ) -> Result<RawStep, LibraryError> {
         let Self { api, handle } = self;
-        let (mut output, mut flags, token) = (Buffer::new(api), 0, token.map(Octets::of));
-        let (octets, cred, target) = (&mut output.octets, cred.handle, target.handle);
-        let token = token.as_ref().map_or(null(), |token| token as *const Octets<'_>);
+        let (mut output, mut flags, token) = (LibraryBuffer::new(api), 0, token.map(GssBuffer::borrowed));
+        let (raw_output, cred, target) = (&mut output.raw, cred.handle, target.handle);
+        let token = token.as_ref().map_or(null(), |token| token as *const GssBuffer<'_>);
         // SAFETY: the handles are the library's or null, all pointers are to what lives here, to constants, or null.
         let major = api.call(|minor| unsafe {
             (api.gss_init_sec_context)(
@@ -384,13 +401,13 @@ impl RawContext {
                 cred,
                 handle,
                 target,
-                &KRB5,
-                wants,
+                &KRB5_OID,
+                requested,
                 0,
                 null(),
                 token,
                 null_mut(),
-                octets,
+                raw_output,
                 &mut flags,
                 null_mut(),
             )
@@ -399,7 +416,7 @@ impl RawContext {
     }
 
     /// In seconds.
-    fn lifetime(&self) -> Result<u32, Error> {
+    fn lifetime(&self) -> Result<u32, LibraryError> {
         let mut seconds = 0;
         // SAFETY: the context is the library's or null, the rest lives here.
         self.api.call(|minor| unsafe { (self.api.gss_context_time)(minor, self.handle, &mut seconds) })?;
@@ -407,33 +424,36 @@ impl RawContext {
     }
 
     /// The token, and whether it is sealed.
-    fn wrap(&mut self, data: &[u8], seal: bool) -> Result<(Vec<u8>, bool), Error> {
+    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<(Vec<u8>, bool), LibraryError> {
         let Self { api, handle } = self;
-        let (mut output, mut is_sealed, data) = (Buffer::new(api), 0, Octets::of(data));
-        let octets = &mut output.octets;
+        let (mut output, mut is_encrypted, data) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(data));
+        let raw_output = &mut output.raw;
         // SAFETY: the context is the library's or null, the rest lives here.
-        api.call(|minor| unsafe { (api.gss_wrap)(minor, *handle, seal.into(), 0, &data, &mut is_sealed, octets) })?;
-        Ok((output.as_slice().to_vec(), is_sealed != 0))
+        api.call(|minor| unsafe {
+            (api.gss_wrap)(minor, *handle, encrypt.into(), 0, &data, &mut is_encrypted, raw_output)
+        })?;
+        Ok((output.as_slice().to_vec(), is_encrypted != 0))
     }
 
     /// The data if there is some, whether it was sealed, and the major status with its remarks. The library writes into
     /// the token.
-    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Option<Vec<u8>>, bool, u32), Error> {
+    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Option<Vec<u8>>, bool, u32), LibraryError> {
         let Self { api, handle } = self;
-        let (mut output, mut is_sealed, token) = (Buffer::new(api), 0, Octets::of_mut(token));
-        let octets = &mut output.octets;
+        let (mut output, mut is_encrypted, token) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed_mut(token));
+        let raw_output = &mut output.raw;
         // SAFETY: the context is the library's or null, the rest lives here and may be written to.
-        let major =
-            api.call(|minor| unsafe { (api.gss_unwrap)(minor, *handle, &token, octets, &mut is_sealed, null_mut()) })?;
-        let data = (!output.octets.value.is_null()).then(|| output.as_slice().to_vec());
-        Ok((data, is_sealed != 0, major))
+        let major = api.call(|minor| unsafe {
+            (api.gss_unwrap)(minor, *handle, &token, raw_output, &mut is_encrypted, null_mut())
+        })?;
+        let data = (!output.raw.value.is_null()).then(|| output.as_slice().to_vec());
+        Ok((data, is_encrypted != 0, major))
     }
 
-    fn capacity(&self, seal: bool, token: u32) -> Result<u32, Error> {
+    fn wrap_size_limit(&self, encrypt: bool, token: u32) -> Result<u32, LibraryError> {
         let mut size = 0;
         // SAFETY: the context is the library's or null, the rest lives here.
         self.api.call(|minor| unsafe {
-            (self.api.gss_wrap_size_limit)(minor, self.handle, seal.into(), 0, token, &mut size)
+            (self.api.gss_wrap_size_limit)(minor, self.handle, encrypt.into(), 0, token, &mut size)
         })?;
         Ok(size)
     }

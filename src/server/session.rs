@@ -227,12 +227,12 @@ impl Session<'_> {
     async fn accept_gssapi(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Authentication, SessionError> {
         self.is_context_pending = true;
         let accepted = acceptor.accept(conn).await.map_err(|error| match error {
-            gssapi::Error::Refused(_) => SessionError::silent(error),
+            gssapi::GssapiError::Refused(_) => SessionError::silent(error),
             _ => SessionError::with_message(&Frame::Abort, error),
         })?;
         self.log.user = Some(accepted.user.into());
         self.log.level = accepted.level;
-        self.is_stream_allowed = accepted.is_ordered || accepted.protection.is_none();
+        self.is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
         let (is_valid, protection) = (true, accepted.protection);
         Ok(Authentication { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use s5::gssapi::ffi::{Context, Credential, Flags, Name, available};
+use s5::gssapi::ffi::{ContextFlags, Credential, GssContext, GssName, available};
 
 use crate::common::{TIMEOUT, run, temp_dir, wait_until, write_file};
 use crate::kit::realm::{Options, Realm, in_realm, kinit};
@@ -15,8 +15,8 @@ fn a_token_is_good_for_one_context() {
     let Some(_) = in_any("faults::a_token_is_good_for_one_context") else { return };
     let keys = services();
     let (_, token) = first(&alice(), &service("rcmd@localhost"), ALL).expect("a token");
-    Context::new().accept(&keys, &token).expect("it is good");
-    let error = fault(Context::new().accept(&keys, &token));
+    GssContext::new().accept(&keys, &token).expect("it is good");
+    let error = fault(GssContext::new().accept(&keys, &token));
     assert!(error.text.contains("replay"), "{error}");
 }
 
@@ -27,12 +27,12 @@ fn a_service_that_nobody_knows_is_told_by_name() {
     assert_eq!(error.text, "Server nobody/localhost@S5.TEST not found in Kerberos database");
     assert!(!error.is_no_credential() && !error.is_expired());
     for text in ["nobody", "nobody@", "@localhost", "@", "a b@c d", "é@\n", &"x".repeat(70_000)] {
-        fault(Name::service(text).and_then(|name| first(&alice(), &name, ALL)));
-        fault(Name::principal(text).and_then(|name| first(&alice(), &name, ALL)));
+        fault(GssName::service(text).and_then(|name| first(&alice(), &name, ALL)));
+        fault(GssName::principal(text).and_then(|name| first(&alice(), &name, ALL)));
     }
     for text in ["", "\0", "rcmd@localhost\0", "rcmd\0@localhost"] {
-        fault(Name::service(text));
-        fault(Name::principal(text));
+        fault(GssName::service(text));
+        fault(GssName::principal(text));
     }
 }
 
@@ -41,15 +41,15 @@ fn a_key_that_is_wrong_or_missing_is_told() {
     let Some(folder) = in_any("faults::a_key_that_is_wrong_or_missing_is_told") else { return };
     let wrong = Credential::acceptor(None, Some(&folder.join("wrong.keytab"))).expect("a keytab");
     let (_, token) = first(&alice(), &service("rcmd@localhost"), ALL).expect("a token");
-    let mut context = Context::new();
+    let mut context = GssContext::new();
     let error = fault(context.accept(&wrong, &token));
     assert!(error.text.contains("rcmd/localhost@S5.TEST"), "{error}");
     // It has failed for good.
     fault(context.accept(&services(), &token));
-    assert_eq!(context.flags(), Flags::default());
+    assert_eq!(context.flags(), ContextFlags::default());
 
     let (_, token) = first(&alice(), &service("nokey@localhost"), ALL).expect("the KDC knows it");
-    let error = fault(Context::new().accept(&services(), &token));
+    let error = fault(GssContext::new().accept(&services(), &token));
     assert!(error.text.contains("nokey/localhost@S5.TEST not found in keytab"), "{error}");
 }
 
@@ -97,18 +97,21 @@ fn a_ticket_that_has_expired_is_told() {
 fn a_context_takes_only_what_it_is_for() {
     let Some(_) = in_any("faults::a_context_takes_only_what_it_is_for") else { return };
     let (alice, keys, target) = (alice(), services(), service("rcmd@localhost"));
-    let mut fresh = Context::new();
+    let mut fresh = GssContext::new();
     assert_eq!(fault(fresh.wrap(b"x", true)).text, "the context is not complete");
     fault(unwrap(&mut fresh, b"x"));
-    fault(fresh.capacity(true));
-    assert_eq!((fresh.flags(), fresh.peer(), fresh.lifetime()), (Flags::default(), None, Some(Duration::ZERO)));
+    fault(fresh.wrap_size_limit(true));
+    assert_eq!(
+        (fresh.flags(), fresh.initiator_name(), fresh.lifetime()),
+        (ContextFlags::default(), None, Some(Duration::ZERO))
+    );
     // A first token is not taken for an answer, nothing for a token.
-    fault(Context::new().init(&alice, &target, ALL, Some(b"x")));
-    fault(Context::new().accept(&keys, b""));
-    fault(Context::new().accept(&alice, b"x"));
+    fault(GssContext::new().init(&alice, &target, ALL, Some(b"x")));
+    fault(GssContext::new().accept(&keys, b""));
+    fault(GssContext::new().accept(&alice, b"x"));
     let junk = vec![0x60; 70_000];
-    fault(Context::new().accept(&keys, &junk));
-    fault(Context::new().accept(&keys, b"NTLMSSP\0\x01\0\0\0"));
+    fault(GssContext::new().accept(&keys, &junk));
+    fault(GssContext::new().accept(&keys, b"NTLMSSP\0\x01\0\0\0"));
 
     let framed = |kind: &[u8], inner: &[u8]| der(0x60, &[&[6, 9], KRB5, kind, inner]);
     let (reply, error, other) = (framed(&[2, 0], b"x"), framed(&[3, 0], b"x"), framed(&[1, 0], b"x"));
@@ -131,7 +134,7 @@ fn a_context_takes_only_what_it_is_for() {
     let token = initiator.wrap(b"x", true).expect("it is wrapped");
     assert_eq!(unwrap(&mut acceptor, &token).map(|got| got.data), Ok(b"x".into()));
     let shown = format!("{acceptor:?} {alice:?}");
-    assert!(shown.starts_with("Context { state: Complete, flags: Flags {"), "{shown}");
+    assert!(shown.starts_with("GssContext { state: Complete, flags: ContextFlags {"), "{shown}");
     assert!(!shown.contains("alice") && !shown.contains("0x"), "{shown}");
 }
 
@@ -155,7 +158,7 @@ fn the_environment_names_tickets_and_keys() {
 fn a_library_that_is_missing_or_another_is_an_error() {
     if let Ok(expected) = std::env::var("S5_TEST_LIBRARY") {
         assert_eq!(available(), Err(expected.clone()));
-        assert_eq!(fault(Name::service("rcmd@localhost")).text, expected);
+        assert_eq!(fault(GssName::service("rcmd@localhost")).text, expected);
         assert_eq!(fault(Credential::initiator(None)).text, expected);
         assert_eq!(fault(Credential::acceptor(None, Some(Path::new("x")))).text, expected);
         return;

@@ -268,9 +268,9 @@ fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
         ));
     }
     let default = Initiator::default();
-    let wanted = args.gssapi_protection.unwrap_or(default.wanted);
+    let wanted = args.gssapi_protection.unwrap_or(default.requested_level);
     // What NEC's servers say of the level can be changed on the way.
-    let default_least = if args.gssapi_nec { wanted } else { default.least.min(wanted) };
+    let default_least = if args.gssapi_nec { wanted } else { default.min_level.min(wanted) };
     let least = args.gssapi_min.unwrap_or(default_least);
     if least > wanted {
         return Err(CliError::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
@@ -279,9 +279,9 @@ fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
         ccache: args.ccache.clone(),
         service: args.gssapi_service.clone().unwrap_or(default.service.clone()),
         host: args.gssapi_host.clone(),
-        wanted,
-        least,
-        nec: args.gssapi_nec,
+        requested_level: wanted,
+        min_level: least,
+        uses_nec_exchange: args.gssapi_nec,
         ..default
     };
     Ok(ClientAuth { methods, gssapi: offers_gssapi.then_some(gssapi) })

@@ -4,24 +4,24 @@ use std::ffi::{c_char, c_void};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
 
-/// Octets that are lent to the library, or that it owns.
+/// Bytes that are lent to the library, or that it owns.
 #[repr(C)]
-pub(super) struct Octets<'a> {
+pub(super) struct GssBuffer<'a> {
     pub(super) length: usize,
     pub(super) value: *mut c_void,
-    lent: PhantomData<&'a [u8]>,
+    borrow: PhantomData<&'a [u8]>,
 }
 
-impl<'a> Octets<'a> {
-    pub(super) const NONE: Self = Self { length: 0, value: null_mut(), lent: PhantomData };
+impl<'a> GssBuffer<'a> {
+    pub(super) const EMPTY: Self = Self { length: 0, value: null_mut(), borrow: PhantomData };
 
     /// For what the library only reads.
-    pub(super) fn of(octets: &'a [u8]) -> Self {
-        Self { length: octets.len(), value: octets.as_ptr().cast_mut().cast(), lent: PhantomData }
+    pub(super) fn borrowed(bytes: &'a [u8]) -> Self {
+        Self { length: bytes.len(), value: bytes.as_ptr().cast_mut().cast(), borrow: PhantomData }
     }
 
-    pub(super) fn of_mut(octets: &'a mut [u8]) -> Self {
-        Self { length: octets.len(), value: octets.as_mut_ptr().cast(), lent: PhantomData }
+    pub(super) fn borrowed_mut(bytes: &'a mut [u8]) -> Self {
+        Self { length: bytes.len(), value: bytes.as_mut_ptr().cast(), borrow: PhantomData }
     }
 }
 
@@ -32,8 +32,8 @@ pub(super) struct Oid {
 }
 
 impl Oid {
-    pub(super) const fn new(octets: &'static [u8]) -> Self {
-        Self { length: octets.len() as u32, elements: octets.as_ptr() }
+    pub(super) const fn new(bytes: &'static [u8]) -> Self {
+        Self { length: bytes.len() as u32, elements: bytes.as_ptr() }
     }
 }
 
@@ -44,14 +44,14 @@ pub(super) struct OidSet {
 }
 
 #[repr(C)]
-pub(super) struct StoreEntry {
+pub(super) struct KeyValueElement {
     pub(super) key: *const c_char,
     pub(super) value: *const c_char,
 }
 
 /// Where a credential is to be found, in MIT's extension.
 #[repr(C)]
-pub(super) struct Store {
+pub(super) struct KeyValueSet {
     pub(super) count: u32,
-    pub(super) elements: *const StoreEntry,
+    pub(super) elements: *const KeyValueElement,
 }

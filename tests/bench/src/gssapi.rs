@@ -12,7 +12,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use s5::gssapi::ffi::{Context, Credential, Name, Order, Wants};
+use s5::gssapi::ffi::{Credential, GssContext, GssName, RequestedFlags, SequenceStatus};
 
 use crate::children::{Process, folder};
 use crate::measure::{Fault, PATIENCE, Via, failed, wrong};
@@ -235,8 +235,8 @@ fn upload(to: impl std::io::Write, from: impl std::io::Read, time: Duration) -> 
     Ok(octets as f64 / MIB / began.elapsed().as_secs_f64())
 }
 
-impl From<s5::gssapi::ffi::Error> for Fault {
-    fn from(error: s5::gssapi::ffi::Error) -> Self {
+impl From<s5::gssapi::ffi::LibraryError> for Fault {
+    fn from(error: s5::gssapi::ffi::LibraryError) -> Self {
         failed(error.to_string())
     }
 }
@@ -244,21 +244,21 @@ impl From<s5::gssapi::ffi::Error> for Fault {
 /// Whom to log in as, to whom, and who that is.
 struct Parties {
     alice: Credential,
-    service: Name,
+    service: GssName,
     keys: Credential,
 }
 
-const WANTS: Wants = Wants { sequence: true, confidentiality: true };
+const WANTS: RequestedFlags = RequestedFlags { sequence: true, confidentiality: true };
 
 impl Parties {
     fn new() -> Result<Self, Fault> {
         let (alice, keys) = (Credential::initiator(None)?, Credential::acceptor(None, None)?);
-        Ok(Self { alice, service: Name::service("rcmd@localhost")?, keys })
+        Ok(Self { alice, service: GssName::service("rcmd@localhost")?, keys })
     }
 
     /// The contexts of client and server.
-    fn contexts(&self) -> Result<(Context, Context), Fault> {
-        let (mut client, mut server) = (Context::new(), Context::new());
+    fn contexts(&self) -> Result<(GssContext, GssContext), Fault> {
+        let (mut client, mut server) = (GssContext::new(), GssContext::new());
         let token = client.init(&self.alice, &self.service, WANTS, None)?.output;
         let token = server.accept(&self.keys, &token)?.output;
         client.init(&self.alice, &self.service, WANTS, Some(&token))?;
@@ -275,7 +275,7 @@ impl Parties {
 
     /// A login to a server, and a tunnel to `echo`.
     fn through(&self, proxy: SocketAddrV4, echo: SocketAddrV4) -> Result<(), Fault> {
-        let (mut stream, mut context) = (socks::plain(proxy)?, Context::new());
+        let (mut stream, mut context) = (socks::plain(proxy)?, GssContext::new());
         let mut method = [0; 2];
         stream.write_all(&[5, 1, 1])?;
         stream.read_exact(&mut method)?;
@@ -311,13 +311,13 @@ fn trip(stream: &mut TcpStream, kind: u8, token: &[u8]) -> Result<Vec<u8>, Fault
     Ok(token)
 }
 
-fn unwrap(context: &mut Context, mut token: Vec<u8>) -> Result<Vec<u8>, Fault> {
+fn unwrap(context: &mut GssContext, mut token: Vec<u8>) -> Result<Vec<u8>, Fault> {
     let unwrapped = context.unwrap(&mut token)?;
-    if unwrapped.order == Order::InOrder { Ok(unwrapped.data) } else { Err(wrong("out of order")) }
+    if unwrapped.order == SequenceStatus::InOrder { Ok(unwrapped.data) } else { Err(wrong("out of order")) }
 }
 
 /// MiB a second that are wrapped and unwrapped, on one thread or on two.
-fn stream(seal: bool, time: Duration, two: bool) -> Result<f64, Fault> {
+fn stream(encrypt: bool, time: Duration, two: bool) -> Result<f64, Fault> {
     let (mut client, mut server) = Parties::new()?.contexts()?;
     let (began, data, mut pieces) = (Instant::now(), &noise()[..PIECE], 0_u32);
     let mut take = |token| match unwrap(&mut server, token)? == data {
@@ -326,7 +326,7 @@ fn stream(seal: bool, time: Duration, two: bool) -> Result<f64, Fault> {
     };
     let mut wrap = |give: &mut dyn FnMut(Vec<u8>) -> Result<(), Fault>| {
         while began.elapsed() < time {
-            give(client.wrap(data, seal)?)?;
+            give(client.wrap(data, encrypt)?)?;
             pieces += 1;
         }
         Ok(())
