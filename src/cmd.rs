@@ -10,6 +10,7 @@ pub mod udp;
 mod argv;
 mod completions;
 mod help;
+mod manual;
 mod progress;
 mod secrets;
 
@@ -29,22 +30,18 @@ pub use exit_status::{CliError, ExitStatus, eprint_line};
 /// The program's name.
 const NAME: &str = "s5";
 
-/// A SOCKS5 server, and a netcat through SOCKS5 proxies.
+/// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
 #[derive(FromArgs, ArgsInfo, Debug)]
-#[argh(
-    note = "s5 MODE --help tells the options of a mode.",
-    example = "s5 serve\ns5 connect -x socks5h://127.0.0.1:1080 example.org:80"
-)]
 pub struct Args {
     /// print the version and exit
     #[argh(switch)]
     version: bool,
 
     /// print completions for bash, zsh or fish and exit
-    #[argh(option, arg_name = "shell")]
+    #[argh(option, arg_name = "SHELL")]
     completions: Option<Shell>,
 
-    /// print the manual page (roff) and exit
+    /// print the manual page, in man(7) format, and exit
     #[argh(switch)]
     man: bool,
 
@@ -136,7 +133,7 @@ pub fn parse(args: &[String]) -> Result<Subcommand, EarlyExit> {
     })?;
     match parsed {
         Args { version: true, .. } => Err(EarlyExit::Output(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
-        Args { man: true, .. } => Err(EarlyExit::Output(help::manual())),
+        Args { man: true, .. } => Err(EarlyExit::Output(manual::text())),
         Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script())),
         Args { mode: Some(command), .. } => Ok(command),
         Args { mode: None, .. } => {

@@ -22,10 +22,8 @@ use crate::reactor::sleep;
 client_mode!(
     Bind,
     "bind",
-    "Accept one connection at a SOCKS5 proxy: says where on stderr, then stdin and stdout are that connection.",
-    "s5 bind -x proxy.example 192.0.2.7 > received\n\
-     s5 bind -x proxy.example --bound-to address -w 5m 192.0.2.7 < file",
-    [peer "who may connect: host or host:port, anybody without it"]
+    "Accept one connection through a SOCKS5 proxy; stdin and stdout are the tunnel",
+    [peer "host or host:port that may connect"]
 );
 
 /// How long writing the bound address may take.

@@ -69,179 +69,194 @@ impl ClientMode {
 /// The options of the client modes.
 #[derive(FromArgs, ArgsInfo, Debug)]
 pub struct Args {
-    /// the proxy: host:port, socks5h://user:pass@host:port or unix:/path; with commas, or repeated, a chain, nearest
-    /// first; '' for none
-    #[argh(option, short = 'x', arg_name = "url")]
+    /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
+    /// [socks5[h]://][user[:password]@]host[:port], [user[:password]@]unix:/path or socks5h://localhost/path.
+    /// Percent-encoding in user and password is decoded. The nearest proxy of a chain comes first. The empty string is
+    /// the same as --direct. See PROXY AND CREDENTIALS.
+    #[argh(option, short = 'x', arg_name = "URL")]
     pub(super) proxy: Vec<String>,
 
-    /// the protocol of the proxy, as nc and ncat name it: 5 or socks5, since there is no other
+    /// accepted for compatibility with nc and ncat. The value must be 5, socks5 or socks5h.
     #[argh(option, short = 'X', arg_name = "5", from_str_fn(parse_proxy_type))]
-    #[allow(dead_code, reason = "it is taken, and there is nothing to choose")]
+    #[allow(dead_code, reason = "accepted for compatibility; SOCKS5 is the only protocol")]
     pub(super) proxy_type: Option<()>,
 
     /// use no proxy (also --no-proxy)
     #[argh(switch)]
     pub(super) direct: bool,
 
-    /// the user name for proxies whose URL has none; with :password, which others may see
-    #[argh(option, short = 'P', arg_name = "user")]
+    /// user name for proxies whose URL has none. USER may contain a password after a colon; other users of this machine
+    /// may see it before s5 overwrites it.
+    #[argh(option, short = 'P', arg_name = "USER")]
     pub(super) proxy_user: Option<String>,
 
-    /// where the password is: a line user:password for each user of FILE; or the first line of stdin (-) or of a
-    /// descriptor (fd:N)
-    #[argh(option, arg_name = "file")]
+    /// file with user:password lines, - or fd:N. With - the first line of stdin is read, with fd:N the first line of
+    /// descriptor N. The bytes after that line are payload.
+    #[argh(option, arg_name = "FILE")]
     pub(super) proxy_auth_file: Option<String>,
 
-    /// the methods that are offered to the proxy: none, password, gssapi (none, and what there is something to log in
-    /// with)
-    #[argh(option, arg_name = "method,…", from_str_fn(parse_methods))]
+    /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. By default s5
+    /// offers none, plus each method that credentials were given for.
+    #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
     pub(super) auth: Option<Vec<Method>>,
 
-    /// the proxy's Kerberos service: a name, or a principal such as rcmd/host@REALM (rcmd)
-    #[argh(option, arg_name = "name")]
+    /// service name in Kerberos [default: rcmd]. NAME is a service name, or a whole principal such as rcmd/host@REALM.
+    #[argh(option, arg_name = "NAME")]
     pub(super) gssapi_service: Option<String>,
 
-    /// the proxy's name as Kerberos knows it (the one it is reached by)
-    #[argh(option, arg_name = "host")]
+    /// host name in Kerberos [default: from the URL]. Required when the URL has an IP address. Not valid with a chain.
+    #[argh(option, arg_name = "HOST")]
     pub(super) gssapi_host: Option<String>,
 
-    /// what is asked for with gssapi: none, integrity or confidentiality (confidentiality)
-    #[argh(option, arg_name = "level", from_str_fn(parse_level))]
+    /// requested protection [default: confidentiality]. One of none, integrity and confidentiality. With this option,
+    /// --gssapi-min or --gssapi-nec, and without --auth, s5 offers only gssapi.
+    #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
     pub(super) gssapi_protection: Option<ProtectionLevel>,
 
-    /// the least that is taken (integrity)
-    #[argh(option, arg_name = "level", from_str_fn(parse_level))]
+    /// weakest accepted protection [default: integrity]. With --gssapi-nec the default is the requested level, because
+    /// an attacker can change the level in that exchange.
+    #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
     pub(super) gssapi_min: Option<ProtectionLevel>,
 
-    /// say the level as NEC's servers want it
+    /// use NEC's variant of the protection exchange
     #[argh(switch)]
     pub(super) gssapi_nec: bool,
 
-    /// where the Kerberos tickets are (what the environment or the system says)
-    #[argh(option, arg_name = "file")]
+    /// file with Kerberos tickets [default: the system's]. The default is KRB5CCNAME, or what the Kerberos library
+    /// chooses.
+    #[argh(option, arg_name = "FILE")]
     pub(super) ccache: Option<PathBuf>,
 
-    /// who looks up the target's name: remote, which is the last proxy, or local (remote)
-    #[argh(option, short = 'R', arg_name = "side", from_str_fn(parse_dns_side), default = "false")]
+    /// resolve names: remote or local [default: remote]. With local, s5 resolves the name of the target and tries its
+    /// addresses in turn. With remote, the last proxy resolves it.
+    #[argh(option, short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
     pub(super) proxy_dns: bool,
 
-    /// use IPv4 alone
+    /// use IPv4 only
     #[argh(switch, short = '4')]
     pub(super) ipv4: bool,
 
-    /// use IPv6 alone
+    /// use IPv6 only
     #[argh(switch, short = '6')]
     pub(super) ipv6: bool,
 
-    /// the address of this machine to come from
-    #[argh(option, short = 's', arg_name = "ip")]
+    /// source address
+    #[argh(option, short = 's', arg_name = "IP")]
     pub(super) source: Option<IpAddr>,
 
-    /// the port to come from
-    #[argh(option, short = 'p', arg_name = "port", from_str_fn(parse_source_port))]
+    /// source port. In udp mode it is the source port of the datagrams.
+    #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_source_port))]
     pub(super) source_port: Option<u16>,
 
-    /// how long it may take until the target has accepted or, with bind, the peer has come: seconds, or with ms, s, m, h
-    /// (60; for bind's peer, what the proxy allows). With udp, to associate (60) and then, behind the end of stdin, to
-    /// wait for answers (2)
-    #[argh(option, short = 'w', arg_name = "time", from_str_fn(parse_duration))]
+    /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshake with every
+    /// proxy and the reply; in bind mode, if given, also the wait for the peer. In udp mode it also limits the wait for
+    /// answers after stdin has ended, where the default is 2s.
+    #[argh(option, short = 'w', arg_name = "TIME", from_str_fn(parse_duration))]
     pub(super) timeout: Option<Duration>,
 
-    /// try again for so long, unless it would fail the same way again
-    #[argh(option, arg_name = "time", from_str_fn(parse_duration))]
+    /// retry failed attempts for this long. The pause between attempts grows to 2s. Errors that a retry cannot fix end
+    /// s5 at once: a refused login, a server that is not SOCKS5, and REP 2, 7 and 8. Each attempt has the time limit of
+    /// --timeout.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(super) wait: Option<Duration>,
 
-    /// end, with status 28, after so long without an octet either way; with udp -l, end a peer's association (60)
-    #[argh(option, short = 'i', arg_name = "time", from_str_fn(parse_timeout))]
+    /// exit 28 if idle this long [default: never]. With udp -l it ends the association of one peer; the default there
+    /// is 60s.
+    #[argh(option, short = 'i', arg_name = "TIME", from_str_fn(parse_timeout))]
     pub(super) idle_timeout: Option<Duration>,
 
-    /// only establish what was asked for, quietly: the exit status is the answer. Without a target, ask the proxy for
-    /// nothing but to let us in
+    /// exit this long after stdin ends [default: never]
+    #[argh(option, short = 'q', arg_name = "TIME", from_str_fn(parse_duration))]
+    pub(super) quit_after: Option<Duration>,
+
+    /// exit after N answers. Fewer answers within the time limit are a failure with status 28.
+    #[argh(option, short = 'n', arg_name = "N")]
+    pub(super) count: Option<u64>,
+
+    /// connect, transfer nothing, and exit 0 on success. Without a target s5 only logs in to the proxy; in udp mode it
+    /// also opens an association. Failures are silent too, unless -v is given.
     #[argh(switch, short = 'z')]
     pub(super) zero_io: bool,
 
-    /// read nothing from stdin
+    /// do not read stdin
     #[argh(switch, short = 'd')]
     pub(super) recv_only: bool,
 
-    /// write nothing to stdout, and end 5 s behind stdin at the latest
+    /// do not write to stdout. s5 exits at the latest 5s after stdin has ended.
     #[argh(switch)]
     pub(super) send_only: bool,
 
-    /// end so long after stdin, whatever is still to come (never)
-    #[argh(option, short = 'q', arg_name = "time", from_str_fn(parse_duration))]
-    pub(super) quit_after: Option<Duration>,
-
-    /// pass on the end of stdin, which is done anyway
+    /// half-close after stdin ends; this is always done. Accepted for compatibility with nc.
     #[argh(switch, short = 'N')]
-    #[allow(dead_code, reason = "it is taken, and is what happens anyway")]
+    #[allow(dead_code, reason = "accepted for compatibility; it is the default behaviour")]
     pub(super) shutdown: bool,
 
-    /// do not pass on the end of stdin
+    /// do not half-close after stdin ends
     #[argh(switch)]
     pub(super) no_shutdown: bool,
 
-    /// send the ends of lines as CR LF
+    /// send line ends as CR LF
     #[argh(switch, short = 'C')]
     pub(super) crlf: bool,
 
-    /// hand the connected socket over stdout and end, for ssh's ProxyUseFdpass
+    /// pass the socket over stdout (ssh ProxyUseFdpass). The connected socket is sent with SCM_RIGHTS, and s5 exits.
+    /// This saves a process and a copy of all data. It is refused when GSSAPI protects the tunnel.
     #[argh(switch, short = 'F')]
     pub(super) pass_fd: bool,
 
-    /// run a program, with arguments after blanks, with the tunnel as its stdin and stdout
-    #[argh(option, short = 'e', arg_name = "program")]
+    /// run PROGRAM with the tunnel as stdin and stdout. Arguments follow after blanks. S5_TARGET, S5_BND and
+    /// S5_PROXY_ADDR are set, and the exit status of PROGRAM becomes that of s5.
+    #[argh(option, short = 'e', arg_name = "PROGRAM")]
     pub(super) exec: Option<String>,
 
-    /// the same with a command for the shell
-    #[argh(option, short = 'c', arg_name = "command")]
+    /// the same with /bin/sh -c COMMAND
+    #[argh(option, short = 'c', arg_name = "COMMAND")]
     pub(super) sh_exec: Option<String>,
 
-    /// listen here, on 127.0.0.1 unless told otherwise, and give what comes its own way to the target
-    #[argh(option, short = 'l', arg_name = "[addr:]port")]
-    pub(super) listen: Option<String>,
-
-    /// with -l, serve any number of connections, and not just one
-    #[argh(switch, short = 'k')]
-    pub(super) keep_open: bool,
-
-    /// write the address that is bound, and nothing else, to a file or a descriptor (fd:N)
-    #[argh(option, arg_name = "file")]
-    pub(super) bound_to: Option<String>,
-
-    /// end after so many answers; fewer in their time are a failure
-    #[argh(option, short = 'n', arg_name = "n")]
-    pub(super) count: Option<u64>,
-
-    /// take what one read gives as a datagram, and write answers as they are
+    /// one datagram per read, answers as they are. The boundaries between answers are not visible in the output.
     #[argh(switch)]
     pub(super) raw: bool,
 
-    /// take each line as the hexadecimal digits of a datagram, and write answers so
+    /// one datagram per line of hexadecimal digits. Answers are written the same way.
     #[argh(switch)]
     pub(super) hex: bool,
 
-    /// two octets before each datagram, and each answer, are its length, the higher one first
+    /// two bytes of length before each datagram. The length is big-endian. Answers are written the same way.
     #[argh(switch)]
     pub(super) length_prefixed: bool,
 
-    /// with -l, how many peers may have an association at once (256)
-    #[argh(option, arg_name = "n", from_str_fn(parse_positive), default = "MAX_PEERS")]
+    /// listen here and forward to the target. ADDR defaults to 127.0.0.1. Each TCP connection gets a tunnel, each UDP
+    /// peer an association. s5 reports "listening on ADDR:PORT" on stderr.
+    #[argh(option, short = 'l', arg_name = "[ADDR:]PORT")]
+    pub(super) listen: Option<String>,
+
+    /// with -l, accept any number of connections. Without it, s5 serves one connection and exits.
+    #[argh(switch, short = 'k')]
+    pub(super) keep_open: bool,
+
+    /// with -l, peers at the same time [default: 256]
+    #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "MAX_PEERS")]
     pub(super) max_peers: usize,
 
-    /// say on stderr what happens; twice, also in the handshake
+    /// write the bound address to FILE or fd:N. A regular file is written whole, and a file of an earlier run is
+    /// removed at the start. A descriptor is closed after the write.
+    #[argh(option, arg_name = "FILE")]
+    pub(super) bound_to: Option<String>,
+
+    /// report what happens on stderr; twice for more. Twice also reports each step of the handshake.
     #[argh(switch, short = 'v')]
     pub(super) verbose: u8,
 
-    /// say nothing on stderr, not even what went wrong
+    /// print nothing on stderr, not even errors
     #[argh(switch)]
     pub(super) quiet: bool,
 
-    /// say at the end what happened as a JSON object, one line on stderr
+    /// print a JSON summary on stderr at the end. It replaces the error message. With -l there is one for each tunnel.
+    /// See JSON.
     #[argh(switch)]
     pub(super) json: bool,
 
-    /// show octets, rate and time on stderr, when that is a terminal
+    /// show bytes, rate and time on a terminal
     #[argh(switch)]
     pub(super) progress: bool,
 
@@ -307,38 +322,26 @@ impl ClientMode {
         }
     }
 
-    /// Returns what help and manual print: the options that the mode supports.
+    /// Returns the options that the mode takes, for help and completions.
     pub(super) fn info(
         self,
         description: &'static str,
-        examples: &'static [&'static str],
-        positional: &'static [PositionalInfo<'static>],
+        positionals: &'static [PositionalInfo<'static>],
     ) -> CommandInfoWithArgs {
         let all = Args::get_args_info();
         let takes = |flag: &&FlagInfo<'static>| self.unsupported_reason(flag.long).is_none();
         let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(takes).map(copy_flag).collect();
-        let notes = &[PROXY_NOTE];
-        // Called once or twice in a process.
+        // argh wants a static slice; this runs once or twice in the life of the process.
         let flags = Box::leak(flags.into_boxed_slice());
-        CommandInfoWithArgs {
-            name: self.name(),
-            description,
-            examples,
-            flags,
-            notes,
-            positionals: positional,
-            ..CommandInfoWithArgs::default()
-        }
+        CommandInfoWithArgs { name: self.name(), description, flags, positionals, ..CommandInfoWithArgs::default() }
     }
 }
 
-/// What all modes say of the proxy.
-const PROXY_NOTE: &str = "The proxy is --proxy, else S5_PROXY, all_proxy, ALL_PROXY, SOCKS5_SERVER or SOCKS_SERVER, unless no_proxy \
-                    or NO_PROXY names the target; else 127.0.0.1:1080.\n\n\
-                    User and password are those of the URL, else of --proxy-user, --proxy-auth-file, S5_PROXY_AUTH or \
-                    NCAT_PROXY_AUTH (user:password), SOCKS5_USER and SOCKS5_PASSWORD, SOCKS_USERNAME and SOCKS_PASSWORD. \
-                    For a user without a password SSH_ASKPASS is run, or the terminal asked, where that is not also \
-                    stdin.";
+/// Returns the names of the modes that take an option, if not every client mode does.
+pub(super) fn modes_of(option: &str) -> Option<Vec<&'static str>> {
+    let (_, modes, _) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
+    Some(modes.iter().map(|mode| mode.name()).collect())
+}
 
 /// Copies what the help prints of an option, since argh's type is not `Clone`.
 fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
@@ -352,7 +355,7 @@ fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
 
 /// Defines a client mode for argh: the shared options under the mode's name.
 macro_rules! client_mode {
-    ($mode:ident, $name:literal, $description:literal, $example:expr, [$($positional:ident $what:literal)?]) => {
+    ($mode:ident, $name:literal, $description:literal, [$($positional:ident $what:literal)?]) => {
         #[doc = $description]
         #[derive(Debug)]
         pub struct Args(pub(super) crate::cmd::client::Args);
@@ -370,7 +373,7 @@ macro_rules! client_mode {
 
         impl argh::ArgsInfo for Args {
             fn get_args_info() -> argh::CommandInfoWithArgs {
-                crate::cmd::client::ClientMode::$mode.info($description, &[$example], &[$(argh::PositionalInfo {
+                crate::cmd::client::ClientMode::$mode.info($description, &[$(argh::PositionalInfo {
                     name: stringify!($positional),
                     description: $what,
                     optionality: argh::Optionality::Optional,

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use argh::{ArgsInfo as _, CommandInfoWithArgs, FlagInfo};
 
 use super::Args;
-use super::help::value;
+use super::help::{summary, value};
 
 /// A shell that completes command lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,7 @@ fn zsh(program: &CommandInfoWithArgs) -> String {
     let plain = |text: &str| text.replace('[', "(").replace(']', ")").replace(':', "\\:");
     let spec = |flag: &FlagInfo<'_>, name: &str| {
         let action = value(flag).map(|value| format!(":{}:_files", plain(value))).unwrap_or_default();
-        quoted(&format!("*{name}[{}]{action}", plain(flag.description)))
+        quoted(&format!("*{name}[{}]{action}", plain(summary(flag))))
     };
     let mut out =
         "#compdef s5\n\n_s5() {\n    local -a modes specs\n    if (( CURRENT == 2 )); then\n        modes=(\n"
@@ -91,7 +91,7 @@ fn zsh(program: &CommandInfoWithArgs) -> String {
         let _ = writeln!(out, "            {}", quoted(&text));
     }
     for flag in program.flags {
-        let _ = writeln!(out, "            {}", quoted(&format!("{}:{}", flag.long, plain(flag.description))));
+        let _ = writeln!(out, "            {}", quoted(&format!("{}:{}", flag.long, plain(summary(flag)))));
     }
     out += "        )\n        _describe mode modes\n        return\n    fi\n    case $words[2] in\n";
     for mode in &program.commands {
@@ -115,7 +115,7 @@ fn fish(program: &CommandInfoWithArgs) -> String {
         for flag in flags {
             let short = flag.short.map(|short| format!(" -s {short}")).unwrap_or_default();
             let needs = if value(flag).is_some() { " -r" } else { "" };
-            let (long, what) = (flag.long.trim_start_matches('-'), quoted(flag.description));
+            let (long, what) = (flag.long.trim_start_matches('-'), quoted(summary(flag)));
             let _ = writeln!(out, "complete -c s5 -n '{condition}'{short} -l {long}{needs} -d {what}");
         }
     };

@@ -10,11 +10,7 @@ use crate::proto::Command;
 client_mode!(
     Connect,
     "connect",
-    "Connect to a target through SOCKS5 proxies: stdin goes there, what it answers comes to stdout.",
-    "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | s5 connect example.org:80\n\
-     ssh -o ProxyCommand='s5 connect %h %p' host\n\
-     s5 connect -z --wait 30s example.org:80\n\
-     s5 connect -l 8022 -k example.org:22",
+    "Connect to a target through SOCKS5 proxies; stdin and stdout are the tunnel",
     [target "host:port, or host and port"]
 );
 

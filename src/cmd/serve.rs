@@ -28,163 +28,166 @@ const VIA_HOP_NAME: &str = "--via";
 /// Where to listen when nobody says.
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
-/// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE (RFC 1928); open, with passwords (RFC 1929) or Kerberos (RFC 1961).
+/// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
-#[argh(
-    subcommand,
-    name = "serve",
-    note = "Times are seconds, or with ms, s, m, h; rates are octets a second, or with k, M, G. SIGHUP reads users and \
-            rules again. SIGTERM and SIGINT drain and end it, a second one ends it at once.\n\nA rule is allow or deny, \
-            and any of from=CIDR user=NAME|*@REALM method=none|password|gssapi command=connect|bind|udp \
-            to=NAME|.SUFFIX|CIDR port=N|LO-HI via=NAME, with commas for lists. The first one that matches decides.",
-    example = "s5 serve --listen '*:1080' --users /etc/s5/users\n\
-               s5 serve --listen '*:1080' --allow from=192.168.0.0/16\n\
-               s5 serve --rules rules --explain 'from=192.168.1.2 to=localhost:22'"
-)]
+#[argh(subcommand, name = "serve")]
 pub struct Args {
-    #[argh(
-        option,
-        arg_name = "addr",
-        description = "where to listen: host:port, [v6]:port, port (loopback), *:port (every address) or unix:/path; \
-                       may be repeated (127.0.0.1:1080)"
-    )]
+    /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, [IPV6]:PORT, PORT (both loopback
+    /// addresses), *:PORT (every address) or unix:/PATH. With port 0 the kernel chooses the port, and the log shows it.
+    /// A Unix socket that no process uses is replaced; one in use is an error. An address other than loopback needs
+    /// access control: --users, --keytab, a rule with from=, or --open.
+    #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
-    /// a file with a line name:hash for each user; with it, nobody gets in without a password
-    #[argh(option, arg_name = "file")]
+    /// address to report in replies, behind NAT. The replies to BIND and UDP ASSOCIATE contain IP instead of the
+    /// address that the client connected to. At most one per family.
+    #[argh(option, arg_name = "IP")]
+    advertise: Vec<IpAddr>,
+
+    /// ports for BIND [default: chosen by the kernel]
+    #[argh(option, arg_name = "LO-HI")]
+    bind_ports: Option<PortRange>,
+
+    /// ports for UDP ASSOCIATE [default: from the kernel]
+    #[argh(option, arg_name = "LO-HI")]
+    udp_ports: Option<PortRange>,
+
+    /// worker threads [default: one per core]
+    #[argh(option, arg_name = "N", from_str_fn(parse_threads))]
+    threads: Option<u16>,
+
+    /// require a password; FILE has name:hash lines. See USERS FILE.
+    #[argh(option, arg_name = "FILE")]
     users: Option<PathBuf>,
 
-    /// add a user to the users file, or change the password, and exit; asks for it, or reads a line of stdin
-    #[argh(option, arg_name = "name")]
+    /// add a user or change the password, then exit. The password is read from the terminal, twice and without echo. If
+    /// stdin is not a terminal, it is the first line of stdin.
+    #[argh(option, arg_name = "NAME")]
     add_user: Option<String>,
 
-    /// remove a user from the users file and exit
-    #[argh(option, arg_name = "name")]
+    /// remove a user from the users file, then exit
+    #[argh(option, arg_name = "NAME")]
     remove_user: Option<String>,
 
-    /// methods that are taken, the preferred one first: none, password, gssapi (password with --users, gssapi with
-    /// --keytab, else none)
-    #[argh(option, arg_name = "method,…", from_str_fn(parse_methods))]
+    /// login methods to accept [default: automatic]. A comma-separated list of none, password and gssapi, the preferred
+    /// method first. By default password with --users, gssapi with a GSSAPI option, both with both, and otherwise none.
+    #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
     auth: Option<Vec<Method>>,
 
-    /// where the keys for gssapi are (what the environment or the system says)
-    #[argh(option, arg_name = "file")]
+    /// file with Kerberos keys [default: the system's]. FILE is read at each login, so that new keys need no restart.
+    /// The default is KRB5_KTNAME, or what the Kerberos library chooses.
+    #[argh(option, arg_name = "FILE")]
     keytab: Option<PathBuf>,
 
-    /// which key is used: rcmd, rcmd@host or a principal (any of the keytab)
-    #[argh(option, arg_name = "name")]
+    /// own Kerberos principal [default: any in keytab]. NAME is a service name such as rcmd (any host), rcmd@HOST, or a
+    /// principal such as rcmd/HOST@REALM.
+    #[argh(option, arg_name = "NAME")]
     gssapi_service: Option<String>,
 
-    /// what may be granted: none (curl can do no other), integrity, confidentiality (the last two)
-    #[argh(option, arg_name = "level,…", from_str_fn(parse_levels))]
+    /// protection levels to grant [default: all but none]. A comma-separated list of none, integrity and
+    /// confidentiality. A client gets the level that it requests if it is in the list, and otherwise the strongest in
+    /// the list. curl supports only none.
+    #[argh(option, arg_name = "LEVELS", from_str_fn(parse_levels))]
     gssapi_protection: Option<Vec<ProtectionLevel>>,
 
-    /// a file with a rule a line: who may go where; first match wins
-    #[argh(option, arg_name = "file")]
+    /// rules for clients, users and targets. The first rule that matches decides. See RULES.
+    #[argh(option, arg_name = "FILE")]
     rules: Option<PathBuf>,
 
-    /// a rule before those of the file, without its first word; may be repeated
-    #[argh(option, arg_name = "conditions", from_str_fn(allow_rule))]
+    /// add an allow rule before the file's (repeatable). RULE is a rule without its first word. The rules of --allow
+    /// and --deny keep their order on the command line.
+    #[argh(option, arg_name = "RULE", from_str_fn(allow_rule))]
     allow: Vec<RuleOption>,
 
-    /// the same for what is denied; the order of all of them counts
-    #[argh(option, arg_name = "conditions", from_str_fn(deny_rule))]
+    /// add a deny rule before the file's (repeatable)
+    #[argh(option, arg_name = "RULE", from_str_fn(deny_rule))]
     deny: Vec<RuleOption>,
 
-    /// print all rules, the built-in ones too, and exit
+    /// print all rules in order, then exit. The built-in rules are included.
     #[argh(switch)]
     show_rules: bool,
 
-    /// print which rule decides about 'from=IP user=NAME command=connect to=HOST:PORT', and exit: 0 allow, 1 deny
-    #[argh(option, arg_name = "question")]
+    /// show which rule decides REQUEST, then exit. REQUEST is 'from=IP user=NAME command=connect to=HOST:PORT', where
+    /// each part may be left out except to=. The exit status is 0 for allow and 1 for deny. The server is not started.
+    #[argh(option, arg_name = "REQUEST")]
     explain: Option<String>,
 
-    /// let everybody who can reach this server use it, without login or rules
+    /// serve other hosts without login or rules. This is an open relay: anyone who can reach the server can use it.
     #[argh(switch)]
     open: bool,
 
-    /// go through this SOCKS5 server, or through several with commas, nearest first: user:password@host:port
-    #[argh(option, arg_name = "url")]
-    via: Option<String>,
-
-    /// a way that rules can name with via=NAME; may be repeated
-    #[argh(option, arg_name = "name=url")]
-    hop: Vec<String>,
-
-    /// the methods that are offered to hops: none, password, gssapi (none, and what there is something to log in with)
-    #[argh(option, arg_name = "method,…", from_str_fn(parse_methods))]
-    hop_auth: Option<Vec<Method>>,
-
-    /// at a reload, leave sessions alone that would now be refused
+    /// keep sessions that reloaded rules would refuse. By default a reload ends them.
     #[argh(switch)]
     keep_sessions: bool,
 
-    /// sessions at once from one address, of IPv6 from one /64 (no limit)
-    #[argh(option, arg_name = "n", from_str_fn(parse_positive))]
-    max_per_client: Option<usize>,
+    /// forward all traffic through this proxy or chain. URL has the form of --proxy of the client modes.
+    #[argh(option, arg_name = "URL")]
+    via: Option<String>,
 
-    /// sessions at once of one user (no limit)
-    #[argh(option, arg_name = "n", from_str_fn(parse_positive))]
-    max_per_user: Option<usize>,
+    /// proxy that rules select by via=NAME (repeatable)
+    #[argh(option, arg_name = "NAME=URL")]
+    hop: Vec<String>,
 
-    /// octets a second of a session, and of all sessions of a user together; both ways together (no limit)
-    #[argh(option, arg_name = "bytes", from_str_fn(parse_rate))]
-    rate: Option<u64>,
+    /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. By default
+    /// none, plus each method that credentials were given for. With gssapi alone, no proxy can switch protection off.
+    #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
+    hop_auth: Option<Vec<Method>>,
 
-    /// octets a second of all sessions of a user together, where that is to be another number (as --rate)
-    #[argh(option, arg_name = "bytes", from_str_fn(parse_rate))]
-    rate_per_user: Option<u64>,
-
-    /// for everything up to the request (10)
-    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
-    handshake_timeout: Duration,
-
-    /// for the name and all addresses of a target together (10)
-    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
-    connect_timeout: Duration,
-
-    /// for the peer that BIND expects (120)
-    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(120)")]
-    bind_timeout: Duration,
-
-    /// for silence on an open tunnel or association (124m, RFC 5382)
-    #[argh(option, arg_name = "time", from_str_fn(parse_timeout), default = "Duration::from_secs(124 * 60)")]
-    idle_timeout: Duration,
-
-    /// for open sessions to finish once the server is told to end (5)
-    #[argh(option, arg_name = "time", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
-    drain: Duration,
-
-    /// connections at once (what the descriptor limit allows)
-    #[argh(option, arg_name = "n", from_str_fn(parse_positive))]
-    max_connections: Option<usize>,
-
-    /// threads that run sessions (one a core)
-    #[argh(option, arg_name = "n", from_str_fn(parse_threads))]
-    threads: Option<u16>,
-
-    /// the address that replies to BIND and UDP ASSOCIATE give, behind NAT; one a family (the one the client uses)
-    #[argh(option, arg_name = "ip")]
-    advertise: Vec<IpAddr>,
-
-    /// ports for BIND, lo-hi (the system's choice)
-    #[argh(option, arg_name = "lo-hi")]
-    bind_ports: Option<PortRange>,
-
-    /// ports for UDP ASSOCIATE, lo-hi (the system's choice)
-    #[argh(option, arg_name = "lo-hi")]
-    udp_ports: Option<PortRange>,
-
-    /// whose datagrams reach a client: address-dependent (of those it has sent to) or endpoint-independent
-    /// (everybody's) (address-dependent)
-    #[argh(option, arg_name = "how", from_str_fn(parse_filtering), default = "Filtering::AddressDependent")]
+    /// filter for answers [default: address-dependent]. With address-dependent, datagrams pass from the addresses that
+    /// the client has sent to. With endpoint-independent, datagrams from every address pass (RFC 4787 section 5).
+    #[argh(option, arg_name = "MODE", from_str_fn(parse_filtering), default = "Filtering::AddressDependent")]
     udp_filtering: Filtering,
 
-    /// log more; twice, all there is
+    /// open sessions [default: from the descriptor limit]. At the limit, new connections wait in the listen backlog. s5
+    /// raises the soft descriptor limit to the hard one; a session needs two descriptors.
+    #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
+    max_connections: Option<usize>,
+
+    /// sessions per client address [default: no limit]. IPv6 clients are counted per /64. A connection above the limit
+    /// is closed at once.
+    #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
+    max_per_client: Option<usize>,
+
+    /// sessions per user [default: no limit]. A request above the limit is answered with REP 2.
+    #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
+    max_per_user: Option<usize>,
+
+    /// bytes per second of a session [default: no limit]. Both directions count together. The same limit applies to all
+    /// sessions of a user together. BYTES may have a unit of k, M or G (powers of 1000). After a pause, a burst of a
+    /// quarter of a second passes, and at least 64 KiB. Datagrams above the limit are dropped.
+    #[argh(option, arg_name = "BYTES", from_str_fn(parse_rate))]
+    rate: Option<u64>,
+
+    /// bytes per second of a user [default: as --rate]
+    #[argh(option, arg_name = "BYTES", from_str_fn(parse_rate))]
+    rate_per_user: Option<u64>,
+
+    /// time limit for login and request [default: 10s]. It runs from accept to the end of the request.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
+    handshake_timeout: Duration,
+
+    /// time limit to reach a target [default: 10s]. It covers name resolution and the attempts on all addresses.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
+    connect_timeout: Duration,
+
+    /// time limit for the peer of BIND [default: 2m]
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(120)")]
+    bind_timeout: Duration,
+
+    /// time limit without traffic [default: 124m]. It applies to tunnels and associations. The default follows RFC
+    /// 5382.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(124 * 60)")]
+    idle_timeout: Duration,
+
+    /// time for open sessions at shutdown [default: 5s]. Sessions that are still open after it are reset.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
+    drain: Duration,
+
+    /// log more; twice for everything
     #[argh(switch, short = 'v')]
     verbose: u8,
 
-    /// log only what is wrong
+    /// log only warnings and errors
     #[argh(switch, short = 'q')]
     quiet: bool,
 }

@@ -34,10 +34,7 @@ const PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 client_mode!(
     Udp,
     "udp",
-    "Send datagrams to a target through SOCKS5 proxies: a line of stdin is a datagram, an answer is a line on stdout.",
-    "echo ping | s5 udp -w 1 192.0.2.7:7\n\
-     s5 udp -z -v -x proxy.example\n\
-     s5 udp -l 5353 192.0.2.53:53",
+    "Send stdin as datagrams through SOCKS5 proxies, and print the answers",
     [target "host:port, or host and port"]
 );
 

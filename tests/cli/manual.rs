@@ -1,123 +1,267 @@
-//! What the program says of itself, for other programs to show: the manual page, and completions for shells.
+//! Help, manual page and completions: what s5 documents about itself, and that nothing is missing in it.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
+
+use s5::cmd::ExitStatus;
 
 use crate::common::{is_installed, run, temp_dir, write_file};
 use crate::scripted::text;
 use crate::{is_usage_error, s5_with};
 
-/// Shells and groff read much before they begin.
-const A_WHILE: Duration = Duration::from_secs(30);
+/// Time limit for a shell, man or groff: they read many files at their start.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);
 const MODES: [&str; 4] = ["serve", "connect", "bind", "udp"];
 const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
-/// Scripts rely on them.
+/// Scripts rely on these numbers.
 const STATUSES: [u8; 26] =
     [0, 1, 2, 5, 6, 7, 23, 26, 28, 45, 55, 56, 67, 97, 101, 102, 103, 104, 105, 106, 107, 108, 109, 126, 127, 141];
+/// Two screens of a terminal.
+const MAX_HELP_LINES: usize = 48;
+const MAX_HELP_COLUMNS: usize = 80;
 
-fn said(args: &[&str]) -> String {
+/// Runs s5, which must succeed, and returns its stdout.
+fn stdout_of(args: &[&str]) -> String {
     let output = s5_with(args);
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{args:?}");
     text(&output.stdout)
 }
 
-/// The manual as a reader sees it, each paragraph on a line.
-fn rendered() -> String {
-    let mut man = Command::new("man");
-    man.env("MANWIDTH", "20000").env("LC_ALL", "C.UTF-8").env_remove("MANOPT").env_remove("MANROFFOPT");
-    let output = run(man.args(["--warnings=all", "-l", "-"]), said(&["--man"]).as_bytes(), A_WHILE);
-    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
-    text(&output.stdout).replace('…', "...")
+/// Lints the manual page with a program that must print nothing.
+fn lint(program: &str, args: &[&str]) {
+    if is_installed(program) {
+        let output = run(Command::new(program).args(args), stdout_of(&["--man"]).as_bytes(), PROGRAM_TIMEOUT);
+        let report = text(&output.stdout) + &text(&output.stderr);
+        assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{program}");
+    }
 }
 
-/// What stands under a heading.
+/// The manual page without escapes and font changes, a source line per line.
+fn manual() -> String {
+    let page = stdout_of(&["--man"]);
+    ["\\fB", "\\fI", "\\fR", "\\fP", "\\&"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-")
+}
+
+/// The lines of a section.
 fn section<'a>(manual: &'a str, heading: &str) -> &'a str {
-    let (_, rest) = manual.split_once(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("no {heading}: {manual}"));
-    let end = rest.match_indices('\n').find(|(at, _)| rest[at + 1..].starts_with(|c: char| c.is_ascii_uppercase()));
-    end.map_or(rest, |(at, _)| &rest[..at])
+    let start = format!("\n.SH {heading}\n");
+    let (_, rest) = manual.split_once(&start).unwrap_or_else(|| panic!("no section {heading}"));
+    rest.split("\n.SH ").next().unwrap_or_default()
 }
 
-/// The options of a mode's help, each with its short name and its value.
+/// The words that a section sets in bold, which is how it names fields, variables, keys and signals.
+fn bold_words(manual: &str, heading: &str) -> BTreeSet<String> {
+    let lines = section(manual, heading).lines().filter(|line| line.starts_with(".B"));
+    let words = lines.flat_map(|line| line.split([' ', ',', '\\']).skip(1));
+    words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+fn assert_all_in<T: AsRef<str>>(manual: &str, heading: &str, names: impl IntoIterator<Item = T>, at_least: usize) {
+    let words = bold_words(manual, heading);
+    let names: Vec<T> = names.into_iter().collect();
+    assert!(names.len() >= at_least, "only {} names for {heading}", names.len());
+    for name in names {
+        assert!(words.contains(name.as_ref()), "{} is missing in {heading}: {words:?}", name.as_ref());
+    }
+}
+
+/// The source text of s5 without tests, a file per item.
+fn sources() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut folders = vec![root];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("a folder of src") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).expect("a source file");
+                let code = text.split("\n#[cfg(test)]").next().unwrap_or_default().to_owned();
+                files.push((path.to_string_lossy().into_owned(), code));
+            }
+        }
+    }
+    files
+}
+
+/// The string literals of a line of code.
+fn literals(line: &str) -> impl Iterator<Item = &str> {
+    line.split('"').skip(1).step_by(2)
+}
+
+/// The option lines of a mode's help: names and placeholder.
 fn options(mode: &str) -> Vec<String> {
-    let help = said(&[mode, "--help"]).replace('…', "...");
-    let (_, options) = help.split_once("\nOptions:\n").expect("options");
-    let lines = options.lines().take_while(|line| line.starts_with(' '));
-    let heads = lines.filter(|line| !line.starts_with("        ")).map(|line| line.trim().to_owned());
-    heads.chain(["--help".to_owned()]).collect()
+    let help = stdout_of(&[mode, "--help"]);
+    let heads = help.lines().filter(|line| line.starts_with("  -")).map(|line| line.trim().split("  ").next());
+    heads.map(|head| head.unwrap_or_default().to_owned()).collect()
 }
 
 #[test]
-fn groff_and_man_have_no_complaint_about_the_manual() {
-    if !is_installed("man") || !is_installed("groff") {
-        return;
-    }
-    assert!(rendered().starts_with("S5(1)"), "{}", rendered());
-    let output = run(Command::new("groff").args(["-man", "-ww", "-Tutf8", "-z"]), said(&["--man"]).as_bytes(), A_WHILE);
-    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
-}
-
-#[test]
-fn the_manual_has_every_option_of_every_mode() {
-    if !is_installed("man") {
-        return;
-    }
-    let manual = rendered();
+fn help_groups_the_options_and_fits_on_two_screens() {
+    let client = ["Proxy", "Addresses", "Limits", "Data", "Listening", "Logging"];
     for mode in MODES {
-        let section = section(&manual, &format!("S5 {}", mode.to_uppercase()));
+        let help = stdout_of(&[mode, "--help"]);
+        let lines: Vec<&str> = help.lines().collect();
+        assert!(lines.len() <= MAX_HELP_LINES, "{mode}: {} lines", lines.len());
+        assert!(lines.iter().all(|line| line.chars().count() <= MAX_HELP_COLUMNS), "{mode}: {help}");
+        let headings: Vec<&str> = lines[2..lines.len() - 1].iter().filter(|l| !l.starts_with(' ')).copied().collect();
+        let expected =
+            if mode == "serve" { &["Listening", "Access", "Routing", "Limits", "Logging"][..] } else { &client };
+        assert_eq!(headings, expected, "{mode}");
+        assert!(lines[2] == headings[0], "{mode}: an option stands before the first heading");
+    }
+}
+
+#[test]
+fn help_has_the_default_last() {
+    for mode in MODES {
+        let help = stdout_of(&[mode, "--help"]);
+        for line in help.lines().filter(|line| line.contains("[default:")) {
+            assert!(line.ends_with(']'), "{mode}: {line}");
+        }
+    }
+}
+
+#[test]
+fn manual_has_no_finding_by_mandoc_groff_and_man() {
+    lint("mandoc", &["-T", "lint"]);
+    lint("groff", &["-man", "-ww", "-Tutf8", "-z"]);
+    if is_installed("man") {
+        let mut man = Command::new("man");
+        man.env("LC_ALL", "C.UTF-8").env_remove("MANOPT").env_remove("MANROFFOPT");
+        let page = stdout_of(&["--man"]);
+        let output = run(man.args(["--warnings=all", "-l", "-"]), page.as_bytes(), PROGRAM_TIMEOUT);
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
+        assert!(text(&output.stdout).starts_with("S5(1)"));
+    }
+}
+
+#[test]
+fn manual_has_every_option_of_every_mode() {
+    let manual = manual();
+    for mode in MODES {
+        let section = section(&manual, if mode == "serve" { "SERVER OPTIONS" } else { "CLIENT OPTIONS" });
         let options = options(mode);
-        assert!(options.len() > 20, "{mode}: {options:?}");
+        assert!(options.len() > 30, "{mode}: {options:?}");
         for option in options {
-            // What it is for stands behind it, or on the next line.
-            let is_head = |line: &str| line.trim().strip_prefix(&option).is_some_and(|rest| !rest.starts_with('-'));
-            assert!(section.lines().any(is_head), "{mode}: {option:?} is missing in {section}");
+            assert!(section.contains(&format!("\n.TP\n{option}\n")), "{mode}: {option:?} is missing");
         }
     }
     for option in ["--version", "--man", "--completions", "--help"] {
-        assert!(section(&manual, "SYNOPSIS").contains(&format!("s5 {option}")), "{option}");
+        assert!(section(&manual, "SYNOPSIS").contains(option), "{option}");
     }
 }
 
 #[test]
-fn the_manual_has_every_exit_status_once_with_a_meaning() {
-    if !is_installed("man") {
-        return;
+fn manual_names_the_modes_of_an_option_that_not_all_modes_have() {
+    let manual = manual();
+    let section = section(&manual, "CLIENT OPTIONS");
+    for entry in section.split("\n.TP\n").skip(1) {
+        let head = entry.lines().next().unwrap_or_default();
+        let modes: Vec<&str> =
+            MODES[1..].iter().filter(|mode| options(mode).iter().any(|o| o == head)).copied().collect();
+        let is_named = entry.contains(&format!("Only for {}.", modes.join(" and ")));
+        assert_eq!(is_named, modes.len() < 3, "{head}: {modes:?}");
     }
-    let manual = rendered();
-    let entries = section(&manual, "EXIT STATUS").lines().map(str::trim).filter(|line| !line.is_empty());
-    let entries = entries.map(|line| line.split_once(' ').unwrap_or_else(|| panic!("no meaning: {line}")));
-    let entries: Vec<(u8, &str)> = entries.map(|(code, meaning)| (code.parse().expect(code), meaning.trim())).collect();
-    let codes: Vec<u8> = entries.iter().map(|(code, _)| *code).collect();
-    assert_eq!(codes, STATUSES);
-    let meanings: BTreeSet<&str> = entries.iter().map(|(_, meaning)| *meaning).collect();
+}
+
+#[test]
+fn manual_has_every_environment_variable() {
+    let is_variable = |word: &str| {
+        let is_upper = word.len() > 3
+            && !word.starts_with("CARGO_")
+            && word.contains('_')
+            && word.chars().all(|c| matches!(c, 'A'..='Z' | '0'..='9' | '_'));
+        is_upper || ["all_proxy", "no_proxy", "CI", "DISPLAY", "KRB5CCNAME"].contains(&word)
+    };
+    let sources = sources();
+    let found =
+        sources.iter().flat_map(|(_, code)| code.lines()).filter(|line| !line.contains("//") && !line.contains("#["));
+    let names: BTreeSet<&str> = found.flat_map(literals).filter(|word| is_variable(word)).collect();
+    assert_all_in(&manual(), "ENVIRONMENT", names, 20);
+}
+
+#[test]
+fn manual_has_every_field_of_a_log_line() {
+    let sources = sources();
+    let is_log = |path: &str| path.ends_with("session_log.rs");
+    let (_, code) = sources.iter().find(|(path, _)| is_log(path)).expect("the file that writes the line");
+    let words = code.lines().flat_map(literals).flat_map(|literal| literal.split(' '));
+    let fields =
+        words.filter_map(|word| word.split_once('=')).map(|(field, _)| field).filter(|field| !field.is_empty());
+    assert_all_in(&manual(), "LOG", fields.collect::<BTreeSet<_>>(), 12);
+}
+
+#[test]
+fn manual_has_every_key_of_the_json_object() {
+    let output = s5_with(&["connect", "--json", "--auth", "none", "-x", "127.0.0.1:1", "192.0.2.1:1"]);
+    let json = text(&output.stderr);
+    let keys = json.match_indices("\":").filter_map(|(at, _)| json[..at].rsplit('"').next());
+    assert_all_in(&manual(), "JSON", keys, 21);
+}
+
+#[test]
+fn manual_has_every_key_of_a_rule() {
+    let output = s5_with(&["serve", "--allow", "bogus=1", "--show-rules"]);
+    let error = text(&output.stderr);
+    let keys = ["from", "user", "method", "protection", "command", "to", "port", "via"];
+    for key in keys {
+        assert!(error.contains(key), "the keys that s5 lists have changed: {error}");
+    }
+    assert_all_in(&manual(), "RULES", keys.map(|key| format!("{key}=")), keys.len());
+}
+
+#[test]
+fn manual_has_every_signal() {
+    let sources = sources();
+    let names = sources.iter().flat_map(|(_, code)| code.split("Signal::").skip(1));
+    let names = names.filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric()).next());
+    let names: BTreeSet<String> = names.map(|name| format!("SIG{}", name.to_uppercase())).collect();
+    assert_all_in(&manual(), "SIGNALS", names, 3);
+}
+
+#[test]
+fn manual_has_every_exit_status_once_with_a_meaning() {
+    let manual = manual();
+    let entries = section(&manual, "EXIT STATUS").split("\n.TP 6\n.B ").skip(1);
+    let entries: Vec<(u8, String)> = entries
+        .map(|entry| entry.split_once('\n').unwrap_or_else(|| panic!("no meaning: {entry}")))
+        .map(|(code, meaning)| (code.parse().expect(code), meaning.replace('\n', " ")))
+        .collect();
+    assert_eq!(entries.iter().map(|(code, _)| *code).collect::<Vec<_>>(), STATUSES);
+    assert_eq!(STATUSES.to_vec(), ExitStatus::ALL.iter().map(|(code, _)| *code).collect::<Vec<_>>());
+    let meanings: BTreeSet<&str> = entries.iter().map(|(_, meaning)| meaning.trim()).collect();
     assert!(meanings.len() == STATUSES.len() && meanings.iter().all(|meaning| meaning.len() > 10), "{meanings:?}");
 }
 
 #[test]
-fn completions_are_for_the_shells_that_are_named() {
+fn completions_reject_an_unknown_shell() {
     for shell in ["tcsh", "", "Bash"] {
         is_usage_error(&["--completions", shell], &["--completions", shell, "bash", "zsh", "fish"]);
     }
     is_usage_error(&["--completions"], &["--completions"]);
 }
 
-/// The script for a shell, as a file.
+/// Writes the script for a shell to a file, and returns its path.
 fn script(folder: &Path, shell: &str) -> String {
-    write_file(folder, shell, &said(&["--completions", shell]))
+    write_file(folder, shell, &stdout_of(&["--completions", shell]))
 }
 
 #[test]
-fn completions_are_scripts_that_their_shells_can_read() {
+fn completions_are_scripts_that_their_shells_parse() {
     let folder = temp_dir();
     for shell in SHELLS.into_iter().filter(|shell| is_installed(shell)) {
         let option = if shell == "fish" { "--no-execute" } else { "-n" };
-        let output = run(Command::new(shell).args([option, &script(folder.path(), shell)]), b"", A_WHILE);
+        let output = run(Command::new(shell).args([option, &script(folder.path(), shell)]), b"", PROGRAM_TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{shell}");
     }
 }
 
-/// What is on the command line, and all that its last word may become.
+/// A command line, and all completions of its last word.
 const CASES: [(&str, &[&str]); 10] = [
     ("s5 ud", &["udp"]),
     ("s5 se", &["serve"]),
@@ -131,12 +275,12 @@ const CASES: [(&str, &[&str]); 10] = [
     ("s5 serve --prox", &[]),
 ];
 
-/// A shell that knows nothing of whoever runs the tests.
+/// Runs a shell without the configuration of the user.
 fn shell(name: &str, home: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(name);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.env("HOME", home).env("ZDOTDIR", home).env("TERM", "dumb").env("LC_ALL", "C.UTF-8");
-    run(command.current_dir(home).args(args), b"", A_WHILE)
+    run(command.current_dir(home).args(args), b"", PROGRAM_TIMEOUT)
 }
 
 fn sorted<'a>(words: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
@@ -179,7 +323,7 @@ fn fish_completes_modes_and_options() {
     }
 }
 
-/// Types lines and Tab in a shell with a terminal, and prints what they have become.
+/// Types each line and Tab into a shell with a terminal, and prints the completed line.
 const ZPTY: &str = r#"
 zmodload zsh/zpty
 zpty -b shell zsh -d -i
@@ -211,7 +355,7 @@ fn zsh_completes_modes_and_options() {
     let lines = CASES.map(|(line, _)| line);
     let output = shell("zsh", folder.path(), &[&["-f", zpty.as_str()], &lines[..]].concat());
     assert_eq!(text(&output.stderr), "");
-    // Of several it takes what they have in common.
+    // Of several completions zsh inserts the common prefix.
     let becomes = CASES.map(|(line, expected)| match (line.rsplit_once(' ').expect("words"), expected) {
         (_, []) => line.to_owned(),
         ((before, _), [one]) => format!("{before} {one} "),

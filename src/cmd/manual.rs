@@ -1,0 +1,96 @@
+//! The manual page in man(7) format: the prose is in `s5.1`, the options and statuses come from their definitions.
+
+use std::fmt::Write as _;
+
+use argh::{ArgsInfo as _, FlagInfo};
+
+use super::exit_status::ExitStatus;
+use super::help::{heading, options_of, sentences, usage, value};
+use super::{Args, NAME, client, serve};
+
+/// The page. A line that begins with `@` is replaced by the generated text of that name.
+const PAGE: &str = include_str!("s5.1");
+
+/// Returns the manual page.
+pub(super) fn text() -> String {
+    let mut out = String::new();
+    for line in PAGE.lines() {
+        match line.strip_prefix('@') {
+            None => out += &format!("{line}\n"),
+            Some("title") => out += &format!(".TH S5 1 2026-11-26 \"{NAME} {}\"\n", env!("CARGO_PKG_VERSION")),
+            Some("synopsis") => synopsis(&mut out),
+            Some("server options") => options(&mut out, serve::Args::get_args_info().flags, |_| None),
+            Some("client options") => options(&mut out, client::Args::get_args_info().flags, client::modes_of),
+            Some("exit statuses") => exit_statuses(&mut out),
+            Some(other) => debug_assert!(false, "no text is called {other}"),
+        }
+    }
+    out
+}
+
+fn synopsis(out: &mut String) {
+    let program = Args::get_args_info();
+    for mode in &program.commands {
+        let usage = usage(&mode.command, true);
+        let rest = usage.strip_prefix(&format!("{NAME} {}", mode.name)).unwrap_or_default();
+        let _ = writeln!(out, ".B {NAME} {}\n{}\n.br", mode.name, escaped(rest.trim()));
+    }
+    for flag in options_of(program.flags) {
+        let value = value(flag).map(|value| format!("\n.I {value}")).unwrap_or_default();
+        let _ = writeln!(out, ".B {NAME} {}{value}\n.br", escaped(flag.long));
+    }
+    let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escaped("--help"));
+}
+
+/// Appends an entry for each option, with the modes that take it if these are not all.
+fn options(out: &mut String, flags: &[FlagInfo<'_>], modes_of: impl Fn(&str) -> Option<Vec<&'static str>>) {
+    let mut group = "";
+    for flag in options_of(flags) {
+        if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
+            let _ = writeln!(out, ".SS {heading}");
+            group = heading;
+        }
+        let short = flag.short.map(|short| format!("\\fB\\-{short}\\fR, ")).unwrap_or_default();
+        let value = value(flag).map(|value| format!(" \\fI{}\\fR", escaped(value))).unwrap_or_default();
+        let _ = writeln!(out, ".TP\n{short}\\fB{}\\fR{value}", escaped(flag.long));
+        let (summary, details) = sentences(flag);
+        let mut chars = summary.chars();
+        let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
+        paragraph(out, &format!("{first}{}. {details}", chars.as_str()));
+        if let Some(modes) = modes_of(flag.long) {
+            paragraph(out, &format!("Only for {}.", modes.join(" and ")));
+        }
+    }
+}
+
+fn exit_statuses(out: &mut String) {
+    for (code, meaning) in ExitStatus::ALL {
+        let _ = writeln!(out, ".TP 6\n.B {code}");
+        paragraph(out, &meaning.replace('`', ""));
+    }
+}
+
+/// Appends `text` with one sentence per line, as man(7) pages are written, and at most 80 bytes in a line.
+fn paragraph(out: &mut String, text: &str) {
+    let mut line = String::new();
+    for word in escaped(text).split_whitespace() {
+        if !line.is_empty() && (line.len() + 1 + word.len() > 80 || line.ends_with('.')) {
+            let _ = writeln!(out, "{line}");
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        } else if word.starts_with(['.', '\'']) {
+            line.push_str("\\&");
+        }
+        line.push_str(word);
+    }
+    if !line.is_empty() {
+        let _ = writeln!(out, "{line}");
+    }
+}
+
+/// Escapes text for roff. A plain `-` would be a hyphen, which cannot be searched for or copied.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\e").replace('-', "\\-")
+}
