@@ -1,6 +1,6 @@
-//! BIND (RFC 1928 sections 4 and 6): listen for one expected peer, answer twice, relay.
+//! BIND (RFC 1928 sections 4 and 6): listen for one expected peer, send two replies, relay.
 //!
-//! DST is who is expected, never where to listen: an address of zeros is anybody, port 0 is any port.
+//! DST is the address of the expected peer, not where to listen: all zeros accept any address, port 0 any port.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -57,7 +57,9 @@ async fn bind_via_hop(
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
-    let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("a peer without an address")) };
+    let Host::Ip(ip) = peer.host else {
+        return Err(SessionError::general_failure("the hop reported its peer by name"));
+    };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
     if let Decision::Deny(rule) = session.current_snapshot().evaluate(&session.request_for_peer(addr)) {
         return Err(denial(rule));
@@ -67,8 +69,8 @@ async fn bind_via_hop(
 }
 
 impl Session<'_> {
-    /// Where the peer is to be waited for. When that depends on who comes, it is here, and only for those who may come
-    /// here.
+    /// Returns where to listen. When the rules need the peer's address to decide, it is on this host if they may allow
+    /// a direct peer; `accept` then closes the connections of other peers.
     fn bind_route(&self) -> Result<Route, SessionError> {
         let request = self.log.access_request();
         match self.snapshot.evaluate(&request) {
@@ -79,13 +81,13 @@ impl Session<'_> {
                 match routes.as_slice() {
                     [only] => Ok(*only),
                     several if several.contains(&Route::Direct) => Ok(Route::Direct),
-                    _ => Err(SessionError::not_allowed("the way depends on the peer, who was not named")),
+                    _ => Err(SessionError::not_allowed("DST must name the peer: the rules select the hop by it")),
                 }
             }
         }
     }
 
-    /// Waits as long as the peer may take, the client stays, and the rules let it.
+    /// Waits for `accepted`, until the timeout of BIND, until the client disconnects, or a reloaded policy denies it.
     async fn wait_for_peer<T>(
         &self,
         client: &Conn,
@@ -93,19 +95,21 @@ impl Session<'_> {
     ) -> Result<T, SessionError> {
         let client_gone = async {
             client.wait_peer_closed().await;
-            Err(SessionError::silent("the client left before the peer came"))
+            Err(SessionError::silent("client disconnected before the peer connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
         let deadline = Instant::now() + self.server.options.bind_timeout;
         let result = timeout_at(deadline, accepted.or(client_gone).or(denied)).await;
-        result.unwrap_or_else(|| Err(SessionError::with_rep(Rep::TTL_EXPIRED, "the peer did not come in time")))
+        result.unwrap_or_else(|| {
+            Err(SessionError::with_rep(Rep::TTL_EXPIRED, "the expected peer did not connect in time"))
+        })
     }
 
     fn request_for_peer(&self, peer: SocketAddr) -> AccessRequest<'_> {
         AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..self.log.access_request() }
     }
 
-    /// Waits for the expected peer. Whoever else connects is closed.
+    /// Accepts the expected peer. Connections of other peers are closed.
     async fn accept(&self, listener: &Io<TcpListener>, expected: &ExpectedPeer) -> (Conn, SocketAddr) {
         loop {
             let accepted = listener.with(Interest::Read, reactor::accept).await;
@@ -117,7 +121,7 @@ impl Session<'_> {
                     {
                         return (Conn::Tcp(stream), peer);
                     }
-                    log::debug!("bind: {peer} is not the expected peer, or is denied");
+                    log::debug!("bind: closed connection from {peer}: not the expected peer, or denied");
                 }
                 Ok((_, None)) => {}
                 Err(_) => sleep(ACCEPT_RETRY_DELAY).await,
@@ -126,15 +130,16 @@ impl Session<'_> {
     }
 }
 
-/// Who may connect.
+/// The peers that may connect.
 struct ExpectedPeer {
-    /// All addresses of DST, canonical but for the unspecified ones, which mean anybody.
+    /// All addresses of DST, canonical. The unspecified address stands for any.
     ips: Vec<IpAddr>,
+    /// 0 for any.
     port: u16,
 }
 
 impl ExpectedPeer {
-    /// Those that the rules let come; an error when that is nobody.
+    /// Resolves DST. Returns an error if the rules deny each of its addresses.
     async fn resolve(session: &Session<'_>, dst: &Addr) -> Result<Self, SessionError> {
         let port = dst.port;
         let mut ips = match &dst.host {
@@ -170,22 +175,21 @@ impl ExpectedPeer {
         self.ips.iter().any(is_expected) && (self.port == 0 || self.port == peer.port())
     }
 
-    /// The address that decides on the family and on where to listen: of both families, that of the client's own
-    /// connection.
+    /// Returns the address that selects family and address of the listener. The family of the control connection is
+    /// preferred.
     fn representative(&self, control: Option<SocketAddr>) -> IpAddr {
         let is_same_family = |ip: &&IpAddr| control.is_some_and(|control| control.is_ipv4() == ip.is_ipv4());
         let preferred = self.ips.iter().find(is_same_family).or(self.ips.first());
         preferred.copied().unwrap_or(Ipv4Addr::UNSPECIFIED.into())
     }
 
-    /// A name may have addresses of both families.
     fn has_both_families(&self) -> bool {
         self.ips.iter().any(IpAddr::is_ipv4) && self.ips.iter().any(IpAddr::is_ipv6)
     }
 }
 
-/// Binds where the expected peer can come to: the address that the client uses, or every address where one would not
-/// do: for peers of both families, and behind an advertised address, which need not be one of this machine's.
+/// Binds the address that the client has connected to, or one on the route to the peer. Binds all addresses if peers
+/// of both families are expected, or if an advertised address is set, since this host may not have it.
 fn listen(server: &Server, client: &Conn, expected: &ExpectedPeer) -> io::Result<Io<TcpListener>> {
     let mut local = reachable_addr(client.local_addr(), expected.representative(client.local_addr()))?;
     if expected.has_both_families() {
@@ -206,7 +210,7 @@ fn bind_tcp(local: SocketAddr, is_v6_only: bool) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.bind(&local.into())?;
     set_tcp_options(&socket);
-    // Strangers wait here too, until they are turned away.
+    // The backlog has room for other peers too, whose connections are accepted and closed.
     socket.listen(16)?;
     Ok(socket.into())
 }

@@ -1,4 +1,4 @@
-//! CONNECT (RFC 1928 sections 4 and 6): resolve, judge, dial or ask a hop, answer.
+//! CONNECT (RFC 1928 sections 4 and 6): resolve, evaluate the rules, connect directly or through a hop, reply.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,28 +17,27 @@ use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Rep};
 use crate::reactor::sleep;
 
-/// How long the dialling goes on when the client has closed its side and said nothing: it may only want to listen.
+/// How long connecting continues after the client has shut down its write side: it may only want to receive.
 const HALF_CLOSE_GRACE: Duration = Duration::from_secs(2);
 
-/// Where a request leads: the addresses that it may go to, and the way there.
+/// The allowed target addresses, and the route to them.
 enum ResolvedRoute {
     Direct(Vec<SocketAddr>),
-    /// To be tried in turn.
+    /// One request for each address, until one succeeds.
     Hop(Arc<Hop>, Vec<Addr>),
 }
 
 pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
     let deadline = Instant::now() + session.server.options.connect_timeout;
-    let route = session.while_wanted(client, session.resolve_route(dst, deadline)).await?;
+    let route = session.unless_cancelled(client, session.resolve_route(dst, deadline)).await?;
     if let ResolvedRoute::Hop(hop, _) = &route {
         session.log.via = Some(hop.clone());
     }
     let connected = async {
         match route {
             ResolvedRoute::Direct(addrs) => {
-                let target = dial(addrs, LocalAddr::default(), deadline)
-                    .await
-                    .map_err(|failure| SessionError::from_dial(failure, dst))?;
+                let target = dial(addrs, LocalAddr::default(), deadline).await;
+                let target = target.map_err(|error| SessionError::from_dial(error, dst))?;
                 let bnd = target.get_ref().local_addr().map_err(SessionError::general_failure)?;
                 Ok((Conn::Tcp(target), bnd.into()))
             }
@@ -47,20 +46,20 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
             }
         }
     };
-    let (target, bnd) = session.while_wanted(client, connected).await?;
+    let (target, bnd) = session.unless_cancelled(client, connected).await?;
     let peer = target.peer_addr().filter(|_| session.log.via.is_none());
     session.reply_success(client, bnd, peer).await?;
     Ok(target)
 }
 
-/// Asks the hop for one target after the other, until it has reached one.
+/// Requests one target after the other from the hop, until one succeeds.
 async fn connect_via_hop(
     server: &Server,
     hop: &Hop,
     targets: Vec<Addr>,
     deadline: Instant,
 ) -> Result<(Conn, Addr), SessionError> {
-    let mut last_error = SessionError::general_failure("no time left for the hop");
+    let mut last_error = SessionError::general_failure("no target address");
     for dst in targets {
         let client = server.hop_client(hop, dst, deadline);
         match client.request(Command::Connect).await {
@@ -72,7 +71,7 @@ async fn connect_via_hop(
 }
 
 impl Server {
-    /// A client of `hop` that has until `deadline`.
+    /// Returns a client that requests `dst` through `hop`.
     pub(super) fn hop_client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let remaining = deadline.saturating_duration_since(Instant::now());
         Client::new(hop.proxies.clone(), dst, Some(remaining))
@@ -80,22 +79,20 @@ impl Server {
             .with_auth(self.options.hop_auth.clone())
     }
 
-    /// The hop of that number.
-    pub(super) fn hop(&self, number: usize) -> Result<Arc<Hop>, SessionError> {
-        let hop = self.options.hops.get(number).cloned();
-        hop.ok_or_else(|| SessionError::general_failure("a hop that is not there"))
+    /// Returns a hop by its index in `Options::hops`.
+    pub(super) fn hop(&self, index: usize) -> Result<Arc<Hop>, SessionError> {
+        let hop = self.options.hops.get(index).cloned();
+        hop.ok_or_else(|| SessionError::general_failure(format!("hop {index} is not configured")))
     }
-
-    /// All addresses of `dst`.
     pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> Result<Vec<SocketAddr>, SessionError> {
-        let found = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
-        found.map_err(|failure| SessionError::from_dial(failure, dst))
+        let addrs = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
+        addrs.map_err(|error| SessionError::from_dial(error, dst))
     }
 }
 
 impl Session<'_> {
-    /// Goes on with `work` as long as the client stays and the rules let it.
-    async fn while_wanted<T>(
+    /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
+    async fn unless_cancelled<T>(
         &self,
         client: &Conn,
         work: impl Future<Output = Result<T, SessionError>>,
@@ -103,14 +100,14 @@ impl Session<'_> {
         let client_gone = async {
             client.wait_eof().await;
             sleep(HALF_CLOSE_GRACE).await;
-            Err(SessionError::silent("the client left before the connection was made"))
+            Err(SessionError::silent("client disconnected before the target was connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
         work.or(client_gone).or(denied).await
     }
 
-    /// Judges `dst`, and all of its addresses when that is not enough. A name that is denied is not resolved, and one
-    /// that a hop resolves is not resolved here.
+    /// Evaluates the rules for `dst` and, if it takes the addresses to decide, for each of them. Names that are denied,
+    /// or that a hop resolves, are not resolved here.
     async fn resolve_route(&self, dst: &Addr, deadline: Instant) -> Result<ResolvedRoute, SessionError> {
         let request = self.log.access_request();
         match self.snapshot.evaluate(&request) {
@@ -125,7 +122,7 @@ impl Session<'_> {
         let mut addrs = self.server.resolve(dst, deadline).await?;
         let snapshot = self.current_snapshot();
         addrs.retain(|addr| match snapshot.evaluate(&AccessRequest { target_ip: Some(addr.ip()), ..request }) {
-            // All go the way of the first one.
+            // Only addresses with the route of the first allowed one are used.
             Decision::Allow(_, route) => *first_route.get_or_insert(route) == route,
             Decision::Deny(rule) | Decision::Undecided(rule) => {
                 first_denial.get_or_insert_with(|| denial_reason(rule));
@@ -140,10 +137,7 @@ impl Session<'_> {
             Some(Route::Direct) => {
                 addrs.retain(|addr| addr.port() != 0 && is_unicast(addr.ip()));
                 if addrs.is_empty() {
-                    return Err(SessionError::with_rep(
-                        Rep::NETWORK_UNREACHABLE,
-                        "no address that one could connect to",
-                    ));
+                    return Err(SessionError::with_rep(Rep::NETWORK_UNREACHABLE, "no unicast target address"));
                 }
                 Ok(ResolvedRoute::Direct(addrs))
             }

@@ -1,6 +1,6 @@
-//! A session that is past its reply: two ends to be relayed, and what is to be said of it at its end.
+//! A session after its success reply: two connections to relay, and the log line at the end.
 //!
-//! It is a task of its own, so that an idle tunnel holds nothing of the handshake.
+//! A tunnel is a task of its own, so that an idle one holds no state of the handshake.
 
 use std::future::Future;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use crate::conn::{Conn, DetachedConn};
 use crate::reactor::sleep;
 use crate::relay::{RelayError, RelayOptions, RelayOutcome, Stream, relay};
 
-/// How long a client whose target has closed and takes no more may take for the last of what it was sent.
+/// Time for a client to read what it was sent, after the target has closed with data undelivered to it.
 const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 
-/// What is left of a session when its handshake is over.
+/// The state of a session that is relayed.
 #[derive(Debug)]
 pub(super) struct Tunnel {
     pub(super) client: Conn,
@@ -24,7 +24,7 @@ pub(super) struct Tunnel {
 }
 
 impl Tunnel {
-    /// Relays between the client and the target until the tunnel ends, or `options` say so, or the law does.
+    /// Relays until the tunnel ends, `options` stop it, or a reloaded policy denies it.
     pub(super) fn relay<'a>(
         &'a mut self,
         server: &'a Server,
@@ -35,7 +35,7 @@ impl Tunnel {
         relay(client, target, options, &log.bytes, |_, target| is_still_allowed(server, log, target))
     }
 
-    /// The same, at a pace.
+    /// As [`Tunnel::relay`], at the rate of `rate_limit`.
     pub(super) async fn relay_rate_limited(
         &mut self,
         rate_limit: &RateLimit,
@@ -48,26 +48,26 @@ impl Tunnel {
         relay(&mut client, target, &options, &log.bytes, |_, target| is_still_allowed(server, log, target)).await
     }
 
-    /// The tunnel for another thread; or as it was, when there are no descriptors for that.
+    /// Prepares the tunnel for another thread. Returns it unchanged if no descriptor is available.
     pub(super) fn detach(self) -> Result<DetachedTunnel, Box<Self>> {
         let (Ok(client), Ok(target)) = (self.client.detach(), self.target.detach()) else {
             return Err(Box::new(self));
         };
         for conn in [&self.client, &self.target] {
-            // Should it be lost on the way, nobody is to take what he got for the whole.
+            // If the tunnel is lost before `attach`, both peers get a reset: the data is incomplete.
             conn.abort();
             conn.deregister();
         }
         Ok(DetachedTunnel { client, target, log: self.log })
     }
 
-    /// Says what is left to be said when it did not end well.
+    /// Logs the error. If data for the target was lost, the client is reset instead of closed.
     pub(super) async fn close_after_error(self, error: RelayError) {
         self.log.set_error(&error);
         if let RelayError::Undelivered(_) = error {
             drop(self.target);
-            // What it goes on to send is not read, since it is lost, and the client should not think otherwise. That it
-            // has closed its side does not say that it has read all.
+            // What the client still sends is not read: it could not be delivered. The client gets this time even if it
+            // has shut down its write side, since it may not have read everything yet.
             sleep(UNDELIVERED_GRACE).await;
             self.client.abort();
         }
@@ -85,7 +85,7 @@ fn is_still_allowed(server: &Server, log: &SessionLog, target: &Conn) -> bool {
     }
 }
 
-/// A tunnel on its way to another thread.
+/// A tunnel that is handed to another thread.
 pub(super) struct DetachedTunnel {
     client: DetachedConn,
     target: DetachedConn,
@@ -93,7 +93,7 @@ pub(super) struct DetachedTunnel {
 }
 
 impl DetachedTunnel {
-    /// The tunnel for this thread. When it can't be had, it is over, and its log line says why.
+    /// Registers the tunnel with this thread. On failure the tunnel ends, and the error is logged.
     pub(super) fn attach(self) -> Option<Tunnel> {
         let Self { client, target, log } = self;
         let attached = client.attach().and_then(|client| Ok((client, target.attach()?)));
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn an_idle_tunnel_is_small() {
-        // Its future has this, what the relay adds, and a few words more; see tests/relay.rs.
+        // The future of a tunnel has this and the state of the relay, which tests/relay.rs measures.
         assert!(size_of::<Tunnel>() <= 224, "{}", size_of::<Tunnel>());
     }
 }
