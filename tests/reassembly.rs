@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::proto::{Addr, Datagram, Host, HostName, MAX_UDP6_PAYLOAD};
-use s5::reassembly::{Reassembler, TIMEOUT, split};
+use s5::reassembly::{REASSEMBLY_TIMEOUT, Reassembler, fragment};
 
 /// The high bit of FRAG: the last fragment.
 const LAST: u8 = 0x80;
@@ -149,45 +149,45 @@ fn fragments_go_up_to_127_and_no_further() {
 
 #[test]
 fn the_timer_is_no_less_than_5_seconds_and_ends_to_the_nanosecond() {
-    const { assert!(TIMEOUT.as_secs() >= 5) };
+    const { assert!(REASSEMBLY_TIMEOUT.as_secs() >= 5) };
     let begin = Instant::now();
-    let nearly = begin + TIMEOUT - Duration::from_nanos(1);
+    let nearly = begin + REASSEMBLY_TIMEOUT - Duration::from_nanos(1);
 
     let mut queue = Reassembler::default();
     assert_eq!(queue.deadline(), None);
     assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + TIMEOUT));
+    assert_eq!(queue.deadline(), Some(begin + REASSEMBLY_TIMEOUT));
     assert_eq!(play(&mut queue, nearly, &[(2 | LAST, "b")]), ["ab"]);
 
     assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(play(&mut queue, begin + TIMEOUT, &[(2 | LAST, "b")]).is_empty());
+    assert!(play(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "b")]).is_empty());
     assert_eq!(queue.deadline(), None);
 
     assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
     queue.expire(nearly);
     assert!(queue.deadline().is_some());
-    queue.expire(begin + TIMEOUT);
+    queue.expire(begin + REASSEMBLY_TIMEOUT);
     assert_eq!(queue.deadline(), None);
 }
 
 #[test]
 fn the_timer_runs_from_the_first_fragment_and_none_after_it_puts_it_off() {
     let (mut queue, begin) = (Reassembler::default(), Instant::now());
-    let half = TIMEOUT / 2;
+    let half = REASSEMBLY_TIMEOUT / 2;
     assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
     assert!(play(&mut queue, begin + half, &[(1, "a"), (2, "b"), (2, "b")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + TIMEOUT));
+    assert_eq!(queue.deadline(), Some(begin + REASSEMBLY_TIMEOUT));
     assert!(play(&mut queue, begin + half, &[(1, "anew")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + half + TIMEOUT));
-    assert_eq!(play(&mut queue, begin + TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
+    assert_eq!(queue.deadline(), Some(begin + half + REASSEMBLY_TIMEOUT));
+    assert_eq!(play(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
 }
 
 #[test]
 fn a_repetition_after_the_timer_begins_anew() {
     let (mut queue, begin) = (Reassembler::default(), Instant::now());
     assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(play(&mut queue, begin + TIMEOUT, &[(1, "a")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + 2 * TIMEOUT));
+    assert!(play(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty());
+    assert_eq!(queue.deadline(), Some(begin + 2 * REASSEMBLY_TIMEOUT));
 }
 
 #[test]
@@ -222,7 +222,7 @@ struct Model {
 
 impl Model {
     fn push(&mut self, now: Instant, frag: u8, dst: &Addr, data: &[u8]) -> Option<(Addr, Vec<u8>)> {
-        if self.since.is_some_and(|since| now.saturating_duration_since(since) >= TIMEOUT) {
+        if self.since.is_some_and(|since| now.saturating_duration_since(since) >= REASSEMBLY_TIMEOUT) {
             self.clear();
         }
         if frag == 0 {
@@ -297,7 +297,7 @@ fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError>
         let whole = whole.map(|(to, data)| (to, data.into_owned()));
         prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
         prop_assert_eq!(whole, model.push(now, frag, &dst(port), &data));
-        prop_assert_eq!(queue.deadline(), model.since.map(|since| since + TIMEOUT));
+        prop_assert_eq!(queue.deadline(), model.since.map(|since| since + REASSEMBLY_TIMEOUT));
     }
     Ok(())
 }
@@ -325,7 +325,7 @@ proptest! {
                 prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP6_PAYLOAD));
             }
         }
-        queue.expire(now + TIMEOUT);
+        queue.expire(now + REASSEMBLY_TIMEOUT);
         prop_assert_eq!(queue.deadline(), None);
     }
 
@@ -353,7 +353,7 @@ fn check_split(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseEr
     let mut header = Vec::new();
     Datagram { frag: 0, dst: dst.clone(), data: &[] }.encode_into(&mut header);
     let room = limit.checked_sub(header.len());
-    let Some(parts) = split(dst, &data, limit) else {
+    let Some(parts) = fragment(dst, &data, limit) else {
         let fits = room.is_some_and(|room| length <= 127 * room);
         prop_assert!(!fits, "{} octets would fit into 127 of {}", length, limit);
         return Ok(());
@@ -381,18 +381,18 @@ fn check_split(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseEr
 fn a_payload_is_split_into_127_at_the_most() {
     let header = 10;
     let sizes = |length| {
-        let parts = split(&dst(53), &vec![1; length], header + 100)?;
+        let parts = fragment(&dst(53), &vec![1; length], header + 100)?;
         Some((parts.len(), parts.last().map(|part| (part[2], part.len() - header))))
     };
     assert_eq!(sizes(100), Some((1, Some((0, 100)))));
     assert_eq!(sizes(101), Some((2, Some((2 | LAST, 1)))));
     assert_eq!(sizes(12_700), Some((127, Some((127 | LAST, 100)))));
     assert_eq!(sizes(12_701), None);
-    assert_eq!(split(&dst(53), b"x", header), None, "no room but for the header");
+    assert_eq!(fragment(&dst(53), b"x", header), None, "no room but for the header");
 }
 
 #[test]
 fn a_header_over_the_limit_is_not_sent_even_for_nothing() {
-    assert_eq!(split(&dst(53), b"", 10).map(|parts| parts.len()), Some(1));
-    assert_eq!(split(&dst(53), b"", 9), None);
+    assert_eq!(fragment(&dst(53), b"", 10).map(|parts| parts.len()), Some(1));
+    assert_eq!(fragment(&dst(53), b"", 9), None);
 }

@@ -17,7 +17,7 @@ use crate::conn::{Conn, Protection};
 use crate::dial::{DialError, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reactor::{Interest, Io};
-use crate::reassembly::{Reassembler, split};
+use crate::reassembly::{Reassembler, fragment};
 
 /// More than any UDP datagram has, in octets.
 const BUFFER_SIZE: usize = 65_536;
@@ -127,7 +127,7 @@ impl Association {
 
     /// What was lost so far, as far as this machine can tell.
     pub fn losses(&self) -> LossCounts {
-        let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().given_up(Instant::now())).sum();
+        let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
         LossCounts {
             incomplete,
             invalid: self.invalid.get(),
@@ -167,7 +167,7 @@ impl Association {
         }
         let nested = self.hops.iter().skip(1).map(|hop| header_size(&hop.relay)).sum::<usize>();
         let overhead = nested + self.hops.iter().map(HopAssociation::overhead).sum::<usize>();
-        let mut datagrams = split(dst, payload, MAX_UDP4_PAYLOAD.saturating_sub(overhead)).ok_or_else(too_large)?;
+        let mut datagrams = fragment(dst, payload, MAX_UDP4_PAYLOAD.saturating_sub(overhead)).ok_or_else(too_large)?;
         for bytes in &mut datagrams {
             let mut inner: Option<&HopAssociation> = None;
             for hop in self.hops.iter().rev() {

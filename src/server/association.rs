@@ -30,7 +30,7 @@ use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
 use crate::reactor::{IdleTimer, wake_later};
-use crate::reassembly::{Reassembler, split};
+use crate::reassembly::{Reassembler, fragment};
 use name_cache::NameCache;
 use sent_to::SentTo;
 use upstream::Upstream;
@@ -476,7 +476,7 @@ impl Association<'_, '_> {
             None => self.client_socket.send_bytes(None, bytes).is_ok(),
         };
         let overhead = self.protection.as_ref().map_or(0, Protection::max_overhead);
-        if split(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
+        if fragment(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
             .is_some_and(|datagrams| datagrams.iter().all(send))
         {
             self.session.log.bytes.down.fetch_add(data.len() as u64, Ordering::Relaxed);

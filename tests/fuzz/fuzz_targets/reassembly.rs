@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use s5::proto::{Datagram, MAX_UDP6_PAYLOAD};
-use s5::reassembly::{Reassembler, TIMEOUT, split};
+use s5::reassembly::{REASSEMBLY_TIMEOUT, Reassembler, fragment};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -30,7 +30,7 @@ fuzz_target!(|octets: &[u8]| {
         push(&mut queue, now, raw, usize::from(*repeats) * 256);
         assert!(held() <= MAX_HELD, "{} octets held", held());
     }
-    queue.expire(now + TIMEOUT);
+    queue.expire(now + REASSEMBLY_TIMEOUT);
     assert_eq!(queue.deadline(), None);
     assert!(held() <= 64, "{} octets held by an empty queue", held());
     check_split(octets);
@@ -50,7 +50,7 @@ fn push(queue: &mut Reassembler, now: Instant, raw: &[u8], padding: usize) {
 fn check_split(octets: &[u8]) {
     let Ok(datagram) = Datagram::decode(octets) else { return };
     let limit = usize::from(datagram.frag) * 4;
-    let Some(parts) = split(&datagram.dst, datagram.data, limit) else { return };
+    let Some(parts) = fragment(&datagram.dst, datagram.data, limit) else { return };
     assert!(parts.len() <= 127);
     let (mut queue, now) = (Reassembler::default(), Instant::now());
     let mut whole = None;
