@@ -1,8 +1,8 @@
-//! Where futures wait for sockets and for the time.
+//! The event loop: sockets and timers.
 //!
-//! A thread inside of [`run`] on Linux has a reactor of its own: epoll-triggered epoll. There a socket is registered
-//! once for its life, waiting for it costs no system call, and it is tried only when there may be something to be had.
-//! Everywhere else the same types wait by way of async-io: in tests, and on other systems.
+//! On Linux, each thread inside [`run`] has its own edge-triggered epoll instance. A socket is registered once for its
+//! lifetime, waiting for it costs no system call, and it is read or written only when it may be ready.
+//! Outside [`run`] (in tests) and on other systems the same types use async-io.
 
 mod connect;
 #[cfg(target_os = "linux")]
@@ -24,10 +24,10 @@ use smol::Async;
 
 pub use connect::ConnectError;
 
-/// Runs `future` to its end on this thread. On Linux everything that is made in here waits on the thread's own reactor.
+/// Runs `future` to completion on this thread. On Linux, sockets and timers that it creates use this thread's reactor.
 ///
 /// # Errors
-/// The descriptors that a reactor needs could not be had, or waiting failed for good.
+/// The reactor's descriptors cannot be opened, or epoll_wait(2) fails.
 pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     #[cfg(target_os = "linux")]
     return epoll::run(future);
@@ -35,8 +35,7 @@ pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     return Ok(smol::block_on(future));
 }
 
-/// Wakes the task once the sockets have been looked at again: for one that could go on at once, and must let the
-/// others have their turn.
+/// Wakes the task after the next poll for events: for a task that has more work but must let other tasks run first.
 pub fn wake_later(cx: &Context<'_>) {
     #[cfg(target_os = "linux")]
     if epoll::wake_later(cx) {
@@ -45,7 +44,7 @@ pub fn wake_later(cx: &Context<'_>) {
     cx.waker().wake_by_ref();
 }
 
-/// Has the reactor of this thread show how many sockets it has, from now on; without one, nothing is shown.
+/// Makes this thread's reactor keep `count` up to date with its number of sockets. No-op without a reactor.
 pub fn publish_socket_count(count: Arc<AtomicUsize>) {
     #[cfg(target_os = "linux")]
     if let Some(reactor) = epoll::current() {
@@ -55,8 +54,8 @@ pub fn publish_socket_count(count: Arc<AtomicUsize>) {
     drop(count);
 }
 
-/// Wakes every task that waits for a socket on this thread: for when something has changed that is no event. Without a
-/// reactor, each hears of it when it wakes for something else.
+/// Wakes every task of this thread that waits for a socket, so that it sees a change which is no event of a socket.
+/// No-op without a reactor.
 pub fn wake_all() {
     #[cfg(target_os = "linux")]
     if let Some(reactor) = epoll::current() {
@@ -64,7 +63,7 @@ pub fn wake_all() {
     }
 }
 
-/// Lets the others have their turn, once.
+/// Lets the other tasks of this thread run once.
 pub async fn yield_now() {
     let mut has_yielded = false;
     poll_fn(|cx| {
@@ -78,25 +77,25 @@ pub async fn yield_now() {
     .await;
 }
 
-/// What a future waits for on a socket.
+/// Readiness that a future waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
-    /// Something to read, to accept, or an end.
+    /// Data, a connection to accept, or the end of the stream.
     Read,
-    /// Room to write, or the end of a connect.
+    /// Buffer space, or the end of a connect.
     Write,
 }
 
-/// What a socket is waited for, as long as it lives.
+/// Events that a socket is registered for, for its lifetime.
 #[derive(Clone, Copy, Debug)]
 enum EventSet {
     ReadWrite,
     Read,
-    /// To read, by several threads.
+    /// Read events of a listener that several threads wait for; each event wakes one of them.
     SharedRead,
 }
 
-/// A non-blocking socket that can be waited for. Bound to the thread that made it.
+/// A non-blocking socket registered with the reactor of the thread that created it. One task at a time may wait for it.
 #[derive(Debug)]
 pub struct Io<T>(Backend<T>);
 
@@ -108,28 +107,27 @@ enum Backend<T> {
 }
 
 impl<T: AsFd> Io<T> {
-    /// Of a socket that is non-blocking already.
+    /// Registers a socket that is already non-blocking.
     ///
     /// # Errors
-    /// Those of epoll_ctl(2).
+    /// Errors from epoll_ctl(2).
     pub fn new(socket: T) -> io::Result<Self> {
         Self::register(socket, EventSet::ReadWrite)
     }
 
-    /// Of a non-blocking listener for which several threads wait: a connection wakes one of those that are idle.
+    /// Registers a non-blocking listener that several threads wait for: a connection wakes one of the idle threads.
     ///
     /// # Errors
-    /// Those of epoll_ctl(2).
+    /// Errors from epoll_ctl(2).
     pub fn shared_listener(listener: T) -> io::Result<Self> {
         Self::register(listener, EventSet::SharedRead)
     }
 
-    /// Of a non-blocking socket that is only waited for to read, and has to be read whenever there is something. Room
-    /// to write would be an event for each datagram that has left. After [`Io::mark_drained`] it says itself whether there
-    /// is more.
+    /// Registers a non-blocking UDP socket for reading only, level-triggered. Edge-triggered write events would cost one
+    /// event for each datagram sent. After [`Io::mark_drained`], unread data is reported again.
     ///
     /// # Errors
-    /// Those of epoll_ctl(2).
+    /// Errors from epoll_ctl(2).
     pub fn read_only(socket: T) -> io::Result<Self> {
         Self::register(socket, EventSet::Read)
     }
@@ -144,7 +142,7 @@ impl<T: AsFd> Io<T> {
         Ok(Self(Backend::AsyncIo(Arc::new(Async::new_nonblocking(socket)?))))
     }
 
-    /// Ends all waiting for the socket, which lives on under another descriptor. To be dropped then.
+    /// Removes the socket from the reactor, before it continues under another descriptor. Drop `self` next.
     pub fn deregister(&self) {
         #[cfg(target_os = "linux")]
         if let Backend::Epoll(registration) = &self.0 {
@@ -152,7 +150,7 @@ impl<T: AsFd> Io<T> {
         }
     }
 
-    /// The socket itself.
+    /// Returns the socket.
     pub fn get_ref(&self) -> &T {
         match &self.0 {
             #[cfg(target_os = "linux")]
@@ -161,12 +159,10 @@ impl<T: AsFd> Io<T> {
         }
     }
 
-    /// Does `op` when the socket may be ready, as often as it takes: `op` says `WouldBlock` when it was not.
-    ///
-    /// One task at a time may wait for a socket.
+    /// Calls `op` whenever the socket may be ready, until `op` returns something other than `WouldBlock`.
     ///
     /// # Errors
-    /// Those of `op`, but for `WouldBlock` and `Interrupted`.
+    /// Errors from `op` other than `WouldBlock` and `Interrupted`.
     pub fn poll_with<R>(
         &self,
         cx: &mut Context<'_>,
@@ -194,10 +190,10 @@ impl<T: AsFd> Io<T> {
         }
     }
 
-    /// As [`Io::poll_with`].
+    /// Async version of [`Io::poll_with`].
     ///
     /// # Errors
-    /// Those of `op`, but for `WouldBlock` and `Interrupted`.
+    /// Errors from `op` other than `WouldBlock` and `Interrupted`.
     pub async fn with<R>(&self, interest: Interest, mut op: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
         poll_fn(|cx| self.poll_with(cx, interest, &mut op)).await
     }
@@ -205,7 +201,7 @@ impl<T: AsFd> Io<T> {
     /// Returns when the socket may be ready.
     ///
     /// # Errors
-    /// Those of the reactor.
+    /// Errors from the reactor.
     pub async fn ready(&self, interest: Interest) -> io::Result<()> {
         match &self.0 {
             #[cfg(target_os = "linux")]
@@ -218,8 +214,8 @@ impl<T: AsFd> Io<T> {
         }
     }
 
-    /// Ready when there is an end, an error or an urgent octet, maybe behind something to be read; or when that can't be
-    /// told without looking.
+    /// Ready when the peer has hung up, or an error or urgent data has arrived, possibly after unread data. Without a
+    /// reactor always ready, since only a read can find out.
     pub fn poll_hangup(&self, cx: &mut Context<'_>) -> Poll<()> {
         match &self.0 {
             #[cfg(target_os = "linux")]
@@ -228,10 +224,10 @@ impl<T: AsFd> Io<T> {
         }
     }
 
-    /// Does `op` once, without waiting.
+    /// Calls `op` once, without waiting.
     ///
     /// # Errors
-    /// Those of `op`; `WouldBlock`, when the socket was not ready after all.
+    /// Errors from `op`, including `WouldBlock` when the socket is not ready.
     pub fn try_with<R>(&self, interest: Interest, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
         let result = op(self.get_ref());
         #[cfg(target_os = "linux")]
@@ -245,7 +241,8 @@ impl<T: AsFd> Io<T> {
         result
     }
 
-    /// The socket is known to have nothing more for now, although no operation has said so; or is an [`Io::read_only`].
+    /// Records that the socket is not ready, although no operation has returned `WouldBlock`: after a short read or
+    /// write. Always call it for an [`Io::read_only`] socket before waiting.
     pub fn mark_drained(&self, interest: Interest) {
         #[cfg(target_os = "linux")]
         if let Backend::Epoll(registration) = &self.0 {
@@ -270,8 +267,8 @@ impl<T: AsFd> AsFd for Io<T> {
 
 /// A connected stream socket.
 pub trait StreamSocket: AsFd {
-    /// Whether a read that gives less than there was room for has taken all that there is. Not so on Unix sockets,
-    /// where what was sent together with descriptors is read by itself.
+    /// Whether a read shorter than the buffer means that the socket is empty. Not true of Unix sockets: a read ends
+    /// early at data that was sent together with descriptors.
     const SHORT_READ_MEANS_DRAINED: bool;
 }
 
@@ -317,12 +314,12 @@ where
     }
 }
 
-/// A timer for whoever keeps moving its deadline: it is not set anew when the deadline moves away, only when it comes
-/// nearer, and fires too early instead. So an octet that moves costs no timer. One task at a time polls it.
+/// A timer whose deadline keeps moving, as an idle timeout does. A later deadline does not re-arm it: it fires early
+/// instead, so moving data costs no timer operation. One task at a time polls it.
 #[derive(Debug, Default)]
 pub struct IdleTimer(Option<ArmedTimer>);
 
-/// What an alarm is set to. Small, since an idle tunnel holds one.
+/// A timer that is set. Small, since each idle tunnel holds one.
 #[derive(Debug)]
 enum ArmedTimer {
     #[cfg(target_os = "linux")]
@@ -331,7 +328,7 @@ enum ArmedTimer {
 }
 
 impl IdleTimer {
-    /// Ready at `due`, or at an earlier deadline that it was set to before: look at the clock, and poll again.
+    /// Ready at `due`, or at an earlier deadline of a previous call: check the clock and poll again.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
         if self.0.as_ref().is_none_or(|timer| timer.is_after(due)) {
             self.0 = Some(ArmedTimer::new(cx, due));
@@ -366,10 +363,10 @@ impl ArmedTimer {
     }
 }
 
-/// Accepts a connection that is there already, non-blocking: itself, and where it came from when that is an address.
+/// Accepts a pending connection as a non-blocking socket. Returns the peer's address if it is an IP address.
 ///
 /// # Errors
-/// Those of accept(2).
+/// Errors from accept(2).
 pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
     #[cfg(target_os = "linux")]
     let (socket, peer) = {
@@ -394,7 +391,7 @@ pub async fn sleep_until(due: Instant) {
 
 /// Returns after `time`.
 pub async fn sleep(time: Duration) {
-    // What lies behind the end of the clock never comes.
+    // A deadline past the end of the clock is never reached.
     match Instant::now().checked_add(time) {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,

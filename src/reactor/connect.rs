@@ -1,4 +1,4 @@
-//! New connections: over TCP, from wherever is wanted, and to Unix sockets.
+//! Connecting TCP sockets, optionally from a given local address, and Unix sockets.
 
 use std::future::poll_fn;
 use std::io;
@@ -20,14 +20,14 @@ use smol::Async;
 use super::epoll;
 use super::{Interest, Io, sleep};
 
-/// How soon a Unix socket is tried again whose backlog is full.
+/// Pause before connecting again to a Unix socket whose backlog is full.
 const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 impl Io<TcpStream> {
-    /// Connects a new socket to `addr`, from `from` where that is given.
+    /// Connects a new socket to `addr`, bound to `from` if given.
     ///
     /// # Errors
-    /// Those of socket(2) and connect(2); of bind(2), when `from` can't be had.
+    /// Errors from socket(2) and connect(2); [`ConnectError::LocalAddr`] if binding to `from` fails.
     pub async fn connect(addr: SocketAddr, from: Option<SocketAddr>) -> Result<Self, ConnectError> {
         if from.is_none() && !has_reactor() {
             let stream = async_net::TcpStream::connect(addr).await?;
@@ -35,7 +35,7 @@ impl Io<TcpStream> {
         }
         let socket = stream_socket(if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 })?;
         if let Some(from) = from {
-            // A port that was in use a minute ago may be used again, for another connection.
+            // A port whose last connection is in TIME_WAIT can be used for another peer.
             let bound = sockopt::set_socket_reuseaddr(&socket, true).and_then(|()| rustix::net::bind(&socket, &from));
             bound.map_err(|error| ConnectError::LocalAddr(error.into()))?;
         }
@@ -46,10 +46,10 @@ impl Io<TcpStream> {
             }
             Err(error) => return Err(error.into()),
         }
-        // Registered once it is on its way, since before that it would look like a broken one.
+        // Registered after connect(2): epoll reports an unconnected socket as hung up.
         let io = Self::new(TcpStream::from(socket))?;
         io.ready(Interest::Write).await?;
-        // A connection that failed has an error, which shows as a mark.
+        // A failed connect is reported as a hang-up, with the error in SO_ERROR.
         if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
             sockopt::socket_error(&io).and_then(|error| error)?;
         }
@@ -57,12 +57,12 @@ impl Io<TcpStream> {
     }
 }
 
-/// Why a socket could not be connected.
+/// Failure of [`Io::connect`].
 #[derive(Debug)]
 pub enum ConnectError {
-    /// The address that it was to come from can't be had.
+    /// The local address or port is not available.
     LocalAddr(io::Error),
-    /// Anything else.
+    /// Any other error.
     Io(io::Error),
 }
 
@@ -73,10 +73,10 @@ impl<E: Into<io::Error>> From<E> for ConnectError {
 }
 
 impl Io<UnixStream> {
-    /// Connects a new socket to that of a server.
+    /// Connects to the Unix socket at `path`. The caller sets the deadline.
     ///
     /// # Errors
-    /// Those of socket(2) and connect(2). The caller sets the deadline.
+    /// Errors from socket(2) and connect(2).
     pub async fn connect_unix(path: &Path) -> io::Result<Self> {
         if !has_reactor() {
             let stream = async_net::unix::UnixStream::connect(path).await?;
@@ -87,7 +87,7 @@ impl Io<UnixStream> {
         loop {
             match rustix::net::connect(&socket, &addr) {
                 Ok(()) | Err(Errno::ISCONN) => return Self::new(UnixStream::from(socket)),
-                // The backlog is full, and no event tells when it no longer is.
+                // The backlog is full; epoll has no event for when it has room.
                 Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => {
                     sleep(BACKLOG_RETRY_DELAY).await
                 }
@@ -97,7 +97,6 @@ impl Io<UnixStream> {
     }
 }
 
-/// Whether this thread has a reactor of its own.
 fn has_reactor() -> bool {
     #[cfg(target_os = "linux")]
     return epoll::current().is_some();
@@ -105,7 +104,7 @@ fn has_reactor() -> bool {
     return false;
 }
 
-/// A new stream socket, non-blocking.
+/// Creates a non-blocking stream socket.
 fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     #[cfg(target_os = "linux")]
     let socket = {

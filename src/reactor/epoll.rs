@@ -1,6 +1,6 @@
-//! The reactor of a thread: edge-triggered epoll, timers, and the loop around them (Linux).
+//! A thread's reactor on Linux: edge-triggered epoll, timers and the loop that polls the main future.
 //!
-//! Nothing in here is shared with other threads but the waker of the loop.
+//! Only the loop's waker is shared with other threads.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -22,27 +22,27 @@ use slab::Slab;
 
 use super::{EventSet, Interest};
 
-/// How many events are taken from the kernel at once.
+/// Events that one epoll_wait(2) returns at most.
 const MAX_EVENTS: usize = 256;
-/// How long one wait is at the most: older kernels know no more than 24 days.
+/// Limit of one epoll_wait(2): older kernels cannot wait longer than 24 days.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
-/// When letting others run has taken longer than this, somebody needs the core for himself, and it is not done for
-/// the next `YIELDS_TO_SKIP` turns: it would cost us his whole slice each time.
+/// If sched_yield(2) takes longer than this, another process uses the core, and each yield would cost its whole time
+/// slice. The next `YIELDS_TO_SKIP` yields are skipped then.
 const MAX_YIELD_TIME: Duration = Duration::from_micros(200);
 const YIELDS_TO_SKIP: u32 = 256;
-/// What epoll says for the waker of the loop, which is no state.
+/// epoll data of the loop's eventfd, which has no entry in `sockets`.
 const WAKER_KEY: u64 = u64::MAX;
 
 thread_local! {
     static CURRENT: RefCell<Option<Rc<Reactor>>> = const { RefCell::new(None) };
 }
 
-/// The reactor of this thread, when it is inside of [`run`].
+/// Returns this thread's reactor, if the thread is inside [`run`].
 pub(super) fn current() -> Option<Rc<Reactor>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
-/// Sets the reactor of the thread for as long as it lives.
+/// Sets the thread's reactor until dropped.
 struct CurrentGuard;
 
 impl CurrentGuard {
@@ -60,13 +60,13 @@ impl Drop for CurrentGuard {
 
 pub(super) fn run<F: Future>(future: F) -> io::Result<F::Output> {
     let mut output = None;
-    run_unit(pin!(async { output = Some(future.await) }))?;
-    // It has been set when that returns.
+    run_loop(pin!(async { output = Some(future.await) }))?;
+    // Always set at this point.
     output.ok_or_else(|| io::ErrorKind::Other.into())
 }
 
-/// One loop for all kinds of futures, which would each have a copy of it.
-fn run_unit(mut future: Pin<&mut dyn Future<Output = ()>>) -> io::Result<()> {
+/// Not generic, so that the loop is compiled once.
+fn run_loop(mut future: Pin<&mut dyn Future<Output = ()>>) -> io::Result<()> {
     let reactor = Rc::new(Reactor::new()?);
     let loop_waker = Arc::new(LoopWaker::new()?);
     let events = epoll::EventFlags::IN | epoll::EventFlags::ET;
@@ -92,17 +92,17 @@ pub(super) fn wake_later(cx: &Context<'_>) -> bool {
     reactor.is_some()
 }
 
-/// The waker of the loop, from this thread or another. An eventfd that is edge-triggered need never be read.
+/// Wakes the loop, from any thread. The eventfd is edge-triggered, so it need not be read.
 struct LoopWaker {
     eventfd: OwnedFd,
     state: AtomicU8,
 }
 
-/// Runs tasks, or handles events; looks at the state before it waits.
+/// The loop is running and checks the state before it waits.
 const AWAKE: u8 = 0;
-/// There is something to be polled.
+/// The main future must be polled.
 const WOKEN: u8 = 1;
-/// Waits in the kernel, and has to be alerted.
+/// The loop waits in the kernel; waking it takes a write to the eventfd.
 const ASLEEP: u8 = 2;
 
 impl LoopWaker {
@@ -111,17 +111,16 @@ impl LoopWaker {
         Ok(Self { eventfd, state: AtomicU8::new(AWAKE) })
     }
 
-    /// Forgets that it was woken, since the future is about to be polled.
+    /// Clears the wake-up, before the future is polled.
     fn clear(&self) {
         self.state.swap(AWAKE, Ordering::SeqCst);
     }
 
-    /// Whether the loop may wait in the kernel: not when it was woken meanwhile.
+    /// Enters the sleeping state. False if the loop has been woken.
     fn try_sleep(&self) -> bool {
         self.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
-    /// The wait is over, whatever for.
     fn end_sleep(&self) {
         let _ = self.state.compare_exchange(ASLEEP, AWAKE, Ordering::SeqCst, Ordering::SeqCst);
     }
@@ -134,13 +133,13 @@ impl Wake for LoopWaker {
 
     fn wake_by_ref(self: &Arc<Self>) {
         if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
-            // Can fail only when it has been alerted 2^64 times.
+            // Fails only if the counter overflows, after 2^64 writes.
             let _ = rustix::io::write(&self.eventfd, &1_u64.to_ne_bytes());
         }
     }
 }
 
-/// What one turn takes from the kernel, and whom it wakes; kept, so that a turn allocates nothing.
+/// Events and wakers of one pass; reused, so that a pass does not allocate.
 struct Batch {
     events: Vec<epoll::Event>,
     wakers: Vec<Waker>,
@@ -152,35 +151,34 @@ pub(super) struct Reactor {
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
     started: Instant,
-    /// Who could go on, and lets the others have their turn.
+    /// Tasks that yielded: woken after those that have events.
     deferred: RefCell<Vec<Waker>>,
     last_generation: Cell<u32>,
-    /// For how many turns others are not let run first.
     yields_to_skip: Cell<u32>,
-    /// Where others see how many sockets there are.
+    /// Number of sockets, readable by other threads.
     socket_count: RefCell<Arc<AtomicUsize>>,
 }
 
-/// What is known of one socket.
+/// State of one registered socket.
 #[derive(Debug, Default)]
 struct SocketState {
-    /// Tells the socket from earlier ones in the same state.
+    /// Distinguishes this socket from earlier ones in the same slab entry.
     generation: u32,
-    /// There is an event as long as there is something to read, not only when something comes.
+    /// Level-triggered: reported as readable as long as there is unread data.
     is_level: bool,
     to_read: Readiness,
     to_write: Readiness,
-    /// Whether there is an end, an error or an urgent octet, maybe behind something to be read. If so, only `WouldBlock`
-    /// says that all was read.
+    /// Hang-up, error or urgent data, possibly after unread data. If set, a short read does not mean that the socket is
+    /// empty; only `WouldBlock` does.
     hangup: Readiness,
-    /// The task that waits, whatever for.
+    /// The task that waits for any of the three.
     waker: Option<Waker>,
 }
 
 /// Whether an operation may succeed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Readiness {
-    /// No: one has found nothing, and there has been no event since.
+    /// No: there has been no event since the last `WouldBlock`.
     #[default]
     No,
     /// No, and a task waits for it.
@@ -197,10 +195,10 @@ impl SocketState {
     }
 }
 
-/// When a timer fires, in nanoseconds since the reactor began; the next one that is free, so that each has its own.
+/// When a timer fires, in nanoseconds since the reactor was created. Unique: a value in use is counted up.
 type Due = u64;
 
-/// 292 years, which leaves room behind it.
+/// 292 years, with room to count up.
 const MAX_DUE: Due = Due::MAX / 2;
 
 impl Reactor {
@@ -217,12 +215,10 @@ impl Reactor {
         })
     }
 
-    /// Shows how many sockets there are, from now on.
     pub(super) fn publish_socket_count(&self, sockets: Arc<AtomicUsize>) {
         self.socket_count.replace(sockets);
     }
 
-    /// Wakes every task that waits for a socket.
     pub(super) fn wake_all(&self) {
         let wakers: Vec<Waker> = self.sockets.borrow().iter().filter_map(|(_, state)| state.waker.clone()).collect();
         wakers.into_iter().for_each(Waker::wake);
@@ -248,7 +244,7 @@ impl Reactor {
         Ok(registration)
     }
 
-    /// Waits for events and timers, and wakes who waits for them; does not wait when there is something to be polled.
+    /// Waits for events and timers and wakes their tasks. Does not wait if a task or the main future is already woken.
     fn run_once(&self, loop_waker: &LoopWaker, batch: &mut Batch) -> io::Result<()> {
         batch.wakers.append(&mut self.deferred.borrow_mut());
         self.socket_count.borrow().store(self.sockets.borrow().len(), Ordering::Relaxed);
@@ -264,20 +260,20 @@ impl Reactor {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        // Those that could go on without any event come last.
+        // Tasks that yielded are woken last.
         let deferred = batch.wakers.len();
         for event in &batch.events {
             self.record_event(event, &mut batch.wakers);
         }
         self.take_expired(&mut batch.wakers);
         batch.wakers.rotate_left(deferred);
-        // Nothing is borrowed here: a waker may be the last to hold a task, and the task a socket.
+        // Nothing is borrowed here: dropping a waker may drop its task, and with it a socket.
         batch.wakers.drain(..).for_each(Waker::wake);
         Ok(())
     }
 
-    /// Whoever is ready to run on this core goes first, and has more for us then: where there is much to do, a turn for
-    /// several events costs less than falling asleep and being woken for each.
+    /// Lets other processes on this core run first. Under load they then have more events for one pass, which costs less
+    /// than sleeping and waking up for each.
     fn yield_core(&self) {
         match self.yields_to_skip.get() {
             0 => {
@@ -296,7 +292,7 @@ impl Reactor {
         let (flags, key) = (event.flags, event.data.u64());
         let mut sockets = self.sockets.borrow_mut();
         let (generation, key) = ((key >> 32) as u32, key as u32 as usize);
-        // A socket that is closed here may be open elsewhere, and still have events.
+        // A socket that is closed here may still be open elsewhere and have events.
         let Some(state) = sockets.get_mut(key).filter(|state| state.generation == generation) else { return };
         let ended = EventFlags::HUP | EventFlags::ERR;
         let mut is_awaited = false;
@@ -323,7 +319,6 @@ impl Reactor {
         self.due_at(Instant::now())
     }
 
-    /// How long it is to the first timer.
     fn time_to_next_timer(&self) -> Option<Timespec> {
         let timers = self.timers.borrow();
         let (due, _) = timers.first_key_value()?;
@@ -342,7 +337,7 @@ impl Reactor {
         }
     }
 
-    /// A timer that wakes the task at `due`.
+    /// Creates a timer that wakes the task at `due`.
     pub(super) fn timer(self: Rc<Self>, cx: &Context<'_>, due: Instant) -> Timer {
         let mut timers = self.timers.borrow_mut();
         let due = (self.due_at(due)..).find(|due| !timers.contains_key(due)).unwrap_or(MAX_DUE);
@@ -354,7 +349,7 @@ impl Reactor {
 
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
-/// A timer that is set.
+/// A timer that is set; cleared when dropped.
 #[derive(Debug)]
 pub(super) struct Timer {
     due: Due,
@@ -374,12 +369,12 @@ impl Timer {
 impl Drop for Timer {
     fn drop(&mut self) {
         let waker = self.reactor.timers.borrow_mut().remove(&self.due);
-        // Outside of the borrow, since it may be the last to hold a task.
+        // Outside the borrow: this may drop the task.
         drop(waker);
     }
 }
 
-/// A socket and its state.
+/// A registered socket; deregistered when dropped.
 #[derive(Debug)]
 pub(super) struct Registration<T> {
     reactor: Rc<Reactor>,
@@ -389,7 +384,7 @@ pub(super) struct Registration<T> {
 
 impl<T> Drop for Registration<T> {
     fn drop(&mut self) {
-        // Closing the socket, which comes next, ends its registration with epoll; of a listener, the last one to close.
+        // epoll forgets the socket when its last descriptor is closed, which happens next.
         let state = self.reactor.sockets.borrow_mut().try_remove(self.key as usize);
         drop(state);
     }
@@ -400,16 +395,16 @@ impl<T> Registration<T> {
         &self.socket
     }
 
-    /// For a socket that stays open elsewhere.
+    /// For a socket that stays open under another descriptor.
     pub(super) fn deregister(&self)
     where
         T: AsFd,
     {
-        // Fails only for what is not registered.
+        // Fails only if it is not registered.
         let _ = epoll::delete(&self.reactor.epoll, &self.socket);
     }
 
-    /// Ready when there is an end, an error or an urgent octet.
+    /// Ready on hang-up, error or urgent data.
     pub(super) fn poll_hangup(&self, cx: &Context<'_>) -> Poll<()> {
         self.poll_state(cx, |state| &mut state.hangup)
     }
@@ -435,12 +430,12 @@ impl<T> Registration<T> {
         Poll::Pending
     }
 
-    /// An operation has said `WouldBlock`.
+    /// Records that an operation returned `WouldBlock`.
     pub(super) fn mark_would_block(&self, interest: Interest) {
         self.with_state(|state| *state.readiness(interest) = Readiness::No);
     }
 
-    /// An operation has moved less than it could have.
+    /// Records that an operation transferred less than the buffer holds.
     pub(super) fn mark_drained(&self, interest: Interest) {
         self.with_state(|state| {
             if interest == Interest::Write || state.is_level || state.hangup != Readiness::Maybe {

@@ -211,7 +211,7 @@ fn only_the_owner_can_read_what_is_written() {
 #[test]
 fn a_link_stays_a_link() {
     let folder = temp_dir();
-    let elsewhere = crate::common::temp_dir();
+    let elsewhere = temp_dir();
     let real = write_file(elsewhere.path(), "real", "# mine\n");
     let link = folder.path().join("users");
     symlink(&real, &link).expect("a link");
