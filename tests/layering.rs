@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules that decide and parse, and do nothing else.
-const PURE: [&str; 3] = ["proto", "reassembly", "policy"];
+const PURE_MODULES: [&str; 3] = ["proto", "reassembly", "policy"];
 /// What a pure module does not name: the runtime, sockets, the clock, files, processes, threads.
-const IMPURE: [&str; 30] = [
+const IMPURE_WORDS: [&str; 30] = [
     "smol",
     "async",
     "await",
@@ -42,32 +42,32 @@ const IMPURE: [&str; 30] = [
 /// The same, of more than a word.
 const IMPURE_PATHS: [&str; 3] = ["Instant::now", "std::io", "io::"];
 /// What ends in a panic when it is wrong.
-const PANICS: [&str; 8] =
+const PANICKING: [&str; 8] =
     [".unwrap()", ".expect(", ".unwrap_err()", ".expect_err(", "panic!", "unreachable!", "todo!", "unimplemented!"];
 /// The only file that may be unsafe: it calls a library of C.
-const UNSAFE: &str = "gssapi/ffi.rs";
+const UNSAFE_FILE: &str = "gssapi/ffi.rs";
 /// How long a file may be, without its tests.
 const MAX_LINES: usize = 500;
 
 /// A file of src, without comments and without its tests.
-struct Source {
+struct SourceFile {
     path: PathBuf,
     text: String,
 }
 
-impl Source {
+impl SourceFile {
     fn new(path: &Path, text: &str) -> Self {
         Self { path: path.into(), text: text.into() }
     }
 
     /// The names from the crate down: `["server", "connect"]` for server/connect.rs.
-    fn module(&self) -> Vec<String> {
+    fn module_path(&self) -> Vec<String> {
         let names = self.path.with_extension("");
         names.iter().map(|name| name.to_string_lossy().into_owned()).collect()
     }
 
-    fn top(&self) -> String {
-        self.module().swap_remove(0)
+    fn top_module(&self) -> String {
+        self.module_path().swap_remove(0)
     }
 
     /// What stands before the tests.
@@ -83,8 +83,8 @@ impl Source {
 
 /// A comment begins the line or follows a blank; what does not, as in a URL, is none.
 fn without_comment(line: &str) -> &str {
-    let is_begin = |at: &usize| line[..*at].trim_end().is_empty() || line[..*at].ends_with(' ');
-    match line.match_indices("//").map(|(at, _)| at).find(is_begin) {
+    let is_comment_start = |at: &usize| line[..*at].trim_end().is_empty() || line[..*at].ends_with(' ');
+    match line.match_indices("//").map(|(at, _)| at).find(is_comment_start) {
         Some(at) => &line[..at],
         None => line,
     }
@@ -99,10 +99,10 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
 }
 
 /// All of src, in order.
-fn sources() -> Vec<Source> {
+fn source_files() -> Vec<SourceFile> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut folders = vec![root.clone()];
-    let mut sources = Vec::new();
+    let mut files = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).expect("a folder of src") {
             let path = entry.expect("an entry").path();
@@ -111,20 +111,20 @@ fn sources() -> Vec<Source> {
             } else if path.file_name().is_none_or(|name| name != "README.md" && name != "s5.1") {
                 assert_eq!(path.extension().and_then(|name| name.to_str()), Some("rs"), "{}", path.display());
                 let text = fs::read_to_string(&path).expect("a file of text");
-                sources.push(Source::new(path.strip_prefix(&root).expect("it is below src"), &text));
+                files.push(SourceFile::new(path.strip_prefix(&root).expect("it is below src"), &text));
             }
         }
     }
-    sources.sort_by(|a, b| a.path.cmp(&b.path));
-    sources
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    files
 }
 
-fn lib() -> String {
+fn lib_rs() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).expect("src/lib.rs")
 }
 
 /// Each module and what it may import, from the table of src/lib.rs.
-fn table(lib: &str) -> Vec<(String, Vec<String>)> {
+fn import_table(lib: &str) -> Vec<(String, Vec<String>)> {
     let mut rows: Vec<(String, Vec<String>)> = Vec::new();
     for line in lib.lines().filter(|line| line.starts_with("//! | [")) {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
@@ -140,7 +140,7 @@ fn table(lib: &str) -> Vec<(String, Vec<String>)> {
 }
 
 /// The modules at the top of the crate that a piece of code names, by `crate::`, or by `super::` as often as it takes.
-fn imports(code: &str, depth: usize) -> Vec<String> {
+fn imported_modules(code: &str, depth: usize) -> Vec<String> {
     let mut found = Vec::new();
     let code: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
     for root in ["crate::", &"super::".repeat(depth)] {
@@ -151,7 +151,7 @@ fn imports(code: &str, depth: usize) -> Vec<String> {
             }
             let rest = &code[at + root.len()..];
             match rest.strip_prefix('{') {
-                Some(group) => found.extend(heads(group)),
+                Some(group) => found.extend(first_names(group)),
                 None => found.extend(words(rest).next().map(str::to_owned)),
             }
         }
@@ -163,14 +163,14 @@ fn imports(code: &str, depth: usize) -> Vec<String> {
 }
 
 /// The first name of each item of a group of imports.
-fn heads(group: &str) -> Vec<String> {
-    let (mut depth, mut item, mut heads) = (0, String::new(), Vec::new());
+fn first_names(group: &str) -> Vec<String> {
+    let (mut depth, mut item, mut names) = (0, String::new(), Vec::new());
     for c in group.chars() {
         match c {
             '{' => depth += 1,
             '}' if depth > 0 => depth -= 1,
             ',' | '}' if depth == 0 => {
-                heads.extend(words(&item).next().map(str::to_owned));
+                names.extend(words(&item).next().map(str::to_owned));
                 item.clear();
                 if c == '}' {
                     break;
@@ -180,76 +180,81 @@ fn heads(group: &str) -> Vec<String> {
             _ => {}
         }
     }
-    heads
+    names
 }
 
-fn import_faults(source: &Source, table: &[(String, Vec<String>)]) -> Vec<String> {
-    let top = source.top();
+fn import_violations(file: &SourceFile, table: &[(String, Vec<String>)]) -> Vec<String> {
+    let top = file.top_module();
     let Some((_, allowed)) = table.iter().find(|(module, _)| *module == top) else {
-        return vec![format!("{} has no row in the table", source.path.display())];
+        return vec![format!("{} has no row in the table", file.path.display())];
     };
-    let named = imports(&source.code(), source.module().len()).into_iter();
+    let named = imported_modules(&file.code(), file.module_path().len()).into_iter();
     let bad = named.filter(|name| *name != top && !allowed.contains(name));
-    bad.map(|name| format!("{} imports {name}", source.path.display())).collect()
+    bad.map(|name| format!("{} imports {name}", file.path.display())).collect()
 }
 
-fn purity_faults(source: &Source) -> Vec<String> {
-    let code = source.code();
-    let mut faults: Vec<&str> = words(&code).filter(|word| IMPURE.contains(word)).collect();
-    faults.extend(IMPURE_PATHS.into_iter().filter(|path| code.contains(path)));
-    faults.iter().map(|fault| format!("{} names {fault}", source.path.display())).collect()
+fn purity_violations(file: &SourceFile) -> Vec<String> {
+    let code = file.code();
+    let mut violations: Vec<&str> = words(&code).filter(|word| IMPURE_WORDS.contains(word)).collect();
+    violations.extend(IMPURE_PATHS.into_iter().filter(|path| code.contains(path)));
+    violations.iter().map(|violation| format!("{} names {violation}", file.path.display())).collect()
 }
 
-fn safety_faults(source: &Source) -> Vec<String> {
-    let code: String = source.code().split_whitespace().collect();
-    let mut faults: Vec<&str> = PANICS.into_iter().filter(|panic| code.contains(panic)).collect();
-    let is_unsafe = source.path != Path::new(UNSAFE) && words(&source.code()).any(|word| word == "unsafe");
-    faults.extend(is_unsafe.then_some("unsafe"));
-    faults.iter().map(|fault| format!("{} has {fault}", source.path.display())).collect()
+fn safety_violations(file: &SourceFile) -> Vec<String> {
+    let code: String = file.code().split_whitespace().collect();
+    let mut violations: Vec<&str> = PANICKING.into_iter().filter(|panic| code.contains(panic)).collect();
+    let is_unsafe = file.path != Path::new(UNSAFE_FILE) && words(&file.code()).any(|word| word == "unsafe");
+    violations.extend(is_unsafe.then_some("unsafe"));
+    violations.iter().map(|violation| format!("{} has {violation}", file.path.display())).collect()
 }
 
-fn shape_faults(source: &Source) -> Vec<String> {
-    let mut faults = Vec::new();
-    let lines = source.without_tests().lines().count();
+fn format_violations(file: &SourceFile) -> Vec<String> {
+    let mut violations = Vec::new();
+    let lines = file.without_tests().lines().count();
     if lines > MAX_LINES {
-        faults.push(format!("{} has {lines} lines", source.path.display()));
+        violations.push(format!("{} has {lines} lines", file.path.display()));
     }
-    if !source.text.starts_with("//! ") {
-        faults.push(format!("{} does not say what it is", source.path.display()));
+    if !file.text.starts_with("//! ") {
+        violations.push(format!("{} does not say what it is", file.path.display()));
     }
-    if source.without_tests().contains("cfg(test)") {
-        faults.push(format!("{} has tests that are not its last module", source.path.display()));
+    if file.without_tests().contains("cfg(test)") {
+        violations.push(format!("{} has tests that are not its last module", file.path.display()));
     }
-    faults
+    violations
 }
 
-fn check(faults: impl Iterator<Item = Vec<String>>) {
-    let faults: Vec<String> = faults.flatten().collect();
-    assert!(faults.is_empty(), "{faults:#?}");
-}
-
-#[test]
-fn modules_import_what_the_table_says_and_nothing_else() {
-    let table = table(&lib());
-    let sources = sources();
-    check(sources.iter().filter(|source| !["lib", "main"].contains(&&*source.top())).map(|s| import_faults(s, &table)));
+fn assert_none(violations: impl Iterator<Item = Vec<String>>) {
+    let violations: Vec<String> = violations.flatten().collect();
+    assert!(violations.is_empty(), "{violations:#?}");
 }
 
 #[test]
-fn the_table_has_every_module_once_and_no_other() {
-    let lib = lib();
-    let mut rows: Vec<String> = table(&lib).into_iter().map(|(module, _)| module).collect();
+fn modules_import_only_what_the_table_allows() {
+    let table = import_table(&lib_rs());
+    let files = source_files();
+    assert_none(
+        files
+            .iter()
+            .filter(|file| !["lib", "main"].contains(&&*file.top_module()))
+            .map(|s| import_violations(s, &table)),
+    );
+}
+
+#[test]
+fn import_table_lists_each_module_once() {
+    let lib = lib_rs();
+    let mut rows: Vec<String> = import_table(&lib).into_iter().map(|(module, _)| module).collect();
     let mods = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
     rows.sort();
     assert_eq!(rows, mods.collect::<Vec<_>>(), "the rows and the modules");
-    for source in sources() {
-        assert!(["lib", "main"].contains(&&*source.top()) || rows.contains(&source.top()), "{:?}", source.path);
+    for file in source_files() {
+        assert!(["lib", "main"].contains(&&*file.top_module()) || rows.contains(&file.top_module()), "{:?}", file.path);
     }
 }
 
 #[test]
-fn the_table_has_no_circle() {
-    let table = table(&lib());
+fn import_table_has_no_cycle() {
+    let table = import_table(&lib_rs());
     let mut done: Vec<&String> = Vec::new();
     while done.len() < table.len() {
         let is_free = |(module, imports): &&(String, Vec<String>)| {
@@ -261,48 +266,48 @@ fn the_table_has_no_circle() {
 }
 
 #[test]
-fn the_program_is_only_a_way_into_the_commands() {
-    let sources = sources();
-    let main = sources.iter().find(|source| source.top() == "main").expect("src/main.rs");
+fn main_uses_only_the_cmd_module() {
+    let files = source_files();
+    let main = files.iter().find(|file| file.top_module() == "main").expect("src/main.rs");
     let code = main.code();
     let named: Vec<&str> = code.match_indices("s5::").filter_map(|(at, _)| words(&code[at + 4..]).next()).collect();
     assert!(!named.is_empty() && named.iter().all(|name| *name == "cmd"), "{named:?}");
 }
 
 #[test]
-fn what_is_pure_names_no_runtime_socket_clock_or_file() {
-    let sources = sources();
-    check(sources.iter().filter(|source| PURE.contains(&&*source.top())).map(purity_faults));
-    for pure in PURE {
-        assert!(sources.iter().any(|source| source.top() == pure), "there is no {pure}");
+fn pure_modules_use_no_runtime_socket_clock_or_file() {
+    let files = source_files();
+    assert_none(files.iter().filter(|file| PURE_MODULES.contains(&&*file.top_module())).map(purity_violations));
+    for pure in PURE_MODULES {
+        assert!(files.iter().any(|file| file.top_module() == pure), "there is no {pure}");
     }
 }
 
 #[test]
-fn nothing_outside_of_tests_can_panic_or_is_unsafe() {
-    check(sources().iter().map(safety_faults));
+fn code_outside_tests_has_no_panic_and_no_unsafe() {
+    assert_none(source_files().iter().map(safety_violations));
 }
 
 #[test]
-fn every_file_says_what_it_is_and_ends_before_500_lines() {
-    check(sources().iter().map(shape_faults));
+fn source_files_have_module_docs_and_at_most_500_lines() {
+    assert_none(source_files().iter().map(format_violations));
 }
 
 #[test]
-fn there_is_one_runtime() {
+fn lock_file_has_no_second_runtime_and_no_openssl() {
     let lock = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock");
     let lock = fs::read_to_string(lock).expect("Cargo.lock");
-    assert_eq!(strangers(&lock), [""; 0]);
+    assert_eq!(unwanted_packages(&lock), [""; 0]);
 }
 
 /// Packages that are not wanted, directly or not.
-fn strangers(lock: &str) -> Vec<&str> {
+fn unwanted_packages(lock: &str) -> Vec<&str> {
     let unwanted = ["tokio", "async-std", "mio", "openssl", "openssl-sys"];
     let names = lock.lines().filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'));
     names.filter(|name| unwanted.contains(name) || name.starts_with("tokio-")).collect()
 }
 
-const BAD: &str = "//! Something.
+const BAD_CODE: &str = "//! Something.
 use crate::server::Server;
 use crate::{client::{self, udp}, proto, dial as d};
 pub(crate) fn bad(now: std::time::Instant) {
@@ -321,55 +326,56 @@ mod tests {
 ";
 
 #[test]
-fn a_forbidden_import_is_found_however_it_is_written() {
-    let bad = Source::new(Path::new("proto/deep.rs"), BAD);
-    assert_eq!(imports(&bad.code(), 2), ["client", "conn", "dial", "proto", "server"]);
-    assert_eq!(imports("super::super::relay::relay(super::other::x)", 2), ["relay"]);
-    assert_eq!(imports("use super::{conn::Conn, relay};", 1), ["conn", "relay"]);
-    assert_eq!(imports("use crate::relay::{\n    Abort,\n    crates::dial,\n};", 1), ["relay"]);
+fn import_check_finds_all_forms_of_imports() {
+    let bad_file = SourceFile::new(Path::new("proto/deep.rs"), BAD_CODE);
+    assert_eq!(imported_modules(&bad_file.code(), 2), ["client", "conn", "dial", "proto", "server"]);
+    assert_eq!(imported_modules("super::super::relay::relay(super::other::x)", 2), ["relay"]);
+    assert_eq!(imported_modules("use super::{conn::Conn, relay};", 1), ["conn", "relay"]);
+    assert_eq!(imported_modules("use crate::relay::{\n    Abort,\n    crates::dial,\n};", 1), ["relay"]);
 
     let table = vec![("proto".to_owned(), vec!["dial".to_owned()])];
-    let faults = import_faults(&bad, &table);
+    let violations = import_violations(&bad_file, &table);
     let expected = ["client", "conn", "server"].map(|name| format!("proto/deep.rs imports {name}"));
-    assert_eq!(faults, expected);
-    let stray = Source::new(Path::new("stray.rs"), "//! Stray.\n");
-    assert_eq!(import_faults(&stray, &table), ["stray.rs has no row in the table"]);
+    assert_eq!(violations, expected);
+    let stray = SourceFile::new(Path::new("stray.rs"), "//! Stray.\n");
+    assert_eq!(import_violations(&stray, &table), ["stray.rs has no row in the table"]);
 }
 
 #[test]
-fn the_table_is_read_as_it_is_meant() {
+fn import_table_parser_reads_lists_nothing_and_all_of_the_above() {
     let text = "//! | module | what | may import |\n//! | --- | --- | --- |\n//! | [`a`] | it | nothing |\n\
                 //! | [`b`] | it | `a` |\n//! | [`c`] | it | `a`, `b` |\n//! | [`d`] | it | all of the above |\n";
-    let rows: Vec<_> = table(text).into_iter().map(|(module, imports)| module + ":" + &imports.join(" ")).collect();
+    let rows: Vec<_> =
+        import_table(text).into_iter().map(|(module, imports)| module + ":" + &imports.join(" ")).collect();
     assert_eq!(rows, ["a:", "b:a", "c:a b", "d:a b c"]);
 }
 
 #[test]
-fn what_is_not_pure_and_not_safe_is_found_outside_of_comments_and_tests() {
-    let bad = Source::new(Path::new("proto/deep.rs"), BAD);
-    assert_eq!(purity_faults(&bad), ["proto/deep.rs names fs", "proto/deep.rs names Instant::now"]);
-    let expected = [".unwrap()", "todo!", "unsafe"].map(|fault| format!("proto/deep.rs has {fault}"));
-    assert_eq!(safety_faults(&bad), expected);
+fn purity_and_safety_checks_skip_comments_and_tests() {
+    let bad_file = SourceFile::new(Path::new("proto/deep.rs"), BAD_CODE);
+    assert_eq!(purity_violations(&bad_file), ["proto/deep.rs names fs", "proto/deep.rs names Instant::now"]);
+    let expected = [".unwrap()", "todo!", "unsafe"].map(|violation| format!("proto/deep.rs has {violation}"));
+    assert_eq!(safety_violations(&bad_file), expected);
     assert_eq!(
-        safety_faults(&Source::new(Path::new(UNSAFE), BAD)),
-        expected[..2].iter().map(|fault| fault.replace("proto/deep.rs", UNSAFE)).collect::<Vec<_>>()
+        safety_violations(&SourceFile::new(Path::new(UNSAFE_FILE), BAD_CODE)),
+        expected[..2].iter().map(|violation| violation.replace("proto/deep.rs", UNSAFE_FILE)).collect::<Vec<_>>()
     );
-    let fine = Source::new(Path::new("fine.rs"), "//! Fine.\nfn f(now: Instant, x: IpAddr) { x.unwrap_or(now) }\n");
-    assert!(purity_faults(&fine).is_empty() && safety_faults(&fine).is_empty());
+    let fine = SourceFile::new(Path::new("fine.rs"), "//! Fine.\nfn f(now: Instant, x: IpAddr) { x.unwrap_or(now) }\n");
+    assert!(purity_violations(&fine).is_empty() && safety_violations(&fine).is_empty());
 }
 
 #[test]
-fn a_file_that_is_too_long_or_says_nothing_is_found() {
-    let shape = |text: &str| shape_faults(&Source::new(Path::new("a.rs"), text)).len();
+fn format_check_finds_long_files_and_missing_module_docs() {
+    let count_violations = |text: &str| format_violations(&SourceFile::new(Path::new("a.rs"), text)).len();
     let tests = "\n#[cfg(test)]\nmod tests {\n".to_owned() + &"x\n".repeat(900) + "}\n";
-    assert_eq!(shape(&("//! A.\n".to_owned() + &"x\n".repeat(499) + &tests)), 0);
-    assert_eq!(shape(&("//! A.\n".to_owned() + &"x\n".repeat(500) + &tests)), 1);
-    assert_eq!(shape("// A.\n"), 1);
-    assert_eq!(shape("//! A.\n#[cfg(test)]\nuse x;\n"), 1);
+    assert_eq!(count_violations(&("//! A.\n".to_owned() + &"x\n".repeat(499) + &tests)), 0);
+    assert_eq!(count_violations(&("//! A.\n".to_owned() + &"x\n".repeat(500) + &tests)), 1);
+    assert_eq!(count_violations("// A.\n"), 1);
+    assert_eq!(count_violations("//! A.\n#[cfg(test)]\nuse x;\n"), 1);
 }
 
 #[test]
-fn another_runtime_is_found() {
+fn unwanted_packages_are_found_in_lock_file() {
     let lock = "[[package]]\nname = \"smol\"\n\n[[package]]\nname = \"tokio\"\n\n[[package]]\nname = \"tokio-util\"\n";
-    assert_eq!(strangers(lock), ["tokio", "tokio-util"]);
+    assert_eq!(unwanted_packages(lock), ["tokio", "tokio-util"]);
 }
