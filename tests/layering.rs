@@ -1,12 +1,12 @@
-//! The rules of the code that no compiler knows, held against the text of src: who imports whom as the table in
-//! src/lib.rs says, what is pure, what can't panic, how long a file is. By text, so not proof against trickery.
+//! Checks rules of the source code that the compiler does not check: imports follow the table in src/lib.rs, pure modules
+//! do no I/O, code outside of tests can't panic, files stay short. The checks search text and can be evaded on purpose.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The modules that decide and parse, and do nothing else.
+/// Modules that only parse and decide.
 const PURE_MODULES: [&str; 3] = ["proto", "reassembly", "policy"];
-/// What a pure module does not name: the runtime, sockets, the clock, files, processes, threads.
+/// Words that a pure module must not use: the runtime, sockets, the clock, files, processes, threads.
 const IMPURE_WORDS: [&str; 30] = [
     "smol",
     "async",
@@ -39,17 +39,17 @@ const IMPURE_WORDS: [&str; 30] = [
     "stdin",
     "Future",
 ];
-/// The same, of more than a word.
+/// The same, for paths.
 const IMPURE_PATHS: [&str; 3] = ["Instant::now", "std::io", "io::"];
-/// What ends in a panic when it is wrong.
+/// Calls and macros that can panic.
 const PANICKING: [&str; 8] =
     [".unwrap()", ".expect(", ".unwrap_err()", ".expect_err(", "panic!", "unreachable!", "todo!", "unimplemented!"];
-/// The only file that may be unsafe: it calls a library of C.
+/// The only file that may use unsafe code: it calls a C library.
 const UNSAFE_FILE: &str = "gssapi/ffi.rs";
-/// How long a file may be, without its tests.
+/// Maximum number of lines of a file without its tests.
 const MAX_LINES: usize = 500;
 
-/// A file of src, without comments and without its tests.
+/// A file of src.
 struct SourceFile {
     path: PathBuf,
     text: String,
@@ -60,7 +60,7 @@ impl SourceFile {
         Self { path: path.into(), text: text.into() }
     }
 
-    /// The names from the crate down: `["server", "connect"]` for server/connect.rs.
+    /// Returns the module names below the crate: `["server", "connect"]` for server/connect.rs.
     fn module_path(&self) -> Vec<String> {
         let names = self.path.with_extension("");
         names.iter().map(|name| name.to_string_lossy().into_owned()).collect()
@@ -70,18 +70,19 @@ impl SourceFile {
         self.module_path().swap_remove(0)
     }
 
-    /// What stands before the tests.
+    /// Returns the text before the tests module.
     fn without_tests(&self) -> &str {
         self.text.split_once("\n#[cfg(test)]\nmod tests {").map_or(&self.text, |(code, _)| code)
     }
 
+    /// Returns the code without comments and without the tests module.
     fn code(&self) -> String {
         let lines = self.without_tests().lines().map(|line| without_comment(line).to_owned() + "\n");
         lines.collect()
     }
 }
 
-/// A comment begins the line or follows a blank; what does not, as in a URL, is none.
+/// Removes a comment. `//` starts one at the beginning of a line or after a space, so not in a URL.
 fn without_comment(line: &str) -> &str {
     let is_comment_start = |at: &usize| line[..*at].trim_end().is_empty() || line[..*at].ends_with(' ');
     match line.match_indices("//").map(|(at, _)| at).find(is_comment_start) {
@@ -98,20 +99,20 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|c| !is_word(c)).filter(|word| !word.is_empty())
 }
 
-/// All of src, in order.
+/// Reads all files of src, sorted by path.
 fn source_files() -> Vec<SourceFile> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut folders = vec![root.clone()];
+    let mut dirs = vec![root.clone()];
     let mut files = Vec::new();
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).expect("a folder of src") {
-            let path = entry.expect("an entry").path();
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).expect("directory of src") {
+            let path = entry.expect("directory entry").path();
             if path.is_dir() {
-                folders.push(path);
+                dirs.push(path);
             } else if path.file_name().is_none_or(|name| name != "README.md" && name != "s5.1") {
                 assert_eq!(path.extension().and_then(|name| name.to_str()), Some("rs"), "{}", path.display());
-                let text = fs::read_to_string(&path).expect("a file of text");
-                files.push(SourceFile::new(path.strip_prefix(&root).expect("it is below src"), &text));
+                let text = fs::read_to_string(&path).expect("UTF-8 file");
+                files.push(SourceFile::new(path.strip_prefix(&root).expect("path below src"), &text));
             }
         }
     }
@@ -123,12 +124,12 @@ fn lib_rs() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).expect("src/lib.rs")
 }
 
-/// Each module and what it may import, from the table of src/lib.rs.
+/// Parses the table of src/lib.rs: each module with the modules that it may import.
 fn import_table(lib: &str) -> Vec<(String, Vec<String>)> {
     let mut rows: Vec<(String, Vec<String>)> = Vec::new();
     for line in lib.lines().filter(|line| line.starts_with("//! | [")) {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
-        let [_, module, _, imports, _] = cells[..] else { panic!("a row of three cells: {line}") };
+        let [_, module, _, imports, _] = cells[..] else { panic!("expected a row of three cells: {line}") };
         let imports = match imports {
             "all of the above" => rows.iter().map(|(module, _)| module.clone()).collect(),
             "nothing" => Vec::new(),
@@ -139,7 +140,7 @@ fn import_table(lib: &str) -> Vec<(String, Vec<String>)> {
     rows
 }
 
-/// The modules at the top of the crate that a piece of code names, by `crate::`, or by `super::` as often as it takes.
+/// Returns the top-level modules that the code names, by `crate::`, or by `super::` repeated `depth` times.
 fn imported_modules(code: &str, depth: usize) -> Vec<String> {
     let mut found = Vec::new();
     let code: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -162,7 +163,7 @@ fn imported_modules(code: &str, depth: usize) -> Vec<String> {
     found
 }
 
-/// The first name of each item of a group of imports.
+/// Returns the first name of each item in a group of imports.
 fn first_names(group: &str) -> Vec<String> {
     let (mut depth, mut item, mut names) = (0, String::new(), Vec::new());
     for c in group.chars() {
@@ -186,18 +187,18 @@ fn first_names(group: &str) -> Vec<String> {
 fn import_violations(file: &SourceFile, table: &[(String, Vec<String>)]) -> Vec<String> {
     let top = file.top_module();
     let Some((_, allowed)) = table.iter().find(|(module, _)| *module == top) else {
-        return vec![format!("{} has no row in the table", file.path.display())];
+        return vec![format!("{}: no row in the table of src/lib.rs", file.path.display())];
     };
     let named = imported_modules(&file.code(), file.module_path().len()).into_iter();
     let bad = named.filter(|name| *name != top && !allowed.contains(name));
-    bad.map(|name| format!("{} imports {name}", file.path.display())).collect()
+    bad.map(|name| format!("{}: imports {name}, against the table of src/lib.rs", file.path.display())).collect()
 }
 
 fn purity_violations(file: &SourceFile) -> Vec<String> {
     let code = file.code();
     let mut violations: Vec<&str> = words(&code).filter(|word| IMPURE_WORDS.contains(word)).collect();
     violations.extend(IMPURE_PATHS.into_iter().filter(|path| code.contains(path)));
-    violations.iter().map(|violation| format!("{} names {violation}", file.path.display())).collect()
+    violations.iter().map(|violation| format!("{}: uses {violation} in a pure module", file.path.display())).collect()
 }
 
 fn safety_violations(file: &SourceFile) -> Vec<String> {
@@ -205,25 +206,31 @@ fn safety_violations(file: &SourceFile) -> Vec<String> {
     let mut violations: Vec<&str> = PANICKING.into_iter().filter(|panic| code.contains(panic)).collect();
     let is_unsafe = file.path != Path::new(UNSAFE_FILE) && words(&file.code()).any(|word| word == "unsafe");
     violations.extend(is_unsafe.then_some("unsafe"));
-    violations.iter().map(|violation| format!("{} has {violation}", file.path.display())).collect()
+    violations
+        .iter()
+        .map(|violation| format!("{}: contains {violation} outside of tests", file.path.display()))
+        .collect()
 }
 
 fn format_violations(file: &SourceFile) -> Vec<String> {
     let mut violations = Vec::new();
     let lines = file.without_tests().lines().count();
     if lines > MAX_LINES {
-        violations.push(format!("{} has {lines} lines", file.path.display()));
+        violations.push(format!(
+            "{}: {lines} lines without tests (at most {MAX_LINES}; split the file)",
+            file.path.display()
+        ));
     }
     if !file.text.starts_with("//! ") {
-        violations.push(format!("{} does not say what it is", file.path.display()));
+        violations.push(format!("{}: no module documentation (start the file with //!)", file.path.display()));
     }
     if file.without_tests().contains("cfg(test)") {
-        violations.push(format!("{} has tests that are not its last module", file.path.display()));
+        violations.push(format!("{}: cfg(test) outside of the tests module at the end", file.path.display()));
     }
     violations
 }
 
-fn assert_none(violations: impl Iterator<Item = Vec<String>>) {
+fn assert_no_violations(violations: impl Iterator<Item = Vec<String>>) {
     let violations: Vec<String> = violations.flatten().collect();
     assert!(violations.is_empty(), "{violations:#?}");
 }
@@ -232,12 +239,8 @@ fn assert_none(violations: impl Iterator<Item = Vec<String>>) {
 fn modules_import_only_what_the_table_allows() {
     let table = import_table(&lib_rs());
     let files = source_files();
-    assert_none(
-        files
-            .iter()
-            .filter(|file| !["lib", "main"].contains(&&*file.top_module()))
-            .map(|s| import_violations(s, &table)),
-    );
+    let below_lib = files.iter().filter(|file| !["lib", "main"].contains(&&*file.top_module()));
+    assert_no_violations(below_lib.map(|file| import_violations(file, &table)));
 }
 
 #[test]
@@ -246,7 +249,7 @@ fn import_table_lists_each_module_once() {
     let mut rows: Vec<String> = import_table(&lib).into_iter().map(|(module, _)| module).collect();
     let mods = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
     rows.sort();
-    assert_eq!(rows, mods.collect::<Vec<_>>(), "the rows and the modules");
+    assert_eq!(rows, mods.collect::<Vec<_>>(), "rows and modules");
     for file in source_files() {
         assert!(["lib", "main"].contains(&&*file.top_module()) || rows.contains(&file.top_module()), "{:?}", file.path);
     }
@@ -257,10 +260,10 @@ fn import_table_has_no_cycle() {
     let table = import_table(&lib_rs());
     let mut done: Vec<&String> = Vec::new();
     while done.len() < table.len() {
-        let is_free = |(module, imports): &&(String, Vec<String>)| {
+        let is_ready = |(module, imports): &&(String, Vec<String>)| {
             !done.contains(&module) && imports.iter().all(|name| done.contains(&name))
         };
-        let (module, _) = table.iter().find(is_free).expect("a module that imports only what is below it");
+        let (module, _) = table.iter().find(is_ready).expect("no cycle in the import table");
         done.push(module);
     }
 }
@@ -277,20 +280,22 @@ fn main_uses_only_the_cmd_module() {
 #[test]
 fn pure_modules_use_no_runtime_socket_clock_or_file() {
     let files = source_files();
-    assert_none(files.iter().filter(|file| PURE_MODULES.contains(&&*file.top_module())).map(purity_violations));
+    assert_no_violations(
+        files.iter().filter(|file| PURE_MODULES.contains(&&*file.top_module())).map(purity_violations),
+    );
     for pure in PURE_MODULES {
-        assert!(files.iter().any(|file| file.top_module() == pure), "there is no {pure}");
+        assert!(files.iter().any(|file| file.top_module() == pure), "no module {pure}");
     }
 }
 
 #[test]
 fn code_outside_tests_has_no_panic_and_no_unsafe() {
-    assert_none(source_files().iter().map(safety_violations));
+    assert_no_violations(source_files().iter().map(safety_violations));
 }
 
 #[test]
 fn source_files_have_module_docs_and_at_most_500_lines() {
-    assert_none(source_files().iter().map(format_violations));
+    assert_no_violations(source_files().iter().map(format_violations));
 }
 
 #[test]
@@ -300,7 +305,7 @@ fn lock_file_has_no_second_runtime_and_no_openssl() {
     assert_eq!(unwanted_packages(&lock), [""; 0]);
 }
 
-/// Packages that are not wanted, directly or not.
+/// Returns the names of unwanted packages in a Cargo.lock, direct dependencies or not.
 fn unwanted_packages(lock: &str) -> Vec<&str> {
     let unwanted = ["tokio", "async-std", "mio", "openssl", "openssl-sys"];
     let names = lock.lines().filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'));
@@ -311,7 +316,7 @@ const BAD_CODE: &str = "//! Something.
 use crate::server::Server;
 use crate::{client::{self, udp}, proto, dial as d};
 pub(crate) fn bad(now: std::time::Instant) {
-    // Here crate::cmd and .unwrap() are only talked about: smol, Instant::now().
+    // A comment that mentions crate::cmd, .unwrap(), smol and Instant::now().
     let url = \"http://crate\"; let _ = mycrate::relay; crate::conn::timeout_at(Instant::now());
     std::fs::read(url)
         .unwrap ();
@@ -335,10 +340,11 @@ fn import_check_finds_all_forms_of_imports() {
 
     let table = vec![("proto".to_owned(), vec!["dial".to_owned()])];
     let violations = import_violations(&bad_file, &table);
-    let expected = ["client", "conn", "server"].map(|name| format!("proto/deep.rs imports {name}"));
+    let expected = ["client", "conn", "server"]
+        .map(|name| format!("proto/deep.rs: imports {name}, against the table of src/lib.rs"));
     assert_eq!(violations, expected);
     let stray = SourceFile::new(Path::new("stray.rs"), "//! Stray.\n");
-    assert_eq!(import_violations(&stray, &table), ["stray.rs has no row in the table"]);
+    assert_eq!(import_violations(&stray, &table), ["stray.rs: no row in the table of src/lib.rs"]);
 }
 
 #[test]
@@ -353,8 +359,12 @@ fn import_table_parser_reads_lists_nothing_and_all_of_the_above() {
 #[test]
 fn purity_and_safety_checks_skip_comments_and_tests() {
     let bad_file = SourceFile::new(Path::new("proto/deep.rs"), BAD_CODE);
-    assert_eq!(purity_violations(&bad_file), ["proto/deep.rs names fs", "proto/deep.rs names Instant::now"]);
-    let expected = [".unwrap()", "todo!", "unsafe"].map(|violation| format!("proto/deep.rs has {violation}"));
+    assert_eq!(
+        purity_violations(&bad_file),
+        ["proto/deep.rs: uses fs in a pure module", "proto/deep.rs: uses Instant::now in a pure module"]
+    );
+    let expected = [".unwrap()", "todo!", "unsafe"]
+        .map(|violation| format!("proto/deep.rs: contains {violation} outside of tests"));
     assert_eq!(safety_violations(&bad_file), expected);
     assert_eq!(
         safety_violations(&SourceFile::new(Path::new(UNSAFE_FILE), BAD_CODE)),
