@@ -5,7 +5,7 @@
 //! ```text
 //! # A correct password is answered 01 00 (RFC 1929 section 2).
 //! requirements: 30 31             row numbers of the table in wire/README.md
-//! role: server                    s5 is the server; otherwise: s5 is this client, with these arguments ({proxy}: the test)
+//! role: server                    s5 is the server; else s5 is this client, with arguments ({proxy}: the test)
 //! server: --bind-timeout 1s       more arguments for s5 serve
 //! user: "alice" "secret"          a user of the server (argon2id); `bcrypt user:` likewise
 //! over: ::1                       the IP address of the proxy [default: 127.0.0.1 for s5, 127.0.0.7 for the test]
@@ -15,8 +15,9 @@
 //! < 05 ?? 00 {bnd} ...            bytes from the server; ?? is any byte, ... is everything up to EOF
 //! udp> udp<                       datagrams: from the client's UDP socket to BND, and back
 //! other-port> other-ip> other-ip< datagrams from another port or another IP address
-//! peer connects                   BIND's expected peer connects to BND; also: peer sends, peer receives, peer fin, peer eof
-//! other-port connects             a peer from another port (other-ip: another address) connects; the server must close it
+//! peer connects                   BIND's expected peer connects to BND
+//! peer sends  peer receives       data of the peer; also: peer fin, peer eof
+//! other-port connects             a peer from another port (other-ip: address) connects; the server must close it
 //! fin  reset                      the test half-closes, resets the TCP connection
 //! eof  close                      s5 must close the TCP connection: with FIN; with FIN or RST
 //! port-free tcp  port-free udp    s5 must release the port of BND
@@ -27,10 +28,10 @@
 //! stderr: refused                 part of what the client writes to stderr
 //! ```
 //!
-//! Placeholders: `{bnd}` in a reply accepts any loopback address with a port; elsewhere it is the last such address, and
-//! in a reply `{same-bnd}` is. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND, `{listener}`
-//! and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP socket and
-//! `{any-relay}` has that port at 0.0.0.0. `wire/fixtures.rs` defines all others.
+//! Placeholders: `{bnd}` in a reply accepts any loopback address with a port. `{same-bnd}` in a reply, and `{bnd}`
+//! anywhere else, is the last such address. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of
+//! BIND; `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP
+//! socket and `{any-relay}` has that port at 0.0.0.0. `wire/fixtures.rs` defines all others.
 //!
 //! After the last line the test closes its side. Bytes that the transcript does not mention are an error.
 

@@ -10,8 +10,7 @@ use super::transcript::Item;
 
 /// Time limit for each expected event; less than the 10 s of RFC 1928 section 6.
 pub const LIMIT: Duration = Duration::from_secs(8);
-/// Pause between two writes, so that the receiver is likely to read them separately. The expected answer does not depend
-/// on it.
+/// Pause between two writes, so that the receiver is likely to read them separately.
 pub const GAP: Duration = Duration::from_micros(200);
 
 /// State LISTEN in /proc/net/tcp.

@@ -110,7 +110,7 @@ fn reset_after_first_byte(mut stream: TcpStream) {
     let _ = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
 }
 
-/// Answers each datagram from another IP address, from another port, and from the address it was sent to, in this order.
+/// Answers each datagram from another IP address, then from another port, then from the address it was sent to.
 fn three_answers() -> SocketAddr {
     let bind = |ip| UdpSocket::bind((ip, 0)).expect("bind");
     let (target, other_port, other_ip) = (bind("127.0.0.1"), bind("127.0.0.1"), bind("127.0.0.3"));
