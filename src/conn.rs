@@ -20,7 +20,7 @@ use rustix::net::RecvFlags;
 
 use crate::proto::{self, DecodeError, Message};
 use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
-use crate::relay::{SocketOp, Stream};
+use crate::relay::{SocketOp, SocketPoll, Stream};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 
@@ -285,12 +285,7 @@ impl Stream for Conn {
         self.has_event(PollFlags::ERR)
     }
 
-    fn poll_socket(
-        &self,
-        cx: &mut Context<'_>,
-        interest: Interest,
-        op: &mut SocketOp<'_>,
-    ) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
         (!matches!(self, Self::Protected(_))).then(|| self.poll_with(cx, interest, op))
     }
 }

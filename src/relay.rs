@@ -28,6 +28,8 @@ const UNDELIVERED_WAIT: Duration = Duration::from_secs(1);
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// An operation on a bare socket: octets moved, 0 at the end.
 pub type SocketOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
+/// Result of [`Stream::poll_socket`]: `None` if the stream is not backed by a plain socket.
+pub type SocketPoll = Option<Poll<io::Result<usize>>>;
 
 /// A stream that can be relayed. It can be cut so that its peer does not take what it got for the whole.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin {
@@ -45,7 +47,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     }
 
     /// Does `op` on the socket when that may be ready. `None` when there is no socket whose octets are the stream's.
-    fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> SocketPoll {
         None
     }
 }
@@ -64,12 +66,7 @@ impl Stream for &mut dyn Stream {
         (**self).is_reset()
     }
 
-    fn poll_socket(
-        &self,
-        cx: &mut Context<'_>,
-        interest: Interest,
-        op: &mut SocketOp<'_>,
-    ) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
         (**self).poll_socket(cx, interest, op)
     }
 }
@@ -145,6 +142,9 @@ impl fmt::Display for RelayError {
     }
 }
 
+/// Result of [`relay`].
+pub type RelayResult = Result<RelayOutcome, RelayError>;
+
 /// Moves octets both ways until both directions have ended. A direction ends when its source does, which is passed on
 /// by closing its sink's write side. Before each step `may_go_on` is asked.
 ///
@@ -159,7 +159,7 @@ pub fn relay<'a, C, D>(
     options: &'a RelayOptions,
     counts: &'a ByteCounts,
     may_go_on: impl Fn(&C, &D) -> bool + 'a,
-) -> impl Future<Output = Result<RelayOutcome, RelayError>>
+) -> impl Future<Output = RelayResult>
 where
     C: Stream,
     D: Stream,
@@ -221,12 +221,7 @@ struct Tunnel<'a> {
 }
 
 impl Tunnel<'_> {
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        client: &mut impl Stream,
-        dst: &mut impl Stream,
-    ) -> Poll<Result<RelayOutcome, RelayError>> {
+    fn poll(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
         let before = self.progress();
         if let Poll::Ready(result) = self.pump(cx, client, dst) {
             return Poll::Ready(result);
@@ -242,12 +237,7 @@ impl Tunnel<'_> {
         (count(&self.counts.up), count(&self.counts.down), self.up.is_done, self.down.is_done)
     }
 
-    fn pump(
-        &mut self,
-        cx: &mut Context<'_>,
-        client: &mut impl Stream,
-        dst: &mut impl Stream,
-    ) -> Poll<Result<RelayOutcome, RelayError>> {
+    fn pump(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
         let may_stop = |one: &Direction, other: &Direction| {
             self.options.stop_when_bulk && !one.has_ended && other.is_stateless() && self.undelivered.is_none()
         };
@@ -292,12 +282,7 @@ impl Tunnel<'_> {
     }
 
     /// Ready when the tunnel has been silent for too long, or one side has given it up.
-    fn poll_timeouts(
-        &mut self,
-        cx: &mut Context<'_>,
-        client: &impl Stream,
-        dst: &impl Stream,
-    ) -> Poll<Result<RelayOutcome, RelayError>> {
+    fn poll_timeouts(&mut self, cx: &mut Context<'_>, client: &impl Stream, dst: &impl Stream) -> Poll<RelayResult> {
         let mut fired = false;
         loop {
             let now = Instant::now();
@@ -340,6 +325,6 @@ impl Tunnel<'_> {
     }
 }
 
-fn io_error(operation: RelayOp, error: io::Error) -> Poll<Result<RelayOutcome, RelayError>> {
+fn io_error(operation: RelayOp, error: io::Error) -> Poll<RelayResult> {
     Poll::Ready(Err(RelayError::Io(operation, error)))
 }

@@ -10,7 +10,7 @@ use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
 use crate::conn::{Conn, DetachedConn};
 use crate::reactor::sleep;
-use crate::relay::{RelayError, RelayOptions, RelayOutcome, Stream, relay};
+use crate::relay::{RelayError, RelayOptions, RelayResult, Stream, relay};
 
 /// Time for a client to read what it was sent, after the target has closed with data undelivered to it.
 const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
@@ -29,18 +29,14 @@ impl Tunnel {
         &'a mut self,
         server: &'a Server,
         options: &'a RelayOptions,
-    ) -> impl Future<Output = Result<RelayOutcome, RelayError>> + 'a {
+    ) -> impl Future<Output = RelayResult> + 'a {
         let Self { client, target, log } = self;
         let log = &*log;
         relay(client, target, options, &log.bytes, |_, target| is_still_allowed(server, log, target))
     }
 
     /// As [`Tunnel::relay`], at the rate of `rate_limit`.
-    pub(super) async fn relay_rate_limited(
-        &mut self,
-        rate_limit: &RateLimit,
-        server: &Server,
-    ) -> Result<RelayOutcome, RelayError> {
+    pub(super) async fn relay_rate_limited(&mut self, rate_limit: &RateLimit, server: &Server) -> RelayResult {
         let Self { client, target, log } = self;
         let (log, options) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_options });
         let mut client = RateLimitedStream::new(client, rate_limit);

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
-use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayOutcome, relay};
+use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayResult, relay};
 
 use super::{Far, Received, Tunnel};
 
@@ -196,12 +196,12 @@ impl Wake for Flag {
 }
 
 pub struct Memory {
-    relay: Option<BoxedLocal<Result<RelayOutcome, RelayError>>>,
+    relay: Option<BoxedLocal<RelayResult>>,
     is_woken: Arc<Flag>,
     moved: Rc<ByteCounts>,
     client: FarEnd,
     dst: FarEnd,
-    outcome: Option<Result<RelayOutcome, RelayError>>,
+    outcome: Option<RelayResult>,
 }
 
 impl Memory {
@@ -253,7 +253,7 @@ impl Tunnel for Memory {
         (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&Result<RelayOutcome, RelayError>> {
+    fn ended(&mut self) -> Option<&RelayResult> {
         self.outcome.as_ref()
     }
 

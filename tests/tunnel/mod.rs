@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use s5::relay::{RelayError, RelayOptions, RelayOutcome};
+use s5::relay::{RelayOptions, RelayResult};
 
 pub mod game;
 pub mod memory;
@@ -32,7 +32,7 @@ pub trait Tunnel: Sized {
     fn moved(&self) -> (u64, u64);
 
     /// How it ended, when it has.
-    fn ended(&mut self) -> Option<&Result<RelayOutcome, RelayError>>;
+    fn ended(&mut self) -> Option<&RelayResult>;
 
     /// Ends the relay from outside, without its consent.
     fn cancel(&mut self);

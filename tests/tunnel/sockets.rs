@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_lite::FutureExt as _;
 use s5::conn::Conn;
 use s5::reactor::{self, Io};
-use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayOutcome, relay};
+use s5::relay::{ByteCounts, RelayOptions, RelayOutcome, RelayResult, relay};
 use smol::channel::{Sender, unbounded};
 use socket2::SockRef;
 
@@ -70,8 +70,8 @@ pub struct OnThread<const HAS_REACTOR: bool> {
     moved: Arc<ByteCounts>,
     cancel: Sender<()>,
     /// None from the thread: it was cancelled.
-    thread: Option<JoinHandle<Option<Result<RelayOutcome, RelayError>>>>,
-    outcome: Option<Result<RelayOutcome, RelayError>>,
+    thread: Option<JoinHandle<Option<RelayResult>>>,
+    outcome: Option<RelayResult>,
 }
 
 /// As it is done from thread to thread.
@@ -151,7 +151,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
         (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&Result<RelayOutcome, RelayError>> {
+    fn ended(&mut self) -> Option<&RelayResult> {
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
             self.join();
         }

@@ -15,7 +15,7 @@ use smol::Unblock;
 
 use super::descriptor;
 use crate::reactor::{Interest, Io};
-use crate::relay::{SocketOp, Stream};
+use crate::relay::{SocketOp, SocketPoll, Stream};
 
 /// The buffer between a blocking descriptor and the relay, in octets.
 const BUFFER_SIZE: usize = 64 * 1024;
@@ -116,12 +116,7 @@ impl StdioEnd {
         }
     }
 
-    fn poll_socket(
-        &self,
-        cx: &mut Context<'_>,
-        interest: Interest,
-        op: &mut SocketOp<'_>,
-    ) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
         match self {
             Self::Pipe(pipe) => Some(pipe.poll_with(cx, interest, |file| op(file.as_fd()))),
             Self::File(file) => Some(Poll::Ready(op(file.as_fd()))),
@@ -191,12 +186,7 @@ impl Stream for StdioStream {
         self.has_unflushed
     }
 
-    fn poll_socket(
-        &self,
-        cx: &mut Context<'_>,
-        interest: Interest,
-        op: &mut SocketOp<'_>,
-    ) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
         match interest {
             Interest::Read if self.crlf.is_none() => self.input.as_ref()?.poll_socket(cx, interest, op),
             Interest::Write if !self.ignores_broken_pipe => self.output.as_ref()?.poll_socket(cx, interest, op),

@@ -24,7 +24,9 @@ use crate::cmd::progress;
 use crate::conn::{Conn, timeout_at};
 use crate::proto::Addr;
 use crate::reactor::{Interest, sleep};
-use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, SocketOp, Stream, relay};
+use crate::relay::{
+    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, SocketOp, SocketPoll, Stream, relay,
+};
 
 /// How long stdin may be silent when the network side has ended: what it has ready is still sent, but it is not
 /// waited for, since the peer has most likely left.
@@ -200,7 +202,7 @@ impl TunnelAction {
 pub(super) fn relay_result(
     connector: &Connector,
     idle_timeout: Option<Duration>,
-    ended: Result<RelayOutcome, RelayError>,
+    ended: RelayResult,
     flushed: io::Result<()>,
 ) -> Result<(), CliError> {
     let ended = match (ended, flushed) {
@@ -319,12 +321,7 @@ impl Stream for TrackedConn {
         self.stream.is_reset()
     }
 
-    fn poll_socket(
-        &self,
-        cx: &mut Context<'_>,
-        interest: Interest,
-        op: &mut SocketOp<'_>,
-    ) -> Option<Poll<io::Result<usize>>> {
+    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
         let polled = self.stream.poll_socket(cx, interest, op);
         if let (Interest::Read, Some(Poll::Ready(Ok(n)))) = (interest, &polled) {
             self.stats.on_read(*n);
