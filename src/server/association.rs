@@ -1,8 +1,8 @@
 //! UDP ASSOCIATE (RFC 1928 sections 4, 6 and 7): one association, from its reply to the end of its control connection.
 //!
-//! The relay socket is on the address that the client connected to and takes datagrams from the client alone: the
-//! kernel filters, by connect(2). What can't be relayed is dropped in silence, and nothing that a datagram or an ICMP
-//! message can do ends an association.
+//! The client's socket is bound to the address that the client connected to, and connected to the client, so that the
+//! kernel drops datagrams of others. Datagrams that can't be relayed are dropped silently. Neither a datagram nor an
+//! ICMP message can end an association.
 
 mod name_cache;
 mod sent_to;
@@ -31,38 +31,39 @@ use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
 use crate::reactor::{IdleTimer, wake_later};
 use crate::reassembly::{Reassembler, fragment};
+use crate::relay::RelayError;
 use name_cache::NameCache;
 use sent_to::SentTo;
 use upstream::Upstream;
 
-/// How many datagrams of one socket are relayed before another one gets its turn. What was received at once is relayed
-/// at once, and may be more.
+/// Datagrams relayed from one socket before the next one gets its turn. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
-/// Room in the kernel for a burst, in octets, where it grants that much.
+/// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
-/// How many octets on the control connection are read and ignored before it is taken for a mistake.
+/// Bytes on the control connection that are read and ignored. More end the association.
 const MAX_CONTROL_BYTES: usize = 64 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// What the associations of a thread use in turn.
+/// Buffers that are shared by all associations of a thread.
 #[derive(Default)]
 struct Scratch {
     received: RecvBatch,
-    /// The header of the answers of a run.
+    /// The SOCKS header of the answers in one batch.
     header: Vec<u8>,
 }
 
 pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> Result<(), SessionError> {
     let server = session.server;
-    // All hops that datagrams may have to go through: one that is down is an error now, and not a silence later.
+    // Opens all hops that the rules may select: if one is down, the client receives an error instead of losing
+    // datagrams later.
     let mut upstreams = Vec::new();
     for route in session.snapshot.policy.rules.possible_routes(&session.log.access_request()) {
-        if let Route::Hop(number) = route {
-            session.log.via = Some(server.hop(number)?);
-            upstreams.push(Upstream::open(server, number).await?);
+        if let Route::Hop(index) = route {
+            session.log.via = Some(server.hop(index)?);
+            upstreams.push(Upstream::open(server, index).await?);
         }
     }
     let client = client_addr(session.log.client(), dst);
@@ -82,15 +83,14 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
         reassembler: Reassembler::default(),
         last_activity: Instant::now(),
     };
-    let error = association.run(control).await;
-    if let Some(error) = error {
+    if let Some(error) = association.run(control).await {
         session.log.set_error(error);
     }
     Ok(())
 }
 
-/// Who may use the association: the IP address of the control connection, whatever DST says, and the port of DST, or
-/// 0 for the first one that sends. On a Unix socket the client is on this machine.
+/// Returns the address that may use the association: the IP address of the control connection (DST.ADDR is ignored),
+/// and DST.PORT. Port 0 stands for the port of the first datagram. A client on a Unix socket sends from loopback.
 fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
     let mut client = client.unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
     client.set_port(dst.port);
@@ -100,7 +100,7 @@ fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
 fn client_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
     let local = reachable_addr(control.local_addr(), unspecified(client.ip()))?;
     let socket = bind_in_range(server.options.udp_ports.as_ref(), local, udp_socket)?;
-    // Port 0 leaves the port open and pins the address.
+    // Connecting to port 0 filters by address only.
     socket.get_ref().connect(client)?;
     Ok(socket)
 }
@@ -111,7 +111,6 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
         socket.set_only_v6(true)?;
     }
     socket.bind(&local.into())?;
-    // Bursts fare better with more; the association works with what there is.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
     socket.set_nonblocking(true)?;
@@ -121,12 +120,12 @@ fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
 struct Association<'a, 'b> {
     session: &'a mut Session<'b>,
     rate_limit: Option<RateLimit>,
-    /// That of the control connection, which holds for datagrams too (RFC 1961 section 5).
+    /// Of the control connection, used for datagrams too (RFC 1961 section 5).
     protection: Option<Protection>,
     client_socket: BatchSocket,
-    /// The port is 0 until it is known.
+    /// Port 0 until the first datagram.
     client: SocketAddr,
-    /// One socket a family towards all targets, once it is needed: IPv4, IPv6.
+    /// The sockets towards targets, IPv4 and IPv6, created when first used.
     egress: [Option<BatchSocket>; 2],
     upstreams: Vec<Upstream>,
     sent_to: SentTo,
@@ -136,21 +135,21 @@ struct Association<'a, 'b> {
 }
 
 impl Association<'_, '_> {
-    /// Relays until the control connection ends, which is how an association should end, or something else is said.
+    /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
         let mut ended = std::pin::pin!(wait_for_control_end(control));
-        let mut alarm = IdleTimer::default();
+        let mut timer = IdleTimer::default();
         poll_fn(|cx| {
             if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
                 return Poll::Ready(reason.map(Into::into));
             }
-            if let Some(reason) = self.recheck_policy().or_else(|| self.poll_ended_upstream(cx)) {
+            if let Some(reason) = self.recheck_policy().or_else(|| self.poll_upstream_closed(cx)) {
                 return Poll::Ready(Some(reason));
             }
             let mut now = Instant::now();
-            let more = SCRATCH.with_borrow_mut(|scratch| self.relay_ready(cx, now, scratch));
-            // What waited for a name may have gone out by a socket that nobody has looked at yet.
-            if self.send_resolved(cx) || more {
+            let has_more = SCRATCH.with_borrow_mut(|scratch| self.relay_ready(cx, now, scratch));
+            // Waiting datagrams may have been sent through a new socket, which has not been polled for answers yet.
+            if self.send_resolved(cx) || has_more {
                 wake_later(cx);
                 return Poll::Pending;
             }
@@ -158,16 +157,17 @@ impl Association<'_, '_> {
                 self.reassembler.expire(now);
                 let idle = self.last_activity + self.session.server.options.idle_timeout;
                 if now >= idle {
-                    return Poll::Ready(Some("idle for too long".into()));
+                    return Poll::Ready(Some(RelayError::IdleTimeout.to_string()));
                 }
-                ready!(alarm.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
+                ready!(timer.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
                 now = Instant::now();
             }
         })
         .await
     }
 
-    /// Lives on under a new law, or says why not.
+    /// Applies a reloaded policy. Returns an error if the policy denies the association, or may route datagrams through
+    /// a hop that is not open.
     fn recheck_policy(&mut self) -> Option<String> {
         let Session { server, snapshot, log, .. } = &mut *self.session;
         let denial = server.recheck(log, &log.policy_generation, || None);
@@ -180,18 +180,18 @@ impl Association<'_, '_> {
             Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.hop_index == *hop),
         };
         let has_all_upstreams = snapshot.policy.rules.possible_routes(&log.access_request()).iter().all(is_available);
-        (!has_all_upstreams).then(|| "the rules now name a hop that it was not opened with".into())
+        (!has_all_upstreams).then(|| "the reloaded rules use a hop that this association has not opened".into())
     }
 
-    fn poll_ended_upstream(&mut self, cx: &mut Context<'_>) -> Option<String> {
-        let ended = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_ended(cx) {
-            Poll::Ready(ended) => Some(ended.0),
+    fn poll_upstream_closed(&mut self, cx: &mut Context<'_>) -> Option<String> {
+        let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_closed(cx) {
+            Poll::Ready(closed) => Some(closed.0),
             Poll::Pending => None,
         });
-        ended.map(|proxy| format!("proxy {proxy} ended its association"))
+        closed.map(|proxy| format!("proxy {proxy} closed its association"))
     }
 
-    /// Relays what has come, both ways. True when there may be more.
+    /// Relays received datagrams in both directions. Returns true if there may be more.
     fn relay_ready(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
         let Scratch { received, header } = scratch;
         let mut budget = MAX_DATAGRAMS_PER_TURN;
@@ -199,7 +199,7 @@ impl Association<'_, '_> {
             budget = budget.saturating_sub(received.count());
             self.relay_from_client(now, received);
         }
-        let mut more = budget == 0;
+        let mut has_more = budget == 0;
         for family in 0..self.egress.len() {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
             while let (Some(Some(socket)), 1..) = (self.egress.get(family), budget) {
@@ -209,20 +209,20 @@ impl Association<'_, '_> {
                 budget = budget.saturating_sub(received.count());
                 self.relay_from_targets(now, received, header);
             }
-            more |= budget == 0;
+            has_more |= budget == 0;
         }
-        more | self.relay_from_upstreams(cx, now)
+        has_more | self.relay_from_upstreams(cx, now)
     }
 
     fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
-        let mut more = false;
+        let mut has_more = false;
         for upstream in &self.upstreams {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
             while budget > 0
                 && let Poll::Ready(received) = upstream.poll_recv(cx)
             {
                 budget -= 1;
-                // An error is about an earlier datagram; the control connection says when it is over.
+                // Errors are ICMP messages about earlier datagrams. The hop's association ends with its connection.
                 let Ok((from, data)) = received else { continue };
                 self.last_activity = now;
                 if self.client.port() != 0
@@ -232,22 +232,22 @@ impl Association<'_, '_> {
                     self.send_answer(&from, &data);
                 }
             }
-            more |= budget == 0;
+            has_more |= budget == 0;
         }
-        more
+        has_more
     }
 
     fn relay_from_client(&mut self, now: Instant, received: &RecvBatch) {
         let mut no_header = Vec::new();
         let batch = &mut GsoBatch::new(&mut no_header);
         for (from, bytes) in received.datagrams() {
-            // Until the port is known, datagrams from several may have come; and not every kernel filters by port 0.
+            // The socket may hold datagrams from other ports that came before connect(2), and not every kernel filters
+            // a socket that is connected to port 0.
             if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
                 continue;
             }
             if let Some(protection) = &self.protection {
-                let plain = protection.unwrap_datagram(&mut bytes.to_vec());
-                if let Some(plain) = plain {
+                if let Some(plain) = protection.unwrap_datagram(&mut bytes.to_vec()) {
                     self.relay_protected(now, from, &plain);
                 }
                 continue;
@@ -276,7 +276,7 @@ impl Association<'_, '_> {
         }
     }
 
-    /// The client has sent something; the first time, it is known from where.
+    /// Sets the client's port to that of its first datagram.
     fn on_client_datagram(&mut self, now: Instant, from: SocketAddr) {
         self.last_activity = now;
         if self.client.port() == 0 {
@@ -328,7 +328,8 @@ impl Association<'_, '_> {
         }
     }
 
-    /// To a name that is denied nothing is sent, and it is not looked up; nor is one that a hop looks up.
+    /// Sends to a name, or queues the datagram until it is resolved. Names that are denied, or that a hop resolves, are
+    /// not resolved here.
     fn send_to_name(&mut self, name: HostName, port: u16, data: &[u8]) {
         let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
@@ -352,22 +353,22 @@ impl Association<'_, '_> {
         }
     }
 
-    /// Sends what waited for the names that are resolved now. True when there were any.
+    /// Sends the datagrams whose names have been resolved. Returns false if there are none.
     fn send_resolved(&mut self, cx: &mut Context<'_>) -> bool {
         let resolved = self.name_cache.poll(cx);
-        let has_sent = !resolved.is_empty();
+        let has_resolved = !resolved.is_empty();
         for (name, waiting) in resolved {
             for (port, data) in waiting {
                 self.send_to_name(name.clone(), port, &data);
             }
         }
-        has_sent
+        has_resolved
     }
 
-    /// Sends to the first of the addresses that takes it.
+    /// Sends to the first address to which sending succeeds.
     fn send_to_first(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
         for addr in addrs {
-            // Before anything is sent: the answer may be here sooner than sending returns.
+            // Before sending: the answer may arrive before sending returns.
             self.sent_to.insert(addr.ip(), name);
             if self.egress(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
                 return self.count_sent(data.len());
@@ -389,22 +390,21 @@ impl Association<'_, '_> {
         self.session.log.bytes.up.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// The way to an address that the client knows by that name; none when the rules deny it, or nobody can be there. To
-    /// many at once only those get whom a rule lets by address.
+    /// Returns the route to an address. `name` is the name that the client has sent to, if any. Returns `None` for port
+    /// 0, for denied addresses, and for multicast and broadcast without a rule that names them in `to`.
     fn route_to(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
-        let request = self.session.log.client_request();
-        let request =
-            AccessRequest { target_name: name, target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..request };
+        let (target_ip, target_port) = (Some(addr.ip()), Some(addr.port()));
+        let request = AccessRequest { target_name: name, target_ip, target_port, ..self.session.log.client_request() };
         match self.session.snapshot.evaluate(&request) {
             Decision::Allow(rule, route) => {
-                let is_host_or_named = is_unicast(addr.ip()) || rule.has_to_condition();
-                (addr.port() != 0 && is_host_or_named).then_some(route)
+                let is_unicast_or_named = is_unicast(addr.ip()) || rule.has_to_condition();
+                (addr.port() != 0 && is_unicast_or_named).then_some(route)
             }
             Decision::Deny(_) | Decision::Undecided(_) => None,
         }
     }
 
-    /// Whether the pace of the session has room for so many octets.
+    /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the datagram is to be dropped.
     fn charge(&self, bytes: usize) -> bool {
         self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
     }
@@ -443,8 +443,7 @@ impl Association<'_, '_> {
         self.flush_answers(batch);
     }
 
-    /// Whether the client may have asked for it: it has sent to that address, or to that of everybody, and might send
-    /// to where the answer comes from.
+    /// Returns whether the client has sent to this IP address (address-dependent filtering), and may send to it still.
     fn is_answer_allowed(&self, from: SocketAddr) -> bool {
         let accepts_any = self.session.server.options.udp_filtering == Filtering::EndpointIndependent;
         let sent_to = self.sent_to.get(from.ip());
@@ -453,8 +452,8 @@ impl Association<'_, '_> {
             && self.route_to(from, sent_to.flatten()) == Some(Route::Direct)
     }
 
-    /// The same for what comes through a hop. Which address a name has is the hop's to know, and whom the client has sent
-    /// to; but to a client that has sent only to addresses, the rules say from where.
+    /// Returns whether an answer through a hop is relayed. The hop filters by what was sent to. The rules are evaluated
+    /// here, unless the client has sent to a name, whose addresses only the hop knows.
     fn is_upstream_answer_allowed(&self, upstream: &Upstream, from: &Addr) -> bool {
         let request = with_target(self.session.log.client_request(), from);
         upstream.has_sent_to_names || !matches!(self.session.snapshot.evaluate(&request), Decision::Deny(_))
@@ -467,7 +466,7 @@ impl Association<'_, '_> {
         }
     }
 
-    /// An answer that comes by itself: protected, or through a hop, or without room behind its header.
+    /// Sends an answer outside of a batch: protected, from a hop, or fragmented since it is too long with its header.
     fn send_answer(&self, from: &Addr, data: &[u8]) {
         let send = |bytes: &Vec<u8>| match &self.protection {
             Some(protection) => {
@@ -484,14 +483,14 @@ impl Association<'_, '_> {
     }
 }
 
-/// Returns when the control connection ends, however it does, or when it carries what it should not.
+/// Waits until the client closes the control connection, or returns an error if it sends too much data on it.
 async fn wait_for_control_end(control: &mut Conn) -> Option<&'static str> {
     let mut ignored = [0; 256];
     let mut total = 0;
     while let Ok(n @ 1..) = control.read(&mut ignored).await {
         total += n;
         if total > MAX_CONTROL_BYTES {
-            return Some("data on the control connection");
+            return Some("too much data on the control connection");
         }
     }
     None

@@ -317,7 +317,7 @@ fn what_goes_through_a_hop_ends_with_it() {
         drop((tunnel, association, waiting));
         let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
         let line = log.lines().find(|line| line.contains("command=udp")).expect("a line");
-        assert!(line.contains("ended its association"), "{line}");
+        assert!(line.contains("closed its association"), "{line}");
         assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 1);
     }
     // Those that have nothing to do with it live on.

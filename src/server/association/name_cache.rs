@@ -1,4 +1,4 @@
-//! The names that an association sends to: looked up once, while the datagrams for them wait.
+//! Cache of the names that an association sends to. Datagrams wait while their name is resolved.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -11,19 +11,19 @@ use crate::conn::timeout_at;
 use crate::dial::{DialError, Resolver};
 use crate::proto::{Addr, Host, HostName};
 
-/// How many names an association remembers the addresses of; then it begins anew.
+/// Most names in the cache of an association. At the limit, all resolved names are removed.
 const MAX_CACHED_NAMES: usize = 256;
-/// How many names an association may be looking up at once.
+/// Most lookups of an association at once.
 const MAX_CONCURRENT_LOOKUPS: usize = 16;
-/// How many octets may wait for look-ups in an association.
+/// Most bytes of datagrams that wait for lookups in an association.
 const MAX_WAITING_BYTES: usize = 128 * 1024;
-/// What a datagram that waits counts for beyond its payload, in octets.
+/// Bytes that a waiting datagram counts in addition to its payload, so that empty ones are limited too.
 const DATAGRAM_OVERHEAD: usize = 64;
 
-/// A datagram that waits for a name: port and payload.
+/// A datagram to a name that is being resolved: port and payload.
 pub(super) type WaitingDatagram = (u16, Vec<u8>);
 
-/// What is known of names.
+/// Names with their addresses or waiting datagrams.
 #[derive(Default)]
 pub(super) struct NameCache {
     names: HashMap<HostName, Resolution>,
@@ -38,8 +38,8 @@ enum Resolution {
 }
 
 impl NameCache {
-    /// The addresses of a name, with that port. When they are not known, the datagram waits for them, or is dropped
-    /// where too much does so already.
+    /// Returns the addresses of a resolved name, with `port`. Otherwise resolves it until `deadline`, and stores the
+    /// datagram for [`NameCache::poll`]. Above a limit the datagram is dropped.
     pub(super) fn get_or_wait(
         &mut self,
         name: &HostName,
@@ -70,7 +70,6 @@ impl NameCache {
         None
     }
 
-    /// How many octets wait for look-ups, each datagram counted as somewhat more than it has.
     fn waiting_bytes(&self) -> usize {
         let waiting = self.lookups.iter().filter_map(|(name, _)| match self.names.get(name) {
             Some(Resolution::Pending(waiting)) => Some(waiting),
@@ -79,7 +78,7 @@ impl NameCache {
         waiting.flatten().map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum()
     }
 
-    /// The names that are known now, and what has waited for them.
+    /// Polls the lookups. Returns the names resolved since the last call, with their waiting datagrams.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Vec<(HostName, Vec<WaitingDatagram>)> {
         let mut finished = Vec::new();
         self.lookups.retain_mut(|(name, lookup)| match lookup.as_mut().poll(cx) {
@@ -91,7 +90,7 @@ impl NameCache {
         });
         let mut resolved = Vec::new();
         for (name, result) in finished {
-            // A name that failed is forgotten, so that the next datagram asks again.
+            // Failures are not cached: the next datagram starts a new lookup. Waiting datagrams are dropped.
             let waiting = self.names.remove(&name);
             let Ok(addrs) = result else { continue };
             self.names.insert(name.clone(), Resolution::Resolved(addrs));

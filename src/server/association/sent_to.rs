@@ -1,25 +1,26 @@
-//! Whom an association has sent to: those may answer.
+//! The addresses that an association has sent to, from which answers are accepted.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 
 use crate::proto::HostName;
 
-/// How many addresses are remembered; the oldest is forgotten first.
+/// Most addresses kept. The oldest is removed first.
 const MAX_ADDRS: usize = 4096;
 
-/// The addresses that the client has sent to.
+/// The target addresses of one association.
 #[derive(Default)]
 pub(super) struct SentTo {
     last_ip: Option<IpAddr>,
-    /// The name by which the client has called the address last, if it ever did.
+    /// With the name of the last datagram that was sent to the address by name.
     ips: HashMap<IpAddr, Option<HostName>>,
+    /// Oldest first.
     order: VecDeque<IpAddr>,
 }
 
 impl SentTo {
     pub(super) fn insert(&mut self, ip: IpAddr, name: Option<&HostName>) {
-        // The usual case, at no cost. Only another insertion could have it forgotten.
+        // Fast path for a flow to one target: the last address inserted is never the one removed.
         if self.last_ip.replace(ip) == Some(ip) && name.is_none() {
             return;
         }
@@ -37,7 +38,7 @@ impl SentTo {
         }
     }
 
-    /// Whether the client has sent to that address, and what it called it.
+    /// Returns `None` for an address that nothing was sent to, else the name of the address if it has one.
     pub(super) fn get(&self, ip: IpAddr) -> Option<Option<&HostName>> {
         self.ips.get(&ip).map(Option::as_ref)
     }
@@ -54,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_of_too_many_addresses_is_forgotten() {
+    fn sent_to_removes_the_oldest_address_above_the_limit() {
         let mut sent_to = SentTo::default();
         (0..=4096).for_each(|n| sent_to.insert(ip(n), None));
         assert!(sent_to.get(ip(0)).is_none());
@@ -63,9 +64,9 @@ mod tests {
     }
 
     #[test]
-    fn an_address_keeps_the_name_that_it_was_called_by() {
+    fn sent_to_keeps_the_last_name_of_an_address() {
         let mut sent_to = SentTo::default();
-        let [a, b] = ["a.test", "b.test"].map(|name| HostName::new(name.as_bytes()).expect("a name"));
+        let [a, b] = ["a.test", "b.test"].map(|name| HostName::new(name.as_bytes()).expect("valid name"));
         for (name, expected) in [(None, None), (Some(&a), Some(&a)), (None, Some(&a)), (Some(&b), Some(&b))] {
             sent_to.insert(ip(1), name);
             assert_eq!(sent_to.get(ip(1)), Some(expected));

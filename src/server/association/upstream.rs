@@ -1,4 +1,4 @@
-//! An association with a hop, through which datagrams of ours go.
+//! The association of this server with a hop, for datagrams that the rules route through the hop.
 
 use std::future::Future;
 use std::io;
@@ -13,12 +13,12 @@ use crate::client::{Association, AssociationClosed};
 use crate::proto::{Addr, Host};
 
 pub(super) struct Upstream {
-    /// The hop's.
+    /// Index in `Options::hops`.
     pub(super) hop_index: usize,
-    /// Whether datagrams have gone to names.
+    /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
     association: Rc<Association>,
-    ended: Pin<Box<dyn Future<Output = AssociationClosed>>>,
+    closed: Pin<Box<dyn Future<Output = AssociationClosed>>>,
 }
 
 impl Upstream {
@@ -26,21 +26,21 @@ impl Upstream {
         let hop = server.hop(hop_index)?;
         let client = server.hop_client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
         let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
-        let control = association.clone();
+        let closing = association.clone();
         Ok(Self {
             hop_index,
             has_sent_to_names: false,
             association,
-            ended: Box::pin(async move { control.closed().await }),
+            closed: Box::pin(async move { closing.closed().await }),
         })
     }
 
-    /// Ready when the hop has ended its association.
-    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<AssociationClosed> {
-        self.ended.as_mut().poll(cx)
+    /// Ready when the hop has closed the control connection.
+    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<AssociationClosed> {
+        self.closed.as_mut().poll(cx)
     }
 
-    /// True when the datagram has been sent.
+    /// Sends a datagram, or drops it. Returns whether it was sent.
     pub(super) fn send(&mut self, dst: &Addr, data: &[u8]) -> bool {
         self.has_sent_to_names |= matches!(dst.host, Host::Name(_));
         self.association.try_send(dst, data).is_ok()
