@@ -1,5 +1,5 @@
-//! Checks rules of the source code that the compiler does not check: imports follow the table in src/lib.rs, pure modules
-//! do no I/O, code outside of tests can't panic, files stay short. The checks search text and can be evaded on purpose.
+//! Checks rules of the source code that the compiler does not check: imports follow the table in src/lib.rs, pure
+//! modules do no I/O, code outside of tests can't panic, files stay short. A search of the text, so it can be evaded.
 
 use std::fs;
 use std::path::{Path, PathBuf};

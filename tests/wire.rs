@@ -30,8 +30,8 @@
 //!
 //! Placeholders: `{bnd}` in a reply accepts any loopback address with a port. `{same-bnd}` in a reply, and `{bnd}`
 //! anywhere else, is the last such address. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of
-//! BIND; `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP
-//! socket and `{any-relay}` has that port at 0.0.0.0. `wire/fixtures.rs` defines all others.
+//! BIND; `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its
+//! UDP socket and `{any-relay}` has that port at 0.0.0.0. `wire/fixtures.rs` defines all others.
 //!
 //! After the last line the test closes its side. Bytes that the transcript does not mention are an error.
 
