@@ -1,8 +1,7 @@
-//! Datagrams of one socket, many at a time: in by recvmmsg(2) and GRO, out by GSO, where the system has them, and one
-//! at a time elsewhere.
+//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO. Systems without these use one call a datagram.
 //!
-//! It knows nothing of SOCKS, and of the datagrams only where each begins and ends. What is refused as a whole is sent
-//! one by one: how datagrams went can't be told by those who get them.
+//! The content of datagrams is not interpreted. A batch that the kernel refuses is sent as single datagrams, which the
+//! receiver can't distinguish.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -16,52 +15,53 @@ use crate::reactor::{Interest, Io, wake_later};
 #[cfg(target_os = "linux")]
 mod offload;
 
-/// More than any datagram or GRO aggregate has, in octets, so that none is cut.
+/// Buffer for one message, in bytes. Larger than any datagram or GRO aggregate, so that none is truncated.
 const MAX_MESSAGE_SIZE: usize = 65_536;
-/// How many messages, each a datagram or an aggregate, are received at once.
+/// Most messages received by one call. Each is a datagram or a GRO aggregate.
 const MAX_MESSAGES: usize = 32;
-/// How many datagrams go out at once: the least that any kernel with GSO takes.
+/// Most datagrams sent by one call: UDP_MAX_SEGMENTS of the oldest kernels with GSO.
 const MAX_SEGMENTS: usize = 64;
-/// How many octets go out at once: what fits into one IPv4 packet, which is what they are until they are segmented.
+/// Most bytes sent by one call: the payload of one IPv4 packet, which the batch is until it is segmented.
 const MAX_GSO_BYTES: usize = 65_507;
-/// Up to how many octets a payload is copied behind its header.
+/// Longest payload in bytes that is copied after its header. Longer ones are gathered by the kernel.
 const MAX_COPIED_PAYLOAD: usize = 2048;
 
-/// How datagrams go in and out.
+/// How a socket receives and sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BatchMode {
-    /// Many at a time.
+    /// Many datagrams with one call.
     #[cfg(target_os = "linux")]
     Batched,
-    /// One at a time.
+    /// One call for each datagram.
     #[cfg(any(not(target_os = "linux"), test))]
     Single,
 }
 
 impl BatchMode {
-    /// What this system can do.
+    /// The fastest mode of this system.
     #[cfg(target_os = "linux")]
     pub(super) const BEST: Self = Self::Batched;
-    /// What this system can do.
+    /// The fastest mode of this system.
     #[cfg(not(target_os = "linux"))]
     pub(super) const BEST: Self = Self::Single;
 }
 
-/// Room for what one call receives, and what it has received.
+/// Buffers for one receive call, and the messages that it has received.
 pub(super) struct RecvBatch {
-    /// Zeroed by the kernel when they are first touched, and most never are.
+    // Lazily zeroed by the kernel. Most of the 2 MiB is never touched.
     buffers: Vec<u8>,
     messages: Vec<Message>,
     #[cfg(target_os = "linux")]
     offload: offload::RecvMetadata,
 }
 
-/// A datagram, or an aggregate: several of the same length from the same sender, the last of them maybe shorter.
+/// A datagram, or a GRO aggregate: datagrams of one sender with the same length, of which the last may be shorter.
 #[derive(Clone, Copy)]
 struct Message {
     from: SocketAddr,
+    /// All bytes of the message.
     len: usize,
-    /// The length of each datagram.
+    /// Bytes of each datagram.
     segment_len: usize,
 }
 
@@ -77,35 +77,34 @@ impl Default for RecvBatch {
 }
 
 impl RecvBatch {
-    /// The datagrams, in the order in which they came, and whose they are.
+    /// Returns the datagrams with their senders, in the order of arrival.
     pub(super) fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
         self.messages.iter().zip(self.buffers.chunks(MAX_MESSAGE_SIZE)).flat_map(|(message, buffer)| {
             let bytes = buffer.get(..message.len).unwrap_or_default();
-            // One that has no octets is a datagram all the same.
+            // An empty message is one datagram.
             let empty = bytes.is_empty().then_some(bytes);
             bytes.chunks(message.segment_len.max(1)).chain(empty).map(|datagram| (message.from, datagram))
         })
     }
 
-    /// How many datagrams there are.
     pub(super) fn count(&self) -> usize {
         self.messages.iter().map(|message| message.len.div_ceil(message.segment_len.max(1)).max(1)).sum()
     }
 }
 
-/// Datagrams that may go out at once: to or from one peer, behind the same header, all of the length of the first but
-/// for the last, which may be shorter.
+/// Datagrams that one call can send with GSO. All are to or from one peer, have the same header, and are as long as the
+/// first one; the last may be shorter.
 pub(super) struct GsoBatch<'a> {
     peer: Option<SocketAddr>,
     header: &'a mut Vec<u8>,
     payloads: [&'a [u8]; MAX_SEGMENTS],
     count: usize,
-    /// Headers included.
+    /// Bytes including headers.
     len: usize,
 }
 
 impl<'a> GsoBatch<'a> {
-    /// `header` is where the header will be written.
+    /// Returns an empty batch. `header` is the buffer for the header.
     pub(super) fn new(header: &'a mut Vec<u8>) -> Self {
         header.clear();
         Self { peer: None, header, payloads: [&[]; MAX_SEGMENTS], count: 0, len: 0 }
@@ -119,19 +118,17 @@ impl<'a> GsoBatch<'a> {
         self.count == 0
     }
 
-    /// From here on it is `peer`'s; `write` appends the header. To be done when it is empty.
-    pub(super) fn begin(&mut self, peer: SocketAddr, write: impl FnOnce(&mut Vec<u8>)) {
+    /// Sets the peer and the header of an empty batch. `write_header` appends to the buffer.
+    pub(super) fn begin(&mut self, peer: SocketAddr, write_header: impl FnOnce(&mut Vec<u8>)) {
         self.peer = Some(peer);
         self.header.clear();
-        write(self.header);
+        write_header(self.header);
     }
-
-    /// The length of the header, in octets.
     pub(super) fn header_len(&self) -> usize {
         self.header.len()
     }
 
-    /// False when it does not fit behind the others. Into an empty run everything fits.
+    /// Appends a datagram. Returns false if it does not fit; an empty batch takes any datagram.
     pub(super) fn push(&mut self, payload: &'a [u8]) -> bool {
         let len = self.header.len() + payload.len();
         if !self.is_empty() && !self.fits(len) {
@@ -148,7 +145,7 @@ impl<'a> GsoBatch<'a> {
     fn fits(&self, len: usize) -> bool {
         let segment_len = self.segment_len();
         let is_uniform = self.len == self.count * segment_len;
-        // One of no octets would be none when it is cut off the others.
+        // The kernel would not send an empty last segment.
         is_uniform && (1..=segment_len).contains(&len) && self.len + len <= MAX_GSO_BYTES && self.count < MAX_SEGMENTS
     }
 
@@ -156,7 +153,7 @@ impl<'a> GsoBatch<'a> {
         self.payloads.get(..self.count).unwrap_or_default()
     }
 
-    /// The length of all but the last one, header included.
+    /// Returns the length of each datagram but the last one, including the header.
     fn segment_len(&self) -> usize {
         self.header.len() + self.payloads().first().map_or(0, |payload| payload.len())
     }
@@ -167,38 +164,37 @@ impl<'a> GsoBatch<'a> {
     }
 }
 
-/// A datagram socket, bound to the thread that made it.
+/// A datagram socket, registered with the reactor of its thread.
 pub(super) struct BatchSocket {
     io: Io<UdpSocket>,
     mode: BatchMode,
-    /// What the kernel refuses to segment.
     gso_limit: Cell<GsoLimit>,
-    /// How often in a row one message came alone.
+    /// Number of receive calls in a row, modulo 256, that returned a single message.
     #[cfg(target_os = "linux")]
     single_streak: Cell<u8>,
-    /// Whether a message may be an aggregate: from the first time that several came at once.
+    /// Set when a call has returned several messages: a socket with little traffic needs no GRO.
     #[cfg(target_os = "linux")]
     is_gro_enabled: Cell<bool>,
 }
 
-/// What the kernel refuses to segment.
+/// What the kernel segments, as far as its errors have shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "all is refused there"))]
+#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "GSO is Linux only"))]
 enum GsoLimit {
     #[default]
     Unlimited,
-    /// Segments of this length and longer, to there, since they do not go there in one packet. Should the route get
-    /// better, sending one by one is only slower.
+    /// To this peer, only segments shorter than this many bytes: longer ones exceed the MTU of the route. A wider route
+    /// is not detected; single datagrams are only slower.
     Below(Option<SocketAddr>, usize),
-    /// All: a device that can't, or a route through IPsec.
+    /// The device has no support, or the route goes through IPsec.
     Unsupported,
 }
 
 impl BatchSocket {
-    /// Of a non-blocking socket.
+    /// Registers a non-blocking socket.
     ///
     /// # Errors
-    /// Those of epoll_ctl(2) and, the first time, of socket(2).
+    /// Those of epoll_ctl(2), and of socket(2) on the first call.
     pub(super) fn new(socket: UdpSocket, mode: BatchMode) -> io::Result<Self> {
         #[cfg(target_os = "linux")]
         let can_segment = mode == BatchMode::Batched && offload::can_segment()?;
@@ -220,8 +216,8 @@ impl BatchSocket {
         self.io.get_ref()
     }
 
-    /// Receives what has come, `most` messages at the most; false when nothing has. Errors are ICMP's, about datagrams
-    /// that were sent before: they pass.
+    /// Receives up to `max` messages. Returns false if there are none. Errors are skipped: they are ICMP messages about
+    /// earlier datagrams.
     pub(super) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, max: usize) -> bool {
         for _ in 0..max {
             match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, max)) {
@@ -239,7 +235,7 @@ impl BatchSocket {
         false
     }
 
-    /// True when that was all there is, or the reactor will say that there is more.
+    /// Receives up to `max` messages. Returns true if the socket is empty, so that the next message is an event.
     fn receive(&self, socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<bool> {
         batch.messages.clear();
         match self.mode {
@@ -262,15 +258,15 @@ impl BatchSocket {
         Ok(batch.messages.len() < max.min(MAX_MESSAGES))
     }
 
-    /// Whether to receive one message only, which costs less than to find out that there is no other one: when they
-    /// have come one by one. Now and then it is found out all the same.
+    /// Returns true after four calls with a single message, except for every 16th call. Receiving one message costs
+    /// less than finding out that there is no second one.
     #[cfg(target_os = "linux")]
     fn should_receive_one(&self) -> bool {
         self.single_streak.get() >= 4 && !self.single_streak.get().is_multiple_of(16)
     }
 
-    /// Sends the run, `to` somebody or to whom the socket is connected, and empties it: how many octets of payload
-    /// went. Each datagram goes once or is dropped.
+    /// Sends and clears the batch, to the peer of a connected socket if `to` is `None`. Returns the bytes of payload
+    /// sent. Each datagram is sent once or dropped.
     pub(super) fn send_batch(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
         let total = batch.len - batch.count * batch.header.len();
         let sent = if batch.count > 1 && self.send_gso(to, batch) { total } else { self.send_individually(to, batch) };
@@ -278,7 +274,7 @@ impl BatchSocket {
         sent
     }
 
-    /// Sends the run at once; or nothing, and says false.
+    /// Sends the batch with one call. Returns false if nothing was sent.
     fn send_gso(&self, to: Option<SocketAddr>, batch: &GsoBatch<'_>) -> bool {
         match self.gso_limit.get() {
             GsoLimit::Unsupported => return false,
@@ -301,7 +297,7 @@ impl BatchSocket {
         sent.map(|payload| payload.len()).sum()
     }
 
-    /// Sends one datagram. `header` has it for a moment, when it is short: copying that costs less than gathering.
+    /// Sends one datagram. A short payload is copied after `header` and removed again, which costs less than gathering.
     ///
     /// # Errors
     /// Those of sendmsg(2).
@@ -338,8 +334,8 @@ impl BatchSocket {
     }
 }
 
-/// Of a socket that is connected, the first try may only be told what ICMP said about an earlier datagram; others are
-/// not told.
+/// Retries once on a connected socket, whose first error may be an ICMP message about an earlier datagram. Sockets that
+/// are not connected receive no such errors.
 fn retry_if_connected<T, E>(to: Option<SocketAddr>, mut send: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     send().or_else(|error| if to.is_none() { send() } else { Err(error) })
 }
@@ -364,7 +360,7 @@ mod tests {
         socket.get_ref().local_addr().expect("an address")
     }
 
-    /// Receives until there are so many.
+    /// Receives `count` datagrams.
     async fn receive(socket: &BatchSocket, count: usize) -> Vec<(SocketAddr, Vec<u8>)> {
         let (mut batch, mut received) = (RecvBatch::default(), Vec::new());
         poll_fn(|cx| {
@@ -381,7 +377,7 @@ mod tests {
         received
     }
 
-    /// Sends the payloads in as few runs as they take; how many runs, and how many octets went.
+    /// Sends the payloads in as few batches as possible. Returns the number of batches, and the bytes sent.
     fn send(socket: &BatchSocket, to: SocketAddr, payloads: &[Vec<u8>]) -> (usize, usize) {
         let (mut header, mut batches, mut sent) = (Vec::new(), 1, 0);
         let mut batch = GsoBatch::new(&mut header);
@@ -397,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn either_style_receives_what_either_sends() {
+    fn udp_batch_modes_receive_each_others_datagrams() {
         let payloads: Vec<Vec<u8>> = (0..40_u8).map(|n| vec![n; if n % 10 == 9 { 30 } else { 100 }]).collect();
         let exchange = |make: &dyn Fn() -> (BatchSocket, BatchSocket)| {
             let (sender, receiver) = make();
@@ -418,12 +414,12 @@ mod tests {
     }
 
     #[test]
-    fn either_style_waits_on_the_reactor_of_a_thread() {
+    fn udp_receive_loses_no_datagram_when_switching_between_single_and_batched() {
         for mode in MODES {
             reactor::run(async {
                 let receiver = BatchSocket::new(udp_socket(), mode).expect("a socket");
                 let (to, socket) = (addr(&receiver), udp_socket());
-                // One by one, then several, then one by one again: none is left lying.
+                // Single datagrams, then a burst, then single ones.
                 for count in [1; 40].into_iter().chain([50]).chain([1; 40]) {
                     for number in 0..count {
                         socket.send_to(&[number], to).expect("it is sent");
@@ -439,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_ends_where_the_kernel_would_cut_otherwise() {
+    fn gso_batch_is_full_at_a_longer_datagram_after_a_shorter_one_and_at_the_limits() {
         let batches = |lengths: &[usize], header: usize| {
             let payloads: Vec<Vec<u8>> = lengths.iter().map(|length| vec![0; *length]).collect();
             let mut header_buf = Vec::new();
@@ -456,12 +452,12 @@ mod tests {
             counts
         };
         assert_eq!(batches(&[5, 5, 5], 0), [3]);
-        assert_eq!(batches(&[5, 5, 4, 4], 0), [3, 1], "behind a shorter one nothing fits");
+        assert_eq!(batches(&[5, 5, 4, 4], 0), [3, 1], "nothing fits after a shorter one");
         assert_eq!(batches(&[5, 6, 6], 0), [1, 2], "a longer one does not fit");
-        assert_eq!(batches(&[5, 0, 0, 5], 0), [1, 1, 1, 1], "one without octets goes alone");
-        assert_eq!(batches(&[5, 0, 0, 0], 10), [2, 2], "with a header it has octets");
+        assert_eq!(batches(&[5, 0, 0, 5], 0), [1, 1, 1, 1], "an empty one is sent alone");
+        assert_eq!(batches(&[5, 0, 0, 0], 10), [2, 2], "with a header it is not empty");
         assert_eq!(batches(&[1; 130], 0), [64, 64, 2]);
-        assert_eq!(batches(&[21_835; 4], 0), [3, 1], "65507 octets at the most");
+        assert_eq!(batches(&[21_835; 4], 0), [3, 1], "65507 bytes at most");
         assert_eq!(batches(&[21_836; 4], 0), [2, 2]);
         assert_eq!(batches(&[21_830; 4], 10), [2, 2], "headers included");
     }

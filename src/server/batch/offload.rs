@@ -1,4 +1,4 @@
-//! What Linux has for many datagrams at once: recvmmsg(2), and UDP_GRO and UDP_SEGMENT of udp(7).
+//! The system calls of Linux for batches: recvmmsg(2), and UDP_GRO and UDP_SEGMENT of udp(7).
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
@@ -13,7 +13,7 @@ use quinn_udp::{RecvMeta, UdpSocketState};
 
 use super::{GsoBatch, GsoLimit, MAX_MESSAGE_SIZE, MAX_MESSAGES, MAX_SEGMENTS, Message, RecvBatch};
 
-/// Room for what a call says of each message.
+/// Buffers for what a receive call reports about each message.
 pub(super) struct RecvMetadata {
     metas: Vec<RecvMeta>,
     control: Vec<u8>,
@@ -25,8 +25,8 @@ impl Default for RecvMetadata {
     }
 }
 
-/// What quinn-udp knows of the system. It is made of a socket of its own: making it sets options that suit QUIC, of
-/// which one would have the kernel drop what is larger than the MTU.
+/// Returns what quinn-udp has detected of the kernel. It is created with a socket of its own, since that sets options
+/// for QUIC: with one of them the kernel drops datagrams larger than the MTU.
 fn quinn_state() -> io::Result<&'static UdpSocketState> {
     static STATE: OnceLock<UdpSocketState> = OnceLock::new();
     if let Some(state) = STATE.get() {
@@ -37,17 +37,16 @@ fn quinn_state() -> io::Result<&'static UdpSocketState> {
     Ok(STATE.get_or_init(|| state))
 }
 
-/// Whether the kernel can cut a run into its datagrams. An older one would take it for one large datagram.
+/// Returns whether the kernel has GSO. An older one would send the batch as one large datagram.
 pub(super) fn can_segment() -> io::Result<bool> {
     Ok(quinn_state()?.max_gso_segments() >= MAX_SEGMENTS)
 }
 
-/// Has the socket receive aggregates, where the kernel can.
 pub(super) fn enable_gro(socket: &UdpSocket) {
     let _ = setsockopt(socket, UdpGroSegment, &true);
 }
 
-/// Receives `most` messages at the most, without waiting for them.
+/// Receives up to `max` messages, without waiting.
 pub(super) fn receive(socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<()> {
     let mut buffers = batch.buffers.chunks_exact_mut(MAX_MESSAGE_SIZE);
     let mut slices: [_; MAX_MESSAGES] = std::array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
@@ -59,7 +58,7 @@ pub(super) fn receive(socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> 
     Ok(())
 }
 
-/// As `receive`, one message.
+/// Receives one message, without waiting.
 pub(super) fn receive_one(socket: &UdpSocket, batch: &mut RecvBatch) -> io::Result<()> {
     let buffer = batch.buffers.get_mut(..MAX_MESSAGE_SIZE).unwrap_or_default();
     let (slices, control) = (&mut [IoSliceMut::new(buffer)], Some(&mut *batch.offload.control));
@@ -77,7 +76,7 @@ pub(super) fn receive_one(socket: &UdpSocket, batch: &mut RecvBatch) -> io::Resu
     Ok(())
 }
 
-/// Sends the run as one, which the kernel cuts into its datagrams.
+/// Sends the batch with one call. The kernel segments it into its datagrams.
 pub(super) fn send(socket: &UdpSocket, to: Option<SocketAddr>, batch: &GsoBatch<'_>) -> Result<(), Errno> {
     let mut parts = [IoSlice::new(&[]); 2 * MAX_SEGMENTS];
     for (payload, pair) in batch.payloads().iter().zip(parts.chunks_exact_mut(2)) {
@@ -93,7 +92,7 @@ pub(super) fn send(socket: &UdpSocket, to: Option<SocketAddr>, batch: &GsoBatch<
     sendmsg(socket.as_raw_fd(), parts, &control, flags, to.as_ref()).map(drop)
 }
 
-/// What an error says about later runs; nothing, when it may be gone then.
+/// Returns the limit that an error of `send` has shown, or `None` if the error may be temporary.
 pub(super) fn limit_after(error: Errno, to: Option<SocketAddr>, segment_len: usize) -> Option<GsoLimit> {
     match error {
         Errno::EMSGSIZE | Errno::EINVAL => Some(GsoLimit::Below(to, segment_len)),
