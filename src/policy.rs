@@ -1,7 +1,6 @@
-//! The three questions that a server asks about a client: which method, who is this, where may they go.
+//! Access control: authentication methods, users, and rules about which client may reach which target.
 //!
-//! Pure: decisions only, no sockets and no clock. A policy is built whole and never changed; a session keeps the one
-//! that it began with.
+//! Pure decisions: no sockets, no clock, no files. A policy is built whole and never changed; a reload replaces it.
 
 pub mod rules;
 pub mod users;
@@ -14,12 +13,12 @@ use crate::proto::{Method, ProtectionLevel};
 use rules::{AccessRequest, Decision, Identity, Rules};
 use users::Users;
 
-/// What is wrong with a file of rules or users, and where.
+/// An error in a rules file or users file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct PolicyError {
-    /// From 1.
+    /// Line number, from 1.
     pub line: usize,
-    /// What is wrong, with the word that is.
+    /// The mistake, with the offending word.
     pub message: String,
 }
 
@@ -31,49 +30,48 @@ impl fmt::Display for PolicyError {
 
 impl std::error::Error for PolicyError {}
 
-/// What a server allows.
+/// Everything that decides what a client may do.
 #[derive(Debug, Default)]
 pub struct Policy {
-    /// Who may log in by password.
+    /// Users that may log in by password. `None`: password logins are refused.
     pub users: Option<Arc<Users>>,
-    /// The methods that are taken, the preferred one first. None: passwords where there are users, else NO
-    /// AUTHENTICATION.
+    /// Accepted methods, the preferred one first. Empty: `PASSWORD` with users, `NONE` without.
     pub methods: Vec<Method>,
-    /// Who may go where.
+    /// Rules about clients and targets.
     pub rules: Rules,
-    /// Where this server listens.
+    /// Addresses that this server listens on.
     pub listen_addrs: Vec<SocketAddr>,
-    /// Addresses that lead to the ports of those from elsewhere, behind NAT.
+    /// Addresses of a NAT gateway that forwards the ports of `listen_addrs` to this server.
     pub advertised_ips: Vec<IpAddr>,
 }
 
 impl Policy {
-    /// The same, where the server is that of `old`.
+    /// Returns this policy with the listen addresses of `old`, which a reload does not change.
     pub fn with_listeners_of(self, old: &Self) -> Self {
         Self { listen_addrs: old.listen_addrs.clone(), advertised_ips: old.advertised_ips.clone(), ..self }
     }
 
-    /// Which of the offered methods is used (RFC 1928 section 3); none when none will do.
+    /// Selects the method for a client (RFC 1928 section 3). `None`: no offered method is accepted.
     pub fn select_method(&self, offered: &[Method]) -> Option<Method> {
         let default = [if self.users.is_some() { Method::PASSWORD } else { Method::NONE }];
         let methods = if self.methods.is_empty() { &default } else { self.methods.as_slice() };
         methods.iter().copied().find(|method| offered.contains(method))
     }
 
-    /// Whether a session may be what it is, as far as is known; and because of which rule. `is_local` says whether an
-    /// address is one of this machine's, and is asked only where it matters.
+    /// Decides a request by the facts that are known so far. `is_local` returns whether an address belongs to this
+    /// host; it is called only if the request is for a port of a listener on an unspecified address.
     pub fn evaluate(&self, request: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
         self.rules.evaluate(request, &|addr| self.is_own_listener(addr, &is_local))
     }
 
-    /// Whether whoever got in so would get in again.
+    /// Whether this identity can still log in: its method is accepted, and its user exists.
     pub fn accepts_identity(&self, identity: &Identity<'_>) -> bool {
         let is_user = |users: &Arc<Users>| identity.user.is_some_and(|user| users.contains(user));
         let is_user_valid = identity.method != Method::PASSWORD || self.users.as_ref().is_some_and(is_user);
         self.select_method(&[identity.method]).is_some() && is_user_valid
     }
 
-    /// Whether somebody whom no rule names gets in without a login.
+    /// Whether a client that no rule mentions gets access without a login.
     pub fn is_open_relay(&self) -> bool {
         let identity = Identity { method: Method::NONE, user: None, level: ProtectionLevel::None };
         let anonymous = AccessRequest { identity: Some(identity), ..AccessRequest::default() };
@@ -81,7 +79,7 @@ impl Policy {
             && !matches!(self.evaluate(&anonymous, |_| false), Decision::Deny(_))
     }
 
-    /// Whether a connection to `to` would come back to this server.
+    /// Whether a connection to `addr` would reach this server itself.
     pub fn is_own_listener(&self, addr: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
         self.listen_addrs.iter().filter(|own| own.port() == addr.port()).any(|own| {
             let is_own = own.is_ipv4() == addr.is_ipv4()
@@ -91,7 +89,7 @@ impl Policy {
     }
 }
 
-/// Whether `ip` can be that of one host: neither multicast nor broadcast nor of the reserved class E.
+/// Whether `ip` can belong to a single host: not multicast, not broadcast, not class E (240.0.0.0/4).
 pub fn is_unicast(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip < Ipv4Addr::new(224, 0, 0, 0),
@@ -108,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn with_users_nobody_gets_in_without_a_login() {
+    fn select_method_requires_login_if_users_are_configured() {
         let open = Policy::default();
         let closed = Policy { users: Some(Arc::default()), ..Policy::default() };
         let all = [Method::GSSAPI, Method::NONE, Method::PASSWORD];
@@ -119,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn the_own_listeners_are_out_of_reach_by_every_address_that_leads_there() {
+    fn is_own_listener_matches_bound_unspecified_and_advertised_addresses() {
         let policy = Policy { listen_addrs: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
         let local = |to: SocketAddr| to.ip() == addr("192.0.2.1:0").ip();
         assert!(policy.is_own_listener(addr("127.0.0.1:1080"), local));

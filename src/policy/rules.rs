@@ -1,7 +1,7 @@
-//! The rules: who may go where, and which way. First match wins; the built-in ones come last.
+//! Rules: which client may reach which target, and by which route. The first match wins; built-in rules come last.
 //!
-//! Judges what it is told and nothing else: resolves no name, opens no file. A question may be asked before all of its
-//! facts are known; it is answered as soon as nothing that is still to come could change the answer.
+//! Pure: resolves no name and opens no file. A request can be evaluated before all facts are known; the decision is
+//! final as soon as no missing fact could change it.
 
 mod parse;
 
@@ -14,61 +14,61 @@ use ipnet::IpNet;
 use crate::proto::{Command, HostName, Method, ProtectionLevel};
 pub use parse::{normalize_name, parse_command, parse_level, parse_method, parse_rule, parse_rules};
 
-/// Where a client that is not on loopback does not get unless a rule says so by address or name: this host itself, the
-/// link (and the metadata service of a cloud), nobody in particular, and many at once.
+/// Targets that a remote client reaches only if an `allow to=` rule names them: this host, link-local addresses (which
+/// include cloud metadata services), unspecified addresses, multicast and broadcast.
 const PROTECTED_TARGETS: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
                          ::,::1,fd00:ec2::254,fe80::/10,ff00::/8";
 
-/// What is known of a session so far.
+/// The facts about a session that rules are evaluated against. `None` means "not known yet".
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AccessRequest<'a> {
-    /// Where the client is, canonical. `None`: somewhere that no rule names.
+    /// Client address, canonical. `None` matches no `from=` condition.
     pub client_ip: Option<IpAddr>,
-    /// How it got in, once it has.
+    /// Result of the login.
     pub identity: Option<Identity<'a>>,
-    /// What it asks for, once it has.
+    /// Requested command.
     pub command: Option<Command>,
-    /// The name of DST, when it is one.
+    /// Domain name in DST. `None` if DST is an address.
     pub target_name: Option<&'a HostName>,
-    /// The address that packets would go to, once it is known, canonical.
+    /// Address that packets would be sent to, canonical.
     pub target_ip: Option<IpAddr>,
-    /// The port, once it is known.
+    /// Port in DST; of a peer that BIND accepts, its own.
     pub target_port: Option<u16>,
 }
 
-/// How a client got in.
+/// How a client has authenticated.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity<'a> {
-    /// By which method.
+    /// Authentication method.
     pub method: Method,
-    /// As whom.
+    /// User name or Kerberos principal. `None` with [`Method::NONE`].
     pub user: Option<&'a [u8]>,
-    /// How the session is protected (RFC 1961).
+    /// Protection of the messages (RFC 1961 section 4).
     pub level: ProtectionLevel,
 }
 
-/// The answer to a question.
+/// Result of evaluating a request.
 #[derive(Clone, Copy, Debug)]
 pub enum Decision<'a> {
-    /// Yes, because of this rule, and this way.
+    /// Allowed by this rule, by this route.
     Allow(&'a Rule, Route),
-    /// No, because of this rule.
+    /// Denied by this rule.
     Deny(&'a Rule),
-    /// It depends on what is not known yet; first for this rule.
+    /// Depends on facts that are not known yet; this is the first rule that needs them.
     Undecided(&'a Rule),
 }
 
-/// The way to a target.
+/// How a target is reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Route {
-    /// From here.
+    /// By a connection from this host.
     #[default]
     Direct,
-    /// Through the hop of this number.
+    /// Through the hop (upstream proxy or chain of proxies) with this index.
     Hop(usize),
 }
 
-/// One rule.
+/// One rule. An empty list is no condition.
 #[derive(Debug)]
 pub struct Rule {
     allow: bool,
@@ -80,9 +80,9 @@ pub struct Rule {
     to: TargetCondition,
     ports: Vec<RangeInclusive<u16>>,
     via: Option<Route>,
-    /// As it was written.
+    /// Text of the rule, with single spaces and without comment.
     text: String,
-    /// Where it was.
+    /// File and line, option, or "built in".
     origin: String,
 }
 
@@ -95,7 +95,7 @@ enum ClientPattern {
 
 #[derive(Debug)]
 enum UserPattern {
-    /// `*`: whoever has logged in.
+    /// `*`: any user that has logged in.
     Any,
     Named(Vec<u8>),
     /// `*@REALM`, with the `@`.
@@ -105,22 +105,22 @@ enum UserPattern {
 #[derive(Debug)]
 enum TargetCondition {
     Any,
-    /// What an `allow` without `to=` means: everywhere but where the built-in rules do not let this client.
+    /// `allow` without `to=`: every target that the built-in rules do not deny to this client.
     Unprotected,
     Patterns(Vec<TargetPattern>),
-    /// Where this server itself listens.
+    /// The listeners of this server.
     OwnListeners,
 }
 
 #[derive(Debug)]
 enum TargetPattern {
     Name(String),
-    /// `.SUFFIX`, without the dot: that name and all below it.
+    /// `.SUFFIX`, without the dot: the name and its subdomains.
     Suffix(String),
     Net(IpNet),
 }
 
-/// Whether something is so, as far as is known. Ordered, so that "all" is the minimum and "any" is the maximum.
+/// Result of matching a condition. `Maybe`: depends on an unknown fact. Ordered: `min` is "and", `max` is "or".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Match {
     No,
@@ -134,15 +134,15 @@ impl From<bool> for Match {
     }
 }
 
-/// All rules of a server, in the order in which they are tried.
+/// All rules of a server, in the order of evaluation.
 #[derive(Debug)]
 pub struct Rules {
     rules: Vec<Rule>,
-    /// How many of them are not built in.
+    /// Number of user rules, which come first in `rules`; the others are built in.
     user_rule_count: usize,
-    /// What holds when none matches.
+    /// Applies if no rule matches.
     default_rule: Rule,
-    /// The way that is taken where a rule names none.
+    /// Route of rules without `via=`.
     default_route: Route,
 }
 
@@ -153,17 +153,18 @@ impl Default for Rules {
 }
 
 impl Rules {
-    /// These, and the built-in ones behind them. As soon as an `allow` names `from`, what nothing allows is denied.
+    /// Appends the built-in rules to the user rules. If an `allow` has `from=`, the default is to deny.
     pub fn new(mut rules: Vec<Rule>, default_route: Route) -> Self {
         let user_rule_count = rules.len();
         let has_client_allowlist = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
-        // It means what it would mean behind the denials, and does not wait for them to be decided.
+        // First, because an `Unprotected` target already excludes the built-in denials, and a name that goes through a hop
+        // can then be allowed without its address.
         if !has_client_allowlist {
             rules.push(Rule { to: TargetCondition::Unprotected, ..Rule::built_in(true, "allow") });
         }
         rules.push(Rule {
             to: TargetCondition::OwnListeners,
-            ..Rule::built_in(false, "deny to=(where s5 itself listens)")
+            ..Rule::built_in(false, "deny to=(listeners of this server)")
         });
         let text = format!("deny from=remote to={PROTECTED_TARGETS}");
         let patterns = PROTECTED_TARGETS.split(',').filter_map(|target| parse::parse_target(target).ok()).collect();
@@ -172,29 +173,29 @@ impl Rules {
             to: TargetCondition::Patterns(patterns),
             ..Rule::built_in(false, &text)
         });
-        let origin = if has_client_allowlist { "built in, since an allow names from=" } else { "built in" };
+        let origin = if has_client_allowlist { "built in, because an allow rule has from=" } else { "built in" };
         let default_rule = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
         Self { rules, user_rule_count, default_rule, default_route }
     }
 
-    /// The rules that are not built in.
+    /// Returns the rules of files and options, without the built-in rules.
     pub fn user_rules(&self) -> &[Rule] {
         self.rules.get(..self.user_rule_count).unwrap_or_default()
     }
 
-    /// Whether a rule names `from`.
+    /// Whether a user rule has a `from=` condition.
     pub fn has_from_condition(&self) -> bool {
         self.user_rules().iter().any(|rule| !rule.from.is_empty())
     }
 
-    /// All rules, the built-in ones too, in an order in which they can be read: what is denied before what is not.
+    /// Returns all rules in the order for display: the built-in `deny` rules stand before the built-in `allow`.
     pub fn in_display_order(&self) -> impl Iterator<Item = &Rule> {
         let (user_rules, built_in) = self.rules.split_at_checked(self.user_rule_count).unwrap_or_default();
         let built_in_with = |allow: bool| built_in.iter().filter(move |rule| rule.allow == allow);
         user_rules.iter().chain(built_in_with(false)).chain(built_in_with(true)).chain([&self.default_rule])
     }
 
-    /// The first rule that decides. `is_own_listener` says whether an address leads to this server's own listeners.
+    /// Finds the first rule that matches. `is_own_listener` returns whether an address reaches a listener of this server.
     pub fn evaluate(&self, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
         let mut first_maybe = None;
         for rule in &self.rules {
@@ -202,7 +203,7 @@ impl Rules {
                 (Match::No, _) => {}
                 (Match::Maybe, true) => return Decision::Undecided(first_maybe.unwrap_or(rule)),
                 (Match::Maybe, false) => first_maybe = first_maybe.or(Some(rule)),
-                // Whatever else may match before it denies too.
+                // Earlier rules that may match are `deny` rules too, so the decision is final.
                 (Match::Yes, false) => return Decision::Deny(rule),
                 (Match::Yes, true) => {
                     return first_maybe.map_or(Decision::Allow(rule, self.route(rule)), Decision::Undecided);
@@ -212,7 +213,7 @@ impl Rules {
         Decision::Deny(&self.default_rule)
     }
 
-    /// The ways that an answer of "yes" may still name, each once.
+    /// Returns every route that an `allow` may still select for this request, without duplicates.
     pub fn possible_routes(&self, request: &AccessRequest<'_>) -> Vec<Route> {
         let mut routes = Vec::new();
         for rule in self.rules.iter().filter(|rule| rule.allow) {
@@ -246,7 +247,7 @@ impl Rules {
                 let built_in = self.rules.iter().skip(self.user_rule_count).filter(|rule| !rule.allow);
                 match built_in.map(|rule| self.matches(rule, request, is_own_listener)).max() {
                     Some(Match::Yes) => Match::No,
-                    // What a name means is the hop's to know, and its rules' to judge.
+                    // The hop resolves the name and applies its own rules to the address.
                     Some(Match::Maybe) if is_unresolved_name(request) && self.route(rule) != Route::Direct => {
                         Match::Yes
                     }
@@ -263,7 +264,7 @@ fn is_unresolved_name(request: &AccessRequest<'_>) -> bool {
     request.target_name.is_some() && request.target_ip.is_none()
 }
 
-/// Whether one of a list holds; an empty list is no condition.
+/// Matches a list of which one entry must match; an empty list always matches.
 fn match_any<T>(list: &[T], match_one: impl Fn(&T) -> Match) -> Match {
     if list.is_empty() { Match::Yes } else { list.iter().map(match_one).max().unwrap_or(Match::No) }
 }
@@ -285,22 +286,22 @@ impl Rule {
         }
     }
 
-    /// Where the rule stands: a file and its line, an option, or "built in".
+    /// Returns where the rule comes from: a file and line, an option, or "built in".
     pub fn origin(&self) -> &str {
         &self.origin
     }
 
-    /// Whether it is the built-in rule about this server's own listeners.
+    /// Whether this is the built-in rule that denies the listeners of this server.
     pub fn is_about_own_listeners(&self) -> bool {
         matches!(self.to, TargetCondition::OwnListeners)
     }
 
-    /// Whether it says `to=`.
+    /// Whether the rule has a `to=` condition.
     pub fn has_to_condition(&self) -> bool {
         matches!(self.to, TargetCondition::Patterns(_))
     }
 
-    /// All that a rule says, but for `to`.
+    /// Matches all conditions except `to=`.
     fn match_all_but_to(&self, request: &AccessRequest<'_>) -> Match {
         let user = |user: &UserPattern| match request.identity {
             None => Match::Maybe,
@@ -343,7 +344,7 @@ impl UserPattern {
         match self {
             Self::Any => true,
             Self::Named(name) => name == user,
-            // Kerberos writes an @ that is part of a name as \@.
+            // Kerberos escapes an @ that is part of a name as \@.
             Self::Realm(realm) => user.strip_suffix(realm.as_slice()).is_some_and(|name| !name.ends_with(b"\\")),
         }
     }
@@ -371,8 +372,8 @@ impl TargetPattern {
     }
 }
 
-/// Whether `net` has `ip`: to allow it, by the address that it really leads to; to deny it, by any that it could be
-/// taken for.
+/// Whether `net` contains `ip`. An `allow` compares the address that packets finally reach; a `deny` compares every
+/// address that `ip` could stand for.
 fn net_matches(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
     let destination = match ip {
         IpAddr::V6(v6) => embedded_ipv4(v6).map_or(ip, IpAddr::V4),
@@ -381,7 +382,7 @@ fn net_matches(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
     if allow { net.contains(&destination) } else { embedded_addrs(ip).any(|addr| net.contains(&addr)) }
 }
 
-/// All addresses that one could be taken for: itself, the one inside, and of Teredo the server's.
+/// Returns `ip`, its embedded IPv4 address, and for Teredo also the address of the server.
 fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
     let (embedded, teredo_server) = match ip {
         IpAddr::V4(_) => (None, None),
@@ -393,7 +394,8 @@ fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
     [Some(ip), embedded.map(IpAddr::V4), teredo_server.map(IpAddr::V4)].into_iter().flatten()
 }
 
-/// The IPv4 address in an IPv6 one: mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or Teredo, the client's (RFC 4380).
+/// Returns the IPv4 address embedded in an IPv6 address: IPv4-mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or the Teredo
+/// client (RFC 4380).
 pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     match ip.segments() {
         [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),

@@ -1,4 +1,4 @@
-//! Rules as text: `allow` or `deny`, and then `key=value[,value]...` as often as it takes; `#` begins a comment.
+//! Parser of rules: `allow` or `deny`, then any number of `key=value[,value]...`; `#` starts a comment.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -11,15 +11,15 @@ use super::{ClientPattern, Route, Rule, TargetCondition, TargetPattern, UserPatt
 use crate::policy::PolicyError;
 use crate::proto::{Command, Method, ProtectionLevel};
 
-/// The way that `via=` calls the one through no hop.
+/// Value of `via=` for a direct connection.
 const DIRECT: &str = "direct";
 
-const KEYS: &str = "from, user, method, protection, command, to, port and via";
+const KEYS: &str = "from, user, method, protection, command, to, port, via";
 
-/// The rules of a file that is called `file`. `hops` are the names that `via=` may say, by number.
+/// Parses a rules file. `file` is its name in [`Rule::origin`]; `hops` are the names for `via=`, by index.
 ///
 /// # Errors
-/// The first line that is wrong.
+/// The first invalid line.
 pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
     let mut rules = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {
@@ -29,33 +29,33 @@ pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>,
     Ok(rules)
 }
 
-/// One rule; none for a line with nothing or only a comment on it.
+/// Parses one rule. `None`: the line is empty or only a comment.
 ///
 /// # Errors
-/// What is wrong, with the word that is.
+/// The mistake, with the offending word.
 pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
     let Some((action, conditions)) = words.split_first() else { return Ok(None) };
     if let Some(word) = words.iter().find(|word| word.contains(char::is_control)) {
-        return Err(format!("{word:?} has a control character in it"));
+        return Err(format!("control character in {word:?}"));
     }
     let allow = match *action {
         "allow" => true,
         "deny" => false,
-        other => return Err(format!("{other:?} is neither allow nor deny, with which a rule begins")),
+        other => return Err(format!("expected \"allow\" or \"deny\", found {other:?}")),
     };
     let to = if allow { TargetCondition::Unprotected } else { TargetCondition::Any };
     let mut rule = Rule { to, origin: origin.into(), ..Rule::built_in(allow, &words.join(" ")) };
     let mut keys = HashSet::new();
     for word in conditions {
-        let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
-        // What is said of a way names what is wrong itself.
+        let (key, value) = word.split_once('=').ok_or_else(|| format!("expected key=value, found {word:?}"))?;
+        // The value of via= may be a URL with a password, so the word is not shown.
         let with_word = |why: String| if key == "via" { format!("via=: {why}") } else { format!("{word:?}: {why}") };
         if !keys.insert(key) {
-            return Err(with_word(format!("{key}= stands in this rule twice; write a list with commas")));
+            return Err(with_word(format!("{key}= is given twice (use a comma-separated list)")));
         }
         if value.split(',').any(str::is_empty) {
-            return Err(with_word("an empty value".into()));
+            return Err(with_word("empty value".into()));
         }
         rule.set_condition(key, value, hops).map_err(with_word)?;
     }
@@ -73,8 +73,8 @@ impl Rule {
             "to" => self.to = TargetCondition::Patterns(parse_list(value, parse_target)?),
             "port" => self.ports = parse_list(value, parse_ports)?,
             "via" if self.allow => self.via = Some(parse_route(value, hops)?),
-            "via" => return Err("what is denied goes no way".into()),
-            _ => return Err(format!("unknown key {key:?}; there are {KEYS}")),
+            "via" => return Err("only valid with allow".into()),
+            _ => return Err(format!("unknown key {key:?} (keys are {KEYS})")),
         }
         Ok(())
     }
@@ -89,7 +89,7 @@ fn parse_client(text: &str) -> Result<ClientPattern, String> {
         "loopback" => Ok(ClientPattern::Loopback),
         "remote" => Ok(ClientPattern::Remote),
         _ => parse_cidr(text)?.map(ClientPattern::Net).ok_or_else(|| {
-            format!("{text:?} is not a CIDR such as 192.0.2.0/24 or 2001:db8::/32, an address, loopback or remote")
+            format!("expected an address, a CIDR such as 192.0.2.0/24, loopback or remote, found {text:?}")
         }),
     }
 }
@@ -101,38 +101,40 @@ fn parse_user(text: &str) -> Result<UserPattern, String> {
         Some(realm) if realm.len() > 1 && realm.starts_with('@') && !realm.contains('*') => {
             Ok(UserPattern::Realm(decoded(realm)))
         }
-        _ if text.contains('*') => Err(format!("{text:?} is none of NAME, *@REALM and *; a * in a name is %2A")),
+        _ if text.contains('*') => {
+            Err(format!("expected NAME, *@REALM or *, found {text:?} (write a * in a name as %2A)"))
+        }
         _ => Ok(UserPattern::Named(decoded(text))),
     }
 }
 
-/// A method by its name.
+/// Parses the name of an authentication method.
 ///
 /// # Errors
-/// The names that there are.
+/// An unknown name; the message lists the valid ones.
 pub fn parse_method(text: &str) -> Result<Method, String> {
     let all = [Method::NONE, Method::PASSWORD, Method::GSSAPI];
     let found = all.into_iter().find(|method| method.to_string() == text);
-    found.ok_or_else(|| format!("{text:?} is none of none, password and gssapi"))
+    found.ok_or_else(|| format!("expected none, password or gssapi, found {text:?}"))
 }
 
-/// A level of protection by its name.
+/// Parses the name of a protection level.
 ///
 /// # Errors
-/// The names that there are.
+/// An unknown name; the message lists the valid ones.
 pub fn parse_level(text: &str) -> Result<ProtectionLevel, String> {
     let found = ProtectionLevel::ALL.into_iter().find(|level| level.to_string() == text);
-    found.ok_or_else(|| format!("{text:?} is none of none, integrity and confidentiality"))
+    found.ok_or_else(|| format!("expected none, integrity or confidentiality, found {text:?}"))
 }
 
-/// A command by its name.
+/// Parses the name of a command.
 ///
 /// # Errors
-/// The names that there are.
+/// An unknown name; the message lists the valid ones.
 pub fn parse_command(text: &str) -> Result<Command, String> {
     let all = [Command::Connect, Command::Bind, Command::UdpAssociate];
     let found = all.into_iter().find(|command| command.to_string() == text);
-    found.ok_or_else(|| format!("{text:?} is none of connect, bind and udp"))
+    found.ok_or_else(|| format!("expected connect, bind or udp, found {text:?}"))
 }
 
 pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
@@ -140,19 +142,19 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
         return Ok(TargetPattern::Net(net));
     }
     if text.contains('*') {
-        return Err(format!("{text:?}: there is no *; .example.org is example.org and all below it"));
+        return Err(format!("wildcard in {text:?} (use .example.org to match example.org and its subdomains)"));
     }
     let name = normalize_name(text);
     let suffix = name.strip_prefix('.');
     let labels = suffix.unwrap_or(&name);
     let is_label_char = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
     let has_valid_labels = labels.split('.').all(|label| !label.is_empty() && label.chars().all(is_label_char));
-    // 10.0.0 or 0x7f.1: the system's resolver would take it for an address, and a rule that does not is of no use.
+    // The system resolver reads 10.0.0 and 0x7f.1 as addresses, so a rule that treats them as names would never match.
     let last = labels.rsplit('.').next().unwrap_or_default();
     let is_numeric = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
     match suffix {
         _ if !has_valid_labels || is_numeric => {
-            Err(format!("{text:?} is neither a name, a .suffix, an address nor a CIDR such as 192.0.2.0/24"))
+            Err(format!("expected a name, a .suffix, an address or a CIDR such as 192.0.2.0/24, found {text:?}"))
         }
         Some(suffix) => Ok(TargetPattern::Suffix(suffix.into())),
         None => Ok(TargetPattern::Name(name)),
@@ -165,7 +167,7 @@ fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     let (low, high) = text.split_once('-').unwrap_or((text, text));
     match (port(low), port(high)) {
         (Some(low), Some(high)) if low <= high => Ok(low..=high),
-        _ => Err(format!("{text:?} is neither a port nor LO-HI, from 1 to 65535")),
+        _ => Err(format!("expected a port or LO-HI, from 1 to 65535, found {text:?}")),
     }
 }
 
@@ -176,21 +178,21 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
     if let Some(hop) = hops.iter().position(|hop| hop == text) {
         return Ok(Route::Hop(hop));
     }
-    // A URL in place of a name may have a password in it.
+    // A URL may contain a password, so it is not shown.
     let is_name = !text.contains([':', '/', '@']);
-    let what = if is_name { format!("no hop is called {text:?}") } else { "that is not the name of a hop".into() };
-    Err(format!("{what}; --hop NAME=URL says where it is"))
+    let problem = if is_name { format!("no hop named {text:?}") } else { "not the name of a hop".into() };
+    Err(format!("{problem} (define hops with --hop NAME=URL)"))
 }
 
-/// An address or a CIDR; `None` for what does not look like one.
+/// Parses an address or a CIDR. `None`: the text does not look like either.
 fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
     let Some(net) = parse_net(text) else {
         let looks_like_cidr = text.contains(['/', ':']);
-        return if looks_like_cidr { Err(format!("bad CIDR {text:?}")) } else { Ok(None) };
+        return if looks_like_cidr { Err(format!("invalid CIDR {text:?}")) } else { Ok(None) };
     };
     if net.trunc() != net {
         return Err(format!(
-            "bad CIDR {text:?}: it has more bits than /{}; is {} meant?",
+            "invalid CIDR {text:?}: bits are set beyond the /{} (did you mean {}?)",
             net.prefix_len(),
             net.trunc()
         ));
@@ -198,7 +200,7 @@ fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
     if let IpNet::V6(v6) = net
         && let Some(v4) = v6.addr().to_ipv4_mapped()
     {
-        return Err(format!("bad CIDR {text:?}: write the IPv4 address itself, {v4}"));
+        return Err(format!("invalid CIDR {text:?}: IPv4-mapped address (write it as IPv4: {v4})"));
     }
     Ok(Some(net))
 }
@@ -208,7 +210,7 @@ fn parse_net(text: &str) -> Option<IpNet> {
     bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()).ok()
 }
 
-/// A name as it is compared: in lower case, without the dot at its end.
+/// Returns a name in the form used for comparison: lower case, without the final dot.
 pub fn normalize_name(text: &str) -> String {
     text.strip_suffix('.').unwrap_or(text).to_lowercase()
 }
