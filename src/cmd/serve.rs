@@ -1,4 +1,4 @@
-//! `s5 serve`: the server's options.
+//! `s5 serve`: options of the server.
 
 mod explain;
 mod load;
@@ -23,9 +23,9 @@ use crate::proto::{Method, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, ListenAddr, Options, PortRange, Quotas, StartError};
 use load::{ConfigFile, PolicySources};
 
-/// What the log calls the way of `--via`.
+/// Name of the hop of `--via` in the log.
 const VIA_HOP_NAME: &str = "--via";
-/// Where to listen when nobody says.
+/// Listen address without `--listen`.
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
@@ -193,7 +193,7 @@ pub struct Args {
 }
 
 fn parse_threads(text: &str) -> Result<u16, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number from 1 to 65535"))
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("expected a number from 1 to 65535, found {text:?}"))
 }
 
 fn default_threads() -> u16 {
@@ -204,11 +204,11 @@ fn parse_filtering(text: &str) -> Result<Filtering, String> {
     match text {
         "address-dependent" => Ok(Filtering::AddressDependent),
         "endpoint-independent" => Ok(Filtering::EndpointIndependent),
-        _ => Err(format!("{text:?} is neither address-dependent nor endpoint-independent")),
+        _ => Err(format!("expected address-dependent or endpoint-independent, found {text:?}")),
     }
 }
 
-/// `1500`, `64k`, `10M`, `1G`: octets a second, in powers of 1000.
+/// Parses bytes per second: `1500`, `64k`, `10M`, `1G`, in powers of 1000.
 fn parse_rate(text: &str) -> Result<u64, String> {
     let number = text.trim_end_matches(['k', 'M', 'G']);
     let unit = match text.get(number.len()..).unwrap_or_default() {
@@ -219,10 +219,11 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         _ => None,
     };
     let rate = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
-    rate.filter(|rate| *rate > 0).ok_or_else(|| format!("{text:?} is not a number of octets a second, as 1500 or 10M"))
+    rate.filter(|rate| *rate > 0)
+        .ok_or_else(|| format!("expected bytes per second, such as 1500 or 10M, found {text:?}"))
 }
 
-/// A rule of the command line, and the how manieth it is: the options keep their own order only.
+/// A rule of `--allow` or `--deny`. Its position restores the common order, since argh collects each option separately.
 #[derive(Debug)]
 struct RuleOption {
     position: usize,
@@ -256,9 +257,11 @@ impl Args {
 
     pub(super) fn run(mut self) -> Result<(), CliError> {
         match (&self.users, &self.add_user, &self.remove_user) {
-            (_, Some(_), Some(_)) => return Err(CliError::usage("--add-user and --remove-user: one at a time")),
-            (None, Some(_), None) => return Err(CliError::usage("--add-user needs --users FILE")),
-            (None, None, Some(_)) => return Err(CliError::usage("--remove-user needs --users FILE")),
+            (_, Some(_), Some(_)) => {
+                return Err(CliError::usage("--add-user and --remove-user cannot be used together"));
+            }
+            (None, Some(_), None) => return Err(CliError::usage("--add-user requires --users FILE")),
+            (None, None, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),
             (Some(file), Some(name), None) => return users::add_user(file, name),
             (Some(file), None, Some(name)) => return users::remove_user(file, name),
             (_, None, None) => {}
@@ -282,19 +285,19 @@ impl Args {
         })
     }
 
-    /// The hops by number. That of `--via` comes last.
+    /// Parses the hops. The hop of `--via` is the last.
     fn hops(&mut self) -> Result<Vec<Arc<Hop>>, CliError> {
         let mut hops: Vec<Arc<Hop>> = Vec::new();
         for text in &self.hop {
-            let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: write NAME=URL"))?;
-            // A URL in place of a name may have a password in it, so neither is shown.
+            let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: expected NAME=URL"))?;
+            // The text may be a URL with a password, so it is not shown.
             let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
             if !is_name || name == "direct" {
-                let what = "a name has letters, digits, - _ and . only, and is not \"direct\"";
-                return Err(CliError::usage(format!("--hop: write NAME=URL; {what}")));
+                let hint = "a name consists of letters, digits, \"-\", \"_\" and \".\", and is not \"direct\"";
+                return Err(CliError::usage(format!("--hop: expected NAME=URL; {hint}")));
             }
             if hops.iter().any(|hop| hop.name == name) {
-                return Err(CliError::usage(format!("--hop: there are two called {name:?}")));
+                return Err(CliError::usage(format!("--hop: duplicate name {name:?}")));
             }
             let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--hop {name}: {error}")))?;
             hops.push(Arc::new(Hop { name: name.into(), proxies }));
@@ -306,7 +309,7 @@ impl Args {
         Ok(hops)
     }
 
-    /// The methods that are taken, in their order.
+    /// Returns the accepted methods, the preferred one first.
     fn accepted_methods(&self) -> Result<Vec<Method>, CliError> {
         let has_gssapi_options =
             self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
@@ -318,18 +321,18 @@ impl Args {
         });
         let usage_error = |what: &str| Err(CliError::usage(format!("--auth: {what}")));
         match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
-            (true, _) if self.users.is_none() => usage_error("password needs --users FILE"),
-            (false, _) if self.users.is_some() => usage_error("with --users, password has to be one of them"),
-            (_, false) if has_gssapi_options => usage_error("with --keytab and the like, gssapi has to be one of them"),
+            (true, _) if self.users.is_none() => usage_error("password requires --users FILE"),
+            (false, _) if self.users.is_some() => usage_error("--users requires password in this list"),
+            (_, false) if has_gssapi_options => usage_error("--keytab and --gssapi-... require gssapi in this list"),
             _ => Ok(methods),
         }
     }
 
     fn policy_sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> PolicySources {
-        let drain =
+        let take_rules =
             |rules: &mut Vec<RuleOption>, option| rules.drain(..).map(move |rule| (rule, option)).collect::<Vec<_>>();
-        let mut all = drain(&mut self.allow, "--allow");
-        for (rule, option) in drain(&mut self.deny, "--deny") {
+        let mut all = take_rules(&mut self.allow, "--allow");
+        for (rule, option) in take_rules(&mut self.deny, "--deny") {
             let at = all.partition_point(|(before, _)| before.position < rule.position);
             all.insert(at, (rule, option));
         }
@@ -348,7 +351,7 @@ impl Args {
         let [ipv4_count, ipv6_count] = [IpAddr::is_ipv4, IpAddr::is_ipv6]
             .map(|is_family| self.advertise.iter().filter(|ip| is_family(ip)).count());
         if ipv4_count > 1 || ipv6_count > 1 {
-            return Err(CliError::usage("--advertise: one address a family"));
+            return Err(CliError::usage("--advertise: at most one IPv4 and one IPv6 address"));
         }
         let offers_gssapi = match &self.hop_auth {
             Some(methods) => methods.contains(&Method::GSSAPI),

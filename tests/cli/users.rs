@@ -234,9 +234,22 @@ fn a_bad_file_is_not_touched() {
 }
 
 #[test]
-fn a_folder_that_can_not_be_written_is_named() {
-    let nowhere = "/nonexistent/users";
-    fails(&add(nowhere, "alice", b"topsecret\n"), &[nowhere]);
+fn add_user_in_missing_directory_names_file_and_remedy() {
+    let folder = folder();
+    let directory = format!("{}/missing/s5", folder.path().display());
+    let users = format!("{directory}/users");
+    let output = add(&users, "alice", b"topsecret\n");
+    let expected = format!("s5: {users}: directory {directory} does not exist (create it: mkdir -p {directory})\n");
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), expected));
+    assert!(!Path::new(&directory).exists(), "it is the user who creates it");
+}
+
+#[test]
+fn add_user_in_unwritable_directory_names_file_and_directory() {
+    // /proc accepts no new files, not even from root.
+    let output = add("/proc/users", "alice", b"topsecret\n");
+    fails(&output, &["s5: /proc/users: create a file in /proc: "]);
+    assert!(!text(&output.stderr).contains(".tmp"), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -296,7 +309,7 @@ fn a_terminal_is_asked_twice_and_shows_nothing() {
     let users = format!("{}/users", folder.path().display());
     let mut terminal = on_a_terminal(folder.path(), &users);
     type_at(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
-    type_at(&mut terminal, folder.path(), "again: ", b"topsecret\n");
+    type_at(&mut terminal, folder.path(), "repeat the password: ", b"topsecret\n");
     let (status, shown, _) = terminal.end(A_WHILE);
     assert_eq!(status.code(), Some(0), "{}", text(&shown));
     assert!(!text(&shown).contains("secret"), "{}", text(&shown));
@@ -313,10 +326,10 @@ fn two_passwords_that_differ_change_nothing() {
     let users = write_file(folder.path(), "users", "# mine\n");
     let mut terminal = on_a_terminal(folder.path(), &users);
     type_at(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
-    type_at(&mut terminal, folder.path(), "again: ", b"othersecret\n");
+    type_at(&mut terminal, folder.path(), "repeat the password: ", b"othersecret\n");
     let (status, shown, _) = terminal.end(A_WHILE);
     let shown = text(&shown);
     assert!(!status.success(), "{shown}");
-    assert!(shown.contains("s5: ") && shown.contains("differ") && !shown.contains("secret"), "{shown}");
+    assert!(shown.contains("s5: ") && shown.contains("do not match") && !shown.contains("secret"), "{shown}");
     assert_eq!(read(&users), "# mine\n");
 }

@@ -1,4 +1,4 @@
-//! What the rules are, and what they say to a question. Nothing is started for it.
+//! `--show-rules` and `--explain`: print the rules, or the rule that decides a request. No server is started.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -15,13 +15,13 @@ use crate::policy::rules::{self, AccessRequest, Decision, Identity, Route, Rule}
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel};
 use crate::server::{Options, is_local};
 
-/// How long the system's resolver may take.
+/// Time limit for resolving the name in a request.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where the comments of rules that are not longer stand.
+/// Column of the comments; a longer rule moves its comment to the right.
 const COMMENT_COLUMN: usize = 48;
 
-/// Prints all rules in their order, each with where it stands.
+/// Prints all rules in order of evaluation, each with its origin.
 pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut text = String::new();
     let mut lines: Vec<(String, &str)> = Vec::new();
@@ -29,10 +29,10 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
         if rule.is_about_own_listeners() {
             let own = options.listen.iter().flat_map(|listen| listen.addrs());
             let to = |own: SocketAddr| match own.ip().is_unspecified() {
-                true => format!("deny to=(all of this machine) port={}", own.port()),
+                true => format!("deny to=(any address of this host) port={}", own.port()),
                 false => format!("deny to={} port={}", own.ip(), own.port()),
             };
-            lines.extend(own.map(|own| (to(own), "built in, s5 itself")));
+            lines.extend(own.map(|own| (to(own), "built in, own listener")));
         } else {
             lines.push((rule.to_string(), rule.origin()));
         }
@@ -40,15 +40,15 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     for (rule, origin) in lines {
         let _ = writeln!(text, "{rule:COMMENT_COLUMN$}  # {origin}");
     }
-    text += "# an allow that does not say to= leaves the built-in denials in force\n";
+    text += "# an allow without to= does not override the built-in deny rules\n";
     print(&text)
 }
 
-/// Prints which rule decides, for the name and for each address.
+/// Prints the deciding rule, for the name and for each address. Fails with status 1 if the request is denied.
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> Result<(), CliError> {
     policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
     let query = ExplainedRequest::parse(request).map_err(|why| CliError::usage(format!("--explain: {why}")))?;
-    let mut explanation = Explanation { policy: &policy, options, text: format!("asked {query}\n") };
+    let mut explanation = Explanation { policy: &policy, options, text: format!("request {query}\n") };
     let is_allowed = explanation.explain(&query);
     explanation.text += match is_allowed {
         Ok(true) => "allow\n",
@@ -64,7 +64,7 @@ fn print(text: &str) -> Result<(), CliError> {
     result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("writing to stdout: {error}")))
 }
 
-/// A question as it was put.
+/// The value of `--explain`.
 #[derive(Debug)]
 struct ExplainedRequest {
     from: IpAddr,
@@ -79,9 +79,9 @@ impl ExplainedRequest {
     fn parse(text: &str) -> Result<Self, String> {
         let mut conditions: HashMap<&str, &str> = HashMap::new();
         for word in text.split_whitespace() {
-            let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
+            let (key, value) = word.split_once('=').ok_or_else(|| format!("expected key=value, found {word:?}"))?;
             if value.is_empty() || conditions.insert(key, value).is_some() {
-                return Err(format!("{word:?} is empty, or stands here twice"));
+                return Err(format!("{word:?}: empty value or duplicate key"));
             }
         }
         let from = conditions.remove("from").unwrap_or("127.0.0.1");
@@ -95,15 +95,16 @@ impl ExplainedRequest {
         let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), rules::parse_level)?;
         let command = conditions.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
         let to = conditions.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
-        let port = conditions.remove("port").map(|port| port.parse().map_err(|_| format!("{port:?} is not a port")));
+        let port =
+            conditions.remove("port").map(|port| port.parse().map_err(|_| format!("port={port}: expected a port")));
         let to = match (to, port.transpose()?) {
             (Some(to), Some(port)) => Some(Addr { port, ..to }),
             (to, _) => to,
         };
         if let Some(key) = conditions.keys().next() {
-            return Err(format!("unknown key {key:?}; there are from, user, method, protection, command, to and port"));
+            return Err(format!("unknown key {key:?} (keys are from, user, method, protection, command, to, port)"));
         }
-        let from: IpAddr = from.parse().map_err(|_| format!("from={from}: write one address"))?;
+        let from: IpAddr = from.parse().map_err(|_| format!("from={from}: expected one IP address"))?;
         Ok(Self { from: from.to_canonical(), user, method, level, command, to })
     }
 
@@ -120,10 +121,10 @@ impl ExplainedRequest {
         AccessRequest { target_port: port, ..request }
     }
 
-    /// The address, or the name that has to be looked up.
+    /// Returns the target address, or the name to resolve.
     fn target(&self) -> Option<Result<IpAddr, &HostName>> {
         let host = &self.to.as_ref()?.host;
-        // Whose peer is anybody says nothing about a target.
+        // BIND for 0.0.0.0 or [::] accepts any peer, so the request has no target.
         if self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified()) {
             return None;
         }
@@ -161,9 +162,13 @@ impl<'a> Explanation<'a> {
             && !self.policy.accepts_identity(&identity)
         {
             self.text += match (&query.user, &self.policy.users) {
-                (Some(_), Some(_)) => "deny at the login: there is no such user, or not by this method\n",
-                (None, Some(_)) => "deny at the greeting: nobody gets in without a login; say user=NAME\n",
-                (_, None) => "deny at the greeting: without --users there is no login; leave out user=\n",
+                (Some(_), Some(_)) => {
+                    "deny at the login: no such user, or method not accepted (see --users and --auth)\n"
+                }
+                (None, Some(_)) => "deny at the greeting: login required (add user=NAME)\n",
+                (_, None) => {
+                    "deny at the greeting: method not accepted (change user= or method=; passwords require --users)\n"
+                }
             };
             return Ok(false);
         }
@@ -174,8 +179,8 @@ impl<'a> Explanation<'a> {
                 let request = AccessRequest { target_name: Some(name), ..request };
                 match self.evaluate(&request) {
                     Decision::Undecided(rule) => {
-                        let subject = format!("{}, by its addresses", name.as_str());
-                        self.add_line("look up", &subject, rule, Route::Direct);
+                        let subject = format!("{} (its addresses decide)", name.as_str());
+                        self.add_line("resolve", &subject, rule, Route::Direct);
                         let addrs = resolve(query)?;
                         self.report_addrs(&request, &addrs)
                     }
@@ -185,7 +190,7 @@ impl<'a> Explanation<'a> {
         }
     }
 
-    /// Whether one of the addresses is allowed.
+    /// Reports each address, and returns whether one of them is allowed.
     fn report_addrs(&mut self, request: &AccessRequest<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
         let mut is_any_allowed = false;
         for ip in ips {
@@ -206,8 +211,8 @@ impl<'a> Explanation<'a> {
                 Ok(false)
             }
             Decision::Undecided(rule) => {
-                let reason = format!("it depends on {}: {rule}", rule.origin());
-                Err(CliError::usage(format!("--explain: say more, as in to=HOST:PORT; {reason}")))
+                let reason = format!("the decision depends on {} ({rule})", rule.origin());
+                Err(CliError::usage(format!("--explain: {reason}; add more to the request, such as to=HOST:PORT")))
             }
         }
     }
@@ -231,6 +236,9 @@ fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
         Some(Err(failure)) => Err(CliError::usage(format!("--explain: {to}: {failure}"))),
-        None => Err(CliError::usage(format!("--explain: {to}: the resolver gave no answer"))),
+        None => Err(CliError::usage(format!(
+            "--explain: {to}: no answer from the resolver within {} s",
+            LOOKUP_TIMEOUT.as_secs()
+        ))),
     }
 }

@@ -1,4 +1,4 @@
-//! The policy out of what the command line and files say; and once more at each reload.
+//! Builds the policy from options and files, at the start and at each reload.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -13,26 +13,26 @@ use crate::policy::rules::{self, Route, Rule, Rules};
 use crate::policy::users::Users;
 use crate::proto::{Method, ProtectionLevel};
 
-/// The largest users file that is read, in octets: room for some 100 000 users.
+/// Maximum size of a users file in bytes: about 100 000 users.
 pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
-/// The largest rules file that is read, in octets.
+/// Maximum size of a rules file in bytes.
 const MAX_RULES_FILE: u64 = 1 << 20;
 
-/// A file that is read again at each reload.
+/// A file that is read at the start and at each reload.
 #[derive(Debug)]
 pub(super) struct ConfigFile {
     path: PathBuf,
-    /// What it looked like when it was taken last.
+    /// Completeness of the file when it was last loaded. `None` before the first load.
     previous: Cell<Option<Completeness>>,
-    /// What it said then, if its last line did not end: a part of it looks no less whole.
+    /// Text that was last loaded, if it was unterminated: a truncated copy of it looks just as complete.
     previous_text: RefCell<String>,
 }
 
-/// How whole a file looks. One that is replaced by copying is empty for a moment, and then ends anywhere.
+/// How complete a file looks. While a file is being copied, it is empty at first and then ends anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Completeness {
     Empty,
-    /// The last line does not end.
+    /// The last line has no line end.
     Unterminated,
     Complete,
 }
@@ -52,12 +52,12 @@ impl ConfigFile {
         Self { path, previous: Cell::new(None), previous_text: RefCell::default() }
     }
 
-    /// Its text, unless that looks less whole than the one before.
+    /// Reads the file. Fails if it looks less complete than the text that was last loaded.
     fn read(&self, max: u64) -> Result<(String, Completeness), CliError> {
         let previous = self.previous.get();
-        // Nobody waits at the other end of a pipe the second time, and opening it would wait for him.
+        // A pipe has no writer at a reload, and opening it would block.
         if previous.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
-            return Err(file_error(&self.path, "not a plain file but a directory or a pipe, which is not read again"));
+            return Err(file_error(&self.path, "not a regular file, so it cannot be reloaded"));
         }
         let text = read_file(&self.path, max)?;
         let completeness = Completeness::of(&text);
@@ -72,33 +72,35 @@ impl ConfigFile {
         Err(file_error(
             &self.path,
             match completeness {
-                Completeness::Empty => "line 1: the file is empty, as if it were just being written".into(),
+                Completeness::Empty => "line 1: the file is empty (is it still being written?)".into(),
                 _ => format!(
-                    "line {line}: the line that begins with {first:?} does not end, as if the file were cut off"
+                    "line {line}: no line end after the line that starts with {first:?} (is the file still being written?)"
                 ),
             },
         ))
     }
 }
 
-/// All that the policy is made of.
+/// The options and files that make up the policy.
 #[derive(Debug, Default)]
 pub(super) struct PolicySources {
     pub(super) users: Option<ConfigFile>,
     pub(super) rules: Option<ConfigFile>,
-    /// The methods that are taken, in their order.
+    /// Accepted methods, the preferred one first.
     pub(super) methods: Vec<Method>,
-    /// The rules of the command line, each with the option that it came by.
+    /// Rules of the command line, each with the name of its option.
     pub(super) rule_options: Vec<(String, &'static str)>,
-    /// The names of the hops, by number.
+    /// Names of the hops, by index.
     pub(super) hops: Vec<String>,
-    /// The way that is taken where no rule names one.
+    /// Route of rules without `via=`.
     pub(super) default_route: Route,
 }
 
 impl PolicySources {
+    /// Reads the files and builds the policy. At a reload, both files are accepted or neither.
+    ///
     /// # Errors
-    /// What can't be read, or is wrong: file, line and word.
+    /// A file cannot be read, or a line is invalid: file, line and word.
     pub(super) fn load(&self) -> Result<Policy, CliError> {
         let mut loaded = Vec::new();
         let users = match &self.users {
@@ -108,7 +110,10 @@ impl PolicySources {
                 let users = Users::parse(&text).map_err(|error| file_error(&config.path, error))?;
                 loaded.push((config, completeness, text));
                 if users.is_empty() {
-                    log::warn!("{}: no users, so nobody can log in; add one with --add-user", config.path.display());
+                    log::warn!(
+                        "{}: no users, so every login is refused (add users with --add-user)",
+                        config.path.display()
+                    );
                 }
                 Some(Arc::new(users))
             }
@@ -120,7 +125,6 @@ impl PolicySources {
             all.extend(rules::parse_rules(&text, &file, &self.hops).map_err(|error| file_error(&config.path, error))?);
             loaded.push((config, completeness, text));
         }
-        // Taken both or not at all.
         for (config, completeness, text) in loaded {
             config.previous.set(Some(completeness));
             let is_unterminated = completeness == Completeness::Unterminated;
@@ -140,17 +144,17 @@ impl PolicySources {
     }
 }
 
-/// Who the server is to clients that come with GSSAPI.
+/// Creates the GSSAPI identity of the server.
 ///
 /// # Errors
-/// The library is missing, or the keytab can't be read, or has no such key.
+/// The library is missing, the keytab cannot be read, or it has no key for the service.
 pub(super) fn gssapi_acceptor(
     keytab: Option<PathBuf>,
     service: Option<&str>,
     levels: Vec<ProtectionLevel>,
 ) -> Result<Acceptor, CliError> {
     if let Some(file) = &keytab {
-        // The library calls everything that it can't read "nonexistent or empty".
+        // The library reports every unreadable keytab as "nonexistent or empty"; this error is more exact.
         fs::File::open(file).map_err(|error| file_error(file, error))?;
     }
     let file = keytab.as_ref().map_or_else(|| "--auth gssapi".into(), |file| file.display().to_string());
@@ -161,13 +165,13 @@ pub(super) fn file_error(file: &Path, problem: impl std::fmt::Display) -> CliErr
     CliError::usage(format!("{}: {problem}", file.display()))
 }
 
-/// The text of a file of at most `max` octets.
+/// Reads a file of at most `max` bytes.
 pub(super) fn read_file(file: &Path, max: u64) -> Result<String, CliError> {
     let mut bytes = Vec::new();
     let opened = fs::File::open(file).map_err(|error| file_error(file, error))?;
     io::Read::take(opened, max + 1).read_to_end(&mut bytes).map_err(|error| file_error(file, error))?;
     if bytes.len() as u64 > max {
-        return Err(file_error(file, format!("too large: it may have at most {max} octets")));
+        return Err(file_error(file, format!("too large (the limit is {max} bytes)")));
     }
     String::from_utf8(bytes).map_err(|error| {
         let before = error.as_bytes().iter().take(error.utf8_error().valid_up_to());

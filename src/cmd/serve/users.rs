@@ -1,4 +1,4 @@
-//! The users file's upkeep: `--add-user` and `--remove-user`.
+//! `--add-user` and `--remove-user`: edit the users file.
 
 use std::fs;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
@@ -15,12 +15,12 @@ pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {
     read_valid_users(file)?;
     let passwd = read_new_password(name)?;
     let line = users::new_entry(name, passwd.as_bytes()).map_err(usage_error)?;
-    // Once more: somebody else may have edited it while we asked.
+    // Read again: another process may have edited the file during the prompt.
     let text = read_valid_users(file)?;
     replace_file(file, &users::edit_entry(&text, name, Some(&line)).unwrap_or_default())
 }
 
-/// The text of a users file that is in order, or of one that is not there yet.
+/// Reads a users file and checks that it is valid. A missing file is empty.
 fn read_valid_users(file: &Path) -> Result<String, CliError> {
     let text = if file.exists() { read_file(file, MAX_USERS_FILE)? } else { String::new() };
     Users::parse(&text).map_err(|error| file_error(file, error))?;
@@ -30,31 +30,39 @@ fn read_valid_users(file: &Path) -> Result<String, CliError> {
 pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
     let text = read_file(file, MAX_USERS_FILE)?;
     let text = users::edit_entry(&text, name, None).ok_or_else(|| file_error(file, format!("no user {name:?}")))?;
-    // An empty file could also be one that is being written.
+    // A reload rejects an empty file, because it may be still being written.
     replace_file(file, if text.is_empty() { "# no users\n" } else { &text })
 }
 
-/// Writes a new file beside the old one and renames it: whoever reads meanwhile sees one or the other, whole. Only
-/// the owner, who stays the same, may read it.
+/// Replaces a file by renaming a new file over it, so that readers see the old or the new text, never a part. Only the
+/// owner can read the new file; the owner stays the same.
 fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
-    // Through a link, so that the link stays one.
+    // Follows symbolic links, so that a link is not replaced by a file.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
     let directory = target.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let new = tempfile::NamedTempFile::new_in(directory).map_err(|error| {
+        // The error itself names the temporary file, which means nothing to the user.
+        let (is_missing, directory) = (!directory.exists(), directory.display());
+        let problem = match is_missing {
+            true => format!("directory {directory} does not exist (create it: mkdir -p {directory})"),
+            false => format!("create a file in {directory}: {}", error.kind()),
+        };
+        file_error(file, problem)
+    })?;
     let write = || {
-        let mut new = tempfile::NamedTempFile::new_in(directory)?;
-        new.write_all(text.as_bytes())?;
+        new.as_file().write_all(text.as_bytes())?;
         if let Ok(old) = fs::metadata(&target) {
             std::os::unix::fs::fchown(new.as_file(), Some(old.uid()), Some(old.gid()))?;
         }
-        new.as_file().sync_all()?;
-        new.persist(&target).map_err(|error| error.error).map(drop)
+        new.as_file().sync_all()
     };
-    write().map_err(|error: io::Error| file_error(file, error))
+    write().and_then(|()| Ok(new.persist(&target).map(drop)?)).map_err(|error| file_error(file, error))
 }
 
-/// Twice from the terminal, without echo; or the first line of a stdin that is none.
+/// Reads a password: twice from the terminal, without echo, or one line if stdin is not a terminal.
 fn read_new_password(name: &str) -> Result<String, CliError> {
-    let failed = |error: io::Error| CliError::new(ExitStatus::FAILURE, format!("no password for {name:?}: {error}"));
+    let failed =
+        |error: io::Error| CliError::new(ExitStatus::FAILURE, format!("read the password for {name:?}: {error}"));
     if !io::stdin().is_terminal() {
         let mut line = String::new();
         let mut stdin = io::Read::take(io::stdin().lock(), 4096);
@@ -62,10 +70,10 @@ fn read_new_password(name: &str) -> Result<String, CliError> {
         return Ok(line.trim_end_matches(['\r', '\n']).into());
     }
     let first = rpassword::prompt_password(format!("password for {name}: ")).map_err(failed)?;
-    let again = rpassword::prompt_password("again: ").map_err(failed)?;
+    let again = rpassword::prompt_password("repeat the password: ").map_err(failed)?;
     if first == again {
         Ok(first)
     } else {
-        Err(CliError::new(ExitStatus::FAILURE, "the two passwords differ; nothing changed"))
+        Err(CliError::new(ExitStatus::FAILURE, "the passwords do not match; the users file is unchanged"))
     }
 }
