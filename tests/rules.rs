@@ -24,7 +24,7 @@ const HOME: &str = "192.0.2.80:1080";
 
 /// The built-in rules as they are shown, and how they are called here.
 const BUILT_IN: [(&str, &str); 4] = [
-    ("deny to=(where s5 itself listens)", "home"),
+    ("deny to=(listeners of this server)", "home"),
     (
         "deny from=remote to=.localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
          ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",

@@ -328,7 +328,7 @@ fn rules_tell_hosts_apart() {
     assert_eq!(rep("10.9.0.1:9"), 2);
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip(OTHER_CLIENT), 0), server_addr())));
     server.wait_log(|log| {
-        log.contains("client=10.9.0.3") && log.contains("denied: built in, since an allow names from= (deny)")
+        log.contains("client=10.9.0.3") && log.contains("denied: built in, because an allow rule has from= (deny)")
     });
 }
 

@@ -279,7 +279,7 @@ fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
     let rows: [(&[&str], &str); 4] = [
         (&["--deny", "from=127.0.0.2"], "denied: --deny (deny from=127.0.0.2)"),
         (&["--rules", &file], &in_file),
-        (&["--rules", &list], "denied: built in, since an allow names from= (deny)"),
+        (&["--rules", &list], "denied: built in, because an allow rule has from= (deny)"),
         (&["--users", &users, "--deny", "from=127.0.0.2"], "denied: --deny (deny from=127.0.0.2)"),
     ];
     for (args, why) in rows {

@@ -27,15 +27,15 @@ fn all_rules_are_shown_in_their_order_with_where_they_stand() {
         ("allow to=a.test", "--allow"),
         ("deny port=25", &format!("{file} line 2")),
         ("allow from=10.0.0.0/8", &format!("{file} line 4")),
-        ("deny to=127.0.0.1 port=1080", "built in, s5 itself"),
-        ("deny to=(all of this machine) port=1081", "built in, s5 itself"),
-        ("deny to=(all of this machine) port=1081", "built in, s5 itself"),
+        ("deny to=127.0.0.1 port=1080", "built in, own listener"),
+        ("deny to=(any address of this host) port=1081", "built in, own listener"),
+        ("deny to=(any address of this host) port=1081", "built in, own listener"),
         (
             "deny from=remote to=.localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
              ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",
             "built in",
         ),
-        ("deny", "built in, since an allow names from="),
+        ("deny", "built in, because an allow rule has from="),
     ];
     assert_eq!(lines.len(), expected.len() + 1, "{lines:#?}");
     for (line, (rule, origin)) in lines.iter().zip(expected) {
@@ -78,26 +78,26 @@ fn a_question_is_explained_with_the_rule_that_decides() {
             "to=pair.test:80",
             0,
             vec![
-                "look up pair.test, by its addresses: ".into(),
+                "resolve pair.test (its addresses decide): ".into(),
                 "allow 127.0.0.2: ".into(),
                 format!("deny 127.0.0.3: {}", at(1, "deny to=127.0.0.3")),
                 "allow".into(),
             ],
         ),
-        (&[], "to=bad.test:80", 1, vec!["look up ".into(), "deny 127.0.0.3: ".into(), "deny".into()]),
+        (&[], "to=bad.test:80", 1, vec!["resolve ".into(), "deny 127.0.0.3: ".into(), "deny".into()]),
         (&["--users"], "user=alice to=127.0.0.1:25", 1, vec!["deny 127.0.0.1: ".into(), "deny".into()]),
         (&["--users"], "user=alice to=127.0.0.1:80", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
         (&["--users"], "to=127.0.0.1:80", 1, vec!["deny at the greeting".into(), "deny".into()]),
         (&["--users"], "user=eve to=127.0.0.1:80", 1, vec!["deny at the login".into(), "deny".into()]),
         (&["--users"], "user=alice method=none to=127.0.0.1:80", 1, vec!["deny at the login".into(), "deny".into()]),
         (&[], "to=127.0.0.1:80 command=udp", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
-        (&[], "to=nx.test:80", 2, vec!["look up nx.test".into()]),
+        (&[], "to=nx.test:80", 2, vec!["resolve nx.test".into()]),
     ];
     for (more, question, status, expected) in rows {
         let users: &[&str] = if more.is_empty() { &[] } else { &["--users", &users] };
         let output = serve(&[&["--rules", &rules, "--explain", question], users].concat());
         let said = text(&output.stdout);
-        let lines: Vec<&str> = said.lines().filter(|line| !line.starts_with("asked from=")).collect();
+        let lines: Vec<&str> = said.lines().filter(|line| !line.starts_with("request from=")).collect();
         assert_eq!(lines.len(), expected.len(), "{question}: {said}");
         // In the order of the resolver.
         for expected in &expected {
@@ -118,7 +118,7 @@ fn a_question_is_explained_with_the_rule_that_decides() {
 #[test]
 fn what_a_look_up_is_for_is_the_first_rule_that_depends_on_it() {
     let output = serve(&["--deny", "to=127.0.0.9", "--explain", "to=localhost:80"]);
-    let expected = "look up localhost, by its addresses: --deny (deny to=127.0.0.9)\n";
+    let expected = "resolve localhost (its addresses decide): --deny (deny to=127.0.0.9)\n";
     assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
 }
 

@@ -56,11 +56,11 @@ fn options_that_do_not_fit_are_refused() {
     let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
     let users = users(folder.path());
     let table: [(&[&str], &str); 9] = [
-        (&["--auth", "password"], "password needs --users"),
-        (&["--auth", "gssapi,password", "--keytab", &keytab], "password needs --users"),
-        (&["--auth", "none", "--keytab", &keytab], "gssapi has to be one of them"),
-        (&["--auth", "none", "--gssapi-protection", "none"], "gssapi has to be one of them"),
-        (&["--auth", "gssapi", "--users", &users], "password has to be one of them"),
+        (&["--auth", "password"], "password requires --users"),
+        (&["--auth", "gssapi,password", "--keytab", &keytab], "password requires --users"),
+        (&["--auth", "none", "--keytab", &keytab], "require gssapi in this list"),
+        (&["--auth", "none", "--gssapi-protection", "none"], "require gssapi in this list"),
+        (&["--auth", "gssapi", "--users", &users], "--users requires password in this list"),
         (&["--auth", "gssapi,gssapi"], "each once"),
         (&["--auth", "kerberos"], "none, password, gssapi"),
         (&["--keytab", &keytab, "--gssapi-protection", "most"], "none, integrity, confidentiality"),

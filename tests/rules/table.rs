@@ -29,7 +29,7 @@ fn expected(answer: Answer, printed: &Printed) -> String {
         By::Home => built_in(0),
         By::Protected => built_in(1),
         By::Open => built_in(2),
-        By::Otherwise => ("built in, since an allow names from=".into(), BUILT_IN[3].0.into()),
+        By::Otherwise => ("built in, because an allow rule has from=".into(), BUILT_IN[3].0.into()),
     };
     format!("{verdict} because of {origin}: {text} {way}")
 }

@@ -57,7 +57,7 @@ impl ConfigFile {
         let previous = self.previous.get();
         // A pipe has no writer at a reload, and opening it would block.
         if previous.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
-            return Err(file_error(&self.path, "not a regular file, so it cannot be reloaded"));
+            return Err(file_error(&self.path, "not a regular file (a directory or a pipe cannot be reloaded)"));
         }
         let text = read_file(&self.path, max)?;
         let completeness = Completeness::of(&text);
