@@ -235,8 +235,8 @@ fn a_bad_file_is_not_touched() {
 
 #[test]
 fn add_user_in_missing_directory_names_file_and_remedy() {
-    let folder = folder();
-    let directory = format!("{}/missing/s5", folder.path().display());
+    let dir = temp_dir();
+    let directory = format!("{}/missing/s5", dir.path().display());
     let users = format!("{directory}/users");
     let output = add(&users, "alice", b"topsecret\n");
     let expected = format!("s5: {users}: directory {directory} does not exist (create it: mkdir -p {directory})\n");
