@@ -123,8 +123,8 @@ impl<T: AsFd> Io<T> {
         Self::register(listener, EventSet::SharedRead)
     }
 
-    /// Registers a non-blocking UDP socket for reading only, level-triggered. Edge-triggered write events would cost one
-    /// event for each datagram sent. After [`Io::mark_drained`], unread data is reported again.
+    /// Registers a non-blocking UDP socket for reading only: write events would cost one event for each datagram sent.
+    /// Level-triggered: unread data is reported again after [`Io::mark_drained`].
     ///
     /// # Errors
     /// Errors from epoll_ctl(2).

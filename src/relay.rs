@@ -1,8 +1,8 @@
-//! The two-way pump over any two streams: half-close carried over, a reset carried over as a reset, exact octet counts.
+//! Copies bytes between two streams in both directions, carries over half-closes and resets, and counts bytes.
 //!
-//! It owns no memory while a tunnel is idle: a buffer is borrowed from the thread for the length of one poll, and only
-//! what the other side did not take at once is kept, at most one buffer a direction. A direction between two bare
-//! sockets that proves to be bulk is spliced through a pipe (Linux), which it gives back when it goes quiet.
+//! An idle tunnel owns no buffer: each poll borrows the thread's buffer. Only bytes that the sink has not accepted yet
+//! are kept, at most one buffer for each direction. A bulk transfer between two plain sockets is spliced through a pipe
+//! (Linux), which is closed when the direction is idle.
 
 mod direction;
 #[cfg_attr(not(target_os = "linux"), path = "relay/no_splice.rs")]
@@ -21,38 +21,38 @@ use futures_lite::{AsyncRead, AsyncWrite};
 use crate::reactor::{IdleTimer, Interest, wake_later};
 use direction::{Direction, DirectionError};
 
-/// How long dst may be silent before a client that can't send to it any more is told so.
+/// After writing to dst has failed: how long dst may be silent before the relay ends with the failure.
 const UNDELIVERED_WAIT: Duration = Duration::from_secs(1);
-/// How often a peer that is not being read from is looked at, whether it is still there; and a pipe, whether it is
-/// still of use.
+/// Interval of checks whether a peer that is not read from has reset its stream, and whether a pipe is unused.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// An operation on a bare socket: octets moved, 0 at the end.
+
+/// An operation on a socket. Returns the number of bytes transferred, 0 at the end of the stream.
 pub type SocketOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
 /// Result of [`Stream::poll_socket`]: `None` if the stream is not backed by a plain socket.
 pub type SocketPoll = Option<Poll<io::Result<usize>>>;
 
-/// A stream that can be relayed. It can be cut so that its peer does not take what it got for the whole.
+/// A stream that can be relayed.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin {
-    /// Makes the coming close a reset, where the stream has such a thing.
+    /// Turns the coming close into a reset, if the stream supports it, so that the peer notices missing data.
     fn abort(&self);
 
-    /// Whether octets that it has taken have yet to be flushed.
+    /// Whether it holds written bytes that have not been flushed.
     fn has_unflushed(&self) -> bool {
         false
     }
 
-    /// Whether the peer has reset the stream, which reading would show, were there a use for what is read.
+    /// Whether the peer has reset the stream. Detects it without a read, which would need a place for the data.
     fn is_reset(&self) -> bool {
         false
     }
 
-    /// Does `op` on the socket when that may be ready. `None` when there is no socket whose octets are the stream's.
+    /// Calls `op` on the socket when it may be ready. `None` if the stream's bytes are not exactly the socket's.
     fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> SocketPoll {
         None
     }
 }
 
-/// Any stream, for those who need no code of their own for theirs.
+/// Lets callers use one instance of [`relay`] for all types of streams.
 impl Stream for &mut dyn Stream {
     fn abort(&self) {
         (**self).abort();
@@ -71,7 +71,7 @@ impl Stream for &mut dyn Stream {
     }
 }
 
-/// Octets moved so far; readable while the relay runs.
+/// Bytes relayed so far, readable while the relay runs.
 #[derive(Debug, Default)]
 pub struct ByteCounts {
     /// From client to dst.
@@ -80,51 +80,49 @@ pub struct ByteCounts {
     pub down: AtomicU64,
 }
 
-/// When a relay ends although not both sides have.
+/// Conditions that end a relay before both directions have ended.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RelayOptions {
-    /// After this long without an octet either way.
+    /// Ends the relay after this long without a byte in either direction.
     pub idle_timeout: Option<Duration>,
-    /// When `down` has ended: after the client side has given nothing for this long. What it has given is still sent,
-    /// however long dst takes. None: `up` may take as long as it likes.
+    /// Once `down` has ended: ends the relay after this long without a byte from the client. Bytes read by then are
+    /// still sent, however long dst takes. `None`: waits for the end of `up`.
     pub linger: Option<Duration>,
-    /// When a direction proves to be bulk, both are open and nothing is held: so that it can be taken up elsewhere.
+    /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending: the caller
+    /// can then continue it on another thread.
     pub stop_when_bulk: bool,
 }
 
-/// How a relay ended when nothing was wrong.
+/// How a relay ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayOutcome {
     /// Both directions have ended.
     Finished,
-    /// As [`RelayOptions::stop_when_bulk`] says. The streams are as they were.
+    /// Stopped by [`RelayOptions::stop_when_bulk`]. Both streams are still open.
     Bulk,
 }
 
-/// Where a relay broke.
+/// The operation that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it all")]
 pub enum RelayOp {
-    /// Reading from the client side.
     ReadClient,
-    /// Writing to the client side.
     WriteClient,
-    /// Reading from the dst side.
     ReadDst,
-    /// Writing to the dst side.
     WriteDst,
 }
 
-/// Why a relay ended before both sides did.
+/// Why a relay ended before both directions had ended.
 #[derive(Debug)]
 pub enum RelayError {
-    /// An operation failed. Both sides have been reset.
+    /// An operation failed. Both streams have been reset.
     Io(RelayOp, io::Error),
-    /// [`RelayOptions::idle_timeout`] passed. Both sides have been reset.
+    /// [`RelayOptions::idle_timeout`] passed. Both streams have been reset.
     IdleTimeout,
-    /// The caller did not let it go on. Both sides have been reset.
+    /// `may_continue` returned false. Both streams have been reset.
     Stopped,
-    /// dst has said all that it has to say, and takes no more. It has been reset; the client has not, and has yet to
-    /// be drained if it is to receive the last of what it was sent.
+    /// dst has ended its stream and accepts no more bytes. dst has been reset. The client has not: unread data must be
+    /// drained before closing, or it may lose the last bytes sent to it.
     Undelivered(io::Error),
 }
 
@@ -132,7 +130,7 @@ impl fmt::Display for RelayError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (operation, error) = match self {
             Self::IdleTimeout => return f.write_str("idle for too long"),
-            Self::Stopped => return f.write_str("cut"),
+            Self::Stopped => return f.write_str("stopped"),
             Self::Io(RelayOp::ReadClient, error) => ("reading from the client", error),
             Self::Io(RelayOp::WriteClient, error) => ("writing to the client", error),
             Self::Io(RelayOp::ReadDst, error) => ("reading from dst", error),
@@ -145,20 +143,20 @@ impl fmt::Display for RelayError {
 /// Result of [`relay`].
 pub type RelayResult = Result<RelayOutcome, RelayError>;
 
-/// Moves octets both ways until both directions have ended. A direction ends when its source does, which is passed on
-/// by closing its sink's write side. Before each step `may_go_on` is asked.
+/// Relays bytes in both directions until both have ended. The end of a source closes the write side of its sink.
+/// `may_continue` is called before each step.
 ///
-/// Both streams are reset when an operation on either fails, when the idle limit ends the tunnel, and when the future
-/// is dropped while it runs. A reset is noticed within a second also from a side that is not being read from.
+/// Both streams are reset when an operation fails, after the idle timeout, and when the future is dropped before its
+/// end. A reset is detected within a second, also from a side that is not being read.
 ///
 /// # Errors
-/// As [`RelayError`] says.
+/// See [`RelayError`].
 pub fn relay<'a, C, D>(
     client: &'a mut C,
     dst: &'a mut D,
     options: &'a RelayOptions,
     counts: &'a ByteCounts,
-    may_go_on: impl Fn(&C, &D) -> bool + 'a,
+    may_continue: impl Fn(&C, &D) -> bool + 'a,
 ) -> impl Future<Output = RelayResult>
 where
     C: Stream,
@@ -174,10 +172,10 @@ where
         last_progress: Instant::now(),
         timer: IdleTimer::default(),
     };
-    // Not an async fn, which would have room for its arguments twice; there may be many thousands of these.
+    // Not an async fn, whose future would store its arguments twice: there may be many thousands of tunnels.
     poll_fn(move |cx| {
         let AbortGuard { client: Some(client), dst: Some(dst) } = &mut streams else { return Poll::Pending };
-        if !may_go_on(client, dst) {
+        if !may_continue(client, dst) {
             return Poll::Ready(Err(RelayError::Stopped));
         }
         let result = ready!(tunnel.poll(cx, *client, *dst));
@@ -191,7 +189,7 @@ where
     })
 }
 
-/// The streams, but for those that have ended well. The others are left reset.
+/// The streams that must be reset when the relay is dropped.
 struct AbortGuard<'a, C: Stream, D: Stream> {
     client: Option<&'a mut C>,
     dst: Option<&'a mut D>,
@@ -212,10 +210,9 @@ struct Tunnel<'a> {
     up: Direction,
     down: Direction,
     counts: &'a ByteCounts,
-    /// Why the rest of `up` can't be sent; the tunnel ends with it when `down` has.
+    /// Set when writing to dst has failed. The relay returns it once `down` has ended.
     undelivered: Option<io::Error>,
     options: &'a RelayOptions,
-    /// When an octet moved last.
     last_progress: Instant,
     timer: IdleTimer,
 }
@@ -238,13 +235,13 @@ impl Tunnel<'_> {
     }
 
     fn pump(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
-        let may_stop = |one: &Direction, other: &Direction| {
-            self.options.stop_when_bulk && !one.has_ended && other.is_stateless() && self.undelivered.is_none()
+        let may_stop = |this: &Direction, other: &Direction| {
+            self.options.stop_when_bulk && !this.has_ended && other.is_stateless() && self.undelivered.is_none()
         };
         let (up_may_stop, down_may_stop) = (may_stop(&self.up, &self.down), may_stop(&self.down, &self.up));
         match self.up.poll(cx, client, dst, &self.counts.up, up_may_stop) {
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadClient, error),
-            // What dst sent before it stopped listening is still on its way to the client.
+            // Bytes that dst sent before may still be in transit to the client.
             Poll::Ready(Err(DirectionError::Write(error))) => {
                 self.up.is_done = true;
                 self.undelivered = Some(error);
@@ -266,13 +263,12 @@ impl Tunnel<'_> {
             if self.up.is_stateless() && self.down.is_stateless() && self.undelivered.is_none() {
                 return Poll::Ready(Ok(RelayOutcome::Bulk));
             }
-            // The other direction has come to hold something just now.
+            // The other direction got pending bytes in this poll.
             wake_later(cx);
         }
         Poll::Pending
     }
 
-    /// How the tunnel ends when dst takes no more.
     fn undelivered_error(&self, error: io::Error) -> RelayError {
         if self.down.has_ended && self.down.is_done {
             RelayError::Undelivered(error)
@@ -281,46 +277,46 @@ impl Tunnel<'_> {
         }
     }
 
-    /// Ready when the tunnel has been silent for too long, or one side has given it up.
+    /// Ready when a timeout has passed, or when a side that is not being read has reset its stream.
     fn poll_timeouts(&mut self, cx: &mut Context<'_>, client: &impl Stream, dst: &impl Stream) -> Poll<RelayResult> {
-        let mut fired = false;
+        let mut has_fired = false;
         loop {
             let now = Instant::now();
-            let stalled = self.up.has_pending() || dst.has_unflushed();
-            // Who is not being read from can only be seen to be gone by looking, which is done now and then.
-            let (check_client, check_dst) = (self.up.has_pending() || self.up.has_ended, self.down.is_done);
-            if fired && check_client && client.is_reset() {
+            let is_stalled = self.up.has_pending() || dst.has_unflushed();
+            // Without reads a reset goes unnoticed, so these sides are checked at intervals.
+            let (checks_client, checks_dst) = (self.up.has_pending() || self.up.has_ended, self.down.is_done);
+            if has_fired && checks_client && client.is_reset() {
                 return io_error(RelayOp::ReadClient, io::ErrorKind::ConnectionReset.into());
             }
-            if fired && check_dst && dst.is_reset() {
+            if has_fired && checks_dst && dst.is_reset() {
                 let error = self.undelivered.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
                 return Poll::Ready(Err(self.undelivered_error(error)));
             }
-            let lingers = self.down.is_done && !stalled && !self.up.has_ended;
+            let is_lingering = self.down.is_done && !is_stalled && !self.up.has_ended;
             let limit = match *self.options {
                 _ if self.undelivered.is_some() && !self.down.has_pending() && !client.has_unflushed() => {
                     Some(UNDELIVERED_WAIT)
                 }
-                RelayOptions { linger: Some(linger), .. } if lingers => Some(linger),
+                RelayOptions { linger: Some(linger), .. } if is_lingering => Some(linger),
                 RelayOptions { idle_timeout, .. } => idle_timeout,
             };
             let due = limit.map(|limit| self.last_progress + limit);
             if due.is_some_and(|due| now >= due) {
                 return Poll::Ready(match self.undelivered.take() {
                     Some(error) => Err(self.undelivered_error(error)),
-                    None if lingers && self.options.linger.is_some() => Ok(RelayOutcome::Finished),
+                    None if is_lingering && self.options.linger.is_some() => Ok(RelayOutcome::Finished),
                     None => Err(RelayError::IdleTimeout),
                 });
             }
-            if fired {
+            if has_fired {
                 self.up.close_idle_pipe(&self.counts.up);
                 self.down.close_idle_pipe(&self.counts.down);
             }
-            let is_checked = check_client || check_dst || self.up.has_pipe() || self.down.has_pipe();
-            let check = is_checked.then(|| now + CHECK_INTERVAL);
+            let needs_check = checks_client || checks_dst || self.up.has_pipe() || self.down.has_pipe();
+            let check = needs_check.then(|| now + CHECK_INTERVAL);
             let Some(wake) = due.into_iter().chain(check).min() else { return Poll::Pending };
             ready!(self.timer.poll(cx, wake));
-            fired = true;
+            has_fired = true;
         }
     }
 }

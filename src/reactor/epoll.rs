@@ -272,7 +272,7 @@ impl Reactor {
         Ok(())
     }
 
-    /// Lets other processes on this core run first. Under load they then have more events for one pass, which costs less
+    /// Lets other processes on this core run first. Under load, more events then arrive in one pass, which costs less
     /// than sleeping and waking up for each.
     fn yield_core(&self) {
         match self.yields_to_skip.get() {

@@ -1,4 +1,4 @@
-//! One direction of a relay: what is read, what is held, what is written; copied, or spliced once it is bulk.
+//! One direction of a relay: copies bytes from source to sink, or splices them during a bulk transfer.
 
 use std::cell::RefCell;
 use std::io;
@@ -10,19 +10,19 @@ use super::Stream;
 use super::splice::{self, Pipe};
 use crate::reactor::{Interest, wake_later};
 
-/// The buffer of a thread, in octets, and so the most that a direction keeps outside of a pipe; but for once, when it
-/// turns out that what is in the pipe can't be spliced out.
+/// Bytes of a thread's buffer, and so the most that a direction keeps outside a pipe. Exception: the content of a pipe
+/// that cannot be spliced to the sink.
 const BUFFER_SIZE: usize = 64 * 1024;
-/// How many octets one direction may move before the other tunnels of the thread get their turn.
+/// Bytes that a direction relays before the thread's other tunnels run.
 const POLL_BUDGET: usize = 1 << 20;
-/// After how many full buffers in a row a direction is bulk.
+/// Consecutive reads that fill the buffer after which a transfer counts as bulk.
 const BULK_READS: u8 = 3;
 
 thread_local! {
     static THREAD_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_SIZE]);
 }
 
-/// Which end of a direction failed.
+/// Failure of a direction's source (`Read`) or sink (`Write`).
 pub(super) enum DirectionError {
     Read(io::Error),
     Write(io::Error),
@@ -32,36 +32,35 @@ pub(super) enum DirectionError {
 #[derive(Default)]
 pub(super) struct Direction {
     pending: Option<Box<Pending>>,
-    /// How many full buffers have been read in a row.
+    /// Consecutive reads that filled the buffer.
     full_reads: u8,
-    /// The streams are no bare sockets, or the kernel can't splice them, or there was no pipe to be had.
+    /// Set when splicing is impossible: not plain sockets, not supported by the kernel, or no pipe available.
     must_copy: bool,
     /// The source has ended.
     pub(super) has_ended: bool,
-    /// And the sink knows; or it takes no more.
+    /// The sink has been closed after the end of the source, or accepts no more bytes.
     pub(super) is_done: bool,
 }
 
-/// What was read and the sink has not taken yet.
+/// Bytes that have been read and not yet written.
 enum Pending {
-    /// From `sent` on.
+    /// `bytes[sent..]` is pending.
     Bytes { bytes: Vec<u8>, sent: usize },
-    /// In a pipe, which may be empty.
+    /// The pipe may be empty.
     Pipe(Pipe),
 }
 
 impl Direction {
-    /// Whether the streams say all that is to be known of it.
+    /// Whether nothing is pending and the source is open: a new `Direction` can take over.
     pub(super) fn is_stateless(&self) -> bool {
         self.pending.is_none() && !self.has_ended
     }
 
-    /// Whether it has just proved to be bulk, with nothing left over.
+    /// Whether a bulk transfer has just been detected, with nothing pending.
     pub(super) fn is_bulk(&self) -> bool {
         self.full_reads >= BULK_READS && self.pending.is_none()
     }
 
-    /// Whether something was read that the sink has not taken yet.
     pub(super) fn has_pending(&self) -> bool {
         match self.pending.as_deref() {
             None => false,
@@ -74,7 +73,7 @@ impl Direction {
         matches!(self.pending.as_deref(), Some(Pending::Pipe(_)))
     }
 
-    /// Closes the pipe if nothing has gone through it since this was asked last.
+    /// Closes the pipe if no byte has passed through it since the last call.
     pub(super) fn close_idle_pipe(&mut self, count: &AtomicU64) {
         if let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut()
             && pipe.is_empty()
@@ -84,14 +83,15 @@ impl Direction {
         }
     }
 
-    /// Moves what can be moved now. Ready when the source has ended and the sink knows.
+    /// Relays until an operation would block or the budget is used up. Ready when the source has ended and the sink is
+    /// closed. With `stop_if_bulk`, returns at the start of a bulk transfer, without registering a wake-up.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
         count: &AtomicU64,
-        may_stop: bool,
+        stop_if_bulk: bool,
     ) -> Poll<Result<(), DirectionError>> {
         if self.is_done {
             return Poll::Ready(Ok(()));
@@ -120,7 +120,7 @@ impl Direction {
             count.fetch_add(n as u64, Ordering::Relaxed);
             budget = budget.saturating_sub(n);
             if self.is_bulk() {
-                if may_stop {
+                if stop_if_bulk {
                     return Poll::Pending;
                 }
                 self.start_splicing();
@@ -130,7 +130,7 @@ impl Direction {
         Poll::Pending
     }
 
-    /// From now on what is read goes through a pipe, unless there is no descriptor or memory to spare for one.
+    /// Continues through a pipe, if one is available.
     fn start_splicing(&mut self) {
         self.full_reads = 0;
         if self.must_copy {
@@ -142,7 +142,7 @@ impl Direction {
         }
     }
 
-    /// One write of what was read before: how much the sink took.
+    /// Writes pending bytes once. Returns how many the sink accepted.
     fn write_pending(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, DirectionError>> {
         match self.pending.as_deref_mut() {
             None => Poll::Ready(Ok(0)),
@@ -175,7 +175,7 @@ impl Direction {
         }
     }
 
-    /// Fills the pipe, which is empty.
+    /// Splices from the source into the pipe, which is empty.
     fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, DirectionError>> {
         let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut() else { return Poll::Ready(Ok(0)) };
         match source.poll_socket(cx, Interest::Read, &mut |socket| pipe.fill_from(socket)) {
@@ -192,7 +192,7 @@ impl Direction {
         Poll::Ready(Ok(0))
     }
 
-    /// One read, and one write of what it gave: how much the sink took. What is left is kept.
+    /// Reads once and writes the bytes once. Returns how many the sink accepted; the others become pending.
     fn copy_once(
         &mut self,
         cx: &mut Context<'_>,

@@ -1,4 +1,4 @@
-//! What stands for splice where there is none: a pipe that can't be had.
+//! Stub for systems without splice(2): opening a pipe always fails.
 
 use std::convert::Infallible;
 use std::io;

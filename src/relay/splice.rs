@@ -1,4 +1,4 @@
-//! A pipe between two sockets: octets go through the kernel without a copy (splice(2), Linux).
+//! A pipe between two sockets: the kernel moves the bytes without copying them to user space (splice(2), Linux).
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
@@ -8,21 +8,20 @@ use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use rustix::process::{Resource, getrlimit};
 
-/// The sizes that are asked for in turn, in octets. A user other than root may get less (pipe(7),
-/// pipe-user-pages-soft).
+/// Pipe sizes in bytes that are tried in turn. Unprivileged users may be limited to less (pipe-user-pages-soft in
+/// pipe(7)).
 const PIPE_SIZES: [usize; 2] = [1 << 20, 1 << 18];
 
-/// Empty most of the time.
 pub(super) struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
     size: usize,
     len: usize,
-    /// How much its direction had moved when it was asked last.
+    /// Byte count of its direction at the last call of `has_progressed`.
     last_count: u64,
 }
 
-/// Whether the kernel can't splice this socket, which is no fault of the stream.
+/// Whether the error means that the kernel cannot splice this socket. The stream itself is intact.
 pub(super) fn is_unsupported(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw_os_error);
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
@@ -34,12 +33,12 @@ fn has_data(socket: BorrowedFd<'_>) -> bool {
 
 impl Pipe {
     /// # Errors
-    /// Those of pipe(2); when half of all descriptors are in use, since the others are for sessions; and when the pipe
-    /// would have less than `min_size` octets, since copying is faster then.
+    /// Errors from pipe(2); EMFILE if half of all descriptors are in use, since the others are for sessions; ENOMEM if
+    /// the pipe would be smaller than `min_size` bytes, since copying is faster then.
     pub(super) fn open(min_size: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        // The system gives the lowest number that is free.
+        // The kernel assigns the lowest free descriptor number, so a high number means that many are in use.
         if u64::try_from(writer.as_raw_fd()).is_ok_and(|fd| fd >= limit / 2) {
             return Err(Errno::MFILE.into());
         }
@@ -55,23 +54,23 @@ impl Pipe {
         self.len == 0
     }
 
-    /// Whether `count` is more than it was when this was asked last.
+    /// Whether `count`, the bytes relayed so far, has changed since the last call.
     pub(super) fn has_progressed(&mut self, count: u64) -> bool {
         std::mem::replace(&mut self.last_count, count) != count
     }
 
-    /// Fills the pipe, which is empty, from a socket. 0: the socket has ended.
+    /// Splices from the socket into the pipe, which is empty. Returns 0 at the end of the stream.
     pub(super) fn fill_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let splice = || splice(socket, None, &self.writer, None, self.size, flags);
         let n = match splice() {
-            // Urgent octets are never spliced: there is nothing, or even an end, in their place.
+            // Urgent data is never spliced: splice(2) returns EAGAIN or 0 instead.
             Ok(0) | Err(Errno::AGAIN) if has_data(socket) => match splice() {
                 Ok(0) | Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
-                // It has come in between.
-                n => n?,
+                // The data arrived between the two calls.
+                result => result?,
             },
-            n => n?,
+            result => result?,
         };
         self.len += n;
         Ok(n)
@@ -83,7 +82,7 @@ impl Pipe {
         Ok(n)
     }
 
-    /// Takes out all that the pipe holds.
+    /// Reads all bytes out of the pipe.
     pub(super) fn take_all(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; self.len];
         let mut rest = bytes.as_mut_slice();
