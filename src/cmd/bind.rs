@@ -1,4 +1,4 @@
-//! `s5 bind`: asks the proxy to accept one connection for us, says where, then is netcat.
+//! `s5 bind`: requests that the proxy accepts one connection, prints its address, then relays stdin and stdout.
 
 use std::fs::{self, Permissions};
 use std::io::Write as _;
@@ -26,18 +26,18 @@ client_mode!(
     [peer "host or host:port that may connect"]
 );
 
-/// How long writing the bound address may take.
+/// Time limit for writing the bound address to a named pipe that has no reader yet.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// Where the bound address is written to.
+/// The destination of `--bound-to`.
 enum AddrOutput {
     File(PathBuf),
     Descriptor(FileDescriptor),
 }
 
 impl AddrOutput {
-    /// A file of an earlier run is removed, so that nobody takes its address for ours.
+    /// Takes over the descriptor, or removes the file of an earlier run, whose address is no longer valid.
     fn open(text: &str) -> Result<Self, CliError> {
         match descriptor::fd_number(text) {
             Some(number) => {
@@ -46,7 +46,7 @@ impl AddrOutput {
             }
             None => {
                 let path = Path::new(text);
-                // What a link leads to is meant, and not the link.
+                // A symbolic link is followed, not replaced.
                 let path = path.canonicalize().unwrap_or(path.into());
                 let removed = if path.is_file() { fs::remove_file(&path) } else { Ok(()) };
                 removed.map_err(|error| CliError::usage(format!("--bound-to {text}: {error}")))?;
@@ -55,18 +55,18 @@ impl AddrOutput {
         }
     }
 
-    /// Writes it whole: who looks sees all of it or nothing. Then the file or the descriptor is closed.
+    /// Writes the line atomically: a reader sees all of it or nothing. Closes the file or the descriptor.
     fn write(&mut self, line: &str) -> std::io::Result<()> {
         match self {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
-            // A pipe with a name, or a device.
+            // A named pipe or a device.
             Self::File(path) if path.metadata().is_ok_and(|found| !found.is_file()) => {
                 descriptor::open_fifo(path, true)?.write_all(line.as_bytes())
             }
             Self::File(path) => {
                 let directory =
                     path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                // For whoever the umask lets.
+                // As for any new file: the umask decides who may read it.
                 let mode = Permissions::from_mode(0o666);
                 let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(directory)?;
                 file.write_all(line.as_bytes())?;
@@ -84,7 +84,7 @@ impl Args {
         let peer = match args.target.as_slice() {
             [] => None,
             [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| CliError::usage(format!("peer: {error}")))?),
-            [_, extra, ..] => return Err(CliError::usage(format!("one peer is enough: {extra:?} is too much"))),
+            [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
         let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
         let connector = Connector::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
@@ -116,7 +116,7 @@ impl Args {
     }
 }
 
-/// Says where the proxy listens, and waits for the peer, which is who it says has come.
+/// Prints the bound address and waits for the peer. Returns the peer's address.
 async fn accept_peer(
     connector: &Connector,
     client: &Client,
@@ -131,7 +131,7 @@ async fn accept_peer(
         let deadline = Instant::now() + WRITE_TIMEOUT;
         let written = loop {
             match output.write(&line) {
-                // A named pipe whose reader has yet to come.
+                // A named pipe that has no reader yet.
                 Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && Instant::now() < deadline => {
                     sleep(RETRY_PAUSE).await;
                 }
@@ -140,7 +140,10 @@ async fn accept_peer(
         };
         written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
     }
-    connector.print_verbose(&format!("waiting for {}", connector.dst().map_or("anybody".into(), ToString::to_string)));
+    connector.print_verbose(&format!(
+        "waiting for a connection from {}",
+        connector.dst().map_or("any peer".into(), ToString::to_string)
+    ));
     let peer = if has_timeout {
         client.wait_for_peer_with_deadline(tunnel).await
     } else {

@@ -1,4 +1,4 @@
-//! `s5 connect`: stdin and stdout through proxies to a target.
+//! `s5 connect`: relays stdin and stdout to a target through proxies.
 
 use super::CliError;
 use super::client::connector::{Attempt, Connector};
@@ -18,22 +18,22 @@ impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
         let action = TunnelAction::from_args(&args)?;
-        // Without a target a proxy can still be asked whether it lets us in.
+        // -z without a target tests whether the proxy accepts the login.
         let dst = match (args.target.as_slice(), args.zero_io) {
             ([], true) => None,
             (words, _) => Some(parse_target(words)?),
         };
         let listen = args.listen.as_deref().map(forward::parse_listen_addr).transpose()?;
         if listen.is_none() && args.keep_open {
-            return Err(CliError::usage("-k is for -l"));
+            return Err(CliError::usage("-k requires -l"));
         }
         if args.keep_open && args.source_port.is_some() {
-            return Err(CliError::usage("-p and -k: one port is enough for one connection alone"));
+            return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
         }
         let connector = Connector::new(ClientMode::Connect, &args, dst)?;
         connector.run(Box::pin(async {
             match (listen, connector.dst()) {
-                // What is large and may not be needed is made when it is.
+                // Boxed: the future is large, and often not needed.
                 (Some(addr), _) => Box::pin(forward::run(&connector, addr, args.keep_open, args.idle_timeout)).await,
                 (None, Some(_)) => connect(&connector, &action).await,
                 (None, None) => probe(&connector).await,
@@ -56,12 +56,12 @@ async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), Cli
     connector.finish(report, result)
 }
 
-/// Only asks the proxy to let us in.
+/// Performs the handshake up to the login, without a request.
 async fn probe(connector: &Connector) -> Result<(), CliError> {
     let Attempt { client, tries, result } = connector.attempt(async |client| client.probe().await).await;
     if result.is_ok() {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
-        connector.print_verbose(&format!("it lets us in (method {method})"));
+        connector.print_verbose(&format!("handshake succeeded (method {method})"));
     }
     connector.finish(Report::new(connector, &client, tries), result)
 }

@@ -1,4 +1,4 @@
-//! `s5 udp`: datagrams through proxies, from stdin and to stdout, or from and to a local port.
+//! `s5 udp`: sends and receives datagrams through proxies, for stdin and stdout or for a local port.
 
 mod forward;
 mod framing;
@@ -22,13 +22,13 @@ use crate::reactor::{sleep, sleep_until, yield_now};
 use crate::relay::ByteCounts;
 use framing::{DatagramReader, DatagramWriter, Framing};
 
-/// How long to wait for answers behind the last datagram when nobody says.
+/// Default time to wait for answers after the last datagram.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
-/// How many answers are written at once: about what a socket holds, and not without end.
+/// The most answers that are written at once; a socket's buffer holds about as many.
 const MAX_BATCH: usize = 1000;
-/// How many local peers may have an association at once when nobody says.
+/// Default limit of local peers that have an association at the same time.
 pub(super) const MAX_PEERS: usize = 256;
-/// After how long without a datagram a local peer's association is closed when nobody says.
+/// Default time without a datagram after which a local peer's association is closed.
 const PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 client_mode!(
@@ -48,7 +48,7 @@ impl Args {
         let framing = Framing::from_args(&args)?;
         let listen = args.listen.as_deref().map(parse_listen_addr).transpose()?;
         if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
-            return Err(CliError::usage("-z, -d, -n and --send-only are of no use with -l"));
+            return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
         }
         let connector = Connector::new(ClientMode::Udp, &args, dst)?;
         if let Some(addr) = listen {
@@ -70,7 +70,7 @@ impl Args {
     }
 }
 
-/// An association, and what its datagrams are for, as it is resolved by whoever is to resolve it.
+/// Establishes an association. Returns it with the target, which is resolved here if `-R local` is set.
 async fn associate(client: &Client) -> Result<(Association, Addr), ClientError> {
     let dst = client.target().await?;
     Ok((client.associate().await?, dst))
@@ -84,7 +84,7 @@ async fn run(connector: &Connector, options: Option<TransferOptions>) -> Result<
             if let Some(relay) = association.relay() {
                 report.set_bnd(relay);
                 let target = connector.dst().map(|dst| format!(" for {dst}")).unwrap_or_default();
-                connector.print_verbose(&format!("relays{target} at {relay}"));
+                connector.print_verbose(&format!("UDP relay{target} at {relay}"));
             }
             match options {
                 Some(options) => options.run(connector, &association, &dst, &mut report).await,
@@ -96,15 +96,15 @@ async fn run(connector: &Connector, options: Option<TransferOptions>) -> Result<
     connector.finish(report, result)
 }
 
-/// What is to be done with stdin and answers.
+/// Options of a transfer between stdin, stdout and an association.
 struct TransferOptions {
     framing: Framing,
     reads_stdin: bool,
     writes_stdout: bool,
-    /// How long answers are waited for behind the end of stdin.
+    /// How long to wait for answers after the end of stdin.
     answer_wait: Option<Duration>,
     idle_timeout: Option<Duration>,
-    /// After how many answers it is enough.
+    /// Number of answers to wait for.
     count: Option<u64>,
 }
 
@@ -117,7 +117,7 @@ impl TransferOptions {
         report: &mut Report,
     ) -> Result<(), CliError> {
         let mut writer = DatagramWriter::new(self.framing, self.writes_stdout)
-            .map_err(|error| io_error(connector, ExitStatus::WRITE_STDOUT, &error))?;
+            .map_err(|error| connector.io_error(ExitStatus::WRITE_STDOUT, &error))?;
         let transfer = Transfer {
             connector,
             association,
@@ -135,9 +135,9 @@ impl TransferOptions {
             .or(self.idle(&transfer))
             .or(association_end(connector, association))
             .await;
-        // Answers that are here already are written, whatever it was that ended.
+        // Answers that have already arrived are written, whatever ended the transfer.
         let flushed = match &ended {
-            // Who does not read does not keep it from ending when its time is over.
+            // After a timeout, a reader of stdout that does not read must not delay the exit.
             Err(failure) if failure.status == ExitStatus::TIMED_OUT => Ok(()),
             _ => transfer.receive_ready(&mut writer).await,
         };
@@ -149,16 +149,16 @@ impl TransferOptions {
             Some(count) if transfer.answers.get() < count => {
                 let answers = transfer.answers.get();
                 Err(connector
-                    .transfer_error(ExitStatus::TIMED_OUT, &format!("{answers} of {count} answers came in time")))
+                    .transfer_error(ExitStatus::TIMED_OUT, &format!("received {answers} of {count} answers in time")))
             }
             _ => Ok(()),
         }
     }
 
-    /// Sends all of stdin, and waits for the answers.
+    /// Sends all datagrams of stdin, then waits for answers.
     async fn send(&self, transfer: &Transfer<'_>) -> Result<(), CliError> {
         if !self.reads_stdin {
-            // Then there is no end of stdin that answers could be waited for behind.
+            // Without stdin, the wait for answers begins at once.
             return match self.answer_wait {
                 Some(time) => {
                     sleep(time).await;
@@ -167,7 +167,7 @@ impl TransferOptions {
                 None => pending().await,
             };
         }
-        let stdin = |error: io::Error| io_error(transfer.connector, ExitStatus::READ_STDIN, &error);
+        let stdin = |error: io::Error| transfer.connector.io_error(ExitStatus::READ_STDIN, &error);
         let mut reader = DatagramReader::new(self.framing).map_err(stdin)?;
         while let Some(data) = reader.next().await.map_err(stdin)? {
             transfer.send(&data).await?;
@@ -183,13 +183,13 @@ impl TransferOptions {
     }
 }
 
-/// Datagrams may be lost, but not without a word where we know of it.
+/// Prints how many answers were lost, as far as s5 can detect it.
 fn print_losses(connector: &Connector, association: &Association) {
     let losses = association.losses();
     for (n, what) in [
-        (losses.incomplete, "cut: fragments are missing"),
-        (losses.invalid, "dropped: not of the protocol, or not from the relay"),
-        (losses.overflowed, "dropped: they came faster than they were read"),
+        (losses.incomplete, "incomplete: fragments are missing"),
+        (losses.invalid, "dropped: malformed, or not from the relay"),
+        (losses.overflowed, "dropped: they arrived faster than they were read"),
     ] {
         if n > 0 {
             connector.print_line(&format!(
@@ -200,14 +200,14 @@ fn print_losses(connector: &Connector, association: &Association) {
     }
 }
 
-/// Returns when nothing has moved for so long.
+/// Returns when there was no datagram for `limit`.
 async fn wait_for_silence(last_activity: &Cell<Instant>, limit: Duration) {
     while last_activity.get().elapsed() < limit {
         sleep_until(last_activity.get() + limit).await;
     }
 }
 
-/// Returns when a proxy has ended the association, which is a failure.
+/// Waits until a proxy ends the association. Always returns an error.
 async fn association_end(connector: &Connector, association: &Association) -> Result<(), CliError> {
     let AssociationClosed(proxy) = association.closed().await;
     let target = connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
@@ -215,24 +215,14 @@ async fn association_end(connector: &Connector, association: &Association) -> Re
     Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))
 }
 
-fn io_error(connector: &Connector, status: ExitStatus, error: &io::Error) -> CliError {
-    let what = match status {
-        ExitStatus::READ_STDIN => "reading stdin",
-        ExitStatus::WRITE_STDOUT => "writing to stdout",
-        ExitStatus::SEND_ERROR => "sending",
-        _ => "receiving",
-    };
-    connector.transfer_error(status, &format!("{what}: {error}"))
-}
-
-/// Datagrams on their way.
+/// A running transfer.
 struct Transfer<'a> {
     connector: &'a Connector,
     association: &'a Association,
     dst: &'a Addr,
     started: Instant,
     first_answer: Cell<Option<Duration>>,
-    /// When one moved last.
+    /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
     answers: Cell<u64>,
     count: u64,
@@ -244,25 +234,25 @@ impl Transfer<'_> {
         let sent = self.association.send(self.dst, data).await;
         self.last_activity.set(Instant::now());
         self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
-        // Stdin may always have more; answers must get their turn.
+        // stdin may always be ready; receiving must make progress too.
         yield_now().await;
-        sent.map_err(|error| io_error(self.connector, ExitStatus::SEND_ERROR, &error))
+        sent.map_err(|error| self.connector.io_error(ExitStatus::SEND_ERROR, &error))
     }
 
-    /// Writes answers as they come, until there are enough.
+    /// Receives and writes answers until there are `count` of them.
     async fn receive(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
         while self.answers.get() < self.count {
             let received = self.association.recv().await;
-            let (_, answer) = received.map_err(|error| io_error(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
+            let (_, answer) = received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             self.push_answer(&answer, writer);
             self.receive_ready(writer).await?;
-            // Answers without end must not keep the others from their turn.
+            // Answers may always be ready; sending must make progress too.
             yield_now().await;
         }
         Ok(())
     }
 
-    /// Writes what is here already, all at once: writing takes a while, and a socket holds only a few hundred answers.
+    /// Receives all answers that have arrived, then writes them at once: a write is slow, and the socket's buffer small.
     async fn receive_ready(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
         for _ in 0..MAX_BATCH {
             if self.answers.get() >= self.count {
@@ -273,7 +263,7 @@ impl Transfer<'_> {
         }
         writer.flush().await.map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => CliError::new(ExitStatus::BROKEN_PIPE, ""),
-            _ => io_error(self.connector, ExitStatus::WRITE_STDOUT, &error),
+            _ => self.connector.io_error(ExitStatus::WRITE_STDOUT, &error),
         })
     }
 

@@ -98,15 +98,19 @@ fn others(folder: &Path) -> Vec<(u8, &'static str, String)> {
         (0, "", s5(format!("connect -z -x {proxy} {echo}"))),
         (2, "is --proxy meant?", s5("connect --porxy a b".into())),
         (7, "direct: connecting, for", s5(format!("connect --direct {down}"))),
-        (26, "reading stdin: Is a directory", s5(format!("connect -x {proxy} {echo} < {folder}"))),
+        (26, "read from stdin: Is a directory", s5(format!("connect -x {proxy} {echo} < {folder}"))),
         (26, "not hexadecimal", format!("echo xyz | {}", s5(format!("udp --hex -x {proxy} {echo}")))),
-        (28, "0 of 1 answers came in time", format!("echo x | {}", s5(format!("udp -n 1 -w 100ms -x {proxy} {down}")))),
+        (
+            28,
+            "received 0 of 1 answers in time",
+            format!("echo x | {}", s5(format!("udp -n 1 -w 100ms -x {proxy} {down}"))),
+        ),
         (45, "the source address or port can't be used here", s5(format!("connect -s 192.0.2.9 -x {proxy} {echo}"))),
         (45, "listen on", s5(format!("connect -l 192.0.2.9:1 -x {proxy} {echo}"))),
         (55, "65507 octets at most", format!("head -c 65528 /dev/zero | {}", s5(format!("udp -x {proxy} {echo}")))),
         (
             56,
-            "receiving: Connection reset",
+            "read error: Connection reset",
             format!("echo x | {}", s5(format!("connect --direct --no-shutdown {resets}"))),
         ),
         (126, "Permission denied", s5(format!("connect -x {proxy} -e {plain} {echo}"))),
@@ -135,7 +139,7 @@ fn nobody_takes_the_socket() -> u8 {
     let mut command = s5();
     command.args(["connect", "-F", "--direct", &echo_server().to_string()]).stdout(Stdio::from(OwnedFd::from(stdout)));
     let output = command.stderr(Stdio::piped()).spawn().and_then(Child::wait_with_output).expect("s5 runs");
-    assert!(text(&output.stderr).contains("passing the socket: Broken pipe"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("pass the socket: Broken pipe"), "{}", text(&output.stderr));
     output.status.code().and_then(|code| u8::try_from(code).ok()).expect("it exits")
 }
 

@@ -222,7 +222,7 @@ fn a_user_gets_that_users_password_and_no_other() {
     for options in [&["-x", &stranger][..], &["-x", &dead, "-P", "mallory"], &["-x", &stranger, "-P", "alice"]] {
         let args = ["connect", TARGET, "--proxy-auth-file", &file];
         let output = run(s5().args(args).args(options).envs(variables), b"", TIMEOUT);
-        is_failure(&output, 67, &format!("proxy {dead}: login: there is no password for mallory; use "));
+        is_failure(&output, 67, &format!("proxy {dead}: login: no password for mallory (use "));
     }
 }
 
@@ -304,14 +304,14 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
     let file = |name: &str, octets: &str| write_file(folder.path(), name, octets);
     let long = format!("alice:topsecret{}\n", "x".repeat(250));
     let files = [
-        (file("pair", "alice topsecret\n"), "pair: line 1 is not user:password"),
-        (file("third", "alice:secret\n\ntopsecret"), "third: line 3 is not user:password"),
-        (file("empty", "\n\n"), "empty: there is no user:password in it"),
+        (file("pair", "alice topsecret\n"), "pair: line 1: expected user:password"),
+        (file("third", "alice:secret\n\ntopsecret"), "third: line 3: expected user:password"),
+        (file("empty", "\n\n"), "empty: the file has no user:password"),
         (file("long", &long), "the password has 259 octets"),
         (file("nobody", ":topsecret\n"), "the user name has 0 octets"),
         ("/nonexistent/auth".into(), "/nonexistent/auth: "),
         (folder.path().display().to_string(), "--proxy-auth-file "),
-        ("-".into(), "--proxy-auth-file -: line 1 "),
+        ("-".into(), "--proxy-auth-file -: line 1: "),
         ("fd:0".into(), "--proxy-auth-file fd:0: "),
         ("fd:2".into(), "--proxy-auth-file fd:2: "),
         ("fd:99".into(), "--proxy-auth-file fd:99: "),

@@ -23,7 +23,7 @@ fn without_a_terminal(args: &[&str]) -> Command {
 
 /// That it could ask nobody, and gave up before it sent anything.
 fn is_not_asked(output: &Output, proxy: &str) {
-    is_failure(output, 67, &format!("proxy {proxy}: login: there is no password for alice; use --proxy-auth-file or "));
+    is_failure(output, 67, &format!("proxy {proxy}: login: no password for alice (use --proxy-auth-file or "));
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn on_a_terminal(folder: &Path, command: &str) -> Command {
 
 /// Waits until a password is asked for, and types one as soon as the terminal would not show it.
 fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
-    terminal.stdout(|shown| text(shown).contains("Password of alice at "));
+    terminal.stdout(|shown| text(shown).contains("Password for alice at "));
     let tty = fs::read_to_string(folder.join("tty")).expect("a file");
     wait_until("the terminal does not echo", TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
@@ -170,7 +170,7 @@ fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
         let (status, shown, _) = terminal.end(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(67), "{shown}");
-        assert!(shown.starts_with(&format!("s5: proxy {dead}: login: there is no password for alice; ")), "{shown}");
+        assert!(shown.starts_with(&format!("s5: proxy {dead}: login: no password for alice (")), "{shown}");
     }
 }
 

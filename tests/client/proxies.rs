@@ -91,7 +91,7 @@ fn a_user_name_without_a_password_fails_at_once_where_nobody_can_be_asked() {
     // Nothing is sent, and so nothing is needed to listen.
     let (status, said) = tried(Some("alice@127.0.0.1:1"), &[("CI", "true")]);
     assert_eq!(status, Some(67), "{said}");
-    assert!(said.starts_with("s5: proxy 127.0.0.1:1: login: there is no password for alice"), "{said}");
+    assert!(said.starts_with("s5: proxy 127.0.0.1:1: login: no password for alice"), "{said}");
 }
 
 #[test]

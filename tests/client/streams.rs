@@ -131,7 +131,7 @@ fn a_reset_in_the_middle_is_a_failure() {
     tell.send(()).expect("the script goes on");
     let (status, _, stderr) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
-    let line = format!("s5: proxy {}: transfer, for {TARGET}: receiving: ", proxy.addr);
+    let line = format!("s5: proxy {}: transfer, for {TARGET}: read error: ", proxy.addr);
     assert!(stderr.starts_with(&line) && stderr.lines().count() == 1, "{stderr}");
 }
 
@@ -181,7 +181,7 @@ fn a_full_disk_is_a_failure() {
         let mut command = s5();
         command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(Stdio::null()).stdout(full);
         let output = command.stderr(Stdio::piped()).output().expect("s5 runs");
-        let reason = "transfer, for target.example:80: writing to stdout: No space left on device (os error 28)";
+        let reason = "transfer, for target.example:80: write to stdout: No space left on device (os error 28)";
         let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(23), line));
     }
@@ -195,7 +195,7 @@ fn a_stdin_that_can_not_be_read_is_a_failure() {
     command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(folder);
     let output = command.output().expect("s5 runs");
     assert_eq!(output.status.code(), Some(26), "{}", text(&output.stderr));
-    assert!(text(&output.stderr).contains("reading stdin: "), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("read from stdin: "), "{}", text(&output.stderr));
 }
 
 #[test]

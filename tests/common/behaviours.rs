@@ -419,7 +419,7 @@ impl Behaviour {
     }
 
     fn refused_here(self) -> Self {
-        let said = "login: there is no password for alice; use --proxy-auth-file or S5_PROXY_AUTH";
+        let said = "login: no password for alice (use --proxy-auth-file or S5_PROXY_AUTH)";
         Self { status: 67, said: said.into(), ..self }
     }
 }
@@ -446,13 +446,13 @@ fn ends_of_streams() -> Vec<Behaviour> {
         let _ = stream.write_all(b"hello");
         let _ = stream.read_to_end(&mut Vec::new());
     }
-    let full = "writing to stdout: No space left on device (os error 28)";
+    let full = "write to stdout: No space left on device (os error 28)";
     let idle = opens("silence on the tunnel, with a limit", says_and_waits);
     vec![
         opens("an answer behind the end of stdin", late).gives(b"late"),
         opens("the target closes, stdin stays open", closes).gives(b"hello").with(Ends::OpenStdin),
         opens("the target resets", resets)
-            .breaks(56, "receiving: Connection reset by peer (os error 104)")
+            .breaks(56, "read error: Connection reset by peer (os error 104)")
             .gives(b"hello")
             .with(Ends::OpenStdin),
         Behaviour { status: 141, ..opens("nobody reads stdout any more", floods).with(Ends::ClosedStdout) },

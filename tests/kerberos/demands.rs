@@ -42,7 +42,7 @@ fn a_protected_tunnel_is_not_handed_on_without_its_protection() {
     command.args(["connect", "-F", "--auth", "gssapi", "-x", &url(&server), &target]);
     let command = realm.env(command.stdout(OwnedFd::from(stdout)).stderr(Stdio::piped()));
     let output = command.spawn().and_then(Child::wait_with_output).expect("s5 runs");
-    assert_says(&output, 1, &["passing the socket", "GSSAPI"]);
+    assert_says(&output, 1, &["pass the socket", "GSSAPI"]);
 }
 
 #[test]

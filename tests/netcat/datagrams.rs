@@ -33,9 +33,9 @@ fn a_frame_that_makes_no_sense_is_an_error() {
     let cases: [(&str, &[u8], &str); 5] = [
         ("--hex", b"abc\n", "not hexadecimal"),
         ("--hex", b"xy\n", "not hexadecimal"),
-        ("--length-prefixed", b"\0\x05abc", "inside of a datagram"),
-        ("--length-prefixed", b"\0", "inside of a datagram"),
-        ("--length-prefixed", b"\xff\xff", "inside of a datagram"),
+        ("--length-prefixed", b"\0\x05abc", "within a datagram"),
+        ("--length-prefixed", b"\0", "within a datagram"),
+        ("--length-prefixed", b"\xff\xff", "within a datagram"),
     ];
     for (framing, stdin, said) in cases {
         let output = run(s5().args(["udp", framing, "-x", &server.addr().to_string(), &echo]), stdin, TIMEOUT);
@@ -56,7 +56,7 @@ fn enough_answers_end_it_at_once_and_too_few_are_a_failure() {
     assert!(began.elapsed() < Duration::from_secs(5), "it does not wait for more");
     let output = run(s5().args(["udp", "-n", "3", "-w", "300ms", "-x", &proxy, &echo]), b"a\nb\n", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(28), "a\nb\n".into()));
-    assert!(text(&output.stderr).ends_with(": 2 of 3 answers came in time\n"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).ends_with(": received 2 of 3 answers in time\n"), "{}", text(&output.stderr));
     // -q is for the answers alone.
     let output = run(s5().args(["udp", "-q", "100ms", "-w", "30", "-x", &proxy, &echo]), b"a\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0));
@@ -140,11 +140,11 @@ fn answers_that_were_cut_or_dropped_are_told() {
     ];
     let (stdout, stderr) = told(send(cut), &[]);
     assert_eq!(stdout, "one two\n");
-    assert!(stderr.ends_with("answers cut: fragments are missing (3)\n"), "{stderr}");
+    assert!(stderr.ends_with("answers incomplete: fragments are missing (3)\n"), "{stderr}");
     let strange = vec![b"".to_vec(), vec![0, 0, 0, 9], fragment(0, b"good")];
     let (stdout, stderr) = told(send(strange), &[]);
     assert_eq!(stdout, "good\n");
-    assert!(stderr.ends_with("answers dropped: not of the protocol, or not from the relay (2)\n"), "{stderr}");
+    assert!(stderr.ends_with("answers dropped: malformed, or not from the relay (2)\n"), "{stderr}");
     let (_, stderr) = told(send(vec![fragment(0, b"good")]), &[]);
     assert_eq!(stderr, "");
 }
@@ -166,7 +166,7 @@ fn answers_for_which_there_was_no_room_are_told() {
     }
     let output = client.join().expect("it ends");
     assert!(
-        text(&output.stderr).contains("answers dropped: they came faster than they were read ("),
+        text(&output.stderr).contains("answers dropped: they arrived faster than they were read ("),
         "{}",
         text(&output.stderr)
     );

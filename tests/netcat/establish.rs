@@ -197,13 +197,13 @@ fn an_option_of_another_mode_is_refused_with_the_reason() {
         ("udp --progress a:1", "--progress: "),
         ("connect -X 4 a:1", "only SOCKS5 is supported"),
         ("connect -X connect a:1", "only SOCKS5 is supported"),
-        ("connect -k a:1", "-k is for -l"),
+        ("connect -k a:1", "-k requires -l"),
         ("connect -z -F a:1", "-z and -F"),
         ("connect -e x -c y a:1", "-e and -c"),
         ("connect -l 1 -z a:1", "-z and -l"),
         ("connect -z -q 1 a:1", "-q"),
         ("connect --direct -x p a:1", "--direct and --proxy"),
-        ("udp --hex --raw a:1", "one of them"),
+        ("udp --hex --raw a:1", "cannot be combined"),
         ("udp -l 1 -n 1 a:1", "-n"),
     ];
     for (line, reason) in table {

@@ -1,4 +1,4 @@
-//! A program that is given a tunnel as its stdin and stdout.
+//! `-e` and `-c`: a program that has the tunnel as its stdin and stdout.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,25 +10,25 @@ use super::stdio::StdioStream;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
 
-/// Which program, and its arguments.
+/// A program and its arguments.
 #[derive(Debug)]
 pub(super) struct Program(Vec<String>);
 
 impl Program {
-    /// The one that the options name.
+    /// Returns the program of `-e` or `-c`, if one is given.
     pub(super) fn from_args(args: &Args) -> Result<Option<Self>, CliError> {
         match (&args.exec, &args.sh_exec) {
-            (Some(_), Some(_)) => Err(CliError::usage("-e and -c: one or the other")),
+            (Some(_), Some(_)) => Err(CliError::usage("-e and -c cannot be combined")),
             (Some(program), None) => {
                 let words: Vec<String> = program.split_whitespace().map(str::to_owned).collect();
-                if words.is_empty() { Err(CliError::usage("-e: no program")) } else { Ok(Some(Self(words))) }
+                if words.is_empty() { Err(CliError::usage("-e requires a program")) } else { Ok(Some(Self(words))) }
             }
             (None, Some(command)) => Ok(Some(Self(vec!["/bin/sh".into(), "-c".into(), command.clone()]))),
             (None, None) => Ok(None),
         }
     }
 
-    /// Starts it, with these variables in its environment: it, and its stdout and stdin.
+    /// Starts the program with these environment variables. Returns the process, and its stdin and stdout as a stream.
     pub(super) fn start(&self, variables: &[(&str, String)], crlf: bool) -> Result<(Child, StdioStream), CliError> {
         let Self(words) = self;
         let mut command = Command::new(words.first().map(String::as_str).unwrap_or_default());
@@ -48,7 +48,7 @@ impl Program {
     }
 }
 
-/// How it ends, which is waited for on another thread.
+/// Waits on another thread for a process, and returns its exit status.
 pub(super) async fn wait(mut child: Child) -> io::Result<ExitStatus> {
     let ended = smol::unblock(move || child.wait()).await?;
     Ok(ExitStatus::from_child(ended.code(), ended.signal()))

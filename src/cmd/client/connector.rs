@@ -1,6 +1,6 @@
-//! What a client mode sets out to do: the way, who we are, how long it may take and how often it is tried, and what is
-//! said of it in the end.
+//! Establishes what a client mode needs: selects proxies and credentials, retries, and prints the result.
 
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,15 +16,15 @@ use crate::gssapi::Initiator;
 use crate::proto::{Addr, Command, Method};
 use crate::reactor::{self, sleep};
 
-/// How long a handshake may take when nobody says: a proxy that goes through others may well need a while.
+/// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-/// The pause before the second try; each further one is half as long again, up to the longest.
+/// The pause before the second try. Each further pause is longer by half, up to `MAX_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
-/// With less time left than this there is no further try.
+/// With less time left of `--wait` than this, there is no further try.
 const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 
-/// One way to one target, for one tunnel or for many.
+/// Establishes tunnels and associations to one target through the selected proxies.
 #[derive(Debug)]
 pub(in crate::cmd) struct Connector {
     hops: Vec<Proxy>,
@@ -33,24 +33,24 @@ pub(in crate::cmd) struct Connector {
     source: LocalAddr,
     resolves_target: bool,
     resolver: Resolver,
-    /// For one try.
+    /// Time limit of one try.
     timeout: Duration,
-    /// For all tries.
+    /// Time limit of all tries together.
     wait: Option<Duration>,
     verbosity: Verbosity,
 }
 
-/// What is said on stderr.
+/// What is printed on stderr.
 #[derive(Clone, Copy, Debug)]
 struct Verbosity {
     is_verbose: bool,
     is_quiet: bool,
-    /// Failures have their status alone to tell of them.
+    /// Errors are reported by the exit status only.
     hides_errors: bool,
-    has_json: bool,
+    prints_json: bool,
 }
 
-/// What came of it: the client that got there or failed last, and how many tries it took.
+/// The result of one or more tries, and the client that made the try which counts.
 pub(in crate::cmd) struct Attempt<T> {
     pub(in crate::cmd) client: Client,
     pub(in crate::cmd) tries: u32,
@@ -58,16 +58,16 @@ pub(in crate::cmd) struct Attempt<T> {
 }
 
 impl Connector {
-    /// `dst` is what the mode asks for: nothing, when a proxy is only probed; with BIND, who may come.
+    /// `dst` is the target, or with BIND the expected peer. `None` if only the proxy is probed.
     pub(in crate::cmd) fn new(mode: ClientMode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
-        // Whom a proxy waits for can't be reached directly instead.
+        // no_proxy does not apply to BIND: the peer connects to the proxy.
         let mut hops = proxies::select_proxies(args, dst.as_ref().filter(|_| mode != ClientMode::Bind))?;
         if hops.is_empty() && (mode == ClientMode::Bind || dst.is_none()) {
-            return Err(CliError::usage("without a proxy there is nobody to ask"));
+            return Err(CliError::usage("a proxy is required (give one with -x)"));
         }
         let source = source_from_args(args, &hops)?;
         let auth = auth_from_args(args, &hops)?;
-        // What fails from here on is no mistake of the command line.
+        // Other errors than those of usage are reported as --quiet, -z and --json require.
         credentials::add_credentials(&mut hops, args).or_else(|failure| match failure.status {
             ExitStatus::USAGE => Err(failure),
             _ => Verbosity::from_args(args).finish(Report::default(), Err(failure)),
@@ -85,13 +85,13 @@ impl Connector {
         })
     }
 
-    /// Runs the mode to its end, whose failures are as quiet as the rest.
+    /// Runs a mode on the event loop. Hides the message of its error if the options require that.
     pub(in crate::cmd) fn run(
         &self,
         mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
     ) -> Result<(), CliError> {
-        let no_reactor = |error| Err(CliError::new(ExitStatus::FAILURE, format!("no reactor: {error}")));
-        self.verbosity.apply(reactor::run(mode).unwrap_or_else(no_reactor))
+        let no_event_loop = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
+        self.verbosity.filter_error(reactor::run(mode).unwrap_or_else(no_event_loop))
     }
 
     /// The proxies, without credentials.
@@ -99,7 +99,7 @@ impl Connector {
         self.hops.iter().map(ToString::to_string)
     }
 
-    /// What it leads to, if to anything.
+    /// The target, or the expected peer; `None` if there is none.
     pub(in crate::cmd) fn dst(&self) -> Option<&Addr> {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
@@ -112,12 +112,12 @@ impl Connector {
             .with_target_lookup(self.resolves_target)
     }
 
-    /// Makes the request, as [`Connector::attempt`] has it: a tunnel, and BND.
+    /// Sends a request, with the retries of [`Connector::attempt`]. Returns the tunnel and BND.
     pub(in crate::cmd) async fn request(&self, command: Command) -> Attempt<(Conn, Addr)> {
         self.attempt(async |client| client.request(command).await).await
     }
 
-    /// Asks until it succeeds, or would fail again the same way, or there is no time left for another try.
+    /// Repeats `operation` until it succeeds, fails with a final error, or the time of `--wait` is over.
     pub(in crate::cmd) async fn attempt<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
@@ -138,7 +138,7 @@ impl Connector {
             };
             let is_shortened = timeout < self.timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let failure = CliError::from(error);
-            // That the last try had no time left tells less than why the one before it failed.
+            // A try that only ran out of the remaining time explains less than the error of the try before it.
             let latest = match previous.take() {
                 Some(previous) if is_shortened => previous,
                 _ => (client, failure),
@@ -160,25 +160,36 @@ impl Connector {
         }
     }
 
-    /// Whose affair something is: the last proxy's, or nobody's but ours.
+    /// The prefix of messages: the last proxy, or `direct`.
     fn label(&self) -> String {
         self.hops.last().map_or("direct".into(), |hop| format!("proxy {hop}"))
     }
 
-    /// A failure behind the handshake.
+    /// Returns an error that occurred after the handshake.
     pub(in crate::cmd) fn transfer_error(&self, status: ExitStatus, what: &str) -> CliError {
         let target = self.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
         CliError::new(status, format!("{}: transfer{target}: {what}", self.label()))
     }
 
-    /// One line on stderr, unless nothing is to be said.
+    /// Returns an error of reading or writing after the handshake. The status selects the text.
+    pub(in crate::cmd) fn io_error(&self, status: ExitStatus, error: &io::Error) -> CliError {
+        let what = match status {
+            ExitStatus::READ_STDIN => "read from stdin",
+            ExitStatus::WRITE_STDOUT => "write to stdout",
+            ExitStatus::SEND_ERROR => "write error",
+            _ => "read error",
+        };
+        self.transfer_error(status, &format!("{what}: {error}"))
+    }
+
+    /// Prints a line on stderr, unless `--quiet` is set.
     pub(in crate::cmd) fn print_line(&self, what: &str) {
         if !self.verbosity.is_quiet {
             eprint_line(&CliError::new(ExitStatus::FAILURE, what).to_string());
         }
     }
 
-    /// The line of one failure of many.
+    /// Prints an error that does not end the mode.
     pub(in crate::cmd) fn print_error(&self, result: Result<(), CliError>) {
         if let Err(failure) = result
             && !failure.message.is_empty()
@@ -187,14 +198,14 @@ impl Connector {
         }
     }
 
-    /// One line on stderr, with `-v`.
+    /// Prints a line on stderr if `-v` is set.
     pub(in crate::cmd) fn print_verbose(&self, what: &str) {
         if self.verbosity.is_verbose {
             eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {what}", self.label()))));
         }
     }
 
-    /// Says what is to be said at the end.
+    /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.
     pub(in crate::cmd) fn finish(&self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
         self.verbosity.finish(report, result)
     }
@@ -206,19 +217,19 @@ impl Verbosity {
             is_verbose: args.verbose > 0 && !args.quiet,
             is_quiet: args.quiet,
             hides_errors: args.quiet || args.zero_io && args.verbose == 0,
-            has_json: args.json,
+            prints_json: args.json,
         }
     }
 
     fn finish(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
-        if self.has_json {
+        if self.prints_json {
             eprint_line(&report.into_json(&result));
         }
-        // What the object tells is not told beside it.
-        Self { hides_errors: self.hides_errors || self.has_json, ..self }.apply(result)
+        // The JSON object contains the message.
+        Self { hides_errors: self.hides_errors || self.prints_json, ..self }.filter_error(result)
     }
 
-    fn apply(self, result: Result<(), CliError>) -> Result<(), CliError> {
+    fn filter_error(self, result: Result<(), CliError>) -> Result<(), CliError> {
         result.map_err(|failure| match self.hides_errors {
             true => CliError { message: String::new(), ..failure },
             false => failure,
@@ -228,31 +239,31 @@ impl Verbosity {
 
 fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> {
     let is_ipv4 = match (args.ipv4, args.ipv6) {
-        (true, true) => return Err(CliError::usage("-4 and -6: one or the other")),
+        (true, true) => return Err(CliError::usage("-4 and -6 cannot be combined")),
         (true, false) => Some(true),
         (false, true) => Some(false),
         (false, false) => None,
     };
     let source = LocalAddr { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
     if source.ip.is_some_and(|ip| !source.can_reach(ip)) {
-        return Err(CliError::usage("-s is of the other family than -4 or -6 wants"));
+        return Err(CliError::usage("-s is not an address of the family that -4 or -6 selects"));
     }
     let is_unix = hops.first().is_some_and(Proxy::is_unix);
     if is_unix && (args.source.is_some() || args.source_port.is_some() || is_ipv4.is_some()) {
-        return Err(CliError::usage("-4, -6, -s and -p are of no use with a proxy on a Unix socket"));
+        return Err(CliError::usage("-4, -6, -s and -p cannot be used with a proxy on a Unix socket"));
     }
     Ok(source)
 }
 
-/// What is offered to proxies, besides passwords.
+/// Returns the methods to offer to proxies, and the options of GSSAPI.
 fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
     let has_gssapi_options = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
     let requires_gssapi = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {
         Some(methods) if (has_gssapi_options || requires_gssapi) && !methods.contains(&Method::GSSAPI) => {
-            return Err(CliError::usage("--gssapi-* and --ccache are of no use without gssapi in --auth"));
+            return Err(CliError::usage("--gssapi-* and --ccache require gssapi in --auth"));
         }
-        // Who wants protection does not want to be talked out of it.
+        // With a required protection level, the proxy must not be able to select an unprotected method.
         None if requires_gssapi => Some(vec![Method::GSSAPI]),
         methods => methods.clone(),
     };
@@ -264,16 +275,16 @@ fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
         args.gssapi_host.is_some() || args.gssapi_service.as_ref().is_some_and(|name| name.contains(['/', '@']));
     if hops.len() > 1 && names_one_proxy {
         return Err(CliError::usage(
-            "--gssapi-host, or a principal as --gssapi-service, is of one proxy, not of a chain",
+            "--gssapi-host, or a principal in --gssapi-service, requires a single proxy, not a chain",
         ));
     }
     let default = Initiator::default();
     let wanted = args.gssapi_protection.unwrap_or(default.requested_level);
-    // What NEC's servers say of the level can be changed on the way.
+    // NEC's exchange of the level is not protected, so an attacker could lower it.
     let default_least = if args.gssapi_nec { wanted } else { default.min_level.min(wanted) };
     let least = args.gssapi_min.unwrap_or(default_least);
     if least > wanted {
-        return Err(CliError::usage(format!("--gssapi-min {least} is more than --gssapi-protection {wanted}")));
+        return Err(CliError::usage(format!("--gssapi-min {least} is higher than --gssapi-protection {wanted}")));
     }
     let gssapi = Initiator {
         ccache: args.ccache.clone(),

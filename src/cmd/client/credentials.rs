@@ -1,5 +1,5 @@
-//! Who we are to each proxy: what the command line, a file and the environment know, in this order; and who is asked
-//! when they know a name without its password.
+//! Credentials for each proxy: from the command line, a file and the environment, in this order. For a user name without
+//! a password, an askpass program is run, or the user is prompted.
 
 use std::env;
 use std::ffi::OsString;
@@ -16,27 +16,27 @@ use crate::cmd::CliError;
 use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
-/// How many octets of a password file are read.
+/// The most bytes that are read of a password file.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
-/// A user name, and the password that belongs to it.
+/// A user name and its password.
 struct Login {
     uname: Vec<u8>,
     passwd: Vec<u8>,
 }
 
-/// Gives credentials to all hops that have none of their own, where there are some.
+/// Adds credentials to hops whose URL has no password.
 ///
-/// A hop whose URL has a user name gets the password of that user; one that has none gets the first that is known.
+/// A hop whose URL has a user name gets the password of that user. Other hops get the first user name and password found.
 pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> {
     let mut logins = Vec::new();
     let mut user = None;
     match args.proxy_user.as_deref().map(|user| (user, parse_login(user.as_bytes()))) {
-        Some(("", _)) => return Err(CliError::usage("--proxy-user: no name")),
+        Some(("", _)) => return Err(CliError::usage("--proxy-user: the user name is empty")),
         Some((_, Some(login))) => {
             if !args.quiet {
                 eprint_line(
-                    "s5: --proxy-user: others may have seen the password; use --proxy-auth-file or S5_PROXY_AUTH",
+                    "s5: --proxy-user: other users can see the password (use --proxy-auth-file or S5_PROXY_AUTH)",
                 );
             }
             logins.push(login);
@@ -45,11 +45,11 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
         None => {}
     }
     if let Some(file) = &args.proxy_auth_file {
-        // Somebody may have taken it for the password itself.
+        // The value may be a password, given by mistake: it must not be printed.
         let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
         logins.extend(read_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
     }
-    // The line of stdin or of a descriptor is taken in any case: whoever reads on must not find it there.
+    // The file is read in any case, so that the line of stdin or of a descriptor is not left for the tunnel.
     if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {
         return Ok(());
     }
@@ -70,7 +70,7 @@ fn to_credentials(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credential
     credentials(uname, passwd).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))
 }
 
-/// The lines of a file; the first line of stdin or of a descriptor, of which what follows may be for others.
+/// Reads all lines of a file, but only the first of stdin or a descriptor: the following data may belong to the tunnel.
 fn read_file(name: &str) -> io::Result<Vec<Login>> {
     let mut text = Vec::new();
     match (name, descriptor::fd_number(name)) {
@@ -81,16 +81,17 @@ fn read_file(name: &str) -> io::Result<Vec<Login>> {
     let lines = text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let mut logins = Vec::new();
     for (i, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
-        let malformed = || io::Error::new(io::ErrorKind::InvalidData, format!("line {} is not user:password", i + 1));
+        let malformed =
+            || io::Error::new(io::ErrorKind::InvalidData, format!("line {}: expected user:password", i + 1));
         logins.push(parse_login(line).ok_or_else(malformed)?);
     }
     if logins.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "there is no user:password in it"));
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has no user:password"));
     }
     Ok(logins)
 }
 
-/// Reads to the end of the line, and not an octet more.
+/// Reads a line byte by byte, so that nothing after it is consumed.
 fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     let mut byte = [0];
     while line.len() <= 2 * MAX_CREDENTIAL_LEN + 2 && file.read(&mut byte)? == 1 && byte != *b"\n" {
@@ -100,12 +101,12 @@ fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
 }
 
 fn read_environment() -> Result<Vec<Login>, CliError> {
-    // Octets as they are, which need be no text.
+    // As bytes: a password need not be UTF-8.
     let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
     let mut logins = Vec::new();
     for name in ["S5_PROXY_AUTH", "NCAT_PROXY_AUTH"] {
         if let Some(pair) = variable(name) {
-            logins.push(parse_login(&pair).ok_or_else(|| CliError::usage(format!("{name}: it is not user:password")))?);
+            logins.push(parse_login(&pair).ok_or_else(|| CliError::usage(format!("{name}: expected user:password")))?);
         }
     }
     for (user, passwords) in
@@ -117,16 +118,16 @@ fn read_environment() -> Result<Vec<Login>, CliError> {
     Ok(logins)
 }
 
-/// `user:password`.
+/// Splits `user:password` at the first colon.
 fn parse_login(pair: &[u8]) -> Option<Login> {
     let colon = pair.iter().position(|byte| *byte == b':')?;
     let (uname, passwd) = pair.split_at(colon);
     Some(Login { uname: uname.into(), passwd: passwd.get(1..)?.into() })
 }
 
-/// Asks for a password: a program that was named for that, or whoever sits at the terminal. Nobody, where nobody is.
+/// Returns the password that the askpass program prints or the user types. Fails if neither is available, and in CI.
 fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
-    let prompt = format!("Password of {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
+    let prompt = format!("Password for {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
     let may_prompt = env_var("CI").is_none_or(|ci| ci == "false");
     if may_prompt {
         if let Some(program) = askpass_program() {
@@ -144,13 +145,13 @@ fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Cl
         }
     }
     let why = format!(
-        "proxy {hop}: login: there is no password for {}; use --proxy-auth-file or S5_PROXY_AUTH",
+        "proxy {hop}: login: no password for {} (use --proxy-auth-file or S5_PROXY_AUTH)",
         String::from_utf8_lossy(uname).escape_debug()
     );
     Err(CliError::new(ExitStatus::LOGIN_FAILED, why))
 }
 
-/// The program that asks for passwords, where it is to be used as ssh(1) has it.
+/// Returns the program to ask for passwords, by the rules of ssh(1) for SSH_ASKPASS.
 fn askpass_program() -> Option<String> {
     let program = env_var("SSH_ASKPASS")?;
     let is_enabled = match env_var("SSH_ASKPASS_REQUIRE").as_deref() {
@@ -167,7 +168,7 @@ fn run_askpass(program: &str, prompt: &str) -> io::Result<Vec<u8>> {
         return Err(io::Error::other(output.status.to_string()));
     }
     match output.stdout.split(|byte| *byte == b'\n').next().unwrap_or_default() {
-        b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "no password")),
+        b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it printed no password")),
         line => Ok(line.strip_suffix(b"\r").unwrap_or(line).to_vec()),
     }
 }

@@ -1,5 +1,4 @@
-//! `s5 connect -l`: a local port that leads through the proxy, each connection by a tunnel of its own. The relay is the
-//! server's.
+//! `s5 connect -l`: forwards connections to a local port through the proxy, each in its own tunnel.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -21,17 +20,14 @@ use crate::proto::{Addr, Command, Host};
 use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, relay};
 
-/// How long a local client whose target has closed and takes no more may take for the last of what it was sent.
+/// Time for a local client to read the last data from a target that has closed its socket.
 const UNSENT_GRACE: Duration = Duration::from_secs(2);
-/// How long the attempt goes on when a local client has closed its side and said nothing: it may only want to listen.
+/// How long a tunnel is still established for a local client that has closed its sending side, as it may only read.
 const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
-/// How long nothing is accepted when there is no descriptor left.
+/// Pause after a failed accept(2), for example when no file descriptor is left.
 const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// Where to listen: `port` on 127.0.0.1, or `addr:port`.
-///
-/// # Errors
-/// What is wrong, in words.
+/// Parses an address to listen on: `port` (on 127.0.0.1), or `addr:port`.
 pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliError> {
     let usage_error = |what: String| CliError::usage(format!("-l: {what}"));
     if let Ok(port) = text.parse() {
@@ -45,16 +41,16 @@ pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliErr
         Addr { host: Host::Name(name), port } if name.as_str() == "*" => {
             Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port))
         }
-        Addr { host: Host::Name(_), .. } => Err(usage_error(format!("{text:?} is not an address of this machine"))),
+        Addr { host: Host::Name(_), .. } => Err(usage_error(format!("expected a port or IP:port, found {text:?}"))),
     }
 }
 
-/// What a socket that can't be had is to the user.
+/// The error of an address that can't be listened on.
 pub(in crate::cmd) fn listen_error(addr: SocketAddr, error: &io::Error) -> CliError {
-    CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error}"))
+    CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error} (choose another with -l)"))
 }
 
-/// Gives one connection its tunnel, or with `keep_open` any number.
+/// Forwards one connection, or with `keep_open` any number.
 pub(in crate::cmd) async fn run(
     connector: &Connector,
     addr: SocketAddr,
@@ -84,10 +80,10 @@ pub(in crate::cmd) async fn run(
     run_with_tasks(&executor, Box::pin(accept_all)).await
 }
 
-/// What is done beside the accepting. Of one type for all, each of which would have its copy of the executor's code.
+/// A task that runs while connections are accepted. One boxed type, so that the executor's code exists once.
 pub(in crate::cmd) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
-/// Runs `main` to its end, and meanwhile the tasks of the executor.
+/// Runs `main` to its end, and the executor's tasks meanwhile.
 pub(in crate::cmd) async fn run_with_tasks(
     executor: &LocalExecutor<'_>,
     main: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
@@ -95,7 +91,7 @@ pub(in crate::cmd) async fn run_with_tasks(
     executor.run(main).await
 }
 
-/// The next connection. What one of them has to do with it does not keep the others from coming.
+/// Accepts the next connection. Errors are printed once, and retried.
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_reported = false;
     loop {
@@ -108,7 +104,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 if !is_reported {
-                    connector.print_line(&format!("s5: accepting: {error}"));
+                    connector.print_line(&format!("s5: accept: {error} (retrying)"));
                 }
                 is_reported = true;
                 sleep(ACCEPT_RETRY_PAUSE).await;
@@ -117,7 +113,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
     }
 }
 
-/// One connection from its beginning to its end.
+/// Forwards one connection until it ends.
 async fn serve_connection(
     connector: &Connector,
     mut local: Conn,
@@ -130,15 +126,17 @@ async fn serve_connection(
         None
     };
     let Some(Attempt { client, tries, result }) = async { Some(request.await) }.or(left).await else {
-        let left =
-            connector.transfer_error(ExitStatus::RECEIVE_ERROR, "the local client left before there was a tunnel");
+        let left = connector.transfer_error(
+            ExitStatus::RECEIVE_ERROR,
+            "the local client disconnected before the tunnel was established",
+        );
         return connector.finish(Report::default(), Err(left));
     };
     let mut report = Report::new(connector, &client, tries);
     let (tunnel, bnd) = match result {
         Ok(reached) => reached,
         Err(failure) => {
-            // It must not take nothing for the whole.
+            // A reset: an orderly close would look like an empty answer of the target.
             local.abort();
             return connector.finish(report, Err(failure));
         }
@@ -162,7 +160,7 @@ async fn serve_connection(
     report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
     let result = match ended {
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
-            Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("the local client: {error}")))
+            Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))
         }
         ended => relay_result(connector, idle_timeout, ended, Ok(())),
     };

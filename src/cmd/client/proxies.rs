@@ -1,4 +1,4 @@
-//! Which proxies to go through: what the command line says, else the environment, else the default; or none.
+//! Selects the proxies: those of the command line, else of the environment, else the default.
 
 use std::env;
 use std::net::IpAddr;
@@ -10,18 +10,18 @@ use crate::client::{Proxy, parse_hops};
 use crate::cmd::CliError;
 use crate::proto::{Addr, Host};
 
-/// The variables that may name a proxy, the first one that does so counts.
+/// Environment variables with a list of proxies. The first that is set is used.
 const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
-/// The variables that may name targets to be reached directly.
+/// Environment variables with a list of targets that are reached without a proxy. The first that is set is used.
 const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
-/// The proxy when nothing names one.
+/// The default proxy.
 const DEFAULT_PROXY: &str = "127.0.0.1:1080";
 
-/// The proxies on the way to `dst`, nearest first; none when it is to be reached directly.
+/// Returns the proxies on the route to `dst`, nearest first; none for a direct connection.
 pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
     match (args.direct, args.proxy.as_slice()) {
         (true, []) => return Ok(Vec::new()),
-        (true, _) => return Err(CliError::usage("--direct and --proxy: one or the other")),
+        (true, _) => return Err(CliError::usage("--direct and --proxy cannot be combined")),
         (false, [none]) if none.is_empty() => return Ok(Vec::new()),
         (false, []) => {}
         (false, urls) => {
@@ -35,16 +35,16 @@ pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Prox
     if dst.is_some_and(|dst| is_excluded(&no_proxy, dst)) {
         return Ok(Vec::new());
     }
-    parse_hops(&text).map_err(|error| CliError::usage(format!("{name}: {error}; or give the proxy with -x")))
+    parse_hops(&text).map_err(|error| CliError::usage(format!("{name}: {error} (-x overrides it)")))
 }
 
-/// A variable that is there and not empty.
+/// Returns an environment variable that is set and not empty.
 pub(super) fn env_var(name: &str) -> Option<String> {
     env::var_os(name).filter(|text| !text.is_empty()).map(|text| text.to_string_lossy().into_owned())
 }
 
-/// Whether a list as of NO_PROXY names the target: `*`, a name and all below it, an address, CIDR; each with or without
-/// a port.
+/// Whether a list as in NO_PROXY contains the target. An entry is `*`, a domain (with its subdomains), an address or a
+/// CIDR, each with an optional port.
 fn is_excluded(list: &str, dst: &Addr) -> bool {
     list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| entry_matches(entry, dst))
 }
@@ -54,7 +54,7 @@ fn entry_matches(entry: &str, dst: &Addr) -> bool {
         return true;
     }
     let (entry, port) = match entry.rsplit_once(':') {
-        // Several colons and no brackets: an IPv6 address alone.
+        // Several colons without brackets: an IPv6 address without a port.
         Some((host, _)) if host.contains(':') && !host.ends_with(']') => (entry, None),
         Some((host, port)) => (host, Some(port)),
         None => (entry, None),
@@ -83,7 +83,7 @@ mod tests {
     use crate::client::parse_addr;
 
     #[test]
-    fn a_target_is_an_exception_when_the_list_names_it() {
+    fn no_proxy_matches_names_addresses_networks_and_ports() {
         let table = [
             ("*", "example.org:80", true),
             ("example.org", "example.org:80", true),

@@ -1,5 +1,5 @@
-//! What happened, as one JSON object (RFC 8259). Written by hand: it is flat, and the numbers that a library would write
-//! in it cost more than all else here.
+//! The report of `--json`, one JSON object (RFC 8259). It is formatted here: the object is nearly flat, and a library's
+//! number formatting would add more code to the binary than this module.
 
 use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
@@ -11,26 +11,26 @@ use crate::cmd::{CliError, ExitStatus};
 use crate::proto::Addr;
 use crate::relay::ByteCounts;
 
-/// What is known of a client's way and tunnel, in the words of RFC 1928. `null` is what never came about.
+/// The route and the tunnel of a client, in the terms of RFC 1928. `null` means "not reached".
 #[derive(Debug, Default)]
 pub(in crate::cmd) struct Report {
     /// The last proxy.
     proxy: Option<String>,
-    /// All of them, nearest first.
+    /// All proxies, nearest first.
     hops: Vec<String>,
     target: Option<String>,
-    /// What the last proxy that was greeted selected.
+    /// Method selected by the last proxy that was reached.
     method: Option<String>,
-    /// What was heard last.
+    /// REP of the last reply.
     rep: Option<u8>,
     bnd: Option<String>,
-    /// BIND: who came.
+    /// BIND: the address of the peer that connected.
     peer: Option<String>,
     tries: u32,
     ms: PhaseDurations,
-    /// Octets to the target.
+    /// Bytes to the target.
     up: u64,
-    /// Octets from it.
+    /// Bytes from the target.
     down: u64,
     /// Which side ended first: `local` or `remote`.
     ended_first: Option<&'static str>,
@@ -38,7 +38,7 @@ pub(in crate::cmd) struct Report {
     error: Option<String>,
 }
 
-/// How long each phase took, in the try that counted.
+/// Duration of each phase, in the try whose result counts.
 #[derive(Debug, Default)]
 struct PhaseDurations {
     resolve: Duration,
@@ -48,12 +48,12 @@ struct PhaseDurations {
     reply: Duration,
     /// BIND: from the first reply to the second.
     accept: Duration,
-    /// From the end of all that to the first octet from the target.
+    /// From the end of the handshake to the first byte from the target.
     first_byte: Option<Duration>,
 }
 
 impl Report {
-    /// The way that a client has come.
+    /// Returns the report of a client's handshake.
     pub(in crate::cmd) fn new(connector: &Connector, client: &Client, tries: u32) -> Self {
         let times = client.times();
         Self {
@@ -86,14 +86,13 @@ impl Report {
         self.bnd = Some(bnd.to_string());
     }
 
-    /// BIND's second reply.
+    /// Adds the second reply to BIND.
     pub(in crate::cmd) fn set_peer(&mut self, client: &Client, peer: Option<&Addr>) {
         self.peer = peer.map(ToString::to_string);
         self.rep = client.rep().map(|rep| rep.0);
         self.ms.accept = client.times().of(Phase::Accept);
     }
 
-    /// What went through.
     pub(in crate::cmd) fn set_bytes(&mut self, moved: &ByteCounts) {
         self.up = moved.up.load(Ordering::Relaxed);
         self.down = moved.down.load(Ordering::Relaxed);
@@ -108,7 +107,7 @@ impl Report {
         self.ended_first = ended_first;
     }
 
-    /// The object, in one line.
+    /// Returns the object as one line.
     pub(in crate::cmd) fn into_json(mut self, result: &Result<(), CliError>) -> String {
         if let Err(failure) = result {
             self.status = failure.status.code();
@@ -151,7 +150,7 @@ impl Report {
     }
 }
 
-/// An object of values that are JSON already.
+/// Formats an object whose values are already JSON.
 fn object(members: &[(&str, String)]) -> String {
     let members: Vec<String> = members.iter().map(|(name, value)| format!("{}:{value}", quote(name))).collect();
     format!("{{{}}}", members.join(","))
@@ -182,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_string_may_not_have_is_escaped() {
+    fn quote_escapes_quotes_backslashes_and_control_characters() {
         assert_eq!(quote("a\"b\\c\nd\x1be"), r#""a\"b\\c\u000ad\u001be""#);
         assert_eq!(format_millis(Duration::from_micros(12_034_056)), "12034.056");
     }

@@ -1,4 +1,4 @@
-//! stdin and stdout, or those of a program, as one stream for the relay.
+//! stdin and stdout, or those of a child process, as one stream for the relay.
 
 use std::fs::File;
 use std::future::poll_fn;
@@ -17,22 +17,22 @@ use super::descriptor;
 use crate::reactor::{Interest, Io};
 use crate::relay::{SocketOp, SocketPoll, Stream};
 
-/// The buffer between a blocking descriptor and the relay, in octets.
+/// Bytes of the buffer between a blocking descriptor and the relay.
 const BUFFER_SIZE: usize = 64 * 1024;
-/// The major number of /dev/null, /dev/zero and /dev/full (Linux, devices.txt).
+/// Major number of /dev/null, /dev/zero and /dev/full (Linux, devices.txt).
 const MEMORY_DEVICES_MAJOR: u32 = 1;
 
-/// A descriptor that is read or written.
+/// A descriptor for reading or writing.
 enum StdioEnd {
-    /// A pipe, which this thread waits for like for a socket.
+    /// A pipe. The event loop waits for it, as for a socket.
     Pipe(Io<File>),
-    /// A file, or /dev/null and its like: no waiting at all.
+    /// A regular file, or a device such as /dev/null: always ready.
     File(File),
-    /// Anything else, on a thread of its own: O_NONBLOCK would hit whoever shares it with us.
+    /// Anything else, on its own thread: O_NONBLOCK would affect other processes that share the descriptor.
     Blocking(Unblock<BlockingFile>),
 }
 
-/// A descriptor that somebody else may have made non-blocking: it is waited for all the same.
+/// A descriptor whose reads and writes block, even if another process has set O_NONBLOCK.
 pub(in crate::cmd) struct BlockingFile(pub(in crate::cmd) File);
 
 impl BlockingFile {
@@ -65,7 +65,7 @@ impl io::Write for BlockingFile {
 }
 
 impl StdioEnd {
-    /// Of a descriptor that others may have too. A pipe can be opened once more, and has flags of its own then (Linux).
+    /// Wraps a descriptor that other processes may share. On Linux a pipe is opened again, which gives it its own flags.
     fn from_shared(fd: OwnedFd, writes: bool) -> Self {
         let file = File::from(fd);
         let Ok(found) = file.metadata() else { return Self::blocking(file) };
@@ -87,7 +87,7 @@ impl StdioEnd {
         Self::Blocking(Unblock::with_capacity(BUFFER_SIZE, BlockingFile(file)))
     }
 
-    /// Of a pipe that nobody else has.
+    /// Wraps a pipe that no other process shares.
     fn from_owned_pipe(pipe: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&pipe, true)?;
         Io::new(File::from(pipe)).map(Self::Pipe)
@@ -125,21 +125,21 @@ impl StdioEnd {
     }
 }
 
-/// What is read goes up, what comes down is written.
+/// A stream that reads from stdin and writes to stdout.
 pub(super) struct StdioStream {
-    /// Without it nothing is read, and no end comes either.
+    /// If `None`, reading never completes.
     input: Option<StdioEnd>,
-    /// Without it, what comes is thrown away.
+    /// If `None`, written data is discarded.
     output: Option<StdioEnd>,
     crlf: Option<CrlfEncoder>,
-    /// Whether a reader that is gone has had enough, and is no failure.
+    /// Whether writes after the reader has closed the pipe are discarded instead of failing.
     ignores_broken_pipe: bool,
-    /// Whether something was taken of which it is not known yet that it is written.
+    /// Whether accepted data may not be written yet.
     has_unflushed: bool,
 }
 
 impl StdioStream {
-    /// stdin and stdout, each where it is wanted.
+    /// Returns stdin and stdout as a stream, each only if it is used.
     pub(super) fn from_stdio(reads: bool, writes: bool, crlf: bool) -> io::Result<Self> {
         let stdin = reads.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose()?;
         let stdout = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
@@ -154,7 +154,7 @@ impl StdioStream {
         })
     }
 
-    /// The ends of a program's pipes.
+    /// Returns the pipes of a child process as a stream.
     pub(super) fn from_child(stdout: OwnedFd, stdin: OwnedFd, crlf: bool) -> io::Result<Self> {
         let (input, output) = (Some(StdioEnd::from_owned_pipe(stdout)?), Some(StdioEnd::from_owned_pipe(stdin)?));
         Ok(Self {
@@ -166,22 +166,22 @@ impl StdioStream {
         })
     }
 
-    /// Whether it can ever give anything.
-    pub(super) fn reads(&self) -> bool {
+    /// Whether the stream can be read.
+    pub(super) fn has_input(&self) -> bool {
         self.input.is_some()
     }
 
-    /// Waits until all is written that was taken. Only the thread that writes knows why writing failed.
+    /// Waits until all accepted data is written. The error of a thread that writes is reported only here.
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         poll_fn(|cx| Pin::new(&mut *self).poll_flush(cx)).await
     }
 }
 
-/// A reset is told by the exit status.
+/// Aborting does nothing: the exit status reports a reset.
 impl Stream for StdioStream {
     fn abort(&self) {}
 
-    /// So that the relay hears of a failure when it happens, and not at the next octet.
+    /// Makes the relay flush, which reports a write error when it occurs and not at the next write.
     fn has_unflushed(&self) -> bool {
         self.has_unflushed
     }
@@ -210,7 +210,7 @@ impl AsyncWrite for StdioStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let Some(output) = &mut self.output else { return Poll::Ready(Ok(buf.len())) };
         match ready!(output.poll_write(cx, buf)) {
-            // Nothing but a reader that is gone keeps a program's pipe from being written.
+            // A pipe to a program fails only when the program has closed it.
             Err(_) if self.ignores_broken_pipe => {
                 self.output = None;
                 Poll::Ready(Ok(buf.len()))
@@ -230,7 +230,7 @@ impl AsyncWrite for StdioStream {
         Poll::Ready(Ok(()))
     }
 
-    /// What was written is on its way; our copy of the descriptor is closed, which for a program is the end of its stdin.
+    /// Flushes, then closes this copy of the descriptor: the end of stdin for a program.
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.as_mut().poll_flush(cx))?;
         self.output = None;
@@ -238,12 +238,12 @@ impl AsyncWrite for StdioStream {
     }
 }
 
-/// Makes LF into CR LF, but where it is that already.
+/// Converts LF to CR LF, and leaves CR LF unchanged.
 #[derive(Default)]
 struct CrlfEncoder {
-    /// The octet that was read last.
+    /// The last byte read.
     last: u8,
-    /// What was read, and had no room yet as LF was behind it.
+    /// Converted bytes that did not fit into the reader's buffer.
     pending: Vec<u8>,
 }
 

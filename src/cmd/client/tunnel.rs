@@ -1,5 +1,5 @@
-//! What becomes of a tunnel that is established: nothing, a socket for somebody else, the stdin and stdout of a program,
-//! or our own.
+//! What the client modes do with an established tunnel: close it, pass its socket on, or connect it to stdin and stdout,
+//! their own or those of a program.
 
 use std::cell::{Cell, RefCell};
 use std::future::{pending, poll_fn};
@@ -28,13 +28,13 @@ use crate::relay::{
     ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, SocketOp, SocketPoll, Stream, relay,
 };
 
-/// How long stdin may be silent when the network side has ended: what it has ready is still sent, but it is not
-/// waited for, since the peer has most likely left.
+/// How long stdin may be silent after the remote side has ended. Data that is ready is still sent, but s5 does not wait
+/// for more, since the peer has most likely closed its socket.
 const STDIN_LINGER: Duration = Duration::from_millis(250);
-/// How long who only sends gives the other side to take it all.
+/// With `--send-only`, time from the end of stdin to the end of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
-/// What a tunnel is for.
+/// What to do with a tunnel.
 #[derive(Debug)]
 pub(in crate::cmd) struct TunnelAction {
     establish_only: bool,
@@ -50,10 +50,9 @@ pub(in crate::cmd) struct TunnelAction {
 }
 
 impl TunnelAction {
-    /// What the options say.
     pub(in crate::cmd) fn from_args(args: &Args) -> Result<Self, CliError> {
         if args.timeout.is_some_and(|time| time.is_zero()) {
-            return Err(CliError::usage("-w: 0 is no time at all"));
+            return Err(CliError::usage("-w: must be greater than 0"));
         }
         let program = Program::from_args(args)?;
         let uses = [
@@ -66,17 +65,17 @@ impl TunnelAction {
         ];
         let named: Vec<&str> = uses.iter().filter(|(is_used, _)| *is_used).map(|(_, name)| *name).collect();
         if let [one, other, ..] = named.as_slice() {
-            return Err(CliError::usage(format!("{one} and {other}: one or the other")));
+            return Err(CliError::usage(format!("{one} and {other} cannot be combined")));
         }
         let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
         if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
             let what = "-C, -q, --no-shutdown and --progress";
-            return Err(CliError::usage(format!("{what} are of no use with {}", named.concat())));
+            return Err(CliError::usage(format!("{what} cannot be used with {}", named.concat())));
         }
         if args.pass_fd {
             let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
             if !is_socket {
-                return Err(CliError::usage("-F: stdout is no socket; it is for ssh's ProxyUseFdpass"));
+                return Err(CliError::usage("-F: stdout is not a socket (this option is for ssh's ProxyUseFdpass)"));
             }
         }
         Ok(Self {
@@ -93,7 +92,7 @@ impl TunnelAction {
         })
     }
 
-    /// Puts the tunnel to its use, to the end.
+    /// Uses the tunnel until it ends.
     pub(in crate::cmd) async fn run(
         &self,
         connector: &Connector,
@@ -105,11 +104,10 @@ impl TunnelAction {
             return Ok(());
         }
         if self.pass_fd {
-            return pass_socket(&tunnel).map_err(|error| {
-                connector.transfer_error(ExitStatus::FAILURE, &format!("passing the socket: {error}"))
-            });
+            return pass_socket(&tunnel)
+                .map_err(|error| connector.transfer_error(ExitStatus::FAILURE, &format!("pass the socket: {error}")));
         }
-        let (child, pipe) = match &self.program {
+        let (child, stdio) = match &self.program {
             Some(program) => {
                 let variables = [
                     ("S5_TARGET", connector.dst().map(ToString::to_string)),
@@ -117,31 +115,28 @@ impl TunnelAction {
                     ("S5_PROXY_ADDR", connector.hops().last()),
                 ];
                 let variables = variables.map(|(name, value)| (name, value.unwrap_or_default()));
-                let (child, pipe) = program.start(&variables, self.crlf)?;
-                (Some(child), pipe)
+                let (child, stdio) = program.start(&variables, self.crlf)?;
+                (Some(child), stdio)
             }
             None => {
-                let pipe = StdioStream::from_stdio(self.reads_stdin, self.writes_stdout, self.crlf);
-                (
-                    None,
-                    pipe.map_err(|error| {
-                        connector.transfer_error(ExitStatus::FAILURE, &format!("stdin and stdout: {error}"))
-                    })?,
-                )
+                let stdio = StdioStream::from_stdio(self.reads_stdin, self.writes_stdout, self.crlf);
+                let what = "open stdin and stdout";
+                let failed = |error| connector.transfer_error(ExitStatus::FAILURE, &format!("{what}: {error}"));
+                (None, stdio.map_err(failed)?)
             }
         };
-        self.relay(connector, pipe, child, tunnel, report).await
+        self.relay(connector, stdio, child, tunnel, report).await
     }
 
     async fn relay(
         &self,
         connector: &Connector,
-        mut pipe: StdioStream,
+        mut stdio: StdioStream,
         child: Option<Child>,
         tunnel: Conn,
         report: &mut Report,
     ) -> Result<(), CliError> {
-        let linger = if pipe.reads() { STDIN_LINGER } else { Duration::ZERO };
+        let linger = if stdio.has_input() { STDIN_LINGER } else { Duration::ZERO };
         let options = RelayOptions {
             idle_timeout: self.idle_timeout,
             linger: child.is_none().then_some(linger),
@@ -161,27 +156,27 @@ impl TunnelAction {
                         sleep(time).await;
                         quit_timed_out.set(true);
                     }
-                    // A program that has said all and is gone hears nothing any more.
+                    // A program that has exited reads nothing more.
                     (None, Some(exit)) => exit_status = Some(exit.await),
                     (None, None) => pending().await,
                 }
                 Ok(RelayOutcome::Finished)
             };
             let show = progress::show(self.shows_progress, &moved);
-            let (mut stdio, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut pipe, &mut tracked);
-            relay(&mut stdio, &mut remote, &options, &moved, |_, _| true).or(quit).or(show).await
+            let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tracked);
+            relay(&mut local, &mut remote, &options, &moved, |_, _| true).or(quit).or(show).await
         };
         if ended.is_ok() {
-            // Who was left before the end is left in peace.
+            // After -q or the exit of the program, the peer may still be sending: close without a reset.
             let _ = tracked.stream.set_reset_on_close(false);
         }
         let is_aborted = quit_timed_out.get() || matches!(ended, Err(RelayError::IdleTimeout));
         let flushed = match is_aborted {
-            // Who does not read does not keep it from ending when its time is over.
-            true => timeout_at(Instant::now() + STDIN_LINGER, pipe.flush()).await.unwrap_or(Ok(())),
-            false => pipe.flush().await,
+            // A reader of stdout that does not read must not delay the exit.
+            true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
+            false => stdio.flush().await,
         };
-        drop((pipe, tracked));
+        drop((stdio, tracked));
         report.set_bytes(&moved);
         report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
         relay_result(connector, self.idle_timeout, ended, flushed)?;
@@ -192,13 +187,13 @@ impl TunnelAction {
             Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
             Some(Ok(status)) => Err(CliError::new(status, "")),
             Some(Err(error)) => {
-                Err(connector.transfer_error(ExitStatus::FAILURE, &format!("waiting for the program: {error}")))
+                Err(connector.transfer_error(ExitStatus::FAILURE, &format!("wait for the program: {error}")))
             }
         }
     }
 }
 
-/// What a relay's end is to the user.
+/// Maps the result of a relay to that of the mode. `flushed` is the result of writing the last bytes to stdout.
 pub(super) fn relay_result(
     connector: &Connector,
     idle_timeout: Option<Duration>,
@@ -211,10 +206,9 @@ pub(super) fn relay_result(
         }
         (ended, _) => ended,
     };
-    let failed =
-        |status, what: &str, error: &io::Error| Err(connector.transfer_error(status, &format!("{what}: {error}")));
+    let failed = |status, error: &io::Error| Err(connector.io_error(status, error));
     match ended {
-        // Nobody cuts it here.
+        // The clients never stop a relay from outside.
         Ok(_) | Err(RelayError::Stopped) => Ok(()),
         Err(RelayError::IdleTimeout) => {
             let idle = idle_timeout.unwrap_or_default();
@@ -223,23 +217,21 @@ pub(super) fn relay_result(
         Err(RelayError::Io(RelayOp::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Err(CliError::new(ExitStatus::BROKEN_PIPE, ""))
         }
-        Err(RelayError::Io(RelayOp::WriteClient, error)) => {
-            failed(ExitStatus::WRITE_STDOUT, "writing to stdout", &error)
-        }
-        Err(RelayError::Io(RelayOp::ReadClient, error)) => failed(ExitStatus::READ_STDIN, "reading stdin", &error),
+        Err(RelayError::Io(RelayOp::WriteClient, error)) => failed(ExitStatus::WRITE_STDOUT, &error),
+        Err(RelayError::Io(RelayOp::ReadClient, error)) => failed(ExitStatus::READ_STDIN, &error),
         Err(RelayError::Io(RelayOp::WriteDst, error) | RelayError::Undelivered(error)) => {
-            failed(ExitStatus::SEND_ERROR, "sending", &error)
+            failed(ExitStatus::SEND_ERROR, &error)
         }
-        Err(RelayError::Io(RelayOp::ReadDst, error)) => failed(ExitStatus::RECEIVE_ERROR, "receiving", &error),
+        Err(RelayError::Io(RelayOp::ReadDst, error)) => failed(ExitStatus::RECEIVE_ERROR, &error),
     }
 }
 
-/// Sends the socket itself over stdout, with an octet to carry it (SCM_RIGHTS, unix(7)).
+/// Sends the tunnel's socket over stdout, with one byte of data as required (SCM_RIGHTS, unix(7)).
 fn pass_socket(tunnel: &Conn) -> io::Result<()> {
     if tunnel.protection().is_some() {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, "it is protected by GSSAPI, which does not go along"));
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "a tunnel that GSSAPI protects cannot be passed"));
     }
-    // Whoever gets it shares the flag.
+    // The receiving program shares O_NONBLOCK, and expects a blocking socket.
     rustix::io::ioctl_fionbio(tunnel, false)?;
     let sockets = [tunnel.as_fd()];
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -251,26 +243,27 @@ fn pass_socket(tunnel: &Conn) -> io::Result<()> {
     Ok(())
 }
 
-/// A tunnel's far side, and what is seen of how the relay goes.
+/// The remote side of a tunnel. Records statistics of the relay for the report.
 pub(super) struct TrackedConn {
     stream: Conn,
-    /// Whether the end of `up` is passed on.
+    /// Whether the end of stdin is sent to the target as a FIN.
     sends_eof: bool,
     pub(super) stats: std::rc::Rc<TransferStats>,
 }
 
-/// What is seen of a relay.
+/// Statistics of a relay.
 pub(super) struct TransferStats {
     started: Instant,
-    /// When the first octet came from the far side.
+    /// Time from the start to the first byte from the remote side.
     pub(super) first_byte: Cell<Option<Duration>>,
+    /// `local` or `remote`.
     pub(super) ended_first: Cell<Option<&'static str>>,
     is_up_done: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
 impl TransferStats {
-    /// Returns when all of `up` is sent, its end included.
+    /// Returns when stdin has ended and everything is sent.
     async fn up_done(&self) {
         poll_fn(|cx| match self.is_up_done.get() {
             true => Poll::Ready(()),

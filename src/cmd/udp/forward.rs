@@ -1,5 +1,5 @@
-//! `s5 udp -l`: a local port that leads through the proxy; each local peer has an association of its own, as long as it
-//! is used.
+//! `s5 udp -l`: forwards datagrams to a local port through the proxy. Each local peer has its own association, which ends
+//! when it is idle.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender, bounded};
 
-use super::{associate, association_end, io_error, print_losses, wait_for_silence};
+use super::{associate, association_end, print_losses, wait_for_silence};
 use crate::client::Association;
 use crate::cmd::CliError;
 use crate::cmd::client::connector::{Attempt, Connector};
@@ -23,27 +23,28 @@ use crate::proto::{Addr, Host};
 use crate::reactor::{Interest, Io, sleep, yield_now};
 use crate::relay::ByteCounts;
 
-/// How many datagrams of a peer wait for its association; more are dropped.
+/// The most datagrams of a peer that wait for its association. More are dropped.
 const MAX_QUEUED: usize = 64;
-/// And of those with more octets than this, that many.
+/// Size in bytes above which a datagram is large.
 const LARGE_DATAGRAM: usize = 2048;
+/// The most datagrams that are queued before large ones are dropped.
 const MAX_QUEUED_LARGE: usize = 4;
-/// How long a peer that got no association waits for the next attempt.
+/// Pause before the next attempt for a peer whose association could not be established.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// More than any UDP datagram has, in octets.
+/// Bytes; more than any UDP datagram has.
 const RECV_BUFFER_SIZE: usize = 65_536;
 
-/// How many peers, and how long they may be silent.
+/// Limits for local peers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PeerLimits {
     pub(super) max_peers: usize,
     pub(super) idle_timeout: Duration,
 }
 
-/// Those that have an association or are getting one, by their address: where their datagrams go.
+/// For each peer that has an association or is getting one, the queue of its datagrams.
 type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
-/// Relays between a local port and the target, without end.
+/// Relays between a local port and the target until an error occurs.
 pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLimits) -> Result<(), CliError> {
     let bound = UdpSocket::bind(addr).and_then(|socket| {
         socket.set_nonblocking(true)?;
@@ -60,14 +61,15 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
         loop {
             let (n, peer) = receive(&socket, &mut buffer)
                 .await
-                .map_err(|error| io_error(connector, ExitStatus::RECEIVE_ERROR, &error))?;
+                .map_err(|error| connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
             let queue = peers.borrow().get(&peer).cloned();
             let queue = match queue {
                 Some(queue) => queue,
                 None if peers.borrow().len() >= limits.max_peers => {
                     if !is_limit_reported {
-                        connector.print_line(&format!("s5: {peer} is one peer too many; see --max-peers"));
+                        connector
+                            .print_line(&format!("s5: dropping datagrams of {peer}: too many peers (see --max-peers)"));
                     }
                     is_limit_reported = true;
                     continue;
@@ -80,7 +82,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
                     queue
                 }
             };
-            // UDP may lose what comes too fast.
+            // A full queue drops the datagram, as UDP may.
             if data.len() <= LARGE_DATAGRAM || queue.len() < MAX_QUEUED_LARGE {
                 let _ = queue.try_send(data);
             }
@@ -90,7 +92,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
     run_with_tasks(&executor, Box::pin(accept_datagrams)).await
 }
 
-/// Skips what ICMP says about an earlier answer.
+/// Receives a datagram. Skips ECONNREFUSED, an ICMP error about an earlier answer.
 async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
     loop {
         match socket.with(Interest::Read, |socket| socket.recv_from(buffer)).await {
@@ -100,7 +102,7 @@ async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize
     }
 }
 
-/// One peer, from its first datagram until it has been silent for long enough.
+/// Serves one peer, from its first datagram until it is idle.
 async fn serve_peer(
     connector: &Connector,
     socket: &Io<UdpSocket>,
@@ -116,7 +118,7 @@ async fn serve_peer(
         Ok((association, dst)) => {
             if let Some(relay) = association.relay() {
                 report.set_bnd(relay);
-                connector.print_verbose(&format!("relays between {peer} and {dst} at {relay}"));
+                connector.print_verbose(&format!("UDP relay for {peer} to {dst} at {relay}"));
             }
             let transfer = Transfer {
                 connector,
@@ -148,7 +150,7 @@ async fn serve_peer(
     };
     connector.print_error(connector.finish(report, result));
     if !is_associated {
-        // A peer that goes on sending does not make an attempt, and a line, of each datagram.
+        // Otherwise each further datagram of the peer would cause an attempt and an error message.
         sleep(RETRY_PAUSE).await;
     }
     peers.borrow_mut().remove(&peer);
@@ -162,7 +164,7 @@ struct Transfer<'a> {
     dst: &'a Addr,
     started: Instant,
     first_answer: Cell<Option<Duration>>,
-    /// When a datagram moved last.
+    /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
     moved: ByteCounts,
 }
@@ -172,9 +174,9 @@ impl Transfer<'_> {
         while let Ok(data) = datagrams.recv().await {
             self.last_activity.set(Instant::now());
             self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
-            // What is too large for one way or another is lost, as on any way.
+            // A datagram that is too large is lost, as on any UDP path.
             if let Err(error) = self.association.send(self.dst, &data).await {
-                log::debug!("a datagram of {} was not sent: {error}", self.peer);
+                log::debug!("dropped a datagram from {}: {error}", self.peer);
             }
         }
         Ok(())
@@ -183,18 +185,18 @@ impl Transfer<'_> {
     async fn receive(&self) -> Result<(), CliError> {
         loop {
             let received = self.association.recv().await;
-            let (from, data) = received.map_err(|error| io_error(self.connector, ExitStatus::RECEIVE_ERROR, &error))?;
-            // A target known by name has whatever address it has.
+            let (from, data) = received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
+            // The address of a target given by name is not known here.
             if matches!(self.dst.host, Host::Ip(_)) && from != *self.dst {
-                log::debug!("an answer from {from} is not one of {}", self.dst);
+                log::debug!("dropped an answer from {from}: it is not from {}", self.dst);
                 continue;
             }
             self.last_activity.set(Instant::now());
             self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
             self.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
-            // Others wait for the socket as well; where there is no room, it is lost.
+            // Other peers share the socket: if its buffer is full, the answer is lost.
             if let Err(error) = self.socket.try_with(Interest::Write, |socket| socket.send_to(&data, self.peer)) {
-                log::debug!("an answer to {} was not sent: {error}", self.peer);
+                log::debug!("dropped an answer to {}: {error}", self.peer);
             }
             yield_now().await;
         }

@@ -1,4 +1,4 @@
-//! Datagrams in a stream: lines, hexadecimal lines, behind a length, or just as they come.
+//! Framings of datagrams in stdin and stdout: text lines, hexadecimal lines, length-prefixed, or one per read.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,19 +15,19 @@ use crate::cmd::client::Args;
 use crate::cmd::client::stdio::BlockingFile;
 use crate::proto::MAX_UDP6_PAYLOAD;
 
-/// How many octets a line of hexadecimal digits may have: those of the largest datagram, with a blank between all.
+/// The most bytes of a line of hexadecimal digits: two and a space for each byte of the largest datagram.
 const MAX_HEX_LINE: usize = 3 * MAX_UDP6_PAYLOAD;
 
-/// How datagrams stand in stdin and in stdout.
+/// How datagrams are delimited in stdin and stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Framing {
-    /// Each line is one, without its end.
+    /// Each line is a datagram, without the line end.
     Lines,
-    /// Each read is one; what is written has no ends.
+    /// The bytes of one read(2) are a datagram. Answers are written without delimiters.
     Raw,
-    /// Each line has the digits of one.
+    /// Each line is a datagram in hexadecimal digits.
     Hex,
-    /// Two octets, the higher one first, tell how long the next one is.
+    /// A datagram follows its length, two bytes in network byte order.
     LengthPrefixed,
 }
 
@@ -38,14 +38,14 @@ impl Framing {
             (true, false, false) => Ok(Self::Raw),
             (false, true, false) => Ok(Self::Hex),
             (false, false, true) => Ok(Self::LengthPrefixed),
-            _ => Err(CliError::usage("--raw, --hex and --length-prefixed: one of them")),
+            _ => Err(CliError::usage("--raw, --hex and --length-prefixed cannot be combined")),
         }
     }
 }
 
-/// stdin as datagrams.
+/// Reads datagrams from stdin.
 pub(super) enum DatagramReader {
-    /// One read at a time.
+    /// For [`Framing::Raw`].
     Reads(Arc<Mutex<BlockingFile>>),
     Stream(Framing, BufReader<Unblock<BlockingFile>>),
 }
@@ -59,7 +59,7 @@ impl DatagramReader {
         })
     }
 
-    /// The next one; `None` at the end.
+    /// Returns the next datagram; `None` at the end of stdin.
     pub(super) async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         match self {
             Self::Reads(stdin) => {
@@ -83,10 +83,10 @@ impl DatagramReader {
     }
 }
 
-/// A line without its end, and not much more than `most` octets of it.
+/// Returns a line without its end, or the first `max` + 2 bytes of a longer line.
 async fn read_line(stdin: &mut BufReader<Unblock<BlockingFile>>, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    // Room for one octet too many, so that a line that does not fit is refused, and for its end.
+    // One byte more than `max`, so that a longer line is refused when it is sent, and one for the line end.
     if stdin.take(max as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
         return Ok(None);
     }
@@ -113,7 +113,7 @@ async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> i
         Ok(Some(data))
     };
     read_frame().await.map_err(|error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => invalid("it ends inside of a datagram".into()),
+        io::ErrorKind::UnexpectedEof => invalid("the input ends within a datagram".into()),
         _ => error,
     })
 }
@@ -122,12 +122,12 @@ fn invalid(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Where answers go. Written on a thread of its own, so that who does not read holds up nothing else.
+/// Writes answers to stdout on its own thread, so that a slow reader does not block sending and receiving.
 pub(super) struct DatagramWriter {
     framing: Framing,
-    /// Without it, answers are thrown away.
+    /// If `None`, answers are discarded.
     file: Option<Unblock<BlockingFile>>,
-    /// What is still to be written; kept here, since writing may be given up in the middle and taken up again.
+    /// Bytes to write. They are kept here since `flush` may be cancelled and called again.
     pending: VecDeque<u8>,
 }
 
@@ -145,7 +145,7 @@ impl DatagramWriter {
             Framing::Lines => self.pending.extend(answer.iter().chain(b"\n")),
             Framing::Hex => self.pending.extend(hex::encode(answer).as_bytes().iter().chain(b"\n")),
             Framing::LengthPrefixed => {
-                // No datagram is longer.
+                // No datagram is longer than 65,535 bytes.
                 let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
                 self.pending.extend(length.to_be_bytes().iter().chain(answer.iter().take(length.into())));
             }
@@ -157,7 +157,7 @@ impl DatagramWriter {
         while !self.pending.is_empty() {
             match file.write(self.pending.as_slices().0).await {
                 Ok(n @ 1..) => drop(self.pending.drain(..n)),
-                // Only flushing tells why.
+                // `flush` of the file returns the error.
                 Ok(0) | Err(_) => break,
             }
         }
