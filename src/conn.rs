@@ -1,6 +1,6 @@
-//! One connection of the protocol, and reading and writing one message on it.
+//! A SOCKS connection over TCP, a Unix socket or a GSSAPI-protected stream; it reads and writes whole messages.
 //!
-//! What carries the octets is settled here and nowhere else, so that request, reply and relay need not know it.
+//! Only this module distinguishes the transports.
 
 mod protected;
 
@@ -18,18 +18,18 @@ use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _,
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 
-use crate::proto::{self, DecodeError, Message};
+use crate::proto::{DecodeError, Message, ProtocolError};
 use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
 use crate::relay::{SocketOp, SocketPoll, Stream};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 
-/// How long a peer may go on sending after its last answer, so that the answer is not lost to a reset. RFC 1928
-/// section 6 wants the connection closed within 10 seconds.
+/// Time that a closing connection continues to read, so that a reset does not discard the last message.
+/// RFC 1928 section 6 requires the connection to be closed within 10 s.
 const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many octets of a message there is room for before any of it has come.
+/// Buffer size for the first read of a message, in bytes. Later reads at most double the buffer.
 const INITIAL_READ_LEN: usize = 1024;
-/// How often a connection with unread octets is asked whether its peer is still there.
+/// Interval at which a connection with unread data is checked for having been closed.
 const CLOSE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A connection between a SOCKS client and a SOCKS server.
@@ -39,11 +39,11 @@ pub enum Conn {
     Tcp(Io<TcpStream>),
     /// Over a Unix socket.
     Unix(Io<UnixStream>),
-    /// Over another connection, protected.
+    /// Over another connection, with GSSAPI protection.
     Protected(Box<ProtectedStream>),
 }
 
-/// A connection that no thread waits for yet, or any longer.
+/// A connection that is not registered with the event loop of any thread. Can be sent to another thread.
 #[derive(Debug)]
 pub enum DetachedConn {
     /// Over TCP.
@@ -53,10 +53,10 @@ pub enum DetachedConn {
 }
 
 impl DetachedConn {
-    /// A connection of this thread.
+    /// Registers the connection with the event loop of this thread.
     ///
     /// # Errors
-    /// Those of epoll_ctl(2).
+    /// Errors of epoll_ctl(2).
     pub fn attach(self) -> io::Result<Conn> {
         Ok(match self {
             Self::Tcp(stream) => Conn::Tcp(Io::new(stream)?),
@@ -65,31 +65,31 @@ impl DetachedConn {
     }
 }
 
-/// Why no message came.
+/// Reason why no message was read.
 #[derive(Debug)]
 pub enum ReadError {
-    /// The peer closed or reset the connection, having sent this much of the message.
+    /// The peer closed or reset the connection after these bytes of the message.
     Closed(Vec<u8>, Option<io::Error>),
-    /// What came, which stands here too, is not a message of the protocol.
-    Protocol(proto::ProtocolError, Vec<u8>),
+    /// The received bytes, the second field, are not a valid message.
+    Protocol(ProtocolError, Vec<u8>),
 }
 
 impl fmt::Display for ReadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Closed(_, Some(error)) => error.fmt(f),
-            Self::Closed(bytes, None) if bytes.is_empty() => f.write_str("closed before a message"),
-            Self::Closed(..) => f.write_str("closed inside of a message"),
+            Self::Closed(bytes, None) if bytes.is_empty() => f.write_str("connection closed before a message"),
+            Self::Closed(..) => f.write_str("connection closed within a message"),
             Self::Protocol(error, _) => error.fmt(f),
         }
     }
 }
 
 impl Conn {
-    /// Reads one message and not an octet more.
+    /// Reads one message, and no byte after it. The caller sets the deadline.
     ///
     /// # Errors
-    /// As [`ReadError`] says. The caller sets the deadline.
+    /// See [`ReadError`].
     pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
         let mut bytes = Vec::with_capacity(M::MIN_LEN);
         loop {
@@ -99,7 +99,7 @@ impl Conn {
                 Err(DecodeError::Invalid(error)) => return Err(ReadError::Protocol(error, bytes)),
             };
             let received = bytes.len();
-            // Room for a long message only as it comes.
+            // The buffer grows only as data arrives: a length field alone must not allocate 64 KiB.
             bytes.resize(received + missing.min(received.max(INITIAL_READ_LEN)), 0);
             let read = self.read(bytes.get_mut(received..).unwrap_or_default()).await;
             bytes.truncate(received + *read.as_ref().unwrap_or(&0));
@@ -111,21 +111,21 @@ impl Conn {
         }
     }
 
-    /// Writes one message in one piece: many a peer reads once and takes that for the whole.
+    /// Writes one message with one call: many peers read once and expect the whole message.
     ///
     /// # Errors
-    /// Those of the socket.
+    /// Errors of the socket.
     pub async fn write_message(&mut self, message: &impl Message) -> io::Result<()> {
         self.write_all(&message.encode()).await?;
         self.flush().await
     }
 
-    /// The same connection, on which from now on everything is protected.
+    /// Returns the connection with protection for all further data.
     pub fn protect(self, protection: Protection) -> Self {
         Self::Protected(Box::new(ProtectedStream::new(self, protection)))
     }
 
-    /// What protects the connection, and its datagrams.
+    /// Returns the protection of the connection and its datagrams.
     pub fn protection(&self) -> Option<&Protection> {
         match self {
             Self::Protected(protected) => Some(&protected.protection),
@@ -133,15 +133,15 @@ impl Conn {
         }
     }
 
-    /// Says `last`, and closes so that it arrives although the peer may still be sending: shuts down the write side,
-    /// reads on until the peer closes too, for 5 seconds at the most.
+    /// Sends `last_message` and closes the connection so that the message arrives even while the peer is sending:
+    /// shuts down the write side, then reads until the peer closes, for at most 5 s.
     pub async fn close_gracefully(mut self, last_message: &[u8]) {
         let close = async {
             self.write_all(last_message).await?;
             self.close().await?;
             let mut discarded = vec![0; 2048];
             while self.read(&mut discarded).await? > 0 {
-                // A peer that never stops must not keep the timeout from its turn.
+                // Without a yield, a peer that never stops sending would starve the timeout.
                 yield_now().await;
             }
             io::Result::Ok(())
@@ -150,22 +150,22 @@ impl Conn {
             sleep(GRACEFUL_CLOSE_TIMEOUT).await;
             Ok(())
         };
-        // Whoever does not want the answer need not have it.
+        // The session is over either way: a peer that resets the connection does not want the message.
         let _ = close.or(timeout).await;
     }
 
-    /// Returns when the peer has reset the connection, or closed its side with nothing left to be read; and never while
-    /// it is only silent. What it has sent stays unread.
+    /// Returns when the peer has reset the connection, or has closed its side and no data is left to read. Consumes no
+    /// data.
     pub async fn wait_eof(&self) {
         self.wait_for_events(PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// As [`Conn::wait_eof`], and also when the peer has closed its side behind something unread; that within a second.
+    /// Like [`Conn::wait_eof`], but also returns if the peer has closed its side and data is left to read, within 1 s.
     pub async fn wait_peer_closed(&self) {
         self.wait_for_events(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// Returns at the end of what the peer sends, or when one of `events` shows behind what is unread.
+    /// Returns when the next read would report the end of the stream, or when the socket has one of `events`.
     async fn wait_for_events(&self, events: PollFlags) {
         let mut byte = [0; 1];
         let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut byte, RecvFlags::PEEK)?.1);
@@ -178,7 +178,7 @@ impl Conn {
         }
     }
 
-    /// Whether octets were taken from the socket that nobody has read yet.
+    /// Returns whether bytes were read from the socket that the caller has not read yet.
     fn has_unread(&self) -> bool {
         matches!(self, Self::Protected(protected) if protected.has_unread())
     }
@@ -189,10 +189,10 @@ impl Conn {
             && fds.iter().any(|fd| fd.revents().intersects(events))
     }
 
-    /// The connection for another thread, once this one has let go of it.
+    /// Duplicates the socket for another thread. This one must then [`deregister`](Self::deregister) and drop its own.
     ///
     /// # Errors
-    /// There is no descriptor left, or the connection is more than a socket.
+    /// No descriptor is available, or the connection is protected.
     pub fn detach(&self) -> io::Result<DetachedConn> {
         Ok(match self {
             Self::Tcp(io) => DetachedConn::Tcp(io.get_ref().try_clone()?),
@@ -201,15 +201,15 @@ impl Conn {
         })
     }
 
-    /// Whether its end, should it come now, is a reset.
+    /// Sets whether closing the connection resets it.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
+    /// Errors of setsockopt(2).
     pub fn set_reset_on_close(&self, should_reset: bool) -> io::Result<()> {
         socket2::SockRef::from(self).set_linger(should_reset.then_some(Duration::ZERO))
     }
 
-    /// Ends all waiting on this thread for a connection that has been loosened. To be dropped then.
+    /// Removes a detached connection from the event loop of this thread. Nothing may wait for it after this.
     pub fn deregister(&self) {
         match self {
             Self::Tcp(io) => io.deregister(),
@@ -234,7 +234,7 @@ impl Conn {
         }
     }
 
-    /// The address that the peer connected from; none on a Unix socket.
+    /// Returns the address of the peer; `None` on a Unix socket.
     pub fn peer_addr(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(stream) => stream.get_ref().peer_addr().ok().map(to_canonical_addr),
@@ -243,7 +243,7 @@ impl Conn {
         }
     }
 
-    /// The address that the peer connected to; none on a Unix socket.
+    /// Returns the local address; `None` on a Unix socket.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(stream) => stream.get_ref().local_addr().ok().map(to_canonical_addr),
@@ -260,7 +260,7 @@ fn to_canonical_addr(addr: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Runs `future` until `deadline`; `None` when it was not done by then.
+/// Runs `future` until `deadline`. Returns `None` if it does not complete in time.
 pub async fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
     let done = async { Some(future.await) };
     let timeout = async {
@@ -273,7 +273,7 @@ pub async fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -
 impl Stream for Conn {
     fn abort(&self) {
         if let Err(error) = self.set_reset_on_close(true) {
-            log::debug!("a connection could not be reset: {error}");
+            log::debug!("reset connection: {error}");
         }
     }
 

@@ -1,8 +1,8 @@
-//! Every octet of RFC 1928 (SOCKS5), RFC 1929 (username/password) and RFC 1961 (GSSAPI), both directions side by side.
+//! Encoding and decoding of the messages of RFC 1928 (SOCKS5), RFC 1929 (username/password) and RFC 1961 (GSSAPI).
 //!
-//! A decoder takes the octets that are there and gives a message, an error, or the number of octets that certainly
-//! still belong to the message; so whoever reads on its behalf never reads past a message. Nothing here does I/O,
-//! reads a clock, knows a socket or decides who may do what.
+//! A decoder takes the bytes received so far. It returns the message, an error, or how many more bytes certainly
+//! belong to the message, so that its caller never reads past the message. Everything here is pure: no I/O, no clock
+//! and no policy.
 
 mod addr;
 mod codes;
@@ -18,42 +18,42 @@ pub use gssapi::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, ProtectionLevel};
 pub const VERSION: u8 = 5;
 /// VER of the sub-negotiations of RFC 1929 and RFC 1961.
 pub const AUTH_VERSION: u8 = 1;
-/// Where a SOCKS server listens by convention (RFC 1928 section 3).
+/// The conventional TCP port of a SOCKS server (RFC 1928 section 3).
 pub const DEFAULT_PORT: u16 = 1080;
-/// The longest name that ATYP 3 can carry, in octets (section 5).
+/// Longest host name that ATYP 3 can carry, in bytes (RFC 1928 section 5).
 pub const MAX_HOST_NAME_LEN: usize = 255;
-/// The longest UNAME or PASSWD, in octets (RFC 1929 section 2).
+/// Longest UNAME or PASSWD, in bytes (RFC 1929 section 2).
 pub const MAX_CREDENTIAL_LEN: usize = 255;
-/// The most octets that one UDP datagram over IPv4 can carry.
+/// Largest payload of a UDP datagram over IPv4, in bytes.
 pub const MAX_UDP4_PAYLOAD: usize = 65_507;
-/// The most octets that one UDP datagram over IPv6 can carry.
+/// Largest payload of a UDP datagram over IPv6, in bytes.
 pub const MAX_UDP6_PAYLOAD: usize = 65_527;
 
-/// What is wrong with octets that can't become a message, whatever follows them.
+/// Reason why bytes are not a valid message. More bytes can't change it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProtocolError {
     /// VER of a greeting, selection, request or reply is not 5.
     Version(u8),
     /// VER of a message of RFC 1929 or RFC 1961 is not 1.
     AuthVersion(u8),
-    /// MTYP of an RFC 1961 message is none of 1, 2, 3 and FF, or not the one that belongs here.
+    /// MTYP of an RFC 1961 message is none of 1, 2, 3 and FF, or not the expected one.
     MessageType(u8),
-    /// A greeting that offers no method.
+    /// A greeting offers no method.
     NoMethods,
-    /// UNAME or PASSWD of length 0.
+    /// UNAME or PASSWD is empty.
     EmptyCredential,
     /// CMD is none of CONNECT, BIND and UDP ASSOCIATE.
     Command(u8),
     /// ATYP is none of 1, 3 and 4.
     AddressType(u8),
-    /// A name of length 0, with a NUL or another control octet, or that is not UTF-8.
+    /// A host name is empty, has a control character or is not UTF-8.
     InvalidHostName,
-    /// A datagram that ends inside of its header.
+    /// A datagram ends within its header.
     TruncatedHeader,
 }
 
 impl ProtocolError {
-    /// The REP that answers a request with this fault (section 6).
+    /// Reply code for a request with this error (RFC 1928 section 6).
     pub fn rep(self) -> Rep {
         match self {
             Self::Command(_) => Rep::COMMAND_NOT_SUPPORTED,
@@ -66,27 +66,27 @@ impl ProtocolError {
 impl fmt::Display for ProtocolError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Version(v) => write!(f, "version {v} instead of 5"),
-            Self::AuthVersion(v) => write!(f, "sub-negotiation version {v} instead of 1"),
-            Self::MessageType(m) => write!(f, "message type {m} out of place"),
-            Self::NoMethods => write!(f, "no methods offered"),
+            Self::Version(v) => write!(f, "expected SOCKS version 5, found {v}"),
+            Self::AuthVersion(v) => write!(f, "expected authentication version 1, found {v}"),
+            Self::MessageType(m) => write!(f, "unexpected GSSAPI message type {m}"),
+            Self::NoMethods => write!(f, "no authentication method offered"),
             Self::EmptyCredential => write!(f, "empty user name or password"),
             Self::Command(c) => write!(f, "unknown command {c}"),
             Self::AddressType(a) => write!(f, "unknown address type {a}"),
-            Self::InvalidHostName => write!(f, "bad name"),
-            Self::TruncatedHeader => write!(f, "truncated header"),
+            Self::InvalidHostName => write!(f, "invalid host name"),
+            Self::TruncatedHeader => write!(f, "truncated datagram header"),
         }
     }
 }
 
 impl std::error::Error for ProtocolError {}
 
-/// Why a decoder gave no message.
+/// Reason why a decoder returned no message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
-    /// This many octets, at least 1, certainly follow in the same message.
+    /// The bytes are the start of a message. At least this many more (1 or more) belong to it.
     Incomplete(usize),
-    /// No message starts like this.
+    /// No valid message starts with these bytes.
     Invalid(ProtocolError),
 }
 
@@ -98,31 +98,30 @@ impl From<ProtocolError> for DecodeError {
 
 /// A message of the handshake.
 pub trait Message: Sized {
-    /// The length of the shortest message of this kind, in octets.
+    /// Length of the shortest message of this type, in bytes.
     const MIN_LEN: usize;
-    /// The length of the longest message of this kind, in octets.
+    /// Length of the longest message of this type, in bytes.
     const MAX_LEN: usize;
 
-    /// Reads the message at the front of `bytes`. Octets behind it are not looked at.
+    /// Decodes the message at the start of `bytes`. Bytes after the message are ignored.
     ///
     /// # Errors
-    /// [`DecodeError::Incomplete`] when `bytes` is a proper prefix of a message, [`DecodeError::Invalid`] when it is of
-    /// none.
+    /// [`DecodeError::Incomplete`] if `bytes` is a proper prefix of a message, else [`DecodeError::Invalid`].
     fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let reader = &mut MessageReader { remaining: bytes, missing: Self::MIN_LEN.saturating_sub(bytes.len()) };
         Self::decode_fields(reader)
     }
 
-    /// Reads the fields in their order; [`Message::decode`] is what callers use.
+    /// Decodes the fields in order. Callers use [`Message::decode`].
     ///
     /// # Errors
-    /// As [`Message::decode`].
+    /// Same as [`Message::decode`].
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError>;
 
     /// Appends the message to `out`.
     fn encode_into(&self, out: &mut Vec<u8>);
 
-    /// The message as octets.
+    /// Returns the message as bytes.
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(Self::MIN_LEN);
         self.encode_into(&mut out);
@@ -130,16 +129,16 @@ pub trait Message: Sized {
     }
 }
 
-/// A position in the octets of a message that may not be whole yet.
+/// A cursor over the bytes of a message that may be incomplete.
 #[derive(Debug)]
 pub struct MessageReader<'a> {
     remaining: &'a [u8],
-    /// How many octets short of the shortest message of its kind the whole input is.
+    /// Number of bytes by which the input is shorter than the shortest message of its type.
     missing: usize,
 }
 
 impl<'a> MessageReader<'a> {
-    /// The next `n` octets, behind which `more` certainly follow.
+    /// Takes the next `n` bytes. The message has at least `min_after` bytes after them.
     fn take(&mut self, n: usize, min_after: usize) -> Result<&'a [u8], DecodeError> {
         let Some((taken, rest)) = self.remaining.split_at_checked(n) else {
             return Err(DecodeError::Incomplete(self.missing.max(n + min_after - self.remaining.len())));
@@ -161,7 +160,7 @@ impl<'a> MessageReader<'a> {
         Ok(u8::from_be_bytes(self.array()?))
     }
 
-    /// One octet of length, then that many octets, behind which `more` follow.
+    /// Takes a length byte and that many bytes. The message has at least `min_after` bytes after them.
     fn length_prefixed_followed_by(&mut self, min_after: usize) -> Result<&'a [u8], DecodeError> {
         let length = self.byte()?;
         self.take(length.into(), min_after)
@@ -186,17 +185,17 @@ impl<'a> MessageReader<'a> {
     }
 }
 
-/// Appends one octet of length and the octets. What the constructors let in fits; the rest would be cut, not mangled.
+/// Appends a length byte and `bytes`, truncated to 255. The constructors permit no longer values.
 fn write_length_prefixed(bytes: &[u8], out: &mut Vec<u8>) {
     let length = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
     out.push(length);
     out.extend(bytes.iter().take(length.into()));
 }
 
-/// `VER NMETHODS METHODS`: what the client can do (section 3).
+/// `VER NMETHODS METHODS`: the authentication methods that the client offers (RFC 1928 section 3).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Greeting {
-    /// 1 to 255 methods, in the client's order.
+    /// 1 to 255 methods, in the order of the client.
     pub methods: Vec<Method>,
 }
 
@@ -221,7 +220,7 @@ impl Message for Greeting {
     }
 }
 
-/// `VER METHOD`: what the server picked (section 3).
+/// `VER METHOD`: the method that the server selected (RFC 1928 section 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MethodSelection(pub Method);
 
@@ -239,12 +238,12 @@ impl Message for MethodSelection {
     }
 }
 
-/// `VER ULEN UNAME PLEN PASSWD` (RFC 1929 section 2). PASSWD is never shown, not even by `{:?}`.
+/// `VER ULEN UNAME PLEN PASSWD` (RFC 1929 section 2). `Debug` omits PASSWD.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
-    /// 1 to 255 octets.
+    /// 1 to 255 bytes.
     pub uname: Vec<u8>,
-    /// 1 to 255 octets.
+    /// 1 to 255 bytes.
     pub passwd: Vec<u8>,
 }
 
@@ -262,7 +261,7 @@ impl Message for Credentials {
         reader.expect_auth_version()?;
         let mut field = || match reader.length_prefixed()? {
             [] => Err(DecodeError::from(ProtocolError::EmptyCredential)),
-            octets => Ok(octets.to_vec()),
+            bytes => Ok(bytes.to_vec()),
         };
         Ok(Self { uname: field()?, passwd: field()? })
     }
@@ -274,14 +273,14 @@ impl Message for Credentials {
     }
 }
 
-/// `VER STATUS`: 0 is success, anything else is a failure (RFC 1929 section 2).
+/// `VER STATUS`: 0 is success, any other value is failure (RFC 1929 section 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoginStatus(pub u8);
 
 impl LoginStatus {
-    /// The login is accepted.
+    /// Accepted.
     pub const SUCCESS: Self = Self(0);
-    /// The login is refused; the server closes.
+    /// The server closes the connection after it (RFC 1929 section 2).
     pub const FAILURE: Self = Self(1);
 }
 
@@ -299,12 +298,12 @@ impl Message for LoginStatus {
     }
 }
 
-/// `VER CMD RSV ATYP DST.ADDR DST.PORT` (section 4). RSV is sent as 0 and taken as it comes.
+/// `VER CMD RSV ATYP DST.ADDR DST.PORT` (RFC 1928 section 4). RSV is sent as 0 and ignored when received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     /// CMD.
     pub command: Command,
-    /// DST: whereto (CONNECT), from whom (BIND), from where (UDP ASSOCIATE).
+    /// DST: the target (CONNECT), the expected peer (BIND) or the client's UDP address (UDP ASSOCIATE).
     pub dst: Addr,
 }
 
@@ -330,13 +329,12 @@ impl Message for Request {
     }
 }
 
-/// `VER REP RSV ATYP BND.ADDR BND.PORT` (section 6).
+/// `VER REP RSV ATYP BND.ADDR BND.PORT` (RFC 1928 section 6).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// REP.
     pub rep: Rep,
-    /// BND. A name that is none, of length 0 for one, is read as [`Addr::UNSPECIFIED`]: some servers send such, and
-    /// nothing depends on it.
+    /// BND. An invalid host name decodes as [`Addr::UNSPECIFIED`]: some servers send an empty one.
     pub bnd: Addr,
 }
 
@@ -363,30 +361,30 @@ impl Message for Reply {
     }
 }
 
-/// `RSV FRAG ATYP DST.ADDR DST.PORT DATA` (section 7). RSV is sent as 0 and taken as it comes.
+/// `RSV FRAG ATYP DST.ADDR DST.PORT DATA` (RFC 1928 section 7). RSV is sent as 0 and ignored when received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Datagram<'a> {
-    /// 0 stands alone; else a position from 1, with the high bit on the last one.
+    /// 0 for a complete datagram, else the fragment's position from 1. The last fragment has the high bit set.
     pub frag: u8,
-    /// Whereto on the way out, from whom on the way back.
+    /// The target of a datagram from the client, or the sender of a datagram to the client.
     pub dst: Addr,
     /// The payload.
     pub data: &'a [u8],
 }
 
 impl<'a> Datagram<'a> {
-    /// The longest header, in octets: RSV, FRAG and a name of 255 octets.
+    /// Length of the longest header, in bytes: RSV, FRAG and a host name of 255 bytes.
     pub const MAX_HEADER_LEN: usize = 3 + Addr::MAX_LEN;
 
     /// # Errors
-    /// What is wrong with the header.
+    /// The header is invalid or truncated.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, ProtocolError> {
         let reader = &mut MessageReader { remaining: bytes, missing: 0 };
         let mut read = || {
             reader.array::<2>()?;
             Ok(Self { frag: reader.byte()?, dst: Addr::decode_fields(reader)?, data: reader.remaining })
         };
-        read().map_err(|stop| match stop {
+        read().map_err(|error| match error {
             DecodeError::Incomplete(_) => ProtocolError::TruncatedHeader,
             DecodeError::Invalid(error) => error,
         })

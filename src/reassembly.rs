@@ -1,25 +1,26 @@
-//! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue, one timer, the clock an argument.
+//! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue and one timer. The caller passes the time.
 //!
-//! It holds one sequence, that of an association's one client. Fragments count only in their order: the RFC empties
-//! the queue at a FRAG lower than the highest one seen, so what arrives late can never be filled in.
+//! An association has one client, so the queue holds one sequence. Fragments must arrive in order: the RFC empties the
+//! queue at a FRAG lower than the highest one seen, so a late fragment could never complete a datagram.
 
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use crate::proto::{Addr, Datagram, MAX_UDP6_PAYLOAD};
 
-/// How long a sequence may take from its first fragment; section 7 wants no less than 5 seconds.
+/// Time from the first fragment of a sequence to its last. RFC 1928 section 7 requires at least 5 s.
 pub const REASSEMBLY_TIMEOUT: Duration = Duration::from_secs(6);
 
+/// Set in FRAG of the last fragment.
 const END_FLAG: u8 = 0x80;
 
-/// The queue of one association. Holds at most [`MAX_UDP6_PAYLOAD`] octets, and none between sequences.
+/// The reassembly queue of one association. Holds at most [`MAX_UDP6_PAYLOAD`] bytes, and none between sequences.
 #[derive(Debug, Default)]
 pub struct Reassembler {
     sequence: Option<Sequence>,
-    /// How many sequences have lost a fragment for good.
+    /// Number of datagrams that can't be completed.
     lost_count: u64,
-    /// What still comes of such a one is no further loss.
+    /// Set while further fragments belong to a datagram that is already counted as lost.
     has_counted_loss: bool,
 }
 
@@ -27,15 +28,16 @@ pub struct Reassembler {
 struct Sequence {
     started: Instant,
     dst: Addr,
-    /// The position of the last fragment that was taken.
+    /// Position of the last fragment in `data`.
     last_position: u8,
-    /// Where its octets begin in `data`.
+    /// Offset of that fragment in `data`, in bytes.
     last_start: usize,
     data: Vec<u8>,
 }
 
 impl Reassembler {
-    /// Takes a datagram, alone or a fragment, and gives one when one is whole. `None`: kept, or dropped in silence.
+    /// Adds a datagram or a fragment. Returns a datagram when it is complete, `None` when the fragment was stored or
+    /// dropped.
     pub fn push<'a>(&mut self, now: Instant, datagram: Datagram<'a>) -> Option<(Addr, Cow<'a, [u8]>)> {
         self.expire(now);
         let position = datagram.frag & !END_FLAG;
@@ -64,14 +66,14 @@ impl Reassembler {
         self.sequence.take().map(|sequence| (sequence.dst, sequence.data.into()))
     }
 
-    /// Empties the queue when its timer has ended; for whoever wants the memory back before the next datagram.
+    /// Empties the queue if its timer has expired. Frees the memory before the next datagram arrives.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             self.discard(false);
         }
     }
 
-    /// Empties the queue. A fragment that belongs to no sequence is of one whose beginning was lost.
+    /// Empties the queue. `is_stray`: a fragment arrived whose first fragment was lost.
     fn discard(&mut self, is_stray: bool) {
         if self.sequence.take().is_some() || is_stray && !self.has_counted_loss {
             self.lost_count += 1;
@@ -79,12 +81,12 @@ impl Reassembler {
         }
     }
 
-    /// How many datagrams are lost for want of a fragment, the one under way included when its time is over.
+    /// Returns how many datagrams were lost because a fragment is missing, including an expired one in the queue.
     pub fn lost_count(&self, now: Instant) -> u64 {
         self.lost_count + u64::from(self.deadline().is_some_and(|deadline| now >= deadline))
     }
 
-    /// When [`Reassembler::expire`] will have something to do.
+    /// Returns the time at which [`Reassembler::expire`] empties the queue; `None` if the queue is empty.
     pub fn deadline(&self) -> Option<Instant> {
         Some(self.sequence.as_ref()?.started + REASSEMBLY_TIMEOUT)
     }
@@ -99,7 +101,7 @@ impl Sequence {
         position == self.last_position.saturating_add(1) && datagram.dst == self.dst
     }
 
-    /// UDP may deliver a datagram twice; the second one is neither new nor lower.
+    /// UDP can duplicate datagrams. A duplicate of the last fragment is ignored.
     fn is_repeated_by(&self, position: u8, datagram: &Datagram<'_>) -> bool {
         position == self.last_position
             && datagram.dst == self.dst
@@ -113,8 +115,8 @@ impl Sequence {
     }
 }
 
-/// Splits a payload that does not fit into one datagram of `limit` octets, header included, into fragments that do.
-/// A payload that fits is sent alone. `None` when even 127 fragments would not do, or not even a header fits.
+/// Encodes a payload as datagrams of at most `limit` bytes each, header included: one with FRAG 0 if it fits, else
+/// fragments. Returns `None` if more than 127 fragments are needed or the header does not fit.
 pub fn fragment(dst: &Addr, data: &[u8], limit: usize) -> Option<Vec<Vec<u8>>> {
     let encode = |frag, data| {
         let mut out = Vec::new();

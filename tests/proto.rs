@@ -391,11 +391,11 @@ fn what_has_no_rep_of_its_own_is_a_general_failure() {
 #[test]
 fn no_error_says_more_than_a_line_of_plain_words() {
     let errors = [
-        (ProtocolError::Version(4), "version 4 instead of 5"),
-        (ProtocolError::AuthVersion(5), "sub-negotiation version 5 instead of 1"),
+        (ProtocolError::Version(4), "expected SOCKS version 5, found 4"),
+        (ProtocolError::AuthVersion(5), "expected authentication version 1, found 5"),
         (ProtocolError::Command(9), "unknown command 9"),
         (ProtocolError::AddressType(2), "unknown address type 2"),
-        (ProtocolError::NoMethods, "no methods offered"),
+        (ProtocolError::NoMethods, "no authentication method offered"),
     ];
     for (error, text) in errors {
         assert_eq!(error.to_string(), text);

@@ -1,5 +1,5 @@
-//! A stream layer of RFC 1961: what goes through it is wrapped into data frames, and unwrapped out of them. Over any
-//! connection, also one that is protected itself; under messages and relay, which know nothing of it.
+//! The stream layer of RFC 1961: wraps written data into data frames and unwraps read ones. It works over any
+//! connection, also a protected one.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -14,54 +14,54 @@ use super::Conn;
 use crate::proto::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, Message as _, ProtectionLevel};
 use crate::reactor::wake_later;
 
-/// How many octets one token of ours has at the most: larger ones are no faster.
+/// Data that one token carries, in bytes. Larger tokens are not faster.
 const MAX_WRAP_LEN: usize = 16 * 1024;
-/// How many octets are read at once, so that a token of that size comes in one piece.
+/// Size of a read, in bytes: a token with [`MAX_WRAP_LEN`] bytes of data fits.
 const READ_LEN: usize = MAX_WRAP_LEN + 256;
-/// How many tokens with nothing in them are skipped before others get their turn.
+/// Number of tokens without data that are skipped before other tasks run.
 const MAX_EMPTY_TOKENS: usize = 64;
 
-/// A security context that is established: what wraps and unwraps (RFC 2743 sections 2.3.3 and 2.3.4).
+/// An established security context. Wraps and unwraps data (RFC 2743 sections 2.3.3 and 2.3.4).
 pub trait SecurityContext: fmt::Debug {
-    /// A token with `data` in it; sealed, or only signed.
+    /// Returns a token that contains `data`, encrypted or only integrity-protected.
     ///
     /// # Errors
-    /// In the library's words.
+    /// The message of the library.
     fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, String>;
 
-    /// What is in a token, which may be overwritten.
+    /// Returns the data in `token`. Can overwrite `token`.
     ///
     /// # Errors
-    /// In the library's words.
+    /// The message of the library.
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String>;
 
-    /// How many octets fit into a token of 65535.
+    /// Returns how much data fits into a token of [`MAX_TOKEN_LEN`] bytes, in bytes.
     fn wrap_size_limit(&self, encrypt: bool) -> usize;
 }
 
-/// What was in a token.
+/// The content of a token.
 #[derive(Debug)]
 pub struct Unwrapped {
-    /// The octets.
+    /// The data that was wrapped.
     pub data: Vec<u8>,
-    /// Whether they were sealed, and not only signed.
+    /// Set when the data was encrypted, not only integrity-protected.
     pub is_encrypted: bool,
-    /// Where the token stands among the others.
+    /// Position relative to the other tokens of the context.
     pub order: TokenOrder,
 }
 
-/// Where a token stands among those of its context.
+/// Position of a token relative to the other tokens of its context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenOrder {
-    /// It is the next one.
+    /// The expected next token.
     Next,
-    /// It is new, but some before it are missing, or it is late.
+    /// A new token, but earlier ones are missing or it is late.
     OutOfOrder,
-    /// It was here before, or is too old to tell.
+    /// A token that was received before, or is too old to decide.
     Duplicate,
 }
 
-/// A context and the level at which it is used; shared by a control connection and its datagrams.
+/// A security context and its protection level. A control connection and its datagrams share it.
 #[derive(Clone, Debug)]
 pub struct Protection {
     context: Rc<RefCell<dyn SecurityContext>>,
@@ -69,26 +69,26 @@ pub struct Protection {
 }
 
 impl Protection {
-    /// `None` at [`ProtectionLevel::None`], which protects nothing.
+    /// Returns `None` at [`ProtectionLevel::None`].
     pub fn new(context: impl SecurityContext + 'static, level: ProtectionLevel) -> Option<Self> {
         let encrypt = level == ProtectionLevel::Confidentiality;
         (level > ProtectionLevel::None).then(|| Self { context: Rc::new(RefCell::new(context)), encrypt })
     }
 
-    /// The level at which it is used.
+    /// Returns the protection level.
     pub fn level(&self) -> ProtectionLevel {
         if self.encrypt { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity }
     }
 
-    /// How many octets a datagram gets longer at the most.
+    /// Returns how much longer protection makes a datagram at most, in bytes.
     pub fn max_overhead(&self) -> usize {
         FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().wrap_size_limit(self.encrypt))
     }
 
-    /// A data frame with these octets in it.
+    /// Returns a data frame that contains `data`.
     ///
     /// # Errors
-    /// They are too many, or the library says no.
+    /// `data` is too long, or the library reports an error.
     pub fn wrap(&self, data: &[u8]) -> io::Result<Vec<u8>> {
         let token = self.context.borrow_mut().wrap(data, self.encrypt).map_err(io::Error::other)?;
         if token.len() > MAX_TOKEN_LEN {
@@ -97,7 +97,7 @@ impl Protection {
         Ok(Frame::Data(token).encode())
     }
 
-    /// What is in a datagram; `None` for what is no frame, was not protected so, or was here before.
+    /// Returns the data in a datagram; `None` if it is not a valid frame at this level, or is a duplicate.
     pub fn unwrap_datagram(&self, bytes: &mut [u8]) -> Option<Vec<u8>> {
         let unwrapped = self.unwrap(Frame::datagram_token(bytes)?).ok()?;
         (unwrapped.order != TokenOrder::Duplicate).then_some(unwrapped.data)
@@ -106,23 +106,22 @@ impl Protection {
     fn unwrap(&self, token: &mut [u8]) -> Result<Unwrapped, String> {
         let unwrapped = self.context.borrow_mut().unwrap(token)?;
         if self.encrypt && !unwrapped.is_encrypted {
-            return Err("a token that is not sealed".into());
+            return Err("token is not encrypted".into());
         }
         Ok(unwrapped)
     }
 }
 
-/// A protected stream. Holds what has come of a frame, what was unwrapped and not read yet, and what the connection has
-/// not taken yet; nothing of that while it is idle.
+/// A stream with GSSAPI protection. Holds no buffers while it is idle.
 #[derive(Debug)]
 pub struct ProtectedStream {
     pub(super) conn: Conn,
     pub(super) protection: Protection,
-    /// Frames, or the beginning of one.
+    /// Frames that are not unwrapped yet; the last one can be incomplete.
     received: Vec<u8>,
-    /// From the second on.
+    /// Data to be read, and the number of bytes already read.
     unwrapped: (Vec<u8>, usize),
-    /// From the second on.
+    /// Frames to be sent, and the number of bytes already sent.
     outgoing: (Vec<u8>, usize),
 }
 
@@ -139,22 +138,22 @@ impl ProtectedStream {
         !self.received.is_empty() || !self.unwrapped.0.is_empty() || self.conn.has_unread()
     }
 
-    /// What is left of what was unwrapped, as much as fits.
+    /// Copies unwrapped data into `buf` and returns its length.
     fn take_unwrapped(&mut self, buf: &mut [u8]) -> usize {
-        let (unwrapped, at) = &mut self.unwrapped;
-        let rest = unwrapped.get(*at..).unwrap_or_default();
-        let n = rest.len().min(buf.len());
-        if let (Some(to), Some(from)) = (buf.get_mut(..n), rest.get(..n)) {
+        let (unwrapped, offset) = &mut self.unwrapped;
+        let unread = unwrapped.get(*offset..).unwrap_or_default();
+        let n = unread.len().min(buf.len());
+        if let (Some(to), Some(from)) = (buf.get_mut(..n), unread.get(..n)) {
             to.copy_from_slice(from);
         }
-        *at += n;
-        if *at >= unwrapped.len() {
+        *offset += n;
+        if *offset >= unwrapped.len() {
             self.unwrapped = Default::default();
         }
         n
     }
 
-    /// Unwraps the first frame of what has come, if it is whole.
+    /// Unwraps the first received frame. Returns `false` if it is incomplete.
     fn unwrap_frame(&mut self) -> io::Result<bool> {
         let Some(frame_len) =
             Frame::data_frame_len(&self.received).map_err(|error| protection_error(error.to_string()))?
@@ -165,7 +164,7 @@ impl ProtectedStream {
         let token = Frame::datagram_token(frame).unwrap_or_default();
         let unwrapped = self.protection.unwrap(token).map_err(protection_error)?;
         if unwrapped.order != TokenOrder::Next {
-            return Err(protection_error("a token that is out of order"));
+            return Err(protection_error("token out of order"));
         }
         self.received.drain(..frame_len);
         if self.received.is_empty() {
@@ -175,11 +174,11 @@ impl ProtectedStream {
         Ok(true)
     }
 
-    /// Reads what there is, as far as it is of use.
+    /// Reads from the connection into `received`.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let received_len = self.received.len();
         let frame_len = Frame::data_frame_len(&self.received).ok().flatten().unwrap_or_default();
-        // Room for a long token only as it comes.
+        // The buffer grows only as data arrives: a length field alone must not allocate 64 KiB.
         let room = frame_len.saturating_sub(received_len).clamp(READ_LEN, READ_LEN.max(received_len));
         self.received.resize(received_len + room, 0);
         let read = Pin::new(&mut self.conn).poll_read(cx, self.received.get_mut(received_len..).unwrap_or_default());
@@ -193,15 +192,15 @@ impl ProtectedStream {
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
-            let (bytes, at) = &mut self.outgoing;
-            let rest = bytes.get(*at..).unwrap_or_default();
-            if rest.is_empty() {
+            let (frames, offset) = &mut self.outgoing;
+            let unsent = frames.get(*offset..).unwrap_or_default();
+            if unsent.is_empty() {
                 self.outgoing = Default::default();
                 return Poll::Ready(Ok(()));
             }
-            match ready!(Pin::new(&mut self.conn).poll_write(cx, rest))? {
+            match ready!(Pin::new(&mut self.conn).poll_write(cx, unsent))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                n => *at += n,
+                n => *offset += n,
             }
         }
     }
@@ -212,7 +211,7 @@ fn protection_error(reason: impl Into<String>) -> io::Error {
 }
 
 impl AsyncRead for ProtectedStream {
-    /// The end is one only between two frames. Any fault ends the stream: what comes behind it can't be trusted.
+    /// Reports the end of the stream only between two frames. After an error, further data can't be trusted.
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let mut empty_tokens = 0;
@@ -225,7 +224,8 @@ impl AsyncRead for ProtectedStream {
                 empty_tokens += 1;
             } else if ready!(this.poll_receive(cx))? == 0 {
                 let is_whole = this.received.is_empty();
-                let cut_off = io::Error::new(io::ErrorKind::UnexpectedEof, "protection: closed inside of a token");
+                let cut_off =
+                    io::Error::new(io::ErrorKind::UnexpectedEof, "protection: connection closed within a token");
                 return Poll::Ready(if is_whole { Ok(0) } else { Err(cut_off) });
             }
             if empty_tokens > MAX_EMPTY_TOKENS {
@@ -242,7 +242,7 @@ impl AsyncWrite for ProtectedStream {
         ready!(this.poll_send(cx))?;
         let chunk = buf.get(..MAX_WRAP_LEN).unwrap_or(buf);
         this.outgoing = (this.protection.wrap(chunk)?, 0);
-        // What does not go now goes with the next write, the flush or the close.
+        // The next write, flush or close sends the bytes that the connection does not accept now.
         if let Poll::Ready(Err(error)) = this.poll_send(cx) {
             return Poll::Ready(Err(error));
         }

@@ -1,4 +1,4 @@
-//! Addresses on the wire: ATYP, an address or a name, a port (RFC 1928 section 5).
+//! Addresses as encoded in messages: ATYP, an IP address or host name, and a port (RFC 1928 section 5).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,18 +8,18 @@ use super::{DecodeError, MAX_HOST_NAME_LEN, MessageReader, ProtocolError, write_
 const ATYP_IPV4: u8 = 1;
 const ATYP_NAME: u8 = 3;
 const ATYP_IPV6: u8 = 4;
-/// How many octets a port has, which is always behind an address.
+/// Length of the port that follows every address, in bytes.
 const PORT_LEN: usize = 2;
 
-/// A name of ATYP 3: 1 to 255 octets of UTF-8 without control characters. Whether a host can have it is another question.
+/// A name of ATYP 3: 1 to 255 bytes of UTF-8 without control characters. It need not be a valid DNS name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostName(Box<str>);
 
 impl HostName {
     /// # Errors
-    /// [`ProtocolError::InvalidHostName`] for octets that are no such name.
-    pub fn new(octets: &[u8]) -> Result<Self, ProtocolError> {
-        match std::str::from_utf8(octets) {
+    /// [`ProtocolError::InvalidHostName`].
+    pub fn new(bytes: &[u8]) -> Result<Self, ProtocolError> {
+        match std::str::from_utf8(bytes) {
             Ok(text) if (1..=MAX_HOST_NAME_LEN).contains(&text.len()) && !text.contains(char::is_control) => {
                 Ok(Self(text.into()))
             }
@@ -33,7 +33,7 @@ impl HostName {
     }
 }
 
-/// DST.ADDR or BND.ADDR (section 5).
+/// DST.ADDR or BND.ADDR (RFC 1928 section 5).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Host {
     /// ATYP 1 or 4.
@@ -42,7 +42,7 @@ pub enum Host {
     Name(HostName),
 }
 
-/// A host and a port: DST or BND.
+/// DST or BND: a host and a port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Addr {
     /// DST.ADDR or BND.ADDR.
@@ -52,12 +52,12 @@ pub struct Addr {
 }
 
 impl Addr {
-    /// 0.0.0.0:0: nothing to tell.
+    /// 0.0.0.0:0: no address is known or meaningful.
     pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
 
-    /// ATYP, the shortest address (a name of 0 octets, in replies only), port.
+    /// ATYP, the length of an empty name (replies only) and the port.
     pub(super) const MIN_LEN: usize = 1 + 1 + 2;
-    /// ATYP, length, the longest name, port.
+    /// ATYP, the length of a name, the longest name and the port.
     pub(super) const MAX_LEN: usize = 1 + 1 + MAX_HOST_NAME_LEN + 2;
 
     pub(super) fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {

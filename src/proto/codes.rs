@@ -1,8 +1,8 @@
-//! The code points of RFC 1928, with their names; and what the first octet of another protocol tells.
+//! Code points of RFC 1928 with their names, and recognition of other protocols by their first byte.
 
 use std::fmt;
 
-/// An authentication method (section 3).
+/// An authentication method (RFC 1928 section 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Method(pub u8);
 
@@ -32,11 +32,11 @@ impl fmt::Display for Method {
 /// CMD (RFC 1928 section 4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// A connection to DST.
+    /// The server connects to DST.
     Connect,
-    /// A connection from DST.
+    /// The server accepts one connection from DST.
     Bind,
-    /// Datagrams to and from anywhere.
+    /// The server relays UDP datagrams.
     UdpAssociate,
 }
 
@@ -60,7 +60,7 @@ impl fmt::Display for Command {
     }
 }
 
-/// REP (section 6).
+/// REP, a reply code (RFC 1928 section 6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rep(pub u8);
 
@@ -92,12 +92,12 @@ reply_codes! {
     8 ATYP_NOT_SUPPORTED "address type not supported"
 }
 
-/// What speaks another protocol, judged by the first octet that it sent.
+/// Another protocol than SOCKS5, identified by the first byte that the peer sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OtherProtocol(pub u8);
 
 impl OtherProtocol {
-    /// The answer in the other protocol that says no; empty where it has none.
+    /// Returns a refusal in that protocol, empty if it has none.
     pub fn rejection(self) -> &'static [u8] {
         match self.0 {
             4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0],
@@ -121,8 +121,8 @@ impl fmt::Display for OtherProtocol {
             _ => "",
         };
         match self.0 {
-            octet if octet.is_ascii_graphic() => write!(f, "{octet:#04x} '{}'{guess}", char::from(octet)),
-            octet => write!(f, "{octet:#04x}{guess}"),
+            byte if byte.is_ascii_graphic() => write!(f, "{byte:#04x} '{}'{guess}", char::from(byte)),
+            byte => write!(f, "{byte:#04x}{guess}"),
         }
     }
 }

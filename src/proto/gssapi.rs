@@ -1,12 +1,12 @@
-//! The frames of RFC 1961, `VER MTYP LEN TOKEN`, and the levels of protection. What is in a token is not known here.
+//! The messages of RFC 1961, `VER MTYP LEN TOKEN`, and the protection levels. Tokens are opaque here.
 
 use std::fmt;
 
 use super::{AUTH_VERSION, DecodeError, Message, MessageReader, ProtocolError};
 
-/// The most octets that a token can have (RFC 1961 section 3.3): what LEN can say.
+/// Longest token that LEN can express, in bytes (RFC 1961 section 3.3).
 pub const MAX_TOKEN_LEN: usize = 65_535;
-/// What stands before a token, in octets.
+/// Length of VER, MTYP and LEN, in bytes.
 pub const FRAME_HEADER_LEN: usize = 4;
 
 const AUTHENTICATION: u8 = 1;
@@ -14,16 +14,16 @@ const PROTECTION: u8 = 2;
 const DATA: u8 = 3;
 const ABORT: u8 = 0xFF;
 
-/// One message of RFC 1961.
+/// A message of RFC 1961. `Debug` omits the token.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Frame {
-    /// MTYP 1: a token of gss_init_sec_context or gss_accept_sec_context (section 3.3).
+    /// MTYP 1: a token of gss_init_sec_context or gss_accept_sec_context (RFC 1961 section 3.3).
     Authentication(Vec<u8>),
-    /// MTYP 2: the level asked for or granted, wrapped (section 4.3).
+    /// MTYP 2: the requested or granted protection level, wrapped (RFC 1961 section 4.3).
     Protection(Vec<u8>),
-    /// MTYP 3: wrapped octets (section 5).
+    /// MTYP 3: wrapped data (RFC 1961 section 5).
     Data(Vec<u8>),
-    /// MTYP FF, which has neither LEN nor TOKEN: the context is refused (section 3.8).
+    /// MTYP FF, without LEN and TOKEN: the sender refuses the context (RFC 1961 section 3.8).
     Abort,
 }
 
@@ -37,20 +37,20 @@ impl Frame {
         }
     }
 
-    /// The token of the data frame that a datagram is, whole; it may be written to.
-    pub fn datagram_token(octets: &mut [u8]) -> Option<&mut [u8]> {
-        let (header, token) = octets.split_first_chunk_mut::<FRAME_HEADER_LEN>()?;
+    /// Returns the token of a datagram, if the datagram is exactly one data frame.
+    pub fn datagram_token(bytes: &mut [u8]) -> Option<&mut [u8]> {
+        let (header, token) = bytes.split_first_chunk_mut::<FRAME_HEADER_LEN>()?;
         let [version, mtyp, high, low] = *header;
         let is_whole = usize::from(u16::from_be_bytes([high, low])) == token.len();
         (version == AUTH_VERSION && mtyp == DATA && is_whole).then_some(token)
     }
 
-    /// How long the data frame is that begins with these octets, when that can be told.
+    /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete.
     ///
     /// # Errors
-    /// No data frame begins so.
-    pub fn data_frame_len(octets: &[u8]) -> Result<Option<usize>, ProtocolError> {
-        match *octets {
+    /// `bytes` start with another message.
+    pub fn data_frame_len(bytes: &[u8]) -> Result<Option<usize>, ProtocolError> {
+        match *bytes {
             [version, ..] if version != AUTH_VERSION => Err(ProtocolError::AuthVersion(version)),
             [_, mtyp, ..] if mtyp != DATA => Err(ProtocolError::MessageType(mtyp)),
             [_, _, high, low, ..] => Ok(Some(FRAME_HEADER_LEN + usize::from(u16::from_be_bytes([high, low])))),
@@ -59,11 +59,10 @@ impl Frame {
     }
 }
 
-/// Tokens are not shown.
 impl fmt::Debug for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (mtyp, token) = self.message_type_and_token();
-        write!(f, "Frame({mtyp}, {} octets)", token.len())
+        write!(f, "GSSAPI message of type {mtyp} with {} bytes", token.len())
     }
 }
 
@@ -84,7 +83,7 @@ impl Message for Frame {
         Ok(make(reader.take(length.into(), 0)?.to_vec()))
     }
 
-    /// A token that is too long is cut, not mangled; none that GSSAPI was told the limit of is.
+    // The callers keep tokens within MAX_TOKEN_LEN.
     fn encode_into(&self, out: &mut Vec<u8>) {
         let (mtyp, token) = self.message_type_and_token();
         out.extend([AUTH_VERSION, mtyp]);
@@ -96,22 +95,22 @@ impl Message for Frame {
     }
 }
 
-/// How octets are protected once a context is there (RFC 1961 section 4.3). Ordered by strength.
+/// Protection of the data after the login (RFC 1961 section 4.3), ordered by strength.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ProtectionLevel {
-    /// Not at all. Not in the RFC; what NEC, Dante and curl mean by 0.
+    /// No protection. The RFC has no such level; NEC, Dante and curl use the code 0 for it.
     None,
-    /// Nobody changes them unseen.
+    /// Changes are detected.
     Integrity,
-    /// And nobody reads them.
+    /// Changes are detected, and the data is encrypted.
     Confidentiality,
 }
 
 impl ProtectionLevel {
-    /// All there are, but for "selective" (3), which nobody speaks.
+    /// All levels except "selective" (3), which no implementation is known to support.
     pub const ALL: [Self; 3] = [Self::None, Self::Integrity, Self::Confidentiality];
 
-    /// The octet that means it.
+    /// Returns the code of the level in messages.
     pub fn code(self) -> u8 {
         match self {
             Self::None => 0,
@@ -120,7 +119,7 @@ impl ProtectionLevel {
         }
     }
 
-    /// The level of that octet.
+    /// Returns the level with this code.
     pub fn from_code(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|level| level.code() == code)
     }

@@ -315,7 +315,7 @@ fn faults_in_what_comes_end_the_client_with_a_status() {
         (
             "an end inside of a frame",
             |peer| message(DATA, &peer.context.wrap(b"evil", true))[..20].to_vec(),
-            "closed inside",
+            "connection closed within a token",
         ),
         ("an abort", |_| ABORT.to_vec(), "protection: "),
     ];

@@ -194,7 +194,7 @@ fn an_end_inside_of_a_frame_is_none() {
             _ => assert_eq!(until_reset(&mut target, &what), b""),
         }
         if end % length > 0 {
-            ended_for(&scene, from, "closed inside of a token");
+            ended_for(&scene, from, "connection closed within a token");
         }
     }
 }
