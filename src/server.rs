@@ -1,6 +1,6 @@
-//! The server: listens, limits, runs one session a connection, drains.
+//! The server: listens, runs one session per connection, reloads its policy and shuts down.
 //!
-//! What a session may do is the policy's to say; how octets become messages is `conn`'s and `proto`'s.
+//! `policy` decides what a session may do; `conn` and `proto` turn bytes into messages.
 
 mod association;
 mod batch;
@@ -48,72 +48,74 @@ use listen::Listener;
 use policy_handle::PolicyHandle;
 use worker::{Shutdown, Worker, WorkerPoolHandle};
 
-/// Descriptors kept back for the listeners, the reactor, the log and the resolver; of few, a quarter.
+/// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
-/// Descriptors that a session holds at the least: the client's and the target's.
+/// Descriptors of a session: the client's connection and the target's.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
+/// Upper limit of the default for [`Options::max_connections`].
+const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
+/// Error text for a panic in a worker thread.
+const WORKER_PANIC: &str = "a thread panicked; please report it";
 /// Pause after accept(2) failed for lack of descriptors or memory.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// The most connections that the default allows, whatever the descriptor limit.
-const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 
-/// What a server is told at its start.
+/// The settings of a server; they stay the same until it ends.
 #[derive(Debug)]
 pub struct Options {
-    /// Where to listen.
+    /// Addresses to listen on.
     pub listen: Vec<ListenAddr>,
-    /// From accept to the end of the request.
+    /// Time from accept to the end of the request.
     pub handshake_timeout: Duration,
-    /// For resolution and all addresses together.
+    /// Time to resolve a name and to try all of its addresses.
     pub connect_timeout: Duration,
-    /// How long BIND waits for the expected peer.
+    /// Time that BIND waits for the expected peer.
     pub bind_timeout: Duration,
-    /// How long a tunnel or an association may be silent.
+    /// Time without traffic after which a tunnel or a UDP association ends.
     pub idle_timeout: Duration,
-    /// How long sessions may go on once the server has been told to end.
+    /// Time that sessions get to finish after SIGTERM or SIGINT.
     pub drain_timeout: Duration,
-    /// Sessions at once; none: what the descriptor limit allows.
+    /// Concurrent sessions. `None`: as many as the descriptor limit allows.
     pub max_connections: Option<usize>,
     /// Threads that run sessions, at least 1.
     pub threads: u16,
-    /// What BND says in place of the address that the client connected to, at most one a family.
+    /// Addresses for BND instead of the one that the client connected to, at most one per family.
     pub advertise: Vec<IpAddr>,
-    /// Where BIND listens; none: wherever the system likes.
+    /// Ports for BIND. `None`: chosen by the kernel.
     pub bind_ports: Option<PortRange>,
-    /// Where associations are; none: wherever the system likes.
+    /// Ports for UDP associations. `None`: chosen by the kernel.
     pub udp_ports: Option<PortRange>,
-    /// Whose datagrams reach the client of an association.
+    /// Filter for datagrams to the client of a UDP association.
     pub udp_filtering: Filtering,
-    /// Who this server is to clients that come with GSSAPI.
+    /// Server side of GSSAPI logins.
     pub gssapi_acceptor: Option<Acceptor>,
-    /// What is offered to hops besides the credentials of each.
+    /// Methods and tickets for hops; passwords are part of each hop's URL.
     pub hop_auth: Arc<ClientAuth>,
-    /// The ways that rules may name, by number.
+    /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into it.
     pub hops: Vec<Arc<Hop>>,
-    /// What one client or user may take up.
+    /// Limits of one client address and of one user.
     pub quotas: Quotas,
-    /// Whether everybody who can reach this server may use it.
+    /// Set to serve clients from other hosts without a login or a client rule.
     pub allow_open_relay: bool,
-    /// Whether sessions that a new policy would refuse live on.
+    /// Set to keep sessions that a reloaded policy would refuse.
     pub keep_sessions: bool,
 }
 
-/// A way through other SOCKS5 servers.
+/// An upstream: a named chain of other SOCKS5 proxies.
 #[derive(Debug)]
 pub struct Hop {
-    /// What rules and the log call it.
+    /// Name in rules and in the log.
     pub name: String,
     /// Nearest first, at least one.
     pub proxies: Vec<Proxy>,
 }
 
-/// Which answers an association lets in (RFC 4787 section 5).
+/// Senders whose datagrams a UDP association relays to its client (RFC 4787 section 5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Filtering {
-    /// Those from addresses that the client has sent to.
+    /// Only addresses that the client has sent to.
     #[default]
     AddressDependent,
-    /// Everybody's.
+    /// Every address.
     EndpointIndependent,
 }
 
@@ -130,11 +132,11 @@ impl FromStr for PortRange {
             .and_then(|(low, high)| Some(port(low)?..=port(high)?))
             .filter(|ports| !ports.is_empty())
             .map(Self)
-            .ok_or_else(|| format!("{text:?} is not LO-HI with ports from 1 to 65535"))
+            .ok_or_else(|| format!("expected LO-HI with ports from 1 to 65535, found {text:?}"))
     }
 }
 
-/// The ports to try in turn: all of a range from a random one on, or 0, the system's choice.
+/// Returns the ports to try in turn: a range from a random start on, or only 0, with which the kernel chooses.
 fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
     let Some(PortRange(range)) = ports else { return vec![0] };
     let mut ports: Vec<u16> = range.clone().collect();
@@ -144,7 +146,7 @@ fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
     ports
 }
 
-/// Binds `local` with one of the ports that are not in use, or gives the error of the last one tried.
+/// Binds `local` with the first free port of `ports`.
 fn bind_in_range<T>(
     ports: Option<&PortRange>,
     mut local: SocketAddr,
@@ -161,7 +163,7 @@ fn bind_in_range<T>(
     result
 }
 
-/// What all sessions share.
+/// State that all sessions share.
 #[derive(Debug)]
 struct Server {
     options: Options,
@@ -172,19 +174,19 @@ struct Server {
 }
 
 impl Server {
-    /// The address that BND gives for a socket at `local`: the one to advertise, where there is one of its family.
+    /// Returns the BND address for a socket at `local`: that of [`Options::advertise`] if one of its family is set.
     fn advertised_addr(&self, local: SocketAddr) -> SocketAddr {
         let ip = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
         ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
     }
 }
 
-/// Why the server did not start, or ended.
+/// An error that prevents the start of the server, or ends it.
 #[derive(Debug)]
 pub enum StartError {
-    /// Something that was tried, and the error.
+    /// A failed operation, and its error.
     Io(String, io::Error),
-    /// It would be open to everybody, and nobody has said that it should.
+    /// A refused configuration: an open relay or a proxy loop.
     Config(String),
 }
 
@@ -194,13 +196,13 @@ impl StartError {
     }
 }
 
-/// Makes a new policy out of what the files say now; or says what is wrong with them.
+/// Reads the policy again from its files. The error names file, line and word.
 pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 
 /// Runs until SIGTERM or SIGINT, then drains; reloads at each SIGHUP. Blocks.
 ///
 /// # Errors
-/// What could not be listened on, or signals and threads that could not be had; or that nobody would be kept out.
+/// Listening failed, signals or threads are not available, or the configuration is refused.
 pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), StartError> {
     let descriptors = raise_descriptor_limit();
     let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
@@ -208,14 +210,16 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let limit = options.max_connections.unwrap_or(limit);
     let mut listeners = Vec::new();
     for listen in &options.listen {
-        listeners.extend(listen.bind().map_err(StartError::io(format!("listen on {listen}")))?);
+        let with_remedy = |error| io::Error::other(format!("{error} (choose another address with --listen)"));
+        let bound = listen.bind().map_err(with_remedy).map_err(StartError::io(format!("listen on {listen}")));
+        listeners.extend(bound?);
     }
     policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
     policy.advertised_ips.clone_from(&options.advertise);
     if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
         return Err(StartError::Config(error));
     }
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("signals"))?;
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let (threads, drain) = (options.threads, options.drain_timeout);
     let relay_options =
@@ -228,7 +232,7 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let (pool, workers) =
         Worker::create_pool(threads, server, listeners, limit, Shutdown { stop_accepting, stop_sessions, alive });
     let (report, reports) = channel::unbounded();
-    let threads = start_workers(workers, &report, &reports).map_err(StartError::io("threads"))?;
+    let threads = start_workers(workers, &report, &reports).map_err(StartError::io("start worker threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
@@ -236,25 +240,25 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let result = smol::block_on(run_until_signal(signals, accepting, drain, all_ended, reports, reload));
     drop((running, pool));
     for thread in threads {
-        // A worker that panicked has said so; there is nothing to be done about it at the end.
+        // The panic of a worker is already reported.
         let _ = thread.join();
     }
-    result.map_err(StartError::io("threads"))
+    result.map_err(StartError::io("worker threads"))
 }
 
-/// Why a server would be an open relay, and how not to be one; `None` when it would not be, or is meant to be.
+/// Returns an error with remedies if the server would be an open relay, unless the options allow that.
 fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
     let own = policy.listen_addrs.iter().find(|own| !own.ip().is_loopback())?;
     (policy.is_open_relay() && !options.allow_open_relay).then(|| {
-        let who = if policy.rules.has_from_condition() { "whoever no rule keeps out" } else { "whoever reaches it" };
+        let has_from = policy.rules.has_from_condition();
+        let reason = if has_from { "for clients that no from= rule names" } else { "without access control" };
         format!(
-            "{own} can be reached from other hosts, and {who} could use this server: let them log in (--users FILE), \
-             say who may come (--allow from=CIDR, or a rule that does), or mean it (--open)"
+            "refusing to listen on {own} {reason}: use --users FILE, or --allow from=CIDR, or --open to run an open relay"
         )
     })
 }
 
-/// Which hop leads back to this server, so that one request would take all that it has.
+/// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
 fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     let leads_here = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
         Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => {
@@ -270,10 +274,10 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     };
     let hop = options.hops.iter().find(leads_here)?;
     let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();
-    Some(format!("the hop {} is this server itself, {proxy}", hop.name))
+    Some(format!("hop {}: {proxy} is this server itself (choose another proxy)", hop.name))
 }
 
-/// Puts a new policy in force, unless there is something wrong with it.
+/// Loads the policy again and rechecks all sessions. Keeps the current policy if the new one has an error.
 async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
     let Some(pool) = pool.upgrade() else { return };
     let server = pool.server();
@@ -283,22 +287,22 @@ async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
         check_open_relay(&policy, &server.options).map_or(Ok(policy), Err)
     });
     match policy {
-        Err(error) => log::error!("reload: {error}; what was in force stays in force"),
+        Err(error) => log::error!("reload: {error}; keeping the current configuration"),
         Ok(policy) => {
             let users = policy.users.as_ref().map_or(0, |users| users.len());
             let rules = policy.rules.user_rules().len();
             server.policy.replace(policy);
             pool.recheck_all().await;
-            let cut = server.policy.closed_sessions.load(Ordering::Relaxed);
-            log::info!("reload: {users} users and {rules} rules are in force; sessions cut: {cut}");
+            let closed = server.policy.closed_sessions.load(Ordering::Relaxed);
+            log::info!("reload: {users} users and {rules} rules loaded; sessions closed: {closed}");
         }
     }
 }
 
-/// What a thread says: `Ok` when it accepts, and the error with which it has ended.
+/// A report of a worker thread: `Ok` once it accepts connections, or the error that ended it.
 type WorkerResult = io::Result<()>;
 
-/// Starts the threads, and returns when all of them accept.
+/// Starts the threads, and returns when all of them accept connections.
 fn start_workers(
     workers: Vec<Worker>,
     report: &Sender<WorkerResult>,
@@ -310,7 +314,7 @@ fn start_workers(
         let thread = std::thread::Builder::new().name("s5-worker".into());
         threads.push(thread.spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| worker.run(&report)));
-            if let Err(error) = result.unwrap_or_else(|_| Err(io::Error::other("one of them panicked"))) {
+            if let Err(error) = result.unwrap_or_else(|_| Err(io::Error::other(WORKER_PANIC))) {
                 let _ = report.try_send(Err(error));
             }
         })?);
@@ -319,7 +323,7 @@ fn start_workers(
     Ok(threads)
 }
 
-/// Raises the soft limit to the hard one and gives what holds then.
+/// Raises the soft limit of descriptors to the hard one, and returns the limit that is in effect then.
 fn raise_descriptor_limit() -> u64 {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     match setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
@@ -329,9 +333,9 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-/// Reloads when told to, waits for the signal to end, and then for the sessions, as long as they may take. A thread that
-/// ends before that is the end as well, and its error: a server that goes on with a part of itself would fool those who
-/// watch it.
+/// Reloads at SIGHUP. At SIGTERM or SIGINT stops accepting, and returns when all sessions have ended, after `drain`, or
+/// at a second signal. Returns the error of a worker that ends earlier: a supervisor would not notice a server that
+/// goes on without one of its threads.
 async fn run_until_signal(
     mut signals: Signals,
     accepting: Sender<Infallible>,
@@ -354,24 +358,24 @@ async fn run_until_signal(
     };
     signal.or(failed).await?;
     drop(accepting);
-    log::info!("ending: no new connections, {} s for the open ones", drain.as_secs());
+    log::info!("shutting down: draining sessions for up to {} s", drain.as_secs());
     let drained = async {
         let _ = all_ended.recv().await;
     };
     let timeout = async {
         Timer::after(drain).await;
-        log::info!("ending: the open connections are cut");
+        log::info!("shutting down: drain time over, closing the remaining sessions");
     };
     let again = async {
         while let Some(Ok(Signal::Hup)) = signals.next().await {}
-        log::info!("ending: at once");
+        log::info!("shutting down: second signal, closing the remaining sessions");
     };
     drained.or(timeout).or(again).await;
     Ok(())
 }
 
-/// The address of this machine at which `peer` (unspecified: anybody) of its own family can reach a session whose
-/// client connected to `control`.
+/// Returns the local address, with port 0, at which `peer` can reach a session whose client connected to `control`.
+/// An unspecified `peer` is any peer of that family; `control` is `None` on a Unix socket.
 fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
     let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
@@ -383,12 +387,12 @@ fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<Socke
     }
     let target = match peer {
         _ if peer.is_unspecified() && is_loopback => loopback,
-        // Documentation addresses (RFC 5737, RFC 3849): the way out of here, whoever is meant by "anybody".
+        // A documentation address (RFC 5737, RFC 3849) stands for any peer: it selects the default route.
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
         peer => peer,
     };
-    // Connecting a UDP socket sends nothing, and tells which address the system would send from.
+    // connect(2) on a UDP socket sends nothing, and selects the source address for this peer.
     let probe = UdpSocket::bind((unspecified(peer), 0))?;
     probe.connect((target, 9))?;
     let mut local = probe.local_addr()?;
@@ -396,8 +400,8 @@ fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<Socke
     Ok(local)
 }
 
-/// Whether an address may be one of this machine's: only such a one can be bound, and of others the system says that
-/// they are not. When it says that it has no port or descriptor left, it has not said so.
+/// Returns false if `addr` is certainly not an address of this machine: bind(2) refuses it with one of three errors.
+/// Any other error, such as a lack of ports or descriptors, leaves it open and returns true.
 pub fn is_local(mut addr: SocketAddr) -> bool {
     use rustix::io::Errno;
     addr.set_port(0);
@@ -410,7 +414,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_of_ports_is_tried_whole_from_anywhere() {
+    fn port_range_is_tried_whole_from_a_random_start() {
         let range = "5000-5003".parse().expect("a range");
         let mut ports = candidate_ports(Some(&range));
         ports.sort_unstable();
@@ -422,17 +426,17 @@ mod tests {
     }
 
     #[test]
-    fn the_address_for_a_peer_is_the_one_the_client_uses_where_the_peer_can_too() {
+    fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
         let control = |text: &str| Some(text.parse().expect("an address"));
-        let ask = |control, peer: &str| {
+        let reachable = |control, peer: &str| {
             reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
         };
-        assert_eq!(ask(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
-        assert_eq!(ask(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));
-        assert_eq!(ask(control("[::1]:1080"), "0.0.0.0").as_deref(), Some("127.0.0.1"));
-        assert_eq!(ask(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
-        assert_eq!(ask(None, "::").as_deref(), Some("::1"));
-        assert_eq!(ask(control("192.0.2.7:1080"), "0.0.0.0").as_deref(), Some("192.0.2.7"));
-        assert_eq!(ask(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
+        assert_eq!(reachable(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
+        assert_eq!(reachable(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));
+        assert_eq!(reachable(control("[::1]:1080"), "0.0.0.0").as_deref(), Some("127.0.0.1"));
+        assert_eq!(reachable(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
+        assert_eq!(reachable(None, "::").as_deref(), Some("::1"));
+        assert_eq!(reachable(control("192.0.2.7:1080"), "0.0.0.0").as_deref(), Some("192.0.2.7"));
+        assert_eq!(reachable(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
     }
 }

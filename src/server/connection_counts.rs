@@ -1,18 +1,18 @@
-//! How many sessions somebody has, and that it is not more than his share. Remembers only who has one.
+//! Counts concurrent sessions per client address or per user. Only keys with a session take up memory.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The sessions of everybody, at most `limit` each.
+/// The sessions of each key, at most `limit` per key.
 #[derive(Debug)]
 pub(super) struct ConnectionCounts<K> {
     limit: usize,
     by_key: Mutex<HashMap<K, usize>>,
 }
 
-/// One session, for as long as it lives.
+/// Counts one session until it is dropped.
 #[derive(Debug)]
 pub(super) struct CountGuard<K: Hash + Eq> {
     counts: Arc<ConnectionCounts<K>>,
@@ -28,11 +28,11 @@ impl<K: Hash + Eq + Clone> ConnectionCounts<K> {
         self.limit
     }
 
-    /// One session more for `key`; `None` when that would be too many.
+    /// Counts one more session of `key`; `None` if it is at its limit.
     pub(super) fn try_acquire(self: &Arc<Self>, key: K) -> Option<CountGuard<K>> {
         let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
         let count = by_key.entry(key.clone()).or_default();
-        // There is no entry of 0 to be left behind, since the limit is not 0.
+        // A limit is at least 1, so that no new entry stays at 0.
         (*count < self.limit).then(|| {
             *count += 1;
             CountGuard { counts: self.clone(), key }
@@ -52,7 +52,7 @@ impl<K: Hash + Eq> Drop for CountGuard<K> {
     }
 }
 
-/// Whom an address stands for: itself; or, of IPv6, the /64 that one customer usually has.
+/// Returns the address that stands for a client: its own, or of IPv6 its /64, which one customer usually has.
 pub(super) fn client_key(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_is_given_back_at_its_end_and_leaves_nothing_behind() {
+    fn count_guard_frees_its_place_on_drop_and_the_last_one_its_entry() {
         let counts = ConnectionCounts::new(2);
         let first = counts.try_acquire("alice");
         let second = counts.try_acquire("alice");
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_addresses_of_one_customer_are_one_source() {
+    fn client_key_is_the_ipv4_address_or_the_ipv6_prefix_of_64_bits() {
         let key = |text: &str| client_key(text.parse().expect("an address")).to_string();
         assert_eq!(key("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
         assert_eq!(key("192.0.2.1"), "192.0.2.1");

@@ -1,5 +1,4 @@
-//! What a client and a user may take up: how many sessions, how fast; and who is not let in at all for a while, after
-//! too many failed logins.
+//! The limits of one client address and of one user: sessions, bytes per second, and failed logins.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -11,47 +10,46 @@ use super::connection_counts::{ConnectionCounts, CountGuard, client_key};
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::rate_limit::{RateLimit, TokenBucket};
 
-/// What is set for a server; `None` is no limit.
+/// Limits that the options set; `None` is no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quotas {
-    /// Sessions at once from one address (of IPv6: from one /64), at least 1.
+    /// Concurrent sessions of one client address (IPv6: one /64), at least 1.
     pub sessions_per_client: Option<usize>,
-    /// Sessions at once of one user, at least 1.
+    /// Concurrent sessions of one user, at least 1.
     pub sessions_per_user: Option<usize>,
-    /// Octets a second, both ways together, of one session.
+    /// Bytes per second of one session, both directions together, at least 1.
     pub session_rate: Option<u64>,
-    /// Octets a second, both ways together, of all sessions of one user.
+    /// Bytes per second of all sessions of one user, both directions together, at least 1.
     pub user_rate: Option<u64>,
 }
 
-/// Keeps account of all sessions.
+/// Applies the limits to all sessions of the server.
 #[derive(Debug)]
 pub(super) struct Limiter {
     quotas: Quotas,
     client_sessions: Option<Arc<ConnectionCounts<IpAddr>>>,
     user_sessions: Option<Arc<ConnectionCounts<Box<[u8]>>>>,
-    /// Of the users who have a session; others are swept out now and then.
+    /// Entries of users without a session are removed before the map would have to grow.
     user_buckets: Mutex<HashMap<Box<[u8]>, Weak<TokenBucket>>>,
     login_throttle: Mutex<LoginThrottle>,
-    /// Whether there ever was an offender: as long as there was none, nobody has to look.
+    /// Set by the first failed login; until then no session has to lock `login_throttle`.
     has_failed_logins: AtomicBool,
 }
 
-/// What one session takes up, for as long as it lives.
+/// The part of all limits that one session uses while it exists.
 #[derive(Debug, Default)]
 pub(super) struct SessionQuota {
     _client_guard: Option<CountGuard<IpAddr>>,
     _user_guard: Option<CountGuard<Box<[u8]>>>,
-    /// How fast it may be.
     pub(super) rate_limit: Option<RateLimit>,
 }
 
-/// Why a connection is closed as it comes.
+/// A reason to close a connection right after accept.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum AdmitError {
     /// Too many failed logins.
     Blocked,
-    /// As many sessions as there may be: so many.
+    /// The client has this many sessions, its limit.
     TooManySessions(usize),
 }
 
@@ -67,7 +65,8 @@ impl Limiter {
         }
     }
 
-    /// What a new connection takes up; on a Unix socket a client has no address, and no limits by it.
+    /// Counts a new connection. On a Unix socket `client` is `None`, and the limits per client do not apply.
+    /// Returns no quota if no limit is set.
     pub(super) fn admit_client(&self, client: Option<SocketAddr>) -> Result<Option<Box<SessionQuota>>, AdmitError> {
         let key = client.map(|client| client_key(client.ip()));
         if let Some(key) = key
@@ -88,7 +87,7 @@ impl Limiter {
         Ok(is_limited.then(|| Box::new(SessionQuota { _client_guard: client, _user_guard: None, rate_limit })))
     }
 
-    /// Adds what a user takes up. False when he has as many sessions as he may.
+    /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
     pub(super) fn admit_user(&self, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
         if let Some(users) = &self.user_sessions {
             let Some(guard) = users.try_acquire(user.into()) else { return false };
@@ -118,7 +117,7 @@ impl Limiter {
         bucket
     }
 
-    /// How long the next answer to a login of `client` is held back; `None` when there is none but "no".
+    /// Returns the delay of the next login answer to `client`; `None` if the client is blocked.
     pub(super) fn login_delay(&self, client: Option<SocketAddr>) -> Option<Duration> {
         let Some(client) = client.filter(|_| self.has_failed_logins.load(Ordering::Relaxed)) else {
             return Some(Duration::ZERO);
@@ -128,14 +127,16 @@ impl Limiter {
         (!throttle.is_blocked(key, now)).then(|| throttle.delay(key, now))
     }
 
-    /// A login of `client` has failed.
     pub(super) fn record_failed_login(&self, client: Option<SocketAddr>) {
         let Some(client) = client else { return };
         let key = client_key(client.ip());
         self.has_failed_logins.store(true, Ordering::Relaxed);
         if self.login_throttle().record_failure(key, Instant::now()) {
             let net = if key.is_ipv6() { "/64" } else { "" };
-            log::warn!("too many failed logins: connections of {key}{net} are closed for {} s", BLOCK_TIME.as_secs());
+            log::warn!(
+                "too many failed logins from {key}{net}: closing its connections for {} s",
+                BLOCK_TIME.as_secs()
+            );
         }
     }
 
@@ -153,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn without_bounds_a_session_takes_up_nothing() {
+    fn session_without_limits_has_no_quota() {
         let limiter = Limiter::new(Quotas::default());
-        let mut quota = limiter.admit_client(client(1)).expect("it is open");
+        let mut quota = limiter.admit_client(client(1)).expect("admitted");
         assert!(limiter.admit_user(b"alice", &mut quota) && quota.is_none());
     }
 
     #[test]
-    fn a_client_and_a_user_have_as_many_sessions_as_they_may() {
+    fn session_limits_hold_per_client_and_per_user() {
         let limiter =
             Limiter::new(Quotas { sessions_per_client: Some(2), sessions_per_user: Some(1), ..Quotas::default() });
         let mut first = limiter.admit_client(client(1)).expect("one");
@@ -174,23 +175,23 @@ mod tests {
     }
 
     #[test]
-    fn sessions_of_a_user_share_a_bucket_and_it_goes_with_them() {
+    fn sessions_of_one_user_share_a_token_bucket_until_the_last_one_ends() {
         let limiter = Limiter::new(Quotas { session_rate: Some(1000), user_rate: Some(1000), ..Quotas::default() });
-        let mut quota = [None, None];
-        assert!(quota.iter_mut().all(|quota| limiter.admit_user(b"alice", quota)));
-        let [Some(first), Some(second)] = &quota else { panic!("both are bound") };
-        let bucket = |quota: &SessionQuota| quota.rate_limit.clone().expect("a pace").session;
+        let mut quotas = [None, None];
+        assert!(quotas.iter_mut().all(|quota| limiter.admit_user(b"alice", quota)));
+        let [Some(first), Some(second)] = &quotas else { panic!("both have a quota") };
+        let bucket = |quota: &SessionQuota| quota.rate_limit.clone().expect("a rate limit").session;
         assert!(Arc::ptr_eq(&bucket(first), &bucket(second)));
-        drop(quota);
+        drop(quotas);
         (0..1000).for_each(|n: u32| drop(limiter.user_bucket(&n.to_be_bytes(), 1)));
         assert!(limiter.user_buckets.lock().expect("no panic").len() < 100);
     }
 
     #[test]
-    fn whoever_is_shut_out_gets_no_answer_but_no() {
+    fn blocked_client_is_not_admitted_and_its_login_fails() {
         let limiter = Limiter::new(Quotas::default());
         (0..11).for_each(|_| limiter.record_failed_login(client(1)));
-        assert_eq!(limiter.admit_client(client(1)).expect_err("he is shut out"), AdmitError::Blocked);
+        assert_eq!(limiter.admit_client(client(1)).expect_err("blocked"), AdmitError::Blocked);
         assert_eq!((limiter.login_delay(client(1)), limiter.login_delay(client(2))), (None, Some(Duration::ZERO)));
     }
 }

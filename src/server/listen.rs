@@ -1,4 +1,4 @@
-//! Where a server listens: TCP addresses and Unix sockets.
+//! The listening sockets of a server: TCP and Unix.
 
 use std::fmt;
 use std::io;
@@ -15,19 +15,19 @@ use crate::conn::DetachedConn;
 use crate::dial::set_tcp_options;
 use crate::reactor::accept;
 
-/// How many connections may wait to be accepted; the system may make it fewer (net.core.somaxconn).
+/// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
 const LISTEN_BACKLOG: i32 = 4096;
-/// How often a port of the system's choice is asked for that both families have free.
+/// Attempts to find a port that is free in both families, for port 0.
 const MAX_PORT_ATTEMPTS: usize = 16;
 
-/// What `--listen` says.
+/// A value of `--listen`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddr {
     /// `HOST:PORT`: all addresses of a host.
     Host(String, u16),
     /// `PORT`: loopback, both families.
     Loopback(u16),
-    /// `*:PORT`: every address, both families.
+    /// `*:PORT`: the unspecified address, both families.
     Wildcard(u16),
     /// `unix:PATH`.
     Unix(PathBuf),
@@ -38,9 +38,13 @@ impl FromStr for ListenAddr {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("unix:") {
-            return if path.is_empty() { Err("unix: without a path".into()) } else { Ok(Self::Unix(path.into())) };
+            return if path.is_empty() {
+                Err("unix: requires a path, as in unix:/run/s5.sock".into())
+            } else {
+                Ok(Self::Unix(path.into()))
+            };
         }
-        let invalid = || format!("{text:?} is none of HOST:PORT, [IPV6]:PORT, PORT, *:PORT and unix:PATH");
+        let invalid = || format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH, found {text:?}");
         let Some((host, port)) = text.rsplit_once(':') else {
             return text.parse().map(Self::Loopback).map_err(|_| invalid());
         };
@@ -70,7 +74,7 @@ impl fmt::Display for ListenAddr {
 }
 
 impl ListenAddr {
-    /// The addresses that it means, as far as they are known before it is done; none that can't be had.
+    /// Returns the TCP addresses before they are bound. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
         let pair = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
         match self {
@@ -83,8 +87,10 @@ impl ListenAddr {
         }
     }
 
+    /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound.
+    ///
     /// # Errors
-    /// Those of the resolver and of bind(2). Of both families, one that this machine does not have is left out.
+    /// Those of the resolver and of bind(2).
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         match self {
             Self::Host(host, port) => bind_all((host.as_str(), *port).to_socket_addrs()?),
@@ -131,7 +137,7 @@ fn bind_both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> 
     loop {
         attempts -= 1;
         let first = bind_tcp(SocketAddr::new(first, port));
-        // With port 0 both families get the same port, that of the first.
+        // Port 0: the second family gets the port that the kernel chose for the first one.
         let chosen =
             first.as_ref().ok().and_then(|listener| listener.local_addr().ok()).map_or(port, |addr| addr.port());
         match (first, bind_tcp(SocketAddr::new(second, chosen))) {
@@ -161,7 +167,7 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     Ok(Listener::Unix(SocketPathGuard(path), listener))
 }
 
-/// Only the socket of a dead process refuses; a live one accepts, or has no room at the moment.
+/// Returns whether a socket file is left over from a process that has ended: only then does connect(2) refuse.
 fn is_stale(path: &Path) -> io::Result<bool> {
     let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     probe.set_nonblocking(true)?;
@@ -173,11 +179,11 @@ fn is_stale(path: &Path) -> io::Result<bool> {
 #[derive(Debug)]
 pub(super) enum Listener {
     Tcp(TcpListener, SocketAddr),
-    /// The name goes before the socket does: a successor's must not be taken for ours.
+    /// The file is removed before the socket closes, because a new server may create its own file after that.
     Unix(SocketPathGuard, UnixListener),
 }
 
-/// Removes the socket's name when the listener goes.
+/// Removes the socket file on drop.
 #[derive(Debug)]
 pub(super) struct SocketPathGuard(PathBuf);
 
@@ -209,7 +215,7 @@ impl Listener {
         }
     }
 
-    /// Accepts a connection that is there already: itself, and where it came from when that is an address.
+    /// Accepts a waiting connection. The address is `None` on a Unix socket.
     pub(super) fn accept(&self) -> io::Result<(DetachedConn, Option<SocketAddr>)> {
         let (socket, peer) = accept(self)?;
         Ok(match self {
@@ -233,9 +239,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_way_to_say_where_is_read_and_shown_again() {
-        let ways = ["127.0.0.1:1080", "localhost:0", "[::1]:1080", "1080", "*:1080", "unix:/run/s5.sock"];
-        for text in ways {
+    fn listen_addr_displays_as_the_text_it_was_parsed_from() {
+        let texts = ["127.0.0.1:1080", "localhost:0", "[::1]:1080", "1080", "*:1080", "unix:/run/s5.sock"];
+        for text in texts {
             assert_eq!(text.parse::<ListenAddr>().map(|listen| listen.to_string()).as_deref(), Ok(text));
         }
         for text in ["", ":1080", "host", "host:", "host:65536", "::1:1080", "[::1]", "[host]:1", "unix:", "-1"] {

@@ -1,36 +1,33 @@
-//! Who fails to log in, and what comes of it: after a few failures answers take longer and longer, then the door is
-//! shut for a while. Knows addresses and times and nothing else; the clock is an argument.
+//! Slows down password guessing. After a few failures of one client address, answers to its logins are delayed more and
+//! more; then its connections are closed for a while. The clock is an argument.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// How many failures within [`FAILURE_WINDOW`] are taken for typing errors.
+/// Failures within [`FAILURE_WINDOW`] without a delay: typing errors.
 const FREE_FAILURES: usize = 5;
-/// See [`FREE_FAILURES`].
 const FAILURE_WINDOW: Duration = Duration::from_secs(60);
-/// How long the first answer after them takes; each further one twice as long, up to [`MAX_DELAY`].
+/// Delay of the first answer after that. It doubles with each further failure, up to [`MAX_DELAY`].
 const MIN_DELAY: Duration = Duration::from_secs(1);
-/// See [`MIN_DELAY`].
 pub(super) const MAX_DELAY: Duration = Duration::from_secs(30);
-/// How many answers are delayed before the door is shut.
+/// Failures with a delay before the client is blocked.
 const MAX_DELAYED_FAILURES: u32 = 6;
-/// How long the door is shut; and after how long without a failure everything is forgotten.
+/// Time that a client is blocked, and time without a failure after which delayed failures are forgotten.
 pub(super) const BLOCK_TIME: Duration = Duration::from_secs(600);
-/// How many sources are remembered. At the limit the most harmless one is forgotten for a new one, and of several the
-/// one that has been quiet for longest.
+/// Tracked addresses. The one with the fewest delayed failures is evicted first, and of several the least recent one.
 const MAX_CLIENTS: usize = 4096;
 
-/// Those who have failed to log in lately.
+/// The clients with recent failures, by [`client_key`](super::connection_counts::client_key).
 #[derive(Debug, Default)]
 pub(super) struct LoginThrottle(HashMap<IpAddr, FailedLogins>);
 
 #[derive(Debug)]
 struct FailedLogins {
-    /// When the first and the last of the failures that still count were; the last one is the last of all.
+    /// Times of the last failures, oldest first.
     recent: [Option<Instant>; FREE_FAILURES],
     last: Instant,
-    /// How many answers were delayed, once there were too many failures.
+    /// Number of failures with a delay; `None` while the free ones last.
     delayed_failures: Option<u32>,
 }
 
@@ -63,7 +60,7 @@ impl FailedLogins {
 }
 
 impl LoginThrottle {
-    /// How much later than otherwise `client` gets its next answer.
+    /// Returns the delay of the next login answer to `client`.
     pub(super) fn delay(&self, client: IpAddr, now: Instant) -> Duration {
         match self.failures_of(client, now).and_then(|failed| failed.delayed_failures) {
             Some(count) => MIN_DELAY.saturating_mul(2_u32.saturating_pow(count)).min(MAX_DELAY),
@@ -71,12 +68,11 @@ impl LoginThrottle {
         }
     }
 
-    /// Whether connections of `client` are closed as they come.
     pub(super) fn is_blocked(&self, client: IpAddr, now: Instant) -> bool {
         self.failures_of(client, now).is_some_and(FailedLogins::is_blocked)
     }
 
-    /// Counts a failure. True when it is the one that shuts the door.
+    /// Counts a failure. Returns true if `client` is blocked from now on.
     pub(super) fn record_failure(&mut self, client: IpAddr, now: Instant) -> bool {
         if self.failures_of(client, now).is_none() {
             self.0.remove(&client);
@@ -117,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_take_longer_and_longer_and_then_the_door_is_shut_for_a_while() {
+    fn delay_doubles_after_free_failures_until_the_client_is_blocked_for_ten_minutes() {
         let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
         for _ in 0..FREE_FAILURES {
             assert_eq!(throttle.delay(A, now), Duration::ZERO);
@@ -129,14 +125,14 @@ mod tests {
             assert_eq!(throttle.record_failure(A, now), delay == 30);
         }
         assert!(throttle.is_blocked(A, now + BLOCK_TIME - seconds(1)));
-        assert!(!throttle.record_failure(A, now), "the door is shut once");
+        assert!(!throttle.record_failure(A, now), "only one failure starts the block");
         assert!(!throttle.is_blocked(A, now + BLOCK_TIME));
         assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO);
-        assert!(!throttle.is_blocked(B, now), "somebody else");
+        assert!(!throttle.is_blocked(B, now), "another client");
     }
 
     #[test]
-    fn failures_that_are_far_apart_cost_nothing() {
+    fn failures_far_apart_are_not_delayed() {
         let (mut throttle, mut now) = (LoginThrottle::default(), Instant::now());
         for _ in 0..100 {
             throttle.record_failure(A, now);
@@ -146,11 +142,11 @@ mod tests {
         now += FAILURE_WINDOW;
         (0..FREE_FAILURES).for_each(|_| assert!(!throttle.record_failure(A, now)));
         assert_eq!(throttle.delay(A, now + BLOCK_TIME - seconds(1)), seconds(1));
-        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO, "it is forgotten");
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO, "forgotten");
     }
 
     #[test]
-    fn of_too_many_sources_the_harmless_and_quiet_ones_are_forgotten() {
+    fn full_table_evicts_clients_with_the_fewest_delayed_failures() {
         let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
         (0..FREE_FAILURES).for_each(|_| assert!(!throttle.record_failure(A, now)));
         for n in 0..2 * MAX_CLIENTS {

@@ -1,4 +1,4 @@
-//! RFC 1929 logins: hashing off the executor, bounded by the number of cores, and remembered for a while.
+//! Verifies passwords (RFC 1929). Hashing runs in a thread pool, at most one hash per core, and results are cached.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,16 +12,17 @@ use smol::lock::{Mutex as AsyncMutex, Semaphore};
 use crate::policy::users::Users;
 use crate::proto::Credentials;
 
-/// How long a password that was verified is taken without hashing it again.
+/// Time that a verified password is accepted without another hash.
 const CACHE_TIME: Duration = Duration::from_secs(600);
-/// Logins with the same credentials wait for each other's result in one of this many lines.
+/// Logins with the same credentials wait in the same one of these queues, so that only the first one is hashed.
 const QUEUES: usize = 64;
 
-/// Remembers at most one digest a user, and nothing of names that are not users.
+/// Verifies passwords. The cache has at most one entry per user, and none for unknown names or wrong passwords.
 pub(super) struct PasswordVerifier {
+    /// One permit per core.
     hashing: Arc<Semaphore>,
     queues: [AsyncMutex<()>; QUEUES],
-    /// Keys the digests, so that what stays in memory is of no use elsewhere.
+    /// Random key of the cached digests, which are useless outside of this process. `None`: nothing is cached.
     mac_key: Option<[u8; 32]>,
     cache: Mutex<HashMap<Vec<u8>, (Digest, Instant)>>,
 }
@@ -48,12 +49,12 @@ impl fmt::Debug for PasswordVerifier {
 }
 
 impl PasswordVerifier {
-    /// One that remembers nobody, and waits for the same cores.
+    /// Returns a verifier with an empty cache and the same limit for concurrent hashes.
     pub(super) fn with_empty_cache(&self) -> Self {
         Self { hashing: self.hashing.clone(), ..Self::default() }
     }
 
-    /// Whether the credentials are those of a user. Of many logins with the same ones at once, one is hashed.
+    /// Returns whether `users` has these credentials. Concurrent logins with the same ones cost one hash.
     pub(super) async fn verify(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let Some(mac) = self.mac(&credentials) else {
             return self.verify_uncached(users, credentials).await;
@@ -81,7 +82,7 @@ impl PasswordVerifier {
     async fn verify_uncached(&self, users: &Arc<Users>, credentials: Credentials) -> bool {
         let (users, permit) = (users.clone(), self.hashing.acquire_arc().await);
         smol::unblock(move || {
-            // Held in here: a client that leaves does not stop the hash that it has caused.
+            // Held in the thread: a client that closes its connection does not stop the hash.
             let _permit = permit;
             users.verify(&credentials.uname, &credentials.passwd)
         })
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_login_is_hashed_once_and_a_wrong_password_is_never_remembered() {
+    fn verified_password_is_cached_and_a_wrong_one_is_not() {
         let line = crate::policy::users::new_entry("alice", b"secret").expect("a line");
         let users = Arc::new(Users::parse(&line).expect("users"));
         let passwords = PasswordVerifier::default();
@@ -125,10 +126,10 @@ mod tests {
             assert!(!passwords.verify(&users, alice("wrong")).await);
             assert!(passwords.verify(&users, alice("secret")).await);
             assert!(!passwords.verify(&users, alice("wrong")).await);
-            // The second time no hash is needed, which users without any show.
-            let nobody = Arc::new(Users::default());
-            assert!(passwords.verify(&nobody, alice("secret")).await);
-            assert!(!passwords.verify(&nobody, alice("wrong")).await);
+            // Without a hash to compare with, only the cache can accept a password.
+            let no_users = Arc::new(Users::default());
+            assert!(passwords.verify(&no_users, alice("secret")).await);
+            assert!(!passwords.verify(&no_users, alice("wrong")).await);
         });
     }
 }

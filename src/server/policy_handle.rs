@@ -1,4 +1,4 @@
-//! The policy that is in force: sessions ask it, a reload replaces it, and those that it would refuse are cut.
+//! The current policy, shared by all sessions. A reload replaces it, and each session rechecks itself once.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use super::{Server, is_local};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
 
-/// A policy, and the logins that were verified by it.
+/// One generation of the policy, with the password cache that belongs to its users.
 #[derive(Debug)]
 pub(super) struct PolicySnapshot {
     pub(super) policy: Policy,
@@ -20,15 +20,15 @@ pub(super) struct PolicySnapshot {
     pub(super) generation: u32,
 }
 
-/// The law of the day.
+/// Holder of the current policy.
 #[derive(Debug)]
 pub(super) struct PolicyHandle {
     current: RwLock<Arc<PolicySnapshot>>,
-    /// That of the current one.
+    /// Copy of the current generation, which sessions read without taking the lock.
     generation: AtomicU32,
-    /// How many sessions the current one has cut.
+    /// Sessions that the current generation has closed.
     pub(super) closed_sessions: AtomicUsize,
-    /// Whether sessions live on under the law that they began with.
+    /// Set to let sessions keep the policy that they started with.
     keep_sessions: bool,
 }
 
@@ -47,7 +47,6 @@ impl PolicyHandle {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Puts another policy in force.
     pub(super) fn replace(&self, policy: Policy) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let generation = current.generation.wrapping_add(1);
@@ -56,7 +55,7 @@ impl PolicyHandle {
         self.generation.store(generation, Ordering::Release);
     }
 
-    /// The law of the day, when it is another one and counts for those who live under the one of this number.
+    /// Returns the current policy if its generation differs. `None` if sessions keep their policy.
     pub(super) fn newer_than(&self, generation: u32) -> Option<Arc<PolicySnapshot>> {
         let is_newer = !self.keep_sessions && self.generation.load(Ordering::Acquire) != generation;
         is_newer.then(|| self.current())
@@ -64,27 +63,27 @@ impl PolicyHandle {
 }
 
 impl PolicySnapshot {
-    pub(super) fn evaluate(&self, question: &AccessRequest<'_>) -> Decision<'_> {
-        self.policy.evaluate(question, is_local)
+    pub(super) fn evaluate(&self, request: &AccessRequest<'_>) -> Decision<'_> {
+        self.policy.evaluate(request, is_local)
     }
 
-    /// The way on which all that is known is allowed; none when it is denied or not decided.
-    pub(super) fn allowed_route(&self, question: &AccessRequest<'_>) -> Option<Route> {
-        match self.evaluate(question) {
+    /// Returns the route if the request is allowed; `None` if it is denied or not decided yet.
+    pub(super) fn allowed_route(&self, request: &AccessRequest<'_>) -> Option<Route> {
+        match self.evaluate(request) {
             Decision::Allow(_, route) => Some(route),
             Decision::Deny(_) | Decision::Undecided(_) => None,
         }
     }
 
-    /// Why a session may not be what it is.
-    pub(super) fn check(&self, log: &SessionLog, question: &AccessRequest<'_>) -> Option<String> {
+    /// Checks the login and the request of a session. Returns the reason if one of them is refused.
+    pub(super) fn check(&self, log: &SessionLog, request: &AccessRequest<'_>) -> Option<String> {
         match log.identity() {
-            Some(login) if !self.policy.accepts_identity(&login) => {
+            Some(identity) if !self.policy.accepts_identity(&identity) => {
                 return Some("this login is no longer valid".into());
             }
             _ => {}
         }
-        match self.evaluate(question) {
+        match self.evaluate(request) {
             Decision::Deny(rule) => Some(denial_reason(rule)),
             Decision::Allow(..) | Decision::Undecided(_) => None,
         }
@@ -100,8 +99,8 @@ pub(super) fn denial(rule: &Rule) -> SessionError {
 }
 
 impl Server {
-    /// Why a session that goes to `peer`, if that is known, may no longer be what it is. Looks once for each law that is
-    /// newer than the one that was `seen` last.
+    /// Rechecks a session after a policy change, once per generation. Returns the reason if it is now denied.
+    /// `seen` is the last generation that the session was checked with; `peer` returns its target address if known.
     pub(super) fn recheck(
         &self,
         log: &SessionLog,
@@ -110,11 +109,11 @@ impl Server {
     ) -> Option<String> {
         let snapshot = self.policy.newer_than(seen.get())?;
         seen.set(snapshot.generation);
-        let mut question = log.access_request();
+        let mut request = log.access_request();
         if let Some(peer) = peer() {
-            question = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..question };
+            request = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..request };
         }
-        let denial = snapshot.check(log, &question);
+        let denial = snapshot.check(log, &request);
         if denial.is_some() {
             self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,8 +1,8 @@
-//! How fast a session may be: token buckets, and a stream that keeps to them.
+//! Bandwidth limits: token buckets, and a stream that takes its bytes from them.
 //!
-//! Each way of a stream reserves a slice, waits until that is paid for, and moves it in as many reads or writes as it
-//! takes; so there is a timer for each slice and not for each read, and whoever shares a bucket gets his turn. A bucket
-//! that is not used fills up, so that what is lost by waking late is not lost.
+//! Each direction of a stream reserves some bytes, waits until the bucket has earned them, and then moves them with as
+//! many reads or writes as needed. So there is one timer per reservation and not one per read, and streams with a shared
+//! bucket take turns. An unused bucket fills up, which makes up for timers that fire late.
 
 use std::io;
 use std::pin::Pin;
@@ -16,16 +16,16 @@ use crate::conn::Conn;
 use crate::reactor::IdleTimer;
 use crate::relay::Stream;
 
-/// What is reserved at once, in time, where there is no more.
+/// Size of a reservation from an empty bucket, as the time in which it is earned.
 const RESERVATION_TIME: Duration = Duration::from_millis(25);
-/// What an unused bucket holds, in time.
+/// Capacity of a bucket, as the time in which it fills up.
 const BURST_TIME: Duration = Duration::from_millis(250);
-/// What a bucket holds at least, in octets: a datagram must fit in.
+/// Lower limit of the capacity: room for one datagram.
 const MIN_BURST_BYTES: f64 = 65_536.0;
-/// The longest that is waited for at once.
+/// Upper limit of one wait.
 const MAX_WAIT_SECONDS: f64 = 3600.0;
 
-/// Octets that may move, as many a second.
+/// A token bucket. One token is one byte in either direction.
 #[derive(Debug)]
 pub(super) struct TokenBucket {
     rate: f64,
@@ -34,19 +34,19 @@ pub(super) struct TokenBucket {
 
 #[derive(Debug)]
 struct BucketState {
-    /// Below 0 when more has been reserved than there is.
+    /// Negative if more is reserved than earned.
     tokens: f64,
     updated: Instant,
 }
 
 impl TokenBucket {
-    /// `rate` is in octets a second, and not 0.
+    /// `rate` is in bytes per second, at least 1.
     pub(super) fn new(rate: u64, now: Instant) -> Self {
         let rate = rate as f64;
         Self { rate, state: Mutex::new(BucketState { tokens: rate * RESERVATION_TIME.as_secs_f64(), updated: now }) }
     }
 
-    /// With what has come in since.
+    /// Locks the state, with the tokens earned until `now`.
     fn state(&self, now: Instant) -> MutexGuard<'_, BucketState> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let max = (self.rate * BURST_TIME.as_secs_f64()).max(MIN_BURST_BYTES);
@@ -56,14 +56,14 @@ impl TokenBucket {
         state
     }
 
-    /// What is wanted, if it is there; or else what is, or a slice.
-    fn available(&self, requested: usize, now: Instant) -> f64 {
+    /// Returns the tokens to reserve: `requested` if the bucket has as many, else what it has or earns in [`RESERVATION_TIME`].
+    fn reservation_size(&self, requested: usize, now: Instant) -> f64 {
         let tokens = self.state(now).tokens;
         let requested = requested as f64;
         if tokens >= requested { requested } else { tokens.max(self.rate * RESERVATION_TIME.as_secs_f64()).max(1.0) }
     }
 
-    /// Takes so many octets, which need not be there yet: how long it is until they are.
+    /// Takes tokens, also unearned ones. Returns the time until all of them are earned.
     fn reserve(&self, bytes: usize, now: Instant) -> Duration {
         let mut state = self.state(now);
         state.tokens -= bytes as f64;
@@ -75,7 +75,7 @@ impl TokenBucket {
     }
 }
 
-/// The buckets of a session: its own, and that of its user.
+/// The buckets of a session: its own, and that of its user. All limits apply at once.
 #[derive(Clone, Debug)]
 pub(super) struct RateLimit {
     pub(super) session: Arc<TokenBucket>,
@@ -87,10 +87,10 @@ impl RateLimit {
         [Some(&self.session), self.user.as_ref()].into_iter().flatten().map(|bucket| &**bucket)
     }
 
-    /// How many octets may move, and how long it is until they may. Where there is enough, no more than is wanted, so
-    /// that others find some.
+    /// Reserves bytes. Returns their number, and the time to wait before moving them.
     fn reserve(&self, requested: usize, now: Instant) -> (usize, Duration) {
-        let bytes = self.buckets().map(|bucket| bucket.available(requested, now)).fold(f64::MAX, f64::min) as usize;
+        let bytes =
+            self.buckets().map(|bucket| bucket.reservation_size(requested, now)).fold(f64::MAX, f64::min) as usize;
         let wait = self.buckets().map(|bucket| bucket.reserve(bytes, now)).max();
         (bytes, wait.unwrap_or_default())
     }
@@ -100,7 +100,7 @@ impl RateLimit {
         self.buckets().for_each(|bucket| bucket.refund(bytes, now));
     }
 
-    /// Whether a datagram of that size may pass; it counts if so.
+    /// Takes the tokens for one datagram. Returns false if a bucket is empty, and the datagram has to be dropped.
     pub(super) fn try_take(&self, bytes: usize, now: Instant) -> bool {
         let has_tokens = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
         if has_tokens {
@@ -112,17 +112,17 @@ impl RateLimit {
     }
 }
 
-/// What one way of a stream has reserved.
+/// The reserved bytes of one direction of a stream.
 #[derive(Default)]
 struct Reservation {
     bytes: usize,
-    /// Until when it has to wait for them.
+    /// Time at which they are earned; `None` if they may move.
     due: Option<Instant>,
-    alarm: IdleTimer,
+    timer: IdleTimer,
 }
 
 impl Reservation {
-    /// Ready when so many octets may move.
+    /// Ready with the number of bytes that may move now.
     fn poll(&mut self, requested: usize, rate_limit: &RateLimit, cx: &mut Context<'_>) -> Poll<usize> {
         if self.bytes == 0 {
             let now = Instant::now();
@@ -134,13 +134,13 @@ impl Reservation {
             if Instant::now() >= due {
                 self.due = None;
             } else {
-                ready!(self.alarm.poll(cx, due));
+                ready!(self.timer.poll(cx, due));
             }
         }
         Poll::Ready(self.bytes)
     }
 
-    /// Pays for what has moved. Whoever can't move anything now gives back what others may have use for.
+    /// Deducts the bytes that have moved. If none can move now, refunds the reservation for the use of other streams.
     fn commit(&mut self, moved: Poll<io::Result<usize>>, rate_limit: &RateLimit) -> Poll<io::Result<usize>> {
         match moved {
             Poll::Ready(Ok(n)) => self.bytes = self.bytes.saturating_sub(n),
@@ -150,7 +150,7 @@ impl Reservation {
     }
 }
 
-/// A client's connection that is read from and written to at a pace.
+/// A client's connection with a bandwidth limit for reads and writes.
 pub(super) struct RateLimitedStream<'a> {
     conn: &'a mut Conn,
     rate_limit: &'a RateLimit,
@@ -218,7 +218,7 @@ mod tests {
         RateLimit { session: Arc::new(TokenBucket::new(rate, start)), user: None }
     }
 
-    /// What moves in `time` when each wait is as much too long as said.
+    /// Returns the bytes that move in `time` if each timer fires late by `late`.
     fn moved(rate: u64, late: Duration, time: Duration) -> usize {
         let start = Instant::now();
         let rate_limit = rate_limit(rate, start);
@@ -232,18 +232,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pace_is_kept_and_made_use_of_even_by_those_who_wake_late() {
+    fn rate_is_met_within_five_percent_although_timers_fire_late() {
         for rate in [10_000, 1_000_000, 1_000_000_000] {
             for late in [0, 1, 20, 100] {
                 let moved = moved(rate, Duration::from_millis(late), Duration::from_secs(10)) as f64;
                 let share = moved / (10.0 * rate as f64);
-                assert!((0.98..1.05).contains(&share), "{rate} a second, {late} ms late: {share}");
+                assert!((0.98..1.05).contains(&share), "{rate} bytes per second, {late} ms late: {share}");
             }
         }
     }
 
     #[test]
-    fn those_who_share_a_bucket_take_turns() {
+    fn reservations_from_a_shared_bucket_take_turns() {
         let start = Instant::now();
         let rate_limit = rate_limit(1_000_000, start);
         let mut waits = [(); 4].map(|()| rate_limit.reserve(65_536, start).1.as_millis());
@@ -252,20 +252,20 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_bucket_holds_a_quarter_of_a_second_and_what_is_given_back_is_there_again() {
+    fn idle_bucket_holds_a_quarter_of_a_second_and_accepts_refunds() {
         let start = Instant::now();
         let later = start + Duration::from_secs(60);
         let bucket = TokenBucket::new(4_000_000, start);
-        assert_eq!(bucket.available(2_000_000, later), 1_000_000.0);
-        assert_eq!(bucket.available(1000, later), 1000.0);
+        assert_eq!(bucket.reservation_size(2_000_000, later), 1_000_000.0);
+        assert_eq!(bucket.reservation_size(1000, later), 1000.0);
         assert_eq!(bucket.reserve(1_100_000, later), Duration::from_millis(25));
         bucket.refund(1_100_000, later);
-        assert_eq!(bucket.available(2_000_000, later), 1_000_000.0);
-        assert_eq!(bucket.available(1000, later), 1000.0);
+        assert_eq!(bucket.reservation_size(2_000_000, later), 1_000_000.0);
+        assert_eq!(bucket.reservation_size(1000, later), 1000.0);
     }
 
     #[test]
-    fn datagrams_pass_as_long_as_there_is_something_left() {
+    fn datagrams_pass_while_the_bucket_has_a_token() {
         let start = Instant::now();
         let rate_limit = rate_limit(1_000_000, start);
         assert!(rate_limit.try_take(60_000, start));

@@ -1,4 +1,4 @@
-//! What one session was: one log line at its end, however it ends. And so what the rules are asked about it.
+//! The facts about one session: for its log line, written when it ends, and for the access requests to the policy.
 
 use std::cell::{Cell, OnceCell};
 use std::fmt;
@@ -12,34 +12,34 @@ use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
 use crate::relay::ByteCounts;
 
-/// What the line of a failed login says; filters look for it.
+/// Error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
 
-/// Filled in as the session goes on; logs itself when it is dropped. Small, since every tunnel has one.
+/// Filled in during the session; writes the log line on drop. Kept small, because every tunnel has one.
 #[derive(Debug)]
 pub(super) struct SessionLog {
     started: Instant,
     client: Option<AddrPort>,
     pub(super) user: Option<Box<[u8]>>,
+    /// Set after a successful login.
     pub(super) method: Option<Method>,
     pub(super) level: ProtectionLevel,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
     bnd: Option<AddrPort>,
-    /// The hop that it goes through.
     pub(super) via: Option<Arc<Hop>>,
     pub(super) rep: Option<Rep>,
-    /// The number of the policy that has let it be.
+    /// Generation of the policy that the session was last checked with.
     pub(super) policy_generation: Cell<u32>,
     pub(super) bytes: ByteCounts,
     pub(super) error: OnceCell<Box<str>>,
 }
 
-/// A [`SocketAddr`] without what only the system needs.
+/// A [`SocketAddr`] without flow information and scope, which take up 8 bytes.
 type AddrPort = (IpAddr, u16);
 
 impl SessionLog {
-    /// A session of `client`, which has no address on a Unix socket.
+    /// `client` is `None` on a Unix socket.
     pub(super) fn new(client: Option<SocketAddr>) -> Self {
         Self {
             started: Instant::now(),
@@ -58,7 +58,7 @@ impl SessionLog {
         }
     }
 
-    /// Says why it ended, unless that is known already.
+    /// Sets the reason for the end of the session. The first one is kept.
     pub(super) fn set_error(&self, error: impl ToString) {
         let _ = self.error.set(error.to_string().into());
     }
@@ -67,22 +67,23 @@ impl SessionLog {
         self.client.map(SocketAddr::from)
     }
 
-    /// Keeps the first BND, that of this server's socket.
+    /// Sets BND. The first one is kept, which for BIND is the listening socket.
     pub(super) fn set_bnd(&mut self, bnd: SocketAddr) {
         self.bnd.get_or_insert((bnd.ip(), bnd.port()));
     }
 
-    /// How the client got in, once it has.
+    /// Returns the identity of a client that has logged in.
     pub(super) fn identity(&self) -> Option<Identity<'_>> {
         self.method.map(|method| Identity { method, user: self.user.as_deref(), level: self.level })
     }
 
-    /// What is known of the session, but for where it goes.
+    /// Returns the access request of the session without a target.
     pub(super) fn client_request(&self) -> AccessRequest<'_> {
         AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
     }
 
-    /// What is known of the session. Of BIND, zeros are anybody and any port; DST of UDP ASSOCIATE is no target.
+    /// Returns the access request of the session. For BIND, a zero address or port in DST matches any peer. DST of UDP
+    /// ASSOCIATE is not a target.
     pub(super) fn access_request(&self) -> AccessRequest<'_> {
         let request = self.client_request();
         match (&self.dst, self.command) {
@@ -98,13 +99,13 @@ impl SessionLog {
     }
 }
 
-/// A question about a client of which only the address is known. On a Unix socket it is on this machine.
+/// Returns the access request at accept, when only the client's address is known. On a Unix socket that is 127.0.0.1.
 pub(super) fn request_from(client: Option<SocketAddr>) -> AccessRequest<'static> {
     let from = client.map_or(Ipv4Addr::LOCALHOST.into(), |client| client.ip().to_canonical());
     AccessRequest { client_ip: Some(from), ..AccessRequest::default() }
 }
 
-/// A question about going to `dst`.
+/// Adds the target `dst` to an access request.
 pub(super) fn with_target<'a>(request: AccessRequest<'a>, dst: &'a Addr) -> AccessRequest<'a> {
     let (name, ip) = match &dst.host {
         Host::Ip(ip) => (None, Some(*ip)),
@@ -125,7 +126,7 @@ impl Drop for SessionLog {
     }
 }
 
-/// `key=value`, `-` for what never came about. What a client can choose freely is quoted and escaped.
+/// `key=value` pairs; `-` means "not reached". Values that a client or a hop can choose are quoted and escaped.
 impl fmt::Display for SessionLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.client() {

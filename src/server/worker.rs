@@ -1,9 +1,8 @@
-//! One thread of the server: a reactor and an executor of its own, on which it accepts connections and runs their
-//! sessions to the end.
+//! One thread of the server. It has its own event loop and executor, accepts connections and runs their sessions.
 //!
-//! A session stays where it was accepted, since handing it on costs more than most sessions do: the kernel wakes a
-//! worker that is idle. Two things are handed on: a connection that comes to a worker that has far more than another
-//! one, and a tunnel that proves to be bulk, to the worker with the fewest of those.
+//! All workers listen, and the kernel wakes an idle one. A session stays on the worker that accepted it, because a move
+//! costs more than most sessions. Two exceptions: a worker with far more sockets than another one passes new
+//! connections on, and a tunnel with bulk data moves to the worker with the fewest such tunnels.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -27,58 +26,58 @@ use super::policy_handle::denial_reason;
 use super::rate_limit::RateLimit;
 use super::session_log::{SessionLog, request_from};
 use super::tunnel::{DetachedTunnel, Tunnel};
-use super::{ACCEPT_RETRY_DELAY, Server, session};
+use super::{ACCEPT_RETRY_DELAY, Server, WORKER_PANIC, session};
 use crate::conn::DetachedConn;
 use crate::policy::rules::Decision;
 use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{RelayOptions, RelayOutcome};
 
-/// How many connections are accepted before those that are open get their turn.
+/// Accept attempts in a row before the open sessions get their turn.
 const ACCEPTS_PER_TURN: usize = 32;
-/// How many more sockets than twice those of another worker one has, before it hands a new connection to that.
+/// A worker passes new connections on if it has this many sockets more than twice those of another worker.
 const SOCKET_SURPLUS: usize = 64;
 
-/// What all workers share.
+/// State that all workers share. Each of them, each accept loop and each session holds a reference.
 pub(super) struct WorkerPool {
     server: Server,
-    /// How many sessions there may be.
+    /// Maximum of concurrent sessions.
     limit: usize,
+    /// One for each further session.
     permits: Semaphore,
     log: RateLimitedLog,
     peers: Vec<PeerWorker>,
-    /// Closed when there is neither anybody who accepts nor a session.
+    /// Closes when the last accept loop and the last session have ended.
     _alive: Sender<Infallible>,
 }
 
-/// A worker as the others see it.
+/// The part of a worker that the other workers use.
 struct PeerWorker {
-    /// Holds sessions, of which there are at most `limit`, and at most one new law.
+    /// Unbounded, but holds at most `limit` sessions and one policy change.
     inbox: Sender<WorkerMessage>,
-    /// How many sockets it has.
     socket_count: Arc<AtomicUsize>,
-    /// How many of its tunnels have proved to be bulk.
+    /// Tunnels with bulk data.
     bulk_count: AtomicUsize,
 }
 
-/// What one worker hands to another one.
+/// A message to another worker.
 enum WorkerMessage {
     Accepted(DetachedConn, Option<SocketAddr>, SessionPermit),
     Bulk(DetachedTunnel, SessionPermit, BulkGuard),
-    /// There is a new law. Dropped when all sessions that could be asked have been.
+    /// The sender is dropped once the waiting sessions of this worker have rechecked themselves.
     PolicyChanged {
         _done: Sender<Infallible>,
     },
 }
 
 impl WorkerPool {
-    /// The worker to which a new connection goes rather than to this one.
+    /// Returns the worker that should take a new connection instead of `this` one.
     fn less_loaded(&self, this: u16) -> Option<&PeerWorker> {
         let sockets = |peer: &PeerWorker| peer.socket_count.load(Ordering::Relaxed);
         let least = self.peers.iter().min_by_key(|peer| sockets(peer))?;
         (sockets(self.peers.get(usize::from(this))?) > 2 * sockets(least) + SOCKET_SURPLUS).then_some(least)
     }
 
-    /// The worker that should have a bulk tunnel of this one: this one itself, or one with fewer of them.
+    /// Returns the worker with the fewest bulk tunnels, `this` one if several have as few.
     fn fewest_bulk(&self, this: u16) -> u16 {
         let bulk = |peer: &PeerWorker| peer.bulk_count.load(Ordering::Relaxed);
         let least = (0..).zip(&self.peers).min_by_key(|(index, peer)| (bulk(peer), *index != this));
@@ -86,7 +85,7 @@ impl WorkerPool {
     }
 }
 
-/// A log line that comes once a second at the most.
+/// Logs at most one warning per second and drops the others.
 #[derive(Default)]
 struct RateLimitedLog(Mutex<Option<Instant>>);
 
@@ -100,8 +99,7 @@ impl RateLimitedLog {
     }
 }
 
-/// A session's slot, its share of what the server is, and what it takes up of its client's share; for as long as it
-/// lives.
+/// Counts a session against all limits while it runs, and gives it access to the server.
 struct SessionPermit {
     pool: Arc<WorkerPool>,
     quota: Option<Box<SessionQuota>>,
@@ -123,8 +121,7 @@ impl Drop for SessionPermit {
     }
 }
 
-/// All workers, as whoever has started them sees them.
-/// They end without them.
+/// Weak handle to the workers; does not keep them alive.
 pub(super) struct WorkerPoolHandle(std::sync::Weak<WorkerPool>);
 
 impl WorkerPoolHandle {
@@ -138,12 +135,12 @@ impl WorkerPool {
         &self.server
     }
 
-    /// Has all sessions look at the law. Returns when they have, but for those that are in the middle of something that
-    /// is neither a tunnel nor an association; they do it afterwards.
+    /// Wakes all sessions, so that they recheck themselves against the new policy. Returns when all tunnels and UDP
+    /// associations have done so. A session in the middle of another step does it after that step.
     pub(super) async fn recheck_all(&self) {
         let (done, all_done) = channel::bounded(1);
         for peer in &self.peers {
-            // Fails when that worker has ended, and so everything does.
+            // Fails only if that worker has ended, and then the server ends.
             let _ = peer.inbox.try_send(WorkerMessage::PolicyChanged { _done: done.clone() });
         }
         drop(done);
@@ -151,7 +148,7 @@ impl WorkerPool {
     }
 }
 
-/// A bulk tunnel, as one of those of its worker, for as long as it lives; also on the way there.
+/// Counts a bulk tunnel against its worker, from the decision to move it until it ends.
 struct BulkGuard(Arc<WorkerPool>, u16);
 
 impl BulkGuard {
@@ -171,7 +168,7 @@ impl Drop for BulkGuard {
     }
 }
 
-/// Accepts until `stop_accepting` is closed, and runs sessions until `stop_sessions` is.
+/// A worker before its thread starts.
 pub(super) struct Worker {
     index: u16,
     pool: Arc<WorkerPool>,
@@ -181,15 +178,18 @@ pub(super) struct Worker {
     stop_sessions: Receiver<Infallible>,
 }
 
-/// What ends workers, and tells that they have ended.
+/// The signals between the server and its workers. Nothing is sent: each of them is the close of a channel.
 pub(super) struct Shutdown {
+    /// Closes when workers have to stop accepting.
     pub(super) stop_accepting: Receiver<Infallible>,
+    /// Closes when workers have to end the remaining sessions.
     pub(super) stop_sessions: Receiver<Infallible>,
+    /// Closes, by drop, when no worker accepts or has a session.
     pub(super) alive: Sender<Infallible>,
 }
 
 impl Worker {
-    /// `count` workers that together run at most `limit` sessions at once.
+    /// Creates `count` workers that together run at most `limit` sessions at a time.
     pub(super) fn create_pool(
         count: u16,
         server: Server,
@@ -197,14 +197,14 @@ impl Worker {
         limit: usize,
         shutdown: Shutdown,
     ) -> (WorkerPoolHandle, Vec<Self>) {
-        let (outs, ins): (Vec<_>, Vec<_>) = (0..count).map(|_| channel::unbounded()).unzip();
+        let (senders, receivers): (Vec<_>, Vec<_>) = (0..count).map(|_| channel::unbounded()).unzip();
         let peer = |inbox| PeerWorker { inbox, socket_count: Arc::default(), bulk_count: AtomicUsize::new(0) };
         let pool = Arc::new(WorkerPool {
             server,
             limit,
             permits: Semaphore::new(limit),
             log: RateLimitedLog::default(),
-            peers: outs.into_iter().map(peer).collect(),
+            peers: senders.into_iter().map(peer).collect(),
             _alive: shutdown.alive,
         });
         let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
@@ -216,18 +216,18 @@ impl Worker {
             stop_accepting: shutdown.stop_accepting.clone(),
             stop_sessions: shutdown.stop_sessions.clone(),
         };
-        let workers = (0..).zip(ins).map(new_worker).collect();
+        let workers = (0..).zip(receivers).map(new_worker).collect();
         (WorkerPoolHandle(Arc::downgrade(&pool)), workers)
     }
 
-    /// Blocks, until the end. Says `Ok` when it accepts.
+    /// Runs until `stop_sessions` closes. Blocks. Reports `Ok` once it accepts connections.
     ///
     /// # Errors
-    /// Those of the reactor.
+    /// Those of the event loop.
     pub(super) fn run(self, report: &Sender<io::Result<()>>) -> io::Result<()> {
         let Self { index, pool, inbox, listeners, stop_accepting, stop_sessions } = self;
         reactor::run(async {
-            // What is left at the end is dropped with it, and so cut.
+            // Dropping it closes the sessions that are left at the end.
             let executor = Rc::new(LocalExecutor::new());
             let worker = Rc::new(WorkerHandle { index, executor: Rc::downgrade(&executor) });
             if let Some(this) = pool.peers.get(usize::from(index)) {
@@ -243,14 +243,13 @@ impl Worker {
                 accept_loops?.into_iter().map(|accept_loop| spawn_critical(accept_loop.boxed_local())).collect();
             spawn_critical(worker.receive_messages(inbox.clone()).boxed_local()).detach();
             drop(pool);
-            // Whoever started this waits for it.
             let _ = report.try_send(Ok(()));
             let end = async {
                 let _ = stop_accepting.recv().await;
                 drop(accepting);
                 let _ = stop_sessions.recv().await;
             };
-            // A session that panics ends, and nothing else: the executor catches it, and the panic has been said.
+            // A panic ends only its own session: the executor catches it, and the panic hook has logged it.
             executor.run(end).await;
             inbox.close();
             while inbox.try_recv().is_ok() {}
@@ -259,32 +258,31 @@ impl Worker {
     }
 }
 
-/// Runs what a worker is no good without; should it panic, that is said.
+/// Runs a task that a worker cannot go on without, and reports its panic, which ends the server.
 async fn report_panic(task: LocalBoxed<()>, report: Sender<io::Result<()>>) {
     if AssertUnwindSafe(task).catch_unwind().await.is_err() {
-        let _ = report.try_send(Err(io::Error::other("one of them panicked; please report it")));
+        let _ = report.try_send(Err(io::Error::other(WORKER_PANIC)));
     }
 }
 
 type LocalBoxed<T> = Pin<Box<dyn Future<Output = T>>>;
 
-/// A worker as its own sessions see it.
+/// Handle to the worker of this thread.
 struct WorkerHandle {
-    /// Small, since every tunnel knows it.
+    /// 16 bits, because every tunnel stores it.
     index: u16,
-    /// Not held, or it would hold itself by way of its tasks.
+    /// Weak, because the executor owns the tasks that hold this handle.
     executor: Weak<LocalExecutor<'static>>,
 }
 
 impl WorkerHandle {
     fn spawn(&self, session: impl Future<Output = ()> + 'static) {
-        // Without an executor everything ends.
+        // The executor is gone only when the worker ends.
         if let Some(executor) = self.executor.upgrade() {
             executor.spawn(session).detach();
         }
     }
 
-    /// Runs the sessions that other workers hand on.
     async fn receive_messages(self: Rc<Self>, inbox: Receiver<WorkerMessage>) {
         while let Ok(message) = inbox.recv().await {
             match message {
@@ -296,19 +294,18 @@ impl WorkerHandle {
                 }
                 WorkerMessage::PolicyChanged { _done } => {
                     reactor::wake_all();
-                    // Tasks run in the order in which they are woken.
+                    // Tasks run in the order of their wake-ups, so this one goes on after all of them.
                     smol::future::yield_now().await;
                 }
             }
         }
     }
 
-    /// Begins a session: its handshake, and then its tunnel, as a task of its own and so without what the handshake
-    /// held.
+    /// Spawns a session: a task for its handshake, and after that one for its tunnel, without the handshake's memory.
     fn start_session(self: &Rc<Self>, conn: DetachedConn, client: Option<SocketAddr>, mut permit: SessionPermit) {
         let conn = match conn.attach() {
             Ok(conn) => conn,
-            Err(error) => return permit.pool.log.warn(|| format!("a connection could not be served: {error}")),
+            Err(error) => return permit.pool.log.warn(|| format!("register a new connection: {error}")),
         };
         let worker = self.clone();
         self.spawn(async move {
@@ -318,20 +315,20 @@ impl WorkerHandle {
             if permit.rate_limit().is_some() {
                 return worker.spawn(Box::pin(relay_rate_limited(tunnel, permit)));
             }
-            // Neither of the captured is moved in there: the future would have room for it twice.
+            // Neither captured value is moved inside: the future would reserve room for it twice.
             worker.spawn(async move {
                 let server = permit.server();
                 match tunnel.relay(server, &server.relay_options).await {
                     Ok(RelayOutcome::Finished) => {}
                     Ok(RelayOutcome::Bulk) => Box::pin(place_bulk(tunnel, permit, index)).await,
-                    Err(broken) => Box::pin(tunnel.close_after_error(broken)).await,
+                    Err(error) => Box::pin(tunnel.close_after_error(error)).await,
                 }
             });
         });
     }
 }
 
-/// Goes on with a bulk tunnel of the worker of that number where there are fewest of them.
+/// Relays a bulk tunnel of worker `index` on the worker with the fewest bulk tunnels.
 async fn place_bulk(tunnel: Tunnel, permit: SessionPermit, index: u16) {
     let destination = permit.pool.fewest_bulk(index);
     let guard = BulkGuard::new(permit.pool.clone(), destination);
@@ -340,8 +337,8 @@ async fn place_bulk(tunnel: Tunnel, permit: SessionPermit, index: u16) {
     }
     let pool = permit.pool.clone();
     match (tunnel.detach(), pool.peers.get(usize::from(destination))) {
-        // Fails when that worker has ended, and so everything does.
-        (Ok(loose), Some(peer)) => drop(peer.inbox.try_send(WorkerMessage::Bulk(loose, permit, guard))),
+        // Fails only if that worker has ended, and then the server ends.
+        (Ok(detached), Some(peer)) => drop(peer.inbox.try_send(WorkerMessage::Bulk(detached, permit, guard))),
         (Ok(_), None) => {}
         (Err(tunnel), _) => {
             drop(guard);
@@ -350,20 +347,18 @@ async fn place_bulk(tunnel: Tunnel, permit: SessionPermit, index: u16) {
     }
 }
 
-/// Relays a bulk tunnel to its end.
 async fn relay_bulk(mut tunnel: Tunnel, permit: SessionPermit, _guard: BulkGuard) {
-    let limits = RelayOptions { stop_when_bulk: false, ..permit.server().relay_options };
-    if let Err(broken) = tunnel.relay(permit.server(), &limits).await {
-        tunnel.close_after_error(broken).await;
+    let options = RelayOptions { stop_when_bulk: false, ..permit.server().relay_options };
+    if let Err(error) = tunnel.relay(permit.server(), &options).await {
+        tunnel.close_after_error(error).await;
     }
 }
 
-/// Relays a tunnel that has a pace to its end.
 async fn relay_rate_limited(mut tunnel: Tunnel, permit: SessionPermit) {
     if let Some(rate_limit) = permit.rate_limit()
-        && let Err(broken) = tunnel.relay_rate_limited(rate_limit, permit.server()).await
+        && let Err(error) = tunnel.relay_rate_limited(rate_limit, permit.server()).await
     {
-        tunnel.close_after_error(broken).await;
+        tunnel.close_after_error(error).await;
     }
 }
 
@@ -378,7 +373,7 @@ impl AcceptLoop {
     async fn run(self) {
         let mut attempts = 0_usize;
         loop {
-            // A slot is taken only when somebody is there, or one idle listener would keep it from the others.
+            // A permit is acquired only for a waiting connection: an idle listener would keep it from the others.
             if let Err(error) = self.listener.ready(Interest::Read).await {
                 self.back_off(&error).await;
                 continue;
@@ -389,13 +384,13 @@ impl AcceptLoop {
                     if let Some(quota) = self.admit(client) {
                         permit.quota = quota;
                         match self.pool.less_loaded(self.worker.index) {
-                            // Fails when that worker has ended, and so everything does.
+                            // Fails only if that worker has ended, and then the server ends.
                             Some(peer) => drop(peer.inbox.try_send(WorkerMessage::Accepted(conn, client, permit))),
                             None => self.worker.start_session(conn, client, permit),
                         }
                     }
                 }
-                // Somebody else was faster, or the client has left again.
+                // Another worker has accepted it, or the client has closed it.
                 Err(error) if is_transient(&error) => {}
                 Err(error) => self.back_off(&error).await,
             }
@@ -406,15 +401,16 @@ impl AcceptLoop {
         }
     }
 
-    /// What the session of a client takes up, unless it is closed at once.
+    /// Returns the quota of a new session, or `None` if its connection has to be closed.
     fn admit(&self, client: Option<SocketAddr>) -> Option<Option<Box<SessionQuota>>> {
         let server = &self.pool.server;
         let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
         match server.limiter.admit_client(client) {
-            Err(AdmitError::Blocked) => log::debug!("client {} is shut out: closed", address()),
+            Err(AdmitError::Blocked) => log::debug!("client {}: blocked, connection closed", address()),
             Err(AdmitError::TooManySessions(limit)) => {
-                let text = || format!("client {} has {limit} connections, which is its limit: closed", address());
-                self.pool.log.warn(text);
+                self.pool
+                    .log
+                    .warn(|| format!("client {}: limit of {limit} connections reached, connection closed", address()));
             }
             Ok(quota) => match server.policy.current().evaluate(&request_from(client)) {
                 Decision::Deny(rule) => SessionLog::new(client).set_error(denial_reason(rule)),
@@ -430,7 +426,9 @@ impl AcceptLoop {
             Some(permit) => permit,
             None => {
                 let limit = self.pool.limit;
-                self.pool.log.warn(|| format!("{limit} connections are open, which is the limit: waiting"));
+                self.pool
+                    .log
+                    .warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
                 permits.acquire().await
             }
         };
@@ -439,11 +437,12 @@ impl AcceptLoop {
     }
 
     async fn back_off(&self, error: &io::Error) {
-        self.pool.log.warn(|| format!("{}: {error}: waiting", self.listener.get_ref()));
+        self.pool.log.warn(|| format!("accept on {}: {error} (will be retried)", self.listener.get_ref()));
         sleep(ACCEPT_RETRY_DELAY).await;
     }
 }
 
+/// Returns true if the next accept(2) may succeed at once.
 fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
     let is_protocol = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());

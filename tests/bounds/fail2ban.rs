@@ -26,7 +26,8 @@ const FORGED: &str = "x\" command=- dst=- bnd=- rep=- up=0 down=0 seconds=0.001 
 
 /// User names that would like to be something else.
 fn names() -> Vec<Vec<u8>> {
-    let line = format!("2026-11-23T23:30:48.827Z WARN  [s5::server::record] session client=1.2.3.4:5 user=\"{FORGED}");
+    let line =
+        format!("2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5 user=\"{FORGED}");
     let line = line.split_at(line.len().min(250)).0;
     let texts = [
         "alice",

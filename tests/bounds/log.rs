@@ -13,7 +13,7 @@ use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, greet, session_lines, stream_
 /// What somebody could do harm with in a log: end a line or a value, command a terminal, or turn around what follows.
 const TRICKS: [&[u8]; 26] = [
     b"\n",
-    b"\r\n2026-11-23T23:30:48.827Z WARN  [s5::server::record] session client=1.2.3.4:5",
+    b"\r\n2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5",
     b"\" error=\"login refused",
     b"\\",
     b"\\\"",

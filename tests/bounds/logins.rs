@@ -86,7 +86,7 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
         assert!(!server.log().contains("too many"), "shut before attempt {n}");
         guess.write_all(&login_message(b"alice", &[b'x', n])).expect("it is sent");
     }
-    let said = "too many failed logins: connections of 127.6.0.1 are closed for 600 s";
+    let said = "too many failed logins from 127.6.0.1: closing its connections for 600 s";
     server.wait_log(|log| log.contains(said));
     let hashes = server.cpu_seconds() - cpu;
     let cpu = server.cpu_seconds();
@@ -116,7 +116,7 @@ fn a_door_is_shut_behind_the_last_delayed_failure() {
     let refusals = usize::from(UNDER_WAY) + FREE + DELAYED;
     let log = server.wait_log(|log| log.matches("login refused").count() >= refusals);
     assert_eq!(log.matches(said).count(), 1, "{log}");
-    assert_eq!(log.matches("is shut out: closed").count(), 3, "{log}");
+    assert_eq!(log.matches(": blocked, connection closed").count(), 3, "{log}");
 }
 
 /// The time between a wrong password and the answer to it.

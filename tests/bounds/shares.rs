@@ -41,8 +41,8 @@ fn one_connection_too_many_is_closed_and_other_addresses_have_their_own() {
         assert!(is_let_in(&mut other), "another address");
         assert!(first.iter_mut().all(is_let_in), "those who came first are not disturbed");
         assert_shut(connect_from_ip(&server, [127, 0, 0, 1]));
-        let log = server.wait_log(|log| log.contains("which is its limit"));
-        assert!(log.contains("client 127.0.0.1 has 3 connections, which is its limit: closed"), "{log}");
+        let log = server.wait_log(|log| log.contains("connections reached, connection closed"));
+        assert!(log.contains("client 127.0.0.1: limit of 3 connections reached, connection closed"), "{log}");
     }
 }
 
@@ -54,8 +54,8 @@ fn the_log_names_those_who_are_too_many_at_most_once_a_second() {
     while started.elapsed() < Duration::from_millis(1100) {
         (0..20).for_each(|_| assert_shut(server.connect()));
     }
-    let lines = server.wait_log(|log| log.matches("which is its limit").count() >= 2);
-    let lines = u64::try_from(lines.matches("which is its limit").count()).expect("a number");
+    let lines = server.wait_log(|log| log.matches("connections reached, connection closed").count() >= 2);
+    let lines = u64::try_from(lines.matches("connections reached, connection closed").count()).expect("a number");
     assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} lines in {:?}", started.elapsed());
 }
 
@@ -193,7 +193,7 @@ fn addresses_of_one_ipv6_network_are_one_client() {
     for elsewhere in [three, four] {
         assert!(is_let_in(&mut come(elsewhere)), "{elsewhere}");
     }
-    server.wait_log(|log| log.contains("has 2 connections, which is its limit"));
+    server.wait_log(|log| log.contains("limit of 2 connections reached, connection closed"));
 }
 
 #[test]

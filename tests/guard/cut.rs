@@ -182,7 +182,7 @@ fn cut_all_of_alice(args: &[&str], change: &Change, keeps: bool) {
         Change::DenyAlice => rig.reload_rules("deny user=alice\n"),
     };
     let count = if keeps { 0 } else { alices.len() };
-    assert!(line.ends_with(&format!("are in force; sessions cut: {count}")), "{args:?}: {line}");
+    assert!(line.ends_with(&format!("rules loaded; sessions closed: {count}")), "{args:?}: {line}");
     if keeps {
         alices.into_iter().for_each(assert_alive);
     } else {
@@ -198,7 +198,7 @@ fn cut_all_of_alice(args: &[&str], change: &Change, keeps: bool) {
     let alice = try_enter(rig.server.addr(), elsewhere(), ALICE);
     assert_eq!(alice.is_some(), matches!(change, Change::DenyAlice));
     // And once more nobody is left to be cut.
-    assert!(rig.reload().ends_with("sessions cut: 0"));
+    assert!(rig.reload().ends_with("sessions closed: 0"));
 }
 
 #[test]
@@ -245,9 +245,9 @@ fn a_tunnel_is_judged_by_the_address_that_it_really_has() {
     let kept = ["127.0.0.1", "one.test", "[::ffff:127.0.0.1]"].map(|dst| open(0, dst));
     let (mut expecting, rep, _) = open_as(&rig.server, ALICE, BIND, "127.0.0.3:0");
     assert_eq!(rep, 0);
-    assert!(rig.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions cut: 0"));
+    assert!(rig.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions closed: 0"));
     let line = rig.reload_rules("deny to=127.0.0.3\n");
-    assert!(line.ends_with("sessions cut: 5"), "{line}");
+    assert!(line.ends_with("sessions closed: 5"), "{line}");
     for (mut client, mut far) in cut {
         assert!(is_reset(&mut client) && is_reset(&mut far));
     }
@@ -267,7 +267,7 @@ fn whoever_comes_to_a_bind_that_waits_is_judged_by_the_new_rules() {
     let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
     // Somebody else may still come, so it goes on waiting.
-    assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions cut: 0"));
+    assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     assert_no_data(&client, Duration::from_millis(20));
     assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "a peer that is denied now");
     let peer = connect_from(addr("127.0.0.2:0"), bnd);
@@ -280,7 +280,7 @@ fn whoever_comes_to_a_bind_that_waits_at_a_hop_is_judged_by_the_new_rules() {
     let rig = Rig::start(alice_and_bob(), "# none\n", &["--via", &hop.addr().to_string()]);
     let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
-    assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions cut: 0"));
+    assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     let _peer = connect_from(addr("127.0.0.3:0"), bnd);
     assert_eq!(read_reply(&mut client).0, 2, "the hop does not know our rules");
 }
@@ -295,10 +295,10 @@ fn a_client_is_cut_by_where_he_comes_from() {
         stream
     });
     let line = rig.reload_rules("deny from=127.0.0.2\n");
-    assert!(line.ends_with("sessions cut: 1"), "{line}");
+    assert!(line.ends_with("sessions closed: 1"), "{line}");
     assert!(is_reset(&mut tunnels[0]));
     ping(&mut tunnels[1], b"still here");
     // A list of those who may come leaves out the other one.
-    assert!(rig.reload_rules("allow from=127.0.0.2\n").ends_with("sessions cut: 1"));
+    assert!(rig.reload_rules("allow from=127.0.0.2\n").ends_with("sessions closed: 1"));
     assert!(is_reset(&mut tunnels[1]));
 }

@@ -81,7 +81,7 @@ fn at_each_moment_before_the_reply_the_new_files_hold() {
                 let mut stream = begin(&rig.server);
                 assert!(walk(&mut stream, &steps[..moment]));
                 let line = change(&rig, what, dst);
-                assert!(line.contains("are in force"), "{line}");
+                assert!(line.contains("rules loaded"), "{line}");
                 let arrives = walk(&mut stream, &steps[moment..]);
                 assert_eq!(arrives, what == "nothing", "{what} before step {moment}:\n{}", rig.server.log());
                 if arrives {
@@ -124,7 +124,7 @@ fn while_a_target_is_dialled_the_new_files_hold() {
         let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
         stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("the request is sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(change(&rig, what, dst).contains("are in force"));
+        assert!(change(&rig, what, dst).contains("rules loaded"));
         (what, rig, slow, stream)
     });
     // All of them at once, since each takes a second.
@@ -151,7 +151,7 @@ fn while_bind_waits_the_new_files_hold() {
         assert_eq!(rep, 0);
         let line = change(&rig, what, dst);
         let count = usize::from(what != "nothing");
-        assert!(line.ends_with(&format!("sessions cut: {count}")), "{what}: {line}");
+        assert!(line.ends_with(&format!("sessions closed: {count}")), "{what}: {line}");
         if what == "nothing" {
             let peer = connect_from(dst, bnd);
             assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("an address")));
@@ -187,7 +187,7 @@ fn while_a_name_is_looked_up_the_new_files_hold_for_connect() {
         let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
         stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(change(&rig, what, dst).contains("are in force"));
+        assert!(change(&rig, what, dst).contains("rules loaded"));
         (what, rig, target, stream)
     });
     drop(go);
@@ -217,7 +217,7 @@ fn while_a_name_is_looked_up_the_new_rules_hold_for_datagrams() {
     let other = socket(V4);
     association.send(other.local_addr().expect("an address"), b"behind them");
     receive(&other);
-    assert!(rig.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions cut: 0"));
+    assert!(rig.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
     drop(go);
     assert_eq!(receive(&good).0, b"hello");
     got_nothing(&bad);

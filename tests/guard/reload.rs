@@ -43,7 +43,7 @@ fn users_and_rules_are_read_again() {
     std::fs::write(&rig.users, &eve).expect("the file can be written");
     let line = rig.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
     assert!(
-        line.contains("INFO") && line.ends_with("reload: 1 users and 2 rules are in force; sessions cut: 0"),
+        line.contains("INFO") && line.ends_with("reload: 1 users and 2 rules loaded; sessions closed: 0"),
         "{line}"
     );
     assert_eq!(reps(), [None, None, Some(0), Some(2)]);
@@ -51,7 +51,7 @@ fn users_and_rules_are_read_again() {
     let rig = Rig::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
     for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
         let line = rig.reload_rules(&rules);
-        assert!(line.contains(&format!(" {} rules are in force", rules.lines().count() + 1)), "{line}");
+        assert!(line.contains(&format!(" {} rules loaded", rules.lines().count() + 1)), "{line}");
         assert_eq!(rep(&rig.server, EVE, b), Some(0));
     }
     assert_eq!(rep(&rig.server, EVE, a), Some(2));
@@ -78,7 +78,7 @@ fn nobody_ever_sees_new_users_with_old_rules_or_the_other_way_round() {
         for (users, rules) in policies.iter().cycle().skip(1).take(100) {
             std::fs::write(&rig.users, users).expect("the file can be written");
             let line = rig.reload_rules(rules);
-            assert!(line.contains("are in force"), "{line}");
+            assert!(line.contains("rules loaded"), "{line}");
         }
         over.store(true, Ordering::Relaxed);
     });
@@ -133,7 +133,7 @@ fn files_that_are_wrong_change_nothing() {
     let rig = Rig::start(alice_and_bob(), &rules, &[]);
     let other = user_line("eve", "secret");
     let holds = |line: &str, file: &str, words: [&str; 2]| {
-        assert!(line.contains("ERROR") && line.contains("what was in force stays in force"), "{line}");
+        assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
         assert!(
             line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
             "{words:?}: {line}"
@@ -170,7 +170,7 @@ fn files_that_are_wrong_change_nothing() {
         std::fs::write(file, good).expect("the file can be written");
     }
     let line = rig.reload();
-    assert!(line.contains(" 1 users and 1 rules are in force"), "in the end they are taken: {line}");
+    assert!(line.contains(" 1 users and 1 rules loaded"), "in the end they are taken: {line}");
     assert_eq!(rep(&rig.server, EVE, b), Some(0));
 }
 
@@ -211,7 +211,7 @@ fn files_that_may_not_be_read_change_nothing() {
         assert!(line.contains("ERROR") && line.contains(file) && line.contains("denied"), "{line}");
         assert_eq!(rep(&server, ALICE, target()), Some(0));
         mode(file, 0o644);
-        assert!(reload(&server).contains("are in force"));
+        assert!(reload(&server).contains("rules loaded"));
     }
 }
 
@@ -229,9 +229,9 @@ fn a_file_that_is_cut_off_anywhere_is_not_taken_but_at_the_end_of_a_line() {
             let last = part.lines().count();
             let word = part.lines().last().unwrap_or_default().split([' ', ':']).next().unwrap_or_default();
             if part.ends_with('\n') {
-                assert!(line.contains("are in force"), "{part:?}: {line}");
+                assert!(line.contains("rules loaded"), "{part:?}: {line}");
                 std::fs::write(file, text).expect("the file can be written");
-                assert!(rig.reload().contains(" 2 users and 2 rules are in force"));
+                assert!(rig.reload().contains(" 2 users and 2 rules loaded"));
             } else {
                 let is_named = line.contains(&format!("{file}: line {}: ", last.max(1))) && line.contains(word);
                 assert!(line.contains("ERROR") && is_named, "{part:?}: {line}");
@@ -257,12 +257,15 @@ fn a_server_for_a_network_does_not_become_open_by_a_reload() {
     for open in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"] {
         std::fs::write(&rules, open).expect("the file can be written");
         let line = reload(&server);
-        assert!(line.contains("ERROR") && line.contains("--open") && line.contains("stays in force"), "{open}: {line}");
+        assert!(
+            line.contains("ERROR") && line.contains("--open") && line.contains("keeping the current configuration"),
+            "{open}: {line}"
+        );
         assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open}");
         assert_eq!(ask(&mut enter(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0, 0, "{open}");
     }
     std::fs::write(&rules, "allow from=127.0.0.3\n").expect("the file can be written");
-    assert!(reload(&server).contains("are in force"));
+    assert!(reload(&server).contains("rules loaded"));
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.2"), 0), to)));
     enter(to, ip("127.0.0.3"), None);
 }
@@ -281,7 +284,7 @@ fn an_association_that_lives_on_obeys_the_new_rules_from_the_next_datagram_on() 
             relay = Some(receive(socket).1);
         }
         let relay = relay.expect("a datagram came");
-        assert!(rig.reload_rules(&deny).ends_with("sessions cut: 0"));
+        assert!(rig.reload_rules(&deny).ends_with("sessions closed: 0"));
         association.send(bad_addr, b"denied");
         association.send(good_addr, b"after");
         assert_eq!(receive(&good).0, b"after");
@@ -299,7 +302,7 @@ fn an_association_that_lives_on_obeys_the_new_rules_from_the_next_datagram_on() 
             association.receive();
         }
         // And back.
-        assert!(rig.reload_rules("# none\n").ends_with("sessions cut: 0"));
+        assert!(rig.reload_rules("# none\n").ends_with("sessions closed: 0"));
         association.send(bad_addr, b"again");
         assert_eq!(receive(&bad).0, b"again");
     }
@@ -324,7 +327,7 @@ fn a_reload_neither_hastens_nor_keeps_up_the_end() {
     let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
     rig.server.signal("TERM");
-    rig.server.wait_log(|log| log.contains("ending: no new connections"));
+    rig.server.wait_log(|log| log.contains("shutting down: draining sessions"));
     for _ in 0..3 {
         rig.server.signal("HUP");
         ping(&mut stream, b"still here");

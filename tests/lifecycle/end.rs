@@ -18,7 +18,7 @@ fn an_open_tunnel_may_finish_and_then_the_server_ends() {
         let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
         assert_eq!(rep, 0);
         server.signal(signal);
-        server.wait_log(|log| log.contains("ending: no new connections"));
+        server.wait_log(|log| log.contains("shutting down: draining sessions"));
         let addr = server.addr();
         wait_until("nobody new is let in", TIMEOUT, || TcpStream::connect(addr).is_err());
         ping(&mut stream, b"to be finished");
@@ -67,7 +67,7 @@ fn when_the_time_is_over_tunnels_are_reset_and_not_ended() {
             );
         }
         let log = server.wait_log(|log| log.matches("session ").count() == 8);
-        assert!(log.contains("the open connections are cut"), "{log}");
+        assert!(log.contains("drain time over, closing the remaining sessions"), "{log}");
     }
 }
 
@@ -93,7 +93,7 @@ fn a_second_signal_does_not_wait() {
         let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
         assert_eq!(rep, 0);
         server.signal(signals[0]);
-        server.wait_log(|log| log.contains("ending: no new connections"));
+        server.wait_log(|log| log.contains("shutting down: draining sessions"));
         assert_no_data(&stream, Duration::from_millis(50));
         server.signal(signals[1]);
         assert_eq!(server.wait(TIMEOUT).code(), Some(0));

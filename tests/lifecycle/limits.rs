@@ -14,7 +14,7 @@ fn at_the_limit_the_next_one_waits_and_is_served_when_one_ends() {
     let [(mut first, ..), (second, ..)] = [(); 2].map(|()| open(&server, CONNECT, dst));
     let mut third = server.connect();
     third.write_all(&[5, 1, 0]).expect("the greeting is sent");
-    server.wait_log(|log| log.contains("2 connections are open, which is the limit"));
+    server.wait_log(|log| log.contains("limit of 2 connections reached: new ones wait"));
     assert_no_data(&third, Duration::from_millis(100));
     ping(&mut first, b"not disturbed");
     drop(second);
@@ -30,7 +30,7 @@ fn the_limit_is_logged_at_most_once_a_second() {
         drop(waiting);
     }
     let log = server.wait_log(|log| session_lines(log).len() == 300);
-    let complaints = u64::try_from(log.matches("which is the limit").count()).expect("a number");
+    let complaints = u64::try_from(log.matches("connections reached: new ones wait").count()).expect("a number");
     assert!(complaints >= 1, "it was never at the limit");
     assert!(complaints <= 1 + started.elapsed().as_secs(), "{complaints} lines");
 }
