@@ -1,6 +1,6 @@
-//! Names to addresses, and addresses to one connection (RFC 8305). Off the executor where the system blocks.
+//! Name resolution on a thread pool, and TCP connections with Happy Eyeballs (RFC 8305).
 //!
-//! Knows nothing of SOCKS: what a failure means for a REP or an exit status is for its callers.
+//! Independent of SOCKS: callers map a [`DialError`] to a REP code or an exit status.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,40 +20,39 @@ use smol::lock::Semaphore;
 use crate::proto::{Addr, Host, HostName};
 use crate::reactor::{ConnectError, Io, sleep_until};
 
-/// How long one address may keep the next one waiting (RFC 8305 section 5, Connection Attempt Delay).
+/// Connection Attempt Delay of RFC 8305 section 5: the next address is tried after this time.
 pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// How many look-ups may wait for the system's resolver at once. Each holds a thread, and the pool has 500 of them.
+/// Concurrent calls of getaddrinfo(3). Each occupies one of the pool's 500 threads.
 const MAX_LOOKUPS: usize = 256;
-/// How many addresses of one name are used.
 const MAX_ADDRS_PER_NAME: usize = 32;
 
-/// Why there is no connection. The order is that of how much it tells: of several failures the greatest is reported.
+/// Why no connection was made. Ordered by how specific it is: of several failures the greatest is best_error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DialError {
-    /// Something on this machine: descriptors, ports, memory.
+    /// Out of descriptors, ports or memory on this machine.
     LocalResources,
-    /// The address or port that it was to come from can't be had on this machine.
+    /// The requested local address or port is not available.
     LocalAddr,
-    /// The resolver gave no answer, or failed for now.
+    /// The resolver did not answer, or reported a temporary failure.
     Resolver,
-    /// This machine has no address of the family.
+    /// This machine has no address of the target's family.
     FamilyUnavailable,
     /// No route.
     NetworkUnreachable,
-    /// Nobody answered in time.
+    /// No answer by the deadline.
     TimedOut,
-    /// The name has no addresses, or can't be one of a host.
+    /// The name has no addresses, or is not a valid host name.
     NameNotFound,
-    /// A router or the neighbourhood said that the host is not there.
+    /// Reported by a router (ICMP), or no answer to ARP or neighbour discovery.
     HostUnreachable,
-    /// A rule of this machine's own packet filter.
+    /// Denied by this machine's packet filter.
     Denied,
-    /// The host said no.
+    /// The host refused the connection.
     Refused,
 }
 
 impl DialError {
-    /// What an error of connect(2) to `addr` means.
+    /// Classifies an error of connect(2) to `addr`.
     pub fn from_connect(error: &io::Error, addr: SocketAddr) -> Self {
         use rustix::io::Errno;
         match error.raw_os_error().map(Errno::from_raw_os_error) {
@@ -63,7 +62,7 @@ impl DialError {
             Some(Errno::NETUNREACH | Errno::NETDOWN) => Self::NetworkUnreachable,
             Some(Errno::TIMEDOUT) => Self::TimedOut,
             Some(Errno::AFNOSUPPORT) => Self::FamilyUnavailable,
-            // What connect(2) says for IPv6 when no interface has an address of it.
+            // connect(2) fails with this for IPv6 if no interface has an IPv6 address.
             Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::FamilyUnavailable,
             _ => Self::LocalResources,
         }
@@ -81,15 +80,15 @@ impl DialError {
 impl fmt::Display for DialError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::LocalResources => "no descriptor, port or memory left here",
-            Self::LocalAddr => "the source address or port can't be used here",
+            Self::LocalResources => "out of descriptors, ports or memory on this machine",
+            Self::LocalAddr => "source address or port not available on this machine",
             Self::Resolver => "temporary failure in name resolution",
             Self::FamilyUnavailable => "no address of a usable family",
             Self::NetworkUnreachable => "network unreachable",
             Self::TimedOut => "timed out",
             Self::NameNotFound => "name not found",
             Self::HostUnreachable => "host unreachable",
-            Self::Denied => "denied by the packet filter here",
+            Self::Denied => "denied by the packet filter of this machine",
             Self::Refused => "connection refused",
         })
     }
@@ -97,32 +96,32 @@ impl fmt::Display for DialError {
 
 impl std::error::Error for DialError {}
 
-/// Where connections come from, when that is not left to the system; and so what they can lead to.
+/// Local address of new connections. It restricts their targets to its address family.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LocalAddr {
-    /// The address.
+    /// `None`: chosen by the kernel.
     pub ip: Option<IpAddr>,
-    /// The port; 0 for any.
+    /// 0: chosen by the kernel.
     pub port: u16,
-    /// Whether addresses of IPv4 alone are used, or of IPv6 alone.
+    /// Uses IPv4 only if true, IPv6 only if false. `None`: both.
     pub is_ipv4: Option<bool>,
 }
 
 impl LocalAddr {
-    /// Whether `to` can be reached from there.
+    /// Whether the address family of `to` is allowed.
     pub fn can_reach(&self, to: IpAddr) -> bool {
         let family = self.ip.map(|ip| ip.is_ipv4()).into_iter().chain(self.is_ipv4);
         family.into_iter().all(|is_ipv4| is_ipv4 == to.is_ipv4())
     }
 
-    /// What a socket that is to lead to `to` is bound to; nothing, where the system may choose.
+    /// Returns the address to bind(2) before connecting to `to`. `None` if the kernel chooses both address and port.
     pub fn bind_addr(&self, to: SocketAddr) -> Option<SocketAddr> {
         let is_any = self.ip.is_none() && self.port == 0;
         (!is_any).then(|| SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port))
     }
 }
 
-/// Asks the system's resolver, a bounded number of questions at once.
+/// The system's resolver, with a bounded number of concurrent look-ups. Clones share the bound.
 #[derive(Clone, Debug)]
 pub struct Resolver {
     permits: Arc<Semaphore>,
@@ -135,10 +134,11 @@ impl Default for Resolver {
 }
 
 impl Resolver {
-    /// All addresses of `addr`, canonical and without repeats; a literal, also one in brackets, is asked of nobody.
+    /// Returns the addresses of `addr`, canonical and without duplicates. A literal is not looked up. The caller sets
+    /// the deadline.
     ///
     /// # Errors
-    /// [`DialError::NameNotFound`] or [`DialError::Resolver`]. The caller sets the deadline.
+    /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`] or [`DialError::Resolver`].
     pub async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
         let name = match &addr.host {
             Host::Ip(ip) => return Ok(vec![canonical(*ip, addr.port)]),
@@ -170,15 +170,16 @@ impl Resolver {
     }
 }
 
-/// The address that some clients send as a name: as it is, in brackets, or in one of the forms that inet_aton(3) takes,
-/// and getaddrinfo(3) with it: `127.1`, `0x7f.0.0.1`, `2130706433`.
+/// Parses an address that a client sent as a name: with or without brackets, or in a form of inet_aton(3), which
+/// getaddrinfo(3) accepts too: `127.1`, `0x7f.0.0.1`, `2130706433`.
 pub fn parse_literal(name: &HostName) -> Option<IpAddr> {
     let text = name.as_str();
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4))
 }
 
-/// One to four numbers with dots, decimal, octal (`0…`) or hexadecimal (`0x…`); the last one fills what is left.
+/// Parses one to four numbers separated by dots: decimal, octal (`0…`) or hexadecimal (`0x…`). The last number fills
+/// the remaining bytes.
 fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
     let part = |part: &str| {
         let (digits, radix) = match part.strip_prefix("0x").or_else(|| part.strip_prefix("0X")) {
@@ -186,7 +187,7 @@ fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
             None if part.len() > 1 && part.starts_with('0') => (part, 8),
             None => (part, 10),
         };
-        // from_str_radix would take a sign.
+        // from_str_radix accepts a sign.
         let value = u32::from_str_radix(digits, radix).ok();
         value.filter(|_| digits.starts_with(|c: char| c.is_ascii_hexdigit()))
     };
@@ -203,8 +204,8 @@ fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
     u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
 }
 
-/// The address that a packet really goes to: IPv4 out of its IPv6 mapping, and "unspecified" as the loopback that
-/// Linux makes of it, so that whoever judges an address sees what will be dialled.
+/// Returns the address that packets will really be sent to, so that rules are matched against it: IPv4 instead of
+/// IPv4-mapped IPv6, and loopback instead of the unspecified address, as Linux does.
 pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
     let ip = match ip.to_canonical() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
@@ -214,12 +215,12 @@ pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
-/// The unspecified address of the family of `ip`.
+/// Returns the unspecified address of the family of `ip`.
 pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// The resolver may give a link-local address its interface; without it there is no way to dial it.
+/// Copies the scope (interface) of a link-local address, without which it cannot be connected to.
 fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
         addr.set_scope_id(from.scope_id());
@@ -227,26 +228,26 @@ fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     addr
 }
 
-/// Letters (of any script), digits, hyphens and underscores in labels of 1 to 63 octets; one dot may end it.
+/// Accepts letters (of any script), digits, hyphens and underscores in labels of 1 to 63 bytes, and a final dot.
 fn is_host_name(name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name);
     let is_allowed = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
     name.len() <= 253 && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.chars().all(is_allowed))
 }
 
-/// Connects to the first of `addrs` that accepts. Families alternate; the next address starts 250 ms after the one
-/// before, or as soon as one has failed (RFC 8305). The stream has TCP_NODELAY and keepalive set.
+/// Connects to the first of `addrs` that accepts (RFC 8305). Address families alternate. The next attempt starts after
+/// [`ATTEMPT_DELAY`], or as soon as one fails. The stream's options are set by [`set_tcp_options`].
 ///
 /// # Errors
-/// The most telling failure of all addresses; those that had not answered at `deadline` count as timed out.
+/// The most specific failure of all addresses. Attempts still running at `deadline` count as timed out.
 pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<TcpStream>, DialError> {
     let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
-    let mut reported = None;
+    let mut best_error = None;
     loop {
         match queue.pop_front() {
             Some(addr) => attempts.push(Box::pin(attempt(addr, local))),
-            None if attempts.is_empty() => return Err(reported.unwrap_or(DialError::FamilyUnavailable)),
+            None if attempts.is_empty() => return Err(best_error.unwrap_or(DialError::FamilyUnavailable)),
             None => {}
         }
         let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
@@ -257,9 +258,9 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
         };
         match first.or(timeout).await {
             Some(Ok(stream)) => return Ok(stream),
-            Some(Err(error)) => reported = reported.max(Some(error)),
+            Some(Err(error)) => best_error = best_error.max(Some(error)),
             None if Instant::now() >= deadline => {
-                return Err(reported.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
+                return Err(best_error.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
             }
             None => {}
         }
@@ -277,7 +278,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<TcpStream>, Di
     Ok(stream)
 }
 
-/// Waits for one of the attempts and removes it.
+/// Waits until one of the attempts has finished, and removes it.
 async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
@@ -292,7 +293,7 @@ async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, DialEr
     .await
 }
 
-/// The resolver's order, but for the family, which alternates (RFC 8305 section 4).
+/// Alternates the address families; otherwise keeps the resolver's order (RFC 8305 section 4).
 fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
     let first_is_v6 = addrs.first().is_some_and(SocketAddr::is_ipv6);
     let (first, second): (Vec<_>, Vec<_>) = addrs.into_iter().partition(|addr| addr.is_ipv6() == first_is_v6);
@@ -308,9 +309,11 @@ fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
     }
 }
 
-/// Sets what a connection should have, and works without: TCP_NODELAY, since small messages must not wait for each
-/// other; keepalive, so that a peer that is gone without a word is found (after 60 s of silence, 6 probes 15 s apart);
-/// urgent octets in line, so that none is lost. Connections inherit all of it from their listener.
+/// Sets the options of a connection, or of a listener, whose connections inherit them. Failures are logged only.
+///
+/// - TCP_NODELAY: small messages are not delayed.
+/// - Keepalive: a peer that vanished is detected, by 6 probes 15 s apart after 60 s of silence.
+/// - SO_OOBINLINE: urgent data is not lost.
 pub fn set_tcp_options(socket: &impl AsFd) {
     let socket = socket2::SockRef::from(socket);
     let keepalive = socket2::TcpKeepalive::new()
@@ -322,7 +325,7 @@ pub fn set_tcp_options(socket: &impl AsFd) {
         .and_then(|()| socket.set_tcp_keepalive(&keepalive))
         .and_then(|()| socket.set_out_of_band_inline(true));
     if let Err(error) = tuned {
-        log::debug!("a socket could not be tuned: {error}");
+        log::debug!("setting socket options: {error}");
     }
 }
 
@@ -331,14 +334,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn families_alternate_and_the_resolvers_first_choice_stays_first() {
+    fn address_families_alternate_starting_with_the_resolvers_first_address() {
         let addrs = ["[::1]:1", "[::2]:1", "[::3]:1", "10.0.0.1:1"].map(|a| a.parse().expect("an address"));
         let order: Vec<String> = interleave(addrs.to_vec()).iter().map(ToString::to_string).collect();
         assert_eq!(order, ["[::1]:1", "10.0.0.1:1", "[::2]:1", "[::3]:1"]);
     }
 
     #[test]
-    fn an_errno_tells_what_failed() {
+    fn connect_errno_maps_to_dial_error() {
         let v4 = "127.0.0.1:1".parse().expect("an address");
         let v6 = "[::1]:1".parse().expect("an address");
         let table = [
@@ -370,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_failures_the_one_that_a_host_gave_wins() {
+    fn failures_are_ordered_from_local_to_reported_by_the_host() {
         assert!(DialError::Refused > DialError::HostUnreachable);
         assert!(DialError::HostUnreachable > DialError::TimedOut);
         assert!(DialError::TimedOut > DialError::NetworkUnreachable);
@@ -379,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_systems_resolver_takes_for_an_address_is_one() {
+    fn parse_literal_accepts_every_form_of_inet_aton() {
         let table = [
             ("127.0.0.1", Some("127.0.0.1")),
             ("[::1]", Some("::1")),
@@ -407,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_host_can_be_called_is_looked_up() {
+    fn only_valid_host_names_are_looked_up() {
         for name in ["localhost", "LOCALHOST.", "a-b.example", "_srv.example", "127.1", "bücher.example"] {
             assert!(is_host_name(name), "{name}");
         }

@@ -105,7 +105,11 @@ fn others(folder: &Path) -> Vec<(u8, &'static str, String)> {
             "received 0 of 1 answers in time",
             format!("echo x | {}", s5(format!("udp -n 1 -w 100ms -x {proxy} {down}"))),
         ),
-        (45, "the source address or port can't be used here", s5(format!("connect -s 192.0.2.9 -x {proxy} {echo}"))),
+        (
+            45,
+            "source address or port not available on this machine",
+            s5(format!("connect -s 192.0.2.9 -x {proxy} {echo}")),
+        ),
         (45, "listen on", s5(format!("connect -l 192.0.2.9:1 -x {proxy} {echo}"))),
         (55, "65507 octets at most", format!("head -c 65528 /dev/zero | {}", s5(format!("udp -x {proxy} {echo}")))),
         (
