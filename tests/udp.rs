@@ -1,4 +1,4 @@
-//! UDP ASSOCIATE end to end, on loopback (RFC 1928 section 7): what passes, what does not, and when it ends.
+//! UDP ASSOCIATE end to end, on loopback (RFC 1928 section 7): relaying, filtering, and the end of an association.
 
 mod common;
 mod kit;
@@ -11,7 +11,7 @@ mod bursts;
 mod filter;
 #[path = "udp/fragments.rs"]
 mod fragments;
-#[path = "udp/life.rs"]
-mod life;
+#[path = "udp/lifetime.rs"]
+mod lifetime;
 #[path = "udp/relay.rs"]
 mod relay;

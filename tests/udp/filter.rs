@@ -1,4 +1,4 @@
-//! What does not pass: strangers on either side, and what is no datagram; none of it ends or takes an association.
+//! What an association drops: datagrams of other senders, malformed datagrams, forbidden targets. None of them ends it.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -8,142 +8,142 @@ use crate::common::{Server, TIMEOUT, closed_port, in_namespace, udp_echo_server,
 use crate::kit::{V4, V6};
 
 fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("an address")
+    text.parse().expect("valid address")
 }
 
 fn socket_at(ip: &str) -> UdpSocket {
-    socket(ip.parse().expect("an address"))
+    socket(ip.parse().expect("valid address"))
 }
 
 #[test]
-fn another_address_neither_gets_through_nor_takes_the_association() {
+fn udp_datagrams_from_another_address_are_dropped() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
-    let stranger = socket_at("127.0.0.2");
+    let other = socket_at("127.0.0.2");
     for _ in 0..3 {
-        let _ = stranger.send_to(&datagram(0, dst, b"stranger"), association.bnd);
+        let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
     }
     association.send(dst, b"client");
-    assert_eq!(receive(&target).0, b"client", "what came before was dropped");
-    let _ = stranger.send_to(&datagram(0, dst, b"stranger"), association.bnd);
+    assert_eq!(receive(&target).0, b"client", "the earlier datagrams are dropped");
+    let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
     association.send(dst, b"client again");
     assert_eq!(receive(&target).0, b"client again");
 }
 
 #[test]
-fn the_port_of_the_first_datagram_is_the_clients() {
+fn udp_first_datagram_sets_the_client_port() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
     association.send(dst, b"first");
     assert_eq!(receive(&target).0, b"first");
-    let stranger = socket(V4);
-    // On loopback the stranger hears by ICMP that nobody takes it: an error that is none here.
-    let _ = stranger.send_to(&datagram(0, dst, b"stranger"), association.bnd);
+    let other = socket(V4);
+    // On loopback sending may report an ICMP error of the datagram before.
+    let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
     association.send(dst, b"second");
-    let (data, relay) = receive(&target);
+    let (data, egress) = receive(&target);
     assert_eq!(data, b"second");
-    target.send_to(b"answer", relay).expect("it is sent");
+    target.send_to(b"answer", egress).expect("sent");
     assert_eq!(association.receive(), (dst, b"answer".to_vec()));
-    assert_nothing(&stranger);
+    assert_nothing(&other);
 }
 
 #[test]
-fn the_port_that_dst_names_is_the_only_one() {
+fn udp_dst_port_is_the_only_client_port() {
     let server = Server::start(&[]);
     let (target, dst) = target();
-    // An address of DST that is not the client's does not move the association there.
+    // DST.ADDR is ignored, also if it is not the client's address.
     for ip in ["127.0.0.1", "0.0.0.0", "192.0.2.1"] {
         let socket = socket(V4);
-        let port = socket.local_addr().expect("an address").port();
-        let declared = SocketAddr::new(ip.parse().expect("an address"), port);
+        let port = socket.local_addr().expect("valid address").port();
+        let declared = SocketAddr::new(ip.parse().expect("valid address"), port);
         let association = Association::declare(&server, declared, socket);
-        let stranger = self::socket(V4);
-        let _ = stranger.send_to(&datagram(0, dst, b"stranger"), association.bnd);
+        let other = self::socket(V4);
+        let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
         association.send(dst, b"client");
         assert_eq!(receive(&target).0, b"client", "{ip}");
     }
 }
 
 #[test]
-fn only_those_who_were_sent_to_may_answer() {
+fn udp_answers_come_only_from_addresses_sent_to() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let (target, dst) = target();
     association.send(dst, b"hello");
-    let (_, relay) = receive(&target);
-    let stranger = socket_at("127.0.0.3");
-    stranger.send_to(b"stranger", relay).expect("it is sent");
+    let (_, egress) = receive(&target);
+    let other = socket_at("127.0.0.3");
+    other.send_to(b"other", egress).expect("sent");
     // Address-dependent: another port of a host that was sent to may answer (RFC 4787 section 5).
     let neighbour = socket(V4);
-    neighbour.send_to(b"neighbour", relay).expect("it is sent");
-    let from = neighbour.local_addr().expect("an address");
-    assert_eq!(association.receive(), (from, b"neighbour".to_vec()), "the stranger came first");
-    // Once it was sent to, it is none any more.
-    let known = stranger.local_addr().expect("an address");
+    neighbour.send_to(b"neighbour", egress).expect("sent");
+    let from = neighbour.local_addr().expect("valid address");
+    assert_eq!(association.receive(), (from, b"neighbour".to_vec()), "the first datagram was dropped");
+    // After a datagram to its address, its answers are relayed.
+    let known = other.local_addr().expect("valid address");
     association.send(known, b"hello");
-    receive(&stranger);
-    stranger.send_to(b"no stranger", relay).expect("it is sent");
-    assert_eq!(association.receive(), (known, b"no stranger".to_vec()));
+    receive(&other);
+    other.send_to(b"after a datagram", egress).expect("sent");
+    assert_eq!(association.receive(), (known, b"after a datagram".to_vec()));
 }
 
 #[test]
-fn anybody_may_answer_where_the_server_is_told_so() {
+fn udp_endpoint_independent_filtering_accepts_any_sender() {
     let server = Server::start(&["--udp-filtering", "endpoint-independent"]);
     let association = Association::new(&server);
     let (target, dst) = target();
     association.send(dst, b"hello");
-    let (_, relay) = receive(&target);
-    let stranger = socket_at("127.0.0.3");
-    stranger.send_to(b"stranger", relay).expect("it is sent");
-    assert_eq!(association.receive(), (stranger.local_addr().expect("an address"), b"stranger".to_vec()));
+    let (_, egress) = receive(&target);
+    let other = socket_at("127.0.0.3");
+    other.send_to(b"other", egress).expect("sent");
+    assert_eq!(association.receive(), (other.local_addr().expect("valid address"), b"other".to_vec()));
 }
 
 #[test]
-fn a_closed_port_of_a_target_ends_nothing() {
+fn udp_association_survives_closed_target_ports() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let echo = udp_echo_server(V4);
     let closed = [closed_port(), SocketAddr::new(V6, closed_port().port())];
     for _ in 0..5 {
         for closed in closed {
-            association.send(closed, b"anybody?");
+            association.send(closed, b"to a closed port");
         }
-        // Two, since the error may be told in place of one.
-        association.ping(echo, b"still there");
-        association.ping(echo, b"still there");
+        // Twice, since sending may report the ICMP error of the datagram before.
+        association.ping(echo, b"still open");
+        association.ping(echo, b"still open");
     }
 }
 
 #[test]
-fn a_client_whose_port_is_closed_for_a_while_ends_nothing() {
-    // A port is let go and taken again: nobody else may come in between.
-    if !in_namespace("filter::a_client_whose_port_is_closed_for_a_while_ends_nothing", "", "") {
+fn udp_association_survives_a_closed_client_port() {
+    // In a namespace no other process can bind the port that is closed for a while.
+    if !in_namespace("filter::udp_association_survives_a_closed_client_port", "", "") {
         return;
     }
     let server = Server::start(&[]);
     let (target, dst) = target();
     let mut association = Association::new(&server);
     association.send(dst, b"hello");
-    let (_, relay) = receive(&target);
-    let own = association.socket.local_addr().expect("an address");
-    // The answers meet a closed port, and the server's socket gets the ICMP error.
+    let (_, egress) = receive(&target);
+    let own = association.socket.local_addr().expect("valid address");
+    // The answers reach a closed port: the server's socket receives the ICMP error.
     association.socket = socket(V4);
     for _ in 0..3 {
-        target.send_to(b"nobody hears this", relay).expect("it is sent");
+        target.send_to(b"to a closed port", egress).expect("sent");
     }
     association.socket = UdpSocket::bind(own).expect("the port is still free");
-    association.socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
-    // The first one may have come in before the error was told.
+    association.socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    // The client may have received the first answer before it closed its port.
     association.send(dst, b"back again");
     assert_eq!(receive(&target).0, b"back again");
-    target.send_to(b"welcome", relay).expect("it is sent");
+    target.send_to(b"welcome", egress).expect("sent");
     while association.receive().1 != b"welcome" {}
 }
 
 #[test]
-fn what_is_no_datagram_is_dropped_and_ends_nothing() {
+fn udp_malformed_datagrams_are_dropped() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let (target, dst) = target();
@@ -155,9 +155,9 @@ fn what_is_no_datagram_is_dropped_and_ends_nothing() {
         bad.extend((0..whole.len()).map(|length| whole[..length].to_vec()));
     }
     for atyp in [0, 2, 5, 255] {
-        let mut octets = by_address.clone();
-        octets[3] = atyp;
-        bad.push(octets);
+        let mut bytes = by_address.clone();
+        bytes[3] = atyp;
+        bad.push(bytes);
     }
     for name in ["", "a\0b", "a\nb", "a..b", "a b"] {
         bad.push(datagram_name(0, name, dst.port(), b"x"));
@@ -166,16 +166,16 @@ fn what_is_no_datagram_is_dropped_and_ends_nothing() {
         bad.push(datagram(0, addr(dst), b"x"));
     }
     let count = bad.len();
-    for (number, octets) in (0..count).zip(bad) {
-        association.send_raw(&octets);
+    for (number, bytes) in (0..count).zip(bad) {
+        association.send_raw(&bytes);
         association.send(dst, &number.to_be_bytes());
-        assert_eq!(receive(&target).0, number.to_be_bytes(), "after {octets:02x?}");
+        assert_eq!(receive(&target).0, number.to_be_bytes(), "after {bytes:02x?}");
     }
     assert!(count > 50);
 }
 
 #[test]
-fn multicast_and_broadcast_are_sent_nothing() {
+fn udp_multicast_and_broadcast_are_dropped() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let echo = udp_echo_server(V4);
@@ -188,9 +188,9 @@ fn multicast_and_broadcast_are_sent_nothing() {
 }
 
 #[test]
-fn names_that_nobody_knows_end_nothing_and_hold_up_nobody() {
-    // Nobody listens at the resolver's port: each look-up fails for now.
-    let test = "filter::names_that_nobody_knows_end_nothing_and_hold_up_nobody";
+fn udp_failed_lookups_do_not_stop_other_datagrams() {
+    // The resolver's port is closed: each lookup fails.
+    let test = "filter::udp_failed_lookups_do_not_stop_other_datagrams";
     if !in_namespace(test, "", crate::kit::dns::RESOLV) {
         return;
     }
@@ -199,37 +199,41 @@ fn names_that_nobody_knows_end_nothing_and_hold_up_nobody() {
     let echo = udp_echo_server(V4);
     for number in 0..50 {
         association.send_raw(&datagram_name(0, &format!("n{number}.example"), 9, b"x"));
-        association.ping(echo, b"still there");
+        association.ping(echo, b"still open");
     }
-    // No route: nothing is sent, nothing ends.
+    // Unreachable targets.
     association.send(addr("192.0.2.1:9"), b"x");
     association.send(addr("[2001:db8::1]:9"), b"x");
-    association.ping(echo, b"still there");
+    association.ping(echo, b"still open");
 }
 
 #[test]
-fn silent_look_ups_hold_up_nobody() {
-    if !in_namespace("filter::silent_look_ups_hold_up_nobody", "", crate::kit::dns::RESOLV) {
+fn udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams() {
+    if !in_namespace(
+        "filter::udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams",
+        "",
+        crate::kit::dns::RESOLV,
+    ) {
         return;
     }
-    let asked = crate::kit::dns::start();
+    let queries = crate::kit::dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let association = Association::new(&server);
     let echo = udp_echo_server(V4);
-    // More of each than wait for a look-up, and no more than the kernel keeps.
+    // More names, and more datagrams for each, than may wait for lookups; fewer than the socket buffer holds.
     for number in 0..30 {
         for _ in 0..10 {
             association.send_raw(&datagram_name(0, &format!("silent.n{number}"), 9, b"x"));
         }
     }
-    association.socket.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout can be set");
+    association.socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout set");
     wait_until("an answer", TIMEOUT, || {
-        // UDP may lose one in the crowd.
-        association.send(echo, b"still there");
+        // UDP may lose one in the burst.
+        association.send(echo, b"still open");
         association.socket.recv_from(&mut [0; 64]).is_ok()
     });
-    let mut names = asked.lock().expect("no panic").clone();
+    let mut names = queries.lock().expect("not poisoned").clone();
     names.sort_unstable();
     names.dedup();
-    assert!(names.len() <= 16, "one association asks for {} names at once", names.len());
+    assert!(names.len() <= 16, "one association resolves {} names at once", names.len());
 }

@@ -1,4 +1,4 @@
-//! FRAG (RFC 1928 section 7): positions in their order make a datagram, everything else is dropped.
+//! FRAG (RFC 1928 section 7): fragments in order are reassembled, all others are dropped.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,8 +8,8 @@ use crate::common::Server;
 
 const LAST: u8 = 0x80;
 
-/// Sends each fragment and then a datagram that stands alone, and gives what the target got before that.
-fn relayed(fragments: &[(u8, &[u8])]) -> Vec<Vec<u8>> {
+/// Sends the fragments and then a standalone datagram. Returns what the target received before it.
+fn relay_fragments(fragments: &[(u8, &[u8])]) -> Vec<Vec<u8>> {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
@@ -17,21 +17,21 @@ fn relayed(fragments: &[(u8, &[u8])]) -> Vec<Vec<u8>> {
         association.send_raw(&datagram(*frag, dst, data));
     }
     association.send(dst, b"end");
-    let mut got = Vec::new();
+    let mut received = Vec::new();
     loop {
         match receive(&target).0 {
-            end if end == b"end" => return got,
-            data => got.push(data),
+            end if end == b"end" => return received,
+            data => received.push(data),
         }
     }
 }
 
 fn assert_relayed(fragments: &[(u8, &[u8])], expected: &[&[u8]]) {
-    assert_eq!(relayed(fragments), expected, "{fragments:?}");
+    assert_eq!(relay_fragments(fragments), expected, "{fragments:?}");
 }
 
 #[test]
-fn fragments_in_their_order_make_one_datagram() {
+fn udp_fragments_in_order_are_reassembled() {
     assert_relayed(&[(1, b"a"), (2, b"b"), (3 | LAST, b"c")], &[b"abc"]);
     assert_relayed(&[(1 | LAST, b"all of it")], &[b"all of it"]);
     assert_relayed(&[(1, b""), (2 | LAST, b"")], &[b""]);
@@ -39,7 +39,7 @@ fn fragments_in_their_order_make_one_datagram() {
 }
 
 #[test]
-fn fragments_out_of_order_are_dropped() {
+fn udp_fragments_out_of_order_are_dropped() {
     assert_relayed(&[(2, b"b"), (1, b"a"), (3 | LAST, b"c")], &[]);
     assert_relayed(&[(1, b"a"), (3 | LAST, b"c")], &[]);
     assert_relayed(&[(2 | LAST, b"b")], &[]);
@@ -48,18 +48,18 @@ fn fragments_out_of_order_are_dropped() {
 }
 
 #[test]
-fn a_lower_frag_begins_anew() {
+fn udp_lower_frag_starts_a_new_sequence() {
     assert_relayed(&[(1, b"a"), (2, b"b"), (1, b"x"), (2 | LAST, b"y")], &[b"xy"]);
     assert_relayed(&[(1, b"a"), (2, b"b"), (3, b"c"), (2 | LAST, b"x")], &[]);
 }
 
 #[test]
-fn a_datagram_that_stands_alone_ends_a_sequence() {
+fn udp_standalone_datagram_ends_a_sequence() {
     assert_relayed(&[(1, b"a"), (0, b"alone"), (2 | LAST, b"b")], &[b"alone"]);
 }
 
 #[test]
-fn a_sequence_may_have_127_fragments_and_no_more_octets_than_a_datagram() {
+fn udp_sequence_is_limited_to_127_fragments_and_the_size_of_a_datagram() {
     let mut whole: Vec<(u8, &[u8])> = (1..127).map(|position| (position, b"x".as_slice())).collect();
     whole.push((127 | LAST, b"y"));
     let expected = ["x".repeat(126).as_bytes(), b"y"].concat();
@@ -70,7 +70,7 @@ fn a_sequence_may_have_127_fragments_and_no_more_octets_than_a_datagram() {
 }
 
 #[test]
-fn a_sequence_is_of_one_dst() {
+fn udp_fragments_with_another_dst_are_not_joined() {
     let server = Server::start(&[]);
     let ((first, a), (second, b)) = (target(), target());
     let association = Association::new(&server);
@@ -78,37 +78,37 @@ fn a_sequence_is_of_one_dst() {
     association.send_raw(&datagram(2 | LAST, b, b"for b"));
     association.send_raw(&datagram_name(1, "127.0.0.1", b.port(), b"by "));
     association.send_raw(&datagram_name(2 | LAST, "127.0.0.1", b.port(), b"name"));
-    // By name it may take a little longer, so this one is waited for.
+    // The datagram by name waits for its lookup.
     assert_eq!(receive(&second).0, b"by name");
     association.send(a, b"end");
     assert_eq!(receive(&first).0, b"end");
 }
 
 #[test]
-fn two_clients_have_a_queue_each() {
+fn udp_reassembly_queue_is_per_association() {
     let server = Server::start(&[]);
     let (target, dst) = target();
-    let [one, other] = [(); 2].map(|()| Association::new(&server));
-    one.send_raw(&datagram(1, dst, b"a"));
-    other.send_raw(&datagram(1, dst, b"x"));
-    one.send_raw(&datagram(2 | LAST, dst, b"b"));
+    let [first, second] = [(); 2].map(|()| Association::new(&server));
+    first.send_raw(&datagram(1, dst, b"a"));
+    second.send_raw(&datagram(1, dst, b"x"));
+    first.send_raw(&datagram(2 | LAST, dst, b"b"));
     assert_eq!(receive(&target).0, b"ab");
-    other.send_raw(&datagram(2 | LAST, dst, b"y"));
+    second.send_raw(&datagram(2 | LAST, dst, b"y"));
     assert_eq!(receive(&target).0, b"xy");
 }
 
 #[test]
-fn a_sequence_lasts_five_seconds_but_not_for_ever() {
+fn udp_sequence_expires_after_more_than_five_seconds() {
     let server = Server::start(&[]);
     let (target, dst) = target();
-    let [kept, late] = [(); 2].map(|()| Association::new(&server));
+    let [in_time, late] = [(); 2].map(|()| Association::new(&server));
     let started = Instant::now();
-    for association in [&kept, &late] {
+    for association in [&in_time, &late] {
         association.send_raw(&datagram(1, dst, b"a"));
     }
-    // The passing of time is what is tested: "no less than 5 seconds", and here it is 6.
+    // Sleeps, since the time is tested: the RFC demands at least 5 seconds, and the timer is 6.
     thread::sleep(Duration::from_millis(5000).saturating_sub(started.elapsed()));
-    kept.send_raw(&datagram(2 | LAST, dst, b"b"));
+    in_time.send_raw(&datagram(2 | LAST, dst, b"b"));
     if started.elapsed() < Duration::from_millis(5900) {
         assert_eq!(receive(&target).0, b"ab");
     }

@@ -1,4 +1,4 @@
-//! What passes, both ways: every kind of target, every size, many of each at once.
+//! Relaying in both directions: all address types, all sizes, many targets and associations.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -9,12 +9,12 @@ use crate::common::{Server, TIMEOUT, in_namespace, temp_dir, udp_echo_server, wa
 use crate::kit::{V4, V6, dns, idle_descriptors, serve};
 
 #[test]
-fn an_answer_comes_with_its_senders_address() {
+fn udp_answer_has_the_address_of_its_sender() {
     let (v4, v6) = (udp_echo_server(V4), udp_echo_server(V6));
     for listen in ["127.0.0.1:0", "[::1]:0"] {
         let server = serve(listen, 1, &[]);
         let association = Association::new(&server);
-        assert_eq!(association.bnd.ip(), server.addr().ip(), "BND is where the client can send to");
+        assert_eq!(association.bnd.ip(), server.addr().ip(), "BND is an address that the client can reach");
         association.ping(v4, b"by IPv4");
         association.ping(v6, b"by IPv6");
         association.send_raw(&datagram_name(0, "127.0.0.1", v4.port(), b"by name"));
@@ -23,7 +23,7 @@ fn an_answer_comes_with_its_senders_address() {
 }
 
 #[test]
-fn the_answer_to_a_first_datagram_by_name_comes_at_once() {
+fn udp_first_datagram_by_name_is_answered_without_delay() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4);
     let association = Association::new(&server);
@@ -32,11 +32,11 @@ fn the_answer_to_a_first_datagram_by_name_comes_at_once() {
 }
 
 #[test]
-fn a_name_is_looked_up_once_an_association() {
-    if !in_namespace("relay::a_name_is_looked_up_once_an_association", "", dns::RESOLV) {
+fn udp_name_is_resolved_once_per_association() {
+    if !in_namespace("relay::udp_name_is_resolved_once_per_association", "", dns::RESOLV) {
         return;
     }
-    let asked = dns::start();
+    let queries = dns::start();
     let server = Server::start(&[]);
     let (first, second) = (udp_echo_server(V4), udp_echo_server(V4));
     let association = Association::new(&server);
@@ -44,14 +44,14 @@ fn a_name_is_looked_up_once_an_association() {
         association.send_raw(&datagram_name(0, "known.example", dst.port(), b"x"));
         assert_eq!(association.receive(), (dst, b"x".to_vec()));
     }
-    let asked = asked.lock().expect("no panic");
-    // Once for A and once for AAAA.
-    assert_eq!(*asked, ["known.example", "known.example"]);
+    let queries = queries.lock().expect("not poisoned");
+    // One query for A and one for AAAA.
+    assert_eq!(*queries, ["known.example", "known.example"]);
 }
 
 #[test]
-fn datagrams_that_wait_for_a_look_up_are_not_lost() {
-    if !in_namespace("relay::datagrams_that_wait_for_a_look_up_are_not_lost", "", dns::RESOLV) {
+fn udp_datagrams_are_sent_after_their_lookup() {
+    if !in_namespace("relay::udp_datagrams_are_sent_after_their_lookup", "", dns::RESOLV) {
         return;
     }
     dns::start();
@@ -67,11 +67,11 @@ fn datagrams_that_wait_for_a_look_up_are_not_lost() {
 }
 
 #[test]
-fn payloads_of_every_size_come_back_whole() {
+fn udp_payloads_of_all_sizes_are_echoed() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4);
     let association = Association::new(&server);
-    // The last one fills a datagram, header included.
+    // The last size with its header is the largest datagram.
     for size in [0, 1, 1472, 8192, 65_000, 65_507 - 10] {
         let data: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).expect("small")).collect();
         association.ping(echo, &data);
@@ -79,23 +79,23 @@ fn payloads_of_every_size_come_back_whole() {
 }
 
 #[test]
-fn an_answer_without_room_for_its_header_comes_in_two_fragments() {
+fn udp_answer_too_large_with_its_header_is_fragmented() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
     association.send(dst, b"the largest, please");
-    let (_, relay) = receive(&target);
+    let (_, egress) = receive(&target);
     let largest: Vec<u8> = (0..65_507).map(|i| u8::try_from(i % 251).expect("small")).collect();
-    target.send_to(&largest, relay).expect("it is sent");
+    target.send_to(&largest, egress).expect("sent");
     let (first, last) = (association.receive_fragment(), association.receive_fragment());
     assert_eq!((first.0, first.1), (1, dst));
     assert_eq!((last.0, last.1), (0x82, dst));
-    assert!([first.2, last.2].concat() == largest, "other octets");
+    assert!([first.2, last.2].concat() == largest, "other data");
     association.ping(udp_echo_server(V4), b"and the next one is whole");
 }
 
 #[test]
-fn a_hundred_associations_keep_apart() {
+fn udp_hundred_associations_are_isolated() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
     let echo = udp_echo_server(V4);
@@ -111,7 +111,7 @@ fn a_hundred_associations_keep_apart() {
 }
 
 #[test]
-fn two_hundred_targets_of_one_association_are_told_apart() {
+fn udp_two_hundred_targets_share_one_association() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let targets: Vec<_> = (0..200).map(|_| target()).collect();
@@ -119,15 +119,15 @@ fn two_hundred_targets_of_one_association_are_told_apart() {
         association.send(*dst, &[number]);
     }
     for (number, (target, dst)) in (0..200_u8).zip(&targets) {
-        let (data, relay) = receive(target);
+        let (data, egress) = receive(target);
         assert_eq!(data, [number]);
-        target.send_to(&[number, number], relay).expect("it is sent");
+        target.send_to(&[number, number], egress).expect("sent");
         assert_eq!(association.receive(), (*dst, vec![number, number]));
     }
 }
 
 #[test]
-fn a_burst_comes_back() {
+fn udp_burst_of_500_is_echoed() {
     const BURST: u16 = 500;
     let server = Server::start(&[]);
     let (target, dst) = target();
@@ -138,16 +138,16 @@ fn a_burst_comes_back() {
         }
     });
     let association = Association::new(&server);
-    let receiver = association.socket.try_clone().expect("a second handle");
-    receiver.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout can be set");
+    let receiver = association.socket.try_clone().expect("cloned");
+    receiver.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout set");
     let burst = |round: u8| {
-        let receiver = receiver.try_clone().expect("a second handle");
+        let receiver = receiver.try_clone().expect("cloned");
         let counting = thread::spawn(move || {
             let (mut buffer, mut count) = ([0; 2048], 0);
             while count < BURST {
                 let Ok((n, _)) = receiver.recv_from(&mut buffer) else { break };
                 let data = &buffer[10..n];
-                assert!(data.len() == 1200 && data[2..].iter().all(|octet| *octet == data[2]), "other octets");
+                assert!(data.len() == 1200 && data[2..].iter().all(|byte| *byte == data[2]), "other data");
                 count += u16::from(data[2] == round);
             }
             count
@@ -157,28 +157,28 @@ fn a_burst_comes_back() {
             data[..2].copy_from_slice(&number.to_be_bytes());
             association.send(dst, &data);
         }
-        counting.join().expect("nothing is mangled")
+        counting.join().expect("data unchanged")
     };
-    // UDP may lose some, and on a machine that is busy with other things it does: the best of a few counts.
+    // UDP may lose datagrams on a busy machine: one of five bursts must arrive.
     let best = (0..5).map(burst).find(|count| *count >= BURST / 100 * 95);
-    assert!(best.is_some(), "never 95 % of a burst");
+    assert!(best.is_some(), "each burst lost more than 5 %");
 }
 
 #[test]
-fn a_client_over_a_unix_socket_has_its_association_on_loopback() {
+fn udp_association_of_a_unix_client_is_on_loopback() {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let _server = serve(&format!("unix:{}", path.display()), 1, &[]);
     let mut control = UnixStream::connect(&path).expect("it listens");
-    control.write_all(&[5, 1, 0, 5, 3, 0, 1, 0, 0, 0, 0, 0, 0]).expect("it is sent");
+    control.write_all(&[5, 1, 0, 5, 3, 0, 1, 0, 0, 0, 0, 0, 0]).expect("sent");
     let mut answers = [0; 12];
     control.read_exact(&mut answers).expect("both answers");
     assert_eq!(answers[..10], [5, 0, 5, 0, 0, 1, 127, 0, 0, 1]);
     let bnd = SocketAddr::new(V4, u16::from_be_bytes([answers[10], answers[11]]));
     let client = socket(V4);
     let echo = udp_echo_server(V4);
-    client.send_to(&crate::association::datagram(0, echo, b"hello"), bnd).expect("it is sent");
+    client.send_to(&crate::association::datagram(0, echo, b"hello"), bnd).expect("sent");
     assert_eq!(receive(&client), (crate::association::datagram(0, echo, b"hello"), bnd));
 }

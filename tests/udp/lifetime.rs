@@ -1,4 +1,4 @@
-//! How long an association lasts, and where it is.
+//! The end of an association, and the address of its socket.
 
 use std::io::Write as _;
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -10,11 +10,11 @@ use crate::common::{
 };
 use crate::kit::{StreamEnd, UDP_ASSOCIATE, V4, V6, connect_from, idle_descriptors, reset, serve, stream_end};
 
-/// How long the port may outlive its control connection.
-const FREED: Duration = Duration::from_secs(2);
+/// Time for the server to close the UDP port after the control connection.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("an address")
+    text.parse().expect("valid address")
 }
 
 fn is_free(addr: SocketAddr) -> bool {
@@ -22,44 +22,44 @@ fn is_free(addr: SocketAddr) -> bool {
 }
 
 #[test]
-fn it_ends_with_its_control_connection_in_every_way() {
+fn udp_association_ends_with_its_control_connection() {
     for listen in ["127.0.0.1:0", "[::1]:0"] {
         let server = serve(listen, 1, &[]);
         let before = idle_descriptors(&server);
         let echo = udp_echo_server(V4);
-        let leave: [fn(TcpStream); 3] = [drop, reset, |mut control| {
+        let close: [fn(TcpStream); 3] = [drop, reset, |mut control| {
             control.shutdown(Shutdown::Write).expect("half-close");
             assert_eq!(stream_end(&mut control), StreamEnd::Closed(vec![]));
         }];
-        for leave in leave {
+        for close in close {
             for used in [true, false] {
                 let association = Association::new(&server);
                 if used {
                     association.ping(echo, b"hello");
                 }
                 assert!(!is_free(association.bnd));
-                leave(association.control);
-                wait_until("the port is free", FREED, || is_free(association.bnd));
-                wait_until("the descriptors are free", FREED, || server.descriptors() == before);
+                close(association.control);
+                wait_until("the port is free", RELEASE_TIMEOUT, || is_free(association.bnd));
+                wait_until("the descriptors are free", RELEASE_TIMEOUT, || server.descriptors() == before);
             }
         }
     }
 }
 
 #[test]
-fn words_on_the_control_connection_are_ignored_up_to_a_bound() {
+fn udp_association_ignores_a_little_data_on_its_control_connection() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4);
     let mut association = Association::new(&server);
-    association.control.write_all(b"are you still there?").expect("it is sent");
+    association.control.write_all(b"unexpected data").expect("sent");
     association.ping(echo, b"yes");
-    // A flood is a mistake of the client, and ends it.
+    // More than 64 KiB end the association.
     while association.control.write_all(&[0; 4096]).is_ok() {}
-    wait_until("the port is free", FREED, || is_free(association.bnd));
+    wait_until("the port is free", RELEASE_TIMEOUT, || is_free(association.bnd));
 }
 
 #[test]
-fn it_ends_when_nothing_is_sent_for_the_idle_timeout() {
+fn udp_association_ends_at_the_idle_timeout() {
     let server = Server::start(&["--idle-timeout", "1s"]);
     let echo = udp_echo_server(V4);
     let mut idle = Association::new(&server);
@@ -71,12 +71,12 @@ fn it_ends_when_nothing_is_sent_for_the_idle_timeout() {
     }
     let end = stream_end(&mut idle.control);
     assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
-    wait_until("the port is free", FREED, || is_free(idle.bnd));
-    busy.ping(echo, b"still there");
+    wait_until("the port is free", RELEASE_TIMEOUT, || is_free(idle.bnd));
+    busy.ping(echo, b"still open");
 }
 
 #[test]
-fn a_server_that_ends_takes_its_associations_along() {
+fn udp_association_ends_with_the_server() {
     let mut server = Server::start(&["--drain", "100ms"]);
     let association = Association::new(&server);
     server.signal("TERM");
@@ -85,7 +85,7 @@ fn a_server_that_ends_takes_its_associations_along() {
 }
 
 #[test]
-fn bnd_is_on_the_address_that_the_client_connected_to() {
+fn udp_bnd_is_the_address_that_the_client_connected_to() {
     let server = serve("*:0", 2, &["--open"]);
     let through = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
     let mut control = connect_from(addr("127.0.0.5:0"), through);
@@ -94,14 +94,14 @@ fn bnd_is_on_the_address_that_the_client_connected_to() {
     control.write_all(&request(UDP_ASSOCIATE, addr("0.0.0.0:0"))).expect("the request is sent");
     let (rep, bnd) = read_reply(&mut control);
     assert_eq!((rep, bnd.ip()), (0, through.ip()));
-    // The client is who the control connection comes from.
+    // The client's address is that of the control connection.
     let association = Association { control, socket: socket(addr("127.0.0.5:0").ip()), bnd };
     association.ping(udp_echo_server(V4), b"hello");
 }
 
 #[test]
-fn udp_ports_limits_the_ports() {
-    if !in_namespace("life::udp_ports_limits_the_ports", "", "") {
+fn udp_ports_limits_the_ports_of_associations() {
+    if !in_namespace("lifetime::udp_ports_limits_the_ports_of_associations", "", "") {
         return;
     }
     let server = Server::start(&["--udp-ports", "20000-20002"]);
@@ -113,14 +113,14 @@ fn udp_ports_limits_the_ports() {
     for association in &associations {
         association.ping(echo, b"hello");
     }
-    assert_eq!(open(&server, UDP_ASSOCIATE, addr("0.0.0.0:0")).1, 1, "all are taken");
+    assert_eq!(open(&server, UDP_ASSOCIATE, addr("0.0.0.0:0")).1, 1, "all ports are in use");
     let gone = associations.remove(0).bnd;
-    wait_until("the port is free", FREED, || is_free(gone));
+    wait_until("the port is free", RELEASE_TIMEOUT, || is_free(gone));
     assert_eq!(Association::new(&server).bnd, gone);
 }
 
 #[test]
-fn advertise_is_what_bnd_says() {
+fn udp_bnd_is_the_advertised_address_of_its_family() {
     let server = serve("127.0.0.1:0", 2, &["--listen", "[::1]:0", "--advertise", "192.0.2.9"]);
     let (target, dst) = target();
     let mut association = Association::new(&server);
@@ -128,7 +128,7 @@ fn advertise_is_what_bnd_says() {
     association.bnd.set_ip(V4);
     association.send(dst, b"hello");
     assert_eq!(receive(&target).0, b"hello");
-    // It is an IPv4 address: clients by IPv6 hear where their association really is.
+    // The advertised address is IPv4: an IPv6 client receives the address of the socket.
     let mut control = TcpStream::connect(server.addrs[1]).expect("the server accepts");
     control.write_all(&[5, 1, 0]).expect("the greeting is sent");
     control.write_all(&request(UDP_ASSOCIATE, addr("[::]:0"))).expect("the request is sent");
