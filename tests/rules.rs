@@ -14,6 +14,8 @@ mod built_in;
 mod early;
 #[path = "rules/model.rs"]
 mod model;
+#[path = "rules/readme.rs"]
+mod readme;
 #[path = "rules/table.rs"]
 mod table;
 #[path = "rules/text.rs"]

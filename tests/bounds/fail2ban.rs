@@ -1,4 +1,4 @@
-//! The filter of the README, over the log of a real server: every failed login is one match with the right address, and
+//! The filter of src/policy/README.md, over the log of a real server: every failed login is one match with the right address, and
 //! nothing that a client can choose makes another one, or hides one.
 
 use std::io::Write as _;
@@ -15,7 +15,7 @@ use crate::kit::login::{login_message, select_password, send_login, users_file};
 use crate::kit::{CONNECT, connect_from, request_by_name, serve, session_lines, stream_end};
 
 fn filter() -> String {
-    let readme = include_str!("../../README.md");
+    let readme = include_str!("../../src/policy/README.md");
     let blocks = readme.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
     let mut filters = blocks.map(|(_, text)| text).filter(|text| text.contains("[Definition]"));
     format!("{}\n", filters.next().expect("a filter in the README").trim())
