@@ -15,10 +15,10 @@ mod dante;
 mod netcat;
 #[path = "interop/pysocks.rs"]
 mod pysocks;
+#[path = "interop/scenarios.rs"]
+mod scenarios;
 #[path = "interop/ssh.rs"]
 mod ssh;
-#[path = "interop/uses.rs"]
-mod uses;
 
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -29,15 +29,15 @@ use common::{Server, is_installed, run, s5, write_file};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 /// How long a program may take that does something of size, on a loaded machine.
-const LONG: Duration = Duration::from_secs(60);
+const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A child and its process group; killed when dropped.
-struct Process {
+struct ProcessGroup {
     child: Child,
     ended: bool,
 }
 
-impl Process {
+impl ProcessGroup {
     fn start(command: &mut Command) -> Self {
         let spawned = command.process_group(0).spawn();
         Self { child: spawned.unwrap_or_else(|error| panic!("{command:?}: {error}")), ended: false }
@@ -49,7 +49,7 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
         // The group has the number of its first process, which is nobody else's until that has been waited for.
         if !self.ended {
@@ -60,12 +60,12 @@ impl Drop for Process {
 }
 
 /// Whether all these programs are there.
-fn have(programs: &[&str]) -> bool {
+fn has_all(programs: &[&str]) -> bool {
     programs.iter().all(|program| is_installed(program))
 }
 
 /// Octets of all values, in an order that repeats late.
-fn octets(n: usize) -> Vec<u8> {
+fn bytes(n: usize) -> Vec<u8> {
     let mut state = 1_u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -78,18 +78,18 @@ fn octets(n: usize) -> Vec<u8> {
 
 /// What a program wrote, when it ended well.
 fn stdout(command: &mut Command, stdin: &[u8]) -> Vec<u8> {
-    let output = run(command, stdin, LONG);
+    let output = run(command, stdin, LONG_TIMEOUT);
     assert!(output.status.success(), "{command:?}: {}: {}", output.status, text(&output.stderr));
     output.stdout
 }
 
 /// The exit status of a program.
-fn code(output: &Output) -> i32 {
+fn exit_code(output: &Output) -> i32 {
     output.status.code().expect("it was not killed")
 }
 
-fn text(octets: &[u8]) -> String {
-    String::from_utf8_lossy(octets).into_owned()
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Compares without a dump of both, which would fill the screen.
@@ -99,7 +99,7 @@ fn assert_same(left: &[u8], right: &[u8]) {
 }
 
 /// Waits until the server has logged a session with all of these values.
-fn session(server: &Server, values: &[&str]) {
+fn wait_for_session(server: &Server, values: &[&str]) {
     server.wait_log(|log| {
         let mut sessions = log.lines().filter(|line| line.contains("session client="));
         sessions.any(|line| values.iter().all(|value| line.contains(&format!(" {value} "))))

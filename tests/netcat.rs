@@ -8,13 +8,13 @@ mod scripted;
 
 #[path = "netcat/bind.rs"]
 mod bind;
-#[path = "netcat/datagrams.rs"]
-mod datagrams;
-#[path = "netcat/establish.rs"]
-mod establish;
+#[path = "netcat/connect.rs"]
+mod connect;
 #[path = "netcat/forward.rs"]
 mod forward;
 #[path = "netcat/report.rs"]
 mod report;
-#[path = "netcat/uses.rs"]
-mod uses;
+#[path = "netcat/stdio.rs"]
+mod stdio;
+#[path = "netcat/udp.rs"]
+mod udp;

@@ -98,7 +98,7 @@ fn pysocks_logs_in_with_the_right_password_only() {
 }
 
 #[test]
-fn pysocks_moves_datagrams_of_every_size() {
+fn pysocks_exchanges_datagrams_of_all_sizes() {
     if !have_pysocks() {
         return;
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, tcp_server, temp_dir, wait_until, write_file};
-use crate::{LONG, Process, assert_same, code, have, octets, session, stdout, text};
+use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, has_all, stdout, text, wait_for_session};
 
 const SSHD: &str = "/usr/sbin/sshd";
 /// What our clients exit with when the server closes instead of an answer.
@@ -21,7 +21,7 @@ pub(crate) struct Sshd {
     pub(crate) addr: SocketAddr,
     folder: tempfile::TempDir,
     /// One a connection, as inetd would start them.
-    children: Arc<Mutex<Vec<Process>>>,
+    children: Arc<Mutex<Vec<ProcessGroup>>>,
 }
 
 impl Sshd {
@@ -56,7 +56,7 @@ impl Sshd {
             let mut command = sshd();
             command.args(["-i", "-e", "-f", &config]).stdin(Stdio::from(socket)).stdout(Stdio::from(again));
             command.stderr(log.try_clone().expect("a second handle"));
-            shared.lock().expect("no panic holds it").push(Process::start(&mut command));
+            shared.lock().expect("no panic holds it").push(ProcessGroup::start(&mut command));
         });
         Self { addr, folder, children }
     }
@@ -130,48 +130,49 @@ pub(crate) fn repository(folder: &Path, content: &[u8]) -> PathBuf {
 
 #[test]
 fn ssh_goes_through_s5_connect_as_proxy_command() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
-    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), octets(4 << 20));
+    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), bytes(4 << 20));
     let mut ssh = sshd.ssh(&s5_as_proxy_command(""));
     let echoed = stdout(ssh.arg("cat").env("S5_PROXY", server.addr().to_string()), &data);
     assert_same(&echoed, &data);
-    session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 }
 
 #[test]
 fn ssh_goes_through_nc_as_proxy_command() {
-    if !have(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
+    if !has_all(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
         return;
     }
-    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), octets(4 << 20));
+    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), bytes(4 << 20));
     let mut ssh = sshd.ssh(&format!("ProxyCommand nc.openbsd -X 5 -x {} %h %p", server.addr()));
     assert_same(&stdout(ssh.arg("cat"), &data), &data);
-    session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 }
 
 #[test]
-fn ssh_says_why_s5_connect_did_not_get_there() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+fn ssh_shows_error_of_s5_connect() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
     let (server, sshd, nobody) = (Server::start(&[]), Sshd::start(), closed_port());
     let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {}", server.addr())));
     let mut ssh = Command::new("ssh");
-    let output = run(ssh.args(["-F", &config, "-p", &nobody.port().to_string(), "127.0.0.1", "true"]), b"", LONG);
-    assert_eq!(code(&output), 255);
+    let output =
+        run(ssh.args(["-F", &config, "-p", &nobody.port().to_string(), "127.0.0.1", "true"]), b"", LONG_TIMEOUT);
+    assert_eq!(exit_code(&output), 255);
     let said = text(&output.stderr);
     assert!(said.contains(&format!("for {nobody}: ")) && said.contains("refused (REP 5)"), "{said}");
 }
 
 #[test]
-fn git_clones_and_pushes_over_ssh_through_one_server_and_through_two() {
-    if !have(&["ssh", "sshd", "ssh-keygen", "git"]) {
+fn git_clones_and_pushes_over_ssh_through_one_proxy_and_two() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen", "git"]) {
         return;
     }
     let (first, second, sshd) = (Server::start(&[]), Server::start(&[]), Sshd::start());
-    let (folder, content) = (temp_dir(), octets(2 << 20));
+    let (folder, content) = (temp_dir(), bytes(2 << 20));
     let origin = repository(folder.path(), &content);
     let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
     for (name, hops) in [("one", first.addr().to_string()), ("two", format!("{},{}", first.addr(), second.addr()))] {
@@ -188,19 +189,19 @@ fn git_clones_and_pushes_over_ssh_through_one_server_and_through_two() {
         stdout(git(&origin).args(["rev-parse", "--verify", "-q", name]), b"");
     }
     let target = format!("dst=\"{}\"", sshd.addr);
-    session(&first, &[&target, "rep=0"]);
-    session(&first, &[&format!("dst=\"{}\"", second.addr()), "rep=0"]);
-    session(&second, &[&target, "rep=0"]);
+    wait_for_session(&first, &[&target, "rep=0"]);
+    wait_for_session(&first, &[&format!("dst=\"{}\"", second.addr()), "rep=0"]);
+    wait_for_session(&second, &[&target, "rep=0"]);
 }
 
 /// `ssh -D`, and where it listens.
-fn ssh_d(sshd: &Sshd) -> (Process, SocketAddr) {
+fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
         let mut ssh = sshd.ssh(&format!("DynamicForward {addr}\nExitOnForwardFailure yes"));
         let log = File::create(sshd.folder.path().join("ssh_d")).expect("a file");
         ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
-        let mut process = Process::start(&mut ssh);
+        let mut process = ProcessGroup::start(&mut ssh);
         let mut ended = false;
         wait_until("ssh -D listens", TIMEOUT, || {
             ended = process.has_ended();
@@ -215,12 +216,12 @@ fn ssh_d(sshd: &Sshd) -> (Process, SocketAddr) {
 
 #[test]
 fn s5_connect_goes_through_ssh_d() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
     let sshd = Sshd::start();
-    let (_ssh, proxy) = ssh_d(&sshd);
-    let (echo, data) = (echo_server(), octets(4 << 20));
+    let (_ssh, proxy) = start_ssh_d(&sshd);
+    let (echo, data) = (echo_server(), bytes(4 << 20));
     let connect = |hops: &str, host: &str| {
         let mut command = s5();
         command.args(["connect", "-x", hops, host, &echo.port().to_string()]);
@@ -232,22 +233,22 @@ fn s5_connect_goes_through_ssh_d() {
     // In chains with ours, first and last.
     let server = Server::start(&[]);
     assert_eq!(stdout(&mut connect(&format!("{hop},{}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
-    session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
     assert_eq!(stdout(&mut connect(&format!("{},{hop}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
-    session(&server, &["command=connect", &format!("dst=\"{proxy}\""), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{proxy}\""), "rep=0"]);
 }
 
 #[test]
-fn s5_bind_and_udp_say_that_ssh_d_hangs_up() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+fn s5_bind_and_udp_report_that_ssh_d_closes() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
     let sshd = Sshd::start();
-    let (_ssh, proxy) = ssh_d(&sshd);
+    let (_ssh, proxy) = start_ssh_d(&sshd);
     for mode in ["bind", "udp"] {
-        let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG);
+        let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG_TIMEOUT);
         let said = text(&output.stderr);
-        assert_eq!(code(&output), PROTOCOL, "{mode}: {said}");
+        assert_eq!(exit_code(&output), PROTOCOL, "{mode}: {said}");
         assert!(said.contains(&format!("proxy {proxy}: request, for 127.0.0.1:9: ")), "{mode}: {said}");
     }
 }

@@ -10,7 +10,7 @@ use crate::common::{Server, TIMEOUT, is_installed, run, s5, temp_dir, wait_until
 use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
 /// The address in a file, once it is there.
-fn address(path: &Path) -> SocketAddr {
+fn read_address(path: &Path) -> SocketAddr {
     let mut found = None;
     wait_until("the address is written", TIMEOUT, || {
         found = std::fs::read_to_string(path).ok();
@@ -22,7 +22,7 @@ fn address(path: &Path) -> SocketAddr {
 }
 
 #[test]
-fn the_bound_address_alone_is_written_to_a_file_whole() {
+fn bound_to_file_has_only_the_address() {
     let (server, folder) = (Server::start(&[]), temp_dir());
     let path = folder.path().join("address");
     std::fs::write(&path, "127.0.0.1:1\n of an earlier run").expect("a file");
@@ -30,7 +30,7 @@ fn the_bound_address_alone_is_written_to_a_file_whole() {
     let mut command = s5();
     command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&path);
     let mut client = RunningProgram::start(&mut command);
-    let at = address(&path);
+    let at = read_address(&path);
     assert!(client.stderr(|said| said.contains("bound ")).contains(&at.to_string()));
     let mut peer = TcpStream::connect(at).expect("the proxy listens there");
     peer.write_all(b"hello").expect("it is sent");
@@ -43,7 +43,7 @@ fn the_bound_address_alone_is_written_to_a_file_whole() {
 }
 
 #[test]
-fn a_descriptor_gets_the_address_and_is_closed() {
+fn bound_to_descriptor_gets_the_address_and_is_closed() {
     let server = Server::start(&[]);
     // cat ends when all that write into the pipe have closed it; s5 itself still waits for its peer then.
     let script = "\"$0\" bind -x \"$1\" --bound-to fd:3 3>&1 >/dev/null 2>/dev/null & echo $! >&2; exec 1>&-";
@@ -58,7 +58,7 @@ fn a_descriptor_gets_the_address_and_is_closed() {
 }
 
 #[test]
-fn a_named_pipe_stays_one() {
+fn bound_to_named_pipe_gets_the_address() {
     let (server, folder) = (Server::start(&[]), temp_dir());
     let path = folder.path().join("fifo");
     assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo runs").success());
@@ -70,7 +70,7 @@ fn a_named_pipe_stays_one() {
 }
 
 #[test]
-fn where_the_address_can_not_be_written_nothing_is_waited_for() {
+fn bound_to_fails_at_once_if_it_can_not_be_written() {
     let server = Server::start(&[]);
     for (to, status) in [("/nonexistent/address", 23), ("fd:77", 2), ("fd:x", 2), ("fd:1", 2)] {
         let output = run(s5().args(["bind", "-x", &server.addr().to_string(), "--bound-to", to]), b"", TIMEOUT);
@@ -81,7 +81,7 @@ fn where_the_address_can_not_be_written_nothing_is_waited_for() {
 }
 
 #[test]
-fn z_waits_for_the_peer_and_no_longer() {
+fn bind_z_exits_when_the_peer_connects() {
     let server = Server::start(&[]);
     let mut client = RunningProgram::start(s5().args(["bind", "-z", "-x", &server.addr().to_string()]));
     let said = client.stderr(|said| said.contains("bound "));
@@ -93,7 +93,7 @@ fn z_waits_for_the_peer_and_no_longer() {
 }
 
 #[test]
-fn a_program_has_the_peer_as_stdin_and_stdout() {
+fn bind_program_has_the_peer_as_stdin_and_stdout() {
     let server = Server::start(&[]);
     let args =
         ["bind", "-x", &server.addr().to_string(), "-c", "read line; echo \"you said $line to $S5_BND\"; exit 3"];
@@ -109,7 +109,7 @@ fn a_program_has_the_peer_as_stdin_and_stdout() {
 }
 
 #[test]
-fn json_tells_both_addresses() {
+fn bind_json_has_bnd_and_peer() {
     if !is_installed("python3") {
         return;
     }
@@ -126,7 +126,7 @@ fn json_tells_both_addresses() {
 
 /// The example of the README: a file comes back through a proxy from a machine that can reach only that.
 #[test]
-fn a_file_is_sent_back_through_the_proxy_as_the_readme_has_it() {
+fn bind_example_of_readme_transfers_a_file() {
     if !is_installed("nc.openbsd") {
         return;
     }
@@ -148,7 +148,7 @@ fn a_file_is_sent_back_through_the_proxy_as_the_readme_has_it() {
         command
     };
     let mut receiver = RunningProgram::start(&mut shell(&here, folder.path()));
-    address(&folder.path().join("address"));
+    read_address(&folder.path().join("address"));
     std::fs::copy(folder.path().join("address"), folder.path().join("there/address")).expect("it is handed on");
     let output = run(&mut shell(&there, &folder.path().join("there")), b"", Duration::from_secs(20));
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -158,7 +158,7 @@ fn a_file_is_sent_back_through_the_proxy_as_the_readme_has_it() {
 }
 
 #[test]
-fn a_link_is_followed_an_old_address_is_gone_and_others_may_read_the_new_one() {
+fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     use std::os::unix::fs::PermissionsExt as _;
     let folder = temp_dir();
     let (path, link) = (folder.path().join("address"), folder.path().join("link"));
@@ -178,7 +178,7 @@ fn a_link_is_followed_an_old_address_is_gone_and_others_may_read_the_new_one() {
     command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&link);
     let client = RunningProgram::start(&mut command);
     client.stderr(|said| said.contains("bound "));
-    address(&path);
+    read_address(&path);
     assert!(link.is_symlink(), "the link is what it was");
     let mode = std::fs::metadata(&path).expect("a file").permissions().mode() & 0o777;
     let usual = folder.path().join("usual");
@@ -187,7 +187,7 @@ fn a_link_is_followed_an_old_address_is_gone_and_others_may_read_the_new_one() {
 }
 
 #[test]
-fn whom_a_proxy_waits_for_is_no_exception() {
+fn bind_ignores_no_proxy() {
     let server = Server::start(&[]);
     let mut command = s5();
     command.env("ALL_PROXY", server.addr().to_string()).env("NO_PROXY", "*").args(["bind", "127.0.0.1"]);
@@ -195,7 +195,7 @@ fn whom_a_proxy_waits_for_is_no_exception() {
 }
 
 #[test]
-fn a_descriptor_goes_on_where_it_is() {
+fn bound_to_descriptor_appends_at_its_position() {
     let (server, folder) = (Server::start(&[]), temp_dir());
     let log = folder.path().join("log");
     std::fs::write(&log, "before\n").expect("a file");

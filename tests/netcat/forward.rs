@@ -9,28 +9,28 @@ use crate::kit::{StreamEnd, V4, session_lines, stream_end};
 use crate::scripted::{RunningProgram, ScriptedServer, Step, reply_with, text};
 
 /// A client that listens, and where.
-fn listening(args: &[&str]) -> (RunningProgram, SocketAddr) {
+fn start_forward(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().args(args));
     let said = client.stderr(|said| said.lines().any(|line| line.starts_with("listening on ")));
     let line = said.lines().find_map(|line| line.strip_prefix("listening on ")).expect("it says so");
     (client, line.parse().expect("an address"))
 }
 
-fn ping(stream: &mut TcpStream, octets: &[u8]) {
+fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
     stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
-    stream.write_all(octets).expect("it is sent");
-    let mut back = vec![0; octets.len()];
+    stream.write_all(bytes).expect("it is sent");
+    let mut back = vec![0; bytes.len()];
     stream.read_exact(&mut back).expect("it comes back");
-    assert!(back == octets);
+    assert!(back == bytes);
 }
 
 #[test]
-fn one_connection_gets_its_tunnel_and_then_it_ends() {
+fn forward_without_k_serves_one_connection() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
-    let (mut client, at) = listening(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
     assert_eq!(at.ip(), V4, "on loopback unless told otherwise");
     let mut local = TcpStream::connect(at).expect("it listens");
-    ping(&mut local, b"hello");
+    assert_echo(&mut local, b"hello");
     assert!(TcpStream::connect(at).is_err(), "it takes one");
     local.shutdown(Shutdown::Write).expect("it can be");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
@@ -38,9 +38,9 @@ fn one_connection_gets_its_tunnel_and_then_it_ends() {
 }
 
 #[test]
-fn the_status_of_the_one_connection_is_that_of_its_tunnel() {
+fn forward_without_k_exits_with_status_of_its_tunnel() {
     let (server, down) = (Server::start(&[]), closed_port().to_string());
-    let (mut client, at) = listening(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
+    let (mut client, at) = start_forward(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
     assert_eq!(at.ip().to_string(), "127.0.0.7");
     let mut local = TcpStream::connect(at).expect("it listens");
     assert_eq!(stream_end(&mut local), StreamEnd::Reset, "nothing is not to be taken for the whole");
@@ -50,7 +50,7 @@ fn the_status_of_the_one_connection_is_that_of_its_tunnel() {
 }
 
 #[test]
-fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
+fn forward_k_serves_many_connections_that_fail_independently() {
     let server = Server::start(&[]);
     let count = std::sync::atomic::AtomicUsize::new(0);
     let target = tcp_server(V4, move |mut stream| {
@@ -64,14 +64,14 @@ fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
         }
     });
     let proxy = server.addr().to_string();
-    let (mut client, at) = listening(&["connect", "-l", "0", "-k", "-x", &proxy, &target.to_string()]);
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-k", "-x", &proxy, &target.to_string()]);
     let mut locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
     let mut resets = 0;
     for local in &mut locals {
         local.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
-        let mut octet = [0];
-        match local.write_all(b"x").and_then(|()| local.read_exact(&mut octet)) {
-            Ok(()) => assert_eq!(octet, *b"x"),
+        let mut byte = [0];
+        match local.write_all(b"x").and_then(|()| local.read_exact(&mut byte)) {
+            Ok(()) => assert_eq!(byte, *b"x"),
             Err(_) => resets += 1,
         }
     }
@@ -88,9 +88,9 @@ fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
 }
 
 #[test]
-fn a_local_client_that_leaves_ends_the_attempt() {
+fn forward_aborts_handshake_when_local_client_disconnects() {
     let proxy = ScriptedServer::start(vec![Step::Greeting, Step::WaitForClose]);
-    let (mut client, at) = listening(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
     let local = TcpStream::connect(at).expect("it listens");
     proxy.message();
     // Whoever has only closed his side may still want to listen, for a while.
@@ -101,7 +101,7 @@ fn a_local_client_that_leaves_ends_the_attempt() {
 }
 
 #[test]
-fn it_comes_back_from_a_want_of_descriptors() {
+fn forward_recovers_from_descriptor_exhaustion() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let mut command = std::process::Command::new("sh");
     let script = "ulimit -n 24; exec \"$0\" connect -l 0 -k -x \"$1\" \"$2\"";
@@ -121,7 +121,7 @@ fn it_comes_back_from_a_want_of_descriptors() {
 }
 
 #[test]
-fn a_place_to_listen_that_makes_no_sense_or_is_taken_is_named() {
+fn invalid_or_used_listen_address_is_an_error() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("an address").to_string();
     for (place, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
@@ -131,7 +131,7 @@ fn a_place_to_listen_that_makes_no_sense_or_is_taken_is_named() {
     }
 }
 
-fn udp() -> UdpSocket {
+fn udp_socket() -> UdpSocket {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
     socket.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     socket
@@ -145,12 +145,12 @@ fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
 }
 
 #[test]
-fn each_local_peer_has_an_association_that_ends_when_it_is_silent() {
+fn udp_forward_has_one_association_for_each_peer_until_idle() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
     let proxy = server.addr().to_string();
-    let (_client, at) = listening(&["udp", "-l", "0", "-i", "1500ms", "-x", &proxy, &echo]);
-    let (one, two) = (udp(), udp());
+    let (_client, at) = start_forward(&["udp", "-l", "0", "-i", "1500ms", "-x", &proxy, &echo]);
+    let (one, two) = (udp_socket(), udp_socket());
     exchange(&one, at, b"of one");
     exchange(&two, at, b"of two");
     exchange(&one, at, b"of one again");
@@ -161,27 +161,27 @@ fn each_local_peer_has_an_association_that_ends_when_it_is_silent() {
 }
 
 #[test]
-fn what_comes_while_it_associates_is_kept() {
+fn udp_forward_queues_datagrams_during_association() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
-    let (_client, at) = listening(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
-    let socket = udp();
+    let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
+    let socket = udp_socket();
     for n in 0..20_u8 {
         socket.send_to(&[n], at).expect("it is sent");
     }
     for n in 0..20_u8 {
-        let mut octet = [0];
-        socket.recv_from(&mut octet).expect("an answer comes");
-        assert_eq!(octet, [n]);
+        let mut byte = [0];
+        socket.recv_from(&mut byte).expect("an answer comes");
+        assert_eq!(byte, [n]);
     }
 }
 
 #[test]
-fn peers_are_limited_in_number() {
+fn udp_forward_limits_peers() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
-    let (client, at) = listening(&["udp", "-l", "0", "--max-peers", "2", "-x", &server.addr().to_string(), &echo]);
-    let (one, two, three) = (udp(), udp(), udp());
+    let (client, at) = start_forward(&["udp", "-l", "0", "--max-peers", "2", "-x", &server.addr().to_string(), &echo]);
+    let (one, two, three) = (udp_socket(), udp_socket(), udp_socket());
     exchange(&one, at, b"one");
     exchange(&two, at, b"two");
     three.send_to(b"three", at).expect("it is sent");
@@ -192,7 +192,7 @@ fn peers_are_limited_in_number() {
 }
 
 #[test]
-fn a_lost_association_is_told_and_the_next_datagram_gets_a_new_one() {
+fn udp_forward_reports_lost_association_and_opens_a_new_one() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
     let (told, tell) = std::sync::mpsc::channel::<()>();
@@ -201,8 +201,8 @@ fn a_lost_association_is_told_and_the_next_datagram_gets_a_new_one() {
         drop(stream);
     })]);
     let proxy = ScriptedServer::start(script.collect());
-    let (mut client, at) = listening(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
-    let socket = udp();
+    let (mut client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
+    let socket = udp_socket();
     socket.send_to(b"x", at).expect("it is sent");
     relay.recv_from(&mut [0; 64]).expect("it comes");
     drop(told);
@@ -214,13 +214,13 @@ fn a_lost_association_is_told_and_the_next_datagram_gets_a_new_one() {
 }
 
 #[test]
-fn answers_of_strangers_are_not_handed_on() {
+fn udp_forward_drops_answers_from_other_addresses() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
     let hold = crate::scripted::with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
-    let (_client, at) = listening(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
-    let socket = udp();
+    let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
+    let socket = udp_socket();
     socket.send_to(b"x", at).expect("it is sent");
     let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
     let datagram = |last: u8, data: &[u8]| [&[0, 0, 0, 1, 192, 0, 2, last, 0, 7][..], data].concat();
@@ -232,10 +232,10 @@ fn answers_of_strangers_are_not_handed_on() {
 }
 
 #[test]
-fn a_local_client_that_only_wants_to_listen_gets_what_the_target_says() {
+fn forward_serves_local_client_that_only_reads() {
     let server = Server::start(&[]);
     let target = tcp_server(V4, |mut stream| drop(stream.write_all(b"banner"))).to_string();
-    let (mut client, at) = listening(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
     let mut local = TcpStream::connect(at).expect("it listens");
     local.shutdown(Shutdown::Write).expect("it can be");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(b"banner".to_vec()));
@@ -243,10 +243,10 @@ fn a_local_client_that_only_wants_to_listen_gets_what_the_target_says() {
 }
 
 #[test]
-fn a_peer_that_goes_on_sending_to_a_dead_proxy_does_not_make_an_attempt_of_each_datagram() {
+fn udp_forward_limits_attempts_to_an_unreachable_proxy() {
     let down = closed_port().to_string();
-    let (client, at) = listening(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
-    let socket = udp();
+    let (client, at) = start_forward(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
+    let socket = udp_socket();
     for _ in 0..200 {
         socket.send_to(b"x", at).expect("it is sent");
         std::thread::sleep(Duration::from_millis(1));
@@ -256,12 +256,12 @@ fn a_peer_that_goes_on_sending_to_a_dead_proxy_does_not_make_an_attempt_of_each_
 }
 
 #[test]
-fn each_association_tells_what_went_through_it() {
+fn udp_forward_json_reports_each_association() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
     let args = ["udp", "-l", "0", "-i", "300ms", "--json", "-x", &server.addr().to_string(), &echo];
-    let (client, at) = listening(&args);
-    exchange(&udp(), at, b"seven..");
+    let (client, at) = start_forward(&args);
+    exchange(&udp_socket(), at, b"seven..");
     let said = client.stderr(|said| said.contains("\"up\":"));
     assert!(said.contains("\"up\":7,\"down\":7") && !said.contains("\"first_byte\":null"), "{said}");
 }

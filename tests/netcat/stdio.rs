@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, tcp_server, wait_until};
 use crate::scripted::{RunningProgram, text};
 
-fn proxy() -> (Server, String) {
+fn start_proxy() -> (Server, String) {
     let server = Server::start(&[]);
     let addr = server.addr().to_string();
     (server, addr)
 }
 
 /// A target that tells all that it was sent, once that has ended, and then answers.
-fn listening(answer: &'static [u8]) -> (SocketAddr, std::sync::mpsc::Receiver<Vec<u8>>) {
+fn collecting_target(answer: &'static [u8]) -> (SocketAddr, std::sync::mpsc::Receiver<Vec<u8>>) {
     let (tell, told) = channel();
     let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream| {
         let mut all = Vec::new();
@@ -30,7 +30,7 @@ fn listening(answer: &'static [u8]) -> (SocketAddr, std::sync::mpsc::Receiver<Ve
 }
 
 /// A target that says hello and then only waits.
-fn greeting() -> SocketAddr {
+fn greeting_target() -> SocketAddr {
     tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
         let _ = stream.write_all(b"hello");
         let _ = stream.read_to_end(&mut Vec::new());
@@ -38,8 +38,8 @@ fn greeting() -> SocketAddr {
 }
 
 #[test]
-fn ends_of_lines_become_cr_lf() {
-    let (_server, proxy) = proxy();
+fn crlf_converts_line_ends() {
+    let (_server, proxy) = start_proxy();
     let table: [(&[u8], &[u8]); 5] = [
         (b"EHLO a\nQUIT\n", b"EHLO a\r\nQUIT\r\n"),
         (b"a\r\nb\n", b"a\r\nb\r\n"),
@@ -48,13 +48,13 @@ fn ends_of_lines_become_cr_lf() {
         (b"", b""),
     ];
     for (stdin, expected) in table {
-        let (target, told) = listening(b"");
+        let (target, told) = collecting_target(b"");
         let output = run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         assert_eq!(text(&told.recv_timeout(TIMEOUT).expect("it was sent")), text(expected));
     }
     // An end of a line that comes in two reads is one.
-    let (target, told) = listening(b"");
+    let (target, told) = collecting_target(b"");
     let mut client = RunningProgram::start(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]));
     client.write(b"a\r");
     std::thread::sleep(Duration::from_millis(50));
@@ -62,14 +62,14 @@ fn ends_of_lines_become_cr_lf() {
     client.close_stdin();
     assert_eq!(told.recv_timeout(TIMEOUT).expect("it was sent"), b"a\r\nb");
     // A buffer full of them grows to twice its size.
-    let (target, told) = listening(b"");
+    let (target, told) = collecting_target(b"");
     run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), &[b'\n'; 200_000], TIMEOUT);
     assert!(told.recv_timeout(TIMEOUT).expect("it was sent") == b"\r\n".repeat(200_000));
 }
 
 #[test]
-fn without_stdin_it_ends_when_the_other_side_does() {
-    let (_server, proxy) = proxy();
+fn recv_only_exits_when_the_target_closes() {
+    let (_server, proxy) = start_proxy();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(300))).expect("it can be set");
         let end = stream.read(&mut [0; 16]);
@@ -82,18 +82,18 @@ fn without_stdin_it_ends_when_the_other_side_does() {
 }
 
 #[test]
-fn who_only_sends_writes_nothing_and_waits_for_the_other_side_to_take_it() {
-    let (_server, proxy) = proxy();
-    let (target, told) = listening(b"an answer that nobody wants");
+fn send_only_writes_nothing_and_waits_for_the_target() {
+    let (_server, proxy) = start_proxy();
+    let (target, told) = collecting_target(b"an answer that nobody wants");
     let output = run(s5().args(["connect", "--send-only", "-x", &proxy, &target.to_string()]), b"data", TIMEOUT);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(0), 0), "{}", text(&output.stderr));
     assert_eq!(told.recv_timeout(TIMEOUT).expect("it was sent"), b"data");
 }
 
 #[test]
-fn q_ends_it_behind_the_end_of_stdin() {
-    let (_server, proxy) = proxy();
-    let target = greeting().to_string();
+fn quit_after_counts_from_end_of_stdin() {
+    let (_server, proxy) = start_proxy();
+    let target = greeting_target().to_string();
     // That target would never close by itself without a half-close.
     let args = ["connect", "--no-shutdown", "-q", "300ms", "-x", &proxy, &target];
     let began = Instant::now();
@@ -101,15 +101,15 @@ fn q_ends_it_behind_the_end_of_stdin() {
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
     assert!(began.elapsed() >= Duration::from_millis(300));
     let mut waiting = RunningProgram::start(s5().args(["connect", "-q", "0", "-x", &proxy, &target]));
-    waiting.stdout(|octets| octets == b"hello");
+    waiting.stdout(|bytes| bytes == b"hello");
     assert!(waiting.is_running(), "stdin is still open");
     waiting.close_stdin();
     assert_eq!(waiting.end(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
-fn without_shutdown_the_other_side_sees_no_end() {
-    let (_server, proxy) = proxy();
+fn no_shutdown_hides_end_of_stdin_from_the_target() {
+    let (_server, proxy) = start_proxy();
     let (tell, told) = channel();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(300))).expect("it can be set");
@@ -125,23 +125,23 @@ fn without_shutdown_the_other_side_sees_no_end() {
 }
 
 #[test]
-fn silence_for_too_long_is_a_time_out_and_octets_renew_it() {
-    let (_server, proxy) = proxy();
+fn idle_timeout_exits_with_28_and_traffic_restarts_it() {
+    let (_server, proxy) = start_proxy();
     let echo = echo_server().to_string();
     let mut client = RunningProgram::start(s5().args(["connect", "-i", "700ms", "-x", &proxy, &echo]));
     for _ in 0..5 {
         client.write(b".");
         std::thread::sleep(Duration::from_millis(250));
     }
-    assert!(client.is_running(), "octets went both ways");
+    assert!(client.is_running(), "bytes went both ways");
     let (status, stdout, said) = client.end(TIMEOUT);
     assert_eq!((status.code(), text(&stdout).as_str()), (Some(28), "....."), "{said}");
     assert!(said.ends_with(&format!("transfer, for {echo}: idle for 700ms\n")), "{said}");
 }
 
 #[test]
-fn a_program_has_the_tunnel_as_stdin_and_stdout() {
-    let (_server, proxy) = proxy();
+fn exec_program_has_the_tunnel_as_stdin_and_stdout() {
+    let (_server, proxy) = start_proxy();
     let echo = echo_server().to_string();
     let connect = |args: &[&str]| run(s5().args(["connect", "-x", &proxy]).args(args), b"not for it", TIMEOUT);
     let output = connect(&["-c", "printf 'one\\ntwo\\n'; exec >&-; cat >&2", &echo]);
@@ -149,14 +149,14 @@ fn a_program_has_the_tunnel_as_stdin_and_stdout() {
     assert!(output.stdout.is_empty(), "stdout is the program's tunnel");
     let output = connect(&["-e", "printf hello\\nworld", &echo]);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
-    let (target, told) = listening(b"");
+    let (target, told) = collecting_target(b"");
     connect(&["-e", "printf one-%s two", &target.to_string()]);
     assert_eq!(text(&told.recv_timeout(TIMEOUT).expect("it was sent")), "one-two");
 }
 
 #[test]
-fn a_programs_status_is_ours() {
-    let (_server, proxy) = proxy();
+fn exec_exits_with_status_of_the_program() {
+    let (_server, proxy) = start_proxy();
     let echo = echo_server().to_string();
     for (command, status) in [("exit 7", 7), ("kill -9 $$", 137), ("true", 0), ("exit 200", 200)] {
         let output = run(s5().args(["connect", "-x", &proxy, "-c", command, &echo]), b"", TIMEOUT);
@@ -165,7 +165,7 @@ fn a_programs_status_is_ours() {
 }
 
 #[test]
-fn a_program_is_told_where_it_is_and_no_secret() {
+fn exec_program_gets_addresses_and_no_password() {
     let folder = crate::common::temp_dir();
     let users = crate::common::write_file(
         folder.path(),
@@ -182,8 +182,8 @@ fn a_program_is_told_where_it_is_and_no_secret() {
 }
 
 #[test]
-fn a_program_that_hears_no_more_or_is_gone_does_not_keep_the_tunnel() {
-    let (_server, proxy) = proxy();
+fn exec_program_that_closes_stdin_or_exits_ends_the_tunnel() {
+    let (_server, proxy) = start_proxy();
     let flood = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| while stream.write_all(&[b'x'; 4096]).is_ok() {});
     let output = run(s5().args(["connect", "-x", &proxy, "-c", "head -c 3 >&2", &flood.to_string()]), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), "xxx".into()));
@@ -202,8 +202,8 @@ fn a_program_that_hears_no_more_or_is_gone_does_not_keep_the_tunnel() {
 }
 
 #[test]
-fn progress_is_shown_on_a_terminal_and_nowhere_else() {
-    let (_server, proxy) = proxy();
+fn progress_is_shown_only_on_a_terminal() {
+    let (_server, proxy) = start_proxy();
     let echo = echo_server().to_string();
     let output = run(s5().args(["connect", "--progress", "-x", &proxy, &echo]), b"data", TIMEOUT);
     assert_eq!((text(&output.stdout), text(&output.stderr)), ("data".into(), String::new()));
@@ -229,8 +229,8 @@ fn with_socket_as_stdout(args: &[&str]) -> (std::process::Child, UnixStream) {
 }
 
 #[test]
-fn a_stdout_that_somebody_made_non_blocking_is_waited_for() {
-    let (_server, proxy) = proxy();
+fn non_blocking_stdout_gets_all_data() {
+    let (_server, proxy) = start_proxy();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| drop(stream.write_all(&[b'x'; 4 << 20])));
     let (mut client, mut ours) = with_socket_as_stdout(&["-x", &proxy, &target.to_string()]);
     std::thread::sleep(Duration::from_millis(300));
@@ -240,8 +240,8 @@ fn a_stdout_that_somebody_made_non_blocking_is_waited_for() {
 }
 
 #[test]
-fn who_does_not_read_does_not_keep_it_from_ending_when_its_time_is_over() {
-    let (_server, proxy) = proxy();
+fn unread_stdout_does_not_delay_exit_after_timeouts() {
+    let (_server, proxy) = start_proxy();
     let flood = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| while stream.write_all(&[b'x'; 4096]).is_ok() {});
     for (args, status) in [(["-q", "300ms"], 0), (["-i", "300ms"], 28)] {
         let (mut client, _unread) = with_socket_as_stdout(&[&args[..], &["-x", &proxy, &flood.to_string()]].concat());

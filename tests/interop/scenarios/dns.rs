@@ -3,20 +3,20 @@
 use std::net::SocketAddr;
 use std::process::Command;
 
-use super::listening;
+use super::start_server;
 use crate::common::{Server, TIMEOUT, is_installed, run, s5, temp_dir, write_file};
-use crate::{Process, code, stdout, text};
+use crate::{ProcessGroup, exit_code, stdout, text};
 
 const UNBOUND: &str = "/usr/sbin/unbound";
 
 struct Unbound {
     addr: SocketAddr,
-    _process: Process,
+    _process: ProcessGroup,
     _folder: tempfile::TempDir,
 }
 
 /// What `large.test` is: more than DNS over UDP has without EDNS, and than servers send unless told to.
-fn large() -> Vec<String> {
+fn large_txt() -> Vec<String> {
     (b'a'..=b'n').map(|letter| char::from(letter).to_string().repeat(250)).collect()
 }
 
@@ -24,8 +24,8 @@ impl Unbound {
     fn start() -> Self {
         let folder = temp_dir();
         let path = |name: &str| folder.path().join(name).display().to_string();
-        let strings: String = large().iter().map(|string| format!(" \"{string}\"")).collect();
-        let (_process, addr) = listening(folder.path(), |addr| {
+        let strings: String = large_txt().iter().map(|string| format!(" \"{string}\"")).collect();
+        let (_process, addr) = start_server(folder.path(), |addr| {
             let config = format!(
                 "server:\n\
                  interface: 127.0.0.1@{port}\naccess-control: 127.0.0.0/8 allow\nnum-threads: 1\n\
@@ -69,7 +69,7 @@ fn associations(log: &str) -> Vec<(f64, usize)> {
 }
 
 #[test]
-fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
+fn dig_queries_through_local_port_and_idle_association_ends() {
     if !is_installed("unbound") || !is_installed("dig") {
         return;
     }
@@ -82,7 +82,7 @@ fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
     assert_eq!(dig(forward.addr(), "host.test", "AAAA"), "2001:db8::10\n");
     // Each dig has a port of its own, and so an association.
     server.wait_log(|log| associations(log).len() == 2);
-    let strings: Vec<String> = large().iter().map(|string| format!("\"{string}\"")).collect();
+    let strings: Vec<String> = large_txt().iter().map(|string| format!("\"{string}\"")).collect();
     assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
     let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
     assert!(ended.iter().all(|(seconds, _)| (1.0..TIMEOUT.as_secs_f64()).contains(seconds)), "{ended:?}");
@@ -92,7 +92,7 @@ fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
 }
 
 #[test]
-fn a_query_in_digits_is_answered_in_digits() {
+fn hex_framing_queries_dns() {
     if !is_installed("unbound") {
         return;
     }
@@ -101,11 +101,11 @@ fn a_query_in_digits_is_answered_in_digits() {
     let query = b"1234 0100 0001 0000 0000 0000 04686f7374 0474657374 00 0001 0001\n";
     let args = ["udp", "-x", &server.addr().to_string(), &unbound.addr.to_string(), "-n", "1", "--hex"];
     let output = run(s5().args(args), query, TIMEOUT);
-    assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
+    assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
     let answer = text(&output.stdout);
     let digits = answer.strip_suffix('\n').expect("a line");
     assert!(digits.bytes().all(|digit| digit.is_ascii_hexdigit()), "{answer:?}");
-    // The id, QR with NOERROR, one answer; 4 octets of address at the end.
+    // The id, QR with NOERROR, one answer; 4 bytes of address at the end.
     assert!(digits.starts_with("12348") && digits[7..16] == *"000010001", "{digits}");
     assert!(digits.ends_with("0004c000020a"), "{digits}");
 }

@@ -8,7 +8,7 @@ use crate::kit::V4;
 use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
 #[test]
-fn every_framing_gives_back_what_it_takes() {
+fn udp_framings_round_trip() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let long = [&[0x10, 0][..], &[7; 4096]].concat();
     let cases: [(&str, &[u8], &[u8], &str); 6] = [
@@ -28,7 +28,7 @@ fn every_framing_gives_back_what_it_takes() {
 }
 
 #[test]
-fn a_frame_that_makes_no_sense_is_an_error() {
+fn udp_malformed_frame_is_an_error() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let cases: [(&str, &[u8], &str); 5] = [
         ("--hex", b"abc\n", "not hexadecimal"),
@@ -46,7 +46,7 @@ fn a_frame_that_makes_no_sense_is_an_error() {
 }
 
 #[test]
-fn enough_answers_end_it_at_once_and_too_few_are_a_failure() {
+fn udp_count_exits_early_and_fails_on_missing_answers() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let proxy = server.addr().to_string();
     let began = Instant::now();
@@ -63,7 +63,7 @@ fn enough_answers_end_it_at_once_and_too_few_are_a_failure() {
 }
 
 #[test]
-fn silence_for_too_long_is_a_time_out() {
+fn udp_idle_timeout_exits_with_28() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let mut client = RunningProgram::start(s5().args(["udp", "-i", "400ms", "-x", &server.addr().to_string(), &echo]));
     client.write(b"x\n");
@@ -73,7 +73,7 @@ fn silence_for_too_long_is_a_time_out() {
 }
 
 #[test]
-fn without_a_proxy_datagrams_go_directly() {
+fn udp_direct_needs_no_proxy() {
     for ip in [V4, crate::kit::V6] {
         let echo = udp_echo_server(ip).to_string();
         let output = run(s5().args(["udp", "--direct", "-n", "2", "-w", "5", &echo]), b"one\ntwo\n", TIMEOUT);
@@ -86,7 +86,7 @@ fn without_a_proxy_datagrams_go_directly() {
 }
 
 #[test]
-fn the_source_is_that_of_the_datagrams_too() {
+fn udp_source_address_is_that_of_datagrams() {
     let (server, target) = (Server::start(&[]), UdpSocket::bind("127.0.0.1:0").expect("a port"));
     target.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     let addr = target.local_addr().expect("an address").to_string();
@@ -100,7 +100,10 @@ fn the_source_is_that_of_the_datagrams_too() {
 }
 
 /// Answers, as a relay sends them, to a client that has sent one datagram; what it says of them in the end.
-fn told(answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static, args: &[&str]) -> (String, String) {
+fn run_with_answers(
+    answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static,
+    args: &[&str],
+) -> (String, String) {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = success_reply(relay.local_addr().expect("an address"));
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
@@ -120,11 +123,11 @@ fn fragment(frag: u8, data: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn answers_that_were_cut_or_dropped_are_told() {
+fn udp_incomplete_and_dropped_answers_are_reported() {
     let send = |all: Vec<Vec<u8>>| {
         move |relay: &UdpSocket, to| {
-            for octets in &all {
-                relay.send_to(octets, to).expect("it is sent");
+            for bytes in &all {
+                relay.send_to(bytes, to).expect("it is sent");
             }
         }
     };
@@ -138,19 +141,19 @@ fn answers_that_were_cut_or_dropped_are_told() {
         fragment(1, b"one "),
         fragment(0x82, b"two"),
     ];
-    let (stdout, stderr) = told(send(cut), &[]);
+    let (stdout, stderr) = run_with_answers(send(cut), &[]);
     assert_eq!(stdout, "one two\n");
     assert!(stderr.ends_with("answers incomplete: fragments are missing (3)\n"), "{stderr}");
     let strange = vec![b"".to_vec(), vec![0, 0, 0, 9], fragment(0, b"good")];
-    let (stdout, stderr) = told(send(strange), &[]);
+    let (stdout, stderr) = run_with_answers(send(strange), &[]);
     assert_eq!(stdout, "good\n");
     assert!(stderr.ends_with("answers dropped: malformed, or not from the relay (2)\n"), "{stderr}");
-    let (_, stderr) = told(send(vec![fragment(0, b"good")]), &[]);
+    let (_, stderr) = run_with_answers(send(vec![fragment(0, b"good")]), &[]);
     assert_eq!(stderr, "");
 }
 
 #[test]
-fn answers_for_which_there_was_no_room_are_told() {
+fn udp_answers_dropped_by_a_full_buffer_are_reported() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = success_reply(relay.local_addr().expect("an address"));
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
