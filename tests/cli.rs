@@ -1,5 +1,5 @@
-//! The built program at its edges: help, complaints, exit statuses, stdout against stderr, and the users file's upkeep.
-//! What the clients say about proxies is in client.rs.
+//! The command line: help, usage errors, exit statuses, stdout and stderr, and the editing of users files.
+//! The clients' errors about proxies are tested in client.rs.
 
 mod common;
 #[path = "common/scripted.rs"]
@@ -21,15 +21,18 @@ fn run_s5(args: &[&str]) -> Output {
     run(s5().args(args), b"", TIMEOUT)
 }
 
-/// Fails unless the program says one line on stderr with all of these words in it, nothing on stdout, and exits with 2.
+/// Fails unless s5 prints one line on stderr that contains all words, nothing on stdout, and exits with 2.
 fn assert_usage_error(args: &[&str], words: &[&str]) {
     let output = run_s5(args);
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
     assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
-    assert!(said.starts_with("s5: ") && said.ends_with('\n') && said.lines().count() == 1, "{args:?}: {said:?}");
+    assert!(
+        stderr.starts_with("s5: ") && stderr.ends_with('\n') && stderr.lines().count() == 1,
+        "{args:?}: {stderr:?}"
+    );
     for word in words {
-        assert!(said.contains(word), "{args:?}: {word:?} is not named: {said}");
+        assert!(stderr.contains(word), "{args:?}: {word:?} is missing in: {stderr}");
     }
 }
 
@@ -47,9 +50,9 @@ fn help_and_version_are_printed_on_stdout_with_status_0() {
     for (args, words) in table {
         let output = run_s5(args);
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{args:?}");
-        let said = text(&output.stdout);
+        let stdout = text(&output.stdout);
         for word in words {
-            assert!(said.contains(word), "{args:?}: {word:?} is missing in {said}");
+            assert!(stdout.contains(word), "{args:?}: {word:?} is missing in {stdout}");
         }
     }
 }
@@ -165,8 +168,8 @@ fn errors_escape_control_characters() {
     {
         let output = run_s5(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");
-        let controls = output.stderr.iter().filter(|octet| octet.is_ascii_control()).count();
-        assert_eq!(controls, 1, "only the end of the line: {:?}", text(&output.stderr));
+        let controls = output.stderr.iter().filter(|byte| byte.is_ascii_control()).count();
+        assert_eq!(controls, 1, "only the line end is a control character: {:?}", text(&output.stderr));
     }
 }
 
@@ -199,9 +202,9 @@ fn passwords_are_in_no_output_of_server_and_clients() {
     for (passwd, status) in [("topsecret", 0), ("wrongsecret", 67)] {
         let proxy = format!("alice:{passwd}@{}", server.addr());
         let output = run(s5().args(["connect", "-v", "-x", &proxy, &target]), b"x", TIMEOUT);
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(status), "{said}");
-        assert!(!said.contains("secret"), "{said}");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{stderr}");
+        assert!(!stderr.contains("secret"), "{stderr}");
     }
     let log = server.wait_log(|log| log.matches("session").count() >= 2);
     assert!(log.contains("alice") && !log.contains("secret") && !log.contains(&hash), "{log}");

@@ -1,5 +1,5 @@
-//! What the clients have beyond the protocol: when they try again, what a tunnel is used for, what is said of it, local
-//! ports, and datagrams in all forms. What proxies do to them is in client.rs.
+//! The netcat features of the clients: retries, uses of a tunnel, reports, local ports, and framings of datagrams.
+//! Their behaviour towards proxies is tested in client.rs.
 
 mod common;
 mod kit;

@@ -1,4 +1,4 @@
-//! What keeps a server from starting, and what does not.
+//! Addresses that the server can and cannot listen on, and its output.
 
 use std::net::TcpListener;
 use std::os::unix::fs::FileTypeExt as _;
@@ -8,14 +8,14 @@ use std::path::Path;
 use crate::common::{Server, TIMEOUT, run, s5, temp_dir, wait_until, write_file};
 use crate::scripted::text;
 
-/// Fails unless `s5 serve --listen` of this says one line with these words, nothing on stdout, and exits with 1.
+/// Fails unless `s5 serve --listen` prints one line that contains all words, nothing on stdout, and exits with 1.
 fn assert_listen_error(listen: &str, words: &[&str]) {
     let output = run(s5().args(["serve", "--listen", listen]), b"", TIMEOUT);
-    let said = text(&output.stderr);
-    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{listen}: {said}");
-    assert!(said.starts_with("s5: ") && said.lines().count() == 1, "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{listen}: {stderr}");
+    assert!(stderr.starts_with("s5: ") && stderr.lines().count() == 1, "{stderr}");
     for word in words {
-        assert!(said.contains(word), "{word:?} is not named: {said}");
+        assert!(stderr.contains(word), "{word:?} is missing in: {stderr}");
     }
 }
 
@@ -40,10 +40,10 @@ fn server_does_not_start_if_one_address_fails() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = taken.local_addr().expect("an address").to_string();
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--listen", &addr]), b"", TIMEOUT);
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(!said.contains("listening on"), "it says that it listens and does not: {said}");
-    assert!(said.contains(&addr), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(!stderr.contains("listening on"), "no address is listened on: {stderr}");
+    assert!(stderr.contains(&addr), "{stderr}");
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn unix_socket_with_full_backlog_counts_as_in_use() {
     let path = folder.path().join("s5.sock");
     let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("a socket");
     busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("a name");
-    busy.listen(0).expect("it listens");
+    busy.listen(0).expect("the address is listened on");
     let _waits = UnixStream::connect(&path).expect("room for one");
     let listen = format!("unix:{}", path.display());
     assert_listen_error(&listen, &[&listen, "in use"]);
@@ -77,12 +77,12 @@ fn stale_unix_socket_is_replaced() {
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     drop(UnixListener::bind(&path).expect("a socket"));
-    // A program that another test is just starting may hold it a moment longer.
+    // A child process of another test may hold the socket a moment longer.
     wait_until("the socket is dead", TIMEOUT, || UnixStream::connect(&path).is_err());
-    assert!(is_socket(&path), "the name outlives the socket");
+    assert!(is_socket(&path), "the file outlives the socket");
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     UnixStream::connect(&path).expect("the server listens there now");
-    // Killed, it leaves its own behind.
+    // A server that is killed leaves its socket file.
     server.signal("KILL");
     drop(server);
     assert!(is_socket(&path));
@@ -106,7 +106,7 @@ fn regular_file_at_socket_path_stays() {
     let folder = temp_dir();
     let path = write_file(folder.path(), "precious", "data");
     assert_listen_error(&format!("unix:{path}"), &[&path]);
-    assert_eq!(std::fs::read_to_string(&path).expect("it is still there"), "data");
+    assert_eq!(std::fs::read_to_string(&path).expect("the file exists"), "data");
     assert_listen_error(&format!("unix:{}/nowhere/s5.sock", folder.path().display()), &["nowhere"]);
     let long = "x".repeat(120);
     assert_listen_error(&format!("unix:{}/{long}", folder.path().display()), &[&long]);
@@ -115,7 +115,7 @@ fn regular_file_at_socket_path_stays() {
 #[test]
 fn server_prints_nothing_on_stdout() {
     let mut child = crate::scripted::RunningProgram::start(s5().args(["serve", "--listen", "127.0.0.1:0"]));
-    child.stderr(|said| said.contains("listening on 127.0.0.1:"));
+    child.stderr(|stderr| stderr.contains("listening on 127.0.0.1:"));
     assert!(child.stdout(|_| true).is_empty());
     assert!(child.is_running());
 }
@@ -126,7 +126,7 @@ fn quiet_server_logs_no_information() {
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut child = crate::scripted::RunningProgram::start(s5().args(["serve", "-q", "--listen", &listen]));
-    wait_until("it listens", TIMEOUT, || UnixStream::connect(&path).is_ok());
+    wait_until("the address is listened on", TIMEOUT, || UnixStream::connect(&path).is_ok());
     assert_eq!(child.stderr(|_| true), "");
     assert!(child.is_running());
 }

@@ -1,4 +1,4 @@
-//! The users file: what is wrong with it, and --add-user and --remove-user.
+//! The users file: errors in it, --add-user and --remove-user.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -10,9 +10,9 @@ use crate::assert_usage_error;
 use crate::common::{Server, echo_server, is_installed, run, s5, temp_dir, wait_until, write_file};
 use crate::scripted::{RunningProgram, text};
 
-/// What is not optimised takes its time to hash.
+/// Time limit for hashing, which is slow in an unoptimised build.
 const HASH_TIMEOUT: Duration = Duration::from_secs(60);
-/// A sound hash; of what does not matter.
+/// A valid hash of some password.
 const BCRYPT_HASH: &str = "$2y$05$7hT6Qu9VIEHwTdqyYV9xDeEF1Ddl9G/Y3lkSBY/zO3DVHSZOQu1nS";
 
 fn add_user(users: &str, name: &str, stdin: &[u8]) -> Output {
@@ -28,13 +28,13 @@ fn assert_success(output: &Output) {
     assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
 }
 
-/// Fails unless there is one line with these words, nothing on stdout, and a failure.
+/// Fails unless there is one line on stderr that contains all words, nothing on stdout, and status 2.
 fn assert_error(output: &Output, words: &[&str]) {
-    let said = text(&output.stderr);
-    assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{said}");
-    assert!(said.starts_with("s5: ") && said.lines().count() == 1, "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{stderr}");
+    assert!(stderr.starts_with("s5: ") && stderr.lines().count() == 1, "{stderr}");
     for word in words {
-        assert!(said.contains(word), "{word:?} is not named: {said}");
+        assert!(stderr.contains(word), "{word:?} is missing in: {stderr}");
     }
 }
 
@@ -46,7 +46,7 @@ fn mode(path: &str) -> u32 {
     fs::metadata(path).expect("the users file").permissions().mode() & 0o7777
 }
 
-/// How a client with this login fares at a server with this users file.
+/// Returns the exit status of a client that logs in to a server with this users file.
 fn login_status(users: &str, userinfo: &str) -> Option<i32> {
     let server = Server::start(&["--users", users]);
     let proxy = format!("{userinfo}@{}", server.addr());
@@ -103,8 +103,8 @@ fn errors_of_users_file_do_not_repeat_passwords() {
         let path = write_file(folder.path(), "users", content);
         let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--users", &path]), b"", HASH_TIMEOUT);
         assert_error(&output, &[&path, "line 1", "alice"]);
-        let said = text(&output.stderr);
-        assert!(!said.contains("secret"), "{said}");
+        let stderr = text(&output.stderr);
+        assert!(!stderr.contains("secret"), "{stderr}");
     }
 }
 
@@ -164,19 +164,19 @@ fn add_and_remove_user_keep_other_lines_byte_for_byte() {
     let users = write_file(folder.path(), "users", &before);
     assert_success(&add_user(&users, "alice", b"topsecret\n"));
     let after = read_users(&users);
-    let (head, rest) = after.split_once("alice:").expect("she is in it");
+    let (head, rest) = after.split_once("alice:").expect("alice is in the file");
     let (line, tail) = rest.split_once('\n').expect("a line");
     assert!(line.starts_with("$argon2id$"), "{after}");
     assert_eq!(head, format!("# one\r\n\n  bob:{BCRYPT_HASH}  \n"));
     assert_eq!(tail, format!("\t# two: alice:x\nalicia:{BCRYPT_HASH}\n#end"));
 
-    // A new one comes at the end, on a line of its own.
+    // A new user is added at the end, on its own line.
     assert_success(&add_user(&users, "carol", b"topsecret\n"));
     let added = read_users(&users);
-    let line = added.strip_prefix(&format!("{after}\n")).expect("what was there is still there");
+    let line = added.strip_prefix(&format!("{after}\n")).expect("the old content is unchanged");
     assert!(line.starts_with("carol:$argon2id$") && line.ends_with('\n') && line.lines().count() == 1, "{line}");
 
-    // Gone again, nothing but the end of the last line is left of her.
+    // After removal, only the line end that was added stays.
     assert_success(&remove_user(&users, "carol"));
     assert_eq!(read_users(&users), format!("{after}\n"));
     assert_success(&remove_user(&users, "alice"));
@@ -200,13 +200,13 @@ fn written_users_file_is_readable_by_owner_only() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", &format!("bob:{BCRYPT_HASH}\n"));
     for act in [add_user, |users: &str, name: &str, _: &[u8]| remove_user(users, name)] {
-        fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("it can be set");
+        fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("the socket option is set");
         assert_success(&act(&users, "bob", b"topsecret\n"));
         assert_eq!(mode(&users), 0o600);
     }
     let names: Vec<_> =
         fs::read_dir(folder.path()).expect("a folder").flatten().map(|entry| entry.file_name()).collect();
-    assert_eq!(names, ["users"], "nothing else is left behind");
+    assert_eq!(names, ["users"], "no temporary file is left");
 }
 
 #[test]
@@ -242,7 +242,7 @@ fn add_user_in_missing_directory_names_file_and_remedy() {
     let output = add_user(&users, "alice", b"topsecret\n");
     let expected = format!("s5: {users}: directory {directory} does not exist (create it: mkdir -p {directory})\n");
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), expected));
-    assert!(!Path::new(&directory).exists(), "it is the user who creates it");
+    assert!(!Path::new(&directory).exists(), "the user has to create it");
 }
 
 #[test]
@@ -284,13 +284,13 @@ fn add_and_remove_user_require_users_file_and_exclude_each_other() {
     assert_usage_error(&both, &["--add-user", "--remove-user"]);
 }
 
-/// `--add-user alice` on a terminal of its own. What the terminal shows comes to stdout.
+/// Runs `--add-user alice` on a pseudo-terminal, whose output is the program's stdout.
 fn add_user_on_terminal(folder: &Path, users: &str) -> RunningProgram {
     let command = format!("tty > tty; exec '{}' serve --users '{users}' --add-user alice", env!("CARGO_BIN_EXE_s5"));
     RunningProgram::start(Command::new("script").current_dir(folder).args(["-q", "-e", "-c", &command, "/dev/null"]))
 }
 
-/// Waits for a prompt, and types an answer as soon as the terminal would not show it.
+/// Waits for a prompt and for echo to be off, then types an answer.
 fn type_at_prompt(terminal: &mut RunningProgram, folder: &Path, prompt: &str, answer: &[u8]) {
     terminal.stdout(|shown| text(shown).ends_with(prompt));
     let tty = read_users(folder.join("tty").to_str().expect("text"));

@@ -9,17 +9,17 @@ use crate::{
     LONG_TIMEOUT, add_anna, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session,
 };
 
-/// curl's status for everything that a SOCKS server can say no to.
+/// curl's status for every refusal of a SOCKS server.
 const PROXY_REFUSED: i32 = 97;
 
-/// Without the user's own settings and exceptions.
+/// curl through a proxy, without the user's .curlrc and NO_PROXY.
 fn curl(proxy: &str) -> Command {
     let mut command = Command::new("curl");
     command.args(["-q", "-sS", "--noproxy", "", "--max-time", "50", "-x", proxy]);
     command
 }
 
-/// A web server that answers with the body of the request, and with `hello` when there is none.
+/// A web server that answers with the body of the request, or with `hello` if it is empty.
 fn http_server(ip: impl Into<IpAddr>) -> SocketAddr {
     tcp_server(ip.into(), |stream| drop(answer(stream)))
 }
@@ -56,7 +56,7 @@ fn curl_socks5_resolves_locally_and_socks5h_remotely() {
     let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
     let url = format!("http://localhost:{}/", web.port());
     for scheme in ["socks5", "socks5h"] {
-        // -4, since socks5:// offers one address only and ::1 has no server.
+        // -4: with socks5:// curl tries one address only, and the web server does not listen on ::1.
         let proxy = format!("{scheme}://{}", server.addr());
         assert_eq!(stdout(curl(&proxy).args(["-4", &url]), b""), b"hello", "{scheme}");
     }
@@ -101,7 +101,7 @@ fn curl_logs_in_with_the_right_password_only() {
         return;
     }
     let folder = temp_dir();
-    // The one adds a line to what the other has written.
+    // --add-user adds a line to the file that htpasswd has written.
     htpasswd_berta(folder.path());
     let users = add_anna(folder.path());
     let (server, web) = (Server::start(&["--users", &users]), http_server(Ipv4Addr::LOCALHOST));

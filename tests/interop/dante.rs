@@ -1,4 +1,4 @@
-//! Dante's server: what our clients do with a server that is not ours, and what it does as a client of ours.
+//! Dante's server as a proxy for the clients of s5, and as a client of `s5 serve`.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -11,25 +11,25 @@ use crate::common::{
 use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, stdout, text, wait_for_session};
 
 const DANTED: &str = "/usr/sbin/danted";
-/// What our clients exit with: login refused, and REP 2 and 5.
+/// Exit statuses: login refused, REP 2 and REP 5.
 const LOGIN: i32 = 67;
 const NOT_ALLOWED: i32 = 102;
 const REFUSED: i32 = 105;
 
-/// A server of Dante's, which listens on 127.0.0.1.
+/// A running danted, which listens on 127.0.0.1.
 struct Danted {
     _process: ProcessGroup,
     folder: tempfile::TempDir,
     addr: SocketAddr,
 }
 
-/// How it is set up.
+/// Configuration of danted.
 struct Setup<'a> {
-    /// With system users, of which there is one: anna with `open sesame`.
+    /// Whether a login is required. The only user is anna with the password `open sesame`.
     login: bool,
-    /// The commands that it lets through.
+    /// The commands that are allowed.
     commands: &'a str,
-    /// More lines of its configuration.
+    /// Further lines of the configuration.
     more: &'a str,
 }
 
@@ -38,7 +38,7 @@ const ALL_COMMANDS: Setup<'_> =
 
 impl Danted {
     fn start(setup: &Setup<'_>) -> Self {
-        // It takes no port 0, and somebody may be faster to take a port that was free.
+        // danted does not accept port 0, and another process may take a port that was free.
         (0..5).find_map(|_| Self::start_on(closed_port(), setup)).expect("danted listens")
     }
 
@@ -86,7 +86,7 @@ impl Danted {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
-    /// Waits until the log has a line with this in it.
+    /// Waits until the log contains `what`.
     fn wait_for_log(&self, what: &str) {
         wait_until(what, TIMEOUT, || self.log().contains(what));
     }
@@ -100,7 +100,7 @@ impl Drop for Danted {
     }
 }
 
-/// Dante logs in users of the system alone, so this gives it other files of them, in a namespace of its own.
+/// danted with its own /etc/passwd and /etc/shadow, in a namespace: it only authenticates system users.
 fn danted_with_own_users(folder: &std::path::Path) -> Command {
     // crypt(3) of `open sesame`.
     let shadow = "anna:\
@@ -120,7 +120,7 @@ fn connect(hops: &str, target: SocketAddr) -> Command {
     command
 }
 
-/// A client of ours that is watched while it runs.
+/// A running s5 client whose output is read while it runs.
 struct RunningClient {
     process: ProcessGroup,
     folder: tempfile::TempDir,
@@ -143,48 +143,48 @@ impl RunningClient {
     fn wait_for_addr(&mut self, word: &str) -> SocketAddr {
         let mut found = None;
         wait_until(word, TIMEOUT, || {
-            let said = self.read_output("stderr");
-            // Not a line that is half written.
-            let mut lines = said.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+            let stderr = self.read_output("stderr");
+            // Only complete lines.
+            let mut lines = stderr.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
             found = lines.find_map(|line| line.strip_prefix(word)).map(str::to_owned);
-            assert!(found.is_some() || !self.process.has_ended(), "it ended: {said}");
+            assert!(found.is_some() || !self.process.has_ended(), "it ended: {stderr}");
             found.is_some()
         });
         found.and_then(|addr| addr.trim().parse().ok()).expect("an address")
     }
 
-    /// Writes to its stdin, all that there will be once this is dropped.
+    /// Writes to stdin. Dropping the result closes stdin.
     fn write_stdin(&mut self, what: &str) -> ChildStdin {
         let mut stdin = self.process.child.stdin.take().expect("stdin is piped");
-        stdin.write_all(what.as_bytes()).expect("it reads");
+        stdin.write_all(what.as_bytes()).expect("the client reads");
         stdin
     }
 
-    /// Waits for its end, which must be a good one, and gives what it wrote to stdout.
+    /// Waits for the client to succeed. Returns its stdout.
     fn output(&mut self) -> String {
         wait_until("the client ends", TIMEOUT, || self.process.has_ended());
-        let status = self.process.child.wait().expect("it has ended");
+        let status = self.process.child.wait().expect("the process has exited");
         assert!(status.success(), "{status}: {}", self.read_output("stderr"));
         self.read_output("stdout")
     }
 }
 
-/// Binds through these hops, comes as the peer, and talks both ways.
+/// Binds through these hops, connects as the peer, and exchanges data both ways.
 fn bind_and_exchange(hops: &str) {
     let mut bind = RunningClient::start(&["bind", "-x", hops, "127.0.0.1"]);
     let mut peer = TcpStream::connect(bind.wait_for_addr("bound ")).expect("the proxy accepts the peer");
     peer.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     assert_eq!(bind.wait_for_addr("accepted "), peer.local_addr().expect("an address"));
     drop(bind.write_stdin("from the client"));
-    let mut heard = String::new();
-    peer.read_to_string(&mut heard).expect("the client speaks and half-closes");
-    assert_eq!(heard, "from the client");
+    let mut received = String::new();
+    peer.read_to_string(&mut received).expect("the client sends and half-closes");
+    assert_eq!(received, "from the client");
     peer.write_all(b"from the peer").expect("the proxy reads");
     drop(peer);
     assert_eq!(bind.output(), "from the peer");
 }
 
-/// Sends datagrams through these hops to an echo, and waits for all of them.
+/// Sends datagrams through these hops to an echo server, and waits for all answers.
 fn udp_and_compare(hops: &str, echo: SocketAddr) {
     let lines = format!("one\n\n{}\n", "x".repeat(8000));
     let mut udp = RunningClient::start(&["udp", "-w", "0", "-x", hops, &echo.to_string()]);
@@ -214,9 +214,9 @@ fn connect_through_dante_distinguishes_refused_from_not_allowed() {
     let danted = Danted::start(&Setup { commands: "connect", ..ALL_COMMANDS });
     let target = closed_port();
     let output = run(&mut connect(&danted.proxy(), target), b"", LONG_TIMEOUT);
-    let said = text(&output.stderr);
-    assert_eq!(exit_code(&output), REFUSED, "{said}");
-    assert!(said.contains(&target.to_string()) && said.contains("refused (REP 5)"), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!(exit_code(&output), REFUSED, "{stderr}");
+    assert!(stderr.contains(&target.to_string()) && stderr.contains("refused (REP 5)"), "{stderr}");
     let output = run(s5().args(["bind", "-x", &danted.proxy(), "127.0.0.1"]), b"", LONG_TIMEOUT);
     assert_eq!(exit_code(&output), NOT_ALLOWED, "{}", text(&output.stderr));
     let output = run(s5().args(["udp", "-x", &danted.proxy(), &target.to_string()]), b"", LONG_TIMEOUT);

@@ -1,11 +1,11 @@
-//! The netcats: ncat and OpenBSD's through `s5 serve`.
+//! ncat and OpenBSD's nc through `s5 serve`.
 
 use std::process::Command;
 
 use crate::common::{Server, closed_port, echo_server, is_installed, run, temp_dir};
 use crate::{LONG_TIMEOUT, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session};
 
-/// More than the socket buffers hold, so that it must flow both ways at once.
+/// More bytes than socket buffers hold, so that data must flow in both directions at once.
 const SIZE: usize = 4 << 20;
 
 fn ncat(server: &Server) -> Command {
@@ -40,13 +40,13 @@ fn ncat_logs_in_with_the_right_password_only() {
     let folder = temp_dir();
     let users = htpasswd_berta(folder.path());
     let (server, echo) = (Server::start(&["--users", &users]), echo_server());
-    let say = |auth: &[&str]| {
+    let run_ncat = |auth: &[&str]| {
         run(ncat(&server).args(auth).args(["127.0.0.1", &echo.port().to_string()]), b"hello", LONG_TIMEOUT)
     };
-    let output = say(&["--proxy-auth", "berta:swordfish"]);
+    let output = run_ncat(&["--proxy-auth", "berta:swordfish"]);
     assert_eq!(text(&output.stdout), "hello", "{}", text(&output.stderr));
     for auth in [&["--proxy-auth", "berta:sword"][..], &[]] {
-        let output = say(auth);
+        let output = run_ncat(auth);
         assert_eq!((exit_code(&output), output.stdout.as_slice()), (1, &b""[..]), "{auth:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Getting there: only that, again and again, from somewhere, by names looked up here.
+//! Establishing a tunnel: -z, retries, source addresses, local name resolution, and options that are refused.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
@@ -7,9 +7,10 @@ use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run
 use crate::kit::listener;
 use crate::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, text};
 
+/// Runs s5 and returns its exit status and stderr.
 fn run_status(args: &[&str]) -> (Option<i32>, String) {
     let output = run(s5().args(args), b"", TIMEOUT);
-    assert!(output.stdout.is_empty(), "{args:?}: stdout is data");
+    assert!(output.stdout.is_empty(), "{args:?}: stdout is for data only");
     (output.status.code(), text(&output.stderr))
 }
 
@@ -19,11 +20,11 @@ fn z_is_silent_without_v_and_reports_by_exit_status() {
     let proxy = server.addr().to_string();
     for (target, expected) in [(&echo, 0), (&down, 105)] {
         assert_eq!(run_status(&["connect", "-z", "-x", &proxy, target]), (Some(expected), String::new()));
-        let (code, said) = run_status(&["connect", "-zv", "-x", &proxy, target]);
-        assert_eq!((code, said.lines().count()), (Some(expected), 1), "{said}");
+        let (code, stderr) = run_status(&["connect", "-zv", "-x", &proxy, target]);
+        assert_eq!((code, stderr.lines().count()), (Some(expected), 1), "{stderr}");
     }
     assert_eq!(run_status(&["connect", "-z", "-x", &down, &echo]), (Some(7), String::new()));
-    // What is wrong with the command line is said all the same.
+    // Usage errors are printed even with -z.
     assert_eq!(run_status(&["connect", "-z", "nonsense"]).1.lines().count(), 1);
 }
 
@@ -38,14 +39,14 @@ fn z_without_target_sends_no_request() {
         ),
     ] {
         let proxy = ScriptedServer::start(script);
-        let (code, said) = run_status(&["connect", "-zv", "-x", &format!("{userinfo}{}", proxy.addr)]);
-        assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
-        assert_eq!(proxy.messages(), sent, "it was asked for something");
+        let (code, stderr) = run_status(&["connect", "-zv", "-x", &format!("{userinfo}{}", proxy.addr)]);
+        assert_eq!((code, stderr.lines().count()), (Some(0), 1), "{stderr}");
+        assert_eq!(proxy.messages(), sent, "the proxy got a request");
     }
     let server = Server::start(&["--users", "/dev/null"]);
     assert_eq!(run_status(&["connect", "-z", "-x", &server.addr().to_string()]), (Some(67), String::new()));
-    let (code, said) = run_status(&["connect", "-z", "--direct"]);
-    assert_eq!((code, said.lines().count()), (Some(2), 1), "{said}");
+    let (code, stderr) = run_status(&["connect", "-z", "--direct"]);
+    assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{stderr}");
 }
 
 #[test]
@@ -56,7 +57,7 @@ fn udp_z_reports_whether_association_succeeds() {
     assert_eq!(run_status(&["udp", "-z", "-x", &proxy.url()]), (Some(107), String::new()));
 }
 
-/// A proxy that fails so often, and then succeeds.
+/// A proxy that closes the first `failures` connections, and then succeeds.
 fn recovering_proxy(failures: usize) -> SocketAddr {
     let count = std::sync::atomic::AtomicUsize::new(0);
     tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream| {
@@ -74,23 +75,27 @@ fn recovering_proxy(failures: usize) -> SocketAddr {
 #[test]
 fn wait_retries_until_success() {
     let proxy = recovering_proxy(3).to_string();
-    assert_eq!(run_status(&["connect", "-x", &proxy, "target.example:80"]).0, Some(97), "once is not enough");
-    let (code, said) = run_status(&["connect", "--wait", "10", "-x", &proxy, "target.example:80"]);
-    assert_eq!((code, said.as_str()), (Some(0), ""));
+    assert_eq!(run_status(&["connect", "-x", &proxy, "target.example:80"]).0, Some(97), "one try is not enough");
+    let (code, stderr) = run_status(&["connect", "--wait", "10", "-x", &proxy, "target.example:80"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
 }
 
 #[test]
 fn wait_ends_with_the_last_error_when_time_is_over() {
-    let began = Instant::now();
+    let started = Instant::now();
     let down = closed_port().to_string();
-    let (code, said) = run_status(&["connect", "--wait", "400ms", "-x", &down, "target.example:80"]);
-    assert_eq!(code, Some(7), "{said}");
-    assert!(said.contains("connection refused") && said.contains(" tries)"), "{said}");
-    assert!((Duration::from_millis(350)..Duration::from_secs(3)).contains(&began.elapsed()), "{:?}", began.elapsed());
-    // A last try that has no time left does not hide why the others failed.
+    let (code, stderr) = run_status(&["connect", "--wait", "400ms", "-x", &down, "target.example:80"]);
+    assert_eq!(code, Some(7), "{stderr}");
+    assert!(stderr.contains("connection refused") && stderr.contains(" tries)"), "{stderr}");
+    assert!(
+        (Duration::from_millis(350)..Duration::from_secs(3)).contains(&started.elapsed()),
+        "{:?}",
+        started.elapsed()
+    );
+    // A last try that runs out of time does not hide the error of the tries before it.
     let proxy = ScriptedServer::start(vec![Step::WaitForClose]);
-    let (code, said) = run_status(&["connect", "--wait", "300ms", "-x", &proxy.url(), "target.example:80"]);
-    assert_eq!((code, said.contains("timed out after")), (Some(28), true), "{said}");
+    let (code, stderr) = run_status(&["connect", "--wait", "300ms", "-x", &proxy.url(), "target.example:80"]);
+    assert_eq!((code, stderr.contains("timed out after")), (Some(28), true), "{stderr}");
 }
 
 #[test]
@@ -104,11 +109,11 @@ fn wait_does_not_retry_final_errors() {
         (reply_with(&[5, 8, 0, 1, 0, 0, 0, 0, 0, 0]), 108),
     ];
     for (script, expected) in cases {
-        // A second try would find nobody.
+        // The proxy accepts one connection only, so that a second try would fail with another status.
         let proxy = ScriptedServer::start(script);
-        let (code, said) = run_status(&["connect", "--wait", "30", "-x", &proxy.url(), "target.example:80"]);
-        assert_eq!(code, Some(expected), "{said}");
-        assert!(!said.contains("tries"), "{said}");
+        let (code, stderr) = run_status(&["connect", "--wait", "30", "-x", &proxy.url(), "target.example:80"]);
+        assert_eq!(code, Some(expected), "{stderr}");
+        assert!(!stderr.contains("tries"), "{stderr}");
     }
     let proxy = closed_port().to_string();
     assert_eq!(run_status(&["connect", "--wait", "30", "-s", "192.0.2.9", "-x", &proxy, "a.example:80"]).0, Some(45));
@@ -117,10 +122,10 @@ fn wait_does_not_retry_final_errors() {
 #[test]
 fn timeout_applies_to_each_try() {
     let hanging = ScriptedServer::start(vec![Step::WaitForClose]);
-    // Behind the first client nobody listens there.
+    // After the first connection, the proxy no longer listens.
     let args = ["connect", "--wait", "1s", "-w", "200ms", "-x", &hanging.url(), "target.example:80"];
-    let (code, said) = run_status(&args);
-    assert_eq!(code, Some(7), "{said}");
+    let (code, stderr) = run_status(&args);
+    assert_eq!(code, Some(7), "{stderr}");
 }
 
 #[test]
@@ -131,26 +136,26 @@ fn source_options_apply_to_the_connection_to_the_proxy() {
         let mut command = s5();
         command.args(["connect", "-z", "-x", &addr.to_string()]).args(args).args(["-w", "5", "a.example:80"]);
         let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
-        let (_, peer) = listener.accept().expect("it comes");
-        client.join().expect("it ends");
+        let (_, peer) = listener.accept().expect("the data arrives");
+        client.join().expect("the client exits");
         assert!(!args.contains(&"-s") || peer.ip() == Ipv4Addr::new(127, 0, 0, 9), "{args:?}: {peer}");
         assert!(!args.contains(&"-p") || peer.port().to_string() == port, "{args:?}: {peer}");
     }
     for args in [&["-4", "-6"][..], &["-4", "-s", "::1"], &["-p", "0"], &["-s", "localhost"]] {
-        let (code, said) = run_status(&[&["connect", "a.example:80"], args].concat());
-        assert_eq!((code, said.lines().count()), (Some(2), 1), "{args:?}: {said}");
+        let (code, stderr) = run_status(&[&["connect", "a.example:80"], args].concat());
+        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{args:?}: {stderr}");
     }
     let (code, _) = run_status(&["connect", "-4", "-x", "unix:/nonexistent", "a.example:80"]);
-    assert_eq!(code, Some(2), "a Unix socket has no family of IP");
+    assert_eq!(code, Some(2), "a Unix socket has no IP family");
 }
 
 #[test]
 fn ipv4_and_ipv6_options_restrict_the_family() {
-    // [::1] alone: with -4 there is nothing to connect to.
+    // The proxy has only the address ::1, so -4 leaves no address.
     let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("a port").to_string();
-    let (code, said) = run_status(&["connect", "-4", "-x", &proxy, "a.example:80"]);
-    assert_eq!(code, Some(5), "{said}");
-    assert!(said.contains("no address of a usable family"), "{said}");
+    let (code, stderr) = run_status(&["connect", "-4", "-x", &proxy, "a.example:80"]);
+    assert_eq!(code, Some(5), "{stderr}");
+    assert!(stderr.contains("no address of a usable family"), "{stderr}");
     assert_eq!(run_status(&["connect", "-6", "-x", &proxy, "a.example:80"]).0, Some(7));
 }
 
@@ -165,19 +170,19 @@ fn resolve_local_tries_all_addresses_of_the_target() {
         return;
     }
     let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY));
-    let (code, said) = run_status(&["connect", "-z", "-R", "local", "-x", &proxy.url(), "localhost:80"]);
-    assert_eq!(code, Some(0), "{said}");
+    let (code, stderr) = run_status(&["connect", "-z", "-R", "local", "-x", &proxy.url(), "localhost:80"]);
+    assert_eq!(code, Some(0), "{stderr}");
     assert_eq!(proxy.messages()[1], [5, 1, 0, 1, 127, 0, 0, 1, 0, 80]);
-    // A target of which one address alone accepts.
+    // Only one address of the target accepts connections.
     let listener = TcpListener::bind("127.0.0.3:0").expect("a port");
     let server = Server::start(&[]);
     let target = format!("pair.test:{}", listener.local_addr().expect("an address").port());
-    let (code, said) = run_status(&["connect", "-z", "-v", "-R", "local", "-x", &server.addr().to_string(), &target]);
-    assert_eq!(code, Some(0), "{said}");
+    let (code, stderr) = run_status(&["connect", "-z", "-v", "-R", "local", "-x", &server.addr().to_string(), &target]);
+    assert_eq!(code, Some(0), "{stderr}");
     server.wait_log(|log| log.contains("127.0.0.2:"));
-    let (code, said) = run_status(&["connect", "-R", "local", "-x", &server.addr().to_string(), "unknown.test:80"]);
-    assert_eq!(code, Some(6), "{said}");
-    assert!(said.contains("resolving the target's name, for unknown.test:80"), "{said}");
+    let (code, stderr) = run_status(&["connect", "-R", "local", "-x", &server.addr().to_string(), "unknown.test:80"]);
+    assert_eq!(code, Some(6), "{stderr}");
+    assert!(stderr.contains("resolving the target's name, for unknown.test:80"), "{stderr}");
 }
 
 #[test]
@@ -207,11 +212,11 @@ fn option_of_another_mode_is_refused_with_reason() {
         ("udp -l 1 -n 1 a:1", "-n"),
     ];
     for (line, reason) in table {
-        let (code, said) = run_status(&line.split(' ').collect::<Vec<_>>());
-        assert_eq!((code, said.lines().count()), (Some(2), 1), "{line}: {said}");
-        assert!(said.contains(reason), "{line}: {said}");
+        let (code, stderr) = run_status(&line.split(' ').collect::<Vec<_>>());
+        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{line}: {stderr}");
+        assert!(stderr.contains(reason), "{line}: {stderr}");
     }
-    // What hands write, and means nothing else here, is taken.
+    // Options of nc that have no effect here are accepted.
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let args = ["connect", "-N", "-X", "5", "-x", &server.addr().to_string(), "-w3", &echo];
     assert_eq!(run_status(&args), (Some(0), String::new()));
@@ -219,18 +224,18 @@ fn option_of_another_mode_is_refused_with_reason() {
 
 #[test]
 fn early_errors_respect_quiet_z_and_json() {
-    let ask = |args: &[&str]| {
+    let run_without_password = |args: &[&str]| {
         let mut command = s5();
         let output =
             run(command.env("CI", "true").args(["connect", "-P", "alice"]).args(args).arg("a.example:1"), b"", TIMEOUT);
         (output.status.code(), text(&output.stderr))
     };
-    assert_eq!(ask(&["-z"]), (Some(67), String::new()));
-    assert_eq!(ask(&["--quiet"]), (Some(67), String::new()));
+    assert_eq!(run_without_password(&["-z"]), (Some(67), String::new()));
+    assert_eq!(run_without_password(&["--quiet"]), (Some(67), String::new()));
     assert_eq!(run_status(&["connect", "--quiet", "-l", "192.0.2.9:1", "a.example:1"]), (Some(45), String::new()));
-    let (code, said) = ask(&["--json"]);
-    assert_eq!((code, said.lines().count()), (Some(67), 1), "{said}");
-    assert!(said.starts_with('{') && said.contains("\"status\":67"), "{said}");
+    let (code, stderr) = run_without_password(&["--json"]);
+    assert_eq!((code, stderr.lines().count()), (Some(67), 1), "{stderr}");
+    assert!(stderr.starts_with('{') && stderr.contains("\"status\":67"), "{stderr}");
 }
 
 #[test]
@@ -248,16 +253,16 @@ fn usage_errors_do_not_repeat_passwords() {
         &["udp", "socks5h://alice:topsecret@proxy.test:80", "x"],
         &["connect", "--proxy-auth-file", "alice:topsecret", "a.example:1"],
     ] {
-        let (code, said) = run_status(args);
-        assert_eq!((code, said.lines().count()), (Some(2), 1), "{args:?}: {said}");
-        assert!(!said.contains("topsecret"), "{said}");
+        let (code, stderr) = run_status(args);
+        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{args:?}: {stderr}");
+        assert!(!stderr.contains("topsecret"), "{stderr}");
     }
 }
 
 #[test]
 fn udp_relay_with_port_0_is_a_protocol_error() {
     let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY));
-    let (code, said) = run_status(&["udp", "-x", &proxy.url(), "192.0.2.7:7"]);
-    assert_eq!(code, Some(97), "{said}");
-    assert!(said.contains("port 0 in the reply to UDP ASSOCIATE"), "{said}");
+    let (code, stderr) = run_status(&["udp", "-x", &proxy.url(), "192.0.2.7:7"]);
+    assert_eq!(code, Some(97), "{stderr}");
+    assert!(stderr.contains("port 0 in the reply to UDP ASSOCIATE"), "{stderr}");
 }

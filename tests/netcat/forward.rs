@@ -1,4 +1,4 @@
-//! `s5 connect -l` and `s5 udp -l`: local ports that lead through the proxy.
+//! `s5 connect -l` and `s5 udp -l`: local ports that are forwarded through the proxy.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -8,19 +8,19 @@ use crate::common::{Server, TIMEOUT, closed_port, echo_server, s5, tcp_server, u
 use crate::kit::{StreamEnd, V4, session_lines, stream_end};
 use crate::scripted::{RunningProgram, ScriptedServer, Step, reply_with, text};
 
-/// A client that listens, and where.
+/// Starts a client that listens. Returns it with its address.
 fn start_forward(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().args(args));
-    let said = client.stderr(|said| said.lines().any(|line| line.starts_with("listening on ")));
-    let line = said.lines().find_map(|line| line.strip_prefix("listening on ")).expect("it says so");
+    let stderr = client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("listening on ")));
+    let line = stderr.lines().find_map(|line| line.strip_prefix("listening on ")).expect("the address is printed");
     (client, line.parse().expect("an address"))
 }
 
 fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
-    stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
-    stream.write_all(bytes).expect("it is sent");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
+    stream.write_all(bytes).expect("the data is sent");
     let mut back = vec![0; bytes.len()];
-    stream.read_exact(&mut back).expect("it comes back");
+    stream.read_exact(&mut back).expect("the echo arrives");
     assert!(back == bytes);
 }
 
@@ -28,11 +28,11 @@ fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
 fn forward_without_k_serves_one_connection() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
-    assert_eq!(at.ip(), V4, "on loopback unless told otherwise");
-    let mut local = TcpStream::connect(at).expect("it listens");
+    assert_eq!(at.ip(), V4, "the default is loopback");
+    let mut local = TcpStream::connect(at).expect("the address is listened on");
     assert_echo(&mut local, b"hello");
-    assert!(TcpStream::connect(at).is_err(), "it takes one");
-    local.shutdown(Shutdown::Write).expect("it can be");
+    assert!(TcpStream::connect(at).is_err(), "a second connection is refused");
+    local.shutdown(Shutdown::Write).expect("the socket is half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
     assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
 }
@@ -42,11 +42,11 @@ fn forward_without_k_exits_with_status_of_its_tunnel() {
     let (server, down) = (Server::start(&[]), closed_port().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
     assert_eq!(at.ip().to_string(), "127.0.0.7");
-    let mut local = TcpStream::connect(at).expect("it listens");
-    assert_eq!(stream_end(&mut local), StreamEnd::Reset, "nothing is not to be taken for the whole");
-    let (status, _, said) = client.end(TIMEOUT);
-    assert_eq!(status.code(), Some(105), "{said}");
-    assert!(said.ends_with("connection refused (REP 5)\n"), "{said}");
+    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    assert_eq!(stream_end(&mut local), StreamEnd::Reset, "a failed tunnel must not look like an empty answer");
+    let (status, _, stderr) = client.end(TIMEOUT);
+    assert_eq!(status.code(), Some(105), "{stderr}");
+    assert!(stderr.ends_with("connection refused (REP 5)\n"), "{stderr}");
 }
 
 #[test]
@@ -65,10 +65,11 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     });
     let proxy = server.addr().to_string();
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-k", "-x", &proxy, &target.to_string()]);
-    let mut locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
+    let mut locals: Vec<TcpStream> =
+        (0..30).map(|_| TcpStream::connect(at).expect("the address is listened on")).collect();
     let mut resets = 0;
     for local in &mut locals {
-        local.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+        local.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
         let mut byte = [0];
         match local.write_all(b"x").and_then(|()| local.read_exact(&mut byte)) {
             Ok(()) => assert_eq!(byte, *b"x"),
@@ -77,27 +78,27 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     }
     assert_eq!(resets, 10);
     assert!(client.is_running());
-    // The rest is still there.
+    // The other connections are still open.
     let alive = locals.iter_mut().filter_map(|local| local.write_all(b"y").ok()).count();
     assert!(alive >= 20, "{alive}");
     drop(locals);
     server.wait_log(|log| session_lines(log).len() >= 30);
-    let count = |said: &str| said.matches("read error: Connection reset").count();
-    let said = client.stderr(|said| count(said) >= 10);
-    assert_eq!(count(&said), 10, "{said}");
+    let count = |stderr: &str| stderr.matches("read error: Connection reset").count();
+    let stderr = client.stderr(|stderr| count(stderr) >= 10);
+    assert_eq!(count(&stderr), 10, "{stderr}");
 }
 
 #[test]
 fn forward_aborts_handshake_when_local_client_disconnects() {
     let proxy = ScriptedServer::start(vec![Step::Greeting, Step::WaitForClose]);
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
-    let local = TcpStream::connect(at).expect("it listens");
+    let local = TcpStream::connect(at).expect("the address is listened on");
     proxy.message();
-    // Whoever has only closed his side may still want to listen, for a while.
+    // The client waits a while first, since a local client may close its side and still read.
     drop(local);
-    let (status, _, said) = client.end(TIMEOUT);
-    assert_eq!(status.code(), Some(56), "{said}");
-    assert!(said.contains("the local client disconnected"), "{said}");
+    let (status, _, stderr) = client.end(TIMEOUT);
+    assert_eq!(status.code(), Some(56), "{stderr}");
+    assert!(stderr.contains("the local client disconnected"), "{stderr}");
 }
 
 #[test]
@@ -107,14 +108,14 @@ fn forward_recovers_from_descriptor_exhaustion() {
     let script = "ulimit -n 24; exec \"$0\" connect -l 0 -k -x \"$1\" \"$2\"";
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &server.addr().to_string(), &echo]);
     let mut client = RunningProgram::start(&mut command);
-    let said = client.stderr(|said| said.contains("listening on "));
-    let at: SocketAddr = said.trim().trim_start_matches("listening on ").parse().expect("an address");
-    let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
-    client.stderr(|said| said.contains("Too many open files"));
+    let stderr = client.stderr(|stderr| stderr.contains("listening on "));
+    let at: SocketAddr = stderr.trim().trim_start_matches("listening on ").parse().expect("an address");
+    let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("the address is listened on")).collect();
+    client.stderr(|stderr| stderr.contains("Too many open files"));
     drop(locals);
-    wait_until("there is room again", TIMEOUT, || {
-        let mut local = TcpStream::connect(at).expect("it listens");
-        local.set_read_timeout(Some(Duration::from_millis(500))).expect("it can be set");
+    wait_until("connections are forwarded again", TIMEOUT, || {
+        let mut local = TcpStream::connect(at).expect("the address is listened on");
+        local.set_read_timeout(Some(Duration::from_millis(500))).expect("the socket option is set");
         local.write_all(b"x").is_ok() && local.read(&mut [0]).is_ok_and(|n| n == 1)
     });
     assert!(client.is_running());
@@ -126,21 +127,21 @@ fn invalid_or_used_listen_address_is_an_error() {
     let at = taken.local_addr().expect("an address").to_string();
     for (place, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
         let output = crate::common::run(s5().args(["connect", "-l", place, "a.example:80"]), b"", TIMEOUT);
-        let said = text(&output.stderr);
-        assert_eq!((output.status.code(), said.lines().count()), (Some(status), 1), "{place}: {said}");
+        let stderr = text(&output.stderr);
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(status), 1), "{place}: {stderr}");
     }
 }
 
 fn udp_socket() -> UdpSocket {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    socket.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
     socket
 }
 
 fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
-    socket.send_to(data, at).expect("it is sent");
+    socket.send_to(data, at).expect("the data is sent");
     let mut buffer = [0; 2048];
-    let (n, from) = socket.recv_from(&mut buffer).expect("an answer comes");
+    let (n, from) = socket.recv_from(&mut buffer).expect("an answer arrives");
     assert_eq!((&buffer[..n], from), (data, at));
 }
 
@@ -154,10 +155,10 @@ fn udp_forward_has_one_association_for_each_peer_until_idle() {
     exchange(&one, at, b"of one");
     exchange(&two, at, b"of two");
     exchange(&one, at, b"of one again");
-    assert_eq!(session_lines(&server.log()).len(), 0, "both are still there");
+    assert_eq!(session_lines(&server.log()).len(), 0, "both associations are open");
     let log = server.wait_log(|log| session_lines(log).len() >= 2);
     assert!(log.contains("up=18") && log.contains("up=6"), "{log}");
-    exchange(&one, at, b"afresh");
+    exchange(&one, at, b"a new association");
 }
 
 #[test]
@@ -167,11 +168,11 @@ fn udp_forward_queues_datagrams_during_association() {
     let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
     let socket = udp_socket();
     for n in 0..20_u8 {
-        socket.send_to(&[n], at).expect("it is sent");
+        socket.send_to(&[n], at).expect("the data is sent");
     }
     for n in 0..20_u8 {
         let mut byte = [0];
-        socket.recv_from(&mut byte).expect("an answer comes");
+        socket.recv_from(&mut byte).expect("an answer arrives");
         assert_eq!(byte, [n]);
     }
 }
@@ -184,10 +185,10 @@ fn udp_forward_limits_peers() {
     let (one, two, three) = (udp_socket(), udp_socket(), udp_socket());
     exchange(&one, at, b"one");
     exchange(&two, at, b"two");
-    three.send_to(b"three", at).expect("it is sent");
-    client.stderr(|said| said.contains("too many peers"));
+    three.send_to(b"three", at).expect("the data is sent");
+    client.stderr(|stderr| stderr.contains("too many peers"));
     exchange(&one, at, b"one still");
-    three.set_read_timeout(Some(Duration::from_millis(200))).expect("it can be set");
+    three.set_read_timeout(Some(Duration::from_millis(200))).expect("the socket option is set");
     assert!(three.recv_from(&mut [0; 16]).is_err());
 }
 
@@ -195,21 +196,21 @@ fn udp_forward_limits_peers() {
 fn udp_forward_reports_lost_association_and_opens_a_new_one() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
-    let (told, tell) = std::sync::mpsc::channel::<()>();
+    let (disconnect, disconnected) = std::sync::mpsc::channel::<()>();
     let script = reply_with(&bnd).into_iter().chain([crate::scripted::with_stream(move |stream| {
-        let _ = tell.recv();
+        let _ = disconnected.recv();
         drop(stream);
     })]);
     let proxy = ScriptedServer::start(script.collect());
     let (mut client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp_socket();
-    socket.send_to(b"x", at).expect("it is sent");
-    relay.recv_from(&mut [0; 64]).expect("it comes");
-    drop(told);
-    client.stderr(|said| said.contains("the proxy ended the association"));
+    socket.send_to(b"x", at).expect("the data is sent");
+    relay.recv_from(&mut [0; 64]).expect("the data arrives");
+    drop(disconnect);
+    client.stderr(|stderr| stderr.contains("the proxy ended the association"));
     assert!(client.is_running());
-    socket.send_to(b"y", at).expect("it is sent");
-    client.stderr(|said| said.contains("connection refused (is the proxy running?)"));
+    socket.send_to(b"y", at).expect("the data is sent");
+    client.stderr(|stderr| stderr.contains("connection refused (is the proxy running?)"));
     assert!(client.is_running());
 }
 
@@ -221,13 +222,13 @@ fn udp_forward_drops_answers_from_other_addresses() {
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp_socket();
-    socket.send_to(b"x", at).expect("it is sent");
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
+    socket.send_to(b"x", at).expect("the data is sent");
+    let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
     let datagram = |last: u8, data: &[u8]| [&[0, 0, 0, 1, 192, 0, 2, last, 0, 7][..], data].concat();
-    relay.send_to(&datagram(8, b"evil"), from).expect("it is sent");
-    relay.send_to(&datagram(7, b"good"), from).expect("it is sent");
+    relay.send_to(&datagram(8, b"evil"), from).expect("the data is sent");
+    relay.send_to(&datagram(7, b"good"), from).expect("the data is sent");
     let mut buffer = [0; 16];
-    let (n, _) = socket.recv_from(&mut buffer).expect("an answer comes");
+    let (n, _) = socket.recv_from(&mut buffer).expect("an answer arrives");
     assert_eq!(&buffer[..n], b"good");
 }
 
@@ -236,8 +237,8 @@ fn forward_serves_local_client_that_only_reads() {
     let server = Server::start(&[]);
     let target = tcp_server(V4, |mut stream| drop(stream.write_all(b"banner"))).to_string();
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
-    let mut local = TcpStream::connect(at).expect("it listens");
-    local.shutdown(Shutdown::Write).expect("it can be");
+    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    local.shutdown(Shutdown::Write).expect("the socket is half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(b"banner".to_vec()));
     assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
 }
@@ -248,11 +249,11 @@ fn udp_forward_limits_attempts_to_an_unreachable_proxy() {
     let (client, at) = start_forward(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
     let socket = udp_socket();
     for _ in 0..200 {
-        socket.send_to(b"x", at).expect("it is sent");
+        socket.send_to(b"x", at).expect("the data is sent");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let said = client.stderr(|said| said.contains("connection refused"));
-    assert!(said.lines().count() < 5, "{said}");
+    let stderr = client.stderr(|stderr| stderr.contains("connection refused"));
+    assert!(stderr.lines().count() < 5, "{stderr}");
 }
 
 #[test]
@@ -262,6 +263,6 @@ fn udp_forward_json_reports_each_association() {
     let args = ["udp", "-l", "0", "-i", "300ms", "--json", "-x", &server.addr().to_string(), &echo];
     let (client, at) = start_forward(&args);
     exchange(&udp_socket(), at, b"seven..");
-    let said = client.stderr(|said| said.contains("\"up\":"));
-    assert!(said.contains("\"up\":7,\"down\":7") && !said.contains("\"first_byte\":null"), "{said}");
+    let stderr = client.stderr(|stderr| stderr.contains("\"up\":"));
+    assert!(stderr.contains("\"up\":7,\"down\":7") && !stderr.contains("\"first_byte\":null"), "{stderr}");
 }

@@ -1,11 +1,11 @@
-//! The JSON object at the end, read by a reader that is not ours.
+//! The object of --json, parsed by Python.
 
 use std::process::Command;
 
 use crate::common::{Server, TIMEOUT, closed_port, echo_server, is_installed, run, s5};
 use crate::scripted::{ScriptedServer, Step, reply_with, send, text};
 
-/// What python makes of an expression over the object, which is the last line of stderr.
+/// Evaluates a Python expression on `o`, the object in the last line of stderr.
 fn eval_json(stderr: &[u8], expression: &str) -> String {
     let line = text(stderr).lines().last().unwrap_or_default().to_owned();
     let script = "import json,sys\no=json.loads(sys.argv[1])\nprint(eval(sys.argv[2]))";
@@ -84,10 +84,10 @@ fn json_reports_ended_first_and_tries() {
     });
     let mut client =
         crate::scripted::RunningProgram::start(s5().args(["connect", "--json", "--direct", &closes.to_string()]));
-    let (status, stdout, said) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(0), b"bye".to_vec()));
     assert_eq!(
-        eval_json(said.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),
+        eval_json(stderr.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),
         "('remote', None, None, 3)"
     );
     let down = closed_port().to_string();

@@ -1,4 +1,4 @@
-//! DNS over UDP through a proxy, with a server that knows a few names and asks nobody.
+//! DNS over UDP through a proxy, with a server that has a few names and forwards no queries.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -15,7 +15,7 @@ struct Unbound {
     _folder: tempfile::TempDir,
 }
 
-/// What `large.test` is: more than DNS over UDP has without EDNS, and than servers send unless told to.
+/// The TXT record of `large.test`: larger than DNS over UDP allows without EDNS, and than servers send by default.
 fn large_txt() -> Vec<String> {
     (b'a'..=b'n').map(|letter| char::from(letter).to_string().repeat(250)).collect()
 }
@@ -49,7 +49,7 @@ impl Unbound {
     }
 }
 
-/// What dig says, which has one try and no other way than UDP.
+/// Returns the output of dig, with one try and over UDP only.
 fn dig(server: SocketAddr, name: &str, kind: &str) -> String {
     let mut command = Command::new("dig");
     command.args(["-r", "@127.0.0.1", "-p", &server.port().to_string()]);
@@ -57,7 +57,7 @@ fn dig(server: SocketAddr, name: &str, kind: &str) -> String {
     text(&stdout(&mut command, b""))
 }
 
-/// How long each association lasted, in seconds, and what it carried down.
+/// The duration in seconds of each association in the log, and its bytes to the client.
 fn associations(log: &str) -> Vec<(f64, usize)> {
     let value = |line: &str, key: &str| {
         let value = line.split_whitespace().find_map(|word| word.strip_prefix(key).map(str::to_owned));
@@ -65,7 +65,7 @@ fn associations(log: &str) -> Vec<(f64, usize)> {
     };
     let number = |line: &str| (value(line, "seconds=").parse(), value(line, "down=").parse());
     let sessions = log.lines().filter(|line| line.contains(" command=udp "));
-    sessions.map(number).map(|(seconds, down)| (seconds.expect("seconds"), down.expect("octets"))).collect()
+    sessions.map(number).map(|(seconds, down)| (seconds.expect("seconds"), down.expect("bytes"))).collect()
 }
 
 #[test]
@@ -80,14 +80,14 @@ fn dig_queries_through_local_port_and_idle_association_ends() {
     assert!(forward.addr().ip().is_loopback() && forward.addr().port() != 0);
     assert_eq!(dig(forward.addr(), "host.test", "A"), "192.0.2.10\n");
     assert_eq!(dig(forward.addr(), "host.test", "AAAA"), "2001:db8::10\n");
-    // Each dig has a port of its own, and so an association.
+    // Each dig has its own port, and so its own association.
     server.wait_log(|log| associations(log).len() == 2);
     let strings: Vec<String> = large_txt().iter().map(|string| format!("\"{string}\"")).collect();
     assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
     let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
     assert!(ended.iter().all(|(seconds, _)| (1.0..TIMEOUT.as_secs_f64()).contains(seconds)), "{ended:?}");
     assert!(ended[2].1 > 3500, "one datagram: {ended:?}");
-    // That is no failure.
+    // The end of an idle association is not an error.
     assert_eq!(forward.log().lines().count(), 1, "{}", forward.log());
 }
 

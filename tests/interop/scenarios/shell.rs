@@ -1,4 +1,4 @@
-//! git, rsync and ssh through proxies that want a password, which a file has.
+//! git, rsync and ssh through proxies that require passwords, which are in a file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,7 +29,7 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
         let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
         run(command.args(["clone", "-q", &url, name]), b"", LONG_TIMEOUT)
     };
-    // Not in the order of the proxies.
+    // The passwords are not in the order of the proxies.
     let output = clone("right", "carol:other\nbob:pass:word\nalice:open sesame\n");
     assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
     let cloned = std::fs::read(folder.path().join("right/file")).expect("the file was cloned");
@@ -38,12 +38,12 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
     wait_for_session(&second, &["user=\"bob\"", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 
     let output = clone("wrong", "bob:open barley\nalice:open sesame\n");
-    let said = text(&output.stderr);
-    assert!(!output.status.success() && said.contains(&format!("proxy {}: login, ", second.addr())), "{said}");
-    assert!(!said.contains("barley") && !said.contains("sesame"), "{said}");
+    let stderr = text(&output.stderr);
+    assert!(!output.status.success() && stderr.contains(&format!("proxy {}: login, ", second.addr())), "{stderr}");
+    assert!(!stderr.contains("barley") && !stderr.contains("sesame"), "{stderr}");
 }
 
-/// What is in a folder, by its path below it.
+/// Returns the content of all files below a directory, by relative path.
 fn read_files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(folder).expect("a folder") {
@@ -89,7 +89,7 @@ fn rsync_copies_directory_over_ssh_both_ways() {
     server.wait_log(|log| log.matches(&of_alice).count() == 2);
 }
 
-/// How many processes run `s5 connect` through this proxy.
+/// The number of processes that run `s5 connect` through this proxy.
 fn connection_count(proxy: &Server) -> usize {
     let addr = proxy.addr().to_string();
     let is_one = |line: &[u8]| {
@@ -114,7 +114,7 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
     let login = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
     let hands_over = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
     assert_eq!(text(&stdout(sshd.ssh(&hands_over).arg("echo over there"), b"")), "over there\n");
-    // What stays shows that one would be found.
+    // Without -F the process stays, which shows that the search would find it.
     for (lines, stay) in [(hands_over, 0), (s5_as_proxy_command(&login), 1)] {
         let mut ssh = RunningProgram::start(sshd.ssh(&lines).arg("cat"));
         ssh.write(b"hello\n");
@@ -122,8 +122,8 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
         assert_eq!(connection_count(&server), stay, "{lines}");
         ssh.write(&data);
         ssh.close_stdin();
-        let (status, echoed, said) = ssh.end(LONG_TIMEOUT);
-        assert_eq!((status.code(), said.as_str()), (Some(0), ""));
+        let (status, echoed, stderr) = ssh.end(LONG_TIMEOUT);
+        assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
         assert_same(&echoed[6..], &data);
     }
     let target = format!("dst=\"{}\"", sshd.addr);
@@ -132,12 +132,12 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
 
 #[test]
 fn pass_fd_requires_stdout_to_be_a_socket() {
-    // Nobody is asked before.
+    // The check comes before any password prompt.
     let (proxy, target) = (closed_port().to_string(), echo_server().to_string());
     for args in [&["-F", "-x", &proxy, &target][..], &["--pass-fd", "--direct", &target]] {
         let output = run(s5().arg("connect").args(args), b"", TIMEOUT);
-        let said = text(&output.stderr);
-        assert_eq!((exit_code(&output), output.stdout.len(), said.lines().count()), (2, 0, 1), "{said}");
-        assert!(said.starts_with("s5: -F: ") && said.contains("socket"), "{said}");
+        let stderr = text(&output.stderr);
+        assert_eq!((exit_code(&output), output.stdout.len(), stderr.lines().count()), (2, 0, 1), "{stderr}");
+        assert!(stderr.starts_with("s5: -F: ") && stderr.contains("socket"), "{stderr}");
     }
 }
