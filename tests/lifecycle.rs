@@ -1,17 +1,17 @@
-//! The server itself, end to end: where it listens, how many it serves, who may log in, what it logs, how it ends.
+//! The server, end to end: listening, the handshake, logins, the connection limit, the session log and shutdown.
 
 mod common;
 mod kit;
 
-#[path = "lifecycle/end.rs"]
-mod end;
+#[path = "lifecycle/connection_limit.rs"]
+mod connection_limit;
 #[path = "lifecycle/handshake.rs"]
 mod handshake;
-#[path = "lifecycle/limits.rs"]
-mod limits;
 #[path = "lifecycle/listen.rs"]
 mod listen;
-#[path = "lifecycle/log.rs"]
-mod log;
-#[path = "lifecycle/users.rs"]
-mod users;
+#[path = "lifecycle/passwords.rs"]
+mod passwords;
+#[path = "lifecycle/session_log.rs"]
+mod session_log;
+#[path = "lifecycle/shutdown.rs"]
+mod shutdown;

@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use crate::association::{datagram, receive, socket};
 use crate::common::{Server, TIMEOUT, in_namespace, read_exact, read_reply, tcp_server, wait_until};
 use crate::kit::{BIND, CONNECT, assert_no_data, connect_from, ping};
-use crate::tools::{addr, assert_no_connection, assert_no_datagram, associate, ip, is_closed, log_in, send_request};
+use crate::tools::{addr, ask, associate, enter, got_nothing, ip, is_closed, saw_nobody};
 
 const CLIENT: &str = "10.9.0.2";
 const OTHER_CLIENT: &str = "10.9.0.3";
@@ -24,14 +24,14 @@ const METADATA: &str = "169.254.169.254";
 const GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
 
 /// The server's side: its two interfaces, whose other ends are in the namespace of the process $1.
-const SERVER_NETWORK: &str = "set -e; ip link set lo up
+const NEAR: &str = "set -e; ip link set lo up
     for net in 0 1; do
         ip link add s$net type veth peer name c$net netns $1
         ip addr add 10.9.$net.1/24 dev s$net; ip addr add fd09:$net::1/64 dev s$net nodad; ip link set s$net up
     done
     ip route add 169.254.0.0/16 dev s1; ip route add 224.0.0.0/4 dev s1
     echo ready; exec cat";
-const CLIENT_NETWORK: &str = "set -e
+const FAR: &str = "set -e
     ip addr add 10.9.0.2/24 dev c0; ip addr add 10.9.0.3/24 dev c0
     ip addr add 10.9.1.2/24 dev c1; ip addr add 10.9.1.3/24 dev c1; ip addr add 169.254.169.254/32 dev c1
     for n in 2 3; do ip addr add fd09:0::$n/64 dev c0 nodad; done; ip addr add fd09:1::2/64 dev c1 nodad
@@ -44,16 +44,13 @@ impl Host {
     fn new() -> Self {
         let pid = std::process::id().to_string();
         let mut command = Command::new("unshare");
-        command.args(["--net", "sh", "-c", SERVER_NETWORK, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["--net", "sh", "-c", NEAR, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut host = Self(command.spawn().expect("unshare runs"));
         let mut line = String::new();
         let stdout = host.0.stdout.take().expect("it is piped");
         BufReader::new(stdout).read_line(&mut line).expect("it can be read");
         assert_eq!(line, "ready\n", "the server's host");
-        assert!(
-            Command::new("sh").args(["-c", CLIENT_NETWORK]).status().expect("sh runs").success(),
-            "the other hosts"
-        );
+        assert!(Command::new("sh").args(["-c", FAR]).status().expect("sh runs").success(), "the other hosts");
         host
     }
 
@@ -84,7 +81,7 @@ fn server_addr() -> SocketAddr {
 
 /// The REP for a client on another host.
 fn rep(dst: &str) -> u8 {
-    send_request(&mut log_in(server_addr(), ip(CLIENT), None), CONNECT, dst).0
+    ask(&mut enter(server_addr(), ip(CLIENT), None), CONNECT, dst).0
 }
 
 fn local(socket: &UdpSocket) -> SocketAddr {
@@ -92,8 +89,8 @@ fn local(socket: &UdpSocket) -> SocketAddr {
 }
 
 #[test]
-fn remote_client_reaches_other_hosts_but_not_server_or_link() {
-    if !in_namespace("hosts::remote_client_reaches_other_hosts_but_not_server_or_link", "", "") {
+fn a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link() {
+    if !in_namespace("hosts::a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link", "", "") {
         return;
     }
     let host = Host::new();
@@ -137,7 +134,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
             // Without a resolver there is no localhost.
             assert!(rep == 2 || rep != 0 && dst.starts_with("localhost"), "{rules:?}: {dst}: {rep}");
         }
-        assert_no_connection(&metadata);
+        saw_nobody(&metadata);
         assert!(!inner.log().contains("session") && !inner_v6.log().contains("session"), "{}", inner.log());
     }
     let rows: [(&str, &[&str], &[&str]); 4] = [
@@ -149,8 +146,8 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
     for (rule, allowed, denied) in rows {
         let _server = host.serve(&["--allow", rule]);
         for dst in allowed {
-            let mut stream = log_in(server_addr(), ip(CLIENT), None);
-            assert_eq!(send_request(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
+            let mut stream = enter(server_addr(), ip(CLIENT), None);
+            assert_eq!(ask(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
             if *dst == METADATA_DST {
                 metadata.accept().expect("a connection comes");
             } else {
@@ -161,7 +158,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
         for dst in denied {
             assert_eq!(rep(dst), 2, "{rule}: {dst}");
         }
-        assert_no_connection(&metadata);
+        saw_nobody(&metadata);
     }
     assert!(inner.log().contains("session") && inner_v6.log().contains("session"), "they do log whoever comes");
 }
@@ -177,8 +174,8 @@ fn member(port: u16) -> UdpSocket {
 }
 
 #[test]
-fn datagrams_reach_only_allowed_targets() {
-    if !in_namespace("hosts::datagrams_reach_only_allowed_targets", "", "") {
+fn datagrams_go_where_a_connection_might_and_nowhere_else() {
+    if !in_namespace("hosts::datagrams_go_where_a_connection_might_and_nowhere_else", "", "") {
         return;
     }
     let host = Host::new();
@@ -196,7 +193,7 @@ fn datagrams_reach_only_allowed_targets() {
     }
     association.send(local(&target), b"allowed");
     assert_eq!(receive(&target).0, b"allowed", "what came before was not relayed");
-    [&target, &denied, &metadata, &member].into_iter().for_each(assert_no_datagram);
+    [&target, &denied, &metadata, &member].into_iter().for_each(got_nothing);
     drop(association);
     server.wait_log(|log| log.contains("client=10.9.0.2") && log.contains(" up=7 down=0 "));
     let association = associate(server_addr(), ip(CLIENT), None);
@@ -205,7 +202,7 @@ fn datagrams_reach_only_allowed_targets() {
     }
     association.send(local(&target), b"allowed");
     assert_eq!(receive(&target).0, b"allowed", "a relay took what the server itself sent");
-    assert_no_datagram(&target);
+    got_nothing(&target);
     // An association is still there for whom it is.
     other.send(local(&target), b"other");
     assert_eq!(receive(&target).0, b"other");
@@ -218,8 +215,8 @@ fn datagrams_reach_only_allowed_targets() {
 }
 
 #[test]
-fn udp_relay_accepts_one_port_of_its_client_only() {
-    if !in_namespace("hosts::udp_relay_accepts_one_port_of_its_client_only", "", "") {
+fn a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else() {
+    if !in_namespace("hosts::a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else", "", "") {
         return;
     }
     let host = Host::new();
@@ -238,7 +235,7 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
         }
         association.send(local(&target), b"client");
         assert_eq!(receive(&target).0, b"client", "round {round}");
-        assert_no_datagram(&target);
+        got_nothing(&target);
     }
     let (_, relay) = {
         association.send(local(&target), b"once more");
@@ -249,8 +246,8 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
 }
 
 #[test]
-fn udp_filtering_decides_which_hosts_may_answer() {
-    if !in_namespace("hosts::udp_filtering_decides_which_hosts_may_answer", "", "") {
+fn answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise() {
+    if !in_namespace("hosts::answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise", "", "") {
         return;
     }
     let host = Host::new();
@@ -277,8 +274,8 @@ fn udp_filtering_decides_which_hosts_may_answer() {
 }
 
 #[test]
-fn bind_accepts_expected_peer_only() {
-    if !in_namespace("hosts::bind_accepts_expected_peer_only", "", "") {
+fn bind_takes_the_expected_peer_and_closes_all_others() {
+    if !in_namespace("hosts::bind_takes_the_expected_peer_and_closes_all_others", "", "") {
         return;
     }
     let host = Host::new();
@@ -291,8 +288,8 @@ fn bind_accepts_expected_peer_only() {
     ];
     for (rules, dst, stranger, peer) in rows {
         let _server = host.serve(rules);
-        let mut client = log_in(server_addr(), ip(CLIENT), None);
-        let (rep, bnd) = send_request(&mut client, BIND, dst);
+        let mut client = enter(server_addr(), ip(CLIENT), None);
+        let (rep, bnd) = ask(&mut client, BIND, dst);
         assert_eq!((rep, bnd.ip()), (0, server_addr().ip()), "{rules:?}");
         for _ in 0..2 {
             assert!(is_closed(&mut connect_from(SocketAddr::new(ip(stranger), 0), bnd)), "{rules:?}");
@@ -308,13 +305,13 @@ fn bind_accepts_expected_peer_only() {
     // A denied peer can't be waited for, and the server's own host is one.
     let _server = host.serve(&["--deny", "to=10.9.1.3"]);
     for dst in ["10.9.1.3:0", "[::ffff:10.9.1.3]:0", "127.0.0.1:0"] {
-        assert_eq!(send_request(&mut log_in(server_addr(), ip(CLIENT), None), BIND, dst).0, 2, "{dst}");
+        assert_eq!(ask(&mut enter(server_addr(), ip(CLIENT), None), BIND, dst).0, 2, "{dst}");
     }
 }
 
 #[test]
-fn rules_distinguish_hosts() {
-    if !in_namespace("hosts::rules_distinguish_hosts", "", "") {
+fn rules_tell_hosts_apart() {
+    if !in_namespace("hosts::rules_tell_hosts_apart", "", "") {
         return;
     }
     let host = Host::new();
@@ -325,8 +322,8 @@ fn rules_distinguish_hosts() {
     // Not open: from= is enough.
     let rules = ["--allow", "from=10.9.0.2 to=10.9.1.0/24"];
     let server = host.s5("*:1080", 2, &rules);
-    let mut stream = log_in(server_addr(), ip(CLIENT), None);
-    assert_eq!(send_request(&mut stream, CONNECT, &echo.to_string()).0, 0);
+    let mut stream = enter(server_addr(), ip(CLIENT), None);
+    assert_eq!(ask(&mut stream, CONNECT, &echo.to_string()).0, 0);
     ping(&mut stream, b"hello");
     assert_eq!(rep("10.9.0.1:9"), 2);
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip(OTHER_CLIENT), 0), server_addr())));
@@ -336,8 +333,8 @@ fn rules_distinguish_hosts() {
 }
 
 #[test]
-fn rules_apply_to_ipv6_hosts() {
-    if !in_namespace("hosts::rules_apply_to_ipv6_hosts", "", "") {
+fn all_of_it_holds_for_ipv6() {
+    if !in_namespace("hosts::all_of_it_holds_for_ipv6", "", "") {
         return;
     }
     let host = Host::new();
@@ -347,7 +344,7 @@ fn rules_apply_to_ipv6_hosts() {
     let (target, spoofer) = (socket(ip("fd09:1::2")), socket(ip("fd09::3")));
     let both = tcp_server(ip(TARGET), drop);
     let server = host.serve(&[]);
-    let rep = |dst: &str| send_request(&mut log_in(near, client, None), CONNECT, dst).0;
+    let rep = |dst: &str| ask(&mut enter(near, client, None), CONNECT, dst).0;
     for dst in [tcp.local_addr().expect("an address").to_string(), both.to_string()] {
         assert_eq!(rep(&dst), 0, "{dst}");
     }
@@ -383,10 +380,10 @@ fn rules_apply_to_ipv6_hosts() {
     ] {
         let _server = host.s5("*:1080", 2, &["--allow", rule, "--allow", "from=10.9.0.2"]);
         if v6_may {
-            log_in(near, client, None);
+            enter(near, client, None);
         } else {
             assert!(is_closed(&mut connect_from(SocketAddr::new(client, 0), near)), "{rule}");
         }
-        log_in(server_addr(), ip(CLIENT), None);
+        enter(server_addr(), ip(CLIENT), None);
     }
 }

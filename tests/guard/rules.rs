@@ -10,8 +10,7 @@ use crate::common::{
 };
 use crate::kit::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, connect_from, listener, ping, serve, stream_end};
 use crate::tools::{
-    ALICE, BOB, Login, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as, request_for,
-    send_request,
+    ALICE, BOB, Login, addr, alice_and_bob, ask, associate, enter, got_nothing, ip, is_closed, open_as, request_for,
 };
 
 const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test deep.sub.a.test\n\
@@ -22,22 +21,22 @@ const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test deep.s
 type Row = (bool, &'static str, &'static [(&'static str, Login<'static>, u8, &'static str, u8)]);
 
 const LOCAL: &str = "127.0.0.1";
-const NO_LOGIN: Login<'_> = None;
+const ANON: Login<'_> = None;
 
 const ROWS: [Row; 22] = [
     (
         false,
         "deny from=127.0.0.2 port=P",
         &[
-            ("127.0.0.2", NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
-            ("127.0.0.2", NO_LOGIN, CONNECT, "127.0.0.1:Q", 0),
-            ("127.0.0.3", NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
+            ("127.0.0.2", ANON, CONNECT, "127.0.0.1:P", 2),
+            ("127.0.0.2", ANON, CONNECT, "127.0.0.1:Q", 0),
+            ("127.0.0.3", ANON, CONNECT, "127.0.0.1:P", 0),
         ],
     ),
     (
         false,
         "deny from=127.0.0.2,127.64.0.0/10 port=P",
-        &[("127.64.0.9", NO_LOGIN, CONNECT, "127.0.0.1:P", 2), ("127.128.0.9", NO_LOGIN, CONNECT, "127.0.0.1:P", 0)],
+        &[("127.64.0.9", ANON, CONNECT, "127.0.0.1:P", 2), ("127.128.0.9", ANON, CONNECT, "127.0.0.1:P", 0)],
     ),
     (
         true,
@@ -68,82 +67,82 @@ const ROWS: [Row; 22] = [
         "deny method=password port=P\n",
         &[(LOCAL, ALICE, CONNECT, "127.0.0.1:P", 2), (LOCAL, ALICE, CONNECT, "127.0.0.1:Q", 0)],
     ),
-    (false, "deny method=password user=alice", &[(LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0)]),
+    (false, "deny method=password user=alice", &[(LOCAL, ANON, CONNECT, "127.0.0.1:P", 0)]),
     (
         false,
         "deny command=connect",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
-            (LOCAL, NO_LOGIN, BIND, "0.0.0.0:0", 0),
-            (LOCAL, NO_LOGIN, UDP_ASSOCIATE, "0.0.0.0:0", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "a.test:P", 2),
+            (LOCAL, ANON, BIND, "0.0.0.0:0", 0),
+            (LOCAL, ANON, UDP_ASSOCIATE, "0.0.0.0:0", 0),
         ],
     ),
     (
         false,
         "deny command=bind,udp",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
-            (LOCAL, NO_LOGIN, BIND, "0.0.0.0:0", 2),
-            (LOCAL, NO_LOGIN, UDP_ASSOCIATE, "0.0.0.0:0", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, ANON, BIND, "0.0.0.0:0", 2),
+            (LOCAL, ANON, UDP_ASSOCIATE, "0.0.0.0:0", 2),
         ],
     ),
     (
         false,
         "deny to=a.test",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "A.Test.:P", 2),
-            (LOCAL, NO_LOGIN, BIND, "a.test:0", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "sub.a.test:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "xa.test:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, ANON, CONNECT, "a.test:P", 2),
+            (LOCAL, ANON, CONNECT, "A.Test.:P", 2),
+            (LOCAL, ANON, BIND, "a.test:0", 2),
+            (LOCAL, ANON, CONNECT, "sub.a.test:P", 0),
+            (LOCAL, ANON, CONNECT, "xa.test:P", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
         ],
     ),
     (
         false,
         "deny to=.a.test",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "sub.a.test:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "DEEP.Sub.A.test.:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "xa.test:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "b.test:P", 0),
+            (LOCAL, ANON, CONNECT, "a.test:P", 2),
+            (LOCAL, ANON, CONNECT, "sub.a.test:P", 2),
+            (LOCAL, ANON, CONNECT, "DEEP.Sub.A.test.:P", 2),
+            (LOCAL, ANON, CONNECT, "xa.test:P", 0),
+            (LOCAL, ANON, CONNECT, "b.test:P", 0),
         ],
     ),
     (
         false,
         "deny to=127.0.0.1",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "0.0.0.0:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.0.0.1]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:0.0.0.0]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[64:ff9b::7f00:1]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[2002:7f00:1::]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[2001:0:7f00:1::]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[2001::80ff:fffe]:P", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "a.test:P", 2),
+            (LOCAL, ANON, CONNECT, "0.0.0.0:P", 2),
+            (LOCAL, ANON, CONNECT, "[::ffff:127.0.0.1]:P", 2),
+            (LOCAL, ANON, CONNECT, "[::ffff:0.0.0.0]:P", 2),
+            (LOCAL, ANON, CONNECT, "[64:ff9b::7f00:1]:P", 2),
+            (LOCAL, ANON, CONNECT, "[2002:7f00:1::]:P", 2),
+            (LOCAL, ANON, CONNECT, "[2001:0:7f00:1::]:P", 2),
+            (LOCAL, ANON, CONNECT, "[2001::80ff:fffe]:P", 2),
             // What stands where a name does.
-            (LOCAL, NO_LOGIN, CONNECT, "=[::ffff:127.0.0.1]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "=::ffff:127.0.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "=127.0.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "127.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "2130706433:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "0x7f000001:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "0:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.2:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 0),
+            (LOCAL, ANON, CONNECT, "=[::ffff:127.0.0.1]:P", 2),
+            (LOCAL, ANON, CONNECT, "=::ffff:127.0.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "=127.0.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "127.1:P", 2),
+            (LOCAL, ANON, CONNECT, "2130706433:P", 2),
+            (LOCAL, ANON, CONNECT, "0x7f000001:P", 2),
+            (LOCAL, ANON, CONNECT, "0:P", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.2:P", 0),
+            (LOCAL, ANON, CONNECT, "[::1]:P", 0),
         ],
     ),
     (
         false,
         "deny to=127.0.0.0/8,::1",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.255.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.9.9.9]:P", 2),
+            (LOCAL, ANON, CONNECT, "127.255.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "[::1]:P", 2),
+            (LOCAL, ANON, CONNECT, "[::]:P", 2),
+            (LOCAL, ANON, CONNECT, "[::ffff:127.9.9.9]:P", 2),
         ],
     ),
     // To allow something, an address must be what it leads to; a name is allowed whatever it leads to.
@@ -151,62 +150,62 @@ const ROWS: [Row; 22] = [
         false,
         "allow to=127.0.0.1,three.test\ndeny",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.0.0.1]:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "three.test:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[64:ff9b::7f00:2]:P", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, ANON, CONNECT, "[::ffff:127.0.0.1]:P", 0),
+            (LOCAL, ANON, CONNECT, "a.test:P", 0),
+            (LOCAL, ANON, CONNECT, "three.test:P", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.3:P", 2),
+            (LOCAL, ANON, CONNECT, "[::1]:P", 2),
+            (LOCAL, ANON, CONNECT, "[64:ff9b::7f00:2]:P", 2),
         ],
     ),
     (
         false,
         "allow to=::/0\ndeny",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.0.0.1]:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "[64:ff9b::7f00:1]:P", 2),
+            (LOCAL, ANON, CONNECT, "[::1]:P", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "[::ffff:127.0.0.1]:P", 2),
+            (LOCAL, ANON, CONNECT, "[64:ff9b::7f00:1]:P", 2),
         ],
     ),
     (
         false,
         "deny port=P",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "b.test:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:Q", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, ANON, CONNECT, "b.test:P", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:Q", 0),
         ],
     ),
     (
         false,
         "allow port=P-P,Q\ndeny port=1-65535",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:Q", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:9", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:Q", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.1:9", 2),
         ],
     ),
     (
         false,
         "# a comment\n\n  deny \t port=P to=127.0.0.2 # and more\nallow port=P to=127.0.0.0/8\ndeny",
         &[
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.2:P", 2),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:P", 0),
-            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:Q", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.2:P", 2),
+            (LOCAL, ANON, CONNECT, "127.0.0.3:P", 0),
+            (LOCAL, ANON, CONNECT, "127.0.0.3:Q", 2),
         ],
     ),
     // As soon as an allow names from, what nothing allows is denied.
     (
         false,
         "allow from=127.0.0.1 port=P",
-        &[("127.0.0.1", NO_LOGIN, CONNECT, "127.0.0.1:P", 0), ("127.0.0.1", NO_LOGIN, CONNECT, "127.0.0.1:Q", 2)],
+        &[("127.0.0.1", ANON, CONNECT, "127.0.0.1:P", 0), ("127.0.0.1", ANON, CONNECT, "127.0.0.1:Q", 2)],
     ),
     (
         false,
         "allow from=loopback command=connect",
-        &[("127.9.9.9", NO_LOGIN, CONNECT, "a.test:P", 0), ("127.9.9.9", NO_LOGIN, BIND, "0.0.0.0:0", 2)],
+        &[("127.9.9.9", ANON, CONNECT, "a.test:P", 0), ("127.9.9.9", ANON, BIND, "0.0.0.0:0", 2)],
     ),
     (
         true,
@@ -219,12 +218,12 @@ const ROWS: [Row; 22] = [
             (LOCAL, BOB, CONNECT, "127.0.0.1:P", 2),
         ],
     ),
-    (false, "allow", &[(LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0), (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 0)]),
+    (false, "allow", &[(LOCAL, ANON, CONNECT, "127.0.0.1:P", 0), (LOCAL, ANON, CONNECT, "[::1]:P", 0)]),
 ];
 
 #[test]
-fn each_condition_applies_to_each_command() {
-    if !in_namespace("rules::each_condition_applies_to_each_command", HOSTS, "") {
+fn each_condition_decides_about_each_command() {
+    if !in_namespace("rules::each_condition_decides_about_each_command", HOSTS, "") {
         return;
     }
     let folder = temp_dir();
@@ -237,8 +236,8 @@ fn each_condition_applies_to_each_command() {
         args.extend(if has_users { vec!["--users", &users] } else { vec![] });
         let server = Server::start(&args);
         for (from, login, command, dst, expected) in cases {
-            let mut stream = log_in(server.addr(), ip(from), *login);
-            let (rep, _) = send_request(&mut stream, *command, &with_ports(dst));
+            let mut stream = enter(server.addr(), ip(from), *login);
+            let (rep, _) = ask(&mut stream, *command, &with_ports(dst));
             let rules = std::fs::read_to_string(&rules).expect("the file is there");
             assert_eq!(rep, *expected, "{rules}\n{from} {login:?} {command} {dst}");
             if rep == 2 {
@@ -249,7 +248,7 @@ fn each_condition_applies_to_each_command() {
 }
 
 #[test]
-fn rule_options_keep_order_and_precede_file() {
+fn options_are_tried_in_their_order_and_before_the_file() {
     let folder = temp_dir();
     let (_listener, dst) = listener(ip(LOCAL));
     let port = format!("port={}", dst.port());
@@ -271,7 +270,7 @@ fn rule_options_keep_order_and_precede_file() {
 }
 
 #[test]
-fn client_denied_by_address_is_closed_without_reply() {
+fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let file = write_file(folder.path(), "rules", "# nobody\ndeny from=127.0.0.2\n");
@@ -290,12 +289,12 @@ fn client_denied_by_address_is_closed_without_reply() {
         let line = format!("client={}", stream.local_addr().expect("an address"));
         let log = server.wait_log(|log| log.contains(&line));
         assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(why)), "{log}");
-        log_in(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });
+        enter(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });
     }
 }
 
 #[test]
-fn unix_socket_client_counts_as_loopback() {
+fn a_client_on_a_unix_socket_is_on_this_machine() {
     let folder = temp_dir();
     let path = folder.path().join("socket");
     let unix = format!("unix:{}", path.display());
@@ -310,9 +309,9 @@ fn unix_socket_client_counts_as_loopback() {
 }
 
 #[test]
-fn bind_checks_expected_and_actual_peer() {
+fn of_bind_the_expected_peer_is_judged_and_then_whoever_comes() {
     // From a port that is chosen by nobody else meanwhile.
-    if !in_namespace("rules::bind_checks_expected_and_actual_peer", HOSTS, "") {
+    if !in_namespace("rules::of_bind_the_expected_peer_is_judged_and_then_whoever_comes", HOSTS, "") {
         return;
     }
     let port = closed_port().port();
@@ -348,8 +347,8 @@ fn bind_checks_expected_and_actual_peer() {
 }
 
 #[test]
-fn each_outgoing_datagram_is_checked() {
-    if !in_namespace("rules::each_outgoing_datagram_is_checked", HOSTS, "") {
+fn each_datagram_is_judged_on_its_way_out() {
+    if !in_namespace("rules::each_datagram_is_judged_on_its_way_out", HOSTS, "") {
         return;
     }
     let folder = temp_dir();
@@ -379,15 +378,15 @@ fn each_outgoing_datagram_is_checked() {
         datagram(0x82, bad_addr, b"ied"),
     ];
     for round in 0..3 {
-        for bytes in &denied {
+        for octets in &denied {
             // An allowed one right before: what was judged for it must not hold for the next.
             association.send(good_addr, b"good");
             assert_eq!(receive(&good).0, b"good");
-            association.send_raw(bytes);
+            association.send_raw(octets);
         }
         association.send_raw(&datagram_name(0, "xa.test", good_addr.port(), b"by name"));
         assert_eq!(receive(&good).0, b"by name", "round {round}");
-        [&good, &bad, &closed].into_iter().for_each(assert_no_datagram);
+        [&good, &bad, &closed].into_iter().for_each(got_nothing);
     }
     // Bob may say b.test.
     let association = associate(server.addr(), ip(LOCAL), BOB);
@@ -396,7 +395,7 @@ fn each_outgoing_datagram_is_checked() {
 }
 
 #[test]
-fn answers_come_only_from_allowed_targets() {
+fn an_answer_comes_only_from_where_the_client_might_send_to() {
     let (target, denied) = (socket(ip(LOCAL)), socket(ip(LOCAL)));
     let [target_addr, denied_addr] = [&target, &denied].map(|socket| socket.local_addr().expect("an address"));
     for more in [&[][..], &["--udp-filtering", "endpoint-independent"]] {
@@ -414,8 +413,12 @@ fn answers_come_only_from_allowed_targets() {
 }
 
 #[test]
-fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
-    if !in_namespace("rules::own_listeners_are_denied_but_loopback_is_allowed_to_loopback", HOSTS, "") {
+fn the_servers_own_listeners_are_denied_to_everybody_and_loopback_is_not_denied_to_loopback() {
+    if !in_namespace(
+        "rules::the_servers_own_listeners_are_denied_to_everybody_and_loopback_is_not_denied_to_loopback",
+        HOSTS,
+        "",
+    ) {
         return;
     }
     let own = |more: &[&str]| {

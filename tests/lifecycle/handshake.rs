@@ -1,4 +1,4 @@
-//! Those who say nothing, too little, or something else than SOCKS5.
+//! Clients that send nothing, too little, or another protocol.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 use crate::common::{Server, TIMEOUT, echo_server, open, request, wait_until};
 use crate::kit::{CONNECT, StreamEnd, fastest, greet, idle_descriptors, ping, session_lines, stream_end, timed};
 
-/// Sends this and reads to the end.
-fn answer_to(server: &Server, octets: &[u8]) -> Vec<u8> {
+/// Sends bytes and returns the answer, up to the end of the stream.
+fn answer_to(server: &Server, bytes: &[u8]) -> Vec<u8> {
     let mut stream = server.connect();
-    stream.write_all(octets).expect("it is sent");
+    stream.write_all(bytes).expect("it is sent");
     match stream_end(&mut stream) {
         StreamEnd::Closed(answer) => answer,
-        StreamEnd::Reset => panic!("reset after {octets:02x?}"),
+        StreamEnd::Reset => panic!("reset after {bytes:02x?}"),
     }
 }
 
 #[test]
-fn who_says_nothing_is_closed_when_the_time_is_over() {
+fn handshake_timeout_closes_clients_that_stop_at_any_stage() {
     let server = Server::start(&["--handshake-timeout", "300ms"]);
     let stages: [&[u8]; 4] = [b"", &[5], &[5, 1, 0], &[5, 1, 0, 5, 1, 0, 1, 127]];
     let streams = stages.map(|stage| {
@@ -29,7 +29,7 @@ fn who_says_nothing_is_closed_when_the_time_is_over() {
     });
     for mut stream in streams {
         let (time, end) = timed(|| stream_end(&mut stream));
-        assert!(matches!(&end, StreamEnd::Closed(said) if said.is_empty() || *said == [5, 0]), "{end:?}");
+        assert!(matches!(&end, StreamEnd::Closed(answer) if answer.is_empty() || *answer == [5, 0]), "{end:?}");
         assert!(time < Duration::from_secs(5), "{time:?}");
     }
     let log = server.wait_log(|log| session_lines(log).len() == 4);
@@ -37,16 +37,16 @@ fn who_says_nothing_is_closed_when_the_time_is_over() {
 }
 
 #[test]
-fn a_drip_does_not_renew_the_time() {
+fn handshake_timeout_is_not_extended_by_single_bytes() {
     let server = Server::start(&["--handshake-timeout", "600ms"]);
     let mut stream = server.connect();
     let started = Instant::now();
-    let mut dripping = stream.try_clone().expect("a second handle");
-    let drip = thread::spawn(move || {
-        // 255 methods, and never the last of them.
-        let _ = dripping.write_all(&[5, 255]);
+    let mut sending = stream.try_clone().expect("a second handle");
+    let sender = thread::spawn(move || {
+        // The greeting announces 255 methods; the last of them is never sent.
+        let _ = sending.write_all(&[5, 255]);
         for _ in 0..200 {
-            if dripping.write_all(&[1]).is_err() {
+            if sending.write_all(&[1]).is_err() {
                 return;
             }
             thread::sleep(Duration::from_millis(50));
@@ -57,11 +57,11 @@ fn a_drip_does_not_renew_the_time() {
     assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     assert!(time >= Duration::from_millis(550) && time < Duration::from_secs(5), "{time:?}");
     drop(stream);
-    drip.join().expect("the drip ends");
+    sender.join().expect("the sender ends");
 }
 
 #[test]
-fn the_time_is_for_the_handshake_and_not_for_the_tunnel() {
+fn handshake_timeout_does_not_apply_to_the_tunnel() {
     let server = Server::start(&["--handshake-timeout", "300ms"]);
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
@@ -73,19 +73,18 @@ fn the_time_is_for_the_handshake_and_not_for_the_tunnel() {
 }
 
 #[test]
-fn hundreds_who_are_silent_hold_up_nobody() {
+fn three_hundred_silent_clients_do_not_delay_others() {
     let server = Server::start(&[]);
     let dst = echo_server();
-    let silent: Vec<TcpStream> =
-        (0..300).map(|number| if number % 2 == 0 { server.connect() } else { greet(&server) }).collect();
+    let silent: Vec<TcpStream> = (0..300).map(|n| if n % 2 == 0 { server.connect() } else { greet(&server) }).collect();
     let fastest = fastest(|| assert_eq!(open(&server, CONNECT, dst).1, 0));
     assert!(fastest < Duration::from_millis(100), "{fastest:?}");
     drop(silent);
-    wait_until("all are gone", TIMEOUT, || session_lines(&server.log()).len() == 308);
+    wait_until("all are logged", TIMEOUT, || session_lines(&server.log()).len() == 308);
 }
 
 #[test]
-fn http_is_answered_in_words() {
+fn http_requests_get_a_501_response_that_names_socks5() {
     let server = Server::start(&[]);
     for request in ["GET / HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT x:443 HTTP/1.1\r\n\r\n", "POST / HTTP/1.0\r\n\r\n"] {
         let answer = String::from_utf8(answer_to(&server, request.as_bytes())).expect("text");
@@ -99,7 +98,7 @@ fn http_is_answered_in_words() {
 }
 
 #[test]
-fn socks4_is_refused_in_its_own_way() {
+fn socks4_request_gets_a_socks4_rejection() {
     let server = Server::start(&[]);
     let answer = answer_to(&server, &[4, 1, 0, 80, 127, 0, 0, 1, 0]);
     assert_eq!(answer.len(), 8);
@@ -107,13 +106,13 @@ fn socks4_is_refused_in_its_own_way() {
 }
 
 #[test]
-fn tls_and_noise_are_closed_without_a_word() {
+fn tls_and_random_bytes_are_closed_without_an_answer() {
     let server = Server::start(&[]);
-    let foreign: [&[u8]; 3] = [&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3], &[0, 0, 0], &[0xFF; 100]];
-    for octets in foreign {
+    let inputs: [&[u8]; 3] = [&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3], &[0, 0, 0], &[0xFF; 100]];
+    for bytes in inputs {
         let mut stream = server.connect();
-        stream.write_all(octets).expect("it is sent");
-        // There is no answer that a reset could lose.
+        stream.write_all(bytes).expect("it is sent");
+        // A reset is fine, because there is no answer that it could discard.
         let end = stream_end(&mut stream);
         assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     }
@@ -123,9 +122,9 @@ fn tls_and_noise_are_closed_without_a_word() {
 }
 
 #[test]
-fn a_refused_greeting_is_answered_though_more_is_on_its_way() {
+fn refusal_of_a_greeting_arrives_despite_unread_data() {
     let server = Server::start(&[]);
-    // Unread octets at the close would make it a reset, and the answer could be lost.
+    // close(2) with unread bytes would send a reset, which can discard the answer.
     let mut all = vec![5, 1, 2];
     all.extend([0; 32 * 1024]);
     let mut stream = server.connect();
@@ -135,20 +134,20 @@ fn a_refused_greeting_is_answered_though_more_is_on_its_way() {
 }
 
 #[test]
-fn clients_that_leave_at_every_octet_leave_nothing_behind() {
+fn clients_that_close_after_any_byte_leak_no_descriptor() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
     let mut whole = vec![5, 1, 0];
     whole.extend(request(CONNECT, echo_server()));
     for length in 0..=whole.len() {
-        for leave in [drop as fn(TcpStream), crate::kit::reset] {
+        for end in [drop as fn(TcpStream), crate::kit::reset] {
             let mut stream = server.connect();
             stream.write_all(&whole[..length]).expect("it is sent");
-            leave(stream);
+            end(stream);
         }
     }
-    wait_until("all are gone", TIMEOUT, || server.descriptors() == before);
+    wait_until("all are closed", TIMEOUT, || server.descriptors() == before);
     let expected = 2 * (whole.len() + 1);
-    // A reset before accept(2) may leave no session at all.
+    // A connection that is reset before accept(2) may have no session.
     wait_until("all are logged", TIMEOUT, || session_lines(&server.log()).len() >= expected - whole.len() - 1);
 }

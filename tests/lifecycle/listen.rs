@@ -1,4 +1,4 @@
-//! `--listen`: every form, its line in the log, and what can't be listened on.
+//! `--listen`: every form, its log line, and errors.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -25,29 +25,29 @@ fn assert_listens(addr: SocketAddr) {
     assert_serves(&mut stream);
 }
 
-/// Starts a server that should not start: what it says on stderr.
-fn fails(args: &[&str]) -> String {
+/// Starts a server that must fail, and returns the last line of its stderr.
+fn start_error(args: &[&str]) -> String {
     let output = run(s5().arg("serve").args(args), b"", TIMEOUT);
     assert!(!output.status.success(), "{args:?}");
-    let said = String::from_utf8(output.stderr).expect("text");
-    let last = said.lines().last().unwrap_or_default().to_owned();
-    assert!(last.starts_with("s5: "), "{args:?}: {said}");
+    let stderr = String::from_utf8(output.stderr).expect("text");
+    let last = stderr.lines().last().unwrap_or_default().to_owned();
+    assert!(last.starts_with("s5: "), "{args:?}: {stderr}");
     last
 }
 
 #[test]
-fn a_bare_port_is_loopback_of_both_families() {
+fn listen_port_binds_loopback_of_both_families() {
     let server = serve("0", 2, &[]);
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [V4, V6]);
     assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "one port for both");
     server.addrs.iter().copied().for_each(assert_listens);
-    let elsewhere = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
-    assert!(TcpStream::connect(elsewhere).is_err(), "nowhere else");
+    let other = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
+    assert!(TcpStream::connect(other).is_err(), "another loopback address");
 }
 
 #[test]
-fn a_star_is_every_address_of_both_families() {
+fn listen_star_binds_all_addresses_of_both_families() {
     let server = serve("*:0", 2, &["--open"]);
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
@@ -57,7 +57,7 @@ fn a_star_is_every_address_of_both_families() {
 }
 
 #[test]
-fn an_address_or_a_name_with_a_port_is_just_that() {
+fn listen_address_or_name_binds_only_that_address() {
     let server = serve("[::1]:0", 1, &["--listen", "127.0.0.2:0", "--listen", "127.0.0.1:0"]);
     server.wait_log(|log| log.matches("listening on ").count() == 3);
     assert_eq!(server.addr().ip(), V6);
@@ -68,20 +68,20 @@ fn an_address_or_a_name_with_a_port_is_just_that() {
 }
 
 #[test]
-fn the_line_in_the_log_has_the_real_port() {
+fn listen_log_line_has_the_bound_port() {
     let server = Server::start(&[]);
     assert_ne!(server.addr().port(), 0);
     assert!(server.log().lines().any(|line| line.ends_with(&format!("listening on {}", server.addr()))));
 }
 
 #[test]
-fn a_unix_socket_is_served_and_removed_at_the_end() {
+fn unix_socket_serves_clients_and_is_removed_at_exit() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut server = serve(&listen, 1, &[]);
     assert!(server.log().contains(&format!("listening on {listen}")));
-    let mut stream = UnixStream::connect(&path).expect("it listens");
+    let mut stream = UnixStream::connect(&path).expect("the server listens");
     assert_serves(&mut stream);
     let dst = echo_server();
     stream.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
@@ -100,47 +100,48 @@ fn a_unix_socket_is_served_and_removed_at_the_end() {
 }
 
 #[test]
-fn a_unix_socket_of_a_dead_process_is_replaced_and_one_in_use_is_not() {
+fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
-    // Dropping a listener leaves its name behind.
+    // Dropping a listener does not remove its file.
     drop(UnixListener::bind(&path).expect("a socket"));
     let _server = serve(&listen, 1, &[]);
-    let said = fails(&["--listen", &listen]);
-    assert!(said.contains(&listen), "{said}");
+    let error = start_error(&["--listen", &listen]);
+    assert!(error.contains(&listen), "{error}");
     assert_serves(&mut UnixStream::connect(&path).expect("the first one still listens"));
 }
 
 #[test]
-fn a_file_that_is_no_socket_is_left_alone() {
+fn listen_keeps_a_file_that_is_not_a_socket() {
     let folder = temp_dir();
     let path = crate::common::write_file(folder.path(), "precious", "text");
-    let said = fails(&["--listen", &format!("unix:{path}")]);
-    assert!(said.contains(&path), "{said}");
-    assert_eq!(std::fs::read_to_string(path).expect("it is still there"), "text");
+    let error = start_error(&["--listen", &format!("unix:{path}")]);
+    assert!(error.contains(&path), "{error}");
+    assert_eq!(std::fs::read_to_string(path).expect("the file is still there"), "text");
 }
 
 #[test]
-fn a_port_in_use_is_said_so_and_nothing_is_served() {
+fn listen_error_names_a_port_in_use() {
     let (_taken, addr) = listener(V4);
-    let said = fails(&["--listen", "127.0.0.1:0", "--listen", &addr.to_string()]);
-    assert!(said.contains(&addr.to_string()) && said.contains("in use"), "{said}");
+    let error = start_error(&["--listen", "127.0.0.1:0", "--listen", &addr.to_string()]);
+    assert!(error.contains(&addr.to_string()) && error.contains("in use"), "{error}");
+    assert!(error.ends_with("(choose another address with --listen)"), "{error}");
     let (_taken, addr) = listener(V6);
-    let said = fails(&["--listen", &addr.port().to_string()]);
-    assert!(said.contains("in use"), "{said}");
+    let error = start_error(&["--listen", &addr.port().to_string()]);
+    assert!(error.contains("in use"), "{error}");
 }
 
 #[test]
-fn an_address_of_another_host_is_said_so() {
-    let said = fails(&["--listen", "192.0.2.200:0"]);
-    assert!(said.contains("192.0.2.200:0"), "{said}");
+fn listen_error_names_an_address_of_another_host() {
+    let error = start_error(&["--listen", "192.0.2.200:0"]);
+    assert!(error.contains("192.0.2.200:0"), "{error}");
 }
 
 #[test]
-fn a_server_that_was_killed_can_listen_on_its_port_again_at_once() {
-    // A port is let go and taken again: nobody else may come in between.
-    if !in_namespace("listen::a_server_that_was_killed_can_listen_on_its_port_again_at_once", "", "") {
+fn killed_server_can_rebind_its_port_at_once() {
+    // Its own network, because another program must not take the port in between.
+    if !in_namespace("listen::killed_server_can_rebind_its_port_at_once", "", "") {
         return;
     }
     let server = Server::start(&[]);
@@ -154,7 +155,7 @@ fn a_server_that_was_killed_can_listen_on_its_port_again_at_once() {
 }
 
 #[test]
-fn one_thread_or_four_serve_the_same() {
+fn one_and_four_threads_serve_all_tunnels() {
     for threads in ["1", "4"] {
         let server = Server::start(&["--threads", threads]);
         let dst = echo_server();

@@ -1,4 +1,4 @@
-//! Too many connections, and too few descriptors: the server waits, says so now and then, and goes on.
+//! `--max-connections`, and too few descriptors: new connections wait, one log line per second reports it, tunnels go on.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -8,7 +8,7 @@ use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, read_exact
 use crate::kit::{CONNECT, V4, assert_no_data, greet, listener, ping, session_lines};
 
 #[test]
-fn at_the_limit_the_next_one_waits_and_is_served_when_one_ends() {
+fn connection_over_the_limit_waits_until_another_one_ends() {
     let server = Server::start(&["--max-connections", "2"]);
     let dst = echo_server();
     let [(mut first, ..), (second, ..)] = [(); 2].map(|()| open(&server, CONNECT, dst));
@@ -22,7 +22,7 @@ fn at_the_limit_the_next_one_waits_and_is_served_when_one_ends() {
 }
 
 #[test]
-fn the_limit_is_logged_at_most_once_a_second() {
+fn connection_limit_is_logged_at_most_once_per_second() {
     let server = Server::start(&["--max-connections", "1"]);
     let started = Instant::now();
     for _ in 0..100 {
@@ -30,13 +30,13 @@ fn the_limit_is_logged_at_most_once_a_second() {
         drop(waiting);
     }
     let log = server.wait_log(|log| session_lines(log).len() == 300);
-    let complaints = u64::try_from(log.matches("connections reached: new ones wait").count()).expect("a number");
-    assert!(complaints >= 1, "it was never at the limit");
-    assert!(complaints <= 1 + started.elapsed().as_secs(), "{complaints} lines");
+    let lines = u64::try_from(log.matches("connections reached: new ones wait").count()).expect("a number");
+    assert!(lines >= 1, "the limit was never reached");
+    assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} log lines");
 }
 
 #[test]
-fn an_idle_listener_keeps_no_place_from_the_others() {
+fn idle_listener_holds_no_connection_permit() {
     let server = crate::kit::serve(
         "127.0.0.1:0",
         3,
@@ -51,7 +51,7 @@ fn an_idle_listener_keeps_no_place_from_the_others() {
 }
 
 #[test]
-fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
+fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     if !is_installed("prlimit") {
         return;
     }
@@ -64,7 +64,7 @@ fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
     assert_eq!(rep, 0);
     let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
     server.wait_log(|log| log.contains("Too many open files"));
-    // What is measured is a rate, so time must pass.
+    // A rate is measured, so time must pass.
     let (started, before) = (Instant::now(), server.cpu_seconds());
     while started.elapsed() < Duration::from_millis(1200) {
         ping(&mut tunnel, b"still here");
@@ -72,13 +72,13 @@ fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
     }
     let load = (server.cpu_seconds() - before) / started.elapsed().as_secs_f64();
     assert!(load < 0.15, "{:.0} % of a core", load * 100.0);
-    let complaints = u64::try_from(server.log().matches("Too many open files").count()).expect("a number");
-    assert!(complaints <= 3 + started.elapsed().as_secs(), "{complaints} lines");
-    let mut newcomer = server.connect();
-    newcomer.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    let lines = u64::try_from(server.log().matches("Too many open files").count()).expect("a number");
+    assert!(lines <= 3 + started.elapsed().as_secs(), "{lines} log lines");
+    let mut waiting = server.connect();
+    waiting.write_all(&[5, 1, 0]).expect("the greeting is sent");
     drop(silent);
     let resumed = Instant::now();
-    assert_eq!(read_exact(&mut newcomer, 2), [5, 0]);
+    assert_eq!(read_exact(&mut waiting, 2), [5, 0]);
     assert!(resumed.elapsed() < Duration::from_secs(5), "{:?}", resumed.elapsed());
     ping(&mut tunnel, b"and here as well");
     let (_stream, rep, _) = open(&server, CONNECT, dst);
@@ -86,7 +86,7 @@ fn without_descriptors_open_tunnels_go_on_and_the_others_wait_for_their_turn() {
 }
 
 #[test]
-fn a_connect_without_a_descriptor_left_is_a_general_failure() {
+fn connect_without_a_free_descriptor_gets_general_failure() {
     if !is_installed("prlimit") {
         return;
     }
@@ -95,16 +95,16 @@ fn a_connect_without_a_descriptor_left_is_a_general_failure() {
     command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
     let server = Server::start_with(&mut command, 1);
     let (target, dst) = listener(V4);
-    let mut asking = greet(&server);
+    let mut stream = greet(&server);
     let _silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
     server.wait_log(|log| log.contains("Too many open files"));
-    asking.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
-    assert_eq!(crate::common::read_reply(&mut asking).0, 1);
+    stream.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
+    assert_eq!(crate::common::read_reply(&mut stream).0, 1);
     drop(target);
 }
 
 #[test]
-fn the_soft_limit_of_descriptors_is_raised_to_the_hard_one() {
+fn soft_descriptor_limit_is_raised_to_the_hard_limit() {
     if !is_installed("prlimit") {
         return;
     }

@@ -1,4 +1,4 @@
-//! `--users`: who gets in, who does not, and what a login costs (RFC 1929).
+//! `--users`: accepted and refused logins, and their cost (RFC 1929).
 
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
@@ -6,42 +6,24 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use tempfile::TempDir;
-
-use crate::common::{Server, TIMEOUT, echo_server, read_exact, read_reply, request, run, s5, temp_dir, write_file};
+use crate::common::{Server, TIMEOUT, echo_server, read_exact, read_reply, request, run, s5, temp_dir};
+use crate::kit::login::{login_message, users_file};
 use crate::kit::{CONNECT, StreamEnd, connect_from, fastest, ping, stream_end};
 
-/// bcrypt of the least cost, since debug builds are slow: what is tested here is the comparison.
-fn users(list: &[(&str, &str)]) -> (TempDir, String) {
-    let line = |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, 4).expect("a hash"));
-    let folder = temp_dir();
-    let path = write_file(folder.path(), "users", &list.iter().map(line).collect::<String>());
-    (folder, path)
-}
-
-fn credentials(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
-    let length = |field: &[u8]| u8::try_from(field.len()).expect("at most 255 octets");
-    let mut octets = vec![1, length(uname)];
-    octets.extend(uname);
-    octets.push(length(passwd));
-    octets.extend(passwd);
-    octets
-}
-
-/// A connection from where nobody has come from yet, since one that fails again and again is held back.
-fn from_elsewhere(server: &Server) -> TcpStream {
+/// Connects from an unused address, because failed logins delay the answers to their address.
+fn connect_from_unused_ip(server: &Server) -> TcpStream {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     connect_from(SocketAddr::from(([127, 1, high, low], 0)), server.addr())
 }
 
-/// Logs in: the connection and STATUS.
+/// Logs in. Returns the connection and STATUS.
 fn login(server: &Server, uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
-    let mut stream = from_elsewhere(server);
+    let mut stream = connect_from_unused_ip(server);
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout: hashing is slow by design");
     stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 2], "never NO AUTHENTICATION");
-    stream.write_all(&credentials(uname, passwd)).expect("the credentials are sent");
+    stream.write_all(&login_message(uname, passwd)).expect("the credentials are sent");
     let status = read_exact(&mut stream, 2);
     assert_eq!(status[0], 1);
     (stream, status[1])
@@ -49,15 +31,15 @@ fn login(server: &Server, uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
 
 fn assert_refused(server: &Server, uname: &[u8], passwd: &[u8]) {
     let (mut stream, status) = login(server, uname, passwd);
-    let who = (uname.escape_ascii(), passwd.escape_ascii());
-    assert_ne!(status, 0, "{who:?}");
-    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{who:?}");
+    let case = (uname.escape_ascii(), passwd.escape_ascii());
+    assert_ne!(status, 0, "{case:?}");
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{case:?}");
 }
 
 #[test]
-fn the_right_name_and_password_get_in() {
+fn login_with_correct_credentials_succeeds() {
     let (longest, own) = ("n".repeat(255), "p".repeat(72));
-    let (_folder, users) = users(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)]);
+    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)]);
     let server = Server::start(&["--users", &users]);
     let dst = echo_server();
     for (uname, passwd) in [("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)] {
@@ -70,10 +52,10 @@ fn the_right_name_and_password_get_in() {
 }
 
 #[test]
-fn all_that_is_not_exactly_right_is_refused() {
-    let (_folder, users) = users(&[("alice", "secret"), ("bob", "other")]);
+fn login_with_any_deviation_is_refused() {
+    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
-    // A login that succeeded is remembered; it must not make any of the others easier.
+    // The second round runs with a cached password, which must not help the wrong ones.
     for _ in 0..2 {
         let wrong: [(&[u8], &[u8]); 16] = [
             (b"alice", b"wrong"),
@@ -101,8 +83,8 @@ fn all_that_is_not_exactly_right_is_refused() {
 }
 
 #[test]
-fn a_name_or_password_of_no_length_is_refused() {
-    let (_folder, users) = users(&[("alice", "secret")]);
+fn login_with_empty_name_or_password_is_refused() {
+    let (_folder, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     assert_refused(&server, b"alice", b"");
     let mut stream = server.connect();
@@ -111,33 +93,33 @@ fn a_name_or_password_of_no_length_is_refused() {
 }
 
 #[test]
-fn no_authentication_is_never_selected_and_nothing_is_served_without_a_login() {
-    let (_folder, users) = users(&[("alice", "secret")]);
+fn users_file_disables_no_authentication() {
+    let (_folder, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     let offers: [&[u8]; 4] = [&[5, 1, 0], &[5, 2, 0, 1], &[5, 1, 0x80], &[5, 3, 0, 0, 0]];
     for offer in offers {
         let mut stream = server.connect();
-        // The request behind it must not be answered.
+        // The request after it must not be answered.
         stream.write_all(&[offer, &request(CONNECT, echo_server())].concat()).expect("it is sent");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 0xFF]), "{offer:?}");
     }
-    // Nor one behind a wrong password.
+    // Nor one after a wrong password.
     let mut stream = server.connect();
-    let all = [vec![5, 1, 2], credentials(b"alice", b"wrong"), request(CONNECT, echo_server())].concat();
+    let all = [vec![5, 1, 2], login_message(b"alice", b"wrong"), request(CONNECT, echo_server())].concat();
     stream.write_all(&all).expect("it is sent");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
 }
 
 #[test]
-fn a_file_without_users_lets_nobody_in() {
-    let (_folder, users) = users(&[]);
+fn empty_users_file_refuses_every_login() {
+    let (_folder, users) = users_file(&[]);
     let server = Server::start(&["--users", &users]);
     assert_refused(&server, b"alice", b"secret");
     assert!(server.log().contains("no users"));
 }
 
 #[test]
-fn passwords_of_255_octets_are_compared_whole() {
+fn argon2_password_of_255_bytes_is_compared_whole() {
     let folder = temp_dir();
     let users = folder.path().join("users");
     let users = users.to_str().expect("a path of text");
@@ -159,7 +141,7 @@ fn add_user(file: &str, name: &str, passwd: &str) {
 }
 
 #[test]
-fn five_hundred_logins_of_one_user_cost_one_hash() {
+fn concurrent_logins_of_one_user_cost_one_hash() {
     const LOGINS: usize = 500;
     let folder = temp_dir();
     let users = folder.path().join("users");
@@ -170,12 +152,12 @@ fn five_hundred_logins_of_one_user_cost_one_hash() {
         let before = server.cpu_seconds();
         thread::scope(|scope| {
             for _ in 0..10 {
-                // Of each thread all are under way before the first one is answered.
+                // Each thread sends all of its logins before it reads the first answer.
                 scope.spawn(|| {
                     let mut streams: Vec<TcpStream> = (0..logins.div_ceil(10)).map(|_| server.connect()).collect();
                     for stream in &mut streams {
                         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
-                        let all = [vec![5, 1, 2], credentials(b"alice", b"secret")].concat();
+                        let all = [vec![5, 1, 2], login_message(b"alice", b"secret")].concat();
                         stream.write_all(&all).expect("it is sent");
                     }
                     for stream in &mut streams {
@@ -187,12 +169,12 @@ fn five_hundred_logins_of_one_user_cost_one_hash() {
         server.cpu_seconds() - before
     };
     let (few, many) = (cost_of(10), cost_of(LOGINS));
-    // 490 sessions more, and not a hash more; a hash each would be a hundredfold.
+    // 490 more sessions cost no further hash; one hash each would cost a hundred times as much.
     assert!(many < 3.0 * few + 1.0, "{few} s of CPU for 10, {many} s for {LOGINS}");
 }
 
 #[test]
-fn hashing_holds_up_nobody_who_is_in_already() {
+fn password_hashing_does_not_delay_tunnels() {
     let folder = temp_dir();
     let users = folder.path().join("users");
     let users = users.to_str().expect("a path of text");
@@ -203,8 +185,8 @@ fn hashing_holds_up_nobody_who_is_in_already() {
     stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
     assert_eq!(read_reply(&mut stream).0, 0);
     let mut guessing: Vec<TcpStream> = (0..20).map(|_| server.connect()).collect();
-    for (number, guess) in (0..20_u8).zip(&mut guessing) {
-        let all = [vec![5, 1, 2], credentials(b"alice", &[b'x', number])].concat();
+    for (n, guess) in (0..20_u8).zip(&mut guessing) {
+        let all = [vec![5, 1, 2], login_message(b"alice", &[b'x', n])].concat();
         guess.write_all(&all).expect("it is sent");
         assert_eq!(read_exact(guess, 2), [5, 2]);
     }

@@ -1,4 +1,4 @@
-//! `--max-per-client` and `--max-per-user`: how many, who counts as one, and when a place is free again.
+//! `--max-per-client` and `--max-per-user`: the limits, the addresses of one client, and the end of a session.
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -15,44 +15,44 @@ use crate::kit::login::{connect_from_ip, log_in, login_message, users_file};
 use crate::kit::{
     BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, accept, connect_from, listener, ping, reset, serve, stream_end,
 };
-use crate::machine;
+use crate::lock_machine;
 
-const ZEROS: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
-/// Greets, and says whether it was let in.
-fn is_let_in(stream: &mut TcpStream) -> bool {
+/// Sends a greeting, and returns whether the server accepts it.
+fn is_admitted(stream: &mut TcpStream) -> bool {
     let mut selection = [0; 2];
-    // Octets that nobody reads make the end of a connection a reset.
+    // A server that closes with unread bytes sends a reset, so that errors are possible.
     stream.write_all(&[5, 1, 0]).is_ok() && stream.read_exact(&mut selection).is_ok() && selection == [5, 0]
 }
 
-fn assert_shut(mut stream: TcpStream) {
-    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed without an octet");
+fn assert_closed(mut stream: TcpStream) {
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed without an answer");
 }
 
 #[test]
-fn one_connection_too_many_is_closed_and_other_addresses_have_their_own() {
+fn max_per_client_closes_extra_connections_of_that_address_only() {
     for threads in ["1", "2"] {
         let server = Server::start(&["--max-per-client", "3", "--threads", threads]);
         let mut first: Vec<TcpStream> = (0..3).map(|_| connect_from_ip(&server, [127, 0, 0, 1])).collect();
-        // Those who say nothing count as well.
-        assert_shut(connect_from_ip(&server, [127, 0, 0, 1]));
+        // Silent clients count as well.
+        assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
         let mut other = connect_from_ip(&server, [127, 0, 0, 2]);
-        assert!(is_let_in(&mut other), "another address");
-        assert!(first.iter_mut().all(is_let_in), "those who came first are not disturbed");
-        assert_shut(connect_from_ip(&server, [127, 0, 0, 1]));
+        assert!(is_admitted(&mut other), "another address");
+        assert!(first.iter_mut().all(is_admitted), "the first three are not disturbed");
+        assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
         let log = server.wait_log(|log| log.contains("connections reached, connection closed"));
         assert!(log.contains("client 127.0.0.1: limit of 3 connections reached, connection closed"), "{log}");
     }
 }
 
 #[test]
-fn the_log_names_those_who_are_too_many_at_most_once_a_second() {
+fn max_per_client_is_logged_at_most_once_per_second() {
     let server = Server::start(&["--max-per-client", "1"]);
     let _only = open(&server, CONNECT, echo_server());
     let started = Instant::now();
     while started.elapsed() < Duration::from_millis(1100) {
-        (0..20).for_each(|_| assert_shut(server.connect()));
+        (0..20).for_each(|_| assert_closed(server.connect()));
     }
     let lines = server.wait_log(|log| log.matches("connections reached, connection closed").count() >= 2);
     let lines = u64::try_from(lines.matches("connections reached, connection closed").count()).expect("a number");
@@ -60,21 +60,21 @@ fn the_log_names_those_who_are_too_many_at_most_once_a_second() {
 }
 
 #[test]
-fn each_command_takes_a_place_of_its_client() {
+fn max_per_client_counts_every_command() {
     let server = Server::start(&["--max-per-client", "3"]);
     let dst = echo_server();
-    let _open = [(CONNECT, dst), (BIND, ZEROS), (UDP_ASSOCIATE, ZEROS)].map(|(command, dst)| {
+    let _open = [(CONNECT, dst), (BIND, ANY), (UDP_ASSOCIATE, ANY)].map(|(command, dst)| {
         let (stream, rep, _) = open(&server, command, dst);
         assert_eq!(rep, 0, "command {command}");
         stream
     });
-    assert_shut(server.connect());
+    assert_closed(server.connect());
 }
 
-/// One way in which a session ends; what is left open belongs to a session that is over.
+/// Ends a session. Returns a stream to keep open after that.
 type Ending = fn(&Server) -> Option<TcpStream>;
 
-/// A tunnel to a target that is held by the test.
+/// Opens a tunnel; returns the client's and the target's connection.
 fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
     let (target, dst) = listener(V4);
     let (client, rep, _) = open(server, CONNECT, dst);
@@ -83,9 +83,9 @@ fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn a_place_is_free_again_however_its_session_ends() {
+fn max_per_client_frees_the_slot_however_a_session_ends() {
     let endings: [(&str, Ending); 14] = [
-        ("a silent client leaves", |server| {
+        ("a silent client closes", |server| {
             drop(server.connect());
             None
         }),
@@ -93,17 +93,17 @@ fn a_place_is_free_again_however_its_session_ends() {
             reset(server.connect());
             None
         }),
-        ("too late", |server| {
+        ("greeting times out", |server| {
             let mut stream = server.connect();
             assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
             Some(stream)
         }),
-        ("too late with the request", |server| {
+        ("request times out", |server| {
             let mut stream = crate::kit::greet(server);
             assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
             Some(stream)
         }),
-        ("no method", |server| {
+        ("no acceptable method", |server| {
             let mut stream = server.connect();
             stream.write_all(&[5, 1, 9]).expect("it is sent");
             assert_eq!(read_exact(&mut stream, 2), [5, 0xFF]);
@@ -119,7 +119,7 @@ fn a_place_is_free_again_however_its_session_ends() {
             None
         }),
         ("an unknown command", |server| {
-            assert_eq!(open(server, 9, ZEROS).1, 7);
+            assert_eq!(open(server, 9, ANY).1, 7);
             None
         }),
         ("both close", |server| {
@@ -138,16 +138,16 @@ fn a_place_is_free_again_however_its_session_ends() {
             reset(target);
             Some(client)
         }),
-        ("nobody comes to a BIND, and its client leaves", |server| {
-            assert_eq!(open(server, BIND, ZEROS).1, 0);
+        ("the client of a waiting BIND closes", |server| {
+            assert_eq!(open(server, BIND, ANY).1, 0);
             None
         }),
         ("an association ends", |server| {
-            assert_eq!(open(server, UDP_ASSOCIATE, ZEROS).1, 0);
+            assert_eq!(open(server, UDP_ASSOCIATE, ANY).1, 0);
             None
         }),
         ("an association is reset", |server| {
-            reset(open(server, UDP_ASSOCIATE, ZEROS).0);
+            reset(open(server, UDP_ASSOCIATE, ANY).0);
             None
         }),
     ];
@@ -156,13 +156,13 @@ fn a_place_is_free_again_however_its_session_ends() {
             let args = ["--max-per-client", "1", "--handshake-timeout", "300ms", "--threads", threads];
             let server = Server::start(&args);
             let _left = end(&server);
-            wait_until(what, TIMEOUT, || is_let_in(&mut server.connect()));
+            wait_until(what, TIMEOUT, || is_admitted(&mut server.connect()));
         }
     }
 }
 
-/// How many connections to clients a server has open.
-fn descriptors_of_clients(server: &Server) -> usize {
+/// Returns the number of open connections from clients.
+fn client_connections(server: &Server) -> usize {
     let port = format!(":{:04X} ", server.addr().port());
     let table = std::fs::read_to_string(format!("/proc/{}/net/tcp", server.pid())).expect("the server runs");
     // proc_net_tcp: the local address second, the state fourth; 01 is ESTABLISHED, 08 CLOSE_WAIT.
@@ -174,8 +174,8 @@ fn descriptors_of_clients(server: &Server) -> usize {
 }
 
 #[test]
-fn addresses_of_one_ipv6_network_are_one_client() {
-    if !in_namespace("shares::addresses_of_one_ipv6_network_are_one_client", "", "") {
+fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
+    if !in_namespace("session_limits::max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client", "", "") {
         return;
     }
     let sources = ["2001:db8:1::1", "2001:db8:1:0:ffff:ffff:ffff:ffff", "2001:db8:2::1", "2001:db8:1:1::1"];
@@ -186,24 +186,24 @@ fn addresses_of_one_ipv6_network_are_one_client() {
     }
     let server = serve("[2001:db8:1::1]:0", 1, &["--open", "--max-per-client", "2"]);
     let [one, two, three, four] = sources.map(|source| SocketAddr::new(source.parse().expect("an address"), 0));
-    let come = |from| connect_from(from, server.addr());
-    let _held = [come(one), come(two)];
-    assert_shut(come(one));
-    assert_shut(come(two));
-    for elsewhere in [three, four] {
-        assert!(is_let_in(&mut come(elsewhere)), "{elsewhere}");
+    let connect = |from| connect_from(from, server.addr());
+    let _held = [connect(one), connect(two)];
+    assert_closed(connect(one));
+    assert_closed(connect(two));
+    for other in [three, four] {
+        assert!(is_admitted(&mut connect(other)), "{other}");
     }
     server.wait_log(|log| log.contains("limit of 2 connections reached, connection closed"));
 }
 
 #[test]
-fn a_user_too_many_is_told_so_behind_the_login_and_other_users_are_not() {
+fn max_per_user_denies_the_request_after_login_for_that_user_only() {
     let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let dst = echo_server();
     for threads in ["1", "2"] {
         let server = Server::start(&["--users", &users, "--max-per-user", "2", "--threads", threads]);
         let mut last = 0;
-        let mut ask = |uname: &[u8], passwd: &[u8], command, dst| {
+        let mut open_as = |uname: &[u8], passwd: &[u8], command, dst| {
             last += 1;
             let (mut stream, status) = log_in(&server, [127, 0, 3, last], uname, passwd);
             assert_eq!(status, 0, "the login is right");
@@ -211,24 +211,24 @@ fn a_user_too_many_is_told_so_behind_the_login_and_other_users_are_not() {
             let (rep, _) = read_reply(&mut stream);
             (stream, rep)
         };
-        let mut alice = |command, dst| ask(b"alice", b"secret", command, dst);
-        let (mut first, second) = (alice(CONNECT, dst), alice(UDP_ASSOCIATE, ZEROS));
+        let mut alice = |command, dst| open_as(b"alice", b"secret", command, dst);
+        let (mut first, second) = (alice(CONNECT, dst), alice(UDP_ASSOCIATE, ANY));
         assert_eq!((first.1, second.1), (0, 0));
-        for (command, dst) in [(CONNECT, dst), (BIND, ZEROS), (UDP_ASSOCIATE, ZEROS)] {
+        for (command, dst) in [(CONNECT, dst), (BIND, ANY), (UDP_ASSOCIATE, ANY)] {
             let (mut third, rep) = alice(command, dst);
             assert_eq!((rep, stream_end(&mut third)), (2, StreamEnd::Closed(vec![])), "command {command}");
         }
-        assert_eq!(ask(b"bob", b"other", CONNECT, dst).1, 0);
+        assert_eq!(open_as(b"bob", b"other", CONNECT, dst).1, 0);
         ping(&mut first.0, b"not disturbed");
         drop(second);
-        wait_until("a place is free", TIMEOUT, || ask(b"alice", b"secret", CONNECT, dst).1 == 0);
+        wait_until("a session of alice has ended", TIMEOUT, || open_as(b"alice", b"secret", CONNECT, dst).1 == 0);
         let log = server.wait_log(|log| log.contains("rep=2"));
         assert!(log.contains("error=\"session limit of this user reached\""), "{log}");
     }
 }
 
-/// 200 who come at the same moment, say this and stay: how many of their targets were reached.
-fn stampede(server: &Server, all: &[u8], answer: &[u8]) -> usize {
+/// Opens sessions for 200 simultaneous clients, and returns how many of them got `answer`.
+fn open_simultaneously(server: &Server, messages: &[u8], answer: &[u8]) -> usize {
     let start = Barrier::new(200);
     thread::scope(|scope| {
         let clients: Vec<_> = (0..200)
@@ -236,9 +236,10 @@ fn stampede(server: &Server, all: &[u8], answer: &[u8]) -> usize {
                 scope.spawn(|| {
                     start.wait();
                     let mut stream = server.connect();
-                    let mut said = vec![0; answer.len()];
-                    let is_in = stream.write_all(all).is_ok() && stream.read_exact(&mut said).is_ok() && said == answer;
-                    is_in.then_some(stream)
+                    let mut received = vec![0; answer.len()];
+                    let is_sent = stream.write_all(messages).is_ok();
+                    let is_open = is_sent && stream.read_exact(&mut received).is_ok() && received == answer;
+                    is_open.then_some(stream)
                 })
             })
             .collect();
@@ -248,15 +249,15 @@ fn stampede(server: &Server, all: &[u8], answer: &[u8]) -> usize {
 }
 
 #[test]
-fn no_stampede_gets_more_in_than_there_may_be() {
+fn session_limits_hold_for_200_simultaneous_clients() {
     let (_folder, users) = users_file(&[("alice", "secret")]);
-    let _machine = machine();
+    let _machine = lock_machine();
     let dst = tcp_server(V4, |mut stream| drop(stream.read(&mut [0])));
-    let asked = request(CONNECT, dst);
-    let by_client = [&[5, 1, 0], &asked[..]].concat();
-    let by_user = [&[5, 1, 2], &login_message(b"alice", b"secret")[..], &asked].concat();
+    let connect_request = request(CONNECT, dst);
+    let by_client = [&[5, 1, 0], &connect_request[..]].concat();
+    let by_user = [&[5, 1, 2], &login_message(b"alice", b"secret")[..], &connect_request].concat();
     for threads in ["1", "2"] {
-        for (limit, said, answer) in [
+        for (limit, messages, answer) in [
             (["--max-per-client", "20"], &by_client, &[5, 0, 5, 0][..]),
             (["--max-per-user", "20"], &by_user, &[5, 2, 1, 0, 5, 0]),
         ] {
@@ -266,9 +267,9 @@ fn no_stampede_gets_more_in_than_there_may_be() {
                 args.extend(["--users", &users]);
             }
             let server = Server::start(&args);
-            assert_eq!(stampede(&server, said, answer), 20, "{args:?}");
-            wait_until("all have left", TIMEOUT, || descriptors_of_clients(&server) == 0);
-            assert_eq!(stampede(&server, said, answer), 20, "{args:?}, once more");
+            assert_eq!(open_simultaneously(&server, messages, answer), 20, "{args:?}");
+            wait_until("all are closed", TIMEOUT, || client_connections(&server) == 0);
+            assert_eq!(open_simultaneously(&server, messages, answer), 20, "{args:?}, once more");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! SIGTERM and SIGINT: nobody new, the open ones finish or are cut, and a second signal does not wait. Also: a log that
-//! nobody reads any more ends nothing.
+//! SIGTERM and SIGINT: no new connections, open sessions finish or are closed, and a second signal ends the drain. Also:
+//! a server whose log nobody reads goes on.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -12,7 +12,7 @@ use crate::kit::{
 };
 
 #[test]
-fn an_open_tunnel_may_finish_and_then_the_server_ends() {
+fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
     for signal in ["TERM", "INT"] {
         let mut server = Server::start(&["--drain", "60"]);
         let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
@@ -20,25 +20,25 @@ fn an_open_tunnel_may_finish_and_then_the_server_ends() {
         server.signal(signal);
         server.wait_log(|log| log.contains("shutting down: draining sessions"));
         let addr = server.addr();
-        wait_until("nobody new is let in", TIMEOUT, || TcpStream::connect(addr).is_err());
+        wait_until("new connections are refused", TIMEOUT, || TcpStream::connect(addr).is_err());
         ping(&mut stream, b"to be finished");
         stream.shutdown(std::net::Shutdown::Write).expect("half-close");
-        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "an end, not a cut");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed, not reset");
         assert_eq!(server.wait(TIMEOUT).code(), Some(0), "{signal}");
         let log = server.wait_log(|log| log.contains("command=connect"));
-        assert!(!log.contains("error=\"reading") && !log.contains("are cut"), "{log}");
+        assert!(!log.contains("error=") && !log.contains("closing the remaining sessions"), "{log}");
     }
 }
 
 #[test]
-fn an_idle_server_ends_at_once() {
+fn sigterm_ends_an_idle_server_at_once() {
     let mut server = Server::start(&["--drain", "60"]);
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
 }
 
 #[test]
-fn when_the_time_is_over_tunnels_are_reset_and_not_ended() {
+fn drain_timeout_resets_the_remaining_tunnels() {
     for threads in ["1", "4"] {
         let mut server = Server::start(&["--drain", "300ms", "--threads", threads]);
         let (target, dst) = listener(V4);
@@ -72,14 +72,14 @@ fn when_the_time_is_over_tunnels_are_reset_and_not_ended() {
 }
 
 #[test]
-fn a_bind_that_waits_and_an_association_are_cut_too() {
+fn drain_timeout_closes_waiting_binds_and_udp_associations() {
     let mut server = Server::start(&["--drain", "100ms"]);
     let any: SocketAddr = "0.0.0.0:0".parse().expect("an address");
     let (_bind, rep, bnd) = open(&server, BIND, any);
     assert_eq!(rep, 0);
     let (_association, rep, _) = open(&server, UDP_ASSOCIATE, any);
     assert_eq!(rep, 0);
-    let _undecided = greet(&server);
+    let _handshake = greet(&server);
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
     assert!(TcpStream::connect(bnd).is_err());
@@ -87,7 +87,7 @@ fn a_bind_that_waits_and_an_association_are_cut_too() {
 }
 
 #[test]
-fn a_second_signal_does_not_wait() {
+fn second_signal_ends_the_drain() {
     for signals in [["TERM", "TERM"], ["INT", "TERM"]] {
         let mut server = Server::start(&["--drain", "60"]);
         let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
@@ -102,7 +102,7 @@ fn a_second_signal_does_not_wait() {
 }
 
 #[test]
-fn no_drain_is_an_end_at_once() {
+fn drain_of_zero_resets_tunnels_at_once() {
     let mut server = Server::start(&["--drain", "0"]);
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
@@ -112,7 +112,7 @@ fn no_drain_is_an_end_at_once() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_any_more_ends_nothing() {
+fn server_survives_a_closed_log_pipe() {
     let mut command = s5();
     command.args(["serve", "--listen", "127.0.0.1:0", "-v"]);
     let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("s5 starts");

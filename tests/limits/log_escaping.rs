@@ -1,4 +1,4 @@
-//! What clients, targets and hops have a say in reaches the log escaped, and no secret ever does.
+//! Values from clients, targets and hops are escaped in the log, and secrets are never logged.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -10,7 +10,7 @@ use crate::common::{
 use crate::kit::login::{log_in, users_file};
 use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, greet, session_lines, stream_end};
 
-/// What somebody could do harm with in a log: end a line or a value, command a terminal, or turn around what follows.
+/// Attacks on the reader of a log: end a line or a value, control a terminal, or reverse the text that follows.
 const TRICKS: [&[u8]; 26] = [
     b"\n",
     b"\r\n2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5",
@@ -40,24 +40,24 @@ const TRICKS: [&[u8]; 26] = [
     "\u{f8ff}".as_bytes(),
 ];
 
-/// A request with a name of any octets.
-fn request_octets(command: u8, name: &[u8], port: u16) -> Vec<u8> {
-    let length = u8::try_from(name.len()).expect("a name of at most 255 octets");
+/// Returns a request for a domain name of arbitrary bytes.
+fn request_bytes(command: u8, name: &[u8], port: u16) -> Vec<u8> {
+    let length = u8::try_from(name.len()).expect("at most 255 bytes");
     [&[5, command, 0, 3, length], name, &port.to_be_bytes()].concat()
 }
 
-/// A line is printable ASCII and letters, and a session's is keys and values to its end.
-fn assert_harmless(log: &str, started: usize) {
+/// Asserts that all lines are printable ASCII or letters, and that session lines are only keys and values.
+fn assert_harmless(log: &str, session_count: usize) {
     for line in log.lines() {
         let harmful = line.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ' || c.is_alphanumeric()));
         assert_eq!(harmful, None, "{line:?}");
         let (head, rest) = line.split_at("2026-11-23T23:30:48.827Z INFO  ".len());
-        assert!(head.starts_with("20") && head.contains("Z ") && rest.starts_with("[s5"), "no line of its own: {line}");
+        assert!(head.starts_with("20") && head.contains("Z ") && rest.starts_with("[s5"), "not a log line: {line}");
         if let Some((_, pairs)) = line.split_once("] session ") {
             assert_pairs(pairs);
         }
     }
-    assert_eq!(session_lines(log).len(), started, "a line a session:\n{log}");
+    assert_eq!(session_lines(log).len(), session_count, "one line per session:\n{log}");
 }
 
 fn assert_pairs(line: &str) {
@@ -65,12 +65,12 @@ fn assert_pairs(line: &str) {
     let mut keys = Vec::new();
     while !rest.is_empty() {
         let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("no key: {line}"));
-        assert!(key.bytes().all(|octet| octet.is_ascii_lowercase()), "{key}: {line}");
+        assert!(key.bytes().all(|byte| byte.is_ascii_lowercase()), "{key}: {line}");
         let quoted = value.strip_prefix('"').map(|value| {
             let mut escaped = false;
-            let end = value.bytes().position(|octet| {
-                let is_end = octet == b'"' && !escaped;
-                escaped = octet == b'\\' && !escaped;
+            let end = value.bytes().position(|byte| {
+                let is_end = byte == b'"' && !escaped;
+                escaped = byte == b'\\' && !escaped;
                 is_end
             });
             end.unwrap_or_else(|| panic!("no closing quote: {line}")) + 2
@@ -84,19 +84,19 @@ fn assert_pairs(line: &str) {
     assert_eq!(keys, all, "{line}");
 }
 
-/// Says this in a handshake and gives what comes back.
-fn ask(server: &Server, asked: &[u8]) -> TcpStream {
+/// Greets and sends a request.
+fn send_request(server: &Server, request: &[u8]) -> TcpStream {
     let mut stream = greet(server);
-    stream.write_all(asked).expect("it is sent");
+    stream.write_all(request).expect("it is sent");
     stream
 }
 
-/// A hop that has a conversation with whoever comes: reads so much, says that.
+/// Starts a hop that plays a script: read so many bytes, write those.
 fn hop(script: Vec<(usize, Vec<u8>)>) -> String {
     let addr = tcp_server(V4, move |mut stream| {
-        for (reads, says) in &script {
+        for (reads, writes) in &script {
             let mut waste = vec![0; *reads];
-            if stream.read_exact(&mut waste).is_err() || stream.write_all(says).is_err() {
+            if stream.read_exact(&mut waste).is_err() || stream.write_all(writes).is_err() {
                 return;
             }
         }
@@ -105,15 +105,15 @@ fn hop(script: Vec<(usize, Vec<u8>)>) -> String {
     addr.to_string()
 }
 
-/// A reply with a name in BND.
-fn reply_name(rep: u8, name: &[u8]) -> Vec<u8> {
+/// Returns a reply with a domain name in BND.
+fn reply_with_name(rep: u8, name: &[u8]) -> Vec<u8> {
     [&[5, rep, 0, 3, u8::try_from(name.len()).expect("short")], name, &[0, 80]].concat()
 }
 
 #[test]
-fn names_are_escaped_whatever_becomes_of_them() {
-    // Where nobody resolves names.
-    if !in_namespace("log::names_are_escaped_whatever_becomes_of_them", "", "") {
+fn domain_names_are_escaped_for_every_command_and_outcome() {
+    // A network without a resolver.
+    if !in_namespace("log_escaping::domain_names_are_escaped_for_every_command_and_outcome", "", "") {
         return;
     }
     let port = closed_port().port();
@@ -124,9 +124,9 @@ fn names_are_escaped_whatever_becomes_of_them() {
         for trick in TRICKS {
             let name = [b"a", trick, b"b.evil"].concat();
             for command in [CONNECT, BIND, UDP_ASSOCIATE, 9] {
-                streams.push(ask(&server, &request_octets(command, &name, port)));
-                // And those who leave at once.
-                drop(ask(&server, &request_octets(command, &name, port)));
+                streams.push(send_request(&server, &request_bytes(command, &name, port)));
+                // The same from clients that close at once.
+                drop(send_request(&server, &request_bytes(command, &name, port)));
                 count += 2;
             }
         }
@@ -134,7 +134,7 @@ fn names_are_escaped_whatever_becomes_of_them() {
         assert_eq!(rep, 0);
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
         for trick in TRICKS {
-            let name = request_octets(0, &[trick, b".evil"].concat(), port);
+            let name = request_bytes(0, &[trick, b".evil"].concat(), port);
             socket.send_to(&[&[0, 0], &name[2..], b"data"].concat(), bnd).expect("it is sent");
         }
         for stream in &mut streams {
@@ -145,31 +145,32 @@ fn names_are_escaped_whatever_becomes_of_them() {
         stream_end(&mut control);
         let log = server.wait_log(|log| session_lines(log).len() > count);
         assert_harmless(&log, count + 1);
-        let verdict = if args.is_empty() { "name not found" } else { "denied: --deny" };
-        assert!(log.contains(verdict), "the names came to where they should:\n{log}");
+        let outcome = if args.is_empty() { "name not found" } else { "denied: --deny" };
+        assert!(log.contains(outcome), "no request was processed:\n{log}");
     }
 }
 
 #[test]
-fn what_hops_say_is_escaped() {
+fn hop_answers_are_escaped() {
     let unreachable = closed_port().to_string();
-    let hello = |says: &[u8]| (3, says.to_vec());
+    let selection = |bytes: &[u8]| (3, bytes.to_vec());
     for trick in TRICKS.iter().filter(|trick| std::str::from_utf8(trick).is_ok()) {
         let name = [b"a", *trick, b"b"].concat();
         let hops = [
             unreachable.clone(),
-            hop(vec![hello(trick)]),
-            hop(vec![hello(&[b"HTTP/1.1 400 ", *trick, b"\r\n\r\n"].concat())]),
-            hop(vec![hello(b"\x05\xff")]),
-            hop(vec![hello(b"\x05\x00"), (7, reply_name(0, &name))]),
-            hop(vec![hello(b"\x05\x00"), (7, reply_name(5, &name))]),
-            hop(vec![hello(b"\x05\x00"), (7, reply_name(0x9B, &name))]),
-            hop(vec![hello(b"\x05\x00"), (7, [reply_name(0, b"x"), reply_name(0, &name)].concat())]),
+            hop(vec![selection(trick)]),
+            hop(vec![selection(&[b"HTTP/1.1 400 ", *trick, b"\r\n\r\n"].concat())]),
+            hop(vec![selection(b"\x05\xff")]),
+            hop(vec![selection(b"\x05\x00"), (7, reply_with_name(0, &name))]),
+            hop(vec![selection(b"\x05\x00"), (7, reply_with_name(5, &name))]),
+            hop(vec![selection(b"\x05\x00"), (7, reply_with_name(0x9B, &name))]),
+            hop(vec![selection(b"\x05\x00"), (7, [reply_with_name(0, b"x"), reply_with_name(0, &name)].concat())]),
         ];
         for via in hops {
             let server = Server::start(&["-v", "-v", "--via", &via, "--connect-timeout", "300ms"]);
-            let asked = [CONNECT, BIND, UDP_ASSOCIATE].map(|command| ask(&server, &request_octets(command, &name, 80)));
-            for mut stream in asked {
+            let streams =
+                [CONNECT, BIND, UDP_ASSOCIATE].map(|command| send_request(&server, &request_bytes(command, &name, 80)));
+            for mut stream in streams {
                 read_exact(&mut stream, 2);
                 drop(stream);
             }
@@ -180,16 +181,16 @@ fn what_hops_say_is_escaped() {
 }
 
 #[test]
-fn names_of_users_are_escaped_in_success_and_failure() {
-    let honest = "ren\u{e9} \u{202e}\" rep=0";
-    let (_folder, users) = users_file(&[(honest, "secret")]);
+fn user_names_are_escaped_in_success_and_failure() {
+    let valid_name = "ren\u{e9} \u{202e}\" rep=0";
+    let (_folder, users) = users_file(&[(valid_name, "secret")]);
     let server = Server::start(&["--users", &users, "-v", "-v", "--max-per-user", "1"]);
     for (trick, n) in TRICKS.iter().zip(1..) {
         assert_ne!(log_in(&server, [127, 9, 0, n], trick, b"wrong").1, 0);
     }
     let mut held = Vec::new();
     for n in 1..=3 {
-        let (mut stream, status) = log_in(&server, [127, 9, 1, n], honest.as_bytes(), b"secret");
+        let (mut stream, status) = log_in(&server, [127, 9, 1, n], valid_name.as_bytes(), b"secret");
         assert_eq!(status, 0);
         stream.write_all(&crate::common::request(CONNECT, echo_server())).expect("it is sent");
         read_exact(&mut stream, 2);
@@ -203,16 +204,15 @@ fn names_of_users_are_escaped_in_success_and_failure() {
     assert_eq!(log.matches(r#"user="ren\xc3\xa9 \xe2\x80\xae\" rep=0""#).count(), 3, "{log}");
 }
 
-/// Fails when a secret, or a good part of one, is told.
 #[track_caller]
-fn assert_discreet(told: &str, secrets: &[&str]) {
+fn assert_no_secret(text: &str, secrets: &[&str]) {
     for secret in secrets {
-        assert!(!told.contains(secret), "{secret:?} is told:\n{told}");
+        assert!(!text.contains(secret), "{secret:?} in:\n{text}");
     }
 }
 
 #[test]
-fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
+fn passwords_and_hashes_are_not_logged_at_trace_level() {
     let folder = temp_dir();
     let (_users, users) = users_file(&[("alice", "open-sesame")]);
     let text = std::fs::read_to_string(&users).expect("the file");
@@ -220,8 +220,8 @@ fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
     let secrets = ["sesame", &hash, &hash[7..29], &hash[29..]];
     let refusing = |status: u8| hop(vec![(4, vec![5, 2]), (6, vec![]), (19, vec![1, status])]);
     let unreachable = closed_port().to_string();
-    let foreign = hop(vec![(4, b"HTTP/1.1 400 no\r\n\r\n".to_vec())]);
-    for to in [unreachable, foreign, refusing(1), hop(vec![(4, vec![5, 2]), (6, vec![])])] {
+    let http = hop(vec![(4, b"HTTP/1.1 400 no\r\n\r\n".to_vec())]);
+    for to in [unreachable, http, refusing(1), hop(vec![(4, vec![5, 2]), (6, vec![])])] {
         let via = format!("socks5h://hopper:hop%2Dsesame-two@{to}");
         let (named, rules) = (format!("other={via}"), write_file(folder.path(), "rules", "allow via=other port=81\n"));
         let args = ["-v", "-v", "--users", &users, "--via", &via, "--hop", &named, "--rules", &rules];
@@ -244,19 +244,19 @@ fn no_password_and_no_hash_is_logged_with_all_there_is_to_log() {
             server.wait_log(|log| log.matches("reload: ").count() > before);
         }
         std::fs::write(&users, good).expect("it is written");
-        assert_discreet(&server.log(), &secrets);
+        assert_no_secret(&server.log(), &secrets);
     }
 }
 
-/// What a server says that does not start.
-fn complaint(args: &[&str]) -> String {
+/// Starts a server that must fail, and returns its stderr.
+fn start_error(args: &[&str]) -> String {
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(2), "{args:?}");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[test]
-fn a_wrong_users_file_is_complained_of_without_its_hashes() {
+fn users_file_error_does_not_contain_hashes() {
     let folder = temp_dir();
     let bcrypt = bcrypt::hash("sesame", 4).expect("a hash");
     let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("a line");
@@ -284,28 +284,28 @@ fn a_wrong_users_file_is_complained_of_without_its_hashes() {
         ];
         for text in wrong {
             let users = write_file(folder.path(), "users", &text);
-            // Some are right after all: blanks at the end do not count.
+            // Some are valid: blanks at the end are ignored.
             if s5::policy::users::Users::parse(&text).is_ok() {
                 continue;
             }
-            let said = complaint(&["--users", &users]);
-            assert_discreet(&said, &[hash, salt, end, "sesame", "\x1b"]);
-            assert_eq!(said.lines().count(), 1, "{said}");
+            let stderr = start_error(&["--users", &users]);
+            assert_no_secret(&stderr, &[hash, salt, end, "sesame", "\x1b"]);
+            assert_eq!(stderr.lines().count(), 1, "{stderr}");
         }
     }
 }
 
 #[test]
-fn a_password_in_place_of_a_hash_is_not_repeated() {
+fn users_file_error_does_not_contain_plain_passwords() {
     let folder = temp_dir();
     for text in ["alice:hunter2", "alice:hunter2:x", "alice:$hunter2", "alice:$hunter2$x", "alice:hunter2$x$y"] {
-        let said = complaint(&["--users", &write_file(folder.path(), "users", text)]);
-        assert_discreet(&said, &["hunter2"]);
+        let stderr = start_error(&["--users", &write_file(folder.path(), "users", text)]);
+        assert_no_secret(&stderr, &["hunter2"]);
     }
 }
 
 #[test]
-fn a_wrong_hop_is_complained_of_without_its_password() {
+fn hop_error_does_not_contain_the_password() {
     for url in [
         "alice:hunter2@",
         "alice:hunter2@:x",
@@ -322,16 +322,16 @@ fn a_wrong_hop_is_complained_of_without_its_password() {
         "hunter2",
         ":hunter2@host",
     ] {
-        let named = format!("way={url}");
+        let named = format!("name={url}");
         for args in [["--via", url], ["--hop", &named], ["--hop", url]] {
-            // A lone word is a host.
+            // A URL that is only a word is a host.
             if s5::client::parse_hops(url).is_ok() && args[1] != url {
                 continue;
             }
             if args == ["--via", "hunter2"] {
                 continue;
             }
-            assert_discreet(&complaint(&args), &["hunter2"]);
+            assert_no_secret(&start_error(&args), &["hunter2"]);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The filter of src/policy/README.md, over the log of a real server: every failed login is one match with the right address, and
-//! nothing that a client can choose makes another one, or hides one.
+//! The fail2ban filter of src/policy/README.md, run over the log of a real server: each failed login is one match with the
+//! right address, and no value that a client can choose adds or hides a match.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -21,11 +21,11 @@ fn filter() -> String {
     format!("{}\n", filters.next().expect("a filter in the README").trim())
 }
 
-/// What is logged for a failed login of somebody else, and how it could be begun in the middle of another line.
+/// The rest of a log line for the failed login of another client, to be smuggled in as a user name.
 const FORGED: &str = "x\" command=- dst=- bnd=- rep=- up=0 down=0 seconds=0.001 error=\"login refused\"";
 
-/// User names that would like to be something else.
-fn names() -> Vec<Vec<u8>> {
+/// User names that try to forge or hide a match.
+fn user_names() -> Vec<Vec<u8>> {
     let line =
         format!("2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5 user=\"{FORGED}");
     let line = line.split_at(line.len().min(250)).0;
@@ -53,27 +53,27 @@ fn names() -> Vec<Vec<u8>> {
         "\u{202e}",
         " ",
     ];
-    let octets = [b'"', b'\\', b'\n', 0, b'a', 0xFF].map(|octet| vec![octet; 255]);
-    texts.iter().map(|text| text.as_bytes().to_vec()).chain(octets).collect()
+    let bytes = [b'"', b'\\', b'\n', 0, b'a', 0xFF].map(|byte| vec![byte; 255]);
+    texts.iter().map(|text| text.as_bytes().to_vec()).chain(bytes).collect()
 }
 
-/// What the filter makes of a log: addresses with times, in the order of the log.
+/// Returns the matches of the filter in a log: addresses and times, in the order of the log.
 fn matches(folder: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
     let [log, filter] = [("log", log), ("s5.conf", &filter())].map(|(name, text)| write_file(folder, name, text));
     let mut command = Command::new("fail2ban-regex");
     command.args(["--out", "<ip> <time>", &log, &filter]).env("TZ", zone);
     let output = run(&mut command, b"", TIMEOUT * 3);
-    let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(wrong.is_empty(), "{wrong}");
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(stderr.is_empty(), "{stderr}");
     let parse = |line: &str| {
-        let (ip, time) = line.split_once(' ').unwrap_or_else(|| panic!("{said}"));
-        (ip.to_owned(), time.parse().unwrap_or_else(|_| panic!("{said}")))
+        let (ip, time) = line.split_once(' ').unwrap_or_else(|| panic!("{stdout}"));
+        (ip.to_owned(), time.parse().unwrap_or_else(|_| panic!("{stdout}")))
     };
-    said.lines().map(parse).collect()
+    stdout.lines().map(parse).collect()
 }
 
-/// A login that succeeds.
-fn enter(server: &Server, uname: &str) -> TcpStream {
+/// Logs in with the right password.
+fn log_in(server: &Server, uname: &str) -> TcpStream {
     let mut stream = server.connect();
     select_password(&mut stream);
     assert_eq!(send_login(&mut stream, uname.as_bytes(), b"secret"), 0);
@@ -81,51 +81,51 @@ fn enter(server: &Server, uname: &str) -> TcpStream {
 }
 
 #[test]
-fn a_failed_login_is_one_match_and_nothing_else_is() {
+fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     if !is_installed("fail2ban-regex")
-        || !in_namespace("fail2ban::a_failed_login_is_one_match_and_nothing_else_is", "", "")
+        || !in_namespace("fail2ban::fail2ban_filter_matches_each_failed_login_once_and_nothing_else", "", "")
     {
         return;
     }
-    let honest = "a\" error=\"login refused";
-    let (_folder, users) = users_file(&[("alice", "secret"), (honest, "secret")]);
+    let valid_name = "a\" error=\"login refused";
+    let (_folder, users) = users_file(&[("alice", "secret"), (valid_name, "secret")]);
     let args = ["--listen", "[::1]:0", "--users", &users, "--deny", "to=.evil", "--max-per-user", "2", "-v", "-v"];
     let server = serve("127.0.0.1:0", 2, &args);
     let mut expected = Vec::new();
-    let hostile = names();
-    for (uname, n) in hostile.iter().zip(1..) {
+    let names = user_names();
+    for (uname, n) in names.iter().zip(1..) {
         let ip = Ipv4Addr::new(127, 11, 0, n);
         let mut stream = connect_from(SocketAddr::from((ip, 0)), server.addrs[0]);
         select_password(&mut stream);
         assert_ne!(send_login(&mut stream, uname, b"wrong"), 0, "{}", uname.escape_ascii());
         expected.push(ip.to_string());
     }
-    for uname in hostile.iter().take(4) {
+    for uname in names.iter().take(4) {
         let mut stream = connect_from(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), server.addrs[1]);
         select_password(&mut stream);
-        // Whoever does not wait for the answer has failed as well.
+        // A client that does not wait for the answer has failed as well.
         stream.write_all(&login_message(uname, b"wrong")).expect("it is sent");
         stream.shutdown(Shutdown::Write).expect("half-close");
         stream_end(&mut stream);
         expected.push(Ipv6Addr::LOCALHOST.to_string());
     }
     let mut others = 0;
-    for uname in ["alice", honest] {
+    for uname in ["alice", valid_name] {
         let name = format!("{FORGED}.evil");
-        for asked in
+        for request in
             [request(CONNECT, closed_port()), request_by_name(CONNECT, &name, 80), request_by_name(2, &name, 80)]
         {
-            let mut stream = enter(&server, uname);
-            stream.write_all(&asked).expect("it is sent");
+            let mut stream = log_in(&server, uname);
+            stream.write_all(&request).expect("it is sent");
             assert_ne!(read_reply(&mut stream).0, 0);
             others += 1;
         }
-        drop(enter(&server, uname));
+        drop(log_in(&server, uname));
         others += 1;
     }
-    // Nobody has tried to log in there, or has got to the end of it.
+    // None of these is a complete login.
     let half = login_message(FORGED.as_bytes(), b"wrong");
-    let unsaid: [(&[u8], usize); 6] = [
+    let incomplete: [(&[u8], usize); 6] = [
         (b"GET / HTTP/1.1\r\nerror=\"login refused\"\r\n\r\n", 0),
         (&[5, 1, 0], 2),
         (&[5, 1, 2, 1, 0], 4),
@@ -133,18 +133,18 @@ fn a_failed_login_is_one_match_and_nothing_else_is() {
         (&[5, 1, 2, 9], 4),
         (b"", 0),
     ];
-    for (said, answer) in unsaid {
+    for (message, answer) in incomplete {
         let mut stream = server.connect();
-        stream.write_all(said).expect("it is sent");
+        stream.write_all(message).expect("it is sent");
         read_exact(&mut stream, answer);
         others += 1;
     }
     let all = expected.len() + others;
     let log = server.wait_log(|log| session_lines(log).len() >= all);
-    assert_eq!(log.lines().count(), all + 2, "a line each, and two for the listeners:\n{log}");
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("later than 1970").as_secs_f64();
+    assert_eq!(log.lines().count(), all + 2, "one line each, and two for the listeners:\n{log}");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time after 1970").as_secs_f64();
     let folder = temp_dir();
-    // The log is in UTC wherever this is; a time that is hours off would ban nobody, or for too long.
+    // The log is in UTC in every time zone; a time that is hours off would cause no ban, or one that is too long.
     for zone in ["UTC", "Asia/Tokyo", "America/New_York"] {
         let found = matches(folder.path(), &log, zone);
         assert!(found.iter().all(|(_, time)| (now - 120.0..=now + 1.0).contains(time)), "{zone}: {found:?} at {now}");
@@ -153,7 +153,7 @@ fn a_failed_login_is_one_match_and_nothing_else_is() {
         expected.sort_unstable();
         assert_eq!(addresses, expected, "{zone}");
     }
-    // As the journal hands it on: the host and the program before the line, the time apart.
+    // As in the journal: host and program precede the line.
     let journal: String = log.lines().map(|line| format!("host s5[123]: {line}\n")).collect();
     let mut addresses: Vec<_> = matches(folder.path(), &journal, "UTC").into_iter().map(|(ip, _)| ip).collect();
     addresses.sort_unstable();

@@ -1,4 +1,4 @@
-//! What guessing passwords costs the one who guesses, and nobody else.
+//! Password guessing is slowed down and blocked for the guesser's address only.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -11,116 +11,116 @@ use crate::kit::login::{
     connect_from_ip, log_in, login_message, select_password, send_login, users_file, users_file_with_cost,
 };
 use crate::kit::{CONNECT, StreamEnd, ping, resident_kib, stream_end, timed};
-use crate::{best_of_three, ensure, machine};
+use crate::{best_of_three, ensure, lock_machine};
 
-/// How many failures within a minute are free.
-const FREE: usize = 5;
-/// How many are answered late behind these; then nobody answers.
-const DELAYED: usize = 6;
-/// What an answer that is not held back may take: less than the shortest time for which one is.
-const AT_ONCE: Duration = Duration::from_millis(900);
+/// Failures within a minute without a delay.
+const FREE_FAILURES: usize = 5;
+/// Delayed failures after these; then the address is blocked.
+const DELAYED_FAILURES: usize = 6;
+/// Upper limit for an answer without a delay; the shortest delay is 1 s.
+const NO_DELAY: Duration = Duration::from_millis(900);
 
 fn seconds(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-fn wait_up_to(stream: &TcpStream, n: u64) {
+fn set_timeout_seconds(stream: &TcpStream, n: u64) {
     stream.set_read_timeout(Some(seconds(n))).expect("a timeout can be set");
 }
 
 #[test]
-fn answers_take_twice_as_long_each_time_and_nobody_else_waits() {
+fn login_delay_doubles_and_other_addresses_are_not_delayed() {
     let (_folder, users) = users_file(&[("alice", "secret")]);
-    // The delays are longer than what a handshake may take.
+    // The delays are longer than the handshake timeout, which must not end them.
     let server = Server::start(&["--users", &users, "--handshake-timeout", "500ms"]);
     let guess = |passwd: &[u8]| timed(|| log_in(&server, [127, 5, 0, 1], b"alice", passwd));
-    for n in 0..FREE {
+    for n in 0..FREE_FAILURES {
         let (time, (_, status)) = guess(b"wrong");
-        assert!(status != 0 && time < AT_ONCE, "{n}: {time:?}");
+        assert!(status != 0 && time < NO_DELAY, "{n}: {time:?}");
     }
     for delay in [1, 2] {
         let (time, (mut stream, status)) = guess(b"wrong");
-        assert!(time >= seconds(delay) && time < seconds(delay) + AT_ONCE, "{delay} s: {time:?}");
+        assert!(time >= seconds(delay) && time < seconds(delay) + NO_DELAY, "{delay} s: {time:?}");
         assert_ne!(status, 0);
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
     thread::scope(|scope| {
-        // The right password too, or an answer that comes at once would tell it.
+        // The right password is delayed too, or the time of the answer would reveal it.
         let right = scope.spawn(|| guess(b"secret"));
         for n in 1..=3 {
             let (time, (_, status)) = timed(|| log_in(&server, [127, 5, 1, n], b"alice", b"secret"));
-            assert!(status == 0 && time < AT_ONCE, "somebody else: {time:?}");
+            assert!(status == 0 && time < NO_DELAY, "another address: {time:?}");
         }
         let (time, (mut stream, status)) = right.join().expect("a login");
-        assert!(status == 0 && time >= seconds(4) && time < seconds(4) + AT_ONCE, "{status} {time:?}");
-        // What was left of the time for the handshake is left.
+        assert!(status == 0 && time >= seconds(4) && time < seconds(4) + NO_DELAY, "{status} {time:?}");
+        // The delay does not count against the handshake timeout.
         stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
         assert_eq!(read_reply(&mut stream).0, 0);
         ping(&mut stream, b"hello");
-        // The time that was not the client's is not given to it.
-        let (mut idler, status) = guess(b"secret").1;
+        // Only the rest of the handshake timeout is left for the request.
+        let (mut silent, status) = guess(b"secret").1;
         assert_eq!(status, 0);
-        let (time, end) = timed(|| stream_end(&mut idler));
-        assert!(end == StreamEnd::Closed(vec![]) && time < AT_ONCE, "{end:?} after {time:?}");
+        let (time, end) = timed(|| stream_end(&mut silent));
+        assert!(end == StreamEnd::Closed(vec![]) && time < NO_DELAY, "{end:?} after {time:?}");
     });
     assert!(!server.log().contains("too many failed logins"), "{}", server.log());
 }
 
 #[test]
-fn a_door_is_shut_behind_the_last_delayed_failure() {
-    const UNDER_WAY: u8 = 12;
+fn guesser_is_blocked_after_the_last_delayed_failure() {
+    const PENDING: u8 = 12;
     let guesser = [127, 6, 0, 1];
-    // Dear enough for a hash to be seen.
+    // A cost at which the CPU time of a hash can be measured.
     let (_folder, users) = users_file_with_cost(9, &[("alice", "secret")]);
     let server = Server::start(&["--users", &users, "--handshake-timeout", "40", "-v"]);
-    let greeted = || {
+    let connect = || {
         let mut stream = connect_from_ip(&server, guesser);
         select_password(&mut stream);
-        wait_up_to(&stream, 40);
+        set_timeout_seconds(&stream, 40);
         stream
     };
-    let mut under_way: Vec<TcpStream> = (0..UNDER_WAY).map(|_| greeted()).collect();
-    let mut guesses: Vec<TcpStream> = (0..FREE + DELAYED).map(|_| greeted()).collect();
+    let mut pending: Vec<TcpStream> = (0..PENDING).map(|_| connect()).collect();
+    let mut guesses: Vec<TcpStream> = (0..FREE_FAILURES + DELAYED_FAILURES).map(|_| connect()).collect();
     let cpu = server.cpu_seconds();
     for (guess, n) in guesses.iter_mut().zip(0..) {
-        assert!(!server.log().contains("too many"), "shut before attempt {n}");
+        assert!(!server.log().contains("too many"), "blocked before attempt {n}");
         guess.write_all(&login_message(b"alice", &[b'x', n])).expect("it is sent");
     }
-    let said = "too many failed logins from 127.6.0.1: closing its connections for 600 s";
-    server.wait_log(|log| log.contains(said));
+    let block_line = "too many failed logins from 127.6.0.1: closing its connections for 600 s";
+    server.wait_log(|log| log.contains(block_line));
     let hashes = server.cpu_seconds() - cpu;
     let cpu = server.cpu_seconds();
-    for (stream, n) in under_way.iter_mut().zip(0..) {
-        // Right ones among them: none is even looked at.
+    for (stream, n) in pending.iter_mut().zip(0..) {
+        // Some passwords are right; none is verified.
         let passwd: &[u8] = if n % 4 == 0 { b"secret" } else { &[b'y', n] };
         stream.write_all(&login_message(b"alice", passwd)).expect("it is sent");
     }
     for _ in 0..3 {
         let (time, end) = timed(|| stream_end(&mut connect_from_ip(&server, guesser)));
-        assert!(end == StreamEnd::Closed(vec![]) && time < AT_ONCE, "{end:?} after {time:?}");
+        assert!(end == StreamEnd::Closed(vec![]) && time < NO_DELAY, "{end:?} after {time:?}");
     }
     let (mut other, status) = log_in(&server, [127, 6, 0, 2], b"alice", b"secret");
-    assert_eq!(status, 0, "somebody else");
+    assert_eq!(status, 0, "another address");
     other.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
     assert_eq!(read_reply(&mut other).0, 0);
     for mut guess in guesses {
         assert_eq!(read_exact(&mut guess, 2), [1, 1], "each guess is answered");
     }
-    for (mut stream, n) in under_way.into_iter().zip(0..) {
-        assert_eq!(read_exact(&mut stream, 2), [1, 1], "the one under way, {n}");
+    for (mut stream, n) in pending.into_iter().zip(0..) {
+        assert_eq!(read_exact(&mut stream, 2), [1, 1], "pending login {n}");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
-    // One hash, that of the somebody else, is less than the eleven before.
+    // One hash, for the other address, is less than the eleven before.
     let later = server.cpu_seconds() - cpu;
-    assert!(later < hashes / 2.0, "{hashes} s before and {later} s after the door was shut");
-    let refusals = usize::from(UNDER_WAY) + FREE + DELAYED;
+    assert!(later < hashes / 2.0, "{hashes} s before and {later} s after the block");
+    let refusals = usize::from(PENDING) + FREE_FAILURES + DELAYED_FAILURES;
     let log = server.wait_log(|log| log.matches("login refused").count() >= refusals);
-    assert_eq!(log.matches(said).count(), 1, "{log}");
+    assert_eq!(log.matches(block_line).count(), 1, "{log}");
     assert_eq!(log.matches(": blocked, connection closed").count(), 3, "{log}");
 }
 
-/// The time between a wrong password and the answer to it.
-fn refusal(server: &Server, source: [u8; 4], uname: &[u8]) -> Duration {
+/// Returns the time from a wrong password to its answer.
+fn refusal_time(server: &Server, source: [u8; 4], uname: &[u8]) -> Duration {
     let mut stream = connect_from_ip(server, source);
     stream.set_nodelay(true).expect("an option");
     select_password(&mut stream);
@@ -130,9 +130,9 @@ fn refusal(server: &Server, source: [u8; 4], uname: &[u8]) -> Duration {
 }
 
 #[test]
-fn the_time_of_a_refusal_does_not_tell_who_is_a_user() {
-    const EACH: usize = 1000;
-    let _machine = machine();
+fn refusal_time_does_not_reveal_user_names() {
+    const ATTEMPTS: usize = 1000;
+    let _machine = lock_machine();
     let names = ["alice", "bob", "carol", "dave", "erin"];
     let (_folder, users) = users_file(&names.map(|name| (name, "secret")));
     let server = Server::start(&["--users", &users]);
@@ -140,15 +140,15 @@ fn the_time_of_a_refusal_does_not_tell_who_is_a_user() {
     let source = || (last.fetch_add(1, Ordering::Relaxed) + 1).to_be_bytes();
     best_of_three(|| {
         let mut times = [Vec::new(), Vec::new()];
-        for n in 0..EACH {
+        for n in 0..ATTEMPTS {
             let known = names[n % names.len()];
             let unknown = format!("{}{}", ["alicia", "b", "mallory", "", "Dave"][n % 5], n);
-            times[0].push(refusal(&server, source(), known.as_bytes()));
-            times[1].push(refusal(&server, source(), unknown.as_bytes()));
+            times[0].push(refusal_time(&server, source(), known.as_bytes()));
+            times[1].push(refusal_time(&server, source(), unknown.as_bytes()));
         }
         let [known, unknown] = times.map(|mut times| {
             times.sort_unstable();
-            times[EACH / 2].as_secs_f64() * 1e6
+            times[ATTEMPTS / 2].as_secs_f64() * 1e6
         });
         eprintln!("medians of refusals: known {known:.0} us, unknown {unknown:.0} us");
         ensure((known - unknown).abs() < 50.0, || format!("known {known:.0} us, unknown {unknown:.0} us"))
@@ -156,19 +156,19 @@ fn the_time_of_a_refusal_does_not_tell_who_is_a_user() {
 }
 
 #[test]
-fn a_flood_of_guesses_from_everywhere_takes_no_memory_and_covers_for_nobody() {
+fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
     const SOURCES: usize = 20_000;
-    const AT_ONCE: usize = 16;
-    let _machine = machine();
+    const THREADS: usize = 16;
+    let _machine = lock_machine();
     let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
-    let offender = [127, 7, 7, 7];
-    for _ in 0..FREE {
-        assert_ne!(log_in(&server, offender, b"alice", b"wrong").1, 0);
+    let guesser = [127, 7, 7, 7];
+    for _ in 0..FREE_FAILURES {
+        assert_ne!(log_in(&server, guesser, b"alice", b"wrong").1, 0);
     }
     let (next, started) = (AtomicUsize::new(0), Instant::now());
     let sizes = thread::scope(|scope| {
-        let guessing: Vec<_> = (0..AT_ONCE)
+        let guessing: Vec<_> = (0..THREADS)
             .map(|_| {
                 scope.spawn(|| {
                     let mut sizes = Vec::new();
@@ -188,17 +188,17 @@ fn a_flood_of_guesses_from_everywhere_takes_no_memory_and_covers_for_nobody() {
             .collect();
         guessing.into_iter().flat_map(|guesses| guesses.join().expect("guesses")).collect::<Vec<_>>()
     });
-    let most = |quarter: usize| {
+    let max_size = |quarter: usize| {
         let within = |n: usize| n * 4 / SOURCES == quarter;
         sizes.iter().filter(|(n, _)| within(*n)).map(|(_, size)| *size).max().expect("sizes")
     };
     eprintln!(
         "{SOURCES} guesses in {:?}: {} KiB in the first quarter, {} in the last",
         started.elapsed(),
-        most(0),
-        most(3)
+        max_size(0),
+        max_size(3)
     );
-    assert!(most(3) <= most(0) + 512, "{} KiB in the first quarter, {} in the last", most(0), most(3));
-    let (time, (_, status)) = timed(|| log_in(&server, offender, b"alice", b"secret"));
-    assert!(status == 0 && time >= seconds(1), "the offender of before: {status} {time:?}");
+    assert!(max_size(3) <= max_size(0) + 512, "{} KiB in the first quarter, {} in the last", max_size(0), max_size(3));
+    let (time, (_, status)) = timed(|| log_in(&server, guesser, b"alice", b"secret"));
+    assert!(status == 0 && time >= seconds(1), "the first guesser: {status} {time:?}");
 }

@@ -1,4 +1,4 @@
-//! The line of a session: one each, key=value, nothing from outside unquoted, never a password.
+//! The log line of a session: exactly one each, key=value, input quoted, no passwords.
 
 use std::io::Write as _;
 use std::net::Shutdown;
@@ -6,13 +6,13 @@ use std::net::Shutdown;
 use crate::common::{Server, closed_port, echo_server, in_namespace, open, read_exact, temp_dir, write_file};
 use crate::kit::{CONNECT, StreamEnd, greet, open_by_name, request_by_name, session_lines, stream_end};
 
-/// All keys and values of a session's line; a quoted value with its quotes. Fails where the line is anything else.
+/// Returns the keys and values of a session line, quoted values with their quotes. Fails for any other line.
 fn pairs(line: &str) -> Vec<(&str, &str)> {
     let mut rest = line.split_once("session ").expect("a session").1;
     let mut pairs = Vec::new();
     while !rest.is_empty() {
         let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("no key in {rest}"));
-        assert!(key.bytes().all(|octet| octet.is_ascii_lowercase()), "{key} in {line}");
+        assert!(key.bytes().all(|byte| byte.is_ascii_lowercase()), "{key} in {line}");
         let length = if value.starts_with('"') { quoted_length(value) } else { value.find(' ').unwrap_or(value.len()) };
         pairs.push((key, &value[..length]));
         rest = &value[length..];
@@ -23,15 +23,15 @@ fn pairs(line: &str) -> Vec<(&str, &str)> {
 
 fn quoted_length(value: &str) -> usize {
     let mut escaped = false;
-    let end = value.bytes().skip(1).position(|octet| {
-        let ends = octet == b'"' && !escaped;
-        escaped = octet == b'\\' && !escaped;
+    let end = value.bytes().skip(1).position(|byte| {
+        let ends = byte == b'"' && !escaped;
+        escaped = byte == b'\\' && !escaped;
         ends
     });
     end.expect("a closing quote") + 2
 }
 
-/// The value of a key that stands in the line once.
+/// Returns the value of a key, which must occur once.
 fn value<'a>(line: &'a str, key: &str) -> &'a str {
     let values: Vec<&str> = pairs(line).into_iter().filter(|pair| pair.0 == key).map(|pair| pair.1).collect();
     assert_eq!(values.len(), 1, "{key} in {line}");
@@ -43,7 +43,7 @@ fn lines(log: &str) -> Vec<&str> {
 }
 
 #[test]
-fn a_session_is_one_line_of_keys_and_values() {
+fn session_log_line_has_all_keys_and_values() {
     let server = Server::start(&[]);
     let dst = echo_server();
     let (mut stream, _, bnd) = open(&server, CONNECT, dst);
@@ -72,7 +72,7 @@ fn a_session_is_one_line_of_keys_and_values() {
 }
 
 #[test]
-fn each_session_has_exactly_one_line_however_it_ends() {
+fn each_session_logs_one_line_however_it_ends() {
     let server = Server::start(&[]);
     let echo = echo_server();
     drop(server.connect());
@@ -92,7 +92,7 @@ fn each_session_has_exactly_one_line_however_it_ends() {
 }
 
 #[test]
-fn a_name_can_not_forge_a_line() {
+fn domain_name_cannot_forge_a_log_line() {
     let server = Server::start(&[]);
     for name in ["a\" rep=0 x=\"b", "a\\\" rep=0", "a b=c", "\u{202e}evil", "\u{9b}2J"] {
         let (_, rep, _) = open_by_name(&server, CONNECT, name, 80);
@@ -103,12 +103,12 @@ fn a_name_can_not_forge_a_line() {
         assert_ne!(value(line, "rep"), "0", "{line}");
         assert!(!line.contains(['\u{202e}', '\u{9b}']), "{line:?}");
     }
-    // The lines come in the order in which the sessions end.
+    // The lines are in the order in which the sessions end.
     assert!(lines(&log).iter().any(|line| value(line, "dst") == r#""a\" rep=0 x=\"b:80""#), "{log}");
 }
 
 #[test]
-fn control_octets_of_names_and_users_are_escaped() {
+fn control_bytes_of_domain_and_user_names_are_escaped() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", "");
     let server = Server::start(&["--users", &users]);
@@ -137,7 +137,7 @@ fn control_octets_of_names_and_users_are_escaped() {
 }
 
 #[test]
-fn a_password_is_never_logged_not_even_with_all_there_is() {
+fn password_and_hash_are_not_logged_with_verbose() {
     let folder = temp_dir();
     let hash = bcrypt::hash("open-sesame", 4).expect("a hash");
     let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
@@ -157,12 +157,12 @@ fn a_password_is_never_logged_not_even_with_all_there_is() {
 }
 
 #[test]
-fn quiet_is_quiet() {
-    // A port is let go and taken again: nobody else may come in between.
-    if !in_namespace("log::quiet_is_quiet", "", "") {
+fn quiet_server_logs_nothing() {
+    // Its own network, because another program must not take the port in between.
+    if !in_namespace("session_log::quiet_server_logs_nothing", "", "") {
         return;
     }
-    // A quiet server does not say where it listens, so it has to be told where.
+    // A quiet server does not log its port, so the test chooses it.
     let addr = closed_port().to_string();
     let mut child = crate::common::s5()
         .args(["serve", "-q", "--listen", &addr])

@@ -1,4 +1,4 @@
-//! `--rate` and `--rate-per-user`: all of what was set and no more, without losing anything, and without being busy.
+//! `--rate` and `--rate-per-user`: the configured rate is met and not exceeded, no data is lost, and little CPU is used.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -12,24 +12,24 @@ use crate::common::{
 };
 use crate::kit::login::{log_in, users_file};
 use crate::kit::{CONNECT, UDP_ASSOCIATE, V4, check_pattern, ping, send_pattern};
-use crate::{best_of_three, ensure, machine};
+use crate::{best_of_three, ensure, lock_machine};
 
-/// What a bucket holds when it was not used: a quarter of a second, but no less than this.
-const LEAST_BURST: f64 = 65_536.0;
+/// Lower limit for the capacity of a bucket, which is a quarter of a second otherwise.
+const MIN_BURST_BYTES: f64 = 65_536.0;
 
 type Counter = Arc<AtomicU64>;
 
-/// Which ways octets go, from the client's side.
+/// Directions, from the client's side.
 const UP: u8 = 1;
 const DOWN: u8 = 2;
 
-/// Sends whatever it may until the other side closes.
-fn pour(mut stream: TcpStream) {
-    let octets = vec![7; 1 << 16];
-    while stream.write_all(&octets).is_ok() {}
+/// Sends without a pause until the other side closes.
+fn send_all(mut stream: TcpStream) {
+    let bytes = vec![7; 1 << 16];
+    while stream.write_all(&bytes).is_ok() {}
 }
 
-/// Counts what comes until the other side closes.
+/// Counts received bytes until the other side closes.
 fn count(mut stream: TcpStream, counter: &AtomicU64) {
     let mut buffer = vec![0; 1 << 16];
     while let Ok(n) = stream.read(&mut buffer)
@@ -39,125 +39,126 @@ fn count(mut stream: TcpStream, counter: &AtomicU64) {
     }
 }
 
-fn both_ends(stream: TcpStream, pours: bool, counter: &Counter) {
+fn receive_and_send(stream: TcpStream, is_sender: bool, counter: &Counter) {
     let (other, counter) = (stream.try_clone().expect("a second handle"), counter.clone());
     stream.set_read_timeout(None).expect("an option");
     thread::spawn(move || count(other, &counter));
-    if pours {
-        thread::spawn(move || pour(stream));
+    if is_sender {
+        thread::spawn(move || send_all(stream));
     }
 }
 
-/// A target that sends when it is to, and counts what it gets.
-fn target(ways: u8, counter: &Counter) -> SocketAddr {
+/// Starts a target that sends if `directions` has `DOWN`, and counts what it receives.
+fn target(directions: u8, counter: &Counter) -> SocketAddr {
     let counter = counter.clone();
-    tcp_server(V4, move |stream| both_ends(stream, ways & DOWN != 0, &counter))
+    tcp_server(V4, move |stream| receive_and_send(stream, directions & DOWN != 0, &counter))
 }
 
-/// Keeps a tunnel as full as it may be; closed when dropped.
-struct Busy(TcpStream);
+/// A client that sends as much as possible; closes its connection on drop.
+struct BusyClient(TcpStream);
 
-impl Busy {
-    fn new(stream: TcpStream, ways: u8, counter: &Counter) -> Self {
-        both_ends(stream.try_clone().expect("a second handle"), ways & UP != 0, counter);
+impl BusyClient {
+    fn new(stream: TcpStream, directions: u8, counter: &Counter) -> Self {
+        receive_and_send(stream.try_clone().expect("a second handle"), directions & UP != 0, counter);
         Self(stream)
     }
 }
 
-impl Drop for Busy {
+impl Drop for BusyClient {
     fn drop(&mut self) {
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 
-/// A tunnel that is busy from now on, and what has gone through it.
-fn busy(server: &Server, ways: u8) -> (Busy, Counter) {
+/// Opens a busy tunnel; returns its client and the counter of its bytes.
+fn busy(server: &Server, directions: u8) -> (BusyClient, Counter) {
     let counter = Counter::default();
-    let (stream, rep, _) = open(server, CONNECT, target(ways, &counter));
+    let (stream, rep, _) = open(server, CONNECT, target(directions, &counter));
     assert_eq!(rep, 0);
-    (Busy::new(stream, ways, &counter), counter)
+    (BusyClient::new(stream, directions, &counter), counter)
 }
 
-fn busy_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str)) -> (Busy, Counter) {
+fn busy_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str)) -> (BusyClient, Counter) {
     let counter = Counter::default();
     let (mut stream, status) = log_in(server, source, uname.as_bytes(), passwd.as_bytes());
     assert_eq!(status, 0);
     stream.write_all(&request(CONNECT, target(DOWN, &counter))).expect("the request is sent");
     assert_eq!(read_reply(&mut stream).0, 0);
-    (Busy::new(stream, DOWN, &counter), counter)
+    (BusyClient::new(stream, DOWN, &counter), counter)
 }
 
-/// Octets a second of each over `time`, when what buckets held at the beginning is gone.
+/// Measures bytes per second over `time`, after the initial bursts are used up.
 fn rates(started: Instant, time: Duration, counters: &[Counter]) -> Vec<f64> {
     let all = || counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect::<Vec<_>>();
-    // What is measured is a rate, so time must pass.
+    // A rate is measured, so time must pass.
     thread::sleep((started + Duration::from_millis(500)).saturating_duration_since(Instant::now()));
-    let (began, before) = (Instant::now(), all());
+    let (start, before) = (Instant::now(), all());
     thread::sleep(time);
-    let (time, after) = (began.elapsed().as_secs_f64(), all());
+    let (time, after) = (start.elapsed().as_secs_f64(), all());
     before.iter().zip(after).map(|(before, after)| (after - before) as f64 / time).collect()
 }
 
-fn check_rate(what: &str, set: f64, measured: f64) -> Result<(), String> {
-    let share = measured / set;
-    eprintln!("{what}: {:.1} % of {set}", share * 100.0);
-    ensure((0.95..=1.05).contains(&share), || format!("{what}: {measured:.0} of {set} octets a second"))
+fn check_rate(what: &str, limit: f64, measured: f64) -> Result<(), String> {
+    let share = measured / limit;
+    eprintln!("{what}: {:.1} % of {limit}", share * 100.0);
+    ensure((0.95..=1.05).contains(&share), || format!("{what}: {measured:.0} of {limit} bytes per second"))
 }
 
-/// One session of each kind at once, and then whether each had its rate.
+/// Runs one session of each kind at the same time, and checks the rates.
 fn check_sessions(kinds: &[(&str, f64, &str, u8)]) -> Result<(), String> {
     let server = |kind: &(&str, f64, &str, u8)| Server::start(&["--rate", kind.0]);
     let servers: Vec<Server> = kinds.iter().map(server).collect();
     let started = Instant::now();
     let (_tunnels, counters): (Vec<_>, Vec<_>) =
-        servers.iter().zip(kinds).map(|(server, (.., ways))| busy(server, *ways)).unzip();
+        servers.iter().zip(kinds).map(|(server, (.., directions))| busy(server, *directions)).unzip();
     let rates = rates(started, Duration::from_millis(1250), &counters);
     for (((text, rate, what, _), counter), measured) in kinds.iter().zip(&counters).zip(rates) {
         check_rate(&format!("{text} {what}"), *rate, measured)?;
-        let (most, all) = (started.elapsed().as_secs_f64() * rate * 1.05, counter.load(Ordering::Relaxed));
-        let burst = (rate * 0.25).max(LEAST_BURST);
-        ensure((all as f64) < most + burst, || format!("{text} {what}: {all} with the beginning"))?;
+        let (max, all) = (started.elapsed().as_secs_f64() * rate * 1.05, counter.load(Ordering::Relaxed));
+        let burst = (rate * 0.25).max(MIN_BURST_BYTES);
+        ensure((all as f64) < max + burst, || format!("{text} {what}: {all} bytes since the start"))?;
     }
     Ok(())
 }
 
 #[test]
-fn a_session_has_what_was_set_whichever_way_it_goes() {
-    let _machine = machine();
+fn rate_limit_of_a_session_holds_up_down_and_both() {
+    let _machine = lock_machine();
     let kinds = [("256k", 256e3), ("4M", 4e6), ("100M", 100e6)].map(|(text, rate)| {
-        [("down", DOWN), ("up", UP), ("both ways", UP | DOWN)].map(|(what, ways)| (text, rate, what, ways))
+        [("down", DOWN), ("up", UP), ("both directions", UP | DOWN)]
+            .map(|(what, directions)| (text, rate, what, directions))
     });
     let [slow, middling, fast] = kinds;
     best_of_three(|| check_sessions(&[slow, middling].concat()));
-    // Together these would be as much as the machine can do.
+    // One at a time, because together these need all of the machine.
     fast.chunks(1).for_each(|kind| best_of_three(|| check_sessions(kind)));
 }
 
 #[test]
-fn sessions_of_a_user_share_a_rate_and_another_user_has_his_own() {
-    let _machine = machine();
+fn rate_limit_of_a_user_is_shared_by_the_sessions_of_that_user_only() {
+    let _machine = lock_machine();
     let [alice, bob] = [("alice", "secret"), ("bob", "other")];
     let (_folder, users) = users_file(&[alice, bob]);
     best_of_three(|| {
         let server = Server::start(&["--users", &users, "--rate", "4M"]);
         let other = Server::start(&["--users", &users, "--rate", "1M", "--rate-per-user", "2M"]);
-        let only = Server::start(&["--users", &users, "--rate-per-user", "1M"]);
+        let only_per_user = Server::start(&["--users", &users, "--rate-per-user", "1M"]);
         let started = Instant::now();
-        let who = [(&server, alice), (&server, alice), (&server, alice), (&server, bob), (&other, bob)];
-        let who = who.into_iter().chain([(&other, alice); 3]).chain([(&only, bob); 2]);
+        let sessions = [(&server, alice), (&server, alice), (&server, alice), (&server, bob), (&other, bob)];
+        let sessions = sessions.into_iter().chain([(&other, alice); 3]).chain([(&only_per_user, bob); 2]);
         let (_tunnels, counters): (Vec<_>, Vec<_>) =
-            (1..).zip(who).map(|(n, (server, user))| busy_as(server, [127, 0, 4, n], user)).unzip();
+            (1..).zip(sessions).map(|(n, (server, user))| busy_as(server, [127, 0, 4, n], user)).unzip();
         let rates = rates(started, Duration::from_secs(2), &counters);
-        check_rate("alice's three", 4e6, rates[..3].iter().sum())?;
-        check_rate("bob's one", 4e6, rates[3])?;
-        check_rate("bob's one of less than a user may", 1e6, rates[4])?;
-        check_rate("alice's three with a rate per user", 2e6, rates[5..8].iter().sum())?;
-        check_rate("bob's two with a rate per user only", 1e6, rates[8..].iter().sum())
+        check_rate("three sessions of alice", 4e6, rates[..3].iter().sum())?;
+        check_rate("one session of bob", 4e6, rates[3])?;
+        check_rate("one session of bob, with a higher rate per user", 1e6, rates[4])?;
+        check_rate("three sessions of alice, with a rate per user", 2e6, rates[5..8].iter().sum())?;
+        check_rate("two sessions of bob, with only a rate per user", 1e6, rates[8..].iter().sum())
     });
 }
 
 #[test]
-fn no_session_of_a_user_is_left_without() {
+fn rate_limit_of_a_user_starves_no_session() {
     let alice = ("alice", "secret");
     let (_folder, users) = users_file(&[alice]);
     let server = |threads| Server::start(&["--users", &users, "--rate", "4M", "--threads", threads]);
@@ -166,29 +167,30 @@ fn no_session_of_a_user_is_left_without() {
     let each = servers.iter().flat_map(|server| [server; 4]).zip(1..);
     let (_tunnels, counters): (Vec<_>, Vec<_>) = each.map(|(server, n)| busy_as(server, [127, 0, 5, n], alice)).unzip();
     let rates = rates(started, Duration::from_secs(1), &counters);
-    // A tenth of a fair share, since it need not be fair to the octet.
+    // At least a tenth of a fair share, because exact fairness is not required.
     assert!(rates.iter().all(|rate| *rate > 1e5), "four with one thread, four with two: {rates:.0?}");
 }
 
 #[test]
-fn neither_way_of_a_session_is_left_without() {
+fn rate_limit_starves_no_direction_of_a_session() {
     let servers = ["256k", "4M"].map(|rate| Server::start(&["--rate", rate]));
     let started = Instant::now();
     let each = servers.iter().map(|server| {
         let (up, down) = (Counter::default(), Counter::default());
         let (stream, rep, _) = open(server, CONNECT, target(DOWN, &up));
         assert_eq!(rep, 0);
-        (Busy::new(stream, UP, &down), [up, down])
+        (BusyClient::new(stream, UP, &down), [up, down])
     });
     let (_tunnels, counters): (Vec<_>, Vec<_>) = each.unzip();
     let rates = rates(started, Duration::from_secs(1), counters.as_flattened());
-    for ways in rates.chunks(2) {
-        let whole: f64 = ways.iter().sum();
-        assert!(ways.iter().all(|rate| *rate > whole / 20.0), "up and down at 256k, at 4M: {rates:.0?}");
+    for up_and_down in rates.chunks(2) {
+        let sum: f64 = up_and_down.iter().sum();
+        assert!(up_and_down.iter().all(|rate| *rate > sum / 20.0), "up and down at 256k, at 4M: {rates:.0?}");
     }
 }
 
-/// What has passed through an association to a target, and back from it, when three times the rate is sent.
+/// Sends three times the rate limit of 400 kB/s through an association. Returns the bytes that arrive at the target, plus
+/// those of its answers that arrive at the client.
 fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
     let (socket, sink) = (UdpSocket::bind("127.0.0.1:0").expect("a port"), UdpSocket::bind("127.0.0.1:0"));
     let sink = sink.expect("a port");
@@ -214,7 +216,7 @@ fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
         let started = Instant::now();
         let mut sent = 0.0;
         while started.elapsed() < time {
-            // 1.2 M octets a second, where 400 k may pass.
+            // 1200 datagrams of 1000 bytes per second.
             while sent < started.elapsed().as_secs_f64() * 1200.0 {
                 socket.send_to(&datagram, bnd).expect("it is sent");
                 sent += 1.0;
@@ -227,8 +229,8 @@ fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
 }
 
 #[test]
-fn an_association_keeps_to_its_rate_by_dropping() {
-    let _machine = machine();
+fn udp_association_drops_datagrams_above_its_rate_limit() {
+    let _machine = lock_machine();
     let server = &Server::start(&["--rate", "400k"]);
     let time = Duration::from_secs(2);
     let whole = 400e3 * time.as_secs_f64();
@@ -238,16 +240,16 @@ fn an_association_keeps_to_its_rate_by_dropping() {
             floods.map(|flood| flood.join().expect("a flood") as f64)
         });
         for (what, passed) in ["to a target", "there and back"].into_iter().zip(passed) {
-            eprintln!("UDP {what}: {:.1} % of what was set", passed / whole * 100.0);
-            let is_so = passed > 0.95 * whole && passed < 1.05 * whole + 100e3;
-            ensure(is_so, || format!("{what}: {passed} of {whole}"))?;
+            eprintln!("UDP {what}: {:.1} % of the limit", passed / whole * 100.0);
+            let is_met = passed > 0.95 * whole && passed < 1.05 * whole + 100e3;
+            ensure(is_met, || format!("{what}: {passed} of {whole}"))?;
         }
         Ok(())
     });
 }
 
-/// How often the threads of a server have gone to sleep by themselves.
-fn naps(server: &Server) -> u64 {
+/// Returns the number of voluntary context switches of the server's threads.
+fn voluntary_switches(server: &Server) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
     let of_one = |task: std::path::PathBuf| {
         let status = std::fs::read_to_string(task.join("status")).expect("the thread runs");
@@ -258,28 +260,28 @@ fn naps(server: &Server) -> u64 {
 }
 
 #[test]
-fn a_paced_tunnel_wakes_up_for_its_slices_and_not_for_each_read() {
-    let _machine = machine();
-    let kinds = [("down", DOWN, 60.0), ("up", UP, 60.0), ("both ways", UP | DOWN, 120.0)];
+fn rate_limited_tunnel_wakes_once_per_reservation() {
+    let _machine = lock_machine();
+    let kinds = [("down", DOWN, 60.0), ("up", UP, 60.0), ("both directions", UP | DOWN, 120.0)];
     best_of_three(|| {
         let servers = kinds.map(|_| Server::start(&["--rate", "4M", "--threads", "1"]));
         let (_tunnels, counters): (Vec<_>, Vec<_>) =
-            servers.iter().zip(kinds).map(|(server, (_, ways, _))| busy(server, ways)).unzip();
-        let (began, before) = (Instant::now(), servers.each_ref().map(naps));
+            servers.iter().zip(kinds).map(|(server, (_, directions, _))| busy(server, directions)).unzip();
+        let (start, before) = (Instant::now(), servers.each_ref().map(voluntary_switches));
         thread::sleep(Duration::from_secs(3));
-        let (time, after) = (began.elapsed().as_secs_f64(), servers.each_ref().map(naps));
+        let (time, after) = (start.elapsed().as_secs_f64(), servers.each_ref().map(voluntary_switches));
         let rates = before.iter().zip(after).map(|(before, after)| (after - before) as f64 / time).collect::<Vec<_>>();
-        for (((what, _, most), rate), counter) in kinds.iter().zip(&rates).zip(&counters) {
+        for (((what, _, max), rate), counter) in kinds.iter().zip(&rates).zip(&counters) {
             let moved = counter.load(Ordering::Relaxed);
-            ensure(rate < most, || format!("{what}: {rate:.0} a second of {rates:.1?}"))?;
-            ensure(moved > 11_000_000, || format!("{what}: {moved} octets in {time} s"))?;
+            ensure(rate < max, || format!("{what}: {rate:.0} wake-ups per second of {rates:.1?}"))?;
+            ensure(moved > 11_000_000, || format!("{what}: {moved} bytes in {time} s"))?;
         }
         Ok(())
     });
 }
 
 #[test]
-fn a_paced_tunnel_loses_nothing_and_hands_on_the_half_close() {
+fn rate_limited_tunnel_loses_no_data_and_relays_half_close() {
     const TOTAL: usize = 1_500_000;
     let server = Server::start(&["--rate", "4M"]);
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
@@ -292,45 +294,44 @@ fn a_paced_tunnel_loses_nothing_and_hands_on_the_half_close() {
     });
     check_pattern(&mut stream, TOTAL);
     sender.join().expect("all is sent");
-    // 3 M octets in all, of which a million may come at once.
+    // 3 million bytes in both directions, of which the first million may be a burst.
     assert!(started.elapsed() > Duration::from_millis(450), "{:?}", started.elapsed());
     let log = server.wait_log(|log| log.contains("session client="));
     assert!(log.contains("up=1500000 down=1500000") && !log.contains("error="), "{log}");
 }
 
 #[test]
-fn what_was_not_used_is_kept_for_a_quarter_of_a_second_and_no_more() {
-    let _machine = machine();
+fn unused_rate_accumulates_for_a_quarter_of_a_second() {
+    let _machine = lock_machine();
     best_of_three(|| {
         let server = Server::start(&["--rate", "1M"]);
         let counter = Counter::default();
         let (stream, rep, _) = open(&server, CONNECT, target(UP, &counter));
         assert_eq!(rep, 0);
         thread::sleep(Duration::from_millis(1200));
-        let (began, _tunnel) = (Instant::now(), Busy::new(stream, UP, &Counter::default()));
+        let (start, _tunnel) = (Instant::now(), BusyClient::new(stream, UP, &Counter::default()));
         thread::sleep(Duration::from_millis(500));
-        let (moved, time) = (counter.load(Ordering::Relaxed) as f64, began.elapsed().as_secs_f64());
+        let (moved, time) = (counter.load(Ordering::Relaxed) as f64, start.elapsed().as_secs_f64());
         let whole = 1e6 * (time + 0.25);
         ensure(moved > 0.85 * whole && moved < 1.05 * whole, || format!("{moved} in {time} s"))
     });
 }
 
 #[test]
-fn idle_paced_tunnels_cost_nothing() {
+fn idle_rate_limited_tunnels_use_no_cpu() {
     let server = Server::start(&["--rate", "1k", "--threads", "2"]);
     let dst = echo_server();
     let mut tunnels: Vec<TcpStream> = (0..50).map(|_| open(&server, CONNECT, dst).0).collect();
-    // Some have used up what they had, so that a timer was set once.
+    // Some have used up their tokens, so that a timer was set once.
     for tunnel in &mut tunnels[..10] {
-        ping(tunnel, b"twenty-five octets, more.");
+        ping(tunnel, b"twenty-five bytes or more");
     }
-    let (naps, cpu) = (|| naps(&server), || server.cpu_seconds());
-    let before = (naps(), cpu());
-    // That nothing happens takes time to see.
+    let before = (voluntary_switches(&server), server.cpu_seconds());
+    // The absence of activity is measured, so time must pass.
     thread::sleep(Duration::from_millis(1500));
-    let (naps, cpu) = (naps() - before.0, cpu() - before.1);
-    assert!(naps <= 10 && cpu <= 0.011, "{naps} wake-ups and {cpu} s of CPU");
+    let (wake_ups, cpu) = (voluntary_switches(&server) - before.0, server.cpu_seconds() - before.1);
+    assert!(wake_ups <= 10 && cpu <= 0.011, "{wake_ups} wake-ups and {cpu} s of CPU");
     tunnels[0].set_read_timeout(Some(TIMEOUT)).expect("an option");
-    tunnels[0].write_all(b"and they go on").expect("it is sent");
-    assert_eq!(read_exact(&mut tunnels[0], 14), b"and they go on");
+    tunnels[0].write_all(b"and it goes on").expect("it is sent");
+    assert_eq!(read_exact(&mut tunnels[0], 14), b"and it goes on");
 }

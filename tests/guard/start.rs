@@ -12,12 +12,12 @@ fn serve(args: &[&str]) -> Output {
     run(s5().arg("serve").args(args), b"", TIMEOUT)
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+fn text(octets: &[u8]) -> String {
+    String::from_utf8_lossy(octets).into_owned()
 }
 
 #[test]
-fn show_rules_prints_order_and_origin() {
+fn all_rules_are_shown_in_their_order_with_where_they_stand() {
     let folder = temp_dir();
     let file = write_file(folder.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
     let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
@@ -49,9 +49,9 @@ fn show_rules_prints_order_and_origin() {
 }
 
 #[test]
-fn explain_names_deciding_rule() {
+fn a_question_is_explained_with_the_rule_that_decides() {
     let hosts = "127.0.0.2 pair.test\n127.0.0.3 pair.test\n127.0.0.3 bad.test\n";
-    if !in_namespace("startup::explain_names_deciding_rule", hosts, dns::RESOLV) {
+    if !in_namespace("start::a_question_is_explained_with_the_rule_that_decides", hosts, dns::RESOLV) {
         return;
     }
     let asked = dns::start();
@@ -116,14 +116,14 @@ fn explain_names_deciding_rule() {
 }
 
 #[test]
-fn explain_names_first_rule_that_needs_resolving() {
+fn what_a_look_up_is_for_is_the_first_rule_that_depends_on_it() {
     let output = serve(&["--deny", "to=127.0.0.9", "--explain", "to=localhost:80"]);
     let expected = "resolve localhost (its addresses decide): --deny (deny to=127.0.0.9)\n";
     assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
 }
 
 #[test]
-fn explain_names_hop() {
+fn a_way_is_explained_with_its_name() {
     let args = ["--hop", "far=192.0.2.1:1080", "--allow", "to=.far.test via=far", "--explain"];
     let output = serve(&[&args[..], &["to=x.far.test:80"]].concat());
     assert!(text(&output.stdout).contains("\nallow x.far.test via far: --allow ("), "{}", text(&output.stdout));
@@ -132,7 +132,7 @@ fn explain_names_hop() {
 }
 
 #[test]
-fn invalid_rule_error_names_file_line_and_word() {
+fn what_is_wrong_with_a_rule_is_said_with_file_line_and_word() {
     let folder = temp_dir();
     let bad = [
         ("deny colour=red", "colour"),
@@ -198,8 +198,8 @@ fn invalid_rule_error_names_file_line_and_word() {
 }
 
 #[test]
-fn open_relay_does_not_start_without_open() {
-    if !in_namespace("startup::open_relay_does_not_start_without_open", "", "") {
+fn a_server_that_would_be_open_to_a_network_does_not_start_by_mistake() {
+    if !in_namespace("start::a_server_that_would_be_open_to_a_network_does_not_start_by_mistake", "", "") {
         return;
     }
     let folder = temp_dir();

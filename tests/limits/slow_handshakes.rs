@@ -1,0 +1,123 @@
+//! Clients that stop within the handshake: each costs one descriptor and little memory, until the timeout.
+
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::{Server, TIMEOUT, read_exact, skip, wait_until};
+use crate::kit::login::{connect_from_ip, login_message, users_file};
+use crate::kit::{StreamEnd, raise_fd_limit, session_lines, stream_end};
+use crate::lock_machine;
+
+const CLIENTS: usize = 2000;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
+/// Upper limit of memory per client, in bytes; also for a debug build, whose futures are larger.
+const MAX_BYTES_PER_CLIENT: usize = 4096;
+
+/// The stages: name, bytes that the client sends, and the server's answer to them.
+fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
+    let login = login_message(&[b'n'; 255], &[b'p'; 255]);
+    [
+        ("half a greeting", [&[5, 255], &[1; 100][..]].concat(), vec![]),
+        ("a greeting", vec![5, 1, 2], vec![5, 2]),
+        ("half a login", [&[5, 1, 2], &login[..300]].concat(), vec![5, 2]),
+        ("a login and no request", [vec![5, 1, 2], login_message(b"alice", b"secret")].concat(), vec![5, 2, 1, 0]),
+        (
+            "half a request",
+            [vec![5, 1, 2], login_message(b"alice", b"secret"), vec![5, 1, 0, 3, 255], vec![b'x'; 200]].concat(),
+            vec![5, 2, 1, 0],
+        ),
+    ]
+}
+
+/// Returns the private memory that the server has written to, in bytes.
+fn dirty_bytes(server: &Server) -> usize {
+    let path = format!("/proc/{}/smaps_rollup", server.pid());
+    let text = std::fs::read_to_string(path).expect("the server runs");
+    let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("a line");
+    line.trim().trim_end_matches(" kB").parse::<usize>().expect("a number") * 1024
+}
+
+/// The clients that stop at one stage, and their server.
+struct StalledClients {
+    stage: &'static str,
+    server: Server,
+    streams: Vec<TcpStream>,
+    /// Descriptors of the server before the clients connected.
+    descriptors: usize,
+    started: Instant,
+    bytes_per_client: usize,
+}
+
+fn open(server: &Server, count: usize, message: &[u8], answer: &[u8]) -> Vec<TcpStream> {
+    let connect = |n: usize| {
+        let [.., high, low] = n.to_be_bytes();
+        let mut stream = connect_from_ip(server, [127, 8, high, low]);
+        stream.write_all(message).expect("it is sent");
+        stream
+    };
+    let mut streams: Vec<TcpStream> = (0..count).map(connect).collect();
+    for stream in &mut streams {
+        assert_eq!(read_exact(stream, answer.len()), answer);
+    }
+    streams
+}
+
+/// Connects the clients. Fails unless each of them costs one descriptor.
+fn stall(server: Server, (stage, message, answer): (&'static str, Vec<u8>, Vec<u8>)) -> StalledClients {
+    const WARM_UP: usize = 20;
+    // Not measured: the first hash of alice's password, and the first allocations of both threads.
+    drop(open(&server, WARM_UP, &message, &answer));
+    server.wait_log(|log| session_lines(log).len() == WARM_UP);
+    let mut descriptors = 0;
+    wait_until("the number of descriptors is stable", TIMEOUT, || {
+        let now = server.descriptors();
+        std::mem::replace(&mut descriptors, now) == now
+    });
+    let (memory, started) = (dirty_bytes(&server), Instant::now());
+    let streams = open(&server, CLIENTS, &message, &answer);
+    wait_until("one descriptor each", HANDSHAKE_TIMEOUT, || server.descriptors() == descriptors + CLIENTS);
+    let bytes_per_client = (dirty_bytes(&server) - memory) / CLIENTS;
+    assert_eq!(server.descriptors(), descriptors + CLIENTS, "{stage}");
+    StalledClients { stage, server, streams, descriptors, started, bytes_per_client }
+}
+
+impl StalledClients {
+    fn assert_closed_at_the_timeout(self) {
+        let Self { stage, server, mut streams, descriptors, started, .. } = self;
+        for stream in &mut streams {
+            assert_eq!(stream_end(stream), StreamEnd::Closed(vec![]), "{stage}");
+            assert!(started.elapsed() >= HANDSHAKE_TIMEOUT, "{stage}: closed after {:?}", started.elapsed());
+        }
+        assert!(started.elapsed() < HANDSHAKE_TIMEOUT + TIMEOUT, "{stage}: {:?}", started.elapsed());
+        drop(streams);
+        wait_until("all are closed", TIMEOUT, || server.descriptors() == descriptors);
+        let log = server.wait_log(|log| log.matches("handshake timed out").count() >= CLIENTS);
+        assert_eq!(log.matches("handshake timed out").count(), CLIENTS, "{stage}");
+    }
+}
+
+#[test]
+fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout() {
+    if !raise_fd_limit(15_000) {
+        return skip("too few descriptors");
+    }
+    let machine = lock_machine();
+    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let timeout = format!("{}s", HANDSHAKE_TIMEOUT.as_secs());
+    let args = ["--users", &users, "--handshake-timeout", &timeout];
+    thread::scope(|scope| {
+        // All stages at the same time, each with its own server.
+        let stalling = stages().map(|stage| scope.spawn(move || stall(Server::start(&args), stage)));
+        let stalled = stalling.map(|thread| thread.join().expect("all are connected"));
+        // The measurement is over; waiting does not disturb other tests.
+        drop(machine);
+        for clients in stalled {
+            let (stage, bytes) = (clients.stage, clients.bytes_per_client);
+            eprintln!("{stage}: {bytes} bytes per client");
+            assert!(bytes < MAX_BYTES_PER_CLIENT, "{stage}: {bytes} bytes per client");
+            scope.spawn(|| clients.assert_closed_at_the_timeout());
+        }
+    });
+}
