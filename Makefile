@@ -7,7 +7,7 @@ FUZZ_SECONDS = 30
 FUZZ_TARGETS = proto reassembly
 CARGO = cargo
 
-.PHONY: help build serve check test test-programs compare-clients bench bench-quick bench-programs soak fuzz install clean
+.PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz install clean
 
 help:              ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -24,10 +24,17 @@ check:             ## format, lints and documentation, warnings as errors
 	cd tests/bench && $(CARGO) fmt --check && $(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
-test: test-programs ## install what the tests need, and run them all
+test: test-programs ## install the programs that the tests need, and run all tests
 	S5_TEST_STRICT=1 $(CARGO) test --locked
 
-# What the tests run against, as Debian packages it. Only what is missing is installed.
+# The tests of tests/bounds.rs mostly wait for time limits, and so run at the same time as the others.
+QUICK = S5_TEST_PROGRAMS=none S5_TEST_RUN=quick RUST_TEST_THREADS=8 $(CARGO) test --quiet --locked
+OTHER_TESTS = --lib $(patsubst tests/%.rs,--test %,$(filter-out tests/bounds.rs,$(wildcard tests/*.rs)))
+test-quick:        ## run the tests that need no installed program, in less than a minute
+	$(CARGO) test --locked --no-run
+	$(QUICK) --test bounds & $(QUICK) $(OTHER_TESTS); status=$$?; wait $$! && exit $$status
+
+# The programs that the tests run, each with its Debian package. Only missing packages are installed, and listed first.
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
            strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount fail2ban-regex:fail2ban \
@@ -44,7 +51,7 @@ test-programs:     ## install the real programs that the tests run against (Debi
 FIND_MISSING = for pair in $(1); do \
 	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair\#\#*:}"; \
 	done
-INSTALL_MISSING = [ -z "$$missing" ] || { sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+INSTALL_MISSING = [ -z "$$missing" ] || { echo "installing the Debian packages$$missing"; sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
 	  $$sudo apt-get update && \
 	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$missing; }
 

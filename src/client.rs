@@ -1,7 +1,6 @@
-//! The handshake of a client, through any number of hops: `open` walks them, `request` asks the last one. With no hops
-//! at all the target is reached directly.
+//! The SOCKS5 client handshake, through any number of proxies (hops). Without hops, connects to the target directly.
 //!
-//! Errors say which proxy, in which phase, and why; what a mode makes of them is `cmd`'s.
+//! A [`ClientError`] names the proxy, the phase and the cause; `cmd` maps it to an exit status.
 
 mod association;
 mod error;
@@ -25,17 +24,16 @@ pub use association::{Association, AssociationClosed};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, credentials, parse_addr, parse_hops, parse_host, parse_port};
 
-/// What a client offers to proxies, besides the credentials of each.
+/// Authentication methods to offer to all proxies. User names and passwords are part of each [`Proxy`].
 #[derive(Debug, Default)]
 pub struct ClientAuth {
-    /// The methods that are offered, in this order. None: NO AUTHENTICATION, and whatever there is something to log in
-    /// with.
+    /// Methods to offer, in this order. Default: `none`, plus each method that there are credentials for.
     pub methods: Option<Vec<Method>>,
-    /// How to log in by GSSAPI; not, without it.
+    /// Settings for GSSAPI, which is not offered without them.
     pub gssapi: Option<Initiator>,
 }
 
-/// One way through proxies to one target, under one deadline.
+/// One handshake: the proxies, the target and the deadline.
 #[derive(Debug)]
 pub struct Client {
     hops: Vec<Proxy>,
@@ -44,18 +42,16 @@ pub struct Client {
     resolver: Resolver,
     auth: Arc<ClientAuth>,
     local: LocalAddr,
-    /// Whether the target's name is looked up here.
     looks_up_target: bool,
-    /// Where the handshake is: at which hop, doing what, since when.
+    /// Current hop and phase, and when the phase began.
     position: Cell<(usize, Phase, Instant)>,
     times: Cell<PhaseTimes>,
-    /// What the last hop that was greeted selected, and the REP that was heard last.
+    /// Method selected by the last hop that was greeted, and the last REP.
     last_answer: Cell<(Option<Method>, Option<Rep>)>,
 }
 
 impl Client {
-    /// `hops` are walked first to last; without any, the target is reached directly. `timeout` bounds everything up to the
-    /// reply.
+    /// Creates a client that reaches `dst` through `hops`, first to last. `timeout` covers everything up to the reply.
     pub fn new(hops: Vec<Proxy>, dst: Addr, timeout: Option<Duration>) -> Self {
         let now = Instant::now();
         Self {
@@ -72,55 +68,52 @@ impl Client {
         }
     }
 
-    /// The same, with these ways to log in.
+    /// Sets the methods to offer.
     pub fn with_auth(self, auth: Arc<ClientAuth>) -> Self {
         Self { auth, ..self }
     }
 
-    /// The same, as one of many that share a resolver.
+    /// Shares a resolver, and its limit, with other clients.
     pub fn with_resolver(self, resolver: Resolver) -> Self {
         Self { resolver, ..self }
     }
 
-    /// The same, from there.
+    /// Sets the local address of connections and datagrams.
     pub fn with_local_addr(self, local: LocalAddr) -> Self {
         Self { local, ..self }
     }
 
-    /// The same; the target's name is looked up here when `looks_up_target`, and by the last proxy otherwise.
+    /// If true, looks up the target's name here and not at the last proxy.
     pub fn with_target_lookup(self, looks_up_target: bool) -> Self {
         Self { looks_up_target, ..self }
     }
 
-    /// What the hops lead to.
+    /// The target.
     pub fn dst(&self) -> &Addr {
         &self.dst
     }
 
-    /// The proxy that the request itself goes to, if there is one.
+    /// The proxy that receives the request, if any.
     pub fn last_proxy(&self) -> Option<String> {
         self.hops.last().map(ToString::to_string)
     }
 
-    /// How long each phase took so far.
+    /// Time spent in each phase so far.
     pub fn times(&self) -> PhaseTimes {
         self.times.get()
     }
 
-    /// What the proxy that was greeted last has selected.
+    /// Method selected by the proxy that was greeted last.
     pub fn method(&self) -> Option<Method> {
         self.last_answer.get().0
     }
 
-    /// The REP that was heard last.
+    /// REP of the last reply.
     pub fn rep(&self) -> Option<Rep> {
         self.last_answer.get().1
     }
 
-    /// Walks all hops and makes the request: a connection on which data may flow, and BND.
-    ///
-    /// # Errors
-    /// Where and why it failed.
+    /// Opens all hops and sends the request to the last one. Returns the connection, ready for data, and BND.
     pub async fn request(&self, command: Command) -> Result<(Conn, Addr), ClientError> {
         self.with_deadline(async {
             if self.hops.is_empty() {
@@ -130,9 +123,9 @@ impl Client {
             for dst in self.targets().await? {
                 let (mut conn, _) = self.open_hops(self.hops.len()).await?;
                 match self.send_request(&mut conn, command, &dst).await {
-                    // Of several addresses another one may do.
+                    // Another address of the target may succeed.
                     Err(kind @ ClientErrorKind::Rep(_)) => last_error = kind,
-                    replied => return Ok((conn, replied?)),
+                    result => return Ok((conn, result?)),
                 }
             }
             Err(last_error)
@@ -140,18 +133,12 @@ impl Client {
         .await
     }
 
-    /// Walks all hops, past the login of the last, and asks it for nothing.
-    ///
-    /// # Errors
-    /// Where and why it failed.
+    /// Opens all hops, including the login at the last, without sending a request.
     pub async fn probe(&self) -> Result<(), ClientError> {
         self.with_deadline(async { self.open_hops(self.hops.len()).await.map(drop) }).await
     }
 
-    /// What a request asks for, by the deadline: the target as it was given, or the first of its addresses here.
-    ///
-    /// # Errors
-    /// The name could not be resolved.
+    /// Returns DST of a request: the target as given, or its first address if it is looked up here.
     pub async fn target(&self) -> Result<Addr, ClientError> {
         self.with_deadline(async {
             self.targets().await.map(|targets| targets.into_iter().next().unwrap_or(Addr::UNSPECIFIED))
@@ -159,7 +146,7 @@ impl Client {
         .await
     }
 
-    /// What to ask for in turn.
+    /// Returns the values of DST to try in turn.
     async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
         match self.dst.host {
             Host::Name(_) if self.looks_up_target || self.hops.is_empty() => {
@@ -170,14 +157,14 @@ impl Client {
         }
     }
 
-    /// The addresses of `addr` that can be reached from where we come from.
+    /// Looks up `addr`. Returns the addresses that the local address can reach.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
-        let mut found = self.resolver.lookup(addr).await.map_err(ClientErrorKind::Unreachable)?;
-        found.retain(|addr| self.local.can_reach(addr.ip()));
-        if found.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(found) }
+        let mut addrs = self.resolver.lookup(addr).await.map_err(ClientErrorKind::Unreachable)?;
+        addrs.retain(|addr| self.local.can_reach(addr.ip()));
+        if addrs.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(addrs) }
     }
 
-    /// A connection to the target itself, and where it comes from.
+    /// Connects to the target itself. Returns the connection and its local address.
     async fn connect_direct(&self) -> Result<(Conn, Addr), ClientErrorKind> {
         self.enter_phase(Phase::ResolveTarget);
         let addrs = self.lookup(&self.dst).await?;
@@ -187,10 +174,7 @@ impl Client {
         Ok((conn, bnd))
     }
 
-    /// Waits for the second reply to BIND: BND is the peer.
-    ///
-    /// # Errors
-    /// Where and why it failed.
+    /// Waits for the second reply to BIND. Returns its BND, the peer's address.
     pub async fn wait_for_peer(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
         let reply = self.read_reply(conn).await;
@@ -198,16 +182,12 @@ impl Client {
         reply.map(|reply| reply.bnd).map_err(|kind| self.error_at_position(kind))
     }
 
-    /// As [`Client::wait_for_peer`], by the deadline.
-    ///
-    /// # Errors
-    /// Where and why it failed.
+    /// Like [`Client::wait_for_peer`], until the deadline.
     pub async fn wait_for_peer_with_deadline(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
         self.with_deadline(async { self.read_reply(conn).await.map(|reply| reply.bnd) }).await
     }
 
-    /// Runs `future` under the deadline.
     async fn with_deadline<T>(
         &self,
         future: impl Future<Output = Result<T, ClientErrorKind>>,
@@ -222,28 +202,29 @@ impl Client {
         result.map_err(|kind| self.error_at_position(kind))
     }
 
-    /// Walks the first `count` hops: a connection to the last of them, past its authentication.
+    /// Connects to the first `count` hops, each through the one before. Returns the authenticated connection to the
+    /// last of them, and its GSSAPI protection.
     async fn open_hops(&self, count: usize) -> Result<(Conn, Option<Protection>), ClientErrorKind> {
-        let mut open: Option<Conn> = None;
+        let mut last: Option<Conn> = None;
         let mut protection = None;
         for (i, hop) in self.hops.iter().take(count).enumerate() {
-            let mut conn = match (open.take(), &hop.endpoint) {
+            let mut conn = match (last.take(), &hop.endpoint) {
                 (None, endpoint) => self.connect(endpoint).await?,
                 (Some(mut conn), Endpoint::Tcp(addr)) => {
                     self.send_request(&mut conn, Command::Connect, addr).await?;
                     conn
                 }
-                // parse_hops lets none through.
+                // Rejected by parse_hops.
                 (Some(_), Endpoint::Unix(_)) => return Err(ClientErrorKind::Socket(io::ErrorKind::Unsupported.into())),
             };
             self.enter_phase_at(i, Phase::Greeting);
             protection = self.authenticate(&mut conn, hop).await?;
-            open = Some(match &protection {
+            last = Some(match &protection {
                 Some(protection) => conn.protect(protection.clone()),
                 None => conn,
             });
         }
-        let conn = open.ok_or_else(|| ClientErrorKind::Protocol("no proxy given".into()))?;
+        let conn = last.ok_or_else(|| ClientErrorKind::Protocol("no proxy".into()))?;
         Ok((conn, protection))
     }
 
@@ -262,7 +243,7 @@ impl Client {
         }
     }
 
-    /// Logs in: what protects the connection from there on.
+    /// Greets the proxy and logs in. Returns the protection of everything after that.
     async fn authenticate(&self, conn: &mut Conn, hop: &Proxy) -> Result<Option<Protection>, ClientErrorKind> {
         let credentials = hop.credentials.as_ref();
         let ticket = self.ticket().await?;
@@ -271,8 +252,8 @@ impl Client {
             Method::GSSAPI => ticket.is_some(),
             _ => true,
         };
-        let wanted = self.auth.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
-        let methods: Vec<Method> = wanted.iter().copied().filter(is_available).collect();
+        let allowed = self.auth.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
+        let methods: Vec<Method> = allowed.iter().copied().filter(is_available).collect();
         if methods.is_empty() {
             return Err(ClientErrorKind::NoAcceptableMethod);
         }
@@ -283,7 +264,7 @@ impl Client {
         match (selected, credentials, &self.auth.gssapi, ticket) {
             (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod),
             _ if !methods.contains(&selected) => {
-                Err(ClientErrorKind::Protocol(format!("it selected {selected}, which was not offered")))
+                Err(ClientErrorKind::Protocol(format!("selected {selected}, which was not offered")))
             }
             (Method::PASSWORD, Some(credentials), ..) => {
                 self.enter_phase(Phase::Login);
@@ -306,8 +287,8 @@ impl Client {
         }
     }
 
-    /// Something to log in with by GSSAPI, when that may be offered. Only whoever has asked for it in so many words is
-    /// told that there is nothing.
+    /// Acquires a Kerberos ticket if GSSAPI may be offered. That there is none is an error only if GSSAPI is the one
+    /// requested method.
     async fn ticket(&self) -> Result<Option<Ticket>, ClientErrorKind> {
         let Some(initiator) = &self.auth.gssapi else { return Ok(None) };
         let is_requested = self.auth.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
@@ -319,10 +300,10 @@ impl Client {
             Err(error @ (gssapi::GssapiError::NoCredential(_) | gssapi::GssapiError::Unavailable(_)))
                 if self.auth.methods.as_ref().is_none_or(|methods| methods.len() > 1) =>
             {
-                log::debug!("not offered: {error}");
+                log::debug!("gssapi not offered: {error}");
                 Ok(None)
             }
-            // That there is something wrong is no reason to do without.
+            // Other failures, as of a broken configuration, must not silently disable GSSAPI.
             Err(error) => Err(ClientErrorKind::Gssapi(error)),
         }
     }
@@ -336,8 +317,8 @@ impl Client {
     async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, ClientErrorKind> {
         let record_rep = |rep| self.last_answer.set((self.last_answer.get().0, Some(rep)));
         let reply: Reply = conn.read_message().await.map_err(|error| match &error {
-            // A failure that is cut short, or has an odd BND, has said all that matters.
-            ReadError::Closed(octets, _) | ReadError::Protocol(_, octets) => match octets.as_slice() {
+            // A failure reply that is truncated or has an invalid BND still has its REP.
+            ReadError::Closed(bytes, _) | ReadError::Protocol(_, bytes) => match bytes.as_slice() {
                 [proto::VERSION, rep, ..] if *rep != Rep::SUCCEEDED.0 => {
                     record_rep(Rep(*rep));
                     ClientErrorKind::Rep(Rep(*rep))
@@ -353,7 +334,7 @@ impl Client {
         }
     }
 
-    /// BND as the proxy on `conn` means it: an unspecified address is the proxy's own.
+    /// Replaces an unspecified address in BND by the address of the proxy on `conn`.
     pub fn resolve_unspecified_bnd(&self, bnd: Addr, conn: &Conn) -> Addr {
         let (hop, ..) = self.position.get();
         let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {
@@ -382,7 +363,7 @@ impl Client {
     fn error_at_position(&self, kind: ClientErrorKind) -> ClientError {
         let (hop, phase, _) = self.position.get();
         let proxy = self.hops.get(hop).map(ToString::to_string);
-        // A request in the middle of a chain is for the next hop.
+        // Before the last hop, the target of a request is the next hop.
         let next = self.hops.get(hop + 1).filter(|_| phase == Phase::Request).map(ToString::to_string);
         let kind = match kind {
             ClientErrorKind::Rep(rep) if next.is_some() => ClientErrorKind::NextHop(rep),
@@ -397,7 +378,7 @@ fn join_methods(methods: &[Method]) -> String {
     methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// A deadline that never comes: the one that counts is that of the whole handshake.
+/// Returns a deadline in the far future: `with_deadline` bounds the whole handshake.
 fn no_deadline() -> Instant {
     Instant::now() + Duration::from_secs(365 * 24 * 3600)
 }
@@ -414,7 +395,7 @@ fn read_error_kind(error: ReadError) -> ClientErrorKind {
     match error {
         ReadError::Closed(_, error) => ClientErrorKind::Closed(error),
         ReadError::Protocol(proto::ProtocolError::Version(first), _) => {
-            ClientErrorKind::Protocol(format!("it answered {}", OtherProtocol(first)))
+            ClientErrorKind::Protocol(format!("first byte {}", OtherProtocol(first)))
         }
         ReadError::Protocol(error, _) => ClientErrorKind::Protocol(error.to_string()),
     }

@@ -108,26 +108,17 @@ enum Backend<T> {
 
 impl<T: AsFd> Io<T> {
     /// Registers a socket that is already non-blocking.
-    ///
-    /// # Errors
-    /// Errors from epoll_ctl(2).
     pub fn new(socket: T) -> io::Result<Self> {
         Self::register(socket, EventSet::ReadWrite)
     }
 
     /// Registers a non-blocking listener that several threads wait for: a connection wakes one of the idle threads.
-    ///
-    /// # Errors
-    /// Errors from epoll_ctl(2).
     pub fn shared_listener(listener: T) -> io::Result<Self> {
         Self::register(listener, EventSet::SharedRead)
     }
 
     /// Registers a non-blocking UDP socket for reading only: write events would cost one event for each datagram sent.
     /// Level-triggered: unread data is reported again after [`Io::mark_drained`].
-    ///
-    /// # Errors
-    /// Errors from epoll_ctl(2).
     pub fn read_only(socket: T) -> io::Result<Self> {
         Self::register(socket, EventSet::Read)
     }
@@ -160,9 +151,6 @@ impl<T: AsFd> Io<T> {
     }
 
     /// Calls `op` whenever the socket may be ready, until `op` returns something other than `WouldBlock`.
-    ///
-    /// # Errors
-    /// Errors from `op` other than `WouldBlock` and `Interrupted`.
     pub fn poll_with<R>(
         &self,
         cx: &mut Context<'_>,
@@ -191,17 +179,11 @@ impl<T: AsFd> Io<T> {
     }
 
     /// Async version of [`Io::poll_with`].
-    ///
-    /// # Errors
-    /// Errors from `op` other than `WouldBlock` and `Interrupted`.
     pub async fn with<R>(&self, interest: Interest, mut op: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
         poll_fn(|cx| self.poll_with(cx, interest, &mut op)).await
     }
 
     /// Returns when the socket may be ready.
-    ///
-    /// # Errors
-    /// Errors from the reactor.
     pub async fn ready(&self, interest: Interest) -> io::Result<()> {
         match &self.0 {
             #[cfg(target_os = "linux")]

@@ -7,20 +7,20 @@ mod kit;
 #[allow(dead_code, reason = "the tests of UDP use the rest")]
 #[path = "udp/association.rs"]
 mod association;
-#[path = "guard/cut.rs"]
-mod cut;
+#[path = "guard/closed_sessions.rs"]
+mod closed_sessions;
 #[path = "guard/hosts.rs"]
 mod hosts;
-#[path = "guard/moments.rs"]
-mod moments;
 #[path = "guard/names.rs"]
 mod names;
 #[path = "guard/reload.rs"]
 mod reload;
+#[path = "guard/reload_steps.rs"]
+mod reload_steps;
 #[path = "guard/rules.rs"]
 mod rules;
-#[path = "guard/start.rs"]
-mod start;
+#[path = "guard/startup.rs"]
+mod startup;
 #[path = "guard/tools.rs"]
 mod tools;
 #[path = "guard/via.rs"]

@@ -1,4 +1,4 @@
-//! Real programs as peers, on loopback: what people use with `s5 serve`, and servers of others for our clients.
+//! Other programs as peers, on loopback: clients for `s5 serve`, and servers for the clients of s5.
 //!
 //! Only programs as Debian packages them; a test whose program is missing is skipped, or fails when S5_TEST_STRICT=1.
 
@@ -15,10 +15,10 @@ mod dante;
 mod netcat;
 #[path = "interop/pysocks.rs"]
 mod pysocks;
+#[path = "interop/scenarios.rs"]
+mod scenarios;
 #[path = "interop/ssh.rs"]
 mod ssh;
-#[path = "interop/uses.rs"]
-mod uses;
 
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -28,16 +28,16 @@ use std::time::Duration;
 use common::{Server, is_installed, run, s5, write_file};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// How long a program may take that does something of size, on a loaded machine.
-const LONG: Duration = Duration::from_secs(60);
+/// Time limit for a program that transfers much data, on a loaded machine.
+const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A child and its process group; killed when dropped.
-struct Process {
+/// A child process with its process group. Drop kills the group.
+struct ProcessGroup {
     child: Child,
     ended: bool,
 }
 
-impl Process {
+impl ProcessGroup {
     fn start(command: &mut Command) -> Self {
         let spawned = command.process_group(0).spawn();
         Self { child: spawned.unwrap_or_else(|error| panic!("{command:?}: {error}")), ended: false }
@@ -49,9 +49,9 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
-        // The group has the number of its first process, which is nobody else's until that has been waited for.
+        // The group's id is the child's process id, which is not reused until the child has been waited for.
         if !self.ended {
             let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
         }
@@ -59,61 +59,60 @@ impl Drop for Process {
     }
 }
 
-/// Whether all these programs are there.
-fn have(programs: &[&str]) -> bool {
+/// Whether all these programs are installed.
+fn has_all(programs: &[&str]) -> bool {
     programs.iter().all(|program| is_installed(program))
 }
 
-/// Octets of all values, in an order that repeats late.
-fn octets(n: usize) -> Vec<u8> {
+/// Returns `n` pseudo-random bytes that repeat after a prime period.
+fn bytes(n: usize) -> Vec<u8> {
     let mut state = 1_u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         state.to_be_bytes()[0]
     };
-    // A prime, so that a buffer which is sent twice or left out does not go unnoticed.
+    // The period is prime, so that a buffer which is sent twice or left out is detected.
     let block: Vec<u8> = (0..65_521).map(|_| next()).collect();
     block.into_iter().cycle().take(n).collect()
 }
 
-/// What a program wrote, when it ended well.
+/// Runs a program that must succeed. Returns its stdout.
 fn stdout(command: &mut Command, stdin: &[u8]) -> Vec<u8> {
-    let output = run(command, stdin, LONG);
+    let output = run(command, stdin, LONG_TIMEOUT);
     assert!(output.status.success(), "{command:?}: {}: {}", output.status, text(&output.stderr));
     output.stdout
 }
 
-/// The exit status of a program.
-fn code(output: &Output) -> i32 {
-    output.status.code().expect("it was not killed")
+fn exit_code(output: &Output) -> i32 {
+    output.status.code().expect("a signal did not kill it")
 }
 
-fn text(octets: &[u8]) -> String {
-    String::from_utf8_lossy(octets).into_owned()
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Compares without a dump of both, which would fill the screen.
+/// Compares without printing both sides.
 fn assert_same(left: &[u8], right: &[u8]) {
-    assert_eq!(left.len(), right.len(), "as many octets");
-    assert!(left == right, "the same octets");
+    assert_eq!(left.len(), right.len(), "the same length");
+    assert!(left == right, "the same bytes");
 }
 
 /// Waits until the server has logged a session with all of these values.
-fn session(server: &Server, values: &[&str]) {
+fn wait_for_session(server: &Server, values: &[&str]) {
     server.wait_log(|log| {
         let mut sessions = log.lines().filter(|line| line.contains("session client="));
         sessions.any(|line| values.iter().all(|value| line.contains(&format!(" {value} "))))
     });
 }
 
-/// Adds anna with `open sesame` to a users file, as its owner does.
+/// Adds the user anna with the password `open sesame` to a users file, by --add-user.
 fn add_anna(folder: &Path) -> String {
     let path = folder.join("users").display().to_string();
     stdout(s5().args(["serve", "--users", &path, "--add-user", "anna"]), b"open sesame\n");
     path
 }
 
-/// A users file as `htpasswd -B` writes it, of berta with `swordfish`.
+/// Writes a users file with the user berta and the password `swordfish`, by `htpasswd -B`.
 fn htpasswd_berta(folder: &Path) -> String {
     let made = stdout(Command::new("htpasswd").args(["-nbB", "berta", "swordfish"]), b"");
     write_file(folder, "users", &text(&made))

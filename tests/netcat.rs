@@ -1,5 +1,5 @@
-//! What the clients have beyond the protocol: when they try again, what a tunnel is used for, what is said of it, local
-//! ports, and datagrams in all forms. What proxies do to them is in client.rs.
+//! The netcat features of the clients: retries, uses of a tunnel, reports, local ports, and framings of datagrams.
+//! Their behaviour towards proxies is tested in client.rs.
 
 mod common;
 mod kit;
@@ -8,13 +8,13 @@ mod scripted;
 
 #[path = "netcat/bind.rs"]
 mod bind;
-#[path = "netcat/datagrams.rs"]
-mod datagrams;
-#[path = "netcat/establish.rs"]
-mod establish;
+#[path = "netcat/connect.rs"]
+mod connect;
 #[path = "netcat/forward.rs"]
 mod forward;
 #[path = "netcat/report.rs"]
 mod report;
-#[path = "netcat/uses.rs"]
-mod uses;
+#[path = "netcat/stdio.rs"]
+mod stdio;
+#[path = "netcat/udp.rs"]
+mod udp;

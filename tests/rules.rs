@@ -6,34 +6,34 @@ use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, parse_rules};
 use s5::proto::{Command, HostName, Method, ProtectionLevel};
 
-#[path = "rules/any.rs"]
-mod any;
+#[path = "rules/against_model.rs"]
+mod against_model;
 #[path = "rules/built_in.rs"]
 mod built_in;
 #[path = "rules/early.rs"]
 mod early;
+#[path = "rules/generators.rs"]
+mod generators;
 #[path = "rules/model.rs"]
 mod model;
 #[path = "rules/readme.rs"]
 mod readme;
-#[path = "rules/table.rs"]
-mod table;
 #[path = "rules/text.rs"]
 mod text;
 
 /// Where the server listens, for [`ask`].
-const HOME: &str = "192.0.2.80:1080";
+const OWN_LISTENER: &str = "192.0.2.80:1080";
 
 /// The built-in rules as they are shown, and how they are called here.
 const BUILT_IN: [(&str, &str); 4] = [
-    ("deny to=(listeners of this server)", "home"),
+    ("deny to=(listeners of this server)", "own-listener"),
     (
         "deny from=remote to=.localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
          ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",
         "protected",
     ),
-    ("allow", "open"),
-    ("deny", "otherwise"),
+    ("allow", "default-allow"),
+    ("deny", "default-deny"),
 ];
 
 fn config(cases: u32) -> ProptestConfig {
@@ -45,17 +45,17 @@ fn hops() -> [String; 2] {
 }
 
 /// These rules, and everything without `via=` on this way.
-fn rules_by(route: Route, text: &str) -> Rules {
+fn rules_with_route(route: Route, text: &str) -> Rules {
     let rules = parse_rules(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
     Rules::new(rules, route)
 }
 
 fn rules(text: &str) -> Rules {
-    rules_by(Route::Direct, text)
+    rules_with_route(Route::Direct, text)
 }
 
 /// The line of a rule, or what a built-in one is called.
-fn called(rule: &Rule) -> String {
+fn label(rule: &Rule) -> String {
     let (origin, text) = (rule.origin(), rule.to_string());
     if let Some(line) = origin.strip_prefix("rules ") {
         return line.into();
@@ -65,13 +65,13 @@ fn called(rule: &Rule) -> String {
     found.unwrap_or_else(|| panic!("a built-in rule that nobody knows: {text}")).1.into()
 }
 
-/// "allow line 1", "deny protected", "? line 2", "allow open a": the verdict, the rule, the way.
-fn told(verdict: Decision<'_>) -> String {
-    match verdict {
-        Decision::Allow(rule, Route::Direct) => format!("allow {}", called(rule)),
-        Decision::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", called(rule), hops()[hop]),
-        Decision::Deny(rule) => format!("deny {}", called(rule)),
-        Decision::Undecided(rule) => format!("? {}", called(rule)),
+/// "allow line 1", "deny protected", "? line 2", "allow default-allow a": the verdict, the rule, the way.
+fn describe(action: Decision<'_>) -> String {
+    match action {
+        Decision::Allow(rule, Route::Direct) => format!("allow {}", label(rule)),
+        Decision::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", label(rule), hops()[hop]),
+        Decision::Deny(rule) => format!("deny {}", label(rule)),
+        Decision::Undecided(rule) => format!("? {}", label(rule)),
     }
 }
 
@@ -99,7 +99,7 @@ fn ip(text: &str) -> IpAddr {
 
 /// What is known, as words such as `from=192.0.2.7`; of two with one key the later counts, and one without a value
 /// takes it back.
-fn ask(rules: &Rules, facts: &str) -> String {
+fn evaluate(rules: &Rules, facts: &str) -> String {
     let facts: Vec<_> = facts.split_whitespace().map(|word| word.split_once('=').expect("key=value")).collect();
     let is_key = |key| ["from", "method", "user", "command", "name", "ip", "port"].contains(&key);
     assert!(facts.iter().all(|(key, _)| is_key(key)), "{facts:?}");
@@ -109,7 +109,7 @@ fn ask(rules: &Rules, facts: &str) -> String {
     };
     let name = known("name").map(|name| HostName::new(name.as_bytes()).expect("a name"));
     let user = known("user").map(str::as_bytes);
-    let question = AccessRequest {
+    let request = AccessRequest {
         client_ip: known("from").map(ip),
         identity: known("method").map(|name| Identity { method: method(name), user, level: ProtectionLevel::None }),
         command: known("command").map(command),
@@ -117,8 +117,8 @@ fn ask(rules: &Rules, facts: &str) -> String {
         target_ip: known("ip").map(ip),
         target_port: known("port").map(|port| port.parse().expect("a port")),
     };
-    let home: SocketAddr = HOME.parse().expect("an address");
-    told(rules.evaluate(&question, &|to| to == home))
+    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("an address");
+    describe(rules.evaluate(&request, &|to| to == own_listener))
 }
 
 /// An IPv4 address as itself and in each of the four forms in which an IPv6 address has one inside.

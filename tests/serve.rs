@@ -1,5 +1,5 @@
-//! CONNECT and BIND end to end, on loopback: what client and target see. UDP ASSOCIATE is in udp.rs, start and end of
-//! the server itself in lifecycle.rs.
+//! CONNECT and BIND end to end, on loopback: replies and relaying. UDP ASSOCIATE is in udp.rs, start and end
+//! of the server in lifecycle.rs.
 
 mod common;
 mod kit;

@@ -42,7 +42,7 @@ fn argon2id(passwd: &[u8], cost: u32) -> String {
 }
 
 #[test]
-fn hashes_of_other_programs_are_understood() {
+fn verify_accepts_hashes_of_other_programs() {
     let table = [
         (ARGON2ID, "password"),
         (TWO_LANES, "password"),
@@ -64,7 +64,7 @@ fn hashes_of_other_programs_are_understood() {
 }
 
 #[test]
-fn a_password_is_compared_whole() {
+fn verify_compares_whole_password() {
     for passwd in [&[b'a'; 255][..], b"\xff\xfe", b"a\r\n\x1b[2J", b"a\0b", "pässwörd".as_bytes(), b"\0"] {
         let users = alice(&argon2id(passwd, 8));
         assert!(users.verify(b"alice", passwd), "{}", passwd.escape_ascii());
@@ -76,7 +76,7 @@ fn a_password_is_compared_whole() {
 }
 
 #[test]
-fn what_bcrypt_cannot_tell_apart_is_refused() {
+fn bcrypt_refuses_passwords_that_it_cannot_distinguish() {
     let a = alice(CRYPT_2B);
     assert!(a.verify(b"alice", b"a"));
     for passwd in [&b"a\0"[..], b"a\0a", b"a\0a\0", b"a\0b", b"\0", b"\0a"] {
@@ -85,14 +85,14 @@ fn what_bcrypt_cannot_tell_apart_is_refused() {
     let long = alice(CRYPT_72);
     assert!(long.verify(b"alice", &[b'a'; 72]), "the longest that bcrypt tells apart");
     for length in [0, 71, 73, 144, 255] {
-        assert!(!long.verify(b"alice", &vec![b'a'; length]), "{length} octets");
+        assert!(!long.verify(b"alice", &vec![b'a'; length]), "{length} bytes");
     }
     let empty = alice(CRYPT_EMPTY);
     assert!(!empty.verify(b"alice", b"\0"), "NUL for nothing");
 }
 
 #[test]
-fn a_name_is_compared_whole_too() {
+fn verify_compares_whole_name() {
     let users = alice(CRYPT_2B);
     assert!(users.contains(b"alice") && users.verify(b"alice", b"a"));
     for uname in [&b""[..], b"Alice", b"alic", b"alice\0", b"alicea", b" alice", b"alice ", b"\xff", b"bob"] {
@@ -101,7 +101,7 @@ fn a_name_is_compared_whole_too() {
 }
 
 #[test]
-fn everybody_has_a_password_of_their_own() {
+fn verify_accepts_only_the_password_of_the_user() {
     let users = users(&format!("alice:{ARGON2ID}\nbob:{CRYPT_2B}\nzoë:{HTPASSWD}\n"));
     assert_eq!((users.len(), users.is_empty()), (3, false));
     let passwds = ["password", "a", "p4ssword"];
@@ -116,7 +116,7 @@ fn everybody_has_a_password_of_their_own() {
 }
 
 #[test]
-fn with_no_users_nobody_gets_in() {
+fn empty_file_accepts_no_login() {
     for text in ["", "\n\n", "# alice:\n", "#", "  \r\n\t# b"] {
         let users = users(text);
         assert_eq!((users.len(), users.is_empty()), (0, true), "{text:?}");
@@ -125,7 +125,7 @@ fn with_no_users_nobody_gets_in() {
 }
 
 #[test]
-fn comments_blanks_and_line_ends_of_windows_are_nothing() {
+fn comments_blanks_and_crlf_are_ignored() {
     let users =
         users(&format!("# first: a comment\r\n\r\n  alice:{CRYPT_2B}  \r\n\t#bob:{CRYPT_2B}\r\nzoë:{HTPASSWD}"));
     assert_eq!(users.len(), 2);
@@ -172,7 +172,7 @@ fn bad_lines() -> Vec<(String, &'static str)> {
 }
 
 /// 8 characters in a row of a hash or a password, if a message shows that many.
-fn told(message: &str, text: &str) -> Option<String> {
+fn leaked_part(message: &str, text: &str) -> Option<String> {
     let parts = text.split([':', '$', ' ', '\n']);
     let secrets = parts.filter(|part| !["argon2", "m=", "aaaa"].iter().any(|harmless| part.contains(harmless)));
     let windows = secrets.flat_map(|secret| {
@@ -183,7 +183,7 @@ fn told(message: &str, text: &str) -> Option<String> {
 }
 
 #[test]
-fn a_bad_line_is_told_by_its_number_and_word_without_its_hash() {
+fn error_names_line_and_word_without_hash() {
     for (bad, word) in bad_lines() {
         let text = format!("# a comment\n\nfirst:{CRYPT_2B}\n{bad}\nlast:{HTPASSWD}\n");
         let error = Users::parse(&text).expect_err(&bad);
@@ -192,19 +192,19 @@ fn a_bad_line_is_told_by_its_number_and_word_without_its_hash() {
         assert!(shown.starts_with("line 4: ") && shown.contains(word), "{bad:?}: {shown}");
         assert!(!shown.contains(char::is_control), "{shown:?}");
         assert!(shown.len() < 120, "{} characters: {shown}", shown.len());
-        assert_eq!(told(&shown, &bad), None, "{shown}");
+        assert_eq!(leaked_part(&shown, &bad), None, "{shown}");
     }
 }
 
 #[test]
-fn the_first_of_many_bad_lines_is_told() {
+fn error_names_first_invalid_line() {
     let error = Users::parse("\r\n#\r\nalice\r\nbob\r\n").expect_err("it is bad");
     assert_eq!(error.line, 3);
 }
 
 /// bcrypt has costs from 4 to 31; a line with another lets nobody in, ever.
 #[test]
-fn a_bcrypt_cost_that_there_is_not_is_a_bad_line() {
+fn invalid_bcrypt_cost_is_an_error() {
     for cost in ["00", "03", "32", "99"] {
         let line = format!("alice:{}", HTPASSWD.replace("$04$", &format!("${cost}$")));
         let error = Users::parse(&line).map(|users| users.len()).expect_err(cost);
@@ -213,7 +213,7 @@ fn a_bcrypt_cost_that_there_is_not_is_a_bad_line() {
 }
 
 #[test]
-fn a_secret_in_the_wrong_place_is_not_shown_either() {
+fn error_does_not_show_secret_in_wrong_field() {
     let lines = [
         HTPASSWD.to_owned(),
         ARGON2ID.to_owned(),
@@ -226,18 +226,19 @@ fn a_secret_in_the_wrong_place_is_not_shown_either() {
     let message = |line| Users::parse(line).map(|users| users.len()).expect_err("it is bad").to_string();
     let leaks: Vec<String> = lines.iter().map(|line| message(line)).collect();
     assert!(leaks.iter().all(|message| message.starts_with("line 1: ")), "{leaks:#?}");
-    let leaks: Vec<_> = leaks.iter().zip(&lines).filter(|(message, line)| told(message, line).is_some()).collect();
+    let leaks: Vec<_> =
+        leaks.iter().zip(&lines).filter(|(message, line)| leaked_part(message, line).is_some()).collect();
     assert!(leaks.is_empty(), "{leaks:#?}");
 }
 
 #[test]
-fn a_hash_is_never_shown_by_debug() {
+fn debug_does_not_show_hash() {
     let shown = format!("{:#?}", users(&format!("alice:{ARGON2ID}\nbob:{HTPASSWD}")));
-    assert_eq!((told(&shown, ARGON2ID), told(&shown, HTPASSWD)), (None, None), "{shown}");
+    assert_eq!((leaked_part(&shown, ARGON2ID), leaked_part(&shown, HTPASSWD)), (None, None), "{shown}");
 }
 
 #[test]
-fn a_name_is_anything_that_a_line_and_the_protocol_can_carry() {
+fn check_name_accepts_what_fits_into_file_and_login() {
     for name in ["a", "alice", "al ice", "zoë", "a#b", "a$b", "user@example.com", &"a".repeat(255)] {
         assert_eq!(check_name(name), Ok(()), "{name:?}");
         let users = users(&format!("{name}:{CRYPT_2B}\n"));
@@ -267,7 +268,7 @@ fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
 }
 
 #[test]
-fn an_unknown_name_takes_as_long_as_a_known_one() {
+fn verify_takes_as_long_for_unknown_name() {
     for hash in [&argon2id(b"password", 256), HTPASSWD] {
         let users = users(&format!("alice:{hash}\nbob:{hash}\n"));
         let [known, unknown, nobody] = medians([
@@ -280,7 +281,7 @@ fn an_unknown_name_takes_as_long_as_a_known_one() {
 }
 
 #[test]
-fn a_password_that_bcrypt_cannot_take_takes_as_long_as_another() {
+fn verify_takes_as_long_for_password_that_bcrypt_refuses() {
     let users = alice(HTPASSWD);
     let [plain, nul, long] = medians([
         &|| assert!(!users.verify(b"alice", b"wrong")),
@@ -291,7 +292,7 @@ fn a_password_that_bcrypt_cannot_take_takes_as_long_as_another() {
 }
 
 #[test]
-fn a_new_line_is_one_that_lets_its_user_in() {
+fn new_entry_verifies_its_password() {
     let line = new_entry("zoë", b"p\xff\0ss").expect("a line");
     assert!(line.starts_with("zoë:$argon2id$v=19$m=19456,t=2,p=1$") && !line.contains('\n'), "{line}");
     let users = users(&line);
@@ -300,7 +301,7 @@ fn a_new_line_is_one_that_lets_its_user_in() {
 }
 
 #[test]
-fn a_new_line_needs_a_name_and_a_password_that_the_protocol_can_carry() {
+fn new_entry_rejects_invalid_name_or_password() {
     for (name, passwd) in [("", &b"p"[..]), ("a:b", b"p"), ("a\nb:c", b"p"), ("alice", b""), ("alice", &[b'p'; 256])] {
         let error = new_entry(name, passwd).expect_err("no line");
         assert!(!error.contains("ppp") && !error.contains('\n'), "{error:?}");
@@ -308,7 +309,7 @@ fn a_new_line_needs_a_name_and_a_password_that_the_protocol_can_carry() {
 }
 
 #[test]
-fn a_line_is_replaced_where_it_stands_added_at_the_end_or_removed() {
+fn edit_entry_replaces_appends_or_removes() {
     let table = [
         ("", Some("b:2"), Some("b:2\n")),
         ("a:1\n", Some("b:2"), Some("a:1\nb:2\n")),
@@ -352,7 +353,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn all_other_lines_stay_as_they_were(
+    fn edit_entry_keeps_all_other_lines(
         mut lines in vec(any_line(), 0..8),
         name in "[ab]{1,2}",
         is_removed: bool,
@@ -365,10 +366,10 @@ proptest! {
         let new = format!("{name}:new");
         let edited = edit_entry(&text, &name, (!is_removed).then_some(&new));
 
-        let is_theirs = |line: &Line| line.owner.as_ref() == Some(&name);
-        let place = lines.iter().position(is_theirs);
+        let is_entry = |line: &Line| line.owner.as_ref() == Some(&name);
+        let place = lines.iter().position(is_entry);
         let mut expected = lines;
-        expected.retain(|line| !is_theirs(line));
+        expected.retain(|line| !is_entry(line));
         if !is_removed {
             if let (Some(last), None) = (expected.last_mut(), place) {
                 let is_open = !last.text.is_empty() && !last.text.ends_with('\n');
@@ -381,7 +382,7 @@ proptest! {
     }
 
     #[test]
-    fn any_text_is_users_or_an_error_in_one_of_its_lines(text in "([ -~é#:$\t]{0,30}\r?\n){0,5}") {
+    fn any_text_parses_or_fails_in_one_of_its_lines(text in "([ -~é#:$\t]{0,30}\r?\n){0,5}") {
         if let Err(error) = Users::parse(&text) {
             prop_assert!((1..=text.lines().count()).contains(&error.line));
             prop_assert!(!error.to_string().contains('\n'));

@@ -1,5 +1,5 @@
-//! Datagrams through an association, or through one inside another: with several hops, each relays the datagrams to
-//! the next one's relay, so that nothing goes around a hop.
+//! UDP through one proxy or several. With several hops the associations are nested: each hop relays the datagrams to
+//! the relay of the next one, so that all traffic passes every hop.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -19,40 +19,40 @@ use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAY
 use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, fragment};
 
-/// More than any UDP datagram has, in octets.
+/// Bytes of the receive buffer: more than any UDP datagram has.
 const BUFFER_SIZE: usize = 65_536;
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_SIZE]);
 }
 
-/// Associations with all hops, nested, and the socket towards the first one; or, without hops, towards the target.
+/// Nested associations with all hops, and the socket connected to the first relay or, without hops, to the target.
 #[derive(Debug)]
 pub struct Association {
-    /// Control connection, relay and fragments of each hop, nearest first.
+    /// Nearest first.
     hops: Vec<HopAssociation>,
     socket: Io<UdpSocket>,
-    /// Where the socket leads to.
+    /// Address that the socket is connected to.
     peer: Addr,
-    /// Datagrams from a relay that are none of the protocol, or not for us.
+    /// Received datagrams that were dropped as invalid.
     invalid: Cell<u64>,
 }
 
-/// Answers that were lost on the last part of their way.
+/// Received datagrams that were lost on this machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LossCounts {
-    /// Of which fragments are missing.
+    /// Fragmented datagrams of which fragments are missing.
     pub incomplete: u64,
-    /// That are no datagrams of the protocol, or that no relay sent.
+    /// Not valid SOCKS5 datagrams, or not sent by the relay.
     pub invalid: u64,
-    /// For which the socket had no room.
+    /// Dropped by the kernel because the socket's receive buffer was full.
     pub overflowed: u64,
 }
 
 #[derive(Debug)]
 struct HopAssociation {
     control: Conn,
-    /// Of this hop; the control connection may be protected by those before it.
+    /// GSSAPI protection of this hop's datagrams.
     protection: Option<Protection>,
     proxy: String,
     relay: Addr,
@@ -60,24 +60,21 @@ struct HopAssociation {
 }
 
 impl HopAssociation {
-    /// How many octets a datagram gets longer by being protected.
+    /// Bytes that protection adds to a datagram.
     fn overhead(&self) -> usize {
         self.protection.as_ref().map_or(0, Protection::max_overhead)
     }
 }
 
-/// No datagram of the protocol, or from somewhere else.
+/// A received datagram is not a valid SOCKS5 datagram, or not from the relay.
 struct DatagramError;
 
-/// A proxy has closed the control connection, and its association with it.
+/// This proxy has closed the control connection, which ends its association.
 #[derive(Debug)]
 pub struct AssociationClosed(pub String);
 
 impl Client {
-    /// Makes an association with each hop, the later ones through the earlier ones.
-    ///
-    /// # Errors
-    /// Where and why it failed.
+    /// Opens an association with each hop, through the hops before it.
     pub async fn associate(&self) -> Result<Association, ClientError> {
         self.with_deadline(async {
             let mut hops = Vec::new();
@@ -86,7 +83,7 @@ impl Client {
                 let bnd = self.send_request(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
                 let relay = self.resolve_unspecified_bnd(bnd, &control);
                 if relay.port == 0 {
-                    return Err(ClientErrorKind::Protocol("its relay has no port".into()));
+                    return Err(ClientErrorKind::Protocol("port 0 in the reply to UDP ASSOCIATE".into()));
                 }
                 hops.push(HopAssociation {
                     control,
@@ -98,12 +95,8 @@ impl Client {
             }
             let peer = hops.first().map_or(&self.dst, |first| &first.relay).clone();
             self.enter_phase(if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
-            let relay = self
-                .lookup(&peer)
-                .await?
-                .into_iter()
-                .next()
-                .ok_or(ClientErrorKind::Unreachable(DialError::NameNotFound))?;
+            let first = self.lookup(&peer).await?.first().copied();
+            let relay = first.ok_or(ClientErrorKind::Unreachable(DialError::NameNotFound))?;
             let socket = self.datagram_socket(relay).map_err(ClientErrorKind::Unreachable)?;
             Ok(Association { hops, socket, peer, invalid: Cell::default() })
         })
@@ -113,32 +106,29 @@ impl Client {
     fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
         let from = self.local.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
         let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
-        // From here on the kernel lets in what the relay sends, and nothing else.
+        // From here on the kernel drops datagrams from other senders.
         let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));
         connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, relay))
     }
 }
 
 impl Association {
-    /// The relay of the last proxy, where the datagrams leave from as far as the target is concerned.
+    /// Address of the last proxy's relay.
     pub fn relay(&self) -> Option<&Addr> {
         self.hops.last().map(|hop| &hop.relay)
     }
 
-    /// What was lost so far, as far as this machine can tell.
+    /// Returns the losses so far that are known on this machine.
     pub fn losses(&self) -> LossCounts {
         let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
-        LossCounts {
-            incomplete,
-            invalid: self.invalid.get(),
-            overflowed: kernel_drops(&self.socket).unwrap_or_default(),
-        }
+        let overflowed = kernel_drops(&self.socket).unwrap_or_default();
+        LossCounts { incomplete, invalid: self.invalid.get(), overflowed }
     }
 
-    /// Sends one datagram to `dst`; in fragments when there is no room for the headers.
+    /// Sends one datagram to `dst`, in fragments if the headers do not fit.
     ///
     /// # Errors
-    /// Those of the socket; and when the payload is larger than UDP carries.
+    /// Errors from the socket; `InvalidInput` if the payload is larger than a UDP datagram.
     pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         for bytes in self.encapsulate(dst, data)? {
             self.socket.with(Interest::Write, |socket| send(socket, &bytes)).await?;
@@ -146,21 +136,20 @@ impl Association {
         Ok(())
     }
 
-    /// As [`Association::send`], without waiting for room.
+    /// Like [`Association::send`], without waiting.
     ///
     /// # Errors
-    /// Those of the socket; and when the payload is larger than UDP carries.
+    /// Also `WouldBlock` if the send buffer is full.
     pub fn try_send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         let mut datagrams = self.encapsulate(dst, data)?.into_iter();
         datagrams.try_for_each(|bytes| self.socket.try_with(Interest::Write, |socket| send(socket, &bytes)))
     }
 
-    /// A datagram as the first relay wants it, or several.
+    /// Returns the datagrams to send to the first relay: one, or its fragments, with the headers of all hops.
     fn encapsulate(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         let max_len = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP4_PAYLOAD } else { MAX_UDP6_PAYLOAD };
-        let too_large = || {
-            io::Error::new(io::ErrorKind::InvalidInput, format!("a datagram to there carries {max_len} octets at most"))
-        };
+        let too_large =
+            || io::Error::new(io::ErrorKind::InvalidInput, format!("datagram too large: the limit is {max_len} bytes"));
         let payload = Some(data).filter(|data| data.len() <= max_len).ok_or_else(too_large)?;
         if self.hops.is_empty() {
             return Ok(vec![payload.to_vec()]);
@@ -183,18 +172,12 @@ impl Association {
         Ok(datagrams)
     }
 
-    /// The next answer: who sent it, and what.
-    ///
-    /// # Errors
-    /// Those of the socket.
+    /// Receives the next datagram. Returns sender and payload.
     pub async fn recv(&self) -> io::Result<(Addr, Vec<u8>)> {
         poll_fn(|cx| self.poll_recv(cx)).await
     }
 
-    /// As [`Association::recv`].
-    ///
-    /// # Errors
-    /// Those of the socket.
+    /// Poll version of [`Association::recv`].
     pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
         loop {
             if let Some(answer) = ready!(self.socket.poll_with(cx, Interest::Read, |socket| self.receive(socket)))? {
@@ -203,15 +186,12 @@ impl Association {
         }
     }
 
-    /// An answer that is here already.
-    ///
-    /// # Errors
-    /// Those of the socket.
+    /// Returns the next datagram that has already arrived.
     pub fn try_recv(&self) -> io::Result<Option<(Addr, Vec<u8>)>> {
         loop {
             match self.socket.try_with(Interest::Read, |socket| self.receive(socket)) {
                 Ok(Some(answer)) => return Ok(Some(answer)),
-                // Not for us.
+                // Invalid, or not yet complete.
                 Ok(None) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
@@ -219,7 +199,7 @@ impl Association {
         }
     }
 
-    /// What has come, if it is an answer.
+    /// Receives one datagram. `None` if it is invalid, or a fragment of a datagram that is not yet complete.
     fn receive(&self, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
             let n = receive(socket, buffer)?;
@@ -230,7 +210,7 @@ impl Association {
         })
     }
 
-    /// Takes the headers of all hops off; `None` for what is not whole yet.
+    /// Removes the headers of all hops. `None` for a fragment of a datagram that is not yet complete.
     fn decapsulate(&self, bytes: &[u8]) -> Result<Option<(Addr, Vec<u8>)>, DatagramError> {
         let mut bytes = bytes.to_vec();
         let mut from = self.peer.clone();
@@ -242,7 +222,7 @@ impl Association {
             let payload = hop.reassembler.borrow_mut().push(Instant::now(), datagram);
             let Some((sender, data)) = payload else { return Ok(None) };
             let next = self.hops.get(i + 1).map(|next| &next.relay);
-            // Inside of a hop only the next relay may speak; a relay known by name has whatever address it has.
+            // Inside a hop's datagrams, the sender must be the next relay. A relay known by name cannot be checked.
             if next.is_some_and(|next| matches!(next.host, Host::Ip(_)) && *next != sender) {
                 return Err(DatagramError);
             }
@@ -252,11 +232,11 @@ impl Association {
         Ok(Some((from, bytes)))
     }
 
-    /// Returns when a control connection has ended, and says whose.
+    /// Returns when a proxy has closed its control connection.
     pub async fn closed<'a>(&'a self) -> AssociationClosed {
         let watch = |hop: &'a HopAssociation| (Box::pin(hop.control.wait_peer_closed()), hop);
         let mut watches: Vec<_> = self.hops.iter().map(watch).collect();
-        let mut closed = pin!(poll_fn(move |cx| {
+        let mut first_closed = pin!(poll_fn(move |cx| {
             for (watch, hop) in &mut watches {
                 if watch.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(AssociationClosed(hop.proxy.clone()));
@@ -264,12 +244,12 @@ impl Association {
             }
             Poll::Pending
         }));
-        closed.as_mut().await
+        first_closed.as_mut().await
     }
 }
 
-/// The first try may only be told what ICMP said about an earlier datagram. A relay that is gone is no error here: the
-/// control connection says that better.
+/// Sends, ignoring ECONNREFUSED: the first call may report an ICMP error about an earlier datagram, and the control
+/// connection reports better that a relay is gone.
 fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     for _ in 0..2 {
         match socket.send(bytes) {
@@ -280,7 +260,7 @@ fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Skips what ICMP says about an earlier datagram.
+/// Receives, ignoring ICMP errors about earlier datagrams.
 fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match socket.recv(buffer) {
@@ -290,7 +270,7 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// How many datagrams the kernel has dropped for want of room in the socket (Linux).
+/// Returns how many datagrams the kernel has dropped because the socket's receive buffer was full (Linux).
 fn kernel_drops(socket: &Io<UdpSocket>) -> Option<u64> {
     let inode = fs::metadata(format!("/proc/self/fd/{}", socket.as_fd().as_raw_fd())).ok()?.ino().to_string();
     let tables = ["/proc/net/udp", "/proc/net/udp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
@@ -299,7 +279,7 @@ fn kernel_drops(socket: &Io<UdpSocket>) -> Option<u64> {
     rows.find_map(|mut row| (row.nth(9)? == inode).then(|| row.last()).flatten())?.parse().ok()
 }
 
-/// How long the header of a datagram to `dst` is.
+/// Returns the length of the header of a datagram to `dst`.
 fn header_size(dst: &Addr) -> usize {
     encode_datagram(dst, &[]).len()
 }

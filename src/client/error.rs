@@ -1,4 +1,4 @@
-//! How a client's handshake can fail: where, doing what, and why.
+//! Failures of the client handshake: at which proxy, in which phase, and why.
 
 use std::fmt;
 use std::io;
@@ -8,18 +8,18 @@ use crate::dial::DialError;
 use crate::gssapi;
 use crate::proto::Rep;
 
-/// What a client is doing when it fails.
+/// Phase of the client handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Looking up the target's name here.
+    /// Looking up the target's name on this machine.
     ResolveTarget,
     /// Looking up the proxy's name.
     ResolveProxy,
-    /// Connecting to the proxy.
+    /// Connecting to the proxy or, without proxies, to the target.
     Connect,
-    /// Greeting and selection.
+    /// Greeting and method selection (RFC 1928 section 3).
     Greeting,
-    /// The RFC 1929 sub-negotiation.
+    /// Login by password (RFC 1929) or GSSAPI (RFC 1961).
     Login,
     /// Request and reply.
     Request,
@@ -41,12 +41,12 @@ impl fmt::Display for Phase {
     }
 }
 
-/// How long a client was in each phase, with all hops and tries together.
+/// Time spent in each phase, summed over all hops and target addresses.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PhaseTimes([Duration; 7]);
 
 impl PhaseTimes {
-    /// Of one phase.
+    /// Time spent in `phase`.
     pub fn of(&self, phase: Phase) -> Duration {
         self.0.get(phase as usize).copied().unwrap_or_default()
     }
@@ -61,38 +61,38 @@ impl PhaseTimes {
 /// Why a handshake failed.
 #[derive(Debug)]
 pub enum ClientErrorKind {
-    /// The name could not be resolved, or the address not be reached: of the first proxy or, without one, of the target.
+    /// Looking up or connecting to the first proxy (without proxies: the target) failed.
     Unreachable(DialError),
-    /// The proxy's Unix socket could not be reached.
+    /// Connecting to the proxy's Unix socket failed.
     Socket(io::Error),
-    /// The peer does not speak SOCKS5, or not correctly.
+    /// The peer does not speak SOCKS5, or violates the protocol.
     Protocol(String),
     /// The proxy closed or reset the connection.
     Closed(Option<io::Error>),
-    /// The proxy wants a method that we can't offer.
+    /// The proxy accepts none of the offered methods, or there is none to offer.
     NoAcceptableMethod,
     /// The proxy refused user name and password.
     LoginRefused,
     /// The login by GSSAPI failed, on either side.
     Gssapi(gssapi::GssapiError),
-    /// The proxy answered with a failure.
+    /// The last proxy replied with a failure.
     Rep(Rep),
-    /// The proxy answered with a failure when it was asked for the next proxy.
+    /// A proxy before the last replied with a failure to the request for the next proxy.
     NextHop(Rep),
-    /// The deadline passed.
+    /// The deadline passed, after this timeout.
     TimedOut(Duration),
 }
 
-/// A handshake that failed: at which proxy, for which target, in which phase, and why.
+/// A failed handshake.
 #[derive(Debug)]
 pub struct ClientError {
-    /// The proxy that was being talked to, if there is one.
+    /// The proxy, or `None` without proxies.
     pub proxy: Option<String>,
-    /// What it was asked for, if for anything.
+    /// The target of the request, or the next proxy.
     pub target: Option<String>,
-    /// What was being done.
+    /// The phase in which it failed.
     pub phase: Phase,
-    /// Why it failed.
+    /// The cause.
     pub kind: ClientErrorKind,
 }
 
@@ -117,7 +117,7 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Closed(None) => f.write_str("the proxy closed the connection"),
             ClientErrorKind::Closed(Some(error)) => error.fmt(f),
             ClientErrorKind::NoAcceptableMethod => {
-                f.write_str("no acceptable authentication method (does it want user:password@, or a Kerberos ticket?)")
+                f.write_str("no acceptable authentication method (is a user:password@ or a Kerberos ticket missing?)")
             }
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),

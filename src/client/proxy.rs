@@ -1,4 +1,4 @@
-//! Proxies as users write them, and the hosts and ports behind them.
+//! Parsers of proxy URLs, hosts and ports.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,18 +9,18 @@ use percent_encoding::percent_decode_str;
 
 use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, Host, HostName, MAX_CREDENTIAL_LEN};
 
-/// One SOCKS5 server on the way.
+/// A SOCKS5 proxy with the credentials for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxy {
-    /// Where it is.
+    /// Its address.
     pub endpoint: Endpoint,
-    /// The user name that its URL has without a password.
+    /// The user name of a URL that has no password.
     pub uname: Option<Vec<u8>>,
-    /// Who we are to it.
+    /// User name and password.
     pub credentials: Option<Credentials>,
 }
 
-/// Where a proxy is.
+/// Address of a proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// A host and a port.
@@ -30,13 +30,13 @@ pub enum Endpoint {
 }
 
 impl Proxy {
-    /// Whether it is reached over a Unix socket.
+    /// Whether the proxy listens on a Unix socket.
     pub fn is_unix(&self) -> bool {
         matches!(self.endpoint, Endpoint::Unix(_))
     }
 }
 
-/// Never shows credentials.
+/// Writes the address, without credentials.
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.endpoint {
@@ -46,23 +46,23 @@ impl fmt::Display for Proxy {
     }
 }
 
-/// `\[socks5\[h\]://][user[:pass]@]host[:port]`, `unix:/path`, or `socks5h://localhost/path` for the same. The host's
-/// name is looked up here, all others by the proxy, whichever scheme is given.
+/// Parses `\[socks5\[h\]://][user[:pass]@]host[:port]`, `unix:/path`, or curl's form `socks5h://localhost/path` of it.
+/// The scheme does not matter: the proxy's name is looked up here, the target's name by the proxy.
 impl FromStr for Proxy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let rest = match text.split_once("://") {
+        let without_scheme = match text.split_once("://") {
             Some((scheme, rest)) if ["socks5", "socks5h"].contains(&scheme.to_ascii_lowercase().as_str()) => rest,
-            // Only what can be a scheme is shown; it could also be the beginning of a password.
+            // Anything else than a scheme is not shown: it could be part of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
-                return Err(format!("{scheme}:// is not SOCKS5, and s5 speaks nothing else: use socks5h://HOST:PORT"));
+                return Err(format!("{scheme}:// is not supported: use socks5h://HOST:PORT"));
             }
             _ => text,
         };
-        let (userinfo, place) = match rest.rsplit_once('@') {
-            Some((userinfo, place)) => (Some(userinfo), place),
-            None => (None, rest),
+        let (userinfo, address) = match without_scheme.rsplit_once('@') {
+            Some((userinfo, address)) => (Some(userinfo), address),
+            None => (None, without_scheme),
         };
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
         let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
@@ -70,27 +70,26 @@ impl FromStr for Proxy {
             Some((uname, None)) => (Some(decode(uname)), None),
             None => (None, None),
         };
-        let place = place.trim_end_matches('/');
-        let endpoint = match (place.strip_prefix("unix:"), place.split_once("localhost/")) {
-            (Some(""), _) => return Err("unix: without a path".into()),
+        let address = address.trim_end_matches('/');
+        let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
+            (Some(""), _) => return Err("unix: without a path: use unix:/path".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
-            // As curl has it.
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
-            (None, _) => Endpoint::Tcp(parse_addr(place, Some(DEFAULT_PORT))?),
+            (None, _) => Endpoint::Tcp(parse_addr(address, Some(DEFAULT_PORT))?),
         };
         Ok(Self { endpoint, uname, credentials })
     }
 }
 
-/// A comma list of proxies, nearest first.
+/// Parses a comma-separated list of proxies, nearest first.
 ///
 /// # Errors
-/// What is wrong with the first one that is wrong, without its credentials.
+/// A message about the first invalid proxy, without its credentials.
 pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     let parse = |hop: &str| hop.trim().parse();
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
-        // Whatever is quoted may be a password, or a part of one.
-        let what = "not [socks5h://][user:password@]host[:port] or unix:/path; in user and password write \
+        // Quoted text may be a password, or a part of one.
+        let what = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user and password, write \
                     %2C %2F %3A %40 %25 for , / : @ %";
         if error.contains('"') { what.into() } else { error }
     })?;
@@ -100,26 +99,26 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     }
 }
 
-/// What SOCKS5 can carry of a user name and a password (RFC 1929).
+/// Checks the lengths of user name and password (RFC 1929: 1 to 255 bytes).
 ///
 /// # Errors
-/// What is wrong, without either.
+/// A message that contains neither.
 pub fn credentials(uname: &[u8], passwd: &[u8]) -> Result<Credentials, String> {
-    for (what, octets) in [("user name", uname), ("password", passwd)] {
-        if !(1..=MAX_CREDENTIAL_LEN).contains(&octets.len()) {
-            return Err(format!("the {what} has {} octets, and SOCKS5 takes 1 to {MAX_CREDENTIAL_LEN}", octets.len()));
+    for (what, bytes) in [("user name", uname), ("password", passwd)] {
+        if !(1..=MAX_CREDENTIAL_LEN).contains(&bytes.len()) {
+            return Err(format!("the {what} has {} bytes: SOCKS5 allows 1 to {MAX_CREDENTIAL_LEN}", bytes.len()));
         }
     }
     Ok(Credentials { uname: uname.into(), passwd: passwd.into() })
 }
 
-/// `host:port`, `\[v6\]:port`, `v4:port`; with a default port also without one.
+/// Parses `host:port`, `v4:port` or `\[v6\]:port`. The port is optional if there is a default port.
 ///
 /// # Errors
-/// What is wrong, in words.
+/// A message for the user.
 pub fn parse_addr(text: &str, default_port: Option<u16>) -> Result<Addr, String> {
     let (host, port) = match text.rsplit_once(':') {
-        // Several colons and no brackets: an IPv6 address alone.
+        // Several colons without brackets: an IPv6 address without a port.
         Some((host, _)) if host.contains(':') && !host.starts_with('[') => (text, None),
         Some((_, port)) if text.starts_with('[') && port.ends_with(']') => (text, None),
         Some((host, port)) => (host, Some(port)),
@@ -134,15 +133,15 @@ pub fn parse_addr(text: &str, default_port: Option<u16>) -> Result<Addr, String>
 }
 
 /// # Errors
-/// What is wrong, in words.
+/// A message for the user.
 pub fn parse_port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| format!("{text:?} is not a port (0 to 65535)"))
 }
 
-/// An IPv4 or IPv6 address, with or without brackets, or a name.
+/// Parses an IPv4 or IPv6 address, with or without brackets, or a name.
 ///
 /// # Errors
-/// What is wrong, in words.
+/// A message for the user.
 pub fn parse_host(text: &str) -> Result<Host, String> {
     let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
     if let Ok(ip) = inner.unwrap_or(text).parse::<IpAddr>() {
@@ -159,7 +158,7 @@ pub fn parse_host(text: &str) -> Result<Host, String> {
     }
     HostName::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
         length if length > proto::MAX_HOST_NAME_LEN => {
-            format!("the host name has {length} octets, and SOCKS5 takes 255")
+            format!("the host name has {length} bytes: SOCKS5 allows 255")
         }
         _ => format!("{text:?} is not a host name"),
     })
@@ -171,12 +170,12 @@ mod tests {
 
     fn proxy(text: &str) -> Result<(String, Option<(String, String)>), String> {
         let proxy: Proxy = text.parse()?;
-        let text = |octets: &[u8]| String::from_utf8_lossy(octets).into_owned();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Ok((proxy.to_string(), proxy.credentials.map(|c| (text(&c.uname), text(&c.passwd)))))
     }
 
     #[test]
-    fn a_proxy_is_read_in_every_form() {
+    fn proxy_url_is_parsed_in_every_form() {
         let table = [
             ("127.0.0.1", "127.0.0.1:1080"),
             ("example.org:9", "example.org:9"),
@@ -196,22 +195,22 @@ mod tests {
     }
 
     #[test]
-    fn userinfo_is_percent_decoded_and_never_shown() {
+    fn userinfo_is_percent_decoded_and_absent_from_messages() {
         let decoded = proxy("socks5h://al%40ice:p%3A%2C%25@host:1").expect("a proxy");
         assert_eq!(decoded, ("host:1".into(), Some(("al@ice".into(), "p:,%".into()))));
         let long = format!("{}:x@host", "u".repeat(256));
-        assert_eq!(proxy(&long), Err("the user name has 256 octets, and SOCKS5 takes 1 to 255".into()));
+        assert_eq!(proxy(&long), Err("the user name has 256 bytes: SOCKS5 allows 1 to 255".into()));
         let debug = format!("{:?}", "u:topsecret@host".parse::<Proxy>().expect("a proxy"));
         assert!(!debug.contains("topsecret"), "{debug}");
     }
 
     #[test]
-    fn a_target_is_an_address_where_it_can_be_one() {
+    fn target_that_is_an_ip_address_is_not_parsed_as_a_name() {
         let addr = |text: &str| parse_addr(text, None);
         assert_eq!(addr("[::1]:22").map(|a| a.host), Ok(Host::Ip("::1".parse().expect("an address"))));
         assert_eq!(addr("127.0.0.1:22").map(|a| a.host), Ok(Host::Ip("127.0.0.1".parse().expect("an address"))));
         assert!(matches!(addr("example.org:22").map(|a| a.host), Ok(Host::Name(_))));
         assert!(addr("example.org").is_err() && addr("::1").is_err() && addr(":22").is_err());
-        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 octets")));
+        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 bytes")));
     }
 }

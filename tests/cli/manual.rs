@@ -10,7 +10,7 @@ use s5::cmd::ExitStatus;
 
 use crate::common::{is_installed, run, temp_dir, write_file};
 use crate::scripted::text;
-use crate::{is_usage_error, s5_with};
+use crate::{assert_usage_error, run_s5};
 
 /// Time limit for a shell, man or groff: they read many files at their start.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,7 +25,7 @@ const MAX_HELP_COLUMNS: usize = 80;
 
 /// Runs s5, which must succeed, and returns its stdout.
 fn stdout_of(args: &[&str]) -> String {
-    let output = s5_with(args);
+    let output = run_s5(args);
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{args:?}");
     text(&output.stdout)
 }
@@ -198,7 +198,7 @@ fn manual_has_every_field_of_a_log_line() {
 
 #[test]
 fn manual_has_every_key_of_the_json_object() {
-    let output = s5_with(&["connect", "--json", "--auth", "none", "-x", "127.0.0.1:1", "192.0.2.1:1"]);
+    let output = run_s5(&["connect", "--json", "--auth", "none", "-x", "127.0.0.1:1", "192.0.2.1:1"]);
     let json = text(&output.stderr);
     let keys = json.match_indices("\":").filter_map(|(at, _)| json[..at].rsplit('"').next());
     assert_all_in(&manual(), "JSON", keys, 21);
@@ -206,7 +206,7 @@ fn manual_has_every_key_of_the_json_object() {
 
 #[test]
 fn manual_has_every_key_of_a_rule() {
-    let output = s5_with(&["serve", "--allow", "bogus=1", "--show-rules"]);
+    let output = run_s5(&["serve", "--allow", "bogus=1", "--show-rules"]);
     let error = text(&output.stderr);
     let keys = ["from", "user", "method", "protection", "command", "to", "port", "via"];
     for key in keys {
@@ -241,9 +241,9 @@ fn manual_has_every_exit_status_once_with_a_meaning() {
 #[test]
 fn completions_reject_an_unknown_shell() {
     for shell in ["tcsh", "", "Bash"] {
-        is_usage_error(&["--completions", shell], &["--completions", shell, "bash", "zsh", "fish"]);
+        assert_usage_error(&["--completions", shell], &["--completions", shell, "bash", "zsh", "fish"]);
     }
-    is_usage_error(&["--completions"], &["--completions"]);
+    assert_usage_error(&["--completions"], &["--completions"]);
 }
 
 /// Writes the script for a shell to a file, and returns its path.

@@ -111,7 +111,7 @@ fn others(folder: &Path) -> Vec<(u8, &'static str, String)> {
             s5(format!("connect -s 192.0.2.9 -x {proxy} {echo}")),
         ),
         (45, "listen on", s5(format!("connect -l 192.0.2.9:1 -x {proxy} {echo}"))),
-        (55, "65507 octets at most", format!("head -c 65528 /dev/zero | {}", s5(format!("udp -x {proxy} {echo}")))),
+        (55, "the limit is 65507 bytes", format!("head -c 65528 /dev/zero | {}", s5(format!("udp -x {proxy} {echo}")))),
         (
             56,
             "read error: Connection reset",

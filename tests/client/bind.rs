@@ -118,7 +118,7 @@ fn the_second_reply_can_fail_in_every_way() {
         (vec![Step::Reset], 97, "Connection reset by peer (os error 104)"),
         (vec![send(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0])], 102, "not allowed by ruleset (REP 2)"),
         (vec![send(&[5, 6])], 106, "TTL expired (REP 6)"),
-        (vec![send(&[4, 0, 0, 1, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (it answered 0x04, SOCKS4?)"),
+        (vec![send(&[4, 0, 0, 1, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (first byte 0x04, SOCKS4?)"),
         (vec![send(&[5, 0, 0, 9, 0, 0, 0, 0, 0, 0])], 97, "not a SOCKS5 server (unknown address type 9)"),
     ];
     for (second, status, reason) in table {

@@ -307,8 +307,8 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
         (file("pair", "alice topsecret\n"), "pair: line 1: expected user:password"),
         (file("third", "alice:secret\n\ntopsecret"), "third: line 3: expected user:password"),
         (file("empty", "\n\n"), "empty: the file has no user:password"),
-        (file("long", &long), "the password has 259 octets"),
-        (file("nobody", ":topsecret\n"), "the user name has 0 octets"),
+        (file("long", &long), "the password has 259 bytes"),
+        (file("nobody", ":topsecret\n"), "the user name has 0 bytes"),
         ("/nonexistent/auth".into(), "/nonexistent/auth: "),
         (folder.path().display().to_string(), "--proxy-auth-file "),
         ("-".into(), "--proxy-auth-file -: line 1: "),
@@ -328,7 +328,7 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
     for (name, value, what) in [
         ("S5_PROXY_AUTH", "topsecret", "S5_PROXY_AUTH: "),
         ("NCAT_PROXY_AUTH", "topsecret", "NCAT_PROXY_AUTH: "),
-        ("S5_PROXY_AUTH", "alice:", "the password has 0 octets"),
+        ("S5_PROXY_AUTH", "alice:", "the password has 0 bytes"),
         ("S5_PROXY_AUTH", &long, "the password has "),
     ] {
         is_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", TIMEOUT), 2, what);

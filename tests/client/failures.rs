@@ -78,7 +78,7 @@ fn a_failure_at_the_second_hop_names_the_second_hop() {
         ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([Greeting, send(b"HTTP/1.1 400")]).collect());
     let chain = format!("{},second.example:99", first.addr);
     let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", TIMEOUT);
-    let reason = "not a SOCKS5 server (it answered 0x48 'H', HTTP?)";
+    let reason = "not a SOCKS5 server (first byte 0x48 'H', HTTP?)";
     let line = format!("s5: proxy second.example:99: greeting, for {TARGET}: {reason}\n");
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(97), line));
 }

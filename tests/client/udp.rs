@@ -139,9 +139,7 @@ fn a_line_that_no_datagram_carries_is_an_error() {
     let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len()), (Some(55), 0), "{stderr}");
     assert!(
-        stderr.contains(&format!(
-            "transfer, for {TARGET}: write error: a datagram to there carries 65507 octets at most"
-        )),
+        stderr.contains(&format!("transfer, for {TARGET}: write error: datagram too large: the limit is 65507 bytes")),
         "{stderr}"
     );
 }

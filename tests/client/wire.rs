@@ -109,11 +109,11 @@ fn what_does_not_fit_on_the_wire_is_an_error_before_anything_is_sent() {
     let proxy = listener.local_addr().expect("an address").to_string();
     let long = "n".repeat(256);
     let table = [
-        (proxy.clone(), format!("{long}:80"), "the host name has 256 octets"),
-        (format!("{long}:p@{proxy}"), "a:80".into(), "the user name has 256 octets"),
-        (format!("u:{long}@{proxy}"), "a:80".into(), "the password has 256 octets"),
-        (format!("u:@{proxy}"), "a:80".into(), "the password has 0 octets"),
-        (format!(":p@{proxy}"), "a:80".into(), "the user name has 0 octets"),
+        (proxy.clone(), format!("{long}:80"), "the host name has 256 bytes"),
+        (format!("{long}:p@{proxy}"), "a:80".into(), "the user name has 256 bytes"),
+        (format!("u:{long}@{proxy}"), "a:80".into(), "the password has 256 bytes"),
+        (format!("u:@{proxy}"), "a:80".into(), "the password has 0 bytes"),
+        (format!(":p@{proxy}"), "a:80".into(), "the user name has 0 bytes"),
         (proxy, "a\nb:80".into(), "is not a host name"),
     ];
     for (proxy, target, complaint) in table {

@@ -229,7 +229,7 @@ pub fn behaviours() -> Vec<Behaviour> {
 }
 
 fn failures_of_the_proxy() -> Vec<Behaviour> {
-    let no_method = "no acceptable authentication method (does it want user:password@, or a Kerberos ticket?)";
+    let no_method = "no acceptable authentication method (is a user:password@ or a Kerberos ticket missing?)";
     let refused = "user name or password refused";
     let down = |name| Behaviour { peer: Peer::Down, ..row(name, Vec::new) };
     let mut all = vec![
@@ -307,31 +307,31 @@ fn foreigners() -> Vec<Behaviour> {
         replies(name, move || vec![send(reply)]).fails(97, "request", &not(what))
     };
     let echo = |name| Behaviour { peer: Peer::Echo, ..row(name, Vec::new) };
-    let offered = "it selected gssapi, which was not offered";
+    let offered = "selected gssapi, which was not offered";
     let banner = row("an SSH server, which speaks first", || vec![send(b"SSH-2.0-OpenSSH_9.2\r\n"), WaitForClose]);
     vec![
-        says("an HTTP server", b"HTTP/1.1 400 Bad Request\r\n\r\n", "it answered 0x48 'H', HTTP?"),
-        says("a TLS server", &[0x15, 3, 1, 0, 2, 2, 70], "it answered 0x15, TLS?"),
-        says("a SOCKS4 server", &[0, 0x5b, 0, 0, 0, 0, 0, 0], "it answered 0x00, SOCKS4?"),
-        says("something else", &[0x1b, b'[', b'2', b'J'], "it answered 0x1b"),
-        banner.fails(97, "greeting", &not("it answered 0x53 'S', SSH?")),
+        says("an HTTP server", b"HTTP/1.1 400 Bad Request\r\n\r\n", "first byte 0x48 'H', HTTP?"),
+        says("a TLS server", &[0x15, 3, 1, 0, 2, 2, 70], "first byte 0x15, TLS?"),
+        says("a SOCKS4 server", &[0, 0x5b, 0, 0, 0, 0, 0, 0], "first byte 0x00, SOCKS4?"),
+        says("something else", &[0x1b, b'[', b'2', b'J'], "first byte 0x1b"),
+        banner.fails(97, "greeting", &not("first byte 0x53 'S', SSH?")),
         echo("an echo server").fails(97, "greeting", &not(offered)),
         Behaviour { userinfo: "alice:secret@", ..echo("an echo server, with a password") }.fails(
             97,
             "login",
             &not("expected authentication version 1, found 0"),
         ),
-        says("a selection with VER 4", &[4, 0], "it answered 0x04, SOCKS4?"),
+        says("a selection with VER 4", &[4, 0], "first byte 0x04, SOCKS4?"),
         logs_in("a login answered with VER 5", || vec![send(&[5, 0])]).fails(
             97,
             "login",
             &not("expected authentication version 1, found 5"),
         ),
-        wrong("a success with VER 4", &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0], "it answered 0x04, SOCKS4?"),
+        wrong("a success with VER 4", &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0], "first byte 0x04, SOCKS4?"),
         wrong("a success with ATYP 2", &[5, 0, 0, 2, 0, 0, 0, 0, 0, 0], "unknown address type 2"),
         says("it selects GSSAPI, which was not offered", &[5, 1], offered),
-        says("it selects the password, which was not offered", &[5, 2], "it selected password, which was not offered"),
-        says("it selects a private method", &[5, 0x80], "it selected method 0x80, which was not offered"),
+        says("it selects the password, which was not offered", &[5, 2], "selected password, which was not offered"),
+        says("it selects a private method", &[5, 0x80], "selected method 0x80, which was not offered"),
     ]
 }
 
@@ -401,11 +401,11 @@ fn addresses_and_logins() -> Vec<Behaviour> {
         hello("a name goes to the proxy").asks("target.example:80", of_name("target.example")),
         hello("a name of 255 octets").asks(&format!("{long}:80"), of_name(&long)),
         nobody("a name of 256 octets", "", &format!("{long}n:80"))
-            .usage("target: the host name has 256 octets, and SOCKS5 takes 255"),
+            .usage("target: the host name has 256 bytes: SOCKS5 allows 255"),
         hello("an IPv4 target is ATYP 1").asks("192.0.2.7:80", request(&[1, 192, 0, 2, 7, 0, 80])),
         hello("an IPv6 target in brackets is ATYP 4").asks("[2001:db8::7]:80", v6.clone()),
         hello("a bare IPv6 target is ATYP 4").asks("2001:db8::7 80", v6),
-        nobody("an empty password", "alice:@", TARGET).usage("the password has 0 octets, and SOCKS5 takes 1 to 255"),
+        nobody("an empty password", "alice:@", TARGET).usage("the password has 0 bytes: SOCKS5 allows 1 to 255"),
         Behaviour { userinfo: "al%40ice:p%3A%40%25@", ..login("@, : and % in user and password") }.gives(b"hello"),
         nobody("a user without a password, and nobody to ask", "alice@", TARGET).refused_here(),
         first_dead,

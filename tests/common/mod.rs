@@ -287,11 +287,15 @@ pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, So
     (stream, rep, bnd)
 }
 
-/// Whether a real program is there. A test that needs one fails without it when S5_TEST_STRICT=1, and else says that
-/// it is skipped.
+/// Checks for a real program. If it is missing, the calling test is skipped, see [`skip`]. With S5_TEST_PROGRAMS=none
+/// every program counts as missing.
 pub fn is_installed(program: &str) -> bool {
-    let places = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = std::env::split_paths(&places).collect();
+    if std::env::var_os("S5_TEST_PROGRAMS").is_some_and(|programs| programs == "none") {
+        skip(&format!("{program} is not to be used"));
+        return false;
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
     folders.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
     if folders.iter().any(|folder| folder.join(program).is_file()) {
         return true;
@@ -300,10 +304,20 @@ pub fn is_installed(program: &str) -> bool {
     false
 }
 
-/// Fails when S5_TEST_STRICT=1, and else says that the test is skipped.
+/// Fails if S5_TEST_STRICT=1, and otherwise records that the calling test is skipped; tests/zz_skipped.rs reports it.
 pub fn skip(why: &str) {
     assert!(std::env::var_os("S5_TEST_STRICT").is_none_or(|strict| strict != "1"), "{why}");
-    eprintln!("skipped: {why}");
+    let test = thread::current().name().unwrap_or_default().to_owned();
+    let crate_name = std::env::current_exe().ok().and_then(|path| Some(path.file_stem()?.to_str()?.to_owned()));
+    let line = format!("{}::{test}: {why}\n", crate_name.unwrap_or_default());
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(skipped_tests_file());
+    file.and_then(|mut file| file.write_all(line.as_bytes())).expect("the skipped test is recorded");
+}
+
+/// The file that records the skipped tests of this run of `cargo test`, which is the parent of all test processes.
+pub fn skipped_tests_file() -> PathBuf {
+    let run = std::env::var("S5_TEST_RUN").unwrap_or_else(|_| std::os::unix::process::parent_id().to_string());
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("skipped-{run}"))
 }
 
 /// Runs the calling test once more inside of a network namespace of its own, without a route, with these lines as
@@ -332,6 +346,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
         .args([hosts.as_path(), resolv.as_path(), nsswitch.as_path()])
         .arg(std::env::current_exe().expect("this test"));
     command.args(["--exact", test, "--nocapture"]).env("S5_TEST_NAMESPACE", "1");
+    command.env("S5_TEST_RUN", std::os::unix::process::parent_id().to_string());
     let output = run(&mut command, b"", Duration::from_secs(120));
     let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.contains("1 passed"), "inside of the namespace:\n{said}");

@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use crate::association::{datagram, receive, socket};
 use crate::common::{Server, TIMEOUT, in_namespace, read_exact, read_reply, tcp_server, wait_until};
 use crate::kit::{BIND, CONNECT, assert_no_data, connect_from, ping};
-use crate::tools::{addr, ask, associate, enter, got_nothing, ip, is_closed, saw_nobody};
+use crate::tools::{addr, assert_no_connection, assert_no_datagram, associate, ip, is_closed, log_in, send_request};
 
 const CLIENT: &str = "10.9.0.2";
 const OTHER_CLIENT: &str = "10.9.0.3";
@@ -24,14 +24,14 @@ const METADATA: &str = "169.254.169.254";
 const GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
 
 /// The server's side: its two interfaces, whose other ends are in the namespace of the process $1.
-const NEAR: &str = "set -e; ip link set lo up
+const SERVER_NETWORK: &str = "set -e; ip link set lo up
     for net in 0 1; do
         ip link add s$net type veth peer name c$net netns $1
         ip addr add 10.9.$net.1/24 dev s$net; ip addr add fd09:$net::1/64 dev s$net nodad; ip link set s$net up
     done
     ip route add 169.254.0.0/16 dev s1; ip route add 224.0.0.0/4 dev s1
     echo ready; exec cat";
-const FAR: &str = "set -e
+const CLIENT_NETWORK: &str = "set -e
     ip addr add 10.9.0.2/24 dev c0; ip addr add 10.9.0.3/24 dev c0
     ip addr add 10.9.1.2/24 dev c1; ip addr add 10.9.1.3/24 dev c1; ip addr add 169.254.169.254/32 dev c1
     for n in 2 3; do ip addr add fd09:0::$n/64 dev c0 nodad; done; ip addr add fd09:1::2/64 dev c1 nodad
@@ -44,13 +44,16 @@ impl Host {
     fn new() -> Self {
         let pid = std::process::id().to_string();
         let mut command = Command::new("unshare");
-        command.args(["--net", "sh", "-c", NEAR, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["--net", "sh", "-c", SERVER_NETWORK, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut host = Self(command.spawn().expect("unshare runs"));
         let mut line = String::new();
         let stdout = host.0.stdout.take().expect("it is piped");
         BufReader::new(stdout).read_line(&mut line).expect("it can be read");
         assert_eq!(line, "ready\n", "the server's host");
-        assert!(Command::new("sh").args(["-c", FAR]).status().expect("sh runs").success(), "the other hosts");
+        assert!(
+            Command::new("sh").args(["-c", CLIENT_NETWORK]).status().expect("sh runs").success(),
+            "the other hosts"
+        );
         host
     }
 
@@ -81,7 +84,7 @@ fn server_addr() -> SocketAddr {
 
 /// The REP for a client on another host.
 fn rep(dst: &str) -> u8 {
-    ask(&mut enter(server_addr(), ip(CLIENT), None), CONNECT, dst).0
+    send_request(&mut log_in(server_addr(), ip(CLIENT), None), CONNECT, dst).0
 }
 
 fn local(socket: &UdpSocket) -> SocketAddr {
@@ -89,8 +92,8 @@ fn local(socket: &UdpSocket) -> SocketAddr {
 }
 
 #[test]
-fn a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link() {
-    if !in_namespace("hosts::a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link", "", "") {
+fn remote_client_reaches_other_hosts_but_not_server_or_link() {
+    if !in_namespace("hosts::remote_client_reaches_other_hosts_but_not_server_or_link", "", "") {
         return;
     }
     let host = Host::new();
@@ -134,7 +137,7 @@ fn a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link() {
             // Without a resolver there is no localhost.
             assert!(rep == 2 || rep != 0 && dst.starts_with("localhost"), "{rules:?}: {dst}: {rep}");
         }
-        saw_nobody(&metadata);
+        assert_no_connection(&metadata);
         assert!(!inner.log().contains("session") && !inner_v6.log().contains("session"), "{}", inner.log());
     }
     let rows: [(&str, &[&str], &[&str]); 4] = [
@@ -146,8 +149,8 @@ fn a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link() {
     for (rule, allowed, denied) in rows {
         let _server = host.serve(&["--allow", rule]);
         for dst in allowed {
-            let mut stream = enter(server_addr(), ip(CLIENT), None);
-            assert_eq!(ask(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
+            let mut stream = log_in(server_addr(), ip(CLIENT), None);
+            assert_eq!(send_request(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
             if *dst == METADATA_DST {
                 metadata.accept().expect("a connection comes");
             } else {
@@ -158,7 +161,7 @@ fn a_remote_client_reaches_other_hosts_and_not_the_server_or_its_link() {
         for dst in denied {
             assert_eq!(rep(dst), 2, "{rule}: {dst}");
         }
-        saw_nobody(&metadata);
+        assert_no_connection(&metadata);
     }
     assert!(inner.log().contains("session") && inner_v6.log().contains("session"), "they do log whoever comes");
 }
@@ -174,8 +177,8 @@ fn member(port: u16) -> UdpSocket {
 }
 
 #[test]
-fn datagrams_go_where_a_connection_might_and_nowhere_else() {
-    if !in_namespace("hosts::datagrams_go_where_a_connection_might_and_nowhere_else", "", "") {
+fn datagrams_reach_only_allowed_targets() {
+    if !in_namespace("hosts::datagrams_reach_only_allowed_targets", "", "") {
         return;
     }
     let host = Host::new();
@@ -193,7 +196,7 @@ fn datagrams_go_where_a_connection_might_and_nowhere_else() {
     }
     association.send(local(&target), b"allowed");
     assert_eq!(receive(&target).0, b"allowed", "what came before was not relayed");
-    [&target, &denied, &metadata, &member].into_iter().for_each(got_nothing);
+    [&target, &denied, &metadata, &member].into_iter().for_each(assert_no_datagram);
     drop(association);
     server.wait_log(|log| log.contains("client=10.9.0.2") && log.contains(" up=7 down=0 "));
     let association = associate(server_addr(), ip(CLIENT), None);
@@ -202,7 +205,7 @@ fn datagrams_go_where_a_connection_might_and_nowhere_else() {
     }
     association.send(local(&target), b"allowed");
     assert_eq!(receive(&target).0, b"allowed", "a relay took what the server itself sent");
-    got_nothing(&target);
+    assert_no_datagram(&target);
     // An association is still there for whom it is.
     other.send(local(&target), b"other");
     assert_eq!(receive(&target).0, b"other");
@@ -215,8 +218,8 @@ fn datagrams_go_where_a_connection_might_and_nowhere_else() {
 }
 
 #[test]
-fn a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else() {
-    if !in_namespace("hosts::a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else", "", "") {
+fn udp_relay_accepts_one_port_of_its_client_only() {
+    if !in_namespace("hosts::udp_relay_accepts_one_port_of_its_client_only", "", "") {
         return;
     }
     let host = Host::new();
@@ -235,7 +238,7 @@ fn a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else() {
         }
         association.send(local(&target), b"client");
         assert_eq!(receive(&target).0, b"client", "round {round}");
-        got_nothing(&target);
+        assert_no_datagram(&target);
     }
     let (_, relay) = {
         association.send(local(&target), b"once more");
@@ -246,8 +249,8 @@ fn a_relay_takes_datagrams_of_one_port_of_its_client_and_of_nobody_else() {
 }
 
 #[test]
-fn answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise() {
-    if !in_namespace("hosts::answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise", "", "") {
+fn udp_filtering_decides_which_hosts_may_answer() {
+    if !in_namespace("hosts::udp_filtering_decides_which_hosts_may_answer", "", "") {
         return;
     }
     let host = Host::new();
@@ -274,8 +277,8 @@ fn answers_come_from_hosts_that_were_sent_to_unless_the_server_is_told_otherwise
 }
 
 #[test]
-fn bind_takes_the_expected_peer_and_closes_all_others() {
-    if !in_namespace("hosts::bind_takes_the_expected_peer_and_closes_all_others", "", "") {
+fn bind_accepts_expected_peer_only() {
+    if !in_namespace("hosts::bind_accepts_expected_peer_only", "", "") {
         return;
     }
     let host = Host::new();
@@ -288,8 +291,8 @@ fn bind_takes_the_expected_peer_and_closes_all_others() {
     ];
     for (rules, dst, stranger, peer) in rows {
         let _server = host.serve(rules);
-        let mut client = enter(server_addr(), ip(CLIENT), None);
-        let (rep, bnd) = ask(&mut client, BIND, dst);
+        let mut client = log_in(server_addr(), ip(CLIENT), None);
+        let (rep, bnd) = send_request(&mut client, BIND, dst);
         assert_eq!((rep, bnd.ip()), (0, server_addr().ip()), "{rules:?}");
         for _ in 0..2 {
             assert!(is_closed(&mut connect_from(SocketAddr::new(ip(stranger), 0), bnd)), "{rules:?}");
@@ -305,13 +308,13 @@ fn bind_takes_the_expected_peer_and_closes_all_others() {
     // A denied peer can't be waited for, and the server's own host is one.
     let _server = host.serve(&["--deny", "to=10.9.1.3"]);
     for dst in ["10.9.1.3:0", "[::ffff:10.9.1.3]:0", "127.0.0.1:0"] {
-        assert_eq!(ask(&mut enter(server_addr(), ip(CLIENT), None), BIND, dst).0, 2, "{dst}");
+        assert_eq!(send_request(&mut log_in(server_addr(), ip(CLIENT), None), BIND, dst).0, 2, "{dst}");
     }
 }
 
 #[test]
-fn rules_tell_hosts_apart() {
-    if !in_namespace("hosts::rules_tell_hosts_apart", "", "") {
+fn rules_distinguish_hosts() {
+    if !in_namespace("hosts::rules_distinguish_hosts", "", "") {
         return;
     }
     let host = Host::new();
@@ -322,8 +325,8 @@ fn rules_tell_hosts_apart() {
     // Not open: from= is enough.
     let rules = ["--allow", "from=10.9.0.2 to=10.9.1.0/24"];
     let server = host.s5("*:1080", 2, &rules);
-    let mut stream = enter(server_addr(), ip(CLIENT), None);
-    assert_eq!(ask(&mut stream, CONNECT, &echo.to_string()).0, 0);
+    let mut stream = log_in(server_addr(), ip(CLIENT), None);
+    assert_eq!(send_request(&mut stream, CONNECT, &echo.to_string()).0, 0);
     ping(&mut stream, b"hello");
     assert_eq!(rep("10.9.0.1:9"), 2);
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip(OTHER_CLIENT), 0), server_addr())));
@@ -333,8 +336,8 @@ fn rules_tell_hosts_apart() {
 }
 
 #[test]
-fn all_of_it_holds_for_ipv6() {
-    if !in_namespace("hosts::all_of_it_holds_for_ipv6", "", "") {
+fn rules_apply_to_ipv6_hosts() {
+    if !in_namespace("hosts::rules_apply_to_ipv6_hosts", "", "") {
         return;
     }
     let host = Host::new();
@@ -344,7 +347,7 @@ fn all_of_it_holds_for_ipv6() {
     let (target, spoofer) = (socket(ip("fd09:1::2")), socket(ip("fd09::3")));
     let both = tcp_server(ip(TARGET), drop);
     let server = host.serve(&[]);
-    let rep = |dst: &str| ask(&mut enter(near, client, None), CONNECT, dst).0;
+    let rep = |dst: &str| send_request(&mut log_in(near, client, None), CONNECT, dst).0;
     for dst in [tcp.local_addr().expect("an address").to_string(), both.to_string()] {
         assert_eq!(rep(&dst), 0, "{dst}");
     }
@@ -380,10 +383,10 @@ fn all_of_it_holds_for_ipv6() {
     ] {
         let _server = host.s5("*:1080", 2, &["--allow", rule, "--allow", "from=10.9.0.2"]);
         if v6_may {
-            enter(near, client, None);
+            log_in(near, client, None);
         } else {
             assert!(is_closed(&mut connect_from(SocketAddr::new(client, 0), near)), "{rule}");
         }
-        enter(server_addr(), ip(CLIENT), None);
+        log_in(server_addr(), ip(CLIENT), None);
     }
 }

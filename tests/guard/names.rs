@@ -8,11 +8,11 @@ use crate::association::{datagram_name, receive, socket};
 use crate::common::{Server, TIMEOUT, echo_server, in_namespace, open, read_exact, read_reply, wait_until};
 use crate::kit::dns::{self, Answer};
 use crate::kit::{BIND, CONNECT, connect_from, raise_fd_limit, request_by_name, timed};
-use crate::tools::{addr, associate, got_nothing, ip, is_closed, open_as, saw_nobody};
+use crate::tools::{addr, assert_no_connection, assert_no_datagram, associate, ip, is_closed, open_as};
 
 const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const BAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
-const NOT_BAD: [&str; 2] = ["--deny", "to=127.0.0.3"];
+const DENY_BAD: [&str; 2] = ["--deny", "to=127.0.0.3"];
 
 /// Listeners at the good and at the bad address, of one port.
 fn pair() -> [TcpListener; 2] {
@@ -26,8 +26,8 @@ fn port_of(listener: &TcpListener) -> u16 {
 }
 
 #[test]
-fn a_name_that_is_denied_is_never_resolved() {
-    if !in_namespace("names::a_name_that_is_denied_is_never_resolved", "", dns::RESOLV) {
+fn denied_name_is_never_resolved() {
+    if !in_namespace("names::denied_name_is_never_resolved", "", dns::RESOLV) {
         return;
     }
     let asked = dns::start();
@@ -53,13 +53,13 @@ fn a_name_that_is_denied_is_never_resolved() {
         assert_eq!(open_as(&server, None, CONNECT, &format!("good.test:{port}")).1, 0);
         listener.accept().expect("a connection comes");
         assert_eq!(asked.lock().expect("no panic").first().map(String::as_str), Some("good.test"));
-        saw_nobody(&listener);
+        assert_no_connection(&listener);
     }
 }
 
 #[test]
-fn an_answer_that_changes_never_leads_to_a_denied_address() {
-    if !in_namespace("names::an_answer_that_changes_never_leads_to_a_denied_address", "", dns::RESOLV) {
+fn changing_dns_answers_never_reach_denied_address() {
+    if !in_namespace("names::changing_dns_answers_never_reach_denied_address", "", dns::RESOLV) {
         return;
     }
     // Each look-up gets the other answer: whoever judges one and dials the next one would come to the bad address.
@@ -69,15 +69,15 @@ fn an_answer_that_changes_never_leads_to_a_denied_address() {
     });
     let [good, bad] = pair();
     let (udp_good, udp_bad) = (socket(GOOD.into()), socket(BAD.into()));
-    let server = Server::start(&NOT_BAD);
+    let server = Server::start(&DENY_BAD);
     for (name, reps) in [("good-first.test", [0, 2, 0, 2]), ("bad-first.test", [2, 0, 2, 0])] {
         for expected in reps {
             assert_eq!(open_as(&server, None, CONNECT, &format!("{name}:{}", port_of(&good))).1, expected, "{name}");
-            saw_nobody(&bad);
+            assert_no_connection(&bad);
             if expected == 0 {
                 good.accept().expect("a connection comes");
             }
-            saw_nobody(&good);
+            assert_no_connection(&good);
         }
     }
     let [good_port, bad_port] = [&udp_good, &udp_bad].map(|socket| socket.local_addr().expect("an address").port());
@@ -98,20 +98,16 @@ fn an_answer_that_changes_never_leads_to_a_denied_address() {
                 let later = format!("good-first.{name}.{round}");
                 association.send_raw(&datagram_name(0, &later, last.local_addr().expect("an address").port(), b"last"));
                 assert_eq!(receive(&last).0, b"last");
-                got_nothing(&udp_good);
+                assert_no_datagram(&udp_good);
             }
-            got_nothing(&udp_bad);
+            assert_no_datagram(&udp_bad);
         }
     }
 }
 
 #[test]
-fn of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used() {
-    if !in_namespace(
-        "names::of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used",
-        "",
-        dns::RESOLV,
-    ) {
+fn denied_addresses_of_a_name_are_skipped() {
+    if !in_namespace("names::denied_addresses_of_a_name_are_skipped", "", dns::RESOLV) {
         return;
     }
     let both = [[BAD, GOOD], [GOOD, BAD]];
@@ -121,10 +117,10 @@ fn of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used()
     });
     let [good, bad] = pair();
     let dst = format!("both.test:{}", port_of(&good));
-    let server = Server::start(&NOT_BAD);
+    let server = Server::start(&DENY_BAD);
     for _ in 0..4 {
         let (_stream, rep, bnd) = open_as(&server, None, CONNECT, &dst);
-        saw_nobody(&bad);
+        assert_no_connection(&bad);
         assert_eq!((rep, bnd), (0, good.accept().expect("a connection comes").1));
     }
     assert_eq!(open_as(&server, None, CONNECT, &format!("bad.test:{}", port_of(&good))).1, 2);
@@ -143,7 +139,7 @@ fn of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used()
     for _ in 0..4 {
         assert_eq!(open_as(&server, None, CONNECT, &dst).1, 5);
     }
-    saw_nobody(&bad);
+    assert_no_connection(&bad);
     let (udp_good, udp_bad) = (udp_at(GOOD, port), udp_at(BAD, port));
     for _ in 0..4 {
         let association = associate(server.addr(), ip("127.0.0.1"), None);
@@ -155,7 +151,7 @@ fn of_a_name_with_an_allowed_and_a_denied_address_only_the_allowed_one_is_used()
         udp_good.send_to(b"answer", relay).expect("it is sent");
         assert_eq!(association.receive().1, b"answer");
     }
-    got_nothing(&udp_bad);
+    assert_no_datagram(&udp_bad);
 }
 
 fn udp_at(ip: Ipv4Addr, port: u16) -> std::net::UdpSocket {
@@ -165,13 +161,13 @@ fn udp_at(ip: Ipv4Addr, port: u16) -> std::net::UdpSocket {
 }
 
 #[test]
-fn a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_reply() {
+fn thousand_unanswered_names_delay_no_other_request() {
     const SILENT: usize = 1000;
     const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
     const SERVED: Duration = Duration::from_millis(50);
     // The system's resolver gives up later than the server does.
     if !in_namespace(
-        "names::a_thousand_names_that_nobody_answers_hold_up_no_address_and_each_gets_its_reply",
+        "names::thousand_unanswered_names_delay_no_other_request",
         "",
         &format!("{}options timeout:4 attempts:1\n", dns::RESOLV),
     ) {

@@ -12,8 +12,8 @@ use crate::association::{receive, socket};
 use crate::common::{Server, TIMEOUT, echo_server, in_namespace, is_installed, s5, tcp_server, temp_dir, write_file};
 use crate::kit::{CONNECT, V4, connect_from, ping};
 use crate::tools::{
-    ALICE, BOB, Login, Rig, alice_and_bob, ask, associate, elsewhere, enter, got_nothing, ip, is_closed, open_as,
-    reload, try_enter, user_line,
+    ALICE, BOB, Login, TestServer, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
+    reload, send_request, try_log_in, unused_client_ip, user_line,
 };
 
 const EVE: Login<'_> = Some(("eve", "secret"));
@@ -24,8 +24,8 @@ fn alice_alone() -> String {
 
 /// The REP for somebody who comes from where nobody has failed yet; none when he does not get in.
 fn rep(server: &Server, login: Login<'_>, dst: SocketAddr) -> Option<u8> {
-    let mut stream = try_enter(server.addr(), elsewhere(), login)?;
-    Some(ask(&mut stream, CONNECT, &dst.to_string()).0)
+    let mut stream = try_log_in(server.addr(), unused_client_ip(), login)?;
+    Some(send_request(&mut stream, CONNECT, &dst.to_string()).0)
 }
 
 fn target() -> SocketAddr {
@@ -33,10 +33,10 @@ fn target() -> SocketAddr {
 }
 
 #[test]
-fn users_and_rules_are_read_again() {
+fn reload_reads_users_and_rules() {
     let [a, b] = [target(), target()];
     let deny = |dst: SocketAddr| format!("deny port={}\n", dst.port());
-    let rig = Rig::start(&alice_alone(), &deny(a), &[]);
+    let rig = TestServer::start(&alice_alone(), &deny(a), &[]);
     let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&rig.server, login, dst));
     assert_eq!(reps(), [Some(2), Some(0), None, None]);
     let eve = user_line("eve", "secret");
@@ -48,7 +48,7 @@ fn users_and_rules_are_read_again() {
     );
     assert_eq!(reps(), [None, None, Some(0), Some(2)]);
     // Those of the command line stay, in front of the file's, and a file without a change changes nothing.
-    let rig = Rig::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
+    let rig = TestServer::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
     for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
         let line = rig.reload_rules(&rules);
         assert!(line.contains(&format!(" {} rules loaded", rules.lines().count() + 1)), "{line}");
@@ -58,11 +58,11 @@ fn users_and_rules_are_read_again() {
 }
 
 #[test]
-fn nobody_ever_sees_new_users_with_old_rules_or_the_other_way_round() {
+fn reload_replaces_users_and_rules_together() {
     let [a, b] = [target(), target()];
     let policies = [("alice", a, b), ("eve", b, a)]
         .map(|(name, allowed, _)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
-    let rig = Rig::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
+    let rig = TestServer::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let never = |login: Login<'static>, dst: SocketAddr| {
@@ -85,8 +85,8 @@ fn nobody_ever_sees_new_users_with_old_rules_or_the_other_way_round() {
 }
 
 #[test]
-fn an_old_password_is_not_accepted_although_it_was_remembered() {
-    let rig = Rig::start(alice_and_bob(), "", &[]);
+fn reload_forgets_cached_passwords() {
+    let rig = TestServer::start(alice_and_bob(), "", &[]);
     let dst = target();
     // The second time it is remembered.
     for _ in 0..2 {
@@ -127,10 +127,10 @@ const BAD_RULES: [(&str, &str, &str); 8] = [
 ];
 
 #[test]
-fn files_that_are_wrong_change_nothing() {
+fn reload_keeps_policy_if_a_file_is_invalid() {
     let [a, b] = [target(), target()];
     let rules = format!("deny port={}\n", a.port());
-    let rig = Rig::start(alice_and_bob(), &rules, &[]);
+    let rig = TestServer::start(alice_and_bob(), &rules, &[]);
     let other = user_line("eve", "secret");
     let holds = |line: &str, file: &str, words: [&str; 2]| {
         assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
@@ -175,8 +175,8 @@ fn files_that_are_wrong_change_nothing() {
 }
 
 #[test]
-fn a_pipe_in_place_of_a_file_stops_nothing() {
-    let mut rig = Rig::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
+fn reload_does_not_block_on_pipe() {
+    let mut rig = TestServer::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
     std::fs::remove_file(&rig.rules).expect("it is there");
     assert!(Command::new("mkfifo").arg(&rig.rules).status().expect("mkfifo runs").success());
     rig.server.signal("HUP");
@@ -186,7 +186,7 @@ fn a_pipe_in_place_of_a_file_stops_nothing() {
 }
 
 #[test]
-fn files_that_may_not_be_read_change_nothing() {
+fn reload_keeps_policy_if_a_file_is_unreadable() {
     let folder = temp_dir();
     let file = |name, text| write_file(folder.path(), name, text);
     let (users, rules) = (file("users", alice_and_bob()), file("rules", "deny port=1\n"));
@@ -216,11 +216,11 @@ fn files_that_may_not_be_read_change_nothing() {
 }
 
 #[test]
-fn a_file_that_is_cut_off_anywhere_is_not_taken_but_at_the_end_of_a_line() {
+fn reload_rejects_file_without_final_line_end() {
     let [a, b] = [target(), target()];
     let users = format!("# both\n{}", alice_and_bob());
     let rules = format!("# ours\ndeny port={} # not there\n\ndeny to=192.0.2.0/24,198.51.100.7\n", a.port());
-    let rig = Rig::start(&users, &rules, &[]);
+    let rig = TestServer::start(&users, &rules, &[]);
     for (file, text) in [(&rig.users, &users), (&rig.rules, &rules)] {
         for cut in 0..text.len() {
             let part = &text[..cut];
@@ -244,8 +244,8 @@ fn a_file_that_is_cut_off_anywhere_is_not_taken_but_at_the_end_of_a_line() {
 }
 
 #[test]
-fn a_server_for_a_network_does_not_become_open_by_a_reload() {
-    if !in_namespace("reload::a_server_for_a_network_does_not_become_open_by_a_reload", "", "") {
+fn reload_never_opens_relay() {
+    if !in_namespace("reload::reload_never_opens_relay", "", "") {
         return;
     }
     let (folder, dst) = (temp_dir(), target());
@@ -262,21 +262,21 @@ fn a_server_for_a_network_does_not_become_open_by_a_reload() {
             "{open}: {line}"
         );
         assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open}");
-        assert_eq!(ask(&mut enter(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0, 0, "{open}");
+        assert_eq!(send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0, 0, "{open}");
     }
     std::fs::write(&rules, "allow from=127.0.0.3\n").expect("the file can be written");
     assert!(reload(&server).contains("rules loaded"));
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.2"), 0), to)));
-    enter(to, ip("127.0.0.3"), None);
+    log_in(to, ip("127.0.0.3"), None);
 }
 
 #[test]
-fn an_association_that_lives_on_obeys_the_new_rules_from_the_next_datagram_on() {
+fn reload_applies_to_next_datagram_of_association() {
     let (good, bad) = (socket(V4), socket(V4));
     let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("an address"));
     let deny = format!("deny command=udp port={}\n", bad_addr.port());
     for (args, obeys) in [(&[][..], true), (&["--keep-sessions"], false)] {
-        let rig = Rig::start(alice_and_bob(), "# none\n", args);
+        let rig = TestServer::start(alice_and_bob(), "# none\n", args);
         let association = associate(rig.server.addr(), V4, ALICE);
         let mut relay = None;
         for socket in [&good, &bad] {
@@ -289,7 +289,7 @@ fn an_association_that_lives_on_obeys_the_new_rules_from_the_next_datagram_on() 
         association.send(good_addr, b"after");
         assert_eq!(receive(&good).0, b"after");
         if obeys {
-            got_nothing(&bad);
+            assert_no_datagram(&bad);
         } else {
             assert_eq!(receive(&bad).0, b"denied");
         }
@@ -309,8 +309,8 @@ fn an_association_that_lives_on_obeys_the_new_rules_from_the_next_datagram_on() 
 }
 
 #[test]
-fn a_session_under_no_changed_rule_hears_nothing_of_many_reloads() {
-    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+fn many_reloads_do_not_disturb_allowed_session() {
+    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
     for number in 0..20_u8 {
@@ -322,8 +322,8 @@ fn a_session_under_no_changed_rule_hears_nothing_of_many_reloads() {
 }
 
 #[test]
-fn a_reload_neither_hastens_nor_keeps_up_the_end() {
-    let mut rig = Rig::start(alice_and_bob(), "# none\n", &["--drain", "60"]);
+fn reload_during_shutdown_changes_nothing() {
+    let mut rig = TestServer::start(alice_and_bob(), "# none\n", &["--drain", "60"]);
     let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
     rig.server.signal("TERM");

@@ -10,7 +10,8 @@ use crate::common::{
 };
 use crate::kit::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, connect_from, listener, ping, serve, stream_end};
 use crate::tools::{
-    ALICE, BOB, Login, addr, alice_and_bob, ask, associate, enter, got_nothing, ip, is_closed, open_as, request_for,
+    ALICE, BOB, Login, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as, request_for,
+    send_request,
 };
 
 const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test deep.sub.a.test\n\
@@ -21,22 +22,22 @@ const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test deep.s
 type Row = (bool, &'static str, &'static [(&'static str, Login<'static>, u8, &'static str, u8)]);
 
 const LOCAL: &str = "127.0.0.1";
-const ANON: Login<'_> = None;
+const NO_LOGIN: Login<'_> = None;
 
 const ROWS: [Row; 22] = [
     (
         false,
         "deny from=127.0.0.2 port=P",
         &[
-            ("127.0.0.2", ANON, CONNECT, "127.0.0.1:P", 2),
-            ("127.0.0.2", ANON, CONNECT, "127.0.0.1:Q", 0),
-            ("127.0.0.3", ANON, CONNECT, "127.0.0.1:P", 0),
+            ("127.0.0.2", NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
+            ("127.0.0.2", NO_LOGIN, CONNECT, "127.0.0.1:Q", 0),
+            ("127.0.0.3", NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
         ],
     ),
     (
         false,
         "deny from=127.0.0.2,127.64.0.0/10 port=P",
-        &[("127.64.0.9", ANON, CONNECT, "127.0.0.1:P", 2), ("127.128.0.9", ANON, CONNECT, "127.0.0.1:P", 0)],
+        &[("127.64.0.9", NO_LOGIN, CONNECT, "127.0.0.1:P", 2), ("127.128.0.9", NO_LOGIN, CONNECT, "127.0.0.1:P", 0)],
     ),
     (
         true,
@@ -67,82 +68,82 @@ const ROWS: [Row; 22] = [
         "deny method=password port=P\n",
         &[(LOCAL, ALICE, CONNECT, "127.0.0.1:P", 2), (LOCAL, ALICE, CONNECT, "127.0.0.1:Q", 0)],
     ),
-    (false, "deny method=password user=alice", &[(LOCAL, ANON, CONNECT, "127.0.0.1:P", 0)]),
+    (false, "deny method=password user=alice", &[(LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0)]),
     (
         false,
         "deny command=connect",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "a.test:P", 2),
-            (LOCAL, ANON, BIND, "0.0.0.0:0", 0),
-            (LOCAL, ANON, UDP_ASSOCIATE, "0.0.0.0:0", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
+            (LOCAL, NO_LOGIN, BIND, "0.0.0.0:0", 0),
+            (LOCAL, NO_LOGIN, UDP_ASSOCIATE, "0.0.0.0:0", 0),
         ],
     ),
     (
         false,
         "deny command=bind,udp",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
-            (LOCAL, ANON, BIND, "0.0.0.0:0", 2),
-            (LOCAL, ANON, UDP_ASSOCIATE, "0.0.0.0:0", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, NO_LOGIN, BIND, "0.0.0.0:0", 2),
+            (LOCAL, NO_LOGIN, UDP_ASSOCIATE, "0.0.0.0:0", 2),
         ],
     ),
     (
         false,
         "deny to=a.test",
         &[
-            (LOCAL, ANON, CONNECT, "a.test:P", 2),
-            (LOCAL, ANON, CONNECT, "A.Test.:P", 2),
-            (LOCAL, ANON, BIND, "a.test:0", 2),
-            (LOCAL, ANON, CONNECT, "sub.a.test:P", 0),
-            (LOCAL, ANON, CONNECT, "xa.test:P", 0),
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "A.Test.:P", 2),
+            (LOCAL, NO_LOGIN, BIND, "a.test:0", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "sub.a.test:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "xa.test:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
         ],
     ),
     (
         false,
         "deny to=.a.test",
         &[
-            (LOCAL, ANON, CONNECT, "a.test:P", 2),
-            (LOCAL, ANON, CONNECT, "sub.a.test:P", 2),
-            (LOCAL, ANON, CONNECT, "DEEP.Sub.A.test.:P", 2),
-            (LOCAL, ANON, CONNECT, "xa.test:P", 0),
-            (LOCAL, ANON, CONNECT, "b.test:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "sub.a.test:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "DEEP.Sub.A.test.:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "xa.test:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "b.test:P", 0),
         ],
     ),
     (
         false,
         "deny to=127.0.0.1",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "a.test:P", 2),
-            (LOCAL, ANON, CONNECT, "0.0.0.0:P", 2),
-            (LOCAL, ANON, CONNECT, "[::ffff:127.0.0.1]:P", 2),
-            (LOCAL, ANON, CONNECT, "[::ffff:0.0.0.0]:P", 2),
-            (LOCAL, ANON, CONNECT, "[64:ff9b::7f00:1]:P", 2),
-            (LOCAL, ANON, CONNECT, "[2002:7f00:1::]:P", 2),
-            (LOCAL, ANON, CONNECT, "[2001:0:7f00:1::]:P", 2),
-            (LOCAL, ANON, CONNECT, "[2001::80ff:fffe]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "0.0.0.0:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.0.0.1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:0.0.0.0]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[64:ff9b::7f00:1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[2002:7f00:1::]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[2001:0:7f00:1::]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[2001::80ff:fffe]:P", 2),
             // What stands where a name does.
-            (LOCAL, ANON, CONNECT, "=[::ffff:127.0.0.1]:P", 2),
-            (LOCAL, ANON, CONNECT, "=::ffff:127.0.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "=127.0.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "127.1:P", 2),
-            (LOCAL, ANON, CONNECT, "2130706433:P", 2),
-            (LOCAL, ANON, CONNECT, "0x7f000001:P", 2),
-            (LOCAL, ANON, CONNECT, "0:P", 2),
-            (LOCAL, ANON, CONNECT, "127.0.0.2:P", 0),
-            (LOCAL, ANON, CONNECT, "[::1]:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "=[::ffff:127.0.0.1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "=::ffff:127.0.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "=127.0.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "2130706433:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "0x7f000001:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "0:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.2:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 0),
         ],
     ),
     (
         false,
         "deny to=127.0.0.0/8,::1",
         &[
-            (LOCAL, ANON, CONNECT, "127.255.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "[::1]:P", 2),
-            (LOCAL, ANON, CONNECT, "[::]:P", 2),
-            (LOCAL, ANON, CONNECT, "[::ffff:127.9.9.9]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.255.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.9.9.9]:P", 2),
         ],
     ),
     // To allow something, an address must be what it leads to; a name is allowed whatever it leads to.
@@ -150,62 +151,62 @@ const ROWS: [Row; 22] = [
         false,
         "allow to=127.0.0.1,three.test\ndeny",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
-            (LOCAL, ANON, CONNECT, "[::ffff:127.0.0.1]:P", 0),
-            (LOCAL, ANON, CONNECT, "a.test:P", 0),
-            (LOCAL, ANON, CONNECT, "three.test:P", 0),
-            (LOCAL, ANON, CONNECT, "127.0.0.3:P", 2),
-            (LOCAL, ANON, CONNECT, "[::1]:P", 2),
-            (LOCAL, ANON, CONNECT, "[64:ff9b::7f00:2]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.0.0.1]:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "a.test:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "three.test:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[64:ff9b::7f00:2]:P", 2),
         ],
     ),
     (
         false,
         "allow to=::/0\ndeny",
         &[
-            (LOCAL, ANON, CONNECT, "[::1]:P", 0),
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "[::ffff:127.0.0.1]:P", 2),
-            (LOCAL, ANON, CONNECT, "[64:ff9b::7f00:1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.0.0.1]:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "[64:ff9b::7f00:1]:P", 2),
         ],
     ),
     (
         false,
         "deny port=P",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 2),
-            (LOCAL, ANON, CONNECT, "b.test:P", 2),
-            (LOCAL, ANON, CONNECT, "127.0.0.1:Q", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "b.test:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:Q", 0),
         ],
     ),
     (
         false,
         "allow port=P-P,Q\ndeny port=1-65535",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.1:P", 0),
-            (LOCAL, ANON, CONNECT, "127.0.0.1:Q", 0),
-            (LOCAL, ANON, CONNECT, "127.0.0.1:9", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:Q", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:9", 2),
         ],
     ),
     (
         false,
         "# a comment\n\n  deny \t port=P to=127.0.0.2 # and more\nallow port=P to=127.0.0.0/8\ndeny",
         &[
-            (LOCAL, ANON, CONNECT, "127.0.0.2:P", 2),
-            (LOCAL, ANON, CONNECT, "127.0.0.3:P", 0),
-            (LOCAL, ANON, CONNECT, "127.0.0.3:Q", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.2:P", 2),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:P", 0),
+            (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:Q", 2),
         ],
     ),
     // As soon as an allow names from, what nothing allows is denied.
     (
         false,
         "allow from=127.0.0.1 port=P",
-        &[("127.0.0.1", ANON, CONNECT, "127.0.0.1:P", 0), ("127.0.0.1", ANON, CONNECT, "127.0.0.1:Q", 2)],
+        &[("127.0.0.1", NO_LOGIN, CONNECT, "127.0.0.1:P", 0), ("127.0.0.1", NO_LOGIN, CONNECT, "127.0.0.1:Q", 2)],
     ),
     (
         false,
         "allow from=loopback command=connect",
-        &[("127.9.9.9", ANON, CONNECT, "a.test:P", 0), ("127.9.9.9", ANON, BIND, "0.0.0.0:0", 2)],
+        &[("127.9.9.9", NO_LOGIN, CONNECT, "a.test:P", 0), ("127.9.9.9", NO_LOGIN, BIND, "0.0.0.0:0", 2)],
     ),
     (
         true,
@@ -218,12 +219,12 @@ const ROWS: [Row; 22] = [
             (LOCAL, BOB, CONNECT, "127.0.0.1:P", 2),
         ],
     ),
-    (false, "allow", &[(LOCAL, ANON, CONNECT, "127.0.0.1:P", 0), (LOCAL, ANON, CONNECT, "[::1]:P", 0)]),
+    (false, "allow", &[(LOCAL, NO_LOGIN, CONNECT, "127.0.0.1:P", 0), (LOCAL, NO_LOGIN, CONNECT, "[::1]:P", 0)]),
 ];
 
 #[test]
-fn each_condition_decides_about_each_command() {
-    if !in_namespace("rules::each_condition_decides_about_each_command", HOSTS, "") {
+fn each_condition_applies_to_each_command() {
+    if !in_namespace("rules::each_condition_applies_to_each_command", HOSTS, "") {
         return;
     }
     let folder = temp_dir();
@@ -236,8 +237,8 @@ fn each_condition_decides_about_each_command() {
         args.extend(if has_users { vec!["--users", &users] } else { vec![] });
         let server = Server::start(&args);
         for (from, login, command, dst, expected) in cases {
-            let mut stream = enter(server.addr(), ip(from), *login);
-            let (rep, _) = ask(&mut stream, *command, &with_ports(dst));
+            let mut stream = log_in(server.addr(), ip(from), *login);
+            let (rep, _) = send_request(&mut stream, *command, &with_ports(dst));
             let rules = std::fs::read_to_string(&rules).expect("the file is there");
             assert_eq!(rep, *expected, "{rules}\n{from} {login:?} {command} {dst}");
             if rep == 2 {
@@ -248,7 +249,7 @@ fn each_condition_decides_about_each_command() {
 }
 
 #[test]
-fn options_are_tried_in_their_order_and_before_the_file() {
+fn rule_options_keep_order_and_precede_file() {
     let folder = temp_dir();
     let (_listener, dst) = listener(ip(LOCAL));
     let port = format!("port={}", dst.port());
@@ -270,7 +271,7 @@ fn options_are_tried_in_their_order_and_before_the_file() {
 }
 
 #[test]
-fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
+fn client_denied_by_address_is_closed_without_reply() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let file = write_file(folder.path(), "rules", "# nobody\ndeny from=127.0.0.2\n");
@@ -289,12 +290,12 @@ fn whoever_is_denied_by_his_address_alone_is_closed_without_an_octet() {
         let line = format!("client={}", stream.local_addr().expect("an address"));
         let log = server.wait_log(|log| log.contains(&line));
         assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(why)), "{log}");
-        enter(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });
+        log_in(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });
     }
 }
 
 #[test]
-fn a_client_on_a_unix_socket_is_on_this_machine() {
+fn unix_socket_client_counts_as_loopback() {
     let folder = temp_dir();
     let path = folder.path().join("socket");
     let unix = format!("unix:{}", path.display());
@@ -309,9 +310,9 @@ fn a_client_on_a_unix_socket_is_on_this_machine() {
 }
 
 #[test]
-fn of_bind_the_expected_peer_is_judged_and_then_whoever_comes() {
+fn bind_checks_expected_and_actual_peer() {
     // From a port that is chosen by nobody else meanwhile.
-    if !in_namespace("rules::of_bind_the_expected_peer_is_judged_and_then_whoever_comes", HOSTS, "") {
+    if !in_namespace("rules::bind_checks_expected_and_actual_peer", HOSTS, "") {
         return;
     }
     let port = closed_port().port();
@@ -347,8 +348,8 @@ fn of_bind_the_expected_peer_is_judged_and_then_whoever_comes() {
 }
 
 #[test]
-fn each_datagram_is_judged_on_its_way_out() {
-    if !in_namespace("rules::each_datagram_is_judged_on_its_way_out", HOSTS, "") {
+fn each_outgoing_datagram_is_checked() {
+    if !in_namespace("rules::each_outgoing_datagram_is_checked", HOSTS, "") {
         return;
     }
     let folder = temp_dir();
@@ -378,15 +379,15 @@ fn each_datagram_is_judged_on_its_way_out() {
         datagram(0x82, bad_addr, b"ied"),
     ];
     for round in 0..3 {
-        for octets in &denied {
+        for bytes in &denied {
             // An allowed one right before: what was judged for it must not hold for the next.
             association.send(good_addr, b"good");
             assert_eq!(receive(&good).0, b"good");
-            association.send_raw(octets);
+            association.send_raw(bytes);
         }
         association.send_raw(&datagram_name(0, "xa.test", good_addr.port(), b"by name"));
         assert_eq!(receive(&good).0, b"by name", "round {round}");
-        [&good, &bad, &closed].into_iter().for_each(got_nothing);
+        [&good, &bad, &closed].into_iter().for_each(assert_no_datagram);
     }
     // Bob may say b.test.
     let association = associate(server.addr(), ip(LOCAL), BOB);
@@ -395,7 +396,7 @@ fn each_datagram_is_judged_on_its_way_out() {
 }
 
 #[test]
-fn an_answer_comes_only_from_where_the_client_might_send_to() {
+fn answers_come_only_from_allowed_targets() {
     let (target, denied) = (socket(ip(LOCAL)), socket(ip(LOCAL)));
     let [target_addr, denied_addr] = [&target, &denied].map(|socket| socket.local_addr().expect("an address"));
     for more in [&[][..], &["--udp-filtering", "endpoint-independent"]] {
@@ -413,12 +414,8 @@ fn an_answer_comes_only_from_where_the_client_might_send_to() {
 }
 
 #[test]
-fn the_servers_own_listeners_are_denied_to_everybody_and_loopback_is_not_denied_to_loopback() {
-    if !in_namespace(
-        "rules::the_servers_own_listeners_are_denied_to_everybody_and_loopback_is_not_denied_to_loopback",
-        HOSTS,
-        "",
-    ) {
+fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
+    if !in_namespace("rules::own_listeners_are_denied_but_loopback_is_allowed_to_loopback", HOSTS, "") {
         return;
     }
     let own = |more: &[&str]| {

@@ -37,21 +37,21 @@ pub fn alice_and_bob() -> &'static str {
 }
 
 /// An address that nobody has come from yet, since one that fails to log in again and again is held back.
-pub fn elsewhere() -> IpAddr {
+pub fn unused_client_ip() -> IpAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     IpAddr::from([127, 1, high, low])
 }
 
 /// A server with a users file and a rules file that are written anew.
-pub struct Rig {
+pub struct TestServer {
     _folder: TempDir,
     pub users: String,
     pub rules: String,
     pub server: Server,
 }
 
-impl Rig {
+impl TestServer {
     pub fn start(users: &str, rules: &str, more: &[&str]) -> Self {
         let folder = temp_dir();
         let [users, rules] =
@@ -91,12 +91,12 @@ pub fn greeting(login: Login<'_>) -> [u8; 3] {
 }
 
 pub fn credentials((name, passwd): (&str, &str)) -> Vec<u8> {
-    let length = |field: &str| u8::try_from(field.len()).expect("at most 255 octets");
+    let length = |field: &str| u8::try_from(field.len()).expect("at most 255 bytes");
     [&[1, length(name)], name.as_bytes(), &[length(passwd)], passwd.as_bytes()].concat()
 }
 
 /// A connection that may make its request; none when the login is refused.
-pub fn try_enter(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Option<TcpStream> {
+pub fn try_log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Option<TcpStream> {
     let mut stream = connect_from(SocketAddr::new(from, 0), server);
     stream.write_all(&greeting(login)).expect("the greeting is sent");
     assert_eq!(read_exact(&mut stream, 2), [5, greeting(login)[2]]);
@@ -109,8 +109,8 @@ pub fn try_enter(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Option<T
     Some(stream)
 }
 
-pub fn enter(server: SocketAddr, from: IpAddr, login: Login<'_>) -> TcpStream {
-    try_enter(server, from, login).expect("the login is right")
+pub fn log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> TcpStream {
+    try_log_in(server, from, login).expect("the login is right")
 }
 
 /// A request for `dst`, an address or a name with a port; behind a `=` it is a name, whatever it looks like.
@@ -125,28 +125,28 @@ pub fn request_for(command: u8, dst: &str) -> Vec<u8> {
 }
 
 /// Makes a request: REP and BND.
-pub fn ask(stream: &mut TcpStream, command: u8, dst: &str) -> (u8, SocketAddr) {
+pub fn send_request(stream: &mut TcpStream, command: u8, dst: &str) -> (u8, SocketAddr) {
     stream.write_all(&request_for(command, dst)).expect("the request is sent");
     read_reply(stream)
 }
 
 /// A whole session up to its reply, of a client on this machine.
 pub fn open_as(server: &Server, login: Login<'_>, command: u8, dst: &str) -> (TcpStream, u8, SocketAddr) {
-    let mut stream = enter(server.addr(), server.addr().ip(), login);
-    let (rep, bnd) = ask(&mut stream, command, dst);
+    let mut stream = log_in(server.addr(), server.addr().ip(), login);
+    let (rep, bnd) = send_request(&mut stream, command, dst);
     (stream, rep, bnd)
 }
 
 /// An association of a client at `from`.
 pub fn associate(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Association {
-    let mut control = enter(server, from, login);
-    let (rep, bnd) = ask(&mut control, UDP_ASSOCIATE, "0.0.0.0:0");
+    let mut control = log_in(server, from, login);
+    let (rep, bnd) = send_request(&mut control, UDP_ASSOCIATE, "0.0.0.0:0");
     assert_eq!(rep, 0);
     Association { control, socket: socket(from), bnd }
 }
 
 /// Fails when somebody has connected. Whoever dials says so before he replies, so nobody is waited for.
-pub fn saw_nobody(listener: &TcpListener) {
+pub fn assert_no_connection(listener: &TcpListener) {
     listener.set_nonblocking(true).expect("an option");
     let came = listener.accept();
     listener.set_nonblocking(false).expect("an option");
@@ -155,14 +155,14 @@ pub fn saw_nobody(listener: &TcpListener) {
 
 /// Fails when a datagram has come. The server sends them in order, so one that came by another way is enough to wait
 /// for.
-pub fn got_nothing(socket: &UdpSocket) {
+pub fn assert_no_datagram(socket: &UdpSocket) {
     socket.set_nonblocking(true).expect("an option");
     let came = socket.recv_from(&mut [0; 64]);
     socket.set_nonblocking(false).expect("an option");
     assert!(came.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "a datagram came: {came:?}");
 }
 
-/// Whether the other side has closed or reset a connection, without an octet before that.
+/// Whether the other side has closed or reset a connection, without an byte before that.
 pub fn is_closed(stream: &mut TcpStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(n) => n == 0,

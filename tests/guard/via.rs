@@ -11,7 +11,9 @@ use crate::common::{
 };
 use crate::kit::dns::{self, Answer};
 use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, listener, ping, timed};
-use crate::tools::{alice_and_bob, associate, got_nothing, ip, is_closed, open_as, saw_nobody, user_line};
+use crate::tools::{
+    alice_and_bob, assert_no_connection, assert_no_datagram, associate, ip, is_closed, open_as, user_line,
+};
 
 /// A session of each command through a server: to an echo server, with a peer, and with datagrams.
 fn all_commands(server: &Server, what: &str) {
@@ -37,7 +39,7 @@ fn logged(server: &Server, what: &str) -> usize {
 }
 
 #[test]
-fn all_commands_go_through_one_hop_and_through_several() {
+fn all_commands_pass_one_and_several_hops() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
     let unix = format!("unix:{}", folder.path().join("hop").display());
@@ -68,7 +70,7 @@ fn all_commands_go_through_one_hop_and_through_several() {
 }
 
 #[test]
-fn rules_choose_the_way() {
+fn rules_select_route() {
     let [a, b, c] = [(); 3].map(|()| Server::start(&[]));
     let folder = temp_dir();
     let rules = "allow to=127.0.0.2 via=a\nallow to=127.0.0.3,127.0.0.5 via=b\nallow to=127.0.0.4 via=direct\n\
@@ -114,7 +116,7 @@ fn rules_choose_the_way() {
             association.ping(*addr, b"udp");
         }
     }
-    got_nothing(&denied);
+    assert_no_datagram(&denied);
     drop(association);
     for (hop, ups) in [(&a, "up=6 down=6"), (&b, "up=12 down=12"), (&c, "up=6 down=6")] {
         hop.wait_log(|log| log.lines().any(|line| line.contains("command=udp") && line.contains(ups)));
@@ -132,7 +134,7 @@ fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
 }
 
 /// A resolver that the hop need not ask, a hop that knows known.inside.test, and echo servers.
-struct Inside {
+struct InsideHop {
     asked: dns::Queries,
     _folder: tempfile::TempDir,
     hop: Server,
@@ -140,7 +142,7 @@ struct Inside {
     udp: SocketAddr,
 }
 
-impl Inside {
+impl InsideHop {
     fn new() -> Self {
         // Here the name leads to nowhere.
         let asked = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("an address")]));
@@ -171,12 +173,11 @@ impl Inside {
 }
 
 #[test]
-fn a_name_is_the_hops_to_resolve_unless_a_rule_about_addresses_stands_before() {
-    if !in_namespace("via::a_name_is_the_hops_to_resolve_unless_a_rule_about_addresses_stands_before", "", dns::RESOLV)
-    {
+fn hop_resolves_names_unless_address_rule_precedes() {
+    if !in_namespace("via::hop_resolves_names_unless_address_rule_precedes", "", dns::RESOLV) {
         return;
     }
-    let inside = Inside::new();
+    let inside = InsideHop::new();
     let (url, named) = (inside.hop.addr().to_string(), format!("in={}", inside.hop.addr()));
     let ways: [&[&str]; 4] = [
         &["--via", &url, "--allow", "to=.inside.test"],
@@ -198,11 +199,11 @@ fn a_name_is_the_hops_to_resolve_unless_a_rule_about_addresses_stands_before() {
 }
 
 #[test]
-fn with_nothing_but_via_each_name_is_the_hops_to_resolve() {
-    if !in_namespace("via::with_nothing_but_via_each_name_is_the_hops_to_resolve", "", dns::RESOLV) {
+fn via_alone_leaves_all_names_to_hop() {
+    if !in_namespace("via::via_alone_leaves_all_names_to_hop", "", dns::RESOLV) {
         return;
     }
-    let inside = Inside::new();
+    let inside = InsideHop::new();
     let url = inside.hop.addr().to_string();
     inside.all_commands(&["--via", &url]);
     inside.all_commands(&["--via", &url, "--deny", "port=1"]);
@@ -219,7 +220,7 @@ fn scripted(selection: &'static [u8], reply: &'static [u8]) -> SocketAddr {
 }
 
 #[test]
-fn what_the_hop_replies_is_handed_on() {
+fn rep_of_hop_is_passed_on() {
     let denying = Server::start(&["--deny", "to=127.0.0.3"]);
     let server = Server::start(&["--via", &denying.addr().to_string()]);
     for command in [CONNECT, BIND] {
@@ -244,11 +245,11 @@ fn what_the_hop_replies_is_handed_on() {
             assert!(is_closed(&mut stream));
         }
     }
-    saw_nobody(&target);
+    assert_no_connection(&target);
 }
 
 #[test]
-fn a_hop_that_does_not_do_its_part_is_never_gone_around() {
+fn failing_hop_is_never_bypassed() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", alice_and_bob());
     let locked = Server::start(&["--users", &users]);
@@ -290,14 +291,14 @@ fn a_hop_that_does_not_do_its_part_is_never_gone_around() {
             server.wait_log(|log| log.matches(" rep=1 up=0 down=0 ").count() == 3);
         }
     }
-    saw_nobody(&target);
+    assert_no_connection(&target);
     let name = open_as(&Server::start(&["--via", &hops[0]]), None, CONNECT, &format!("localhost:{}", dst.port()));
     assert_eq!(name.1, 1);
-    saw_nobody(&target);
+    assert_no_connection(&target);
 }
 
 #[test]
-fn what_goes_through_a_hop_ends_with_it() {
+fn sessions_end_with_their_hop() {
     let (first, second) = (Server::start(&[]), Server::start(&[]));
     for dies_first in [true, false] {
         let mut hops = [Server::start(&[]), Server::start(&[])].map(Some);
@@ -331,7 +332,7 @@ fn what_goes_through_a_hop_ends_with_it() {
 }
 
 #[test]
-fn passwords_of_hops_are_said_to_nobody() {
+fn passwords_of_hops_are_never_shown() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
     let hop = Server::start(&["--users", &users]);
@@ -394,7 +395,7 @@ fn passwords_of_hops_are_said_to_nobody() {
 }
 
 #[test]
-fn a_url_in_place_of_the_name_of_a_hop_is_not_told_on() {
+fn url_in_via_is_not_shown() {
     let folder = temp_dir();
     let rules = write_file(folder.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
     let allow = "via=socks5h://anna:sesame@192.0.2.1";
@@ -417,7 +418,7 @@ impl Drop for Danted {
 }
 
 #[test]
-fn dante_is_a_hop_as_well() {
+fn dante_works_as_hop() {
     if !is_installed("danted") {
         return;
     }

@@ -5,19 +5,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 
 use crate::common::{Server, closed_port, is_installed, run, tcp_server, temp_dir};
-use crate::{LONG, add_anna, assert_same, code, have, htpasswd_berta, octets, session, stdout, text};
+use crate::{
+    LONG_TIMEOUT, add_anna, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session,
+};
 
-/// curl's status for everything that a SOCKS server can say no to.
+/// curl's status for every refusal of a SOCKS server.
 const PROXY_REFUSED: i32 = 97;
 
-/// Without the user's own settings and exceptions.
+/// curl through a proxy, without the user's .curlrc and NO_PROXY.
 fn curl(proxy: &str) -> Command {
     let mut command = Command::new("curl");
     command.args(["-q", "-sS", "--noproxy", "", "--max-time", "50", "-x", proxy]);
     command
 }
 
-/// A web server that answers with the body of the request, and with `hello` when there is none.
+/// A web server that answers with the body of the request, or with `hello` if it is empty.
 fn http_server(ip: impl Into<IpAddr>) -> SocketAddr {
     tcp_server(ip.into(), |stream| drop(answer(stream)))
 }
@@ -47,19 +49,19 @@ fn answer(stream: TcpStream) -> std::io::Result<()> {
 }
 
 #[test]
-fn curl_resolves_names_itself_with_socks5_and_leaves_it_to_the_server_with_socks5h() {
+fn curl_socks5_resolves_locally_and_socks5h_remotely() {
     if !is_installed("curl") {
         return;
     }
     let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
     let url = format!("http://localhost:{}/", web.port());
     for scheme in ["socks5", "socks5h"] {
-        // -4, since socks5:// offers one address only and ::1 has no server.
+        // -4: with socks5:// curl tries one address only, and the web server does not listen on ::1.
         let proxy = format!("{scheme}://{}", server.addr());
         assert_eq!(stdout(curl(&proxy).args(["-4", &url]), b""), b"hello", "{scheme}");
     }
-    session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
-    session(&server, &["command=connect", &format!("dst=\"localhost:{}\"", web.port()), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"localhost:{}\"", web.port()), "rep=0"]);
 }
 
 #[test]
@@ -72,7 +74,7 @@ fn curl_reaches_an_ipv6_literal() {
         let proxy = format!("{scheme}://{}", server.addr());
         assert_eq!(stdout(curl(&proxy).arg(format!("http://{web}/")), b""), b"hello", "{scheme}");
     }
-    session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
 }
 
 #[test]
@@ -90,43 +92,43 @@ fn curl_reaches_the_server_on_ipv6_and_on_a_unix_socket() {
     for proxy in [format!("socks5h://{}", server.addr()), format!("socks5h://localhost{path}")] {
         assert_eq!(stdout(curl(&proxy).arg(format!("http://{web}/")), b""), b"hello", "{proxy}");
     }
-    session(&server, &["client=unix", "command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+    wait_for_session(&server, &["client=unix", "command=connect", &format!("dst=\"{web}\""), "rep=0"]);
 }
 
 #[test]
 fn curl_logs_in_with_the_right_password_only() {
-    if !have(&["curl", "htpasswd"]) {
+    if !has_all(&["curl", "htpasswd"]) {
         return;
     }
     let folder = temp_dir();
-    // The one adds a line to what the other has written.
+    // --add-user adds a line to the file that htpasswd has written.
     htpasswd_berta(folder.path());
     let users = add_anna(folder.path());
     let (server, web) = (Server::start(&["--users", &users]), http_server(Ipv4Addr::LOCALHOST));
     let get = |userinfo: &str| {
         let proxy = format!("socks5h://{userinfo}{}", server.addr());
-        run(curl(&proxy).arg(format!("http://{web}/")), b"", LONG)
+        run(curl(&proxy).arg(format!("http://{web}/")), b"", LONG_TIMEOUT)
     };
     for (userinfo, user) in [("anna:open%20sesame@", "user=\"anna\""), ("berta:swordfish@", "user=\"berta\"")] {
         let output = get(userinfo);
-        assert_eq!((code(&output), output.stdout.as_slice()), (0, &b"hello"[..]), "{}", text(&output.stderr));
-        session(&server, &[user, "command=connect", "rep=0"]);
+        assert_eq!((exit_code(&output), output.stdout.as_slice()), (0, &b"hello"[..]), "{}", text(&output.stderr));
+        wait_for_session(&server, &[user, "command=connect", "rep=0"]);
     }
     for userinfo in ["anna:swordfish@", "berta:swordfis@", "clara:swordfish@", ""] {
         let output = get(userinfo);
-        assert_eq!((code(&output), output.stdout.as_slice()), (PROXY_REFUSED, &b""[..]), "{userinfo}");
+        assert_eq!((exit_code(&output), output.stdout.as_slice()), (PROXY_REFUSED, &b""[..]), "{userinfo}");
     }
     let log = server.log();
     assert!(!log.contains("sesame") && !log.contains("swordfis"), "a password is in the log:\n{log}");
 }
 
 #[test]
-fn curl_moves_much_both_ways_unchanged() {
+fn curl_transfers_bulk_both_ways_unchanged() {
     if !is_installed("curl") {
         return;
     }
     let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
-    let body = octets(32 << 20);
+    let body = bytes(32 << 20);
     let mut command = curl(&format!("socks5h://{}", server.addr()));
     command.args(["-H", "Expect:", "-H", "Content-Type: application/octet-stream"]);
     let answer = stdout(command.args(["--data-binary", "@-", &format!("http://{web}/")]), &body);
@@ -134,13 +136,13 @@ fn curl_moves_much_both_ways_unchanged() {
 }
 
 #[test]
-fn curl_is_told_that_the_target_refuses() {
+fn curl_gets_rep_5_when_target_refuses() {
     if !is_installed("curl") {
         return;
     }
     let server = Server::start(&[]);
     let output =
-        run(curl(&format!("socks5h://{}", server.addr())).arg(format!("http://{}/", closed_port())), b"", LONG);
-    assert_eq!(code(&output), PROXY_REFUSED);
+        run(curl(&format!("socks5h://{}", server.addr())).arg(format!("http://{}/", closed_port())), b"", LONG_TIMEOUT);
+    assert_eq!(exit_code(&output), PROXY_REFUSED);
     assert!(text(&output.stderr).contains("(5)"), "{}", text(&output.stderr));
 }

@@ -1,4 +1,4 @@
-//! PySocks, Debian's python3-socks, through `s5 serve`.
+//! PySocks (Debian's python3-socks) through `s5 serve`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
@@ -7,10 +7,10 @@ use std::process::Command;
 use crate::common::{Server, echo_server, is_installed, skip, temp_dir, udp_echo_server};
 use crate::{add_anna, stdout, text};
 
-/// Debian's, whatever other Python the path has first: that one has Debian's modules.
+/// Debian's Python, which has Debian's modules, whatever Python comes first in PATH.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// host and port of the proxy and of the target, then user and password.
+/// Arguments: host and port of the proxy, host and port of the target, user name and password.
 const TCP: &str = r#"
 import socket, socks, sys
 proxy, proxy_port, host, port, *login = sys.argv[1:]
@@ -30,7 +30,7 @@ while chunk := s.recv(65536):
 print(data == b"hello " * 100000)
 "#;
 
-/// As above; sends datagrams of the lengths on stdin and compares the answers and who sent them.
+/// The same arguments. Sends datagrams of the lengths given on stdin; compares the answers and their source address.
 const UDP: &str = r#"
 import socket, socks, sys
 proxy, proxy_port, host, port, *login = sys.argv[1:]
@@ -92,13 +92,13 @@ fn pysocks_logs_in_with_the_right_password_only() {
         (&[], "All offered SOCKS5 authentication methods were rejected"),
     ];
     for (login, why) in refused {
-        let said = python(TCP, &server, "127.0.0.1", echo.port(), login, "");
-        assert!(said.contains(why), "{login:?}: {said}");
+        let stderr = python(TCP, &server, "127.0.0.1", echo.port(), login, "");
+        assert!(stderr.contains(why), "{login:?}: {stderr}");
     }
 }
 
 #[test]
-fn pysocks_moves_datagrams_of_every_size() {
+fn pysocks_exchanges_datagrams_of_all_sizes() {
     if !have_pysocks() {
         return;
     }
@@ -117,7 +117,7 @@ fn pysocks_sends_datagrams_to_a_name() {
         return;
     }
     let server = Server::start(&[]);
-    // On both families, for whichever address of the name the server takes.
+    // On both families, since the server may use either address of the name.
     let port = udp_echo_server(Ipv6Addr::UNSPECIFIED.into()).port();
     let answers = python(UDP, &server, "localhost", port, &[], "5 5");
     let expected = ["127.0.0.1", "::1"].map(|sender| format!("5 True {sender} {port}\n").repeat(2));

@@ -1,4 +1,4 @@
-//! OpenSSH: ssh and git over tunnels of ours, and `ssh -D` as a server that is not ours.
+//! OpenSSH: ssh and git through `s5 connect`, and `ssh -D` as a proxy.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -10,18 +10,18 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, tcp_server, temp_dir, wait_until, write_file};
-use crate::{LONG, Process, assert_same, code, have, octets, session, stdout, text};
+use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, has_all, stdout, text, wait_for_session};
 
 const SSHD: &str = "/usr/sbin/sshd";
-/// What our clients exit with when the server closes instead of an answer.
+/// Exit status if the proxy closes the connection instead of replying.
 const PROTOCOL: i32 = 97;
 
-/// An ssh server with keys of its own that lets in the current user.
+/// An ssh server with its own keys, which admits the current user.
 pub(crate) struct Sshd {
     pub(crate) addr: SocketAddr,
     folder: tempfile::TempDir,
-    /// One a connection, as inetd would start them.
-    children: Arc<Mutex<Vec<Process>>>,
+    /// One process for each connection, as with inetd.
+    children: Arc<Mutex<Vec<ProcessGroup>>>,
 }
 
 impl Sshd {
@@ -34,8 +34,8 @@ impl Sshd {
         }
         let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("a public key");
         write_file(folder.path(), "known_hosts", &format!("* {}", public("host_key")));
-        // The temporary folder is everybody's, which sshd's StrictModes does not like. Without PAM it takes an account
-        // for locked when it is not root and so can't see its password.
+        // StrictModes refuses files below a world-writable directory, as the temporary directory is. Without PAM, an
+        // sshd that is not root can't read the user's password, and treats the account as locked.
         let config = write_file(
             folder.path(),
             "sshd_config",
@@ -56,12 +56,12 @@ impl Sshd {
             let mut command = sshd();
             command.args(["-i", "-e", "-f", &config]).stdin(Stdio::from(socket)).stdout(Stdio::from(again));
             command.stderr(log.try_clone().expect("a second handle"));
-            shared.lock().expect("no panic holds it").push(Process::start(&mut command));
+            shared.lock().expect("no panic holds it").push(ProcessGroup::start(&mut command));
         });
         Self { addr, folder, children }
     }
 
-    /// A configuration file for ssh, with these lines before the rest.
+    /// Writes a configuration file for ssh that begins with these lines.
     pub(crate) fn client_config(&self, lines: &str) -> String {
         let path = |name: &str| self.folder.path().join(name).display().to_string();
         let mut config = format!("{lines}\n");
@@ -73,7 +73,7 @@ impl Sshd {
         write_file(self.folder.path(), &format!("ssh_config{n}"), &config)
     }
 
-    /// `ssh` to it, with these lines of configuration.
+    /// ssh to this server, with these lines of configuration.
     pub(crate) fn ssh(&self, lines: &str) -> Command {
         let mut command = Command::new("ssh");
         command.args(["-T", "-F", &self.client_config(lines), "-p", &self.addr.port().to_string(), "127.0.0.1"]);
@@ -90,7 +90,7 @@ impl Drop for Sshd {
     }
 }
 
-/// sshd run by root wants a folder that Debian makes when the service starts; without it, it gets a /run of its own.
+/// sshd, if run by root with its own /run: it requires a directory that Debian creates when the service starts.
 fn sshd() -> Command {
     if Path::new("/run/sshd").is_dir() || !rustix::process::getuid().is_root() {
         return Command::new(SSHD);
@@ -101,12 +101,12 @@ fn sshd() -> Command {
     command
 }
 
-/// `ProxyCommand` with `s5 connect`.
+/// A `ProxyCommand` line with `s5 connect`.
 pub(crate) fn s5_as_proxy_command(options: &str) -> String {
     format!("ProxyCommand '{}' connect {options} %h %p", env!("CARGO_BIN_EXE_s5"))
 }
 
-/// Without the settings of the user and the machine.
+/// git without the settings of the user and the machine.
 pub(crate) fn git(folder: &Path) -> Command {
     let mut command = Command::new("git");
     command.current_dir(folder).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
@@ -116,7 +116,7 @@ pub(crate) fn git(folder: &Path) -> Command {
     command
 }
 
-/// A repository with one commit of a file of this content.
+/// Creates a repository with one commit of a file with this content.
 pub(crate) fn repository(folder: &Path, content: &[u8]) -> PathBuf {
     let path = folder.join("origin");
     std::fs::create_dir(&path).expect("a folder");
@@ -130,48 +130,49 @@ pub(crate) fn repository(folder: &Path, content: &[u8]) -> PathBuf {
 
 #[test]
 fn ssh_goes_through_s5_connect_as_proxy_command() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
-    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), octets(4 << 20));
+    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), bytes(4 << 20));
     let mut ssh = sshd.ssh(&s5_as_proxy_command(""));
     let echoed = stdout(ssh.arg("cat").env("S5_PROXY", server.addr().to_string()), &data);
     assert_same(&echoed, &data);
-    session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 }
 
 #[test]
 fn ssh_goes_through_nc_as_proxy_command() {
-    if !have(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
+    if !has_all(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
         return;
     }
-    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), octets(4 << 20));
+    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), bytes(4 << 20));
     let mut ssh = sshd.ssh(&format!("ProxyCommand nc.openbsd -X 5 -x {} %h %p", server.addr()));
     assert_same(&stdout(ssh.arg("cat"), &data), &data);
-    session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 }
 
 #[test]
-fn ssh_says_why_s5_connect_did_not_get_there() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+fn ssh_shows_error_of_s5_connect() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
-    let (server, sshd, nobody) = (Server::start(&[]), Sshd::start(), closed_port());
+    let (server, sshd, closed) = (Server::start(&[]), Sshd::start(), closed_port());
     let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {}", server.addr())));
     let mut ssh = Command::new("ssh");
-    let output = run(ssh.args(["-F", &config, "-p", &nobody.port().to_string(), "127.0.0.1", "true"]), b"", LONG);
-    assert_eq!(code(&output), 255);
-    let said = text(&output.stderr);
-    assert!(said.contains(&format!("for {nobody}: ")) && said.contains("refused (REP 5)"), "{said}");
+    let output =
+        run(ssh.args(["-F", &config, "-p", &closed.port().to_string(), "127.0.0.1", "true"]), b"", LONG_TIMEOUT);
+    assert_eq!(exit_code(&output), 255);
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains(&format!("for {closed}: ")) && stderr.contains("refused (REP 5)"), "{stderr}");
 }
 
 #[test]
-fn git_clones_and_pushes_over_ssh_through_one_server_and_through_two() {
-    if !have(&["ssh", "sshd", "ssh-keygen", "git"]) {
+fn git_clones_and_pushes_over_ssh_through_one_proxy_and_two() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen", "git"]) {
         return;
     }
     let (first, second, sshd) = (Server::start(&[]), Server::start(&[]), Sshd::start());
-    let (folder, content) = (temp_dir(), octets(2 << 20));
+    let (folder, content) = (temp_dir(), bytes(2 << 20));
     let origin = repository(folder.path(), &content);
     let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
     for (name, hops) in [("one", first.addr().to_string()), ("two", format!("{},{}", first.addr(), second.addr()))] {
@@ -188,39 +189,39 @@ fn git_clones_and_pushes_over_ssh_through_one_server_and_through_two() {
         stdout(git(&origin).args(["rev-parse", "--verify", "-q", name]), b"");
     }
     let target = format!("dst=\"{}\"", sshd.addr);
-    session(&first, &[&target, "rep=0"]);
-    session(&first, &[&format!("dst=\"{}\"", second.addr()), "rep=0"]);
-    session(&second, &[&target, "rep=0"]);
+    wait_for_session(&first, &[&target, "rep=0"]);
+    wait_for_session(&first, &[&format!("dst=\"{}\"", second.addr()), "rep=0"]);
+    wait_for_session(&second, &[&target, "rep=0"]);
 }
 
-/// `ssh -D`, and where it listens.
-fn ssh_d(sshd: &Sshd) -> (Process, SocketAddr) {
+/// Starts `ssh -D`. Returns it with its address.
+fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
         let mut ssh = sshd.ssh(&format!("DynamicForward {addr}\nExitOnForwardFailure yes"));
         let log = File::create(sshd.folder.path().join("ssh_d")).expect("a file");
         ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
-        let mut process = Process::start(&mut ssh);
+        let mut process = ProcessGroup::start(&mut ssh);
         let mut ended = false;
         wait_until("ssh -D listens", TIMEOUT, || {
             ended = process.has_ended();
-            // It listens before it runs the command.
+            // ssh listens before it runs the command.
             ended || std::fs::read(sshd.folder.path().join("ssh_d")).is_ok_and(|log| log == b"connected\n")
         });
         (!ended).then_some((process, addr))
     };
-    // It takes no port 0, and somebody may be faster to take a port that was free.
+    // ssh -D does not accept port 0, and another process may take a port that was free.
     (0..5).find_map(|_| attempt()).expect("ssh -D listens")
 }
 
 #[test]
 fn s5_connect_goes_through_ssh_d() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
     let sshd = Sshd::start();
-    let (_ssh, proxy) = ssh_d(&sshd);
-    let (echo, data) = (echo_server(), octets(4 << 20));
+    let (_ssh, proxy) = start_ssh_d(&sshd);
+    let (echo, data) = (echo_server(), bytes(4 << 20));
     let connect = |hops: &str, host: &str| {
         let mut command = s5();
         command.args(["connect", "-x", hops, host, &echo.port().to_string()]);
@@ -229,25 +230,25 @@ fn s5_connect_goes_through_ssh_d() {
     let hop = proxy.to_string();
     assert_same(&stdout(&mut connect(&hop, "127.0.0.1"), &data), &data);
     assert_eq!(stdout(&mut connect(&hop, "localhost"), b"hello"), b"hello");
-    // In chains with ours, first and last.
+    // In chains with s5, first and last.
     let server = Server::start(&[]);
     assert_eq!(stdout(&mut connect(&format!("{hop},{}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
-    session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
     assert_eq!(stdout(&mut connect(&format!("{},{hop}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
-    session(&server, &["command=connect", &format!("dst=\"{proxy}\""), "rep=0"]);
+    wait_for_session(&server, &["command=connect", &format!("dst=\"{proxy}\""), "rep=0"]);
 }
 
 #[test]
-fn s5_bind_and_udp_say_that_ssh_d_hangs_up() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+fn s5_bind_and_udp_report_that_ssh_d_closes() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
     let sshd = Sshd::start();
-    let (_ssh, proxy) = ssh_d(&sshd);
+    let (_ssh, proxy) = start_ssh_d(&sshd);
     for mode in ["bind", "udp"] {
-        let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG);
-        let said = text(&output.stderr);
-        assert_eq!(code(&output), PROTOCOL, "{mode}: {said}");
-        assert!(said.contains(&format!("proxy {proxy}: request, for 127.0.0.1:9: ")), "{mode}: {said}");
+        let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG_TIMEOUT);
+        let stderr = text(&output.stderr);
+        assert_eq!(exit_code(&output), PROTOCOL, "{mode}: {stderr}");
+        assert!(stderr.contains(&format!("proxy {proxy}: request, for 127.0.0.1:9: ")), "{mode}: {stderr}");
     }
 }

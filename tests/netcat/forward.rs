@@ -1,4 +1,4 @@
-//! `s5 connect -l` and `s5 udp -l`: local ports that lead through the proxy.
+//! `s5 connect -l` and `s5 udp -l`: local ports that are forwarded through the proxy.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -8,49 +8,49 @@ use crate::common::{Server, TIMEOUT, closed_port, echo_server, s5, tcp_server, u
 use crate::kit::{StreamEnd, V4, session_lines, stream_end};
 use crate::scripted::{RunningProgram, ScriptedServer, Step, reply_with, text};
 
-/// A client that listens, and where.
-fn listening(args: &[&str]) -> (RunningProgram, SocketAddr) {
+/// Starts a client that listens. Returns it with its address.
+fn start_forward(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().args(args));
-    let said = client.stderr(|said| said.lines().any(|line| line.starts_with("listening on ")));
-    let line = said.lines().find_map(|line| line.strip_prefix("listening on ")).expect("it says so");
+    let stderr = client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("listening on ")));
+    let line = stderr.lines().find_map(|line| line.strip_prefix("listening on ")).expect("the address is printed");
     (client, line.parse().expect("an address"))
 }
 
-fn ping(stream: &mut TcpStream, octets: &[u8]) {
-    stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
-    stream.write_all(octets).expect("it is sent");
-    let mut back = vec![0; octets.len()];
-    stream.read_exact(&mut back).expect("it comes back");
-    assert!(back == octets);
+fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
+    stream.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
+    stream.write_all(bytes).expect("the data is sent");
+    let mut back = vec![0; bytes.len()];
+    stream.read_exact(&mut back).expect("the echo arrives");
+    assert!(back == bytes);
 }
 
 #[test]
-fn one_connection_gets_its_tunnel_and_then_it_ends() {
+fn forward_without_k_serves_one_connection() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
-    let (mut client, at) = listening(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
-    assert_eq!(at.ip(), V4, "on loopback unless told otherwise");
-    let mut local = TcpStream::connect(at).expect("it listens");
-    ping(&mut local, b"hello");
-    assert!(TcpStream::connect(at).is_err(), "it takes one");
-    local.shutdown(Shutdown::Write).expect("it can be");
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
+    assert_eq!(at.ip(), V4, "the default is loopback");
+    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    assert_echo(&mut local, b"hello");
+    assert!(TcpStream::connect(at).is_err(), "a second connection is refused");
+    local.shutdown(Shutdown::Write).expect("the socket is half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
     assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
-fn the_status_of_the_one_connection_is_that_of_its_tunnel() {
+fn forward_without_k_exits_with_status_of_its_tunnel() {
     let (server, down) = (Server::start(&[]), closed_port().to_string());
-    let (mut client, at) = listening(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
+    let (mut client, at) = start_forward(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
     assert_eq!(at.ip().to_string(), "127.0.0.7");
-    let mut local = TcpStream::connect(at).expect("it listens");
-    assert_eq!(stream_end(&mut local), StreamEnd::Reset, "nothing is not to be taken for the whole");
-    let (status, _, said) = client.end(TIMEOUT);
-    assert_eq!(status.code(), Some(105), "{said}");
-    assert!(said.ends_with("connection refused (REP 5)\n"), "{said}");
+    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    assert_eq!(stream_end(&mut local), StreamEnd::Reset, "a failed tunnel must not look like an empty answer");
+    let (status, _, stderr) = client.end(TIMEOUT);
+    assert_eq!(status.code(), Some(105), "{stderr}");
+    assert!(stderr.ends_with("connection refused (REP 5)\n"), "{stderr}");
 }
 
 #[test]
-fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
+fn forward_k_serves_many_connections_that_fail_independently() {
     let server = Server::start(&[]);
     let count = std::sync::atomic::AtomicUsize::new(0);
     let target = tcp_server(V4, move |mut stream| {
@@ -64,204 +64,205 @@ fn any_number_of_connections_have_their_tunnels_and_fail_each_for_itself() {
         }
     });
     let proxy = server.addr().to_string();
-    let (mut client, at) = listening(&["connect", "-l", "0", "-k", "-x", &proxy, &target.to_string()]);
-    let mut locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-k", "-x", &proxy, &target.to_string()]);
+    let mut locals: Vec<TcpStream> =
+        (0..30).map(|_| TcpStream::connect(at).expect("the address is listened on")).collect();
     let mut resets = 0;
     for local in &mut locals {
-        local.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
-        let mut octet = [0];
-        match local.write_all(b"x").and_then(|()| local.read_exact(&mut octet)) {
-            Ok(()) => assert_eq!(octet, *b"x"),
+        local.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
+        let mut byte = [0];
+        match local.write_all(b"x").and_then(|()| local.read_exact(&mut byte)) {
+            Ok(()) => assert_eq!(byte, *b"x"),
             Err(_) => resets += 1,
         }
     }
     assert_eq!(resets, 10);
     assert!(client.is_running());
-    // The rest is still there.
+    // The other connections are still open.
     let alive = locals.iter_mut().filter_map(|local| local.write_all(b"y").ok()).count();
     assert!(alive >= 20, "{alive}");
     drop(locals);
     server.wait_log(|log| session_lines(log).len() >= 30);
-    let count = |said: &str| said.matches("read error: Connection reset").count();
-    let said = client.stderr(|said| count(said) >= 10);
-    assert_eq!(count(&said), 10, "{said}");
+    let count = |stderr: &str| stderr.matches("read error: Connection reset").count();
+    let stderr = client.stderr(|stderr| count(stderr) >= 10);
+    assert_eq!(count(&stderr), 10, "{stderr}");
 }
 
 #[test]
-fn a_local_client_that_leaves_ends_the_attempt() {
+fn forward_aborts_handshake_when_local_client_disconnects() {
     let proxy = ScriptedServer::start(vec![Step::Greeting, Step::WaitForClose]);
-    let (mut client, at) = listening(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
-    let local = TcpStream::connect(at).expect("it listens");
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
+    let local = TcpStream::connect(at).expect("the address is listened on");
     proxy.message();
-    // Whoever has only closed his side may still want to listen, for a while.
+    // The client waits a while first, since a local client may close its side and still read.
     drop(local);
-    let (status, _, said) = client.end(TIMEOUT);
-    assert_eq!(status.code(), Some(56), "{said}");
-    assert!(said.contains("the local client disconnected"), "{said}");
+    let (status, _, stderr) = client.end(TIMEOUT);
+    assert_eq!(status.code(), Some(56), "{stderr}");
+    assert!(stderr.contains("the local client disconnected"), "{stderr}");
 }
 
 #[test]
-fn it_comes_back_from_a_want_of_descriptors() {
+fn forward_recovers_from_descriptor_exhaustion() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let mut command = std::process::Command::new("sh");
     let script = "ulimit -n 24; exec \"$0\" connect -l 0 -k -x \"$1\" \"$2\"";
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &server.addr().to_string(), &echo]);
     let mut client = RunningProgram::start(&mut command);
-    let said = client.stderr(|said| said.contains("listening on "));
-    let at: SocketAddr = said.trim().trim_start_matches("listening on ").parse().expect("an address");
-    let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("it listens")).collect();
-    client.stderr(|said| said.contains("Too many open files"));
+    let stderr = client.stderr(|stderr| stderr.contains("listening on "));
+    let at: SocketAddr = stderr.trim().trim_start_matches("listening on ").parse().expect("an address");
+    let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("the address is listened on")).collect();
+    client.stderr(|stderr| stderr.contains("Too many open files"));
     drop(locals);
-    wait_until("there is room again", TIMEOUT, || {
-        let mut local = TcpStream::connect(at).expect("it listens");
-        local.set_read_timeout(Some(Duration::from_millis(500))).expect("it can be set");
+    wait_until("connections are forwarded again", TIMEOUT, || {
+        let mut local = TcpStream::connect(at).expect("the address is listened on");
+        local.set_read_timeout(Some(Duration::from_millis(500))).expect("the socket option is set");
         local.write_all(b"x").is_ok() && local.read(&mut [0]).is_ok_and(|n| n == 1)
     });
     assert!(client.is_running());
 }
 
 #[test]
-fn a_place_to_listen_that_makes_no_sense_or_is_taken_is_named() {
+fn invalid_or_used_listen_address_is_an_error() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("an address").to_string();
     for (place, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
         let output = crate::common::run(s5().args(["connect", "-l", place, "a.example:80"]), b"", TIMEOUT);
-        let said = text(&output.stderr);
-        assert_eq!((output.status.code(), said.lines().count()), (Some(status), 1), "{place}: {said}");
+        let stderr = text(&output.stderr);
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(status), 1), "{place}: {stderr}");
     }
 }
 
-fn udp() -> UdpSocket {
+fn udp_socket() -> UdpSocket {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    socket.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
     socket
 }
 
 fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
-    socket.send_to(data, at).expect("it is sent");
+    socket.send_to(data, at).expect("the data is sent");
     let mut buffer = [0; 2048];
-    let (n, from) = socket.recv_from(&mut buffer).expect("an answer comes");
+    let (n, from) = socket.recv_from(&mut buffer).expect("an answer arrives");
     assert_eq!((&buffer[..n], from), (data, at));
 }
 
 #[test]
-fn each_local_peer_has_an_association_that_ends_when_it_is_silent() {
+fn udp_forward_has_one_association_for_each_peer_until_idle() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
     let proxy = server.addr().to_string();
-    let (_client, at) = listening(&["udp", "-l", "0", "-i", "1500ms", "-x", &proxy, &echo]);
-    let (one, two) = (udp(), udp());
+    let (_client, at) = start_forward(&["udp", "-l", "0", "-i", "1500ms", "-x", &proxy, &echo]);
+    let (one, two) = (udp_socket(), udp_socket());
     exchange(&one, at, b"of one");
     exchange(&two, at, b"of two");
     exchange(&one, at, b"of one again");
-    assert_eq!(session_lines(&server.log()).len(), 0, "both are still there");
+    assert_eq!(session_lines(&server.log()).len(), 0, "both associations are open");
     let log = server.wait_log(|log| session_lines(log).len() >= 2);
     assert!(log.contains("up=18") && log.contains("up=6"), "{log}");
-    exchange(&one, at, b"afresh");
+    exchange(&one, at, b"a new association");
 }
 
 #[test]
-fn what_comes_while_it_associates_is_kept() {
+fn udp_forward_queues_datagrams_during_association() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
-    let (_client, at) = listening(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
-    let socket = udp();
+    let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
+    let socket = udp_socket();
     for n in 0..20_u8 {
-        socket.send_to(&[n], at).expect("it is sent");
+        socket.send_to(&[n], at).expect("the data is sent");
     }
     for n in 0..20_u8 {
-        let mut octet = [0];
-        socket.recv_from(&mut octet).expect("an answer comes");
-        assert_eq!(octet, [n]);
+        let mut byte = [0];
+        socket.recv_from(&mut byte).expect("an answer arrives");
+        assert_eq!(byte, [n]);
     }
 }
 
 #[test]
-fn peers_are_limited_in_number() {
+fn udp_forward_limits_peers() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
-    let (client, at) = listening(&["udp", "-l", "0", "--max-peers", "2", "-x", &server.addr().to_string(), &echo]);
-    let (one, two, three) = (udp(), udp(), udp());
+    let (client, at) = start_forward(&["udp", "-l", "0", "--max-peers", "2", "-x", &server.addr().to_string(), &echo]);
+    let (one, two, three) = (udp_socket(), udp_socket(), udp_socket());
     exchange(&one, at, b"one");
     exchange(&two, at, b"two");
-    three.send_to(b"three", at).expect("it is sent");
-    client.stderr(|said| said.contains("too many peers"));
+    three.send_to(b"three", at).expect("the data is sent");
+    client.stderr(|stderr| stderr.contains("too many peers"));
     exchange(&one, at, b"one still");
-    three.set_read_timeout(Some(Duration::from_millis(200))).expect("it can be set");
+    three.set_read_timeout(Some(Duration::from_millis(200))).expect("the socket option is set");
     assert!(three.recv_from(&mut [0; 16]).is_err());
 }
 
 #[test]
-fn a_lost_association_is_told_and_the_next_datagram_gets_a_new_one() {
+fn udp_forward_reports_lost_association_and_opens_a_new_one() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
-    let (told, tell) = std::sync::mpsc::channel::<()>();
+    let (disconnect, disconnected) = std::sync::mpsc::channel::<()>();
     let script = reply_with(&bnd).into_iter().chain([crate::scripted::with_stream(move |stream| {
-        let _ = tell.recv();
+        let _ = disconnected.recv();
         drop(stream);
     })]);
     let proxy = ScriptedServer::start(script.collect());
-    let (mut client, at) = listening(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
-    let socket = udp();
-    socket.send_to(b"x", at).expect("it is sent");
-    relay.recv_from(&mut [0; 64]).expect("it comes");
-    drop(told);
-    client.stderr(|said| said.contains("the proxy ended the association"));
+    let (mut client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
+    let socket = udp_socket();
+    socket.send_to(b"x", at).expect("the data is sent");
+    relay.recv_from(&mut [0; 64]).expect("the data arrives");
+    drop(disconnect);
+    client.stderr(|stderr| stderr.contains("the proxy ended the association"));
     assert!(client.is_running());
-    socket.send_to(b"y", at).expect("it is sent");
-    client.stderr(|said| said.contains("connection refused (is the proxy running?)"));
+    socket.send_to(b"y", at).expect("the data is sent");
+    client.stderr(|stderr| stderr.contains("connection refused (is the proxy running?)"));
     assert!(client.is_running());
 }
 
 #[test]
-fn answers_of_strangers_are_not_handed_on() {
+fn udp_forward_drops_answers_from_other_addresses() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
     let hold = crate::scripted::with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
-    let (_client, at) = listening(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
-    let socket = udp();
-    socket.send_to(b"x", at).expect("it is sent");
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
+    let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
+    let socket = udp_socket();
+    socket.send_to(b"x", at).expect("the data is sent");
+    let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
     let datagram = |last: u8, data: &[u8]| [&[0, 0, 0, 1, 192, 0, 2, last, 0, 7][..], data].concat();
-    relay.send_to(&datagram(8, b"evil"), from).expect("it is sent");
-    relay.send_to(&datagram(7, b"good"), from).expect("it is sent");
+    relay.send_to(&datagram(8, b"evil"), from).expect("the data is sent");
+    relay.send_to(&datagram(7, b"good"), from).expect("the data is sent");
     let mut buffer = [0; 16];
-    let (n, _) = socket.recv_from(&mut buffer).expect("an answer comes");
+    let (n, _) = socket.recv_from(&mut buffer).expect("an answer arrives");
     assert_eq!(&buffer[..n], b"good");
 }
 
 #[test]
-fn a_local_client_that_only_wants_to_listen_gets_what_the_target_says() {
+fn forward_serves_local_client_that_only_reads() {
     let server = Server::start(&[]);
     let target = tcp_server(V4, |mut stream| drop(stream.write_all(b"banner"))).to_string();
-    let (mut client, at) = listening(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
-    let mut local = TcpStream::connect(at).expect("it listens");
-    local.shutdown(Shutdown::Write).expect("it can be");
+    let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
+    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    local.shutdown(Shutdown::Write).expect("the socket is half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(b"banner".to_vec()));
     assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
-fn a_peer_that_goes_on_sending_to_a_dead_proxy_does_not_make_an_attempt_of_each_datagram() {
+fn udp_forward_limits_attempts_to_an_unreachable_proxy() {
     let down = closed_port().to_string();
-    let (client, at) = listening(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
-    let socket = udp();
+    let (client, at) = start_forward(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
+    let socket = udp_socket();
     for _ in 0..200 {
-        socket.send_to(b"x", at).expect("it is sent");
+        socket.send_to(b"x", at).expect("the data is sent");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let said = client.stderr(|said| said.contains("connection refused"));
-    assert!(said.lines().count() < 5, "{said}");
+    let stderr = client.stderr(|stderr| stderr.contains("connection refused"));
+    assert!(stderr.lines().count() < 5, "{stderr}");
 }
 
 #[test]
-fn each_association_tells_what_went_through_it() {
+fn udp_forward_json_reports_each_association() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
     let args = ["udp", "-l", "0", "-i", "300ms", "--json", "-x", &server.addr().to_string(), &echo];
-    let (client, at) = listening(&args);
-    exchange(&udp(), at, b"seven..");
-    let said = client.stderr(|said| said.contains("\"up\":"));
-    assert!(said.contains("\"up\":7,\"down\":7") && !said.contains("\"first_byte\":null"), "{said}");
+    let (client, at) = start_forward(&args);
+    exchange(&udp_socket(), at, b"seven..");
+    let stderr = client.stderr(|stderr| stderr.contains("\"up\":"));
+    assert!(stderr.contains("\"up\":7,\"down\":7") && !stderr.contains("\"first_byte\":null"), "{stderr}");
 }

@@ -1,12 +1,12 @@
-//! The JSON object at the end, read by a reader that is not ours.
+//! The object of --json, parsed by Python.
 
 use std::process::Command;
 
 use crate::common::{Server, TIMEOUT, closed_port, echo_server, is_installed, run, s5};
 use crate::scripted::{ScriptedServer, Step, reply_with, send, text};
 
-/// What python makes of an expression over the object, which is the last line of stderr.
-fn look(stderr: &[u8], expression: &str) -> String {
+/// Evaluates a Python expression on `o`, the object in the last line of stderr.
+fn eval_json(stderr: &[u8], expression: &str) -> String {
     let line = text(stderr).lines().last().unwrap_or_default().to_owned();
     let script = "import json,sys\no=json.loads(sys.argv[1])\nprint(eval(sys.argv[2]))";
     let output = run(Command::new("python3").args(["-c", script, &line, expression]), b"", TIMEOUT);
@@ -15,7 +15,7 @@ fn look(stderr: &[u8], expression: &str) -> String {
 }
 
 #[test]
-fn it_tells_the_way_the_octets_and_the_end() {
+fn json_reports_route_bytes_and_first_end() {
     if !is_installed("python3") {
         return;
     }
@@ -39,12 +39,12 @@ fn it_tells_the_way_the_octets_and_the_end() {
         ("o['ms']['login'] == o['ms']['accept'] == 0", "True".into()),
     ];
     for (expression, expected) in table {
-        assert_eq!(look(&output.stderr, expression), expected, "{expression}: {}", text(&output.stderr));
+        assert_eq!(eval_json(&output.stderr, expression), expected, "{expression}: {}", text(&output.stderr));
     }
 }
 
 #[test]
-fn a_failure_stands_in_it_and_not_beside_it() {
+fn json_contains_the_error_which_is_not_printed_again() {
     if !is_installed("python3") {
         return;
     }
@@ -70,12 +70,12 @@ fn a_failure_stands_in_it_and_not_beside_it() {
         }
         let output = run(command.arg("target.example:80"), b"", TIMEOUT);
         assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
-        assert_eq!(look(&output.stderr, expression), expected, "{}", text(&output.stderr));
+        assert_eq!(eval_json(&output.stderr, expression), expected, "{}", text(&output.stderr));
     }
 }
 
 #[test]
-fn it_tells_who_ended_first_and_how_often_it_was_tried() {
+fn json_reports_ended_first_and_tries() {
     if !is_installed("python3") {
         return;
     }
@@ -84,18 +84,18 @@ fn it_tells_who_ended_first_and_how_often_it_was_tried() {
     });
     let mut client =
         crate::scripted::RunningProgram::start(s5().args(["connect", "--json", "--direct", &closes.to_string()]));
-    let (status, stdout, said) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(0), b"bye".to_vec()));
     assert_eq!(
-        look(said.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),
+        eval_json(stderr.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),
         "('remote', None, None, 3)"
     );
     let down = closed_port().to_string();
     let output = run(s5().args(["connect", "--json", "--wait", "300ms", "-x", &down, "a.example:1"]), b"", TIMEOUT);
-    assert_eq!(look(&output.stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
+    assert_eq!(eval_json(&output.stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
     let server = Server::start(&[]);
     let args = ["udp", "--json", "-n", "1", "-x", &server.addr().to_string()];
     let echo = crate::common::udp_echo_server([127, 0, 0, 1].into()).to_string();
     let output = run(s5().args(args).arg(&echo), b"four\n", TIMEOUT);
-    assert_eq!(look(&output.stderr, "o['up'], o['down'], o['status'], o['bnd'][:10]"), "(4, 4, 0, '127.0.0.1:')");
+    assert_eq!(eval_json(&output.stderr, "o['up'], o['down'], o['status'], o['bnd'][:10]"), "(4, 4, 0, '127.0.0.1:')");
 }

@@ -7,16 +7,16 @@ use std::sync::Arc;
 use s5::policy::Policy;
 use s5::policy::rules::{AccessRequest, Route, Rules};
 
-use crate::{HOME, ask, embedded_addrs, ip, rules, rules_by, told};
+use crate::{OWN_LISTENER, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
 
 /// Everybody who is not on this machine.
-const REMOTE: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
-const LOOPBACK: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
+const REMOTE_CLIENTS: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
+const LOOPBACK_CLIENTS: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
 /// Somewhere that no rule names, as `from=` has it.
-const NOWHERE: &str = "";
+const UNKNOWN_CLIENT: &str = "";
 
 /// This host, the link, the metadata service of a cloud, nobody, many; and the first and last of each range.
-const PROTECTED: [&str; 13] = [
+const PROTECTED_V4: [&str; 13] = [
     "0.0.0.0",
     "0.255.255.255",
     "127.0.0.0",
@@ -32,7 +32,7 @@ const PROTECTED: [&str; 13] = [
     "127.0.0.53",
 ];
 /// What stands just outside of them, and what is private.
-const ORDINARY: [&str; 14] = [
+const UNPROTECTED_V4: [&str; 14] = [
     "1.0.0.0",
     "126.255.255.255",
     "128.0.0.0",
@@ -48,7 +48,7 @@ const ORDINARY: [&str; 14] = [
     "192.168.0.1",
     "100.100.100.200",
 ];
-const PROTECTED_6: [&str; 10] = [
+const PROTECTED_V6: [&str; 10] = [
     "::",
     "::1",
     "fd00:ec2::254",
@@ -61,7 +61,7 @@ const PROTECTED_6: [&str; 10] = [
     "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
 ];
 /// Among them what only looks like one of the forms with an IPv4 address inside.
-const ORDINARY_6: [&str; 12] = [
+const UNPROTECTED_V6: [&str; 12] = [
     "::2",
     "fd00:ec2::253",
     "fd00:ec2::255",
@@ -77,57 +77,57 @@ const ORDINARY_6: [&str; 12] = [
 ];
 
 /// Each of these IPv4 addresses in all its forms.
-fn in_all_forms(list: &[&str]) -> Vec<String> {
+fn with_embedded_forms(list: &[&str]) -> Vec<String> {
     let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("an IPv4 address"));
     parsed.flat_map(embedded_addrs).map(|ip| ip.to_string()).collect()
 }
 
 fn protected() -> Vec<String> {
-    in_all_forms(&PROTECTED).into_iter().chain(PROTECTED_6.map(str::to_owned)).collect()
+    with_embedded_forms(&PROTECTED_V4).into_iter().chain(PROTECTED_V6.map(str::to_owned)).collect()
 }
 
-fn ordinary() -> Vec<String> {
-    in_all_forms(&ORDINARY).into_iter().chain(ORDINARY_6.map(str::to_owned)).collect()
+fn unprotected() -> Vec<String> {
+    with_embedded_forms(&UNPROTECTED_V4).into_iter().chain(UNPROTECTED_V6.map(str::to_owned)).collect()
 }
 
 /// Asks about a client that is in with a password and wants this address, with and without a name for it.
 fn check(rules: &Rules, from: &str, to: &str, expected: &str) {
     let plain = format!("from={from} method=password user=alice command=connect ip={to} port=80");
     for facts in [plain.clone(), format!("{plain} name=example.net"), plain.replace("connect", "udp")] {
-        assert_eq!(ask(rules, &facts), expected, "{facts} with {:?}", rules.user_rules());
+        assert_eq!(evaluate(rules, &facts), expected, "{facts} with {:?}", rules.user_rules());
     }
 }
 
 #[test]
-fn remote_clients_do_not_get_where_only_this_machine_and_its_link_are() {
+fn remote_clients_do_not_reach_protected_addresses() {
     let none = Rules::default();
-    for from in REMOTE {
+    for from in REMOTE_CLIENTS {
         for to in protected() {
             check(&none, from, &to, "deny protected");
         }
-        for to in ordinary() {
-            check(&none, from, &to, "allow open");
+        for to in unprotected() {
+            check(&none, from, &to, "allow default-allow");
         }
     }
 }
 
 #[test]
-fn clients_on_loopback_get_everywhere() {
+fn loopback_clients_reach_every_address() {
     let none = Rules::default();
-    for from in LOOPBACK.into_iter().chain([NOWHERE]) {
-        for to in protected().into_iter().chain(ordinary()) {
-            check(&none, from, &to, "allow open");
+    for from in LOOPBACK_CLIENTS.into_iter().chain([UNKNOWN_CLIENT]) {
+        for to in protected().into_iter().chain(unprotected()) {
+            check(&none, from, &to, "allow default-allow");
         }
     }
 }
 
 #[test]
-fn the_server_of_a_teredo_address_is_looked_at_too() {
+fn deny_matches_server_and_client_of_teredo_address() {
     // The client in it is 198.51.100.1; the server 127.0.0.1, and then an ordinary one.
     let (bad, good) = ("2001:0:7f00:1:0:0:39cc:9bfe", "2001:0:c000:201:0:0:39cc:9bfe");
-    for from in REMOTE {
+    for from in REMOTE_CLIENTS {
         check(&Rules::default(), from, bad, "deny protected");
-        check(&Rules::default(), from, good, "allow open");
+        check(&Rules::default(), from, good, "allow default-allow");
         check(&rules("deny to=192.0.2.0/24"), from, good, "deny line 1");
         check(&rules("deny to=198.51.100.0/24"), from, good, "deny line 1");
         check(&rules("allow to=198.51.100.0/24"), from, bad, "allow line 1");
@@ -136,73 +136,73 @@ fn the_server_of_a_teredo_address_is_looked_at_too() {
 }
 
 #[test]
-fn an_allow_without_to_lifts_nothing() {
+fn allow_without_to_does_not_override_built_in_denials() {
     let table = ["allow", "allow port=80", "allow user=*", "allow command=connect,udp method=password", "allow via=a"];
     for rules in table.map(rules) {
-        for from in REMOTE {
+        for from in REMOTE_CLIENTS {
             for to in protected() {
                 check(&rules, from, &to, "deny protected");
             }
         }
-        let expected = ask(&rules, "from=::1 method=password user=alice command=connect ip=127.0.0.1 port=80");
+        let expected = evaluate(&rules, "from=::1 method=password user=alice command=connect ip=127.0.0.1 port=80");
         assert!(expected.starts_with("allow line 1"), "{expected}");
-        for from in LOOPBACK {
+        for from in LOOPBACK_CLIENTS {
             protected().iter().for_each(|to| check(&rules, from, to, &expected));
         }
-        for from in REMOTE.into_iter().chain(LOOPBACK) {
-            ordinary().iter().for_each(|to| check(&rules, from, to, &expected));
+        for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
+            unprotected().iter().for_each(|to| check(&rules, from, to, &expected));
         }
     }
 }
 
 #[test]
-fn an_allow_with_to_lifts_them_where_it_leads() {
+fn allow_with_to_overrides_built_in_denials_for_its_targets() {
     let all = rules("allow to=0.0.0.0/0,::/0");
-    for from in REMOTE.into_iter().chain(LOOPBACK) {
-        for to in protected().into_iter().chain(ordinary()) {
+    for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
+        for to in protected().into_iter().chain(unprotected()) {
             check(&all, from, &to, "allow line 1");
         }
     }
     let one = rules("allow to=169.254.169.254");
-    for (i, to) in in_all_forms(&PROTECTED).iter().enumerate() {
-        let expected = if PROTECTED[i / 5] == "169.254.169.254" { "allow line 1" } else { "deny protected" };
+    for (i, to) in with_embedded_forms(&PROTECTED_V4).iter().enumerate() {
+        let expected = if PROTECTED_V4[i / 5] == "169.254.169.254" { "allow line 1" } else { "deny protected" };
         check(&one, "192.0.2.7", to, expected);
     }
     let named = rules("allow to=.example.net");
     for to in protected() {
         let facts = format!("from=192.0.2.7 ip={to} port=80");
-        assert_eq!(ask(&named, &format!("{facts} name=www.example.net")), "allow line 1", "{facts}");
-        assert_eq!(ask(&named, &format!("{facts} name=example.com")), "deny protected", "{facts}");
+        assert_eq!(evaluate(&named, &format!("{facts} name=www.example.net")), "allow line 1", "{facts}");
+        assert_eq!(evaluate(&named, &format!("{facts} name=example.com")), "deny protected", "{facts}");
     }
 }
 
 #[test]
-fn an_address_with_another_inside_is_allowed_by_the_one_that_it_leads_to() {
+fn allow_compares_embedded_ipv4_address() {
     let raw = rules("allow to=2002::/16,64:ff9b::/96,2001::/32,::/96");
-    for to in in_all_forms(&PROTECTED) {
+    for to in with_embedded_forms(&PROTECTED_V4) {
         check(&raw, "192.0.2.7", &to, "deny protected");
     }
     check(&raw, "192.0.2.7", "::1", "allow line 1");
 }
 
 #[test]
-fn an_address_with_another_inside_is_denied_by_either() {
+fn deny_compares_outer_and_embedded_address() {
     for to in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)) {
         check(&rules("deny to=198.51.100.0/24"), "::1", &to.to_string(), "deny line 1");
-        let by_raw = if to.is_ipv4() { "allow open" } else { "deny line 1" };
+        let by_raw = if to.is_ipv4() { "allow default-allow" } else { "deny line 1" };
         check(&rules("deny to=::/0"), "::1", &to.to_string(), by_raw);
     }
     let table = [("2002::/16", 3), ("64:ff9b::/96", 2), ("2001::/32", 4)];
     for (net, form) in table {
         for (i, to) in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)).iter().enumerate() {
-            let expected = if i == form { "deny line 1" } else { "allow open" };
+            let expected = if i == form { "deny line 1" } else { "allow default-allow" };
             check(&rules(&format!("deny to={net}")), "::1", &to.to_string(), expected);
         }
     }
 }
 
 #[test]
-fn a_deny_before_an_allow_with_to_stays() {
+fn deny_before_allow_with_to_decides() {
     let rules = rules("deny to=127.0.0.1\nallow to=127.0.0.0/8");
     check(&rules, "192.0.2.7", "127.0.0.1", "deny line 1");
     check(&rules, "192.0.2.7", "127.0.0.2", "allow line 2");
@@ -210,37 +210,43 @@ fn a_deny_before_an_allow_with_to_stays() {
 }
 
 #[test]
-fn the_servers_own_listeners_are_out_of_reach_for_everybody() {
-    let home: SocketAddr = HOME.parse().expect("an address");
-    let at_home = format!("ip={} port={}", home.ip(), home.port());
+fn own_listeners_are_denied_to_every_client() {
+    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("an address");
+    let to_own_listener = format!("ip={} port={}", own_listener.ip(), own_listener.port());
     let table = [
-        ("", "deny home"),
-        ("allow", "deny home"),
-        ("allow port=1080", "deny home"),
-        ("allow from=0.0.0.0/0,::/0", "deny home"),
-        ("allow to=192.0.2.81", "deny home"),
+        ("", "deny own-listener"),
+        ("allow", "deny own-listener"),
+        ("allow port=1080", "deny own-listener"),
+        ("allow from=0.0.0.0/0,::/0", "deny own-listener"),
+        ("allow to=192.0.2.81", "deny own-listener"),
         ("allow to=192.0.2.80", "allow line 1"),
         ("allow to=192.0.2.0/24 port=1080", "allow line 1"),
-        ("allow to=192.0.2.0/24 port=1081", "deny home"),
-        ("allow to=example.net", "deny home"),
+        ("allow to=192.0.2.0/24 port=1081", "deny own-listener"),
+        ("allow to=example.net", "deny own-listener"),
         ("deny\nallow to=192.0.2.80", "deny line 1"),
     ];
     for (text, expected) in table {
         let rules = rules(text);
-        for from in REMOTE.into_iter().chain(LOOPBACK) {
-            assert_eq!(ask(&rules, &format!("from={from} {at_home}")), expected, "{text:?} from {from}");
+        for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
+            assert_eq!(evaluate(&rules, &format!("from={from} {to_own_listener}")), expected, "{text:?} from {from}");
         }
     }
-    assert_eq!(ask(&rules(""), &at_home), "deny home", "and from nowhere");
-    assert_eq!(ask(&rules("allow to=example.net"), &format!("{at_home} name=example.net")), "allow line 1");
+    assert_eq!(evaluate(&rules(""), &to_own_listener), "deny own-listener", "and from nowhere");
+    assert_eq!(
+        evaluate(&rules("allow to=example.net"), &format!("{to_own_listener} name=example.net")),
+        "allow line 1"
+    );
     for other in ["ip=192.0.2.80 port=1081", "ip=192.0.2.81 port=1080"] {
-        assert_eq!(ask(&rules(""), &format!("from=::1 {other}")), "allow open");
+        assert_eq!(evaluate(&rules(""), &format!("from=::1 {other}")), "allow default-allow");
     }
-    assert_eq!(ask(&rules_by(Route::Hop(0), "allow"), &format!("from=::1 {at_home}")), "deny home");
+    assert_eq!(
+        evaluate(&rules_with_route(Route::Hop(0), "allow"), &format!("from=::1 {to_own_listener}")),
+        "deny own-listener"
+    );
 }
 
 #[test]
-fn a_policy_knows_its_listeners_and_asks_for_the_addresses_of_this_machine_only_for_them() {
+fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
     let addr = |text: &str| text.parse::<SocketAddr>().expect("an address");
     let own = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
     let closed = Policy { listen_addrs: own.clone(), ..Policy::default() };
@@ -251,46 +257,46 @@ fn a_policy_knows_its_listeners_and_asks_for_the_addresses_of_this_machine_only_
         to.ip() == ip("192.0.2.1")
     };
     let table = [
-        ("127.0.0.1:1080", "deny home", 0),
-        ("127.0.0.1:1083", "allow open", 0),
-        ("192.0.2.1:1080", "allow open", 0),
-        ("192.0.2.1:1081", "deny home", 1),
-        ("192.0.2.2:1081", "allow open", 2),
-        ("[::1]:1082", "deny home", 0),
-        ("[::1]:1081", "allow open", 0),
+        ("127.0.0.1:1080", "deny own-listener", 0),
+        ("127.0.0.1:1083", "allow default-allow", 0),
+        ("192.0.2.1:1080", "allow default-allow", 0),
+        ("192.0.2.1:1081", "deny own-listener", 1),
+        ("192.0.2.2:1081", "allow default-allow", 2),
+        ("[::1]:1082", "deny own-listener", 0),
+        ("[::1]:1081", "allow default-allow", 0),
     ];
     for (to, expected, local_asked) in table.map(|(to, expected, asked)| (addr(to), expected, asked)) {
-        let question = AccessRequest {
+        let request = AccessRequest {
             client_ip: Some(ip("::1")),
             target_ip: Some(to.ip()),
             target_port: Some(to.port()),
             ..AccessRequest::default()
         };
         asked.set(0);
-        assert_eq!(told(closed.evaluate(&question, local)), expected, "{to}");
+        assert_eq!(describe(closed.evaluate(&request, local)), expected, "{to}");
         assert_eq!(asked.get() > 0, local_asked > 0, "{to}");
-        assert_eq!(told(lifted.evaluate(&question, local)), "allow line 1", "{to}");
+        assert_eq!(describe(lifted.evaluate(&request, local)), "allow line 1", "{to}");
     }
 }
 
 #[test]
-fn where_an_allow_names_from_nothing_else_gets_in() {
+fn allow_with_from_makes_deny_the_default() {
     let table = [
         ("allow from=10.0.0.0/8", "10.1.2.3", "198.51.100.1", "allow line 1"),
-        ("allow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "deny otherwise"),
-        ("allow from=10.0.0.0/8", "::1", "198.51.100.1", "deny otherwise"),
-        ("allow from=10.0.0.0/8", NOWHERE, "198.51.100.1", "deny otherwise"),
+        ("allow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8", "::1", "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8", UNKNOWN_CLIENT, "198.51.100.1", "deny default-deny"),
         ("allow from=10.0.0.0/8", "10.1.2.3", "127.0.0.1", "deny protected"),
         ("allow from=10.0.0.0/8 to=127.0.0.1", "10.1.2.3", "127.0.0.1", "allow line 1"),
-        ("allow from=10.0.0.0/8 to=127.0.0.1", "10.1.2.3", "198.51.100.1", "deny otherwise"),
-        ("allow from=10.0.0.0/8 port=22", "10.1.2.3", "198.51.100.1", "deny otherwise"),
+        ("allow from=10.0.0.0/8 to=127.0.0.1", "10.1.2.3", "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8 port=22", "10.1.2.3", "198.51.100.1", "deny default-deny"),
         ("allow port=80\nallow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "allow line 1"),
-        ("allow port=22\nallow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "deny otherwise"),
+        ("allow port=22\nallow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "deny default-deny"),
         ("allow from=loopback\nallow", "192.0.2.7", "198.51.100.1", "allow line 2"),
-        ("deny from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "allow open"),
+        ("deny from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "allow default-allow"),
         ("deny from=10.0.0.0/8", "10.1.2.3", "198.51.100.1", "deny line 1"),
-        ("allow user=bob", "192.0.2.7", "198.51.100.1", "allow open"),
-        ("allow to=203.0.113.1", "192.0.2.7", "198.51.100.1", "allow open"),
+        ("allow user=bob", "192.0.2.7", "198.51.100.1", "allow default-allow"),
+        ("allow to=203.0.113.1", "192.0.2.7", "198.51.100.1", "allow default-allow"),
     ];
     for (text, from, to, expected) in table {
         check(&rules(text), from, to, expected);
@@ -298,20 +304,20 @@ fn where_an_allow_names_from_nothing_else_gets_in() {
 }
 
 #[test]
-fn the_built_in_rules_come_behind_the_written_ones() {
-    let names = |rules: &Rules| rules.in_display_order().map(crate::called).collect::<Vec<_>>();
+fn built_in_rules_follow_user_rules() {
+    let names = |rules: &Rules| rules.in_display_order().map(crate::label).collect::<Vec<_>>();
     let none = Rules::default();
     assert_eq!(
         (none.user_rules().len(), names(&none)),
-        (0, ["home", "protected", "open", "otherwise"].map(Into::into).into())
+        (0, ["own-listener", "protected", "default-allow", "default-deny"].map(Into::into).into())
     );
     let list = rules("allow from=::1\ndeny\n");
-    let expected = ["line 1", "line 2", "home", "protected", "otherwise"].map(String::from);
+    let expected = ["line 1", "line 2", "own-listener", "protected", "default-deny"].map(String::from);
     assert_eq!((list.user_rules().len(), names(&list)), (2, expected.into()));
 }
 
 #[test]
-fn a_server_is_open_when_somebody_whom_no_rule_names_gets_in_without_a_login() {
+fn is_open_relay_if_unmentioned_client_needs_no_login() {
     let table = [
         ("", true),
         ("allow", true),

@@ -65,78 +65,78 @@ pub struct AccessRequest {
 
 /// What decided: a written rule by its place in the list, or one that is built in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum By {
-    Written(usize),
-    Home,
+pub enum DecidedBy {
+    UserRule(usize),
+    OwnListener,
     Protected,
-    Open,
-    Otherwise,
+    DefaultAllow,
+    DefaultDeny,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    Allow(By, &'static str),
-    Deny(By),
+    Allow(DecidedBy, &'static str),
+    Deny(DecidedBy),
 }
 
 /// Where the server listens.
-pub const OWN: [(Ip, u16); 3] =
+pub const OWN_LISTENERS: [(Ip, u16); 3] =
     [(Ip::V4(0xc000_0250), 1080), (Ip::V4(0x7f00_0001), 1080), (Ip::V6(0x2001_0db8 << 96 | 0x50), 1080)];
 
 /// The answer to a question. `way` is taken where a rule names none.
-pub fn decide(rules: &[Rule], way: &'static str, asked: &AccessRequest) -> Answer {
+pub fn decide(rules: &[Rule], route: &'static str, request: &AccessRequest) -> Answer {
     for (i, rule) in rules.iter().enumerate() {
-        if holds(rule, asked) {
+        if matches(rule, request) {
             return match rule.allow {
-                true => Answer::Allow(By::Written(i), rule.via.unwrap_or(way)),
-                false => Answer::Deny(By::Written(i)),
+                true => Answer::Allow(DecidedBy::UserRule(i), rule.via.unwrap_or(route)),
+                false => Answer::Deny(DecidedBy::UserRule(i)),
             };
         }
     }
-    if is_home(asked) {
-        return Answer::Deny(By::Home);
+    if is_own_listener(request) {
+        return Answer::Deny(DecidedBy::OwnListener);
     }
-    if is_protected(asked) {
-        return Answer::Deny(By::Protected);
+    if is_protected(request) {
+        return Answer::Deny(DecidedBy::Protected);
     }
     if rules.iter().any(|rule| rule.allow && !rule.from.is_empty()) {
-        return Answer::Deny(By::Otherwise);
+        return Answer::Deny(DecidedBy::DefaultDeny);
     }
-    Answer::Allow(By::Open, way)
+    Answer::Allow(DecidedBy::DefaultAllow, route)
 }
 
 /// Whether every condition of a rule holds.
-pub fn holds(rule: &Rule, asked: &AccessRequest) -> bool {
-    if !rule.from.is_empty() && !rule.from.iter().any(|source| is_from(*source, asked.from)) {
+pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
+    if !rule.from.is_empty() && !rule.from.iter().any(|source| is_from(*source, request.from)) {
         return false;
     }
-    if !rule.users.is_empty() && !rule.users.iter().any(|user| is_user(*user, asked.user)) {
+    if !rule.users.is_empty() && !rule.users.iter().any(|user| is_user(*user, request.user)) {
         return false;
     }
-    if !rule.methods.is_empty() && !rule.methods.contains(&asked.method) {
+    if !rule.methods.is_empty() && !rule.methods.contains(&request.method) {
         return false;
     }
-    if !rule.commands.is_empty() && !rule.commands.contains(&asked.command) {
+    if !rule.commands.is_empty() && !rule.commands.contains(&request.command) {
         return false;
     }
-    if !rule.ports.is_empty() && !rule.ports.iter().any(|(low, high)| *low <= asked.port && asked.port <= *high) {
+    if !rule.ports.is_empty() && !rule.ports.iter().any(|(low, high)| *low <= request.port && request.port <= *high) {
         return false;
     }
     if !rule.to.is_empty() {
-        return rule.to.iter().any(|place| is_to(*place, rule.allow, asked));
+        return rule.to.iter().any(|place| is_to(*place, rule.allow, request));
     }
     // "allow" alone means everywhere but where the built-in rules do not let this client.
-    !rule.allow || !is_home(asked) && !is_protected(asked)
+    !rule.allow || !is_own_listener(request) && !is_protected(request)
 }
 
-fn is_home(asked: &AccessRequest) -> bool {
-    embedded_addrs(asked.ip).into_iter().any(|ip| OWN.contains(&(ip, asked.port)))
+fn is_own_listener(request: &AccessRequest) -> bool {
+    embedded_addrs(request.ip).into_iter().any(|ip| OWN_LISTENERS.contains(&(ip, request.port)))
 }
 
-fn is_protected(asked: &AccessRequest) -> bool {
-    let is_remote = asked.from.is_some_and(|from| !is_loopback(from));
-    let is_local_name = asked.name.is_some_and(|name| labels(name).last().is_some_and(|last| last == "localhost"));
-    is_remote && (is_local_name || embedded_addrs(asked.ip).into_iter().any(is_protected_form))
+fn is_protected(request: &AccessRequest) -> bool {
+    let is_remote = request.from.is_some_and(|from| !is_loopback(from));
+    let is_local_name = request.name.is_some_and(|name| labels(name).last().is_some_and(|last| last == "localhost"));
+    is_remote && (is_local_name || embedded_addrs(request.ip).into_iter().any(is_protected_addr))
 }
 
 fn is_loopback(ip: Ip) -> bool {
@@ -146,7 +146,7 @@ fn is_loopback(ip: Ip) -> bool {
     }
 }
 
-fn is_protected_form(ip: Ip) -> bool {
+fn is_protected_addr(ip: Ip) -> bool {
     match ip {
         Ip::V4(ip) => match ip.to_be_bytes() {
             [0 | 127 | 224..=239, ..] | [169, 254, ..] | [255, 255, 255, 255] => true,
@@ -161,18 +161,18 @@ fn is_protected_form(ip: Ip) -> bool {
 
 /// All that an address could be taken for.
 fn embedded_addrs(ip: Ip) -> Vec<Ip> {
-    let mut forms = vec![ip];
-    forms.extend(inside(ip).map(Ip::V4));
+    let mut addrs = vec![ip];
+    addrs.extend(embedded_ipv4(ip).map(Ip::V4));
     if let Ip::V6(ip) = ip
         && ip >> 96 == 0x2001_0000
     {
-        forms.push(Ip::V4(low(ip >> 64)));
+        addrs.push(Ip::V4(low(ip >> 64)));
     }
-    forms
+    addrs
 }
 
 /// The IPv4 address that an IPv6 address leads to.
-fn inside(ip: Ip) -> Option<u32> {
+fn embedded_ipv4(ip: Ip) -> Option<u32> {
     let Ip::V6(ip) = ip else { return None };
     if ip >> 32 == 0xffff || ip >> 32 == 0x0064_ff9b << 64 {
         return Some(low(ip));
@@ -193,7 +193,7 @@ fn is_from(source: ClientPattern, from: Option<Ip>) -> bool {
     match source {
         ClientPattern::Loopback => is_loopback(from),
         ClientPattern::Remote => !is_loopback(from),
-        ClientPattern::Net(net) => has(net, from),
+        ClientPattern::Net(net) => contains(net, from),
     }
 }
 
@@ -206,12 +206,12 @@ fn is_user(user: UserPattern, name: Option<&[u8]>) -> bool {
     }
 }
 
-fn is_to(place: TargetPattern, allow: bool, asked: &AccessRequest) -> bool {
+fn is_to(place: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
     match place {
-        TargetPattern::Name(name) => asked.name.is_some_and(|asked| labels(asked) == labels(name)),
-        TargetPattern::Suffix(suffix) => asked.name.is_some_and(|asked| labels(asked).ends_with(&labels(suffix))),
-        TargetPattern::Net(net) if allow => has(net, inside(asked.ip).map_or(asked.ip, Ip::V4)),
-        TargetPattern::Net(net) => embedded_addrs(asked.ip).into_iter().any(|form| has(net, form)),
+        TargetPattern::Name(name) => request.name.is_some_and(|request| labels(request) == labels(name)),
+        TargetPattern::Suffix(suffix) => request.name.is_some_and(|request| labels(request).ends_with(&labels(suffix))),
+        TargetPattern::Net(net) if allow => contains(net, embedded_ipv4(request.ip).map_or(request.ip, Ip::V4)),
+        TargetPattern::Net(net) => embedded_addrs(request.ip).into_iter().any(|form| contains(net, form)),
     }
 }
 
@@ -224,7 +224,7 @@ fn labels(name: &str) -> Vec<String> {
     labels
 }
 
-fn has(net: Net, ip: Ip) -> bool {
+fn contains(net: Net, ip: Ip) -> bool {
     match (net, ip) {
         (Net::V4(net, bits), Ip::V4(ip)) => (0..bits).all(|bit| (net ^ ip) & (1 << (31 - bit)) == 0),
         (Net::V6(net, bits), Ip::V6(ip)) => (0..bits).all(|bit| (net ^ ip) & (1 << (127 - bit)) == 0),

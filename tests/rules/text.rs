@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, normalize_name, parse_rule, parse_rules};
 use s5::proto::{Method, ProtectionLevel};
 
-use crate::{ask, config, hops, rules, rules_by};
+use crate::{config, evaluate, hops, rules, rules_with_route};
 
 /// Everything is known, and nothing of it is special.
 const BASE: &str = "from=192.0.2.7 method=password user=alice command=connect ip=198.51.100.1 port=80";
@@ -12,18 +12,18 @@ const BASE: &str = "from=192.0.2.7 method=password user=alice command=connect ip
 /// Checks for what a rule of these conditions counts, whether it allows or denies. The facts stand in for those of
 /// [`BASE`].
 fn check(conditions: &str, yes: &[&str], no: &[&str]) {
-    for verdict in ["allow", "deny"] {
-        let rules = rules(&format!("{verdict} {conditions}\n"));
-        let by_rule = format!("{verdict} line 1");
+    for action in ["allow", "deny"] {
+        let rules = rules(&format!("{action} {conditions}\n"));
+        let by_rule = format!("{action} line 1");
         for (facts, counts) in yes.iter().map(|facts| (facts, true)).chain(no.iter().map(|facts| (facts, false))) {
-            let answer = ask(&rules, &format!("{BASE} {facts}"));
-            assert_eq!(answer == by_rule, counts, "{verdict} {conditions}, asked {facts:?}: {answer}");
+            let answer = evaluate(&rules, &format!("{BASE} {facts}"));
+            assert_eq!(answer == by_rule, counts, "{action} {conditions}, asked {facts:?}: {answer}");
         }
     }
 }
 
 #[test]
-fn a_rule_without_conditions_counts_for_all() {
+fn rule_without_conditions_always_matches() {
     check(
         "",
         &["", "from=", "from=2001:db8::7", "method=none user=", "command=udp", "name=example.org", "port=1"],
@@ -32,7 +32,7 @@ fn a_rule_without_conditions_counts_for_all() {
 }
 
 #[test]
-fn from_is_an_address_a_cidr_or_a_side() {
+fn from_matches_address_cidr_loopback_or_remote() {
     check("from=192.0.2.7", &[""], &["from=192.0.2.6", "from=192.0.2.8", "from=::c000:207", "from="]);
     check("from=192.0.2.0/24", &["from=192.0.2.0", "from=192.0.2.255"], &["from=192.0.1.255", "from=192.0.3.0"]);
     check("from=0.0.0.0/0", &["from=0.0.0.0", "from=255.255.255.255"], &["from=::1", "from=2001:db8::7", "from="]);
@@ -42,27 +42,27 @@ fn from_is_an_address_a_cidr_or_a_side() {
 }
 
 #[test]
-fn a_client_is_where_it_is_and_not_where_its_address_could_lead() {
+fn from_ignores_embedded_ipv4_address() {
     check("from=10.0.0.0/8", &["from=10.1.2.3"], &["from=2002:a01:203::1", "from=64:ff9b::a01:203"]);
     check("from=2002::/16", &["from=2002:a01:203::1"], &["from=10.1.2.3"]);
 }
 
 #[test]
-fn a_method_is_one_of_three() {
+fn method_matches_each_method() {
     check("method=none", &["method=none user="], &["", "method=gssapi"]);
     check("method=password", &[""], &["method=none user=", "method=gssapi"]);
     check("method=gssapi", &["method=gssapi"], &["", "method=none user="]);
 }
 
 #[test]
-fn a_command_is_one_of_three() {
+fn command_matches_each_command() {
     check("command=connect", &[""], &["command=bind", "command=udp"]);
     check("command=bind", &["command=bind"], &["", "command=udp"]);
     check("command=udp", &["command=udp"], &["", "command=bind"]);
 }
 
 #[test]
-fn a_list_is_any_of_it_and_all_conditions_have_to_hold() {
+fn list_matches_any_entry_and_rule_needs_all_conditions() {
     check("from=127.0.0.1,192.0.2.0/24,::1", &["", "from=127.0.0.1", "from=::1"], &["from=127.0.0.2", "from=::2"]);
     check("method=none,gssapi", &["method=none user=", "method=gssapi"], &[""]);
     check("command=udp,bind", &["command=bind", "command=udp"], &[""]);
@@ -77,18 +77,18 @@ fn a_list_is_any_of_it_and_all_conditions_have_to_hold() {
 }
 
 /// Whether a rule with this user counts for somebody with that name; none has not logged in.
-fn counts(user: &str, name: Option<&[u8]>) -> bool {
+fn user_matches(user: &str, name: Option<&[u8]>) -> bool {
     let rules = rules(&format!("deny user={user}"));
     let method = if name.is_some() { Method::PASSWORD } else { Method::NONE };
-    let question = AccessRequest {
+    let request = AccessRequest {
         identity: Some(Identity { method, user: name, level: ProtectionLevel::None }),
         ..AccessRequest::default()
     };
-    matches!(rules.evaluate(&question, &|_| false), Decision::Deny(_))
+    matches!(rules.evaluate(&request, &|_| false), Decision::Deny(_))
 }
 
 #[test]
-fn a_user_is_a_name_a_realm_or_anybody_who_logged_in() {
+fn user_matches_name_realm_or_any_login() {
     type Names<'a> = &'a [&'a [u8]];
     let table: [(&str, Names<'_>, Names<'_>); 14] = [
         ("alice", &[b"alice"], &[b"Alice", b"alic", b"alicea", b"", b"*", b"alice\0", b"alice@example.org"]),
@@ -112,17 +112,17 @@ fn a_user_is_a_name_a_realm_or_anybody_who_logged_in() {
     ];
     for (user, yes, no) in table {
         for name in yes {
-            assert!(counts(user, Some(name)), "{user} for {}", name.escape_ascii());
+            assert!(user_matches(user, Some(name)), "{user} for {}", name.escape_ascii());
         }
         for name in no {
-            assert!(!counts(user, Some(name)), "{user} for {}", name.escape_ascii());
+            assert!(!user_matches(user, Some(name)), "{user} for {}", name.escape_ascii());
         }
-        assert!(!counts(user, None), "{user} for somebody without a login");
+        assert!(!user_matches(user, None), "{user} for somebody without a login");
     }
 }
 
 #[test]
-fn to_is_an_address_or_a_cidr() {
+fn to_matches_address_or_cidr() {
     check("to=198.51.100.1", &["", "name=example.org"], &["ip=198.51.100.2", "ip=::c633:6401"]);
     check("to=198.51.100.0/31", &["", "ip=198.51.100.0"], &["ip=198.51.100.2", "ip=198.51.99.255"]);
     check("to=0.0.0.0/0", &["", "ip=255.255.255.255", "ip=2002:a01:203::1"], &["ip=::1", "ip=2001:db8::1"]);
@@ -134,13 +134,13 @@ fn to_is_an_address_or_a_cidr() {
 }
 
 #[test]
-fn to_is_a_name_or_a_suffix() {
-    let spelt = ["name=example.org", "name=EXAMPLE.org", "name=example.org.", "name=Example.Org."];
+fn to_matches_name_or_suffix() {
+    let spellings = ["name=example.org", "name=EXAMPLE.org", "name=example.org.", "name=Example.Org."];
     let others = ["", "name=example.orgs", "name=notexample.org", "name=example.org.evil.net", "name=org"];
     let below = ["name=www.example.org", "name=a.b.example.org", "name=WWW.EXAMPLE.ORG."];
     for name in ["example.org", "EXAMPLE.org", "example.org.", "eXaMPLE.oRG."] {
-        check(&format!("to={name}"), &spelt, &[&others[..], &below].concat());
-        check(&format!("to=.{name}"), &[&spelt[..], &below].concat(), &others);
+        check(&format!("to={name}"), &spellings, &[&others[..], &below].concat());
+        check(&format!("to=.{name}"), &[&spellings[..], &below].concat(), &others);
     }
     check("to=.org", &["name=org", "name=example.org", "name=www.example.org"], &["name=xorg", "name=example.com"]);
     check("to=localhost", &["name=localhost", "name=LocalHost."], &["name=a.localhost"]);
@@ -150,7 +150,7 @@ fn to_is_a_name_or_a_suffix() {
 }
 
 #[test]
-fn a_name_is_compared_in_lower_case_without_the_dot_at_its_end() {
+fn normalize_name_lowers_case_and_drops_final_dot() {
     assert_eq!(
         ["Example.ORG.", "example.org", "a..", "Ü", "."].map(normalize_name),
         ["example.org", "example.org", "a.", "ü", ""]
@@ -158,7 +158,7 @@ fn a_name_is_compared_in_lower_case_without_the_dot_at_its_end() {
 }
 
 #[test]
-fn a_port_is_a_number_or_a_range_with_both_ends() {
+fn port_matches_number_or_inclusive_range() {
     check("port=80", &["port=80"], &["port=79", "port=81", "port=0"]);
     check("port=80-82", &["port=80", "port=81", "port=82"], &["port=79", "port=83"]);
     check("port=80-80", &["port=80"], &["port=79", "port=81"]);
@@ -167,30 +167,30 @@ fn a_port_is_a_number_or_a_range_with_both_ends() {
 }
 
 #[test]
-fn via_names_the_way() {
+fn via_selects_route() {
     for (default, way) in [(Route::Direct, ""), (Route::Hop(0), " a"), (Route::Hop(1), " b")] {
         for (via, expected) in [("", way), ("via=direct", ""), ("via=a", " a"), ("via=b", " b")] {
-            let answer = ask(&rules_by(default, &format!("allow {via}")), BASE);
+            let answer = evaluate(&rules_with_route(default, &format!("allow {via}")), BASE);
             assert_eq!(answer, format!("allow line 1{expected}"), "{via:?} with {default:?}");
         }
-        assert_eq!(ask(&rules_by(default, ""), BASE), format!("allow open{way}"));
+        assert_eq!(evaluate(&rules_with_route(default, ""), BASE), format!("allow default-allow{way}"));
     }
 }
 
 #[test]
-fn keys_stand_in_any_order_and_the_last_rule_is_as_good_as_the_first() {
+fn keys_are_accepted_in_any_order_and_first_match_decides() {
     for line in ["deny port=80 command=connect", "deny command=connect port=80", "  deny\tport=80 \t command=connect  "]
     {
         let rules = rules(line);
-        assert_eq!(ask(&rules, BASE), "deny line 1", "{line:?}");
+        assert_eq!(evaluate(&rules, BASE), "deny line 1", "{line:?}");
         assert_eq!(rules.user_rules()[0].to_string(), line.split_whitespace().collect::<Vec<_>>().join(" "));
     }
     let rules = rules("allow port=1\nallow port=2\ndeny port=80\nallow port=80\n");
-    assert_eq!(ask(&rules, BASE), "deny line 3", "first match wins");
+    assert_eq!(evaluate(&rules, BASE), "deny line 3", "first match wins");
 }
 
 #[test]
-fn comments_blanks_and_line_ends_of_windows_are_nothing() {
+fn comments_blanks_and_crlf_are_ignored() {
     for line in ["", " \t", "#", "# allow", "  # deny to=x", "#deny", "#port=0"] {
         assert!(parse_rule(line, "", &[]).expect("no mistake").is_none(), "{line:?}");
     }
@@ -204,13 +204,13 @@ fn comments_blanks_and_line_ends_of_windows_are_nothing() {
 }
 
 #[test]
-fn a_line_alone_is_known_by_what_it_was_called() {
+fn parse_rule_keeps_origin_and_text() {
     let rule = parse_rule("deny # all", "--deny", &[]).expect("no mistake").expect("a rule");
     assert_eq!((rule.origin(), &*rule.to_string()), ("--deny", "deny"));
 }
 
 /// A bad line, and the words by which its message lets one find the mistake.
-const MISTAKES: [(&str, &[&str]); 78] = [
+const INVALID_RULES: [(&str, &[&str]); 78] = [
     ("permit", &["\"permit\"", "allow", "deny"]),
     ("Allow", &["\"Allow\""]),
     ("DENY port=80", &["\"DENY\""]),
@@ -292,8 +292,8 @@ const MISTAKES: [(&str, &[&str]); 78] = [
 ];
 
 #[test]
-fn a_mistake_is_told_by_its_line_and_its_word() {
-    for (bad, words) in MISTAKES {
+fn error_names_line_and_word() {
+    for (bad, words) in INVALID_RULES {
         let text = format!("# a comment\n\nallow port=80\n{bad}\npermit\n");
         let error = parse_rules(&text, "file", &hops()).map(|rules| rules.len()).expect_err(bad);
         let shown = error.to_string();
@@ -307,7 +307,7 @@ fn a_mistake_is_told_by_its_line_and_its_word() {
 }
 
 #[test]
-fn ports_and_ways_that_there_are_not_are_mistakes() {
+fn invalid_ports_and_routes_are_errors() {
     for bad in ["-1", "0-5", "1-65536", "1-2-3", "80x", "x", "http", "0x50", "-", " 80"] {
         parse_rule(&format!("deny port={bad}"), "", &[]).expect_err(bad);
     }
@@ -325,7 +325,7 @@ proptest! {
     #![proptest_config(config(500))]
 
     #[test]
-    fn any_text_is_rules_or_an_error_in_one_of_its_lines(
+    fn any_text_parses_or_fails_in_one_of_its_lines(
         text in "((allow|deny|[ -~é]{0,5})( (from|to|port|user|via|[a-z]{0,3})[=]?[ -~é\u{1b}]{0,12}){0,3}\r?\n){0,5}",
     ) {
         match parse_rules(&text, "f", &hops()) {
@@ -340,7 +340,7 @@ proptest! {
     }
 
     #[test]
-    fn any_value_of_to_is_a_place_or_an_error(value in "[0-9a-fx.:/*\\[\\]]{1,12}") {
+    fn any_value_of_to_parses_or_fails(value in "[0-9a-fx.:/*\\[\\]]{1,12}") {
         if let Ok(Some(rule)) = parse_rule(&format!("deny to={value}"), "f", &[]) {
             prop_assert_eq!(rule.to_string(), format!("deny to={value}"));
             prop_assert!(!value.contains('*'));

@@ -1,4 +1,4 @@
-//! CONNECT up to its reply: which REP, which BND, when, and what becomes of those who leave or keep on talking.
+//! CONNECT up to its reply: REP, BND, timing, and clients that disconnect or send early.
 
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
@@ -15,11 +15,11 @@ use crate::kit::{
 };
 
 fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("an address")
+    text.parse().expect("valid address")
 }
 
 #[test]
-fn bnd_is_the_address_that_the_target_sees() {
+fn connect_bnd_is_the_source_address_that_the_target_sees() {
     for (listen, ip) in [("127.0.0.1:0", V4), ("127.0.0.1:0", V6), ("[::1]:0", V4), ("[::1]:0", V6)] {
         let server = serve(listen, 1, &[]);
         let (target, dst) = listener(ip);
@@ -30,18 +30,18 @@ fn bnd_is_the_address_that_the_target_sees() {
 }
 
 #[test]
-fn a_closed_port_is_05_in_either_family() {
+fn connect_closed_port_is_rep_05() {
     let server = Server::start(&[]);
     let closed = closed_port().port();
     for ip in [V4, V6] {
         let (mut stream, rep, _) = open(&server, CONNECT, SocketAddr::new(ip, closed));
         assert_eq!(rep, 5, "{ip}");
-        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed behind the reply");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed after the reply");
     }
 }
 
 #[test]
-fn no_address_of_one_host_is_ever_dialled() {
+fn connect_to_port_0_or_multicast_is_rep_03() {
     let server = Server::start(&[]);
     for dst in ["127.0.0.1:0", "224.0.0.1:9", "255.255.255.255:9", "240.0.0.1:9", "[ff02::1]:9"] {
         let (_, rep, _) = open(&server, CONNECT, addr(dst));
@@ -50,45 +50,45 @@ fn no_address_of_one_host_is_ever_dialled() {
 }
 
 #[test]
-fn success_is_never_said_before_the_target_has_accepted() {
+fn connect_success_is_not_sent_before_the_target_accepts() {
     let server = Server::start(&["--connect-timeout", "400ms"]);
     let target = FullBacklog::new();
     let (time, (mut stream, rep, _)) = timed(|| open(&server, CONNECT, target.addr));
-    assert_eq!(rep, 6, "nobody accepted");
+    assert_eq!(rep, 6, "the target does not accept");
     assert!(time >= Duration::from_millis(400), "{time:?}");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
 }
 
 #[test]
-fn data_behind_the_request_reaches_the_target() {
+fn connect_relays_data_sent_with_the_request() {
     let server = Server::start(&[]);
     let mut stream = server.connect();
     let mut all = vec![5, 1, 0];
     all.extend(request(CONNECT, echo_server()));
     all.extend(b"early");
-    stream.write_all(&all).expect("it is sent");
+    stream.write_all(&all).expect("sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 0]);
     assert_eq!(read_reply(&mut stream).0, 0);
     assert_eq!(read_exact(&mut stream, 5), b"early");
 }
 
 #[test]
-fn data_sent_while_the_connect_is_under_way_reaches_the_target_after_a_half_close_too() {
+fn connect_relays_data_and_half_close_sent_before_the_reply() {
     let server = Server::start(&[]);
     let mut stream = greet(&server);
-    stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
-    stream.write_all(b"all there is").expect("it is sent");
+    stream.write_all(&request(CONNECT, echo_server())).expect("request sent");
+    stream.write_all(b"everything").expect("sent");
     stream.shutdown(std::net::Shutdown::Write).expect("half-close");
     assert_eq!(read_reply(&mut stream).0, 0);
-    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"all there is".to_vec()));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"everything".to_vec()));
 }
 
 #[test]
-fn a_failure_reply_arrives_although_the_client_keeps_sending() {
+fn connect_failure_reply_arrives_while_the_client_keeps_sending() {
     let server = Server::start(&[]);
     let mut stream = greet(&server);
-    stream.write_all(&request(CONNECT, closed_port())).expect("the request is sent");
-    let mut sender = stream.try_clone().expect("a second handle");
+    stream.write_all(&request(CONNECT, closed_port())).expect("request sent");
+    let mut sender = stream.try_clone().expect("cloned");
     let started = Instant::now();
     let flood = thread::spawn(move || {
         let noise = vec![0xAA; 16 * 1024];
@@ -103,23 +103,23 @@ fn a_failure_reply_arrives_although_the_client_keeps_sending() {
 }
 
 #[test]
-fn a_client_that_leaves_takes_its_hanging_connect_along() {
+fn connect_is_cancelled_when_the_client_disconnects() {
     let server = Server::start(&["--connect-timeout", "60"]);
     let target = FullBacklog::new();
     let before = idle_descriptors(&server);
-    let leave: [fn(TcpStream); 2] = [drop, reset];
-    for leave in leave {
+    let disconnect: [fn(TcpStream); 2] = [drop, reset];
+    for disconnect in disconnect {
         let mut stream = greet(&server);
-        stream.write_all(&request(CONNECT, target.addr)).expect("the request is sent");
+        stream.write_all(&request(CONNECT, target.addr)).expect("request sent");
         wait_until("both sockets are open", TIMEOUT, || server.descriptors() == before + 2);
-        leave(stream);
+        disconnect(stream);
         let limit = Duration::from_secs(3);
         wait_until("both sockets are closed", limit, || server.descriptors() == before);
     }
 }
 
 #[test]
-fn loopback_goes_by_its_many_names() {
+fn connect_reaches_loopback_by_all_its_notations() {
     let server = Server::start(&[]);
     let port = echo_server().port();
     for name in ["localhost", "LOCALHOST", "127.0.0.1", "[::ffff:127.0.0.1]"] {
@@ -136,7 +136,7 @@ fn loopback_goes_by_its_many_names() {
 }
 
 #[test]
-fn nobody_is_led_back_to_a_listener_of_the_server_itself() {
+fn connect_to_a_listener_of_the_server_is_rep_02() {
     let server = serve("127.0.0.1:0", 2, &["--listen", "[::1]:0"]);
     let [v4, v6] = [server.addrs[0].port(), server.addrs[1].port()];
     let by_address = [
@@ -152,7 +152,7 @@ fn nobody_is_led_back_to_a_listener_of_the_server_itself() {
         assert_eq!(rep, 2, "{dst}");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
-    // The resolver takes all of these for 127.0.0.1.
+    // The resolver of the system accepts all of these as 127.0.0.1.
     for name in ["127.0.0.1", "127.1", "0.0.0.0", "0", "2130706433", "0x7f.1"] {
         let (_, rep, _) = open_by_name(&server, CONNECT, name, v4);
         assert_eq!(rep, 2, "{name}");
@@ -160,26 +160,26 @@ fn nobody_is_led_back_to_a_listener_of_the_server_itself() {
 }
 
 #[test]
-fn a_listener_on_every_address_is_out_of_reach_by_each_of_them() {
+fn connect_to_any_address_of_a_wildcard_listener_is_rep_02() {
     let server = serve("*:0", 2, &["--open"]);
     let port = server.addr().port();
     let local = SocketAddr::new(V4, port);
     let refused = |request: &[u8]| {
         let mut stream = connect_from(SocketAddr::new(V4, 0), local);
-        stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+        stream.write_all(&[5, 1, 0]).expect("greeting sent");
         assert_eq!(read_exact(&mut stream, 2), [5, 0]);
-        stream.write_all(request).expect("the request is sent");
+        stream.write_all(request).expect("request sent");
         read_reply(&mut stream).0 == 2
     };
     for ip in ["127.0.0.1", "127.0.0.2", "127.9.9.9", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1"] {
-        let dst = SocketAddr::new(ip.parse().expect("an address"), port);
+        let dst = SocketAddr::new(ip.parse().expect("valid address"), port);
         assert!(refused(&request(CONNECT, dst)), "{dst}");
     }
     assert!(refused(&request_by_name(CONNECT, "localhost", port)));
 }
 
 #[test]
-fn two_thousand_tunnels_at_once_keep_apart() {
+fn connect_two_thousand_tunnels_are_isolated() {
     const TUNNELS: u32 = 2000;
     if !raise_fd_limit(8192) {
         return skip("too few descriptors for 2000 tunnels");
@@ -194,18 +194,18 @@ fn two_thousand_tunnels_at_once_keep_apart() {
     for number in 0..TUNNELS {
         let (mut stream, rep, _) = open(&server, CONNECT, dst);
         assert_eq!(rep, 0);
-        stream.write_all(&number.to_be_bytes()).expect("it is sent");
+        stream.write_all(&number.to_be_bytes()).expect("sent");
         clients.push(stream);
     }
-    // Each target answers with what it got, and nobody gets what was another's.
-    let mut targets = accepted.join().expect("all are accepted");
+    // Each target echoes its number.
+    let mut targets = accepted.join().expect("all accepted");
     for target in &mut targets {
         let number = read_exact(target, 4);
-        target.write_all(&number).expect("it is sent");
+        target.write_all(&number).expect("sent");
     }
     for (number, client) in (0..TUNNELS).zip(&mut clients) {
         assert_eq!(read_exact(client, 4), number.to_be_bytes());
     }
     drop((clients, targets));
-    wait_until("all descriptors are free again", TIMEOUT, || server.descriptors() == before);
+    wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
 }

@@ -1,4 +1,4 @@
-//! What a tunnel carries: octets, half-closes, resets, and nothing for ever.
+//! What a tunnel carries: data, half-closes, resets. When it ends: the idle timeout.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -13,14 +13,14 @@ use crate::kit::{
     send_pattern, session_lines, stream_end,
 };
 
-/// A tunnel: the server, the client's end and the target's.
+/// Returns a server with one tunnel: the client's connection and the target's.
 fn tunnel(args: &[&str]) -> (Server, TcpStream, TcpStream) {
     let server = Server::start(args);
-    let (client, target) = through(&server, V4);
+    let (client, target) = open_tunnel(&server, V4);
     (server, client, target)
 }
 
-fn through(server: &Server, ip: std::net::IpAddr) -> (TcpStream, TcpStream) {
+fn open_tunnel(server: &Server, ip: std::net::IpAddr) -> (TcpStream, TcpStream) {
     let (target, dst) = listener(ip);
     let (client, rep, _) = open(server, CONNECT, dst);
     assert_eq!(rep, 0);
@@ -28,26 +28,26 @@ fn through(server: &Server, ip: std::net::IpAddr) -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn the_client_may_end_its_side_first() {
+fn tunnel_carries_the_half_close_of_the_client() {
     let server = Server::start(&[]);
     for ip in [V4, V6] {
-        let (mut client, mut target) = through(&server, ip);
-        client.write_all(b"question").expect("it is sent");
+        let (mut client, mut target) = open_tunnel(&server, ip);
+        client.write_all(b"question").expect("sent");
         client.shutdown(Shutdown::Write).expect("half-close");
         assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"question".to_vec()));
-        target.write_all(b"answer").expect("the other way is open");
+        target.write_all(b"answer").expect("the other direction is open");
         drop(target);
         assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"answer".to_vec()));
     }
 }
 
 #[test]
-fn the_target_may_end_its_side_first() {
+fn tunnel_carries_the_half_close_of_the_target() {
     let (server, mut client, mut target) = tunnel(&[]);
-    target.write_all(b"bye").expect("it is sent");
+    target.write_all(b"bye").expect("sent");
     target.shutdown(Shutdown::Write).expect("half-close");
     assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"bye".to_vec()));
-    client.write_all(b"still here").expect("the other way is open");
+    client.write_all(b"still here").expect("the other direction is open");
     client.shutdown(Shutdown::Write).expect("half-close");
     assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"still here".to_vec()));
     let log = server.wait_log(|log| !session_lines(log).is_empty());
@@ -56,30 +56,30 @@ fn the_target_may_end_its_side_first() {
 }
 
 #[test]
-fn a_reset_of_either_side_is_a_reset_for_the_other() {
+fn tunnel_carries_resets_in_both_directions() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
-    let (client, mut target) = through(&server, V4);
+    let (client, mut target) = open_tunnel(&server, V4);
     reset(client);
     assert_eq!(stream_end(&mut target), StreamEnd::Reset);
-    let (mut client, target) = through(&server, V6);
+    let (mut client, target) = open_tunnel(&server, V6);
     reset(target);
     assert_eq!(stream_end(&mut client), StreamEnd::Reset);
-    wait_until("all is closed", TIMEOUT, || server.descriptors() == before);
+    wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
 }
 
 #[test]
-fn a_reset_after_a_half_close_is_still_a_reset() {
+fn tunnel_carries_a_reset_after_a_half_close() {
     let (_server, client, mut target) = tunnel(&[]);
     client.shutdown(Shutdown::Write).expect("half-close");
     assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![]));
     reset(client);
-    // Only who writes or waits hears of it.
-    wait_until("the target is cut off", TIMEOUT, || target.write_all(b"x").is_err());
+    // A target that has read the end of the stream sees the reset when it writes.
+    wait_until("the target is reset", TIMEOUT, || target.write_all(b"x").is_err());
 }
 
 #[test]
-fn a_side_that_has_said_all_and_resets_ends_the_tunnel_while_the_other_is_silent() {
+fn tunnel_ends_at_a_reset_after_a_half_close_while_the_other_side_is_idle() {
     for client_resets in [true, false] {
         let (server, client, target) = tunnel(&[]);
         let (first, mut other) = if client_resets { (client, target) } else { (target, client) };
@@ -87,8 +87,8 @@ fn a_side_that_has_said_all_and_resets_ends_the_tunnel_while_the_other_is_silent
         assert_eq!(stream_end(&mut other), StreamEnd::Closed(vec![]));
         let open = server.descriptors();
         reset(first);
-        wait_until("it is noticed", TIMEOUT, || server.descriptors() < open);
-        // A client is given time to take what it was sent, unless it leaves.
+        wait_until("the reset is detected", TIMEOUT, || server.descriptors() < open);
+        // A client has time to read what it was sent, unless it disconnects.
         drop(other);
         let log = server.wait_log(|log| !session_lines(log).is_empty());
         assert!(log.contains("connection reset"), "{log}");
@@ -96,23 +96,23 @@ fn a_side_that_has_said_all_and_resets_ends_the_tunnel_while_the_other_is_silent
 }
 
 #[test]
-fn what_the_target_sent_before_it_closed_arrives_although_the_client_keeps_sending() {
+fn tunnel_delivers_the_targets_data_while_the_client_keeps_sending() {
     const TOTAL: usize = 1 << 20;
     let (_server, mut client, mut target) = tunnel(&[]);
-    let mut sender = client.try_clone().expect("a second handle");
+    let mut sender = client.try_clone().expect("cloned");
     thread::spawn(move || while sender.write_all(&[0; 1024]).is_ok() {});
-    // Closing with unread octets resets; what was sent and acknowledged before must not be lost by that.
+    // Closing with unread data resets the connection, but must not lose data that was acknowledged before.
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-close");
     check_pattern(&mut client, TOTAL);
 }
 
 #[test]
-fn a_client_that_resets_ends_the_tunnel_also_while_the_target_takes_nothing() {
+fn tunnel_ends_at_a_client_reset_while_the_target_reads_nothing() {
     let (server, mut client, target) = tunnel(&[]);
     client.set_nonblocking(true).expect("non-blocking");
     let mut last = Instant::now();
-    wait_until("the client is held back", TIMEOUT, || {
+    wait_until("the client can't send more", TIMEOUT, || {
         while client.write(&[0; 65_536]).is_ok() {
             last = Instant::now();
         }
@@ -125,32 +125,32 @@ fn a_client_that_resets_ends_the_tunnel_also_while_the_target_takes_nothing() {
 }
 
 #[test]
-fn a_slow_client_gets_all_of_what_a_target_said_that_no_longer_listens() {
+fn tunnel_delivers_everything_to_a_slow_uploading_client_of_a_closed_target() {
     slow_client(false);
 }
 
 #[test]
-fn a_slow_client_that_has_said_all_gets_the_answer_of_a_target_that_did_not_listen() {
+fn tunnel_delivers_everything_to_a_slow_half_closed_client_of_a_closed_target() {
     slow_client(true);
 }
 
-fn slow_client(has_said_all: bool) {
+fn slow_client(is_half_closed: bool) {
     const TOTAL: usize = 512 << 10;
     let (_server, mut client, mut target) = tunnel(&[]);
-    // Little fits into its own buffer, so that the rest is on the way when the target is gone.
-    socket2::SockRef::from(&client).set_recv_buffer_size(65_536).expect("an option");
-    // As an HTTP server answers 413: it says why, ends its side, and closes with the upload unread.
+    // A small buffer, so that data is still in the tunnel when the target has closed.
+    socket2::SockRef::from(&client).set_recv_buffer_size(65_536).expect("option set");
+    // As an HTTP server answers 413: it sends a response, shuts down its side, and closes with the upload unread.
     client.write_all(&[0; 4096]).expect("an upload begins");
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-close");
-    wait_until("all of it has left the target", TIMEOUT, || state_of(&target) == Some("05".into()));
+    wait_until("the data of the target is acknowledged", TIMEOUT, || state_of(&target) == Some("05".into()));
     drop(target);
-    // The first octets are answered with a reset, the next ones meet it; a client hears of neither before the end.
-    if has_said_all {
+    // The first upload is answered with a reset, the next one fails. The client sees neither before it has read all.
+    if is_half_closed {
         client.shutdown(Shutdown::Write).expect("half-close");
     }
     for _ in 0..20 {
-        if !has_said_all {
+        if !is_half_closed {
             client.write_all(&[0; 1024]).expect("the upload goes on");
         }
         thread::sleep(Duration::from_millis(5));
@@ -159,38 +159,38 @@ fn slow_client(has_said_all: bool) {
 }
 
 #[test]
-fn an_upload_that_the_target_no_longer_takes_is_cut_and_not_swallowed() {
+fn tunnel_resets_an_upload_that_the_target_does_not_read() {
     let (server, mut client, mut target) = tunnel(&[]);
-    target.write_all(b"bye").expect("it is sent");
+    target.write_all(b"bye").expect("sent");
     drop(target);
-    client.set_write_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    client.set_write_timeout(Some(TIMEOUT)).expect("timeout set");
     let mut sent = 0_usize;
     while sent < 256 << 20 && client.write_all(&[0; 65_536]).is_ok() {
         sent += 65_536;
     }
-    assert!(sent < 256 << 20, "{sent} octets went nowhere, and nobody said so");
+    assert!(sent < 256 << 20, "{sent} bytes were discarded silently");
     let log = server.wait_log(|log| !session_lines(log).is_empty());
     assert!(log.contains("error=\"writing to dst"), "{log}");
 }
 
-/// The state of a connection as /proc/net/tcp has it: 05 is FIN_WAIT2, when the other side has acknowledged the FIN.
+/// Returns the state of a connection in /proc/net/tcp: 05 is FIN_WAIT2, after the peer has acknowledged the FIN.
 fn state_of(stream: &TcpStream) -> Option<String> {
     let hex = |addr: SocketAddr| match addr.ip() {
         std::net::IpAddr::V4(ip) => format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), addr.port()),
         std::net::IpAddr::V6(_) => panic!("not in /proc/net/tcp"),
     };
-    let [local, peer] = [stream.local_addr(), stream.peer_addr()].map(|addr| hex(addr.expect("an address")));
+    let [local, peer] = [stream.local_addr(), stream.peer_addr()].map(|addr| hex(addr.expect("valid address")));
     let table = std::fs::read_to_string("/proc/net/tcp").expect("/proc");
     let fields = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let ours = |fields: &Vec<&str>| fields.len() > 3 && fields[1] == local && fields[2] == peer;
-    fields.into_iter().find(ours).map(|fields| fields[3].to_owned())
+    let is_ours = |fields: &Vec<&str>| fields.len() > 3 && fields[1] == local && fields[2] == peer;
+    fields.into_iter().find(is_ours).map(|fields| fields[3].to_owned())
 }
 
 #[test]
-fn a_gibibyte_arrives_whole_each_way_at_once() {
+fn tunnel_relays_a_gibibyte_in_both_directions() {
     const TOTAL: usize = 1 << 30;
     let (_server, mut client, mut target) = tunnel(&[]);
-    let ends = [&client, &target].map(|end| end.try_clone().expect("a second handle"));
+    let ends = [&client, &target].map(|end| end.try_clone().expect("cloned"));
     let senders = ends.map(|mut end| {
         thread::spawn(move || {
             send_pattern(&mut end, TOTAL, |_| {});
@@ -199,18 +199,18 @@ fn a_gibibyte_arrives_whole_each_way_at_once() {
     });
     let up = thread::spawn(move || check_pattern(&mut target, TOTAL));
     check_pattern(&mut client, TOTAL);
-    up.join().expect("up is whole");
+    up.join().expect("complete upload");
     for sender in senders {
-        sender.join().expect("all is sent");
+        sender.join().expect("all sent");
     }
 }
 
 #[test]
-fn a_stalled_reader_loses_nothing_and_costs_no_memory() {
+fn tunnel_to_a_stalled_reader_loses_no_data_and_uses_little_memory() {
     const TOTAL: usize = 128 << 20;
     let server = Server::start(&[]);
     for client_stalls in [true, false] {
-        let (client, target) = through(&server, V4);
+        let (client, target) = open_tunnel(&server, V4);
         let (mut reader, mut sender) = if client_stalls { (client, target) } else { (target, client) };
         let before = resident_kib(&server);
         let sent = Arc::new(AtomicUsize::new(0));
@@ -221,26 +221,26 @@ fn a_stalled_reader_loses_nothing_and_costs_no_memory() {
             });
         });
         let mut last = (0, Instant::now());
-        wait_until("the sender is held back", TIMEOUT, || {
+        wait_until("the sender can't send more", TIMEOUT, || {
             let now = sent.load(Ordering::Relaxed);
             if now != last.0 {
                 last = (now, Instant::now());
             }
             now > 0 && last.1.elapsed() > Duration::from_millis(250)
         });
-        assert!(last.0 < TOTAL, "somebody has taken it all");
-        // Two directions of 64 KiB, and what the allocator makes of that.
+        assert!(last.0 < TOTAL, "the tunnel has buffered everything");
+        // Buffers of 64 KiB for two directions, and the overhead of the allocator.
         let grown = resident_kib(&server).saturating_sub(before);
         assert!(grown < 2048, "{grown} KiB");
         check_pattern(&mut reader, TOTAL);
-        sending.join().expect("all is sent");
+        sending.join().expect("all sent");
     }
 }
 
 #[test]
-fn a_tunnel_without_a_word_is_reset_after_the_idle_timeout_and_a_busy_one_is_not() {
+fn tunnel_is_reset_at_the_idle_timeout_only_without_traffic() {
     let server = Server::start(&["--idle-timeout", "1s"]);
-    let (mut client, mut target) = through(&server, V4);
+    let (mut client, mut target) = open_tunnel(&server, V4);
     let (mut busy, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
     let started = Instant::now();
@@ -250,25 +250,25 @@ fn a_tunnel_without_a_word_is_reset_after_the_idle_timeout_and_a_busy_one_is_not
     }
     assert_eq!(stream_end(&mut client), StreamEnd::Reset);
     assert_eq!(stream_end(&mut target), StreamEnd::Reset);
-    ping(&mut busy, b"still here");
+    ping(&mut busy, b"still open");
     assert!(server.wait_log(|log| !session_lines(log).is_empty()).contains("idle for too long"));
 }
 
 #[test]
-fn traffic_one_way_keeps_a_tunnel_open() {
+fn tunnel_idle_timer_restarts_with_traffic_in_one_direction() {
     let (_server, mut client, mut target) = tunnel(&["--idle-timeout", "1s"]);
     let started = Instant::now();
     while started.elapsed() < Duration::from_millis(1500) {
-        target.write_all(b"x").expect("it is sent");
-        client.read_exact(&mut [0]).expect("it comes");
+        target.write_all(b"x").expect("sent");
+        client.read_exact(&mut [0]).expect("received");
         thread::sleep(Duration::from_millis(20));
     }
-    client.write_all(b"y").expect("the other way is open as well");
-    target.read_exact(&mut [0]).expect("it comes");
+    client.write_all(b"y").expect("the other direction is open");
+    target.read_exact(&mut [0]).expect("received");
 }
 
 #[test]
-fn both_sockets_of_a_tunnel_have_nodelay_and_keepalive() {
+fn tunnel_sockets_have_nodelay_and_keepalive() {
     if !is_installed("strace") {
         return;
     }
@@ -288,20 +288,20 @@ fn both_sockets_of_a_tunnel_have_nodelay_and_keepalive() {
             lines.filter_map(|line| Some(line.split_once('(')?.1.split_once(',')?.0.into())).collect();
         sockets
     };
-    wait_until("the trace is written", TIMEOUT, || set("TCP_NODELAY").len() >= 2 && set("SO_KEEPALIVE").len() >= 2);
+    wait_until("both options are traced", TIMEOUT, || set("TCP_NODELAY").len() >= 2 && set("SO_KEEPALIVE").len() >= 2);
     let (nodelay, keepalive) = (set("TCP_NODELAY"), set("SO_KEEPALIVE"));
     assert_ne!(nodelay[0], nodelay[1]);
     assert_eq!(nodelay, keepalive);
 }
 
 #[test]
-fn many_tunnels_that_end_in_every_way_leave_nothing_behind() {
+fn tunnel_ends_leave_no_descriptors_open() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
     let dst: SocketAddr = tcp_server(V4, |mut stream| {
-        let mut octet = [0];
-        let _ = stream.read_exact(&mut octet);
-        match octet[0] {
+        let mut byte = [0];
+        let _ = stream.read_exact(&mut byte);
+        match byte[0] {
             0 => reset(stream),
             1 => drop(stream),
             _ => while stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {},
@@ -310,12 +310,12 @@ fn many_tunnels_that_end_in_every_way_leave_nothing_behind() {
     for round in 0..60 {
         let (mut stream, rep, _) = open(&server, CONNECT, dst);
         assert_eq!(rep, 0);
-        stream.write_all(&[round % 4]).expect("it is sent");
+        stream.write_all(&[round % 4]).expect("sent");
         match round % 4 {
             2 => reset(stream),
             _ => drop(stream),
         }
     }
-    wait_until("all is closed", TIMEOUT, || server.descriptors() == before);
+    wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
     server.wait_log(|log| log.matches("command=connect").count() == 60);
 }

@@ -1,4 +1,4 @@
-//! `s5::relay` over streams in memory. It is polled when it was woken and only then, so a lost wake-up shows.
+//! `s5::relay` over streams in memory. It is polled only after a wake-up, so that a lost wake-up fails the test.
 
 use std::cell::{RefCell, RefMut};
 use std::collections::VecDeque;
@@ -13,29 +13,29 @@ use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
 use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayResult, relay};
 
-use super::{Far, Received, Tunnel};
+use super::{Peer, Received, Tunnel};
 
-/// One stream, as both of its ends see it.
+/// State of one stream, shared by both of its ends.
 #[derive(Default)]
 pub struct Stream {
     capacity: usize,
-    inbox: VecDeque<u8>,
-    inbox_ended: bool,
-    outbox: VecDeque<u8>,
-    outbox_ended: bool,
-    /// How many octets the relay wrote.
+    to_relay: VecDeque<u8>,
+    to_relay_ended: bool,
+    from_relay: VecDeque<u8>,
+    from_relay_ended: bool,
+    /// Bytes written by the relay.
     written: u64,
     aborts: usize,
-    /// The relay has let go of it.
+    /// The relay has dropped its end.
     closed: bool,
     is_reset: bool,
-    /// Writing to it fails, as after the peer has closed what it reads from.
-    pub is_deaf: bool,
-    /// Writing to it moves nothing, and is no error.
-    pub is_stuck: bool,
-    /// Reading from it fails.
-    pub is_unreadable: bool,
-    /// There is always something to read, and it takes whatever is written to it.
+    /// Writes fail, as after the peer has closed the connection.
+    pub fails_writes: bool,
+    /// Writes return 0.
+    pub accepts_nothing: bool,
+    /// Reads fail.
+    pub fails_reads: bool,
+    /// Reads fill the buffer and writes accept all bytes, without end.
     pub is_endless: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
@@ -47,47 +47,47 @@ impl Stream {
     }
 
     fn read(&mut self, cx: &Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        if self.is_reset || self.is_unreadable {
+        if self.is_reset || self.fails_reads {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         if self.is_endless {
             return Poll::Ready(Ok(buffer.len()));
         }
-        if self.inbox.is_empty() && !self.inbox_ended {
+        if self.to_relay.is_empty() && !self.to_relay_ended {
             self.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let n = buffer.len().min(self.inbox.len());
-        buffer.iter_mut().zip(self.inbox.drain(..n)).for_each(|(to, octet)| *to = octet);
+        let n = buffer.len().min(self.to_relay.len());
+        buffer.iter_mut().zip(self.to_relay.drain(..n)).for_each(|(to, byte)| *to = byte);
         Poll::Ready(Ok(n))
     }
 
-    fn write(&mut self, cx: &Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
-        assert!(!self.outbox_ended, "the relay wrote behind its own half-close");
-        assert!(!octets.is_empty(), "the relay wrote nothing");
-        if self.is_reset || self.is_deaf {
+    fn write(&mut self, cx: &Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        assert!(!self.from_relay_ended, "the relay wrote after its own half-close");
+        assert!(!bytes.is_empty(), "the relay wrote nothing");
+        if self.is_reset || self.fails_writes {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        if self.is_stuck || self.is_endless {
-            return Poll::Ready(Ok(if self.is_stuck { 0 } else { octets.len() }));
+        if self.accepts_nothing || self.is_endless {
+            return Poll::Ready(Ok(if self.accepts_nothing { 0 } else { bytes.len() }));
         }
-        let n = octets.len().min(self.capacity - self.outbox.len());
+        let n = bytes.len().min(self.capacity - self.from_relay.len());
         if n == 0 {
             self.writer = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        self.outbox.extend(&octets[..n]);
+        self.from_relay.extend(&bytes[..n]);
         self.written += n as u64;
         Poll::Ready(Ok(n))
     }
 
-    /// As on a stream that has a buffer of its own, done when that is empty.
+    /// Pending until everything has been received, as on a stream with its own buffer.
     fn close(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
         if self.is_reset {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         }
-        self.outbox_ended |= self.outbox.is_empty();
-        if !self.outbox_ended {
+        self.from_relay_ended |= self.from_relay.is_empty();
+        if !self.from_relay_ended {
             self.writer = Some(cx.waker().clone());
             return Poll::Pending;
         }
@@ -96,29 +96,29 @@ impl Stream {
 }
 
 /// The relay's end.
-struct NearEnd(Rc<RefCell<Stream>>);
+struct RelayEnd(Rc<RefCell<Stream>>);
 
-impl Drop for NearEnd {
+impl Drop for RelayEnd {
     fn drop(&mut self) {
         self.0.borrow_mut().closed = true;
     }
 }
 
-impl s5::relay::Stream for NearEnd {
+impl s5::relay::Stream for RelayEnd {
     fn abort(&self) {
         self.0.borrow_mut().aborts += 1;
     }
 }
 
-impl AsyncRead for NearEnd {
+impl AsyncRead for RelayEnd {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         self.0.borrow_mut().read(cx, buffer)
     }
 }
 
-impl AsyncWrite for NearEnd {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
-        self.0.borrow_mut().write(cx, octets)
+impl AsyncWrite for RelayEnd {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.0.borrow_mut().write(cx, bytes)
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -131,9 +131,9 @@ impl AsyncWrite for NearEnd {
 }
 
 /// The test's end.
-pub struct FarEnd(Rc<RefCell<Stream>>);
+pub struct PeerEnd(Rc<RefCell<Stream>>);
 
-impl FarEnd {
+impl PeerEnd {
     pub fn stream(&self) -> RefMut<'_, Stream> {
         self.0.borrow_mut()
     }
@@ -143,50 +143,50 @@ impl FarEnd {
     }
 }
 
-impl Far for FarEnd {
-    fn send(&mut self, octets: &[u8]) -> usize {
+impl Peer for PeerEnd {
+    fn send(&mut self, bytes: &[u8]) -> usize {
         let mut stream = self.stream();
-        if stream.inbox_ended || stream.is_reset || stream.closed {
+        if stream.to_relay_ended || stream.is_reset || stream.closed {
             return 0;
         }
-        let n = octets.len().min(stream.capacity - stream.inbox.len());
-        stream.inbox.extend(&octets[..n]);
+        let n = bytes.len().min(stream.capacity - stream.to_relay.len());
+        stream.to_relay.extend(&bytes[..n]);
         stream.wake();
         n
     }
 
-    fn receive(&mut self, most: usize) -> Received {
+    fn receive(&mut self, max: usize) -> Received {
         let mut stream = self.stream();
-        let n = most.min(stream.outbox.len());
+        let n = max.min(stream.from_relay.len());
         if n > 0 {
-            let octets = stream.outbox.drain(..n).collect();
+            let bytes = stream.from_relay.drain(..n).collect();
             stream.wake();
-            return Received::Octets(octets);
+            return Received::Bytes(bytes);
         }
         match *stream {
-            Stream { outbox_ended: true, .. } => Received::End,
+            Stream { from_relay_ended: true, .. } => Received::End,
             Stream { closed: true, aborts: 0, .. } => Received::End,
             Stream { closed: true, .. } => Received::Reset,
-            _ => Received::Nothing,
+            _ => Received::WouldBlock,
         }
     }
 
     fn half_close(&mut self) {
         let mut stream = self.stream();
-        stream.inbox_ended = true;
+        stream.to_relay_ended = true;
         stream.wake();
     }
 
     fn reset(&mut self) {
         let mut stream = self.stream();
         stream.is_reset = true;
-        stream.inbox.clear();
-        stream.outbox.clear();
+        stream.to_relay.clear();
+        stream.from_relay.clear();
         stream.wake();
     }
 }
 
-/// Whether the relay has been woken since it was polled.
+/// Set when the relay has been woken since the last poll.
 struct Flag(AtomicBool);
 
 impl Wake for Flag {
@@ -195,17 +195,17 @@ impl Wake for Flag {
     }
 }
 
-pub struct Memory {
+pub struct MemoryTunnel {
     relay: Option<BoxedLocal<RelayResult>>,
     is_woken: Arc<Flag>,
-    moved: Rc<ByteCounts>,
-    client: FarEnd,
-    dst: FarEnd,
+    counts: Rc<ByteCounts>,
+    client: PeerEnd,
+    dst: PeerEnd,
     outcome: Option<RelayResult>,
 }
 
-impl Memory {
-    /// Polls the relay once, if it was woken.
+impl MemoryTunnel {
+    /// Polls the relay once if it was woken. Returns whether it was.
     pub fn poll(&mut self) -> bool {
         let Some(relay) = self.relay.as_mut().filter(|_| self.is_woken.0.swap(false, Ordering::SeqCst)) else {
             return false;
@@ -219,41 +219,41 @@ impl Memory {
     }
 }
 
-impl Tunnel for Memory {
-    type Far = FarEnd;
+impl Tunnel for MemoryTunnel {
+    type Peer = PeerEnd;
 
-    fn open(capacity: usize, limits: RelayOptions) -> Self {
+    fn open(capacity: usize, options: RelayOptions) -> Self {
         let stream = || Rc::new(RefCell::new(Stream { capacity, ..Stream::default() }));
-        let (client, dst, moved) = (stream(), stream(), Rc::<ByteCounts>::default());
-        let (mut near, mut far, counted) = (NearEnd(client.clone()), NearEnd(dst.clone()), moved.clone());
-        let relay = async move { relay(&mut near, &mut far, &limits, &counted, |_, _| true).await };
+        let (client, dst, counts) = (stream(), stream(), Rc::<ByteCounts>::default());
+        let (mut near, mut far, counted) = (RelayEnd(client.clone()), RelayEnd(dst.clone()), counts.clone());
+        let relay = async move { relay(&mut near, &mut far, &options, &counted, |_, _| true).await };
         Self {
             relay: Some(Box::pin(relay)),
             is_woken: Arc::new(Flag(AtomicBool::new(true))),
-            moved,
-            client: FarEnd(client),
-            dst: FarEnd(dst),
+            counts,
+            client: PeerEnd(client),
+            dst: PeerEnd(dst),
             outcome: None,
         }
     }
 
-    fn settle(&mut self) {
+    fn run_until_idle(&mut self) {
         while self.poll() {}
     }
 
-    fn client(&mut self) -> &mut FarEnd {
+    fn client(&mut self) -> &mut PeerEnd {
         &mut self.client
     }
 
-    fn dst(&mut self) -> &mut FarEnd {
+    fn dst(&mut self) -> &mut PeerEnd {
         &mut self.dst
     }
 
-    fn moved(&self) -> (u64, u64) {
-        (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
+    fn byte_counts(&self) -> (u64, u64) {
+        (self.counts.up.load(Ordering::Relaxed), self.counts.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&RelayResult> {
+    fn outcome(&mut self) -> Option<&RelayResult> {
         self.outcome.as_ref()
     }
 
@@ -261,7 +261,7 @@ impl Tunnel for Memory {
         self.relay = None;
     }
 
-    fn check_end(&mut self) {
+    fn check_invariants(&mut self) {
         let aborts = match self.outcome {
             Some(Ok(_)) => (0, 0),
             Some(Err(RelayError::Undelivered(_))) => (0, 1),
@@ -269,6 +269,6 @@ impl Tunnel for Memory {
         };
         assert_eq!((self.client.aborts(), self.dst.aborts()), aborts, "after {:?}", self.outcome);
         let written = (self.dst.stream().written, self.client.stream().written);
-        assert_eq!(self.moved(), written, "the counts are what the sinks took");
+        assert_eq!(self.byte_counts(), written, "the counts equal the bytes accepted by the sinks");
     }
 }

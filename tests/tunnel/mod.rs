@@ -1,90 +1,90 @@
-//! What a relay is tested through, whichever it is: a tunnel between two streams of which a test holds the far ends.
+//! Test interface of a relay: a tunnel between two streams whose peers are controlled by the test.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use s5::relay::{RelayOptions, RelayResult};
 
-pub mod game;
+pub mod harness;
 pub mod memory;
 pub mod sockets;
 
-/// How long anything may take that should happen at once.
-pub const SOON: Duration = Duration::from_secs(10);
+/// Limit for anything that should happen immediately.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A running relay. To test another one, implement this and name it in `for_each_relay!`.
+/// A running relay. To test another implementation, implement this trait and add it to `for_each_relay!`.
 pub trait Tunnel: Sized {
-    type Far: Far;
+    type Peer: Peer;
 
-    /// A new tunnel; `capacity` is about how many octets a stream takes before it stalls.
-    fn open(capacity: usize, limits: RelayOptions) -> Self;
+    /// Opens a tunnel. Each stream accepts about `capacity` bytes before it stalls.
+    fn open(capacity: usize, options: RelayOptions) -> Self;
 
-    /// Lets the relay do what it can do now.
-    fn settle(&mut self);
+    /// Lets the relay run until it waits.
+    fn run_until_idle(&mut self);
 
-    /// The far end of the client's stream.
-    fn client(&mut self) -> &mut Self::Far;
+    /// The client.
+    fn client(&mut self) -> &mut Self::Peer;
 
-    /// The far end of dst's stream.
-    fn dst(&mut self) -> &mut Self::Far;
+    /// The destination.
+    fn dst(&mut self) -> &mut Self::Peer;
 
-    /// Octets moved, up and down.
-    fn moved(&self) -> (u64, u64);
+    /// Bytes relayed, up and down.
+    fn byte_counts(&self) -> (u64, u64);
 
-    /// How it ended, when it has.
-    fn ended(&mut self) -> Option<&RelayResult>;
+    /// The relay's result, once it has ended.
+    fn outcome(&mut self) -> Option<&RelayResult>;
 
-    /// Ends the relay from outside, without its consent.
+    /// Drops the relay.
     fn cancel(&mut self);
 
-    /// What else has to hold at the end, and only this implementation can tell.
-    fn check_end(&mut self) {}
+    /// Checks at the end what only this implementation can check.
+    fn check_invariants(&mut self) {}
 
-    /// The far end whose octets go up, or down.
-    fn source(&mut self, way: Way) -> &mut Self::Far {
-        if way == Way::Up { self.client() } else { self.dst() }
+    /// The peer that sends in this direction.
+    fn source(&mut self, direction: Direction) -> &mut Self::Peer {
+        if direction == Direction::Up { self.client() } else { self.dst() }
     }
 
-    fn sink(&mut self, way: Way) -> &mut Self::Far {
-        self.source(way.other())
+    fn sink(&mut self, direction: Direction) -> &mut Self::Peer {
+        self.source(direction.other())
     }
 
-    /// Lets it run until something is so.
-    fn wait(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
-        let deadline = Instant::now() + SOON;
+    /// Lets the relay run until `condition` is true.
+    fn wait_until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
+        let deadline = Instant::now() + TIMEOUT;
         loop {
-            self.settle();
-            if is_so(self) {
+            self.run_until_idle();
+            if condition(self) {
                 return;
             }
-            assert!(Instant::now() < deadline, "not within {SOON:?}: {what}");
+            assert!(Instant::now() < deadline, "not within {TIMEOUT:?}: {what}");
             thread::sleep(Duration::from_micros(100));
         }
     }
 
     fn wait_end(&mut self) {
-        self.wait("the relay ends", |tunnel| tunnel.ended().is_some());
+        self.wait_until("the relay ends", |tunnel| tunnel.outcome().is_some());
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Direction {
     Up,
     Down,
 }
 
-impl Way {
+impl Direction {
     pub fn other(self) -> Self {
         if self == Self::Up { Self::Down } else { Self::Up }
     }
 }
 
-/// The end of a stream that is not the relay's. Nothing here waits.
-pub trait Far {
-    /// How many of the octets the stream took.
-    fn send(&mut self, octets: &[u8]) -> usize;
+/// The test's end of a stream. No method waits.
+pub trait Peer {
+    /// Returns how many bytes the stream accepted.
+    fn send(&mut self, bytes: &[u8]) -> usize;
 
-    fn receive(&mut self, most: usize) -> Received;
+    fn receive(&mut self, max: usize) -> Received;
 
     fn half_close(&mut self);
 
@@ -93,8 +93,8 @@ pub trait Far {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Received {
-    Octets(Vec<u8>),
-    Nothing,
+    Bytes(Vec<u8>),
+    WouldBlock,
     End,
     Reset,
 }

@@ -1,4 +1,4 @@
-//! `s5::relay` over TCP on loopback, on a thread of its own: with a reactor of its own, or with async-io.
+//! `s5::relay` over TCP on loopback, on its own thread, with s5's reactor or with async-io.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -14,18 +14,19 @@ use s5::relay::{ByteCounts, RelayOptions, RelayOutcome, RelayResult, relay};
 use smol::channel::{Sender, unbounded};
 use socket2::SockRef;
 
-use super::{Far, Received, Tunnel};
+use super::{Peer, Received, Tunnel};
 
-/// The test's end; gone after a reset of its own.
-pub struct FarEnd {
+/// The test's end of a connection.
+pub struct PeerEnd {
+    /// `None` after a reset by the test.
     stream: Option<TcpStream>,
-    /// Sending has failed: it was reset. The kernel tells so only once, and from then on reading looks like an end.
+    /// Sending has failed with a reset. The kernel reports it only once: later reads return an end.
     is_broken: bool,
 }
 
-impl Far for FarEnd {
-    fn send(&mut self, octets: &[u8]) -> usize {
-        match self.stream.as_mut().map(|stream| stream.write(octets)) {
+impl Peer for PeerEnd {
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        match self.stream.as_mut().map(|stream| stream.write(bytes)) {
             Some(Ok(n)) => n,
             Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => 0,
             Some(Err(_)) | None => {
@@ -35,19 +36,19 @@ impl Far for FarEnd {
         }
     }
 
-    fn receive(&mut self, most: usize) -> Received {
-        let mut buffer = vec![0; most];
+    fn receive(&mut self, max: usize) -> Received {
+        let mut buffer = vec![0; max];
         match self.stream.as_mut().map(|stream| stream.read(&mut buffer)) {
             Some(Ok(0)) if !self.is_broken => Received::End,
-            Some(Ok(n)) if n > 0 => Received::Octets(buffer[..n].into()),
-            Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => Received::Nothing,
+            Some(Ok(n)) if n > 0 => Received::Bytes(buffer[..n].into()),
+            Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => Received::WouldBlock,
             _ => Received::Reset,
         }
     }
 
     fn half_close(&mut self) {
         if let Some(stream) = &self.stream {
-            // Fails when the relay was quicker with a reset.
+            // Fails if the relay has reset the connection already.
             let _ = stream.shutdown(Shutdown::Write);
         }
     }
@@ -60,28 +61,28 @@ impl Far for FarEnd {
 }
 
 /// With async-io.
-pub type Sockets = OnThread<false>;
+pub type AsyncIoSockets = SocketTunnel<false>;
 /// With the reactor of a server's thread.
-pub type EdgeSockets = OnThread<true>;
+pub type ReactorSockets = SocketTunnel<true>;
 
-pub struct OnThread<const HAS_REACTOR: bool> {
-    client: FarEnd,
-    dst: FarEnd,
-    moved: Arc<ByteCounts>,
+pub struct SocketTunnel<const HAS_REACTOR: bool> {
+    client: PeerEnd,
+    dst: PeerEnd,
+    counts: Arc<ByteCounts>,
     cancel: Sender<()>,
-    /// None from the thread: it was cancelled.
+    /// Returns `None` if cancelled.
     thread: Option<JoinHandle<Option<RelayResult>>>,
     outcome: Option<RelayResult>,
 }
 
-/// As it is done from thread to thread.
-fn hand_over(conn: Conn) -> Conn {
+/// Detaches and attaches a connection, as the server does to move it to another thread.
+fn reattach(conn: Conn) -> Conn {
     let detached = conn.detach().expect("a descriptor");
     conn.deregister();
     detached.attach().expect("it waits")
 }
 
-impl<const HAS_REACTOR: bool> OnThread<HAS_REACTOR> {
+impl<const HAS_REACTOR: bool> SocketTunnel<HAS_REACTOR> {
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.outcome = thread.join().expect("the relay does not panic");
@@ -89,8 +90,8 @@ impl<const HAS_REACTOR: bool> OnThread<HAS_REACTOR> {
     }
 }
 
-/// A connection with small buffers, though not so small that TCP waits for more: the far end, and the relay's.
-fn connection(capacity: usize) -> (FarEnd, TcpStream) {
+/// A connection with small buffers, but large enough that TCP does not delay segments: the test's end and the relay's.
+fn connection(capacity: usize) -> (PeerEnd, TcpStream) {
     let capacity = capacity.max(64 * 1024);
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     SockRef::from(&listener).set_recv_buffer_size(capacity).expect("a size can be set");
@@ -102,25 +103,25 @@ fn connection(capacity: usize) -> (FarEnd, TcpStream) {
     }
     far.set_nonblocking(true).expect("it can be set");
     near.set_nonblocking(true).expect("it can be set");
-    (FarEnd { stream: Some(far), is_broken: false }, near)
+    (PeerEnd { stream: Some(far), is_broken: false }, near)
 }
 
-impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
-    type Far = FarEnd;
+impl<const HAS_REACTOR: bool> Tunnel for SocketTunnel<HAS_REACTOR> {
+    type Peer = PeerEnd;
 
-    fn open(capacity: usize, limits: RelayOptions) -> Self {
+    fn open(capacity: usize, options: RelayOptions) -> Self {
         let (client, near_client) = connection(capacity);
         let (dst, near_dst) = connection(capacity);
-        let moved = Arc::<ByteCounts>::default();
+        let counts = Arc::<ByteCounts>::default();
         let (cancel, cancelled) = unbounded();
-        let counted = moved.clone();
+        let counted = counts.clone();
         let thread = thread::spawn(move || {
             let relay = async {
                 let mut ends = [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
                 loop {
                     let [client, dst] = &mut ends;
-                    match relay(client, dst, &limits, &counted, |_, _| true).await {
-                        Ok(RelayOutcome::Bulk) => ends = ends.map(hand_over),
+                    match relay(client, dst, &options, &counted, |_, _| true).await {
+                        Ok(RelayOutcome::Bulk) => ends = ends.map(reattach),
                         ended => break Some(ended),
                     }
                 }
@@ -132,26 +133,26 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
             let ended = relay.or(cancelled);
             if HAS_REACTOR { reactor::run(ended).expect("a reactor") } else { smol::block_on(ended) }
         });
-        Self { client, dst, moved, cancel, thread: Some(thread), outcome: None }
+        Self { client, dst, counts, cancel, thread: Some(thread), outcome: None }
     }
 
-    fn settle(&mut self) {
+    fn run_until_idle(&mut self) {
         thread::sleep(Duration::from_micros(50));
     }
 
-    fn client(&mut self) -> &mut FarEnd {
+    fn client(&mut self) -> &mut PeerEnd {
         &mut self.client
     }
 
-    fn dst(&mut self) -> &mut FarEnd {
+    fn dst(&mut self) -> &mut PeerEnd {
         &mut self.dst
     }
 
-    fn moved(&self) -> (u64, u64) {
-        (self.moved.up.load(Ordering::Relaxed), self.moved.down.load(Ordering::Relaxed))
+    fn byte_counts(&self) -> (u64, u64) {
+        (self.counts.up.load(Ordering::Relaxed), self.counts.down.load(Ordering::Relaxed))
     }
 
-    fn ended(&mut self) -> Option<&RelayResult> {
+    fn outcome(&mut self) -> Option<&RelayResult> {
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
             self.join();
         }
@@ -164,7 +165,7 @@ impl<const HAS_REACTOR: bool> Tunnel for OnThread<HAS_REACTOR> {
     }
 }
 
-impl<const HAS_REACTOR: bool> Drop for OnThread<HAS_REACTOR> {
+impl<const HAS_REACTOR: bool> Drop for SocketTunnel<HAS_REACTOR> {
     fn drop(&mut self) {
         self.cancel.close();
     }

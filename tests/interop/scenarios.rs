@@ -1,8 +1,8 @@
-//! What people use the clients for, each with the programs that it takes: mail, health checks, a forwarded port.
+//! Uses of the clients together with other programs: mail, health checks, forwarded ports, DNS, ssh.
 
-#[path = "uses/dns.rs"]
+#[path = "scenarios/dns.rs"]
 mod dns;
-#[path = "uses/shell.rs"]
+#[path = "scenarios/shell.rs"]
 mod shell;
 
 use std::fs::File;
@@ -19,18 +19,18 @@ use crate::common::{
 use crate::kit::login::users_file;
 use crate::kit::{V4, check_pattern, idle_descriptors, send_pattern, timed};
 use crate::scripted::RunningProgram;
-use crate::{LONG, Process, code, session, text};
+use crate::{LONG_TIMEOUT, ProcessGroup, exit_code, text, wait_for_session};
 
-/// A server that takes no port 0, and where it listens; it writes its log into the folder.
-fn listening(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (Process, SocketAddr) {
+/// Starts a server that does not accept port 0, with its log in `folder`. Returns it with its address.
+fn start_server(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
         let log = File::create(folder.join("log")).expect("a file");
         let mut command = command(addr);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
-        let mut process = Process::start(&mut command);
+        let mut process = ProcessGroup::start(&mut command);
         let mut ended = false;
-        wait_until("it listens", LONG, || {
+        wait_until("the address is listened on", LONG_TIMEOUT, || {
             ended = process.has_ended();
             ended || TcpStream::connect(addr).is_ok()
         });
@@ -39,12 +39,12 @@ fn listening(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (Process
         }
         (!ended).then_some((process, addr))
     };
-    // Somebody may be faster to take a port that was free.
-    (0..5).find_map(|_| attempt()).expect("it listens")
+    // Another process may take a port that was free.
+    (0..5).find_map(|_| attempt()).expect("the address is listened on")
 }
 
 const HOSTS: &str = "127.0.0.1 localhost\n";
-/// Debian's, whatever other Python the path has first.
+/// Debian's Python, whatever Python comes first in PATH.
 const PYTHON: &str = "/usr/bin/python3";
 
 fn have_aiosmtpd() -> bool {
@@ -57,14 +57,14 @@ fn have_aiosmtpd() -> bool {
 }
 
 #[test]
-fn mail_arrives_with_crlf_and_only_so() {
-    // The server wants to know what its own machine is called.
-    if !have_aiosmtpd() || !in_namespace("uses::mail_arrives_with_crlf_and_only_so", HOSTS, "") {
+fn smtp_requires_crlf_option() {
+    // The SMTP server looks up the name of its machine.
+    if !have_aiosmtpd() || !in_namespace("scenarios::smtp_requires_crlf_option", HOSTS, "") {
         return;
     }
     let folder = temp_dir();
     let new = folder.path().join("mail/new");
-    let (_mta, addr) = listening(folder.path(), |addr| {
+    let (_mta, addr) = start_server(folder.path(), |addr| {
         let mut command = Command::new(PYTHON);
         command.args(["-m", "aiosmtpd", "-n", "-l", &addr.to_string(), "-c", "aiosmtpd.handlers.Mailbox"]);
         command.arg(folder.path().join("mail"));
@@ -75,7 +75,7 @@ fn mail_arrives_with_crlf_and_only_so() {
         let mut command = s5();
         let mut client =
             RunningProgram::start(command.args(["connect", "-x", &server.addr().to_string()]).args(options));
-        // One line has the end that it needs already.
+        // One line already ends with CR LF.
         client.write(b"HELO client.test\nMAIL FROM:<anna@client.test>\nRCPT TO:<berta@mail.test>\nDATA\n");
         client.write(b"Subject: hello\n\none line\nanother\r\n.\nQUIT\n");
         client
@@ -83,81 +83,81 @@ fn mail_arrives_with_crlf_and_only_so() {
     let mails = || std::fs::read_dir(&new).expect("a folder of mail").map(|entry| entry.expect("a mail").path());
     let target = addr.to_string();
 
-    // It waits for the end of the mail, which is a dot between two CR LF.
-    let (status, said, complaint) = start(&["-i", "2s", &target]).end(LONG);
-    assert_eq!(status.code(), Some(28), "{complaint}");
-    assert!(text(&said).lines().last().is_some_and(|line| line.starts_with("354 ")), "{}", text(&said));
+    // The server waits for the end of the mail, a dot between two CR LF.
+    let (status, stdout, stderr) = start(&["-i", "2s", &target]).end(LONG_TIMEOUT);
+    assert_eq!(status.code(), Some(28), "{stderr}");
+    assert!(text(&stdout).lines().last().is_some_and(|line| line.starts_with("354 ")), "{}", text(&stdout));
     assert_eq!(mails().count(), 0);
 
-    let (status, said, complaint) = start(&["-C", &target]).end(LONG);
-    assert_eq!((status.code(), complaint.as_str()), (Some(0), ""), "{}", text(&said));
-    let said = text(&said);
-    let codes: Vec<&str> = said.lines().filter_map(|line| line.get(..3)).collect();
-    assert_eq!(codes, ["220", "250", "250", "250", "354", "250", "221"], "{said}");
+    let (status, stdout, stderr) = start(&["-C", &target]).end(LONG_TIMEOUT);
+    assert_eq!((status.code(), stderr.as_str()), (Some(0), ""), "{}", text(&stdout));
+    let stdout = text(&stdout);
+    let codes: Vec<&str> = stdout.lines().filter_map(|line| line.get(..3)).collect();
+    assert_eq!(codes, ["220", "250", "250", "250", "354", "250", "221"], "{stdout}");
     let mails: Vec<_> = mails().collect();
     assert_eq!(mails.len(), 1);
     let mail = std::fs::read_to_string(&mails[0]).expect("a mail");
     assert!(mail.contains("Subject: hello\n") && mail.ends_with("\n\none line\nanother\n"), "{mail:?}");
 }
 
-/// Longer than any of these tests lasts.
-const WAIT: &str = "30s";
+/// Longer than any of these tests.
+const LONG_WAIT: &str = "30s";
 
-/// Fails unless it runs for long enough to have failed a few times.
-fn keeps_trying(check: &mut RunningProgram) {
-    let began = Instant::now();
-    wait_until("it has tried a few times", TIMEOUT, || {
-        assert!(check.is_running(), "it gave up");
-        began.elapsed() > Duration::from_millis(400)
+/// Fails unless the client still runs after a few failed tries.
+fn assert_keeps_trying(check: &mut RunningProgram) {
+    let started = Instant::now();
+    wait_until("the client has tried a few times", TIMEOUT, || {
+        assert!(check.is_running(), "the client gave up");
+        started.elapsed() > Duration::from_millis(400)
     });
 }
 
-fn succeeds(mut check: RunningProgram) {
+fn assert_succeeds(mut check: RunningProgram) {
     let (status, stdout, stderr) = check.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
 }
 
 #[test]
-fn a_health_check_waits_until_its_proxy_is_there() {
+fn health_check_waits_for_the_proxy() {
     let addr = closed_port().to_string();
-    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", WAIT, "-x", &addr]));
-    keeps_trying(&mut check);
+    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", LONG_WAIT, "-x", &addr]));
+    assert_keeps_trying(&mut check);
     let _server = Server::start_with(s5().args(["serve", "--listen", &addr]), 1);
-    succeeds(check);
+    assert_succeeds(check);
 }
 
 #[test]
-fn a_health_check_waits_until_its_target_is_there() {
+fn health_check_waits_for_the_target() {
     let (server, target) = (Server::start(&[]), closed_port());
     let (proxy, addr) = (server.addr().to_string(), target.to_string());
-    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", WAIT, "-x", &proxy, &addr]));
-    keeps_trying(&mut check);
-    session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
+    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", LONG_WAIT, "-x", &proxy, &addr]));
+    assert_keeps_trying(&mut check);
+    wait_for_session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
     let listener = TcpListener::bind(target).expect("the port is still free");
-    succeeds(check);
+    assert_succeeds(check);
     drop(listener);
-    session(&server, &[&format!("dst=\"{target}\""), "rep=0"]);
+    wait_for_session(&server, &[&format!("dst=\"{target}\""), "rep=0"]);
 }
 
 #[test]
-fn a_health_check_gives_up_in_time_and_tells_its_tries() {
+fn health_check_gives_up_in_time_and_reports_tries() {
     let proxy = closed_port().to_string();
     let check =
         |options: &str| timed(|| run(s5().args(["connect", options, "--wait", "300ms", "-x", &proxy]), b"", TIMEOUT));
     let (took, output) = check("-zv");
-    let said = text(&output.stderr);
-    assert_eq!((code(&output), said.lines().count()), (7, 1), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!((exit_code(&output), stderr.lines().count()), (7, 1), "{stderr}");
     assert!((Duration::from_millis(250)..Duration::from_secs(3)).contains(&took), "{took:?}");
-    let tries = said.trim_end().strip_suffix(" tries)").and_then(|said| said.rsplit_once(" (given up after "));
+    let tries = stderr.trim_end().strip_suffix(" tries)").and_then(|stderr| stderr.rsplit_once(" (given up after "));
     let tries: Option<u32> = tries.and_then(|(_, tries)| tries.parse().ok());
-    // Not once, and not as fast as it can.
-    assert!(tries.is_some_and(|tries| (2..=10).contains(&tries)), "{said}");
+    // More than one try, with pauses between them.
+    assert!(tries.is_some_and(|tries| (2..=10).contains(&tries)), "{stderr}");
     let (_, quiet) = check("-z");
-    assert_eq!((code(&quiet), text(&quiet.stderr).as_str()), (7, ""));
+    assert_eq!((exit_code(&quiet), text(&quiet.stderr).as_str()), (7, ""));
 }
 
 #[test]
-fn a_health_check_does_not_wait_for_what_will_not_change() {
+fn health_check_does_not_retry_final_errors() {
     let (_folder, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     let web = tcp_server(V4, |mut stream| {
@@ -171,32 +171,32 @@ fn a_health_check_does_not_wait_for_what_will_not_change() {
         (web.to_string(), 97, "SOCKS5"),
     ];
     for (proxy, status, word) in table {
-        // Who does not succeed here within TIMEOUT has tried again.
-        let output = run(s5().args(["connect", "-zv", "--wait", WAIT, "-x", &proxy]), b"", TIMEOUT);
-        let said = text(&output.stderr);
-        assert_eq!(code(&output), status, "{proxy}: {said}");
-        assert!(said.contains(word) && !said.contains("given up"), "{proxy}: {said}");
+        // A client that retries would not exit within TIMEOUT.
+        let output = run(s5().args(["connect", "-zv", "--wait", LONG_WAIT, "-x", &proxy]), b"", TIMEOUT);
+        let stderr = text(&output.stderr);
+        assert_eq!(exit_code(&output), status, "{proxy}: {stderr}");
+        assert!(stderr.contains(word) && !stderr.contains("given up"), "{proxy}: {stderr}");
     }
-    // A wait is the limit of a try as well.
+    // --wait also limits a single try.
     let output = run(s5().args(["connect", "-zv", "--wait", "300ms", "-x", &mute.to_string()]), b"", TIMEOUT);
-    assert_eq!(code(&output), 28, "{}", text(&output.stderr));
+    assert_eq!(exit_code(&output), 28, "{}", text(&output.stderr));
 }
 
-/// How much each of the connections carries.
-const EACH: usize = 128 << 20;
+/// Bytes on each connection.
+const BYTES_EACH: usize = 128 << 20;
 const CONNECTIONS: usize = 8;
 
-/// Half of it goes up, half comes down; whoever receives checks.
+/// Half of the connections send to the target, half receive from it. The receiver checks the data.
 #[test]
-fn a_gibibyte_goes_through_a_forwarded_port_on_eight_connections_at_once() {
+fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
     let target = tcp_server(V4, |mut stream| {
-        let way = read_exact(&mut stream, 1);
-        stream.write_all(b"+").expect("it is sent");
-        if way == *b"d" {
-            send_pattern(&mut stream, EACH, |_| {});
+        let direction = read_exact(&mut stream, 1);
+        stream.write_all(b"+").expect("the data is sent");
+        if direction == *b"d" {
+            send_pattern(&mut stream, BYTES_EACH, |_| {});
         } else {
-            check_pattern(&mut stream, EACH);
-            stream.write_all(b"right").expect("it is sent");
+            check_pattern(&mut stream, BYTES_EACH);
+            stream.write_all(b"right").expect("the data is sent");
         }
     });
     let server = Server::start(&[]);
@@ -205,28 +205,28 @@ fn a_gibibyte_goes_through_a_forwarded_port_on_eight_connections_at_once() {
     let idle = (forward.descriptors(), idle_descriptors(&server));
     let open = |n: usize| {
         let (mut stream, goes_up) = (forward.connect(), n.is_multiple_of(2));
-        stream.write_all(if goes_up { b"u" } else { b"d" }).expect("it is sent");
+        stream.write_all(if goes_up { b"u" } else { b"d" }).expect("the data is sent");
         assert_eq!(read_exact(&mut stream, 1), b"+");
         (stream, goes_up)
     };
-    // All are open before one of them may end.
+    // All connections are open before the first one ends.
     let streams: Vec<_> = (0..CONNECTIONS).map(open).collect();
     thread::scope(|scope| {
         for (mut stream, goes_up) in streams {
             scope.spawn(move || {
-                stream.set_read_timeout(Some(LONG)).expect("a timeout can be set");
+                stream.set_read_timeout(Some(LONG_TIMEOUT)).expect("a timeout can be set");
                 if goes_up {
-                    send_pattern(&mut stream, EACH, |_| {});
-                    stream.shutdown(Shutdown::Write).expect("it can be shut down");
+                    send_pattern(&mut stream, BYTES_EACH, |_| {});
+                    stream.shutdown(Shutdown::Write).expect("the socket is half-closed");
                     assert_eq!(read_exact(&mut stream, 5), b"right");
                 } else {
-                    check_pattern(&mut stream, EACH);
+                    check_pattern(&mut stream, BYTES_EACH);
                 }
             });
         }
     });
-    let moved = [format!(" up={} down=6 ", EACH + 1), format!(" up=1 down={} ", EACH + 1)];
+    let moved = [format!(" up={} down=6 ", BYTES_EACH + 1), format!(" up=1 down={} ", BYTES_EACH + 1)];
     server.wait_log(|log| moved.iter().all(|moved| log.matches(moved).count() == CONNECTIONS / 2));
-    wait_until("nothing is left open", TIMEOUT, || (forward.descriptors(), server.descriptors()) == idle);
+    wait_until("all descriptors are closed", TIMEOUT, || (forward.descriptors(), server.descriptors()) == idle);
     assert_eq!(forward.log(), format!("listening on {}\n", forward.addr()));
 }

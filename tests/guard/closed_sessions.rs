@@ -11,17 +11,17 @@ use crate::association::{Association, datagram, socket};
 use crate::common::{Server, TIMEOUT, echo_server, in_namespace, read_exact, read_reply, udp_echo_server, wait_until};
 use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, ping};
 use crate::tools::{
-    ALICE, BOB, Login, Rig, addr, alice_and_bob, ask, associate, elsewhere, enter, got_nothing, ip, is_closed, open_as,
-    try_enter,
+    ALICE, BOB, Login, TestServer, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
+    send_request, try_log_in, unused_client_ip,
 };
 
 /// How soon a session that is cut is to be over on both sides.
-const SOON_CUT: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// After so much a direction is spliced.
 const BULK: usize = 8 << 20;
 
 /// A session and what goes on in it.
-enum Live {
+enum LiveSession {
     /// Nothing.
     Idle(TcpStream, TcpStream),
     /// The client has half-closed.
@@ -34,7 +34,9 @@ enum Live {
 }
 
 /// Does something again and again, and says how that ended.
-fn again(mut what: impl FnMut() -> std::io::Result<()> + Send + 'static) -> JoinHandle<(ErrorKind, Instant)> {
+fn repeat_until_error(
+    mut what: impl FnMut() -> std::io::Result<()> + Send + 'static,
+) -> JoinHandle<(ErrorKind, Instant)> {
     thread::spawn(move || {
         loop {
             if let Err(error) = what() {
@@ -45,12 +47,12 @@ fn again(mut what: impl FnMut() -> std::io::Result<()> + Send + 'static) -> Join
 }
 
 fn writer(mut stream: TcpStream) -> JoinHandle<(ErrorKind, Instant)> {
-    again(move || stream.write_all(&[7; 1 << 16]))
+    repeat_until_error(move || stream.write_all(&[7; 1 << 16]))
 }
 
 fn reader(mut stream: TcpStream, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
     let mut buffer = vec![0; 1 << 18];
-    again(move || {
+    repeat_until_error(move || {
         let n = stream.read(&mut buffer)?;
         moved.fetch_add(n, Ordering::Relaxed);
         if n == 0 { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
@@ -58,20 +60,20 @@ fn reader(mut stream: TcpStream, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKi
 }
 
 fn echo(mut stream: TcpStream, begins: bool, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
-    let mut octets = [7; 64];
+    let mut bytes = [7; 64];
     if begins {
-        stream.write_all(&octets).expect("it is sent");
+        stream.write_all(&bytes).expect("it is sent");
     }
-    again(move || {
-        stream.read_exact(&mut octets)?;
+    repeat_until_error(move || {
+        stream.read_exact(&mut bytes)?;
         // Counts for more than it is, to be as much as the others soon.
         moved.fetch_add(1 << 16, Ordering::Relaxed);
-        stream.write_all(&octets)
+        stream.write_all(&bytes)
     })
 }
 
 /// A session of each kind.
-fn all_kinds(server: &Server, login: Login<'_>) -> Vec<Live> {
+fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> {
     let tunnel = || {
         let (listener, dst) = listener(V4);
         let (client, rep, _) = open_as(server, login, CONNECT, &dst.to_string());
@@ -85,7 +87,7 @@ fn all_kinds(server: &Server, login: Login<'_>) -> Vec<Live> {
             "down" => [reader(client, moved.clone()), writer(far)],
             _ => [echo(client, true, moved.clone()), echo(far, false, moved.clone())],
         };
-        Live::Busy(ends, moved)
+        LiveSession::Busy(ends, moved)
     };
     let (client, far) = tunnel();
     let (half, mut half_far) = tunnel();
@@ -95,75 +97,79 @@ fn all_kinds(server: &Server, login: Login<'_>) -> Vec<Live> {
     assert_eq!(rep, 0);
     let association = associate(server.addr(), V4, login);
     association.ping(udp_echo_server(V4), b"hello");
-    let mut all =
-        vec![Live::Idle(client, far), Live::Half(half, half_far), Live::Bind(bind, bnd), Live::Udp(association)];
+    let mut all = vec![
+        LiveSession::Idle(client, far),
+        LiveSession::Half(half, half_far),
+        LiveSession::Bind(bind, bnd),
+        LiveSession::Udp(association),
+    ];
     all.extend(["up", "down", "both"].map(busy));
     all.iter().for_each(assert_busy);
     all
 }
 
 /// Waits until a busy one has moved enough to be spliced.
-fn assert_busy(live: &Live) {
-    if let Live::Busy(_, moved) = live {
+fn assert_busy(live: &LiveSession) {
+    if let LiveSession::Busy(_, moved) = live {
         let before = moved.load(Ordering::Relaxed);
-        wait_until("octets move", TIMEOUT, || moved.load(Ordering::Relaxed) > before + BULK);
+        wait_until("bytes move", TIMEOUT, || moved.load(Ordering::Relaxed) > before + BULK);
     }
 }
 
 fn is_reset(stream: &mut TcpStream) -> bool {
-    stream.set_read_timeout(Some(SOON_CUT)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(CLOSE_TIMEOUT)).expect("a timeout can be set");
     stream.read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
 }
 
-fn assert_cut(live: Live, since: Instant) {
+fn assert_closed(live: LiveSession, since: Instant) {
     match live {
-        Live::Idle(mut client, mut far) => assert!(is_reset(&mut client) && is_reset(&mut far)),
+        LiveSession::Idle(mut client, mut far) => assert!(is_reset(&mut client) && is_reset(&mut far)),
         // Whoever has read the end hears of the reset as he writes.
-        Live::Half(mut client, mut far) => {
+        LiveSession::Half(mut client, mut far) => {
             assert!(is_reset(&mut client));
-            wait_until("the target's side is reset", SOON_CUT, || far.write_all(b"x").is_err());
+            wait_until("the target's side is reset", CLOSE_TIMEOUT, || far.write_all(b"x").is_err());
         }
-        Live::Busy(ends, _) => {
+        LiveSession::Busy(ends, _) => {
             for end in ends {
                 let (kind, when) = end.join().expect("no panic");
                 assert!(matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{kind}");
-                assert!(when < since + SOON_CUT, "{:?}", when - since);
+                assert!(when < since + CLOSE_TIMEOUT, "{:?}", when - since);
             }
         }
-        Live::Bind(mut client, bnd) => {
+        LiveSession::Bind(mut client, bnd) => {
             assert_eq!(read_reply(&mut client).0, 2);
             assert!(is_closed(&mut client));
             assert!(TcpStream::connect(bnd).is_err(), "somebody still listens");
         }
-        Live::Udp(mut association) => {
+        LiveSession::Udp(mut association) => {
             assert!(is_closed(&mut association.control));
             let target = socket(V4);
             let late = datagram(0, target.local_addr().expect("an address"), b"late");
             let _ = association.socket.send_to(&late, association.bnd);
-            got_nothing(&target);
+            assert_no_datagram(&target);
         }
     }
-    assert!(since.elapsed() < SOON_CUT, "{:?}", since.elapsed());
+    assert!(since.elapsed() < CLOSE_TIMEOUT, "{:?}", since.elapsed());
 }
 
-fn assert_alive(live: Live) {
+fn assert_alive(live: LiveSession) {
     assert_busy(&live);
     match live {
-        Live::Idle(mut client, mut far) => {
+        LiveSession::Idle(mut client, mut far) => {
             client.write_all(b"up").and_then(|()| far.write_all(b"down")).expect("it is sent");
             assert_eq!(read_exact(&mut far, 2), b"up");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
-        Live::Half(mut client, mut far) => {
+        LiveSession::Half(mut client, mut far) => {
             far.write_all(b"down").expect("it is sent");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
-        Live::Busy(ends, _) => assert!(!ends.iter().any(JoinHandle::is_finished)),
-        Live::Bind(mut client, bnd) => {
+        LiveSession::Busy(ends, _) => assert!(!ends.iter().any(JoinHandle::is_finished)),
+        LiveSession::Bind(mut client, bnd) => {
             let _peer = TcpStream::connect(bnd).expect("somebody listens");
             assert_eq!(read_reply(&mut client).0, 0);
         }
-        Live::Udp(association) => association.ping(udp_echo_server(V4), b"hello"),
+        LiveSession::Udp(association) => association.ping(udp_echo_server(V4), b"hello"),
     }
 }
 
@@ -173,9 +179,9 @@ enum Change {
     DenyAlice,
 }
 
-fn cut_all_of_alice(args: &[&str], change: &Change, keeps: bool) {
-    let rig = Rig::start(alice_and_bob(), "# none\n", args);
-    let (alices, bobs) = (all_kinds(&rig.server, ALICE), all_kinds(&rig.server, BOB));
+fn check_sessions_of_alice(args: &[&str], change: &Change, keeps: bool) {
+    let rig = TestServer::start(alice_and_bob(), "# none\n", args);
+    let (alices, bobs) = (sessions_of_each_kind(&rig.server, ALICE), sessions_of_each_kind(&rig.server, BOB));
     let since = Instant::now();
     let line = match change {
         Change::NoAlice => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
@@ -186,7 +192,7 @@ fn cut_all_of_alice(args: &[&str], change: &Change, keeps: bool) {
     if keeps {
         alices.into_iter().for_each(assert_alive);
     } else {
-        alices.into_iter().for_each(|live| assert_cut(live, since));
+        alices.into_iter().for_each(|live| assert_closed(live, since));
         let why = match change {
             Change::NoAlice => "error=\"this login is no longer valid\"".into(),
             Change::DenyAlice => format!("error=\"denied: {} line 1 (deny user=alice)\"", rig.rules),
@@ -195,45 +201,45 @@ fn cut_all_of_alice(args: &[&str], change: &Change, keeps: bool) {
     }
     bobs.into_iter().for_each(assert_alive);
     // Whoever comes anew is judged anew.
-    let alice = try_enter(rig.server.addr(), elsewhere(), ALICE);
+    let alice = try_log_in(rig.server.addr(), unused_client_ip(), ALICE);
     assert_eq!(alice.is_some(), matches!(change, Change::DenyAlice));
     // And once more nobody is left to be cut.
     assert!(rig.reload().ends_with("sessions closed: 0"));
 }
 
 #[test]
-fn all_sessions_of_a_user_who_is_gone_are_cut_and_nobody_elses() {
-    cut_all_of_alice(&["--threads", "1"], &Change::NoAlice, false);
-    cut_all_of_alice(&["--threads", "2"], &Change::NoAlice, false);
+fn sessions_of_removed_user_are_closed() {
+    check_sessions_of_alice(&["--threads", "1"], &Change::NoAlice, false);
+    check_sessions_of_alice(&["--threads", "2"], &Change::NoAlice, false);
 }
 
 #[test]
-fn all_sessions_that_new_rules_refuse_are_cut_and_no_others() {
-    cut_all_of_alice(&["--threads", "1"], &Change::DenyAlice, false);
-    cut_all_of_alice(&["--threads", "2"], &Change::DenyAlice, false);
+fn sessions_denied_by_new_rules_are_closed() {
+    check_sessions_of_alice(&["--threads", "1"], &Change::DenyAlice, false);
+    check_sessions_of_alice(&["--threads", "2"], &Change::DenyAlice, false);
 }
 
 #[test]
-fn sessions_are_kept_where_the_server_is_told_so() {
-    cut_all_of_alice(&["--threads", "1", "--keep-sessions"], &Change::NoAlice, true);
-    cut_all_of_alice(&["--threads", "2", "--keep-sessions"], &Change::DenyAlice, true);
+fn keep_sessions_keeps_denied_sessions() {
+    check_sessions_of_alice(&["--threads", "1", "--keep-sessions"], &Change::NoAlice, true);
+    check_sessions_of_alice(&["--threads", "2", "--keep-sessions"], &Change::DenyAlice, true);
 }
 
 #[test]
-fn sessions_with_a_pace_or_through_a_hop_are_cut_as_well() {
+fn rate_limited_and_hop_sessions_are_closed_too() {
     // More than can be had, or datagrams of a user who moves a lot would be dropped.
-    cut_all_of_alice(&["--rate", "1000G"], &Change::NoAlice, false);
+    check_sessions_of_alice(&["--rate", "1000G"], &Change::NoAlice, false);
     let hop = Server::start(&[]);
-    cut_all_of_alice(&["--via", &hop.addr().to_string()], &Change::DenyAlice, false);
+    check_sessions_of_alice(&["--via", &hop.addr().to_string()], &Change::DenyAlice, false);
 }
 
 #[test]
-fn a_tunnel_is_judged_by_the_address_that_it_really_has() {
+fn recheck_uses_connected_address_of_tunnel() {
     let hosts = "127.0.0.1 one.test\n127.0.0.3 three.test\n";
-    if !in_namespace("cut::a_tunnel_is_judged_by_the_address_that_it_really_has", hosts, "") {
+    if !in_namespace("closed_sessions::recheck_uses_connected_address_of_tunnel", hosts, "") {
         return;
     }
-    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let targets = ["127.0.0.1", "127.0.0.3"].map(|at| listener(ip(at)));
     let port = |n: usize| targets[n].1.port();
     let open = |n: usize, dst: &str| {
@@ -252,18 +258,18 @@ fn a_tunnel_is_judged_by_the_address_that_it_really_has() {
         assert!(is_reset(&mut client) && is_reset(&mut far));
     }
     assert_eq!(read_reply(&mut expecting).0, 2);
-    kept.into_iter().for_each(|(client, far)| assert_alive(Live::Idle(client, far)));
+    kept.into_iter().for_each(|(client, far)| assert_alive(LiveSession::Idle(client, far)));
     // By the name, where that is all that a rule says.
     let (mut by_name, _far) = open(0, "one.test");
     let (by_address, far) = open(0, "127.0.0.1");
     let line = rig.reload_rules("deny to=.test\n");
     assert!(is_reset(&mut by_name), "{line}");
-    assert_alive(Live::Idle(by_address, far));
+    assert_alive(LiveSession::Idle(by_address, far));
 }
 
 #[test]
-fn whoever_comes_to_a_bind_that_waits_is_judged_by_the_new_rules() {
-    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+fn waiting_bind_checks_peer_by_new_rules() {
+    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
     // Somebody else may still come, so it goes on waiting.
@@ -275,9 +281,9 @@ fn whoever_comes_to_a_bind_that_waits_is_judged_by_the_new_rules() {
 }
 
 #[test]
-fn whoever_comes_to_a_bind_that_waits_at_a_hop_is_judged_by_the_new_rules() {
+fn waiting_bind_at_hop_checks_peer_by_new_rules() {
     let hop = Server::start(&[]);
-    let rig = Rig::start(alice_and_bob(), "# none\n", &["--via", &hop.addr().to_string()]);
+    let rig = TestServer::start(alice_and_bob(), "# none\n", &["--via", &hop.addr().to_string()]);
     let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
     assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
@@ -286,12 +292,12 @@ fn whoever_comes_to_a_bind_that_waits_at_a_hop_is_judged_by_the_new_rules() {
 }
 
 #[test]
-fn a_client_is_cut_by_where_he_comes_from() {
-    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+fn reload_closes_sessions_by_client_address() {
+    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let dst = echo_server().to_string();
     let mut tunnels = ["127.0.0.2", "127.0.0.3"].map(|from| {
-        let mut stream = enter(rig.server.addr(), ip(from), ALICE);
-        assert_eq!(ask(&mut stream, CONNECT, &dst).0, 0);
+        let mut stream = log_in(rig.server.addr(), ip(from), ALICE);
+        assert_eq!(send_request(&mut stream, CONNECT, &dst).0, 0);
         stream
     });
     let line = rig.reload_rules("deny from=127.0.0.2\n");

@@ -1,22 +1,22 @@
-//! DNS over UDP through a proxy, with a server that knows a few names and asks nobody.
+//! DNS over UDP through a proxy, with a server that has a few names and forwards no queries.
 
 use std::net::SocketAddr;
 use std::process::Command;
 
-use super::listening;
+use super::start_server;
 use crate::common::{Server, TIMEOUT, is_installed, run, s5, temp_dir, write_file};
-use crate::{Process, code, stdout, text};
+use crate::{ProcessGroup, exit_code, stdout, text};
 
 const UNBOUND: &str = "/usr/sbin/unbound";
 
 struct Unbound {
     addr: SocketAddr,
-    _process: Process,
+    _process: ProcessGroup,
     _folder: tempfile::TempDir,
 }
 
-/// What `large.test` is: more than DNS over UDP has without EDNS, and than servers send unless told to.
-fn large() -> Vec<String> {
+/// The TXT record of `large.test`: larger than DNS over UDP allows without EDNS, and than servers send by default.
+fn large_txt() -> Vec<String> {
     (b'a'..=b'n').map(|letter| char::from(letter).to_string().repeat(250)).collect()
 }
 
@@ -24,8 +24,8 @@ impl Unbound {
     fn start() -> Self {
         let folder = temp_dir();
         let path = |name: &str| folder.path().join(name).display().to_string();
-        let strings: String = large().iter().map(|string| format!(" \"{string}\"")).collect();
-        let (_process, addr) = listening(folder.path(), |addr| {
+        let strings: String = large_txt().iter().map(|string| format!(" \"{string}\"")).collect();
+        let (_process, addr) = start_server(folder.path(), |addr| {
             let config = format!(
                 "server:\n\
                  interface: 127.0.0.1@{port}\naccess-control: 127.0.0.0/8 allow\nnum-threads: 1\n\
@@ -49,7 +49,7 @@ impl Unbound {
     }
 }
 
-/// What dig says, which has one try and no other way than UDP.
+/// Returns the output of dig, with one try and over UDP only.
 fn dig(server: SocketAddr, name: &str, kind: &str) -> String {
     let mut command = Command::new("dig");
     command.args(["-r", "@127.0.0.1", "-p", &server.port().to_string()]);
@@ -57,7 +57,7 @@ fn dig(server: SocketAddr, name: &str, kind: &str) -> String {
     text(&stdout(&mut command, b""))
 }
 
-/// How long each association lasted, in seconds, and what it carried down.
+/// The duration in seconds of each association in the log, and its bytes to the client.
 fn associations(log: &str) -> Vec<(f64, usize)> {
     let value = |line: &str, key: &str| {
         let value = line.split_whitespace().find_map(|word| word.strip_prefix(key).map(str::to_owned));
@@ -65,11 +65,11 @@ fn associations(log: &str) -> Vec<(f64, usize)> {
     };
     let number = |line: &str| (value(line, "seconds=").parse(), value(line, "down=").parse());
     let sessions = log.lines().filter(|line| line.contains(" command=udp "));
-    sessions.map(number).map(|(seconds, down)| (seconds.expect("seconds"), down.expect("octets"))).collect()
+    sessions.map(number).map(|(seconds, down)| (seconds.expect("seconds"), down.expect("bytes"))).collect()
 }
 
 #[test]
-fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
+fn dig_queries_through_local_port_and_idle_association_ends() {
     if !is_installed("unbound") || !is_installed("dig") {
         return;
     }
@@ -80,19 +80,19 @@ fn dig_asks_through_a_local_port_and_who_is_silent_loses_the_association() {
     assert!(forward.addr().ip().is_loopback() && forward.addr().port() != 0);
     assert_eq!(dig(forward.addr(), "host.test", "A"), "192.0.2.10\n");
     assert_eq!(dig(forward.addr(), "host.test", "AAAA"), "2001:db8::10\n");
-    // Each dig has a port of its own, and so an association.
+    // Each dig has its own port, and so its own association.
     server.wait_log(|log| associations(log).len() == 2);
-    let strings: Vec<String> = large().iter().map(|string| format!("\"{string}\"")).collect();
+    let strings: Vec<String> = large_txt().iter().map(|string| format!("\"{string}\"")).collect();
     assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
     let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
     assert!(ended.iter().all(|(seconds, _)| (1.0..TIMEOUT.as_secs_f64()).contains(seconds)), "{ended:?}");
     assert!(ended[2].1 > 3500, "one datagram: {ended:?}");
-    // That is no failure.
+    // The end of an idle association is not an error.
     assert_eq!(forward.log().lines().count(), 1, "{}", forward.log());
 }
 
 #[test]
-fn a_query_in_digits_is_answered_in_digits() {
+fn hex_framing_queries_dns() {
     if !is_installed("unbound") {
         return;
     }
@@ -101,11 +101,11 @@ fn a_query_in_digits_is_answered_in_digits() {
     let query = b"1234 0100 0001 0000 0000 0000 04686f7374 0474657374 00 0001 0001\n";
     let args = ["udp", "-x", &server.addr().to_string(), &unbound.addr.to_string(), "-n", "1", "--hex"];
     let output = run(s5().args(args), query, TIMEOUT);
-    assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
+    assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
     let answer = text(&output.stdout);
     let digits = answer.strip_suffix('\n').expect("a line");
     assert!(digits.bytes().all(|digit| digit.is_ascii_hexdigit()), "{answer:?}");
-    // The id, QR with NOERROR, one answer; 4 octets of address at the end.
+    // The id, QR with NOERROR, one answer; 4 bytes of address at the end.
     assert!(digits.starts_with("12348") && digits[7..16] == *"000010001", "{digits}");
     assert!(digits.ends_with("0004c000020a"), "{digits}");
 }

@@ -12,12 +12,12 @@ fn serve(args: &[&str]) -> Output {
     run(s5().arg("serve").args(args), b"", TIMEOUT)
 }
 
-fn text(octets: &[u8]) -> String {
-    String::from_utf8_lossy(octets).into_owned()
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[test]
-fn all_rules_are_shown_in_their_order_with_where_they_stand() {
+fn show_rules_prints_order_and_origin() {
     let folder = temp_dir();
     let file = write_file(folder.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
     let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
@@ -49,9 +49,9 @@ fn all_rules_are_shown_in_their_order_with_where_they_stand() {
 }
 
 #[test]
-fn a_question_is_explained_with_the_rule_that_decides() {
+fn explain_names_deciding_rule() {
     let hosts = "127.0.0.2 pair.test\n127.0.0.3 pair.test\n127.0.0.3 bad.test\n";
-    if !in_namespace("start::a_question_is_explained_with_the_rule_that_decides", hosts, dns::RESOLV) {
+    if !in_namespace("startup::explain_names_deciding_rule", hosts, dns::RESOLV) {
         return;
     }
     let asked = dns::start();
@@ -116,14 +116,14 @@ fn a_question_is_explained_with_the_rule_that_decides() {
 }
 
 #[test]
-fn what_a_look_up_is_for_is_the_first_rule_that_depends_on_it() {
+fn explain_names_first_rule_that_needs_resolving() {
     let output = serve(&["--deny", "to=127.0.0.9", "--explain", "to=localhost:80"]);
     let expected = "resolve localhost (its addresses decide): --deny (deny to=127.0.0.9)\n";
     assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
 }
 
 #[test]
-fn a_way_is_explained_with_its_name() {
+fn explain_names_hop() {
     let args = ["--hop", "far=192.0.2.1:1080", "--allow", "to=.far.test via=far", "--explain"];
     let output = serve(&[&args[..], &["to=x.far.test:80"]].concat());
     assert!(text(&output.stdout).contains("\nallow x.far.test via far: --allow ("), "{}", text(&output.stdout));
@@ -132,7 +132,7 @@ fn a_way_is_explained_with_its_name() {
 }
 
 #[test]
-fn what_is_wrong_with_a_rule_is_said_with_file_line_and_word() {
+fn invalid_rule_error_names_file_line_and_word() {
     let folder = temp_dir();
     let bad = [
         ("deny colour=red", "colour"),
@@ -198,8 +198,8 @@ fn what_is_wrong_with_a_rule_is_said_with_file_line_and_word() {
 }
 
 #[test]
-fn a_server_that_would_be_open_to_a_network_does_not_start_by_mistake() {
-    if !in_namespace("start::a_server_that_would_be_open_to_a_network_does_not_start_by_mistake", "", "") {
+fn open_relay_does_not_start_without_open() {
+    if !in_namespace("startup::open_relay_does_not_start_without_open", "", "") {
         return;
     }
     let folder = temp_dir();

@@ -1,4 +1,4 @@
-//! `s5 udp`: datagrams in all framings, answers that are counted, cut or dropped, and the way without a proxy.
+//! `s5 udp`: framings, and answers that are counted, incomplete or dropped; also without a proxy.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use crate::kit::V4;
 use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
 #[test]
-fn every_framing_gives_back_what_it_takes() {
+fn udp_framings_round_trip() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let long = [&[0x10, 0][..], &[7; 4096]].concat();
     let cases: [(&str, &[u8], &[u8], &str); 6] = [
@@ -28,7 +28,7 @@ fn every_framing_gives_back_what_it_takes() {
 }
 
 #[test]
-fn a_frame_that_makes_no_sense_is_an_error() {
+fn udp_malformed_frame_is_an_error() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let cases: [(&str, &[u8], &str); 5] = [
         ("--hex", b"abc\n", "not hexadecimal"),
@@ -37,43 +37,43 @@ fn a_frame_that_makes_no_sense_is_an_error() {
         ("--length-prefixed", b"\0", "within a datagram"),
         ("--length-prefixed", b"\xff\xff", "within a datagram"),
     ];
-    for (framing, stdin, said) in cases {
+    for (framing, stdin, reason) in cases {
         let output = run(s5().args(["udp", framing, "-x", &server.addr().to_string(), &echo]), stdin, TIMEOUT);
         let stderr = text(&output.stderr);
         assert_eq!((output.status.code(), stderr.lines().count()), (Some(26), 1), "{stderr}");
-        assert!(stderr.contains(said), "{stderr}");
+        assert!(stderr.contains(reason), "{stderr}");
     }
 }
 
 #[test]
-fn enough_answers_end_it_at_once_and_too_few_are_a_failure() {
+fn udp_count_exits_early_and_fails_on_missing_answers() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let proxy = server.addr().to_string();
-    let began = Instant::now();
+    let started = Instant::now();
     let output = run(s5().args(["udp", "-n", "2", "-w", "9", "-x", &proxy, &echo]), b"a\nb\nc\nd\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(text(&output.stdout).lines().count(), 2, "two are enough, whatever else has come");
-    assert!(began.elapsed() < Duration::from_secs(5), "it does not wait for more");
+    assert_eq!(text(&output.stdout).lines().count(), 2, "exactly two answers are written");
+    assert!(started.elapsed() < Duration::from_secs(5), "the client exits after two answers");
     let output = run(s5().args(["udp", "-n", "3", "-w", "300ms", "-x", &proxy, &echo]), b"a\nb\n", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(28), "a\nb\n".into()));
     assert!(text(&output.stderr).ends_with(": received 2 of 3 answers in time\n"), "{}", text(&output.stderr));
-    // -q is for the answers alone.
+    // -q limits only the wait for answers.
     let output = run(s5().args(["udp", "-q", "100ms", "-w", "30", "-x", &proxy, &echo]), b"a\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0));
 }
 
 #[test]
-fn silence_for_too_long_is_a_time_out() {
+fn udp_idle_timeout_exits_with_28() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let mut client = RunningProgram::start(s5().args(["udp", "-i", "400ms", "-x", &server.addr().to_string(), &echo]));
     client.write(b"x\n");
-    let (status, stdout, said) = client.end(TIMEOUT);
-    assert_eq!((status.code(), stdout), (Some(28), b"x\n".to_vec()), "{said}");
-    assert!(said.ends_with("idle for 400ms\n"), "{said}");
+    let (status, stdout, stderr) = client.end(TIMEOUT);
+    assert_eq!((status.code(), stdout), (Some(28), b"x\n".to_vec()), "{stderr}");
+    assert!(stderr.ends_with("idle for 400ms\n"), "{stderr}");
 }
 
 #[test]
-fn without_a_proxy_datagrams_go_directly() {
+fn udp_direct_needs_no_proxy() {
     for ip in [V4, crate::kit::V6] {
         let echo = udp_echo_server(ip).to_string();
         let output = run(s5().args(["udp", "--direct", "-n", "2", "-w", "5", &echo]), b"one\ntwo\n", TIMEOUT);
@@ -86,32 +86,35 @@ fn without_a_proxy_datagrams_go_directly() {
 }
 
 #[test]
-fn the_source_is_that_of_the_datagrams_too() {
+fn udp_source_address_is_that_of_datagrams() {
     let (server, target) = (Server::start(&[]), UdpSocket::bind("127.0.0.1:0").expect("a port"));
-    target.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+    target.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
     let addr = target.local_addr().expect("an address").to_string();
     let output = run(s5().args(["udp", "--direct", "-s", "127.0.0.9", "-w", "0", &addr]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(target.recv_from(&mut [0; 4]).expect("it comes").1.ip().to_string(), "127.0.0.9");
-    // Through a proxy that knows its client by the address of the connection.
+    assert_eq!(target.recv_from(&mut [0; 4]).expect("the data arrives").1.ip().to_string(), "127.0.0.9");
+    // The proxy accepts datagrams only from the address of the TCP connection.
     let args = ["udp", "-s", "127.0.0.9", "-n", "1", "-w", "5", "-x", &server.addr().to_string()];
     let output = run(s5().args(args).arg(udp_echo_server(V4).to_string()), b"x\n", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "x\n".into()), "{}", text(&output.stderr));
 }
 
-/// Answers, as a relay sends them, to a client that has sent one datagram; what it says of them in the end.
-fn told(answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static, args: &[&str]) -> (String, String) {
+/// Runs a client that sends one datagram to a relay, which replies by `answers`. Returns stdout and stderr.
+fn run_with_answers(
+    answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static,
+    args: &[&str],
+) -> (String, String) {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = success_reply(relay.local_addr().expect("an address"));
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     std::thread::spawn(move || {
-        let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
+        let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
         answers(&relay, from);
     });
     let output =
         run(s5().args(["udp", "-w", "500ms", "-x", &proxy.url()]).args(args).arg("192.0.2.7:7"), b"x\n", TIMEOUT);
-    assert_eq!(output.status.code(), Some(0), "a loss is no failure");
+    assert_eq!(output.status.code(), Some(0), "lost answers are not an error");
     (text(&output.stdout), text(&output.stderr))
 }
 
@@ -120,16 +123,16 @@ fn fragment(frag: u8, data: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn answers_that_were_cut_or_dropped_are_told() {
+fn udp_incomplete_and_dropped_answers_are_reported() {
     let send = |all: Vec<Vec<u8>>| {
         move |relay: &UdpSocket, to| {
-            for octets in &all {
-                relay.send_to(octets, to).expect("it is sent");
+            for bytes in &all {
+                relay.send_to(bytes, to).expect("the data is sent");
             }
         }
     };
-    // A fragment that is missing, in three ways; and then one that is whole.
-    let cut = vec![
+    // Three incomplete datagrams, then a complete one.
+    let incomplete = vec![
         fragment(1, b"a"),
         fragment(0x83, b"c"),
         fragment(2, b"b"),
@@ -138,33 +141,33 @@ fn answers_that_were_cut_or_dropped_are_told() {
         fragment(1, b"one "),
         fragment(0x82, b"two"),
     ];
-    let (stdout, stderr) = told(send(cut), &[]);
+    let (stdout, stderr) = run_with_answers(send(incomplete), &[]);
     assert_eq!(stdout, "one two\n");
     assert!(stderr.ends_with("answers incomplete: fragments are missing (3)\n"), "{stderr}");
-    let strange = vec![b"".to_vec(), vec![0, 0, 0, 9], fragment(0, b"good")];
-    let (stdout, stderr) = told(send(strange), &[]);
+    let malformed = vec![b"".to_vec(), vec![0, 0, 0, 9], fragment(0, b"good")];
+    let (stdout, stderr) = run_with_answers(send(malformed), &[]);
     assert_eq!(stdout, "good\n");
     assert!(stderr.ends_with("answers dropped: malformed, or not from the relay (2)\n"), "{stderr}");
-    let (_, stderr) = told(send(vec![fragment(0, b"good")]), &[]);
+    let (_, stderr) = run_with_answers(send(vec![fragment(0, b"good")]), &[]);
     assert_eq!(stderr, "");
 }
 
 #[test]
-fn answers_for_which_there_was_no_room_are_told() {
+fn udp_answers_dropped_by_a_full_buffer_are_reported() {
     let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
     let bnd = success_reply(relay.local_addr().expect("an address"));
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
-    // Its reader is asleep meanwhile, and so its stdout is full.
+    // The reader of stdout sleeps, so that the pipe fills up.
     let script = "echo x | \"$0\" udp -w 2 --raw -x \"$1\" 192.0.2.7:7 | { sleep 1; cat >/dev/null; }";
     let mut command = std::process::Command::new("sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &proxy.url()]);
     let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("it comes");
+    let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
     for _ in 0..3000 {
-        relay.send_to(&fragment(0, &[b'x'; 1200]), from).expect("it is sent");
+        relay.send_to(&fragment(0, &[b'x'; 1200]), from).expect("the data is sent");
     }
-    let output = client.join().expect("it ends");
+    let output = client.join().expect("the client exits");
     assert!(
         text(&output.stderr).contains("answers dropped: they arrived faster than they were read ("),
         "{}",

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use s5::policy::rules::Route;
 
-use crate::model::{AccessRequest, ClientPattern, Ip, Net, OWN, Rule, TargetPattern, UserPattern};
+use crate::model::{AccessRequest, ClientPattern, Ip, Net, OWN_LISTENERS, Rule, TargetPattern, UserPattern};
 
 pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
@@ -131,7 +131,7 @@ const USERS: [&[u8]; 13] = [
 const REALMS: [&[u8]; 4] = [b"example.org", b"example.com", b"*%@y", b"y"];
 const PORTS: [u16; 10] = [1, 22, 79, 80, 81, 443, 1079, 1080, 1081, 65535];
 const PREFIXES: [u32; 17] = [0, 1, 3, 4, 7, 8, 10, 16, 24, 31, 32, 48, 64, 96, 97, 127, 128];
-pub const WAYS: [&str; 3] = ["direct", "a", "b"];
+pub const ROUTES: [&str; 3] = ["direct", "a", "b"];
 
 pub fn std_ip(ip: Ip) -> IpAddr {
     match ip {
@@ -140,8 +140,8 @@ pub fn std_ip(ip: Ip) -> IpAddr {
     }
 }
 
-pub fn is_home(to: SocketAddr) -> bool {
-    OWN.iter().any(|(ip, port)| SocketAddr::new(std_ip(*ip), *port) == to)
+pub fn is_own_listener(to: SocketAddr) -> bool {
+    OWN_LISTENERS.iter().any(|(ip, port)| SocketAddr::new(std_ip(*ip), *port) == to)
 }
 
 fn any_v4() -> BoxedStrategy<u32> {
@@ -190,7 +190,7 @@ fn any_target() -> BoxedStrategy<Ip> {
     select(&KINDS[..]).prop_flat_map(any_ip).boxed()
 }
 
-fn any_place() -> impl Strategy<Value = TargetPattern> {
+fn any_target_pattern() -> impl Strategy<Value = TargetPattern> {
     prop_oneof![
         4 => any_net(any_target()).prop_map(TargetPattern::Net),
         1 => select(&RULE_NAMES[..]).prop_map(TargetPattern::Name),
@@ -204,14 +204,14 @@ fn any_ports() -> impl Strategy<Value = (u16, u16)> {
 }
 
 /// A list of a few, more often than not empty.
-fn few<S: Strategy>(one: S) -> impl Strategy<Value = Vec<S::Value>>
+fn up_to_three<S: Strategy>(one: S) -> impl Strategy<Value = Vec<S::Value>>
 where
     S::Value: Clone,
 {
     prop_oneof![3 => Just(Vec::new()), 2 => vec(one, 1..4)]
 }
 
-fn some(all: &'static [&'static str]) -> impl Strategy<Value = Vec<&'static str>> {
+fn subset(all: &'static [&'static str]) -> impl Strategy<Value = Vec<&'static str>> {
     prop_oneof![3 => Just(Vec::new()), 2 => subsequence(all, 1..=all.len())]
 }
 
@@ -227,9 +227,9 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
         3 => select(&USERS[..]).prop_map(UserPattern::Named),
         2 => select(&REALMS[..]).prop_map(UserPattern::Realm),
     ];
-    let way = proptest::option::of(select(&WAYS[..]));
-    let client = (few(source), few(user), some(&METHODS), some(&COMMANDS));
-    let target = (few(any_place()), few(any_ports()), way);
+    let way = proptest::option::of(select(&ROUTES[..]));
+    let client = (up_to_three(source), up_to_three(user), subset(&METHODS), subset(&COMMANDS));
+    let target = (up_to_three(any_target_pattern()), up_to_three(any_ports()), way);
     (any::<bool>(), client, target, any::<u64>()).prop_map(|(allow, client, target, style)| {
         let ((from, users, methods, commands), (to, ports, via)) = (client, target);
         Rule { allow, from, users, methods, commands, to, ports, via: via.filter(|_| allow), style }
@@ -237,7 +237,7 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
 }
 
 /// A question by somebody in one of these places, for an address of this kind.
-pub fn any_question_of(
+pub fn any_request_of(
     from: BoxedStrategy<Option<Ip>>,
     kind: Kind,
     method: &'static str,
@@ -245,22 +245,22 @@ pub fn any_question_of(
     is_named: bool,
 ) -> impl Strategy<Value = AccessRequest> {
     let port = prop_oneof![8 => select(&PORTS[..]), 2 => Just(1080), 1 => Just(0), 1 => any::<u16>()];
-    let target = prop_oneof![8 => any_ip(kind).boxed(), 1 => select(&OWN[..]).prop_map(|(ip, _)| ip).boxed()];
+    let target = prop_oneof![8 => any_ip(kind).boxed(), 1 => select(&OWN_LISTENERS[..]).prop_map(|(ip, _)| ip).boxed()];
     (from, select(&USERS[..]), select(&NAMES[..]), target, any_ip(kind), port).prop_map(
         move |(from, user, name, ip, other, port)| {
             let is_of_kind = matches!((kind, ip), (Kind::V4, Ip::V4(_)) | (Kind::V6, Ip::V6(_)));
-            let ip = if is_of_kind || !OWN.iter().any(|(own, _)| *own == ip) { ip } else { other };
+            let ip = if is_of_kind || !OWN_LISTENERS.iter().any(|(own, _)| *own == ip) { ip } else { other };
             let user = (method != "none").then_some(user);
             AccessRequest { from, method, user, command, name: is_named.then_some(name), ip, port }
         },
     )
 }
 
-pub fn any_question() -> impl Strategy<Value = AccessRequest> {
+pub fn any_request() -> impl Strategy<Value = AccessRequest> {
     let kinds = (select(&KINDS[..]), select(&METHODS[..]), select(&COMMANDS[..]), any::<bool>());
     kinds.prop_flat_map(|(kind, method, command, is_named)| {
         let from = prop_oneof![19 => any_client().prop_map(Some), 1 => Just(None)];
-        any_question_of(from.boxed(), kind, method, command, is_named)
+        any_request_of(from.boxed(), kind, method, command, is_named)
     })
 }
 
@@ -271,18 +271,18 @@ pub fn route(way: &str) -> Route {
     }
 }
 
-pub fn any_way() -> impl Strategy<Value = Route> {
-    select(&WAYS[..]).prop_map(route)
+pub fn any_route() -> impl Strategy<Value = Route> {
+    select(&ROUTES[..]).prop_map(route)
 }
 
 /// Rules as a file.
-pub struct Printed {
+pub struct RulesFile {
     pub text: String,
     /// Of each rule: its line, and how it is shown.
     pub lines: Vec<(usize, String)>,
 }
 
-pub fn print(rules: &[Rule]) -> Printed {
+pub fn write_rules(rules: &[Rule]) -> RulesFile {
     let (mut text, mut lines) = (String::new(), Vec::new());
     for rule in rules {
         text += ["", "", "", "# deny\n", "\n", " \t\r\n", "", ""][pick(rule.style, 0, 8)];
@@ -292,7 +292,7 @@ pub fn print(rules: &[Rule]) -> Printed {
         text += &words(rule).join(blank);
         text += ["\n", "\n", "\r\n", " # why port=1\n", " \n"][pick(rule.style, 6, 5)];
     }
-    Printed { text, lines }
+    RulesFile { text, lines }
 }
 
 /// One of so many, by some bits of a style.
@@ -321,9 +321,9 @@ fn words(rule: &Rule) -> Vec<String> {
     if style & 2 != 0 {
         words.reverse();
     }
-    let verdict = if rule.allow { "allow" } else { "deny" };
+    let action = if rule.allow { "allow" } else { "deny" };
     let conditions = words.into_iter().map(|(key, value)| format!("{key}={value}"));
-    [verdict.to_owned()].into_iter().chain(conditions).collect()
+    [action.to_owned()].into_iter().chain(conditions).collect()
 }
 
 fn list<T: Copy>(items: &[T], print: impl Fn(T) -> String) -> String {
@@ -341,19 +341,19 @@ fn source(source: ClientPattern, style: u64) -> String {
 fn user(user: UserPattern, style: u64) -> String {
     match user {
         UserPattern::Any => "*".into(),
-        UserPattern::Named(name) => percent(name, style),
-        UserPattern::Realm(realm) => format!("*@{}", percent(realm, style)),
+        UserPattern::Named(name) => percent_encode(name, style),
+        UserPattern::Realm(realm) => format!("*@{}", percent_encode(realm, style)),
     }
 }
 
 /// What could mean something else is always encoded, the rest now and then.
-fn percent(octets: &[u8], style: u64) -> String {
+fn percent_encode(bytes: &[u8], style: u64) -> String {
     let mut text = String::new();
-    for octet in octets {
-        match octet {
-            b'a'..=b'z' | b'A'..=b'Z' | b'.' | b'@' if style & 4 == 0 => text.push(char::from(*octet)),
-            _ if style & 8 == 0 => write!(text, "%{octet:02x}").expect("a string takes all"),
-            _ => write!(text, "%{octet:02X}").expect("a string takes all"),
+    for byte in bytes {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'.' | b'@' if style & 4 == 0 => text.push(char::from(*byte)),
+            _ if style & 8 == 0 => write!(text, "%{byte:02x}").expect("a string takes all"),
+            _ => write!(text, "%{byte:02X}").expect("a string takes all"),
         }
     }
     text

@@ -1,4 +1,4 @@
-//! git, rsync and ssh through proxies that want a password, which a file has.
+//! git, rsync and ssh through proxies that require passwords, which are in a file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,17 +8,17 @@ use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, temp_dir
 use crate::kit::login::users_file;
 use crate::scripted::RunningProgram;
 use crate::ssh::{Sshd, git, repository, s5_as_proxy_command};
-use crate::{LONG, assert_same, code, have, octets, session, stdout, text};
+use crate::{LONG_TIMEOUT, assert_same, bytes, exit_code, has_all, stdout, text, wait_for_session};
 
 #[test]
-fn git_clones_over_ssh_through_two_proxies_whose_passwords_a_file_has() {
-    if !have(&["ssh", "sshd", "ssh-keygen", "git"]) {
+fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen", "git"]) {
         return;
     }
     let ((_alices, alice), (_bobs, bob)) =
         (users_file(&[("alice", "open sesame")]), users_file(&[("bob", "pass:word")]));
     let (first, second) = (Server::start(&["--users", &alice]), Server::start(&["--users", &bob]));
-    let (sshd, folder, content) = (Sshd::start(), temp_dir(), octets(2 << 20));
+    let (sshd, folder, content) = (Sshd::start(), temp_dir(), bytes(2 << 20));
     let origin = repository(folder.path(), &content);
     let clone = |name: &str, passwords: &str| {
         let file = write_file(folder.path(), &format!("{name}.auth"), passwords);
@@ -27,30 +27,30 @@ fn git_clones_over_ssh_through_two_proxies_whose_passwords_a_file_has() {
         let mut command = git(folder.path());
         command.env("GIT_SSH_COMMAND", format!("ssh -F '{config}'"));
         let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
-        run(command.args(["clone", "-q", &url, name]), b"", LONG)
+        run(command.args(["clone", "-q", &url, name]), b"", LONG_TIMEOUT)
     };
-    // Not in the order of the proxies.
+    // The passwords are not in the order of the proxies.
     let output = clone("right", "carol:other\nbob:pass:word\nalice:open sesame\n");
-    assert_eq!((code(&output), text(&output.stderr).as_str()), (0, ""));
+    assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
     let cloned = std::fs::read(folder.path().join("right/file")).expect("the file was cloned");
     assert_same(&cloned, &content);
-    session(&first, &["user=\"alice\"", &format!("dst=\"{}\"", second.addr()), "rep=0"]);
-    session(&second, &["user=\"bob\"", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+    wait_for_session(&first, &["user=\"alice\"", &format!("dst=\"{}\"", second.addr()), "rep=0"]);
+    wait_for_session(&second, &["user=\"bob\"", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 
     let output = clone("wrong", "bob:open barley\nalice:open sesame\n");
-    let said = text(&output.stderr);
-    assert!(!output.status.success() && said.contains(&format!("proxy {}: login, ", second.addr())), "{said}");
-    assert!(!said.contains("barley") && !said.contains("sesame"), "{said}");
+    let stderr = text(&output.stderr);
+    assert!(!output.status.success() && stderr.contains(&format!("proxy {}: login, ", second.addr())), "{stderr}");
+    assert!(!stderr.contains("barley") && !stderr.contains("sesame"), "{stderr}");
 }
 
-/// What is in a folder, by its path below it.
-fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+/// Returns the content of all files below a directory, by relative path.
+fn read_files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(folder).expect("a folder") {
         let path = entry.expect("an entry").path();
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
         if path.is_dir() {
-            files.extend(self::files(&path).into_iter().map(|(below, content)| (format!("{name}/{below}"), content)));
+            files.extend(read_files(&path).into_iter().map(|(below, content)| (format!("{name}/{below}"), content)));
         } else {
             files.insert(name, std::fs::read(&path).expect("a file"));
         }
@@ -59,15 +59,15 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 #[test]
-fn rsync_copies_a_folder_over_ssh_there_and_back() {
-    if !have(&["ssh", "sshd", "ssh-keygen", "rsync"]) {
+fn rsync_copies_directory_over_ssh_both_ways() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen", "rsync"]) {
         return;
     }
     let (_alices, users) = users_file(&[("alice", "open sesame")]);
     let (server, sshd, folder) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir());
     let here = |name: &str| format!("{}/{name}/", folder.path().display());
     std::fs::create_dir_all(folder.path().join("original/below")).expect("a folder");
-    for (name, content) in [("large", octets(3 << 20)), ("empty", Vec::new()), ("below/two words", octets(1000))] {
+    for (name, content) in [("large", bytes(3 << 20)), ("empty", Vec::new()), ("below/two words", bytes(1000))] {
         std::fs::write(folder.path().join("original").join(name), content).expect("a file");
     }
     let file = write_file(folder.path(), "auth", "alice:open sesame\n");
@@ -79,9 +79,9 @@ fn rsync_copies_a_folder_over_ssh_there_and_back() {
     ] {
         stdout(Command::new("rsync").args(["-a", "-e", &ssh, &from, &to]), b"");
     }
-    let original = files(&folder.path().join("original"));
+    let original = read_files(&folder.path().join("original"));
     for name in ["there", "back"] {
-        let copied = files(&folder.path().join(name));
+        let copied = read_files(&folder.path().join(name));
         assert!(copied.keys().eq(original.keys()), "{name}: {:?}", copied.keys());
         copied.iter().zip(&original).for_each(|((_, left), (_, right))| assert_same(left, right));
     }
@@ -89,8 +89,8 @@ fn rsync_copies_a_folder_over_ssh_there_and_back() {
     server.wait_log(|log| log.matches(&of_alice).count() == 2);
 }
 
-/// How many processes run `s5 connect` through this proxy.
-fn clients_of(proxy: &Server) -> usize {
+/// The number of processes that run `s5 connect` through this proxy.
+fn connection_count(proxy: &Server) -> usize {
     let addr = proxy.addr().to_string();
     let is_one = |line: &[u8]| {
         let line = text(line);
@@ -104,27 +104,26 @@ fn clients_of(proxy: &Server) -> usize {
 }
 
 #[test]
-fn ssh_goes_on_alone_with_the_socket_that_s5_connect_hands_over() {
-    if !have(&["ssh", "sshd", "ssh-keygen"]) {
+fn ssh_uses_passed_socket_after_s5_has_exited() {
+    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
     let (_alices, users) = users_file(&[("alice", "open sesame")]);
-    let (server, sshd, folder, data) =
-        (Server::start(&["--users", &users]), Sshd::start(), temp_dir(), octets(4 << 20));
+    let (server, sshd, folder, data) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir(), bytes(4 << 20));
     let file = write_file(folder.path(), "auth", "alice:open sesame\n");
     let login = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
     let hands_over = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
     assert_eq!(text(&stdout(sshd.ssh(&hands_over).arg("echo over there"), b"")), "over there\n");
-    // What stays shows that one would be found.
+    // Without -F the process stays, which shows that the search would find it.
     for (lines, stay) in [(hands_over, 0), (s5_as_proxy_command(&login), 1)] {
         let mut ssh = RunningProgram::start(sshd.ssh(&lines).arg("cat"));
         ssh.write(b"hello\n");
-        ssh.stdout(|octets| octets == b"hello\n");
-        assert_eq!(clients_of(&server), stay, "{lines}");
+        ssh.stdout(|bytes| bytes == b"hello\n");
+        assert_eq!(connection_count(&server), stay, "{lines}");
         ssh.write(&data);
         ssh.close_stdin();
-        let (status, echoed, said) = ssh.end(LONG);
-        assert_eq!((status.code(), said.as_str()), (Some(0), ""));
+        let (status, echoed, stderr) = ssh.end(LONG_TIMEOUT);
+        assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
         assert_same(&echoed[6..], &data);
     }
     let target = format!("dst=\"{}\"", sshd.addr);
@@ -132,13 +131,13 @@ fn ssh_goes_on_alone_with_the_socket_that_s5_connect_hands_over() {
 }
 
 #[test]
-fn a_socket_is_handed_over_to_a_socket_alone() {
-    // Nobody is asked before.
+fn pass_fd_requires_stdout_to_be_a_socket() {
+    // The check comes before any password prompt.
     let (proxy, target) = (closed_port().to_string(), echo_server().to_string());
     for args in [&["-F", "-x", &proxy, &target][..], &["--pass-fd", "--direct", &target]] {
         let output = run(s5().arg("connect").args(args), b"", TIMEOUT);
-        let said = text(&output.stderr);
-        assert_eq!((code(&output), output.stdout.len(), said.lines().count()), (2, 0, 1), "{said}");
-        assert!(said.starts_with("s5: -F: ") && said.contains("socket"), "{said}");
+        let stderr = text(&output.stderr);
+        assert_eq!((exit_code(&output), output.stdout.len(), stderr.lines().count()), (2, 0, 1), "{stderr}");
+        assert!(stderr.starts_with("s5: -F: ") && stderr.contains("socket"), "{stderr}");
     }
 }

@@ -13,7 +13,8 @@ use crate::common::{Server, in_namespace, read_exact, read_reply};
 use crate::kit::dns::{self, Answer};
 use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, request_by_name};
 use crate::tools::{
-    ALICE, Rig, alice_and_bob, ask, associate, credentials, elsewhere, enter, got_nothing, request_for, saw_nobody,
+    ALICE, TestServer, alice_and_bob, assert_no_connection, assert_no_datagram, associate, credentials, log_in,
+    request_for, send_request, unused_client_ip,
 };
 
 /// What a client does, one after the other.
@@ -26,8 +27,8 @@ enum Step {
 fn steps(dst: SocketAddr) -> Vec<Step> {
     let login = credentials(ALICE.expect("a login"));
     let request = request_for(CONNECT, &dst.to_string());
-    let halves = |octets: &[u8]| {
-        let (first, second) = octets.split_at(octets.len() / 2);
+    let halves = |bytes: &[u8]| {
+        let (first, second) = bytes.split_at(bytes.len() / 2);
         [Step::Send(first.to_vec()), Step::Send(second.to_vec())]
     };
     let mut steps = halves(&[5, 1, 2]).to_vec();
@@ -43,10 +44,10 @@ fn steps(dst: SocketAddr) -> Vec<Step> {
 /// Does them until something else comes than is expected. True when all were done.
 fn walk(stream: &mut TcpStream, steps: &[Step]) -> bool {
     steps.iter().all(|step| match step {
-        Step::Send(octets) => stream.write_all(octets).is_ok(),
+        Step::Send(bytes) => stream.write_all(bytes).is_ok(),
         Step::Expect(expected) => {
-            let mut octets = vec![0; expected.len()];
-            stream.read_exact(&mut octets).is_ok() && octets == *expected
+            let mut bytes = vec![0; expected.len()];
+            stream.read_exact(&mut bytes).is_ok() && bytes == *expected
         }
     })
 }
@@ -54,7 +55,7 @@ fn walk(stream: &mut TcpStream, steps: &[Step]) -> bool {
 /// What the files are made to say.
 const CHANGES: [&str; 4] = ["nothing", "no alice", "deny her", "deny the target"];
 
-fn change(rig: &Rig, what: &str, dst: SocketAddr) -> String {
+fn change(rig: &TestServer, what: &str, dst: SocketAddr) -> String {
     match what {
         "nothing" => rig.reload(),
         "no alice" => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
@@ -64,20 +65,20 @@ fn change(rig: &Rig, what: &str, dst: SocketAddr) -> String {
 }
 
 fn begin(server: &Server) -> TcpStream {
-    let stream = connect_from(SocketAddr::new(elsewhere(), 0), server.addr());
+    let stream = connect_from(SocketAddr::new(unused_client_ip(), 0), server.addr());
     stream.set_nodelay(true).expect("an option");
     stream
 }
 
 #[test]
-fn at_each_moment_before_the_reply_the_new_files_hold() {
+fn reload_applies_at_each_step_before_reply() {
     for threads in ["1", "2"] {
         for what in CHANGES {
             let (target, dst) = listener(V4);
             let steps = steps(dst);
             // After the last step but one the request is made; what comes then is in the tests below.
             for moment in 0..steps.len() - 1 {
-                let rig = Rig::start(alice_and_bob(), "# none\n", &["--threads", threads]);
+                let rig = TestServer::start(alice_and_bob(), "# none\n", &["--threads", threads]);
                 let mut stream = begin(&rig.server);
                 assert!(walk(&mut stream, &steps[..moment]));
                 let line = change(&rig, what, dst);
@@ -88,16 +89,16 @@ fn at_each_moment_before_the_reply_the_new_files_hold() {
                     accept(&target).0.write_all(b"hello").expect("it is sent");
                     assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "behind the rest of the reply");
                 }
-                saw_nobody(&target);
+                assert_no_connection(&target);
             }
         }
     }
 }
 
 /// A target that takes nobody until it is told to.
-struct Slow(TcpListener, TcpStream);
+struct SlowTarget(TcpListener, TcpStream);
 
-impl Slow {
+impl SlowTarget {
     fn new() -> (Self, SocketAddr) {
         let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
         listener.bind(&SocketAddr::new(V4, 0).into()).expect("a port");
@@ -117,11 +118,11 @@ impl Slow {
 }
 
 #[test]
-fn while_a_target_is_dialled_the_new_files_hold() {
+fn reload_applies_while_connecting() {
     let moments = CHANGES.map(|what| {
-        let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
-        let (slow, dst) = Slow::new();
-        let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
+        let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+        let (slow, dst) = SlowTarget::new();
+        let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("the request is sent");
         assert_no_data(&stream, Duration::from_millis(50));
         assert!(change(&rig, what, dst).contains("rules loaded"));
@@ -142,12 +143,12 @@ fn while_a_target_is_dialled_the_new_files_hold() {
 }
 
 #[test]
-fn while_bind_waits_the_new_files_hold() {
+fn reload_applies_while_bind_waits() {
     for what in CHANGES {
-        let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
-        let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
+        let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+        let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
         let (_, dst) = listener(V4);
-        let (rep, bnd) = ask(&mut stream, BIND, &dst.to_string());
+        let (rep, bnd) = send_request(&mut stream, BIND, &dst.to_string());
         assert_eq!(rep, 0);
         let line = change(&rig, what, dst);
         let count = usize::from(what != "nothing");
@@ -163,7 +164,7 @@ fn while_bind_waits_the_new_files_hold() {
 }
 
 /// Starts a resolver that says nothing until it is told to.
-fn held_back() -> (dns::Queries, mpsc::Sender<()>) {
+fn start_blocked_resolver() -> (dns::Queries, mpsc::Sender<()>) {
     let (go, gone) = mpsc::channel();
     let asked = dns::start_with(move |name, nth| {
         // What is asked first is held back, and with it all that comes after.
@@ -176,15 +177,15 @@ fn held_back() -> (dns::Queries, mpsc::Sender<()>) {
 }
 
 #[test]
-fn while_a_name_is_looked_up_the_new_files_hold_for_connect() {
-    if !in_namespace("moments::while_a_name_is_looked_up_the_new_files_hold_for_connect", "", dns::RESOLV) {
+fn reload_applies_to_connect_while_resolving() {
+    if !in_namespace("reload_steps::reload_applies_to_connect_while_resolving", "", dns::RESOLV) {
         return;
     }
-    let (_asked, go) = held_back();
+    let (_asked, go) = start_blocked_resolver();
     let moments = CHANGES.map(|what| {
-        let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+        let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
         let (target, dst) = listener(V4);
-        let mut stream = enter(rig.server.addr(), elsewhere(), ALICE);
+        let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
         assert_no_data(&stream, Duration::from_millis(50));
         assert!(change(&rig, what, dst).contains("rules loaded"));
@@ -196,20 +197,20 @@ fn while_a_name_is_looked_up_the_new_files_hold_for_connect() {
         if what == "nothing" {
             accept(&target);
         }
-        saw_nobody(&target);
+        assert_no_connection(&target);
     }
 }
 
 #[test]
-fn while_a_name_is_looked_up_the_new_rules_hold_for_datagrams() {
-    if !in_namespace("moments::while_a_name_is_looked_up_the_new_rules_hold_for_datagrams", "", dns::RESOLV) {
+fn reload_applies_to_datagrams_while_resolving() {
+    if !in_namespace("reload_steps::reload_applies_to_datagrams_while_resolving", "", dns::RESOLV) {
         return;
     }
-    let (_asked, go) = held_back();
-    let rig = Rig::start(alice_and_bob(), "# none\n", &[]);
+    let (_asked, go) = start_blocked_resolver();
+    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let (good, bad) = (socket(V4), socket(V4));
     let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("an address").port());
-    let association = associate(rig.server.addr(), elsewhere(), ALICE);
+    let association = associate(rig.server.addr(), unused_client_ip(), ALICE);
     for port in [bad_port, good_port] {
         association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
     }
@@ -220,5 +221,5 @@ fn while_a_name_is_looked_up_the_new_rules_hold_for_datagrams() {
     assert!(rig.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
     drop(go);
     assert_eq!(receive(&good).0, b"hello");
-    got_nothing(&bad);
+    assert_no_datagram(&bad);
 }

@@ -1,0 +1,27 @@
+//! Reports how many tests this run of `cargo test` has skipped because a program is missing. Cargo runs the test files in
+//! alphabetical order, and so the name of this file makes it the last one.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+
+#[test]
+fn report_of_skipped_tests() {
+    let file = common::skipped_tests_file();
+    let text = std::fs::read_to_string(&file).unwrap_or_default();
+    let mut tests: BTreeSet<&str> = BTreeSet::new();
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    for (test, reason) in text.lines().filter_map(|line| line.split_once(": ")) {
+        if tests.insert(test) {
+            *reasons.entry(reason).or_default() += 1;
+        }
+    }
+    let mut report = format!("{} tests were skipped in this run\n", tests.len());
+    for (reason, count) in reasons {
+        report += &format!("{count:5} {reason}\n");
+    }
+    // The test harness hides what a passing test prints with a macro.
+    std::io::stderr().write_all(report.as_bytes()).expect("the report is printed");
+    let _ = std::fs::remove_file(file);
+}
