@@ -1,6 +1,7 @@
-//! GSSAPI for SOCKS5 (RFC 1961), both sides: how a security context comes about, and the level at which it is used.
+//! GSSAPI authentication for SOCKS5 (RFC 1961), client and server: establishes a security context and negotiates the
+//! protection level.
 //!
-//! What is in tokens is the library's affair (`ffi`); what protects a stream once this is over is `conn`'s.
+//! `ffi` calls the GSSAPI library, which makes and reads the tokens. `conn` protects the stream after the handshake.
 
 #[cfg_attr(not(feature = "gssapi"), path = "gssapi/absent.rs")]
 pub mod ffi;
@@ -16,33 +17,35 @@ use crate::conn::{Conn, Protection, ReadError, SecurityContext, TokenOrder, Unwr
 use crate::proto::{Frame, MAX_TOKEN_LEN, ProtectionLevel};
 use ffi::{Credential, GssContext, GssName, RequestedFlags};
 
-/// How many tokens one side may take to establish a context. Kerberos needs one.
+/// Tokens that one side accepts to establish a context. Kerberos needs one.
 const MAX_TOKEN_ROUNDS: usize = 8;
-/// How many handshakes may wait for a KDC at once. Each holds a thread, and the library waits for half a minute.
+/// Handshakes that wait for a KDC at once. Each blocks a thread for up to 30 s, the timeout of the library.
 const MAX_KDC_REQUESTS: usize = 32;
-/// How long one waits for his turn to do so.
+/// Time that a handshake waits for its turn.
 const KDC_PERMIT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long establishing a context may take on our side; a KDC that is silent is not waited for any longer.
+/// Time that a handshake waits for the library: for the ticket cache, or for a KDC that does not answer.
 const KDC_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why there is no context.
+type Result<T, E = GssapiError> = std::result::Result<T, E>;
+
+/// Reason why no security context was established.
 #[derive(Debug)]
 pub enum GssapiError {
-    /// The peer has refused it: with an abort, or by closing the connection.
+    /// The peer refused it: it sent an abort or closed the connection.
     Refused(String),
-    /// We do not take what the peer says, or the library does not.
+    /// The library reported an error, or the peer sent an unexpected message.
     Failed(String),
-    /// There is no credential to be had, for which the user can do something.
+    /// The user has no ticket.
     NoCredential(String),
-    /// There is no library.
+    /// No GSSAPI library is installed.
     Unavailable(String),
 }
 
 impl fmt::Display for GssapiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(what) | Self::Failed(what) | Self::Unavailable(what) => write!(f, "GSSAPI: {what}"),
-            Self::NoCredential(what) => write!(f, "GSSAPI: {what} (run kinit, or name a cache with --ccache)"),
+            Self::Refused(reason) | Self::Failed(reason) | Self::Unavailable(reason) => write!(f, "GSSAPI: {reason}"),
+            Self::NoCredential(reason) => write!(f, "GSSAPI: {reason} (run kinit, or set --ccache)"),
         }
     }
 }
@@ -64,42 +67,39 @@ impl From<ReadError> for GssapiError {
     }
 }
 
-fn failed(what: impl Into<String>) -> GssapiError {
-    GssapiError::Failed(what.into())
+fn failed(reason: impl Into<String>) -> GssapiError {
+    GssapiError::Failed(reason.into())
 }
 
-/// The server's side: who it is, and what it grants.
+/// The server side: its keys and the protection levels that it grants.
 #[derive(Debug)]
 pub struct Acceptor {
     credential: Arc<Credential>,
-    /// At least one.
+    /// Not empty.
     levels: Vec<ProtectionLevel>,
+    /// One permit per CPU: accepting a token is computation.
     cpu_permits: Arc<Semaphore>,
 }
 
-/// A client whose context is established.
+/// A client that has logged in.
 #[derive(Debug)]
 pub struct AuthenticatedClient {
-    /// The name of the initiator, whole: `alice@REALM`.
+    /// Kerberos principal of the client, `alice@REALM`.
     pub user: Vec<u8>,
-    /// What was granted.
+    /// The granted level.
     pub level: ProtectionLevel,
-    /// From here on, for the stream; none at [`ProtectionLevel::None`].
+    /// Protection for all further data; `None` at [`ProtectionLevel::None`].
     pub protection: Option<Protection>,
-    /// Whether octets that are replayed or in another order would be noticed, as RFC 1961 demands of a stream.
+    /// Set when replayed and reordered data is detected. RFC 1961 requires it for TCP.
     pub detects_reordering: bool,
 }
 
 impl Acceptor {
-    /// Takes the key of `service` (a name such as `rcmd`, `rcmd@host` or a principal with a `/`), or any key there is.
+    /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal with a `/`), or all keys of the keytab if `None`.
     ///
     /// # Errors
-    /// The library is missing, or there is no such key.
-    pub fn new(
-        keytab: Option<PathBuf>,
-        service: Option<&str>,
-        levels: Vec<ProtectionLevel>,
-    ) -> Result<Self, GssapiError> {
+    /// No library is installed, or the keytab has no such key.
+    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> Result<Self> {
         ffi::available().map_err(GssapiError::Failed)?;
         let name = service.map(import_name).transpose()?;
         let credential = Arc::new(Credential::acceptor(name.as_ref(), keytab.as_deref())?);
@@ -107,19 +107,19 @@ impl Acceptor {
         Ok(Self { credential, levels, cpu_permits: Arc::new(Semaphore::new(cpus)) })
     }
 
-    /// Establishes a context with the client on `conn`, which has been told that this is the method. The caller sets the
-    /// deadline, and says [`Frame::Abort`] to whoever fails.
+    /// Establishes a context with the client on `conn` after the server has selected GSSAPI. The caller sets the
+    /// deadline, and sends [`Frame::Abort`] after an error.
     ///
     /// # Errors
-    /// Whoever fails.
-    pub async fn accept(&self, conn: &mut Conn) -> Result<AuthenticatedClient, GssapiError> {
+    /// See [`GssapiError`].
+    pub async fn accept(&self, conn: &mut Conn) -> Result<AuthenticatedClient> {
         let context = self.establish_context(conn).await?;
         let flags = context.flags();
         let user = context
             .initiator_name()
             .filter(|_| !flags.anonymous)
             .map(<[u8]>::to_vec)
-            .ok_or_else(|| failed("the client has no name"))?;
+            .ok_or_else(|| failed("the client is anonymous"))?;
         let allowed = |level: &ProtectionLevel| match level {
             ProtectionLevel::None => true,
             ProtectionLevel::Integrity => flags.integrity,
@@ -131,12 +131,12 @@ impl Acceptor {
         Ok(AuthenticatedClient { user, level, protection: Protection::new(context, level), detects_reordering })
     }
 
-    async fn establish_context(&self, conn: &mut Conn) -> Result<GssContext, GssapiError> {
+    async fn establish_context(&self, conn: &mut Conn) -> Result<GssContext> {
         let mut context = GssContext::default();
         for _ in 0..MAX_TOKEN_ROUNDS {
             let token = match conn.read_message().await? {
                 Frame::Authentication(token) if !token.is_empty() => token,
-                other => return Err(failed(format!("{other:?} where a token was due"))),
+                other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
             };
             let (credential, permit) = (self.credential.clone(), self.cpu_permits.acquire_arc().await);
             let step;
@@ -147,7 +147,7 @@ impl Acceptor {
             })
             .await;
             let step = step?;
-            // The last token may be empty, and is said all the same (RFC 1961 section 3.6).
+            // The last token is sent even if it is empty (RFC 1961 section 3.6).
             if !step.output.is_empty() || step.is_complete {
                 send_frame(conn, Frame::Authentication(step.output)).await?;
             }
@@ -155,57 +155,57 @@ impl Acceptor {
                 return Ok(context);
             }
         }
-        Err(failed("too many tokens"))
+        Err(failed(format!("no security context after {MAX_TOKEN_ROUNDS} tokens")))
     }
 }
 
-/// Grants a level, in the form in which it was asked for: wrapped, or as NEC has it, as it is.
+/// Grants a level. Replies in the form of the request: wrapped, or one plain byte (NEC's variant).
 async fn negotiate_level(
     conn: &mut Conn,
     context: GssContext,
     levels: &[ProtectionLevel],
-) -> Result<(ProtectionLevel, EstablishedContext), GssapiError> {
+) -> Result<(ProtectionLevel, EstablishedContext)> {
     let mut context = EstablishedContext(context);
     let Frame::Protection(mut token) = conn.read_message().await? else {
-        return Err(failed("no level of protection was asked for"));
+        return Err(failed("expected a request for a protection level"));
     };
     let is_nec_exchange = token.len() == 1;
     let requested = if is_nec_exchange { token.first().copied() } else { Some(context.unwrap_level(&mut token)?) };
-    let level =
-        choose_level(requested, levels).ok_or_else(|| failed("none of the levels that are allowed can be had"))?;
-    let answer =
-        if is_nec_exchange { vec![level.code()] } else { context.wrap(&[level.code()], false).map_err(failed)? };
+    let level = choose_level(requested, levels)
+        .ok_or_else(|| failed("the security context supports no allowed protection level"))?;
+    let code = [level.code()];
+    let answer = if is_nec_exchange { code.into() } else { context.wrap(&code, false).map_err(failed)? };
     send_frame(conn, Frame::Protection(answer)).await?;
     Ok((level, context))
 }
 
-/// What was asked for where that is allowed, else the strongest that is.
+/// Returns the requested level if it is allowed, else the strongest allowed level.
 fn choose_level(requested: Option<u8>, levels: &[ProtectionLevel]) -> Option<ProtectionLevel> {
     let requested = requested.and_then(ProtectionLevel::from_code).filter(|level| levels.contains(level));
     requested.or_else(|| levels.iter().copied().max())
 }
 
-/// The client's side: whom it logs in as, to what, and what it wants.
+/// The client side: its ticket cache, the service name and the protection levels.
 #[derive(Debug)]
 pub struct Initiator {
-    /// A file with tickets; else what the environment says.
+    /// Ticket cache. [default: `KRB5CCNAME`, or the cache of the system]
     pub ccache: Option<PathBuf>,
-    /// The service's name without its host, or a principal with a `/`.
+    /// Service name without the host, or a principal with a `/`.
     pub service: String,
-    /// The host in the service's name, where it is not that of the proxy.
+    /// Host in the service name. [default: the host name of the proxy]
     pub host: Option<String>,
-    /// The level that is asked for.
+    /// Level that is requested.
     pub requested_level: ProtectionLevel,
-    /// The lowest that is taken.
+    /// Lowest level that is accepted.
     pub min_level: ProtectionLevel,
-    /// Whether the level is said as NEC does it.
+    /// Set to negotiate the level in NEC's variant, as one plain byte.
     pub uses_nec_exchange: bool,
-    /// How many may wait for a KDC.
+    /// Limits how many handshakes wait for a KDC at once.
     pub kdc_permits: Arc<Semaphore>,
 }
 
 impl Default for Initiator {
-    /// As RFC 1961 and Dante have it: the service is `rcmd`, everything is sealed if possible and signed in any case.
+    /// The defaults of RFC 1961 and Dante: service `rcmd`, encryption if possible, at least integrity protection.
     fn default() -> Self {
         Self {
             ccache: None,
@@ -219,13 +219,13 @@ impl Default for Initiator {
     }
 }
 
-/// Something to log in with.
+/// A credential of the client.
 #[derive(Clone, Debug)]
 pub struct Ticket(Arc<Credential>);
 
 impl Initiator {
-    /// Whether it is worth to look for tickets, which takes a library and the time to load it: where the environment says
-    /// so, the usual cache is there, or the configuration names or includes another one.
+    /// Returns whether there are signs of a ticket cache: an environment variable, the default cache file, or a
+    /// configuration that sets or includes another one. Avoids loading the library if there are none.
     pub fn may_have_tickets() -> bool {
         let is_set = |variable| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
         let default_cache = format!("/tmp/krb5cc_{}", rustix::process::getuid().as_raw());
@@ -237,53 +237,45 @@ impl Initiator {
             })
     }
 
-    /// The credential, when there is one; whether it is good for the service shows later.
+    /// Returns the client's credential. Does not check that it is valid for the service.
     ///
     /// # Errors
-    /// Why not.
-    pub async fn acquire_ticket(&self) -> Result<Ticket, GssapiError> {
+    /// No library or no ticket is available.
+    pub async fn acquire_ticket(&self) -> Result<Ticket> {
         let ccache = self.ccache.clone();
         let found = smol::unblock(move || {
             ffi::available().map_err(GssapiError::Unavailable)?;
             Credential::initiator(ccache.as_deref()).map_err(|error| GssapiError::NoCredential(error.to_string()))
         });
-        let found =
-            timeout_at(Instant::now() + KDC_TIMEOUT, found).await.ok_or_else(|| failed("no answer about tickets"))?;
+        let found = timeout_at(Instant::now() + KDC_TIMEOUT, found)
+            .await
+            .ok_or_else(|| failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}")))?;
         Ok(Ticket(Arc::new(found?)))
     }
 
-    /// Establishes a context with the server on `conn`, which has selected this method: what protects the connection
-    /// from here on, none at [`ProtectionLevel::None`]. `host` is how we call the proxy.
+    /// Establishes a context with the server on `conn` after the server has selected GSSAPI. Returns the protection for
+    /// all further data; `None` at [`ProtectionLevel::None`]. `host` is the host name of the proxy.
     ///
     /// # Errors
-    /// Why there is none.
-    pub async fn initiate(
-        &self,
-        conn: &mut Conn,
-        ticket: Ticket,
-        host: &str,
-    ) -> Result<Option<Protection>, GssapiError> {
+    /// See [`GssapiError`].
+    pub async fn initiate(&self, conn: &mut Conn, ticket: Ticket, host: &str) -> Result<Option<Protection>> {
         let context = self.establish_context(conn, ticket, self.target_name(host)?).await?;
         let flags = context.flags();
         if !flags.mutual || !flags.integrity {
-            return Err(failed("the server has not shown who it is"));
+            return Err(failed("the server did not authenticate itself"));
         }
         if !flags.replay || !flags.sequence {
-            return Err(failed("the context would not notice octets in another order"));
+            return Err(failed("the security context does not detect replayed or reordered data"));
         }
         let mut context = EstablishedContext(context);
-        let level = if flags.confidentiality {
-            self.requested_level
-        } else {
-            self.requested_level.min(ProtectionLevel::Integrity)
-        };
-        let requested = vec![level.code()];
-        let requested =
-            if self.uses_nec_exchange { requested } else { context.wrap(&requested, false).map_err(failed)? };
-        send_frame(conn, Frame::Protection(requested)).await?;
+        let strongest =
+            if flags.confidentiality { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity };
+        let code = [self.requested_level.min(strongest).code()];
+        let request = if self.uses_nec_exchange { code.into() } else { context.wrap(&code, false).map_err(failed)? };
+        send_frame(conn, Frame::Protection(request)).await?;
         let mut answer = conn.read_message().await?;
         if answer == Frame::Authentication(Vec::new()) {
-            // What a server says that has nothing more to say (RFC 1961 section 3.6).
+            // A server without a further token sends an empty one (RFC 1961 section 3.6).
             answer = conn.read_message().await?;
         }
         let code = match answer {
@@ -293,21 +285,18 @@ impl Initiator {
         };
         match code.and_then(ProtectionLevel::from_code) {
             Some(level) if level < self.min_level => {
-                let why = format!("the server grants {level}, and the least that is taken is {}", self.min_level);
-                Err(failed(why + " (--gssapi-min)"))
+                let min = self.min_level;
+                Err(failed(format!("the server grants protection {level}, required is {min} (see --gssapi-min)")))
             }
-            Some(ProtectionLevel::Confidentiality) if !flags.confidentiality => Err(failed("the context can't seal")),
+            Some(ProtectionLevel::Confidentiality) if !flags.confidentiality => {
+                Err(failed("the security context can't encrypt"))
+            }
             Some(level) => Ok(Protection::new(context, level)),
-            None => Err(failed("the server grants a level that there is not")),
+            None => Err(failed("the server grants an unknown protection level")),
         }
     }
 
-    async fn establish_context(
-        &self,
-        conn: &mut Conn,
-        ticket: Ticket,
-        target: String,
-    ) -> Result<GssContext, GssapiError> {
+    async fn establish_context(&self, conn: &mut Conn, ticket: Ticket, target: String) -> Result<GssContext> {
         let requested = RequestedFlags {
             sequence: true,
             confidentiality: self.requested_level == ProtectionLevel::Confidentiality,
@@ -316,9 +305,9 @@ impl Initiator {
         let mut token: Option<Vec<u8>> = None;
         for _ in 0..MAX_TOKEN_ROUNDS {
             let (ticket, service) = (ticket.clone(), target.clone());
-            // Only the first token can be had from a KDC.
+            // Only the first token can need a KDC.
             let permit = if token.is_none() { Some(self.kdc_permit().await?) } else { None };
-            let (after, step) = self
+            let (next_context, step) = self
                 .run_blocking(permit, move || {
                     let step = import_name(&service).and_then(|name| {
                         context.init(&ticket.0, &name, requested, token.as_deref()).map_err(GssapiError::from)
@@ -326,7 +315,7 @@ impl Initiator {
                     (context, step)
                 })
                 .await?;
-            context = after;
+            context = next_context;
             let step = step?;
             if !step.output.is_empty() {
                 send_frame(conn, Frame::Authentication(step.output)).await?;
@@ -339,69 +328,70 @@ impl Initiator {
                 other => return Err(unexpected_frame(&other)),
             };
         }
-        Err(failed("too many tokens"))
+        Err(failed(format!("no security context after {MAX_TOKEN_ROUNDS} tokens")))
     }
 
-    /// The name of the service on `host`.
-    fn target_name(&self, host: &str) -> Result<String, GssapiError> {
+    /// Returns the name of the service on `host`.
+    fn target_name(&self, host: &str) -> Result<String> {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
             true => Ok(self.service.clone()),
             false if host.is_empty() || host.parse::<std::net::IpAddr>().is_ok() => Err(failed(format!(
-                "Kerberos knows hosts by name, and the proxy is {host:?}: name it with --gssapi-host"
+                "Kerberos needs the host name of the proxy, not {host:?} (set it with --gssapi-host)"
             ))),
             false => Ok(format!("{}@{host}", self.service)),
         }
     }
 
-    /// For whoever may have to wait for a KDC.
-    async fn kdc_permit(&self) -> Result<SemaphoreGuardArc, GssapiError> {
+    /// Waits for permission to send a request to a KDC.
+    async fn kdc_permit(&self) -> Result<SemaphoreGuardArc> {
         let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
-        permit.ok_or_else(|| failed("too many are waiting for the KDC"))
+        permit.ok_or_else(|| failed("too many logins are waiting for the KDC"))
     }
 
-    /// Runs what may take long; gives up waiting for it after a while.
+    /// Runs a blocking call on another thread, and waits at most [`KDC_TIMEOUT`] for it.
     async fn run_blocking<T: Send + 'static>(
         &self,
         permit: Option<SemaphoreGuardArc>,
         work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, GssapiError> {
+    ) -> Result<T> {
         let task = smol::unblock(move || {
             let _permit = permit;
             work()
         });
-        // A task that is dropped is not cancelled once it runs; its thread goes on, and its permit with it.
-        timeout_at(Instant::now() + KDC_TIMEOUT, task).await.ok_or_else(|| failed("the KDC gives no answer"))
+        // Dropping the task does not stop a running call: its thread continues, and keeps the permit.
+        timeout_at(Instant::now() + KDC_TIMEOUT, task)
+            .await
+            .ok_or_else(|| failed(format!("no answer from the KDC within {KDC_TIMEOUT:?}")))
     }
 }
 
-/// `service@host`, or a principal, which has a `/`.
-fn import_name(text: &str) -> Result<GssName, GssapiError> {
+/// Parses `service@host`, or a principal if there is a `/`.
+fn import_name(text: &str) -> Result<GssName> {
     Ok(if text.contains('/') { GssName::principal(text)? } else { GssName::service(text)? })
 }
 
 fn unexpected_frame(frame: &Frame) -> GssapiError {
     match frame {
-        Frame::Abort => GssapiError::Refused("refused by the server".into()),
-        other => failed(format!("{other:?} out of place")),
+        Frame::Abort => GssapiError::Refused("the server refused the login".into()),
+        other => failed(format!("unexpected {other:?}")),
     }
 }
 
-async fn send_frame(conn: &mut Conn, frame: Frame) -> Result<(), GssapiError> {
+async fn send_frame(conn: &mut Conn, frame: Frame) -> Result<()> {
     conn.write_message(&frame).await.map_err(|error| GssapiError::Refused(error.to_string()))
 }
 
-/// A context that is established.
 #[derive(Debug)]
 struct EstablishedContext(GssContext);
 
 impl EstablishedContext {
-    /// The one octet of a wrapped level.
-    fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8, GssapiError> {
+    /// Unwraps the protection level, which is one byte.
+    fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8> {
         let unwrapped = self.unwrap(token).map_err(failed)?;
         match unwrapped.data.as_slice() {
             [level] if unwrapped.order == TokenOrder::Next => Ok(*level),
-            _ => Err(failed("a level that is not one octet in its place")),
+            _ => Err(failed("invalid message for the protection level")),
         }
     }
 }
@@ -422,7 +412,7 @@ impl SecurityContext for EstablishedContext {
     }
 
     fn wrap_size_limit(&self, encrypt: bool) -> usize {
-        // More than any mechanism needs, should the library not say.
+        // If the library reports an error: no mechanism adds as much as 256 bytes.
         self.0.wrap_size_limit(encrypt).unwrap_or(MAX_TOKEN_LEN - 256)
     }
 }
@@ -432,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_asked_for_is_granted_or_the_strongest_there_is() {
+    fn requested_level_is_granted_if_allowed_else_the_strongest_allowed() {
         use ProtectionLevel::{Confidentiality, Integrity, None as Clear};
         let table: [(u8, &[ProtectionLevel], Option<ProtectionLevel>); 9] = [
             (1, &[Integrity, Confidentiality], Some(Integrity)),
@@ -446,12 +436,12 @@ mod tests {
             (1, &[], None),
         ];
         for (requested, levels, granted) in table {
-            assert_eq!(choose_level(Some(requested), levels), granted, "{requested} of {levels:?}");
+            assert_eq!(choose_level(Some(requested), levels), granted, "requested {requested}, allowed {levels:?}");
         }
     }
 
     #[test]
-    fn a_service_is_named_with_its_host_and_a_principal_as_it_is() {
+    fn target_name_adds_host_to_service_but_not_to_principal() {
         let target = |service: &str, host: Option<&str>, proxy: &str| {
             let initiator = Initiator { service: service.into(), host: host.map(Into::into), ..Initiator::default() };
             initiator.target_name(proxy).ok()

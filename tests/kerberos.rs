@@ -28,12 +28,12 @@ mod handshake;
 mod library;
 #[path = "kerberos/options.rs"]
 mod options;
+#[path = "kerberos/page.rs"]
+mod page;
 #[path = "kerberos/peer.rs"]
 mod peer;
 #[path = "kerberos/proxies.rs"]
 mod proxies;
-#[path = "kerberos/readme.rs"]
-mod readme;
 #[path = "kerberos/rules.rs"]
 mod rules;
 #[path = "kerberos/streams.rs"]

@@ -1,17 +1,18 @@
-//! What stands for the library in a program that was built without GSSAPI: there is never a credential, and so nothing
-//! that could be done with one.
+//! Replacement for ffi.rs in builds without the `gssapi` feature: every call fails.
 
-#![allow(missing_docs, reason = "the same as in ffi.rs, and of no use")]
+#![allow(missing_docs, reason = "the items are documented in ffi.rs")]
 
 use std::fmt;
 use std::path::Path;
 
-const ABSENT: &str = "this s5 was built without GSSAPI";
+const ABSENT: &str = "s5 was built without GSSAPI (rebuild with the feature gssapi)";
 
-/// Always says no.
+/// Always returns an error.
 pub fn available() -> Result<(), String> {
     Err(ABSENT.into())
 }
+
+type Result<T, E = LibraryError> = std::result::Result<T, E>;
 
 #[derive(Debug)]
 pub struct LibraryError;
@@ -22,16 +23,16 @@ impl fmt::Display for LibraryError {
     }
 }
 
-/// Never made.
+/// Has no values.
 #[derive(Debug)]
 pub enum Credential {}
 
 impl Credential {
-    pub fn acceptor(_: Option<&GssName>, _: Option<&Path>) -> Result<Self, LibraryError> {
+    pub fn acceptor(_: Option<&GssName>, _: Option<&Path>) -> Result<Self> {
         Err(LibraryError)
     }
 
-    pub fn initiator(_: Option<&Path>) -> Result<Self, LibraryError> {
+    pub fn initiator(_: Option<&Path>) -> Result<Self> {
         Err(LibraryError)
     }
 }
@@ -40,11 +41,11 @@ impl Credential {
 pub struct GssName;
 
 impl GssName {
-    pub fn service(_: &str) -> Result<Self, LibraryError> {
+    pub fn service(_: &str) -> Result<Self> {
         Err(LibraryError)
     }
 
-    pub fn principal(_: &str) -> Result<Self, LibraryError> {
+    pub fn principal(_: &str) -> Result<Self> {
         Err(LibraryError)
     }
 }
@@ -91,17 +92,11 @@ pub struct Unwrapped {
 pub struct GssContext(());
 
 impl GssContext {
-    pub fn accept(&mut self, _: &Credential, _: &[u8]) -> Result<ContextStep, LibraryError> {
+    pub fn accept(&mut self, _: &Credential, _: &[u8]) -> Result<ContextStep> {
         Err(LibraryError)
     }
 
-    pub fn init(
-        &mut self,
-        _: &Credential,
-        _: &GssName,
-        _: RequestedFlags,
-        _: Option<&[u8]>,
-    ) -> Result<ContextStep, LibraryError> {
+    pub fn init(&mut self, _: &Credential, _: &GssName, _: RequestedFlags, _: Option<&[u8]>) -> Result<ContextStep> {
         Err(LibraryError)
     }
 
@@ -113,15 +108,15 @@ impl GssContext {
         None
     }
 
-    pub fn wrap(&mut self, _: &[u8], _: bool) -> Result<Vec<u8>, LibraryError> {
+    pub fn wrap(&mut self, _: &[u8], _: bool) -> Result<Vec<u8>> {
         Err(LibraryError)
     }
 
-    pub fn unwrap(&mut self, _: &mut [u8]) -> Result<Unwrapped, LibraryError> {
+    pub fn unwrap(&mut self, _: &mut [u8]) -> Result<Unwrapped> {
         Err(LibraryError)
     }
 
-    pub fn wrap_size_limit(&self, _: bool) -> Result<usize, LibraryError> {
+    pub fn wrap_size_limit(&self, _: bool) -> Result<usize> {
         Err(LibraryError)
     }
 }

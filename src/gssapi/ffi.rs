@@ -1,11 +1,11 @@
-//! GSSAPI (RFC 2744) with Kerberos 5, by the C library of the system: MIT's or Heimdal's, opened when it is first asked
-//! for, so that s5 runs without one. What RFC 1961 makes of it is not here.
+//! Binding to the GSSAPI library of the system (RFC 2744), MIT's or Heimdal's, for Kerberos 5. The library is loaded at
+//! its first use, so that s5 runs without one.
 //!
-//! The only file with unsafe code. None of it shows outside: what the library hands out is owned here and released on
-//! every path. A context belongs to one thread at a time; credentials and names are for all. Anything but `wrap` and
-//! `unwrap` may block: on files, on DNS, on a KDC that does not answer for half a minute.
+//! The only file with unsafe code; its public items are safe. Each object of the library has one owner, which releases
+//! it. A context must be used by one thread at a time; credentials and names can be shared. All calls except `wrap` and
+//! `unwrap` can block on files, on DNS, or on a KDC (up to 30 s).
 
-#![allow(unsafe_code, reason = "it calls a library of C, and nothing of that shows outside")]
+#![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 mod context;
@@ -25,49 +25,51 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 pub use context::{ContextStep, GssContext, GssName, RequestedFlags, Unwrapped};
 use layout::{GssBuffer, KeyValueElement, KeyValueSet, Oid, OidSet};
 pub use status::{ContextFlags, LibraryError, SequenceStatus};
-use status::{ERROR_MASK, GSS_S_CONTINUE_NEEDED, GSS_S_FAILURE, GSS_S_UNAVAILABLE, one_line};
+use status::{ERROR_MASK, GSS_S_CONTINUE_NEEDED, GSS_S_FAILURE, GSS_S_UNAVAILABLE, Result, one_line};
 
-/// MIT's and Heimdal's; the first one that there is.
+/// MIT's and Heimdal's library. The first one that is installed is used.
 const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
-/// For tests: the only library to open, as an absolute path.
+/// For tests: the absolute path of the only library to open.
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 const GSS_C_INITIATE: c_int = 1;
 const GSS_C_ACCEPT: c_int = 2;
 const GSS_C_INDEFINITE: u32 = u32::MAX;
-/// Which half of an error is to be put into words.
+/// Argument of gss_display_status: a major status code.
 const GSS_C_GSS_CODE: c_int = 1;
+/// Argument of gss_display_status: a minor status code.
 const GSS_C_MECH_CODE: c_int = 2;
 
-// SAFETY: it points to constants.
+// SAFETY: an Oid points to constants.
 unsafe impl Sync for Oid {}
 
 const KRB5_OID_BYTES: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
-// Statics, since the library may keep a pointer to one.
+// Statics, because the library can keep a pointer to one.
 static KRB5_OID: Oid = Oid::new(KRB5_OID_BYTES);
 static HOSTBASED_SERVICE_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x01\x04");
 static KRB5_PRINCIPAL_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02\x01");
 
-/// A credential, name or context of the library.
+/// Pointer to a credential, name or context of the library.
 type Handle = *mut c_void;
 
-/// The functions of the library, by their names in C. Each takes a place for the minor status first, and gives the major.
+/// Defines the functions of the library by their C names. The first argument of each is the output for the minor
+/// status, the result is the major status. A function after `?` is optional.
 macro_rules! functions {
     ($($name:ident($($argument:ty),*);)* ?$optional:ident($($its:ty),*);) => {
         struct Api {
             $($name: unsafe extern "C" fn(*mut u32, $($argument),*) -> u32,)*
             $optional: Option<unsafe extern "C" fn(*mut u32, $($its),*) -> u32>,
-            /// Keeps it open.
+            /// Keeps the library open.
             _library: Library,
         }
 
         impl Api {
             fn load(library: Library) -> Result<Self, String> {
                 $(
-                    // SAFETY: RFC 2744 gives the function this type, and a null is a `None`.
+                    // SAFETY: the type is that of RFC 2744; a null pointer becomes `None`.
                     let $name = unsafe { library.get::<Option<_>>(concat!(stringify!($name), "\0")) };
                     let $name = $name.ok().and_then(|symbol| *symbol).ok_or(concat!("has no ", stringify!($name)))?;
                 )*
-                // SAFETY: the same with the headers of MIT, the only one who has it.
+                // SAFETY: the type is that of MIT's headers; only MIT's library has this function.
                 let $optional = unsafe { library.get::<Option<_>>(concat!(stringify!($optional), "\0")) };
                 let $optional = $optional.ok().and_then(|symbol| *symbol);
                 Ok(Self { $($name,)* $optional, _library: library })
@@ -87,8 +89,8 @@ functions! {
         *mut GssBuffer<'_>, *mut u32, *mut u32
     );
     gss_accept_sec_context(
-        *mut Handle, Handle, *const GssBuffer<'_>, *const c_void, *mut Handle, *mut *mut Oid, *mut GssBuffer<'_>, *mut u32,
-        *mut u32, *mut Handle
+        *mut Handle, Handle, *const GssBuffer<'_>, *const c_void, *mut Handle, *mut *mut Oid, *mut GssBuffer<'_>,
+        *mut u32, *mut u32, *mut Handle
     );
     gss_delete_sec_context(*mut Handle, *mut GssBuffer<'_>);
     gss_context_time(Handle, *mut u32);
@@ -102,8 +104,8 @@ functions! {
     );
 }
 
-/// The library, opened once.
-fn api() -> Result<&'static Api, LibraryError> {
+/// Returns the library. Opens it at the first call.
+fn api() -> Result<&'static Api> {
     static API: OnceLock<Result<Api, String>> = OnceLock::new();
     let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR) {
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
@@ -118,7 +120,7 @@ fn api() -> Result<&'static Api, LibraryError> {
 }
 
 fn open_library(name: OsString) -> Result<Api, String> {
-    // SAFETY: what a GSSAPI library does when it is opened needs nothing of us, and it is never closed.
+    // SAFETY: the initializers of a GSSAPI library have no requirements, and it is never closed.
     let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     let name = name.display();
     let library = library.map_err(|error| match error.source() {
@@ -128,30 +130,30 @@ fn open_library(name: OsString) -> Result<Api, String> {
     Api::load(library).map_err(|error| format!("{name} {error}"))
 }
 
-/// Whether there is a GSSAPI library.
+/// Checks that a GSSAPI library can be loaded.
 ///
 /// # Errors
-/// Why it can't be opened, and what to install.
+/// The error of the loader, with the package to install.
 pub fn available() -> Result<(), String> {
     api().map(|_| ()).map_err(|error| error.text)
 }
 
 impl Api {
-    /// The major status, when it is no error.
-    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<u32, LibraryError> {
+    /// Calls a function and returns its major status.
+    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<u32> {
         let mut minor = 0;
         let major = function(&mut minor);
         if major & ERROR_MASK == 0 { Ok(major) } else { Err(self.error(major & ERROR_MASK, minor)) }
     }
 
-    /// What the library says of an error; to be asked on the thread that had it.
+    /// Returns the library's message for an error. Must run on the thread of the failed call.
     fn error(&self, major: u32, minor: u32) -> LibraryError {
         let (major_text, minor_text) =
             (self.status_text(major, GSS_C_GSS_CODE), self.status_text(minor, GSS_C_MECH_CODE));
         let text = match () {
-            // MIT's way of a minor that is 0.
+            // MIT's library describes a minor status of 0 as "Success".
             _ if minor == 0 || minor_text == "Success" => major_text,
-            // This major says only that the minor tells.
+            // This major status has no meaning of its own.
             _ if major == GSS_S_FAILURE && !minor_text.is_empty() => minor_text,
             _ => format!("{major_text}: {minor_text}"),
         };
@@ -159,26 +161,26 @@ impl Api {
     }
 
     fn status_text(&self, value: u32, kind: c_int) -> String {
-        let (mut words, mut more, mut minor) = (Vec::new(), 0, 0);
-        // One message for each bit, and no endless list.
+        let (mut messages, mut message_context, mut minor) = (Vec::new(), 0, 0);
+        // A status can have several messages. The bound protects against a library that never ends the list.
         for _ in 0..8 {
             let mut text = LibraryBuffer::new(self);
-            let (more, raw) = (&mut more, &mut text.raw);
-            // SAFETY: all pointers are to what lives here, or to a constant.
-            let major = unsafe { (self.gss_display_status)(&mut minor, value, kind, &KRB5_OID, more, raw) };
+            let (next, raw) = (&mut message_context, &mut text.raw);
+            // SAFETY: all pointers are to locals or constants.
+            let major = unsafe { (self.gss_display_status)(&mut minor, value, kind, &KRB5_OID, next, raw) };
             if major & ERROR_MASK != 0 {
                 break;
             }
-            words.push(one_line(&String::from_utf8_lossy(text.as_slice())));
-            if *more == 0 {
+            messages.push(one_line(&String::from_utf8_lossy(text.as_slice())));
+            if message_context == 0 {
                 break;
             }
         }
-        words.join(", ")
+        messages.join(", ")
     }
 }
 
-/// Bytes that the library allocates.
+/// A buffer that the library allocates.
 struct LibraryBuffer<'a> {
     api: &'a Api,
     raw: GssBuffer<'a>,
@@ -193,40 +195,40 @@ impl<'a> LibraryBuffer<'a> {
         if self.raw.value.is_null() {
             return &[];
         }
-        // SAFETY: the library has filled that many octets, which are ours until the drop.
+        // SAFETY: the library has initialized this many bytes, and they are valid until the drop.
         unsafe { std::slice::from_raw_parts(self.raw.value.cast(), self.raw.length) }
     }
 }
 
 impl Drop for LibraryBuffer<'_> {
     fn drop(&mut self) {
-        // MIT allocates for a message of no octets, too, and would not release what seems to have none.
+        // MIT's library allocates a buffer for an empty message, but does not release a buffer of length 0.
         self.raw.length = self.raw.length.max((!self.raw.value.is_null()).into());
-        // SAFETY: it is empty or the library's, and nobody has released it.
+        // SAFETY: the buffer is empty, or the library allocated it and it is released only here.
         unsafe { (self.api.gss_release_buffer)(&mut 0, &mut self.raw) };
     }
 }
 
-/// A name in the library's form.
+/// A `gss_name_t`.
 struct RawName {
     api: &'static Api,
     handle: Handle,
 }
 
 impl RawName {
-    fn import(text: &[u8], kind: &'static Oid) -> Result<Self, LibraryError> {
+    fn import(text: &[u8], kind: &'static Oid) -> Result<Self> {
         let api = api()?;
         let mut name = Self { api, handle: null_mut() };
         let text = GssBuffer::borrowed(text);
-        // SAFETY: all pointers are to what lives here, or to a constant.
+        // SAFETY: all pointers are to locals or constants.
         api.call(|minor| unsafe { (api.gss_import_name)(minor, &text, kind, &mut name.handle) })?;
         Ok(name)
     }
 
-    fn display(&self) -> Result<Vec<u8>, LibraryError> {
+    fn display(&self) -> Result<Vec<u8>> {
         let mut text = LibraryBuffer::new(self.api);
         let raw_output = &mut text.raw;
-        // SAFETY: the name is the library's, the rest lives here.
+        // SAFETY: the name is valid until the drop; the other pointers are to locals.
         self.api.call(|minor| unsafe { (self.api.gss_display_name)(minor, self.handle, raw_output, null_mut()) })?;
         Ok(text.as_slice().to_vec())
     }
@@ -235,54 +237,50 @@ impl RawName {
 impl Drop for RawName {
     fn drop(&mut self) {
         if !self.handle.is_null() {
-            // SAFETY: it is the library's, and nobody has released it.
+            // SAFETY: the library allocated it, and it is released only here.
             unsafe { (self.api.gss_release_name)(&mut 0, &mut self.handle) };
         }
     }
 }
 
-/// A key or a ticket of Kerberos.
+/// Keys of a service or tickets of a user.
 pub struct Credential {
     api: &'static Api,
     handle: Handle,
 }
 
-// SAFETY: the library locks what changes in a credential, and does not care for the thread.
+// SAFETY: the library locks credentials, and has no thread-local state for them.
 unsafe impl Send for Credential {}
 // SAFETY: as above.
 unsafe impl Sync for Credential {}
 
 impl Credential {
-    /// The keys of a service: any of the keytab, or those of one name; of the system's keytab if none is given.
+    /// Acquires the keys of the service `name`, or all keys if `None`, from `keytab` or the system's keytab.
     ///
     /// # Errors
-    /// There is no library, or no such key. An unreadable keytab is told as an empty one.
-    pub fn acceptor(name: Option<&GssName>, keytab: Option<&Path>) -> Result<Self, LibraryError> {
+    /// No library or no such key is available. The library reports an unreadable keytab as an empty one.
+    pub fn acceptor(name: Option<&GssName>, keytab: Option<&Path>) -> Result<Self> {
         let name = name.map(GssName::import).transpose()?;
-        Self::acquire(name.as_ref(), GSS_C_ACCEPT, keytab.map(|path| (c"keytab", path, "a keytab: set KRB5_KTNAME")))
+        Self::acquire(name.as_ref(), GSS_C_ACCEPT, keytab.map(|path| (c"keytab", path, "keytab (set KRB5_KTNAME)")))
     }
 
-    /// The ticket of a user; of the system's ticket cache if none is given.
+    /// Acquires the tickets in `ccache` or the system's ticket cache.
     ///
     /// # Errors
-    /// There is no library, or no ticket. Whether an expired one is told here or when it is used is the library's affair.
-    pub fn initiator(ccache: Option<&Path>) -> Result<Self, LibraryError> {
-        Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "a ticket cache: set KRB5CCNAME")))
+    /// No library or no ticket is available. An expired ticket can be reported here or at its use.
+    pub fn initiator(ccache: Option<&Path>) -> Result<Self> {
+        Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache (set KRB5CCNAME)")))
     }
 
-    /// With a key of the store, its path, and what to say where there is no store.
-    fn acquire(
-        name: Option<&RawName>,
-        usage: c_int,
-        store: Option<(&CStr, &Path, &str)>,
-    ) -> Result<Self, LibraryError> {
+    /// Acquires a credential. `store`: key and path for MIT's extension, and the text of the error without it.
+    fn acquire(name: Option<&RawName>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> Result<Self> {
         let api = api()?;
         let name = name.map_or(null_mut(), |name| name.handle);
         let mechanisms = OidSet { count: 1, elements: &KRB5_OID };
         let mut credential = Self { api, handle: null_mut() };
         let handle = &mut credential.handle;
-        let Some((key, path, instead)) = store else {
-            // SAFETY: all pointers are to what lives here.
+        let Some((key, path, remedy)) = store else {
+            // SAFETY: all pointers are to locals or constants, or null.
             api.call(|minor| unsafe {
                 (api.gss_acquire_cred)(
                     minor,
@@ -300,14 +298,14 @@ impl Credential {
         let Some(acquire_from) = api.gss_acquire_cred_from else {
             return Err(LibraryError::new(
                 GSS_S_UNAVAILABLE,
-                format!("this GSSAPI library takes no path of {instead}"),
+                format!("this GSSAPI library supports no path of a {remedy}"),
             ));
         };
         let value = CString::new([b"FILE:", path.as_os_str().as_bytes()].concat());
-        let value = value.map_err(|_| LibraryError::new(GSS_S_FAILURE, "a path with a NUL in it"))?;
+        let value = value.map_err(|_| LibraryError::new(GSS_S_FAILURE, "path contains a NUL byte"))?;
         let entry = KeyValueElement { key: key.as_ptr(), value: value.as_ptr() };
         let key_values = KeyValueSet { count: 1, elements: &entry };
-        // SAFETY: all pointers are to what lives here.
+        // SAFETY: all pointers are to locals or constants, or null.
         let acquired = api.call(|minor| unsafe {
             acquire_from(minor, name, GSS_C_INDEFINITE, &mechanisms, usage, &key_values, handle, null_mut(), null_mut())
         });
@@ -324,13 +322,13 @@ impl fmt::Debug for Credential {
 impl Drop for Credential {
     fn drop(&mut self) {
         if !self.handle.is_null() {
-            // SAFETY: it is the library's, and nobody has released it.
+            // SAFETY: the library allocated it, and it is released only here.
             unsafe { (self.api.gss_release_cred)(&mut 0, &mut self.handle) };
         }
     }
 }
 
-/// What a step of the establishment gave.
+/// Result of one call that establishes a context.
 struct RawStep {
     output: Vec<u8>,
     is_complete: bool,
@@ -343,28 +341,28 @@ impl RawStep {
     }
 }
 
-/// A context of the library; in what state is known elsewhere.
+/// A `gss_ctx_id_t`. [`GssContext`] tracks its state.
 struct RawContext {
     api: &'static Api,
     handle: Handle,
 }
 
-// SAFETY: the library does not care which thread it is, as long as it is one at a time.
+// SAFETY: the library permits any thread, one at a time.
 unsafe impl Send for RawContext {}
 
 impl RawContext {
-    fn new() -> Result<Self, LibraryError> {
+    fn new() -> Result<Self> {
         Ok(Self { api: api()?, handle: null_mut() })
     }
 
-    /// With the name of the initiator, which may come at any step.
-    fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<(RawStep, RawName), LibraryError> {
+    /// Processes a token of the initiator. Also returns the initiator's name, which the library can report at any step.
+    fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<(RawStep, RawName)> {
         let Self { api, handle } = self;
         let mut initiator = RawName { api, handle: null_mut() };
         let (mut output, mut flags, token) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(token));
         let (name, raw_output, cred) = (&mut initiator.handle, &mut output.raw, credential.handle);
-        // No place for a delegated credential, the last one, is how it is not taken.
-        // SAFETY: the handles are the library's or null, all pointers are to what lives here.
+        // The last argument is null: a delegated credential is not accepted.
+        // SAFETY: the handles are the library's or null; all pointers are to locals or null.
         let major = api.call(|minor| unsafe {
             (api.gss_accept_sec_context)(
                 minor,
@@ -383,18 +381,12 @@ impl RawContext {
         Ok((RawStep::new(major, &output, flags), initiator))
     }
 
-    fn init(
-        &mut self,
-        cred: &Credential,
-        target: &RawName,
-        requested: u32,
-        token: Option<&[u8]>,
-    ) -> Result<RawStep, LibraryError> {
+    fn init(&mut self, cred: &Credential, target: &RawName, requested: u32, token: Option<&[u8]>) -> Result<RawStep> {
         let Self { api, handle } = self;
         let (mut output, mut flags, token) = (LibraryBuffer::new(api), 0, token.map(GssBuffer::borrowed));
         let (raw_output, cred, target) = (&mut output.raw, cred.handle, target.handle);
         let token = token.as_ref().map_or(null(), |token| token as *const GssBuffer<'_>);
-        // SAFETY: the handles are the library's or null, all pointers are to what lives here, to constants, or null.
+        // SAFETY: the handles are the library's or null; all pointers are to locals or constants, or null.
         let major = api.call(|minor| unsafe {
             (api.gss_init_sec_context)(
                 minor,
@@ -415,33 +407,32 @@ impl RawContext {
         Ok(RawStep::new(major, &output, flags))
     }
 
-    /// In seconds.
-    fn lifetime(&self) -> Result<u32, LibraryError> {
+    /// Returns the remaining lifetime in seconds.
+    fn lifetime(&self) -> Result<u32> {
         let mut seconds = 0;
-        // SAFETY: the context is the library's or null, the rest lives here.
+        // SAFETY: the context is the library's or null; the other pointers are to locals.
         self.api.call(|minor| unsafe { (self.api.gss_context_time)(minor, self.handle, &mut seconds) })?;
         Ok(seconds)
     }
 
-    /// The token, and whether it is sealed.
-    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<(Vec<u8>, bool), LibraryError> {
+    /// Returns the token, and whether it is encrypted.
+    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<(Vec<u8>, bool)> {
         let Self { api, handle } = self;
         let (mut output, mut is_encrypted, data) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(data));
         let raw_output = &mut output.raw;
-        // SAFETY: the context is the library's or null, the rest lives here.
+        // SAFETY: the context is the library's or null; the other pointers are to locals.
         api.call(|minor| unsafe {
             (api.gss_wrap)(minor, *handle, encrypt.into(), 0, &data, &mut is_encrypted, raw_output)
         })?;
         Ok((output.as_slice().to_vec(), is_encrypted != 0))
     }
 
-    /// The data if there is some, whether it was sealed, and the major status with its remarks. The library writes into
-    /// the token.
-    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Option<Vec<u8>>, bool, u32), LibraryError> {
+    /// Returns the data if there is any, whether it was encrypted, and the major status. Overwrites `token`.
+    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Option<Vec<u8>>, bool, u32)> {
         let Self { api, handle } = self;
         let (mut output, mut is_encrypted, token) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed_mut(token));
         let raw_output = &mut output.raw;
-        // SAFETY: the context is the library's or null, the rest lives here and may be written to.
+        // SAFETY: the context is the library's or null; the other pointers are to locals and mutable.
         let major = api.call(|minor| unsafe {
             (api.gss_unwrap)(minor, *handle, &token, raw_output, &mut is_encrypted, null_mut())
         })?;
@@ -449,9 +440,9 @@ impl RawContext {
         Ok((data, is_encrypted != 0, major))
     }
 
-    fn wrap_size_limit(&self, encrypt: bool, token: u32) -> Result<u32, LibraryError> {
+    fn wrap_size_limit(&self, encrypt: bool, token: u32) -> Result<u32> {
         let mut size = 0;
-        // SAFETY: the context is the library's or null, the rest lives here.
+        // SAFETY: the context is the library's or null; the other pointers are to locals.
         self.api.call(|minor| unsafe {
             (self.api.gss_wrap_size_limit)(minor, self.handle, encrypt.into(), 0, token, &mut size)
         })?;
@@ -462,7 +453,7 @@ impl RawContext {
 impl Drop for RawContext {
     fn drop(&mut self) {
         if !self.handle.is_null() {
-            // SAFETY: it is the library's, and nobody has released it.
+            // SAFETY: the library allocated it, and it is released only here.
             unsafe { (self.api.gss_delete_sec_context)(&mut 0, &mut self.handle, null_mut()) };
         }
     }

@@ -98,7 +98,7 @@ fn a_context_takes_only_what_it_is_for() {
     let Some(_) = in_any("faults::a_context_takes_only_what_it_is_for") else { return };
     let (alice, keys, target) = (alice(), services(), service("rcmd@localhost"));
     let mut fresh = GssContext::new();
-    assert_eq!(fault(fresh.wrap(b"x", true)).text, "the context is not complete");
+    assert_eq!(fault(fresh.wrap(b"x", true)).text, "the security context is not established");
     fault(unwrap(&mut fresh, b"x"));
     fault(fresh.wrap_size_limit(true));
     assert_eq!(
@@ -121,10 +121,10 @@ fn a_context_takes_only_what_it_is_for() {
     for (answer, is_framed) in kinds.chain([&reply, &error, &empty].map(|answer| (Some(&answer[..]), true))) {
         let (mut initiator, token) = first(&alice, &target, ALL).expect("a token");
         fault(initiator.accept(&keys, &token));
-        assert_eq!(fault(initiator.wrap(b"x", true)).text, "the context is not complete");
+        assert_eq!(fault(initiator.wrap(b"x", true)).text, "the security context is not established");
         let error = fault(initiator.init(&alice, &target, ALL, answer));
         // Anything else would do harm to one of the libraries.
-        assert_eq!(error.text != "no answer of an acceptor", is_framed, "{answer:?}: {error}");
+        assert_eq!(error.text != "not the answer of a Kerberos acceptor", is_framed, "{answer:?}: {error}");
         fault(initiator.init(&alice, &target, ALL, None));
     }
     let (mut initiator, mut acceptor) = pair(ALL);

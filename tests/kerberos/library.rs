@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, temp_dir};
 use crate::kit::realm::Realm;
-use crate::readme::assert_explains;
+use crate::page::assert_explains;
 use crate::{ALICE, LEVELS, LONG, assert_says, client_at, octets, path, realm, serve, session, stdout, url};
 
 const KNOB: &str = "S5_GSSAPI_LIBRARY";

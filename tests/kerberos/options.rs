@@ -61,7 +61,7 @@ fn options_that_do_not_fit_are_refused() {
         (&["--auth", "none", "--keytab", &keytab], "require gssapi in this list"),
         (&["--auth", "none", "--gssapi-protection", "none"], "require gssapi in this list"),
         (&["--auth", "gssapi", "--users", &users], "--users requires password in this list"),
-        (&["--auth", "gssapi,gssapi"], "each once"),
+        (&["--auth", "gssapi,gssapi"], "each at most once"),
         (&["--auth", "kerberos"], "none, password, gssapi"),
         (&["--keytab", &keytab, "--gssapi-protection", "most"], "none, integrity, confidentiality"),
         (&["--keytab", &keytab, "--gssapi-protection", ""], "none, integrity, confidentiality"),
@@ -82,12 +82,12 @@ fn a_keytab_that_is_of_no_use_is_found_out_at_start() {
     let unusable = "is nonexistent or empty";
     for (name, why) in [("missing", "No such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)] {
         assert_says(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), why]);
-        crate::readme::assert_explains(why);
+        crate::page::assert_explains(why);
     }
     let keytab = path(&realm.file("service.keytab"));
     let no_key = refused(&realm, &["--keytab", &keytab, "--gssapi-service", "nokey"]);
     assert_says(&no_key, 2, &[&keytab, "No key table entry found"]);
-    crate::readme::assert_explains("No key table entry found");
+    crate::page::assert_explains("No key table entry found");
     // Without one, it is that of the environment.
     let mut command = s5();
     realm.env(command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]));
@@ -120,7 +120,7 @@ fn a_keytab_that_may_not_be_read_is_told_as_such() {
     command.args(["serve", "--listen", "127.0.0.1:0", "--keytab", &keytab]);
     let output = run(realm.env(&mut command), b"", TIMEOUT);
     assert_says(&output, 2, &[&keytab, "Permission denied"]);
-    crate::readme::assert_explains("Permission denied");
+    crate::page::assert_explains("Permission denied");
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn a_wrong_key_lets_nobody_in() {
     let server = start(&realm, &["--keytab", &path(&realm.file("wrong.keytab"))]);
     let echo = echo_server().to_string();
     let output = run(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello", LONG);
-    assert_says(&output, 67, &["proxy localhost:", "login", "refused by the server"]);
+    assert_says(&output, 67, &["proxy localhost:", "login", "the server refused the login"]);
     session(&server, &["user=- ", "rep=-", "GSSAPI: "]);
     // A key that is written later counts at the next login.
     let keytab = realm.file("wrong.keytab");
@@ -171,10 +171,14 @@ fn what_is_granted_is_enough_for_the_client_or_it_leaves() {
     let table: [(&str, &[&str], Option<&str>); 8] = [
         ("integrity,confidentiality", &[], None),
         ("integrity", &[], None),
-        ("integrity", &["--gssapi-min", "confidentiality"], Some("grants integrity")),
-        ("none", &[], Some("grants none, and the least that is taken is integrity (--gssapi-min)")),
+        (
+            "integrity",
+            &["--gssapi-min", "confidentiality"],
+            Some("the server grants protection integrity, required is confidentiality"),
+        ),
+        ("none", &[], Some("the server grants protection none, required is integrity (see --gssapi-min)")),
         ("none", &["--gssapi-min", "none"], None),
-        ("none", &["--gssapi-protection", "integrity"], Some("grants none")),
+        ("none", &["--gssapi-protection", "integrity"], Some("the server grants protection none, required is")),
         ("confidentiality", &["--gssapi-protection", "none"], None),
         ("confidentiality", &["--gssapi-nec"], None),
     ];

@@ -132,13 +132,17 @@ fn every_level_is_asked_for_and_used_in_both_forms() {
 fn a_level_that_is_too_low_or_none_is_refused_before_anything_is_said() {
     let Some(scene) = Scene::new() else { return };
     let table: [(&[&str], u8, &str); 7] = [
-        (&[], 0, "grants none, and the least that is taken is integrity"),
-        (&["--gssapi-min", "confidentiality"], 1, "grants integrity, and the least that is taken is confidentiality"),
-        (&["--gssapi-protection", "integrity"], 0, "grants none, and the least"),
-        (&[], 3, "a level that there is not"),
-        (&[], 7, "a level that there is not"),
-        (&["--gssapi-min", "none"], 255, "a level that there is not"),
-        (&["--gssapi-nec"], 3, "a level that there is not"),
+        (&[], 0, "the server grants protection none, required is integrity"),
+        (
+            &["--gssapi-min", "confidentiality"],
+            1,
+            "the server grants protection integrity, required is confidentiality",
+        ),
+        (&["--gssapi-protection", "integrity"], 0, "the server grants protection none, required is"),
+        (&[], 3, "the server grants an unknown protection level"),
+        (&[], 7, "the server grants an unknown protection level"),
+        (&["--gssapi-min", "none"], 255, "the server grants an unknown protection level"),
+        (&["--gssapi-nec"], 3, "the server grants an unknown protection level"),
     ];
     for (args, granted, why) in table {
         let client = scene.client(&[args, &["192.0.2.1:80"]].concat());
@@ -193,10 +197,10 @@ fn what_a_server_says_instead_of_its_token_is_told() {
         ("an abort as others do it", &[1, 0xff, 0, 0], "refused"),
         ("nothing", &[], "closed"),
         ("half a message", &[1, 1, 0, 9, 1], "closed"),
-        ("an empty token", &[1, 1, 0, 0], "out of place"),
+        ("an empty token", &[1, 1, 0, 0], "unexpected GSSAPI message"),
         ("no token", &[1, 1, 0, 3, 1, 2, 3], "GSSAPI"),
         ("another version", &[5, 1, 0, 1, 0], "GSSAPI"),
-        ("a level", &[1, 2, 0, 1, 2], "out of place"),
+        ("a level", &[1, 2, 0, 1, 2], "unexpected GSSAPI message"),
     ];
     for (what, octets, why) in table {
         let client = scene.client(&["192.0.2.1:80"]);
@@ -220,17 +224,25 @@ fn what_a_server_says_instead_of_its_level_is_told() {
         ("an abort", |_| ABORT.to_vec(), "refused"),
         ("nothing", |_| vec![], "closed"),
         ("an octet as it is", |_| message(PROTECTION, &[2]), "GSSAPI"),
-        ("no octet", |peer| message(PROTECTION, &peer.context.wrap(&[], false)), "not one octet"),
-        ("two octets", |peer| message(PROTECTION, &peer.context.wrap(&[2, 2], false)), "not one octet"),
+        (
+            "no octet",
+            |peer| message(PROTECTION, &peer.context.wrap(&[], false)),
+            "invalid message for the protection level",
+        ),
+        (
+            "two octets",
+            |peer| message(PROTECTION, &peer.context.wrap(&[2, 2], false)),
+            "invalid message for the protection level",
+        ),
         (
             "one that is not the first",
             |peer| {
                 peer.context.wrap(&[2], false);
                 message(PROTECTION, &peer.context.wrap(&[2], false))
             },
-            "not one octet in its place",
+            "invalid message for the protection level",
         ),
-        ("one in a data frame", |peer| message(DATA, &peer.context.wrap(&[2], false)), "out of place"),
+        ("one in a data frame", |peer| message(DATA, &peer.context.wrap(&[2], false)), "unexpected GSSAPI message"),
         ("two empty tokens", |_| [message(AUTHENTICATION, &[]), message(AUTHENTICATION, &[])].concat(), "GSSAPI"),
         (
             "a changed one",
@@ -258,7 +270,7 @@ fn what_a_server_says_instead_of_its_level_is_told() {
     let mut peer = scene.proxy.established();
     Proxy::asked(&mut peer);
     Proxy::grant(&mut peer, 2, Form::Rfc);
-    ends(client, 67, &["out of place"]);
+    ends(client, 67, &["unexpected GSSAPI message"]);
 }
 
 #[test]
@@ -283,7 +295,7 @@ fn faults_in_what_comes_end_the_client_with_a_status() {
     let Some(scene) = Scene::new() else { return };
     type Fault = fn(&mut Peer) -> Vec<u8>;
     let table: [(&str, Fault, &str); 9] = [
-        ("unsealed", |peer| message(DATA, &peer.context.wrap(b"evil", false)), "not sealed"),
+        ("unsealed", |peer| message(DATA, &peer.context.wrap(b"evil", false)), "token is not encrypted"),
         (
             "a gap",
             |peer| {

@@ -152,7 +152,7 @@ fn what_is_only_signed_does_not_pass_where_sealing_was_agreed() {
     let token = peer.context.wrap(b"evil", false);
     peer.say(DATA, &token);
     assert_eq!(until_reset(&mut target, "unsealed"), b"");
-    ended_for(&scene, from, "not sealed");
+    ended_for(&scene, from, "token is not encrypted");
     // And neither does such a request.
     let mut peer = Peer::new(&scene.library, &scene.server, ALL);
     assert_eq!(peer.ask(2, Form::Rfc), 2);
@@ -160,7 +160,7 @@ fn what_is_only_signed_does_not_pass_where_sealing_was_agreed() {
     peer.say(DATA, &token);
     let end = stream_end(&mut peer.stream);
     assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{end:?}");
-    session(&scene.server, &["command=- ", "rep=-", "not sealed"]);
+    session(&scene.server, &["command=- ", "rep=-", "token is not encrypted"]);
     scene.listener.set_nonblocking(true).expect("an option");
     assert!(scene.listener.accept().is_err(), "nobody has connected");
 }

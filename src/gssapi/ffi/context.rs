@@ -1,12 +1,12 @@
-//! A context of GSSAPI from its first token to its last message, and the names it goes by: what may be called when. The
-//! calls themselves are in ffi.rs.
+//! Safe wrappers for security contexts and names. They check that calls are made in a valid order; the calls are in
+//! ffi.rs.
 
 use std::fmt;
 use std::time::Duration;
 
 use super::status::{
     ContextFlags, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG, GSS_C_REPLAY_FLAG, GSS_C_SEQUENCE_FLAG,
-    GSS_S_BAD_NAME, GSS_S_BAD_QOP, GSS_S_DEFECTIVE_TOKEN, GSS_S_FAILURE, GSS_S_NO_CONTEXT, LibraryError,
+    GSS_S_BAD_NAME, GSS_S_BAD_QOP, GSS_S_DEFECTIVE_TOKEN, GSS_S_FAILURE, GSS_S_NO_CONTEXT, LibraryError, Result,
     SequenceStatus,
 };
 use super::{
@@ -14,12 +14,12 @@ use super::{
     RawStep,
 };
 
-/// The longest token of RFC 1961.
+/// Longest token of RFC 1961, in bytes.
 const MAX_TOKEN_LEN: u32 = 65_535;
 
-/// Whom to authenticate to, or as whom.
+/// The name of a service or user.
 ///
-/// It holds the text, and the library's form of it is made for each call: Heimdal adds to a name without a lock.
+/// Holds the text and converts it for each call: Heimdal's library changes a converted name without a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GssName {
     text: Vec<u8>,
@@ -27,70 +27,70 @@ pub struct GssName {
 }
 
 impl GssName {
-    /// `service@host`.
+    /// Returns the host-based service `service@host`.
     ///
     /// # Errors
-    /// There is no library, or it does not take that for a name.
-    pub fn service(text: &str) -> Result<Self, LibraryError> {
+    /// No library is installed, or it rejects the name.
+    pub fn service(text: &str) -> Result<Self> {
         Self::new(text, false)
     }
 
-    /// A principal of Kerberos, `service/host@REALM`, which is taken as it is.
+    /// Returns the Kerberos principal `service/host@REALM`.
     ///
     /// # Errors
-    /// There is no library, or it does not take that for a name.
-    pub fn principal(text: &str) -> Result<Self, LibraryError> {
+    /// No library is installed, or it rejects the name.
+    pub fn principal(text: &str) -> Result<Self> {
         Self::new(text, true)
     }
 
-    fn new(text: &str, is_principal: bool) -> Result<Self, LibraryError> {
-        // To the libraries a NUL is an end, and nothing is a name like others.
+    fn new(text: &str, is_principal: bool) -> Result<Self> {
+        // The libraries end a name at a NUL byte, and accept an empty one.
         if text.is_empty() || text.contains('\0') {
-            return Err(LibraryError::new(GSS_S_BAD_NAME, "a name that is empty or has a NUL in it"));
+            return Err(LibraryError::new(GSS_S_BAD_NAME, "name is empty or contains a NUL byte"));
         }
         let name = Self { text: text.into(), is_principal };
         name.import().map(|_| name)
     }
 
-    pub(super) fn import(&self) -> Result<RawName, LibraryError> {
+    pub(super) fn import(&self) -> Result<RawName> {
         RawName::import(&self.text, if self.is_principal { &KRB5_PRINCIPAL_OID } else { &HOSTBASED_SERVICE_OID })
     }
 
-    /// As the library shows it.
+    /// Returns the text of the name in the library's form.
     ///
     /// # Errors
-    /// The library does not say.
-    pub fn display(&self) -> Result<Vec<u8>, LibraryError> {
+    /// Errors of the library.
+    pub fn display(&self) -> Result<Vec<u8>> {
         self.import()?.display()
     }
 }
 
-/// What an initiator asks for besides mutual authentication, integrity and notice of replays.
+/// Flags that an initiator requests, besides mutual authentication, integrity and replay detection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestedFlags {
-    /// Notice of what is missing or out of order.
+    /// Detection of missing and reordered messages.
     pub sequence: bool,
-    /// Sealed messages.
+    /// Encryption.
     pub confidentiality: bool,
 }
 
-/// What comes of a token.
+/// Result of processing a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContextStep {
-    /// For the other side; may be empty.
+    /// Token for the peer; can be empty.
     pub output: Vec<u8>,
-    /// Whether this side needs no more tokens.
+    /// Set when this side has established the context.
     pub is_complete: bool,
 }
 
-/// A message that came.
+/// A message from the peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unwrapped {
-    /// What was wrapped.
+    /// The data that was wrapped.
     pub data: Vec<u8>,
-    /// Whether nobody else can have read it.
+    /// Set when the data was encrypted.
     pub is_encrypted: bool,
-    /// Where it stands among the others.
+    /// Position relative to other messages.
     pub order: SequenceStatus,
 }
 
@@ -101,11 +101,11 @@ enum State {
     Accepting,
     Initiating,
     Complete,
-    /// For good.
+    /// Rejects all further calls.
     Failed,
 }
 
-/// One side of an authenticated conversation. Not for two threads at once.
+/// One side of a security context. Must not be used by two threads at once.
 #[derive(Default)]
 pub struct GssContext {
     raw: Option<RawContext>,
@@ -115,19 +115,19 @@ pub struct GssContext {
 }
 
 impl GssContext {
-    /// One that waits for its first call of [`Self::accept`] or [`Self::init`].
+    /// Returns a context for a first call of [`Self::accept`] or [`Self::init`].
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes a token of the initiator. What may come with it of the initiator's own credentials is not taken.
+    /// Processes a token of the initiator. Ignores a delegated credential.
     ///
     /// # Errors
-    /// What the library has against the token, or [`Self::initiator_name`] can't be told. The context is of no use any more.
-    pub fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<ContextStep, LibraryError> {
+    /// The library rejects the token, or the initiator's name is not available. The context is then unusable.
+    pub fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<ContextStep> {
         let is_first = self.begin_step(State::Accepting)?;
         if token.is_empty() {
-            return Err(LibraryError::new(GSS_S_DEFECTIVE_TOKEN, "an empty token"));
+            return Err(LibraryError::new(GSS_S_DEFECTIVE_TOKEN, "empty token"));
         }
         let raw = if is_first { self.raw.insert(RawContext::new()?) } else { self.raw_mut()? };
         let (step, initiator) = raw.accept(credential, token)?;
@@ -137,20 +137,20 @@ impl GssContext {
         Ok(self.finish_step(State::Accepting, step))
     }
 
-    /// Makes the first token for `target`, or takes the answer to the last one. The initiator's credentials stay here.
+    /// Creates the first token for `target`, or processes the answer to the last token. Never delegates the credential.
     ///
     /// # Errors
-    /// What the library has against it. The context is of no use any more.
+    /// The library reports an error. The context is then unusable.
     pub fn init(
         &mut self,
         credential: &Credential,
         target: &GssName,
         requested: RequestedFlags,
         token: Option<&[u8]>,
-    ) -> Result<ContextStep, LibraryError> {
+    ) -> Result<ContextStep> {
         let is_first = self.begin_step(State::Initiating)?;
         if token.is_none() != is_first || !token.is_none_or(is_acceptor_token) {
-            return Err(LibraryError::new(GSS_S_DEFECTIVE_TOKEN, "no answer of an acceptor"));
+            return Err(LibraryError::new(GSS_S_DEFECTIVE_TOKEN, "not the answer of a Kerberos acceptor"));
         }
         let mut flags = GSS_C_MUTUAL_FLAG | GSS_C_REPLAY_FLAG | GSS_C_INTEG_FLAG;
         flags |= if requested.sequence { GSS_C_SEQUENCE_FLAG } else { 0 };
@@ -161,10 +161,10 @@ impl GssContext {
         Ok(self.finish_step(State::Initiating, step))
     }
 
-    /// Whether it is the first step of this kind; the context has failed until the step's [`Self::finish_step`].
-    fn begin_step(&mut self, kind: State) -> Result<bool, LibraryError> {
+    /// Returns whether this is the first step. The context counts as failed until [`Self::finish_step`].
+    fn begin_step(&mut self, kind: State) -> Result<bool> {
         if self.state != State::Fresh && self.state != kind {
-            return Err(LibraryError::new(GSS_S_NO_CONTEXT, "the context takes no token of this kind"));
+            return Err(LibraryError::new(GSS_S_NO_CONTEXT, "unexpected token for the security context"));
         }
         Ok(std::mem::replace(&mut self.state, State::Failed) == State::Fresh)
     }
@@ -177,30 +177,30 @@ impl GssContext {
         ContextStep { output: step.output, is_complete: step.is_complete }
     }
 
-    fn raw_mut(&mut self) -> Result<&mut RawContext, LibraryError> {
+    fn raw_mut(&mut self) -> Result<&mut RawContext> {
         self.raw.as_mut().ok_or_else(not_established)
     }
 
-    fn established(&self) -> Result<&RawContext, LibraryError> {
+    fn established(&self) -> Result<&RawContext> {
         self.raw.as_ref().filter(|_| self.state == State::Complete).ok_or_else(not_established)
     }
 
-    fn established_mut(&mut self) -> Result<&mut RawContext, LibraryError> {
+    fn established_mut(&mut self) -> Result<&mut RawContext> {
         self.established()?;
         self.raw_mut()
     }
 
-    /// What it has, once complete.
+    /// Returns the flags of the established context.
     pub fn flags(&self) -> ContextFlags {
         self.flags
     }
 
-    /// The acceptor's view of who the initiator is, once complete: `alice@REALM`.
+    /// Returns the initiator's principal, `alice@REALM`. Available to the acceptor of an established context.
     pub fn initiator_name(&self) -> Option<&[u8]> {
         self.initiator_name.as_deref()
     }
 
-    /// How long it is valid, by the ticket; `None` is for ever, zero also when that can't be told.
+    /// Returns the remaining lifetime of the ticket; `None` if it is unlimited, zero if it is not available.
     pub fn lifetime(&self) -> Option<Duration> {
         match self.established().and_then(RawContext::lifetime) {
             Ok(GSS_C_INDEFINITE) => None,
@@ -209,51 +209,51 @@ impl GssContext {
         }
     }
 
-    /// Makes a message of `data`, sealed or only protected from change.
+    /// Wraps `data` into a message, encrypted or only integrity-protected.
     ///
     /// # Errors
-    /// The context is not complete, or the library can't; also if it does not seal.
-    pub fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, LibraryError> {
+    /// The context is not established, the library reports an error, or it did not encrypt.
+    pub fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>> {
         let (token, is_encrypted) = self.established_mut()?.wrap(data, encrypt)?;
         if encrypt && !is_encrypted {
-            Err(LibraryError::new(GSS_S_BAD_QOP, "the context does not seal"))
+            Err(LibraryError::new(GSS_S_BAD_QOP, "the security context can't encrypt"))
         } else {
             Ok(token)
         }
     }
 
-    /// Takes a message, whose octets are spoilt thereby.
+    /// Unwraps a message. Overwrites `token`.
     ///
     /// # Errors
-    /// The context is not complete, or that is no message of the other side for it, or a changed one. With Heimdal's
-    /// library also any that is not the next one, which MIT's gives with its order unless there is nothing in it.
-    pub fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, LibraryError> {
+    /// The context is not established, or the message was changed or is not for this context. Heimdal's library also
+    /// rejects messages out of order; MIT's returns them with their order, unless they are empty.
+    pub fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped> {
         let raw = self.established_mut()?;
         if token.is_empty() {
-            return Err(LibraryError::new(GSS_S_DEFECTIVE_TOKEN, "an empty token"));
+            return Err(LibraryError::new(GSS_S_DEFECTIVE_TOKEN, "empty token"));
         }
         let (data, is_encrypted, major) = raw.unwrap(token)?;
         match (data, SequenceStatus::new(major)) {
-            // The order of it may be a forger's: Heimdal has not looked yet who made it.
+            // Heimdal has not verified the message yet, so that its order can be forged.
             (None, order) if order != SequenceStatus::InOrder => {
-                Err(LibraryError::new(GSS_S_FAILURE, "a message that is not the next one"))
+                Err(LibraryError::new(GSS_S_FAILURE, "message out of order"))
             }
             (data, order) => Ok(Unwrapped { data: data.unwrap_or_default(), is_encrypted, order }),
         }
     }
 
-    /// How many octets of data fit into one message of RFC 1961, of 65535 octets.
+    /// Returns how much data fits into a token of 65535 bytes, in bytes.
     ///
     /// # Errors
-    /// The context is not complete, or the library does not say.
-    pub fn wrap_size_limit(&self, encrypt: bool) -> Result<usize, LibraryError> {
+    /// The context is not established, or the library reports an error.
+    pub fn wrap_size_limit(&self, encrypt: bool) -> Result<usize> {
         let size = self.established()?.wrap_size_limit(encrypt, MAX_TOKEN_LEN)?;
         Ok(usize::try_from(size).unwrap_or(usize::MAX))
     }
 }
 
-/// Whether a token is an AP-REP or a KRB-ERROR in its frame, by RFC 2743 (3.1) and RFC 4121 (4.1). Heimdal 7.8 reads
-/// through a pointer that it has not set when it is neither.
+/// Returns whether a token is a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1). For other
+/// tokens, Heimdal 7.8 dereferences an uninitialized pointer.
 fn is_acceptor_token(token: &[u8]) -> bool {
     let (length, rest) = match token {
         [0x60, 0x82, high, low, rest @ ..] => (u16::from_be_bytes([*high, *low]).into(), rest),
@@ -265,7 +265,7 @@ fn is_acceptor_token(token: &[u8]) -> bool {
 }
 
 fn not_established() -> LibraryError {
-    LibraryError::new(GSS_S_NO_CONTEXT, "the context is not complete")
+    LibraryError::new(GSS_S_NO_CONTEXT, "the security context is not established")
 }
 
 impl fmt::Debug for GssContext {

@@ -1,10 +1,10 @@
-//! The structures of GSSAPI in C, as Linux and the BSDs lay them out, and how octets become one.
+//! The C structures of GSSAPI, with the layout of Linux and the BSDs.
 
 use std::ffi::{c_char, c_void};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
 
-/// Bytes that are lent to the library, or that it owns.
+/// `gss_buffer_desc`: bytes that are borrowed by the library, or that it allocated.
 #[repr(C)]
 pub(super) struct GssBuffer<'a> {
     pub(super) length: usize,
@@ -15,7 +15,7 @@ pub(super) struct GssBuffer<'a> {
 impl<'a> GssBuffer<'a> {
     pub(super) const EMPTY: Self = Self { length: 0, value: null_mut(), borrow: PhantomData };
 
-    /// For what the library only reads.
+    /// For a buffer that the library only reads.
     pub(super) fn borrowed(bytes: &'a [u8]) -> Self {
         Self { length: bytes.len(), value: bytes.as_ptr().cast_mut().cast(), borrow: PhantomData }
     }
@@ -25,6 +25,7 @@ impl<'a> GssBuffer<'a> {
     }
 }
 
+/// `gss_OID_desc`.
 #[repr(C)]
 pub(super) struct Oid {
     pub(super) length: u32,
@@ -37,19 +38,21 @@ impl Oid {
     }
 }
 
+/// `gss_OID_set_desc`.
 #[repr(C)]
 pub(super) struct OidSet {
     pub(super) count: usize,
     pub(super) elements: *const Oid,
 }
 
+/// `gss_key_value_element_desc`.
 #[repr(C)]
 pub(super) struct KeyValueElement {
     pub(super) key: *const c_char,
     pub(super) value: *const c_char,
 }
 
-/// Where a credential is to be found, in MIT's extension.
+/// `gss_key_value_set_desc`, a credential store in MIT's extension.
 #[repr(C)]
 pub(super) struct KeyValueSet {
     pub(super) count: u32,

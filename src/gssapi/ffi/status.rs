@@ -1,10 +1,9 @@
-//! What the calls of GSSAPI say besides their data: errors, remarks on a message, and what a context protects. Numbers
-//! are those of RFC 2744.
+//! Status codes and flags of GSSAPI calls. The constants have the names and values of RFC 2744.
 
 use std::fmt;
 use std::path::Path;
 
-/// An upper half that is not 0 is an error, any bit of the lower half a remark.
+/// A major status is an error if one of these bits is set. The others are supplementary bits.
 pub(super) const ERROR_MASK: u32 = 0xFFFF_0000;
 pub(super) const GSS_S_BAD_NAME: u32 = 2 << 16;
 const GSS_S_NO_CRED: u32 = 7 << 16;
@@ -16,7 +15,7 @@ pub(super) const GSS_S_FAILURE: u32 = 13 << 16;
 pub(super) const GSS_S_BAD_QOP: u32 = 14 << 16;
 pub(super) const GSS_S_UNAVAILABLE: u32 = 16 << 16;
 pub(super) const GSS_S_CONTINUE_NEEDED: u32 = 1;
-/// A minor status, of Kerberos: MIT's major says no more than that it failed.
+/// A minor status. MIT's major status for an expired ticket is only [`GSS_S_FAILURE`].
 const KRB5KRB_AP_ERR_TKT_EXPIRED: u32 = -1_765_328_352_i32 as u32;
 
 const GSS_C_DELEG_FLAG: u32 = 1;
@@ -27,12 +26,14 @@ pub(super) const GSS_C_CONF_FLAG: u32 = 16;
 pub(super) const GSS_C_INTEG_FLAG: u32 = 32;
 const GSS_C_ANON_FLAG: u32 = 64;
 
-/// What the library said.
+pub(super) type Result<T, E = LibraryError> = std::result::Result<T, E>;
+
+/// Error of the GSSAPI library.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LibraryError {
-    /// One line, for people.
+    /// Message, one line.
     pub text: String,
-    /// The major status, without remarks.
+    /// Major status without supplementary bits.
     pub major: u32,
     pub(super) minor: u32,
 }
@@ -42,7 +43,7 @@ impl LibraryError {
         Self { text: text.into(), major, minor: 0 }
     }
 
-    /// Says which file it is about, unless the library did.
+    /// Appends the path of the file to the message, unless the library's message contains it.
     pub(super) fn with_path(mut self, path: &Path) -> Self {
         let path = one_line(&path.to_string_lossy());
         if !self.text.contains(&path) {
@@ -51,12 +52,12 @@ impl LibraryError {
         self
     }
 
-    /// There is no credential: no ticket, no key.
+    /// Returns whether a ticket or key is missing.
     pub fn is_no_credential(&self) -> bool {
         self.major == GSS_S_NO_CRED
     }
 
-    /// The ticket has expired.
+    /// Returns whether the ticket has expired.
     pub fn is_expired(&self) -> bool {
         matches!(self.major, GSS_S_CREDENTIALS_EXPIRED | GSS_S_CONTEXT_EXPIRED)
             || self.minor == KRB5KRB_AP_ERR_TKT_EXPIRED
@@ -71,28 +72,28 @@ impl fmt::Display for LibraryError {
 
 impl std::error::Error for LibraryError {}
 
-/// Without line ends and other controls: what others have written may be in it.
+/// Replaces white space and control characters by spaces: the text can contain input from a peer.
 pub(super) fn one_line(text: &str) -> String {
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// What a context has; all false until it is complete.
+/// Properties of a context; all false until it is established.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ContextFlags {
-    /// The initiator knows the acceptor, too.
+    /// The acceptor has authenticated itself to the initiator.
     pub mutual: bool,
-    /// A message that comes twice is noticed.
+    /// Replayed messages are detected.
     pub replay: bool,
-    /// A message that is missing or out of order is noticed.
+    /// Missing and reordered messages are detected.
     pub sequence: bool,
-    /// Messages can be sealed.
+    /// Messages can be encrypted.
     pub confidentiality: bool,
-    /// Messages can be protected from change.
+    /// Messages can be integrity-protected.
     pub integrity: bool,
-    /// The initiator has no name.
+    /// The initiator is anonymous.
     pub anonymous: bool,
-    /// The initiator has handed over a credential of its own.
+    /// The initiator has delegated its credential.
     pub delegated: bool,
 }
 
@@ -111,25 +112,25 @@ impl ContextFlags {
     }
 }
 
-/// Where a message stands among the others, as far as the context has [`ContextFlags::replay`] and [`ContextFlags::sequence`].
+/// Position of a message relative to others, as far as the context detects it ([`ContextFlags`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SequenceStatus {
-    /// The one behind the last one.
+    /// The expected next message.
     InOrder,
-    /// Some before it are missing.
+    /// Earlier messages are missing.
     Gap,
-    /// It was missing before.
+    /// An earlier message arrives late.
     Unsequenced,
-    /// It was here before.
+    /// The message was received before.
     Duplicate,
-    /// Too old to be told from a duplicate.
+    /// Too old to decide whether it is a duplicate.
     Old,
 }
 
 impl SequenceStatus {
     pub(super) fn new(major: u32) -> Self {
-        // The worst one tells.
-        let remarks = [(2, Self::Duplicate), (4, Self::Old), (8, Self::Unsequenced), (16, Self::Gap)];
-        remarks.into_iter().find(|(bit, _)| major & bit != 0).map_or(Self::InOrder, |(_, order)| order)
+        // Ordered by severity: several bits can be set.
+        let statuses = [(2, Self::Duplicate), (4, Self::Old), (8, Self::Unsequenced), (16, Self::Gap)];
+        statuses.into_iter().find(|(bit, _)| major & bit != 0).map_or(Self::InOrder, |(_, order)| order)
     }
 }

@@ -1,4 +1,4 @@
-//! What the README says of Kerberos: its commands, from an empty keytab to a working login, and the messages it explains.
+//! The commands and messages of src/gssapi/README.md: the commands work, and the messages are in its table.
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
@@ -10,50 +10,44 @@ use crate::kit::V4;
 use crate::kit::realm::{PASSWORD, REALM, Realm};
 use crate::{ALICE, LONG, realm, session, text};
 
-const README: &str = include_str!("../../README.md");
+const PAGE: &str = include_str!("../../src/gssapi/README.md");
 
-/// The section about Kerberos.
-fn section() -> &'static str {
-    let (_, behind) = README.split_once("\n### Kerberos\n").expect("a section of that name");
-    behind.split_once("\n## ").expect("a next section").0
-}
-
-/// Fails unless the table of messages has this one.
+/// Fails unless the table of messages contains this message.
 pub fn assert_explains(message: &str) {
-    let (_, table) = section().split_once("| it says |").expect("a table of messages");
-    assert!(table.contains(message), "the README does not explain {message:?}");
+    let (_, table) = PAGE.split_once("\n| message |").expect("a table of messages");
+    let (table, _) = table.split_once("\n\n").expect("the end of the table");
+    assert!(table.contains(message), "src/gssapi/README.md does not explain {message:?}");
 }
 
-/// A shell that finds s5 and the programs of Kerberos, in a folder of its own.
+/// A shell in `folder` with s5 and the Kerberos programs in its PATH.
 fn shell(realm: &Realm, folder: &Path, line: &str) -> Command {
     let programs = Path::new(env!("CARGO_BIN_EXE_s5")).parent().expect("a folder").display();
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("sh");
     command.args(["-e", "-c", line]).current_dir(folder);
     realm.env(&mut command).env("PATH", format!("{programs}:{path}:/usr/sbin:/sbin"));
-    // As on three machines of which only one has a keytab, and none a ticket.
+    // Neither a keytab nor a ticket is preset: the commands of the page must create them.
     command.env("KRB5CCNAME", format!("FILE:{}", folder.join("tickets").display())).env_remove("KRB5_KTNAME");
     command
 }
 
 #[test]
-fn its_commands_lead_from_an_empty_keytab_to_a_working_login() {
+fn commands_lead_from_an_empty_keytab_to_a_working_login() {
     let Some(realm) = realm() else { return };
     if !is_installed("sh") {
         return;
     }
     let folder = crate::common::temp_dir();
-    let forget = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
-    let output = run(&mut shell(&realm, folder.path(), &forget), b"", LONG);
+    let delete_principal = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
+    let output = run(&mut shell(&realm, folder.path(), &delete_principal), b"", LONG);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let web = tcp_server(V4, |mut stream| {
         let mut request = [0; 18];
         stream.read_exact(&mut request).expect("a request");
         stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nit works").expect("it is sent");
     });
-    let block =
-        section().split("```sh\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a block of commands");
-    let (mut server, mut ran) = (None::<Server>, String::new());
+    let block = PAGE.split("```sh\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a block of commands");
+    let (mut server, mut commands_run) = (None::<Server>, String::new());
     for line in block.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let port = server.as_ref().map_or(0, |server| server.addr().port());
         let line = line
@@ -62,8 +56,8 @@ fn its_commands_lead_from_an_empty_keytab_to_a_working_login() {
             .replace("'*:1080'", "127.0.0.1:0")
             .replace(" example.org:80", &format!(" {web}"))
             .replace("EXAMPLE.ORG", REALM);
-        assert!(!line.contains("example"), "{line}: nothing leaves this machine");
-        writeln!(ran, "{line}").expect("text");
+        assert!(!line.contains("example"), "{line}: the test must not contact other hosts");
+        writeln!(commands_run, "{line}").expect("text");
         if line.starts_with("s5 serve") {
             server = Some(Server::start_with(&mut shell(&realm, folder.path(), &format!("exec {line}")), 1));
             continue;
@@ -78,10 +72,13 @@ fn its_commands_lead_from_an_empty_keytab_to_a_working_login() {
         if line.starts_with("s5 connect") {
             assert_eq!(text(&output.stdout), "HTTP/1.0 200 OK\r\n\r\nit works");
             assert!(text(&output.stderr).contains(&format!("connected to {web}")), "{}", text(&output.stderr));
-            session(server.as_ref().expect("the server comes first"), &[ALICE, "command=connect", "rep=0"]);
+            session(
+                server.as_ref().expect("the server starts before the client"),
+                &[ALICE, "command=connect", "rep=0"],
+            );
         }
     }
     for command in ["addprinc", "ktadd", "s5 serve --keytab s5.keytab", "kinit alice", "s5 connect"] {
-        assert!(ran.contains(command), "{command} is not among them:\n{ran}");
+        assert!(commands_run.contains(command), "the page has no command {command}:\n{commands_run}");
     }
 }
