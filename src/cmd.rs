@@ -111,7 +111,7 @@ impl EarlyExit {
                 let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
                 ExitCode::SUCCESS
             }
-            Self::Usage(failure) => failure.print(),
+            Self::Usage(error) => error.print(),
         }
     }
 }
@@ -241,9 +241,9 @@ mod tests {
     #[test]
     fn usage_error_is_one_line() {
         let words = ["s5", "connect", "--nonsense"].map(String::from);
-        let Err(EarlyExit::Usage(failure)) = parse(&words) else { panic!("not a usage error") };
-        assert_eq!(failure.message.lines().count(), 1, "{}", failure.message);
-        assert!(failure.message.contains("--nonsense"), "{}", failure.message);
+        let Err(EarlyExit::Usage(error)) = parse(&words) else { panic!("not a usage error") };
+        assert_eq!(error.message.lines().count(), 1, "{}", error.message);
+        assert!(error.message.contains("--nonsense"), "{}", error.message);
     }
 
     #[test]
@@ -253,8 +253,8 @@ mod tests {
             ["s5", "connect", "--socks5h://alice:secret@proxy.test"],
             ["s5", "serve", "alice:secret@proxy.test"],
         ] {
-            let Err(EarlyExit::Usage(failure)) = parse(&words.map(String::from)) else { panic!("not a usage error") };
-            assert!(failure.message.contains("@proxy.test") && !failure.message.contains("secret"), "{failure}");
+            let Err(EarlyExit::Usage(error)) = parse(&words.map(String::from)) else { panic!("not a usage error") };
+            assert!(error.message.contains("@proxy.test") && !error.message.contains("secret"), "{error}");
         }
     }
 }

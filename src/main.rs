@@ -38,13 +38,13 @@ fn main() -> ExitCode {
     if log::set_boxed_logger(Box::new(InfallibleLogger(logger))).is_err() {
         return s5::cmd::CliError::usage("a logger is set already").print();
     }
-    // A panic is one line and status 1, as any other failure. Rust's default status 101 would mean REP 1.
+    // A panic is one line and status 1, as any other error. Rust's default status 101 would mean REP 1.
     std::panic::set_hook(Box::new(|panic| {
         s5::cmd::eprint_line(&format!("s5: {}", panic.to_string().replace('\n', " ")))
     }));
     match catch_unwind(AssertUnwindSafe(|| command.run())) {
         Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(failure)) => failure.print(),
+        Ok(Err(error)) => error.print(),
         Err(_) => ExitCode::FAILURE,
     }
 }

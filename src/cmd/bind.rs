@@ -89,27 +89,25 @@ impl Args {
         let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
         let connector = Connector::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         connector.run(Box::pin(async {
-            let attempt = connector.request(Command::Bind).await;
-            let Attempt { client, tries, result } = attempt;
+            let Attempt { client, tries, result } = connector.request(Command::Bind).await;
             let mut report = Report::new(&connector, &client, tries);
             let result = match result {
                 Ok((mut tunnel, bnd)) => {
                     let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
                     report.set_bnd(&bound);
-                    match accept_peer(&connector, &client, &mut tunnel, &bound, output.take(), args.timeout.is_some())
-                        .await
-                    {
+                    let (output, has_timeout) = (output.take(), args.timeout.is_some());
+                    match accept_peer(&connector, &client, &mut tunnel, &bound, output, has_timeout).await {
                         Ok(peer) => {
                             report.set_peer(&client, Some(&peer));
                             Box::pin(action.run(&connector, tunnel, &bound, &mut report)).await
                         }
-                        Err(failure) => {
+                        Err(error) => {
                             report.set_peer(&client, None);
-                            Err(failure)
+                            Err(error)
                         }
                     }
                 }
-                Err(failure) => Err(failure),
+                Err(error) => Err(error),
             };
             connector.finish(report, result)
         }))
@@ -140,15 +138,12 @@ async fn accept_peer(
         };
         written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
     }
-    connector.print_verbose(&format!(
-        "waiting for a connection from {}",
-        connector.dst().map_or("any peer".into(), ToString::to_string)
-    ));
-    let peer = if has_timeout {
-        client.wait_for_peer_with_deadline(tunnel).await
-    } else {
-        client.wait_for_peer(tunnel).await
-    }?;
+    let expected = connector.dst().map_or("any peer".into(), ToString::to_string);
+    connector.print_verbose(&format!("waiting for a connection from {expected}"));
+    let peer = match has_timeout {
+        true => client.wait_for_peer_with_deadline(tunnel).await?,
+        false => client.wait_for_peer(tunnel).await?,
+    };
     connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

@@ -20,7 +20,7 @@ use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, Posi
 use super::secrets::without_userinfo;
 use super::udp::MAX_PEERS;
 use super::{CliError, parse_duration, parse_positive, parse_timeout};
-use crate::client::{self as socks};
+use crate::client::{parse_addr, parse_host, parse_port};
 use crate::policy::rules::parse_level;
 use crate::proto::{Addr, Method, ProtectionLevel};
 
@@ -281,7 +281,7 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
 }
 
 fn parse_source_port(text: &str) -> Result<u16, String> {
-    socks::parse_port(text).and_then(|port| if port == 0 { Err("must not be 0".into()) } else { Ok(port) })
+    parse_port(text).and_then(|port| if port == 0 { Err("must not be 0".into()) } else { Ok(port) })
 }
 
 /// Parses a comma-separated list of methods.
@@ -388,8 +388,8 @@ pub(super) use client_mode;
 /// Parses a target given as `host:port` or as `host port`.
 pub(super) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
     let parsed = match words {
-        [both] => socks::parse_addr(both, None),
-        [host, port] => socks::parse_host(host).and_then(|host| Ok(Addr { host, port: socks::parse_port(port)? })),
+        [host_port] => parse_addr(host_port, None),
+        [host, port] => parse_host(host).and_then(|host| Ok(Addr { host, port: parse_port(port)? })),
         _ => Err("expected host:port, or host and port".into()),
     };
     match parsed {

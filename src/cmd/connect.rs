@@ -51,7 +51,7 @@ async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), Cli
             connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
             Box::pin(action.run(connector, tunnel, &bnd, &mut report)).await
         }
-        Err(failure) => Err(failure),
+        Err(error) => Err(error),
     };
     connector.finish(report, result)
 }

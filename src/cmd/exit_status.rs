@@ -126,7 +126,7 @@ impl From<ClientError> for CliError {
             (Kind::Rep(rep), _) => ExitStatus::from_rep(*rep),
         };
         let is_final = match &error.kind {
-            Kind::Unreachable(failure) => *failure == DialError::LocalAddr,
+            Kind::Unreachable(error) => *error == DialError::LocalAddr,
             Kind::Protocol(_) | Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_) => true,
             Kind::Rep(rep) => [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED].contains(rep),
             Kind::Socket(_) | Kind::Closed(_) | Kind::NextHop(_) | Kind::TimedOut(_) => false,

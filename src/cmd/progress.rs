@@ -13,11 +13,11 @@ use crate::relay::ByteCounts;
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Shows bytes, rate and time on stderr while it is polled, if `is_enabled`. Never returns.
-pub(super) async fn show<T>(is_enabled: bool, moved: &ByteCounts) -> T {
+pub(super) async fn show<T>(is_enabled: bool, counts: &ByteCounts) -> T {
     if !is_enabled {
         return pending().await;
     }
-    let line = ProgressLine { began: Instant::now(), moved };
+    let line = ProgressLine { started: Instant::now(), counts };
     loop {
         line.draw("");
         sleep(REDRAW_INTERVAL).await;
@@ -26,18 +26,18 @@ pub(super) async fn show<T>(is_enabled: bool, moved: &ByteCounts) -> T {
 
 /// The progress line. Drop draws the final figures and ends the line.
 struct ProgressLine<'a> {
-    began: Instant,
-    moved: &'a ByteCounts,
+    started: Instant,
+    counts: &'a ByteCounts,
 }
 
 impl ProgressLine<'_> {
     /// Draws over the line (ECMA-48: return to the first column, erase the line).
     fn draw(&self, end: &str) {
-        let bytes = self.moved.up.load(Ordering::Relaxed) + self.moved.down.load(Ordering::Relaxed);
-        let time = self.began.elapsed();
-        let rate = u128::from(bytes) * 1000 / time.as_millis().max(1);
+        let bytes = self.counts.up.load(Ordering::Relaxed) + self.counts.down.load(Ordering::Relaxed);
+        let elapsed = self.started.elapsed();
+        let rate = u128::from(bytes) * 1000 / elapsed.as_millis().max(1);
         let rate = ByteSize(u64::try_from(rate).unwrap_or(u64::MAX));
-        let seconds = time.as_secs();
+        let seconds = elapsed.as_secs();
         let (minutes, seconds) = (seconds / 60, seconds % 60);
         let _ = write!(io::stderr(), "\r\x1b[K{} in {minutes}:{seconds:02}, {rate}/s{end}", ByteSize(bytes));
     }

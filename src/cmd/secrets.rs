@@ -32,7 +32,7 @@ pub(super) fn redact(words: &[&[u8]], user: Option<&str>) {
     if !spans.is_empty() {
         #[cfg(target_os = "linux")]
         if let Err(error) = overwrite_arguments(words, &spans) {
-            log::debug!("can not overwrite a password in the command line: {error}");
+            log::debug!("cannot overwrite a password in the command line: {error}");
         }
     }
 }
@@ -74,12 +74,12 @@ fn overwrite_arguments(words: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std:
     if found != expected {
         return Err(std::io::ErrorKind::InvalidData.into());
     }
-    let mut at = start;
+    let mut addr = start;
     for (i, word) in words.iter().enumerate() {
-        for (_, span) in spans.iter().filter(|(of, _)| *of == i) {
-            memory.write_all_at(&vec![FILLER; span.len()], at + span.start as u64)?;
+        for (_, span) in spans.iter().filter(|(index, _)| *index == i) {
+            memory.write_all_at(&vec![FILLER; span.len()], addr + span.start as u64)?;
         }
-        at += word.len() as u64 + 1;
+        addr += word.len() as u64 + 1;
     }
     Ok(())
 }

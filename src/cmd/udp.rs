@@ -58,15 +58,15 @@ impl Args {
             };
             return connector.run(Box::pin(forward::run(&connector, addr, limits)));
         }
-        let options = TransferOptions {
+        let transfer = StdioTransfer {
             framing,
             reads_stdin: !args.recv_only,
             writes_stdout: !args.send_only,
             answer_wait: args.quit_after.or(args.timeout),
             idle_timeout: args.idle_timeout,
-            count: args.count,
+            expected_answers: args.count,
         };
-        connector.run(Box::pin(run(&connector, (!args.zero_io).then_some(options))))
+        connector.run(Box::pin(run(&connector, (!args.zero_io).then_some(transfer))))
     }
 }
 
@@ -76,7 +76,7 @@ async fn associate(client: &Client) -> Result<(Association, Addr), ClientError> 
     Ok((client.associate().await?, dst))
 }
 
-async fn run(connector: &Connector, options: Option<TransferOptions>) -> Result<(), CliError> {
+async fn run(connector: &Connector, transfer: Option<StdioTransfer>) -> Result<(), CliError> {
     let Attempt { client, tries, result } = connector.attempt(associate).await;
     let mut report = Report::new(connector, &client, tries);
     let result = match result {
@@ -86,29 +86,29 @@ async fn run(connector: &Connector, options: Option<TransferOptions>) -> Result<
                 let target = connector.dst().map(|dst| format!(" for {dst}")).unwrap_or_default();
                 connector.print_verbose(&format!("UDP relay{target} at {relay}"));
             }
-            match options {
-                Some(options) => options.run(connector, &association, &dst, &mut report).await,
+            match transfer {
+                Some(transfer) => transfer.run(connector, &association, &dst, &mut report).await,
                 None => Ok(()),
             }
         }
-        Err(failure) => Err(failure),
+        Err(error) => Err(error),
     };
     connector.finish(report, result)
 }
 
-/// Options of a transfer between stdin, stdout and an association.
-struct TransferOptions {
+/// A transfer between stdin, stdout and an association, with its options.
+struct StdioTransfer {
     framing: Framing,
     reads_stdin: bool,
     writes_stdout: bool,
     /// How long to wait for answers after the end of stdin.
     answer_wait: Option<Duration>,
     idle_timeout: Option<Duration>,
-    /// Number of answers to wait for.
-    count: Option<u64>,
+    /// With this many answers the transfer ends; fewer are an error.
+    expected_answers: Option<u64>,
 }
 
-impl TransferOptions {
+impl StdioTransfer {
     async fn run(
         self,
         connector: &Connector,
@@ -118,7 +118,7 @@ impl TransferOptions {
     ) -> Result<(), CliError> {
         let mut writer = DatagramWriter::new(self.framing, self.writes_stdout)
             .map_err(|error| connector.io_error(ExitStatus::WRITE_STDOUT, &error))?;
-        let transfer = Transfer {
+        let state = TransferState {
             connector,
             association,
             dst,
@@ -126,37 +126,37 @@ impl TransferOptions {
             first_answer: Cell::default(),
             last_activity: Cell::new(Instant::now()),
             answers: Cell::new(0),
-            count: self.count.unwrap_or(u64::MAX),
-            moved: ByteCounts::default(),
+            expected_answers: self.expected_answers.unwrap_or(u64::MAX),
+            counts: ByteCounts::default(),
         };
-        let ended = transfer
+        let ended = state
             .receive(&mut writer)
-            .or(self.send(&transfer))
-            .or(self.idle(&transfer))
+            .or(self.send(&state))
+            .or(self.idle(&state))
             .or(association_end(connector, association))
             .await;
         // Answers that have already arrived are written, whatever ended the transfer.
         let flushed = match &ended {
             // After a timeout, a reader of stdout that does not read must not delay the exit.
-            Err(failure) if failure.status == ExitStatus::TIMED_OUT => Ok(()),
-            _ => transfer.receive_ready(&mut writer).await,
+            Err(error) if error.status == ExitStatus::TIMED_OUT => Ok(()),
+            _ => state.receive_ready(&mut writer).await,
         };
-        report.set_bytes(&transfer.moved);
-        report.set_transfer_stats(transfer.first_answer.get(), None);
+        report.set_bytes(&state.counts);
+        report.set_stats(state.first_answer.get(), None);
         print_losses(connector, association);
         flushed.and(ended)?;
-        match self.count {
-            Some(count) if transfer.answers.get() < count => {
-                let answers = transfer.answers.get();
-                Err(connector
-                    .transfer_error(ExitStatus::TIMED_OUT, &format!("received {answers} of {count} answers in time")))
+        match self.expected_answers {
+            Some(count) if state.answers.get() < count => {
+                let answers = state.answers.get();
+                let what = format!("received {answers} of {count} answers in time");
+                Err(connector.transfer_error(ExitStatus::TIMED_OUT, &what))
             }
             _ => Ok(()),
         }
     }
 
     /// Sends all datagrams of stdin, then waits for answers.
-    async fn send(&self, transfer: &Transfer<'_>) -> Result<(), CliError> {
+    async fn send(&self, state: &TransferState<'_>) -> Result<(), CliError> {
         if !self.reads_stdin {
             // Without stdin, the wait for answers begins at once.
             return match self.answer_wait {
@@ -167,19 +167,19 @@ impl TransferOptions {
                 None => pending().await,
             };
         }
-        let stdin = |error: io::Error| transfer.connector.io_error(ExitStatus::READ_STDIN, &error);
+        let stdin = |error: io::Error| state.connector.io_error(ExitStatus::READ_STDIN, &error);
         let mut reader = DatagramReader::new(self.framing).map_err(stdin)?;
         while let Some(data) = reader.next().await.map_err(stdin)? {
-            transfer.send(&data).await?;
+            state.send(&data).await?;
         }
         sleep(self.answer_wait.unwrap_or(ANSWER_WAIT)).await;
         Ok(())
     }
 
-    async fn idle(&self, transfer: &Transfer<'_>) -> Result<(), CliError> {
+    async fn idle(&self, state: &TransferState<'_>) -> Result<(), CliError> {
         let Some(idle_timeout) = self.idle_timeout else { return pending().await };
-        wait_for_silence(&transfer.last_activity, idle_timeout).await;
-        Err(transfer.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle_timeout:?}")))
+        wait_for_silence(&state.last_activity, idle_timeout).await;
+        Err(state.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle_timeout:?}")))
     }
 }
 
@@ -192,10 +192,8 @@ fn print_losses(connector: &Connector, association: &Association) {
         (losses.overflowed, "dropped: they arrived faster than they were read"),
     ] {
         if n > 0 {
-            connector.print_line(&format!(
-                "s5: {}",
-                connector.transfer_error(ExitStatus::FAILURE, &format!("answers {what} ({n})"))
-            ));
+            let error = connector.transfer_error(ExitStatus::FAILURE, &format!("answers {what} ({n})"));
+            connector.print_error(Err(error));
         }
     }
 }
@@ -215,8 +213,8 @@ async fn association_end(connector: &Connector, association: &Association) -> Re
     Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))
 }
 
-/// A running transfer.
-struct Transfer<'a> {
+/// The state of a transfer.
+struct TransferState<'a> {
     connector: &'a Connector,
     association: &'a Association,
     dst: &'a Addr,
@@ -225,23 +223,23 @@ struct Transfer<'a> {
     /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
     answers: Cell<u64>,
-    count: u64,
-    moved: ByteCounts,
+    expected_answers: u64,
+    counts: ByteCounts,
 }
 
-impl Transfer<'_> {
+impl TransferState<'_> {
     async fn send(&self, data: &[u8]) -> Result<(), CliError> {
         let sent = self.association.send(self.dst, data).await;
         self.last_activity.set(Instant::now());
-        self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
         // stdin may always be ready; receiving must make progress too.
         yield_now().await;
         sent.map_err(|error| self.connector.io_error(ExitStatus::SEND_ERROR, &error))
     }
 
-    /// Receives and writes answers until there are `count` of them.
+    /// Receives and writes answers until there are `expected_answers` of them.
     async fn receive(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
-        while self.answers.get() < self.count {
+        while self.answers.get() < self.expected_answers {
             let received = self.association.recv().await;
             let (_, answer) = received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             self.push_answer(&answer, writer);
@@ -252,10 +250,10 @@ impl Transfer<'_> {
         Ok(())
     }
 
-    /// Receives all answers that have arrived, then writes them at once: a write is slow, and the socket's buffer small.
+    /// Receives all answers that have arrived before it writes them: a write is slow, and the socket's buffer is small.
     async fn receive_ready(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
         for _ in 0..MAX_BATCH {
-            if self.answers.get() >= self.count {
+            if self.answers.get() >= self.expected_answers {
                 break;
             }
             let Ok(Some((_, answer))) = self.association.try_recv() else { break };
@@ -271,7 +269,7 @@ impl Transfer<'_> {
         self.answers.set(self.answers.get() + 1);
         self.last_activity.set(Instant::now());
         self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
-        self.moved.down.fetch_add(answer.len() as u64, Ordering::Relaxed);
+        self.counts.down.fetch_add(answer.len() as u64, Ordering::Relaxed);
         writer.push(answer);
     }
 }

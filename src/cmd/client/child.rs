@@ -42,14 +42,14 @@ impl Program {
         };
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| failed(&error))?;
         let pipes = child.stdin.take().map(OwnedFd::from).zip(child.stdout.take().map(OwnedFd::from));
-        let pipe = pipes.ok_or_else(|| io::ErrorKind::BrokenPipe.into());
-        let pipe = pipe.and_then(|(stdin, stdout)| StdioStream::from_child(stdout, stdin, crlf));
-        Ok((child, pipe.map_err(|error| failed(&error))?))
+        let pipes = pipes.ok_or_else(|| io::ErrorKind::BrokenPipe.into());
+        let stdio = pipes.and_then(|(stdin, stdout)| StdioStream::from_child(stdout, stdin, crlf));
+        Ok((child, stdio.map_err(|error| failed(&error))?))
     }
 }
 
 /// Waits on another thread for a process, and returns its exit status.
 pub(super) async fn wait(mut child: Child) -> io::Result<ExitStatus> {
-    let ended = smol::unblock(move || child.wait()).await?;
-    Ok(ExitStatus::from_child(ended.code(), ended.signal()))
+    let status = smol::unblock(move || child.wait()).await?;
+    Ok(ExitStatus::from_child(status.code(), status.signal()))
 }

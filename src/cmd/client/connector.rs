@@ -1,4 +1,4 @@
-//! Establishes what a client mode needs: selects proxies and credentials, retries, and prints the result.
+//! Establishes tunnels and associations for the client modes: from their options, with retries; and prints the results.
 
 use std::io;
 use std::pin::Pin;
@@ -50,7 +50,7 @@ struct Verbosity {
     prints_json: bool,
 }
 
-/// The result of one or more tries, and the client that made the try which counts.
+/// The outcome of one or more tries, and the client that made the deciding try.
 pub(in crate::cmd) struct Attempt<T> {
     pub(in crate::cmd) client: Client,
     pub(in crate::cmd) tries: u32,
@@ -68,9 +68,9 @@ impl Connector {
         let source = source_from_args(args, &hops)?;
         let auth = auth_from_args(args, &hops)?;
         // Other errors than those of usage are reported as --quiet, -z and --json require.
-        credentials::add_credentials(&mut hops, args).or_else(|failure| match failure.status {
-            ExitStatus::USAGE => Err(failure),
-            _ => Verbosity::from_args(args).finish(Report::default(), Err(failure)),
+        credentials::add_credentials(&mut hops, args).or_else(|error| match error.status {
+            ExitStatus::USAGE => Err(error),
+            _ => Verbosity::from_args(args).finish(Report::default(), Err(error)),
         })?;
         Ok(Self {
             hops,
@@ -123,13 +123,13 @@ impl Connector {
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
     ) -> Attempt<T> {
         let started = Instant::now();
-        let left = || self.wait.map(|wait| wait.saturating_sub(started.elapsed()));
+        let time_left = || self.wait.map(|wait| wait.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
         let mut tries = 0;
         let mut previous: Option<(Client, CliError)> = None;
         loop {
             tries += 1;
-            let timeout = left().map_or(self.timeout, |left| left.min(self.timeout).max(MIN_TIME_LEFT));
+            let timeout = time_left().map_or(self.timeout, |left| left.min(self.timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
             let client = self.client(timeout);
             let error = match operation(&client).await {
@@ -137,24 +137,24 @@ impl Connector {
                 Err(error) => error,
             };
             let is_shortened = timeout < self.timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
-            let failure = CliError::from(error);
+            let error = CliError::from(error);
             // A try that only ran out of the remaining time explains less than the error of the try before it.
             let latest = match previous.take() {
                 Some(previous) if is_shortened => previous,
-                _ => (client, failure),
+                _ => (client, error),
             };
-            match left() {
+            match time_left() {
                 Some(left) if left > MIN_TIME_LEFT && !latest.1.is_final => {
                     previous = Some(latest);
                     sleep(pause.min(left / 2)).await;
                     pause = (pause * 3 / 2).min(MAX_PAUSE);
                 }
                 _ => {
-                    let (client, mut failure) = latest;
+                    let (client, mut error) = latest;
                     if tries > 1 {
-                        failure.message += &format!(" (given up after {tries} tries)");
+                        error.message += &format!(" (given up after {tries} tries)");
                     }
-                    return Attempt { client, tries, result: Err(failure) };
+                    return Attempt { client, tries, result: Err(error) };
                 }
             }
         }
@@ -191,10 +191,10 @@ impl Connector {
 
     /// Prints an error that does not end the mode.
     pub(in crate::cmd) fn print_error(&self, result: Result<(), CliError>) {
-        if let Err(failure) = result
-            && !failure.message.is_empty()
+        if let Err(error) = result
+            && !error.message.is_empty()
         {
-            self.print_line(&format!("s5: {failure}"));
+            self.print_line(&format!("s5: {error}"));
         }
     }
 
@@ -230,9 +230,9 @@ impl Verbosity {
     }
 
     fn filter_error(self, result: Result<(), CliError>) -> Result<(), CliError> {
-        result.map_err(|failure| match self.hides_errors {
-            true => CliError { message: String::new(), ..failure },
-            false => failure,
+        result.map_err(|error| match self.hides_errors {
+            true => CliError { message: String::new(), ..error },
+            false => error,
         })
     }
 }

@@ -139,8 +139,9 @@ fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Cl
             && args.listen.is_none()
             && args.exec.is_none()
             && args.sh_exec.is_none();
-        let types_payload = uses_stdin && io::stdin().is_terminal();
-        if !types_payload && let Ok(passwd) = rpassword::prompt_password(&prompt) {
+        // What the user types on a terminal that is stdin belongs to the tunnel.
+        let is_terminal_used = uses_stdin && io::stdin().is_terminal();
+        if !is_terminal_used && let Ok(passwd) = rpassword::prompt_password(&prompt) {
             return Ok(passwd.into_bytes());
         }
     }

@@ -120,44 +120,42 @@ async fn serve_connection(
     idle_timeout: Option<Duration>,
 ) -> Result<(), CliError> {
     let request = connector.request(Command::Connect);
-    let left = async {
+    let disconnected = async {
         local.wait_eof().await;
         sleep(HALF_CLOSED_GRACE).await;
         None
     };
-    let Some(Attempt { client, tries, result }) = async { Some(request.await) }.or(left).await else {
-        let left = connector.transfer_error(
-            ExitStatus::RECEIVE_ERROR,
-            "the local client disconnected before the tunnel was established",
-        );
-        return connector.finish(Report::default(), Err(left));
+    let Some(Attempt { client, tries, result }) = async { Some(request.await) }.or(disconnected).await else {
+        let what = "the local client disconnected before the tunnel was established";
+        let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, what);
+        return connector.finish(Report::default(), Err(error));
     };
     let mut report = Report::new(connector, &client, tries);
     let (tunnel, bnd) = match result {
         Ok(reached) => reached,
-        Err(failure) => {
+        Err(error) => {
             // A reset: an orderly close would look like an empty answer of the target.
             local.abort();
-            return connector.finish(report, Err(failure));
+            return connector.finish(report, Err(error));
         }
     };
     report.set_bnd(&bnd);
     connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
     let mut tunnel = TrackedConn::new(tunnel, true);
     let stats = tunnel.stats.clone();
-    let moved = ByteCounts::default();
-    let limits = RelayOptions { idle_timeout, ..RelayOptions::default() };
+    let counts = ByteCounts::default();
+    let options = RelayOptions { idle_timeout, ..RelayOptions::default() };
     let ended = {
         let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
-        relay(&mut local_stream, &mut tunnel_stream, &limits, &moved, |_, _| true).await
+        relay(&mut local_stream, &mut tunnel_stream, &options, &counts, |_, _| true).await
     };
     drop(tunnel);
     if let Err(RelayError::Undelivered(_)) = ended {
         sleep(UNSENT_GRACE).await;
         local.abort();
     }
-    report.set_bytes(&moved);
-    report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
+    report.set_bytes(&counts);
+    report.set_stats(stats.first_byte.get(), stats.ended_first.get());
     let result = match ended {
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))

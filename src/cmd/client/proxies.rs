@@ -22,7 +22,7 @@ pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Prox
     match (args.direct, args.proxy.as_slice()) {
         (true, []) => return Ok(Vec::new()),
         (true, _) => return Err(CliError::usage("--direct and --proxy cannot be combined")),
-        (false, [none]) if none.is_empty() => return Ok(Vec::new()),
+        (false, [url]) if url.is_empty() => return Ok(Vec::new()),
         (false, []) => {}
         (false, urls) => {
             return parse_hops(&urls.join(",")).map_err(|error| CliError::usage(format!("--proxy: {error}")));

@@ -27,7 +27,7 @@ pub(in crate::cmd) struct Report {
     /// BIND: the address of the peer that connected.
     peer: Option<String>,
     tries: u32,
-    ms: PhaseDurations,
+    phases: PhaseDurations,
     /// Bytes to the target.
     up: u64,
     /// Bytes from the target.
@@ -62,10 +62,8 @@ impl Report {
             target: connector.dst().map(ToString::to_string),
             method: client.method().map(|method| method.to_string()),
             rep: client.rep().map(|rep| rep.0),
-            bnd: None,
-            peer: None,
             tries,
-            ms: PhaseDurations {
+            phases: PhaseDurations {
                 resolve: times.of(Phase::ResolveProxy) + times.of(Phase::ResolveTarget),
                 tcp: times.of(Phase::Connect),
                 method: times.of(Phase::Greeting),
@@ -74,11 +72,7 @@ impl Report {
                 accept: times.of(Phase::Accept),
                 first_byte: None,
             },
-            up: 0,
-            down: 0,
-            ended_first: None,
-            status: 0,
-            error: None,
+            ..Self::default()
         }
     }
 
@@ -90,28 +84,24 @@ impl Report {
     pub(in crate::cmd) fn set_peer(&mut self, client: &Client, peer: Option<&Addr>) {
         self.peer = peer.map(ToString::to_string);
         self.rep = client.rep().map(|rep| rep.0);
-        self.ms.accept = client.times().of(Phase::Accept);
+        self.phases.accept = client.times().of(Phase::Accept);
     }
 
-    pub(in crate::cmd) fn set_bytes(&mut self, moved: &ByteCounts) {
-        self.up = moved.up.load(Ordering::Relaxed);
-        self.down = moved.down.load(Ordering::Relaxed);
+    pub(in crate::cmd) fn set_bytes(&mut self, counts: &ByteCounts) {
+        self.up = counts.up.load(Ordering::Relaxed);
+        self.down = counts.down.load(Ordering::Relaxed);
     }
 
-    pub(in crate::cmd) fn set_transfer_stats(
-        &mut self,
-        first_byte: Option<Duration>,
-        ended_first: Option<&'static str>,
-    ) {
-        self.ms.first_byte = first_byte;
+    pub(in crate::cmd) fn set_stats(&mut self, first_byte: Option<Duration>, ended_first: Option<&'static str>) {
+        self.phases.first_byte = first_byte;
         self.ended_first = ended_first;
     }
 
     /// Returns the object as one line.
     pub(in crate::cmd) fn into_json(mut self, result: &Result<(), CliError>) -> String {
-        if let Err(failure) = result {
-            self.status = failure.status.code();
-            self.error = Some(failure.to_string()).filter(|message| !message.is_empty());
+        if let Err(error) = result {
+            self.status = error.status.code();
+            self.error = Some(error.to_string()).filter(|message| !message.is_empty());
         } else {
             self.status = ExitStatus::SUCCESS.code();
         }
@@ -119,7 +109,7 @@ impl Report {
     }
 
     fn to_json(&self) -> String {
-        let PhaseDurations { resolve, tcp, method, login, reply, accept, first_byte } = &self.ms;
+        let PhaseDurations { resolve, tcp, method, login, reply, accept, first_byte } = &self.phases;
         let phases = [
             ("resolve", format_millis(*resolve)),
             ("tcp", format_millis(*tcp)),

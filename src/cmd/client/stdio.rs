@@ -134,7 +134,7 @@ pub(super) struct StdioStream {
     crlf: Option<CrlfEncoder>,
     /// Whether writes after the reader has closed the pipe are discarded instead of failing.
     ignores_broken_pipe: bool,
-    /// Whether accepted data may not be written yet.
+    /// Whether data has been accepted since the last flush.
     has_unflushed: bool,
 }
 
@@ -143,27 +143,19 @@ impl StdioStream {
     pub(super) fn from_stdio(reads: bool, writes: bool, crlf: bool) -> io::Result<Self> {
         let stdin = reads.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose()?;
         let stdout = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
-        let (input, output) =
-            (stdin.map(|fd| StdioEnd::from_shared(fd, false)), stdout.map(|fd| StdioEnd::from_shared(fd, true)));
-        Ok(Self {
-            input,
-            output,
-            crlf: crlf.then(CrlfEncoder::default),
-            ignores_broken_pipe: false,
-            has_unflushed: false,
-        })
+        let input = stdin.map(|fd| StdioEnd::from_shared(fd, false));
+        let output = stdout.map(|fd| StdioEnd::from_shared(fd, true));
+        Ok(Self::new(input, output, crlf, false))
     }
 
     /// Returns the pipes of a child process as a stream.
     pub(super) fn from_child(stdout: OwnedFd, stdin: OwnedFd, crlf: bool) -> io::Result<Self> {
-        let (input, output) = (Some(StdioEnd::from_owned_pipe(stdout)?), Some(StdioEnd::from_owned_pipe(stdin)?));
-        Ok(Self {
-            input,
-            output,
-            crlf: crlf.then(CrlfEncoder::default),
-            ignores_broken_pipe: true,
-            has_unflushed: false,
-        })
+        let (input, output) = (StdioEnd::from_owned_pipe(stdout)?, StdioEnd::from_owned_pipe(stdin)?);
+        Ok(Self::new(Some(input), Some(output), crlf, true))
+    }
+
+    fn new(input: Option<StdioEnd>, output: Option<StdioEnd>, crlf: bool, ignores_broken_pipe: bool) -> Self {
+        Self { input, output, crlf: crlf.then(CrlfEncoder::default), ignores_broken_pipe, has_unflushed: false }
     }
 
     /// Whether the stream can be read.

@@ -142,7 +142,7 @@ impl TunnelAction {
             linger: child.is_none().then_some(linger),
             ..RelayOptions::default()
         };
-        let moved = ByteCounts::default();
+        let counts = ByteCounts::default();
         let mut tracked = TrackedConn::new(tunnel, self.sends_eof);
         let stats = tracked.stats.clone();
         let mut exit = child.map(|child| Box::pin(child::wait(child)));
@@ -162,9 +162,9 @@ impl TunnelAction {
                 }
                 Ok(RelayOutcome::Finished)
             };
-            let show = progress::show(self.shows_progress, &moved);
+            let show = progress::show(self.shows_progress, &counts);
             let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tracked);
-            relay(&mut local, &mut remote, &options, &moved, |_, _| true).or(quit).or(show).await
+            relay(&mut local, &mut remote, &options, &counts, |_, _| true).or(quit).or(show).await
         };
         if ended.is_ok() {
             // After -q or the exit of the program, the peer may still be sending: close without a reset.
@@ -177,8 +177,8 @@ impl TunnelAction {
             false => stdio.flush().await,
         };
         drop((stdio, tracked));
-        report.set_bytes(&moved);
-        report.set_transfer_stats(stats.first_byte.get(), stats.ended_first.get());
+        report.set_bytes(&counts);
+        report.set_stats(stats.first_byte.get(), stats.ended_first.get());
         relay_result(connector, self.idle_timeout, ended, flushed)?;
         if let (None, Some(exit)) = (&exit_status, exit.filter(|_| !quit_timed_out.get())) {
             exit_status = Some(exit.await);

@@ -59,17 +59,16 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
     let accept_datagrams = async {
         let mut buffer = vec![0; RECV_BUFFER_SIZE];
         loop {
-            let (n, peer) = receive(&socket, &mut buffer)
-                .await
-                .map_err(|error| connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
+            let received = receive(&socket, &mut buffer).await;
+            let (n, peer) = received.map_err(|error| connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
             let queue = peers.borrow().get(&peer).cloned();
             let queue = match queue {
                 Some(queue) => queue,
                 None if peers.borrow().len() >= limits.max_peers => {
                     if !is_limit_reported {
-                        connector
-                            .print_line(&format!("s5: dropping datagrams of {peer}: too many peers (see --max-peers)"));
+                        let what = "too many peers (see --max-peers)";
+                        connector.print_line(&format!("s5: dropping datagrams of {peer}: {what}"));
                     }
                     is_limit_reported = true;
                     continue;
@@ -120,7 +119,7 @@ async fn serve_peer(
                 report.set_bnd(relay);
                 connector.print_verbose(&format!("UDP relay for {peer} to {dst} at {relay}"));
             }
-            let transfer = Transfer {
+            let transfer = PeerTransfer {
                 connector,
                 socket,
                 peer,
@@ -129,7 +128,7 @@ async fn serve_peer(
                 started: Instant::now(),
                 first_answer: Cell::default(),
                 last_activity: Cell::new(Instant::now()),
-                moved: ByteCounts::default(),
+                counts: ByteCounts::default(),
             };
             let idle = async {
                 wait_for_silence(&transfer.last_activity, idle_timeout).await;
@@ -141,12 +140,12 @@ async fn serve_peer(
                 .or(idle)
                 .or(association_end(connector, &association))
                 .await;
-            report.set_bytes(&transfer.moved);
-            report.set_transfer_stats(transfer.first_answer.get(), None);
+            report.set_bytes(&transfer.counts);
+            report.set_stats(transfer.first_answer.get(), None);
             print_losses(connector, &association);
             ended
         }
-        Err(failure) => Err(failure),
+        Err(error) => Err(error),
     };
     connector.print_error(connector.finish(report, result));
     if !is_associated {
@@ -156,7 +155,7 @@ async fn serve_peer(
     peers.borrow_mut().remove(&peer);
 }
 
-struct Transfer<'a> {
+struct PeerTransfer<'a> {
     connector: &'a Connector,
     socket: &'a Io<UdpSocket>,
     peer: SocketAddr,
@@ -166,14 +165,14 @@ struct Transfer<'a> {
     first_answer: Cell<Option<Duration>>,
     /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
-    moved: ByteCounts,
+    counts: ByteCounts,
 }
 
-impl Transfer<'_> {
+impl PeerTransfer<'_> {
     async fn send(&self, datagrams: &Receiver<Vec<u8>>) -> Result<(), CliError> {
         while let Ok(data) = datagrams.recv().await {
             self.last_activity.set(Instant::now());
-            self.moved.up.fetch_add(data.len() as u64, Ordering::Relaxed);
+            self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
             // A datagram that is too large is lost, as on any UDP path.
             if let Err(error) = self.association.send(self.dst, &data).await {
                 log::debug!("dropped a datagram from {}: {error}", self.peer);
@@ -193,7 +192,7 @@ impl Transfer<'_> {
             }
             self.last_activity.set(Instant::now());
             self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
-            self.moved.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+            self.counts.down.fetch_add(data.len() as u64, Ordering::Relaxed);
             // Other peers share the socket: if its buffer is full, the answer is lost.
             if let Err(error) = self.socket.try_with(Interest::Write, |socket| socket.send_to(&data, self.peer)) {
                 log::debug!("dropped an answer to {}: {error}", self.peer);
