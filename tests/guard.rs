@@ -1,5 +1,5 @@
-//! Who may go where, end to end: rules, what names lead to, hosts that are not this one, new rules for a server that
-//! runs, and ways through other proxies. A test here asks whether something gets through that should not.
+//! Access control of a running server: rules, name resolution, other hosts, reload, upstream proxies. Each test checks
+//! that denied traffic does not get through.
 
 mod common;
 mod kit;

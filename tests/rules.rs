@@ -1,4 +1,4 @@
-//! Rules: their text, what the built-in ones say, answers before all is known, and everything against a plain model.
+//! Rules: syntax, built-in rules, early decisions, and all of it against a simple model.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -21,10 +21,10 @@ mod readme;
 #[path = "rules/text.rs"]
 mod text;
 
-/// Where the server listens, for [`ask`].
+/// Listener of the server in [`evaluate`].
 const OWN_LISTENER: &str = "192.0.2.80:1080";
 
-/// The built-in rules as they are shown, and how they are called here.
+/// Text of the built-in rules, each with its label in these tests.
 const BUILT_IN: [(&str, &str); 4] = [
     ("deny to=(listeners of this server)", "own-listener"),
     (
@@ -44,7 +44,7 @@ fn hops() -> [String; 2] {
     ["a".into(), "b".into()]
 }
 
-/// These rules, and everything without `via=` on this way.
+/// Parses rules; those without `via=` use `route`.
 fn rules_with_route(route: Route, text: &str) -> Rules {
     let rules = parse_rules(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
     Rules::new(rules, route)
@@ -54,7 +54,7 @@ fn rules(text: &str) -> Rules {
     rules_with_route(Route::Direct, text)
 }
 
-/// The line of a rule, or what a built-in one is called.
+/// Returns the line of a user rule, or the label of a built-in rule.
 fn label(rule: &Rule) -> String {
     let (origin, text) = (rule.origin(), rule.to_string());
     if let Some(line) = origin.strip_prefix("rules ") {
@@ -62,12 +62,12 @@ fn label(rule: &Rule) -> String {
     }
     assert!(origin.starts_with("built in"), "{text}: {origin}");
     let found = BUILT_IN.iter().find(|(shown, _)| *shown == text);
-    found.unwrap_or_else(|| panic!("a built-in rule that nobody knows: {text}")).1.into()
+    found.unwrap_or_else(|| panic!("unknown built-in rule: {text}")).1.into()
 }
 
-/// "allow line 1", "deny protected", "? line 2", "allow default-allow a": the verdict, the rule, the way.
-fn describe(action: Decision<'_>) -> String {
-    match action {
+/// Formats action, rule and hop: "allow line 1", "deny protected", "? line 2", "allow default-allow a".
+fn describe(decision: Decision<'_>) -> String {
+    match decision {
         Decision::Allow(rule, Route::Direct) => format!("allow {}", label(rule)),
         Decision::Allow(rule, Route::Hop(hop)) => format!("allow {} {}", label(rule), hops()[hop]),
         Decision::Deny(rule) => format!("deny {}", label(rule)),
@@ -80,7 +80,7 @@ fn method(name: &str) -> Method {
         "none" => Method::NONE,
         "password" => Method::PASSWORD,
         "gssapi" => Method::GSSAPI,
-        other => panic!("no method {other}"),
+        other => panic!("unknown method {other}"),
     }
 }
 
@@ -89,16 +89,16 @@ fn command(name: &str) -> Command {
         "connect" => Command::Connect,
         "bind" => Command::Bind,
         "udp" => Command::UdpAssociate,
-        other => panic!("no command {other}"),
+        other => panic!("unknown command {other}"),
     }
 }
 
 fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap_or_else(|_| panic!("no address {text}"))
+    text.parse().unwrap_or_else(|_| panic!("invalid address {text}"))
 }
 
-/// What is known, as words such as `from=192.0.2.7`; of two with one key the later counts, and one without a value
-/// takes it back.
+/// Evaluates a request with these facts, such as `from=192.0.2.7`. A repeated key replaces the fact; an empty value
+/// removes it.
 fn evaluate(rules: &Rules, facts: &str) -> String {
     let facts: Vec<_> = facts.split_whitespace().map(|word| word.split_once('=').expect("key=value")).collect();
     let is_key = |key| ["from", "method", "user", "command", "name", "ip", "port"].contains(&key);
@@ -121,12 +121,12 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
     describe(rules.evaluate(&request, &|to| to == own_listener))
 }
 
-/// An IPv4 address as itself and in each of the four forms in which an IPv6 address has one inside.
-fn embedded_addrs(inside: Ipv4Addr) -> [IpAddr; 5] {
-    let [a, b, c, d] = inside.octets();
+/// Returns an IPv4 address, and the four kinds of IPv6 addresses that embed it.
+fn embedded_addrs(ip: Ipv4Addr) -> [IpAddr; 5] {
+    let [a, b, c, d] = ip.octets();
     let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
     [
-        inside.into(),
+        ip.into(),
         Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, high, low).into(),
         Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low).into(),
         Ipv6Addr::new(0x2002, high, low, 0, 0, 0, 0, 1).into(),

@@ -1,4 +1,4 @@
-//! The users file: what is read from it, who gets in by it, and how a line of it is replaced. No file is opened here.
+//! The users file: parsing, verifying passwords, replacing entries. No file is opened here.
 
 use std::time::{Duration, Instant};
 
@@ -9,31 +9,31 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::policy::users::{Users, check_name, edit_entry, new_entry};
 
-/// From the test vectors of the reference implementation of argon2; "password".
+/// Hash of "password", from the test vectors of the reference implementation of argon2.
 const ARGON2ID: &str = "$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ$nf65EOgLrQMR/uIPnA4rEsF5h7TKyQwu9U1bMCHGi/4";
-/// The same with two lanes.
+/// Hash of "password" with two lanes.
 const TWO_LANES: &str = "$argon2id$v=19$m=256,t=2,p=2$c29tZXNhbHQ$bQk8UB/VmZZF4Oo79iDXuL5/0ttZwg2f/5U52iv1cDc";
-/// What `htpasswd -nbB -C 4 alice p4ssword` wrote.
+/// Hash of "p4ssword", written by `htpasswd -nbB -C 4 alice p4ssword`.
 const HTPASSWD: &str = "$2y$04$zEhle9QibRYvvalySJvLY.P/KSl5uubhJCzGFq6YyNWF1jg0jrk1O";
-/// From the test vectors of crypt_blowfish; "U*U".
+/// Hash of "U*U", from the test vectors of crypt_blowfish.
 const CRYPT_2A: &str = "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW";
-/// What crypt(3) makes of "a".
+/// Hash of "a" by crypt(3).
 const CRYPT_2B: &str = "$2b$04$CCCCCCCCCCCCCCCCCCCCC.f/Fm9DOYGp2ai9rjxvG4QHlhtDCuDuu";
-/// What crypt(3) makes of 72 times "a", and of 73 times as well.
+/// Hash of 72 times "a" by crypt(3); 73 times "a" has the same hash.
 const CRYPT_72: &str = "$2y$04$CCCCCCCCCCCCCCCCCCCCC.mDyzbhj.9K0apb9O/AGMWwoLXiYAu6u";
-/// What crypt(3) makes of nothing.
+/// Hash of the empty password by crypt(3).
 const CRYPT_EMPTY: &str = "$2y$04$CCCCCCCCCCCCCCCCCCCCC.Cg0ly9t/KVBCBYYDfOmZKwry9JuXClC";
 
 fn users(text: &str) -> Users {
     Users::parse(text).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// A user with that hash.
+/// Returns a users file with one user.
 fn alice(hash: &str) -> Users {
     users(&format!("alice:{hash}\n"))
 }
 
-/// argon2id at this cost, in KiB.
+/// Hashes a password with argon2id; `cost` is the memory in KiB.
 fn argon2id(passwd: &[u8], cost: u32) -> String {
     let params = Params::new(cost, 1, 1, None).expect("a cost");
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
@@ -69,7 +69,7 @@ fn verify_compares_whole_password() {
         let users = alice(&argon2id(passwd, 8));
         assert!(users.verify(b"alice", passwd), "{}", passwd.escape_ascii());
         let (_, shorter) = passwd.split_last().expect("at least one");
-        assert!(!users.verify(b"alice", shorter), "{} cut", passwd.escape_ascii());
+        assert!(!users.verify(b"alice", shorter), "{} truncated", passwd.escape_ascii());
         assert!(!users.verify(b"alice", &[passwd, b"\0"].concat()), "{} and NUL", passwd.escape_ascii());
         assert!(!users.verify(b"alice", &[passwd, b"a"].concat()), "{} and more", passwd.escape_ascii());
     }
@@ -83,7 +83,7 @@ fn bcrypt_refuses_passwords_that_it_cannot_distinguish() {
         assert!(!a.verify(b"alice", passwd), "{}", passwd.escape_ascii());
     }
     let long = alice(CRYPT_72);
-    assert!(long.verify(b"alice", &[b'a'; 72]), "the longest that bcrypt tells apart");
+    assert!(long.verify(b"alice", &[b'a'; 72]), "the longest password that bcrypt distinguishes");
     for length in [0, 71, 73, 144, 255] {
         assert!(!long.verify(b"alice", &vec![b'a'; length]), "{length} bytes");
     }
@@ -111,7 +111,7 @@ fn verify_accepts_only_the_password_of_the_user() {
         }
     }
     for passwd in passwds {
-        assert!(!users.verify(b"mallory", passwd.as_bytes()), "a stranger with {passwd}");
+        assert!(!users.verify(b"mallory", passwd.as_bytes()), "unknown user with {passwd}");
     }
 }
 
@@ -132,7 +132,7 @@ fn comments_blanks_and_crlf_are_ignored() {
     assert!(users.verify(b"alice", b"a") && users.verify("zoë".as_bytes(), b"p4ssword"));
 }
 
-/// A bad line, and a word by which its message lets one find it.
+/// Invalid lines, each with a word that the error message must contain.
 fn bad_lines() -> Vec<(String, &'static str)> {
     let with = |hash: &str| format!("alice:{hash}");
     let cost = |cost| with(&HTPASSWD.replace("$04$", cost));
@@ -171,7 +171,7 @@ fn bad_lines() -> Vec<(String, &'static str)> {
     ]
 }
 
-/// 8 characters in a row of a hash or a password, if a message shows that many.
+/// Returns 8 consecutive characters of a hash or password if the message shows them.
 fn leaked_part(message: &str, text: &str) -> Option<String> {
     let parts = text.split([':', '$', ' ', '\n']);
     let secrets = parts.filter(|part| !["argon2", "m=", "aaaa"].iter().any(|harmless| part.contains(harmless)));
@@ -202,7 +202,7 @@ fn error_names_first_invalid_line() {
     assert_eq!(error.line, 3);
 }
 
-/// bcrypt has costs from 4 to 31; a line with another lets nobody in, ever.
+/// The cost of bcrypt is 4 to 31; an entry with another cost would never accept a password.
 #[test]
 fn invalid_bcrypt_cost_is_an_error() {
     for cost in ["00", "03", "32", "99"] {
@@ -251,7 +251,7 @@ fn check_name_accepts_what_fits_into_file_and_login() {
     }
 }
 
-/// The median of each, taken in turns so that a busy machine weighs on all alike.
+/// Returns the median time of each job. The jobs run in turns, so that a busy machine slows all of them alike.
 fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
     let mut times = [const { Vec::new() }; N];
     for _ in 0..15 {
@@ -271,12 +271,12 @@ fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
 fn verify_takes_as_long_for_unknown_name() {
     for hash in [&argon2id(b"password", 256), HTPASSWD] {
         let users = users(&format!("alice:{hash}\nbob:{hash}\n"));
-        let [known, unknown, nobody] = medians([
+        let [known, unknown, empty] = medians([
             &|| assert!(!users.verify(b"alice", b"wrong")),
             &|| assert!(!users.verify(b"mallory", b"wrong")),
             &|| assert!(!users.verify(b"", b"wrong")),
         ]);
-        assert!(unknown > known / 2 && nobody > known / 2, "{unknown:?} and {nobody:?} against {known:?}");
+        assert!(unknown > known / 2 && empty > known / 2, "{unknown:?} and {empty:?} against {known:?}");
     }
 }
 
@@ -330,7 +330,7 @@ fn edit_entry_replaces_appends_or_removes() {
     }
 }
 
-/// A line of a file: what it is known for, and all of it.
+/// A line of a users file, with the user name if it is an entry.
 #[derive(Clone, Debug)]
 struct Line {
     owner: Option<String>,

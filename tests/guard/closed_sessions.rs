@@ -1,4 +1,4 @@
-//! Which sessions a reload cuts, and how: tunnels are reset on both sides, whatever they are doing; others hear nothing.
+//! Sessions that a reload closes: tunnels are reset on both sides, busy or idle. Allowed sessions are not disturbed.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -15,31 +15,31 @@ use crate::tools::{
     send_request, try_log_in, unused_client_ip,
 };
 
-/// How soon a session that is cut is to be over on both sides.
+/// Time limit for closing a session on both sides.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// After so much a direction is spliced.
+/// Bytes after which a direction is spliced for sure.
 const BULK: usize = 8 << 20;
 
-/// A session and what goes on in it.
+/// A session in a certain state.
 enum LiveSession {
-    /// Nothing.
+    /// No traffic.
     Idle(TcpStream, TcpStream),
     /// The client has half-closed.
     Half(TcpStream, TcpStream),
-    /// Something, all the time, at both ends.
+    /// Continuous traffic; one thread for each end.
     Busy([JoinHandle<(ErrorKind, Instant)>; 2], Arc<AtomicUsize>),
-    /// A BIND that waits there.
+    /// A BIND that waits for a peer at this address.
     Bind(TcpStream, SocketAddr),
     Udp(Association),
 }
 
-/// Does something again and again, and says how that ended.
+/// Repeats an action until it fails, and returns the error and its time.
 fn repeat_until_error(
-    mut what: impl FnMut() -> std::io::Result<()> + Send + 'static,
+    mut action: impl FnMut() -> std::io::Result<()> + Send + 'static,
 ) -> JoinHandle<(ErrorKind, Instant)> {
     thread::spawn(move || {
         loop {
-            if let Err(error) = what() {
+            if let Err(error) = action() {
                 return (error.kind(), Instant::now());
             }
         }
@@ -62,17 +62,17 @@ fn reader(mut stream: TcpStream, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKi
 fn echo(mut stream: TcpStream, begins: bool, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
     let mut bytes = [7; 64];
     if begins {
-        stream.write_all(&bytes).expect("it is sent");
+        stream.write_all(&bytes).expect("sent");
     }
     repeat_until_error(move || {
         stream.read_exact(&mut bytes)?;
-        // Counts for more than it is, to be as much as the others soon.
+        // Counted as 64 KiB, to reach the limit of `assert_busy` as soon as the bulk transfers.
         moved.fetch_add(1 << 16, Ordering::Relaxed);
         stream.write_all(&bytes)
     })
 }
 
-/// A session of each kind.
+/// Opens a session of each kind.
 fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> {
     let tunnel = || {
         let (listener, dst) = listener(V4);
@@ -91,8 +91,8 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
     };
     let (client, far) = tunnel();
     let (half, mut half_far) = tunnel();
-    half.shutdown(Shutdown::Write).expect("it can be half-closed");
-    assert_eq!(half_far.read(&mut [0]).expect("the end comes"), 0);
+    half.shutdown(Shutdown::Write).expect("half-closed");
+    assert_eq!(half_far.read(&mut [0]).expect("end of stream"), 0);
     let (bind, rep, bnd) = open_as(server, login, BIND, "127.0.0.1:0");
     assert_eq!(rep, 0);
     let association = associate(server.addr(), V4, login);
@@ -108,30 +108,30 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
     all
 }
 
-/// Waits until a busy one has moved enough to be spliced.
+/// Waits until a busy session has transferred enough to be spliced.
 fn assert_busy(live: &LiveSession) {
     if let LiveSession::Busy(_, moved) = live {
         let before = moved.load(Ordering::Relaxed);
-        wait_until("bytes move", TIMEOUT, || moved.load(Ordering::Relaxed) > before + BULK);
+        wait_until("bytes are transferred", TIMEOUT, || moved.load(Ordering::Relaxed) > before + BULK);
     }
 }
 
 fn is_reset(stream: &mut TcpStream) -> bool {
-    stream.set_read_timeout(Some(CLOSE_TIMEOUT)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(CLOSE_TIMEOUT)).expect("timeout set");
     stream.read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
 }
 
 fn assert_closed(live: LiveSession, since: Instant) {
     match live {
         LiveSession::Idle(mut client, mut far) => assert!(is_reset(&mut client) && is_reset(&mut far)),
-        // Whoever has read the end hears of the reset as he writes.
+        // After its end of stream, a socket reports the reset only when it writes.
         LiveSession::Half(mut client, mut far) => {
             assert!(is_reset(&mut client));
-            wait_until("the target's side is reset", CLOSE_TIMEOUT, || far.write_all(b"x").is_err());
+            wait_until("the target side is reset", CLOSE_TIMEOUT, || far.write_all(b"x").is_err());
         }
         LiveSession::Busy(ends, _) => {
             for end in ends {
-                let (kind, when) = end.join().expect("no panic");
+                let (kind, when) = end.join().expect("not poisoned");
                 assert!(matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{kind}");
                 assert!(when < since + CLOSE_TIMEOUT, "{:?}", when - since);
             }
@@ -139,7 +139,7 @@ fn assert_closed(live: LiveSession, since: Instant) {
         LiveSession::Bind(mut client, bnd) => {
             assert_eq!(read_reply(&mut client).0, 2);
             assert!(is_closed(&mut client));
-            assert!(TcpStream::connect(bnd).is_err(), "somebody still listens");
+            assert!(TcpStream::connect(bnd).is_err(), "the port still accepts connections");
         }
         LiveSession::Udp(mut association) => {
             assert!(is_closed(&mut association.control));
@@ -156,26 +156,26 @@ fn assert_alive(live: LiveSession) {
     assert_busy(&live);
     match live {
         LiveSession::Idle(mut client, mut far) => {
-            client.write_all(b"up").and_then(|()| far.write_all(b"down")).expect("it is sent");
+            client.write_all(b"up").and_then(|()| far.write_all(b"down")).expect("sent");
             assert_eq!(read_exact(&mut far, 2), b"up");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
         LiveSession::Half(mut client, mut far) => {
-            far.write_all(b"down").expect("it is sent");
+            far.write_all(b"down").expect("sent");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
         LiveSession::Busy(ends, _) => assert!(!ends.iter().any(JoinHandle::is_finished)),
         LiveSession::Bind(mut client, bnd) => {
-            let _peer = TcpStream::connect(bnd).expect("somebody listens");
+            let _peer = TcpStream::connect(bnd).expect("the port accepts");
             assert_eq!(read_reply(&mut client).0, 0);
         }
         LiveSession::Udp(association) => association.ping(udp_echo_server(V4), b"hello"),
     }
 }
 
-/// What the new files are.
+/// Content of the new files.
 enum Change {
-    NoAlice,
+    RemoveAlice,
     DenyAlice,
 }
 
@@ -184,7 +184,7 @@ fn check_sessions_of_alice(args: &[&str], change: &Change, keeps: bool) {
     let (alices, bobs) = (sessions_of_each_kind(&rig.server, ALICE), sessions_of_each_kind(&rig.server, BOB));
     let since = Instant::now();
     let line = match change {
-        Change::NoAlice => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        Change::RemoveAlice => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
         Change::DenyAlice => rig.reload_rules("deny user=alice\n"),
     };
     let count = if keeps { 0 } else { alices.len() };
@@ -194,23 +194,23 @@ fn check_sessions_of_alice(args: &[&str], change: &Change, keeps: bool) {
     } else {
         alices.into_iter().for_each(|live| assert_closed(live, since));
         let why = match change {
-            Change::NoAlice => "error=\"this login is no longer valid\"".into(),
+            Change::RemoveAlice => "error=\"this login is no longer valid\"".into(),
             Change::DenyAlice => format!("error=\"denied: {} line 1 (deny user=alice)\"", rig.rules),
         };
         rig.server.wait_log(|log| log.matches(&why).count() == count);
     }
     bobs.into_iter().for_each(assert_alive);
-    // Whoever comes anew is judged anew.
+    // New sessions are checked against the new policy.
     let alice = try_log_in(rig.server.addr(), unused_client_ip(), ALICE);
     assert_eq!(alice.is_some(), matches!(change, Change::DenyAlice));
-    // And once more nobody is left to be cut.
+    // A second reload has nothing left to close.
     assert!(rig.reload().ends_with("sessions closed: 0"));
 }
 
 #[test]
 fn sessions_of_removed_user_are_closed() {
-    check_sessions_of_alice(&["--threads", "1"], &Change::NoAlice, false);
-    check_sessions_of_alice(&["--threads", "2"], &Change::NoAlice, false);
+    check_sessions_of_alice(&["--threads", "1"], &Change::RemoveAlice, false);
+    check_sessions_of_alice(&["--threads", "2"], &Change::RemoveAlice, false);
 }
 
 #[test]
@@ -221,14 +221,14 @@ fn sessions_denied_by_new_rules_are_closed() {
 
 #[test]
 fn keep_sessions_keeps_denied_sessions() {
-    check_sessions_of_alice(&["--threads", "1", "--keep-sessions"], &Change::NoAlice, true);
+    check_sessions_of_alice(&["--threads", "1", "--keep-sessions"], &Change::RemoveAlice, true);
     check_sessions_of_alice(&["--threads", "2", "--keep-sessions"], &Change::DenyAlice, true);
 }
 
 #[test]
 fn rate_limited_and_hop_sessions_are_closed_too() {
-    // More than can be had, or datagrams of a user who moves a lot would be dropped.
-    check_sessions_of_alice(&["--rate", "1000G"], &Change::NoAlice, false);
+    // A rate that is never reached; otherwise datagrams of a busy user would be dropped.
+    check_sessions_of_alice(&["--rate", "1000G"], &Change::RemoveAlice, false);
     let hop = Server::start(&[]);
     check_sessions_of_alice(&["--via", &hop.addr().to_string()], &Change::DenyAlice, false);
 }
@@ -247,19 +247,19 @@ fn recheck_uses_connected_address_of_tunnel() {
         assert_eq!(rep, 0, "{dst}");
         (client, accept(&targets[n].0).0)
     };
-    let cut = ["127.0.0.3", "three.test", "[::ffff:127.0.0.3]", "=127.0.0.3"].map(|dst| open(1, dst));
+    let denied = ["127.0.0.3", "three.test", "[::ffff:127.0.0.3]", "=127.0.0.3"].map(|dst| open(1, dst));
     let kept = ["127.0.0.1", "one.test", "[::ffff:127.0.0.1]"].map(|dst| open(0, dst));
     let (mut expecting, rep, _) = open_as(&rig.server, ALICE, BIND, "127.0.0.3:0");
     assert_eq!(rep, 0);
     assert!(rig.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions closed: 0"));
     let line = rig.reload_rules("deny to=127.0.0.3\n");
     assert!(line.ends_with("sessions closed: 5"), "{line}");
-    for (mut client, mut far) in cut {
+    for (mut client, mut far) in denied {
         assert!(is_reset(&mut client) && is_reset(&mut far));
     }
     assert_eq!(read_reply(&mut expecting).0, 2);
     kept.into_iter().for_each(|(client, far)| assert_alive(LiveSession::Idle(client, far)));
-    // By the name, where that is all that a rule says.
+    // A rule with a name closes the sessions that were requested by name.
     let (mut by_name, _far) = open(0, "one.test");
     let (by_address, far) = open(0, "127.0.0.1");
     let line = rig.reload_rules("deny to=.test\n");
@@ -272,10 +272,10 @@ fn waiting_bind_checks_peer_by_new_rules() {
     let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
-    // Somebody else may still come, so it goes on waiting.
+    // Other peers are still allowed, so BIND waits on.
     assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     assert_no_data(&client, Duration::from_millis(20));
-    assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "a peer that is denied now");
+    assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "the peer is denied by the new rules");
     let peer = connect_from(addr("127.0.0.2:0"), bnd);
     assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")));
 }
@@ -288,7 +288,7 @@ fn waiting_bind_at_hop_checks_peer_by_new_rules() {
     assert_eq!(rep, 0);
     assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     let _peer = connect_from(addr("127.0.0.3:0"), bnd);
-    assert_eq!(read_reply(&mut client).0, 2, "the hop does not know our rules");
+    assert_eq!(read_reply(&mut client).0, 2, "the rules of s5 apply to the peer that the hop accepts");
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn reload_closes_sessions_by_client_address() {
     assert!(line.ends_with("sessions closed: 1"), "{line}");
     assert!(is_reset(&mut tunnels[0]));
     ping(&mut tunnels[1], b"still here");
-    // A list of those who may come leaves out the other one.
+    // An allow with from= denies the other client.
     assert!(rig.reload_rules("allow from=127.0.0.2\n").ends_with("sessions closed: 1"));
     assert!(is_reset(&mut tunnels[1]));
 }

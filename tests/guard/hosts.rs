@@ -1,11 +1,11 @@
-//! Clients and targets on other hosts than the server. The server has a network namespace of its own, with an address
-//! in each of two networks; all the others are addresses of the test's namespace, at the far ends of its two cables.
+//! Clients and targets on other hosts than the server. The server has its own network namespace, with an address in each
+//! of two networks. All other addresses belong to the namespace of the test, at the other ends of two veth pairs.
 //!
-//! | who | address |
+//! | host | addresses |
 //! | --- | --- |
 //! | the server | 10.9.0.1, 10.9.1.1; fd09::1, fd09:1::1 |
 //! | clients | 10.9.0.2, 10.9.0.3; fd09::2, fd09::3 |
-//! | targets | 10.9.1.2, 10.9.1.3; fd09:1::2; 169.254.169.254, and 224.0.0.251 for a group of them |
+//! | targets | 10.9.1.2, 10.9.1.3; fd09:1::2; 169.254.169.254, and 224.0.0.251 (multicast group) |
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -23,7 +23,7 @@ const OTHER_TARGET: &str = "10.9.1.3";
 const METADATA: &str = "169.254.169.254";
 const GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
 
-/// The server's side: its two interfaces, whose other ends are in the namespace of the process $1.
+/// Sets up two interfaces in the namespace of the server; their other ends are in the namespace of process $1.
 const SERVER_NETWORK: &str = "set -e; ip link set lo up
     for net in 0 1; do
         ip link add s$net type veth peer name c$net netns $1
@@ -37,7 +37,7 @@ const CLIENT_NETWORK: &str = "set -e
     for n in 2 3; do ip addr add fd09:0::$n/64 dev c0 nodad; done; ip addr add fd09:1::2/64 dev c1 nodad
     ip link set c0 up; ip link set c1 up";
 
-/// The server's host. It ends with the test.
+/// The network namespace of the server. Ends with the test.
 struct Host(Child);
 
 impl Host {
@@ -64,7 +64,7 @@ impl Host {
         Server::start_with(&mut command, count)
     }
 
-    /// A server for everybody, on every address.
+    /// Starts a server on every address, open to all clients.
     fn serve(&self, args: &[&str]) -> Server {
         self.s5("*:1080", 2, &[&["--open"], args].concat())
     }
@@ -77,12 +77,12 @@ impl Drop for Host {
     }
 }
 
-/// Where clients connect to.
+/// Address that clients connect to.
 fn server_addr() -> SocketAddr {
     addr("10.9.0.1:1080")
 }
 
-/// The REP for a client on another host.
+/// Returns the REP of a CONNECT by a client on another host.
 fn rep(dst: &str) -> u8 {
     send_request(&mut log_in(server_addr(), ip(CLIENT), None), CONNECT, dst).0
 }
@@ -97,7 +97,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
         return;
     }
     let host = Host::new();
-    // What only the server's own host should reach: another server, which logs whoever comes.
+    // A second server on loopback of the server's host logs every client that reaches it.
     let inner = host.s5("127.0.0.1:7000", 1, &[]);
     let inner_v6 = host.s5("[::1]:7000", 1, &[]);
     let target = TcpListener::bind((TARGET, 0)).expect("a port");
@@ -126,15 +126,15 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
         "[ff02::1]:80",
         "255.255.255.255:80",
     ];
-    let home = ["10.9.0.1:1080", "10.9.1.1:1080", "[::ffff:10.9.0.1]:1080", "=10.9.1.1:1080"];
-    // Neither does an allow without to= open any of it.
+    let own_listeners = ["10.9.0.1:1080", "10.9.1.1:1080", "[::ffff:10.9.0.1]:1080", "=10.9.1.1:1080"];
+    // An allow without to= opens none of these targets.
     for rules in [&[][..], &["--allow", "from=10.9.0.0/16"], &["--allow", "port=1-65535"]] {
         let _server = host.serve(rules);
         assert_eq!(rep(&target_dst), 0, "{rules:?}");
-        target.accept().expect("a connection comes");
-        for dst in protected.iter().chain(&home) {
+        target.accept().expect("a connection");
+        for dst in protected.iter().chain(&own_listeners) {
             let rep = rep(dst);
-            // Without a resolver there is no localhost.
+            // Without a resolver, localhost may be unknown.
             assert!(rep == 2 || rep != 0 && dst.starts_with("localhost"), "{rules:?}: {dst}: {rep}");
         }
         assert_no_connection(&metadata);
@@ -152,9 +152,9 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
             let mut stream = log_in(server_addr(), ip(CLIENT), None);
             assert_eq!(send_request(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
             if *dst == METADATA_DST {
-                metadata.accept().expect("a connection comes");
+                metadata.accept().expect("a connection");
             } else {
-                stream.write_all(&[5, 1, 0]).expect("it is sent");
+                stream.write_all(&[5, 1, 0]).expect("sent");
                 assert_eq!(read_exact(&mut stream, 2), [5, 0], "{rule}: {dst}");
             }
         }
@@ -163,16 +163,19 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
         }
         assert_no_connection(&metadata);
     }
-    assert!(inner.log().contains("session") && inner_v6.log().contains("session"), "they do log whoever comes");
+    assert!(
+        inner.log().contains("session") && inner_v6.log().contains("session"),
+        "the inner servers log their clients"
+    );
 }
 
 const METADATA_DST: &str = "169.254.169.254:80";
 
-/// A socket in the multicast group, as a target has it.
+/// Binds a socket that is a member of the multicast group.
 fn member(port: u16) -> UdpSocket {
     let socket = UdpSocket::bind((GROUP, port)).expect("a port");
-    socket.join_multicast_v4(&GROUP, &TARGET.parse().expect("an address")).expect("it can be joined");
-    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    socket.join_multicast_v4(&GROUP, &TARGET.parse().expect("an address")).expect("joined");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     socket
 }
 
@@ -188,14 +191,14 @@ fn datagrams_reach_only_allowed_targets() {
     let other = associate(server_addr(), ip(OTHER_CLIENT), None);
     let association = associate(server_addr(), ip(CLIENT), None);
     let nested = datagram(0, local(&target), b"nested");
-    // To the listener, to the own relay, and to that of somebody who has not sent yet: it takes datagrams from any port
-    // of its client, but the server is not that.
+    // Denied: the listeners, the relay of this association, and the unused relay of another client. An unused relay
+    // accepts any port of its client, but not datagrams of the server itself.
     let own = [addr("10.9.0.1:1080"), addr("10.9.1.1:1080"), addr("127.0.0.1:1080")];
     for dst in own.into_iter().chain([local(&denied), local(&metadata), addr("224.0.0.251:5353"), addr("[::1]:9")]) {
         association.send(dst, &nested);
     }
     association.send(local(&target), b"allowed");
-    assert_eq!(receive(&target).0, b"allowed", "what came before was not relayed");
+    assert_eq!(receive(&target).0, b"allowed", "the datagrams before this one are not relayed");
     [&target, &denied, &metadata, &member].into_iter().for_each(assert_no_datagram);
     drop(association);
     server.wait_log(|log| log.contains("client=10.9.0.2") && log.contains(" up=7 down=0 "));
@@ -204,9 +207,9 @@ fn datagrams_reach_only_allowed_targets() {
         association.send(dst, &nested);
     }
     association.send(local(&target), b"allowed");
-    assert_eq!(receive(&target).0, b"allowed", "a relay took what the server itself sent");
+    assert_eq!(receive(&target).0, b"allowed", "a relay accepted a datagram of the server itself");
     assert_no_datagram(&target);
-    // An association is still there for whom it is.
+    // The other association still works for its client.
     other.send(local(&target), b"other");
     assert_eq!(receive(&target).0, b"other");
     drop(server);
@@ -228,12 +231,12 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
     let association = associate(server_addr(), ip(CLIENT), None);
     let (other_host, same_port) =
         (socket(ip(OTHER_CLIENT)), SocketAddr::new(ip(OTHER_CLIENT), local(&association.socket).port()));
-    let same_port = UdpSocket::bind(same_port).expect("nobody else is in here");
+    let same_port = UdpSocket::bind(same_port).expect("the port is free in this namespace");
     let second = socket(ip(CLIENT));
     let stray = datagram(0, local(&target), b"stray");
     for round in 0..3 {
         for stranger in [&other_host, &same_port].into_iter().chain((round > 0).then_some(&second)) {
-            // Later it hears that nobody takes it.
+            // Fails in later rounds, after an ICMP error.
             let _ = stranger.send_to(&stray, association.bnd);
         }
         association.send(local(&target), b"client");
@@ -244,7 +247,7 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
         association.send(local(&target), b"once more");
         receive(&target)
     };
-    target.send_to(b"answer", relay).expect("it is sent");
+    target.send_to(b"answer", relay).expect("sent");
     assert_eq!(association.receive(), (local(&target), b"answer".to_vec()));
 }
 
@@ -267,10 +270,10 @@ fn udp_filtering_decides_which_hosts_may_answer() {
         let association = associate(server_addr(), ip(CLIENT), None);
         association.send(local(&target), b"hello");
         let (_, relay) = receive(&target);
-        other.send_to(b"not asked", relay).expect("it is sent");
-        target.send_to(b"answer", relay).expect("it is sent");
+        other.send_to(b"unsolicited", relay).expect("sent");
+        target.send_to(b"answer", relay).expect("sent");
         if comes_in {
-            assert_eq!(association.receive(), (local(&other), b"not asked".to_vec()), "{args:?}");
+            assert_eq!(association.receive(), (local(&other), b"unsolicited".to_vec()), "{args:?}");
         }
         assert_eq!(association.receive(), (local(&target), b"answer".to_vec()), "{args:?}");
     }
@@ -286,7 +289,7 @@ fn bind_accepts_expected_peer_only() {
         (&[], "10.9.1.2:0", OTHER_TARGET, TARGET),
         (&["--deny", "to=10.9.1.3 command=bind"], "0.0.0.0:0", OTHER_TARGET, TARGET),
         (&["--allow", "to=10.9.1.3", "--deny", ""], "0.0.0.0:0", TARGET, OTHER_TARGET),
-        // Of two, only the expected one, though the rules would let both.
+        // The rules allow two peers; only the expected one is accepted.
         (&["--allow", "to=10.9.1.0/24", "--deny", ""], "10.9.1.3:0", TARGET, OTHER_TARGET),
     ];
     for (rules, dst, stranger, peer) in rows {
@@ -300,12 +303,12 @@ fn bind_accepts_expected_peer_only() {
         assert_no_data(&client, std::time::Duration::from_millis(20));
         let mut peer = connect_from(SocketAddr::new(ip(peer), 0), bnd);
         assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{rules:?}");
-        peer.write_all(b"hello").expect("it is sent");
+        peer.write_all(b"hello").expect("sent");
         assert_eq!(read_exact(&mut client, 5), b"hello");
-        // The port is given back.
-        wait_until("nobody listens any more", TIMEOUT, || std::net::TcpStream::connect(bnd).is_err());
+        // The port is closed after the peer has connected.
+        wait_until("the port is closed", TIMEOUT, || std::net::TcpStream::connect(bnd).is_err());
     }
-    // A denied peer can't be waited for, and the server's own host is one.
+    // BIND for a denied peer is refused; 127.0.0.1 of the server is denied to remote clients.
     let _server = host.serve(&["--deny", "to=10.9.1.3"]);
     for dst in ["10.9.1.3:0", "[::ffff:10.9.1.3]:0", "127.0.0.1:0"] {
         assert_eq!(send_request(&mut log_in(server_addr(), ip(CLIENT), None), BIND, dst).0, 2, "{dst}");
@@ -322,7 +325,7 @@ fn rules_distinguish_hosts() {
         let mut other = stream.try_clone().expect("a second handle");
         let _ = std::io::copy(&mut stream, &mut other);
     });
-    // Not open: from= is enough.
+    // from= is enough to start without --open.
     let rules = ["--allow", "from=10.9.0.2 to=10.9.1.0/24"];
     let server = host.s5("*:1080", 2, &rules);
     let mut stream = log_in(server_addr(), ip(CLIENT), None);
@@ -351,7 +354,7 @@ fn rules_apply_to_ipv6_hosts() {
     for dst in [tcp.local_addr().expect("an address").to_string(), both.to_string()] {
         assert_eq!(rep(&dst), 0, "{dst}");
     }
-    tcp.accept().expect("a connection comes");
+    tcp.accept().expect("a connection");
     for dst in [
         "[fd09::1]:1080",
         "[fd09:1::1]:1080",

@@ -1,4 +1,4 @@
-//! What names lead to, in a network namespace with a resolver that gives other answers when it likes.
+//! Rules and name resolution, in a network namespace with a scripted resolver.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -14,11 +14,11 @@ const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const BAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
 const DENY_BAD: [&str; 2] = ["--deny", "to=127.0.0.3"];
 
-/// Listeners at the good and at the bad address, of one port.
+/// Listens on the same port of the good and of the bad address.
 fn pair() -> [TcpListener; 2] {
     let good = TcpListener::bind((GOOD, 0)).expect("a port");
     let port = good.local_addr().expect("an address").port();
-    [good, TcpListener::bind((BAD, port)).expect("nobody else is in here")]
+    [good, TcpListener::bind((BAD, port)).expect("the port is free in this namespace")]
 }
 
 fn port_of(listener: &TcpListener) -> u16 {
@@ -30,13 +30,13 @@ fn denied_name_is_never_resolved() {
     if !in_namespace("names::denied_name_is_never_resolved", "", dns::RESOLV) {
         return;
     }
-    let asked = dns::start();
+    let queries = dns::start();
     let target = socket(ip("127.0.0.1"));
     let port = target.local_addr().expect("an address").port();
-    let listener = TcpListener::bind(("127.0.0.1", port)).expect("nobody else is in here");
-    // A rule that names it, and one that only says that nothing else is allowed.
+    let listener = TcpListener::bind(("127.0.0.1", port)).expect("the port is free in this namespace");
+    // Denied by its name, and denied because other names are allowed.
     for rules in [&["--deny", "to=.bad.test"][..], &["--allow", "to=good.test,last.test", "--deny", ""]] {
-        asked.lock().expect("no panic").clear();
+        queries.lock().expect("not poisoned").clear();
         let server = Server::start(rules);
         for name in ["bad.test", "x.bad.test", "BAD.test.", "X.Y.bad.TEST"] {
             for command in [CONNECT, BIND] {
@@ -47,12 +47,12 @@ fn denied_name_is_never_resolved() {
             association.send_raw(&datagram_name(0, "last.test", port, b"allowed"));
             assert_eq!(receive(&target).0, b"allowed", "{name}");
         }
-        let names = std::mem::take(&mut *asked.lock().expect("no panic"));
+        let names = std::mem::take(&mut *queries.lock().expect("not poisoned"));
         assert!(names.iter().all(|name| name == "last.test"), "{rules:?}: {names:?}");
-        // So it would have been asked, and its answer taken.
+        // The resolver works: an allowed name is resolved and connected to.
         assert_eq!(open_as(&server, None, CONNECT, &format!("good.test:{port}")).1, 0);
-        listener.accept().expect("a connection comes");
-        assert_eq!(asked.lock().expect("no panic").first().map(String::as_str), Some("good.test"));
+        listener.accept().expect("a connection");
+        assert_eq!(queries.lock().expect("not poisoned").first().map(String::as_str), Some("good.test"));
         assert_no_connection(&listener);
     }
 }
@@ -62,7 +62,7 @@ fn changing_dns_answers_never_reach_denied_address() {
     if !in_namespace("names::changing_dns_answers_never_reach_denied_address", "", dns::RESOLV) {
         return;
     }
-    // Each look-up gets the other answer: whoever judges one and dials the next one would come to the bad address.
+    // Answers alternate. A server that checks one answer and connects to the next would reach the bad address.
     dns::start_with(|name, nth| {
         let bad_first = name.starts_with("bad-first");
         Answer::addrs([if nth.is_multiple_of(2) == bad_first { BAD } else { GOOD }])
@@ -75,7 +75,7 @@ fn changing_dns_answers_never_reach_denied_address() {
             assert_eq!(open_as(&server, None, CONNECT, &format!("{name}:{}", port_of(&good))).1, expected, "{name}");
             assert_no_connection(&bad);
             if expected == 0 {
-                good.accept().expect("a connection comes");
+                good.accept().expect("a connection");
             }
             assert_no_connection(&good);
         }
@@ -83,7 +83,7 @@ fn changing_dns_answers_never_reach_denied_address() {
     let [good_port, bad_port] = [&udp_good, &udp_bad].map(|socket| socket.local_addr().expect("an address").port());
     for name in ["good-first.udp.test", "bad-first.udp.test"] {
         for round in 0..6_usize {
-            // Each association asks once.
+            // Each association resolves a name once.
             let association = associate(server.addr(), ip("127.0.0.1"), None);
             for port in [bad_port, bad_port, good_port] {
                 association.send_raw(&datagram_name(0, name, port, b"x"));
@@ -93,7 +93,7 @@ fn changing_dns_answers_never_reach_denied_address() {
                 association.send_raw(&datagram_name(0, name, good_port, b"again"));
                 assert_eq!(receive(&udp_good).0, b"again", "{name}, round {round}");
             } else {
-                // A name that is asked for later: its datagram comes when the answer for the other one has come.
+                // This name is resolved after the first one, so its datagram arrives after that answer.
                 let last = socket(GOOD.into());
                 let later = format!("good-first.{name}.{round}");
                 association.send_raw(&datagram_name(0, &later, last.local_addr().expect("an address").port(), b"last"));
@@ -121,10 +121,10 @@ fn denied_addresses_of_a_name_are_skipped() {
     for _ in 0..4 {
         let (_stream, rep, bnd) = open_as(&server, None, CONNECT, &dst);
         assert_no_connection(&bad);
-        assert_eq!((rep, bnd), (0, good.accept().expect("a connection comes").1));
+        assert_eq!((rep, bnd), (0, good.accept().expect("a connection").1));
     }
     assert_eq!(open_as(&server, None, CONNECT, &format!("bad.test:{}", port_of(&good))).1, 2);
-    // BIND: whoever comes from the denied one is closed.
+    // BIND: a peer at the denied address is closed.
     for _ in 0..2 {
         let (mut client, rep, bnd) = open_as(&server, None, BIND, "both.test:0");
         assert_eq!(rep, 0);
@@ -133,7 +133,7 @@ fn denied_addresses_of_a_name_are_skipped() {
         assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")));
     }
     assert_eq!(open_as(&server, None, BIND, "bad.test:0").1, 2);
-    // Nor is the denied one tried when the allowed one refuses.
+    // The denied address is not tried after the allowed one refuses.
     let port = port_of(&good);
     drop(good);
     for _ in 0..4 {
@@ -146,17 +146,17 @@ fn denied_addresses_of_a_name_are_skipped() {
         association.send_raw(&datagram_name(0, "both.test", port, b"hello"));
         let (data, relay) = receive(&udp_good);
         assert_eq!(data, b"hello");
-        // Nor may it answer.
-        udp_bad.send_to(b"denied", relay).expect("it is sent");
-        udp_good.send_to(b"answer", relay).expect("it is sent");
+        // The denied address must not answer either.
+        udp_bad.send_to(b"denied", relay).expect("sent");
+        udp_good.send_to(b"answer", relay).expect("sent");
         assert_eq!(association.receive().1, b"answer");
     }
     assert_no_datagram(&udp_bad);
 }
 
 fn udp_at(ip: Ipv4Addr, port: u16) -> std::net::UdpSocket {
-    let socket = std::net::UdpSocket::bind((ip, port)).expect("nobody else is in here");
-    socket.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    let socket = std::net::UdpSocket::bind((ip, port)).expect("the port is free in this namespace");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     socket
 }
 
@@ -165,7 +165,7 @@ fn thousand_unanswered_names_delay_no_other_request() {
     const SILENT: usize = 1000;
     const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
     const SERVED: Duration = Duration::from_millis(50);
-    // The system's resolver gives up later than the server does.
+    // The timeout of the system resolver is longer than that of the server.
     if !in_namespace(
         "names::thousand_unanswered_names_delay_no_other_request",
         "",
@@ -181,7 +181,7 @@ fn thousand_unanswered_names_delay_no_other_request() {
     for number in 0..SILENT {
         let mut stream = server.connect();
         let request = request_by_name(CONNECT, &format!("silent.n{number}.test"), 9);
-        // At once, so that all are under way soon on a busy machine too.
+        // Greeting and request in one write, so that all lookups start soon on a busy machine too.
         stream.write_all(&[&[5, 1, 0], &request[..]].concat()).expect("the request is sent");
         waiting.push((stream, Instant::now()));
     }
@@ -194,12 +194,12 @@ fn thousand_unanswered_names_delay_no_other_request() {
         times.sort_unstable();
         times[3]
     };
-    // Of several, since others may want the cores for a while.
+    // The best of several medians, because other processes may use the cores for a while.
     let mut best = median();
     while best >= SERVED && first.elapsed() < LOOKUP_TIMEOUT / 2 {
         best = best.min(median());
     }
-    assert!(first.elapsed() < LOOKUP_TIMEOUT, "they do not wait any more, so this says nothing");
+    assert!(first.elapsed() < LOOKUP_TIMEOUT, "the lookups have ended, so the measurement is invalid");
     assert!(best < SERVED, "{best:?}");
     for (stream, since) in &mut waiting {
         let rep = read_reply(stream).0;
@@ -207,8 +207,8 @@ fn thousand_unanswered_names_delay_no_other_request() {
         assert_eq!(rep, 1);
         assert!(took >= LOOKUP_TIMEOUT - Duration::from_millis(100) && took < 2 * LOOKUP_TIMEOUT, "{took:?}");
     }
-    // And then everything is as before.
-    wait_until("names are looked up again", TIMEOUT, || {
+    // Afterwards names are resolved as before.
+    wait_until("names are resolved again", TIMEOUT, || {
         open_as(&server, None, CONNECT, &format!("known.test:{}", dst.port())).1 == 0
     });
 }

@@ -1,4 +1,4 @@
-//! SIGHUP: what is read again, when it is taken, and what holds when it is not.
+//! Reload by SIGHUP: what is read, when the new policy applies, and when the old one is kept.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -22,7 +22,7 @@ fn alice_alone() -> String {
     alice_and_bob().lines().next().expect("a line").to_owned() + "\n"
 }
 
-/// The REP for somebody who comes from where nobody has failed yet; none when he does not get in.
+/// Returns the REP of a CONNECT from an unused client address; `None`: the login is refused.
 fn rep(server: &Server, login: Login<'_>, dst: SocketAddr) -> Option<u8> {
     let mut stream = try_log_in(server.addr(), unused_client_ip(), login)?;
     Some(send_request(&mut stream, CONNECT, &dst.to_string()).0)
@@ -40,14 +40,14 @@ fn reload_reads_users_and_rules() {
     let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&rig.server, login, dst));
     assert_eq!(reps(), [Some(2), Some(0), None, None]);
     let eve = user_line("eve", "secret");
-    std::fs::write(&rig.users, &eve).expect("the file can be written");
+    std::fs::write(&rig.users, &eve).expect("file written");
     let line = rig.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
     assert!(
         line.contains("INFO") && line.ends_with("reload: 1 users and 2 rules loaded; sessions closed: 0"),
         "{line}"
     );
     assert_eq!(reps(), [None, None, Some(0), Some(2)]);
-    // Those of the command line stay, in front of the file's, and a file without a change changes nothing.
+    // Rules of options stay in front of those of the file. A reload of an unchanged file changes nothing.
     let rig = TestServer::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
     for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
         let line = rig.reload_rules(&rules);
@@ -63,24 +63,24 @@ fn reload_replaces_users_and_rules_together() {
     let policies = [("alice", a, b), ("eve", b, a)]
         .map(|(name, allowed, _)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
     let rig = TestServer::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
-    let over = AtomicBool::new(false);
+    let is_done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let never = |login: Login<'static>, dst: SocketAddr| {
-            let (rig, over) = (&rig, &over);
+        let assert_denied = |login: Login<'static>, dst: SocketAddr| {
+            let (rig, is_done) = (&rig, &is_done);
             scope.spawn(move || {
-                while !over.load(Ordering::Relaxed) {
+                while !is_done.load(Ordering::Relaxed) {
                     assert_ne!(rep(&rig.server, login, dst), Some(0), "{login:?} got to {dst}");
                 }
             });
         };
-        never(ALICE, b);
-        never(EVE, a);
+        assert_denied(ALICE, b);
+        assert_denied(EVE, a);
         for (users, rules) in policies.iter().cycle().skip(1).take(100) {
-            std::fs::write(&rig.users, users).expect("the file can be written");
+            std::fs::write(&rig.users, users).expect("file written");
             let line = rig.reload_rules(rules);
             assert!(line.contains("rules loaded"), "{line}");
         }
-        over.store(true, Ordering::Relaxed);
+        is_done.store(true, Ordering::Relaxed);
     });
 }
 
@@ -88,7 +88,7 @@ fn reload_replaces_users_and_rules_together() {
 fn reload_forgets_cached_passwords() {
     let rig = TestServer::start(alice_and_bob(), "", &[]);
     let dst = target();
-    // The second time it is remembered.
+    // The second login uses the cache.
     for _ in 0..2 {
         assert_eq!(rep(&rig.server, ALICE, dst), Some(0));
     }
@@ -99,13 +99,13 @@ fn reload_forgets_cached_passwords() {
         assert_eq!(rep(&rig.server, BOB, dst), None);
         assert_eq!(rep(&rig.server, Some(("alice", "another")), dst), Some(0));
     }
-    // Nor is the other one, once it is the old one.
+    // After another change, the second password is refused too.
     rig.reload_users(alice_and_bob());
     assert_eq!(rep(&rig.server, Some(("alice", "another")), dst), None);
     assert_eq!(rep(&rig.server, ALICE, dst), Some(0));
 }
 
-/// What files are that no policy can be made of, and what the log says of them: the line, and the word.
+/// Invalid files, each with the line and the word that the log must contain.
 const BAD_USERS: [(&str, &str, &str); 7] = [
     ("# ours\nalice\n", "line 2", "alice"),
     ("eve:\n", "line 1", "eve"),
@@ -132,7 +132,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
     let rules = format!("deny port={}\n", a.port());
     let rig = TestServer::start(alice_and_bob(), &rules, &[]);
     let other = user_line("eve", "secret");
-    let holds = |line: &str, file: &str, words: [&str; 2]| {
+    let is_kept = |line: &str, file: &str, words: [&str; 2]| {
         assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
         assert!(
             line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
@@ -142,42 +142,42 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
         assert_eq!(reps, [Some(2), Some(0), None], "{line}");
     };
     for (text, line, word) in BAD_USERS {
-        // With rules that are in order, and others.
-        std::fs::write(&rig.rules, "deny\n").expect("the file can be written");
-        holds(&rig.reload_users(text), &rig.users, [line, word]);
+        // The new rules are valid, but must not be loaded without the users.
+        std::fs::write(&rig.rules, "deny\n").expect("file written");
+        is_kept(&rig.reload_users(text), &rig.users, [line, word]);
     }
-    // A password in clear is not told on.
+    // A password in clear is not logged.
     assert!(!rig.server.log().contains(":secret") && !rig.server.log().contains("$argon2id$v"), "{}", rig.server.log());
     for (text, line, word) in BAD_RULES {
-        std::fs::write(&rig.users, &other).expect("the file can be written");
-        holds(&rig.reload_rules(text), &rig.rules, [line, word]);
+        std::fs::write(&rig.users, &other).expect("file written");
+        is_kept(&rig.reload_rules(text), &rig.rules, [line, word]);
     }
     for (file, good) in [(&rig.users, &other), (&rig.rules, &rules)] {
-        std::fs::write(file, b"# fine\n\xff\xfe\n").expect("the file can be written");
-        holds(&rig.reload(), file, ["line 2", "UTF-8"]);
-        std::fs::write(file, "").expect("the file can be written");
-        holds(&rig.reload(), file, ["line 1", "empty"]);
-        std::fs::write(file, vec![b'#'; 17 << 20]).expect("the file can be written");
-        holds(&rig.reload(), file, ["too large", ""]);
-        std::fs::remove_file(file).expect("it is there");
-        holds(&rig.reload(), file, ["No such file", ""]);
+        std::fs::write(file, b"# fine\n\xff\xfe\n").expect("file written");
+        is_kept(&rig.reload(), file, ["line 2", "UTF-8"]);
+        std::fs::write(file, "").expect("file written");
+        is_kept(&rig.reload(), file, ["line 1", "empty"]);
+        std::fs::write(file, vec![b'#'; 17 << 20]).expect("file written");
+        is_kept(&rig.reload(), file, ["too large", ""]);
+        std::fs::remove_file(file).expect("removed");
+        is_kept(&rig.reload(), file, ["No such file", ""]);
         symlink(file, file).expect("a link");
-        holds(&rig.reload(), file, ["symbolic link", ""]);
-        std::fs::remove_file(file).expect("it is there");
-        std::fs::create_dir(file).expect("a folder");
-        holds(&rig.reload(), file, ["directory", ""]);
-        std::fs::remove_dir(file).expect("it is there");
-        std::fs::write(file, good).expect("the file can be written");
+        is_kept(&rig.reload(), file, ["symbolic link", ""]);
+        std::fs::remove_file(file).expect("removed");
+        std::fs::create_dir(file).expect("directory created");
+        is_kept(&rig.reload(), file, ["directory", ""]);
+        std::fs::remove_dir(file).expect("removed");
+        std::fs::write(file, good).expect("file written");
     }
     let line = rig.reload();
-    assert!(line.contains(" 1 users and 1 rules loaded"), "in the end they are taken: {line}");
+    assert!(line.contains(" 1 users and 1 rules loaded"), "valid files are loaded in the end: {line}");
     assert_eq!(rep(&rig.server, EVE, b), Some(0));
 }
 
 #[test]
 fn reload_does_not_block_on_pipe() {
     let mut rig = TestServer::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
-    std::fs::remove_file(&rig.rules).expect("it is there");
+    std::fs::remove_file(&rig.rules).expect("removed");
     assert!(Command::new("mkfifo").arg(&rig.rules).status().expect("mkfifo runs").success());
     rig.server.signal("HUP");
     assert_eq!(rep(&rig.server, ALICE, target()), Some(0));
@@ -187,11 +187,11 @@ fn reload_does_not_block_on_pipe() {
 
 #[test]
 fn reload_keeps_policy_if_a_file_is_unreadable() {
-    let folder = temp_dir();
-    let file = |name, text| write_file(folder.path(), name, text);
+    let dir = temp_dir();
+    let file = |name, text| write_file(dir.path(), name, text);
     let (users, rules) = (file("users", alice_and_bob()), file("rules", "deny port=1\n"));
     let mode = |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("a mode");
-    mode(folder.path().to_str().expect("a path of text"), 0o755);
+    mode(dir.path().to_str().expect("UTF-8 path"), 0o755);
     // Root may read everything.
     let mut command = if geteuid().is_root() {
         if !is_installed("setpriv") {
@@ -222,15 +222,15 @@ fn reload_rejects_file_without_final_line_end() {
     let rules = format!("# ours\ndeny port={} # not there\n\ndeny to=192.0.2.0/24,198.51.100.7\n", a.port());
     let rig = TestServer::start(&users, &rules, &[]);
     for (file, text) in [(&rig.users, &users), (&rig.rules, &rules)] {
-        for cut in 0..text.len() {
-            let part = &text[..cut];
-            std::fs::write(file, part).expect("the file can be written");
+        for length in 0..text.len() {
+            let part = &text[..length];
+            std::fs::write(file, part).expect("file written");
             let line = rig.reload();
             let last = part.lines().count();
             let word = part.lines().last().unwrap_or_default().split([' ', ':']).next().unwrap_or_default();
             if part.ends_with('\n') {
                 assert!(line.contains("rules loaded"), "{part:?}: {line}");
-                std::fs::write(file, text).expect("the file can be written");
+                std::fs::write(file, text).expect("file written");
                 assert!(rig.reload().contains(" 2 users and 2 rules loaded"));
             } else {
                 let is_named = line.contains(&format!("{file}: line {}: ", last.max(1))) && line.contains(word);
@@ -239,7 +239,7 @@ fn reload_rejects_file_without_final_line_end() {
                 assert_eq!(reps, [Some(2), Some(0)], "{part:?}");
             }
         }
-        std::fs::write(file, text).expect("the file can be written");
+        std::fs::write(file, text).expect("file written");
     }
 }
 
@@ -248,14 +248,14 @@ fn reload_never_opens_relay() {
     if !in_namespace("reload::reload_never_opens_relay", "", "") {
         return;
     }
-    let (folder, dst) = (temp_dir(), target());
-    let rules = write_file(folder.path(), "rules", "allow from=127.0.0.2\n");
+    let (dir, dst) = (temp_dir(), target());
+    let rules = write_file(dir.path(), "rules", "allow from=127.0.0.2\n");
     let mut command = s5();
     command.args(["serve", "--listen", "*:0", "--rules", &rules]);
     let server = Server::start_with(&mut command, 2);
     let to = SocketAddr::new(V4, server.addr().port());
     for open in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"] {
-        std::fs::write(&rules, open).expect("the file can be written");
+        std::fs::write(&rules, open).expect("file written");
         let line = reload(&server);
         assert!(
             line.contains("ERROR") && line.contains("--open") && line.contains("keeping the current configuration"),
@@ -264,7 +264,7 @@ fn reload_never_opens_relay() {
         assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open}");
         assert_eq!(send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0, 0, "{open}");
     }
-    std::fs::write(&rules, "allow from=127.0.0.3\n").expect("the file can be written");
+    std::fs::write(&rules, "allow from=127.0.0.3\n").expect("file written");
     assert!(reload(&server).contains("rules loaded"));
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.2"), 0), to)));
     log_in(to, ip("127.0.0.3"), None);
@@ -283,7 +283,7 @@ fn reload_applies_to_next_datagram_of_association() {
             association.send(socket.local_addr().expect("an address"), b"before");
             relay = Some(receive(socket).1);
         }
-        let relay = relay.expect("a datagram came");
+        let relay = relay.expect("a datagram");
         assert!(rig.reload_rules(&deny).ends_with("sessions closed: 0"));
         association.send(bad_addr, b"denied");
         association.send(good_addr, b"after");
@@ -294,8 +294,8 @@ fn reload_applies_to_next_datagram_of_association() {
             assert_eq!(receive(&bad).0, b"denied");
         }
         // Nor may it answer any more.
-        bad.send_to(b"denied", relay).expect("it is sent");
-        good.send_to(b"answer", relay).expect("it is sent");
+        bad.send_to(b"denied", relay).expect("sent");
+        good.send_to(b"answer", relay).expect("sent");
         let answer = association.receive();
         assert_eq!(answer.1, if obeys { &b"answer"[..] } else { b"denied" });
         if !obeys {

@@ -1,5 +1,5 @@
-//! A reload at each moment of a session: with the same files nothing happens; to whom the new ones refuse, it is as if
-//! they had always been in force.
+//! A reload at each step of a session. Unchanged files have no effect; a denial by new files applies as if they had been
+//! loaded from the start.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -17,7 +17,7 @@ use crate::tools::{
     request_for, send_request, unused_client_ip,
 };
 
-/// What a client does, one after the other.
+/// A step of the client.
 #[derive(Clone)]
 enum Step {
     Send(Vec<u8>),
@@ -36,13 +36,13 @@ fn steps(dst: SocketAddr) -> Vec<Step> {
     steps.extend(halves(&login));
     steps.push(Step::Expect(vec![1, 0]));
     steps.extend(halves(&request));
-    // VER, REP and RSV; the rest is read with what the target says.
+    // VER, REP and RSV; the remaining bytes are read together with the data of the target.
     steps.push(Step::Expect(vec![5, 0, 0]));
     steps
 }
 
-/// Does them until something else comes than is expected. True when all were done.
-fn walk(stream: &mut TcpStream, steps: &[Step]) -> bool {
+/// Runs the steps until an unexpected answer. Returns whether all steps succeeded.
+fn run_steps(stream: &mut TcpStream, steps: &[Step]) -> bool {
     steps.iter().all(|step| match step {
         Step::Send(bytes) => stream.write_all(bytes).is_ok(),
         Step::Expect(expected) => {
@@ -52,21 +52,21 @@ fn walk(stream: &mut TcpStream, steps: &[Step]) -> bool {
     })
 }
 
-/// What the files are made to say.
-const CHANGES: [&str; 4] = ["nothing", "no alice", "deny her", "deny the target"];
+/// Changes of the files.
+const CHANGES: [&str; 4] = ["nothing", "remove alice", "deny alice", "deny the target"];
 
-fn change(rig: &TestServer, what: &str, dst: SocketAddr) -> String {
-    match what {
+fn change(rig: &TestServer, change: &str, dst: SocketAddr) -> String {
+    match change {
         "nothing" => rig.reload(),
-        "no alice" => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
-        "deny her" => rig.reload_rules("deny user=alice\n"),
+        "remove alice" => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        "deny alice" => rig.reload_rules("deny user=alice\n"),
         _ => rig.reload_rules(&format!("deny to=127.0.0.1 port={}\n", dst.port())),
     }
 }
 
-fn begin(server: &Server) -> TcpStream {
+fn connect(server: &Server) -> TcpStream {
     let stream = connect_from(SocketAddr::new(unused_client_ip(), 0), server.addr());
-    stream.set_nodelay(true).expect("an option");
+    stream.set_nodelay(true).expect("option set");
     stream
 }
 
@@ -76,18 +76,18 @@ fn reload_applies_at_each_step_before_reply() {
         for what in CHANGES {
             let (target, dst) = listener(V4);
             let steps = steps(dst);
-            // After the last step but one the request is made; what comes then is in the tests below.
-            for moment in 0..steps.len() - 1 {
+            // After the last step but one the request is complete; the tests below cover that time.
+            for step in 0..steps.len() - 1 {
                 let rig = TestServer::start(alice_and_bob(), "# none\n", &["--threads", threads]);
-                let mut stream = begin(&rig.server);
-                assert!(walk(&mut stream, &steps[..moment]));
+                let mut stream = connect(&rig.server);
+                assert!(run_steps(&mut stream, &steps[..step]));
                 let line = change(&rig, what, dst);
                 assert!(line.contains("rules loaded"), "{line}");
-                let arrives = walk(&mut stream, &steps[moment..]);
-                assert_eq!(arrives, what == "nothing", "{what} before step {moment}:\n{}", rig.server.log());
+                let arrives = run_steps(&mut stream, &steps[step..]);
+                assert_eq!(arrives, what == "nothing", "{what} before step {step}:\n{}", rig.server.log());
                 if arrives {
-                    accept(&target).0.write_all(b"hello").expect("it is sent");
-                    assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "behind the rest of the reply");
+                    accept(&target).0.write_all(b"hello").expect("sent");
+                    assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "after the rest of the reply");
                 }
                 assert_no_connection(&target);
             }
@@ -95,7 +95,7 @@ fn reload_applies_at_each_step_before_reply() {
     }
 }
 
-/// A target that takes nobody until it is told to.
+/// A target that accepts no connection until `accept` is called.
 struct SlowTarget(TcpListener, TcpStream);
 
 impl SlowTarget {
@@ -105,12 +105,12 @@ impl SlowTarget {
         listener.listen(0).expect("it listens");
         let listener = TcpListener::from(listener);
         let addr = listener.local_addr().expect("an address");
-        let queued = TcpStream::connect(addr).expect("the first one is queued");
+        let queued = TcpStream::connect(addr).expect("queued");
         (Self(listener, queued), addr)
     }
 
-    /// Takes the next one. Linux has dropped its first packet, and sends another one after a second.
-    fn take(self) -> TcpStream {
+    /// Accepts the connection of the server. Linux has dropped its first SYN, and repeats it after a second.
+    fn accept(self) -> TcpStream {
         drop(self.1);
         accept(&self.0);
         accept(&self.0).0
@@ -119,7 +119,7 @@ impl SlowTarget {
 
 #[test]
 fn reload_applies_while_connecting() {
-    let moments = CHANGES.map(|what| {
+    let cases = CHANGES.map(|what| {
         let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
         let (slow, dst) = SlowTarget::new();
         let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
@@ -128,15 +128,15 @@ fn reload_applies_while_connecting() {
         assert!(change(&rig, what, dst).contains("rules loaded"));
         (what, rig, slow, stream)
     });
-    // All of them at once, since each takes a second.
-    for (what, _rig, slow, mut stream) in moments {
-        stream.write_all(b"early").expect("it is sent");
+    // All cases run at once, because each takes a second.
+    for (what, _rig, slow, mut stream) in cases {
+        stream.write_all(b"early").expect("sent");
         if what == "nothing" {
-            let mut target = slow.take();
+            let mut target = slow.accept();
             assert_eq!(read_reply(&mut stream).0, 0);
             assert_eq!(read_exact(&mut target, 5), b"early");
         } else {
-            // The target has yet to answer.
+            // The target has not answered yet.
             assert_eq!(read_reply(&mut stream).0, 2, "{what}");
         }
     }
@@ -158,22 +158,22 @@ fn reload_applies_while_bind_waits() {
             assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("an address")));
         } else {
             assert_eq!(read_reply(&mut stream).0, 2, "{what}");
-            assert!(TcpStream::connect(bnd).is_err(), "{what}: somebody still listens");
+            assert!(TcpStream::connect(bnd).is_err(), "{what}: the port still accepts connections");
         }
     }
 }
 
-/// Starts a resolver that says nothing until it is told to.
+/// Starts a resolver that does not answer until the returned sender is dropped.
 fn start_blocked_resolver() -> (dns::Queries, mpsc::Sender<()>) {
-    let (go, gone) = mpsc::channel();
-    let asked = dns::start_with(move |name, nth| {
-        // What is asked first is held back, and with it all that comes after.
+    let (release, released) = mpsc::channel();
+    let queries = dns::start_with(move |name, nth| {
+        // The first query is blocked, and with it all later ones.
         if name == "slow.test" && nth == 0 {
-            let _ = gone.recv();
+            let _ = released.recv();
         }
         Answer::addrs([[127, 0, 0, 1].into()])
     });
-    (asked, go)
+    (queries, release)
 }
 
 #[test]
@@ -181,8 +181,8 @@ fn reload_applies_to_connect_while_resolving() {
     if !in_namespace("reload_steps::reload_applies_to_connect_while_resolving", "", dns::RESOLV) {
         return;
     }
-    let (_asked, go) = start_blocked_resolver();
-    let moments = CHANGES.map(|what| {
+    let (_asked, release) = start_blocked_resolver();
+    let cases = CHANGES.map(|what| {
         let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
         let (target, dst) = listener(V4);
         let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
@@ -191,8 +191,8 @@ fn reload_applies_to_connect_while_resolving() {
         assert!(change(&rig, what, dst).contains("rules loaded"));
         (what, rig, target, stream)
     });
-    drop(go);
-    for (what, _rig, target, mut stream) in moments {
+    drop(release);
+    for (what, _rig, target, mut stream) in cases {
         assert_eq!(read_reply(&mut stream).0, if what == "nothing" { 0 } else { 2 }, "{what}");
         if what == "nothing" {
             accept(&target);
@@ -206,7 +206,7 @@ fn reload_applies_to_datagrams_while_resolving() {
     if !in_namespace("reload_steps::reload_applies_to_datagrams_while_resolving", "", dns::RESOLV) {
         return;
     }
-    let (_asked, go) = start_blocked_resolver();
+    let (_asked, release) = start_blocked_resolver();
     let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
     let (good, bad) = (socket(V4), socket(V4));
     let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("an address").port());
@@ -214,12 +214,12 @@ fn reload_applies_to_datagrams_while_resolving() {
     for port in [bad_port, good_port] {
         association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
     }
-    // So that both wait for the name by then.
+    // A datagram by address: when it arrives, the other two wait for the name.
     let other = socket(V4);
-    association.send(other.local_addr().expect("an address"), b"behind them");
+    association.send(other.local_addr().expect("an address"), b"after them");
     receive(&other);
     assert!(rig.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
-    drop(go);
+    drop(release);
     assert_eq!(receive(&good).0, b"hello");
     assert_no_datagram(&bad);
 }

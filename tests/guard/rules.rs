@@ -1,4 +1,4 @@
-//! Rules in force in a running server: each condition for each command, at each moment at which something is judged.
+//! Rules in a running server: each condition with each command, at each time of evaluation.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,8 +17,8 @@ use crate::tools::{
 const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test deep.sub.a.test\n\
                      127.0.0.3 three.test\n";
 
-/// Whether it has users, its rules, and who from where asks for what, and is told which REP. P and Q are ports where
-/// somebody listens at every address.
+/// Whether the server has users, its rules, and requests: client address, login, command, DST and expected REP. P and Q
+/// stand for ports that accept connections at every address.
 type Row = (bool, &'static str, &'static [(&'static str, Login<'static>, u8, &'static str, u8)]);
 
 const LOCAL: &str = "127.0.0.1";
@@ -124,7 +124,7 @@ const ROWS: [Row; 22] = [
             (LOCAL, NO_LOGIN, CONNECT, "[2002:7f00:1::]:P", 2),
             (LOCAL, NO_LOGIN, CONNECT, "[2001:0:7f00:1::]:P", 2),
             (LOCAL, NO_LOGIN, CONNECT, "[2001::80ff:fffe]:P", 2),
-            // What stands where a name does.
+            // Addresses that are sent as names.
             (LOCAL, NO_LOGIN, CONNECT, "=[::ffff:127.0.0.1]:P", 2),
             (LOCAL, NO_LOGIN, CONNECT, "=::ffff:127.0.0.1:P", 2),
             (LOCAL, NO_LOGIN, CONNECT, "=127.0.0.1:P", 2),
@@ -146,7 +146,7 @@ const ROWS: [Row; 22] = [
             (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.9.9.9]:P", 2),
         ],
     ),
-    // To allow something, an address must be what it leads to; a name is allowed whatever it leads to.
+    // An allow compares the embedded address; a name is allowed whatever its address is.
     (
         false,
         "allow to=127.0.0.1,three.test\ndeny",
@@ -197,7 +197,7 @@ const ROWS: [Row; 22] = [
             (LOCAL, NO_LOGIN, CONNECT, "127.0.0.3:Q", 2),
         ],
     ),
-    // As soon as an allow names from, what nothing allows is denied.
+    // An allow with from= makes deny the default.
     (
         false,
         "allow from=127.0.0.1 port=P",
@@ -227,19 +227,19 @@ fn each_condition_applies_to_each_command() {
     if !in_namespace("rules::each_condition_applies_to_each_command", HOSTS, "") {
         return;
     }
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", alice_and_bob());
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
     let [p, q] = [(); 2].map(|()| tcp_server(Ipv6Addr::UNSPECIFIED.into(), drop).port().to_string());
     let with_ports = |text: &str| text.replace('P', &p).replace('Q', &q);
     for (has_users, rules, cases) in ROWS {
-        let rules = write_file(folder.path(), "rules", &with_ports(rules));
+        let rules = write_file(dir.path(), "rules", &with_ports(rules));
         let mut args = vec!["--rules", &rules];
         args.extend(if has_users { vec!["--users", &users] } else { vec![] });
         let server = Server::start(&args);
         for (from, login, command, dst, expected) in cases {
             let mut stream = log_in(server.addr(), ip(from), *login);
             let (rep, _) = send_request(&mut stream, *command, &with_ports(dst));
-            let rules = std::fs::read_to_string(&rules).expect("the file is there");
+            let rules = std::fs::read_to_string(&rules).expect("rules file");
             assert_eq!(rep, *expected, "{rules}\n{from} {login:?} {command} {dst}");
             if rep == 2 {
                 assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
@@ -250,11 +250,11 @@ fn each_condition_applies_to_each_command() {
 
 #[test]
 fn rule_options_keep_order_and_precede_file() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let (_listener, dst) = listener(ip(LOCAL));
     let port = format!("port={}", dst.port());
-    let deny = write_file(folder.path(), "deny", &format!("deny {port}\n"));
-    let allow = write_file(folder.path(), "allow", &format!("allow {port}\n"));
+    let deny = write_file(dir.path(), "deny", &format!("deny {port}\n"));
+    let allow = write_file(dir.path(), "allow", &format!("allow {port}\n"));
     let rows: [(&[&str], u8); 7] = [
         (&["--deny", &port, "--allow", &port], 2),
         (&["--allow", &port, "--deny", &port], 0),
@@ -272,10 +272,10 @@ fn rule_options_keep_order_and_precede_file() {
 
 #[test]
 fn client_denied_by_address_is_closed_without_reply() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", alice_and_bob());
-    let file = write_file(folder.path(), "rules", "# nobody\ndeny from=127.0.0.2\n");
-    let list = write_file(folder.path(), "list", "allow from=127.0.0.3\n");
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
+    let file = write_file(dir.path(), "rules", "# comment\ndeny from=127.0.0.2\n");
+    let list = write_file(dir.path(), "list", "allow from=127.0.0.3\n");
     let in_file = format!("denied: {file} line 2 (deny from=127.0.0.2)");
     let rows: [(&[&str], &str); 4] = [
         (&["--deny", "from=127.0.0.2"], "denied: --deny (deny from=127.0.0.2)"),
@@ -283,35 +283,35 @@ fn client_denied_by_address_is_closed_without_reply() {
         (&["--rules", &list], "denied: built in, because an allow rule has from= (deny)"),
         (&["--users", &users, "--deny", "from=127.0.0.2"], "denied: --deny (deny from=127.0.0.2)"),
     ];
-    for (args, why) in rows {
+    for (args, reason) in rows {
         let server = Server::start(args);
         let mut stream = connect_from(SocketAddr::new(ip("127.0.0.2"), 0), server.addr());
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{args:?}");
         let line = format!("client={}", stream.local_addr().expect("an address"));
         let log = server.wait_log(|log| log.contains(&line));
-        assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(why)), "{log}");
+        assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(reason)), "{log}");
         log_in(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });
     }
 }
 
 #[test]
 fn unix_socket_client_counts_as_loopback() {
-    let folder = temp_dir();
-    let path = folder.path().join("socket");
+    let dir = temp_dir();
+    let path = dir.path().join("socket");
     let unix = format!("unix:{}", path.display());
-    for (rule, may_come) in [("from=remote", true), ("from=10.0.0.0/8,::1", true), ("from=loopback", false)] {
+    for (rule, is_allowed) in [("from=remote", true), ("from=10.0.0.0/8,::1", true), ("from=loopback", false)] {
         let _server = serve(&unix, 1, &["--deny", rule]);
         let mut stream = UnixStream::connect(&path).expect("the server accepts");
         let _ = stream.write_all(&[5, 1, 0]);
         let mut selection = Vec::new();
         let _ = stream.take(2).read_to_end(&mut selection);
-        assert_eq!(selection, if may_come { vec![5, 0] } else { vec![] }, "{rule}");
+        assert_eq!(selection, if is_allowed { vec![5, 0] } else { vec![] }, "{rule}");
     }
 }
 
 #[test]
 fn bind_checks_expected_and_actual_peer() {
-    // From a port that is chosen by nobody else meanwhile.
+    // A namespace, so that no other process uses the port.
     if !in_namespace("rules::bind_checks_expected_and_actual_peer", HOSTS, "") {
         return;
     }
@@ -333,7 +333,7 @@ fn bind_checks_expected_and_actual_peer() {
     ] {
         assert_eq!(open_as(&server, None, BIND, dst).1, expected, "{dst}");
     }
-    // The request leaves open who comes, and from which port.
+    // The request leaves the peer or its port open.
     for dst in ["0.0.0.0:0", "127.0.0.2:0"] {
         let (mut client, rep, bnd) = open_as(&server, None, BIND, dst);
         assert_eq!(rep, 0);
@@ -342,7 +342,7 @@ fn bind_checks_expected_and_actual_peer() {
         }
         let mut peer = connect_from(addr("127.0.0.2:0"), bnd);
         assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{dst}");
-        peer.write_all(b"hello").expect("it is sent");
+        peer.write_all(b"hello").expect("sent");
         assert_eq!(read_exact(&mut client, 5), b"hello", "{dst}");
     }
 }
@@ -352,8 +352,8 @@ fn each_outgoing_datagram_is_checked() {
     if !in_namespace("rules::each_outgoing_datagram_is_checked", HOSTS, "") {
         return;
     }
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", alice_and_bob());
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
     let (good, bad) = (socket(ip(LOCAL)), socket(ip("127.0.0.3")));
     let closed = socket(ip(LOCAL));
     let [good_addr, bad_addr, closed_addr] =
@@ -362,7 +362,7 @@ fn each_outgoing_datagram_is_checked() {
         "deny command=udp to=127.0.0.3\ndeny port={}\ndeny user=alice to=b.test command=udp\n",
         closed_addr.port()
     );
-    let rules = write_file(folder.path(), "rules", &rules);
+    let rules = write_file(dir.path(), "rules", &rules);
     let server = Server::start(&["--rules", &rules, "--users", &users]);
     let association = associate(server.addr(), ip(LOCAL), ALICE);
     let mapped = SocketAddr::new(Ipv4Addr::new(127, 0, 0, 3).to_ipv6_mapped().into(), bad_addr.port());
@@ -374,13 +374,13 @@ fn each_outgoing_datagram_is_checked() {
         datagram_name(0, "127.0.0.3", bad_addr.port(), b"denied"),
         datagram_name(0, "b.test", good_addr.port(), b"denied"),
         datagram_name(0, "B.TEST.", good_addr.port(), b"denied"),
-        // In fragments.
+        // Two fragments.
         datagram(1, bad_addr, b"den"),
         datagram(0x82, bad_addr, b"ied"),
     ];
     for round in 0..3 {
         for bytes in &denied {
-            // An allowed one right before: what was judged for it must not hold for the next.
+            // An allowed datagram comes first: its decision must not apply to the next datagram.
             association.send(good_addr, b"good");
             assert_eq!(receive(&good).0, b"good");
             association.send_raw(bytes);
@@ -389,7 +389,7 @@ fn each_outgoing_datagram_is_checked() {
         assert_eq!(receive(&good).0, b"by name", "round {round}");
         [&good, &bad, &closed].into_iter().for_each(assert_no_datagram);
     }
-    // Bob may say b.test.
+    // Bob is allowed to use b.test.
     let association = associate(server.addr(), ip(LOCAL), BOB);
     association.send_raw(&datagram_name(0, "b.test", good_addr.port(), b"bob"));
     assert_eq!(receive(&good).0, b"bob");
@@ -406,8 +406,8 @@ fn answers_come_only_from_allowed_targets() {
         association.send(target_addr, b"hello");
         let (_, relay) = receive(&target);
         for _ in 0..3 {
-            denied.send_to(b"from a port that is denied", relay).expect("it is sent");
-            target.send_to(b"answer", relay).expect("it is sent");
+            denied.send_to(b"from a port that is denied", relay).expect("sent");
+            target.send_to(b"answer", relay).expect("sent");
             assert_eq!(association.receive(), (target_addr, b"answer".to_vec()), "{more:?}");
         }
     }
@@ -436,28 +436,28 @@ fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
     ];
     for dst in &dsts {
         let rep = open_as(&server, None, CONNECT, dst).1;
-        // With a dot behind it no resolver has to know it.
+        // A resolver may not know a name with a final dot.
         assert!(rep == 2 || rep != 0 && dst.contains(".:"), "{dst}: {rep}");
     }
     for other in ["127.0.0.2", "127.0.0.3", "::1"] {
         assert_eq!(open_as(&server, None, CONNECT, &SocketAddr::new(ip(other), first).to_string()).1, 5, "{other}");
     }
-    // An allow without to= opens nothing that is built in; one with it does.
+    // An allow without to= does not override built-in denials; an allow with to= does.
     let server = own(&["--allow", "from=loopback"]);
     assert_eq!(open_as(&server, None, CONNECT, &server.addr().to_string()).1, 2);
     let server = own(&["--allow", "from=loopback to=127.0.0.1"]);
     let (mut inner, rep, _) = open_as(&server, None, CONNECT, &server.addr().to_string());
     assert_eq!(rep, 0);
-    inner.write_all(&[5, 1, 0]).expect("it is sent");
+    inner.write_all(&[5, 1, 0]).expect("sent");
     assert_eq!(read_exact(&mut inner, 2), [5, 0]);
     let echo = tcp_server(ip(LOCAL), |mut stream| {
         let mut other = stream.try_clone().expect("a second handle");
         let _ = std::io::copy(&mut stream, &mut other);
     });
-    inner.write_all(&request_for(CONNECT, &echo.to_string())).expect("it is sent");
+    inner.write_all(&request_for(CONNECT, &echo.to_string())).expect("sent");
     assert_eq!(read_reply(&mut inner).0, 0);
     ping(&mut inner, b"through itself");
-    // Datagrams to the port of a listener go nowhere either: nothing of them is counted.
+    // Datagrams to a listener are dropped and not counted.
     let server = own(&[]);
     let association = associate(server.addr(), ip(LOCAL), None);
     association.send(server.addr(), b"to the listener's port");

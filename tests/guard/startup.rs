@@ -1,5 +1,4 @@
-//! What is said before anything is served: all rules, which rule decides, what is wrong with a rule, and that a server
-//! would be open to everybody.
+//! Before the server starts: --show-rules, --explain, errors in rules, and the refusal to be an open relay.
 
 use std::process::{Command, Output};
 
@@ -7,7 +6,7 @@ use crate::common::{Server, TIMEOUT, in_namespace, run, s5, temp_dir, write_file
 use crate::kit::dns;
 use crate::tools::{alice_and_bob, user_line};
 
-/// `s5 serve` with a free port that is not used when it goes as it should.
+/// Runs `s5 serve` with options that make it exit without serving.
 fn serve(args: &[&str]) -> Output {
     run(s5().arg("serve").args(args), b"", TIMEOUT)
 }
@@ -18,8 +17,8 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn show_rules_prints_order_and_origin() {
-    let folder = temp_dir();
-    let file = write_file(folder.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
     let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
     let output = serve(&[&args[..], &["--allow", "to=a.test", "--show-rules"]].concat());
     let lines: Vec<String> = text(&output.stdout).lines().map(str::to_owned).collect();
@@ -39,11 +38,11 @@ fn show_rules_prints_order_and_origin() {
     ];
     assert_eq!(lines.len(), expected.len() + 1, "{lines:#?}");
     for (line, (rule, origin)) in lines.iter().zip(expected) {
-        let (said, comment) = line.split_once('#').expect("a comment");
-        assert_eq!((said.trim_end(), comment.trim()), (rule, origin));
+        let (shown, comment) = line.split_once('#').expect("a comment");
+        assert_eq!((shown.trim_end(), comment.trim()), (rule, origin));
     }
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
-    // Without an allow that names from, what nothing denies is allowed.
+    // Without an allow that has from=, the default is to allow.
     let output = serve(&["--show-rules"]);
     assert!(text(&output.stdout).contains("\nallow  "), "{}", text(&output.stdout));
 }
@@ -54,11 +53,11 @@ fn explain_names_deciding_rule() {
     if !in_namespace("startup::explain_names_deciding_rule", hosts, dns::RESOLV) {
         return;
     }
-    let asked = dns::start();
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", alice_and_bob());
+    let queries = dns::start();
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
     let rules = "deny to=127.0.0.3\ndeny to=.denied.test\ndeny user=alice port=25\n";
-    let rules = write_file(folder.path(), "rules", rules);
+    let rules = write_file(dir.path(), "rules", rules);
     let at = |line: u8, rule: &str| format!("{rules} line {line} ({rule})");
     let rows: [(&[&str], &str, i32, Vec<String>); 16] = [
         (&[], "to=127.0.0.1:80", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
@@ -93,21 +92,27 @@ fn explain_names_deciding_rule() {
         (&[], "to=127.0.0.1:80 command=udp", 0, vec!["allow 127.0.0.1: ".into(), "allow".into()]),
         (&[], "to=nx.test:80", 2, vec!["resolve nx.test".into()]),
     ];
-    for (more, question, status, expected) in rows {
+    for (more, request, status, expected) in rows {
         let users: &[&str] = if more.is_empty() { &[] } else { &["--users", &users] };
-        let output = serve(&[&["--rules", &rules, "--explain", question], users].concat());
-        let said = text(&output.stdout);
-        let lines: Vec<&str> = said.lines().filter(|line| !line.starts_with("request from=")).collect();
-        assert_eq!(lines.len(), expected.len(), "{question}: {said}");
-        // In the order of the resolver.
+        let output = serve(&[&["--rules", &rules, "--explain", request], users].concat());
+        let shown = text(&output.stdout);
+        let lines: Vec<&str> = shown.lines().filter(|line| !line.starts_with("request from=")).collect();
+        assert_eq!(lines.len(), expected.len(), "{request}: {shown}");
+        // The order of addresses depends on the resolver.
         for expected in &expected {
-            assert!(lines.iter().any(|line| line.starts_with(expected)), "{question}: {expected} is not in\n{said}");
+            assert!(lines.iter().any(|line| line.starts_with(expected)), "{request}: {expected} is not in\n{shown}");
         }
         assert_eq!(lines.last().copied().unwrap_or_default().contains(' '), status == 2);
-        assert_eq!(output.status.code(), Some(status), "{question}: {said}{}", text(&output.stderr));
+        assert_eq!(output.status.code(), Some(status), "{request}: {shown}{}", text(&output.stderr));
     }
-    assert!(!asked.lock().expect("no panic").iter().any(|name| name.contains("denied")), "a denied name is looked up");
-    assert!(asked.lock().expect("no panic").iter().any(|name| name == "nx.test"), "nothing else is");
+    assert!(
+        !queries.lock().expect("not poisoned").iter().any(|name| name.contains("denied")),
+        "a denied name is resolved"
+    );
+    assert!(
+        queries.lock().expect("not poisoned").iter().any(|name| name == "nx.test"),
+        "an undecided name is not resolved"
+    );
     for bad in ["", "to=a.test:80 colour=red", "to=a.test:80 to=b.test:80", "from=10.0.0.0/8", "to=", "port=x"] {
         let output = serve(&["--deny", "port=1", "--explain", bad]);
         assert_eq!(output.status.code(), Some(2), "{bad:?}: {}{}", text(&output.stdout), text(&output.stderr));
@@ -133,7 +138,7 @@ fn explain_names_hop() {
 
 #[test]
 fn invalid_rule_error_names_file_line_and_word() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let bad = [
         ("deny colour=red", "colour"),
         ("permit port=80", "permit"),
@@ -166,33 +171,33 @@ fn invalid_rule_error_names_file_line_and_word() {
         ("deny to=10.0.0.1 10.0.0.2", "10.0.0.2"),
     ];
     for (rule, word) in bad {
-        let file = write_file(folder.path(), "rules", &format!("# fine\nallow port=80\n{rule}\ndeny\n"));
+        let file = write_file(dir.path(), "rules", &format!("# fine\nallow port=80\n{rule}\ndeny\n"));
         let output = serve(&["--listen", "127.0.0.1:0", "--rules", &file]);
-        let said = text(&output.stderr);
-        let is_named = said.contains(&format!("{file}: line 3: ")) && said.contains(word);
-        assert!(is_named && said.lines().count() == 1, "{rule}: {said}");
-        assert_eq!(output.status.code(), Some(2), "{rule}: {said}");
+        let shown = text(&output.stderr);
+        let is_named = shown.contains(&format!("{file}: line 3: ")) && shown.contains(word);
+        assert!(is_named && shown.lines().count() == 1, "{rule}: {shown}");
+        assert_eq!(output.status.code(), Some(2), "{rule}: {shown}");
         let (verdict, conditions) = rule.split_once(' ').expect("two words");
         if ["allow", "deny"].contains(&verdict) {
             let option = format!("--{verdict}");
             let output = serve(&["--listen", "127.0.0.1:0", &option, conditions]);
-            let said = text(&output.stderr);
-            assert!(said.contains(&option) && said.contains(word), "{rule}: {said}");
-            assert_eq!(output.status.code(), Some(2), "{rule}: {said}");
+            let shown = text(&output.stderr);
+            assert!(shown.contains(&option) && shown.contains(word), "{rule}: {shown}");
+            assert_eq!(output.status.code(), Some(2), "{rule}: {shown}");
         }
     }
-    // Nor is a file taken that can't be read, or is no text.
-    let no_text = folder.path().join("no-text");
+    // Files that cannot be read, or are not UTF-8, are errors too.
+    let no_text = dir.path().join("no-text");
     std::fs::write(&no_text, b"deny port=1\ndeny user=\xff\n").expect("a file");
-    let no_text = no_text.to_str().expect("a path of text").to_owned();
+    let no_text = no_text.to_str().expect("UTF-8 path").to_owned();
     let missing = format!("{no_text}-missing");
-    let here = folder.path().to_str().expect("a path of text");
+    let here = dir.path().to_str().expect("UTF-8 path");
     for (file, what) in [(&*no_text, "line 2"), (&missing, "No such file"), (here, "directory")] {
         for option in ["--rules", "--users"] {
             let output = serve(&["--listen", "127.0.0.1:0", option, file]);
-            let said = text(&output.stderr);
-            assert!(said.contains(file) && said.contains(what), "{option} {file}: {said}");
-            assert_eq!(output.status.code(), Some(2), "{option} {file}: {said}");
+            let shown = text(&output.stderr);
+            assert!(shown.contains(file) && shown.contains(what), "{option} {file}: {shown}");
+            assert_eq!(output.status.code(), Some(2), "{option} {file}: {shown}");
         }
     }
 }
@@ -202,10 +207,10 @@ fn open_relay_does_not_start_without_open() {
     if !in_namespace("startup::open_relay_does_not_start_without_open", "", "") {
         return;
     }
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", &user_line("alice", "secret"));
-    let from = write_file(folder.path(), "from", "allow from=10.0.0.0/8\n");
-    let deny = write_file(folder.path(), "deny", "deny from=10.0.0.0/8\ndeny from=192.0.2.0/24 port=25\n");
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &user_line("alice", "secret"));
+    let from = write_file(dir.path(), "from", "allow from=10.0.0.0/8\n");
+    let deny = write_file(dir.path(), "deny", "deny from=10.0.0.0/8\ndeny from=192.0.2.0/24 port=25\n");
     let open: [&[&str]; 7] = [
         &[],
         &["--deny", "from=10.0.0.0/8"],
@@ -213,19 +218,19 @@ fn open_relay_does_not_start_without_open() {
         &["--deny", "port=25"],
         &["--allow", "port=80"],
         &["--deny", "user=*"],
-        // It names from, but whoever is not there gets in by the other.
+        // The second rule admits clients that from= does not match.
         &["--allow", "from=10.0.0.0/8", "--allow", "command=connect"],
     ];
     for args in open {
         let output = serve(&[&["--listen", "127.0.0.1:0", "--listen", "*:0"], args].concat());
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+        let shown = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {shown}");
         for word in ["--users", "--allow from", "--open"] {
-            assert!(said.contains(word), "{args:?}: {said}");
+            assert!(shown.contains(word), "{args:?}: {shown}");
         }
-        assert!(!said.contains("listening on"), "{args:?}: {said}");
+        assert!(!shown.contains("listening on"), "{args:?}: {shown}");
     }
-    // That an address is advertised makes it no safer to listen there.
+    // --advertise does not make it safe to listen on an address.
     let added = run(Command::new("ip").args(["address", "add", "192.0.2.1/32", "dev", "lo"]), b"", TIMEOUT);
     assert!(added.status.success(), "{}", text(&added.stderr));
     let output = serve(&["--listen", "192.0.2.1:0", "--advertise", "192.0.2.1"]);
@@ -242,8 +247,8 @@ fn open_relay_does_not_start_without_open() {
         let server = Server::start_with(s5().args(["serve", "--listen", "*:0"]).args(args), 2);
         drop(server);
     }
-    // On loopback and on a Unix socket nothing has to be said.
+    // Loopback and Unix sockets need no rule.
     drop(Server::start_with(s5().args(["serve", "--listen", "0"]), 2));
-    let unix = format!("unix:{}", folder.path().join("socket").display());
+    let unix = format!("unix:{}", dir.path().join("socket").display());
     drop(Server::start_with(s5().args(["serve", "--listen", &unix]), 1));
 }

@@ -1,4 +1,4 @@
-//! `--via`, `--hop` and `via=`: sessions that go through other proxies, and never around them.
+//! `--via`, `--hop` and `via=`: sessions go through the upstream proxies, and never bypass them.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -15,7 +15,7 @@ use crate::tools::{
     alice_and_bob, assert_no_connection, assert_no_datagram, associate, ip, is_closed, open_as, user_line,
 };
 
-/// A session of each command through a server: to an echo server, with a peer, and with datagrams.
+/// Runs a session of each command through a server: CONNECT and UDP with echo servers, BIND with a peer.
 fn all_commands(server: &Server, what: &str) {
     let (mut stream, rep, _) = open_as(server, None, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0, "{what}");
@@ -27,22 +27,22 @@ fn all_commands(server: &Server, what: &str) {
 fn bind(server: &Server, what: &str) {
     let (mut client, rep, bnd) = open_as(server, None, BIND, "127.0.0.1:0");
     assert_eq!(rep, 0, "{what}");
-    let mut peer = TcpStream::connect(bnd).expect("somebody listens");
+    let mut peer = TcpStream::connect(bnd).expect("the port accepts");
     assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{what}");
-    peer.write_all(b"bind").expect("it is sent");
+    peer.write_all(b"bind").expect("sent");
     assert_eq!(read_exact(&mut client, 4), b"bind", "{what}");
 }
 
-/// How many sessions a server has logged whose line has this in it.
+/// Returns how many logged sessions of a server contain `what`.
 fn logged(server: &Server, what: &str) -> usize {
     server.log().lines().filter(|line| line.contains("session client=") && line.contains(what)).count()
 }
 
 #[test]
 fn all_commands_pass_one_and_several_hops() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
-    let unix = format!("unix:{}", folder.path().join("hop").display());
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &user_line("anna", "open sesame"));
+    let unix = format!("unix:{}", dir.path().join("hop").display());
     let (plain, closed) = (Server::start(&[]), Server::start(&["--users", &users]));
     let by_unix = Server::start_with(s5().args(["serve", "--listen", &unix]), 1);
     let [plain_url, closed_url] =
@@ -61,21 +61,21 @@ fn all_commands_pass_one_and_several_hops() {
         all_commands(&server, &url);
         for (command, before) in ["connect", "bind", "udp"].into_iter().zip(before) {
             let what = format!("command={command} ");
-            wait_until("the last hop logs each", TIMEOUT, || logged(last, &what) == before + 1);
+            wait_until("the last hop logs the session", TIMEOUT, || logged(last, &what) == before + 1);
             server.wait_log(|log| log.lines().any(|line| line.contains(&what) && line.contains(" via=\"--via\" ")));
         }
     }
-    // The nearer hop knows the next one only.
+    // The first hop sees only the address of the next hop.
     assert!(logged(&by_unix, &format!("dst=\"{}\"", closed.addr())) > 0);
 }
 
 #[test]
 fn rules_select_route() {
     let [a, b, c] = [(); 3].map(|()| Server::start(&[]));
-    let folder = temp_dir();
+    let dir = temp_dir();
     let rules = "allow to=127.0.0.2 via=a\nallow to=127.0.0.3,127.0.0.5 via=b\nallow to=127.0.0.4 via=direct\n\
                  deny to=127.0.0.6\n";
-    let rules = write_file(folder.path(), "rules", rules);
+    let rules = write_file(dir.path(), "rules", rules);
     let [at_a, at_b, at_c] = [("a=", &a), ("b=", &b), ("", &c)].map(|(name, hop)| format!("{name}{}", hop.addr()));
     let server = Server::start(&["--hop", &at_a, "--hop", &at_b, "--via", &at_c, "--rules", &rules]);
     let rows = [
@@ -100,15 +100,15 @@ fn rules_select_route() {
         let line = log.lines().find(|line| line.contains(&dst)).expect("a line");
         assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
         for other in [&a, &b, &c] {
-            let is_it = hop.is_some_and(|hop| std::ptr::eq(hop, other));
-            wait_until("it is the hop's session", TIMEOUT, || !is_it || logged(other, &dst) == 1);
-            assert_eq!(logged(other, &dst), usize::from(is_it), "{at}");
+            let is_selected = hop.is_some_and(|hop| std::ptr::eq(hop, other));
+            wait_until("the hop logs the session", TIMEOUT, || !is_selected || logged(other, &dst) == 1);
+            assert_eq!(logged(other, &dst), usize::from(is_selected), "{at}");
         }
         addrs.push(udp_echo_server(ip(at)));
     }
     let denied = socket(ip("127.0.0.6"));
     assert_eq!(open_as(&server, None, CONNECT, "127.0.0.6:9").1, 2);
-    // Each datagram of one association takes its own way, and each answer comes back.
+    // Each datagram of an association takes its own route, and each answer returns.
     let association = associate(server.addr(), V4, None);
     for _ in 0..2 {
         for addr in &addrs {
@@ -123,20 +123,20 @@ fn rules_select_route() {
     }
 }
 
-/// A server whose /etc/hosts knows more than that of everybody else.
+/// Starts a server with its own /etc/hosts.
 fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
-    let folder = temp_dir();
-    let hosts = write_file(folder.path(), "hosts", hosts);
+    let dir = temp_dir();
+    let hosts = write_file(dir.path(), "hosts", hosts);
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"", "sh", &hosts]);
     command.args([env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0"]).args(args);
-    (folder, Server::start_with(&mut command, 1))
+    (dir, Server::start_with(&mut command, 1))
 }
 
-/// A resolver that the hop need not ask, a hop that knows known.inside.test, and echo servers.
+/// A hop whose /etc/hosts contains known.inside.test, a resolver that the hop does not need, and echo servers.
 struct InsideHop {
-    asked: dns::Queries,
-    _folder: tempfile::TempDir,
+    queries: dns::Queries,
+    _dir: tempfile::TempDir,
     hop: Server,
     echo: SocketAddr,
     udp: SocketAddr,
@@ -144,31 +144,31 @@ struct InsideHop {
 
 impl InsideHop {
     fn new() -> Self {
-        // Here the name leads to nowhere.
-        let asked = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("an address")]));
-        let (_folder, hop) = with_hosts("127.0.0.1 known.inside.test\n", &[]);
-        Self { asked, _folder, hop, echo: echo_server(), udp: udp_echo_server(V4) }
+        // Outside of the hop, the name resolves to an unused address.
+        let queries = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("an address")]));
+        let (_dir, hop) = with_hosts("127.0.0.1 known.inside.test\n", &[]);
+        Self { queries, _dir, hop, echo: echo_server(), udp: udp_echo_server(V4) }
     }
 
-    fn asked(&self) -> Vec<String> {
-        std::mem::take(&mut *self.asked.lock().expect("no panic"))
+    fn queries(&self) -> Vec<String> {
+        std::mem::take(&mut *self.queries.lock().expect("not poisoned"))
     }
 
-    /// All commands by name. Nothing is looked up here.
+    /// Runs all commands by name, and checks that s5 resolves nothing.
     fn all_commands(&self, args: &[&str]) {
         let server = Server::start(args);
         let dst = format!("known.inside.test:{}", self.echo.port());
         let (mut stream, rep, _) = open_as(&server, None, CONNECT, &dst);
-        assert_eq!((self.asked(), rep), (vec![], 0), "{args:?}");
+        assert_eq!((self.queries(), rep), (vec![], 0), "{args:?}");
         ping(&mut stream, b"hello");
         let association = associate(server.addr(), V4, None);
         association.send_raw(&datagram_name(0, "known.inside.test", self.udp.port(), b"by name"));
         assert_eq!(association.receive(), (self.udp, b"by name".to_vec()), "{args:?}");
         let (mut client, rep, bnd) = open_as(&server, None, BIND, "known.inside.test:0");
         assert_eq!(rep, 0, "{args:?}");
-        let _peer = TcpStream::connect(bnd).expect("somebody listens");
+        let _peer = TcpStream::connect(bnd).expect("the port accepts");
         assert_eq!(read_reply(&mut client).0, 0, "{args:?}");
-        assert_eq!(self.asked(), Vec::<String>::new(), "{args:?}");
+        assert_eq!(self.queries(), Vec::<String>::new(), "{args:?}");
     }
 }
 
@@ -186,14 +186,14 @@ fn hop_resolves_names_unless_address_rule_precedes() {
         &["--via", &url, "--deny", "port=1", "--allow", ""],
     ];
     ways.into_iter().for_each(|args| inside.all_commands(args));
-    // It depends on the address now, so that is what the hop is given.
+    // The address decides, so s5 resolves the name and sends the address to the hop.
     for (rule, expected) in [("to=127.0.0.3", 5), ("to=127.0.0.9", 2)] {
         let server = Server::start(&["--via", &url, "--deny", rule]);
         let dst = format!("known.inside.test:{}", inside.echo.port());
         assert_eq!(open_as(&server, None, CONNECT, &dst).1, expected, "{rule}");
-        assert_eq!(inside.asked().first().map(String::as_str), Some("known.inside.test"));
+        assert_eq!(inside.queries().first().map(String::as_str), Some("known.inside.test"));
         let dst = format!("dst=\"127.0.0.9:{}\"", inside.echo.port());
-        wait_until("the hop is asked for the address", TIMEOUT, || logged(&inside.hop, &dst) == 1);
+        wait_until("the hop gets the address", TIMEOUT, || logged(&inside.hop, &dst) == 1);
     }
     assert_eq!(logged(&inside.hop, "127.0.0.9"), 1);
 }
@@ -209,7 +209,7 @@ fn via_alone_leaves_all_names_to_hop() {
     inside.all_commands(&["--via", &url, "--deny", "port=1"]);
 }
 
-/// A hop that says `selection` to the greeting and `reply` to the request, and then nothing.
+/// Starts a hop that answers the greeting with `selection` and the request with `reply`, then stays silent.
 fn scripted(selection: &'static [u8], reply: &'static [u8]) -> SocketAddr {
     tcp_server(V4, move |mut stream| {
         let mut greeting = [0; 3];
@@ -227,7 +227,7 @@ fn rep_of_hop_is_passed_on() {
         assert_eq!(open_as(&server, None, command, "127.0.0.3:9").1, 2);
     }
     assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
-    assert_eq!(open_as(&server, None, CONNECT, "a b:9").1, 4, "a name that the hop has no host for");
+    assert_eq!(open_as(&server, None, CONNECT, "a b:9").1, 4, "the hop cannot resolve the name");
     macro_rules! reply {
         ($rep:expr) => {
             &[5, $rep, 0, 1, 0, 0, 0, 0, 0, 0]
@@ -250,8 +250,8 @@ fn rep_of_hop_is_passed_on() {
 
 #[test]
 fn failing_hop_is_never_bypassed() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", alice_and_bob());
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
     let locked = Server::start(&["--users", &users]);
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
     let silent_url = silent.local_addr().expect("an address").to_string();
@@ -260,7 +260,7 @@ fn failing_hop_is_never_bypassed() {
     let good = Server::start(&[]);
     let hops = [
         closed_port().to_string(),
-        format!("unix:{}", folder.path().join("nobody").display()),
+        format!("unix:{}", dir.path().join("missing").display()),
         silent_url.clone(),
         closing,
         fake(b"HTTP/1.0 400 Bad Request\r\n\r\n", b""),
@@ -272,7 +272,7 @@ fn failing_hop_is_never_bypassed() {
         fake(&[5, 0], &[5, 0, 0, 9, 0, 0, 0, 0, 0, 0]),
         locked.addr().to_string(),
         format!("alice:wrong@{}", locked.addr()),
-        // The second of two.
+        // The second hop of a chain fails.
         format!("{},alice:wrong@{}", good.addr(), locked.addr()),
         format!("{},{silent_url}", good.addr()),
     ];
@@ -314,14 +314,14 @@ fn sessions_end_with_their_hop() {
         hops[usize::from(!dies_first)].take();
         assert!(is_closed(&mut tunnel), "the tunnel");
         assert!(is_closed(&mut association.control), "the association");
-        assert_ne!(read_reply(&mut waiting).0, 0, "the peer can't come any more");
+        assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the ended hop fails");
         drop((tunnel, association, waiting));
         let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
         let line = log.lines().find(|line| line.contains("command=udp")).expect("a line");
         assert!(line.contains("closed its association"), "{line}");
         assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 1);
     }
-    // Those that have nothing to do with it live on.
+    // Sessions through other hops continue.
     let [at_first, at_second] = [("a=", &first), ("b=", &second)].map(|(name, hop)| format!("{name}{}", hop.addr()));
     let rules = ["--allow", "to=127.0.0.2 command=connect via=a", "--allow", "command=connect via=b"];
     let server = Server::start(&[&["--hop", &at_first, "--hop", &at_second][..], &rules].concat());
@@ -333,12 +333,12 @@ fn sessions_end_with_their_hop() {
 
 #[test]
 fn passwords_of_hops_are_never_shown() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", &user_line("anna", "open sesame"));
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &user_line("anna", "open sesame"));
     let hop = Server::start(&["--users", &users]);
     let good = format!("anna:open%20sesame@{}", hop.addr());
     let named = format!("far=anna:not%20sesame@{}", hop.addr());
-    let rules = write_file(folder.path(), "rules", "allow to=127.0.0.2 via=far\n");
+    let rules = write_file(dir.path(), "rules", "allow to=127.0.0.2 via=far\n");
     let server = Server::start(&["-v", "-v", "--via", &good, "--hop", &named, "--rules", &rules]);
     let rep = |command, dst: &str| open_as(&server, None, command, dst).1;
     assert_eq!(rep(CONNECT, &echo_server().to_string()), 0);
@@ -352,12 +352,12 @@ fn passwords_of_hops_are_never_shown() {
     assert_eq!(rep(CONNECT, &closed_port().to_string()), 1);
     let log = server.wait_log(|log| log.matches("session client=").count() == 5);
     assert!(!log.contains("sesame"), "{log}");
-    for question in ["to=127.0.0.1:80", "to=127.0.0.2:80"] {
+    for request in ["to=127.0.0.1:80", "to=127.0.0.2:80"] {
         std::fs::write(&rules, "allow to=127.0.0.2 via=far\n").expect("a file");
-        let args = ["serve", "--via", &good, "--hop", &named, "--rules", &rules, "--explain", question];
+        let args = ["serve", "--via", &good, "--hop", &named, "--rules", &rules, "--explain", request];
         let output = run(s5().args(args), b"", TIMEOUT);
-        let said = [output.stdout, output.stderr].concat();
-        assert!(!String::from_utf8_lossy(&said).contains("sesame"), "{}", String::from_utf8_lossy(&said));
+        let shown = [output.stdout, output.stderr].concat();
+        assert!(!String::from_utf8_lossy(&shown).contains("sesame"), "{}", String::from_utf8_lossy(&shown));
     }
     let bad = [
         "http://anna:sesame@192.0.2.1:1080",
@@ -381,10 +381,10 @@ fn passwords_of_hops_are_never_shown() {
         let (in_name, hop) = (format!("{url}=192.0.2.1"), format!("a={url}"));
         for args in [["--via", url], ["--hop", &hop], ["--hop", &in_name], ["--hop", url]] {
             let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
-            assert!(said.lines().count() == 1 && said.contains(args[0]), "{args:?}: {said}");
-            assert!(!said.contains("ame@") && (!said.contains("sesame") || url.starts_with("sesame:")), "{said}");
+            let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{args:?}: {shown}");
+            assert!(shown.lines().count() == 1 && shown.contains(args[0]), "{args:?}: {shown}");
+            assert!(!shown.contains("ame@") && (!shown.contains("sesame") || url.starts_with("sesame:")), "{shown}");
         }
     }
     for hop in ["direct=anna:sesame@192.0.2.1", "=anna:sesame@192.0.2.1", "anna:sesame@192.0.2.1"] {
@@ -396,18 +396,18 @@ fn passwords_of_hops_are_never_shown() {
 
 #[test]
 fn url_in_via_is_not_shown() {
-    let folder = temp_dir();
-    let rules = write_file(folder.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
+    let dir = temp_dir();
+    let rules = write_file(dir.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
     let allow = "via=socks5h://anna:sesame@192.0.2.1";
     for args in [["--rules", &rules], ["--allow", allow]] {
         let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains("via=") && !said.contains("sesame"), "{said}");
+        let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{shown}");
+        assert!(shown.contains("via=") && !shown.contains("sesame"), "{shown}");
     }
 }
 
-/// Dante's server, ended with the test.
+/// Server of Dante. Ends with the test.
 struct Danted(Child);
 
 impl Drop for Danted {
@@ -422,8 +422,8 @@ fn dante_works_as_hop() {
     if !is_installed("danted") {
         return;
     }
-    let folder = temp_dir();
-    let (addr, log) = (closed_port(), folder.path().join("log"));
+    let dir = temp_dir();
+    let (addr, log) = (closed_port(), dir.path().join("log"));
     let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", TIMEOUT).stdout).expect("a name");
     let config = format!(
         "logoutput: {}\ninternal: {} port = {}\nexternal: 127.0.0.1\nclientmethod: none\nsocksmethod: none\n\
@@ -434,9 +434,9 @@ fn dante_works_as_hop() {
         addr.ip(),
         addr.port()
     );
-    let (config, pid) = (write_file(folder.path(), "config", &config), write_file(folder.path(), "pid", ""));
+    let (config, pid) = (write_file(dir.path(), "config", &config), write_file(dir.path(), "pid", ""));
     let mut command = Command::new("/usr/sbin/danted");
-    command.args(["-N", "1", "-f", &config, "-p", &pid]).env("TMPDIR", folder.path());
+    command.args(["-N", "1", "-f", &config, "-p", &pid]).env("TMPDIR", dir.path());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _danted = Danted(command.spawn().expect("danted starts"));
     let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
@@ -451,7 +451,7 @@ fn dante_works_as_hop() {
     for what in ["tcp/connect", "udp/udpassociate"] {
         wait_until(what, TIMEOUT, || read_log().contains(what));
     }
-    // What it refuses, it refuses in its own words.
+    // Its REP codes are passed on.
     assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
     assert_eq!(open_as(&server, None, BIND, "127.0.0.1:0").1, 2);
 }

@@ -1,4 +1,4 @@
-//! THE decision table: rules and questions of every kind, judged by the crate and by the plain model.
+//! Compares the decisions of the crate with those of the model, for rules and requests of every kind.
 
 use std::collections::BTreeSet;
 
@@ -12,15 +12,15 @@ use s5::proto::{HostName, ProtectionLevel};
 
 use crate::generators::{
     CLIENTS, COMMANDS, KINDS, METHODS, ROUTES, RulesFile, any_request, any_request_of, any_rule, is_own_listener,
-    route, std_ip, write_rules,
+    parse_route, std_ip, write_rules,
 };
 use crate::model::{AccessRequest, Answer, DecidedBy, Rule, decide, matches};
 use crate::{BUILT_IN, command, config, hops, method};
 
-/// Decision, origin, text and way, as the crate should have them.
+/// Formats the decision that the model expects: action, origin, text and route.
 fn expected(answer: Answer, printed: &RulesFile) -> String {
-    let (action, by, way) = match answer {
-        Answer::Allow(by, way) => ("allow", by, format!("{:?}", route(way))),
+    let (action, by, route) = match answer {
+        Answer::Allow(by, route) => ("allow", by, format!("{:?}", parse_route(route))),
         Answer::Deny(by) => ("deny", by, String::new()),
     };
     let built_in = |i: usize| ("built in".to_owned(), BUILT_IN[i].0.to_owned());
@@ -31,37 +31,37 @@ fn expected(answer: Answer, printed: &RulesFile) -> String {
         DecidedBy::DefaultAllow => built_in(2),
         DecidedBy::DefaultDeny => ("built in, because an allow rule has from=".into(), BUILT_IN[3].0.into()),
     };
-    format!("{action} because of {origin}: {text} {way}")
+    format!("{action} because of {origin}: {text} {route}")
 }
 
-fn actual(rules: &Rules, asked: &AccessRequest) -> String {
-    let name = asked.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
+fn actual(rules: &Rules, request: &AccessRequest) -> String {
+    let name = request.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
     let request = rules::AccessRequest {
-        client_ip: asked.from.map(std_ip),
-        identity: Some(Identity { method: method(asked.method), user: asked.user, level: ProtectionLevel::None }),
-        command: Some(command(asked.command)),
+        client_ip: request.from.map(std_ip),
+        identity: Some(Identity { method: method(request.method), user: request.user, level: ProtectionLevel::None }),
+        command: Some(command(request.command)),
         target_name: name.as_ref(),
-        target_ip: Some(std_ip(asked.ip)),
-        target_port: Some(asked.port),
+        target_ip: Some(std_ip(request.ip)),
+        target_port: Some(request.port),
     };
-    let (action, rule, way) = match rules.evaluate(&request, &is_own_listener) {
-        Decision::Allow(rule, way) => ("allow", rule, format!("{way:?}")),
+    let (action, rule, route) = match rules.evaluate(&request, &is_own_listener) {
+        Decision::Allow(rule, route) => ("allow", rule, format!("{route:?}")),
         Decision::Deny(rule) => ("deny", rule, String::new()),
         Decision::Undecided(rule) => ("undecided", rule, String::new()),
     };
-    format!("{action} because of {}: {rule} {way}", rule.origin())
+    format!("{action} because of {}: {rule} {route}", rule.origin())
 }
 
-/// Asks both; gives what the model said.
-fn compare(written: &[Rule], way: &'static str, asked: &[AccessRequest]) -> Result<Vec<Answer>, TestCaseError> {
+/// Evaluates the requests by crate and model, and returns the decisions of the model.
+fn compare(written: &[Rule], route: &'static str, requests: &[AccessRequest]) -> Result<Vec<Answer>, TestCaseError> {
     let printed = write_rules(written);
     let parsed = parse_rules(&printed.text, "f", &hops());
     let parsed = parsed.map_err(|error| TestCaseError::fail(format!("{error}\n{}", printed.text)))?;
     prop_assert_eq!(parsed.len(), written.len());
-    let rules = Rules::new(parsed, route(way));
+    let rules = Rules::new(parsed, parse_route(route));
     let mut answers = Vec::new();
-    for request in asked {
-        let answer = decide(written, way, request);
+    for request in requests {
+        let answer = decide(written, route, request);
         prop_assert_eq!(actual(&rules, request), expected(answer, &printed), "{}\n{:?}", printed.text, request);
         answers.push(answer);
     }
@@ -74,14 +74,14 @@ proptest! {
     #[test]
     fn random_rules_and_requests_agree_with_model(
         written in vec(any_rule(), 0..8),
-        asked in vec(any_request(), 6),
-        way in select(&ROUTES[..]),
+        requests in vec(any_request(), 6),
+        route in select(&ROUTES[..]),
     ) {
-        compare(&written, way, &asked)?;
+        compare(&written, route, &requests)?;
     }
 }
 
-/// Where the rule that decides stands.
+/// Position of the deciding rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Position {
     First,
@@ -101,7 +101,7 @@ fn position(by: DecidedBy, written: usize) -> Position {
     }
 }
 
-/// The next of the bank, from wherever the last search ended, that will do.
+/// Returns the next suitable rule of the bank, starting after the previous one.
 fn next<'a>(bank: &'a [Rule], at: &mut usize, is_suitable: impl Fn(&Rule) -> bool) -> &'a Rule {
     for _ in 0..bank.len() {
         *at = (*at + 1) % bank.len();
@@ -109,11 +109,11 @@ fn next<'a>(bank: &'a [Rule], at: &mut usize, is_suitable: impl Fn(&Rule) -> boo
             return &bank[*at];
         }
     }
-    panic!("no such rule in the bank");
+    panic!("no suitable rule in the bank");
 }
 
-/// Some rules, of which the one at a position is the first that holds and has this verdict.
-fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, asked: &AccessRequest) -> Vec<Rule> {
+/// Returns rules of which the one at `position` is the first that matches, with this action.
+fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, request: &AccessRequest) -> Vec<Rule> {
     let length = 3 + *at % 3;
     let place = match position {
         Position::First => 0,
@@ -124,8 +124,8 @@ fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, as
     let mut rules = Vec::new();
     for i in 0..length {
         let rule = next(bank, at, |rule| match i.cmp(&place) {
-            std::cmp::Ordering::Less => !matches(rule, asked),
-            std::cmp::Ordering::Equal => matches(rule, asked) && rule.allow == allow,
+            std::cmp::Ordering::Less => !matches(rule, request),
+            std::cmp::Ordering::Equal => matches(rule, request) && rule.allow == allow,
             std::cmp::Ordering::Greater => true,
         });
         rules.push(rule.clone());
@@ -146,9 +146,10 @@ fn every_method_command_address_kind_and_rule_position_agrees_with_model() {
                 let from = select(clients).prop_map(Some).boxed();
                 let requests = any_request_of(from, kind, method, command, is_named);
                 for (place, allow) in POSITIONS.into_iter().flat_map(|place| [(place, false), (place, true)]) {
-                    let asked = requests.new_tree(&mut runner).expect("a request").current();
-                    let written = rules_with(&bank, &mut at, place, allow, &asked);
-                    let answers = compare(&written, ROUTES[at % 3], &[asked]).unwrap_or_else(|error| panic!("{error}"));
+                    let request = requests.new_tree(&mut runner).expect("a request").current();
+                    let written = rules_with(&bank, &mut at, place, allow, &request);
+                    let answers =
+                        compare(&written, ROUTES[at % 3], &[request]).unwrap_or_else(|error| panic!("{error}"));
                     let (is_allowed, by) = match answers[0] {
                         Answer::Allow(by, _) => (true, by),
                         Answer::Deny(by) => (false, by),
@@ -163,7 +164,7 @@ fn every_method_command_address_kind_and_rule_position_agrees_with_model() {
             }
         }
     }
-    // Written rules at three positions with both verdicts, and the built-in ones.
+    // User rules at three positions with both actions, and the built-in rules.
     assert_eq!(seen.len(), 3 * 3 * 6 * 4 * 2 * (3 * 2 + 1));
     assert_eq!(
         built_in.into_iter().collect::<Vec<_>>(),

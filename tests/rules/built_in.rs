@@ -1,4 +1,4 @@
-//! What the built-in rules say, what lifts them, and what is denied because nothing allows it.
+//! The built-in rules, the rules that override them, and the default decision.
 
 use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -9,13 +9,12 @@ use s5::policy::rules::{AccessRequest, Route, Rules};
 
 use crate::{OWN_LISTENER, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
 
-/// Everybody who is not on this machine.
 const REMOTE_CLIENTS: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
 const LOOPBACK_CLIENTS: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
-/// Somewhere that no rule names, as `from=` has it.
+/// Removes the client address in [`evaluate`].
 const UNKNOWN_CLIENT: &str = "";
 
-/// This host, the link, the metadata service of a cloud, nobody, many; and the first and last of each range.
+/// This host, link-local, cloud metadata, unspecified, multicast, broadcast: first and last address of each range.
 const PROTECTED_V4: [&str; 13] = [
     "0.0.0.0",
     "0.255.255.255",
@@ -31,7 +30,7 @@ const PROTECTED_V4: [&str; 13] = [
     "255.255.255.255",
     "127.0.0.53",
 ];
-/// What stands just outside of them, and what is private.
+/// Addresses just outside of the protected ranges, and private addresses.
 const UNPROTECTED_V4: [&str; 14] = [
     "1.0.0.0",
     "126.255.255.255",
@@ -60,7 +59,7 @@ const PROTECTED_V6: [&str; 10] = [
     "ff0e::1",
     "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
 ];
-/// Among them what only looks like one of the forms with an IPv4 address inside.
+/// Some of them only look as if they embedded an IPv4 address.
 const UNPROTECTED_V6: [&str; 12] = [
     "::2",
     "fd00:ec2::253",
@@ -76,7 +75,7 @@ const UNPROTECTED_V6: [&str; 12] = [
     "::fffe:7f00:1",
 ];
 
-/// Each of these IPv4 addresses in all its forms.
+/// Returns each IPv4 address with the IPv6 addresses that embed it.
 fn with_embedded_forms(list: &[&str]) -> Vec<String> {
     let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("an IPv4 address"));
     parsed.flat_map(embedded_addrs).map(|ip| ip.to_string()).collect()
@@ -90,7 +89,7 @@ fn unprotected() -> Vec<String> {
     with_embedded_forms(&UNPROTECTED_V4).into_iter().chain(UNPROTECTED_V6.map(str::to_owned)).collect()
 }
 
-/// Asks about a client that is in with a password and wants this address, with and without a name for it.
+/// Evaluates CONNECT and UDP requests for `to`, with and without a name.
 fn check(rules: &Rules, from: &str, to: &str, expected: &str) {
     let plain = format!("from={from} method=password user=alice command=connect ip={to} port=80");
     for facts in [plain.clone(), format!("{plain} name=example.net"), plain.replace("connect", "udp")] {
@@ -123,7 +122,7 @@ fn loopback_clients_reach_every_address() {
 
 #[test]
 fn deny_matches_server_and_client_of_teredo_address() {
-    // The client in it is 198.51.100.1; the server 127.0.0.1, and then an ordinary one.
+    // The Teredo client is 198.51.100.1; the Teredo server is 127.0.0.1, then 192.0.2.1.
     let (bad, good) = ("2001:0:7f00:1:0:0:39cc:9bfe", "2001:0:c000:201:0:0:39cc:9bfe");
     for from in REMOTE_CLIENTS {
         check(&Rules::default(), from, bad, "deny protected");
@@ -231,7 +230,7 @@ fn own_listeners_are_denied_to_every_client() {
             assert_eq!(evaluate(&rules, &format!("from={from} {to_own_listener}")), expected, "{text:?} from {from}");
         }
     }
-    assert_eq!(evaluate(&rules(""), &to_own_listener), "deny own-listener", "and from nowhere");
+    assert_eq!(evaluate(&rules(""), &to_own_listener), "deny own-listener", "unknown client");
     assert_eq!(
         evaluate(&rules("allow to=example.net"), &format!("{to_own_listener} name=example.net")),
         "allow line 1"
@@ -251,9 +250,9 @@ fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
     let own = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
     let closed = Policy { listen_addrs: own.clone(), ..Policy::default() };
     let lifted = Policy { listen_addrs: own, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
-    let asked = Cell::new(0);
+    let calls = Cell::new(0);
     let local = |to: SocketAddr| {
-        asked.set(asked.get() + 1);
+        calls.set(calls.get() + 1);
         to.ip() == ip("192.0.2.1")
     };
     let table = [
@@ -265,16 +264,16 @@ fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
         ("[::1]:1082", "deny own-listener", 0),
         ("[::1]:1081", "allow default-allow", 0),
     ];
-    for (to, expected, local_asked) in table.map(|(to, expected, asked)| (addr(to), expected, asked)) {
+    for (to, expected, expected_calls) in table.map(|(to, expected, calls)| (addr(to), expected, calls)) {
         let request = AccessRequest {
             client_ip: Some(ip("::1")),
             target_ip: Some(to.ip()),
             target_port: Some(to.port()),
             ..AccessRequest::default()
         };
-        asked.set(0);
+        calls.set(0);
         assert_eq!(describe(closed.evaluate(&request, local)), expected, "{to}");
-        assert_eq!(asked.get() > 0, local_asked > 0, "{to}");
+        assert_eq!(calls.get() > 0, expected_calls > 0, "{to}");
         assert_eq!(describe(lifted.evaluate(&request, local)), "allow line 1", "{to}");
     }
 }

@@ -1,4 +1,4 @@
-//! Answers before everything is known: at accept, after the login, at the request by name; and that they stay.
+//! Decisions before all facts are known: at accept, after the login, at a request by name. Later facts do not change them.
 
 use std::net::SocketAddr;
 
@@ -10,16 +10,17 @@ use s5::proto::{HostName, ProtectionLevel};
 use crate::generators::{any_request, any_route, any_rule, is_own_listener, std_ip, write_rules};
 use crate::{config, describe, evaluate, ip, rules, rules_with_route};
 
-/// Each stage knows what the ones before it knew.
+/// Facts after the login.
 const LOGGED_IN: &str = "method=password user=alice";
+/// Facts at a request by name.
 const BY_NAME: &str = "method=password user=alice command=connect port=80 name=www.example.org";
 
-/// "?" alone is for whichever rule.
+/// Checks decisions for rules and facts. "?" is undecided, because of any rule.
 fn check(table: &[(&str, &str, &str)]) {
     for (text, facts, expected) in table {
         let answer = evaluate(&rules(text), facts);
         let is_open = *expected == "?" && answer.starts_with("? ");
-        assert!(is_open || answer == *expected, "{text:?}, asked {facts:?}: {answer} and not {expected}");
+        assert!(is_open || answer == *expected, "{text:?} with {facts:?}: {answer} instead of {expected}");
     }
 }
 
@@ -186,7 +187,7 @@ fn known_address_leaves_only_client_conditions_undecided() {
 
 #[test]
 fn possible_routes_are_listed_without_duplicates() {
-    let ways = |rules: &Rules, from: &str, to: Option<&str>| {
+    let routes = |rules: &Rules, from: &str, to: Option<&str>| {
         let request = AccessRequest { client_ip: Some(ip(from)), target_ip: to.map(ip), ..AccessRequest::default() };
         rules.possible_routes(&request)
     };
@@ -201,18 +202,18 @@ fn possible_routes_are_listed_without_duplicates() {
         (rules("allow from=::1 via=direct"), "192.0.2.7", None, vec![]),
     ];
     for (rules, from, to, expected) in table {
-        assert_eq!(ways(&rules, from, to), expected, "{:?} from {from} to {to:?}", rules.user_rules());
+        assert_eq!(routes(&rules, from, to), expected, "{:?} from {from} to {to:?}", rules.user_rules());
     }
 }
 
-/// How much of where it goes is known.
+/// How much of the target is known.
 const NO_TARGET: usize = 0;
 const NAME: usize = 1;
 const ADDRESS: usize = 2;
-/// Login, command and port, known or not, by where to.
+/// Login, command and port (known or not), times the three degrees of target knowledge.
 const STAGES: usize = 8 * 3;
 
-/// As much of a question as is known at a stage.
+/// Returns the facts of a request that are known at a stage.
 fn facts_at<'a>(all: &AccessRequest<'a>, stage: usize) -> AccessRequest<'a> {
     let (bits, place) = (stage % 8, stage / 8);
     AccessRequest {
@@ -230,19 +231,19 @@ fn is_later(stage: usize, other: usize) -> bool {
     bits & others == bits && stage / 8 <= other / 8
 }
 
-/// Each answer that is given counts at all stages that know more.
+/// Checks that a decision at one stage stays the same at all stages with more facts.
 fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseError> {
     let own_listener = |to: SocketAddr| is_own_listener(to);
     let answers: Vec<Decision<'_>> =
         (0..STAGES).map(|stage| rules.evaluate(&facts_at(all, stage), &own_listener)).collect();
     for (stage, early) in answers.iter().enumerate() {
-        // A name that is a hop's to resolve is all that will be known of the place.
-        let is_hops = match early {
+        // If a hop resolves the name, its address never becomes known.
+        let is_resolved_by_hop = match early {
             Decision::Allow(rule, Route::Hop(_)) => stage / 8 == NAME && !rule.to_string().contains(" to="),
             _ => false,
         };
         for (other, late) in answers.iter().enumerate() {
-            if !is_later(stage, other) || is_hops && other / 8 != NAME {
+            if !is_later(stage, other) || is_resolved_by_hop && other / 8 != NAME {
                 continue;
             }
             match (early, late) {
@@ -250,14 +251,14 @@ fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseEr
                 (Decision::Allow(..), Decision::Allow(..)) => prop_assert_eq!(describe(*early), describe(*late)),
                 _ => prop_assert!(false, "{} at {stage}, {} at {other}", describe(*early), describe(*late)),
             }
-            if let Decision::Allow(_, way) = late {
-                let ways = rules.possible_routes(&facts_at(all, stage));
-                prop_assert!(ways.contains(way), "{way:?} at {other}, {ways:?} at {stage}");
+            if let Decision::Allow(_, route) = late {
+                let routes = rules.possible_routes(&facts_at(all, stage));
+                prop_assert!(routes.contains(route), "{route:?} at {other}, {routes:?} at {stage}");
             }
         }
     }
     let last = answers.last().expect("the last stage");
-    prop_assert!(!matches!(last, Decision::Undecided(_)), "everything is known");
+    prop_assert!(!matches!(last, Decision::Undecided(_)), "undecided with all facts");
     let places = [NO_TARGET, NAME, ADDRESS].map(|place| describe(answers[place * 8 + 7]));
     prop_assert!(all.target_name.is_some() || places[NO_TARGET] == places[NAME], "{:?}", places);
     Ok(())
@@ -269,12 +270,12 @@ proptest! {
     #[test]
     fn early_decision_equals_decision_with_all_facts(
         written in vec(any_rule(), 0..6),
-        asked in vec(any_request(), 3),
-        way in any_route(),
+        requests in vec(any_request(), 3),
+        route in any_route(),
     ) {
         let text = write_rules(&written).text;
-        let rules = rules_with_route(way, &text);
-        for plain in &asked {
+        let rules = rules_with_route(route, &text);
+        for plain in &requests {
             let name = plain.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
             let all = AccessRequest {
                 client_ip: plain.from.map(std_ip),

@@ -1,4 +1,4 @@
-//! Rules and questions at random, likely to meet; and a rule in one of the many ways to write it.
+//! Generators of random rules and requests that often match, and of the many routes to write a rule.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +13,7 @@ use crate::model::{AccessRequest, ClientPattern, Ip, Net, OWN_LISTENERS, Rule, T
 pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
 
-/// What kind of address a client asks for; the last four have an IPv4 address inside.
+/// Kind of target address; the last four embed an IPv4 address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     V4,
@@ -26,7 +26,7 @@ pub enum Kind {
 
 pub const KINDS: [Kind; 6] = [Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::SixToFour, Kind::Teredo];
 
-/// Where a client may be.
+/// Client addresses: loopback and remote, IPv4 and IPv6.
 pub const CLIENTS: [&[Ip]; 4] = [
     &[Ip::V4(0x7f00_0001), Ip::V4(0x7f01_0203), Ip::V4(0x7fff_ffff)],
     &[Ip::V6(1)],
@@ -34,7 +34,7 @@ pub const CLIENTS: [&[Ip]; 4] = [
     &[Ip::V6(0x2001_0db8 << 96 | 7), Ip::V6(0xfe80 << 112 | 7), Ip::V6(0x2002_7f00_0001 << 80), Ip::V6(2)],
 ];
 
-/// The first and last addresses of what is protected, those beside them, and a few ordinary ones.
+/// First and last addresses of the protected ranges, their neighbours, and a few others.
 const V4: [u32; 24] = [
     0,
     0x00ff_ffff,
@@ -101,7 +101,7 @@ const NAMES: [&str; 14] = [
     "bücher.example",
     "BÜCHER.example",
 ];
-/// As rules have them: no dot at the end, which is added now and then.
+/// Names in rules. Some get a final dot when they are written.
 const RULE_NAMES: [&str; 9] = [
     "example.org",
     "EXAMPLE.org",
@@ -149,7 +149,7 @@ fn any_v4() -> BoxedStrategy<u32> {
 }
 
 pub fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
-    let inside = (any_v4(), any_v4(), any::<u64>()).prop_map(move |(ip, server, rest)| {
+    let embedding = (any_v4(), any_v4(), any::<u64>()).prop_map(move |(ip, server, rest)| {
         let (ip, server, rest) = (u128::from(ip), u128::from(server), u128::from(rest));
         match kind {
             Kind::V4 | Kind::V6 | Kind::Mapped => 0xffff << 32 | ip,
@@ -161,15 +161,15 @@ pub fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
     match kind {
         Kind::V4 => any_v4().prop_map(Ip::V4).boxed(),
         Kind::V6 => prop_oneof![9 => select(&V6[..]), 1 => any::<u128>()].prop_map(Ip::V6).boxed(),
-        _ => inside.prop_map(Ip::V6).boxed(),
+        _ => embedding.prop_map(Ip::V6).boxed(),
     }
 }
 
-/// Of an address that somebody could have, so that it matters where it ends.
+/// Returns a net that contains a possible address, so that its prefix length matters.
 fn any_net(addresses: BoxedStrategy<Ip>) -> impl Strategy<Value = Net> {
     (addresses, select(&PREFIXES[..])).prop_map(|(ip, bits)| match ip {
         Ip::V4(ip) => v4_net(ip, bits),
-        // One that is wholly mapped has to be written as IPv4.
+        // A net of IPv4-mapped addresses only has to be written as IPv4.
         Ip::V6(ip) if ip >> 32 == 0xffff && bits >= 80 => {
             v4_net(u32::try_from(ip & 0xffff_ffff).expect("32 bits"), bits.saturating_sub(96))
         }
@@ -203,7 +203,7 @@ fn any_ports() -> impl Strategy<Value = (u16, u16)> {
     (port(), port(), any::<bool>()).prop_map(|(a, b, is_one)| if is_one { (a, a) } else { (a.min(b), a.max(b)) })
 }
 
-/// A list of a few, more often than not empty.
+/// Returns a list, empty in most cases.
 fn up_to_three<S: Strategy>(one: S) -> impl Strategy<Value = Vec<S::Value>>
 where
     S::Value: Clone,
@@ -227,16 +227,16 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
         3 => select(&USERS[..]).prop_map(UserPattern::Named),
         2 => select(&REALMS[..]).prop_map(UserPattern::Realm),
     ];
-    let way = proptest::option::of(select(&ROUTES[..]));
+    let route = proptest::option::of(select(&ROUTES[..]));
     let client = (up_to_three(source), up_to_three(user), subset(&METHODS), subset(&COMMANDS));
-    let target = (up_to_three(any_target_pattern()), up_to_three(any_ports()), way);
+    let target = (up_to_three(any_target_pattern()), up_to_three(any_ports()), route);
     (any::<bool>(), client, target, any::<u64>()).prop_map(|(allow, client, target, style)| {
         let ((from, users, methods, commands), (to, ports, via)) = (client, target);
         Rule { allow, from, users, methods, commands, to, ports, via: via.filter(|_| allow), style }
     })
 }
 
-/// A question by somebody in one of these places, for an address of this kind.
+/// Returns a request of such a client for an address of this kind.
 pub fn any_request_of(
     from: BoxedStrategy<Option<Ip>>,
     kind: Kind,
@@ -264,21 +264,21 @@ pub fn any_request() -> impl Strategy<Value = AccessRequest> {
     })
 }
 
-pub fn route(way: &str) -> Route {
-    match way {
+pub fn parse_route(route: &str) -> Route {
+    match route {
         "direct" => Route::Direct,
         hop => Route::Hop(crate::hops().iter().position(|name| name == hop).expect("a hop")),
     }
 }
 
 pub fn any_route() -> impl Strategy<Value = Route> {
-    select(&ROUTES[..]).prop_map(route)
+    select(&ROUTES[..]).prop_map(parse_route)
 }
 
-/// Rules as a file.
+/// A rules file.
 pub struct RulesFile {
     pub text: String,
-    /// Of each rule: its line, and how it is shown.
+    /// Line number and displayed text of each rule.
     pub lines: Vec<(usize, String)>,
 }
 
@@ -295,7 +295,7 @@ pub fn write_rules(rules: &[Rule]) -> RulesFile {
     RulesFile { text, lines }
 }
 
-/// One of so many, by some bits of a style.
+/// Selects one of `of` choices by some bits of the style.
 fn pick(style: u64, bit: u32, of: usize) -> usize {
     usize::from(style.rotate_right(bit).to_le_bytes()[0]) % of
 }
@@ -346,14 +346,14 @@ fn user(user: UserPattern, style: u64) -> String {
     }
 }
 
-/// What could mean something else is always encoded, the rest now and then.
+/// Encodes special characters always, other characters depending on the style.
 fn percent_encode(bytes: &[u8], style: u64) -> String {
     let mut text = String::new();
     for byte in bytes {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'.' | b'@' if style & 4 == 0 => text.push(char::from(*byte)),
-            _ if style & 8 == 0 => write!(text, "%{byte:02x}").expect("a string takes all"),
-            _ => write!(text, "%{byte:02X}").expect("a string takes all"),
+            _ if style & 8 == 0 => write!(text, "%{byte:02x}").expect("formatted"),
+            _ => write!(text, "%{byte:02X}").expect("formatted"),
         }
     }
     text

@@ -1,13 +1,13 @@
-//! The rules once more, as plainly as can be: numbers, strings and a loop. Nothing of the crate is called here.
+//! A simple model of the rules: numbers, strings and one loop. Calls nothing of the crate.
 
-/// An address as the number that it is.
+/// An address as a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ip {
     V4(u32),
     V6(u128),
 }
 
-/// An address and how many of its bits count.
+/// Address and prefix length.
 #[derive(Clone, Copy, Debug)]
 pub enum Net {
     V4(u32, u32),
@@ -25,7 +25,7 @@ pub enum ClientPattern {
 pub enum UserPattern {
     Any,
     Named(&'static [u8]),
-    /// What stands behind the `@`.
+    /// The part after the `@`.
     Realm(&'static [u8]),
 }
 
@@ -47,11 +47,11 @@ pub struct Rule {
     pub to: Vec<TargetPattern>,
     pub ports: Vec<(u16, u16)>,
     pub via: Option<&'static str>,
-    /// Decides how it is written down, and nothing else.
+    /// Selects one of the ways to write the rule; does not affect its meaning.
     pub style: u64,
 }
 
-/// A question with all that there is to know.
+/// A request with all facts.
 #[derive(Clone, Copy, Debug)]
 pub struct AccessRequest {
     pub from: Option<Ip>,
@@ -63,7 +63,7 @@ pub struct AccessRequest {
     pub port: u16,
 }
 
-/// What decided: a written rule by its place in the list, or one that is built in.
+/// The deciding rule: index of a user rule, or a built-in rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DecidedBy {
     UserRule(usize),
@@ -79,11 +79,11 @@ pub enum Answer {
     Deny(DecidedBy),
 }
 
-/// Where the server listens.
+/// Listeners of the server.
 pub const OWN_LISTENERS: [(Ip, u16); 3] =
     [(Ip::V4(0xc000_0250), 1080), (Ip::V4(0x7f00_0001), 1080), (Ip::V6(0x2001_0db8 << 96 | 0x50), 1080)];
 
-/// The answer to a question. `way` is taken where a rule names none.
+/// Decides a request. `route` is the route of rules without `via=`.
 pub fn decide(rules: &[Rule], route: &'static str, request: &AccessRequest) -> Answer {
     for (i, rule) in rules.iter().enumerate() {
         if matches(rule, request) {
@@ -105,7 +105,7 @@ pub fn decide(rules: &[Rule], route: &'static str, request: &AccessRequest) -> A
     Answer::Allow(DecidedBy::DefaultAllow, route)
 }
 
-/// Whether every condition of a rule holds.
+/// Whether every condition of a rule matches.
 pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
     if !rule.from.is_empty() && !rule.from.iter().any(|source| is_from(*source, request.from)) {
         return false;
@@ -125,7 +125,7 @@ pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
     if !rule.to.is_empty() {
         return rule.to.iter().any(|place| is_to(*place, rule.allow, request));
     }
-    // "allow" alone means everywhere but where the built-in rules do not let this client.
+    // An `allow` without `to=` excludes the targets of the built-in denials.
     !rule.allow || !is_own_listener(request) && !is_protected(request)
 }
 
@@ -159,7 +159,7 @@ fn is_protected_addr(ip: Ip) -> bool {
     }
 }
 
-/// All that an address could be taken for.
+/// Returns an address and the addresses embedded in it.
 fn embedded_addrs(ip: Ip) -> Vec<Ip> {
     let mut addrs = vec![ip];
     addrs.extend(embedded_ipv4(ip).map(Ip::V4));
@@ -171,7 +171,7 @@ fn embedded_addrs(ip: Ip) -> Vec<Ip> {
     addrs
 }
 
-/// The IPv4 address that an IPv6 address leads to.
+/// Returns the IPv4 address that an IPv6 address finally reaches.
 fn embedded_ipv4(ip: Ip) -> Option<u32> {
     let Ip::V6(ip) = ip else { return None };
     if ip >> 32 == 0xffff || ip >> 32 == 0x0064_ff9b << 64 {
@@ -183,7 +183,7 @@ fn embedded_ipv4(ip: Ip) -> Option<u32> {
     (ip >> 96 == 0x2001_0000).then(|| u32::MAX - low(ip))
 }
 
-/// The last 32 bits.
+/// Returns the low 32 bits.
 fn low(number: u128) -> u32 {
     u32::try_from(number % (1 << 32)).expect("32 bits")
 }
@@ -215,7 +215,7 @@ fn is_to(place: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
     }
 }
 
-/// A name in its parts; a dot at the end ends it and begins nothing.
+/// Splits a name into labels; a final dot adds no label.
 fn labels(name: &str) -> Vec<String> {
     let mut labels: Vec<String> = name.split('.').map(str::to_lowercase).collect();
     if labels.last().is_some_and(String::is_empty) {

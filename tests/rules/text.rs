@@ -1,4 +1,4 @@
-//! Rules as text: what each key means, and each way to get one wrong.
+//! Syntax of rules: the meaning of each key, and each possible mistake.
 
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, normalize_name, parse_rule, parse_rules};
@@ -6,10 +6,10 @@ use s5::proto::{Method, ProtectionLevel};
 
 use crate::{config, evaluate, hops, rules, rules_with_route};
 
-/// Everything is known, and nothing of it is special.
+/// All facts are known; none of them is special.
 const BASE: &str = "from=192.0.2.7 method=password user=alice command=connect ip=198.51.100.1 port=80";
 
-/// Checks for what a rule of these conditions counts, whether it allows or denies. The facts stand in for those of
+/// Checks which requests a rule with these conditions matches, as `allow` and as `deny`. The facts replace those of
 /// [`BASE`].
 fn check(conditions: &str, yes: &[&str], no: &[&str]) {
     for action in ["allow", "deny"] {
@@ -17,7 +17,7 @@ fn check(conditions: &str, yes: &[&str], no: &[&str]) {
         let by_rule = format!("{action} line 1");
         for (facts, counts) in yes.iter().map(|facts| (facts, true)).chain(no.iter().map(|facts| (facts, false))) {
             let answer = evaluate(&rules, &format!("{BASE} {facts}"));
-            assert_eq!(answer == by_rule, counts, "{action} {conditions}, asked {facts:?}: {answer}");
+            assert_eq!(answer == by_rule, counts, "{action} {conditions}, with {facts:?}: {answer}");
         }
     }
 }
@@ -76,7 +76,7 @@ fn list_matches_any_entry_and_rule_needs_all_conditions() {
     );
 }
 
-/// Whether a rule with this user counts for somebody with that name; none has not logged in.
+/// Whether `user=` matches a client with this user name; `None`: the client has not logged in.
 fn user_matches(user: &str, name: Option<&[u8]>) -> bool {
     let rules = rules(&format!("deny user={user}"));
     let method = if name.is_some() { Method::PASSWORD } else { Method::NONE };
@@ -117,7 +117,7 @@ fn user_matches_name_realm_or_any_login() {
         for name in no {
             assert!(!user_matches(user, Some(name)), "{user} for {}", name.escape_ascii());
         }
-        assert!(!user_matches(user, None), "{user} for somebody without a login");
+        assert!(!user_matches(user, None), "{user} without a login");
     }
 }
 
@@ -168,12 +168,12 @@ fn port_matches_number_or_inclusive_range() {
 
 #[test]
 fn via_selects_route() {
-    for (default, way) in [(Route::Direct, ""), (Route::Hop(0), " a"), (Route::Hop(1), " b")] {
-        for (via, expected) in [("", way), ("via=direct", ""), ("via=a", " a"), ("via=b", " b")] {
+    for (default, route) in [(Route::Direct, ""), (Route::Hop(0), " a"), (Route::Hop(1), " b")] {
+        for (via, expected) in [("", route), ("via=direct", ""), ("via=a", " a"), ("via=b", " b")] {
             let answer = evaluate(&rules_with_route(default, &format!("allow {via}")), BASE);
             assert_eq!(answer, format!("allow line 1{expected}"), "{via:?} with {default:?}");
         }
-        assert_eq!(evaluate(&rules_with_route(default, ""), BASE), format!("allow default-allow{way}"));
+        assert_eq!(evaluate(&rules_with_route(default, ""), BASE), format!("allow default-allow{route}"));
     }
 }
 
@@ -192,7 +192,7 @@ fn keys_are_accepted_in_any_order_and_first_match_decides() {
 #[test]
 fn comments_blanks_and_crlf_are_ignored() {
     for line in ["", " \t", "#", "# allow", "  # deny to=x", "#deny", "#port=0"] {
-        assert!(parse_rule(line, "", &[]).expect("no mistake").is_none(), "{line:?}");
+        assert!(parse_rule(line, "", &[]).expect("valid").is_none(), "{line:?}");
     }
     let text = "# first\r\n\r\n  allow port=80 # why\r\n\t#deny\ndeny to=a#b # c\ndeny port=1 #port=0";
     let wrong = parse_rules(text, "f", &[]).expect_err("a#b is no name");
@@ -205,11 +205,11 @@ fn comments_blanks_and_crlf_are_ignored() {
 
 #[test]
 fn parse_rule_keeps_origin_and_text() {
-    let rule = parse_rule("deny # all", "--deny", &[]).expect("no mistake").expect("a rule");
+    let rule = parse_rule("deny # all", "--deny", &[]).expect("valid").expect("a rule");
     assert_eq!((rule.origin(), &*rule.to_string()), ("--deny", "deny"));
 }
 
-/// A bad line, and the words by which its message lets one find the mistake.
+/// An invalid rule, and the words that its error message must contain.
 const INVALID_RULES: [(&str, &[&str]); 78] = [
     ("permit", &["\"permit\"", "allow", "deny"]),
     ("Allow", &["\"Allow\""]),
