@@ -91,7 +91,7 @@ pub(in crate::cmd) async fn run_with_tasks(
     executor.run(main).await
 }
 
-/// Accepts the next connection. Errors are printed once, and retried.
+/// Accepts the next connection. The first error is printed; accept(2) is retried after a pause.
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_reported = false;
     loop {
@@ -145,22 +145,22 @@ async fn serve_connection(
     let stats = tunnel.stats.clone();
     let counts = ByteCounts::default();
     let options = RelayOptions { idle_timeout, ..RelayOptions::default() };
-    let ended = {
+    let outcome = {
         let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
         relay(&mut local_stream, &mut tunnel_stream, &options, &counts, |_, _| true).await
     };
     drop(tunnel);
-    if let Err(RelayError::Undelivered(_)) = ended {
+    if let Err(RelayError::Undelivered(_)) = outcome {
         sleep(UNSENT_GRACE).await;
         local.abort();
     }
     report.set_bytes(&counts);
     report.set_stats(stats.first_byte.get(), stats.ended_first.get());
-    let result = match ended {
+    let result = match outcome {
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))
         }
-        ended => relay_result(connector, idle_timeout, ended, Ok(())),
+        outcome => relay_result(connector, idle_timeout, outcome, Ok(())),
     };
     connector.finish(report, result)
 }

@@ -29,9 +29,9 @@ use crate::relay::{
 };
 
 /// How long stdin may be silent after the remote side has ended. Data that is ready is still sent, but s5 does not wait
-/// for more, since the peer has most likely closed its socket.
+/// for more, since the peer has most likely closed its socket. Also limits the last flush of stdout after a timeout.
 const STDIN_LINGER: Duration = Duration::from_millis(250);
-/// With `--send-only`, time from the end of stdin to the end of s5.
+/// With `--send-only`, time from the end of stdin to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
 /// What to do with a tunnel.
@@ -55,7 +55,7 @@ impl TunnelAction {
             return Err(CliError::usage("-w: must be greater than 0"));
         }
         let program = Program::from_args(args)?;
-        let uses = [
+        let exclusive = [
             (args.zero_io, "-z"),
             (args.pass_fd, "-F"),
             (program.is_some(), "-e and -c"),
@@ -63,14 +63,14 @@ impl TunnelAction {
             (args.recv_only, "-d"),
             (args.send_only, "--send-only"),
         ];
-        let named: Vec<&str> = uses.iter().filter(|(is_used, _)| *is_used).map(|(_, name)| *name).collect();
-        if let [one, other, ..] = named.as_slice() {
+        let given: Vec<&str> = exclusive.iter().filter(|(is_given, _)| *is_given).map(|(_, name)| *name).collect();
+        if let [one, other, ..] = given.as_slice() {
             return Err(CliError::usage(format!("{one} and {other} cannot be combined")));
         }
         let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
         if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
             let what = "-C, -q, --no-shutdown and --progress";
-            return Err(CliError::usage(format!("{what} cannot be used with {}", named.concat())));
+            return Err(CliError::usage(format!("{what} cannot be used with {}", given.concat())));
         }
         if args.pass_fd {
             let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
@@ -148,7 +148,7 @@ impl TunnelAction {
         let mut exit = child.map(|child| Box::pin(child::wait(child)));
         let mut exit_status = None;
         let quit_timed_out = Cell::new(false);
-        let ended = {
+        let outcome = {
             let quit = async {
                 stats.up_done().await;
                 match (self.quit_after, &mut exit) {
@@ -166,11 +166,11 @@ impl TunnelAction {
             let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tracked);
             relay(&mut local, &mut remote, &options, &counts, |_, _| true).or(quit).or(show).await
         };
-        if ended.is_ok() {
+        if outcome.is_ok() {
             // After -q or the exit of the program, the peer may still be sending: close without a reset.
             let _ = tracked.stream.set_reset_on_close(false);
         }
-        let is_aborted = quit_timed_out.get() || matches!(ended, Err(RelayError::IdleTimeout));
+        let is_aborted = quit_timed_out.get() || matches!(outcome, Err(RelayError::IdleTimeout));
         let flushed = match is_aborted {
             // A reader of stdout that does not read must not delay the exit.
             true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
@@ -179,7 +179,7 @@ impl TunnelAction {
         drop((stdio, tracked));
         report.set_bytes(&counts);
         report.set_stats(stats.first_byte.get(), stats.ended_first.get());
-        relay_result(connector, self.idle_timeout, ended, flushed)?;
+        relay_result(connector, self.idle_timeout, outcome, flushed)?;
         if let (None, Some(exit)) = (&exit_status, exit.filter(|_| !quit_timed_out.get())) {
             exit_status = Some(exit.await);
         }
@@ -197,17 +197,17 @@ impl TunnelAction {
 pub(super) fn relay_result(
     connector: &Connector,
     idle_timeout: Option<Duration>,
-    ended: RelayResult,
+    outcome: RelayResult,
     flushed: io::Result<()>,
 ) -> Result<(), CliError> {
-    let ended = match (ended, flushed) {
+    let outcome = match (outcome, flushed) {
         (Ok(_) | Err(RelayError::IdleTimeout | RelayError::Io(RelayOp::WriteClient, _)), Err(error)) => {
             Err(RelayError::Io(RelayOp::WriteClient, error))
         }
-        (ended, _) => ended,
+        (outcome, _) => outcome,
     };
     let failed = |status, error: &io::Error| Err(connector.io_error(status, error));
-    match ended {
+    match outcome {
         // The clients never stop a relay from outside.
         Ok(_) | Err(RelayError::Stopped) => Ok(()),
         Err(RelayError::IdleTimeout) => {
