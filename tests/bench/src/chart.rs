@@ -1,8 +1,8 @@
-//! The charts: bars for the rows, lines for the soak. Plain SVG that follows the reader's choice of light or dark.
+//! The charts: bars for the rows, lines for the soak. SVG with a light and a dark style.
 
 use std::fmt::Write as _;
 
-use crate::proxies::Kind;
+use crate::proxies::ProxyKind;
 use crate::report::Results;
 
 const WIDTH: f64 = 760.0;
@@ -30,7 +30,7 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
-/// The figures of one group, each with a bar a proxy; none when there is nothing to show.
+/// Draws the figures of one group, with a bar for each proxy. Returns `None` if there are no values.
 pub fn bars(results: &Results, group: &str) -> Option<String> {
     let (mut body, mut y) = (String::new(), 0.0);
     for (_, figure) in results.figures.iter().filter(|(row, _)| row.group == group) {
@@ -43,15 +43,15 @@ pub fn bars(results: &Results, group: &str) -> Option<String> {
         if most == 0.0 {
             continue;
         }
-        let better = if figure.more_is_better { "more is better" } else { "less is better" };
+        let better = if figure.is_higher_better { "higher is better" } else { "lower is better" };
         let title = escape(&format!("{}, {} ({better})", figure.label, figure.unit));
         let _ = writeln!(body, "<text class=\"title\" x=\"8\" y=\"{:.0}\">{title}</text>", y + 22.0);
         y += TITLE;
         let scale = (WIDTH - NAMES - VALUES) / most;
         for (proxy, middle, (low, high)) in cells {
             let class = match proxy.kind {
-                Kind::Direct => "direct",
-                Kind::S5 => "s5",
+                ProxyKind::Direct => "direct",
+                ProxyKind::S5 => "s5",
                 _ => "peer",
             };
             let (right, text, line) = (NAMES - 8.0, y + 11.0, y + BAR / 2.0);
@@ -74,10 +74,10 @@ pub fn bars(results: &Results, group: &str) -> Option<String> {
     (y > 0.0).then(|| svg(y + 10.0, &body))
 }
 
-/// A panel of lines over the same time.
+/// One line over time.
 pub struct Panel {
     pub title: String,
-    /// Minutes and values.
+    /// Minute and value.
     pub points: Vec<(f64, f64)>,
 }
 

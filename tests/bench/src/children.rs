@@ -1,4 +1,4 @@
-//! Child processes that do not outlive the benchmark, however it ends, and the folder for their files.
+//! Child processes, which end with the benchmark even if it is killed, and the folder for their files.
 
 use std::fs;
 use std::io;
@@ -17,42 +17,42 @@ use signal_hook::iterator::Signals;
 
 use crate::cpu;
 
-/// The first argument of this program when it is only to become another one.
-pub const BECOME: &str = "become";
+/// First argument of this program when it executes another program.
+pub const EXEC_HELPER: &str = "become";
 
-static ROOTS: Mutex<Vec<i32>> = Mutex::new(Vec::new());
+static PROCESS_ROOTS: Mutex<Vec<i32>> = Mutex::new(Vec::new());
 
-/// A process with all of its descendants; gone when dropped.
+/// A process. Dropping it kills the process and all its descendants.
 pub struct Process(Child);
 
 impl Process {
-    /// Starts a program by way of this one, which makes it end when this one does.
+    /// Starts a program through [`exec_program`], so that the kernel kills it when this process ends.
     ///
-    /// Only for the main thread: the kernel looks at the thread that started the child.
+    /// Only for the main thread: the kernel kills the child when the thread that has started it ends.
     pub fn start(command: &Command) -> io::Result<Self> {
         let mut wrapped = Self::wrap(command)?;
         wrapped.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self::start_as_it_is(wrapped)
+        Self::spawn_directly(wrapped)
     }
 
-    /// The same, with pipes to and from it.
+    /// As [`Process::start`], with pipes for stdin and stdout.
     pub fn start_with_pipes(command: &Command) -> io::Result<Self> {
         let mut wrapped = Self::wrap(command)?;
         wrapped.stdin(Stdio::piped()).stdout(Stdio::piped());
-        Self::start_as_it_is(wrapped)
+        Self::spawn_directly(wrapped)
     }
 
     fn wrap(command: &Command) -> io::Result<Command> {
         let mut wrapped = Command::new(std::env::current_exe()?);
-        wrapped.arg(BECOME).arg(command.get_program()).args(command.get_args());
+        wrapped.arg(EXEC_HELPER).arg(command.get_program()).args(command.get_args());
         wrapped.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         Ok(wrapped)
     }
 
-    /// Without that way, for whoever measures how long the start takes.
-    pub fn start_as_it_is(mut command: Command) -> io::Result<Self> {
+    /// Starts the program itself, for measuring the time of the start.
+    pub fn spawn_directly(mut command: Command) -> io::Result<Self> {
         let child = command.process_group(0).spawn()?;
-        ROOTS.lock().expect("no panic holds it").push(child.id() as i32);
+        PROCESS_ROOTS.lock().expect("not poisoned").push(child.id() as i32);
         Ok(Self(child))
     }
 
@@ -76,19 +76,19 @@ impl Drop for Process {
             kill_tree(pid);
             let _ = self.0.wait();
         }
-        ROOTS.lock().expect("no panic holds it").retain(|root| *root != pid);
+        PROCESS_ROOTS.lock().expect("not poisoned").retain(|root| *root != pid);
     }
 }
 
-/// Some daemons put children into sessions of their own, so a process group is not enough.
+/// Kills a process and its descendants. Some daemons start new sessions, so that a process group is not enough.
 fn kill_tree(root: i32) {
     for pid in cpu::descendants(root) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
 }
 
-/// The child's half of `Process::start`.
-pub fn become_program(mut args: impl Iterator<Item = std::ffi::OsString>) -> io::Error {
+/// Runs in the child of [`Process::start`]: requests SIGKILL at the end of the parent, and executes the program.
+pub fn exec_program(mut args: impl Iterator<Item = std::ffi::OsString>) -> io::Error {
     let Some(program) = args.next() else { return io::ErrorKind::InvalidInput.into() };
     if let Err(error) = set_pdeathsig(Signal::SIGKILL) {
         return error.into();
@@ -96,7 +96,7 @@ pub fn become_program(mut args: impl Iterator<Item = std::ffi::OsString>) -> io:
     Command::new(program).args(args).exec()
 }
 
-/// The descriptors that this process and its children may have, which is all that the system grants.
+/// Raises the soft limit of descriptors to the hard limit, and returns it.
 pub fn raise_descriptor_limit() -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
     match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
@@ -105,33 +105,33 @@ pub fn raise_descriptor_limit() -> u64 {
     }
 }
 
-/// A folder of this run alone.
+/// Returns the folder of this run.
 pub fn folder() -> PathBuf {
     std::env::temp_dir().join(format!("s5-bench-{}", std::process::id()))
 }
 
-/// Removes the folder when the run is over.
-pub struct Folder;
+/// Removes the folder when dropped.
+pub struct TempFolder;
 
-impl Folder {
-    pub fn make() -> io::Result<Self> {
+impl TempFolder {
+    pub fn create() -> io::Result<Self> {
         fs::DirBuilder::new().mode(0o700).create(folder())?;
         Ok(Self)
     }
 }
 
-impl Drop for Folder {
+impl Drop for TempFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(folder());
     }
 }
 
-/// Ends children and folder when the run is interrupted.
+/// Kills the children and removes the folder on SIGINT, SIGTERM and SIGHUP.
 pub fn clean_up_on_signals() -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
-            let roots = ROOTS.lock().map(|roots| roots.clone()).unwrap_or_default();
+            let roots = PROCESS_ROOTS.lock().map(|roots| roots.clone()).unwrap_or_default();
             roots.into_iter().for_each(kill_tree);
             let _ = fs::remove_dir_all(folder());
             std::process::exit(128 + signal);

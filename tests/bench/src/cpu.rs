@@ -1,4 +1,4 @@
-//! What a process and its descendants use: CPU time to the nanosecond, memory, descriptors, threads.
+//! Resources of a process and its descendants: CPU time in nanoseconds, memory, descriptors, threads.
 
 use std::collections::HashMap;
 use std::fs;
@@ -7,14 +7,14 @@ use nix::sys::time::TimeValLike as _;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
-/// The fields of /proc/PID/stat from the third on: those before hold a name that may have spaces in it.
+/// Returns the fields of /proc/PID/stat from the third on. The second one is a name that may contain spaces.
 fn stat(pid: i32) -> Option<Vec<String>> {
     let line = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let rest = line.get(line.rfind(')')? + 2..)?;
     Some(rest.split_whitespace().map(str::to_owned).collect())
 }
 
-/// The process itself and everything below it.
+/// Returns the process and all its descendants.
 pub fn descendants(root: i32) -> Vec<i32> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     let Ok(entries) = fs::read_dir("/proc") else { return vec![root] };
@@ -32,7 +32,7 @@ pub fn descendants(root: i32) -> Vec<i32> {
     found
 }
 
-/// Processes whose use is added up.
+/// The roots of process trees whose resources are added up.
 #[derive(Clone, Debug, Default)]
 pub struct Tree(pub Vec<i32>);
 
@@ -41,10 +41,10 @@ impl Tree {
         self.0.iter().flat_map(|root| descendants(*root))
     }
 
-    /// User and system time so far, in seconds.
+    /// Returns user and system time so far, in seconds.
     ///
-    /// The clock of a process counts in nanoseconds and keeps what its threads that ended had used. What children that
-    /// ended had used is with their parent, in clock ticks.
+    /// The clock of a process counts nanoseconds, and includes threads that have ended. The time of child processes
+    /// that have ended is in the stat file of the parent, in clock ticks.
     pub fn cpu(&self) -> f64 {
         let of = |pid| {
             let own = clock_getcpuclockid(Pid::from_raw(pid)).and_then(|clock| clock.now());
@@ -56,12 +56,12 @@ impl Tree {
         self.pids().map(of).sum()
     }
 
-    /// Octets that belong to these processes alone and were written to.
+    /// Returns the bytes of memory that are private and have been written.
     pub fn private_dirty(&self) -> u64 {
         self.pids().map(|pid| kib(&format!("/proc/{pid}/smaps_rollup"), "Private_Dirty:")).sum()
     }
 
-    /// Octets in memory, shared ones included.
+    /// Returns the resident bytes, including shared ones.
     pub fn resident(&self) -> u64 {
         self.pids().map(|pid| kib(&format!("/proc/{pid}/status"), "VmRSS:")).sum()
     }
@@ -79,12 +79,12 @@ impl Tree {
     }
 }
 
-/// CPU time of everything that runs on the machine, in seconds.
-pub fn of_machine() -> f64 {
+/// Returns the CPU time of all processes of the machine, in seconds.
+pub fn machine_time() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let fields = text.lines().next().unwrap_or_default().split_whitespace().skip(1);
     let fields: Vec<f64> = fields.filter_map(|field| field.parse().ok()).collect();
-    // The fourth and the fifth are those of nobody, those after the eighth are in the first two already.
+    // Fields 4 and 5 are idle time. Those after the eighth are included in the first two.
     let busy: f64 =
         fields.iter().take(8).enumerate().filter(|(at, _)| ![3, 4].contains(at)).map(|(_, ticks)| ticks).sum();
     busy / tick()

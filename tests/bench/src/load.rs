@@ -1,4 +1,4 @@
-//! The mixed load of the soak: clients that use their tunnels and look at every octet, and clients that misbehave.
+//! The mixed load of the soak: clients that use tunnels and compare each byte, and clients that misbehave.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use crate::measure::{Fault, Times, Via, failed, wrong};
-use crate::pattern::Plan;
-use crate::proxies::Running;
+use crate::measure::{BenchError, Times, Via, corrupt, failed};
+use crate::pattern::TransferLimit;
+use crate::proxies::RunningProxy;
 use crate::target::{self, Target};
 use crate::udp::{self, Association};
 use crate::{socks, tunnels};
@@ -20,42 +20,42 @@ use crate::{socks, tunnels};
 const BUSY_TUNNELS: usize = 32;
 const IDLE_TUNNELS: usize = 500;
 const ASSOCIATIONS: usize = 4;
-/// How long idle tunnels are left alone.
-const SILENCE: Duration = Duration::from_secs(20);
-/// How long one who stalls does so.
-const STALL: Duration = Duration::from_secs(4);
-/// How many faults are kept to be shown.
-const SHOWN: usize = 20;
+/// Time between two round trips on idle tunnels.
+const IDLE_TIME: Duration = Duration::from_secs(20);
+/// Time for which a stalling client does not read.
+const STALL_TIME: Duration = Duration::from_secs(4);
+/// Most errors shown in the report.
+const MAX_SHOWN_ERRORS: usize = 20;
 
-/// What a kind of client does, given how often it has done so.
-type Client = fn(&Load, usize) -> Result<(), Fault>;
+/// One round of a client. The argument is the number of the round.
+type Client = fn(&Load, usize) -> Result<(), BenchError>;
 
-/// What all clients share.
+/// State shared by all clients.
 pub struct Load {
     via: Via,
     proxy: SocketAddrV4,
     echo: SocketAddrV4,
     bulk: SocketAddrV4,
     udp_echo: SocketAddrV4,
-    /// Where nobody listens.
-    nobody: SocketAddrV4,
-    over: AtomicBool,
-    /// Of round trips, since they were last taken.
+    /// A port that refuses connections.
+    closed: SocketAddrV4,
+    is_over: AtomicBool,
+    /// Of the round trips since the last sample.
     pub times: Mutex<Times>,
-    pub faults: Mutex<Vec<String>>,
+    pub errors: Mutex<Vec<String>>,
     pub counts: Counts,
 }
 
-/// What was done so far.
+/// Counters of the load so far.
 #[derive(Default)]
 pub struct Counts {
     pub trips: AtomicU64,
     pub tunnels: AtomicU64,
-    pub octets: AtomicU64,
+    pub bytes: AtomicU64,
     pub datagrams: AtomicU64,
     pub lost: AtomicU64,
     pub misbehaved: AtomicU64,
-    pub faults: AtomicU64,
+    pub errors: AtomicU64,
 }
 
 fn add(counter: &AtomicU64, count: usize) {
@@ -63,8 +63,8 @@ fn add(counter: &AtomicU64, count: usize) {
 }
 
 impl Load {
-    pub fn new(running: &Running, target: &Target) -> Result<Self, Fault> {
-        let Via::Socks(proxy) = running.via else { return Err(Fault::None) };
+    pub fn new(running: &RunningProxy, target: &Target) -> Result<Self, BenchError> {
+        let Via::Socks(proxy) = running.via else { return Err(BenchError::Unsupported) };
         let port = target::listen_anywhere()?.local_addr()?.port();
         Ok(Self {
             via: running.via,
@@ -72,32 +72,32 @@ impl Load {
             echo: target.echo,
             bulk: target.bulk,
             udp_echo: target.udp_echo,
-            nobody: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port),
-            over: AtomicBool::new(false),
+            closed: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port),
+            is_over: AtomicBool::new(false),
             times: Mutex::default(),
-            faults: Mutex::default(),
+            errors: Mutex::default(),
             counts: Counts::default(),
         })
     }
 
     pub fn end(&self) {
-        self.over.store(true, Ordering::Relaxed);
+        self.is_over.store(true, Ordering::Relaxed);
     }
 
-    /// Sleeps, but not past the end; whether it goes on.
-    fn rest(&self, time: Duration) -> bool {
+    /// Sleeps for `time` or until the end of the load. Returns false at the end.
+    fn sleep_until_over(&self, time: Duration) -> bool {
         let began = Instant::now();
-        while began.elapsed() < time && !self.over.load(Ordering::Relaxed) {
+        while began.elapsed() < time && !self.is_over.load(Ordering::Relaxed) {
             sleep(time.min(Duration::from_millis(100)));
         }
-        !self.over.load(Ordering::Relaxed)
+        !self.is_over.load(Ordering::Relaxed)
     }
 
-    fn note(&self, name: &str, fault: &Fault) {
-        add(&self.counts.faults, 1);
-        let mut faults = self.faults.lock().expect("no panic holds it");
-        if faults.len() < SHOWN {
-            faults.push(format!("{name}: {fault}"));
+    fn record_error(&self, name: &str, error: &BenchError) {
+        add(&self.counts.errors, 1);
+        let mut errors = self.errors.lock().expect("not poisoned");
+        if errors.len() < MAX_SHOWN_ERRORS {
+            errors.push(format!("{name}: {error}"));
         }
     }
 
@@ -117,10 +117,10 @@ impl Load {
         for (name, client) in clients {
             scope.spawn(move || {
                 for round in 0.. {
-                    if let Err(fault) = client(self, round) {
-                        self.note(name, &fault);
+                    if let Err(error) = client(self, round) {
+                        self.record_error(name, &error);
                     }
-                    if !self.rest(Duration::from_millis(300)) {
+                    if !self.sleep_until_over(Duration::from_millis(300)) {
                         return;
                     }
                 }
@@ -128,50 +128,50 @@ impl Load {
         }
     }
 
-    fn trips(&self, _: usize) -> Result<(), Fault> {
+    fn trips(&self, _: usize) -> Result<(), BenchError> {
         let open = tunnels::open(self.via, self.echo, BUSY_TUNNELS)?;
-        while self.rest(Duration::from_millis(300)) {
+        while self.sleep_until_over(Duration::from_millis(300)) {
             let times = tunnels::round_trips(&open, Duration::from_millis(100))?;
             add(&self.counts.trips, times.len());
-            self.times.lock().expect("no panic holds it").merge(&times);
+            self.times.lock().expect("not poisoned").merge(&times);
         }
         Ok(())
     }
 
-    fn idle(&self, _: usize) -> Result<(), Fault> {
+    fn idle(&self, _: usize) -> Result<(), BenchError> {
         let open = tunnels::open(self.via, self.echo, IDLE_TUNNELS)?;
         loop {
-            let goes_on = self.rest(SILENCE);
+            let is_running = self.sleep_until_over(IDLE_TIME);
             add(&self.counts.trips, tunnels::round_trips(&open, Duration::ZERO)?.len());
-            if !goes_on {
+            if !is_running {
                 return tunnels::close(open);
             }
         }
     }
 
-    fn short(&self, _: usize) -> Result<(), Fault> {
+    fn short(&self, _: usize) -> Result<(), BenchError> {
         let times = tunnels::short_tunnels(self.via, self.echo, 8, Duration::from_millis(50))?;
         add(&self.counts.tunnels, times.len());
         Ok(())
     }
 
-    fn transfer(&self, up: bool) -> Result<(), Fault> {
+    fn transfer(&self, up: bool) -> Result<(), BenchError> {
         let stream = socks::connect(self.via, self.bulk)?;
-        let plan = Plan::for_octets(48 << 20);
-        let octets = if up { target::upload(&stream, plan, true) } else { target::download(&stream, plan, true) }?;
-        add(&self.counts.octets, octets as usize);
-        if octets == plan.octets { Ok(()) } else { Err(wrong(format!("{octets} octets"))) }
+        let limit = TransferLimit::for_bytes(48 << 20);
+        let bytes = if up { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
+        add(&self.counts.bytes, bytes as usize);
+        if bytes == limit.bytes { Ok(()) } else { Err(corrupt(format!("{bytes} bytes"))) }
     }
 
-    /// A few associations that stay, and one that is new each time.
-    fn datagrams(&self, _: usize) -> Result<(), Fault> {
+    /// Uses a few long associations, and one that is replaced each time.
+    fn datagrams(&self, _: usize) -> Result<(), BenchError> {
         let open = |_| Association::open(self.via, self.udp_echo);
         let mut all = (0..ASSOCIATIONS).map(open).collect::<Result<Vec<_>, _>>()?;
         for size in [512, 1200].into_iter().cycle() {
             let trips = udp::round_trips(&all, size, 4, Duration::from_millis(50))?;
             add(&self.counts.datagrams, trips.times.len());
             add(&self.counts.lost, trips.lost as usize);
-            if !self.rest(Duration::from_millis(300)) {
+            if !self.sleep_until_over(Duration::from_millis(300)) {
                 break;
             }
             all[0] = open(0)?;
@@ -179,10 +179,10 @@ impl Load {
         Ok(())
     }
 
-    /// Breaks off in the middle of a transfer, each way.
-    fn reset(&self) -> Result<(), Fault> {
+    /// Resets the connection during a download, and with an unread echo.
+    fn reset(&self) -> Result<(), BenchError> {
         let mut stream = socks::connect(self.via, self.bulk)?;
-        target::begin_download(&stream, Plan::for_octets(64 << 20))?;
+        target::begin_download(&stream, TransferLimit::for_bytes(64 << 20))?;
         stream.read_exact(&mut vec![0; 1 << 20])?;
         reset(&stream)?;
         let mut stream = socks::connect(self.via, self.echo)?;
@@ -192,37 +192,37 @@ impl Load {
         Ok(())
     }
 
-    /// Does not read for a while, and then everything, or nothing any more.
-    fn stall(&self, round: usize) -> Result<(), Fault> {
-        let plan = Plan::for_octets(16 << 20);
+    /// Does not read for a while. Then reads all data, or disconnects.
+    fn stall(&self, round: usize) -> Result<(), BenchError> {
+        let limit = TransferLimit::for_bytes(16 << 20);
         let stream = socks::connect(self.via, self.bulk)?;
-        target::begin_download(&stream, plan)?;
-        self.rest(STALL);
+        target::begin_download(&stream, limit)?;
+        self.sleep_until_over(STALL_TIME);
         add(&self.counts.misbehaved, 1);
         if round.is_multiple_of(2) {
             return Ok(());
         }
         match target::finish_download(&stream, true)? {
-            octets if octets == plan.octets => Ok(()),
-            octets => Err(wrong(format!("{octets} octets after a stall"))),
+            bytes if bytes == limit.bytes => Ok(()),
+            bytes => Err(corrupt(format!("{bytes} bytes after a stall"))),
         }
     }
 
-    /// Goes away at every point of the handshake, or asks for what can't be had.
-    fn vanish(&self, round: usize) -> Result<(), Fault> {
-        const SAID: &[&[u8]] =
+    /// Disconnects at each stage of the handshake, or requests a target that refuses.
+    fn vanish(&self, round: usize) -> Result<(), BenchError> {
+        const PREFIXES: &[&[u8]] =
             &[b"", b"\x05", b"\x05\x01\x00", b"\x05\x01\x00\x05\x01\x00\x01\x7f", b"GET / HTTP/1.1\r\n\r\n"];
         add(&self.counts.misbehaved, 1);
-        let at = round % (2 * SAID.len() + 1);
-        let Some(said) = SAID.get(at / 2) else {
-            return match socks::connect(self.via, self.nobody) {
-                Err(Fault::Failed(_)) => Ok(()),
-                _ => Err(failed("a tunnel to where nobody listens was opened")),
+        let at = round % (2 * PREFIXES.len() + 1);
+        let Some(prefix) = PREFIXES.get(at / 2) else {
+            return match socks::connect(self.via, self.closed) {
+                Err(BenchError::Failed(_)) => Ok(()),
+                _ => Err(failed("a tunnel to a closed port was opened")),
             };
         };
         let mut stream = TcpStream::connect(self.proxy)?;
-        stream.write_all(said)?;
-        self.rest(Duration::from_millis(if round.is_multiple_of(3) { 1000 } else { 0 }));
+        stream.write_all(prefix)?;
+        self.sleep_until_over(Duration::from_millis(if round.is_multiple_of(3) { 1000 } else { 0 }));
         if at.is_multiple_of(2) {
             reset(&stream)?;
         }
@@ -230,7 +230,7 @@ impl Load {
     }
 }
 
-/// Makes the close a reset.
-fn reset(stream: &TcpStream) -> Result<(), Fault> {
+/// Makes close(2) send a reset.
+fn reset(stream: &TcpStream) -> Result<(), BenchError> {
     Ok(setsockopt(stream, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })?)
 }

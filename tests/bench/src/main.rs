@@ -1,8 +1,8 @@
-//! Measures s5 side by side with no proxy and with other SOCKS servers: `bench`; soaks it: `bench soak`; and its start as
-//! a client: `bench clients`.
+//! `bench` compares s5 with a direct connection and with other SOCKS servers, `bench soak` runs a mixed load for a long
+//! time, and `bench clients` measures the start of `s5 connect`.
 //!
-//! Each row starts a fresh process of each proxy in turn, and that as often as there are runs; what is shown is the
-//! median. Load generator, target and proxy are processes of their own on one machine, all on loopback.
+//! For each row and run, a new process of each proxy is started in turn. The result is the median of the runs. Load
+//! generator, target and proxy are separate processes on one machine and use loopback.
 
 #![forbid(unsafe_code)]
 
@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use measure::{Fault, failed};
+use measure::{BenchError, failed};
 use report::Results;
 use rows::{Bench, ROWS};
 
@@ -37,10 +37,10 @@ const USAGE: &str = "usage: bench [--quick] [--runs N] [--only row,row] [--proxi
        bench clients [--out DIR]
 
 S5_BENCH_S5     the s5 to measure (target/release/s5)
-S5_BENCH_ARGS   more arguments for its `serve`
-S5_BENCH_DANTE  a folder with sbin/sockd and bin/socksify of a Dante that has GSSAPI
-S5_BENCH_PEERS  more proxies: name=path,name=path; known are microsocks, hev-socks5-server, 3proxy and fast-socks5;
-                names that begin with s5 are started like s5, all others as `path PORT`";
+S5_BENCH_ARGS   additional arguments for `s5 serve`
+S5_BENCH_DANTE  folder of a Dante with GSSAPI: sbin/sockd and bin/socksify
+S5_BENCH_PEERS  additional proxies, as name=path,name=path: microsocks, hev-socks5-server, 3proxy and fast-socks5 are
+                started with their options, names that begin with s5 as s5, and all others as `path PORT`";
 
 struct Options {
     quick: bool,
@@ -58,24 +58,24 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let (only, proxies) = (Vec::new(), Vec::new());
     let mut options = Options { quick: false, soak: false, clients: false, runs: 0, minutes: 30.0, only, proxies, out };
     while let Some(arg) = args.next() {
-        let mut value = || args.next().ok_or(format!("{arg} wants a value"));
+        let mut value = || args.next().ok_or(format!("{arg} requires a value"));
         let list = |value: String| value.split(',').map(|name| name.trim().to_lowercase()).collect();
         match arg.as_str() {
             "soak" => options.soak = true,
             "clients" => options.clients = true,
             "--quick" => options.quick = true,
-            "--runs" => options.runs = value()?.parse().map_err(|_| "--runs wants a number")?,
-            "--minutes" => options.minutes = value()?.parse().map_err(|_| "--minutes wants a number")?,
+            "--runs" => options.runs = value()?.parse().map_err(|_| "--runs requires a number")?,
+            "--minutes" => options.minutes = value()?.parse().map_err(|_| "--minutes requires a number")?,
             "--only" => options.only = list(value()?),
             "--proxies" => options.proxies = list(value()?),
             "--out" => options.out = value()?.into(),
-            _ => return Err(format!("what is {arg}?")),
+            _ => return Err(format!("unknown argument {arg}")),
         }
     }
     let known = |name: &String| ROWS.iter().any(|row| row.name == name || row.group == name);
     if let Some(name) = options.only.iter().find(|name| !known(name)) {
         let names: Vec<_> = ROWS.iter().map(|row| row.name).collect();
-        return Err(format!("no row {name}; there are: {}", names.join(" ")));
+        return Err(format!("unknown row {name} (known rows: {})", names.join(" ")));
     }
     if options.runs == 0 {
         options.runs = if options.quick { 1 } else { 5 };
@@ -87,7 +87,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     let first = args.next();
     let error = match first.as_deref().and_then(|arg| arg.to_str()) {
-        Some(children::BECOME) => children::become_program(args).to_string(),
+        Some(children::EXEC_HELPER) => children::exec_program(args).to_string(),
         Some(target::TARGET) => return target::run().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
         Some(gssapi::GSSAPI) => return gssapi::main(&std::env::args().skip(2).collect::<Vec<_>>()),
         Some("--help" | "help" | "-h") => {
@@ -98,7 +98,7 @@ fn main() -> ExitCode {
             Ok(options) => match start(&options) {
                 Ok(true) => return ExitCode::SUCCESS,
                 Ok(false) => return ExitCode::FAILURE,
-                Err(fault) => fault.to_string(),
+                Err(error) => error.to_string(),
             },
             Err(error) => format!("{error}\n{USAGE}"),
         },
@@ -107,10 +107,10 @@ fn main() -> ExitCode {
     ExitCode::from(2)
 }
 
-fn start(options: &Options) -> Result<bool, Fault> {
+fn start(options: &Options) -> Result<bool, BenchError> {
     let descriptors = children::raise_descriptor_limit();
     children::clean_up_on_signals()?;
-    let _folder = children::Folder::make()?;
+    let _folder = children::TempFolder::create()?;
     fs::create_dir_all(&options.out)?;
     let (found, missing) = proxies::find();
     let target = target::Target::start()?;
@@ -133,31 +133,31 @@ fn start(options: &Options) -> Result<bool, Fault> {
         .filter(|line| wanted(line.split(':').next().unwrap_or_default()))
         .collect();
     let mut bench = Bench { target, quick: options.quick, descriptors, realm: None };
-    missing.push(format!("100 000 idle tunnels: they want 200 000 descriptors, and {descriptors} may be had"));
-    let mut circumstances = report::circumstances();
+    missing.push(format!("100 000 idle tunnels: need 200 000 descriptors, the limit is {descriptors}"));
+    let mut environment = report::environment();
     let mut results = Results::new(found, missing);
-    for proxy in results.proxies.iter().filter(|proxy| bench.idle_tunnels(proxy) < bench.wanted_idle_tunnels()) {
-        let (count, each) = (bench.idle_tunnels(proxy), proxy.descriptors_a_tunnel());
-        results.missing.push(format!("{}: {count} idle tunnels, since each takes {each} descriptors", proxy.name));
+    for proxy in results.proxies.iter().filter(|proxy| bench.idle_tunnels(proxy) < bench.max_idle_tunnels()) {
+        let (count, each) = (bench.idle_tunnels(proxy), proxy.descriptors_per_tunnel());
+        results.missing.push(format!("{}: only {count} idle tunnels, of {each} descriptors each", proxy.name));
     }
-    let (began, others) = (Instant::now(), cpu_of_others());
+    let (began, others) = (Instant::now(), cpu_of_other_processes());
     measure_all(&mut bench, &mut results, options);
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-    let others = 100.0 * (cpu_of_others() - others) / began.elapsed().as_secs_f64() / cores;
-    circumstances += &format!("- {others:.0} % of the CPU was used by other programs meanwhile\n");
-    write(&bench, &results, options, &circumstances)?;
+    let others = 100.0 * (cpu_of_other_processes() - others) / began.elapsed().as_secs_f64() / cores;
+    environment += &format!("- {others:.0} % of the CPU was used by other processes\n");
+    write(&bench, &results, options, &environment)?;
     Ok(true)
 }
 
-/// Seconds of everybody but this program and what it started.
-fn cpu_of_others() -> f64 {
-    cpu::of_machine() - cpu::Tree(vec![std::process::id() as i32]).cpu()
+/// Returns the CPU time of all processes that this one has not started, in seconds.
+fn cpu_of_other_processes() -> f64 {
+    cpu::machine_time() - cpu::Tree(vec![std::process::id() as i32]).cpu()
 }
 
 fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
     let wanted = |row: &&rows::Row| {
-        let is_asked_for = options.only.iter().any(|name| row.name == name || row.group == name);
-        is_asked_for || options.only.is_empty() && row.group != rows::THREADS
+        let is_selected = options.only.iter().any(|name| row.name == name || row.group == name);
+        is_selected || options.only.is_empty() && row.group != rows::THREADS
     };
     let bulk = ROWS.iter().filter(wanted).any(|row| row.group == "bulk");
     let compare = |proxy| if bulk { bench.compare(proxy) } else { Ok(()) };
@@ -166,13 +166,13 @@ fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
         for run in 1..=options.runs {
             eprintln!("{} {run}/{}", row.name, options.runs);
             for (at, compared) in compared.iter().enumerate() {
-                // Speed of a stream whose content is wrong is no speed.
+                // A proxy that corrupts streams has no rate.
                 let figures = match compared {
-                    Err(fault) if row.group == "bulk" => Err(fault.clone()),
+                    Err(error) if row.group == "bulk" => Err(error.clone()),
                     _ => row.measure(bench, &results.proxies[at]),
                 };
                 for (which, figure) in row.figures.iter().enumerate() {
-                    let value = figures.as_ref().map(|figures| figures[which]).map_err(Fault::clone);
+                    let value = figures.as_ref().map(|figures| figures[which]).map_err(BenchError::clone);
                     results.cell_mut(at, figure.id).add(value);
                 }
             }
@@ -180,7 +180,7 @@ fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
     }
 }
 
-fn write(bench: &Bench, results: &Results, options: &Options, circumstances: &str) -> Result<(), Fault> {
+fn write(bench: &Bench, results: &Results, options: &Options, environment: &str) -> Result<(), BenchError> {
     let mut charts = String::new();
     let mut groups: Vec<_> = ROWS.iter().map(|row| row.group).collect();
     groups.dedup();
@@ -191,8 +191,8 @@ fn write(bench: &Bench, results: &Results, options: &Options, circumstances: &st
         }
     }
     let text = format!(
-        "# s5 and other SOCKS servers, side by side\n\n{circumstances}- median of {} interleaved runs, least..most\n\n\
-         {}\n## Figures\n\n{}\n## Targets\n\n{}\n## What could not be run, and what failed\n\n{}\n{charts}",
+        "# s5 and other SOCKS servers, side by side\n\n{environment}- median of {} interleaved runs, least..most\n\n\
+         {}\n## Figures\n\n{}\n## Targets\n\n{}\n## Not run or failed\n\n{}\n{charts}",
         options.runs,
         notes(bench),
         results.table(),
@@ -201,22 +201,22 @@ fn write(bench: &Bench, results: &Results, options: &Options, circumstances: &st
     );
     fs::write(options.out.join("bench.md"), &text)?;
     println!("{text}");
-    eprintln!("written to {}", options.out.display());
+    eprintln!("report written to {}", options.out.display());
     Ok(())
 }
 
 fn notes(bench: &Bench) -> String {
     format!(
-        "Load generator, target and proxy share the machine and its loopback: ratios count, not the figures. \
-         Each row starts a fresh process of each proxy in turn. CPU is user and system time of all processes of the \
-         proxy (for `ssh -D`, of ssh and sshd). A whole transfer is compared octet by octet before; while measured, \
-         streams are checked by counts, block numbers and samples, and echoes and datagrams completely. Bulk streams \
-         are written and read 256 KiB at a time. Short tunnels are closed by the target first. Idle tunnels are {}, or \
-         as many as the descriptor limit allows. UDP rows keep one datagram under way on each \
-         association, or 16 where it says so; the one-way rows raise the rate in steps on one association, and show \
-         the highest at which all arrived in one of up to three attempts. Memory is private dirty memory. \
-         GSSAPI: the column `direct` is the library alone, a thread that wraps pieces of 16 KiB and one that unwraps \
-         them, and logins of as many threads that do both sides.\n",
-        bench.wanted_idle_tunnels()
+        "Load generator, target and proxy share the machine and its loopback: compare the columns, not figures of \
+         different machines. Each row starts a new process of each proxy in turn. CPU is user and system time of \
+         all processes of the proxy (for `ssh -D`, of ssh and sshd). A transfer is compared byte by byte before the \
+         bulk rows; while measured, streams are verified by counts, block numbers and samples, and echoes and \
+         datagrams completely. Bulk streams are written and read 256 KiB at a time. Short tunnels are closed by the \
+         target first. Idle tunnels are {}, or as many as the descriptor limit allows. UDP rows keep one datagram in \
+         flight on each association, or 16. The one-way rows raise the rate in steps on one association, and show the \
+         highest rate at which all datagrams arrived in one of up to three attempts. Memory is private dirty memory. \
+         GSSAPI: the column `direct` is the library alone, with one thread that wraps pieces of 16 KiB and one that \
+         unwraps them; its logins are of as many threads that do both sides.\n",
+        bench.max_idle_tunnels()
     )
 }

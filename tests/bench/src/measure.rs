@@ -1,55 +1,55 @@
-//! What every measurement shares: how it can fail, what a distribution of times says, and the client's way to a target.
+//! What all measurements share: errors, distributions of times, and the route of the client.
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddrV4;
 use std::time::Duration;
 
-/// A wait in which nothing at all happens for this long is given up.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// A measurement fails after this long without any progress.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why there is no figure.
+/// Why a figure is missing.
 #[derive(Clone, Debug)]
-pub enum Fault {
-    /// The program does not offer this, or there is nothing to measure.
-    None,
-    /// What came back is not what was sent.
-    Wrong(String),
-    /// It could not be started, refused, or stopped answering.
+pub enum BenchError {
+    /// The proxy does not support it, or it does not apply.
+    Unsupported,
+    /// Received data differs from the data sent.
+    Corrupt(String),
+    /// The proxy did not start, refused a request, or stopped answering.
     Failed(String),
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for BenchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::None => f.write_str("none"),
-            Self::Wrong(why) => write!(f, "wrong: {why}"),
-            Self::Failed(why) => write!(f, "failed: {why}"),
+            Self::Unsupported => f.write_str("not supported"),
+            Self::Corrupt(reason) => write!(f, "corrupt: {reason}"),
+            Self::Failed(reason) => write!(f, "failed: {reason}"),
         }
     }
 }
 
-impl From<io::Error> for Fault {
+impl From<io::Error> for BenchError {
     fn from(error: io::Error) -> Self {
         Self::Failed(error.to_string())
     }
 }
 
-impl From<nix::Error> for Fault {
+impl From<nix::Error> for BenchError {
     fn from(error: nix::Error) -> Self {
         io::Error::from(error).into()
     }
 }
 
-pub fn failed(why: impl Into<String>) -> Fault {
-    Fault::Failed(why.into())
+pub fn failed(reason: impl Into<String>) -> BenchError {
+    BenchError::Failed(reason.into())
 }
 
-pub fn wrong(why: impl Into<String>) -> Fault {
-    Fault::Wrong(why.into())
+pub fn corrupt(reason: impl Into<String>) -> BenchError {
+    BenchError::Corrupt(reason.into())
 }
 
-/// How the client reaches the target.
+/// The route of the client to the target.
 #[derive(Clone, Copy, Debug)]
 pub enum Via {
     Direct,
@@ -73,7 +73,7 @@ impl Times {
         self.0.extend_from_slice(&other.0);
     }
 
-    /// In microseconds; not a number when there were no events.
+    /// Returns a quantile in microseconds, NaN without events.
     pub fn quantile(&mut self, q: f64) -> f64 {
         if self.0.is_empty() {
             return f64::NAN;

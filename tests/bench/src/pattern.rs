@@ -1,19 +1,19 @@
-//! The content of bulk streams: blocks that say their number and whether they are the last, so that a receiver knows
-//! that nothing is missing, doubled or displaced without being told how much there will be.
+//! The content of bulk streams: blocks with their number and a flag for the last one, so that a receiver detects
+//! missing, duplicate and displaced blocks without knowing the length.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use crate::measure::{Fault, wrong};
+use crate::measure::{BenchError, corrupt};
 
-/// What is written and read at once.
+/// Bytes of a block, which is written and read with one call.
 pub const BLOCK: usize = 256 * 1024;
-const HEAD: usize = 16;
-/// How much is compared at each end of what one read gave, when not all is.
-const SAMPLE: usize = 32;
+const HEADER_LEN: usize = 16;
+/// Bytes compared at each end of the data of one read, unless all data is compared.
+const SAMPLE_LEN: usize = 32;
 
-/// Octets without a pattern, twice as many as a block has.
+/// Returns pseudo-random bytes, two blocks of them.
 pub fn noise() -> &'static [u8] {
     static NOISE: OnceLock<Vec<u8>> = OnceLock::new();
     NOISE.get_or_init(|| {
@@ -28,42 +28,42 @@ pub fn noise() -> &'static [u8] {
     })
 }
 
-/// The block of this number, but for its head.
+/// Returns the content of a block. Its first bytes are replaced by the header.
 fn block(number: u64) -> &'static [u8] {
     let from = (number.wrapping_mul(7919) % BLOCK as u64) as usize;
     &noise()[from..from + BLOCK]
 }
 
-/// How much to send: until the time is over or this many octets are sent, whichever is first.
+/// When to stop sending: after this time or this many bytes, whichever is first.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct TransferLimit {
     pub time: Duration,
-    pub octets: u64,
+    pub bytes: u64,
 }
 
-impl Plan {
+impl TransferLimit {
     pub fn for_time(time: Duration) -> Self {
-        Self { time, octets: u64::MAX }
+        Self { time, bytes: u64::MAX }
     }
 
-    pub fn for_octets(octets: u64) -> Self {
-        Self { time: Duration::from_secs(60), octets }
+    pub fn for_bytes(bytes: u64) -> Self {
+        Self { time: Duration::from_secs(60), bytes }
     }
 }
 
-/// Sends blocks; says how many octets they had.
-pub fn send(mut stream: impl Write, plan: Plan) -> io::Result<u64> {
+/// Sends blocks. Returns the number of bytes.
+pub fn send(mut stream: impl Write, limit: TransferLimit) -> io::Result<u64> {
     let began = Instant::now();
     for number in 0.. {
         let sent = (number + 1) * BLOCK as u64;
-        let last = sent >= plan.octets || began.elapsed() >= plan.time;
-        let mut head = [0; HEAD];
-        head[..8].copy_from_slice(&number.to_le_bytes());
-        head[8..].copy_from_slice(&u64::from(last).to_le_bytes());
+        let last = sent >= limit.bytes || began.elapsed() >= limit.time;
+        let mut header = [0; HEADER_LEN];
+        header[..8].copy_from_slice(&number.to_le_bytes());
+        header[8..].copy_from_slice(&u64::from(last).to_le_bytes());
         let (body, mut at) = (block(number), 0);
         while at < BLOCK {
-            let wrote = match at < HEAD {
-                true => stream.write_vectored(&[IoSlice::new(&head[at..]), IoSlice::new(&body[HEAD..])])?,
+            let wrote = match at < HEADER_LEN {
+                true => stream.write_vectored(&[IoSlice::new(&header[at..]), IoSlice::new(&body[HEADER_LEN..])])?,
                 false => stream.write(&body[at..])?,
             };
             if wrote == 0 {
@@ -78,78 +78,78 @@ pub fn send(mut stream: impl Write, plan: Plan) -> io::Result<u64> {
     Ok(0)
 }
 
-/// Looks at what is received.
-pub struct Check {
-    at: u64,
-    head: [u8; HEAD],
-    whole: bool,
-    ended: bool,
+/// Verifies a received stream.
+pub struct StreamVerifier {
+    position: u64,
+    header: [u8; HEADER_LEN],
+    compare_all: bool,
+    has_last_block: bool,
 }
 
-impl Check {
-    /// `whole` compares every octet, otherwise counts, heads and samples are compared.
-    pub fn new(whole: bool) -> Self {
-        Self { at: 0, head: [0; HEAD], whole, ended: false }
+impl StreamVerifier {
+    /// With `compare_all` each byte is compared, otherwise counts, headers and samples.
+    pub fn new(compare_all: bool) -> Self {
+        Self { position: 0, header: [0; HEADER_LEN], compare_all, has_last_block: false }
     }
 
-    pub fn take(&mut self, mut chunk: &[u8]) -> Result<(), String> {
+    pub fn push(&mut self, mut chunk: &[u8]) -> Result<(), String> {
         while !chunk.is_empty() {
-            let (number, from) = (self.at / BLOCK as u64, (self.at % BLOCK as u64) as usize);
-            if self.ended && from == 0 {
-                return Err(format!("more after the last block, {}", number - 1));
+            let (number, from) = (self.position / BLOCK as u64, (self.position % BLOCK as u64) as usize);
+            if self.has_last_block && from == 0 {
+                return Err(format!("data after the last block, {}", number - 1));
             }
             let piece;
-            if from < HEAD {
-                (piece, chunk) = chunk.split_at(chunk.len().min(HEAD - from));
-                self.head[from..from + piece.len()].copy_from_slice(piece);
-                if from + piece.len() == HEAD {
-                    self.look_at_head(number)?;
+            if from < HEADER_LEN {
+                (piece, chunk) = chunk.split_at(chunk.len().min(HEADER_LEN - from));
+                self.header[from..from + piece.len()].copy_from_slice(piece);
+                if from + piece.len() == HEADER_LEN {
+                    self.check_header(number)?;
                 }
             } else {
                 (piece, chunk) = chunk.split_at(chunk.len().min(BLOCK - from));
                 self.compare(piece, &block(number)[from..from + piece.len()])?;
             }
-            self.at += piece.len() as u64;
+            self.position += piece.len() as u64;
         }
         Ok(())
     }
 
-    fn look_at_head(&mut self, number: u64) -> Result<(), String> {
-        let (said, last) = self.head.split_at(8);
-        self.ended = last[0] == 1;
-        match said == number.to_le_bytes() && (self.ended || last == [0; 8]) {
+    fn check_header(&mut self, number: u64) -> Result<(), String> {
+        let (number_bytes, last) = self.header.split_at(8);
+        self.has_last_block = last[0] == 1;
+        match number_bytes == number.to_le_bytes() && (self.has_last_block || last == [0; 8]) {
             true => Ok(()),
-            false => Err(format!("block {number} has another's head")),
+            false => Err(format!("block {number} has the header of another block")),
         }
     }
 
     fn compare(&self, got: &[u8], want: &[u8]) -> Result<(), String> {
-        let (first, last) = (got.len().min(SAMPLE), got.len().saturating_sub(SAMPLE));
-        let same = match self.whole {
+        let (first, last) = (got.len().min(SAMPLE_LEN), got.len().saturating_sub(SAMPLE_LEN));
+        let same = match self.compare_all {
             true => got == want,
             false => got[..first] == want[..first] && got[last..] == want[last..],
         };
-        same.then_some(()).ok_or_else(|| format!("octets differ after {}", self.at))
+        same.then_some(()).ok_or_else(|| format!("bytes differ after {}", self.position))
     }
 
-    /// All octets, once the last block is complete.
-    pub fn complete(&self) -> Option<u64> {
-        (self.ended && self.at.is_multiple_of(BLOCK as u64)).then_some(self.at)
+    /// Returns the number of bytes when the last block is complete.
+    pub fn total_if_complete(&self) -> Option<u64> {
+        (self.has_last_block && self.position.is_multiple_of(BLOCK as u64)).then_some(self.position)
     }
 }
 
-/// Receives blocks up to the last one; says how many octets they had.
-pub fn receive(mut stream: impl Read, whole: bool) -> Result<u64, Fault> {
+/// Receives blocks up to the last one. Returns the number of bytes.
+pub fn receive(mut stream: impl Read, compare_all: bool) -> Result<u64, BenchError> {
     let mut buffer = vec![0; BLOCK];
-    let mut check = Check::new(whole);
+    let mut verifier = StreamVerifier::new(compare_all);
     loop {
         let got = stream.read(&mut buffer)?;
         if got == 0 {
-            return Err(wrong(format!("the stream ended after {} octets", check.at)));
+            return Err(corrupt(format!("the stream ended after {} bytes", verifier.position)));
         }
-        check.take(&buffer[..got]).map_err(wrong)?;
-        if let Some(octets) = check.complete() {
-            return Ok(octets);
+        verifier.push(&buffer[..got]).map_err(corrupt)?;
+        if let Some(bytes) = verifier.total_if_complete() {
+            return Ok(bytes);
         }
     }
 }
@@ -160,32 +160,32 @@ mod tests {
 
     fn sent() -> Vec<u8> {
         let mut stream = Vec::new();
-        send(&mut stream, Plan::for_octets(3 * BLOCK as u64)).expect("memory takes everything");
+        send(&mut stream, TransferLimit::for_bytes(3 * BLOCK as u64)).expect("written to memory");
         stream
     }
 
     #[test]
-    fn what_was_sent_is_right_whatever_the_pieces() {
-        let mut check = Check::new(true);
+    fn verifier_accepts_a_stream_in_pieces_of_any_size() {
+        let mut verifier = StreamVerifier::new(true);
         for piece in sent().chunks(1000) {
-            assert_eq!(check.take(piece), Ok(()));
+            assert_eq!(verifier.push(piece), Ok(()));
         }
-        assert_eq!(check.complete(), Some(3 * BLOCK as u64));
+        assert_eq!(verifier.total_if_complete(), Some(3 * BLOCK as u64));
     }
 
     #[test]
-    fn an_octet_changed_a_block_missing_doubled_or_cut_is_noticed() {
-        let wrong = |change: fn(&mut Vec<u8>), whole| {
+    fn verifier_detects_changed_missing_duplicate_and_truncated_data() {
+        let is_detected = |change: fn(&mut Vec<u8>), compare_all| {
             let mut stream = sent();
             change(&mut stream);
-            receive(stream.as_slice(), whole).is_err()
+            receive(stream.as_slice(), compare_all).is_err()
         };
-        assert!(wrong(|stream| stream[BLOCK + 99_999] ^= 1, true));
-        for whole in [true, false] {
-            assert!(wrong(|stream| drop(stream.drain(BLOCK..2 * BLOCK)), whole));
-            assert!(wrong(|stream| *stream = [&stream[..BLOCK], stream].concat(), whole));
-            assert!(wrong(|stream| stream.truncate(3 * BLOCK - 1), whole));
-            assert!(wrong(|stream| drop(stream.drain(5000..5001)), whole));
+        assert!(is_detected(|stream| stream[BLOCK + 99_999] ^= 1, true));
+        for compare_all in [true, false] {
+            assert!(is_detected(|stream| drop(stream.drain(BLOCK..2 * BLOCK)), compare_all));
+            assert!(is_detected(|stream| *stream = [&stream[..BLOCK], stream].concat(), compare_all));
+            assert!(is_detected(|stream| stream.truncate(3 * BLOCK - 1), compare_all));
+            assert!(is_detected(|stream| drop(stream.drain(5000..5001)), compare_all));
         }
     }
 }

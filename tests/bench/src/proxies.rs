@@ -1,4 +1,4 @@
-//! The proxies that are measured: which of them are there, and how each is started.
+//! The proxies that are measured: which of them are installed, and how each one is started.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use crate::children::{Process, folder};
 use crate::cpu::Tree;
-use crate::measure::{Fault, PATIENCE, Via, failed};
+use crate::measure::{BenchError, IDLE_TIMEOUT, Via, failed};
 use crate::socks;
 use crate::target::listen_anywhere;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ProxyKind {
     Direct,
     S5,
     Microsocks,
@@ -27,41 +27,41 @@ pub enum Kind {
     Other,
 }
 
-/// A proxy that may be started.
+/// A proxy that can be started.
 #[derive(Clone, Debug)]
 pub struct Proxy {
     pub name: String,
-    pub kind: Kind,
+    pub kind: ProxyKind,
     pub path: PathBuf,
 }
 
-/// A proxy that runs, until this is dropped.
-pub struct Running {
+/// A running proxy, killed when dropped.
+pub struct RunningProxy {
     pub via: Via,
     pub tree: Tree,
     _processes: Vec<Process>,
 }
 
-/// Those that are there, and what is to be said of the others.
+/// Returns the installed proxies, and a line for each missing one.
 pub fn find() -> (Vec<Proxy>, Vec<String>) {
-    let (mut found, mut missing) = (vec![Proxy::new("direct", Kind::Direct, PathBuf::new())], Vec::new());
+    let (mut found, mut missing) = (vec![Proxy::new("direct", ProxyKind::Direct, PathBuf::new())], Vec::new());
     let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/release/s5");
     let s5 = std::env::var_os("S5_BENCH_S5").map_or_else(|| PathBuf::from(built), PathBuf::from);
-    let debian = [("microsocks", Kind::Microsocks, "microsocks"), ("Dante", Kind::Dante, "danted")];
-    let mut wanted = vec![("s5".to_owned(), Kind::S5, Some(s5))];
+    let debian = [("microsocks", ProxyKind::Microsocks, "microsocks"), ("Dante", ProxyKind::Dante, "danted")];
+    let mut wanted = vec![("s5".to_owned(), ProxyKind::S5, Some(s5))];
     wanted.extend(debian.map(|(name, kind, program)| (name.to_owned(), kind, which(program))));
     let ssh = ["sshd", "ssh-keygen", "ssh"].map(which).into_iter().reduce(Option::and).flatten();
-    wanted.push(("ssh -D".to_owned(), Kind::Ssh, ssh));
+    wanted.push(("ssh -D".to_owned(), ProxyKind::Ssh, ssh));
     let peers = std::env::var("S5_BENCH_PEERS").unwrap_or_default();
     for peer in peers.split([':', ',']).filter(|peer| !peer.is_empty()) {
         let (name, path) = peer.split_once('=').unwrap_or((peer, peer));
         let kind = match name {
-            "microsocks" => Kind::Microsocks,
-            "hev-socks5-server" => Kind::Hev,
-            "3proxy" => Kind::ThreeProxy,
-            "fast-socks5" => Kind::FastSocks5,
-            _ if name.starts_with("s5") => Kind::S5,
-            _ => Kind::Other,
+            "microsocks" => ProxyKind::Microsocks,
+            "hev-socks5-server" => ProxyKind::Hev,
+            "3proxy" => ProxyKind::ThreeProxy,
+            "fast-socks5" => ProxyKind::FastSocks5,
+            _ if name.starts_with("s5") => ProxyKind::S5,
+            _ => ProxyKind::Other,
         };
         wanted.retain(|(known, ..)| known != name);
         wanted.push((name.to_owned(), kind, Some(path.into())));
@@ -69,7 +69,7 @@ pub fn find() -> (Vec<Proxy>, Vec<String>) {
     for (name, kind, path) in wanted {
         match path.filter(|path| path.is_file()) {
             Some(path) => found.push(Proxy::new(&name, kind, path)),
-            None => missing.push(format!("{name}: not installed, or not at the path that was given")),
+            None => missing.push(format!("{name}: not installed, or not found at its path")),
         }
     }
     for known in ["hev-socks5-server", "3proxy", "fast-socks5"] {
@@ -86,13 +86,13 @@ pub fn which(program: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(program)).find(|path| path.is_file())
 }
 
-/// A port that nobody has at the moment: not every proxy can say which one it took.
-pub fn free_port() -> Result<u16, Fault> {
+/// Returns a free port. Not every proxy can report the port that it has chosen.
+pub fn free_port() -> Result<u16, BenchError> {
     Ok(listen_anywhere()?.local_addr()?.port())
 }
 
-/// A file of this run.
-pub fn write(name: &str, content: &str) -> Result<PathBuf, Fault> {
+/// Writes a file into the folder of this run.
+pub fn write(name: &str, content: &str) -> Result<PathBuf, BenchError> {
     let path = folder().join(name);
     fs::write(&path, content)?;
     Ok(path)
@@ -105,40 +105,40 @@ fn command(path: &Path, args: &[&dyn AsRef<OsStr>]) -> Command {
 }
 
 impl Proxy {
-    fn new(name: &str, kind: Kind, path: PathBuf) -> Self {
+    fn new(name: &str, kind: ProxyKind, path: PathBuf) -> Self {
         Self { name: name.to_owned(), kind, path }
     }
 
     pub fn is_peer(&self) -> bool {
-        !matches!(self.kind, Kind::Direct | Kind::S5)
+        !matches!(self.kind, ProxyKind::Direct | ProxyKind::S5)
     }
 
-    /// Whether it has UDP ASSOCIATE at all.
+    /// Returns whether it supports UDP ASSOCIATE.
     pub fn has_udp(&self) -> bool {
-        !matches!(self.kind, Kind::Microsocks | Kind::Ssh)
+        !matches!(self.kind, ProxyKind::Microsocks | ProxyKind::Ssh)
     }
 
-    /// What a tunnel takes of them: hev-socks5-server makes two pipes for each.
-    pub fn descriptors_a_tunnel(&self) -> u64 {
-        if self.kind == Kind::Hev { 6 } else { 2 }
+    /// Returns the descriptors of one tunnel. hev-socks5-server opens two pipes in addition.
+    pub fn descriptors_per_tunnel(&self) -> u64 {
+        if self.kind == ProxyKind::Hev { 6 } else { 2 }
     }
 
-    /// Runs when this returns: a greeting has been answered.
-    pub fn start(&self) -> Result<Running, Fault> {
-        if self.kind == Kind::Direct {
-            return Ok(Running { via: Via::Direct, tree: Tree::default(), _processes: Vec::new() });
+    /// Starts the proxy, and waits until it has answered a greeting.
+    pub fn start(&self) -> Result<RunningProxy, BenchError> {
+        if self.kind == ProxyKind::Direct {
+            return Ok(RunningProxy { via: Via::Direct, tree: Tree::default(), _processes: Vec::new() });
         }
         self.start_as(|port| self.command(port))
     }
 
-    /// The same with another command line, or another program.
-    pub fn start_as(&self, command: impl Fn(u16) -> Result<Command, Fault>) -> Result<Running, Fault> {
-        // Somebody else may be faster to take a port that was free.
-        let mut last = Err(failed("was not tried"));
+    /// As [`Proxy::start`], with another command.
+    pub fn start_as(&self, command: impl Fn(u16) -> Result<Command, BenchError>) -> Result<RunningProxy, BenchError> {
+        // Another process may bind the free port first.
+        let mut last = Err(failed("not started"));
         for _ in 0..3 {
             let port = free_port()?;
             let mut processes = Vec::new();
-            if self.kind == Kind::Ssh {
+            if self.kind == ProxyKind::Ssh {
                 processes.push(start_sshd()?);
             }
             processes.push(Process::start(&command(port)?)?);
@@ -150,19 +150,19 @@ impl Proxy {
         last
     }
 
-    /// How long a start takes, from before the program runs to an answered greeting, and what runs then.
-    pub fn timed_start(&self) -> Result<(Duration, Running), Fault> {
+    /// Starts the proxy, and returns the time until it has answered a greeting.
+    pub fn timed_start(&self) -> Result<(Duration, RunningProxy), BenchError> {
         let port = free_port()?;
         let mut processes = Vec::new();
-        if self.kind == Kind::Ssh {
+        if self.kind == ProxyKind::Ssh {
             processes.push(start_sshd()?);
         }
         let mut command = self.command(port)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let (began, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
-        processes.push(Process::start_as_it_is(command)?);
-        while !socks::greets(at).unwrap_or(false) {
-            if began.elapsed() > PATIENCE || processes.iter_mut().any(Process::has_ended) {
+        processes.push(Process::spawn_directly(command)?);
+        while !socks::answers_greeting(at).unwrap_or(false) {
+            if began.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
                 return Err(failed("does not answer"));
             }
         }
@@ -170,31 +170,31 @@ impl Proxy {
         Ok((took, self.wait(processes, port)?))
     }
 
-    fn wait(&self, mut processes: Vec<Process>, port: u16) -> Result<Running, Fault> {
+    fn wait(&self, mut processes: Vec<Process>, port: u16) -> Result<RunningProxy, BenchError> {
         let (began, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
-        while !socks::greets(at).unwrap_or(false) {
-            if began.elapsed() > PATIENCE || processes.iter_mut().any(Process::has_ended) {
+        while !socks::answers_greeting(at).unwrap_or(false) {
+            if began.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
                 return Err(failed(format!("{} does not start", self.path.display())));
             }
             sleep(Duration::from_millis(5));
         }
         let tree = Tree(processes.iter().map(Process::pid).collect());
-        Ok(Running { via: Via::Socks(at), tree, _processes: processes })
+        Ok(RunningProxy { via: Via::Socks(at), tree, _processes: processes })
     }
 
-    pub fn command(&self, port: u16) -> Result<Command, Fault> {
+    pub fn command(&self, port: u16) -> Result<Command, BenchError> {
         let (path, number) = (self.path.as_path(), port.to_string());
         let listen = format!("127.0.0.1:{port}");
         Ok(match self.kind {
-            Kind::Direct => return Err(Fault::None),
-            Kind::S5 => {
+            ProxyKind::Direct => return Err(BenchError::Unsupported),
+            ProxyKind::S5 => {
                 let mut command = command(path, &[&"serve", &"-q", &"--listen", &listen]);
                 let more = std::env::var("S5_BENCH_ARGS").unwrap_or_default();
                 command.args(more.split_whitespace());
                 command
             }
-            Kind::Microsocks => command(path, &[&"-i", &"127.0.0.1", &"-p", &number]),
-            Kind::Dante => {
+            ProxyKind::Microsocks => command(path, &[&"-i", &"127.0.0.1", &"-p", &number]),
+            ProxyKind::Dante => {
                 let text = format!(
                     "logoutput: /dev/null\ninternal: 127.0.0.1 port = {port}\nexternal: 127.0.0.1\n\
                      clientmethod: none\nsocksmethod: none\nuser.privileged: root\nuser.unprivileged: root\n\
@@ -203,8 +203,8 @@ impl Proxy {
                 );
                 command(path, &[&"-f", &write("danted.conf", &text)?, &"-p", &folder().join("danted.pid")])
             }
-            Kind::Ssh => ssh(path, port)?,
-            Kind::Hev => {
+            ProxyKind::Ssh => ssh(path, port)?,
+            ProxyKind::Hev => {
                 let text = format!(
                     "main:\n  workers: 2\n  port: {port}\n  listen-address: '127.0.0.1'\n\
                      \x20 udp-listen-address: '127.0.0.1'\n\
@@ -212,24 +212,24 @@ impl Proxy {
                 );
                 command(path, &[&write("hev.yml", &text)?])
             }
-            Kind::ThreeProxy => {
+            ProxyKind::ThreeProxy => {
                 let text = format!("auth none\nmaxconn 20000\nsocks -p{port} -i127.0.0.1\n");
                 command(path, &[&write("3proxy.cfg", &text)?])
             }
-            Kind::FastSocks5 => {
+            ProxyKind::FastSocks5 => {
                 command(path, &[&"--listen-addr", &listen, &"--allow-udp", &"--public-addr", &"127.0.0.1", &"no-auth"])
             }
-            Kind::Other => command(path, &[&number]),
+            ProxyKind::Other => command(path, &[&number]),
         })
     }
 }
 
-pub fn user() -> Result<String, Fault> {
+pub fn user() -> Result<String, BenchError> {
     let output = Command::new("id").arg("-un").output()?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-fn key(name: &str) -> Result<PathBuf, Fault> {
+fn key(name: &str) -> Result<PathBuf, BenchError> {
     let path = folder().join(name);
     if !path.exists() {
         let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path).status()?;
@@ -240,8 +240,8 @@ fn key(name: &str) -> Result<PathBuf, Fault> {
     Ok(path)
 }
 
-/// An sshd of this run, with keys of its own, that listens on loopback; its port is in the file `sshd.port`.
-fn start_sshd() -> Result<Process, Fault> {
+/// Starts an sshd on loopback with its own keys. Its port is in the file `sshd.port`.
+fn start_sshd() -> Result<Process, BenchError> {
     let sshd = which("sshd").ok_or_else(|| failed("no sshd"))?;
     let port = free_port()?;
     let config = format!(
@@ -252,7 +252,7 @@ fn start_sshd() -> Result<Process, Fault> {
         key("user_key")?.display(),
     );
     let config = write("sshd_config", &config)?;
-    // It wants this folder when root runs it, and gets it in a namespace of its own where it is missing.
+    // As root, sshd requires this folder. If it is missing, it is created in a mount namespace.
     let script = "[ -d /run/sshd ] || [ \"$(id -u)\" != 0 ] || { mount -t tmpfs none /run && mkdir /run/sshd; }; \
                   exec \"$@\"";
     let mut command = match Path::new("/run/sshd").is_dir() {
@@ -267,7 +267,7 @@ fn start_sshd() -> Result<Process, Fault> {
     let mut process = Process::start(&command)?;
     let began = Instant::now();
     while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-        if began.elapsed() > PATIENCE || process.has_ended() {
+        if began.elapsed() > IDLE_TIMEOUT || process.has_ended() {
             return Err(failed("sshd does not start"));
         }
         sleep(Duration::from_millis(5));
@@ -276,7 +276,7 @@ fn start_sshd() -> Result<Process, Fault> {
     Ok(process)
 }
 
-fn ssh(path: &Path, port: u16) -> Result<Command, Fault> {
+fn ssh(path: &Path, port: u16) -> Result<Command, BenchError> {
     let sshd = fs::read_to_string(folder().join("sshd.port"))?;
     let mut command = command(path, &[&"-F", &"none", &"-4", &"-N", &"-p", &sshd, &"-l", &user()?]);
     command.arg("-D").arg(format!("127.0.0.1:{port}")).arg("-i").arg(key("user_key")?);

@@ -1,48 +1,48 @@
-//! What the runs came to: the table, the targets, and what could not be run, as Markdown.
+//! The report in Markdown: the table of figures, the targets, and what was not run or failed.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::process::Command;
 
-use crate::measure::{Fault, median};
-use crate::proxies::{Kind, Proxy};
+use crate::measure::{BenchError, median};
+use crate::proxies::{Proxy, ProxyKind};
 use crate::rows::{Figure, ROWS, Row};
 
 /// All runs of one figure of one proxy.
 #[derive(Clone, Debug, Default)]
 pub struct Cell {
     pub values: Vec<f64>,
-    pub faults: Vec<Fault>,
+    pub errors: Vec<BenchError>,
 }
 
 impl Cell {
-    pub fn add(&mut self, result: Result<f64, Fault>) {
+    pub fn add(&mut self, result: Result<f64, BenchError>) {
         match result {
             Ok(value) if value.is_finite() => self.values.push(value),
             Ok(_) => {}
-            Err(fault) => self.faults.push(fault),
+            Err(error) => self.errors.push(error),
         }
     }
 
-    fn is_wrong(&self) -> bool {
-        self.faults.iter().any(|fault| matches!(fault, Fault::Wrong(_)))
+    fn is_corrupt(&self) -> bool {
+        self.errors.iter().any(|error| matches!(error, BenchError::Corrupt(_)))
     }
 
-    /// A figure of which a run was wrong is none.
+    /// Returns the median, or `None` if data of any run was corrupt.
     pub fn median(&self) -> Option<f64> {
-        (!self.is_wrong() && !self.values.is_empty()).then(|| median(&self.values))
+        (!self.is_corrupt() && !self.values.is_empty()).then(|| median(&self.values))
     }
 
-    /// The least and the most.
+    /// Returns the lowest and the highest value.
     pub fn range(&self) -> (f64, f64) {
         self.values.iter().fold((f64::INFINITY, 0.0), |(low, high), value| (low.min(*value), high.max(*value)))
     }
 
     fn text(&self, digits: usize) -> String {
         let Some(middle) = self.median() else {
-            return match self.faults.first() {
-                _ if self.is_wrong() => "wrong".into(),
-                Some(Fault::None) => "none".into(),
+            return match self.errors.first() {
+                _ if self.is_corrupt() => "corrupt".into(),
+                Some(BenchError::Unsupported) => "n/a".into(),
                 Some(_) => "failed".into(),
                 None => "-".into(),
             };
@@ -55,12 +55,12 @@ impl Cell {
     }
 }
 
-/// Everything measured, by proxy and by figure in the order of the rows.
+/// All results, by proxy and by figure.
 pub struct Results {
     pub proxies: Vec<Proxy>,
     pub figures: Vec<(&'static Row, Figure)>,
     cells: Vec<Vec<Cell>>,
-    /// What was not there to be run.
+    /// Programs and rows that can't be run, with the reason.
     pub missing: Vec<String>,
 }
 
@@ -82,13 +82,13 @@ impl Results {
     }
 
     fn at(&self, id: &str) -> usize {
-        self.figures.iter().position(|(_, figure)| figure.id == id).expect("figures are looked up by their own names")
+        self.figures.iter().position(|(_, figure)| figure.id == id).expect("a known figure")
     }
 
-    /// Figures of which there is something to show.
+    /// Figures that at least one proxy has a value or an error for.
     fn measured(&self) -> impl Iterator<Item = (&'static Row, Figure)> {
         let any =
-            |at: usize| self.cells.iter().any(|cells| !cells[at].values.is_empty() || !cells[at].faults.is_empty());
+            |at: usize| self.cells.iter().any(|cells| !cells[at].values.is_empty() || !cells[at].errors.is_empty());
         self.figures.iter().enumerate().filter(move |(at, _)| any(*at)).map(|(_, of)| *of)
     }
 
@@ -106,26 +106,26 @@ impl Results {
     fn best_peer(&self, figure: Figure) -> Option<(&str, f64)> {
         let peers = self.proxies.iter().enumerate().filter(|(_, proxy)| proxy.is_peer());
         let figures = peers.filter_map(|(at, proxy)| Some((proxy.name.as_str(), self.cell(at, figure.id).median()?)));
-        match figure.more_is_better {
+        match figure.is_higher_better {
             true => figures.max_by(|a, b| a.1.total_cmp(&b.1)),
             false => figures.min_by(|a, b| a.1.total_cmp(&b.1)),
         }
     }
 
     pub fn targets(&self) -> String {
-        let Some(ours) = self.proxies.iter().position(|proxy| proxy.kind == Kind::S5) else {
+        let Some(s5) = self.proxies.iter().position(|proxy| proxy.kind == ProxyKind::S5) else {
             return "s5 was not measured.\n".into();
         };
         let mut text =
             "| row | target | s5 | best peer | ratio | |\n| --- | --- | --: | --: | --: | --- |\n".to_owned();
-        let mut without = Vec::new();
+        let mut unmeasured = Vec::new();
         for (id, goal) in GOALS {
             let figure = self.figures[self.at(id)].1;
-            let (digits, Some(got)) = (figure.digits, self.cell(ours, id).median()) else {
-                without.push(figure.label);
+            let (digits, Some(got)) = (figure.digits, self.cell(s5, id).median()) else {
+                unmeasured.push(figure.label);
                 continue;
             };
-            let direct = self.proxies.iter().position(|proxy| proxy.kind == Kind::Direct);
+            let direct = self.proxies.iter().position(|proxy| proxy.kind == ProxyKind::Direct);
             let peer = match goal {
                 Goal::OfDirect(_) => direct.and_then(|at| Some(("alone", self.cell(at, id).median()?))),
                 _ => self.best_peer(figure),
@@ -133,29 +133,29 @@ impl Results {
             let best = peer.map_or("-".into(), |(name, best)| format!("{best:.digits$} ({name})"));
             let ratio =
                 peer.filter(|(_, best)| *best > 0.0).map_or("-".into(), |(_, best)| format!("{:.2}", got / best));
-            let verdict = match goal.met(got, peer.map(|(_, best)| best)) {
+            let result = match goal.is_met(got, peer.map(|(_, best)| best)) {
                 Some(true) => "met",
                 Some(false) => "**missed**",
                 None => "no peer",
             };
-            let want = goal.text(figure.unit);
-            let _ = writeln!(text, "| {} | {want} | {got:.digits$} | {best} | {ratio} | {verdict} |", figure.label);
+            let target = goal.text(figure.unit);
+            let _ = writeln!(text, "| {} | {target} | {got:.digits$} | {best} | {ratio} | {result} |", figure.label);
         }
-        if !without.is_empty() {
-            let _ = writeln!(text, "\nWithout a figure of s5: {}.", without.join("; "));
+        if !unmeasured.is_empty() {
+            let _ = writeln!(text, "\ns5 has no figure for: {}.", unmeasured.join("; "));
         }
         text
     }
 
-    /// What could not be run and what went wrong, each said once.
+    /// Lists what was not run, and each error once.
     pub fn remarks(&self) -> String {
         let mut lines: Vec<String> = self.missing.iter().map(|line| format!("- {line}\n")).collect();
         for (at, proxy) in self.proxies.iter().enumerate() {
             for (row, figure) in self.measured() {
-                for fault in &self.cell(at, figure.id).faults {
-                    let line = format!("- {}: {}: {fault}\n", proxy.name, row.name);
-                    let is_news = !matches!(fault, Fault::None) && !lines.contains(&line);
-                    lines.extend(is_news.then_some(line));
+                for error in &self.cell(at, figure.id).errors {
+                    let line = format!("- {}: {}: {error}\n", proxy.name, row.name);
+                    let is_new = !matches!(error, BenchError::Unsupported) && !lines.contains(&line);
+                    lines.extend(is_new.then_some(line));
                 }
             }
         }
@@ -168,15 +168,16 @@ impl Results {
     }
 }
 
-/// What s5 is to reach.
+/// A goal for a figure of s5.
 #[derive(Clone, Copy)]
 enum Goal {
-    /// Times the best peer's figure.
+    /// Factor of the best peer's figure.
     AtMost(f64),
+    /// Factor of the best peer's figure.
     AtLeast(f64),
-    /// A figure of its own.
+    /// Absolute value in the unit of the figure.
     Below(f64),
-    /// Times what there is without a proxy, as with GSSAPI the library alone.
+    /// Factor of the figure without a proxy: for GSSAPI, of the library alone.
     OfDirect(f64),
 }
 
@@ -191,7 +192,7 @@ impl Goal {
         }
     }
 
-    fn met(self, got: f64, best: Option<f64>) -> Option<bool> {
+    fn is_met(self, got: f64, best: Option<f64>) -> Option<bool> {
         match self {
             Self::AtMost(times) => best.map(|best| got <= times * best),
             Self::AtLeast(times) | Self::OfDirect(times) => best.map(|best| got >= times * best),
@@ -220,7 +221,7 @@ const GOALS: &[(&str, Goal)] = &[
     ("trips1000.p50", Goal::AtMost(1.0)),
     ("trips1000.p99", Goal::AtMost(1.0)),
     ("idle.memory", Goal::Below(600.0)),
-    // As near to none as a clock can tell.
+    // Zero, within the resolution of the clock.
     ("idle.cpu", Goal::Below(0.1)),
     ("growth", Goal::Below(1.15)),
     ("udp512.cpu", Goal::AtMost(0.65)),
@@ -240,8 +241,8 @@ const GOALS: &[(&str, Goal)] = &[
     ("logins", Goal::OfDirect(0.8)),
 ];
 
-/// The machine, the day and the commit, each a line.
-pub fn circumstances() -> String {
+/// Describes the machine, the date and the commit, one line each.
+pub fn environment() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let info = read("/proc/cpuinfo");
     let model = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown CPU");

@@ -1,19 +1,19 @@
-//! The rows: what each measures, in which unit, and how.
+//! The rows: what each one measures, and its unit.
 
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::gssapi::Realm;
-use crate::measure::{Fault, Times, Via, failed, median, wrong};
-use crate::pattern::Plan;
-use crate::proxies::{Proxy, Running};
+use crate::measure::{BenchError, Times, Via, corrupt, failed, median};
+use crate::pattern::TransferLimit;
+use crate::proxies::{Proxy, RunningProxy};
 use crate::target::{self, Target};
 use crate::udp::{self, Association, Flood};
 use crate::{socks, tunnels};
 
-/// How long what runs on is given to come to rest before CPU time and memory are read.
-const REST: Duration = Duration::from_millis(100);
+/// Time for background work to finish before CPU time and memory are read.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
 const GIB: f64 = (1 << 30) as f64;
 
 /// One figure of a row.
@@ -22,88 +22,88 @@ pub struct Figure {
     pub id: &'static str,
     pub label: &'static str,
     pub unit: &'static str,
-    pub more_is_better: bool,
+    pub is_higher_better: bool,
     pub digits: usize,
 }
 
-const fn more(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
-    Figure { id, label, unit, more_is_better: true, digits }
+const fn higher(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
+    Figure { id, label, unit, is_higher_better: true, digits }
 }
 
-const fn less(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
-    Figure { id, label, unit, more_is_better: false, digits }
+const fn lower(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
+    Figure { id, label, unit, is_higher_better: false, digits }
 }
 
-/// What is measured together, on a proxy that was started for it.
+/// Figures that are measured together, on a proxy started for it.
 pub struct Row {
-    /// As `--only` takes it.
+    /// For `--only`.
     pub name: &'static str,
-    /// The chart that it is in.
+    /// Name of the chart.
     pub group: &'static str,
     pub figures: &'static [Figure],
-    run: Run,
+    run: RunFn,
 }
 
-/// The figures in their order; not a number where there is none.
-type Run = fn(&mut Bench, &Proxy) -> Result<Vec<f64>, Fault>;
+/// Returns the figures in order, NaN for a missing one.
+type RunFn = fn(&mut Bench, &Proxy) -> Result<Vec<f64>, BenchError>;
 
-const fn row(name: &'static str, group: &'static str, figures: &'static [Figure], run: Run) -> Row {
+const fn row(name: &'static str, group: &'static str, figures: &'static [Figure], run: RunFn) -> Row {
     Row { name, group, figures, run }
 }
 
-/// The figures of rows that differ in name alone.
+/// The figures of rows that differ in their names only.
 macro_rules! figures {
     (bulk $id:literal, $label:literal) => {
         &[
-            more(concat!($id, ".rate"), $label, "GiB/s", 2),
-            less(concat!($id, ".cpu"), concat!($label, ", CPU"), "s/GiB", 3),
+            higher(concat!($id, ".rate"), $label, "GiB/s", 2),
+            lower(concat!($id, ".cpu"), concat!($label, ", CPU"), "s/GiB", 3),
         ]
     };
     (trips $id:literal, $label:literal) => {
         &[
-            less(concat!($id, ".cpu"), concat!("64-octet round trip, ", $label, ", CPU"), "us", 1),
-            less(concat!($id, ".p50"), concat!("64-octet round trip, ", $label, ", p50"), "us", 0),
-            less(concat!($id, ".p99"), concat!("64-octet round trip, ", $label, ", p99"), "us", 0),
+            lower(concat!($id, ".cpu"), concat!("64-byte round trip, ", $label, ", CPU"), "us", 1),
+            lower(concat!($id, ".p50"), concat!("64-byte round trip, ", $label, ", p50"), "us", 0),
+            lower(concat!($id, ".p99"), concat!("64-byte round trip, ", $label, ", p99"), "us", 0),
         ]
     };
     (udp $id:literal, $label:literal) => {
         &[
-            less(concat!($id, ".cpu"), concat!("UDP round trip, ", $label, ", CPU"), "us", 1),
-            less(concat!($id, ".p50"), concat!("UDP round trip, ", $label, ", p50"), "us", 0),
-            less(concat!($id, ".lost"), concat!("UDP round trip, ", $label, ", lost"), "%", 3),
+            lower(concat!($id, ".cpu"), concat!("UDP round trip, ", $label, ", CPU"), "us", 1),
+            lower(concat!($id, ".p50"), concat!("UDP round trip, ", $label, ", p50"), "us", 0),
+            lower(concat!($id, ".lost"), concat!("UDP round trip, ", $label, ", lost"), "%", 3),
         ]
     };
     (gssapi $id:literal, $label:literal) => {
         &[
-            more(concat!($id, ".rate"), concat!("GSSAPI, 1 stream up, ", $label), "MiB/s", 1),
-            more(concat!($id, ".thread"), concat!("GSSAPI, ", $label, ", one thread that does both sides"), "MiB/s", 1),
+            higher(concat!($id, ".rate"), concat!("GSSAPI, 1 stream up, ", $label), "MiB/s", 1),
+            higher(concat!($id, ".thread"), concat!("GSSAPI, ", $label, ", both sides on one thread"), "MiB/s", 1),
         ]
     };
     (flood $id:literal, $label:literal) => {
-        &[more($id, concat!("UDP one-way, ", $label, ", most without loss"), "datagrams/s", 0)]
+        &[higher($id, concat!("UDP one-way, ", $label, ", highest rate without loss"), "datagrams/s", 0)]
     };
 }
 
 const SHORT: &[Figure] = &[
-    more("short.rate", "short tunnels, 32 at once", "tunnels/s", 0),
-    less("short.cpu", "short tunnels, CPU", "us", 1),
-    less("short.p50", "short tunnels, p50", "ms", 2),
-    less("short.p99", "short tunnels, p99", "ms", 2),
+    higher("short.rate", "short tunnels, 32 at once", "tunnels/s", 0),
+    lower("short.cpu", "short tunnels, CPU", "us", 1),
+    lower("short.p50", "short tunnels, p50", "ms", 2),
+    lower("short.p99", "short tunnels, p99", "ms", 2),
 ];
 const IDLE: &[Figure] = &[
-    less("idle.memory", "memory per idle tunnel", "octets", 0),
-    less("idle.cpu", "CPU in 3 s of nothing but idle tunnels", "ms", 2),
-    less("growth.few", "short tunnel beside 10 idle ones, CPU", "us", 1),
-    less("growth.many", "short tunnel beside all idle ones, CPU", "us", 1),
-    less("growth", "cost of growth: beside all over beside 10", "times", 2),
+    lower("idle.memory", "memory per idle tunnel", "bytes", 0),
+    lower("idle.cpu", "CPU in 3 s with idle tunnels only", "ms", 2),
+    lower("growth.few", "short tunnel with 10 idle tunnels, CPU", "us", 1),
+    lower("growth.many", "short tunnel with all idle tunnels, CPU", "us", 1),
+    lower("growth", "growth: CPU with all idle tunnels / with 10", "times", 2),
 ];
 const START: &[Figure] = &[
-    less("start.time", "from exec to an answered greeting", "ms", 2),
-    less("start.resident", "memory after the start, resident", "MiB", 2),
-    less("start.dirty", "memory after the start, private dirty", "MiB", 2),
+    lower("start.time", "start: exec to first answered greeting", "ms", 2),
+    lower("start.resident", "memory after start, resident", "MiB", 2),
+    lower("start.dirty", "memory after start, private dirty", "MiB", 2),
 ];
 
-const LOGINS: &[Figure] = &[more("logins", "GSSAPI logins, 8 at once", "logins/s", 0)];
+const LOGINS: &[Figure] = &[higher("logins", "GSSAPI logins, 8 at once", "logins/s", 0)];
 
 pub static ROWS: &[Row] = &[
     row("down", "bulk", figures!(bulk "down", "1 stream down"), |b, p| b.bulk(p, 1, false)),
@@ -114,17 +114,17 @@ pub static ROWS: &[Row] = &[
     row("trips32", "round-trips", figures!(trips "trips32", "32 tunnels"), |b, p| b.trips(p, 32, 0)),
     row("trips1000", "round-trips", figures!(trips "trips1000", "1000 tunnels"), |b, p| b.trips(p, 1000, 0)),
     row("idle", "idle", IDLE, Bench::idle),
-    row("udp512", "udp", figures!(udp "udp512", "512 octets"), |b, p| b.udp(p, 512, 1, 1)),
-    row("udp512w16", "udp", figures!(udp "udp512w16", "512 octets, 16 under way"), |b, p| b.udp(p, 512, 1, 16)),
-    row("udp512x64", "udp", figures!(udp "udp512x64", "512 octets, 64 associations"), |b, p| b.udp(p, 512, 64, 1)),
-    row("udp1200", "udp", figures!(udp "udp1200", "1200 octets"), |b, p| b.udp(p, 1200, 1, 1)),
-    row("udp1200w16", "udp", figures!(udp "udp1200w16", "1200 octets, 16 under way"), |b, p| b.udp(p, 1200, 1, 16)),
-    row("udp1200x64", "udp", figures!(udp "udp1200x64", "1200 octets, 64 associations"), |b, p| b.udp(p, 1200, 64, 1)),
-    row("flood512", "flood", figures!(flood "flood512", "512 octets"), |b, p| b.flood(p, 512)),
-    row("flood1200", "flood", figures!(flood "flood1200", "1200 octets"), |b, p| b.flood(p, 1200)),
+    row("udp512", "udp", figures!(udp "udp512", "512 bytes"), |b, p| b.udp(p, 512, 1, 1)),
+    row("udp512w16", "udp", figures!(udp "udp512w16", "512 bytes, 16 in flight"), |b, p| b.udp(p, 512, 1, 16)),
+    row("udp512x64", "udp", figures!(udp "udp512x64", "512 bytes, 64 associations"), |b, p| b.udp(p, 512, 64, 1)),
+    row("udp1200", "udp", figures!(udp "udp1200", "1200 bytes"), |b, p| b.udp(p, 1200, 1, 1)),
+    row("udp1200w16", "udp", figures!(udp "udp1200w16", "1200 bytes, 16 in flight"), |b, p| b.udp(p, 1200, 1, 16)),
+    row("udp1200x64", "udp", figures!(udp "udp1200x64", "1200 bytes, 64 associations"), |b, p| b.udp(p, 1200, 64, 1)),
+    row("flood512", "flood", figures!(flood "flood512", "512 bytes"), |b, p| b.flood(p, 512)),
+    row("flood1200", "flood", figures!(flood "flood1200", "1200 bytes"), |b, p| b.flood(p, 1200)),
     row("start", "start", START, Bench::start),
-    row("gssapi1", "gssapi", figures!(gssapi "gssapi1", "level 1"), |b, p| b.protected(p, 1)),
-    row("gssapi2", "gssapi", figures!(gssapi "gssapi2", "level 2"), |b, p| b.protected(p, 2)),
+    row("gssapi1", "gssapi", figures!(gssapi "gssapi1", "integrity"), |b, p| b.protected(p, 1)),
+    row("gssapi2", "gssapi", figures!(gssapi "gssapi2", "confidentiality"), |b, p| b.protected(p, 2)),
     row("logins", "gssapi", LOGINS, Bench::logins),
     row("busy1", THREADS, figures!(trips "busy1", "1 busy tunnel"), |b, p| b.trips(p, 1, 0)),
     row("busy8", THREADS, figures!(trips "busy8", "8 busy tunnels"), |b, p| b.trips(p, 8, 0)),
@@ -134,174 +134,174 @@ pub static ROWS: &[Row] = &[
     row("few5000", THREADS, figures!(trips "few5000", "8 busy among 5000"), |b, p| b.trips(p, 8, 4992)),
 ];
 
-/// The rows that settle how many threads there should be; they are run only when they are asked for.
+/// The group of rows for choosing the number of threads. They run only with `--only`.
 pub const THREADS: &str = "threads";
 
-/// What the rows run with.
+/// State shared by all rows.
 pub struct Bench {
     pub target: Target,
     pub quick: bool,
     /// Descriptors that one process may have.
     pub descriptors: u64,
-    /// Started when it is first needed.
+    /// Started on first use.
     pub realm: Option<Realm>,
 }
 
 impl Row {
-    pub fn measure(&self, bench: &mut Bench, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+    pub fn measure(&self, bench: &mut Bench, proxy: &Proxy) -> Result<Vec<f64>, BenchError> {
         (self.run)(bench, proxy)
     }
 }
 
 impl Bench {
-    fn time(&self, millis: u64) -> Duration {
+    fn scaled(&self, millis: u64) -> Duration {
         Duration::from_millis(if self.quick { millis / 5 } else { millis })
     }
 
-    pub fn wanted_idle_tunnels(&self) -> usize {
+    pub fn max_idle_tunnels(&self) -> usize {
         if self.quick { 1000 } else { 9000 }
     }
 
-    /// How many idle tunnels there are: a proxy needs descriptors for each, and some for itself.
+    /// Returns how many idle tunnels the descriptor limit allows. The proxy needs some for itself.
     pub fn idle_tunnels(&self, proxy: &Proxy) -> usize {
-        let most = (self.descriptors.saturating_sub(1500) / proxy.descriptors_a_tunnel()) as usize;
-        most.min(self.wanted_idle_tunnels())
+        let most = (self.descriptors.saturating_sub(1500) / proxy.descriptors_per_tunnel()) as usize;
+        most.min(self.max_idle_tunnels())
     }
 
-    /// Moves content both ways and compares all of it.
-    pub fn compare(&self, proxy: &Proxy) -> Result<(), Fault> {
+    /// Transfers data in both directions, and compares all of it.
+    pub fn compare(&self, proxy: &Proxy) -> Result<(), BenchError> {
         let running = proxy.start()?;
-        let plan = Plan::for_octets(if self.quick { 16 << 20 } else { 128 << 20 });
+        let limit = TransferLimit::for_bytes(if self.quick { 16 << 20 } else { 128 << 20 });
         for up in [false, true] {
             let stream = socks::connect(running.via, self.target.bulk)?;
-            let octets = if up { target::upload(&stream, plan, true) } else { target::download(&stream, plan, true) }?;
-            if octets != plan.octets {
-                return Err(wrong(format!("{octets} octets came")));
+            let bytes = if up { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
+            if bytes != limit.bytes {
+                return Err(corrupt(format!("received {bytes} bytes, expected {}", limit.bytes)));
             }
         }
         Ok(())
     }
 
-    fn bulk(&mut self, proxy: &Proxy, streams: usize, up: bool) -> Result<Vec<f64>, Fault> {
+    fn bulk(&mut self, proxy: &Proxy, streams: usize, up: bool) -> Result<Vec<f64>, BenchError> {
         let running = proxy.start()?;
-        let plan = Plan::for_time(self.time(2000));
+        let limit = TransferLimit::for_time(self.scaled(2000));
         let sockets =
             (0..streams).map(|_| socks::connect(running.via, self.target.bulk)).collect::<Result<Vec<_>, _>>()?;
         let (before, began, go) = (running.tree.cpu(), Instant::now(), Barrier::new(streams));
-        let moved = |stream| {
+        let transfer = |stream| {
             go.wait();
-            if up { target::upload(stream, plan, false) } else { target::download(stream, plan, false) }
+            if up { target::upload(stream, limit, false) } else { target::download(stream, limit, false) }
         };
-        let octets: Vec<_> = thread::scope(|scope| {
-            let threads: Vec<_> = sockets.iter().map(|stream| scope.spawn(|| moved(stream))).collect();
+        let bytes: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = sockets.iter().map(|stream| scope.spawn(|| transfer(stream))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).collect()
         });
         let (took, cpu) = (began.elapsed().as_secs_f64(), running.tree.cpu() - before);
-        let gib = octets.into_iter().sum::<Result<u64, _>>()? as f64 / GIB;
-        Ok(vec![gib / took, if_proxy(&running, cpu / gib)])
+        let gib = bytes.into_iter().sum::<Result<u64, _>>()? as f64 / GIB;
+        Ok(vec![gib / took, unless_direct(&running, cpu / gib)])
     }
 
-    fn short(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+    fn short(&mut self, proxy: &Proxy) -> Result<Vec<f64>, BenchError> {
         let running = proxy.start()?;
-        tunnels::short_tunnels(running.via, self.target.echo, 32, self.time(300))?;
-        let (mut times, rate, cpu) = self.short_on(&running, self.time(2000))?;
-        Ok(vec![rate, if_proxy(&running, cpu), times.quantile(0.5) / 1e3, times.quantile(0.99) / 1e3])
+        tunnels::short_tunnels(running.via, self.target.echo, 32, self.scaled(300))?;
+        let (mut times, rate, cpu) = self.measure_short(&running, self.scaled(2000))?;
+        Ok(vec![rate, unless_direct(&running, cpu), times.quantile(0.5) / 1e3, times.quantile(0.99) / 1e3])
     }
 
-    /// Times, tunnels a second, and microseconds of CPU a tunnel.
-    fn short_on(&self, running: &Running, time: Duration) -> Result<(Times, f64, f64), Fault> {
-        thread::sleep(REST);
+    /// Returns times, tunnels per second, and microseconds of CPU per tunnel.
+    fn measure_short(&self, running: &RunningProxy, time: Duration) -> Result<(Times, f64, f64), BenchError> {
+        thread::sleep(SETTLE_TIME);
         let (before, began) = (running.tree.cpu(), Instant::now());
         let times = tunnels::short_tunnels(running.via, self.target.echo, 32, time)?;
         let took = began.elapsed().as_secs_f64();
-        thread::sleep(REST);
+        thread::sleep(SETTLE_TIME);
         let (count, cpu) = (times.len() as f64, running.tree.cpu() - before);
         Ok((times, count / took, cpu * 1e6 / count))
     }
 
-    fn trips(&mut self, proxy: &Proxy, count: usize, idle: usize) -> Result<Vec<f64>, Fault> {
+    fn trips(&mut self, proxy: &Proxy, count: usize, idle: usize) -> Result<Vec<f64>, BenchError> {
         let running = proxy.start()?;
         let _idle = tunnels::open(running.via, self.target.echo, idle)?;
         let open = tunnels::open(running.via, self.target.echo, count)?;
-        tunnels::round_trips(&open, self.time(300))?;
+        tunnels::round_trips(&open, self.scaled(300))?;
         let before = running.tree.cpu();
-        let mut times = tunnels::round_trips(&open, self.time(2000))?;
+        let mut times = tunnels::round_trips(&open, self.scaled(2000))?;
         let cpu = (running.tree.cpu() - before) * 1e6 / times.len() as f64;
-        Ok(vec![if_proxy(&running, cpu), times.quantile(0.5), times.quantile(0.99)])
+        Ok(vec![unless_direct(&running, cpu), times.quantile(0.5), times.quantile(0.99)])
     }
 
-    fn idle(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+    fn idle(&mut self, proxy: &Proxy) -> Result<Vec<f64>, BenchError> {
         let running = proxy.start()?;
-        let Via::Socks(_) = running.via else { return Err(Fault::None) };
+        let Via::Socks(_) = running.via else { return Err(BenchError::Unsupported) };
         tunnels::short_tunnels(running.via, self.target.echo, 1, Duration::ZERO)?;
-        thread::sleep(REST);
+        thread::sleep(SETTLE_TIME);
         let (all, before) = (self.idle_tunnels(proxy), running.tree.private_dirty() as f64);
         let mut open = tunnels::open(running.via, self.target.echo, 10)?;
-        let (_, _, few) = self.short_on(&running, self.time(1500))?;
+        let (_, _, few) = self.measure_short(&running, self.scaled(1500))?;
         open.extend(tunnels::open(running.via, self.target.echo, all - open.len())?);
-        thread::sleep(self.time(1000));
+        thread::sleep(self.scaled(1000));
         let memory = (running.tree.private_dirty() as f64 - before) / all as f64;
         let cpu = running.tree.cpu();
-        thread::sleep(self.time(3000));
-        let idle = (running.tree.cpu() - cpu) * 3.0 / self.time(3000).as_secs_f64();
-        let (_, _, many) = self.short_on(&running, self.time(1500))?;
-        // Each is still the tunnel that it was.
+        thread::sleep(self.scaled(3000));
+        let idle = (running.tree.cpu() - cpu) * 3.0 / self.scaled(3000).as_secs_f64();
+        let (_, _, many) = self.measure_short(&running, self.scaled(1500))?;
+        // Verifies that the idle tunnels still work.
         tunnels::round_trips(&open, Duration::ZERO)?;
         tunnels::close(open)?;
         Ok(vec![memory, idle * 1e3, few, many, many / few])
     }
 
-    fn udp(&mut self, proxy: &Proxy, size: usize, count: usize, window: usize) -> Result<Vec<f64>, Fault> {
+    fn udp(&mut self, proxy: &Proxy, size: usize, count: usize, window: usize) -> Result<Vec<f64>, BenchError> {
         if !proxy.has_udp() {
-            return Err(Fault::None);
+            return Err(BenchError::Unsupported);
         }
         let running = proxy.start()?;
         let open = |_| Association::open(running.via, self.target.udp_echo);
         let all = (0..count).map(open).collect::<Result<Vec<_>, _>>()?;
-        udp::round_trips(&all, size, window, self.time(200))?;
+        udp::round_trips(&all, size, window, self.scaled(200))?;
         let before = running.tree.cpu();
-        let mut trips = udp::round_trips(&all, size, window, self.time(1500))?;
+        let mut trips = udp::round_trips(&all, size, window, self.scaled(1500))?;
         let (cpu, back) = (running.tree.cpu() - before, trips.times.len() as f64);
         let lost = 100.0 * trips.lost as f64 / (back + trips.lost as f64);
-        Ok(vec![if_proxy(&running, cpu * 1e6 / back), trips.times.quantile(0.5), lost])
+        Ok(vec![unless_direct(&running, cpu * 1e6 / back), trips.times.quantile(0.5), lost])
     }
 
-    fn flood(&mut self, proxy: &Proxy, size: usize) -> Result<Vec<f64>, Fault> {
+    fn flood(&mut self, proxy: &Proxy, size: usize) -> Result<Vec<f64>, BenchError> {
         if !proxy.has_udp() {
-            return Err(Fault::None);
+            return Err(BenchError::Unsupported);
         }
         let running = proxy.start()?;
-        let (rise, tries) = if self.quick { (1.6, 1) } else { (1.25, 3) };
-        let flood = Flood { size, time: self.time(500), rise, tries };
+        let (factor, attempts) = if self.quick { (1.6, 1) } else { (1.25, 3) };
+        let flood = Flood { size, time: self.scaled(500), factor, attempts };
         Ok(vec![flood.rate(running.via, &mut self.target)?])
     }
 
-    fn realm(&mut self) -> Result<&Realm, Fault> {
+    fn realm(&mut self) -> Result<&Realm, BenchError> {
         let realm = self.realm.take().map_or_else(Realm::start, Ok)?;
         Ok(self.realm.insert(realm))
     }
 
-    fn protected(&mut self, proxy: &Proxy, level: usize) -> Result<Vec<f64>, Fault> {
-        let (bulk, time) = (self.target.bulk, self.time(4000));
+    fn protected(&mut self, proxy: &Proxy, level: usize) -> Result<Vec<f64>, BenchError> {
+        let (bulk, time) = (self.target.bulk, self.scaled(4000));
         self.realm()?.stream(proxy, bulk, level, time)
     }
 
-    fn logins(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
-        let (echo, time) = (self.target.echo, self.time(2000));
+    fn logins(&mut self, proxy: &Proxy) -> Result<Vec<f64>, BenchError> {
+        let (echo, time) = (self.target.echo, self.scaled(2000));
         Ok(vec![self.realm()?.logins(proxy, echo, time)?])
     }
 
-    fn start(&mut self, proxy: &Proxy) -> Result<Vec<f64>, Fault> {
+    fn start(&mut self, proxy: &Proxy) -> Result<Vec<f64>, BenchError> {
         let mut times = Vec::new();
         let mut memory = (0.0, 0.0);
-        // The first one brings the program into memory.
+        // The first start loads the program into memory.
         for round in 0..if self.quick { 5 } else { 21 } {
             let (time, running) = proxy.timed_start()?;
             if round > 0 {
                 times.push(time.as_secs_f64() * 1e3);
             }
             if round == 1 {
-                thread::sleep(REST);
+                thread::sleep(SETTLE_TIME);
                 memory = (running.tree.resident() as f64, running.tree.private_dirty() as f64);
             }
         }
@@ -309,8 +309,8 @@ impl Bench {
     }
 }
 
-/// Without a proxy, there is no CPU time of one.
-fn if_proxy(running: &Running, value: f64) -> f64 {
+/// Returns NaN for a direct connection, which has no proxy whose CPU time could be measured.
+fn unless_direct(running: &RunningProxy, value: f64) -> f64 {
     match running.via {
         Via::Direct => f64::NAN,
         Via::Socks(_) => value,

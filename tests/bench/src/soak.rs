@@ -1,5 +1,5 @@
-//! The soak: mixed load for a long time, while memory, descriptors, threads and the p99 of round trips stay flat and
-//! nothing is lost.
+//! The soak: mixed load for a long time. Memory, descriptors, threads and the p99 of round trips must not grow, and no
+//! data may be lost.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,31 +11,31 @@ use std::time::{Duration, Instant};
 use crate::chart::{self, Panel};
 use crate::cpu::Tree;
 use crate::load::Load;
-use crate::measure::{Fault, median};
+use crate::measure::{BenchError, median};
 use crate::proxies::Proxy;
 use crate::report;
 use crate::target::Target;
 
-/// How often is looked.
-const SAMPLE: Duration = Duration::from_secs(5);
-/// This part of the time is not judged: caches and pools fill.
+/// Time between two samples.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(5);
+/// Part of the time that is not evaluated, while caches and pools fill.
 const WARM_UP: f64 = 0.1;
-/// What the last quarter may have more than the first: a factor, and this much besides.
+/// Limit for the last quarter: the value of the first one times a factor, plus an amount. In MiB.
 const MEMORY: (f64, f64) = (1.05, 0.25);
 const DESCRIPTORS: (f64, f64) = (1.02, 10.0);
 const THREADS: (f64, f64) = (1.0, 2.0);
-/// Microseconds; a machine with other work has p99s of its own.
+/// In microseconds. Other work on the machine changes the p99.
 const P99: (f64, f64) = (1.5, 100.0);
-/// When everybody has gone, so have their descriptors, but for these.
-const LEFT: u64 = 4;
-/// How long the last sessions may take to end.
-const LEAVING: Duration = Duration::from_secs(15);
-/// The part of the datagrams that may be late by so much that they count as lost.
-const LOST: f64 = 1e-4;
+/// Descriptors that may be open in addition to those at the start, after all clients have disconnected.
+const MAX_LEFT_OPEN: u64 = 4;
+/// Time for the last sessions to end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Largest part of the datagrams that may take longer than 200 ms, which counts as lost.
+const MAX_LOSS: f64 = 1e-4;
 
-/// Minutes, and MiB, MiB, count, count, microseconds.
 struct Sample {
     minute: f64,
+    /// As in `NAMES`.
     values: [f64; 5],
 }
 
@@ -47,21 +47,21 @@ const NAMES: [(&str, (f64, f64)); 5] = [
     ("p99 of a round trip, us", P99),
 ];
 
-fn look(tree: &Tree, load: &Load, minute: f64) -> Sample {
-    let mib = |octets: u64| octets as f64 / f64::from(1 << 20);
-    let mut times = std::mem::take(&mut *load.times.lock().expect("no panic holds it"));
+fn take_sample(tree: &Tree, load: &Load, minute: f64) -> Sample {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let mut times = std::mem::take(&mut *load.times.lock().expect("not poisoned"));
     let (resident, dirty) = (mib(tree.resident()), mib(tree.private_dirty()));
     let values = [resident, dirty, tree.descriptors() as f64, tree.threads() as f64, times.quantile(0.99)];
     Sample { minute, values }
 }
 
-/// Whether all was well.
-pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bool, Fault> {
-    let circumstances = report::circumstances();
+/// Runs the soak and writes the report. Returns whether all checks have passed.
+pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bool, BenchError> {
+    let environment = report::environment();
     let running = s5.start()?;
     let tree = &running.tree;
     thread::sleep(Duration::from_millis(200));
-    let at_start = tree.descriptors();
+    let descriptors_at_start = tree.descriptors();
     let load = Load::new(&running, target)?;
     let samples = thread::scope(|scope| {
         load.start(scope);
@@ -69,12 +69,12 @@ pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bo
         load.end();
         samples
     });
-    let left = wait_for_the_last(tree, at_start);
-    let (verdicts, good) = judge(&load, &samples, at_start, left);
+    let left = wait_for_close(tree, descriptors_at_start);
+    let (table, is_good) = evaluate(&load, &samples, descriptors_at_start, left);
     let text = format!(
-        "# Soak: {:.1} minutes of mixed load\n\n{circumstances}\n{}\n{verdicts}\n![soak](soak.svg)\n",
+        "# Soak: {:.1} minutes of mixed load\n\n{environment}\n{}\n{table}\n![soak](soak.svg)\n",
         time.as_secs_f64() / 60.0,
-        done(&load)
+        summary(&load)
     );
     let panel = |(at, (name, _)): (usize, &(&str, _))| {
         let points = samples.iter().filter(|sample| sample.values[at].is_finite());
@@ -85,82 +85,82 @@ pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bo
     fs::write(out.join("soak.md"), &text)?;
     fs::write(out.join("soak.svg"), chart::lines(&panels))?;
     println!("{text}");
-    Ok(good)
+    Ok(is_good)
 }
 
 fn sample(tree: &Tree, load: &Load, time: Duration) -> Vec<Sample> {
-    let (began, every) = (Instant::now(), SAMPLE.min(time / 40));
+    let (began, every) = (Instant::now(), SAMPLE_INTERVAL.min(time / 40));
     let mut samples: Vec<Sample> = Vec::new();
     while began.elapsed() < time {
         thread::sleep(every.min(time.saturating_sub(began.elapsed())));
         let minute = began.elapsed().as_secs_f64() / 60.0;
-        let sample = look(tree, load, minute);
+        let sample = take_sample(tree, load, minute);
         if samples.last().is_none_or(|last| last.minute.floor() < minute.floor()) {
             let [resident, dirty, descriptors, threads, p99] = sample.values;
             eprintln!(
                 "minute {minute:.0}: {resident:.1} MiB resident, {dirty:.1} private dirty, {descriptors} descriptors, \
-                 {threads} threads, p99 {p99:.0} us, {} faults",
-                load.counts.faults.load(Ordering::Relaxed)
+                 {threads} threads, p99 {p99:.0} us, {} errors",
+                load.counts.errors.load(Ordering::Relaxed)
             );
         }
-        let is_gone = sample.values[2] == 0.0;
+        let has_exited = sample.values[2] == 0.0;
         samples.push(sample);
-        if is_gone {
+        if has_exited {
             break;
         }
     }
     samples
 }
 
-/// How many descriptors are left once everybody has gone.
-fn wait_for_the_last(tree: &Tree, at_start: u64) -> u64 {
+/// Waits until the sessions have ended. Returns the number of open descriptors.
+fn wait_for_close(tree: &Tree, descriptors_at_start: u64) -> u64 {
     let began = Instant::now();
-    while tree.descriptors() > at_start + LEFT && began.elapsed() < LEAVING {
+    while tree.descriptors() > descriptors_at_start + MAX_LEFT_OPEN && began.elapsed() < CLOSE_TIMEOUT {
         thread::sleep(Duration::from_millis(100));
     }
     tree.descriptors()
 }
 
-fn done(load: &Load) -> String {
+fn summary(load: &Load) -> String {
     let counts = &load.counts;
-    let [trips, tunnels, octets, datagrams, misbehaved] =
-        [&counts.trips, &counts.tunnels, &counts.octets, &counts.datagrams, &counts.misbehaved]
+    let [trips, tunnels, bytes, datagrams, misbehaved] =
+        [&counts.trips, &counts.tunnels, &counts.bytes, &counts.datagrams, &counts.misbehaved]
             .map(|count| count.load(Ordering::Relaxed));
     format!(
-        "{trips} round trips, {tunnels} short tunnels, {:.1} GiB in bulk, {datagrams} datagrams there and back, all \
-         octets compared; {misbehaved} clients that reset, stalled, or vanished in the handshake.\n",
-        octets as f64 / f64::from(1 << 30)
+        "{trips} round trips, {tunnels} short tunnels, {:.1} GiB in bulk, {datagrams} datagrams echoed, all \
+         bytes compared; {misbehaved} clients that reset, stalled, or disconnected during the handshake.\n",
+        bytes as f64 / f64::from(1 << 30)
     )
 }
 
-fn judge(load: &Load, samples: &[Sample], at_start: u64, left: u64) -> (String, bool) {
-    let mut good = true;
-    let mut say = |well: bool| {
-        good &= well;
-        if well { "flat" } else { "**grows**" }
+fn evaluate(load: &Load, samples: &[Sample], descriptors_at_start: u64, left: u64) -> (String, bool) {
+    let mut is_good = true;
+    let mut verdict_of = |is_flat: bool| {
+        is_good &= is_flat;
+        if is_flat { "flat" } else { "**grows**" }
     };
     let mut text = "| | first quarter | last quarter | |\n| --- | --: | --: | --- |\n".to_owned();
-    let judged = &samples[(samples.len() as f64 * WARM_UP) as usize..];
-    let quarter = (judged.len() / 4).max(1).min(judged.len());
+    let counted = &samples[(samples.len() as f64 * WARM_UP) as usize..];
+    let quarter = (counted.len() / 4).max(1).min(counted.len());
     for (at, (name, allowed)) in NAMES.iter().enumerate() {
         let of = |samples: &[Sample]| {
             let values: Vec<_> = samples.iter().map(|sample| sample.values[at]).filter(|v| v.is_finite()).collect();
             median(&values)
         };
-        let (first, last) = (of(&judged[..quarter]), of(&judged[judged.len() - quarter..]));
-        let verdict = say(last <= first * allowed.0 + allowed.1);
+        let (first, last) = (of(&counted[..quarter]), of(&counted[counted.len() - quarter..]));
+        let verdict = verdict_of(last <= first * allowed.0 + allowed.1);
         let _ = writeln!(text, "| {name} | {first:.1} | {last:.1} | {verdict} |");
     }
-    let [faults, lost, datagrams] =
-        [&load.counts.faults, &load.counts.lost, &load.counts.datagrams].map(|count| count.load(Ordering::Relaxed));
-    let few = lost as f64 <= LOST * datagrams as f64;
-    let gone = left > 0 && left <= at_start + LEFT;
-    good &= faults == 0 && few && gone;
-    let _ = writeln!(text, "\n- faults: {faults}\n- datagrams not back within 200 ms: {lost} of {datagrams}");
-    let _ = writeln!(text, "- descriptors before: {at_start}, and when everybody had gone: {left}");
-    for fault in load.faults.lock().expect("no panic holds it").iter() {
-        let _ = writeln!(text, "- {fault}");
+    let [errors, lost, datagrams] =
+        [&load.counts.errors, &load.counts.lost, &load.counts.datagrams].map(|count| count.load(Ordering::Relaxed));
+    let is_loss_low = lost as f64 <= MAX_LOSS * datagrams as f64;
+    let is_closed = left > 0 && left <= descriptors_at_start + MAX_LEFT_OPEN;
+    is_good &= errors == 0 && is_loss_low && is_closed;
+    let _ = writeln!(text, "\n- errors: {errors}\n- datagrams not echoed within 200 ms: {lost} of {datagrams}");
+    let _ = writeln!(text, "- descriptors: {descriptors_at_start} at the start, {left} after all clients disconnected");
+    for error in load.errors.lock().expect("not poisoned").iter() {
+        let _ = writeln!(text, "- {error}");
     }
-    let _ = writeln!(text, "\n{}", if good { "All was well." } else { "**Not all was well.**" });
-    (text, good)
+    let _ = writeln!(text, "\n{}", if is_good { "All checks passed." } else { "**A check failed.**" });
+    (text, is_good)
 }

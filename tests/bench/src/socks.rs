@@ -1,4 +1,4 @@
-//! The client's half of the handshake, blocking and not.
+//! The SOCKS handshake of a client, blocking and non-blocking.
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd as _;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect as connect_socket, socket};
 
-use crate::measure::{Fault, PATIENCE, Via, failed, wrong};
+use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed};
 
 const GREETING: [u8; 3] = [5, 1, 0];
 pub const CONNECT: u8 = 1;
@@ -20,38 +20,38 @@ pub fn request(command: u8, to: SocketAddrV4) -> [u8; 10] {
     request
 }
 
-/// A blocking stream to `to`, which gives up when nothing happens on it.
-pub fn connect(via: Via, to: SocketAddrV4) -> Result<TcpStream, Fault> {
-    let Via::Socks(proxy) = via else { return plain(to) };
-    let mut stream = plain(proxy)?;
-    ask(&mut stream, CONNECT, to)?;
+/// Connects to `to` with a blocking stream that has timeouts.
+pub fn connect(via: Via, to: SocketAddrV4) -> Result<TcpStream, BenchError> {
+    let Via::Socks(proxy) = via else { return connect_direct(to) };
+    let mut stream = connect_direct(proxy)?;
+    send_request(&mut stream, CONNECT, to)?;
     Ok(stream)
 }
 
-pub fn plain(to: SocketAddrV4) -> Result<TcpStream, Fault> {
-    let stream = TcpStream::connect_timeout(&SocketAddr::V4(to), PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+pub fn connect_direct(to: SocketAddrV4) -> Result<TcpStream, BenchError> {
+    let stream = TcpStream::connect_timeout(&SocketAddr::V4(to), IDLE_TIMEOUT)?;
+    stream.set_read_timeout(Some(IDLE_TIMEOUT))?;
+    stream.set_write_timeout(Some(IDLE_TIMEOUT))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
 
-/// An association: the stream that keeps it, and where the relay takes datagrams.
-pub fn associate(proxy: SocketAddrV4) -> Result<(TcpStream, SocketAddrV4), Fault> {
-    let mut stream = plain(proxy)?;
-    let mut relay = ask(&mut stream, ASSOCIATE, SocketAddrV4::new([0, 0, 0, 0].into(), 0))?;
+/// Opens an association. Returns its control connection and BND.
+pub fn associate(proxy: SocketAddrV4) -> Result<(TcpStream, SocketAddrV4), BenchError> {
+    let mut stream = connect_direct(proxy)?;
+    let mut relay = send_request(&mut stream, ASSOCIATE, SocketAddrV4::new([0, 0, 0, 0].into(), 0))?;
     if relay.ip().is_unspecified() {
         relay.set_ip(*proxy.ip());
     }
     Ok((stream, relay))
 }
 
-fn ask(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result<SocketAddrV4, Fault> {
+fn send_request(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result<SocketAddrV4, BenchError> {
     let mut answer = [0; 10];
     stream.write_all(&GREETING)?;
     stream.read_exact(&mut answer[..2])?;
     if answer[..2] != [5, 0] {
-        return Err(wrong(format!("method {answer:?}")));
+        return Err(corrupt(format!("method {answer:?}")));
     }
     stream.write_all(&request(command, to))?;
     stream.read_exact(&mut answer)?;
@@ -59,15 +59,15 @@ fn ask(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result<SocketAd
         [5, 0, 0, 1, a, b, c, d, high, low] => {
             Ok(SocketAddrV4::new([a, b, c, d].into(), u16::from_be_bytes([high, low])))
         }
-        [5, 7, ..] => Err(Fault::None),
+        [5, 7, ..] => Err(BenchError::Unsupported),
         _ => Err(failed(format!("reply {answer:?}"))),
     }
 }
 
-/// Whether a greeting is answered, be it that a login is needed; in one attempt.
-pub fn greets(proxy: SocketAddrV4) -> io::Result<bool> {
+/// Returns whether the proxy answers a greeting, even if it requires a login.
+pub fn answers_greeting(proxy: SocketAddrV4) -> io::Result<bool> {
     let mut stream = TcpStream::connect(proxy)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(IDLE_TIMEOUT))?;
     let mut answer = [0; 2];
     stream.write_all(&GREETING)?;
     stream.read_exact(&mut answer)?;
@@ -78,22 +78,22 @@ pub fn greets(proxy: SocketAddrV4) -> io::Result<bool> {
 enum Stage {
     Connecting,
     Greeted,
-    Asked,
+    Requested,
     Open,
 }
 
-/// A stream to the target that is being opened and never blocks.
-pub struct Dial {
+/// A tunnel that is being opened on a non-blocking stream.
+pub struct PendingTunnel {
     pub stream: TcpStream,
     via: Via,
     to: SocketAddrV4,
     stage: Stage,
     answer: [u8; 10],
-    have: usize,
+    received: usize,
 }
 
-impl Dial {
-    pub fn begin(via: Via, to: SocketAddrV4) -> Result<Self, Fault> {
+impl PendingTunnel {
+    pub fn begin(via: Via, to: SocketAddrV4) -> Result<Self, BenchError> {
         let first = match via {
             Via::Direct => to,
             Via::Socks(proxy) => proxy,
@@ -104,73 +104,73 @@ impl Dial {
             Ok(()) | Err(Errno::EINPROGRESS) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(Self { stream: fd.into(), via, to, stage: Stage::Connecting, answer: [0; 10], have: 0 })
+        Ok(Self { stream: fd.into(), via, to, stage: Stage::Connecting, answer: [0; 10], received: 0 })
     }
 
-    /// Goes on as far as it gets; whether the tunnel is open.
-    pub fn turn(&mut self) -> Result<bool, Fault> {
+    /// Continues the handshake as far as possible. Returns whether the tunnel is open.
+    pub fn advance(&mut self) -> Result<bool, BenchError> {
         loop {
-            let done = match self.stage {
-                Stage::Connecting => self.connected()?,
-                Stage::Greeted => self.answered(2)? && self.asked()?,
-                Stage::Asked => self.answered(10)? && self.opened()?,
+            let has_advanced = match self.stage {
+                Stage::Connecting => self.on_connected()?,
+                Stage::Greeted => self.has_answer(2)? && self.send_request()?,
+                Stage::Requested => self.has_answer(10)? && self.on_reply()?,
                 Stage::Open => return Ok(true),
             };
-            if !done {
+            if !has_advanced {
                 return Ok(false);
             }
         }
     }
 
-    fn connected(&mut self) -> Result<bool, Fault> {
+    fn on_connected(&mut self) -> Result<bool, BenchError> {
         if let Via::Socks(_) = self.via {
             return self.write(&GREETING, Stage::Greeted);
         }
         if let Some(error) = self.stream.take_error()? {
             return Err(error.into());
         }
-        let there = self.stream.peer_addr().is_ok();
-        if there {
+        let is_connected = self.stream.peer_addr().is_ok();
+        if is_connected {
             self.stage = Stage::Open;
         }
-        Ok(there)
+        Ok(is_connected)
     }
 
-    fn write(&mut self, message: &[u8], then: Stage) -> Result<bool, Fault> {
+    fn write(&mut self, message: &[u8], then: Stage) -> Result<bool, BenchError> {
         match self.stream.write(message) {
             Ok(wrote) if wrote == message.len() => {
-                (self.stage, self.have) = (then, 0);
+                (self.stage, self.received) = (then, 0);
                 Ok(true)
             }
-            Ok(_) => Err(failed("a message of the handshake did not fit")),
+            Ok(_) => Err(failed("partial write in the handshake")),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 
-    fn answered(&mut self, length: usize) -> Result<bool, Fault> {
-        if self.have == length {
+    fn has_answer(&mut self, length: usize) -> Result<bool, BenchError> {
+        if self.received == length {
             return Ok(true);
         }
-        match self.stream.read(&mut self.answer[self.have..length]) {
-            Ok(0) => Err(failed("closed in the handshake")),
+        match self.stream.read(&mut self.answer[self.received..length]) {
+            Ok(0) => Err(failed("connection closed in the handshake")),
             Ok(got) => {
-                self.have += got;
-                Ok(self.have == length)
+                self.received += got;
+                Ok(self.received == length)
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 
-    fn asked(&mut self) -> Result<bool, Fault> {
+    fn send_request(&mut self) -> Result<bool, BenchError> {
         match self.answer[..2] {
-            [5, 0] => self.write(&request(CONNECT, self.to), Stage::Asked),
+            [5, 0] => self.write(&request(CONNECT, self.to), Stage::Requested),
             _ => Err(failed(format!("method {:?}", &self.answer[..2]))),
         }
     }
 
-    fn opened(&mut self) -> Result<bool, Fault> {
+    fn on_reply(&mut self) -> Result<bool, BenchError> {
         match self.answer[..4] {
             [5, 0, 0, 1] => self.stage = Stage::Open,
             _ => return Err(failed(format!("reply {:?}", &self.answer[..10]))),

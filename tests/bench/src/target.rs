@@ -1,4 +1,4 @@
-//! What the tunnels lead to, in a process of its own: an echo, bulk streams either way, a datagram echo, and a sink
+//! The target of the tunnels, a separate process: a TCP echo, bulk streams in both directions, a UDP echo, and a sink
 //! that counts datagrams.
 
 use std::io::{self, BufRead as _, BufReader, Read, Write};
@@ -14,23 +14,23 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 
 use crate::children::Process;
-use crate::measure::{Fault, failed};
-use crate::pattern::{self, Plan};
-use crate::udp::{Content, SMALLEST};
+use crate::measure::{BenchError, failed};
+use crate::pattern::{self, TransferLimit};
+use crate::udp::{Content, MIN_PAYLOAD};
 
-/// The first argument of this program when it is the target.
+/// First argument of this program when it runs as the target.
 pub const TARGET: &str = "target";
-/// A message to the echo that is no longer than this is the last.
-const LAST: usize = 1;
-/// How long a bulk stream may stand still: longer than a client of the soak that stalls on purpose.
-const STALL: Duration = Duration::from_secs(60);
-/// What a socket that must not be the one to lose datagrams asks for, in octets.
-const ROOM: usize = 16 << 20;
+/// The echo closes a stream after a message of at most this many bytes.
+const MAX_LAST_MESSAGE: usize = 1;
+/// Idle timeout of bulk streams, longer than the stalls of the soak.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(60);
+/// Buffer in bytes of a socket that must not lose datagrams.
+const SOCKET_BUFFER_SIZE: usize = 16 << 20;
 
-/// The target as the generator sees it.
+/// The target's process and addresses.
 pub struct Target {
     _process: Process,
-    orders: ChildStdin,
+    requests: ChildStdin,
     answers: BufReader<ChildStdout>,
     pub echo: SocketAddrV4,
     pub bulk: SocketAddrV4,
@@ -38,13 +38,13 @@ pub struct Target {
     pub sink: SocketAddrV4,
 }
 
-/// What the sink got of the latest step of a flood.
+/// What the sink has received of the current step of a flood.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Sunk {
+pub struct SinkCounts {
     pub step: u64,
-    pub came: u64,
-    pub twice: u64,
-    pub wrong: u64,
+    pub received: u64,
+    pub duplicates: u64,
+    pub corrupt: u64,
 }
 
 impl Target {
@@ -52,20 +52,20 @@ impl Target {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg(TARGET);
         let mut process = Process::start_with_pipes(&command)?;
-        let (orders, answers) = (process.child().stdin.take(), process.child().stdout.take());
-        let (Some(orders), Some(answers)) = (orders, answers) else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let (requests, answers) = (process.child().stdin.take(), process.child().stdout.take());
+        let (Some(requests), Some(answers)) = (requests, answers) else { return Err(io::ErrorKind::BrokenPipe.into()) };
         let mut answers = BufReader::new(answers);
         let ports = numbers(&mut answers)?;
         let &[echo, bulk, udp_echo, sink] = ports.as_slice() else { return Err(io::ErrorKind::InvalidData.into()) };
         let at = |port: u64| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port as u16);
         let [echo, bulk, udp_echo, sink] = [at(echo), at(bulk), at(udp_echo), at(sink)];
-        Ok(Self { _process: process, orders, answers, echo, bulk, udp_echo, sink })
+        Ok(Self { _process: process, requests, answers, echo, bulk, udp_echo, sink })
     }
 
-    pub fn sunk(&mut self) -> Result<Sunk, Fault> {
-        writeln!(self.orders)?;
+    pub fn sink_counts(&mut self) -> Result<SinkCounts, BenchError> {
+        writeln!(self.requests)?;
         match numbers(&mut self.answers)?[..] {
-            [step, came, twice, wrong] => Ok(Sunk { step, came, twice, wrong }),
+            [step, received, duplicates, corrupt] => Ok(SinkCounts { step, received, duplicates, corrupt }),
             _ => Err(failed("the sink does not answer")),
         }
     }
@@ -77,68 +77,77 @@ fn numbers(answers: &mut BufReader<ChildStdout>) -> io::Result<Vec<u64>> {
     Ok(line.split_whitespace().filter_map(|word| word.parse().ok()).collect())
 }
 
-/// Asks the target for octets; how many came, all looked at.
-pub fn download(stream: &TcpStream, plan: Plan, whole: bool) -> Result<u64, Fault> {
-    begin_download(stream, plan)?;
-    finish_download(stream, whole)
+/// Downloads from the target and verifies the data. Returns the number of bytes.
+pub fn download(stream: &TcpStream, limit: TransferLimit, compare_all: bool) -> Result<u64, BenchError> {
+    begin_download(stream, limit)?;
+    finish_download(stream, compare_all)
 }
 
-pub fn begin_download(stream: &TcpStream, plan: Plan) -> io::Result<()> {
-    order(stream, b'd', plan)
+pub fn begin_download(stream: &TcpStream, limit: TransferLimit) -> io::Result<()> {
+    request(stream, b'd', limit)
 }
 
-pub fn finish_download(mut stream: &TcpStream, whole: bool) -> Result<u64, Fault> {
-    let octets = pattern::receive(stream, whole)?;
+pub fn finish_download(mut stream: &TcpStream, compare_all: bool) -> Result<u64, BenchError> {
+    let bytes = pattern::receive(stream, compare_all)?;
     stream.write_all(&[1])?;
-    Ok(octets)
+    Ok(bytes)
 }
 
-/// Sends octets to the target, which says how many it got and that they were right.
-pub fn upload(stream: &TcpStream, plan: Plan, whole: bool) -> Result<u64, Fault> {
-    upload_over(stream, stream, plan, whole)
+/// Uploads to the target, which verifies the data. Returns the number of bytes.
+pub fn upload(stream: &TcpStream, limit: TransferLimit, compare_all: bool) -> Result<u64, BenchError> {
+    upload_over(stream, stream, limit, compare_all)
 }
 
-pub fn upload_over(mut to: impl Write, mut from: impl Read, plan: Plan, whole: bool) -> Result<u64, Fault> {
-    order(&mut to, if whole { b'U' } else { b'u' }, plan)?;
-    let octets = pattern::send(to, plan)?;
+pub fn upload_over(
+    mut to: impl Write,
+    mut from: impl Read,
+    limit: TransferLimit,
+    compare_all: bool,
+) -> Result<u64, BenchError> {
+    request(&mut to, if compare_all { b'U' } else { b'u' }, limit)?;
+    let bytes = pattern::send(to, limit)?;
     let mut answer = [0; 8];
     from.read_exact(&mut answer)?;
     match u64::from_le_bytes(answer) {
-        got if got == octets => Ok(octets),
-        got => Err(Fault::Wrong(format!("sent {octets} octets, the target has {got} right ones"))),
+        got if got == bytes => Ok(bytes),
+        got => Err(BenchError::Corrupt(format!("sent {bytes} bytes, the target has verified {got}"))),
     }
 }
 
-fn order(mut stream: impl Write, what: u8, plan: Plan) -> io::Result<()> {
-    let mut order = [what; 17];
-    order[1..9].copy_from_slice(&(plan.time.as_millis() as u64).to_le_bytes());
-    order[9..].copy_from_slice(&plan.octets.to_le_bytes());
-    stream.write_all(&order)
+fn request(mut stream: impl Write, what: u8, limit: TransferLimit) -> io::Result<()> {
+    let mut request = [what; 17];
+    request[1..9].copy_from_slice(&(limit.time.as_millis() as u64).to_le_bytes());
+    request[9..].copy_from_slice(&limit.bytes.to_le_bytes());
+    stream.write_all(&request)
 }
 
-/// The process: says its ports, then answers a line with what the sink got, until there are no more lines.
+/// Runs the target: prints its ports, then answers each line of stdin with the counts of the sink.
 pub fn run() -> io::Result<()> {
     let (echo, bulk) = (listener()?, listener()?);
-    let (udp_echo, sink) = (roomy_socket()?, roomy_socket()?);
+    let (udp_echo, sink) = (large_buffer_socket()?, large_buffer_socket()?);
     let ports = [echo.local_addr()?, bulk.local_addr()?, udp_echo.local_addr()?, sink.local_addr()?];
-    let count = Arc::new(Mutex::new(Counter::default()));
+    let count = Arc::new(Mutex::new(SinkState::default()));
     let shared = count.clone();
-    thread::spawn(move || end(serve_echo(&echo)));
-    thread::spawn(move || end(serve_bulk(&bulk)));
-    thread::spawn(move || end(serve_datagrams(&udp_echo)));
-    thread::spawn(move || end(swallow(&sink, &shared)));
+    thread::spawn(move || exit_on_end(serve_echo(&echo)));
+    thread::spawn(move || exit_on_end(serve_bulk(&bulk)));
+    thread::spawn(move || exit_on_end(serve_datagrams(&udp_echo)));
+    thread::spawn(move || exit_on_end(serve_sink(&sink, &shared)));
     let mut out = io::stdout();
     writeln!(out, "{}", ports.map(|addr| addr.port().to_string()).join(" "))?;
     for line in io::stdin().lines() {
         line?;
-        let sunk = count.lock().expect("no panic holds it").sunk;
-        writeln!(out, "{} {} {} {}", sunk.step, sunk.came, sunk.twice, sunk.wrong)?;
+        let sink_counts = count.lock().expect("not poisoned").sink_counts;
+        writeln!(
+            out,
+            "{} {} {} {}",
+            sink_counts.step, sink_counts.received, sink_counts.duplicates, sink_counts.corrupt
+        )?;
     }
     Ok(())
 }
 
-/// Half a target is none: whoever waits for the rest would blame the proxy.
-fn end(result: io::Result<()>) {
+/// Ends the whole process when one service ends: a partial target would look like an error of the proxy.
+fn exit_on_end(result: io::Result<()>) {
     if let Err(error) = result {
         eprintln!("bench: target: {error}");
     }
@@ -151,7 +160,7 @@ fn listener() -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Listens on a port that the system does not give to outgoing connections, of which there may be too many.
+/// Listens on a port outside of the range for outgoing connections, which may be exhausted.
 pub fn listen_anywhere() -> io::Result<TcpListener> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let mut last = Err(io::ErrorKind::AddrInUse.into());
@@ -165,19 +174,19 @@ pub fn listen_anywhere() -> io::Result<TcpListener> {
     last
 }
 
-/// A datagram socket with as much room as one may have.
-pub fn roomy_socket() -> io::Result<UdpSocket> {
+/// Returns a UDP socket with the largest possible receive buffer.
+pub fn large_buffer_socket() -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-    if setsockopt(&socket, sockopt::RcvBufForce, &ROOM).is_err() {
-        setsockopt(&socket, sockopt::RcvBuf, &ROOM)?;
+    if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_SIZE).is_err() {
+        setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_SIZE)?;
     }
     Ok(socket)
 }
 
-/// One thread for all streams, however many: the CPU is needed elsewhere.
+/// Serves all streams on one thread, which leaves more CPU to the proxy.
 ///
-/// A message of one octet is the last one: the target closes first, so that nobody's ports for outgoing connections are
-/// used up by ones that linger after their end.
+/// After a message of one byte the target closes first, so that the TIME-WAIT state does not use up the ports for
+/// outgoing connections of proxy and load generator.
 fn serve_echo(listener: &TcpListener) -> io::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let watch = |fd: &dyn AsFd, key: usize| {
@@ -203,9 +212,9 @@ fn serve_echo(listener: &TcpListener) -> io::Result<()> {
                     streams[key] = Some(stream);
                 }
             } else if let Some(stream) = &mut streams[key] {
-                // The streams block, which what was announced does not do, nor what clients that wait for it get back.
+                // Blocking calls: the data to read is there, and the client is waiting for the echo.
                 let alive = stream.read(&mut buffer).and_then(|got| stream.write_all(&buffer[..got]).map(|()| got));
-                if !alive.is_ok_and(|got| got > LAST) {
+                if !alive.is_ok_and(|got| got > MAX_LAST_MESSAGE) {
                     streams[key] = None;
                 }
             }
@@ -216,53 +225,55 @@ fn serve_echo(listener: &TcpListener) -> io::Result<()> {
 fn serve_bulk(listener: &TcpListener) -> io::Result<()> {
     loop {
         let Ok((stream, _)) = listener.accept() else { continue };
-        // A client that breaks off is its own affair: it knows what it got.
-        thread::spawn(move || bulk(&stream));
+        // Errors are ignored: the client detects them.
+        thread::spawn(move || serve_bulk_stream(&stream));
     }
 }
 
-fn bulk(mut stream: &TcpStream) -> Result<(), Fault> {
-    stream.set_read_timeout(Some(STALL))?;
-    stream.set_write_timeout(Some(STALL))?;
+fn serve_bulk_stream(mut stream: &TcpStream) -> Result<(), BenchError> {
+    stream.set_read_timeout(Some(STREAM_TIMEOUT))?;
+    stream.set_write_timeout(Some(STREAM_TIMEOUT))?;
     stream.set_nodelay(true)?;
-    let mut order = [0; 17];
-    stream.read_exact(&mut order)?;
-    let number = |at: usize| order[at..at + 8].iter().rev().fold(0, |number, octet| number << 8 | u64::from(*octet));
-    let plan = Plan { time: Duration::from_millis(number(1)), octets: number(9) };
-    if order[0] == b'd' {
-        pattern::send(stream, plan)?;
-        // The client closes first, as it does in the other rows.
-        return Ok(stream.read_exact(&mut order[..1])?);
+    let mut request = [0; 17];
+    stream.read_exact(&mut request)?;
+    let number = |at: usize| request[at..at + 8].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+    let limit = TransferLimit { time: Duration::from_millis(number(1)), bytes: number(9) };
+    if request[0] == b'd' {
+        pattern::send(stream, limit)?;
+        // Waits until the client closes.
+        return Ok(stream.read_exact(&mut request[..1])?);
     }
-    let got = pattern::receive(stream, order[0] == b'U').unwrap_or(0);
+    let got = pattern::receive(stream, request[0] == b'U').unwrap_or(0);
     stream.write_all(&got.to_le_bytes())?;
-    stream.read(&mut order).map(drop)?;
+    stream.read(&mut request).map(drop)?;
     Ok(())
 }
 
 fn serve_datagrams(socket: &UdpSocket) -> io::Result<()> {
     let mut buffer = [0; 2048];
     loop {
-        // Errors are those of earlier datagrams, whose sender has gone.
+        // Errors are ICMP messages about earlier datagrams.
         let Ok((length, from)) = socket.recv_from(&mut buffer) else { continue };
         let _ = socket.send_to(&buffer[..length], from);
     }
 }
 
 #[derive(Default)]
-struct Counter {
-    sunk: Sunk,
+struct SinkState {
+    sink_counts: SinkCounts,
     seen: Vec<u64>,
 }
 
-impl Counter {
+impl SinkState {
     fn add(&mut self, datagram: &[u8]) {
-        let Some(number) = Content::number(datagram) else { return self.sunk.wrong += 1 };
+        let Some(number) = Content::number(datagram) else { return self.sink_counts.corrupt += 1 };
         let (step, number) = (number >> 32, number & 0xffff_ffff);
-        match step.cmp(&self.sunk.step) {
-            // What was queued somewhere is no part of the step that runs now.
+        match step.cmp(&self.sink_counts.step) {
+            // A late datagram of an earlier step.
             std::cmp::Ordering::Less => return,
-            std::cmp::Ordering::Greater => *self = Self { sunk: Sunk { step, ..Sunk::default() }, seen: Vec::new() },
+            std::cmp::Ordering::Greater => {
+                *self = Self { sink_counts: SinkCounts { step, ..SinkCounts::default() }, seen: Vec::new() }
+            }
             std::cmp::Ordering::Equal => {}
         }
         let (word, bit) = ((number / 64) as usize, 1 << (number % 64));
@@ -270,18 +281,18 @@ impl Counter {
             self.seen.resize(word + 1024, 0);
         }
         match self.seen[word] & bit == 0 {
-            true => self.sunk.came += 1,
-            false => self.sunk.twice += 1,
+            true => self.sink_counts.received += 1,
+            false => self.sink_counts.duplicates += 1,
         }
         self.seen[word] |= bit;
     }
 }
 
-fn swallow(socket: &UdpSocket, count: &Mutex<Counter>) -> io::Result<()> {
+fn serve_sink(socket: &UdpSocket, count: &Mutex<SinkState>) -> io::Result<()> {
     let mut buffer = [0; 2048];
     loop {
-        if let Ok(length @ SMALLEST..) = socket.recv(&mut buffer) {
-            count.lock().expect("no panic holds it").add(&buffer[..length]);
+        if let Ok(length @ MIN_PAYLOAD..) = socket.recv(&mut buffer) {
+            count.lock().expect("not poisoned").add(&buffer[..length]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Many tunnels on one thread: opened and closed as fast as they go, or kept and used for round trips.
+//! Many tunnels on one thread: opened and closed as fast as possible, or kept open for round trips.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddrV4, TcpStream};
@@ -6,32 +6,32 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
-use crate::measure::{Fault, PATIENCE, Times, Via, failed, wrong};
+use crate::measure::{BenchError, IDLE_TIMEOUT, Times, Via, corrupt, failed};
 use crate::pattern::noise;
-use crate::socks::Dial;
+use crate::socks::PendingTunnel;
 
-/// What a round trip carries.
-pub const MESSAGE: usize = 64;
-/// How many tunnels are being opened at once when many are to stay open.
-const OPENING: usize = 32;
+/// Bytes of a round trip.
+pub const MESSAGE_LEN: usize = 64;
+/// Tunnels that are opened at the same time by `open`.
+const MAX_OPENING: usize = 32;
 
-/// Waits for events of a set of sockets, and gives up when none comes.
+/// Waits for events of a set of sockets, with a timeout.
 pub struct Events {
     epoll: Epoll,
     ready: Vec<EpollEvent>,
 }
 
 impl Events {
-    pub fn new() -> Result<Self, Fault> {
+    pub fn new() -> Result<Self, BenchError> {
         Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, ready: vec![EpollEvent::empty(); 256] })
     }
 
-    pub fn add(&self, socket: impl std::os::fd::AsFd, key: usize, flags: EpollFlags) -> Result<(), Fault> {
+    pub fn add(&self, socket: impl std::os::fd::AsFd, key: usize, flags: EpollFlags) -> Result<(), BenchError> {
         Ok(self.epoll.add(socket, EpollEvent::new(flags, key as u64))?)
     }
 
-    /// The keys of sockets that have something, which are none when the time is over.
-    pub fn within(&mut self, time: Duration) -> Result<impl Iterator<Item = usize>, Fault> {
+    /// Returns the keys of ready sockets, or none after `time`.
+    pub fn wait(&mut self, time: Duration) -> Result<impl Iterator<Item = usize>, BenchError> {
         let millis = u16::try_from(time.as_millis()).unwrap_or(u16::MAX);
         let count = match self.epoll.wait(&mut self.ready, millis) {
             Err(nix::Error::EINTR) => 0,
@@ -40,51 +40,51 @@ impl Events {
         Ok(self.ready[..count].iter().map(|event| event.data() as usize))
     }
 
-    fn next(&mut self) -> Result<impl Iterator<Item = usize>, Fault> {
-        let mut keys = self.within(PATIENCE)?.peekable();
+    fn wait_any(&mut self) -> Result<impl Iterator<Item = usize>, BenchError> {
+        let mut keys = self.wait(IDLE_TIMEOUT)?.peekable();
         match keys.peek() {
             Some(_) => Ok(keys),
-            None => Err(failed(format!("nothing happened for {} s", PATIENCE.as_secs()))),
+            None => Err(failed(format!("nothing happened for {} s", IDLE_TIMEOUT.as_secs()))),
         }
     }
 }
 
-/// Both directions, told once: the answers come one at a time, and what was not there is announced.
-fn both() -> EpollFlags {
+/// Read and write, edge-triggered: each answer is a new event.
+fn edge_triggered() -> EpollFlags {
     EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET
 }
 
-/// A short tunnel on its way.
-struct Short {
-    dial: Dial,
+/// A short tunnel in progress.
+struct ShortTunnel {
+    pending: PendingTunnel,
     began: Instant,
-    asked: Option<u8>,
+    sent_byte: Option<u8>,
     answered: bool,
 }
 
-impl Short {
-    fn begin(via: Via, to: SocketAddrV4) -> Result<Self, Fault> {
+impl ShortTunnel {
+    fn begin(via: Via, to: SocketAddrV4) -> Result<Self, BenchError> {
         let began = Instant::now();
-        Ok(Self { dial: Dial::begin(via, to)?, began, asked: None, answered: false })
+        Ok(Self { pending: PendingTunnel::begin(via, to)?, began, sent_byte: None, answered: false })
     }
 
-    /// Whether its octet has come back, and then the end.
-    fn turn(&mut self) -> Result<bool, Fault> {
-        if self.asked.is_none() {
-            if !self.dial.turn()? {
+    /// Returns true when the byte has been echoed and the stream has ended.
+    fn advance(&mut self) -> Result<bool, BenchError> {
+        if self.sent_byte.is_none() {
+            if !self.pending.advance()? {
                 return Ok(false);
             }
-            let octet = self.began.elapsed().subsec_nanos() as u8;
-            self.dial.stream.write_all(&[octet])?;
-            self.asked = Some(octet);
+            let byte = self.began.elapsed().subsec_nanos() as u8;
+            self.pending.stream.write_all(&[byte])?;
+            self.sent_byte = Some(byte);
         }
         loop {
             let mut answer = [0; 2];
-            match self.dial.stream.read(&mut answer) {
+            match self.pending.stream.read(&mut answer) {
                 Ok(0) if self.answered => return Ok(true),
-                Ok(0) => return Err(wrong("a tunnel was closed before its octet came back")),
-                Ok(1) if Some(answer[0]) == self.asked && !self.answered => self.answered = true,
-                Ok(_) => return Err(wrong("another octet came back")),
+                Ok(0) => return Err(corrupt("a tunnel was closed before its byte was echoed")),
+                Ok(1) if Some(answer[0]) == self.sent_byte && !self.answered => self.answered = true,
+                Ok(_) => return Err(corrupt("the echo is another byte")),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
@@ -92,21 +92,21 @@ impl Short {
     }
 }
 
-/// Opens tunnels, `at_once` at a time: one octet there, the same one back, closed by the target. How long each took.
-pub fn short_tunnels(via: Via, echo: SocketAddrV4, at_once: usize, time: Duration) -> Result<Times, Fault> {
+/// Opens tunnels, `concurrency` at a time: each echoes one byte, and is closed by the target. Returns their times.
+pub fn short_tunnels(via: Via, echo: SocketAddrV4, concurrency: usize, time: Duration) -> Result<Times, BenchError> {
     let (mut events, mut times, began) = (Events::new()?, Times::default(), Instant::now());
     let mut slots = Vec::new();
-    for key in 0..at_once {
-        let short = Short::begin(via, echo)?;
-        events.add(&short.dial.stream, key, both())?;
+    for key in 0..concurrency {
+        let short = ShortTunnel::begin(via, echo)?;
+        events.add(&short.pending.stream, key, edge_triggered())?;
         slots.push(Some(short));
     }
-    let mut left = at_once;
+    let mut left = concurrency;
     while left > 0 {
-        let keys: Vec<usize> = events.next()?.collect();
+        let keys: Vec<usize> = events.wait_any()?.collect();
         for key in keys {
             let Some(short) = &mut slots[key] else { continue };
-            if !short.turn()? {
+            if !short.advance()? {
                 continue;
             }
             times.add(short.began.elapsed());
@@ -115,30 +115,30 @@ pub fn short_tunnels(via: Via, echo: SocketAddrV4, at_once: usize, time: Duratio
                 left -= 1;
                 continue;
             }
-            let short = Short::begin(via, echo)?;
-            events.add(&short.dial.stream, key, both())?;
+            let short = ShortTunnel::begin(via, echo)?;
+            events.add(&short.pending.stream, key, edge_triggered())?;
             slots[key] = Some(short);
         }
     }
     Ok(times)
 }
 
-/// Tunnels that stay open.
-pub fn open(via: Via, echo: SocketAddrV4, count: usize) -> Result<Vec<TcpStream>, Fault> {
+/// Opens tunnels that stay open.
+pub fn open(via: Via, echo: SocketAddrV4, count: usize) -> Result<Vec<TcpStream>, BenchError> {
     let mut events = Events::new()?;
-    let (mut dials, mut open): (Vec<Option<Dial>>, _) = (Vec::new(), Vec::with_capacity(count));
+    let (mut pending_tunnels, mut open): (Vec<Option<PendingTunnel>>, _) = (Vec::new(), Vec::with_capacity(count));
     while open.len() < count {
-        while dials.len() < count && dials.len() - open.len() < OPENING {
-            let dial = Dial::begin(via, echo)?;
-            events.add(&dial.stream, dials.len(), both())?;
-            dials.push(Some(dial));
+        while pending_tunnels.len() < count && pending_tunnels.len() - open.len() < MAX_OPENING {
+            let pending = PendingTunnel::begin(via, echo)?;
+            events.add(&pending.stream, pending_tunnels.len(), edge_triggered())?;
+            pending_tunnels.push(Some(pending));
         }
-        let keys: Vec<usize> = events.next()?.collect();
+        let keys: Vec<usize> = events.wait_any()?.collect();
         for key in keys {
-            if let Some(mut dial) = dials[key].take() {
-                match dial.turn()? {
-                    true => open.push(dial.stream),
-                    false => dials[key] = Some(dial),
+            if let Some(mut pending) = pending_tunnels[key].take() {
+                match pending.advance()? {
+                    true => open.push(pending.stream),
+                    false => pending_tunnels[key] = Some(pending),
                 }
             }
         }
@@ -146,59 +146,59 @@ pub fn open(via: Via, echo: SocketAddrV4, count: usize) -> Result<Vec<TcpStream>
     Ok(open)
 }
 
-/// Has the target close tunnels, once each has passed an octet both ways.
-pub fn close(tunnels: Vec<TcpStream>) -> Result<(), Fault> {
+/// Closes tunnels by sending the last byte, whose echo must arrive.
+pub fn close(tunnels: Vec<TcpStream>) -> Result<(), BenchError> {
     let (mut events, mut left, mut open) = (Events::new()?, tunnels.len(), vec![true; tunnels.len()]);
     for (key, mut tunnel) in tunnels.iter().enumerate() {
         events.add(tunnel, key, EpollFlags::EPOLLIN)?;
         tunnel.write_all(&[key as u8])?;
     }
     while left > 0 {
-        let keys: Vec<usize> = events.next()?.collect();
+        let keys: Vec<usize> = events.wait_any()?.collect();
         for key in keys.into_iter().filter(|key| std::mem::take(&mut open[*key])) {
             match (&tunnels[key]).read(&mut [0; 2]) {
                 Ok(1) => left -= 1,
-                _ => return Err(wrong("an idle tunnel did not pass an octet")),
+                _ => return Err(corrupt("an idle tunnel did not echo a byte")),
             }
         }
     }
     Ok(())
 }
 
-/// What comes back of one message.
+/// The state of one round trip.
 #[derive(Clone)]
-struct Trip {
+struct Echo {
     sent: Instant,
     message: &'static [u8],
-    have: usize,
-    over: bool,
+    received: usize,
+    is_over: bool,
 }
 
-/// A message a tunnel, and the next one when it has come back, until the time is over. How long each took.
-pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, Fault> {
+/// Keeps one message in flight on each tunnel until the time is over. Returns the times of the round trips.
+pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, BenchError> {
     let (mut events, mut times, began) = (Events::new()?, Times::default(), Instant::now());
     let mut trips = Vec::with_capacity(tunnels.len());
     for (key, mut tunnel) in tunnels.iter().enumerate() {
         events.add(tunnel, key, EpollFlags::EPOLLIN)?;
         let message = message(key);
-        trips.push(Trip { sent: Instant::now(), message, have: 0, over: false });
+        trips.push(Echo { sent: Instant::now(), message, received: 0, is_over: false });
         tunnel.write_all(message)?;
     }
     let mut left = tunnels.len();
     while left > 0 {
-        let keys: Vec<usize> = events.next()?.collect();
+        let keys: Vec<usize> = events.wait_any()?.collect();
         for key in keys {
             let (trip, mut tunnel) = (&mut trips[key], &tunnels[key]);
-            if !trip.back(tunnel)? {
+            if !trip.receive(tunnel)? {
                 continue;
             }
             times.add(trip.sent.elapsed());
             if began.elapsed() >= time {
-                trip.over = true;
+                trip.is_over = true;
                 left -= 1;
                 continue;
             }
-            *trip = Trip { sent: Instant::now(), message: message(key + times.len()), have: 0, over: false };
+            *trip = Echo { sent: Instant::now(), message: message(key + times.len()), received: 0, is_over: false };
             tunnel.write_all(trip.message)?;
         }
     }
@@ -206,25 +206,25 @@ pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, Fault
 }
 
 fn message(number: usize) -> &'static [u8] {
-    let from = number.wrapping_mul(61) % (noise().len() - MESSAGE);
-    &noise()[from..from + MESSAGE]
+    let from = number.wrapping_mul(61) % (noise().len() - MESSAGE_LEN);
+    &noise()[from..from + MESSAGE_LEN]
 }
 
-impl Trip {
-    fn back(&mut self, mut tunnel: &TcpStream) -> Result<bool, Fault> {
-        let mut buffer = [0; MESSAGE + 1];
+impl Echo {
+    fn receive(&mut self, mut tunnel: &TcpStream) -> Result<bool, BenchError> {
+        let mut buffer = [0; MESSAGE_LEN + 1];
         let got = match tunnel.read(&mut buffer) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
             got => got?,
         };
-        let rest = if self.over { &[] } else { &self.message[self.have..] };
+        let rest = if self.is_over { &[] } else { &self.message[self.received..] };
         if got == 0 {
-            return Err(wrong("a tunnel was closed"));
+            return Err(corrupt("a tunnel was closed"));
         }
         if got > rest.len() || buffer[..got] != rest[..got] {
-            return Err(wrong("other octets came back"));
+            return Err(corrupt("the echo has other bytes"));
         }
-        self.have += got;
-        Ok(self.have == MESSAGE)
+        self.received += got;
+        Ok(self.received == MESSAGE_LEN)
     }
 }

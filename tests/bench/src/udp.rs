@@ -1,4 +1,4 @@
-//! Datagrams through associations: round trips with some of them under way, and one-way at rising rates.
+//! Datagrams through associations: round trips with a window, and one-way at rising rates.
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, ErrorKind};
@@ -10,30 +10,30 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::prctl::set_timerslack;
 
-use crate::measure::{Fault, Times, Via, failed, wrong};
+use crate::measure::{BenchError, Times, Via, corrupt, failed};
 use crate::pattern::noise;
 use crate::socks;
-use crate::target::{Target, roomy_socket};
+use crate::target::{Target, large_buffer_socket};
 use crate::tunnels::Events;
 
-/// The least that a datagram carries: its number.
-pub const SMALLEST: usize = 8;
-/// What comes before it on the way to a proxy: RSV, FRAG, ATYP, address, port.
-const HEADER: usize = 10;
-/// A datagram that has not come back after this long is lost.
-const LOST: Duration = Duration::from_millis(200);
-/// The pause between the bursts of a flood.
-const PAUSE: Duration = Duration::from_micros(50);
+/// Smallest payload in bytes: the number of the datagram.
+pub const MIN_PAYLOAD: usize = 8;
+/// Bytes of the SOCKS header: RSV, FRAG, ATYP, address, port.
+const HEADER_LEN: usize = 10;
+/// A datagram without an echo after this long counts as lost.
+const LOSS_TIMEOUT: Duration = Duration::from_millis(200);
+/// Time between the bursts of a flood.
+const BURST_INTERVAL: Duration = Duration::from_micros(50);
 
-/// Every association and every step of a flood has numbers of its own, which begin here.
-static NUMBERS: AtomicU64 = AtomicU64::new(1 << 32);
+/// First number of the next association or step of a flood. The ranges do not overlap.
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1 << 32);
 
-/// What a datagram carries: its number and noise.
+/// The payload of a datagram: its number and pseudo-random bytes.
 pub struct Content;
 
 impl Content {
     fn write(number: u64, datagram: &mut [u8]) {
-        let (head, rest) = datagram.split_at_mut(SMALLEST);
+        let (head, rest) = datagram.split_at_mut(MIN_PAYLOAD);
         head.copy_from_slice(&number.to_le_bytes());
         rest.copy_from_slice(Self::rest(number, rest.len()));
     }
@@ -43,7 +43,7 @@ impl Content {
         &noise()[from..from + length]
     }
 
-    /// The number, when the rest is as it was sent.
+    /// Returns the number, or `None` if the payload is corrupt.
     pub fn number(datagram: &[u8]) -> Option<u64> {
         let (head, rest) = datagram.split_first_chunk()?;
         let number = u64::from_le_bytes(*head);
@@ -55,17 +55,17 @@ impl Content {
 pub struct Association {
     socket: UdpSocket,
     header: Vec<u8>,
-    /// Its numbers are its own: another association's datagrams are wrong here.
+    /// Number of the next datagram. Those of other associations are in other ranges.
     next: Cell<u64>,
-    /// Numbers that are taken for lost, but may still come.
-    given_up: RefCell<Vec<u64>>,
-    /// The stream that keeps it.
+    /// Numbers that count as lost, but may still arrive.
+    expired: RefCell<Vec<u64>>,
+    /// The control connection.
     _stream: Option<TcpStream>,
 }
 
 impl Association {
-    pub fn open(via: Via, to: SocketAddrV4) -> Result<Self, Fault> {
-        let socket = roomy_socket()?;
+    pub fn open(via: Via, to: SocketAddrV4) -> Result<Self, BenchError> {
+        let socket = large_buffer_socket()?;
         let (stream, first, header) = match via {
             Via::Direct => (None, to, Vec::new()),
             Via::Socks(proxy) => {
@@ -78,8 +78,8 @@ impl Association {
         };
         socket.connect(first)?;
         socket.set_nonblocking(true)?;
-        let next = Cell::new(NUMBERS.fetch_add(1 << 32, Ordering::Relaxed));
-        Ok(Self { socket, header, next, given_up: RefCell::default(), _stream: stream })
+        let next = Cell::new(NEXT_NUMBER.fetch_add(1 << 32, Ordering::Relaxed));
+        Ok(Self { socket, header, next, expired: RefCell::default(), _stream: stream })
     }
 
     fn send(&self, number: u64, size: usize) -> io::Result<()> {
@@ -90,8 +90,8 @@ impl Association {
         self.socket.send(&buffer[..start + size]).map(drop)
     }
 
-    /// The number of the datagram that came, if one did.
-    fn receive(&self, size: usize) -> Result<Option<u64>, Fault> {
+    /// Receives a datagram without waiting. Returns its number.
+    fn receive(&self, size: usize) -> Result<Option<u64>, BenchError> {
         let mut buffer = [0; 2048];
         let length = match self.socket.recv(&mut buffer) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
@@ -99,152 +99,157 @@ impl Association {
         };
         let datagram = match self.header.is_empty() {
             true => &buffer[..length],
-            false if length < HEADER || buffer[..HEADER] != self.header => return Err(wrong("another header")),
-            false => &buffer[HEADER..length],
+            false if length < HEADER_LEN || buffer[..HEADER_LEN] != self.header => {
+                return Err(corrupt("an answer with another header"));
+            }
+            false => &buffer[HEADER_LEN..length],
         };
         match Content::number(datagram) {
             Some(number) if datagram.len() == size => Ok(Some(number)),
-            _ => Err(wrong("another datagram came back")),
+            _ => Err(corrupt("the echo is another datagram")),
         }
     }
 }
 
-/// An association with what is under way on it, by number.
+/// An association with its datagrams in flight: number and time.
 struct Flow<'a> {
     association: &'a Association,
-    waiting: Vec<(u64, Instant)>,
+    in_flight: Vec<(u64, Instant)>,
 }
 
 impl Flow<'_> {
-    fn send(&mut self, size: usize) -> Result<(), Fault> {
+    fn send(&mut self, size: usize) -> Result<(), BenchError> {
         let number = self.association.next.get();
         self.association.next.set(number + 1);
-        self.waiting.push((number, Instant::now()));
+        self.in_flight.push((number, Instant::now()));
         Ok(self.association.send(number, size)?)
     }
 
-    /// Forgets what is lost; how much that is.
-    fn give_up(&mut self) -> u64 {
-        let late: Vec<_> = self.waiting.extract_if(.., |(_, sent)| sent.elapsed() >= LOST).collect();
-        self.association.given_up.borrow_mut().extend(late.iter().map(|(number, _)| number));
+    /// Removes datagrams that count as lost. Returns how many.
+    fn expire(&mut self) -> u64 {
+        let late: Vec<_> = self.in_flight.extract_if(.., |(_, sent)| sent.elapsed() >= LOSS_TIMEOUT).collect();
+        self.association.expired.borrow_mut().extend(late.iter().map(|(number, _)| number));
         late.len() as u64
     }
 }
 
-/// What round trips came to.
+/// Results of round trips.
 #[derive(Default)]
-pub struct Trips {
+pub struct RoundTrips {
     pub times: Times,
     pub lost: u64,
 }
 
-/// Keeps `window` datagrams of `size` octets under way on each association until the time is over.
-pub fn round_trips(all: &[Association], size: usize, window: usize, time: Duration) -> Result<Trips, Fault> {
-    let (mut events, mut trips, began) = (Events::new()?, Trips::default(), Instant::now());
-    let mut looked = began;
-    let mut flows: Vec<_> = all.iter().map(|association| Flow { association, waiting: Vec::new() }).collect();
+/// Keeps `window` datagrams of `size` bytes in flight on each association until the time is over.
+pub fn round_trips(all: &[Association], size: usize, window: usize, time: Duration) -> Result<RoundTrips, BenchError> {
+    let (mut events, mut trips, began) = (Events::new()?, RoundTrips::default(), Instant::now());
+    let mut last_check = began;
+    let mut flows: Vec<_> = all.iter().map(|association| Flow { association, in_flight: Vec::new() }).collect();
     for (key, flow) in flows.iter_mut().enumerate() {
         events.add(&flow.association.socket, key, EpollFlags::EPOLLIN)?;
         for _ in 0..window {
             flow.send(size)?;
         }
     }
-    while flows.iter().any(|flow| !flow.waiting.is_empty()) {
-        let keys: Vec<usize> = events.within(LOST / 4)?.collect();
-        let over = began.elapsed() >= time;
+    while flows.iter().any(|flow| !flow.in_flight.is_empty()) {
+        let keys: Vec<usize> = events.wait(LOSS_TIMEOUT / 4)?.collect();
+        let is_over = began.elapsed() >= time;
         for key in keys {
-            turn(&mut flows[key], size, over, &mut trips)?;
+            receive_answers(&mut flows[key], size, is_over, &mut trips)?;
         }
-        if looked.elapsed() > LOST / 4 {
-            looked = Instant::now();
+        if last_check.elapsed() > LOSS_TIMEOUT / 4 {
+            last_check = Instant::now();
             for flow in &mut flows {
-                trips.lost += flow.give_up();
-                while !over && flow.waiting.len() < window {
+                trips.lost += flow.expire();
+                while !is_over && flow.in_flight.len() < window {
                     flow.send(size)?;
                 }
             }
         }
     }
     match trips.times.len() {
-        0 => Err(failed("no datagram came back")),
+        0 => Err(failed("no datagram was echoed")),
         _ => Ok(trips),
     }
 }
 
-fn turn(flow: &mut Flow<'_>, size: usize, over: bool, trips: &mut Trips) -> Result<(), Fault> {
+fn receive_answers(flow: &mut Flow<'_>, size: usize, is_over: bool, trips: &mut RoundTrips) -> Result<(), BenchError> {
     while let Some(number) = flow.association.receive(size)? {
-        let Some(at) = flow.waiting.iter().position(|(waits, _)| *waits == number) else {
-            let mut late = flow.association.given_up.borrow_mut();
-            let Some(at) = late.iter().position(|given_up| *given_up == number) else {
-                return Err(wrong("a datagram came twice, or to another association"));
+        let Some(at) = flow.in_flight.iter().position(|(waits, _)| *waits == number) else {
+            let mut late = flow.association.expired.borrow_mut();
+            let Some(at) = late.iter().position(|expired| *expired == number) else {
+                return Err(corrupt("a datagram arrived twice, or at another association"));
             };
             late.swap_remove(at);
             continue;
         };
-        trips.times.add(flow.waiting.swap_remove(at).1.elapsed());
-        if !over {
+        trips.times.add(flow.in_flight.swap_remove(at).1.elapsed());
+        if !is_over {
             flow.send(size)?;
         }
     }
     Ok(())
 }
 
-/// How a flood rises.
+/// Parameters of a flood.
 #[derive(Clone, Copy)]
 pub struct Flood {
     pub size: usize,
     pub time: Duration,
-    /// From one rate to the next.
-    pub rise: f64,
-    /// A rate at which something was lost is tried again, since a machine has hiccups of its own.
-    pub tries: usize,
+    /// Factor from one rate to the next.
+    pub factor: f64,
+    /// Attempts for a rate at which a datagram is lost, since the machine may pause for other reasons.
+    pub attempts: usize,
 }
 
-/// Datagrams a second at which the flood begins.
-const SLOWEST: f64 = 20_000.0;
-/// The generator has to reach this part of a rate for the step to count.
-const KEPT: f64 = 0.97;
+/// First rate of a flood, in datagrams per second.
+const START_RATE: f64 = 20_000.0;
+/// Part of a rate that the load generator must reach, or the flood ends.
+const MIN_REACHED: f64 = 0.97;
 
 impl Flood {
-    /// The highest rate of datagrams a second at which none is lost.
-    pub fn rate(self, via: Via, target: &mut Target) -> Result<f64, Fault> {
-        // The kernel rounds sleeps up by this much, which would make bursts of what should be a flow.
+    /// Returns the highest rate in datagrams per second at which none is lost.
+    pub fn rate(self, via: Via, target: &mut Target) -> Result<f64, BenchError> {
+        // The kernel adds the timer slack to sleeps, which would make larger bursts.
         let _ = set_timerslack(1);
         let association = Association::open(via, target.sink)?;
         association.send(0, self.size)?;
-        let (mut best, mut rate) = (0.0, SLOWEST);
-        while let Some(reached) = self.passes(&association, target, rate)? {
+        let (mut best, mut rate) = (0.0, START_RATE);
+        while let Some(reached) = self.try_rate(&association, target, rate)? {
             best = reached;
-            if reached < KEPT * rate {
-                // The generator can't do more.
+            if reached < MIN_REACHED * rate {
+                // The load generator is the limit.
                 return Ok(best);
             }
-            rate *= self.rise;
+            rate *= self.factor;
         }
-        let between = rate / self.rise.sqrt();
-        Ok(self.passes(&association, target, between)?.unwrap_or(best))
+        let between = rate / self.factor.sqrt();
+        Ok(self.try_rate(&association, target, between)?.unwrap_or(best))
     }
 
-    /// The rate that was reached, if nothing is lost at it.
-    fn passes(self, association: &Association, target: &mut Target, rate: f64) -> Result<Option<f64>, Fault> {
-        for _ in 0..self.tries {
+    /// Sends at a rate. Returns the rate reached, or `None` if a datagram is lost.
+    fn try_rate(self, association: &Association, target: &mut Target, rate: f64) -> Result<Option<f64>, BenchError> {
+        for _ in 0..self.attempts {
             thread::sleep(Duration::from_millis(20));
-            let first = NUMBERS.fetch_add(1 << 32, Ordering::Relaxed);
+            let first = NEXT_NUMBER.fetch_add(1 << 32, Ordering::Relaxed);
             let count = (rate * self.time.as_secs_f64()) as u64;
-            let reached = self.pour(association, rate, first, count)?;
+            let reached = self.send_at_rate(association, rate, first, count)?;
             thread::sleep(Duration::from_millis(50));
-            let sunk = target.sunk()?;
-            if sunk.twice > 0 || sunk.wrong > 0 {
-                return Err(wrong(format!("{} datagrams twice, {} wrong", sunk.twice, sunk.wrong)));
+            let sink_counts = target.sink_counts()?;
+            if sink_counts.duplicates > 0 || sink_counts.corrupt > 0 {
+                return Err(corrupt(format!(
+                    "{} duplicate datagrams, {} corrupt",
+                    sink_counts.duplicates, sink_counts.corrupt
+                )));
             }
-            if sunk.came == count && sunk.step == first >> 32 {
+            if sink_counts.received == count && sink_counts.step == first >> 32 {
                 return Ok(Some(reached));
             }
         }
         Ok(None)
     }
 
-    fn pour(self, association: &Association, rate: f64, first: u64, count: u64) -> Result<f64, Fault> {
+    fn send_at_rate(self, association: &Association, rate: f64, first: u64, count: u64) -> Result<f64, BenchError> {
         let (began, mut sent) = (Instant::now(), 0);
         while sent < count {
             let due = ((began.elapsed().as_secs_f64() * rate) as u64).min(count);
@@ -255,7 +260,7 @@ impl Flood {
                 }
                 sent += 1;
             }
-            thread::sleep(PAUSE);
+            thread::sleep(BURST_INTERVAL);
         }
         Ok(count as f64 / began.elapsed().as_secs_f64())
     }
