@@ -73,7 +73,7 @@ BENCH_PROGRAMS = nc.openbsd:netcat-openbsd microsocks:microsocks danted:dante-se
 bench-programs:    ## install what s5 is measured against (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(BENCH_PROGRAMS)); $(INSTALL_MISSING)
 
-compare-clients: test-programs ## put other clients through what s5 is tested with; the table of the README
+compare-clients: test-programs ## run other clients like s5 in tests/client; rewrites the table there
 	S5_TEST_STRICT=1 $(CARGO) test --locked --test client compare -- --ignored
 
 fuzz:              ## fuzz each target for FUZZ_SECONDS (30)

@@ -1,5 +1,5 @@
-//! What `s5 connect` makes of every behaviour of a proxy: its exit status, its one line, its stdout. And that all exit
-//! statuses come about, each as the tables say.
+//! `s5 connect` with every row of the table of proxy behaviours: exit status, message and stdout. And: every exit status
+//! occurs, and the README pages have all rows.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,17 +12,17 @@ use std::thread;
 
 use s5::cmd::ExitStatus;
 
-use crate::behaviour_table::{Behaviour, Ends, WAIT, behaviours};
+use crate::behaviour_table::{Behaviour, SHORT_TIMEOUT, StdioSetup, behaviours};
 use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
 use crate::scripted::{reset, text};
 
-/// `s5 connect` as the row wants it.
+/// The command for a row.
 fn client(row: &Behaviour, host: &str, port: u16) -> Command {
     let mut command = s5();
-    let wait = if row.status == 28 && !row.is_idle { WAIT } else { "10" };
+    let wait = if row.status == 28 && !row.has_idle_timeout { SHORT_TIMEOUT } else { "10" };
     command.env("CI", "true").args(["connect", "-w", wait, "-x", &format!("{}{host}:{port}", row.userinfo)]);
-    if row.is_idle {
-        command.args(["-i", WAIT]);
+    if row.has_idle_timeout {
+        command.args(["-i", SHORT_TIMEOUT]);
     }
     command.args(row.target.split(' '));
     command
@@ -30,30 +30,30 @@ fn client(row: &Behaviour, host: &str, port: u16) -> Command {
 
 fn check(row: &Behaviour) {
     let name = row.name;
-    let outcome = row.play(TIMEOUT, client);
+    let outcome = row.run(TIMEOUT, client);
     assert_eq!(outcome.status, Some(row.status), "{name}: {}", outcome.stderr);
     if row.status == 2 {
-        assert!(outcome.stderr.contains(&row.said), "{name}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains(&row.message), "{name}: {}", outcome.stderr);
         assert_eq!(outcome.stderr.lines().count(), 1, "{name}: {}", outcome.stderr);
-    } else if row.said.is_empty() {
+    } else if row.message.is_empty() {
         assert_eq!(outcome.stderr, "", "{name}");
     } else {
-        assert_eq!(outcome.stderr, format!("s5: proxy {}: {}\n", outcome.addr, row.said), "{name}");
+        assert_eq!(outcome.stderr, format!("s5: proxy {}: {}\n", outcome.addr, row.message), "{name}");
     }
-    if row.ends != Ends::ClosedStdout {
-        assert_eq!(text(&outcome.stdout), text(&row.data), "{name}");
+    if row.stdio != StdioSetup::ClosedStdout {
+        assert_eq!(text(&outcome.stdout), text(&row.stdout), "{name}");
     }
-    if let Some(asked) = &row.asked {
-        assert_eq!(outcome.messages.last(), Some(asked), "{name}");
+    if let Some(request) = &row.request {
+        assert_eq!(outcome.messages.last(), Some(request), "{name}");
     }
 }
 
 #[test]
-fn every_behaviour_of_a_proxy_has_its_status_and_its_line() {
+fn connect_has_the_status_and_message_of_every_row() {
     let rows = behaviours();
     let rows = &rows;
     let next = std::sync::atomic::AtomicUsize::new(0);
-    // Most of them wait for something; a few at once keep their limits honest.
+    // Most rows wait; with more threads, the machine could be too slow for their timeouts.
     thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
@@ -66,13 +66,13 @@ fn every_behaviour_of_a_proxy_has_its_status_and_its_line() {
 }
 
 #[test]
-fn no_two_behaviours_have_one_name() {
+fn row_names_are_unique() {
     let rows = behaviours();
     let names: BTreeSet<&str> = rows.iter().map(|row| row.name).collect();
     assert_eq!(names.len(), rows.len());
 }
 
-/// A shell's word for `s5`, its arguments and whatever else belongs to the case; its status.
+/// Runs a shell script with `$S5` set to the program. Returns its status and stderr.
 fn shell(script: &str) -> (i32, String) {
     let mut command = Command::new("sh");
     command.args(["-c", script]).env("S5", env!("CARGO_BIN_EXE_s5"));
@@ -80,12 +80,12 @@ fn shell(script: &str) -> (i32, String) {
     (output.status.code().expect("it exits"), text(&output.stderr))
 }
 
-/// The statuses that no row of the behaviours has, each brought about.
-fn others(folder: &Path) -> Vec<(u8, &'static str, String)> {
+/// Runs one command for each status that no row of the table has.
+fn run_other_statuses(folder: &Path) -> Vec<u8> {
     let server = Server::start(&[]);
     let proxy = server.addr();
     let echo = echo_server();
-    // Not before it has been sent something, and so not while it is still being connected to.
+    // Resets after it has received a byte, so not during connect(2).
     let resets = tcp_server([127, 0, 0, 1].into(), |mut stream| {
         let _ = stream.read(&mut [0; 16]);
         reset(stream);
@@ -122,24 +122,24 @@ fn others(folder: &Path) -> Vec<(u8, &'static str, String)> {
         (141, "", format!("{{ yes | {}; echo $? >&2; }} | true", s5(format!("connect -x {proxy} {echo}")))),
     ];
     let mut found = Vec::new();
-    for (status, said, script) in cases {
+    for (status, message, script) in cases {
         let (code, stderr) = shell(&script);
         if status == 141 {
             assert_eq!(stderr.trim(), "141", "{script}");
         } else {
             assert_eq!(code, i32::from(status), "{script}: {stderr}");
-            assert!(stderr.contains(said), "{script}: {stderr}");
+            assert!(stderr.contains(message), "{script}: {stderr}");
             assert_eq!(stderr.lines().count(), usize::from(status != 0), "{script}: {stderr}");
         }
-        found.push((status, said, script));
+        found.push(status);
     }
     found
 }
 
-/// What is none of the others: the socket is to be handed to somebody who is gone.
-fn nobody_takes_the_socket() -> u8 {
-    let (stdout, gone) = UnixStream::pair().expect("a pair");
-    drop(gone);
+/// `-F` whose receiver has closed its Unix socket.
+fn pass_socket_to_closed_receiver() -> u8 {
+    let (stdout, receiver) = UnixStream::pair().expect("a pair");
+    drop(receiver);
     let mut command = s5();
     command.args(["connect", "-F", "--direct", &echo_server().to_string()]).stdout(Stdio::from(OwnedFd::from(stdout)));
     let output = command.stderr(Stdio::piped()).spawn().and_then(Child::wait_with_output).expect("s5 runs");
@@ -148,32 +148,46 @@ fn nobody_takes_the_socket() -> u8 {
 }
 
 #[test]
-fn every_status_of_the_table_comes_about() {
+fn every_exit_status_occurs() {
     let hosts = "127.0.0.1 localhost\n";
     let resolv = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
-    if !in_namespace("behaviours::every_status_of_the_table_comes_about", hosts, resolv) {
+    if !in_namespace("behaviours::every_exit_status_occurs", hosts, resolv) {
         return;
     }
     let mut seen: BTreeSet<u8> = behaviours().iter().filter_map(|row| u8::try_from(row.status).ok()).collect();
     let folder = crate::common::temp_dir();
-    seen.extend(others(folder.path()).iter().map(|(status, ..)| status));
-    // Names, of which this namespace knows none.
+    seen.extend(run_other_statuses(folder.path()));
+    // No name except localhost resolves in this namespace.
     for (status, args) in [(5, "connect -x proxy.test a.test:80"), (6, "connect --direct a.test:80")] {
         let (code, said) = shell(&format!("\"$S5\" {args}"));
         assert_eq!(code, status, "{args}: {said}");
         assert_eq!(said.lines().count(), 1, "{said}");
         seen.extend(u8::try_from(status));
     }
-    seen.insert(nobody_takes_the_socket());
+    seen.insert(pass_socket_to_closed_receiver());
     let table: BTreeSet<u8> = ExitStatus::ALL.iter().map(|(code, _)| *code).collect();
     assert_eq!(seen, table);
 }
 
 #[test]
-fn the_readme_has_the_table_of_the_code() {
+fn readme_has_every_exit_status() {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("README.md");
     for (code, meaning) in ExitStatus::ALL {
         let row = format!("| {code} | {meaning} |");
         assert!(readme.contains(&row), "README.md has no row {row}");
+    }
+}
+
+#[test]
+fn page_of_the_clients_has_every_row_with_the_status_of_s5() {
+    let (_, table) = include_str!("README.md").split_once("| --- |").expect("a table");
+    let rows: Vec<String> =
+        table.lines().skip(1).map_while(|line| line.strip_prefix("| ").map(str::to_owned)).collect();
+    let behaviours = behaviours();
+    assert_eq!(rows.len(), behaviours.len(), "run `make compare-clients`");
+    for (row, behaviour) in rows.iter().zip(&behaviours) {
+        let status = if behaviour.status == 0 { "ok".into() } else { behaviour.status.to_string() };
+        let expected = format!("{} | {status} |", behaviour.name);
+        assert!(row.starts_with(&expected), "expected {expected:?}, found {row:?}: run `make compare-clients`");
     }
 }

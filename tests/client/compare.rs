@@ -1,5 +1,5 @@
-//! Other clients through the same behaviours of a proxy: a table for the README, made from runs. Not a test of ours, and
-//! so only run when it is asked for.
+//! Other clients with every row of the table of proxy behaviours. Writes the results to the table in `README.md` beside
+//! this file. Ignored by default: `make compare-clients` runs it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,17 +11,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::behaviour_table::{Behaviour, Ends, Outcome, behaviours};
+use crate::behaviour_table::{Behaviour, Outcome, StdioSetup, behaviours};
 use crate::common::{is_installed, s5};
 use crate::scripted::text;
 
-/// After how long a client counts as hanging that was told to wait for half a second, or for nothing.
-const PATIENCE: Duration = Duration::from_secs(4);
-/// Between these lines of the README the table stands.
+/// A client that runs longer than this hangs: each is told to wait for 0.5 s or 1 s.
+const HANG_TIMEOUT: Duration = Duration::from_secs(4);
+/// Lines before and after the table.
 const BEGIN: &str = "<!-- make compare-clients: begin -->\n";
 const END: &str = "<!-- make compare-clients: end -->\n";
 
-/// A client, and how it is told to do what a row wants, as far as it can be.
+/// A client and its command for a row, with the proxy's host and port. `None`: the client has no option for it.
 struct Client {
     name: &'static str,
     program: &'static str,
@@ -40,10 +40,10 @@ fn host_and_port(row: &Behaviour) -> (String, String) {
     (host.trim_matches(['[', ']']).into(), port.into())
 }
 
-fn ours(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
+fn s5_connect(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     let mut command = s5();
     command.env("CI", "true").args(["connect", "-w", "500ms", "-x", &format!("{}{host}:{port}", row.userinfo)]);
-    if row.is_idle {
+    if row.has_idle_timeout {
         command.args(["-i", "500ms"]);
     }
     command.args(row.target.split(' '));
@@ -51,7 +51,7 @@ fn ours(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
 }
 
 fn nc(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
-    // It can't log in.
+    // nc cannot log in.
     if !row.userinfo.is_empty() {
         return None;
     }
@@ -70,7 +70,7 @@ fn ncat(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     } else if !row.userinfo.is_empty() {
         return None;
     }
-    if row.is_idle {
+    if row.has_idle_timeout {
         command.args(["-i", "500ms"]);
     }
     let proxy = format!("{host}:{port}");
@@ -79,8 +79,8 @@ fn ncat(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
 }
 
 fn connect_proxy(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
-    // It has no limit for silence on a tunnel.
-    if row.is_idle {
+    // connect-proxy has no idle timeout.
+    if row.has_idle_timeout {
         return None;
     }
     let (target, target_port) = host_and_port(row);
@@ -107,7 +107,7 @@ fn curl(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     let target = if target.contains(':') { format!("[{target}]") } else { target };
     let mut command = Command::new("curl");
     command.args(["-q", "-sS", "-N", "--connect-timeout", "0.5"]);
-    if row.is_idle {
+    if row.has_idle_timeout {
         command.args(["--speed-time", "1", "--speed-limit", "1"]);
     }
     command.args(["-x", &format!("socks5h://{}{host}:{port}", row.userinfo)]);
@@ -116,27 +116,27 @@ fn curl(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
 }
 
 const CLIENTS: [Client; 5] = [
-    Client { name: "s5", program: "sh", command: ours },
+    Client { name: "s5", program: "sh", command: s5_connect },
     Client { name: "nc", program: "nc.openbsd", command: nc },
     Client { name: "ncat", program: "ncat", command: ncat },
     Client { name: "connect-proxy", program: "connect-proxy", command: connect_proxy },
     Client { name: "curl", program: "curl", command: curl },
 ];
 
-/// A cell: the status, and what is wrong with it.
-fn judged(row: &Behaviour, outcome: &Outcome) -> String {
+/// The cell of an outcome: the status, and what is wrong.
+fn cell(row: &Behaviour, outcome: &Outcome) -> String {
     let Some(status) = outcome.status else { return "**hangs**".into() };
     let should_succeed = row.status == 0;
-    let has_data = outcome.stdout == row.data;
-    let has_asked = row.asked.as_ref().is_none_or(|asked| outcome.messages.last() == Some(asked));
+    let has_data = outcome.stdout == row.stdout;
+    let has_request = row.request.as_ref().is_none_or(|request| outcome.messages.last() == Some(request));
     match (should_succeed, status == 0) {
-        (true, true) if has_data && !has_asked => "**asks for another thing**".into(),
+        (true, true) if has_data && !has_request => "**wrong request**".into(),
         (true, true) if has_data => "ok".into(),
         (true, true) => "**0, data lost**".into(),
         (true, false) => format!("**{status}**"),
         (false, true) => "**0**".into(),
-        (false, false) if outcome.stderr.trim().is_empty() && row.ends != Ends::ClosedStdout => {
-            format!("{status}, silent")
+        (false, false) if outcome.stderr.trim().is_empty() && row.stdio != StdioSetup::ClosedStdout => {
+            format!("{status}, no message")
         }
         (false, false) => status.to_string(),
     }
@@ -144,63 +144,62 @@ fn judged(row: &Behaviour, outcome: &Outcome) -> String {
 
 fn version(command: &mut Command) -> String {
     let output = command.output().expect("it runs");
-    let said = text(&output.stdout) + &text(&output.stderr);
-    said.lines().next().unwrap_or_default().to_owned()
+    let output = text(&output.stdout) + &text(&output.stderr);
+    output.lines().next().unwrap_or_default().to_owned()
 }
 
-fn debian(package: &str) -> String {
+fn package_version(package: &str) -> String {
     version(Command::new("dpkg-query").args(["-W", "-f", "${Version}\n", package]))
 }
 
 #[test]
 #[ignore = "a comparison, which make compare-clients runs"]
-fn the_table_of_the_readme_is_made_anew() {
+fn table_of_the_page_is_rewritten() {
     if !CLIENTS.iter().all(|client| is_installed(client.program)) {
         return;
     }
     let rows = behaviours();
     let jobs: Vec<(usize, usize)> =
-        (0..rows.len()).flat_map(|row| (0..CLIENTS.len()).map(move |of| (row, of))).collect();
+        (0..rows.len()).flat_map(|row| (0..CLIENTS.len()).map(move |client| (row, client))).collect();
     let next = AtomicUsize::new(0);
     let cells = Mutex::new(BTreeMap::new());
     thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
-                while let Some((of_row, of)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let (row, client) = (&rows[*of_row], &CLIENTS[*of]);
-                    let (host, port) = ("127.0.0.1", 1);
-                    let cell = match (client.command)(row, host, port) {
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let (row, client) = (&rows[job.0], &CLIENTS[job.1]);
+                    let text = match (client.command)(row, "127.0.0.1", 1) {
                         None => "-".into(),
-                        Some(_) => judged(
+                        Some(_) => cell(
                             row,
-                            &row.play(PATIENCE, |row, host, port| {
+                            &row.run(HANG_TIMEOUT, |row, host, port| {
                                 (client.command)(row, host, port).expect("it does not depend on the port")
                             }),
                         ),
                     };
-                    cells.lock().expect("no panic holds it").insert((*of_row, *of), cell);
+                    cells.lock().expect("no panic holds it").insert(*job, text);
                 }
             });
         }
     });
     let cells = cells.into_inner().expect("no panic held it");
     let mut table = format!(
-        "nc: netcat-openbsd {}, ncat {}, connect-proxy {}, curl {}, all of Debian.\n\n",
-        debian("netcat-openbsd"),
-        debian("ncat"),
-        debian("connect-proxy"),
-        debian("curl")
+        "nc: netcat-openbsd {}, ncat {}, connect-proxy {}, curl {}, all from Debian.\n\n",
+        package_version("netcat-openbsd"),
+        package_version("ncat"),
+        package_version("connect-proxy"),
+        package_version("curl")
     );
     let names: Vec<&str> = CLIENTS.iter().map(|client| client.name).collect();
-    let _ = writeln!(table, "| the proxy | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));
+    let _ = writeln!(table, "| behaviour | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));
     for (i, row) in rows.iter().enumerate() {
-        let cells: Vec<&str> = (0..CLIENTS.len()).map(|of| cells[&(i, of)].as_str()).collect();
+        let cells: Vec<&str> = (0..CLIENTS.len()).map(|client| cells[&(i, client)].as_str()).collect();
         let _ = writeln!(table, "| {} | {} |", row.name, cells.join(" | "));
     }
     println!("{table}");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
-    let readme = fs::read_to_string(&path).expect("README.md");
-    let (before, rest) = readme.split_once(BEGIN).expect("the table's beginning");
-    let (_, after) = rest.split_once(END).expect("the table's end");
-    fs::write(&path, format!("{before}{BEGIN}{table}{END}{after}")).expect("README.md can be written");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/client/README.md");
+    let page = fs::read_to_string(&path).expect("the page");
+    let (before, from_table) = page.split_once(BEGIN).expect("the line before the table");
+    let (_, after) = from_table.split_once(END).expect("the line after the table");
+    fs::write(&path, format!("{before}{BEGIN}{table}{END}{after}")).expect("the page can be written");
 }

@@ -29,9 +29,9 @@ pub(crate) fn welcoming() -> ScriptedServer {
     ])
 }
 
-/// The octets of a login.
+/// The bytes of a login.
 pub(crate) fn login(uname: &str, passwd: &[u8]) -> Vec<u8> {
-    let length = |octets: &[u8]| u8::try_from(octets.len()).expect("it fits");
+    let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("it fits");
     [&[1, length(uname.as_bytes())], uname.as_bytes(), &[length(passwd)], passwd].concat()
 }
 
@@ -251,8 +251,8 @@ fn a_password_is_raw_everywhere_but_in_a_url() {
     assert_eq!(sent("", &["-P", pair], &[]), expected);
     assert_eq!(sent("", &[], &[("S5_PROXY_AUTH", pair)]), expected);
     assert_eq!(sent("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
-    // Octets that are no text.
-    let file = folder.path().join("octets");
+    // Bytes that are no text.
+    let file = folder.path().join("bytes");
     std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("a file");
     let file = file.to_str().expect("text");
     assert_eq!(sent("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
@@ -281,7 +281,7 @@ fn a_descriptor_gives_its_first_line_and_stdin_the_rest_to_the_target() {
         let output = run(as_s5("sh").current_dir(folder.path()).args(["-c", &script]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{script}: {}", text(&output.stderr));
         assert_eq!(proxy.messages()[1], login("alice", b"se:cret"), "{script}");
-        assert!(output.stdout == payload, "{script}: {} octets came back", output.stdout.len());
+        assert!(output.stdout == payload, "{script}: {} bytes came back", output.stdout.len());
     }
 }
 
@@ -301,7 +301,7 @@ fn the_password_on_stdin_is_never_sent_to_the_target() {
 #[test]
 fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
     let folder = temp_dir();
-    let file = |name: &str, octets: &str| write_file(folder.path(), name, octets);
+    let file = |name: &str, bytes: &str| write_file(folder.path(), name, bytes);
     let long = format!("alice:topsecret{}\n", "x".repeat(250));
     let files = [
         (file("pair", "alice topsecret\n"), "pair: line 1: expected user:password"),

@@ -176,8 +176,8 @@ fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
 
 /// The command line of a process as others see it, in words.
 fn command_line(pid: u32) -> Vec<String> {
-    let octets = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
-    text(&octets).split_terminator('\0').map(String::from).collect()
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
+    text(&bytes).split_terminator('\0').map(String::from).collect()
 }
 
 /// That the passwords of a command line are not to be seen, and that nothing else of it has changed.

@@ -17,37 +17,37 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// For what moves a lot of data.
 const A_WHILE: Duration = Duration::from_secs(60);
 
-/// Octets without a pattern that a swapped or repeated block would keep.
+/// Bytes without a pattern that a swapped or repeated block would keep.
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut octets = Vec::with_capacity(length + 8);
-    while octets.len() < length {
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        octets.extend(state.to_le_bytes());
+        bytes.extend(state.to_le_bytes());
     }
-    octets.truncate(length);
-    octets
+    bytes.truncate(length);
+    bytes
 }
 
 #[test]
 fn every_octet_value_passes_both_ways() {
     let server = Server::start(&[]);
-    let octets: Vec<u8> = (0..=255).cycle().take(3 * 256 + 7).collect();
+    let bytes: Vec<u8> = (0..=255).cycle().take(3 * 256 + 7).collect();
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
-    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, TIMEOUT);
-    assert_eq!((output.status.code(), output.stdout), (Some(0), octets));
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, TIMEOUT);
+    assert_eq!((output.status.code(), output.stdout), (Some(0), bytes));
 }
 
 #[test]
 fn sixty_four_mebibytes_pass_both_ways_at_once() {
     let server = Server::start(&[]);
-    let octets = noise(64 << 20);
+    let bytes = noise(64 << 20);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
-    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, A_WHILE);
-    assert_eq!((output.status.code(), output.stdout.len()), (Some(0), octets.len()), "{}", text(&output.stderr));
-    assert!(output.stdout == octets, "what came back is not what was sent");
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, A_WHILE);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(0), bytes.len()), "{}", text(&output.stderr));
+    assert!(output.stdout == bytes, "what came back is not what was sent");
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn the_end_of_stdin_is_passed_on_and_a_late_answer_still_arrives() {
 fn it_ends_soon_when_the_server_closes_although_stdin_is_open() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.write_all(b"bye"))));
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
-    client.stdout(|octets| octets == b"bye");
+    client.stdout(|bytes| bytes == b"bye");
     let (status, stdout, stderr) = client.end(Duration::from_secs(2));
     assert_eq!((status.code(), text(&stdout), stderr.as_str()), (Some(0), "bye".into(), ""));
 }
@@ -79,7 +79,7 @@ fn data_is_passed_on_at_once_both_ways_while_both_are_open() {
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy, &target]));
     for round in 1..=20 {
         client.write(b"ping\n");
-        client.stdout(|octets| octets.len() == 5 * round);
+        client.stdout(|bytes| bytes.len() == 5 * round);
     }
     client.close_stdin();
     let (status, ..) = client.end(TIMEOUT);
@@ -96,26 +96,26 @@ fn a_server_that_half_closes_at_once_still_gets_all() {
         let _ = tell.send((all, ended.is_ok()));
     });
     let server = Server::start(&[]);
-    let octets = noise(8 << 20);
+    let bytes = noise(8 << 20);
     let (proxy, target) = (server.addr().to_string(), target.to_string());
-    let output = run(s5().args(["connect", "-x", &proxy, &target]), &octets, A_WHILE);
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, A_WHILE);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let (all, ended) = told.recv_timeout(TIMEOUT).expect("the target is done");
     assert!(ended, "cut by a reset");
-    assert!(all == octets, "{} of {} octets arrived", all.len(), octets.len());
+    assert!(all == bytes, "{} of {} bytes arrived", all.len(), bytes.len());
 }
 
 #[test]
 fn a_large_answer_arrives_whole_behind_the_end_of_stdin() {
-    let octets = noise(8 << 20);
-    let answer = octets.clone();
+    let bytes = noise(8 << 20);
+    let answer = bytes.clone();
     let proxy = ScriptedServer::start(open_tunnel(move |mut stream| {
         stream.read_to_end(&mut Vec::new()).expect("the end of stdin comes");
         let _ = stream.write_all(&answer);
     }));
     let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", A_WHILE);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert!(output.stdout == octets, "{} of {} octets arrived", output.stdout.len(), octets.len());
+    assert!(output.stdout == bytes, "{} of {} bytes arrived", output.stdout.len(), bytes.len());
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_reset_in_the_middle_is_a_failure() {
         reset(stream);
     }));
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
-    client.stdout(|octets| octets == b"half of");
+    client.stdout(|bytes| bytes == b"half of");
     tell.send(()).expect("the script goes on");
     let (status, _, stderr) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
@@ -151,9 +151,9 @@ fn a_reset_of_the_target_comes_through_the_server_as_a_failure() {
 
 #[test]
 fn a_server_that_stops_reading_and_closes_is_not_a_success() {
-    // It closes with our octets unread, which is a reset: they are lost, and that must be told.
+    // It closes with our bytes unread, which is a reset: they are lost, and that must be told.
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
-        stream.read_exact(&mut [0; 1]).expect("the first octet");
+        stream.read_exact(&mut [0; 1]).expect("the first byte");
     }));
     let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), &noise(8 << 20), TIMEOUT);
     assert!(matches!(output.status.code(), Some(55 | 56)), "{:?}: {}", output.status, text(&output.stderr));
@@ -166,7 +166,7 @@ fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
     let mut command = s5();
     command.args(["connect", "-x", &proxy.url(), TARGET]);
     // As `head -n 1` does, while stdin stays open.
-    let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |octets| octets.contains(&b'\n'));
+    let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |bytes| bytes.contains(&b'\n'));
     let (status, _, stderr) = client.end(TIMEOUT);
     let by_sigpipe = status.signal() == Some(13);
     assert!(by_sigpipe || status.code() == Some(141), "{status:?}: {stderr}");
@@ -220,8 +220,8 @@ fn stdin_and_stdout_keep_their_flags() {
     drop(command);
     let mut writer = writer;
     writer.write_all(&std::fs::read(input).expect("a file")).expect("it reads");
-    let mut octets = [0; 5];
-    out_reader.read_exact(&mut octets).expect("it answers");
+    let mut bytes = [0; 5];
+    out_reader.read_exact(&mut bytes).expect("it answers");
     assert_eq!([flags(&reader), flags(&out_writer)], before);
     drop(writer);
     let mut status = None;

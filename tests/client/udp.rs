@@ -62,7 +62,7 @@ fn a_line_is_a_datagram_and_an_answer_is_a_line() {
         let mut client = RunningProgram::start(s5().args(["udp", "-w", "10", "-x", &proxy, &target]));
         client.write(lines);
         client.close_stdin();
-        let heard = client.stdout(|octets| octets.len() > lines.len());
+        let heard = client.stdout(|bytes| bytes.len() > lines.len());
         assert_eq!(text(&heard), text(b"one\ntwo\n\nbinary \x00\xff\r\nno end\n"), "{ip}");
         assert!(client.is_running(), "it waits for more answers");
     }
@@ -89,19 +89,19 @@ fn an_empty_answer_is_an_empty_line() {
     for payload in [&b""[..], b"two\nlines", b""] {
         relay.send_to(&datagram(payload), from).expect("it is sent");
     }
-    client.stdout(|octets| octets == b"\ntwo\nlines\n\n");
+    client.stdout(|bytes| bytes == b"\ntwo\nlines\n\n");
 }
 
 #[test]
 fn raw_answers_are_written_as_they_are() {
     let (mut client, relay, _control) = start(&["--raw"], TARGET);
     client.write(b"x\ny\n");
-    let (octets, from) = receive(&relay);
-    assert_eq!(octets, datagram(b"x\ny\n"));
+    let (bytes, from) = receive(&relay);
+    assert_eq!(bytes, datagram(b"x\ny\n"));
     for payload in [&b"\x00\xff"[..], b"", b"two\nlines", b"."] {
         relay.send_to(&datagram(payload), from).expect("it is sent");
     }
-    client.stdout(|octets| octets == b"\x00\xfftwo\nlines.");
+    client.stdout(|bytes| bytes == b"\x00\xfftwo\nlines.");
 }
 
 #[test]
@@ -121,15 +121,15 @@ fn sixty_five_thousand_octets_pass_both_ways_in_one_datagram() {
     let line = [&payload[..], b"\n"].concat();
     let mut lines = RunningProgram::start(s5().args(["udp", "-x", &proxy, &target]));
     lines.write(&line);
-    assert!(lines.stdout(|octets| octets.len() >= line.len()) == line, "what came back is not what was sent");
+    assert!(lines.stdout(|bytes| bytes.len() >= line.len()) == line, "what came back is not what was sent");
     let target = socket("127.0.0.1:0");
     let addr = target.local_addr().expect("an address").to_string();
     let mut raw = RunningProgram::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
     raw.write(&payload);
-    let (octets, from) = receive(&target);
-    assert!(octets == payload, "{} octets came in one datagram", octets.len());
-    target.send_to(&octets, from).expect("it is sent");
-    assert!(raw.stdout(|octets| octets.len() >= payload.len()) == payload, "what came back is not what was sent");
+    let (bytes, from) = receive(&target);
+    assert!(bytes == payload, "{} bytes came in one datagram", bytes.len());
+    target.send_to(&bytes, from).expect("it is sent");
+    assert!(raw.stdout(|bytes| bytes.len() >= payload.len()) == payload, "what came back is not what was sent");
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
     let (_, from) = receive(&relay);
     std::thread::sleep(Duration::from_millis(300));
     relay.send_to(&datagram(b"late"), from).expect("it is sent");
-    client.stdout(|octets| octets == b"late\n");
+    client.stdout(|bytes| bytes == b"late\n");
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn what_does_not_come_from_the_relay_is_ignored() {
         let _ = socket(stranger).send_to(&datagram(b"from a stranger"), from);
     }
     relay.send_to(&datagram(b"from the relay"), from).expect("it is sent");
-    assert_eq!(text(&client.stdout(|octets| octets.ends_with(b"relay\n"))), "from the relay\n");
+    assert_eq!(text(&client.stdout(|bytes| bytes.ends_with(b"relay\n"))), "from the relay\n");
 }
 
 #[test]
@@ -223,11 +223,11 @@ fn what_is_no_datagram_of_the_protocol_is_ignored() {
         // A fragment whose end never comes.
         &[0, 0, 1, 1, 192, 0, 2, 7, 0, 7, b'x'],
     ];
-    for octets in broken {
-        relay.send_to(octets, from).expect("it is sent");
+    for bytes in broken {
+        relay.send_to(bytes, from).expect("it is sent");
     }
     relay.send_to(&datagram(b"whole"), from).expect("it is sent");
-    assert_eq!(text(&client.stdout(|octets| octets.ends_with(b"whole\n"))), "whole\n");
+    assert_eq!(text(&client.stdout(|bytes| bytes.ends_with(b"whole\n"))), "whole\n");
 }
 
 #[test]
@@ -236,11 +236,11 @@ fn an_answer_in_fragments_is_put_together() {
     client.write(b"x\n");
     let (_, from) = receive(&relay);
     for (frag, payload) in [(1, &b"one "[..]), (2, b"two "), (0x83, b"three")] {
-        let mut octets = datagram(payload);
-        octets[2] = frag;
-        relay.send_to(&octets, from).expect("it is sent");
+        let mut bytes = datagram(payload);
+        bytes[2] = frag;
+        relay.send_to(&bytes, from).expect("it is sent");
     }
-    client.stdout(|octets| octets == b"one two three\n");
+    client.stdout(|bytes| bytes == b"one two three\n");
 }
 
 #[test]
@@ -296,7 +296,7 @@ fn a_closed_port_behind_the_relay_ends_nothing() {
         }
     };
     target.send_to(b"here", from).expect("it is sent");
-    client.stdout(|octets| octets.ends_with(b"here\n"));
+    client.stdout(|bytes| bytes.ends_with(b"here\n"));
 }
 
 #[test]
@@ -319,11 +319,11 @@ fn three_servers_relay_for_each_other() {
     let target = udp_echo_server(LOOPBACK).to_string();
     let mut client = RunningProgram::start(s5().args(["udp", "-w", "10", "-x", &chain.join(","), &target]));
     client.write(b"through all\n\n");
-    client.stdout(|octets| octets == b"through all\n\n");
-    // 65000 octets and three headers still fit into one datagram.
+    client.stdout(|bytes| bytes == b"through all\n\n");
+    // 65000 bytes and three headers still fit into one datagram.
     let long = [&[b'x'; 65_000][..], b"\n"].concat();
     client.write(&long);
-    assert_eq!(client.stdout(|octets| octets.len() >= 13 + long.len()).len(), 13 + long.len());
+    assert_eq!(client.stdout(|bytes| bytes.len() >= 13 + long.len()).len(), 13 + long.len());
     drop(client);
     for server in &servers {
         server.wait_log(|log| log.matches("dst=").count() >= 1);

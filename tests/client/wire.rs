@@ -1,4 +1,4 @@
-//! What the clients send, octet by octet, and which right answers they understand.
+//! What the clients send, byte by byte, and which right answers they understand.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener};

@@ -1,5 +1,5 @@
-//! Everything that a proxy, or what is taken for one, is known to do to a client, right or wrong: one table of scripts
-//! with what `s5 connect` makes of each. Other clients can be put through the same.
+//! What proxies, and servers that are not proxies, can do to a client: one table of scripts, with the status, message
+//! and output that `s5 connect` must have. Other clients can be run through the same table.
 
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
@@ -16,93 +16,93 @@ use crate::scripted::{
 
 use Step::{Greeting, Login, Request, Reset, SendByteByByte, WaitForClose};
 
-/// What is asked for, unless a row says otherwise.
+/// Target of the request, unless a row has another.
 pub const TARGET: &str = "target.example:80";
-/// The limit of a row that runs into one.
-pub const WAIT: &str = "500ms";
+/// Timeout that rows with a timeout use.
+pub const SHORT_TIMEOUT: &str = "500ms";
 
-/// Who is behind the proxy's address.
-pub enum Peer {
-    /// A server with a script.
+/// What listens at the proxy's address.
+pub enum Proxy {
+    /// A scripted server.
     Script(Box<dyn Fn() -> Vec<Step> + Send + Sync>),
-    /// The same, given as `localhost`, of which another address may refuse.
+    /// The same, given as `localhost`, whose IPv6 address may refuse.
     Localhost(Box<dyn Fn() -> Vec<Step> + Send + Sync>),
-    /// Nobody.
+    /// Nothing: connections are refused.
     Down,
-    /// Who says whatever is said to him.
+    /// An echo server.
     Echo,
-    /// Who lets nobody in, nor sends anybody away.
-    Hanging,
+    /// A listener whose accept queue is full: connecting never ends.
+    Unresponsive,
 }
 
-/// What the client's stdin and stdout are.
+/// What the client's stdin and stdout are connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ends {
-    /// stdin has ended, stdout is read.
+pub enum StdioSetup {
+    /// stdin is at its end, stdout is read.
     Plain,
     /// stdin stays open.
     OpenStdin,
-    /// The same, and stdout is /dev/full.
+    /// stdin stays open, stdout is /dev/full.
     FullStdout,
-    /// The same, and stdout is read once and then closed.
+    /// stdin stays open, stdout is closed after one read.
     ClosedStdout,
 }
 
-/// One thing that happens to a client.
+/// One row of the table.
 pub struct Behaviour {
     pub name: &'static str,
     pub userinfo: &'static str,
     pub target: String,
-    pub peer: Peer,
-    pub ends: Ends,
-    /// Whether the client is told to give up after `WAIT` of silence on the tunnel.
-    pub is_idle: bool,
-    /// How s5 ends.
+    pub proxy: Proxy,
+    pub stdio: StdioSetup,
+    /// Whether the client gets an idle timeout of `SHORT_TIMEOUT`.
+    pub has_idle_timeout: bool,
+    /// Exit status of s5.
     pub status: i32,
-    /// What s5 says behind `s5: proxy ADDR: `; nothing, when that is empty.
-    pub said: String,
+    /// Message of s5 after `s5: proxy ADDR: `; empty for no message.
+    pub message: String,
     /// What s5 writes to stdout.
-    pub data: Vec<u8>,
-    /// What the proxy was sent last, where that is the point.
-    pub asked: Option<Vec<u8>>,
+    pub stdout: Vec<u8>,
+    /// The request that the proxy must receive, if the row checks it.
+    pub request: Option<Vec<u8>>,
 }
 
 /// How a client ended.
 #[derive(Debug)]
 pub struct Outcome {
     pub addr: SocketAddr,
-    /// None: not at all. Death by a signal is told as a shell does.
+    /// `None` if it had to be killed. 128 plus the number for a signal, as in a shell.
     pub status: Option<i32>,
     pub stdout: Vec<u8>,
     pub stderr: String,
-    /// What the script was sent.
+    /// Messages that the scripted server received.
     pub messages: Vec<Vec<u8>>,
 }
 
 impl Behaviour {
-    /// Puts a client through it; `client` makes a command of the proxy's host and port.
-    pub fn play(&self, limit: Duration, client: impl FnOnce(&Self, &str, u16) -> Command) -> Outcome {
+    /// Runs a client against the proxy. `client` creates its command from the proxy's host and port.
+    pub fn run(&self, limit: Duration, client: impl FnOnce(&Self, &str, u16) -> Command) -> Outcome {
         let script = |script: &(dyn Fn() -> Vec<Step> + Send + Sync)| {
             let proxy = ScriptedServer::start(script());
             (proxy.addr, Some(proxy))
         };
-        let mut held = Vec::new();
-        let (addr, proxy) = match &self.peer {
-            Peer::Script(make) | Peer::Localhost(make) => script(make),
-            Peer::Down => (closed_port(), None),
-            Peer::Echo => (echo_server(), None),
-            Peer::Hanging => (hanging(&mut held), None),
+        let mut kept_open = Vec::new();
+        let (addr, proxy) = match &self.proxy {
+            Proxy::Script(make) | Proxy::Localhost(make) => script(make),
+            Proxy::Down => (closed_port(), None),
+            Proxy::Echo => (echo_server(), None),
+            Proxy::Unresponsive => (unresponsive_listener(&mut kept_open), None),
         };
-        let host = if matches!(self.peer, Peer::Localhost(_)) { "localhost" } else { "127.0.0.1" };
+        let host = if matches!(self.proxy, Proxy::Localhost(_)) { "localhost" } else { "127.0.0.1" };
         let mut command = client(self, host, addr.port());
         let full = || OpenOptions::new().write(true).open("/dev/full").expect("/dev/full").into();
-        let stdout = if self.ends == Ends::FullStdout { full() } else { Stdio::piped() };
+        let stdout = if self.stdio == StdioSetup::FullStdout { full() } else { Stdio::piped() };
         let spawned = command.stdin(Stdio::piped()).stdout(stdout).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let stdin = child.stdin.take().filter(|_| self.ends != Ends::Plain);
-        let once = self.ends == Ends::ClosedStdout;
-        let out = child.stdout.take().map(|mut out| thread::spawn(move || read(&mut out, once)));
-        let err = child.stderr.take().map(|mut err| thread::spawn(move || read(&mut err, false)));
+        let stdin = child.stdin.take().filter(|_| self.stdio != StdioSetup::Plain);
+        let reads_once = self.stdio == StdioSetup::ClosedStdout;
+        let out = child.stdout.take().map(|mut out| thread::spawn(move || read_pipe(&mut out, reads_once)));
+        let err = child.stderr.take().map(|mut err| thread::spawn(move || read_pipe(&mut err, false)));
         let deadline = Instant::now() + limit;
         let status = loop {
             match child.try_wait().expect("it can be waited for") {
@@ -120,88 +120,88 @@ impl Behaviour {
         drop(stdin);
         let all = |reader: Option<thread::JoinHandle<Vec<u8>>>| reader.map(|reader| reader.join().expect("no panic"));
         let (stdout, stderr) = (all(out).unwrap_or_default(), text(&all(err).unwrap_or_default()));
-        let messages = proxy.filter(|_| self.asked.is_some()).map(|proxy| proxy.messages()).unwrap_or_default();
+        let messages = proxy.filter(|_| self.request.is_some()).map(|proxy| proxy.messages()).unwrap_or_default();
         Outcome { addr, status, stdout, stderr, messages }
     }
 }
 
-fn read(pipe: &mut impl std::io::Read, once: bool) -> Vec<u8> {
+fn read_pipe(pipe: &mut impl std::io::Read, reads_once: bool) -> Vec<u8> {
     let mut all = Vec::new();
     let mut buffer = [0; 4096];
     while let Ok(n @ 1..) = pipe.read(&mut buffer) {
         all.extend(&buffer[..n]);
-        if once {
+        if reads_once {
             break;
         }
     }
     all
 }
 
-/// A backlog that is full drops what else comes.
-fn hanging(held: &mut Vec<Box<dyn std::any::Any>>) -> SocketAddr {
+/// A listener whose accept queue is full, so that the kernel drops each SYN.
+fn unresponsive_listener(kept_open: &mut Vec<Box<dyn std::any::Any>>) -> SocketAddr {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
     socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a port");
     socket.listen(0).expect("it listens");
     let addr = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address");
     while let Ok(stream) = TcpStream::connect_timeout(&addr, Duration::from_millis(100)) {
-        held.push(Box::new(stream));
+        kept_open.push(Box::new(stream));
     }
-    held.push(Box::new(socket));
+    kept_open.push(Box::new(socket));
     addr
 }
 
-fn row(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
+fn behaviour(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
     Behaviour {
         name,
         userinfo: "",
         target: TARGET.into(),
-        peer: Peer::Script(Box::new(script)),
-        ends: Ends::Plain,
-        is_idle: false,
+        proxy: Proxy::Script(Box::new(script)),
+        stdio: StdioSetup::Plain,
+        has_idle_timeout: false,
         status: 0,
-        said: String::new(),
-        data: Vec::new(),
-        asked: None,
+        message: String::new(),
+        stdout: Vec::new(),
+        request: None,
     }
 }
 
-/// A script behind a greeting and a request without login.
-fn replies(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
-    row(name, move || [Greeting, send(SELECT_NO_AUTH), Request].into_iter().chain(script()).collect())
+/// A script that follows greeting and request, without login.
+fn after_request(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
+    behaviour(name, move || [Greeting, send(SELECT_NO_AUTH), Request].into_iter().chain(script()).collect())
 }
 
-/// A script behind the selection of user name and password.
-fn logs_in(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
+/// A script that follows user name and password.
+fn at_login(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
     let script = move || [Greeting, send(SELECT_PASSWORD), Login].into_iter().chain(script()).collect();
-    Behaviour { userinfo: "alice:secret@", ..row(name, script) }
+    Behaviour { userinfo: "alice:secret@", ..behaviour(name, script) }
 }
 
-/// A tunnel on which the script goes on.
-fn opens(name: &'static str, last: fn(TcpStream)) -> Behaviour {
-    row(name, move || reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect())
+/// A proxy that opens a tunnel; `last` is the target.
+fn on_tunnel(name: &'static str, last: fn(TcpStream)) -> Behaviour {
+    behaviour(name, move || reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect())
 }
 
 impl Behaviour {
-    /// It fails in the handshake: with this status, in this phase, for this reason.
+    /// Fails with this status, in this phase, for this reason.
     fn fails(self, status: i32, phase: &str, reason: &str) -> Self {
-        let said = format!("{phase}, for {}: {reason}", self.target);
-        Self { status, said, ..self }
+        let message = format!("{phase}, for {}: {reason}", self.target);
+        Self { status, message, ..self }
     }
 
-    fn breaks(self, status: i32, reason: &str) -> Self {
+    fn transfer_fails(self, status: i32, reason: &str) -> Self {
         self.fails(status, "transfer", reason)
     }
 
-    fn gives(self, data: &[u8]) -> Self {
-        Self { data: data.into(), ..self }
+    fn writes(self, stdout: &[u8]) -> Self {
+        Self { stdout: stdout.into(), ..self }
     }
 
-    fn with(self, ends: Ends) -> Self {
-        Self { ends, ..self }
+    fn with_stdio(self, stdio: StdioSetup) -> Self {
+        Self { stdio, ..self }
     }
 
-    fn asks(self, target: &str, asked: Vec<u8>) -> Self {
-        Self { target: target.into(), asked: Some(asked), ..self }
+    fn requests(self, target: &str, request: Vec<u8>) -> Self {
+        Self { target: target.into(), request: Some(request), ..self }
     }
 }
 
@@ -217,26 +217,27 @@ const REPS: [&str; 9] = [
     "unassigned reply code",
 ];
 
-/// All of them.
+/// The whole table.
 pub fn behaviours() -> Vec<Behaviour> {
-    let mut all = failures_of_the_proxy();
-    all.extend(silence_and_ends());
-    all.extend(foreigners());
-    all.extend(replies_of_all_kinds());
-    all.extend(addresses_and_logins());
-    all.extend(ends_of_streams());
+    let mut all = failure_replies();
+    all.extend(timeouts_and_closes());
+    all.extend(other_protocols());
+    all.extend(success_replies());
+    all.extend(targets_and_credentials());
+    all.extend(transfers());
     all
 }
 
-fn failures_of_the_proxy() -> Vec<Behaviour> {
+fn failure_replies() -> Vec<Behaviour> {
     let no_method = "no acceptable authentication method (is a user:password@ or a Kerberos ticket missing?)";
     let refused = "user name or password refused";
-    let down = |name| Behaviour { peer: Peer::Down, ..row(name, Vec::new) };
+    let down = |name| Behaviour { proxy: Proxy::Down, ..behaviour(name, Vec::new) };
     let mut all = vec![
         down("the proxy is down").fails(7, "connecting to the proxy", "connection refused (is the proxy running?)"),
-        row("no acceptable method", || vec![Greeting, send(&[5, 0xff])]).fails(67, "greeting", no_method),
-        logs_in("wrong password", || vec![send(&[1, 1])]).fails(67, "login", refused),
-        logs_in("wrong password, STATUS 255", || vec![send(&[1, 255])]).fails(67, "login", refused),
+        behaviour("no acceptable authentication method", || vec![Greeting, send(&[5, 0xff])])
+            .fails(67, "greeting", no_method),
+        at_login("wrong password", || vec![send(&[1, 1])]).fails(67, "login", refused),
+        at_login("wrong password, STATUS 255", || vec![send(&[1, 255])]).fails(67, "login", refused),
     ];
     let name = |rep: u8| {
         [
@@ -255,102 +256,114 @@ fn failures_of_the_proxy() -> Vec<Behaviour> {
     for rep in (1..=9).chain([255_u8]) {
         let script = move || vec![send(&[5, rep, 0, 1, 0, 0, 0, 0, 0, 0]), WaitForClose];
         let reason = format!("{} (REP {rep})", REPS[usize::from(rep.min(9)) - 1]);
-        all.push(replies(name(rep), script).fails(100 + i32::from(rep.min(9)), "request", &reason));
+        all.push(after_request(name(rep), script).fails(100 + i32::from(rep.min(9)), "request", &reason));
     }
     let refused = "connection refused (REP 5)";
-    let cut = |name, reply: &'static [u8]| replies(name, move || vec![send(reply)]).fails(105, "request", refused);
+    let truncated =
+        |name, reply: &'static [u8]| after_request(name, move || vec![send(reply)]).fails(105, "request", refused);
     all.extend([
-        cut("a refusal of two octets, and the end", &[5, 5]),
-        cut("a refusal of three octets, and the end", &[5, 5, 0]),
-        cut("a refusal cut in the address", &[5, 5, 0, 1, 127]),
-        cut("a refusal without ATYP", &[5, 5, 0, 0, 0, 0, 0, 0]),
+        truncated("failure reply truncated after 2 bytes", &[5, 5]),
+        truncated("failure reply truncated after 3 bytes", &[5, 5, 0]),
+        truncated("failure reply truncated in the address", &[5, 5, 0, 1, 127]),
+        truncated("failure reply with ATYP 0", &[5, 5, 0, 0, 0, 0, 0, 0]),
     ]);
     all
 }
 
-fn silence_and_ends() -> Vec<Behaviour> {
-    let late = "timed out after 500ms";
+fn timeouts_and_closes() -> Vec<Behaviour> {
+    let timed_out = "timed out after 500ms";
     let closed = "the proxy closed the connection";
     let reset = "Connection reset by peer (os error 104)";
-    let hanging = Behaviour { peer: Peer::Hanging, ..row("it never accepts", Vec::new) };
-    let silent = [
-        hanging.fails(28, "connecting to the proxy", late),
-        row("silent from the start", || vec![WaitForClose]).fails(28, "greeting", late),
-        row("silent inside of the selection", || vec![Greeting, send(&[5]), WaitForClose]).fails(28, "greeting", late),
-        logs_in("silent at the login", || vec![WaitForClose]).fails(28, "login", late),
-        logs_in("silent behind the login", || vec![send(LOGIN_SUCCESS), WaitForClose]).fails(28, "request", late),
-        replies("silent behind the request", || vec![WaitForClose]).fails(28, "request", late),
-        replies("silent inside of the reply", || vec![send(&[5, 0, 0, 3, 200, b'x']), WaitForClose])
-            .fails(28, "request", late),
+    let unresponsive =
+        Behaviour { proxy: Proxy::Unresponsive, ..behaviour("the proxy never accepts the connection", Vec::new) };
+    let timeouts = [
+        unresponsive.fails(28, "connecting to the proxy", timed_out),
+        behaviour("no answer to the greeting", || vec![WaitForClose]).fails(28, "greeting", timed_out),
+        behaviour("method selection stalls after 1 byte", || vec![Greeting, send(&[5]), WaitForClose])
+            .fails(28, "greeting", timed_out),
+        at_login("no answer to user name and password", || vec![WaitForClose]).fails(28, "login", timed_out),
+        at_login("no answer to the request, after a login", || vec![send(LOGIN_SUCCESS), WaitForClose])
+            .fails(28, "request", timed_out),
+        after_request("no answer to the request", || vec![WaitForClose]).fails(28, "request", timed_out),
+        after_request("reply stalls in the address", || vec![send(&[5, 0, 0, 3, 200, b'x']), WaitForClose])
+            .fails(28, "request", timed_out),
     ];
-    let ends = [
-        row("it closes at the greeting", || vec![Greeting]).fails(97, "greeting", closed),
-        row("it closes inside of the selection", || vec![Greeting, send(&[5])]).fails(97, "greeting", closed),
-        logs_in("it closes at the login", Vec::new).fails(97, "login", closed),
-        logs_in("it closes behind the login", || vec![send(LOGIN_SUCCESS), Request]).fails(97, "request", closed),
-        replies("it closes at the request", Vec::new).fails(97, "request", closed),
-        replies("it closes inside of a success", || vec![send(&SUCCESS_REPLY[..9])]).fails(97, "request", closed),
-        row("it resets at the greeting", || vec![Greeting, Reset]).fails(97, "greeting", reset),
-        logs_in("it resets at the login", || vec![Reset]).fails(97, "login", reset),
-        logs_in("it resets behind the login", || vec![send(LOGIN_SUCCESS), Request, Reset]).fails(97, "request", reset),
-        replies("it resets at the request", || vec![Reset]).fails(97, "request", reset),
+    let closes = [
+        behaviour("closes after the greeting", || vec![Greeting]).fails(97, "greeting", closed),
+        behaviour("closes in the method selection", || vec![Greeting, send(&[5])]).fails(97, "greeting", closed),
+        at_login("closes after user name and password", Vec::new).fails(97, "login", closed),
+        at_login("closes after the request, after a login", || vec![send(LOGIN_SUCCESS), Request])
+            .fails(97, "request", closed),
+        after_request("closes after the request", Vec::new).fails(97, "request", closed),
+        after_request("closes in a success reply", || vec![send(&SUCCESS_REPLY[..9])]).fails(97, "request", closed),
+        behaviour("resets after the greeting", || vec![Greeting, Reset]).fails(97, "greeting", reset),
+        at_login("resets after user name and password", || vec![Reset]).fails(97, "login", reset),
+        at_login("resets after the request, after a login", || vec![send(LOGIN_SUCCESS), Request, Reset])
+            .fails(97, "request", reset),
+        after_request("resets after the request", || vec![Reset]).fails(97, "request", reset),
     ];
-    silent.into_iter().chain(ends).collect()
+    timeouts.into_iter().chain(closes).collect()
 }
 
-fn foreigners() -> Vec<Behaviour> {
-    let not = |what: &str| format!("not a SOCKS5 server ({what})");
-    let says = |name, first: &'static [u8], what: &str| {
-        row(name, move || vec![Greeting, send(first)]).fails(97, "greeting", &not(what))
+fn other_protocols() -> Vec<Behaviour> {
+    let not_socks5 = |what: &str| format!("not a SOCKS5 server ({what})");
+    let sends = |name, first: &'static [u8], what: &str| {
+        behaviour(name, move || vec![Greeting, send(first)]).fails(97, "greeting", &not_socks5(what))
     };
-    let wrong = |name, reply: &'static [u8], what: &str| {
-        replies(name, move || vec![send(reply)]).fails(97, "request", &not(what))
+    let replies = |name, reply: &'static [u8], what: &str| {
+        after_request(name, move || vec![send(reply)]).fails(97, "request", &not_socks5(what))
     };
-    let echo = |name| Behaviour { peer: Peer::Echo, ..row(name, Vec::new) };
+    let echo = |name| Behaviour { proxy: Proxy::Echo, ..behaviour(name, Vec::new) };
     let offered = "selected gssapi, which was not offered";
-    let banner = row("an SSH server, which speaks first", || vec![send(b"SSH-2.0-OpenSSH_9.2\r\n"), WaitForClose]);
+    let banner = behaviour("an SSH server, which sends its banner first", || {
+        vec![send(b"SSH-2.0-OpenSSH_9.2\r\n"), WaitForClose]
+    });
     vec![
-        says("an HTTP server", b"HTTP/1.1 400 Bad Request\r\n\r\n", "first byte 0x48 'H', HTTP?"),
-        says("a TLS server", &[0x15, 3, 1, 0, 2, 2, 70], "first byte 0x15, TLS?"),
-        says("a SOCKS4 server", &[0, 0x5b, 0, 0, 0, 0, 0, 0], "first byte 0x00, SOCKS4?"),
-        says("something else", &[0x1b, b'[', b'2', b'J'], "first byte 0x1b"),
-        banner.fails(97, "greeting", &not("first byte 0x53 'S', SSH?")),
-        echo("an echo server").fails(97, "greeting", &not(offered)),
-        Behaviour { userinfo: "alice:secret@", ..echo("an echo server, with a password") }.fails(
+        sends("an HTTP server", b"HTTP/1.1 400 Bad Request\r\n\r\n", "first byte 0x48 'H', HTTP?"),
+        sends("a TLS server", &[0x15, 3, 1, 0, 2, 2, 70], "first byte 0x15, TLS?"),
+        sends("a SOCKS4 server", &[0, 0x5b, 0, 0, 0, 0, 0, 0], "first byte 0x00, SOCKS4?"),
+        sends("another protocol", &[0x1b, b'[', b'2', b'J'], "first byte 0x1b"),
+        banner.fails(97, "greeting", &not_socks5("first byte 0x53 'S', SSH?")),
+        echo("an echo server").fails(97, "greeting", &not_socks5(offered)),
+        Behaviour { userinfo: "alice:secret@", ..echo("an echo server, with user name and password") }.fails(
             97,
             "login",
-            &not("expected authentication version 1, found 0"),
+            &not_socks5("expected authentication version 1, found 0"),
         ),
-        says("a selection with VER 4", &[4, 0], "first byte 0x04, SOCKS4?"),
-        logs_in("a login answered with VER 5", || vec![send(&[5, 0])]).fails(
+        sends("method selection with VER 4", &[4, 0], "first byte 0x04, SOCKS4?"),
+        at_login("login status with VER 5", || vec![send(&[5, 0])]).fails(
             97,
             "login",
-            &not("expected authentication version 1, found 5"),
+            &not_socks5("expected authentication version 1, found 5"),
         ),
-        wrong("a success with VER 4", &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0], "first byte 0x04, SOCKS4?"),
-        wrong("a success with ATYP 2", &[5, 0, 0, 2, 0, 0, 0, 0, 0, 0], "unknown address type 2"),
-        says("it selects GSSAPI, which was not offered", &[5, 1], offered),
-        says("it selects the password, which was not offered", &[5, 2], "selected password, which was not offered"),
-        says("it selects a private method", &[5, 0x80], "selected method 0x80, which was not offered"),
+        replies("success reply with VER 4", &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0], "first byte 0x04, SOCKS4?"),
+        replies("success reply with ATYP 2", &[5, 0, 0, 2, 0, 0, 0, 0, 0, 0], "unknown address type 2"),
+        sends("selects GSSAPI, which was not offered", &[5, 1], offered),
+        sends("selects the password, which was not offered", &[5, 2], "selected password, which was not offered"),
+        sends(
+            "selects a private method, which was not offered",
+            &[5, 0x80],
+            "selected method 0x80, which was not offered",
+        ),
     ]
 }
 
-fn replies_of_all_kinds() -> Vec<Behaviour> {
+fn success_replies() -> Vec<Behaviour> {
     let name = |length: u8| [&[5, 0, 0, 3, length][..], &vec![b'n'; length.into()], &[4, 56]].concat();
     let v6 = success_reply("[2001:db8::9]:1080".parse().expect("an address"));
     let with_reply = |what, reply: Vec<u8>| {
         let reply = [&reply[..], b"hello"].concat();
-        replies(what, move || vec![send(&reply)]).gives(b"hello")
+        after_request(what, move || vec![send(&reply)]).writes(b"hello")
     };
     vec![
-        replies("data behind the reply", || vec![send(SUCCESS_REPLY), send(b"hello")]).gives(b"hello"),
-        with_reply("data in the segment of the reply", SUCCESS_REPLY.into()),
-        with_reply("BND of IPv6", v6),
-        with_reply("BND with a name", name(9)),
-        with_reply("BND with a name of 255 octets", name(255)),
-        with_reply("BND with a name of 0 octets", name(0)),
+        after_request("data after the reply", || vec![send(SUCCESS_REPLY), send(b"hello")]).writes(b"hello"),
+        with_reply("data in the same segment as the reply", SUCCESS_REPLY.into()),
+        with_reply("BND is an IPv6 address", v6),
+        with_reply("BND is a name", name(9)),
+        with_reply("BND is a name of 255 bytes", name(255)),
+        with_reply("BND is a name of 0 bytes", name(0)),
         with_reply("RSV is not 0", vec![5, 0, 7, 1, 192, 0, 2, 9, 4, 56]),
-        row("all answers octet by octet", move || {
+        behaviour("all answers are sent byte by byte", move || {
             let reply = [&name(9)[..], b"hello"].concat();
             vec![
                 Greeting,
@@ -361,71 +374,73 @@ fn replies_of_all_kinds() -> Vec<Behaviour> {
                 SendByteByByte(reply),
             ]
         })
-        .gives(b"hello")
-        .for_alice(),
-        row("it wants no password", || {
+        .writes(b"hello")
+        .with_password(),
+        behaviour("the proxy does not ask for the password", || {
             vec![Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY), send(b"hello")]
         })
-        .gives(b"hello")
-        .for_alice(),
+        .writes(b"hello")
+        .with_password(),
     ]
 }
 
 impl Behaviour {
-    fn for_alice(self) -> Self {
+    fn with_password(self) -> Self {
         Self { userinfo: "alice:secret@", ..self }
     }
 }
 
-fn addresses_and_logins() -> Vec<Behaviour> {
-    let hello = |name| replies(name, || vec![send(SUCCESS_REPLY), send(b"hello")]).gives(b"hello");
+fn targets_and_credentials() -> Vec<Behaviour> {
+    let hello = |name| after_request(name, || vec![send(SUCCESS_REPLY), send(b"hello")]).writes(b"hello");
     let login = |name| {
-        logs_in(name, || vec![send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY), send(b"hello")]).gives(b"hello")
+        at_login(name, || vec![send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY), send(b"hello")]).writes(b"hello")
     };
     let request = |rest: &[u8]| [&[5, 1, 0][..], rest].concat();
     let v6 = request(&[&[4][..], &[0x20, 1, 0x0d, 0xb8], &[0; 11], &[7, 0, 80]].concat());
     let long = "n".repeat(255);
     let of_name =
         |name: &str| request(&[&[3, u8::try_from(name.len()).expect("short")], name.as_bytes(), &[0, 80]].concat());
-    let nobody = |name, userinfo, target: &str| Behaviour {
+    let without_proxy = |name, userinfo, target: &str| Behaviour {
         userinfo,
         target: target.into(),
-        peer: Peer::Down,
-        ..row(name, Vec::new)
+        proxy: Proxy::Down,
+        ..behaviour(name, Vec::new)
     };
-    let mut first_dead = hello("a proxy of which the first address is dead");
-    if let Peer::Script(script) = first_dead.peer {
-        first_dead.peer = Peer::Localhost(script);
+    let mut first_refuses = hello("first address of the proxy's name refuses connections");
+    if let Proxy::Script(script) = first_refuses.proxy {
+        first_refuses.proxy = Proxy::Localhost(script);
     }
     vec![
-        hello("a name goes to the proxy").asks("target.example:80", of_name("target.example")),
-        hello("a name of 255 octets").asks(&format!("{long}:80"), of_name(&long)),
-        nobody("a name of 256 octets", "", &format!("{long}n:80"))
-            .usage("target: the host name has 256 bytes: SOCKS5 allows 255"),
-        hello("an IPv4 target is ATYP 1").asks("192.0.2.7:80", request(&[1, 192, 0, 2, 7, 0, 80])),
-        hello("an IPv6 target in brackets is ATYP 4").asks("[2001:db8::7]:80", v6.clone()),
-        hello("a bare IPv6 target is ATYP 4").asks("2001:db8::7 80", v6),
-        nobody("an empty password", "alice:@", TARGET).usage("the password has 0 bytes: SOCKS5 allows 1 to 255"),
-        Behaviour { userinfo: "al%40ice:p%3A%40%25@", ..login("@, : and % in user and password") }.gives(b"hello"),
-        nobody("a user without a password, and nobody to ask", "alice@", TARGET).refused_here(),
-        first_dead,
+        hello("the target's name is sent to the proxy").requests("target.example:80", of_name("target.example")),
+        hello("target name of 255 bytes").requests(&format!("{long}:80"), of_name(&long)),
+        without_proxy("target name of 256 bytes", "", &format!("{long}n:80"))
+            .usage_error("target: the host name has 256 bytes: SOCKS5 allows 255"),
+        hello("IPv4 target is sent as ATYP 1").requests("192.0.2.7:80", request(&[1, 192, 0, 2, 7, 0, 80])),
+        hello("IPv6 target in brackets is sent as ATYP 4").requests("[2001:db8::7]:80", v6.clone()),
+        hello("IPv6 target without brackets is sent as ATYP 4").requests("2001:db8::7 80", v6),
+        without_proxy("empty password", "alice:@", TARGET)
+            .usage_error("the password has 0 bytes: SOCKS5 allows 1 to 255"),
+        Behaviour { userinfo: "al%40ice:p%3A%40%25@", ..login("`@`, `:` and `%` in user name and password") }
+            .writes(b"hello"),
+        without_proxy("user name without a password, and no terminal to ask", "alice@", TARGET).password_is_missing(),
+        first_refuses,
     ]
 }
 
 impl Behaviour {
-    /// It fails before any proxy is asked; `said` is then all of the line that matters.
-    fn usage(self, said: &str) -> Self {
-        Self { status: 2, said: said.into(), ..self }
+    /// Fails before connecting to the proxy, with a line that contains `message`.
+    fn usage_error(self, message: &str) -> Self {
+        Self { status: 2, message: message.into(), ..self }
     }
 
-    fn refused_here(self) -> Self {
-        let said = "login: no password for alice (use --proxy-auth-file or S5_PROXY_AUTH)";
-        Self { status: 67, said: said.into(), ..self }
+    fn password_is_missing(self) -> Self {
+        let message = "login: no password for alice (use --proxy-auth-file or S5_PROXY_AUTH)";
+        Self { status: 67, message: message.into(), ..self }
     }
 }
 
-fn ends_of_streams() -> Vec<Behaviour> {
-    fn late(mut stream: TcpStream) {
+fn transfers() -> Vec<Behaviour> {
+    fn answers_late(mut stream: TcpStream) {
         let _ = stream.read_to_end(&mut Vec::new());
         thread::sleep(Duration::from_millis(300));
         let _ = stream.write_all(b"late");
@@ -442,21 +457,29 @@ fn ends_of_streams() -> Vec<Behaviour> {
     fn floods(mut stream: TcpStream) {
         while stream.write_all(&[b'x'; 4096]).is_ok() {}
     }
-    fn says_and_waits(mut stream: TcpStream) {
+    fn sends_and_waits(mut stream: TcpStream) {
         let _ = stream.write_all(b"hello");
         let _ = stream.read_to_end(&mut Vec::new());
     }
     let full = "write to stdout: No space left on device (os error 28)";
-    let idle = opens("silence on the tunnel, with a limit", says_and_waits);
+    let idle = on_tunnel("no traffic on the tunnel, with an idle timeout", sends_and_waits);
     vec![
-        opens("an answer behind the end of stdin", late).gives(b"late"),
-        opens("the target closes, stdin stays open", closes).gives(b"hello").with(Ends::OpenStdin),
-        opens("the target resets", resets)
-            .breaks(56, "read error: Connection reset by peer (os error 104)")
-            .gives(b"hello")
-            .with(Ends::OpenStdin),
-        Behaviour { status: 141, ..opens("nobody reads stdout any more", floods).with(Ends::ClosedStdout) },
-        opens("stdout is full", says_and_waits).breaks(23, full).with(Ends::FullStdout),
-        Behaviour { is_idle: true, ..idle }.breaks(28, "idle for 500ms").gives(b"hello").with(Ends::OpenStdin),
+        on_tunnel("answer after the end of stdin", answers_late).writes(b"late"),
+        on_tunnel("the target closes, stdin stays open", closes).writes(b"hello").with_stdio(StdioSetup::OpenStdin),
+        on_tunnel("the target resets the connection", resets)
+            .transfer_fails(56, "read error: Connection reset by peer (os error 104)")
+            .writes(b"hello")
+            .with_stdio(StdioSetup::OpenStdin),
+        Behaviour {
+            status: 141,
+            ..on_tunnel("stdout is closed by its reader", floods).with_stdio(StdioSetup::ClosedStdout)
+        },
+        on_tunnel("stdout is on a full disk", sends_and_waits)
+            .transfer_fails(23, full)
+            .with_stdio(StdioSetup::FullStdout),
+        Behaviour { has_idle_timeout: true, ..idle }
+            .transfer_fails(28, "idle for 500ms")
+            .writes(b"hello")
+            .with_stdio(StdioSetup::OpenStdin),
     ]
 }

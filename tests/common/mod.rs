@@ -235,11 +235,11 @@ pub fn closed_port() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
 }
 
-/// Reads exactly `n` octets.
+/// Reads exactly `n` bytes.
 pub fn read_exact(stream: &mut TcpStream, n: usize) -> Vec<u8> {
-    let mut octets = vec![0; n];
-    stream.read_exact(&mut octets).expect("that many octets come");
-    octets
+    let mut bytes = vec![0; n];
+    stream.read_exact(&mut bytes).expect("that many bytes come");
+    bytes
 }
 
 /// A request with an IPv4 or IPv6 address in it.
@@ -247,21 +247,21 @@ pub fn request(command: u8, dst: SocketAddr) -> Vec<u8> {
     message_with_addr([5, command, 0], dst)
 }
 
-/// The octets of a request or a reply: three and an address.
+/// The bytes of a request or a reply: three and an address.
 pub fn message_with_addr(head: [u8; 3], addr: SocketAddr) -> Vec<u8> {
-    let mut octets = head.to_vec();
+    let mut bytes = head.to_vec();
     match addr.ip() {
         IpAddr::V4(ip) => {
-            octets.push(1);
-            octets.extend(ip.octets());
+            bytes.push(1);
+            bytes.extend(ip.octets());
         }
         IpAddr::V6(ip) => {
-            octets.push(4);
-            octets.extend(ip.octets());
+            bytes.push(4);
+            bytes.extend(ip.octets());
         }
     }
-    octets.extend(addr.port().to_be_bytes());
-    octets
+    bytes.extend(addr.port().to_be_bytes());
+    bytes
 }
 
 /// Reads a reply: REP and BND.
@@ -269,11 +269,11 @@ pub fn read_reply(stream: &mut TcpStream) -> (u8, SocketAddr) {
     let head = read_exact(stream, 4);
     assert_eq!((head[0], head[2]), (5, 0), "VER and RSV of a reply");
     let ip: IpAddr = match head[3] {
-        1 => <[u8; 4]>::try_from(read_exact(stream, 4)).expect("4 octets").into(),
-        4 => <[u8; 16]>::try_from(read_exact(stream, 16)).expect("16 octets").into(),
+        1 => <[u8; 4]>::try_from(read_exact(stream, 4)).expect("4 bytes").into(),
+        4 => <[u8; 16]>::try_from(read_exact(stream, 16)).expect("16 bytes").into(),
         other => panic!("ATYP {other} in a reply"),
     };
-    let port = u16::from_be_bytes(read_exact(stream, 2).try_into().expect("2 octets"));
+    let port = u16::from_be_bytes(read_exact(stream, 2).try_into().expect("2 bytes"));
     (head[1], SocketAddr::new(ip, port))
 }
 

@@ -32,7 +32,7 @@ pub enum Step {
     Request,
     /// Sends this in one piece.
     Send(Vec<u8>),
-    /// Sends this octet by octet.
+    /// Sends this byte by byte.
     SendByteByByte(Vec<u8>),
     /// Resets the connection.
     Reset,
@@ -43,8 +43,8 @@ pub enum Step {
 }
 
 /// A step that sends this in one piece.
-pub fn send(octets: &[u8]) -> Step {
-    Step::Send(octets.to_vec())
+pub fn send(bytes: &[u8]) -> Step {
+    Step::Send(bytes.to_vec())
 }
 
 /// A last step that is the test's own.
@@ -110,11 +110,11 @@ fn play(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) ->
             Step::Greeting => drop(messages.send(read_greeting(&mut stream)?)),
             Step::Login => drop(messages.send(read_login(&mut stream)?)),
             Step::Request => drop(messages.send(read_request(&mut stream)?)),
-            Step::Send(octets) => stream.write_all(&octets)?,
-            Step::SendByteByByte(octets) => {
-                for octet in octets {
-                    stream.write_all(&[octet])?;
-                    // The pace, so that the client reads each octet alone.
+            Step::Send(bytes) => stream.write_all(&bytes)?,
+            Step::SendByteByByte(bytes) => {
+                for byte in bytes {
+                    stream.write_all(&[byte])?;
+                    // The pace, so that the client reads each byte alone.
                     thread::sleep(Duration::from_millis(2));
                 }
             }
@@ -137,41 +137,41 @@ pub fn reset(stream: TcpStream) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("it can be set");
 }
 
-fn more(stream: &mut TcpStream, octets: &mut Vec<u8>, n: usize) -> io::Result<()> {
-    let have = octets.len();
-    octets.resize(have + n, 0);
-    stream.read_exact(&mut octets[have..])
+fn more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()> {
+    let have = bytes.len();
+    bytes.resize(have + n, 0);
+    stream.read_exact(&mut bytes[have..])
 }
 
 fn read_greeting(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut octets = Vec::new();
-    more(stream, &mut octets, 2)?;
-    let methods = octets[1].into();
-    more(stream, &mut octets, methods)?;
-    Ok(octets)
+    let mut bytes = Vec::new();
+    more(stream, &mut bytes, 2)?;
+    let methods = bytes[1].into();
+    more(stream, &mut bytes, methods)?;
+    Ok(bytes)
 }
 
 fn read_login(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut octets = Vec::new();
-    more(stream, &mut octets, 2)?;
-    let uname = usize::from(octets[1]);
-    more(stream, &mut octets, uname + 1)?;
-    let passwd = octets[uname + 2].into();
-    more(stream, &mut octets, passwd)?;
-    Ok(octets)
+    let mut bytes = Vec::new();
+    more(stream, &mut bytes, 2)?;
+    let uname = usize::from(bytes[1]);
+    more(stream, &mut bytes, uname + 1)?;
+    let passwd = bytes[uname + 2].into();
+    more(stream, &mut bytes, passwd)?;
+    Ok(bytes)
 }
 
 fn read_request(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut octets = Vec::new();
-    more(stream, &mut octets, 5)?;
-    let rest = match octets[3] {
+    let mut bytes = Vec::new();
+    more(stream, &mut bytes, 5)?;
+    let rest = match bytes[3] {
         1 => 3,
-        3 => octets[4].into(),
+        3 => bytes[4].into(),
         4 => 15,
         atyp => panic!("ATYP {atyp} in a request"),
     };
-    more(stream, &mut octets, rest + 2)?;
-    Ok(octets)
+    more(stream, &mut bytes, rest + 2)?;
+    Ok(bytes)
 }
 
 /// A success reply with this BND.
@@ -203,15 +203,15 @@ impl RunningProgram {
     }
 
     /// Writes to its stdin, which stays open.
-    pub fn write(&mut self, octets: &[u8]) {
-        self.stdin.as_mut().expect("stdin is open").write_all(octets).expect("it reads");
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.stdin.as_mut().expect("stdin is open").write_all(bytes).expect("it reads");
     }
 
     /// Writes to its stdin again and again until it has ended.
-    pub fn write_until_exit(&mut self, octets: &[u8]) {
+    pub fn write_until_exit(&mut self, bytes: &[u8]) {
         let mut stdin = self.stdin.take().expect("stdin is open");
         wait_until("the program ends", TIMEOUT, || {
-            let _ = stdin.write_all(octets);
+            let _ = stdin.write_all(bytes);
             !self.is_running()
         });
     }
@@ -227,7 +227,7 @@ impl RunningProgram {
 
     /// Waits until stderr satisfies `done`, and gives it.
     pub fn stderr(&self, done: impl Fn(&str) -> bool) -> String {
-        text(&self.stderr.wait("stderr", |octets| done(&text(octets))))
+        text(&self.stderr.wait("stderr", |bytes| done(&text(bytes))))
     }
 
     pub fn pid(&self) -> u32 {
@@ -257,14 +257,14 @@ impl Drop for RunningProgram {
 }
 
 /// What is lossily text.
-pub fn text(octets: &[u8]) -> String {
-    String::from_utf8_lossy(octets).into_owned()
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// What a pipe has given so far.
 struct Collected(Arc<(Mutex<Gathered>, Condvar)>);
 
-/// The octets, and whether the pipe has ended.
+/// The bytes, and whether the pipe has ended.
 type Gathered = (Vec<u8>, bool);
 
 impl Collected {
@@ -292,7 +292,7 @@ impl Collected {
     fn wait(&self, what: &str, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let (state, changed) = &*self.0;
         let state = state.lock().expect("no panic holds it");
-        let waited = changed.wait_timeout_while(state, TIMEOUT, |(octets, ended)| !done(octets) && !*ended);
+        let waited = changed.wait_timeout_while(state, TIMEOUT, |(bytes, ended)| !done(bytes) && !*ended);
         let (state, _) = waited.expect("no panic holds it");
         assert!(done(&state.0), "{what} never came to that: {:?}", text(&state.0));
         state.0.clone()

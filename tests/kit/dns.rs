@@ -77,12 +77,12 @@ fn encode(query: &[u8], question: &[u8], is_a: bool, answer: Answer) -> Option<V
         Answer::Addrs(ips) => (0, if is_a { ips } else { Vec::new() }),
     };
     let count = u8::try_from(ips.len()).expect("a few addresses");
-    let mut octets = vec![query[0], query[1], 0x81, 0x80 | rcode, 0, 1, 0, count, 0, 0, 0, 0];
-    octets.extend(question);
+    let mut bytes = vec![query[0], query[1], 0x81, 0x80 | rcode, 0, 1, 0, count, 0, 0, 0, 0];
+    bytes.extend(question);
     for ip in ips {
-        // The name by a pointer to the question, A, IN, a TTL of 0, 4 octets.
-        octets.extend([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
-        octets.extend(ip.octets());
+        // The name by a pointer to the question, A, IN, a TTL of 0, 4 bytes.
+        bytes.extend([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
+        bytes.extend(ip.octets());
     }
-    Some(octets)
+    Some(bytes)
 }

@@ -22,7 +22,7 @@ pub fn users_file_with_cost(cost: u32, list: &[(&str, &str)]) -> (TempDir, Strin
 
 /// What a client says to log in.
 pub fn login_message(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
-    let length = |field: &[u8]| u8::try_from(field.len()).expect("at most 255 octets");
+    let length = |field: &[u8]| u8::try_from(field.len()).expect("at most 255 bytes");
     [&[1, length(uname)], uname, &[length(passwd)], passwd].concat()
 }
 

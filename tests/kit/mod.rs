@@ -1,5 +1,5 @@
 //! What the tests of the server share beyond `common`: requests by name, chosen source addresses, ends of connections,
-//! targets that never answer, octets that are known by their position.
+//! targets that never answer, bytes that are known by their position.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -39,11 +39,11 @@ pub fn greet(server: &Server) -> TcpStream {
 
 /// A request with a name in it.
 pub fn request_by_name(command: u8, name: &str, port: u16) -> Vec<u8> {
-    let length = u8::try_from(name.len()).expect("a name of at most 255 octets");
-    let mut octets = vec![5, command, 0, 3, length];
-    octets.extend(name.as_bytes());
-    octets.extend(port.to_be_bytes());
-    octets
+    let length = u8::try_from(name.len()).expect("a name of at most 255 bytes");
+    let mut bytes = vec![5, command, 0, 3, length];
+    bytes.extend(name.as_bytes());
+    bytes.extend(port.to_be_bytes());
+    bytes
 }
 
 /// As `common::open`, by name.
@@ -115,16 +115,16 @@ pub fn idle_descriptors(server: &Server) -> usize {
 /// How a connection ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum StreamEnd {
-    /// With a FIN, after these octets.
+    /// With a FIN, after these bytes.
     Closed(Vec<u8>),
     Reset,
 }
 
 /// Reads to the end.
 pub fn stream_end(stream: &mut TcpStream) -> StreamEnd {
-    let mut octets = Vec::new();
-    match stream.read_to_end(&mut octets) {
-        Ok(_) => StreamEnd::Closed(octets),
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Ok(_) => StreamEnd::Closed(bytes),
         Err(error) if error.kind() == ErrorKind::ConnectionReset => StreamEnd::Reset,
         Err(error) => panic!("neither closed nor reset: {error}"),
     }
@@ -136,9 +136,9 @@ pub fn reset(stream: TcpStream) {
 }
 
 /// Sends and expects the same back.
-pub fn ping(stream: &mut TcpStream, octets: &[u8]) {
-    stream.write_all(octets).expect("it is sent");
-    assert_eq!(read_exact(stream, octets.len()), octets);
+pub fn ping(stream: &mut TcpStream, bytes: &[u8]) {
+    stream.write_all(bytes).expect("it is sent");
+    assert_eq!(read_exact(stream, bytes.len()), bytes);
 }
 
 /// Fails when anything comes within `time`.
@@ -168,24 +168,24 @@ pub fn raise_fd_limit(wanted: u64) -> bool {
     maximum.is_none_or(|maximum| maximum >= wanted)
 }
 
-/// Octets that look random and repeat after a length that no buffer has.
+/// Bytes that look random and repeat after a length that no buffer has.
 fn pattern() -> &'static [u8] {
     static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
     PATTERN.get_or_init(|| {
         let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-        let mut octets = Vec::with_capacity(1 << 20);
-        while octets.len() < (1 << 20) - 3 {
+        let mut bytes = Vec::with_capacity(1 << 20);
+        while bytes.len() < (1 << 20) - 3 {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            octets.extend(state.to_le_bytes());
+            bytes.extend(state.to_le_bytes());
         }
-        octets.truncate((1 << 20) - 3);
-        octets
+        bytes.truncate((1 << 20) - 3);
+        bytes
     })
 }
 
-/// Sends the first `total` octets of the pattern; `sent` hears of each piece.
+/// Sends the first `total` bytes of the pattern; `sent` hears of each piece.
 pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) {
     let mut left = total;
     while left > 0 {
@@ -198,7 +198,7 @@ pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) 
     }
 }
 
-/// Reads to the end, and fails unless that was the first `total` octets of the pattern.
+/// Reads to the end, and fails unless that was the first `total` bytes of the pattern.
 pub fn check_pattern(stream: &mut impl Read, total: usize) {
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0;
@@ -212,12 +212,12 @@ pub fn check_pattern(stream: &mut impl Read, total: usize) {
             let expected = &pattern()[at % pattern().len()..];
             let length = rest.len().min(expected.len());
             // Not assert_eq, which would print it all.
-            assert!(rest[..length] == expected[..length], "other octets around {at}");
+            assert!(rest[..length] == expected[..length], "other bytes around {at}");
             rest = &rest[length..];
             at += length;
         }
     }
-    assert_eq!(at, total, "octets that came");
+    assert_eq!(at, total, "bytes that came");
 }
 
 /// How long something took, and what it gave.
