@@ -1,5 +1,5 @@
-//! Every message of RFC 1928, RFC 1929 and RFC 1961 as octets: whole, cut, in pieces, malformed and random. Nothing here opens
-//! a socket.
+//! Encoding and decoding of every message of RFC 1928, RFC 1929 and RFC 1961: complete, truncated, in pieces, malformed
+//! and random. No test opens a socket.
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -15,68 +15,68 @@ fn config() -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// What holds for any message: it comes back whole, from any prefix no more is asked for than is missing, and what
-/// stands behind it is not looked at.
+/// Checks what holds for any message: it decodes to itself, a prefix never requests more than the missing bytes, and
+/// bytes after the message are ignored.
 fn check<M: Message + Debug + PartialEq>(message: &M) {
-    check_octets(&message.encode(), message);
+    check_encoding(&message.encode(), message);
 }
 
-fn check_octets<M: Message + Debug + PartialEq>(octets: &[u8], message: &M) {
-    assert!((M::MIN_LEN..=M::MAX_LEN).contains(&octets.len()), "{} octets of {message:?}", octets.len());
-    for have in 0..octets.len() {
-        let missing = octets.len() - have;
-        match M::decode(&octets[..have]) {
+fn check_encoding<M: Message + Debug + PartialEq>(bytes: &[u8], message: &M) {
+    assert!((M::MIN_LEN..=M::MAX_LEN).contains(&bytes.len()), "{} bytes of {message:?}", bytes.len());
+    for have in 0..bytes.len() {
+        let missing = bytes.len() - have;
+        match M::decode(&bytes[..have]) {
             Err(DecodeError::Incomplete(n)) => {
-                assert!((1..=missing).contains(&n), "{n} asked, {missing} missing, {message:?}")
+                assert!((1..=missing).contains(&n), "{n} requested, {missing} missing, {message:?}")
             }
-            other => panic!("{other:?} from {have} octets of {message:?}"),
+            other => panic!("{other:?} from {have} bytes of {message:?}"),
         }
     }
-    assert_eq!(M::decode(octets).as_ref(), Ok(message));
-    for behind in [&[0][..], &[5, 1, 0], &[0xff; 600]] {
-        assert_eq!(M::decode(&[octets, behind].concat()).as_ref(), Ok(message), "{} octets follow", behind.len());
+    assert_eq!(M::decode(bytes).as_ref(), Ok(message));
+    for after in [&[0][..], &[5, 1, 0], &[0xff; 600]] {
+        assert_eq!(M::decode(&[bytes, after].concat()).as_ref(), Ok(message), "{} bytes follow", after.len());
     }
     for piece in [1, 2, 3, 7, 64, M::MAX_LEN] {
-        assert_eq!(&feed::<M>(octets, &mut std::iter::repeat(piece)), message, "in pieces of {piece}");
+        assert_eq!(&feed::<M>(bytes, &mut std::iter::repeat(piece)), message, "in pieces of {piece}");
     }
 }
 
-/// Reads a message as a connection would: as many octets as are asked for at the most, often less.
-fn feed<M: Message>(octets: &[u8], pieces: &mut impl Iterator<Item = usize>) -> M {
+/// Decodes a message as a connection does: adds at most as many bytes as the decoder requests, often fewer.
+fn feed<M: Message>(bytes: &[u8], pieces: &mut impl Iterator<Item = usize>) -> M {
     let mut have = 0;
     loop {
-        match M::decode(&octets[..have]) {
+        match M::decode(&bytes[..have]) {
             Ok(message) => {
-                assert_eq!(have, octets.len(), "the message was there before its last octet");
+                assert_eq!(have, bytes.len(), "decoded before the last byte");
                 return message;
             }
-            Err(DecodeError::Incomplete(n)) => have += n.min(pieces.next().expect("pieces without end").max(1)),
-            Err(DecodeError::Invalid(error)) => panic!("{error} after {have} octets of {octets:?}"),
+            Err(DecodeError::Incomplete(n)) => have += n.min(pieces.next().expect("endless pieces").max(1)),
+            Err(DecodeError::Invalid(error)) => panic!("{error} after {have} bytes of {bytes:?}"),
         }
-        assert!(have <= octets.len(), "asked for octets behind the message");
+        assert!(have <= bytes.len(), "requested bytes after the message");
     }
 }
 
-/// That `prefix` may still become a message, and that with its last octet, or octets, it can't any more.
+/// Checks that `prefix` is incomplete, and that `prefix` with `last` is invalid.
 fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: ProtocolError) {
     for have in 0..=prefix.len() {
-        let stop = M::decode(&prefix[..have]).expect_err("no message yet");
-        assert!(matches!(stop, DecodeError::Incomplete(1..)), "{stop:?} from {:?}", &prefix[..have]);
+        let result = M::decode(&prefix[..have]).expect_err("incomplete");
+        assert!(matches!(result, DecodeError::Incomplete(1..)), "{result:?} from {:?}", &prefix[..have]);
     }
     let bad = [prefix, last].concat();
     assert_eq!(M::decode(&bad), Err(DecodeError::Invalid(error)), "{bad:?}");
-    assert_eq!(M::decode(&[&bad[..], &[1; 600]].concat()), Err(DecodeError::Invalid(error)), "{bad:?} and more");
+    assert_eq!(M::decode(&[&bad[..], &[1; 600]].concat()), Err(DecodeError::Invalid(error)), "{bad:?} and more bytes");
 }
 
-fn name(octets: &[u8]) -> Addr {
-    Addr { host: Host::Name(HostName::new(octets).expect("a name")), port: 443 }
+fn name(bytes: &[u8]) -> Addr {
+    Addr { host: Host::Name(HostName::new(bytes).expect("a name")), port: 443 }
 }
 
 fn ip(text: &str) -> Addr {
     text.parse::<SocketAddr>().expect("an address").into()
 }
 
-/// One of each shape and length.
+/// Addresses of each type, with names of several lengths.
 fn addrs() -> Vec<Addr> {
     let mut addrs = vec![Addr::UNSPECIFIED, ip("192.0.2.1:65535"), ip("[::]:0"), ip("[2001:db8::1]:1080")];
     addrs.extend([1, 2, 63, 64, 254, 255].map(|length| name(&vec![b'a'; length])));
@@ -88,7 +88,7 @@ fn any_addr() -> impl Strategy<Value = Addr> {
     let host = prop_oneof![
         any::<Ipv4Addr>().prop_map(|ip| Host::Ip(ip.into())),
         any::<Ipv6Addr>().prop_map(|ip| Host::Ip(ip.into())),
-        vec(any::<char>(), 1..=64).prop_filter_map("no name", |text| {
+        vec(any::<char>(), 1..=64).prop_filter_map("not a host name", |text| {
             let text: String = text.into_iter().filter(|c| !c.is_control()).collect();
             HostName::new(text.as_bytes()).ok().map(Host::Name)
         }),
@@ -104,47 +104,47 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn every_greeting_survives(methods in vec(any::<u8>().prop_map(Method), 1..=255)) {
+    fn greeting_decodes_to_itself(methods in vec(any::<u8>().prop_map(Method), 1..=255)) {
         check(&Greeting { methods });
     }
 
     #[test]
-    fn every_login_survives(uname in vec(any::<u8>(), 1..=255), passwd in vec(any::<u8>(), 1..=255)) {
+    fn credentials_decode_to_themselves(uname in vec(any::<u8>(), 1..=255), passwd in vec(any::<u8>(), 1..=255)) {
         check(&Credentials { uname, passwd });
     }
 
     #[test]
-    fn every_request_survives(command in any_command(), dst in any_addr()) {
+    fn request_decodes_to_itself(command in any_command(), dst in any_addr()) {
         check(&Request { command, dst });
     }
 
     #[test]
-    fn every_reply_survives(rep in any::<u8>().prop_map(Rep), bnd in any_addr()) {
+    fn reply_decodes_to_itself(rep in any::<u8>().prop_map(Rep), bnd in any_addr()) {
         check(&Reply { rep, bnd });
     }
 
     #[test]
-    fn every_datagram_survives(frag: u8, dst in any_addr(), data in vec(any::<u8>(), 0..2000)) {
+    fn datagram_decodes_to_itself(frag: u8, dst in any_addr(), data in vec(any::<u8>(), 0..2000)) {
         let datagram = Datagram { frag, dst, data: &data };
-        let mut octets = Vec::new();
-        datagram.encode_into(&mut octets);
-        prop_assert_eq!(Datagram::decode(&octets), Ok(datagram));
-        let header = octets.len() - data.len();
+        let mut bytes = Vec::new();
+        datagram.encode_into(&mut bytes);
+        prop_assert_eq!(Datagram::decode(&bytes), Ok(datagram));
+        let header = bytes.len() - data.len();
         prop_assert!(header <= Datagram::MAX_HEADER_LEN);
         for end in 0..header {
-            prop_assert_eq!(Datagram::decode(&octets[..end]), Err(ProtocolError::TruncatedHeader), "{} octets", end);
+            prop_assert_eq!(Datagram::decode(&bytes[..end]), Err(ProtocolError::TruncatedHeader), "{} bytes", end);
         }
     }
 
     #[test]
-    fn every_frame_survives(token in vec(any::<u8>(), 0..2000)) {
+    fn gssapi_frame_decodes_to_itself(token in vec(any::<u8>(), 0..2000)) {
         check(&Frame::Authentication(token.clone()));
         check(&Frame::Protection(token.clone()));
         check(&Frame::Data(token));
     }
 
     #[test]
-    fn any_pieces_make_the_same_messages(dst in any_addr(), pieces in vec(1_usize..300, 1..40)) {
+    fn message_decodes_the_same_from_any_pieces(dst in any_addr(), pieces in vec(1_usize..300, 1..40)) {
         let mut pieces = pieces.into_iter().cycle();
         let request = Request { command: Command::Bind, dst: dst.clone() };
         prop_assert_eq!(feed::<Request>(&request.encode(), &mut pieces), request);
@@ -155,58 +155,58 @@ proptest! {
     }
 
     #[test]
-    fn random_octets_are_a_message_that_comes_back_or_a_stop(
+    fn random_bytes_never_panic_and_decoded_messages_encode_back(
         first in prop_oneof![Just(5), Just(1), any::<u8>()],
         rest in vec(prop_oneof![0_u8..6, any::<u8>()], 0..600),
     ) {
-        let octets = [&[first], &rest[..]].concat();
-        check_random::<Greeting>(&octets);
-        check_random::<MethodSelection>(&octets);
-        check_random::<Credentials>(&octets);
-        check_random::<LoginStatus>(&octets);
-        check_random::<Frame>(&octets);
-        check_random::<Request>(&octets);
-        check_random::<Reply>(&octets);
-        if let Ok(datagram) = Datagram::decode(&octets) {
+        let bytes = [&[first], &rest[..]].concat();
+        check_random::<Greeting>(&bytes);
+        check_random::<MethodSelection>(&bytes);
+        check_random::<Credentials>(&bytes);
+        check_random::<LoginStatus>(&bytes);
+        check_random::<Frame>(&bytes);
+        check_random::<Request>(&bytes);
+        check_random::<Reply>(&bytes);
+        if let Ok(datagram) = Datagram::decode(&bytes) {
             let mut again = Vec::new();
             datagram.encode_into(&mut again);
-            prop_assert_eq!(&again[2..], &octets[2..]);
+            prop_assert_eq!(&again[2..], &bytes[2..]);
         }
     }
 
     #[test]
-    fn the_answers_to_random_octets_agree_with_those_to_their_prefixes(octets in vec(0_u8..8, 0..40)) {
-        check_prefixes::<Greeting>(&octets);
-        check_prefixes::<Credentials>(&octets);
-        check_prefixes::<Request>(&octets);
-        check_prefixes::<Reply>(&octets);
+    fn decode_result_is_consistent_with_results_for_prefixes(bytes in vec(0_u8..8, 0..40)) {
+        check_prefixes::<Greeting>(&bytes);
+        check_prefixes::<Credentials>(&bytes);
+        check_prefixes::<Request>(&bytes);
+        check_prefixes::<Reply>(&bytes);
     }
 }
 
-fn check_random<M: Message + Debug + PartialEq>(octets: &[u8]) {
-    match M::decode(octets) {
+fn check_random<M: Message + Debug + PartialEq>(bytes: &[u8]) {
+    match M::decode(bytes) {
         Ok(message) => assert_eq!(M::decode(&message.encode()), Ok(message)),
         Err(DecodeError::Incomplete(n)) => {
-            assert!(n >= 1 && octets.len() + n <= M::MAX_LEN, "{n} asked for behind {octets:?}")
+            assert!(n >= 1 && bytes.len() + n <= M::MAX_LEN, "{n} requested after {bytes:?}")
         }
         Err(DecodeError::Invalid(_)) => {}
     }
 }
 
-/// An answer is final: neither a message nor an error changes when more octets come, and neither comes earlier than
-/// all octets that were asked for are there.
-fn check_prefixes<M: Message + Debug + PartialEq>(octets: &[u8]) {
+/// Checks that more bytes change neither a message nor an error, and that neither is returned before all requested
+/// bytes have been given.
+fn check_prefixes<M: Message + Debug + PartialEq>(bytes: &[u8]) {
     let mut due = 0;
     let mut last = None;
-    for have in 0..=octets.len() {
-        let now = M::decode(&octets[..have]);
+    for have in 0..=bytes.len() {
+        let now = M::decode(&bytes[..have]);
         if let Some(last) = &last {
-            assert_eq!(&now, last, "changed its mind at {have} octets of {octets:?}");
+            assert_eq!(&now, last, "changed at {have} bytes of {bytes:?}");
         }
         match now {
             Err(DecodeError::Incomplete(n)) => due = due.max(have + n),
             Ok(_) => {
-                assert!(have >= due, "asked for {due} octets, was content with {have} of {octets:?}");
+                assert!(have >= due, "requested {due} bytes, decoded {have} of {bytes:?}");
                 last = Some(now);
             }
             Err(DecodeError::Invalid(_)) => last = Some(now),
@@ -215,7 +215,7 @@ fn check_prefixes<M: Message + Debug + PartialEq>(octets: &[u8]) {
 }
 
 #[test]
-fn every_length_survives_in_every_piece() {
+fn messages_of_all_lengths_decode_to_themselves() {
     for count in [1, 2, 254, 255] {
         check(&Greeting { methods: (0..count).map(Method).collect() });
     }
@@ -228,16 +228,16 @@ fn every_length_survives_in_every_piece() {
         }
         check(&Reply { rep: Rep::SUCCEEDED, bnd: dst });
     }
-    for octet in 0..=255 {
-        check(&MethodSelection(Method(octet)));
-        check(&LoginStatus(octet));
-        check(&Reply { rep: Rep(octet), bnd: Addr::UNSPECIFIED });
+    for byte in 0..=255 {
+        check(&MethodSelection(Method(byte)));
+        check(&LoginStatus(byte));
+        check(&Reply { rep: Rep(byte), bnd: Addr::UNSPECIFIED });
     }
 }
 
-/// RFC 1928 sections 3 to 7 and RFC 1929 section 2, written out by hand.
+/// Messages of RFC 1928 sections 3 to 7 and RFC 1929 section 2, encoded by hand.
 #[test]
-fn the_octets_are_those_of_the_rfc() {
+fn encoding_matches_rfc_examples() {
     assert_eq!(Greeting { methods: vec![Method::NONE, Method::PASSWORD] }.encode(), [5, 2, 0, 2]);
     assert_eq!(MethodSelection(Method::NO_ACCEPTABLE).encode(), [5, 0xff]);
     assert_eq!(Credentials { uname: b"me".into(), passwd: b"x".into() }.encode(), b"\x01\x02me\x01x");
@@ -249,34 +249,34 @@ fn the_octets_are_those_of_the_rfc() {
     let v6 = [&[5, 3, 0, 4, 0x20, 1][..], &[0; 13], &[1, 4, 0x38]].concat();
     assert_eq!(request(Command::UdpAssociate, ip("[2001::1]:1080")), v6);
     assert_eq!(Reply { rep: Rep::CONNECTION_REFUSED, bnd: Addr::UNSPECIFIED }.encode(), [5, 5, 0, 1, 0, 0, 0, 0, 0, 0]);
-    let mut octets = vec![9];
-    Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.encode_into(&mut octets);
-    assert_eq!(octets, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "appended to what is there");
+    let mut bytes = vec![9];
+    Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.encode_into(&mut bytes);
+    assert_eq!(bytes, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "appended to the buffer");
 }
 
 #[test]
-fn what_rsv_says_is_not_looked_at() {
+fn rsv_is_ignored() {
     for rsv in [1, 5, 0xff] {
         let request = Request { command: Command::Connect, dst: ip("192.0.2.1:80") };
-        check_octets(&[5, 1, rsv, 1, 192, 0, 2, 1, 0, 80], &request);
+        check_encoding(&[5, 1, rsv, 1, 192, 0, 2, 1, 0, 80], &request);
         let reply = Reply { rep: Rep::SUCCEEDED, bnd: ip("192.0.2.1:80") };
-        check_octets(&[5, 0, rsv, 1, 192, 0, 2, 1, 0, 80], &reply);
+        check_encoding(&[5, 0, rsv, 1, 192, 0, 2, 1, 0, 80], &reply);
         let datagram = Datagram { frag: 0, dst: ip("192.0.2.1:80"), data: b"x" };
         assert_eq!(Datagram::decode(&[rsv, rsv, 0, 1, 192, 0, 2, 1, 0, 80, b'x']), Ok(datagram));
     }
 }
 
 #[test]
-fn a_reply_may_have_a_name_of_length_0_and_a_request_may_not() {
+fn empty_host_name_is_valid_in_reply_only() {
     for rep in [Rep::SUCCEEDED, Rep::GENERAL_FAILURE] {
-        check_octets(&[5, rep.0, 0, 3, 0, 0, 80], &Reply { rep, bnd: Addr::UNSPECIFIED });
+        check_encoding(&[5, rep.0, 0, 3, 0, 0, 80], &Reply { rep, bnd: Addr::UNSPECIFIED });
     }
     check_bad::<Request>(&[5, 1, 0, 3], &[0], ProtocolError::InvalidHostName);
     assert_eq!(Datagram::decode(&[0, 0, 0, 3, 0, 0, 80, 1]), Err(ProtocolError::InvalidHostName));
 }
 
 #[test]
-fn another_version_is_an_error_at_its_octet() {
+fn wrong_version_is_invalid_at_its_byte() {
     for version in (0..=255).filter(|version| *version != 5) {
         check_bad::<Greeting>(&[], &[version], ProtocolError::Version(version));
         check_bad::<MethodSelection>(&[], &[version], ProtocolError::Version(version));
@@ -291,7 +291,7 @@ fn another_version_is_an_error_at_its_octet() {
 }
 
 #[test]
-fn an_abort_has_two_octets_and_an_unknown_message_type_is_an_error_at_its_octet() {
+fn gssapi_abort_has_two_bytes_and_unknown_type_is_invalid_at_its_byte() {
     check(&Frame::Abort);
     assert_eq!(Frame::Abort.encode(), [1, 0xff]);
     for mtyp in (0..=0xfe).filter(|mtyp| !(1..=3).contains(mtyp)) {
@@ -302,13 +302,13 @@ fn an_abort_has_two_octets_and_an_unknown_message_type_is_an_error_at_its_octet(
 }
 
 #[test]
-fn a_datagram_is_one_data_frame_or_none() {
+fn datagram_token_requires_exactly_one_data_frame() {
     let whole = Frame::Data(vec![1, 2, 3]).encode();
     assert_eq!(Frame::datagram_token(&mut whole.clone()), Some(&mut [1, 2, 3][..]));
     for length in 0..whole.len() {
-        assert_eq!(Frame::datagram_token(&mut whole[..length].to_vec()), None, "{length} octets");
+        assert_eq!(Frame::datagram_token(&mut whole[..length].to_vec()), None, "{length} bytes");
     }
-    assert_eq!(Frame::datagram_token(&mut [&whole[..], &[0]].concat()), None, "an octet too many");
+    assert_eq!(Frame::datagram_token(&mut [&whole[..], &[0]].concat()), None, "one byte too many");
     for other in [Frame::Authentication(vec![1]), Frame::Protection(vec![1]), Frame::Abort] {
         assert_eq!(Frame::datagram_token(&mut other.encode()), None, "{other:?}");
     }
@@ -316,7 +316,7 @@ fn a_datagram_is_one_data_frame_or_none() {
 }
 
 #[test]
-fn an_unknown_command_is_an_error_at_its_octet() {
+fn unknown_command_is_invalid_at_its_byte() {
     for command in (0..=255).filter(|command| !(1..=3).contains(command)) {
         check_bad::<Request>(&[5], &[command], ProtocolError::Command(command));
         assert_eq!(ProtocolError::Command(command).rep(), Rep(7));
@@ -324,7 +324,7 @@ fn an_unknown_command_is_an_error_at_its_octet() {
 }
 
 #[test]
-fn an_unknown_address_type_is_an_error_at_its_octet() {
+fn unknown_address_type_is_invalid_at_its_byte() {
     for atyp in (0..=255).filter(|atyp| ![1, 3, 4].contains(atyp)) {
         check_bad::<Request>(&[5, 1, 0], &[atyp], ProtocolError::AddressType(atyp));
         check_bad::<Reply>(&[5, 0, 0], &[atyp], ProtocolError::AddressType(atyp));
@@ -334,20 +334,20 @@ fn an_unknown_address_type_is_an_error_at_its_octet() {
 }
 
 #[test]
-fn an_unknown_command_counts_for_more_than_what_stands_behind_it() {
+fn first_invalid_field_decides_the_error() {
     assert_eq!(Request::decode(&[5, 9, 0, 9]), Err(DecodeError::Invalid(ProtocolError::Command(9))));
     assert_eq!(Request::decode(&[4, 9, 0, 9]), Err(DecodeError::Invalid(ProtocolError::Version(4))));
 }
 
 #[test]
-fn nothing_where_something_must_stand_is_an_error_at_its_length() {
+fn empty_field_is_invalid_at_its_length() {
     check_bad::<Greeting>(&[5], &[0], ProtocolError::NoMethods);
     check_bad::<Credentials>(&[1], &[0], ProtocolError::EmptyCredential);
     check_bad::<Credentials>(&[1, 2, b'm', b'e'], &[0], ProtocolError::EmptyCredential);
 }
 
 #[test]
-fn a_bad_name_is_an_error_before_its_port() {
+fn invalid_host_name_is_an_error_before_its_port() {
     let bad: [&[u8]; 10] = [
         b"\0",
         b"a\0b",
@@ -360,13 +360,13 @@ fn a_bad_name_is_an_error_before_its_port() {
         b"\xc3",
         &[0x80; 255],
     ];
-    for octets in bad {
-        let length = u8::try_from(octets.len()).expect("a name that fits");
-        let (last, front) = octets.split_last().expect("at least one");
+    for bytes in bad {
+        let length = u8::try_from(bytes.len()).expect("at most 255 bytes");
+        let (last, front) = bytes.split_last().expect("at least one");
         check_bad::<Request>(&[&[5, 1, 0, 3, length], front].concat(), &[*last], ProtocolError::InvalidHostName);
-        let reply = [&[5, 0, 0, 3, length], octets, &[0, 80]].concat();
+        let reply = [&[5, 0, 0, 3, length], bytes, &[0, 80]].concat();
         assert_eq!(Reply::decode(&reply), Ok(Reply { rep: Rep::SUCCEEDED, bnd: Addr::UNSPECIFIED }));
-        assert_eq!(HostName::new(octets), Err(ProtocolError::InvalidHostName), "{}", octets.escape_ascii());
+        assert_eq!(HostName::new(bytes), Err(ProtocolError::InvalidHostName), "{}", bytes.escape_ascii());
     }
     assert_eq!(HostName::new(&[b'a'; 256]), Err(ProtocolError::InvalidHostName));
     assert_eq!(HostName::new(b""), Err(ProtocolError::InvalidHostName));
@@ -374,7 +374,7 @@ fn a_bad_name_is_an_error_before_its_port() {
 }
 
 #[test]
-fn what_has_no_rep_of_its_own_is_a_general_failure() {
+fn other_errors_map_to_general_failure() {
     let errors = [
         ProtocolError::Version(4),
         ProtocolError::AuthVersion(5),
@@ -389,7 +389,7 @@ fn what_has_no_rep_of_its_own_is_a_general_failure() {
 }
 
 #[test]
-fn no_error_says_more_than_a_line_of_plain_words() {
+fn protocol_errors_name_expected_and_found_value() {
     let errors = [
         (ProtocolError::Version(4), "expected SOCKS version 5, found 4"),
         (ProtocolError::AuthVersion(5), "expected authentication version 1, found 5"),
@@ -403,19 +403,19 @@ fn no_error_says_more_than_a_line_of_plain_words() {
 }
 
 #[test]
-fn a_password_is_never_shown() {
+fn debug_of_credentials_omits_password() {
     let login = Credentials { uname: b"al\x1bice".into(), passwd: b"hunter2".into() };
     for shown in [format!("{login:?}"), format!("{login:#?}"), format!("{:?}", Some(&login))] {
         assert!(shown.contains("al\\x1bice"), "{shown}");
-        let octets = format!("{:?}", login.passwd);
-        for secret in ["hunter2", "104", &octets, "68756e"] {
+        let bytes = format!("{:?}", login.passwd);
+        for secret in ["hunter2", "104", &bytes, "68756e"] {
             assert!(!shown.contains(secret), "{shown}");
         }
     }
 }
 
 #[test]
-fn every_rep_has_the_words_of_section_6() {
+fn reply_codes_have_the_texts_of_rfc_1928() {
     let table = [
         "succeeded",
         "general SOCKS server failure",
@@ -448,7 +448,7 @@ fn every_rep_has_the_words_of_section_6() {
 }
 
 #[test]
-fn methods_commands_and_addresses_have_their_words() {
+fn methods_commands_and_addresses_are_displayed_as_text() {
     let methods = [(0, "none"), (1, "gssapi"), (2, "password"), (0x80, "method 0x80"), (0xff, "no acceptable method")];
     for (code, text) in methods {
         assert_eq!(Method(code).to_string(), text);
@@ -461,8 +461,8 @@ fn methods_commands_and_addresses_have_their_words() {
 }
 
 #[test]
-fn another_protocol_is_refused_in_its_own_words_and_never_repeated_to_it() {
-    assert_eq!(OtherProtocol(4).rejection(), [0, 0x5b, 0, 0, 0, 0, 0, 0], "the request is rejected, in SOCKS4");
+fn other_protocol_gets_its_own_rejection_and_safe_display() {
+    assert_eq!(OtherProtocol(4).rejection(), [0, 0x5b, 0, 0, 0, 0, 0, 0], "SOCKS4: request rejected");
     for first in b"GPCHDTO" {
         let page = String::from_utf8_lossy(OtherProtocol(*first).rejection());
         assert!(page.starts_with("HTTP/1.0 501 ") && page.contains("\r\n\r\n") && page.contains("SOCKS5"), "{page}");
@@ -471,51 +471,53 @@ fn another_protocol_is_refused_in_its_own_words_and_never_repeated_to_it() {
         assert_eq!(OtherProtocol(first).rejection(), b"", "{first}");
     }
     let shown = [OtherProtocol(0x16), OtherProtocol(4), OtherProtocol(b'G'), OtherProtocol(0x1b)]
-        .map(|foreign| foreign.to_string());
+        .map(|protocol| protocol.to_string());
     assert!(shown[0].contains("TLS") && shown[1].contains("SOCKS4") && shown[2].contains("HTTP"), "{shown:?}");
     assert!(!shown[3].contains('\x1b'), "{:?}", shown[3]);
 }
 
-/// A length octet alone reserves nothing, and what a message holds is what came.
+/// A length byte alone must not reserve memory.
 #[test]
-fn a_message_holds_no_more_than_its_octets() {
+fn decoded_message_allocates_at_most_its_own_length() {
     for count in [1, 2, 100, 255] {
-        let octets = [&[5, count][..], &vec![0; count.into()]].concat();
-        let methods = Greeting::decode(&octets).expect("a greeting").methods;
+        let bytes = [&[5, count][..], &vec![0; count.into()]].concat();
+        let methods = Greeting::decode(&bytes).expect("a greeting").methods;
         assert!(methods.capacity() <= count.into(), "{} for {count}", methods.capacity());
-        let octets = [&[1, count][..], &vec![b'u'; count.into()], &[1, b'p']].concat();
-        let login = Credentials::decode(&octets).expect("a login");
+        let bytes = [&[1, count][..], &vec![b'u'; count.into()], &[1, b'p']].concat();
+        let login = Credentials::decode(&bytes).expect("a login");
         let held = login.uname.capacity() + login.passwd.capacity();
-        assert!(held <= octets.len(), "{held} for {}", octets.len());
+        assert!(held <= bytes.len(), "{held} for {}", bytes.len());
     }
 }
 
-/// The reader of a connection makes room for what is asked for, so that bounds what an undecided peer costs.
+/// A connection allocates the requested bytes, so this bounds the memory for a peer that sends only part of a message.
 #[test]
-fn all_that_is_ever_asked_for_fits_the_longest_message() {
+fn requested_bytes_never_exceed_the_longest_message() {
     assert_eq!([Greeting::MAX_LEN, Credentials::MAX_LEN, Request::MAX_LEN, Reply::MAX_LEN], [257, 513, 262, 262]);
     let starts: [&[u8]; 4] = [&[5, 255], &[1, 255], &[5, 1, 0, 3, 255], &[5, 0, 0, 4]];
     for start in starts {
-        for stop in [most_asked::<Greeting>(start), most_asked::<Credentials>(start), most_asked::<Request>(start)] {
-            assert!(stop <= 513, "{stop} octets behind {start:?}");
+        for requested in
+            [max_requested::<Greeting>(start), max_requested::<Credentials>(start), max_requested::<Request>(start)]
+        {
+            assert!(requested <= 513, "{requested} bytes after {start:?}");
         }
     }
 }
 
-fn most_asked<M: Message + Debug>(start: &[u8]) -> usize {
-    let mut octets = start.to_vec();
+fn max_requested<M: Message + Debug>(start: &[u8]) -> usize {
+    let mut bytes = start.to_vec();
     loop {
-        match M::decode(&octets) {
-            Err(DecodeError::Incomplete(n)) => octets.extend(vec![255; n]),
-            _ => return octets.len(),
+        match M::decode(&bytes) {
+            Err(DecodeError::Incomplete(n)) => bytes.extend(vec![255; n]),
+            _ => return bytes.len(),
         }
     }
 }
 
 #[test]
-fn an_ip_address_keeps_its_family() {
+fn ipv4_mapped_address_stays_ipv6() {
     let mapped: IpAddr = "::ffff:192.0.2.1".parse().expect("an address");
-    let octets = Request { command: Command::Connect, dst: SocketAddr::new(mapped, 1).into() }.encode();
-    assert_eq!(octets[3], 4, "ATYP");
-    assert_eq!(Request::decode(&octets).map(|request| request.dst.host), Ok(Host::Ip(mapped)));
+    let bytes = Request { command: Command::Connect, dst: SocketAddr::new(mapped, 1).into() }.encode();
+    assert_eq!(bytes[3], 4, "ATYP");
+    assert_eq!(Request::decode(&bytes).map(|request| request.dst.host), Ok(Host::Ip(mapped)));
 }

@@ -1,4 +1,4 @@
-//! Fragments of datagrams (RFC 1928 section 7), with a made-up clock: tables, a model, and splitting.
+//! Fragmentation and reassembly of datagrams (RFC 1928 section 7) with a simulated clock: cases, and a reference model.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use s5::proto::{Addr, Datagram, Host, HostName, MAX_UDP6_PAYLOAD};
 use s5::reassembly::{REASSEMBLY_TIMEOUT, Reassembler, fragment};
 
-/// The high bit of FRAG: the last fragment.
+/// Bit of FRAG that marks the last fragment.
 const LAST: u8 = 0x80;
 
 fn config() -> ProptestConfig {
@@ -19,34 +19,38 @@ fn dst(port: u16) -> Addr {
     SocketAddr::from(([192, 0, 2, 1], port)).into()
 }
 
-/// Pushes datagrams for one DST at one time, and gives all that became whole.
-fn play(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> Vec<String> {
+/// Pushes datagrams for one DST at one time, and returns the completed ones.
+fn push_all(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> Vec<String> {
     let push = |(frag, data): &(u8, &str)| {
         let (addr, whole) = queue.push(now, Datagram { frag: *frag, dst: dst(53), data: data.as_bytes() })?;
         assert_eq!(addr, dst(53));
-        Some(String::from_utf8(whole.into_owned()).expect("the text that was sent"))
+        Some(String::from_utf8(whole.into_owned()).expect("UTF-8"))
     };
     datagrams.iter().filter_map(push).collect()
 }
 
-/// Plays it on an empty queue, and then checks that the queue is as empty as it has to be.
+/// Pushes `datagrams` to an empty queue. Checks the completed ones, whether the queue is empty, and that it still works.
 fn check(datagrams: &[(u8, &str)], whole: &[&str], is_empty: bool) {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    assert_eq!(play(&mut queue, now, datagrams), whole, "{datagrams:?}");
+    assert_eq!(push_all(&mut queue, now, datagrams), whole, "{datagrams:?}");
     assert_eq!(queue.deadline().is_none(), is_empty, "{datagrams:?}: {:?}", queue.deadline());
-    assert_eq!(play(&mut queue, now, &[(1, "ne"), (2 | LAST, "w")]), ["new"], "the next sequence after {datagrams:?}");
+    assert_eq!(
+        push_all(&mut queue, now, &[(1, "ne"), (2 | LAST, "w")]),
+        ["new"],
+        "the next sequence after {datagrams:?}"
+    );
     assert_eq!(queue.deadline(), None);
 }
 
 #[test]
-fn frag_0_stands_alone() {
+fn frag_0_is_a_complete_datagram() {
     check(&[(0, "alone")], &["alone"], true);
     check(&[(0, "")], &[""], true);
     check(&[(0, "a"), (0, "b"), (0, "b")], &["a", "b", "b"], true);
 }
 
 #[test]
-fn fragments_in_order_become_whole_at_the_last() {
+fn fragments_in_order_are_complete_at_the_last() {
     check(&[(1, "a"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
     check(&[(1, "a"), (2, "b")], &[], false);
     check(&[(1, "a"), (2, ""), (3 | LAST, "")], &["a"], true);
@@ -54,13 +58,13 @@ fn fragments_in_order_become_whole_at_the_last() {
 }
 
 #[test]
-fn a_sequence_of_one_is_whole_at_once() {
+fn single_fragment_with_end_flag_is_complete() {
     check(&[(1 | LAST, "one")], &["one"], true);
     check(&[(1, "a"), (2, "b"), (1 | LAST, "one")], &["one"], true);
 }
 
 #[test]
-fn the_last_fragment_alone_or_first_is_dropped() {
+fn last_fragment_without_first_is_dropped() {
     check(&[(2 | LAST, "b")], &[], true);
     check(&[(2 | LAST, "b"), (1, "a")], &[], false);
     check(&[(3 | LAST, "c"), (2, "b"), (1, "a")], &[], false);
@@ -68,13 +72,13 @@ fn the_last_fragment_alone_or_first_is_dropped() {
 }
 
 #[test]
-fn a_lower_frag_empties_the_queue() {
+fn lower_frag_empties_the_queue() {
     check(&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (4 | LAST, "d")], &[], true);
     check(&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true);
 }
 
 #[test]
-fn frag_1_again_begins_anew() {
+fn frag_1_starts_a_new_sequence() {
     check(&[(1, "a"), (2, "b"), (1, "c"), (2 | LAST, "d")], &["cd"], true);
     check(&[(1, "a"), (1, "c"), (2 | LAST, "d")], &["cd"], true);
     check(&[(1, "a"), (2, "b"), (1, "c"), (3 | LAST, "d")], &[], true);
@@ -86,32 +90,32 @@ fn frag_0_passes_and_empties_the_queue() {
 }
 
 #[test]
-fn the_highest_frag_again_is_ignored() {
+fn duplicate_of_the_last_fragment_is_ignored() {
     check(&[(1, "a"), (1, "a"), (2, "b"), (2, "b"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
     check(&[(1, "a"), (2, ""), (2, ""), (3 | LAST, "c")], &["ac"], true);
     check(&[(1, "a"), (2 | LAST, "b"), (2 | LAST, "b")], &["ab"], true);
 }
 
 #[test]
-fn the_highest_frag_again_with_other_data_is_no_repetition() {
+fn same_frag_with_other_data_empties_the_queue() {
     check(&[(1, "a"), (2, "b"), (2, "x"), (3 | LAST, "c")], &[], true);
     check(&[(1, "a"), (2, "b"), (2, "ab"), (3 | LAST, "c")], &[], true);
 }
 
 #[test]
-fn a_gap_gives_the_sequence_up() {
+fn gap_empties_the_queue() {
     check(&[(1, "a"), (3 | LAST, "c")], &[], true);
     check(&[(1, "a"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true);
 }
 
 #[test]
-fn position_0_with_the_high_bit_is_dropped() {
+fn position_0_with_end_flag_is_dropped() {
     check(&[(LAST, "nothing")], &[], true);
     check(&[(1, "a"), (LAST, "nothing"), (2 | LAST, "b")], &[], true);
 }
 
 #[test]
-fn another_dst_gives_the_sequence_up() {
+fn fragment_for_another_dst_empties_the_queue() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
     let other = |port, frag| Datagram { frag, dst: dst(port), data: b"x" };
     assert_eq!(queue.push(now, other(53, 1)), None);
@@ -120,23 +124,23 @@ fn another_dst_gives_the_sequence_up() {
     assert_eq!(queue.push(now, other(53, 2 | LAST)), None);
 
     assert_eq!(queue.push(now, other(53, 1)), None);
-    assert_eq!(queue.push(now, other(54, 1)), None, "a sequence of its own");
-    let (to, whole) = queue.push(now, other(54, 2 | LAST)).expect("whole");
+    assert_eq!(queue.push(now, other(54, 1)), None, "a new sequence");
+    let (to, whole) = queue.push(now, other(54, 2 | LAST)).expect("complete");
     assert_eq!((to, &*whole), (dst(54), &b"xx"[..]));
 
     let name = HostName::new(b"192.0.2.1").expect("a name");
     assert_eq!(queue.push(now, other(53, 1)), None);
-    let spelt = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..other(53, 2 | LAST) };
-    assert_eq!(queue.push(now, spelt), None, "the same host in other words");
+    let by_name = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..other(53, 2 | LAST) };
+    assert_eq!(queue.push(now, by_name), None, "the same host as a name");
 }
 
 #[test]
-fn fragments_go_up_to_127_and_no_further() {
+fn sequence_has_at_most_127_fragments() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
     for position in 1..=126 {
         assert_eq!(queue.push(now, Datagram { frag: position, dst: dst(1), data: &[position] }), None);
     }
-    let (_, whole) = queue.push(now, Datagram { frag: 127 | LAST, dst: dst(1), data: &[127] }).expect("whole");
+    let (_, whole) = queue.push(now, Datagram { frag: 127 | LAST, dst: dst(1), data: &[127] }).expect("complete");
     assert_eq!(*whole, (1..=127).collect::<Vec<u8>>());
 
     for position in 1..=127 {
@@ -148,22 +152,22 @@ fn fragments_go_up_to_127_and_no_further() {
 }
 
 #[test]
-fn the_timer_is_no_less_than_5_seconds_and_ends_to_the_nanosecond() {
+fn timer_is_at_least_5_seconds_and_exact() {
     const { assert!(REASSEMBLY_TIMEOUT.as_secs() >= 5) };
     let begin = Instant::now();
     let nearly = begin + REASSEMBLY_TIMEOUT - Duration::from_nanos(1);
 
     let mut queue = Reassembler::default();
     assert_eq!(queue.deadline(), None);
-    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
     assert_eq!(queue.deadline(), Some(begin + REASSEMBLY_TIMEOUT));
-    assert_eq!(play(&mut queue, nearly, &[(2 | LAST, "b")]), ["ab"]);
+    assert_eq!(push_all(&mut queue, nearly, &[(2 | LAST, "b")]), ["ab"]);
 
-    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(play(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "b")]).is_empty());
+    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "b")]).is_empty());
     assert_eq!(queue.deadline(), None);
 
-    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
     queue.expire(nearly);
     assert!(queue.deadline().is_some());
     queue.expire(begin + REASSEMBLY_TIMEOUT);
@@ -171,27 +175,27 @@ fn the_timer_is_no_less_than_5_seconds_and_ends_to_the_nanosecond() {
 }
 
 #[test]
-fn the_timer_runs_from_the_first_fragment_and_none_after_it_puts_it_off() {
+fn timer_starts_at_the_first_fragment_and_is_never_extended() {
     let (mut queue, begin) = (Reassembler::default(), Instant::now());
     let half = REASSEMBLY_TIMEOUT / 2;
-    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(play(&mut queue, begin + half, &[(1, "a"), (2, "b"), (2, "b")]).is_empty());
+    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, begin + half, &[(1, "a"), (2, "b"), (2, "b")]).is_empty());
     assert_eq!(queue.deadline(), Some(begin + REASSEMBLY_TIMEOUT));
-    assert!(play(&mut queue, begin + half, &[(1, "anew")]).is_empty());
+    assert!(push_all(&mut queue, begin + half, &[(1, "anew")]).is_empty());
     assert_eq!(queue.deadline(), Some(begin + half + REASSEMBLY_TIMEOUT));
-    assert_eq!(play(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
+    assert_eq!(push_all(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
 }
 
 #[test]
-fn a_repetition_after_the_timer_begins_anew() {
+fn repeated_first_fragment_after_timeout_starts_a_new_sequence() {
     let (mut queue, begin) = (Reassembler::default(), Instant::now());
-    assert!(play(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(play(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty());
     assert_eq!(queue.deadline(), Some(begin + 2 * REASSEMBLY_TIMEOUT));
 }
 
 #[test]
-fn the_queue_holds_one_datagram_of_udp_and_not_an_octet_more() {
+fn queue_holds_at_most_one_udp_payload() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
     let data = vec![7; MAX_UDP6_PAYLOAD];
     let push = |queue: &mut Reassembler, frag, length: usize| {
@@ -203,17 +207,17 @@ fn the_queue_holds_one_datagram_of_udp_and_not_an_octet_more() {
 
     assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD - 1), None);
     assert_eq!(push(&mut queue, 2, 1), None);
-    assert!(queue.deadline().is_some(), "all of it is kept");
+    assert!(queue.deadline().is_some(), "all bytes are kept");
     assert_eq!(push(&mut queue, 3, 1), None);
-    assert_eq!(queue.deadline(), None, "given up at the octet that is too many");
+    assert_eq!(queue.deadline(), None, "emptied by one byte too many");
     assert_eq!(push(&mut queue, 4 | LAST, 0), None);
 
     assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD), None);
-    assert_eq!(push(&mut queue, 2 | LAST, 1), None, "too long at the last");
-    assert_eq!(push(&mut queue, 0, MAX_UDP6_PAYLOAD), Some(MAX_UDP6_PAYLOAD), "alone it is not kept at all");
+    assert_eq!(push(&mut queue, 2 | LAST, 1), None, "too long with the last fragment");
+    assert_eq!(push(&mut queue, 0, MAX_UDP6_PAYLOAD), Some(MAX_UDP6_PAYLOAD), "a complete datagram is not kept");
 }
 
-/// What section 7 says, in the plainest way: the fragments as they came, looked through each time.
+/// Reference model of RFC 1928 section 7: keeps all fragments and scans them each time.
 #[derive(Default)]
 struct Model {
     kept: Vec<(Addr, Vec<u8>)>,
@@ -258,7 +262,7 @@ impl Model {
     }
 }
 
-/// FRAG, DST, a short text and milliseconds since the one before; likely to make sense in a row.
+/// FRAG, port of DST, data and milliseconds since the previous datagram. Valid sequences are likely.
 fn any_datagrams() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     let position = prop_oneof![8 => 1_u8..5, 1 => Just(0), 1 => any::<u8>()];
     let frag = (position, prop_oneof![3 => Just(0), 1 => Just(LAST)]).prop_map(|(position, last)| position | last);
@@ -268,8 +272,8 @@ fn any_datagrams() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     vec((frag, dst, data, pause), 0..40)
 }
 
-/// Mostly in order, now and then repeated, left out or late.
-fn nearly_in_order() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
+/// Sequences in order, with some fragments repeated, missing or late.
+fn any_sequences() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     let one = (0_u8..12, any::<bool>(), vec(any::<u8>(), 0..2), prop_oneof![6 => Just(0_u64), 1 => 0_u64..4000]);
     vec(one, 0..60).prop_map(|steps| {
         let mut position = 0;
@@ -306,20 +310,20 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn any_datagrams_are_put_together_as_a_plain_model_does(datagrams in any_datagrams()) {
+    fn random_datagrams_match_the_model(datagrams in any_datagrams()) {
         compare(datagrams)?;
     }
 
     #[test]
-    fn sequences_with_faults_are_put_together_as_a_plain_model_does(datagrams in nearly_in_order()) {
+    fn sequences_with_faults_match_the_model(datagrams in any_sequences()) {
         compare(datagrams)?;
     }
 
     #[test]
-    fn random_octets_never_panic_nor_give_more_than_udp_carries(all in vec(vec(any::<u8>(), 0..40), 0..40)) {
+    fn random_bytes_never_panic_nor_exceed_one_udp_payload(all in vec(vec(any::<u8>(), 0..40), 0..40)) {
         let (mut queue, now) = (Reassembler::default(), Instant::now());
-        for octets in &all {
-            let header = [&[0, 0], &octets[..]].concat();
+        for bytes in &all {
+            let header = [&[0, 0], &bytes[..]].concat();
             if let Ok(datagram) = Datagram::decode(&header) {
                 let whole = queue.push(now, datagram);
                 prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP6_PAYLOAD));
@@ -330,40 +334,40 @@ proptest! {
     }
 
     #[test]
-    fn what_is_split_is_put_together_again(
+    fn fragmented_payload_is_reassembled(
         length in prop_oneof![0_usize..2000, 0..=MAX_UDP6_PAYLOAD],
         limit in prop_oneof![11_usize..600, 11..=MAX_UDP6_PAYLOAD],
     ) {
-        check_split(&dst(53), length, limit)?;
+        check_fragment(&dst(53), length, limit)?;
     }
 
     #[test]
-    fn what_is_split_for_a_name_is_put_together_again(
+    fn fragmented_payload_for_a_host_name_is_reassembled(
         name in "[a-z]{1,255}",
         length in prop_oneof![1 => Just(0_usize), 4 => 0_usize..3000],
         limit in 0_usize..700,
     ) {
         let host = Host::Name(HostName::new(name.as_bytes()).expect("a name"));
-        check_split(&Addr { host, port: 53 }, length, limit)?;
+        check_fragment(&Addr { host, port: 53 }, length, limit)?;
     }
 }
 
-fn check_split(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseError> {
+fn check_fragment(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseError> {
     let data: Vec<u8> = (0..length).map(|i| i.to_le_bytes()[0]).collect();
     let mut header = Vec::new();
     Datagram { frag: 0, dst: dst.clone(), data: &[] }.encode_into(&mut header);
-    let room = limit.checked_sub(header.len());
+    let max_data = limit.checked_sub(header.len());
     let Some(parts) = fragment(dst, &data, limit) else {
-        let fits = room.is_some_and(|room| length <= 127 * room);
-        prop_assert!(!fits, "{} octets would fit into 127 of {}", length, limit);
+        let fits = max_data.is_some_and(|max| length <= 127 * max);
+        prop_assert!(!fits, "{} bytes fit into 127 fragments of {}", length, limit);
         return Ok(());
     };
     prop_assert!((1..=127).contains(&parts.len()));
     for part in &parts {
-        prop_assert!(part.len() <= limit, "{} octets with a limit of {}", part.len(), limit);
+        prop_assert!(part.len() <= limit, "{} bytes with a limit of {}", part.len(), limit);
     }
-    if room.is_some_and(|room| length <= room) {
-        prop_assert_eq!(parts.len(), 1, "one that fits is not split");
+    if max_data.is_some_and(|max| length <= max) {
+        prop_assert_eq!(parts.len(), 1, "a payload that fits is not fragmented");
         prop_assert_eq!(parts[0][2], 0);
     }
     let (mut queue, now) = (Reassembler::default(), Instant::now());
@@ -371,14 +375,14 @@ fn check_split(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseEr
     for part in front {
         prop_assert_eq!(queue.push(now, Datagram::decode(part).expect("a datagram")), None);
     }
-    let (to, whole) = queue.push(now, Datagram::decode(last).expect("a datagram")).expect("whole at the last");
+    let (to, whole) = queue.push(now, Datagram::decode(last).expect("a datagram")).expect("complete at the last");
     prop_assert_eq!((&to, &*whole), (dst, &data[..]));
     prop_assert_eq!(queue.deadline(), None);
     Ok(())
 }
 
 #[test]
-fn a_payload_is_split_into_127_at_the_most() {
+fn payload_has_at_most_127_fragments() {
     let header = 10;
     let sizes = |length| {
         let parts = fragment(&dst(53), &vec![1; length], header + 100)?;
@@ -388,11 +392,11 @@ fn a_payload_is_split_into_127_at_the_most() {
     assert_eq!(sizes(101), Some((2, Some((2 | LAST, 1)))));
     assert_eq!(sizes(12_700), Some((127, Some((127 | LAST, 100)))));
     assert_eq!(sizes(12_701), None);
-    assert_eq!(fragment(&dst(53), b"x", header), None, "no room but for the header");
+    assert_eq!(fragment(&dst(53), b"x", header), None, "no space after the header");
 }
 
 #[test]
-fn a_header_over_the_limit_is_not_sent_even_for_nothing() {
+fn header_over_the_limit_is_refused_even_without_data() {
     assert_eq!(fragment(&dst(53), b"", 10).map(|parts| parts.len()), Some(1));
     assert_eq!(fragment(&dst(53), b"", 9), None);
 }

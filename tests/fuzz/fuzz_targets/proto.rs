@@ -1,5 +1,5 @@
-//! Any octets as every message of RFC 1928, RFC 1929 and RFC 1961: no panic, nothing asked for behind the longest message, what
-//! was read can be written and read again, and no more is allocated than is there.
+//! Decodes random bytes as every message of RFC 1928, RFC 1929 and RFC 1961. Decoding must not panic, request more than
+//! the longest message, or allocate more than its input; a decoded message must encode to an equal one.
 
 #![no_main]
 
@@ -7,35 +7,37 @@ use std::alloc::System;
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use s5::proto::{Credentials, Datagram, Frame, Greeting, Message, Reply, Request, MethodSelection, LoginStatus, DecodeError};
+use s5::proto::{
+    Credentials, Datagram, DecodeError, Frame, Greeting, LoginStatus, Message, MethodSelection, Reply, Request,
+};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-fuzz_target!(|octets: &[u8]| {
-    check::<Greeting>(octets);
-    check::<MethodSelection>(octets);
-    check::<Credentials>(octets);
-    check::<LoginStatus>(octets);
-    check::<Request>(octets);
-    check::<Reply>(octets);
-    check::<Frame>(octets);
-    check_datagram(octets);
+fuzz_target!(|bytes: &[u8]| {
+    check::<Greeting>(bytes);
+    check::<MethodSelection>(bytes);
+    check::<Credentials>(bytes);
+    check::<LoginStatus>(bytes);
+    check::<Request>(bytes);
+    check::<Reply>(bytes);
+    check::<Frame>(bytes);
+    check_datagram(bytes);
 });
 
-/// Runs `decode`, which may allocate as many octets as there are at the most.
-fn bounded<T>(octets: &[u8], decode: impl FnOnce() -> T) -> T {
+/// Runs `decode`, which must not allocate more than the length of its input.
+fn bounded<T>(bytes: &[u8], decode: impl FnOnce() -> T) -> T {
     let region = Region::new(ALLOCATOR);
     let result = decode();
     let allocated = region.change().bytes_allocated;
-    assert!(allocated <= octets.len(), "{allocated} octets allocated for {}", octets.len());
+    assert!(allocated <= bytes.len(), "{allocated} bytes allocated for {}", bytes.len());
     result
 }
 
-fn check<M: Message + Debug + PartialEq>(octets: &[u8]) {
-    let decoded = bounded(octets, || M::decode(octets));
-    let have = octets.len();
+fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
+    let decoded = bounded(bytes, || M::decode(bytes));
+    let have = bytes.len();
     match decoded {
         Ok(message) => {
             let again = message.encode();
@@ -43,30 +45,30 @@ fn check<M: Message + Debug + PartialEq>(octets: &[u8]) {
             assert_eq!(M::decode(&again), Ok(message));
         }
         Err(DecodeError::Incomplete(n)) => {
-            assert!(n >= 1 && have + n <= M::MAX_LEN, "{n} octets asked for behind {have}");
-            check_prefix::<M>(octets);
+            assert!(n >= 1 && have + n <= M::MAX_LEN, "{n} bytes requested after {have}");
+            check_prefix::<M>(bytes);
         }
         Err(DecodeError::Invalid(error)) => {
             assert!(!error.to_string().is_empty());
-            assert_eq!(M::decode(&[octets, &[0; 8]].concat()), Err(DecodeError::Invalid(error)), "an error is final");
+            assert_eq!(M::decode(&[bytes, &[0; 8]].concat()), Err(DecodeError::Invalid(error)), "an error is final");
         }
     }
 }
 
-/// What is a prefix of a message now was one an octet ago.
-fn check_prefix<M: Message + Debug>(octets: &[u8]) {
-    if let Some((_, shorter)) = octets.split_last() {
-        let stop = M::decode(shorter).expect_err("no message yet");
-        assert!(matches!(stop, DecodeError::Incomplete(_)), "{stop:?} an octet ago");
+/// Checks that a prefix of an incomplete message is incomplete.
+fn check_prefix<M: Message + Debug>(bytes: &[u8]) {
+    if let Some((_, shorter)) = bytes.split_last() {
+        let error = M::decode(shorter).expect_err("incomplete");
+        assert!(matches!(error, DecodeError::Incomplete(_)), "{error:?} one byte before");
     }
 }
 
-fn check_datagram(octets: &[u8]) {
-    let decoded = bounded(octets, || Datagram::decode(octets));
+fn check_datagram(bytes: &[u8]) {
+    let decoded = bounded(bytes, || Datagram::decode(bytes));
     if let Ok(datagram) = decoded {
         let mut again = Vec::new();
         datagram.encode_into(&mut again);
-        assert_eq!(again.get(2..), octets.get(2..));
+        assert_eq!(again.get(2..), bytes.get(2..));
         assert!(again.len() - datagram.data.len() <= Datagram::MAX_HEADER_LEN);
     }
 }

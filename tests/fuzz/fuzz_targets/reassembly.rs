@@ -1,5 +1,5 @@
-//! Any datagrams at any times into a queue of fragments: no panic, no more held or given than UDP carries, nothing
-//! held when the timer has ended; and any payload with any limit through splitting and back.
+//! Pushes random datagrams at random times to a reassembly queue. It must not panic, hold or return more than one UDP
+//! payload, or hold memory after its timer. Also fragments and reassembles random payloads with random limits.
 
 #![no_main]
 
@@ -14,41 +14,41 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// A vector grows by doubling; DST is the rest.
+/// Bytes that the queue can hold: a vector grows by doubling, the remainder is for DST.
 const MAX_HELD: usize = 2 * MAX_UDP6_PAYLOAD + 1024;
 
-fuzz_target!(|octets: &[u8]| {
+fuzz_target!(|bytes: &[u8]| {
     let region = Region::new(ALLOCATOR);
     let held = || region.change().bytes_allocated.saturating_sub(region.change().bytes_deallocated);
     let (mut queue, mut now) = (Reassembler::default(), Instant::now());
-    let mut rest = octets;
-    // Milliseconds in 64ths of a minute, a repeat count, the length of a datagram, the datagram.
-    while let [pause, repeats, length, tail @ ..] = rest {
+    let mut rest = bytes;
+    // Input: pause in 1/64 s, padding in units of 256 bytes, the length of a datagram, the datagram.
+    while let [pause, padding, length, tail @ ..] = rest {
         now += Duration::from_millis(u64::from(*pause) * 1000 / 64);
         let (raw, tail) = tail.split_at(usize::from(*length).min(tail.len()));
         rest = tail;
-        push(&mut queue, now, raw, usize::from(*repeats) * 256);
-        assert!(held() <= MAX_HELD, "{} octets held", held());
+        push(&mut queue, now, raw, usize::from(*padding) * 256);
+        assert!(held() <= MAX_HELD, "{} bytes held", held());
     }
     queue.expire(now + REASSEMBLY_TIMEOUT);
     assert_eq!(queue.deadline(), None);
-    assert!(held() <= 64, "{} octets held by an empty queue", held());
-    check_split(octets);
+    assert!(held() <= 64, "{} bytes held by an empty queue", held());
+    check_fragment(bytes);
 });
 
-/// Pushes a datagram whose data is made longer by `padding` octets.
+/// Pushes a datagram with `padding` bytes appended to its data.
 fn push(queue: &mut Reassembler, now: Instant, raw: &[u8], padding: usize) {
-    let octets = [raw, &vec![0; padding]].concat();
-    let Ok(datagram) = Datagram::decode(&octets) else { return };
+    let bytes = [raw, &vec![0; padding]].concat();
+    let Ok(datagram) = Datagram::decode(&bytes) else { return };
     let frag = datagram.frag;
     let whole = queue.push(now, datagram);
     assert!(frag & 0x7f != 0 || whole.is_some() == (frag == 0), "FRAG {frag}");
-    assert!(frag == 0 || frag >= 0x80 || whole.is_none(), "whole at FRAG {frag}");
+    assert!(frag == 0 || frag >= 0x80 || whole.is_none(), "complete at FRAG {frag}");
     assert!(whole.is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
 }
 
-fn check_split(octets: &[u8]) {
-    let Ok(datagram) = Datagram::decode(octets) else { return };
+fn check_fragment(bytes: &[u8]) {
+    let Ok(datagram) = Datagram::decode(bytes) else { return };
     let limit = usize::from(datagram.frag) * 4;
     let Some(parts) = fragment(&datagram.dst, datagram.data, limit) else { return };
     assert!(parts.len() <= 127);
@@ -56,8 +56,8 @@ fn check_split(octets: &[u8]) {
     let mut whole = None;
     for part in &parts {
         assert!(part.len() <= limit && whole.is_none());
-        whole = queue.push(now, Datagram::decode(part).expect("what was written can be read"));
+        whole = queue.push(now, Datagram::decode(part).expect("a datagram"));
     }
-    let (dst, data) = whole.expect("it is whole at the last");
+    let (dst, data) = whole.expect("complete at the last");
     assert_eq!((dst, &*data), (datagram.dst, datagram.data));
 }
