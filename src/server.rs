@@ -119,7 +119,7 @@ pub enum Filtering {
     EndpointIndependent,
 }
 
-/// A range of ports, `LO-HI`.
+/// A range of ports, `LO-HI`, both from 1 to 65535.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortRange(RangeInclusive<u16>);
 
@@ -136,7 +136,7 @@ impl FromStr for PortRange {
     }
 }
 
-/// Returns the ports to try in turn: a range from a random start on, or only 0, with which the kernel chooses.
+/// Returns the ports to try in turn: all of a range from a random start on, or only 0, which lets the kernel choose.
 fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
     let Some(PortRange(range)) = ports else { return vec![0] };
     let mut ports: Vec<u16> = range.clone().collect();
@@ -183,14 +183,14 @@ impl Server {
 
 /// An error that prevents the start of the server, or ends it.
 #[derive(Debug)]
-pub enum StartError {
+pub enum ServerError {
     /// A failed operation, and its error.
     Io(String, io::Error),
     /// A refused configuration: an open relay or a proxy loop.
     Config(String),
 }
 
-impl StartError {
+impl ServerError {
     fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         |error| Self::Io(what.into(), error)
     }
@@ -203,7 +203,7 @@ pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 ///
 /// # Errors
 /// Listening failed, signals or threads are not available, or the configuration is refused.
-pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), StartError> {
+pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), ServerError> {
     let descriptors = raise_descriptor_limit();
     let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
     let limit = usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX);
@@ -211,15 +211,15 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let mut listeners = Vec::new();
     for listen in &options.listen {
         let with_remedy = |error| io::Error::other(format!("{error} (choose another address with --listen)"));
-        let bound = listen.bind().map_err(with_remedy).map_err(StartError::io(format!("listen on {listen}")));
+        let bound = listen.bind().map_err(with_remedy).map_err(ServerError::io(format!("listen on {listen}")));
         listeners.extend(bound?);
     }
     policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
     policy.advertised_ips.clone_from(&options.advertise);
     if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
-        return Err(StartError::Config(error));
+        return Err(ServerError::Config(error));
     }
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(StartError::io("handle signals"))?;
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let (threads, drain) = (options.threads, options.drain_timeout);
     let relay_options =
@@ -232,28 +232,29 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let (pool, workers) =
         Worker::create_pool(threads, server, listeners, limit, Shutdown { stop_accepting, stop_sessions, alive });
     let (report, reports) = channel::unbounded();
-    let threads = start_workers(workers, &report, &reports).map_err(StartError::io("start worker threads"))?;
+    let threads = start(workers, &report, &reports).map_err(ServerError::io("start worker threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
     let reload = || reload(&pool, load_policy);
-    let result = smol::block_on(run_until_signal(signals, accepting, drain, all_ended, reports, reload));
+    let result = smol::block_on(run_until_shutdown(signals, accepting, drain, all_ended, reports, reload));
     drop((running, pool));
     for thread in threads {
         // The panic of a worker is already reported.
         let _ = thread.join();
     }
-    result.map_err(StartError::io("worker threads"))
+    result.map_err(ServerError::io("worker threads"))
 }
 
 /// Returns an error with remedies if the server would be an open relay, unless the options allow that.
 fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
-    let own = policy.listen_addrs.iter().find(|own| !own.ip().is_loopback())?;
+    let addr = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback())?;
     (policy.is_open_relay() && !options.allow_open_relay).then(|| {
         let has_from = policy.rules.has_from_condition();
         let reason = if has_from { "for clients that no from= rule names" } else { "without access control" };
         format!(
-            "refusing to listen on {own} {reason}: use --users FILE, or --allow from=CIDR, or --open to run an open relay"
+            "refusing to listen on {addr} {reason}: \
+             use --users FILE, or --allow from=CIDR, or --open to run an open relay"
         )
     })
 }
@@ -300,14 +301,10 @@ async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
 }
 
 /// A report of a worker thread: `Ok` once it accepts connections, or the error that ended it.
-type WorkerResult = io::Result<()>;
+type Report = io::Result<()>;
 
 /// Starts the threads, and returns when all of them accept connections.
-fn start_workers(
-    workers: Vec<Worker>,
-    report: &Sender<WorkerResult>,
-    reports: &Receiver<WorkerResult>,
-) -> io::Result<Vec<JoinHandle<()>>> {
+fn start(workers: Vec<Worker>, report: &Sender<Report>, reports: &Receiver<Report>) -> io::Result<Vec<JoinHandle<()>>> {
     let mut threads = Vec::new();
     for worker in workers {
         let report = report.clone();
@@ -336,27 +333,27 @@ fn raise_descriptor_limit() -> u64 {
 /// Reloads at SIGHUP. At SIGTERM or SIGINT stops accepting, and returns when all sessions have ended, after `drain`, or
 /// at a second signal. Returns the error of a worker that ends earlier: a supervisor would not notice a server that
 /// goes on without one of its threads.
-async fn run_until_signal(
+async fn run_until_shutdown(
     mut signals: Signals,
     accepting: Sender<Infallible>,
     drain: Duration,
     all_ended: Receiver<Infallible>,
-    reports: Receiver<WorkerResult>,
+    reports: Receiver<Report>,
     reload: impl AsyncFn(),
 ) -> io::Result<()> {
-    let signal = async {
+    let end_signal = async {
         while let Some(Ok(Signal::Hup)) = signals.next().await {
             reload().await;
         }
-        WorkerResult::Ok(())
+        Report::Ok(())
     };
-    let failed = async {
+    let worker_error = async {
         while let Ok(result) = reports.recv().await {
             result?;
         }
         std::future::pending().await
     };
-    signal.or(failed).await?;
+    end_signal.or(worker_error).await?;
     drop(accepting);
     log::info!("shutting down: draining sessions for up to {} s", drain.as_secs());
     let drained = async {
@@ -366,11 +363,11 @@ async fn run_until_signal(
         Timer::after(drain).await;
         log::info!("shutting down: drain time over, closing the remaining sessions");
     };
-    let again = async {
+    let second_signal = async {
         while let Some(Ok(Signal::Hup)) = signals.next().await {}
         log::info!("shutting down: second signal, closing the remaining sessions");
     };
-    drained.or(timeout).or(again).await;
+    drained.or(timeout).or(second_signal).await;
     Ok(())
 }
 
@@ -381,6 +378,7 @@ fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<Socke
     let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
     control.set_port(0);
     let is_loopback = control.ip().is_loopback();
+    // Loopback addresses are reachable from loopback only, and the other addresses from other hosts.
     let can_reach = peer.is_unspecified() || peer.is_loopback() == is_loopback;
     if control.is_ipv4() == peer.is_ipv4() && can_reach {
         return Ok(control);

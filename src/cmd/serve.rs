@@ -20,7 +20,7 @@ use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Method, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, ListenAddr, Options, PortRange, Quotas, StartError};
+use crate::server::{self, Filtering, Hop, ListenAddr, Options, PortRange, Quotas, ServerError};
 use load::{ConfigFile, PolicySources};
 
 /// Name of the hop of `--via` in the log.
@@ -280,8 +280,8 @@ impl Args {
         }
         let reload = || sources.load().map_err(|failure| failure.message);
         server::run(options, policy, &reload).map_err(|error| match error {
-            StartError::Io(what, error) => CliError::new(ExitStatus::FAILURE, format!("{what}: {error}")),
-            StartError::Config(why) => CliError::usage(why),
+            ServerError::Io(what, error) => CliError::new(ExitStatus::FAILURE, format!("{what}: {error}")),
+            ServerError::Config(why) => CliError::usage(why),
         })
     }
 

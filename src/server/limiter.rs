@@ -50,7 +50,7 @@ pub(super) enum AdmitError {
     /// Too many failed logins.
     Blocked,
     /// The client has this many sessions, its limit.
-    TooManySessions(usize),
+    AtLimit(usize),
 }
 
 impl Limiter {
@@ -76,9 +76,7 @@ impl Limiter {
             return Err(AdmitError::Blocked);
         }
         let client = match (&self.client_sessions, key) {
-            (Some(clients), Some(key)) => {
-                Some(clients.try_acquire(key).ok_or(AdmitError::TooManySessions(clients.limit()))?)
-            }
+            (Some(counts), Some(key)) => Some(counts.try_acquire(key).ok_or(AdmitError::AtLimit(counts.limit()))?),
             _ => None,
         };
         let bucket = self.quotas.session_rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
@@ -133,10 +131,7 @@ impl Limiter {
         self.has_failed_logins.store(true, Ordering::Relaxed);
         if self.login_throttle().record_failure(key, Instant::now()) {
             let net = if key.is_ipv6() { "/64" } else { "" };
-            log::warn!(
-                "too many failed logins from {key}{net}: closing its connections for {} s",
-                BLOCK_TIME.as_secs()
-            );
+            log::warn!("too many failed logins from {key}{net}: blocked for {} s", BLOCK_TIME.as_secs());
         }
     }
 
@@ -166,7 +161,7 @@ mod tests {
             Limiter::new(Quotas { sessions_per_client: Some(2), sessions_per_user: Some(1), ..Quotas::default() });
         let mut first = limiter.admit_client(client(1)).expect("one");
         let mut second = limiter.admit_client(client(1)).expect("two");
-        assert_eq!(limiter.admit_client(client(1)).expect_err("three"), AdmitError::TooManySessions(2));
+        assert_eq!(limiter.admit_client(client(1)).expect_err("three"), AdmitError::AtLimit(2));
         assert!(limiter.admit_client(client(2)).is_ok() && limiter.admit_client(None).is_ok());
         assert!(limiter.admit_user(b"alice", &mut first) && !limiter.admit_user(b"alice", &mut second));
         assert!(limiter.admit_user(b"bob", &mut second));

@@ -76,13 +76,13 @@ impl fmt::Display for ListenAddr {
 impl ListenAddr {
     /// Returns the TCP addresses before they are bound. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
-        let pair = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
+        let both = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
         match self {
             Self::Host(host, port) => {
                 (host.as_str(), *port).to_socket_addrs().map(Iterator::collect).unwrap_or_default()
             }
-            Self::Loopback(port) => pair(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
-            Self::Wildcard(port) => pair(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
+            Self::Loopback(port) => both(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
+            Self::Wildcard(port) => both(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
             Self::Unix(_) => Vec::new(),
         }
     }
@@ -94,10 +94,8 @@ impl ListenAddr {
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         match self {
             Self::Host(host, port) => bind_all((host.as_str(), *port).to_socket_addrs()?),
-            Self::Loopback(port) => bind_both_families([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
-            Self::Wildcard(port) => {
-                bind_both_families([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port)
-            }
+            Self::Loopback(port) => bind_both([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
+            Self::Wildcard(port) => bind_both([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
             Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
         }
     }
@@ -131,7 +129,7 @@ fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn bind_both_families(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
+fn bind_both(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
     let [first, second] = ips;
     let mut attempts = if port == 0 { MAX_PORT_ATTEMPTS } else { 1 };
     loop {

@@ -91,9 +91,7 @@ impl PasswordVerifier {
 
     fn is_cached(&self, uname: &[u8], mac: Blake2bMac512) -> bool {
         let cached = self.cache().get(uname).copied();
-        cached.is_some_and(|(digest, verified_at)| {
-            verified_at.elapsed() < CACHE_TIME && mac.verify_slice(&digest).is_ok()
-        })
+        cached.is_some_and(|(digest, since)| since.elapsed() < CACHE_TIME && mac.verify_slice(&digest).is_ok())
     }
 
     fn mac(&self, credentials: &Credentials) -> Option<Blake2bMac512> {

@@ -35,12 +35,7 @@ pub(super) struct PolicyHandle {
 impl PolicyHandle {
     pub(super) fn new(policy: Policy, keep_sessions: bool) -> Self {
         let snapshot = Arc::new(PolicySnapshot { policy, passwords: PasswordVerifier::default(), generation: 0 });
-        Self {
-            current: RwLock::new(snapshot),
-            generation: AtomicU32::new(0),
-            closed_sessions: AtomicUsize::new(0),
-            keep_sessions,
-        }
+        Self { current: RwLock::new(snapshot), generation: 0.into(), closed_sessions: 0.into(), keep_sessions }
     }
 
     pub(super) fn current(&self) -> Arc<PolicySnapshot> {
@@ -75,13 +70,10 @@ impl PolicySnapshot {
         }
     }
 
-    /// Checks the login and the request of a session. Returns the reason if one of them is refused.
-    pub(super) fn check(&self, log: &SessionLog, request: &AccessRequest<'_>) -> Option<String> {
-        match log.identity() {
-            Some(identity) if !self.policy.accepts_identity(&identity) => {
-                return Some("this login is no longer valid".into());
-            }
-            _ => {}
+    /// Checks the login and the request of a session. Returns the reason if either is refused.
+    pub(super) fn reason_to_refuse(&self, log: &SessionLog, request: &AccessRequest<'_>) -> Option<String> {
+        if log.identity().is_some_and(|identity| !self.policy.accepts_identity(&identity)) {
+            return Some("this login is no longer valid".into());
         }
         match self.evaluate(request) {
             Decision::Deny(rule) => Some(denial_reason(rule)),
@@ -113,7 +105,7 @@ impl Server {
         if let Some(peer) = peer() {
             request = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..request };
         }
-        let denial = snapshot.check(log, &request);
+        let denial = snapshot.reason_to_refuse(log, &request);
         if denial.is_some() {
             self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,8 +1,8 @@
 //! Bandwidth limits: token buckets, and a stream that takes its bytes from them.
 //!
 //! Each direction of a stream reserves some bytes, waits until the bucket has earned them, and then moves them with as
-//! many reads or writes as needed. So there is one timer per reservation and not one per read, and streams with a shared
-//! bucket take turns. An unused bucket fills up, which makes up for timers that fire late.
+//! many reads or writes as needed. So a timer is set per reservation and not per read, and streams with a shared bucket
+//! take turns. An unused bucket fills up, which makes up for timers that fire late.
 
 use std::io;
 use std::pin::Pin;
@@ -56,7 +56,8 @@ impl TokenBucket {
         state
     }
 
-    /// Returns the tokens to reserve: `requested` if the bucket has as many, else what it has or earns in [`RESERVATION_TIME`].
+    /// Returns the number of tokens to reserve: `requested` if the bucket has as many; otherwise those that it has, or
+    /// earns in [`RESERVATION_TIME`], whichever is more.
     fn reservation_size(&self, requested: usize, now: Instant) -> f64 {
         let tokens = self.state(now).tokens;
         let requested = requested as f64;

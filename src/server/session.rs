@@ -256,7 +256,7 @@ impl Session<'_> {
     async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, SessionError> {
         self.snapshot = self.server.policy.current();
         self.log.policy_generation.set(self.snapshot.generation);
-        if let Some(reason) = self.snapshot.check(&self.log, &self.log.access_request()) {
+        if let Some(reason) = self.snapshot.reason_to_refuse(&self.log, &self.log.access_request()) {
             return Err(SessionError::not_allowed(reason));
         }
         if let Some(user) = &self.log.user

@@ -407,7 +407,7 @@ impl AcceptLoop {
         let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
         match server.limiter.admit_client(client) {
             Err(AdmitError::Blocked) => log::debug!("client {}: blocked, connection closed", address()),
-            Err(AdmitError::TooManySessions(limit)) => {
+            Err(AdmitError::AtLimit(limit)) => {
                 self.pool
                     .log
                     .warn(|| format!("client {}: limit of {limit} connections reached, connection closed", address()));

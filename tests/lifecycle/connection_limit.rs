@@ -1,4 +1,4 @@
-//! `--max-connections`, and too few descriptors: new connections wait, one log line per second reports it, tunnels go on.
+//! `--max-connections`, and too few descriptors: new connections wait, the log reports it, and tunnels go on.
 
 use std::io::Write as _;
 use std::net::TcpStream;

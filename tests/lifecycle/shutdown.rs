@@ -1,5 +1,5 @@
-//! SIGTERM and SIGINT: no new connections, open sessions finish or are closed, and a second signal ends the drain. Also:
-//! a server whose log nobody reads goes on.
+//! SIGTERM and SIGINT: no new connections, open sessions finish or are closed, a second signal ends the drain. Also: a
+//! server goes on without a reader of its log.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};

@@ -1,5 +1,5 @@
-//! The fail2ban filter of src/policy/README.md, run over the log of a real server: each failed login is one match with the
-//! right address, and no value that a client can choose adds or hides a match.
+//! The fail2ban filter of src/policy/README.md, run over the log of a real server. Each failed login is one match with
+//! the right address, and no value that a client can choose adds or hides a match.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};

@@ -86,7 +86,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
         assert!(!server.log().contains("too many"), "blocked before attempt {n}");
         guess.write_all(&login_message(b"alice", &[b'x', n])).expect("it is sent");
     }
-    let block_line = "too many failed logins from 127.6.0.1: closing its connections for 600 s";
+    let block_line = "too many failed logins from 127.6.0.1: blocked for 600 s";
     server.wait_log(|log| log.contains(block_line));
     let hashes = server.cpu_seconds() - cpu;
     let cpu = server.cpu_seconds();

@@ -1,4 +1,4 @@
-//! `--rate` and `--rate-per-user`: the configured rate is met and not exceeded, no data is lost, and little CPU is used.
+//! `--rate` and `--rate-per-user`: the rate is met and not exceeded, no data is lost, and little CPU is used.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -189,8 +189,8 @@ fn rate_limit_starves_no_direction_of_a_session() {
     }
 }
 
-/// Sends three times the rate limit of 400 kB/s through an association. Returns the bytes that arrive at the target, plus
-/// those of its answers that arrive at the client.
+/// Sends three times the rate limit of 400 kB/s through an association. Returns the bytes that arrive at the target,
+/// plus those of its answers that arrive at the client.
 fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
     let (socket, sink) = (UdpSocket::bind("127.0.0.1:0").expect("a port"), UdpSocket::bind("127.0.0.1:0"));
     let sink = sink.expect("a port");
