@@ -29,6 +29,8 @@ pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Buffer size for the first read of a message, in bytes. Later reads at most double the buffer.
 const INITIAL_READ_LEN: usize = 1024;
+/// Time that connecting continues for a client that has closed its sending side, as it may only want to receive.
+pub const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
 /// Interval at which a connection with unread data is checked for having been closed.
 const CLOSE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 

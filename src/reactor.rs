@@ -345,6 +345,9 @@ impl ArmedTimer {
     }
 }
 
+/// Pause after a failed accept(2), for example when no descriptor is left.
+pub const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+
 /// Accepts a pending connection as a non-blocking socket. Returns the peer's address if it is an IP address.
 ///
 /// # Errors

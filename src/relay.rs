@@ -23,6 +23,8 @@ use direction::{Direction, DirectionError};
 
 /// After writing to dst has failed: how long dst may be silent before the relay ends with the failure.
 const UNDELIVERED_WAIT: Duration = Duration::from_secs(1);
+/// Time for a client to receive the last data of a dst that has closed, after [`RelayError::Undelivered`].
+pub const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks whether a peer that is not read from has reset its stream, and whether a pipe is unused.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 

@@ -56,8 +56,6 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 /// Error text for a panic in a worker thread.
 const WORKER_PANIC: &str = "a thread panicked; please report it";
-/// Pause after accept(2) failed for lack of descriptors or memory.
-const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// The settings of a server; they stay the same until it ends.
 #[derive(Debug)]

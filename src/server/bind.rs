@@ -10,7 +10,7 @@ use futures_lite::FutureExt as _;
 
 use super::policy_handle::denial;
 use super::session::{Session, SessionError};
-use super::{ACCEPT_RETRY_DELAY, Hop, Server, bind_in_range, reachable_addr};
+use super::{Hop, Server, bind_in_range, reachable_addr};
 use crate::conn::{Conn, timeout_at};
 use crate::dial::{parse_literal, set_tcp_options, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};
@@ -124,7 +124,7 @@ impl Session<'_> {
                     log::debug!("bind: closed connection from {peer}: not the expected peer, or denied");
                 }
                 Ok((_, None)) => {}
-                Err(_) => sleep(ACCEPT_RETRY_DELAY).await,
+                Err(_) => sleep(reactor::ACCEPT_RETRY_DELAY).await,
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
@@ -10,15 +10,12 @@ use super::policy_handle::{denial, denial_reason};
 use super::session::{Session, SessionError};
 use super::{Hop, Server};
 use crate::client::Client;
-use crate::conn::{Conn, timeout_at};
+use crate::conn::{Conn, HALF_CLOSED_GRACE, timeout_at};
 use crate::dial::{DialError, LocalAddr, dial};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Rep};
 use crate::reactor::sleep;
-
-/// How long connecting continues after the client has shut down its write side: it may only want to receive.
-const HALF_CLOSE_GRACE: Duration = Duration::from_secs(2);
 
 /// The allowed target addresses, and the route to them.
 enum ResolvedRoute {
@@ -99,7 +96,7 @@ impl Session<'_> {
     ) -> Result<T, SessionError> {
         let client_gone = async {
             client.wait_eof().await;
-            sleep(HALF_CLOSE_GRACE).await;
+            sleep(HALF_CLOSED_GRACE).await;
             Err(SessionError::silent("client disconnected before the target was connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };

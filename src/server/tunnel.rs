@@ -3,17 +3,13 @@
 //! A tunnel is a task of its own, so that an idle one holds no state of the handshake.
 
 use std::future::Future;
-use std::time::Duration;
 
 use super::Server;
 use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
 use crate::conn::{Conn, DetachedConn};
 use crate::reactor::sleep;
-use crate::relay::{RelayError, RelayOptions, RelayResult, Stream, relay};
-
-/// Time for a client to read what it was sent, after the target has closed with data undelivered to it.
-const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
+use crate::relay::{RelayError, RelayOptions, RelayResult, Stream, UNDELIVERED_GRACE, relay};
 
 /// The state of a session that is relayed.
 #[derive(Debug)]

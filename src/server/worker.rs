@@ -26,7 +26,7 @@ use super::policy_handle::denial_reason;
 use super::rate_limit::RateLimit;
 use super::session_log::{SessionLog, request_from};
 use super::tunnel::{DetachedTunnel, Tunnel};
-use super::{ACCEPT_RETRY_DELAY, Server, WORKER_PANIC, session};
+use super::{Server, WORKER_PANIC, session};
 use crate::conn::DetachedConn;
 use crate::policy::rules::Decision;
 use crate::reactor::{self, Interest, Io, sleep};
@@ -438,7 +438,7 @@ impl AcceptLoop {
 
     async fn back_off(&self, error: &io::Error) {
         self.pool.log.warn(|| format!("accept on {}: {error} (will be retried)", self.listener.get_ref()));
-        sleep(ACCEPT_RETRY_DELAY).await;
+        sleep(reactor::ACCEPT_RETRY_DELAY).await;
     }
 }
 

@@ -14,18 +14,11 @@ use super::tunnel::{TrackedConn, relay_result};
 use crate::client::parse_addr;
 use crate::cmd::CliError;
 use crate::cmd::exit_status::ExitStatus;
-use crate::conn::Conn;
+use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::dial::set_tcp_options;
 use crate::proto::{Addr, Command, Host};
 use crate::reactor::{self, Interest, Io, sleep};
-use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, relay};
-
-/// Time for a local client to read the last data from a target that has closed its socket.
-const UNSENT_GRACE: Duration = Duration::from_secs(2);
-/// How long a tunnel is still established for a local client that has closed its sending side, as it may only read.
-const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
-/// Pause after a failed accept(2), for example when no file descriptor is left.
-const ACCEPT_RETRY_PAUSE: Duration = Duration::from_millis(100);
+use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay};
 
 /// Parses an address to listen on: `port` (on 127.0.0.1), or `addr:port`.
 pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliError> {
@@ -107,7 +100,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
                     connector.print_line(&format!("s5: accept: {error} (retrying)"));
                 }
                 is_reported = true;
-                sleep(ACCEPT_RETRY_PAUSE).await;
+                sleep(reactor::ACCEPT_RETRY_DELAY).await;
             }
         }
     }
@@ -151,7 +144,7 @@ async fn serve_connection(
     };
     drop(tunnel);
     if let Err(RelayError::Undelivered(_)) = outcome {
-        sleep(UNSENT_GRACE).await;
+        sleep(UNDELIVERED_GRACE).await;
         local.abort();
     }
     report.set_bytes(&counts);
