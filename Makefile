@@ -27,12 +27,12 @@ check:             ## format, lints and documentation, warnings as errors
 test: test-programs ## install the programs that the tests need, and run all tests
 	S5_TEST_STRICT=1 $(CARGO) test --locked
 
-# The tests of tests/bounds.rs mostly wait for time limits, and so run at the same time as the others.
+# The tests of tests/limits.rs mostly wait for time limits, and so run at the same time as the others.
 QUICK = S5_TEST_PROGRAMS=none S5_TEST_RUN=quick RUST_TEST_THREADS=8 $(CARGO) test --quiet --locked
-OTHER_TESTS = --lib $(patsubst tests/%.rs,--test %,$(filter-out tests/bounds.rs,$(wildcard tests/*.rs)))
+OTHER_TESTS = --lib $(patsubst tests/%.rs,--test %,$(filter-out tests/limits.rs,$(wildcard tests/*.rs)))
 test-quick:        ## run the tests that need no installed program, in less than a minute
 	$(CARGO) test --locked --no-run
-	$(QUICK) --test bounds & $(QUICK) $(OTHER_TESTS); status=$$?; wait $$! && exit $$status
+	$(QUICK) --test limits & $(QUICK) $(OTHER_TESTS); status=$$?; wait $$! && exit $$status
 
 # The programs that the tests run, each with its Debian package. Only missing packages are installed, and listed first.
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
