@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | [`proto`] | every octet of RFC 1928, 1929 and 1961; pure | nothing |
 //! | [`reassembly`] | the FRAG queue; pure | `proto` |
-//! | [`policy`] | which method, who is this, where may they go; pure | `proto` |
+//! | [`policy`] | access control: methods, users, rules; pure | `proto` |
 //! | [`reactor`] | where futures wait for sockets and for the time | nothing |
 //! | [`relay`] | the two-way pump | `reactor` |
 //! | [`dial`] | names to addresses to one connection | `reactor`, `proto` |

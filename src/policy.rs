@@ -71,12 +71,11 @@ impl Policy {
         self.select_method(&[identity.method]).is_some() && is_user_valid
     }
 
-    /// Whether a client that no rule mentions gets access without a login.
+    /// Whether a client that matches no `from=` condition can use the server without a login.
     pub fn is_open_relay(&self) -> bool {
-        let identity = Identity { method: Method::NONE, user: None, level: ProtectionLevel::None };
-        let anonymous = AccessRequest { identity: Some(identity), ..AccessRequest::default() };
-        self.select_method(&[Method::NONE]).is_some()
-            && !matches!(self.evaluate(&anonymous, |_| false), Decision::Deny(_))
+        let identity = Some(Identity { method: Method::NONE, user: None, level: ProtectionLevel::None });
+        let decision = self.rules.evaluate(&AccessRequest { identity, ..AccessRequest::default() }, &|_| false);
+        self.select_method(&[Method::NONE]).is_some() && !matches!(decision, Decision::Deny(_))
     }
 
     /// Whether a connection to `addr` would reach this server itself.

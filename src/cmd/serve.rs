@@ -223,26 +223,24 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("expected bytes per second, such as 1500 or 10M, found {text:?}"))
 }
 
-/// A rule of `--allow` or `--deny`. Its position restores the common order, since argh collects each option separately.
+/// A rule of `--allow` or `--deny`. Its position restores their common order, since argh collects each option separately.
 #[derive(Debug)]
 struct RuleOption {
     position: usize,
     text: String,
 }
 
-impl RuleOption {
-    fn new(action: &str, conditions: &str) -> Self {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        Self { position: COUNT.fetch_add(1, Ordering::Relaxed), text: format!("{action} {conditions}") }
-    }
+fn rule_option(text: String) -> Result<RuleOption, String> {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    Ok(RuleOption { position: COUNT.fetch_add(1, Ordering::Relaxed), text })
 }
 
-fn allow_rule(text: &str) -> Result<RuleOption, String> {
-    Ok(RuleOption::new("allow", text))
+fn allow_rule(conditions: &str) -> Result<RuleOption, String> {
+    rule_option(format!("allow {conditions}"))
 }
 
-fn deny_rule(text: &str) -> Result<RuleOption, String> {
-    Ok(RuleOption::new("deny", text))
+fn deny_rule(conditions: &str) -> Result<RuleOption, String> {
+    rule_option(format!("deny {conditions}"))
 }
 
 impl Args {
@@ -311,19 +309,18 @@ impl Args {
 
     /// Returns the accepted methods, the preferred one first.
     fn accepted_methods(&self) -> Result<Vec<Method>, CliError> {
-        let has_gssapi_options =
-            self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
+        let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
         let methods = self.auth.clone().unwrap_or_else(|| {
-            let candidates = [(self.users.is_some(), Method::PASSWORD), (has_gssapi_options, Method::GSSAPI)];
-            let found: Vec<Method> =
-                candidates.into_iter().filter(|(is_configured, _)| *is_configured).map(|(_, method)| method).collect();
-            if found.is_empty() { vec![Method::NONE] } else { found }
+            let candidates = [(self.users.is_some(), Method::PASSWORD), (has_gssapi, Method::GSSAPI)];
+            let configured = candidates.into_iter().filter_map(|(is_set, method)| is_set.then_some(method));
+            let methods: Vec<Method> = configured.collect();
+            if methods.is_empty() { vec![Method::NONE] } else { methods }
         });
-        let usage_error = |what: &str| Err(CliError::usage(format!("--auth: {what}")));
+        let usage_error = |problem: &str| Err(CliError::usage(format!("--auth: {problem}")));
         match (methods.contains(&Method::PASSWORD), methods.contains(&Method::GSSAPI)) {
             (true, _) if self.users.is_none() => usage_error("password requires --users FILE"),
             (false, _) if self.users.is_some() => usage_error("--users requires password in this list"),
-            (_, false) if has_gssapi_options => usage_error("--keytab and --gssapi-... require gssapi in this list"),
+            (_, false) if has_gssapi => usage_error("--keytab and --gssapi-... require gssapi in this list"),
             _ => Ok(methods),
         }
     }
@@ -348,9 +345,8 @@ impl Args {
     }
 
     fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, CliError> {
-        let [ipv4_count, ipv6_count] = [IpAddr::is_ipv4, IpAddr::is_ipv6]
-            .map(|is_family| self.advertise.iter().filter(|ip| is_family(ip)).count());
-        if ipv4_count > 1 || ipv6_count > 1 {
+        let count = |is_family: fn(&IpAddr) -> bool| self.advertise.iter().filter(|ip| is_family(ip)).count();
+        if count(IpAddr::is_ipv4) > 1 || count(IpAddr::is_ipv6) > 1 {
             return Err(CliError::usage("--advertise: at most one IPv4 and one IPv6 address"));
         }
         let offers_gssapi = match &self.hop_auth {

@@ -22,7 +22,7 @@ const PROTECTED_TARGETS: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16
 /// The facts about a session that rules are evaluated against. `None` means "not known yet".
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AccessRequest<'a> {
-    /// Client address, canonical. `None` matches no `from=` condition.
+    /// Client address, canonical. Unlike an unknown fact, `None` matches no `from=` condition.
     pub client_ip: Option<IpAddr>,
     /// Result of the login.
     pub identity: Option<Identity<'a>>,
@@ -32,7 +32,7 @@ pub struct AccessRequest<'a> {
     pub target_name: Option<&'a HostName>,
     /// Address that packets would be sent to, canonical.
     pub target_ip: Option<IpAddr>,
-    /// Port in DST; of a peer that BIND accepts, its own.
+    /// Port of the target; with BIND, of the peer.
     pub target_port: Option<u16>,
 }
 
@@ -157,22 +157,16 @@ impl Rules {
     pub fn new(mut rules: Vec<Rule>, default_route: Route) -> Self {
         let user_rule_count = rules.len();
         let has_client_allowlist = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
-        // First, because an `Unprotected` target already excludes the built-in denials, and a name that goes through a hop
-        // can then be allowed without its address.
+        // `Unprotected` excludes the targets of the built-in denials. As the first rule, it can allow a name that goes
+        // through a hop, without its address.
         if !has_client_allowlist {
             rules.push(Rule { to: TargetCondition::Unprotected, ..Rule::built_in(true, "allow") });
         }
-        rules.push(Rule {
-            to: TargetCondition::OwnListeners,
-            ..Rule::built_in(false, "deny to=(listeners of this server)")
-        });
-        let text = format!("deny from=remote to={PROTECTED_TARGETS}");
+        let text = "deny to=(listeners of this server)";
+        rules.push(Rule { to: TargetCondition::OwnListeners, ..Rule::built_in(false, text) });
+        let (from, text) = (vec![ClientPattern::Remote], format!("deny from=remote to={PROTECTED_TARGETS}"));
         let patterns = PROTECTED_TARGETS.split(',').filter_map(|target| parse::parse_target(target).ok()).collect();
-        rules.push(Rule {
-            from: vec![ClientPattern::Remote],
-            to: TargetCondition::Patterns(patterns),
-            ..Rule::built_in(false, &text)
-        });
+        rules.push(Rule { from, to: TargetCondition::Patterns(patterns), ..Rule::built_in(false, &text) });
         let origin = if has_client_allowlist { "built in, because an allow rule has from=" } else { "built in" };
         let default_rule = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
         Self { rules, user_rule_count, default_rule, default_route }
@@ -195,11 +189,11 @@ impl Rules {
         user_rules.iter().chain(built_in_with(false)).chain(built_in_with(true)).chain([&self.default_rule])
     }
 
-    /// Finds the first rule that matches. `is_own_listener` returns whether an address reaches a listener of this server.
-    pub fn evaluate(&self, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
+    /// Finds the first rule that matches. `is_own` returns whether an address reaches a listener of this server.
+    pub fn evaluate(&self, request: &AccessRequest<'_>, is_own: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
         let mut first_maybe = None;
         for rule in &self.rules {
-            match (self.matches(rule, request, is_own_listener), rule.allow) {
+            match (self.matches(rule, request, is_own), rule.allow) {
                 (Match::No, _) => {}
                 (Match::Maybe, true) => return Decision::Undecided(first_maybe.unwrap_or(rule)),
                 (Match::Maybe, false) => first_maybe = first_maybe.or(Some(rule)),
@@ -229,39 +223,40 @@ impl Rules {
         rule.via.unwrap_or(self.default_route)
     }
 
-    fn matches(&self, rule: &Rule, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Match {
-        let client = rule.match_all_but_to(request);
-        if client == Match::No {
+    fn matches(&self, rule: &Rule, request: &AccessRequest<'_>, is_own: &dyn Fn(SocketAddr) -> bool) -> Match {
+        let others = rule.match_all_except_to(request);
+        if others == Match::No {
             return Match::No;
         }
         let to = match &rule.to {
             TargetCondition::Any => Match::Yes,
             TargetCondition::Patterns(patterns) => match_any(patterns, |pattern| pattern.matches(rule.allow, request)),
             TargetCondition::OwnListeners => match (request.target_ip, request.target_port) {
-                (Some(ip), Some(port)) => {
-                    embedded_addrs(ip).any(|ip| is_own_listener(SocketAddr::new(ip, port))).into()
-                }
+                (Some(ip), Some(port)) => embedded_addrs(ip).any(|ip| is_own((ip, port).into())).into(),
                 _ => Match::Maybe,
             },
             TargetCondition::Unprotected => {
                 let built_in = self.rules.iter().skip(self.user_rule_count).filter(|rule| !rule.allow);
-                match built_in.map(|rule| self.matches(rule, request, is_own_listener)).max() {
+                match built_in.map(|rule| self.matches(rule, request, is_own)).max() {
                     Some(Match::Yes) => Match::No,
                     // The hop resolves the name and applies its own rules to the address.
-                    Some(Match::Maybe) if is_unresolved_name(request) && self.route(rule) != Route::Direct => {
-                        Match::Yes
-                    }
+                    Some(Match::Maybe) if is_unresolved(request) && self.route(rule) != Route::Direct => Match::Yes,
                     Some(Match::Maybe) => Match::Maybe,
                     Some(Match::No) | None => Match::Yes,
                 }
             }
         };
-        client.min(to)
+        others.min(to)
     }
 }
 
-fn is_unresolved_name(request: &AccessRequest<'_>) -> bool {
+fn is_unresolved(request: &AccessRequest<'_>) -> bool {
     request.target_name.is_some() && request.target_ip.is_none()
+}
+
+/// Matches a fact, if it is known.
+fn match_fact<T>(fact: Option<T>, matches: impl Fn(T) -> bool) -> Match {
+    fact.map_or(Match::Maybe, |fact| matches(fact).into())
 }
 
 /// Matches a list of which one entry must match; an empty list always matches.
@@ -292,7 +287,7 @@ impl Rule {
     }
 
     /// Whether this is the built-in rule that denies the listeners of this server.
-    pub fn is_about_own_listeners(&self) -> bool {
+    pub fn denies_own_listeners(&self) -> bool {
         matches!(self.to, TargetCondition::OwnListeners)
     }
 
@@ -302,24 +297,17 @@ impl Rule {
     }
 
     /// Matches all conditions except `to=`.
-    fn match_all_but_to(&self, request: &AccessRequest<'_>) -> Match {
-        let user = |user: &UserPattern| match request.identity {
-            None => Match::Maybe,
-            Some(identity) => identity.user.is_some_and(|name| user.matches(name)).into(),
-        };
-        let method =
-            |method: &Method| request.identity.map_or(Match::Maybe, |identity| (identity.method == *method).into());
-        let level = |level: &ProtectionLevel| {
-            request.identity.map_or(Match::Maybe, |identity| (identity.level == *level).into())
-        };
-        let command =
-            |command: &Command| request.command.map_or(Match::Maybe, |requested| (requested == *command).into());
-        let port =
-            |ports: &RangeInclusive<u16>| request.target_port.map_or(Match::Maybe, |p| ports.contains(&p).into());
+    fn match_all_except_to(&self, request: &AccessRequest<'_>) -> Match {
+        let identity = request.identity;
+        let user = |user: &UserPattern| match_fact(identity, |id| id.user.is_some_and(|name| user.matches(name)));
+        let method = |method: &Method| match_fact(identity, |id| id.method == *method);
+        let level = |level: &ProtectionLevel| match_fact(identity, |id| id.level == *level);
+        let command = |command: &Command| match_fact(request.command, |requested| requested == *command);
+        let port = |ports: &RangeInclusive<u16>| match_fact(request.target_port, |port| ports.contains(&port));
         let from = match_any(&self.from, |pattern| pattern.matches(request.client_ip).into());
-        let identity =
-            match_any(&self.users, user).min(match_any(&self.methods, method)).min(match_any(&self.levels, level));
-        from.min(identity).min(match_any(&self.commands, command)).min(match_any(&self.ports, port))
+        let login = match_any(&self.users, user).min(match_any(&self.methods, method));
+        let login = login.min(match_any(&self.levels, level));
+        from.min(login).min(match_any(&self.commands, command)).min(match_any(&self.ports, port))
     }
 }
 
@@ -364,9 +352,8 @@ impl TargetPattern {
             (None, _, Some(target)) => {
                 let target = normalize_name(target.as_str());
                 let prefix = target.strip_suffix(name.as_str());
-                let is_subdomain =
-                    matches!(self, Self::Suffix(_)) && prefix.is_some_and(|prefix| prefix.ends_with('.'));
-                (prefix == Some("") || is_subdomain).into()
+                let is_subdomain = prefix.is_some_and(|prefix| prefix.ends_with('.'));
+                (prefix == Some("") || is_subdomain && matches!(self, Self::Suffix(_))).into()
             }
         }
     }

@@ -26,7 +26,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut text = String::new();
     let mut lines: Vec<(String, &str)> = Vec::new();
     for rule in policy.rules.in_display_order() {
-        if rule.is_about_own_listeners() {
+        if rule.denies_own_listeners() {
             let own = options.listen.iter().flat_map(|listen| listen.addrs());
             let to = |own: SocketAddr| match own.ip().is_unspecified() {
                 true => format!("deny to=(any address of this host) port={}", own.port()),
@@ -111,14 +111,13 @@ impl ExplainedRequest {
     fn request(&self) -> AccessRequest<'_> {
         let identity =
             Identity { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
-        let port = self.to.as_ref().map(|to| to.port).filter(|port| *port != 0);
-        let request = AccessRequest {
+        AccessRequest {
             client_ip: Some(self.from),
             identity: Some(identity),
             command: Some(self.command),
+            target_port: self.to.as_ref().map(|to| to.port).filter(|port| *port != 0),
             ..AccessRequest::default()
-        };
-        AccessRequest { target_port: port, ..request }
+        }
     }
 
     /// Returns the target address, or the name to resolve.
@@ -155,20 +154,16 @@ struct Explanation<'a> {
     text: String,
 }
 
-impl<'a> Explanation<'a> {
+impl Explanation<'_> {
     fn explain(&mut self, query: &ExplainedRequest) -> Result<bool, CliError> {
         let request = query.request();
         if let Some(identity) = request.identity
             && !self.policy.accepts_identity(&identity)
         {
             self.text += match (&query.user, &self.policy.users) {
-                (Some(_), Some(_)) => {
-                    "deny at the login: no such user, or method not accepted (see --users and --auth)\n"
-                }
+                (Some(_), Some(_)) => "deny at the login: unknown user, or method not accepted\n",
                 (None, Some(_)) => "deny at the greeting: login required (add user=NAME)\n",
-                (_, None) => {
-                    "deny at the greeting: method not accepted (change user= or method=; passwords require --users)\n"
-                }
+                (_, None) => "deny at the greeting: method not accepted (passwords require --users)\n",
             };
             return Ok(false);
         }
@@ -177,7 +172,7 @@ impl<'a> Explanation<'a> {
             Some(Ok(ip)) => self.report_addrs(&request, &[ip]),
             Some(Err(name)) => {
                 let request = AccessRequest { target_name: Some(name), ..request };
-                match self.evaluate(&request) {
+                match self.policy.evaluate(&request, is_local) {
                     Decision::Undecided(rule) => {
                         let subject = format!("{} (its addresses decide)", name.as_str());
                         self.add_line("resolve", &subject, rule, Route::Direct);
@@ -201,7 +196,7 @@ impl<'a> Explanation<'a> {
     }
 
     fn report(&mut self, subject: &str, request: &AccessRequest<'_>) -> Result<bool, CliError> {
-        match self.evaluate(request) {
+        match self.policy.evaluate(request, is_local) {
             Decision::Allow(rule, route) => {
                 self.add_line("allow", subject, rule, route);
                 Ok(true)
@@ -215,10 +210,6 @@ impl<'a> Explanation<'a> {
                 Err(CliError::usage(format!("--explain: {reason}; add more to the request, such as to=HOST:PORT")))
             }
         }
-    }
-
-    fn evaluate(&self, request: &AccessRequest<'_>) -> Decision<'a> {
-        self.policy.evaluate(request, is_local)
     }
 
     fn add_line(&mut self, decision: &str, subject: &str, rule: &Rule, route: Route) {

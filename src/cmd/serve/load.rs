@@ -62,22 +62,18 @@ impl ConfigFile {
         let text = read_file(&self.path, max)?;
         let completeness = Completeness::of(&text);
         let old = self.previous_text.borrow();
-        let is_truncated =
-            completeness == Completeness::Unterminated && text.len() < old.len() && old.starts_with(&text);
+        let is_shorter = text.len() < old.len() && old.starts_with(&text);
+        let is_truncated = completeness == Completeness::Unterminated && is_shorter;
         if previous.is_none_or(|previous| completeness >= previous) && !is_truncated {
             return Ok((text, completeness));
         }
         let line = text.lines().count();
         let first = text.lines().last().and_then(|line| line.split([' ', '\t', ':']).next()).unwrap_or_default();
-        Err(file_error(
-            &self.path,
-            match completeness {
-                Completeness::Empty => "line 1: the file is empty (is it still being written?)".into(),
-                _ => format!(
-                    "line {line}: no line end after the line that starts with {first:?} (is the file still being written?)"
-                ),
-            },
-        ))
+        let problem = match completeness {
+            Completeness::Empty => "line 1: the file is empty".into(),
+            _ => format!("line {line}: no line end after the line that starts with {first:?}"),
+        };
+        Err(file_error(&self.path, format!("{problem} (is the file still being written?)")))
     }
 }
 
