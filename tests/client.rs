@@ -1,5 +1,5 @@
-//! The clients end to end, against a proxy that does as a script says and against our own server. Their command line
-//! alone, and the server's, are in cli.rs.
+//! The client modes end to end, against scripted proxies and against `s5 serve`. Tests of the command line alone are in
+//! cli.rs. `client/README.md` lists the files.
 
 #[path = "common/behaviours.rs"]
 mod behaviour_table;

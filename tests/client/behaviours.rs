@@ -1,5 +1,5 @@
-//! `s5 connect` with every row of the table of proxy behaviours: exit status, message and stdout. And: every exit status
-//! occurs, and the README pages have all rows.
+//! `s5 connect` with every row of the table of proxy behaviours: exit status, message and stdout. Also: every exit
+//! status occurs, and the README pages have all rows.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -159,9 +159,9 @@ fn every_exit_status_occurs() {
     seen.extend(run_other_statuses(folder.path()));
     // No name except localhost resolves in this namespace.
     for (status, args) in [(5, "connect -x proxy.test a.test:80"), (6, "connect --direct a.test:80")] {
-        let (code, said) = shell(&format!("\"$S5\" {args}"));
-        assert_eq!(code, status, "{args}: {said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
+        let (code, stderr) = shell(&format!("\"$S5\" {args}"));
+        assert_eq!(code, status, "{args}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
         seen.extend(u8::try_from(status));
     }
     seen.insert(pass_socket_to_closed_receiver());

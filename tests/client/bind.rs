@@ -1,4 +1,4 @@
-//! `s5 bind`, through our own server and against scripted ones.
+//! `s5 bind`, through `s5 serve` and against scripted proxies.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -8,36 +8,37 @@ use crate::scripted::{
     RunningProgram, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, success_reply, text, with_stream,
 };
 
-/// Connects from an address of one's own choice.
+/// Connects from the address `from`.
 fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None);
     let socket = socket.expect("a socket");
     let from: SocketAddr = from.parse().expect("an address");
     socket.bind(&from.into()).expect("an address of this machine");
-    socket.connect(&to.into()).expect("somebody listens");
+    socket.connect(&to.into()).expect("the listener accepts");
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
     stream
 }
 
-/// Starts `s5 bind` and waits until it says where.
-fn bound(args: &[&str]) -> (RunningProgram, SocketAddr) {
+/// Starts `s5 bind` and waits for the bound address.
+fn start_bind(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().arg("bind").args(args));
-    let said = client.stderr(|said| said.lines().any(|line| line.starts_with("bound ")) && said.ends_with('\n'));
-    let line = said.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line");
+    let stderr =
+        client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("bound ")) && stderr.ends_with('\n'));
+    let line = stderr.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line");
     (client, line.parse().expect("an address"))
 }
 
-/// Talks both ways over a connection that `s5 bind` has accepted, to the end of both.
-fn converse(mut client: RunningProgram, mut peer: TcpStream) {
+/// Exchanges data in both directions over a connection that `s5 bind` has accepted, up to the end of both.
+fn exchange_data(mut client: RunningProgram, mut peer: TcpStream) {
     let from = peer.local_addr().expect("an address");
-    let said = client.stderr(|said| said.contains("accepted ") && said.ends_with('\n'));
-    assert_eq!(said.lines().filter(|line| *line == format!("accepted {from}")).count(), 1, "{said}");
+    let stderr = client.stderr(|stderr| stderr.contains("accepted ") && stderr.ends_with('\n'));
+    assert_eq!(stderr.lines().filter(|line| *line == format!("accepted {from}")).count(), 1, "{stderr}");
     client.write(b"from the client");
     client.close_stdin();
-    let mut heard = Vec::new();
-    peer.read_to_end(&mut heard).expect("the end comes");
-    assert_eq!(text(&heard), "from the client");
+    let mut received = Vec::new();
+    peer.read_to_end(&mut received).expect("the end comes");
+    assert_eq!(text(&received), "from the client");
     peer.write_all(b"from the peer").expect("it is sent");
     drop(peer);
     let (status, stdout, stderr) = client.end(TIMEOUT);
@@ -45,29 +46,29 @@ fn converse(mut client: RunningProgram, mut peer: TcpStream) {
 }
 
 #[test]
-fn it_says_where_and_who_and_then_talks_both_ways() {
+fn bind_reports_address_and_peer_and_relays_both_directions() {
     let server = Server::start(&[]);
     let proxy = server.addr().to_string();
     for peer in [&["-x", &proxy][..], &["-x", &proxy, "127.0.0.1"], &["-x", &proxy, "localhost"]] {
-        let (client, at) = bound(peer);
+        let (client, at) = start_bind(peer);
         assert!(at.ip().is_loopback() && at.port() != 0, "{at}");
         let peer = TcpStream::connect(at).expect("it listens");
-        converse(client, peer);
+        exchange_data(client, peer);
     }
 }
 
 #[test]
-fn an_ipv6_peer_is_accepted_where_one_is_expected() {
+fn bind_accepts_expected_ipv6_peer() {
     let server = Server::start(&[]);
-    let (client, at) = bound(&["-x", &server.addr().to_string(), "::1"]);
+    let (client, at) = start_bind(&["-x", &server.addr().to_string(), "::1"]);
     assert!(at.is_ipv6(), "{at}");
-    converse(client, TcpStream::connect(at).expect("it listens"));
+    exchange_data(client, TcpStream::connect(at).expect("it listens"));
 }
 
 #[test]
-fn stderr_has_two_lines_and_stdout_only_data() {
+fn bind_prints_two_lines_on_stderr_and_only_data_on_stdout() {
     let server = Server::start(&[]);
-    let (mut client, at) = bound(&["-x", &server.addr().to_string()]);
+    let (mut client, at) = start_bind(&["-x", &server.addr().to_string()]);
     let peer = TcpStream::connect(at).expect("it listens");
     let from = peer.local_addr().expect("an address");
     drop(peer);
@@ -77,40 +78,40 @@ fn stderr_has_two_lines_and_stdout_only_data() {
 }
 
 #[test]
-fn a_stranger_is_turned_away_and_the_wait_goes_on() {
+fn bind_rejects_other_peer_and_keeps_waiting() {
     let server = Server::start(&[]);
-    let (mut client, at) = bound(&["-x", &server.addr().to_string(), "127.0.0.2"]);
-    let mut stranger = connect_from("127.0.0.3:0", at);
-    let heard = stranger.read(&mut [0; 1]);
-    assert!(!matches!(heard, Ok(1..)), "a stranger was talked to");
+    let (mut client, at) = start_bind(&["-x", &server.addr().to_string(), "127.0.0.2"]);
+    let mut other_peer = connect_from("127.0.0.3:0", at);
+    let received = other_peer.read(&mut [0; 1]);
+    assert!(!matches!(received, Ok(1..)), "the other peer received data");
     assert!(client.is_running());
-    assert!(!client.stderr(|_| true).contains("accepted"), "a stranger was accepted");
-    converse(client, connect_from("127.0.0.2:0", at));
+    assert!(!client.stderr(|_| true).contains("accepted"), "the other peer was accepted");
+    exchange_data(client, connect_from("127.0.0.2:0", at));
 }
 
 #[test]
-fn a_wait_that_the_server_ends_has_the_status_of_its_rep() {
+fn bind_timeout_of_the_server_exits_with_status_of_rep() {
     let server = Server::start(&["--bind-timeout", "200ms"]);
     let proxy = server.addr().to_string();
     let output = run(s5().args(["bind", "-x", &proxy]), b"", TIMEOUT);
-    let said = text(&output.stderr);
-    assert_eq!((output.status.code(), output.stdout.len()), (Some(106), 0), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(106), 0), "{stderr}");
     let line = format!("s5: proxy {proxy}: waiting for the peer: TTL expired (REP 6)");
-    assert_eq!(said.lines().last(), Some(line.as_str()), "{said}");
+    assert_eq!(stderr.lines().last(), Some(line.as_str()), "{stderr}");
 }
 
 #[test]
-fn the_wait_bounds_the_wait_for_the_peer() {
+fn wait_option_limits_waiting_for_the_peer() {
     let server = Server::start(&[]);
-    let (mut client, _) = bound(&["-w", "500ms", "-x", &server.addr().to_string(), "192.0.2.1"]);
-    let (status, _, said) = client.end(TIMEOUT);
+    let (mut client, _) = start_bind(&["-w", "500ms", "-x", &server.addr().to_string(), "192.0.2.1"]);
+    let (status, _, stderr) = client.end(TIMEOUT);
     let reason = "waiting for the peer, for 192.0.2.1:0: timed out after 500ms";
-    assert_eq!(status.code(), Some(28), "{said}");
-    assert_eq!(said.lines().last(), Some(&*format!("s5: proxy {}: {reason}", server.addr())));
+    assert_eq!(status.code(), Some(28), "{stderr}");
+    assert_eq!(stderr.lines().last(), Some(&*format!("s5: proxy {}: {reason}", server.addr())));
 }
 
 #[test]
-fn the_second_reply_can_fail_in_every_way() {
+fn failures_of_the_second_reply_have_their_statuses() {
     let closed = "the proxy closed the connection";
     let table: [(Vec<Step>, i32, &str); 7] = [
         (vec![], 97, closed),
@@ -133,7 +134,7 @@ fn the_second_reply_can_fail_in_every_way() {
 }
 
 #[test]
-fn a_bound_address_of_zeros_is_the_proxys_own() {
+fn unspecified_bnd_is_replaced_by_proxy_address() {
     let proxy = ScriptedServer::start_at("127.0.0.7:0".parse().expect("an address"), {
         let first = success_reply(([0, 0, 0, 0], 4321).into());
         let second = success_reply(([192, 0, 2, 1], 20).into());
@@ -145,7 +146,7 @@ fn a_bound_address_of_zeros_is_the_proxys_own() {
 }
 
 #[test]
-fn both_replies_and_the_first_data_may_come_in_one_segment() {
+fn both_replies_and_first_data_in_one_segment_are_accepted() {
     let replies = [
         success_reply(([127, 0, 0, 1], 4321).into()),
         b"\x05\x00\x00\x03\x0bpeer.exampl\x00\x14".to_vec(),
@@ -158,27 +159,27 @@ fn both_replies_and_the_first_data_may_come_in_one_segment() {
 }
 
 #[test]
-fn nothing_of_stdin_is_sent_before_the_peer_has_come() {
-    let (tell, told) = std::sync::mpsc::channel();
+fn stdin_is_not_sent_before_the_peer_connects() {
+    let (sender, receiver) = std::sync::mpsc::channel();
     let wait = with_stream(move |mut stream| {
         stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("it can be set");
-        let _ = tell.send(stream.read(&mut [0; 1]).is_err());
+        let _ = sender.send(stream.read(&mut [0; 1]).is_err());
         stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
         let _ = stream.write_all(SUCCESS_REPLY);
-        let mut heard = Vec::new();
-        let _ = stream.read_to_end(&mut heard);
-        let _ = stream.write_all(&heard);
+        let mut received = Vec::new();
+        let _ = stream.read_to_end(&mut received);
+        let _ = stream.write_all(&received);
     });
     let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([wait]).collect());
     let output = run(s5().args(["bind", "-x", &proxy.url()]), b"for the peer", TIMEOUT);
-    assert_eq!(told.recv_timeout(TIMEOUT), Ok(true), "something was sent");
+    assert_eq!(receiver.recv_timeout(TIMEOUT), Ok(true), "data was sent before the peer connected");
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "for the peer".into()));
 }
 
 #[test]
-fn it_works_at_the_end_of_a_chain() {
+fn bind_through_a_chain_is_sent_to_the_last_proxy() {
     let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
     let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
-    let (client, at) = bound(&["-x", &chain.join(",")]);
-    converse(client, TcpStream::connect(at).expect("it listens"));
+    let (client, at) = start_bind(&["-x", &chain.join(",")]);
+    exchange_data(client, TcpStream::connect(at).expect("it listens"));
 }

@@ -1,5 +1,4 @@
-//! Where a client has it from which proxy there is, and who we are to it: options, files, variables. Who is asked for a
-//! password is in prompts.rs.
+//! Sources of the proxy and of user name and password: options, files and variables. Prompts are tested in prompts.rs.
 
 use std::process::{Command, Output};
 
@@ -12,8 +11,8 @@ use Step::{Greeting, Login, Request};
 
 const TARGET: &str = "target.example:80";
 
-/// A proxy that takes any login, and sends back what comes through it.
-pub(crate) fn welcoming() -> ScriptedServer {
+/// A proxy that accepts any login and echoes the data.
+pub(crate) fn accepting_proxy() -> ScriptedServer {
     let echo = with_stream(|mut stream| {
         let mut other = stream.try_clone().expect("a second handle");
         let _ = std::io::copy(&mut stream, &mut other);
@@ -35,7 +34,7 @@ pub(crate) fn login(uname: &str, passwd: &[u8]) -> Vec<u8> {
     [&[1, length(uname.as_bytes())], uname.as_bytes(), &[length(passwd)], passwd].concat()
 }
 
-/// Another program than ours in the environment that ours is tested in.
+/// Another program, in the environment of [`s5`].
 pub(crate) fn as_s5(program: &str) -> Command {
     let mut command = Command::new(program);
     let s5 = s5();
@@ -46,9 +45,9 @@ pub(crate) fn as_s5(program: &str) -> Command {
     command
 }
 
-/// The login that is made with these options and variables; `userinfo` stands before the proxy's address.
-fn sent(userinfo: &str, options: &[&str], variables: &[(&str, &str)]) -> Vec<u8> {
-    let proxy = welcoming();
+/// Returns the login message sent with these options and variables. `userinfo` is put before the proxy's address.
+fn sent_login(userinfo: &str, options: &[&str], variables: &[(&str, &str)]) -> Vec<u8> {
+    let proxy = accepting_proxy();
     let url = format!("{userinfo}{}", proxy.addr);
     let mut command = s5();
     command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
@@ -57,30 +56,33 @@ fn sent(userinfo: &str, options: &[&str], variables: &[(&str, &str)]) -> Vec<u8>
     proxy.messages().swap_remove(1)
 }
 
-/// That it ended with this status, and one line without the password.
-pub(crate) fn is_failure(output: &Output, status: i32, what: &str) {
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{said}");
-    assert!(said.starts_with("s5: ") && said.lines().count() == 1 && said.contains(what), "not about {what}: {said}");
-    assert!(!said.contains("topsecret"), "{said}");
+/// Checks the status, and that stderr is one line that contains `what` and not the password.
+pub(crate) fn assert_failure(output: &Output, status: i32, what: &str) {
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{stderr}");
+    assert!(
+        stderr.starts_with("s5: ") && stderr.lines().count() == 1 && stderr.contains(what),
+        "not about {what}: {stderr}"
+    );
+    assert!(!stderr.contains("topsecret"), "{stderr}");
 }
 
 #[test]
-fn every_place_that_names_a_proxy_gives_way_to_the_one_before_it() {
+fn proxy_sources_have_documented_precedence() {
     let names = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
     let option = closed_port().to_string();
     let places = names.map(|name| (name, closed_port().to_string()));
     for first in 0..places.len() {
         let variables = places[first..].iter().map(|(name, place)| (name, place));
         let output = run(s5().args(["connect", TARGET]).envs(variables.clone()), b"", TIMEOUT);
-        is_failure(&output, 7, &format!("proxy {}: ", places[first].1));
+        assert_failure(&output, 7, &format!("proxy {}: ", places[first].1));
         let output = run(s5().args(["connect", "-x", &option, TARGET]).envs(variables), b"", TIMEOUT);
-        is_failure(&output, 7, &format!("proxy {option}: "));
+        assert_failure(&output, 7, &format!("proxy {option}: "));
     }
 }
 
 #[test]
-fn no_proxy_is_used_where_an_option_says_so() {
+fn direct_option_ignores_proxy_variables() {
     let (dead, target) = (closed_port().to_string(), echo_server().to_string());
     for option in [&["-x", ""][..], &["--proxy="], &["--direct"], &["--no-proxy"]] {
         let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &dead), b"straight", TIMEOUT);
@@ -89,7 +91,7 @@ fn no_proxy_is_used_where_an_option_says_so() {
 }
 
 #[test]
-fn a_chain_is_a_list_or_a_repeated_option() {
+fn chain_is_a_list_or_a_repeated_option() {
     let chains = ["-x ADDR,second.example:2,third.example:3", "-x ADDR,second.example:2 -x third.example:3"];
     for chain in chains.into_iter().chain(["-x ADDR -x second.example:2 -x third.example:3"]) {
         let hop = || [Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY)];
@@ -105,7 +107,7 @@ fn a_chain_is_a_list_or_a_repeated_option() {
 }
 
 #[test]
-fn a_path_behind_localhost_is_a_unix_socket() {
+fn url_of_localhost_with_path_is_a_unix_socket() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let _server = Server::start_with(s5().args(["serve", "--listen", &format!("unix:{}", path.display())]), 1);
@@ -118,9 +120,9 @@ fn a_path_behind_localhost_is_a_unix_socket() {
 }
 
 #[test]
-fn exceptions_are_reached_without_the_proxy_of_the_environment() {
+fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
     let hosts = "127.0.0.1 localhost target.example www.target.example mytarget.example\n";
-    let test = "credentials::exceptions_are_reached_without_the_proxy_of_the_environment";
+    let test = "credentials::no_proxy_targets_bypass_the_proxy_of_the_environment";
     if !in_namespace(test, hosts, "") {
         return;
     }
@@ -141,7 +143,7 @@ fn exceptions_are_reached_without_the_proxy_of_the_environment() {
         ("127.0.0.1", "127.0.0.1", true),
         ("127.0.0.0/8", "127.0.0.1", true),
         ("10.0.0.0/8", "127.0.0.1", false),
-        // A name is looked up by the proxy, so that its address is nobody's business here.
+        // The proxy looks up names, so a CIDR does not match them.
         ("127.0.0.0/8", "target.example", false),
         ("", "target.example", false),
     ];
@@ -156,12 +158,16 @@ fn exceptions_are_reached_without_the_proxy_of_the_environment() {
     let overruled = [("ALL_PROXY", dead.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
     assert_eq!(status("target.example", &[], &overruled), Some(7));
     let everything = [("S5_PROXY", dead.as_str()), ("no_proxy", "*"), ("NO_PROXY", "*")];
-    assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "-x says what to use");
-    assert_eq!(status("target.example", &[], &everything[1..]), Some(7), "the default is not of the environment");
+    assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "-x disables no_proxy");
+    assert_eq!(
+        status("target.example", &[], &everything[1..]),
+        Some(7),
+        "no_proxy does not apply to the default proxy"
+    );
 }
 
 #[test]
-fn every_source_of_a_login_gives_way_to_the_one_before_it() {
+fn login_sources_have_documented_precedence() {
     let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "file:3\n");
     type Source<'a> = (&'a str, &'a str, &'a [&'a str], &'a [(&'a str, &'a str)]);
@@ -174,20 +180,24 @@ fn every_source_of_a_login_gives_way_to_the_one_before_it() {
         ("five", "6", &[], &[("SOCKS5_USER", "five"), ("SOCKS5_PASSWORD", "6")]),
         ("five", "7", &[], &[("SOCKS5_USER", "five"), ("SOCKS5_PASSWD", "7")]),
         ("any", "8", &[], &[("SOCKS_USERNAME", "any"), ("SOCKS_PASSWORD", "8")]),
-        // An empty variable says nothing.
+        // An empty variable is ignored.
         ("any", "8", &[], &[("S5_PROXY_AUTH", ""), ("SOCKS_USERNAME", "any"), ("SOCKS_PASSWORD", "8")]),
     ];
     for (first, (uname, passwd, ..)) in sources.iter().enumerate() {
         let options: Vec<&str> = sources[first..].iter().flat_map(|source| source.2).copied().collect();
-        // Of a name that comes twice, the last one counts.
+        // Of two values of a variable the last one is used.
         let variables: Vec<_> = sources[first..].iter().rev().flat_map(|source| source.3).copied().collect();
         let userinfo = if first == 0 { "url:1@" } else { "" };
-        assert_eq!(sent(userinfo, &options, &variables), login(uname, passwd.as_bytes()), "{options:?} {variables:?}");
+        assert_eq!(
+            sent_login(userinfo, &options, &variables),
+            login(uname, passwd.as_bytes()),
+            "{options:?} {variables:?}"
+        );
     }
 }
 
 #[test]
-fn a_user_gets_that_users_password_and_no_other() {
+fn user_in_url_gets_only_the_password_of_that_user() {
     let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "alice:hers\r\n\nbob:his\nalice:late\n");
     let options = ["--proxy-auth-file", &file];
@@ -210,24 +220,24 @@ fn a_user_gets_that_users_password_and_no_other() {
         ("b%6Fb@", "bob", "his"),
     ];
     for (userinfo, uname, passwd) in table {
-        assert_eq!(sent(userinfo, &options, &variables), login(uname, passwd.as_bytes()), "{userinfo}");
-        // The user of the option is for a URL that has none.
+        assert_eq!(sent_login(userinfo, &options, &variables), login(uname, passwd.as_bytes()), "{userinfo}");
+        // The user of -P is used for URLs without a user.
         let with_user = [&options[..], &["-P", "bob"]].concat();
         let (uname, passwd) = if userinfo.is_empty() { ("bob", "his") } else { (uname, passwd) };
-        assert_eq!(sent(userinfo, &with_user, &variables), login(uname, passwd.as_bytes()), "{userinfo} -P bob");
+        assert_eq!(sent_login(userinfo, &with_user, &variables), login(uname, passwd.as_bytes()), "{userinfo} -P bob");
     }
-    // Nobody listens there: whoever asks for nothing finds nothing.
+    // Nothing listens at this address: status 67 shows that the client has not connected.
     let dead = closed_port().to_string();
     let stranger = format!("mallory@{dead}");
     for options in [&["-x", &stranger][..], &["-x", &dead, "-P", "mallory"], &["-x", &stranger, "-P", "alice"]] {
         let args = ["connect", TARGET, "--proxy-auth-file", &file];
         let output = run(s5().args(args).args(options).envs(variables), b"", TIMEOUT);
-        is_failure(&output, 67, &format!("proxy {dead}: login: no password for mallory (use "));
+        assert_failure(&output, 67, &format!("proxy {dead}: login: no password for mallory (use "));
     }
 }
 
 #[test]
-fn each_proxy_of_a_chain_gets_the_password_of_its_own_user() {
+fn each_proxy_of_a_chain_gets_the_password_of_its_user() {
     let hop = || [Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY)];
     let proxy = ScriptedServer::start([hop(), hop(), hop()].into_iter().flatten().collect());
     let folder = temp_dir();
@@ -241,25 +251,25 @@ fn each_proxy_of_a_chain_gets_the_password_of_its_own_user() {
 }
 
 #[test]
-fn a_password_is_raw_everywhere_but_in_a_url() {
+fn only_passwords_in_urls_are_percent_decoded() {
     let folder = temp_dir();
     let file = write_file(folder.path(), "auth", "alice:p:a@b%41, /\n");
     let pair = "alice:p:a@b%41, /";
     let expected = login("alice", b"p:a@b%41, /");
-    assert_eq!(sent("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[]), expected);
-    assert_eq!(sent("", &["--proxy-auth-file", &file], &[]), expected);
-    assert_eq!(sent("", &["-P", pair], &[]), expected);
-    assert_eq!(sent("", &[], &[("S5_PROXY_AUTH", pair)]), expected);
-    assert_eq!(sent("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
-    // Bytes that are no text.
+    assert_eq!(sent_login("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[]), expected);
+    assert_eq!(sent_login("", &["--proxy-auth-file", &file], &[]), expected);
+    assert_eq!(sent_login("", &["-P", pair], &[]), expected);
+    assert_eq!(sent_login("", &[], &[("S5_PROXY_AUTH", pair)]), expected);
+    assert_eq!(sent_login("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
+    // Bytes that are not UTF-8.
     let file = folder.path().join("bytes");
     std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("a file");
     let file = file.to_str().expect("text");
-    assert_eq!(sent("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
+    assert_eq!(sent_login("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
 }
 
 #[test]
-fn a_descriptor_gives_its_first_line_and_stdin_the_rest_to_the_target() {
+fn auth_file_on_stdin_takes_the_first_line_and_leaves_later_data_to_the_target() {
     let folder = temp_dir();
     let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();
     let with_login = [b"alice:se:cret\r\n", payload.as_slice()].concat();
@@ -272,25 +282,25 @@ fn a_descriptor_gives_its_first_line_and_stdin_the_rest_to_the_target() {
         ("fd:3", "3<&0", &with_login),
         ("fd:3", "3<login", &payload),
         ("fd:9", "9<login", &payload),
-        // Two descriptors with one place in the file between them.
+        // Two descriptors that share a file offset.
         ("fd:3", "<both 3<&0", b"what is not read"),
     ];
     for (name, redirection, stdin) in table {
-        let proxy = welcoming();
+        let proxy = accepting_proxy();
         let script = format!("exec \"$S5\" connect -x {} --proxy-auth-file {name} {TARGET} {redirection}", proxy.addr);
         let output = run(as_s5("sh").current_dir(folder.path()).args(["-c", &script]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{script}: {}", text(&output.stderr));
         assert_eq!(proxy.messages()[1], login("alice", b"se:cret"), "{script}");
-        assert!(output.stdout == payload, "{script}: {} bytes came back", output.stdout.len());
+        assert!(output.stdout == payload, "{script}: {} bytes were returned", output.stdout.len());
     }
 }
 
 #[test]
-fn the_password_on_stdin_is_never_sent_to_the_target() {
+fn password_line_on_stdin_is_not_sent_to_the_target() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
     let with_own = format!("bob:own@{proxy}");
-    // Where there is no use for it, too.
+    // Also when the password is not needed.
     for options in [&["-x", &proxy][..], &["-x", &with_own], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
         let args = ["connect", "--proxy-auth-file", "-", &target];
         let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", TIMEOUT);
@@ -299,7 +309,7 @@ fn the_password_on_stdin_is_never_sent_to_the_target() {
 }
 
 #[test]
-fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
+fn invalid_login_source_is_a_usage_error_that_names_the_source() {
     let folder = temp_dir();
     let file = |name: &str, bytes: &str| write_file(folder.path(), name, bytes);
     let long = format!("alice:topsecret{}\n", "x".repeat(250));
@@ -308,7 +318,7 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
         (file("third", "alice:secret\n\ntopsecret"), "third: line 3: expected user:password"),
         (file("empty", "\n\n"), "empty: the file has no user:password"),
         (file("long", &long), "the password has 259 bytes"),
-        (file("nobody", ":topsecret\n"), "the user name has 0 bytes"),
+        (file("no_user", ":topsecret\n"), "the user name has 0 bytes"),
         ("/nonexistent/auth".into(), "/nonexistent/auth: "),
         (folder.path().display().to_string(), "--proxy-auth-file "),
         ("-".into(), "--proxy-auth-file -: line 1: "),
@@ -322,7 +332,7 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
     for mode in ["connect", "bind", "udp"] {
         for (file, what) in &files {
             let args = [mode, "-x", &dead, "--proxy-auth-file", file, TARGET];
-            is_failure(&run(s5().args(args), b"topsecret\n", TIMEOUT), 2, what);
+            assert_failure(&run(s5().args(args), b"topsecret\n", TIMEOUT), 2, what);
         }
     }
     for (name, value, what) in [
@@ -331,12 +341,12 @@ fn a_source_that_makes_no_sense_is_a_usage_error_that_names_it() {
         ("S5_PROXY_AUTH", "alice:", "the password has 0 bytes"),
         ("S5_PROXY_AUTH", &long, "the password has "),
     ] {
-        is_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", TIMEOUT), 2, what);
+        assert_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", TIMEOUT), 2, what);
     }
 }
 
 #[test]
-fn a_password_is_offered_only_where_there_is_one_and_no_login_beside_it() {
+fn password_method_is_offered_only_with_a_password_and_always_with_none() {
     let known = ("S5_PROXY_AUTH", "alice:secret");
     type Row<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)], &'a [u8]);
     let table: [Row<'_>; 10] = [
@@ -348,7 +358,7 @@ fn a_password_is_offered_only_where_there_is_one_and_no_login_beside_it() {
         ("alice@", &[], &[known], &[0, 2]),
         ("", &["--auth", "none"], &[known], &[0]),
         ("alice:secret@", &["--auth", "none"], &[], &[0]),
-        // Who is not to log in is not asked for a password either.
+        // Without a login the password is not required.
         ("alice@", &["--auth", "none"], &[("CI", "true")], &[0]),
         ("", &["--auth", "password,none"], &[known], &[2, 0]),
     ];

@@ -1,4 +1,4 @@
-//! Ways in which a handshake can fail that take more than a script; those that do not are in behaviours.rs.
+//! Handshake failures that a single scripted proxy cannot cause. The others are rows in `common/behaviours.rs`.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use Step::{Greeting, Request, Reset};
 const TARGET: &str = "target.example:80";
 
 #[test]
-fn a_drip_does_not_renew_the_wait() {
+fn slow_bytes_do_not_extend_the_handshake_timeout() {
     let name = [&[5, 0, 0, 3, 255][..], &[b'x'; 255], &[0, 80]].concat();
     let script = vec![Greeting, send(SELECT_NO_AUTH), Request, Step::SendByteByByte(name.repeat(20))];
     let proxy = ScriptedServer::start(script);
@@ -21,16 +21,16 @@ fn a_drip_does_not_renew_the_wait() {
 }
 
 #[test]
-fn a_proxy_that_resets_at_once_is_a_failure_of_the_proxy() {
+fn immediate_reset_is_a_failure_of_the_proxy() {
     let proxy = ScriptedServer::start(vec![Reset]);
     let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", TIMEOUT);
-    // Whether the reset meets connect(2) or what follows is a matter of microseconds.
+    // The reset may arrive during connect(2) or after it.
     assert!(matches!(output.status.code(), Some(7 | 97)), "{:?}", output.status);
     assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
 }
 
 #[test]
-fn a_proxy_that_is_down_is_told_from_a_target_that_is() {
+fn proxy_that_is_down_has_status_7() {
     let proxy = closed_port().to_string();
     for mode in [&["connect", TARGET][..], &["bind", TARGET], &["udp", TARGET]] {
         let output = run(s5().args(mode).args(["-x", &proxy]), b"", TIMEOUT);
@@ -41,17 +41,17 @@ fn a_proxy_that_is_down_is_told_from_a_target_that_is() {
 }
 
 #[test]
-fn a_unix_socket_that_is_not_there_is_a_proxy_that_is_down() {
+fn missing_unix_socket_has_status_7() {
     let output = run(s5().args(["connect", "-x", "unix:/nonexistent/s5.sock", TARGET]), b"", TIMEOUT);
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(7), "{said}");
-    assert!(said.starts_with("s5: proxy unix:/nonexistent/s5.sock: connecting to the proxy, for"), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(7), "{stderr}");
+    assert!(stderr.starts_with("s5: proxy unix:/nonexistent/s5.sock: connecting to the proxy, for"), "{stderr}");
 }
 
 #[test]
-fn a_proxy_whose_name_can_not_be_resolved_has_its_own_status() {
+fn unresolvable_proxy_name_has_status_5() {
     if !in_namespace(
-        "failures::a_proxy_whose_name_can_not_be_resolved_has_its_own_status",
+        "failures::unresolvable_proxy_name_has_status_5",
         "127.0.0.1 localhost\n",
         "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
     ) {
@@ -65,7 +65,7 @@ fn a_proxy_whose_name_can_not_be_resolved_has_its_own_status() {
 }
 
 #[test]
-fn a_failure_at_the_second_hop_names_the_second_hop() {
+fn failure_at_the_second_hop_names_the_second_hop() {
     let dead = closed_port();
     let first = ScriptedServer::start(reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
     let chain = format!("{},{dead}", first.addr);
@@ -73,7 +73,7 @@ fn a_failure_at_the_second_hop_names_the_second_hop() {
     let line = format!("s5: proxy {}: request, for {dead}: connection refused (REP 5)\n", first.addr);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(7), line));
 
-    // A first hop that leads to something else than a proxy.
+    // A first hop that connects to a server that is not a proxy.
     let first =
         ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([Greeting, send(b"HTTP/1.1 400")]).collect());
     let chain = format!("{},second.example:99", first.addr);
@@ -84,8 +84,8 @@ fn a_failure_at_the_second_hop_names_the_second_hop() {
 }
 
 #[test]
-fn what_a_proxy_says_can_not_drive_the_terminal() {
-    // The peer's name in the second reply to BIND comes from outside as well as anything.
+fn control_characters_from_a_proxy_are_not_printed() {
+    // The peer's name in the second reply to BIND is chosen by the proxy.
     let hostile = b"\x1b[2Jowned";
     let name = [&[5, 0, 0, 3, 9][..], hostile, &[0, 80]].concat();
     let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([send(&name)]).collect());
@@ -95,7 +95,7 @@ fn what_a_proxy_says_can_not_drive_the_terminal() {
 }
 
 #[test]
-fn every_mode_fails_alike() {
+fn all_modes_report_failures_alike() {
     for mode in [&["connect", TARGET][..], &["bind", TARGET], &["udp", TARGET]] {
         let cases = [
             (reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102, "request", "not allowed by ruleset (REP 2)"),

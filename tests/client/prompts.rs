@@ -1,4 +1,4 @@
-//! A user without a password: who is asked for it, and who is not. And the passwords that stand in the command line.
+//! Prompts for a missing password: askpass program and terminal. And passwords in the command line.
 
 use std::fs;
 use std::io::Write as _;
@@ -7,42 +7,42 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use crate::common::{Server, TIMEOUT, closed_port, is_installed, run, s5, temp_dir, wait_until, write_file};
-use crate::credentials::{as_s5, is_failure, login, welcoming};
+use crate::credentials::{accepting_proxy, as_s5, assert_failure, login};
 use crate::scripted::{RunningProgram, SELECT_PASSWORD, ScriptedServer, Step, send, text};
 
 use Step::{Greeting, Login, WaitForClose};
 
 const TARGET: &str = "target.example:80";
 
-/// Our program in a session of its own, which has no terminal.
+/// s5 in a new session, which has no terminal.
 fn without_a_terminal(args: &[&str]) -> Command {
     let mut command = as_s5("setsid");
     command.args(["--wait", env!("CARGO_BIN_EXE_s5")]).args(args);
     command
 }
 
-/// That it could ask nobody, and gave up before it sent anything.
-fn is_not_asked(output: &Output, proxy: &str) {
-    is_failure(output, 67, &format!("proxy {proxy}: login: no password for alice (use --proxy-auth-file or "));
+/// Checks that s5 had no means to prompt, and failed before connecting.
+fn assert_not_prompted(output: &Output, proxy: &str) {
+    assert_failure(output, 67, &format!("proxy {proxy}: login: no password for alice (use --proxy-auth-file or "));
 }
 
 #[test]
-fn where_nobody_can_be_asked_a_user_without_a_password_fails_at_once() {
-    // Nobody listens there: whoever asks for nothing finds nothing.
+fn user_without_password_fails_at_once_without_a_terminal() {
+    // Nothing listens at this address: status 67 shows that the client has not connected.
     let dead = closed_port().to_string();
     let url = format!("alice@{dead}");
     for mode in ["connect", "bind", "udp"] {
         for options in [&["-x", &url][..], &["-x", &dead, "-P", "alice"]] {
             let args = [&[mode][..], options, &[TARGET]].concat();
-            is_not_asked(&run(s5().args(&args).env("CI", "true"), b"", TIMEOUT), &dead);
+            assert_not_prompted(&run(s5().args(&args).env("CI", "true"), b"", TIMEOUT), &dead);
             if is_installed("setsid") {
-                is_not_asked(&run(&mut without_a_terminal(&args), b"", TIMEOUT), &dead);
+                assert_not_prompted(&run(&mut without_a_terminal(&args), b"", TIMEOUT), &dead);
             }
         }
     }
 }
 
-/// A program that is told what to ask, takes all of its stdin and answers with two lines.
+/// An askpass program that records its prompt, reads its stdin to the end, and answers with two lines.
 fn askpass(folder: &Path) -> String {
     let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$ASKED\"\ncat\necho topsecret\necho more\n";
     executable(folder, "askpass", script)
@@ -55,7 +55,7 @@ fn executable(folder: &Path, name: &str, script: &str) -> String {
 }
 
 #[test]
-fn a_program_is_asked_where_ssh_would_ask_it() {
+fn askpass_program_runs_under_the_conditions_of_ssh() {
     if !is_installed("setsid") {
         return;
     }
@@ -75,9 +75,9 @@ fn a_program_is_asked_where_ssh_would_ask_it() {
         &[("SSH_ASKPASS_REQUIRE", "force"), ("CI", "false")],
     ];
     for variables in yes {
-        let proxy = welcoming();
+        let proxy = accepting_proxy();
         let output = start(&proxy.url(), variables);
-        // What it has read of stdin is its own affair; ours it was not.
+        // The program does not read the stdin of s5.
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{variables:?}");
         assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{variables:?}");
         let prompt = fs::read_to_string(&asked).expect("it was asked");
@@ -92,13 +92,13 @@ fn a_program_is_asked_where_ssh_would_ask_it() {
     ];
     let dead = closed_port().to_string();
     for variables in no {
-        is_not_asked(&start(&dead, variables), &dead);
+        assert_not_prompted(&start(&dead, variables), &dead);
         assert!(!asked.exists(), "{variables:?}");
     }
 }
 
 #[test]
-fn a_program_that_does_not_answer_is_a_login_that_was_not_given() {
+fn failing_askpass_program_has_login_status() {
     let folder = temp_dir();
     let fails = executable(folder.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
     let dead = closed_port().to_string();
@@ -106,11 +106,11 @@ fn a_program_that_does_not_answer_is_a_login_that_was_not_given() {
         let mut command = s5();
         command.args(["connect", "-P", "alice", "-x", &dead, TARGET]);
         let output = run(command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force"), b"", TIMEOUT);
-        is_failure(&output, 67, &format!("proxy {dead}: login: {program}: "));
+        assert_failure(&output, 67, &format!("proxy {dead}: login: {program}: "));
     }
 }
 
-/// A shell's command on a terminal of its own, which echoes. What the terminal shows comes to stdout.
+/// A shell command on a new terminal, which echoes. Its output is on stdout.
 fn on_a_terminal(folder: &Path, command: &str) -> Command {
     let mut script = as_s5("script");
     script.current_dir(folder).env("SHELL", "/bin/sh");
@@ -118,7 +118,7 @@ fn on_a_terminal(folder: &Path, command: &str) -> Command {
     script
 }
 
-/// Waits until a password is asked for, and types one as soon as the terminal would not show it.
+/// Waits for the prompt and until echo is off, then types a password.
 fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
     terminal.stdout(|shown| text(shown).contains("Password for alice at "));
     let tty = fs::read_to_string(folder.join("tty")).expect("a file");
@@ -130,16 +130,16 @@ fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
 }
 
 #[test]
-fn a_terminal_is_asked_and_shows_nothing_of_the_answer() {
+fn password_prompt_on_a_terminal_does_not_echo() {
     if !is_installed("script") {
         return;
     }
-    // Nothing reads stdin in the first, and it is a pipe in the second.
+    // The first does not use stdin (-z); in the second, stdin is a pipe.
     for (command, payload) in [
         ("\"$S5\" connect -z -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", ""),
         ("printf payload | \"$S5\" connect -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", "payload"),
     ] {
-        let (folder, proxy) = (temp_dir(), welcoming());
+        let (folder, proxy) = (temp_dir(), accepting_proxy());
         let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
         let mut terminal = RunningProgram::start(&mut on_a_terminal(folder.path(), &command));
         type_password(&mut terminal, folder.path(), "topsecret");
@@ -153,7 +153,7 @@ fn a_terminal_is_asked_and_shows_nothing_of_the_answer() {
 }
 
 #[test]
-fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
+fn terminal_is_not_prompted_if_it_is_the_payload_or_in_ci() {
     if !is_installed("script") {
         return;
     }
@@ -174,21 +174,21 @@ fn a_terminal_is_not_asked_where_its_lines_are_payload_or_nobody_sits_there() {
     }
 }
 
-/// The command line of a process as others see it, in words.
+/// The arguments of a process, as visible in /proc.
 fn command_line(pid: u32) -> Vec<String> {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
     text(&bytes).split_terminator('\0').map(String::from).collect()
 }
 
-/// That the passwords of a command line are not to be seen, and that nothing else of it has changed.
-fn is_hidden(pid: u32, given: &[String]) {
+/// Checks that the passwords of a command line are overwritten, and nothing else.
+fn assert_hidden(pid: u32, given: &[String]) {
     let shown = command_line(pid);
     let blotted: Vec<String> = given.iter().map(|word| word.replace("topsecret", "xxxxxxxxx")).collect();
     assert_eq!(shown[1..], blotted);
 }
 
 #[test]
-fn a_password_in_the_command_line_is_sent_but_not_seen_there() {
+fn password_in_the_command_line_is_overwritten() {
     for args in [
         "-x alice:topsecret@ADDR",
         "-x socks5h://alice:topsecret@ADDR",
@@ -205,13 +205,13 @@ fn a_password_in_the_command_line_is_sent_but_not_seen_there() {
         let args: Vec<String> = args.split(' ').map(String::from).collect();
         let client = RunningProgram::start(s5().args(&args));
         proxy.message();
-        is_hidden(client.pid(), &args);
+        assert_hidden(client.pid(), &args);
         assert_eq!(proxy.message(), login("alice", b"topsecret"), "{args:?}");
     }
 }
 
 #[test]
-fn the_passwords_of_a_chain_are_not_seen_in_the_command_line() {
+fn passwords_of_a_chain_are_overwritten_in_the_command_line() {
     let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
     let chain = format!("alice:topsecret@{},bob:othersecret@second.example", proxy.addr);
     let client = RunningProgram::start(s5().args(["connect", "-x", &chain, TARGET]));
@@ -224,11 +224,11 @@ fn the_passwords_of_a_chain_are_not_seen_in_the_command_line() {
 }
 
 #[test]
-fn the_passwords_of_a_server_are_not_seen_in_its_command_line() {
+fn passwords_in_via_of_a_server_are_overwritten_in_the_command_line() {
     let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
     let via = format!("alice:topsecret@{}", proxy.addr);
     let server = Server::start(&["--via", &via]);
-    is_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
+    assert_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
     let mut client = server.connect();
     client.write_all(&[5, 1, 0]).expect("it is sent");
     client.write_all(&crate::common::request(1, closed_port())).expect("it is sent");
@@ -237,18 +237,18 @@ fn the_passwords_of_a_server_are_not_seen_in_its_command_line() {
 }
 
 #[test]
-fn a_password_in_the_option_of_the_user_is_warned_of_once() {
-    let said = |options: &[&str]| {
-        let proxy = welcoming();
+fn password_in_the_user_option_is_warned_about_once() {
+    let stderr = |options: &[&str]| {
+        let proxy = accepting_proxy();
         let mut command = s5();
         command.args(["connect", "-z", "-x", &proxy.url(), TARGET]).args(options).env("S5_PROXY_AUTH", "alice:known");
         let output = run(&mut command, b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         text(&output.stderr)
     };
-    let warned = said(&["-P", "alice:topsecret"]);
+    let warned = stderr(&["-P", "alice:topsecret"]);
     assert!(warned.starts_with("s5: --proxy-user: ") && warned.lines().count() == 1, "{warned}");
     assert!(!warned.contains("topsecret"), "{warned}");
-    assert_eq!(said(&["-P", "alice:topsecret", "--quiet"]), "");
-    assert_eq!(said(&["-P", "alice"]), "");
+    assert_eq!(stderr(&["-P", "alice:topsecret", "--quiet"]), "");
+    assert_eq!(stderr(&["-P", "alice"]), "");
 }

@@ -1,4 +1,4 @@
-//! Which proxy a client goes through, and how it gets there.
+//! Choice of the proxy, and connecting to it: option, variables, names, Unix sockets and chains.
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
@@ -9,8 +9,8 @@ use crate::scripted::{SUCCESS_REPLY, ScriptedServer, reply_with, send, text};
 
 const TARGET: &str = "target.example:80";
 
-/// Which of these the client tries, judged by what it says when nobody listens there.
-fn tried(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>, String) {
+/// Runs `s5 connect` with this option and these variables. Returns status and stderr.
+fn run_client(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>, String) {
     let mut command = s5();
     command.args(["connect", TARGET]).envs(variables.iter().copied());
     if let Some(option) = option {
@@ -21,81 +21,81 @@ fn tried(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>, Stri
 }
 
 #[test]
-fn the_option_comes_before_the_environment_and_that_in_its_order() {
+fn proxy_option_precedes_variables_in_their_order() {
     let places: Vec<String> = (0..4).map(|_| closed_port().to_string()).collect();
     let [option, first, second, third] = [0, 1, 2, 3].map(|i| places[i].as_str());
     let all = [("S5_PROXY", first), ("all_proxy", second), ("ALL_PROXY", third)];
-    let used = |(status, said): (Option<i32>, String), place: &str| {
-        assert_eq!(status, Some(7), "{said}");
-        assert!(said.starts_with(&format!("s5: proxy {place}: ")), "{said} is not about {place}");
+    let assert_used = |(status, stderr): (Option<i32>, String), place: &str| {
+        assert_eq!(status, Some(7), "{stderr}");
+        assert!(stderr.starts_with(&format!("s5: proxy {place}: ")), "{stderr} is not about {place}");
     };
-    used(tried(Some(option), &all), option);
-    used(tried(None, &all), first);
-    used(tried(None, &all[1..]), second);
-    used(tried(None, &all[2..]), third);
-    used(tried(None, &[("S5_PROXY", ""), ("all_proxy", ""), ("ALL_PROXY", third)]), third);
+    assert_used(run_client(Some(option), &all), option);
+    assert_used(run_client(None, &all), first);
+    assert_used(run_client(None, &all[1..]), second);
+    assert_used(run_client(None, &all[2..]), third);
+    assert_used(run_client(None, &[("S5_PROXY", ""), ("all_proxy", ""), ("ALL_PROXY", third)]), third);
 }
 
 #[test]
-fn without_any_word_the_proxy_is_on_port_1080_here() {
-    if !in_namespace("proxies::without_any_word_the_proxy_is_on_port_1080_here", "127.0.0.1 localhost\n", "") {
+fn default_proxy_is_loopback_port_1080() {
+    if !in_namespace("proxies::default_proxy_is_loopback_port_1080", "127.0.0.1 localhost\n", "") {
         return;
     }
     let at = SocketAddr::from(([127, 0, 0, 1], 1080));
     for option in [None, Some("127.0.0.1"), Some("socks5h://127.0.0.1/"), Some("localhost")] {
         let proxy = ScriptedServer::start_at(at, reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
-        assert_eq!(tried(option, &[]).0, Some(102));
+        assert_eq!(run_client(option, &[]).0, Some(102));
         assert_eq!(proxy.messages().len(), 2);
     }
 }
 
 #[test]
-fn the_environment_may_have_a_chain() {
+fn proxy_variable_may_contain_a_chain() {
     let second = closed_port();
     let first = ScriptedServer::start(reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
     let chain = format!("socks5h://{}, socks5://u:p@{second}", first.addr);
-    let (status, said) = tried(None, &[("ALL_PROXY", &chain)]);
-    assert_eq!(status, Some(7), "{said}");
-    assert!(said.contains(&format!("request, for {second}: ")), "{said}");
+    let (status, stderr) = run_client(None, &[("ALL_PROXY", &chain)]);
+    assert_eq!(status, Some(7), "{stderr}");
+    assert!(stderr.contains(&format!("request, for {second}: ")), "{stderr}");
 }
 
 #[test]
-fn a_proxy_of_another_kind_is_not_dialled() {
+fn unsupported_proxy_scheme_is_not_connected_to() {
     for (variable, value, scheme) in [
         ("ALL_PROXY", "http://alice:topsecret@127.0.0.1:3128", "http"),
         ("all_proxy", "https://alice:topsecret@127.0.0.1:3128", "https"),
         ("S5_PROXY", "socks4a://alice:topsecret@127.0.0.1:3128", "socks4a"),
     ] {
-        let (status, said) = tried(None, &[(variable, value)]);
-        assert_eq!(status, Some(2), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.starts_with(&format!("s5: {variable}: ")) && said.contains(scheme), "{said}");
-        assert!(!said.contains("topsecret"), "{said}");
+        let (status, stderr) = run_client(None, &[(variable, value)]);
+        assert_eq!(status, Some(2), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(stderr.starts_with(&format!("s5: {variable}: ")) && stderr.contains(scheme), "{stderr}");
+        assert!(!stderr.contains("topsecret"), "{stderr}");
     }
 }
 
 #[test]
-fn a_proxy_that_makes_no_sense_is_a_usage_error_that_names_where_it_stands() {
+fn invalid_proxy_is_a_usage_error_that_names_its_source() {
     for proxy in ["host:port", "host:65536", "[::1", "::1]:1", "unix:", "a,unix:/b", "a,,b", "127.0.0.1,", " "] {
-        let (status, said) = tried(Some(proxy), &[]);
-        assert_eq!(status, Some(2), "{proxy:?}: {said}");
-        assert!(said.starts_with("s5: --proxy: ") && said.lines().count() == 1, "{proxy:?}: {said}");
+        let (status, stderr) = run_client(Some(proxy), &[]);
+        assert_eq!(status, Some(2), "{proxy:?}: {stderr}");
+        assert!(stderr.starts_with("s5: --proxy: ") && stderr.lines().count() == 1, "{proxy:?}: {stderr}");
     }
-    let (status, said) = tried(None, &[("all_proxy", "host:port")]);
-    assert_eq!(status, Some(2), "{said}");
-    assert!(said.starts_with("s5: all_proxy: "), "{said}");
+    let (status, stderr) = run_client(None, &[("all_proxy", "host:port")]);
+    assert_eq!(status, Some(2), "{stderr}");
+    assert!(stderr.starts_with("s5: all_proxy: "), "{stderr}");
 }
 
 #[test]
-fn a_user_name_without_a_password_fails_at_once_where_nobody_can_be_asked() {
-    // Nothing is sent, and so nothing is needed to listen.
-    let (status, said) = tried(Some("alice@127.0.0.1:1"), &[("CI", "true")]);
-    assert_eq!(status, Some(67), "{said}");
-    assert!(said.starts_with("s5: proxy 127.0.0.1:1: login: no password for alice"), "{said}");
+fn user_without_password_fails_before_connecting() {
+    // Fails before it connects, so no listener is needed.
+    let (status, stderr) = run_client(Some("alice@127.0.0.1:1"), &[("CI", "true")]);
+    assert_eq!(status, Some(67), "{stderr}");
+    assert!(stderr.starts_with("s5: proxy 127.0.0.1:1: login: no password for alice"), "{stderr}");
 }
 
 #[test]
-fn no_complaint_about_a_proxy_repeats_a_password() {
+fn error_about_a_proxy_url_does_not_contain_the_password() {
     for proxy in [
         "alice:topsecret@host:port",
         "alice:topsecret@[::1",
@@ -103,26 +103,26 @@ fn no_complaint_about_a_proxy_repeats_a_password() {
         "http://alice:topsecret@host",
         "socks5h://alice:topsecret@host:99999",
         "host,alice:topsecret@unix:",
-        // Not encoded as they should be, which is when people see the complaint.
+        // Not percent-encoded as required, a frequent mistake.
         "alice:a,topsecret@[::1",
         "alice:topsecret,a@[::1",
         "alice:topsecret://a@[::1",
     ] {
         for place in [Some(proxy), None] {
             let variables = if place.is_none() { &[("ALL_PROXY", proxy)][..] } else { &[] };
-            let (status, said) = tried(place, variables);
-            assert_eq!(status, Some(2), "{said}");
-            assert!(!said.contains("topsecret"), "{said}");
+            let (status, stderr) = run_client(place, variables);
+            assert_eq!(status, Some(2), "{stderr}");
+            assert!(!stderr.contains("topsecret"), "{stderr}");
         }
     }
 }
 
 #[test]
-fn an_ipv6_proxy_is_reached_with_and_without_a_scheme() {
+fn ipv6_proxy_is_accepted_with_and_without_a_scheme() {
     for scheme in ["", "socks5://", "socks5h://"] {
         let at = "[::1]:0".parse().expect("an address");
         let proxy = ScriptedServer::start_at(at, reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
-        assert_eq!(tried(Some(&format!("{scheme}{}", proxy.addr)), &[]).0, Some(102));
+        assert_eq!(run_client(Some(&format!("{scheme}{}", proxy.addr)), &[]).0, Some(102));
     }
 }
 
@@ -139,7 +139,7 @@ fn all_addresses_of_the_proxy_are_tried() {
 }
 
 #[test]
-fn a_proxy_may_be_on_a_unix_socket() {
+fn proxy_on_a_unix_socket_works() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
@@ -152,7 +152,7 @@ fn a_proxy_may_be_on_a_unix_socket() {
 }
 
 #[test]
-fn a_unix_socket_takes_a_login_too_and_its_failures_name_it() {
+fn unix_socket_proxy_accepts_a_login_and_failures_name_its_path() {
     let folder = temp_dir();
     let path = folder.path().join("proxy.sock");
     let listener = UnixListener::bind(&path).expect("a socket");
@@ -165,13 +165,13 @@ fn a_unix_socket_takes_a_login_too_and_its_failures_name_it() {
         stream.write_all(&[1, 1]).expect("it is sent");
     });
     let url = format!("alice:secret@unix:{}", path.display());
-    let (status, said) = tried(Some(&url), &[]);
+    let (status, stderr) = run_client(Some(&url), &[]);
     let line = format!("s5: proxy unix:{}: login, for {TARGET}: user name or password refused\n", path.display());
-    assert_eq!((status, said), (Some(67), line));
+    assert_eq!((status, stderr), (Some(67), line));
 }
 
 #[test]
-fn a_unix_socket_leads_on_to_other_proxies() {
+fn unix_socket_proxy_can_be_the_first_of_a_chain() {
     let folder = temp_dir();
     let listen = format!("unix:{}", folder.path().join("s5.sock").display());
     let _first = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
@@ -180,15 +180,15 @@ fn a_unix_socket_leads_on_to_other_proxies() {
     let output = run(s5().args(["connect", "-x", &chain, &echo_server().to_string()]), b"on and on", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "on and on".into()));
     let backwards = format!("{},{listen}", second.addr());
-    let (status, said) = tried(Some(&backwards), &[]);
-    assert!(status != Some(0) && said.contains("a Unix socket can only be the first hop"), "{said}");
+    let (status, stderr) = run_client(Some(&backwards), &[]);
+    assert!(status != Some(0) && stderr.contains("a Unix socket can only be the first hop"), "{stderr}");
 }
 
 #[test]
-fn three_servers_are_walked_in_order_each_with_its_own_login() {
+fn chain_of_three_servers_logs_in_at_each() {
     let folder = temp_dir();
     let server = |name: &str, passwd: &str| {
-        // The cheapest cost there is: this is not about the hash.
+        // The lowest cost of bcrypt, for speed.
         let hash = bcrypt::hash(passwd, 4).expect("a hash");
         let users = crate::common::write_file(folder.path(), name, &format!("{name}:{hash}\n"));
         Server::start(&["--users", &users])
@@ -205,7 +205,7 @@ fn three_servers_are_walked_in_order_each_with_its_own_login() {
         assert!(log.contains(&next) && log.contains(user), "{log}");
     }
     let wrong = chain.replace("second", "wrong");
-    let (status, said) = tried(Some(&wrong), &[]);
-    assert_eq!(status, Some(67), "{said}");
-    assert!(said.starts_with(&format!("s5: proxy {}: login", servers[1].addr())), "{said}");
+    let (status, stderr) = run_client(Some(&wrong), &[]);
+    assert_eq!(status, Some(67), "{stderr}");
+    assert!(stderr.starts_with(&format!("s5: proxy {}: login", servers[1].addr())), "{stderr}");
 }

@@ -1,4 +1,4 @@
-//! stdin and stdout as a tunnel: that nothing is lost, and how it ends.
+//! stdin and stdout of `s5 connect`: no data is lost, and how the tunnel ends.
 
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
@@ -14,10 +14,10 @@ use crate::scripted::{RunningProgram, ScriptedServer, open_tunnel, reset, text};
 
 const TARGET: &str = "target.example:80";
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-/// For what moves a lot of data.
-const A_WHILE: Duration = Duration::from_secs(60);
+/// For transfers of many megabytes.
+const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes without a pattern that a swapped or repeated block would keep.
+/// Pseudo-random bytes, so that swapped and repeated blocks are detected.
 fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut bytes = Vec::with_capacity(length + 8);
@@ -32,7 +32,7 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn every_octet_value_passes_both_ways() {
+fn every_byte_value_passes_in_both_directions() {
     let server = Server::start(&[]);
     let bytes: Vec<u8> = (0..=255).cycle().take(3 * 256 + 7).collect();
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
@@ -41,21 +41,21 @@ fn every_octet_value_passes_both_ways() {
 }
 
 #[test]
-fn sixty_four_mebibytes_pass_both_ways_at_once() {
+fn sixty_four_mib_pass_in_both_directions_at_once() {
     let server = Server::start(&[]);
     let bytes = noise(64 << 20);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
-    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, A_WHILE);
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, LONG_TIMEOUT);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(0), bytes.len()), "{}", text(&output.stderr));
-    assert!(output.stdout == bytes, "what came back is not what was sent");
+    assert!(output.stdout == bytes, "the returned data differs from the sent data");
 }
 
 #[test]
-fn the_end_of_stdin_is_passed_on_and_a_late_answer_still_arrives() {
+fn end_of_stdin_is_forwarded_and_a_late_answer_arrives() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
         let mut question = Vec::new();
-        stream.read_to_end(&mut question).expect("the end of stdin comes");
-        // Later than any short wait for stragglers would last.
+        stream.read_to_end(&mut question).expect("the end of stdin arrives");
+        // Later than a client that waits only briefly after the end of stdin.
         thread::sleep(Duration::from_millis(700));
         let _ = stream.write_all(&question);
     }));
@@ -64,7 +64,7 @@ fn the_end_of_stdin_is_passed_on_and_a_late_answer_still_arrives() {
 }
 
 #[test]
-fn it_ends_soon_when_the_server_closes_although_stdin_is_open() {
+fn connect_ends_after_the_remote_end_although_stdin_is_open() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.write_all(b"bye"))));
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|bytes| bytes == b"bye");
@@ -73,7 +73,7 @@ fn it_ends_soon_when_the_server_closes_although_stdin_is_open() {
 }
 
 #[test]
-fn data_is_passed_on_at_once_both_ways_while_both_are_open() {
+fn interactive_data_is_not_delayed() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy, &target]));
@@ -87,48 +87,48 @@ fn data_is_passed_on_at_once_both_ways_while_both_are_open() {
 }
 
 #[test]
-fn a_server_that_half_closes_at_once_still_gets_all() {
-    let (tell, told) = channel();
+fn early_half_close_of_the_target_loses_no_data_from_stdin() {
+    let (sender, receiver) = channel();
     let target = tcp_server(LOOPBACK, move |mut stream| {
         stream.shutdown(Shutdown::Write).expect("half-close");
         let mut all = Vec::new();
         let ended = stream.read_to_end(&mut all);
-        let _ = tell.send((all, ended.is_ok()));
+        let _ = sender.send((all, ended.is_ok()));
     });
     let server = Server::start(&[]);
     let bytes = noise(8 << 20);
     let (proxy, target) = (server.addr().to_string(), target.to_string());
-    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, A_WHILE);
+    let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, LONG_TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    let (all, ended) = told.recv_timeout(TIMEOUT).expect("the target is done");
-    assert!(ended, "cut by a reset");
+    let (all, ended) = receiver.recv_timeout(TIMEOUT).expect("the target is done");
+    assert!(ended, "ended by a reset");
     assert!(all == bytes, "{} of {} bytes arrived", all.len(), bytes.len());
 }
 
 #[test]
-fn a_large_answer_arrives_whole_behind_the_end_of_stdin() {
+fn large_answer_after_the_end_of_stdin_is_complete() {
     let bytes = noise(8 << 20);
     let answer = bytes.clone();
     let proxy = ScriptedServer::start(open_tunnel(move |mut stream| {
-        stream.read_to_end(&mut Vec::new()).expect("the end of stdin comes");
+        stream.read_to_end(&mut Vec::new()).expect("the end of stdin arrives");
         let _ = stream.write_all(&answer);
     }));
-    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", A_WHILE);
+    let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", LONG_TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(output.stdout == bytes, "{} of {} bytes arrived", output.stdout.len(), bytes.len());
 }
 
 #[test]
-fn a_reset_in_the_middle_is_a_failure() {
-    let (tell, told) = channel();
+fn reset_during_the_transfer_has_status_56() {
+    let (sender, receiver) = channel();
     let proxy = ScriptedServer::start(open_tunnel(move |mut stream| {
         stream.write_all(b"half of").expect("it is sent");
-        told.recv_timeout(TIMEOUT).expect("the test goes on");
+        receiver.recv_timeout(TIMEOUT).expect("the test continues");
         reset(stream);
     }));
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|bytes| bytes == b"half of");
-    tell.send(()).expect("the script goes on");
+    sender.send(()).expect("the script continues");
     let (status, _, stderr) = client.end(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
     let line = format!("s5: proxy {}: transfer, for {TARGET}: read error: ", proxy.addr);
@@ -136,7 +136,7 @@ fn a_reset_in_the_middle_is_a_failure() {
 }
 
 #[test]
-fn a_reset_of_the_target_comes_through_the_server_as_a_failure() {
+fn reset_by_the_target_is_reported_through_the_server() {
     let server = Server::start(&[]);
     let target = tcp_server(LOOPBACK, |mut stream| {
         stream.read_exact(&mut [0; 4]).expect("a word");
@@ -150,8 +150,8 @@ fn a_reset_of_the_target_comes_through_the_server_as_a_failure() {
 }
 
 #[test]
-fn a_server_that_stops_reading_and_closes_is_not_a_success() {
-    // It closes with our bytes unread, which is a reset: they are lost, and that must be told.
+fn close_with_unread_data_is_a_failure() {
+    // Closing with unread bytes sends a reset: bytes are lost, which must be reported.
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
         stream.read_exact(&mut [0; 1]).expect("the first byte");
     }));
@@ -161,11 +161,11 @@ fn a_server_that_stops_reading_and_closes_is_not_a_success() {
 }
 
 #[test]
-fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
+fn connect_ends_without_message_when_stdout_is_closed() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| while stream.write_all(b"a line\n").is_ok() {}));
     let mut command = s5();
     command.args(["connect", "-x", &proxy.url(), TARGET]);
-    // As `head -n 1` does, while stdin stays open.
+    // Like `head -n 1`, while stdin stays open.
     let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |bytes| bytes.contains(&b'\n'));
     let (status, _, stderr) = client.end(TIMEOUT);
     let by_sigpipe = status.signal() == Some(13);
@@ -174,7 +174,7 @@ fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
 }
 
 #[test]
-fn a_full_disk_is_a_failure() {
+fn full_disk_has_status_23() {
     for size in [1, 1 << 20] {
         let proxy = ScriptedServer::start(open_tunnel(move |mut stream| drop(stream.write_all(&noise(size)))));
         let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
@@ -188,7 +188,7 @@ fn a_full_disk_is_a_failure() {
 }
 
 #[test]
-fn a_stdin_that_can_not_be_read_is_a_failure() {
+fn unreadable_stdin_has_status_26() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.read_to_end(&mut Vec::new()))));
     let mut command = s5();
     let folder = std::fs::File::open("/").expect("a folder");
@@ -199,8 +199,8 @@ fn a_stdin_that_can_not_be_read_is_a_failure() {
 }
 
 #[test]
-fn stdin_and_stdout_keep_their_flags() {
-    // O_NONBLOCK would be shared with whoever else holds the descriptor.
+fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
+    // O_NONBLOCK would also apply to other processes that share the file description.
     let folder = crate::common::temp_dir();
     let input = crate::common::write_file(folder.path(), "input", "hello");
     let (reader, writer) = std::io::pipe().expect("a pipe");
@@ -233,13 +233,13 @@ fn stdin_and_stdout_keep_their_flags() {
 }
 
 #[test]
-fn a_closed_stdin_and_a_closed_stdout_are_no_disaster() {
+fn closed_stdin_is_treated_as_empty() {
     let server = Server::start(&[]);
     let target = tcp_server(LOOPBACK, |mut stream| drop(stream.write_all(b"hello")));
     let script = "exec \"$0\" connect -x \"$1\" \"$2\" <&-";
     let mut command = std::process::Command::new("sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &server.addr().to_string(), &target.to_string()]);
     let output = command.output().expect("sh runs");
-    // The runtime puts /dev/null there.
+    // Rust's runtime opens /dev/null as a closed stdin.
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "hello".into()), "{}", text(&output.stderr));
 }

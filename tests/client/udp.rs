@@ -1,4 +1,4 @@
-//! `s5 udp`, through our own server and against scripted ones.
+//! `s5 udp`, through `s5 serve` and against scripted proxies.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::process::ExitStatusExt as _;
@@ -31,29 +31,29 @@ fn datagram(payload: &[u8]) -> Vec<u8> {
 }
 
 /// How a control connection ends.
-type End = fn(TcpStream);
+type ControlEnd = fn(TcpStream);
 
-/// A proxy that says that its relay is at `bnd`, and keeps the control connection until the sender says or goes.
-fn associating(bnd: SocketAddr) -> (ScriptedServer, Sender<End>) {
-    let (tell, told) = channel::<End>();
+/// A proxy that replies with `bnd` as its relay. The returned sender ends the control connection.
+fn associating_proxy(bnd: SocketAddr) -> (ScriptedServer, Sender<ControlEnd>) {
+    let (sender, receiver) = channel::<ControlEnd>();
     let hold = with_stream(move |stream| {
-        if let Ok(end) = told.recv() {
+        if let Ok(end) = receiver.recv() {
             end(stream);
         }
     });
-    (ScriptedServer::start(reply_with(&success_reply(bnd)).into_iter().chain([hold]).collect()), tell)
+    (ScriptedServer::start(reply_with(&success_reply(bnd)).into_iter().chain([hold]).collect()), sender)
 }
 
-/// A relay that the test plays, and a client that was told to use it.
-fn start(args: &[&str], target: &str) -> (RunningProgram, UdpSocket, Sender<End>) {
+/// Starts a client. The test acts as its relay.
+fn start(args: &[&str], target: &str) -> (RunningProgram, UdpSocket, Sender<ControlEnd>) {
     let relay = socket("127.0.0.1:0");
-    let (proxy, control) = associating(relay.local_addr().expect("an address"));
+    let (proxy, control) = associating_proxy(relay.local_addr().expect("an address"));
     let client = RunningProgram::start(s5().arg("udp").args(args).args(["-x", &proxy.url(), target]));
     (client, relay, control)
 }
 
 #[test]
-fn a_line_is_a_datagram_and_an_answer_is_a_line() {
+fn udp_sends_each_line_as_a_datagram_and_prints_each_answer_as_a_line() {
     let server = Server::start(&[]);
     let proxy = server.addr().to_string();
     for ip in [LOOPBACK, Ipv6Addr::LOCALHOST.into()] {
@@ -62,14 +62,14 @@ fn a_line_is_a_datagram_and_an_answer_is_a_line() {
         let mut client = RunningProgram::start(s5().args(["udp", "-w", "10", "-x", &proxy, &target]));
         client.write(lines);
         client.close_stdin();
-        let heard = client.stdout(|bytes| bytes.len() > lines.len());
-        assert_eq!(text(&heard), text(b"one\ntwo\n\nbinary \x00\xff\r\nno end\n"), "{ip}");
-        assert!(client.is_running(), "it waits for more answers");
+        let received = client.stdout(|bytes| bytes.len() > lines.len());
+        assert_eq!(text(&received), text(b"one\ntwo\n\nbinary \x00\xff\r\nno end\n"), "{ip}");
+        assert!(client.is_running(), "the client ended while waiting for answers");
     }
 }
 
 #[test]
-fn each_datagram_has_the_header_of_its_target() {
+fn udp_header_has_the_address_of_the_target() {
     let v6 = [&[0, 0, 0, 4][..], &[0; 15], &[1, 0, 7]].concat();
     let name = [&[0, 0, 0, 3, 14][..], b"target.example", &[0, 7]].concat();
     for (target, header) in [(TARGET, datagram(b"")), ("[::1]:7", v6), ("target.example:7", name)] {
@@ -82,7 +82,7 @@ fn each_datagram_has_the_header_of_its_target() {
 }
 
 #[test]
-fn an_empty_answer_is_an_empty_line() {
+fn udp_prints_an_empty_answer_as_an_empty_line() {
     let (mut client, relay, _control) = start(&[], TARGET);
     client.write(b"x\n");
     let (_, from) = receive(&relay);
@@ -93,7 +93,7 @@ fn an_empty_answer_is_an_empty_line() {
 }
 
 #[test]
-fn raw_answers_are_written_as_they_are() {
+fn udp_raw_writes_answers_unchanged() {
     let (mut client, relay, _control) = start(&["--raw"], TARGET);
     client.write(b"x\ny\n");
     let (bytes, from) = receive(&relay);
@@ -105,7 +105,7 @@ fn raw_answers_are_written_as_they_are() {
 }
 
 #[test]
-fn raw_takes_each_read_as_one_datagram_however_many_there_are() {
+fn udp_raw_sends_each_read_as_one_datagram() {
     let (mut client, relay, _control) = start(&["--raw"], TARGET);
     for round in 0..200_u8 {
         client.write(&[round; 10_000]);
@@ -114,14 +114,14 @@ fn raw_takes_each_read_as_one_datagram_however_many_there_are() {
 }
 
 #[test]
-fn sixty_five_thousand_octets_pass_both_ways_in_one_datagram() {
+fn udp_datagram_of_maximum_size_passes_in_both_directions() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), udp_echo_server(LOOPBACK).to_string());
     let payload: Vec<u8> = (0..65_000_u32).map(|i| b'a' + u8::try_from(i % 26).expect("a letter")).collect();
     let line = [&payload[..], b"\n"].concat();
     let mut lines = RunningProgram::start(s5().args(["udp", "-x", &proxy, &target]));
     lines.write(&line);
-    assert!(lines.stdout(|bytes| bytes.len() >= line.len()) == line, "what came back is not what was sent");
+    assert!(lines.stdout(|bytes| bytes.len() >= line.len()) == line, "the returned data differs from the sent data");
     let target = socket("127.0.0.1:0");
     let addr = target.local_addr().expect("an address").to_string();
     let mut raw = RunningProgram::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
@@ -129,11 +129,14 @@ fn sixty_five_thousand_octets_pass_both_ways_in_one_datagram() {
     let (bytes, from) = receive(&target);
     assert!(bytes == payload, "{} bytes came in one datagram", bytes.len());
     target.send_to(&bytes, from).expect("it is sent");
-    assert!(raw.stdout(|bytes| bytes.len() >= payload.len()) == payload, "what came back is not what was sent");
+    assert!(
+        raw.stdout(|bytes| bytes.len() >= payload.len()) == payload,
+        "the returned data differs from the sent data"
+    );
 }
 
 #[test]
-fn a_line_that_no_datagram_carries_is_an_error() {
+fn udp_line_larger_than_a_datagram_is_an_error() {
     let (mut client, _relay, _control) = start(&[], TARGET);
     client.write(&[&[b'x'; 65_528][..], b"\n"].concat());
     let (status, stdout, stderr) = client.end(TIMEOUT);
@@ -145,7 +148,7 @@ fn a_line_that_no_datagram_carries_is_an_error() {
 }
 
 #[test]
-fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
+fn udp_waits_for_answers_after_the_end_of_stdin() {
     let (mut client, relay, _control) = start(&["-w", "300ms"], TARGET);
     let began = Instant::now();
     client.write(b"x\n");
@@ -153,7 +156,7 @@ fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
     client.close_stdin();
     let (status, stdout, stderr) = client.end(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
-    assert!(began.elapsed() >= Duration::from_millis(300), "it did not wait");
+    assert!(began.elapsed() >= Duration::from_millis(300), "the client ended too early");
 
     let (mut client, relay, _control) = start(&["-w", "10"], TARGET);
     client.write(b"x\n");
@@ -165,16 +168,16 @@ fn behind_the_end_of_stdin_it_waits_for_answers_as_long_as_it_was_told() {
 }
 
 #[test]
-fn no_wait_at_all_is_a_wait_too() {
+fn udp_wait_of_zero_is_accepted() {
     let relay = socket("127.0.0.1:0");
-    let (proxy, _control) = associating(relay.local_addr().expect("an address"));
+    let (proxy, _control) = associating_proxy(relay.local_addr().expect("an address"));
     let output = run(s5().args(["udp", "-w", "0", "-x", &proxy.url(), TARGET]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert_eq!(receive(&relay).0, datagram(b"x"));
 }
 
 #[test]
-fn a_relay_at_zeros_is_at_the_proxys_own_address() {
+fn udp_unspecified_relay_address_is_replaced_by_proxy_address() {
     for zeros in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
         let at = "127.0.0.8:0";
         let relay = socket(at);
@@ -196,12 +199,12 @@ fn hold(mut stream: TcpStream) {
 }
 
 #[test]
-fn what_does_not_come_from_the_relay_is_ignored() {
+fn udp_datagram_from_another_sender_is_ignored() {
     let (mut client, relay, _control) = start(&[], TARGET);
     client.write(b"x\n");
     let (_, from) = receive(&relay);
     for stranger in ["127.0.0.1:0", "127.0.0.2:0"] {
-        // Where the kernel refuses it to the stranger, so much the better.
+        // The kernel may reject the datagram already here.
         let _ = socket(stranger).send_to(&datagram(b"from a stranger"), from);
     }
     relay.send_to(&datagram(b"from the relay"), from).expect("it is sent");
@@ -209,7 +212,7 @@ fn what_does_not_come_from_the_relay_is_ignored() {
 }
 
 #[test]
-fn what_is_no_datagram_of_the_protocol_is_ignored() {
+fn udp_invalid_datagram_is_ignored() {
     let (mut client, relay, _control) = start(&[], TARGET);
     client.write(b"x\n");
     let (_, from) = receive(&relay);
@@ -220,7 +223,7 @@ fn what_is_no_datagram_of_the_protocol_is_ignored() {
         &[0, 0, 0, 1, 192, 0, 2],
         &[0, 0, 0, 9, 192, 0, 2, 7, 0, 7, b'x'],
         &[0, 0, 0, 3, 200, b'x'],
-        // A fragment whose end never comes.
+        // A fragment without the last one.
         &[0, 0, 1, 1, 192, 0, 2, 7, 0, 7, b'x'],
     ];
     for bytes in broken {
@@ -231,7 +234,7 @@ fn what_is_no_datagram_of_the_protocol_is_ignored() {
 }
 
 #[test]
-fn an_answer_in_fragments_is_put_together() {
+fn udp_fragmented_answer_is_reassembled() {
     let (mut client, relay, _control) = start(&[], TARGET);
     client.write(b"x\n");
     let (_, from) = receive(&relay);
@@ -244,46 +247,46 @@ fn an_answer_in_fragments_is_put_together() {
 }
 
 #[test]
-fn a_lost_control_connection_ends_it_with_a_failure() {
-    let ends: [End; 3] =
+fn udp_ends_with_failure_when_the_control_connection_closes() {
+    let ends: [ControlEnd; 3] =
         [drop, crate::scripted::reset, |stream| drop(stream.shutdown(Shutdown::Write).map(|()| hold(stream)))];
     for end in ends {
         let relay = socket("127.0.0.1:0");
-        let (proxy, control) = associating(relay.local_addr().expect("an address"));
+        let (proxy, control) = associating_proxy(relay.local_addr().expect("an address"));
         let mut client = RunningProgram::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
         client.write(b"x\n");
         let (_, from) = receive(&relay);
         relay.send_to(&datagram(b"answer"), from).expect("it is sent");
-        control.send(end).expect("the script goes on");
+        control.send(end).expect("the script continues");
         let (status, stdout, stderr) = client.end(Duration::from_secs(2));
         let reason = format!("transfer, for {TARGET}: the proxy ended the association");
         let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
         assert_eq!((status.code(), stderr), (Some(56), line));
-        assert_eq!(text(&stdout), "answer\n", "what came before is kept");
+        assert_eq!(text(&stdout), "answer\n", "answers received before the end are written");
     }
 }
 
 #[test]
-fn answers_get_their_turn_while_stdin_always_has_more() {
+fn udp_prints_answers_while_stdin_has_unlimited_data() {
     let server = Server::start(&[]);
     let echo = udp_echo_server([127, 0, 0, 1].into());
     let lines: String = (0..2000).map(|n| format!("{n}\n")).collect();
     let args = ["udp", "-w", "300ms", "-x", &server.addr().to_string(), &echo.to_string()];
     let output = run(s5().args(args), lines.as_bytes(), TIMEOUT);
-    // UDP may lose some; a client that only sent would be left with the few hundred that its socket holds.
+    // UDP may lose some. A client that only sends would receive the few hundred that fit into its socket.
     let answers = text(&output.stdout).lines().count();
     assert!(answers > 400, "{answers} of 2000");
 }
 
 #[test]
-fn a_closed_port_behind_the_relay_ends_nothing() {
+fn udp_icmp_error_does_not_end_the_client() {
     let server = Server::start(&[]);
     let target = socket("127.0.0.1:0");
     let addr = target.local_addr().expect("an address");
     drop(target);
     let mut client = RunningProgram::start(s5().args(["udp", "-x", &server.addr().to_string(), &addr.to_string()]));
     client.write(b"to nobody\nagain\n");
-    // Answers to a target that comes up later still pass.
+    // Datagrams to a target that starts later are relayed.
     let Ok(target) = UdpSocket::bind(addr) else { return };
     target.set_read_timeout(Some(Duration::from_millis(50))).expect("it can be set");
     let deadline = Instant::now() + TIMEOUT;
@@ -300,7 +303,7 @@ fn a_closed_port_behind_the_relay_ends_nothing() {
 }
 
 #[test]
-fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
+fn udp_ends_without_message_when_stdout_is_closed() {
     let server = Server::start(&[]);
     let target = udp_echo_server(LOOPBACK).to_string();
     let mut command = s5();
@@ -313,7 +316,7 @@ fn it_ends_quietly_when_nobody_reads_stdout_any_more() {
 }
 
 #[test]
-fn three_servers_relay_for_each_other() {
+fn udp_nested_associations_through_three_servers_work() {
     let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
     let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
     let target = udp_echo_server(LOOPBACK).to_string();
@@ -333,8 +336,8 @@ fn three_servers_relay_for_each_other() {
 }
 
 #[test]
-fn a_relay_known_by_name_is_looked_up() {
-    if !in_namespace("udp::a_relay_known_by_name_is_looked_up", "127.0.0.1 relay.example\n", "") {
+fn udp_relay_address_that_is_a_name_is_looked_up() {
+    if !in_namespace("udp::udp_relay_address_that_is_a_name_is_looked_up", "127.0.0.1 relay.example\n", "") {
         return;
     }
     let relay = socket("127.0.0.1:0");

@@ -1,4 +1,4 @@
-//! What the clients send, byte by byte, and which right answers they understand.
+//! The bytes that clients send, and the valid answers that they accept.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener};
@@ -12,9 +12,9 @@ use crate::scripted::{
 
 use Step::{Greeting, Login, Request};
 
-/// Runs a client against a proxy that refuses its request, and gives the messages that it sent. `prefix` stands before
-/// the proxy's address.
-fn sent(mode: &[&str], prefix: &str) -> Vec<Vec<u8>> {
+/// Runs a client against a proxy that refuses its request. Returns the messages it sent. `prefix` is put before the
+/// proxy's address.
+fn sent_messages(mode: &[&str], prefix: &str) -> Vec<Vec<u8>> {
     let refusal = [5, 1, 0, 1, 0, 0, 0, 0, 0, 0];
     let script = if prefix.contains('@') {
         vec![Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, send(&refusal)]
@@ -29,19 +29,19 @@ fn sent(mode: &[&str], prefix: &str) -> Vec<Vec<u8>> {
 }
 
 #[test]
-fn without_credentials_only_no_authentication_is_offered() {
-    assert_eq!(sent(&["connect", "127.0.0.1:1"], "")[0], [5, 1, 0]);
+fn only_no_authentication_is_offered_without_credentials() {
+    assert_eq!(sent_messages(&["connect", "127.0.0.1:1"], "")[0], [5, 1, 0]);
 }
 
 #[test]
-fn with_credentials_the_password_is_offered_too() {
-    let messages = sent(&["connect", "127.0.0.1:1"], "alice:secret@");
+fn password_method_is_offered_with_credentials() {
+    let messages = sent_messages(&["connect", "127.0.0.1:1"], "alice:secret@");
     assert_eq!(messages[0], [5, 2, 0, 2]);
     assert_eq!(messages[1], b"\x01\x05alice\x06secret");
 }
 
 #[test]
-fn a_proxy_that_wants_no_password_is_told_none() {
+fn password_is_not_sent_unless_its_method_is_selected() {
     let proxy = ScriptedServer::start(reply_with(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]));
     let url = format!("alice:secret@{}", proxy.addr);
     run(s5().args(["connect", "127.0.0.1:1", "-x", &url]), b"", TIMEOUT);
@@ -52,19 +52,19 @@ fn a_proxy_that_wants_no_password_is_told_none() {
 
 #[test]
 fn userinfo_is_percent_decoded() {
-    let messages = sent(&["connect", "127.0.0.1:1"], "al%40ice:p%3Aa%2Fs%25s%00%ff:@");
+    let messages = sent_messages(&["connect", "127.0.0.1:1"], "al%40ice:p%3Aa%2Fs%25s%00%ff:@");
     assert_eq!(messages[1], b"\x01\x06al@ice\x0ap:a/s%s\x00\xff:");
 }
 
 #[test]
-fn the_longest_user_name_and_password_are_sent_whole() {
+fn user_name_and_password_of_255_bytes_are_sent() {
     let userinfo = format!("{}:{}@", "u".repeat(255), "p".repeat(255));
     let expected = [&[1, 255][..], &[b'u'; 255], &[255], &[b'p'; 255]].concat();
-    assert_eq!(sent(&["connect", "127.0.0.1:1"], &userinfo)[1], expected);
+    assert_eq!(sent_messages(&["connect", "127.0.0.1:1"], &userinfo)[1], expected);
 }
 
 #[test]
-fn each_form_of_a_target_has_its_atyp() {
+fn target_forms_have_their_atyp() {
     let name = [&[5, 1, 0, 3, 14][..], b"target.example", &[0x1f, 0x90]].concat();
     let longest = "n".repeat(255);
     let long_name = [&[5, 1, 0, 3, 255][..], longest.as_bytes(), &[0, 80]].concat();
@@ -84,27 +84,27 @@ fn each_form_of_a_target_has_its_atyp() {
     ];
     for (target, request) in table {
         let mode: Vec<&str> = ["connect"].iter().chain(target).copied().collect();
-        assert_eq!(sent(&mode, "")[1], request, "{target:?}");
+        assert_eq!(sent_messages(&mode, "")[1], request, "{target:?}");
     }
 }
 
 #[test]
-fn each_mode_has_its_cmd_and_its_dst() {
+fn modes_have_their_cmd_and_dst() {
     let zeros = [0, 1, 0, 0, 0, 0, 0, 0];
     let table: [(&[&str], &[u8]); 4] = [
         (&["bind"], &[&[5, 2][..], &zeros].concat()),
         (&["bind", "192.0.2.1"], &[5, 2, 0, 1, 192, 0, 2, 1, 0, 0]),
         (&["bind", "192.0.2.1:20"], &[5, 2, 0, 1, 192, 0, 2, 1, 0, 20]),
-        // RFC 1928 section 4: zeros from a client that does not know where it will send from.
+        // RFC 1928 section 4: zeros from a client that does not know its UDP address yet.
         (&["udp", "192.0.2.1:53"], &[&[5, 3][..], &zeros].concat()),
     ];
     for (mode, request) in table {
-        assert_eq!(sent(mode, "")[1], request, "{mode:?}");
+        assert_eq!(sent_messages(mode, "")[1], request, "{mode:?}");
     }
 }
 
 #[test]
-fn what_does_not_fit_on_the_wire_is_an_error_before_anything_is_sent() {
+fn oversized_fields_are_rejected_before_connecting() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let proxy = listener.local_addr().expect("an address").to_string();
     let long = "n".repeat(256);
@@ -116,22 +116,22 @@ fn what_does_not_fit_on_the_wire_is_an_error_before_anything_is_sent() {
         (format!(":p@{proxy}"), "a:80".into(), "the user name has 0 bytes"),
         (proxy, "a\nb:80".into(), "is not a host name"),
     ];
-    for (proxy, target, complaint) in table {
+    for (proxy, target, message) in table {
         for mode in ["connect", "udp", "bind"] {
             let output = run(s5().args([mode, "-x", &proxy, &target]), b"", TIMEOUT);
-            let said = text(&output.stderr);
-            assert_eq!(output.status.code(), Some(2), "{said}");
-            assert!(said.contains(complaint) && said.lines().count() == 1, "{said}");
+            let stderr = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{stderr}");
+            assert!(stderr.contains(message) && stderr.lines().count() == 1, "{stderr}");
         }
     }
     listener.set_nonblocking(true).expect("it can be set");
-    assert!(listener.accept().is_err(), "somebody has connected");
+    assert!(listener.accept().is_err(), "a client has connected");
 }
 
 #[test]
-fn names_are_resolved_by_the_proxy_alone() {
+fn target_name_is_not_looked_up_locally() {
     if !in_namespace(
-        "wire::names_are_resolved_by_the_proxy_alone",
+        "wire::target_name_is_not_looked_up_locally",
         "127.0.0.1 target.example\n",
         "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
     ) {
@@ -146,8 +146,8 @@ fn names_are_resolved_by_the_proxy_alone() {
     for name in ["target.example", "other.example", "localhost"] {
         for scheme in ["", "socks5://", "socks5h://"] {
             let target = format!("{name}:80");
-            assert_eq!(sent(&["connect", &target], scheme)[1], request(1, name));
-            assert_eq!(sent(&["bind", &target], scheme)[1], request(2, name));
+            assert_eq!(sent_messages(&["connect", &target], scheme)[1], request(1, name));
+            assert_eq!(sent_messages(&["bind", &target], scheme)[1], request(2, name));
         }
     }
     resolver.set_nonblocking(true).expect("it can be set");
@@ -155,38 +155,38 @@ fn names_are_resolved_by_the_proxy_alone() {
 }
 
 #[test]
-fn each_message_is_one_segment() {
+fn each_message_is_sent_in_one_segment() {
     if !is_installed("ss") {
         return;
     }
-    let (tell, told) = std::sync::mpsc::channel();
-    // The server's side of the connection is still open when the count is taken.
+    let (sender, receiver) = std::sync::mpsc::channel();
+    // Counts while the server's side of the connection is open.
     let count = with_stream(move |mut stream| {
         let (ours, theirs) = (stream.local_addr().expect("ours").port(), stream.peer_addr().expect("theirs").port());
         let filter = format!("( sport = :{ours} and dport = :{theirs} )");
         let output = Command::new("ss").args(["-Htin", &filter]).output().expect("ss runs");
-        let _ = tell.send(text(&output.stdout));
+        let _ = sender.send(text(&output.stdout));
         let _ = stream.write_all(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]);
     });
     let proxy =
         ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, count]);
     let url = format!("alice:secret@{}", proxy.addr);
     run(s5().args(["connect", "-x", &url, "target.example:80"]), b"not yet", TIMEOUT);
-    let counted = told.recv_timeout(TIMEOUT).expect("the script came to its end");
+    let counted = receiver.recv_timeout(TIMEOUT).expect("the script came to its end");
     let segments = counted.split_whitespace().find_map(|word| word.strip_prefix("data_segs_in:"));
     assert_eq!(segments, Some("3"), "greeting, login and request: {counted}");
 }
 
 #[test]
-fn nothing_is_sent_ahead_of_the_answer_that_it_depends_on() {
-    // Reading on behind each message would find the next one here, if it were sent ahead.
+fn client_waits_for_each_answer_before_the_next_message() {
+    // A read after each message would return the next one if it were sent too early.
     let check = |stream: &mut std::net::TcpStream| {
         let wait = Some(std::time::Duration::from_millis(50));
         stream.set_read_timeout(wait).expect("it can be set");
-        assert!(stream.read(&mut [0; 1]).is_err(), "sent ahead");
+        assert!(stream.read(&mut [0; 1]).is_err(), "sent before the answer");
         stream.set_read_timeout(None).expect("it can be set");
     };
-    let (tell, told) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     let proxy = ScriptedServer::start(vec![with_stream(move |mut stream| {
         for (length, reply) in [(4, SELECT_PASSWORD), (14, LOGIN_SUCCESS), (10, SUCCESS_REPLY)] {
             let mut message = vec![0; length];
@@ -194,14 +194,14 @@ fn nothing_is_sent_ahead_of_the_answer_that_it_depends_on() {
             check(&mut stream);
             stream.write_all(reply).expect("it is sent");
         }
-        let _ = tell.send(());
+        let _ = sender.send(());
     })]);
     let url = format!("alice:secret@{}", proxy.addr);
     run(s5().args(["connect", "-x", &url, "192.0.2.1:80"]), b"", TIMEOUT);
-    told.recv_timeout(TIMEOUT).expect("nothing was sent ahead");
+    receiver.recv_timeout(TIMEOUT).expect("all messages arrived in order");
 }
 
-/// Gets "hello" through a proxy that replies with this; gives what `-v` says.
+/// Receives "hello" through a scripted proxy. Returns the output of `-v`.
 fn hello(script: Vec<Step>) -> String {
     let proxy = ScriptedServer::start(script);
     let output = run(s5().args(["connect", "-v", "-x", &proxy.url(), "target.example:80"]), b"", TIMEOUT);
@@ -210,7 +210,7 @@ fn hello(script: Vec<Step>) -> String {
 }
 
 #[test]
-fn bnd_may_have_any_atyp() {
+fn bnd_of_any_atyp_is_accepted() {
     let name = [&[5, 0, 0, 3, 9][..], b"far.local", &[4, 56]].concat();
     let longest = [&[5, 0, 0, 3, 255][..], &[b'n'; 255], &[4, 56]].concat();
     let nameless = [5, 0, 0, 3, 0, 4, 56];
@@ -220,31 +220,34 @@ fn bnd_may_have_any_atyp() {
         (name, "far.local:1080"),
         (longest, "nnn:1080"),
         (nameless.to_vec(), "0.0.0.0:0"),
-        // RSV is the proxy's business.
+        // RSV is not checked.
         (vec![5, 0, 7, 1, 192, 0, 2, 9, 4, 56], "192.0.2.9:1080"),
     ];
     for (reply, bnd) in table {
-        let said = hello(reply_with(&reply).into_iter().chain([send(b"hello")]).collect());
-        assert!(said.contains(bnd), "{said}");
+        let stderr = hello(reply_with(&reply).into_iter().chain([send(b"hello")]).collect());
+        assert!(stderr.contains(bnd), "{stderr}");
     }
 }
 
 #[test]
-fn verbose_says_who_and_where_on_stderr_alone() {
-    let said = hello(reply_with(SUCCESS_REPLY).into_iter().chain([send(b"hello")]).collect());
-    assert_eq!(said.lines().count(), 1, "{said}");
-    assert!(said.starts_with("s5: proxy 127.0.0.1:") && said.contains("connected to target.example:80"), "{said}");
+fn verbose_reports_proxy_and_target_on_stderr_only() {
+    let stderr = hello(reply_with(SUCCESS_REPLY).into_iter().chain([send(b"hello")]).collect());
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(
+        stderr.starts_with("s5: proxy 127.0.0.1:") && stderr.contains("connected to target.example:80"),
+        "{stderr}"
+    );
 }
 
 #[test]
-fn without_verbose_a_success_says_nothing() {
+fn success_prints_nothing_without_verbose() {
     let proxy = ScriptedServer::start(open_tunnel(|stream| drop(stream.shutdown(Shutdown::Both))));
     let output = run(s5().args(["connect", "-x", &proxy.url(), "target.example:80"]), b"", TIMEOUT);
     assert_eq!((output.status.code(), output.stdout.len(), output.stderr.len()), (Some(0), 0, 0));
 }
 
 #[test]
-fn an_echo_through_a_server_is_what_was_said() {
+fn echo_through_a_server_returns_the_sent_data() {
     let server = crate::common::Server::start(&[]);
     let target = echo_server();
     let (proxy, ip, port) = (server.addr().to_string(), target.ip().to_string(), target.port().to_string());
