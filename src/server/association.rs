@@ -67,7 +67,7 @@ pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &A
         }
     }
     let client = client_addr(session.log.client(), dst);
-    let client_socket = client_socket(server, control, client).map_err(SessionError::general_failure)?;
+    let client_socket = bind_client_socket(server, control, client).map_err(SessionError::general_failure)?;
     let local = client_socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     session.reply_success(control, server.advertised_addr(local).into(), None).await?;
     let association = Association {
@@ -97,15 +97,15 @@ fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
     client
 }
 
-fn client_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
+fn bind_client_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
     let local = reachable_addr(control.local_addr(), unspecified(client.ip()))?;
-    let socket = bind_in_range(server.options.udp_ports.as_ref(), local, udp_socket)?;
+    let socket = bind_in_range(server.options.udp_ports.as_ref(), local, bind_udp)?;
     // Connecting to port 0 filters by address only.
     socket.get_ref().connect(client)?;
     Ok(socket)
 }
 
-fn udp_socket(local: SocketAddr) -> io::Result<BatchSocket> {
+fn bind_udp(local: SocketAddr) -> io::Result<BatchSocket> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::DGRAM, None)?;
     if local.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -241,7 +241,7 @@ impl Association<'_, '_> {
         let mut no_header = Vec::new();
         let batch = &mut GsoBatch::new(&mut no_header);
         for (from, bytes) in received.datagrams() {
-            // The socket may hold datagrams from other ports that came before connect(2), and not every kernel filters
+            // The socket may hold datagrams from other ports received before connect(2), and not every kernel filters
             // a socket that is connected to port 0.
             if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
                 continue;
@@ -294,6 +294,7 @@ impl Association<'_, '_> {
         }
     }
 
+    /// Adds a datagram to the batch, which is sent before if the datagram does not fit.
     fn queue<'a>(&mut self, batch: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
         if batch.peer() != Some(dst) {
             self.flush(batch);
@@ -315,7 +316,7 @@ impl Association<'_, '_> {
     fn flush(&mut self, batch: &mut GsoBatch<'_>) {
         let Some(dst) = batch.peer().filter(|_| !batch.is_empty()) else { return };
         self.sent_to.insert(dst.ip(), None);
-        let sent = self.egress(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
+        let sent = self.egress_socket(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
         batch.clear();
         self.count_sent(sent);
     }
@@ -370,7 +371,7 @@ impl Association<'_, '_> {
         for addr in addrs {
             // Before sending: the answer may arrive before sending returns.
             self.sent_to.insert(addr.ip(), name);
-            if self.egress(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
+            if self.egress_socket(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
                 return self.count_sent(data.len());
             }
         }
@@ -409,12 +410,12 @@ impl Association<'_, '_> {
         self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
     }
 
-    fn egress(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
+    fn egress_socket(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
         let [v4, v6] = &mut self.egress;
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
             Some(socket) => Ok(socket),
-            none => Ok(none.insert(udp_socket(SocketAddr::new(unspecified(addr.ip()), 0))?)),
+            none => Ok(none.insert(bind_udp(SocketAddr::new(unspecified(addr.ip()), 0))?)),
         }
     }
 

@@ -20,8 +20,8 @@ use crate::reactor::{self, Interest, Io, sleep};
 pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
     match session.bind_route()? {
         Route::Direct => bind_directly(session, client, dst).await,
-        Route::Hop(number) => {
-            let hop = session.server.hop(number)?;
+        Route::Hop(index) => {
+            let hop = session.server.hop(index)?;
             session.log.via = Some(hop.clone());
             bind_via_hop(session, client, dst, &hop).await
         }
@@ -31,9 +31,9 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
 async fn bind_directly(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
     let server = session.server;
     let expected = ExpectedPeer::resolve(session, dst).await?;
-    let listener = listen(server, client, &expected).map_err(SessionError::general_failure)?;
+    let listener = listen_for_peer(server, client, &expected).map_err(SessionError::general_failure)?;
     let local = listener.get_ref().local_addr().map_err(SessionError::general_failure)?;
-    let bnd = match reachable_addr(client.local_addr(), expected.representative(client.local_addr())) {
+    let bnd = match reachable_addr(client.local_addr(), expected.preferred_ip(client.local_addr())) {
         Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
         _ => local,
     };
@@ -93,13 +93,13 @@ impl Session<'_> {
         client: &Conn,
         accepted: impl Future<Output = Result<T, SessionError>>,
     ) -> Result<T, SessionError> {
-        let client_gone = async {
+        let disconnected = async {
             client.wait_peer_closed().await;
             Err(SessionError::silent("client disconnected before the peer connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
         let deadline = Instant::now() + self.server.options.bind_timeout;
-        let result = timeout_at(deadline, accepted.or(client_gone).or(denied)).await;
+        let result = timeout_at(deadline, accepted.or(disconnected).or(denied)).await;
         result.unwrap_or_else(|| {
             Err(SessionError::with_rep(Rep::TTL_EXPIRED, "the expected peer did not connect in time"))
         })
@@ -177,7 +177,7 @@ impl ExpectedPeer {
 
     /// Returns the address that selects family and address of the listener. The family of the control connection is
     /// preferred.
-    fn representative(&self, control: Option<SocketAddr>) -> IpAddr {
+    fn preferred_ip(&self, control: Option<SocketAddr>) -> IpAddr {
         let is_same_family = |ip: &&IpAddr| control.is_some_and(|control| control.is_ipv4() == ip.is_ipv4());
         let preferred = self.ips.iter().find(is_same_family).or(self.ips.first());
         preferred.copied().unwrap_or(Ipv4Addr::UNSPECIFIED.into())
@@ -190,8 +190,8 @@ impl ExpectedPeer {
 
 /// Binds the address that the client has connected to, or one on the route to the peer. Binds all addresses if peers
 /// of both families are expected, or if an advertised address is set, since this host may not have it.
-fn listen(server: &Server, client: &Conn, expected: &ExpectedPeer) -> io::Result<Io<TcpListener>> {
-    let mut local = reachable_addr(client.local_addr(), expected.representative(client.local_addr()))?;
+fn listen_for_peer(server: &Server, client: &Conn, expected: &ExpectedPeer) -> io::Result<Io<TcpListener>> {
+    let mut local = reachable_addr(client.local_addr(), expected.preferred_ip(client.local_addr()))?;
     if expected.has_both_families() {
         local.set_ip(Ipv6Addr::UNSPECIFIED.into());
     } else if server.advertised_addr(local) != local {

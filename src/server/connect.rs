@@ -94,13 +94,13 @@ impl Session<'_> {
         client: &Conn,
         work: impl Future<Output = Result<T, SessionError>>,
     ) -> Result<T, SessionError> {
-        let client_gone = async {
+        let disconnected = async {
             client.wait_eof().await;
             sleep(HALF_CLOSED_GRACE).await;
             Err(SessionError::silent("client disconnected before the target was connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
-        work.or(client_gone).or(denied).await
+        work.or(disconnected).or(denied).await
     }
 
     /// Evaluates the rules for `dst` and, if it takes the addresses to decide, for each of them. Names that are denied,

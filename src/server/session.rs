@@ -200,7 +200,7 @@ impl Session<'_> {
         }
     }
 
-    /// Reads and checks a login (RFC 1929).
+    /// Reads and verifies a login (RFC 1929).
     async fn verify_password(&mut self, conn: &mut Conn) -> Result<Authentication, SessionError> {
         let credentials: Credentials = conn.read_message().await.map_err(login_error)?;
         // The password may have changed since the greeting.
@@ -237,6 +237,7 @@ impl Session<'_> {
         Ok(Authentication { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
     }
 
+    /// Sends the result of a login.
     async fn finish_authentication<'a>(
         &mut self,
         conn: &'a mut Conn,

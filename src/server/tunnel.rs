@@ -109,8 +109,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_idle_tunnel_is_small() {
-        // The future of a tunnel has this and the state of the relay, which tests/relay.rs measures.
+    fn tunnel_state_is_at_most_224_bytes() {
+        // An idle tunnel holds this and the state of the relay, which tests/relay.rs measures.
         assert!(size_of::<Tunnel>() <= 224, "{}", size_of::<Tunnel>());
     }
 }

@@ -114,9 +114,9 @@ fn udp_ports_limits_the_ports_of_associations() {
         association.ping(echo, b"hello");
     }
     assert_eq!(open(&server, UDP_ASSOCIATE, addr("0.0.0.0:0")).1, 1, "all ports are in use");
-    let gone = associations.remove(0).bnd;
-    wait_until("the port is free", RELEASE_TIMEOUT, || is_free(gone));
-    assert_eq!(Association::new(&server).bnd, gone);
+    let freed = associations.remove(0).bnd;
+    wait_until("the port is free", RELEASE_TIMEOUT, || is_free(freed));
+    assert_eq!(Association::new(&server).bnd, freed);
 }
 
 #[test]
