@@ -24,7 +24,7 @@ check:             ## format, lints and documentation, warnings as errors
 	cd tests/bench && $(CARGO) fmt --check && $(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
-test: test-programs ## install the programs that the tests need, and run all tests
+test: test-programs build ## install the programs that the tests need, and run all tests
 	S5_TEST_STRICT=1 $(CARGO) test --locked
 
 # The tests of tests/limits.rs mostly wait for time limits, and so run at the same time as the others.

@@ -15,6 +15,8 @@ mod dante;
 mod netcat;
 #[path = "interop/pysocks.rs"]
 mod pysocks;
+#[path = "interop/readme.rs"]
+mod readme;
 #[path = "interop/scenarios.rs"]
 mod scenarios;
 #[path = "interop/ssh.rs"]

@@ -170,15 +170,6 @@ fn every_exit_status_occurs() {
 }
 
 #[test]
-fn readme_has_every_exit_status() {
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("README.md");
-    for (code, meaning) in ExitStatus::ALL {
-        let row = format!("| {code} | {meaning} |");
-        assert!(readme.contains(&row), "README.md has no row {row}");
-    }
-}
-
-#[test]
 fn page_of_the_clients_has_every_row_with_the_status_of_s5() {
     let (_, table) = include_str!("README.md").split_once("| --- |").expect("a table");
     let rows: Vec<String> =

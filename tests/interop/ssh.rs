@@ -42,9 +42,10 @@ impl Sshd {
             &format!(
                 "HostKey {}\nAuthorizedKeysFile {}\nPidFile none\nStrictModes no\nUsePAM yes\n\
                  PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n\
-                 PrintMotd no\nAllowTcpForwarding yes\nLogLevel ERROR\n",
+                 PrintMotd no\nSetEnv PATH={}:/usr/bin:/bin\nAllowTcpForwarding yes\nLogLevel ERROR\n",
                 path("host_key"),
-                path("user_key.pub")
+                path("user_key.pub"),
+                Path::new(env!("CARGO_BIN_EXE_s5")).with_file_name("").display(),
             ),
         );
         let log = File::create(folder.path().join("log")).expect("a file");

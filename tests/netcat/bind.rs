@@ -155,7 +155,7 @@ fn bind_example_of_readme_transfers_a_file() {
     receiver.close_stdin();
     assert_eq!(receiver.end(TIMEOUT).0.code(), Some(0));
     assert!(
-        std::fs::read(folder.path().join("file")).expect("the file was received") == content,
+        std::fs::read(folder.path().join("received")).expect("the file was received") == content,
         "the content differs"
     );
 }
