@@ -4,7 +4,7 @@
 mod common;
 mod kit;
 
-#[allow(dead_code, reason = "the tests of UDP use the rest")]
+#[allow(dead_code, reason = "some helpers are for the tests of UDP only")]
 #[path = "udp/association.rs"]
 mod association;
 #[path = "guard/closed_sessions.rs"]

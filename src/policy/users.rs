@@ -25,7 +25,7 @@ pub struct Users {
     /// Index in `hashes`.
     index_by_name: HashMap<Vec<u8>, usize>,
     /// Selects the hash that an unknown name is verified against.
-    decoy: RandomState,
+    decoy_seed: RandomState,
 }
 
 enum StoredHash {
@@ -50,19 +50,20 @@ impl Users {
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
         let mut users = Self::default();
         for (line, text) in (1..).zip(text.lines()) {
-            let at = |message: String| PolicyError { line, message };
+            let line_error = |message: String| PolicyError { line, message };
             let text = text.trim();
             if text.is_empty() || text.starts_with('#') {
                 continue;
             }
             let Some((name, hash)) = text.split_once(':') else {
                 let name = text.split_whitespace().next().unwrap_or_default();
-                return Err(at(format!("expected name:hash, found no \":\" after {:?}", excerpt(name))));
+                return Err(line_error(format!("expected name:hash, found no \":\" after {:?}", excerpt(name))));
             };
-            check_name(name).map_err(at)?;
-            let hash = StoredHash::parse(hash).map_err(|what| at(format!("user {:?}: {what}", excerpt(name))))?;
+            check_name(name).map_err(line_error)?;
+            let hash = StoredHash::parse(hash)
+                .map_err(|message| line_error(format!("user {:?}: {message}", excerpt(name))))?;
             if users.index_by_name.insert(name.into(), users.hashes.len()).is_some() {
-                return Err(at(format!("duplicate user {:?}", excerpt(name))));
+                return Err(line_error(format!("duplicate user {:?}", excerpt(name))));
             }
             users.hashes.push(hash);
         }
@@ -73,7 +74,7 @@ impl Users {
     /// as long as a known name: it is verified against the hash of a user, always the same one for the same name.
     pub fn verify(&self, uname: &[u8], passwd: &[u8]) -> bool {
         let known = self.index_by_name.get(uname).copied();
-        let decoy = || usize::try_from(self.decoy.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
+        let decoy = || usize::try_from(self.decoy_seed.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
         let hash = known.or_else(decoy).and_then(|i| self.hashes.get(i));
         hash.is_some_and(|hash| hash.verify(passwd)) && known.is_some()
     }

@@ -11,7 +11,7 @@ use crate::association::{Association, datagram, socket};
 use crate::common::{Server, TIMEOUT, echo_server, in_namespace, read_exact, read_reply, udp_echo_server, wait_until};
 use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, ping};
 use crate::tools::{
-    ALICE, BOB, Login, TestServer, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
+    ALICE, BOB, Login, Setup, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
     send_request, try_log_in, unused_client_ip,
 };
 
@@ -180,12 +180,12 @@ enum Change {
 }
 
 fn check_sessions_of_alice(args: &[&str], change: &Change, keeps: bool) {
-    let rig = TestServer::start(alice_and_bob(), "# none\n", args);
-    let (alices, bobs) = (sessions_of_each_kind(&rig.server, ALICE), sessions_of_each_kind(&rig.server, BOB));
+    let setup = Setup::start(alice_and_bob(), "# none\n", args);
+    let (alices, bobs) = (sessions_of_each_kind(&setup.server, ALICE), sessions_of_each_kind(&setup.server, BOB));
     let since = Instant::now();
     let line = match change {
-        Change::RemoveAlice => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
-        Change::DenyAlice => rig.reload_rules("deny user=alice\n"),
+        Change::RemoveAlice => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        Change::DenyAlice => setup.reload_rules("deny user=alice\n"),
     };
     let count = if keeps { 0 } else { alices.len() };
     assert!(line.ends_with(&format!("rules loaded; sessions closed: {count}")), "{args:?}: {line}");
@@ -195,16 +195,16 @@ fn check_sessions_of_alice(args: &[&str], change: &Change, keeps: bool) {
         alices.into_iter().for_each(|live| assert_closed(live, since));
         let why = match change {
             Change::RemoveAlice => "error=\"this login is no longer valid\"".into(),
-            Change::DenyAlice => format!("error=\"denied: {} line 1 (deny user=alice)\"", rig.rules),
+            Change::DenyAlice => format!("error=\"denied: {} line 1 (deny user=alice)\"", setup.rules),
         };
-        rig.server.wait_log(|log| log.matches(&why).count() == count);
+        setup.server.wait_log(|log| log.matches(&why).count() == count);
     }
     bobs.into_iter().for_each(assert_alive);
     // New sessions are checked against the new policy.
-    let alice = try_log_in(rig.server.addr(), unused_client_ip(), ALICE);
+    let alice = try_log_in(setup.server.addr(), unused_client_ip(), ALICE);
     assert_eq!(alice.is_some(), matches!(change, Change::DenyAlice));
     // A second reload has nothing left to close.
-    assert!(rig.reload().ends_with("sessions closed: 0"));
+    assert!(setup.reload().ends_with("sessions closed: 0"));
 }
 
 #[test]
@@ -239,20 +239,20 @@ fn recheck_uses_connected_address_of_tunnel() {
     if !in_namespace("closed_sessions::recheck_uses_connected_address_of_tunnel", hosts, "") {
         return;
     }
-    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
     let targets = ["127.0.0.1", "127.0.0.3"].map(|at| listener(ip(at)));
     let port = |n: usize| targets[n].1.port();
     let open = |n: usize, dst: &str| {
-        let (client, rep, _) = open_as(&rig.server, ALICE, CONNECT, &format!("{dst}:{}", port(n)));
+        let (client, rep, _) = open_as(&setup.server, ALICE, CONNECT, &format!("{dst}:{}", port(n)));
         assert_eq!(rep, 0, "{dst}");
         (client, accept(&targets[n].0).0)
     };
     let denied = ["127.0.0.3", "three.test", "[::ffff:127.0.0.3]", "=127.0.0.3"].map(|dst| open(1, dst));
     let kept = ["127.0.0.1", "one.test", "[::ffff:127.0.0.1]"].map(|dst| open(0, dst));
-    let (mut expecting, rep, _) = open_as(&rig.server, ALICE, BIND, "127.0.0.3:0");
+    let (mut expecting, rep, _) = open_as(&setup.server, ALICE, BIND, "127.0.0.3:0");
     assert_eq!(rep, 0);
-    assert!(rig.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions closed: 0"));
-    let line = rig.reload_rules("deny to=127.0.0.3\n");
+    assert!(setup.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions closed: 0"));
+    let line = setup.reload_rules("deny to=127.0.0.3\n");
     assert!(line.ends_with("sessions closed: 5"), "{line}");
     for (mut client, mut far) in denied {
         assert!(is_reset(&mut client) && is_reset(&mut far));
@@ -262,18 +262,18 @@ fn recheck_uses_connected_address_of_tunnel() {
     // A rule with a name closes the sessions that were requested by name.
     let (mut by_name, _far) = open(0, "one.test");
     let (by_address, far) = open(0, "127.0.0.1");
-    let line = rig.reload_rules("deny to=.test\n");
+    let line = setup.reload_rules("deny to=.test\n");
     assert!(is_reset(&mut by_name), "{line}");
     assert_alive(LiveSession::Idle(by_address, far));
 }
 
 #[test]
 fn waiting_bind_checks_peer_by_new_rules() {
-    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
-    let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+    let (mut client, rep, bnd) = open_as(&setup.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
     // Other peers are still allowed, so BIND waits on.
-    assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
+    assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     assert_no_data(&client, Duration::from_millis(20));
     assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "the peer is denied by the new rules");
     let peer = connect_from(addr("127.0.0.2:0"), bnd);
@@ -283,28 +283,28 @@ fn waiting_bind_checks_peer_by_new_rules() {
 #[test]
 fn waiting_bind_at_hop_checks_peer_by_new_rules() {
     let hop = Server::start(&[]);
-    let rig = TestServer::start(alice_and_bob(), "# none\n", &["--via", &hop.addr().to_string()]);
-    let (mut client, rep, bnd) = open_as(&rig.server, ALICE, BIND, "0.0.0.0:0");
+    let setup = Setup::start(alice_and_bob(), "# none\n", &["--via", &hop.addr().to_string()]);
+    let (mut client, rep, bnd) = open_as(&setup.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
-    assert!(rig.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
+    assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     let _peer = connect_from(addr("127.0.0.3:0"), bnd);
     assert_eq!(read_reply(&mut client).0, 2, "the rules of s5 apply to the peer that the hop accepts");
 }
 
 #[test]
 fn reload_closes_sessions_by_client_address() {
-    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
     let dst = echo_server().to_string();
     let mut tunnels = ["127.0.0.2", "127.0.0.3"].map(|from| {
-        let mut stream = log_in(rig.server.addr(), ip(from), ALICE);
+        let mut stream = log_in(setup.server.addr(), ip(from), ALICE);
         assert_eq!(send_request(&mut stream, CONNECT, &dst).0, 0);
         stream
     });
-    let line = rig.reload_rules("deny from=127.0.0.2\n");
+    let line = setup.reload_rules("deny from=127.0.0.2\n");
     assert!(line.ends_with("sessions closed: 1"), "{line}");
     assert!(is_reset(&mut tunnels[0]));
     ping(&mut tunnels[1], b"still here");
     // An allow with from= denies the other client.
-    assert!(rig.reload_rules("allow from=127.0.0.2\n").ends_with("sessions closed: 1"));
+    assert!(setup.reload_rules("allow from=127.0.0.2\n").ends_with("sessions closed: 1"));
     assert!(is_reset(&mut tunnels[1]));
 }

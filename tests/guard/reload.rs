@@ -12,8 +12,8 @@ use crate::association::{receive, socket};
 use crate::common::{Server, TIMEOUT, echo_server, in_namespace, is_installed, s5, tcp_server, temp_dir, write_file};
 use crate::kit::{CONNECT, V4, connect_from, ping};
 use crate::tools::{
-    ALICE, BOB, Login, TestServer, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
-    reload, send_request, try_log_in, unused_client_ip, user_line,
+    ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as, reload,
+    send_request, try_log_in, unused_client_ip, user_line,
 };
 
 const EVE: Login<'_> = Some(("eve", "secret"));
@@ -36,25 +36,25 @@ fn target() -> SocketAddr {
 fn reload_reads_users_and_rules() {
     let [a, b] = [target(), target()];
     let deny = |dst: SocketAddr| format!("deny port={}\n", dst.port());
-    let rig = TestServer::start(&alice_alone(), &deny(a), &[]);
-    let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&rig.server, login, dst));
+    let setup = Setup::start(&alice_alone(), &deny(a), &[]);
+    let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
     assert_eq!(reps(), [Some(2), Some(0), None, None]);
     let eve = user_line("eve", "secret");
-    std::fs::write(&rig.users, &eve).expect("file written");
-    let line = rig.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
+    std::fs::write(&setup.users, &eve).expect("file written");
+    let line = setup.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
     assert!(
         line.contains("INFO") && line.ends_with("reload: 1 users and 2 rules loaded; sessions closed: 0"),
         "{line}"
     );
     assert_eq!(reps(), [None, None, Some(0), Some(2)]);
     // Rules of options stay in front of those of the file. A reload of an unchanged file changes nothing.
-    let rig = TestServer::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
+    let setup = Setup::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
     for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
-        let line = rig.reload_rules(&rules);
+        let line = setup.reload_rules(&rules);
         assert!(line.contains(&format!(" {} rules loaded", rules.lines().count() + 1)), "{line}");
-        assert_eq!(rep(&rig.server, EVE, b), Some(0));
+        assert_eq!(rep(&setup.server, EVE, b), Some(0));
     }
-    assert_eq!(rep(&rig.server, EVE, a), Some(2));
+    assert_eq!(rep(&setup.server, EVE, a), Some(2));
 }
 
 #[test]
@@ -62,22 +62,22 @@ fn reload_replaces_users_and_rules_together() {
     let [a, b] = [target(), target()];
     let policies = [("alice", a, b), ("eve", b, a)]
         .map(|(name, allowed, _)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
-    let rig = TestServer::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
+    let setup = Setup::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
     let is_done = AtomicBool::new(false);
     thread::scope(|scope| {
         let assert_denied = |login: Login<'static>, dst: SocketAddr| {
-            let (rig, is_done) = (&rig, &is_done);
+            let (setup, is_done) = (&setup, &is_done);
             scope.spawn(move || {
                 while !is_done.load(Ordering::Relaxed) {
-                    assert_ne!(rep(&rig.server, login, dst), Some(0), "{login:?} got to {dst}");
+                    assert_ne!(rep(&setup.server, login, dst), Some(0), "{login:?} got to {dst}");
                 }
             });
         };
         assert_denied(ALICE, b);
         assert_denied(EVE, a);
         for (users, rules) in policies.iter().cycle().skip(1).take(100) {
-            std::fs::write(&rig.users, users).expect("file written");
-            let line = rig.reload_rules(rules);
+            std::fs::write(&setup.users, users).expect("file written");
+            let line = setup.reload_rules(rules);
             assert!(line.contains("rules loaded"), "{line}");
         }
         is_done.store(true, Ordering::Relaxed);
@@ -86,23 +86,23 @@ fn reload_replaces_users_and_rules_together() {
 
 #[test]
 fn reload_forgets_cached_passwords() {
-    let rig = TestServer::start(alice_and_bob(), "", &[]);
+    let setup = Setup::start(alice_and_bob(), "", &[]);
     let dst = target();
     // The second login uses the cache.
     for _ in 0..2 {
-        assert_eq!(rep(&rig.server, ALICE, dst), Some(0));
+        assert_eq!(rep(&setup.server, ALICE, dst), Some(0));
     }
-    let line = rig.reload_users(&user_line("alice", "another"));
+    let line = setup.reload_users(&user_line("alice", "another"));
     assert!(line.contains(" 1 users "), "{line}");
     for _ in 0..2 {
-        assert_eq!(rep(&rig.server, ALICE, dst), None);
-        assert_eq!(rep(&rig.server, BOB, dst), None);
-        assert_eq!(rep(&rig.server, Some(("alice", "another")), dst), Some(0));
+        assert_eq!(rep(&setup.server, ALICE, dst), None);
+        assert_eq!(rep(&setup.server, BOB, dst), None);
+        assert_eq!(rep(&setup.server, Some(("alice", "another")), dst), Some(0));
     }
     // After another change, the second password is refused too.
-    rig.reload_users(alice_and_bob());
-    assert_eq!(rep(&rig.server, Some(("alice", "another")), dst), None);
-    assert_eq!(rep(&rig.server, ALICE, dst), Some(0));
+    setup.reload_users(alice_and_bob());
+    assert_eq!(rep(&setup.server, Some(("alice", "another")), dst), None);
+    assert_eq!(rep(&setup.server, ALICE, dst), Some(0));
 }
 
 /// Invalid files, each with the line and the word that the log must contain.
@@ -130,7 +130,7 @@ const BAD_RULES: [(&str, &str, &str); 8] = [
 fn reload_keeps_policy_if_a_file_is_invalid() {
     let [a, b] = [target(), target()];
     let rules = format!("deny port={}\n", a.port());
-    let rig = TestServer::start(alice_and_bob(), &rules, &[]);
+    let setup = Setup::start(alice_and_bob(), &rules, &[]);
     let other = user_line("eve", "secret");
     let is_kept = |line: &str, file: &str, words: [&str; 2]| {
         assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
@@ -138,51 +138,55 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
             line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
             "{words:?}: {line}"
         );
-        let reps = [(ALICE, a), (ALICE, b), (EVE, b)].map(|(login, dst)| rep(&rig.server, login, dst));
+        let reps = [(ALICE, a), (ALICE, b), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
         assert_eq!(reps, [Some(2), Some(0), None], "{line}");
     };
     for (text, line, word) in BAD_USERS {
         // The new rules are valid, but must not be loaded without the users.
-        std::fs::write(&rig.rules, "deny\n").expect("file written");
-        is_kept(&rig.reload_users(text), &rig.users, [line, word]);
+        std::fs::write(&setup.rules, "deny\n").expect("file written");
+        is_kept(&setup.reload_users(text), &setup.users, [line, word]);
     }
     // A password in clear is not logged.
-    assert!(!rig.server.log().contains(":secret") && !rig.server.log().contains("$argon2id$v"), "{}", rig.server.log());
+    assert!(
+        !setup.server.log().contains(":secret") && !setup.server.log().contains("$argon2id$v"),
+        "{}",
+        setup.server.log()
+    );
     for (text, line, word) in BAD_RULES {
-        std::fs::write(&rig.users, &other).expect("file written");
-        is_kept(&rig.reload_rules(text), &rig.rules, [line, word]);
+        std::fs::write(&setup.users, &other).expect("file written");
+        is_kept(&setup.reload_rules(text), &setup.rules, [line, word]);
     }
-    for (file, good) in [(&rig.users, &other), (&rig.rules, &rules)] {
+    for (file, good) in [(&setup.users, &other), (&setup.rules, &rules)] {
         std::fs::write(file, b"# fine\n\xff\xfe\n").expect("file written");
-        is_kept(&rig.reload(), file, ["line 2", "UTF-8"]);
+        is_kept(&setup.reload(), file, ["line 2", "UTF-8"]);
         std::fs::write(file, "").expect("file written");
-        is_kept(&rig.reload(), file, ["line 1", "empty"]);
+        is_kept(&setup.reload(), file, ["line 1", "empty"]);
         std::fs::write(file, vec![b'#'; 17 << 20]).expect("file written");
-        is_kept(&rig.reload(), file, ["too large", ""]);
+        is_kept(&setup.reload(), file, ["too large", ""]);
         std::fs::remove_file(file).expect("removed");
-        is_kept(&rig.reload(), file, ["No such file", ""]);
+        is_kept(&setup.reload(), file, ["No such file", ""]);
         symlink(file, file).expect("a link");
-        is_kept(&rig.reload(), file, ["symbolic link", ""]);
+        is_kept(&setup.reload(), file, ["symbolic link", ""]);
         std::fs::remove_file(file).expect("removed");
         std::fs::create_dir(file).expect("directory created");
-        is_kept(&rig.reload(), file, ["directory", ""]);
+        is_kept(&setup.reload(), file, ["directory", ""]);
         std::fs::remove_dir(file).expect("removed");
         std::fs::write(file, good).expect("file written");
     }
-    let line = rig.reload();
+    let line = setup.reload();
     assert!(line.contains(" 1 users and 1 rules loaded"), "valid files are loaded in the end: {line}");
-    assert_eq!(rep(&rig.server, EVE, b), Some(0));
+    assert_eq!(rep(&setup.server, EVE, b), Some(0));
 }
 
 #[test]
 fn reload_does_not_block_on_pipe() {
-    let mut rig = TestServer::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
-    std::fs::remove_file(&rig.rules).expect("removed");
-    assert!(Command::new("mkfifo").arg(&rig.rules).status().expect("mkfifo runs").success());
-    rig.server.signal("HUP");
-    assert_eq!(rep(&rig.server, ALICE, target()), Some(0));
-    rig.server.signal("TERM");
-    assert_eq!(rig.server.wait(TIMEOUT / 4).code(), Some(0));
+    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
+    std::fs::remove_file(&setup.rules).expect("removed");
+    assert!(Command::new("mkfifo").arg(&setup.rules).status().expect("mkfifo runs").success());
+    setup.server.signal("HUP");
+    assert_eq!(rep(&setup.server, ALICE, target()), Some(0));
+    setup.server.signal("TERM");
+    assert_eq!(setup.server.wait(TIMEOUT / 4).code(), Some(0));
 }
 
 #[test]
@@ -220,22 +224,22 @@ fn reload_rejects_file_without_final_line_end() {
     let [a, b] = [target(), target()];
     let users = format!("# both\n{}", alice_and_bob());
     let rules = format!("# ours\ndeny port={} # not there\n\ndeny to=192.0.2.0/24,198.51.100.7\n", a.port());
-    let rig = TestServer::start(&users, &rules, &[]);
-    for (file, text) in [(&rig.users, &users), (&rig.rules, &rules)] {
+    let setup = Setup::start(&users, &rules, &[]);
+    for (file, text) in [(&setup.users, &users), (&setup.rules, &rules)] {
         for length in 0..text.len() {
             let part = &text[..length];
             std::fs::write(file, part).expect("file written");
-            let line = rig.reload();
+            let line = setup.reload();
             let last = part.lines().count();
             let word = part.lines().last().unwrap_or_default().split([' ', ':']).next().unwrap_or_default();
             if part.ends_with('\n') {
                 assert!(line.contains("rules loaded"), "{part:?}: {line}");
                 std::fs::write(file, text).expect("file written");
-                assert!(rig.reload().contains(" 2 users and 2 rules loaded"));
+                assert!(setup.reload().contains(" 2 users and 2 rules loaded"));
             } else {
                 let is_named = line.contains(&format!("{file}: line {}: ", last.max(1))) && line.contains(word);
                 assert!(line.contains("ERROR") && is_named, "{part:?}: {line}");
-                let reps = [(ALICE, a), (BOB, b)].map(|(login, dst)| rep(&rig.server, login, dst));
+                let reps = [(ALICE, a), (BOB, b)].map(|(login, dst)| rep(&setup.server, login, dst));
                 assert_eq!(reps, [Some(2), Some(0)], "{part:?}");
             }
         }
@@ -276,15 +280,15 @@ fn reload_applies_to_next_datagram_of_association() {
     let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("an address"));
     let deny = format!("deny command=udp port={}\n", bad_addr.port());
     for (args, obeys) in [(&[][..], true), (&["--keep-sessions"], false)] {
-        let rig = TestServer::start(alice_and_bob(), "# none\n", args);
-        let association = associate(rig.server.addr(), V4, ALICE);
+        let setup = Setup::start(alice_and_bob(), "# none\n", args);
+        let association = associate(setup.server.addr(), V4, ALICE);
         let mut relay = None;
         for socket in [&good, &bad] {
             association.send(socket.local_addr().expect("an address"), b"before");
             relay = Some(receive(socket).1);
         }
         let relay = relay.expect("a datagram");
-        assert!(rig.reload_rules(&deny).ends_with("sessions closed: 0"));
+        assert!(setup.reload_rules(&deny).ends_with("sessions closed: 0"));
         association.send(bad_addr, b"denied");
         association.send(good_addr, b"after");
         assert_eq!(receive(&good).0, b"after");
@@ -302,7 +306,7 @@ fn reload_applies_to_next_datagram_of_association() {
             association.receive();
         }
         // And back.
-        assert!(rig.reload_rules("# none\n").ends_with("sessions closed: 0"));
+        assert!(setup.reload_rules("# none\n").ends_with("sessions closed: 0"));
         association.send(bad_addr, b"again");
         assert_eq!(receive(&bad).0, b"again");
     }
@@ -310,28 +314,28 @@ fn reload_applies_to_next_datagram_of_association() {
 
 #[test]
 fn many_reloads_do_not_disturb_allowed_session() {
-    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
-    let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+    let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
     for number in 0..20_u8 {
-        rig.server.signal("HUP");
+        setup.server.signal("HUP");
         ping(&mut stream, &[number; 1000]);
     }
-    rig.reload();
+    setup.reload();
     ping(&mut stream, b"last");
 }
 
 #[test]
 fn reload_during_shutdown_changes_nothing() {
-    let mut rig = TestServer::start(alice_and_bob(), "# none\n", &["--drain", "60"]);
-    let (mut stream, rep, _) = open_as(&rig.server, ALICE, CONNECT, &echo_server().to_string());
+    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain", "60"]);
+    let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
-    rig.server.signal("TERM");
-    rig.server.wait_log(|log| log.contains("shutting down: draining sessions"));
+    setup.server.signal("TERM");
+    setup.server.wait_log(|log| log.contains("shutting down: draining sessions"));
     for _ in 0..3 {
-        rig.server.signal("HUP");
+        setup.server.signal("HUP");
         ping(&mut stream, b"still here");
     }
     drop(stream);
-    assert_eq!(rig.server.wait(TIMEOUT).code(), Some(0));
+    assert_eq!(setup.server.wait(TIMEOUT).code(), Some(0));
 }

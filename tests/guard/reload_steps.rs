@@ -13,8 +13,8 @@ use crate::common::{Server, in_namespace, read_exact, read_reply};
 use crate::kit::dns::{self, Answer};
 use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, request_by_name};
 use crate::tools::{
-    ALICE, TestServer, alice_and_bob, assert_no_connection, assert_no_datagram, associate, credentials, log_in,
-    request_for, send_request, unused_client_ip,
+    ALICE, Setup, alice_and_bob, assert_no_connection, assert_no_datagram, associate, credentials, log_in, request_for,
+    send_request, unused_client_ip,
 };
 
 /// A step of the client.
@@ -55,12 +55,12 @@ fn run_steps(stream: &mut TcpStream, steps: &[Step]) -> bool {
 /// Changes of the files.
 const CHANGES: [&str; 4] = ["nothing", "remove alice", "deny alice", "deny the target"];
 
-fn change(rig: &TestServer, change: &str, dst: SocketAddr) -> String {
+fn change(setup: &Setup, change: &str, dst: SocketAddr) -> String {
     match change {
-        "nothing" => rig.reload(),
-        "remove alice" => rig.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
-        "deny alice" => rig.reload_rules("deny user=alice\n"),
-        _ => rig.reload_rules(&format!("deny to=127.0.0.1 port={}\n", dst.port())),
+        "nothing" => setup.reload(),
+        "remove alice" => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        "deny alice" => setup.reload_rules("deny user=alice\n"),
+        _ => setup.reload_rules(&format!("deny to=127.0.0.1 port={}\n", dst.port())),
     }
 }
 
@@ -78,13 +78,13 @@ fn reload_applies_at_each_step_before_reply() {
             let steps = steps(dst);
             // After the last step but one the request is complete; the tests below cover that time.
             for step in 0..steps.len() - 1 {
-                let rig = TestServer::start(alice_and_bob(), "# none\n", &["--threads", threads]);
-                let mut stream = connect(&rig.server);
+                let setup = Setup::start(alice_and_bob(), "# none\n", &["--threads", threads]);
+                let mut stream = connect(&setup.server);
                 assert!(run_steps(&mut stream, &steps[..step]));
-                let line = change(&rig, what, dst);
+                let line = change(&setup, what, dst);
                 assert!(line.contains("rules loaded"), "{line}");
                 let arrives = run_steps(&mut stream, &steps[step..]);
-                assert_eq!(arrives, what == "nothing", "{what} before step {step}:\n{}", rig.server.log());
+                assert_eq!(arrives, what == "nothing", "{what} before step {step}:\n{}", setup.server.log());
                 if arrives {
                     accept(&target).0.write_all(b"hello").expect("sent");
                     assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "after the rest of the reply");
@@ -120,16 +120,16 @@ impl SlowTarget {
 #[test]
 fn reload_applies_while_connecting() {
     let cases = CHANGES.map(|what| {
-        let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let (slow, dst) = SlowTarget::new();
-        let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
+        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("the request is sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(change(&rig, what, dst).contains("rules loaded"));
-        (what, rig, slow, stream)
+        assert!(change(&setup, what, dst).contains("rules loaded"));
+        (what, setup, slow, stream)
     });
     // All cases run at once, because each takes a second.
-    for (what, _rig, slow, mut stream) in cases {
+    for (what, _setup, slow, mut stream) in cases {
         stream.write_all(b"early").expect("sent");
         if what == "nothing" {
             let mut target = slow.accept();
@@ -145,12 +145,12 @@ fn reload_applies_while_connecting() {
 #[test]
 fn reload_applies_while_bind_waits() {
     for what in CHANGES {
-        let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
-        let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
+        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         let (_, dst) = listener(V4);
         let (rep, bnd) = send_request(&mut stream, BIND, &dst.to_string());
         assert_eq!(rep, 0);
-        let line = change(&rig, what, dst);
+        let line = change(&setup, what, dst);
         let count = usize::from(what != "nothing");
         assert!(line.ends_with(&format!("sessions closed: {count}")), "{what}: {line}");
         if what == "nothing" {
@@ -183,16 +183,16 @@ fn reload_applies_to_connect_while_resolving() {
     }
     let (_asked, release) = start_blocked_resolver();
     let cases = CHANGES.map(|what| {
-        let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let (target, dst) = listener(V4);
-        let mut stream = log_in(rig.server.addr(), unused_client_ip(), ALICE);
+        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(change(&rig, what, dst).contains("rules loaded"));
-        (what, rig, target, stream)
+        assert!(change(&setup, what, dst).contains("rules loaded"));
+        (what, setup, target, stream)
     });
     drop(release);
-    for (what, _rig, target, mut stream) in cases {
+    for (what, _setup, target, mut stream) in cases {
         assert_eq!(read_reply(&mut stream).0, if what == "nothing" { 0 } else { 2 }, "{what}");
         if what == "nothing" {
             accept(&target);
@@ -207,10 +207,10 @@ fn reload_applies_to_datagrams_while_resolving() {
         return;
     }
     let (_asked, release) = start_blocked_resolver();
-    let rig = TestServer::start(alice_and_bob(), "# none\n", &[]);
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
     let (good, bad) = (socket(V4), socket(V4));
     let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("an address").port());
-    let association = associate(rig.server.addr(), unused_client_ip(), ALICE);
+    let association = associate(setup.server.addr(), unused_client_ip(), ALICE);
     for port in [bad_port, good_port] {
         association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
     }
@@ -218,7 +218,7 @@ fn reload_applies_to_datagrams_while_resolving() {
     let other = socket(V4);
     association.send(other.local_addr().expect("an address"), b"after them");
     receive(&other);
-    assert!(rig.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
+    assert!(setup.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
     drop(release);
     assert_eq!(receive(&good).0, b"hello");
     assert_no_datagram(&bad);

@@ -44,14 +44,14 @@ pub fn unused_client_ip() -> IpAddr {
 }
 
 /// A server with a users file and a rules file that tests rewrite.
-pub struct TestServer {
+pub struct Setup {
     _dir: TempDir,
     pub users: String,
     pub rules: String,
     pub server: Server,
 }
 
-impl TestServer {
+impl Setup {
     pub fn start(users: &str, rules: &str, more: &[&str]) -> Self {
         let dir = temp_dir();
         let [users, rules] =

@@ -134,7 +134,7 @@ impl PolicySources {
         let mut all = Vec::new();
         for (text, option) in &self.rule_options {
             let parsed = rules::parse_rule(text, option, &self.hops);
-            all.extend(parsed.map_err(|what| CliError::usage(format!("{option}: {what}")))?);
+            all.extend(parsed.map_err(|error| CliError::usage(format!("{option}: {error}")))?);
         }
         Ok(all)
     }
