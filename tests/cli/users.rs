@@ -311,7 +311,7 @@ fn add_user_prompts_twice_without_echo() {
     let mut terminal = add_user_on_terminal(folder.path(), &users);
     type_at_prompt(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
     type_at_prompt(&mut terminal, folder.path(), "repeat the password: ", b"topsecret\n");
-    let (status, shown, _) = terminal.end(HASH_TIMEOUT);
+    let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
     assert_eq!(status.code(), Some(0), "{}", text(&shown));
     assert!(!text(&shown).contains("secret"), "{}", text(&shown));
     assert!(read_users(&users).starts_with("alice:$argon2id$"));
@@ -328,7 +328,7 @@ fn add_user_with_different_passwords_changes_nothing() {
     let mut terminal = add_user_on_terminal(folder.path(), &users);
     type_at_prompt(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
     type_at_prompt(&mut terminal, folder.path(), "repeat the password: ", b"othersecret\n");
-    let (status, shown, _) = terminal.end(HASH_TIMEOUT);
+    let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
     let shown = text(&shown);
     assert!(!status.success(), "{shown}");
     assert!(shown.contains("s5: ") && shown.contains("do not match") && !shown.contains("secret"), "{shown}");

@@ -41,7 +41,7 @@ fn exchange_data(mut client: RunningProgram, mut peer: TcpStream) {
     assert_eq!(text(&received), "from the client");
     peer.write_all(b"from the peer").expect("it is sent");
     drop(peer);
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), text(&stdout)), (Some(0), "from the peer".into()), "{stderr}");
 }
 
@@ -72,7 +72,7 @@ fn bind_prints_two_lines_on_stderr_and_only_data_on_stdout() {
     let peer = TcpStream::connect(at).expect("it listens");
     let from = peer.local_addr().expect("an address");
     drop(peer);
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len()), (Some(0), 0), "{stderr}");
     assert_eq!(stderr, format!("bound {at}\naccepted {from}\n"));
 }
@@ -104,7 +104,7 @@ fn bind_timeout_of_the_server_exits_with_status_of_rep() {
 fn wait_option_limits_waiting_for_the_peer() {
     let server = Server::start(&[]);
     let (mut client, _) = start_bind(&["-w", "500ms", "-x", &server.addr().to_string(), "192.0.2.1"]);
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     let reason = "waiting for the peer, for 192.0.2.1:0: timed out after 500ms";
     assert_eq!(status.code(), Some(28), "{stderr}");
     assert_eq!(stderr.lines().last(), Some(&*format!("s5: proxy {}: {reason}", server.addr())));

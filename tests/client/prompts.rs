@@ -143,7 +143,7 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
         let mut terminal = RunningProgram::start(&mut on_a_terminal(folder.path(), &command));
         type_password(&mut terminal, folder.path(), "topsecret");
-        let (status, shown, _) = terminal.end(TIMEOUT);
+        let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(0), "{shown}");
         assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{command}");
@@ -167,7 +167,7 @@ fn terminal_is_not_prompted_if_it_is_the_payload_or_in_ci() {
     ] {
         let command = command.replace("ADDR", &dead).replace("TARGET", TARGET);
         let mut terminal = RunningProgram::start(on_a_terminal(folder.path(), &command).env("CI", ci));
-        let (status, shown, _) = terminal.end(TIMEOUT);
+        let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(67), "{shown}");
         assert!(shown.starts_with(&format!("s5: proxy {dead}: login: no password for alice (")), "{shown}");

@@ -68,7 +68,7 @@ fn connect_ends_after_the_remote_end_although_stdin_is_open() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.write_all(b"bye"))));
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|bytes| bytes == b"bye");
-    let (status, stdout, stderr) = client.end(Duration::from_secs(2));
+    let (status, stdout, stderr) = client.wait_exit(Duration::from_secs(2));
     assert_eq!((status.code(), text(&stdout), stderr.as_str()), (Some(0), "bye".into(), ""));
 }
 
@@ -82,7 +82,7 @@ fn interactive_data_is_not_delayed() {
         client.stdout(|bytes| bytes.len() == 5 * round);
     }
     client.close_stdin();
-    let (status, ..) = client.end(TIMEOUT);
+    let (status, ..) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(0));
 }
 
@@ -129,7 +129,7 @@ fn reset_during_the_transfer_has_status_56() {
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|bytes| bytes == b"half of");
     sender.send(()).expect("the script continues");
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
     let line = format!("s5: proxy {}: transfer, for {TARGET}: read error: ", proxy.addr);
     assert!(stderr.starts_with(&line) && stderr.lines().count() == 1, "{stderr}");
@@ -145,7 +145,7 @@ fn reset_by_the_target_is_reported_through_the_server() {
     let mut client =
         RunningProgram::start(s5().args(["connect", "-x", &server.addr().to_string(), &target.to_string()]));
     client.write(b"word");
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert!(matches!(status.code(), Some(55 | 56)), "{status:?}: {stderr}");
 }
 
@@ -167,7 +167,7 @@ fn connect_ends_without_message_when_stdout_is_closed() {
     command.args(["connect", "-x", &proxy.url(), TARGET]);
     // Like `head -n 1`, while stdin stays open.
     let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |bytes| bytes.contains(&b'\n'));
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     let by_sigpipe = status.signal() == Some(13);
     assert!(by_sigpipe || status.code() == Some(141), "{status:?}: {stderr}");
     assert_eq!(stderr, "");

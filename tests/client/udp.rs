@@ -139,7 +139,7 @@ fn udp_datagram_of_maximum_size_passes_in_both_directions() {
 fn udp_line_larger_than_a_datagram_is_an_error() {
     let (mut client, _relay, _control) = start(&[], TARGET);
     client.write(&[&[b'x'; 65_528][..], b"\n"].concat());
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len()), (Some(55), 0), "{stderr}");
     assert!(
         stderr.contains(&format!("transfer, for {TARGET}: write error: datagram too large: the limit is 65507 bytes")),
@@ -154,7 +154,7 @@ fn udp_waits_for_answers_after_the_end_of_stdin() {
     client.write(b"x\n");
     receive(&relay);
     client.close_stdin();
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
     assert!(began.elapsed() >= Duration::from_millis(300), "the client ended too early");
 
@@ -258,7 +258,7 @@ fn udp_ends_with_failure_when_the_control_connection_closes() {
         let (_, from) = receive(&relay);
         relay.send_to(&datagram(b"answer"), from).expect("it is sent");
         control.send(end).expect("the script continues");
-        let (status, stdout, stderr) = client.end(Duration::from_secs(2));
+        let (status, stdout, stderr) = client.wait_exit(Duration::from_secs(2));
         let reason = format!("transfer, for {TARGET}: the proxy ended the association");
         let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
         assert_eq!((status.code(), stderr), (Some(56), line));
@@ -310,7 +310,7 @@ fn udp_ends_without_message_when_stdout_is_closed() {
     command.args(["udp", "-x", &server.addr().to_string(), &target]);
     let mut client = RunningProgram::start_and_close_stdout_when(&mut command, |_| true);
     client.write_until_exit(b"x\n");
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert!(status.signal() == Some(13) || status.code() == Some(141), "{status:?}: {stderr}");
     assert_eq!(stderr, "");
 }

@@ -1,4 +1,4 @@
-//! What the end-to-end tests share: a server of ours as a child process, targets to talk to, deadlines instead of sleeps.
+//! Shared by the end-to-end tests: `s5 serve` as a child process, target servers, and waits with a timeout.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -10,11 +10,11 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take that should happen at once.
+/// Limit for anything that should happen immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the clients read of the environment, and the tests of a client may set.
-const VARIABLES: [&str; 19] = [
+/// Environment variables that the client modes read. Tests may set them.
+const CLIENT_VARIABLES: [&str; 19] = [
     "S5_PROXY",
     "all_proxy",
     "ALL_PROXY",
@@ -36,10 +36,10 @@ const VARIABLES: [&str; 19] = [
     "CI",
 ];
 
-/// The built program, in an environment that says nothing of proxies.
+/// The built program, in an environment without these variables.
 pub fn s5() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_s5"));
-    for variable in VARIABLES {
+    for variable in CLIENT_VARIABLES {
         command.env_remove(variable);
     }
     command
@@ -49,7 +49,7 @@ pub fn s5() -> Command {
 pub struct Server {
     child: Child,
     log: Arc<(Mutex<String>, Condvar)>,
-    /// Where it listens, in the order of its log.
+    /// The TCP addresses that it listens on, in the order of its log.
     pub addrs: Vec<SocketAddr>,
 }
 
@@ -60,7 +60,7 @@ impl Server {
         Self::start_with(s5().arg("serve").args(all), 1)
     }
 
-    /// Starts a command that is `s5 serve` in the end, and waits until it listens on `count` addresses.
+    /// Starts a command that runs `s5 serve`, and waits until it listens on `count` addresses.
     pub fn start_with(command: &mut Command, count: usize) -> Self {
         let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.expect("s5 starts");
@@ -99,27 +99,27 @@ impl Server {
         self.child.id()
     }
 
-    /// All that it has logged so far.
+    /// The log so far.
     pub fn log(&self) -> String {
-        // Of a test that fails as it waits for the log, it is still to be shown.
+        // A test that panics while waiting for the log poisons the lock, and then prints the log.
         self.log.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits until the log satisfies `done`, and gives it.
+    /// Waits until the log satisfies `done`, and returns the log.
     pub fn wait_log(&self, done: impl Fn(&str) -> bool) -> String {
         let (text, changed) = &*self.log;
         let text = text.lock().expect("no panic holds the log");
         let (text, waited) = changed.wait_timeout_while(text, TIMEOUT, |text| !done(text)).expect("no panic");
-        assert!(!waited.timed_out(), "the log never came to that:\n{}", *text);
+        assert!(!waited.timed_out(), "the log does not have the expected content:\n{}", *text);
         text.clone()
     }
 
-    /// How many descriptors it has open.
+    /// Number of its open descriptors.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
     }
 
-    /// Seconds of CPU that it has used.
+    /// CPU time that it has used, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
         let fields: Vec<&str> = stat.rsplit_once(')').expect("a name in brackets").1.split_whitespace().collect();
@@ -132,7 +132,7 @@ impl Server {
         assert!(Command::new("kill").args(["-s", signal, &pid]).status().expect("kill runs").success());
     }
 
-    /// Waits for its end.
+    /// Waits until it exits.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
         let mut status = None;
         wait_until("the server ends", limit, || {
@@ -153,22 +153,22 @@ impl Drop for Server {
     }
 }
 
-/// Looks every 5 ms whether something has come about.
-pub fn wait_until(what: &str, limit: Duration, mut is_so: impl FnMut() -> bool) {
+/// Waits until `condition` is true, checking every 5 ms. Panics after `limit`.
+pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + limit;
-    while !is_so() {
+    while !condition() {
         assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
         thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Runs a command with this stdin and gives its output; fails when it takes longer than `limit`.
+/// Runs a command with this stdin and returns its output. Panics if it takes longer than `limit`.
 pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
     let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let mut input = child.stdin.take().expect("stdin is piped");
     let stdin = stdin.to_vec();
-    // A child that does not read all of it is its own affair.
+    // The child need not read all of it.
     thread::spawn(move || drop(input.write_all(&stdin)));
     let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
     let out = thread::spawn(move || {
@@ -208,7 +208,7 @@ pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static)
     addr
 }
 
-/// Sends back what it gets, and half-closes when the other side does.
+/// Starts a TCP echo server, which half-closes after the client has.
 pub fn echo_server() -> SocketAddr {
     tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
         let mut other = stream.try_clone().expect("a second handle");
@@ -217,7 +217,7 @@ pub fn echo_server() -> SocketAddr {
     })
 }
 
-/// Sends datagrams back to whoever sent them.
+/// Starts a UDP echo server.
 pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
     let socket = UdpSocket::bind((ip, 0)).expect("a port");
     let addr = socket.local_addr().expect("an address");
@@ -230,7 +230,7 @@ pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
     addr
 }
 
-/// A port on 127.0.0.1 where nobody listens.
+/// A port on 127.0.0.1 without a listener.
 pub fn closed_port() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
 }
@@ -247,7 +247,7 @@ pub fn request(command: u8, dst: SocketAddr) -> Vec<u8> {
     message_with_addr([5, command, 0], dst)
 }
 
-/// The bytes of a request or a reply: three and an address.
+/// A request or a reply: three bytes and an address.
 pub fn message_with_addr(head: [u8; 3], addr: SocketAddr) -> Vec<u8> {
     let mut bytes = head.to_vec();
     match addr.ip() {
@@ -277,7 +277,7 @@ pub fn read_reply(stream: &mut TcpStream) -> (u8, SocketAddr) {
     (head[1], SocketAddr::new(ip, port))
 }
 
-/// Greets without authentication and makes a request: the connection, REP and BND.
+/// Greets without authentication and sends a request. Returns the connection, REP and BND.
 pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, SocketAddr) {
     let mut stream = server.connect();
     stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
@@ -320,8 +320,8 @@ pub fn skipped_tests_file() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("skipped-{run}"))
 }
 
-/// Runs the calling test once more inside of a network namespace of its own, without a route, with these lines as
-/// /etc/hosts and this /etc/resolv.conf. True in there; outside it returns false when the inner run has passed.
+/// Runs the calling test again in a new network namespace without routes, with these files as /etc/hosts and
+/// /etc/resolv.conf. Returns true inside; outside, false once the inner run has passed.
 pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     if std::env::var_os("S5_TEST_NAMESPACE").is_some() {
         return true;
@@ -336,7 +336,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
         path
     };
     let (hosts, resolv) = (file("hosts", hosts), file("resolv.conf", resolv));
-    // dns only: whatever else nsswitch.conf asks would not be this test's business.
+    // Only hosts and DNS, whatever the machine's nsswitch.conf has.
     let nsswitch = file("nsswitch.conf", "hosts: files dns\n");
     let script = "ip link set lo up && mount --bind \"$1\" /etc/hosts && mount --bind \"$2\" /etc/resolv.conf \
                   && mount --bind \"$3\" /etc/nsswitch.conf && shift 3 && exec \"$@\"";
@@ -348,17 +348,17 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     command.args(["--exact", test, "--nocapture"]).env("S5_TEST_NAMESPACE", "1");
     command.env("S5_TEST_RUN", std::os::unix::process::parent_id().to_string());
     let output = run(&mut command, b"", Duration::from_secs(120));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "inside of the namespace:\n{said}");
+    let output_text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && output_text.contains("1 passed"), "inside the namespace:\n{output_text}");
     false
 }
 
-/// A folder that goes away with the test.
+/// A folder that is deleted when dropped.
 pub fn temp_dir() -> tempfile::TempDir {
     tempfile::tempdir().expect("a folder")
 }
 
-/// Writes a file and gives its path as text.
+/// Writes a file and returns its path.
 pub fn write_file(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
     std::fs::write(&path, text).expect("a file");

@@ -1,5 +1,5 @@
-//! A SOCKS5 server that does what a script says, right or wrong, and tells the test what it was sent; and programs
-//! that run while the test looks on.
+//! A SOCKS5 server that follows a script, correct or not, and records the messages it receives. And programs that run
+//! in the background of a test.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -15,14 +15,14 @@ use crate::common::{TIMEOUT, message_with_addr, wait_until};
 
 /// Selects NO AUTHENTICATION.
 pub const SELECT_NO_AUTH: &[u8] = &[5, 0];
-/// Selects USERNAME/SELECT_PASSWORD.
+/// Selects USERNAME/PASSWORD.
 pub const SELECT_PASSWORD: &[u8] = &[5, 2];
-/// Lets the user in.
+/// Accepts the login (RFC 1929).
 pub const LOGIN_SUCCESS: &[u8] = &[1, 0];
-/// A success reply that has no address to tell.
+/// A success reply with an unspecified BND.
 pub const SUCCESS_REPLY: &[u8] = &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
 
-/// What a scripted server does next. Behind the last step it closes.
+/// One step of a script. After the last step the connection is closed.
 pub enum Step {
     /// Reads a greeting.
     Greeting,
@@ -30,39 +30,39 @@ pub enum Step {
     Login,
     /// Reads a request.
     Request,
-    /// Sends this in one piece.
+    /// Sends this in one write.
     Send(Vec<u8>),
     /// Sends this byte by byte.
     SendByteByByte(Vec<u8>),
     /// Resets the connection.
     Reset,
-    /// Says nothing until the client has left.
+    /// Sends nothing until the client has closed.
     WaitForClose,
-    /// Leaves the connection to the test.
+    /// Passes the connection to the test. The last step.
     WithStream(Box<dyn FnOnce(TcpStream) + Send>),
 }
 
-/// A step that sends this in one piece.
+/// A step that sends this in one write.
 pub fn send(bytes: &[u8]) -> Step {
     Step::Send(bytes.to_vec())
 }
 
-/// A last step that is the test's own.
+/// A last step that runs `what`.
 pub fn with_stream(what: impl FnOnce(TcpStream) + Send + 'static) -> Step {
     Step::WithStream(Box::new(what))
 }
 
-/// Takes a greeting and a request without authentication, and answers the request with `reply`.
+/// Accepts a greeting without authentication and a request, and sends `reply`.
 pub fn reply_with(reply: &[u8]) -> Vec<Step> {
     vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request, send(reply)]
 }
 
-/// Takes a greeting and a request without authentication, succeeds, and goes on with `last`.
+/// Accepts a greeting without authentication and a request, sends a success reply, and runs `last`.
 pub fn open_tunnel(last: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
     reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect()
 }
 
-/// A server that plays a script once, for its first client.
+/// A server that runs a script once, for its first client.
 pub struct ScriptedServer {
     pub addr: SocketAddr,
     messages: Receiver<Vec<u8>>,
@@ -82,29 +82,29 @@ impl ScriptedServer {
             let (stream, _) = listener.accept().expect("a client");
             drop(listener);
             stream.set_nodelay(true).expect("it can be set");
-            // A client that leaves before the script ends is what some tests are about.
-            let _ = play(stream, script, &sender);
+            // Some tests have a client that closes before the script ends.
+            let _ = run_script(stream, script, &sender);
         });
         Self { addr, messages }
     }
 
-    /// As `-x` takes it.
+    /// Its address, for `-x`.
     pub fn url(&self) -> String {
         self.addr.to_string()
     }
 
-    /// The next message that it was sent.
+    /// The next message that it has received.
     pub fn message(&self) -> Vec<u8> {
-        self.messages.recv_timeout(TIMEOUT).expect("a message comes")
+        self.messages.recv_timeout(TIMEOUT).expect("a message arrives")
     }
 
-    /// All messages that it was sent, once its script has ended.
+    /// All messages that it has received by the end of its script.
     pub fn messages(&self) -> Vec<Vec<u8>> {
         std::iter::from_fn(|| self.messages.recv_timeout(TIMEOUT).ok()).collect()
     }
 }
 
-fn play(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) -> io::Result<()> {
+fn run_script(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) -> io::Result<()> {
     for step in script {
         match step {
             Step::Greeting => drop(messages.send(read_greeting(&mut stream)?)),
@@ -114,7 +114,7 @@ fn play(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) ->
             Step::SendByteByByte(bytes) => {
                 for byte in bytes {
                     stream.write_all(&[byte])?;
-                    // The pace, so that the client reads each byte alone.
+                    // Slow enough that the client reads each byte separately.
                     thread::sleep(Duration::from_millis(2));
                 }
             }
@@ -137,7 +137,7 @@ pub fn reset(stream: TcpStream) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("it can be set");
 }
 
-fn more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()> {
+fn read_more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()> {
     let have = bytes.len();
     bytes.resize(have + n, 0);
     stream.read_exact(&mut bytes[have..])
@@ -145,32 +145,32 @@ fn more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()>
 
 fn read_greeting(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    more(stream, &mut bytes, 2)?;
+    read_more(stream, &mut bytes, 2)?;
     let methods = bytes[1].into();
-    more(stream, &mut bytes, methods)?;
+    read_more(stream, &mut bytes, methods)?;
     Ok(bytes)
 }
 
 fn read_login(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    more(stream, &mut bytes, 2)?;
+    read_more(stream, &mut bytes, 2)?;
     let uname = usize::from(bytes[1]);
-    more(stream, &mut bytes, uname + 1)?;
+    read_more(stream, &mut bytes, uname + 1)?;
     let passwd = bytes[uname + 2].into();
-    more(stream, &mut bytes, passwd)?;
+    read_more(stream, &mut bytes, passwd)?;
     Ok(bytes)
 }
 
 fn read_request(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    more(stream, &mut bytes, 5)?;
+    read_more(stream, &mut bytes, 5)?;
     let rest = match bytes[3] {
         1 => 3,
         3 => bytes[4].into(),
         4 => 15,
         atyp => panic!("ATYP {atyp} in a request"),
     };
-    more(stream, &mut bytes, rest + 2)?;
+    read_more(stream, &mut bytes, rest + 2)?;
     Ok(bytes)
 }
 
@@ -179,12 +179,12 @@ pub fn success_reply(bnd: SocketAddr) -> Vec<u8> {
     message_with_addr([5, 0, 0], bnd)
 }
 
-/// A program that runs while the test looks on; killed when dropped.
+/// A program in the background; killed when dropped.
 pub struct RunningProgram {
     child: Child,
     stdin: Option<ChildStdin>,
-    stdout: Collected,
-    stderr: Collected,
+    stdout: CollectedOutput,
+    stderr: CollectedOutput,
 }
 
 impl RunningProgram {
@@ -192,13 +192,13 @@ impl RunningProgram {
         Self::start_and_close_stdout_when(command, |_| false)
     }
 
-    /// As `start`, but its stdout is closed as soon as it satisfies `enough`.
+    /// Like `start`, but closes its stdout as soon as the output satisfies `enough`.
     pub fn start_and_close_stdout_when(command: &mut Command, enough: fn(&[u8]) -> bool) -> Self {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stdin = child.stdin.take();
-        let stdout = Collected::from(child.stdout.take().expect("piped"), enough);
-        let stderr = Collected::from(child.stderr.take().expect("piped"), |_| false);
+        let stdout = CollectedOutput::from(child.stdout.take().expect("piped"), enough);
+        let stderr = CollectedOutput::from(child.stderr.take().expect("piped"), |_| false);
         Self { child, stdin, stdout, stderr }
     }
 
@@ -207,7 +207,7 @@ impl RunningProgram {
         self.stdin.as_mut().expect("stdin is open").write_all(bytes).expect("it reads");
     }
 
-    /// Writes to its stdin again and again until it has ended.
+    /// Writes to its stdin repeatedly until it exits.
     pub fn write_until_exit(&mut self, bytes: &[u8]) {
         let mut stdin = self.stdin.take().expect("stdin is open");
         wait_until("the program ends", TIMEOUT, || {
@@ -220,12 +220,12 @@ impl RunningProgram {
         self.stdin = None;
     }
 
-    /// Waits until stdout satisfies `done`, and gives it.
+    /// Waits until stdout satisfies `done`, and returns it.
     pub fn stdout(&self, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         self.stdout.wait("stdout", done)
     }
 
-    /// Waits until stderr satisfies `done`, and gives it.
+    /// Waits until stderr satisfies `done`, and returns it.
     pub fn stderr(&self, done: impl Fn(&str) -> bool) -> String {
         text(&self.stderr.wait("stderr", |bytes| done(&text(bytes))))
     }
@@ -238,8 +238,8 @@ impl RunningProgram {
         self.child.try_wait().expect("it can be waited for").is_none()
     }
 
-    /// Waits for its end, stdin staying as it is: status, all of stdout, all of stderr.
-    pub fn end(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
+    /// Waits until it exits, without closing stdin. Returns status, stdout and stderr.
+    pub fn wait_exit(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
         let mut status = None;
         wait_until("the program ends", limit, || {
             status = self.child.try_wait().expect("it can be waited for");
@@ -256,18 +256,18 @@ impl Drop for RunningProgram {
     }
 }
 
-/// What is lossily text.
+/// Converts bytes to text, lossily.
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What a pipe has given so far.
-struct Collected(Arc<(Mutex<Gathered>, Condvar)>);
+/// The output of a pipe so far.
+struct CollectedOutput(Arc<(Mutex<BytesAndEnd>, Condvar)>);
 
 /// The bytes, and whether the pipe has ended.
-type Gathered = (Vec<u8>, bool);
+type BytesAndEnd = (Vec<u8>, bool);
 
-impl Collected {
+impl CollectedOutput {
     fn from(mut pipe: impl Read + Send + 'static, enough: fn(&[u8]) -> bool) -> Self {
         let shared = Arc::new((Mutex::new((Vec::new(), false)), Condvar::new()));
         let ours = shared.clone();
@@ -294,7 +294,7 @@ impl Collected {
         let state = state.lock().expect("no panic holds it");
         let waited = changed.wait_timeout_while(state, TIMEOUT, |(bytes, ended)| !done(bytes) && !*ended);
         let (state, _) = waited.expect("no panic holds it");
-        assert!(done(&state.0), "{what} never came to that: {:?}", text(&state.0));
+        assert!(done(&state.0), "{what} does not have the expected content: {:?}", text(&state.0));
         state.0.clone()
     }
 

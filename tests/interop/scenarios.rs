@@ -84,12 +84,12 @@ fn smtp_requires_crlf_option() {
     let target = addr.to_string();
 
     // The server waits for the end of the mail, a dot between two CR LF.
-    let (status, stdout, stderr) = start(&["-i", "2s", &target]).end(LONG_TIMEOUT);
+    let (status, stdout, stderr) = start(&["-i", "2s", &target]).wait_exit(LONG_TIMEOUT);
     assert_eq!(status.code(), Some(28), "{stderr}");
     assert!(text(&stdout).lines().last().is_some_and(|line| line.starts_with("354 ")), "{}", text(&stdout));
     assert_eq!(mails().count(), 0);
 
-    let (status, stdout, stderr) = start(&["-C", &target]).end(LONG_TIMEOUT);
+    let (status, stdout, stderr) = start(&["-C", &target]).wait_exit(LONG_TIMEOUT);
     assert_eq!((status.code(), stderr.as_str()), (Some(0), ""), "{}", text(&stdout));
     let stdout = text(&stdout);
     let codes: Vec<&str> = stdout.lines().filter_map(|line| line.get(..3)).collect();
@@ -113,7 +113,7 @@ fn assert_keeps_trying(check: &mut RunningProgram) {
 }
 
 fn assert_succeeds(mut check: RunningProgram) {
-    let (status, stdout, stderr) = check.end(TIMEOUT);
+    let (status, stdout, stderr) = check.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
 }
 

@@ -79,7 +79,7 @@ fn a_chain_may_bind() {
     drop(peer);
     client.stdout(|octets| octets == b"hello");
     client.close_stdin();
-    assert!(client.end(crate::common::TIMEOUT).0.success());
+    assert!(client.wait_exit(crate::common::TIMEOUT).0.success());
 }
 
 #[test]

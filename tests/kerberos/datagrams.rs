@@ -36,7 +36,7 @@ fn datagrams_of_every_size_come_back_at_every_level() {
             assert!(all == expected, "{length} octets at {level}");
         }
         client.close_stdin();
-        let (status, _, said) = client.end(crate::common::TIMEOUT);
+        let (status, _, said) = client.wait_exit(crate::common::TIMEOUT);
         assert!(status.success(), "{said}");
         let total = expected.len() - 7;
         session(&server, &[ALICE, "command=udp", &format!("rep=0 up={total} down={total} ")]);

@@ -50,7 +50,7 @@ impl Scene {
 /// Fails unless a client of ours ends with this status, and one line with these words.
 fn ends(mut client: RunningProgram, status: i32, words: &[&str]) {
     client.close_stdin();
-    let (ended, _, said) = client.end(TIMEOUT);
+    let (ended, _, said) = client.wait_exit(TIMEOUT);
     assert_eq!(ended.code(), Some(status), "{words:?}: {said}");
     assert!(said.starts_with("s5: ") && said.lines().count() == 1, "one line: {said:?}");
     for word in words {
@@ -123,7 +123,7 @@ fn every_level_is_asked_for_and_used_in_both_forms() {
             client.close_stdin();
             assert_eq!(stream_end(&mut peer.stream), StreamEnd::Closed(vec![]), "{level}");
             drop(peer);
-            assert!(client.end(TIMEOUT).0.success(), "{level}");
+            assert!(client.wait_exit(TIMEOUT).0.success(), "{level}");
         }
     }
 }
@@ -337,7 +337,7 @@ fn faults_in_what_comes_end_the_client_with_a_status() {
         peer.say_raw(&octets);
         peer.shutdown();
         let mut client = client;
-        let (status, stdout, said) = client.end(TIMEOUT);
+        let (status, stdout, said) = client.wait_exit(TIMEOUT);
         assert_eq!(status.code(), Some(56), "{what}: {said}");
         assert!(stdout.is_empty() || stdout == b"good", "{what}: {}", text(&stdout));
         assert!(said.contains(why) && said.lines().count() == 1, "{what}: {said}");
@@ -345,7 +345,7 @@ fn faults_in_what_comes_end_the_client_with_a_status() {
     // An end between frames is a good one.
     let (mut client, peer) = scene.tunnel();
     peer.shutdown();
-    assert!(client.end(TIMEOUT).0.success());
+    assert!(client.wait_exit(TIMEOUT).0.success());
 }
 
 #[test]
@@ -357,7 +357,7 @@ fn tokens_of_the_largest_size_are_taken() {
     peer.send(&[]);
     peer.send(b"end");
     peer.shutdown();
-    let (status, stdout, said) = client.end(TIMEOUT);
+    let (status, stdout, said) = client.wait_exit(TIMEOUT);
     assert!(status.success(), "{said}");
     assert!(stdout == [octets(largest), b"end".to_vec()].concat(), "{} octets", stdout.len());
 }

@@ -97,7 +97,7 @@ fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
     rules(&format!("allow user={ALICE} protection=confidentiality\ndeny\n"));
     server.signal("HUP");
     for client in &mut go {
-        let (status, _, said) = client.end(TIMEOUT);
+        let (status, _, said) = client.wait_exit(TIMEOUT);
         assert!(!status.success(), "{said}");
     }
     for client in &mut stay {

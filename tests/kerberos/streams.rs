@@ -45,7 +45,7 @@ fn whichever_side_speaks_first_and_each_half_close_goes_through() {
         client.stdout(|octets| octets == b"220 hello\n");
         client.write(b"question");
         client.close_stdin();
-        let (status, stdout, said) = client.end(TIMEOUT);
+        let (status, stdout, said) = client.wait_exit(TIMEOUT);
         assert_eq!((status.code(), text(&stdout).as_str()), (Some(0), "220 hello\n8 octets"), "{level}: {said}");
     }
 }
@@ -57,7 +57,7 @@ fn the_target_may_close_first() {
     for level in LEVELS {
         let server = serve_at(&realm, level);
         let mut client = RunningProgram::start(&mut connect(&realm, &server, level, target));
-        let (status, stdout, said) = client.end(TIMEOUT);
+        let (status, stdout, said) = client.wait_exit(TIMEOUT);
         assert_eq!((status.code(), stdout), (Some(0), b"all".to_vec()), "{level}: {said}");
     }
 }
@@ -73,7 +73,7 @@ fn a_target_that_resets_is_no_good_end() {
         let server = serve_at(&realm, level);
         let mut client = RunningProgram::start(&mut connect(&realm, &server, level, target));
         client.write(b"go");
-        let (status, _, said) = client.end(TIMEOUT);
+        let (status, _, said) = client.wait_exit(TIMEOUT);
         assert!(status.code() == Some(56) && said.contains("transfer"), "{level}: {said}");
     }
 }
@@ -113,7 +113,7 @@ fn bind_moves_data_both_ways_at_every_level() {
         assert_eq!(all, "from the client", "{level}");
         peer.write_all(b", more").expect("it is sent");
         peer.shutdown(Shutdown::Write).expect("half-close");
-        let (status, stdout, said) = client.end(TIMEOUT);
+        let (status, stdout, said) = client.wait_exit(TIMEOUT);
         assert_eq!((status.code(), text(&stdout).as_str()), (Some(0), "from the peer, more"), "{level}: {said}");
         session(&server, &[ALICE, "command=bind"]);
     }
@@ -168,7 +168,7 @@ fn many_sessions_at_once_do_not_get_into_each_others_way() {
         stream.write_all(&all).expect("it is sent");
     }
     for (i, mut client) in clients.into_iter().enumerate() {
-        let (status, stdout, said) = client.end(TIMEOUT);
+        let (status, stdout, said) = client.wait_exit(TIMEOUT);
         assert!(status.success(), "{said}");
         assert!(stdout == [b'a' + u8::try_from(i).expect("a letter"); 100_000], "others' octets");
     }

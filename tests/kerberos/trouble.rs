@@ -68,7 +68,7 @@ fn a_session_lives_on_when_its_ticket_ends() {
     client.write(b"and after");
     client.stdout(|all| all == b"before and after");
     client.close_stdin();
-    assert!(client.end(TIMEOUT).0.success());
+    assert!(client.wait_exit(TIMEOUT).0.success());
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_kdc_that_is_silent_is_waited_for_as_long_as_the_user_says_and_no_longer_tha
     assert_says(&output, 28, &["proxy localhost:", "login", "timed out after 300ms"]);
     let output = run(&mut client(&realm, "udp", &url(&server), &["-w", "300ms", NOWHERE]), b"", TIMEOUT);
     assert_says(&output, 28, &["login", "timed out after 300ms"]);
-    let (status, _, said) = patient.end(TIMEOUT);
+    let (status, _, said) = patient.wait_exit(TIMEOUT);
     let time = started.elapsed();
     assert!(status.code() == Some(67) && said.contains("no answer from the KDC"), "{said}");
     assert!(time > Duration::from_secs(9) && time < Duration::from_secs(25), "{time:?}");

@@ -1,23 +1,23 @@
-//! A DNS server of a few lines on 127.0.0.1:53, for inside of a network namespace. The first label of a name says what
-//! comes, unless the test does: `nx` and `servfail` their codes, `silent` nothing, anything else the address 127.0.0.1.
+//! A minimal DNS server on 127.0.0.1:53, for use in a network namespace. By default, the first label of a name selects
+//! the answer: `nx` and `servfail` these codes, `silent` none, anything else the address 127.0.0.1.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// What resolv.conf says for it.
+/// resolv.conf for this server.
 pub const RESOLV: &str = "nameserver 127.0.0.1\n";
 
-/// The names that it has been queries for, in order.
+/// The queried names, in order.
 pub type Queries = Arc<Mutex<Vec<String>>>;
 
-/// What comes back for a name.
+/// The answer for a name.
 pub enum Answer {
     NoReply,
     /// An RCODE.
     Rcode(u8),
-    /// IPv4 only; there is none of IPv6.
+    /// For queries of type A; the answer to AAAA is empty.
     Addrs(Vec<Ipv4Addr>),
 }
 
@@ -36,7 +36,7 @@ pub fn start() -> Queries {
     })
 }
 
-/// Answers as `choose` says for a name and how many times its addresses have been queries for before.
+/// Starts a server. `choose` returns the answer for a name and the number of earlier A queries for it.
 pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Queries {
     let socket = UdpSocket::bind("127.0.0.1:53").expect("the port is free in here");
     let queries = Queries::default();
@@ -58,7 +58,7 @@ pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Qu
     queries
 }
 
-/// The name that a query is for, whether it wants IPv4, and the question as it is (RFC 1035 section 4).
+/// Returns a query's name, whether its type is A, and its question section (RFC 1035 section 4).
 fn parse(query: &[u8]) -> (String, bool, &[u8]) {
     const HEADER: usize = 12;
     let (mut labels, mut at) = (Vec::new(), HEADER);
@@ -80,7 +80,7 @@ fn encode(query: &[u8], question: &[u8], is_a: bool, answer: Answer) -> Option<V
     let mut bytes = vec![query[0], query[1], 0x81, 0x80 | rcode, 0, 1, 0, count, 0, 0, 0, 0];
     bytes.extend(question);
     for ip in ips {
-        // The name by a pointer to the question, A, IN, a TTL of 0, 4 bytes.
+        // A pointer to the question's name, type A, class IN, TTL 0, 4 bytes.
         bytes.extend([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 4]);
         bytes.extend(ip.octets());
     }

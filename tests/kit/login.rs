@@ -1,4 +1,4 @@
-//! RFC 1929 as a client says it, from whichever address.
+//! Logins by user name and password (RFC 1929), from a chosen loopback address.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::connect_from;
 use crate::common::{Server, read_exact, temp_dir, write_file};
 
-/// A users file. bcrypt of the least cost, since debug builds are slow.
+/// Writes a users file with bcrypt's lowest cost, since debug builds are slow.
 pub fn users_file(list: &[(&str, &str)]) -> (TempDir, String) {
     users_file_with_cost(4, list)
 }
@@ -20,31 +20,31 @@ pub fn users_file_with_cost(cost: u32, list: &[(&str, &str)]) -> (TempDir, Strin
     (folder, path)
 }
 
-/// What a client says to log in.
+/// The login message of a client.
 pub fn login_message(uname: &[u8], passwd: &[u8]) -> Vec<u8> {
     let length = |field: &[u8]| u8::try_from(field.len()).expect("at most 255 bytes");
     [&[1, length(uname)], uname, &[length(passwd)], passwd].concat()
 }
 
-/// A connection from an address of loopback.
+/// Connects from a loopback address.
 pub fn connect_from_ip(server: &Server, source: [u8; 4]) -> TcpStream {
     connect_from(SocketAddr::from((Ipv4Addr::from(source), 0)), server.addr())
 }
 
-/// Has the method PASSWORD selected.
+/// Greets with the method USERNAME/PASSWORD, which the server must select.
 pub fn select_password(stream: &mut TcpStream) {
     stream.write_all(&[5, 1, 2]).expect("the greeting is sent");
     assert_eq!(read_exact(stream, 2), [5, 2]);
 }
 
-/// Sends credentials and gives STATUS.
+/// Sends user name and password. Returns STATUS.
 pub fn send_login(stream: &mut TcpStream, uname: &[u8], passwd: &[u8]) -> u8 {
     stream.write_all(&login_message(uname, passwd)).expect("the credentials are sent");
     let [1, status] = read_exact(stream, 2)[..] else { panic!("VER of the answer to a login") };
     status
 }
 
-/// Logs in from there: the connection and STATUS.
+/// Logs in from a loopback address. Returns the connection and STATUS.
 pub fn log_in(server: &Server, source: [u8; 4], uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
     let mut stream = connect_from_ip(server, source);
     select_password(&mut stream);

@@ -1,5 +1,5 @@
-//! What the tests of the server share beyond `common`: requests by name, chosen source addresses, ends of connections,
-//! targets that never answer, bytes that are known by their position.
+//! Helpers for tests of the server: requests by name, chosen source addresses, ends of connections, targets that never
+//! answer, and a byte pattern.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -24,12 +24,12 @@ pub const UDP_ASSOCIATE: u8 = 3;
 pub const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
-/// A server that listens somewhere else than `Server::start` does.
+/// Starts `s5 serve` with this --listen, and waits until it listens on `count` addresses.
 pub fn serve(listen: &str, count: usize, args: &[&str]) -> Server {
     Server::start_with(s5().args(["serve", "--listen", listen]).args(args), count)
 }
 
-/// A connection on which the server has selected NO AUTHENTICATION.
+/// Connects and greets without authentication.
 pub fn greet(server: &Server) -> TcpStream {
     let mut stream = server.connect();
     stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
@@ -46,7 +46,7 @@ pub fn request_by_name(command: u8, name: &str, port: u16) -> Vec<u8> {
     bytes
 }
 
-/// As `common::open`, by name.
+/// Like `common::open`, by name.
 pub fn open_by_name(server: &Server, command: u8, name: &str, port: u16) -> (TcpStream, u8, SocketAddr) {
     let mut stream = greet(server);
     stream.write_all(&request_by_name(command, name, port)).expect("the request is sent");
@@ -54,7 +54,7 @@ pub fn open_by_name(server: &Server, command: u8, name: &str, port: u16) -> (Tcp
     (stream, rep, bnd)
 }
 
-/// A listener on a port of the system's choice.
+/// A listener on a port chosen by the kernel.
 pub fn listener(ip: IpAddr) -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind((ip, 0)).expect("a port");
     let addr = listener.local_addr().expect("an address");
@@ -63,7 +63,7 @@ pub fn listener(ip: IpAddr) -> (TcpListener, SocketAddr) {
 
 /// Accepts one connection and sets its read timeout.
 pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
-    let (stream, peer) = listener.accept().expect("a connection comes");
+    let (stream, peer) = listener.accept().expect("a connection arrives");
     stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     (stream, peer)
 }
@@ -72,14 +72,14 @@ pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
 pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
     socket.set_reuse_address(true).expect("an option");
-    socket.bind(&source.into()).expect("the source is ours");
-    socket.connect(&to.into()).expect("somebody listens");
+    socket.bind(&source.into()).expect("the source address is local");
+    socket.connect(&to.into()).expect("the listener accepts");
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
     stream
 }
 
-/// An address on which connecting takes for ever: its accept queue is full, so Linux drops each SYN.
+/// A listener to which connecting never ends: its accept queue is full, so Linux drops each SYN.
 pub struct FullBacklog {
     pub addr: SocketAddr,
     _listener: Socket,
@@ -102,12 +102,12 @@ impl FullBacklog {
     }
 }
 
-/// How many descriptors a server has open that has nobody to serve. It must have answered somebody to be asked: while
-/// it starts it opens files for a moment.
+/// Returns the number of open descriptors of a server without sessions. Makes one connection first, since files are
+/// open for a moment while the server starts.
 pub fn idle_descriptors(server: &Server) -> usize {
-    let one = greet(server);
+    let session = greet(server);
     let idle = server.descriptors() - 1;
-    drop(one);
+    drop(session);
     wait_until("the connection is closed", TIMEOUT, || server.descriptors() == idle);
     idle
 }
@@ -115,12 +115,12 @@ pub fn idle_descriptors(server: &Server) -> usize {
 /// How a connection ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum StreamEnd {
-    /// With a FIN, after these bytes.
+    /// By FIN, after these bytes.
     Closed(Vec<u8>),
     Reset,
 }
 
-/// Reads to the end.
+/// Reads to the end and returns how the connection ended.
 pub fn stream_end(stream: &mut TcpStream) -> StreamEnd {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
@@ -135,16 +135,16 @@ pub fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
 }
 
-/// Sends and expects the same back.
+/// Sends bytes and expects them back.
 pub fn ping(stream: &mut TcpStream, bytes: &[u8]) {
     stream.write_all(bytes).expect("it is sent");
     assert_eq!(read_exact(stream, bytes.len()), bytes);
 }
 
-/// Fails when anything comes within `time`.
+/// Fails if any data arrives within `time`.
 pub fn assert_no_data(stream: &TcpStream, time: Duration) {
     stream.set_read_timeout(Some(time)).expect("a timeout can be set");
-    let error = stream.peek(&mut [0]).expect_err("nothing comes");
+    let error = stream.peek(&mut [0]).expect_err("no data arrives");
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
 }
@@ -156,19 +156,19 @@ pub fn resident_kib(server: &Server) -> usize {
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// The lines of finished sessions.
+/// The log lines of ended sessions.
 pub fn session_lines(log: &str) -> Vec<&str> {
     log.lines().filter_map(|line| line.split_once("session client=").map(|(_, rest)| rest)).collect()
 }
 
-/// Lets this process have as many descriptors as it may; false when those are fewer than `wanted`.
+/// Raises the descriptor limit of this process to the hard limit. Returns false if that is less than `wanted`.
 pub fn raise_fd_limit(wanted: u64) -> bool {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).expect("the hard limit is ours to take");
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).expect("the hard limit is allowed");
     maximum.is_none_or(|maximum| maximum >= wanted)
 }
 
-/// Bytes that look random and repeat after a length that no buffer has.
+/// Pseudo-random bytes, repeated after a length that is not a multiple of a buffer size.
 fn pattern() -> &'static [u8] {
     static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
     PATTERN.get_or_init(|| {
@@ -185,11 +185,11 @@ fn pattern() -> &'static [u8] {
     })
 }
 
-/// Sends the first `total` bytes of the pattern; `sent` hears of each piece.
+/// Sends the first `total` bytes of the pattern. `sent` is called with the size of each piece.
 pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) {
     let mut left = total;
     while left > 0 {
-        // More than a relay takes at once, so that it finds its buffer filled however slow this is.
+        // Larger than a relay's buffer, so that reads fill it even on a slow machine.
         for piece in pattern()[..left.min(pattern().len())].chunks(1 << 18) {
             stream.write_all(piece).expect("it is sent");
             left -= piece.len();
@@ -198,7 +198,7 @@ pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) 
     }
 }
 
-/// Reads to the end, and fails unless that was the first `total` bytes of the pattern.
+/// Reads to the end, and fails unless it received the first `total` bytes of the pattern.
 pub fn check_pattern(stream: &mut impl Read, total: usize) {
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0;
@@ -211,23 +211,23 @@ pub fn check_pattern(stream: &mut impl Read, total: usize) {
         while !rest.is_empty() {
             let expected = &pattern()[at % pattern().len()..];
             let length = rest.len().min(expected.len());
-            // Not assert_eq, which would print it all.
-            assert!(rest[..length] == expected[..length], "other bytes around {at}");
+            // assert_eq would print all bytes.
+            assert!(rest[..length] == expected[..length], "wrong bytes around {at}");
             rest = &rest[length..];
             at += length;
         }
     }
-    assert_eq!(at, total, "bytes that came");
+    assert_eq!(at, total, "number of received bytes");
 }
 
-/// How long something took, and what it gave.
+/// Returns the time that `what` took, and its result.
 pub fn timed<T>(what: impl FnOnce() -> T) -> (Duration, T) {
     let started = Instant::now();
     let result = what();
     (started.elapsed(), result)
 }
 
-/// The fastest of a few attempts: on a machine that is busy otherwise, only that one says something.
+/// Returns the shortest time of 8 runs: on a busy machine the others are meaningless.
 pub fn fastest(what: impl FnMut()) -> Duration {
     let mut what = what;
     (0..8).map(|_| timed(&mut what).0).min().expect("some attempts")

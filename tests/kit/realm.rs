@@ -1,5 +1,5 @@
-//! A throw-away realm of Kerberos on 127.0.0.1: a KDC of MIT's as a child process, its principals, their keys and
-//! tickets, all of it in a folder that goes away. Any number of them can run at once.
+//! A temporary Kerberos realm on 127.0.0.1: an MIT KDC as a child process, with principals, keys and tickets in a
+//! folder that is deleted when dropped. Several realms can run at once.
 
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -16,13 +16,13 @@ pub const REALM: &str = "S5.TEST";
 /// The password of alice.
 pub const PASSWORD: &str = "alice-secret";
 
-/// The programs that it takes.
+/// Programs that a realm needs.
 const PROGRAMS: [&str; 4] = ["krb5kdc", "kdb5_util", "kadmin.local", "kinit"];
-/// Where [`current_realm_dir`] finds the folder of the realm.
+/// Environment variable with the realm's folder, for [`current_realm_dir`].
 const REALM_VARIABLE: &str = "S5_TEST_REALM";
 
 pub struct Options {
-    /// How long tickets live, as kinit has it: `10s`, `1h`.
+    /// Lifetime of tickets in kinit's format: `10s`, `1h`.
     pub lifetime: &'static str,
     /// The only encryption type.
     pub enctype: &'static str,
@@ -38,29 +38,29 @@ pub struct Realm {
     folder: TempDir,
     kdc: Kdc,
     port: Port,
-    /// Keeps the KDC's other port when it is silenced.
+    /// Occupies the KDC's UDP port after [`Realm::stop_answering`].
     silent: Option<UdpSocket>,
 }
 
 impl Realm {
-    /// One with the usual options.
+    /// Starts a realm with the default options.
     pub fn start() -> Self {
         Self::with(&Options::default())
     }
 
-    /// A realm with, in its folder:
+    /// Starts a realm with these files in its folder:
     ///
-    /// | file | what it holds |
+    /// | file | content |
     /// | --- | --- |
     /// | ccache, ccache.mallory | a ticket of alice, of mallory |
     /// | user.keytab | alice's key |
     /// | service.keytab | the keys of rcmd/localhost and socks/localhost |
-    /// | wrong.keytab | another key under the name and number of that of rcmd/localhost |
+    /// | wrong.keytab | a wrong key with the name and key version of rcmd/localhost |
     ///
-    /// The KDC knows nokey/localhost as well.
+    /// The principal nokey/localhost exists too, without a keytab.
     pub fn with(options: &Options) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        // What is not ours may have the port for UDP.
+        // Another process may have the UDP port.
         for _ in 0..20 {
             let port = Port::reserve();
             write_config(folder.path(), port.number, options);
@@ -77,33 +77,33 @@ impl Realm {
         panic!("the KDC does not start:\n{}", std::fs::read_to_string(folder.path().join("log")).unwrap_or_default());
     }
 
-    /// A file of the realm's folder, whether there is one or not.
+    /// Path in the realm's folder. The file need not exist.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Lets a child process live in the realm, as alice and with the keys of the services.
+    /// Sets the environment of a child process: the realm, alice's ticket and the services' keytab.
     pub fn env<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         env(self.folder.path(), command)
     }
 
-    /// From now on nobody answers at the KDC's address, though it can be connected to.
+    /// Stops the KDC. Its address still accepts connections, but does not answer.
     pub fn stop_answering(&mut self) {
         self.stop();
         self.silent = Some(UdpSocket::bind((V4, self.port.number)).expect("the KDC's port is free again"));
         self.port.socket.listen(16).expect("the port is ours");
     }
 
-    /// The KDC is gone, and its port closed.
+    /// Stops the KDC and closes its port.
     pub fn stop(&mut self) {
         self.kdc.stop();
     }
 }
 
-/// A KDC that ends with this process, however that ends.
+/// A KDC process. It ends with this process, also if that is killed.
 struct Kdc {
     child: Child,
-    /// Kills it when our end of its stdin is closed.
+    /// Kills the KDC when this process closes the guard's stdin.
     guard: Child,
 }
 
@@ -121,7 +121,7 @@ impl Kdc {
     }
 
     fn stop(&mut self) {
-        // In this order, since the number of a process that has ended may be given to another.
+        // The guard first: once the KDC has ended, its pid may be reused.
         for child in [&mut self.guard, &mut self.child] {
             let _ = child.kill();
             let _ = child.wait();
@@ -135,18 +135,18 @@ impl Drop for Kdc {
     }
 }
 
-/// Whether all is there that a realm takes; as [`has`].
+/// Whether all programs that a realm needs are installed, see [`is_installed`].
 pub fn can_start() -> bool {
     PROGRAMS.iter().all(|program| is_installed(program))
 }
 
-/// The folder of the realm that this process lives in.
+/// The folder of the realm that this process runs in.
 pub fn current_realm_dir() -> Option<PathBuf> {
     std::env::var_os(REALM_VARIABLE).map(PathBuf::from)
 }
 
-/// Runs the calling test once more, as a child process in a realm with these options, which `prepare` may change
-/// before. The folder of the realm in there; outside nothing when the inner run has passed.
+/// Runs the calling test again as a child process in a realm with these options. `prepare` can change the realm and the
+/// command before. Returns the realm's folder inside; outside, `None` once the inner run has passed.
 pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, &mut Command)) -> Option<PathBuf> {
     if current_realm_dir().is_some() {
         return current_realm_dir();
@@ -160,20 +160,20 @@ pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, 
     realm.env(&mut command).env(REALM_VARIABLE, realm.folder.path());
     prepare(&mut realm, &mut command);
     let output = run(&mut command, b"", Duration::from_secs(120));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "inside of the realm:\n{said}");
+    let output_text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && output_text.contains("1 passed"), "inside the realm:\n{output_text}");
     None
 }
 
-/// Gets a ticket of that lifetime by the key of a keytab, all in the folder of a realm.
+/// Acquires a ticket with a keytab. Both are files in the realm's folder.
 pub fn kinit(folder: &Path, user: &str, keytab: &str, ccache: &str, lifetime: &str) {
     let mut command = program("kinit");
     command.args(["-l", lifetime, "-k", "-t"]).arg(folder.join(keytab)).arg("-c").arg(folder.join(ccache)).arg(user);
     check(env(folder, &mut command), b"");
 }
 
-/// A port that no other realm gets as long as this one lives: krb5kdc shares it with whoever sets SO_REUSEPORT, but a
-/// socket that does not listen gets no connections.
+/// A port reserved for one realm. krb5kdc can bind it too, since both set SO_REUSEPORT; this socket does not listen, so
+/// it receives no connections.
 struct Port {
     socket: Socket,
     number: u16,
@@ -189,7 +189,7 @@ impl Port {
     }
 }
 
-/// A command that is found although Debian's users have no sbin in their PATH.
+/// A command, also searched in sbin, which is not in the PATH of Debian's users.
 fn program(name: &str) -> Command {
     let mut command = Command::new(name);
     let path = std::env::var("PATH").unwrap_or_default();
@@ -199,7 +199,7 @@ fn program(name: &str) -> Command {
 
 fn env<'a>(folder: &Path, command: &'a mut Command) -> &'a mut Command {
     let file = |kind: &str, name: &str| format!("{kind}{}", folder.join(name).display());
-    // A client keytab would fetch a ticket where there is to be none.
+    // With a client keytab, GSSAPI would acquire a missing ticket.
     command
         .env("KRB5_CONFIG", file("", "krb5.conf"))
         .env("KRB5_KDC_PROFILE", file("", "kdc.conf"))
@@ -210,16 +210,16 @@ fn env<'a>(folder: &Path, command: &'a mut Command) -> &'a mut Command {
         .env_remove("KRB5_TRACE")
 }
 
-/// Runs a program that has to succeed.
+/// Runs a program and checks that it succeeds.
 fn check(command: &mut Command, stdin: &[u8]) {
     let output = run(command, stdin, TIMEOUT);
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}:\n{said}");
+    let output_text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}:\n{output_text}");
 }
 
 fn write_config(folder: &Path, port: u16, options: &Options) {
     let Options { lifetime, enctype } = options;
-    // Nothing is asked of DNS, nor of this host's own name.
+    // No DNS, and independent of this machine's host name.
     let krb5 = format!(
         "[libdefaults]
     default_realm = {REALM}
@@ -270,7 +270,7 @@ fn make_principals(folder: &Path) {
     let mut create = program("kdb5_util");
     create.args(["-r", REALM, "-P", "master-secret", "create", "-s"]);
     check(env(folder, &mut create), b"");
-    // With -norandkey the password goes on being good. A principal that is made anew begins with the same key number.
+    // -norandkey keeps the password valid. A principal that is created again starts with the same key version.
     let at = folder.display();
     let script = format!(
         "addprinc -pw {PASSWORD} alice
@@ -293,7 +293,7 @@ ktadd -k {at}/mallory.keytab -norandkey mallory
     }
 }
 
-/// `None` when it ends at once, as when the port is taken.
+/// Returns `None` if the KDC ends at once, for example because the port is in use.
 fn start_kdc(folder: &Path, port: &Port) -> Option<Kdc> {
     let mut kdc = Kdc::start(env(folder, program("krb5kdc").args(["-n", "-r", REALM])));
     let addr = SocketAddr::new(V4, port.number);

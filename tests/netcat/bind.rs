@@ -36,7 +36,7 @@ fn bound_to_file_has_only_the_address() {
     peer.write_all(b"hello").expect("the data is sent");
     peer.shutdown(Shutdown::Write).expect("the socket is half-closed");
     client.close_stdin();
-    assert_eq!(client.end(TIMEOUT).1, b"hello");
+    assert_eq!(client.wait_exit(TIMEOUT).1, b"hello");
     let names: Vec<_> =
         std::fs::read_dir(folder.path()).expect("a folder").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["address"], "no temporary file is left");
@@ -88,7 +88,7 @@ fn bind_z_exits_when_the_peer_connects() {
     let at: SocketAddr = stderr.trim().trim_start_matches("bound ").parse().expect("an address");
     assert!(client.is_running());
     let peer = TcpStream::connect(at).expect("the proxy listens there");
-    assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
+    assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
     drop(peer);
 }
 
@@ -105,7 +105,7 @@ fn bind_program_has_the_peer_as_stdin_and_stdout() {
     let mut answer = String::new();
     peer.read_to_string(&mut answer).expect("the program answers");
     assert_eq!(answer, format!("you said hello to {at}\n"));
-    assert_eq!(client.end(TIMEOUT).0.code(), Some(3));
+    assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(3));
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn bind_example_of_readme_transfers_a_file() {
     let output = run(&mut shell(&there, &folder.path().join("there")), b"", Duration::from_secs(20));
     assert!(output.status.success(), "{}", text(&output.stderr));
     receiver.close_stdin();
-    assert_eq!(receiver.end(TIMEOUT).0.code(), Some(0));
+    assert_eq!(receiver.wait_exit(TIMEOUT).0.code(), Some(0));
     assert!(
         std::fs::read(folder.path().join("received")).expect("the file was received") == content,
         "the content differs"

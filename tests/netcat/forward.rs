@@ -34,7 +34,7 @@ fn forward_without_k_serves_one_connection() {
     assert!(TcpStream::connect(at).is_err(), "a second connection is refused");
     local.shutdown(Shutdown::Write).expect("the socket is half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
-    assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
+    assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn forward_without_k_exits_with_status_of_its_tunnel() {
     assert_eq!(at.ip().to_string(), "127.0.0.7");
     let mut local = TcpStream::connect(at).expect("the address is listened on");
     assert_eq!(stream_end(&mut local), StreamEnd::Reset, "a failed tunnel must not look like an empty answer");
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(105), "{stderr}");
     assert!(stderr.ends_with("connection refused (REP 5)\n"), "{stderr}");
 }
@@ -96,7 +96,7 @@ fn forward_aborts_handshake_when_local_client_disconnects() {
     proxy.message();
     // The client waits a while first, since a local client may close its side and still read.
     drop(local);
-    let (status, _, stderr) = client.end(TIMEOUT);
+    let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
     assert!(stderr.contains("the local client disconnected"), "{stderr}");
 }
@@ -240,7 +240,7 @@ fn forward_serves_local_client_that_only_reads() {
     let mut local = TcpStream::connect(at).expect("the address is listened on");
     local.shutdown(Shutdown::Write).expect("the socket is half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(b"banner".to_vec()));
-    assert_eq!(client.end(TIMEOUT).0.code(), Some(0));
+    assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn json_reports_ended_first_and_tries() {
     });
     let mut client =
         crate::scripted::RunningProgram::start(s5().args(["connect", "--json", "--direct", &closes.to_string()]));
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(0), b"bye".to_vec()));
     assert_eq!(
         eval_json(stderr.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),

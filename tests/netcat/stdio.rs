@@ -104,7 +104,7 @@ fn quit_after_counts_from_end_of_stdin() {
     waiting.stdout(|bytes| bytes == b"hello");
     assert!(waiting.is_running(), "stdin is still open");
     waiting.close_stdin();
-    assert_eq!(waiting.end(TIMEOUT).0.code(), Some(0));
+    assert_eq!(waiting.wait_exit(TIMEOUT).0.code(), Some(0));
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn idle_timeout_exits_with_28_and_traffic_restarts_it() {
         std::thread::sleep(Duration::from_millis(250));
     }
     assert!(client.is_running(), "traffic restarts the timeout");
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), text(&stdout).as_str()), (Some(28), "....."), "{stderr}");
     assert!(stderr.ends_with(&format!("transfer, for {echo}: idle for 700ms\n")), "{stderr}");
 }

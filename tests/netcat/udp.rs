@@ -67,7 +67,7 @@ fn udp_idle_timeout_exits_with_28() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let mut client = RunningProgram::start(s5().args(["udp", "-i", "400ms", "-x", &server.addr().to_string(), &echo]));
     client.write(b"x\n");
-    let (status, stdout, stderr) = client.end(TIMEOUT);
+    let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(28), b"x\n".to_vec()), "{stderr}");
     assert!(stderr.ends_with("idle for 400ms\n"), "{stderr}");
 }

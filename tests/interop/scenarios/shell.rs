@@ -122,7 +122,7 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
         assert_eq!(connection_count(&server), stay, "{lines}");
         ssh.write(&data);
         ssh.close_stdin();
-        let (status, echoed, stderr) = ssh.end(LONG_TIMEOUT);
+        let (status, echoed, stderr) = ssh.wait_exit(LONG_TIMEOUT);
         assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
         assert_same(&echoed[6..], &data);
     }
