@@ -9,16 +9,16 @@ CARGO = cargo
 
 .PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz install clean
 
-help:              ## this list
+help:              ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-build:             ## the release binary, target/release/s5
+build:             ## build the release binary, target/release/s5
 	$(CARGO) build --release --locked
 
 serve: build       ## build s5 and run its server on LISTEN (127.0.0.1:1080)
 	target/release/s5 serve --listen '$(LISTEN)'
 
-check:             ## format, lints and documentation, warnings as errors
+check:             ## check format, lints and documentation; warnings are errors
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	cd tests/bench && $(CARGO) fmt --check && $(CARGO) clippy --locked --all-targets -- -D warnings
@@ -41,7 +41,7 @@ PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd
            krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind tshark:tshark \
            connect-proxy:connect-proxy dig:bind9-dnsutils unbound:unbound rsync:rsync man:man-db groff:groff-base mandoc:mandoc \
            bash:bash zsh:zsh fish:fish
-test-programs:     ## install the real programs that the tests run against (Debian, as root or with sudo)
+test-programs:     ## install the programs that the tests need (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(PROGRAMS)); \
 	/usr/bin/python3 -c 'import socks' 2>/dev/null || missing="$$missing python3-socks"; \
 	/usr/bin/python3 -c 'import gssapi' 2>/dev/null || missing="$$missing python3-gssapi"; \
@@ -57,20 +57,20 @@ INSTALL_MISSING = [ -z "$$missing" ] || { echo "installing the Debian packages$$
 
 BENCH = cd tests/bench && $(CARGO) run --release --locked --
 
-bench: build bench-programs ## s5 and other SOCKS servers side by side, about 40 minutes; into target/bench
+bench: build bench-programs ## measure s5 and other SOCKS servers in 40 minutes; results in target/bench
 	-$(BENCH) clients --out '$(CURDIR)/target/bench'
 	$(BENCH) --out '$(CURDIR)/target/bench'
 
-bench-quick: build bench-programs ## the same in a minute, and so much less exact
+bench-quick: build bench-programs ## the same in a minute, less exact
 	-$(BENCH) clients --out '$(CURDIR)/target/bench'
 	$(BENCH) --quick --out '$(CURDIR)/target/bench'
 
-soak: build        ## 30 minutes of mixed load; fails if anything grows or is lost
+soak: build        ## run mixed load for 30 minutes; fail if memory grows or data are lost
 	$(BENCH) soak --out '$(CURDIR)/target/bench'
 
 BENCH_PROGRAMS = nc.openbsd:netcat-openbsd microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server \
                  krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user
-bench-programs:    ## install what s5 is measured against (Debian, as root or with sudo)
+bench-programs:    ## install the servers that s5 is compared with (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(BENCH_PROGRAMS)); $(INSTALL_MISSING)
 
 compare-clients: test-programs ## run other clients like s5 in tests/client; rewrites the table there
@@ -83,7 +83,7 @@ fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 || exit 1; \
 	done
 
-install: build     ## s5, its manual and its completions to PREFIX (/usr/local)
+install: build     ## install s5, its manual page and completions to PREFIX (/usr/local)
 	install -D -m 755 target/release/s5 '$(ROOT)/bin/s5'
 	mkdir -p '$(ROOT)/share/man/man1' '$(ROOT)/share/bash-completion/completions' \
 	  '$(ROOT)/share/zsh/site-functions' '$(ROOT)/share/fish/vendor_completions.d'
@@ -92,5 +92,5 @@ install: build     ## s5, its manual and its completions to PREFIX (/usr/local)
 	target/release/s5 --completions zsh > '$(ROOT)/share/zsh/site-functions/_s5'
 	target/release/s5 --completions fish > '$(ROOT)/share/fish/vendor_completions.d/s5.fish'
 
-clean:             ## remove what was built
+clean:             ## remove build results
 	$(CARGO) clean
