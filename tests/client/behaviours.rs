@@ -1,8 +1,7 @@
 //! `s5 connect` with every row of the table of proxy behaviours: exit status, message and stdout. Also: every exit
-//! status occurs, and the README pages have all rows.
+//! status occurs, and README.md here has all rows.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
