@@ -83,7 +83,7 @@ impl Client {
         Self { local, ..self }
     }
 
-    /// If true, looks up the target's name here and not at the last proxy.
+    /// If true, looks up the target's name here and not by the last proxy.
     pub fn with_target_lookup(self, looks_up_target: bool) -> Self {
         Self { looks_up_target, ..self }
     }

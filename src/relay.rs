@@ -43,7 +43,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
         false
     }
 
-    /// Whether the peer has reset the stream. Detects it without a read, which would need a place for the data.
+    /// Whether the peer has reset the stream. Does not read: the data could not be stored.
     fn is_reset(&self) -> bool {
         false
     }
@@ -106,7 +106,7 @@ pub enum RelayOutcome {
 
 /// The operation that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it all")]
+#[expect(missing_docs, reason = "the names are complete")]
 pub enum RelayOp {
     ReadClient,
     WriteClient,

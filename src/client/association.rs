@@ -249,7 +249,7 @@ impl Association {
 }
 
 /// Sends, ignoring ECONNREFUSED: the first call may report an ICMP error about an earlier datagram, and the control
-/// connection reports better that a relay is gone.
+/// connection shows better that a relay has ended.
 fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     for _ in 0..2 {
         match socket.send(bytes) {
