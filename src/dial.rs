@@ -26,7 +26,7 @@ pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const MAX_LOOKUPS: usize = 256;
 const MAX_ADDRS_PER_NAME: usize = 32;
 
-/// Why no connection was made. Ordered by how specific it is: of several failures the greatest is best_error.
+/// Why no connection was made. Ordered by how specific it is: of several failures the greatest is most_specific.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DialError {
     /// Out of descriptors, ports or memory on this machine.
@@ -243,11 +243,11 @@ fn is_host_name(name: &str) -> bool {
 pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<TcpStream>, DialError> {
     let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
-    let mut best_error = None;
+    let mut most_specific = None;
     loop {
         match queue.pop_front() {
             Some(addr) => attempts.push(Box::pin(attempt(addr, local))),
-            None if attempts.is_empty() => return Err(best_error.unwrap_or(DialError::FamilyUnavailable)),
+            None if attempts.is_empty() => return Err(most_specific.unwrap_or(DialError::FamilyUnavailable)),
             None => {}
         }
         let pause = if queue.is_empty() { deadline } else { deadline.min(Instant::now() + ATTEMPT_DELAY) };
@@ -258,9 +258,9 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
         };
         match first.or(timeout).await {
             Some(Ok(stream)) => return Ok(stream),
-            Some(Err(error)) => best_error = best_error.max(Some(error)),
+            Some(Err(error)) => most_specific = most_specific.max(Some(error)),
             None if Instant::now() >= deadline => {
-                return Err(best_error.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
+                return Err(most_specific.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
             }
             None => {}
         }

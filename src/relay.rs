@@ -21,8 +21,8 @@ use futures_lite::{AsyncRead, AsyncWrite};
 use crate::reactor::{IdleTimer, Interest, wake_later};
 use direction::{Direction, DirectionError};
 
-/// After writing to dst has failed: how long dst may be silent before the relay ends with the failure.
-const UNDELIVERED_WAIT: Duration = Duration::from_secs(1);
+/// Once writing to dst has failed, the relay ends after this long without a byte from dst.
+const WRITE_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for a client to receive the last data of a dst that has closed, after [`RelayError::Undelivered`].
 pub const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks whether a peer that is not read from has reset its stream, and whether a pipe is unused.
@@ -54,7 +54,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     }
 }
 
-/// Lets callers use one instance of [`relay`] for all types of streams.
+/// Lets callers instantiate [`relay`] once for all types of streams.
 impl Stream for &mut dyn Stream {
     fn abort(&self) {
         (**self).abort();
@@ -106,7 +106,7 @@ pub enum RelayOutcome {
 
 /// The operation that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are complete")]
+#[expect(missing_docs, reason = "self-explanatory")]
 pub enum RelayOp {
     ReadClient,
     WriteClient,
@@ -243,7 +243,7 @@ impl Tunnel<'_> {
         let (up_may_stop, down_may_stop) = (may_stop(&self.up, &self.down), may_stop(&self.down, &self.up));
         match self.up.poll(cx, client, dst, &self.counts.up, up_may_stop) {
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadClient, error),
-            // Bytes that dst sent before may still be in transit to the client.
+            // `down` continues: bytes that dst sent before may still be on their way to the client.
             Poll::Ready(Err(DirectionError::Write(error))) => {
                 self.up.is_done = true;
                 self.undelivered = Some(error);
@@ -265,7 +265,7 @@ impl Tunnel<'_> {
             if self.up.is_stateless() && self.down.is_stateless() && self.undelivered.is_none() {
                 return Poll::Ready(Ok(RelayOutcome::Bulk));
             }
-            // The other direction got pending bytes in this poll.
+            // Not yet: the other direction got pending bytes in this poll.
             wake_later(cx);
         }
         Poll::Pending
@@ -297,7 +297,7 @@ impl Tunnel<'_> {
             let is_lingering = self.down.is_done && !is_stalled && !self.up.has_ended;
             let limit = match *self.options {
                 _ if self.undelivered.is_some() && !self.down.has_pending() && !client.has_unflushed() => {
-                    Some(UNDELIVERED_WAIT)
+                    Some(WRITE_ERROR_TIMEOUT)
                 }
                 RelayOptions { linger: Some(linger), .. } if is_lingering => Some(linger),
                 RelayOptions { idle_timeout, .. } => idle_timeout,
