@@ -20,7 +20,7 @@ use crate::proto::{
     Request,
 };
 use crate::reactor::Io;
-pub use association::{Association, AssociationClosed};
+pub use association::{Association, AssociationClosed, RECV_BUFFER_SIZE};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, credentials, parse_addr, parse_hops, parse_host, parse_port};
 

@@ -19,11 +19,11 @@ use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAY
 use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, fragment};
 
-/// Bytes of the receive buffer: more than any UDP datagram has.
-const BUFFER_SIZE: usize = 65_536;
+/// Bytes of a buffer that holds any UDP datagram.
+pub const RECV_BUFFER_SIZE: usize = 65_536;
 
 thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_SIZE]);
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; RECV_BUFFER_SIZE]);
 }
 
 /// Nested associations with all hops, and the socket connected to the first relay or, without hops, to the target.

@@ -13,7 +13,7 @@ use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender, bounded};
 
 use super::{associate, association_end, print_losses, wait_for_silence};
-use crate::client::Association;
+use crate::client::{Association, RECV_BUFFER_SIZE};
 use crate::cmd::CliError;
 use crate::cmd::client::connector::{Attempt, Connector};
 use crate::cmd::client::forward::{Task, listen_error, run_with_tasks};
@@ -31,8 +31,6 @@ const LARGE_DATAGRAM: usize = 2048;
 const MAX_QUEUED_LARGE: usize = 4;
 /// Pause before the next attempt for a peer whose association could not be established.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// Bytes; more than any UDP datagram has.
-const RECV_BUFFER_SIZE: usize = 65_536;
 
 /// Limits for local peers.
 #[derive(Clone, Copy, Debug)]
