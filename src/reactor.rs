@@ -118,7 +118,7 @@ impl<T: AsFd> Io<T> {
     }
 
     /// Registers a non-blocking UDP socket for reading only: write events would cost one event for each datagram sent.
-    /// Level-triggered: unread data is reported again after [`Io::mark_drained`].
+    /// Level-triggered: read whenever it is readable. Unread data is reported again after [`Io::mark_drained`].
     pub fn read_only(socket: T) -> io::Result<Self> {
         Self::register(socket, EventSet::Read)
     }
@@ -224,7 +224,7 @@ impl<T: AsFd> Io<T> {
     }
 
     /// Records that the socket is not ready, although no operation has returned `WouldBlock`: after a short read or
-    /// write. Always call it for an [`Io::read_only`] socket before waiting.
+    /// write, or at any time for an [`Io::read_only`] socket.
     pub fn mark_drained(&self, interest: Interest) {
         #[cfg(target_os = "linux")]
         if let Backend::Epoll(registration) = &self.0 {
