@@ -241,7 +241,7 @@ fn sockets_by_thread(server: &Server) -> Vec<usize> {
     let count = |fd: fs::DirEntry| {
         let info = format!("/proc/{}/fdinfo/{}", server.pid(), fd.file_name().to_string_lossy());
         let info = fs::read_to_string(info).unwrap_or_default();
-        // Registered as in src/reactor/edge.rs: readable, writable, urgent, hang-up, edge-triggered.
+        // Registered as in src/reactor/epoll.rs: readable, writable, urgent, hang-up, edge-triggered.
         info.lines().filter(|line| line.starts_with("tfd:") && line.contains("events: 8000201f")).count()
     };
     let mut counts: Vec<_> = epolls.map(count).collect();
