@@ -21,7 +21,7 @@ use futures_lite::AsyncReadExt as _;
 
 use super::batch::{BatchMode, BatchSocket, GsoBatch, RecvBatch};
 use super::rate_limit::RateLimit;
-use super::session::{Session, SessionError};
+use super::session::{Session, SessionError, SessionResult};
 use super::session_log::with_target;
 use super::{Filtering, Server, bind_in_range, reachable_addr};
 use crate::conn::{Conn, Protection};
@@ -55,7 +55,7 @@ struct Scratch {
     header: Vec<u8>,
 }
 
-pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> Result<(), SessionError> {
+pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
     let server = session.server;
     // Opens all hops that the rules may select: if one is down, the client receives an error instead of losing
     // datagrams later.

@@ -9,7 +9,7 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 
 use super::policy_handle::denial;
-use super::session::{Session, SessionError};
+use super::session::{Session, SessionError, SessionResult};
 use super::{Hop, Server, bind_in_range, reachable_addr};
 use crate::conn::{Conn, timeout_at};
 use crate::dial::{parse_literal, set_tcp_options, unspecified};
@@ -17,7 +17,7 @@ use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
 use crate::reactor::{self, Interest, Io, sleep};
 
-pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
+pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     match session.bind_route()? {
         Route::Direct => bind_directly(session, client, dst).await,
         Route::Hop(index) => {
@@ -28,7 +28,7 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
     }
 }
 
-async fn bind_directly(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
+async fn bind_directly(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     let server = session.server;
     let expected = ExpectedPeer::resolve(session, dst).await?;
     let listener = listen_for_peer(server, client, &expected).map_err(SessionError::general_failure)?;
@@ -45,21 +45,14 @@ async fn bind_directly(session: &mut Session<'_>, client: &mut Conn, dst: &Addr)
     Ok(peer)
 }
 
-async fn bind_via_hop(
-    session: &mut Session<'_>,
-    client: &mut Conn,
-    dst: &Addr,
-    hop: &Hop,
-) -> Result<Conn, SessionError> {
+async fn bind_via_hop(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, hop: &Hop) -> SessionResult<Conn> {
     let server = session.server;
     let proxy = server.hop_client(hop, dst.clone(), Instant::now() + server.options.connect_timeout);
     let (mut conn, bnd) = proxy.request(Command::Bind).await.map_err(SessionError::from_upstream)?;
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
-    let Host::Ip(ip) = peer.host else {
-        return Err(SessionError::general_failure("the hop reported its peer by name"));
-    };
+    let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the hop reported a peer name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
     if let Decision::Deny(rule) = session.current_snapshot().evaluate(&session.request_for_peer(addr)) {
         return Err(denial(rule));
@@ -71,7 +64,7 @@ async fn bind_via_hop(
 impl Session<'_> {
     /// Returns where to listen. When the rules need the peer's address to decide, it is on this host if they may allow
     /// a direct peer; `accept` then closes the connections of other peers.
-    fn bind_route(&self) -> Result<Route, SessionError> {
+    fn bind_route(&self) -> SessionResult<Route> {
         let request = self.log.access_request();
         match self.snapshot.evaluate(&request) {
             Decision::Allow(_, route) => Ok(route),
@@ -87,22 +80,20 @@ impl Session<'_> {
         }
     }
 
-    /// Waits for `accepted`, until the timeout of BIND, until the client disconnects, or a reloaded policy denies it.
+    /// Waits for `accept`, until the timeout of BIND, until the client disconnects, or a reloaded policy denies it.
     async fn wait_for_peer<T>(
         &self,
         client: &Conn,
-        accepted: impl Future<Output = Result<T, SessionError>>,
-    ) -> Result<T, SessionError> {
+        accept: impl Future<Output = SessionResult<T>>,
+    ) -> SessionResult<T> {
         let disconnected = async {
             client.wait_peer_closed().await;
             Err(SessionError::silent("client disconnected before the peer connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
         let deadline = Instant::now() + self.server.options.bind_timeout;
-        let result = timeout_at(deadline, accepted.or(disconnected).or(denied)).await;
-        result.unwrap_or_else(|| {
-            Err(SessionError::with_rep(Rep::TTL_EXPIRED, "the expected peer did not connect in time"))
-        })
+        let result = timeout_at(deadline, accept.or(disconnected).or(denied)).await;
+        result.unwrap_or_else(|| Err(SessionError::with_rep(Rep::TTL_EXPIRED, "peer did not connect in time")))
     }
 
     fn request_for_peer(&self, peer: SocketAddr) -> AccessRequest<'_> {
@@ -140,7 +131,7 @@ struct ExpectedPeer {
 
 impl ExpectedPeer {
     /// Resolves DST. Returns an error if the rules deny each of its addresses.
-    async fn resolve(session: &Session<'_>, dst: &Addr) -> Result<Self, SessionError> {
+    async fn resolve(session: &Session<'_>, dst: &Addr) -> SessionResult<Self> {
         let port = dst.port;
         let mut ips = match &dst.host {
             Host::Ip(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),

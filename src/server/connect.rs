@@ -7,7 +7,7 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 
 use super::policy_handle::{denial, denial_reason};
-use super::session::{Session, SessionError};
+use super::session::{Session, SessionError, SessionResult};
 use super::{Hop, Server};
 use crate::client::Client;
 use crate::conn::{Conn, HALF_CLOSED_GRACE, timeout_at};
@@ -24,9 +24,9 @@ enum ResolvedRoute {
     Hop(Arc<Hop>, Vec<Addr>),
 }
 
-pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> Result<Conn, SessionError> {
+pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server.options.connect_timeout;
-    let route = session.unless_cancelled(client, session.resolve_route(dst, deadline)).await?;
+    let route = session.cancellable(client, session.resolve_route(dst, deadline)).await?;
     if let ResolvedRoute::Hop(hop, _) = &route {
         session.log.via = Some(hop.clone());
     }
@@ -38,24 +38,17 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
                 let bnd = target.get_ref().local_addr().map_err(SessionError::general_failure)?;
                 Ok((Conn::Tcp(target), bnd.into()))
             }
-            ResolvedRoute::Hop(hop, targets) => {
-                Box::pin(connect_via_hop(session.server, &hop, targets, deadline)).await
-            }
+            ResolvedRoute::Hop(hop, targets) => Box::pin(connect_via(session.server, &hop, targets, deadline)).await,
         }
     };
-    let (target, bnd) = session.unless_cancelled(client, connected).await?;
+    let (target, bnd) = session.cancellable(client, connected).await?;
     let peer = target.peer_addr().filter(|_| session.log.via.is_none());
     session.reply_success(client, bnd, peer).await?;
     Ok(target)
 }
 
 /// Requests one target after the other from the hop, until one succeeds.
-async fn connect_via_hop(
-    server: &Server,
-    hop: &Hop,
-    targets: Vec<Addr>,
-    deadline: Instant,
-) -> Result<(Conn, Addr), SessionError> {
+async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<(Conn, Addr)> {
     let mut last_error = SessionError::general_failure("no target address");
     for dst in targets {
         let client = server.hop_client(hop, dst, deadline);
@@ -77,11 +70,11 @@ impl Server {
     }
 
     /// Returns a hop by its index in `Options::hops`.
-    pub(super) fn hop(&self, index: usize) -> Result<Arc<Hop>, SessionError> {
+    pub(super) fn hop(&self, index: usize) -> SessionResult<Arc<Hop>> {
         let hop = self.options.hops.get(index).cloned();
         hop.ok_or_else(|| SessionError::general_failure(format!("hop {index} is not configured")))
     }
-    pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> Result<Vec<SocketAddr>, SessionError> {
+    pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
         let addrs = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
         addrs.map_err(|error| SessionError::from_dial(error, dst))
     }
@@ -89,11 +82,7 @@ impl Server {
 
 impl Session<'_> {
     /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
-    async fn unless_cancelled<T>(
-        &self,
-        client: &Conn,
-        work: impl Future<Output = Result<T, SessionError>>,
-    ) -> Result<T, SessionError> {
+    async fn cancellable<T>(&self, client: &Conn, work: impl Future<Output = SessionResult<T>>) -> SessionResult<T> {
         let disconnected = async {
             client.wait_eof().await;
             sleep(HALF_CLOSED_GRACE).await;
@@ -105,7 +94,7 @@ impl Session<'_> {
 
     /// Evaluates the rules for `dst` and, if it takes the addresses to decide, for each of them. Names that are denied,
     /// or that a hop resolves, are not resolved here.
-    async fn resolve_route(&self, dst: &Addr, deadline: Instant) -> Result<ResolvedRoute, SessionError> {
+    async fn resolve_route(&self, dst: &Addr, deadline: Instant) -> SessionResult<ResolvedRoute> {
         let request = self.log.access_request();
         match self.snapshot.evaluate(&request) {
             Decision::Deny(rule) => return Err(denial(rule)),

@@ -25,6 +25,8 @@ use crate::proto::{
 };
 use crate::reactor::sleep;
 
+pub(super) type SessionResult<T> = Result<T, SessionError>;
+
 /// Why a session failed, and what the client receives.
 #[derive(Debug)]
 pub(super) struct SessionError {
@@ -144,7 +146,7 @@ pub(super) async fn run(
 struct Authenticated<'a>(&'a mut Conn);
 
 /// Result of the method's sub-negotiation, before the client knows it.
-struct Authentication {
+struct AuthOutcome {
     method: Method,
     is_valid: bool,
     /// Time until the client receives the result.
@@ -155,7 +157,7 @@ struct Authentication {
 
 impl Session<'_> {
     /// Reads everything up to the request within the handshake timeout, which is extended by the delay of a login.
-    async fn handshake(&mut self, mut conn: Conn) -> (Conn, Result<Request, SessionError>) {
+    async fn handshake(&mut self, mut conn: Conn) -> (Conn, SessionResult<Request>) {
         let deadline = Instant::now() + self.server.options.handshake_timeout;
         let timed_out = || SessionError::silent("handshake timed out");
         let mut auth = match timeout_at(deadline, self.authenticate(&mut conn)).await {
@@ -173,7 +175,7 @@ impl Session<'_> {
         if !delay.is_zero() {
             sleep(delay).await;
         }
-        let request = async { self.finish_authentication(&mut conn, auth).await?.request().await };
+        let request = async { self.finish_login(&mut conn, auth).await?.request().await };
         let request = timeout_at(deadline + delay, request).await.unwrap_or_else(|| Err(timed_out()));
         if let Ok(request) = &request {
             self.log.command = Some(request.command);
@@ -182,7 +184,7 @@ impl Session<'_> {
         (conn, request)
     }
 
-    async fn authenticate(&mut self, conn: &mut Conn) -> Result<Authentication, SessionError> {
+    async fn authenticate(&mut self, conn: &mut Conn) -> SessionResult<AuthOutcome> {
         let greeting: Greeting = conn.read_message().await.map_err(greeting_error)?;
         let Some(method) = self.snapshot.policy.select_method(&greeting.methods) else {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
@@ -193,15 +195,13 @@ impl Session<'_> {
             (Method::PASSWORD, Some(_), _) => self.verify_password(conn).await,
             // Boxed: other sessions need no room for its future.
             (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.accept_gssapi(conn, acceptor)).await,
-            (Method::NONE, ..) => {
-                Ok(Authentication { method, is_valid: true, delay: Duration::ZERO, protection: None })
-            }
+            (Method::NONE, ..) => Ok(AuthOutcome { method, is_valid: true, delay: Duration::ZERO, protection: None }),
             _ => Err(SessionError::silent("the selected authentication method is not configured")),
         }
     }
 
     /// Reads and verifies a login (RFC 1929).
-    async fn verify_password(&mut self, conn: &mut Conn) -> Result<Authentication, SessionError> {
+    async fn verify_password(&mut self, conn: &mut Conn) -> SessionResult<AuthOutcome> {
         let credentials: Credentials = conn.read_message().await.map_err(login_error)?;
         // The password may have changed since the greeting.
         self.snapshot = self.server.policy.current();
@@ -220,11 +220,11 @@ impl Session<'_> {
             self.log.set_error(LOGIN_REFUSED);
         }
         let delay = delay.unwrap_or(MAX_DELAY);
-        Ok(Authentication { method: Method::PASSWORD, is_valid, delay, protection: None })
+        Ok(AuthOutcome { method: Method::PASSWORD, is_valid, delay, protection: None })
     }
 
     /// Establishes a security context (RFC 1961).
-    async fn accept_gssapi(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> Result<Authentication, SessionError> {
+    async fn accept_gssapi(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> SessionResult<AuthOutcome> {
         self.is_context_pending = true;
         let accepted = acceptor.accept(conn).await.map_err(|error| match error {
             gssapi::GssapiError::Refused(_) => SessionError::silent(error),
@@ -233,16 +233,12 @@ impl Session<'_> {
         self.log.user = Some(accepted.user.into());
         self.log.level = accepted.level;
         self.is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
-        let (is_valid, protection) = (true, accepted.protection);
-        Ok(Authentication { method: Method::GSSAPI, is_valid, delay: Duration::ZERO, protection })
+        let protection = accepted.protection;
+        Ok(AuthOutcome { method: Method::GSSAPI, is_valid: true, delay: Duration::ZERO, protection })
     }
 
     /// Sends the result of a login.
-    async fn finish_authentication<'a>(
-        &mut self,
-        conn: &'a mut Conn,
-        auth: Authentication,
-    ) -> Result<Authenticated<'a>, SessionError> {
+    async fn finish_login<'a>(&mut self, conn: &'a mut Conn, auth: AuthOutcome) -> SessionResult<Authenticated<'a>> {
         if !auth.is_valid {
             return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
         }
@@ -254,7 +250,7 @@ impl Session<'_> {
     }
 
     /// Executes the request. Returns the connection to relay with, or `None` after an association.
-    async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> Result<Option<Conn>, SessionError> {
+    async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> SessionResult<Option<Conn>> {
         self.snapshot = self.server.policy.current();
         self.log.policy_generation.set(self.snapshot.generation);
         if let Some(reason) = self.snapshot.reason_to_refuse(&self.log, &self.log.access_request()) {
@@ -301,7 +297,7 @@ impl Session<'_> {
         client: &mut Conn,
         bnd: Addr,
         peer: Option<SocketAddr>,
-    ) -> Result<(), SessionError> {
+    ) -> SessionResult<()> {
         if let Some(reason) = self.server.recheck(&self.log, &self.log.policy_generation, || peer) {
             return Err(SessionError::not_allowed(reason));
         }
@@ -315,7 +311,7 @@ impl Session<'_> {
 }
 
 impl Authenticated<'_> {
-    async fn request(self) -> Result<Request, SessionError> {
+    async fn request(self) -> SessionResult<Request> {
         self.0.read_message().await.map_err(|error| match error {
             ReadError::Protocol(error, _) => SessionError::with_rep(error.rep(), error),
             other => SessionError::silent(other),

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::super::Server;
-use super::super::session::SessionError;
+use super::super::session::{SessionError, SessionResult};
 use crate::client::{Association, AssociationClosed};
 use crate::proto::{Addr, Host};
 
@@ -22,7 +22,7 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    pub(super) async fn open(server: &Server, hop_index: usize) -> Result<Self, SessionError> {
+    pub(super) async fn open(server: &Server, hop_index: usize) -> SessionResult<Self> {
         let hop = server.hop(hop_index)?;
         let client = server.hop_client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
         let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
