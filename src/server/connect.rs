@@ -30,7 +30,7 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
     if let ResolvedRoute::Hop(hop, _) = &route {
         session.log.via = Some(hop.clone());
     }
-    let connected = async {
+    let connecting = async {
         match route {
             ResolvedRoute::Direct(addrs) => {
                 let target = dial(addrs, LocalAddr::default(), deadline).await;
@@ -41,7 +41,7 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
             ResolvedRoute::Hop(hop, targets) => Box::pin(connect_via(session.server, &hop, targets, deadline)).await,
         }
     };
-    let (target, bnd) = session.cancellable(client, connected).await?;
+    let (target, bnd) = session.cancellable(client, connecting).await?;
     let peer = target.peer_addr().filter(|_| session.log.via.is_none());
     session.reply_success(client, bnd, peer).await?;
     Ok(target)
@@ -74,6 +74,7 @@ impl Server {
         let hop = self.options.hops.get(index).cloned();
         hop.ok_or_else(|| SessionError::general_failure(format!("hop {index} is not configured")))
     }
+
     pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
         let addrs = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
         addrs.map_err(|error| SessionError::from_dial(error, dst))
@@ -92,8 +93,8 @@ impl Session<'_> {
         work.or(disconnected).or(denied).await
     }
 
-    /// Evaluates the rules for `dst` and, if it takes the addresses to decide, for each of them. Names that are denied,
-    /// or that a hop resolves, are not resolved here.
+    /// Evaluates the rules for `dst` and, if the decision depends on them, for each of its addresses. Names that are
+    /// denied, or that a hop resolves, are not resolved here.
     async fn resolve_route(&self, dst: &Addr, deadline: Instant) -> SessionResult<ResolvedRoute> {
         let request = self.log.access_request();
         match self.snapshot.evaluate(&request) {
