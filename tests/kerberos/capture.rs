@@ -1,4 +1,4 @@
-//! What somebody on the wire gets to see.
+//! The bytes on the network: with encryption, requests, data and replies must not be readable.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -12,17 +12,17 @@ use crate::kit::V4;
 use crate::scripted::RunningProgram;
 use crate::{LEVELS, client_at, realm, serve_at, stdout, url};
 
-const SENT: &[u8] = b"a secret of the client";
-const ANSWERED: &[u8] = b"a secret of the server";
-/// By which the target is asked for.
+const CLIENT_DATA: &[u8] = b"a secret of the client";
+const SERVER_DATA: &[u8] = b"a secret of the server";
+/// Host name of the target in requests.
 const NAME: &str = "localhost";
 
-/// From the client, and to it.
-type Seen = [Arc<Mutex<Vec<u8>>>; 2];
+/// Bytes from the client and to the client.
+type Recording = [Arc<Mutex<Vec<u8>>>; 2];
 
-/// Passes connections on to `to` and keeps what goes through.
-fn recorder(to: SocketAddr) -> (String, Seen) {
-    let seen = Seen::default();
+/// Forwards connections to `to` and records both directions.
+fn recorder(to: SocketAddr) -> (String, Recording) {
+    let seen = Recording::default();
     let kept = seen.clone();
     let addr = tcp_server(V4, move |client| {
         let server = TcpStream::connect(to).expect("the server accepts");
@@ -31,7 +31,7 @@ fn recorder(to: SocketAddr) -> (String, Seen) {
         let pump = |(mut from, mut to): (TcpStream, TcpStream), kept: Arc<Mutex<Vec<u8>>>| {
             let mut buffer = [0; 65_536];
             while let Ok(n @ 1..) = from.read(&mut buffer) {
-                kept.lock().expect("no panic holds it").extend(&buffer[..n]);
+                kept.lock().expect("no panic").extend(&buffer[..n]);
                 let _ = to.write_all(&buffer[..n]);
             }
             let _ = to.shutdown(Shutdown::Write);
@@ -44,13 +44,13 @@ fn recorder(to: SocketAddr) -> (String, Seen) {
     (format!("localhost:{}", addr.port()), seen)
 }
 
-fn contains(octets: &[u8], needle: &[u8]) -> bool {
-    octets.windows(needle.len()).any(|window| window == needle)
+fn contains(bytes: &[u8], needle: &[u8]) -> bool {
+    bytes.windows(needle.len()).any(|window| window == needle)
 }
 
-/// What stands behind the greeting, a token and a level, each in its frame: the ticket has the name of the proxy in it.
-fn behind_the_login(octets: &[u8], greeting: usize) -> &[u8] {
-    let mut rest = &octets[greeting..];
+/// Skips the greeting, the token and the level: the ticket contains the host name of the proxy.
+fn after_the_login(bytes: &[u8], greeting: usize) -> &[u8] {
+    let mut rest = &bytes[greeting..];
     for mtyp in [1, 2] {
         assert_eq!(rest[..2], [1, mtyp]);
         rest = &rest[4 + usize::from(u16::from_be_bytes([rest[2], rest[3]]))..];
@@ -59,50 +59,50 @@ fn behind_the_login(octets: &[u8], greeting: usize) -> &[u8] {
 }
 
 #[test]
-fn a_stream_shows_all_at_level_1_and_nothing_at_level_2() {
+fn stream_is_readable_without_encryption_and_hidden_with_it() {
     let Some(realm) = realm() else { return };
     let target = tcp_server(V4, |mut stream| {
         let mut all = Vec::new();
-        stream.read_to_end(&mut all).expect("it is closed");
-        stream.write_all(ANSWERED).expect("it is sent");
+        stream.read_to_end(&mut all).expect("closed");
+        stream.write_all(SERVER_DATA).expect("sent");
     });
     let request = crate::kit::request_by_name(crate::kit::CONNECT, NAME, target.port());
     for level in LEVELS {
         let server = serve_at(&realm, level);
         let (proxy, seen) = recorder(server.addr());
         let target = format!("{NAME}:{}", target.port());
-        let came = stdout(&mut client_at(&realm, "connect", &proxy, level, &[&target]), SENT);
-        assert_eq!(came, ANSWERED);
-        let [up, down] = seen.map(|seen| seen.lock().expect("no panic holds it").clone());
-        let (up, down) = (behind_the_login(&up, 3), behind_the_login(&down, 2));
-        for (what, direction, octets) in [
+        let received = stdout(&mut client_at(&realm, "connect", &proxy, level, &[&target]), CLIENT_DATA);
+        assert_eq!(received, SERVER_DATA);
+        let [up, down] = seen.map(|seen| seen.lock().expect("no panic").clone());
+        let (up, down) = (after_the_login(&up, 3), after_the_login(&down, 2));
+        for (what, direction, bytes) in [
             ("the request", up, &request[..]),
             ("the name", up, NAME.as_bytes()),
-            ("the data", up, SENT),
+            ("the data", up, CLIENT_DATA),
             ("the reply", down, &[5, 0, 0, 1, 127, 0, 0, 1]),
-            ("the answer", down, ANSWERED),
+            ("the answer", down, SERVER_DATA),
         ] {
-            assert_eq!(contains(direction, octets), level != "confidentiality", "{what} at {level}");
+            assert_eq!(contains(direction, bytes), level != "confidentiality", "{what} at {level}");
         }
         assert_eq!(up[..2] == [1, 3] && down[..2] == [1, 3], level != "none", "frames at {level}");
     }
 }
 
 #[test]
-fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
+fn captured_packets_are_readable_only_without_encryption() {
     if !is_installed("tshark") || !is_installed("unshare") || realm().is_none() {
         return;
     }
-    // With nobody else on the wire, and as whoever may listen there.
-    let this = "capture::an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only";
-    if !in_namespace(this, "127.0.0.1 localhost\n", "") {
+    // A network namespace has no other traffic, and permits capturing.
+    let test = "capture::captured_packets_are_readable_only_without_encryption";
+    if !in_namespace(test, "127.0.0.1 localhost\n", "") {
         return;
     }
     let realm = realm().expect("a realm can be started");
     let target = tcp_server(V4, |mut stream| {
         let mut all = Vec::new();
-        stream.read_to_end(&mut all).expect("it is closed");
-        stream.write_all(ANSWERED).expect("it is sent");
+        stream.read_to_end(&mut all).expect("closed");
+        stream.write_all(SERVER_DATA).expect("sent");
     });
     let udp = udp_echo_server(V4);
     for level in &LEVELS[1..] {
@@ -114,20 +114,20 @@ fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
         let mut tshark = Command::new("tshark");
         tshark.args(["-i", "lo", "-q", "-w"]).arg(&file).stdin(Stdio::null());
         let mut tshark = RunningProgram::start(&mut tshark);
-        tshark.stderr(|said| said.contains("Capturing on"));
-        // It says so a little before it does so.
+        tshark.stderr(|stderr| stderr.contains("Capturing on"));
+        // tshark prints this before it captures, so wait for a marker packet.
         let marker = UdpSocket::bind((V4, 0)).expect("a port");
         let to = marker.local_addr().expect("an address");
-        seen_after(&file, b"the capture begins", || drop(marker.send_to(b"the capture begins", to)));
+        repeat_until_captured(&file, b"the capture begins", || drop(marker.send_to(b"the capture begins", to)));
         let args = [target.to_string()];
-        let came = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&args[0]]), SENT);
-        assert_eq!(came, ANSWERED);
+        let received = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&args[0]]), CLIENT_DATA);
+        assert_eq!(received, SERVER_DATA);
         let mut client =
             RunningProgram::start(&mut client_at(&realm, "udp", &url(&server), level, &[&udp.to_string()]));
         client.write(b"a secret datagram\n");
         client.stdout(|all| all == b"a secret datagram\n");
         drop(client);
-        seen_after(&file, b"the capture ends", || drop(marker.send_to(b"the capture ends", to)));
+        repeat_until_captured(&file, b"the capture ends", || drop(marker.send_to(b"the capture ends", to)));
         assert!(tshark.is_running());
         drop(tshark);
         let bnd = server.wait_log(|log| log.contains("command=udp"));
@@ -136,23 +136,23 @@ fn an_eavesdropper_can_follow_streams_and_datagrams_at_level_1_only() {
             .find(|line| line.contains("command=udp"))
             .and_then(|line| line.split("bnd=127.0.0.1:").nth(1)?.split(' ').next());
         let relay = relay.expect("the relay's port");
-        // What goes between client and server, and not what the server says to the targets.
+        // Only packets between client and server, not those between server and target.
         let filter = format!("tcp.port == {port} || udp.port == {relay}");
         let mut read = Command::new("tshark");
         read.args(["-T", "fields", "-e", "tcp.payload", "-e", "udp.payload", "-Y", &filter, "-r"]).arg(&file);
         let hex = String::from_utf8(stdout(&mut read, b"")).expect("hexadecimal");
         assert!(hex.lines().count() > 10, "all was captured");
-        for what in [SENT, ANSWERED, b"a secret datagram"] {
-            let what: String = what.iter().map(|octet| format!("{octet:02x}")).collect();
+        for what in [CLIENT_DATA, SERVER_DATA, b"a secret datagram"] {
+            let what: String = what.iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(hex.contains(&what), *level == "integrity", "{level}: {what}");
         }
     }
 }
 
-/// Does something again and again until a file has these octets.
-fn seen_after(file: &Path, octets: &[u8], act: impl Fn()) {
+/// Repeats `act` until the file contains these bytes.
+fn repeat_until_captured(file: &Path, bytes: &[u8], act: impl Fn()) {
     wait_until("it is captured", TIMEOUT, || {
         act();
-        std::fs::read(file).is_ok_and(|all| contains(&all, octets))
+        std::fs::read(file).is_ok_and(|all| contains(&all, bytes))
     });
 }

@@ -1,152 +1,157 @@
-//! s5 with s5 through several: each hop has a context of its own, inside of that of the hop before.
+//! Chains of s5 proxies: each hop has its own security context, within that of the previous hop.
 
 use crate::common::{Server, echo_server, run, s5, temp_dir, udp_echo_server};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::scripted::{RunningProgram, text};
 use crate::{
-    ALICE, LEVELS, LONG, assert_says, client, octets, path, realm, serve, serve_at, session, start, stdout, url,
+    ALICE, LEVELS, LONG_TIMEOUT, assert_fails_with, bytes, client, path, realm, serve, serve_at, start, stdout, url,
+    wait_session,
 };
 
-/// What two hops grant.
-const PAIRS: [[&str; 2]; 4] = [
+/// Levels that the two hops grant.
+const LEVEL_PAIRS: [[&str; 2]; 4] = [
     ["confidentiality", "integrity"],
     ["integrity", "confidentiality"],
     ["none", "confidentiality"],
     ["confidentiality", "none"],
 ];
 
-/// A server in the realm that wants bob and his password.
+/// Starts a server in the realm that requires the password of bob.
 fn serve_bob(realm: &Realm, folder: &std::path::Path) -> Server {
     let users = path(&folder.join("users"));
     stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
     start(realm, &["--users", &users])
 }
 
-/// A client of ours in the realm that offers whatever it has.
-fn any_client(realm: &Realm, mode: &str, proxy: &str, args: &[&str]) -> std::process::Command {
+/// Returns a client command in the realm without `--auth`.
+fn client_with_default_auth(realm: &Realm, mode: &str, proxy: &str, args: &[&str]) -> std::process::Command {
     let mut command = s5();
     realm.env(command.args([mode, "-x", proxy]).args(args));
     command
 }
 
 #[test]
-fn each_hop_of_a_chain_has_a_context_of_its_own() {
+fn each_hop_of_a_chain_has_its_own_context() {
     let Some(realm) = realm() else { return };
-    let (data, echo) = (octets(300_000), echo_server().to_string());
-    for levels in PAIRS {
-        // What is asked for is the strongest; each grants its own.
+    let (data, echo) = (bytes(300_000), echo_server().to_string());
+    for levels in LEVEL_PAIRS {
+        // The client requests the strongest level; each hop grants its own.
         let [first, second] = levels.map(|level| serve_at(&realm, level));
         let hops = format!("{},{}", url(&first), url(&second));
         let args = ["--gssapi-min", "none", &echo];
-        let came = stdout(&mut client(&realm, "connect", &hops, &args), &data);
-        assert!(came == data, "{levels:?}: {} octets", came.len());
-        session(&first, &[ALICE, &format!("dst=\"{}\"", url(&second)), "rep=0"]);
-        session(&second, &[ALICE, &format!("dst=\"{echo}\""), "rep=0"]);
+        let received = stdout(&mut client(&realm, "connect", &hops, &args), &data);
+        assert!(received == data, "{levels:?}: {} bytes", received.len());
+        wait_session(&first, &[ALICE, &format!("dst=\"{}\"", url(&second)), "rep=0"]);
+        wait_session(&second, &[ALICE, &format!("dst=\"{echo}\""), "rep=0"]);
     }
 }
 
 #[test]
-fn datagrams_go_through_a_chain_wrapped_for_each_hop() {
+fn datagrams_are_wrapped_for_each_hop_of_a_chain() {
     let Some(realm) = realm() else { return };
     let target = udp_echo_server(V4).to_string();
-    for levels in PAIRS {
+    for levels in LEVEL_PAIRS {
         let [first, second] = levels.map(|level| serve_at(&realm, level));
         let hops = format!("{},{}", url(&first), url(&second));
         let mut client = RunningProgram::start(&mut client(&realm, "udp", &hops, &["--gssapi-min", "none", &target]));
         let mut expected = Vec::new();
-        // The last one goes in fragments.
+        // The last one is sent in fragments.
         for length in [5, 1472, 60_000, 65_400] {
             let line = [vec![b'x'; length], b"\n".to_vec()].concat();
             client.write(&line);
             expected.extend(line);
             let all = client.stdout(|all| all.len() >= expected.len());
-            assert!(all == expected, "{levels:?}: {length} octets");
+            assert!(all == expected, "{levels:?}: {length} bytes");
         }
     }
 }
 
 #[test]
-fn a_chain_may_bind() {
+fn bind_works_through_a_chain() {
     let Some(realm) = realm() else { return };
     let [first, second] = ["integrity", "confidentiality"].map(|level| serve_at(&realm, level));
     let hops = format!("{},{}", url(&first), url(&second));
     let mut client = RunningProgram::start(&mut client(&realm, "bind", &hops, &[]));
-    let said = client.stderr(|said| said.contains("bound ") && said.ends_with('\n'));
-    let port = said.trim().rsplit_once(':').expect("an address").1.parse::<u16>().expect("a port");
+    let stderr = client.stderr(|stderr| stderr.contains("bound ") && stderr.ends_with('\n'));
+    let port = stderr.trim().rsplit_once(':').expect("an address").1.parse::<u16>().expect("a port");
     let mut peer = std::net::TcpStream::connect((V4, port)).expect("the second hop listens");
-    std::io::Write::write_all(&mut peer, b"hello").expect("it is sent");
+    std::io::Write::write_all(&mut peer, b"hello").expect("sent");
     drop(peer);
-    client.stdout(|octets| octets == b"hello");
+    client.stdout(|bytes| bytes == b"hello");
     client.close_stdin();
     assert!(client.wait_exit(crate::common::TIMEOUT).0.success());
 }
 
 #[test]
-fn hops_may_want_different_logins() {
+fn hops_can_require_different_logins() {
     let Some(realm) = realm() else { return };
     let folder = temp_dir();
     let (kerberos, bob) = (serve(&realm, &[]), serve_bob(&realm, folder.path()));
     let (echo, with_bob) = (echo_server().to_string(), format!("bob:secret@{}", url(&bob)));
     for hops in [format!("{},{with_bob}", url(&kerberos)), format!("{with_bob},{}", url(&kerberos))] {
-        assert_eq!(stdout(&mut any_client(&realm, "connect", &hops, &[&echo]), b"hello"), b"hello", "{hops}");
+        assert_eq!(
+            stdout(&mut client_with_default_auth(&realm, "connect", &hops, &[&echo]), b"hello"),
+            b"hello",
+            "{hops}"
+        );
     }
     let udp = udp_echo_server(V4).to_string();
     for hops in [format!("{},{with_bob}", url(&kerberos)), format!("{with_bob},{}", url(&kerberos))] {
-        let mut client = RunningProgram::start(&mut any_client(&realm, "udp", &hops, &[&udp]));
+        let mut client = RunningProgram::start(&mut client_with_default_auth(&realm, "udp", &hops, &[&udp]));
         client.write(b"hello\n");
         client.stdout(|all| all == b"hello\n");
     }
-    session(&bob, &["user=\"bob\""]);
-    session(&kerberos, &[ALICE]);
+    wait_session(&bob, &["user=\"bob\""]);
+    wait_session(&kerberos, &[ALICE]);
 }
 
 #[test]
-fn a_server_logs_in_to_hops_with_the_tickets_of_its_environment() {
+fn server_logs_in_to_hops_with_tickets_of_its_environment() {
     let Some(realm) = realm() else { return };
-    let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), octets(300_000));
+    let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), bytes(300_000));
     for level in &LEVELS[1..] {
         let hop = serve_at(&realm, level);
         let server = start(&realm, &["--via", &url(&hop)]);
         let mut plain = s5();
-        let came = stdout(plain.args(["connect", "-x", &url(&server), &echo]), &data);
-        assert!(came == data, "{level}: {} octets", came.len());
-        session(&hop, &[ALICE, "command=connect", "rep=0"]);
+        let received = stdout(plain.args(["connect", "-x", &url(&server), &echo]), &data);
+        assert!(received == data, "{level}: {} bytes", received.len());
+        wait_session(&hop, &[ALICE, "command=connect", "rep=0"]);
         let mut client = RunningProgram::start(s5().args(["udp", "-x", &url(&server), &udp]));
-        // What goes through alone, and what has to be split behind the hop's protection only.
+        // The last two need fragments, but only because the connection to the hop is protected.
         for length in [5, 65_433, 65_490] {
             let line = [vec![b'x'; length], b"\n".to_vec()].concat();
             client.write(&line);
             client.stdout(|all| all.ends_with(&line));
         }
         drop(client);
-        session(&hop, &[ALICE, "command=udp", "rep=0"]);
+        wait_session(&hop, &[ALICE, "command=udp", "rep=0"]);
     }
 }
 
 #[test]
-fn a_server_is_protected_on_both_sides() {
+fn server_protects_client_and_hop_connections() {
     let Some(realm) = realm() else { return };
-    let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), octets(300_000));
+    let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), bytes(300_000));
     let hop = serve_at(&realm, "confidentiality");
     let server = serve(&realm, &["--via", &url(&hop)]);
-    let came = stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), &data);
-    assert!(came == data, "{} octets", came.len());
+    let received = stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), &data);
+    assert!(received == data, "{} bytes", received.len());
     let mut client = RunningProgram::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
     client.write(b"hello\n");
     client.stdout(|all| all == b"hello\n");
 }
 
 #[test]
-fn a_server_without_a_ticket_says_01_and_does_not_go_directly() {
+fn server_without_ticket_replies_01_and_does_not_connect_directly() {
     let Some(realm) = realm() else { return };
     let (hop, echo) = (serve(&realm, &[]), echo_server().to_string());
     let mut command = s5();
     realm.env(command.args(["serve", "--listen", "127.0.0.1:0", "--via", &url(&hop)]));
     command.env("KRB5CCNAME", format!("FILE:{}", realm.file("no.ccache").display()));
     let server = Server::start_with(&mut command, 1);
-    let output = run(s5().args(["connect", "-x", &url(&server), &echo]), b"", LONG);
-    assert_says(&output, 101, &["REP 1"]);
+    let output = run(s5().args(["connect", "-x", &url(&server), &echo]), b"", LONG_TIMEOUT);
+    assert_fails_with(&output, 101, &["REP 1"]);
     let log = server.wait_log(|log| log.contains("rep=1"));
     assert!(log.contains("no acceptable authentication method"), "{log}");
     assert!(!text(&output.stdout).contains("hello"));

@@ -1,5 +1,5 @@
-//! Dante both ways, where S5_TEST_DANTE names a build that has GSSAPI (Debian's has not): the folder with sbin/sockd and
-//! bin/socksify in it. All is skipped without it.
+//! Interoperation with Dante's server and client. S5_TEST_DANTE names the install folder of a build with GSSAPI, with
+//! sbin/sockd and bin/socksify (Debian's packages have no GSSAPI). Without it, the tests are skipped.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -10,11 +10,11 @@ use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
 use crate::scripted::{RunningProgram, text};
-use crate::{ALICE, LEVELS, client_at, octets, path, realm, serve, session, stdout};
+use crate::{ALICE, LEVELS, bytes, client_at, path, realm, serve, stdout, wait_session};
 
-/// What Dante calls the levels.
-const ITS_LEVELS: [&str; 3] = ["clear", "integrity", "confidentiality"];
-/// host, port: sends octets, and says how many of them have come back. Dante's library is not for threads.
+/// Dante's names of the levels.
+const DANTE_LEVELS: [&str; 3] = ["clear", "integrity", "confidentiality"];
+/// Arguments: host, port. Sends data and prints what comes back. One thread, since Dante's library supports no others.
 const TCP: &str = r#"
 import socket, sys
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10)
@@ -27,7 +27,7 @@ for at in range(0, len(data), 20000):
 s.shutdown(socket.SHUT_WR)
 print(len(got), got == data, s.recv(1))
 "#;
-/// host, port: sends datagrams of some lengths, and says which have come back.
+/// Arguments: host, port. Sends datagrams of several lengths and prints which ones are returned.
 const UDP: &str = r#"
 import socket, sys
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -37,7 +37,7 @@ for length in (1, 1472, 60000):
     print(s.recvfrom(65536)[0] == b"u" * length)
 "#;
 
-/// Where Dante is, and a realm; nobody is to blame for not having built it.
+/// Returns Dante's folder and a realm. Skips even if S5_TEST_STRICT=1, because no package provides this Dante.
 fn set_up() -> Option<(PathBuf, Realm)> {
     match std::env::var_os("S5_TEST_DANTE") {
         Some(dante) => Some((dante.into(), realm()?)),
@@ -48,19 +48,19 @@ fn set_up() -> Option<(PathBuf, Realm)> {
     }
 }
 
-/// A server of Dante's; killed when dropped.
+/// Dante's server; killed when dropped.
 struct Sockd(Child, SocketAddr, tempfile::TempDir);
 
 impl Sockd {
     fn start(dante: &Path, realm: &Realm, level: &str, more: &str) -> Self {
-        // It takes no port 0, and somebody may be faster to take a port that was free.
+        // sockd does not support port 0, and another program can take the free port first.
         (0..5).find_map(|_| Self::start_on(closed_port(), dante, realm, level, more)).expect("sockd listens")
     }
 
     fn start_on(addr: SocketAddr, dante: &Path, realm: &Realm, level: &str, more: &str) -> Option<Self> {
         let folder = temp_dir();
         let user = text(&stdout(Command::new("id").arg("-un"), b""));
-        // The first of its rules counts for the login, the second for the level.
+        // The client rule configures the login, the socks rule the level.
         let keytab = realm.file("service.keytab");
         let login = format!("gssapi.keytab: FILE:{}\n  gssapi.enctype: {level}", keytab.display());
         let config = format!(
@@ -99,7 +99,7 @@ impl Sockd {
 
 impl Drop for Sockd {
     fn drop(&mut self) {
-        // It ends its own children.
+        // SIGTERM also ends its child processes.
         let _ = Command::new("kill").arg(self.0.id().to_string()).status();
         let _ = self.0.wait();
         if std::thread::panicking() {
@@ -109,15 +109,15 @@ impl Drop for Sockd {
 }
 
 #[test]
-fn our_clients_go_through_dantes_server() {
+fn s5_clients_work_with_dante_server() {
     let Some((dante, realm)) = set_up() else { return };
-    let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), octets(300_000));
-    for (level, its) in LEVELS.into_iter().zip(ITS_LEVELS) {
+    let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), bytes(300_000));
+    for (level, dante_level) in LEVELS.into_iter().zip(DANTE_LEVELS) {
         for (more, nec) in [("", None), ("clientcompatibility: necgssapi", Some("--gssapi-nec"))] {
-            let sockd = Sockd::start(&dante, &realm, its, more);
+            let sockd = Sockd::start(&dante, &realm, dante_level, more);
             let args = |target| nec.into_iter().chain([target]).collect::<Vec<&str>>();
-            let came = stdout(&mut client_at(&realm, "connect", &sockd.url(), level, &args(&echo)), &data);
-            assert!(came == data, "{level} {nec:?}: {} octets", came.len());
+            let received = stdout(&mut client_at(&realm, "connect", &sockd.url(), level, &args(&echo)), &data);
+            assert!(received == data, "{level} {nec:?}: {} bytes", received.len());
             let mut client = RunningProgram::start(&mut client_at(&realm, "udp", &sockd.url(), level, &args(&udp)));
             for length in [1, 1472, 60_000] {
                 let line = [vec![b'x'; length], b"\n".to_vec()].concat();
@@ -129,17 +129,17 @@ fn our_clients_go_through_dantes_server() {
 }
 
 #[test]
-fn dantes_client_goes_through_our_server() {
+fn dante_client_works_with_s5_server() {
     let Some((dante, realm)) = set_up() else { return };
     let (echo, udp) = (echo_server(), udp_echo_server(V4));
-    for (level, its) in LEVELS.into_iter().zip(ITS_LEVELS) {
+    for (level, dante_level) in LEVELS.into_iter().zip(DANTE_LEVELS) {
         for nec in ["", "clientcompatibility: necgssapi"] {
             let server = serve(&realm, &["--gssapi-protection", level]);
             let folder = temp_dir();
             let config = format!(
                 "route {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0 via: localhost port = {port}\n\
                  proxyprotocol: socks_v5\n  command: connect udpassociate\n  method: gssapi\n\
-                 gssapi.enctype: {its}\n  {nec}\n}}\n",
+                 gssapi.enctype: {dante_level}\n  {nec}\n}}\n",
                 port = server.addr().port()
             );
             let config = write_file(folder.path(), "socks.conf", &config);
@@ -150,9 +150,9 @@ fn dantes_client_goes_through_our_server() {
                 text(&stdout(&mut command, b""))
             };
             assert_eq!(run(TCP, echo), "300000 True b''\n", "{level} {nec}");
-            session(&server, &[ALICE, "command=connect", "rep=0"]);
+            wait_session(&server, &[ALICE, "command=connect", "rep=0"]);
             assert_eq!(run(UDP, udp), "True\nTrue\nTrue\n", "{level} {nec}");
-            session(&server, &[ALICE, "command=udp", "rep=0"]);
+            wait_session(&server, &[ALICE, "command=udp", "rep=0"]);
         }
     }
 }

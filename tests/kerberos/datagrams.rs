@@ -1,4 +1,4 @@
-//! s5 with s5: UDP ASSOCIATE at each level, one frame a datagram.
+//! s5 client and server: UDP ASSOCIATE at each level. Each datagram is one frame.
 
 use std::net::Ipv6Addr;
 
@@ -6,10 +6,10 @@ use crate::common::{Server, udp_echo_server};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::scripted::{RunningProgram, text};
-use crate::{ALICE, LEVELS, client_at, realm, serve_at, session, url};
+use crate::{ALICE, LEVELS, client_at, realm, serve_at, url, wait_session};
 
-/// What is left of 65507 octets behind the header of an IPv4 target and what Kerberos adds at each level (aes-sha1).
-const WHOLE: [usize; 3] = [65_497, 65_465, 65_433];
+/// Largest data that is not fragmented: 65507 bytes less the header for IPv4 and the overhead of each level (aes-sha1).
+const MAX_UNFRAGMENTED: [usize; 3] = [65_497, 65_465, 65_433];
 
 fn udp(realm: &Realm, server: &Server, level: &str, target: &str) -> RunningProgram {
     RunningProgram::start(&mut client_at(realm, "udp", &url(server), level, &["-w", "0", target]))
@@ -21,30 +21,30 @@ fn line(length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn datagrams_of_every_size_come_back_at_every_level() {
+fn datagrams_of_all_sizes_pass_at_every_level() {
     let Some(realm) = realm() else { return };
     let target = udp_echo_server(V4).to_string();
-    for (level, whole) in LEVELS.into_iter().zip(WHOLE) {
+    for (level, max) in LEVELS.into_iter().zip(MAX_UNFRAGMENTED) {
         let server = serve_at(&realm, level);
         let mut client = udp(&realm, &server, level, &target);
         let mut expected = Vec::new();
-        // From `whole + 1` on in fragments, both ways.
-        for length in [0, 1, 1472, 16_384, whole, whole + 1, 65_507] {
+        // Longer data is fragmented in both directions.
+        for length in [0, 1, 1472, 16_384, max, max + 1, 65_507] {
             client.write(&line(length));
             expected.extend(line(length));
             let all = client.stdout(|all| all.len() >= expected.len());
-            assert!(all == expected, "{length} octets at {level}");
+            assert!(all == expected, "{length} bytes at {level}");
         }
         client.close_stdin();
-        let (status, _, said) = client.wait_exit(crate::common::TIMEOUT);
-        assert!(status.success(), "{said}");
+        let (status, _, stderr) = client.wait_exit(crate::common::TIMEOUT);
+        assert!(status.success(), "{stderr}");
         let total = expected.len() - 7;
-        session(&server, &[ALICE, "command=udp", &format!("rep=0 up={total} down={total} ")]);
+        wait_session(&server, &[ALICE, "command=udp", &format!("rep=0 up={total} down={total} ")]);
     }
 }
 
 #[test]
-fn many_datagrams_can_be_under_way() {
+fn burst_of_datagrams_passes_at_every_level() {
     let Some(realm) = realm() else { return };
     let target = udp_echo_server(V4).to_string();
     for level in LEVELS {
@@ -58,9 +58,9 @@ fn many_datagrams_can_be_under_way() {
 }
 
 #[test]
-fn targets_may_have_names() {
+fn udp_target_can_be_a_host_name() {
     let Some(realm) = realm() else { return };
-    // On both families, for whichever address of the name the server takes.
+    // The target listens on IPv4 and IPv6, because the server can use either address of the name.
     let port = udp_echo_server(Ipv6Addr::UNSPECIFIED.into()).port();
     for level in LEVELS {
         let server = serve_at(&realm, level);
@@ -72,11 +72,11 @@ fn targets_may_have_names() {
 }
 
 #[test]
-fn what_udp_does_not_carry_is_refused() {
+fn datagram_over_65507_bytes_is_refused() {
     let Some(realm) = realm() else { return };
     let server = serve_at(&realm, "confidentiality");
     let target = udp_echo_server(V4).to_string();
     let mut command = client_at(&realm, "udp", &url(&server), "confidentiality", &["-w", "0", &target]);
-    let output = crate::common::run(&mut command, &line(65_508), crate::LONG);
-    crate::assert_says(&output, 55, &["65507"]);
+    let output = crate::common::run(&mut command, &line(65_508), crate::LONG_TIMEOUT);
+    crate::assert_fails_with(&output, 55, &["65507"]);
 }

@@ -1,4 +1,4 @@
-//! The library of the system: when there is none, and when it is the other one.
+//! Behavior without a GSSAPI library, and interoperation of Heimdal's and MIT's library.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,12 +6,14 @@ use std::process::Command;
 use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, temp_dir};
 use crate::kit::realm::Realm;
 use crate::page::assert_explains;
-use crate::{ALICE, LEVELS, LONG, assert_says, client_at, octets, path, realm, serve, session, stdout, url};
+use crate::{
+    ALICE, LEVELS, LONG_TIMEOUT, assert_fails_with, bytes, client_at, path, realm, serve, stdout, url, wait_session,
+};
 
-const KNOB: &str = "S5_GSSAPI_LIBRARY";
+const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 
-/// Where the loader finds a library.
-fn library(name: &str) -> Option<PathBuf> {
+/// Returns the path from which the loader loads a library.
+fn find_library(name: &str) -> Option<PathBuf> {
     let output = Command::new("/sbin/ldconfig").arg("-p").output().ok()?;
     let all = String::from_utf8_lossy(&output.stdout).into_owned();
     let line = all.lines().find(|line| line.trim_start().starts_with(name))?;
@@ -19,84 +21,90 @@ fn library(name: &str) -> Option<PathBuf> {
 }
 
 #[test]
-fn without_a_library_all_but_gssapi_works() {
+fn without_library_everything_except_gssapi_works() {
     let (folder, echo) = (temp_dir(), echo_server().to_string());
     let users = path(&folder.path().join("users"));
-    stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]).env(KNOB, "/nonexistent"), b"secret\n");
+    stdout(
+        s5().args(["serve", "--users", &users, "--add-user", "bob"]).env(LIBRARY_ENV_VAR, "/nonexistent"),
+        b"secret\n",
+    );
     let mut command = s5();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--users", &users]).env(KNOB, "/nonexistent");
+    command.args(["serve", "--listen", "127.0.0.1:0", "--users", &users]).env(LIBRARY_ENV_VAR, "/nonexistent");
     let server = Server::start_with(&mut command, 1);
     let proxy = format!("bob:secret@{}", url(&server));
     let with = |args: &[&str]| {
         let mut command = s5();
         command.args(["connect", "-x", &proxy]).args(args).arg(&echo);
-        // As if there might be tickets.
-        command.env(KNOB, "/nonexistent").env("KRB5CCNAME", "FILE:/nonexistent");
-        run(&mut command, b"hello", LONG)
+        // The variable makes the client look for tickets.
+        command.env(LIBRARY_ENV_VAR, "/nonexistent").env("KRB5CCNAME", "FILE:/nonexistent");
+        run(&mut command, b"hello", LONG_TIMEOUT)
     };
     for args in [&[][..], &["--auth", "gssapi,password"], &["--auth", "none,password"]] {
         assert_eq!(with(args).stdout, b"hello", "{args:?}");
     }
-    assert_says(&with(&["--auth", "gssapi"]), 67, &["/nonexistent", "cannot open shared object file"]);
+    assert_fails_with(&with(&["--auth", "gssapi"]), 67, &["/nonexistent", "cannot open shared object file"]);
     assert_explains("cannot open shared object file");
 }
 
 #[test]
-fn a_server_that_is_to_take_gssapi_does_not_start_without_a_library() {
+fn server_with_gssapi_does_not_start_without_library() {
     let folder = temp_dir();
     let keytab = crate::common::write_file(folder.path(), "keytab", "");
     for args in [&["--auth", "gssapi"][..], &["--keytab", &keytab], &["--gssapi-service", "rcmd"]] {
         let mut command = s5();
-        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).env(KNOB, "/nonexistent");
-        assert_says(&run(&mut command, b"", TIMEOUT), 2, &["/nonexistent", "cannot open shared object file"]);
+        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).env(LIBRARY_ENV_VAR, "/nonexistent");
+        assert_fails_with(&run(&mut command, b"", TIMEOUT), 2, &["/nonexistent", "cannot open shared object file"]);
     }
 }
 
 #[test]
-fn where_there_is_no_library_it_is_said_what_to_install() {
+fn missing_library_error_names_the_package() {
     if !is_installed("unshare") {
         return;
     }
-    // Both are hidden from the program, each behind a file that is none.
-    let found: Vec<String> =
-        ["libgssapi_krb5.so.2", "libgssapi.so.3"].iter().filter_map(|name| library(name)).map(|at| path(&at)).collect();
+    // /dev/null is mounted over each library, so that it can't be loaded.
+    let found: Vec<String> = ["libgssapi_krb5.so.2", "libgssapi.so.3"]
+        .iter()
+        .filter_map(|name| find_library(name))
+        .map(|at| path(&at))
+        .collect();
     let script = "while [ \"$1\" != -- ]; do mount --bind /dev/null \"$1\"; shift; done; shift; exec \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "--", "sh", "-e", "-c", script, "sh"]).args(&found);
     command.args(["--", env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]);
-    assert_says(&run(&mut command, b"", TIMEOUT), 2, &["--auth gssapi", "apt install libgssapi-krb5-2"]);
+    assert_fails_with(&run(&mut command, b"", TIMEOUT), 2, &["--auth gssapi", "apt install libgssapi-krb5-2"]);
     assert_explains("apt install libgssapi-krb5-2");
 }
 
-/// Lets a command use that library.
-fn using<'a>(command: &'a mut Command, library: &Path) -> &'a mut Command {
-    command.env(KNOB, library)
+/// Sets the library of a command.
+fn with_library<'a>(command: &'a mut Command, library: &Path) -> &'a mut Command {
+    command.env(LIBRARY_ENV_VAR, library)
 }
 
 #[test]
-fn heimdal_and_mit_understand_each_other() {
+fn heimdal_and_mit_interoperate() {
     let Some(realm) = realm() else { return };
-    let Some(heimdal) = library("libgssapi.so.3") else {
+    let Some(heimdal) = find_library("libgssapi.so.3") else {
         eprintln!("skipped: Heimdal's library is not installed");
         return;
     };
-    let (echo, data) = (echo_server().to_string(), octets(300_000));
+    let (echo, data) = (echo_server().to_string(), bytes(300_000));
     for level in LEVELS {
         let server = serve_heimdal(&realm, &heimdal, level);
-        let came = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&echo]), &data);
-        assert!(came == data, "{level}: a server with Heimdal's, {} octets", came.len());
-        session(&server, &[ALICE, "rep=0"]);
+        let received = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&echo]), &data);
+        assert!(received == data, "{level}: Heimdal's server, {} bytes", received.len());
+        wait_session(&server, &[ALICE, "rep=0"]);
         let server = serve(&realm, &["--gssapi-protection", level]);
         let mut client = client_at(&realm, "connect", &url(&server), level, &[&echo]);
-        let came = stdout(using(&mut client, &heimdal), &data);
-        assert!(came == data, "{level}: a client with Heimdal's, {} octets", came.len());
-        session(&server, &[ALICE, "rep=0"]);
+        let received = stdout(with_library(&mut client, &heimdal), &data);
+        assert!(received == data, "{level}: Heimdal's client, {} bytes", received.len());
+        wait_session(&server, &[ALICE, "rep=0"]);
     }
 }
 
-/// Heimdal's takes a keytab from the environment only.
+/// Starts a server with Heimdal's library, which reads the keytab's path only from the environment.
 fn serve_heimdal(realm: &Realm, heimdal: &Path, level: &str) -> Server {
     let mut command = s5();
     command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi", "--gssapi-protection", level]);
-    Server::start_with(using(realm.env(&mut command), heimdal), 1)
+    Server::start_with(with_library(realm.env(&mut command), heimdal), 1)
 }

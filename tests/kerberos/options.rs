@@ -1,4 +1,4 @@
-//! The options of the server: which method wins, whose key is used, what is granted, and what is refused at start.
+//! Options for GSSAPI: order of methods, keytab and service, granted levels, ticket cache, and errors at start.
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
@@ -6,9 +6,11 @@ use std::process::{Command, Output};
 
 use crate::common::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir};
 use crate::kit::realm::Realm;
-use crate::{ALICE, LONG, assert_says, client, client_at, path, realm, serve, session, start, stdout, url};
+use crate::{
+    ALICE, LONG_TIMEOUT, assert_fails_with, client, client_at, path, realm, serve, start, stdout, url, wait_session,
+};
 
-/// A server that does not start.
+/// Runs a server that must not start.
 fn refused(realm: &Realm, args: &[&str]) -> Output {
     run(realm.env(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args)), b"", TIMEOUT)
 }
@@ -19,7 +21,7 @@ fn users(folder: &std::path::Path) -> String {
     users
 }
 
-/// The method that the server takes of those that are offered.
+/// Returns the method that the server selects.
 fn selected(server: &Server, methods: &[u8]) -> u8 {
     let mut stream = server.connect();
     let count = u8::try_from(methods.len()).expect("a few methods");
@@ -28,13 +30,13 @@ fn selected(server: &Server, methods: &[u8]) -> u8 {
 }
 
 #[test]
-fn the_order_of_methods_is_the_operators() {
+fn server_selects_methods_in_order_of_auth() {
     let Some(realm) = realm() else { return };
     let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
     let users = users(folder.path());
     let both = ["--users", &users, "--keytab", &keytab];
     let table: [(&[&str], [u8; 5]); 7] = [
-        // What is taken of 0, 1, 2 and of 2, 1, 0; of 0; of 1; of 2.
+        // Selected methods for each of `offers` below.
         (&both, [2, 2, 0xff, 1, 2]),
         (&[&both[..], &["--auth", "password,gssapi"]].concat(), [2, 2, 0xff, 1, 2]),
         (&[&both[..], &["--auth", "gssapi,password"]].concat(), [1, 1, 0xff, 1, 2]),
@@ -51,7 +53,7 @@ fn the_order_of_methods_is_the_operators() {
 }
 
 #[test]
-fn options_that_do_not_fit_are_refused() {
+fn contradictory_options_are_refused() {
     let Some(realm) = realm() else { return };
     let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
     let users = users(folder.path());
@@ -67,12 +69,12 @@ fn options_that_do_not_fit_are_refused() {
         (&["--keytab", &keytab, "--gssapi-protection", ""], "none, integrity, confidentiality"),
     ];
     for (args, why) in table {
-        assert_says(&refused(&realm, args), 2, &[why]);
+        assert_fails_with(&refused(&realm, args), 2, &[why]);
     }
 }
 
 #[test]
-fn a_keytab_that_is_of_no_use_is_found_out_at_start() {
+fn unusable_keytab_is_reported_at_start() {
     let Some(realm) = realm() else { return };
     let folder = temp_dir();
     let file = |name: &str| path(&folder.path().join(name));
@@ -81,28 +83,28 @@ fn a_keytab_that_is_of_no_use_is_found_out_at_start() {
     std::fs::create_dir(file("folder")).expect("a folder");
     let unusable = "is nonexistent or empty";
     for (name, why) in [("missing", "No such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)] {
-        assert_says(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), why]);
+        assert_fails_with(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), why]);
         crate::page::assert_explains(why);
     }
     let keytab = path(&realm.file("service.keytab"));
     let no_key = refused(&realm, &["--keytab", &keytab, "--gssapi-service", "nokey"]);
-    assert_says(&no_key, 2, &[&keytab, "No key table entry found"]);
+    assert_fails_with(&no_key, 2, &[&keytab, "No key table entry found"]);
     crate::page::assert_explains("No key table entry found");
-    // Without one, it is that of the environment.
+    // Without --keytab, KRB5_KTNAME names the keytab.
     let mut command = s5();
     realm.env(command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]));
     let output = run(command.env("KRB5_KTNAME", format!("FILE:{}", file("missing"))), b"", TIMEOUT);
-    assert_says(&output, 2, &["--auth gssapi", "missing"]);
+    assert_fails_with(&output, 2, &["--auth gssapi", "missing"]);
 }
 
 #[test]
-fn a_keytab_that_may_not_be_read_is_told_as_such() {
+fn unreadable_keytab_is_reported_at_start() {
     let Some(realm) = realm() else { return };
     let (folder, is_root) = (temp_dir(), rustix::process::getuid().is_root());
     if is_root && !is_installed("setpriv") {
         return;
     }
-    // All but the keytab can be reached by anybody.
+    // Only the keytab is unreadable for the other user.
     let (program, keytab) = (path(&folder.path().join("s5")), path(&folder.path().join("keytab")));
     std::fs::copy(env!("CARGO_BIN_EXE_s5"), &program).expect("a copy");
     std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
@@ -119,15 +121,15 @@ fn a_keytab_that_may_not_be_read_is_told_as_such() {
     };
     command.args(["serve", "--listen", "127.0.0.1:0", "--keytab", &keytab]);
     let output = run(realm.env(&mut command), b"", TIMEOUT);
-    assert_says(&output, 2, &[&keytab, "Permission denied"]);
+    assert_fails_with(&output, 2, &[&keytab, "Permission denied"]);
     crate::page::assert_explains("Permission denied");
 }
 
 #[test]
-fn the_key_that_is_used_can_be_named_in_three_ways() {
+fn service_can_be_a_name_a_name_with_host_or_a_principal() {
     let Some(realm) = realm() else { return };
     let echo = echo_server().to_string();
-    for (service, takes) in [
+    for (service, accepted) in [
         ("rcmd", "rcmd"),
         ("rcmd@localhost", "rcmd"),
         ("rcmd/localhost@S5.TEST", "rcmd"),
@@ -137,35 +139,36 @@ fn the_key_that_is_used_can_be_named_in_three_ways() {
         ("socks/localhost@S5.TEST", "socks"),
     ] {
         let server = serve(&realm, &["--gssapi-service", service]);
-        for wanted in ["rcmd", "socks"] {
-            let args = ["--gssapi-service", wanted, &echo];
-            let output = run(&mut client(&realm, "connect", &url(&server), &args), b"hello", LONG);
-            match wanted == takes {
+        for requested in ["rcmd", "socks"] {
+            let args = ["--gssapi-service", requested, &echo];
+            let output = run(&mut client(&realm, "connect", &url(&server), &args), b"hello", LONG_TIMEOUT);
+            match requested == accepted {
                 true => assert_eq!(output.stdout, b"hello", "{service}"),
-                false => assert_says(&output, 67, &["login", "GSSAPI"]),
+                false => assert_fails_with(&output, 67, &["login", "GSSAPI"]),
             }
         }
     }
     let other_host = refused(&realm, &["--auth", "gssapi", "--gssapi-service", "rcmd@other.test"]);
-    assert_says(&other_host, 2, &["--auth gssapi", "GSSAPI"]);
+    assert_fails_with(&other_host, 2, &["--auth gssapi", "GSSAPI"]);
 }
 
 #[test]
-fn a_wrong_key_lets_nobody_in() {
+fn wrong_key_refuses_login_and_new_key_needs_no_restart() {
     let Some(realm) = realm() else { return };
     let server = start(&realm, &["--keytab", &path(&realm.file("wrong.keytab"))]);
     let echo = echo_server().to_string();
-    let output = run(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello", LONG);
-    assert_says(&output, 67, &["proxy localhost:", "login", "the server refused the login"]);
-    session(&server, &["user=- ", "rep=-", "GSSAPI: "]);
-    // A key that is written later counts at the next login.
+    let output = run(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello", LONG_TIMEOUT);
+    assert_fails_with(&output, 67, &["proxy localhost:", "login", "the server refused the login"]);
+    crate::page::assert_explains("the server refused the login");
+    wait_session(&server, &["user=- ", "rep=-", "GSSAPI: "]);
+    // A key that is written later is used at the next login.
     let keytab = realm.file("wrong.keytab");
     std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
     assert_eq!(stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello"), b"hello");
 }
 
 #[test]
-fn what_is_granted_is_enough_for_the_client_or_it_leaves() {
+fn client_disconnects_if_granted_level_is_too_low() {
     let Some(realm) = realm() else { return };
     let echo = echo_server().to_string();
     let table: [(&str, &[&str], Option<&str>); 8] = [
@@ -184,51 +187,54 @@ fn what_is_granted_is_enough_for_the_client_or_it_leaves() {
     ];
     for (levels, args, why) in table {
         let server = serve(&realm, &["--gssapi-protection", levels]);
-        let output = run(&mut client(&realm, "connect", &url(&server), &[args, &[&echo]].concat()), b"hello", LONG);
+        let output =
+            run(&mut client(&realm, "connect", &url(&server), &[args, &[&echo]].concat()), b"hello", LONG_TIMEOUT);
         match why {
             None => assert_eq!(output.stdout, b"hello", "{levels} {args:?}"),
-            Some(why) => assert_says(&output, 67, &["login", why]),
+            Some(why) => assert_fails_with(&output, 67, &["login", why]),
         }
     }
     let args = ["--gssapi-min", "confidentiality", &echo];
     let server = serve(&realm, &[]);
-    let more_than_wanted = run(&mut client_at(&realm, "connect", &url(&server), "integrity", &args), b"", LONG);
-    assert_says(&more_than_wanted, 2, &["--gssapi-min", "--gssapi-protection"]);
+    let min_above_requested =
+        run(&mut client_at(&realm, "connect", &url(&server), "integrity", &args), b"", LONG_TIMEOUT);
+    assert_fails_with(&min_above_requested, 2, &["--gssapi-min", "--gssapi-protection"]);
 }
 
 #[test]
-fn tickets_are_taken_from_where_the_user_says() {
+fn ccache_option_selects_the_tickets() {
     let Some(realm) = realm() else { return };
     let (server, echo) = (serve(&realm, &[]), echo_server().to_string());
     for (ccache, user) in [("ccache", ALICE), ("ccache.mallory", "mallory@S5.TEST")] {
         let mut command = client(&realm, "connect", &url(&server), &["--ccache", &path(&realm.file(ccache)), &echo]);
         command.env("KRB5CCNAME", "FILE:/nonexistent");
         assert_eq!(stdout(&mut command, b"hello"), b"hello");
-        session(&server, &[&format!("user=\"{user}\"")]);
+        wait_session(&server, &[&format!("user=\"{user}\"")]);
     }
 }
 
 #[test]
-fn gssapi_is_offered_only_where_there_is_a_ticket() {
+fn gssapi_is_offered_only_with_a_ticket() {
     let Some(realm) = realm() else { return };
     let (folder, echo) = (temp_dir(), echo_server().to_string());
-    // Prefers GSSAPI, and takes others.
+    // Prefers GSSAPI, and accepts others.
     let users = users(folder.path());
     let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password,none"]);
-    let said = |ccache: &str, args: &[&str], proxy: &str| {
+    let connect = |ccache: &str, args: &[&str], proxy: &str| {
         let mut command = s5();
         realm.env(command.args(["connect", "-x", proxy]).args(args).arg(&echo));
-        let output = run(command.env("KRB5CCNAME", format!("FILE:{}", realm.file(ccache).display())), b"hello", LONG);
+        let output =
+            run(command.env("KRB5CCNAME", format!("FILE:{}", realm.file(ccache).display())), b"hello", LONG_TIMEOUT);
         assert_eq!(output.stdout, b"hello", "{}", crate::text(&output.stderr));
     };
     let bob = format!("bob:secret@{}", url(&server));
-    said("ccache", &[], &url(&server));
-    session(&server, &[&format!("user=\"{ALICE}\"")]);
-    said("none", &[], &bob);
-    session(&server, &["user=\"bob\""]);
-    said("none", &[], &url(&server));
-    session(&server, &["user=- "]);
+    connect("ccache", &[], &url(&server));
+    wait_session(&server, &[&format!("user=\"{ALICE}\"")]);
+    connect("none", &[], &bob);
+    wait_session(&server, &["user=\"bob\""]);
+    connect("none", &[], &url(&server));
+    wait_session(&server, &["user=- "]);
     let before = server.log();
-    said("ccache", &["--auth", "password"], &bob);
+    connect("ccache", &["--auth", "password"], &bob);
     server.wait_log(|log| log[before.len()..].contains("user=\"bob\""));
 }

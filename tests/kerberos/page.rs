@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::common::{Server, is_installed, run, tcp_server};
 use crate::kit::V4;
 use crate::kit::realm::{PASSWORD, REALM, Realm};
-use crate::{ALICE, LONG, realm, session, text};
+use crate::{ALICE, LONG_TIMEOUT, realm, text, wait_session};
 
 const PAGE: &str = include_str!("../../src/gssapi/README.md");
 
@@ -39,12 +39,12 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
     }
     let folder = crate::common::temp_dir();
     let delete_principal = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
-    let output = run(&mut shell(&realm, folder.path(), &delete_principal), b"", LONG);
+    let output = run(&mut shell(&realm, folder.path(), &delete_principal), b"", LONG_TIMEOUT);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let web = tcp_server(V4, |mut stream| {
         let mut request = [0; 18];
         stream.read_exact(&mut request).expect("a request");
-        stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nit works").expect("it is sent");
+        stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nit works").expect("sent");
     });
     let block = PAGE.split("```sh\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a block of commands");
     let (mut server, mut commands_run) = (None::<Server>, String::new());
@@ -67,12 +67,12 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
             Some("s5") => "GET / HTTP/1.0\r\n\r\n".to_owned(),
             _ => String::new(),
         };
-        let output = run(&mut shell(&realm, folder.path(), &line), stdin.as_bytes(), LONG);
+        let output = run(&mut shell(&realm, folder.path(), &line), stdin.as_bytes(), LONG_TIMEOUT);
         assert!(output.status.success(), "{line}: {}", text(&output.stderr));
         if line.starts_with("s5 connect") {
             assert_eq!(text(&output.stdout), "HTTP/1.0 200 OK\r\n\r\nit works");
             assert!(text(&output.stderr).contains(&format!("connected to {web}")), "{}", text(&output.stderr));
-            session(
+            wait_session(
                 server.as_ref().expect("the server starts before the client"),
                 &[ALICE, "command=connect", "rep=0"],
             );

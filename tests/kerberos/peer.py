@@ -1,9 +1,9 @@
-"""A library of GSSAPI that is not s5's: one command a line on stdin, one answer a line on stdout.
+"""Runs GSSAPI calls for a test: one command per line on stdin, one answer per line on stdout.
 
-Octets are in hexadecimal, "-" for none. Contexts go by any name that has not been used before.
+Bytes are hexadecimal, "-" for none. The first command for a context chooses its name.
 
-    init CONTEXT SERVICE FLAGS    accept CONTEXT    step CONTEXT TOKEN    wrap CONTEXT SEAL DATA    unwrap CONTEXT TOKEN
-    limit CONTEXT SEAL    flags CONTEXT    name CONTEXT
+    init CONTEXT SERVICE FLAGS    accept CONTEXT    step CONTEXT TOKEN    wrap CONTEXT ENCRYPT DATA    unwrap CONTEXT TOKEN
+    limit CONTEXT ENCRYPT    flags CONTEXT    name CONTEXT
 """
 import sys
 
@@ -12,20 +12,20 @@ import gssapi
 contexts = {}
 
 
-def octets(text):
+def from_hex(text):
     return b"" if text == "-" else bytes.fromhex(text)
 
 
-def text(octets):
-    return octets.hex() if octets else "-"
+def to_hex(data):
+    return data.hex() if data else "-"
 
 
-def do(command, name, *rest):
+def execute(command, name, *rest):
     if command == "init":
         service, flags = rest
         kind = gssapi.NameType.kerberos_principal if "/" in service else gssapi.NameType.hostbased_service
         target = gssapi.Name(service, kind)
-        # Each with credentials of its own, so that a ticket cache may change meanwhile.
+        # New credentials for each context, because a test can change the ticket cache.
         credentials = gssapi.Credentials(usage="initiate")
         contexts[name] = gssapi.SecurityContext(name=target, creds=credentials, usage="initiate", flags=int(flags))
         return "ok"
@@ -35,13 +35,13 @@ def do(command, name, *rest):
         return "ok"
     context = contexts[name]
     if command == "step":
-        output = context.step(octets(rest[0]) or None)
-        return f"{text(output)} {'complete' if context.complete else 'continue'}"
+        output = context.step(from_hex(rest[0]) or None)
+        return f"{to_hex(output)} {'complete' if context.complete else 'continue'}"
     if command == "wrap":
-        return text(context.wrap(octets(rest[1]), rest[0] == "1").message)
+        return to_hex(context.wrap(from_hex(rest[1]), rest[0] == "1").message)
     if command == "unwrap":
-        result = context.unwrap(octets(rest[0]))
-        return f"{text(result.message)} {'sealed' if result.encrypted else 'signed'}"
+        result = context.unwrap(from_hex(rest[0]))
+        return f"{to_hex(result.message)} {'encrypted' if result.encrypted else 'integrity'}"
     if command == "limit":
         return str(context.get_wrap_size_limit(65535, rest[0] == "1"))
     if command == "flags":
@@ -53,7 +53,7 @@ def do(command, name, *rest):
 
 for line in sys.stdin:
     try:
-        answer = do(*line.split())
+        answer = execute(*line.split())
     except Exception as error:
         answer = "error " + " ".join(f"{type(error).__name__}: {error}".split())
     print(answer, flush=True)

@@ -1,5 +1,5 @@
-//! A peer that is not ours: its GSSAPI is Debian's python3-gssapi, in a process of its own; what it says with that, right
-//! or wrong, is the test's. Not a test.
+//! An independent peer for the tests: GSSAPI is Debian's python3-gssapi in a separate process; the test chooses the
+//! messages, valid or invalid. Not a test itself.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -14,11 +14,11 @@ use crate::common::{Server, TIMEOUT, is_installed, read_exact, request, skip};
 use crate::kit::realm::Realm;
 use crate::kit::{CONNECT, StreamEnd, stream_end};
 
-/// Debian's, whatever other Python the path has first: that one has Debian's modules.
+/// Debian's Python, which has Debian's modules. The first Python in PATH can be another one.
 pub const PYTHON: &str = "/usr/bin/python3";
 const SCRIPT: &str = include_str!("peer.py");
 
-/// What an initiator asks for, as RFC 2744 numbers it.
+/// Flags of an initiator, with the values of RFC 2744.
 pub const DELEG: u32 = 1;
 pub const MUTUAL: u32 = 2;
 pub const REPLAY: u32 = 4;
@@ -28,13 +28,13 @@ pub const INTEG: u32 = 32;
 pub const ALL: u32 = MUTUAL | REPLAY | SEQUENCE | CONF | INTEG;
 
 pub const ABORT: [u8; 2] = [1, 0xff];
-/// The types of messages.
+/// Message types of RFC 1961.
 pub const AUTHENTICATION: u8 = 1;
 pub const PROTECTION: u8 = 2;
 pub const DATA: u8 = 3;
 
-/// Whether python3-gssapi is there; as `has`.
-pub fn have_python() -> bool {
+/// Returns whether python3-gssapi is installed, like `is_installed`.
+pub fn has_python_gssapi() -> bool {
     if !Path::new(PYTHON).exists() {
         return is_installed(PYTHON);
     }
@@ -45,7 +45,7 @@ pub fn have_python() -> bool {
     imported.status.success()
 }
 
-/// A process that establishes contexts, wraps and unwraps.
+/// A process that runs the GSSAPI calls.
 #[derive(Clone)]
 pub struct Library(Arc<Mutex<Process>>, Arc<AtomicUsize>);
 
@@ -57,11 +57,11 @@ struct Process {
 
 impl Library {
     pub fn start(realm: &Realm) -> Self {
-        Self::with(realm.env(&mut Command::new(PYTHON)))
+        Self::start_with(realm.env(&mut Command::new(PYTHON)))
     }
 
-    /// With the environment of that command.
-    pub fn with(python: &mut Command) -> Self {
+    /// Starts the process with the environment of `python`.
+    pub fn start_with(python: &mut Command) -> Self {
         let python = python.args(["-c", SCRIPT]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = python.spawn().expect("Python starts");
         let stdin = child.stdin.take().expect("stdin is piped");
@@ -75,8 +75,8 @@ impl Library {
         Self(Arc::new(Mutex::new(Process { child, stdin, answers })), Arc::default())
     }
 
-    fn try_ask(&self, words: &[&str]) -> Result<String, String> {
-        let mut process = self.0.lock().expect("no panic holds it");
+    fn try_call(&self, words: &[&str]) -> Result<String, String> {
+        let mut process = self.0.lock().expect("no panic");
         process.stdin.write_all(format!("{}\n", words.join(" ")).as_bytes()).expect("Python reads");
         let answer = process.answers.recv_timeout(TIMEOUT).expect("Python answers");
         match answer.strip_prefix("error ") {
@@ -85,29 +85,29 @@ impl Library {
         }
     }
 
-    fn ask(&self, words: &[&str]) -> String {
-        self.try_ask(words).unwrap_or_else(|error| panic!("{}: {error}", words[0]))
+    fn call(&self, words: &[&str]) -> String {
+        self.try_call(words).unwrap_or_else(|error| panic!("{}: {error}", words[0]))
     }
 
-    fn name(&self) -> String {
+    fn new_name(&self) -> String {
         self.1.fetch_add(1, Ordering::Relaxed).to_string()
     }
 
-    /// A context with `rcmd@localhost` that asks for these flags.
+    /// Returns an initiator's context for `rcmd@localhost` with these flags.
     pub fn init(&self, flags: u32) -> Context {
         self.init_with("rcmd@localhost", flags)
     }
 
     pub fn init_with(&self, service: &str, flags: u32) -> Context {
-        let name = self.name();
-        self.ask(&["init", &name, service, &flags.to_string()]);
+        let name = self.new_name();
+        self.call(&["init", &name, service, &flags.to_string()]);
         Context { library: self.clone(), name }
     }
 
-    /// A context with whoever comes.
+    /// Returns an acceptor's context.
     pub fn accept(&self) -> Context {
-        let name = self.name();
-        self.ask(&["accept", &name]);
+        let name = self.new_name();
+        self.call(&["accept", &name]);
         Context { library: self.clone(), name }
     }
 }
@@ -126,142 +126,142 @@ pub struct Context {
 }
 
 impl Context {
-    /// The next token, and whether this was the last one that was needed.
+    /// Processes a token. Returns the answer, and whether the context is established.
     pub fn step(&self, token: &[u8]) -> (Vec<u8>, bool) {
-        let answer = self.library.ask(&["step", &self.name, &hex(token)]);
+        let answer = self.library.call(&["step", &self.name, &to_hex(token)]);
         let (token, state) = answer.split_once(' ').expect("two words");
-        (octets(token), state == "complete")
+        (from_hex(token), state == "complete")
     }
 
-    pub fn wrap(&self, data: &[u8], seal: bool) -> Vec<u8> {
-        octets(&self.library.ask(&["wrap", &self.name, if seal { "1" } else { "0" }, &hex(data)]))
+    pub fn wrap(&self, data: &[u8], encrypt: bool) -> Vec<u8> {
+        from_hex(&self.library.call(&["wrap", &self.name, if encrypt { "1" } else { "0" }, &to_hex(data)]))
     }
 
-    /// What is in a token, and whether it was sealed.
+    /// Returns the data in a token, and whether it was encrypted.
     pub fn unwrap(&self, token: &[u8]) -> (Vec<u8>, bool) {
-        let answer = self.library.ask(&["unwrap", &self.name, &hex(token)]);
-        let (data, how) = answer.split_once(' ').expect("two words");
-        (octets(data), how == "sealed")
+        let answer = self.library.call(&["unwrap", &self.name, &to_hex(token)]);
+        let (data, protection) = answer.split_once(' ').expect("two words");
+        (from_hex(data), protection == "encrypted")
     }
 
-    /// How much fits into a token of 65535 octets.
-    pub fn limit(&self, seal: bool) -> usize {
-        self.library.ask(&["limit", &self.name, if seal { "1" } else { "0" }]).parse().expect("a number")
+    /// Returns how much data fits into a token of 65535 bytes, in bytes.
+    pub fn wrap_size_limit(&self, encrypt: bool) -> usize {
+        self.library.call(&["limit", &self.name, if encrypt { "1" } else { "0" }]).parse().expect("a number")
     }
 
-    /// What the context has, once it is complete.
+    /// Returns the flags of the established context.
     pub fn flags(&self) -> u32 {
-        self.library.ask(&["flags", &self.name]).parse().expect("a number")
+        self.library.call(&["flags", &self.name]).parse().expect("a number")
     }
 
-    /// One with the same server that has not got far, but can wrap.
-    pub fn another(&self) -> Self {
+    /// Returns another context for the same service that can wrap.
+    pub fn other_context(&self) -> Self {
         let other = self.library.init(ALL & !MUTUAL);
-        assert!(other.step(&[]).1, "without mutual authentication one token is enough");
+        assert!(other.step(&[]).1, "without mutual authentication one token suffices");
         other
     }
 
-    /// Who has initiated it.
+    /// Returns the principal of the initiator.
     pub fn initiator(&self) -> String {
-        self.library.ask(&["name", &self.name])
+        self.library.call(&["name", &self.name])
     }
 }
 
-/// How a level is said.
+/// LevelForm of the messages that negotiate the level: wrapped (RFC 1961), or a plain byte (NEC).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum LevelForm {
     Rfc,
     Nec,
 }
 
-pub const FORMS: [Form; 2] = [Form::Rfc, Form::Nec];
+pub const LEVEL_FORMS: [LevelForm; 2] = [LevelForm::Rfc, LevelForm::Nec];
 
-/// A connection on which RFC 1961 is spoken, and the context that it has.
+/// A connection with its security context.
 pub struct Peer {
     pub stream: TcpStream,
     pub context: Context,
-    /// Whether what is sent is sealed, and what comes has to be.
-    pub seal: bool,
+    /// Set to encrypt sent data and require encryption of received data.
+    pub encrypt: bool,
 }
 
 impl Peer {
-    /// A client that has established a context with the server.
+    /// Connects to the server and establishes a context.
     pub fn new(library: &Library, server: &Server, flags: u32) -> Self {
         Self::establish(server.connect(), library.init(flags))
     }
 
-    /// A client with that context, which is established on the connection.
+    /// Establishes this context on a connection.
     pub fn establish(stream: TcpStream, context: Context) -> Self {
-        let mut peer = Self { stream, context, seal: false };
+        let mut peer = Self { stream, context, encrypt: false };
         peer.greet();
         let (token, is_complete) = peer.context.step(&[]);
-        peer.say(AUTHENTICATION, &token);
-        let answer = peer.hear(AUTHENTICATION);
+        peer.send_token(AUTHENTICATION, &token);
+        let answer = peer.receive_token(AUTHENTICATION);
         if !is_complete {
             assert_eq!(peer.context.step(&answer), (vec![], true));
         }
         peer
     }
 
-    /// Offers GSSAPI and nothing else, which is taken.
+    /// Offers only GSSAPI. Checks that the server selects it.
     pub fn greet(&mut self) {
         greet(&mut self.stream);
     }
 
-    /// As a client: asks for a level, and gives what is granted.
-    pub fn ask(&mut self, level: u8, form: Form) -> u8 {
-        let asked = if form == Form::Nec { vec![level] } else { self.context.wrap(&[level], false) };
-        self.say(PROTECTION, &asked);
-        let answer = self.hear(PROTECTION);
+    /// Requests a level as a client. Returns the granted level.
+    pub fn request_level(&mut self, level: u8, form: LevelForm) -> u8 {
+        let request = if form == LevelForm::Nec { vec![level] } else { self.context.wrap(&[level], false) };
+        self.send_token(PROTECTION, &request);
+        let answer = self.receive_token(PROTECTION);
         let granted = match form {
-            Form::Nec => answer,
-            Form::Rfc => {
-                let (granted, is_sealed) = self.context.unwrap(&answer);
-                assert!(!is_sealed, "levels are signed, not sealed");
+            LevelForm::Nec => answer,
+            LevelForm::Rfc => {
+                let (granted, is_encrypted) = self.context.unwrap(&answer);
+                assert!(!is_encrypted, "levels are not encrypted");
                 granted
             }
         };
-        assert_eq!(granted.len(), 1, "a level is one octet");
-        self.seal = granted[0] == 2;
+        assert_eq!(granted.len(), 1, "a level is one byte");
+        self.encrypt = granted[0] == 2;
         granted[0]
     }
 
-    /// A client that has made its request at that level, with success.
+    /// Connects to the server at this level and completes a CONNECT request.
     pub fn connected(library: &Library, server: &Server, level: u8, dst: SocketAddr) -> Self {
         let mut peer = Self::new(library, server, ALL);
-        assert_eq!(peer.ask(level, Form::Rfc), level);
+        assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
         assert_eq!(peer.request(CONNECT, dst).0, 0);
         peer
     }
 
-    /// Makes a request in a token: REP and BND.
+    /// Sends a request in one token. Returns REP and BND.
     pub fn request(&mut self, command: u8, dst: SocketAddr) -> (u8, SocketAddr) {
         self.send(&request(command, dst));
-        self.reply()
+        self.receive_reply()
     }
 
-    /// A reply, alone in its token: REP and BND.
-    pub fn reply(&mut self) -> (u8, SocketAddr) {
+    /// Receives a reply in one token. Returns REP and BND.
+    pub fn receive_reply(&mut self) -> (u8, SocketAddr) {
         let reply = self.receive();
         let [5, rep, 0, 1, a, b, c, d, high, low] = reply[..] else { panic!("a reply: {reply:?}") };
         (rep, SocketAddr::from(([a, b, c, d], u16::from_be_bytes([high, low]))))
     }
 
-    /// Sends octets in a token.
+    /// Sends data in one token.
     pub fn send(&mut self, data: &[u8]) {
-        let token = self.context.wrap(data, self.seal);
-        self.say(DATA, &token);
+        let token = self.context.wrap(data, self.encrypt);
+        self.send_token(DATA, &token);
     }
 
-    /// What is in the next token.
+    /// Receives the data of the next token.
     pub fn receive(&mut self) -> Vec<u8> {
-        let token = self.hear(DATA);
-        let (data, is_sealed) = self.context.unwrap(&token);
-        assert_eq!(is_sealed, self.seal, "sealed as agreed");
+        let token = self.receive_token(DATA);
+        let (data, is_encrypted) = self.context.unwrap(&token);
+        assert_eq!(is_encrypted, self.encrypt, "encrypted as negotiated");
         data
     }
 
-    /// The octets of the next tokens, as many as they have to be.
+    /// Receives tokens with `length` bytes of data.
     pub fn receive_all(&mut self, length: usize) -> Vec<u8> {
         let mut all = Vec::new();
         while all.len() < length {
@@ -271,59 +271,59 @@ impl Peer {
         all
     }
 
-    /// Sends octets, and expects them back.
+    /// Sends data and receives it from an echo server.
     pub fn ping(&mut self, data: &[u8]) {
         self.send(data);
         assert_eq!(self.receive_all(data.len()), data);
     }
 
-    /// Sends a message with any token.
-    pub fn say(&mut self, mtyp: u8, token: &[u8]) {
-        self.say_raw(&message(mtyp, token));
+    /// Sends a message with this token.
+    pub fn send_token(&mut self, mtyp: u8, token: &[u8]) {
+        self.send_raw(&message(mtyp, token));
     }
 
-    /// Sends octets as they are.
-    pub fn say_raw(&mut self, octets: &[u8]) {
-        self.stream.write_all(octets).expect("it is sent");
+    /// Sends unprotected bytes.
+    pub fn send_raw(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("sent");
     }
 
-    /// The token of the next message, which has to be of that type.
-    pub fn hear(&mut self, mtyp: u8) -> Vec<u8> {
-        hear(&mut self.stream, mtyp)
+    /// Receives a message of this type. Returns its token.
+    pub fn receive_token(&mut self, mtyp: u8) -> Vec<u8> {
+        receive_token(&mut self.stream, mtyp)
     }
 
-    /// Says that no more comes; the other side may have left already.
+    /// Shuts down the write side. Ignores the error if the peer has disconnected.
     pub fn shutdown(&self) {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 
-    /// Fails unless the server aborts with its two octets, no more, and then closes.
+    /// Checks that the server sends the two bytes of an abort and closes.
     pub fn assert_aborted(&mut self, what: &str) {
         assert_eq!(stream_end(&mut self.stream), StreamEnd::Closed(ABORT.to_vec()), "{what}");
     }
 }
 
-/// Offers GSSAPI and nothing else, which is taken.
+/// Offers only GSSAPI. Checks that the server selects it.
 pub fn greet(stream: &mut TcpStream) {
     stream.write_all(&[5, 1, 1]).expect("the greeting is sent");
     assert_eq!(read_exact(stream, 2), [5, 1]);
 }
 
-/// A message with a token.
+/// Encodes a message.
 pub fn message(mtyp: u8, token: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(token.len()).expect("a token of at most 65535 octets").to_be_bytes();
+    let length = u16::try_from(token.len()).expect("a token of at most 65535 bytes").to_be_bytes();
     [&[1, mtyp], &length[..], token].concat()
 }
 
-/// The token of the next message, which has to be of that type.
-pub fn hear(stream: &mut TcpStream, mtyp: u8) -> Vec<u8> {
+/// Receives a message of this type. Returns its token.
+pub fn receive_token(stream: &mut TcpStream, mtyp: u8) -> Vec<u8> {
     let head = read_exact(stream, 2);
     assert_eq!(head, [1, mtyp], "VER and MTYP");
     let length = read_exact(stream, 2);
     read_exact(stream, u16::from_be_bytes([length[0], length[1]]).into())
 }
 
-/// A SOCKS5 server of this peer, on 127.0.0.1.
+/// A SOCKS5 server on 127.0.0.1 that the test controls.
 pub struct Proxy {
     listener: TcpListener,
     pub addr: SocketAddr,
@@ -336,68 +336,68 @@ impl Proxy {
         Self { listener, addr, library: library.clone() }
     }
 
-    /// As `-x` takes it.
+    /// Returns the URL for `-x`.
     pub fn url(&self) -> String {
         format!("localhost:{}", self.addr.port())
     }
 
-    /// The next client, which has offered GSSAPI and been told to use it: its connection, and what it offered.
-    pub fn greeted(&self) -> (TcpStream, Vec<u8>) {
+    /// Accepts a client and selects GSSAPI. Returns the connection and the offered methods.
+    pub fn accept_greeting(&self) -> (TcpStream, Vec<u8>) {
         let (mut stream, _) = crate::kit::accept(&self.listener);
         let head = read_exact(&mut stream, 2);
         assert_eq!(head[0], 5, "VER");
         let methods = read_exact(&mut stream, head[1].into());
         assert!(methods.contains(&1), "{methods:?}");
-        stream.write_all(&[5, 1]).expect("it is sent");
+        stream.write_all(&[5, 1]).expect("sent");
         (stream, methods)
     }
 
-    /// The next client, with which a context has been established.
-    pub fn established(&self) -> Peer {
-        let (mut stream, _) = self.greeted();
+    /// Accepts a client and establishes a context.
+    pub fn accept_context(&self) -> Peer {
+        let (mut stream, _) = self.accept_greeting();
         let context = self.library.accept();
-        let token = hear(&mut stream, AUTHENTICATION);
+        let token = receive_token(&mut stream, AUTHENTICATION);
         let (answer, is_complete) = context.step(&token);
-        assert!(is_complete, "Kerberos takes one round");
-        let mut peer = Peer { stream, context, seal: false };
-        peer.say(AUTHENTICATION, &answer);
+        assert!(is_complete, "Kerberos needs one token");
+        let mut peer = Peer { stream, context, encrypt: false };
+        peer.send_token(AUTHENTICATION, &answer);
         peer
     }
 
-    /// The level that a client asks for, in which form.
-    pub fn asked(peer: &mut Peer) -> (u8, Form) {
-        let token = peer.hear(PROTECTION);
+    /// Receives the level that a client requests, and its form.
+    pub fn receive_level(peer: &mut Peer) -> (u8, LevelForm) {
+        let token = peer.receive_token(PROTECTION);
         if token.len() == 1 {
-            return (token[0], Form::Nec);
+            return (token[0], LevelForm::Nec);
         }
-        let (level, is_sealed) = peer.context.unwrap(&token);
-        assert!(!is_sealed && level.len() == 1, "levels are one octet, and signed");
-        (level[0], Form::Rfc)
+        let (level, is_encrypted) = peer.context.unwrap(&token);
+        assert!(!is_encrypted && level.len() == 1, "a level is one byte and not encrypted");
+        (level[0], LevelForm::Rfc)
     }
 
     /// Grants a level.
-    pub fn grant(peer: &mut Peer, level: u8, form: Form) {
-        let answer = if form == Form::Nec { vec![level] } else { peer.context.wrap(&[level], false) };
-        peer.say(PROTECTION, &answer);
-        peer.seal = level == 2;
+    pub fn grant_level(peer: &mut Peer, level: u8, form: LevelForm) {
+        let answer = if form == LevelForm::Nec { vec![level] } else { peer.context.wrap(&[level], false) };
+        peer.send_token(PROTECTION, &answer);
+        peer.encrypt = level == 2;
     }
 }
 
-/// All octets that come until the connection is closed.
-pub fn rest(stream: &mut TcpStream) -> Vec<u8> {
+/// Reads until the connection is closed.
+pub fn read_until_closed(stream: &mut TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
-    stream.read_to_end(&mut all).expect("it is closed");
+    stream.read_to_end(&mut all).expect("closed");
     all
 }
 
-fn hex(octets: &[u8]) -> String {
-    match octets {
+fn to_hex(bytes: &[u8]) -> String {
+    match bytes {
         [] => "-".into(),
-        _ => octets.iter().map(|octet| format!("{octet:02x}")).collect(),
+        _ => bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
     }
 }
 
-fn octets(hex: &str) -> Vec<u8> {
+fn from_hex(hex: &str) -> Vec<u8> {
     let hex = hex.trim_start_matches('-');
     (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal")).collect()
 }

@@ -1,4 +1,4 @@
-//! What rules make of Kerberos logins, at first and after a reload.
+//! Policy rules for Kerberos logins, also after a reload.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -7,21 +7,21 @@ use crate::common::{Server, TIMEOUT, echo_server, run, temp_dir, udp_echo_server
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::scripted::RunningProgram;
-use crate::{ALICE, LONG, assert_says, client, path, realm, serve, session, stdout, url};
+use crate::{ALICE, LONG_TIMEOUT, assert_fails_with, client, path, realm, serve, stdout, url, wait_session};
 
-/// Runs `s5 connect` as alice or mallory, at that level.
+/// Runs `s5 connect` as alice or mallory at this level.
 fn as_user(realm: &Realm, server: &Server, user: &str, level: &str, target: &str) -> std::process::Output {
     let ccache = path(&realm.file(if user == "alice" { "ccache" } else { "ccache.mallory" }));
     let args = ["--ccache", &ccache, "--gssapi-protection", level, target];
-    run(&mut client(realm, "connect", &url(server), &args), b"hello", LONG)
+    run(&mut client(realm, "connect", &url(server), &args), b"hello", LONG_TIMEOUT)
 }
 
 #[test]
-fn rules_know_users_methods_and_levels() {
+fn rules_match_user_method_and_protection() {
     let Some(realm) = realm() else { return };
     let echo = echo_server().to_string();
     let (yes, no) = (true, false);
-    // For alice at confidentiality and integrity, for mallory at confidentiality.
+    // Expected results: alice at confidentiality, alice at integrity, mallory at confidentiality.
     let table = [
         ("user=alice@S5.TEST", [yes, yes, no]),
         ("user=*@S5.TEST", [yes, yes, yes]),
@@ -42,8 +42,8 @@ fn rules_know_users_methods_and_levels() {
             match expected {
                 true => assert_eq!(output.stdout, b"hello", "{rule}: {user} at {level}"),
                 false => {
-                    assert_says(&output, 102, &["REP 2"]);
-                    session(&server, &[&format!("user=\"{user}@S5.TEST\""), "rep=2", "denied"]);
+                    assert_fails_with(&output, 102, &["REP 2"]);
+                    wait_session(&server, &[&format!("user=\"{user}@S5.TEST\""), "rep=2", "denied"]);
                 }
             }
         }
@@ -51,15 +51,16 @@ fn rules_know_users_methods_and_levels() {
 }
 
 #[test]
-fn rules_hold_for_datagrams_and_bind_too() {
+fn rules_apply_to_udp_and_bind() {
     let Some(realm) = realm() else { return };
     let (udp, mallory) = (udp_echo_server(V4).to_string(), path(&realm.file("ccache.mallory")));
     let server = serve(&realm, &["--allow", &format!("user={ALICE} protection=confidentiality"), "--deny", ""]);
     for mode in ["udp", "bind"] {
         for args in [&["--ccache", &*mallory][..], &["--gssapi-protection", "integrity"]] {
             let target = if mode == "udp" { &*udp } else { "127.0.0.1" };
-            let output = run(&mut client(&realm, mode, &url(&server), &[args, &[target]].concat()), b"hello\n", LONG);
-            assert_says(&output, 102, &["REP 2"]);
+            let output =
+                run(&mut client(&realm, mode, &url(&server), &[args, &[target]].concat()), b"hello\n", LONG_TIMEOUT);
+            assert_fails_with(&output, 102, &["REP 2"]);
         }
     }
     let mut client = RunningProgram::start(&mut client(&realm, "udp", &url(&server), &[&udp]));
@@ -68,7 +69,7 @@ fn rules_hold_for_datagrams_and_bind_too() {
 }
 
 #[test]
-fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
+fn reload_ends_only_sessions_that_new_rules_deny() {
     let Some(realm) = realm() else { return };
     let (folder, echo, udp) = (temp_dir(), echo_server().to_string(), udp_echo_server(V4).to_string());
     let rules = |text: &str| write_file(folder.path(), "rules", text);
@@ -97,8 +98,8 @@ fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
     rules(&format!("allow user={ALICE} protection=confidentiality\ndeny\n"));
     server.signal("HUP");
     for client in &mut go {
-        let (status, _, said) = client.wait_exit(TIMEOUT);
-        assert!(!status.success(), "{said}");
+        let (status, _, stderr) = client.wait_exit(TIMEOUT);
+        assert!(!status.success(), "{stderr}");
     }
     for client in &mut stay {
         client.write(b"and again\n");
@@ -107,15 +108,15 @@ fn a_reload_leaves_tunnels_alone_or_cuts_those_that_it_forbids() {
 }
 
 #[test]
-fn who_may_reach_the_server_without_a_login_is_nobody() {
+fn keytab_permits_listening_on_all_addresses_and_requires_login() {
     let Some(realm) = realm() else { return };
-    // Every address, which without a login is refused.
+    // Without a login, s5 refuses to listen on all addresses.
     let mut command = crate::common::s5();
     let keytab = path(&realm.file("service.keytab"));
     realm.env(command.args(["serve", "--listen", "*:0", "--keytab", &keytab]));
     let server = Server::start_with(&mut command, 1);
     let mut stream = TcpStream::connect((V4, server.addr().port())).expect("the server accepts");
-    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
     assert_eq!(crate::common::read_exact(&mut stream, 2), [5, 0xff]);
     let echo = echo_server().to_string();

@@ -1,4 +1,4 @@
-//! Programs of others that speak GSSAPI: curl and libcurl, which do no more than log in, and Dante.
+//! curl and libcurl with GSSAPI: they log in, but do not protect the data after the login.
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
@@ -8,9 +8,9 @@ use crate::common::{Server, echo_server, is_installed, run, tcp_server, temp_dir
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
-use crate::{ALICE, LONG, client, realm, serve, session, stdout, text, url};
+use crate::{ALICE, LONG_TIMEOUT, client, realm, serve, stdout, text, url, wait_session};
 
-/// proxy and URL, then `nec` for that form of the level.
+/// Arguments: proxy, URL, and optionally `nec` for NEC's variant.
 const PYCURL: &str = r#"
 import io, sys, pycurl
 proxy, url, *nec = sys.argv[1:]
@@ -35,33 +35,33 @@ print(body.getvalue().decode())
 fn web_server() -> SocketAddr {
     tcp_server(V4, |mut stream| {
         let mut request = Vec::new();
-        let mut octet = [0; 1];
-        while !request.ends_with(b"\r\n\r\n") && stream.read(&mut octet).is_ok_and(|n| n > 0) {
-            request.extend(octet);
+        let mut byte = [0; 1];
+        while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n > 0) {
+            request.extend(byte);
         }
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 8\r\n\r\nit works");
     })
 }
 
-/// Whether others are still served.
+/// Checks that the server still serves other clients.
 fn assert_serves(realm: &Realm, server: &Server) {
     let args = ["--gssapi-min", "none", &echo_server().to_string()];
     assert_eq!(stdout(&mut client(realm, "connect", &url(server), &args), b"hello"), b"hello");
 }
 
 #[test]
-fn libcurl_logs_in_where_nothing_is_protected_and_fails_cleanly_elsewhere() {
+fn libcurl_works_at_level_none_and_fails_cleanly_at_others() {
     let Some(realm) = realm() else { return };
     let folder = temp_dir();
     let mut pip = Command::new(PYTHON);
     pip.args(["-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check", "--retries", "1"]);
     pip.args(["--timeout", "5", "--only-binary", ":all:", "--target"]).arg(folder.path()).arg("pycurl>=7.46");
-    // Not with skip: a machine without a network can do nothing about it.
+    // Skipped even if S5_TEST_STRICT=1: the network can be unavailable.
     match pip.env("PIP_DEFAULT_TIMEOUT", "5").output() {
         Ok(output) if output.status.success() => {}
         other => {
             let why = other.map_or_else(|error| error.to_string(), |output| text(&output.stderr));
-            return eprintln!("skipped: pycurl can't be had: {why}");
+            return eprintln!("skipped: pycurl is not available: {why}");
         }
     }
     let python = |script: &str| {
@@ -84,19 +84,19 @@ fn libcurl_logs_in_where_nothing_is_protected_and_fails_cleanly_elsewhere() {
     for nec in [&[][..], &["nec"]] {
         assert_eq!(curl(&server, nec), "it works\n", "{nec:?}");
     }
-    session(&server, &[ALICE, "command=connect", "rep=0"]);
+    wait_session(&server, &[ALICE, "command=connect", "rep=0"]);
     let server = serve(&realm, &[]);
     for nec in [&[][..], &["nec"]] {
-        let said = curl(&server, nec);
-        assert!(said.starts_with("failed 97"), "{nec:?}: {said}");
+        let printed = curl(&server, nec);
+        assert!(printed.starts_with("failed 97"), "{nec:?}: {printed}");
     }
-    // Its request in clear is no frame, and gets no answer.
-    session(&server, &[ALICE, "command=- ", "rep=-"]);
+    // curl's unprotected request is not a valid frame, so the server closes without a reply.
+    wait_session(&server, &[ALICE, "command=- ", "rep=-"]);
     assert_serves(&realm, &server);
 }
 
 #[test]
-fn debians_curl_gets_through_the_login_and_no_further() {
+fn installed_curl_works_or_fails_after_the_login() {
     let Some(realm) = realm() else { return };
     if !is_installed("curl") {
         return;
@@ -109,7 +109,7 @@ fn debians_curl_gets_through_the_login_and_no_further() {
             .args(["-sS", "--noproxy", "", "--max-time", "10", "-x", &proxy, "--socks5-gssapi"])
             .args(more)
             .arg(&page);
-        run(realm.env(&mut command), b"", LONG)
+        run(realm.env(&mut command), b"", LONG_TIMEOUT)
     };
     let version = text(&stdout(Command::new("curl").arg("--version"), b""));
     if !version.contains("GSS-API") {
@@ -120,7 +120,7 @@ fn debians_curl_gets_through_the_login_and_no_further() {
         for nec in [&[][..], &["--socks5-gssapi-nec"]] {
             let output = curl(&server, nec);
             let ended = output.status.code();
-            // Versions from 8.17 on get it, where nothing is protected.
+            // curl 8.17 and later succeed at level none.
             let is_right = ended == Some(97) || levels == "none" && output.stdout == b"it works";
             assert!(is_right, "{levels}: {ended:?}: {}", text(&output.stderr));
         }
@@ -129,7 +129,7 @@ fn debians_curl_gets_through_the_login_and_no_further() {
 }
 
 #[test]
-fn a_stock_curl_logs_in_by_password_where_that_comes_first() {
+fn curl_logs_in_with_password_if_listed_first() {
     let Some(realm) = realm() else { return };
     if !is_installed("curl") {
         return;
@@ -142,5 +142,5 @@ fn a_stock_curl_logs_in_by_password_where_that_comes_first() {
     let mut command = Command::new("curl");
     command.args(["-sS", "--noproxy", "", "-x", &proxy, &format!("http://{}/", web_server())]);
     assert_eq!(stdout(realm.env(&mut command), b""), b"it works");
-    session(&server, &["user=\"bob\"", "rep=0"]);
+    wait_session(&server, &["user=\"bob\"", "rep=0"]);
 }

@@ -1,0 +1,218 @@
+//! An independent client of a UDP association: which datagrams the server accepts, and how it wraps answers.
+
+use std::net::{SocketAddr, UdpSocket};
+
+use crate::common::{Server, udp_echo_server};
+use crate::kit::realm::Realm;
+use crate::kit::{UDP_ASSOCIATE, V4};
+use crate::peer::{ALL, AUTHENTICATION, Context, DATA, LevelForm, Library, Peer, has_python_gssapi, message};
+use crate::{bytes, realm, serve};
+
+/// The client's UDP socket of an association.
+pub struct Udp<'a> {
+    context: &'a Context,
+    encrypt: bool,
+    socket: UdpSocket,
+}
+
+impl<'a> Udp<'a> {
+    pub fn new(control: &'a mut Peer, relay: SocketAddr) -> Self {
+        let socket = UdpSocket::bind((V4, 0)).expect("a port");
+        socket.connect(relay).expect("an address");
+        socket.set_read_timeout(Some(crate::common::TIMEOUT)).expect("timeout set");
+        Self { context: &control.context, encrypt: control.encrypt, socket }
+    }
+
+    /// Returns a wrapped datagram for the relay.
+    fn wrapped(&self, frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
+        message(DATA, &self.context.wrap(&datagram(frag, dst, data), self.encrypt))
+    }
+
+    fn send_raw(&self, bytes: &[u8]) {
+        self.socket.send(bytes).expect("sent");
+    }
+
+    fn send(&self, dst: SocketAddr, data: &[u8]) {
+        self.send_raw(&self.wrapped(0, dst, data));
+    }
+
+    /// Receives an answer. Returns FRAG, sender and data.
+    fn receive_fragment(&self) -> (u8, SocketAddr, Vec<u8>) {
+        let mut buffer = vec![0; 65_536];
+        let n = self.socket.recv(&mut buffer).expect("an answer");
+        let [1, DATA, high, low, token @ ..] = &buffer[..n] else { panic!("not a frame: {:?}", &buffer[..n.min(16)]) };
+        assert_eq!(usize::from(u16::from_be_bytes([*high, *low])), token.len(), "LEN matches the datagram");
+        let (bytes, is_encrypted) = self.context.unwrap(token);
+        assert_eq!(is_encrypted, self.encrypt, "encrypted as negotiated");
+        let [0, 0, frag, 1, a, b, c, d, high, low, data @ ..] = &bytes[..] else { panic!("{bytes:?}") };
+        (*frag, SocketAddr::from(([*a, *b, *c, *d], u16::from_be_bytes([*high, *low]))), data.to_vec())
+    }
+
+    fn receive(&self) -> (SocketAddr, Vec<u8>) {
+        let (frag, from, data) = self.receive_fragment();
+        assert_eq!(frag, 0);
+        (from, data)
+    }
+
+    /// Sends data to an echo server. Checks that the next datagram is the echo.
+    pub fn ping(&self, dst: SocketAddr, data: &[u8]) {
+        self.send(dst, data);
+        assert!(self.receive() == (dst, data.to_vec()), "{} bytes", data.len());
+    }
+}
+
+fn datagram(frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
+    let mut bytes = crate::common::message_with_addr([0, 0, frag], dst);
+    bytes.extend(data);
+    bytes
+}
+
+struct Setup {
+    _realm: Realm,
+    library: Library,
+    server: Server,
+    echo: SocketAddr,
+}
+
+impl Setup {
+    fn new() -> Option<Self> {
+        if !has_python_gssapi() {
+            return None;
+        }
+        let realm = realm()?;
+        let (library, server) = (Library::start(&realm), serve(&realm, &[]));
+        Some(Self { _realm: realm, library, server, echo: udp_echo_server(V4) })
+    }
+
+    /// Returns a control connection at this level, and the address of the relay.
+    fn associate(&self, flags: u32, level: u8) -> (Peer, SocketAddr) {
+        let mut peer = Peer::new(&self.library, &self.server, flags);
+        assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
+        let (rep, relay) = peer.request(UDP_ASSOCIATE, SocketAddr::from(([0; 4], 0)));
+        assert_eq!(rep, 0);
+        (peer, relay)
+    }
+}
+
+#[test]
+fn invalid_datagrams_are_dropped_and_association_continues() {
+    let Some(setup) = Setup::new() else { return };
+    for level in [1, 2] {
+        let (mut control, relay) = setup.associate(ALL, level);
+        let other = control.context.other_context();
+        let udp = Udp::new(&mut control, relay);
+        udp.ping(setup.echo, b"first");
+        let evil = datagram(0, setup.echo, b"evil");
+        let good = || udp.wrapped(0, setup.echo, b"evil");
+        let change = |at: usize, to: u8| {
+            let mut bytes = good();
+            bytes[at] = to;
+            bytes
+        };
+        let whole = good();
+        let mut faults = vec![
+            ("clear", evil.clone()),
+            ("clear in a frame", message(DATA, &evil)),
+            ("from another context", message(DATA, &other.wrap(&evil, true))),
+            ("another type", message(AUTHENTICATION, &udp.context.wrap(&evil, true))),
+            ("another version", change(0, 5)),
+            ("LEN is one more", change(3, whole[3] + 1)),
+            ("LEN is one less", change(3, whole[3] - 1)),
+            ("one extra byte", [&good()[..], &[0]].concat()),
+            ("one missing byte", whole[..whole.len() - 1].to_vec()),
+            ("changed", change(4 + 25, 0)),
+            ("two in one", [good(), good()].concat()),
+            ("an empty token", message(DATA, &[])),
+            ("half a header", vec![1, 3]),
+            ("nothing", vec![]),
+            ("not a datagram in a token", message(DATA, &udp.context.wrap(b"evil", true))),
+            ("an abort", vec![1, 0xff]),
+        ];
+        if level == 2 {
+            faults.push(("not encrypted", message(DATA, &udp.context.wrap(&evil, false))));
+        }
+        for (what, bytes) in faults {
+            udp.send_raw(&bytes);
+            udp.send(setup.echo, what.as_bytes());
+            // The next answer is that to the valid datagram.
+            assert_eq!(udp.receive(), (setup.echo, what.as_bytes().to_vec()), "level {level}");
+        }
+    }
+}
+
+#[test]
+fn datagrams_can_be_late_or_missing_but_are_relayed_once() {
+    let Some(setup) = Setup::new() else { return };
+    for flags in [ALL, ALL & !crate::peer::SEQUENCE] {
+        let (mut control, relay) = setup.associate(flags, 2);
+        let udp = Udp::new(&mut control, relay);
+        let all: Vec<Vec<u8>> = (0..6_u8).map(|i| udp.wrapped(0, setup.echo, &[i])).collect();
+        for (i, is_new) in [(0, true), (2, true), (2, false), (1, true), (0, false), (1, false), (5, true), (3, true)] {
+            udp.send_raw(&all[i]);
+            if is_new {
+                let expected = (setup.echo, vec![u8::try_from(i).expect("below 6")]);
+                assert_eq!(udp.receive(), expected, "flags {flags}");
+            }
+        }
+        // A second answer would arrive before this one.
+        udp.ping(setup.echo, b"last");
+    }
+}
+
+#[test]
+fn reflected_datagram_of_the_server_is_dropped() {
+    let Some(setup) = Setup::new() else { return };
+    let (mut control, relay) = setup.associate(ALL, 1);
+    let udp = Udp::new(&mut control, relay);
+    udp.send(setup.echo, b"once");
+    let mut buffer = [0; 1024];
+    let n = udp.socket.recv(&mut buffer).expect("an answer");
+    udp.send_raw(&buffer[..n]);
+    udp.context.unwrap(&buffer[4..n]);
+    udp.ping(setup.echo, b"last");
+}
+
+#[test]
+fn client_port_is_that_of_the_first_valid_datagram() {
+    let Some(setup) = Setup::new() else { return };
+    let (mut control, relay) = setup.associate(ALL, 2);
+    // Another program on the same host sends invalid datagrams.
+    let stranger = UdpSocket::bind((V4, 0)).expect("a port");
+    for bytes in [&datagram(0, setup.echo, b"evil")[..], b"", b"\x01\x03\x00\x04evil"] {
+        stranger.send_to(bytes, relay).expect("sent");
+    }
+    Udp::new(&mut control, relay).ping(setup.echo, b"hello");
+}
+
+#[test]
+fn each_fragment_is_wrapped() {
+    let Some(setup) = Setup::new() else { return };
+    for level in [1, 2] {
+        let (mut control, relay) = setup.associate(ALL, level);
+        let udp = Udp::new(&mut control, relay);
+        for (frag, data) in [(1, &b"one "[..]), (2, b"two "), (0x83, b"three")] {
+            udp.send_raw(&udp.wrapped(frag, setup.echo, data));
+        }
+        assert_eq!(udp.receive(), (setup.echo, b"one two three".to_vec()), "level {level}");
+    }
+}
+
+#[test]
+fn answers_are_fragmented_only_if_too_long_for_one_datagram() {
+    let Some(setup) = Setup::new() else { return };
+    for (level, whole) in [(1, 65_465), (2, 65_433)] {
+        let (mut control, relay) = setup.associate(ALL, level);
+        let udp = Udp::new(&mut control, relay);
+        udp.ping(setup.echo, &bytes(whole));
+        // The request is sent in two halves; the server fragments the answer by itself.
+        let (half, more) = (bytes(whole / 2), bytes(whole + 1 - whole / 2));
+        udp.send_raw(&udp.wrapped(1, setup.echo, &half));
+        udp.send_raw(&udp.wrapped(0x82, setup.echo, &more));
+        let (frag, from, mut all) = udp.receive_fragment();
+        assert_eq!((frag, from, all.len()), (1, setup.echo, whole), "level {level}");
+        let (frag, _, rest) = udp.receive_fragment();
+        assert_eq!((frag, rest.len()), (0x82, 1), "level {level}");
+        all.extend(rest);
+        assert!(all == [half, more].concat(), "wrong data at level {level}");
+    }
+}
