@@ -70,9 +70,9 @@ impl ClientMode {
 #[derive(FromArgs, ArgsInfo, Debug)]
 pub struct Args {
     /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
-    /// [socks5[h]://][user[:password]@]host[:port], [user[:password]@]unix:/path or socks5h://localhost/path.
-    /// Percent-encoding in user and password is decoded. The nearest proxy of a chain comes first. The empty string is
-    /// the same as --direct. See PROXY AND CREDENTIALS.
+    /// socks5h://USER:PASSWORD@HOST:PORT, USER:PASSWORD@unix:/PATH or socks5h://localhost/PATH, where all but HOST and
+    /// PATH may be left out. Percent-encoding in user and password is decoded. The nearest proxy of a chain comes
+    /// first. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
     pub(super) proxy: Vec<String>,
 

@@ -32,7 +32,7 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "serve")]
 pub struct Args {
-    /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, [IPV6]:PORT, PORT (both loopback
+    /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
     /// addresses), *:PORT (every address) or unix:/PATH. With port 0 the kernel chooses the port, and the log shows it.
     /// A Unix socket that no process uses is replaced; one in use is an error. An address other than loopback needs
     /// access control: --users, --keytab, a rule with from=, or --open.
