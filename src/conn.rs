@@ -156,13 +156,13 @@ impl Conn {
         let _ = close.or(timeout).await;
     }
 
-    /// Returns when the peer has reset the connection, or has closed its side and no data is left to read. Consumes no
-    /// data.
+    /// Returns when the peer has reset the connection, or has closed its sending side and no data is left to read.
+    /// Consumes no data.
     pub async fn wait_eof(&self) {
         self.wait_for_events(PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// Like [`Conn::wait_eof`], but also returns if the peer has closed its side and data is left to read, within 1 s.
+    /// Like [`Conn::wait_eof`], but also returns if data is left to read: within 1 s after the peer has closed.
     pub async fn wait_peer_closed(&self) {
         self.wait_for_events(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
     }
@@ -191,7 +191,7 @@ impl Conn {
             && fds.iter().any(|fd| fd.revents().intersects(events))
     }
 
-    /// Duplicates the socket for another thread. This one must then [`deregister`](Self::deregister) and drop its own.
+    /// Duplicates the socket for another thread. The caller must then [`deregister`](Self::deregister) and drop `self`.
     ///
     /// # Errors
     /// No descriptor is available, or the connection is protected.

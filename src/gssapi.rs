@@ -115,11 +115,8 @@ impl Acceptor {
     pub async fn accept(&self, conn: &mut Conn) -> Result<AuthenticatedClient> {
         let context = self.establish_context(conn).await?;
         let flags = context.flags();
-        let user = context
-            .initiator_name()
-            .filter(|_| !flags.anonymous)
-            .map(<[u8]>::to_vec)
-            .ok_or_else(|| failed("the client is anonymous"))?;
+        let name = context.initiator_name().filter(|_| !flags.anonymous);
+        let user = name.ok_or_else(|| failed("the client is anonymous"))?.to_vec();
         let allowed = |level: &ProtectionLevel| match level {
             ProtectionLevel::None => true,
             ProtectionLevel::Integrity => flags.integrity,
@@ -288,19 +285,15 @@ impl Initiator {
                 let min = self.min_level;
                 Err(failed(format!("the server grants protection {level}, required is {min} (see --gssapi-min)")))
             }
-            Some(ProtectionLevel::Confidentiality) if !flags.confidentiality => {
-                Err(failed("the security context can't encrypt"))
-            }
+            Some(level) if level > strongest => Err(failed("the security context can't encrypt")),
             Some(level) => Ok(Protection::new(context, level)),
             None => Err(failed("the server grants an unknown protection level")),
         }
     }
 
     async fn establish_context(&self, conn: &mut Conn, ticket: Ticket, target: String) -> Result<GssContext> {
-        let requested = RequestedFlags {
-            sequence: true,
-            confidentiality: self.requested_level == ProtectionLevel::Confidentiality,
-        };
+        let confidentiality = self.requested_level == ProtectionLevel::Confidentiality;
+        let requested = RequestedFlags { sequence: true, confidentiality };
         let mut context = GssContext::default();
         let mut token: Option<Vec<u8>> = None;
         for _ in 0..MAX_TOKEN_ROUNDS {

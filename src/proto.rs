@@ -84,7 +84,7 @@ impl std::error::Error for ProtocolError {}
 /// Reason why a decoder returned no message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
-    /// The bytes are the start of a message. At least this many more (1 or more) belong to it.
+    /// The bytes are the start of a message, and at least this many more belong to it. Never 0.
     Incomplete(usize),
     /// No valid message starts with these bytes.
     Invalid(ProtocolError),
@@ -185,7 +185,7 @@ impl<'a> MessageReader<'a> {
     }
 }
 
-/// Appends a length byte and `bytes`, truncated to 255. The constructors permit no longer values.
+/// Appends a length byte and `bytes`. Callers pass at most 255 bytes; more are truncated.
 fn write_length_prefixed(bytes: &[u8], out: &mut Vec<u8>) {
     let length = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
     out.push(length);

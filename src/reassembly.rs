@@ -1,7 +1,7 @@
 //! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue and one timer. The caller passes the time.
 //!
 //! An association has one client, so the queue holds one sequence. Fragments must arrive in order: the RFC empties the
-//! queue at a FRAG lower than the highest one seen, so a late fragment could never complete a datagram.
+//! queue at a FRAG lower than the highest one seen, so a late fragment can't complete a datagram.
 
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ pub struct Reassembler {
     sequence: Option<Sequence>,
     /// Number of datagrams that can't be completed.
     lost_count: u64,
-    /// Set while further fragments belong to a datagram that is already counted as lost.
+    /// Set if further fragments belong to a datagram that is already counted as lost.
     has_counted_loss: bool,
 }
 
@@ -73,7 +73,7 @@ impl Reassembler {
         }
     }
 
-    /// Empties the queue. `is_stray`: a fragment arrived whose first fragment was lost.
+    /// Empties the queue and counts the loss. `is_stray`: a fragment arrived without the ones before it.
     fn discard(&mut self, is_stray: bool) {
         if self.sequence.take().is_some() || is_stray && !self.has_counted_loss {
             self.lost_count += 1;

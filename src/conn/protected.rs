@@ -57,7 +57,7 @@ pub enum TokenOrder {
     Next,
     /// A new token, but earlier ones are missing or it is late.
     OutOfOrder,
-    /// A token that was received before, or is too old to decide.
+    /// A token that was received before, or is too old to exclude that.
     Duplicate,
 }
 
@@ -80,7 +80,7 @@ impl Protection {
         if self.encrypt { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity }
     }
 
-    /// Returns how much longer protection makes a datagram at most, in bytes.
+    /// Returns the largest number of bytes that protection adds to a datagram.
     pub fn max_overhead(&self) -> usize {
         FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().wrap_size_limit(self.encrypt))
     }

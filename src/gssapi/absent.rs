@@ -23,7 +23,7 @@ impl fmt::Display for LibraryError {
     }
 }
 
-/// Has no values.
+/// Never constructed.
 #[derive(Debug)]
 pub enum Credential {}
 

@@ -153,7 +153,7 @@ impl Api {
         let text = match () {
             // MIT's library describes a minor status of 0 as "Success".
             _ if minor == 0 || minor_text == "Success" => major_text,
-            // This major status has no meaning of its own.
+            // "Unspecified failure": only the minor status has the reason.
             _ if major == GSS_S_FAILURE && !minor_text.is_empty() => minor_text,
             _ => format!("{major_text}: {minor_text}"),
         };

@@ -55,9 +55,9 @@ impl Addr {
     /// 0.0.0.0:0: no address is known or meaningful.
     pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
 
-    /// ATYP, the length of an empty name (replies only) and the port.
+    /// Length of ATYP, an empty host name (in replies only) and the port.
     pub(super) const MIN_LEN: usize = 1 + 1 + 2;
-    /// ATYP, the length of a name, the longest name and the port.
+    /// Length of ATYP, the longest host name with its length byte, and the port.
     pub(super) const MAX_LEN: usize = 1 + 1 + MAX_HOST_NAME_LEN + 2;
 
     pub(super) fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {

@@ -92,12 +92,12 @@ reply_codes! {
     8 ATYP_NOT_SUPPORTED "address type not supported"
 }
 
-/// Another protocol than SOCKS5, identified by the first byte that the peer sent.
+/// A protocol other than SOCKS5, identified by the first byte that the peer sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OtherProtocol(pub u8);
 
 impl OtherProtocol {
-    /// Returns a refusal in that protocol, empty if it has none.
+    /// Returns a refusal in that protocol; empty if that protocol has none.
     pub fn rejection(self) -> &'static [u8] {
         match self.0 {
             4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0],

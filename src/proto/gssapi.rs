@@ -83,7 +83,7 @@ impl Message for Frame {
         Ok(make(reader.take(length.into(), 0)?.to_vec()))
     }
 
-    // The callers keep tokens within MAX_TOKEN_LEN.
+    // Callers keep tokens within MAX_TOKEN_LEN; longer ones are truncated.
     fn encode_into(&self, out: &mut Vec<u8>) {
         let (mtyp, token) = self.message_type_and_token();
         out.extend([AUTH_VERSION, mtyp]);

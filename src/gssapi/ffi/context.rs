@@ -14,12 +14,11 @@ use super::{
     RawStep,
 };
 
-/// Longest token of RFC 1961, in bytes.
-const MAX_TOKEN_LEN: u32 = 65_535;
+const MAX_TOKEN_LEN: u32 = crate::proto::MAX_TOKEN_LEN as u32;
 
 /// The name of a service or user.
 ///
-/// Holds the text and converts it for each call: Heimdal's library changes a converted name without a lock.
+/// Holds the text and imports it for each call: Heimdal's library modifies imported names without a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GssName {
     text: Vec<u8>,

@@ -15,7 +15,7 @@ pub(super) struct GssBuffer<'a> {
 impl<'a> GssBuffer<'a> {
     pub(super) const EMPTY: Self = Self { length: 0, value: null_mut(), borrow: PhantomData };
 
-    /// For a buffer that the library only reads.
+    /// Borrows bytes that the library only reads.
     pub(super) fn borrowed(bytes: &'a [u8]) -> Self {
         Self { length: bytes.len(), value: bytes.as_ptr().cast_mut().cast(), borrow: PhantomData }
     }

@@ -123,7 +123,7 @@ pub enum SequenceStatus {
     Unsequenced,
     /// The message was received before.
     Duplicate,
-    /// Too old to decide whether it is a duplicate.
+    /// Too old to exclude that it is a duplicate.
     Old,
 }
 
