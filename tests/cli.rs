@@ -195,7 +195,7 @@ fn closed_stderr_does_not_change_the_exit_status() {
 #[test]
 fn passwords_are_in_no_output_of_server_and_clients() {
     let folder = temp_dir();
-    let hash = bcrypt::hash("topsecret", 4).expect("a hash");
+    let hash = bcrypt::hash("topsecret", 4).expect("password hashed");
     let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
     let server = common::Server::start(&["-v", "--users", &users]);
     let target = echo_server().to_string();

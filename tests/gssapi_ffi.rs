@@ -322,7 +322,9 @@ fn threads_share_credentials_and_pass_contexts() {
             })
         })
         .collect();
-    for (mut initiator, mut acceptor) in threads.into_iter().flat_map(|thread| thread.join().expect("no panic")) {
+    for (mut initiator, mut acceptor) in
+        threads.into_iter().flat_map(|thread| thread.join().expect("the thread does not panic"))
+    {
         let token = initiator.wrap(b"x", true).expect("wrapped");
         assert_eq!(unwrap_copy(&mut acceptor, &token).map(|got| got.data), Ok(b"x".into()));
     }
@@ -334,7 +336,7 @@ fn test_realms_are_separate_and_a_kdc_can_be_stopped() {
         return;
     }
     let (one, mut other) = (Realm::start(), Realm::start());
-    let port = |realm: &Realm| std::fs::read_to_string(realm.file("krb5.conf")).expect("a file");
+    let port = |realm: &Realm| std::fs::read_to_string(realm.file("krb5.conf")).expect("file read");
     assert_ne!(port(&one), port(&other));
     other.stop_answering();
     let kinit = |realm: &Realm| {
@@ -343,10 +345,10 @@ fn test_realms_are_separate_and_a_kdc_can_be_stopped() {
         realm.env(&mut command).spawn().expect("kinit starts")
     };
     let mut waiting = kinit(&other);
-    assert!(kinit(&one).wait().expect("a child").success());
+    assert!(kinit(&one).wait().expect("the child can be waited for").success());
     thread::sleep(Duration::from_millis(500));
-    assert!(waiting.try_wait().expect("a child").is_none(), "kinit waits for the KDC");
-    waiting.kill().and_then(|()| waiting.wait()).expect("a child");
+    assert!(waiting.try_wait().expect("the child can be waited for").is_none(), "kinit waits for the KDC");
+    waiting.kill().and_then(|()| waiting.wait()).expect("the child can be killed");
 }
 
 #[test]
@@ -362,7 +364,7 @@ fn valgrind_finds_no_leaks_or_invalid_reads() {
     let suppressions = write_file(&realm.file(""), "valgrind.supp", suppressions);
     command.arg(format!("--suppressions={suppressions}"));
     command.args(["--leak-check=full", "--errors-for-leak-kinds=definite", "--error-exitcode=99", "--num-callers=30"]);
-    command.arg(std::env::current_exe().expect("this test"));
+    command.arg(std::env::current_exe().expect("path of this test"));
     // Tests that start other processes or depend on the environment are skipped.
     for test in ["environment_sets", "unusable_library", "test_realms", "valgrind_finds"] {
         command.args(["--skip", test]);

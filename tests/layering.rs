@@ -105,13 +105,13 @@ fn source_files() -> Vec<SourceFile> {
     let mut dirs = vec![root.clone()];
     let mut files = Vec::new();
     while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(dir).expect("directory of src") {
+        for entry in fs::read_dir(dir).expect("directory read") {
             let path = entry.expect("directory entry").path();
             if path.is_dir() {
                 dirs.push(path);
             } else if path.file_name().is_none_or(|name| name != "README.md" && name != "s5.1") {
                 assert_eq!(path.extension().and_then(|name| name.to_str()), Some("rs"), "{}", path.display());
-                let text = fs::read_to_string(&path).expect("UTF-8 file");
+                let text = fs::read_to_string(&path).expect("file read");
                 files.push(SourceFile::new(path.strip_prefix(&root).expect("path below src"), &text));
             }
         }

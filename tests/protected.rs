@@ -69,7 +69,7 @@ fn conn(socket: UnixStream) -> Conn {
 
 /// Returns a protected connection and the unprotected other end.
 fn protected_and_plain(level: ProtectionLevel) -> (Conn, Conn) {
-    let (near, far) = UnixStream::pair().expect("a pair of sockets");
+    let (near, far) = UnixStream::pair().expect("socket pair created");
     (conn(near).protect(protection(level)), conn(far))
 }
 
@@ -114,9 +114,9 @@ fn messages_and_data_pass_at_both_levels() {
         assert_eq!(near.protection().map(Protection::level), Some(level));
         run(async {
             let request = Request { command: Command::Connect, dst: Addr::UNSPECIFIED };
-            near.write_message(&request).await.expect("sent");
+            near.write_message(&request).await.expect("data sent");
             assert_eq!(far.read_message::<Request>().await.expect("a request"), request);
-            far.write_all(b"hello").await.expect("sent");
+            far.write_all(b"hello").await.expect("data sent");
             far.close().await.expect("closed");
             let mut all = String::new();
             near.read_to_string(&mut all).await.expect("read");
@@ -129,7 +129,7 @@ fn messages_and_data_pass_at_both_levels() {
 fn confidentiality_encrypts_the_data() {
     let (mut near, mut far) = protected_and_plain(ProtectionLevel::Confidentiality);
     run(async {
-        near.write_all(b"secret").await.expect("sent");
+        near.write_all(b"secret").await.expect("data sent");
         near.close().await.expect("closed");
         let mut all = Vec::new();
         far.read_to_end(&mut all).await.expect("read");
@@ -143,7 +143,7 @@ fn written_data_is_wrapped_into_tokens_of_at_most_16_kib() {
     let data: Vec<u8> = (0..100_000_u32).map(|n| n.to_le_bytes()[1]).collect();
     run(async {
         let send = async {
-            near.write_all(&data).await.expect("sent");
+            near.write_all(&data).await.expect("data sent");
             near.close().await.expect("closed");
         };
         let receive = async {
@@ -237,14 +237,14 @@ fn relay_between_protected_streams_loses_no_data() {
     let moved = ByteCounts::default();
     let play = async {
         let send = async {
-            client.write_all(&data).await.expect("sent");
+            client.write_all(&data).await.expect("data sent");
             client.close().await.expect("closed");
         };
         let receive = async {
             let mut all = Vec::new();
             far.read_to_end(&mut all).await.expect("read");
             assert!(all == data, "{} bytes", all.len());
-            far.write_all(b"done").await.expect("sent");
+            far.write_all(b"done").await.expect("data sent");
             far.close().await.expect("closed");
         };
         futures_lite::future::zip(send, receive).await;
@@ -265,8 +265,8 @@ fn protected_stream_can_carry_another() {
         far.protect(protection(ProtectionLevel::Confidentiality)),
     );
     run(async {
-        near.write_all(b"twice").await.expect("sent");
-        near.flush().await.expect("sent");
+        near.write_all(b"twice").await.expect("data sent");
+        near.flush().await.expect("data sent");
         let mut all = [0; 5];
         far.read_exact(&mut all).await.expect("read");
         assert_eq!(&all, b"twice");
@@ -309,7 +309,7 @@ proptest! {
                         break;
                     }
                     let (now, later) = rest.split_at((*piece).min(rest.len()));
-                    far.write_all(now).await.expect("sent");
+                    far.write_all(now).await.expect("data sent");
                     futures_lite::future::yield_now().await;
                     rest = later;
                 }

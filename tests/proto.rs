@@ -516,7 +516,7 @@ fn max_requested<M: Message + Debug>(start: &[u8]) -> usize {
 
 #[test]
 fn ipv4_mapped_address_stays_ipv6() {
-    let mapped: IpAddr = "::ffff:192.0.2.1".parse().expect("an address");
+    let mapped: IpAddr = "::ffff:192.0.2.1".parse().expect("valid address");
     let bytes = Request { command: Command::Connect, dst: SocketAddr::new(mapped, 1).into() }.encode();
     assert_eq!(bytes[3], 4, "ATYP");
     assert_eq!(Request::decode(&bytes).map(|request| request.dst.host), Ok(Host::Ip(mapped)));

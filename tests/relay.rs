@@ -296,9 +296,9 @@ fn linger_timeout_does_not_apply_before_the_end_of_down<T: Tunnel>() {
 
 #[test]
 fn idle_relay_future_has_at_most_128_bytes() {
-    let (client, dst) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    let (client, dst) = std::os::unix::net::UnixStream::pair().expect("socket pair created");
     let [mut client, mut dst] = [client, dst].map(|stream| {
-        stream.set_nonblocking(true).expect("it can be set");
+        stream.set_nonblocking(true).expect("option set");
         Conn::Unix(Io::new(stream).expect("it waits"))
     });
     let counts = ByteCounts::default();

@@ -117,7 +117,7 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
         target_ip: known("ip").map(ip),
         target_port: known("port").map(|port| port.parse().expect("a port")),
     };
-    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("an address");
+    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("valid address");
     describe(rules.evaluate(&request, &|to| to == own_listener))
 }
 

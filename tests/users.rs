@@ -37,7 +37,7 @@ fn alice(hash: &str) -> Users {
 fn argon2id(passwd: &[u8], cost: u32) -> String {
     let params = Params::new(cost, 1, 1, None).expect("a cost");
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
-    let hash: PasswordHash = argon2.hash_password(passwd).expect("a hash");
+    let hash: PasswordHash = argon2.hash_password(passwd).expect("password hashed");
     hash.to_string()
 }
 

@@ -156,8 +156,8 @@ fn server_and_clients_default_to_port_1080() {
 
 fn transcripts() -> Vec<Transcript> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/wire");
-    let entries = std::fs::read_dir(dir).expect("tests/wire");
-    let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
+    let entries = std::fs::read_dir(dir).expect("directory read");
+    let mut paths: Vec<_> = entries.map(|entry| entry.expect("directory entry").path()).collect();
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "txt"));
     paths.sort();
     paths.iter().map(|path| Transcript::read(path).unwrap_or_else(|error| panic!("{error}"))).collect()

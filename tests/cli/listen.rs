@@ -25,8 +25,8 @@ fn is_socket(path: &Path) -> bool {
 
 #[test]
 fn error_names_port_in_use() {
-    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let addr = taken.local_addr().expect("an address").to_string();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("free port");
+    let addr = taken.local_addr().expect("local address").to_string();
     assert_listen_error(&addr, &[&addr, "in use"]);
 }
 
@@ -37,8 +37,8 @@ fn error_names_address_of_another_machine() {
 
 #[test]
 fn server_does_not_start_if_one_address_fails() {
-    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let addr = taken.local_addr().expect("an address").to_string();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("free port");
+    let addr = taken.local_addr().expect("local address").to_string();
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--listen", &addr]), b"", TIMEOUT);
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
@@ -54,7 +54,7 @@ fn unix_socket_in_use_is_an_error_and_stays() {
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     assert_listen_error(&listen, &[&listen, "in use"]);
     assert!(is_socket(&path));
-    UnixStream::connect(&path).expect("the first server is still there");
+    UnixStream::connect(&path).expect("the listener accepts");
     drop(server);
 }
 
@@ -62,9 +62,9 @@ fn unix_socket_in_use_is_an_error_and_stays() {
 fn unix_socket_with_full_backlog_counts_as_in_use() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
-    let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("a socket");
-    busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("a name");
-    busy.listen(0).expect("the address is listened on");
+    let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("socket created");
+    busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("bound");
+    busy.listen(0).expect("listening");
     let _waits = UnixStream::connect(&path).expect("room for one");
     let listen = format!("unix:{}", path.display());
     assert_listen_error(&listen, &[&listen, "in use"]);
@@ -76,18 +76,18 @@ fn stale_unix_socket_is_replaced() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
-    drop(UnixListener::bind(&path).expect("a socket"));
+    drop(UnixListener::bind(&path).expect("bound"));
     // A child process of another test may hold the socket a moment longer.
     wait_until("the socket is dead", TIMEOUT, || UnixStream::connect(&path).is_err());
     assert!(is_socket(&path), "the file outlives the socket");
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
-    UnixStream::connect(&path).expect("the server listens there now");
+    UnixStream::connect(&path).expect("the listener accepts");
     // A server that is killed leaves its socket file.
     server.signal("KILL");
     drop(server);
     assert!(is_socket(&path));
     let _again = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
-    UnixStream::connect(&path).expect("the server listens there now");
+    UnixStream::connect(&path).expect("the listener accepts");
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn regular_file_at_socket_path_stays() {
     let folder = temp_dir();
     let path = write_file(folder.path(), "precious", "data");
     assert_listen_error(&format!("unix:{path}"), &[&path]);
-    assert_eq!(std::fs::read_to_string(&path).expect("the file exists"), "data");
+    assert_eq!(std::fs::read_to_string(&path).expect("file read"), "data");
     assert_listen_error(&format!("unix:{}/nowhere/s5.sock", folder.path().display()), &["nowhere"]);
     let long = "x".repeat(120);
     assert_listen_error(&format!("unix:{}/{long}", folder.path().display()), &[&long]);

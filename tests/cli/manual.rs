@@ -74,12 +74,12 @@ fn sources() -> Vec<(String, String)> {
     let mut folders = vec![root];
     let mut files = Vec::new();
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).expect("a folder of src") {
-            let path = entry.expect("an entry").path();
+        for entry in fs::read_dir(folder).expect("directory read") {
+            let path = entry.expect("directory entry").path();
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let text = fs::read_to_string(&path).expect("a source file");
+                let text = fs::read_to_string(&path).expect("file read");
                 let code = text.split("\n#[cfg(test)]").next().unwrap_or_default().to_owned();
                 files.push((path.to_string_lossy().into_owned(), code));
             }

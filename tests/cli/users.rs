@@ -39,11 +39,11 @@ fn assert_error(output: &Output, words: &[&str]) {
 }
 
 fn read_users(path: &str) -> String {
-    fs::read_to_string(path).expect("the users file")
+    fs::read_to_string(path).expect("file read")
 }
 
 fn mode(path: &str) -> u32 {
-    fs::metadata(path).expect("the users file").permissions().mode() & 0o7777
+    fs::metadata(path).expect("the file exists").permissions().mode() & 0o7777
 }
 
 /// Returns the exit status of a client that logs in to a server with this users file.
@@ -82,11 +82,11 @@ fn unreadable_users_file_is_an_error_with_its_name() {
     let folder = temp_dir();
     let missing = format!("{}/missing", folder.path().display());
     assert_usage_error(&["serve", "--users", &missing], &[&missing, "No such file"]);
-    let path = folder.path().to_str().expect("text").to_owned();
+    let path = folder.path().to_str().expect("UTF-8 path").to_owned();
     assert_usage_error(&["serve", "--users", &path], &[&path]);
     let binary = folder.path().join("binary");
-    fs::write(&binary, b"alice:\xff\xfe\n").expect("a file");
-    let binary = binary.to_str().expect("text");
+    fs::write(&binary, b"alice:\xff\xfe\n").expect("file written");
+    let binary = binary.to_str().expect("UTF-8 path");
     assert_usage_error(&["serve", "--users", binary], &[binary]);
 }
 
@@ -200,12 +200,12 @@ fn written_users_file_is_readable_by_owner_only() {
     let folder = temp_dir();
     let users = write_file(folder.path(), "users", &format!("bob:{BCRYPT_HASH}\n"));
     for act in [add_user, |users: &str, name: &str, _: &[u8]| remove_user(users, name)] {
-        fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("the socket option is set");
+        fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("permissions set");
         assert_success(&act(&users, "bob", b"topsecret\n"));
         assert_eq!(mode(&users), 0o600);
     }
     let names: Vec<_> =
-        fs::read_dir(folder.path()).expect("a folder").flatten().map(|entry| entry.file_name()).collect();
+        fs::read_dir(folder.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["users"], "no temporary file is left");
 }
 
@@ -215,13 +215,13 @@ fn users_file_behind_symlink_is_edited_in_place() {
     let elsewhere = temp_dir();
     let real = write_file(elsewhere.path(), "real", "# mine\n");
     let link = folder.path().join("users");
-    symlink(&real, &link).expect("a link");
-    let users = link.to_str().expect("text");
+    symlink(&real, &link).expect("symlink created");
+    let users = link.to_str().expect("UTF-8 path");
     assert_success(&add_user(users, "alice", b"topsecret\n"));
-    assert!(fs::symlink_metadata(&link).expect("a link").file_type().is_symlink());
+    assert!(fs::symlink_metadata(&link).expect("the symlink exists").file_type().is_symlink());
     assert!(read_users(&real).starts_with("# mine\nalice:$argon2id$"), "{}", read_users(&real));
     assert_success(&remove_user(users, "alice"));
-    assert!(fs::symlink_metadata(&link).expect("a link").file_type().is_symlink());
+    assert!(fs::symlink_metadata(&link).expect("the symlink exists").file_type().is_symlink());
     assert_eq!(read_users(&real), "# mine\n");
 }
 
@@ -293,7 +293,7 @@ fn add_user_on_terminal(folder: &Path, users: &str) -> RunningProgram {
 /// Waits for a prompt and for echo to be off, then types an answer.
 fn type_at_prompt(terminal: &mut RunningProgram, folder: &Path, prompt: &str, answer: &[u8]) {
     terminal.stdout(|shown| text(shown).ends_with(prompt));
-    let tty = read_users(folder.join("tty").to_str().expect("text"));
+    let tty = read_users(folder.join("tty").to_str().expect("UTF-8 path"));
     wait_until("the terminal does not echo", HASH_TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")

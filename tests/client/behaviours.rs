@@ -137,7 +137,7 @@ fn run_other_statuses(folder: &Path) -> Vec<u8> {
 
 /// `-F` whose receiver has closed its Unix socket.
 fn pass_socket_to_closed_receiver() -> u8 {
-    let (stdout, receiver) = UnixStream::pair().expect("a pair");
+    let (stdout, receiver) = UnixStream::pair().expect("socket pair created");
     drop(receiver);
     let mut command = s5();
     command.args(["connect", "-F", "--direct", &echo_server().to_string()]).stdout(Stdio::from(OwnedFd::from(stdout)));

@@ -12,11 +12,11 @@ use crate::scripted::{
 fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None);
     let socket = socket.expect("a socket");
-    let from: SocketAddr = from.parse().expect("an address");
+    let from: SocketAddr = from.parse().expect("valid address");
     socket.bind(&from.into()).expect("an address of this machine");
     socket.connect(&to.into()).expect("the listener accepts");
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream
 }
 
@@ -26,20 +26,20 @@ fn start_bind(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let stderr =
         client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("bound ")) && stderr.ends_with('\n'));
     let line = stderr.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line");
-    (client, line.parse().expect("an address"))
+    (client, line.parse().expect("valid address"))
 }
 
 /// Exchanges data in both directions over a connection that `s5 bind` has accepted, up to the end of both.
 fn exchange_data(mut client: RunningProgram, mut peer: TcpStream) {
-    let from = peer.local_addr().expect("an address");
+    let from = peer.local_addr().expect("local address");
     let stderr = client.stderr(|stderr| stderr.contains("accepted ") && stderr.ends_with('\n'));
     assert_eq!(stderr.lines().filter(|line| *line == format!("accepted {from}")).count(), 1, "{stderr}");
     client.write(b"from the client");
     client.close_stdin();
     let mut received = Vec::new();
-    peer.read_to_end(&mut received).expect("the end comes");
+    peer.read_to_end(&mut received).expect("data received");
     assert_eq!(text(&received), "from the client");
-    peer.write_all(b"from the peer").expect("it is sent");
+    peer.write_all(b"from the peer").expect("data sent");
     drop(peer);
     let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), text(&stdout)), (Some(0), "from the peer".into()), "{stderr}");
@@ -52,7 +52,7 @@ fn bind_reports_address_and_peer_and_relays_both_directions() {
     for peer in [&["-x", &proxy][..], &["-x", &proxy, "127.0.0.1"], &["-x", &proxy, "localhost"]] {
         let (client, at) = start_bind(peer);
         assert!(at.ip().is_loopback() && at.port() != 0, "{at}");
-        let peer = TcpStream::connect(at).expect("it listens");
+        let peer = TcpStream::connect(at).expect("the listener accepts");
         exchange_data(client, peer);
     }
 }
@@ -62,15 +62,15 @@ fn bind_accepts_expected_ipv6_peer() {
     let server = Server::start(&[]);
     let (client, at) = start_bind(&["-x", &server.addr().to_string(), "::1"]);
     assert!(at.is_ipv6(), "{at}");
-    exchange_data(client, TcpStream::connect(at).expect("it listens"));
+    exchange_data(client, TcpStream::connect(at).expect("the listener accepts"));
 }
 
 #[test]
 fn bind_prints_two_lines_on_stderr_and_only_data_on_stdout() {
     let server = Server::start(&[]);
     let (mut client, at) = start_bind(&["-x", &server.addr().to_string()]);
-    let peer = TcpStream::connect(at).expect("it listens");
-    let from = peer.local_addr().expect("an address");
+    let peer = TcpStream::connect(at).expect("the listener accepts");
+    let from = peer.local_addr().expect("local address");
     drop(peer);
     let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len()), (Some(0), 0), "{stderr}");
@@ -135,7 +135,7 @@ fn failures_of_the_second_reply_have_their_statuses() {
 
 #[test]
 fn unspecified_bnd_is_replaced_by_proxy_address() {
-    let proxy = ScriptedServer::start_at("127.0.0.7:0".parse().expect("an address"), {
+    let proxy = ScriptedServer::start_at("127.0.0.7:0".parse().expect("valid address"), {
         let first = success_reply(([0, 0, 0, 0], 4321).into());
         let second = success_reply(([192, 0, 2, 1], 20).into());
         reply_with(&first).into_iter().chain([send(&second)]).collect()
@@ -162,9 +162,9 @@ fn both_replies_and_first_data_in_one_segment_are_accepted() {
 fn stdin_is_not_sent_before_the_peer_connects() {
     let (sender, receiver) = std::sync::mpsc::channel();
     let wait = with_stream(move |mut stream| {
-        stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("it can be set");
+        stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("timeout set");
         let _ = sender.send(stream.read(&mut [0; 1]).is_err());
-        stream.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
         let _ = stream.write_all(SUCCESS_REPLY);
         let mut received = Vec::new();
         let _ = stream.read_to_end(&mut received);
@@ -181,5 +181,5 @@ fn bind_through_a_chain_is_sent_to_the_last_proxy() {
     let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
     let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
     let (client, at) = start_bind(&["-x", &chain.join(",")]);
-    exchange_data(client, TcpStream::connect(at).expect("it listens"));
+    exchange_data(client, TcpStream::connect(at).expect("the listener accepts"));
 }

@@ -177,12 +177,12 @@ fn table_of_the_page_is_rewritten() {
                             }),
                         ),
                     };
-                    cells.lock().expect("no panic holds it").insert(*job, text);
+                    cells.lock().expect("not poisoned").insert(*job, text);
                 }
             });
         }
     });
-    let cells = cells.into_inner().expect("no panic held it");
+    let cells = cells.into_inner().expect("not poisoned");
     let mut table = format!(
         "nc: netcat-openbsd {}, ncat {}, connect-proxy {}, curl {}, all from Debian.\n\n",
         package_version("netcat-openbsd"),
@@ -198,7 +198,7 @@ fn table_of_the_page_is_rewritten() {
     }
     println!("{table}");
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/client/README.md");
-    let page = fs::read_to_string(&path).expect("the page");
+    let page = fs::read_to_string(&path).expect("file read");
     let (before, from_table) = page.split_once(BEGIN).expect("the line before the table");
     let (_, after) = from_table.split_once(END).expect("the line after the table");
     fs::write(&path, format!("{before}{BEGIN}{table}{END}{after}")).expect("the page can be written");

@@ -14,7 +14,7 @@ const TARGET: &str = "target.example:80";
 /// A proxy that accepts any login and echoes the data.
 pub(crate) fn accepting_proxy() -> ScriptedServer {
     let echo = with_stream(|mut stream| {
-        let mut other = stream.try_clone().expect("a second handle");
+        let mut other = stream.try_clone().expect("cloned");
         let _ = std::io::copy(&mut stream, &mut other);
     });
     ScriptedServer::start(vec![
@@ -30,7 +30,7 @@ pub(crate) fn accepting_proxy() -> ScriptedServer {
 
 /// The bytes of a login.
 pub(crate) fn login(uname: &str, passwd: &[u8]) -> Vec<u8> {
-    let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("it fits");
+    let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("at most 255");
     [&[1, length(uname.as_bytes())], uname.as_bytes(), &[length(passwd)], passwd].concat()
 }
 
@@ -263,8 +263,8 @@ fn only_passwords_in_urls_are_percent_decoded() {
     assert_eq!(sent_login("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
     // Bytes that are not UTF-8.
     let file = folder.path().join("bytes");
-    std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("a file");
-    let file = file.to_str().expect("text");
+    std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("file written");
+    let file = file.to_str().expect("UTF-8 path");
     assert_eq!(sent_login("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
 }
 
@@ -274,7 +274,7 @@ fn auth_file_on_stdin_takes_the_first_line_and_leaves_later_data_to_the_target()
     let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();
     let with_login = [b"alice:se:cret\r\n", payload.as_slice()].concat();
     let file = folder.path().join("both");
-    std::fs::write(&file, &with_login).expect("a file");
+    std::fs::write(&file, &with_login).expect("file written");
     write_file(folder.path(), "login", "alice:se:cret\nnot a pair\n");
     let table = [
         ("-", "", with_login.as_slice()),
@@ -369,7 +369,7 @@ fn password_method_is_offered_only_with_a_password_and_always_with_none() {
         command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
         let output = run(&mut command, b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        let greeting = [&[5, u8::try_from(methods.len()).expect("few")], methods].concat();
+        let greeting = [&[5, u8::try_from(methods.len()).expect("at most 255")], methods].concat();
         assert_eq!(proxy.message(), greeting, "{userinfo} {options:?} {variables:?}");
     }
 }

@@ -50,7 +50,7 @@ fn askpass(folder: &Path) -> String {
 
 fn executable(folder: &Path, name: &str, script: &str) -> String {
     let path = write_file(folder, name, script);
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("it can be set");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("permissions set");
     path
 }
 
@@ -80,9 +80,9 @@ fn askpass_program_runs_under_the_conditions_of_ssh() {
         // The program does not read the stdin of s5.
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{variables:?}");
         assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{variables:?}");
-        let prompt = fs::read_to_string(&asked).expect("it was asked");
+        let prompt = fs::read_to_string(&asked).expect("the askpass program ran");
         assert!(prompt.contains("alice") && prompt.contains(&proxy.url()), "{prompt}");
-        fs::remove_file(&asked).expect("it goes");
+        fs::remove_file(&asked).expect("file removed");
     }
     let no: [&[(&str, &str)]; 4] = [
         &[],
@@ -121,7 +121,7 @@ fn on_a_terminal(folder: &Path, command: &str) -> Command {
 /// Waits for the prompt and until echo is off, then types a password.
 fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
     terminal.stdout(|shown| text(shown).contains("Password for alice at "));
-    let tty = fs::read_to_string(folder.join("tty")).expect("a file");
+    let tty = fs::read_to_string(folder.join("tty")).expect("file read");
     wait_until("the terminal does not echo", TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
@@ -176,7 +176,7 @@ fn terminal_is_not_prompted_if_it_is_the_payload_or_in_ci() {
 
 /// The arguments of a process, as visible in /proc.
 fn command_line(pid: u32) -> Vec<String> {
-    let bytes = fs::read(format!("/proc/{pid}/cmdline")).expect("it runs");
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).expect("file read");
     text(&bytes).split_terminator('\0').map(String::from).collect()
 }
 
@@ -230,8 +230,8 @@ fn passwords_in_via_of_a_server_are_overwritten_in_the_command_line() {
     let server = Server::start(&["--via", &via]);
     assert_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
     let mut client = server.connect();
-    client.write_all(&[5, 1, 0]).expect("it is sent");
-    client.write_all(&crate::common::request(1, closed_port())).expect("it is sent");
+    client.write_all(&[5, 1, 0]).expect("data sent");
+    client.write_all(&crate::common::request(1, closed_port())).expect("data sent");
     proxy.message();
     assert_eq!(proxy.message(), login("alice", b"topsecret"));
 }

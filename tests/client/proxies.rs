@@ -120,7 +120,7 @@ fn error_about_a_proxy_url_does_not_contain_the_password() {
 #[test]
 fn ipv6_proxy_is_accepted_with_and_without_a_scheme() {
     for scheme in ["", "socks5://", "socks5h://"] {
-        let at = "[::1]:0".parse().expect("an address");
+        let at = "[::1]:0".parse().expect("valid address");
         let proxy = ScriptedServer::start_at(at, reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]));
         assert_eq!(run_client(Some(&format!("{scheme}{}", proxy.addr)), &[]).0, Some(102));
     }
@@ -155,14 +155,14 @@ fn proxy_on_a_unix_socket_works() {
 fn unix_socket_proxy_accepts_a_login_and_failures_name_its_path() {
     let folder = temp_dir();
     let path = folder.path().join("proxy.sock");
-    let listener = UnixListener::bind(&path).expect("a socket");
+    let listener = UnixListener::bind(&path).expect("bound");
     thread::spawn(move || {
         use std::io::{Read as _, Write as _};
-        let (mut stream, _) = listener.accept().expect("a client");
-        stream.read_exact(&mut [0; 4]).expect("a greeting");
-        stream.write_all(&[5, 2]).expect("it is sent");
-        stream.read_exact(&mut [0; 14]).expect("a login");
-        stream.write_all(&[1, 1]).expect("it is sent");
+        let (mut stream, _) = listener.accept().expect("connection accepted");
+        stream.read_exact(&mut [0; 4]).expect("greeting received");
+        stream.write_all(&[5, 2]).expect("data sent");
+        stream.read_exact(&mut [0; 14]).expect("login received");
+        stream.write_all(&[1, 1]).expect("data sent");
     });
     let url = format!("alice:secret@unix:{}", path.display());
     let (status, stderr) = run_client(Some(&url), &[]);
@@ -189,7 +189,7 @@ fn chain_of_three_servers_logs_in_at_each() {
     let folder = temp_dir();
     let server = |name: &str, passwd: &str| {
         // The lowest cost of bcrypt, for speed.
-        let hash = bcrypt::hash(passwd, 4).expect("a hash");
+        let hash = bcrypt::hash(passwd, 4).expect("password hashed");
         let users = crate::common::write_file(folder.path(), name, &format!("{name}:{hash}\n"));
         Server::start(&["--users", &users])
     };

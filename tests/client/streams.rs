@@ -90,7 +90,7 @@ fn interactive_data_is_not_delayed() {
 fn early_half_close_of_the_target_loses_no_data_from_stdin() {
     let (sender, receiver) = channel();
     let target = tcp_server(LOOPBACK, move |mut stream| {
-        stream.shutdown(Shutdown::Write).expect("half-close");
+        stream.shutdown(Shutdown::Write).expect("half-closed");
         let mut all = Vec::new();
         let ended = stream.read_to_end(&mut all);
         let _ = sender.send((all, ended.is_ok()));
@@ -122,7 +122,7 @@ fn large_answer_after_the_end_of_stdin_is_complete() {
 fn reset_during_the_transfer_has_status_56() {
     let (sender, receiver) = channel();
     let proxy = ScriptedServer::start(open_tunnel(move |mut stream| {
-        stream.write_all(b"half of").expect("it is sent");
+        stream.write_all(b"half of").expect("data sent");
         receiver.recv_timeout(TIMEOUT).expect("the test continues");
         reset(stream);
     }));
@@ -139,7 +139,7 @@ fn reset_during_the_transfer_has_status_56() {
 fn reset_by_the_target_is_reported_through_the_server() {
     let server = Server::start(&[]);
     let target = tcp_server(LOOPBACK, |mut stream| {
-        stream.read_exact(&mut [0; 4]).expect("a word");
+        stream.read_exact(&mut [0; 4]).expect("message received");
         reset(stream);
     });
     let mut client =
@@ -153,7 +153,7 @@ fn reset_by_the_target_is_reported_through_the_server() {
 fn close_with_unread_data_is_a_failure() {
     // Closing with unread bytes sends a reset: bytes are lost, which must be reported.
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
-        stream.read_exact(&mut [0; 1]).expect("the first byte");
+        stream.read_exact(&mut [0; 1]).expect("all bytes received");
     }));
     let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), &noise(8 << 20), TIMEOUT);
     assert!(matches!(output.status.code(), Some(55 | 56)), "{:?}: {}", output.status, text(&output.stderr));
@@ -203,8 +203,8 @@ fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
     // O_NONBLOCK would also apply to other processes that share the file description.
     let folder = crate::common::temp_dir();
     let input = crate::common::write_file(folder.path(), "input", "hello");
-    let (reader, writer) = std::io::pipe().expect("a pipe");
-    let (mut out_reader, out_writer) = std::io::pipe().expect("a pipe");
+    let (reader, writer) = std::io::pipe().expect("pipe created");
+    let (mut out_reader, out_writer) = std::io::pipe().expect("pipe created");
     let flags = |fd: &dyn std::os::fd::AsFd| {
         let info = format!("/proc/self/fdinfo/{}", std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()));
         let info = std::fs::read_to_string(info).expect("a descriptor");
@@ -215,18 +215,18 @@ fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
     let server = Server::start(&[]);
     let mut command = s5();
     command.args(["connect", "-x", &server.addr().to_string(), &target]);
-    command.stdin(reader.try_clone().expect("a copy")).stdout(out_writer.try_clone().expect("a copy"));
+    command.stdin(reader.try_clone().expect("cloned")).stdout(out_writer.try_clone().expect("cloned"));
     let mut child = command.spawn().expect("s5 starts");
     drop(command);
     let mut writer = writer;
-    writer.write_all(&std::fs::read(input).expect("a file")).expect("it reads");
+    writer.write_all(&std::fs::read(input).expect("file read")).expect("data sent");
     let mut bytes = [0; 5];
-    out_reader.read_exact(&mut bytes).expect("it answers");
+    out_reader.read_exact(&mut bytes).expect("all bytes received");
     assert_eq!([flags(&reader), flags(&out_writer)], before);
     drop(writer);
     let mut status = None;
     wait_until("s5 ends", TIMEOUT, || {
-        status = child.try_wait().expect("it can be waited for");
+        status = child.try_wait().expect("the child can be waited for");
         status.is_some()
     });
     assert!(status.is_some_and(|status| status.success()), "{status:?}");

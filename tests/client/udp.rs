@@ -13,14 +13,14 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A UDP socket with a read timeout.
 fn socket(at: &str) -> UdpSocket {
-    let socket = UdpSocket::bind(at).expect("a port");
-    socket.set_read_timeout(Some(TIMEOUT)).expect("it can be set");
+    let socket = UdpSocket::bind(at).expect("free port");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     socket
 }
 
 fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
-    let (n, from) = socket.recv_from(&mut buffer).expect("a datagram comes");
+    let (n, from) = socket.recv_from(&mut buffer).expect("datagram received");
     buffer.truncate(n);
     (buffer, from)
 }
@@ -47,7 +47,7 @@ fn associating_proxy(bnd: SocketAddr) -> (ScriptedServer, Sender<ControlEnd>) {
 /// Starts a client. The test acts as its relay.
 fn start(args: &[&str], target: &str) -> (RunningProgram, UdpSocket, Sender<ControlEnd>) {
     let relay = socket("127.0.0.1:0");
-    let (proxy, control) = associating_proxy(relay.local_addr().expect("an address"));
+    let (proxy, control) = associating_proxy(relay.local_addr().expect("local address"));
     let client = RunningProgram::start(s5().arg("udp").args(args).args(["-x", &proxy.url(), target]));
     (client, relay, control)
 }
@@ -87,7 +87,7 @@ fn udp_prints_an_empty_answer_as_an_empty_line() {
     client.write(b"x\n");
     let (_, from) = receive(&relay);
     for payload in [&b""[..], b"two\nlines", b""] {
-        relay.send_to(&datagram(payload), from).expect("it is sent");
+        relay.send_to(&datagram(payload), from).expect("datagram sent");
     }
     client.stdout(|bytes| bytes == b"\ntwo\nlines\n\n");
 }
@@ -99,7 +99,7 @@ fn udp_raw_writes_answers_unchanged() {
     let (bytes, from) = receive(&relay);
     assert_eq!(bytes, datagram(b"x\ny\n"));
     for payload in [&b"\x00\xff"[..], b"", b"two\nlines", b"."] {
-        relay.send_to(&datagram(payload), from).expect("it is sent");
+        relay.send_to(&datagram(payload), from).expect("datagram sent");
     }
     client.stdout(|bytes| bytes == b"\x00\xfftwo\nlines.");
 }
@@ -117,18 +117,18 @@ fn udp_raw_sends_each_read_as_one_datagram() {
 fn udp_datagram_of_maximum_size_passes_in_both_directions() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), udp_echo_server(LOOPBACK).to_string());
-    let payload: Vec<u8> = (0..65_000_u32).map(|i| b'a' + u8::try_from(i % 26).expect("a letter")).collect();
+    let payload: Vec<u8> = (0..65_000_u32).map(|i| b'a' + u8::try_from(i % 26).expect("at most 255")).collect();
     let line = [&payload[..], b"\n"].concat();
     let mut lines = RunningProgram::start(s5().args(["udp", "-x", &proxy, &target]));
     lines.write(&line);
     assert!(lines.stdout(|bytes| bytes.len() >= line.len()) == line, "the returned data differs from the sent data");
     let target = socket("127.0.0.1:0");
-    let addr = target.local_addr().expect("an address").to_string();
+    let addr = target.local_addr().expect("local address").to_string();
     let mut raw = RunningProgram::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
     raw.write(&payload);
     let (bytes, from) = receive(&target);
     assert!(bytes == payload, "{} bytes came in one datagram", bytes.len());
-    target.send_to(&bytes, from).expect("it is sent");
+    target.send_to(&bytes, from).expect("datagram sent");
     assert!(
         raw.stdout(|bytes| bytes.len() >= payload.len()) == payload,
         "the returned data differs from the sent data"
@@ -163,14 +163,14 @@ fn udp_waits_for_answers_after_the_end_of_stdin() {
     client.close_stdin();
     let (_, from) = receive(&relay);
     std::thread::sleep(Duration::from_millis(300));
-    relay.send_to(&datagram(b"late"), from).expect("it is sent");
+    relay.send_to(&datagram(b"late"), from).expect("datagram sent");
     client.stdout(|bytes| bytes == b"late\n");
 }
 
 #[test]
 fn udp_wait_of_zero_is_accepted() {
     let relay = socket("127.0.0.1:0");
-    let (proxy, _control) = associating_proxy(relay.local_addr().expect("an address"));
+    let (proxy, _control) = associating_proxy(relay.local_addr().expect("local address"));
     let output = run(s5().args(["udp", "-w", "0", "-x", &proxy.url(), TARGET]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert_eq!(receive(&relay).0, datagram(b"x"));
@@ -181,8 +181,8 @@ fn udp_unspecified_relay_address_is_replaced_by_proxy_address() {
     for zeros in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
         let at = "127.0.0.8:0";
         let relay = socket(at);
-        let bnd = SocketAddr::new(zeros, relay.local_addr().expect("an address").port());
-        let at = at.parse().expect("an address");
+        let bnd = SocketAddr::new(zeros, relay.local_addr().expect("local address").port());
+        let at = at.parse().expect("valid address");
         let proxy = ScriptedServer::start_at(
             at,
             reply_with(&success_reply(bnd)).into_iter().chain([with_stream(hold)]).collect(),
@@ -207,7 +207,7 @@ fn udp_datagram_from_another_sender_is_ignored() {
         // The kernel may reject the datagram already here.
         let _ = socket(stranger).send_to(&datagram(b"from a stranger"), from);
     }
-    relay.send_to(&datagram(b"from the relay"), from).expect("it is sent");
+    relay.send_to(&datagram(b"from the relay"), from).expect("datagram sent");
     assert_eq!(text(&client.stdout(|bytes| bytes.ends_with(b"relay\n"))), "from the relay\n");
 }
 
@@ -227,9 +227,9 @@ fn udp_invalid_datagram_is_ignored() {
         &[0, 0, 1, 1, 192, 0, 2, 7, 0, 7, b'x'],
     ];
     for bytes in broken {
-        relay.send_to(bytes, from).expect("it is sent");
+        relay.send_to(bytes, from).expect("datagram sent");
     }
-    relay.send_to(&datagram(b"whole"), from).expect("it is sent");
+    relay.send_to(&datagram(b"whole"), from).expect("datagram sent");
     assert_eq!(text(&client.stdout(|bytes| bytes.ends_with(b"whole\n"))), "whole\n");
 }
 
@@ -241,7 +241,7 @@ fn udp_fragmented_answer_is_reassembled() {
     for (frag, payload) in [(1, &b"one "[..]), (2, b"two "), (0x83, b"three")] {
         let mut bytes = datagram(payload);
         bytes[2] = frag;
-        relay.send_to(&bytes, from).expect("it is sent");
+        relay.send_to(&bytes, from).expect("datagram sent");
     }
     client.stdout(|bytes| bytes == b"one two three\n");
 }
@@ -252,11 +252,11 @@ fn udp_ends_with_failure_when_the_control_connection_closes() {
         [drop, crate::scripted::reset, |stream| drop(stream.shutdown(Shutdown::Write).map(|()| hold(stream)))];
     for end in ends {
         let relay = socket("127.0.0.1:0");
-        let (proxy, control) = associating_proxy(relay.local_addr().expect("an address"));
+        let (proxy, control) = associating_proxy(relay.local_addr().expect("local address"));
         let mut client = RunningProgram::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));
         client.write(b"x\n");
         let (_, from) = receive(&relay);
-        relay.send_to(&datagram(b"answer"), from).expect("it is sent");
+        relay.send_to(&datagram(b"answer"), from).expect("datagram sent");
         control.send(end).expect("the script continues");
         let (status, stdout, stderr) = client.wait_exit(Duration::from_secs(2));
         let reason = format!("transfer, for {TARGET}: the proxy ended the association");
@@ -282,13 +282,13 @@ fn udp_prints_answers_while_stdin_has_unlimited_data() {
 fn udp_icmp_error_does_not_end_the_client() {
     let server = Server::start(&[]);
     let target = socket("127.0.0.1:0");
-    let addr = target.local_addr().expect("an address");
+    let addr = target.local_addr().expect("local address");
     drop(target);
     let mut client = RunningProgram::start(s5().args(["udp", "-x", &server.addr().to_string(), &addr.to_string()]));
     client.write(b"to nobody\nagain\n");
     // Datagrams to a target that starts later are relayed.
     let Ok(target) = UdpSocket::bind(addr) else { return };
-    target.set_read_timeout(Some(Duration::from_millis(50))).expect("it can be set");
+    target.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
     let deadline = Instant::now() + TIMEOUT;
     let mut buffer = [0; 64];
     let from = loop {
@@ -298,7 +298,7 @@ fn udp_icmp_error_does_not_end_the_client() {
             Err(_) => assert!(Instant::now() < deadline, "nothing arrives any more"),
         }
     };
-    target.send_to(b"here", from).expect("it is sent");
+    target.send_to(b"here", from).expect("datagram sent");
     client.stdout(|bytes| bytes.ends_with(b"here\n"));
 }
 
@@ -341,7 +341,7 @@ fn udp_relay_address_that_is_a_name_is_looked_up() {
         return;
     }
     let relay = socket("127.0.0.1:0");
-    let port = relay.local_addr().expect("an address").port();
+    let port = relay.local_addr().expect("local address").port();
     let reply = [&[5, 0, 0, 3, 13][..], b"relay.example", &port.to_be_bytes()].concat();
     let proxy = ScriptedServer::start(reply_with(&reply).into_iter().chain([with_stream(hold)]).collect());
     let mut client = RunningProgram::start(s5().args(["udp", "-x", &proxy.url(), TARGET]));

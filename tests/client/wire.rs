@@ -105,8 +105,8 @@ fn modes_have_their_cmd_and_dst() {
 
 #[test]
 fn oversized_fields_are_rejected_before_connecting() {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let proxy = listener.local_addr().expect("an address").to_string();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("free port");
+    let proxy = listener.local_addr().expect("local address").to_string();
     let long = "n".repeat(256);
     let table = [
         (proxy.clone(), format!("{long}:80"), "the host name has 256 bytes"),
@@ -124,7 +124,7 @@ fn oversized_fields_are_rejected_before_connecting() {
             assert!(stderr.contains(message) && stderr.lines().count() == 1, "{stderr}");
         }
     }
-    listener.set_nonblocking(true).expect("it can be set");
+    listener.set_nonblocking(true).expect("option set");
     assert!(listener.accept().is_err(), "a client has connected");
 }
 
@@ -137,10 +137,10 @@ fn target_name_is_not_looked_up_locally() {
     ) {
         return;
     }
-    let resolver = std::net::UdpSocket::bind("127.0.0.1:53").expect("the resolver's port");
+    let resolver = std::net::UdpSocket::bind("127.0.0.1:53").expect("the port is free in this namespace");
     let request = |cmd: u8, name: &str| {
         let name = name.as_bytes();
-        let length = u8::try_from(name.len()).expect("a short name");
+        let length = u8::try_from(name.len()).expect("at most 255");
         [&[5, cmd, 0, 3, length][..], name, &[0, 80]].concat()
     };
     for name in ["target.example", "other.example", "localhost"] {
@@ -150,7 +150,7 @@ fn target_name_is_not_looked_up_locally() {
             assert_eq!(sent_messages(&["bind", &target], scheme)[1], request(2, name));
         }
     }
-    resolver.set_nonblocking(true).expect("it can be set");
+    resolver.set_nonblocking(true).expect("option set");
     assert!(resolver.recv(&mut [0; 512]).is_err(), "a name was looked up here");
 }
 
@@ -162,7 +162,8 @@ fn each_message_is_sent_in_one_segment() {
     let (sender, receiver) = std::sync::mpsc::channel();
     // Counts while the server's side of the connection is open.
     let count = with_stream(move |mut stream| {
-        let (ours, theirs) = (stream.local_addr().expect("ours").port(), stream.peer_addr().expect("theirs").port());
+        let (ours, theirs) =
+            (stream.local_addr().expect("local address").port(), stream.peer_addr().expect("peer address").port());
         let filter = format!("( sport = :{ours} and dport = :{theirs} )");
         let output = Command::new("ss").args(["-Htin", &filter]).output().expect("ss runs");
         let _ = sender.send(text(&output.stdout));
@@ -182,17 +183,17 @@ fn client_waits_for_each_answer_before_the_next_message() {
     // A read after each message would return the next one if it were sent too early.
     let check = |stream: &mut std::net::TcpStream| {
         let wait = Some(std::time::Duration::from_millis(50));
-        stream.set_read_timeout(wait).expect("it can be set");
+        stream.set_read_timeout(wait).expect("timeout set");
         assert!(stream.read(&mut [0; 1]).is_err(), "sent before the answer");
-        stream.set_read_timeout(None).expect("it can be set");
+        stream.set_read_timeout(None).expect("timeout set");
     };
     let (sender, receiver) = std::sync::mpsc::channel();
     let proxy = ScriptedServer::start(vec![with_stream(move |mut stream| {
         for (length, reply) in [(4, SELECT_PASSWORD), (14, LOGIN_SUCCESS), (10, SUCCESS_REPLY)] {
             let mut message = vec![0; length];
-            stream.read_exact(&mut message).expect("a message");
+            stream.read_exact(&mut message).expect("message received");
             check(&mut stream);
-            stream.write_all(reply).expect("it is sent");
+            stream.write_all(reply).expect("data sent");
         }
         let _ = sender.send(());
     })]);
@@ -216,7 +217,7 @@ fn bnd_of_any_atyp_is_accepted() {
     let nameless = [5, 0, 0, 3, 0, 4, 56];
     let table = [
         (success_reply(([192, 0, 2, 9], 1080).into()), "192.0.2.9:1080"),
-        (success_reply("[2001:db8::9]:1080".parse().expect("an address")), "[2001:db8::9]:1080"),
+        (success_reply("[2001:db8::9]:1080".parse().expect("valid address")), "[2001:db8::9]:1080"),
         (name, "far.local:1080"),
         (longest, "nnn:1080"),
         (nameless.to_vec(), "0.0.0.0:0"),

@@ -105,7 +105,7 @@ impl Behaviour {
         let err = child.stderr.take().map(|mut err| thread::spawn(move || read_pipe(&mut err, false)));
         let deadline = Instant::now() + limit;
         let status = loop {
-            match child.try_wait().expect("it can be waited for") {
+            match child.try_wait().expect("the child can be waited for") {
                 Some(status) => {
                     break status.code().or(std::os::unix::process::ExitStatusExt::signal(&status).map(|n| n + 128));
                 }
@@ -118,7 +118,9 @@ impl Behaviour {
             }
         };
         drop(stdin);
-        let all = |reader: Option<thread::JoinHandle<Vec<u8>>>| reader.map(|reader| reader.join().expect("no panic"));
+        let all = |reader: Option<thread::JoinHandle<Vec<u8>>>| {
+            reader.map(|reader| reader.join().expect("the thread does not panic"))
+        };
         let (stdout, stderr) = (all(out).unwrap_or_default(), text(&all(err).unwrap_or_default()));
         let messages = proxy.filter(|_| self.request.is_some()).map(|proxy| proxy.messages()).unwrap_or_default();
         Outcome { addr, status, stdout, stderr, messages }
@@ -139,10 +141,10 @@ fn read_pipe(pipe: &mut impl std::io::Read, reads_once: bool) -> Vec<u8> {
 
 /// A listener whose accept queue is full, so that the kernel drops each SYN.
 fn unresponsive_listener(kept_open: &mut Vec<Box<dyn std::any::Any>>) -> SocketAddr {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
-    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a port");
-    socket.listen(0).expect("it listens");
-    let addr = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address");
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket created");
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("free port");
+    socket.listen(0).expect("listening");
+    let addr = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("local address");
     while let Ok(stream) = TcpStream::connect_timeout(&addr, Duration::from_millis(100)) {
         kept_open.push(Box::new(stream));
     }
@@ -350,7 +352,7 @@ fn other_protocols() -> Vec<Behaviour> {
 
 fn success_replies() -> Vec<Behaviour> {
     let name = |length: u8| [&[5, 0, 0, 3, length][..], &vec![b'n'; length.into()], &[4, 56]].concat();
-    let v6 = success_reply("[2001:db8::9]:1080".parse().expect("an address"));
+    let v6 = success_reply("[2001:db8::9]:1080".parse().expect("valid address"));
     let with_reply = |what, reply: Vec<u8>| {
         let reply = [&reply[..], b"hello"].concat();
         after_request(what, move || vec![send(&reply)]).writes(b"hello")
@@ -398,8 +400,9 @@ fn targets_and_credentials() -> Vec<Behaviour> {
     let request = |rest: &[u8]| [&[5, 1, 0][..], rest].concat();
     let v6 = request(&[&[4][..], &[0x20, 1, 0x0d, 0xb8], &[0; 11], &[7, 0, 80]].concat());
     let long = "n".repeat(255);
-    let of_name =
-        |name: &str| request(&[&[3, u8::try_from(name.len()).expect("short")], name.as_bytes(), &[0, 80]].concat());
+    let of_name = |name: &str| {
+        request(&[&[3, u8::try_from(name.len()).expect("at most 255")], name.as_bytes(), &[0, 80]].concat())
+    };
     let without_proxy = |name, userinfo, target: &str| Behaviour {
         userinfo,
         target: target.into(),

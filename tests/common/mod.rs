@@ -70,7 +70,7 @@ impl Server {
         thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 let (text, changed) = &*shared;
-                let mut text = text.lock().expect("no panic holds the log");
+                let mut text = text.lock().expect("not poisoned");
                 text.push_str(&line);
                 text.push('\n');
                 changed.notify_all();
@@ -91,7 +91,7 @@ impl Server {
     /// A connection to it, with a read timeout.
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.addr()).expect("the server accepts");
-        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
         stream
     }
 
@@ -108,8 +108,8 @@ impl Server {
     /// Waits until the log satisfies `done`, and returns the log.
     pub fn wait_log(&self, done: impl Fn(&str) -> bool) -> String {
         let (text, changed) = &*self.log;
-        let text = text.lock().expect("no panic holds the log");
-        let (text, waited) = changed.wait_timeout_while(text, TIMEOUT, |text| !done(text)).expect("no panic");
+        let text = text.lock().expect("not poisoned");
+        let (text, waited) = changed.wait_timeout_while(text, TIMEOUT, |text| !done(text)).expect("not poisoned");
         assert!(!waited.timed_out(), "the log does not have the expected content:\n{}", *text);
         text.clone()
     }
@@ -170,7 +170,8 @@ pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
     let stdin = stdin.to_vec();
     // The child need not read all of it.
     thread::spawn(move || drop(input.write_all(&stdin)));
-    let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+    let (mut out, mut err) =
+        (child.stdout.take().expect("stdout is piped"), child.stderr.take().expect("stderr is piped"));
     let out = thread::spawn(move || {
         let mut all = Vec::new();
         out.read_to_end(&mut all).map(|_| all).unwrap_or_default()
@@ -191,13 +192,17 @@ pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
         }
         thread::sleep(Duration::from_millis(5));
     };
-    Output { status, stdout: out.join().expect("a reader"), stderr: err.join().expect("a reader") }
+    Output {
+        status,
+        stdout: out.join().expect("the thread does not panic"),
+        stderr: err.join().expect("the thread does not panic"),
+    }
 }
 
 /// A TCP server that runs `serve` on a thread for each connection.
 pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
-    let listener = TcpListener::bind((ip, 0)).expect("a port");
-    let addr = listener.local_addr().expect("an address");
+    let listener = TcpListener::bind((ip, 0)).expect("free port");
+    let addr = listener.local_addr().expect("local address");
     let serve = Arc::new(serve);
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -211,7 +216,7 @@ pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static)
 /// Starts a TCP echo server, which half-closes after the client has.
 pub fn echo_server() -> SocketAddr {
     tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
-        let mut other = stream.try_clone().expect("a second handle");
+        let mut other = stream.try_clone().expect("cloned");
         let _ = std::io::copy(&mut stream, &mut other);
         let _ = other.shutdown(std::net::Shutdown::Write);
     })
@@ -219,8 +224,8 @@ pub fn echo_server() -> SocketAddr {
 
 /// Starts a UDP echo server.
 pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
-    let socket = UdpSocket::bind((ip, 0)).expect("a port");
-    let addr = socket.local_addr().expect("an address");
+    let socket = UdpSocket::bind((ip, 0)).expect("free port");
+    let addr = socket.local_addr().expect("local address");
     thread::spawn(move || {
         let mut buffer = vec![0; 65_536];
         while let Ok((n, from)) = socket.recv_from(&mut buffer) {
@@ -232,13 +237,13 @@ pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
 
 /// A port on 127.0.0.1 without a listener.
 pub fn closed_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("free port")
 }
 
 /// Reads exactly `n` bytes.
 pub fn read_exact(stream: &mut TcpStream, n: usize) -> Vec<u8> {
     let mut bytes = vec![0; n];
-    stream.read_exact(&mut bytes).expect("that many bytes come");
+    stream.read_exact(&mut bytes).expect("all bytes received");
     bytes
 }
 
@@ -280,9 +285,9 @@ pub fn read_reply(stream: &mut TcpStream) -> (u8, SocketAddr) {
 /// Greets without authentication and sends a request. Returns the connection, REP and BND.
 pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, SocketAddr) {
     let mut stream = server.connect();
-    stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    stream.write_all(&[5, 1, 0]).expect("greeting sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 0]);
-    stream.write_all(&request(command, dst)).expect("the request is sent");
+    stream.write_all(&request(command, dst)).expect("request sent");
     let (rep, bnd) = read_reply(&mut stream);
     (stream, rep, bnd)
 }
@@ -329,10 +334,10 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     if !is_installed("unshare") || !is_installed("ip") {
         return false;
     }
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("temporary directory");
     let file = |name: &str, text: &str| -> PathBuf {
         let path = folder.path().join(name);
-        std::fs::write(&path, text).expect("a file");
+        std::fs::write(&path, text).expect("file written");
         path
     };
     let (hosts, resolv) = (file("hosts", hosts), file("resolv.conf", resolv));
@@ -344,7 +349,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     command.args(["--user", "--map-root-user", "--mount", "--net", "--", "sh", "-c", script, "sh"]);
     command
         .args([hosts.as_path(), resolv.as_path(), nsswitch.as_path()])
-        .arg(std::env::current_exe().expect("this test"));
+        .arg(std::env::current_exe().expect("path of this test"));
     command.args(["--exact", test, "--nocapture"]).env("S5_TEST_NAMESPACE", "1");
     command.env("S5_TEST_RUN", std::os::unix::process::parent_id().to_string());
     let output = run(&mut command, b"", Duration::from_secs(120));
@@ -355,12 +360,12 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
 
 /// A folder that is deleted when dropped.
 pub fn temp_dir() -> tempfile::TempDir {
-    tempfile::tempdir().expect("a folder")
+    tempfile::tempdir().expect("temporary directory")
 }
 
 /// Writes a file and returns its path.
 pub fn write_file(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
-    std::fs::write(&path, text).expect("a file");
-    path.to_str().expect("a path of text").to_owned()
+    std::fs::write(&path, text).expect("file written");
+    path.to_str().expect("UTF-8 path").to_owned()
 }

@@ -75,13 +75,13 @@ impl ScriptedServer {
     }
 
     pub fn start_at(addr: SocketAddr, script: Vec<Step>) -> Self {
-        let listener = TcpListener::bind(addr).expect("a port");
-        let addr = listener.local_addr().expect("an address");
+        let listener = TcpListener::bind(addr).expect("free port");
+        let addr = listener.local_addr().expect("local address");
         let (sender, messages) = channel();
         thread::spawn(move || {
-            let (stream, _) = listener.accept().expect("a client");
+            let (stream, _) = listener.accept().expect("connection accepted");
             drop(listener);
-            stream.set_nodelay(true).expect("it can be set");
+            stream.set_nodelay(true).expect("option set");
             // Some tests have a client that closes before the script ends.
             let _ = run_script(stream, script, &sender);
         });
@@ -134,7 +134,7 @@ fn run_script(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8
 
 /// Closes with RST.
 pub fn reset(stream: TcpStream) {
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("it can be set");
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("option set");
 }
 
 fn read_more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()> {
@@ -197,14 +197,14 @@ impl RunningProgram {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stdin = child.stdin.take();
-        let stdout = CollectedOutput::from(child.stdout.take().expect("piped"), enough);
-        let stderr = CollectedOutput::from(child.stderr.take().expect("piped"), |_| false);
+        let stdout = CollectedOutput::from(child.stdout.take().expect("stdout is piped"), enough);
+        let stderr = CollectedOutput::from(child.stderr.take().expect("stderr is piped"), |_| false);
         Self { child, stdin, stdout, stderr }
     }
 
     /// Writes to its stdin, which stays open.
     pub fn write(&mut self, bytes: &[u8]) {
-        self.stdin.as_mut().expect("stdin is open").write_all(bytes).expect("it reads");
+        self.stdin.as_mut().expect("stdin is open").write_all(bytes).expect("data sent");
     }
 
     /// Writes to its stdin repeatedly until it exits.
@@ -235,14 +235,14 @@ impl RunningProgram {
     }
 
     pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("it can be waited for").is_none()
+        self.child.try_wait().expect("the child can be waited for").is_none()
     }
 
     /// Waits until it exits, without closing stdin. Returns status, stdout and stderr.
     pub fn wait_exit(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
         let mut status = None;
         wait_until("the program ends", limit, || {
-            status = self.child.try_wait().expect("it can be waited for");
+            status = self.child.try_wait().expect("the child can be waited for");
             status.is_some()
         });
         (status.expect("it has ended"), self.stdout.all(), text(&self.stderr.all()))
@@ -277,13 +277,13 @@ impl CollectedOutput {
             let mut is_enough = enough(&[]);
             while !is_enough {
                 let n = pipe.read(&mut buffer).unwrap_or(0);
-                let mut state = state.lock().expect("no panic holds it");
+                let mut state = state.lock().expect("not poisoned");
                 state.0.extend(&buffer[..n]);
                 is_enough = n == 0 || enough(&state.0);
                 changed.notify_all();
             }
             drop(pipe);
-            state.lock().expect("no panic holds it").1 = true;
+            state.lock().expect("not poisoned").1 = true;
             changed.notify_all();
         });
         Self(shared)
@@ -291,17 +291,17 @@ impl CollectedOutput {
 
     fn wait(&self, what: &str, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let (state, changed) = &*self.0;
-        let state = state.lock().expect("no panic holds it");
+        let state = state.lock().expect("not poisoned");
         let waited = changed.wait_timeout_while(state, TIMEOUT, |(bytes, ended)| !done(bytes) && !*ended);
-        let (state, _) = waited.expect("no panic holds it");
+        let (state, _) = waited.expect("not poisoned");
         assert!(done(&state.0), "{what} does not have the expected content: {:?}", text(&state.0));
         state.0.clone()
     }
 
     fn all(&self) -> Vec<u8> {
         let (state, changed) = &*self.0;
-        let state = state.lock().expect("no panic holds it");
+        let state = state.lock().expect("not poisoned");
         let waited = changed.wait_timeout_while(state, TIMEOUT, |(_, ended)| !*ended);
-        waited.expect("no panic holds it").0.0.clone()
+        waited.expect("not poisoned").0.0.clone()
     }
 }

@@ -63,7 +63,7 @@ fn invalid_keytab_is_reported() {
     let junk = PathBuf::from(write_file(&folder, "junk.keytab", "junk"));
     for path in [&*missing, &*junk, &*folder] {
         let error = expect_error(Credential::acceptor(None, Some(path)));
-        assert!(error.text.contains(path.to_str().expect("a path of text")), "{error}");
+        assert!(error.text.contains(path.to_str().expect("UTF-8 path")), "{error}");
         assert!(error.is_no_credential(), "{error:?}");
     }
     expect_error(Credential::acceptor(None, Some(Path::new("a\0b"))));
@@ -178,7 +178,7 @@ fn unusable_library_is_an_error() {
         ("libgssapi_krb5.so.2", "S5_GSSAPI_LIBRARY is not an absolute path".into()),
         (libc, format!("{libc} has no gss_import_name")),
     ] {
-        let mut command = Command::new(std::env::current_exe().expect("this test"));
+        let mut command = Command::new(std::env::current_exe().expect("path of this test"));
         command.args(["--exact", "errors::unusable_library_is_an_error"]);
         command.env("S5_GSSAPI_LIBRARY", library).env("S5_TEST_LIBRARY", expected);
         let output = run(&mut command, b"", TIMEOUT);

@@ -62,7 +62,7 @@ fn reader(mut stream: TcpStream, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKi
 fn echo(mut stream: TcpStream, begins: bool, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
     let mut bytes = [7; 64];
     if begins {
-        stream.write_all(&bytes).expect("sent");
+        stream.write_all(&bytes).expect("data sent");
     }
     repeat_until_error(move || {
         stream.read_exact(&mut bytes)?;
@@ -92,7 +92,7 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
     let (client, far) = tunnel();
     let (half, mut half_far) = tunnel();
     half.shutdown(Shutdown::Write).expect("half-closed");
-    assert_eq!(half_far.read(&mut [0]).expect("end of stream"), 0);
+    assert_eq!(half_far.read(&mut [0]).expect("data received"), 0);
     let (bind, rep, bnd) = open_as(server, login, BIND, "127.0.0.1:0");
     assert_eq!(rep, 0);
     let association = associate(server.addr(), V4, login);
@@ -131,7 +131,7 @@ fn assert_closed(live: LiveSession, since: Instant) {
         }
         LiveSession::Busy(ends, _) => {
             for end in ends {
-                let (kind, when) = end.join().expect("not poisoned");
+                let (kind, when) = end.join().expect("the thread does not panic");
                 assert!(matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{kind}");
                 assert!(when < since + CLOSE_TIMEOUT, "{:?}", when - since);
             }
@@ -144,7 +144,7 @@ fn assert_closed(live: LiveSession, since: Instant) {
         LiveSession::Udp(mut association) => {
             assert!(is_closed(&mut association.control));
             let target = socket(V4);
-            let late = datagram(0, target.local_addr().expect("an address"), b"late");
+            let late = datagram(0, target.local_addr().expect("local address"), b"late");
             let _ = association.socket.send_to(&late, association.bnd);
             assert_no_datagram(&target);
         }
@@ -156,17 +156,17 @@ fn assert_alive(live: LiveSession) {
     assert_busy(&live);
     match live {
         LiveSession::Idle(mut client, mut far) => {
-            client.write_all(b"up").and_then(|()| far.write_all(b"down")).expect("sent");
+            client.write_all(b"up").and_then(|()| far.write_all(b"down")).expect("data sent");
             assert_eq!(read_exact(&mut far, 2), b"up");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
         LiveSession::Half(mut client, mut far) => {
-            far.write_all(b"down").expect("sent");
+            far.write_all(b"down").expect("data sent");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
         LiveSession::Busy(ends, _) => assert!(!ends.iter().any(JoinHandle::is_finished)),
         LiveSession::Bind(mut client, bnd) => {
-            let _peer = TcpStream::connect(bnd).expect("the port accepts");
+            let _peer = TcpStream::connect(bnd).expect("the listener accepts");
             assert_eq!(read_reply(&mut client).0, 0);
         }
         LiveSession::Udp(association) => association.ping(udp_echo_server(V4), b"hello"),
@@ -277,7 +277,7 @@ fn waiting_bind_checks_peer_by_new_rules() {
     assert_no_data(&client, Duration::from_millis(20));
     assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "the peer is denied by the new rules");
     let peer = connect_from(addr("127.0.0.2:0"), bnd);
-    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")));
+    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")));
 }
 
 #[test]

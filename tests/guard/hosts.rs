@@ -47,7 +47,7 @@ impl Host {
         command.args(["--net", "sh", "-c", SERVER_NETWORK, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut host = Self(command.spawn().expect("unshare runs"));
         let mut line = String::new();
-        let stdout = host.0.stdout.take().expect("it is piped");
+        let stdout = host.0.stdout.take().expect("stdout is piped");
         BufReader::new(stdout).read_line(&mut line).expect("it can be read");
         assert_eq!(line, "ready\n", "the server's host");
         assert!(
@@ -88,7 +88,7 @@ fn rep(dst: &str) -> u8 {
 }
 
 fn local(socket: &UdpSocket) -> SocketAddr {
-    socket.local_addr().expect("an address")
+    socket.local_addr().expect("local address")
 }
 
 #[test]
@@ -100,9 +100,9 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
     // A second server on loopback of the server's host logs every client that reaches it.
     let inner = host.s5("127.0.0.1:7000", 1, &[]);
     let inner_v6 = host.s5("[::1]:7000", 1, &[]);
-    let target = TcpListener::bind((TARGET, 0)).expect("a port");
-    let metadata = TcpListener::bind((METADATA, 80)).expect("a port");
-    let target_dst = target.local_addr().expect("an address").to_string();
+    let target = TcpListener::bind((TARGET, 0)).expect("free port");
+    let metadata = TcpListener::bind((METADATA, 80)).expect("free port");
+    let target_dst = target.local_addr().expect("local address").to_string();
     let protected = [
         "127.0.0.1:7000",
         "127.9.9.9:7000",
@@ -131,7 +131,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
     for rules in [&[][..], &["--allow", "from=10.9.0.0/16"], &["--allow", "port=1-65535"]] {
         let _server = host.serve(rules);
         assert_eq!(rep(&target_dst), 0, "{rules:?}");
-        target.accept().expect("a connection");
+        target.accept().expect("connection accepted");
         for dst in protected.iter().chain(&own_listeners) {
             let rep = rep(dst);
             // Without a resolver, localhost may be unknown.
@@ -152,9 +152,9 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
             let mut stream = log_in(server_addr(), ip(CLIENT), None);
             assert_eq!(send_request(&mut stream, CONNECT, dst).0, 0, "{rule}: {dst}");
             if *dst == METADATA_DST {
-                metadata.accept().expect("a connection");
+                metadata.accept().expect("connection accepted");
             } else {
-                stream.write_all(&[5, 1, 0]).expect("sent");
+                stream.write_all(&[5, 1, 0]).expect("data sent");
                 assert_eq!(read_exact(&mut stream, 2), [5, 0], "{rule}: {dst}");
             }
         }
@@ -173,8 +173,8 @@ const METADATA_DST: &str = "169.254.169.254:80";
 
 /// Binds a socket that is a member of the multicast group.
 fn member(port: u16) -> UdpSocket {
-    let socket = UdpSocket::bind((GROUP, port)).expect("a port");
-    socket.join_multicast_v4(&GROUP, &TARGET.parse().expect("an address")).expect("joined");
+    let socket = UdpSocket::bind((GROUP, port)).expect("free port");
+    socket.join_multicast_v4(&GROUP, &TARGET.parse().expect("valid address")).expect("joined");
     socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     socket
 }
@@ -247,7 +247,7 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
         association.send(local(&target), b"once more");
         receive(&target)
     };
-    target.send_to(b"answer", relay).expect("sent");
+    target.send_to(b"answer", relay).expect("datagram sent");
     assert_eq!(association.receive(), (local(&target), b"answer".to_vec()));
 }
 
@@ -270,8 +270,8 @@ fn udp_filtering_decides_which_hosts_may_answer() {
         let association = associate(server_addr(), ip(CLIENT), None);
         association.send(local(&target), b"hello");
         let (_, relay) = receive(&target);
-        other.send_to(b"unsolicited", relay).expect("sent");
-        target.send_to(b"answer", relay).expect("sent");
+        other.send_to(b"unsolicited", relay).expect("datagram sent");
+        target.send_to(b"answer", relay).expect("datagram sent");
         if comes_in {
             assert_eq!(association.receive(), (local(&other), b"unsolicited".to_vec()), "{args:?}");
         }
@@ -302,8 +302,8 @@ fn bind_accepts_expected_peer_only() {
         }
         assert_no_data(&client, std::time::Duration::from_millis(20));
         let mut peer = connect_from(SocketAddr::new(ip(peer), 0), bnd);
-        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{rules:?}");
-        peer.write_all(b"hello").expect("sent");
+        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")), "{rules:?}");
+        peer.write_all(b"hello").expect("data sent");
         assert_eq!(read_exact(&mut client, 5), b"hello");
         // The port is closed after the peer has connected.
         wait_until("the port is closed", TIMEOUT, || std::net::TcpStream::connect(bnd).is_err());
@@ -322,7 +322,7 @@ fn rules_distinguish_hosts() {
     }
     let host = Host::new();
     let echo = tcp_server(ip(TARGET), |mut stream| {
-        let mut other = stream.try_clone().expect("a second handle");
+        let mut other = stream.try_clone().expect("cloned");
         let _ = std::io::copy(&mut stream, &mut other);
     });
     // from= is enough to start without --open.
@@ -346,15 +346,15 @@ fn rules_apply_to_ipv6_hosts() {
     let host = Host::new();
     let inner = host.s5("[::1]:7000", 1, &[]);
     let (near, client) = (addr("[fd09::1]:1080"), ip("fd09::2"));
-    let tcp = TcpListener::bind("[fd09:1::2]:0").expect("a port");
+    let tcp = TcpListener::bind("[fd09:1::2]:0").expect("free port");
     let (target, spoofer) = (socket(ip("fd09:1::2")), socket(ip("fd09::3")));
     let both = tcp_server(ip(TARGET), drop);
     let server = host.serve(&[]);
     let rep = |dst: &str| send_request(&mut log_in(near, client, None), CONNECT, dst).0;
-    for dst in [tcp.local_addr().expect("an address").to_string(), both.to_string()] {
+    for dst in [tcp.local_addr().expect("local address").to_string(), both.to_string()] {
         assert_eq!(rep(&dst), 0, "{dst}");
     }
-    tcp.accept().expect("a connection");
+    tcp.accept().expect("connection accepted");
     for dst in [
         "[fd09::1]:1080",
         "[fd09:1::1]:1080",

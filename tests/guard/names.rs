@@ -16,13 +16,13 @@ const DENY_BAD: [&str; 2] = ["--deny", "to=127.0.0.3"];
 
 /// Listens on the same port of the good and of the bad address.
 fn pair() -> [TcpListener; 2] {
-    let good = TcpListener::bind((GOOD, 0)).expect("a port");
-    let port = good.local_addr().expect("an address").port();
+    let good = TcpListener::bind((GOOD, 0)).expect("free port");
+    let port = good.local_addr().expect("local address").port();
     [good, TcpListener::bind((BAD, port)).expect("the port is free in this namespace")]
 }
 
 fn port_of(listener: &TcpListener) -> u16 {
-    listener.local_addr().expect("an address").port()
+    listener.local_addr().expect("local address").port()
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn denied_name_is_never_resolved() {
     }
     let queries = dns::start();
     let target = socket(ip("127.0.0.1"));
-    let port = target.local_addr().expect("an address").port();
+    let port = target.local_addr().expect("local address").port();
     let listener = TcpListener::bind(("127.0.0.1", port)).expect("the port is free in this namespace");
     // Denied by its name, and denied because other names are allowed.
     for rules in [&["--deny", "to=.bad.test"][..], &["--allow", "to=good.test,last.test", "--deny", ""]] {
@@ -51,7 +51,7 @@ fn denied_name_is_never_resolved() {
         assert!(names.iter().all(|name| name == "last.test"), "{rules:?}: {names:?}");
         // The resolver works: an allowed name is resolved and connected to.
         assert_eq!(open_as(&server, None, CONNECT, &format!("good.test:{port}")).1, 0);
-        listener.accept().expect("a connection");
+        listener.accept().expect("connection accepted");
         assert_eq!(queries.lock().expect("not poisoned").first().map(String::as_str), Some("good.test"));
         assert_no_connection(&listener);
     }
@@ -75,12 +75,12 @@ fn changing_dns_answers_never_reach_denied_address() {
             assert_eq!(open_as(&server, None, CONNECT, &format!("{name}:{}", port_of(&good))).1, expected, "{name}");
             assert_no_connection(&bad);
             if expected == 0 {
-                good.accept().expect("a connection");
+                good.accept().expect("connection accepted");
             }
             assert_no_connection(&good);
         }
     }
-    let [good_port, bad_port] = [&udp_good, &udp_bad].map(|socket| socket.local_addr().expect("an address").port());
+    let [good_port, bad_port] = [&udp_good, &udp_bad].map(|socket| socket.local_addr().expect("local address").port());
     for name in ["good-first.udp.test", "bad-first.udp.test"] {
         for round in 0..6_usize {
             // Each association resolves a name once.
@@ -96,7 +96,12 @@ fn changing_dns_answers_never_reach_denied_address() {
                 // This name is resolved after the first one, so its datagram arrives after that answer.
                 let last = socket(GOOD.into());
                 let later = format!("good-first.{name}.{round}");
-                association.send_raw(&datagram_name(0, &later, last.local_addr().expect("an address").port(), b"last"));
+                association.send_raw(&datagram_name(
+                    0,
+                    &later,
+                    last.local_addr().expect("local address").port(),
+                    b"last",
+                ));
                 assert_eq!(receive(&last).0, b"last");
                 assert_no_datagram(&udp_good);
             }
@@ -121,7 +126,7 @@ fn denied_addresses_of_a_name_are_skipped() {
     for _ in 0..4 {
         let (_stream, rep, bnd) = open_as(&server, None, CONNECT, &dst);
         assert_no_connection(&bad);
-        assert_eq!((rep, bnd), (0, good.accept().expect("a connection").1));
+        assert_eq!((rep, bnd), (0, good.accept().expect("connection accepted").1));
     }
     assert_eq!(open_as(&server, None, CONNECT, &format!("bad.test:{}", port_of(&good))).1, 2);
     // BIND: a peer at the denied address is closed.
@@ -130,7 +135,7 @@ fn denied_addresses_of_a_name_are_skipped() {
         assert_eq!(rep, 0);
         assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)));
         let peer = connect_from(addr("127.0.0.2:0"), bnd);
-        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")));
+        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")));
     }
     assert_eq!(open_as(&server, None, BIND, "bad.test:0").1, 2);
     // The denied address is not tried after the allowed one refuses.
@@ -147,8 +152,8 @@ fn denied_addresses_of_a_name_are_skipped() {
         let (data, relay) = receive(&udp_good);
         assert_eq!(data, b"hello");
         // The denied address must not answer either.
-        udp_bad.send_to(b"denied", relay).expect("sent");
-        udp_good.send_to(b"answer", relay).expect("sent");
+        udp_bad.send_to(b"denied", relay).expect("datagram sent");
+        udp_good.send_to(b"answer", relay).expect("datagram sent");
         assert_eq!(association.receive().1, b"answer");
     }
     assert_no_datagram(&udp_bad);
@@ -182,7 +187,7 @@ fn thousand_unanswered_names_delay_no_other_request() {
         let mut stream = server.connect();
         let request = request_by_name(CONNECT, &format!("silent.n{number}.test"), 9);
         // Greeting and request in one write, so that all lookups start soon on a busy machine too.
-        stream.write_all(&[&[5, 1, 0], &request[..]].concat()).expect("the request is sent");
+        stream.write_all(&[&[5, 1, 0], &request[..]].concat()).expect("request sent");
         waiting.push((stream, Instant::now()));
     }
     for (stream, _) in &mut waiting {

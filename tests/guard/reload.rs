@@ -163,14 +163,14 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
         is_kept(&setup.reload(), file, ["line 1", "empty"]);
         std::fs::write(file, vec![b'#'; 17 << 20]).expect("file written");
         is_kept(&setup.reload(), file, ["too large", ""]);
-        std::fs::remove_file(file).expect("removed");
+        std::fs::remove_file(file).expect("file removed");
         is_kept(&setup.reload(), file, ["No such file", ""]);
-        symlink(file, file).expect("a link");
+        symlink(file, file).expect("symlink created");
         is_kept(&setup.reload(), file, ["symbolic link", ""]);
-        std::fs::remove_file(file).expect("removed");
+        std::fs::remove_file(file).expect("file removed");
         std::fs::create_dir(file).expect("directory created");
         is_kept(&setup.reload(), file, ["directory", ""]);
-        std::fs::remove_dir(file).expect("removed");
+        std::fs::remove_dir(file).expect("directory removed");
         std::fs::write(file, good).expect("file written");
     }
     let line = setup.reload();
@@ -181,7 +181,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
 #[test]
 fn reload_does_not_block_on_pipe() {
     let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
-    std::fs::remove_file(&setup.rules).expect("removed");
+    std::fs::remove_file(&setup.rules).expect("file removed");
     assert!(Command::new("mkfifo").arg(&setup.rules).status().expect("mkfifo runs").success());
     setup.server.signal("HUP");
     assert_eq!(rep(&setup.server, ALICE, target()), Some(0));
@@ -194,7 +194,8 @@ fn reload_keeps_policy_if_a_file_is_unreadable() {
     let dir = temp_dir();
     let file = |name, text| write_file(dir.path(), name, text);
     let (users, rules) = (file("users", alice_and_bob()), file("rules", "deny port=1\n"));
-    let mode = |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("a mode");
+    let mode =
+        |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("permissions set");
     mode(dir.path().to_str().expect("UTF-8 path"), 0o755);
     // Root may read everything.
     let mut command = if geteuid().is_root() {
@@ -277,14 +278,14 @@ fn reload_never_opens_relay() {
 #[test]
 fn reload_applies_to_next_datagram_of_association() {
     let (good, bad) = (socket(V4), socket(V4));
-    let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("an address"));
+    let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("local address"));
     let deny = format!("deny command=udp port={}\n", bad_addr.port());
     for (args, obeys) in [(&[][..], true), (&["--keep-sessions"], false)] {
         let setup = Setup::start(alice_and_bob(), "# none\n", args);
         let association = associate(setup.server.addr(), V4, ALICE);
         let mut relay = None;
         for socket in [&good, &bad] {
-            association.send(socket.local_addr().expect("an address"), b"before");
+            association.send(socket.local_addr().expect("local address"), b"before");
             relay = Some(receive(socket).1);
         }
         let relay = relay.expect("a datagram");
@@ -298,8 +299,8 @@ fn reload_applies_to_next_datagram_of_association() {
             assert_eq!(receive(&bad).0, b"denied");
         }
         // Nor may it answer any more.
-        bad.send_to(b"denied", relay).expect("sent");
-        good.send_to(b"answer", relay).expect("sent");
+        bad.send_to(b"denied", relay).expect("datagram sent");
+        good.send_to(b"answer", relay).expect("datagram sent");
         let answer = association.receive();
         assert_eq!(answer.1, if obeys { &b"answer"[..] } else { b"denied" });
         if !obeys {

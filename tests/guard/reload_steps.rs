@@ -86,7 +86,7 @@ fn reload_applies_at_each_step_before_reply() {
                 let arrives = run_steps(&mut stream, &steps[step..]);
                 assert_eq!(arrives, what == "nothing", "{what} before step {step}:\n{}", setup.server.log());
                 if arrives {
-                    accept(&target).0.write_all(b"hello").expect("sent");
+                    accept(&target).0.write_all(b"hello").expect("data sent");
                     assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "after the rest of the reply");
                 }
                 assert_no_connection(&target);
@@ -100,11 +100,11 @@ struct SlowTarget(TcpListener, TcpStream);
 
 impl SlowTarget {
     fn new() -> (Self, SocketAddr) {
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-        listener.bind(&SocketAddr::new(V4, 0).into()).expect("a port");
-        listener.listen(0).expect("it listens");
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket created");
+        listener.bind(&SocketAddr::new(V4, 0).into()).expect("free port");
+        listener.listen(0).expect("listening");
         let listener = TcpListener::from(listener);
-        let addr = listener.local_addr().expect("an address");
+        let addr = listener.local_addr().expect("local address");
         let queued = TcpStream::connect(addr).expect("queued");
         (Self(listener, queued), addr)
     }
@@ -123,14 +123,14 @@ fn reload_applies_while_connecting() {
         let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let (slow, dst) = SlowTarget::new();
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
-        stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("the request is sent");
+        stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("request sent");
         assert_no_data(&stream, Duration::from_millis(50));
         assert!(change(&setup, what, dst).contains("rules loaded"));
         (what, setup, slow, stream)
     });
     // All cases run at once, because each takes a second.
     for (what, _setup, slow, mut stream) in cases {
-        stream.write_all(b"early").expect("sent");
+        stream.write_all(b"early").expect("data sent");
         if what == "nothing" {
             let mut target = slow.accept();
             assert_eq!(read_reply(&mut stream).0, 0);
@@ -155,7 +155,7 @@ fn reload_applies_while_bind_waits() {
         assert!(line.ends_with(&format!("sessions closed: {count}")), "{what}: {line}");
         if what == "nothing" {
             let peer = connect_from(dst, bnd);
-            assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("an address")));
+            assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("local address")));
         } else {
             assert_eq!(read_reply(&mut stream).0, 2, "{what}");
             assert!(TcpStream::connect(bnd).is_err(), "{what}: the port still accepts connections");
@@ -186,7 +186,7 @@ fn reload_applies_to_connect_while_resolving() {
         let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let (target, dst) = listener(V4);
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
-        stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("the request is sent");
+        stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("request sent");
         assert_no_data(&stream, Duration::from_millis(50));
         assert!(change(&setup, what, dst).contains("rules loaded"));
         (what, setup, target, stream)
@@ -209,14 +209,14 @@ fn reload_applies_to_datagrams_while_resolving() {
     let (_asked, release) = start_blocked_resolver();
     let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
     let (good, bad) = (socket(V4), socket(V4));
-    let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("an address").port());
+    let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("local address").port());
     let association = associate(setup.server.addr(), unused_client_ip(), ALICE);
     for port in [bad_port, good_port] {
         association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
     }
     // A datagram by address: when it arrives, the other two wait for the name.
     let other = socket(V4);
-    association.send(other.local_addr().expect("an address"), b"after them");
+    association.send(other.local_addr().expect("local address"), b"after them");
     receive(&other);
     assert!(setup.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
     drop(release);

@@ -239,7 +239,7 @@ fn each_condition_applies_to_each_command() {
         for (from, login, command, dst, expected) in cases {
             let mut stream = log_in(server.addr(), ip(from), *login);
             let (rep, _) = send_request(&mut stream, *command, &with_ports(dst));
-            let rules = std::fs::read_to_string(&rules).expect("rules file");
+            let rules = std::fs::read_to_string(&rules).expect("file read");
             assert_eq!(rep, *expected, "{rules}\n{from} {login:?} {command} {dst}");
             if rep == 2 {
                 assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
@@ -287,7 +287,7 @@ fn client_denied_by_address_is_closed_without_reply() {
         let server = Server::start(args);
         let mut stream = connect_from(SocketAddr::new(ip("127.0.0.2"), 0), server.addr());
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{args:?}");
-        let line = format!("client={}", stream.local_addr().expect("an address"));
+        let line = format!("client={}", stream.local_addr().expect("local address"));
         let log = server.wait_log(|log| log.contains(&line));
         assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(reason)), "{log}");
         log_in(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });
@@ -341,8 +341,8 @@ fn bind_checks_expected_and_actual_peer() {
             assert!(is_closed(&mut connect_from(refused, bnd)), "{dst}: {refused}");
         }
         let mut peer = connect_from(addr("127.0.0.2:0"), bnd);
-        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{dst}");
-        peer.write_all(b"hello").expect("sent");
+        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")), "{dst}");
+        peer.write_all(b"hello").expect("data sent");
         assert_eq!(read_exact(&mut client, 5), b"hello", "{dst}");
     }
 }
@@ -357,7 +357,7 @@ fn each_outgoing_datagram_is_checked() {
     let (good, bad) = (socket(ip(LOCAL)), socket(ip("127.0.0.3")));
     let closed = socket(ip(LOCAL));
     let [good_addr, bad_addr, closed_addr] =
-        [&good, &bad, &closed].map(|socket| socket.local_addr().expect("an address"));
+        [&good, &bad, &closed].map(|socket| socket.local_addr().expect("local address"));
     let rules = format!(
         "deny command=udp to=127.0.0.3\ndeny port={}\ndeny user=alice to=b.test command=udp\n",
         closed_addr.port()
@@ -398,7 +398,7 @@ fn each_outgoing_datagram_is_checked() {
 #[test]
 fn answers_come_only_from_allowed_targets() {
     let (target, denied) = (socket(ip(LOCAL)), socket(ip(LOCAL)));
-    let [target_addr, denied_addr] = [&target, &denied].map(|socket| socket.local_addr().expect("an address"));
+    let [target_addr, denied_addr] = [&target, &denied].map(|socket| socket.local_addr().expect("local address"));
     for more in [&[][..], &["--udp-filtering", "endpoint-independent"]] {
         let rule = format!("command=udp to=127.0.0.1 port={}", denied_addr.port());
         let server = Server::start(&[&["--deny", &rule], more].concat());
@@ -406,8 +406,8 @@ fn answers_come_only_from_allowed_targets() {
         association.send(target_addr, b"hello");
         let (_, relay) = receive(&target);
         for _ in 0..3 {
-            denied.send_to(b"from a port that is denied", relay).expect("sent");
-            target.send_to(b"answer", relay).expect("sent");
+            denied.send_to(b"from a port that is denied", relay).expect("datagram sent");
+            target.send_to(b"answer", relay).expect("datagram sent");
             assert_eq!(association.receive(), (target_addr, b"answer".to_vec()), "{more:?}");
         }
     }
@@ -448,13 +448,13 @@ fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
     let server = own(&["--allow", "from=loopback to=127.0.0.1"]);
     let (mut inner, rep, _) = open_as(&server, None, CONNECT, &server.addr().to_string());
     assert_eq!(rep, 0);
-    inner.write_all(&[5, 1, 0]).expect("sent");
+    inner.write_all(&[5, 1, 0]).expect("data sent");
     assert_eq!(read_exact(&mut inner, 2), [5, 0]);
     let echo = tcp_server(ip(LOCAL), |mut stream| {
-        let mut other = stream.try_clone().expect("a second handle");
+        let mut other = stream.try_clone().expect("cloned");
         let _ = std::io::copy(&mut stream, &mut other);
     });
-    inner.write_all(&request_for(CONNECT, &echo.to_string())).expect("sent");
+    inner.write_all(&request_for(CONNECT, &echo.to_string())).expect("data sent");
     assert_eq!(read_reply(&mut inner).0, 0);
     ping(&mut inner, b"through itself");
     // Datagrams to a listener are dropped and not counted.

@@ -188,7 +188,7 @@ fn invalid_rule_error_names_file_line_and_word() {
     }
     // Files that cannot be read, or are not UTF-8, are errors too.
     let no_text = dir.path().join("no-text");
-    std::fs::write(&no_text, b"deny port=1\ndeny user=\xff\n").expect("a file");
+    std::fs::write(&no_text, b"deny port=1\ndeny user=\xff\n").expect("file written");
     let no_text = no_text.to_str().expect("UTF-8 path").to_owned();
     let missing = format!("{no_text}-missing");
     let here = dir.path().to_str().expect("UTF-8 path");

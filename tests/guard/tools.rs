@@ -18,7 +18,7 @@ pub const ALICE: Login<'_> = Some(("alice", "secret"));
 pub const BOB: Login<'_> = Some(("bob@corp", "secret"));
 
 pub fn ip(text: &str) -> IpAddr {
-    text.parse().expect("an address")
+    text.parse().expect("valid address")
 }
 
 pub fn addr(text: &str) -> SocketAddr {
@@ -27,7 +27,7 @@ pub fn addr(text: &str) -> SocketAddr {
 
 /// Returns an entry of a users file: bcrypt with the lowest cost, because debug builds are slow.
 pub fn user_line(name: &str, passwd: &str) -> String {
-    format!("{name}:{}\n", bcrypt::hash(passwd, 4).expect("a hash"))
+    format!("{name}:{}\n", bcrypt::hash(passwd, 4).expect("password hashed"))
 }
 
 /// Returns a users file with alice and bob.
@@ -98,10 +98,10 @@ pub fn credentials((name, passwd): (&str, &str)) -> Vec<u8> {
 /// Connects and logs in. `None`: the login is refused.
 pub fn try_log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Option<TcpStream> {
     let mut stream = connect_from(SocketAddr::new(from, 0), server);
-    stream.write_all(&greeting(login)).expect("the greeting is sent");
+    stream.write_all(&greeting(login)).expect("greeting sent");
     assert_eq!(read_exact(&mut stream, 2), [5, greeting(login)[2]]);
     if let Some(login) = login {
-        stream.write_all(&credentials(login)).expect("the login is sent");
+        stream.write_all(&credentials(login)).expect("login sent");
         if read_exact(&mut stream, 2) != [1, 0] {
             return None;
         }
@@ -126,7 +126,7 @@ pub fn request_for(command: u8, dst: &str) -> Vec<u8> {
 
 /// Sends a request; returns REP and BND.
 pub fn send_request(stream: &mut TcpStream, command: u8, dst: &str) -> (u8, SocketAddr) {
-    stream.write_all(&request_for(command, dst)).expect("the request is sent");
+    stream.write_all(&request_for(command, dst)).expect("request sent");
     read_reply(stream)
 }
 

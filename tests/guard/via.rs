@@ -27,9 +27,9 @@ fn all_commands(server: &Server, what: &str) {
 fn bind(server: &Server, what: &str) {
     let (mut client, rep, bnd) = open_as(server, None, BIND, "127.0.0.1:0");
     assert_eq!(rep, 0, "{what}");
-    let mut peer = TcpStream::connect(bnd).expect("the port accepts");
-    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("an address")), "{what}");
-    peer.write_all(b"bind").expect("sent");
+    let mut peer = TcpStream::connect(bnd).expect("the listener accepts");
+    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")), "{what}");
+    peer.write_all(b"bind").expect("data sent");
     assert_eq!(read_exact(&mut client, 4), b"bind", "{what}");
 }
 
@@ -88,7 +88,7 @@ fn rules_select_route() {
     let mut addrs = Vec::new();
     for (at, hop, via) in rows {
         let echo = tcp_server(ip(at), |mut stream| {
-            let mut other = stream.try_clone().expect("a second handle");
+            let mut other = stream.try_clone().expect("cloned");
             let _ = std::io::copy(&mut stream, &mut other);
         });
         let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo.to_string());
@@ -112,7 +112,7 @@ fn rules_select_route() {
     let association = associate(server.addr(), V4, None);
     for _ in 0..2 {
         for addr in &addrs {
-            association.send(denied.local_addr().expect("an address"), b"denied");
+            association.send(denied.local_addr().expect("local address"), b"denied");
             association.ping(*addr, b"udp");
         }
     }
@@ -145,7 +145,7 @@ struct InsideHop {
 impl InsideHop {
     fn new() -> Self {
         // Outside of the hop, the name resolves to an unused address.
-        let queries = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("an address")]));
+        let queries = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("valid address")]));
         let (_dir, hop) = with_hosts("127.0.0.1 known.inside.test\n", &[]);
         Self { queries, _dir, hop, echo: echo_server(), udp: udp_echo_server(V4) }
     }
@@ -166,7 +166,7 @@ impl InsideHop {
         assert_eq!(association.receive(), (self.udp, b"by name".to_vec()), "{args:?}");
         let (mut client, rep, bnd) = open_as(&server, None, BIND, "known.inside.test:0");
         assert_eq!(rep, 0, "{args:?}");
-        let _peer = TcpStream::connect(bnd).expect("the port accepts");
+        let _peer = TcpStream::connect(bnd).expect("the listener accepts");
         assert_eq!(read_reply(&mut client).0, 0, "{args:?}");
         assert_eq!(self.queries(), Vec::<String>::new(), "{args:?}");
     }
@@ -253,8 +253,8 @@ fn failing_hop_is_never_bypassed() {
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
     let locked = Server::start(&["--users", &users]);
-    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let silent_url = silent.local_addr().expect("an address").to_string();
+    let silent = TcpListener::bind("127.0.0.1:0").expect("free port");
+    let silent_url = silent.local_addr().expect("local address").to_string();
     let fake = |selection, reply| scripted(selection, reply).to_string();
     let closing = tcp_server(V4, drop).to_string();
     let good = Server::start(&[]);
@@ -345,7 +345,7 @@ fn passwords_of_hops_are_never_shown() {
     assert_eq!(rep(CONNECT, &closed_port().to_string()), 5);
     assert_eq!(rep(CONNECT, "127.0.0.2:9"), 1);
     assert_eq!(rep(UDP_ASSOCIATE, "0.0.0.0:0"), 1);
-    std::fs::write(&rules, "allow to=127.0.0.2 via=near\n").expect("a file");
+    std::fs::write(&rules, "allow to=127.0.0.2 via=near\n").expect("file written");
     server.signal("HUP");
     server.wait_log(|log| log.contains("reload: ") && log.matches("session client=").count() == 4);
     drop(hop);
@@ -353,7 +353,7 @@ fn passwords_of_hops_are_never_shown() {
     let log = server.wait_log(|log| log.matches("session client=").count() == 5);
     assert!(!log.contains("sesame"), "{log}");
     for request in ["to=127.0.0.1:80", "to=127.0.0.2:80"] {
-        std::fs::write(&rules, "allow to=127.0.0.2 via=far\n").expect("a file");
+        std::fs::write(&rules, "allow to=127.0.0.2 via=far\n").expect("file written");
         let args = ["serve", "--via", &good, "--hop", &named, "--rules", &rules, "--explain", request];
         let output = run(s5().args(args), b"", TIMEOUT);
         let shown = [output.stdout, output.stderr].concat();
@@ -424,7 +424,7 @@ fn dante_works_as_hop() {
     }
     let dir = temp_dir();
     let (addr, log) = (closed_port(), dir.path().join("log"));
-    let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", TIMEOUT).stdout).expect("a name");
+    let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", TIMEOUT).stdout).expect("UTF-8");
     let config = format!(
         "logoutput: {}\ninternal: {} port = {}\nexternal: 127.0.0.1\nclientmethod: none\nsocksmethod: none\n\
          user.privileged: {user}user.unprivileged: {user}client pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n}}\n\

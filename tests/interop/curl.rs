@@ -84,7 +84,7 @@ fn curl_reaches_the_server_on_ipv6_and_on_a_unix_socket() {
     }
     let folder = temp_dir();
     let path = folder.path().join("socket");
-    let path = path.to_str().expect("a path of text");
+    let path = path.to_str().expect("UTF-8 path");
     let mut command = crate::s5();
     command.args(["serve", "--listen", "[::1]:0", "--listen", &format!("unix:{path}")]);
     let server = Server::start_with(&mut command, 2);

@@ -129,14 +129,14 @@ struct RunningClient {
 impl RunningClient {
     fn start(args: &[&str]) -> Self {
         let folder = temp_dir();
-        let file = |name: &str| File::create(folder.path().join(name)).expect("a file");
+        let file = |name: &str| File::create(folder.path().join(name)).expect("file created");
         let mut command = s5();
         command.args(args).stdin(Stdio::piped()).stdout(file("stdout")).stderr(file("stderr"));
         Self { process: ProcessGroup::start(&mut command), folder }
     }
 
     fn read_output(&self, name: &str) -> String {
-        std::fs::read_to_string(self.folder.path().join(name)).expect("the file is there")
+        std::fs::read_to_string(self.folder.path().join(name)).expect("file read")
     }
 
     /// Waits for the line `word ADDR:PORT` on stderr.
@@ -163,7 +163,7 @@ impl RunningClient {
     /// Waits for the client to succeed. Returns its stdout.
     fn output(&mut self) -> String {
         wait_until("the client ends", TIMEOUT, || self.process.has_ended());
-        let status = self.process.child.wait().expect("the process has exited");
+        let status = self.process.child.wait().expect("the child can be waited for");
         assert!(status.success(), "{status}: {}", self.read_output("stderr"));
         self.read_output("stdout")
     }
@@ -173,8 +173,8 @@ impl RunningClient {
 fn bind_and_exchange(hops: &str) {
     let mut bind = RunningClient::start(&["bind", "-x", hops, "127.0.0.1"]);
     let mut peer = TcpStream::connect(bind.wait_for_addr("bound ")).expect("the proxy accepts the peer");
-    peer.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
-    assert_eq!(bind.wait_for_addr("accepted "), peer.local_addr().expect("an address"));
+    peer.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    assert_eq!(bind.wait_for_addr("accepted "), peer.local_addr().expect("local address"));
     drop(bind.write_stdin("from the client"));
     let mut received = String::new();
     peer.read_to_string(&mut received).expect("the client sends and half-closes");

@@ -86,7 +86,7 @@ fn without_numbers(line: &str) -> String {
 /// Programs of the page that the test replaces or configures, in a folder for PATH.
 fn programs(folder: &Path, ssh_config: &str) -> PathBuf {
     let bin = folder.join("programs");
-    fs::create_dir(&bin).expect("a folder");
+    fs::create_dir(&bin).expect("directory created");
     let scripts = [
         ("s5", format!("exec '{}' \"$@\"", env!("CARGO_BIN_EXE_s5"))),
         ("sudo", "exec \"$@\"".to_owned()),
@@ -97,7 +97,7 @@ fn programs(folder: &Path, ssh_config: &str) -> PathBuf {
     ];
     for (name, script) in scripts {
         let path = write_file(&bin, name, &format!("#!/bin/sh\n{script}\n"));
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("the mode can be set");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("permissions set");
     }
     bin
 }
@@ -105,7 +105,7 @@ fn programs(folder: &Path, ssh_config: &str) -> PathBuf {
 /// The servers under the names of the page: echo, web and DNS.
 fn start_servers() {
     let udp = |ip: Ipv4Addr, port: u16, answer: fn(&[u8]) -> Vec<u8>| {
-        let socket = UdpSocket::bind((ip, port)).expect("the address is free");
+        let socket = UdpSocket::bind((ip, port)).expect("free port");
         thread::spawn(move || {
             let mut buffer = [0; 65536];
             while let Ok((n, peer)) = socket.recv_from(&mut buffer) {
@@ -116,7 +116,7 @@ fn start_servers() {
     udp(ADDRESSES[0], 7, <[u8]>::to_vec);
     // A DNS answer without records: the query with the bits QR and RA set.
     udp(ADDRESSES[1], 53, |query| [&query[..2], &[query[2] | 0x80, 0x80], &query[4..]].concat());
-    let web = TcpListener::bind((ADDRESSES[0], 80)).expect("the address is free");
+    let web = TcpListener::bind((ADDRESSES[0], 80)).expect("free port");
     thread::spawn(move || {
         for stream in web.incoming() {
             thread::spawn(move || answer_http(stream.expect("a connection")));
@@ -145,15 +145,15 @@ fn run_recipe(steps: &[Step], folder: &Path, environment: &[(&str, String)]) {
     };
     let mut running = Vec::new();
     if !steps.iter().any(|step| step.command.contains("serve")) {
-        let log = File::create(&log).expect("a log");
+        let log = File::create(&log).expect("file created");
         running.push(ProcessGroup::start(s5().arg("serve").stdin(Stdio::null()).stderr(log)));
         wait_until("the default server listens", TIMEOUT, || TcpStream::connect("127.0.0.1:1080").is_ok());
     }
     for Step { command, output } in steps {
         let printed = if let Some(ready) = ready_text(command) {
-            let file = File::create(&log).expect("a log");
+            let file = File::create(&log).expect("file created");
             let mut shell = shell(command);
-            let out = file.try_clone().expect("a second handle");
+            let out = file.try_clone().expect("cloned");
             running.push(ProcessGroup::start(shell.stdin(Stdio::null()).stdout(out).stderr(file)));
             let read = || fs::read_to_string(&log).unwrap_or_default();
             wait_until(command, COMMAND_TIMEOUT, || {
@@ -162,9 +162,9 @@ fn run_recipe(steps: &[Step], folder: &Path, environment: &[(&str, String)]) {
                 read().contains(ready)
             });
             if let Some(bnd) = read().strip_prefix("bound ").filter(|_| !command.contains("--bound-to")) {
-                let bnd: SocketAddr = bnd.trim().parse().expect("an address");
+                let bnd: SocketAddr = bnd.trim().parse().expect("valid address");
                 let mut peer = TcpStream::connect(bnd).expect("the proxy accepts");
-                peer.write_all(b"hello").expect("the data are sent");
+                peer.write_all(b"hello").expect("data sent");
                 wait_until("the peer is reported", TIMEOUT, || read().contains("accepted "));
             }
             read()
@@ -199,7 +199,7 @@ fn readme_commands_run_as_printed() {
         let script = format!("ip link set lo up && {add} mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"");
         let mut command = Command::new("unshare");
         command.args(["--mount", "--net", "--", "sh", "-c", &script, "sh", &hosts]);
-        command.arg(std::env::current_exe().expect("this test")).args(["--exact", TEST, "--nocapture"]);
+        command.arg(std::env::current_exe().expect("path of this test")).args(["--exact", TEST, "--nocapture"]);
         let output = run(command.env("S5_TEST_NAMESPACE", "1"), b"", 2 * COMMAND_TIMEOUT);
         let report = [output.stderr, output.stdout].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
         assert!(output.status.success() && report.contains("1 passed"), "in the namespace:\n{report}");

@@ -25,9 +25,9 @@ use crate::{LONG_TIMEOUT, ProcessGroup, exit_code, text, wait_for_session};
 fn start_server(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
-        let log = File::create(folder.join("log")).expect("a file");
+        let log = File::create(folder.join("log")).expect("file created");
         let mut command = command(addr);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("cloned")).stderr(log);
         let mut process = ProcessGroup::start(&mut command);
         let mut ended = false;
         wait_until("the address is listened on", LONG_TIMEOUT, || {
@@ -80,7 +80,7 @@ fn smtp_requires_crlf_option() {
         client.write(b"Subject: hello\n\none line\nanother\r\n.\nQUIT\n");
         client
     };
-    let mails = || std::fs::read_dir(&new).expect("a folder of mail").map(|entry| entry.expect("a mail").path());
+    let mails = || std::fs::read_dir(&new).expect("directory read").map(|entry| entry.expect("a mail").path());
     let target = addr.to_string();
 
     // The server waits for the end of the mail, a dot between two CR LF.
@@ -96,7 +96,7 @@ fn smtp_requires_crlf_option() {
     assert_eq!(codes, ["220", "250", "250", "250", "354", "250", "221"], "{stdout}");
     let mails: Vec<_> = mails().collect();
     assert_eq!(mails.len(), 1);
-    let mail = std::fs::read_to_string(&mails[0]).expect("a mail");
+    let mail = std::fs::read_to_string(&mails[0]).expect("file read");
     assert!(mail.contains("Subject: hello\n") && mail.ends_with("\n\none line\nanother\n"), "{mail:?}");
 }
 
@@ -191,12 +191,12 @@ const CONNECTIONS: usize = 8;
 fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
     let target = tcp_server(V4, |mut stream| {
         let direction = read_exact(&mut stream, 1);
-        stream.write_all(b"+").expect("the data is sent");
+        stream.write_all(b"+").expect("data sent");
         if direction == *b"d" {
             send_pattern(&mut stream, BYTES_EACH, |_| {});
         } else {
             check_pattern(&mut stream, BYTES_EACH);
-            stream.write_all(b"right").expect("the data is sent");
+            stream.write_all(b"right").expect("data sent");
         }
     });
     let server = Server::start(&[]);
@@ -205,7 +205,7 @@ fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
     let idle = (forward.descriptors(), idle_descriptors(&server));
     let open = |n: usize| {
         let (mut stream, goes_up) = (forward.connect(), n.is_multiple_of(2));
-        stream.write_all(if goes_up { b"u" } else { b"d" }).expect("the data is sent");
+        stream.write_all(if goes_up { b"u" } else { b"d" }).expect("data sent");
         assert_eq!(read_exact(&mut stream, 1), b"+");
         (stream, goes_up)
     };
@@ -214,10 +214,10 @@ fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
     thread::scope(|scope| {
         for (mut stream, goes_up) in streams {
             scope.spawn(move || {
-                stream.set_read_timeout(Some(LONG_TIMEOUT)).expect("a timeout can be set");
+                stream.set_read_timeout(Some(LONG_TIMEOUT)).expect("timeout set");
                 if goes_up {
                     send_pattern(&mut stream, BYTES_EACH, |_| {});
-                    stream.shutdown(Shutdown::Write).expect("the socket is half-closed");
+                    stream.shutdown(Shutdown::Write).expect("half-closed");
                     assert_eq!(read_exact(&mut stream, 5), b"right");
                 } else {
                     check_pattern(&mut stream, BYTES_EACH);

@@ -32,7 +32,7 @@ impl Sshd {
             let mut keygen = Command::new("ssh-keygen");
             stdout(keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", key, "-f", &path(key)]), b"");
         }
-        let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("a public key");
+        let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("file read");
         write_file(folder.path(), "known_hosts", &format!("* {}", public("host_key")));
         // StrictModes refuses files below a world-writable directory, as the temporary directory is. Without PAM, an
         // sshd that is not root can't read the user's password, and treats the account as locked.
@@ -48,16 +48,16 @@ impl Sshd {
                 Path::new(env!("CARGO_BIN_EXE_s5")).with_file_name("").display(),
             ),
         );
-        let log = File::create(folder.path().join("log")).expect("a file");
+        let log = File::create(folder.path().join("log")).expect("file created");
         let children = Arc::new(Mutex::new(Vec::new()));
         let shared = children.clone();
         let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |stream| {
             let socket = OwnedFd::from(stream);
-            let again = socket.try_clone().expect("a second handle");
+            let again = socket.try_clone().expect("cloned");
             let mut command = sshd();
             command.args(["-i", "-e", "-f", &config]).stdin(Stdio::from(socket)).stdout(Stdio::from(again));
-            command.stderr(log.try_clone().expect("a second handle"));
-            shared.lock().expect("no panic holds it").push(ProcessGroup::start(&mut command));
+            command.stderr(log.try_clone().expect("cloned"));
+            shared.lock().expect("not poisoned").push(ProcessGroup::start(&mut command));
         });
         Self { addr, folder, children }
     }
@@ -120,8 +120,8 @@ pub(crate) fn git(folder: &Path) -> Command {
 /// Creates a repository with one commit of a file with this content.
 pub(crate) fn repository(folder: &Path, content: &[u8]) -> PathBuf {
     let path = folder.join("origin");
-    std::fs::create_dir(&path).expect("a folder");
-    std::fs::write(path.join("file"), content).expect("a file");
+    std::fs::create_dir(&path).expect("directory created");
+    std::fs::write(path.join("file"), content).expect("file written");
     stdout(git(&path).args(["init", "-q", "-b", "main"]), b"");
     stdout(git(&path).args(["add", "file"]), b"");
     let author = ["-c", "user.name=anna", "-c", "user.email=anna@localhost", "-c", "commit.gpgsign=false"];
@@ -200,7 +200,7 @@ fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
         let mut ssh = sshd.ssh(&format!("DynamicForward {addr}\nExitOnForwardFailure yes"));
-        let log = File::create(sshd.folder.path().join("ssh_d")).expect("a file");
+        let log = File::create(sshd.folder.path().join("ssh_d")).expect("file created");
         ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
         let mut process = ProcessGroup::start(&mut ssh);
         let mut ended = false;

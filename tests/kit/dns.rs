@@ -38,7 +38,7 @@ pub fn start() -> Queries {
 
 /// Starts a server. `choose` returns the answer for a name and the number of earlier A queries for it.
 pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Queries {
-    let socket = UdpSocket::bind("127.0.0.1:53").expect("the port is free in here");
+    let socket = UdpSocket::bind("127.0.0.1:53").expect("the port is free in this namespace");
     let queries = Queries::default();
     let shared = queries.clone();
     thread::spawn(move || {
@@ -49,7 +49,7 @@ pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Qu
             let nth = times.entry(name.clone()).or_default();
             let answer = choose(&name, *nth);
             *nth += usize::from(is_a);
-            shared.lock().expect("no panic").push(name);
+            shared.lock().expect("not poisoned").push(name);
             if let Some(answer) = encode(&query, question, is_a, answer) {
                 let _ = socket.send_to(&answer, from);
             }
@@ -76,7 +76,7 @@ fn encode(query: &[u8], question: &[u8], is_a: bool, answer: Answer) -> Option<V
         Answer::Rcode(rcode) => (rcode, Vec::new()),
         Answer::Addrs(ips) => (0, if is_a { ips } else { Vec::new() }),
     };
-    let count = u8::try_from(ips.len()).expect("a few addresses");
+    let count = u8::try_from(ips.len()).expect("at most 255");
     let mut bytes = vec![query[0], query[1], 0x81, 0x80 | rcode, 0, 1, 0, count, 0, 0, 0, 0];
     bytes.extend(question);
     for ip in ips {

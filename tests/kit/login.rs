@@ -14,7 +14,8 @@ pub fn users_file(list: &[(&str, &str)]) -> (TempDir, String) {
 }
 
 pub fn users_file_with_cost(cost: u32, list: &[(&str, &str)]) -> (TempDir, String) {
-    let line = |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, cost).expect("a hash"));
+    let line =
+        |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, cost).expect("password hashed"));
     let folder = temp_dir();
     let path = write_file(folder.path(), "users", &list.iter().map(line).collect::<String>());
     (folder, path)
@@ -33,13 +34,13 @@ pub fn connect_from_ip(server: &Server, source: [u8; 4]) -> TcpStream {
 
 /// Greets with the method USERNAME/PASSWORD, which the server must select.
 pub fn select_password(stream: &mut TcpStream) {
-    stream.write_all(&[5, 1, 2]).expect("the greeting is sent");
+    stream.write_all(&[5, 1, 2]).expect("greeting sent");
     assert_eq!(read_exact(stream, 2), [5, 2]);
 }
 
 /// Sends user name and password. Returns STATUS.
 pub fn send_login(stream: &mut TcpStream, uname: &[u8], passwd: &[u8]) -> u8 {
-    stream.write_all(&login_message(uname, passwd)).expect("the credentials are sent");
+    stream.write_all(&login_message(uname, passwd)).expect("login sent");
     let [1, status] = read_exact(stream, 2)[..] else { panic!("VER of the answer to a login") };
     status
 }

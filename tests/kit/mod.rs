@@ -32,7 +32,7 @@ pub fn serve(listen: &str, count: usize, args: &[&str]) -> Server {
 /// Connects and greets without authentication.
 pub fn greet(server: &Server) -> TcpStream {
     let mut stream = server.connect();
-    stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    stream.write_all(&[5, 1, 0]).expect("greeting sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 0]);
     stream
 }
@@ -49,33 +49,33 @@ pub fn request_by_name(command: u8, name: &str, port: u16) -> Vec<u8> {
 /// Like `common::open`, by name.
 pub fn open_by_name(server: &Server, command: u8, name: &str, port: u16) -> (TcpStream, u8, SocketAddr) {
     let mut stream = greet(server);
-    stream.write_all(&request_by_name(command, name, port)).expect("the request is sent");
+    stream.write_all(&request_by_name(command, name, port)).expect("request sent");
     let (rep, bnd) = read_reply(&mut stream);
     (stream, rep, bnd)
 }
 
 /// A listener on a port chosen by the kernel.
 pub fn listener(ip: IpAddr) -> (TcpListener, SocketAddr) {
-    let listener = TcpListener::bind((ip, 0)).expect("a port");
-    let addr = listener.local_addr().expect("an address");
+    let listener = TcpListener::bind((ip, 0)).expect("free port");
+    let addr = listener.local_addr().expect("local address");
     (listener, addr)
 }
 
 /// Accepts one connection and sets its read timeout.
 pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
-    let (stream, peer) = listener.accept().expect("a connection arrives");
-    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    let (stream, peer) = listener.accept().expect("connection accepted");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     (stream, peer)
 }
 
 /// Connects from a chosen address; port 0 is any.
 pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket");
-    socket.set_reuse_address(true).expect("an option");
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("socket created");
+    socket.set_reuse_address(true).expect("option set");
     socket.bind(&source.into()).expect("the source address is local");
     socket.connect(&to.into()).expect("the listener accepts");
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream
 }
 
@@ -88,10 +88,10 @@ pub struct FullBacklog {
 
 impl FullBacklog {
     pub fn at(addr: SocketAddr) -> Self {
-        let listener = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("a socket");
-        listener.bind(&addr.into()).expect("a port");
-        listener.listen(0).expect("it listens");
-        let addr = listener.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address");
+        let listener = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("socket created");
+        listener.bind(&addr.into()).expect("free port");
+        listener.listen(0).expect("listening");
+        let addr = listener.local_addr().ok().and_then(|addr| addr.as_socket()).expect("local address");
         // A backlog of 0 holds one connection.
         let queued = TcpStream::connect(addr).expect("the first one is queued");
         Self { addr, _listener: listener, _queued: queued }
@@ -132,21 +132,21 @@ pub fn stream_end(stream: &mut TcpStream) -> StreamEnd {
 
 /// Closes with an RST.
 pub fn reset(stream: TcpStream) {
-    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("option set");
 }
 
 /// Sends bytes and expects them back.
 pub fn ping(stream: &mut TcpStream, bytes: &[u8]) {
-    stream.write_all(bytes).expect("it is sent");
+    stream.write_all(bytes).expect("data sent");
     assert_eq!(read_exact(stream, bytes.len()), bytes);
 }
 
 /// Fails if any data arrives within `time`.
 pub fn assert_no_data(stream: &TcpStream, time: Duration) {
-    stream.set_read_timeout(Some(time)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(time)).expect("timeout set");
     let error = stream.peek(&mut [0]).expect_err("no data arrives");
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
-    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout can be set");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
 }
 
 /// Resident memory of the server in KiB.
@@ -191,7 +191,7 @@ pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) 
     while left > 0 {
         // Larger than a relay's buffer, so that reads fill it even on a slow machine.
         for piece in pattern()[..left.min(pattern().len())].chunks(1 << 18) {
-            stream.write_all(piece).expect("it is sent");
+            stream.write_all(piece).expect("data sent");
             left -= piece.len();
             sent(piece.len());
         }
@@ -203,7 +203,7 @@ pub fn check_pattern(stream: &mut impl Read, total: usize) {
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0;
     loop {
-        let n = stream.read(&mut buffer).expect("it can be read");
+        let n = stream.read(&mut buffer).expect("data received");
         if n == 0 {
             break;
         }

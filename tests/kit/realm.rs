@@ -59,7 +59,7 @@ impl Realm {
     ///
     /// The principal nokey/localhost exists too, without a keytab.
     pub fn with(options: &Options) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("temporary directory");
         // Another process may have the UDP port.
         for _ in 0..20 {
             let port = Port::reserve();
@@ -91,7 +91,7 @@ impl Realm {
     pub fn stop_answering(&mut self) {
         self.stop();
         self.silent = Some(UdpSocket::bind((V4, self.port.number)).expect("the KDC's port is free again"));
-        self.port.socket.listen(16).expect("the port is ours");
+        self.port.socket.listen(16).expect("listening");
     }
 
     /// Stops the KDC and closes its port.
@@ -155,7 +155,7 @@ pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, 
         return None;
     }
     let mut realm = Realm::with(options);
-    let mut command = Command::new(std::env::current_exe().expect("this test"));
+    let mut command = Command::new(std::env::current_exe().expect("path of this test"));
     command.args(["--exact", test, "--nocapture"]);
     realm.env(&mut command).env(REALM_VARIABLE, realm.folder.path());
     prepare(&mut realm, &mut command);
@@ -181,10 +181,10 @@ struct Port {
 
 impl Port {
     fn reserve() -> Self {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-        socket.set_reuse_address(true).and_then(|()| socket.set_reuse_port(true)).expect("options");
-        socket.bind(&SocketAddr::new(V4, 0).into()).expect("a port");
-        let addr = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("an address");
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket created");
+        socket.set_reuse_address(true).and_then(|()| socket.set_reuse_port(true)).expect("option set");
+        socket.bind(&SocketAddr::new(V4, 0).into()).expect("free port");
+        let addr = socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("local address");
         Self { socket, number: addr.port() }
     }
 }
@@ -262,7 +262,7 @@ fn write_config(folder: &Path, port: u16, options: &Options) {
         folder = folder.display()
     );
     for (name, text) in [("krb5.conf", &*krb5), ("kdc.conf", &*kdc), ("kadm5.acl", "")] {
-        std::fs::write(folder.join(name), text).expect("a file");
+        std::fs::write(folder.join(name), text).expect("file written");
     }
 }
 

@@ -13,7 +13,7 @@ fn connection_over_the_limit_waits_until_another_one_ends() {
     let dst = echo_server();
     let [(mut first, ..), (second, ..)] = [(); 2].map(|()| open(&server, CONNECT, dst));
     let mut third = server.connect();
-    third.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    third.write_all(&[5, 1, 0]).expect("greeting sent");
     server.wait_log(|log| log.contains("limit of 2 connections reached: new ones wait"));
     assert_no_data(&third, Duration::from_millis(100));
     ping(&mut first, b"not disturbed");
@@ -44,8 +44,8 @@ fn idle_listener_holds_no_connection_permit() {
     );
     for addr in &server.addrs {
         let mut stream = TcpStream::connect(addr).expect("the server accepts");
-        stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
-        stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+        stream.write_all(&[5, 1, 0]).expect("greeting sent");
         assert_eq!(read_exact(&mut stream, 2), [5, 0], "{addr}");
     }
 }
@@ -75,7 +75,7 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     let lines = u64::try_from(server.log().matches("Too many open files").count()).expect("a number");
     assert!(lines <= 3 + started.elapsed().as_secs(), "{lines} log lines");
     let mut waiting = server.connect();
-    waiting.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    waiting.write_all(&[5, 1, 0]).expect("greeting sent");
     drop(silent);
     let resumed = Instant::now();
     assert_eq!(read_exact(&mut waiting, 2), [5, 0]);
@@ -98,7 +98,7 @@ fn connect_without_a_free_descriptor_gets_general_failure() {
     let mut stream = greet(&server);
     let _silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
     server.wait_log(|log| log.contains("Too many open files"));
-    stream.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
+    stream.write_all(&crate::common::request(CONNECT, dst)).expect("request sent");
     assert_eq!(crate::common::read_reply(&mut stream).0, 1);
     drop(target);
 }

@@ -11,7 +11,7 @@ use crate::kit::{CONNECT, StreamEnd, fastest, greet, idle_descriptors, ping, ses
 /// Sends bytes and returns the answer, up to the end of the stream.
 fn answer_to(server: &Server, bytes: &[u8]) -> Vec<u8> {
     let mut stream = server.connect();
-    stream.write_all(bytes).expect("it is sent");
+    stream.write_all(bytes).expect("data sent");
     match stream_end(&mut stream) {
         StreamEnd::Closed(answer) => answer,
         StreamEnd::Reset => panic!("reset after {bytes:02x?}"),
@@ -24,7 +24,7 @@ fn handshake_timeout_closes_clients_that_stop_at_any_stage() {
     let stages: [&[u8]; 4] = [b"", &[5], &[5, 1, 0], &[5, 1, 0, 5, 1, 0, 1, 127]];
     let streams = stages.map(|stage| {
         let mut stream = server.connect();
-        stream.write_all(stage).expect("it is sent");
+        stream.write_all(stage).expect("data sent");
         stream
     });
     for mut stream in streams {
@@ -41,7 +41,7 @@ fn handshake_timeout_is_not_extended_by_single_bytes() {
     let server = Server::start(&["--handshake-timeout", "600ms"]);
     let mut stream = server.connect();
     let started = Instant::now();
-    let mut sending = stream.try_clone().expect("a second handle");
+    let mut sending = stream.try_clone().expect("cloned");
     let sender = thread::spawn(move || {
         // The greeting announces 255 methods; the last of them is never sent.
         let _ = sending.write_all(&[5, 255]);
@@ -57,7 +57,7 @@ fn handshake_timeout_is_not_extended_by_single_bytes() {
     assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     assert!(time >= Duration::from_millis(550) && time < Duration::from_secs(5), "{time:?}");
     drop(stream);
-    sender.join().expect("the sender ends");
+    sender.join().expect("the thread does not panic");
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn three_hundred_silent_clients_do_not_delay_others() {
 fn http_requests_get_a_501_response_that_names_socks5() {
     let server = Server::start(&[]);
     for request in ["GET / HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT x:443 HTTP/1.1\r\n\r\n", "POST / HTTP/1.0\r\n\r\n"] {
-        let answer = String::from_utf8(answer_to(&server, request.as_bytes())).expect("text");
+        let answer = String::from_utf8(answer_to(&server, request.as_bytes())).expect("UTF-8");
         let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
         assert!(head.starts_with("HTTP/1.") && head.lines().next().expect("a line").contains(" 501 "), "{head}");
         let length =
@@ -111,7 +111,7 @@ fn tls_and_random_bytes_are_closed_without_an_answer() {
     let inputs: [&[u8]; 3] = [&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3], &[0, 0, 0], &[0xFF; 100]];
     for bytes in inputs {
         let mut stream = server.connect();
-        stream.write_all(bytes).expect("it is sent");
+        stream.write_all(bytes).expect("data sent");
         // A reset is fine, because there is no answer that it could discard.
         let end = stream_end(&mut stream);
         assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
@@ -128,8 +128,8 @@ fn refusal_of_a_greeting_arrives_despite_unread_data() {
     let mut all = vec![5, 1, 2];
     all.extend([0; 32 * 1024]);
     let mut stream = server.connect();
-    stream.write_all(&all).expect("it is sent");
-    stream.shutdown(std::net::Shutdown::Write).expect("half-close");
+    stream.write_all(&all).expect("data sent");
+    stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 0xFF]));
 }
 
@@ -142,7 +142,7 @@ fn clients_that_close_after_any_byte_leak_no_descriptor() {
     for length in 0..=whole.len() {
         for end in [drop as fn(TcpStream), crate::kit::reset] {
             let mut stream = server.connect();
-            stream.write_all(&whole[..length]).expect("it is sent");
+            stream.write_all(&whole[..length]).expect("data sent");
             end(stream);
         }
     }

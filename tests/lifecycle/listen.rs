@@ -8,20 +8,20 @@ use crate::common::{Server, TIMEOUT, echo_server, in_namespace, open, run, s5, t
 use crate::kit::{CONNECT, V4, V6, listener, ping, serve};
 
 fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("an address")
+    text.parse().expect("valid address")
 }
 
 /// Greets, and expects NO AUTHENTICATION.
 fn assert_serves(stream: &mut (impl std::io::Read + std::io::Write)) {
-    stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    stream.write_all(&[5, 1, 0]).expect("greeting sent");
     let mut selection = [0; 2];
-    stream.read_exact(&mut selection).expect("a selection");
+    stream.read_exact(&mut selection).expect("method selection received");
     assert_eq!(selection, [5, 0]);
 }
 
 fn assert_listens(addr: SocketAddr) {
     let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
-    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     assert_serves(&mut stream);
 }
 
@@ -29,7 +29,7 @@ fn assert_listens(addr: SocketAddr) {
 fn start_error(args: &[&str]) -> String {
     let output = run(s5().arg("serve").args(args), b"", TIMEOUT);
     assert!(!output.status.success(), "{args:?}");
-    let stderr = String::from_utf8(output.stderr).expect("text");
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
     let last = stderr.lines().last().unwrap_or_default().to_owned();
     assert!(last.starts_with("s5: "), "{args:?}: {stderr}");
     last
@@ -52,7 +52,7 @@ fn listen_star_binds_all_addresses_of_both_families() {
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
     for ip in ["127.0.0.1", "127.0.0.2", "::1"] {
-        assert_listens(SocketAddr::new(ip.parse().expect("an address"), server.addr().port()));
+        assert_listens(SocketAddr::new(ip.parse().expect("valid address"), server.addr().port()));
     }
 }
 
@@ -81,16 +81,16 @@ fn unix_socket_serves_clients_and_is_removed_at_exit() {
     let listen = format!("unix:{}", path.display());
     let mut server = serve(&listen, 1, &[]);
     assert!(server.log().contains(&format!("listening on {listen}")));
-    let mut stream = UnixStream::connect(&path).expect("the server listens");
+    let mut stream = UnixStream::connect(&path).expect("the listener accepts");
     assert_serves(&mut stream);
     let dst = echo_server();
-    stream.write_all(&crate::common::request(CONNECT, dst)).expect("the request is sent");
+    stream.write_all(&crate::common::request(CONNECT, dst)).expect("request sent");
     let mut reply = [0; 10];
-    stream.read_exact(&mut reply).expect("a reply");
+    stream.read_exact(&mut reply).expect("reply received");
     assert_eq!(reply[..2], [5, 0]);
-    stream.write_all(b"hello").expect("it is sent");
+    stream.write_all(b"hello").expect("data sent");
     let mut answer = [0; 5];
-    stream.read_exact(&mut answer).expect("an answer");
+    stream.read_exact(&mut answer).expect("answer received");
     assert_eq!(&answer, b"hello");
     drop(stream);
     assert!(server.wait_log(|log| log.contains("session ")).contains("client=unix "));
@@ -105,11 +105,11 @@ fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     // Dropping a listener does not remove its file.
-    drop(UnixListener::bind(&path).expect("a socket"));
+    drop(UnixListener::bind(&path).expect("bound"));
     let _server = serve(&listen, 1, &[]);
     let error = start_error(&["--listen", &listen]);
     assert!(error.contains(&listen), "{error}");
-    assert_serves(&mut UnixStream::connect(&path).expect("the first one still listens"));
+    assert_serves(&mut UnixStream::connect(&path).expect("the listener accepts"));
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn listen_keeps_a_file_that_is_not_a_socket() {
     let path = crate::common::write_file(folder.path(), "precious", "text");
     let error = start_error(&["--listen", &format!("unix:{path}")]);
     assert!(error.contains(&path), "{error}");
-    assert_eq!(std::fs::read_to_string(path).expect("the file is still there"), "text");
+    assert_eq!(std::fs::read_to_string(path).expect("file read"), "text");
 }
 
 #[test]

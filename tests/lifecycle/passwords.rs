@@ -21,9 +21,9 @@ fn connect_from_unused_ip(server: &Server) -> TcpStream {
 fn login(server: &Server, uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
     let mut stream = connect_from_unused_ip(server);
     stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout: hashing is slow by design");
-    stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
+    stream.write_all(&[5, 2, 0, 2]).expect("greeting sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 2], "never NO AUTHENTICATION");
-    stream.write_all(&login_message(uname, passwd)).expect("the credentials are sent");
+    stream.write_all(&login_message(uname, passwd)).expect("login sent");
     let status = read_exact(&mut stream, 2);
     assert_eq!(status[0], 1);
     (stream, status[1])
@@ -45,7 +45,7 @@ fn login_with_correct_credentials_succeeds() {
     for (uname, passwd) in [("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)] {
         let (mut stream, status) = login(&server, uname.as_bytes(), passwd.as_bytes());
         assert_eq!(status, 0, "{uname}");
-        stream.write_all(&request(CONNECT, dst)).expect("the request is sent");
+        stream.write_all(&request(CONNECT, dst)).expect("request sent");
         assert_eq!(read_reply(&mut stream).0, 0);
         ping(&mut stream, b"hello");
     }
@@ -88,7 +88,7 @@ fn login_with_empty_name_or_password_is_refused() {
     let server = Server::start(&["--users", &users]);
     assert_refused(&server, b"alice", b"");
     let mut stream = server.connect();
-    stream.write_all(&[5, 1, 2, 1, 0]).expect("it is sent");
+    stream.write_all(&[5, 1, 2, 1, 0]).expect("data sent");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
 }
 
@@ -100,13 +100,13 @@ fn users_file_disables_no_authentication() {
     for offer in offers {
         let mut stream = server.connect();
         // The request after it must not be answered.
-        stream.write_all(&[offer, &request(CONNECT, echo_server())].concat()).expect("it is sent");
+        stream.write_all(&[offer, &request(CONNECT, echo_server())].concat()).expect("data sent");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 0xFF]), "{offer:?}");
     }
     // Nor one after a wrong password.
     let mut stream = server.connect();
     let all = [vec![5, 1, 2], login_message(b"alice", b"wrong"), request(CONNECT, echo_server())].concat();
-    stream.write_all(&all).expect("it is sent");
+    stream.write_all(&all).expect("data sent");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
 }
 
@@ -122,7 +122,7 @@ fn empty_users_file_refuses_every_login() {
 fn argon2_password_of_255_bytes_is_compared_whole() {
     let folder = temp_dir();
     let users = folder.path().join("users");
-    let users = users.to_str().expect("a path of text");
+    let users = users.to_str().expect("UTF-8 path");
     let long = "p".repeat(255);
     add_user(users, "alice", &long);
     let server = Server::start(&["--users", users]);
@@ -145,7 +145,7 @@ fn concurrent_logins_of_one_user_cost_one_hash() {
     const LOGINS: usize = 500;
     let folder = temp_dir();
     let users = folder.path().join("users");
-    let users = users.to_str().expect("a path of text");
+    let users = users.to_str().expect("UTF-8 path");
     add_user(users, "alice", "secret");
     let cost_of = |logins: usize| {
         let server = Server::start(&["--users", users]);
@@ -156,9 +156,9 @@ fn concurrent_logins_of_one_user_cost_one_hash() {
                 scope.spawn(|| {
                     let mut streams: Vec<TcpStream> = (0..logins.div_ceil(10)).map(|_| server.connect()).collect();
                     for stream in &mut streams {
-                        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+                        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout set");
                         let all = [vec![5, 1, 2], login_message(b"alice", b"secret")].concat();
-                        stream.write_all(&all).expect("it is sent");
+                        stream.write_all(&all).expect("data sent");
                     }
                     for stream in &mut streams {
                         assert_eq!(read_exact(stream, 4), [5, 2, 1, 0]);
@@ -177,17 +177,17 @@ fn concurrent_logins_of_one_user_cost_one_hash() {
 fn password_hashing_does_not_delay_tunnels() {
     let folder = temp_dir();
     let users = folder.path().join("users");
-    let users = users.to_str().expect("a path of text");
+    let users = users.to_str().expect("UTF-8 path");
     add_user(users, "alice", "secret");
     let server = Server::start(&["--users", users, "--threads", "1", "--handshake-timeout", "60"]);
     let (mut stream, status) = login(&server, b"alice", b"secret");
     assert_eq!(status, 0);
-    stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
+    stream.write_all(&request(CONNECT, echo_server())).expect("request sent");
     assert_eq!(read_reply(&mut stream).0, 0);
     let mut guessing: Vec<TcpStream> = (0..20).map(|_| server.connect()).collect();
     for (n, guess) in (0..20_u8).zip(&mut guessing) {
         let all = [vec![5, 1, 2], login_message(b"alice", &[b'x', n])].concat();
-        guess.write_all(&all).expect("it is sent");
+        guess.write_all(&all).expect("data sent");
         assert_eq!(read_exact(guess, 2), [5, 2]);
     }
     let fastest = fastest(|| ping(&mut stream, b"hello"));

@@ -47,9 +47,9 @@ fn session_log_line_has_all_keys_and_values() {
     let server = Server::start(&[]);
     let dst = echo_server();
     let (mut stream, _, bnd) = open(&server, CONNECT, dst);
-    let client = stream.local_addr().expect("an address");
-    stream.write_all(b"hello").expect("it is sent");
-    stream.shutdown(Shutdown::Write).expect("half-close");
+    let client = stream.local_addr().expect("local address");
+    stream.write_all(b"hello").expect("data sent");
+    stream.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"hello".to_vec()));
     let log = server.wait_log(|log| !session_lines(log).is_empty());
     let line = lines(&log)[0];
@@ -79,8 +79,8 @@ fn each_session_logs_one_line_however_it_ends() {
     drop(greet(&server));
     drop(open(&server, CONNECT, echo));
     drop(open(&server, CONNECT, closed_port()));
-    drop(open(&server, 3, "0.0.0.0:0".parse().expect("an address")));
-    drop(open(&server, 2, "0.0.0.0:0".parse().expect("an address")));
+    drop(open(&server, 3, "0.0.0.0:0".parse().expect("valid address")));
+    drop(open(&server, 2, "0.0.0.0:0".parse().expect("valid address")));
     drop(open(&server, 9, echo));
     crate::kit::reset(greet(&server));
     let log = server.wait_log(|log| session_lines(log).len() >= 8);
@@ -113,11 +113,11 @@ fn control_bytes_of_domain_and_user_names_are_escaped() {
     let users = write_file(folder.path(), "users", "");
     let server = Server::start(&["--users", &users]);
     let uname = b"a\r\n\x1b[2J\"\0\xff rep=0";
-    let mut all = vec![5, 1, 2, 1, u8::try_from(uname.len()).expect("short")];
+    let mut all = vec![5, 1, 2, 1, u8::try_from(uname.len()).expect("at most 255")];
     all.extend(uname);
     all.extend([6, b's', b'e', b'c', b'r', b'e', b't']);
     let mut stream = server.connect();
-    stream.write_all(&all).expect("it is sent");
+    stream.write_all(&all).expect("data sent");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 2, 1, 1]));
     drop(stream);
     let log = server.wait_log(|log| !session_lines(log).is_empty());
@@ -128,7 +128,7 @@ fn control_bytes_of_domain_and_user_names_are_escaped() {
     let server = Server::start(&[]);
     for name in ["a\nb", "a\x1b[2Jb", "a\0b"] {
         let mut stream = greet(&server);
-        stream.write_all(&request_by_name(CONNECT, name, 80)).expect("it is sent");
+        stream.write_all(&request_by_name(CONNECT, name, 80)).expect("data sent");
         assert_eq!(read_exact(&mut stream, 2), [5, 1], "{name:?}");
     }
     let log = server.wait_log(|log| session_lines(log).len() == 3);
@@ -139,16 +139,16 @@ fn control_bytes_of_domain_and_user_names_are_escaped() {
 #[test]
 fn password_and_hash_are_not_logged_with_verbose() {
     let folder = temp_dir();
-    let hash = bcrypt::hash("open-sesame", 4).expect("a hash");
+    let hash = bcrypt::hash("open-sesame", 4).expect("password hashed");
     let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
     let server = Server::start(&["--users", &users, "-v"]);
     for passwd in ["open-sesame", "wrong-sesame"] {
         let mut stream = server.connect();
         let mut all = vec![5, 1, 2, 1, 5];
         all.extend(b"alice");
-        all.push(u8::try_from(passwd.len()).expect("short"));
+        all.push(u8::try_from(passwd.len()).expect("at most 255"));
         all.extend(passwd.as_bytes());
-        stream.write_all(&all).expect("it is sent");
+        stream.write_all(&all).expect("data sent");
         assert_eq!(read_exact(&mut stream, 3), [5, 2, 1]);
     }
     let log = server.wait_log(|log| session_lines(log).len() == 2);
@@ -170,7 +170,7 @@ fn quiet_server_logs_nothing() {
         .spawn()
         .expect("s5 starts");
     crate::common::wait_until("it listens", crate::common::TIMEOUT, || std::net::TcpStream::connect(&addr).is_ok());
-    child.kill().expect("it can be killed");
-    let output = child.wait_with_output().expect("it ends");
+    child.kill().expect("the child can be killed");
+    let output = child.wait_with_output().expect("the child can be waited for");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }

@@ -22,7 +22,7 @@ fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
         let addr = server.addr();
         wait_until("new connections are refused", TIMEOUT, || TcpStream::connect(addr).is_err());
         ping(&mut stream, b"to be finished");
-        stream.shutdown(std::net::Shutdown::Write).expect("half-close");
+        stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed, not reset");
         assert_eq!(server.wait(TIMEOUT).code(), Some(0), "{signal}");
         let log = server.wait_log(|log| log.contains("command=connect"));
@@ -50,7 +50,7 @@ fn drain_timeout_resets_the_remaining_tunnels() {
             })
             .collect();
         for (client, target) in &mut tunnels {
-            client.write_all(b"half of a").expect("it is sent");
+            client.write_all(b"half of a").expect("data sent");
             assert_eq!(read_exact(target, 9), b"half of a");
         }
         let (time, status) = timed(|| {
@@ -74,7 +74,7 @@ fn drain_timeout_resets_the_remaining_tunnels() {
 #[test]
 fn drain_timeout_closes_waiting_binds_and_udp_associations() {
     let mut server = Server::start(&["--drain", "100ms"]);
-    let any: SocketAddr = "0.0.0.0:0".parse().expect("an address");
+    let any: SocketAddr = "0.0.0.0:0".parse().expect("valid address");
     let (_bind, rep, bnd) = open(&server, BIND, any);
     assert_eq!(rep, 0);
     let (_association, rep, _) = open(&server, UDP_ASSOCIATE, any);
@@ -123,14 +123,14 @@ fn server_survives_a_closed_log_pipe() {
     drop(log);
     let served = std::panic::catch_unwind(|| {
         for _ in 0..20 {
-            let mut stream = TcpStream::connect(addr).expect("it accepts");
-            stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
-            stream.write_all(&[5, 1, 0]).expect("the greeting is sent");
+            let mut stream = TcpStream::connect(addr).expect("the listener accepts");
+            stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+            stream.write_all(&[5, 1, 0]).expect("greeting sent");
             assert_eq!(read_exact(&mut stream, 2), [5, 0]);
         }
     });
     let running = child.try_wait().expect("the child can be waited for").is_none();
-    child.kill().expect("it can be killed");
-    child.wait().expect("it ends");
+    child.kill().expect("the child can be killed");
+    child.wait().expect("the child can be waited for");
     assert!(served.is_ok() && running);
 }

@@ -104,8 +104,8 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
         let mut stream = connect_from(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), server.addrs[1]);
         select_password(&mut stream);
         // A client that does not wait for the answer has failed as well.
-        stream.write_all(&login_message(uname, b"wrong")).expect("it is sent");
-        stream.shutdown(Shutdown::Write).expect("half-close");
+        stream.write_all(&login_message(uname, b"wrong")).expect("data sent");
+        stream.shutdown(Shutdown::Write).expect("half-closed");
         stream_end(&mut stream);
         expected.push(Ipv6Addr::LOCALHOST.to_string());
     }
@@ -116,7 +116,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
             [request(CONNECT, closed_port()), request_by_name(CONNECT, &name, 80), request_by_name(2, &name, 80)]
         {
             let mut stream = log_in(&server, uname);
-            stream.write_all(&request).expect("it is sent");
+            stream.write_all(&request).expect("data sent");
             assert_ne!(read_reply(&mut stream).0, 0);
             others += 1;
         }
@@ -135,7 +135,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     ];
     for (message, answer) in incomplete {
         let mut stream = server.connect();
-        stream.write_all(message).expect("it is sent");
+        stream.write_all(message).expect("data sent");
         read_exact(&mut stream, answer);
         others += 1;
     }

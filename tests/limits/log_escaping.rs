@@ -87,7 +87,7 @@ fn assert_pairs(line: &str) {
 /// Greets and sends a request.
 fn send_request(server: &Server, request: &[u8]) -> TcpStream {
     let mut stream = greet(server);
-    stream.write_all(request).expect("it is sent");
+    stream.write_all(request).expect("data sent");
     stream
 }
 
@@ -107,7 +107,7 @@ fn hop(script: Vec<(usize, Vec<u8>)>) -> String {
 
 /// Returns a reply with a domain name in BND.
 fn reply_with_name(rep: u8, name: &[u8]) -> Vec<u8> {
-    [&[5, rep, 0, 3, u8::try_from(name.len()).expect("short")], name, &[0, 80]].concat()
+    [&[5, rep, 0, 3, u8::try_from(name.len()).expect("at most 255")], name, &[0, 80]].concat()
 }
 
 #[test]
@@ -130,18 +130,18 @@ fn domain_names_are_escaped_for_every_command_and_outcome() {
                 count += 2;
             }
         }
-        let (mut control, rep, bnd) = open(&server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("an address"));
+        let (mut control, rep, bnd) = open(&server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("valid address"));
         assert_eq!(rep, 0);
-        let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("free port");
         for trick in TRICKS {
             let name = request_bytes(0, &[trick, b".evil"].concat(), port);
-            socket.send_to(&[&[0, 0], &name[2..], b"data"].concat(), bnd).expect("it is sent");
+            socket.send_to(&[&[0, 0], &name[2..], b"data"].concat(), bnd).expect("datagram sent");
         }
         for stream in &mut streams {
             read_exact(stream, 2);
         }
         drop(streams);
-        control.shutdown(std::net::Shutdown::Write).expect("half-close");
+        control.shutdown(std::net::Shutdown::Write).expect("half-closed");
         stream_end(&mut control);
         let log = server.wait_log(|log| session_lines(log).len() > count);
         assert_harmless(&log, count + 1);
@@ -192,7 +192,7 @@ fn user_names_are_escaped_in_success_and_failure() {
     for n in 1..=3 {
         let (mut stream, status) = log_in(&server, [127, 9, 1, n], valid_name.as_bytes(), b"secret");
         assert_eq!(status, 0);
-        stream.write_all(&crate::common::request(CONNECT, echo_server())).expect("it is sent");
+        stream.write_all(&crate::common::request(CONNECT, echo_server())).expect("data sent");
         read_exact(&mut stream, 2);
         held.push(stream);
     }
@@ -215,7 +215,7 @@ fn assert_no_secret(text: &str, secrets: &[&str]) {
 fn passwords_and_hashes_are_not_logged_at_trace_level() {
     let folder = temp_dir();
     let (_users, users) = users_file(&[("alice", "open-sesame")]);
-    let text = std::fs::read_to_string(&users).expect("the file");
+    let text = std::fs::read_to_string(&users).expect("file read");
     let hash = text.trim().split_once(':').expect("a line").1.to_owned();
     let secrets = ["sesame", &hash, &hash[7..29], &hash[29..]];
     let refusing = |status: u8| hop(vec![(4, vec![5, 2]), (6, vec![]), (19, vec![1, status])]);
@@ -231,19 +231,19 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
             assert_eq!(status == 0, *passwd == "open-sesame");
             if status == 0 {
                 let dst = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 79 + u16::from(n)));
-                stream.write_all(&crate::common::request(CONNECT, dst)).expect("it is sent");
+                stream.write_all(&crate::common::request(CONNECT, dst)).expect("data sent");
                 assert_eq!(read_exact(&mut stream, 2)[0], 5);
             }
         }
         server.wait_log(|log| session_lines(log).len() == 5);
-        let good = std::fs::read_to_string(&users).expect("the file");
+        let good = std::fs::read_to_string(&users).expect("file read");
         for bad in [format!("{good}bob{hash}\n"), format!("{good}bob:{hash}!\n"), good.trim().into(), String::new()] {
             let before = server.log().matches("reload: ").count();
-            std::fs::write(&users, bad).expect("it is written");
+            std::fs::write(&users, bad).expect("file written");
             server.signal("HUP");
             server.wait_log(|log| log.matches("reload: ").count() > before);
         }
-        std::fs::write(&users, good).expect("it is written");
+        std::fs::write(&users, good).expect("file written");
         assert_no_secret(&server.log(), &secrets);
     }
 }
@@ -258,7 +258,7 @@ fn start_error(args: &[&str]) -> String {
 #[test]
 fn users_file_error_does_not_contain_hashes() {
     let folder = temp_dir();
-    let bcrypt = bcrypt::hash("sesame", 4).expect("a hash");
+    let bcrypt = bcrypt::hash("sesame", 4).expect("password hashed");
     let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("a line");
     let argon2 = argon2.split_once(':').expect("a line").1;
     for (hash, salt) in [(bcrypt.as_str(), &bcrypt[7..29]), (argon2, argon2.split('$').nth(4).expect("a salt"))] {

@@ -25,7 +25,7 @@ fn seconds(n: u64) -> Duration {
 }
 
 fn set_timeout_seconds(stream: &TcpStream, n: u64) {
-    stream.set_read_timeout(Some(seconds(n))).expect("a timeout can be set");
+    stream.set_read_timeout(Some(seconds(n))).expect("timeout set");
 }
 
 #[test]
@@ -51,10 +51,10 @@ fn login_delay_doubles_and_other_addresses_are_not_delayed() {
             let (time, (_, status)) = timed(|| log_in(&server, [127, 5, 1, n], b"alice", b"secret"));
             assert!(status == 0 && time < NO_DELAY, "another address: {time:?}");
         }
-        let (time, (mut stream, status)) = right.join().expect("a login");
+        let (time, (mut stream, status)) = right.join().expect("the thread does not panic");
         assert!(status == 0 && time >= seconds(4) && time < seconds(4) + NO_DELAY, "{status} {time:?}");
         // The delay does not count against the handshake timeout.
-        stream.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
+        stream.write_all(&request(CONNECT, echo_server())).expect("request sent");
         assert_eq!(read_reply(&mut stream).0, 0);
         ping(&mut stream, b"hello");
         // Only the rest of the handshake timeout is left for the request.
@@ -84,7 +84,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     let cpu = server.cpu_seconds();
     for (guess, n) in guesses.iter_mut().zip(0..) {
         assert!(!server.log().contains("too many"), "blocked before attempt {n}");
-        guess.write_all(&login_message(b"alice", &[b'x', n])).expect("it is sent");
+        guess.write_all(&login_message(b"alice", &[b'x', n])).expect("data sent");
     }
     let block_line = "too many failed logins from 127.6.0.1: blocked for 600 s";
     server.wait_log(|log| log.contains(block_line));
@@ -93,7 +93,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     for (stream, n) in pending.iter_mut().zip(0..) {
         // Some passwords are right; none is verified.
         let passwd: &[u8] = if n % 4 == 0 { b"secret" } else { &[b'y', n] };
-        stream.write_all(&login_message(b"alice", passwd)).expect("it is sent");
+        stream.write_all(&login_message(b"alice", passwd)).expect("data sent");
     }
     for _ in 0..3 {
         let (time, end) = timed(|| stream_end(&mut connect_from_ip(&server, guesser)));
@@ -101,7 +101,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     }
     let (mut other, status) = log_in(&server, [127, 6, 0, 2], b"alice", b"secret");
     assert_eq!(status, 0, "another address");
-    other.write_all(&request(CONNECT, echo_server())).expect("the request is sent");
+    other.write_all(&request(CONNECT, echo_server())).expect("request sent");
     assert_eq!(read_reply(&mut other).0, 0);
     for mut guess in guesses {
         assert_eq!(read_exact(&mut guess, 2), [1, 1], "each guess is answered");
@@ -122,7 +122,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
 /// Returns the time from a wrong password to its answer.
 fn refusal_time(server: &Server, source: [u8; 4], uname: &[u8]) -> Duration {
     let mut stream = connect_from_ip(server, source);
-    stream.set_nodelay(true).expect("an option");
+    stream.set_nodelay(true).expect("option set");
     select_password(&mut stream);
     let (time, status) = timed(|| send_login(&mut stream, uname, b"wrong"));
     assert_ne!(status, 0);
@@ -186,7 +186,7 @@ fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
                 })
             })
             .collect();
-        guessing.into_iter().flat_map(|guesses| guesses.join().expect("guesses")).collect::<Vec<_>>()
+        guessing.into_iter().flat_map(|guesses| guesses.join().expect("the thread does not panic")).collect::<Vec<_>>()
     });
     let max_size = |quarter: usize| {
         let within = |n: usize| n * 4 / SOURCES == quarter;

@@ -40,8 +40,8 @@ fn count(mut stream: TcpStream, counter: &AtomicU64) {
 }
 
 fn receive_and_send(stream: TcpStream, is_sender: bool, counter: &Counter) {
-    let (other, counter) = (stream.try_clone().expect("a second handle"), counter.clone());
-    stream.set_read_timeout(None).expect("an option");
+    let (other, counter) = (stream.try_clone().expect("cloned"), counter.clone());
+    stream.set_read_timeout(None).expect("timeout set");
     thread::spawn(move || count(other, &counter));
     if is_sender {
         thread::spawn(move || send_all(stream));
@@ -59,7 +59,7 @@ struct BusyClient(TcpStream);
 
 impl BusyClient {
     fn new(stream: TcpStream, directions: u8, counter: &Counter) -> Self {
-        receive_and_send(stream.try_clone().expect("a second handle"), directions & UP != 0, counter);
+        receive_and_send(stream.try_clone().expect("cloned"), directions & UP != 0, counter);
         Self(stream)
     }
 }
@@ -82,7 +82,7 @@ fn busy_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str)) -> (
     let counter = Counter::default();
     let (mut stream, status) = log_in(server, source, uname.as_bytes(), passwd.as_bytes());
     assert_eq!(status, 0);
-    stream.write_all(&request(CONNECT, target(DOWN, &counter))).expect("the request is sent");
+    stream.write_all(&request(CONNECT, target(DOWN, &counter))).expect("request sent");
     assert_eq!(read_reply(&mut stream).0, 0);
     (BusyClient::new(stream, DOWN, &counter), counter)
 }
@@ -192,21 +192,21 @@ fn rate_limit_starves_no_direction_of_a_session() {
 /// Sends three times the rate limit of 400 kB/s through an association. Returns the bytes that arrive at the target,
 /// plus those of its answers that arrive at the client.
 fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
-    let (socket, sink) = (UdpSocket::bind("127.0.0.1:0").expect("a port"), UdpSocket::bind("127.0.0.1:0"));
+    let (socket, sink) = (UdpSocket::bind("127.0.0.1:0").expect("free port"), UdpSocket::bind("127.0.0.1:0"));
     let sink = sink.expect("a port");
-    let (_control, rep, bnd) = open(server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("an address"));
+    let (_control, rep, bnd) = open(server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("valid address"));
     assert_eq!(rep, 0);
-    let head = message_with_addr([0, 0, 0], sink.local_addr().expect("an address"));
+    let head = message_with_addr([0, 0, 0], sink.local_addr().expect("local address"));
     let datagram = [&head[..], &[7; 1000]].concat();
     let (passed, over) = (AtomicU64::new(0), AtomicBool::new(false));
     let take = |socket: &UdpSocket, head: usize, answers: bool| {
-        socket.set_read_timeout(Some(Duration::from_millis(50))).expect("an option");
+        socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
         let mut buffer = [0; 2048];
         while !over.load(Ordering::Relaxed) {
             let Ok((n, from)) = socket.recv_from(&mut buffer) else { continue };
             passed.fetch_add((n - head) as u64, Ordering::Relaxed);
             if answers {
-                socket.send_to(&buffer[..n], from).expect("it is sent");
+                socket.send_to(&buffer[..n], from).expect("datagram sent");
             }
         }
     };
@@ -218,7 +218,7 @@ fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
         while started.elapsed() < time {
             // 1200 datagrams of 1000 bytes per second.
             while sent < started.elapsed().as_secs_f64() * 1200.0 {
-                socket.send_to(&datagram, bnd).expect("it is sent");
+                socket.send_to(&datagram, bnd).expect("datagram sent");
                 sent += 1.0;
             }
             thread::sleep(Duration::from_millis(1));
@@ -237,7 +237,7 @@ fn udp_association_drops_datagrams_above_its_rate_limit() {
     best_of_three(|| {
         let passed = thread::scope(|scope| {
             let floods = [false, true].map(|answers| scope.spawn(move || flood(server, answers, time)));
-            floods.map(|flood| flood.join().expect("a flood") as f64)
+            floods.map(|flood| flood.join().expect("the thread does not panic") as f64)
         });
         for (what, passed) in ["to a target", "there and back"].into_iter().zip(passed) {
             eprintln!("UDP {what}: {:.1} % of the limit", passed / whole * 100.0);
@@ -286,14 +286,14 @@ fn rate_limited_tunnel_loses_no_data_and_relays_half_close() {
     let server = Server::start(&["--rate", "4M"]);
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
-    let mut sending = stream.try_clone().expect("a second handle");
+    let mut sending = stream.try_clone().expect("cloned");
     let started = Instant::now();
     let sender = thread::spawn(move || {
         send_pattern(&mut sending, TOTAL, |_| {});
-        sending.shutdown(Shutdown::Write).expect("half-close");
+        sending.shutdown(Shutdown::Write).expect("half-closed");
     });
     check_pattern(&mut stream, TOTAL);
-    sender.join().expect("all is sent");
+    sender.join().expect("the thread does not panic");
     // 3 million bytes in both directions, of which the first million may be a burst.
     assert!(started.elapsed() > Duration::from_millis(450), "{:?}", started.elapsed());
     let log = server.wait_log(|log| log.contains("session client="));
@@ -331,7 +331,7 @@ fn idle_rate_limited_tunnels_use_no_cpu() {
     thread::sleep(Duration::from_millis(1500));
     let (wake_ups, cpu) = (voluntary_switches(&server) - before.0, server.cpu_seconds() - before.1);
     assert!(wake_ups <= 10 && cpu <= 0.011, "{wake_ups} wake-ups and {cpu} s of CPU");
-    tunnels[0].set_read_timeout(Some(TIMEOUT)).expect("an option");
-    tunnels[0].write_all(b"and it goes on").expect("it is sent");
+    tunnels[0].set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    tunnels[0].write_all(b"and it goes on").expect("data sent");
     assert_eq!(read_exact(&mut tunnels[0], 14), b"and it goes on");
 }

@@ -105,12 +105,12 @@ fn max_per_client_frees_the_slot_however_a_session_ends() {
         }),
         ("no acceptable method", |server| {
             let mut stream = server.connect();
-            stream.write_all(&[5, 1, 9]).expect("it is sent");
+            stream.write_all(&[5, 1, 9]).expect("data sent");
             assert_eq!(read_exact(&mut stream, 2), [5, 0xFF]);
             None
         }),
         ("not SOCKS5", |server| {
-            server.connect().write_all(b"GET / HTTP/1.1\r\n\r\n").expect("it is sent");
+            server.connect().write_all(b"GET / HTTP/1.1\r\n\r\n").expect("data sent");
             None
         }),
         ("refused", |server| {
@@ -185,7 +185,7 @@ fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
         assert!(add.status().expect("ip runs").success());
     }
     let server = serve("[2001:db8:1::1]:0", 1, &["--open", "--max-per-client", "2"]);
-    let [one, two, three, four] = sources.map(|source| SocketAddr::new(source.parse().expect("an address"), 0));
+    let [one, two, three, four] = sources.map(|source| SocketAddr::new(source.parse().expect("valid address"), 0));
     let connect = |from| connect_from(from, server.addr());
     let _held = [connect(one), connect(two)];
     assert_closed(connect(one));
@@ -207,7 +207,7 @@ fn max_per_user_denies_the_request_after_login_for_that_user_only() {
             last += 1;
             let (mut stream, status) = log_in(&server, [127, 0, 3, last], uname, passwd);
             assert_eq!(status, 0, "the login is right");
-            stream.write_all(&request(command, dst)).expect("the request is sent");
+            stream.write_all(&request(command, dst)).expect("request sent");
             let (rep, _) = read_reply(&mut stream);
             (stream, rep)
         };
@@ -243,7 +243,8 @@ fn open_simultaneously(server: &Server, messages: &[u8], answer: &[u8]) -> usize
                 })
             })
             .collect();
-        let streams: Vec<_> = clients.into_iter().filter_map(|client| client.join().expect("a client")).collect();
+        let streams: Vec<_> =
+            clients.into_iter().filter_map(|client| client.join().expect("the thread does not panic")).collect();
         streams.len()
     })
 }

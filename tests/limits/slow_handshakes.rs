@@ -54,7 +54,7 @@ fn open(server: &Server, count: usize, message: &[u8], answer: &[u8]) -> Vec<Tcp
     let connect = |n: usize| {
         let [.., high, low] = n.to_be_bytes();
         let mut stream = connect_from_ip(server, [127, 8, high, low]);
-        stream.write_all(message).expect("it is sent");
+        stream.write_all(message).expect("data sent");
         stream
     };
     let mut streams: Vec<TcpStream> = (0..count).map(connect).collect();
@@ -110,7 +110,7 @@ fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout() {
     thread::scope(|scope| {
         // All stages at the same time, each with its own server.
         let stalling = stages().map(|stage| scope.spawn(move || stall(Server::start(&args), stage)));
-        let stalled = stalling.map(|thread| thread.join().expect("all are connected"));
+        let stalled = stalling.map(|thread| thread.join().expect("the thread does not panic"));
         // The measurement is over; waiting does not disturb other tests.
         drop(machine);
         for clients in stalled {

@@ -25,20 +25,20 @@ fn read_address(path: &Path) -> SocketAddr {
 fn bound_to_file_has_only_the_address() {
     let (server, folder) = (Server::start(&[]), temp_dir());
     let path = folder.path().join("address");
-    std::fs::write(&path, "127.0.0.1:1\n of an earlier run").expect("a file");
-    std::fs::remove_file(&path).expect("the file is removed");
+    std::fs::write(&path, "127.0.0.1:1\n of an earlier run").expect("file written");
+    std::fs::remove_file(&path).expect("file removed");
     let mut command = s5();
     command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&path);
     let mut client = RunningProgram::start(&mut command);
     let at = read_address(&path);
     assert!(client.stderr(|stderr| stderr.contains("bound ")).contains(&at.to_string()));
-    let mut peer = TcpStream::connect(at).expect("the proxy listens there");
-    peer.write_all(b"hello").expect("the data is sent");
-    peer.shutdown(Shutdown::Write).expect("the socket is half-closed");
+    let mut peer = TcpStream::connect(at).expect("the listener accepts");
+    peer.write_all(b"hello").expect("data sent");
+    peer.shutdown(Shutdown::Write).expect("half-closed");
     client.close_stdin();
     assert_eq!(client.wait_exit(TIMEOUT).1, b"hello");
     let names: Vec<_> =
-        std::fs::read_dir(folder.path()).expect("a folder").flatten().map(|entry| entry.file_name()).collect();
+        std::fs::read_dir(folder.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["address"], "no temporary file is left");
 }
 
@@ -50,10 +50,10 @@ fn bound_to_descriptor_gets_the_address_and_is_closed() {
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{{ {script}; }} | cat"), env!("CARGO_BIN_EXE_s5"), &server.addr().to_string()]);
     let output = run(&mut command, b"", TIMEOUT);
-    let at: SocketAddr = text(&output.stdout).trim().parse().expect("an address");
+    let at: SocketAddr = text(&output.stdout).trim().parse().expect("valid address");
     let pid = text(&output.stderr).trim().to_owned();
     assert!(Path::new("/proc").join(&pid).exists(), "s5 still waits for its peer");
-    drop(TcpStream::connect(at).expect("the proxy listens there"));
+    drop(TcpStream::connect(at).expect("the listener accepts"));
     wait_until("the client exits", TIMEOUT, || !Path::new("/proc").join(&pid).join("exe").exists());
 }
 
@@ -85,9 +85,9 @@ fn bind_z_exits_when_the_peer_connects() {
     let server = Server::start(&[]);
     let mut client = RunningProgram::start(s5().args(["bind", "-z", "-x", &server.addr().to_string()]));
     let stderr = client.stderr(|stderr| stderr.contains("bound "));
-    let at: SocketAddr = stderr.trim().trim_start_matches("bound ").parse().expect("an address");
+    let at: SocketAddr = stderr.trim().trim_start_matches("bound ").parse().expect("valid address");
     assert!(client.is_running());
-    let peer = TcpStream::connect(at).expect("the proxy listens there");
+    let peer = TcpStream::connect(at).expect("the listener accepts");
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
     drop(peer);
 }
@@ -100,8 +100,8 @@ fn bind_program_has_the_peer_as_stdin_and_stdout() {
     let mut client = RunningProgram::start(s5().args(args));
     let stderr = client.stderr(|stderr| stderr.contains("bound "));
     let at = stderr.trim().trim_start_matches("bound ").to_owned();
-    let mut peer = TcpStream::connect(&at).expect("the proxy listens there");
-    peer.write_all(b"hello\n").expect("the data is sent");
+    let mut peer = TcpStream::connect(&at).expect("the listener accepts");
+    peer.write_all(b"hello\n").expect("data sent");
     let mut answer = String::new();
     peer.read_to_string(&mut answer).expect("the program answers");
     assert_eq!(answer, format!("you said hello to {at}\n"));
@@ -138,8 +138,8 @@ fn bind_example_of_readme_transfers_a_file() {
     let (here, there) = (line("s5 bind --bound-to address"), line("nc -N $(tr"));
     let (server, folder) = (Server::start(&[]), temp_dir());
     let content: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_be_bytes).collect();
-    std::fs::create_dir(folder.path().join("there")).expect("a folder");
-    std::fs::write(folder.path().join("there/file"), &content).expect("a file");
+    std::fs::create_dir(folder.path().join("there")).expect("directory created");
+    std::fs::write(folder.path().join("there/file"), &content).expect("file written");
     let shell = |script: &str, at: &Path| {
         let mut command = Command::new("sh");
         let script =
@@ -154,10 +154,7 @@ fn bind_example_of_readme_transfers_a_file() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     receiver.close_stdin();
     assert_eq!(receiver.wait_exit(TIMEOUT).0.code(), Some(0));
-    assert!(
-        std::fs::read(folder.path().join("received")).expect("the file was received") == content,
-        "the content differs"
-    );
+    assert!(std::fs::read(folder.path().join("received")).expect("file read") == content, "the content differs");
 }
 
 #[test]
@@ -165,8 +162,8 @@ fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     use std::os::unix::fs::PermissionsExt as _;
     let folder = temp_dir();
     let (path, link) = (folder.path().join("address"), folder.path().join("link"));
-    std::fs::write(&path, "127.0.0.1:1\n").expect("a file");
-    std::os::unix::fs::symlink(&path, &link).expect("a link");
+    std::fs::write(&path, "127.0.0.1:1\n").expect("file written");
+    std::os::unix::fs::symlink(&path, &link).expect("symlink created");
     // This proxy never replies, so the new address is not written.
     let silent = ScriptedServer::start(vec![crate::scripted::Step::Greeting, crate::scripted::Step::WaitForClose]);
     let mut command = s5();
@@ -175,7 +172,7 @@ fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     silent.message();
     assert!(!path.exists(), "the address of an earlier run is removed");
     drop(waiting);
-    std::fs::write(&path, "127.0.0.1:1\n").expect("a file");
+    std::fs::write(&path, "127.0.0.1:1\n").expect("file written");
     let server = Server::start(&[]);
     let mut command = s5();
     command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&link);
@@ -183,10 +180,10 @@ fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     client.stderr(|stderr| stderr.contains("bound "));
     read_address(&path);
     assert!(link.is_symlink(), "the link is not replaced");
-    let mode = std::fs::metadata(&path).expect("a file").permissions().mode() & 0o777;
+    let mode = std::fs::metadata(&path).expect("the file exists").permissions().mode() & 0o777;
     let usual = folder.path().join("usual");
-    std::fs::write(&usual, "").expect("a file");
-    assert_eq!(mode, std::fs::metadata(&usual).expect("a file").permissions().mode() & 0o777);
+    std::fs::write(&usual, "").expect("file written");
+    assert_eq!(mode, std::fs::metadata(&usual).expect("the file exists").permissions().mode() & 0o777);
 }
 
 #[test]
@@ -201,7 +198,7 @@ fn bind_ignores_no_proxy() {
 fn bound_to_descriptor_appends_at_its_position() {
     let (server, folder) = (Server::start(&[]), temp_dir());
     let log = folder.path().join("log");
-    std::fs::write(&log, "before\n").expect("a file");
+    std::fs::write(&log, "before\n").expect("file written");
     let mut command = Command::new("sh");
     command.args(["-c", "exec \"$0\" bind -x \"$1\" --bound-to fd:3 3>>\"$2\"", env!("CARGO_BIN_EXE_s5")]);
     let client = RunningProgram::start(command.arg(server.addr().to_string()).arg(&log));

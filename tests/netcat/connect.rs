@@ -136,8 +136,8 @@ fn source_options_apply_to_the_connection_to_the_proxy() {
         let mut command = s5();
         command.args(["connect", "-z", "-x", &addr.to_string()]).args(args).args(["-w", "5", "a.example:80"]);
         let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
-        let (_, peer) = listener.accept().expect("the data arrives");
-        client.join().expect("the client exits");
+        let (_, peer) = listener.accept().expect("connection accepted");
+        client.join().expect("the thread does not panic");
         assert!(!args.contains(&"-s") || peer.ip() == Ipv4Addr::new(127, 0, 0, 9), "{args:?}: {peer}");
         assert!(!args.contains(&"-p") || peer.port().to_string() == port, "{args:?}: {peer}");
     }
@@ -152,7 +152,7 @@ fn source_options_apply_to_the_connection_to_the_proxy() {
 #[test]
 fn ipv4_and_ipv6_options_restrict_the_family() {
     // The proxy has only the address ::1, so -4 leaves no address.
-    let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("a port").to_string();
+    let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("free port").to_string();
     let (code, stderr) = run_status(&["connect", "-4", "-x", &proxy, "a.example:80"]);
     assert_eq!(code, Some(5), "{stderr}");
     assert!(stderr.contains("no address of a usable family"), "{stderr}");
@@ -174,9 +174,9 @@ fn resolve_local_tries_all_addresses_of_the_target() {
     assert_eq!(code, Some(0), "{stderr}");
     assert_eq!(proxy.messages()[1], [5, 1, 0, 1, 127, 0, 0, 1, 0, 80]);
     // Only one address of the target accepts connections.
-    let listener = TcpListener::bind("127.0.0.3:0").expect("a port");
+    let listener = TcpListener::bind("127.0.0.3:0").expect("free port");
     let server = Server::start(&[]);
-    let target = format!("pair.test:{}", listener.local_addr().expect("an address").port());
+    let target = format!("pair.test:{}", listener.local_addr().expect("local address").port());
     let (code, stderr) = run_status(&["connect", "-z", "-v", "-R", "local", "-x", &server.addr().to_string(), &target]);
     assert_eq!(code, Some(0), "{stderr}");
     server.wait_log(|log| log.contains("127.0.0.2:"));

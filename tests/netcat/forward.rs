@@ -13,12 +13,12 @@ fn start_forward(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().args(args));
     let stderr = client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("listening on ")));
     let line = stderr.lines().find_map(|line| line.strip_prefix("listening on ")).expect("the address is printed");
-    (client, line.parse().expect("an address"))
+    (client, line.parse().expect("valid address"))
 }
 
 fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
-    stream.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
-    stream.write_all(bytes).expect("the data is sent");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    stream.write_all(bytes).expect("data sent");
     let mut back = vec![0; bytes.len()];
     stream.read_exact(&mut back).expect("the echo arrives");
     assert!(back == bytes);
@@ -29,10 +29,10 @@ fn forward_without_k_serves_one_connection() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
     assert_eq!(at.ip(), V4, "the default is loopback");
-    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    let mut local = TcpStream::connect(at).expect("the listener accepts");
     assert_echo(&mut local, b"hello");
     assert!(TcpStream::connect(at).is_err(), "a second connection is refused");
-    local.shutdown(Shutdown::Write).expect("the socket is half-closed");
+    local.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
 }
@@ -42,7 +42,7 @@ fn forward_without_k_exits_with_status_of_its_tunnel() {
     let (server, down) = (Server::start(&[]), closed_port().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
     assert_eq!(at.ip().to_string(), "127.0.0.7");
-    let mut local = TcpStream::connect(at).expect("the address is listened on");
+    let mut local = TcpStream::connect(at).expect("the listener accepts");
     assert_eq!(stream_end(&mut local), StreamEnd::Reset, "a failed tunnel must not look like an empty answer");
     let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(105), "{stderr}");
@@ -55,7 +55,7 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     let count = std::sync::atomic::AtomicUsize::new(0);
     let target = tcp_server(V4, move |mut stream| {
         let n = count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let mut other = stream.try_clone().expect("a second handle");
+        let mut other = stream.try_clone().expect("cloned");
         if n % 3 == 2 {
             let _ = stream.read_exact(&mut [0]);
             crate::scripted::reset(stream);
@@ -65,11 +65,10 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     });
     let proxy = server.addr().to_string();
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-k", "-x", &proxy, &target.to_string()]);
-    let mut locals: Vec<TcpStream> =
-        (0..30).map(|_| TcpStream::connect(at).expect("the address is listened on")).collect();
+    let mut locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("the listener accepts")).collect();
     let mut resets = 0;
     for local in &mut locals {
-        local.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
+        local.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
         let mut byte = [0];
         match local.write_all(b"x").and_then(|()| local.read_exact(&mut byte)) {
             Ok(()) => assert_eq!(byte, *b"x"),
@@ -92,7 +91,7 @@ fn forward_k_serves_many_connections_that_fail_independently() {
 fn forward_aborts_handshake_when_local_client_disconnects() {
     let proxy = ScriptedServer::start(vec![Step::Greeting, Step::WaitForClose]);
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
-    let local = TcpStream::connect(at).expect("the address is listened on");
+    let local = TcpStream::connect(at).expect("the listener accepts");
     proxy.message();
     // The client waits a while first, since a local client may close its side and still read.
     drop(local);
@@ -109,13 +108,13 @@ fn forward_recovers_from_descriptor_exhaustion() {
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &server.addr().to_string(), &echo]);
     let mut client = RunningProgram::start(&mut command);
     let stderr = client.stderr(|stderr| stderr.contains("listening on "));
-    let at: SocketAddr = stderr.trim().trim_start_matches("listening on ").parse().expect("an address");
-    let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("the address is listened on")).collect();
+    let at: SocketAddr = stderr.trim().trim_start_matches("listening on ").parse().expect("valid address");
+    let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("the listener accepts")).collect();
     client.stderr(|stderr| stderr.contains("Too many open files"));
     drop(locals);
     wait_until("connections are forwarded again", TIMEOUT, || {
-        let mut local = TcpStream::connect(at).expect("the address is listened on");
-        local.set_read_timeout(Some(Duration::from_millis(500))).expect("the socket option is set");
+        let mut local = TcpStream::connect(at).expect("the listener accepts");
+        local.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout set");
         local.write_all(b"x").is_ok() && local.read(&mut [0]).is_ok_and(|n| n == 1)
     });
     assert!(client.is_running());
@@ -123,8 +122,8 @@ fn forward_recovers_from_descriptor_exhaustion() {
 
 #[test]
 fn invalid_or_used_listen_address_is_an_error() {
-    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let at = taken.local_addr().expect("an address").to_string();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("free port");
+    let at = taken.local_addr().expect("local address").to_string();
     for (place, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
         let output = crate::common::run(s5().args(["connect", "-l", place, "a.example:80"]), b"", TIMEOUT);
         let stderr = text(&output.stderr);
@@ -133,15 +132,15 @@ fn invalid_or_used_listen_address_is_an_error() {
 }
 
 fn udp_socket() -> UdpSocket {
-    let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    socket.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("free port");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     socket
 }
 
 fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
-    socket.send_to(data, at).expect("the data is sent");
+    socket.send_to(data, at).expect("datagram sent");
     let mut buffer = [0; 2048];
-    let (n, from) = socket.recv_from(&mut buffer).expect("an answer arrives");
+    let (n, from) = socket.recv_from(&mut buffer).expect("answer received");
     assert_eq!((&buffer[..n], from), (data, at));
 }
 
@@ -168,11 +167,11 @@ fn udp_forward_queues_datagrams_during_association() {
     let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
     let socket = udp_socket();
     for n in 0..20_u8 {
-        socket.send_to(&[n], at).expect("the data is sent");
+        socket.send_to(&[n], at).expect("datagram sent");
     }
     for n in 0..20_u8 {
         let mut byte = [0];
-        socket.recv_from(&mut byte).expect("an answer arrives");
+        socket.recv_from(&mut byte).expect("answer received");
         assert_eq!(byte, [n]);
     }
 }
@@ -185,17 +184,17 @@ fn udp_forward_limits_peers() {
     let (one, two, three) = (udp_socket(), udp_socket(), udp_socket());
     exchange(&one, at, b"one");
     exchange(&two, at, b"two");
-    three.send_to(b"three", at).expect("the data is sent");
+    three.send_to(b"three", at).expect("datagram sent");
     client.stderr(|stderr| stderr.contains("too many peers"));
     exchange(&one, at, b"one still");
-    three.set_read_timeout(Some(Duration::from_millis(200))).expect("the socket option is set");
+    three.set_read_timeout(Some(Duration::from_millis(200))).expect("timeout set");
     assert!(three.recv_from(&mut [0; 16]).is_err());
 }
 
 #[test]
 fn udp_forward_reports_lost_association_and_opens_a_new_one() {
-    let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
+    let relay = UdpSocket::bind("127.0.0.1:0").expect("free port");
+    let bnd = crate::scripted::success_reply(relay.local_addr().expect("local address"));
     let (disconnect, disconnected) = std::sync::mpsc::channel::<()>();
     let script = reply_with(&bnd).into_iter().chain([crate::scripted::with_stream(move |stream| {
         let _ = disconnected.recv();
@@ -204,31 +203,31 @@ fn udp_forward_reports_lost_association_and_opens_a_new_one() {
     let proxy = ScriptedServer::start(script.collect());
     let (mut client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp_socket();
-    socket.send_to(b"x", at).expect("the data is sent");
-    relay.recv_from(&mut [0; 64]).expect("the data arrives");
+    socket.send_to(b"x", at).expect("datagram sent");
+    relay.recv_from(&mut [0; 64]).expect("datagram received");
     drop(disconnect);
     client.stderr(|stderr| stderr.contains("the proxy ended the association"));
     assert!(client.is_running());
-    socket.send_to(b"y", at).expect("the data is sent");
+    socket.send_to(b"y", at).expect("datagram sent");
     client.stderr(|stderr| stderr.contains("connection refused (is the proxy running?)"));
     assert!(client.is_running());
 }
 
 #[test]
 fn udp_forward_drops_answers_from_other_addresses() {
-    let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = crate::scripted::success_reply(relay.local_addr().expect("an address"));
+    let relay = UdpSocket::bind("127.0.0.1:0").expect("free port");
+    let bnd = crate::scripted::success_reply(relay.local_addr().expect("local address"));
     let hold = crate::scripted::with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp_socket();
-    socket.send_to(b"x", at).expect("the data is sent");
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
+    socket.send_to(b"x", at).expect("datagram sent");
+    let (_, from) = relay.recv_from(&mut [0; 64]).expect("datagram received");
     let datagram = |last: u8, data: &[u8]| [&[0, 0, 0, 1, 192, 0, 2, last, 0, 7][..], data].concat();
-    relay.send_to(&datagram(8, b"evil"), from).expect("the data is sent");
-    relay.send_to(&datagram(7, b"good"), from).expect("the data is sent");
+    relay.send_to(&datagram(8, b"evil"), from).expect("datagram sent");
+    relay.send_to(&datagram(7, b"good"), from).expect("datagram sent");
     let mut buffer = [0; 16];
-    let (n, _) = socket.recv_from(&mut buffer).expect("an answer arrives");
+    let (n, _) = socket.recv_from(&mut buffer).expect("answer received");
     assert_eq!(&buffer[..n], b"good");
 }
 
@@ -237,8 +236,8 @@ fn forward_serves_local_client_that_only_reads() {
     let server = Server::start(&[]);
     let target = tcp_server(V4, |mut stream| drop(stream.write_all(b"banner"))).to_string();
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &target]);
-    let mut local = TcpStream::connect(at).expect("the address is listened on");
-    local.shutdown(Shutdown::Write).expect("the socket is half-closed");
+    let mut local = TcpStream::connect(at).expect("the listener accepts");
+    local.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(b"banner".to_vec()));
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
 }
@@ -249,7 +248,7 @@ fn udp_forward_limits_attempts_to_an_unreachable_proxy() {
     let (client, at) = start_forward(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
     let socket = udp_socket();
     for _ in 0..200 {
-        socket.send_to(b"x", at).expect("the data is sent");
+        socket.send_to(b"x", at).expect("datagram sent");
         std::thread::sleep(Duration::from_millis(1));
     }
     let stderr = client.stderr(|stderr| stderr.contains("connection refused"));

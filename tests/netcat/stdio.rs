@@ -71,7 +71,7 @@ fn crlf_converts_line_ends() {
 fn recv_only_exits_when_the_target_closes() {
     let (_server, proxy) = start_proxy();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
-        stream.set_read_timeout(Some(Duration::from_millis(300))).expect("the socket option is set");
+        stream.set_read_timeout(Some(Duration::from_millis(300))).expect("timeout set");
         let end = stream.read(&mut [0; 16]);
         let _ = stream.write_all(if end.is_err() { b"open" } else { b"closed" });
     });
@@ -112,7 +112,7 @@ fn no_shutdown_hides_end_of_stdin_from_the_target() {
     let (_server, proxy) = start_proxy();
     let (sender, received) = channel();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream| {
-        stream.set_read_timeout(Some(Duration::from_millis(300))).expect("the socket option is set");
+        stream.set_read_timeout(Some(Duration::from_millis(300))).expect("timeout set");
         let mut all = Vec::new();
         let _ = sender.send(stream.read_to_end(&mut all).is_err());
         let _ = stream.write_all(b"late");
@@ -170,7 +170,7 @@ fn exec_program_gets_addresses_and_no_password() {
     let users = crate::common::write_file(
         folder.path(),
         "users",
-        &format!("alice:{}\n", bcrypt::hash("secret", 4).expect("a hash")),
+        &format!("alice:{}\n", bcrypt::hash("secret", 4).expect("password hashed")),
     );
     let server = Server::start(&["--users", &users]);
     let echo = echo_server();
@@ -221,8 +221,8 @@ fn progress_is_shown_only_on_a_terminal() {
 
 /// Starts a client whose stdout is a non-blocking socket. Returns it with the other end of the socket.
 fn with_socket_as_stdout(args: &[&str]) -> (std::process::Child, UnixStream) {
-    let (client_end, test_end) = UnixStream::pair().expect("a pair");
-    client_end.set_nonblocking(true).expect("the socket option is set");
+    let (client_end, test_end) = UnixStream::pair().expect("socket pair created");
+    client_end.set_nonblocking(true).expect("option set");
     let mut command = s5();
     command.arg("connect").args(args).stdin(Stdio::piped()).stdout(Stdio::from(OwnedFd::from(client_end)));
     (command.spawn().expect("s5 starts"), test_end)
@@ -235,8 +235,8 @@ fn non_blocking_stdout_gets_all_data() {
     let (mut client, mut test_end) = with_socket_as_stdout(&["-x", &proxy, &target.to_string()]);
     std::thread::sleep(Duration::from_millis(300));
     let mut all = Vec::new();
-    test_end.read_to_end(&mut all).expect("the data arrives");
-    assert_eq!((all.len(), client.wait().expect("the client exits").code()), (4 << 20, Some(0)));
+    test_end.read_to_end(&mut all).expect("data received");
+    assert_eq!((all.len(), client.wait().expect("the child can be waited for").code()), (4 << 20, Some(0)));
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn unread_stdout_does_not_delay_exit_after_timeouts() {
         drop(client.stdin.take());
         let mut ended = None;
         wait_until("the client exits", TIMEOUT, || {
-            ended = client.try_wait().expect("try_wait succeeds");
+            ended = client.try_wait().expect("the child can be waited for");
             ended.is_some()
         });
         assert_eq!(ended.and_then(|status| status.code()), Some(status), "{args:?}");

@@ -87,12 +87,12 @@ fn udp_direct_needs_no_proxy() {
 
 #[test]
 fn udp_source_address_is_that_of_datagrams() {
-    let (server, target) = (Server::start(&[]), UdpSocket::bind("127.0.0.1:0").expect("a port"));
-    target.set_read_timeout(Some(TIMEOUT)).expect("the socket option is set");
-    let addr = target.local_addr().expect("an address").to_string();
+    let (server, target) = (Server::start(&[]), UdpSocket::bind("127.0.0.1:0").expect("free port"));
+    target.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    let addr = target.local_addr().expect("local address").to_string();
     let output = run(s5().args(["udp", "--direct", "-s", "127.0.0.9", "-w", "0", &addr]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(target.recv_from(&mut [0; 4]).expect("the data arrives").1.ip().to_string(), "127.0.0.9");
+    assert_eq!(target.recv_from(&mut [0; 4]).expect("datagram received").1.ip().to_string(), "127.0.0.9");
     // The proxy accepts datagrams only from the address of the TCP connection.
     let args = ["udp", "-s", "127.0.0.9", "-n", "1", "-w", "5", "-x", &server.addr().to_string()];
     let output = run(s5().args(args).arg(udp_echo_server(V4).to_string()), b"x\n", TIMEOUT);
@@ -104,12 +104,12 @@ fn run_with_answers(
     answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static,
     args: &[&str],
 ) -> (String, String) {
-    let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = success_reply(relay.local_addr().expect("an address"));
+    let relay = UdpSocket::bind("127.0.0.1:0").expect("free port");
+    let bnd = success_reply(relay.local_addr().expect("local address"));
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     std::thread::spawn(move || {
-        let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
+        let (_, from) = relay.recv_from(&mut [0; 64]).expect("datagram received");
         answers(&relay, from);
     });
     let output =
@@ -127,7 +127,7 @@ fn udp_incomplete_and_dropped_answers_are_reported() {
     let send = |all: Vec<Vec<u8>>| {
         move |relay: &UdpSocket, to| {
             for bytes in &all {
-                relay.send_to(bytes, to).expect("the data is sent");
+                relay.send_to(bytes, to).expect("datagram sent");
             }
         }
     };
@@ -154,8 +154,8 @@ fn udp_incomplete_and_dropped_answers_are_reported() {
 
 #[test]
 fn udp_answers_dropped_by_a_full_buffer_are_reported() {
-    let relay = UdpSocket::bind("127.0.0.1:0").expect("a port");
-    let bnd = success_reply(relay.local_addr().expect("an address"));
+    let relay = UdpSocket::bind("127.0.0.1:0").expect("free port");
+    let bnd = success_reply(relay.local_addr().expect("local address"));
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     // The reader of stdout sleeps, so that the pipe fills up.
@@ -163,11 +163,11 @@ fn udp_answers_dropped_by_a_full_buffer_are_reported() {
     let mut command = std::process::Command::new("sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &proxy.url()]);
     let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("the data arrives");
+    let (_, from) = relay.recv_from(&mut [0; 64]).expect("datagram received");
     for _ in 0..3000 {
-        relay.send_to(&fragment(0, &[b'x'; 1200]), from).expect("the data is sent");
+        relay.send_to(&fragment(0, &[b'x'; 1200]), from).expect("datagram sent");
     }
-    let output = client.join().expect("the client exits");
+    let output = client.join().expect("the thread does not panic");
     assert!(
         text(&output.stderr).contains("answers dropped: they arrived faster than they were read ("),
         "{}",

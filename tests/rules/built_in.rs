@@ -210,7 +210,7 @@ fn deny_before_allow_with_to_decides() {
 
 #[test]
 fn own_listeners_are_denied_to_every_client() {
-    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("an address");
+    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("valid address");
     let to_own_listener = format!("ip={} port={}", own_listener.ip(), own_listener.port());
     let table = [
         ("", "deny own-listener"),

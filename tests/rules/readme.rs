@@ -44,7 +44,7 @@ fn readme_example_rules_parse() {
 
 #[test]
 fn readme_outputs_are_what_s5_prints() {
-    let dir = tempfile::tempdir().expect("a temporary directory");
+    let dir = tempfile::tempdir().expect("temporary directory");
     let users = new_entry("alice", b"secret").expect("a users file");
     fs::write(dir.path().join("users"), users + "\n").expect("the users file is written");
     fs::write(dir.path().join("rules"), example_rules()).expect("the rules file is written");

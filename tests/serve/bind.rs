@@ -32,12 +32,12 @@ fn connect_peer(ip: IpAddr, to: SocketAddr) -> TcpStream {
 
 /// Asserts that the second reply has the peer's address, and that both directions are relayed.
 fn assert_relayed(client: &mut TcpStream, peer: &mut TcpStream) {
-    assert_eq!(read_reply(client), (0, peer.local_addr().expect("valid address")));
-    client.write_all(b"question").expect("sent");
-    client.shutdown(Shutdown::Write).expect("half-close");
+    assert_eq!(read_reply(client), (0, peer.local_addr().expect("local address")));
+    client.write_all(b"question").expect("data sent");
+    client.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(peer), StreamEnd::Closed(b"question".to_vec()));
-    peer.write_all(b"answer").expect("sent");
-    peer.shutdown(Shutdown::Write).expect("half-close");
+    peer.write_all(b"answer").expect("data sent");
+    peer.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(client), StreamEnd::Closed(b"answer".to_vec()));
 }
 
@@ -158,8 +158,8 @@ fn bind_timeout_is_not_extended_by_unexpected_peers() {
 }
 
 fn refuses_unexpected_peer(bnd: SocketAddr) -> bool {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
-    socket.bind(&addr(OTHER_PEER).into()).expect("bound");
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket created");
+    socket.bind(&addr(OTHER_PEER).into()).expect("free port");
     socket.connect(&bnd.into()).is_err()
 }
 
@@ -172,10 +172,10 @@ fn bind_listener_is_closed_when_the_client_disconnects() {
         reset,
         |stream| {
             // Closed after data that the server has not read.
-            (&stream).write_all(b"early").expect("sent");
+            (&stream).write_all(b"early").expect("data sent");
         },
         |mut stream| {
-            stream.shutdown(Shutdown::Write).expect("half-close");
+            stream.shutdown(Shutdown::Write).expect("half-closed");
             assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
         },
     ];
@@ -191,7 +191,7 @@ fn bind_listener_is_closed_when_the_client_disconnects() {
 fn bind_relays_data_sent_before_the_second_reply() {
     let server = Server::start(&[]);
     let (mut client, bnd) = bind(&server, ANY_PEER);
-    client.write_all(b"early").expect("sent");
+    client.write_all(b"early").expect("data sent");
     let mut peer = connect_peer(V4, bnd);
     assert_eq!(read_exact(&mut peer, 5), b"early");
     assert_eq!(read_reply(&mut client).0, 0);
@@ -199,9 +199,9 @@ fn bind_relays_data_sent_before_the_second_reply() {
 }
 
 fn ping_both(client: &mut TcpStream, peer: &mut TcpStream) {
-    client.write_all(b"ping").expect("sent");
+    client.write_all(b"ping").expect("data sent");
     assert_eq!(read_exact(peer, 4), b"ping");
-    peer.write_all(b"pong").expect("sent");
+    peer.write_all(b"pong").expect("data sent");
     assert_eq!(read_exact(client, 4), b"pong");
 }
 
@@ -261,10 +261,10 @@ fn bind_fifty_sessions_are_isolated() {
     let mut clients: Vec<_> = (0..50_u8).map(|_| bind(&server, ANY_PEER)).collect();
     let mut peers: Vec<TcpStream> = clients.iter().map(|(_, bnd)| connect_peer(V4, *bnd)).collect();
     for (number, peer) in (0..50).zip(&mut peers) {
-        peer.write_all(&[number]).expect("sent");
+        peer.write_all(&[number]).expect("data sent");
     }
     for ((number, (client, _)), peer) in (0..50).zip(&mut clients).zip(&peers) {
-        assert_eq!(read_reply(client), (0, peer.local_addr().expect("valid address")));
+        assert_eq!(read_reply(client), (0, peer.local_addr().expect("local address")));
         assert_eq!(read_exact(client, 1), [number]);
     }
     drop((clients, peers));

@@ -28,7 +28,7 @@ fn open_tunnel(server: &Server) -> (TcpStream, TcpStream) {
 
 /// Counts the pipe ends that the server has open. Some are inherited, as stderr is.
 fn open_pipes(server: &Server) -> usize {
-    let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("running");
+    let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
     let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
     links.filter(|link| link.to_string_lossy().starts_with("pipe:")).count()
 }
@@ -45,13 +45,13 @@ fn start_stalled_transfer(
     let (mut writer, mut reader) = if up { (client, target) } else { (target, client) };
     let sending = thread::spawn(move || {
         send_pattern(&mut writer, BULK, |_| {});
-        writer.shutdown(Shutdown::Write).expect("half-close");
+        writer.shutdown(Shutdown::Write).expect("half-closed");
         writer
     });
     let (mut read, mut piece) = (Vec::new(), vec![0; 1 << 20]);
     wait_until("a pipe is open", TIMEOUT, || {
         if open_pipes(server) == inherited {
-            let n = reader.read(&mut piece).expect("received");
+            let n = reader.read(&mut piece).expect("data received");
             read.extend_from_slice(&piece[..n]);
         }
         open_pipes(server) > inherited
@@ -72,15 +72,15 @@ fn bulk_tunnel_uses_a_pipe_and_releases_it_when_idle() {
             let sending = thread::spawn(move || send_pattern(&mut writer, BULK, |_| {}));
             let mut total = 0;
             while total < BULK {
-                total += to.read(&mut bytes).expect("received");
+                total += to.read(&mut bytes).expect("data received");
                 most = most.max(open_pipes(&server));
             }
-            sending.join().expect("all sent");
+            sending.join().expect("the thread does not panic");
             assert!(most >= before + 2, "{most} pipe ends at most, {before} before");
             wait_until("the pipe is closed", TIMEOUT, || open_pipes(&server) == before);
             // The tunnel continues without it.
-            from.write_all(b"x").expect("sent");
-            to.read_exact(&mut [0]).expect("received");
+            from.write_all(b"x").expect("data sent");
+            to.read_exact(&mut [0]).expect("all bytes received");
         }
     }
 }
@@ -96,8 +96,8 @@ fn bulk_data_in_a_pipe_waits_for_a_stalled_reader() {
         assert!(open_pipes(&server) > inherited, "the pipe is still open");
         check_pattern(&mut (&read[..]).chain(&mut reader), BULK);
         // The other direction is still open.
-        let mut writer = sending.join().expect("all sent");
-        reader.write_all(b"answer").expect("sent");
+        let mut writer = sending.join().expect("the thread does not panic");
+        reader.write_all(b"answer").expect("data sent");
         drop(reader);
         assert_eq!(stream_end(&mut writer), StreamEnd::Closed(b"answer".to_vec()));
     }
@@ -121,11 +121,11 @@ fn bulk_tunnel_carries_a_reset_with_data_in_its_pipe() {
         });
         let mut bytes = vec![0; 1 << 20];
         wait_until("a pipe is open", TIMEOUT, || {
-            let _ = (&reader).read(&mut bytes).expect("received");
+            let _ = (&reader).read(&mut bytes).expect("data received");
             open_pipes(&server) > inherited
         });
         reset(reader);
-        let error = sending.join().expect("not poisoned");
+        let error = sending.join().expect("the thread does not panic");
         assert!(matches!(error, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
         wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
     }
@@ -164,7 +164,7 @@ fn bulk_is_copied_where_splice_fails() {
             let (mut from, mut to) = (from.expect("cloned"), to.expect("cloned"));
             let sending = thread::spawn(move || {
                 send_pattern(&mut from, 8 << 20, |_| {});
-                from.shutdown(Shutdown::Write).expect("half-close");
+                from.shutdown(Shutdown::Write).expect("half-closed");
             });
             (sending, thread::spawn(move || check_pattern(&mut to, 8 << 20)))
         });
@@ -198,7 +198,7 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
                 sending,
                 thread::spawn(move || {
                     let mut bytes = vec![0; 8 << 20];
-                    target.read_exact(&mut bytes).expect("all received");
+                    target.read_exact(&mut bytes).expect("all bytes received");
                     target
                 }),
             )
@@ -209,7 +209,9 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
     ping(&mut late, b"accepted");
     let ends: Vec<_> = transfers
         .into_iter()
-        .map(|(sending, receiving)| (sending.join().expect("sent"), receiving.join().expect("received")))
+        .map(|(sending, receiving)| {
+            (sending.join().expect("the thread does not panic"), receiving.join().expect("the thread does not panic"))
+        })
         .collect();
     assert_eq!(ends.len(), 20);
 }
@@ -221,23 +223,23 @@ fn bulk_urgent_bytes_are_relayed_in_line() {
     let sending = thread::spawn(move || {
         let piece = vec![b'.'; 1 << 20];
         for _ in 0..16 {
-            (&client).write_all(&piece).expect("sent");
-            SockRef::from(&client).send_out_of_band(b"!").expect("sent");
+            (&client).write_all(&piece).expect("data sent");
+            SockRef::from(&client).send_out_of_band(b"!").expect("data sent");
         }
-        client.shutdown(Shutdown::Write).expect("half-close");
+        client.shutdown(Shutdown::Write).expect("half-closed");
         client
     });
     SockRef::from(&target).set_out_of_band_inline(true).expect("option set");
     let mut bytes = Vec::new();
-    target.read_to_end(&mut bytes).expect("received to the end");
+    target.read_to_end(&mut bytes).expect("data received");
     assert_eq!(bytes.len(), 16 * ((1 << 20) + 1));
     assert_eq!(bytes.iter().filter(|byte| **byte == b'!').count(), 16);
-    drop(sending.join().expect("all sent"));
+    drop(sending.join().expect("the thread does not panic"));
 }
 
 /// Counts the sockets registered with each thread of the server, without listeners and wakers.
 fn sockets_by_thread(server: &Server) -> Vec<usize> {
-    let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("running");
+    let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
     let epolls = fds
         .flatten()
         .filter(|fd| fs::read_link(fd.path()).is_ok_and(|link| link.to_string_lossy().contains("[eventpoll]")));
@@ -271,11 +273,11 @@ fn bulk_tunnels_are_distributed_over_the_threads() {
         .flatten()
         .collect();
     for thread in transfers {
-        thread.join().expect("all data sent and received unchanged");
+        thread.join().expect("the thread does not panic");
     }
     assert_eq!(sockets_by_thread(&server), [4, 4]);
     for (mut client, mut target) in ends {
-        target.write_all(b"back").expect("sent");
+        target.write_all(b"back").expect("data sent");
         drop(target);
         assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"back".to_vec()));
     }

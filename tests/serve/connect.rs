@@ -66,7 +66,7 @@ fn connect_relays_data_sent_with_the_request() {
     let mut all = vec![5, 1, 0];
     all.extend(request(CONNECT, echo_server()));
     all.extend(b"early");
-    stream.write_all(&all).expect("sent");
+    stream.write_all(&all).expect("data sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 0]);
     assert_eq!(read_reply(&mut stream).0, 0);
     assert_eq!(read_exact(&mut stream, 5), b"early");
@@ -77,8 +77,8 @@ fn connect_relays_data_and_half_close_sent_before_the_reply() {
     let server = Server::start(&[]);
     let mut stream = greet(&server);
     stream.write_all(&request(CONNECT, echo_server())).expect("request sent");
-    stream.write_all(b"everything").expect("sent");
-    stream.shutdown(std::net::Shutdown::Write).expect("half-close");
+    stream.write_all(b"everything").expect("data sent");
+    stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
     assert_eq!(read_reply(&mut stream).0, 0);
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"everything".to_vec()));
 }
@@ -97,7 +97,7 @@ fn connect_failure_reply_arrives_while_the_client_keeps_sending() {
     });
     assert_eq!(read_reply(&mut stream).0, 5);
     // RFC 1928 section 6: closed no more than 10 seconds after the failure.
-    let ended = flood.join().expect("the sender ends");
+    let ended = flood.join().expect("the thread does not panic");
     assert!(ended < Duration::from_secs(10), "{ended:?}");
     wait_until("the session is logged", TIMEOUT, || server.log().contains("rep=5"));
 }
@@ -194,14 +194,14 @@ fn connect_two_thousand_tunnels_are_isolated() {
     for number in 0..TUNNELS {
         let (mut stream, rep, _) = open(&server, CONNECT, dst);
         assert_eq!(rep, 0);
-        stream.write_all(&number.to_be_bytes()).expect("sent");
+        stream.write_all(&number.to_be_bytes()).expect("data sent");
         clients.push(stream);
     }
     // Each target echoes its number.
-    let mut targets = accepted.join().expect("all accepted");
+    let mut targets = accepted.join().expect("the thread does not panic");
     for target in &mut targets {
         let number = read_exact(target, 4);
-        target.write_all(&number).expect("sent");
+        target.write_all(&number).expect("data sent");
     }
     for (number, client) in (0..TUNNELS).zip(&mut clients) {
         assert_eq!(read_exact(client, 4), number.to_be_bytes());

@@ -24,7 +24,7 @@ fn connect_tries_the_next_address_at_once_after_a_refusal() {
     // The order of the resolver is unknown: in one of the rounds the refusing address is first.
     for (name, ip) in [("pair", PAIR[0]), ("pair", PAIR[1]), ("dual", "::1"), ("dual", "127.0.0.1")] {
         let target = TcpListener::bind((ip, 0)).expect("free port");
-        let port = target.local_addr().expect("valid address").port();
+        let port = target.local_addr().expect("local address").port();
         let time = fastest(|| {
             let (_stream, rep, bnd) = open_by_name(&server, CONNECT, name, port);
             assert_eq!((rep, bnd), (0, accept(&target).1), "{name} at {ip}");
@@ -172,6 +172,6 @@ fn connect_resolves_a_name() {
     let mut stream = greet(&server);
     stream.write_all(&request_by_name(CONNECT, "known.example", dst.port())).expect("request sent");
     assert_eq!(read_reply(&mut stream).0, 0);
-    stream.write_all(b"hello").expect("sent");
+    stream.write_all(b"hello").expect("data sent");
     assert_eq!(read_exact(&mut stream, 5), b"hello");
 }

@@ -32,8 +32,8 @@ fn tunnel_carries_the_half_close_of_the_client() {
     let server = Server::start(&[]);
     for ip in [V4, V6] {
         let (mut client, mut target) = open_tunnel(&server, ip);
-        client.write_all(b"question").expect("sent");
-        client.shutdown(Shutdown::Write).expect("half-close");
+        client.write_all(b"question").expect("data sent");
+        client.shutdown(Shutdown::Write).expect("half-closed");
         assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"question".to_vec()));
         target.write_all(b"answer").expect("the other direction is open");
         drop(target);
@@ -44,11 +44,11 @@ fn tunnel_carries_the_half_close_of_the_client() {
 #[test]
 fn tunnel_carries_the_half_close_of_the_target() {
     let (server, mut client, mut target) = tunnel(&[]);
-    target.write_all(b"bye").expect("sent");
-    target.shutdown(Shutdown::Write).expect("half-close");
+    target.write_all(b"bye").expect("data sent");
+    target.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"bye".to_vec()));
     client.write_all(b"still here").expect("the other direction is open");
-    client.shutdown(Shutdown::Write).expect("half-close");
+    client.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"still here".to_vec()));
     let log = server.wait_log(|log| !session_lines(log).is_empty());
     assert!(log.contains("up=10 down=3 "), "{log}");
@@ -71,7 +71,7 @@ fn tunnel_carries_resets_in_both_directions() {
 #[test]
 fn tunnel_carries_a_reset_after_a_half_close() {
     let (_server, client, mut target) = tunnel(&[]);
-    client.shutdown(Shutdown::Write).expect("half-close");
+    client.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![]));
     reset(client);
     // A target that has read the end of the stream sees the reset when it writes.
@@ -83,7 +83,7 @@ fn tunnel_ends_at_a_reset_after_a_half_close_while_the_other_side_is_idle() {
     for client_resets in [true, false] {
         let (server, client, target) = tunnel(&[]);
         let (first, mut other) = if client_resets { (client, target) } else { (target, client) };
-        first.shutdown(Shutdown::Write).expect("half-close");
+        first.shutdown(Shutdown::Write).expect("half-closed");
         assert_eq!(stream_end(&mut other), StreamEnd::Closed(vec![]));
         let open = server.descriptors();
         reset(first);
@@ -103,14 +103,14 @@ fn tunnel_delivers_the_targets_data_while_the_client_keeps_sending() {
     thread::spawn(move || while sender.write_all(&[0; 1024]).is_ok() {});
     // Closing with unread data resets the connection, but must not lose data that was acknowledged before.
     send_pattern(&mut target, TOTAL, |_| {});
-    target.shutdown(Shutdown::Write).expect("half-close");
+    target.shutdown(Shutdown::Write).expect("half-closed");
     check_pattern(&mut client, TOTAL);
 }
 
 #[test]
 fn tunnel_ends_at_a_client_reset_while_the_target_reads_nothing() {
     let (server, mut client, target) = tunnel(&[]);
-    client.set_nonblocking(true).expect("non-blocking");
+    client.set_nonblocking(true).expect("option set");
     let mut last = Instant::now();
     wait_until("the client can't send more", TIMEOUT, || {
         while client.write(&[0; 65_536]).is_ok() {
@@ -142,12 +142,12 @@ fn slow_client(is_half_closed: bool) {
     // As an HTTP server answers 413: it sends a response, shuts down its side, and closes with the upload unread.
     client.write_all(&[0; 4096]).expect("an upload begins");
     send_pattern(&mut target, TOTAL, |_| {});
-    target.shutdown(Shutdown::Write).expect("half-close");
+    target.shutdown(Shutdown::Write).expect("half-closed");
     wait_until("the data of the target is acknowledged", TIMEOUT, || state_of(&target) == Some("05".into()));
     drop(target);
     // The first upload is answered with a reset, the next one fails. The client sees neither before it has read all.
     if is_half_closed {
-        client.shutdown(Shutdown::Write).expect("half-close");
+        client.shutdown(Shutdown::Write).expect("half-closed");
     }
     for _ in 0..20 {
         if !is_half_closed {
@@ -161,7 +161,7 @@ fn slow_client(is_half_closed: bool) {
 #[test]
 fn tunnel_resets_an_upload_that_the_target_does_not_read() {
     let (server, mut client, mut target) = tunnel(&[]);
-    target.write_all(b"bye").expect("sent");
+    target.write_all(b"bye").expect("data sent");
     drop(target);
     client.set_write_timeout(Some(TIMEOUT)).expect("timeout set");
     let mut sent = 0_usize;
@@ -194,14 +194,14 @@ fn tunnel_relays_a_gibibyte_in_both_directions() {
     let senders = ends.map(|mut end| {
         thread::spawn(move || {
             send_pattern(&mut end, TOTAL, |_| {});
-            end.shutdown(Shutdown::Write).expect("half-close");
+            end.shutdown(Shutdown::Write).expect("half-closed");
         })
     });
     let up = thread::spawn(move || check_pattern(&mut target, TOTAL));
     check_pattern(&mut client, TOTAL);
-    up.join().expect("complete upload");
+    up.join().expect("the thread does not panic");
     for sender in senders {
-        sender.join().expect("all sent");
+        sender.join().expect("the thread does not panic");
     }
 }
 
@@ -233,7 +233,7 @@ fn tunnel_to_a_stalled_reader_loses_no_data_and_uses_little_memory() {
         let grown = resident_kib(&server).saturating_sub(before);
         assert!(grown < 2048, "{grown} KiB");
         check_pattern(&mut reader, TOTAL);
-        sending.join().expect("all sent");
+        sending.join().expect("the thread does not panic");
     }
 }
 
@@ -259,12 +259,12 @@ fn tunnel_idle_timer_restarts_with_traffic_in_one_direction() {
     let (_server, mut client, mut target) = tunnel(&["--idle-timeout", "1s"]);
     let started = Instant::now();
     while started.elapsed() < Duration::from_millis(1500) {
-        target.write_all(b"x").expect("sent");
-        client.read_exact(&mut [0]).expect("received");
+        target.write_all(b"x").expect("data sent");
+        client.read_exact(&mut [0]).expect("all bytes received");
         thread::sleep(Duration::from_millis(20));
     }
     client.write_all(b"y").expect("the other direction is open");
-    target.read_exact(&mut [0]).expect("received");
+    target.read_exact(&mut [0]).expect("all bytes received");
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn tunnel_sockets_have_nodelay_and_keepalive() {
     let (_client, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
     let set = |option: &str| {
-        let trace = std::fs::read_to_string(&trace).expect("the trace");
+        let trace = std::fs::read_to_string(&trace).expect("file read");
         let lines = trace.lines().filter(|line| line.contains(&format!("{option}, [1]")));
         let sockets: Vec<String> =
             lines.filter_map(|line| Some(line.split_once('(')?.1.split_once(',')?.0.into())).collect();
@@ -310,7 +310,7 @@ fn tunnel_ends_leave_no_descriptors_open() {
     for round in 0..60 {
         let (mut stream, rep, _) = open(&server, CONNECT, dst);
         assert_eq!(rep, 0);
-        stream.write_all(&[round % 4]).expect("sent");
+        stream.write_all(&[round % 4]).expect("data sent");
         match round % 4 {
             2 => reset(stream),
             _ => drop(stream),

@@ -55,7 +55,7 @@ impl Peer for PeerEnd {
 
     fn reset(&mut self) {
         if let Some(stream) = self.stream.take() {
-            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("a linger time can be set");
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("option set");
         }
     }
 }
@@ -85,7 +85,7 @@ fn reattach(conn: Conn) -> Conn {
 impl<const HAS_REACTOR: bool> SocketTunnel<HAS_REACTOR> {
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
-            self.outcome = thread.join().expect("the relay does not panic");
+            self.outcome = thread.join().expect("the thread does not panic");
         }
     }
 }
@@ -93,16 +93,16 @@ impl<const HAS_REACTOR: bool> SocketTunnel<HAS_REACTOR> {
 /// A connection with small buffers, but large enough that TCP does not delay segments: the test's end and the relay's.
 fn connection(capacity: usize) -> (PeerEnd, TcpStream) {
     let capacity = capacity.max(64 * 1024);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-    SockRef::from(&listener).set_recv_buffer_size(capacity).expect("a size can be set");
-    let far = TcpStream::connect(listener.local_addr().expect("an address")).expect("it is accepted");
-    let (near, _) = listener.accept().expect("it was connected");
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("free port");
+    SockRef::from(&listener).set_recv_buffer_size(capacity).expect("option set");
+    let far = TcpStream::connect(listener.local_addr().expect("local address")).expect("the listener accepts");
+    let (near, _) = listener.accept().expect("connection accepted");
     for stream in [&far, &near] {
-        SockRef::from(stream).set_send_buffer_size(capacity).expect("a size can be set");
-        stream.set_nodelay(true).expect("it can be set");
+        SockRef::from(stream).set_send_buffer_size(capacity).expect("option set");
+        stream.set_nodelay(true).expect("option set");
     }
-    far.set_nonblocking(true).expect("it can be set");
-    near.set_nonblocking(true).expect("it can be set");
+    far.set_nonblocking(true).expect("option set");
+    near.set_nonblocking(true).expect("option set");
     (PeerEnd { stream: Some(far), is_broken: false }, near)
 }
 

@@ -36,7 +36,7 @@ impl Association {
 
     /// Sends a datagram without adding a header.
     pub fn send_raw(&self, bytes: &[u8]) {
-        self.socket.send_to(bytes, self.bnd).expect("sent");
+        self.socket.send_to(bytes, self.bnd).expect("datagram sent");
     }
 
     pub fn send(&self, dst: SocketAddr, data: &[u8]) {
@@ -76,13 +76,13 @@ pub fn socket(ip: IpAddr) -> UdpSocket {
 /// Returns a socket on 127.0.0.1 and its address.
 pub fn target() -> (UdpSocket, SocketAddr) {
     let socket = socket(V4);
-    let addr = socket.local_addr().expect("valid address");
+    let addr = socket.local_addr().expect("local address");
     (socket, addr)
 }
 
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
-    let (n, from) = socket.recv_from(&mut buffer).expect("a datagram");
+    let (n, from) = socket.recv_from(&mut buffer).expect("datagram received");
     buffer.truncate(n);
     (buffer, from)
 }

@@ -35,9 +35,9 @@ fn lengths(burst: usize) -> Vec<Vec<usize>> {
 fn while_stopped(server: &Server, send: impl FnOnce()) {
     server.signal("STOP");
     wait_until("the server is stopped", TIMEOUT, || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("running");
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
         tasks.flatten().all(|task| {
-            let status = std::fs::read_to_string(task.path().join("status")).expect("running");
+            let status = std::fs::read_to_string(task.path().join("status")).expect("the server runs");
             status.contains("State:\tT") || status.contains("State:\tt")
         })
     });
@@ -56,7 +56,9 @@ fn echo_burst(server: &Server, association: &Association, target: &UdpSocket, ds
         egress = Some(from);
     }
     let egress = egress.expect("not an empty burst");
-    while_stopped(server, || burst.iter().for_each(|data| target.send_to(data, egress).map(drop).expect("sent")));
+    while_stopped(server, || {
+        burst.iter().for_each(|data| target.send_to(data, egress).map(drop).expect("datagram sent"))
+    });
     for (number, data) in burst.iter().enumerate() {
         let (from, bytes) = association.receive();
         assert_eq!(from, dst);
@@ -69,7 +71,7 @@ fn udp_bursts_of_all_sizes_arrive_in_order_in_both_directions() {
     let server = Server::start(&[]);
     for ip in [V4, V6] {
         let target = socket(ip);
-        let dst = target.local_addr().expect("valid address");
+        let dst = target.local_addr().expect("local address");
         let association = Association::new(&server);
         for burst in [1, 2, 3, 16, 31, 32, 33, 64, 65, 100] {
             for lengths in lengths(burst) {
@@ -109,7 +111,7 @@ fn udp_burst_to_alternating_targets_keeps_their_addresses() {
     }
     while_stopped(&server, || {
         for (number, by) in order.into_iter().cycle().take(100).enumerate() {
-            targets[by].0.send_to(&payload(number, 300), egress.expect("known")).expect("sent");
+            targets[by].0.send_to(&payload(number, 300), egress.expect("known")).expect("datagram sent");
         }
     });
     for (number, by) in order.into_iter().cycle().take(100).enumerate() {
@@ -148,7 +150,7 @@ fn udp_burst_keeps_the_order_of_names_and_fragments() {
 fn send_gso(socket: &UdpSocket, to: SocketAddr, bytes: &[u8], segment_len: u16) {
     let to = SockaddrStorage::from(to);
     let control = [ControlMessage::UdpGsoSegments(&segment_len)];
-    sendmsg(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, MsgFlags::empty(), Some(&to)).expect("sent");
+    sendmsg(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, MsgFlags::empty(), Some(&to)).expect("datagram sent");
 }
 
 #[test]
@@ -166,7 +168,7 @@ fn udp_gro_aggregate_is_split_into_its_datagrams() {
         let lengths: Vec<usize> = (1..=count).map(|number| if number == count { last } else { length }).collect();
         let payloads: Vec<Vec<u8>> = lengths.iter().enumerate().map(|(n, length)| payload(n, *length)).collect();
         let datagrams: Vec<u8> = payloads.iter().flat_map(|data| datagram(0, dst, data)).collect();
-        let segment_len = u16::try_from(length).expect("short");
+        let segment_len = u16::try_from(length).expect("at most 65535");
         send_gso(&association.socket, association.bnd, &datagrams, segment_len + 10);
         let mut egress = None;
         for data in &payloads {
@@ -192,7 +194,7 @@ fn udp_burst_is_filtered_per_datagram() {
         for number in 0..20 {
             association.send(dst, &[number]);
             // The client's port is not set yet, so that the socket receives both.
-            other.send_to(&datagram(0, dst, b"other"), association.bnd).expect("sent");
+            other.send_to(&datagram(0, dst, b"other"), association.bnd).expect("datagram sent");
             association.send_raw(&[0, 0, 0, 1, 127]);
             association.send(SocketAddr::new(V4, 0), b"port 0");
             association.send("224.0.0.1:9".parse().expect("valid address"), b"multicast");
@@ -208,8 +210,8 @@ fn udp_burst_is_filtered_per_datagram() {
     let egress = egress.expect("known");
     while_stopped(&server, || {
         for number in 0..20 {
-            target.send_to(&[number], egress).expect("sent");
-            unknown_sender.send_to(b"unsolicited", egress).expect("sent");
+            target.send_to(&[number], egress).expect("datagram sent");
+            unknown_sender.send_to(b"unsolicited", egress).expect("datagram sent");
         }
     });
     for number in 0..20 {
@@ -270,16 +272,16 @@ fn udp_bursts_arrive_after_icmp_errors() {
         receive(&target).1
     };
     // The client's port is closed while answers arrive: the ICMP messages are errors on the server's socket.
-    let addr = association.socket.local_addr().expect("valid address");
+    let addr = association.socket.local_addr().expect("local address");
     let Association { control, socket: closed, bnd } = association;
     drop(closed);
     for number in 0..100 {
-        target.send_to(&payload(number, 100), egress).expect("sent");
+        target.send_to(&payload(number, 100), egress).expect("datagram sent");
     }
-    let socket = UdpSocket::bind(addr).expect("the same port");
+    let socket = UdpSocket::bind(addr).expect("free port");
     socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     // Answers that were still queued arrive first.
-    target.send_to(b"marker", egress).expect("sent");
+    target.send_to(b"marker", egress).expect("datagram sent");
     while !receive(&socket).0.ends_with(b"marker") {}
     let association = Association { control, socket, bnd };
     for _ in 0..3 {
@@ -303,7 +305,7 @@ fn udp_gso_is_not_retried_after_eio() {
     for _ in 0..10 {
         echo_burst(&server, &association, &target, dst, &[300; 50]);
     }
-    let gso_calls = std::fs::read_to_string(&trace).expect("a file").matches("sendmsg").count();
+    let gso_calls = std::fs::read_to_string(&trace).expect("file read").matches("sendmsg").count();
     // One call on the socket towards the target. Two on the client's, whose first error may be an ICMP message.
     assert_eq!(gso_calls, 3);
 }

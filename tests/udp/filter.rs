@@ -44,7 +44,7 @@ fn udp_first_datagram_sets_the_client_port() {
     association.send(dst, b"second");
     let (data, egress) = receive(&target);
     assert_eq!(data, b"second");
-    target.send_to(b"answer", egress).expect("sent");
+    target.send_to(b"answer", egress).expect("datagram sent");
     assert_eq!(association.receive(), (dst, b"answer".to_vec()));
     assert_nothing(&other);
 }
@@ -56,7 +56,7 @@ fn udp_dst_port_is_the_only_client_port() {
     // DST.ADDR is ignored, also if it is not the client's address.
     for ip in ["127.0.0.1", "0.0.0.0", "192.0.2.1"] {
         let socket = socket(V4);
-        let port = socket.local_addr().expect("valid address").port();
+        let port = socket.local_addr().expect("local address").port();
         let declared = SocketAddr::new(ip.parse().expect("valid address"), port);
         let association = Association::declare(&server, declared, socket);
         let other = self::socket(V4);
@@ -74,17 +74,17 @@ fn udp_answers_come_only_from_addresses_sent_to() {
     association.send(dst, b"hello");
     let (_, egress) = receive(&target);
     let other = socket_at("127.0.0.3");
-    other.send_to(b"other", egress).expect("sent");
+    other.send_to(b"other", egress).expect("datagram sent");
     // Address-dependent: another port of a host that was sent to may answer (RFC 4787 section 5).
     let neighbour = socket(V4);
-    neighbour.send_to(b"neighbour", egress).expect("sent");
-    let from = neighbour.local_addr().expect("valid address");
+    neighbour.send_to(b"neighbour", egress).expect("datagram sent");
+    let from = neighbour.local_addr().expect("local address");
     assert_eq!(association.receive(), (from, b"neighbour".to_vec()), "the first datagram was dropped");
     // After a datagram to its address, its answers are relayed.
-    let known = other.local_addr().expect("valid address");
+    let known = other.local_addr().expect("local address");
     association.send(known, b"hello");
     receive(&other);
-    other.send_to(b"after a datagram", egress).expect("sent");
+    other.send_to(b"after a datagram", egress).expect("datagram sent");
     assert_eq!(association.receive(), (known, b"after a datagram".to_vec()));
 }
 
@@ -96,8 +96,8 @@ fn udp_endpoint_independent_filtering_accepts_any_sender() {
     association.send(dst, b"hello");
     let (_, egress) = receive(&target);
     let other = socket_at("127.0.0.3");
-    other.send_to(b"other", egress).expect("sent");
-    assert_eq!(association.receive(), (other.local_addr().expect("valid address"), b"other".to_vec()));
+    other.send_to(b"other", egress).expect("datagram sent");
+    assert_eq!(association.receive(), (other.local_addr().expect("local address"), b"other".to_vec()));
 }
 
 #[test]
@@ -127,18 +127,18 @@ fn udp_association_survives_a_closed_client_port() {
     let mut association = Association::new(&server);
     association.send(dst, b"hello");
     let (_, egress) = receive(&target);
-    let own = association.socket.local_addr().expect("valid address");
+    let own = association.socket.local_addr().expect("local address");
     // The answers reach a closed port: the server's socket receives the ICMP error.
     association.socket = socket(V4);
     for _ in 0..3 {
-        target.send_to(b"to a closed port", egress).expect("sent");
+        target.send_to(b"to a closed port", egress).expect("datagram sent");
     }
     association.socket = UdpSocket::bind(own).expect("the port is still free");
     association.socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     // The client may have received the first answer before it closed its port.
     association.send(dst, b"back again");
     assert_eq!(receive(&target).0, b"back again");
-    target.send_to(b"welcome", egress).expect("sent");
+    target.send_to(b"welcome", egress).expect("datagram sent");
     while association.receive().1 != b"welcome" {}
 }
 

@@ -28,7 +28,7 @@ fn udp_association_ends_with_its_control_connection() {
         let before = idle_descriptors(&server);
         let echo = udp_echo_server(V4);
         let close: [fn(TcpStream); 3] = [drop, reset, |mut control| {
-            control.shutdown(Shutdown::Write).expect("half-close");
+            control.shutdown(Shutdown::Write).expect("half-closed");
             assert_eq!(stream_end(&mut control), StreamEnd::Closed(vec![]));
         }];
         for close in close {
@@ -51,7 +51,7 @@ fn udp_association_ignores_a_little_data_on_its_control_connection() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4);
     let mut association = Association::new(&server);
-    association.control.write_all(b"unexpected data").expect("sent");
+    association.control.write_all(b"unexpected data").expect("data sent");
     association.ping(echo, b"yes");
     // More than 64 KiB end the association.
     while association.control.write_all(&[0; 4096]).is_ok() {}
@@ -89,9 +89,9 @@ fn udp_bnd_is_the_address_that_the_client_connected_to() {
     let server = serve("*:0", 2, &["--open"]);
     let through = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
     let mut control = connect_from(addr("127.0.0.5:0"), through);
-    control.write_all(&[5, 1, 0]).expect("the greeting is sent");
+    control.write_all(&[5, 1, 0]).expect("greeting sent");
     assert_eq!(read_exact(&mut control, 2), [5, 0]);
-    control.write_all(&request(UDP_ASSOCIATE, addr("0.0.0.0:0"))).expect("the request is sent");
+    control.write_all(&request(UDP_ASSOCIATE, addr("0.0.0.0:0"))).expect("request sent");
     let (rep, bnd) = read_reply(&mut control);
     assert_eq!((rep, bnd.ip()), (0, through.ip()));
     // The client's address is that of the control connection.
@@ -130,8 +130,8 @@ fn udp_bnd_is_the_advertised_address_of_its_family() {
     assert_eq!(receive(&target).0, b"hello");
     // The advertised address is IPv4: an IPv6 client receives the address of the socket.
     let mut control = TcpStream::connect(server.addrs[1]).expect("the server accepts");
-    control.write_all(&[5, 1, 0]).expect("the greeting is sent");
-    control.write_all(&request(UDP_ASSOCIATE, addr("[::]:0"))).expect("the request is sent");
+    control.write_all(&[5, 1, 0]).expect("greeting sent");
+    control.write_all(&request(UDP_ASSOCIATE, addr("[::]:0"))).expect("request sent");
     assert_eq!(read_exact(&mut control, 2), [5, 0]);
     assert_eq!(read_reply(&mut control).1.ip(), V6);
 }

@@ -73,7 +73,7 @@ fn udp_payloads_of_all_sizes_are_echoed() {
     let association = Association::new(&server);
     // The last size with its header is the largest datagram.
     for size in [0, 1, 1472, 8192, 65_000, 65_507 - 10] {
-        let data: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).expect("small")).collect();
+        let data: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).expect("at most 255")).collect();
         association.ping(echo, &data);
     }
 }
@@ -85,8 +85,8 @@ fn udp_answer_too_large_with_its_header_is_fragmented() {
     let association = Association::new(&server);
     association.send(dst, b"the largest, please");
     let (_, egress) = receive(&target);
-    let largest: Vec<u8> = (0..65_507).map(|i| u8::try_from(i % 251).expect("small")).collect();
-    target.send_to(&largest, egress).expect("sent");
+    let largest: Vec<u8> = (0..65_507).map(|i| u8::try_from(i % 251).expect("at most 255")).collect();
+    target.send_to(&largest, egress).expect("datagram sent");
     let (first, last) = (association.receive_fragment(), association.receive_fragment());
     assert_eq!((first.0, first.1), (1, dst));
     assert_eq!((last.0, last.1), (0x82, dst));
@@ -121,7 +121,7 @@ fn udp_two_hundred_targets_share_one_association() {
     for (number, (target, dst)) in (0..200_u8).zip(&targets) {
         let (data, egress) = receive(target);
         assert_eq!(data, [number]);
-        target.send_to(&[number, number], egress).expect("sent");
+        target.send_to(&[number, number], egress).expect("datagram sent");
         assert_eq!(association.receive(), (*dst, vec![number, number]));
     }
 }
@@ -157,7 +157,7 @@ fn udp_burst_of_500_is_echoed() {
             data[..2].copy_from_slice(&number.to_be_bytes());
             association.send(dst, &data);
         }
-        counting.join().expect("data unchanged")
+        counting.join().expect("the thread does not panic")
     };
     // UDP may lose datagrams on a busy machine: one of five bursts must arrive.
     let best = (0..5).map(burst).find(|count| *count >= BURST / 100 * 95);
@@ -171,14 +171,14 @@ fn udp_association_of_a_unix_client_is_on_loopback() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let _server = serve(&format!("unix:{}", path.display()), 1, &[]);
-    let mut control = UnixStream::connect(&path).expect("it listens");
-    control.write_all(&[5, 1, 0, 5, 3, 0, 1, 0, 0, 0, 0, 0, 0]).expect("sent");
+    let mut control = UnixStream::connect(&path).expect("the listener accepts");
+    control.write_all(&[5, 1, 0, 5, 3, 0, 1, 0, 0, 0, 0, 0, 0]).expect("data sent");
     let mut answers = [0; 12];
     control.read_exact(&mut answers).expect("both answers");
     assert_eq!(answers[..10], [5, 0, 5, 0, 0, 1, 127, 0, 0, 1]);
     let bnd = SocketAddr::new(V4, u16::from_be_bytes([answers[10], answers[11]]));
     let client = socket(V4);
     let echo = udp_echo_server(V4);
-    client.send_to(&crate::association::datagram(0, echo, b"hello"), bnd).expect("sent");
+    client.send_to(&crate::association::datagram(0, echo, b"hello"), bnd).expect("datagram sent");
     assert_eq!(receive(&client), (crate::association::datagram(0, echo, b"hello"), bnd));
 }

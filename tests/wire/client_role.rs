@@ -41,7 +41,7 @@ impl Client {
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
         let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
-        let mut input = child.stdin.take().expect("piped stdin");
+        let mut input = child.stdin.take().expect("stdin is piped");
         // A client that fails early does not read stdin.
         let _ = input.write_all(stdin);
         if is_stdin_left_open {
@@ -54,14 +54,15 @@ impl Client {
     fn output(&mut self) -> (Option<i32>, Vec<u8>, String) {
         let mut status = None;
         let ended = poll_until(LIMIT, || {
-            status = self.child.try_wait().expect("wait");
+            status = self.child.try_wait().expect("the child can be waited for");
             status.is_some()
         });
         if !ended {
             let _ = self.child.kill();
         }
-        let [stdout, stderr] = [&mut self.stdout, &mut self.stderr]
-            .map(|reader| reader.take().map(|reader| reader.join().expect("reader thread")).unwrap_or_default());
+        let [stdout, stderr] = [&mut self.stdout, &mut self.stderr].map(|reader| {
+            reader.take().map(|reader| reader.join().expect("the thread does not panic")).unwrap_or_default()
+        });
         (status.and_then(|status| status.code()), stdout, String::from_utf8_lossy(&stderr).into_owned())
     }
 }

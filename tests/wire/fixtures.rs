@@ -27,9 +27,9 @@ impl Fixtures {
     fn start() -> Self {
         let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
         let closed = [v4, v6].map(|ip| bound(SocketAddr::new(ip, 0)));
-        let closed_udp = UdpSocket::bind((v4, 0)).expect("bind");
+        let closed_udp = UdpSocket::bind((v4, 0)).expect("free port");
         // A socket that is connected elsewhere: the kernel answers other senders with ICMP port unreachable.
-        closed_udp.connect(("127.0.0.9", 9)).expect("connect");
+        closed_udp.connect(("127.0.0.9", 9)).expect("connected");
         let named = vec![
             ("echo", tcp_server(v4, echo)),
             ("echo6", tcp_server(v6, echo)),
@@ -43,7 +43,7 @@ impl Fixtures {
             ("udp", udp_echo_server(v4)),
             ("udp6", udp_echo_server(v6)),
             ("three-answers", three_answers()),
-            ("closed-udp", closed_udp.local_addr().expect("address")),
+            ("closed-udp", closed_udp.local_addr().expect("local address")),
             ("any", SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)),
             ("any6", SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)),
         ];
@@ -58,14 +58,14 @@ impl Fixtures {
 
 /// Returns a TCP socket that is bound and does not listen.
 pub fn bound(addr: SocketAddr) -> Socket {
-    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("socket");
-    socket.bind(&addr.into()).expect("bind");
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None).expect("socket created");
+    socket.bind(&addr.into()).expect("free port");
     socket
 }
 
 /// Returns the local address of a socket.
 pub fn addr_of(socket: &Socket) -> SocketAddr {
-    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("address")
+    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("peer address")
 }
 
 /// Encodes ATYP, address and port as in requests, replies and datagrams.
@@ -78,14 +78,14 @@ pub fn encode_addr(addr: SocketAddr) -> Vec<u8> {
 }
 
 fn echo(mut stream: TcpStream) {
-    let mut other = stream.try_clone().expect("try_clone");
+    let mut other = stream.try_clone().expect("cloned");
     let _ = std::io::copy(&mut stream, &mut other);
     let _ = other.shutdown(Shutdown::Write);
 }
 
 /// Sends the peer's address, encoded as in a reply.
 fn send_peer_addr(mut stream: TcpStream) {
-    let peer = stream.peer_addr().expect("address");
+    let peer = stream.peer_addr().expect("peer address");
     let _ = stream.write_all(&encode_addr(peer));
 }
 
@@ -112,9 +112,9 @@ fn reset_after_first_byte(mut stream: TcpStream) {
 
 /// Answers each datagram from another IP address, then from another port, then from the address it was sent to.
 fn three_answers() -> SocketAddr {
-    let bind = |ip| UdpSocket::bind((ip, 0)).expect("bind");
+    let bind = |ip| UdpSocket::bind((ip, 0)).expect("free port");
     let (target, other_port, other_ip) = (bind("127.0.0.1"), bind("127.0.0.1"), bind("127.0.0.3"));
-    let addr = target.local_addr().expect("address");
+    let addr = target.local_addr().expect("local address");
     thread::spawn(move || {
         while let Ok((_, from)) = target.recv_from(&mut [0; 2048]) {
             for (socket, text) in [(&other_ip, "far"), (&other_port, "near"), (&target, "here")] {

@@ -59,8 +59,8 @@ fn refused_client_that_keeps_sending_is_closed_within_ten_seconds() {
 fn handshake_timeout_is_not_extended_by_slow_bytes() {
     let server = Server::start(&["--handshake-timeout", "300ms"]);
     let mut stream = server.connect();
-    stream.set_read_timeout(Some(Duration::from_millis(20))).expect("set_read_timeout");
-    stream.write_all(&[5, 255]).expect("write");
+    stream.set_read_timeout(Some(Duration::from_millis(20))).expect("timeout set");
+    stream.write_all(&[5, 255]).expect("data sent");
     let started = Instant::now();
     // A complete greeting would have 255 methods.
     let is_closed = (0..200).any(|_| {
@@ -91,7 +91,7 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
         // One complete session of each command first, for descriptors that the server opens once and keeps.
         for command in 1..=3 {
             let handshake = handshake(command, !users.is_empty());
-            send_up_to(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("shutdown");
+            send_up_to(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("half-closed");
         }
         wait_until("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
         let before = server.descriptors();
@@ -149,7 +149,7 @@ fn send_up_to(server: &Server, handshake: &Handshake, end: usize) -> (TcpStream,
     let mut remaining = end;
     for (message, answer) in handshake {
         let part = message.get(..remaining).unwrap_or(message);
-        stream.write_all(part).expect("write");
+        stream.write_all(part).expect("data sent");
         remaining -= part.len();
         if part.len() < message.len() {
             return (stream, None);

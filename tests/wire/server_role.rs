@@ -86,11 +86,11 @@ pub fn start(args: &[String], users: &[User], folder: &Path, name: &str) -> Serv
 
 fn users_file_line(user: &User) -> String {
     let hash = if user.bcrypt {
-        bcrypt::hash(&user.password, 4).expect("hash")
+        bcrypt::hash(&user.password, 4).expect("password hashed")
     } else {
         let params = Params::new(Params::MIN_M_COST, 1, 1, None).expect("parameters");
         let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
-        argon2.hash_password(&user.password).expect("hash").to_string()
+        argon2.hash_password(&user.password).expect("password hashed").to_string()
     };
     format!("{}:{hash}", std::str::from_utf8(&user.name).expect("UTF-8 name"))
 }

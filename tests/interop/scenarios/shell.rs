@@ -46,13 +46,13 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
 /// Returns the content of all files below a directory, by relative path.
 fn read_files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
-    for entry in std::fs::read_dir(folder).expect("a folder") {
-        let path = entry.expect("an entry").path();
+    for entry in std::fs::read_dir(folder).expect("directory read") {
+        let path = entry.expect("directory entry").path();
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
         if path.is_dir() {
             files.extend(read_files(&path).into_iter().map(|(below, content)| (format!("{name}/{below}"), content)));
         } else {
-            files.insert(name, std::fs::read(&path).expect("a file"));
+            files.insert(name, std::fs::read(&path).expect("file read"));
         }
     }
     files
@@ -66,9 +66,9 @@ fn rsync_copies_directory_over_ssh_both_ways() {
     let (_alices, users) = users_file(&[("alice", "open sesame")]);
     let (server, sshd, folder) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir());
     let here = |name: &str| format!("{}/{name}/", folder.path().display());
-    std::fs::create_dir_all(folder.path().join("original/below")).expect("a folder");
+    std::fs::create_dir_all(folder.path().join("original/below")).expect("directory created");
     for (name, content) in [("large", bytes(3 << 20)), ("empty", Vec::new()), ("below/two words", bytes(1000))] {
-        std::fs::write(folder.path().join("original").join(name), content).expect("a file");
+        std::fs::write(folder.path().join("original").join(name), content).expect("file written");
     }
     let file = write_file(folder.path(), "auth", "alice:open sesame\n");
     let options = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
@@ -99,7 +99,7 @@ fn connection_count(proxy: &Server) -> usize {
             && words.next() == Some("connect")
             && words.any(|word| word.ends_with(&addr))
     };
-    let processes = std::fs::read_dir("/proc").expect("the processes").flatten();
+    let processes = std::fs::read_dir("/proc").expect("directory read").flatten();
     processes.filter(|process| std::fs::read(process.path().join("cmdline")).is_ok_and(|line| is_one(&line))).count()
 }
 
