@@ -390,8 +390,8 @@ impl EstablishedContext {
 }
 
 impl SecurityContext for EstablishedContext {
-    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, String> {
-        self.0.wrap(data, encrypt).map_err(|error| error.to_string())
+    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String> {
+        self.0.wrap(data, should_encrypt).map_err(|error| error.to_string())
     }
 
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
@@ -404,9 +404,9 @@ impl SecurityContext for EstablishedContext {
         Ok(Unwrapped { data: unwrapped.data, is_encrypted: unwrapped.is_encrypted, order })
     }
 
-    fn wrap_size_limit(&self, encrypt: bool) -> usize {
+    fn wrap_size_limit(&self, should_encrypt: bool) -> usize {
         // If the library reports an error: no mechanism adds as much as 256 bytes.
-        self.0.wrap_size_limit(encrypt).unwrap_or(MAX_TOKEN_LEN - 256)
+        self.0.wrap_size_limit(should_encrypt).unwrap_or(MAX_TOKEN_LEN - 256)
     }
 }
 

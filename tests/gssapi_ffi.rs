@@ -167,12 +167,13 @@ fn message_is_encrypted_or_only_integrity_protected() {
     let (mut initiator, mut acceptor) = established_pair(ALL);
     let long = vec![0xA5; MAX_TOKEN_LEN - 100];
     for data in [&b"to be or not to be"[..], b"", b"\0", &long] {
-        for encrypt in [true, false] {
-            let token = initiator.wrap(data, encrypt).expect("wrapped");
-            assert_eq!(contains(&token, b"not to be"), !encrypt && contains(data, b"not to be"));
-            let expected = Unwrapped { data: data.into(), is_encrypted: encrypt, order: SequenceStatus::InOrder };
+        for should_encrypt in [true, false] {
+            let token = initiator.wrap(data, should_encrypt).expect("wrapped");
+            assert_eq!(contains(&token, b"not to be"), !should_encrypt && contains(data, b"not to be"));
+            let expected =
+                Unwrapped { data: data.into(), is_encrypted: should_encrypt, order: SequenceStatus::InOrder };
             assert_eq!(unwrap_copy(&mut acceptor, &token), Ok(expected.clone()));
-            let token = acceptor.wrap(data, encrypt).expect("wrapped");
+            let token = acceptor.wrap(data, should_encrypt).expect("wrapped");
             assert_eq!(unwrap_copy(&mut initiator, &token), Ok(expected));
         }
     }
@@ -217,12 +218,12 @@ fn without_sequence_flag_only_duplicates_are_detected() {
 fn changed_reflected_and_foreign_messages_are_rejected() {
     let Some(_) = in_default_realm("changed_reflected_and_foreign_messages_are_rejected") else { return };
     let (mut initiator, mut acceptor) = established_pair(ALL);
-    for encrypt in [true, false] {
-        let own = acceptor.wrap(b"hello", encrypt).expect("wrapped");
+    for should_encrypt in [true, false] {
+        let own = acceptor.wrap(b"hello", should_encrypt).expect("wrapped");
         expect_error(unwrap_copy(&mut acceptor, &own));
         let (mut stranger, _) = established_pair(ALL);
-        expect_error(unwrap_copy(&mut acceptor, &stranger.wrap(b"hello", encrypt).expect("wrapped")));
-        let token = initiator.wrap(b"hello", encrypt).expect("wrapped");
+        expect_error(unwrap_copy(&mut acceptor, &stranger.wrap(b"hello", should_encrypt).expect("wrapped")));
+        let token = initiator.wrap(b"hello", should_encrypt).expect("wrapped");
         for i in 0..token.len() {
             let mut changed = token.clone();
             changed[i] ^= 0x10;
@@ -246,16 +247,16 @@ fn changed_reflected_and_foreign_messages_are_rejected() {
 /// Checks that the size limit is the largest data length whose token fits into a message of RFC 1961.
 fn check_wrap_size_limit() -> [usize; 2] {
     let (mut initiator, mut acceptor) = established_pair(ALL);
-    [false, true].map(|encrypt| {
-        let capacity = initiator.wrap_size_limit(encrypt).expect("a size limit");
+    [false, true].map(|should_encrypt| {
+        let capacity = initiator.wrap_size_limit(should_encrypt).expect("a size limit");
         let data = vec![b'x'; capacity + 1];
-        let token = initiator.wrap(&data[1..], encrypt).expect("wrapped");
+        let token = initiator.wrap(&data[1..], should_encrypt).expect("wrapped");
         assert!(token.len() <= MAX_TOKEN_LEN, "{}", token.len());
         assert_eq!(unwrap_copy(&mut acceptor, &token).expect("valid").data.len(), capacity);
-        let token = initiator.wrap(&data, encrypt).expect("wrapped");
+        let token = initiator.wrap(&data, should_encrypt).expect("wrapped");
         assert!(token.len() > MAX_TOKEN_LEN, "{}", token.len());
         unwrap_copy(&mut acceptor, &token).expect("valid");
-        assert_eq!(acceptor.wrap_size_limit(encrypt), Ok(capacity));
+        assert_eq!(acceptor.wrap_size_limit(should_encrypt), Ok(capacity));
         capacity
     })
 }

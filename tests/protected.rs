@@ -23,20 +23,20 @@ struct TestContext {
 }
 
 impl SecurityContext for TestContext {
-    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, String> {
+    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String> {
         self.sent = self.sent.wrapping_add(1);
-        Ok(token(encrypt, self.sent, data))
+        Ok(token(should_encrypt, self.sent, data))
     }
 
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
-        let [encrypt, number, ref data @ ..] = *token else { return Err("no token".into()) };
+        let [flag, number, ref data @ ..] = *token else { return Err("no token".into()) };
         let order = match number.wrapping_sub(self.received) {
             1 => TokenOrder::Next,
             2..=100 => TokenOrder::OutOfOrder,
             _ => TokenOrder::Duplicate,
         };
         self.received = number;
-        let is_encrypted = encrypt == 1;
+        let is_encrypted = flag == 1;
         Ok(Unwrapped {
             data: data.iter().map(|byte| if is_encrypted { !byte } else { *byte }).collect(),
             is_encrypted,
@@ -49,13 +49,13 @@ impl SecurityContext for TestContext {
     }
 }
 
-fn token(encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
-    let data = data.iter().map(|byte| if encrypt { !byte } else { *byte });
-    [u8::from(encrypt), number].into_iter().chain(data).collect()
+fn token(should_encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
+    let data = data.iter().map(|byte| if should_encrypt { !byte } else { *byte });
+    [u8::from(should_encrypt), number].into_iter().chain(data).collect()
 }
 
-fn frame(encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
-    Frame::Data(token(encrypt, number, data)).encode()
+fn frame(should_encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
+    Frame::Data(token(should_encrypt, number, data)).encode()
 }
 
 fn protection(level: ProtectionLevel) -> Protection {
@@ -201,9 +201,9 @@ fn invalid_token_ends_the_stream() {
         ("another version", Confidentiality, vec![5, 0, 0, 1], bad),
         ("clear text", Confidentiality, b"GET / HTTP/1.0".to_vec(), bad),
     ];
-    for (what, level, bytes, end) in table {
+    for (case, level, bytes, end) in table {
         let data = if end.is_none() { "okx" } else { "ok" };
-        assert_eq!(read_all(level, &[ok.clone(), bytes].concat()), (data.into(), end), "{what}");
+        assert_eq!(read_all(level, &[ok.clone(), bytes].concat()), (data.into(), end), "{case}");
     }
 }
 
@@ -275,7 +275,9 @@ fn protected_stream_can_carry_another() {
 
 #[test]
 fn datagrams_can_be_missing_or_late_but_not_duplicated() {
-    let open = |protection: &Protection, number, encrypt| protection.unwrap_datagram(&mut frame(encrypt, number, b"x"));
+    let open = |protection: &Protection, number, should_encrypt| {
+        protection.unwrap_datagram(&mut frame(should_encrypt, number, b"x"))
+    };
     let (sender, receiver) =
         (protection(ProtectionLevel::Confidentiality), protection(ProtectionLevel::Confidentiality));
     let wrapped = sender.wrap(b"hello").expect("wrapped");

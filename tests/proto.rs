@@ -23,13 +23,13 @@ fn check<M: Message + Debug + PartialEq>(message: &M) {
 
 fn check_encoding<M: Message + Debug + PartialEq>(bytes: &[u8], message: &M) {
     assert!((M::MIN_LEN..=M::MAX_LEN).contains(&bytes.len()), "{} bytes of {message:?}", bytes.len());
-    for have in 0..bytes.len() {
-        let missing = bytes.len() - have;
-        match M::decode(&bytes[..have]) {
+    for given in 0..bytes.len() {
+        let missing = bytes.len() - given;
+        match M::decode(&bytes[..given]) {
             Err(DecodeError::Incomplete(n)) => {
                 assert!((1..=missing).contains(&n), "{n} requested, {missing} missing, {message:?}")
             }
-            other => panic!("{other:?} from {have} bytes of {message:?}"),
+            other => panic!("{other:?} from {given} bytes of {message:?}"),
         }
     }
     assert_eq!(M::decode(bytes).as_ref(), Ok(message));
@@ -43,25 +43,25 @@ fn check_encoding<M: Message + Debug + PartialEq>(bytes: &[u8], message: &M) {
 
 /// Decodes a message as a connection does: adds at most as many bytes as the decoder requests, often fewer.
 fn feed<M: Message>(bytes: &[u8], pieces: &mut impl Iterator<Item = usize>) -> M {
-    let mut have = 0;
+    let mut given = 0;
     loop {
-        match M::decode(&bytes[..have]) {
+        match M::decode(&bytes[..given]) {
             Ok(message) => {
-                assert_eq!(have, bytes.len(), "decoded before the last byte");
+                assert_eq!(given, bytes.len(), "decoded before the last byte");
                 return message;
             }
-            Err(DecodeError::Incomplete(n)) => have += n.min(pieces.next().expect("endless pieces").max(1)),
-            Err(DecodeError::Invalid(error)) => panic!("{error} after {have} bytes of {bytes:?}"),
+            Err(DecodeError::Incomplete(n)) => given += n.min(pieces.next().expect("endless pieces").max(1)),
+            Err(DecodeError::Invalid(error)) => panic!("{error} after {given} bytes of {bytes:?}"),
         }
-        assert!(have <= bytes.len(), "requested bytes after the message");
+        assert!(given <= bytes.len(), "requested bytes after the message");
     }
 }
 
 /// Checks that `prefix` is incomplete, and that `prefix` with `last` is invalid.
 fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: ProtocolError) {
-    for have in 0..=prefix.len() {
-        let result = M::decode(&prefix[..have]).expect_err("incomplete");
-        assert!(matches!(result, DecodeError::Incomplete(1..)), "{result:?} from {:?}", &prefix[..have]);
+    for given in 0..=prefix.len() {
+        let result = M::decode(&prefix[..given]).expect_err("incomplete");
+        assert!(matches!(result, DecodeError::Incomplete(1..)), "{result:?} from {:?}", &prefix[..given]);
     }
     let bad = [prefix, last].concat();
     assert_eq!(M::decode(&bad), Err(DecodeError::Invalid(error)), "{bad:?}");
@@ -198,15 +198,15 @@ fn check_random<M: Message + Debug + PartialEq>(bytes: &[u8]) {
 fn check_prefixes<M: Message + Debug + PartialEq>(bytes: &[u8]) {
     let mut due = 0;
     let mut last = None;
-    for have in 0..=bytes.len() {
-        let now = M::decode(&bytes[..have]);
+    for given in 0..=bytes.len() {
+        let now = M::decode(&bytes[..given]);
         if let Some(last) = &last {
-            assert_eq!(&now, last, "changed at {have} bytes of {bytes:?}");
+            assert_eq!(&now, last, "changed at {given} bytes of {bytes:?}");
         }
         match now {
-            Err(DecodeError::Incomplete(n)) => due = due.max(have + n),
+            Err(DecodeError::Incomplete(n)) => due = due.max(given + n),
             Ok(_) => {
-                assert!(have >= due, "requested {due} bytes, decoded {have} of {bytes:?}");
+                assert!(given >= due, "requested {due} bytes, decoded {given} of {bytes:?}");
                 last = Some(now);
             }
             Err(DecodeError::Invalid(_)) => last = Some(now),
@@ -303,12 +303,12 @@ fn gssapi_abort_has_two_bytes_and_unknown_type_is_invalid_at_its_byte() {
 
 #[test]
 fn datagram_token_requires_exactly_one_data_frame() {
-    let whole = Frame::Data(vec![1, 2, 3]).encode();
-    assert_eq!(Frame::datagram_token(&mut whole.clone()), Some(&mut [1, 2, 3][..]));
-    for length in 0..whole.len() {
-        assert_eq!(Frame::datagram_token(&mut whole[..length].to_vec()), None, "{length} bytes");
+    let frame = Frame::Data(vec![1, 2, 3]).encode();
+    assert_eq!(Frame::datagram_token(&mut frame.clone()), Some(&mut [1, 2, 3][..]));
+    for length in 0..frame.len() {
+        assert_eq!(Frame::datagram_token(&mut frame[..length].to_vec()), None, "{length} bytes");
     }
-    assert_eq!(Frame::datagram_token(&mut [&whole[..], &[0]].concat()), None, "one byte too many");
+    assert_eq!(Frame::datagram_token(&mut [&frame[..], &[0]].concat()), None, "one byte too many");
     for other in [Frame::Authentication(vec![1]), Frame::Protection(vec![1]), Frame::Abort] {
         assert_eq!(Frame::datagram_token(&mut other.encode()), None, "{other:?}");
     }

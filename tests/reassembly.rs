@@ -22,17 +22,17 @@ fn dst(port: u16) -> Addr {
 /// Pushes datagrams for one DST at one time, and returns the completed ones.
 fn push_all(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> Vec<String> {
     let push = |(frag, data): &(u8, &str)| {
-        let (addr, whole) = queue.push(now, Datagram { frag: *frag, dst: dst(53), data: data.as_bytes() })?;
+        let (addr, complete) = queue.push(now, Datagram { frag: *frag, dst: dst(53), data: data.as_bytes() })?;
         assert_eq!(addr, dst(53));
-        Some(String::from_utf8(whole.into_owned()).expect("UTF-8"))
+        Some(String::from_utf8(complete.into_owned()).expect("UTF-8"))
     };
     datagrams.iter().filter_map(push).collect()
 }
 
 /// Pushes `datagrams` to an empty queue. Checks the completed ones, whether the queue is empty, and that it still works.
-fn check(datagrams: &[(u8, &str)], whole: &[&str], is_empty: bool) {
+fn check(datagrams: &[(u8, &str)], complete: &[&str], is_empty: bool) {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    assert_eq!(push_all(&mut queue, now, datagrams), whole, "{datagrams:?}");
+    assert_eq!(push_all(&mut queue, now, datagrams), complete, "{datagrams:?}");
     assert_eq!(queue.deadline().is_none(), is_empty, "{datagrams:?}: {:?}", queue.deadline());
     assert_eq!(
         push_all(&mut queue, now, &[(1, "ne"), (2 | LAST, "w")]),
@@ -125,8 +125,8 @@ fn fragment_for_another_dst_empties_the_queue() {
 
     assert_eq!(queue.push(now, other(53, 1)), None);
     assert_eq!(queue.push(now, other(54, 1)), None, "a new sequence");
-    let (to, whole) = queue.push(now, other(54, 2 | LAST)).expect("complete");
-    assert_eq!((to, &*whole), (dst(54), &b"xx"[..]));
+    let (to, complete) = queue.push(now, other(54, 2 | LAST)).expect("complete");
+    assert_eq!((to, &*complete), (dst(54), &b"xx"[..]));
 
     let name = HostName::new(b"192.0.2.1").expect("a name");
     assert_eq!(queue.push(now, other(53, 1)), None);
@@ -140,8 +140,8 @@ fn sequence_has_at_most_127_fragments() {
     for position in 1..=126 {
         assert_eq!(queue.push(now, Datagram { frag: position, dst: dst(1), data: &[position] }), None);
     }
-    let (_, whole) = queue.push(now, Datagram { frag: 127 | LAST, dst: dst(1), data: &[127] }).expect("complete");
-    assert_eq!(*whole, (1..=127).collect::<Vec<u8>>());
+    let (_, complete) = queue.push(now, Datagram { frag: 127 | LAST, dst: dst(1), data: &[127] }).expect("complete");
+    assert_eq!(*complete, (1..=127).collect::<Vec<u8>>());
 
     for position in 1..=127 {
         assert_eq!(queue.push(now, Datagram { frag: position, dst: dst(1), data: &[position] }), None);
@@ -154,44 +154,44 @@ fn sequence_has_at_most_127_fragments() {
 #[test]
 fn timer_is_at_least_5_seconds_and_exact() {
     const { assert!(REASSEMBLY_TIMEOUT.as_secs() >= 5) };
-    let begin = Instant::now();
-    let nearly = begin + REASSEMBLY_TIMEOUT - Duration::from_nanos(1);
+    let start = Instant::now();
+    let nearly = start + REASSEMBLY_TIMEOUT - Duration::from_nanos(1);
 
     let mut queue = Reassembler::default();
     assert_eq!(queue.deadline(), None);
-    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + REASSEMBLY_TIMEOUT));
+    assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
+    assert_eq!(queue.deadline(), Some(start + REASSEMBLY_TIMEOUT));
     assert_eq!(push_all(&mut queue, nearly, &[(2 | LAST, "b")]), ["ab"]);
 
-    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(push_all(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "b")]).is_empty());
+    assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(2 | LAST, "b")]).is_empty());
     assert_eq!(queue.deadline(), None);
 
-    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
     queue.expire(nearly);
     assert!(queue.deadline().is_some());
-    queue.expire(begin + REASSEMBLY_TIMEOUT);
+    queue.expire(start + REASSEMBLY_TIMEOUT);
     assert_eq!(queue.deadline(), None);
 }
 
 #[test]
 fn timer_starts_at_the_first_fragment_and_is_never_extended() {
-    let (mut queue, begin) = (Reassembler::default(), Instant::now());
+    let (mut queue, start) = (Reassembler::default(), Instant::now());
     let half = REASSEMBLY_TIMEOUT / 2;
-    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(push_all(&mut queue, begin + half, &[(1, "a"), (2, "b"), (2, "b")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + REASSEMBLY_TIMEOUT));
-    assert!(push_all(&mut queue, begin + half, &[(1, "anew")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + half + REASSEMBLY_TIMEOUT));
-    assert_eq!(push_all(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
+    assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, start + half, &[(1, "a"), (2, "b"), (2, "b")]).is_empty());
+    assert_eq!(queue.deadline(), Some(start + REASSEMBLY_TIMEOUT));
+    assert!(push_all(&mut queue, start + half, &[(1, "anew")]).is_empty());
+    assert_eq!(queue.deadline(), Some(start + half + REASSEMBLY_TIMEOUT));
+    assert_eq!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
 }
 
 #[test]
 fn repeated_first_fragment_after_timeout_starts_a_new_sequence() {
-    let (mut queue, begin) = (Reassembler::default(), Instant::now());
-    assert!(push_all(&mut queue, begin, &[(1, "a")]).is_empty());
-    assert!(push_all(&mut queue, begin + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty());
-    assert_eq!(queue.deadline(), Some(begin + 2 * REASSEMBLY_TIMEOUT));
+    let (mut queue, start) = (Reassembler::default(), Instant::now());
+    assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty());
+    assert_eq!(queue.deadline(), Some(start + 2 * REASSEMBLY_TIMEOUT));
 }
 
 #[test]
@@ -199,8 +199,8 @@ fn queue_holds_at_most_one_udp_payload() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
     let data = vec![7; MAX_UDP6_PAYLOAD];
     let push = |queue: &mut Reassembler, frag, length: usize| {
-        let whole = queue.push(now, Datagram { frag, dst: dst(1), data: &data[..length] });
-        whole.map(|(_, whole)| whole.len())
+        let complete = queue.push(now, Datagram { frag, dst: dst(1), data: &data[..length] });
+        complete.map(|(_, complete)| complete.len())
     };
     assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD - 1), None);
     assert_eq!(push(&mut queue, 2 | LAST, 1), Some(65_527));
@@ -246,15 +246,15 @@ impl Model {
             self.since.get_or_insert(now);
             self.kept.push(fragment);
         }
-        let whole: Vec<u8> = self.kept.iter().flat_map(|(_, data)| data.iter().copied()).collect();
-        if whole.len() > 65_507 {
+        let complete: Vec<u8> = self.kept.iter().flat_map(|(_, data)| data.iter().copied()).collect();
+        if complete.len() > 65_507 {
             self.clear();
         }
         if frag < 128 || self.kept.is_empty() {
             return None;
         }
         self.clear();
-        Some((dst.clone(), whole))
+        Some((dst.clone(), complete))
     }
 
     fn clear(&mut self) {
@@ -297,10 +297,10 @@ fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError>
     let (mut queue, mut model, mut now) = (Reassembler::default(), Model::default(), Instant::now());
     for (frag, port, data, pause) in datagrams {
         now += Duration::from_millis(pause);
-        let whole = queue.push(now, Datagram { frag, dst: dst(port), data: &data });
-        let whole = whole.map(|(to, data)| (to, data.into_owned()));
-        prop_assert!(whole.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
-        prop_assert_eq!(whole, model.push(now, frag, &dst(port), &data));
+        let complete = queue.push(now, Datagram { frag, dst: dst(port), data: &data });
+        let complete = complete.map(|(to, data)| (to, data.into_owned()));
+        prop_assert!(complete.as_ref().is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
+        prop_assert_eq!(complete, model.push(now, frag, &dst(port), &data));
         prop_assert_eq!(queue.deadline(), model.since.map(|since| since + REASSEMBLY_TIMEOUT));
     }
     Ok(())
@@ -325,8 +325,8 @@ proptest! {
         for bytes in &all {
             let header = [&[0, 0], &bytes[..]].concat();
             if let Ok(datagram) = Datagram::decode(&header) {
-                let whole = queue.push(now, datagram);
-                prop_assert!(whole.is_none_or(|(_, whole)| whole.len() <= MAX_UDP6_PAYLOAD));
+                let complete = queue.push(now, datagram);
+                prop_assert!(complete.is_none_or(|(_, complete)| complete.len() <= MAX_UDP6_PAYLOAD));
             }
         }
         queue.expire(now + REASSEMBLY_TIMEOUT);
@@ -375,8 +375,8 @@ fn check_fragment(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCas
     for part in front {
         prop_assert_eq!(queue.push(now, Datagram::decode(part).expect("a datagram")), None);
     }
-    let (to, whole) = queue.push(now, Datagram::decode(last).expect("a datagram")).expect("complete at the last");
-    prop_assert_eq!((&to, &*whole), (dst, &data[..]));
+    let (to, complete) = queue.push(now, Datagram::decode(last).expect("a datagram")).expect("complete at the last");
+    prop_assert_eq!((&to, &*complete), (dst, &data[..]));
     prop_assert_eq!(queue.deadline(), None);
     Ok(())
 }

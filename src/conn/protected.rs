@@ -27,7 +27,7 @@ pub trait SecurityContext: fmt::Debug {
     ///
     /// # Errors
     /// The message of the library.
-    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>, String>;
+    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String>;
 
     /// Returns the data in `token`. Can overwrite `token`.
     ///
@@ -36,7 +36,7 @@ pub trait SecurityContext: fmt::Debug {
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String>;
 
     /// Returns how much data fits into a token of [`MAX_TOKEN_LEN`] bytes, in bytes.
-    fn wrap_size_limit(&self, encrypt: bool) -> usize;
+    fn wrap_size_limit(&self, should_encrypt: bool) -> usize;
 }
 
 /// The content of a token.
@@ -65,24 +65,24 @@ pub enum TokenOrder {
 #[derive(Clone, Debug)]
 pub struct Protection {
     context: Rc<RefCell<dyn SecurityContext>>,
-    encrypt: bool,
+    should_encrypt: bool,
 }
 
 impl Protection {
     /// Returns `None` at [`ProtectionLevel::None`].
     pub fn new(context: impl SecurityContext + 'static, level: ProtectionLevel) -> Option<Self> {
-        let encrypt = level == ProtectionLevel::Confidentiality;
-        (level > ProtectionLevel::None).then(|| Self { context: Rc::new(RefCell::new(context)), encrypt })
+        let should_encrypt = level == ProtectionLevel::Confidentiality;
+        (level > ProtectionLevel::None).then(|| Self { context: Rc::new(RefCell::new(context)), should_encrypt })
     }
 
     /// Returns the protection level.
     pub fn level(&self) -> ProtectionLevel {
-        if self.encrypt { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity }
+        if self.should_encrypt { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity }
     }
 
     /// Returns the largest number of bytes that protection adds to a datagram.
     pub fn max_overhead(&self) -> usize {
-        FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().wrap_size_limit(self.encrypt))
+        FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().wrap_size_limit(self.should_encrypt))
     }
 
     /// Returns a data frame that contains `data`.
@@ -90,7 +90,7 @@ impl Protection {
     /// # Errors
     /// `data` is too long, or the library reports an error.
     pub fn wrap(&self, data: &[u8]) -> io::Result<Vec<u8>> {
-        let token = self.context.borrow_mut().wrap(data, self.encrypt).map_err(io::Error::other)?;
+        let token = self.context.borrow_mut().wrap(data, self.should_encrypt).map_err(io::Error::other)?;
         if token.len() > MAX_TOKEN_LEN {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -105,7 +105,7 @@ impl Protection {
 
     fn unwrap(&self, token: &mut [u8]) -> Result<Unwrapped, String> {
         let unwrapped = self.context.borrow_mut().unwrap(token)?;
-        if self.encrypt && !unwrapped.is_encrypted {
+        if self.should_encrypt && !unwrapped.is_encrypted {
             return Err("token is not encrypted".into());
         }
         Ok(unwrapped)

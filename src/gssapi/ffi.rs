@@ -416,13 +416,13 @@ impl RawContext {
     }
 
     /// Returns the token, and whether it is encrypted.
-    fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<(Vec<u8>, bool)> {
+    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<(Vec<u8>, bool)> {
         let Self { api, handle } = self;
         let (mut output, mut is_encrypted, data) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(data));
         let raw_output = &mut output.raw;
         // SAFETY: the context is the library's or null; the other pointers are to locals.
         api.call(|minor| unsafe {
-            (api.gss_wrap)(minor, *handle, encrypt.into(), 0, &data, &mut is_encrypted, raw_output)
+            (api.gss_wrap)(minor, *handle, should_encrypt.into(), 0, &data, &mut is_encrypted, raw_output)
         })?;
         Ok((output.as_slice().to_vec(), is_encrypted != 0))
     }
@@ -440,11 +440,11 @@ impl RawContext {
         Ok((data, is_encrypted != 0, major))
     }
 
-    fn wrap_size_limit(&self, encrypt: bool, token: u32) -> Result<u32> {
+    fn wrap_size_limit(&self, should_encrypt: bool, token: u32) -> Result<u32> {
         let mut size = 0;
         // SAFETY: the context is the library's or null; the other pointers are to locals.
         self.api.call(|minor| unsafe {
-            (self.api.gss_wrap_size_limit)(minor, self.handle, encrypt.into(), 0, token, &mut size)
+            (self.api.gss_wrap_size_limit)(minor, self.handle, should_encrypt.into(), 0, token, &mut size)
         })?;
         Ok(size)
     }

@@ -75,14 +75,14 @@ fn stream_is_readable_without_encryption_and_hidden_with_it() {
         assert_eq!(received, SERVER_DATA);
         let [up, down] = seen.map(|seen| seen.lock().expect("no panic").clone());
         let (up, down) = (after_the_login(&up, 3), after_the_login(&down, 2));
-        for (what, direction, bytes) in [
+        for (case, direction, bytes) in [
             ("the request", up, &request[..]),
             ("the name", up, NAME.as_bytes()),
             ("the data", up, CLIENT_DATA),
             ("the reply", down, &[5, 0, 0, 1, 127, 0, 0, 1]),
             ("the answer", down, SERVER_DATA),
         ] {
-            assert_eq!(contains(direction, bytes), level != "confidentiality", "{what} at {level}");
+            assert_eq!(contains(direction, bytes), level != "confidentiality", "{case} at {level}");
         }
         assert_eq!(up[..2] == [1, 3] && down[..2] == [1, 3], level != "none", "frames at {level}");
     }
@@ -142,9 +142,9 @@ fn captured_packets_are_readable_only_without_encryption() {
         read.args(["-T", "fields", "-e", "tcp.payload", "-e", "udp.payload", "-Y", &filter, "-r"]).arg(&file);
         let hex = String::from_utf8(stdout(&mut read, b"")).expect("hexadecimal");
         assert!(hex.lines().count() > 10, "all was captured");
-        for what in [CLIENT_DATA, SERVER_DATA, b"a secret datagram"] {
-            let what: String = what.iter().map(|byte| format!("{byte:02x}")).collect();
-            assert_eq!(hex.contains(&what), *level == "integrity", "{level}: {what}");
+        for data in [CLIENT_DATA, SERVER_DATA, b"a secret datagram"] {
+            let data_hex: String = data.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex.contains(&data_hex), *level == "integrity", "{level}: {data_hex}");
         }
     }
 }

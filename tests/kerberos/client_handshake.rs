@@ -39,8 +39,8 @@ impl Setup {
     fn tunnel(&self) -> (RunningProgram, Peer) {
         let client = self.client(&["192.0.2.1:80"]);
         let mut peer = self.proxy.accept_context();
-        let (asked, form) = Proxy::receive_level(&mut peer);
-        Proxy::grant_level(&mut peer, asked, form);
+        let (requested, form) = Proxy::receive_level(&mut peer);
+        Proxy::grant_level(&mut peer, requested, form);
         peer.receive();
         peer.send(&SUCCESS);
         (client, peer)
@@ -144,13 +144,13 @@ fn too_low_or_unknown_level_is_refused_before_the_request() {
         (&["--gssapi-min", "none"], 255, "the server grants an unknown protection level"),
         (&["--gssapi-nec"], 3, "the server grants an unknown protection level"),
     ];
-    for (args, granted, why) in table {
+    for (args, granted, expected) in table {
         let client = setup.client(&[args, &["192.0.2.1:80"]].concat());
         let mut peer = setup.proxy.accept_context();
         let (_, form) = Proxy::receive_level(&mut peer);
         Proxy::grant_level(&mut peer, granted, form);
         assert_eq!(stream_end(&mut peer.stream), StreamEnd::Closed(vec![]), "no request, {args:?}");
-        assert_ends(client, 67, &["proxy localhost:", "login", why]);
+        assert_ends(client, 67, &["proxy localhost:", "login", expected]);
     }
 }
 
@@ -179,10 +179,10 @@ fn empty_token_after_the_last_one_is_ignored() {
     let Some(setup) = Setup::new() else { return };
     let mut client = setup.client(&["192.0.2.1:80"]);
     let mut peer = setup.proxy.accept_context();
-    let (asked, form) = Proxy::receive_level(&mut peer);
+    let (requested, form) = Proxy::receive_level(&mut peer);
     // A server without a further token sends an empty one (RFC 1961 section 3.6).
     peer.send_token(AUTHENTICATION, &[]);
-    Proxy::grant_level(&mut peer, asked, form);
+    Proxy::grant_level(&mut peer, requested, form);
     peer.receive();
     peer.send(&SUCCESS);
     client.write(b"hello");
@@ -202,17 +202,17 @@ fn invalid_server_token_is_reported() {
         ("another version", &[5, 1, 0, 1, 0], "GSSAPI"),
         ("a level", &[1, 2, 0, 1, 2], "unexpected GSSAPI message"),
     ];
-    for (what, bytes, why) in table {
+    for (case, bytes, expected) in table {
         let client = setup.client(&["192.0.2.1:80"]);
         let (mut stream, _) = setup.proxy.accept_greeting();
         receive_token(&mut stream, AUTHENTICATION);
         stream.write_all(bytes).expect("sent");
         // The client can have disconnected already.
         let _ = stream.shutdown(std::net::Shutdown::Write);
-        assert_ends(client, 67, &["proxy localhost:", "login", why]);
+        assert_ends(client, 67, &["proxy localhost:", "login", expected]);
         // The connection is reset if the client did not read everything.
         let end = stream_end(&mut stream);
-        assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{what}: {end:?}");
+        assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{case}: {end:?}");
     }
 }
 
@@ -254,16 +254,16 @@ fn invalid_server_level_is_reported() {
             "GSSAPI",
         ),
     ];
-    for (what, answer, why) in table {
+    for (case, answer, expected) in table {
         let client = setup.client(&["192.0.2.1:80"]);
         let mut peer = setup.proxy.accept_context();
         Proxy::receive_level(&mut peer);
         let bytes = answer(&peer);
         peer.send_raw(&bytes);
         peer.shutdown();
-        assert_ends(client, 67, &["proxy localhost:", "login", why]);
+        assert_ends(client, 67, &["proxy localhost:", "login", expected]);
         let end = stream_end(&mut peer.stream);
-        assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{what}: {end:?}");
+        assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{case}: {end:?}");
     }
     // A client in NEC's variant requires an answer in this variant.
     let client = setup.client(&["--gssapi-nec", "192.0.2.1:80"]);
@@ -331,16 +331,16 @@ fn invalid_data_ends_the_client_with_status_56() {
         ),
         ("an abort", |_| ABORT.to_vec(), "protection: "),
     ];
-    for (what, invalid, why) in table {
+    for (case, invalid, expected) in table {
         let (client, mut peer) = setup.tunnel();
         let bytes = invalid(&mut peer);
         peer.send_raw(&bytes);
         peer.shutdown();
         let mut client = client;
         let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
-        assert_eq!(status.code(), Some(56), "{what}: {stderr}");
-        assert!(stdout.is_empty() || stdout == b"good", "{what}: {}", text(&stdout));
-        assert!(stderr.contains(why) && stderr.lines().count() == 1, "{what}: {stderr}");
+        assert_eq!(status.code(), Some(56), "{case}: {stderr}");
+        assert!(stdout.is_empty() || stdout == b"good", "{case}: {}", text(&stdout));
+        assert!(stderr.contains(expected) && stderr.lines().count() == 1, "{case}: {stderr}");
     }
     // The end of the stream between two frames is no error.
     let (mut client, peer) = setup.tunnel();
@@ -367,8 +367,8 @@ fn client_drops_invalid_datagrams() {
     let Some(setup) = Setup::new() else { return };
     let mut client = RunningProgram::start(&mut client(&setup.realm, "udp", &setup.proxy.url(), &["192.0.2.9:9"]));
     let mut peer = setup.proxy.accept_context();
-    let (asked, form) = Proxy::receive_level(&mut peer);
-    Proxy::grant_level(&mut peer, asked, form);
+    let (requested, form) = Proxy::receive_level(&mut peer);
+    Proxy::grant_level(&mut peer, requested, form);
     assert_eq!(peer.receive()[..4], [5, 3, 0, 1]);
     let relay = UdpSocket::bind((V4, 0)).expect("a port");
     relay.set_read_timeout(Some(TIMEOUT)).expect("timeout set");

@@ -60,8 +60,8 @@ fn libcurl_works_at_level_none_and_fails_cleanly_at_others() {
     match pip.env("PIP_DEFAULT_TIMEOUT", "5").output() {
         Ok(output) if output.status.success() => {}
         other => {
-            let why = other.map_or_else(|error| error.to_string(), |output| text(&output.stderr));
-            return eprintln!("skipped: pycurl is not available: {why}");
+            let reason = other.map_or_else(|error| error.to_string(), |output| text(&output.stderr));
+            return eprintln!("skipped: pycurl is not available: {reason}");
         }
     }
     let python = |script: &str| {

@@ -68,8 +68,8 @@ fn contradictory_options_are_refused() {
         (&["--keytab", &keytab, "--gssapi-protection", "most"], "none, integrity, confidentiality"),
         (&["--keytab", &keytab, "--gssapi-protection", ""], "none, integrity, confidentiality"),
     ];
-    for (args, why) in table {
-        assert_fails_with(&refused(&realm, args), 2, &[why]);
+    for (args, expected) in table {
+        assert_fails_with(&refused(&realm, args), 2, &[expected]);
     }
 }
 
@@ -82,9 +82,10 @@ fn unusable_keytab_is_reported_at_start() {
     std::fs::write(file("empty"), b"").expect("a file");
     std::fs::create_dir(file("folder")).expect("a folder");
     let unusable = "is nonexistent or empty";
-    for (name, why) in [("missing", "No such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)] {
-        assert_fails_with(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), why]);
-        crate::page::assert_explains(why);
+    for (name, expected) in [("missing", "No such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)]
+    {
+        assert_fails_with(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), expected]);
+        crate::page::assert_explains(expected);
     }
     let keytab = path(&realm.file("service.keytab"));
     let no_key = refused(&realm, &["--keytab", &keytab, "--gssapi-service", "nokey"]);
@@ -185,13 +186,13 @@ fn client_disconnects_if_granted_level_is_too_low() {
         ("confidentiality", &["--gssapi-protection", "none"], None),
         ("confidentiality", &["--gssapi-nec"], None),
     ];
-    for (levels, args, why) in table {
+    for (levels, args, expected) in table {
         let server = serve(&realm, &["--gssapi-protection", levels]);
         let output =
             run(&mut client(&realm, "connect", &url(&server), &[args, &[&echo]].concat()), b"hello", LONG_TIMEOUT);
-        match why {
+        match expected {
             None => assert_eq!(output.stdout, b"hello", "{levels} {args:?}"),
-            Some(why) => assert_fails_with(&output, 67, &["login", why]),
+            Some(expected) => assert_fails_with(&output, 67, &["login", expected]),
         }
     }
     let args = ["--gssapi-min", "confidentiality", &echo];

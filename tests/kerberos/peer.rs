@@ -133,8 +133,8 @@ impl Context {
         (from_hex(token), state == "complete")
     }
 
-    pub fn wrap(&self, data: &[u8], encrypt: bool) -> Vec<u8> {
-        from_hex(&self.library.call(&["wrap", &self.name, if encrypt { "1" } else { "0" }, &to_hex(data)]))
+    pub fn wrap(&self, data: &[u8], should_encrypt: bool) -> Vec<u8> {
+        from_hex(&self.library.call(&["wrap", &self.name, if should_encrypt { "1" } else { "0" }, &to_hex(data)]))
     }
 
     /// Returns the data in a token, and whether it was encrypted.
@@ -145,8 +145,8 @@ impl Context {
     }
 
     /// Returns how much data fits into a token of 65535 bytes, in bytes.
-    pub fn wrap_size_limit(&self, encrypt: bool) -> usize {
-        self.library.call(&["limit", &self.name, if encrypt { "1" } else { "0" }]).parse().expect("a number")
+    pub fn wrap_size_limit(&self, should_encrypt: bool) -> usize {
+        self.library.call(&["limit", &self.name, if should_encrypt { "1" } else { "0" }]).parse().expect("a number")
     }
 
     /// Returns the flags of the established context.
@@ -181,7 +181,7 @@ pub struct Peer {
     pub stream: TcpStream,
     pub context: Context,
     /// Set to encrypt sent data and require encryption of received data.
-    pub encrypt: bool,
+    pub should_encrypt: bool,
 }
 
 impl Peer {
@@ -192,7 +192,7 @@ impl Peer {
 
     /// Establishes this context on a connection.
     pub fn establish(stream: TcpStream, context: Context) -> Self {
-        let mut peer = Self { stream, context, encrypt: false };
+        let mut peer = Self { stream, context, should_encrypt: false };
         peer.greet();
         let (token, is_complete) = peer.context.step(&[]);
         peer.send_token(AUTHENTICATION, &token);
@@ -222,7 +222,7 @@ impl Peer {
             }
         };
         assert_eq!(granted.len(), 1, "a level is one byte");
-        self.encrypt = granted[0] == 2;
+        self.should_encrypt = granted[0] == 2;
         granted[0]
     }
 
@@ -249,7 +249,7 @@ impl Peer {
 
     /// Sends data in one token.
     pub fn send(&mut self, data: &[u8]) {
-        let token = self.context.wrap(data, self.encrypt);
+        let token = self.context.wrap(data, self.should_encrypt);
         self.send_token(DATA, &token);
     }
 
@@ -257,7 +257,7 @@ impl Peer {
     pub fn receive(&mut self) -> Vec<u8> {
         let token = self.receive_token(DATA);
         let (data, is_encrypted) = self.context.unwrap(&token);
-        assert_eq!(is_encrypted, self.encrypt, "encrypted as negotiated");
+        assert_eq!(is_encrypted, self.should_encrypt, "encrypted as negotiated");
         data
     }
 
@@ -298,8 +298,8 @@ impl Peer {
     }
 
     /// Checks that the server sends the two bytes of an abort and closes.
-    pub fn assert_aborted(&mut self, what: &str) {
-        assert_eq!(stream_end(&mut self.stream), StreamEnd::Closed(ABORT.to_vec()), "{what}");
+    pub fn assert_aborted(&mut self, case: &str) {
+        assert_eq!(stream_end(&mut self.stream), StreamEnd::Closed(ABORT.to_vec()), "{case}");
     }
 }
 
@@ -359,7 +359,7 @@ impl Proxy {
         let token = receive_token(&mut stream, AUTHENTICATION);
         let (answer, is_complete) = context.step(&token);
         assert!(is_complete, "Kerberos needs one token");
-        let mut peer = Peer { stream, context, encrypt: false };
+        let mut peer = Peer { stream, context, should_encrypt: false };
         peer.send_token(AUTHENTICATION, &answer);
         peer
     }
@@ -379,7 +379,7 @@ impl Proxy {
     pub fn grant_level(peer: &mut Peer, level: u8, form: LevelForm) {
         let answer = if form == LevelForm::Nec { vec![level] } else { peer.context.wrap(&[level], false) };
         peer.send_token(PROTECTION, &answer);
-        peer.encrypt = level == 2;
+        peer.should_encrypt = level == 2;
     }
 }
 

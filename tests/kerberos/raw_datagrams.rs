@@ -11,7 +11,7 @@ use crate::{bytes, realm, serve};
 /// The client's UDP socket of an association.
 pub struct Udp<'a> {
     context: &'a Context,
-    encrypt: bool,
+    should_encrypt: bool,
     socket: UdpSocket,
 }
 
@@ -20,12 +20,12 @@ impl<'a> Udp<'a> {
         let socket = UdpSocket::bind((V4, 0)).expect("a port");
         socket.connect(relay).expect("an address");
         socket.set_read_timeout(Some(crate::common::TIMEOUT)).expect("timeout set");
-        Self { context: &control.context, encrypt: control.encrypt, socket }
+        Self { context: &control.context, should_encrypt: control.should_encrypt, socket }
     }
 
     /// Returns a wrapped datagram for the relay.
     fn wrapped(&self, frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
-        message(DATA, &self.context.wrap(&datagram(frag, dst, data), self.encrypt))
+        message(DATA, &self.context.wrap(&datagram(frag, dst, data), self.should_encrypt))
     }
 
     fn send_raw(&self, bytes: &[u8]) {
@@ -43,7 +43,7 @@ impl<'a> Udp<'a> {
         let [1, DATA, high, low, token @ ..] = &buffer[..n] else { panic!("not a frame: {:?}", &buffer[..n.min(16)]) };
         assert_eq!(usize::from(u16::from_be_bytes([*high, *low])), token.len(), "LEN matches the datagram");
         let (bytes, is_encrypted) = self.context.unwrap(token);
-        assert_eq!(is_encrypted, self.encrypt, "encrypted as negotiated");
+        assert_eq!(is_encrypted, self.should_encrypt, "encrypted as negotiated");
         let [0, 0, frag, 1, a, b, c, d, high, low, data @ ..] = &bytes[..] else { panic!("{bytes:?}") };
         (*frag, SocketAddr::from(([*a, *b, *c, *d], u16::from_be_bytes([*high, *low]))), data.to_vec())
     }
@@ -103,25 +103,25 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
         let udp = Udp::new(&mut control, relay);
         udp.ping(setup.echo, b"first");
         let evil = datagram(0, setup.echo, b"evil");
-        let good = || udp.wrapped(0, setup.echo, b"evil");
+        let valid_token = || udp.wrapped(0, setup.echo, b"evil");
         let change = |at: usize, to: u8| {
-            let mut bytes = good();
+            let mut bytes = valid_token();
             bytes[at] = to;
             bytes
         };
-        let whole = good();
-        let mut faults = vec![
+        let valid = valid_token();
+        let mut invalid = vec![
             ("clear", evil.clone()),
             ("clear in a frame", message(DATA, &evil)),
             ("from another context", message(DATA, &other.wrap(&evil, true))),
             ("another type", message(AUTHENTICATION, &udp.context.wrap(&evil, true))),
             ("another version", change(0, 5)),
-            ("LEN is one more", change(3, whole[3] + 1)),
-            ("LEN is one less", change(3, whole[3] - 1)),
-            ("one extra byte", [&good()[..], &[0]].concat()),
-            ("one missing byte", whole[..whole.len() - 1].to_vec()),
+            ("LEN is one more", change(3, valid[3] + 1)),
+            ("LEN is one less", change(3, valid[3] - 1)),
+            ("one extra byte", [&valid_token()[..], &[0]].concat()),
+            ("one missing byte", valid[..valid.len() - 1].to_vec()),
             ("changed", change(4 + 25, 0)),
-            ("two in one", [good(), good()].concat()),
+            ("two in one", [valid_token(), valid_token()].concat()),
             ("an empty token", message(DATA, &[])),
             ("half a header", vec![1, 3]),
             ("nothing", vec![]),
@@ -129,13 +129,13 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
             ("an abort", vec![1, 0xff]),
         ];
         if level == 2 {
-            faults.push(("not encrypted", message(DATA, &udp.context.wrap(&evil, false))));
+            invalid.push(("not encrypted", message(DATA, &udp.context.wrap(&evil, false))));
         }
-        for (what, bytes) in faults {
+        for (case, bytes) in invalid {
             udp.send_raw(&bytes);
-            udp.send(setup.echo, what.as_bytes());
+            udp.send(setup.echo, case.as_bytes());
             // The next answer is that to the valid datagram.
-            assert_eq!(udp.receive(), (setup.echo, what.as_bytes().to_vec()), "level {level}");
+            assert_eq!(udp.receive(), (setup.echo, case.as_bytes().to_vec()), "level {level}");
         }
     }
 }
@@ -200,16 +200,16 @@ fn each_fragment_is_wrapped() {
 #[test]
 fn answers_are_fragmented_only_if_too_long_for_one_datagram() {
     let Some(setup) = Setup::new() else { return };
-    for (level, whole) in [(1, 65_465), (2, 65_433)] {
+    for (level, max) in [(1, 65_465), (2, 65_433)] {
         let (mut control, relay) = setup.associate(ALL, level);
         let udp = Udp::new(&mut control, relay);
-        udp.ping(setup.echo, &bytes(whole));
+        udp.ping(setup.echo, &bytes(max));
         // The request is sent in two halves; the server fragments the answer by itself.
-        let (half, more) = (bytes(whole / 2), bytes(whole + 1 - whole / 2));
+        let (half, more) = (bytes(max / 2), bytes(max + 1 - max / 2));
         udp.send_raw(&udp.wrapped(1, setup.echo, &half));
         udp.send_raw(&udp.wrapped(0x82, setup.echo, &more));
         let (frag, from, mut all) = udp.receive_fragment();
-        assert_eq!((frag, from, all.len()), (1, setup.echo, whole), "level {level}");
+        assert_eq!((frag, from, all.len()), (1, setup.echo, max), "level {level}");
         let (frag, _, rest) = udp.receive_fragment();
         assert_eq!((frag, rest.len()), (0x82, 1), "level {level}");
         all.extend(rest);

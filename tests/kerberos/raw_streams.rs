@@ -42,7 +42,7 @@ impl Setup {
 type SendInvalid = fn(&mut Peer, &mut TcpStream);
 
 fn data(peer: &Peer, text: &[u8]) -> Vec<u8> {
-    message(DATA, &peer.context.wrap(text, peer.encrypt))
+    message(DATA, &peer.context.wrap(text, peer.should_encrypt))
 }
 
 fn send_changed(peer: &mut Peer, at: impl Fn(usize) -> usize) {
@@ -112,35 +112,35 @@ const INVALID: [(&str, &str, SendInvalid); 20] = [
 ];
 
 /// Waits for the log line of the session that connected to the target from this address, with this error.
-fn wait_session_error(setup: &Setup, target: SocketAddr, why: &str) {
-    wait_session(&setup.server, &[&format!("bnd={target} "), "error=\"", why]);
+fn wait_session_error(setup: &Setup, target: SocketAddr, expected: &str) {
+    wait_session(&setup.server, &[&format!("bnd={target} "), "error=\"", expected]);
 }
 
 #[test]
 fn invalid_token_ends_the_tunnel_and_never_reaches_the_target() {
     let Some(setup) = Setup::new() else { return };
-    for (what, why, send_invalid) in INVALID {
+    for (case, expected, send_invalid) in INVALID {
         for level in [1, 2] {
             let (mut peer, mut target, from) = setup.tunnel(level);
             send_invalid(&mut peer, &mut target);
-            let what = format!("{what}, at level {level}");
-            let received = read_until_reset(&mut target, &what);
-            assert!(received.is_empty() || received == b"good", "{what}: {received:?}");
-            read_until_reset(&mut peer.stream, &what);
-            wait_session_error(&setup, from, why);
+            let case = format!("{case}, at level {level}");
+            let received = read_until_reset(&mut target, &case);
+            assert!(received.is_empty() || received == b"good", "{case}: {received:?}");
+            read_until_reset(&mut peer.stream, &case);
+            wait_session_error(&setup, from, expected);
         }
     }
 }
 
 /// Reads until the connection is reset, which must happen.
-fn read_until_reset(stream: &mut TcpStream, what: &str) -> Vec<u8> {
+fn read_until_reset(stream: &mut TcpStream, case: &str) -> Vec<u8> {
     let (mut all, mut byte) = (Vec::new(), [0; 1]);
     loop {
         match stream.read(&mut byte) {
-            Ok(0) => panic!("{what}: closed without a reset"),
+            Ok(0) => panic!("{case}: closed without a reset"),
             Ok(_) => all.extend(byte),
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return all,
-            Err(error) => panic!("{what}: {error}"),
+            Err(error) => panic!("{case}: {error}"),
         }
     }
 }
@@ -186,12 +186,12 @@ fn end_of_stream_within_a_frame_is_an_error() {
         assert_eq!(bytes.len(), length);
         peer.send_raw(&bytes[..end]);
         peer.shutdown();
-        let what = format!("{end} bytes");
+        let case = format!("{end} bytes");
         match end {
             // The end between two frames is a half-close.
             0 => assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![])),
             68 => assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"last".to_vec())),
-            _ => assert_eq!(read_until_reset(&mut target, &what), b""),
+            _ => assert_eq!(read_until_reset(&mut target, &case), b""),
         }
         if end % length > 0 {
             wait_session_error(&setup, from, "connection closed within a token");

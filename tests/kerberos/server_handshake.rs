@@ -94,11 +94,11 @@ fn invalid_authentication_token_is_aborted() {
         ("version 2", vec![2, 1, 0, 1, 0]),
         ("an abort", ABORT.to_vec()),
     ];
-    for (what, bytes) in table {
+    for (case, bytes) in table {
         let mut stream = server.connect();
         greet(&mut stream);
         stream.write_all(&bytes).expect("sent");
-        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(ABORT.to_vec()), "{what}");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(ABORT.to_vec()), "{case}");
     }
     // The server still serves other clients.
     assert_eq!(Peer::new(&library, &server, ALL).request_level(2, LevelForm::Rfc), 2);
@@ -130,11 +130,11 @@ fn invalid_level_request_is_aborted() {
         ("a request in clear", |_| vec![5, 1, 0, 1, 127, 0, 0, 1, 0, 80]),
         ("an abort", |_| ABORT.to_vec()),
     ];
-    for (what, bytes) in table {
+    for (case, bytes) in table {
         let mut peer = Peer::new(&library, &server, ALL);
         let bytes = bytes(&peer.context);
         peer.send_raw(&bytes);
-        peer.assert_aborted(what);
+        peer.assert_aborted(case);
     }
     let log = server.wait_log(|log| crate::kit::session_lines(log).len() == 12);
     assert_eq!(log.matches("rep=-").count(), 12, "{log}");
@@ -145,11 +145,11 @@ fn invalid_level_request_is_aborted() {
 fn truncated_handshake_closes_without_abort() {
     let Some((realm, library)) = set_up() else { return };
     let server = serve(&realm, &[]);
-    let whole = message(AUTHENTICATION, &first_token(&library));
-    for end in (0..8).chain([100, whole.len() - 1]) {
+    let token = message(AUTHENTICATION, &first_token(&library));
+    for end in (0..8).chain([100, token.len() - 1]) {
         let mut stream = server.connect();
         greet(&mut stream);
-        stream.write_all(&whole[..end]).expect("sent");
+        stream.write_all(&token[..end]).expect("sent");
         stream.shutdown(std::net::Shutdown::Write).expect("half-close");
         // The server sends no abort to a client that has closed.
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{end} bytes");
@@ -176,7 +176,7 @@ fn handshake_works_in_single_bytes_and_in_one_write() {
         stream.write_all(&[byte]).expect("sent");
     }
     assert!(context.step(&receive_token(&mut stream, AUTHENTICATION)).1);
-    let mut peer = Peer { stream, context, encrypt: true };
+    let mut peer = Peer { stream, context, should_encrypt: true };
     let request = crate::common::request(CONNECT, echo);
     let (start, end) = request.split_at(4);
     let level = message(PROTECTION, &peer.context.wrap(&[2], false));
@@ -214,7 +214,7 @@ fn ticket_for_another_service_is_refused() {
     let Some((realm, library)) = set_up() else { return };
     let server = serve(&realm, &[]);
     let mut peer =
-        Peer { stream: server.connect(), context: library.init_with("nokey@localhost", ALL), encrypt: false };
+        Peer { stream: server.connect(), context: library.init_with("nokey@localhost", ALL), should_encrypt: false };
     peer.greet();
     let token = peer.context.step(&[]).0;
     peer.send_token(AUTHENTICATION, &token);
@@ -231,7 +231,7 @@ fn ticket_for_another_service_is_refused() {
 fn without_mutual_authentication_server_sends_an_empty_token() {
     let Some((realm, library)) = set_up() else { return };
     let (server, echo) = (serve(&realm, &[]), echo_server());
-    let mut peer = Peer { stream: server.connect(), context: library.init(ALL & !MUTUAL), encrypt: false };
+    let mut peer = Peer { stream: server.connect(), context: library.init(ALL & !MUTUAL), should_encrypt: false };
     peer.greet();
     let (token, is_complete) = peer.context.step(&[]);
     assert!(is_complete);

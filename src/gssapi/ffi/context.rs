@@ -212,9 +212,9 @@ impl GssContext {
     ///
     /// # Errors
     /// The context is not established, the library reports an error, or it did not encrypt.
-    pub fn wrap(&mut self, data: &[u8], encrypt: bool) -> Result<Vec<u8>> {
-        let (token, is_encrypted) = self.established_mut()?.wrap(data, encrypt)?;
-        if encrypt && !is_encrypted {
+    pub fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>> {
+        let (token, is_encrypted) = self.established_mut()?.wrap(data, should_encrypt)?;
+        if should_encrypt && !is_encrypted {
             Err(LibraryError::new(GSS_S_BAD_QOP, "the security context can't encrypt"))
         } else {
             Ok(token)
@@ -245,8 +245,8 @@ impl GssContext {
     ///
     /// # Errors
     /// The context is not established, or the library reports an error.
-    pub fn wrap_size_limit(&self, encrypt: bool) -> Result<usize> {
-        let size = self.established()?.wrap_size_limit(encrypt, MAX_TOKEN_LEN)?;
+    pub fn wrap_size_limit(&self, should_encrypt: bool) -> Result<usize> {
+        let size = self.established()?.wrap_size_limit(should_encrypt, MAX_TOKEN_LEN)?;
         Ok(usize::try_from(size).unwrap_or(usize::MAX))
     }
 }

@@ -37,7 +37,7 @@ fn bounded<T>(bytes: &[u8], decode: impl FnOnce() -> T) -> T {
 
 fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
     let decoded = bounded(bytes, || M::decode(bytes));
-    let have = bytes.len();
+    let given = bytes.len();
     match decoded {
         Ok(message) => {
             let again = message.encode();
@@ -45,7 +45,7 @@ fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
             assert_eq!(M::decode(&again), Ok(message));
         }
         Err(DecodeError::Incomplete(n)) => {
-            assert!(n >= 1 && have + n <= M::MAX_LEN, "{n} bytes requested after {have}");
+            assert!(n >= 1 && given + n <= M::MAX_LEN, "{n} bytes requested after {given}");
             check_prefix::<M>(bytes);
         }
         Err(DecodeError::Invalid(error)) => {

@@ -41,10 +41,10 @@ fn push(queue: &mut Reassembler, now: Instant, raw: &[u8], padding: usize) {
     let bytes = [raw, &vec![0; padding]].concat();
     let Ok(datagram) = Datagram::decode(&bytes) else { return };
     let frag = datagram.frag;
-    let whole = queue.push(now, datagram);
-    assert!(frag & 0x7f != 0 || whole.is_some() == (frag == 0), "FRAG {frag}");
-    assert!(frag == 0 || frag >= 0x80 || whole.is_none(), "complete at FRAG {frag}");
-    assert!(whole.is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
+    let complete = queue.push(now, datagram);
+    assert!(frag & 0x7f != 0 || complete.is_some() == (frag == 0), "FRAG {frag}");
+    assert!(frag == 0 || frag >= 0x80 || complete.is_none(), "complete at FRAG {frag}");
+    assert!(complete.is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
 }
 
 fn check_fragment(bytes: &[u8]) {
@@ -53,11 +53,11 @@ fn check_fragment(bytes: &[u8]) {
     let Some(parts) = fragment(&datagram.dst, datagram.data, limit) else { return };
     assert!(parts.len() <= 127);
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    let mut whole = None;
+    let mut complete = None;
     for part in &parts {
-        assert!(part.len() <= limit && whole.is_none());
-        whole = queue.push(now, Datagram::decode(part).expect("a datagram"));
+        assert!(part.len() <= limit && complete.is_none());
+        complete = queue.push(now, Datagram::decode(part).expect("a datagram"));
     }
-    let (dst, data) = whole.expect("complete at the last");
+    let (dst, data) = complete.expect("complete at the last");
     assert_eq!((dst, &*data), (datagram.dst, datagram.data));
 }
