@@ -1,6 +1,6 @@
 //! A SOCKS connection over TCP, a Unix socket or a GSSAPI-protected stream; it reads and writes whole messages.
 //!
-//! Only this module distinguishes the transports.
+//! Other modules do not distinguish these transports.
 
 mod protected;
 
@@ -24,14 +24,14 @@ use crate::relay::{SocketOp, SocketPoll, Stream};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 
-/// Time that a closing connection continues to read, so that a reset does not discard the last message.
+/// Time that a closing connection is still read: unread data would cause a reset, which can discard the last message.
 /// RFC 1928 section 6 requires the connection to be closed within 10 s.
 const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Buffer size for the first read of a message, in bytes. Later reads at most double the buffer.
 const INITIAL_READ_LEN: usize = 1024;
-/// Time that connecting continues for a client that has closed its sending side, as it may only want to receive.
+/// Time to go on connecting after the client has shut down its write side: it may still want to receive.
 pub const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
-/// Interval at which a connection with unread data is checked for having been closed.
+/// Interval of checks whether the peer has closed a connection with unread data.
 const CLOSE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A connection between a SOCKS client and a SOCKS server.
@@ -58,7 +58,7 @@ impl DetachedConn {
     /// Registers the connection with the event loop of this thread.
     ///
     /// # Errors
-    /// Errors of epoll_ctl(2).
+    /// Errors from epoll_ctl(2).
     pub fn attach(self) -> io::Result<Conn> {
         Ok(match self {
             Self::Tcp(stream) => Conn::Tcp(Io::new(stream)?),
@@ -72,7 +72,7 @@ impl DetachedConn {
 pub enum ReadError {
     /// The peer closed or reset the connection after these bytes of the message.
     Closed(Vec<u8>, Option<io::Error>),
-    /// The received bytes, the second field, are not a valid message.
+    /// The received bytes (second field) are not a valid message.
     Protocol(ProtocolError, Vec<u8>),
 }
 
@@ -116,13 +116,13 @@ impl Conn {
     /// Writes one message with one call: many peers read once and expect the whole message.
     ///
     /// # Errors
-    /// Errors of the socket.
+    /// Errors from the socket.
     pub async fn write_message(&mut self, message: &impl Message) -> io::Result<()> {
         self.write_all(&message.encode()).await?;
         self.flush().await
     }
 
-    /// Returns the connection with protection for all further data.
+    /// Adds protection to the connection, for all further data.
     pub fn protect(self, protection: Protection) -> Self {
         Self::Protected(Box::new(ProtectedStream::new(self, protection)))
     }
@@ -152,22 +152,22 @@ impl Conn {
             sleep(GRACEFUL_CLOSE_TIMEOUT).await;
             Ok(())
         };
-        // The session is over either way: a peer that resets the connection does not want the message.
+        // An error does not matter: a peer that resets the connection does not want the message.
         let _ = close.or(timeout).await;
     }
 
-    /// Returns when the peer has reset the connection, or has closed its sending side and no data is left to read.
+    /// Returns when the peer has reset the connection, or has shut down its write side and no data is left to read.
     /// Consumes no data.
     pub async fn wait_eof(&self) {
         self.wait_for_events(PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// Like [`Conn::wait_eof`], but also returns if data is left to read: within 1 s after the peer has closed.
+    /// Like [`Conn::wait_eof`], but also returns while data is left to read, up to 1 s late.
     pub async fn wait_peer_closed(&self) {
         self.wait_for_events(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR).await;
     }
 
-    /// Returns when the next read would report the end of the stream, or when the socket has one of `events`.
+    /// Returns when the next read would be the end of the stream or an error, or when the socket has one of `events`.
     async fn wait_for_events(&self, events: PollFlags) {
         let mut byte = [0; 1];
         let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut byte, RecvFlags::PEEK)?.1);
@@ -180,7 +180,7 @@ impl Conn {
         }
     }
 
-    /// Returns whether bytes were read from the socket that the caller has not read yet.
+    /// Returns whether bytes from the socket are buffered here, and not yet read by the caller.
     fn has_unread(&self) -> bool {
         matches!(self, Self::Protected(protected) if protected.has_unread())
     }
@@ -203,15 +203,15 @@ impl Conn {
         })
     }
 
-    /// Sets whether closing the connection resets it.
+    /// Sets whether a close sends a reset instead of a FIN (SO_LINGER with 0 s).
     ///
     /// # Errors
-    /// Errors of setsockopt(2).
+    /// Errors from setsockopt(2).
     pub fn set_reset_on_close(&self, should_reset: bool) -> io::Result<()> {
         socket2::SockRef::from(self).set_linger(should_reset.then_some(Duration::ZERO))
     }
 
-    /// Removes a detached connection from the event loop of this thread. Nothing may wait for it after this.
+    /// Removes a detached connection from the event loop of this thread. Do not wait for the connection after this.
     pub fn deregister(&self) {
         match self {
             Self::Tcp(io) => io.deregister(),

@@ -108,7 +108,7 @@ pub trait Message: Sized {
     /// # Errors
     /// [`DecodeError::Incomplete`] if `bytes` is a proper prefix of a message, else [`DecodeError::Invalid`].
     fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let reader = &mut MessageReader { remaining: bytes, missing: Self::MIN_LEN.saturating_sub(bytes.len()) };
+        let reader = &mut MessageReader { remaining: bytes, min_missing: Self::MIN_LEN.saturating_sub(bytes.len()) };
         Self::decode_fields(reader)
     }
 
@@ -133,15 +133,15 @@ pub trait Message: Sized {
 #[derive(Debug)]
 pub struct MessageReader<'a> {
     remaining: &'a [u8],
-    /// Number of bytes by which the input is shorter than the shortest message of its type.
-    missing: usize,
+    /// Bytes that the input lacks to the shortest message of its type.
+    min_missing: usize,
 }
 
 impl<'a> MessageReader<'a> {
     /// Takes the next `n` bytes. The message has at least `min_after` bytes after them.
     fn take(&mut self, n: usize, min_after: usize) -> Result<&'a [u8], DecodeError> {
         let Some((taken, rest)) = self.remaining.split_at_checked(n) else {
-            return Err(DecodeError::Incomplete(self.missing.max(n + min_after - self.remaining.len())));
+            return Err(DecodeError::Incomplete(self.min_missing.max(n + min_after - self.remaining.len())));
         };
         self.remaining = rest;
         Ok(taken)
@@ -195,7 +195,7 @@ fn write_length_prefixed(bytes: &[u8], out: &mut Vec<u8>) {
 /// `VER NMETHODS METHODS`: the authentication methods that the client offers (RFC 1928 section 3).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Greeting {
-    /// 1 to 255 methods, in the order of the client.
+    /// 1 to 255 methods, in the client's order.
     pub methods: Vec<Method>,
 }
 
@@ -220,7 +220,7 @@ impl Message for Greeting {
     }
 }
 
-/// `VER METHOD`: the method that the server selected (RFC 1928 section 3).
+/// `VER METHOD`: the method that the server selects (RFC 1928 section 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MethodSelection(pub Method);
 
@@ -278,9 +278,9 @@ impl Message for Credentials {
 pub struct LoginStatus(pub u8);
 
 impl LoginStatus {
-    /// Accepted.
+    /// The login is accepted.
     pub const SUCCESS: Self = Self(0);
-    /// The server closes the connection after it (RFC 1929 section 2).
+    /// The login is refused, and the server closes the connection (RFC 1929 section 2).
     pub const FAILURE: Self = Self(1);
 }
 
@@ -379,12 +379,12 @@ impl<'a> Datagram<'a> {
     /// # Errors
     /// The header is invalid or truncated.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, ProtocolError> {
-        let reader = &mut MessageReader { remaining: bytes, missing: 0 };
-        let mut read = || {
+        let reader = &mut MessageReader { remaining: bytes, min_missing: 0 };
+        let mut decode = || {
             reader.array::<2>()?;
             Ok(Self { frag: reader.byte()?, dst: Addr::decode_fields(reader)?, data: reader.remaining })
         };
-        read().map_err(|error| match error {
+        decode().map_err(|error| match error {
             DecodeError::Incomplete(_) => ProtocolError::TruncatedHeader,
             DecodeError::Invalid(error) => error,
         })

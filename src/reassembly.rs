@@ -1,4 +1,4 @@
-//! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue and one timer. The caller passes the time.
+//! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue and one timer. Time is an argument.
 //!
 //! An association has one client, so the queue holds one sequence. Fragments must arrive in order: the RFC empties the
 //! queue at a FRAG lower than the highest one seen, so a late fragment can't complete a datagram.
@@ -11,14 +11,14 @@ use crate::proto::{Addr, Datagram, MAX_UDP6_PAYLOAD};
 /// Time from the first fragment of a sequence to its last. RFC 1928 section 7 requires at least 5 s.
 pub const REASSEMBLY_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// Set in FRAG of the last fragment.
+/// Bit of FRAG that marks the last fragment.
 const END_FLAG: u8 = 0x80;
 
-/// The reassembly queue of one association. Holds at most [`MAX_UDP6_PAYLOAD`] bytes, and none between sequences.
+/// The reassembly queue of one association. Holds at most [`MAX_UDP6_PAYLOAD`] bytes; empty between sequences.
 #[derive(Debug, Default)]
 pub struct Reassembler {
     sequence: Option<Sequence>,
-    /// Number of datagrams that can't be completed.
+    /// Number of datagrams that were not completed.
     lost_count: u64,
     /// Set if further fragments belong to a datagram that is already counted as lost.
     has_counted_loss: bool,
@@ -28,10 +28,10 @@ pub struct Reassembler {
 struct Sequence {
     started: Instant,
     dst: Addr,
-    /// Position of the last fragment in `data`.
+    /// FRAG of the last fragment in `data`, without [`END_FLAG`].
     last_position: u8,
-    /// Offset of that fragment in `data`, in bytes.
-    last_start: usize,
+    /// Offset of the last fragment in `data`, in bytes.
+    last_offset: usize,
     data: Vec<u8>,
 }
 
@@ -66,7 +66,7 @@ impl Reassembler {
         self.sequence.take().map(|sequence| (sequence.dst, sequence.data.into()))
     }
 
-    /// Empties the queue if its timer has expired. Frees the memory before the next datagram arrives.
+    /// Empties the queue if its timer has expired. Called at the [`deadline`](Self::deadline), it frees the memory early.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             self.discard(false);
@@ -81,7 +81,7 @@ impl Reassembler {
         }
     }
 
-    /// Returns how many datagrams were lost because a fragment is missing, including an expired one in the queue.
+    /// Returns how many fragmented datagrams were lost, including one in the queue that has expired at `now`.
     pub fn lost_count(&self, now: Instant) -> u64 {
         self.lost_count + u64::from(self.deadline().is_some_and(|deadline| now >= deadline))
     }
@@ -94,23 +94,23 @@ impl Reassembler {
 
 impl Sequence {
     fn start(now: Instant, datagram: &Datagram<'_>) -> Self {
-        Self { started: now, dst: datagram.dst.clone(), last_position: 1, last_start: 0, data: datagram.data.to_vec() }
+        Self { started: now, dst: datagram.dst.clone(), last_position: 1, last_offset: 0, data: datagram.data.to_vec() }
     }
 
     fn is_continued_by(&self, position: u8, datagram: &Datagram<'_>) -> bool {
         position == self.last_position.saturating_add(1) && datagram.dst == self.dst
     }
 
-    /// UDP can duplicate datagrams. A duplicate of the last fragment is ignored.
+    /// Detects a duplicate of the last fragment: the network can duplicate datagrams.
     fn is_repeated_by(&self, position: u8, datagram: &Datagram<'_>) -> bool {
         position == self.last_position
             && datagram.dst == self.dst
-            && self.data.get(self.last_start..).is_some_and(|tail| tail == datagram.data)
+            && self.data.get(self.last_offset..).is_some_and(|tail| tail == datagram.data)
     }
 
     fn append(&mut self, position: u8, data: &[u8]) {
         self.last_position = position;
-        self.last_start = self.data.len();
+        self.last_offset = self.data.len();
         self.data.extend(data);
     }
 }

@@ -1,5 +1,5 @@
-//! The stream layer of RFC 1961: wraps written data into data frames and unwraps read ones. It works over any
-//! connection, also a protected one.
+//! The stream layer of RFC 1961: wraps data into frames before sending, and unwraps received frames. It works over any
+//! connection, also over a protected one.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -14,9 +14,9 @@ use super::Conn;
 use crate::proto::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, Message as _, ProtectionLevel};
 use crate::reactor::wake_later;
 
-/// Data that one token carries, in bytes. Larger tokens are not faster.
+/// Most data that one token carries, in bytes. Larger tokens are not faster.
 const MAX_WRAP_LEN: usize = 16 * 1024;
-/// Size of a read, in bytes: a token with [`MAX_WRAP_LEN`] bytes of data fits.
+/// Size of a read, in bytes. A token with [`MAX_WRAP_LEN`] bytes of data fits.
 const READ_LEN: usize = MAX_WRAP_LEN + 256;
 /// Number of tokens without data that are skipped before other tasks run.
 const MAX_EMPTY_TOKENS: usize = 64;
@@ -26,13 +26,13 @@ pub trait SecurityContext: fmt::Debug {
     /// Returns a token that contains `data`, encrypted or only integrity-protected.
     ///
     /// # Errors
-    /// The message of the library.
+    /// The library's error message.
     fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String>;
 
     /// Returns the data in `token`. Can overwrite `token`.
     ///
     /// # Errors
-    /// The message of the library.
+    /// The library's error message.
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String>;
 
     /// Returns how much data fits into a token of [`MAX_TOKEN_LEN`] bytes, in bytes.
@@ -55,7 +55,7 @@ pub struct Unwrapped {
 pub enum TokenOrder {
     /// The expected next token.
     Next,
-    /// A new token, but earlier ones are missing or it is late.
+    /// A new token that is late, or whose predecessors are missing.
     OutOfOrder,
     /// A token that was received before, or is too old to exclude that.
     Duplicate,
@@ -117,11 +117,11 @@ impl Protection {
 pub struct ProtectedStream {
     pub(super) conn: Conn,
     pub(super) protection: Protection,
-    /// Frames that are not unwrapped yet; the last one can be incomplete.
+    /// Received frames that are not unwrapped yet; the last one can be incomplete.
     received: Vec<u8>,
-    /// Data to be read, and the number of bytes already read.
+    /// Data for the caller, and how many bytes of it the caller has read.
     unwrapped: (Vec<u8>, usize),
-    /// Frames to be sent, and the number of bytes already sent.
+    /// Frames for the connection, and how many bytes of them are sent.
     outgoing: (Vec<u8>, usize),
 }
 
@@ -211,7 +211,7 @@ fn protection_error(reason: impl Into<String>) -> io::Error {
 }
 
 impl AsyncRead for ProtectedStream {
-    /// Reports the end of the stream only between two frames. After an error, further data can't be trusted.
+    /// The end of the stream within a frame is an error. After an error, further data can't be trusted.
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let mut empty_tokens = 0;
@@ -223,10 +223,10 @@ impl AsyncRead for ProtectedStream {
             if this.unwrap_frame()? {
                 empty_tokens += 1;
             } else if ready!(this.poll_receive(cx))? == 0 {
-                let is_whole = this.received.is_empty();
-                let cut_off =
+                let is_complete = this.received.is_empty();
+                let truncated =
                     io::Error::new(io::ErrorKind::UnexpectedEof, "protection: connection closed within a token");
-                return Poll::Ready(if is_whole { Ok(0) } else { Err(cut_off) });
+                return Poll::Ready(if is_complete { Ok(0) } else { Err(truncated) });
             }
             if empty_tokens > MAX_EMPTY_TOKENS {
                 wake_later(cx);

@@ -11,7 +11,7 @@ const ATYP_IPV6: u8 = 4;
 /// Length of the port that follows every address, in bytes.
 const PORT_LEN: usize = 2;
 
-/// A name of ATYP 3: 1 to 255 bytes of UTF-8 without control characters. It need not be a valid DNS name.
+/// A host name (ATYP 3): 1 to 255 bytes of UTF-8 without control characters. It may be invalid in DNS.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostName(Box<str>);
 
@@ -27,7 +27,7 @@ impl HostName {
         }
     }
 
-    /// The name as text.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -52,7 +52,7 @@ pub struct Addr {
 }
 
 impl Addr {
-    /// 0.0.0.0:0: no address is known or meaningful.
+    /// 0.0.0.0:0, which means "no address".
     pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
 
     /// Length of ATYP, an empty host name (in replies only) and the port.

@@ -1,4 +1,4 @@
-//! Code points of RFC 1928 with their names, and recognition of other protocols by their first byte.
+//! The codes of RFC 1928 with their names, and recognition of other protocols by their first byte.
 
 use std::fmt;
 
@@ -97,11 +97,11 @@ reply_codes! {
 pub struct OtherProtocol(pub u8);
 
 impl OtherProtocol {
-    /// Returns a refusal in that protocol; empty if that protocol has none.
+    /// Returns a refusal in that protocol; empty if s5 has none.
     pub fn rejection(self) -> &'static [u8] {
         match self.0 {
-            4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0],
-            b'S' => &[],
+            4 => &[0, 0x5b, 0, 0, 0, 0, 0, 0], // SOCKS4: request rejected
+            b'S' => &[],                       // SSH
             b'A'..=b'Z' => {
                 b"HTTP/1.0 501 Not Implemented\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n\
                   This is a SOCKS5 proxy, not an HTTP server or proxy. Use it as socks5h://HOST:PORT.\n"

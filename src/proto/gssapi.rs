@@ -37,7 +37,7 @@ impl Frame {
         }
     }
 
-    /// Returns the token of a datagram, if the datagram is exactly one data frame.
+    /// Returns the token of a datagram, if the datagram is one whole data frame.
     pub fn datagram_token(bytes: &mut [u8]) -> Option<&mut [u8]> {
         let (header, token) = bytes.split_first_chunk_mut::<FRAME_HEADER_LEN>()?;
         let [version, mtyp, high, low] = *header;
@@ -48,7 +48,7 @@ impl Frame {
     /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete.
     ///
     /// # Errors
-    /// `bytes` start with another message.
+    /// `bytes` start with a message of another type or version.
     pub fn data_frame_len(bytes: &[u8]) -> Result<Option<usize>, ProtocolError> {
         match *bytes {
             [version, ..] if version != AUTH_VERSION => Err(ProtocolError::AuthVersion(version)),
@@ -83,7 +83,7 @@ impl Message for Frame {
         Ok(make(reader.take(length.into(), 0)?.to_vec()))
     }
 
-    // Callers keep tokens within MAX_TOKEN_LEN; longer ones are truncated.
+    // Protection::wrap checks MAX_TOKEN_LEN. A longer token of the login is truncated, and the peer rejects it.
     fn encode_into(&self, out: &mut Vec<u8>) {
         let (mtyp, token) = self.message_type_and_token();
         out.extend([AUTH_VERSION, mtyp]);
@@ -110,7 +110,7 @@ impl ProtectionLevel {
     /// All levels except "selective" (3), which no implementation is known to support.
     pub const ALL: [Self; 3] = [Self::None, Self::Integrity, Self::Confidentiality];
 
-    /// Returns the code of the level in messages.
+    /// Returns the byte that stands for the level in messages.
     pub fn code(self) -> u8 {
         match self {
             Self::None => 0,
