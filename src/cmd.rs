@@ -23,7 +23,7 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
-use argv::Normal;
+use argv::Normalized;
 pub use completions::Shell;
 pub use exit_status::{CliError, ExitStatus, eprint_line};
 
@@ -46,14 +46,14 @@ pub struct Args {
     man: bool,
 
     #[argh(subcommand)]
-    mode: Option<Subcommand>,
+    mode: Option<Mode>,
 }
 
 /// One of the four modes.
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand)]
 #[allow(clippy::large_enum_variant, reason = "a process has one")]
-pub enum Subcommand {
+pub enum Mode {
     /// `s5 serve`
     Serve(serve::Args),
     /// `s5 connect`
@@ -64,7 +64,7 @@ pub enum Subcommand {
     Udp(udp::Args),
 }
 
-impl Subcommand {
+impl Mode {
     /// Returns the log level that the options select.
     pub fn log_level(&self) -> LevelFilter {
         match self {
@@ -79,7 +79,7 @@ impl Subcommand {
         }
     }
 
-    /// Runs the mode to its end.
+    /// Runs the mode until it ends.
     ///
     /// # Errors
     /// The message to print and the exit status.
@@ -93,10 +93,10 @@ impl Subcommand {
     }
 }
 
-/// A result of reading the command line that ends the program.
+/// A reason to exit before a mode runs.
 #[derive(Debug)]
 pub enum EarlyExit {
-    /// Help, manual, version or completions: printed on stdout, exit status 0.
+    /// Help, manual, version or completions, to be printed on stdout. The exit status is 0.
     Output(String),
     /// An invalid command line.
     Usage(CliError),
@@ -119,15 +119,15 @@ impl EarlyExit {
 /// Parses a command line; `args[0]` is the program's name.
 ///
 /// # Errors
-/// The text or the error to print instead of running a mode.
-pub fn parse(args: &[String]) -> Result<Subcommand, EarlyExit> {
-    let normal = argv::normalise(args.get(1..).unwrap_or_default());
-    let words = match normal.map_err(|what| EarlyExit::Usage(CliError::usage(what)))? {
-        Normal::Words(words) => words,
-        Normal::Help(text) => return Err(EarlyExit::Output(text)),
+/// The output or the error to print before the program exits.
+pub fn parse(args: &[String]) -> Result<Mode, EarlyExit> {
+    let normalized = argv::normalize(args.get(1..).unwrap_or_default());
+    let args = match normalized.map_err(|error| EarlyExit::Usage(CliError::usage(error)))? {
+        Normalized::Args(args) => args,
+        Normalized::Help(text) => return Err(EarlyExit::Output(text)),
     };
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let parsed = Args::from_args(&[NAME], &words).map_err(|early| match early.status {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let parsed = Args::from_args(&[NAME], &args).map_err(|early| match early.status {
         Ok(()) => EarlyExit::Output(early.output),
         Err(()) => EarlyExit::Usage(CliError::usage(one_line(&early.output))),
     })?;
@@ -135,14 +135,14 @@ pub fn parse(args: &[String]) -> Result<Subcommand, EarlyExit> {
         Args { version: true, .. } => Err(EarlyExit::Output(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
         Args { man: true, .. } => Err(EarlyExit::Output(manual::text())),
         Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script())),
-        Args { mode: Some(command), .. } => Ok(command),
+        Args { mode: Some(mode), .. } => Ok(mode),
         Args { mode: None, .. } => {
             Err(EarlyExit::Usage(CliError::usage("a mode is required: serve, connect, bind or udp")))
         }
     }
 }
 
-/// Overwrites passwords in the command line of this process, of which `args` is a copy.
+/// Overwrites passwords in the command line of this process. `args` is a copy of it.
 pub fn redact_command_line(args: &[OsString]) {
     let raw_args: Vec<&[u8]> = args.iter().map(|arg| arg.as_bytes()).collect();
     let may_have_password =
@@ -150,19 +150,19 @@ pub fn redact_command_line(args: &[OsString]) {
     if !raw_args.iter().any(may_have_password) {
         return;
     }
-    let words: Vec<String> = args.iter().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
-    let user = match argv::normalise(&words) {
-        Ok(Normal::Words(words)) => {
-            let at = words.iter().position(|word| word == "-P" || word == "--proxy-user");
-            at.and_then(|at| words.get(at + 1)).cloned()
+    let args: Vec<String> = args.iter().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let user = match argv::normalize(&args) {
+        Ok(Normalized::Args(args)) => {
+            let option = args.iter().position(|arg| arg == "-P" || arg == "--proxy-user");
+            option.and_then(|index| args.get(index + 1)).cloned()
         }
         _ => None,
     };
     secrets::redact(&raw_args, user.as_deref());
 }
 
-/// Turns an error message of argh, which is a paragraph, into one line. It may repeat a proxy's URL that was given to the
-/// wrong option, so user names and passwords are removed.
+/// Joins the lines of an error message of argh. Removes user names and passwords: the message may quote the URL of a
+/// proxy that was given to the wrong option.
 fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
     let line = words.join(" ").replace("Run s5", "run s5").replace(" for more information.", "");
@@ -181,7 +181,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         _ => return Err("the unit must be ms, s, m or h".into()),
     };
     let time = parse_decimal(digits).and_then(|billionths| {
-        // In integers: parsing floating-point numbers would add much code to the binary.
+        // With integers: the parser for floating-point numbers would add much code to the binary.
         let nanos = unit.as_nanos().checked_mul(billionths)? / 1_000_000_000;
         u64::try_from(nanos).ok().map(Duration::from_nanos)
     });
@@ -189,12 +189,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     time.ok_or_else(|| "expected a number with ms, s (the default), m or h, at most one year".into())
 }
 
-/// Parses a number from 1 up.
+/// Parses a number greater than 0.
 fn parse_positive(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 up".into())
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number greater than 0".into())
 }
 
-/// Parses a decimal number. Returns it in billionths, rounded down.
+/// Parses a decimal number such as `2.5`. Returns it in billionths, rounded down.
 fn parse_decimal(text: &str) -> Option<u128> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parse_duration_takes_seconds_by_default() {
+    fn parse_duration_defaults_to_seconds() {
         let table = [
             ("10", 10_000),
             ("2.5", 2500),
@@ -240,20 +240,20 @@ mod tests {
 
     #[test]
     fn usage_error_is_one_line() {
-        let words = ["s5", "connect", "--nonsense"].map(String::from);
-        let Err(EarlyExit::Usage(error)) = parse(&words) else { panic!("not a usage error") };
+        let args = ["s5", "connect", "--nonsense"].map(String::from);
+        let Err(EarlyExit::Usage(error)) = parse(&args) else { panic!("not a usage error") };
         assert_eq!(error.message.lines().count(), 1, "{}", error.message);
         assert!(error.message.contains("--nonsense"), "{}", error.message);
     }
 
     #[test]
     fn usage_error_hides_password_of_misplaced_url() {
-        for words in [
+        for args in [
             ["s5", "socks5h://alice:secret@proxy.test", ""],
             ["s5", "connect", "--socks5h://alice:secret@proxy.test"],
             ["s5", "serve", "alice:secret@proxy.test"],
         ] {
-            let Err(EarlyExit::Usage(error)) = parse(&words.map(String::from)) else { panic!("not a usage error") };
+            let Err(EarlyExit::Usage(error)) = parse(&args.map(String::from)) else { panic!("not a usage error") };
             assert!(error.message.contains("@proxy.test") && !error.message.contains("secret"), "{error}");
         }
     }

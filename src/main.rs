@@ -28,11 +28,11 @@ fn main() -> ExitCode {
     let Ok(args) = args.into_iter().map(OsString::into_string).collect::<Result<Vec<String>, _>>() else {
         return s5::cmd::CliError::usage("the command line is not UTF-8").print();
     };
-    let command = match s5::cmd::parse(&args) {
-        Ok(command) => command,
+    let mode = match s5::cmd::parse(&args) {
+        Ok(mode) => mode,
         Err(exit) => return exit.print(),
     };
-    let level = command.log_level();
+    let level = mode.log_level();
     let logger = SimpleLogger::new().with_level(level).with_utc_timestamps();
     log::set_max_level(level);
     if log::set_boxed_logger(Box::new(InfallibleLogger(logger))).is_err() {
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
         s5::cmd::eprint_line(&format!("s5: {}", panic.to_string().replace('\n', " ")))
     }));
-    match catch_unwind(AssertUnwindSafe(|| command.run())) {
+    match catch_unwind(AssertUnwindSafe(|| mode.run())) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => error.print(),
         Err(_) => ExitCode::FAILURE,

@@ -1,5 +1,5 @@
-//! The command line as argh wants it. Hands write `--opt=value`, `-w3` and `-zv`, and argh takes none of them; which
-//! options take a value is read off the definitions that the help is made from.
+//! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions that the
+//! help is generated from also show which options take a value.
 
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
@@ -7,27 +7,27 @@ use super::client::unsupported_reason;
 use super::secrets::without_userinfo;
 use super::{Args, client, help, serve};
 
-/// How far off a misspelt option may be, in letters.
-const MISSPELT: usize = 3;
-/// Other names that hands know for an option.
+/// Maximum edit distance from an unrecognized option to the option that the error suggests.
+const MAX_EDIT_DISTANCE: usize = 3;
+/// Aliases of options, each with the name of the option.
 const ALIASES: [(&str, &str); 2] = [("--no-proxy", "--direct"), ("--resolve", "--proxy-dns")];
 
-/// What a command line comes to.
+/// A normalized command line.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Normal {
-    /// Words that argh takes.
-    Words(Vec<String>),
-    /// Help was asked for, and this is it.
+pub(super) enum Normalized {
+    /// Arguments for argh.
+    Args(Vec<String>),
+    /// The requested help.
     Help(String),
 }
 
-/// `args`, without the program's name, with each option and each value a word of its own.
+/// Makes each option and each value a separate argument. `args` does not contain the program's name.
 ///
 /// # Errors
-/// An option that there is not, with the nearest one that there is; or a value for one that takes none.
-pub(super) fn normalise(args: &[String]) -> Result<Normal, String> {
-    let asks = args.first().is_some_and(|first| first == "help");
-    let args = if asks { args.get(1..).unwrap_or_default() } else { args };
+/// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
+pub(super) fn normalize(args: &[String]) -> Result<Normalized, String> {
+    let is_help = args.first().is_some_and(|first| first == "help");
+    let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
     let (first, rest) = match args.split_first() {
         Some((first, rest)) if !first.starts_with('-') => (Some(first), rest),
         _ => (None, args),
@@ -35,89 +35,89 @@ pub(super) fn normalise(args: &[String]) -> Result<Normal, String> {
     let mode = first.map(String::as_str).unwrap_or_default();
     let flags = match mode {
         "serve" => serve::Args::get_args_info().flags,
-        // All of theirs, since it takes no time.
+        // The options of all client modes: `find` refuses those that this mode does not support.
         "connect" | "bind" | "udp" => client::Args::get_args_info().flags,
         "" => Args::get_args_info().flags,
-        other => return Err(unknown_mode(other)),
+        other => return Err(unrecognized_mode(other)),
     };
-    if asks {
-        return Ok(Normal::Help(help_of(mode)));
+    if is_help {
+        return Ok(Normalized::Help(help_text(mode)));
     }
     let out = first.into_iter().cloned().collect();
-    let mut words = Words { mode, flags, out, positionals: Vec::new(), help: false };
+    let mut normalizer = Normalizer { mode, flags, out, positionals: Vec::new(), has_help: false };
     let mut rest = rest.iter();
-    while let Some(word) = rest.next() {
-        match word.strip_prefix('-') {
-            None | Some("") => words.positionals.push(word.clone()),
-            Some("-") => words.positionals.extend(rest.by_ref().cloned()),
+    while let Some(arg) = rest.next() {
+        match arg.strip_prefix('-') {
+            None | Some("") => normalizer.positionals.push(arg.clone()),
+            Some("-") => normalizer.positionals.extend(rest.by_ref().cloned()),
             Some(text) => {
-                let wants_value = match text.strip_prefix('-') {
-                    Some(long) => words.long(long)?,
-                    None => words.short(text)?,
+                let needs_value = match text.strip_prefix('-') {
+                    Some(long) => normalizer.push_long(long)?,
+                    None => normalizer.push_short(text)?,
                 };
-                if wants_value {
-                    // Whatever it looks like.
-                    let value = rest.next().ok_or_else(|| format!("no value for option {}", without_userinfo(word)))?;
-                    words.out.push(value.clone());
+                if needs_value {
+                    // The next argument is the value, even if it begins with `-`.
+                    let value = rest.next().ok_or_else(|| format!("{} requires a value", without_userinfo(arg)))?;
+                    normalizer.out.push(value.clone());
                 }
             }
         }
     }
-    if words.help {
-        return Ok(Normal::Help(help_of(mode)));
+    if normalizer.has_help {
+        return Ok(Normalized::Help(help_text(mode)));
     }
-    // So that none of them is taken for anything else, not even a host that is called help.
-    if !words.positionals.is_empty() {
-        words.out.push("--".into());
-        words.out.append(&mut words.positionals);
+    // After `--`, argh does not interpret the arguments: a host may be named help.
+    if !normalizer.positionals.is_empty() {
+        normalizer.out.push("--".into());
+        normalizer.out.append(&mut normalizer.positionals);
     }
-    Ok(Normal::Words(words.out))
+    Ok(Normalized::Args(normalizer.out))
 }
 
-/// Of a mode, or of the program.
-fn help_of(mode: &str) -> String {
+/// Returns the help of a mode, or of the program if `mode` is empty.
+fn help_text(mode: &str) -> String {
     let program = Args::get_args_info();
-    let of_mode = program.commands.iter().find(|command| command.name == mode);
-    help::text(of_mode.map_or(&program, |mode| &mode.command), of_mode.is_some())
+    let info = program.commands.iter().find(|info| info.name == mode);
+    help::text(info.map_or(&program, |info| &info.command), info.is_some())
 }
 
-fn unknown_mode(word: &str) -> String {
+fn unrecognized_mode(mode: &str) -> String {
     let names: Vec<&str> = Args::get_args_info().commands.iter().map(|mode| mode.name).collect();
-    format!("unrecognized mode {}: write {}", without_userinfo(word), names.join(", "))
+    format!("unrecognized mode {} (expected one of {})", without_userinfo(mode), names.join(", "))
 }
 
-struct Words<'a> {
-    /// Empty, where there is none.
+struct Normalizer<'a> {
+    /// Empty if no mode is given.
     mode: &'a str,
     flags: &'a [FlagInfo<'a>],
     out: Vec<String>,
     positionals: Vec<String>,
-    help: bool,
+    has_help: bool,
 }
 
-impl<'a> Words<'a> {
-    /// The option that is meant, if there is one; an error, if it is one of other modes.
-    fn find(&self, name: &str, is_meant: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
+impl<'a> Normalizer<'a> {
+    /// Returns the option for which `matches` is true. Fails if only other modes support `name`.
+    fn find(&self, name: &str, matches: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
         match unsupported_reason(self.mode, name) {
-            Some(why) => Err(format!("{} takes no {name}: {why}", self.mode)),
-            None => Ok(self.flags.iter().find(|flag| is_meant(flag))),
+            Some(reason) => Err(format!("{} does not support {name}: {reason}", self.mode)),
+            None => Ok(self.flags.iter().find(|flag| matches(flag))),
         }
     }
 
-    fn unknown(&self, option: &str) -> String {
-        let known =
+    fn unrecognized_option(&self, option: &str) -> String {
+        let supported =
             self.flags.iter().map(|flag| flag.long).filter(|long| unsupported_reason(self.mode, long).is_none());
         let nearest =
-            known.filter(|_| option.starts_with("--")).map(|long| (strsim::osa_distance(long, option), long)).min();
+            supported.filter(|_| option.starts_with("--")).map(|long| (strsim::osa_distance(long, option), long)).min();
         let option = without_userinfo(option);
-        match nearest.filter(|(distance, _)| *distance <= MISSPELT) {
-            Some((_, long)) => format!("unrecognized option {option}; is {long} meant?"),
+        match nearest.filter(|(distance, _)| *distance <= MAX_EDIT_DISTANCE) {
+            Some((_, long)) => format!("unrecognized option {option} (did you mean {long}?)"),
             None => format!("unrecognized option {option}"),
         }
     }
 
-    /// A long option; true when its value is the next word.
-    fn long(&mut self, text: &str) -> Result<bool, String> {
+    /// Appends a long option, with its value if that follows `=`. Returns true if the next argument is the value.
+    fn push_long(&mut self, text: &str) -> Result<bool, String> {
         let (name, value) = match text.split_once('=') {
             Some((name, value)) => (name, Some(value)),
             None => (text, None),
@@ -128,12 +128,12 @@ impl<'a> Words<'a> {
         let is_switch = match flag {
             Some(flag) => is_switch(flag),
             None if long == "--help" => true,
-            None => return Err(self.unknown(&long)),
+            None => return Err(self.unrecognized_option(&long)),
         };
-        self.help |= long == "--help";
+        self.has_help |= long == "--help";
         self.out.push(long);
         match value {
-            Some(_) if is_switch => Err(format!("--{name} takes no value")),
+            Some(_) if is_switch => Err(format!("--{name} does not take a value")),
             Some(value) => {
                 self.out.push(value.into());
                 Ok(false)
@@ -142,16 +142,17 @@ impl<'a> Words<'a> {
         }
     }
 
-    /// Short options in one word, the last of which may have its value behind it; true when that is the next word.
-    fn short(&mut self, text: &str) -> Result<bool, String> {
+    /// Appends the short options of one argument. The value of the last may follow it directly, as in `-vw3`. Returns
+    /// true if the next argument is the value.
+    fn push_short(&mut self, text: &str) -> Result<bool, String> {
         let mut chars = text.chars();
         while let Some(letter) = chars.next() {
             let flag = self.find(&format!("-{letter}"), |flag| flag.short == Some(letter))?;
             if flag.is_none() && letter == 'h' {
-                self.help = true;
+                self.has_help = true;
                 continue;
             }
-            let Some(flag) = flag else { return Err(self.unknown(&format!("-{letter}"))) };
+            let Some(flag) = flag else { return Err(self.unrecognized_option(&format!("-{letter}"))) };
             self.out.push(format!("-{letter}"));
             if !is_switch(flag) {
                 let value = match chars.as_str() {
@@ -175,15 +176,15 @@ fn is_switch(flag: &FlagInfo<'_>) -> bool {
 mod tests {
     use super::*;
 
-    fn ask(line: &str) -> Result<String, String> {
-        match normalise(&line.split(' ').map(String::from).collect::<Vec<_>>())? {
-            Normal::Words(words) => Ok(words.join(" ")),
-            Normal::Help(text) => Ok(text.lines().next().unwrap_or_default().into()),
+    fn normalize_line(line: &str) -> Result<String, String> {
+        match normalize(&line.split(' ').map(String::from).collect::<Vec<_>>())? {
+            Normalized::Args(args) => Ok(args.join(" ")),
+            Normalized::Help(text) => Ok(text.lines().next().unwrap_or_default().into()),
         }
     }
 
     #[test]
-    fn what_hands_write_becomes_what_argh_takes() {
+    fn options_and_values_become_separate_arguments() {
         let table = [
             ("connect -x proxy -w 3 host 80", "connect -x proxy -w 3 -- host 80"),
             ("connect -xproxy -w3 host:80", "connect -x proxy -w 3 -- host:80"),
@@ -206,22 +207,22 @@ mod tests {
             ("-h", "Usage: s5 <mode> [options]"),
         ];
         for (line, expected) in table {
-            assert_eq!(ask(line).as_deref(), Ok(expected), "{line}");
+            assert_eq!(normalize_line(line).as_deref(), Ok(expected), "{line}");
         }
     }
 
     #[test]
-    fn a_misspelt_option_is_told_by_the_nearest() {
+    fn unrecognized_option_suggests_nearest_option() {
         let table = [
-            ("connect --porxy a b", "unrecognized option --porxy; is --proxy meant?"),
-            ("serve --user f", "unrecognized option --user; is --users meant?"),
+            ("connect --porxy a b", "unrecognized option --porxy (did you mean --proxy?)"),
+            ("serve --user f", "unrecognized option --user (did you mean --users?)"),
             ("serve --nonsense", "unrecognized option --nonsense"),
             ("connect -vZ", "unrecognized option -Z"),
-            ("connect --json=yes", "--json takes no value"),
-            ("--versoin", "unrecognized option --versoin; is --version meant?"),
+            ("connect --json=yes", "--json does not take a value"),
+            ("--versoin", "unrecognized option --versoin (did you mean --version?)"),
         ];
         for (line, expected) in table {
-            assert_eq!(ask(line), Err(expected.into()), "{line}");
+            assert_eq!(normalize_line(line), Err(expected.into()), "{line}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! What `--completions` prints: for each shell the modes, the options of each, and files behind what takes a value.
+//! `--completions`: scripts that complete the modes, their options, and file names as values of options.
 //!
-//! Not by a generator that others keep: those for argh complete no files, trip over hosts that are called like a mode, and
-//! call what fish 3 does not have.
+//! The generators for argh are not used: their scripts do not complete files, mistake a host named like a mode for the
+//! mode, and call functions that fish 3 does not have.
 
 use std::fmt::Write as _;
 use std::str::FromStr;
@@ -9,9 +9,9 @@ use std::str::FromStr;
 use argh::{ArgsInfo as _, CommandInfoWithArgs, FlagInfo};
 
 use super::Args;
-use super::help::{summary, value};
+use super::help::{summary, value_name};
 
-/// A shell that completes command lines.
+/// A shell for which there is a completion script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shell {
     /// GNU bash.
@@ -30,13 +30,13 @@ impl FromStr for Shell {
             "bash" => Ok(Self::Bash),
             "zsh" => Ok(Self::Zsh),
             "fish" => Ok(Self::Fish),
-            _ => Err(format!("{text:?} is none of bash, zsh and fish")),
+            _ => Err(format!("expected bash, zsh or fish, found {text:?}")),
         }
     }
 }
 
 impl Shell {
-    /// The script that completes the command lines of s5.
+    /// Returns the completion script.
     pub(super) fn script(self) -> String {
         let program = Args::get_args_info();
         match self {
@@ -47,17 +47,17 @@ impl Shell {
     }
 }
 
-/// The names of an option, the short one first.
+/// Returns the names of an option, the short one first.
 fn names(flag: &FlagInfo<'_>) -> impl Iterator<Item = String> {
     flag.short.map(|short| format!("-{short}")).into_iter().chain([flag.long.to_owned()])
 }
 
-fn words(command: &CommandInfoWithArgs) -> String {
+fn option_names(command: &CommandInfoWithArgs) -> String {
     command.flags.iter().flat_map(names).collect::<Vec<_>>().join(" ")
 }
 
-/// In single quotes, for any of the shells.
-fn quoted(text: &str) -> String {
+/// Encloses text in single quotes for bash and zsh.
+fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }
 
@@ -67,10 +67,10 @@ fn bash(program: &CommandInfoWithArgs) -> String {
         "_s5() {{\n    local cur=\"${{COMP_WORDS[COMP_CWORD]}}\" words=\n    COMPREPLY=()\n    \
          if [[ $COMP_CWORD -eq 1 ]]; then\n        words={}\n    elif [[ $cur == -* ]]; then\n        \
          case \"${{COMP_WORDS[1]}}\" in\n",
-        quoted(&format!("{} {}", modes.join(" "), words(program)))
+        quote(&format!("{} {}", modes.join(" "), option_names(program)))
     );
     for mode in &program.commands {
-        let _ = writeln!(out, "            {}) words={} ;;", mode.name, quoted(&words(&mode.command)));
+        let _ = writeln!(out, "            {}) words={} ;;", mode.name, quote(&option_names(&mode.command)));
     }
     out + "        esac\n    fi\n    \
            if [[ -n $words ]]; then\n        COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n    fi\n    return 0\n}\n\
@@ -78,20 +78,20 @@ fn bash(program: &CommandInfoWithArgs) -> String {
 }
 
 fn zsh(program: &CommandInfoWithArgs) -> String {
-    let plain = |text: &str| text.replace('[', "(").replace(']', ")").replace(':', "\\:");
+    let escape = |text: &str| text.replace('[', "(").replace(']', ")").replace(':', "\\:");
     let spec = |flag: &FlagInfo<'_>, name: &str| {
-        let action = value(flag).map(|value| format!(":{}:_files", plain(value))).unwrap_or_default();
-        quoted(&format!("*{name}[{}]{action}", plain(summary(flag))))
+        let action = value_name(flag).map(|value| format!(":{}:_files", escape(value))).unwrap_or_default();
+        quote(&format!("*{name}[{}]{action}", escape(summary(flag))))
     };
     let mut out =
         "#compdef s5\n\n_s5() {\n    local -a modes specs\n    if (( CURRENT == 2 )); then\n        modes=(\n"
             .to_owned();
     for mode in &program.commands {
-        let text = format!("{}:{}", mode.name, plain(mode.command.description));
-        let _ = writeln!(out, "            {}", quoted(&text));
+        let text = format!("{}:{}", mode.name, escape(mode.command.description));
+        let _ = writeln!(out, "            {}", quote(&text));
     }
     for flag in program.flags {
-        let _ = writeln!(out, "            {}", quoted(&format!("{}:{}", flag.long, plain(summary(flag)))));
+        let _ = writeln!(out, "            {}", quote(&format!("{}:{}", flag.long, escape(summary(flag)))));
     }
     out += "        )\n        _describe mode modes\n        return\n    fi\n    case $words[2] in\n";
     for mode in &program.commands {
@@ -108,15 +108,15 @@ fn zsh(program: &CommandInfoWithArgs) -> String {
 }
 
 fn fish(program: &CommandInfoWithArgs) -> String {
-    // A quote stands behind a backslash there, and not between quotes.
-    let quoted = |text: &str| format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"));
+    // In fish, backslash is special within single quotes too.
+    let quote = |text: &str| format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"));
     let mut out = String::new();
     let mut options = |condition: &str, flags: &[FlagInfo<'_>]| {
         for flag in flags {
             let short = flag.short.map(|short| format!(" -s {short}")).unwrap_or_default();
-            let needs = if value(flag).is_some() { " -r" } else { "" };
-            let (long, what) = (flag.long.trim_start_matches('-'), quoted(summary(flag)));
-            let _ = writeln!(out, "complete -c s5 -n '{condition}'{short} -l {long}{needs} -d {what}");
+            let required = if value_name(flag).is_some() { " -r" } else { "" };
+            let (long, description) = (flag.long.trim_start_matches('-'), quote(summary(flag)));
+            let _ = writeln!(out, "complete -c s5 -n '{condition}'{short} -l {long}{required} -d {description}");
         }
     };
     options("__fish_use_subcommand", program.flags);
@@ -124,8 +124,8 @@ fn fish(program: &CommandInfoWithArgs) -> String {
         options(&format!("__fish_seen_subcommand_from {}", mode.name), mode.command.flags);
     }
     for mode in &program.commands {
-        let what = quoted(mode.command.description);
-        let _ = writeln!(out, "complete -c s5 -n __fish_use_subcommand -f -a {} -d {what}", mode.name);
+        let description = quote(mode.command.description);
+        let _ = writeln!(out, "complete -c s5 -n __fish_use_subcommand -f -a {} -d {description}", mode.name);
     }
     out
 }

@@ -1,4 +1,4 @@
-//! The text of `--help`, made from the definitions that argh parses the command line by.
+//! The text of `--help`, generated from the definitions with which argh parses the command line.
 
 use std::fmt::Write as _;
 
@@ -8,11 +8,11 @@ use super::NAME;
 
 /// Width of the text, in columns.
 const WIDTH: usize = 80;
-/// Column at which the description of an option begins.
-const COLUMN: usize = 30;
+/// Column of the description of an option or a mode.
+const DESCRIPTION_COLUMN: usize = 30;
 
-/// The option that begins a group, and the heading of the group. A mode may lack the first options of a group, so that
-/// several options name the same heading.
+/// Options that begin a group, each with the heading of the group. A group has several such options if not every mode
+/// supports the first.
 const GROUPS: [(&str, &str); 11] = [
     ("--version", "Options"),
     ("--listen", "Listening"),
@@ -33,16 +33,16 @@ pub(super) fn text(command: &CommandInfoWithArgs, is_mode: bool) -> String {
     if !command.commands.is_empty() {
         out.push_str("Modes\n");
         for mode in &command.commands {
-            entry(&mut out, mode.name, mode.command.description);
+            push_entry(&mut out, mode.name, mode.command.description);
         }
     }
     let mut group = "";
-    for flag in options_of(command.flags) {
+    for flag in listed_options(command.flags) {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
             let _ = writeln!(out, "{heading}");
             group = heading;
         }
-        entry(&mut out, &head(flag), summary(flag));
+        push_entry(&mut out, &synopsis(flag), summary(flag));
     }
     let _ = if is_mode {
         writeln!(out, "TIME is in seconds, or 500ms, 10s, 5m, 2h. Manual: {NAME} --man | man -l -")
@@ -62,8 +62,8 @@ pub(super) fn usage(command: &CommandInfoWithArgs, is_mode: bool) -> String {
     usage
 }
 
-/// Returns the options that are listed: all but `--help`.
-pub(super) fn options_of<'a, 'b>(flags: &'a [FlagInfo<'b>]) -> impl Iterator<Item = &'a FlagInfo<'b>> {
+/// Returns the options to list: all except `--help`.
+pub(super) fn listed_options<'a, 'b>(flags: &'a [FlagInfo<'b>]) -> impl Iterator<Item = &'a FlagInfo<'b>> {
     flags.iter().filter(|flag| flag.long != "--help")
 }
 
@@ -72,45 +72,45 @@ pub(super) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
     GROUPS.iter().find(|(first, _)| *first == flag.long).map(|(_, heading)| *heading)
 }
 
-/// Returns the placeholder for the value of an option.
-pub(super) fn value<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
+/// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch.
+pub(super) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
     match flag.kind {
         FlagInfoKind::Switch => None,
         FlagInfoKind::Option { arg_name } => Some(arg_name),
     }
 }
 
-/// Splits a description into its first sentence, which is the line of the help, and the details for the manual.
-pub(super) fn sentences<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
+/// Splits a description into its first sentence and the following ones, which only the manual contains.
+pub(super) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
     let text = flag.description.trim();
     text.split_once(". ").unwrap_or((text, ""))
 }
 
-/// Returns the line that describes an option in the help and in completions.
+/// Returns the description of an option in the help and in completions.
 pub(super) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
-    sentences(flag).0
+    split_summary(flag).0
 }
 
-/// Returns the names and the value of an option.
-fn head(flag: &FlagInfo<'_>) -> String {
+/// Returns the names and the value of an option, such as `-x, --proxy URL`.
+fn synopsis(flag: &FlagInfo<'_>) -> String {
     let short = flag.short.map(|short| format!("-{short}, ")).unwrap_or_default();
-    let value = value(flag).map(|value| format!(" {value}")).unwrap_or_default();
+    let value = value_name(flag).map(|value| format!(" {value}")).unwrap_or_default();
     format!("{short}{}{value}", flag.long)
 }
 
-/// Appends an entry of two columns. A head that is too wide for its column stands on a line of its own.
-fn entry(out: &mut String, head: &str, description: &str) {
-    let mut line = format!("  {head}");
-    if line.len() + 2 > COLUMN {
+/// Appends an entry of two columns. The description starts on the next line if `name` is too long for its column.
+fn push_entry(out: &mut String, name: &str, description: &str) {
+    let mut line = format!("  {name}");
+    if line.len() + 2 > DESCRIPTION_COLUMN {
         let _ = writeln!(out, "{line}");
         line.clear();
     }
-    line = format!("{line:COLUMN$}");
-    for (at, word) in description.split_whitespace().enumerate() {
-        if at > 0 && line.chars().count() + 1 + word.chars().count() > WIDTH {
+    line = format!("{line:DESCRIPTION_COLUMN$}");
+    for (i, word) in description.split_whitespace().enumerate() {
+        if i > 0 && line.chars().count() + 1 + word.chars().count() > WIDTH {
             let _ = writeln!(out, "{line}");
-            line = " ".repeat(COLUMN);
-        } else if at > 0 {
+            line = " ".repeat(DESCRIPTION_COLUMN);
+        } else if i > 0 {
             line.push(' ');
         }
         line.push_str(word);

@@ -1,11 +1,11 @@
-//! The manual page in man(7) format: the prose is in `s5.1`, the options and statuses come from their definitions.
+//! The manual page in man(7) format: the prose of `s5.1`, with options and exit statuses generated from their definitions.
 
 use std::fmt::Write as _;
 
 use argh::{ArgsInfo as _, FlagInfo};
 
 use super::exit_status::ExitStatus;
-use super::help::{heading, options_of, sentences, usage, value};
+use super::help::{heading, listed_options, split_summary, usage, value_name};
 use super::{Args, NAME, client, serve};
 
 /// The page. A line that begins with `@` is replaced by the generated text of that name.
@@ -18,62 +18,62 @@ pub(super) fn text() -> String {
         match line.strip_prefix('@') {
             None => out += &format!("{line}\n"),
             Some("title") => out += &format!(".TH S5 1 2026-11-26 \"{NAME} {}\"\n", env!("CARGO_PKG_VERSION")),
-            Some("synopsis") => synopsis(&mut out),
-            Some("server options") => options(&mut out, serve::Args::get_args_info().flags, |_| None),
-            Some("client options") => options(&mut out, client::Args::get_args_info().flags, client::modes_of),
-            Some("exit statuses") => exit_statuses(&mut out),
-            Some(other) => debug_assert!(false, "no text is called {other}"),
+            Some("synopsis") => push_synopsis(&mut out),
+            Some("server options") => push_options(&mut out, serve::Args::get_args_info().flags, |_| None),
+            Some("client options") => push_options(&mut out, client::Args::get_args_info().flags, client::modes_of),
+            Some("exit statuses") => push_exit_statuses(&mut out),
+            Some(other) => debug_assert!(false, "unknown placeholder @{other}"),
         }
     }
     out
 }
 
-fn synopsis(out: &mut String) {
+fn push_synopsis(out: &mut String) {
     let program = Args::get_args_info();
     for mode in &program.commands {
         let usage = usage(&mode.command, true);
-        let rest = usage.strip_prefix(&format!("{NAME} {}", mode.name)).unwrap_or_default();
-        let _ = writeln!(out, ".B {NAME} {}\n{}\n.br", mode.name, escaped(rest.trim()));
+        let args = usage.strip_prefix(&format!("{NAME} {}", mode.name)).unwrap_or_default();
+        let _ = writeln!(out, ".B {NAME} {}\n{}\n.br", mode.name, escape(args.trim()));
     }
-    for flag in options_of(program.flags) {
-        let value = value(flag).map(|value| format!("\n.I {value}")).unwrap_or_default();
-        let _ = writeln!(out, ".B {NAME} {}{value}\n.br", escaped(flag.long));
+    for flag in listed_options(program.flags) {
+        let value = value_name(flag).map(|value| format!("\n.I {value}")).unwrap_or_default();
+        let _ = writeln!(out, ".B {NAME} {}{value}\n.br", escape(flag.long));
     }
-    let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escaped("--help"));
+    let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
 }
 
-/// Appends an entry for each option, with the modes that take it if these are not all.
-fn options(out: &mut String, flags: &[FlagInfo<'_>], modes_of: impl Fn(&str) -> Option<Vec<&'static str>>) {
+/// Appends an entry for each option, with the modes that support it if others do not.
+fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes_of: impl Fn(&str) -> Option<Vec<&'static str>>) {
     let mut group = "";
-    for flag in options_of(flags) {
+    for flag in listed_options(flags) {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
             let _ = writeln!(out, ".SS {heading}");
             group = heading;
         }
         let short = flag.short.map(|short| format!("\\fB\\-{short}\\fR, ")).unwrap_or_default();
-        let value = value(flag).map(|value| format!(" \\fI{}\\fR", escaped(value))).unwrap_or_default();
-        let _ = writeln!(out, ".TP\n{short}\\fB{}\\fR{value}", escaped(flag.long));
-        let (summary, details) = sentences(flag);
+        let value = value_name(flag).map(|value| format!(" \\fI{}\\fR", escape(value))).unwrap_or_default();
+        let _ = writeln!(out, ".TP\n{short}\\fB{}\\fR{value}", escape(flag.long));
+        let (summary, details) = split_summary(flag);
         let mut chars = summary.chars();
         let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
-        paragraph(out, &format!("{first}{}. {details}", chars.as_str()));
+        push_paragraph(out, &format!("{first}{}. {details}", chars.as_str()));
         if let Some(modes) = modes_of(flag.long) {
-            paragraph(out, &format!("Only for {}.", modes.join(" and ")));
+            push_paragraph(out, &format!("Only for {}.", modes.join(" and ")));
         }
     }
 }
 
-fn exit_statuses(out: &mut String) {
+fn push_exit_statuses(out: &mut String) {
     for (code, meaning) in ExitStatus::ALL {
         let _ = writeln!(out, ".TP 6\n.B {code}");
-        paragraph(out, &meaning.replace('`', ""));
+        push_paragraph(out, &meaning.replace('`', ""));
     }
 }
 
-/// Appends `text` with one sentence per line, as man(7) pages are written, and at most 80 bytes in a line.
-fn paragraph(out: &mut String, text: &str) {
+/// Appends `text` in lines of at most 80 bytes. Each sentence begins a new line, as is usual in man(7) pages.
+fn push_paragraph(out: &mut String, text: &str) {
     let mut line = String::new();
-    for word in escaped(text).split_whitespace() {
+    for word in escape(text).split_whitespace() {
         if !line.is_empty() && (line.len() + 1 + word.len() > 80 || line.ends_with('.')) {
             let _ = writeln!(out, "{line}");
             line.clear();
@@ -90,7 +90,7 @@ fn paragraph(out: &mut String, text: &str) {
     }
 }
 
-/// Escapes text for roff. A plain `-` would be a hyphen, which cannot be searched for or copied.
-fn escaped(text: &str) -> String {
+/// Escapes text for roff, which prints a plain `-` as a hyphen that cannot be copied to a shell.
+fn escape(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }

@@ -1,50 +1,49 @@
-//! Passwords in the command line: removed from messages, and overwritten in the process's arguments so that ps(1) does
-//! not show them. Other users may have read them before that.
+//! Removes passwords from messages and from the arguments of the process, which ps(1) shows. Other users may read them
+//! before s5 overwrites them.
 
 use std::ops::Range;
 
-/// Overwrites each byte of a password.
+/// Replaces each byte of a password.
 #[cfg(target_os = "linux")]
 const FILLER: u8 = b'x';
 
-/// Returns `word` with the text before its last `@` replaced by `…`, except a scheme.
-pub(super) fn without_userinfo(word: &str) -> String {
-    match word.rsplit_once('@') {
+/// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.
+pub(super) fn without_userinfo(arg: &str) -> String {
+    match arg.rsplit_once('@') {
         Some((before, host)) => match before.split_once("://") {
             Some((scheme, _)) => format!("{scheme}://…@{host}"),
             None => format!("…@{host}"),
         },
-        None => word.into(),
+        None => arg.into(),
     }
 }
 
-/// Overwrites passwords in the command line of this process, of which `words` are a copy: those in URLs, and that in
-/// `user`, the value `user:password` of an option. Does nothing if the system does not permit it.
-pub(super) fn redact(words: &[&[u8]], user: Option<&str>) {
-    let spans: Vec<(usize, Range<usize>)> = words
+/// Overwrites passwords in the command line of this process: in URLs, and in `user`, the `user:password` value of an
+/// option. `args` is a copy of the command line. Failures are only logged.
+pub(super) fn redact(args: &[&[u8]], user: Option<&str>) {
+    let spans: Vec<(usize, Range<usize>)> = args
         .iter()
         .enumerate()
-        .flat_map(|(i, word)| {
-            let spans = [password_in_url(word), user.and_then(|user| password_in_option(word, user.as_bytes()))];
+        .flat_map(|(i, arg)| {
+            let spans = [password_in_url(arg), user.and_then(|user| password_in_option(arg, user.as_bytes()))];
             spans.into_iter().flatten().map(move |span| (i, span))
         })
         .collect();
     if !spans.is_empty() {
         #[cfg(target_os = "linux")]
-        if let Err(error) = overwrite_arguments(words, &spans) {
+        if let Err(error) = overwrite_arguments(args, &spans) {
             log::debug!("cannot overwrite a password in the command line: {error}");
         }
     }
 }
 
-/// Returns the range of a URL's password; in a list of URLs, from the first password to the end of the last.
-fn password_in_url(word: &[u8]) -> Option<Range<usize>> {
-    let end = word.iter().rposition(|byte| *byte == b'@')?;
-    let before = word.get(..end)?;
+/// Returns the range of the password in a URL. In a list of URLs, it extends from the first password to the last one.
+fn password_in_url(arg: &[u8]) -> Option<Range<usize>> {
+    let end = arg.iter().rposition(|byte| *byte == b'@')?;
+    let before = arg.get(..end)?;
     let colon = before.iter().position(|byte| *byte == b':')?;
     let rest = before.get(colon..)?;
     match rest.strip_prefix(b"://") {
-        // After a scheme.
         Some(userinfo) => {
             let second = userinfo.iter().position(|byte| *byte == b':')?;
             Some(colon + 3 + second + 1..end)
@@ -53,33 +52,33 @@ fn password_in_url(word: &[u8]) -> Option<Range<usize>> {
     }
 }
 
-/// Returns the range of the password in a word that ends with `value`, which is `user:password`.
-fn password_in_option(word: &[u8], value: &[u8]) -> Option<Range<usize>> {
+/// Returns the range of the password in an argument that ends with `value`, which is `user:password`.
+fn password_in_option(arg: &[u8], value: &[u8]) -> Option<Range<usize>> {
     let colon = value.iter().position(|byte| *byte == b':')?;
-    word.ends_with(value).then(|| word.len() - value.len() + colon + 1..word.len())
+    arg.ends_with(value).then(|| arg.len() - value.len() + colon + 1..arg.len())
 }
 
 /// Writes to the arguments through /proc/self/mem, at the address that /proc/self/stat reports.
 #[cfg(target_os = "linux")]
-fn overwrite_arguments(words: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Result<()> {
+fn overwrite_arguments(args: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // arg_start, field 48 of proc_pid_stat(5); the third follows the name, which is in brackets.
+    // arg_start is field 48 of proc_pid_stat(5). Field 3 follows the name, which is in parentheses.
     let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(48 - 3));
     let start = field.and_then(|field| field.parse::<u64>().ok()).ok_or(std::io::ErrorKind::Unsupported)?;
     let memory = std::fs::OpenOptions::new().read(true).write(true).open("/proc/self/mem")?;
-    let expected = words.iter().flat_map(|word| word.iter().copied().chain([0])).collect::<Vec<u8>>();
+    let expected = args.iter().flat_map(|arg| arg.iter().copied().chain([0])).collect::<Vec<u8>>();
     let mut found = vec![0; expected.len()];
     memory.read_exact_at(&mut found, start)?;
     if found != expected {
         return Err(std::io::ErrorKind::InvalidData.into());
     }
     let mut addr = start;
-    for (i, word) in words.iter().enumerate() {
+    for (i, arg) in args.iter().enumerate() {
         for (_, span) in spans.iter().filter(|(index, _)| *index == i) {
             memory.write_all_at(&vec![FILLER; span.len()], addr + span.start as u64)?;
         }
-        addr += word.len() as u64 + 1;
+        addr += arg.len() as u64 + 1;
     }
     Ok(())
 }
