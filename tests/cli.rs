@@ -21,7 +21,7 @@ fn run_s5(args: &[&str]) -> Output {
     run(s5().args(args), b"", TIMEOUT)
 }
 
-/// Fails unless s5 prints one line on stderr that contains all words, nothing on stdout, and exits with 2.
+/// Fails unless s5 exits with 2 and prints only one line, on stderr, that contains all words.
 fn assert_usage_error(args: &[&str], words: &[&str]) {
     let output = run_s5(args);
     let stderr = text(&output.stderr);
@@ -125,8 +125,8 @@ fn error_names_invalid_target() {
 #[test]
 fn error_names_invalid_time() {
     for time in ["", "x", "-1", "1d", "1e400", "inf", "NaN", "ms", "1 s", "99999999999h"] {
-        for flags in ["--handshake-timeout", "--connect-timeout", "--bind-timeout", "--idle-timeout", "--drain"] {
-            assert_usage_error(&["serve", flags, time], &[flags, time]);
+        for flag in ["--handshake-timeout", "--connect-timeout", "--bind-timeout", "--idle-timeout", "--drain"] {
+            assert_usage_error(&["serve", flag, time], &[flag, time]);
         }
         for mode in ["connect", "bind", "udp"] {
             assert_usage_error(&[mode, "-w", time, "a:1"], &["-w", time]);
@@ -193,7 +193,7 @@ fn closed_stderr_does_not_change_the_exit_status() {
 }
 
 #[test]
-fn passwords_are_in_no_output_of_server_and_clients() {
+fn output_of_server_and_clients_does_not_contain_passwords() {
     let folder = temp_dir();
     let hash = bcrypt::hash("topsecret", 4).expect("password hashed");
     let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));

@@ -1,5 +1,5 @@
-//! Reports how many tests this run of `cargo test` has skipped because a program is missing. Cargo runs the test files in
-//! alphabetical order, and so the name of this file makes it the last one.
+//! Reports how many tests this run of `cargo test` has skipped because a program is missing. Cargo runs test files in
+//! alphabetical order, so the name makes this file the last one.
 
 mod common;
 

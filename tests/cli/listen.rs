@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::common::{Server, TIMEOUT, run, s5, temp_dir, wait_until, write_file};
 use crate::scripted::text;
 
-/// Fails unless `s5 serve --listen` prints one line that contains all words, nothing on stdout, and exits with 1.
+/// Fails unless `s5 serve --listen` exits with 1 and prints only one line, on stderr, that contains all words.
 fn assert_listen_error(listen: &str, words: &[&str]) {
     let output = run(s5().args(["serve", "--listen", listen]), b"", TIMEOUT);
     let stderr = text(&output.stderr);
@@ -42,12 +42,12 @@ fn server_does_not_start_if_one_address_fails() {
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--listen", &addr]), b"", TIMEOUT);
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(!stderr.contains("listening on"), "no address is listened on: {stderr}");
+    assert!(!stderr.contains("listening on"), "the first address must not be used either: {stderr}");
     assert!(stderr.contains(&addr), "{stderr}");
 }
 
 #[test]
-fn unix_socket_in_use_is_an_error_and_stays() {
+fn unix_socket_in_use_is_an_error_and_is_not_removed() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
@@ -65,7 +65,7 @@ fn unix_socket_with_full_backlog_counts_as_in_use() {
     let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("socket created");
     busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("bound");
     busy.listen(0).expect("listening");
-    let _waits = UnixStream::connect(&path).expect("room for one");
+    let _queued = UnixStream::connect(&path).expect("the backlog holds one connection");
     let listen = format!("unix:{}", path.display());
     assert_listen_error(&listen, &[&listen, "in use"]);
     assert!(is_socket(&path));
@@ -77,9 +77,9 @@ fn stale_unix_socket_is_replaced() {
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     drop(UnixListener::bind(&path).expect("bound"));
-    // A child process of another test may hold the socket a moment longer.
-    wait_until("the socket is dead", TIMEOUT, || UnixStream::connect(&path).is_err());
-    assert!(is_socket(&path), "the file outlives the socket");
+    // A child process that another test has just started may still have a copy of the listener.
+    wait_until("the socket refuses connections", TIMEOUT, || UnixStream::connect(&path).is_err());
+    assert!(is_socket(&path), "closing a listener leaves its file");
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     UnixStream::connect(&path).expect("the listener accepts");
     // A server that is killed leaves its socket file.
@@ -102,7 +102,7 @@ fn unix_socket_is_removed_at_exit() {
 }
 
 #[test]
-fn regular_file_at_socket_path_stays() {
+fn listen_does_not_replace_a_regular_file() {
     let folder = temp_dir();
     let path = write_file(folder.path(), "precious", "data");
     assert_listen_error(&format!("unix:{path}"), &[&path]);
@@ -121,12 +121,12 @@ fn server_prints_nothing_on_stdout() {
 }
 
 #[test]
-fn quiet_server_logs_no_information() {
+fn quiet_server_logs_nothing_at_start() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut child = crate::scripted::RunningProgram::start(s5().args(["serve", "-q", "--listen", &listen]));
-    wait_until("the address is listened on", TIMEOUT, || UnixStream::connect(&path).is_ok());
+    wait_until("the server listens", TIMEOUT, || UnixStream::connect(&path).is_ok());
     assert_eq!(child.stderr(|_| true), "");
     assert!(child.is_running());
 }

@@ -1,4 +1,4 @@
-//! Help, manual page and completions: what s5 documents about itself, and that nothing is missing in it.
+//! The help, the manual page and the completions are valid and complete.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,14 +23,14 @@ const STATUSES: [u8; 26] =
 const MAX_HELP_LINES: usize = 48;
 const MAX_HELP_COLUMNS: usize = 80;
 
-/// Runs s5, which must succeed, and returns its stdout.
+/// Runs s5 and returns its stdout. Fails unless it exits with 0.
 fn stdout_of(args: &[&str]) -> String {
     let output = run_s5(args);
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{args:?}");
     text(&output.stdout)
 }
 
-/// Lints the manual page with a program that must print nothing.
+/// Fails if a program prints warnings about the manual page.
 fn lint(program: &str, args: &[&str]) {
     if is_installed(program) {
         let output = run(Command::new(program).args(args), stdout_of(&["--man"]).as_bytes(), PROGRAM_TIMEOUT);
@@ -39,7 +39,7 @@ fn lint(program: &str, args: &[&str]) {
     }
 }
 
-/// The manual page without escapes and font changes, a source line per line.
+/// The source of the manual page, without escapes and font changes.
 fn manual() -> String {
     let page = stdout_of(&["--man"]);
     ["\\fB", "\\fI", "\\fR", "\\fP", "\\&"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-")
@@ -52,14 +52,15 @@ fn section<'a>(manual: &'a str, heading: &str) -> &'a str {
     rest.split("\n.SH ").next().unwrap_or_default()
 }
 
-/// The words that a section sets in bold, which is how it names fields, variables, keys and signals.
+/// The bold words of a section: the fields, variables, keys or signals that it documents.
 fn bold_words(manual: &str, heading: &str) -> BTreeSet<String> {
     let lines = section(manual, heading).lines().filter(|line| line.starts_with(".B"));
     let words = lines.flat_map(|line| line.split([' ', ',', '\\']).skip(1));
     words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
 
-fn assert_all_in<T: AsRef<str>>(manual: &str, heading: &str, names: impl IntoIterator<Item = T>, at_least: usize) {
+/// Fails unless a section documents all names. `at_least` is a lower limit for their number.
+fn assert_documented<T: AsRef<str>>(manual: &str, heading: &str, names: impl IntoIterator<Item = T>, at_least: usize) {
     let words = bold_words(manual, heading);
     let names: Vec<T> = names.into_iter().collect();
     assert!(names.len() >= at_least, "only {} names for {heading}", names.len());
@@ -68,7 +69,7 @@ fn assert_all_in<T: AsRef<str>>(manual: &str, heading: &str, names: impl IntoIte
     }
 }
 
-/// The source text of s5 without tests, a file per item.
+/// Path and code of each source file of s5, without tests.
 fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut folders = vec![root];
@@ -93,11 +94,11 @@ fn literals(line: &str) -> impl Iterator<Item = &str> {
     line.split('"').skip(1).step_by(2)
 }
 
-/// The option lines of a mode's help: names and placeholder.
+/// The options in the help of a mode, with their placeholders.
 fn options(mode: &str) -> Vec<String> {
     let help = stdout_of(&[mode, "--help"]);
-    let heads = help.lines().filter(|line| line.starts_with("  -")).map(|line| line.trim().split("  ").next());
-    heads.map(|head| head.unwrap_or_default().to_owned()).collect()
+    let options = help.lines().filter(|line| line.starts_with("  -")).map(|line| line.trim().split("  ").next());
+    options.map(|option| option.unwrap_or_default().to_owned()).collect()
 }
 
 #[test]
@@ -112,12 +113,12 @@ fn help_groups_the_options_and_fits_on_two_screens() {
         let expected =
             if mode == "serve" { &["Listening", "Access", "Routing", "Limits", "Logging"][..] } else { &client };
         assert_eq!(headings, expected, "{mode}");
-        assert!(lines[2] == headings[0], "{mode}: an option stands before the first heading");
+        assert!(lines[2] == headings[0], "{mode}: an option precedes the first heading");
     }
 }
 
 #[test]
-fn help_has_the_default_last() {
+fn help_line_of_an_option_ends_with_its_default() {
     for mode in MODES {
         let help = stdout_of(&[mode, "--help"]);
         for line in help.lines().filter(|line| line.contains("[default:")) {
@@ -127,7 +128,7 @@ fn help_has_the_default_last() {
 }
 
 #[test]
-fn manual_has_no_finding_by_mandoc_groff_and_man() {
+fn mandoc_groff_and_man_have_no_warnings_about_the_manual() {
     lint("mandoc", &["-T", "lint"]);
     lint("groff", &["-man", "-ww", "-Tutf8", "-z"]);
     if is_installed("man") {
@@ -157,15 +158,15 @@ fn manual_has_every_option_of_every_mode() {
 }
 
 #[test]
-fn manual_names_the_modes_of_an_option_that_not_all_modes_have() {
+fn manual_names_the_modes_of_an_option_that_some_modes_lack() {
     let manual = manual();
     let section = section(&manual, "CLIENT OPTIONS");
     for entry in section.split("\n.TP\n").skip(1) {
-        let head = entry.lines().next().unwrap_or_default();
+        let option = entry.lines().next().unwrap_or_default();
         let modes: Vec<&str> =
-            MODES[1..].iter().filter(|mode| options(mode).iter().any(|o| o == head)).copied().collect();
+            MODES[1..].iter().filter(|mode| options(mode).iter().any(|o| o == option)).copied().collect();
         let is_named = entry.contains(&format!("Only for {}.", modes.join(" and ")));
-        assert_eq!(is_named, modes.len() < 3, "{head}: {modes:?}");
+        assert_eq!(is_named, modes.len() < 3, "{option}: {modes:?}");
     }
 }
 
@@ -182,18 +183,18 @@ fn manual_has_every_environment_variable() {
     let found =
         sources.iter().flat_map(|(_, code)| code.lines()).filter(|line| !line.contains("//") && !line.contains("#["));
     let names: BTreeSet<&str> = found.flat_map(literals).filter(|word| is_variable(word)).collect();
-    assert_all_in(&manual(), "ENVIRONMENT", names, 20);
+    assert_documented(&manual(), "ENVIRONMENT", names, 20);
 }
 
 #[test]
 fn manual_has_every_field_of_a_log_line() {
     let sources = sources();
     let is_log = |path: &str| path.ends_with("session_log.rs");
-    let (_, code) = sources.iter().find(|(path, _)| is_log(path)).expect("the file that writes the line");
+    let (_, code) = sources.iter().find(|(path, _)| is_log(path)).expect("src/**/session_log.rs");
     let words = code.lines().flat_map(literals).flat_map(|literal| literal.split(' '));
     let fields =
         words.filter_map(|word| word.split_once('=')).map(|(field, _)| field).filter(|field| !field.is_empty());
-    assert_all_in(&manual(), "LOG", fields.collect::<BTreeSet<_>>(), 12);
+    assert_documented(&manual(), "LOG", fields.collect::<BTreeSet<_>>(), 12);
 }
 
 #[test]
@@ -201,7 +202,7 @@ fn manual_has_every_key_of_the_json_object() {
     let output = run_s5(&["connect", "--json", "--auth", "none", "-x", "127.0.0.1:1", "192.0.2.1:1"]);
     let json = text(&output.stderr);
     let keys = json.match_indices("\":").filter_map(|(at, _)| json[..at].rsplit('"').next());
-    assert_all_in(&manual(), "JSON", keys, 21);
+    assert_documented(&manual(), "JSON", keys, 21);
 }
 
 #[test]
@@ -212,7 +213,7 @@ fn manual_has_every_key_of_a_rule() {
     for key in keys {
         assert!(error.contains(key), "the keys that s5 lists have changed: {error}");
     }
-    assert_all_in(&manual(), "RULES", keys.map(|key| format!("{key}=")), keys.len());
+    assert_documented(&manual(), "RULES", keys.map(|key| format!("{key}=")), keys.len());
 }
 
 #[test]
@@ -221,11 +222,11 @@ fn manual_has_every_signal() {
     let names = sources.iter().flat_map(|(_, code)| code.split("Signal::").skip(1));
     let names = names.filter_map(|rest| rest.split(|c: char| !c.is_alphanumeric()).next());
     let names: BTreeSet<String> = names.map(|name| format!("SIG{}", name.to_uppercase())).collect();
-    assert_all_in(&manual(), "SIGNALS", names, 3);
+    assert_documented(&manual(), "SIGNALS", names, 3);
 }
 
 #[test]
-fn manual_has_every_exit_status_once_with_a_meaning() {
+fn manual_has_every_exit_status_once_with_its_meaning() {
     let manual = manual();
     let entries = section(&manual, "EXIT STATUS").split("\n.TP 6\n.B ").skip(1);
     let entries: Vec<(u8, String)> = entries
@@ -261,7 +262,7 @@ fn completions_are_scripts_that_their_shells_parse() {
     }
 }
 
-/// A command line, and all completions of its last word.
+/// Command lines, each with all completions of its last word.
 const CASES: [(&str, &[&str]); 10] = [
     ("s5 ud", &["udp"]),
     ("s5 se", &["serve"]),
@@ -275,7 +276,7 @@ const CASES: [(&str, &[&str]); 10] = [
     ("s5 serve --prox", &[]),
 ];
 
-/// Runs a shell without the configuration of the user.
+/// Runs a shell without the user's configuration.
 fn shell(name: &str, home: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(name);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
@@ -355,11 +356,11 @@ fn zsh_completes_modes_and_options() {
     let lines = CASES.map(|(line, _)| line);
     let output = shell("zsh", folder.path(), &[&["-f", zpty.as_str()], &lines[..]].concat());
     assert_eq!(text(&output.stderr), "");
-    // Of several completions zsh inserts the common prefix.
-    let becomes = CASES.map(|(line, expected)| match (line.rsplit_once(' ').expect("words"), expected) {
+    // With several completions, zsh inserts their common prefix.
+    let expected_lines = CASES.map(|(line, expected)| match (line.rsplit_once(' ').expect("words"), expected) {
         (_, []) => line.to_owned(),
         ((before, _), [one]) => format!("{before} {one} "),
         ((before, _), [first, ..]) => format!("{before} {first}"),
     });
-    assert_eq!(text(&output.stdout).lines().collect::<Vec<_>>(), becomes);
+    assert_eq!(text(&output.stdout).lines().collect::<Vec<_>>(), expected_lines);
 }

@@ -1,4 +1,4 @@
-//! The users file: errors in it, --add-user and --remove-user.
+//! The users file: errors in the file, --add-user and --remove-user.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -28,7 +28,7 @@ fn assert_success(output: &Output) {
     assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
 }
 
-/// Fails unless there is one line on stderr that contains all words, nothing on stdout, and status 2.
+/// Fails unless s5 has exited with 2 and printed only one line, on stderr, that contains all words.
 fn assert_error(output: &Output, words: &[&str]) {
     let stderr = text(&output.stderr);
     assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{stderr}");
@@ -91,7 +91,7 @@ fn unreadable_users_file_is_an_error_with_its_name() {
 }
 
 #[test]
-fn errors_of_users_file_do_not_repeat_passwords() {
+fn users_file_errors_do_not_contain_passwords() {
     let folder = temp_dir();
     for content in [
         "alice:topsecret",
@@ -127,7 +127,7 @@ fn add_user_reads_password_from_first_line_of_stdin() {
     for (stdin, passwd) in [(&b" pass word\r\nmore\n"[..], " pass word"), (b"no end", "no end")] {
         let users = format!("{}/users", folder.path().display());
         assert_success(&add_user(&users, "alice", stdin));
-        let users = s5::policy::users::Users::parse(&read_users(&users)).expect("a sound file");
+        let users = s5::policy::users::Users::parse(&read_users(&users)).expect("valid users file");
         assert!(users.verify(b"alice", passwd.as_bytes()), "{passwd}");
     }
 }
@@ -176,7 +176,7 @@ fn add_and_remove_user_keep_other_lines_byte_for_byte() {
     let line = added.strip_prefix(&format!("{after}\n")).expect("the old content is unchanged");
     assert!(line.starts_with("carol:$argon2id$") && line.ends_with('\n') && line.lines().count() == 1, "{line}");
 
-    // After removal, only the line end that was added stays.
+    // Removal keeps the line end that was added to the last line.
     assert_success(&remove_user(&users, "carol"));
     assert_eq!(read_users(&users), format!("{after}\n"));
     assert_success(&remove_user(&users, "alice"));
@@ -210,10 +210,10 @@ fn written_users_file_is_readable_by_owner_only() {
 }
 
 #[test]
-fn users_file_behind_symlink_is_edited_in_place() {
+fn symlink_to_users_file_is_followed_and_kept() {
     let folder = temp_dir();
-    let elsewhere = temp_dir();
-    let real = write_file(elsewhere.path(), "real", "# mine\n");
+    let target_folder = temp_dir();
+    let real = write_file(target_folder.path(), "real", "# mine\n");
     let link = folder.path().join("users");
     symlink(&real, &link).expect("symlink created");
     let users = link.to_str().expect("UTF-8 path");
@@ -242,7 +242,7 @@ fn add_user_in_missing_directory_names_file_and_remedy() {
     let output = add_user(&users, "alice", b"topsecret\n");
     let expected = format!("s5: {users}: directory {directory} does not exist (create it: mkdir -p {directory})\n");
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), expected));
-    assert!(!Path::new(&directory).exists(), "the user has to create it");
+    assert!(!Path::new(&directory).exists(), "s5 has created the directory");
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn add_user_in_unwritable_directory_names_file_and_directory() {
 }
 
 #[test]
-fn users_file_of_htpasswd_is_kept_and_usable() {
+fn users_file_of_htpasswd_is_edited_and_accepts_its_passwords() {
     if !is_installed("htpasswd") {
         return;
     }
@@ -284,7 +284,7 @@ fn add_and_remove_user_require_users_file_and_exclude_each_other() {
     assert_usage_error(&both, &["--add-user", "--remove-user"]);
 }
 
-/// Runs `--add-user alice` on a pseudo-terminal, whose output is the program's stdout.
+/// Runs `--add-user alice` on a pseudo-terminal. The terminal's output is the stdout of the returned program.
 fn add_user_on_terminal(folder: &Path, users: &str) -> RunningProgram {
     let command = format!("tty > tty; exec '{}' serve --users '{users}' --add-user alice", env!("CARGO_BIN_EXE_s5"));
     RunningProgram::start(Command::new("script").current_dir(folder).args(["-q", "-e", "-c", &command, "/dev/null"]))

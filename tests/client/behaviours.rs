@@ -1,5 +1,5 @@
-//! `s5 connect` with every row of the table of proxy behaviours: exit status, message and stdout. Also: every exit
-//! status occurs, and README.md here has all rows.
+//! `s5 connect` against every row of the behaviour table: exit status, message and stdout. Also: every exit status
+//! occurs, and README.md in this directory has all rows.
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
@@ -15,7 +15,7 @@ use crate::behaviour_table::{Behaviour, SHORT_TIMEOUT, StdioSetup, behaviours};
 use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
 use crate::scripted::{reset, text};
 
-/// The command for a row.
+/// The command of s5 for a row.
 fn client(row: &Behaviour, host: &str, port: u16) -> Command {
     let mut command = s5();
     let wait = if row.status == 28 && !row.has_idle_timeout { SHORT_TIMEOUT } else { "10" };
@@ -48,11 +48,11 @@ fn check(row: &Behaviour) {
 }
 
 #[test]
-fn connect_has_the_status_and_message_of_every_row() {
+fn connect_has_the_status_and_message_of_every_table_row() {
     let rows = behaviours();
     let rows = &rows;
     let next = std::sync::atomic::AtomicUsize::new(0);
-    // Most rows wait; with more threads, the machine could be too slow for their timeouts.
+    // Most rows wait for timeouts. With more than 8 threads, a slow machine could miss them.
     thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
@@ -76,15 +76,15 @@ fn shell(script: &str) -> (i32, String) {
     let mut command = Command::new("sh");
     command.args(["-c", script]).env("S5", env!("CARGO_BIN_EXE_s5"));
     let output = run(&mut command, b"", TIMEOUT);
-    (output.status.code().expect("it exits"), text(&output.stderr))
+    (output.status.code().expect("a signal did not kill it"), text(&output.stderr))
 }
 
-/// Runs one command for each status that no row of the table has.
+/// Runs a command for each of the other statuses, which no row of the table has. Returns them.
 fn run_other_statuses(folder: &Path) -> Vec<u8> {
     let server = Server::start(&[]);
     let proxy = server.addr();
     let echo = echo_server();
-    // Resets after it has received a byte, so not during connect(2).
+    // Resets after the first byte has arrived, and so not during connect(2).
     let resets = tcp_server([127, 0, 0, 1].into(), |mut stream| {
         let _ = stream.read(&mut [0; 16]);
         reset(stream);
@@ -135,7 +135,7 @@ fn run_other_statuses(folder: &Path) -> Vec<u8> {
     found
 }
 
-/// `-F` whose receiver has closed its Unix socket.
+/// Runs `s5 connect -F` after the receiver has closed its Unix socket. Returns the status.
 fn pass_socket_to_closed_receiver() -> u8 {
     let (stdout, receiver) = UnixStream::pair().expect("socket pair created");
     drop(receiver);
@@ -143,7 +143,7 @@ fn pass_socket_to_closed_receiver() -> u8 {
     command.args(["connect", "-F", "--direct", &echo_server().to_string()]).stdout(Stdio::from(OwnedFd::from(stdout)));
     let output = command.stderr(Stdio::piped()).spawn().and_then(Child::wait_with_output).expect("s5 runs");
     assert!(text(&output.stderr).contains("pass the socket: Broken pipe"), "{}", text(&output.stderr));
-    output.status.code().and_then(|code| u8::try_from(code).ok()).expect("it exits")
+    output.status.code().and_then(|code| u8::try_from(code).ok()).expect("a signal did not kill it")
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn every_exit_status_occurs() {
 }
 
 #[test]
-fn page_of_the_clients_has_every_row_with_the_status_of_s5() {
+fn readme_table_has_every_row_with_the_status_of_s5() {
     let (_, table) = include_str!("README.md").split_once("| --- |").expect("a table");
     let rows: Vec<String> =
         table.lines().skip(1).map_while(|line| line.strip_prefix("| ").map(str::to_owned)).collect();

@@ -11,9 +11,9 @@ use crate::scripted::{
 /// Connects from the address `from`.
 fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None);
-    let socket = socket.expect("a socket");
+    let socket = socket.expect("socket created");
     let from: SocketAddr = from.parse().expect("valid address");
-    socket.bind(&from.into()).expect("an address of this machine");
+    socket.bind(&from.into()).expect("the source address is local");
     socket.connect(&to.into()).expect("the listener accepts");
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
@@ -25,11 +25,11 @@ fn start_bind(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().arg("bind").args(args));
     let stderr =
         client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("bound ")) && stderr.ends_with('\n'));
-    let line = stderr.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line");
+    let line = stderr.lines().find_map(|line| line.strip_prefix("bound ")).expect("a line with the bound address");
     (client, line.parse().expect("valid address"))
 }
 
-/// Exchanges data in both directions over a connection that `s5 bind` has accepted, up to the end of both.
+/// Exchanges data in both directions over a connection that `s5 bind` has accepted, until both directions have ended.
 fn exchange_data(mut client: RunningProgram, mut peer: TcpStream) {
     let from = peer.local_addr().expect("local address");
     let stderr = client.stderr(|stderr| stderr.contains("accepted ") && stderr.ends_with('\n'));
@@ -90,7 +90,7 @@ fn bind_rejects_other_peer_and_keeps_waiting() {
 }
 
 #[test]
-fn bind_timeout_of_the_server_exits_with_status_of_rep() {
+fn bind_timeout_of_the_server_has_status_106() {
     let server = Server::start(&["--bind-timeout", "200ms"]);
     let proxy = server.addr().to_string();
     let output = run(s5().args(["bind", "-x", &proxy]), b"", TIMEOUT);
@@ -101,7 +101,7 @@ fn bind_timeout_of_the_server_exits_with_status_of_rep() {
 }
 
 #[test]
-fn wait_option_limits_waiting_for_the_peer() {
+fn option_w_limits_the_wait_for_the_peer() {
     let server = Server::start(&[]);
     let (mut client, _) = start_bind(&["-w", "500ms", "-x", &server.addr().to_string(), "192.0.2.1"]);
     let (status, _, stderr) = client.wait_exit(TIMEOUT);
@@ -111,7 +111,7 @@ fn wait_option_limits_waiting_for_the_peer() {
 }
 
 #[test]
-fn failures_of_the_second_reply_have_their_statuses() {
+fn each_failure_of_the_second_reply_has_its_status() {
     let closed = "the proxy closed the connection";
     let table: [(Vec<Step>, i32, &str); 7] = [
         (vec![], 97, closed),

@@ -1,5 +1,5 @@
-//! Other clients with every row of the table of proxy behaviours. Writes the results to the table in `README.md` beside
-//! this file. Ignored by default: `make compare-clients` runs it.
+//! Runs s5 and other clients against every row of the behaviour table, and writes the results to `README.md` in this
+//! directory. Ignored by default: `make compare-clients` runs it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ const HANG_TIMEOUT: Duration = Duration::from_secs(4);
 const BEGIN: &str = "<!-- make compare-clients: begin -->\n";
 const END: &str = "<!-- make compare-clients: end -->\n";
 
-/// A client and its command for a row, with the proxy's host and port. `None`: the client has no option for it.
+/// A client. `command` returns its command for a row and the proxy's host and port, or `None` if it lacks an option.
 struct Client {
     name: &'static str,
     program: &'static str,
@@ -36,7 +36,7 @@ fn user_and_password(row: &Behaviour) -> Option<(String, String)> {
 
 fn host_and_port(row: &Behaviour) -> (String, String) {
     let target = row.target.replace(' ', ":");
-    let (host, port) = target.rsplit_once(':').expect("a port");
+    let (host, port) = target.rsplit_once(':').expect("a target with a port");
     (host.trim_matches(['[', ']']).into(), port.into())
 }
 
@@ -123,7 +123,7 @@ const CLIENTS: [Client; 5] = [
     Client { name: "curl", program: "curl", command: curl },
 ];
 
-/// The cell of an outcome: the status, and what is wrong.
+/// The table cell for an outcome: the status and the fault, if there is one.
 fn cell(row: &Behaviour, outcome: &Outcome) -> String {
     let Some(status) = outcome.status else { return "**hangs**".into() };
     let should_succeed = row.status == 0;
@@ -143,7 +143,7 @@ fn cell(row: &Behaviour, outcome: &Outcome) -> String {
 }
 
 fn version(command: &mut Command) -> String {
-    let output = command.output().expect("it runs");
+    let output = command.output().expect("the program runs");
     let output = text(&output.stdout) + &text(&output.stderr);
     output.lines().next().unwrap_or_default().to_owned()
 }
@@ -153,8 +153,8 @@ fn package_version(package: &str) -> String {
 }
 
 #[test]
-#[ignore = "a comparison, which make compare-clients runs"]
-fn table_of_the_page_is_rewritten() {
+#[ignore = "rewrites a file; run by make compare-clients"]
+fn compare_clients_and_rewrite_the_readme_table() {
     if !CLIENTS.iter().all(|client| is_installed(client.program)) {
         return;
     }
@@ -173,7 +173,7 @@ fn table_of_the_page_is_rewritten() {
                         Some(_) => cell(
                             row,
                             &row.run(HANG_TIMEOUT, |row, host, port| {
-                                (client.command)(row, host, port).expect("it does not depend on the port")
+                                (client.command)(row, host, port).expect("the result does not depend on the port")
                             }),
                         ),
                     };

@@ -28,13 +28,13 @@ pub(crate) fn accepting_proxy() -> ScriptedServer {
     ])
 }
 
-/// The bytes of a login.
+/// A login message (RFC 1929).
 pub(crate) fn login(uname: &str, passwd: &[u8]) -> Vec<u8> {
     let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("at most 255");
     [&[1, length(uname.as_bytes())], uname.as_bytes(), &[length(passwd)], passwd].concat()
 }
 
-/// Another program, in the environment of [`s5`].
+/// Another program in the environment of [`s5`], with the path of s5 in `$S5`.
 pub(crate) fn as_s5(program: &str) -> Command {
     let mut command = Command::new(program);
     let s5 = s5();
@@ -71,11 +71,11 @@ pub(crate) fn assert_failure(output: &Output, status: i32, what: &str) {
 fn proxy_sources_have_documented_precedence() {
     let names = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
     let option = closed_port().to_string();
-    let places = names.map(|name| (name, closed_port().to_string()));
-    for first in 0..places.len() {
-        let variables = places[first..].iter().map(|(name, place)| (name, place));
+    let proxies = names.map(|name| (name, closed_port().to_string()));
+    for first in 0..proxies.len() {
+        let variables = proxies[first..].iter().map(|(name, proxy)| (name, proxy));
         let output = run(s5().args(["connect", TARGET]).envs(variables.clone()), b"", TIMEOUT);
-        assert_failure(&output, 7, &format!("proxy {}: ", places[first].1));
+        assert_failure(&output, 7, &format!("proxy {}: ", proxies[first].1));
         let output = run(s5().args(["connect", "-x", &option, TARGET]).envs(variables), b"", TIMEOUT);
         assert_failure(&output, 7, &format!("proxy {option}: "));
     }
@@ -99,9 +99,9 @@ fn chain_is_a_list_or_a_repeated_option() {
         let chain = chain.replace("ADDR", &proxy.url());
         let output = run(s5().args(["connect", "-z", TARGET]).args(chain.split(' ')), b"", TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{chain}: {}", text(&output.stderr));
-        let asked: Vec<String> = proxy.messages().iter().map(|message| text(message)).collect();
+        let messages: Vec<String> = proxy.messages().iter().map(|message| text(message)).collect();
         for (request, host) in [(1, "second.example"), (3, "third.example"), (5, "target.example")] {
-            assert!(asked[request].contains(host), "{chain}: {asked:?}");
+            assert!(messages[request].contains(host), "{chain}: {messages:?}");
         }
     }
 }
@@ -155,8 +155,8 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
         let both = [("ALL_PROXY", dead.as_str()), ("no_proxy", list), ("NO_PROXY", "other.example")];
         assert_eq!(status(host, &[], &both), expected, "no_proxy={list} {host}");
     }
-    let overruled = [("ALL_PROXY", dead.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
-    assert_eq!(status("target.example", &[], &overruled), Some(7));
+    let upper_case_ignored = [("ALL_PROXY", dead.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
+    assert_eq!(status("target.example", &[], &upper_case_ignored), Some(7));
     let everything = [("S5_PROXY", dead.as_str()), ("no_proxy", "*"), ("NO_PROXY", "*")];
     assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "-x disables no_proxy");
     assert_eq!(
@@ -185,7 +185,7 @@ fn login_sources_have_documented_precedence() {
     ];
     for (first, (uname, passwd, ..)) in sources.iter().enumerate() {
         let options: Vec<&str> = sources[first..].iter().flat_map(|source| source.2).copied().collect();
-        // Of two values of a variable the last one is used.
+        // If a variable is set twice, the last value is used.
         let variables: Vec<_> = sources[first..].iter().rev().flat_map(|source| source.3).copied().collect();
         let userinfo = if first == 0 { "url:1@" } else { "" };
         assert_eq!(
@@ -228,8 +228,8 @@ fn user_in_url_gets_only_the_password_of_that_user() {
     }
     // Nothing listens at this address: status 67 shows that the client has not connected.
     let dead = closed_port().to_string();
-    let stranger = format!("mallory@{dead}");
-    for options in [&["-x", &stranger][..], &["-x", &dead, "-P", "mallory"], &["-x", &stranger, "-P", "alice"]] {
+    let mallory = format!("mallory@{dead}");
+    for options in [&["-x", &mallory][..], &["-x", &dead, "-P", "mallory"], &["-x", &mallory, "-P", "alice"]] {
         let args = ["connect", TARGET, "--proxy-auth-file", &file];
         let output = run(s5().args(args).args(options).envs(variables), b"", TIMEOUT);
         assert_failure(&output, 67, &format!("proxy {dead}: login: no password for mallory (use "));
@@ -269,7 +269,7 @@ fn only_passwords_in_urls_are_percent_decoded() {
 }
 
 #[test]
-fn auth_file_on_stdin_takes_the_first_line_and_leaves_later_data_to_the_target() {
+fn auth_file_on_stdin_is_the_first_line_and_later_data_goes_to_the_target() {
     let folder = temp_dir();
     let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();
     let with_login = [b"alice:se:cret\r\n", payload.as_slice()].concat();
@@ -278,12 +278,12 @@ fn auth_file_on_stdin_takes_the_first_line_and_leaves_later_data_to_the_target()
     write_file(folder.path(), "login", "alice:se:cret\nnot a pair\n");
     let table = [
         ("-", "", with_login.as_slice()),
-        ("-", "<both", b"what is not read"),
+        ("-", "<both", b"not read"),
         ("fd:3", "3<&0", &with_login),
         ("fd:3", "3<login", &payload),
         ("fd:9", "9<login", &payload),
         // Two descriptors that share a file offset.
-        ("fd:3", "<both 3<&0", b"what is not read"),
+        ("fd:3", "<both 3<&0", b"not read"),
     ];
     for (name, redirection, stdin) in table {
         let proxy = accepting_proxy();
@@ -299,9 +299,9 @@ fn auth_file_on_stdin_takes_the_first_line_and_leaves_later_data_to_the_target()
 fn password_line_on_stdin_is_not_sent_to_the_target() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
-    let with_own = format!("bob:own@{proxy}");
+    let with_password = format!("bob:own@{proxy}");
     // Also when the password is not needed.
-    for options in [&["-x", &proxy][..], &["-x", &with_own], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
+    for options in [&["-x", &proxy][..], &["-x", &with_password], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
         let args = ["connect", "--proxy-auth-file", "-", &target];
         let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{options:?}");
@@ -346,7 +346,7 @@ fn invalid_login_source_is_a_usage_error_that_names_the_source() {
 }
 
 #[test]
-fn password_method_is_offered_only_with_a_password_and_always_with_none() {
+fn password_method_is_offered_only_if_a_password_is_given() {
     let known = ("S5_PROXY_AUTH", "alice:secret");
     type Row<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, &'a str)], &'a [u8]);
     let table: [Row<'_>; 10] = [

@@ -1,4 +1,4 @@
-//! Handshake failures that a single scripted proxy cannot cause. The others are rows in `common/behaviours.rs`.
+//! Handshake failures that are not rows of the table in `common/behaviours.rs`.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ fn slow_bytes_do_not_extend_the_handshake_timeout() {
 }
 
 #[test]
-fn immediate_reset_is_a_failure_of_the_proxy() {
+fn immediate_reset_by_the_proxy_has_status_7_or_97() {
     let proxy = ScriptedServer::start(vec![Reset]);
     let output = run(s5().args(["connect", "-x", &proxy.url(), TARGET]), b"", TIMEOUT);
     // The reset may arrive during connect(2) or after it.
@@ -73,7 +73,7 @@ fn failure_at_the_second_hop_names_the_second_hop() {
     let line = format!("s5: proxy {}: request, for {dead}: connection refused (REP 5)\n", first.addr);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(7), line));
 
-    // A first hop that connects to a server that is not a proxy.
+    // The second hop is not a proxy.
     let first =
         ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([Greeting, send(b"HTTP/1.1 400")]).collect());
     let chain = format!("{},second.example:99", first.addr);
@@ -85,7 +85,7 @@ fn failure_at_the_second_hop_names_the_second_hop() {
 
 #[test]
 fn control_characters_from_a_proxy_are_not_printed() {
-    // The peer's name in the second reply to BIND is chosen by the proxy.
+    // The proxy chooses the peer's name in the second reply to BIND.
     let hostile = b"\x1b[2Jowned";
     let name = [&[5, 0, 0, 3, 9][..], hostile, &[0, 80]].concat();
     let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY).into_iter().chain([send(&name)]).collect());
@@ -95,7 +95,7 @@ fn control_characters_from_a_proxy_are_not_printed() {
 }
 
 #[test]
-fn all_modes_report_failures_alike() {
+fn all_modes_report_the_same_failures() {
     for mode in [&["connect", TARGET][..], &["bind", TARGET], &["udp", TARGET]] {
         let cases = [
             (reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102, "request", "not allowed by ruleset (REP 2)"),

@@ -1,4 +1,4 @@
-//! Prompts for a missing password: askpass program and terminal. And passwords in the command line.
+//! Prompts for a missing password on the terminal or by an askpass program, and passwords in the command line.
 
 use std::fs;
 use std::io::Write as _;
@@ -21,7 +21,7 @@ fn without_a_terminal(args: &[&str]) -> Command {
     command
 }
 
-/// Checks that s5 had no means to prompt, and failed before connecting.
+/// Checks that s5 did not prompt, and failed before connecting.
 fn assert_not_prompted(output: &Output, proxy: &str) {
     assert_failure(output, 67, &format!("proxy {proxy}: login: no password for alice (use --proxy-auth-file or "));
 }
@@ -44,7 +44,7 @@ fn user_without_password_fails_at_once_without_a_terminal() {
 
 /// An askpass program that records its prompt, reads its stdin to the end, and answers with two lines.
 fn askpass(folder: &Path) -> String {
-    let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$ASKED\"\ncat\necho topsecret\necho more\n";
+    let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$PROMPT_FILE\"\ncat\necho topsecret\necho more\n";
     executable(folder, "askpass", script)
 }
 
@@ -55,50 +55,50 @@ fn executable(folder: &Path, name: &str, script: &str) -> String {
 }
 
 #[test]
-fn askpass_program_runs_under_the_conditions_of_ssh() {
+fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
     if !is_installed("setsid") {
         return;
     }
     let folder = temp_dir();
     let program = askpass(folder.path());
-    let asked = folder.path().join("asked");
+    let prompt_file = folder.path().join("prompt");
     let start = |proxy: &str, variables: &[(&str, &str)]| {
         let mut command = without_a_terminal(&["connect", "-P", "alice", "-x", proxy, TARGET]);
-        command.env("SSH_ASKPASS", &program).env("ASKED", &asked).envs(variables.iter().copied());
+        command.env("SSH_ASKPASS", &program).env("PROMPT_FILE", &prompt_file).envs(variables.iter().copied());
         run(&mut command, b"payload", TIMEOUT)
     };
-    let yes: [&[(&str, &str)]; 5] = [
+    let cases_with_askpass: [&[(&str, &str)]; 5] = [
         &[("SSH_ASKPASS_REQUIRE", "force")],
         &[("SSH_ASKPASS_REQUIRE", "prefer")],
         &[("DISPLAY", ":0")],
         &[("WAYLAND_DISPLAY", "wayland-0")],
         &[("SSH_ASKPASS_REQUIRE", "force"), ("CI", "false")],
     ];
-    for variables in yes {
+    for variables in cases_with_askpass {
         let proxy = accepting_proxy();
         let output = start(&proxy.url(), variables);
         // The program does not read the stdin of s5.
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{variables:?}");
         assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{variables:?}");
-        let prompt = fs::read_to_string(&asked).expect("the askpass program ran");
+        let prompt = fs::read_to_string(&prompt_file).expect("the askpass program ran");
         assert!(prompt.contains("alice") && prompt.contains(&proxy.url()), "{prompt}");
-        fs::remove_file(&asked).expect("file removed");
+        fs::remove_file(&prompt_file).expect("file removed");
     }
-    let no: [&[(&str, &str)]; 4] = [
+    let cases_without_askpass: [&[(&str, &str)]; 4] = [
         &[],
         &[("SSH_ASKPASS_REQUIRE", "never"), ("DISPLAY", ":0")],
         &[("SSH_ASKPASS_REQUIRE", "force"), ("CI", "true")],
         &[("DISPLAY", ":0"), ("CI", "1")],
     ];
     let dead = closed_port().to_string();
-    for variables in no {
+    for variables in cases_without_askpass {
         assert_not_prompted(&start(&dead, variables), &dead);
-        assert!(!asked.exists(), "{variables:?}");
+        assert!(!prompt_file.exists(), "{variables:?}");
     }
 }
 
 #[test]
-fn failing_askpass_program_has_login_status() {
+fn failing_askpass_program_has_status_67() {
     let folder = temp_dir();
     let fails = executable(folder.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
     let dead = closed_port().to_string();
@@ -110,7 +110,7 @@ fn failing_askpass_program_has_login_status() {
     }
 }
 
-/// A shell command on a new terminal, which echoes. Its output is on stdout.
+/// A shell command on a new terminal with echo. The terminal's output is the stdout of the command.
 fn on_a_terminal(folder: &Path, command: &str) -> Command {
     let mut script = as_s5("script");
     script.current_dir(folder).env("SHELL", "/bin/sh");
@@ -118,7 +118,7 @@ fn on_a_terminal(folder: &Path, command: &str) -> Command {
     script
 }
 
-/// Waits for the prompt and until echo is off, then types a password.
+/// Waits for the prompt and for echo to be off, then types a password.
 fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
     terminal.stdout(|shown| text(shown).contains("Password for alice at "));
     let tty = fs::read_to_string(folder.join("tty")).expect("file read");
@@ -134,7 +134,7 @@ fn password_prompt_on_a_terminal_does_not_echo() {
     if !is_installed("script") {
         return;
     }
-    // The first does not use stdin (-z); in the second, stdin is a pipe.
+    // The first command does not read stdin (-z). In the second, stdin is a pipe.
     for (command, payload) in [
         ("\"$S5\" connect -z -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", ""),
         ("printf payload | \"$S5\" connect -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", "payload"),
@@ -148,12 +148,12 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         assert_eq!(status.code(), Some(0), "{shown}");
         assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{command}");
         assert!(!shown.contains("topsecret") && shown.contains(payload), "{shown}");
-        assert!(shown.split_whitespace().any(|word| word == "echo"), "it echoes as it did before: {shown}");
+        assert!(shown.split_whitespace().any(|word| word == "echo"), "echo is on again: {shown}");
     }
 }
 
 #[test]
-fn terminal_is_not_prompted_if_it_is_the_payload_or_in_ci() {
+fn no_prompt_if_the_terminal_is_the_payload_or_ci_is_set() {
     if !is_installed("script") {
         return;
     }
@@ -180,11 +180,11 @@ fn command_line(pid: u32) -> Vec<String> {
     text(&bytes).split_terminator('\0').map(String::from).collect()
 }
 
-/// Checks that the passwords of a command line are overwritten, and nothing else.
+/// Checks that only the passwords of a command line are overwritten.
 fn assert_hidden(pid: u32, given: &[String]) {
     let shown = command_line(pid);
-    let blotted: Vec<String> = given.iter().map(|word| word.replace("topsecret", "xxxxxxxxx")).collect();
-    assert_eq!(shown[1..], blotted);
+    let redacted: Vec<String> = given.iter().map(|word| word.replace("topsecret", "xxxxxxxxx")).collect();
+    assert_eq!(shown[1..], redacted);
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn password_in_the_command_line_is_overwritten() {
 }
 
 #[test]
-fn passwords_of_a_chain_are_overwritten_in_the_command_line() {
+fn passwords_of_a_chain_in_the_command_line_are_overwritten() {
     let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
     let chain = format!("alice:topsecret@{},bob:othersecret@second.example", proxy.addr);
     let client = RunningProgram::start(s5().args(["connect", "-x", &chain, TARGET]));
@@ -224,7 +224,7 @@ fn passwords_of_a_chain_are_overwritten_in_the_command_line() {
 }
 
 #[test]
-fn passwords_in_via_of_a_server_are_overwritten_in_the_command_line() {
+fn password_in_the_via_option_of_a_server_is_overwritten() {
     let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
     let via = format!("alice:topsecret@{}", proxy.addr);
     let server = Server::start(&["--via", &via]);
@@ -237,7 +237,7 @@ fn passwords_in_via_of_a_server_are_overwritten_in_the_command_line() {
 }
 
 #[test]
-fn password_in_the_user_option_is_warned_about_once() {
+fn password_in_the_user_option_causes_one_warning() {
     let stderr = |options: &[&str]| {
         let proxy = accepting_proxy();
         let mut command = s5();

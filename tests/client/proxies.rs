@@ -22,12 +22,12 @@ fn run_client(option: Option<&str>, variables: &[(&str, &str)]) -> (Option<i32>,
 
 #[test]
 fn proxy_option_precedes_variables_in_their_order() {
-    let places: Vec<String> = (0..4).map(|_| closed_port().to_string()).collect();
-    let [option, first, second, third] = [0, 1, 2, 3].map(|i| places[i].as_str());
+    let proxies: Vec<String> = (0..4).map(|_| closed_port().to_string()).collect();
+    let [option, first, second, third] = [0, 1, 2, 3].map(|i| proxies[i].as_str());
     let all = [("S5_PROXY", first), ("all_proxy", second), ("ALL_PROXY", third)];
-    let assert_used = |(status, stderr): (Option<i32>, String), place: &str| {
+    let assert_used = |(status, stderr): (Option<i32>, String), proxy: &str| {
         assert_eq!(status, Some(7), "{stderr}");
-        assert!(stderr.starts_with(&format!("s5: proxy {place}: ")), "{stderr} is not about {place}");
+        assert!(stderr.starts_with(&format!("s5: proxy {proxy}: ")), "{stderr} is not about {proxy}");
     };
     assert_used(run_client(Some(option), &all), option);
     assert_used(run_client(None, &all), first);
@@ -60,7 +60,7 @@ fn proxy_variable_may_contain_a_chain() {
 }
 
 #[test]
-fn unsupported_proxy_scheme_is_not_connected_to() {
+fn unsupported_proxy_scheme_is_a_usage_error() {
     for (variable, value, scheme) in [
         ("ALL_PROXY", "http://alice:topsecret@127.0.0.1:3128", "http"),
         ("all_proxy", "https://alice:topsecret@127.0.0.1:3128", "https"),
@@ -103,14 +103,14 @@ fn error_about_a_proxy_url_does_not_contain_the_password() {
         "http://alice:topsecret@host",
         "socks5h://alice:topsecret@host:99999",
         "host,alice:topsecret@unix:",
-        // Not percent-encoded as required, a frequent mistake.
+        // Characters that should be percent-encoded, a frequent mistake.
         "alice:a,topsecret@[::1",
         "alice:topsecret,a@[::1",
         "alice:topsecret://a@[::1",
     ] {
-        for place in [Some(proxy), None] {
-            let variables = if place.is_none() { &[("ALL_PROXY", proxy)][..] } else { &[] };
-            let (status, stderr) = run_client(place, variables);
+        for option in [Some(proxy), None] {
+            let variables = if option.is_none() { &[("ALL_PROXY", proxy)][..] } else { &[] };
+            let (status, stderr) = run_client(option, variables);
             assert_eq!(status, Some(2), "{stderr}");
             assert!(!stderr.contains("topsecret"), "{stderr}");
         }
@@ -139,7 +139,7 @@ fn all_addresses_of_the_proxy_are_tried() {
 }
 
 #[test]
-fn proxy_on_a_unix_socket_works() {
+fn client_connects_to_a_proxy_on_a_unix_socket() {
     let folder = temp_dir();
     let path = folder.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
@@ -152,7 +152,7 @@ fn proxy_on_a_unix_socket_works() {
 }
 
 #[test]
-fn unix_socket_proxy_accepts_a_login_and_failures_name_its_path() {
+fn login_failure_at_a_unix_socket_proxy_names_its_path() {
     let folder = temp_dir();
     let path = folder.path().join("proxy.sock");
     let listener = UnixListener::bind(&path).expect("bound");
@@ -171,7 +171,7 @@ fn unix_socket_proxy_accepts_a_login_and_failures_name_its_path() {
 }
 
 #[test]
-fn unix_socket_proxy_can_be_the_first_of_a_chain() {
+fn unix_socket_proxy_can_only_be_the_first_of_a_chain() {
     let folder = temp_dir();
     let listen = format!("unix:{}", folder.path().join("s5.sock").display());
     let _first = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
@@ -179,13 +179,13 @@ fn unix_socket_proxy_can_be_the_first_of_a_chain() {
     let chain = format!("{listen},{}", second.addr());
     let output = run(s5().args(["connect", "-x", &chain, &echo_server().to_string()]), b"on and on", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "on and on".into()));
-    let backwards = format!("{},{listen}", second.addr());
-    let (status, stderr) = run_client(Some(&backwards), &[]);
+    let unix_socket_second = format!("{},{listen}", second.addr());
+    let (status, stderr) = run_client(Some(&unix_socket_second), &[]);
     assert!(status != Some(0) && stderr.contains("a Unix socket can only be the first hop"), "{stderr}");
 }
 
 #[test]
-fn chain_of_three_servers_logs_in_at_each() {
+fn client_logs_in_at_each_server_of_a_chain() {
     let folder = temp_dir();
     let server = |name: &str, passwd: &str| {
         // The lowest cost of bcrypt, for speed.

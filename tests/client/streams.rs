@@ -1,4 +1,4 @@
-//! stdin and stdout of `s5 connect`: no data is lost, and how the tunnel ends.
+//! stdin and stdout of `s5 connect`: no data is lost, and the exit status reports how the tunnel has ended.
 
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
@@ -41,7 +41,7 @@ fn every_byte_value_passes_in_both_directions() {
 }
 
 #[test]
-fn sixty_four_mib_pass_in_both_directions_at_once() {
+fn transfer_of_64_mib_in_both_directions_at_once_is_complete() {
     let server = Server::start(&[]);
     let bytes = noise(64 << 20);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
@@ -55,7 +55,7 @@ fn end_of_stdin_is_forwarded_and_a_late_answer_arrives() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
         let mut question = Vec::new();
         stream.read_to_end(&mut question).expect("the end of stdin arrives");
-        // Later than a client that waits only briefly after the end of stdin.
+        // A client that waits only briefly after the end of stdin would miss the answer.
         thread::sleep(Duration::from_millis(700));
         let _ = stream.write_all(&question);
     }));
@@ -64,7 +64,7 @@ fn end_of_stdin_is_forwarded_and_a_late_answer_arrives() {
 }
 
 #[test]
-fn connect_ends_after_the_remote_end_although_stdin_is_open() {
+fn connect_exits_when_the_target_closes_although_stdin_is_open() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.write_all(b"bye"))));
     let mut client = RunningProgram::start(s5().args(["connect", "-x", &proxy.url(), TARGET]));
     client.stdout(|bytes| bytes == b"bye");
@@ -100,7 +100,7 @@ fn early_half_close_of_the_target_loses_no_data_from_stdin() {
     let (proxy, target) = (server.addr().to_string(), target.to_string());
     let output = run(s5().args(["connect", "-x", &proxy, &target]), &bytes, LONG_TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    let (all, ended) = receiver.recv_timeout(TIMEOUT).expect("the target is done");
+    let (all, ended) = receiver.recv_timeout(TIMEOUT).expect("the target reports its data");
     assert!(ended, "ended by a reset");
     assert!(all == bytes, "{} of {} bytes arrived", all.len(), bytes.len());
 }
@@ -136,7 +136,7 @@ fn reset_during_the_transfer_has_status_56() {
 }
 
 #[test]
-fn reset_by_the_target_is_reported_through_the_server() {
+fn reset_by_the_target_through_s5_serve_has_status_55_or_56() {
     let server = Server::start(&[]);
     let target = tcp_server(LOOPBACK, |mut stream| {
         stream.read_exact(&mut [0; 4]).expect("message received");
@@ -150,8 +150,8 @@ fn reset_by_the_target_is_reported_through_the_server() {
 }
 
 #[test]
-fn close_with_unread_data_is_a_failure() {
-    // Closing with unread bytes sends a reset: bytes are lost, which must be reported.
+fn close_by_the_proxy_with_unread_data_has_status_55_or_56() {
+    // A close with unread bytes sends a reset, since bytes are lost.
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| {
         stream.read_exact(&mut [0; 1]).expect("all bytes received");
     }));
@@ -161,7 +161,7 @@ fn close_with_unread_data_is_a_failure() {
 }
 
 #[test]
-fn connect_ends_without_message_when_stdout_is_closed() {
+fn connect_exits_without_message_when_stdout_is_closed() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| while stream.write_all(b"a line\n").is_ok() {}));
     let mut command = s5();
     command.args(["connect", "-x", &proxy.url(), TARGET]);
@@ -177,7 +177,7 @@ fn connect_ends_without_message_when_stdout_is_closed() {
 fn full_disk_has_status_23() {
     for size in [1, 1 << 20] {
         let proxy = ScriptedServer::start(open_tunnel(move |mut stream| drop(stream.write_all(&noise(size)))));
-        let full = OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
+        let full = OpenOptions::new().write(true).open("/dev/full").expect("/dev/full opened");
         let mut command = s5();
         command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(Stdio::null()).stdout(full);
         let output = command.stderr(Stdio::piped()).output().expect("s5 runs");
@@ -191,7 +191,7 @@ fn full_disk_has_status_23() {
 fn unreadable_stdin_has_status_26() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.read_to_end(&mut Vec::new()))));
     let mut command = s5();
-    let folder = std::fs::File::open("/").expect("a folder");
+    let folder = std::fs::File::open("/").expect("directory opened");
     command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(folder);
     let output = command.output().expect("s5 runs");
     assert_eq!(output.status.code(), Some(26), "{}", text(&output.stderr));
@@ -200,14 +200,14 @@ fn unreadable_stdin_has_status_26() {
 
 #[test]
 fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
-    // O_NONBLOCK would also apply to other processes that share the file description.
+    // O_NONBLOCK would affect the other processes that share the open file description.
     let folder = crate::common::temp_dir();
     let input = crate::common::write_file(folder.path(), "input", "hello");
     let (reader, writer) = std::io::pipe().expect("pipe created");
     let (mut out_reader, out_writer) = std::io::pipe().expect("pipe created");
     let flags = |fd: &dyn std::os::fd::AsFd| {
         let info = format!("/proc/self/fdinfo/{}", std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()));
-        let info = std::fs::read_to_string(info).expect("a descriptor");
+        let info = std::fs::read_to_string(info).expect("the descriptor is open");
         info.lines().find(|line| line.starts_with("flags:")).map(str::to_owned)
     };
     let before = [flags(&reader), flags(&out_writer)];

@@ -30,7 +30,7 @@ fn datagram(payload: &[u8]) -> Vec<u8> {
     [&[0, 0, 0, 1, 192, 0, 2, 7, 0, 7][..], payload].concat()
 }
 
-/// How a control connection ends.
+/// A function that ends a control connection.
 type ControlEnd = fn(TcpStream);
 
 /// A proxy that replies with `bnd` as its relay. The returned sender ends the control connection.
@@ -127,7 +127,7 @@ fn udp_datagram_of_maximum_size_passes_in_both_directions() {
     let mut raw = RunningProgram::start(s5().args(["udp", "--raw", "-x", &proxy, &addr]));
     raw.write(&payload);
     let (bytes, from) = receive(&target);
-    assert!(bytes == payload, "{} bytes came in one datagram", bytes.len());
+    assert!(bytes == payload, "a datagram of {} bytes arrived", bytes.len());
     target.send_to(&bytes, from).expect("datagram sent");
     assert!(
         raw.stdout(|bytes| bytes.len() >= payload.len()) == payload,
@@ -193,7 +193,7 @@ fn udp_unspecified_relay_address_is_replaced_by_proxy_address() {
     }
 }
 
-/// Keeps a control connection until the client leaves.
+/// Keeps a control connection open until the client closes it.
 fn hold(mut stream: TcpStream) {
     let _ = std::io::copy(&mut stream, &mut std::io::sink());
 }
@@ -204,7 +204,7 @@ fn udp_datagram_from_another_sender_is_ignored() {
     client.write(b"x\n");
     let (_, from) = receive(&relay);
     for stranger in ["127.0.0.1:0", "127.0.0.2:0"] {
-        // The kernel may reject the datagram already here.
+        // The kernel may already reject the datagram here.
         let _ = socket(stranger).send_to(&datagram(b"from a stranger"), from);
     }
     relay.send_to(&datagram(b"from the relay"), from).expect("datagram sent");
@@ -247,7 +247,7 @@ fn udp_fragmented_answer_is_reassembled() {
 }
 
 #[test]
-fn udp_ends_with_failure_when_the_control_connection_closes() {
+fn udp_exits_with_status_56_when_the_control_connection_closes() {
     let ends: [ControlEnd; 3] =
         [drop, crate::scripted::reset, |stream| drop(stream.shutdown(Shutdown::Write).map(|()| hold(stream)))];
     for end in ends {
@@ -273,7 +273,7 @@ fn udp_prints_answers_while_stdin_has_unlimited_data() {
     let lines: String = (0..2000).map(|n| format!("{n}\n")).collect();
     let args = ["udp", "-w", "300ms", "-x", &server.addr().to_string(), &echo.to_string()];
     let output = run(s5().args(args), lines.as_bytes(), TIMEOUT);
-    // UDP may lose some. A client that only sends would receive the few hundred that fit into its socket.
+    // UDP may lose datagrams. A client that only sends would receive the few hundred that fit into its socket buffer.
     let answers = text(&output.stdout).lines().count();
     assert!(answers > 400, "{answers} of 2000");
 }
@@ -285,8 +285,8 @@ fn udp_icmp_error_does_not_end_the_client() {
     let addr = target.local_addr().expect("local address");
     drop(target);
     let mut client = RunningProgram::start(s5().args(["udp", "-x", &server.addr().to_string(), &addr.to_string()]));
-    client.write(b"to nobody\nagain\n");
-    // Datagrams to a target that starts later are relayed.
+    client.write(b"lost\nlost too\n");
+    // Datagrams are relayed to a target that starts later.
     let Ok(target) = UdpSocket::bind(addr) else { return };
     target.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
     let deadline = Instant::now() + TIMEOUT;
@@ -295,7 +295,7 @@ fn udp_icmp_error_does_not_end_the_client() {
         client.write(b"hello\n");
         match target.recv_from(&mut buffer) {
             Ok((_, from)) => break from,
-            Err(_) => assert!(Instant::now() < deadline, "nothing arrives any more"),
+            Err(_) => assert!(Instant::now() < deadline, "no datagram arrives"),
         }
     };
     target.send_to(b"here", from).expect("datagram sent");
@@ -303,7 +303,7 @@ fn udp_icmp_error_does_not_end_the_client() {
 }
 
 #[test]
-fn udp_ends_without_message_when_stdout_is_closed() {
+fn udp_exits_without_message_when_stdout_is_closed() {
     let server = Server::start(&[]);
     let target = udp_echo_server(LOOPBACK).to_string();
     let mut command = s5();
@@ -316,7 +316,7 @@ fn udp_ends_without_message_when_stdout_is_closed() {
 }
 
 #[test]
-fn udp_nested_associations_through_three_servers_work() {
+fn udp_through_a_chain_of_three_servers_round_trips() {
     let servers = [Server::start(&[]), Server::start(&[]), Server::start(&[])];
     let chain: Vec<String> = servers.iter().map(|server| server.addr().to_string()).collect();
     let target = udp_echo_server(LOOPBACK).to_string();
@@ -336,8 +336,8 @@ fn udp_nested_associations_through_three_servers_work() {
 }
 
 #[test]
-fn udp_relay_address_that_is_a_name_is_looked_up() {
-    if !in_namespace("udp::udp_relay_address_that_is_a_name_is_looked_up", "127.0.0.1 relay.example\n", "") {
+fn udp_relay_address_that_is_a_name_is_resolved() {
+    if !in_namespace("udp::udp_relay_address_that_is_a_name_is_resolved", "127.0.0.1 relay.example\n", "") {
         return;
     }
     let relay = socket("127.0.0.1:0");

@@ -64,7 +64,7 @@ fn user_name_and_password_of_255_bytes_are_sent() {
 }
 
 #[test]
-fn target_forms_have_their_atyp() {
+fn each_target_form_is_sent_with_its_atyp() {
     let name = [&[5, 1, 0, 3, 14][..], b"target.example", &[0x1f, 0x90]].concat();
     let longest = "n".repeat(255);
     let long_name = [&[5, 1, 0, 3, 255][..], longest.as_bytes(), &[0, 80]].concat();
@@ -89,7 +89,7 @@ fn target_forms_have_their_atyp() {
 }
 
 #[test]
-fn modes_have_their_cmd_and_dst() {
+fn each_mode_sends_its_cmd_and_dst() {
     let zeros = [0, 1, 0, 0, 0, 0, 0, 0];
     let table: [(&[&str], &[u8]); 4] = [
         (&["bind"], &[&[5, 2][..], &zeros].concat()),
@@ -129,9 +129,9 @@ fn oversized_fields_are_rejected_before_connecting() {
 }
 
 #[test]
-fn target_name_is_not_looked_up_locally() {
+fn target_name_is_not_resolved_locally() {
     if !in_namespace(
-        "wire::target_name_is_not_looked_up_locally",
+        "wire::target_name_is_not_resolved_locally",
         "127.0.0.1 target.example\n",
         "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
     ) {
@@ -151,7 +151,7 @@ fn target_name_is_not_looked_up_locally() {
         }
     }
     resolver.set_nonblocking(true).expect("option set");
-    assert!(resolver.recv(&mut [0; 512]).is_err(), "a name was looked up here");
+    assert!(resolver.recv(&mut [0; 512]).is_err(), "the client resolved a name");
 }
 
 #[test]
@@ -160,11 +160,11 @@ fn each_message_is_sent_in_one_segment() {
         return;
     }
     let (sender, receiver) = std::sync::mpsc::channel();
-    // Counts while the server's side of the connection is open.
+    // Counts while the connection is open: afterwards ss does not list it.
     let count = with_stream(move |mut stream| {
-        let (ours, theirs) =
+        let (local, remote) =
             (stream.local_addr().expect("local address").port(), stream.peer_addr().expect("peer address").port());
-        let filter = format!("( sport = :{ours} and dport = :{theirs} )");
+        let filter = format!("( sport = :{local} and dport = :{remote} )");
         let output = Command::new("ss").args(["-Htin", &filter]).output().expect("ss runs");
         let _ = sender.send(text(&output.stdout));
         let _ = stream.write_all(&[5, 1, 0, 1, 0, 0, 0, 0, 0, 0]);
@@ -173,7 +173,7 @@ fn each_message_is_sent_in_one_segment() {
         ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, count]);
     let url = format!("alice:secret@{}", proxy.addr);
     run(s5().args(["connect", "-x", &url, "target.example:80"]), b"not yet", TIMEOUT);
-    let counted = receiver.recv_timeout(TIMEOUT).expect("the script came to its end");
+    let counted = receiver.recv_timeout(TIMEOUT).expect("the script ends");
     let segments = counted.split_whitespace().find_map(|word| word.strip_prefix("data_segs_in:"));
     assert_eq!(segments, Some("3"), "greeting, login and request: {counted}");
 }
@@ -214,13 +214,13 @@ fn hello(script: Vec<Step>) -> String {
 fn bnd_of_any_atyp_is_accepted() {
     let name = [&[5, 0, 0, 3, 9][..], b"far.local", &[4, 56]].concat();
     let longest = [&[5, 0, 0, 3, 255][..], &[b'n'; 255], &[4, 56]].concat();
-    let nameless = [5, 0, 0, 3, 0, 4, 56];
+    let empty_name = [5, 0, 0, 3, 0, 4, 56];
     let table = [
         (success_reply(([192, 0, 2, 9], 1080).into()), "192.0.2.9:1080"),
         (success_reply("[2001:db8::9]:1080".parse().expect("valid address")), "[2001:db8::9]:1080"),
         (name, "far.local:1080"),
         (longest, "nnn:1080"),
-        (nameless.to_vec(), "0.0.0.0:0"),
+        (empty_name.to_vec(), "0.0.0.0:0"),
         // RSV is not checked.
         (vec![5, 0, 7, 1, 192, 0, 2, 9, 4, 56], "192.0.2.9:1080"),
     ];
@@ -248,7 +248,7 @@ fn success_prints_nothing_without_verbose() {
 }
 
 #[test]
-fn echo_through_a_server_returns_the_sent_data() {
+fn data_through_s5_serve_to_an_echo_server_returns() {
     let server = crate::common::Server::start(&[]);
     let target = echo_server();
     let (proxy, ip, port) = (server.addr().to_string(), target.ip().to_string(), target.port().to_string());

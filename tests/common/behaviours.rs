@@ -1,5 +1,5 @@
-//! What proxies, and servers that are not proxies, can do to a client: one table of scripts, with the status, message
-//! and output that `s5 connect` must have. Other clients can be run through the same table.
+//! The behaviour table: scripts of proxies, and of servers that are not proxies, with the exit status, message and
+//! output that `s5 connect` must have. Other clients can be run against the same table.
 
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
@@ -18,16 +18,16 @@ use Step::{Greeting, Login, Request, Reset, SendByteByByte, WaitForClose};
 
 /// Target of the request, unless a row has another.
 pub const TARGET: &str = "target.example:80";
-/// Timeout that rows with a timeout use.
+/// Timeout of the client in rows that expect a timeout.
 pub const SHORT_TIMEOUT: &str = "500ms";
 
-/// What listens at the proxy's address.
+/// The server at the proxy's address.
 pub enum Proxy {
     /// A scripted server.
     Script(Box<dyn Fn() -> Vec<Step> + Send + Sync>),
     /// The same, given as `localhost`, whose IPv6 address may refuse.
     Localhost(Box<dyn Fn() -> Vec<Step> + Send + Sync>),
-    /// Nothing: connections are refused.
+    /// No server: connections are refused.
     Down,
     /// An echo server.
     Echo,
@@ -35,7 +35,7 @@ pub enum Proxy {
     Unresponsive,
 }
 
-/// What the client's stdin and stdout are connected to.
+/// State of the client's stdin and stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdioSetup {
     /// stdin is at its end, stdout is read.
@@ -55,23 +55,23 @@ pub struct Behaviour {
     pub target: String,
     pub proxy: Proxy,
     pub stdio: StdioSetup,
-    /// Whether the client gets an idle timeout of `SHORT_TIMEOUT`.
+    /// Set if the client has an idle timeout of `SHORT_TIMEOUT`.
     pub has_idle_timeout: bool,
     /// Exit status of s5.
     pub status: i32,
-    /// Message of s5 after `s5: proxy ADDR: `; empty for no message.
+    /// Message of s5 after `s5: proxy ADDR: `; empty if s5 prints none.
     pub message: String,
-    /// What s5 writes to stdout.
+    /// Output of s5 on stdout.
     pub stdout: Vec<u8>,
-    /// The request that the proxy must receive, if the row checks it.
+    /// Set if the proxy must receive this request.
     pub request: Option<Vec<u8>>,
 }
 
-/// How a client ended.
+/// Result of a client's run.
 #[derive(Debug)]
 pub struct Outcome {
     pub addr: SocketAddr,
-    /// `None` if it had to be killed. 128 plus the number for a signal, as in a shell.
+    /// Exit status, or 128 plus the signal's number. `None` if the client exceeded its time limit and was killed.
     pub status: Option<i32>,
     pub stdout: Vec<u8>,
     pub stderr: String,
@@ -167,20 +167,20 @@ fn behaviour(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 
     }
 }
 
-/// A script that follows greeting and request, without login.
+/// A row whose script starts after the request, without login.
 fn after_request(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
     behaviour(name, move || [Greeting, send(SELECT_NO_AUTH), Request].into_iter().chain(script()).collect())
 }
 
-/// A script that follows user name and password.
+/// A row whose script starts after the user name and password.
 fn at_login(name: &'static str, script: impl Fn() -> Vec<Step> + Send + Sync + 'static) -> Behaviour {
     let script = move || [Greeting, send(SELECT_PASSWORD), Login].into_iter().chain(script()).collect();
     Behaviour { userinfo: "alice:secret@", ..behaviour(name, script) }
 }
 
-/// A proxy that opens a tunnel; `last` is the target.
-fn on_tunnel(name: &'static str, last: fn(TcpStream)) -> Behaviour {
-    behaviour(name, move || reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect())
+/// A row whose proxy opens a tunnel; `target` acts as the target.
+fn on_tunnel(name: &'static str, target: fn(TcpStream)) -> Behaviour {
+    behaviour(name, move || reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(target)]).collect())
 }
 
 impl Behaviour {
@@ -316,7 +316,7 @@ fn other_protocols() -> Vec<Behaviour> {
         after_request(name, move || vec![send(reply)]).fails(97, "request", &not_socks5(what))
     };
     let echo = |name| Behaviour { proxy: Proxy::Echo, ..behaviour(name, Vec::new) };
-    let offered = "selected gssapi, which was not offered";
+    let gssapi = "selected gssapi, which was not offered";
     let banner = behaviour("an SSH server, which sends its banner first", || {
         vec![send(b"SSH-2.0-OpenSSH_9.2\r\n"), WaitForClose]
     });
@@ -326,7 +326,7 @@ fn other_protocols() -> Vec<Behaviour> {
         sends("a SOCKS4 server", &[0, 0x5b, 0, 0, 0, 0, 0, 0], "first byte 0x00, SOCKS4?"),
         sends("another protocol", &[0x1b, b'[', b'2', b'J'], "first byte 0x1b"),
         banner.fails(97, "greeting", &not_socks5("first byte 0x53 'S', SSH?")),
-        echo("an echo server").fails(97, "greeting", &not_socks5(offered)),
+        echo("an echo server").fails(97, "greeting", &not_socks5(gssapi)),
         Behaviour { userinfo: "alice:secret@", ..echo("an echo server, with user name and password") }.fails(
             97,
             "login",
@@ -340,7 +340,7 @@ fn other_protocols() -> Vec<Behaviour> {
         ),
         replies("success reply with VER 4", &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0], "first byte 0x04, SOCKS4?"),
         replies("success reply with ATYP 2", &[5, 0, 0, 2, 0, 0, 0, 0, 0, 0], "unknown address type 2"),
-        sends("selects GSSAPI, which was not offered", &[5, 1], offered),
+        sends("selects GSSAPI, which was not offered", &[5, 1], gssapi),
         sends("selects the password, which was not offered", &[5, 2], "selected password, which was not offered"),
         sends(
             "selects a private method, which was not offered",

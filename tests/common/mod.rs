@@ -10,10 +10,10 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Limit for anything that should happen immediately.
+/// Time limit for operations that should complete immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Environment variables that the client modes read. Tests may set them.
+/// Environment variables that the client modes read. [`s5`] removes them; tests may set them.
 const CLIENT_VARIABLES: [&str; 19] = [
     "S5_PROXY",
     "all_proxy",
@@ -36,7 +36,7 @@ const CLIENT_VARIABLES: [&str; 19] = [
     "CI",
 ];
 
-/// The built program, in an environment without these variables.
+/// The built program, in an environment without [`CLIENT_VARIABLES`].
 pub fn s5() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_s5"));
     for variable in CLIENT_VARIABLES {
@@ -49,12 +49,12 @@ pub fn s5() -> Command {
 pub struct Server {
     child: Child,
     log: Arc<(Mutex<String>, Condvar)>,
-    /// The TCP addresses that it listens on, in the order of its log.
+    /// The TCP addresses that the server listens on, in the order of its log.
     pub addrs: Vec<SocketAddr>,
 }
 
 impl Server {
-    /// Starts `s5 serve --listen 127.0.0.1:0` with more arguments.
+    /// Starts `s5 serve --listen 127.0.0.1:0` with additional arguments.
     pub fn start(args: &[&str]) -> Self {
         let all: Vec<&str> = ["--listen", "127.0.0.1:0"].iter().chain(args).copied().collect();
         Self::start_with(s5().arg("serve").args(all), 1)
@@ -83,12 +83,12 @@ impl Server {
         server
     }
 
-    /// The first address that it listens on.
+    /// The first address that the server listens on.
     pub fn addr(&self) -> SocketAddr {
-        *self.addrs.first().expect("it listens on TCP")
+        *self.addrs.first().expect("the server listens on TCP")
     }
 
-    /// A connection to it, with a read timeout.
+    /// Connects to the server. The connection has a read timeout.
     pub fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.addr()).expect("the server accepts");
         stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
@@ -114,15 +114,16 @@ impl Server {
         text.clone()
     }
 
-    /// Number of its open descriptors.
+    /// Number of open descriptors of the server.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the server runs").count()
     }
 
-    /// CPU time that it has used, in seconds.
+    /// CPU time that the server has used, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the server runs");
-        let fields: Vec<&str> = stat.rsplit_once(')').expect("a name in brackets").1.split_whitespace().collect();
+        let fields: Vec<&str> =
+            stat.rsplit_once(')').expect("a process name in parentheses").1.split_whitespace().collect();
         // utime and stime, fields 14 and 15 of proc(5), in ticks of 10 ms.
         [11, 12].iter().map(|i| fields[*i].parse::<f64>().expect("ticks")).sum::<f64>() / 100.0
     }
@@ -132,14 +133,14 @@ impl Server {
         assert!(Command::new("kill").args(["-s", signal, &pid]).status().expect("kill runs").success());
     }
 
-    /// Waits until it exits.
+    /// Waits until the server exits.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
         let mut status = None;
-        wait_until("the server ends", limit, || {
+        wait_until("the server exits", limit, || {
             status = self.child.try_wait().expect("the child can be waited for");
             status.is_some()
         });
-        status.expect("it has ended")
+        status.expect("the server has exited")
     }
 }
 
@@ -168,7 +169,7 @@ pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
     let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let mut input = child.stdin.take().expect("stdin is piped");
     let stdin = stdin.to_vec();
-    // The child need not read all of it.
+    // The write fails if the child does not read all of it.
     thread::spawn(move || drop(input.write_all(&stdin)));
     let (mut out, mut err) =
         (child.stdout.take().expect("stdout is piped"), child.stderr.take().expect("stderr is piped"));
@@ -282,7 +283,7 @@ pub fn read_reply(stream: &mut TcpStream) -> (u8, SocketAddr) {
     (head[1], SocketAddr::new(ip, port))
 }
 
-/// Greets without authentication and sends a request. Returns the connection, REP and BND.
+/// Connects, offers no authentication and sends a request. Returns the connection, REP and BND.
 pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, SocketAddr) {
     let mut stream = server.connect();
     stream.write_all(&[5, 1, 0]).expect("greeting sent");
@@ -292,8 +293,8 @@ pub fn open(server: &Server, command: u8, dst: SocketAddr) -> (TcpStream, u8, So
     (stream, rep, bnd)
 }
 
-/// Checks for a real program. If it is missing, the calling test is skipped, see [`skip`]. With S5_TEST_PROGRAMS=none
-/// every program counts as missing.
+/// Returns true if a program is installed. Otherwise records that the calling test is skipped, see [`skip`]. With
+/// S5_TEST_PROGRAMS=none every program counts as missing.
 pub fn is_installed(program: &str) -> bool {
     if std::env::var_os("S5_TEST_PROGRAMS").is_some_and(|programs| programs == "none") {
         skip(&format!("{program} is not to be used"));
@@ -341,7 +342,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
         path
     };
     let (hosts, resolv) = (file("hosts", hosts), file("resolv.conf", resolv));
-    // Only hosts and DNS, whatever the machine's nsswitch.conf has.
+    // Independent of the machine's nsswitch.conf.
     let nsswitch = file("nsswitch.conf", "hosts: files dns\n");
     let script = "ip link set lo up && mount --bind \"$1\" /etc/hosts && mount --bind \"$2\" /etc/resolv.conf \
                   && mount --bind \"$3\" /etc/nsswitch.conf && shift 3 && exec \"$@\"";
@@ -358,7 +359,7 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     false
 }
 
-/// A folder that is deleted when dropped.
+/// Creates a temporary directory, which is deleted when dropped.
 pub fn temp_dir() -> tempfile::TempDir {
     tempfile::tempdir().expect("temporary directory")
 }

@@ -1,5 +1,5 @@
-//! A SOCKS5 server that follows a script, correct or not, and records the messages it receives. And programs that run
-//! in the background of a test.
+//! A SOCKS5 server that follows a script, even one that violates the protocol, and records the messages it receives.
+//! Also: programs that run in the background of a test.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -30,26 +30,26 @@ pub enum Step {
     Login,
     /// Reads a request.
     Request,
-    /// Sends this in one write.
+    /// Sends these bytes in one write.
     Send(Vec<u8>),
-    /// Sends this byte by byte.
+    /// Sends these bytes one by one.
     SendByteByByte(Vec<u8>),
     /// Resets the connection.
     Reset,
     /// Sends nothing until the client has closed.
     WaitForClose,
-    /// Passes the connection to the test. The last step.
+    /// Passes the connection to a function of the test. Must be the last step.
     WithStream(Box<dyn FnOnce(TcpStream) + Send>),
 }
 
-/// A step that sends this in one write.
+/// A step that sends these bytes in one write.
 pub fn send(bytes: &[u8]) -> Step {
     Step::Send(bytes.to_vec())
 }
 
-/// A last step that runs `what`.
-pub fn with_stream(what: impl FnOnce(TcpStream) + Send + 'static) -> Step {
-    Step::WithStream(Box::new(what))
+/// A last step that passes the connection to `serve`.
+pub fn with_stream(serve: impl FnOnce(TcpStream) + Send + 'static) -> Step {
+    Step::WithStream(Box::new(serve))
 }
 
 /// Accepts a greeting without authentication and a request, and sends `reply`.
@@ -57,9 +57,9 @@ pub fn reply_with(reply: &[u8]) -> Vec<Step> {
     vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request, send(reply)]
 }
 
-/// Accepts a greeting without authentication and a request, sends a success reply, and runs `last`.
-pub fn open_tunnel(last: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
-    reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(last)]).collect()
+/// Accepts a greeting without authentication and a request, sends a success reply, and passes the connection to `target`.
+pub fn open_tunnel(target: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
+    reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(target)]).collect()
 }
 
 /// A server that runs a script once, for its first client.
@@ -88,17 +88,17 @@ impl ScriptedServer {
         Self { addr, messages }
     }
 
-    /// Its address, for `-x`.
+    /// The server's address, for `-x`.
     pub fn url(&self) -> String {
         self.addr.to_string()
     }
 
-    /// The next message that it has received.
+    /// Waits for the next message that the server receives.
     pub fn message(&self) -> Vec<u8> {
         self.messages.recv_timeout(TIMEOUT).expect("a message arrives")
     }
 
-    /// All messages that it has received by the end of its script.
+    /// Waits for the end of the script. Returns all messages that the server has received.
     pub fn messages(&self) -> Vec<Vec<u8>> {
         std::iter::from_fn(|| self.messages.recv_timeout(TIMEOUT).ok()).collect()
     }
@@ -123,8 +123,8 @@ fn run_script(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8
                 return Ok(());
             }
             Step::WaitForClose => drop(io::copy(&mut stream, &mut io::sink())?),
-            Step::WithStream(what) => {
-                what(stream);
+            Step::WithStream(serve) => {
+                serve(stream);
                 return Ok(());
             }
         }
@@ -132,15 +132,15 @@ fn run_script(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8
     Ok(())
 }
 
-/// Closes with RST.
+/// Closes the connection with an RST.
 pub fn reset(stream: TcpStream) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("option set");
 }
 
 fn read_more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()> {
-    let have = bytes.len();
-    bytes.resize(have + n, 0);
-    stream.read_exact(&mut bytes[have..])
+    let start = bytes.len();
+    bytes.resize(start + n, 0);
+    stream.read_exact(&mut bytes[start..])
 }
 
 fn read_greeting(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
@@ -192,7 +192,7 @@ impl RunningProgram {
         Self::start_and_close_stdout_when(command, |_| false)
     }
 
-    /// Like `start`, but closes its stdout as soon as the output satisfies `enough`.
+    /// Like `start`, but closes the reading end of stdout as soon as the output satisfies `enough`.
     pub fn start_and_close_stdout_when(command: &mut Command, enough: fn(&[u8]) -> bool) -> Self {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -202,15 +202,15 @@ impl RunningProgram {
         Self { child, stdin, stdout, stderr }
     }
 
-    /// Writes to its stdin, which stays open.
+    /// Writes to stdin, which stays open.
     pub fn write(&mut self, bytes: &[u8]) {
         self.stdin.as_mut().expect("stdin is open").write_all(bytes).expect("data sent");
     }
 
-    /// Writes to its stdin repeatedly until it exits.
+    /// Writes to stdin repeatedly until the program exits.
     pub fn write_until_exit(&mut self, bytes: &[u8]) {
         let mut stdin = self.stdin.take().expect("stdin is open");
-        wait_until("the program ends", TIMEOUT, || {
+        wait_until("the program exits", TIMEOUT, || {
             let _ = stdin.write_all(bytes);
             !self.is_running()
         });
@@ -238,14 +238,14 @@ impl RunningProgram {
         self.child.try_wait().expect("the child can be waited for").is_none()
     }
 
-    /// Waits until it exits, without closing stdin. Returns status, stdout and stderr.
+    /// Waits until the program exits, without closing stdin. Returns status, stdout and stderr.
     pub fn wait_exit(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
         let mut status = None;
-        wait_until("the program ends", limit, || {
+        wait_until("the program exits", limit, || {
             status = self.child.try_wait().expect("the child can be waited for");
             status.is_some()
         });
-        (status.expect("it has ended"), self.stdout.all(), text(&self.stderr.all()))
+        (status.expect("the program has exited"), self.stdout.all(), text(&self.stderr.all()))
     }
 }
 
@@ -256,7 +256,7 @@ impl Drop for RunningProgram {
     }
 }
 
-/// Converts bytes to text, lossily.
+/// Converts bytes to text, with U+FFFD for invalid UTF-8.
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -264,16 +264,16 @@ pub fn text(bytes: &[u8]) -> String {
 /// The output of a pipe so far.
 struct CollectedOutput(Arc<(Mutex<BytesAndEnd>, Condvar)>);
 
-/// The bytes, and whether the pipe has ended.
+/// The bytes so far, and true once the pipe has ended.
 type BytesAndEnd = (Vec<u8>, bool);
 
 impl CollectedOutput {
     fn from(mut pipe: impl Read + Send + 'static, enough: fn(&[u8]) -> bool) -> Self {
         let shared = Arc::new((Mutex::new((Vec::new(), false)), Condvar::new()));
-        let ours = shared.clone();
+        let thread_shared = shared.clone();
         thread::spawn(move || {
             let mut buffer = [0; 65_536];
-            let (state, changed) = &*ours;
+            let (state, changed) = &*thread_shared;
             let mut is_enough = enough(&[]);
             while !is_enough {
                 let n = pipe.read(&mut buffer).unwrap_or(0);

@@ -1,5 +1,5 @@
 //! A minimal DNS server on 127.0.0.1:53, for use in a network namespace. By default, the first label of a name selects
-//! the answer: `nx` and `servfail` these codes, `silent` none, anything else the address 127.0.0.1.
+//! the answer: NXDOMAIN for `nx`, SERVFAIL for `servfail`, no answer for `silent`, otherwise the address 127.0.0.1.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -27,6 +27,7 @@ impl Answer {
     }
 }
 
+/// Starts a server with the default answers.
 pub fn start() -> Queries {
     start_with(|name, _| match name.split('.').next() {
         Some("silent") => Answer::NoReply,
@@ -43,10 +44,10 @@ pub fn start_with(choose: impl Fn(&str, usize) -> Answer + Send + 'static) -> Qu
     let shared = queries.clone();
     thread::spawn(move || {
         let mut query = [0; 512];
-        let mut times: HashMap<String, usize> = HashMap::new();
+        let mut a_queries: HashMap<String, usize> = HashMap::new();
         while let Ok((n, from)) = socket.recv_from(&mut query) {
             let (name, is_a, question) = parse(&query[..n]);
-            let nth = times.entry(name.clone()).or_default();
+            let nth = a_queries.entry(name.clone()).or_default();
             let answer = choose(&name, *nth);
             *nth += usize::from(is_a);
             shared.lock().expect("not poisoned").push(name);

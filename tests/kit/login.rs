@@ -32,7 +32,7 @@ pub fn connect_from_ip(server: &Server, source: [u8; 4]) -> TcpStream {
     connect_from(SocketAddr::from((Ipv4Addr::from(source), 0)), server.addr())
 }
 
-/// Greets with the method USERNAME/PASSWORD, which the server must select.
+/// Offers the method USERNAME/PASSWORD. Fails unless the server selects it.
 pub fn select_password(stream: &mut TcpStream) {
     stream.write_all(&[5, 1, 2]).expect("greeting sent");
     assert_eq!(read_exact(stream, 2), [5, 2]);

@@ -1,5 +1,5 @@
 //! Helpers for tests of the server: requests by name, chosen source addresses, ends of connections, targets that never
-//! answer, and a byte pattern.
+//! accept, and a byte pattern.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -24,12 +24,12 @@ pub const UDP_ASSOCIATE: u8 = 3;
 pub const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
-/// Starts `s5 serve` with this --listen, and waits until it listens on `count` addresses.
+/// Starts `s5 serve --listen` and waits until it listens on `count` addresses.
 pub fn serve(listen: &str, count: usize, args: &[&str]) -> Server {
     Server::start_with(s5().args(["serve", "--listen", listen]).args(args), count)
 }
 
-/// Connects and greets without authentication.
+/// Connects and offers no authentication. Fails unless the server selects it.
 pub fn greet(server: &Server) -> TcpStream {
     let mut stream = server.connect();
     stream.write_all(&[5, 1, 0]).expect("greeting sent");
@@ -68,7 +68,7 @@ pub fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     (stream, peer)
 }
 
-/// Connects from a chosen address; port 0 is any.
+/// Connects from a chosen address. With port 0 the kernel chooses the port.
 pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).expect("socket created");
     socket.set_reuse_address(true).expect("option set");
@@ -130,7 +130,7 @@ pub fn stream_end(stream: &mut TcpStream) -> StreamEnd {
     }
 }
 
-/// Closes with an RST.
+/// Closes the connection with an RST.
 pub fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("option set");
 }
@@ -198,7 +198,7 @@ pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) 
     }
 }
 
-/// Reads to the end, and fails unless it received the first `total` bytes of the pattern.
+/// Reads to the end. Fails unless the data is the first `total` bytes of the pattern.
 pub fn check_pattern(stream: &mut impl Read, total: usize) {
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0;
@@ -212,7 +212,7 @@ pub fn check_pattern(stream: &mut impl Read, total: usize) {
             let expected = &pattern()[at % pattern().len()..];
             let length = rest.len().min(expected.len());
             // assert_eq would print all bytes.
-            assert!(rest[..length] == expected[..length], "wrong bytes around {at}");
+            assert!(rest[..length] == expected[..length], "wrong bytes at or after offset {at}");
             rest = &rest[length..];
             at += length;
         }
@@ -227,8 +227,7 @@ pub fn timed<T>(what: impl FnOnce() -> T) -> (Duration, T) {
     (started.elapsed(), result)
 }
 
-/// Returns the shortest time of 8 runs: on a busy machine the others are meaningless.
-pub fn fastest(what: impl FnMut()) -> Duration {
-    let mut what = what;
-    (0..8).map(|_| timed(&mut what).0).min().expect("some attempts")
+/// Returns the shortest time of 8 runs. The longer times depend on the load of the machine.
+pub fn fastest(mut what: impl FnMut()) -> Duration {
+    (0..8).map(|_| timed(&mut what).0).min().expect("8 runs")
 }

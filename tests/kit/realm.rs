@@ -1,5 +1,5 @@
 //! A temporary Kerberos realm on 127.0.0.1: an MIT KDC as a child process, with principals, keys and tickets in a
-//! folder that is deleted when dropped. Several realms can run at once.
+//! temporary folder. Several realms can run at once.
 
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -74,10 +74,10 @@ impl Realm {
                 return realm;
             }
         }
-        panic!("the KDC does not start:\n{}", std::fs::read_to_string(folder.path().join("log")).unwrap_or_default());
+        panic!("the KDC did not start:\n{}", std::fs::read_to_string(folder.path().join("log")).unwrap_or_default());
     }
 
-    /// Path in the realm's folder. The file need not exist.
+    /// Path of a file in the realm's folder. The file need not exist.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -87,7 +87,7 @@ impl Realm {
         env(self.folder.path(), command)
     }
 
-    /// Stops the KDC. Its address still accepts connections, but does not answer.
+    /// Stops the KDC. Its port still accepts connections and datagrams, but nothing answers.
     pub fn stop_answering(&mut self) {
         self.stop();
         self.silent = Some(UdpSocket::bind((V4, self.port.number)).expect("the KDC's port is free again"));
@@ -100,7 +100,7 @@ impl Realm {
     }
 }
 
-/// A KDC process. It ends with this process, also if that is killed.
+/// A KDC process. It ends with this process, even if this process is killed.
 struct Kdc {
     child: Child,
     /// Kills the KDC when this process closes the guard's stdin.
@@ -121,7 +121,7 @@ impl Kdc {
     }
 
     fn stop(&mut self) {
-        // The guard first: once the KDC has ended, its pid may be reused.
+        // The guard first: once the KDC has exited, its pid may be reused.
         for child in [&mut self.guard, &mut self.child] {
             let _ = child.kill();
             let _ = child.wait();
@@ -135,18 +135,18 @@ impl Drop for Kdc {
     }
 }
 
-/// Whether all programs that a realm needs are installed, see [`is_installed`].
+/// Returns true if all programs that a realm needs are installed, see [`is_installed`].
 pub fn can_start() -> bool {
     PROGRAMS.iter().all(|program| is_installed(program))
 }
 
-/// The folder of the realm that this process runs in.
+/// The folder of the realm if this process runs in one.
 pub fn current_realm_dir() -> Option<PathBuf> {
     std::env::var_os(REALM_VARIABLE).map(PathBuf::from)
 }
 
-/// Runs the calling test again as a child process in a realm with these options. `prepare` can change the realm and the
-/// command before. Returns the realm's folder inside; outside, `None` once the inner run has passed.
+/// Runs the calling test again as a child process in a new realm. `prepare` can change the realm and the command before
+/// the child starts. Returns the realm's folder in the child, and `None` in the parent once the child has passed.
 pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, &mut Command)) -> Option<PathBuf> {
     if current_realm_dir().is_some() {
         return current_realm_dir();
@@ -189,7 +189,7 @@ impl Port {
     }
 }
 
-/// A command, also searched in sbin, which is not in the PATH of Debian's users.
+/// A command, also searched in sbin directories, which are not in the PATH of Debian's users.
 fn program(name: &str) -> Command {
     let mut command = Command::new(name);
     let path = std::env::var("PATH").unwrap_or_default();
@@ -289,7 +289,7 @@ ktadd -k {at}/mallory.keytab -norandkey mallory
     );
     check(env(folder, program("kadmin.local").args(["-r", REALM])), script.as_bytes());
     for name in ["wrong", "service", "user", "mallory"] {
-        assert!(folder.join(format!("{name}.keytab")).exists(), "kadmin.local has made no {name}.keytab");
+        assert!(folder.join(format!("{name}.keytab")).exists(), "kadmin.local did not create {name}.keytab");
     }
 }
 
