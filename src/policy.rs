@@ -1,6 +1,6 @@
 //! Access control: authentication methods, users, and rules about which client may reach which target.
 //!
-//! Pure decisions: no sockets, no clock, no files. A policy is built whole and never changed; a reload replaces it.
+//! Pure: no sockets, no clock, no files. A policy is immutable; a reload replaces it.
 
 pub mod rules;
 pub mod users;
@@ -18,7 +18,7 @@ use users::Users;
 pub struct PolicyError {
     /// Line number, from 1.
     pub line: usize,
-    /// The mistake, with the offending word.
+    /// What is wrong, with the word that is wrong.
     pub message: String,
 }
 
@@ -30,10 +30,10 @@ impl fmt::Display for PolicyError {
 
 impl std::error::Error for PolicyError {}
 
-/// Everything that decides what a client may do.
+/// Methods, users, rules and listeners of a server, which together decide every request.
 #[derive(Debug, Default)]
 pub struct Policy {
-    /// Users that may log in by password. `None`: password logins are refused.
+    /// Users that can log in with a password. `None`: password logins are refused.
     pub users: Option<Arc<Users>>,
     /// Accepted methods, the preferred one first. Empty: `PASSWORD` with users, `NONE` without.
     pub methods: Vec<Method>,
@@ -58,37 +58,37 @@ impl Policy {
         methods.iter().copied().find(|method| offered.contains(method))
     }
 
-    /// Decides a request by the facts that are known so far. `is_local` returns whether an address belongs to this
-    /// host; it is called only if the request is for a port of a listener on an unspecified address.
+    /// Decides a request from the facts known so far. `is_local` returns whether an address belongs to this host; it is
+    /// called only for the port of a listener on 0.0.0.0 or [::].
     pub fn evaluate(&self, request: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
         self.rules.evaluate(request, &|addr| self.is_own_listener(addr, &is_local))
     }
 
-    /// Whether this identity can still log in: its method is accepted, and its user exists.
+    /// Returns whether this identity can still log in: its method is accepted, and its user exists.
     pub fn accepts_identity(&self, identity: &Identity<'_>) -> bool {
-        let is_user = |users: &Arc<Users>| identity.user.is_some_and(|user| users.contains(user));
-        let is_user_valid = identity.method != Method::PASSWORD || self.users.as_ref().is_some_and(is_user);
+        let has_user = |users: &Arc<Users>| identity.user.is_some_and(|user| users.contains(user));
+        let is_user_valid = identity.method != Method::PASSWORD || self.users.as_ref().is_some_and(has_user);
         self.select_method(&[identity.method]).is_some() && is_user_valid
     }
 
-    /// Whether a client that matches no `from=` condition can use the server without a login.
+    /// Returns whether a client that matches no `from=` condition can use the server without a login.
     pub fn is_open_relay(&self) -> bool {
         let identity = Some(Identity { method: Method::NONE, user: None, level: ProtectionLevel::None });
         let decision = self.rules.evaluate(&AccessRequest { identity, ..AccessRequest::default() }, &|_| false);
         self.select_method(&[Method::NONE]).is_some() && !matches!(decision, Decision::Deny(_))
     }
 
-    /// Whether a connection to `addr` would reach this server itself.
+    /// Returns whether a connection to `addr` would reach a listener of this server.
     pub fn is_own_listener(&self, addr: SocketAddr, is_local: impl Fn(SocketAddr) -> bool) -> bool {
-        self.listen_addrs.iter().filter(|own| own.port() == addr.port()).any(|own| {
-            let is_own = own.is_ipv4() == addr.is_ipv4()
-                && (own.ip() == addr.ip() || own.ip().is_unspecified() && is_local(addr));
-            is_own || self.advertised_ips.contains(&addr.ip())
+        self.listen_addrs.iter().filter(|listener| listener.port() == addr.port()).any(|listener| {
+            let is_reached = listener.is_ipv4() == addr.is_ipv4()
+                && (listener.ip() == addr.ip() || listener.ip().is_unspecified() && is_local(addr));
+            is_reached || self.advertised_ips.contains(&addr.ip())
         })
     }
 }
 
-/// Whether `ip` can belong to a single host: not multicast, not broadcast, not class E (240.0.0.0/4).
+/// Returns whether `ip` is outside multicast, broadcast and class E (240.0.0.0/4), and so can belong to a single host.
 pub fn is_unicast(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip < Ipv4Addr::new(224, 0, 0, 0),

@@ -66,7 +66,7 @@ impl Reassembler {
         self.sequence.take().map(|sequence| (sequence.dst, sequence.data.into()))
     }
 
-    /// Empties the queue if its timer has expired. Called at the [`deadline`](Self::deadline), it frees the memory early.
+    /// Empties the queue if its timer has expired. Called at [`deadline`](Self::deadline), it frees memory early.
     pub fn expire(&mut self, now: Instant) {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             self.discard(false);

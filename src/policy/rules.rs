@@ -1,7 +1,7 @@
-//! Rules: which client may reach which target, and by which route. The first match wins; built-in rules come last.
+//! Rules: which client may reach which target, and by which route. The first match decides; built-in rules are last.
 //!
-//! Pure: resolves no name and opens no file. A request can be evaluated before all facts are known; the decision is
-//! final as soon as no missing fact could change it.
+//! Pure: resolves no name and opens no file. A request can be evaluated before all facts are known. The decision is
+//! final as soon as no unknown fact can change it.
 
 mod parse;
 
@@ -43,14 +43,14 @@ pub struct Identity<'a> {
     pub method: Method,
     /// User name or Kerberos principal. `None` with [`Method::NONE`].
     pub user: Option<&'a [u8]>,
-    /// Protection of the messages (RFC 1961 section 4).
+    /// Protection level of the session (RFC 1961 section 4).
     pub level: ProtectionLevel,
 }
 
 /// Result of evaluating a request.
 #[derive(Clone, Copy, Debug)]
 pub enum Decision<'a> {
-    /// Allowed by this rule, by this route.
+    /// Allowed by this rule, with this route.
     Allow(&'a Rule, Route),
     /// Denied by this rule.
     Deny(&'a Rule),
@@ -61,14 +61,14 @@ pub enum Decision<'a> {
 /// How a target is reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Route {
-    /// By a connection from this host.
+    /// Connecting from this host.
     #[default]
     Direct,
     /// Through the hop (upstream proxy or chain of proxies) with this index.
     Hop(usize),
 }
 
-/// One rule. An empty list is no condition.
+/// One rule. An empty list stands for no condition.
 #[derive(Debug)]
 pub struct Rule {
     allow: bool,
@@ -120,7 +120,7 @@ enum TargetPattern {
     Net(IpNet),
 }
 
-/// Result of matching a condition. `Maybe`: depends on an unknown fact. Ordered: `min` is "and", `max` is "or".
+/// Result of matching a condition. `Maybe`: depends on an unknown fact. By their order, `min` is "and", `max` is "or".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Match {
     No,
@@ -157,18 +157,18 @@ impl Rules {
     pub fn new(mut rules: Vec<Rule>, default_route: Route) -> Self {
         let user_rule_count = rules.len();
         let has_client_allowlist = rules.iter().any(|rule| rule.allow && !rule.from.is_empty());
-        // `Unprotected` excludes the targets of the built-in denials. As the first rule, it can allow a name that goes
-        // through a hop, without its address.
+        // `Unprotected` excludes the targets of the built-in `deny` rules, so it can precede them. Before them, it can
+        // allow a name whose address only a hop will know.
         if !has_client_allowlist {
-            rules.push(Rule { to: TargetCondition::Unprotected, ..Rule::built_in(true, "allow") });
+            rules.push(Rule { to: TargetCondition::Unprotected, ..Rule::unconditional(true, "allow") });
         }
         let text = "deny to=(listeners of this server)";
-        rules.push(Rule { to: TargetCondition::OwnListeners, ..Rule::built_in(false, text) });
+        rules.push(Rule { to: TargetCondition::OwnListeners, ..Rule::unconditional(false, text) });
         let (from, text) = (vec![ClientPattern::Remote], format!("deny from=remote to={PROTECTED_TARGETS}"));
         let patterns = PROTECTED_TARGETS.split(',').filter_map(|target| parse::parse_target(target).ok()).collect();
-        rules.push(Rule { from, to: TargetCondition::Patterns(patterns), ..Rule::built_in(false, &text) });
+        rules.push(Rule { from, to: TargetCondition::Patterns(patterns), ..Rule::unconditional(false, &text) });
         let origin = if has_client_allowlist { "built in, because an allow rule has from=" } else { "built in" };
-        let default_rule = Rule { origin: origin.into(), ..Rule::built_in(false, "deny") };
+        let default_rule = Rule { origin: origin.into(), ..Rule::unconditional(false, "deny") };
         Self { rules, user_rule_count, default_rule, default_route }
     }
 
@@ -177,23 +177,23 @@ impl Rules {
         self.rules.get(..self.user_rule_count).unwrap_or_default()
     }
 
-    /// Whether a user rule has a `from=` condition.
+    /// Returns whether a user rule has a `from=` condition.
     pub fn has_from_condition(&self) -> bool {
         self.user_rules().iter().any(|rule| !rule.from.is_empty())
     }
 
-    /// Returns all rules in the order for display: the built-in `deny` rules stand before the built-in `allow`.
+    /// Returns all rules in the order for display: the built-in `deny` rules before the built-in `allow`.
     pub fn in_display_order(&self) -> impl Iterator<Item = &Rule> {
         let (user_rules, built_in) = self.rules.split_at_checked(self.user_rule_count).unwrap_or_default();
         let built_in_with = |allow: bool| built_in.iter().filter(move |rule| rule.allow == allow);
         user_rules.iter().chain(built_in_with(false)).chain(built_in_with(true)).chain([&self.default_rule])
     }
 
-    /// Finds the first rule that matches. `is_own` returns whether an address reaches a listener of this server.
-    pub fn evaluate(&self, request: &AccessRequest<'_>, is_own: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
+    /// Decides a request by the first rule that matches. `is_own_listener` detects the listeners of this server.
+    pub fn evaluate(&self, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Decision<'_> {
         let mut first_maybe = None;
         for rule in &self.rules {
-            match (self.matches(rule, request, is_own), rule.allow) {
+            match (self.matches(rule, request, is_own_listener), rule.allow) {
                 (Match::No, _) => {}
                 (Match::Maybe, true) => return Decision::Undecided(first_maybe.unwrap_or(rule)),
                 (Match::Maybe, false) => first_maybe = first_maybe.or(Some(rule)),
@@ -223,21 +223,21 @@ impl Rules {
         rule.via.unwrap_or(self.default_route)
     }
 
-    fn matches(&self, rule: &Rule, request: &AccessRequest<'_>, is_own: &dyn Fn(SocketAddr) -> bool) -> Match {
-        let others = rule.match_all_except_to(request);
-        if others == Match::No {
+    fn matches(&self, rule: &Rule, request: &AccessRequest<'_>, is_own_listener: &dyn Fn(SocketAddr) -> bool) -> Match {
+        let other_conditions = rule.match_all_except_to(request);
+        if other_conditions == Match::No {
             return Match::No;
         }
         let to = match &rule.to {
             TargetCondition::Any => Match::Yes,
             TargetCondition::Patterns(patterns) => match_any(patterns, |pattern| pattern.matches(rule.allow, request)),
             TargetCondition::OwnListeners => match (request.target_ip, request.target_port) {
-                (Some(ip), Some(port)) => embedded_addrs(ip).any(|ip| is_own((ip, port).into())).into(),
+                (Some(ip), Some(port)) => embedded_addrs(ip).any(|ip| is_own_listener((ip, port).into())).into(),
                 _ => Match::Maybe,
             },
             TargetCondition::Unprotected => {
                 let built_in = self.rules.iter().skip(self.user_rule_count).filter(|rule| !rule.allow);
-                match built_in.map(|rule| self.matches(rule, request, is_own)).max() {
+                match built_in.map(|rule| self.matches(rule, request, is_own_listener)).max() {
                     Some(Match::Yes) => Match::No,
                     // The hop resolves the name and applies its own rules to the address.
                     Some(Match::Maybe) if is_unresolved(request) && self.route(rule) != Route::Direct => Match::Yes,
@@ -246,7 +246,7 @@ impl Rules {
                 }
             }
         };
-        others.min(to)
+        other_conditions.min(to)
     }
 }
 
@@ -254,7 +254,7 @@ fn is_unresolved(request: &AccessRequest<'_>) -> bool {
     request.target_name.is_some() && request.target_ip.is_none()
 }
 
-/// Matches a fact, if it is known.
+/// Matches a fact; `Maybe` if it is unknown.
 fn match_fact<T>(fact: Option<T>, matches: impl Fn(T) -> bool) -> Match {
     fact.map_or(Match::Maybe, |fact| matches(fact).into())
 }
@@ -265,7 +265,8 @@ fn match_any<T>(list: &[T], match_one: impl Fn(&T) -> Match) -> Match {
 }
 
 impl Rule {
-    fn built_in(allow: bool, text: &str) -> Self {
+    /// Returns a built-in rule without conditions.
+    fn unconditional(allow: bool, text: &str) -> Self {
         Self {
             allow,
             from: Vec::new(),
@@ -281,17 +282,17 @@ impl Rule {
         }
     }
 
-    /// Returns where the rule comes from: a file and line, an option, or "built in".
+    /// Returns the source of the rule: a file and line, an option, or "built in".
     pub fn origin(&self) -> &str {
         &self.origin
     }
 
-    /// Whether this is the built-in rule that denies the listeners of this server.
+    /// Returns whether this is the built-in rule that denies the listeners of this server.
     pub fn denies_own_listeners(&self) -> bool {
         matches!(self.to, TargetCondition::OwnListeners)
     }
 
-    /// Whether the rule has a `to=` condition.
+    /// Returns whether the rule has a `to=` condition.
     pub fn has_to_condition(&self) -> bool {
         matches!(self.to, TargetCondition::Patterns(_))
     }
@@ -359,8 +360,7 @@ impl TargetPattern {
     }
 }
 
-/// Whether `net` contains `ip`. An `allow` compares the address that packets finally reach; a `deny` compares every
-/// address that `ip` could stand for.
+/// Matches an address. An `allow` compares the address that packets finally reach, a `deny` all [`embedded_addrs`].
 fn net_matches(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
     let destination = match ip {
         IpAddr::V6(v6) => embedded_ipv4(v6).map_or(ip, IpAddr::V4),

@@ -1,6 +1,6 @@
 //! The users file: one `name:hash` per line, `#` for comments. Parses, verifies and edits text; opens no file.
 //!
-//! Hashes are argon2id in PHC format, or bcrypt as written by `htpasswd -B`. No error message contains a password or hash.
+//! Hashes are argon2id in PHC format, or bcrypt as written by `htpasswd -B`. Error messages show no hash.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,13 +12,13 @@ use argon2::{Algorithm, Argon2, Params, Version};
 use super::PolicyError;
 use crate::proto::MAX_CREDENTIAL_LEN;
 
-/// Bytes of a password that bcrypt uses. It ignores the remaining bytes, so longer passwords are refused.
+/// Length of the longest password for bcrypt, in bytes. It ignores further bytes, so longer passwords are refused.
 const BCRYPT_MAX_PASSWORD: usize = 72;
 
-/// Identifiers of hash types that are recognized, but not supported.
+/// Identifiers of hash types that error messages can name, but that are not supported.
 const UNSUPPORTED_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
 
-/// All users that may log in by password.
+/// All users that can log in with a password.
 #[derive(Debug, Default)]
 pub struct Users {
     hashes: Vec<StoredHash>,
@@ -70,26 +70,26 @@ impl Users {
         Ok(users)
     }
 
-    /// Whether `passwd` is the password of `uname`. Takes tens of milliseconds of CPU, by design. An unknown name takes
-    /// as long as a known name: it is verified against the hash of a user, always the same one for the same name.
+    /// Returns whether `passwd` is the password of `uname`. Takes tens of milliseconds of CPU, by design. An unknown
+    /// name takes as long: it is verified against the hash of a user, always the same one for the same name.
     pub fn verify(&self, uname: &[u8], passwd: &[u8]) -> bool {
-        let known = self.index_by_name.get(uname).copied();
+        let user = self.index_by_name.get(uname).copied();
         let decoy = || usize::try_from(self.decoy_seed.hash_one(uname)).unwrap_or(0).checked_rem(self.hashes.len());
-        let hash = known.or_else(decoy).and_then(|i| self.hashes.get(i));
-        hash.is_some_and(|hash| hash.verify(passwd)) && known.is_some()
+        let hash = user.or_else(decoy).and_then(|i| self.hashes.get(i));
+        hash.is_some_and(|hash| hash.verify(passwd)) && user.is_some()
     }
 
-    /// Number of users.
+    /// Returns the number of users.
     pub fn len(&self) -> usize {
         self.hashes.len()
     }
 
-    /// Whether the file has no users.
+    /// Returns whether there are no users.
     pub fn is_empty(&self) -> bool {
         self.hashes.is_empty()
     }
 
-    /// Whether a user has this name.
+    /// Returns whether a user has this name.
     pub fn contains(&self, uname: &[u8]) -> bool {
         self.index_by_name.contains_key(uname)
     }
@@ -107,7 +107,7 @@ impl StoredHash {
             let is_valid = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
             return if is_valid { Ok(Self::Bcrypt(text.into())) } else { Err("invalid bcrypt hash".into()) };
         }
-        // Without a known $SCHEME$ the text may be a password in clear, so it is not shown.
+        // Without a known $SCHEME$, the text may be a plain password, so it is not shown.
         match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
             Some((scheme, _)) if UNSUPPORTED_SCHEMES.contains(&scheme) => {
                 Err(format!("unsupported hash type {scheme:?} (use argon2id or bcrypt)"))
@@ -122,7 +122,7 @@ impl StoredHash {
                 PasswordHash::new(hash).is_ok_and(|hash| Argon2::default().verify_password(passwd, &hash).is_ok())
             }
             Self::Bcrypt(hash) => {
-                // bcrypt stops at a NUL, so "a\0a" may equal "a".
+                // bcrypt stops at a NUL byte, so "a\0a" can equal "a".
                 let is_comparable = passwd.len() <= BCRYPT_MAX_PASSWORD && !passwd.contains(&0);
                 bcrypt::verify(passwd, hash).unwrap_or(false) && is_comparable
             }
@@ -133,8 +133,8 @@ impl StoredHash {
 /// Checks that a user name fits into a line of the file and into a login.
 ///
 /// # Errors
-/// The name is empty, longer than 255 bytes, starts with `#`, contains a colon or a control character, or starts or ends
-/// with whitespace.
+/// The name is empty or longer than 255 bytes, starts with `#`, contains a colon or a control character, or starts or
+/// ends with whitespace.
 pub fn check_name(name: &str) -> Result<(), String> {
     let problem = match name {
         "" => "is empty",
@@ -193,7 +193,7 @@ pub fn edit_entry(text: &str, name: &str, line: Option<&str>) -> Option<String> 
     Some(out)
 }
 
-/// Returns the start of a word for a message: enough to find it, too little to reveal a secret in the wrong field.
+/// Returns the start of a word for a message, enough to find its line. Shows no hash, and no long secret in full.
 fn excerpt(word: &str) -> String {
     const MAX_CHARS: usize = 16;
     if word.starts_with('$') {

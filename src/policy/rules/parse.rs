@@ -29,10 +29,10 @@ pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>,
     Ok(rules)
 }
 
-/// Parses one rule. `None`: the line is empty or only a comment.
+/// Parses one rule. Returns `None` if the line is empty or only a comment.
 ///
 /// # Errors
-/// The mistake, with the offending word.
+/// What is wrong, with the word that is wrong.
 pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
     let Some((action, conditions)) = words.split_first() else { return Ok(None) };
@@ -45,12 +45,12 @@ pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
         other => return Err(format!("expected \"allow\" or \"deny\", found {other:?}")),
     };
     let to = if allow { TargetCondition::Unprotected } else { TargetCondition::Any };
-    let mut rule = Rule { to, origin: origin.into(), ..Rule::built_in(allow, &words.join(" ")) };
+    let mut rule = Rule { to, origin: origin.into(), ..Rule::unconditional(allow, &words.join(" ")) };
     let mut keys = HashSet::new();
     for word in conditions {
         let (key, value) = word.split_once('=').ok_or_else(|| format!("expected key=value, found {word:?}"))?;
         // The value of via= may be a URL with a password, so the word is not shown.
-        let with_word = |why: String| if key == "via" { format!("via=: {why}") } else { format!("{word:?}: {why}") };
+        let with_word = |text: String| if key == "via" { format!("via=: {text}") } else { format!("{word:?}: {text}") };
         if !keys.insert(key) {
             return Err(with_word(format!("{key}= is given twice (use a comma-separated list)")));
         }
@@ -149,7 +149,7 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
     let labels = suffix.unwrap_or(&name);
     let is_label_char = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
     let has_valid_labels = labels.split('.').all(|label| !label.is_empty() && label.chars().all(is_label_char));
-    // The system resolver reads 10.0.0 and 0x7f.1 as addresses, so a rule that treats them as names would never match.
+    // The system resolver parses 10.0.0 and 0x7f.1 as addresses, so a rule with them as names would never match.
     let last = labels.rsplit('.').next().unwrap_or_default();
     let is_numeric = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
     match suffix {
@@ -184,7 +184,7 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
     Err(format!("{problem} (define hops with --hop NAME=URL)"))
 }
 
-/// Parses an address or a CIDR. `None`: the text does not look like either.
+/// Parses an address or a CIDR. Returns `None` if the text looks like neither, and can be a name.
 fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
     let Some(net) = parse_net(text) else {
         let looks_like_cidr = text.contains(['/', ':']);
