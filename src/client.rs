@@ -27,9 +27,9 @@ pub use proxy::{Endpoint, Proxy, credentials, parse_addr, parse_hops, parse_host
 /// Authentication methods to offer to all proxies. User names and passwords are part of each [`Proxy`].
 #[derive(Debug, Default)]
 pub struct ClientAuth {
-    /// Methods to offer, in this order. Default: `none`, plus each method that there are credentials for.
+    /// Methods to offer, in this order. `None`: `none`, plus each method for which there are credentials.
     pub methods: Option<Vec<Method>>,
-    /// Settings for GSSAPI, which is not offered without them.
+    /// Settings for GSSAPI. `None`: GSSAPI is not offered.
     pub gssapi: Option<Initiator>,
 }
 
@@ -42,16 +42,16 @@ pub struct Client {
     resolver: Resolver,
     auth: Arc<ClientAuth>,
     local: LocalAddr,
-    looks_up_target: bool,
+    resolves_target: bool,
     /// Current hop and phase, and when the phase began.
     position: Cell<(usize, Phase, Instant)>,
     times: Cell<PhaseTimes>,
-    /// Method selected by the last hop that was greeted, and the last REP.
+    /// Method selected by the last hop that was greeted, and REP of the last reply.
     last_answer: Cell<(Option<Method>, Option<Rep>)>,
 }
 
 impl Client {
-    /// Creates a client that reaches `dst` through `hops`, first to last. `timeout` covers everything up to the reply.
+    /// Creates a client that reaches `dst` through `hops`, nearest first. `timeout` covers everything up to the reply.
     pub fn new(hops: Vec<Proxy>, dst: Addr, timeout: Option<Duration>) -> Self {
         let now = Instant::now();
         Self {
@@ -61,7 +61,7 @@ impl Client {
             resolver: Resolver::default(),
             auth: Arc::default(),
             local: LocalAddr::default(),
-            looks_up_target: false,
+            resolves_target: false,
             position: Cell::new((0, Phase::ResolveProxy, now)),
             times: Cell::default(),
             last_answer: Cell::default(),
@@ -73,7 +73,7 @@ impl Client {
         Self { auth, ..self }
     }
 
-    /// Shares a resolver, and its limit, with other clients.
+    /// Sets the resolver. Clones of a resolver share its limit of concurrent look-ups.
     pub fn with_resolver(self, resolver: Resolver) -> Self {
         Self { resolver, ..self }
     }
@@ -83,9 +83,9 @@ impl Client {
         Self { local, ..self }
     }
 
-    /// If true, looks up the target's name here and not by the last proxy.
-    pub fn with_target_lookup(self, looks_up_target: bool) -> Self {
-        Self { looks_up_target, ..self }
+    /// If true, this machine resolves the target's name. If false (the default), the last proxy does.
+    pub fn with_local_resolution(self, resolves_target: bool) -> Self {
+        Self { resolves_target, ..self }
     }
 
     /// The target.
@@ -133,12 +133,12 @@ impl Client {
         .await
     }
 
-    /// Opens all hops, including the login at the last, without sending a request.
+    /// Opens all hops, including the login to the last one. Does not send a request to it.
     pub async fn probe(&self) -> Result<(), ClientError> {
         self.with_deadline(async { self.open_hops(self.hops.len()).await.map(drop) }).await
     }
 
-    /// Returns DST of a request: the target as given, or its first address if it is looked up here.
+    /// Returns DST of a request: the target as given, or its first address if this machine resolves it.
     pub async fn target(&self) -> Result<Addr, ClientError> {
         self.with_deadline(async {
             self.targets().await.map(|targets| targets.into_iter().next().unwrap_or(Addr::UNSPECIFIED))
@@ -149,7 +149,7 @@ impl Client {
     /// Returns the values of DST to try in turn.
     async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
         match self.dst.host {
-            Host::Name(_) if self.looks_up_target || self.hops.is_empty() => {
+            Host::Name(_) if self.resolves_target || self.hops.is_empty() => {
                 self.enter_phase(Phase::ResolveTarget);
                 Ok(self.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }
@@ -157,14 +157,14 @@ impl Client {
         }
     }
 
-    /// Looks up `addr`. Returns the addresses that the local address can reach.
+    /// Resolves `addr`. Returns the addresses of the families that the local address allows.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
         let mut addrs = self.resolver.lookup(addr).await.map_err(ClientErrorKind::Unreachable)?;
         addrs.retain(|addr| self.local.can_reach(addr.ip()));
         if addrs.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(addrs) }
     }
 
-    /// Connects to the target itself. Returns the connection and its local address.
+    /// Connects to the target without a proxy. Returns the connection and its local address.
     async fn connect_direct(&self) -> Result<(Conn, Addr), ClientErrorKind> {
         self.enter_phase(Phase::ResolveTarget);
         let addrs = self.lookup(&self.dst).await?;
@@ -182,7 +182,7 @@ impl Client {
         reply.map(|reply| reply.bnd).map_err(|kind| self.error_at_position(kind))
     }
 
-    /// Like [`Client::wait_for_peer`], until the deadline.
+    /// Like [`Client::wait_for_peer`], but fails at the deadline.
     pub async fn wait_for_peer_with_deadline(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
         self.with_deadline(async { self.read_reply(conn).await.map(|reply| reply.bnd) }).await
@@ -202,8 +202,8 @@ impl Client {
         result.map_err(|kind| self.error_at_position(kind))
     }
 
-    /// Connects to the first `count` hops, each through the one before. Returns the authenticated connection to the
-    /// last of them, and its GSSAPI protection.
+    /// Connects to the first `count` hops, each through the one before it, and logs in to each. Returns the connection to
+    /// the last of them, and its GSSAPI protection.
     async fn open_hops(&self, count: usize) -> Result<(Conn, Option<Protection>), ClientErrorKind> {
         let mut last: Option<Conn> = None;
         let mut protection = None;
@@ -243,7 +243,7 @@ impl Client {
         }
     }
 
-    /// Greets the proxy and logs in. Returns the protection of everything after that.
+    /// Sends the greeting and logs in. Returns the GSSAPI protection of all further messages and data.
     async fn authenticate(&self, conn: &mut Conn, hop: &Proxy) -> Result<Option<Protection>, ClientErrorKind> {
         let credentials = hop.credentials.as_ref();
         let ticket = self.ticket().await?;
@@ -287,7 +287,7 @@ impl Client {
         }
     }
 
-    /// Acquires a Kerberos ticket if GSSAPI may be offered. That there is none is an error only if GSSAPI is the one
+    /// Acquires a Kerberos ticket if GSSAPI may be offered. A missing ticket is an error only if GSSAPI is the only
     /// requested method.
     async fn ticket(&self) -> Result<Option<Ticket>, ClientErrorKind> {
         let Some(initiator) = &self.auth.gssapi else { return Ok(None) };
@@ -303,7 +303,7 @@ impl Client {
                 log::debug!("gssapi not offered: {error}");
                 Ok(None)
             }
-            // Other failures, as of a broken configuration, must not silently disable GSSAPI.
+            // Other failures, such as an invalid configuration, must not silently disable GSSAPI.
             Err(error) => Err(ClientErrorKind::Gssapi(error)),
         }
     }
@@ -334,7 +334,7 @@ impl Client {
         }
     }
 
-    /// Replaces an unspecified address in BND by the address of the proxy on `conn`.
+    /// Replaces an unspecified address in BND by the address of the proxy that sent it.
     pub fn resolve_unspecified_bnd(&self, bnd: Addr, conn: &Conn) -> Addr {
         let (hop, ..) = self.position.get();
         let host = match (&bnd.host, self.hops.get(hop).map(|hop| &hop.endpoint)) {

@@ -1,6 +1,6 @@
 //! Name resolution on a thread pool, and TCP connections with Happy Eyeballs (RFC 8305).
 //!
-//! Independent of SOCKS: callers map a [`DialError`] to a REP code or an exit status.
+//! This module does not depend on SOCKS. Callers map a [`DialError`] to a REP or an exit status.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,13 +20,13 @@ use smol::lock::Semaphore;
 use crate::proto::{Addr, Host, HostName};
 use crate::reactor::{ConnectError, Io, sleep_until};
 
-/// Connection Attempt Delay of RFC 8305 section 5: the next address is tried after this time.
+/// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
 pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// Concurrent calls of getaddrinfo(3). Each occupies one of the pool's 500 threads.
+/// Maximum concurrent calls of getaddrinfo(3). Each occupies one of the 500 threads of the pool.
 const MAX_LOOKUPS: usize = 256;
 const MAX_ADDRS_PER_NAME: usize = 32;
 
-/// Why no connection was made. Ordered by how specific it is: of several failures the greatest is most_specific.
+/// Cause of a failed connection, from the least to the most specific. Of several causes, [`dial`] returns the greatest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DialError {
     /// Out of descriptors, ports or memory on this machine.
@@ -37,15 +37,15 @@ pub enum DialError {
     Resolver,
     /// This machine has no address of the target's family.
     FamilyUnavailable,
-    /// No route.
+    /// No route to the network of the target.
     NetworkUnreachable,
-    /// No answer by the deadline.
+    /// No answer within the time limit.
     TimedOut,
     /// The name has no addresses, or is not a valid host name.
     NameNotFound,
-    /// Reported by a router (ICMP), or no answer to ARP or neighbour discovery.
+    /// A router reported it (ICMP), or ARP or neighbour discovery had no answer.
     HostUnreachable,
-    /// Denied by this machine's packet filter.
+    /// The packet filter of this machine denied it.
     Denied,
     /// The host refused the connection.
     Refused,
@@ -96,19 +96,19 @@ impl fmt::Display for DialError {
 
 impl std::error::Error for DialError {}
 
-/// Local address of new connections. It restricts their targets to its address family.
+/// Local address and address family of new connections. Targets of other families are not tried.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LocalAddr {
     /// `None`: chosen by the kernel.
     pub ip: Option<IpAddr>,
     /// 0: chosen by the kernel.
     pub port: u16,
-    /// Uses IPv4 only if true, IPv6 only if false. `None`: both.
+    /// `Some(true)`: IPv4 only. `Some(false)`: IPv6 only. `None`: both.
     pub is_ipv4: Option<bool>,
 }
 
 impl LocalAddr {
-    /// Whether the address family of `to` is allowed.
+    /// Returns true if the address family of `to` is allowed.
     pub fn can_reach(&self, to: IpAddr) -> bool {
         let family = self.ip.map(|ip| ip.is_ipv4()).into_iter().chain(self.is_ipv4);
         family.into_iter().all(|is_ipv4| is_ipv4 == to.is_ipv4())
@@ -121,7 +121,7 @@ impl LocalAddr {
     }
 }
 
-/// The system's resolver, with a bounded number of concurrent look-ups. Clones share the bound.
+/// The system's resolver, with a limit of concurrent look-ups. Clones share the limit.
 #[derive(Clone, Debug)]
 pub struct Resolver {
     permits: Arc<Semaphore>,
@@ -134,8 +134,8 @@ impl Default for Resolver {
 }
 
 impl Resolver {
-    /// Returns the addresses of `addr`, canonical and without duplicates. A literal is not looked up. The caller sets
-    /// the deadline.
+    /// Returns the addresses of `addr`, canonical and without duplicates. IP addresses are not looked up. The caller
+    /// limits the time.
     ///
     /// # Errors
     /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`] or [`DialError::Resolver`].
@@ -170,8 +170,8 @@ impl Resolver {
     }
 }
 
-/// Parses an address that a client sent as a name: with or without brackets, or in a form of inet_aton(3), which
-/// getaddrinfo(3) accepts too: `127.1`, `0x7f.0.0.1`, `2130706433`.
+/// Parses an IP address that a client sent as a name: with or without brackets, or in a form of inet_aton(3), which
+/// getaddrinfo(3) accepts too, such as `127.1`, `0x7f.0.0.1` or `2130706433`.
 pub fn parse_literal(name: &HostName) -> Option<IpAddr> {
     let text = name.as_str();
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
@@ -204,8 +204,8 @@ fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
     u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
 }
 
-/// Returns the address that packets will really be sent to, so that rules are matched against it: IPv4 instead of
-/// IPv4-mapped IPv6, and loopback instead of the unspecified address, as Linux does.
+/// Returns the address to which Linux sends the packets, so that rules match it: IPv4 instead of IPv4-mapped IPv6, and
+/// loopback instead of the unspecified address.
 pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
     let ip = match ip.to_canonical() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
@@ -220,7 +220,7 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Copies the scope (interface) of a link-local address, without which it cannot be connected to.
+/// Copies the scope (interface) of a link-local address. connect(2) requires it.
 fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
         addr.set_scope_id(from.scope_id());
@@ -236,10 +236,10 @@ fn is_host_name(name: &str) -> bool {
 }
 
 /// Connects to the first of `addrs` that accepts (RFC 8305). Address families alternate. The next attempt starts after
-/// [`ATTEMPT_DELAY`], or as soon as one fails. The stream's options are set by [`set_tcp_options`].
+/// [`ATTEMPT_DELAY`], or at once if one fails. Sets the options of [`set_tcp_options`].
 ///
 /// # Errors
-/// The most specific failure of all addresses. Attempts still running at `deadline` count as timed out.
+/// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
 pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<TcpStream>, DialError> {
     let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
@@ -278,7 +278,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<TcpStream>, Di
     Ok(stream)
 }
 
-/// Waits until one of the attempts has finished, and removes it.
+/// Waits until an attempt has finished, and removes it.
 async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
@@ -293,7 +293,7 @@ async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, DialEr
     .await
 }
 
-/// Alternates the address families; otherwise keeps the resolver's order (RFC 8305 section 4).
+/// Alternates the address families, and keeps the resolver's order within each (RFC 8305 section 4).
 fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
     let first_is_v6 = addrs.first().is_some_and(SocketAddr::is_ipv6);
     let (first, second): (Vec<_>, Vec<_>) = addrs.into_iter().partition(|addr| addr.is_ipv6() == first_is_v6);
@@ -309,10 +309,10 @@ fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
     }
 }
 
-/// Sets the options of a connection, or of a listener, whose connections inherit them. Failures are logged only.
+/// Sets the options of a connection, or of a listener, whose connections inherit them. Failures are only logged.
 ///
 /// - TCP_NODELAY: small messages are not delayed.
-/// - Keepalive: a peer that vanished is detected, by 6 probes 15 s apart after 60 s of silence.
+/// - Keepalive: an unreachable peer is detected by 6 probes, 15 s apart, after 60 s of silence.
 /// - SO_OOBINLINE: urgent data is not lost.
 pub fn set_tcp_options(socket: &impl AsFd) {
     let socket = socket2::SockRef::from(socket);
@@ -320,12 +320,12 @@ pub fn set_tcp_options(socket: &impl AsFd) {
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(15))
         .with_retries(6);
-    let tuned = socket
+    let result = socket
         .set_tcp_nodelay(true)
         .and_then(|()| socket.set_tcp_keepalive(&keepalive))
         .and_then(|()| socket.set_out_of_band_inline(true));
-    if let Err(error) = tuned {
-        log::debug!("setting socket options: {error}");
+    if let Err(error) = result {
+        log::debug!("cannot set socket options: {error}");
     }
 }
 

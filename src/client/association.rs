@@ -1,5 +1,5 @@
-//! UDP through one proxy or several. With several hops the associations are nested: each hop relays the datagrams to
-//! the relay of the next one, so that all traffic passes every hop.
+//! UDP through one or more proxies. The associations of several hops are nested: each hop sends the datagrams to the relay
+//! of the next one, so that all traffic passes through every hop.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -19,7 +19,7 @@ use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAY
 use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, fragment};
 
-/// Bytes of a buffer that holds any UDP datagram.
+/// Size in bytes of a buffer for any UDP datagram.
 pub const RECV_BUFFER_SIZE: usize = 65_536;
 
 thread_local! {
@@ -38,10 +38,10 @@ pub struct Association {
     invalid: Cell<u64>,
 }
 
-/// Received datagrams that were lost on this machine.
+/// Counts of received datagrams that were lost on this machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LossCounts {
-    /// Fragmented datagrams of which fragments are missing.
+    /// Datagrams with missing fragments.
     pub incomplete: u64,
     /// Not valid SOCKS5 datagrams, or not sent by the relay.
     pub invalid: u64,
@@ -60,16 +60,16 @@ struct HopAssociation {
 }
 
 impl HopAssociation {
-    /// Bytes that protection adds to a datagram.
+    /// Maximum number of bytes that the protection adds to a datagram.
     fn overhead(&self) -> usize {
         self.protection.as_ref().map_or(0, Protection::max_overhead)
     }
 }
 
-/// A received datagram is not a valid SOCKS5 datagram, or not from the relay.
+/// A received datagram is malformed, or is not from the relay.
 struct DatagramError;
 
-/// This proxy has closed the control connection, which ends its association.
+/// The proxy with this name has closed the control connection, which ends its association.
 #[derive(Debug)]
 pub struct AssociationClosed(pub String);
 
@@ -106,7 +106,7 @@ impl Client {
     fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
         let from = self.local.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
         let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
-        // From here on the kernel drops datagrams from other senders.
+        // On a connected socket, the kernel drops datagrams from other senders.
         let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));
         connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, relay))
     }
@@ -118,7 +118,7 @@ impl Association {
         self.hops.last().map(|hop| &hop.relay)
     }
 
-    /// Returns the losses so far that are known on this machine.
+    /// Returns the losses so far.
     pub fn losses(&self) -> LossCounts {
         let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
         let overflowed = kernel_drops(&self.socket).unwrap_or_default();
@@ -136,16 +136,16 @@ impl Association {
         Ok(())
     }
 
-    /// Like [`Association::send`], without waiting.
+    /// Like [`Association::send`], but does not wait for the socket.
     ///
     /// # Errors
-    /// Also `WouldBlock` if the send buffer is full.
+    /// As [`Association::send`], and `WouldBlock` if the send buffer is full.
     pub fn try_send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         let mut datagrams = self.encapsulate(dst, data)?.into_iter();
         datagrams.try_for_each(|bytes| self.socket.try_with(Interest::Write, |socket| send(socket, &bytes)))
     }
 
-    /// Returns the datagrams to send to the first relay: one, or its fragments, with the headers of all hops.
+    /// Returns the datagram, or its fragments, to send to the first relay, with the headers of all hops.
     fn encapsulate(&self, dst: &Addr, data: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         let max_len = if matches!(dst.host, Host::Ip(IpAddr::V4(_))) { MAX_UDP4_PAYLOAD } else { MAX_UDP6_PAYLOAD };
         let too_large =
@@ -222,7 +222,7 @@ impl Association {
             let payload = hop.reassembler.borrow_mut().push(Instant::now(), datagram);
             let Some((sender, data)) = payload else { return Ok(None) };
             let next = self.hops.get(i + 1).map(|next| &next.relay);
-            // Inside a hop's datagrams, the sender must be the next relay. A relay known by name cannot be checked.
+            // The datagrams of a hop must be from the next relay. A relay that is known by name cannot be checked.
             if next.is_some_and(|next| matches!(next.host, Host::Ip(_)) && *next != sender) {
                 return Err(DatagramError);
             }
@@ -232,7 +232,7 @@ impl Association {
         Ok(Some((from, bytes)))
     }
 
-    /// Returns when a proxy has closed its control connection.
+    /// Waits until a proxy has closed its control connection.
     pub async fn closed<'a>(&'a self) -> AssociationClosed {
         let watch = |hop: &'a HopAssociation| (Box::pin(hop.control.wait_peer_closed()), hop);
         let mut watches: Vec<_> = self.hops.iter().map(watch).collect();
@@ -248,8 +248,8 @@ impl Association {
     }
 }
 
-/// Sends, ignoring ECONNREFUSED: the first call may report an ICMP error about an earlier datagram, and the control
-/// connection shows better that a relay has ended.
+/// Sends a datagram, once more after ECONNREFUSED: it reports an ICMP error about an earlier datagram. The end of a relay
+/// is detected by its control connection.
 fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     for _ in 0..2 {
         match socket.send(bytes) {
@@ -260,7 +260,7 @@ fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Receives, ignoring ICMP errors about earlier datagrams.
+/// Receives a datagram, ignoring ICMP errors about earlier datagrams.
 fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match socket.recv(buffer) {
@@ -270,7 +270,7 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// Returns how many datagrams the kernel has dropped because the socket's receive buffer was full (Linux).
+/// Returns the number of datagrams that the kernel has dropped because the receive buffer was full (Linux).
 fn kernel_drops(socket: &Io<UdpSocket>) -> Option<u64> {
     let inode = fs::metadata(format!("/proc/self/fd/{}", socket.as_fd().as_raw_fd())).ok()?.ino().to_string();
     let tables = ["/proc/net/udp", "/proc/net/udp6"].map(|table| fs::read_to_string(table).unwrap_or_default());

@@ -1,4 +1,4 @@
-//! Failures of the client handshake: at which proxy, in which phase, and why.
+//! Errors of the client handshake: the proxy, the phase and the cause.
 
 use std::fmt;
 use std::io;
@@ -11,9 +11,9 @@ use crate::proto::Rep;
 /// Phase of the client handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Looking up the target's name on this machine.
+    /// Resolving the target's name on this machine.
     ResolveTarget,
-    /// Looking up the proxy's name.
+    /// Resolving the name of the first proxy.
     ResolveProxy,
     /// Connecting to the proxy or, without proxies, to the target.
     Connect,
@@ -58,35 +58,35 @@ impl PhaseTimes {
     }
 }
 
-/// Why a handshake failed.
+/// Cause of a failed handshake.
 #[derive(Debug)]
 pub enum ClientErrorKind {
-    /// Looking up or connecting to the first proxy (without proxies: the target) failed.
+    /// Resolving the name of the first proxy or of the target, or connecting to it, failed.
     Unreachable(DialError),
     /// Connecting to the proxy's Unix socket failed.
     Socket(io::Error),
-    /// The peer does not speak SOCKS5, or violates the protocol.
+    /// The proxy is not a SOCKS5 server, or violates the protocol.
     Protocol(String),
-    /// The proxy closed or reset the connection.
+    /// The proxy closed the connection (`None`), or reading or writing failed.
     Closed(Option<io::Error>),
-    /// The proxy accepts none of the offered methods, or there is none to offer.
+    /// The proxy accepts none of the offered methods, or the client has no method to offer.
     NoAcceptableMethod,
     /// The proxy refused user name and password.
     LoginRefused,
-    /// The login by GSSAPI failed, on either side.
+    /// The GSSAPI login failed, on either side.
     Gssapi(gssapi::GssapiError),
     /// The last proxy replied with a failure.
     Rep(Rep),
-    /// A proxy before the last replied with a failure to the request for the next proxy.
+    /// A proxy before the last one could not connect to the next proxy.
     NextHop(Rep),
-    /// The deadline passed, after this timeout.
+    /// This timeout expired.
     TimedOut(Duration),
 }
 
 /// A failed handshake.
 #[derive(Debug)]
 pub struct ClientError {
-    /// The proxy, or `None` without proxies.
+    /// The proxy. `None` for a direct connection.
     pub proxy: Option<String>,
     /// The target of the request, or the next proxy.
     pub target: Option<String>,

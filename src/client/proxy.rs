@@ -1,4 +1,4 @@
-//! Parsers of proxy URLs, hosts and ports.
+//! Proxies, and parsers for proxy URLs, addresses, hosts and ports.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,14 +9,14 @@ use percent_encoding::percent_decode_str;
 
 use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, Host, HostName, MAX_CREDENTIAL_LEN};
 
-/// A SOCKS5 proxy with the credentials for it.
+/// A SOCKS5 proxy and the credentials for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proxy {
-    /// Its address.
+    /// The address of the proxy.
     pub endpoint: Endpoint,
-    /// The user name of a URL that has no password.
+    /// The user name, if the URL has one without a password.
     pub uname: Option<Vec<u8>>,
-    /// User name and password.
+    /// User name and password, if the proxy has both.
     pub credentials: Option<Credentials>,
 }
 
@@ -30,7 +30,7 @@ pub enum Endpoint {
 }
 
 impl Proxy {
-    /// Whether the proxy listens on a Unix socket.
+    /// Returns true if the proxy listens on a Unix socket.
     pub fn is_unix(&self) -> bool {
         matches!(self.endpoint, Endpoint::Unix(_))
     }
@@ -46,15 +46,15 @@ impl fmt::Display for Proxy {
     }
 }
 
-/// Parses `\[socks5\[h\]://][user[:pass]@]host[:port]`, `unix:/path`, or curl's form `socks5h://localhost/path` of it.
-/// The scheme does not matter: the proxy's name is looked up here, the target's name by the proxy.
+/// Parses `[socks5[h]://][user[:password]@]host[:port]`, `unix:/path`, or the latter in curl's form
+/// `socks5h://localhost/path`. Both schemes are equal: neither selects where the name of the target is resolved.
 impl FromStr for Proxy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let without_scheme = match text.split_once("://") {
             Some((scheme, rest)) if ["socks5", "socks5h"].contains(&scheme.to_ascii_lowercase().as_str()) => rest,
-            // Anything else than a scheme is not shown: it could be part of a password.
+            // Other text is not printed: it may be part of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
                 return Err(format!("{scheme}:// is not supported: use socks5h://HOST:PORT"));
             }
@@ -72,7 +72,7 @@ impl FromStr for Proxy {
         };
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
-            (Some(""), _) => return Err("unix: without a path: use unix:/path".into()),
+            (Some(""), _) => return Err("unix: without a path (use unix:/path)".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
             (None, _) => Endpoint::Tcp(parse_addr(address, Some(DEFAULT_PORT))?),
@@ -89,9 +89,9 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     let parse = |hop: &str| hop.trim().parse();
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
         // Quoted text may be a password, or a part of one.
-        let what = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user and password, write \
+        let hint = "expected [socks5h://][user:password@]host[:port] or unix:/path; in user and password, write \
                     %2C %2F %3A %40 %25 for , / : @ %";
-        if error.contains('"') { what.into() } else { error }
+        if error.contains('"') { hint.into() } else { error }
     })?;
     match hops.iter().skip(1).find(|hop| hop.is_unix()) {
         Some(hop) => Err(format!("{hop}: a Unix socket can only be the first hop")),
@@ -102,17 +102,17 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
 /// Checks the lengths of user name and password (RFC 1929: 1 to 255 bytes).
 ///
 /// # Errors
-/// A message that contains neither.
+/// The message contains neither of them.
 pub fn credentials(uname: &[u8], passwd: &[u8]) -> Result<Credentials, String> {
-    for (what, bytes) in [("user name", uname), ("password", passwd)] {
+    for (name, bytes) in [("user name", uname), ("password", passwd)] {
         if !(1..=MAX_CREDENTIAL_LEN).contains(&bytes.len()) {
-            return Err(format!("the {what} has {} bytes: SOCKS5 allows 1 to {MAX_CREDENTIAL_LEN}", bytes.len()));
+            return Err(format!("the {name} has {} bytes: SOCKS5 allows 1 to {MAX_CREDENTIAL_LEN}", bytes.len()));
         }
     }
     Ok(Credentials { uname: uname.into(), passwd: passwd.into() })
 }
 
-/// Parses `host:port`, `v4:port` or `\[v6\]:port`. The port is optional if there is a default port.
+/// Parses `host:port` or `[ipv6]:port`. The port is optional if there is a default port.
 ///
 /// # Errors
 /// A message for the user.
@@ -127,13 +127,12 @@ pub fn parse_addr(text: &str, default_port: Option<u16>) -> Result<Addr, String>
     let port = match (port, default_port) {
         (Some(port), _) => parse_port(port)?,
         (None, Some(port)) => port,
-        (None, None) => return Err(format!("{text:?} has no port: write host:port or [v6]:port")),
+        (None, None) => return Err(format!("{text:?} has no port (use host:port or [ipv6]:port)")),
     };
     Ok(Addr { host: parse_host(host)?, port })
 }
 
-/// # Errors
-/// A message for the user.
+/// Parses a port from 0 to 65535. The error is a message for the user.
 pub fn parse_port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| format!("{text:?} is not a port (0 to 65535)"))
 }

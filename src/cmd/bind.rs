@@ -1,4 +1,4 @@
-//! `s5 bind`: requests that the proxy accepts one connection, prints its address, then relays stdin and stdout.
+//! `s5 bind`: requests a listener on the proxy, prints its address, and relays the accepted peer to stdin and stdout.
 
 use std::fs::{self, Permissions};
 use std::io::Write as _;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use filedescriptor::FileDescriptor;
 use rustix::io::Errno;
 
-use super::client::connector::{Attempt, Connector};
+use super::client::connector::{Connector, RetryOutcome};
 use super::client::report::Report;
 use super::client::tunnel::TunnelAction;
 use super::client::{ClientMode, client_mode, descriptor};
@@ -37,7 +37,7 @@ enum AddrOutput {
 }
 
 impl AddrOutput {
-    /// Takes over the descriptor, or removes the file of an earlier run, whose address is no longer valid.
+    /// Takes the descriptor. A file of an earlier run is removed, because its address is no longer valid.
     fn open(text: &str) -> Result<Self, CliError> {
         match descriptor::fd_number(text) {
             Some(number) => {
@@ -66,7 +66,7 @@ impl AddrOutput {
             Self::File(path) => {
                 let directory =
                     path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                // As for any new file: the umask decides who may read it.
+                // The mode of any new file; the umask restricts it.
                 let mode = Permissions::from_mode(0o666);
                 let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(directory)?;
                 file.write_all(line.as_bytes())?;
@@ -89,7 +89,7 @@ impl Args {
         let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
         let connector = Connector::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         connector.run(Box::pin(async {
-            let Attempt { client, tries, result } = connector.request(Command::Bind).await;
+            let RetryOutcome { client, tries, result } = connector.request(Command::Bind).await;
             let mut report = Report::new(&connector, &client, tries);
             let result = match result {
                 Ok((mut tunnel, bnd)) => {

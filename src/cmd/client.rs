@@ -1,5 +1,5 @@
-//! The options of the three client modes, which share most of them. An option that a mode does not support is not in its
-//! help and is refused with a reason.
+//! The options of the three client modes, which share most of them. A mode omits unsupported options from its help and
+//! refuses them with a reason.
 
 pub(super) mod child;
 pub(super) mod connector;
@@ -37,7 +37,7 @@ pub enum ClientMode {
 
 const STREAM_MODES: &[ClientMode] = &[ClientMode::Connect, ClientMode::Bind];
 
-/// Options that only some modes support, those modes, and the reason that the other modes refuse them with.
+/// Options that only some modes support, these modes, and the reason that the other modes report.
 const RESTRICTED_OPTIONS: [(&[&str], &[ClientMode], &str); 10] = [
     (&["-l", "--listen"], &[ClientMode::Connect, ClientMode::Udp], "with bind, the proxy listens"),
     (&["-k", "--keep-open"], &[ClientMode::Connect], "only connect -l uses it; udp -l always serves several peers"),
@@ -51,7 +51,7 @@ const RESTRICTED_OPTIONS: [(&[&str], &[ClientMode], &str); 10] = [
     (&["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"], &[ClientMode::Udp], "only udp uses it"),
 ];
 
-/// Returns the reason that `mode` refuses `option` with, if another mode supports it.
+/// Returns why `mode` does not support `option`. `None` if it does, or if no mode does.
 pub(super) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
     [ClientMode::Connect, ClientMode::Bind, ClientMode::Udp]
         .into_iter()
@@ -61,8 +61,8 @@ pub(super) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static st
 
 impl ClientMode {
     fn unsupported_reason(self, option: &str) -> Option<&'static str> {
-        let row = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
-        (!row.1.contains(&self)).then_some(row.2)
+        let (_, modes, reason) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
+        (!modes.contains(&self)).then_some(*reason)
     }
 }
 
@@ -322,28 +322,28 @@ impl ClientMode {
         }
     }
 
-    /// Returns the options that the mode takes, for help and completions.
+    /// Describes the mode and its options, for help and completions.
     pub(super) fn info(
         self,
         description: &'static str,
         positionals: &'static [PositionalInfo<'static>],
     ) -> CommandInfoWithArgs {
         let all = Args::get_args_info();
-        let takes = |flag: &&FlagInfo<'static>| self.unsupported_reason(flag.long).is_none();
-        let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(takes).map(copy_flag).collect();
-        // argh wants a static slice; this runs once or twice in the life of the process.
+        let is_supported = |flag: &&FlagInfo<'static>| self.unsupported_reason(flag.long).is_none();
+        let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(is_supported).map(copy_flag).collect();
+        // argh requires a static slice. The leak is small: a process calls this once or twice.
         let flags = Box::leak(flags.into_boxed_slice());
         CommandInfoWithArgs { name: self.name(), description, flags, positionals, ..CommandInfoWithArgs::default() }
     }
 }
 
-/// Returns the names of the modes that take an option, if not every client mode does.
+/// Returns the names of the modes that support an option. `None` if every client mode does.
 pub(super) fn modes_of(option: &str) -> Option<Vec<&'static str>> {
     let (_, modes, _) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
     Some(modes.iter().map(|mode| mode.name()).collect())
 }
 
-/// Copies what the help prints of an option, since argh's type is not `Clone`.
+/// Copies the fields that the help prints. argh's type is not `Clone`.
 fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
     let kind = match flag.kind {
         FlagInfoKind::Switch => FlagInfoKind::Switch,
@@ -355,7 +355,7 @@ fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
 
 /// Defines a client mode for argh: the shared options under the mode's name.
 macro_rules! client_mode {
-    ($mode:ident, $name:literal, $description:literal, [$($positional:ident $what:literal)?]) => {
+    ($mode:ident, $name:literal, $description:literal, [$($positional:ident $about:literal)?]) => {
         #[doc = $description]
         #[derive(Debug)]
         pub struct Args(pub(super) crate::cmd::client::Args);
@@ -375,7 +375,7 @@ macro_rules! client_mode {
             fn get_args_info() -> argh::CommandInfoWithArgs {
                 crate::cmd::client::ClientMode::$mode.info($description, &[$(argh::PositionalInfo {
                     name: stringify!($positional),
-                    description: $what,
+                    description: $about,
                     optionality: argh::Optionality::Optional,
                     hidden: false,
                 })?])

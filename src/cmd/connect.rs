@@ -1,7 +1,7 @@
 //! `s5 connect`: relays stdin and stdout to a target through proxies.
 
 use super::CliError;
-use super::client::connector::{Attempt, Connector};
+use super::client::connector::{Connector, RetryOutcome};
 use super::client::report::Report;
 use super::client::tunnel::TunnelAction;
 use super::client::{ClientMode, client_mode, forward, parse_target};
@@ -43,7 +43,7 @@ impl Args {
 }
 
 async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), CliError> {
-    let Attempt { client, tries, result } = connector.request(Command::Connect).await;
+    let RetryOutcome { client, tries, result } = connector.request(Command::Connect).await;
     let mut report = Report::new(connector, &client, tries);
     let result = match result {
         Ok((tunnel, bnd)) => {
@@ -58,7 +58,7 @@ async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), Cli
 
 /// Performs the handshake up to the login, without a request.
 async fn probe(connector: &Connector) -> Result<(), CliError> {
-    let Attempt { client, tries, result } = connector.attempt(async |client| client.probe().await).await;
+    let RetryOutcome { client, tries, result } = connector.retry(async |client| client.probe().await).await;
     if result.is_ok() {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
         connector.print_verbose(&format!("handshake succeeded (method {method})"));

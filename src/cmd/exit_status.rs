@@ -1,7 +1,7 @@
-//! Exit statuses, and errors as the user sees them.
+//! Exit statuses and error messages.
 //!
-//! An error is one line on stderr: `s5: `, then what failed, the phase, the reason and, where there is one, the remedy.
-//! It is in lower case, without a full stop, and never contains a password.
+//! An error is one line on stderr: `s5: `, the operation that failed, the phase, the reason and, if there is one, the
+//! remedy. It is in lower case, has no full stop and never contains a password.
 
 use std::fmt;
 use std::io::Write as _;
@@ -55,12 +55,12 @@ exit_statuses! {
 }
 
 impl ExitStatus {
-    /// Returns 100 + REP, and 109 for all unassigned codes.
+    /// Returns 100 + REP, or 109 for an unassigned code.
     fn from_rep(rep: Rep) -> Self {
         Self(100 + rep.0.min(9))
     }
 
-    /// Returns the status of a child process as a shell does: its exit code, or 128 + the signal that killed it.
+    /// Returns the status of a child process like a shell: its exit code, or 128 + the signal that killed it.
     pub fn from_child(code: Option<i32>, signal: Option<i32>) -> Self {
         let code = code.or(signal.map(|signal| 128 + signal));
         code.and_then(|code| u8::try_from(code).ok()).map_or(Self::FAILURE, Self)
@@ -79,17 +79,17 @@ pub struct CliError {
     pub message: String,
     /// Exit status of the program.
     pub status: ExitStatus,
-    /// Whether a retry would fail the same way.
+    /// Set if a retry would fail in the same way.
     pub is_final: bool,
 }
 
 impl CliError {
-    /// Returns an error that a retry would not fix.
+    /// Returns a final error.
     pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
         Self { message: message.into(), status, is_final: true }
     }
 
-    /// Returns an error of the command line, or of a file that it names.
+    /// Returns an error in the command line, or in a file that it names.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(ExitStatus::USAGE, message)
     }
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn child_status_is_that_of_a_shell() {
+    fn child_status_is_the_same_as_in_a_shell() {
         let table = [(Some(0), None, 0), (Some(3), None, 3), (None, Some(9), 137), (Some(256), None, 1)];
         for (code, signal, status) in table {
             assert_eq!(ExitStatus::from_child(code, signal).code(), status);

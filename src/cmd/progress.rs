@@ -12,7 +12,7 @@ use crate::relay::ByteCounts;
 /// Time between two updates of the line.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Shows bytes, rate and time on stderr while it is polled, if `is_enabled`. Never returns.
+/// Shows bytes, rate and time on stderr while it is polled, if `is_enabled` is set. Never returns.
 pub(super) async fn show<T>(is_enabled: bool, counts: &ByteCounts) -> T {
     if !is_enabled {
         return pending().await;
@@ -31,7 +31,7 @@ struct ProgressLine<'a> {
 }
 
 impl ProgressLine<'_> {
-    /// Draws over the line (ECMA-48: return to the first column, erase the line).
+    /// Redraws the line. The escape sequence is of ECMA-48: return to the first column, erase the line.
     fn draw(&self, end: &str) {
         let bytes = self.counts.up.load(Ordering::Relaxed) + self.counts.down.load(Ordering::Relaxed);
         let elapsed = self.started.elapsed();
@@ -49,7 +49,7 @@ impl Drop for ProgressLine<'_> {
     }
 }
 
-/// A size as `17 B`, `1.5 KiB` or `3.2 GiB`.
+/// A size that is displayed as `17 B`, `1.5 KiB` or `3.2 GiB`.
 struct ByteSize(u64);
 
 impl fmt::Display for ByteSize {

@@ -23,7 +23,7 @@ use crate::proto::{Method, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, ListenAddr, Options, PortRange, Quotas, ServerError};
 use load::{ConfigFile, PolicySources};
 
-/// Name of the hop of `--via` in the log.
+/// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
 /// Listen address without `--listen`.
 const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
@@ -223,7 +223,7 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("expected bytes per second, such as 1500 or 10M, found {text:?}"))
 }
 
-/// A rule of `--allow` or `--deny`. Its position restores their common order, since argh collects each option separately.
+/// A rule of `--allow` or `--deny`. argh collects each option separately; the position restores their common order.
 #[derive(Debug)]
 struct RuleOption {
     position: usize,
@@ -283,12 +283,12 @@ impl Args {
         })
     }
 
-    /// Parses the hops. The hop of `--via` is the last.
+    /// Parses the values of `--hop` and `--via`. The `--via` hop is the last.
     fn hops(&mut self) -> Result<Vec<Arc<Hop>>, CliError> {
         let mut hops: Vec<Arc<Hop>> = Vec::new();
         for text in &self.hop {
             let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: expected NAME=URL"))?;
-            // The text may be a URL with a password, so it is not shown.
+            // The name may be part of a URL with a password, so it is not printed.
             let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
             if !is_name || name == "direct" {
                 let hint = "a name consists of letters, digits, \"-\", \"_\" and \".\", and is not \"direct\"";

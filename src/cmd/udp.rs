@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use super::client::connector::{Attempt, Connector};
+use super::client::connector::{Connector, RetryOutcome};
 use super::client::forward::parse_listen_addr;
 use super::client::report::Report;
 use super::client::{ClientMode, client_mode, parse_target};
@@ -22,13 +22,13 @@ use crate::reactor::{sleep, sleep_until, yield_now};
 use crate::relay::ByteCounts;
 use framing::{DatagramReader, DatagramWriter, Framing};
 
-/// Default time to wait for answers after the last datagram.
+/// Default time to wait for answers after stdin has ended.
 const ANSWER_WAIT: Duration = Duration::from_secs(2);
-/// The most answers that are written at once; a socket's buffer holds about as many.
+/// Maximum number of answers that are written together. A socket's buffer holds about as many.
 const MAX_BATCH: usize = 1000;
-/// Default limit of local peers that have an association at the same time.
+/// Default of `--max-peers`: associations that exist at the same time, one for each local peer.
 pub(super) const MAX_PEERS: usize = 256;
-/// Default time without a datagram after which a local peer's association is closed.
+/// Default idle timeout of a local peer's association.
 const PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 client_mode!(
@@ -70,14 +70,14 @@ impl Args {
     }
 }
 
-/// Establishes an association. Returns it with the target, which is resolved here if `-R local` is set.
+/// Establishes an association. Returns it and the target, which `-R local` resolves on this machine.
 async fn associate(client: &Client) -> Result<(Association, Addr), ClientError> {
     let dst = client.target().await?;
     Ok((client.associate().await?, dst))
 }
 
 async fn run(connector: &Connector, transfer: Option<StdioTransfer>) -> Result<(), CliError> {
-    let Attempt { client, tries, result } = connector.attempt(associate).await;
+    let RetryOutcome { client, tries, result } = connector.retry(associate).await;
     let mut report = Report::new(connector, &client, tries);
     let result = match result {
         Ok((association, dst)) => {
@@ -96,15 +96,15 @@ async fn run(connector: &Connector, transfer: Option<StdioTransfer>) -> Result<(
     connector.finish(report, result)
 }
 
-/// A transfer between stdin, stdout and an association, with its options.
+/// The options of a transfer between stdin, stdout and an association.
 struct StdioTransfer {
     framing: Framing,
     reads_stdin: bool,
     writes_stdout: bool,
-    /// How long to wait for answers after the end of stdin.
+    /// Time to wait for answers after stdin has ended.
     answer_wait: Option<Duration>,
     idle_timeout: Option<Duration>,
-    /// With this many answers the transfer ends; fewer are an error.
+    /// The transfer ends after this many answers; fewer are an error.
     expected_answers: Option<u64>,
 }
 
@@ -135,9 +135,9 @@ impl StdioTransfer {
             .or(self.idle(&state))
             .or(association_end(connector, association))
             .await;
-        // Answers that have already arrived are written, whatever ended the transfer.
+        // Answers that have already arrived are written even after an error.
         let flushed = match &ended {
-            // After a timeout, a reader of stdout that does not read must not delay the exit.
+            // After a timeout, a stalled reader of stdout must not delay the exit.
             Err(error) if error.status == ExitStatus::TIMED_OUT => Ok(()),
             _ => state.receive_ready(&mut writer).await,
         };
@@ -148,8 +148,8 @@ impl StdioTransfer {
         match self.expected_answers {
             Some(count) if state.answers.get() < count => {
                 let answers = state.answers.get();
-                let what = format!("received {answers} of {count} answers in time");
-                Err(connector.transfer_error(ExitStatus::TIMED_OUT, &what))
+                let reason = format!("received {answers} of {count} answers in time");
+                Err(connector.transfer_error(ExitStatus::TIMED_OUT, &reason))
             }
             _ => Ok(()),
         }
@@ -167,9 +167,9 @@ impl StdioTransfer {
                 None => pending().await,
             };
         }
-        let stdin = |error: io::Error| state.connector.io_error(ExitStatus::READ_STDIN, &error);
-        let mut reader = DatagramReader::new(self.framing).map_err(stdin)?;
-        while let Some(data) = reader.next().await.map_err(stdin)? {
+        let stdin_error = |error: io::Error| state.connector.io_error(ExitStatus::READ_STDIN, &error);
+        let mut reader = DatagramReader::new(self.framing).map_err(stdin_error)?;
+        while let Some(data) = reader.next().await.map_err(stdin_error)? {
             state.send(&data).await?;
         }
         sleep(self.answer_wait.unwrap_or(ANSWER_WAIT)).await;
@@ -183,22 +183,22 @@ impl StdioTransfer {
     }
 }
 
-/// Prints how many answers were lost, as far as s5 can detect it.
+/// Prints how many answers were lost on this machine.
 fn print_losses(connector: &Connector, association: &Association) {
     let losses = association.losses();
-    for (n, what) in [
+    for (n, reason) in [
         (losses.incomplete, "incomplete: fragments are missing"),
         (losses.invalid, "dropped: malformed, or not from the relay"),
         (losses.overflowed, "dropped: they arrived faster than they were read"),
     ] {
         if n > 0 {
-            let error = connector.transfer_error(ExitStatus::FAILURE, &format!("answers {what} ({n})"));
+            let error = connector.transfer_error(ExitStatus::FAILURE, &format!("answers {reason} ({n})"));
             connector.print_error(Err(error));
         }
     }
 }
 
-/// Returns when there was no datagram for `limit`.
+/// Waits until there has been no datagram for `limit`.
 async fn wait_for_silence(last_activity: &Cell<Instant>, limit: Duration) {
     while last_activity.get().elapsed() < limit {
         sleep_until(last_activity.get() + limit).await;
@@ -209,8 +209,8 @@ async fn wait_for_silence(last_activity: &Cell<Instant>, limit: Duration) {
 async fn association_end(connector: &Connector, association: &Association) -> Result<(), CliError> {
     let AssociationClosed(proxy) = association.closed().await;
     let target = connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
-    let what = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
-    Err(CliError::new(ExitStatus::RECEIVE_ERROR, what))
+    let message = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
+    Err(CliError::new(ExitStatus::RECEIVE_ERROR, message))
 }
 
 /// The state of a transfer.
@@ -232,7 +232,7 @@ impl TransferState<'_> {
         let sent = self.association.send(self.dst, data).await;
         self.last_activity.set(Instant::now());
         self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
-        // stdin may always be ready; receiving must make progress too.
+        // If stdin is always ready, receiving must make progress too.
         yield_now().await;
         sent.map_err(|error| self.connector.io_error(ExitStatus::SEND_ERROR, &error))
     }
@@ -244,13 +244,13 @@ impl TransferState<'_> {
             let (_, answer) = received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             self.push_answer(&answer, writer);
             self.receive_ready(writer).await?;
-            // Answers may always be ready; sending must make progress too.
+            // If answers are always ready, sending must make progress too.
             yield_now().await;
         }
         Ok(())
     }
 
-    /// Receives all answers that have arrived before it writes them: a write is slow, and the socket's buffer is small.
+    /// Receives all answers that have arrived, then writes them: a write is slow, and the socket's buffer is small.
     async fn receive_ready(&self, writer: &mut DatagramWriter) -> Result<(), CliError> {
         for _ in 0..MAX_BATCH {
             if self.answers.get() >= self.expected_answers {

@@ -33,22 +33,23 @@ impl Program {
         let Self(words) = self;
         let mut command = Command::new(words.first().map(String::as_str).unwrap_or_default());
         command.args(words.iter().skip(1)).envs(variables.iter().map(|(name, value)| (*name, value)));
-        let failed = |error: &io::Error| {
+        let start_error = |error: &io::Error| {
             let status = match error.kind() {
                 io::ErrorKind::NotFound => ExitStatus::PROGRAM_NOT_FOUND,
                 _ => ExitStatus::NOT_EXECUTABLE,
             };
             CliError::new(status, format!("{}: {error}", words.join(" ")))
         };
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| failed(&error))?;
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| start_error(&error))?;
         let pipes = child.stdin.take().map(OwnedFd::from).zip(child.stdout.take().map(OwnedFd::from));
         let pipes = pipes.ok_or_else(|| io::ErrorKind::BrokenPipe.into());
         let stdio = pipes.and_then(|(stdin, stdout)| StdioStream::from_child(stdout, stdin, crlf));
-        Ok((child, stdio.map_err(|error| failed(&error))?))
+        Ok((child, stdio.map_err(|error| start_error(&error))?))
     }
 }
 
-/// Waits on another thread for a process, and returns its exit status.
+/// Waits for a process on another thread. Returns its exit status.
 pub(super) async fn wait(mut child: Child) -> io::Result<ExitStatus> {
     let status = smol::unblock(move || child.wait()).await?;
     Ok(ExitStatus::from_child(status.code(), status.signal()))

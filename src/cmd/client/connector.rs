@@ -1,4 +1,4 @@
-//! Establishes tunnels and associations for the client modes: from their options, with retries; and prints the results.
+//! Establishes tunnels and associations for the client modes, with retries, and prints the results.
 
 use std::io;
 use std::pin::Pin;
@@ -18,10 +18,10 @@ use crate::reactor::{self, sleep};
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-/// The pause before the second try. Each further pause is longer by half, up to `MAX_PAUSE`.
+/// Pause before the second try. Each further pause is longer by half, up to `MAX_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
-/// With less time left of `--wait` than this, there is no further try.
+/// Minimum time left of `--wait` for a further try.
 const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 
 /// Establishes tunnels and associations to one target through the selected proxies.
@@ -40,25 +40,25 @@ pub(in crate::cmd) struct Connector {
     verbosity: Verbosity,
 }
 
-/// What is printed on stderr.
+/// Selects the output on stderr.
 #[derive(Clone, Copy, Debug)]
 struct Verbosity {
     is_verbose: bool,
     is_quiet: bool,
-    /// Errors are reported by the exit status only.
+    /// Errors set the exit status but are not printed.
     hides_errors: bool,
     prints_json: bool,
 }
 
-/// The outcome of one or more tries, and the client that made the deciding try.
-pub(in crate::cmd) struct Attempt<T> {
+/// The result of one or more tries, and the client of the try that it is from.
+pub(in crate::cmd) struct RetryOutcome<T> {
     pub(in crate::cmd) client: Client,
     pub(in crate::cmd) tries: u32,
     pub(in crate::cmd) result: Result<T, CliError>,
 }
 
 impl Connector {
-    /// `dst` is the target, or with BIND the expected peer. `None` if only the proxy is probed.
+    /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
     pub(in crate::cmd) fn new(mode: ClientMode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // no_proxy does not apply to BIND: the peer connects to the proxy.
         let mut hops = proxies::select_proxies(args, dst.as_ref().filter(|_| mode != ClientMode::Bind))?;
@@ -67,7 +67,7 @@ impl Connector {
         }
         let source = source_from_args(args, &hops)?;
         let auth = auth_from_args(args, &hops)?;
-        // Other errors than those of usage are reported as --quiet, -z and --json require.
+        // --quiet, -z and --json apply to all errors except usage errors.
         credentials::add_credentials(&mut hops, args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
             _ => Verbosity::from_args(args).finish(Report::default(), Err(error)),
@@ -85,7 +85,7 @@ impl Connector {
         })
     }
 
-    /// Runs a mode on the event loop. Hides the message of its error if the options require that.
+    /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
     pub(in crate::cmd) fn run(
         &self,
         mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
@@ -94,12 +94,12 @@ impl Connector {
         self.verbosity.filter_error(reactor::run(mode).unwrap_or_else(no_event_loop))
     }
 
-    /// The proxies, without credentials.
+    /// Returns the proxies, without credentials.
     pub(in crate::cmd) fn hops(&self) -> impl Iterator<Item = String> {
         self.hops.iter().map(ToString::to_string)
     }
 
-    /// The target, or the expected peer; `None` if there is none.
+    /// Returns the target, or the expected peer of BIND, if there is one.
     pub(in crate::cmd) fn dst(&self) -> Option<&Addr> {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
@@ -109,19 +109,19 @@ impl Connector {
             .with_auth(self.auth.clone())
             .with_resolver(self.resolver.clone())
             .with_local_addr(self.source)
-            .with_target_lookup(self.resolves_target)
+            .with_local_resolution(self.resolves_target)
     }
 
-    /// Sends a request, with the retries of [`Connector::attempt`]. Returns the tunnel and BND.
-    pub(in crate::cmd) async fn request(&self, command: Command) -> Attempt<(Conn, Addr)> {
-        self.attempt(async |client| client.request(command).await).await
+    /// Sends a request, with the retries of [`Connector::retry`]. Returns the tunnel and BND.
+    pub(in crate::cmd) async fn request(&self, command: Command) -> RetryOutcome<(Conn, Addr)> {
+        self.retry(async |client| client.request(command).await).await
     }
 
-    /// Repeats `operation` until it succeeds, fails with a final error, or the time of `--wait` is over.
-    pub(in crate::cmd) async fn attempt<T>(
+    /// Repeats `operation` until it succeeds, fails with a final error, or `--wait` expires.
+    pub(in crate::cmd) async fn retry<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
-    ) -> Attempt<T> {
+    ) -> RetryOutcome<T> {
         let started = Instant::now();
         let time_left = || self.wait.map(|wait| wait.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
@@ -133,12 +133,12 @@ impl Connector {
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
             let client = self.client(timeout);
             let error = match operation(&client).await {
-                Ok(done) => return Attempt { client, tries, result: Ok(done) },
+                Ok(value) => return RetryOutcome { client, tries, result: Ok(value) },
                 Err(error) => error,
             };
             let is_shortened = timeout < self.timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let error = CliError::from(error);
-            // A try that only ran out of the remaining time explains less than the error of the try before it.
+            // If the last try was cut short by --wait, the error of the try before it is more informative.
             let latest = match previous.take() {
                 Some(previous) if is_shortened => previous,
                 _ => (client, error),
@@ -154,38 +154,38 @@ impl Connector {
                     if tries > 1 {
                         error.message += &format!(" (given up after {tries} tries)");
                     }
-                    return Attempt { client, tries, result: Err(error) };
+                    return RetryOutcome { client, tries, result: Err(error) };
                 }
             }
         }
     }
 
-    /// The prefix of messages: the last proxy, or `direct`.
+    /// Returns the prefix of messages: the last proxy, or `direct`.
     fn label(&self) -> String {
         self.hops.last().map_or("direct".into(), |hop| format!("proxy {hop}"))
     }
 
     /// Returns an error that occurred after the handshake.
-    pub(in crate::cmd) fn transfer_error(&self, status: ExitStatus, what: &str) -> CliError {
+    pub(in crate::cmd) fn transfer_error(&self, status: ExitStatus, reason: &str) -> CliError {
         let target = self.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
-        CliError::new(status, format!("{}: transfer{target}: {what}", self.label()))
+        CliError::new(status, format!("{}: transfer{target}: {reason}", self.label()))
     }
 
-    /// Returns an error of reading or writing after the handshake. The status selects the text.
+    /// Returns a read or write error after the handshake. The status selects the text.
     pub(in crate::cmd) fn io_error(&self, status: ExitStatus, error: &io::Error) -> CliError {
-        let what = match status {
+        let operation = match status {
             ExitStatus::READ_STDIN => "read from stdin",
             ExitStatus::WRITE_STDOUT => "write to stdout",
             ExitStatus::SEND_ERROR => "write error",
             _ => "read error",
         };
-        self.transfer_error(status, &format!("{what}: {error}"))
+        self.transfer_error(status, &format!("{operation}: {error}"))
     }
 
     /// Prints a line on stderr, unless `--quiet` is set.
-    pub(in crate::cmd) fn print_line(&self, what: &str) {
+    pub(in crate::cmd) fn print_line(&self, line: &str) {
         if !self.verbosity.is_quiet {
-            eprint_line(&CliError::new(ExitStatus::FAILURE, what).to_string());
+            eprint_line(&CliError::new(ExitStatus::FAILURE, line).to_string());
         }
     }
 
@@ -199,9 +199,9 @@ impl Connector {
     }
 
     /// Prints a line on stderr if `-v` is set.
-    pub(in crate::cmd) fn print_verbose(&self, what: &str) {
+    pub(in crate::cmd) fn print_verbose(&self, event: &str) {
         if self.verbosity.is_verbose {
-            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {what}", self.label()))));
+            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {event}", self.label()))));
         }
     }
 
@@ -279,19 +279,21 @@ fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
         ));
     }
     let default = Initiator::default();
-    let wanted = args.gssapi_protection.unwrap_or(default.requested_level);
+    let requested = args.gssapi_protection.unwrap_or(default.requested_level);
     // NEC's exchange of the level is not protected, so an attacker could lower it.
-    let default_least = if args.gssapi_nec { wanted } else { default.min_level.min(wanted) };
-    let least = args.gssapi_min.unwrap_or(default_least);
-    if least > wanted {
-        return Err(CliError::usage(format!("--gssapi-min {least} is higher than --gssapi-protection {wanted}")));
+    let default_min = if args.gssapi_nec { requested } else { default.min_level.min(requested) };
+    let min_level = args.gssapi_min.unwrap_or(default_min);
+    if min_level > requested {
+        return Err(CliError::usage(format!(
+            "--gssapi-min {min_level} is higher than --gssapi-protection {requested}"
+        )));
     }
     let gssapi = Initiator {
         ccache: args.ccache.clone(),
         service: args.gssapi_service.clone().unwrap_or(default.service.clone()),
         host: args.gssapi_host.clone(),
-        requested_level: wanted,
-        min_level: least,
+        requested_level: requested,
+        min_level,
         uses_nec_exchange: args.gssapi_nec,
         ..default
     };

@@ -1,5 +1,5 @@
-//! Credentials for each proxy: from the command line, a file and the environment, in this order. For a user name without
-//! a password, an askpass program is run, or the user is prompted.
+//! Credentials for each proxy: from the command line, a file and the environment, in this order. If a user name has no
+//! password, s5 runs an askpass program or prompts the user.
 
 use std::env;
 use std::ffi::OsString;
@@ -16,10 +16,10 @@ use crate::cmd::CliError;
 use crate::cmd::exit_status::{ExitStatus, eprint_line};
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
-/// The most bytes that are read of a password file.
+/// Maximum number of bytes read from a password file.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
-/// A user name and its password.
+/// A user name and a password.
 struct Login {
     uname: Vec<u8>,
     passwd: Vec<u8>,
@@ -49,7 +49,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
         let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
         logins.extend(read_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
     }
-    // The file is read in any case, so that the line of stdin or of a descriptor is not left for the tunnel.
+    // This check follows the read, so that a line from stdin or a descriptor never reaches the tunnel.
     if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {
         return Ok(());
     }
@@ -70,7 +70,7 @@ fn to_credentials(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credential
     credentials(uname, passwd).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))
 }
 
-/// Reads all lines of a file, but only the first of stdin or a descriptor: the following data may belong to the tunnel.
+/// Reads all lines of a file, but only the first line of stdin or a descriptor: later data may belong to the tunnel.
 fn read_file(name: &str) -> io::Result<Vec<Login>> {
     let mut text = Vec::new();
     match (name, descriptor::fd_number(name)) {
@@ -125,7 +125,7 @@ fn parse_login(pair: &[u8]) -> Option<Login> {
     Some(Login { uname: uname.into(), passwd: passwd.get(1..)?.into() })
 }
 
-/// Returns the password that the askpass program prints or the user types. Fails if neither is available, and in CI.
+/// Returns the password from the askpass program or the user. Fails if neither is available, and in CI.
 fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
     let prompt = format!("Password for {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
     let may_prompt = env_var("CI").is_none_or(|ci| ci == "false");
@@ -139,17 +139,17 @@ fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Cl
             && args.listen.is_none()
             && args.exec.is_none()
             && args.sh_exec.is_none();
-        // What the user types on a terminal that is stdin belongs to the tunnel.
+        // If stdin is the terminal, its input belongs to the tunnel.
         let is_terminal_used = uses_stdin && io::stdin().is_terminal();
         if !is_terminal_used && let Ok(passwd) = rpassword::prompt_password(&prompt) {
             return Ok(passwd.into_bytes());
         }
     }
-    let why = format!(
+    let message = format!(
         "proxy {hop}: login: no password for {} (use --proxy-auth-file or S5_PROXY_AUTH)",
         String::from_utf8_lossy(uname).escape_debug()
     );
-    Err(CliError::new(ExitStatus::LOGIN_FAILED, why))
+    Err(CliError::new(ExitStatus::LOGIN_FAILED, message))
 }
 
 /// Returns the program to ask for passwords, by the rules of ssh(1) for SSH_ASKPASS.

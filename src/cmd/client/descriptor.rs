@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 /// Opens a named pipe for reading or writing, with O_NONBLOCK.
 ///
 /// # Errors
-/// Those of open(2), such as ENXIO if it is opened for writing and has no reader.
+/// Those of open(2). ENXIO: the pipe is opened for writing and has no reader.
 pub(in crate::cmd) fn open_fifo(path: &Path, writes: bool) -> io::Result<File> {
     let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
     OpenOptions::new().read(!writes).write(writes).custom_flags(flag).open(path)
@@ -27,13 +27,13 @@ pub(in crate::cmd) fn fd_number(text: &str) -> Option<&str> {
 /// # Errors
 /// The descriptor is not open, or is stdin, stdout or stderr.
 pub(in crate::cmd) fn take_fd(number: &str) -> io::Result<FileDescriptor> {
-    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
+    let invalid = |reason: &str| io::Error::new(io::ErrorKind::InvalidInput, reason);
     let n: i32 = number.parse().map_err(|_| invalid("not a file descriptor number"))?;
     if n < 3 {
         return Err(invalid("0, 1 and 2 are stdin, stdout and stderr (use 3 or more)"));
     }
-    let taken = FileDescriptor::dup(&n).map_err(|_| io::Error::last_os_error())?;
+    let duplicate = FileDescriptor::dup(&n).map_err(|_| io::Error::last_os_error())?;
     #[cfg(target_os = "linux")]
     nix::unistd::close(n)?;
-    Ok(taken)
+    Ok(duplicate)
 }

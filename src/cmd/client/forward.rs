@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 
-use super::connector::{Attempt, Connector};
+use super::connector::{Connector, RetryOutcome};
 use super::report::Report;
 use super::tunnel::{TrackedConn, relay_result};
 use crate::client::parse_addr;
@@ -22,7 +22,7 @@ use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, UNDELI
 
 /// Parses an address to listen on: `port` (on 127.0.0.1), or `addr:port`.
 pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliError> {
-    let usage_error = |what: String| CliError::usage(format!("-l: {what}"));
+    let usage_error = |reason: String| CliError::usage(format!("-l: {reason}"));
     if let Ok(port) = text.parse() {
         return Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
     }
@@ -38,7 +38,7 @@ pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliErr
     }
 }
 
-/// The error of an address that can't be listened on.
+/// Returns the error for a listen address that is not available.
 pub(in crate::cmd) fn listen_error(addr: SocketAddr, error: &io::Error) -> CliError {
     CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error} (choose another with -l)"))
 }
@@ -73,10 +73,10 @@ pub(in crate::cmd) async fn run(
     run_with_tasks(&executor, Box::pin(accept_all)).await
 }
 
-/// A task that runs while connections are accepted. One boxed type, so that the executor's code exists once.
+/// A task that runs while connections are accepted. One boxed type, so that the executor's code is compiled once.
 pub(in crate::cmd) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
-/// Runs `main` to its end, and the executor's tasks meanwhile.
+/// Runs `main` until it ends, and meanwhile the executor's tasks.
 pub(in crate::cmd) async fn run_with_tasks(
     executor: &LocalExecutor<'_>,
     main: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
@@ -84,7 +84,7 @@ pub(in crate::cmd) async fn run_with_tasks(
     executor.run(main).await
 }
 
-/// Accepts the next connection. The first error is printed; accept(2) is retried after a pause.
+/// Accepts the next connection. After an error, accept(2) is retried after a pause; only the first error is printed.
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_reported = false;
     loop {
@@ -118,16 +118,16 @@ async fn serve_connection(
         sleep(HALF_CLOSED_GRACE).await;
         None
     };
-    let Some(Attempt { client, tries, result }) = async { Some(request.await) }.or(disconnected).await else {
-        let what = "the local client disconnected before the tunnel was established";
-        let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, what);
+    let Some(RetryOutcome { client, tries, result }) = async { Some(request.await) }.or(disconnected).await else {
+        let reason = "the local client disconnected before the tunnel was established";
+        let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
         return connector.finish(Report::default(), Err(error));
     };
     let mut report = Report::new(connector, &client, tries);
     let (tunnel, bnd) = match result {
-        Ok(reached) => reached,
+        Ok(established) => established,
         Err(error) => {
-            // A reset: an orderly close would look like an empty answer of the target.
+            // Reset the connection: an orderly close would look like an empty answer from the target.
             local.abort();
             return connector.finish(report, Err(error));
         }

@@ -1,4 +1,4 @@
-//! Selects the proxies: those of the command line, else of the environment, else the default.
+//! Selects the proxies: from the command line, otherwise from the environment, otherwise the default.
 
 use std::env;
 use std::net::IpAddr;
@@ -43,8 +43,8 @@ pub(super) fn env_var(name: &str) -> Option<String> {
     env::var_os(name).filter(|text| !text.is_empty()).map(|text| text.to_string_lossy().into_owned())
 }
 
-/// Whether a list as in NO_PROXY contains the target. An entry is `*`, a domain (with its subdomains), an address or a
-/// CIDR, each with an optional port.
+/// Returns true if the value of NO_PROXY matches the target. An entry is `*`, a domain (which includes its subdomains), an
+/// address or a CIDR, each with an optional port.
 fn is_excluded(list: &str, dst: &Addr) -> bool {
     list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| entry_matches(entry, dst))
 }

@@ -11,7 +11,7 @@ use crate::cmd::{CliError, ExitStatus};
 use crate::proto::Addr;
 use crate::relay::ByteCounts;
 
-/// The route and the tunnel of a client, in the terms of RFC 1928. `null` means "not reached".
+/// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
 pub(in crate::cmd) struct Report {
     /// The last proxy.
@@ -38,7 +38,7 @@ pub(in crate::cmd) struct Report {
     error: Option<String>,
 }
 
-/// Duration of each phase, in the try whose result counts.
+/// Duration of each phase, in the try that the report describes.
 #[derive(Debug, Default)]
 struct PhaseDurations {
     resolve: Duration,
@@ -80,7 +80,7 @@ impl Report {
         self.bnd = Some(bnd.to_string());
     }
 
-    /// Adds the second reply to BIND.
+    /// Adds the second reply to BIND. `peer` is `None` if it failed.
     pub(in crate::cmd) fn set_peer(&mut self, client: &Client, peer: Option<&Addr>) {
         self.peer = peer.map(ToString::to_string);
         self.rep = client.rep().map(|rep| rep.0);

@@ -22,13 +22,13 @@ const BUFFER_SIZE: usize = 64 * 1024;
 /// Major number of /dev/null, /dev/zero and /dev/full (Linux, devices.txt).
 const MEMORY_DEVICES_MAJOR: u32 = 1;
 
-/// A descriptor for reading or writing.
+/// One of the two descriptors of a [`StdioStream`].
 enum StdioEnd {
     /// A pipe. The event loop waits for it, as for a socket.
     Pipe(Io<File>),
     /// A regular file, or a device such as /dev/null: always ready.
     File(File),
-    /// Anything else, on its own thread: O_NONBLOCK would affect other processes that share the descriptor.
+    /// Any other file, on its own thread: O_NONBLOCK would affect other processes that share the descriptor.
     Blocking(Unblock<BlockingFile>),
 }
 
@@ -36,7 +36,7 @@ enum StdioEnd {
 pub(in crate::cmd) struct BlockingFile(pub(in crate::cmd) File);
 
 impl BlockingFile {
-    fn wait<T>(&self, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
+    fn retry_when_ready<T>(&self, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {
         loop {
             match op(&self.0) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -50,13 +50,13 @@ impl BlockingFile {
 
 impl io::Read for BlockingFile {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.wait(PollFlags::IN, |mut file| file.read(buf))
+        self.retry_when_ready(PollFlags::IN, |mut file| file.read(buf))
     }
 }
 
 impl io::Write for BlockingFile {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.wait(PollFlags::OUT, |mut file| file.write(buf))
+        self.retry_when_ready(PollFlags::OUT, |mut file| file.write(buf))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -65,7 +65,7 @@ impl io::Write for BlockingFile {
 }
 
 impl StdioEnd {
-    /// Wraps a descriptor that other processes may share. On Linux a pipe is opened again, which gives it its own flags.
+    /// Wraps a descriptor that other processes may share. On Linux a pipe is reopened, so that O_NONBLOCK is not shared.
     fn from_shared(fd: OwnedFd, writes: bool) -> Self {
         let file = File::from(fd);
         let Ok(found) = file.metadata() else { return Self::blocking(file) };
@@ -127,12 +127,12 @@ impl StdioEnd {
 
 /// A stream that reads from stdin and writes to stdout.
 pub(super) struct StdioStream {
-    /// If `None`, reading never completes.
+    /// `None`: reads never complete.
     input: Option<StdioEnd>,
-    /// If `None`, written data is discarded.
+    /// `None`: written data is discarded.
     output: Option<StdioEnd>,
     crlf: Option<CrlfEncoder>,
-    /// Whether writes after the reader has closed the pipe are discarded instead of failing.
+    /// Whether data is discarded, instead of failing, after the reader has closed the pipe.
     ignores_broken_pipe: bool,
     /// Whether data has been accepted since the last flush.
     has_unflushed: bool,
@@ -158,12 +158,11 @@ impl StdioStream {
         Self { input, output, crlf: crlf.then(CrlfEncoder::default), ignores_broken_pipe, has_unflushed: false }
     }
 
-    /// Whether the stream can be read.
     pub(super) fn has_input(&self) -> bool {
         self.input.is_some()
     }
 
-    /// Waits until all accepted data is written. The error of a thread that writes is reported only here.
+    /// Waits until all accepted data is written. An error of the writing thread is reported only here.
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         poll_fn(|cx| Pin::new(&mut *self).poll_flush(cx)).await
     }
@@ -173,7 +172,7 @@ impl StdioStream {
 impl Stream for StdioStream {
     fn abort(&self) {}
 
-    /// Makes the relay flush, which reports a write error when it occurs and not at the next write.
+    /// If true, the relay flushes. Otherwise a write error would be reported late, at the next write.
     fn has_unflushed(&self) -> bool {
         self.has_unflushed
     }
@@ -202,7 +201,7 @@ impl AsyncWrite for StdioStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let Some(output) = &mut self.output else { return Poll::Ready(Ok(buf.len())) };
         match ready!(output.poll_write(cx, buf)) {
-            // A pipe to a program fails only when the program has closed it.
+            // A write to a program fails only after the program has closed its stdin.
             Err(_) if self.ignores_broken_pipe => {
                 self.output = None;
                 Poll::Ready(Ok(buf.len()))
@@ -222,7 +221,7 @@ impl AsyncWrite for StdioStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Flushes, then closes this copy of the descriptor: the end of stdin for a program.
+    /// Flushes and closes this copy of the descriptor, which ends the stdin of a program.
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.as_mut().poll_flush(cx))?;
         self.output = None;

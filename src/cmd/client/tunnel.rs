@@ -1,5 +1,5 @@
-//! What the client modes do with an established tunnel: close it, pass its socket on, or connect it to stdin and stdout,
-//! their own or those of a program.
+//! The use of an established tunnel: close it at once (`-z`), pass its socket to another process (`-F`), or relay between
+//! it and stdin and stdout, or those of a program (`-e`, `-c`).
 
 use std::cell::{Cell, RefCell};
 use std::future::{pending, poll_fn};
@@ -28,13 +28,13 @@ use crate::relay::{
     ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, SocketOp, SocketPoll, Stream, relay,
 };
 
-/// How long stdin may be silent after the remote side has ended. Data that is ready is still sent, but s5 does not wait
-/// for more, since the peer has most likely closed its socket. Also limits the last flush of stdout after a timeout.
+/// Time that stdin may be silent after the remote side has ended. Data that is ready is still sent, but s5 does not wait
+/// for more: the peer has most likely closed its socket. Also limits the last flush of stdout after a timeout.
 const STDIN_LINGER: Duration = Duration::from_millis(250);
 /// With `--send-only`, time from the end of stdin to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
-/// What to do with a tunnel.
+/// What a client mode does with a tunnel, by its options.
 #[derive(Debug)]
 pub(in crate::cmd) struct TunnelAction {
     establish_only: bool,
@@ -69,8 +69,8 @@ impl TunnelAction {
         }
         let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
         if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
-            let what = "-C, -q, --no-shutdown and --progress";
-            return Err(CliError::usage(format!("{what} cannot be used with {}", given.concat())));
+            let relay_options = "-C, -q, --no-shutdown and --progress";
+            return Err(CliError::usage(format!("{relay_options} cannot be used with {}", given.concat())));
         }
         if args.pass_fd {
             let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
@@ -92,7 +92,7 @@ impl TunnelAction {
         })
     }
 
-    /// Uses the tunnel until it ends.
+    /// Performs the action. Returns when the tunnel has ended.
     pub(in crate::cmd) async fn run(
         &self,
         connector: &Connector,
@@ -120,9 +120,8 @@ impl TunnelAction {
             }
             None => {
                 let stdio = StdioStream::from_stdio(self.reads_stdin, self.writes_stdout, self.crlf);
-                let what = "open stdin and stdout";
-                let failed = |error| connector.transfer_error(ExitStatus::FAILURE, &format!("{what}: {error}"));
-                (None, stdio.map_err(failed)?)
+                let reason = |error| format!("open stdin and stdout: {error}");
+                (None, stdio.map_err(|error| connector.transfer_error(ExitStatus::FAILURE, &reason(error)))?)
             }
         };
         self.relay(connector, stdio, child, tunnel, report).await
@@ -145,19 +144,19 @@ impl TunnelAction {
         let counts = ByteCounts::default();
         let mut tracked = TrackedConn::new(tunnel, self.sends_eof);
         let stats = tracked.stats.clone();
-        let mut exit = child.map(|child| Box::pin(child::wait(child)));
+        let mut program_exit = child.map(|child| Box::pin(child::wait(child)));
         let mut exit_status = None;
         let quit_timed_out = Cell::new(false);
         let outcome = {
             let quit = async {
                 stats.up_done().await;
-                match (self.quit_after, &mut exit) {
+                match (self.quit_after, &mut program_exit) {
                     (Some(time), _) => {
                         sleep(time).await;
                         quit_timed_out.set(true);
                     }
-                    // A program that has exited reads nothing more.
-                    (None, Some(exit)) => exit_status = Some(exit.await),
+                    // After the program has exited, nothing reads the answers.
+                    (None, Some(program_exit)) => exit_status = Some(program_exit.await),
                     (None, None) => pending().await,
                 }
                 Ok(RelayOutcome::Finished)
@@ -172,7 +171,7 @@ impl TunnelAction {
         }
         let is_aborted = quit_timed_out.get() || matches!(outcome, Err(RelayError::IdleTimeout));
         let flushed = match is_aborted {
-            // A reader of stdout that does not read must not delay the exit.
+            // A stalled reader of stdout must not delay the exit.
             true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
             false => stdio.flush().await,
         };
@@ -180,8 +179,8 @@ impl TunnelAction {
         report.set_bytes(&counts);
         report.set_stats(stats.first_byte.get(), stats.ended_first.get());
         relay_result(connector, self.idle_timeout, outcome, flushed)?;
-        if let (None, Some(exit)) = (&exit_status, exit.filter(|_| !quit_timed_out.get())) {
-            exit_status = Some(exit.await);
+        if let (None, Some(program_exit)) = (&exit_status, program_exit.filter(|_| !quit_timed_out.get())) {
+            exit_status = Some(program_exit.await);
         }
         match exit_status {
             Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
@@ -193,7 +192,7 @@ impl TunnelAction {
     }
 }
 
-/// Maps the result of a relay to that of the mode. `flushed` is the result of writing the last bytes to stdout.
+/// Maps the result of a relay to the result of the mode. `flushed` is the result of the last flush of stdout.
 pub(super) fn relay_result(
     connector: &Connector,
     idle_timeout: Option<Duration>,
@@ -206,7 +205,7 @@ pub(super) fn relay_result(
         }
         (outcome, _) => outcome,
     };
-    let failed = |status, error: &io::Error| Err(connector.io_error(status, error));
+    let io_error = |status, error: &io::Error| Err(connector.io_error(status, error));
     match outcome {
         // The clients never stop a relay from outside.
         Ok(_) | Err(RelayError::Stopped) => Ok(()),
@@ -217,12 +216,12 @@ pub(super) fn relay_result(
         Err(RelayError::Io(RelayOp::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Err(CliError::new(ExitStatus::BROKEN_PIPE, ""))
         }
-        Err(RelayError::Io(RelayOp::WriteClient, error)) => failed(ExitStatus::WRITE_STDOUT, &error),
-        Err(RelayError::Io(RelayOp::ReadClient, error)) => failed(ExitStatus::READ_STDIN, &error),
+        Err(RelayError::Io(RelayOp::WriteClient, error)) => io_error(ExitStatus::WRITE_STDOUT, &error),
+        Err(RelayError::Io(RelayOp::ReadClient, error)) => io_error(ExitStatus::READ_STDIN, &error),
         Err(RelayError::Io(RelayOp::WriteDst, error) | RelayError::Undelivered(error)) => {
-            failed(ExitStatus::SEND_ERROR, &error)
+            io_error(ExitStatus::SEND_ERROR, &error)
         }
-        Err(RelayError::Io(RelayOp::ReadDst, error)) => failed(ExitStatus::RECEIVE_ERROR, &error),
+        Err(RelayError::Io(RelayOp::ReadDst, error)) => io_error(ExitStatus::RECEIVE_ERROR, &error),
     }
 }
 
@@ -231,7 +230,7 @@ fn pass_socket(tunnel: &Conn) -> io::Result<()> {
     if tunnel.protection().is_some() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "a tunnel that GSSAPI protects cannot be passed"));
     }
-    // The receiving program shares O_NONBLOCK, and expects a blocking socket.
+    // O_NONBLOCK is shared with the receiver, which expects a blocking socket.
     rustix::io::ioctl_fionbio(tunnel, false)?;
     let sockets = [tunnel.as_fd()];
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -246,7 +245,7 @@ fn pass_socket(tunnel: &Conn) -> io::Result<()> {
 /// The remote side of a tunnel. Records statistics of the relay for the report.
 pub(super) struct TrackedConn {
     stream: Conn,
-    /// Whether the end of stdin is sent to the target as a FIN.
+    /// Whether a FIN is sent at the end of stdin.
     sends_eof: bool,
     pub(super) stats: std::rc::Rc<TransferStats>,
 }

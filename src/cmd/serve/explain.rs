@@ -1,4 +1,4 @@
-//! `--show-rules` and `--explain`: print the rules, or the rule that decides a request. No server is started.
+//! `--show-rules` and `--explain`: print the rules, or the rule that decides a request. The server is not started.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -18,7 +18,7 @@ use crate::server::{Options, is_local};
 /// Time limit for resolving the name in a request.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Column of the comments; a longer rule moves its comment to the right.
+/// Minimum column of a comment.
 const COMMENT_COLUMN: usize = 48;
 
 /// Prints all rules in order of evaluation, each with its origin.
@@ -28,11 +28,11 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     for rule in policy.rules.in_display_order() {
         if rule.denies_own_listeners() {
             let own = options.listen.iter().flat_map(|listen| listen.addrs());
-            let to = |own: SocketAddr| match own.ip().is_unspecified() {
+            let rule_text = |own: SocketAddr| match own.ip().is_unspecified() {
                 true => format!("deny to=(any address of this host) port={}", own.port()),
                 false => format!("deny to={} port={}", own.ip(), own.port()),
             };
-            lines.extend(own.map(|own| (to(own), "built in, own listener")));
+            lines.extend(own.map(|own| (rule_text(own), "built in, own listener")));
         } else {
             lines.push((rule.to_string(), rule.origin()));
         }
@@ -44,10 +44,10 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     print(&text)
 }
 
-/// Prints the deciding rule, for the name and for each address. Fails with status 1 if the request is denied.
+/// Prints the deciding rule for the name and for each address. Fails with status 1 if the request is denied.
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> Result<(), CliError> {
     policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
-    let query = ExplainedRequest::parse(request).map_err(|why| CliError::usage(format!("--explain: {why}")))?;
+    let query = ExplainedRequest::parse(request).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
     let mut explanation = Explanation { policy: &policy, options, text: format!("request {query}\n") };
     let is_allowed = explanation.explain(&query);
     explanation.text += match is_allowed {
@@ -64,7 +64,7 @@ fn print(text: &str) -> Result<(), CliError> {
     result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("writing to stdout: {error}")))
 }
 
-/// The value of `--explain`.
+/// The parsed value of `--explain`.
 #[derive(Debug)]
 struct ExplainedRequest {
     from: IpAddr,
@@ -185,7 +185,7 @@ impl Explanation<'_> {
         }
     }
 
-    /// Reports each address, and returns whether one of them is allowed.
+    /// Reports the decision for each address. Returns true if at least one is allowed.
     fn report_addrs(&mut self, request: &AccessRequest<'_>, ips: &[IpAddr]) -> Result<bool, CliError> {
         let mut is_any_allowed = false;
         for ip in ips {

@@ -1,4 +1,4 @@
-//! Builds the policy from options and files, at the start and at each reload.
+//! Builds the policy from options and files at the start and at each reload.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -24,11 +24,11 @@ pub(super) struct ConfigFile {
     path: PathBuf,
     /// Completeness of the file when it was last loaded. `None` before the first load.
     previous: Cell<Option<Completeness>>,
-    /// Text that was last loaded, if it was unterminated: a truncated copy of it looks just as complete.
+    /// The text that was last loaded, if it was unterminated: a truncated copy of it would look equally complete.
     previous_text: RefCell<String>,
 }
 
-/// How complete a file looks. While a file is being copied, it is empty at first and then ends anywhere.
+/// How complete a file looks. While it is being copied, a file is first empty and then may end in the middle of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Completeness {
     Empty,
@@ -55,7 +55,7 @@ impl ConfigFile {
     /// Reads the file. Fails if it looks less complete than the text that was last loaded.
     fn read(&self, max: u64) -> Result<(String, Completeness), CliError> {
         let previous = self.previous.get();
-        // A pipe has no writer at a reload, and opening it would block.
+        // At a reload, a pipe may have no writer, and opening it would block.
         if previous.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
             return Err(file_error(&self.path, "not a regular file (a directory or a pipe cannot be reloaded)"));
         }
@@ -93,10 +93,10 @@ pub(super) struct PolicySources {
 }
 
 impl PolicySources {
-    /// Reads the files and builds the policy. At a reload, both files are accepted or neither.
+    /// Reads the files and builds the policy. A reload accepts both files or neither.
     ///
     /// # Errors
-    /// A file cannot be read, or a line is invalid: file, line and word.
+    /// A file cannot be read, or a line is invalid. The message names file, line and word.
     pub(super) fn load(&self) -> Result<Policy, CliError> {
         let mut loaded = Vec::new();
         let users = match &self.users {
@@ -140,10 +140,10 @@ impl PolicySources {
     }
 }
 
-/// Creates the GSSAPI identity of the server.
+/// Creates the GSSAPI acceptor: the keys of the server and the protection levels that it grants.
 ///
 /// # Errors
-/// The library is missing, the keytab cannot be read, or it has no key for the service.
+/// The GSSAPI library is missing, the keytab cannot be read, or it has no key for the service.
 pub(super) fn gssapi_acceptor(
     keytab: Option<PathBuf>,
     service: Option<&str>,

@@ -30,18 +30,18 @@ fn read_valid_users(file: &Path) -> Result<String, CliError> {
 pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
     let text = read_file(file, MAX_USERS_FILE)?;
     let text = users::edit_entry(&text, name, None).ok_or_else(|| file_error(file, format!("no user {name:?}")))?;
-    // A reload rejects an empty file, because it may be still being written.
+    // A reload rejects an empty file, because the file may still be being written.
     replace_file(file, if text.is_empty() { "# no users\n" } else { &text })
 }
 
-/// Replaces a file by renaming a new file over it, so that readers see the old or the new text, never a part. Only the
-/// owner can read the new file; the owner stays the same.
+/// Replaces a file atomically: renames a new file over it. The new file has the owner of the old one, and only the owner
+/// can read it.
 fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
-    // Follows symbolic links, so that a link is not replaced by a file.
+    // Replaces the target of a symbolic link, not the link.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
     let directory = target.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let new = tempfile::NamedTempFile::new_in(directory).map_err(|error| {
-        // The error itself names the temporary file, which means nothing to the user.
+        // The error itself would name the temporary file, which the user does not know.
         let (is_missing, directory) = (!directory.exists(), directory.display());
         let problem = match is_missing {
             true => format!("directory {directory} does not exist (create it: mkdir -p {directory})"),
@@ -59,18 +59,18 @@ fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
     write().and_then(|()| Ok(new.persist(&target).map(drop)?)).map_err(|error| file_error(file, error))
 }
 
-/// Reads a password: twice from the terminal, without echo, or one line if stdin is not a terminal.
+/// Reads a password: twice and without echo from the terminal, or the first line of stdin if that is not a terminal.
 fn read_new_password(name: &str) -> Result<String, CliError> {
-    let failed =
+    let read_error =
         |error: io::Error| CliError::new(ExitStatus::FAILURE, format!("read the password for {name:?}: {error}"));
     if !io::stdin().is_terminal() {
         let mut line = String::new();
         let mut stdin = io::Read::take(io::stdin().lock(), 4096);
-        stdin.read_line(&mut line).map_err(failed)?;
+        stdin.read_line(&mut line).map_err(read_error)?;
         return Ok(line.trim_end_matches(['\r', '\n']).into());
     }
-    let first = rpassword::prompt_password(format!("password for {name}: ")).map_err(failed)?;
-    let again = rpassword::prompt_password("repeat the password: ").map_err(failed)?;
+    let first = rpassword::prompt_password(format!("password for {name}: ")).map_err(read_error)?;
+    let again = rpassword::prompt_password("repeat the password: ").map_err(read_error)?;
     if first == again {
         Ok(first)
     } else {

@@ -1,5 +1,5 @@
-//! `s5 udp -l`: forwards datagrams to a local port through the proxy. Each local peer has its own association, which ends
-//! when it is idle.
+//! `s5 udp -l`: forwards datagrams to a local port through the proxy. Each local peer gets an association, which ends after
+//! the idle timeout.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use smol::channel::{Receiver, Sender, bounded};
 use super::{associate, association_end, print_losses, wait_for_silence};
 use crate::client::{Association, RECV_BUFFER_SIZE};
 use crate::cmd::CliError;
-use crate::cmd::client::connector::{Attempt, Connector};
+use crate::cmd::client::connector::{Connector, RetryOutcome};
 use crate::cmd::client::forward::{Task, listen_error, run_with_tasks};
 use crate::cmd::client::report::Report;
 use crate::cmd::exit_status::ExitStatus;
@@ -23,11 +23,11 @@ use crate::proto::{Addr, Host};
 use crate::reactor::{Interest, Io, sleep, yield_now};
 use crate::relay::ByteCounts;
 
-/// The most datagrams of a peer that wait for its association. More are dropped.
+/// Maximum number of queued datagrams of a peer. Further datagrams are dropped.
 const MAX_QUEUED: usize = 64;
 /// Size in bytes above which a datagram is large.
 const LARGE_DATAGRAM: usize = 2048;
-/// The most datagrams that are queued before large ones are dropped.
+/// Number of queued datagrams from which on large ones are dropped.
 const MAX_QUEUED_LARGE: usize = 4;
 /// Pause before the next attempt for a peer whose association could not be established.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ pub(super) struct PeerLimits {
     pub(super) idle_timeout: Duration,
 }
 
-/// For each peer that has an association or is getting one, the queue of its datagrams.
+/// The queue of datagrams of each peer, from its first datagram to the end of its association.
 type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target until an error occurs.
@@ -65,8 +65,8 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
                 Some(queue) => queue,
                 None if peers.borrow().len() >= limits.max_peers => {
                     if !is_limit_reported {
-                        let what = "too many peers (see --max-peers)";
-                        connector.print_line(&format!("s5: dropping datagrams of {peer}: {what}"));
+                        let reason = "too many peers (see --max-peers)";
+                        connector.print_line(&format!("s5: dropping datagrams of {peer}: {reason}"));
                     }
                     is_limit_reported = true;
                     continue;
@@ -79,7 +79,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
                     queue
                 }
             };
-            // A full queue drops the datagram, as UDP may.
+            // If the queue is full, the datagram is dropped.
             if data.len() <= LARGE_DATAGRAM || queue.len() < MAX_QUEUED_LARGE {
                 let _ = queue.try_send(data);
             }
@@ -89,7 +89,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
     run_with_tasks(&executor, Box::pin(accept_datagrams)).await
 }
 
-/// Receives a datagram. Skips ECONNREFUSED, an ICMP error about an earlier answer.
+/// Receives a datagram. Ignores ECONNREFUSED, which reports an ICMP error about an earlier answer.
 async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
     loop {
         match socket.with(Interest::Read, |socket| socket.recv_from(buffer)).await {
@@ -99,7 +99,7 @@ async fn receive(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize
     }
 }
 
-/// Serves one peer, from its first datagram until it is idle.
+/// Serves one peer, from its first datagram to the end of its association.
 async fn serve_peer(
     connector: &Connector,
     socket: &Io<UdpSocket>,
@@ -108,7 +108,7 @@ async fn serve_peer(
     datagrams: Receiver<Vec<u8>>,
     idle_timeout: Duration,
 ) {
-    let Attempt { client, tries, result } = connector.attempt(associate).await;
+    let RetryOutcome { client, tries, result } = connector.retry(associate).await;
     let mut report = Report::new(connector, &client, tries);
     let is_associated = result.is_ok();
     let result = match result {
@@ -147,7 +147,7 @@ async fn serve_peer(
     };
     connector.print_error(connector.finish(report, result));
     if !is_associated {
-        // Otherwise each further datagram of the peer would cause an attempt and an error message.
+        // Without the pause, each further datagram of the peer would cause an attempt and an error message.
         sleep(RETRY_PAUSE).await;
     }
     peers.borrow_mut().remove(&peer);
@@ -171,7 +171,7 @@ impl PeerTransfer<'_> {
         while let Ok(data) = datagrams.recv().await {
             self.last_activity.set(Instant::now());
             self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
-            // A datagram that is too large is lost, as on any UDP path.
+            // A datagram that is too large is dropped.
             if let Err(error) = self.association.send(self.dst, &data).await {
                 log::debug!("dropped a datagram from {}: {error}", self.peer);
             }
@@ -183,7 +183,7 @@ impl PeerTransfer<'_> {
         loop {
             let received = self.association.recv().await;
             let (from, data) = received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
-            // The address of a target given by name is not known here.
+            // If the proxy resolves the target, its address is not known here.
             if matches!(self.dst.host, Host::Ip(_)) && from != *self.dst {
                 log::debug!("dropped an answer from {from}: it is not from {}", self.dst);
                 continue;

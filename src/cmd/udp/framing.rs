@@ -1,4 +1,4 @@
-//! Framings of datagrams in stdin and stdout: text lines, hexadecimal lines, length-prefixed, or one per read.
+//! Framings of datagrams in stdin and stdout: text lines, hexadecimal lines, length prefixes, or one datagram per read.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,7 +15,7 @@ use crate::cmd::client::Args;
 use crate::cmd::client::stdio::BlockingFile;
 use crate::proto::MAX_UDP6_PAYLOAD;
 
-/// The most bytes of a line of hexadecimal digits: two and a space for each byte of the largest datagram.
+/// Maximum length of a line of hexadecimal digits: two and a space for each byte of the largest datagram.
 const MAX_HEX_LINE: usize = 3 * MAX_UDP6_PAYLOAD;
 
 /// How datagrams are delimited in stdin and stdout.
@@ -27,7 +27,7 @@ pub(super) enum Framing {
     Raw,
     /// Each line is a datagram in hexadecimal digits.
     Hex,
-    /// A datagram follows its length, two bytes in network byte order.
+    /// Each datagram follows its length, two bytes in network byte order.
     LengthPrefixed,
 }
 
@@ -45,24 +45,24 @@ impl Framing {
 
 /// Reads datagrams from stdin.
 pub(super) enum DatagramReader {
-    /// For [`Framing::Raw`].
-    Reads(Arc<Mutex<BlockingFile>>),
-    Stream(Framing, BufReader<Unblock<BlockingFile>>),
+    /// For [`Framing::Raw`], without a buffer.
+    Raw(Arc<Mutex<BlockingFile>>),
+    Buffered(Framing, BufReader<Unblock<BlockingFile>>),
 }
 
 impl DatagramReader {
     pub(super) fn new(framing: Framing) -> io::Result<Self> {
         let stdin = BlockingFile(File::from(io::stdin().as_fd().try_clone_to_owned()?));
         Ok(match framing {
-            Framing::Raw => Self::Reads(Arc::new(Mutex::new(stdin))),
-            _ => Self::Stream(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6_PAYLOAD, stdin))),
+            Framing::Raw => Self::Raw(Arc::new(Mutex::new(stdin))),
+            _ => Self::Buffered(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6_PAYLOAD, stdin))),
         })
     }
 
     /// Returns the next datagram; `None` at the end of stdin.
     pub(super) async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         match self {
-            Self::Reads(stdin) => {
+            Self::Raw(stdin) => {
                 let stdin = stdin.clone();
                 let data = smol::unblock(move || {
                     let mut data = vec![0; MAX_UDP6_PAYLOAD];
@@ -73,12 +73,12 @@ impl DatagramReader {
                 .await?;
                 Ok(Some(data).filter(|data| !data.is_empty()))
             }
-            Self::Stream(Framing::LengthPrefixed, stdin) => read_length_prefixed(stdin).await,
-            Self::Stream(Framing::Hex, stdin) => match read_line(stdin, MAX_HEX_LINE).await? {
+            Self::Buffered(Framing::LengthPrefixed, stdin) => read_length_prefixed(stdin).await,
+            Self::Buffered(Framing::Hex, stdin) => match read_line(stdin, MAX_HEX_LINE).await? {
                 Some(digits) => decode_hex(&digits).map(Some),
                 None => Ok(None),
             },
-            Self::Stream(_, stdin) => read_line(stdin, MAX_UDP6_PAYLOAD).await,
+            Self::Buffered(_, stdin) => read_line(stdin, MAX_UDP6_PAYLOAD).await,
         }
     }
 }
@@ -86,7 +86,7 @@ impl DatagramReader {
 /// Returns a line without its end, or the first `max` + 2 bytes of a longer line.
 async fn read_line(stdin: &mut BufReader<Unblock<BlockingFile>>, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    // One byte more than `max`, so that a longer line is refused when it is sent, and one for the line end.
+    // Two bytes more than `max`: the line end, and one by which a line that is too long is refused when it is sent.
     if stdin.take(max as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
         return Ok(None);
     }
@@ -118,16 +118,16 @@ async fn read_length_prefixed(stdin: &mut BufReader<Unblock<BlockingFile>>) -> i
     })
 }
 
-fn invalid(what: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
+fn invalid(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
 /// Writes answers to stdout on its own thread, so that a slow reader does not block sending and receiving.
 pub(super) struct DatagramWriter {
     framing: Framing,
-    /// If `None`, answers are discarded.
+    /// `None`: answers are discarded.
     file: Option<Unblock<BlockingFile>>,
-    /// Bytes to write. They are kept here since `flush` may be cancelled and called again.
+    /// Bytes to write. They survive a `flush` that is cancelled and called again.
     pending: VecDeque<u8>,
 }
 
