@@ -35,7 +35,7 @@ pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     return Ok(smol::block_on(future));
 }
 
-/// Wakes the task after the next poll for events: for a task that has more work but must let other tasks run first.
+/// Wakes the task again after the other tasks of this thread. For a task that has more work but must take turns.
 pub fn wake_later(cx: &Context<'_>) {
     #[cfg(target_os = "linux")]
     if epoll::wake_later(cx) {
@@ -44,7 +44,7 @@ pub fn wake_later(cx: &Context<'_>) {
     cx.waker().wake_by_ref();
 }
 
-/// Makes this thread's reactor keep `count` up to date with its number of sockets. No-op without a reactor.
+/// Makes this thread's reactor store its number of sockets in `count` whenever it waits. No-op without a reactor.
 pub fn publish_socket_count(count: Arc<AtomicUsize>) {
     #[cfg(target_os = "linux")]
     if let Some(reactor) = epoll::current() {
@@ -54,8 +54,8 @@ pub fn publish_socket_count(count: Arc<AtomicUsize>) {
     drop(count);
 }
 
-/// Wakes every task of this thread that waits for a socket, so that it sees a change which is no event of a socket.
-/// No-op without a reactor.
+/// Wakes every task of this thread that waits for a socket, so that it notices another change, such as a reload. No-op
+/// without a reactor.
 pub fn wake_all() {
     #[cfg(target_os = "linux")]
     if let Some(reactor) = epoll::current() {
@@ -86,12 +86,12 @@ pub enum Interest {
     Write,
 }
 
-/// Events that a socket is registered for, for its lifetime.
+/// Events that a socket is registered for during its lifetime.
 #[derive(Clone, Copy, Debug)]
 enum EventSet {
     ReadWrite,
     Read,
-    /// Read events of a listener that several threads wait for; each event wakes one of them.
+    /// For a listener that several threads wait for: each event wakes one of them.
     SharedRead,
 }
 
@@ -117,8 +117,8 @@ impl<T: AsFd> Io<T> {
         Self::register(listener, EventSet::SharedRead)
     }
 
-    /// Registers a non-blocking UDP socket for reading only: write events would cost one event for each datagram sent.
-    /// Level-triggered: read whenever it is readable. Unread data is reported again after [`Io::mark_drained`].
+    /// Registers a non-blocking UDP socket for reading only: otherwise each datagram sent would cause a write event.
+    /// Level-triggered: unread data wakes the event loop again and again, so keep reading while there is data.
     pub fn read_only(socket: T) -> io::Result<Self> {
         Self::register(socket, EventSet::Read)
     }
@@ -133,7 +133,7 @@ impl<T: AsFd> Io<T> {
         Ok(Self(Backend::AsyncIo(Arc::new(Async::new_nonblocking(socket)?))))
     }
 
-    /// Removes the socket from the reactor, before it continues under another descriptor. Drop `self` next.
+    /// Removes the socket from the reactor, because it continues under another descriptor. Then drop `self`.
     pub fn deregister(&self) {
         #[cfg(target_os = "linux")]
         if let Backend::Epoll(registration) = &self.0 {
@@ -196,8 +196,8 @@ impl<T: AsFd> Io<T> {
         }
     }
 
-    /// Ready when the peer has hung up, or an error or urgent data has arrived, possibly after unread data. Without a
-    /// reactor always ready, since only a read can find out.
+    /// Ready after a FIN, a reset, an error or urgent data, possibly with unread data before it. Without a reactor
+    /// always ready, since only a read can detect these.
     pub fn poll_hangup(&self, cx: &mut Context<'_>) -> Poll<()> {
         match &self.0 {
             #[cfg(target_os = "linux")]
@@ -223,12 +223,12 @@ impl<T: AsFd> Io<T> {
         result
     }
 
-    /// Records that the socket is not ready, although no operation has returned `WouldBlock`: after a short read or
-    /// write, or at any time for an [`Io::read_only`] socket.
-    pub fn mark_drained(&self, interest: Interest) {
+    /// Records that the socket is not ready although no operation has returned `WouldBlock`: after a short read or
+    /// write, or at any time for an [`Io::read_only`] socket, whose unread data is reported again.
+    pub fn mark_not_ready(&self, interest: Interest) {
         #[cfg(target_os = "linux")]
         if let Backend::Epoll(registration) = &self.0 {
-            registration.mark_drained(interest);
+            registration.mark_not_ready(interest);
         }
         #[cfg(not(target_os = "linux"))]
         let _ = interest;
@@ -249,17 +249,17 @@ impl<T: AsFd> AsFd for Io<T> {
 
 /// A connected stream socket.
 pub trait StreamSocket: AsFd {
-    /// Whether a read shorter than the buffer means that the socket is empty. Not true of Unix sockets: a read ends
-    /// early at data that was sent together with descriptors.
-    const SHORT_READ_MEANS_DRAINED: bool;
+    /// Set if a read shorter than the buffer means that the socket is empty. Not so for Unix sockets: a read ends early
+    /// at data that was sent together with descriptors.
+    const SHORT_READ_MEANS_EMPTY: bool;
 }
 
 impl StreamSocket for TcpStream {
-    const SHORT_READ_MEANS_DRAINED: bool = true;
+    const SHORT_READ_MEANS_EMPTY: bool = true;
 }
 
 impl StreamSocket for UnixStream {
-    const SHORT_READ_MEANS_DRAINED: bool = false;
+    const SHORT_READ_MEANS_EMPTY: bool = false;
 }
 
 impl<T: StreamSocket> AsyncRead for Io<T>
@@ -268,8 +268,8 @@ where
 {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let n = ready!(self.poll_with(cx, Interest::Read, |mut socket| socket.read(buf)))?;
-        if T::SHORT_READ_MEANS_DRAINED && (1..buf.len()).contains(&n) {
-            self.mark_drained(Interest::Read);
+        if T::SHORT_READ_MEANS_EMPTY && (1..buf.len()).contains(&n) {
+            self.mark_not_ready(Interest::Read);
         }
         Poll::Ready(Ok(n))
     }
@@ -282,7 +282,7 @@ where
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let n = ready!(self.poll_with(cx, Interest::Write, |mut socket| socket.write(buf)))?;
         if n < buf.len() {
-            self.mark_drained(Interest::Write);
+            self.mark_not_ready(Interest::Write);
         }
         Poll::Ready(Ok(n))
     }
@@ -296,12 +296,12 @@ where
     }
 }
 
-/// A timer whose deadline keeps moving, as an idle timeout does. A later deadline does not re-arm it: it fires early
-/// instead, so moving data costs no timer operation. One task at a time polls it.
+/// A timer for a deadline that is often postponed, such as an idle timeout. A later deadline does not re-arm it, so
+/// relaying costs no timer operation; it fires early instead. One task at a time may poll it.
 #[derive(Debug, Default)]
 pub struct IdleTimer(Option<ArmedTimer>);
 
-/// A timer that is set. Small, since each idle tunnel holds one.
+/// A timer that is set. Small, since each idle tunnel has one.
 #[derive(Debug)]
 enum ArmedTimer {
     #[cfg(target_os = "linux")]
@@ -310,7 +310,7 @@ enum ArmedTimer {
 }
 
 impl IdleTimer {
-    /// Ready at `due`, or at an earlier deadline of a previous call: check the clock and poll again.
+    /// Ready at `due`, or at an earlier deadline from a previous call, so check the clock and poll again.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
         if self.0.as_ref().is_none_or(|timer| timer.is_after(due)) {
             self.0 = Some(ArmedTimer::new(cx, due));
@@ -376,7 +376,7 @@ pub async fn sleep_until(due: Instant) {
 
 /// Returns after `time`.
 pub async fn sleep(time: Duration) {
-    // A deadline past the end of the clock is never reached.
+    // A time that `Instant` cannot represent is never reached.
     match Instant::now().checked_add(time) {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,

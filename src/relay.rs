@@ -1,8 +1,8 @@
-//! Copies bytes between two streams in both directions, carries over half-closes and resets, and counts bytes.
+//! Copies bytes between two streams in both directions, forwards half-closes and resets, and counts bytes.
 //!
 //! An idle tunnel owns no buffer: each poll borrows the thread's buffer. Only bytes that the sink has not accepted yet
 //! are kept, at most one buffer for each direction. A bulk transfer between two plain sockets is spliced through a pipe
-//! (Linux), which is closed when the direction is idle.
+//! (Linux). An idle pipe is closed.
 
 mod direction;
 #[cfg_attr(not(target_os = "linux"), path = "relay/no_splice.rs")]
@@ -21,40 +21,40 @@ use futures_lite::{AsyncRead, AsyncWrite};
 use crate::reactor::{IdleTimer, Interest, wake_later};
 use direction::{Direction, DirectionError};
 
-/// Once writing to dst has failed, the relay ends after this long without a byte from dst.
+/// After a failed write to dst, the relay ends when this much time has passed without a byte from dst.
 const WRITE_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time for a client to receive the last data of a dst that has closed, after [`RelayError::Undelivered`].
+/// Time for the client to receive the last data from dst after [`RelayError::Undelivered`].
 pub const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
-/// Interval of checks whether a peer that is not read from has reset its stream, and whether a pipe is unused.
+/// Interval of checks for a reset by a peer that is not being read, and for idle pipes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// An operation on a socket. Returns the number of bytes transferred, 0 at the end of the stream.
 pub type SocketOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
-/// Result of [`Stream::poll_socket`]: `None` if the stream is not backed by a plain socket.
+/// Result of [`Stream::poll_socket`]. `None`: the stream is not a plain socket.
 pub type SocketPoll = Option<Poll<io::Result<usize>>>;
 
 /// A stream that can be relayed.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin {
-    /// Turns the coming close into a reset, if the stream supports it, so that the peer notices missing data.
+    /// Makes the next close a reset, if the stream supports it, so that the peer notices missing data.
     fn abort(&self);
 
-    /// Whether it holds written bytes that have not been flushed.
+    /// Returns whether written bytes are buffered, and need a flush.
     fn has_unflushed(&self) -> bool {
         false
     }
 
-    /// Whether the peer has reset the stream. Does not read: the data could not be stored.
+    /// Returns whether the peer has reset the stream. Reads nothing, because the data could not be stored.
     fn is_reset(&self) -> bool {
         false
     }
 
-    /// Calls `op` on the socket when it may be ready. `None` if the stream's bytes are not exactly the socket's.
+    /// Calls `op` on the socket when it may be ready. `None` if the stream adds to or changes the bytes of the socket.
     fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> SocketPoll {
         None
     }
 }
 
-/// Lets callers instantiate [`relay`] once for all types of streams.
+/// Lets callers compile [`relay`] once for all types of streams.
 impl Stream for &mut dyn Stream {
     fn abort(&self) {
         (**self).abort();
@@ -87,11 +87,11 @@ pub struct ByteCounts {
 pub struct RelayOptions {
     /// Ends the relay after this long without a byte in either direction.
     pub idle_timeout: Option<Duration>,
-    /// Once `down` has ended: ends the relay after this long without a byte from the client. Bytes read by then are
-    /// still sent, however long dst takes. `None`: waits for the end of `up`.
+    /// After dst has ended its stream: ends the relay after this long without a byte from the client. Bytes that are
+    /// already read are still sent, without a time limit. `None`: waits until the client ends its stream too.
     pub linger: Option<Duration>,
-    /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending: the caller
-    /// can then continue it on another thread.
+    /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending, so that
+    /// the caller can continue it on another thread.
     pub stop_when_bulk: bool,
 }
 
@@ -114,7 +114,7 @@ pub enum RelayOp {
     WriteDst,
 }
 
-/// Why a relay ended before both directions had ended.
+/// Reason why a relay ended before both directions had ended.
 #[derive(Debug)]
 pub enum RelayError {
     /// An operation failed. Both streams have been reset.
@@ -123,8 +123,8 @@ pub enum RelayError {
     IdleTimeout,
     /// `may_continue` returned false. Both streams have been reset.
     Stopped,
-    /// dst has ended its stream and accepts no more bytes. dst has been reset. The client has not: unread data must be
-    /// drained before closing, or it may lose the last bytes sent to it.
+    /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not: the caller must read
+    /// the client's data before it closes, or the client can lose the last bytes.
     Undelivered(io::Error),
 }
 
@@ -146,10 +146,10 @@ impl fmt::Display for RelayError {
 pub type RelayResult = Result<RelayOutcome, RelayError>;
 
 /// Relays bytes in both directions until both have ended. The end of a source closes the write side of its sink.
-/// `may_continue` is called before each step.
+/// `may_continue` is called at each poll; the relay ends when it returns false.
 ///
-/// Both streams are reset when an operation fails, after the idle timeout, and when the future is dropped before its
-/// end. A reset is detected within a second, also from a side that is not being read.
+/// Both streams are reset when an operation fails, after the idle timeout, and when the future is dropped before it
+/// completes. A reset is detected within a second, also on a side that is not being read.
 ///
 /// # Errors
 /// See [`RelayError`].
@@ -191,7 +191,7 @@ where
     })
 }
 
-/// The streams that must be reset when the relay is dropped.
+/// Resets the streams that it still holds when it is dropped.
 struct AbortGuard<'a, C: Stream, D: Stream> {
     client: Option<&'a mut C>,
     dst: Option<&'a mut D>,
@@ -212,7 +212,7 @@ struct Tunnel<'a> {
     up: Direction,
     down: Direction,
     counts: &'a ByteCounts,
-    /// Set when writing to dst has failed. The relay returns it once `down` has ended.
+    /// Error of a failed write to dst. The relay returns it when `down` has ended.
     undelivered: Option<io::Error>,
     options: &'a RelayOptions,
     last_progress: Instant,
@@ -238,12 +238,12 @@ impl Tunnel<'_> {
 
     fn pump(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
         let may_stop = |this: &Direction, other: &Direction| {
-            self.options.stop_when_bulk && !this.has_ended && other.is_stateless() && self.undelivered.is_none()
+            self.options.stop_when_bulk && !this.has_source_ended && other.is_stateless() && self.undelivered.is_none()
         };
         let (up_may_stop, down_may_stop) = (may_stop(&self.up, &self.down), may_stop(&self.down, &self.up));
         match self.up.poll(cx, client, dst, &self.counts.up, up_may_stop) {
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadClient, error),
-            // `down` continues: bytes that dst sent before may still be on their way to the client.
+            // `down` continues: dst may have sent bytes before, which the client has not received yet.
             Poll::Ready(Err(DirectionError::Write(error))) => {
                 self.up.is_done = true;
                 self.undelivered = Some(error);
@@ -265,14 +265,14 @@ impl Tunnel<'_> {
             if self.up.is_stateless() && self.down.is_stateless() && self.undelivered.is_none() {
                 return Poll::Ready(Ok(RelayOutcome::Bulk));
             }
-            // Not yet: the other direction got pending bytes in this poll.
+            // The other direction has got pending bytes in this poll: try again in the next one.
             wake_later(cx);
         }
         Poll::Pending
     }
 
     fn undelivered_error(&self, error: io::Error) -> RelayError {
-        if self.down.has_ended && self.down.is_done {
+        if self.down.has_source_ended && self.down.is_done {
             RelayError::Undelivered(error)
         } else {
             RelayError::Io(RelayOp::WriteDst, error)
@@ -285,8 +285,8 @@ impl Tunnel<'_> {
         loop {
             let now = Instant::now();
             let is_stalled = self.up.has_pending() || dst.has_unflushed();
-            // Without reads a reset goes unnoticed, so these sides are checked at intervals.
-            let (checks_client, checks_dst) = (self.up.has_pending() || self.up.has_ended, self.down.is_done);
+            // Without reads, a reset is not noticed, so these sides are checked at intervals.
+            let (checks_client, checks_dst) = (self.up.has_pending() || self.up.has_source_ended, self.down.is_done);
             if has_fired && checks_client && client.is_reset() {
                 return io_error(RelayOp::ReadClient, io::ErrorKind::ConnectionReset.into());
             }
@@ -294,7 +294,7 @@ impl Tunnel<'_> {
                 let error = self.undelivered.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
                 return Poll::Ready(Err(self.undelivered_error(error)));
             }
-            let is_lingering = self.down.is_done && !is_stalled && !self.up.has_ended;
+            let is_lingering = self.down.is_done && !is_stalled && !self.up.has_source_ended;
             let limit = match *self.options {
                 _ if self.undelivered.is_some() && !self.down.has_pending() && !client.has_unflushed() => {
                     Some(WRITE_ERROR_TIMEOUT)

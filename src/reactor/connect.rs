@@ -1,4 +1,4 @@
-//! Connecting TCP sockets, optionally from a given local address, and Unix sockets.
+//! Connecting TCP sockets, optionally from a given source address, and Unix sockets.
 
 use std::future::poll_fn;
 use std::io;
@@ -35,7 +35,7 @@ impl Io<TcpStream> {
         }
         let socket = stream_socket(if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 })?;
         if let Some(from) = from {
-            // A port whose last connection is in TIME_WAIT can be used for another peer.
+            // Permits a port whose last connection, to another peer, is in TIME_WAIT.
             let bound = sockopt::set_socket_reuseaddr(&socket, true).and_then(|()| rustix::net::bind(&socket, &from));
             bound.map_err(|error| ConnectError::LocalAddr(error.into()))?;
         }
@@ -87,7 +87,7 @@ impl Io<UnixStream> {
         loop {
             match rustix::net::connect(&socket, &addr) {
                 Ok(()) | Err(Errno::ISCONN) => return Self::new(UnixStream::from(socket)),
-                // The backlog is full; epoll has no event for when it has room.
+                // The backlog is full, and epoll does not report when it has room again.
                 Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => {
                     sleep(BACKLOG_RETRY_DELAY).await
                 }

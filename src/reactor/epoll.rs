@@ -1,6 +1,6 @@
 //! A thread's reactor on Linux: edge-triggered epoll, timers and the loop that polls the main future.
 //!
-//! Only the loop's waker is shared with other threads.
+//! Only the loop's waker and the number of sockets are shared with other threads.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -22,15 +22,15 @@ use slab::Slab;
 
 use super::{EventSet, Interest};
 
-/// Events that one epoll_wait(2) returns at most.
+/// Maximum number of events that one epoll_wait(2) returns.
 const MAX_EVENTS: usize = 256;
-/// Limit of one epoll_wait(2): older kernels cannot wait longer than 24 days.
+/// Longest epoll_wait(2). Older kernels cannot wait longer than 24 days.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
-/// If sched_yield(2) takes longer than this, another process uses the core, and each yield would cost its whole time
-/// slice. The next `YIELDS_TO_SKIP` yields are skipped then.
+/// If sched_yield(2) takes longer than this, another process needs the core, and each yield would cost a whole time
+/// slice. Then the next [`YIELDS_TO_SKIP`] yields are skipped.
 const MAX_YIELD_TIME: Duration = Duration::from_micros(200);
 const YIELDS_TO_SKIP: u32 = 256;
-/// epoll data of the loop's eventfd, which has no entry in `sockets`.
+/// Key of the loop's eventfd in epoll events. It has no entry in `sockets`.
 const WAKER_KEY: u64 = u64::MAX;
 
 thread_local! {
@@ -111,12 +111,12 @@ impl LoopWaker {
         Ok(Self { eventfd, state: AtomicU8::new(AWAKE) })
     }
 
-    /// Clears the wake-up, before the future is polled.
+    /// Clears the wake-up. Called before the future is polled.
     fn clear(&self) {
         self.state.swap(AWAKE, Ordering::SeqCst);
     }
 
-    /// Enters the sleeping state. False if the loop has been woken.
+    /// Enters the sleeping state. Returns false if the loop has been woken.
     fn try_sleep(&self) -> bool {
         self.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
@@ -139,7 +139,7 @@ impl Wake for LoopWaker {
     }
 }
 
-/// Events and wakers of one pass; reused, so that a pass does not allocate.
+/// Events and wakers of one pass of the loop; reused, so that a pass does not allocate.
 struct Batch {
     events: Vec<epoll::Event>,
     wakers: Vec<Waker>,
@@ -151,7 +151,7 @@ pub(super) struct Reactor {
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
     started: Instant,
-    /// Tasks that yielded: woken after those that have events.
+    /// Tasks that yielded; woken after those that have events.
     deferred: RefCell<Vec<Waker>>,
     last_generation: Cell<u32>,
     yields_to_skip: Cell<u32>,
@@ -164,12 +164,12 @@ pub(super) struct Reactor {
 struct SocketState {
     /// Distinguishes this socket from earlier ones in the same slab entry.
     generation: u32,
-    /// Level-triggered: reported as readable as long as there is unread data.
-    is_level: bool,
+    /// Level-triggered: epoll reports the socket as readable as long as there is unread data.
+    is_level_triggered: bool,
     to_read: Readiness,
     to_write: Readiness,
-    /// Hang-up, error or urgent data, possibly after unread data. If set, a short read does not mean that the socket is
-    /// empty; only `WouldBlock` does.
+    /// FIN, reset, error or urgent data, possibly with unread data before it. After such an event, only `WouldBlock`
+    /// means that the socket is empty; a short read does not.
     hangup: Readiness,
     /// The task that waits for any of the three.
     waker: Option<Waker>,
@@ -178,10 +178,10 @@ struct SocketState {
 /// Whether an operation may succeed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Readiness {
-    /// No: there has been no event since the last `WouldBlock`.
+    /// There was no event since the last `WouldBlock`.
     #[default]
     No,
-    /// No, and a task waits for it.
+    /// As `No`, and a task waits for an event.
     Awaited,
     Maybe,
 }
@@ -195,10 +195,10 @@ impl SocketState {
     }
 }
 
-/// When a timer fires, in nanoseconds since the reactor was created. Unique: a value in use is counted up.
+/// Time at which a timer fires, in nanoseconds since the reactor was created. Incremented until it is unique.
 type Due = u64;
 
-/// 292 years, with room to count up.
+/// 292 years. Leaves room for increments.
 const MAX_DUE: Due = Due::MAX / 2;
 
 impl Reactor {
@@ -215,8 +215,8 @@ impl Reactor {
         })
     }
 
-    pub(super) fn publish_socket_count(&self, sockets: Arc<AtomicUsize>) {
-        self.socket_count.replace(sockets);
+    pub(super) fn publish_socket_count(&self, count: Arc<AtomicUsize>) {
+        self.socket_count.replace(count);
     }
 
     pub(super) fn wake_all(&self) {
@@ -233,10 +233,10 @@ impl Reactor {
             EventSet::Read => EventFlags::IN,
             EventSet::SharedRead => EventFlags::IN | EventFlags::EXCLUSIVE | EventFlags::ET,
         };
-        let is_level = !events.contains(EventFlags::ET);
+        let is_level_triggered = !events.contains(EventFlags::ET);
         let generation = self.last_generation.get().wrapping_add(1);
         self.last_generation.set(generation);
-        let state = SocketState { generation, is_level, ..SocketState::default() };
+        let state = SocketState { generation, is_level_triggered, ..SocketState::default() };
         let key = u32::try_from(self.sockets.borrow_mut().insert(state)).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let registration = Registration { reactor: self, socket, key };
         let data = epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key));
@@ -272,8 +272,8 @@ impl Reactor {
         Ok(())
     }
 
-    /// Lets other processes on this core run first. Under load, more events then arrive in one pass, which costs less
-    /// than sleeping and waking up for each.
+    /// Lets other processes on this core run first. Under load, one pass then handles several events, which costs less
+    /// than a wake-up for each.
     fn yield_core(&self) {
         match self.yields_to_skip.get() {
             0 => {
@@ -283,24 +283,24 @@ impl Reactor {
                     self.yields_to_skip.set(YIELDS_TO_SKIP);
                 }
             }
-            left => self.yields_to_skip.set(left - 1),
+            count => self.yields_to_skip.set(count - 1),
         }
     }
 
     fn record_event(&self, event: &epoll::Event, wakers: &mut Vec<Waker>) {
         use epoll::EventFlags;
-        let (flags, key) = (event.flags, event.data.u64());
+        let (flags, data) = (event.flags, event.data.u64());
         let mut sockets = self.sockets.borrow_mut();
-        let (generation, key) = ((key >> 32) as u32, key as u32 as usize);
-        // A socket that is closed here may still be open elsewhere and have events.
+        let (generation, key) = ((data >> 32) as u32, data as u32 as usize);
+        // A socket that was closed here can be open under another descriptor, and then still has events.
         let Some(state) = sockets.get_mut(key).filter(|state| state.generation == generation) else { return };
-        let ended = EventFlags::HUP | EventFlags::ERR;
+        let closed = EventFlags::HUP | EventFlags::ERR;
         let mut is_awaited = false;
-        let hangup = ended | EventFlags::RDHUP | EventFlags::PRI;
+        let hangup = closed | EventFlags::RDHUP | EventFlags::PRI;
         for (readiness, mask) in [
             (&mut state.hangup, hangup),
             (&mut state.to_read, hangup | EventFlags::IN),
-            (&mut state.to_write, ended | EventFlags::OUT),
+            (&mut state.to_write, closed | EventFlags::OUT),
         ] {
             if flags.intersects(mask) {
                 is_awaited |= std::mem::replace(readiness, Readiness::Maybe) == Readiness::Awaited;
@@ -369,7 +369,7 @@ impl Timer {
 impl Drop for Timer {
     fn drop(&mut self) {
         let waker = self.reactor.timers.borrow_mut().remove(&self.due);
-        // Outside the borrow: this may drop the task.
+        // Dropping the waker can drop its task, which needs `timers` when it drops a timer.
         drop(waker);
     }
 }
@@ -395,7 +395,7 @@ impl<T> Registration<T> {
         &self.socket
     }
 
-    /// For a socket that stays open under another descriptor.
+    /// Needed for a socket that stays open under another descriptor.
     pub(super) fn deregister(&self)
     where
         T: AsFd,
@@ -404,7 +404,7 @@ impl<T> Registration<T> {
         let _ = epoll::delete(&self.reactor.epoll, &self.socket);
     }
 
-    /// Ready on hang-up, error or urgent data.
+    /// Ready after a FIN, a reset, an error or urgent data.
     pub(super) fn poll_hangup(&self, cx: &Context<'_>) -> Poll<()> {
         self.poll_state(cx, |state| &mut state.hangup)
     }
@@ -435,10 +435,10 @@ impl<T> Registration<T> {
         self.with_state(|state| *state.readiness(interest) = Readiness::No);
     }
 
-    /// Records that an operation transferred less than the buffer holds.
-    pub(super) fn mark_drained(&self, interest: Interest) {
+    /// Records that the socket is not ready, after a short read or write. Ignored for reads after a hang-up.
+    pub(super) fn mark_not_ready(&self, interest: Interest) {
         self.with_state(|state| {
-            if interest == Interest::Write || state.is_level || state.hangup != Readiness::Maybe {
+            if interest == Interest::Write || state.is_level_triggered || state.hangup != Readiness::Maybe {
                 *state.readiness(interest) = Readiness::No;
             }
         });

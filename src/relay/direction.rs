@@ -10,12 +10,12 @@ use super::Stream;
 use super::splice::{self, Pipe};
 use crate::reactor::{Interest, wake_later};
 
-/// Bytes of a thread's buffer, and so the most that a direction keeps outside a pipe. Exception: the content of a pipe
-/// that cannot be spliced to the sink.
+/// Size of a thread's buffer, in bytes. A direction keeps no more bytes outside a pipe, except after a pipe that cannot
+/// be spliced to the sink.
 const BUFFER_SIZE: usize = 64 * 1024;
-/// Bytes that a direction relays before the thread's other tunnels run.
+/// Bytes that a direction relays before other tasks of the thread run.
 const POLL_BUDGET: usize = 1 << 20;
-/// Consecutive reads that fill the buffer after which a transfer counts as bulk.
+/// Number of consecutive reads that fill the buffer, after which a transfer counts as bulk.
 const BULK_READS: u8 = 3;
 
 thread_local! {
@@ -36,9 +36,9 @@ pub(super) struct Direction {
     full_reads: u8,
     /// Set when splicing is impossible: not plain sockets, not supported by the kernel, or no pipe available.
     must_copy: bool,
-    /// The source has ended.
-    pub(super) has_ended: bool,
-    /// The sink has been closed after the end of the source, or accepts no more bytes.
+    /// Set when the source has ended its stream.
+    pub(super) has_source_ended: bool,
+    /// Set when the write side of the sink is closed after that, or when an error has ended the direction.
     pub(super) is_done: bool,
 }
 
@@ -51,12 +51,12 @@ enum Pending {
 }
 
 impl Direction {
-    /// Whether nothing is pending and the source is open: a new `Direction` can take over.
+    /// Returns whether a new `Direction` could continue: nothing is pending, and the source is open.
     pub(super) fn is_stateless(&self) -> bool {
-        self.pending.is_none() && !self.has_ended
+        self.pending.is_none() && !self.has_source_ended
     }
 
-    /// Whether a bulk transfer has just been detected, with nothing pending.
+    /// Returns whether a bulk transfer was just detected and nothing is pending.
     pub(super) fn is_bulk(&self) -> bool {
         self.full_reads >= BULK_READS && self.pending.is_none()
     }
@@ -73,7 +73,7 @@ impl Direction {
         matches!(self.pending.as_deref(), Some(Pending::Pipe(_)))
     }
 
-    /// Closes the pipe if no byte has passed through it since the last call.
+    /// Closes the pipe if it is empty and `count`, the bytes relayed so far, has not changed since the last call.
     pub(super) fn close_idle_pipe(&mut self, count: &AtomicU64) {
         if let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut()
             && pipe.is_empty()
@@ -84,7 +84,7 @@ impl Direction {
     }
 
     /// Relays until an operation would block or the budget is used up. Ready when the source has ended and the sink is
-    /// closed. With `stop_if_bulk`, returns at the start of a bulk transfer, without registering a wake-up.
+    /// closed. With `stop_if_bulk`, returns `Pending` at the start of a bulk transfer, without registering a wake-up.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -104,7 +104,7 @@ impl Direction {
             if self.has_pending() {
                 continue;
             }
-            if self.has_ended {
+            if self.has_source_ended {
                 ready!(Pin::new(sink).poll_close(cx)).map_err(DirectionError::Write)?;
                 self.is_done = true;
                 return Poll::Ready(Ok(()));
@@ -130,7 +130,7 @@ impl Direction {
         Poll::Pending
     }
 
-    /// Continues through a pipe, if one is available.
+    /// Opens a pipe for the bulk transfer. If none is available, copying continues.
     fn start_splicing(&mut self) {
         self.full_reads = 0;
         if self.must_copy {
@@ -175,12 +175,12 @@ impl Direction {
         }
     }
 
-    /// Splices from the source into the pipe, which is empty.
+    /// Splices from the source into the empty pipe. Returns 0, as nothing has reached the sink yet.
     fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, DirectionError>> {
         let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut() else { return Poll::Ready(Ok(0)) };
         match source.poll_socket(cx, Interest::Read, &mut |socket| pipe.fill_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
-            Some(Poll::Ready(Ok(n))) => self.has_ended = n == 0,
+            Some(Poll::Ready(Ok(n))) => self.has_source_ended = n == 0,
             Some(Poll::Ready(Err(error))) if !splice::is_unsupported(&error) => {
                 return Poll::Ready(Err(DirectionError::Read(error)));
             }
@@ -202,7 +202,7 @@ impl Direction {
     ) -> Poll<Result<usize, DirectionError>> {
         let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(DirectionError::Read)?;
         let Some(bytes @ [_, ..]) = buffer.get(..n) else {
-            self.has_ended = true;
+            self.has_source_ended = true;
             return Poll::Ready(Ok(0));
         };
         let sent = match Pin::new(sink).poll_write(cx, bytes) {

@@ -8,20 +8,20 @@ use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 use rustix::process::{Resource, getrlimit};
 
-/// Pipe sizes in bytes that are tried in turn. Unprivileged users may be limited to less (pipe-user-pages-soft in
+/// Pipe sizes to try in this order, in bytes. The kernel limits the sum of a user's pipes (pipe-user-pages-soft in
 /// pipe(7)).
 const PIPE_SIZES: [usize; 2] = [1 << 20, 1 << 18];
 
 pub(super) struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
-    size: usize,
+    capacity: usize,
     len: usize,
-    /// Byte count of its direction at the last call of `has_progressed`.
+    /// Bytes relayed by the direction until the last call of `has_progressed`.
     last_count: u64,
 }
 
-/// Whether the error means that the kernel cannot splice this socket. The stream itself is intact.
+/// Returns whether the error means that the kernel cannot splice this socket. The stream itself is intact.
 pub(super) fn is_unsupported(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw_os_error);
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
@@ -34,8 +34,8 @@ fn has_data(socket: BorrowedFd<'_>) -> bool {
 impl Pipe {
     /// # Errors
     /// Errors from pipe(2); EMFILE if half of all descriptors are in use, since the others are for sessions; ENOMEM if
-    /// the pipe would be smaller than `min_size` bytes, since copying is faster then.
-    pub(super) fn open(min_size: usize) -> io::Result<Self> {
+    /// the pipe would hold less than `min_capacity` bytes, since copying is faster then.
+    pub(super) fn open(min_capacity: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         // The kernel assigns the lowest free descriptor number, so a high number means that many are in use.
@@ -43,28 +43,28 @@ impl Pipe {
             return Err(Errno::MFILE.into());
         }
         let granted = PIPE_SIZES.iter().find(|size| fcntl_setpipe_size(&writer, **size).is_ok());
-        let size = granted.copied().map_or_else(|| fcntl_getpipe_size(&writer), Ok)?;
-        if size < min_size {
+        let capacity = granted.copied().map_or_else(|| fcntl_getpipe_size(&writer), Ok)?;
+        if capacity < min_capacity {
             return Err(Errno::NOMEM.into());
         }
-        Ok(Self { reader, writer, size, len: 0, last_count: 0 })
+        Ok(Self { reader, writer, capacity, len: 0, last_count: 0 })
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether `count`, the bytes relayed so far, has changed since the last call.
+    /// Returns whether `count`, the bytes relayed so far, has changed since the last call.
     pub(super) fn has_progressed(&mut self, count: u64) -> bool {
         std::mem::replace(&mut self.last_count, count) != count
     }
 
-    /// Splices from the socket into the pipe, which is empty. Returns 0 at the end of the stream.
+    /// Splices from the socket into the empty pipe. Returns 0 at the end of the stream.
     pub(super) fn fill_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
-        let splice = || splice(socket, None, &self.writer, None, self.size, flags);
+        let splice = || splice(socket, None, &self.writer, None, self.capacity, flags);
         let n = match splice() {
-            // Urgent data is never spliced: splice(2) returns EAGAIN or 0 instead.
+            // The kernel does not splice urgent data: splice(2) fails with EAGAIN or returns 0.
             Ok(0) | Err(Errno::AGAIN) if has_data(socket) => match splice() {
                 Ok(0) | Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
                 // The data arrived between the two calls.
@@ -85,10 +85,10 @@ impl Pipe {
     /// Reads all bytes out of the pipe.
     pub(super) fn take_all(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; self.len];
-        let mut rest = bytes.as_mut_slice();
-        while !rest.is_empty() {
-            let n = rustix::io::read(&self.reader, &mut *rest)?;
-            rest = rest.get_mut(n..).filter(|_| n > 0).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let mut unfilled = bytes.as_mut_slice();
+        while !unfilled.is_empty() {
+            let n = rustix::io::read(&self.reader, &mut *unfilled)?;
+            unfilled = unfilled.get_mut(n..).filter(|_| n > 0).ok_or(io::ErrorKind::UnexpectedEof)?;
         }
         self.len = 0;
         Ok(bytes)

@@ -223,7 +223,7 @@ impl BatchSocket {
             match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, max)) {
                 Poll::Ready(Ok(is_drained)) => {
                     if is_drained {
-                        self.io.mark_drained(Interest::Read);
+                        self.io.mark_not_ready(Interest::Read);
                     }
                     return true;
                 }
