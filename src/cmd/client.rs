@@ -70,9 +70,9 @@ impl ClientMode {
 #[derive(FromArgs, ArgsInfo, Debug)]
 pub struct Args {
     /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
-    /// socks5h://USER:PASSWORD@HOST:PORT, USER:PASSWORD@unix:/PATH or socks5h://localhost/PATH, where all but HOST and
-    /// PATH may be left out. Percent-encoding in user and password is decoded. The nearest proxy of a chain comes
-    /// first. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
+    /// \[socks5h://\]\[USER\[:PASSWORD\]@\]HOST\[:PORT\], \[USER\[:PASSWORD\]@\]unix:/PATH or
+    /// socks5h://localhost/PATH. Percent-encoding in user and password is decoded. A chain begins with the nearest
+    /// proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
     pub(super) proxy: Vec<String>,
 
@@ -85,35 +85,36 @@ pub struct Args {
     #[argh(switch)]
     pub(super) direct: bool,
 
-    /// user name for proxies whose URL has none. USER may contain a password after a colon; other users of this machine
-    /// may see it before s5 overwrites it.
+    /// user name for proxies whose URL has none. USER can be user:password, but then other users of this machine may
+    /// see the password.
     #[argh(option, short = 'P', arg_name = "USER")]
     pub(super) proxy_user: Option<String>,
 
-    /// file with user:password lines, - or fd:N. With - the first line of stdin is read, with fd:N the first line of
-    /// descriptor N. The bytes after that line are payload.
+    /// read user:password from FILE, - (stdin) or fd:N. FILE has one user:password per line. From stdin or descriptor
+    /// N, s5 reads only the first line; the bytes after that line are data to send.
     #[argh(option, arg_name = "FILE")]
     pub(super) proxy_auth_file: Option<String>,
 
-    /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. By default s5
-    /// offers none, plus each method that credentials were given for.
+    /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. The default is
+    /// none, plus password and gssapi if there are credentials for them.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
     pub(super) auth: Option<Vec<Method>>,
 
-    /// service name in Kerberos [default: rcmd]. NAME is a service name, or a whole principal such as rcmd/host@REALM.
+    /// service name for Kerberos [default: rcmd]. NAME is a service name, or a principal such as rcmd/HOST@REALM.
     #[argh(option, arg_name = "NAME")]
     pub(super) gssapi_service: Option<String>,
 
-    /// host name in Kerberos [default: from the URL]. Required when the URL has an IP address. Not valid with a chain.
+    /// host name for Kerberos [default: from the URL]. It is required if the URL has an IP address, and not valid with
+    /// a chain.
     #[argh(option, arg_name = "HOST")]
     pub(super) gssapi_host: Option<String>,
 
-    /// requested protection [default: confidentiality]. One of none, integrity and confidentiality. With this option,
-    /// --gssapi-min or --gssapi-nec, and without --auth, s5 offers only gssapi.
+    /// protection to request [default: confidentiality]. One of none, integrity and confidentiality. With this option,
+    /// --gssapi-min or --gssapi-nec, the default of --auth is gssapi.
     #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
     pub(super) gssapi_protection: Option<ProtectionLevel>,
 
-    /// weakest accepted protection [default: integrity]. With --gssapi-nec the default is the requested level, because
+    /// weakest protection to accept [default: integrity]. With --gssapi-nec the default is the requested level, because
     /// an attacker can change the level in that exchange.
     #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
     pub(super) gssapi_min: Option<ProtectionLevel>,
@@ -122,12 +123,12 @@ pub struct Args {
     #[argh(switch)]
     pub(super) gssapi_nec: bool,
 
-    /// file with Kerberos tickets [default: the system's]. The default is KRB5CCNAME, or what the Kerberos library
-    /// chooses.
+    /// file with Kerberos tickets [default: the system's]. The default is KRB5CCNAME or the default of the Kerberos
+    /// library.
     #[argh(option, arg_name = "FILE")]
     pub(super) ccache: Option<PathBuf>,
 
-    /// resolve names: remote or local [default: remote]. With local, s5 resolves the name of the target and tries its
+    /// resolve target: remote or local [default: remote]. With local, s5 resolves the target's name and tries its
     /// addresses in turn. With remote, the last proxy resolves it.
     #[argh(option, short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
     pub(super) proxy_dns: bool,
@@ -144,37 +145,35 @@ pub struct Args {
     #[argh(option, short = 's', arg_name = "IP")]
     pub(super) source: Option<IpAddr>,
 
-    /// source port. In udp mode it is the source port of the datagrams.
+    /// source port. With udp, it is the source port of the datagrams.
     #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_source_port))]
     pub(super) source_port: Option<u16>,
 
-    /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshake with every
-    /// proxy and the reply; in bind mode, if given, also the wait for the peer. In udp mode it also limits the wait for
-    /// answers after stdin has ended, where the default is 2s.
+    /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
+    /// With bind, -w also limits the wait for the peer. With udp, -w also sets the default of -q.
     #[argh(option, short = 'w', arg_name = "TIME", from_str_fn(parse_duration))]
     pub(super) timeout: Option<Duration>,
 
-    /// retry failed attempts for this long. The pause between attempts grows to 2s. Errors that a retry cannot fix end
-    /// s5 at once: a refused login, a server that is not SOCKS5, and REP 2, 7 and 8. Each attempt has the time limit of
-    /// --timeout.
+    /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
+    /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, or REP 2, 7 and 8.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(super) wait: Option<Duration>,
 
-    /// exit 28 if idle this long [default: never]. With udp -l it ends the association of one peer; the default there
-    /// is 60s.
+    /// exit 28 if idle this long [default: never]. With udp -l, it closes the association of an idle peer (default:
+    /// 60s).
     #[argh(option, short = 'i', arg_name = "TIME", from_str_fn(parse_timeout))]
     pub(super) idle_timeout: Option<Duration>,
 
-    /// exit this long after stdin ends [default: never]
+    /// exit this long after stdin ends [default: never]. With udp, the default is the time that -w sets, or 2s.
     #[argh(option, short = 'q', arg_name = "TIME", from_str_fn(parse_duration))]
     pub(super) quit_after: Option<Duration>,
 
-    /// exit after N answers. Fewer answers within the time limit are a failure with status 28.
+    /// exit after N answers. If fewer answers arrive in time, the exit status is 28.
     #[argh(option, short = 'n', arg_name = "N")]
     pub(super) count: Option<u64>,
 
-    /// connect, transfer nothing, and exit 0 on success. Without a target s5 only logs in to the proxy; in udp mode it
-    /// also opens an association. Failures are silent too, unless -v is given.
+    /// connect, transfer nothing, and exit 0 on success. Without a target, connect only logs in to the proxy, and udp
+    /// opens an association. Without -v, s5 prints no error message.
     #[argh(switch, short = 'z')]
     pub(super) zero_io: bool,
 
@@ -182,11 +181,11 @@ pub struct Args {
     #[argh(switch, short = 'd')]
     pub(super) recv_only: bool,
 
-    /// do not write to stdout. s5 exits at the latest 5s after stdin has ended.
+    /// do not write to stdout. s5 exits at most 5s after stdin has ended.
     #[argh(switch)]
     pub(super) send_only: bool,
 
-    /// half-close after stdin ends; this is always done. Accepted for compatibility with nc.
+    /// half-close after stdin ends (the default). The option is accepted for compatibility with nc.
     #[argh(switch, short = 'N')]
     #[allow(dead_code, reason = "accepted for compatibility; it is the default behaviour")]
     pub(super) shutdown: bool,
@@ -199,51 +198,52 @@ pub struct Args {
     #[argh(switch, short = 'C')]
     pub(super) crlf: bool,
 
-    /// pass the socket over stdout (ssh ProxyUseFdpass). The connected socket is sent with SCM_RIGHTS, and s5 exits.
-    /// This saves a process and a copy of all data. It is refused when GSSAPI protects the tunnel.
+    /// pass the socket over stdout (ssh ProxyUseFdpass). s5 sends the connected socket with SCM_RIGHTS and exits, so no
+    /// process has to copy the data. It is not possible if GSSAPI protects the tunnel.
     #[argh(switch, short = 'F')]
     pub(super) pass_fd: bool,
 
-    /// run PROGRAM with the tunnel as stdin and stdout. Arguments follow after blanks. S5_TARGET, S5_BND and
-    /// S5_PROXY_ADDR are set, and the exit status of PROGRAM becomes that of s5.
+    /// run PROGRAM with the tunnel as stdin and stdout. PROGRAM can have arguments, separated by spaces. s5 sets
+    /// S5_TARGET, S5_BND and S5_PROXY_ADDR, and exits with the status of PROGRAM.
     #[argh(option, short = 'e', arg_name = "PROGRAM")]
     pub(super) exec: Option<String>,
 
-    /// the same with /bin/sh -c COMMAND
+    /// run /bin/sh -c COMMAND in the same way
     #[argh(option, short = 'c', arg_name = "COMMAND")]
     pub(super) sh_exec: Option<String>,
 
-    /// one datagram per read, answers as they are. The boundaries between answers are not visible in the output.
+    /// one datagram per read; answers without delimiters. The output does not show where an answer ends.
     #[argh(switch)]
     pub(super) raw: bool,
 
-    /// one datagram per line of hexadecimal digits. Answers are written the same way.
+    /// one datagram per line of hexadecimal digits. Answers are written in the same form.
     #[argh(switch)]
     pub(super) hex: bool,
 
-    /// two bytes of length before each datagram. The length is big-endian. Answers are written the same way.
+    /// read a 2-byte length before each datagram. The length is big-endian. Answers are written in the same form.
     #[argh(switch)]
     pub(super) length_prefixed: bool,
 
-    /// listen here and forward to the target. ADDR defaults to 127.0.0.1. Each TCP connection gets a tunnel, each UDP
-    /// peer an association. s5 reports "listening on ADDR:PORT" on stderr.
+    /// listen here and forward to the target. ADDR is an IP address, or * for all IPv4 addresses; the default is
+    /// 127.0.0.1. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
+    /// on ADDR:PORT" on stderr.
     #[argh(option, short = 'l', arg_name = "[ADDR:]PORT")]
     pub(super) listen: Option<String>,
 
-    /// with -l, accept any number of connections. Without it, s5 serves one connection and exits.
+    /// with -l, accept any number of connections. By default, s5 serves one connection and exits.
     #[argh(switch, short = 'k')]
     pub(super) keep_open: bool,
 
-    /// with -l, peers at the same time [default: 256]
+    /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "MAX_PEERS")]
     pub(super) max_peers: usize,
 
-    /// write the bound address to FILE or fd:N. A regular file is written whole, and a file of an earlier run is
-    /// removed at the start. A descriptor is closed after the write.
+    /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
+    /// atomically. It closes a descriptor after the write.
     #[argh(option, arg_name = "FILE")]
     pub(super) bound_to: Option<String>,
 
-    /// report what happens on stderr; twice for more. Twice also reports each step of the handshake.
+    /// print details on stderr; twice for more. With -vv, s5 prints each step of the handshake.
     #[argh(switch, short = 'v')]
     pub(super) verbose: u8,
 
@@ -251,12 +251,12 @@ pub struct Args {
     #[argh(switch)]
     pub(super) quiet: bool,
 
-    /// print a JSON summary on stderr at the end. It replaces the error message. With -l there is one for each tunnel.
-    /// See JSON.
+    /// print a JSON summary on stderr at the end. It replaces the error message. With -l, s5 prints one for each tunnel
+    /// or association. See JSON.
     #[argh(switch)]
     pub(super) json: bool,
 
-    /// show bytes, rate and time on a terminal
+    /// show bytes, rate and time if stderr is a terminal
     #[argh(switch)]
     pub(super) progress: bool,
 

@@ -33,26 +33,26 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 #[argh(subcommand, name = "serve")]
 pub struct Args {
     /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
-    /// addresses), *:PORT (every address) or unix:/PATH. With port 0 the kernel chooses the port, and the log shows it.
-    /// A Unix socket that no process uses is replaced; one in use is an error. An address other than loopback needs
-    /// access control: --users, --keytab, a rule with from=, or --open.
+    /// addresses), *:PORT (all addresses) or unix:/PATH. With port 0 the kernel chooses the port, and s5 logs it. A
+    /// Unix socket that no process uses is replaced. Addresses other than loopback require --users, --keytab, an allow
+    /// rule with from=, or --open.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
-    /// address to report in replies, behind NAT. The replies to BIND and UDP ASSOCIATE contain IP instead of the
-    /// address that the client connected to. At most one per family.
+    /// public address of this host behind NAT. The replies to BIND and UDP ASSOCIATE contain IP instead of the address
+    /// that the client connected to. At most one IPv4 and one IPv6 address.
     #[argh(option, arg_name = "IP")]
     advertise: Vec<IpAddr>,
 
-    /// ports for BIND [default: chosen by the kernel]
+    /// ports for BIND [default: any free port]
     #[argh(option, arg_name = "LO-HI")]
     bind_ports: Option<PortRange>,
 
-    /// ports for UDP ASSOCIATE [default: from the kernel]
+    /// ports for UDP ASSOCIATE [default: any free port]
     #[argh(option, arg_name = "LO-HI")]
     udp_ports: Option<PortRange>,
 
-    /// worker threads [default: one per core]
+    /// number of worker threads [default: one per core]
     #[argh(option, arg_name = "N", from_str_fn(parse_threads))]
     threads: Option<u16>,
 
@@ -60,8 +60,8 @@ pub struct Args {
     #[argh(option, arg_name = "FILE")]
     users: Option<PathBuf>,
 
-    /// add a user or change the password, then exit. The password is read from the terminal, twice and without echo. If
-    /// stdin is not a terminal, it is the first line of stdin.
+    /// add a user or change the password, then exit. s5 prompts for the password twice, without echo. If stdin is not a
+    /// terminal, s5 reads the password from the first line of stdin.
     #[argh(option, arg_name = "NAME")]
     add_user: Option<String>,
 
@@ -70,22 +70,22 @@ pub struct Args {
     remove_user: Option<String>,
 
     /// login methods to accept [default: automatic]. A comma-separated list of none, password and gssapi, the preferred
-    /// method first. By default password with --users, gssapi with a GSSAPI option, both with both, and otherwise none.
+    /// method first. The default is password with --users, gssapi with --keytab or a --gssapi option, otherwise none.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
     auth: Option<Vec<Method>>,
 
-    /// file with Kerberos keys [default: the system's]. FILE is read at each login, so that new keys need no restart.
-    /// The default is KRB5_KTNAME, or what the Kerberos library chooses.
+    /// file with Kerberos keys [default: the system's]. s5 reads FILE at each login, so new keys need no restart. The
+    /// default is KRB5_KTNAME or the default of the Kerberos library.
     #[argh(option, arg_name = "FILE")]
     keytab: Option<PathBuf>,
 
-    /// own Kerberos principal [default: any in keytab]. NAME is a service name such as rcmd (any host), rcmd@HOST, or a
-    /// principal such as rcmd/HOST@REALM.
+    /// service or principal [default: any in the keytab]. NAME is a service such as rcmd (on any host) or rcmd@HOST, or
+    /// a principal such as rcmd/HOST@REALM.
     #[argh(option, arg_name = "NAME")]
     gssapi_service: Option<String>,
 
     /// protection levels to grant [default: all but none]. A comma-separated list of none, integrity and
-    /// confidentiality. A client gets the level that it requests if it is in the list, and otherwise the strongest in
+    /// confidentiality. A client gets the level that it requests if the list has it, otherwise the strongest level of
     /// the list. curl supports only none.
     #[argh(option, arg_name = "LEVELS", from_str_fn(parse_levels))]
     gssapi_protection: Option<Vec<ProtectionLevel>>,
@@ -94,8 +94,8 @@ pub struct Args {
     #[argh(option, arg_name = "FILE")]
     rules: Option<PathBuf>,
 
-    /// add an allow rule before the file's (repeatable). RULE is a rule without its first word. The rules of --allow
-    /// and --deny keep their order on the command line.
+    /// add an allow rule before the file's (repeatable). RULE is the conditions of a rule. The rules of --allow and
+    /// --deny are evaluated in the order of the command line.
     #[argh(option, arg_name = "RULE", from_str_fn(allow_rule))]
     allow: Vec<RuleOption>,
 
@@ -103,24 +103,24 @@ pub struct Args {
     #[argh(option, arg_name = "RULE", from_str_fn(deny_rule))]
     deny: Vec<RuleOption>,
 
-    /// print all rules in order, then exit. The built-in rules are included.
+    /// print all rules in order, then exit. This includes the built-in rules.
     #[argh(switch)]
     show_rules: bool,
 
-    /// show which rule decides REQUEST, then exit. REQUEST is 'from=IP user=NAME command=connect to=HOST:PORT', where
-    /// each part may be left out except to=. The exit status is 0 for allow and 1 for deny. The server is not started.
+    /// show which rule decides REQUEST, then exit. REQUEST has the form 'from=IP user=NAME command=connect
+    /// to=HOST:PORT'; only to= is required. The exit status is 0 for allow and 1 for deny. No server is started.
     #[argh(option, arg_name = "REQUEST")]
     explain: Option<String>,
 
-    /// serve other hosts without login or rules. This is an open relay: anyone who can reach the server can use it.
+    /// serve other hosts without login or rules. This is an open relay: all hosts that reach the server can use it.
     #[argh(switch)]
     open: bool,
 
-    /// keep sessions that reloaded rules would refuse. By default a reload ends them.
+    /// keep sessions that reloaded rules would deny. By default a reload closes them.
     #[argh(switch)]
     keep_sessions: bool,
 
-    /// forward all traffic through this proxy or chain. URL has the form of --proxy of the client modes.
+    /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS.
     #[argh(option, arg_name = "URL")]
     via: Option<String>,
 
@@ -128,58 +128,58 @@ pub struct Args {
     #[argh(option, arg_name = "NAME=URL")]
     hop: Vec<String>,
 
-    /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. By default
-    /// none, plus each method that credentials were given for. With gssapi alone, no proxy can switch protection off.
+    /// login methods for proxies [default: automatic]. A comma-separated list of none, password and gssapi. The
+    /// default is none, plus password and gssapi if there are credentials for them. With only gssapi in the list, s5
+    /// never uses an unprotected session.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
     hop_auth: Option<Vec<Method>>,
 
-    /// filter for answers [default: address-dependent]. With address-dependent, datagrams pass from the addresses that
-    /// the client has sent to. With endpoint-independent, datagrams from every address pass (RFC 4787 section 5).
+    /// filter UDP answers [default: address-dependent]. With address-dependent, a client receives datagrams only from
+    /// addresses that it has sent to; with endpoint-independent, from all addresses (RFC 4787 section 5).
     #[argh(option, arg_name = "MODE", from_str_fn(parse_filtering), default = "Filtering::AddressDependent")]
     udp_filtering: Filtering,
 
-    /// open sessions [default: from the descriptor limit]. At the limit, new connections wait in the listen backlog. s5
-    /// raises the soft descriptor limit to the hard one; a session needs two descriptors.
+    /// limit sessions [default: from descriptor limit]. At the limit, new connections wait in the listen backlog. The
+    /// default is about half of the hard descriptor limit, since a session needs two descriptors, and at most 500000.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_connections: Option<usize>,
 
-    /// sessions per client address [default: no limit]. IPv6 clients are counted per /64. A connection above the limit
-    /// is closed at once.
+    /// limit sessions per client address [default: none]. IPv6 clients are counted per /64. Connections above the limit
+    /// are closed at accept.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_per_client: Option<usize>,
 
-    /// sessions per user [default: no limit]. A request above the limit is answered with REP 2.
+    /// limit sessions per user [default: none]. Requests above the limit are refused with REP 2.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_per_user: Option<usize>,
 
-    /// bytes per second of a session [default: no limit]. Both directions count together. The same limit applies to all
-    /// sessions of a user together. BYTES may have a unit of k, M or G (powers of 1000). After a pause, a burst of a
-    /// quarter of a second passes, and at least 64 KiB. Datagrams above the limit are dropped.
+    /// limit bytes/s of a session [default: none]. Both directions count together. BYTES can end in k, M or G
+    /// (powers of 1000). An idle session can send a burst of 250 ms at this rate, but at least 64 KiB. Datagrams above
+    /// the limit are dropped.
     #[argh(option, arg_name = "BYTES", from_str_fn(parse_rate))]
     rate: Option<u64>,
 
-    /// bytes per second of a user [default: as --rate]
+    /// limit bytes/s of a user [default: as --rate]. All sessions of the user count together.
     #[argh(option, arg_name = "BYTES", from_str_fn(parse_rate))]
     rate_per_user: Option<u64>,
 
-    /// time limit for login and request [default: 10s]. It runs from accept to the end of the request.
+    /// time limit for login and request [default: 10s]. It starts at accept.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
     handshake_timeout: Duration,
 
-    /// time limit to reach a target [default: 10s]. It covers name resolution and the attempts on all addresses.
+    /// time limit to reach a target [default: 10s]. It covers name resolution, all addresses and upstream proxies.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(10)")]
     connect_timeout: Duration,
 
-    /// time limit for the peer of BIND [default: 2m]
+    /// time limit for a peer of BIND [default: 2m]
     #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(120)")]
     bind_timeout: Duration,
 
-    /// time limit without traffic [default: 124m]. It applies to tunnels and associations. The default follows RFC
-    /// 5382.
+    /// close sessions idle for this long [default: 124m]. The default follows RFC 5382.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout), default = "Duration::from_secs(124 * 60)")]
     idle_timeout: Duration,
 
-    /// time for open sessions at shutdown [default: 5s]. Sessions that are still open after it are reset.
+    /// wait for sessions at shutdown [default: 5s]. Sessions that are still open after this time are reset.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
     drain: Duration,
 
