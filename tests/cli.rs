@@ -194,9 +194,9 @@ fn closed_stderr_does_not_change_the_exit_status() {
 
 #[test]
 fn output_of_server_and_clients_does_not_contain_passwords() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let hash = bcrypt::hash("topsecret", 4).expect("password hashed");
-    let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
+    let users = write_file(dir.path(), "users", &format!("alice:{hash}\n"));
     let server = common::Server::start(&["-v", "--users", &users]);
     let target = echo_server().to_string();
     for (passwd, status) in [("topsecret", 0), ("wrongsecret", 67)] {

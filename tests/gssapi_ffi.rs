@@ -1,4 +1,4 @@
-//! The GSSAPI binding with the library of the system and a KDC in a temporary realm; initiator and acceptor are in one
+//! The GSSAPI binding with the system's library and a KDC in a temporary realm. Initiator and acceptor are in one
 //! process. Covers names, protection, order of messages, errors and the release of all objects.
 
 #![cfg(feature = "gssapi")]
@@ -22,8 +22,8 @@ use s5::gssapi::ffi::{
     ContextStep, Credential, GssContext, GssName, LibraryError, RequestedFlags, SequenceStatus, Unwrapped,
 };
 
-const ALL: RequestedFlags = RequestedFlags { sequence: true, confidentiality: true };
-/// Object identifier of the mechanism.
+const ALL_FLAGS: RequestedFlags = RequestedFlags { sequence: true, confidentiality: true };
+/// Object identifier of the Kerberos mechanism (RFC 1964).
 const KRB5_OID: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
 /// Longest token of RFC 1961, in bytes.
 const MAX_TOKEN_LEN: usize = 65_535;
@@ -38,14 +38,14 @@ fn alice() -> Credential {
 }
 
 fn services() -> Credential {
-    Credential::acceptor(None, None).expect("there is a keytab")
+    Credential::acceptor(None, None).expect("valid keytab")
 }
 
 fn service(text: &str) -> GssName {
-    GssName::service(text).expect("a name")
+    GssName::service(text).expect("valid name")
 }
 
-/// Returns the error. Checks that its text is one line and is not "Success".
+/// Returns the error. Fails if its text is empty, has control characters, or is "Success".
 fn expect_error(result: Result<impl Debug, LibraryError>) -> LibraryError {
     let error = result.expect_err("an error");
     assert!(!error.text.is_empty() && !error.text.contains(char::is_control), "{error:?}");
@@ -68,16 +68,16 @@ fn first_token(
 
 /// Establishes a context. Returns the initiator's and the acceptor's side.
 fn establish(
-    from: &Credential,
+    initiator_credential: &Credential,
     target: &GssName,
-    to: &Credential,
+    acceptor_credential: &Credential,
     requested: RequestedFlags,
 ) -> Result<(GssContext, GssContext), LibraryError> {
-    let (mut initiator, token) = first_token(from, target, requested)?;
+    let (mut initiator, token) = first_token(initiator_credential, target, requested)?;
     let mut acceptor = GssContext::new();
-    let step = acceptor.accept(to, &token)?;
+    let step = acceptor.accept(acceptor_credential, &token)?;
     assert!(step.is_complete && !step.output.is_empty());
-    let last = initiator.init(from, target, requested, Some(&step.output))?;
+    let last = initiator.init(initiator_credential, target, requested, Some(&step.output))?;
     assert_eq!(last, ContextStep { output: Vec::new(), is_complete: true });
     Ok((initiator, acceptor))
 }
@@ -128,33 +128,33 @@ fn both_sides_report_flags_lifetime_and_initiator() {
 
 #[test]
 fn services_and_principals_are_displayed_and_accepted() {
-    let Some(folder) = in_default_realm("services_and_principals_are_displayed_and_accepted") else { return };
+    let Some(dir) = in_default_realm("services_and_principals_are_displayed_and_accepted") else { return };
     let (keys, alice) = (services(), alice());
     assert_eq!(service("rcmd@localhost").display().expect("displayed"), b"rcmd@localhost");
-    let principal = GssName::principal("socks/localhost@S5.TEST").expect("a name");
+    let principal = GssName::principal("socks/localhost@S5.TEST").expect("valid name");
     assert_eq!(principal.display().expect("displayed"), b"socks/localhost@S5.TEST");
     let names = [service("rcmd@localhost"), service("socks@localhost"), principal];
     for name in &names {
-        establish(&alice, name, &keys, ALL).unwrap_or_else(|error| panic!("{name:?}: {error}"));
+        establish(&alice, name, &keys, ALL_FLAGS).unwrap_or_else(|error| panic!("{name:?}: {error}"));
     }
-    let mallory = Credential::initiator(Some(&folder.join("ccache.mallory"))).expect("a ticket");
-    let (_, acceptor) = establish(&mallory, &names[0], &keys, ALL).expect("established");
+    let mallory = Credential::initiator(Some(&dir.join("ccache.mallory"))).expect("the ticket exists");
+    let (_, acceptor) = establish(&mallory, &names[0], &keys, ALL_FLAGS).expect("established");
     assert_eq!(acceptor.initiator_name(), Some(&b"mallory@S5.TEST"[..]));
 }
 
 #[test]
 fn acceptor_uses_one_key_or_all_keys_of_a_keytab() {
-    let Some(folder) = in_default_realm("acceptor_uses_one_key_or_all_keys_of_a_keytab") else { return };
-    let (alice, keytab) = (alice(), folder.join("service.keytab"));
+    let Some(dir) = in_default_realm("acceptor_uses_one_key_or_all_keys_of_a_keytab") else { return };
+    let (alice, keytab) = (alice(), dir.join("service.keytab"));
     let (rcmd, socks) = (service("rcmd@localhost"), service("socks@localhost"));
-    let any = Credential::acceptor(None, Some(&keytab)).expect("a keytab");
-    establish(&alice, &rcmd, &any, ALL).expect("has the key");
-    establish(&alice, &socks, &any, ALL).expect("has the key");
-    for name in [&rcmd, &GssName::principal("rcmd/localhost@S5.TEST").expect("a name")] {
+    let any = Credential::acceptor(None, Some(&keytab)).expect("valid keytab");
+    establish(&alice, &rcmd, &any, ALL_FLAGS).expect("established");
+    establish(&alice, &socks, &any, ALL_FLAGS).expect("established");
+    for name in [&rcmd, &GssName::principal("rcmd/localhost@S5.TEST").expect("valid name")] {
         for keytab in [None, Some(&*keytab)] {
-            let one = Credential::acceptor(Some(name), keytab).expect("has the key");
-            establish(&alice, &rcmd, &one, ALL).expect("established");
-            expect_error(establish(&alice, &socks, &one, ALL));
+            let one = Credential::acceptor(Some(name), keytab).expect("the keytab has the key");
+            establish(&alice, &rcmd, &one, ALL_FLAGS).expect("established");
+            expect_error(establish(&alice, &socks, &one, ALL_FLAGS));
         }
     }
     let error = expect_error(Credential::acceptor(Some(&service("nokey@localhost")), Some(&keytab)));
@@ -164,7 +164,7 @@ fn acceptor_uses_one_key_or_all_keys_of_a_keytab() {
 #[test]
 fn message_is_encrypted_or_only_integrity_protected() {
     let Some(_) = in_default_realm("message_is_encrypted_or_only_integrity_protected") else { return };
-    let (mut initiator, mut acceptor) = established_pair(ALL);
+    let (mut initiator, mut acceptor) = established_pair(ALL_FLAGS);
     let long = vec![0xA5; MAX_TOKEN_LEN - 100];
     for data in [&b"to be or not to be"[..], b"", b"\0", &long] {
         for should_encrypt in [true, false] {
@@ -182,7 +182,7 @@ fn message_is_encrypted_or_only_integrity_protected() {
 #[test]
 fn gap_late_and_duplicate_messages_are_detected() {
     let Some(_) = in_default_realm("gap_late_and_duplicate_messages_are_detected") else { return };
-    let (mut initiator, mut acceptor) = established_pair(ALL);
+    let (mut initiator, mut acceptor) = established_pair(ALL_FLAGS);
     let tokens: Vec<Vec<u8>> = (0..5_u8).map(|i| initiator.wrap(&[i], true).expect("wrapped")).collect();
     let expected = [
         (0, SequenceStatus::InOrder),
@@ -196,9 +196,9 @@ fn gap_late_and_duplicate_messages_are_detected() {
         assert_eq!((got.order, &got.data), (order, &vec![i as u8]), "token {i}");
     }
     // A duplicate without data must not be mistaken for an empty message.
-    let nothing = initiator.wrap(b"", true).expect("wrapped");
-    assert_eq!(order(&mut acceptor, &nothing), SequenceStatus::InOrder);
-    assert_eq!(expect_error(unwrap_copy(&mut acceptor, &nothing)).text, "message out of order");
+    let empty = initiator.wrap(b"", true).expect("wrapped");
+    assert_eq!(order(&mut acceptor, &empty), SequenceStatus::InOrder);
+    assert_eq!(expect_error(unwrap_copy(&mut acceptor, &empty)).text, "message out of order");
 }
 
 #[test]
@@ -217,12 +217,12 @@ fn without_sequence_flag_only_duplicates_are_detected() {
 #[test]
 fn changed_reflected_and_foreign_messages_are_rejected() {
     let Some(_) = in_default_realm("changed_reflected_and_foreign_messages_are_rejected") else { return };
-    let (mut initiator, mut acceptor) = established_pair(ALL);
+    let (mut initiator, mut acceptor) = established_pair(ALL_FLAGS);
     for should_encrypt in [true, false] {
-        let own = acceptor.wrap(b"hello", should_encrypt).expect("wrapped");
-        expect_error(unwrap_copy(&mut acceptor, &own));
-        let (mut stranger, _) = established_pair(ALL);
-        expect_error(unwrap_copy(&mut acceptor, &stranger.wrap(b"hello", should_encrypt).expect("wrapped")));
+        let reflected = acceptor.wrap(b"hello", should_encrypt).expect("wrapped");
+        expect_error(unwrap_copy(&mut acceptor, &reflected));
+        let (mut foreign, _) = established_pair(ALL_FLAGS);
+        expect_error(unwrap_copy(&mut acceptor, &foreign.wrap(b"hello", should_encrypt).expect("wrapped")));
         let token = initiator.wrap(b"hello", should_encrypt).expect("wrapped");
         for i in 0..token.len() {
             let mut changed = token.clone();
@@ -240,15 +240,15 @@ fn changed_reflected_and_foreign_messages_are_rejected() {
             unwrap_copy(&mut acceptor, &token).map(|got| (got.data, got.order)),
             Ok((b"hello".into(), SequenceStatus::InOrder))
         );
-        assert_eq!(unwrap_copy(&mut initiator, &own).map(|got| got.data), Ok(b"hello".into()));
+        assert_eq!(unwrap_copy(&mut initiator, &reflected).map(|got| got.data), Ok(b"hello".into()));
     }
 }
 
 /// Checks that the size limit is the largest data length whose token fits into a message of RFC 1961.
 fn check_wrap_size_limit() -> [usize; 2] {
-    let (mut initiator, mut acceptor) = established_pair(ALL);
+    let (mut initiator, mut acceptor) = established_pair(ALL_FLAGS);
     [false, true].map(|should_encrypt| {
-        let capacity = initiator.wrap_size_limit(should_encrypt).expect("a size limit");
+        let capacity = initiator.wrap_size_limit(should_encrypt).expect("the context is established");
         let data = vec![b'x'; capacity + 1];
         let token = initiator.wrap(&data[1..], should_encrypt).expect("wrapped");
         assert!(token.len() <= MAX_TOKEN_LEN, "{}", token.len());
@@ -277,10 +277,10 @@ fn wrap_size_limit_is_exact_with_other_ciphers() {
 #[test]
 fn spnego_token_is_rejected() {
     let Some(_) = in_default_realm("spnego_token_is_rejected") else { return };
-    let (_, token) = first_token(&alice(), &service("rcmd@localhost"), ALL).expect("a token");
+    let (_, token) = first_token(&alice(), &service("rcmd@localhost"), ALL_FLAGS).expect("first token created");
     // The same token within SPNEGO (RFC 4178), which could negotiate another mechanism.
-    let kinds = der(0xA0, &[&der(0x30, &[&der(0x06, &[KRB5_OID])])]);
-    let inner = der(0xA0, &[&der(0x30, &[&kinds, &der(0xA2, &[&der(0x04, &[&token])])])]);
+    let mechanisms = der(0xA0, &[&der(0x30, &[&der(0x06, &[KRB5_OID])])]);
+    let inner = der(0xA0, &[&der(0x30, &[&mechanisms, &der(0xA2, &[&der(0x04, &[&token])])])]);
     let spnego = der(0x60, &[b"\x06\x06\x2B\x06\x01\x05\x05\x02", &inner]);
     let keys = services();
     expect_error(GssContext::new().accept(&keys, &spnego));
@@ -291,8 +291,8 @@ fn spnego_token_is_rejected() {
 fn corrupted_tokens_do_not_crash() {
     let Some(_) = in_default_realm("corrupted_tokens_do_not_crash") else { return };
     let (alice, keys, target) = (alice(), services(), service("rcmd@localhost"));
-    let (_, request) = first_token(&alice, &target, ALL).expect("a token");
-    // Some bytes are not protected, so the library can accept a corrupted token. It must only not crash.
+    let (_, request) = first_token(&alice, &target, ALL_FLAGS).expect("first token created");
+    // The library may accept a corrupted token, since some bytes are not protected. It must not crash.
     let corrupt = |token: &[u8], i: usize| {
         let mut token = token.to_vec();
         token[i] ^= 1 << (i % 8);
@@ -303,23 +303,23 @@ fn corrupted_tokens_do_not_crash() {
         expect_error(GssContext::new().accept(&keys, &request[..i]));
     }
     for i in 0..150 {
-        let (mut initiator, request) = first_token(&alice, &target, ALL).expect("a token");
+        let (mut initiator, request) = first_token(&alice, &target, ALL_FLAGS).expect("first token created");
         let answer = GssContext::new().accept(&keys, &request).expect("valid").output;
         let (cut, corrupted) = (&answer[..i], corrupt(&answer, i));
-        let _ = initiator.init(&alice, &target, ALL, Some(if i % 2 == 0 { cut } else { &corrupted }));
+        let _ = initiator.init(&alice, &target, ALL_FLAGS, Some(if i % 2 == 0 { cut } else { &corrupted }));
     }
 }
 
 #[test]
-fn threads_share_credentials_and_pass_contexts() {
-    let Some(_) = in_default_realm("threads_share_credentials_and_pass_contexts") else { return };
+fn credentials_are_shared_and_contexts_sent_between_threads() {
+    let Some(_) = in_default_realm("credentials_are_shared_and_contexts_sent_between_threads") else { return };
     let shared = Arc::new((alice(), service("rcmd@localhost"), services()));
     let threads: Vec<_> = (0..4)
         .map(|_| {
             let shared = shared.clone();
             thread::spawn(move || {
                 let (alice, target, keys) = &*shared;
-                (0..8).map(|_| establish(alice, target, keys, ALL).expect("established")).collect::<Vec<_>>()
+                (0..8).map(|_| establish(alice, target, keys, ALL_FLAGS).expect("established")).collect::<Vec<_>>()
             })
         })
         .collect();
@@ -366,7 +366,7 @@ fn valgrind_finds_no_leaks_or_invalid_reads() {
     command.arg(format!("--suppressions={suppressions}"));
     command.args(["--leak-check=full", "--errors-for-leak-kinds=definite", "--error-exitcode=99", "--num-callers=30"]);
     command.arg(std::env::current_exe().expect("path of this test"));
-    // Tests that start other processes or depend on the environment are skipped.
+    // Skips tests that start other processes or depend on the environment.
     for test in ["environment_sets", "unusable_library", "test_realms", "valgrind_finds"] {
         command.args(["--skip", test]);
     }

@@ -108,14 +108,14 @@ fn wait_for_session(server: &Server, values: &[&str]) {
 }
 
 /// Adds the user anna with the password `open sesame` to a users file, by --add-user.
-fn add_anna(folder: &Path) -> String {
-    let path = folder.join("users").display().to_string();
+fn add_anna(dir: &Path) -> String {
+    let path = dir.join("users").display().to_string();
     stdout(s5().args(["serve", "--users", &path, "--add-user", "anna"]), b"open sesame\n");
     path
 }
 
 /// Writes a users file with the user berta and the password `swordfish`, by `htpasswd -B`.
-fn htpasswd_berta(folder: &Path) -> String {
+fn htpasswd_berta(dir: &Path) -> String {
     let made = stdout(Command::new("htpasswd").args(["-nbB", "berta", "swordfish"]), b"");
-    write_file(folder, "users", &text(&made))
+    write_file(dir, "users", &text(&made))
 }

@@ -48,8 +48,8 @@ fn server_does_not_start_if_one_address_fails() {
 
 #[test]
 fn unix_socket_in_use_is_an_error_and_is_not_removed() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     assert_listen_error(&listen, &[&listen, "in use"]);
@@ -60,8 +60,8 @@ fn unix_socket_in_use_is_an_error_and_is_not_removed() {
 
 #[test]
 fn unix_socket_with_full_backlog_counts_as_in_use() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("socket created");
     busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("bound");
     busy.listen(0).expect("listening");
@@ -73,8 +73,8 @@ fn unix_socket_with_full_backlog_counts_as_in_use() {
 
 #[test]
 fn stale_unix_socket_is_replaced() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     drop(UnixListener::bind(&path).expect("bound"));
     // A child process that another test has just started may still have a copy of the listener.
@@ -92,8 +92,8 @@ fn stale_unix_socket_is_replaced() {
 
 #[test]
 fn unix_socket_is_removed_at_exit() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     server.signal("TERM");
@@ -103,13 +103,13 @@ fn unix_socket_is_removed_at_exit() {
 
 #[test]
 fn listen_does_not_replace_a_regular_file() {
-    let folder = temp_dir();
-    let path = write_file(folder.path(), "precious", "data");
+    let dir = temp_dir();
+    let path = write_file(dir.path(), "precious", "data");
     assert_listen_error(&format!("unix:{path}"), &[&path]);
     assert_eq!(std::fs::read_to_string(&path).expect("file read"), "data");
-    assert_listen_error(&format!("unix:{}/nowhere/s5.sock", folder.path().display()), &["nowhere"]);
+    assert_listen_error(&format!("unix:{}/nowhere/s5.sock", dir.path().display()), &["nowhere"]);
     let long = "x".repeat(120);
-    assert_listen_error(&format!("unix:{}/{long}", folder.path().display()), &[&long]);
+    assert_listen_error(&format!("unix:{}/{long}", dir.path().display()), &[&long]);
 }
 
 #[test]
@@ -122,8 +122,8 @@ fn server_prints_nothing_on_stdout() {
 
 #[test]
 fn quiet_server_logs_nothing_at_start() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut child = crate::scripted::RunningProgram::start(s5().args(["serve", "-q", "--listen", &listen]));
     wait_until("the server listens", TIMEOUT, || UnixStream::connect(&path).is_ok());

@@ -72,13 +72,13 @@ fn assert_documented<T: AsRef<str>>(manual: &str, heading: &str, names: impl Int
 /// Path and code of each source file of s5, without tests.
 fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut folders = vec![root];
+    let mut dirs = vec![root];
     let mut files = Vec::new();
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).expect("directory read") {
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).expect("directory read") {
             let path = entry.expect("directory entry").path();
             if path.is_dir() {
-                folders.push(path);
+                dirs.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let text = fs::read_to_string(&path).expect("file read");
                 let code = text.split("\n#[cfg(test)]").next().unwrap_or_default().to_owned();
@@ -248,16 +248,16 @@ fn completions_reject_an_unknown_shell() {
 }
 
 /// Writes the script for a shell to a file, and returns its path.
-fn script(folder: &Path, shell: &str) -> String {
-    write_file(folder, shell, &stdout_of(&["--completions", shell]))
+fn script(dir: &Path, shell: &str) -> String {
+    write_file(dir, shell, &stdout_of(&["--completions", shell]))
 }
 
 #[test]
 fn completions_are_scripts_that_their_shells_parse() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     for shell in SHELLS.into_iter().filter(|shell| is_installed(shell)) {
         let option = if shell == "fish" { "--no-execute" } else { "-n" };
-        let output = run(Command::new(shell).args([option, &script(folder.path(), shell)]), b"", PROGRAM_TIMEOUT);
+        let output = run(Command::new(shell).args([option, &script(dir.path(), shell)]), b"", PROGRAM_TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{shell}");
     }
 }
@@ -293,14 +293,14 @@ fn bash_completes_modes_and_options() {
     if !is_installed("bash") {
         return;
     }
-    let folder = temp_dir();
-    let path = script(folder.path(), "bash");
+    let dir = temp_dir();
+    let path = script(dir.path(), "bash");
     let code = "source \"$1\"; shift; complete -p s5 | grep -q -- '-F _s5 ' || exit 3; \
                 COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); _s5 && printf '%s\\n' \"${COMPREPLY[@]}\"";
     for (line, expected) in CASES {
         let words: Vec<&str> = line.split(' ').collect();
         let args = [&["--norc", "--noprofile", "-c", code, "bash", &path], &words[..]].concat();
-        let output = shell("bash", folder.path(), &args);
+        let output = shell("bash", dir.path(), &args);
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{line}");
         let completions = text(&output.stdout);
         assert_eq!(sorted(completions.lines().filter(|line| !line.is_empty())), expected, "{line}");
@@ -312,11 +312,11 @@ fn fish_completes_modes_and_options() {
     if !is_installed("fish") {
         return;
     }
-    let folder = temp_dir();
-    let path = script(folder.path(), "fish");
+    let dir = temp_dir();
+    let path = script(dir.path(), "fish");
     for (line, expected) in CASES {
         let code = format!("source '{path}'; complete --do-complete '{line}'");
-        let output = shell("fish", folder.path(), &["--no-config", "-c", &code]);
+        let output = shell("fish", dir.path(), &["--no-config", "-c", &code]);
         assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{line}");
         let completions = text(&output.stdout);
         let words = completions.lines().map(|line| line.split('\t').next().unwrap_or_default());
@@ -343,18 +343,18 @@ fn zsh_completes_modes_and_options() {
     if !is_installed("zsh") {
         return;
     }
-    let folder = temp_dir();
-    let path = script(folder.path(), "zsh");
+    let dir = temp_dir();
+    let path = script(dir.path(), "zsh");
     let rc = format!(
         "autoload -U compinit; compinit -D -u; source '{path}'\n\
          (( $+functions[_s5] )) && [[ $_comps[s5] == _s5 ]] || exit\n\
          show() {{ print -r -- \"<$BUFFER>\"; BUFFER= }}; zle -N show; bindkey '^X' show; bindkey '^I' complete-word\n\
          setopt no_beep; PS1=; unset zle_bracketed_paste; print READY\n"
     );
-    write_file(folder.path(), ".zshrc", &rc);
-    let zpty = write_file(folder.path(), "zpty", ZPTY);
+    write_file(dir.path(), ".zshrc", &rc);
+    let zpty = write_file(dir.path(), "zpty", ZPTY);
     let lines = CASES.map(|(line, _)| line);
-    let output = shell("zsh", folder.path(), &[&["-f", zpty.as_str()], &lines[..]].concat());
+    let output = shell("zsh", dir.path(), &[&["-f", zpty.as_str()], &lines[..]].concat());
     assert_eq!(text(&output.stderr), "");
     // With several completions, zsh inserts their common prefix.
     let expected_lines = CASES.map(|(line, expected)| match (line.rsplit_once(' ').expect("words"), expected) {

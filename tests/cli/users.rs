@@ -55,7 +55,7 @@ fn login_status(users: &str, userinfo: &str) -> Option<i32> {
 
 #[test]
 fn invalid_users_line_is_an_error_with_file_line_and_word() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let long = "n".repeat(256);
     let table = [
         ("alice", "line 1", "alice"),
@@ -72,19 +72,19 @@ fn invalid_users_line_is_an_error_with_file_line_and_word() {
         (&format!("alice:{BCRYPT_HASH}\nbob:{BCRYPT_HASH}\nalice:{BCRYPT_HASH}"), "line 3", "alice"),
     ];
     for (content, line, word) in table {
-        let path = write_file(folder.path(), "users", content);
+        let path = write_file(dir.path(), "users", content);
         assert_usage_error(&["serve", "--listen", "127.0.0.1:0", "--users", &path], &[&path, line, word]);
     }
 }
 
 #[test]
 fn unreadable_users_file_is_an_error_with_its_name() {
-    let folder = temp_dir();
-    let missing = format!("{}/missing", folder.path().display());
+    let dir = temp_dir();
+    let missing = format!("{}/missing", dir.path().display());
     assert_usage_error(&["serve", "--users", &missing], &[&missing, "No such file"]);
-    let path = folder.path().to_str().expect("UTF-8 path").to_owned();
+    let path = dir.path().to_str().expect("UTF-8 path").to_owned();
     assert_usage_error(&["serve", "--users", &path], &[&path]);
-    let binary = folder.path().join("binary");
+    let binary = dir.path().join("binary");
     fs::write(&binary, b"alice:\xff\xfe\n").expect("file written");
     let binary = binary.to_str().expect("UTF-8 path");
     assert_usage_error(&["serve", "--users", binary], &[binary]);
@@ -92,7 +92,7 @@ fn unreadable_users_file_is_an_error_with_its_name() {
 
 #[test]
 fn users_file_errors_do_not_contain_passwords() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     for content in [
         "alice:topsecret",
         "alice:$topsecret",
@@ -100,7 +100,7 @@ fn users_file_errors_do_not_contain_passwords() {
         "alice:$2y$05$topsecret",
         "alice:$argon2id$topsecret",
     ] {
-        let path = write_file(folder.path(), "users", content);
+        let path = write_file(dir.path(), "users", content);
         let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--users", &path]), b"", HASH_TIMEOUT);
         assert_error(&output, &[&path, "line 1", "alice"]);
         let stderr = text(&output.stderr);
@@ -110,8 +110,8 @@ fn users_file_errors_do_not_contain_passwords() {
 
 #[test]
 fn added_user_can_log_in() {
-    let folder = temp_dir();
-    let users = format!("{}/users", folder.path().display());
+    let dir = temp_dir();
+    let users = format!("{}/users", dir.path().display());
     assert_success(&add_user(&users, "alice", b"topsecret\n"));
     let content = read_users(&users);
     assert!(content.starts_with("alice:$argon2id$") && content.ends_with('\n'), "{content}");
@@ -123,9 +123,9 @@ fn added_user_can_log_in() {
 
 #[test]
 fn add_user_reads_password_from_first_line_of_stdin() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     for (stdin, passwd) in [(&b" pass word\r\nmore\n"[..], " pass word"), (b"no end", "no end")] {
-        let users = format!("{}/users", folder.path().display());
+        let users = format!("{}/users", dir.path().display());
         assert_success(&add_user(&users, "alice", stdin));
         let users = s5::policy::users::Users::parse(&read_users(&users)).expect("valid users file");
         assert!(users.verify(b"alice", passwd.as_bytes()), "{passwd}");
@@ -134,8 +134,8 @@ fn add_user_reads_password_from_first_line_of_stdin() {
 
 #[test]
 fn add_user_with_invalid_password_changes_nothing() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", "# mine\n");
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "# mine\n");
     assert_error(&add_user(&users, "alice", b""), &["--add-user", "empty"]);
     assert_error(&add_user(&users, "alice", b"\n"), &["--add-user", "empty"]);
     let long = [b'p'; 256];
@@ -148,8 +148,8 @@ fn add_user_with_invalid_password_changes_nothing() {
 
 #[test]
 fn add_user_with_invalid_name_changes_nothing() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", "# mine\n");
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "# mine\n");
     for name in ["", "a:b", "a\nb", " a", "#a", &"n".repeat(256)] {
         assert_error(&add_user(&users, name, b"topsecret\n"), &["--add-user", "user name"]);
     }
@@ -158,10 +158,10 @@ fn add_user_with_invalid_name_changes_nothing() {
 
 #[test]
 fn add_and_remove_user_keep_other_lines_byte_for_byte() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let before =
         format!("# one\r\n\n  bob:{BCRYPT_HASH}  \nalice:{BCRYPT_HASH}\n\t# two: alice:x\nalicia:{BCRYPT_HASH}\n#end");
-    let users = write_file(folder.path(), "users", &before);
+    let users = write_file(dir.path(), "users", &before);
     assert_success(&add_user(&users, "alice", b"topsecret\n"));
     let after = read_users(&users);
     let (head, rest) = after.split_once("alice:").expect("alice is in the file");
@@ -185,36 +185,36 @@ fn add_and_remove_user_keep_other_lines_byte_for_byte() {
 
 #[test]
 fn removing_unknown_user_is_an_error() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let before = format!("# alice\nalicia:{BCRYPT_HASH}\n");
-    let users = write_file(folder.path(), "users", &before);
+    let users = write_file(dir.path(), "users", &before);
     assert_error(&remove_user(&users, "alice"), &[&users, "alice"]);
     assert_eq!(read_users(&users), before);
-    let missing = format!("{}/missing", folder.path().display());
+    let missing = format!("{}/missing", dir.path().display());
     assert_error(&remove_user(&missing, "alice"), &[&missing]);
     assert!(!Path::new(&missing).exists());
 }
 
 #[test]
 fn written_users_file_is_readable_by_owner_only() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", &format!("bob:{BCRYPT_HASH}\n"));
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &format!("bob:{BCRYPT_HASH}\n"));
     for act in [add_user, |users: &str, name: &str, _: &[u8]| remove_user(users, name)] {
         fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("permissions set");
         assert_success(&act(&users, "bob", b"topsecret\n"));
         assert_eq!(mode(&users), 0o600);
     }
     let names: Vec<_> =
-        fs::read_dir(folder.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
+        fs::read_dir(dir.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["users"], "no temporary file is left");
 }
 
 #[test]
 fn symlink_to_users_file_is_followed_and_kept() {
-    let folder = temp_dir();
-    let target_folder = temp_dir();
-    let real = write_file(target_folder.path(), "real", "# mine\n");
-    let link = folder.path().join("users");
+    let dir = temp_dir();
+    let target_dir = temp_dir();
+    let real = write_file(target_dir.path(), "real", "# mine\n");
+    let link = dir.path().join("users");
     symlink(&real, &link).expect("symlink created");
     let users = link.to_str().expect("UTF-8 path");
     assert_success(&add_user(users, "alice", b"topsecret\n"));
@@ -227,9 +227,9 @@ fn symlink_to_users_file_is_followed_and_kept() {
 
 #[test]
 fn add_user_to_invalid_file_changes_nothing() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let before = format!("bob:{BCRYPT_HASH}\nnonsense\n");
-    let users = write_file(folder.path(), "users", &before);
+    let users = write_file(dir.path(), "users", &before);
     assert_error(&add_user(&users, "alice", b"topsecret\n"), &[&users, "line 2", "nonsense"]);
     assert_eq!(read_users(&users), before);
 }
@@ -258,8 +258,8 @@ fn users_file_of_htpasswd_is_edited_and_accepts_its_passwords() {
     if !is_installed("htpasswd") {
         return;
     }
-    let folder = temp_dir();
-    let users = format!("{}/users", folder.path().display());
+    let dir = temp_dir();
+    let users = format!("{}/users", dir.path().display());
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let mut htpasswd = Command::new("htpasswd");
     assert_success(&run(
@@ -285,15 +285,15 @@ fn add_and_remove_user_require_users_file_and_exclude_each_other() {
 }
 
 /// Runs `--add-user alice` on a pseudo-terminal. The terminal's output is the stdout of the returned program.
-fn add_user_on_terminal(folder: &Path, users: &str) -> RunningProgram {
+fn add_user_on_terminal(dir: &Path, users: &str) -> RunningProgram {
     let command = format!("tty > tty; exec '{}' serve --users '{users}' --add-user alice", env!("CARGO_BIN_EXE_s5"));
-    RunningProgram::start(Command::new("script").current_dir(folder).args(["-q", "-e", "-c", &command, "/dev/null"]))
+    RunningProgram::start(Command::new("script").current_dir(dir).args(["-q", "-e", "-c", &command, "/dev/null"]))
 }
 
 /// Waits for a prompt and for echo to be off, then types an answer.
-fn type_at_prompt(terminal: &mut RunningProgram, folder: &Path, prompt: &str, answer: &[u8]) {
+fn type_at_prompt(terminal: &mut RunningProgram, dir: &Path, prompt: &str, answer: &[u8]) {
     terminal.stdout(|shown| text(shown).ends_with(prompt));
-    let tty = read_users(folder.join("tty").to_str().expect("UTF-8 path"));
+    let tty = read_users(dir.join("tty").to_str().expect("UTF-8 path"));
     wait_until("the terminal does not echo", HASH_TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
@@ -306,11 +306,11 @@ fn add_user_prompts_twice_without_echo() {
     if !is_installed("script") {
         return;
     }
-    let folder = temp_dir();
-    let users = format!("{}/users", folder.path().display());
-    let mut terminal = add_user_on_terminal(folder.path(), &users);
-    type_at_prompt(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
-    type_at_prompt(&mut terminal, folder.path(), "repeat the password: ", b"topsecret\n");
+    let dir = temp_dir();
+    let users = format!("{}/users", dir.path().display());
+    let mut terminal = add_user_on_terminal(dir.path(), &users);
+    type_at_prompt(&mut terminal, dir.path(), "password for alice: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "repeat the password: ", b"topsecret\n");
     let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
     assert_eq!(status.code(), Some(0), "{}", text(&shown));
     assert!(!text(&shown).contains("secret"), "{}", text(&shown));
@@ -323,11 +323,11 @@ fn add_user_with_different_passwords_changes_nothing() {
     if !is_installed("script") {
         return;
     }
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", "# mine\n");
-    let mut terminal = add_user_on_terminal(folder.path(), &users);
-    type_at_prompt(&mut terminal, folder.path(), "password for alice: ", b"topsecret\n");
-    type_at_prompt(&mut terminal, folder.path(), "repeat the password: ", b"othersecret\n");
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "# mine\n");
+    let mut terminal = add_user_on_terminal(dir.path(), &users);
+    type_at_prompt(&mut terminal, dir.path(), "password for alice: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "repeat the password: ", b"othersecret\n");
     let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
     let shown = text(&shown);
     assert!(!status.success(), "{shown}");

@@ -80,7 +80,7 @@ fn shell(script: &str) -> (i32, String) {
 }
 
 /// Runs a command for each of the other statuses, which no row of the table has. Returns them.
-fn run_other_statuses(folder: &Path) -> Vec<u8> {
+fn run_other_statuses(dir: &Path) -> Vec<u8> {
     let server = Server::start(&[]);
     let proxy = server.addr();
     let echo = echo_server();
@@ -90,14 +90,14 @@ fn run_other_statuses(folder: &Path) -> Vec<u8> {
         reset(stream);
     });
     let down = closed_port();
-    let plain = write_file(folder, "plain", "not a program");
-    let folder = folder.display();
+    let plain = write_file(dir, "plain", "not a program");
+    let dir = dir.display();
     let s5 = |args: String| format!("\"$S5\" {args}");
     let cases = vec![
         (0, "", s5(format!("connect -z -x {proxy} {echo}"))),
         (2, "unrecognized option --porxy (did you mean --proxy?)", s5("connect --porxy a b".into())),
         (7, "direct: connecting, for", s5(format!("connect --direct {down}"))),
-        (26, "read from stdin: Is a directory", s5(format!("connect -x {proxy} {echo} < {folder}"))),
+        (26, "read from stdin: Is a directory", s5(format!("connect -x {proxy} {echo} < {dir}"))),
         (26, "not hexadecimal", format!("echo xyz | {}", s5(format!("udp --hex -x {proxy} {echo}")))),
         (
             28,
@@ -117,7 +117,7 @@ fn run_other_statuses(folder: &Path) -> Vec<u8> {
             format!("echo x | {}", s5(format!("connect --direct --no-shutdown {resets}"))),
         ),
         (126, "Permission denied", s5(format!("connect -x {proxy} -e {plain} {echo}"))),
-        (127, "No such file", s5(format!("connect -x {proxy} -e {folder}/nothing {echo}"))),
+        (127, "No such file", s5(format!("connect -x {proxy} -e {dir}/nothing {echo}"))),
         (141, "", format!("{{ yes | {}; echo $? >&2; }} | true", s5(format!("connect -x {proxy} {echo}")))),
     ];
     let mut found = Vec::new();
@@ -154,8 +154,8 @@ fn every_exit_status_occurs() {
         return;
     }
     let mut seen: BTreeSet<u8> = behaviours().iter().filter_map(|row| u8::try_from(row.status).ok()).collect();
-    let folder = crate::common::temp_dir();
-    seen.extend(run_other_statuses(folder.path()));
+    let dir = crate::common::temp_dir();
+    seen.extend(run_other_statuses(dir.path()));
     // No name except localhost resolves in this namespace.
     for (status, args) in [(5, "connect -x proxy.test a.test:80"), (6, "connect --direct a.test:80")] {
         let (code, stderr) = shell(&format!("\"$S5\" {args}"));

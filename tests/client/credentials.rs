@@ -108,8 +108,8 @@ fn chain_is_a_list_or_a_repeated_option() {
 
 #[test]
 fn url_of_localhost_with_path_is_a_unix_socket() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let _server = Server::start_with(s5().args(["serve", "--listen", &format!("unix:{}", path.display())]), 1);
     let (url, target) = (format!("socks5h://localhost{}", path.display()), echo_server().to_string());
     let from_option = run(s5().args(["connect", "-x", &url, &target]), b"by path", TIMEOUT);
@@ -168,8 +168,8 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
 
 #[test]
 fn login_sources_have_documented_precedence() {
-    let folder = temp_dir();
-    let file = write_file(folder.path(), "auth", "file:3\n");
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "auth", "file:3\n");
     type Source<'a> = (&'a str, &'a str, &'a [&'a str], &'a [(&'a str, &'a str)]);
     let sources: [Source<'_>; 9] = [
         ("url", "1", &[], &[]),
@@ -198,8 +198,8 @@ fn login_sources_have_documented_precedence() {
 
 #[test]
 fn user_in_url_gets_only_the_password_of_that_user() {
-    let folder = temp_dir();
-    let file = write_file(folder.path(), "auth", "alice:hers\r\n\nbob:his\nalice:late\n");
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "auth", "alice:hers\r\n\nbob:his\nalice:late\n");
     let options = ["--proxy-auth-file", &file];
     let variables = [
         ("S5_PROXY_AUTH", "carol:third"),
@@ -240,8 +240,8 @@ fn user_in_url_gets_only_the_password_of_that_user() {
 fn each_proxy_of_a_chain_gets_the_password_of_its_user() {
     let hop = || [Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY)];
     let proxy = ScriptedServer::start([hop(), hop(), hop()].into_iter().flatten().collect());
-    let folder = temp_dir();
-    let file = write_file(folder.path(), "auth", "alice:hers\nbob:his\n");
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "auth", "alice:hers\nbob:his\n");
     let chain = format!("bob@{},carol:own@second.example,third.example", proxy.addr);
     let output = run(s5().args(["connect", "-z", "-x", &chain, "--proxy-auth-file", &file, TARGET]), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -252,8 +252,8 @@ fn each_proxy_of_a_chain_gets_the_password_of_its_user() {
 
 #[test]
 fn only_passwords_in_urls_are_percent_decoded() {
-    let folder = temp_dir();
-    let file = write_file(folder.path(), "auth", "alice:p:a@b%41, /\n");
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "auth", "alice:p:a@b%41, /\n");
     let pair = "alice:p:a@b%41, /";
     let expected = login("alice", b"p:a@b%41, /");
     assert_eq!(sent_login("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[]), expected);
@@ -262,7 +262,7 @@ fn only_passwords_in_urls_are_percent_decoded() {
     assert_eq!(sent_login("", &[], &[("S5_PROXY_AUTH", pair)]), expected);
     assert_eq!(sent_login("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
     // Bytes that are not UTF-8.
-    let file = folder.path().join("bytes");
+    let file = dir.path().join("bytes");
     std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("file written");
     let file = file.to_str().expect("UTF-8 path");
     assert_eq!(sent_login("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
@@ -270,12 +270,12 @@ fn only_passwords_in_urls_are_percent_decoded() {
 
 #[test]
 fn auth_file_on_stdin_is_the_first_line_and_later_data_goes_to_the_target() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();
     let with_login = [b"alice:se:cret\r\n", payload.as_slice()].concat();
-    let file = folder.path().join("both");
+    let file = dir.path().join("both");
     std::fs::write(&file, &with_login).expect("file written");
-    write_file(folder.path(), "login", "alice:se:cret\nnot a pair\n");
+    write_file(dir.path(), "login", "alice:se:cret\nnot a pair\n");
     let table = [
         ("-", "", with_login.as_slice()),
         ("-", "<both", b"not read"),
@@ -288,7 +288,7 @@ fn auth_file_on_stdin_is_the_first_line_and_later_data_goes_to_the_target() {
     for (name, redirection, stdin) in table {
         let proxy = accepting_proxy();
         let script = format!("exec \"$S5\" connect -x {} --proxy-auth-file {name} {TARGET} {redirection}", proxy.addr);
-        let output = run(as_s5("sh").current_dir(folder.path()).args(["-c", &script]), stdin, TIMEOUT);
+        let output = run(as_s5("sh").current_dir(dir.path()).args(["-c", &script]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{script}: {}", text(&output.stderr));
         assert_eq!(proxy.messages()[1], login("alice", b"se:cret"), "{script}");
         assert!(output.stdout == payload, "{script}: {} bytes were returned", output.stdout.len());
@@ -310,8 +310,8 @@ fn password_line_on_stdin_is_not_sent_to_the_target() {
 
 #[test]
 fn invalid_login_source_is_a_usage_error_that_names_the_source() {
-    let folder = temp_dir();
-    let file = |name: &str, bytes: &str| write_file(folder.path(), name, bytes);
+    let dir = temp_dir();
+    let file = |name: &str, bytes: &str| write_file(dir.path(), name, bytes);
     let long = format!("alice:topsecret{}\n", "x".repeat(250));
     let files = [
         (file("pair", "alice topsecret\n"), "pair: line 1: expected user:password"),
@@ -320,7 +320,7 @@ fn invalid_login_source_is_a_usage_error_that_names_the_source() {
         (file("long", &long), "the password has 259 bytes"),
         (file("no_user", ":topsecret\n"), "the user name has 0 bytes"),
         ("/nonexistent/auth".into(), "/nonexistent/auth: "),
-        (folder.path().display().to_string(), "--proxy-auth-file "),
+        (dir.path().display().to_string(), "--proxy-auth-file "),
         ("-".into(), "--proxy-auth-file -: line 1: "),
         ("fd:0".into(), "--proxy-auth-file fd:0: "),
         ("fd:2".into(), "--proxy-auth-file fd:2: "),

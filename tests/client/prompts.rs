@@ -43,13 +43,13 @@ fn user_without_password_fails_at_once_without_a_terminal() {
 }
 
 /// An askpass program that records its prompt, reads its stdin to the end, and answers with two lines.
-fn askpass(folder: &Path) -> String {
+fn askpass(dir: &Path) -> String {
     let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$PROMPT_FILE\"\ncat\necho topsecret\necho more\n";
-    executable(folder, "askpass", script)
+    executable(dir, "askpass", script)
 }
 
-fn executable(folder: &Path, name: &str, script: &str) -> String {
-    let path = write_file(folder, name, script);
+fn executable(dir: &Path, name: &str, script: &str) -> String {
+    let path = write_file(dir, name, script);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("permissions set");
     path
 }
@@ -59,9 +59,9 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
     if !is_installed("setsid") {
         return;
     }
-    let folder = temp_dir();
-    let program = askpass(folder.path());
-    let prompt_file = folder.path().join("prompt");
+    let dir = temp_dir();
+    let program = askpass(dir.path());
+    let prompt_file = dir.path().join("prompt");
     let start = |proxy: &str, variables: &[(&str, &str)]| {
         let mut command = without_a_terminal(&["connect", "-P", "alice", "-x", proxy, TARGET]);
         command.env("SSH_ASKPASS", &program).env("PROMPT_FILE", &prompt_file).envs(variables.iter().copied());
@@ -99,8 +99,8 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
 
 #[test]
 fn failing_askpass_program_has_status_67() {
-    let folder = temp_dir();
-    let fails = executable(folder.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
+    let dir = temp_dir();
+    let fails = executable(dir.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
     let dead = closed_port().to_string();
     for program in [&fails, "/nonexistent/askpass"] {
         let mut command = s5();
@@ -111,17 +111,17 @@ fn failing_askpass_program_has_status_67() {
 }
 
 /// A shell command on a new terminal with echo. The terminal's output is the stdout of the command.
-fn on_a_terminal(folder: &Path, command: &str) -> Command {
+fn on_a_terminal(dir: &Path, command: &str) -> Command {
     let mut script = as_s5("script");
-    script.current_dir(folder).env("SHELL", "/bin/sh");
+    script.current_dir(dir).env("SHELL", "/bin/sh");
     script.args(["-q", "-e", "-c", &format!("tty > tty; {command}"), "/dev/null"]);
     script
 }
 
 /// Waits for the prompt and for echo to be off, then types a password.
-fn type_password(terminal: &mut RunningProgram, folder: &Path, passwd: &str) {
+fn type_password(terminal: &mut RunningProgram, dir: &Path, passwd: &str) {
     terminal.stdout(|shown| text(shown).contains("Password for alice at "));
-    let tty = fs::read_to_string(folder.join("tty")).expect("file read");
+    let tty = fs::read_to_string(dir.join("tty")).expect("file read");
     wait_until("the terminal does not echo", TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
@@ -139,10 +139,10 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         ("\"$S5\" connect -z -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", ""),
         ("printf payload | \"$S5\" connect -P alice -x ADDR TARGET; status=$?; stty -a; exit $status", "payload"),
     ] {
-        let (folder, proxy) = (temp_dir(), accepting_proxy());
+        let (dir, proxy) = (temp_dir(), accepting_proxy());
         let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
-        let mut terminal = RunningProgram::start(&mut on_a_terminal(folder.path(), &command));
-        type_password(&mut terminal, folder.path(), "topsecret");
+        let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &command));
+        type_password(&mut terminal, dir.path(), "topsecret");
         let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(0), "{shown}");
@@ -157,7 +157,7 @@ fn no_prompt_if_the_terminal_is_the_payload_or_ci_is_set() {
     if !is_installed("script") {
         return;
     }
-    let folder = temp_dir();
+    let dir = temp_dir();
     let dead = closed_port().to_string();
     for (command, ci) in [
         ("exec \"$S5\" connect -P alice -x ADDR TARGET", "false"),
@@ -166,7 +166,7 @@ fn no_prompt_if_the_terminal_is_the_payload_or_ci_is_set() {
         ("exec \"$S5\" connect -v -z -P alice -x ADDR TARGET", "true"),
     ] {
         let command = command.replace("ADDR", &dead).replace("TARGET", TARGET);
-        let mut terminal = RunningProgram::start(on_a_terminal(folder.path(), &command).env("CI", ci));
+        let mut terminal = RunningProgram::start(on_a_terminal(dir.path(), &command).env("CI", ci));
         let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(67), "{shown}");

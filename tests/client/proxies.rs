@@ -140,8 +140,8 @@ fn all_addresses_of_the_proxy_are_tried() {
 
 #[test]
 fn client_connects_to_a_proxy_on_a_unix_socket() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let _server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     let target = echo_server().to_string();
@@ -153,8 +153,8 @@ fn client_connects_to_a_proxy_on_a_unix_socket() {
 
 #[test]
 fn login_failure_at_a_unix_socket_proxy_names_its_path() {
-    let folder = temp_dir();
-    let path = folder.path().join("proxy.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("proxy.sock");
     let listener = UnixListener::bind(&path).expect("bound");
     thread::spawn(move || {
         use std::io::{Read as _, Write as _};
@@ -172,8 +172,8 @@ fn login_failure_at_a_unix_socket_proxy_names_its_path() {
 
 #[test]
 fn unix_socket_proxy_can_only_be_the_first_of_a_chain() {
-    let folder = temp_dir();
-    let listen = format!("unix:{}", folder.path().join("s5.sock").display());
+    let dir = temp_dir();
+    let listen = format!("unix:{}", dir.path().join("s5.sock").display());
     let _first = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     let second = Server::start(&[]);
     let chain = format!("{listen},{}", second.addr());
@@ -186,11 +186,11 @@ fn unix_socket_proxy_can_only_be_the_first_of_a_chain() {
 
 #[test]
 fn client_logs_in_at_each_server_of_a_chain() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let server = |name: &str, passwd: &str| {
         // The lowest cost of bcrypt, for speed.
         let hash = bcrypt::hash(passwd, 4).expect("password hashed");
-        let users = crate::common::write_file(folder.path(), name, &format!("{name}:{hash}\n"));
+        let users = crate::common::write_file(dir.path(), name, &format!("{name}:{hash}\n"));
         Server::start(&["--users", &users])
     };
     let servers = [server("one", "first"), server("two", "second"), server("three", "third")];

@@ -191,8 +191,8 @@ fn full_disk_has_status_23() {
 fn unreadable_stdin_has_status_26() {
     let proxy = ScriptedServer::start(open_tunnel(|mut stream| drop(stream.read_to_end(&mut Vec::new()))));
     let mut command = s5();
-    let folder = std::fs::File::open("/").expect("directory opened");
-    command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(folder);
+    let dir = std::fs::File::open("/").expect("directory opened");
+    command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(dir);
     let output = command.output().expect("s5 runs");
     assert_eq!(output.status.code(), Some(26), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("read from stdin: "), "{}", text(&output.stderr));
@@ -201,8 +201,8 @@ fn unreadable_stdin_has_status_26() {
 #[test]
 fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
     // O_NONBLOCK would affect the other processes that share the open file description.
-    let folder = crate::common::temp_dir();
-    let input = crate::common::write_file(folder.path(), "input", "hello");
+    let dir = crate::common::temp_dir();
+    let input = crate::common::write_file(dir.path(), "input", "hello");
     let (reader, writer) = std::io::pipe().expect("pipe created");
     let (mut out_reader, out_writer) = std::io::pipe().expect("pipe created");
     let flags = |fd: &dyn std::os::fd::AsFd| {

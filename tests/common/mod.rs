@@ -301,9 +301,9 @@ pub fn is_installed(program: &str) -> bool {
         return false;
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    folders.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    if folders.iter().any(|folder| folder.join(program).is_file()) {
+    let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    dirs.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    if dirs.iter().any(|dir| dir.join(program).is_file()) {
         return true;
     }
     skip(&format!("{program} is not installed"));
@@ -335,9 +335,9 @@ pub fn in_namespace(test: &str, hosts: &str, resolv: &str) -> bool {
     if !is_installed("unshare") || !is_installed("ip") {
         return false;
     }
-    let folder = tempfile::tempdir().expect("temporary directory");
+    let dir = tempfile::tempdir().expect("temporary directory");
     let file = |name: &str, text: &str| -> PathBuf {
-        let path = folder.path().join(name);
+        let path = dir.path().join(name);
         std::fs::write(&path, text).expect("file written");
         path
     };
@@ -365,8 +365,8 @@ pub fn temp_dir() -> tempfile::TempDir {
 }
 
 /// Writes a file and returns its path.
-pub fn write_file(folder: &Path, name: &str, text: &str) -> String {
-    let path = folder.join(name);
+pub fn write_file(dir: &Path, name: &str, text: &str) -> String {
+    let path = dir.join(name);
     std::fs::write(&path, text).expect("file written");
     path.to_str().expect("UTF-8 path").to_owned()
 }

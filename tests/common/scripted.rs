@@ -57,7 +57,7 @@ pub fn reply_with(reply: &[u8]) -> Vec<Step> {
     vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request, send(reply)]
 }
 
-/// Accepts a greeting without authentication and a request, sends a success reply, and passes the connection to `target`.
+/// Accepts a greeting without authentication and a request, and sends a success reply. Then `target` has the connection.
 pub fn open_tunnel(target: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
     reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(target)]).collect()
 }

@@ -17,10 +17,10 @@ use crate::tools::{
 
 /// Time limit for closing a session on both sides.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Bytes after which a direction is spliced for sure.
+/// More bytes than a direction copies before it is spliced.
 const BULK: usize = 8 << 20;
 
-/// A session in a certain state.
+/// A session of one of the tested kinds.
 enum LiveSession {
     /// No traffic.
     Idle(TcpStream, TcpStream),
@@ -50,24 +50,24 @@ fn writer(mut stream: TcpStream) -> JoinHandle<(ErrorKind, Instant)> {
     repeat_until_error(move || stream.write_all(&[7; 1 << 16]))
 }
 
-fn reader(mut stream: TcpStream, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
+fn reader(mut stream: TcpStream, received: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
     let mut buffer = vec![0; 1 << 18];
     repeat_until_error(move || {
         let n = stream.read(&mut buffer)?;
-        moved.fetch_add(n, Ordering::Relaxed);
+        received.fetch_add(n, Ordering::Relaxed);
         if n == 0 { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     })
 }
 
-fn echo(mut stream: TcpStream, begins: bool, moved: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
+fn echo(mut stream: TcpStream, sends_first: bool, received: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
     let mut bytes = [7; 64];
-    if begins {
+    if sends_first {
         stream.write_all(&bytes).expect("data sent");
     }
     repeat_until_error(move || {
         stream.read_exact(&mut bytes)?;
         // Counted as 64 KiB, to reach the limit of `assert_busy` as soon as the bulk transfers.
-        moved.fetch_add(1 << 16, Ordering::Relaxed);
+        received.fetch_add(1 << 16, Ordering::Relaxed);
         stream.write_all(&bytes)
     })
 }
@@ -81,25 +81,25 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
         (client, accept(&listener).0)
     };
     let busy = |kind: &str| {
-        let ((client, far), moved) = (tunnel(), Arc::new(AtomicUsize::new(0)));
+        let ((client, target), received) = (tunnel(), Arc::new(AtomicUsize::new(0)));
         let ends = match kind {
-            "up" => [writer(client), reader(far, moved.clone())],
-            "down" => [reader(client, moved.clone()), writer(far)],
-            _ => [echo(client, true, moved.clone()), echo(far, false, moved.clone())],
+            "up" => [writer(client), reader(target, received.clone())],
+            "down" => [reader(client, received.clone()), writer(target)],
+            _ => [echo(client, true, received.clone()), echo(target, false, received.clone())],
         };
-        LiveSession::Busy(ends, moved)
+        LiveSession::Busy(ends, received)
     };
-    let (client, far) = tunnel();
-    let (half, mut half_far) = tunnel();
+    let (client, target) = tunnel();
+    let (half, mut half_target) = tunnel();
     half.shutdown(Shutdown::Write).expect("half-closed");
-    assert_eq!(half_far.read(&mut [0]).expect("data received"), 0);
+    assert_eq!(half_target.read(&mut [0]).expect("data received"), 0);
     let (bind, rep, bnd) = open_as(server, login, BIND, "127.0.0.1:0");
     assert_eq!(rep, 0);
     let association = associate(server.addr(), V4, login);
     association.ping(udp_echo_server(V4), b"hello");
     let mut all = vec![
-        LiveSession::Idle(client, far),
-        LiveSession::Half(half, half_far),
+        LiveSession::Idle(client, target),
+        LiveSession::Half(half, half_target),
         LiveSession::Bind(bind, bnd),
         LiveSession::Udp(association),
     ];
@@ -110,9 +110,9 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
 
 /// Waits until a busy session has transferred enough to be spliced.
 fn assert_busy(live: &LiveSession) {
-    if let LiveSession::Busy(_, moved) = live {
-        let before = moved.load(Ordering::Relaxed);
-        wait_until("bytes are transferred", TIMEOUT, || moved.load(Ordering::Relaxed) > before + BULK);
+    if let LiveSession::Busy(_, received) = live {
+        let before = received.load(Ordering::Relaxed);
+        wait_until("bytes are transferred", TIMEOUT, || received.load(Ordering::Relaxed) > before + BULK);
     }
 }
 
@@ -123,11 +123,11 @@ fn is_reset(stream: &mut TcpStream) -> bool {
 
 fn assert_closed(live: LiveSession, since: Instant) {
     match live {
-        LiveSession::Idle(mut client, mut far) => assert!(is_reset(&mut client) && is_reset(&mut far)),
+        LiveSession::Idle(mut client, mut target) => assert!(is_reset(&mut client) && is_reset(&mut target)),
         // After its end of stream, a socket reports the reset only when it writes.
-        LiveSession::Half(mut client, mut far) => {
+        LiveSession::Half(mut client, mut target) => {
             assert!(is_reset(&mut client));
-            wait_until("the target side is reset", CLOSE_TIMEOUT, || far.write_all(b"x").is_err());
+            wait_until("the target side is reset", CLOSE_TIMEOUT, || target.write_all(b"x").is_err());
         }
         LiveSession::Busy(ends, _) => {
             for end in ends {
@@ -155,13 +155,13 @@ fn assert_closed(live: LiveSession, since: Instant) {
 fn assert_alive(live: LiveSession) {
     assert_busy(&live);
     match live {
-        LiveSession::Idle(mut client, mut far) => {
-            client.write_all(b"up").and_then(|()| far.write_all(b"down")).expect("data sent");
-            assert_eq!(read_exact(&mut far, 2), b"up");
+        LiveSession::Idle(mut client, mut target) => {
+            client.write_all(b"up").and_then(|()| target.write_all(b"down")).expect("data sent");
+            assert_eq!(read_exact(&mut target, 2), b"up");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
-        LiveSession::Half(mut client, mut far) => {
-            far.write_all(b"down").expect("data sent");
+        LiveSession::Half(mut client, mut target) => {
+            target.write_all(b"down").expect("data sent");
             assert_eq!(read_exact(&mut client, 4), b"down");
         }
         LiveSession::Busy(ends, _) => assert!(!ends.iter().any(JoinHandle::is_finished)),
@@ -179,31 +179,32 @@ enum Change {
     DenyAlice,
 }
 
-fn check_sessions_of_alice(args: &[&str], change: &Change, keeps: bool) {
+fn check_sessions_of_alice(args: &[&str], change: &Change, keeps_sessions: bool) {
     let setup = Setup::start(alice_and_bob(), "# none\n", args);
-    let (alices, bobs) = (sessions_of_each_kind(&setup.server, ALICE), sessions_of_each_kind(&setup.server, BOB));
+    let alice_sessions = sessions_of_each_kind(&setup.server, ALICE);
+    let bob_sessions = sessions_of_each_kind(&setup.server, BOB);
     let since = Instant::now();
     let line = match change {
         Change::RemoveAlice => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
         Change::DenyAlice => setup.reload_rules("deny user=alice\n"),
     };
-    let count = if keeps { 0 } else { alices.len() };
+    let count = if keeps_sessions { 0 } else { alice_sessions.len() };
     assert!(line.ends_with(&format!("rules loaded; sessions closed: {count}")), "{args:?}: {line}");
-    if keeps {
-        alices.into_iter().for_each(assert_alive);
+    if keeps_sessions {
+        alice_sessions.into_iter().for_each(assert_alive);
     } else {
-        alices.into_iter().for_each(|live| assert_closed(live, since));
-        let why = match change {
+        alice_sessions.into_iter().for_each(|live| assert_closed(live, since));
+        let error = match change {
             Change::RemoveAlice => "error=\"this login is no longer valid\"".into(),
             Change::DenyAlice => format!("error=\"denied: {} line 1 (deny user=alice)\"", setup.rules),
         };
-        setup.server.wait_log(|log| log.matches(&why).count() == count);
+        setup.server.wait_log(|log| log.matches(&error).count() == count);
     }
-    bobs.into_iter().for_each(assert_alive);
+    bob_sessions.into_iter().for_each(assert_alive);
     // New sessions are checked against the new policy.
     let alice = try_log_in(setup.server.addr(), unused_client_ip(), ALICE);
     assert_eq!(alice.is_some(), matches!(change, Change::DenyAlice));
-    // A second reload has nothing left to close.
+    // A second reload closes no session.
     assert!(setup.reload().ends_with("sessions closed: 0"));
 }
 
@@ -226,8 +227,8 @@ fn keep_sessions_keeps_denied_sessions() {
 }
 
 #[test]
-fn rate_limited_and_hop_sessions_are_closed_too() {
-    // A rate that is never reached; otherwise datagrams of a busy user would be dropped.
+fn rate_limited_and_upstream_sessions_are_closed() {
+    // A rate that is never reached, so that no datagram is dropped.
     check_sessions_of_alice(&["--rate", "1000G"], &Change::RemoveAlice, false);
     let hop = Server::start(&[]);
     check_sessions_of_alice(&["--via", &hop.addr().to_string()], &Change::DenyAlice, false);
@@ -249,22 +250,22 @@ fn recheck_uses_connected_address_of_tunnel() {
     };
     let denied = ["127.0.0.3", "three.test", "[::ffff:127.0.0.3]", "=127.0.0.3"].map(|dst| open(1, dst));
     let kept = ["127.0.0.1", "one.test", "[::ffff:127.0.0.1]"].map(|dst| open(0, dst));
-    let (mut expecting, rep, _) = open_as(&setup.server, ALICE, BIND, "127.0.0.3:0");
+    let (mut waiting_bind, rep, _) = open_as(&setup.server, ALICE, BIND, "127.0.0.3:0");
     assert_eq!(rep, 0);
     assert!(setup.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions closed: 0"));
     let line = setup.reload_rules("deny to=127.0.0.3\n");
     assert!(line.ends_with("sessions closed: 5"), "{line}");
-    for (mut client, mut far) in denied {
-        assert!(is_reset(&mut client) && is_reset(&mut far));
+    for (mut client, mut target) in denied {
+        assert!(is_reset(&mut client) && is_reset(&mut target));
     }
-    assert_eq!(read_reply(&mut expecting).0, 2);
-    kept.into_iter().for_each(|(client, far)| assert_alive(LiveSession::Idle(client, far)));
+    assert_eq!(read_reply(&mut waiting_bind).0, 2);
+    kept.into_iter().for_each(|(client, target)| assert_alive(LiveSession::Idle(client, target)));
     // A rule with a name closes the sessions that were requested by name.
     let (mut by_name, _far) = open(0, "one.test");
-    let (by_address, far) = open(0, "127.0.0.1");
+    let (by_address, target) = open(0, "127.0.0.1");
     let line = setup.reload_rules("deny to=.test\n");
     assert!(is_reset(&mut by_name), "{line}");
-    assert_alive(LiveSession::Idle(by_address, far));
+    assert_alive(LiveSession::Idle(by_address, target));
 }
 
 #[test]
@@ -272,7 +273,7 @@ fn waiting_bind_checks_peer_by_new_rules() {
     let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
     let (mut client, rep, bnd) = open_as(&setup.server, ALICE, BIND, "0.0.0.0:0");
     assert_eq!(rep, 0);
-    // Other peers are still allowed, so BIND waits on.
+    // Other peers are still allowed, so BIND keeps waiting.
     assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     assert_no_data(&client, Duration::from_millis(20));
     assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "the peer is denied by the new rules");
@@ -303,7 +304,7 @@ fn reload_closes_sessions_by_client_address() {
     let line = setup.reload_rules("deny from=127.0.0.2\n");
     assert!(line.ends_with("sessions closed: 1"), "{line}");
     assert!(is_reset(&mut tunnels[0]));
-    ping(&mut tunnels[1], b"still here");
+    ping(&mut tunnels[1], b"still open");
     // An allow with from= denies the other client.
     assert!(setup.reload_rules("allow from=127.0.0.2\n").ends_with("sessions closed: 1"));
     assert!(is_reset(&mut tunnels[1]));

@@ -37,7 +37,7 @@ const CLIENT_NETWORK: &str = "set -e
     for n in 2 3; do ip addr add fd09:0::$n/64 dev c0 nodad; done; ip addr add fd09:1::2/64 dev c1 nodad
     ip link set c0 up; ip link set c1 up";
 
-/// The network namespace of the server. Ends with the test.
+/// The network namespace of the server, and the process that keeps it. Killed when dropped.
 struct Host(Child);
 
 impl Host {
@@ -48,15 +48,16 @@ impl Host {
         let mut host = Self(command.spawn().expect("unshare runs"));
         let mut line = String::new();
         let stdout = host.0.stdout.take().expect("stdout is piped");
-        BufReader::new(stdout).read_line(&mut line).expect("it can be read");
-        assert_eq!(line, "ready\n", "the server's host");
+        BufReader::new(stdout).read_line(&mut line).expect("line read");
+        assert_eq!(line, "ready\n", "the server's network is set up");
         assert!(
             Command::new("sh").args(["-c", CLIENT_NETWORK]).status().expect("sh runs").success(),
-            "the other hosts"
+            "the other hosts are set up"
         );
         host
     }
 
+    /// Starts a server in this namespace, and waits until it listens on `count` addresses.
     fn s5(&self, listen: &str, count: usize, args: &[&str]) -> Server {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/proc/{}/ns/net", self.0.id()));
@@ -127,7 +128,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
         "255.255.255.255:80",
     ];
     let own_listeners = ["10.9.0.1:1080", "10.9.1.1:1080", "[::ffff:10.9.0.1]:1080", "=10.9.1.1:1080"];
-    // An allow without to= opens none of these targets.
+    // An allow without to= allows none of these targets.
     for rules in [&[][..], &["--allow", "from=10.9.0.0/16"], &["--allow", "port=1-65535"]] {
         let _server = host.serve(rules);
         assert_eq!(rep(&target_dst), 0, "{rules:?}");
@@ -193,8 +194,10 @@ fn datagrams_reach_only_allowed_targets() {
     let nested = datagram(0, local(&target), b"nested");
     // Denied: the listeners, the relay of this association, and the unused relay of another client. An unused relay
     // accepts any port of its client, but not datagrams of the server itself.
-    let own = [addr("10.9.0.1:1080"), addr("10.9.1.1:1080"), addr("127.0.0.1:1080")];
-    for dst in own.into_iter().chain([local(&denied), local(&metadata), addr("224.0.0.251:5353"), addr("[::1]:9")]) {
+    let own_listeners = [addr("10.9.0.1:1080"), addr("10.9.1.1:1080"), addr("127.0.0.1:1080")];
+    for dst in
+        own_listeners.into_iter().chain([local(&denied), local(&metadata), addr("224.0.0.251:5353"), addr("[::1]:9")])
+    {
         association.send(dst, &nested);
     }
     association.send(local(&target), b"allowed");
@@ -235,9 +238,9 @@ fn udp_relay_accepts_one_port_of_its_client_only() {
     let second = socket(ip(CLIENT));
     let stray = datagram(0, local(&target), b"stray");
     for round in 0..3 {
-        for stranger in [&other_host, &same_port].into_iter().chain((round > 0).then_some(&second)) {
+        for sender in [&other_host, &same_port].into_iter().chain((round > 0).then_some(&second)) {
             // Fails in later rounds, after an ICMP error.
-            let _ = stranger.send_to(&stray, association.bnd);
+            let _ = sender.send_to(&stray, association.bnd);
         }
         association.send(local(&target), b"client");
         assert_eq!(receive(&target).0, b"client", "round {round}");
@@ -258,21 +261,21 @@ fn udp_filtering_decides_which_hosts_may_answer() {
     }
     let host = Host::new();
     let (target, other) = (socket(ip(TARGET)), socket(ip(OTHER_TARGET)));
-    let open = ["--udp-filtering", "endpoint-independent"];
+    let filtering = ["--udp-filtering", "endpoint-independent"];
     let rows: [(&[&str], bool); 4] = [
         (&[], false),
-        (&open, true),
-        (&[&open[..], &["--deny", "to=10.9.1.3"]].concat(), false),
-        (&[&open[..], &["--deny", "to=10.9.1.3 command=connect"]].concat(), true),
+        (&filtering, true),
+        (&[&filtering[..], &["--deny", "to=10.9.1.3"]].concat(), false),
+        (&[&filtering[..], &["--deny", "to=10.9.1.3 command=connect"]].concat(), true),
     ];
-    for (args, comes_in) in rows {
+    for (args, other_may_answer) in rows {
         let _server = host.serve(args);
         let association = associate(server_addr(), ip(CLIENT), None);
         association.send(local(&target), b"hello");
         let (_, relay) = receive(&target);
         other.send_to(b"unsolicited", relay).expect("datagram sent");
         target.send_to(b"answer", relay).expect("datagram sent");
-        if comes_in {
+        if other_may_answer {
             assert_eq!(association.receive(), (local(&other), b"unsolicited".to_vec()), "{args:?}");
         }
         assert_eq!(association.receive(), (local(&target), b"answer".to_vec()), "{args:?}");
@@ -292,13 +295,13 @@ fn bind_accepts_expected_peer_only() {
         // The rules allow two peers; only the expected one is accepted.
         (&["--allow", "to=10.9.1.0/24", "--deny", ""], "10.9.1.3:0", TARGET, OTHER_TARGET),
     ];
-    for (rules, dst, stranger, peer) in rows {
+    for (rules, dst, wrong_peer, peer) in rows {
         let _server = host.serve(rules);
         let mut client = log_in(server_addr(), ip(CLIENT), None);
         let (rep, bnd) = send_request(&mut client, BIND, dst);
         assert_eq!((rep, bnd.ip()), (0, server_addr().ip()), "{rules:?}");
         for _ in 0..2 {
-            assert!(is_closed(&mut connect_from(SocketAddr::new(ip(stranger), 0), bnd)), "{rules:?}");
+            assert!(is_closed(&mut connect_from(SocketAddr::new(ip(wrong_peer), 0), bnd)), "{rules:?}");
         }
         assert_no_data(&client, std::time::Duration::from_millis(20));
         let mut peer = connect_from(SocketAddr::new(ip(peer), 0), bnd);
@@ -345,12 +348,12 @@ fn rules_apply_to_ipv6_hosts() {
     }
     let host = Host::new();
     let inner = host.s5("[::1]:7000", 1, &[]);
-    let (near, client) = (addr("[fd09::1]:1080"), ip("fd09::2"));
+    let (server_addr_v6, client) = (addr("[fd09::1]:1080"), ip("fd09::2"));
     let tcp = TcpListener::bind("[fd09:1::2]:0").expect("free port");
     let (target, spoofer) = (socket(ip("fd09:1::2")), socket(ip("fd09::3")));
     let both = tcp_server(ip(TARGET), drop);
     let server = host.serve(&[]);
-    let rep = |dst: &str| send_request(&mut log_in(near, client, None), CONNECT, dst).0;
+    let rep = |dst: &str| send_request(&mut log_in(server_addr_v6, client, None), CONNECT, dst).0;
     for dst in [tcp.local_addr().expect("local address").to_string(), both.to_string()] {
         assert_eq!(rep(&dst), 0, "{dst}");
     }
@@ -369,26 +372,26 @@ fn rules_apply_to_ipv6_hosts() {
         assert_eq!(rep(dst), 2, "{dst}");
     }
     assert!(!inner.log().contains("session"), "{}", inner.log());
-    let association = associate(near, client, None);
+    let association = associate(server_addr_v6, client, None);
     let _ = spoofer.send_to(&datagram(0, local(&target), b"stray"), association.bnd);
-    for dst in [addr("[ff02::1]:9"), addr("[::1]:7000"), near, local(&target)] {
+    for dst in [addr("[ff02::1]:9"), addr("[::1]:7000"), server_addr_v6, local(&target)] {
         association.send(dst, b"client");
     }
     assert_eq!(receive(&target).0, b"client");
     drop(association);
     server.wait_log(|log| log.contains("command=udp") && log.contains(" up=6 down=0 "));
     drop(server);
-    for (rule, v6_may) in [
+    for (rule, is_v6_allowed) in [
         ("from=fd09::/64", true),
         ("from=fd09::2", true),
         ("from=10.9.0.0/16", false),
         ("from=fd09:1::/64,::/96", false),
     ] {
         let _server = host.s5("*:1080", 2, &["--allow", rule, "--allow", "from=10.9.0.2"]);
-        if v6_may {
-            log_in(near, client, None);
+        if is_v6_allowed {
+            log_in(server_addr_v6, client, None);
         } else {
-            assert!(is_closed(&mut connect_from(SocketAddr::new(client, 0), near)), "{rule}");
+            assert!(is_closed(&mut connect_from(SocketAddr::new(client, 0), server_addr_v6)), "{rule}");
         }
         log_in(server_addr(), ip(CLIENT), None);
     }

@@ -1,4 +1,4 @@
-//! Reload by SIGHUP: what is read, when the new policy applies, and when the old one is kept.
+//! Reload by SIGHUP: the files are read again, the new policy applies to sessions, and an error keeps the old policy.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -18,16 +18,17 @@ use crate::tools::{
 
 const EVE: Login<'_> = Some(("eve", "secret"));
 
-fn alice_alone() -> String {
-    alice_and_bob().lines().next().expect("a line").to_owned() + "\n"
+fn alice_only() -> String {
+    alice_and_bob().lines().next().expect("two lines").to_owned() + "\n"
 }
 
-/// Returns the REP of a CONNECT from an unused client address; `None`: the login is refused.
+/// Returns the REP of a CONNECT from an unused client address, or `None` if the login is refused.
 fn rep(server: &Server, login: Login<'_>, dst: SocketAddr) -> Option<u8> {
     let mut stream = try_log_in(server.addr(), unused_client_ip(), login)?;
     Some(send_request(&mut stream, CONNECT, &dst.to_string()).0)
 }
 
+/// Starts a target that closes its connections.
 fn target() -> SocketAddr {
     tcp_server(V4, drop)
 }
@@ -36,7 +37,7 @@ fn target() -> SocketAddr {
 fn reload_reads_users_and_rules() {
     let [a, b] = [target(), target()];
     let deny = |dst: SocketAddr| format!("deny port={}\n", dst.port());
-    let setup = Setup::start(&alice_alone(), &deny(a), &[]);
+    let setup = Setup::start(&alice_only(), &deny(a), &[]);
     let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
     assert_eq!(reps(), [Some(2), Some(0), None, None]);
     let eve = user_line("eve", "secret");
@@ -47,7 +48,7 @@ fn reload_reads_users_and_rules() {
         "{line}"
     );
     assert_eq!(reps(), [None, None, Some(0), Some(2)]);
-    // Rules of options stay in front of those of the file. A reload of an unchanged file changes nothing.
+    // Rules of options still precede those of the file. A reload of an unchanged file changes nothing.
     let setup = Setup::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
     for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
         let line = setup.reload_rules(&rules);
@@ -69,7 +70,7 @@ fn reload_replaces_users_and_rules_together() {
             let (setup, is_done) = (&setup, &is_done);
             scope.spawn(move || {
                 while !is_done.load(Ordering::Relaxed) {
-                    assert_ne!(rep(&setup.server, login, dst), Some(0), "{login:?} got to {dst}");
+                    assert_ne!(rep(&setup.server, login, dst), Some(0), "{login:?} reached {dst}");
                 }
             });
         };
@@ -132,7 +133,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
     let rules = format!("deny port={}\n", a.port());
     let setup = Setup::start(alice_and_bob(), &rules, &[]);
     let other = user_line("eve", "secret");
-    let is_kept = |line: &str, file: &str, words: [&str; 2]| {
+    let assert_kept = |line: &str, file: &str, words: [&str; 2]| {
         assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
         assert!(
             line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
@@ -144,9 +145,9 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
     for (text, line, word) in BAD_USERS {
         // The new rules are valid, but must not be loaded without the users.
         std::fs::write(&setup.rules, "deny\n").expect("file written");
-        is_kept(&setup.reload_users(text), &setup.users, [line, word]);
+        assert_kept(&setup.reload_users(text), &setup.users, [line, word]);
     }
-    // A password in clear is not logged.
+    // Passwords that are not hashed are not logged.
     assert!(
         !setup.server.log().contains(":secret") && !setup.server.log().contains("$argon2id$v"),
         "{}",
@@ -154,32 +155,32 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
     );
     for (text, line, word) in BAD_RULES {
         std::fs::write(&setup.users, &other).expect("file written");
-        is_kept(&setup.reload_rules(text), &setup.rules, [line, word]);
+        assert_kept(&setup.reload_rules(text), &setup.rules, [line, word]);
     }
     for (file, good) in [(&setup.users, &other), (&setup.rules, &rules)] {
         std::fs::write(file, b"# fine\n\xff\xfe\n").expect("file written");
-        is_kept(&setup.reload(), file, ["line 2", "UTF-8"]);
+        assert_kept(&setup.reload(), file, ["line 2", "UTF-8"]);
         std::fs::write(file, "").expect("file written");
-        is_kept(&setup.reload(), file, ["line 1", "empty"]);
+        assert_kept(&setup.reload(), file, ["line 1", "empty"]);
         std::fs::write(file, vec![b'#'; 17 << 20]).expect("file written");
-        is_kept(&setup.reload(), file, ["too large", ""]);
+        assert_kept(&setup.reload(), file, ["too large", ""]);
         std::fs::remove_file(file).expect("file removed");
-        is_kept(&setup.reload(), file, ["No such file", ""]);
+        assert_kept(&setup.reload(), file, ["No such file", ""]);
         symlink(file, file).expect("symlink created");
-        is_kept(&setup.reload(), file, ["symbolic link", ""]);
+        assert_kept(&setup.reload(), file, ["symbolic link", ""]);
         std::fs::remove_file(file).expect("file removed");
         std::fs::create_dir(file).expect("directory created");
-        is_kept(&setup.reload(), file, ["directory", ""]);
+        assert_kept(&setup.reload(), file, ["directory", ""]);
         std::fs::remove_dir(file).expect("directory removed");
         std::fs::write(file, good).expect("file written");
     }
     let line = setup.reload();
-    assert!(line.contains(" 1 users and 1 rules loaded"), "valid files are loaded in the end: {line}");
+    assert!(line.contains(" 1 users and 1 rules loaded"), "valid files are loaded after errors: {line}");
     assert_eq!(rep(&setup.server, EVE, b), Some(0));
 }
 
 #[test]
-fn reload_does_not_block_on_pipe() {
+fn reload_does_not_block_on_named_pipe() {
     let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
     std::fs::remove_file(&setup.rules).expect("file removed");
     assert!(Command::new("mkfifo").arg(&setup.rules).status().expect("mkfifo runs").success());
@@ -197,7 +198,7 @@ fn reload_keeps_policy_if_a_file_is_unreadable() {
     let mode =
         |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("permissions set");
     mode(dir.path().to_str().expect("UTF-8 path"), 0o755);
-    // Root may read everything.
+    // Root can read any file, so the server runs as another user.
     let mut command = if geteuid().is_root() {
         if !is_installed("setpriv") {
             return;
@@ -259,15 +260,20 @@ fn reload_never_opens_relay() {
     command.args(["serve", "--listen", "*:0", "--rules", &rules]);
     let server = Server::start_with(&mut command, 2);
     let to = SocketAddr::new(V4, server.addr().port());
-    for open in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"] {
-        std::fs::write(&rules, open).expect("file written");
+    for open_rules in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"]
+    {
+        std::fs::write(&rules, open_rules).expect("file written");
         let line = reload(&server);
         assert!(
             line.contains("ERROR") && line.contains("--open") && line.contains("keeping the current configuration"),
-            "{open}: {line}"
+            "{open_rules}: {line}"
         );
-        assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open}");
-        assert_eq!(send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0, 0, "{open}");
+        assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open_rules}");
+        assert_eq!(
+            send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0,
+            0,
+            "{open_rules}"
+        );
     }
     std::fs::write(&rules, "allow from=127.0.0.3\n").expect("file written");
     assert!(reload(&server).contains("rules loaded"));
@@ -280,7 +286,7 @@ fn reload_applies_to_next_datagram_of_association() {
     let (good, bad) = (socket(V4), socket(V4));
     let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("local address"));
     let deny = format!("deny command=udp port={}\n", bad_addr.port());
-    for (args, obeys) in [(&[][..], true), (&["--keep-sessions"], false)] {
+    for (args, is_rechecked) in [(&[][..], true), (&["--keep-sessions"], false)] {
         let setup = Setup::start(alice_and_bob(), "# none\n", args);
         let association = associate(setup.server.addr(), V4, ALICE);
         let mut relay = None;
@@ -288,25 +294,25 @@ fn reload_applies_to_next_datagram_of_association() {
             association.send(socket.local_addr().expect("local address"), b"before");
             relay = Some(receive(socket).1);
         }
-        let relay = relay.expect("a datagram");
+        let relay = relay.expect("two datagrams received");
         assert!(setup.reload_rules(&deny).ends_with("sessions closed: 0"));
         association.send(bad_addr, b"denied");
         association.send(good_addr, b"after");
         assert_eq!(receive(&good).0, b"after");
-        if obeys {
+        if is_rechecked {
             assert_no_datagram(&bad);
         } else {
             assert_eq!(receive(&bad).0, b"denied");
         }
-        // Nor may it answer any more.
+        // The new rules apply to answers too.
         bad.send_to(b"denied", relay).expect("datagram sent");
         good.send_to(b"answer", relay).expect("datagram sent");
         let answer = association.receive();
-        assert_eq!(answer.1, if obeys { &b"answer"[..] } else { b"denied" });
-        if !obeys {
+        assert_eq!(answer.1, if is_rechecked { &b"answer"[..] } else { b"denied" });
+        if !is_rechecked {
             association.receive();
         }
-        // And back.
+        // The old rules apply again after another reload.
         assert!(setup.reload_rules("# none\n").ends_with("sessions closed: 0"));
         association.send(bad_addr, b"again");
         assert_eq!(receive(&bad).0, b"again");
@@ -335,7 +341,7 @@ fn reload_during_shutdown_changes_nothing() {
     setup.server.wait_log(|log| log.contains("shutting down: draining sessions"));
     for _ in 0..3 {
         setup.server.signal("HUP");
-        ping(&mut stream, b"still here");
+        ping(&mut stream, b"still open");
     }
     drop(stream);
     assert_eq!(setup.server.wait(TIMEOUT).code(), Some(0));

@@ -25,7 +25,7 @@ enum Step {
 }
 
 fn steps(dst: SocketAddr) -> Vec<Step> {
-    let login = credentials(ALICE.expect("a login"));
+    let login = credentials(ALICE.expect("alice has a password"));
     let request = request_for(CONNECT, &dst.to_string());
     let halves = |bytes: &[u8]| {
         let (first, second) = bytes.split_at(bytes.len() / 2);
@@ -41,7 +41,7 @@ fn steps(dst: SocketAddr) -> Vec<Step> {
     steps
 }
 
-/// Runs the steps until an unexpected answer. Returns whether all steps succeeded.
+/// Runs the steps until an unexpected answer. Returns true if all steps succeed.
 fn run_steps(stream: &mut TcpStream, steps: &[Step]) -> bool {
     steps.iter().all(|step| match step {
         Step::Send(bytes) => stream.write_all(bytes).is_ok(),
@@ -55,7 +55,7 @@ fn run_steps(stream: &mut TcpStream, steps: &[Step]) -> bool {
 /// Changes of the files.
 const CHANGES: [&str; 4] = ["nothing", "remove alice", "deny alice", "deny the target"];
 
-fn change(setup: &Setup, change: &str, dst: SocketAddr) -> String {
+fn apply_change(setup: &Setup, change: &str, dst: SocketAddr) -> String {
     match change {
         "nothing" => setup.reload(),
         "remove alice" => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
@@ -73,21 +73,21 @@ fn connect(server: &Server) -> TcpStream {
 #[test]
 fn reload_applies_at_each_step_before_reply() {
     for threads in ["1", "2"] {
-        for what in CHANGES {
+        for change in CHANGES {
             let (target, dst) = listener(V4);
             let steps = steps(dst);
-            // After the last step but one the request is complete; the tests below cover that time.
+            // After the last step but one the request is complete. The tests below cover the time after it.
             for step in 0..steps.len() - 1 {
                 let setup = Setup::start(alice_and_bob(), "# none\n", &["--threads", threads]);
                 let mut stream = connect(&setup.server);
                 assert!(run_steps(&mut stream, &steps[..step]));
-                let line = change(&setup, what, dst);
+                let line = apply_change(&setup, change, dst);
                 assert!(line.contains("rules loaded"), "{line}");
-                let arrives = run_steps(&mut stream, &steps[step..]);
-                assert_eq!(arrives, what == "nothing", "{what} before step {step}:\n{}", setup.server.log());
-                if arrives {
+                let succeeds = run_steps(&mut stream, &steps[step..]);
+                assert_eq!(succeeds, change == "nothing", "{change} before step {step}:\n{}", setup.server.log());
+                if succeeds {
                     accept(&target).0.write_all(b"hello").expect("data sent");
-                    assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "after the rest of the reply");
+                    assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "data after the reply");
                 }
                 assert_no_connection(&target);
             }
@@ -109,7 +109,7 @@ impl SlowTarget {
         (Self(listener, queued), addr)
     }
 
-    /// Accepts the connection of the server. Linux has dropped its first SYN, and repeats it after a second.
+    /// Accepts the connection of the server. Linux has dropped its first SYN and retransmits it after a second.
     fn accept(self) -> TcpStream {
         drop(self.1);
         accept(&self.0);
@@ -119,46 +119,46 @@ impl SlowTarget {
 
 #[test]
 fn reload_applies_while_connecting() {
-    let cases = CHANGES.map(|what| {
+    let cases = CHANGES.map(|change| {
         let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let (slow, dst) = SlowTarget::new();
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("request sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(change(&setup, what, dst).contains("rules loaded"));
-        (what, setup, slow, stream)
+        assert!(apply_change(&setup, change, dst).contains("rules loaded"));
+        (change, setup, slow, stream)
     });
     // All cases run at once, because each takes a second.
-    for (what, _setup, slow, mut stream) in cases {
+    for (change, _setup, slow, mut stream) in cases {
         stream.write_all(b"early").expect("data sent");
-        if what == "nothing" {
+        if change == "nothing" {
             let mut target = slow.accept();
             assert_eq!(read_reply(&mut stream).0, 0);
             assert_eq!(read_exact(&mut target, 5), b"early");
         } else {
             // The target has not answered yet.
-            assert_eq!(read_reply(&mut stream).0, 2, "{what}");
+            assert_eq!(read_reply(&mut stream).0, 2, "{change}");
         }
     }
 }
 
 #[test]
 fn reload_applies_while_bind_waits() {
-    for what in CHANGES {
+    for change in CHANGES {
         let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         let (_, dst) = listener(V4);
         let (rep, bnd) = send_request(&mut stream, BIND, &dst.to_string());
         assert_eq!(rep, 0);
-        let line = change(&setup, what, dst);
-        let count = usize::from(what != "nothing");
-        assert!(line.ends_with(&format!("sessions closed: {count}")), "{what}: {line}");
-        if what == "nothing" {
+        let line = apply_change(&setup, change, dst);
+        let count = usize::from(change != "nothing");
+        assert!(line.ends_with(&format!("sessions closed: {count}")), "{change}: {line}");
+        if change == "nothing" {
             let peer = connect_from(dst, bnd);
             assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("local address")));
         } else {
-            assert_eq!(read_reply(&mut stream).0, 2, "{what}");
-            assert!(TcpStream::connect(bnd).is_err(), "{what}: the port still accepts connections");
+            assert_eq!(read_reply(&mut stream).0, 2, "{change}");
+            assert!(TcpStream::connect(bnd).is_err(), "{change}: the port still accepts connections");
         }
     }
 }
@@ -181,20 +181,20 @@ fn reload_applies_to_connect_while_resolving() {
     if !in_namespace("reload_steps::reload_applies_to_connect_while_resolving", "", dns::RESOLV) {
         return;
     }
-    let (_asked, release) = start_blocked_resolver();
-    let cases = CHANGES.map(|what| {
+    let (_queries, release) = start_blocked_resolver();
+    let cases = CHANGES.map(|change| {
         let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
         let (target, dst) = listener(V4);
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("request sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(change(&setup, what, dst).contains("rules loaded"));
-        (what, setup, target, stream)
+        assert!(apply_change(&setup, change, dst).contains("rules loaded"));
+        (change, setup, target, stream)
     });
     drop(release);
-    for (what, _setup, target, mut stream) in cases {
-        assert_eq!(read_reply(&mut stream).0, if what == "nothing" { 0 } else { 2 }, "{what}");
-        if what == "nothing" {
+    for (change, _setup, target, mut stream) in cases {
+        assert_eq!(read_reply(&mut stream).0, if change == "nothing" { 0 } else { 2 }, "{change}");
+        if change == "nothing" {
             accept(&target);
         }
         assert_no_connection(&target);
@@ -206,7 +206,7 @@ fn reload_applies_to_datagrams_while_resolving() {
     if !in_namespace("reload_steps::reload_applies_to_datagrams_while_resolving", "", dns::RESOLV) {
         return;
     }
-    let (_asked, release) = start_blocked_resolver();
+    let (_queries, release) = start_blocked_resolver();
     let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
     let (good, bad) = (socket(V4), socket(V4));
     let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("local address").port());
@@ -214,7 +214,7 @@ fn reload_applies_to_datagrams_while_resolving() {
     for port in [bad_port, good_port] {
         association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
     }
-    // A datagram by address: when it arrives, the other two wait for the name.
+    // When this datagram by address arrives, the other two are waiting for the name.
     let other = socket(V4);
     association.send(other.local_addr().expect("local address"), b"after them");
     receive(&other);

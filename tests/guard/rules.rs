@@ -17,7 +17,7 @@ use crate::tools::{
 const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test deep.sub.a.test\n\
                      127.0.0.3 three.test\n";
 
-/// Whether the server has users, its rules, and requests: client address, login, command, DST and expected REP. P and Q
+/// True if the server has users; its rules; and requests: client address, login, command, DST and expected REP. P and Q
 /// stand for ports that accept connections at every address.
 type Row = (bool, &'static str, &'static [(&'static str, Login<'static>, u8, &'static str, u8)]);
 
@@ -146,7 +146,7 @@ const ROWS: [Row; 22] = [
             (LOCAL, NO_LOGIN, CONNECT, "[::ffff:127.9.9.9]:P", 2),
         ],
     ),
-    // An allow compares the embedded address; a name is allowed whatever its address is.
+    // An allow compares the embedded address. An allowed name is allowed regardless of its address.
     (
         false,
         "allow to=127.0.0.1,three.test\ndeny",
@@ -311,7 +311,7 @@ fn unix_socket_client_counts_as_loopback() {
 
 #[test]
 fn bind_checks_expected_and_actual_peer() {
-    // A namespace, so that no other process uses the port.
+    // In a namespace, so that no other process uses the port.
     if !in_namespace("rules::bind_checks_expected_and_actual_peer", HOSTS, "") {
         return;
     }
@@ -333,12 +333,12 @@ fn bind_checks_expected_and_actual_peer() {
     ] {
         assert_eq!(open_as(&server, None, BIND, dst).1, expected, "{dst}");
     }
-    // The request leaves the peer or its port open.
+    // The request restricts only the peer's address, or nothing. The rules restrict the peer.
     for dst in ["0.0.0.0:0", "127.0.0.2:0"] {
         let (mut client, rep, bnd) = open_as(&server, None, BIND, dst);
         assert_eq!(rep, 0);
-        for refused in [addr("127.0.0.3:0"), SocketAddr::new(ip("127.0.0.2"), port)] {
-            assert!(is_closed(&mut connect_from(refused, bnd)), "{dst}: {refused}");
+        for denied in [addr("127.0.0.3:0"), SocketAddr::new(ip("127.0.0.2"), port)] {
+            assert!(is_closed(&mut connect_from(denied, bnd)), "{dst}: {denied}");
         }
         let mut peer = connect_from(addr("127.0.0.2:0"), bnd);
         assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")), "{dst}");
@@ -414,15 +414,15 @@ fn answers_come_only_from_allowed_targets() {
 }
 
 #[test]
-fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
-    if !in_namespace("rules::own_listeners_are_denied_but_loopback_is_allowed_to_loopback", HOSTS, "") {
+fn loopback_client_reaches_loopback_but_not_own_listeners() {
+    if !in_namespace("rules::loopback_client_reaches_loopback_but_not_own_listeners", HOSTS, "") {
         return;
     }
-    let own = |more: &[&str]| {
+    let start = |more: &[&str]| {
         let args = [&["serve", "--listen", "127.0.0.1:0", "--listen", "127.0.0.2:0"], more].concat();
         Server::start_with(s5().args(args), 2)
     };
-    let server = own(&[]);
+    let server = start(&[]);
     let [first, second] = [0, 1].map(|i| server.addrs[i].port());
     let dsts = [
         format!("127.0.0.1:{first}"),
@@ -443,9 +443,9 @@ fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
         assert_eq!(open_as(&server, None, CONNECT, &SocketAddr::new(ip(other), first).to_string()).1, 5, "{other}");
     }
     // An allow without to= does not override built-in denials; an allow with to= does.
-    let server = own(&["--allow", "from=loopback"]);
+    let server = start(&["--allow", "from=loopback"]);
     assert_eq!(open_as(&server, None, CONNECT, &server.addr().to_string()).1, 2);
-    let server = own(&["--allow", "from=loopback to=127.0.0.1"]);
+    let server = start(&["--allow", "from=loopback to=127.0.0.1"]);
     let (mut inner, rep, _) = open_as(&server, None, CONNECT, &server.addr().to_string());
     assert_eq!(rep, 0);
     inner.write_all(&[5, 1, 0]).expect("data sent");
@@ -456,11 +456,11 @@ fn own_listeners_are_denied_but_loopback_is_allowed_to_loopback() {
     });
     inner.write_all(&request_for(CONNECT, &echo.to_string())).expect("data sent");
     assert_eq!(read_reply(&mut inner).0, 0);
-    ping(&mut inner, b"through itself");
+    ping(&mut inner, b"through the server itself");
     // Datagrams to a listener are dropped and not counted.
-    let server = own(&[]);
+    let server = start(&[]);
     let association = associate(server.addr(), ip(LOCAL), None);
-    association.send(server.addr(), b"to the listener's port");
+    association.send(server.addr(), b"to the listener");
     association.ping(udp_echo_server(ip(LOCAL)), b"hello");
     drop(association);
     server.wait_log(|log| log.contains("command=udp") && log.contains(" up=5 down=5 "));

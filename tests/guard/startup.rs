@@ -107,11 +107,11 @@ fn explain_names_deciding_rule() {
     }
     assert!(
         !queries.lock().expect("not poisoned").iter().any(|name| name.contains("denied")),
-        "a denied name is resolved"
+        "a denied name was resolved"
     );
     assert!(
         queries.lock().expect("not poisoned").iter().any(|name| name == "nx.test"),
-        "an undecided name is not resolved"
+        "an undecided name was not resolved"
     );
     for bad in ["", "to=a.test:80 colour=red", "to=a.test:80 to=b.test:80", "from=10.0.0.0/8", "to=", "port=x"] {
         let output = serve(&["--deny", "port=1", "--explain", bad]);
@@ -177,22 +177,22 @@ fn invalid_rule_error_names_file_line_and_word() {
         let is_named = shown.contains(&format!("{file}: line 3: ")) && shown.contains(word);
         assert!(is_named && shown.lines().count() == 1, "{rule}: {shown}");
         assert_eq!(output.status.code(), Some(2), "{rule}: {shown}");
-        let (verdict, conditions) = rule.split_once(' ').expect("two words");
-        if ["allow", "deny"].contains(&verdict) {
-            let option = format!("--{verdict}");
+        let (action, conditions) = rule.split_once(' ').expect("two words");
+        if ["allow", "deny"].contains(&action) {
+            let option = format!("--{action}");
             let output = serve(&["--listen", "127.0.0.1:0", &option, conditions]);
             let shown = text(&output.stderr);
             assert!(shown.contains(&option) && shown.contains(word), "{rule}: {shown}");
             assert_eq!(output.status.code(), Some(2), "{rule}: {shown}");
         }
     }
-    // Files that cannot be read, or are not UTF-8, are errors too.
-    let no_text = dir.path().join("no-text");
-    std::fs::write(&no_text, b"deny port=1\ndeny user=\xff\n").expect("file written");
-    let no_text = no_text.to_str().expect("UTF-8 path").to_owned();
-    let missing = format!("{no_text}-missing");
-    let here = dir.path().to_str().expect("UTF-8 path");
-    for (file, what) in [(&*no_text, "line 2"), (&missing, "No such file"), (here, "directory")] {
+    // Files that cannot be read or are not UTF-8 are errors too.
+    let not_utf8 = dir.path().join("not-utf8");
+    std::fs::write(&not_utf8, b"deny port=1\ndeny user=\xff\n").expect("file written");
+    let not_utf8 = not_utf8.to_str().expect("UTF-8 path").to_owned();
+    let missing = format!("{not_utf8}-missing");
+    let directory = dir.path().to_str().expect("UTF-8 path");
+    for (file, what) in [(&*not_utf8, "line 2"), (&missing, "No such file"), (directory, "directory")] {
         for option in ["--rules", "--users"] {
             let output = serve(&["--listen", "127.0.0.1:0", option, file]);
             let shown = text(&output.stderr);
@@ -203,15 +203,15 @@ fn invalid_rule_error_names_file_line_and_word() {
 }
 
 #[test]
-fn open_relay_does_not_start_without_open() {
-    if !in_namespace("startup::open_relay_does_not_start_without_open", "", "") {
+fn open_relay_requires_option_open() {
+    if !in_namespace("startup::open_relay_requires_option_open", "", "") {
         return;
     }
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", &user_line("alice", "secret"));
     let from = write_file(dir.path(), "from", "allow from=10.0.0.0/8\n");
     let deny = write_file(dir.path(), "deny", "deny from=10.0.0.0/8\ndeny from=192.0.2.0/24 port=25\n");
-    let open: [&[&str]; 7] = [
+    let open_relays: [&[&str]; 7] = [
         &[],
         &["--deny", "from=10.0.0.0/8"],
         &["--rules", &deny],
@@ -221,7 +221,7 @@ fn open_relay_does_not_start_without_open() {
         // The second rule admits clients that from= does not match.
         &["--allow", "from=10.0.0.0/8", "--allow", "command=connect"],
     ];
-    for args in open {
+    for args in open_relays {
         let output = serve(&[&["--listen", "127.0.0.1:0", "--listen", "*:0"], args].concat());
         let shown = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {shown}");
@@ -230,12 +230,12 @@ fn open_relay_does_not_start_without_open() {
         }
         assert!(!shown.contains("listening on"), "{args:?}: {shown}");
     }
-    // --advertise does not make it safe to listen on an address.
+    // --advertise does not restrict clients.
     let added = run(Command::new("ip").args(["address", "add", "192.0.2.1/32", "dev", "lo"]), b"", TIMEOUT);
     assert!(added.status.success(), "{}", text(&added.stderr));
     let output = serve(&["--listen", "192.0.2.1:0", "--advertise", "192.0.2.1"]);
     assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
-    let closed: [&[&str]; 6] = [
+    let allowed: [&[&str]; 6] = [
         &["--users", &users],
         &["--rules", &from],
         &["--allow", "from=10.0.0.0/8"],
@@ -243,7 +243,7 @@ fn open_relay_does_not_start_without_open() {
         &["--deny", "from=10.0.0.0/8", "--open"],
         &["--deny", "method=none"],
     ];
-    for args in closed {
+    for args in allowed {
         let server = Server::start_with(s5().args(["serve", "--listen", "*:0"]).args(args), 2);
         drop(server);
     }

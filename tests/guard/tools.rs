@@ -22,7 +22,7 @@ pub fn ip(text: &str) -> IpAddr {
 }
 
 pub fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("an address and a port")
+    text.parse().expect("valid address")
 }
 
 /// Returns an entry of a users file: bcrypt with the lowest cost, because debug builds are slow.
@@ -78,12 +78,13 @@ impl Setup {
     }
 }
 
+/// Sends SIGHUP to a server and returns the log line of the reload.
 pub fn reload(server: &Server) -> String {
     let reloads = |log: &str| log.matches("] reload: ").count();
     let before = reloads(&server.log());
     server.signal("HUP");
     let log = server.wait_log(|log| reloads(log) > before);
-    log.lines().rfind(|line| line.contains("] reload: ")).expect("reload line").to_owned()
+    log.lines().rfind(|line| line.contains("] reload: ")).expect("a log line of the reload").to_owned()
 }
 
 pub fn greeting(login: Login<'_>) -> [u8; 3] {
@@ -95,7 +96,7 @@ pub fn credentials((name, passwd): (&str, &str)) -> Vec<u8> {
     [&[1, length(name)], name.as_bytes(), &[length(passwd)], passwd.as_bytes()].concat()
 }
 
-/// Connects and logs in. `None`: the login is refused.
+/// Connects and logs in. Returns `None` if the login is refused.
 pub fn try_log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Option<TcpStream> {
     let mut stream = connect_from(SocketAddr::new(from, 0), server);
     stream.write_all(&greeting(login)).expect("greeting sent");
@@ -117,8 +118,8 @@ pub fn log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> TcpStream {
 pub fn request_for(command: u8, dst: &str) -> Vec<u8> {
     dst.parse().map_or_else(
         |_| {
-            let (name, port) = dst.trim_start_matches('=').rsplit_once(':').expect("a port");
-            request_by_name(command, name, port.parse().expect("a port"))
+            let (name, port) = dst.trim_start_matches('=').rsplit_once(':').expect("a name and a port");
+            request_by_name(command, name, port.parse().expect("valid port"))
         },
         |dst| request(command, dst),
     )
@@ -167,7 +168,7 @@ pub fn assert_no_datagram(socket: &UdpSocket) {
     );
 }
 
-/// Whether the other side has closed or reset the connection without sending a byte.
+/// Returns true if the other side has closed or reset the connection without sending a byte.
 pub fn is_closed(stream: &mut TcpStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(n) => n == 0,

@@ -15,8 +15,8 @@ use crate::tools::{
     alice_and_bob, assert_no_connection, assert_no_datagram, associate, ip, is_closed, open_as, user_line,
 };
 
-/// Runs a session of each command through a server: CONNECT and UDP with echo servers, BIND with a peer.
-fn all_commands(server: &Server, what: &str) {
+/// Runs a session of each command through a server: CONNECT and UDP to echo servers, BIND with a peer.
+fn run_all_commands(server: &Server, what: &str) {
     let (mut stream, rep, _) = open_as(server, None, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0, "{what}");
     ping(&mut stream, b"connect");
@@ -33,13 +33,13 @@ fn bind(server: &Server, what: &str) {
     assert_eq!(read_exact(&mut client, 4), b"bind", "{what}");
 }
 
-/// Returns how many logged sessions of a server contain `what`.
-fn logged(server: &Server, what: &str) -> usize {
+/// Returns the number of logged sessions of a server that contain `what`.
+fn logged_sessions(server: &Server, what: &str) -> usize {
     server.log().lines().filter(|line| line.contains("session client=") && line.contains(what)).count()
 }
 
 #[test]
-fn all_commands_pass_one_and_several_hops() {
+fn all_commands_pass_through_one_and_several_hops() {
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", &user_line("anna", "open sesame"));
     let unix = format!("unix:{}", dir.path().join("hop").display());
@@ -56,17 +56,17 @@ fn all_commands_pass_one_and_several_hops() {
         (format!("{unix},{closed_url},{plain_url}"), &plain),
     ];
     for (url, last) in rows {
-        let before = ["connect", "bind", "udp"].map(|command| logged(last, &format!("command={command} ")));
+        let before = ["connect", "bind", "udp"].map(|command| logged_sessions(last, &format!("command={command} ")));
         let server = Server::start(&["--via", &url]);
-        all_commands(&server, &url);
+        run_all_commands(&server, &url);
         for (command, before) in ["connect", "bind", "udp"].into_iter().zip(before) {
             let what = format!("command={command} ");
-            wait_until("the last hop logs the session", TIMEOUT, || logged(last, &what) == before + 1);
+            wait_until("the last hop logs the session", TIMEOUT, || logged_sessions(last, &what) == before + 1);
             server.wait_log(|log| log.lines().any(|line| line.contains(&what) && line.contains(" via=\"--via\" ")));
         }
     }
     // The first hop sees only the address of the next hop.
-    assert!(logged(&by_unix, &format!("dst=\"{}\"", closed.addr())) > 0);
+    assert!(logged_sessions(&by_unix, &format!("dst=\"{}\"", closed.addr())) > 0);
 }
 
 #[test]
@@ -101,14 +101,14 @@ fn rules_select_route() {
         assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
         for other in [&a, &b, &c] {
             let is_selected = hop.is_some_and(|hop| std::ptr::eq(hop, other));
-            wait_until("the hop logs the session", TIMEOUT, || !is_selected || logged(other, &dst) == 1);
-            assert_eq!(logged(other, &dst), usize::from(is_selected), "{at}");
+            wait_until("the hop logs the session", TIMEOUT, || !is_selected || logged_sessions(other, &dst) == 1);
+            assert_eq!(logged_sessions(other, &dst), usize::from(is_selected), "{at}");
         }
         addrs.push(udp_echo_server(ip(at)));
     }
     let denied = socket(ip("127.0.0.6"));
     assert_eq!(open_as(&server, None, CONNECT, "127.0.0.6:9").1, 2);
-    // Each datagram of an association takes its own route, and each answer returns.
+    // Each datagram of an association is routed separately.
     let association = associate(server.addr(), V4, None);
     for _ in 0..2 {
         for addr in &addrs {
@@ -123,7 +123,7 @@ fn rules_select_route() {
     }
 }
 
-/// Starts a server with its own /etc/hosts.
+/// Starts a server with this /etc/hosts, in a mount namespace.
 fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
     let dir = temp_dir();
     let hosts = write_file(dir.path(), "hosts", hosts);
@@ -179,28 +179,28 @@ fn hop_resolves_names_unless_address_rule_precedes() {
     }
     let inside = InsideHop::new();
     let (url, named) = (inside.hop.addr().to_string(), format!("in={}", inside.hop.addr()));
-    let ways: [&[&str]; 4] = [
+    let rows: [&[&str]; 4] = [
         &["--via", &url, "--allow", "to=.inside.test"],
         &["--hop", &named, "--allow", "to=.inside.test via=in"],
         &["--hop", &named, "--allow", "via=in"],
         &["--via", &url, "--deny", "port=1", "--allow", ""],
     ];
-    ways.into_iter().for_each(|args| inside.all_commands(args));
-    // The address decides, so s5 resolves the name and sends the address to the hop.
+    rows.into_iter().for_each(|args| inside.all_commands(args));
+    // A rule has an address, so s5 resolves the name and sends the address to the hop.
     for (rule, expected) in [("to=127.0.0.3", 5), ("to=127.0.0.9", 2)] {
         let server = Server::start(&["--via", &url, "--deny", rule]);
         let dst = format!("known.inside.test:{}", inside.echo.port());
         assert_eq!(open_as(&server, None, CONNECT, &dst).1, expected, "{rule}");
         assert_eq!(inside.queries().first().map(String::as_str), Some("known.inside.test"));
         let dst = format!("dst=\"127.0.0.9:{}\"", inside.echo.port());
-        wait_until("the hop gets the address", TIMEOUT, || logged(&inside.hop, &dst) == 1);
+        wait_until("the hop gets the address", TIMEOUT, || logged_sessions(&inside.hop, &dst) == 1);
     }
-    assert_eq!(logged(&inside.hop, "127.0.0.9"), 1);
+    assert_eq!(logged_sessions(&inside.hop, "127.0.0.9"), 1);
 }
 
 #[test]
-fn via_alone_leaves_all_names_to_hop() {
-    if !in_namespace("via::via_alone_leaves_all_names_to_hop", "", dns::RESOLV) {
+fn hop_resolves_all_names_without_address_rules() {
+    if !in_namespace("via::hop_resolves_all_names_without_address_rules", "", dns::RESOLV) {
         return;
     }
     let inside = InsideHop::new();
@@ -220,7 +220,7 @@ fn scripted(selection: &'static [u8], reply: &'static [u8]) -> SocketAddr {
 }
 
 #[test]
-fn rep_of_hop_is_passed_on() {
+fn rep_of_hop_is_returned_to_client() {
     let denying = Server::start(&["--deny", "to=127.0.0.3"]);
     let server = Server::start(&["--via", &denying.addr().to_string()]);
     for command in [CONNECT, BIND] {
@@ -300,7 +300,7 @@ fn failing_hop_is_never_bypassed() {
 #[test]
 fn sessions_end_with_their_hop() {
     let (first, second) = (Server::start(&[]), Server::start(&[]));
-    for dies_first in [true, false] {
+    for is_first_killed in [true, false] {
         let mut hops = [Server::start(&[]), Server::start(&[])].map(Some);
         let url = hops.iter().flatten().map(|hop| hop.addr().to_string()).collect::<Vec<_>>().join(",");
         let server = Server::start(&["--via", &url]);
@@ -311,10 +311,10 @@ fn sessions_end_with_their_hop() {
         association.ping(udp_echo_server(V4), b"hello");
         let (mut waiting, rep, _) = open_as(&server, None, BIND, "127.0.0.1:0");
         assert_eq!(rep, 0);
-        hops[usize::from(!dies_first)].take();
-        assert!(is_closed(&mut tunnel), "the tunnel");
-        assert!(is_closed(&mut association.control), "the association");
-        assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the ended hop fails");
+        hops[usize::from(!is_first_killed)].take();
+        assert!(is_closed(&mut tunnel), "the tunnel is closed");
+        assert!(is_closed(&mut association.control), "the association is closed");
+        assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the killed hop fails");
         drop((tunnel, association, waiting));
         let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
         let line = log.lines().find(|line| line.contains("command=udp")).expect("a line");
@@ -328,11 +328,11 @@ fn sessions_end_with_their_hop() {
     let (mut tunnel, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
     drop(first);
-    ping(&mut tunnel, b"still here");
+    ping(&mut tunnel, b"still open");
 }
 
 #[test]
-fn passwords_of_hops_are_never_shown() {
+fn passwords_of_hops_are_neither_printed_nor_logged() {
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", &user_line("anna", "open sesame"));
     let hop = Server::start(&["--users", &users]);
@@ -395,7 +395,7 @@ fn passwords_of_hops_are_never_shown() {
 }
 
 #[test]
-fn url_in_via_is_not_shown() {
+fn error_about_url_in_via_does_not_contain_the_url() {
     let dir = temp_dir();
     let rules = write_file(dir.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
     let allow = "via=socks5h://anna:sesame@192.0.2.1";
@@ -407,7 +407,7 @@ fn url_in_via_is_not_shown() {
     }
 }
 
-/// Server of Dante. Ends with the test.
+/// danted; killed when dropped.
 struct Danted(Child);
 
 impl Drop for Danted {
@@ -418,7 +418,7 @@ impl Drop for Danted {
 }
 
 #[test]
-fn dante_works_as_hop() {
+fn connect_and_udp_pass_through_dante_as_hop() {
     if !is_installed("danted") {
         return;
     }
@@ -440,7 +440,7 @@ fn dante_works_as_hop() {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let _danted = Danted(command.spawn().expect("danted starts"));
     let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
-    wait_until("danted runs", TIMEOUT, || read_log().contains(" running"));
+    wait_until("danted is running", TIMEOUT, || read_log().contains(" running"));
     let server = Server::start(&["--via", &addr.to_string()]);
     let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
@@ -451,7 +451,7 @@ fn dante_works_as_hop() {
     for what in ["tcp/connect", "udp/udpassociate"] {
         wait_until(what, TIMEOUT, || read_log().contains(what));
     }
-    // Its REP codes are passed on.
+    // REP codes of danted are returned to the client.
     assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
     assert_eq!(open_as(&server, None, BIND, "127.0.0.1:0").1, 2);
 }

@@ -82,8 +82,8 @@ fn curl_reaches_the_server_on_ipv6_and_on_a_unix_socket() {
     if !is_installed("curl") {
         return;
     }
-    let folder = temp_dir();
-    let path = folder.path().join("socket");
+    let dir = temp_dir();
+    let path = dir.path().join("socket");
     let path = path.to_str().expect("UTF-8 path");
     let mut command = crate::s5();
     command.args(["serve", "--listen", "[::1]:0", "--listen", &format!("unix:{path}")]);
@@ -100,10 +100,10 @@ fn curl_logs_in_with_the_right_password_only() {
     if !has_all(&["curl", "htpasswd"]) {
         return;
     }
-    let folder = temp_dir();
+    let dir = temp_dir();
     // --add-user adds a line to the file that htpasswd has written.
-    htpasswd_berta(folder.path());
-    let users = add_anna(folder.path());
+    htpasswd_berta(dir.path());
+    let users = add_anna(dir.path());
     let (server, web) = (Server::start(&["--users", &users]), http_server(Ipv4Addr::LOCALHOST));
     let get = |userinfo: &str| {
         let proxy = format!("socks5h://{userinfo}{}", server.addr());

@@ -19,7 +19,7 @@ const REFUSED: i32 = 105;
 /// A running danted, which listens on 127.0.0.1.
 struct Danted {
     _process: ProcessGroup,
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
     addr: SocketAddr,
 }
 
@@ -43,12 +43,12 @@ impl Danted {
     }
 
     fn start_on(addr: SocketAddr, setup: &Setup<'_>) -> Option<Self> {
-        let folder = temp_dir();
+        let dir = temp_dir();
         let (user, method) = match setup.login {
             true => ("root".into(), "username"),
             false => (text(&stdout(Command::new("id").arg("-un"), b"")).trim().to_owned(), "none"),
         };
-        let log = folder.path().join("log");
+        let log = dir.path().join("log");
         let config = format!(
             "logoutput: {log}\ninternal: {ip} port = {port}\nexternal: 127.0.0.1\nclientmethod: none\n\
              socksmethod: {method}\nuser.privileged: {user}\nuser.unprivileged: {user}\n{more}\n\
@@ -60,10 +60,10 @@ impl Danted {
             more = setup.more,
             commands = setup.commands,
         );
-        let config = write_file(folder.path(), "danted.conf", &config);
-        let pid_file = write_file(folder.path(), "pid", "");
-        let mut command = if setup.login { danted_with_own_users(folder.path()) } else { Command::new(DANTED) };
-        command.args(["-N", "1", "-f", &config, "-p", &pid_file]).env("TMPDIR", folder.path());
+        let config = write_file(dir.path(), "danted.conf", &config);
+        let pid_file = write_file(dir.path(), "pid", "");
+        let mut command = if setup.login { danted_with_own_users(dir.path()) } else { Command::new(DANTED) };
+        command.args(["-N", "1", "-f", &config, "-p", &pid_file]).env("TMPDIR", dir.path());
         let mut process = ProcessGroup::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()));
         let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
         let mut ended = false;
@@ -75,7 +75,7 @@ impl Danted {
             eprintln!("danted:\n{}", read_log());
             return None;
         }
-        Some(Self { _process: process, folder, addr })
+        Some(Self { _process: process, dir, addr })
     }
 
     fn proxy(&self) -> String {
@@ -83,7 +83,7 @@ impl Danted {
     }
 
     fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
     /// Waits until the log contains `what`.
@@ -101,13 +101,13 @@ impl Drop for Danted {
 }
 
 /// danted with its own /etc/passwd and /etc/shadow, in a namespace: it only authenticates system users.
-fn danted_with_own_users(folder: &std::path::Path) -> Command {
+fn danted_with_own_users(dir: &std::path::Path) -> Command {
     // crypt(3) of `open sesame`.
     let shadow = "anna:\
                   $6$abcdefgh$CkjGkP7IIgZVUCNlt.Vi53LOYJLXZ5KzdpzEYCj01XGruA1hxZYJqccTU2zz68oJwAGsd1iPty5F7dHIatUTy/\
                   :19000::::::\n";
     let passwd = "root:x:0:0::/:/bin/false\nanna:x:0:0::/:/bin/false\n";
-    let (passwd, shadow) = (write_file(folder, "passwd", passwd), write_file(folder, "shadow", shadow));
+    let (passwd, shadow) = (write_file(dir, "passwd", passwd), write_file(dir, "shadow", shadow));
     let script = "mount --bind \"$1\" /etc/passwd && mount --bind \"$2\" /etc/shadow && shift 2 && exec \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "--", "sh", "-c", script, "sh", &passwd, &shadow, DANTED]);
@@ -123,20 +123,20 @@ fn connect(hops: &str, target: SocketAddr) -> Command {
 /// A running s5 client whose output is read while it runs.
 struct RunningClient {
     process: ProcessGroup,
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl RunningClient {
     fn start(args: &[&str]) -> Self {
-        let folder = temp_dir();
-        let file = |name: &str| File::create(folder.path().join(name)).expect("file created");
+        let dir = temp_dir();
+        let file = |name: &str| File::create(dir.path().join(name)).expect("file created");
         let mut command = s5();
         command.args(args).stdin(Stdio::piped()).stdout(file("stdout")).stderr(file("stderr"));
-        Self { process: ProcessGroup::start(&mut command), folder }
+        Self { process: ProcessGroup::start(&mut command), dir }
     }
 
     fn read_output(&self, name: &str) -> String {
-        std::fs::read_to_string(self.folder.path().join(name)).expect("file read")
+        std::fs::read_to_string(self.dir.path().join(name)).expect("file read")
     }
 
     /// Waits for the line `word ADDR:PORT` on stderr.

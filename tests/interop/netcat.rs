@@ -37,8 +37,8 @@ fn ncat_logs_in_with_the_right_password_only() {
     if !has_all(&["ncat", "htpasswd"]) {
         return;
     }
-    let folder = temp_dir();
-    let users = htpasswd_berta(folder.path());
+    let dir = temp_dir();
+    let users = htpasswd_berta(dir.path());
     let (server, echo) = (Server::start(&["--users", &users]), echo_server());
     let run_ncat = |auth: &[&str]| {
         run(ncat(&server).args(auth).args(["127.0.0.1", &echo.port().to_string()]), b"hello", LONG_TIMEOUT)

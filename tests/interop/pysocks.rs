@@ -79,8 +79,8 @@ fn pysocks_logs_in_with_the_right_password_only() {
     if !have_pysocks() {
         return;
     }
-    let folder = temp_dir();
-    let users = add_anna(folder.path());
+    let dir = temp_dir();
+    let users = add_anna(dir.path());
     let (server, echo) = (Server::start(&["--users", &users]), echo_server());
     let udp = udp_echo_server(Ipv4Addr::LOCALHOST.into());
     let anna = ["anna", "open sesame"];

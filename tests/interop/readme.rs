@@ -1,8 +1,8 @@
 //! Every command of README.md, run as printed, and the output that the page shows for it.
 //!
-//! A section, or a recipe with a bold title, starts without any process of the one before it. Its commands run in order in
-//! one folder, in a network namespace with a web server, a DNS server, an echo server and sshd under the names and addresses
-//! that the page uses. Commands that keep running stay until the end of the recipe.
+//! Each section, and each recipe with a bold title, starts without processes of the previous one. Its commands run in
+//! order in one directory, in a network namespace with a web server, a DNS server, an echo server and sshd under the
+//! names and addresses that the page uses. Commands that keep running are killed at the end of the recipe.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -83,9 +83,9 @@ fn without_numbers(line: &str) -> String {
     out
 }
 
-/// Programs of the page that the test replaces or configures, in a folder for PATH.
-fn programs(folder: &Path, ssh_config: &str) -> PathBuf {
-    let bin = folder.join("programs");
+/// Programs of the page that the test replaces or configures, in a directory for PATH.
+fn programs(dir: &Path, ssh_config: &str) -> PathBuf {
+    let bin = dir.join("programs");
     fs::create_dir(&bin).expect("directory created");
     let scripts = [
         ("s5", format!("exec '{}' \"$@\"", env!("CARGO_BIN_EXE_s5"))),
@@ -134,12 +134,12 @@ fn answer_http(mut stream: TcpStream) {
 }
 
 /// Runs the steps of one recipe.
-fn run_recipe(steps: &[Step], folder: &Path, environment: &[(&str, String)]) {
-    let log = folder.join("log");
+fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
+    let log = dir.join("log");
     let shell = |command: &str| {
         let mut shell = Command::new("sh");
         let is_build = command.contains("cargo") || command.contains("make");
-        let at = if is_build { Path::new(env!("CARGO_MANIFEST_DIR")) } else { folder };
+        let at = if is_build { Path::new(env!("CARGO_MANIFEST_DIR")) } else { dir };
         shell.args(["-c", command]).current_dir(at).envs(environment.iter().map(|(name, value)| (name, value)));
         shell
     };
@@ -192,9 +192,9 @@ fn readme_commands_run_as_printed() {
     if !rustix::process::getuid().is_root() {
         return skip("sshd needs root in the namespace");
     }
-    let folder = temp_dir();
+    let dir = temp_dir();
     if std::env::var_os("S5_TEST_NAMESPACE").is_none() {
-        let hosts = write_file(folder.path(), "hosts", HOSTS);
+        let hosts = write_file(dir.path(), "hosts", HOSTS);
         let add: String = ADDRESSES.iter().map(|ip| format!("ip addr add {ip}/32 dev lo && ")).collect();
         let script = format!("ip link set lo up && {add} mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"");
         let mut command = Command::new("unshare");
@@ -210,13 +210,13 @@ fn readme_commands_run_as_printed() {
     let (recipes, page_config) = recipes();
     assert!(recipes.len() > 10, "only {} recipes were found", recipes.len());
     let config = sshd.client_config(&format!("{page_config}\nHost *\nPort {}", sshd.addr.port()));
-    let bin = programs(folder.path(), &config);
+    let bin = programs(dir.path(), &config);
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
     let environment = [
         ("PATH", path),
-        ("CARGO_INSTALL_ROOT", folder.path().display().to_string()),
+        ("CARGO_INSTALL_ROOT", dir.path().display().to_string()),
         ("CARGO_NET_OFFLINE", "true".into()),
-        ("DESTDIR", folder.path().display().to_string()),
+        ("DESTDIR", dir.path().display().to_string()),
     ];
     let files = [
         ("auth", format!("alice:{PASSWORD}\n")),
@@ -224,15 +224,15 @@ fn readme_commands_run_as_printed() {
         ("file", "a file".into()),
     ];
     for (name, text) in files {
-        write_file(folder.path(), name, &text);
+        write_file(dir.path(), name, &text);
     }
     let ssh = Step { command: "ssh host.example.org".into(), output: Vec::new() };
     assert!(README.contains(&ssh.command) && page_config.contains("Host *.example.org"));
     for steps in recipes.iter().map(Vec::as_slice).chain([&[ssh][..]]) {
-        run_recipe(steps, folder.path(), &environment);
+        run_recipe(steps, dir.path(), &environment);
     }
     for installed in ["bin/s5", "usr/local/bin/s5", "usr/local/share/man/man1/s5.1"] {
-        assert!(folder.path().join(installed).is_file(), "{installed} is not installed");
+        assert!(dir.path().join(installed).is_file(), "{installed} is not installed");
     }
 }
 

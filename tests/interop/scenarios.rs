@@ -21,11 +21,11 @@ use crate::kit::{V4, check_pattern, idle_descriptors, send_pattern, timed};
 use crate::scripted::RunningProgram;
 use crate::{LONG_TIMEOUT, ProcessGroup, exit_code, text, wait_for_session};
 
-/// Starts a server that does not accept port 0, with its log in `folder`. Returns it with its address.
-fn start_server(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (ProcessGroup, SocketAddr) {
+/// Starts a server that does not accept port 0, with its log in `dir`. Returns it with its address.
+fn start_server(dir: &Path, command: impl Fn(SocketAddr) -> Command) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
-        let log = File::create(folder.join("log")).expect("file created");
+        let log = File::create(dir.join("log")).expect("file created");
         let mut command = command(addr);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("cloned")).stderr(log);
         let mut process = ProcessGroup::start(&mut command);
@@ -35,7 +35,7 @@ fn start_server(folder: &Path, command: impl Fn(SocketAddr) -> Command) -> (Proc
             ended || TcpStream::connect(addr).is_ok()
         });
         if ended {
-            eprintln!("{command:?}:\n{}", std::fs::read_to_string(folder.join("log")).unwrap_or_default());
+            eprintln!("{command:?}:\n{}", std::fs::read_to_string(dir.join("log")).unwrap_or_default());
         }
         (!ended).then_some((process, addr))
     };
@@ -62,12 +62,12 @@ fn smtp_requires_crlf_option() {
     if !have_aiosmtpd() || !in_namespace("scenarios::smtp_requires_crlf_option", HOSTS, "") {
         return;
     }
-    let folder = temp_dir();
-    let new = folder.path().join("mail/new");
-    let (_mta, addr) = start_server(folder.path(), |addr| {
+    let dir = temp_dir();
+    let new = dir.path().join("mail/new");
+    let (_mta, addr) = start_server(dir.path(), |addr| {
         let mut command = Command::new(PYTHON);
         command.args(["-m", "aiosmtpd", "-n", "-l", &addr.to_string(), "-c", "aiosmtpd.handlers.Mailbox"]);
-        command.arg(folder.path().join("mail"));
+        command.arg(dir.path().join("mail"));
         command
     });
     let server = Server::start(&[]);
@@ -158,7 +158,7 @@ fn health_check_gives_up_in_time_and_reports_tries() {
 
 #[test]
 fn health_check_does_not_retry_final_errors() {
-    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     let web = tcp_server(V4, |mut stream| {
         let _ = stream.write_all(b"HTTP/1.0 400 Bad Request\r\n\r\n");

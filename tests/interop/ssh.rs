@@ -19,25 +19,25 @@ const PROTOCOL: i32 = 97;
 /// An ssh server with its own keys, which admits the current user.
 pub(crate) struct Sshd {
     pub(crate) addr: SocketAddr,
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
     /// One process for each connection, as with inetd.
     children: Arc<Mutex<Vec<ProcessGroup>>>,
 }
 
 impl Sshd {
     pub(crate) fn start() -> Self {
-        let folder = temp_dir();
-        let path = |name: &str| folder.path().join(name).display().to_string();
+        let dir = temp_dir();
+        let path = |name: &str| dir.path().join(name).display().to_string();
         for key in ["host_key", "user_key"] {
             let mut keygen = Command::new("ssh-keygen");
             stdout(keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", key, "-f", &path(key)]), b"");
         }
         let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("file read");
-        write_file(folder.path(), "known_hosts", &format!("* {}", public("host_key")));
+        write_file(dir.path(), "known_hosts", &format!("* {}", public("host_key")));
         // StrictModes refuses files below a world-writable directory, as the temporary directory is. Without PAM, an
         // sshd that is not root can't read the user's password, and treats the account as locked.
         let config = write_file(
-            folder.path(),
+            dir.path(),
             "sshd_config",
             &format!(
                 "HostKey {}\nAuthorizedKeysFile {}\nPidFile none\nStrictModes no\nUsePAM yes\n\
@@ -48,7 +48,7 @@ impl Sshd {
                 Path::new(env!("CARGO_BIN_EXE_s5")).with_file_name("").display(),
             ),
         );
-        let log = File::create(folder.path().join("log")).expect("file created");
+        let log = File::create(dir.path().join("log")).expect("file created");
         let children = Arc::new(Mutex::new(Vec::new()));
         let shared = children.clone();
         let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |stream| {
@@ -59,19 +59,19 @@ impl Sshd {
             command.stderr(log.try_clone().expect("cloned"));
             shared.lock().expect("not poisoned").push(ProcessGroup::start(&mut command));
         });
-        Self { addr, folder, children }
+        Self { addr, dir, children }
     }
 
     /// Writes a configuration file for ssh that begins with these lines.
     pub(crate) fn client_config(&self, lines: &str) -> String {
-        let path = |name: &str| self.folder.path().join(name).display().to_string();
+        let path = |name: &str| self.dir.path().join(name).display().to_string();
         let mut config = format!("{lines}\n");
         let _ = writeln!(config, "IdentityFile {}\nUserKnownHostsFile {}", path("user_key"), path("known_hosts"));
         config += "GlobalKnownHostsFile none\nStrictHostKeyChecking yes\nIdentitiesOnly yes\nIdentityAgent none\n\
                    BatchMode yes\nPreferredAuthentications publickey\nConnectTimeout 30\nLogLevel ERROR\n";
         static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
         let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        write_file(self.folder.path(), &format!("ssh_config{n}"), &config)
+        write_file(self.dir.path(), &format!("ssh_config{n}"), &config)
     }
 
     /// ssh to this server, with these lines of configuration.
@@ -86,7 +86,7 @@ impl Drop for Sshd {
     fn drop(&mut self) {
         self.children.lock().map(|mut children| children.clear()).unwrap_or_default();
         if thread::panicking() {
-            eprintln!("sshd's log:\n{}", std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default());
+            eprintln!("sshd's log:\n{}", std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default());
         }
     }
 }
@@ -108,9 +108,9 @@ pub(crate) fn s5_as_proxy_command(options: &str) -> String {
 }
 
 /// git without the settings of the user and the machine.
-pub(crate) fn git(folder: &Path) -> Command {
+pub(crate) fn git(dir: &Path) -> Command {
     let mut command = Command::new("git");
-    command.current_dir(folder).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
+    command.current_dir(dir).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_SSH", "GIT_SSH_COMMAND"] {
         command.env_remove(variable);
     }
@@ -118,8 +118,8 @@ pub(crate) fn git(folder: &Path) -> Command {
 }
 
 /// Creates a repository with one commit of a file with this content.
-pub(crate) fn repository(folder: &Path, content: &[u8]) -> PathBuf {
-    let path = folder.join("origin");
+pub(crate) fn repository(dir: &Path, content: &[u8]) -> PathBuf {
+    let path = dir.join("origin");
     std::fs::create_dir(&path).expect("directory created");
     std::fs::write(path.join("file"), content).expect("file written");
     stdout(git(&path).args(["init", "-q", "-b", "main"]), b"");
@@ -173,18 +173,18 @@ fn git_clones_and_pushes_over_ssh_through_one_proxy_and_two() {
         return;
     }
     let (first, second, sshd) = (Server::start(&[]), Server::start(&[]), Sshd::start());
-    let (folder, content) = (temp_dir(), bytes(2 << 20));
-    let origin = repository(folder.path(), &content);
+    let (dir, content) = (temp_dir(), bytes(2 << 20));
+    let origin = repository(dir.path(), &content);
     let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
     for (name, hops) in [("one", first.addr().to_string()), ("two", format!("{},{}", first.addr(), second.addr()))] {
         let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {hops}")));
-        let with_ssh = |folder: &Path| {
-            let mut command = git(folder);
+        let with_ssh = |dir: &Path| {
+            let mut command = git(dir);
             command.env("GIT_SSH_COMMAND", format!("ssh -F '{config}'"));
             command
         };
-        stdout(with_ssh(folder.path()).args(["clone", "-q", &url, name]), b"");
-        let clone = folder.path().join(name);
+        stdout(with_ssh(dir.path()).args(["clone", "-q", &url, name]), b"");
+        let clone = dir.path().join(name);
         assert_same(&std::fs::read(clone.join("file")).expect("the file was cloned"), &content);
         stdout(with_ssh(&clone).args(["push", "-q", "origin", &format!("main:{name}")]), b"");
         stdout(git(&origin).args(["rev-parse", "--verify", "-q", name]), b"");
@@ -200,14 +200,14 @@ fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
         let mut ssh = sshd.ssh(&format!("DynamicForward {addr}\nExitOnForwardFailure yes"));
-        let log = File::create(sshd.folder.path().join("ssh_d")).expect("file created");
+        let log = File::create(sshd.dir.path().join("ssh_d")).expect("file created");
         ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
         let mut process = ProcessGroup::start(&mut ssh);
         let mut ended = false;
         wait_until("ssh -D listens", TIMEOUT, || {
             ended = process.has_ended();
             // ssh listens before it runs the command.
-            ended || std::fs::read(sshd.folder.path().join("ssh_d")).is_ok_and(|log| log == b"connected\n")
+            ended || std::fs::read(sshd.dir.path().join("ssh_d")).is_ok_and(|log| log == b"connected\n")
         });
         (!ended).then_some((process, addr))
     };

@@ -16,9 +16,9 @@ pub fn users_file(list: &[(&str, &str)]) -> (TempDir, String) {
 pub fn users_file_with_cost(cost: u32, list: &[(&str, &str)]) -> (TempDir, String) {
     let line =
         |(name, passwd): &(&str, &str)| format!("{name}:{}\n", bcrypt::hash(passwd, cost).expect("password hashed"));
-    let folder = temp_dir();
-    let path = write_file(folder.path(), "users", &list.iter().map(line).collect::<String>());
-    (folder, path)
+    let dir = temp_dir();
+    let path = write_file(dir.path(), "users", &list.iter().map(line).collect::<String>());
+    (dir, path)
 }
 
 /// The login message of a client.

@@ -1,5 +1,5 @@
 //! A temporary Kerberos realm on 127.0.0.1: an MIT KDC as a child process, with principals, keys and tickets in a
-//! temporary folder. Several realms can run at once.
+//! temporary directory. Several realms can run at once.
 
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub const PASSWORD: &str = "alice-secret";
 
 /// Programs that a realm needs.
 const PROGRAMS: [&str; 4] = ["krb5kdc", "kdb5_util", "kadmin.local", "kinit"];
-/// Environment variable with the realm's folder, for [`current_realm_dir`].
+/// Environment variable with the realm's directory, for [`current_realm_dir`].
 const REALM_VARIABLE: &str = "S5_TEST_REALM";
 
 pub struct Options {
@@ -35,7 +35,7 @@ impl Default for Options {
 }
 
 pub struct Realm {
-    folder: TempDir,
+    dir: TempDir,
     kdc: Kdc,
     port: Port,
     /// Occupies the KDC's UDP port after [`Realm::stop_answering`].
@@ -48,7 +48,7 @@ impl Realm {
         Self::with(&Options::default())
     }
 
-    /// Starts a realm with these files in its folder:
+    /// Starts a realm with these files in its directory:
     ///
     /// | file | content |
     /// | --- | --- |
@@ -59,32 +59,32 @@ impl Realm {
     ///
     /// The principal nokey/localhost exists too, without a keytab.
     pub fn with(options: &Options) -> Self {
-        let folder = tempfile::tempdir().expect("temporary directory");
+        let dir = tempfile::tempdir().expect("temporary directory");
         // Another process may have the UDP port.
         for _ in 0..20 {
             let port = Port::reserve();
-            write_config(folder.path(), port.number, options);
-            if !folder.path().join("principal").exists() {
-                make_principals(folder.path());
+            write_config(dir.path(), port.number, options);
+            if !dir.path().join("principal").exists() {
+                make_principals(dir.path());
             }
-            if let Some(kdc) = start_kdc(folder.path(), &port) {
-                let realm = Self { folder, kdc, port, silent: None };
-                kinit(realm.folder.path(), "alice", "user.keytab", "ccache", options.lifetime);
-                kinit(realm.folder.path(), "mallory", "mallory.keytab", "ccache.mallory", options.lifetime);
+            if let Some(kdc) = start_kdc(dir.path(), &port) {
+                let realm = Self { dir, kdc, port, silent: None };
+                kinit(realm.dir.path(), "alice", "user.keytab", "ccache", options.lifetime);
+                kinit(realm.dir.path(), "mallory", "mallory.keytab", "ccache.mallory", options.lifetime);
                 return realm;
             }
         }
-        panic!("the KDC did not start:\n{}", std::fs::read_to_string(folder.path().join("log")).unwrap_or_default());
+        panic!("the KDC did not start:\n{}", std::fs::read_to_string(dir.path().join("log")).unwrap_or_default());
     }
 
-    /// Path of a file in the realm's folder. The file need not exist.
+    /// Path of a file in the realm's directory. The file need not exist.
     pub fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.dir.path().join(name)
     }
 
     /// Sets the environment of a child process: the realm, alice's ticket and the services' keytab.
     pub fn env<'a>(&self, command: &'a mut Command) -> &'a mut Command {
-        env(self.folder.path(), command)
+        env(self.dir.path(), command)
     }
 
     /// Stops the KDC. Its port still accepts connections and datagrams, but nothing answers.
@@ -140,13 +140,13 @@ pub fn can_start() -> bool {
     PROGRAMS.iter().all(|program| is_installed(program))
 }
 
-/// The folder of the realm if this process runs in one.
+/// The directory of the realm if this process runs in one.
 pub fn current_realm_dir() -> Option<PathBuf> {
     std::env::var_os(REALM_VARIABLE).map(PathBuf::from)
 }
 
 /// Runs the calling test again as a child process in a new realm. `prepare` can change the realm and the command before
-/// the child starts. Returns the realm's folder in the child, and `None` in the parent once the child has passed.
+/// the child starts. Returns the realm's directory in the child, and `None` in the parent once the child has passed.
 pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, &mut Command)) -> Option<PathBuf> {
     if current_realm_dir().is_some() {
         return current_realm_dir();
@@ -157,7 +157,7 @@ pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, 
     let mut realm = Realm::with(options);
     let mut command = Command::new(std::env::current_exe().expect("path of this test"));
     command.args(["--exact", test, "--nocapture"]);
-    realm.env(&mut command).env(REALM_VARIABLE, realm.folder.path());
+    realm.env(&mut command).env(REALM_VARIABLE, realm.dir.path());
     prepare(&mut realm, &mut command);
     let output = run(&mut command, b"", Duration::from_secs(120));
     let output_text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
@@ -165,11 +165,11 @@ pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, 
     None
 }
 
-/// Acquires a ticket with a keytab. Both are files in the realm's folder.
-pub fn kinit(folder: &Path, user: &str, keytab: &str, ccache: &str, lifetime: &str) {
+/// Acquires a ticket with a keytab. Both are files in the realm's directory.
+pub fn kinit(dir: &Path, user: &str, keytab: &str, ccache: &str, lifetime: &str) {
     let mut command = program("kinit");
-    command.args(["-l", lifetime, "-k", "-t"]).arg(folder.join(keytab)).arg("-c").arg(folder.join(ccache)).arg(user);
-    check(env(folder, &mut command), b"");
+    command.args(["-l", lifetime, "-k", "-t"]).arg(dir.join(keytab)).arg("-c").arg(dir.join(ccache)).arg(user);
+    check(env(dir, &mut command), b"");
 }
 
 /// A port reserved for one realm. krb5kdc can bind it too, since both set SO_REUSEPORT; this socket does not listen, so
@@ -197,8 +197,8 @@ fn program(name: &str) -> Command {
     command
 }
 
-fn env<'a>(folder: &Path, command: &'a mut Command) -> &'a mut Command {
-    let file = |kind: &str, name: &str| format!("{kind}{}", folder.join(name).display());
+fn env<'a>(dir: &Path, command: &'a mut Command) -> &'a mut Command {
+    let file = |kind: &str, name: &str| format!("{kind}{}", dir.join(name).display());
     // With a client keytab, GSSAPI would acquire a missing ticket.
     command
         .env("KRB5_CONFIG", file("", "krb5.conf"))
@@ -217,7 +217,7 @@ fn check(command: &mut Command, stdin: &[u8]) {
     assert!(output.status.success(), "{command:?}:\n{output_text}");
 }
 
-fn write_config(folder: &Path, port: u16, options: &Options) {
+fn write_config(dir: &Path, port: u16, options: &Options) {
     let Options { lifetime, enctype } = options;
     // No DNS, and independent of this machine's host name.
     let krb5 = format!(
@@ -243,7 +243,7 @@ fn write_config(folder: &Path, port: u16, options: &Options) {
     kdc = FILE:{log}
     default = FILE:{log}
 ",
-        log = folder.join("log").display()
+        log = dir.join("log").display()
     );
     let kdc = format!(
         "[kdcdefaults]
@@ -251,27 +251,27 @@ fn write_config(folder: &Path, port: u16, options: &Options) {
     kdc_tcp_listen = 127.0.0.1:{port}
 [realms]
     {REALM} = {{
-        database_name = {folder}/principal
-        key_stash_file = {folder}/stash
-        acl_file = {folder}/kadm5.acl
+        database_name = {dir}/principal
+        key_stash_file = {dir}/stash
+        acl_file = {dir}/kadm5.acl
         master_key_type = {enctype}
         supported_enctypes = {enctype}:normal
         max_life = 24h
     }}
 ",
-        folder = folder.display()
+        dir = dir.display()
     );
     for (name, text) in [("krb5.conf", &*krb5), ("kdc.conf", &*kdc), ("kadm5.acl", "")] {
-        std::fs::write(folder.join(name), text).expect("file written");
+        std::fs::write(dir.join(name), text).expect("file written");
     }
 }
 
-fn make_principals(folder: &Path) {
+fn make_principals(dir: &Path) {
     let mut create = program("kdb5_util");
     create.args(["-r", REALM, "-P", "master-secret", "create", "-s"]);
-    check(env(folder, &mut create), b"");
+    check(env(dir, &mut create), b"");
     // -norandkey keeps the password valid. A principal that is created again starts with the same key version.
-    let at = folder.display();
+    let at = dir.display();
     let script = format!(
         "addprinc -pw {PASSWORD} alice
 addprinc -pw mallory-secret mallory
@@ -287,15 +287,15 @@ ktadd -k {at}/user.keytab -norandkey alice
 ktadd -k {at}/mallory.keytab -norandkey mallory
 "
     );
-    check(env(folder, program("kadmin.local").args(["-r", REALM])), script.as_bytes());
+    check(env(dir, program("kadmin.local").args(["-r", REALM])), script.as_bytes());
     for name in ["wrong", "service", "user", "mallory"] {
-        assert!(folder.join(format!("{name}.keytab")).exists(), "kadmin.local did not create {name}.keytab");
+        assert!(dir.join(format!("{name}.keytab")).exists(), "kadmin.local did not create {name}.keytab");
     }
 }
 
 /// Returns `None` if the KDC ends at once, for example because the port is in use.
-fn start_kdc(folder: &Path, port: &Port) -> Option<Kdc> {
-    let mut kdc = Kdc::start(env(folder, program("krb5kdc").args(["-n", "-r", REALM])));
+fn start_kdc(dir: &Path, port: &Port) -> Option<Kdc> {
+    let mut kdc = Kdc::start(env(dir, program("krb5kdc").args(["-n", "-r", REALM])));
     let addr = SocketAddr::new(V4, port.number);
     let mut is_up = false;
     wait_until("the KDC listens or ends", TIMEOUT, || {

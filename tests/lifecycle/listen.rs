@@ -76,8 +76,8 @@ fn listen_log_line_has_the_bound_port() {
 
 #[test]
 fn unix_socket_serves_clients_and_is_removed_at_exit() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     let mut server = serve(&listen, 1, &[]);
     assert!(server.log().contains(&format!("listening on {listen}")));
@@ -101,8 +101,8 @@ fn unix_socket_serves_clients_and_is_removed_at_exit() {
 
 #[test]
 fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     // Dropping a listener does not remove its file.
     drop(UnixListener::bind(&path).expect("bound"));
@@ -114,8 +114,8 @@ fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
 
 #[test]
 fn listen_keeps_a_file_that_is_not_a_socket() {
-    let folder = temp_dir();
-    let path = crate::common::write_file(folder.path(), "precious", "text");
+    let dir = temp_dir();
+    let path = crate::common::write_file(dir.path(), "precious", "text");
     let error = start_error(&["--listen", &format!("unix:{path}")]);
     assert!(error.contains(&path), "{error}");
     assert_eq!(std::fs::read_to_string(path).expect("file read"), "text");

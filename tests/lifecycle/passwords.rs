@@ -39,7 +39,7 @@ fn assert_refused(server: &Server, uname: &[u8], passwd: &[u8]) {
 #[test]
 fn login_with_correct_credentials_succeeds() {
     let (longest, own) = ("n".repeat(255), "p".repeat(72));
-    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)]);
+    let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)]);
     let server = Server::start(&["--users", &users]);
     let dst = echo_server();
     for (uname, passwd) in [("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)] {
@@ -53,7 +53,7 @@ fn login_with_correct_credentials_succeeds() {
 
 #[test]
 fn login_with_any_deviation_is_refused() {
-    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
+    let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
     // The second round runs with a cached password, which must not help the wrong ones.
     for _ in 0..2 {
@@ -84,7 +84,7 @@ fn login_with_any_deviation_is_refused() {
 
 #[test]
 fn login_with_empty_name_or_password_is_refused() {
-    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     assert_refused(&server, b"alice", b"");
     let mut stream = server.connect();
@@ -94,7 +94,7 @@ fn login_with_empty_name_or_password_is_refused() {
 
 #[test]
 fn users_file_disables_no_authentication() {
-    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret")]);
     let server = Server::start(&["--users", &users]);
     let offers: [&[u8]; 4] = [&[5, 1, 0], &[5, 2, 0, 1], &[5, 1, 0x80], &[5, 3, 0, 0, 0]];
     for offer in offers {
@@ -112,7 +112,7 @@ fn users_file_disables_no_authentication() {
 
 #[test]
 fn empty_users_file_refuses_every_login() {
-    let (_folder, users) = users_file(&[]);
+    let (_dir, users) = users_file(&[]);
     let server = Server::start(&["--users", &users]);
     assert_refused(&server, b"alice", b"secret");
     assert!(server.log().contains("no users"));
@@ -120,8 +120,8 @@ fn empty_users_file_refuses_every_login() {
 
 #[test]
 fn argon2_password_of_255_bytes_is_compared_whole() {
-    let folder = temp_dir();
-    let users = folder.path().join("users");
+    let dir = temp_dir();
+    let users = dir.path().join("users");
     let users = users.to_str().expect("UTF-8 path");
     let long = "p".repeat(255);
     add_user(users, "alice", &long);
@@ -143,8 +143,8 @@ fn add_user(file: &str, name: &str, passwd: &str) {
 #[test]
 fn concurrent_logins_of_one_user_cost_one_hash() {
     const LOGINS: usize = 500;
-    let folder = temp_dir();
-    let users = folder.path().join("users");
+    let dir = temp_dir();
+    let users = dir.path().join("users");
     let users = users.to_str().expect("UTF-8 path");
     add_user(users, "alice", "secret");
     let cost_of = |logins: usize| {
@@ -175,8 +175,8 @@ fn concurrent_logins_of_one_user_cost_one_hash() {
 
 #[test]
 fn password_hashing_does_not_delay_tunnels() {
-    let folder = temp_dir();
-    let users = folder.path().join("users");
+    let dir = temp_dir();
+    let users = dir.path().join("users");
     let users = users.to_str().expect("UTF-8 path");
     add_user(users, "alice", "secret");
     let server = Server::start(&["--users", users, "--threads", "1", "--handshake-timeout", "60"]);

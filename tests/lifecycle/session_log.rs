@@ -109,8 +109,8 @@ fn domain_name_cannot_forge_a_log_line() {
 
 #[test]
 fn control_bytes_of_domain_and_user_names_are_escaped() {
-    let folder = temp_dir();
-    let users = write_file(folder.path(), "users", "");
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "");
     let server = Server::start(&["--users", &users]);
     let uname = b"a\r\n\x1b[2J\"\0\xff rep=0";
     let mut all = vec![5, 1, 2, 1, u8::try_from(uname.len()).expect("at most 255")];
@@ -138,9 +138,9 @@ fn control_bytes_of_domain_and_user_names_are_escaped() {
 
 #[test]
 fn password_and_hash_are_not_logged_with_verbose() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let hash = bcrypt::hash("open-sesame", 4).expect("password hashed");
-    let users = write_file(folder.path(), "users", &format!("alice:{hash}\n"));
+    let users = write_file(dir.path(), "users", &format!("alice:{hash}\n"));
     let server = Server::start(&["--users", &users, "-v"]);
     for passwd in ["open-sesame", "wrong-sesame"] {
         let mut stream = server.connect();

@@ -58,8 +58,8 @@ fn user_names() -> Vec<Vec<u8>> {
 }
 
 /// Returns the matches of the filter in a log: addresses and times, in the order of the log.
-fn matches(folder: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
-    let [log, filter] = [("log", log), ("s5.conf", &filter())].map(|(name, text)| write_file(folder, name, text));
+fn matches(dir: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
+    let [log, filter] = [("log", log), ("s5.conf", &filter())].map(|(name, text)| write_file(dir, name, text));
     let mut command = Command::new("fail2ban-regex");
     command.args(["--out", "<ip> <time>", &log, &filter]).env("TZ", zone);
     let output = run(&mut command, b"", TIMEOUT * 3);
@@ -88,7 +88,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
         return;
     }
     let valid_name = "a\" error=\"login refused";
-    let (_folder, users) = users_file(&[("alice", "secret"), (valid_name, "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret"), (valid_name, "secret")]);
     let args = ["--listen", "[::1]:0", "--users", &users, "--deny", "to=.evil", "--max-per-user", "2", "-v", "-v"];
     let server = serve("127.0.0.1:0", 2, &args);
     let mut expected = Vec::new();
@@ -143,10 +143,10 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     let log = server.wait_log(|log| session_lines(log).len() >= all);
     assert_eq!(log.lines().count(), all + 2, "one line each, and two for the listeners:\n{log}");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time after 1970").as_secs_f64();
-    let folder = temp_dir();
+    let dir = temp_dir();
     // The log is in UTC in every time zone; a time that is hours off would cause no ban, or one that is too long.
     for zone in ["UTC", "Asia/Tokyo", "America/New_York"] {
-        let found = matches(folder.path(), &log, zone);
+        let found = matches(dir.path(), &log, zone);
         assert!(found.iter().all(|(_, time)| (now - 120.0..=now + 1.0).contains(time)), "{zone}: {found:?} at {now}");
         let mut addresses: Vec<_> = found.into_iter().map(|(ip, _)| ip).collect();
         addresses.sort_unstable();
@@ -155,7 +155,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     }
     // As in the journal: host and program precede the line.
     let journal: String = log.lines().map(|line| format!("host s5[123]: {line}\n")).collect();
-    let mut addresses: Vec<_> = matches(folder.path(), &journal, "UTC").into_iter().map(|(ip, _)| ip).collect();
+    let mut addresses: Vec<_> = matches(dir.path(), &journal, "UTC").into_iter().map(|(ip, _)| ip).collect();
     addresses.sort_unstable();
     assert_eq!(addresses, expected, "from the journal");
 }

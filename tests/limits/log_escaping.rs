@@ -183,7 +183,7 @@ fn hop_answers_are_escaped() {
 #[test]
 fn user_names_are_escaped_in_success_and_failure() {
     let valid_name = "ren\u{e9} \u{202e}\" rep=0";
-    let (_folder, users) = users_file(&[(valid_name, "secret")]);
+    let (_dir, users) = users_file(&[(valid_name, "secret")]);
     let server = Server::start(&["--users", &users, "-v", "-v", "--max-per-user", "1"]);
     for (trick, n) in TRICKS.iter().zip(1..) {
         assert_ne!(log_in(&server, [127, 9, 0, n], trick, b"wrong").1, 0);
@@ -213,7 +213,7 @@ fn assert_no_secret(text: &str, secrets: &[&str]) {
 
 #[test]
 fn passwords_and_hashes_are_not_logged_at_trace_level() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let (_users, users) = users_file(&[("alice", "open-sesame")]);
     let text = std::fs::read_to_string(&users).expect("file read");
     let hash = text.trim().split_once(':').expect("a line").1.to_owned();
@@ -223,7 +223,7 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
     let http = hop(vec![(4, b"HTTP/1.1 400 no\r\n\r\n".to_vec())]);
     for to in [unreachable, http, refusing(1), hop(vec![(4, vec![5, 2]), (6, vec![])])] {
         let via = format!("socks5h://hopper:hop%2Dsesame-two@{to}");
-        let (named, rules) = (format!("other={via}"), write_file(folder.path(), "rules", "allow via=other port=81\n"));
+        let (named, rules) = (format!("other={via}"), write_file(dir.path(), "rules", "allow via=other port=81\n"));
         let args = ["-v", "-v", "--users", &users, "--via", &via, "--hop", &named, "--rules", &rules];
         let server = Server::start(&[&args[..], &["--connect-timeout", "300ms"]].concat());
         for (passwd, n) in ["wrong-sesame", "open-sesame", "open-sesame", "open-sesame-not", ""].iter().zip(1..) {
@@ -257,7 +257,7 @@ fn start_error(args: &[&str]) -> String {
 
 #[test]
 fn users_file_error_does_not_contain_hashes() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let bcrypt = bcrypt::hash("sesame", 4).expect("password hashed");
     let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("a line");
     let argon2 = argon2.split_once(':').expect("a line").1;
@@ -283,7 +283,7 @@ fn users_file_error_does_not_contain_hashes() {
             format!("alice\t{hash}"),
         ];
         for text in wrong {
-            let users = write_file(folder.path(), "users", &text);
+            let users = write_file(dir.path(), "users", &text);
             // Some are valid: blanks at the end are ignored.
             if s5::policy::users::Users::parse(&text).is_ok() {
                 continue;
@@ -297,9 +297,9 @@ fn users_file_error_does_not_contain_hashes() {
 
 #[test]
 fn users_file_error_does_not_contain_plain_passwords() {
-    let folder = temp_dir();
+    let dir = temp_dir();
     for text in ["alice:hunter2", "alice:hunter2:x", "alice:$hunter2", "alice:$hunter2$x", "alice:hunter2$x$y"] {
-        let stderr = start_error(&["--users", &write_file(folder.path(), "users", text)]);
+        let stderr = start_error(&["--users", &write_file(dir.path(), "users", text)]);
         assert_no_secret(&stderr, &["hunter2"]);
     }
 }

@@ -30,7 +30,7 @@ fn set_timeout_seconds(stream: &TcpStream, n: u64) {
 
 #[test]
 fn login_delay_doubles_and_other_addresses_are_not_delayed() {
-    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret")]);
     // The delays are longer than the handshake timeout, which must not end them.
     let server = Server::start(&["--users", &users, "--handshake-timeout", "500ms"]);
     let guess = |passwd: &[u8]| timed(|| log_in(&server, [127, 5, 0, 1], b"alice", passwd));
@@ -71,7 +71,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     const PENDING: u8 = 12;
     let guesser = [127, 6, 0, 1];
     // A cost at which the CPU time of a hash can be measured.
-    let (_folder, users) = users_file_with_cost(9, &[("alice", "secret")]);
+    let (_dir, users) = users_file_with_cost(9, &[("alice", "secret")]);
     let server = Server::start(&["--users", &users, "--handshake-timeout", "40", "-v"]);
     let connect = || {
         let mut stream = connect_from_ip(&server, guesser);
@@ -134,7 +134,7 @@ fn refusal_time_does_not_reveal_user_names() {
     const ATTEMPTS: usize = 1000;
     let _machine = lock_machine();
     let names = ["alice", "bob", "carol", "dave", "erin"];
-    let (_folder, users) = users_file(&names.map(|name| (name, "secret")));
+    let (_dir, users) = users_file(&names.map(|name| (name, "secret")));
     let server = Server::start(&["--users", &users]);
     let last = AtomicU32::new(0x7F10_0000);
     let source = || (last.fetch_add(1, Ordering::Relaxed) + 1).to_be_bytes();
@@ -160,7 +160,7 @@ fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
     const SOURCES: usize = 20_000;
     const THREADS: usize = 16;
     let _machine = lock_machine();
-    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
+    let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
     let guesser = [127, 7, 7, 7];
     for _ in 0..FREE_FAILURES {

@@ -138,7 +138,7 @@ fn rate_limit_of_a_session_holds_up_down_and_both() {
 fn rate_limit_of_a_user_is_shared_by_the_sessions_of_that_user_only() {
     let _machine = lock_machine();
     let [alice, bob] = [("alice", "secret"), ("bob", "other")];
-    let (_folder, users) = users_file(&[alice, bob]);
+    let (_dir, users) = users_file(&[alice, bob]);
     best_of_three(|| {
         let server = Server::start(&["--users", &users, "--rate", "4M"]);
         let other = Server::start(&["--users", &users, "--rate", "1M", "--rate-per-user", "2M"]);
@@ -160,7 +160,7 @@ fn rate_limit_of_a_user_is_shared_by_the_sessions_of_that_user_only() {
 #[test]
 fn rate_limit_of_a_user_starves_no_session() {
     let alice = ("alice", "secret");
-    let (_folder, users) = users_file(&[alice]);
+    let (_dir, users) = users_file(&[alice]);
     let server = |threads| Server::start(&["--users", &users, "--rate", "4M", "--threads", threads]);
     let servers = ["1", "2"].map(server);
     let started = Instant::now();

@@ -198,7 +198,7 @@ fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
 
 #[test]
 fn max_per_user_denies_the_request_after_login_for_that_user_only() {
-    let (_folder, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
+    let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let dst = echo_server();
     for threads in ["1", "2"] {
         let server = Server::start(&["--users", &users, "--max-per-user", "2", "--threads", threads]);
@@ -251,7 +251,7 @@ fn open_simultaneously(server: &Server, messages: &[u8], answer: &[u8]) -> usize
 
 #[test]
 fn session_limits_hold_for_200_simultaneous_clients() {
-    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret")]);
     let _machine = lock_machine();
     let dst = tcp_server(V4, |mut stream| drop(stream.read(&mut [0])));
     let connect_request = request(CONNECT, dst);

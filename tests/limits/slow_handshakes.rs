@@ -104,7 +104,7 @@ fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout() {
         return skip("too few descriptors");
     }
     let machine = lock_machine();
-    let (_folder, users) = users_file(&[("alice", "secret")]);
+    let (_dir, users) = users_file(&[("alice", "secret")]);
     let timeout = format!("{}s", HANDSHAKE_TIMEOUT.as_secs());
     let args = ["--users", &users, "--handshake-timeout", &timeout];
     thread::scope(|scope| {

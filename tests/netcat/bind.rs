@@ -23,8 +23,8 @@ fn read_address(path: &Path) -> SocketAddr {
 
 #[test]
 fn bound_to_file_has_only_the_address() {
-    let (server, folder) = (Server::start(&[]), temp_dir());
-    let path = folder.path().join("address");
+    let (server, dir) = (Server::start(&[]), temp_dir());
+    let path = dir.path().join("address");
     std::fs::write(&path, "127.0.0.1:1\n of an earlier run").expect("file written");
     std::fs::remove_file(&path).expect("file removed");
     let mut command = s5();
@@ -38,7 +38,7 @@ fn bound_to_file_has_only_the_address() {
     client.close_stdin();
     assert_eq!(client.wait_exit(TIMEOUT).1, b"hello");
     let names: Vec<_> =
-        std::fs::read_dir(folder.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
+        std::fs::read_dir(dir.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["address"], "no temporary file is left");
 }
 
@@ -59,8 +59,8 @@ fn bound_to_descriptor_gets_the_address_and_is_closed() {
 
 #[test]
 fn bound_to_named_pipe_gets_the_address() {
-    let (server, folder) = (Server::start(&[]), temp_dir());
-    let path = folder.path().join("fifo");
+    let (server, dir) = (Server::start(&[]), temp_dir());
+    let path = dir.path().join("fifo");
     assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo runs").success());
     let mut command = s5();
     command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&path);
@@ -136,10 +136,10 @@ fn bind_example_of_readme_transfers_a_file() {
         line.split("  #").next().unwrap_or_default().trim().to_owned()
     };
     let (here, there) = (line("s5 bind --bound-to address"), line("nc -N $(tr"));
-    let (server, folder) = (Server::start(&[]), temp_dir());
+    let (server, dir) = (Server::start(&[]), temp_dir());
     let content: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_be_bytes).collect();
-    std::fs::create_dir(folder.path().join("there")).expect("directory created");
-    std::fs::write(folder.path().join("there/file"), &content).expect("file written");
+    std::fs::create_dir(dir.path().join("there")).expect("directory created");
+    std::fs::write(dir.path().join("there/file"), &content).expect("file written");
     let shell = |script: &str, at: &Path| {
         let mut command = Command::new("sh");
         let script =
@@ -147,21 +147,21 @@ fn bind_example_of_readme_transfers_a_file() {
         command.args(["-c", &script]).current_dir(at).env("S5_PROXY", server.addr().to_string()).stdin(Stdio::null());
         command
     };
-    let mut receiver = RunningProgram::start(&mut shell(&here, folder.path()));
-    read_address(&folder.path().join("address"));
-    std::fs::copy(folder.path().join("address"), folder.path().join("there/address")).expect("the file is copied");
-    let output = run(&mut shell(&there, &folder.path().join("there")), b"", Duration::from_secs(20));
+    let mut receiver = RunningProgram::start(&mut shell(&here, dir.path()));
+    read_address(&dir.path().join("address"));
+    std::fs::copy(dir.path().join("address"), dir.path().join("there/address")).expect("the file is copied");
+    let output = run(&mut shell(&there, &dir.path().join("there")), b"", Duration::from_secs(20));
     assert!(output.status.success(), "{}", text(&output.stderr));
     receiver.close_stdin();
     assert_eq!(receiver.wait_exit(TIMEOUT).0.code(), Some(0));
-    assert!(std::fs::read(folder.path().join("received")).expect("file read") == content, "the content differs");
+    assert!(std::fs::read(dir.path().join("received")).expect("file read") == content, "the content differs");
 }
 
 #[test]
 fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     use std::os::unix::fs::PermissionsExt as _;
-    let folder = temp_dir();
-    let (path, link) = (folder.path().join("address"), folder.path().join("link"));
+    let dir = temp_dir();
+    let (path, link) = (dir.path().join("address"), dir.path().join("link"));
     std::fs::write(&path, "127.0.0.1:1\n").expect("file written");
     std::os::unix::fs::symlink(&path, &link).expect("symlink created");
     // This proxy never replies, so the new address is not written.
@@ -181,7 +181,7 @@ fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     read_address(&path);
     assert!(link.is_symlink(), "the link is not replaced");
     let mode = std::fs::metadata(&path).expect("the file exists").permissions().mode() & 0o777;
-    let usual = folder.path().join("usual");
+    let usual = dir.path().join("usual");
     std::fs::write(&usual, "").expect("file written");
     assert_eq!(mode, std::fs::metadata(&usual).expect("the file exists").permissions().mode() & 0o777);
 }
@@ -196,8 +196,8 @@ fn bind_ignores_no_proxy() {
 
 #[test]
 fn bound_to_descriptor_appends_at_its_position() {
-    let (server, folder) = (Server::start(&[]), temp_dir());
-    let log = folder.path().join("log");
+    let (server, dir) = (Server::start(&[]), temp_dir());
+    let log = dir.path().join("log");
     std::fs::write(&log, "before\n").expect("file written");
     let mut command = Command::new("sh");
     command.args(["-c", "exec \"$0\" bind -x \"$1\" --bound-to fd:3 3>>\"$2\"", env!("CARGO_BIN_EXE_s5")]);

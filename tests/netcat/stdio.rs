@@ -166,9 +166,9 @@ fn exec_exits_with_status_of_the_program() {
 
 #[test]
 fn exec_program_gets_addresses_and_no_password() {
-    let folder = crate::common::temp_dir();
+    let dir = crate::common::temp_dir();
     let users = crate::common::write_file(
-        folder.path(),
+        dir.path(),
         "users",
         &format!("alice:{}\n", bcrypt::hash("secret", 4).expect("password hashed")),
     );

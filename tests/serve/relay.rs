@@ -272,8 +272,8 @@ fn tunnel_sockets_have_nodelay_and_keepalive() {
     if !is_installed("strace") {
         return;
     }
-    let folder = temp_dir();
-    let trace = folder.path().join("trace");
+    let dir = temp_dir();
+    let trace = dir.path().join("trace");
     // -D: the server is the child, so that killing it ends both.
     let mut command = std::process::Command::new("strace");
     command.args(["-D", "-f", "-qq", "-e", "trace=setsockopt", "-o"]).arg(&trace);

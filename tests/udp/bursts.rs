@@ -294,8 +294,8 @@ fn udp_gso_is_not_retried_after_eio() {
     if !is_installed("strace") {
         return;
     }
-    let folder = temp_dir();
-    let trace = folder.path().join("trace");
+    let dir = temp_dir();
+    let trace = dir.path().join("trace");
     let mut strace = Command::new("strace");
     strace.args(["-D", "-f", "-qq", "-e", "trace=sendmsg", "-e", "inject=sendmsg:error=EIO", "-o"]).arg(&trace);
     strace.arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);

@@ -168,8 +168,8 @@ fn udp_burst_of_500_is_echoed() {
 fn udp_association_of_a_unix_client_is_on_loopback() {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
-    let folder = temp_dir();
-    let path = folder.path().join("s5.sock");
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
     let _server = serve(&format!("unix:{}", path.display()), 1, &[]);
     let mut control = UnixStream::connect(&path).expect("the listener accepts");
     control.write_all(&[5, 1, 0, 5, 3, 0, 1, 0, 0, 0, 0, 0, 0]).expect("data sent");

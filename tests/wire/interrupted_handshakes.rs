@@ -83,11 +83,11 @@ fn client_reset_before_accept_is_logged_with_its_address() {
 }
 
 fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
-    let folder = temp_dir();
+    let dir = temp_dir();
     let args: Vec<String> = args.iter().map(ToString::to_string).collect();
     let alice = User { bcrypt: false, name: "alice".into(), password: "secret".into() };
     for users in [vec![], vec![alice]] {
-        let server = start(&args, &users, folder.path(), "users");
+        let server = start(&args, &users, dir.path(), "users");
         // One complete session of each command first, for descriptors that the server opens once and keeps.
         for command in 1..=3 {
             let handshake = handshake(command, !users.is_empty());

@@ -31,18 +31,18 @@ pub enum Chunking {
 
 /// One server for each combination of arguments and users, with its number of descriptors after the start.
 pub struct Servers {
-    folder: tempfile::TempDir,
+    dir: tempfile::TempDir,
     running: HashMap<String, (Server, usize)>,
 }
 
 impl Servers {
     pub fn start(transcripts: &[Transcript]) -> Self {
-        let mut servers = Self { folder: crate::common::temp_dir(), running: HashMap::new() };
+        let mut servers = Self { dir: crate::common::temp_dir(), running: HashMap::new() };
         for transcript in transcripts {
             let key = server_key(transcript);
             if !servers.running.contains_key(&key) {
                 let name = format!("users{}", servers.running.len());
-                let server = start(&transcript.server_args, &transcript.users, servers.folder.path(), &name);
+                let server = start(&transcript.server_args, &transcript.users, servers.dir.path(), &name);
                 let descriptors = server.descriptors();
                 servers.running.insert(key, (server, descriptors));
             }
@@ -74,12 +74,12 @@ fn server_key(transcript: &Transcript) -> String {
 }
 
 /// Starts `s5 serve` on 127.0.0.1 and ::1, with cheap password hashes.
-pub fn start(args: &[String], users: &[User], folder: &Path, name: &str) -> Server {
+pub fn start(args: &[String], users: &[User], dir: &Path, name: &str) -> Server {
     let mut command = s5();
     command.args(["serve", "--listen", "127.0.0.1:0", "--listen", "[::1]:0"]).args(args);
     if !users.is_empty() {
         let lines: Vec<String> = users.iter().map(users_file_line).collect();
-        command.args(["--users", &write_file(folder, name, &lines.join("\n"))]);
+        command.args(["--users", &write_file(dir, name, &lines.join("\n"))]);
     }
     Server::start_with(&mut command, 2)
 }

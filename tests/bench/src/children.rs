@@ -1,4 +1,4 @@
-//! Child processes, which end with the benchmark even if it is killed, and the folder for their files.
+//! Child processes, which end with the benchmark even if it is killed, and the directory for their files.
 
 use std::fs;
 use std::io;
@@ -105,35 +105,35 @@ pub fn raise_descriptor_limit() -> u64 {
     }
 }
 
-/// Returns the folder of this run.
-pub fn folder() -> PathBuf {
+/// Returns the directory of this run.
+pub fn dir() -> PathBuf {
     std::env::temp_dir().join(format!("s5-bench-{}", std::process::id()))
 }
 
-/// Removes the folder when dropped.
-pub struct TempFolder;
+/// Removes the directory when dropped.
+pub struct TempDir;
 
-impl TempFolder {
+impl TempDir {
     pub fn create() -> io::Result<Self> {
-        fs::DirBuilder::new().mode(0o700).create(folder())?;
+        fs::DirBuilder::new().mode(0o700).create(dir())?;
         Ok(Self)
     }
 }
 
-impl Drop for TempFolder {
+impl Drop for TempDir {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(folder());
+        let _ = fs::remove_dir_all(dir());
     }
 }
 
-/// Kills the children and removes the folder on SIGINT, SIGTERM and SIGHUP.
+/// Kills the children and removes the directory on SIGINT, SIGTERM and SIGHUP.
 pub fn clean_up_on_signals() -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             let roots = PROCESS_ROOTS.lock().map(|roots| roots.clone()).unwrap_or_default();
             roots.into_iter().for_each(kill_tree);
-            let _ = fs::remove_dir_all(folder());
+            let _ = fs::remove_dir_all(dir());
             std::process::exit(128 + signal);
         }
     });

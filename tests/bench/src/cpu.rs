@@ -74,8 +74,8 @@ impl Tree {
         self.count("task")
     }
 
-    fn count(&self, folder: &str) -> u64 {
-        self.pids().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/{folder}")).ok()).map(|d| d.count() as u64).sum()
+    fn count(&self, dir: &str) -> u64 {
+        self.pids().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/{dir}")).ok()).map(|d| d.count() as u64).sum()
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use s5::gssapi::ffi::{Credential, GssContext, GssName, RequestedFlags, SequenceStatus};
 
-use crate::children::{Process, folder};
+use crate::children::{Process, dir};
 use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed};
 use crate::pattern::{TransferLimit, noise};
 use crate::proxies::{Proxy, ProxyKind, RunningProxy, free_port, user, which, write};
@@ -43,7 +43,7 @@ pub fn missing() -> Vec<String> {
         missing.push(format!("GSSAPI: not installed: {}", programs.join(", ")));
     }
     if !dante().is_some_and(|dante| dante.join("sbin/sockd").is_file() && dante.join("bin/socksify").is_file()) {
-        missing.push("Dante: no GSSAPI: set S5_BENCH_DANTE to a folder with sbin/sockd and bin/socksify".into());
+        missing.push("Dante: no GSSAPI: set S5_BENCH_DANTE to a directory with sbin/sockd and bin/socksify".into());
     }
     missing
 }
@@ -57,7 +57,7 @@ impl Realm {
         if PROGRAMS.iter().any(|program| which(program).is_none()) {
             return Err(BenchError::Unsupported);
         }
-        let (port, at) = (free_port()?, folder().display().to_string());
+        let (port, at) = (free_port()?, dir().display().to_string());
         let enctype = "aes256-cts-hmac-sha1-96";
         write(
             "krb5.conf",
@@ -151,7 +151,7 @@ impl Realm {
     }
 
     fn serve(&self, proxy: &Proxy, level: usize) -> Result<(RunningProxy, SocketAddrV4), BenchError> {
-        let keytab = folder().join("service.keytab");
+        let keytab = dir().join("service.keytab");
         let running = match (proxy.kind, dante()) {
             (ProxyKind::S5, _) => proxy.start_as(|port| {
                 let plain = proxy.command(port)?;
@@ -170,7 +170,7 @@ impl Realm {
                      socks pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n command: connect\n {login}}}\n"
                 );
                 let mut command = in_realm(&dante.join("sbin/sockd").to_string_lossy(), &["-N", "1", "-f"]);
-                command.arg(write("sockd.conf", &config)?).arg("-p").arg(folder().join("sockd.pid"));
+                command.arg(write("sockd.conf", &config)?).arg("-p").arg(dir().join("sockd.pid"));
                 Ok(command)
             }),
             _ => Err(BenchError::Unsupported),
@@ -183,11 +183,11 @@ impl Realm {
 /// Returns a command in the realm, with the ticket of alice and the key of the service.
 fn in_realm(program: &str, args: &[&str]) -> Command {
     let mut command = Command::new(which(program).unwrap_or_else(|| program.into()));
-    let file = |kind: &str, name: &str| format!("{kind}{}", folder().join(name).display());
+    let file = |kind: &str, name: &str| format!("{kind}{}", dir().join(name).display());
     command.args(args).env("KRB5_CONFIG", file("", "krb5.conf")).env("KRB5_KDC_PROFILE", file("", "kdc.conf"));
     command.env("KRB5CCNAME", file("FILE:", "ccache")).env("KRB5_KTNAME", file("FILE:", "service.keytab"));
     command.env("KRB5_CLIENT_KTNAME", file("FILE:", "none.keytab")).env("KRB5RCACHENAME", file("file2:", "rcache"));
-    command.env("TMPDIR", folder()).env_remove("KRB5_TRACE");
+    command.env("TMPDIR", dir()).env_remove("KRB5_TRACE");
     command
 }
 
@@ -200,7 +200,7 @@ fn run(program: &str, args: &[&str]) -> Result<(), BenchError> {
 /// Runs this program in the realm for a measurement.
 fn measure(args: &[&str]) -> Result<f64, BenchError> {
     // A larger replay cache is slower.
-    let _ = fs::remove_file(folder().join("rcache"));
+    let _ = fs::remove_file(dir().join("rcache"));
     let this = std::env::current_exe()?;
     read_figure(in_realm(&this.to_string_lossy(), &[GSSAPI]).args(args))
 }

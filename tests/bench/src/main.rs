@@ -38,7 +38,7 @@ const USAGE: &str = "usage: bench [--quick] [--runs N] [--only row,row] [--proxi
 
 S5_BENCH_S5     the s5 to measure (target/release/s5)
 S5_BENCH_ARGS   additional arguments for `s5 serve`
-S5_BENCH_DANTE  folder of a Dante with GSSAPI: sbin/sockd and bin/socksify
+S5_BENCH_DANTE  directory of a Dante with GSSAPI: sbin/sockd and bin/socksify
 S5_BENCH_PEERS  additional proxies, as name=path,name=path: microsocks, hev-socks5-server, 3proxy and fast-socks5 are
                 started with their options, names that begin with s5 as s5, and all others as `path PORT`";
 
@@ -110,7 +110,7 @@ fn main() -> ExitCode {
 fn start(options: &Options) -> Result<bool, BenchError> {
     let descriptors = children::raise_descriptor_limit();
     children::clean_up_on_signals()?;
-    let _folder = children::TempFolder::create()?;
+    let _dir = children::TempDir::create()?;
     fs::create_dir_all(&options.out)?;
     let (found, missing) = proxies::find();
     let target = target::Target::start()?;

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::children::{Process, folder};
+use crate::children::{Process, dir};
 use crate::cpu::Tree;
 use crate::measure::{BenchError, IDLE_TIMEOUT, Via, failed};
 use crate::socks;
@@ -82,8 +82,8 @@ pub fn find() -> (Vec<Proxy>, Vec<String>) {
 
 pub fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
-    folders.map(|folder| folder.join(program)).find(|path| path.is_file())
+    let dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    dirs.map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
 /// Returns a free port. Not every proxy can report the port that it has chosen.
@@ -91,9 +91,9 @@ pub fn free_port() -> Result<u16, BenchError> {
     Ok(listen_anywhere()?.local_addr()?.port())
 }
 
-/// Writes a file into the folder of this run.
+/// Writes a file into the directory of this run.
 pub fn write(name: &str, content: &str) -> Result<PathBuf, BenchError> {
-    let path = folder().join(name);
+    let path = dir().join(name);
     fs::write(&path, content)?;
     Ok(path)
 }
@@ -201,7 +201,7 @@ impl Proxy {
                      client pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n}}\n\
                      socks pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n command: connect udpassociate udpreply\n}}\n"
                 );
-                command(path, &[&"-f", &write("danted.conf", &text)?, &"-p", &folder().join("danted.pid")])
+                command(path, &[&"-f", &write("danted.conf", &text)?, &"-p", &dir().join("danted.pid")])
             }
             ProxyKind::Ssh => ssh(path, port)?,
             ProxyKind::Hev => {
@@ -230,7 +230,7 @@ pub fn user() -> Result<String, BenchError> {
 }
 
 fn key(name: &str) -> Result<PathBuf, BenchError> {
-    let path = folder().join(name);
+    let path = dir().join(name);
     if !path.exists() {
         let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path).status()?;
         if !made.success() {
@@ -252,7 +252,7 @@ fn start_sshd() -> Result<Process, BenchError> {
         key("user_key")?.display(),
     );
     let config = write("sshd_config", &config)?;
-    // As root, sshd requires this folder. If it is missing, it is created in a mount namespace.
+    // As root, sshd requires this directory. If it is missing, it is created in a mount namespace.
     let script = "[ -d /run/sshd ] || [ \"$(id -u)\" != 0 ] || { mount -t tmpfs none /run && mkdir /run/sshd; }; \
                   exec \"$@\"";
     let mut command = match Path::new("/run/sshd").is_dir() {
@@ -277,7 +277,7 @@ fn start_sshd() -> Result<Process, BenchError> {
 }
 
 fn ssh(path: &Path, port: u16) -> Result<Command, BenchError> {
-    let sshd = fs::read_to_string(folder().join("sshd.port"))?;
+    let sshd = fs::read_to_string(dir().join("sshd.port"))?;
     let mut command = command(path, &[&"-F", &"none", &"-4", &"-N", &"-p", &sshd, &"-l", &user()?]);
     command.arg("-D").arg(format!("127.0.0.1:{port}")).arg("-i").arg(key("user_key")?);
     for option in [

@@ -12,7 +12,7 @@ const UNBOUND: &str = "/usr/sbin/unbound";
 struct Unbound {
     addr: SocketAddr,
     _process: ProcessGroup,
-    _folder: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 /// The TXT record of `large.test`: larger than DNS over UDP allows without EDNS, and than servers send by default.
@@ -22,10 +22,10 @@ fn large_txt() -> Vec<String> {
 
 impl Unbound {
     fn start() -> Self {
-        let folder = temp_dir();
-        let path = |name: &str| folder.path().join(name).display().to_string();
+        let dir = temp_dir();
+        let path = |name: &str| dir.path().join(name).display().to_string();
         let strings: String = large_txt().iter().map(|string| format!(" \"{string}\"")).collect();
-        let (_process, addr) = start_server(folder.path(), |addr| {
+        let (_process, addr) = start_server(dir.path(), |addr| {
             let config = format!(
                 "server:\n\
                  interface: 127.0.0.1@{port}\naccess-control: 127.0.0.0/8 allow\nnum-threads: 1\n\
@@ -38,14 +38,14 @@ impl Unbound {
                  local-data: 'large.test. TXT{strings}'\n\
                  remote-control:\ncontrol-enable: no\n",
                 port = addr.port(),
-                directory = folder.path().display(),
+                directory = dir.path().display(),
                 pid = path("pid"),
             );
             let mut command = Command::new(UNBOUND);
-            command.args(["-d", "-c", &write_file(folder.path(), "unbound.conf", &config)]);
+            command.args(["-d", "-c", &write_file(dir.path(), "unbound.conf", &config)]);
             command
         });
-        Self { addr, _process, _folder: folder }
+        Self { addr, _process, _dir: dir }
     }
 }
 

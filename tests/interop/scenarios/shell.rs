@@ -18,13 +18,13 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
     let ((_alices, alice), (_bobs, bob)) =
         (users_file(&[("alice", "open sesame")]), users_file(&[("bob", "pass:word")]));
     let (first, second) = (Server::start(&["--users", &alice]), Server::start(&["--users", &bob]));
-    let (sshd, folder, content) = (Sshd::start(), temp_dir(), bytes(2 << 20));
-    let origin = repository(folder.path(), &content);
+    let (sshd, dir, content) = (Sshd::start(), temp_dir(), bytes(2 << 20));
+    let origin = repository(dir.path(), &content);
     let clone = |name: &str, passwords: &str| {
-        let file = write_file(folder.path(), &format!("{name}.auth"), passwords);
+        let file = write_file(dir.path(), &format!("{name}.auth"), passwords);
         let options = format!("-x alice@{},bob@{} --proxy-auth-file '{file}'", first.addr(), second.addr());
         let config = sshd.client_config(&s5_as_proxy_command(&options));
-        let mut command = git(folder.path());
+        let mut command = git(dir.path());
         command.env("GIT_SSH_COMMAND", format!("ssh -F '{config}'"));
         let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
         run(command.args(["clone", "-q", &url, name]), b"", LONG_TIMEOUT)
@@ -32,7 +32,7 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
     // The passwords are not in the order of the proxies.
     let output = clone("right", "carol:other\nbob:pass:word\nalice:open sesame\n");
     assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
-    let cloned = std::fs::read(folder.path().join("right/file")).expect("the file was cloned");
+    let cloned = std::fs::read(dir.path().join("right/file")).expect("the file was cloned");
     assert_same(&cloned, &content);
     wait_for_session(&first, &["user=\"alice\"", &format!("dst=\"{}\"", second.addr()), "rep=0"]);
     wait_for_session(&second, &["user=\"bob\"", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
@@ -44,9 +44,9 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
 }
 
 /// Returns the content of all files below a directory, by relative path.
-fn read_files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+fn read_files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
-    for entry in std::fs::read_dir(folder).expect("directory read") {
+    for entry in std::fs::read_dir(dir).expect("directory read") {
         let path = entry.expect("directory entry").path();
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
         if path.is_dir() {
@@ -64,13 +64,13 @@ fn rsync_copies_directory_over_ssh_both_ways() {
         return;
     }
     let (_alices, users) = users_file(&[("alice", "open sesame")]);
-    let (server, sshd, folder) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir());
-    let here = |name: &str| format!("{}/{name}/", folder.path().display());
-    std::fs::create_dir_all(folder.path().join("original/below")).expect("directory created");
+    let (server, sshd, dir) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir());
+    let here = |name: &str| format!("{}/{name}/", dir.path().display());
+    std::fs::create_dir_all(dir.path().join("original/below")).expect("directory created");
     for (name, content) in [("large", bytes(3 << 20)), ("empty", Vec::new()), ("below/two words", bytes(1000))] {
-        std::fs::write(folder.path().join("original").join(name), content).expect("file written");
+        std::fs::write(dir.path().join("original").join(name), content).expect("file written");
     }
-    let file = write_file(folder.path(), "auth", "alice:open sesame\n");
+    let file = write_file(dir.path(), "auth", "alice:open sesame\n");
     let options = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
     let ssh = format!("ssh -p {} -F '{}'", sshd.addr.port(), sshd.client_config(&s5_as_proxy_command(&options)));
     for [from, to] in [
@@ -79,9 +79,9 @@ fn rsync_copies_directory_over_ssh_both_ways() {
     ] {
         stdout(Command::new("rsync").args(["-a", "-e", &ssh, &from, &to]), b"");
     }
-    let original = read_files(&folder.path().join("original"));
+    let original = read_files(&dir.path().join("original"));
     for name in ["there", "back"] {
-        let copied = read_files(&folder.path().join(name));
+        let copied = read_files(&dir.path().join(name));
         assert!(copied.keys().eq(original.keys()), "{name}: {:?}", copied.keys());
         copied.iter().zip(&original).for_each(|((_, left), (_, right))| assert_same(left, right));
     }
@@ -109,8 +109,8 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
         return;
     }
     let (_alices, users) = users_file(&[("alice", "open sesame")]);
-    let (server, sshd, folder, data) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir(), bytes(4 << 20));
-    let file = write_file(folder.path(), "auth", "alice:open sesame\n");
+    let (server, sshd, dir, data) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir(), bytes(4 << 20));
+    let file = write_file(dir.path(), "auth", "alice:open sesame\n");
     let login = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
     let hands_over = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
     assert_eq!(text(&stdout(sshd.ssh(&hands_over).arg("echo over there"), b"")), "over there\n");
