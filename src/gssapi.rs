@@ -1,7 +1,7 @@
 //! GSSAPI authentication for SOCKS5 (RFC 1961), client and server: establishes a security context and negotiates the
 //! protection level.
 //!
-//! `ffi` calls the GSSAPI library, which makes and reads the tokens. `conn` protects the stream after the handshake.
+//! [`ffi`] calls the GSSAPI library, which creates and checks tokens. `conn` protects the stream after the handshake.
 
 #[cfg_attr(not(feature = "gssapi"), path = "gssapi/absent.rs")]
 pub mod ffi;
@@ -17,13 +17,13 @@ use crate::conn::{Conn, Protection, ReadError, SecurityContext, TokenOrder, Unwr
 use crate::proto::{Frame, MAX_TOKEN_LEN, ProtectionLevel};
 use ffi::{Credential, GssContext, GssName, RequestedFlags};
 
-/// Tokens that one side accepts to establish a context. Kerberos needs one.
+/// Maximum number of tokens from the peer until the context must be established. Kerberos needs one.
 const MAX_TOKEN_ROUNDS: usize = 8;
-/// Handshakes that wait for a KDC at once. Each blocks a thread for up to 30 s, the timeout of the library.
+/// Maximum number of handshakes that wait for a KDC. Each blocks a thread for up to 30 s, the timeout of the library.
 const MAX_KDC_REQUESTS: usize = 32;
-/// Time that a handshake waits for its turn.
+/// Time that a handshake waits while [`MAX_KDC_REQUESTS`] others wait for a KDC.
 const KDC_PERMIT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time that a handshake waits for the library: for the ticket cache, or for a KDC that does not answer.
+/// Time that a handshake waits for the library, which reads the ticket cache or waits for a KDC.
 const KDC_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Result<T, E = GssapiError> = std::result::Result<T, E>;
@@ -31,7 +31,7 @@ type Result<T, E = GssapiError> = std::result::Result<T, E>;
 /// Reason why no security context was established.
 #[derive(Debug)]
 pub enum GssapiError {
-    /// The peer refused it: it sent an abort or closed the connection.
+    /// The peer refused the context: it sent an abort or closed the connection.
     Refused(String),
     /// The library reported an error, or the peer sent an unexpected message.
     Failed(String),
@@ -77,7 +77,7 @@ pub struct Acceptor {
     credential: Arc<Credential>,
     /// Not empty.
     levels: Vec<ProtectionLevel>,
-    /// One permit per CPU: accepting a token is computation.
+    /// One permit per CPU: accepting a token is CPU-bound.
     cpu_permits: Arc<Semaphore>,
 }
 
@@ -90,12 +90,12 @@ pub struct AuthenticatedClient {
     pub level: ProtectionLevel,
     /// Protection for all further data; `None` at [`ProtectionLevel::None`].
     pub protection: Option<Protection>,
-    /// Set when replayed and reordered data is detected. RFC 1961 requires it for TCP.
+    /// Set when the context detects replayed and reordered data. RFC 1961 requires this for TCP.
     pub detects_reordering: bool,
 }
 
 impl Acceptor {
-    /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal with a `/`), or all keys of the keytab if `None`.
+    /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal), or all keys, from `keytab` or the system's keytab.
     ///
     /// # Errors
     /// No library is installed, or the keytab has no such key.
@@ -117,12 +117,12 @@ impl Acceptor {
         let flags = context.flags();
         let name = context.initiator_name().filter(|_| !flags.anonymous);
         let user = name.ok_or_else(|| failed("the client is anonymous"))?.to_vec();
-        let allowed = |level: &ProtectionLevel| match level {
+        let is_supported = |level: &ProtectionLevel| match level {
             ProtectionLevel::None => true,
             ProtectionLevel::Integrity => flags.integrity,
             ProtectionLevel::Confidentiality => flags.integrity && flags.confidentiality,
         };
-        let levels: Vec<ProtectionLevel> = self.levels.iter().copied().filter(allowed).collect();
+        let levels: Vec<ProtectionLevel> = self.levels.iter().copied().filter(is_supported).collect();
         let (level, context) = negotiate_level(conn, context, &levels).await?;
         let detects_reordering = flags.replay && flags.sequence;
         Ok(AuthenticatedClient { user, level, protection: Protection::new(context, level), detects_reordering })
@@ -156,7 +156,7 @@ impl Acceptor {
     }
 }
 
-/// Grants a level. Replies in the form of the request: wrapped, or one plain byte (NEC's variant).
+/// Reads the requested level and sends the granted one. Both are wrapped, or both are one byte (NEC's variant).
 async fn negotiate_level(
     conn: &mut Conn,
     context: GssContext,
@@ -195,7 +195,7 @@ pub struct Initiator {
     pub requested_level: ProtectionLevel,
     /// Lowest level that is accepted.
     pub min_level: ProtectionLevel,
-    /// Set to negotiate the level in NEC's variant, as one plain byte.
+    /// Set to negotiate the level in NEC's variant, as one byte that is not wrapped.
     pub uses_nec_exchange: bool,
     /// Limits how many handshakes wait for a KDC at once.
     pub kdc_permits: Arc<Semaphore>,
@@ -221,8 +221,8 @@ impl Default for Initiator {
 pub struct Ticket(Arc<Credential>);
 
 impl Initiator {
-    /// Returns whether there are signs of a ticket cache: an environment variable, the default cache file, or a
-    /// configuration that sets or includes another one. Avoids loading the library if there are none.
+    /// Returns whether there are signs of tickets: an environment variable, the default cache file, or a configuration
+    /// that sets or includes another cache. Without signs, the library need not be loaded.
     pub fn may_have_tickets() -> bool {
         let is_set = |variable| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
         let default_cache = format!("/tmp/krb5cc_{}", rustix::process::getuid().as_raw());
@@ -240,14 +240,14 @@ impl Initiator {
     /// No library or no ticket is available.
     pub async fn acquire_ticket(&self) -> Result<Ticket> {
         let ccache = self.ccache.clone();
-        let found = smol::unblock(move || {
+        let task = smol::unblock(move || {
             ffi::available().map_err(GssapiError::Unavailable)?;
             Credential::initiator(ccache.as_deref()).map_err(|error| GssapiError::NoCredential(error.to_string()))
         });
-        let found = timeout_at(Instant::now() + KDC_TIMEOUT, found)
+        let credential = timeout_at(Instant::now() + KDC_TIMEOUT, task)
             .await
             .ok_or_else(|| failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}")))?;
-        Ok(Ticket(Arc::new(found?)))
+        Ok(Ticket(Arc::new(credential?)))
     }
 
     /// Establishes a context with the server on `conn` after the server has selected GSSAPI. Returns the protection for
@@ -324,7 +324,7 @@ impl Initiator {
         Err(failed(format!("no security context after {MAX_TOKEN_ROUNDS} tokens")))
     }
 
-    /// Returns the name of the service on `host`.
+    /// Returns the name of the proxy's service. `host` is the host name of the proxy.
     fn target_name(&self, host: &str) -> Result<String> {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
@@ -336,7 +336,7 @@ impl Initiator {
         }
     }
 
-    /// Waits for permission to send a request to a KDC.
+    /// Waits until fewer than [`MAX_KDC_REQUESTS`] handshakes wait for a KDC.
     async fn kdc_permit(&self) -> Result<SemaphoreGuardArc> {
         let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
         permit.ok_or_else(|| failed("too many logins are waiting for the KDC"))
@@ -405,7 +405,7 @@ impl SecurityContext for EstablishedContext {
     }
 
     fn wrap_size_limit(&self, should_encrypt: bool) -> usize {
-        // If the library reports an error: no mechanism adds as much as 256 bytes.
+        // Used if the library reports an error: no mechanism adds as much as 256 bytes.
         self.0.wrap_size_limit(should_encrypt).unwrap_or(MAX_TOKEN_LEN - 256)
     }
 }

@@ -59,7 +59,7 @@ impl Policy {
     }
 
     /// Decides a request from the facts known so far. `is_local` returns whether an address belongs to this host; it is
-    /// called only for the port of a listener on 0.0.0.0 or [::].
+    /// called only for the port of a listener on an unspecified address (0.0.0.0 or `::`).
     pub fn evaluate(&self, request: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
         self.rules.evaluate(request, &|addr| self.is_own_listener(addr, &is_local))
     }

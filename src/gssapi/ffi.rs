@@ -1,9 +1,9 @@
 //! Binding to the GSSAPI library of the system (RFC 2744), MIT's or Heimdal's, for Kerberos 5. The library is loaded at
-//! its first use, so that s5 runs without one.
+//! its first use, so that s5 also runs without it.
 //!
 //! The only file with unsafe code; its public items are safe. Each object of the library has one owner, which releases
-//! it. A context must be used by one thread at a time; credentials and names can be shared. All calls except `wrap` and
-//! `unwrap` can block on files, on DNS, or on a KDC (up to 30 s).
+//! it. A context can be used by one thread at a time; credentials and names can be shared. All calls except `wrap` and
+//! `unwrap` can wait for a file, DNS or a KDC (up to 30 s).
 
 #![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]
@@ -29,7 +29,7 @@ use status::{ERROR_MASK, GSS_S_CONTINUE_NEEDED, GSS_S_FAILURE, GSS_S_UNAVAILABLE
 
 /// MIT's and Heimdal's library. The first one that is installed is used.
 const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
-/// For tests: the absolute path of the only library to open.
+/// Environment variable for tests: the absolute path of the only library to open.
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 const GSS_C_INITIATE: c_int = 1;
 const GSS_C_ACCEPT: c_int = 2;
@@ -43,7 +43,7 @@ const GSS_C_MECH_CODE: c_int = 2;
 unsafe impl Sync for Oid {}
 
 const KRB5_OID_BYTES: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
-// Statics, because the library can keep a pointer to one.
+// Statics, because the library can keep pointers to them.
 static KRB5_OID: Oid = Oid::new(KRB5_OID_BYTES);
 static HOSTBASED_SERVICE_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x01\x04");
 static KRB5_PRINCIPAL_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02\x01");
@@ -54,10 +54,10 @@ type Handle = *mut c_void;
 /// Defines the functions of the library by their C names. The first argument of each is the output for the minor
 /// status, the result is the major status. A function after `?` is optional.
 macro_rules! functions {
-    ($($name:ident($($argument:ty),*);)* ?$optional:ident($($its:ty),*);) => {
+    ($($name:ident($($argument:ty),*);)* ?$optional:ident($($optional_argument:ty),*);) => {
         struct Api {
             $($name: unsafe extern "C" fn(*mut u32, $($argument),*) -> u32,)*
-            $optional: Option<unsafe extern "C" fn(*mut u32, $($its),*) -> u32>,
+            $optional: Option<unsafe extern "C" fn(*mut u32, $($optional_argument),*) -> u32>,
             /// Keeps the library open.
             _library: Library,
         }
@@ -65,11 +65,11 @@ macro_rules! functions {
         impl Api {
             fn load(library: Library) -> Result<Self, String> {
                 $(
-                    // SAFETY: the type is that of RFC 2744; a null pointer becomes `None`.
+                    // SAFETY: RFC 2744 declares the function with this type; a null pointer becomes `None`.
                     let $name = unsafe { library.get::<Option<_>>(concat!(stringify!($name), "\0")) };
                     let $name = $name.ok().and_then(|symbol| *symbol).ok_or(concat!("has no ", stringify!($name)))?;
                 )*
-                // SAFETY: the type is that of MIT's headers; only MIT's library has this function.
+                // SAFETY: MIT's headers declare it with this type; only MIT's library has this function.
                 let $optional = unsafe { library.get::<Option<_>>(concat!(stringify!($optional), "\0")) };
                 let $optional = $optional.ok().and_then(|symbol| *symbol);
                 Ok(Self { $($name,)* $optional, _library: library })
@@ -162,7 +162,7 @@ impl Api {
 
     fn status_text(&self, value: u32, kind: c_int) -> String {
         let (mut messages, mut message_context, mut minor) = (Vec::new(), 0, 0);
-        // A status can have several messages. The bound protects against a library that never ends the list.
+        // A status can have several messages. The limit protects against a library that never ends the list.
         for _ in 0..8 {
             let mut text = LibraryBuffer::new(self);
             let (next, raw) = (&mut message_context, &mut text.raw);
@@ -243,13 +243,13 @@ impl Drop for RawName {
     }
 }
 
-/// Keys of a service or tickets of a user.
+/// The keys of a service, or the tickets of a user.
 pub struct Credential {
     api: &'static Api,
     handle: Handle,
 }
 
-// SAFETY: the library locks credentials, and has no thread-local state for them.
+// SAFETY: the library locks a credential during each call, and keeps no thread-local state for it.
 unsafe impl Send for Credential {}
 // SAFETY: as above.
 unsafe impl Sync for Credential {}
@@ -261,7 +261,8 @@ impl Credential {
     /// No library or no such key is available. The library reports an unreadable keytab as an empty one.
     pub fn acceptor(name: Option<&GssName>, keytab: Option<&Path>) -> Result<Self> {
         let name = name.map(GssName::import).transpose()?;
-        Self::acquire(name.as_ref(), GSS_C_ACCEPT, keytab.map(|path| (c"keytab", path, "keytab (set KRB5_KTNAME)")))
+        let store = keytab.map(|path| (c"keytab", path, "keytab path (set KRB5_KTNAME)"));
+        Self::acquire(name.as_ref(), GSS_C_ACCEPT, store)
     }
 
     /// Acquires the tickets in `ccache` or the system's ticket cache.
@@ -269,17 +270,17 @@ impl Credential {
     /// # Errors
     /// No library or no ticket is available. An expired ticket can be reported here or at its use.
     pub fn initiator(ccache: Option<&Path>) -> Result<Self> {
-        Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache (set KRB5CCNAME)")))
+        Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)")))
     }
 
-    /// Acquires a credential. `store`: key and path for MIT's extension, and the text of the error without it.
+    /// Acquires a credential. `store`: key and path for MIT's extension, and the name of the path for an error message.
     fn acquire(name: Option<&RawName>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> Result<Self> {
         let api = api()?;
         let name = name.map_or(null_mut(), |name| name.handle);
         let mechanisms = OidSet { count: 1, elements: &KRB5_OID };
         let mut credential = Self { api, handle: null_mut() };
         let handle = &mut credential.handle;
-        let Some((key, path, remedy)) = store else {
+        let Some((key, path, setting)) = store else {
             // SAFETY: all pointers are to locals or constants, or null.
             api.call(|minor| unsafe {
                 (api.gss_acquire_cred)(
@@ -298,7 +299,7 @@ impl Credential {
         let Some(acquire_from) = api.gss_acquire_cred_from else {
             return Err(LibraryError::new(
                 GSS_S_UNAVAILABLE,
-                format!("this GSSAPI library supports no path of a {remedy}"),
+                format!("this GSSAPI library does not support a {setting}"),
             ));
         };
         let value = CString::new([b"FILE:", path.as_os_str().as_bytes()].concat());

@@ -1,5 +1,4 @@
-//! Safe wrappers for security contexts and names. They check that calls are made in a valid order; the calls are in
-//! ffi.rs.
+//! Security contexts and names with a safe interface, which checks the order of the calls. The calls are in ffi.rs.
 
 use std::fmt;
 use std::time::Duration;
@@ -43,7 +42,7 @@ impl GssName {
     }
 
     fn new(text: &str, is_principal: bool) -> Result<Self> {
-        // The libraries end a name at a NUL byte, and accept an empty one.
+        // The libraries cut off a name at a NUL byte, and accept an empty name.
         if text.is_empty() || text.contains('\0') {
             return Err(LibraryError::new(GSS_S_BAD_NAME, "name is empty or contains a NUL byte"));
         }
@@ -58,13 +57,13 @@ impl GssName {
     /// Returns the text of the name in the library's form.
     ///
     /// # Errors
-    /// Errors of the library.
+    /// Errors from the library.
     pub fn display(&self) -> Result<Vec<u8>> {
         self.import()?.display()
     }
 }
 
-/// Flags that an initiator requests, besides mutual authentication, integrity and replay detection.
+/// Flags that an initiator requests in addition to mutual authentication, integrity and replay detection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestedFlags {
     /// Detection of missing and reordered messages.
@@ -160,7 +159,7 @@ impl GssContext {
         Ok(self.finish_step(State::Initiating, step))
     }
 
-    /// Returns whether this is the first step. The context counts as failed until [`Self::finish_step`].
+    /// Returns whether this is the first step. The context is failed until [`Self::finish_step`].
     fn begin_step(&mut self, kind: State) -> Result<bool> {
         if self.state != State::Fresh && self.state != kind {
             return Err(LibraryError::new(GSS_S_NO_CONTEXT, "unexpected token for the security context"));
@@ -233,7 +232,7 @@ impl GssContext {
         }
         let (data, is_encrypted, major) = raw.unwrap(token)?;
         match (data, SequenceStatus::new(major)) {
-            // Heimdal has not verified the message yet, so that its order can be forged.
+            // Heimdal's library has not verified the message yet, so the order can be forged.
             (None, order) if order != SequenceStatus::InOrder => {
                 Err(LibraryError::new(GSS_S_FAILURE, "message out of order"))
             }
