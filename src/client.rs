@@ -202,8 +202,8 @@ impl Client {
         result.map_err(|kind| self.error_at_position(kind))
     }
 
-    /// Connects to the first `count` hops, each through the one before it, and logs in to each. Returns the connection to
-    /// the last of them, and its GSSAPI protection.
+    /// Connects to the first `count` hops, each through the one before it, and logs in. Returns the connection to the last
+    /// of them, and its GSSAPI protection.
     async fn open_hops(&self, count: usize) -> Result<(Conn, Option<Protection>), ClientErrorKind> {
         let mut last: Option<Conn> = None;
         let mut protection = None;

@@ -228,7 +228,7 @@ fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     addr
 }
 
-/// Accepts letters (of any script), digits, hyphens and underscores in labels of 1 to 63 bytes, and a final dot.
+/// Returns true if each label has 1 to 63 bytes: letters of any script, digits, `-` and `_`. A final dot is allowed.
 fn is_host_name(name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name);
     let is_allowed = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_ordered_from_local_to_reported_by_the_host() {
+    fn dial_errors_are_ordered_by_specificity() {
         assert!(DialError::Refused > DialError::HostUnreachable);
         assert!(DialError::HostUnreachable > DialError::TimedOut);
         assert!(DialError::TimedOut > DialError::NetworkUnreachable);

@@ -1,5 +1,5 @@
-//! UDP through one or more proxies. The associations of several hops are nested: each hop sends the datagrams to the relay
-//! of the next one, so that all traffic passes through every hop.
+//! UDP through one or more proxies. The associations of several hops are nested: each hop sends the datagrams to the
+//! relay of the next one, so that all traffic passes through every hop.
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -43,7 +43,7 @@ pub struct Association {
 pub struct LossCounts {
     /// Datagrams with missing fragments.
     pub incomplete: u64,
-    /// Not valid SOCKS5 datagrams, or not sent by the relay.
+    /// Malformed datagrams, and datagrams that are not from the relay.
     pub invalid: u64,
     /// Dropped by the kernel because the socket's receive buffer was full.
     pub overflowed: u64,
@@ -248,8 +248,8 @@ impl Association {
     }
 }
 
-/// Sends a datagram, once more after ECONNREFUSED: it reports an ICMP error about an earlier datagram. The end of a relay
-/// is detected by its control connection.
+/// Sends a datagram, once more after ECONNREFUSED, which reports an ICMP error about an earlier datagram. The control
+/// connection shows that a relay has ended.
 fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     for _ in 0..2 {
         match socket.send(bytes) {

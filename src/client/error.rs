@@ -117,7 +117,7 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Closed(None) => f.write_str("the proxy closed the connection"),
             ClientErrorKind::Closed(Some(error)) => error.fmt(f),
             ClientErrorKind::NoAcceptableMethod => {
-                f.write_str("no acceptable authentication method (is a user:password@ or a Kerberos ticket missing?)")
+                f.write_str("no acceptable authentication method (credentials or a Kerberos ticket may be missing)")
             }
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),

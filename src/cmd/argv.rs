@@ -1,5 +1,5 @@
-//! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions that the
-//! help is generated from also show which options take a value.
+//! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions from which
+//! the help is generated also show which options take a value.
 
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 

@@ -18,7 +18,7 @@ use std::time::Duration;
 use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, PositionalInfo};
 
 use super::secrets::without_userinfo;
-use super::udp::MAX_PEERS;
+use super::udp::DEFAULT_MAX_PEERS;
 use super::{CliError, parse_duration, parse_positive, parse_timeout};
 use crate::client::{parse_addr, parse_host, parse_port};
 use crate::policy::rules::parse_level;
@@ -130,8 +130,8 @@ pub struct Args {
 
     /// resolve target: remote or local [default: remote]. With local, s5 resolves the target's name and tries its
     /// addresses in turn. With remote, the last proxy resolves it.
-    #[argh(option, short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
-    pub(super) proxy_dns: bool,
+    #[argh(option, long = "proxy-dns", short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
+    pub(super) resolves_target: bool,
 
     /// use IPv4 only
     #[argh(switch, short = '4')]
@@ -235,7 +235,7 @@ pub struct Args {
     pub(super) keep_open: bool,
 
     /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped.
-    #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "MAX_PEERS")]
+    #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
     pub(super) max_peers: usize,
 
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file

@@ -11,7 +11,7 @@ use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::dial::DialError;
 use crate::proto::Rep;
 
-/// An exit status. Scripts rely on the numbers, which are those of curl(1) where curl has one.
+/// An exit status. The numbers are stable. For errors that curl(1) has too, they are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExitStatus(u8);
 
@@ -84,7 +84,7 @@ pub struct CliError {
 }
 
 impl CliError {
-    /// Returns a final error.
+    /// Returns an error for which `is_final` is set.
     pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
         Self { message: message.into(), status, is_final: true }
     }

@@ -1,4 +1,4 @@
-//! The manual page in man(7) format: the prose of `s5.1`, with options and exit statuses generated from their definitions.
+//! The manual page in man(7) format: the prose of `s5.1`, with options and exit statuses from their definitions.
 
 use std::fmt::Write as _;
 

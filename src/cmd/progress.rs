@@ -24,14 +24,14 @@ pub(super) async fn show<T>(is_enabled: bool, counts: &ByteCounts) -> T {
     }
 }
 
-/// The progress line. Drop draws the final figures and ends the line.
+/// The progress line. Dropping it draws the final values and ends the line.
 struct ProgressLine<'a> {
     started: Instant,
     counts: &'a ByteCounts,
 }
 
 impl ProgressLine<'_> {
-    /// Redraws the line. The escape sequence is of ECMA-48: return to the first column, erase the line.
+    /// Redraws the line. The control codes return to the first column and erase the line (ECMA-48).
     fn draw(&self, end: &str) {
         let bytes = self.counts.up.load(Ordering::Relaxed) + self.counts.down.load(Ordering::Relaxed);
         let elapsed = self.started.elapsed();

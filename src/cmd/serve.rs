@@ -276,10 +276,10 @@ impl Args {
         if let Some(request) = request {
             return explain::explain(policy, &options, &request);
         }
-        let reload = || sources.load().map_err(|failure| failure.message);
+        let reload = || sources.load().map_err(|error| error.message);
         server::run(options, policy, &reload).map_err(|error| match error {
-            ServerError::Io(what, error) => CliError::new(ExitStatus::FAILURE, format!("{what}: {error}")),
-            ServerError::Config(why) => CliError::usage(why),
+            ServerError::Io(operation, error) => CliError::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
+            ServerError::Config(message) => CliError::usage(message),
         })
     }
 

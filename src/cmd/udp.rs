@@ -22,14 +22,14 @@ use crate::reactor::{sleep, sleep_until, yield_now};
 use crate::relay::ByteCounts;
 use framing::{DatagramReader, DatagramWriter, Framing};
 
-/// Default time to wait for answers after stdin has ended.
-const ANSWER_WAIT: Duration = Duration::from_secs(2);
+/// Time to wait for answers after stdin has ended.
+const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// Maximum number of answers that are written together. A socket's buffer holds about as many.
 const MAX_BATCH: usize = 1000;
-/// Default of `--max-peers`: associations that exist at the same time, one for each local peer.
-pub(super) const MAX_PEERS: usize = 256;
-/// Default idle timeout of a local peer's association.
-const PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Default of `--max-peers`: local peers that have an association at the same time.
+pub(super) const DEFAULT_MAX_PEERS: usize = 256;
+/// Idle timeout of a local peer's association.
+const DEFAULT_PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 client_mode!(
     Udp,
@@ -54,7 +54,7 @@ impl Args {
         if let Some(addr) = listen {
             let limits = forward::PeerLimits {
                 max_peers: args.max_peers,
-                idle_timeout: args.idle_timeout.unwrap_or(PEER_IDLE_TIMEOUT),
+                idle_timeout: args.idle_timeout.unwrap_or(DEFAULT_PEER_IDLE_TIMEOUT),
             };
             return connector.run(Box::pin(forward::run(&connector, addr, limits)));
         }
@@ -172,13 +172,13 @@ impl StdioTransfer {
         while let Some(data) = reader.next().await.map_err(stdin_error)? {
             state.send(&data).await?;
         }
-        sleep(self.answer_wait.unwrap_or(ANSWER_WAIT)).await;
+        sleep(self.answer_wait.unwrap_or(DEFAULT_ANSWER_WAIT)).await;
         Ok(())
     }
 
     async fn idle(&self, state: &TransferState<'_>) -> Result<(), CliError> {
         let Some(idle_timeout) = self.idle_timeout else { return pending().await };
-        wait_for_silence(&state.last_activity, idle_timeout).await;
+        wait_until_idle(&state.last_activity, idle_timeout).await;
         Err(state.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle_timeout:?}")))
     }
 }
@@ -199,7 +199,7 @@ fn print_losses(connector: &Connector, association: &Association) {
 }
 
 /// Waits until there has been no datagram for `limit`.
-async fn wait_for_silence(last_activity: &Cell<Instant>, limit: Duration) {
+async fn wait_until_idle(last_activity: &Cell<Instant>, limit: Duration) {
     while last_activity.get().elapsed() < limit {
         sleep_until(last_activity.get() + limit).await;
     }
@@ -232,7 +232,7 @@ impl TransferState<'_> {
         let sent = self.association.send(self.dst, data).await;
         self.last_activity.set(Instant::now());
         self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
-        // If stdin is always ready, receiving must make progress too.
+        // Receiving must make progress even if stdin is always ready.
         yield_now().await;
         sent.map_err(|error| self.connector.io_error(ExitStatus::SEND_ERROR, &error))
     }
@@ -244,7 +244,7 @@ impl TransferState<'_> {
             let (_, answer) = received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             self.push_answer(&answer, writer);
             self.receive_ready(writer).await?;
-            // If answers are always ready, sending must make progress too.
+            // Sending must make progress even if answers are always ready.
             yield_now().await;
         }
         Ok(())

@@ -50,7 +50,7 @@ struct Verbosity {
     prints_json: bool,
 }
 
-/// The result of one or more tries, and the client of the try that it is from.
+/// The result of one or more tries. `client` is the client of the try with this result.
 pub(in crate::cmd) struct RetryOutcome<T> {
     pub(in crate::cmd) client: Client,
     pub(in crate::cmd) tries: u32,
@@ -77,7 +77,7 @@ impl Connector {
             dst: dst.unwrap_or(Addr::UNSPECIFIED),
             auth: Arc::new(auth),
             source,
-            resolves_target: args.proxy_dns,
+            resolves_target: args.resolves_target,
             resolver: Resolver::default(),
             timeout: args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT),
             wait: args.wait.filter(|time| !time.is_zero()),
@@ -90,8 +90,8 @@ impl Connector {
         &self,
         mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
     ) -> Result<(), CliError> {
-        let no_event_loop = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
-        self.verbosity.filter_error(reactor::run(mode).unwrap_or_else(no_event_loop))
+        let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
+        self.verbosity.filter_error(reactor::run(mode).unwrap_or_else(start_error))
     }
 
     /// Returns the proxies, without credentials.

@@ -27,7 +27,7 @@ struct Login {
 
 /// Adds credentials to hops whose URL has no password.
 ///
-/// A hop whose URL has a user name gets the password of that user. Other hops get the first user name and password found.
+/// A hop whose URL has a user name gets the password of that user. Other hops get the first user name and password.
 pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> {
     let mut logins = Vec::new();
     let mut user = None;
@@ -36,7 +36,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
         Some((_, Some(login))) => {
             if !args.quiet {
                 eprint_line(
-                    "s5: --proxy-user: other users can see the password (use --proxy-auth-file or S5_PROXY_AUTH)",
+                    "s5: --proxy-user: other users may see the password (use --proxy-auth-file or S5_PROXY_AUTH)",
                 );
             }
             logins.push(login);

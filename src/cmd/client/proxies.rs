@@ -43,7 +43,7 @@ pub(super) fn env_var(name: &str) -> Option<String> {
     env::var_os(name).filter(|text| !text.is_empty()).map(|text| text.to_string_lossy().into_owned())
 }
 
-/// Returns true if the value of NO_PROXY matches the target. An entry is `*`, a domain (which includes its subdomains), an
+/// Returns true if the value of NO_PROXY matches the target. An entry is `*`, a domain (including its subdomains), an
 /// address or a CIDR, each with an optional port.
 fn is_excluded(list: &str, dst: &Addr) -> bool {
     list.split([',', ' ']).map(str::trim).filter(|entry| !entry.is_empty()).any(|entry| entry_matches(entry, dst))

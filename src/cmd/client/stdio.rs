@@ -65,7 +65,7 @@ impl io::Write for BlockingFile {
 }
 
 impl StdioEnd {
-    /// Wraps a descriptor that other processes may share. On Linux a pipe is reopened, so that O_NONBLOCK is not shared.
+    /// Wraps a descriptor that other processes may share. On Linux, a pipe is reopened, to not share O_NONBLOCK.
     fn from_shared(fd: OwnedFd, writes: bool) -> Self {
         let file = File::from(fd);
         let Ok(found) = file.metadata() else { return Self::blocking(file) };
@@ -139,7 +139,7 @@ pub(super) struct StdioStream {
 }
 
 impl StdioStream {
-    /// Returns stdin and stdout as a stream, each only if it is used.
+    /// Returns stdin, if `reads` is set, and stdout, if `writes` is set, as a stream.
     pub(super) fn from_stdio(reads: bool, writes: bool, crlf: bool) -> io::Result<Self> {
         let stdin = reads.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose()?;
         let stdout = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;

@@ -1,5 +1,5 @@
-//! The use of an established tunnel: close it at once (`-z`), pass its socket to another process (`-F`), or relay between
-//! it and stdin and stdout, or those of a program (`-e`, `-c`).
+//! The use of an established tunnel: close it (`-z`), pass its socket to another process (`-F`), or relay between it and
+//! stdin and stdout, or those of a program (`-e`, `-c`).
 
 use std::cell::{Cell, RefCell};
 use std::future::{pending, poll_fn};
@@ -28,13 +28,13 @@ use crate::relay::{
     ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, SocketOp, SocketPoll, Stream, relay,
 };
 
-/// Time that stdin may be silent after the remote side has ended. Data that is ready is still sent, but s5 does not wait
-/// for more: the peer has most likely closed its socket. Also limits the last flush of stdout after a timeout.
+/// Time to wait for stdin after the remote side has ended. It is short, since the peer has most likely closed its socket.
+/// Data that is ready is still sent. Also limits the last flush of stdout after a timeout.
 const STDIN_LINGER: Duration = Duration::from_millis(250);
 /// With `--send-only`, time from the end of stdin to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
-/// What a client mode does with a tunnel, by its options.
+/// The options that apply to an established tunnel.
 #[derive(Debug)]
 pub(in crate::cmd) struct TunnelAction {
     establish_only: bool,
@@ -92,7 +92,7 @@ impl TunnelAction {
         })
     }
 
-    /// Performs the action. Returns when the tunnel has ended.
+    /// Uses the tunnel as the options require, until it ends.
     pub(in crate::cmd) async fn run(
         &self,
         connector: &Connector,
@@ -149,7 +149,7 @@ impl TunnelAction {
         let quit_timed_out = Cell::new(false);
         let outcome = {
             let quit = async {
-                stats.up_done().await;
+                stats.stdin_sent().await;
                 match (self.quit_after, &mut program_exit) {
                     (Some(time), _) => {
                         sleep(time).await;
@@ -257,14 +257,14 @@ pub(super) struct TransferStats {
     pub(super) first_byte: Cell<Option<Duration>>,
     /// `local` or `remote`.
     pub(super) ended_first: Cell<Option<&'static str>>,
-    is_up_done: Cell<bool>,
+    is_stdin_sent: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
 impl TransferStats {
-    /// Returns when stdin has ended and everything is sent.
-    async fn up_done(&self) {
-        poll_fn(|cx| match self.is_up_done.get() {
+    /// Waits until stdin has ended and all of its data is sent.
+    async fn stdin_sent(&self) {
+        poll_fn(|cx| match self.is_stdin_sent.get() {
             true => Poll::Ready(()),
             false => {
                 *self.waker.borrow_mut() = Some(cx.waker().clone());
@@ -293,7 +293,7 @@ impl TrackedConn {
             started: Instant::now(),
             first_byte: Cell::default(),
             ended_first: Cell::default(),
-            is_up_done: Cell::default(),
+            is_stdin_sent: Cell::default(),
             waker: RefCell::default(),
         };
         Self { stream, sends_eof, stats: stats.into() }
@@ -347,7 +347,7 @@ impl AsyncWrite for TrackedConn {
             Pin::new(&mut self.stream).poll_flush(cx)
         })?;
         self.stats.set_ended_first("local");
-        self.stats.is_up_done.set(true);
+        self.stats.is_stdin_sent.set(true);
         if let Some(waker) = self.stats.waker.borrow_mut().take() {
             waker.wake();
         }

@@ -61,7 +61,7 @@ pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> R
 
 fn print(text: &str) -> Result<(), CliError> {
     let result = std::io::stdout().write_all(text.as_bytes());
-    result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("writing to stdout: {error}")))
+    result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("write to stdout: {error}")))
 }
 
 /// The parsed value of `--explain`.
@@ -226,7 +226,7 @@ fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
     let found = smol::block_on(timeout_at(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
-        Some(Err(failure)) => Err(CliError::usage(format!("--explain: {to}: {failure}"))),
+        Some(Err(error)) => Err(CliError::usage(format!("--explain: {to}: {error}"))),
         None => Err(CliError::usage(format!(
             "--explain: {to}: no answer from the resolver within {} s",
             LOOKUP_TIMEOUT.as_secs()

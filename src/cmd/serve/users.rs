@@ -34,8 +34,8 @@ pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
     replace_file(file, if text.is_empty() { "# no users\n" } else { &text })
 }
 
-/// Replaces a file atomically: renames a new file over it. The new file has the owner of the old one, and only the owner
-/// can read it.
+/// Replaces a file atomically: renames a new file over it. The new file has the owner of the old one. Only the owner can
+/// read it.
 fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
     // Replaces the target of a symbolic link, not the link.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());

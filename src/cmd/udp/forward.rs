@@ -1,5 +1,5 @@
-//! `s5 udp -l`: forwards datagrams to a local port through the proxy. Each local peer gets an association, which ends after
-//! the idle timeout.
+//! `s5 udp -l`: forwards datagrams to a local port through the proxy. Each local peer gets an association, which ends
+//! after the idle timeout.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -12,7 +12,7 @@ use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender, bounded};
 
-use super::{associate, association_end, print_losses, wait_for_silence};
+use super::{associate, association_end, print_losses, wait_until_idle};
 use crate::client::{Association, RECV_BUFFER_SIZE};
 use crate::cmd::CliError;
 use crate::cmd::client::connector::{Connector, RetryOutcome};
@@ -27,7 +27,7 @@ use crate::relay::ByteCounts;
 const MAX_QUEUED: usize = 64;
 /// Size in bytes above which a datagram is large.
 const LARGE_DATAGRAM: usize = 2048;
-/// Number of queued datagrams from which on large ones are dropped.
+/// If this many datagrams of a peer are queued, large ones are dropped.
 const MAX_QUEUED_LARGE: usize = 4;
 /// Pause before the next attempt for a peer whose association could not be established.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -129,7 +129,7 @@ async fn serve_peer(
                 counts: ByteCounts::default(),
             };
             let idle = async {
-                wait_for_silence(&transfer.last_activity, idle_timeout).await;
+                wait_until_idle(&transfer.last_activity, idle_timeout).await;
                 Ok(())
             };
             let ended = transfer
