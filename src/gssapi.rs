@@ -95,7 +95,7 @@ pub struct AuthenticatedClient {
 }
 
 impl Acceptor {
-    /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal), or all keys, from `keytab` or the system's keytab.
+    /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal), or all keys, from `keytab` or the system's one.
     ///
     /// # Errors
     /// No library is installed, or the keytab has no such key.

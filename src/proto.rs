@@ -133,7 +133,7 @@ pub trait Message: Sized {
 #[derive(Debug)]
 pub struct MessageReader<'a> {
     remaining: &'a [u8],
-    /// Bytes that the input lacks to the shortest message of its type.
+    /// Bytes missing until the shortest message of this type is complete.
     min_missing: usize,
 }
 

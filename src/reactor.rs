@@ -35,7 +35,7 @@ pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     return Ok(smol::block_on(future));
 }
 
-/// Wakes the task again after the other tasks of this thread. For a task that has more work but must take turns.
+/// Wakes the task when the other tasks of this thread have run. For a task that has more work but must take turns.
 pub fn wake_later(cx: &Context<'_>) {
     #[cfg(target_os = "linux")]
     if epoll::wake_later(cx) {

@@ -120,7 +120,7 @@ fn api() -> Result<&'static Api> {
 }
 
 fn open_library(name: OsString) -> Result<Api, String> {
-    // SAFETY: the initializers of a GSSAPI library have no requirements, and it is never closed.
+    // SAFETY: the initializers of a GSSAPI library have no preconditions, and the library is never closed.
     let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     let name = name.display();
     let library = library.map_err(|error| match error.source() {

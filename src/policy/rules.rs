@@ -61,7 +61,7 @@ pub enum Decision<'a> {
 /// How a target is reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Route {
-    /// Connecting from this host.
+    /// By connecting from this host.
     #[default]
     Direct,
     /// Through the hop (upstream proxy or chain of proxies) with this index.

@@ -15,7 +15,7 @@ use crate::proto::MAX_CREDENTIAL_LEN;
 /// Length of the longest password for bcrypt, in bytes. It ignores further bytes, so longer passwords are refused.
 const BCRYPT_MAX_PASSWORD: usize = 72;
 
-/// Identifiers of hash types that error messages can name, but that are not supported.
+/// Identifiers of unsupported hash types, which error messages can name.
 const UNSUPPORTED_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
 
 /// All users that can log in with a password.
