@@ -28,11 +28,11 @@ pub(super) enum Normalized {
 pub(super) fn normalize(args: &[String]) -> Result<Normalized, String> {
     let is_help = args.first().is_some_and(|first| first == "help");
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
-    let (first, rest) = match args.split_first() {
-        Some((first, rest)) if !first.starts_with('-') => (Some(first), rest),
+    let (mode_arg, args) = match args.split_first() {
+        Some((mode, args)) if !mode.starts_with('-') => (Some(mode), args),
         _ => (None, args),
     };
-    let mode = first.map(String::as_str).unwrap_or_default();
+    let mode = mode_arg.map(String::as_str).unwrap_or_default();
     let flags = match mode {
         "serve" => serve::Args::get_args_info().flags,
         // The options of all client modes: `find` refuses those that this mode does not support.
@@ -43,13 +43,13 @@ pub(super) fn normalize(args: &[String]) -> Result<Normalized, String> {
     if is_help {
         return Ok(Normalized::Help(help_text(mode)));
     }
-    let out = first.into_iter().cloned().collect();
+    let out = mode_arg.into_iter().cloned().collect();
     let mut normalizer = Normalizer { mode, flags, out, positionals: Vec::new(), has_help: false };
-    let mut rest = rest.iter();
-    while let Some(arg) = rest.next() {
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
         match arg.strip_prefix('-') {
             None | Some("") => normalizer.positionals.push(arg.clone()),
-            Some("-") => normalizer.positionals.extend(rest.by_ref().cloned()),
+            Some("-") => normalizer.positionals.extend(args.by_ref().cloned()),
             Some(text) => {
                 let needs_value = match text.strip_prefix('-') {
                     Some(long) => normalizer.push_long(long)?,
@@ -57,7 +57,7 @@ pub(super) fn normalize(args: &[String]) -> Result<Normalized, String> {
                 };
                 if needs_value {
                     // The next argument is the value, even if it begins with `-`.
-                    let value = rest.next().ok_or_else(|| format!("{} requires a value", without_userinfo(arg)))?;
+                    let value = args.next().ok_or_else(|| format!("{} requires a value", without_userinfo(arg)))?;
                     normalizer.out.push(value.clone());
                 }
             }

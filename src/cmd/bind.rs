@@ -60,7 +60,7 @@ impl AddrOutput {
         match self {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
             // A named pipe or a device.
-            Self::File(path) if path.metadata().is_ok_and(|found| !found.is_file()) => {
+            Self::File(path) if path.metadata().is_ok_and(|metadata| !metadata.is_file()) => {
                 descriptor::open_fifo(path, true)?.write_all(line.as_bytes())
             }
             Self::File(path) => {

@@ -38,7 +38,7 @@ exit_statuses! {
     45 LOCAL_ADDR "the local address or port (`-s`, `-p`, `-l`) is not available"
     55 SEND_ERROR "write error during the transfer"
     56 RECEIVE_ERROR "read error during the transfer"
-    67 LOGIN_FAILED "the proxy refused the login, or requires one that was not given"
+    67 LOGIN_FAILED "the proxy refused the login, or requires credentials that were not given"
     97 PROTOCOL "not a SOCKS5 server, or connection closed during the handshake"
     101 REP_1 "the proxy replied: general failure"
     102 REP_2 "the proxy replied: not allowed by ruleset"

@@ -42,11 +42,11 @@ fn password_in_url(arg: &[u8]) -> Option<Range<usize>> {
     let end = arg.iter().rposition(|byte| *byte == b'@')?;
     let before = arg.get(..end)?;
     let colon = before.iter().position(|byte| *byte == b':')?;
-    let rest = before.get(colon..)?;
-    match rest.strip_prefix(b"://") {
+    let from_colon = before.get(colon..)?;
+    match from_colon.strip_prefix(b"://") {
         Some(userinfo) => {
-            let second = userinfo.iter().position(|byte| *byte == b':')?;
-            Some(colon + 3 + second + 1..end)
+            let password_colon = userinfo.iter().position(|byte| *byte == b':')?;
+            Some(colon + 3 + password_colon + 1..end)
         }
         None => Some(colon + 1..end),
     }
@@ -64,7 +64,7 @@ fn overwrite_arguments(args: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::
     use std::os::unix::fs::FileExt as _;
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     // arg_start is field 48 of proc_pid_stat(5). Field 3 follows the name, which is in parentheses.
-    let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(48 - 3));
+    let field = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(48 - 3));
     let start = field.and_then(|field| field.parse::<u64>().ok()).ok_or(std::io::ErrorKind::Unsupported)?;
     let memory = std::fs::OpenOptions::new().read(true).write(true).open("/proc/self/mem")?;
     let expected = args.iter().flat_map(|arg| arg.iter().copied().chain([0])).collect::<Vec<u8>>();
@@ -102,14 +102,14 @@ mod tests {
             ("[::1]:1080", None),
             ("", None),
         ];
-        for (word, secret) in table {
-            let found = password_in_url(word.as_bytes()).and_then(|span| word.get(span));
-            assert_eq!(found, secret, "{word}");
+        for (arg, secret) in table {
+            let found = password_in_url(arg.as_bytes()).and_then(|span| arg.get(span));
+            assert_eq!(found, secret, "{arg}");
         }
         let table = [("-Palice:a:b", Some("a:b")), ("alice:a:b", Some("a:b")), ("alice:a:bc", None)];
-        for (word, secret) in table {
-            let found = password_in_option(word.as_bytes(), b"alice:a:b").and_then(|span| word.get(span));
-            assert_eq!(found, secret, "{word}");
+        for (arg, secret) in table {
+            let found = password_in_option(arg.as_bytes(), b"alice:a:b").and_then(|span| arg.get(span));
+            assert_eq!(found, secret, "{arg}");
         }
     }
 }

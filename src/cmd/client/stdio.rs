@@ -68,9 +68,9 @@ impl StdioEnd {
     /// Wraps a descriptor that other processes may share. On Linux, a pipe is reopened, to not share O_NONBLOCK.
     fn from_shared(fd: OwnedFd, writes: bool) -> Self {
         let file = File::from(fd);
-        let Ok(found) = file.metadata() else { return Self::blocking(file) };
-        let kind = found.file_type();
-        if kind.is_file() || kind.is_char_device() && rustix::fs::major(found.rdev()) == MEMORY_DEVICES_MAJOR {
+        let Ok(metadata) = file.metadata() else { return Self::blocking(file) };
+        let kind = metadata.file_type();
+        if kind.is_file() || kind.is_char_device() && rustix::fs::major(metadata.rdev()) == MEMORY_DEVICES_MAJOR {
             return Self::File(file);
         }
         let reopen = || {

@@ -64,8 +64,8 @@ impl TunnelAction {
             (args.send_only, "--send-only"),
         ];
         let given: Vec<&str> = exclusive.iter().filter(|(is_given, _)| *is_given).map(|(_, name)| *name).collect();
-        if let [one, other, ..] = given.as_slice() {
-            return Err(CliError::usage(format!("{one} and {other} cannot be combined")));
+        if let [first, second, ..] = given.as_slice() {
+            return Err(CliError::usage(format!("{first} and {second} cannot be combined")));
         }
         let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
         if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {

@@ -27,12 +27,12 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut lines: Vec<(String, &str)> = Vec::new();
     for rule in policy.rules.in_display_order() {
         if rule.denies_own_listeners() {
-            let own = options.listen.iter().flat_map(|listen| listen.addrs());
-            let rule_text = |own: SocketAddr| match own.ip().is_unspecified() {
-                true => format!("deny to=(any address of this host) port={}", own.port()),
-                false => format!("deny to={} port={}", own.ip(), own.port()),
+            let own_listeners = options.listen.iter().flat_map(|listen| listen.addrs());
+            let rule_text = |addr: SocketAddr| match addr.ip().is_unspecified() {
+                true => format!("deny to=(any address of this host) port={}", addr.port()),
+                false => format!("deny to={} port={}", addr.ip(), addr.port()),
             };
-            lines.extend(own.map(|own| (rule_text(own), "built in, own listener")));
+            lines.extend(own_listeners.map(|addr| (rule_text(addr), "built in, own listener")));
         } else {
             lines.push((rule.to_string(), rule.origin()));
         }
