@@ -1,6 +1,6 @@
-//! Other programs as peers, on loopback: clients for `s5 serve`, and servers for the clients of s5.
+//! Other programs on loopback: clients of `s5 serve`, and servers for the clients of s5.
 //!
-//! Only programs as Debian packages them; a test whose program is missing is skipped, or fails when S5_TEST_STRICT=1.
+//! The programs are those of Debian. A test whose program is missing is skipped, or fails if S5_TEST_STRICT=1.
 
 mod common;
 mod kit;
@@ -30,7 +30,7 @@ use std::time::Duration;
 use common::{Server, is_installed, run, s5, write_file};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// Time limit for a program that transfers much data, on a loaded machine.
+/// Time limit for a program that transfers much data on a busy machine.
 const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A child process with its process group. Drop kills the group.
@@ -61,24 +61,24 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Whether all these programs are installed.
+/// Returns true if all these programs are installed.
 fn has_all(programs: &[&str]) -> bool {
     programs.iter().all(|program| is_installed(program))
 }
 
-/// Returns `n` pseudo-random bytes that repeat after a prime period.
+/// Returns `n` pseudo-random bytes.
 fn bytes(n: usize) -> Vec<u8> {
     let mut state = 1_u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         state.to_be_bytes()[0]
     };
-    // The period is prime, so that a buffer which is sent twice or left out is detected.
+    // The bytes repeat after a prime period, so that a lost or duplicate buffer is detected.
     let block: Vec<u8> = (0..65_521).map(|_| next()).collect();
     block.into_iter().cycle().take(n).collect()
 }
 
-/// Runs a program that must succeed. Returns its stdout.
+/// Runs a program and returns its stdout. Fails unless it exits with 0.
 fn stdout(command: &mut Command, stdin: &[u8]) -> Vec<u8> {
     let output = run(command, stdin, LONG_TIMEOUT);
     assert!(output.status.success(), "{command:?}: {}: {}", output.status, text(&output.stderr));
@@ -93,13 +93,13 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Compares without printing both sides.
+/// Like `assert_eq`, without printing the data.
 fn assert_same(left: &[u8], right: &[u8]) {
-    assert_eq!(left.len(), right.len(), "the same length");
-    assert!(left == right, "the same bytes");
+    assert_eq!(left.len(), right.len(), "lengths differ");
+    assert!(left == right, "bytes differ");
 }
 
-/// Waits until the server has logged a session with all of these values.
+/// Waits until the server has logged a session with all these `key=value` pairs.
 fn wait_for_session(server: &Server, values: &[&str]) {
     server.wait_log(|log| {
         let mut sessions = log.lines().filter(|line| line.contains("session client="));
@@ -107,15 +107,15 @@ fn wait_for_session(server: &Server, values: &[&str]) {
     });
 }
 
-/// Adds the user anna with the password `open sesame` to a users file, by --add-user.
+/// Adds the user anna with the password `open sesame` to a users file with --add-user. Returns its path.
 fn add_anna(dir: &Path) -> String {
     let path = dir.join("users").display().to_string();
     stdout(s5().args(["serve", "--users", &path, "--add-user", "anna"]), b"open sesame\n");
     path
 }
 
-/// Writes a users file with the user berta and the password `swordfish`, by `htpasswd -B`.
+/// Writes a users file with the user berta and the password `swordfish` with `htpasswd -B`. Returns its path.
 fn htpasswd_berta(dir: &Path) -> String {
-    let made = stdout(Command::new("htpasswd").args(["-nbB", "berta", "swordfish"]), b"");
-    write_file(dir, "users", &text(&made))
+    let line = stdout(Command::new("htpasswd").args(["-nbB", "berta", "swordfish"]), b"");
+    write_file(dir, "users", &text(&line))
 }

@@ -1,5 +1,5 @@
-//! Checks rules of the source code that the compiler does not check: imports follow the table in src/lib.rs, pure
-//! modules do no I/O, code outside of tests can't panic, files stay short. A search of the text, so it can be evaded.
+//! Checks of the source code that the compiler does not do: imports follow the table in src/lib.rs, pure modules do no
+//! I/O, code outside of tests does not panic, files are short. The checks search the text, so code can evade them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,12 +39,12 @@ const IMPURE_WORDS: [&str; 30] = [
     "stdin",
     "Future",
 ];
-/// The same, for paths.
+/// Paths that a pure module must not use.
 const IMPURE_PATHS: [&str; 3] = ["Instant::now", "std::io", "io::"];
 /// Calls and macros that can panic.
 const PANICKING: [&str; 8] =
     [".unwrap()", ".expect(", ".unwrap_err()", ".expect_err(", "panic!", "unreachable!", "todo!", "unimplemented!"];
-/// The only file that may use unsafe code: it calls a C library.
+/// The only file that may use unsafe code, because it calls a C library.
 const UNSAFE_FILE: &str = "gssapi/ffi.rs";
 /// Maximum number of lines of a file without its tests.
 const MAX_LINES: usize = 500;
@@ -82,7 +82,7 @@ impl SourceFile {
     }
 }
 
-/// Removes a comment. `//` starts one at the beginning of a line or after a space, so not in a URL.
+/// Removes a comment. `//` starts a comment only at the beginning of a line or after a space, so not in a URL.
 fn without_comment(line: &str) -> &str {
     let is_comment_start = |at: &usize| line[..*at].trim_end().is_empty() || line[..*at].ends_with(' ');
     match line.match_indices("//").map(|(at, _)| at).find(is_comment_start) {
@@ -249,7 +249,7 @@ fn import_table_lists_each_module_once() {
     let mut rows: Vec<String> = import_table(&lib).into_iter().map(|(module, _)| module).collect();
     let mods = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
     rows.sort();
-    assert_eq!(rows, mods.collect::<Vec<_>>(), "rows and modules");
+    assert_eq!(rows, mods.collect::<Vec<_>>(), "the table and the modules differ");
     for file in source_files() {
         assert!(["lib", "main"].contains(&&*file.top_module()) || rows.contains(&file.top_module()), "{:?}", file.path);
     }
@@ -305,7 +305,7 @@ fn lock_file_has_no_second_runtime_and_no_openssl() {
     assert_eq!(unwanted_packages(&lock), [""; 0]);
 }
 
-/// Returns the names of unwanted packages in a Cargo.lock, direct dependencies or not.
+/// Returns the names of unwanted packages in a Cargo.lock, which lists indirect dependencies too.
 fn unwanted_packages(lock: &str) -> Vec<&str> {
     let unwanted = ["tokio", "async-std", "mio", "openssl", "openssl-sys"];
     let names = lock.lines().filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'));
@@ -343,8 +343,8 @@ fn import_check_finds_all_forms_of_imports() {
     let expected = ["client", "conn", "server"]
         .map(|name| format!("proto/deep.rs: imports {name}, against the table of src/lib.rs"));
     assert_eq!(violations, expected);
-    let stray = SourceFile::new(Path::new("stray.rs"), "//! Stray.\n");
-    assert_eq!(import_violations(&stray, &table), ["stray.rs: no row in the table of src/lib.rs"]);
+    let unlisted = SourceFile::new(Path::new("unlisted.rs"), "//! Unlisted.\n");
+    assert_eq!(import_violations(&unlisted, &table), ["unlisted.rs: no row in the table of src/lib.rs"]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The limits per client and per user, the throttling of password guesses, and the escaping of client data in the log.
+//! Limits per client and per user, throttling of password guesses, and escaping of client data in the log.
 
 mod common;
 mod kit;
@@ -18,14 +18,14 @@ mod slow_handshakes;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks the machine for tests that measure it or load all of it; they would disturb each other.
+/// Held by tests that measure times or load the whole machine, because they would disturb each other.
 fn lock_machine() -> MutexGuard<'static, ()> {
     static MACHINE: Mutex<()> = Mutex::new(());
     MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Repeats a measurement up to twice after a failure, because other programs may disturb it.
-fn best_of_three(attempt: impl Fn() -> Result<(), String>) {
+/// Runs a measurement up to three times until it succeeds, because other programs may disturb it.
+fn try_three_times(attempt: impl Fn() -> Result<(), String>) {
     let mut errors = Vec::new();
     while let Err(error) = attempt() {
         eprintln!("attempt failed: {error}");

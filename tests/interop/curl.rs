@@ -9,7 +9,7 @@ use crate::{
     LONG_TIMEOUT, add_anna, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session,
 };
 
-/// curl's status for every refusal of a SOCKS server.
+/// Exit status of curl if the SOCKS server refuses the login or the request.
 const PROXY_REFUSED: i32 = 97;
 
 /// curl through a proxy, without the user's .curlrc and NO_PROXY.
@@ -32,7 +32,7 @@ fn answer(stream: TcpStream) -> std::io::Result<()> {
         reader.read_line(&mut line)?;
         let line = line.trim_end().to_ascii_lowercase();
         if let Some(value) = line.strip_prefix("content-length:") {
-            length = value.trim().parse().expect("a length");
+            length = value.trim().parse().expect("valid length");
         }
         if line.is_empty() {
             break;
@@ -65,7 +65,7 @@ fn curl_socks5_resolves_locally_and_socks5h_remotely() {
 }
 
 #[test]
-fn curl_reaches_an_ipv6_literal() {
+fn curl_reaches_an_ipv6_address() {
     if !is_installed("curl") {
         return;
     }
@@ -78,7 +78,7 @@ fn curl_reaches_an_ipv6_literal() {
 }
 
 #[test]
-fn curl_reaches_the_server_on_ipv6_and_on_a_unix_socket() {
+fn curl_connects_to_the_server_on_ipv6_and_on_a_unix_socket() {
     if !is_installed("curl") {
         return;
     }
@@ -123,7 +123,7 @@ fn curl_logs_in_with_the_right_password_only() {
 }
 
 #[test]
-fn curl_transfers_bulk_both_ways_unchanged() {
+fn curl_transfers_32_mib_in_both_directions() {
     if !is_installed("curl") {
         return;
     }
@@ -136,7 +136,7 @@ fn curl_transfers_bulk_both_ways_unchanged() {
 }
 
 #[test]
-fn curl_gets_rep_5_when_target_refuses() {
+fn curl_reports_rep_5_if_the_target_refuses() {
     if !is_installed("curl") {
         return;
     }

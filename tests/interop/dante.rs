@@ -1,4 +1,4 @@
-//! Dante's server as a proxy for the clients of s5, and as a client of `s5 serve`.
+//! danted as a proxy of the clients of s5, and as a client of `s5 serve`.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -11,10 +11,10 @@ use crate::common::{
 use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, stdout, text, wait_for_session};
 
 const DANTED: &str = "/usr/sbin/danted";
-/// Exit statuses: login refused, REP 2 and REP 5.
-const LOGIN: i32 = 67;
+/// Exit statuses of s5: login refused, REP 2 and REP 5.
+const LOGIN_REFUSED: i32 = 67;
 const NOT_ALLOWED: i32 = 102;
-const REFUSED: i32 = 105;
+const CONNECTION_REFUSED: i32 = 105;
 
 /// A running danted, which listens on 127.0.0.1.
 struct Danted {
@@ -25,8 +25,8 @@ struct Danted {
 
 /// Configuration of danted.
 struct Setup<'a> {
-    /// Whether a login is required. The only user is anna with the password `open sesame`.
-    login: bool,
+    /// Set if a login is required. The only user is anna with the password `open sesame`.
+    requires_login: bool,
     /// The commands that are allowed.
     commands: &'a str,
     /// Further lines of the configuration.
@@ -34,7 +34,7 @@ struct Setup<'a> {
 }
 
 const ALL_COMMANDS: Setup<'_> =
-    Setup { login: false, commands: "connect bind udpassociate bindreply udpreply", more: "" };
+    Setup { requires_login: false, commands: "connect bind udpassociate bindreply udpreply", more: "" };
 
 impl Danted {
     fn start(setup: &Setup<'_>) -> Self {
@@ -44,7 +44,7 @@ impl Danted {
 
     fn start_on(addr: SocketAddr, setup: &Setup<'_>) -> Option<Self> {
         let dir = temp_dir();
-        let (user, method) = match setup.login {
+        let (user, method) = match setup.requires_login {
             true => ("root".into(), "username"),
             false => (text(&stdout(Command::new("id").arg("-un"), b"")).trim().to_owned(), "none"),
         };
@@ -62,12 +62,12 @@ impl Danted {
         );
         let config = write_file(dir.path(), "danted.conf", &config);
         let pid_file = write_file(dir.path(), "pid", "");
-        let mut command = if setup.login { danted_with_own_users(dir.path()) } else { Command::new(DANTED) };
+        let mut command = if setup.requires_login { danted_with_test_users(dir.path()) } else { Command::new(DANTED) };
         command.args(["-N", "1", "-f", &config, "-p", &pid_file]).env("TMPDIR", dir.path());
         let mut process = ProcessGroup::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()));
         let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
         let mut ended = false;
-        wait_until("danted runs", TIMEOUT, || {
+        wait_until("danted is running", TIMEOUT, || {
             ended = process.has_ended();
             ended || read_log().contains(" running")
         });
@@ -100,8 +100,8 @@ impl Drop for Danted {
     }
 }
 
-/// danted with its own /etc/passwd and /etc/shadow, in a namespace: it only authenticates system users.
-fn danted_with_own_users(dir: &std::path::Path) -> Command {
+/// danted in a namespace with this test's /etc/passwd and /etc/shadow, because it only authenticates system users.
+fn danted_with_test_users(dir: &std::path::Path) -> Command {
     // crypt(3) of `open sesame`.
     let shadow = "anna:\
                   $6$abcdefgh$CkjGkP7IIgZVUCNlt.Vi53LOYJLXZ5KzdpzEYCj01XGruA1hxZYJqccTU2zz68oJwAGsd1iPty5F7dHIatUTy/\
@@ -147,29 +147,29 @@ impl RunningClient {
             // Only complete lines.
             let mut lines = stderr.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
             found = lines.find_map(|line| line.strip_prefix(word)).map(str::to_owned);
-            assert!(found.is_some() || !self.process.has_ended(), "it ended: {stderr}");
+            assert!(found.is_some() || !self.process.has_ended(), "the client exited: {stderr}");
             found.is_some()
         });
-        found.and_then(|addr| addr.trim().parse().ok()).expect("an address")
+        found.and_then(|addr| addr.trim().parse().ok()).expect("valid address")
     }
 
-    /// Writes to stdin. Dropping the result closes stdin.
-    fn write_stdin(&mut self, what: &str) -> ChildStdin {
+    /// Writes to stdin and returns it. It is closed when dropped.
+    fn write_stdin(&mut self, text: &str) -> ChildStdin {
         let mut stdin = self.process.child.stdin.take().expect("stdin is piped");
-        stdin.write_all(what.as_bytes()).expect("the client reads");
+        stdin.write_all(text.as_bytes()).expect("the client reads");
         stdin
     }
 
     /// Waits for the client to succeed. Returns its stdout.
     fn output(&mut self) -> String {
-        wait_until("the client ends", TIMEOUT, || self.process.has_ended());
+        wait_until("the client exits", TIMEOUT, || self.process.has_ended());
         let status = self.process.child.wait().expect("the child can be waited for");
         assert!(status.success(), "{status}: {}", self.read_output("stderr"));
         self.read_output("stdout")
     }
 }
 
-/// Binds through these hops, connects as the peer, and exchanges data both ways.
+/// Runs `s5 bind` through these hops, connects as the peer, and exchanges data in both directions.
 fn bind_and_exchange(hops: &str) {
     let mut bind = RunningClient::start(&["bind", "-x", hops, "127.0.0.1"]);
     let mut peer = TcpStream::connect(bind.wait_for_addr("bound ")).expect("the proxy accepts the peer");
@@ -207,7 +207,7 @@ fn connect_through_dante_round_trips() {
 }
 
 #[test]
-fn connect_through_dante_distinguishes_refused_from_not_allowed() {
+fn connect_through_dante_reports_rep_2_and_rep_5() {
     if !is_installed("danted") {
         return;
     }
@@ -215,7 +215,7 @@ fn connect_through_dante_distinguishes_refused_from_not_allowed() {
     let target = closed_port();
     let output = run(&mut connect(&danted.proxy(), target), b"", LONG_TIMEOUT);
     let stderr = text(&output.stderr);
-    assert_eq!(exit_code(&output), REFUSED, "{stderr}");
+    assert_eq!(exit_code(&output), CONNECTION_REFUSED, "{stderr}");
     assert!(stderr.contains(&target.to_string()) && stderr.contains("refused (REP 5)"), "{stderr}");
     let output = run(s5().args(["bind", "-x", &danted.proxy(), "127.0.0.1"]), b"", LONG_TIMEOUT);
     assert_eq!(exit_code(&output), NOT_ALLOWED, "{}", text(&output.stderr));
@@ -244,11 +244,11 @@ fn udp_through_dante_gets_answers() {
 }
 
 #[test]
-fn dante_accepts_only_the_right_password() {
+fn s5_logs_in_to_dante_with_the_right_password_only() {
     if !is_installed("danted") || !is_installed("unshare") {
         return;
     }
-    let (danted, echo) = (Danted::start(&Setup { login: true, ..ALL_COMMANDS }), echo_server());
+    let (danted, echo) = (Danted::start(&Setup { requires_login: true, ..ALL_COMMANDS }), echo_server());
     let udp = udp_echo_server(Ipv4Addr::LOCALHOST.into());
     let proxy = |userinfo: &str| format!("socks5h://{userinfo}{}", danted.addr);
     assert_eq!(stdout(&mut connect(&proxy("anna:open%20sesame@"), echo), b"hello"), b"hello");
@@ -256,13 +256,13 @@ fn dante_accepts_only_the_right_password() {
     bind_and_exchange(&proxy("anna:open%20sesame@"));
     for userinfo in ["anna:sesame@", "berta:open%20sesame@", ""] {
         let output = run(&mut connect(&proxy(userinfo), echo), b"", LONG_TIMEOUT);
-        assert_eq!(exit_code(&output), LOGIN, "{userinfo}: {}", text(&output.stderr));
+        assert_eq!(exit_code(&output), LOGIN_REFUSED, "{userinfo}: {}", text(&output.stderr));
         assert!(!text(&output.stderr).contains("sesame"), "{}", text(&output.stderr));
     }
 }
 
 #[test]
-fn chains_pass_through_dante_and_s5() {
+fn connect_and_bind_pass_through_chains_of_dante_and_s5() {
     if !is_installed("danted") {
         return;
     }
@@ -278,7 +278,7 @@ fn chains_pass_through_dante_and_s5() {
 }
 
 #[test]
-fn udp_chains_pass_through_dante_first_or_last() {
+fn udp_passes_through_chains_with_dante_first_or_last() {
     if !is_installed("danted") {
         return;
     }
@@ -289,7 +289,7 @@ fn udp_chains_pass_through_dante_first_or_last() {
 }
 
 #[test]
-fn dante_forwards_to_s5_as_client() {
+fn dante_forwards_connect_to_s5() {
     if !is_installed("danted") {
         return;
     }

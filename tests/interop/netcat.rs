@@ -5,7 +5,7 @@ use std::process::Command;
 use crate::common::{Server, closed_port, echo_server, is_installed, run, temp_dir};
 use crate::{LONG_TIMEOUT, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session};
 
-/// More bytes than socket buffers hold, so that data must flow in both directions at once.
+/// More than socket buffers hold, so that data must flow in both directions at once.
 const SIZE: usize = 4 << 20;
 
 fn ncat(server: &Server) -> Command {
@@ -65,7 +65,7 @@ fn nc_round_trips_bulk() {
 }
 
 #[test]
-fn nc_reports_why_connect_failed() {
+fn nc_reports_a_refused_connection() {
     if !is_installed("nc.openbsd") {
         return;
     }

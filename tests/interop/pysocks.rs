@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::common::{Server, echo_server, is_installed, skip, temp_dir, udp_echo_server};
 use crate::{add_anna, stdout, text};
 
-/// Debian's Python, which has Debian's modules, whatever Python comes first in PATH.
+/// Debian's Python, which has Debian's modules, even if another Python is first in PATH.
 const PYTHON: &str = "/usr/bin/python3";
 
 /// Arguments: host and port of the proxy, host and port of the target, user name and password.
@@ -30,7 +30,8 @@ while chunk := s.recv(65536):
 print(data == b"hello " * 100000)
 "#;
 
-/// The same arguments. Sends datagrams of the lengths given on stdin; compares the answers and their source address.
+/// Same arguments. Sends datagrams of the lengths given on stdin, and prints for each: length, whether the answer is
+/// equal, and its sender.
 const UDP: &str = r#"
 import socket, socks, sys
 proxy, proxy_port, host, port, *login = sys.argv[1:]
@@ -45,7 +46,8 @@ for length in map(int, sys.stdin.read().split()):
     print(length, answer == data, *sender)
 "#;
 
-fn have_pysocks() -> bool {
+/// Returns true if PySocks is installed. Otherwise records that the calling test is skipped.
+fn has_pysocks() -> bool {
     if !Path::new(PYTHON).exists() {
         return is_installed(PYTHON);
     }
@@ -64,8 +66,8 @@ fn python(script: &str, server: &Server, host: &str, port: u16, login: &[&str], 
 }
 
 #[test]
-fn pysocks_connects() {
-    if !have_pysocks() {
+fn pysocks_connects_and_echoes() {
+    if !has_pysocks() {
         return;
     }
     let (server, echo) = (Server::start(&[]), echo_server());
@@ -76,7 +78,7 @@ fn pysocks_connects() {
 
 #[test]
 fn pysocks_logs_in_with_the_right_password_only() {
-    if !have_pysocks() {
+    if !has_pysocks() {
         return;
     }
     let dir = temp_dir();
@@ -91,15 +93,15 @@ fn pysocks_logs_in_with_the_right_password_only() {
         (&["anna", "swordfish"][..], "SOCKS5 authentication failed"),
         (&[], "All offered SOCKS5 authentication methods were rejected"),
     ];
-    for (login, why) in refused {
-        let stderr = python(TCP, &server, "127.0.0.1", echo.port(), login, "");
-        assert!(stderr.contains(why), "{login:?}: {stderr}");
+    for (login, error) in refused {
+        let stdout = python(TCP, &server, "127.0.0.1", echo.port(), login, "");
+        assert!(stdout.contains(error), "{login:?}: {stdout}");
     }
 }
 
 #[test]
 fn pysocks_exchanges_datagrams_of_all_sizes() {
-    if !have_pysocks() {
+    if !has_pysocks() {
         return;
     }
     let server = Server::start(&[]);
@@ -113,7 +115,7 @@ fn pysocks_exchanges_datagrams_of_all_sizes() {
 
 #[test]
 fn pysocks_sends_datagrams_to_a_name() {
-    if !have_pysocks() {
+    if !has_pysocks() {
         return;
     }
     let server = Server::start(&[]);

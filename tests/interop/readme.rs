@@ -1,4 +1,4 @@
-//! Every command of README.md, run as printed, and the output that the page shows for it.
+//! Runs every command of README.md as printed, and compares its output with the page.
 //!
 //! Each section, and each recipe with a bold title, starts without processes of the previous one. Its commands run in
 //! order in one directory, in a network namespace with a web server, a DNS server, an echo server and sshd under the
@@ -19,7 +19,7 @@ use crate::{ProcessGroup, has_all};
 
 const README: &str = include_str!("../../README.md");
 const TEST: &str = "readme::readme_commands_run_as_printed";
-/// Time limit for a command that ends by itself; a release build may be among them.
+/// Time limit for a command that exits, which may be a release build.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(300);
 const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 0, 2, 7), Ipv4Addr::new(192, 0, 2, 53)];
 const HOSTS: &str = "127.0.0.1 localhost proxy.example host.example.org host.example.net\n192.0.2.7 example.org\n";
@@ -42,7 +42,7 @@ fn recipes() -> (Vec<Vec<Step>>, String) {
             (Some(_), Some(_)) => language = None,
             (None, None) if line.starts_with("## ") || line.starts_with("**") => recipes.push(Vec::new()),
             (Some("sh" | "console"), None) => {
-                let steps: &mut Vec<Step> = recipes.last_mut().expect("there is a first one");
+                let steps: &mut Vec<Step> = recipes.last_mut().expect("at least one recipe");
                 let prompt = line.strip_prefix("$ ");
                 match steps.last_mut() {
                     Some(step) if step.command.ends_with('\\') => step.command += &format!("\n{line}"),
@@ -58,7 +58,7 @@ fn recipes() -> (Vec<Vec<Step>>, String) {
     (recipes, config)
 }
 
-/// Whether a command runs until it is stopped, and the text that it prints when it is ready.
+/// The text that a long-running command prints when it is ready, or `None` if the command exits.
 fn ready_text(command: &str) -> Option<&'static str> {
     let is_query = ["--add-user", "--explain"].iter().any(|option| command.contains(option));
     match command {
@@ -71,7 +71,7 @@ fn ready_text(command: &str) -> Option<&'static str> {
     }
 }
 
-/// The line with each number as one digit: times and ports differ from run to run.
+/// Replaces each number of a line with `0`, because times and ports differ between runs.
 fn without_numbers(line: &str) -> String {
     let digits = line.trim_end().replace(|c: char| c.is_ascii_digit(), "0");
     let mut out = String::new();
@@ -83,7 +83,7 @@ fn without_numbers(line: &str) -> String {
     out
 }
 
-/// Programs of the page that the test replaces or configures, in a directory for PATH.
+/// Creates a directory for PATH with the programs that the test replaces or configures.
 fn programs(dir: &Path, ssh_config: &str) -> PathBuf {
     let bin = dir.join("programs");
     fs::create_dir(&bin).expect("directory created");
@@ -92,7 +92,7 @@ fn programs(dir: &Path, ssh_config: &str) -> PathBuf {
         ("sudo", "exec \"$@\"".to_owned()),
         ("nc", "exec nc.openbsd \"$@\"".to_owned()),
         ("ssh", format!("exec /usr/bin/ssh -F '{ssh_config}' \"$@\"")),
-        // This test is part of that command.
+        // `make test` would run this test again.
         ("make", "[ \"$*\" = test ] || exec /usr/bin/make \"$@\"".to_owned()),
     ];
     for (name, script) in scripts {
@@ -102,7 +102,7 @@ fn programs(dir: &Path, ssh_config: &str) -> PathBuf {
     bin
 }
 
-/// The servers under the names of the page: echo, web and DNS.
+/// Starts an echo server, a web server and a DNS server at the addresses of the page.
 fn start_servers() {
     let udp = |ip: Ipv4Addr, port: u16, answer: fn(&[u8]) -> Vec<u8>| {
         let socket = UdpSocket::bind((ip, port)).expect("free port");
@@ -119,7 +119,7 @@ fn start_servers() {
     let web = TcpListener::bind((ADDRESSES[0], 80)).expect("free port");
     thread::spawn(move || {
         for stream in web.incoming() {
-            thread::spawn(move || answer_http(stream.expect("a connection")));
+            thread::spawn(move || answer_http(stream.expect("connection accepted")));
         }
     });
 }
@@ -157,7 +157,7 @@ fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
             running.push(ProcessGroup::start(shell.stdin(Stdio::null()).stdout(out).stderr(file)));
             let read = || fs::read_to_string(&log).unwrap_or_default();
             wait_until(command, COMMAND_TIMEOUT, || {
-                let process = running.last_mut().expect("it was started");
+                let process = running.last_mut().expect("the command was started");
                 assert!(read().contains(ready) || !process.has_ended(), "{command}: {}", read());
                 read().contains(ready)
             });
@@ -190,7 +190,7 @@ fn readme_commands_run_as_printed() {
         return;
     }
     if !rustix::process::getuid().is_root() {
-        return skip("sshd needs root in the namespace");
+        return skip("sshd requires root in the namespace");
     }
     let dir = temp_dir();
     if std::env::var_os("S5_TEST_NAMESPACE").is_none() {

@@ -21,7 +21,7 @@ use crate::kit::{V4, check_pattern, idle_descriptors, send_pattern, timed};
 use crate::scripted::RunningProgram;
 use crate::{LONG_TIMEOUT, ProcessGroup, exit_code, text, wait_for_session};
 
-/// Starts a server that does not accept port 0, with its log in `dir`. Returns it with its address.
+/// Starts a server on a free port, with its log in `dir`. For programs that do not accept port 0.
 fn start_server(dir: &Path, command: impl Fn(SocketAddr) -> Command) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
@@ -30,7 +30,7 @@ fn start_server(dir: &Path, command: impl Fn(SocketAddr) -> Command) -> (Process
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("cloned")).stderr(log);
         let mut process = ProcessGroup::start(&mut command);
         let mut ended = false;
-        wait_until("the address is listened on", LONG_TIMEOUT, || {
+        wait_until("the server listens", LONG_TIMEOUT, || {
             ended = process.has_ended();
             ended || TcpStream::connect(addr).is_ok()
         });
@@ -40,26 +40,27 @@ fn start_server(dir: &Path, command: impl Fn(SocketAddr) -> Command) -> (Process
         (!ended).then_some((process, addr))
     };
     // Another process may take a port that was free.
-    (0..5).find_map(|_| attempt()).expect("the address is listened on")
+    (0..5).find_map(|_| attempt()).expect("the server listens")
 }
 
 const HOSTS: &str = "127.0.0.1 localhost\n";
-/// Debian's Python, whatever Python comes first in PATH.
+/// Debian's Python, even if another Python is first in PATH.
 const PYTHON: &str = "/usr/bin/python3";
 
-fn have_aiosmtpd() -> bool {
+/// Returns true if aiosmtpd is installed. Otherwise records that the calling test is skipped.
+fn has_aiosmtpd() -> bool {
     let import = || Command::new(PYTHON).args(["-c", "import aiosmtpd"]).output();
-    let is_there = Path::new(PYTHON).exists() && import().expect("Python runs").status.success();
-    if !is_there {
+    let is_installed = Path::new(PYTHON).exists() && import().expect("Python runs").status.success();
+    if !is_installed {
         skip("aiosmtpd (python3-aiosmtpd) is not installed");
     }
-    is_there
+    is_installed
 }
 
 #[test]
 fn smtp_requires_crlf_option() {
-    // The SMTP server looks up the name of its machine.
-    if !have_aiosmtpd() || !in_namespace("scenarios::smtp_requires_crlf_option", HOSTS, "") {
+    // In a namespace, because the SMTP server resolves the machine's name.
+    if !has_aiosmtpd() || !in_namespace("scenarios::smtp_requires_crlf_option", HOSTS, "") {
         return;
     }
     let dir = temp_dir();
@@ -80,7 +81,7 @@ fn smtp_requires_crlf_option() {
         client.write(b"Subject: hello\n\none line\nanother\r\n.\nQUIT\n");
         client
     };
-    let mails = || std::fs::read_dir(&new).expect("directory read").map(|entry| entry.expect("a mail").path());
+    let mails = || std::fs::read_dir(&new).expect("directory read").map(|entry| entry.expect("directory entry").path());
     let target = addr.to_string();
 
     // The server waits for the end of the mail, a dot between two CR LF.
@@ -100,7 +101,7 @@ fn smtp_requires_crlf_option() {
     assert!(mail.contains("Subject: hello\n") && mail.ends_with("\n\none line\nanother\n"), "{mail:?}");
 }
 
-/// Longer than any of these tests.
+/// Longer than any of these tests runs.
 const LONG_WAIT: &str = "30s";
 
 /// Fails unless the client still runs after a few failed tries.
@@ -112,6 +113,7 @@ fn assert_keeps_trying(check: &mut RunningProgram) {
     });
 }
 
+/// Fails unless the client exits with 0 and prints nothing.
 fn assert_succeeds(mut check: RunningProgram) {
     let (status, stdout, stderr) = check.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
@@ -140,14 +142,14 @@ fn health_check_waits_for_the_target() {
 }
 
 #[test]
-fn health_check_gives_up_in_time_and_reports_tries() {
+fn health_check_exits_at_its_time_limit_and_reports_tries() {
     let proxy = closed_port().to_string();
     let check =
         |options: &str| timed(|| run(s5().args(["connect", options, "--wait", "300ms", "-x", &proxy]), b"", TIMEOUT));
-    let (took, output) = check("-zv");
+    let (elapsed, output) = check("-zv");
     let stderr = text(&output.stderr);
     assert_eq!((exit_code(&output), stderr.lines().count()), (7, 1), "{stderr}");
-    assert!((Duration::from_millis(250)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    assert!((Duration::from_millis(250)..Duration::from_secs(3)).contains(&elapsed), "{elapsed:?}");
     let tries = stderr.trim_end().strip_suffix(" tries)").and_then(|stderr| stderr.rsplit_once(" (given up after "));
     let tries: Option<u32> = tries.and_then(|(_, tries)| tries.parse().ok());
     // More than one try, with pauses between them.
@@ -164,7 +166,7 @@ fn health_check_does_not_retry_final_errors() {
         let _ = stream.write_all(b"HTTP/1.0 400 Bad Request\r\n\r\n");
         let _ = stream.read_to_end(&mut Vec::new());
     });
-    let mute = tcp_server(V4, |mut stream| drop(stream.read_to_end(&mut Vec::new())));
+    let silent = tcp_server(V4, |mut stream| drop(stream.read_to_end(&mut Vec::new())));
     let table = [
         (format!("alice:wrong@{}", server.addr()), 67, "refused"),
         (server.addr().to_string(), 67, "authentication method"),
@@ -178,7 +180,7 @@ fn health_check_does_not_retry_final_errors() {
         assert!(stderr.contains(word) && !stderr.contains("given up"), "{proxy}: {stderr}");
     }
     // --wait also limits a single try.
-    let output = run(s5().args(["connect", "-zv", "--wait", "300ms", "-x", &mute.to_string()]), b"", TIMEOUT);
+    let output = run(s5().args(["connect", "-zv", "--wait", "300ms", "-x", &silent.to_string()]), b"", TIMEOUT);
     assert_eq!(exit_code(&output), 28, "{}", text(&output.stderr));
 }
 
@@ -186,9 +188,9 @@ fn health_check_does_not_retry_final_errors() {
 const BYTES_EACH: usize = 128 << 20;
 const CONNECTIONS: usize = 8;
 
-/// Half of the connections send to the target, half receive from it. The receiver checks the data.
+/// Half of the connections send to the target, the others receive from it. The receiver checks the data.
 #[test]
-fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
+fn forwarded_port_transfers_one_gib_on_eight_connections() {
     let target = tcp_server(V4, |mut stream| {
         let direction = read_exact(&mut stream, 1);
         stream.write_all(b"+").expect("data sent");
@@ -204,18 +206,18 @@ fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
     let forward = Server::start_with(s5().args(args), 1);
     let idle = (forward.descriptors(), idle_descriptors(&server));
     let open = |n: usize| {
-        let (mut stream, goes_up) = (forward.connect(), n.is_multiple_of(2));
-        stream.write_all(if goes_up { b"u" } else { b"d" }).expect("data sent");
+        let (mut stream, is_upload) = (forward.connect(), n.is_multiple_of(2));
+        stream.write_all(if is_upload { b"u" } else { b"d" }).expect("data sent");
         assert_eq!(read_exact(&mut stream, 1), b"+");
-        (stream, goes_up)
+        (stream, is_upload)
     };
     // All connections are open before the first one ends.
     let streams: Vec<_> = (0..CONNECTIONS).map(open).collect();
     thread::scope(|scope| {
-        for (mut stream, goes_up) in streams {
+        for (mut stream, is_upload) in streams {
             scope.spawn(move || {
                 stream.set_read_timeout(Some(LONG_TIMEOUT)).expect("timeout set");
-                if goes_up {
+                if is_upload {
                     send_pattern(&mut stream, BYTES_EACH, |_| {});
                     stream.shutdown(Shutdown::Write).expect("half-closed");
                     assert_eq!(read_exact(&mut stream, 5), b"right");
@@ -225,8 +227,8 @@ fn forwarded_port_carries_a_gibibyte_on_eight_connections() {
             });
         }
     });
-    let moved = [format!(" up={} down=6 ", BYTES_EACH + 1), format!(" up=1 down={} ", BYTES_EACH + 1)];
-    server.wait_log(|log| moved.iter().all(|moved| log.matches(moved).count() == CONNECTIONS / 2));
+    let byte_counts = [format!(" up={} down=6 ", BYTES_EACH + 1), format!(" up=1 down={} ", BYTES_EACH + 1)];
+    server.wait_log(|log| byte_counts.iter().all(|counts| log.matches(counts).count() == CONNECTIONS / 2));
     wait_until("all descriptors are closed", TIMEOUT, || (forward.descriptors(), server.descriptors()) == idle);
     assert_eq!(forward.log(), format!("listening on {}\n", forward.addr()));
 }

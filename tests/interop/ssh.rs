@@ -13,10 +13,10 @@ use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, tcp_serv
 use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, has_all, stdout, text, wait_for_session};
 
 const SSHD: &str = "/usr/sbin/sshd";
-/// Exit status if the proxy closes the connection instead of replying.
-const PROTOCOL: i32 = 97;
+/// Exit status of s5 if the proxy closes the connection instead of replying.
+const PROTOCOL_ERROR: i32 = 97;
 
-/// An ssh server with its own keys, which admits the current user.
+/// An ssh server with new keys, which admits the current user.
 pub(crate) struct Sshd {
     pub(crate) addr: SocketAddr,
     dir: tempfile::TempDir,
@@ -34,8 +34,8 @@ impl Sshd {
         }
         let public = |key: &str| std::fs::read_to_string(path(&format!("{key}.pub"))).expect("file read");
         write_file(dir.path(), "known_hosts", &format!("* {}", public("host_key")));
-        // StrictModes refuses files below a world-writable directory, as the temporary directory is. Without PAM, an
-        // sshd that is not root can't read the user's password, and treats the account as locked.
+        // StrictModes would refuse the keys, because /tmp is world-writable. Without PAM, an sshd that does not run as root
+        // can't read the user's password and treats the account as locked.
         let config = write_file(
             dir.path(),
             "sshd_config",
@@ -53,9 +53,9 @@ impl Sshd {
         let shared = children.clone();
         let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |stream| {
             let socket = OwnedFd::from(stream);
-            let again = socket.try_clone().expect("cloned");
+            let second = socket.try_clone().expect("cloned");
             let mut command = sshd();
-            command.args(["-i", "-e", "-f", &config]).stdin(Stdio::from(socket)).stdout(Stdio::from(again));
+            command.args(["-i", "-e", "-f", &config]).stdin(Stdio::from(socket)).stdout(Stdio::from(second));
             command.stderr(log.try_clone().expect("cloned"));
             shared.lock().expect("not poisoned").push(ProcessGroup::start(&mut command));
         });
@@ -91,7 +91,7 @@ impl Drop for Sshd {
     }
 }
 
-/// sshd, if run by root with its own /run: it requires a directory that Debian creates when the service starts.
+/// sshd. Root's sshd requires the directory /run/sshd, which is created in a mount namespace if it is missing.
 fn sshd() -> Command {
     if Path::new("/run/sshd").is_dir() || !rustix::process::getuid().is_root() {
         return Command::new(SSHD);
@@ -107,7 +107,7 @@ pub(crate) fn s5_as_proxy_command(options: &str) -> String {
     format!("ProxyCommand '{}' connect {options} %h %p", env!("CARGO_BIN_EXE_s5"))
 }
 
-/// git without the settings of the user and the machine.
+/// git without the configuration of the user and the machine.
 pub(crate) fn git(dir: &Path) -> Command {
     let mut command = Command::new("git");
     command.current_dir(dir).env("GIT_CONFIG_GLOBAL", "/dev/null").env("GIT_CONFIG_NOSYSTEM", "1");
@@ -130,7 +130,7 @@ pub(crate) fn repository(dir: &Path, content: &[u8]) -> PathBuf {
 }
 
 #[test]
-fn ssh_goes_through_s5_connect_as_proxy_command() {
+fn s5_connect_as_proxy_command_carries_ssh() {
     if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
@@ -142,7 +142,7 @@ fn ssh_goes_through_s5_connect_as_proxy_command() {
 }
 
 #[test]
-fn ssh_goes_through_nc_as_proxy_command() {
+fn nc_as_proxy_command_carries_ssh_through_s5_serve() {
     if !has_all(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
         return;
     }
@@ -195,7 +195,7 @@ fn git_clones_and_pushes_over_ssh_through_one_proxy_and_two() {
     wait_for_session(&second, &[&target, "rep=0"]);
 }
 
-/// Starts `ssh -D`. Returns it with its address.
+/// Starts `ssh -D` on a free port. Returns the process and its address.
 fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
     let attempt = || {
         let addr = closed_port();
@@ -216,7 +216,7 @@ fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
 }
 
 #[test]
-fn s5_connect_goes_through_ssh_d() {
+fn s5_connect_passes_through_ssh_d() {
     if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
@@ -240,7 +240,7 @@ fn s5_connect_goes_through_ssh_d() {
 }
 
 #[test]
-fn s5_bind_and_udp_report_that_ssh_d_closes() {
+fn s5_bind_and_udp_through_ssh_d_fail_with_status_97() {
     if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
@@ -249,7 +249,7 @@ fn s5_bind_and_udp_report_that_ssh_d_closes() {
     for mode in ["bind", "udp"] {
         let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG_TIMEOUT);
         let stderr = text(&output.stderr);
-        assert_eq!(exit_code(&output), PROTOCOL, "{mode}: {stderr}");
+        assert_eq!(exit_code(&output), PROTOCOL_ERROR, "{mode}: {stderr}");
         assert!(stderr.contains(&format!("proxy {proxy}: request, for 127.0.0.1:9: ")), "{mode}: {stderr}");
     }
 }

@@ -1,4 +1,4 @@
-//! `--max-connections`, and too few descriptors: new connections wait, the log reports it, and tunnels go on.
+//! `--max-connections`, and too few descriptors: new connections wait, the log reports it, and tunnels keep running.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -30,7 +30,7 @@ fn connection_limit_is_logged_at_most_once_per_second() {
         drop(waiting);
     }
     let log = server.wait_log(|log| session_lines(log).len() == 300);
-    let lines = u64::try_from(log.matches("connections reached: new ones wait").count()).expect("a number");
+    let lines = u64::try_from(log.matches("connections reached: new ones wait").count()).expect("64 bits suffice");
     assert!(lines >= 1, "the limit was never reached");
     assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} log lines");
 }
@@ -64,15 +64,15 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     assert_eq!(rep, 0);
     let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
     server.wait_log(|log| log.contains("Too many open files"));
-    // A rate is measured, so time must pass.
+    // The load is measured over at least 1.2 s.
     let (started, before) = (Instant::now(), server.cpu_seconds());
     while started.elapsed() < Duration::from_millis(1200) {
-        ping(&mut tunnel, b"still here");
+        ping(&mut tunnel, b"still open");
         std::thread::sleep(Duration::from_millis(20));
     }
     let load = (server.cpu_seconds() - before) / started.elapsed().as_secs_f64();
     assert!(load < 0.15, "{:.0} % of a core", load * 100.0);
-    let lines = u64::try_from(server.log().matches("Too many open files").count()).expect("a number");
+    let lines = u64::try_from(server.log().matches("Too many open files").count()).expect("64 bits suffice");
     assert!(lines <= 3 + started.elapsed().as_secs(), "{lines} log lines");
     let mut waiting = server.connect();
     waiting.write_all(&[5, 1, 0]).expect("greeting sent");
@@ -80,7 +80,7 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     let resumed = Instant::now();
     assert_eq!(read_exact(&mut waiting, 2), [5, 0]);
     assert!(resumed.elapsed() < Duration::from_secs(5), "{:?}", resumed.elapsed());
-    ping(&mut tunnel, b"and here as well");
+    ping(&mut tunnel, b"still open too");
     let (_stream, rep, _) = open(&server, CONNECT, dst);
     assert_eq!(rep, 0);
 }
@@ -112,8 +112,8 @@ fn soft_descriptor_limit_is_raised_to_the_hard_limit() {
     command.arg("--nofile=64:1000").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
     let server = Server::start_with(&mut command, 1);
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).expect("the server runs");
-    let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("the limit is listed");
     assert_eq!(line.split_whitespace().nth(3), Some("1000"), "{line}");
     let streams: Vec<TcpStream> = (0..100).map(|_| greet(&server)).collect();
-    wait_until("all are served", TIMEOUT, || server.descriptors() > streams.len());
+    wait_until("all clients are served", TIMEOUT, || server.descriptors() > streams.len());
 }

@@ -1,4 +1,4 @@
-//! Clients that send nothing, too little, or another protocol.
+//! Clients that send nothing, an incomplete handshake, or another protocol.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::common::{Server, TIMEOUT, echo_server, open, request, wait_until};
 use crate::kit::{CONNECT, StreamEnd, fastest, greet, idle_descriptors, ping, session_lines, stream_end, timed};
 
-/// Sends bytes and returns the answer, up to the end of the stream.
+/// Sends bytes and returns all bytes of the answer. Fails if the connection is reset.
 fn answer_to(server: &Server, bytes: &[u8]) -> Vec<u8> {
     let mut stream = server.connect();
     stream.write_all(bytes).expect("data sent");
@@ -67,7 +67,7 @@ fn handshake_timeout_does_not_apply_to_the_tunnel() {
     assert_eq!(rep, 0);
     let started = Instant::now();
     while started.elapsed() < Duration::from_millis(600) {
-        ping(&mut stream, b"still here");
+        ping(&mut stream, b"still open");
         thread::sleep(Duration::from_millis(50));
     }
 }
@@ -80,7 +80,7 @@ fn three_hundred_silent_clients_do_not_delay_others() {
     let fastest = fastest(|| assert_eq!(open(&server, CONNECT, dst).1, 0));
     assert!(fastest < Duration::from_millis(100), "{fastest:?}");
     drop(silent);
-    wait_until("all are logged", TIMEOUT, || session_lines(&server.log()).len() == 308);
+    wait_until("all sessions are logged", TIMEOUT, || session_lines(&server.log()).len() == 308);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn http_requests_get_a_501_response_that_names_socks5() {
     for request in ["GET / HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT x:443 HTTP/1.1\r\n\r\n", "POST / HTTP/1.0\r\n\r\n"] {
         let answer = String::from_utf8(answer_to(&server, request.as_bytes())).expect("UTF-8");
         let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
-        assert!(head.starts_with("HTTP/1.") && head.lines().next().expect("a line").contains(" 501 "), "{head}");
+        assert!(head.starts_with("HTTP/1.") && head.lines().next().expect("a status line").contains(" 501 "), "{head}");
         let length =
             head.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length: ").map(str::to_owned));
         assert!(length.is_none_or(|length| length == body.len().to_string()), "{answer}");
@@ -112,7 +112,7 @@ fn tls_and_random_bytes_are_closed_without_an_answer() {
     for bytes in inputs {
         let mut stream = server.connect();
         stream.write_all(bytes).expect("data sent");
-        // A reset is fine, because there is no answer that it could discard.
+        // A reset is allowed, because there is no answer that it could discard.
         let end = stream_end(&mut stream);
         assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     }
@@ -146,8 +146,8 @@ fn clients_that_close_after_any_byte_leak_no_descriptor() {
             end(stream);
         }
     }
-    wait_until("all are closed", TIMEOUT, || server.descriptors() == before);
+    wait_until("all connections are closed", TIMEOUT, || server.descriptors() == before);
     let expected = 2 * (whole.len() + 1);
     // A connection that is reset before accept(2) may have no session.
-    wait_until("all are logged", TIMEOUT, || session_lines(&server.log()).len() >= expected - whole.len() - 1);
+    wait_until("all sessions are logged", TIMEOUT, || session_lines(&server.log()).len() >= expected - whole.len() - 1);
 }

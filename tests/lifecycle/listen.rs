@@ -1,4 +1,4 @@
-//! `--listen`: every form, its log line, and errors.
+//! `--listen`: every form of the address, the log line, and errors.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ fn addr(text: &str) -> SocketAddr {
     text.parse().expect("valid address")
 }
 
-/// Greets, and expects NO AUTHENTICATION.
+/// Offers no authentication. Fails unless the server selects it.
 fn assert_serves(stream: &mut (impl std::io::Read + std::io::Write)) {
     stream.write_all(&[5, 1, 0]).expect("greeting sent");
     let mut selection = [0; 2];
@@ -25,7 +25,7 @@ fn assert_listens(addr: SocketAddr) {
     assert_serves(&mut stream);
 }
 
-/// Starts a server that must fail, and returns the last line of its stderr.
+/// Returns the last line on the stderr of a server that must fail to start.
 fn start_error(args: &[&str]) -> String {
     let output = run(s5().arg("serve").args(args), b"", TIMEOUT);
     assert!(!output.status.success(), "{args:?}");
@@ -40,10 +40,10 @@ fn listen_port_binds_loopback_of_both_families() {
     let server = serve("0", 2, &[]);
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [V4, V6]);
-    assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "one port for both");
+    assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "ports differ");
     server.addrs.iter().copied().for_each(assert_listens);
     let other = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
-    assert!(TcpStream::connect(other).is_err(), "another loopback address");
+    assert!(TcpStream::connect(other).is_err(), "the server listens on another loopback address");
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
 }
 
 #[test]
-fn listen_keeps_a_file_that_is_not_a_socket() {
+fn listen_keeps_a_regular_file_at_the_socket_path() {
     let dir = temp_dir();
     let path = crate::common::write_file(dir.path(), "precious", "text");
     let error = start_error(&["--listen", &format!("unix:{path}")]);
@@ -140,7 +140,7 @@ fn listen_error_names_an_address_of_another_host() {
 
 #[test]
 fn killed_server_can_rebind_its_port_at_once() {
-    // Its own network, because another program must not take the port in between.
+    // In a network namespace, so that no other program can take the port before the second server.
     if !in_namespace("listen::killed_server_can_rebind_its_port_at_once", "", "") {
         return;
     }
@@ -150,8 +150,8 @@ fn killed_server_can_rebind_its_port_at_once() {
     assert_eq!(rep, 0);
     ping(&mut stream, b"hello");
     drop(server);
-    let again = serve(&addr.to_string(), 1, &[]);
-    assert_listens(again.addr());
+    let restarted = serve(&addr.to_string(), 1, &[]);
+    assert_listens(restarted.addr());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `--users`: accepted and refused logins, and their cost (RFC 1929).
+//! `--users`: accepted and refused logins (RFC 1929), and their CPU time.
 
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
@@ -10,7 +10,7 @@ use crate::common::{Server, TIMEOUT, echo_server, read_exact, read_reply, reques
 use crate::kit::login::{login_message, users_file};
 use crate::kit::{CONNECT, StreamEnd, connect_from, fastest, ping, stream_end};
 
-/// Connects from an unused address, because failed logins delay the answers to their address.
+/// Connects from an unused address, because answers to an address are delayed after failed logins.
 fn connect_from_unused_ip(server: &Server) -> TcpStream {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
@@ -20,9 +20,9 @@ fn connect_from_unused_ip(server: &Server) -> TcpStream {
 /// Logs in. Returns the connection and STATUS.
 fn login(server: &Server, uname: &[u8], passwd: &[u8]) -> (TcpStream, u8) {
     let mut stream = connect_from_unused_ip(server);
-    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout: hashing is slow by design");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("timeout set");
     stream.write_all(&[5, 2, 0, 2]).expect("greeting sent");
-    assert_eq!(read_exact(&mut stream, 2), [5, 2], "never NO AUTHENTICATION");
+    assert_eq!(read_exact(&mut stream, 2), [5, 2], "the server must not select NO AUTHENTICATION");
     stream.write_all(&login_message(uname, passwd)).expect("login sent");
     let status = read_exact(&mut stream, 2);
     assert_eq!(status[0], 1);
@@ -38,11 +38,12 @@ fn assert_refused(server: &Server, uname: &[u8], passwd: &[u8]) {
 
 #[test]
 fn login_with_correct_credentials_succeeds() {
-    let (longest, own) = ("n".repeat(255), "p".repeat(72));
-    let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)]);
+    // bcrypt allows passwords of 72 bytes.
+    let (longest_name, longest_password) = ("n".repeat(255), "p".repeat(72));
+    let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "pa ss:wörd"), (&longest_name, &longest_password)]);
     let server = Server::start(&["--users", &users]);
     let dst = echo_server();
-    for (uname, passwd) in [("alice", "secret"), ("bob", "pa ss:wörd"), (&longest, &own)] {
+    for (uname, passwd) in [("alice", "secret"), ("bob", "pa ss:wörd"), (&longest_name, &longest_password)] {
         let (mut stream, status) = login(&server, uname.as_bytes(), passwd.as_bytes());
         assert_eq!(status, 0, "{uname}");
         stream.write_all(&request(CONNECT, dst)).expect("request sent");
@@ -55,7 +56,7 @@ fn login_with_correct_credentials_succeeds() {
 fn login_with_any_deviation_is_refused() {
     let (_dir, users) = users_file(&[("alice", "secret"), ("bob", "other")]);
     let server = Server::start(&["--users", &users]);
-    // The second round runs with a cached password, which must not help the wrong ones.
+    // In the second round the password of alice is cached.
     for _ in 0..2 {
         let wrong: [(&[u8], &[u8]); 16] = [
             (b"alice", b"wrong"),
@@ -99,11 +100,11 @@ fn users_file_disables_no_authentication() {
     let offers: [&[u8]; 4] = [&[5, 1, 0], &[5, 2, 0, 1], &[5, 1, 0x80], &[5, 3, 0, 0, 0]];
     for offer in offers {
         let mut stream = server.connect();
-        // The request after it must not be answered.
+        // The request after the greeting must not be answered.
         stream.write_all(&[offer, &request(CONNECT, echo_server())].concat()).expect("data sent");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![5, 0xFF]), "{offer:?}");
     }
-    // Nor one after a wrong password.
+    // A request after a wrong password must not be answered either.
     let mut stream = server.connect();
     let all = [vec![5, 1, 2], login_message(b"alice", b"wrong"), request(CONNECT, echo_server())].concat();
     stream.write_all(&all).expect("data sent");
@@ -141,7 +142,7 @@ fn add_user(file: &str, name: &str, passwd: &str) {
 }
 
 #[test]
-fn concurrent_logins_of_one_user_cost_one_hash() {
+fn concurrent_logins_of_one_user_compute_one_hash() {
     const LOGINS: usize = 500;
     let dir = temp_dir();
     let users = dir.path().join("users");
@@ -169,7 +170,7 @@ fn concurrent_logins_of_one_user_cost_one_hash() {
         server.cpu_seconds() - before
     };
     let (few, many) = (cost_of(10), cost_of(LOGINS));
-    // 490 more sessions cost no further hash; one hash each would cost a hundred times as much.
+    // 490 more sessions need no further hash. One hash for each would take a hundred times as long.
     assert!(many < 3.0 * few + 1.0, "{few} s of CPU for 10, {many} s for {LOGINS}");
 }
 

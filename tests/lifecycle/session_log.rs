@@ -1,4 +1,4 @@
-//! The log line of a session: exactly one each, key=value, input quoted, no passwords.
+//! The session log: one line per session, of key=value pairs, with input of the client quoted and no passwords.
 
 use std::io::Write as _;
 use std::net::Shutdown;
@@ -6,9 +6,9 @@ use std::net::Shutdown;
 use crate::common::{Server, closed_port, echo_server, in_namespace, open, read_exact, temp_dir, write_file};
 use crate::kit::{CONNECT, StreamEnd, greet, open_by_name, request_by_name, session_lines, stream_end};
 
-/// Returns the keys and values of a session line, quoted values with their quotes. Fails for any other line.
+/// Returns the keys and values of a session line. Quoted values keep their quotes.
 fn pairs(line: &str) -> Vec<(&str, &str)> {
-    let mut rest = line.split_once("session ").expect("a session").1;
+    let mut rest = line.split_once("session ").expect("a session line").1;
     let mut pairs = Vec::new();
     while !rest.is_empty() {
         let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("no key in {rest}"));
@@ -31,7 +31,7 @@ fn quoted_length(value: &str) -> usize {
     end.expect("a closing quote") + 2
 }
 
-/// Returns the value of a key, which must occur once.
+/// Returns the value of a key. Fails unless the key occurs once.
 fn value<'a>(line: &'a str, key: &str) -> &'a str {
     let values: Vec<&str> = pairs(line).into_iter().filter(|pair| pair.0 == key).map(|pair| pair.1).collect();
     assert_eq!(values.len(), 1, "{key} in {line}");
@@ -72,7 +72,7 @@ fn session_log_line_has_all_keys_and_values() {
 }
 
 #[test]
-fn each_session_logs_one_line_however_it_ends() {
+fn session_logs_one_line_for_each_kind_of_end() {
     let server = Server::start(&[]);
     let echo = echo_server();
     drop(server.connect());
@@ -158,7 +158,7 @@ fn password_and_hash_are_not_logged_with_verbose() {
 
 #[test]
 fn quiet_server_logs_nothing() {
-    // Its own network, because another program must not take the port in between.
+    // In a network namespace, so that no other program can take the port before the server.
     if !in_namespace("session_log::quiet_server_logs_nothing", "", "") {
         return;
     }
@@ -169,7 +169,9 @@ fn quiet_server_logs_nothing() {
         .stderr(std::process::Stdio::piped())
         .spawn()
         .expect("s5 starts");
-    crate::common::wait_until("it listens", crate::common::TIMEOUT, || std::net::TcpStream::connect(&addr).is_ok());
+    crate::common::wait_until("the server listens", crate::common::TIMEOUT, || {
+        std::net::TcpStream::connect(&addr).is_ok()
+    });
     child.kill().expect("the child can be killed");
     let output = child.wait_with_output().expect("the child can be waited for");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");

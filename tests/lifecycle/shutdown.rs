@@ -1,5 +1,5 @@
-//! SIGTERM and SIGINT: no new connections, open sessions finish or are closed, a second signal ends the drain. Also: a
-//! server goes on without a reader of its log.
+//! SIGTERM and SIGINT: new connections are refused, open sessions are drained, a second signal ends the drain. Also:
+//! the server keeps running if the reader of its log closes the pipe.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -21,7 +21,7 @@ fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
         server.wait_log(|log| log.contains("shutting down: draining sessions"));
         let addr = server.addr();
         wait_until("new connections are refused", TIMEOUT, || TcpStream::connect(addr).is_err());
-        ping(&mut stream, b"to be finished");
+        ping(&mut stream, b"draining");
         stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed, not reset");
         assert_eq!(server.wait(TIMEOUT).code(), Some(0), "{signal}");
@@ -118,10 +118,10 @@ fn server_survives_a_closed_log_pipe() {
     let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("s5 starts");
     let mut log = BufReader::new(child.stderr.take().expect("stderr is piped"));
     let mut line = String::new();
-    log.read_line(&mut line).expect("a line");
-    let addr: SocketAddr = line.trim().rsplit(' ').next().and_then(|addr| addr.parse().ok()).expect("an address");
+    log.read_line(&mut line).expect("line read");
+    let addr: SocketAddr = line.trim().rsplit(' ').next().and_then(|addr| addr.parse().ok()).expect("valid address");
     drop(log);
-    let served = std::panic::catch_unwind(|| {
+    let result = std::panic::catch_unwind(|| {
         for _ in 0..20 {
             let mut stream = TcpStream::connect(addr).expect("the listener accepts");
             stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
@@ -129,8 +129,8 @@ fn server_survives_a_closed_log_pipe() {
             assert_eq!(read_exact(&mut stream, 2), [5, 0]);
         }
     });
-    let running = child.try_wait().expect("the child can be waited for").is_none();
+    let is_running = child.try_wait().expect("the child can be waited for").is_none();
     child.kill().expect("the child can be killed");
     child.wait().expect("the child can be waited for");
-    assert!(served.is_ok() && running);
+    assert!(result.is_ok() && is_running);
 }

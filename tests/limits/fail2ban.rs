@@ -1,5 +1,5 @@
-//! The fail2ban filter of src/policy/README.md, run over the log of a real server. Each failed login is one match with
-//! the right address, and no value that a client can choose adds or hides a match.
+//! The fail2ban filter of src/policy/README.md on the log of a server. Each failed login is one match with the right
+//! address, and values that a client chooses neither add nor hide a match.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -14,6 +14,7 @@ use crate::common::{
 use crate::kit::login::{login_message, select_password, send_login, users_file};
 use crate::kit::{CONNECT, connect_from, request_by_name, serve, session_lines, stream_end};
 
+/// The filter in the README.
 fn filter() -> String {
     let readme = include_str!("../../src/policy/README.md");
     let blocks = readme.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
@@ -21,7 +22,7 @@ fn filter() -> String {
     format!("{}\n", filters.next().expect("a filter in the README").trim())
 }
 
-/// The rest of a log line for the failed login of another client, to be smuggled in as a user name.
+/// The end of a log line of another client's failed login. Sent as a user name to forge that line.
 const FORGED: &str = "x\" command=- dst=- bnd=- rep=- up=0 down=0 seconds=0.001 error=\"login refused\"";
 
 /// User names that try to forge or hide a match.
@@ -103,7 +104,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     for uname in names.iter().take(4) {
         let mut stream = connect_from(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), server.addrs[1]);
         select_password(&mut stream);
-        // A client that does not wait for the answer has failed as well.
+        // The login counts as failed even if the client does not wait for the answer.
         stream.write_all(&login_message(uname, b"wrong")).expect("data sent");
         stream.shutdown(Shutdown::Write).expect("half-closed");
         stream_end(&mut stream);
@@ -142,9 +143,9 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     let all = expected.len() + others;
     let log = server.wait_log(|log| session_lines(log).len() >= all);
     assert_eq!(log.lines().count(), all + 2, "one line each, and two for the listeners:\n{log}");
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time after 1970").as_secs_f64();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is after 1970").as_secs_f64();
     let dir = temp_dir();
-    // The log is in UTC in every time zone; a time that is hours off would cause no ban, or one that is too long.
+    // Log times are in UTC in every time zone. A time in another zone would cause no ban, or one that is too long.
     for zone in ["UTC", "Asia/Tokyo", "America/New_York"] {
         let found = matches(dir.path(), &log, zone);
         assert!(found.iter().all(|(_, time)| (now - 120.0..=now + 1.0).contains(time)), "{zone}: {found:?} at {now}");
@@ -153,7 +154,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
         expected.sort_unstable();
         assert_eq!(addresses, expected, "{zone}");
     }
-    // As in the journal: host and program precede the line.
+    // In the journal, host and program precede the line.
     let journal: String = log.lines().map(|line| format!("host s5[123]: {line}\n")).collect();
     let mut addresses: Vec<_> = matches(dir.path(), &journal, "UTC").into_iter().map(|(ip, _)| ip).collect();
     addresses.sort_unstable();

@@ -11,7 +11,7 @@ use crate::kit::login::{
     connect_from_ip, log_in, login_message, select_password, send_login, users_file, users_file_with_cost,
 };
 use crate::kit::{CONNECT, StreamEnd, ping, resident_kib, stream_end, timed};
-use crate::{best_of_three, ensure, lock_machine};
+use crate::{ensure, lock_machine, try_three_times};
 
 /// Failures within a minute without a delay.
 const FREE_FAILURES: usize = 5;
@@ -138,7 +138,7 @@ fn refusal_time_does_not_reveal_user_names() {
     let server = Server::start(&["--users", &users]);
     let last = AtomicU32::new(0x7F10_0000);
     let source = || (last.fetch_add(1, Ordering::Relaxed) + 1).to_be_bytes();
-    best_of_three(|| {
+    try_three_times(|| {
         let mut times = [Vec::new(), Vec::new()];
         for n in 0..ATTEMPTS {
             let known = names[n % names.len()];

@@ -12,7 +12,7 @@ use crate::common::{
 };
 use crate::kit::login::{log_in, users_file};
 use crate::kit::{CONNECT, UDP_ASSOCIATE, V4, check_pattern, ping, send_pattern};
-use crate::{best_of_three, ensure, lock_machine};
+use crate::{ensure, lock_machine, try_three_times};
 
 /// Lower limit for the capacity of a bucket, which is a quarter of a second otherwise.
 const MIN_BURST_BYTES: f64 = 65_536.0;
@@ -129,9 +129,9 @@ fn rate_limit_of_a_session_holds_up_down_and_both() {
             .map(|(what, directions)| (text, rate, what, directions))
     });
     let [slow, middling, fast] = kinds;
-    best_of_three(|| check_sessions(&[slow, middling].concat()));
+    try_three_times(|| check_sessions(&[slow, middling].concat()));
     // One at a time, because together these need all of the machine.
-    fast.chunks(1).for_each(|kind| best_of_three(|| check_sessions(kind)));
+    fast.chunks(1).for_each(|kind| try_three_times(|| check_sessions(kind)));
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn rate_limit_of_a_user_is_shared_by_the_sessions_of_that_user_only() {
     let _machine = lock_machine();
     let [alice, bob] = [("alice", "secret"), ("bob", "other")];
     let (_dir, users) = users_file(&[alice, bob]);
-    best_of_three(|| {
+    try_three_times(|| {
         let server = Server::start(&["--users", &users, "--rate", "4M"]);
         let other = Server::start(&["--users", &users, "--rate", "1M", "--rate-per-user", "2M"]);
         let only_per_user = Server::start(&["--users", &users, "--rate-per-user", "1M"]);
@@ -234,7 +234,7 @@ fn udp_association_drops_datagrams_above_its_rate_limit() {
     let server = &Server::start(&["--rate", "400k"]);
     let time = Duration::from_secs(2);
     let whole = 400e3 * time.as_secs_f64();
-    best_of_three(|| {
+    try_three_times(|| {
         let passed = thread::scope(|scope| {
             let floods = [false, true].map(|answers| scope.spawn(move || flood(server, answers, time)));
             floods.map(|flood| flood.join().expect("the thread does not panic") as f64)
@@ -263,7 +263,7 @@ fn voluntary_switches(server: &Server) -> u64 {
 fn rate_limited_tunnel_wakes_once_per_reservation() {
     let _machine = lock_machine();
     let kinds = [("down", DOWN, 60.0), ("up", UP, 60.0), ("both directions", UP | DOWN, 120.0)];
-    best_of_three(|| {
+    try_three_times(|| {
         let servers = kinds.map(|_| Server::start(&["--rate", "4M", "--threads", "1"]));
         let (_tunnels, counters): (Vec<_>, Vec<_>) =
             servers.iter().zip(kinds).map(|(server, (_, directions, _))| busy(server, directions)).unzip();
@@ -303,7 +303,7 @@ fn rate_limited_tunnel_loses_no_data_and_relays_half_close() {
 #[test]
 fn unused_rate_accumulates_for_a_quarter_of_a_second() {
     let _machine = lock_machine();
-    best_of_three(|| {
+    try_three_times(|| {
         let server = Server::start(&["--rate", "1M"]);
         let counter = Counter::default();
         let (stream, rep, _) = open(&server, CONNECT, target(UP, &counter));

@@ -1,4 +1,4 @@
-//! DNS over UDP through a proxy, with a server that has a few names and forwards no queries.
+//! DNS over UDP through a proxy. unbound answers for a few names and forwards no queries.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -15,7 +15,7 @@ struct Unbound {
     _dir: tempfile::TempDir,
 }
 
-/// The TXT record of `large.test`: larger than DNS over UDP allows without EDNS, and than servers send by default.
+/// The TXT record of `large.test`. It requires EDNS, and a larger buffer than the default of servers.
 fn large_txt() -> Vec<String> {
     (b'a'..=b'n').map(|letter| char::from(letter).to_string().repeat(250)).collect()
 }
@@ -65,7 +65,10 @@ fn associations(log: &str) -> Vec<(f64, usize)> {
     };
     let number = |line: &str| (value(line, "seconds=").parse(), value(line, "down=").parse());
     let sessions = log.lines().filter(|line| line.contains(" command=udp "));
-    sessions.map(number).map(|(seconds, down)| (seconds.expect("seconds"), down.expect("bytes"))).collect()
+    sessions
+        .map(number)
+        .map(|(seconds, down)| (seconds.expect("valid seconds"), down.expect("valid byte count")))
+        .collect()
 }
 
 #[test]
@@ -80,13 +83,13 @@ fn dig_queries_through_local_port_and_idle_association_ends() {
     assert!(forward.addr().ip().is_loopback() && forward.addr().port() != 0);
     assert_eq!(dig(forward.addr(), "host.test", "A"), "192.0.2.10\n");
     assert_eq!(dig(forward.addr(), "host.test", "AAAA"), "2001:db8::10\n");
-    // Each dig has its own port, and so its own association.
+    // Each dig sends from another port, so each has an association.
     server.wait_log(|log| associations(log).len() == 2);
     let strings: Vec<String> = large_txt().iter().map(|string| format!("\"{string}\"")).collect();
     assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
     let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
     assert!(ended.iter().all(|(seconds, _)| (1.0..TIMEOUT.as_secs_f64()).contains(seconds)), "{ended:?}");
-    assert!(ended[2].1 > 3500, "one datagram: {ended:?}");
+    assert!(ended[2].1 > 3500, "the large answer is one datagram: {ended:?}");
     // The end of an idle association is not an error.
     assert_eq!(forward.log().lines().count(), 1, "{}", forward.log());
 }
@@ -97,15 +100,15 @@ fn hex_framing_queries_dns() {
         return;
     }
     let (unbound, server) = (Unbound::start(), Server::start(&[]));
-    // Id, RD, one question; the name, A, IN (RFC 1035 section 4).
+    // ID, RD, one question: host.test, A, IN (RFC 1035 section 4).
     let query = b"1234 0100 0001 0000 0000 0000 04686f7374 0474657374 00 0001 0001\n";
     let args = ["udp", "-x", &server.addr().to_string(), &unbound.addr.to_string(), "-n", "1", "--hex"];
     let output = run(s5().args(args), query, TIMEOUT);
     assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
     let answer = text(&output.stdout);
-    let digits = answer.strip_suffix('\n').expect("a line");
+    let digits = answer.strip_suffix('\n').expect("the answer ends with a line end");
     assert!(digits.bytes().all(|digit| digit.is_ascii_hexdigit()), "{answer:?}");
-    // The id, QR with NOERROR, one answer; 4 bytes of address at the end.
+    // ID, QR with NOERROR, one answer; the last 4 bytes are the address.
     assert!(digits.starts_with("12348") && digits[7..16] == *"000010001", "{digits}");
     assert!(digits.ends_with("0004c000020a"), "{digits}");
 }

@@ -1,4 +1,4 @@
-//! git, rsync and ssh through proxies that require passwords, which are in a file.
+//! git, rsync and ssh through proxies that require passwords. The passwords are in a file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +15,7 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
     if !has_all(&["ssh", "sshd", "ssh-keygen", "git"]) {
         return;
     }
-    let ((_alices, alice), (_bobs, bob)) =
+    let ((_alice_dir, alice), (_bob_dir, bob)) =
         (users_file(&[("alice", "open sesame")]), users_file(&[("bob", "pass:word")]));
     let (first, second) = (Server::start(&["--users", &alice]), Server::start(&["--users", &bob]));
     let (sshd, dir, content) = (Sshd::start(), temp_dir(), bytes(2 << 20));
@@ -29,7 +29,7 @@ fn git_clones_over_ssh_through_two_proxies_with_passwords_from_file() {
         let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
         run(command.args(["clone", "-q", &url, name]), b"", LONG_TIMEOUT)
     };
-    // The passwords are not in the order of the proxies.
+    // The file has the passwords in another order than the chain.
     let output = clone("right", "carol:other\nbob:pass:word\nalice:open sesame\n");
     assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
     let cloned = std::fs::read(dir.path().join("right/file")).expect("the file was cloned");
@@ -48,7 +48,7 @@ fn read_files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(dir).expect("directory read") {
         let path = entry.expect("directory entry").path();
-        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        let name = path.file_name().expect("a file name").to_string_lossy().into_owned();
         if path.is_dir() {
             files.extend(read_files(&path).into_iter().map(|(below, content)| (format!("{name}/{below}"), content)));
         } else {
@@ -59,13 +59,13 @@ fn read_files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 #[test]
-fn rsync_copies_directory_over_ssh_both_ways() {
+fn rsync_copies_directory_over_ssh_in_both_directions() {
     if !has_all(&["ssh", "sshd", "ssh-keygen", "rsync"]) {
         return;
     }
-    let (_alices, users) = users_file(&[("alice", "open sesame")]);
+    let (_users_dir, users) = users_file(&[("alice", "open sesame")]);
     let (server, sshd, dir) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir());
-    let here = |name: &str| format!("{}/{name}/", dir.path().display());
+    let path = |name: &str| format!("{}/{name}/", dir.path().display());
     std::fs::create_dir_all(dir.path().join("original/below")).expect("directory created");
     for (name, content) in [("large", bytes(3 << 20)), ("empty", Vec::new()), ("below/two words", bytes(1000))] {
         std::fs::write(dir.path().join("original").join(name), content).expect("file written");
@@ -74,8 +74,8 @@ fn rsync_copies_directory_over_ssh_both_ways() {
     let options = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
     let ssh = format!("ssh -p {} -F '{}'", sshd.addr.port(), sshd.client_config(&s5_as_proxy_command(&options)));
     for [from, to] in [
-        [here("original"), format!("127.0.0.1:{}", here("there"))],
-        [format!("127.0.0.1:{}", here("there")), here("back")],
+        [path("original"), format!("127.0.0.1:{}", path("there"))],
+        [format!("127.0.0.1:{}", path("there")), path("back")],
     ] {
         stdout(Command::new("rsync").args(["-a", "-e", &ssh, &from, &to]), b"");
     }
@@ -85,14 +85,14 @@ fn rsync_copies_directory_over_ssh_both_ways() {
         assert!(copied.keys().eq(original.keys()), "{name}: {:?}", copied.keys());
         copied.iter().zip(&original).for_each(|((_, left), (_, right))| assert_same(left, right));
     }
-    let of_alice = format!("user=\"alice\" command=connect dst=\"{}\"", sshd.addr);
-    server.wait_log(|log| log.matches(&of_alice).count() == 2);
+    let alice_session = format!("user=\"alice\" command=connect dst=\"{}\"", sshd.addr);
+    server.wait_log(|log| log.matches(&alice_session).count() == 2);
 }
 
-/// The number of processes that run `s5 connect` through this proxy.
-fn connection_count(proxy: &Server) -> usize {
+/// Returns the number of processes that run `s5 connect` through this proxy.
+fn client_count(proxy: &Server) -> usize {
     let addr = proxy.addr().to_string();
-    let is_one = |line: &[u8]| {
+    let is_client = |line: &[u8]| {
         let line = text(line);
         let mut words = line.split('\0');
         words.next() == Some(env!("CARGO_BIN_EXE_s5"))
@@ -100,7 +100,7 @@ fn connection_count(proxy: &Server) -> usize {
             && words.any(|word| word.ends_with(&addr))
     };
     let processes = std::fs::read_dir("/proc").expect("directory read").flatten();
-    processes.filter(|process| std::fs::read(process.path().join("cmdline")).is_ok_and(|line| is_one(&line))).count()
+    processes.filter(|process| std::fs::read(process.path().join("cmdline")).is_ok_and(|line| is_client(&line))).count()
 }
 
 #[test]
@@ -108,18 +108,18 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
     if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
         return;
     }
-    let (_alices, users) = users_file(&[("alice", "open sesame")]);
+    let (_users_dir, users) = users_file(&[("alice", "open sesame")]);
     let (server, sshd, dir, data) = (Server::start(&["--users", &users]), Sshd::start(), temp_dir(), bytes(4 << 20));
     let file = write_file(dir.path(), "auth", "alice:open sesame\n");
     let login = format!("-x alice@{} --proxy-auth-file '{file}'", server.addr());
-    let hands_over = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
-    assert_eq!(text(&stdout(sshd.ssh(&hands_over).arg("echo over there"), b"")), "over there\n");
-    // Without -F the process stays, which shows that the search would find it.
-    for (lines, stay) in [(hands_over, 0), (s5_as_proxy_command(&login), 1)] {
+    let with_fdpass = format!("{}\nProxyUseFdpass yes", s5_as_proxy_command(&format!("-F {login}")));
+    assert_eq!(text(&stdout(sshd.ssh(&with_fdpass).arg("echo hello"), b"")), "hello\n");
+    // Without -F the process keeps running, which shows that `client_count` finds it.
+    for (lines, clients) in [(with_fdpass, 0), (s5_as_proxy_command(&login), 1)] {
         let mut ssh = RunningProgram::start(sshd.ssh(&lines).arg("cat"));
         ssh.write(b"hello\n");
         ssh.stdout(|bytes| bytes == b"hello\n");
-        assert_eq!(connection_count(&server), stay, "{lines}");
+        assert_eq!(client_count(&server), clients, "{lines}");
         ssh.write(&data);
         ssh.close_stdin();
         let (status, echoed, stderr) = ssh.wait_exit(LONG_TIMEOUT);
@@ -132,7 +132,7 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
 
 #[test]
 fn pass_fd_requires_stdout_to_be_a_socket() {
-    // The check comes before any password prompt.
+    // The check precedes connecting and password prompts.
     let (proxy, target) = (closed_port().to_string(), echo_server().to_string());
     for args in [&["-F", "-x", &proxy, &target][..], &["--pass-fd", "--direct", &target]] {
         let output = run(s5().arg("connect").args(args), b"", TIMEOUT);
