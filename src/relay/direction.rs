@@ -10,8 +10,8 @@ use super::Stream;
 use super::splice::{self, Pipe};
 use crate::reactor::{Interest, wake_later};
 
-/// Size of a thread's buffer, in bytes. A direction keeps at most this many bytes outside a pipe. Exception: the content
-/// of a pipe that cannot be spliced to the sink.
+/// Size of a thread's buffer, in bytes. A direction keeps at most this many bytes outside a pipe. The exception is the
+/// content of a pipe that cannot be spliced to the sink.
 const BUFFER_SIZE: usize = 64 * 1024;
 /// Bytes that a direction relays before other tasks of the thread run.
 const POLL_BUDGET: usize = 1 << 20;
