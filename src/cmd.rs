@@ -165,20 +165,23 @@ pub fn redact_command_line(args: &[OsString]) {
 /// proxy that was given to the wrong option.
 fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
-    let line = words.join(" ").replace("Run s5", "run s5").replace(" for more information.", "");
+    let line = words.join(" ").replace("Error parsing option '", "").replace("' with value ", " ");
+    let line = line.replace("Run s5", "run s5").replace(" for more information.", "");
+    let line = line.replace("invalid digit found in string", "expected a number");
     let mut chars = line.chars();
     chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()
 }
 
 /// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`. The default unit is seconds.
 fn parse_duration(text: &str) -> Result<Duration, String> {
+    let invalid = || "expected a time such as 10, 500ms, 5m or 2h, at most one year".to_owned();
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text.get(digits.len()..).unwrap_or_default() {
         "" | "s" => Duration::from_secs(1),
         "ms" => Duration::from_millis(1),
         "m" => Duration::from_secs(60),
         "h" => Duration::from_secs(3600),
-        _ => return Err("the unit must be ms, s, m or h".into()),
+        _ => return Err(invalid()),
     };
     let time = parse_decimal(digits).and_then(|billionths| {
         // With integers: the parser for floating-point numbers would add much code to the binary.
@@ -186,7 +189,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         u64::try_from(nanos).ok().map(Duration::from_nanos)
     });
     let time = time.filter(|time| *time <= MAX_DURATION);
-    time.ok_or_else(|| "expected a number with ms, s (the default), m or h, at most one year".into())
+    time.ok_or_else(invalid)
 }
 
 /// Parses a number greater than 0.

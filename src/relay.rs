@@ -131,12 +131,12 @@ pub enum RelayError {
 impl fmt::Display for RelayError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (operation, error) = match self {
-            Self::IdleTimeout => return f.write_str("idle for too long"),
+            Self::IdleTimeout => return f.write_str("idle timeout"),
             Self::Stopped => return f.write_str("stopped"),
-            Self::Io(RelayOp::ReadClient, error) => ("reading from the client", error),
-            Self::Io(RelayOp::WriteClient, error) => ("writing to the client", error),
-            Self::Io(RelayOp::ReadDst, error) => ("reading from dst", error),
-            Self::Io(RelayOp::WriteDst, error) | Self::Undelivered(error) => ("writing to dst", error),
+            Self::Io(RelayOp::ReadClient, error) => ("read from the client", error),
+            Self::Io(RelayOp::WriteClient, error) => ("write to the client", error),
+            Self::Io(RelayOp::ReadDst, error) => ("read from dst", error),
+            Self::Io(RelayOp::WriteDst, error) | Self::Undelivered(error) => ("write to dst", error),
         };
         write!(f, "{operation}: {error}")
     }

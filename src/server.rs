@@ -130,7 +130,7 @@ impl FromStr for PortRange {
             .and_then(|(low, high)| Some(port(low)?..=port(high)?))
             .filter(|ports| !ports.is_empty())
             .map(Self)
-            .ok_or_else(|| format!("expected LO-HI with ports from 1 to 65535, found {text:?}"))
+            .ok_or_else(|| "expected LO-HI, ports from 1 to 65535".into())
     }
 }
 
@@ -273,7 +273,7 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     };
     let hop = options.hops.iter().find(leads_here)?;
     let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();
-    Some(format!("hop {}: {proxy} is this server itself (choose another proxy)", hop.name))
+    Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
 
 /// Loads the policy again and rechecks all sessions. Keeps the current policy if the new one has an error.

@@ -105,9 +105,9 @@ fn error_names_invalid_target() {
     for mode in ["connect", "udp"] {
         assert_usage_error(&[mode], &["target", "host:port"]);
         assert_usage_error(&[mode, "a", "1", "2"], &["host:port"]);
-        assert_usage_error(&[mode, "example.org"], &["target", "example.org", "no port"]);
-        assert_usage_error(&[mode, "::1"], &["target", "::1", "no port"]);
-        assert_usage_error(&[mode, "[::1]"], &["target", "[::1]", "no port"]);
+        assert_usage_error(&[mode, "example.org"], &["target", "example.org", "expected HOST:PORT"]);
+        assert_usage_error(&[mode, "::1"], &["target", "::1", "expected HOST:PORT"]);
+        assert_usage_error(&[mode, "[::1]"], &["target", "[::1]", "expected HOST:PORT"]);
         assert_usage_error(&[mode, "example.org:http"], &["target", "http"]);
         assert_usage_error(&[mode, "example.org", "65536"], &["target", "65536"]);
         assert_usage_error(&[mode, "example.org", "-1"], &["-1"]);

@@ -393,23 +393,15 @@ fn silent_dst_that_accepts_no_bytes_ends_the_tunnel_within_seconds() {
 fn relay_error_names_the_failed_operation() {
     type CauseFailure = fn(&mut Harness<MemoryTunnel>);
     let table: [(CauseFailure, RelayOp, &str); 5] = [
-        (
-            |harness| harness.tunnel.client().stream().fails_reads = true,
-            RelayOp::ReadClient,
-            "reading from the client: ",
-        ),
-        (|harness| harness.tunnel.dst().stream().fails_reads = true, RelayOp::ReadDst, "reading from dst: "),
-        (
-            |harness| harness.tunnel.client().stream().fails_writes = true,
-            RelayOp::WriteClient,
-            "writing to the client: ",
-        ),
+        (|harness| harness.tunnel.client().stream().fails_reads = true, RelayOp::ReadClient, "read from the client: "),
+        (|harness| harness.tunnel.dst().stream().fails_reads = true, RelayOp::ReadDst, "read from dst: "),
+        (|harness| harness.tunnel.client().stream().fails_writes = true, RelayOp::WriteClient, "write to the client: "),
         (
             |harness| harness.tunnel.client().stream().accepts_nothing = true,
             RelayOp::WriteClient,
-            "writing to the client: ",
+            "write to the client: ",
         ),
-        (|harness| harness.reset(Direction::Up), RelayOp::ReadClient, "reading from the client: "),
+        (|harness| harness.reset(Direction::Up), RelayOp::ReadClient, "read from the client: "),
     ];
     for (cause_failure, operation, text) in table {
         let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, NO_TIMEOUTS);
@@ -426,5 +418,5 @@ fn relay_error_names_the_failed_operation() {
         }
         harness.tunnel.check_invariants();
     }
-    assert_eq!(RelayError::IdleTimeout.to_string(), "idle for too long");
+    assert_eq!(RelayError::IdleTimeout.to_string(), "idle timeout");
 }

@@ -102,7 +102,7 @@ impl fmt::Display for ClientError {
         let hint = if proxy.is_some() { " (is the proxy running?)" } else { "" };
         match proxy {
             Some(proxy) => write!(f, "proxy {proxy}: {phase}")?,
-            None if *phase == Phase::Connect => write!(f, "direct: connecting")?,
+            None if *phase == Phase::Connect => write!(f, "direct: connecting to the target")?,
             None => write!(f, "direct: {phase}")?,
         }
         if let Some(target) = target {
@@ -117,7 +117,7 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Closed(None) => f.write_str("the proxy closed the connection"),
             ClientErrorKind::Closed(Some(error)) => error.fmt(f),
             ClientErrorKind::NoAcceptableMethod => {
-                f.write_str("no acceptable authentication method (credentials or a Kerberos ticket may be missing)")
+                f.write_str("no acceptable authentication method (add user:password@ to the proxy's URL, or run kinit)")
             }
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),

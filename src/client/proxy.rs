@@ -56,7 +56,7 @@ impl FromStr for Proxy {
             Some((scheme, rest)) if ["socks5", "socks5h"].contains(&scheme.to_ascii_lowercase().as_str()) => rest,
             // Other text is not printed: it may be part of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
-                return Err(format!("{scheme}:// is not supported: use socks5h://HOST:PORT"));
+                return Err(format!("{scheme}:// is not supported (use socks5h://HOST:PORT)"));
             }
             _ => text,
         };
@@ -72,7 +72,7 @@ impl FromStr for Proxy {
         };
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
-            (Some(""), _) => return Err("unix: without a path (use unix:/path)".into()),
+            (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
             (None, _) => Endpoint::Tcp(parse_addr(address, Some(DEFAULT_PORT))?),
@@ -127,14 +127,14 @@ pub fn parse_addr(text: &str, default_port: Option<u16>) -> Result<Addr, String>
     let port = match (port, default_port) {
         (Some(port), _) => parse_port(port)?,
         (None, Some(port)) => port,
-        (None, None) => return Err(format!("{text:?} has no port (use host:port or [ipv6]:port)")),
+        (None, None) => return Err(format!("expected HOST:PORT or [IPV6]:PORT, found {text:?}")),
     };
     Ok(Addr { host: parse_host(host)?, port })
 }
 
 /// Parses a port from 0 to 65535. The error is a message for the user.
 pub fn parse_port(text: &str) -> Result<u16, String> {
-    text.parse().map_err(|_| format!("{text:?} is not a port (0 to 65535)"))
+    text.parse().map_err(|_| format!("expected a port from 0 to 65535, found {text:?}"))
 }
 
 /// Parses an IPv4 or IPv6 address, with or without brackets, or a name.
@@ -150,16 +150,16 @@ pub fn parse_host(text: &str) -> Result<Host, String> {
         return Err("the host is empty".into());
     }
     if inner.is_some() || text.contains(':') {
-        return Err(format!("{text:?} is not an IPv6 address"));
+        return Err(format!("invalid IPv6 address {text:?}"));
     }
     if text.contains(['/', '@', ' ']) {
-        return Err(format!("{text:?} is not a host name"));
+        return Err(format!("invalid host name {text:?}"));
     }
     HostName::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
         length if length > proto::MAX_HOST_NAME_LEN => {
             format!("the host name has {length} bytes: SOCKS5 allows 255")
         }
-        _ => format!("{text:?} is not a host name"),
+        _ => format!("invalid host name {text:?}"),
     })
 }
 

@@ -268,7 +268,7 @@ pub struct Args {
 fn parse_proxy_type(text: &str) -> Result<(), String> {
     match text {
         "5" | "socks5" | "socks5h" => Ok(()),
-        _ => Err("only SOCKS5 is supported".into()),
+        _ => Err("only SOCKS5 is supported (use 5, socks5 or socks5h)".into()),
     }
 }
 
@@ -302,10 +302,8 @@ fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result
             Some(known) if !found.contains(known) => found.push(*known),
             _ => {
                 let all: Vec<String> = all.iter().map(ToString::to_string).collect();
-                return Err(format!(
-                    "{word:?}: expected a comma-separated list of {}, each at most once",
-                    all.join(", ")
-                ));
+                let all = all.join(", ");
+                return Err(format!("unexpected {word:?} (use a comma-separated list of {all}, each at most once)"));
             }
         }
     }

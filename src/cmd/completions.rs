@@ -30,7 +30,7 @@ impl FromStr for Shell {
             "bash" => Ok(Self::Bash),
             "zsh" => Ok(Self::Zsh),
             "fish" => Ok(Self::Fish),
-            _ => Err(format!("expected bash, zsh or fish, found {text:?}")),
+            _ => Err("expected bash, zsh or fish".into()),
         }
     }
 }

@@ -193,7 +193,7 @@ pub struct Args {
 }
 
 fn parse_threads(text: &str) -> Result<u16, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("expected a number from 1 to 65535, found {text:?}"))
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected an integer from 1 to 65535".into())
 }
 
 fn default_threads() -> u16 {
@@ -204,7 +204,7 @@ fn parse_filtering(text: &str) -> Result<Filtering, String> {
     match text {
         "address-dependent" => Ok(Filtering::AddressDependent),
         "endpoint-independent" => Ok(Filtering::EndpointIndependent),
-        _ => Err(format!("expected address-dependent or endpoint-independent, found {text:?}")),
+        _ => Err("expected address-dependent or endpoint-independent".into()),
     }
 }
 
@@ -219,8 +219,7 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         _ => None,
     };
     let rate = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
-    rate.filter(|rate| *rate > 0)
-        .ok_or_else(|| format!("expected bytes per second, such as 1500 or 10M, found {text:?}"))
+    rate.filter(|rate| *rate > 0).ok_or_else(|| "expected bytes per second, such as 1500 or 10M".into())
 }
 
 /// A rule of `--allow` or `--deny`. argh collects each option separately; the position restores their common order.

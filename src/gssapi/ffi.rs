@@ -109,7 +109,7 @@ fn api() -> Result<&'static Api> {
     static API: OnceLock<Result<Api, String>> = OnceLock::new();
     let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR) {
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
-        Some(_) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path")),
+        Some(path) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path: {}", path.display())),
         None => {
             let [mit, heimdal] = LIBRARY_NAMES.map(OsString::from);
             let hint = |error| format!("{error} (Debian: apt install libgssapi-krb5-2)");

@@ -52,7 +52,7 @@ async fn bind_via_hop(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, 
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
-    let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the hop reported a peer name")) };
+    let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
     if let Decision::Deny(rule) = session.current_snapshot().evaluate(&session.request_for_peer(addr)) {
         return Err(denial(rule));
@@ -74,7 +74,7 @@ impl Session<'_> {
                 match routes.as_slice() {
                     [only] => Ok(*only),
                     several if several.contains(&Route::Direct) => Ok(Route::Direct),
-                    _ => Err(SessionError::not_allowed("DST must name the peer: the rules select the hop by it")),
+                    _ => Err(SessionError::not_allowed("DST must be the peer's address: the rules depend on it")),
                 }
             }
         }
@@ -91,9 +91,10 @@ impl Session<'_> {
             Err(SessionError::silent("client disconnected before the peer connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
-        let deadline = Instant::now() + self.server.options.bind_timeout;
-        let result = timeout_at(deadline, accept.or(disconnected).or(denied)).await;
-        result.unwrap_or_else(|| Err(SessionError::with_rep(Rep::TTL_EXPIRED, "peer did not connect in time")))
+        let timeout = self.server.options.bind_timeout;
+        let timed_out = || SessionError::with_rep(Rep::TTL_EXPIRED, format!("peer did not connect within {timeout:?}"));
+        let result = timeout_at(Instant::now() + timeout, accept.or(disconnected).or(denied)).await;
+        result.unwrap_or_else(|| Err(timed_out()))
     }
 
     fn request_for_peer(&self, peer: SocketAddr) -> AccessRequest<'_> {

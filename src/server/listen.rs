@@ -39,12 +39,12 @@ impl FromStr for ListenAddr {
     fn from_str(text: &str) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() {
-                Err("unix: requires a path, as in unix:/run/s5.sock".into())
+                Err("requires a path, as in unix:/run/s5.sock".into())
             } else {
                 Ok(Self::Unix(path.into()))
             };
         }
-        let invalid = || format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH, found {text:?}");
+        let invalid = || "expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH".to_owned();
         let Some((host, port)) = text.rsplit_once(':') else {
             return text.parse().map(Self::Loopback).map_err(|_| invalid());
         };

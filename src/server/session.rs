@@ -158,8 +158,9 @@ struct AuthOutcome {
 impl Session<'_> {
     /// Reads everything up to the request within the handshake timeout, which is extended by the delay of a login.
     async fn handshake(&mut self, mut conn: Conn) -> (Conn, SessionResult<Request>) {
-        let deadline = Instant::now() + self.server.options.handshake_timeout;
-        let timed_out = || SessionError::silent("handshake timed out");
+        let timeout = self.server.options.handshake_timeout;
+        let deadline = Instant::now() + timeout;
+        let timed_out = || SessionError::silent(format!("handshake timed out after {timeout:?}"));
         let mut auth = match timeout_at(deadline, self.authenticate(&mut conn)).await {
             Some(Ok(auth)) => auth,
             Some(Err(error)) => return (conn, Err(error)),
@@ -259,7 +260,7 @@ impl Session<'_> {
         if let Some(user) = &self.log.user
             && !self.server.limiter.admit_user(user, self.quota)
         {
-            return Err(SessionError::not_allowed("session limit of this user reached"));
+            return Err(SessionError::not_allowed("session limit of this user reached (raise --max-per-user)"));
         }
         if !self.is_stream_allowed && request.command != Command::UdpAssociate {
             let reason = "GSSAPI context has no replay and sequence detection (required by RFC 1961 for TCP)";

@@ -305,7 +305,7 @@ impl WorkerHandle {
     fn start_session(self: &Rc<Self>, conn: DetachedConn, client: Option<SocketAddr>, mut permit: SessionPermit) {
         let conn = match conn.attach() {
             Ok(conn) => conn,
-            Err(error) => return permit.pool.log.warn(|| format!("register a new connection: {error}")),
+            Err(error) => return permit.pool.log.warn(|| format!("new connection closed: {error}")),
         };
         let worker = self.clone();
         self.spawn(async move {
@@ -406,12 +406,10 @@ impl AcceptLoop {
         let server = &self.pool.server;
         let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
         match server.limiter.admit_client(client) {
-            Err(AdmitError::Blocked) => log::debug!("client {}: blocked, connection closed", address()),
-            Err(AdmitError::AtLimit(limit)) => {
-                self.pool
-                    .log
-                    .warn(|| format!("client {}: limit of {limit} connections reached, connection closed", address()));
-            }
+            Err(AdmitError::Blocked) => log::debug!("client {}: refused: blocked after failed logins", address()),
+            Err(AdmitError::AtLimit(limit)) => self.pool.log.warn(|| {
+                format!("client {}: refused: limit of {limit} connections reached (raise --max-per-client)", address())
+            }),
             Ok(quota) => match server.policy.current().evaluate(&request_from(client)) {
                 Decision::Deny(rule) => SessionLog::new(client).set_error(denial_reason(rule)),
                 Decision::Allow(..) | Decision::Undecided(_) => return Some(quota),
@@ -437,7 +435,7 @@ impl AcceptLoop {
     }
 
     async fn back_off(&self, error: &io::Error) {
-        self.pool.log.warn(|| format!("accept on {}: {error} (will be retried)", self.listener.get_ref()));
+        self.pool.log.warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));
         sleep(reactor::ACCEPT_RETRY_DELAY).await;
     }
 }

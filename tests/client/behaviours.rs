@@ -96,7 +96,7 @@ fn run_other_statuses(dir: &Path) -> Vec<u8> {
     let cases = vec![
         (0, "", s5(format!("connect -z -x {proxy} {echo}"))),
         (2, "unrecognized option --porxy (did you mean --proxy?)", s5("connect --porxy a b".into())),
-        (7, "direct: connecting, for", s5(format!("connect --direct {down}"))),
+        (7, "direct: connecting to the target, for", s5(format!("connect --direct {down}"))),
         (26, "read from stdin: Is a directory", s5(format!("connect -x {proxy} {echo} < {dir}"))),
         (26, "not hexadecimal", format!("echo xyz | {}", s5(format!("udp --hex -x {proxy} {echo}")))),
         (

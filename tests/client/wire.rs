@@ -114,7 +114,7 @@ fn oversized_fields_are_rejected_before_connecting() {
         (format!("u:{long}@{proxy}"), "a:80".into(), "the password has 256 bytes"),
         (format!("u:@{proxy}"), "a:80".into(), "the password has 0 bytes"),
         (format!(":p@{proxy}"), "a:80".into(), "the user name has 0 bytes"),
-        (proxy, "a\nb:80".into(), "is not a host name"),
+        (proxy, "a\nb:80".into(), "invalid host name \"a\\nb\""),
     ];
     for (proxy, target, message) in table {
         for mode in ["connect", "udp", "bind"] {

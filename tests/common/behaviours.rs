@@ -231,7 +231,7 @@ pub fn behaviours() -> Vec<Behaviour> {
 }
 
 fn failure_replies() -> Vec<Behaviour> {
-    let no_method = "no acceptable authentication method (credentials or a Kerberos ticket may be missing)";
+    let no_method = "no acceptable authentication method (add user:password@ to the proxy's URL, or run kinit)";
     let refused = "user name or password refused";
     let down = |name| Behaviour { proxy: Proxy::Down, ..behaviour(name, Vec::new) };
     let mut all = vec![

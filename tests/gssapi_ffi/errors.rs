@@ -176,7 +176,7 @@ fn unusable_library_is_an_error() {
     for (library, expected) in [
         (&*missing, format!("{missing}: cannot open shared object file: No such file or directory")),
         (&text, format!("{text}: file too short")),
-        ("libgssapi_krb5.so.2", "S5_GSSAPI_LIBRARY is not an absolute path".into()),
+        ("libgssapi_krb5.so.2", "S5_GSSAPI_LIBRARY is not an absolute path: libgssapi_krb5.so.2".into()),
         (libc, format!("{libc} has no gss_import_name")),
     ] {
         let mut command = Command::new(std::env::current_exe().expect("path of this test"));

@@ -116,7 +116,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     let refusals = usize::from(PENDING) + FREE_FAILURES + DELAYED_FAILURES;
     let log = server.wait_log(|log| log.matches("login refused").count() >= refusals);
     assert_eq!(log.matches(block_line).count(), 1, "{log}");
-    assert_eq!(log.matches(": blocked, connection closed").count(), 3, "{log}");
+    assert_eq!(log.matches(": refused: blocked after failed logins").count(), 3, "{log}");
 }
 
 /// Returns the time from a wrong password to its answer.

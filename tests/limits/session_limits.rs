@@ -41,8 +41,9 @@ fn max_per_client_closes_extra_connections_of_that_address_only() {
         assert!(is_admitted(&mut other), "another address");
         assert!(first.iter_mut().all(is_admitted), "the first three are not disturbed");
         assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
-        let log = server.wait_log(|log| log.contains("connections reached, connection closed"));
-        assert!(log.contains("client 127.0.0.1: limit of 3 connections reached, connection closed"), "{log}");
+        let log = server.wait_log(|log| log.contains("limit of 3 connections reached"));
+        let line = "client 127.0.0.1: refused: limit of 3 connections reached (raise --max-per-client)";
+        assert!(log.contains(line), "{log}");
     }
 }
 
@@ -54,8 +55,8 @@ fn max_per_client_is_logged_at_most_once_per_second() {
     while started.elapsed() < Duration::from_millis(1100) {
         (0..20).for_each(|_| assert_closed(server.connect()));
     }
-    let lines = server.wait_log(|log| log.matches("connections reached, connection closed").count() >= 2);
-    let lines = u64::try_from(lines.matches("connections reached, connection closed").count()).expect("a number");
+    let lines = server.wait_log(|log| log.matches("limit of 1 connections reached").count() >= 2);
+    let lines = u64::try_from(lines.matches("limit of 1 connections reached").count()).expect("a number");
     assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} lines in {:?}", started.elapsed());
 }
 
@@ -193,7 +194,7 @@ fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
     for other in [three, four] {
         assert!(is_admitted(&mut connect(other)), "{other}");
     }
-    server.wait_log(|log| log.contains("limit of 2 connections reached, connection closed"));
+    server.wait_log(|log| log.contains("refused: limit of 2 connections reached (raise --max-per-client)"));
 }
 
 #[test]
@@ -223,7 +224,7 @@ fn max_per_user_denies_the_request_after_login_for_that_user_only() {
         drop(second);
         wait_until("a session of alice has ended", TIMEOUT, || open_as(b"alice", b"secret", CONNECT, dst).1 == 0);
         let log = server.wait_log(|log| log.contains("rep=2"));
-        assert!(log.contains("error=\"session limit of this user reached\""), "{log}");
+        assert!(log.contains("error=\"session limit of this user reached (raise --max-per-user)\""), "{log}");
     }
 }
 

@@ -38,7 +38,7 @@ impl Program {
                 io::ErrorKind::NotFound => ExitStatus::PROGRAM_NOT_FOUND,
                 _ => ExitStatus::NOT_EXECUTABLE,
             };
-            CliError::new(status, format!("{}: {error}", words.join(" ")))
+            CliError::new(status, format!("run {}: {error}", words.join(" ")))
         };
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| start_error(&error))?;

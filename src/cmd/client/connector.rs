@@ -245,8 +245,8 @@ fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> 
         (false, false) => None,
     };
     let source = LocalAddr { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
-    if source.ip.is_some_and(|ip| !source.can_reach(ip)) {
-        return Err(CliError::usage("-s is not an address of the family that -4 or -6 selects"));
+    if let Some(ip) = source.ip.filter(|ip| !source.can_reach(*ip)) {
+        return Err(CliError::usage(format!("-s {ip}: not an address of the family that -4 or -6 selects")));
     }
     let is_unix = hops.first().is_some_and(Proxy::is_unix);
     if is_unix && (args.source.is_some() || args.source_port.is_some() || is_ipv4.is_some()) {

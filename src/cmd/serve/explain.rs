@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use crate::client::parse_addr;
+use crate::client::{parse_addr, parse_port};
 use crate::cmd::{CliError, ExitStatus};
 use crate::conn::timeout_at;
 use crate::dial::{Resolver, canonical, parse_literal};
@@ -95,9 +95,8 @@ impl ExplainedRequest {
         let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), rules::parse_level)?;
         let command = conditions.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
         let to = conditions.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
-        let port =
-            conditions.remove("port").map(|port| port.parse().map_err(|_| format!("port={port}: expected a port")));
-        let to = match (to, port.transpose()?) {
+        let port = conditions.remove("port").map(parse_port).transpose()?;
+        let to = match (to, port) {
             (Some(to), Some(port)) => Some(Addr { port, ..to }),
             (to, _) => to,
         };
@@ -222,13 +221,14 @@ impl Explanation<'_> {
 }
 
 fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
-    let Some(to) = &query.to else { return Ok(Vec::new()) };
+    let Some(to @ Addr { host: Host::Name(name), .. }) = &query.to else { return Ok(Vec::new()) };
+    let name = name.as_str();
     let found = smol::block_on(timeout_at(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
-        Some(Err(error)) => Err(CliError::usage(format!("--explain: {to}: {error}"))),
+        Some(Err(error)) => Err(CliError::usage(format!("--explain: {name}: {error}"))),
         None => Err(CliError::usage(format!(
-            "--explain: {to}: no answer from the resolver within {} s",
+            "--explain: {name}: no answer from the resolver within {} s",
             LOOKUP_TIMEOUT.as_secs()
         ))),
     }

@@ -153,7 +153,7 @@ pub(super) fn gssapi_acceptor(
         // The library reports every unreadable keytab as "nonexistent or empty"; this error is more exact.
         fs::File::open(file).map_err(|error| file_error(file, error))?;
     }
-    let file = keytab.as_ref().map_or_else(|| "--auth gssapi".into(), |file| file.display().to_string());
+    let file = keytab.as_ref().map_or("--auth gssapi without --keytab".into(), |file| file.display().to_string());
     Acceptor::new(keytab, service, levels).map_err(|error| CliError::usage(format!("{file}: {error}")))
 }
 

@@ -191,11 +191,7 @@ fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
         return if looks_like_cidr { Err(format!("invalid CIDR {text:?}")) } else { Ok(None) };
     };
     if net.trunc() != net {
-        return Err(format!(
-            "invalid CIDR {text:?}: bits are set beyond the /{} (did you mean {}?)",
-            net.prefix_len(),
-            net.trunc()
-        ));
+        return Err(format!("invalid CIDR {text:?}: host bits are set (did you mean {}?)", net.trunc()));
     }
     if let IpNet::V6(v6) = net
         && let Some(v4) = v6.addr().to_ipv4_mapped()
