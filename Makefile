@@ -1,4 +1,4 @@
-# The commands of the README. `make help` lists them.
+# Commands for building, testing and measuring. `make help` lists them.
 
 PREFIX = /usr/local
 ROOT = $(DESTDIR)$(PREFIX)
@@ -15,7 +15,7 @@ help:              ## list the commands
 build:             ## build the release binary, target/release/s5
 	$(CARGO) build --release --locked
 
-serve: build       ## build s5 and run its server on LISTEN (127.0.0.1:1080)
+serve: build       ## build s5 and run a server on LISTEN (127.0.0.1:1080)
 	target/release/s5 serve --listen '$(LISTEN)'
 
 check:             ## check format, lints and documentation; warnings are errors
@@ -27,14 +27,14 @@ check:             ## check format, lints and documentation; warnings are errors
 test: test-programs build ## install the programs that the tests need, and run all tests
 	S5_TEST_STRICT=1 $(CARGO) test --locked
 
-# The tests of tests/limits.rs mostly wait for time limits, and so run at the same time as the others.
+# tests/limits.rs mostly waits for time limits, so it runs at the same time as the other tests.
 QUICK = S5_TEST_PROGRAMS=none S5_TEST_RUN=quick RUST_TEST_THREADS=8 $(CARGO) test --quiet --locked
 OTHER_TESTS = --lib $(patsubst tests/%.rs,--test %,$(filter-out tests/limits.rs,$(wildcard tests/*.rs)))
-test-quick:        ## run the tests that need no installed program, in less than a minute
+test-quick:        ## run the tests that need no other programs, in less than a minute
 	$(CARGO) test --locked --no-run
 	$(QUICK) --test limits & $(QUICK) $(OTHER_TESTS); status=$$?; wait $$! && exit $$status
 
-# The programs that the tests run, each with its Debian package. Only missing packages are installed, and listed first.
+# Programs that the tests run, each with its Debian package. Missing packages are listed, then installed.
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
            strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount fail2ban-regex:fail2ban \
@@ -61,11 +61,11 @@ bench: build bench-programs ## measure s5 and other SOCKS servers in 40 minutes;
 	-$(BENCH) clients --out '$(CURDIR)/target/bench'
 	$(BENCH) --out '$(CURDIR)/target/bench'
 
-bench-quick: build bench-programs ## the same in a minute, less exact
+bench-quick: build bench-programs ## run a less exact bench in a minute
 	-$(BENCH) clients --out '$(CURDIR)/target/bench'
 	$(BENCH) --quick --out '$(CURDIR)/target/bench'
 
-soak: build        ## run mixed load for 30 minutes; fail if memory grows or data are lost
+soak: build        ## run mixed load for 30 minutes; fail if memory grows or data is lost
 	$(BENCH) soak --out '$(CURDIR)/target/bench'
 
 BENCH_PROGRAMS = nc.openbsd:netcat-openbsd microsocks:microsocks danted:dante-server ssh:openssh-client sshd:openssh-server \
@@ -73,7 +73,7 @@ BENCH_PROGRAMS = nc.openbsd:netcat-openbsd microsocks:microsocks danted:dante-se
 bench-programs:    ## install the servers that s5 is compared with (Debian, as root or with sudo)
 	@missing=; $(call FIND_MISSING,$(BENCH_PROGRAMS)); $(INSTALL_MISSING)
 
-compare-clients: test-programs ## run other clients like s5 in tests/client; rewrites the table there
+compare-clients: test-programs ## run s5 and other clients against the proxies of tests/client, and rewrite its table
 	S5_TEST_STRICT=1 $(CARGO) test --locked --test client compare -- --ignored
 
 fuzz:              ## fuzz each target for FUZZ_SECONDS (30)

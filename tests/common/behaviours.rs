@@ -341,7 +341,11 @@ fn other_protocols() -> Vec<Behaviour> {
         replies("success reply with VER 4", &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0], "first byte 0x04, SOCKS4?"),
         replies("success reply with ATYP 2", &[5, 0, 0, 2, 0, 0, 0, 0, 0, 0], "unknown address type 2"),
         sends("selects GSSAPI, which was not offered", &[5, 1], gssapi),
-        sends("selects the password, which was not offered", &[5, 2], "selected password, which was not offered"),
+        sends(
+            "selects password authentication, which was not offered",
+            &[5, 2],
+            "selected password, which was not offered",
+        ),
         sends(
             "selects a private method, which was not offered",
             &[5, 0x80],
@@ -378,7 +382,7 @@ fn success_replies() -> Vec<Behaviour> {
         })
         .writes(b"hello")
         .with_password(),
-        behaviour("the proxy does not ask for the password", || {
+        behaviour("the proxy does not require the offered password", || {
             vec![Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY), send(b"hello")]
         })
         .writes(b"hello")
@@ -425,7 +429,8 @@ fn targets_and_credentials() -> Vec<Behaviour> {
             .usage_error("the password has 0 bytes: SOCKS5 allows 1 to 255"),
         Behaviour { userinfo: "al%40ice:p%3A%40%25@", ..login("`@`, `:` and `%` in user name and password") }
             .writes(b"hello"),
-        without_proxy("user name without a password, and no terminal to ask", "alice@", TARGET).password_is_missing(),
+        without_proxy("user name without a password, and no terminal for a prompt", "alice@", TARGET)
+            .password_is_missing(),
         first_refuses,
     ]
 }
