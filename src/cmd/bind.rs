@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use filedescriptor::FileDescriptor;
 use rustix::io::Errno;
 
-use super::client::connector::{Connector, RetryOutcome};
-use super::client::report::Report;
-use super::client::tunnel::TunnelAction;
-use super::client::{ClientMode, client_mode, descriptor};
-use super::exit_status::{CliError, ExitStatus};
+use super::cli::exit::{CliError, ExitStatus};
+use super::netcat::connector::{Connector, RetryOutcome};
+use super::netcat::descriptor;
+use super::netcat::options::{ClientMode, client_mode};
+use super::netcat::report::Report;
+use super::netcat::tunnel::TunnelAction;
 use crate::client::{Client, parse_addr};
 use crate::conn::Conn;
 use crate::proto::{Addr, Command};

@@ -1,10 +1,11 @@
 //! `s5 connect`: relays stdin and stdout to a target through proxies.
 
-use super::CliError;
-use super::client::connector::{Connector, RetryOutcome};
-use super::client::report::Report;
-use super::client::tunnel::TunnelAction;
-use super::client::{ClientMode, client_mode, forward, parse_target};
+use super::cli::exit::CliError;
+use super::netcat::connector::{Connector, RetryOutcome};
+use super::netcat::forward;
+use super::netcat::options::{ClientMode, client_mode, parse_target};
+use super::netcat::report::Report;
+use super::netcat::tunnel::TunnelAction;
 use crate::proto::Command;
 
 client_mode!(

@@ -13,8 +13,9 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
-use super::client::{parse_levels, parse_methods};
-use super::{CliError, ExitStatus, parse_duration, parse_positive, parse_timeout};
+use super::cli::exit::{CliError, ExitStatus};
+use super::cli::values::{parse_duration, parse_positive, parse_timeout};
+use super::netcat::options::{parse_levels, parse_methods};
 use crate::client::{ClientAuth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use super::client::connector::{Connector, RetryOutcome};
-use super::client::forward::parse_listen_addr;
-use super::client::report::Report;
-use super::client::{ClientMode, client_mode, parse_target};
-use super::exit_status::{CliError, ExitStatus};
+use super::cli::exit::{CliError, ExitStatus};
+use super::netcat::connector::{Connector, RetryOutcome};
+use super::netcat::forward::parse_listen_addr;
+use super::netcat::options::{ClientMode, client_mode, parse_target};
+use super::netcat::report::Report;
 use crate::client::{Association, AssociationClosed, Client, ClientError};
 use crate::proto::Addr;
 use crate::reactor::{sleep, sleep_until, yield_now};

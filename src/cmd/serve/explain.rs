@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::client::{parse_addr, parse_port};
-use crate::cmd::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::timeout_at;
 use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;

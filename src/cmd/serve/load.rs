@@ -6,7 +6,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cmd::CliError;
+use crate::cmd::cli::exit::CliError;
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};

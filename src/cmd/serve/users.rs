@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
-use crate::cmd::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::policy::users::{self, Users};
 
 pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {

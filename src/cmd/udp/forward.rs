@@ -14,11 +14,11 @@ use smol::channel::{Receiver, Sender, bounded};
 
 use super::{associate, association_end, print_losses, wait_until_idle};
 use crate::client::{Association, RECV_BUFFER_SIZE};
-use crate::cmd::CliError;
-use crate::cmd::client::connector::{Connector, RetryOutcome};
-use crate::cmd::client::forward::{Task, listen_error, run_with_tasks};
-use crate::cmd::client::report::Report;
-use crate::cmd::exit_status::ExitStatus;
+use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::exit::ExitStatus;
+use crate::cmd::netcat::connector::{Connector, RetryOutcome};
+use crate::cmd::netcat::forward::{Task, listen_error, run_with_tasks};
+use crate::cmd::netcat::report::Report;
 use crate::proto::{Addr, Host};
 use crate::reactor::{Interest, Io, sleep, yield_now};
 use crate::relay::ByteCounts;

@@ -10,9 +10,9 @@ use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use smol::Unblock;
 
-use crate::cmd::CliError;
-use crate::cmd::client::Args;
-use crate::cmd::client::stdio::BlockingFile;
+use crate::cmd::cli::exit::CliError;
+use crate::cmd::netcat::options::Args;
+use crate::cmd::netcat::stdio::BlockingFile;
 use crate::proto::MAX_UDP6_PAYLOAD;
 
 /// Maximum length of a line of hexadecimal digits: two and a space for each byte of the largest datagram.

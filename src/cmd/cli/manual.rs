@@ -4,15 +4,16 @@ use std::fmt::Write as _;
 
 use argh::{ArgsInfo as _, FlagInfo};
 
-use super::exit_status::ExitStatus;
+use super::exit::ExitStatus;
 use super::help::{heading, listed_options, split_summary, usage, value_name};
-use super::{Args, NAME, client, serve};
+use crate::cmd::netcat::options;
+use crate::cmd::{Args, NAME, serve};
 
 /// The page. A line that begins with `@` is replaced by the generated text of that name.
 const PAGE: &str = include_str!("s5.1");
 
 /// Returns the manual page.
-pub(super) fn text() -> String {
+pub(in crate::cmd) fn text() -> String {
     let mut out = String::new();
     for line in PAGE.lines() {
         match line.strip_prefix('@') {
@@ -20,7 +21,7 @@ pub(super) fn text() -> String {
             Some("title") => out += &format!(".TH S5 1 2026-11-26 \"{NAME} {}\"\n", env!("CARGO_PKG_VERSION")),
             Some("synopsis") => push_synopsis(&mut out),
             Some("server options") => push_options(&mut out, serve::Args::get_args_info().flags, |_| None),
-            Some("client options") => push_options(&mut out, client::Args::get_args_info().flags, client::modes_of),
+            Some("client options") => push_options(&mut out, options::Args::get_args_info().flags, options::modes_of),
             Some("exit statuses") => push_exit_statuses(&mut out),
             Some(other) => debug_assert!(false, "unknown placeholder @{other}"),
         }

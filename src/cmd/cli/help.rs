@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use argh::{CommandInfoWithArgs, FlagInfo, FlagInfoKind};
 
-use super::NAME;
+use crate::cmd::NAME;
 
 /// Width of the text, in columns.
 const WIDTH: usize = 80;
@@ -28,7 +28,7 @@ const GROUPS: [(&str, &str); 11] = [
 ];
 
 /// Returns the help of the program or of one of its modes.
-pub(super) fn text(command: &CommandInfoWithArgs, is_mode: bool) -> String {
+pub(in crate::cmd) fn text(command: &CommandInfoWithArgs, is_mode: bool) -> String {
     let mut out = format!("Usage: {}\n{}\n", usage(command, is_mode), command.description.trim());
     if !command.commands.is_empty() {
         out.push_str("Modes\n");
@@ -53,7 +53,7 @@ pub(super) fn text(command: &CommandInfoWithArgs, is_mode: bool) -> String {
 }
 
 /// Returns the synopsis of the program or of one of its modes.
-pub(super) fn usage(command: &CommandInfoWithArgs, is_mode: bool) -> String {
+pub(in crate::cmd) fn usage(command: &CommandInfoWithArgs, is_mode: bool) -> String {
     let mut usage =
         if is_mode { format!("{NAME} {} [options]", command.name) } else { format!("{NAME} <mode> [options]") };
     for positional in command.positionals {
@@ -63,17 +63,17 @@ pub(super) fn usage(command: &CommandInfoWithArgs, is_mode: bool) -> String {
 }
 
 /// Returns the options to list: all except `--help`.
-pub(super) fn listed_options<'a, 'b>(flags: &'a [FlagInfo<'b>]) -> impl Iterator<Item = &'a FlagInfo<'b>> {
+pub(in crate::cmd) fn listed_options<'a, 'b>(flags: &'a [FlagInfo<'b>]) -> impl Iterator<Item = &'a FlagInfo<'b>> {
     flags.iter().filter(|flag| flag.long != "--help")
 }
 
 /// Returns the heading of the group that begins with this option.
-pub(super) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
+pub(in crate::cmd) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
     GROUPS.iter().find(|(first, _)| *first == flag.long).map(|(_, heading)| *heading)
 }
 
 /// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch.
-pub(super) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
+pub(in crate::cmd) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
     match flag.kind {
         FlagInfoKind::Switch => None,
         FlagInfoKind::Option { arg_name } => Some(arg_name),
@@ -81,13 +81,13 @@ pub(super) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
 }
 
 /// Splits a description into its first sentence and the following ones, which only the manual contains.
-pub(super) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
+pub(in crate::cmd) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
     let text = flag.description.trim();
     text.split_once(". ").unwrap_or((text, ""))
 }
 
 /// Returns the description of an option in the help and in completions.
-pub(super) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
+pub(in crate::cmd) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
     split_summary(flag).0
 }
 

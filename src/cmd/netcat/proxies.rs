@@ -5,9 +5,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::Args;
+use super::options::Args;
 use crate::client::{Proxy, parse_hops};
-use crate::cmd::CliError;
+use crate::cmd::cli::exit::CliError;
 use crate::proto::{Addr, Host};
 
 /// Environment variables with a list of proxies. The first that is set is used.

@@ -13,14 +13,13 @@ use std::time::{Duration, Instant};
 use futures_lite::{AsyncRead, AsyncWrite, FutureExt as _};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::Args;
 use super::child::{self, Program};
 use super::connector::Connector;
+use super::options::Args;
+use super::progress;
 use super::report::Report;
 use super::stdio::StdioStream;
-use crate::cmd::CliError;
-use crate::cmd::exit_status::ExitStatus;
-use crate::cmd::progress;
+use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, timeout_at};
 use crate::proto::Addr;
 use crate::reactor::{Interest, sleep};

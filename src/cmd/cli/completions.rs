@@ -8,8 +8,8 @@ use std::str::FromStr;
 
 use argh::{ArgsInfo as _, CommandInfoWithArgs, FlagInfo};
 
-use super::Args;
 use super::help::{summary, value_name};
+use crate::cmd::Args;
 
 /// A shell for which there is a completion script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ impl FromStr for Shell {
 
 impl Shell {
     /// Returns the completion script.
-    pub(super) fn script(self) -> String {
+    pub(in crate::cmd) fn script(self) -> String {
         let program = Args::get_args_info();
         match self {
             Self::Bash => bash(&program),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::connector::Connector;
 use crate::client::{Client, Phase};
-use crate::cmd::{CliError, ExitStatus};
+use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::proto::Addr;
 use crate::relay::ByteCounts;
 

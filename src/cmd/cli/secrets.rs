@@ -8,7 +8,7 @@ use std::ops::Range;
 const FILLER: u8 = b'x';
 
 /// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.
-pub(super) fn without_userinfo(arg: &str) -> String {
+pub(in crate::cmd) fn without_userinfo(arg: &str) -> String {
     match arg.rsplit_once('@') {
         Some((before, host)) => match before.split_once("://") {
             Some((scheme, _)) => format!("{scheme}://…@{host}"),
@@ -20,7 +20,7 @@ pub(super) fn without_userinfo(arg: &str) -> String {
 
 /// Overwrites passwords in the command line of this process: in URLs, and in `user`, the `user:password` value of an
 /// option. `args` is a copy of the command line. Failures are only logged.
-pub(super) fn redact(args: &[&[u8]], user: Option<&str>) {
+pub(in crate::cmd) fn redact(args: &[&[u8]], user: Option<&str>) {
     let spans: Vec<(usize, Range<usize>)> = args
         .iter()
         .enumerate()

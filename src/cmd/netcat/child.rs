@@ -5,10 +5,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 
-use super::Args;
+use super::options::Args;
 use super::stdio::StdioStream;
-use crate::cmd::CliError;
-use crate::cmd::exit_status::ExitStatus;
+use crate::cmd::cli::exit::{CliError, ExitStatus};
 
 /// A program and its arguments.
 #[derive(Debug)]

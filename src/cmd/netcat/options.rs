@@ -1,26 +1,17 @@
 //! The options of the three client modes, which share most of them. A mode omits unsupported options from its help and
 //! refuses them with a reason.
 
-pub(super) mod child;
-pub(super) mod connector;
-pub(super) mod credentials;
-pub(super) mod descriptor;
-pub(super) mod forward;
-pub(super) mod proxies;
-pub(super) mod report;
-pub(super) mod stdio;
-pub(super) mod tunnel;
-
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, PositionalInfo};
 
-use super::secrets::without_userinfo;
-use super::udp::DEFAULT_MAX_PEERS;
-use super::{CliError, parse_duration, parse_positive, parse_timeout};
 use crate::client::{parse_addr, parse_host, parse_port};
+use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::secrets::without_userinfo;
+use crate::cmd::cli::values::{parse_duration, parse_positive, parse_timeout};
+use crate::cmd::udp::DEFAULT_MAX_PEERS;
 use crate::policy::rules::parse_level;
 use crate::proto::{Addr, Method, ProtectionLevel};
 
@@ -52,7 +43,7 @@ const RESTRICTED_OPTIONS: [(&[&str], &[ClientMode], &str); 10] = [
 ];
 
 /// Returns why `mode` does not support `option`. `None` if it does, or if no mode does.
-pub(super) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
+pub(in crate::cmd) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
     [ClientMode::Connect, ClientMode::Bind, ClientMode::Udp]
         .into_iter()
         .find(|known| known.name() == mode)?
@@ -74,195 +65,195 @@ pub struct Args {
     /// socks5h://localhost/PATH. Percent-encoding in user and password is decoded. A chain begins with the nearest
     /// proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
-    pub(super) proxy: Vec<String>,
+    pub(in crate::cmd) proxy: Vec<String>,
 
     /// accepted for compatibility with nc and ncat. The value must be 5, socks5 or socks5h.
     #[argh(option, short = 'X', arg_name = "5", from_str_fn(parse_proxy_type))]
     #[allow(dead_code, reason = "accepted for compatibility; SOCKS5 is the only protocol")]
-    pub(super) proxy_type: Option<()>,
+    pub(in crate::cmd) proxy_type: Option<()>,
 
     /// use no proxy (also --no-proxy)
     #[argh(switch)]
-    pub(super) direct: bool,
+    pub(in crate::cmd) direct: bool,
 
     /// user name for proxies whose URL has none. USER can be user:password, but then other users of this machine may
     /// see the password.
     #[argh(option, short = 'P', arg_name = "USER")]
-    pub(super) proxy_user: Option<String>,
+    pub(in crate::cmd) proxy_user: Option<String>,
 
     /// read user:password from FILE, - (stdin) or fd:N. FILE has one user:password per line. From stdin or descriptor
     /// N, s5 reads only the first line; the bytes after that line are data to send.
     #[argh(option, arg_name = "FILE")]
-    pub(super) proxy_auth_file: Option<String>,
+    pub(in crate::cmd) proxy_auth_file: Option<String>,
 
     /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. The default is
     /// none, plus password and gssapi if there are credentials for them.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
-    pub(super) auth: Option<Vec<Method>>,
+    pub(in crate::cmd) auth: Option<Vec<Method>>,
 
     /// service name for Kerberos [default: rcmd]. NAME is a service name, or a principal such as rcmd/HOST@REALM.
     #[argh(option, arg_name = "NAME")]
-    pub(super) gssapi_service: Option<String>,
+    pub(in crate::cmd) gssapi_service: Option<String>,
 
     /// host name for Kerberos [default: from the URL]. It is required if the URL has an IP address, and not valid with
     /// a chain.
     #[argh(option, arg_name = "HOST")]
-    pub(super) gssapi_host: Option<String>,
+    pub(in crate::cmd) gssapi_host: Option<String>,
 
     /// protection to request [default: confidentiality]. One of none, integrity and confidentiality. With this option,
     /// --gssapi-min or --gssapi-nec, the default of --auth is gssapi.
     #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
-    pub(super) gssapi_protection: Option<ProtectionLevel>,
+    pub(in crate::cmd) gssapi_protection: Option<ProtectionLevel>,
 
     /// weakest protection to accept [default: integrity]. With --gssapi-nec the default is the requested level, because
     /// an attacker can change the level in that exchange.
     #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
-    pub(super) gssapi_min: Option<ProtectionLevel>,
+    pub(in crate::cmd) gssapi_min: Option<ProtectionLevel>,
 
     /// use NEC's variant of the protection exchange
     #[argh(switch)]
-    pub(super) gssapi_nec: bool,
+    pub(in crate::cmd) gssapi_nec: bool,
 
     /// file with Kerberos tickets [default: the system's]. The default is KRB5CCNAME or the default of the Kerberos
     /// library.
     #[argh(option, arg_name = "FILE")]
-    pub(super) ccache: Option<PathBuf>,
+    pub(in crate::cmd) ccache: Option<PathBuf>,
 
     /// resolve target: remote or local [default: remote]. With local, s5 resolves the target's name and tries its
     /// addresses in turn. With remote, the last proxy resolves it.
     #[argh(option, long = "proxy-dns", short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
-    pub(super) resolves_target: bool,
+    pub(in crate::cmd) resolves_target: bool,
 
     /// use IPv4 only
     #[argh(switch, short = '4')]
-    pub(super) ipv4: bool,
+    pub(in crate::cmd) ipv4: bool,
 
     /// use IPv6 only
     #[argh(switch, short = '6')]
-    pub(super) ipv6: bool,
+    pub(in crate::cmd) ipv6: bool,
 
     /// source address
     #[argh(option, short = 's', arg_name = "IP")]
-    pub(super) source: Option<IpAddr>,
+    pub(in crate::cmd) source: Option<IpAddr>,
 
     /// source port. With udp, it is the source port of the datagrams.
     #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_source_port))]
-    pub(super) source_port: Option<u16>,
+    pub(in crate::cmd) source_port: Option<u16>,
 
     /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
     /// With bind, -w also limits the wait for the peer. With udp, -w also sets the default of -q.
     #[argh(option, short = 'w', arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(super) timeout: Option<Duration>,
+    pub(in crate::cmd) timeout: Option<Duration>,
 
     /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
     /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, or REP 2, 7 and 8.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(super) wait: Option<Duration>,
+    pub(in crate::cmd) wait: Option<Duration>,
 
     /// exit 28 if idle this long [default: never]. With udp -l, it closes the association of an idle peer (default:
     /// 60s).
     #[argh(option, short = 'i', arg_name = "TIME", from_str_fn(parse_timeout))]
-    pub(super) idle_timeout: Option<Duration>,
+    pub(in crate::cmd) idle_timeout: Option<Duration>,
 
     /// exit this long after stdin ends [default: never]. With udp, the default is the time that -w sets, or 2s.
     #[argh(option, short = 'q', arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(super) quit_after: Option<Duration>,
+    pub(in crate::cmd) quit_after: Option<Duration>,
 
     /// exit after N answers. If fewer answers arrive in time, the exit status is 28.
     #[argh(option, short = 'n', arg_name = "N")]
-    pub(super) count: Option<u64>,
+    pub(in crate::cmd) count: Option<u64>,
 
     /// connect, transfer nothing, and exit 0 on success. Without a target, connect only logs in to the proxy, and udp
     /// opens an association. Without -v, s5 prints no error message.
     #[argh(switch, short = 'z')]
-    pub(super) zero_io: bool,
+    pub(in crate::cmd) zero_io: bool,
 
     /// do not read stdin
     #[argh(switch, short = 'd')]
-    pub(super) recv_only: bool,
+    pub(in crate::cmd) recv_only: bool,
 
     /// do not write to stdout. s5 exits at most 5s after stdin has ended.
     #[argh(switch)]
-    pub(super) send_only: bool,
+    pub(in crate::cmd) send_only: bool,
 
     /// half-close after stdin ends (the default). The option is accepted for compatibility with nc.
     #[argh(switch, short = 'N')]
     #[allow(dead_code, reason = "accepted for compatibility; it is the default behaviour")]
-    pub(super) shutdown: bool,
+    pub(in crate::cmd) shutdown: bool,
 
     /// do not half-close after stdin ends
     #[argh(switch)]
-    pub(super) no_shutdown: bool,
+    pub(in crate::cmd) no_shutdown: bool,
 
     /// send line ends as CR LF
     #[argh(switch, short = 'C')]
-    pub(super) crlf: bool,
+    pub(in crate::cmd) crlf: bool,
 
     /// pass the socket over stdout (ssh ProxyUseFdpass). s5 sends the connected socket with SCM_RIGHTS and exits, so no
     /// process has to copy the data. It is not possible if GSSAPI protects the tunnel.
     #[argh(switch, short = 'F')]
-    pub(super) pass_fd: bool,
+    pub(in crate::cmd) pass_fd: bool,
 
     /// run PROGRAM with the tunnel as stdin and stdout. PROGRAM can have arguments, separated by spaces. s5 sets
     /// S5_TARGET, S5_BND and S5_PROXY_ADDR, and exits with the status of PROGRAM.
     #[argh(option, short = 'e', arg_name = "PROGRAM")]
-    pub(super) exec: Option<String>,
+    pub(in crate::cmd) exec: Option<String>,
 
     /// run /bin/sh -c COMMAND in the same way
     #[argh(option, short = 'c', arg_name = "COMMAND")]
-    pub(super) sh_exec: Option<String>,
+    pub(in crate::cmd) sh_exec: Option<String>,
 
     /// one datagram per read; answers without delimiters. The output does not show where an answer ends.
     #[argh(switch)]
-    pub(super) raw: bool,
+    pub(in crate::cmd) raw: bool,
 
     /// one datagram per line of hexadecimal digits. Answers are written in the same form.
     #[argh(switch)]
-    pub(super) hex: bool,
+    pub(in crate::cmd) hex: bool,
 
     /// read a 2-byte length before each datagram. The length is big-endian. Answers are written in the same form.
     #[argh(switch)]
-    pub(super) length_prefixed: bool,
+    pub(in crate::cmd) length_prefixed: bool,
 
     /// listen here and forward to the target. ADDR is an IP address, or * for all IPv4 addresses; the default is
     /// 127.0.0.1. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
     /// on ADDR:PORT" on stderr.
     #[argh(option, short = 'l', arg_name = "[ADDR:]PORT")]
-    pub(super) listen: Option<String>,
+    pub(in crate::cmd) listen: Option<String>,
 
     /// with -l, accept any number of connections. By default, s5 serves one connection and exits.
     #[argh(switch, short = 'k')]
-    pub(super) keep_open: bool,
+    pub(in crate::cmd) keep_open: bool,
 
     /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
-    pub(super) max_peers: usize,
+    pub(in crate::cmd) max_peers: usize,
 
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
     /// atomically. It closes a descriptor after the write.
     #[argh(option, arg_name = "FILE")]
-    pub(super) bound_to: Option<String>,
+    pub(in crate::cmd) bound_to: Option<String>,
 
     /// print details on stderr; twice for more. With -vv, s5 prints each step of the handshake.
     #[argh(switch, short = 'v')]
-    pub(super) verbose: u8,
+    pub(in crate::cmd) verbose: u8,
 
     /// print nothing on stderr, not even errors
     #[argh(switch)]
-    pub(super) quiet: bool,
+    pub(in crate::cmd) quiet: bool,
 
     /// print a JSON summary on stderr at the end. It replaces the error message. With -l, s5 prints one for each tunnel
     /// or association. See JSON.
     #[argh(switch)]
-    pub(super) json: bool,
+    pub(in crate::cmd) json: bool,
 
     /// show bytes, rate and time if stderr is a terminal
     #[argh(switch)]
-    pub(super) progress: bool,
+    pub(in crate::cmd) progress: bool,
 
     /// host:port, or host and port
     #[argh(positional)]
-    pub(super) target: Vec<String>,
+    pub(in crate::cmd) target: Vec<String>,
 }
 
 fn parse_proxy_type(text: &str) -> Result<(), String> {
@@ -285,12 +276,12 @@ fn parse_source_port(text: &str) -> Result<u16, String> {
 }
 
 /// Parses a comma-separated list of methods.
-pub(super) fn parse_methods(text: &str) -> Result<Vec<Method>, String> {
+pub(in crate::cmd) fn parse_methods(text: &str) -> Result<Vec<Method>, String> {
     parse_subset(text, &[Method::NONE, Method::PASSWORD, Method::GSSAPI])
 }
 
 /// Parses a comma-separated list of protection levels.
-pub(super) fn parse_levels(text: &str) -> Result<Vec<ProtectionLevel>, String> {
+pub(in crate::cmd) fn parse_levels(text: &str) -> Result<Vec<ProtectionLevel>, String> {
     parse_subset(text, &ProtectionLevel::ALL)
 }
 
@@ -312,7 +303,7 @@ fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result
 
 impl ClientMode {
     /// The name of the mode on the command line.
-    pub(super) fn name(self) -> &'static str {
+    pub(in crate::cmd) fn name(self) -> &'static str {
         match self {
             Self::Connect => "connect",
             Self::Bind => "bind",
@@ -321,7 +312,7 @@ impl ClientMode {
     }
 
     /// Describes the mode and its options, for help and completions.
-    pub(super) fn info(
+    pub(in crate::cmd) fn info(
         self,
         description: &'static str,
         positionals: &'static [PositionalInfo<'static>],
@@ -336,7 +327,7 @@ impl ClientMode {
 }
 
 /// Returns the names of the modes that support an option. `None` if every client mode does.
-pub(super) fn modes_of(option: &str) -> Option<Vec<&'static str>> {
+pub(in crate::cmd) fn modes_of(option: &str) -> Option<Vec<&'static str>> {
     let (_, modes, _) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
     Some(modes.iter().map(|mode| mode.name()).collect())
 }
@@ -356,7 +347,7 @@ macro_rules! client_mode {
     ($mode:ident, $name:literal, $description:literal, [$($positional:ident $about:literal)?]) => {
         #[doc = $description]
         #[derive(Debug)]
-        pub struct Args(pub(super) crate::cmd::client::Args);
+        pub struct Args(pub(in crate::cmd) crate::cmd::netcat::options::Args);
 
         impl argh::FromArgs for Args {
             fn from_args(name: &[&str], args: &[&str]) -> Result<Self, argh::EarlyExit> {
@@ -371,7 +362,7 @@ macro_rules! client_mode {
 
         impl argh::ArgsInfo for Args {
             fn get_args_info() -> argh::CommandInfoWithArgs {
-                crate::cmd::client::ClientMode::$mode.info($description, &[$(argh::PositionalInfo {
+                crate::cmd::netcat::options::ClientMode::$mode.info($description, &[$(argh::PositionalInfo {
                     name: stringify!($positional),
                     description: $about,
                     optionality: argh::Optionality::Optional,
@@ -381,10 +372,10 @@ macro_rules! client_mode {
         }
     };
 }
-pub(super) use client_mode;
+pub(in crate::cmd) use client_mode;
 
 /// Parses a target given as `host:port` or as `host port`.
-pub(super) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
+pub(in crate::cmd) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
     let parsed = match words {
         [host_port] => parse_addr(host_port, None),
         [host, port] => parse_host(host).and_then(|host| Ok(Addr { host, port: parse_port(port)? })),

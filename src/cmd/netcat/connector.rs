@@ -5,11 +5,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::options::{Args, ClientMode};
 use super::report::Report;
-use super::{Args, ClientMode, credentials, proxies};
+use super::{credentials, proxies};
 use crate::client::{Client, ClientAuth, ClientError, ClientErrorKind, Proxy};
-use crate::cmd::CliError;
-use crate::cmd::exit_status::{ExitStatus, eprint_line};
+use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::conn::Conn;
 use crate::dial::{LocalAddr, Resolver};
 use crate::gssapi::Initiator;

@@ -9,11 +9,11 @@ use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStringExt as _;
 use std::process::{Command, Stdio};
 
+use super::descriptor;
+use super::options::Args;
 use super::proxies::env_var;
-use super::{Args, descriptor};
 use crate::client::{Proxy, credentials};
-use crate::cmd::CliError;
-use crate::cmd::exit_status::{ExitStatus, eprint_line};
+use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
 /// Maximum number of bytes read from a password file.

@@ -3,9 +3,10 @@
 
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
-use super::client::unsupported_reason;
+use super::help;
 use super::secrets::without_userinfo;
-use super::{Args, client, help, serve};
+use crate::cmd::netcat::options::{self, unsupported_reason};
+use crate::cmd::{Args, serve};
 
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
 const MAX_EDIT_DISTANCE: usize = 3;
@@ -14,7 +15,7 @@ const ALIASES: [(&str, &str); 2] = [("--no-proxy", "--direct"), ("--resolve", "-
 
 /// A normalized command line.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Normalized {
+pub(in crate::cmd) enum Normalized {
     /// Arguments for argh.
     Args(Vec<String>),
     /// The requested help.
@@ -25,7 +26,7 @@ pub(super) enum Normalized {
 ///
 /// # Errors
 /// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
-pub(super) fn normalize(args: &[String]) -> Result<Normalized, String> {
+pub(in crate::cmd) fn normalize(args: &[String]) -> Result<Normalized, String> {
     let is_help = args.first().is_some_and(|first| first == "help");
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
     let (mode_arg, args) = match args.split_first() {
@@ -36,7 +37,7 @@ pub(super) fn normalize(args: &[String]) -> Result<Normalized, String> {
     let flags = match mode {
         "serve" => serve::Args::get_args_info().flags,
         // The options of all client modes: `find` refuses those that this mode does not support.
-        "connect" | "bind" | "udp" => client::Args::get_args_info().flags,
+        "connect" | "bind" | "udp" => options::Args::get_args_info().flags,
         "" => Args::get_args_info().flags,
         other => return Err(unrecognized_mode(other)),
     };

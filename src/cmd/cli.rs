@@ -1,0 +1,9 @@
+//! How a command line is read and answered: arguments, values, help, manual, errors and exit statuses.
+
+pub(super) mod argv;
+pub(super) mod completions;
+pub mod exit;
+pub(super) mod help;
+pub(super) mod manual;
+pub(super) mod secrets;
+pub(super) mod values;

@@ -1,0 +1,13 @@
+//! What the three client modes share: options, proxies, credentials, and the use of a tunnel.
+
+pub(super) mod child;
+pub(super) mod connector;
+pub(super) mod credentials;
+pub(super) mod descriptor;
+pub(super) mod forward;
+pub mod options;
+pub(super) mod progress;
+pub(super) mod proxies;
+pub(super) mod report;
+pub(super) mod stdio;
+pub(super) mod tunnel;
