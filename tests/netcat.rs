@@ -1,5 +1,5 @@
-//! The netcat features of the clients: retries, uses of a tunnel, reports, local ports, and framings of datagrams.
-//! Their behaviour towards proxies is tested in client.rs.
+//! Netcat features of the clients: retries, stdin and stdout or a program on the tunnel, reports, local ports, and
+//! datagram framings. client.rs tests the clients against proxies.
 
 mod common;
 mod kit;

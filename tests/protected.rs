@@ -1,5 +1,5 @@
 //! Protected streams of `s5::conn` with a simulated security context: framing, token sizes, order and end of stream.
-//! tests/kerberos.rs tests them with a real library.
+//! tests/kerberos.rs tests them with a Kerberos library.
 
 use std::cell::Cell;
 use std::io::ErrorKind;
@@ -15,7 +15,8 @@ use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
 use s5::reactor::Io;
 use s5::relay::{ByteCounts, RelayOptions, relay};
 
-/// A security context whose tokens are `encrypted? number data`. Encryption inverts the data.
+/// A security context whose tokens are a flag byte, a number byte and the data. Flag 1 means encrypted, which inverts
+/// the data.
 #[derive(Debug, Default)]
 struct TestContext {
     sent: u8,
@@ -59,15 +60,15 @@ fn frame(should_encrypt: bool, number: u8, data: &[u8]) -> Vec<u8> {
 }
 
 fn protection(level: ProtectionLevel) -> Protection {
-    Protection::new(TestContext::default(), level).expect("a level that protects")
+    Protection::new(TestContext::default(), level).expect("a level with protection")
 }
 
 fn conn(socket: UnixStream) -> Conn {
-    socket.set_nonblocking(true).expect("a socket");
+    socket.set_nonblocking(true).expect("option set");
     Conn::Unix(Io::new(socket).expect("registered with the event loop"))
 }
 
-/// Returns a protected connection and the unprotected other end.
+/// Returns a protected connection and its other end, which is unprotected.
 fn protected_and_plain(level: ProtectionLevel) -> (Conn, Conn) {
     let (near, far) = UnixStream::pair().expect("socket pair created");
     (conn(near).protect(protection(level)), conn(far))
@@ -81,7 +82,7 @@ fn protected_pair(level: ProtectionLevel) -> (Conn, Conn) {
 fn run<T>(future: impl Future<Output = T>) -> T {
     smol::block_on(or(future, async {
         smol::Timer::after(Duration::from_secs(10)).await;
-        panic!("not within 10 s")
+        panic!("took longer than 10 s")
     }))
 }
 
@@ -103,7 +104,7 @@ fn read_all(level: ProtectionLevel, bytes: &[u8]) -> (Vec<u8>, Option<ErrorKind>
 }
 
 #[test]
-fn level_none_needs_no_protection() {
+fn level_none_creates_no_protection() {
     assert!(Protection::new(TestContext::default(), ProtectionLevel::None).is_none());
 }
 
@@ -115,11 +116,11 @@ fn messages_and_data_pass_at_both_levels() {
         run(async {
             let request = Request { command: Command::Connect, dst: Addr::UNSPECIFIED };
             near.write_message(&request).await.expect("data sent");
-            assert_eq!(far.read_message::<Request>().await.expect("a request"), request);
+            assert_eq!(far.read_message::<Request>().await.expect("request received"), request);
             far.write_all(b"hello").await.expect("data sent");
             far.close().await.expect("closed");
             let mut all = String::new();
-            near.read_to_string(&mut all).await.expect("read");
+            near.read_to_string(&mut all).await.expect("data received");
             assert_eq!(all, "hello");
         });
     }
@@ -132,7 +133,7 @@ fn confidentiality_encrypts_the_data() {
         near.write_all(b"secret").await.expect("data sent");
         near.close().await.expect("closed");
         let mut all = Vec::new();
-        far.read_to_end(&mut all).await.expect("read");
+        far.read_to_end(&mut all).await.expect("data received");
         assert_eq!(all, frame(true, 1, b"secret"));
     });
 }
@@ -193,7 +194,7 @@ fn invalid_token_ends_the_stream() {
         ("not encrypted at level 2", Confidentiality, frame(false, 2, b"x"), bad),
         ("encrypted at level 1", Integrity, frame(true, 2, b"x"), None),
         ("a duplicate", Confidentiality, frame(true, 1, b"x"), bad),
-        ("an old one", Confidentiality, frame(true, 200, b"x"), bad),
+        ("an old token", Confidentiality, frame(true, 200, b"x"), bad),
         ("a gap", Confidentiality, frame(true, 3, b"x"), bad),
         ("an empty token", Confidentiality, vec![1, 3, 0, 0], bad),
         ("another message type", Confidentiality, vec![1, 1, 0, 1, 0], bad),
@@ -210,7 +211,7 @@ fn invalid_token_ends_the_stream() {
 #[test]
 fn flood_of_empty_tokens_does_not_starve_other_tasks() {
     let (mut near, mut far) = protected_and_plain(ProtectionLevel::Integrity);
-    let turns = Cell::new(0);
+    let yields = Cell::new(0);
     let flood = async {
         for number in 0_u32.. {
             if far.write_all(&frame(false, number.wrapping_add(1).to_le_bytes()[0], b"")).await.is_err() {
@@ -220,13 +221,13 @@ fn flood_of_empty_tokens_does_not_starve_other_tasks() {
     };
     let read = async { drop(near.read(&mut [0; 16]).await) };
     let other = async {
-        while turns.get() < 100 {
-            turns.set(turns.get() + 1);
+        while yields.get() < 100 {
+            yields.set(yields.get() + 1);
             futures_lite::future::yield_now().await;
         }
     };
     run(flood.or(read).or(other));
-    assert_eq!(turns.get(), 100);
+    assert_eq!(yields.get(), 100);
 }
 
 #[test]
@@ -234,31 +235,32 @@ fn relay_between_protected_streams_loses_no_data() {
     let ((mut client, mut near), (mut server, mut far)) =
         (protected_pair(ProtectionLevel::Confidentiality), protected_pair(ProtectionLevel::Integrity));
     let data: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
-    let moved = ByteCounts::default();
-    let play = async {
+    let byte_counts = ByteCounts::default();
+    let endpoints = async {
         let send = async {
             client.write_all(&data).await.expect("data sent");
             client.close().await.expect("closed");
         };
         let receive = async {
             let mut all = Vec::new();
-            far.read_to_end(&mut all).await.expect("read");
+            far.read_to_end(&mut all).await.expect("data received");
             assert!(all == data, "{} bytes", all.len());
             far.write_all(b"done").await.expect("data sent");
             far.close().await.expect("closed");
         };
         futures_lite::future::zip(send, receive).await;
         let mut all = String::new();
-        client.read_to_string(&mut all).await.expect("read");
+        client.read_to_string(&mut all).await.expect("data received");
         assert_eq!(all, "done");
     };
-    let limits = RelayOptions::default();
-    let relayed = async { relay(&mut near, &mut server, &limits, &moved, |_, _| true).await.expect("relay succeeds") };
-    run(futures_lite::future::zip(play, relayed));
+    let options = RelayOptions::default();
+    let relayed =
+        async { relay(&mut near, &mut server, &options, &byte_counts, |_, _| true).await.expect("relay succeeds") };
+    run(futures_lite::future::zip(endpoints, relayed));
 }
 
 #[test]
-fn protected_stream_can_carry_another() {
+fn protected_stream_can_carry_another_protected_stream() {
     let (near, far) = protected_pair(ProtectionLevel::Integrity);
     let (mut near, mut far) = (
         near.protect(protection(ProtectionLevel::Confidentiality)),
@@ -268,13 +270,13 @@ fn protected_stream_can_carry_another() {
         near.write_all(b"twice").await.expect("data sent");
         near.flush().await.expect("data sent");
         let mut all = [0; 5];
-        far.read_exact(&mut all).await.expect("read");
+        far.read_exact(&mut all).await.expect("data received");
         assert_eq!(&all, b"twice");
     });
 }
 
 #[test]
-fn datagrams_can_be_missing_or_late_but_not_duplicated() {
+fn datagrams_may_be_missing_but_duplicates_are_dropped() {
     let open = |protection: &Protection, number, should_encrypt| {
         protection.unwrap_datagram(&mut frame(should_encrypt, number, b"x"))
     };
@@ -319,7 +321,7 @@ proptest! {
             };
             let receive = async {
                 let mut all = Vec::new();
-                near.read_to_end(&mut all).await.expect("read");
+                near.read_to_end(&mut all).await.expect("data received");
                 all
             };
             futures_lite::future::zip(send, receive).await.1

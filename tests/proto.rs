@@ -1,5 +1,5 @@
 //! Encoding and decoding of every message of RFC 1928, RFC 1929 and RFC 1961: complete, truncated, in pieces, malformed
-//! and random. No test opens a socket.
+//! and random bytes. No test opens a socket.
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -15,7 +15,7 @@ fn config() -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// Checks what holds for any message: it decodes to itself, a prefix never requests more than the missing bytes, and
+/// Checks properties of every message: it decodes to itself, a prefix never requests more than the missing bytes, and
 /// bytes after the message are ignored.
 fn check<M: Message + Debug + PartialEq>(message: &M) {
     check_encoding(&message.encode(), message);
@@ -41,7 +41,7 @@ fn check_encoding<M: Message + Debug + PartialEq>(bytes: &[u8], message: &M) {
     }
 }
 
-/// Decodes a message as a connection does: adds at most as many bytes as the decoder requests, often fewer.
+/// Decodes a message as a connection does: each read adds at most the number of bytes that the decoder requests.
 fn feed<M: Message>(bytes: &[u8], pieces: &mut impl Iterator<Item = usize>) -> M {
     let mut given = 0;
     loop {
@@ -50,14 +50,14 @@ fn feed<M: Message>(bytes: &[u8], pieces: &mut impl Iterator<Item = usize>) -> M
                 assert_eq!(given, bytes.len(), "decoded before the last byte");
                 return message;
             }
-            Err(DecodeError::Incomplete(n)) => given += n.min(pieces.next().expect("endless pieces").max(1)),
+            Err(DecodeError::Incomplete(n)) => given += n.min(pieces.next().expect("pieces do not end").max(1)),
             Err(DecodeError::Invalid(error)) => panic!("{error} after {given} bytes of {bytes:?}"),
         }
         assert!(given <= bytes.len(), "requested bytes after the message");
     }
 }
 
-/// Checks that `prefix` is incomplete, and that `prefix` with `last` is invalid.
+/// Checks that each part of `prefix` is incomplete, and that `prefix` followed by `last` is invalid.
 fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: ProtocolError) {
     for given in 0..=prefix.len() {
         let result = M::decode(&prefix[..given]).expect_err("incomplete");
@@ -69,11 +69,11 @@ fn check_bad<M: Message + Debug + PartialEq>(prefix: &[u8], last: &[u8], error: 
 }
 
 fn name(bytes: &[u8]) -> Addr {
-    Addr { host: Host::Name(HostName::new(bytes).expect("a name")), port: 443 }
+    Addr { host: Host::Name(HostName::new(bytes).expect("valid host name")), port: 443 }
 }
 
 fn ip(text: &str) -> Addr {
-    text.parse::<SocketAddr>().expect("an address").into()
+    text.parse::<SocketAddr>().expect("valid address").into()
 }
 
 /// Addresses of each type, with names of several lengths.
@@ -168,14 +168,14 @@ proptest! {
         check_random::<Request>(&bytes);
         check_random::<Reply>(&bytes);
         if let Ok(datagram) = Datagram::decode(&bytes) {
-            let mut again = Vec::new();
-            datagram.encode_into(&mut again);
-            prop_assert_eq!(&again[2..], &bytes[2..]);
+            let mut encoded = Vec::new();
+            datagram.encode_into(&mut encoded);
+            prop_assert_eq!(&encoded[2..], &bytes[2..]);
         }
     }
 
     #[test]
-    fn decode_result_is_consistent_with_results_for_prefixes(bytes in vec(0_u8..8, 0..40)) {
+    fn decode_result_does_not_change_with_additional_bytes(bytes in vec(0_u8..8, 0..40)) {
         check_prefixes::<Greeting>(&bytes);
         check_prefixes::<Credentials>(&bytes);
         check_prefixes::<Request>(&bytes);
@@ -193,10 +193,10 @@ fn check_random<M: Message + Debug + PartialEq>(bytes: &[u8]) {
     }
 }
 
-/// Checks that more bytes change neither a message nor an error, and that neither is returned before all requested
-/// bytes have been given.
+/// Checks that additional bytes change neither a message nor an error, and that a message is not returned before all
+/// requested bytes have been given.
 fn check_prefixes<M: Message + Debug + PartialEq>(bytes: &[u8]) {
-    let mut due = 0;
+    let mut requested = 0;
     let mut last = None;
     for given in 0..=bytes.len() {
         let now = M::decode(&bytes[..given]);
@@ -204,9 +204,9 @@ fn check_prefixes<M: Message + Debug + PartialEq>(bytes: &[u8]) {
             assert_eq!(&now, last, "changed at {given} bytes of {bytes:?}");
         }
         match now {
-            Err(DecodeError::Incomplete(n)) => due = due.max(given + n),
+            Err(DecodeError::Incomplete(n)) => requested = requested.max(given + n),
             Ok(_) => {
-                assert!(given >= due, "requested {due} bytes, decoded {given} of {bytes:?}");
+                assert!(given >= requested, "requested {requested} bytes, decoded {given} of {bytes:?}");
                 last = Some(now);
             }
             Err(DecodeError::Invalid(_)) => last = Some(now),
@@ -251,7 +251,7 @@ fn encoding_matches_rfc_examples() {
     assert_eq!(Reply { rep: Rep::CONNECTION_REFUSED, bnd: Addr::UNSPECIFIED }.encode(), [5, 5, 0, 1, 0, 0, 0, 0, 0, 0]);
     let mut bytes = vec![9];
     Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.encode_into(&mut bytes);
-    assert_eq!(bytes, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "appended to the buffer");
+    assert_eq!(bytes, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "encode_into appends");
 }
 
 #[test]
@@ -362,7 +362,7 @@ fn invalid_host_name_is_an_error_before_its_port() {
     ];
     for bytes in bad {
         let length = u8::try_from(bytes.len()).expect("at most 255 bytes");
-        let (last, front) = bytes.split_last().expect("at least one");
+        let (last, front) = bytes.split_last().expect("not empty");
         check_bad::<Request>(&[&[5, 1, 0, 3, length], front].concat(), &[*last], ProtocolError::InvalidHostName);
         let reply = [&[5, 0, 0, 3, length], bytes, &[0, 80]].concat();
         assert_eq!(Reply::decode(&reply), Ok(Reply { rep: Rep::SUCCEEDED, bnd: Addr::UNSPECIFIED }));
@@ -476,21 +476,21 @@ fn other_protocol_gets_its_own_rejection_and_safe_display() {
     assert!(!shown[3].contains('\x1b'), "{:?}", shown[3]);
 }
 
-/// A length byte alone must not reserve memory.
+/// A length byte must not reserve memory for bytes that have not arrived.
 #[test]
 fn decoded_message_allocates_at_most_its_own_length() {
     for count in [1, 2, 100, 255] {
         let bytes = [&[5, count][..], &vec![0; count.into()]].concat();
-        let methods = Greeting::decode(&bytes).expect("a greeting").methods;
+        let methods = Greeting::decode(&bytes).expect("valid greeting").methods;
         assert!(methods.capacity() <= count.into(), "{} for {count}", methods.capacity());
         let bytes = [&[1, count][..], &vec![b'u'; count.into()], &[1, b'p']].concat();
-        let login = Credentials::decode(&bytes).expect("a login");
-        let held = login.uname.capacity() + login.passwd.capacity();
-        assert!(held <= bytes.len(), "{held} for {}", bytes.len());
+        let login = Credentials::decode(&bytes).expect("valid credentials");
+        let capacity = login.uname.capacity() + login.passwd.capacity();
+        assert!(capacity <= bytes.len(), "{capacity} for {}", bytes.len());
     }
 }
 
-/// A connection allocates the requested bytes, so this bounds the memory for a peer that sends only part of a message.
+/// A connection allocates the requested bytes, so this limits the memory for a peer that sends an incomplete message.
 #[test]
 fn requested_bytes_never_exceed_the_longest_message() {
     assert_eq!([Greeting::MAX_LEN, Credentials::MAX_LEN, Request::MAX_LEN, Reply::MAX_LEN], [257, 513, 262, 262]);

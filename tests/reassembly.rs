@@ -128,7 +128,7 @@ fn fragment_for_another_dst_empties_the_queue() {
     let (to, complete) = queue.push(now, other(54, 2 | LAST)).expect("complete");
     assert_eq!((to, &*complete), (dst(54), &b"xx"[..]));
 
-    let name = HostName::new(b"192.0.2.1").expect("a name");
+    let name = HostName::new(b"192.0.2.1").expect("valid host name");
     assert_eq!(queue.push(now, other(53, 1)), None);
     let by_name = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..other(53, 2 | LAST) };
     assert_eq!(queue.push(now, by_name), None, "the same host as a name");
@@ -347,7 +347,7 @@ proptest! {
         length in prop_oneof![1 => Just(0_usize), 4 => 0_usize..3000],
         limit in 0_usize..700,
     ) {
-        let host = Host::Name(HostName::new(name.as_bytes()).expect("a name"));
+        let host = Host::Name(HostName::new(name.as_bytes()).expect("valid host name"));
         check_fragment(&Addr { host, port: 53 }, length, limit)?;
     }
 }

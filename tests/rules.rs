@@ -107,7 +107,7 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
         let last = facts.iter().rfind(|(word, _)| *word == key).map(|(_, value)| *value);
         last.filter(|value| !value.is_empty())
     };
-    let name = known("name").map(|name| HostName::new(name.as_bytes()).expect("a name"));
+    let name = known("name").map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
     let user = known("user").map(str::as_bytes);
     let request = AccessRequest {
         client_ip: known("from").map(ip),
@@ -115,7 +115,7 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
         command: known("command").map(command),
         target_name: name.as_ref(),
         target_ip: known("ip").map(ip),
-        target_port: known("port").map(|port| port.parse().expect("a port")),
+        target_port: known("port").map(|port| port.parse().expect("valid port")),
     };
     let own_listener: SocketAddr = OWN_LISTENER.parse().expect("valid address");
     describe(rules.evaluate(&request, &|to| to == own_listener))

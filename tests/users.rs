@@ -293,11 +293,11 @@ fn verify_takes_as_long_for_password_that_bcrypt_refuses() {
 
 #[test]
 fn new_entry_verifies_its_password() {
-    let line = new_entry("zoë", b"p\xff\0ss").expect("a line");
+    let line = new_entry("zoë", b"p\xff\0ss").expect("valid entry");
     assert!(line.starts_with("zoë:$argon2id$v=19$m=19456,t=2,p=1$") && !line.contains('\n'), "{line}");
     let users = users(&line);
     assert!(users.verify("zoë".as_bytes(), b"p\xff\0ss"));
-    assert_ne!(new_entry("zoë", b"p\xff\0ss").expect("a line"), line, "the salt is random");
+    assert_ne!(new_entry("zoë", b"p\xff\0ss").expect("valid entry"), line, "the salt is random");
 }
 
 #[test]

@@ -63,7 +63,7 @@ fn unix_socket_with_full_backlog_counts_as_in_use() {
     let dir = temp_dir();
     let path = dir.path().join("s5.sock");
     let busy = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).expect("socket created");
-    busy.bind(&socket2::SockAddr::unix(&path).expect("an address")).expect("bound");
+    busy.bind(&socket2::SockAddr::unix(&path).expect("valid socket path")).expect("bound");
     busy.listen(0).expect("listening");
     let _queued = UnixStream::connect(&path).expect("the backlog holds one connection");
     let listen = format!("unix:{}", path.display());

@@ -165,7 +165,7 @@ fn add_and_remove_user_keep_other_lines_byte_for_byte() {
     assert_success(&add_user(&users, "alice", b"topsecret\n"));
     let after = read_users(&users);
     let (head, rest) = after.split_once("alice:").expect("alice is in the file");
-    let (line, tail) = rest.split_once('\n').expect("a line");
+    let (line, tail) = rest.split_once('\n').expect("a complete line");
     assert!(line.starts_with("$argon2id$"), "{after}");
     assert_eq!(head, format!("# one\r\n\n  bob:{BCRYPT_HASH}  \n"));
     assert_eq!(tail, format!("\t# two: alice:x\nalicia:{BCRYPT_HASH}\n#end"));

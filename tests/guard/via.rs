@@ -97,7 +97,7 @@ fn rules_select_route() {
         drop(stream);
         let dst = format!("dst=\"{echo}\"");
         let log = server.wait_log(|log| log.contains(&dst));
-        let line = log.lines().find(|line| line.contains(&dst)).expect("a line");
+        let line = log.lines().find(|line| line.contains(&dst)).expect("the session is logged");
         assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
         for other in [&a, &b, &c] {
             let is_selected = hop.is_some_and(|hop| std::ptr::eq(hop, other));
@@ -317,7 +317,7 @@ fn sessions_end_with_their_hop() {
         assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the killed hop fails");
         drop((tunnel, association, waiting));
         let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
-        let line = log.lines().find(|line| line.contains("command=udp")).expect("a line");
+        let line = log.lines().find(|line| line.contains("command=udp")).expect("the session is logged");
         assert!(line.contains("closed its association"), "{line}");
         assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 1);
     }

@@ -153,7 +153,7 @@ pub fn assert_no_data(stream: &TcpStream, time: Duration) {
 pub fn resident_kib(server: &Server) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-    line.trim().trim_end_matches(" kB").parse().expect("a number")
+    line.trim().trim_end_matches(" kB").parse().expect("valid number")
 }
 
 /// The log lines of ended sessions.

@@ -10,8 +10,8 @@ use crate::common::{
 use crate::kit::login::{log_in, users_file};
 use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, greet, session_lines, stream_end};
 
-/// Attacks on the reader of a log: end a line or a value, control a terminal, or reverse the text that follows.
-const TRICKS: [&[u8]; 26] = [
+/// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
+const ATTACKS: [&[u8]; 26] = [
     b"\n",
     b"\r\n2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5",
     b"\" error=\"login refused",
@@ -46,7 +46,7 @@ fn request_bytes(command: u8, name: &[u8], port: u16) -> Vec<u8> {
     [&[5, command, 0, 3, length], name, &port.to_be_bytes()].concat()
 }
 
-/// Asserts that all lines are printable ASCII or letters, and that session lines are only keys and values.
+/// Fails unless all characters are letters or printable ASCII, and session lines have only `key=value` pairs.
 fn assert_harmless(log: &str, session_count: usize) {
     for line in log.lines() {
         let harmful = line.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ' || c.is_alphanumeric()));
@@ -84,19 +84,19 @@ fn assert_pairs(line: &str) {
     assert_eq!(keys, all, "{line}");
 }
 
-/// Greets and sends a request.
+/// Offers no authentication and sends a request.
 fn send_request(server: &Server, request: &[u8]) -> TcpStream {
     let mut stream = greet(server);
     stream.write_all(request).expect("data sent");
     stream
 }
 
-/// Starts a hop that plays a script: read so many bytes, write those.
+/// Starts a hop that runs a script of steps: read a number of bytes, then write these bytes.
 fn hop(script: Vec<(usize, Vec<u8>)>) -> String {
     let addr = tcp_server(V4, move |mut stream| {
         for (reads, writes) in &script {
-            let mut waste = vec![0; *reads];
-            if stream.read_exact(&mut waste).is_err() || stream.write_all(writes).is_err() {
+            let mut ignored = vec![0; *reads];
+            if stream.read_exact(&mut ignored).is_err() || stream.write_all(writes).is_err() {
                 return;
             }
         }
@@ -112,7 +112,7 @@ fn reply_with_name(rep: u8, name: &[u8]) -> Vec<u8> {
 
 #[test]
 fn domain_names_are_escaped_for_every_command_and_outcome() {
-    // A network without a resolver.
+    // In a namespace without a resolver.
     if !in_namespace("log_escaping::domain_names_are_escaped_for_every_command_and_outcome", "", "") {
         return;
     }
@@ -121,11 +121,11 @@ fn domain_names_are_escaped_for_every_command_and_outcome() {
         let server = Server::start(&[&["-v", "-v", "--connect-timeout", "300ms"], args].concat());
         let mut count = 0;
         let mut streams = Vec::new();
-        for trick in TRICKS {
-            let name = [b"a", trick, b"b.evil"].concat();
+        for attack in ATTACKS {
+            let name = [b"a", attack, b"b.evil"].concat();
             for command in [CONNECT, BIND, UDP_ASSOCIATE, 9] {
                 streams.push(send_request(&server, &request_bytes(command, &name, port)));
-                // The same from clients that close at once.
+                // The same request from a client that closes at once.
                 drop(send_request(&server, &request_bytes(command, &name, port)));
                 count += 2;
             }
@@ -133,8 +133,8 @@ fn domain_names_are_escaped_for_every_command_and_outcome() {
         let (mut control, rep, bnd) = open(&server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("valid address"));
         assert_eq!(rep, 0);
         let socket = UdpSocket::bind("127.0.0.1:0").expect("free port");
-        for trick in TRICKS {
-            let name = request_bytes(0, &[trick, b".evil"].concat(), port);
+        for attack in ATTACKS {
+            let name = request_bytes(0, &[attack, b".evil"].concat(), port);
             socket.send_to(&[&[0, 0], &name[2..], b"data"].concat(), bnd).expect("datagram sent");
         }
         for stream in &mut streams {
@@ -154,12 +154,12 @@ fn domain_names_are_escaped_for_every_command_and_outcome() {
 fn hop_answers_are_escaped() {
     let unreachable = closed_port().to_string();
     let selection = |bytes: &[u8]| (3, bytes.to_vec());
-    for trick in TRICKS.iter().filter(|trick| std::str::from_utf8(trick).is_ok()) {
-        let name = [b"a", *trick, b"b"].concat();
+    for attack in ATTACKS.iter().filter(|attack| std::str::from_utf8(attack).is_ok()) {
+        let name = [b"a", *attack, b"b"].concat();
         let hops = [
             unreachable.clone(),
-            hop(vec![selection(trick)]),
-            hop(vec![selection(&[b"HTTP/1.1 400 ", *trick, b"\r\n\r\n"].concat())]),
+            hop(vec![selection(attack)]),
+            hop(vec![selection(&[b"HTTP/1.1 400 ", *attack, b"\r\n\r\n"].concat())]),
             hop(vec![selection(b"\x05\xff")]),
             hop(vec![selection(b"\x05\x00"), (7, reply_with_name(0, &name))]),
             hop(vec![selection(b"\x05\x00"), (7, reply_with_name(5, &name))]),
@@ -185,19 +185,19 @@ fn user_names_are_escaped_in_success_and_failure() {
     let valid_name = "ren\u{e9} \u{202e}\" rep=0";
     let (_dir, users) = users_file(&[(valid_name, "secret")]);
     let server = Server::start(&["--users", &users, "-v", "-v", "--max-per-user", "1"]);
-    for (trick, n) in TRICKS.iter().zip(1..) {
-        assert_ne!(log_in(&server, [127, 9, 0, n], trick, b"wrong").1, 0);
+    for (attack, n) in ATTACKS.iter().zip(1..) {
+        assert_ne!(log_in(&server, [127, 9, 0, n], attack, b"wrong").1, 0);
     }
-    let mut held = Vec::new();
+    let mut open_streams = Vec::new();
     for n in 1..=3 {
         let (mut stream, status) = log_in(&server, [127, 9, 1, n], valid_name.as_bytes(), b"secret");
         assert_eq!(status, 0);
         stream.write_all(&crate::common::request(CONNECT, echo_server())).expect("data sent");
         read_exact(&mut stream, 2);
-        held.push(stream);
+        open_streams.push(stream);
     }
-    drop(held);
-    let count = TRICKS.len() + 3;
+    drop(open_streams);
+    let count = ATTACKS.len() + 3;
     let log = server.wait_log(|log| session_lines(log).len() >= count);
     assert_harmless(&log, count);
     assert!(log.is_ascii(), "{log}");
@@ -216,7 +216,7 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
     let dir = temp_dir();
     let (_users, users) = users_file(&[("alice", "open-sesame")]);
     let text = std::fs::read_to_string(&users).expect("file read");
-    let hash = text.trim().split_once(':').expect("a line").1.to_owned();
+    let hash = text.trim().split_once(':').expect("an entry").1.to_owned();
     let secrets = ["sesame", &hash, &hash[7..29], &hash[29..]];
     let refusing = |status: u8| hop(vec![(4, vec![5, 2]), (6, vec![]), (19, vec![1, status])]);
     let unreachable = closed_port().to_string();
@@ -248,7 +248,7 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
     }
 }
 
-/// Starts a server that must fail, and returns its stderr.
+/// Returns the stderr of a server that must fail to start.
 fn start_error(args: &[&str]) -> String {
     let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -259,8 +259,8 @@ fn start_error(args: &[&str]) -> String {
 fn users_file_error_does_not_contain_hashes() {
     let dir = temp_dir();
     let bcrypt = bcrypt::hash("sesame", 4).expect("password hashed");
-    let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("a line");
-    let argon2 = argon2.split_once(':').expect("a line").1;
+    let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("valid entry");
+    let argon2 = argon2.split_once(':').expect("an entry").1;
     for (hash, salt) in [(bcrypt.as_str(), &bcrypt[7..29]), (argon2, argon2.split('$').nth(4).expect("a salt"))] {
         let end = &hash[hash.len() - 12..];
         let short = &hash[..hash.len() - 2];
@@ -284,7 +284,7 @@ fn users_file_error_does_not_contain_hashes() {
         ];
         for text in wrong {
             let users = write_file(dir.path(), "users", &text);
-            // Some are valid: blanks at the end are ignored.
+            // Some texts are valid, because spaces at the end are ignored.
             if s5::policy::users::Users::parse(&text).is_ok() {
                 continue;
             }
@@ -324,7 +324,7 @@ fn hop_error_does_not_contain_the_password() {
     ] {
         let named = format!("name={url}");
         for args in [["--via", url], ["--hop", &named], ["--hop", url]] {
-            // A URL that is only a word is a host.
+            // Some texts are valid URLs: a single word is a host name.
             if s5::client::parse_hops(url).is_ok() && args[1] != url {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! Password guessing is slowed down and blocked for the guesser's address only.
+//! Throttling of password guesses: logins are delayed and then blocked, but only for the guesser's address.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -13,11 +13,11 @@ use crate::kit::login::{
 use crate::kit::{CONNECT, StreamEnd, ping, resident_kib, stream_end, timed};
 use crate::{ensure, lock_machine, try_three_times};
 
-/// Failures within a minute without a delay.
+/// Failures within a minute that are answered without a delay.
 const FREE_FAILURES: usize = 5;
-/// Delayed failures after these; then the address is blocked.
+/// Number of delayed failures. After the last one the address is blocked.
 const DELAYED_FAILURES: usize = 6;
-/// Upper limit for an answer without a delay; the shortest delay is 1 s.
+/// Upper limit for the time of an answer without a delay. The shortest delay is 1 s.
 const NO_DELAY: Duration = Duration::from_millis(900);
 
 fn seconds(n: u64) -> Duration {
@@ -31,7 +31,7 @@ fn set_timeout_seconds(stream: &TcpStream, n: u64) {
 #[test]
 fn login_delay_doubles_and_other_addresses_are_not_delayed() {
     let (_dir, users) = users_file(&[("alice", "secret")]);
-    // The delays are longer than the handshake timeout, which must not end them.
+    // The delays exceed the handshake timeout, which does not apply to them.
     let server = Server::start(&["--users", &users, "--handshake-timeout", "500ms"]);
     let guess = |passwd: &[u8]| timed(|| log_in(&server, [127, 5, 0, 1], b"alice", passwd));
     for n in 0..FREE_FAILURES {
@@ -45,7 +45,7 @@ fn login_delay_doubles_and_other_addresses_are_not_delayed() {
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
     thread::scope(|scope| {
-        // The right password is delayed too, or the time of the answer would reveal it.
+        // The right password is delayed too. Otherwise the time of the answer would reveal it.
         let right = scope.spawn(|| guess(b"secret"));
         for n in 1..=3 {
             let (time, (_, status)) = timed(|| log_in(&server, [127, 5, 1, n], b"alice", b"secret"));
@@ -57,7 +57,7 @@ fn login_delay_doubles_and_other_addresses_are_not_delayed() {
         stream.write_all(&request(CONNECT, echo_server())).expect("request sent");
         assert_eq!(read_reply(&mut stream).0, 0);
         ping(&mut stream, b"hello");
-        // Only the rest of the handshake timeout is left for the request.
+        // For the request, only the remaining handshake timeout is left.
         let (mut silent, status) = guess(b"secret").1;
         assert_eq!(status, 0);
         let (time, end) = timed(|| stream_end(&mut silent));
@@ -70,7 +70,7 @@ fn login_delay_doubles_and_other_addresses_are_not_delayed() {
 fn guesser_is_blocked_after_the_last_delayed_failure() {
     const PENDING: u8 = 12;
     let guesser = [127, 6, 0, 1];
-    // A cost at which the CPU time of a hash can be measured.
+    // With cost 9 the CPU time of a hash is measurable.
     let (_dir, users) = users_file_with_cost(9, &[("alice", "secret")]);
     let server = Server::start(&["--users", &users, "--handshake-timeout", "40", "-v"]);
     let connect = || {
@@ -91,7 +91,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     let hashes = server.cpu_seconds() - cpu;
     let cpu = server.cpu_seconds();
     for (stream, n) in pending.iter_mut().zip(0..) {
-        // Some passwords are right; none is verified.
+        // Some passwords are right. None is verified.
         let passwd: &[u8] = if n % 4 == 0 { b"secret" } else { &[b'y', n] };
         stream.write_all(&login_message(b"alice", passwd)).expect("data sent");
     }
@@ -110,7 +110,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
         assert_eq!(read_exact(&mut stream, 2), [1, 1], "pending login {n}");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
-    // One hash, for the other address, is less than the eleven before.
+    // After the block one password is hashed, for the other address. Before it, eleven were.
     let later = server.cpu_seconds() - cpu;
     assert!(later < hashes / 2.0, "{hashes} s before and {later} s after the block");
     let refusals = usize::from(PENDING) + FREE_FAILURES + DELAYED_FAILURES;
@@ -156,7 +156,7 @@ fn refusal_time_does_not_reveal_user_names() {
 }
 
 #[test]
-fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
+fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_throttled_address() {
     const SOURCES: usize = 20_000;
     const THREADS: usize = 16;
     let _machine = lock_machine();
@@ -168,7 +168,7 @@ fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
     }
     let (next, started) = (AtomicUsize::new(0), Instant::now());
     let sizes = thread::scope(|scope| {
-        let guessing: Vec<_> = (0..THREADS)
+        let threads: Vec<_> = (0..THREADS)
             .map(|_| {
                 scope.spawn(|| {
                     let mut sizes = Vec::new();
@@ -177,7 +177,7 @@ fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
                         if n >= SOURCES {
                             return sizes;
                         }
-                        let source = u32::try_from(0x7F20_0001 + n).expect("an address").to_be_bytes();
+                        let source = u32::try_from(0x7F20_0001 + n).expect("32 bits suffice").to_be_bytes();
                         assert_ne!(log_in(&server, source, format!("user{n}").as_bytes(), b"wrong").1, 0);
                         if n % 100 == 0 {
                             sizes.push((n, resident_kib(&server)));
@@ -186,11 +186,11 @@ fn guesses_from_20000_addresses_use_bounded_memory_and_evict_no_guesser() {
                 })
             })
             .collect();
-        guessing.into_iter().flat_map(|guesses| guesses.join().expect("the thread does not panic")).collect::<Vec<_>>()
+        threads.into_iter().flat_map(|thread| thread.join().expect("the thread does not panic")).collect::<Vec<_>>()
     });
     let max_size = |quarter: usize| {
-        let within = |n: usize| n * 4 / SOURCES == quarter;
-        sizes.iter().filter(|(n, _)| within(*n)).map(|(_, size)| *size).max().expect("sizes")
+        let is_in_quarter = |n: usize| n * 4 / SOURCES == quarter;
+        sizes.iter().filter(|(n, _)| is_in_quarter(*n)).map(|(_, size)| *size).max().expect("at least one size")
     };
     eprintln!(
         "{SOURCES} guesses in {:?}: {} KiB in the first quarter, {} in the last",

@@ -1,4 +1,4 @@
-//! `--rate` and `--rate-per-user`: the rate is met and not exceeded, no data is lost, and little CPU is used.
+//! `--rate` and `--rate-per-user`: the rate is reached and not exceeded, no data is lost, and little CPU is used.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -14,16 +14,16 @@ use crate::kit::login::{log_in, users_file};
 use crate::kit::{CONNECT, UDP_ASSOCIATE, V4, check_pattern, ping, send_pattern};
 use crate::{ensure, lock_machine, try_three_times};
 
-/// Lower limit for the capacity of a bucket, which is a quarter of a second otherwise.
+/// Minimum capacity of a token bucket. Above it, the capacity is the rate times a quarter of a second.
 const MIN_BURST_BYTES: f64 = 65_536.0;
 
 type Counter = Arc<AtomicU64>;
 
-/// Directions, from the client's side.
+/// Bits of directions: from the client, to the client.
 const UP: u8 = 1;
 const DOWN: u8 = 2;
 
-/// Sends without a pause until the other side closes.
+/// Sends as fast as possible until the other side closes.
 fn send_all(mut stream: TcpStream) {
     let bytes = vec![7; 1 << 16];
     while stream.write_all(&bytes).is_ok() {}
@@ -39,6 +39,7 @@ fn count(mut stream: TcpStream, counter: &AtomicU64) {
     }
 }
 
+/// Counts received bytes on a thread. A sender also sends as fast as possible.
 fn receive_and_send(stream: TcpStream, is_sender: bool, counter: &Counter) {
     let (other, counter) = (stream.try_clone().expect("cloned"), counter.clone());
     stream.set_read_timeout(None).expect("timeout set");
@@ -48,13 +49,13 @@ fn receive_and_send(stream: TcpStream, is_sender: bool, counter: &Counter) {
     }
 }
 
-/// Starts a target that sends if `directions` has `DOWN`, and counts what it receives.
+/// Starts a target that counts received bytes, and sends if `directions` has `DOWN`.
 fn target(directions: u8, counter: &Counter) -> SocketAddr {
     let counter = counter.clone();
     tcp_server(V4, move |stream| receive_and_send(stream, directions & DOWN != 0, &counter))
 }
 
-/// A client that sends as much as possible; closes its connection on drop.
+/// A client that receives, and sends if `directions` has `UP`. Its connection is closed when dropped.
 struct BusyClient(TcpStream);
 
 impl BusyClient {
@@ -70,15 +71,16 @@ impl Drop for BusyClient {
     }
 }
 
-/// Opens a busy tunnel; returns its client and the counter of its bytes.
-fn busy(server: &Server, directions: u8) -> (BusyClient, Counter) {
+/// Opens a busy tunnel. Returns its client and the counter of its bytes.
+fn busy_tunnel(server: &Server, directions: u8) -> (BusyClient, Counter) {
     let counter = Counter::default();
     let (stream, rep, _) = open(server, CONNECT, target(directions, &counter));
     assert_eq!(rep, 0);
     (BusyClient::new(stream, directions, &counter), counter)
 }
 
-fn busy_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str)) -> (BusyClient, Counter) {
+/// Opens a busy tunnel of a user, from the target to the client.
+fn busy_tunnel_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str)) -> (BusyClient, Counter) {
     let counter = Counter::default();
     let (mut stream, status) = log_in(server, source, uname.as_bytes(), passwd.as_bytes());
     assert_eq!(status, 0);
@@ -87,10 +89,9 @@ fn busy_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str)) -> (
     (BusyClient::new(stream, DOWN, &counter), counter)
 }
 
-/// Measures bytes per second over `time`, after the initial bursts are used up.
+/// Measures bytes per second over `time`. Starts 0.5 s after `started`, when the initial bursts are used up.
 fn rates(started: Instant, time: Duration, counters: &[Counter]) -> Vec<f64> {
     let all = || counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect::<Vec<_>>();
-    // A rate is measured, so time must pass.
     thread::sleep((started + Duration::from_millis(500)).saturating_duration_since(Instant::now()));
     let (start, before) = (Instant::now(), all());
     thread::sleep(time);
@@ -104,13 +105,14 @@ fn check_rate(what: &str, limit: f64, measured: f64) -> Result<(), String> {
     ensure((0.95..=1.05).contains(&share), || format!("{what}: {measured:.0} of {limit} bytes per second"))
 }
 
-/// Runs one session of each kind at the same time, and checks the rates.
+/// Runs one session of each kind at the same time, and checks their rates. A kind has `--rate`, bytes per second, name
+/// and directions.
 fn check_sessions(kinds: &[(&str, f64, &str, u8)]) -> Result<(), String> {
     let server = |kind: &(&str, f64, &str, u8)| Server::start(&["--rate", kind.0]);
     let servers: Vec<Server> = kinds.iter().map(server).collect();
     let started = Instant::now();
     let (_tunnels, counters): (Vec<_>, Vec<_>) =
-        servers.iter().zip(kinds).map(|(server, (.., directions))| busy(server, *directions)).unzip();
+        servers.iter().zip(kinds).map(|(server, (.., directions))| busy_tunnel(server, *directions)).unzip();
     let rates = rates(started, Duration::from_millis(1250), &counters);
     for (((text, rate, what, _), counter), measured) in kinds.iter().zip(&counters).zip(rates) {
         check_rate(&format!("{text} {what}"), *rate, measured)?;
@@ -122,15 +124,15 @@ fn check_sessions(kinds: &[(&str, f64, &str, u8)]) -> Result<(), String> {
 }
 
 #[test]
-fn rate_limit_of_a_session_holds_up_down_and_both() {
+fn rate_limit_of_a_session_applies_to_the_sum_of_both_directions() {
     let _machine = lock_machine();
     let kinds = [("256k", 256e3), ("4M", 4e6), ("100M", 100e6)].map(|(text, rate)| {
         [("down", DOWN), ("up", UP), ("both directions", UP | DOWN)]
             .map(|(what, directions)| (text, rate, what, directions))
     });
-    let [slow, middling, fast] = kinds;
-    try_three_times(|| check_sessions(&[slow, middling].concat()));
-    // One at a time, because together these need all of the machine.
+    let [slow, medium, fast] = kinds;
+    try_three_times(|| check_sessions(&[slow, medium].concat()));
+    // One at a time, because together they would load the whole machine.
     fast.chunks(1).for_each(|kind| try_three_times(|| check_sessions(kind)));
 }
 
@@ -147,7 +149,7 @@ fn rate_limit_of_a_user_is_shared_by_the_sessions_of_that_user_only() {
         let sessions = [(&server, alice), (&server, alice), (&server, alice), (&server, bob), (&other, bob)];
         let sessions = sessions.into_iter().chain([(&other, alice); 3]).chain([(&only_per_user, bob); 2]);
         let (_tunnels, counters): (Vec<_>, Vec<_>) =
-            (1..).zip(sessions).map(|(n, (server, user))| busy_as(server, [127, 0, 4, n], user)).unzip();
+            (1..).zip(sessions).map(|(n, (server, user))| busy_tunnel_as(server, [127, 0, 4, n], user)).unzip();
         let rates = rates(started, Duration::from_secs(2), &counters);
         check_rate("three sessions of alice", 4e6, rates[..3].iter().sum())?;
         check_rate("one session of bob", 4e6, rates[3])?;
@@ -165,10 +167,11 @@ fn rate_limit_of_a_user_starves_no_session() {
     let servers = ["1", "2"].map(server);
     let started = Instant::now();
     let each = servers.iter().flat_map(|server| [server; 4]).zip(1..);
-    let (_tunnels, counters): (Vec<_>, Vec<_>) = each.map(|(server, n)| busy_as(server, [127, 0, 5, n], alice)).unzip();
+    let (_tunnels, counters): (Vec<_>, Vec<_>) =
+        each.map(|(server, n)| busy_tunnel_as(server, [127, 0, 5, n], alice)).unzip();
     let rates = rates(started, Duration::from_secs(1), &counters);
-    // At least a tenth of a fair share, because exact fairness is not required.
-    assert!(rates.iter().all(|rate| *rate > 1e5), "four with one thread, four with two: {rates:.0?}");
+    // Each session gets at least a tenth of its fair share. Exact fairness is not required.
+    assert!(rates.iter().all(|rate| *rate > 1e5), "four sessions with one thread, four with two: {rates:.0?}");
 }
 
 #[test]
@@ -189,30 +192,30 @@ fn rate_limit_starves_no_direction_of_a_session() {
     }
 }
 
-/// Sends three times the rate limit of 400 kB/s through an association. Returns the bytes that arrive at the target,
-/// plus those of its answers that arrive at the client.
+/// Sends three times the rate limit of 400 kB/s through an association. Returns the number of bytes that arrive at the
+/// target, plus the bytes of its answers that arrive at the client.
 fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
     let (socket, sink) = (UdpSocket::bind("127.0.0.1:0").expect("free port"), UdpSocket::bind("127.0.0.1:0"));
-    let sink = sink.expect("a port");
+    let sink = sink.expect("free port");
     let (_control, rep, bnd) = open(server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("valid address"));
     assert_eq!(rep, 0);
     let head = message_with_addr([0, 0, 0], sink.local_addr().expect("local address"));
     let datagram = [&head[..], &[7; 1000]].concat();
-    let (passed, over) = (AtomicU64::new(0), AtomicBool::new(false));
-    let take = |socket: &UdpSocket, head: usize, answers: bool| {
+    let (received, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let receive = |socket: &UdpSocket, head: usize, answers: bool| {
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
         let mut buffer = [0; 2048];
-        while !over.load(Ordering::Relaxed) {
+        while !is_over.load(Ordering::Relaxed) {
             let Ok((n, from)) = socket.recv_from(&mut buffer) else { continue };
-            passed.fetch_add((n - head) as u64, Ordering::Relaxed);
+            received.fetch_add((n - head) as u64, Ordering::Relaxed);
             if answers {
                 socket.send_to(&buffer[..n], from).expect("datagram sent");
             }
         }
     };
     thread::scope(|scope| {
-        scope.spawn(|| take(&sink, 0, answers));
-        scope.spawn(|| take(&socket, head.len(), false));
+        scope.spawn(|| receive(&sink, 0, answers));
+        scope.spawn(|| receive(&socket, head.len(), false));
         let started = Instant::now();
         let mut sent = 0.0;
         while started.elapsed() < time {
@@ -223,9 +226,9 @@ fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        over.store(true, Ordering::Relaxed);
+        is_over.store(true, Ordering::Relaxed);
     });
-    passed.into_inner()
+    received.into_inner()
 }
 
 #[test]
@@ -239,10 +242,10 @@ fn udp_association_drops_datagrams_above_its_rate_limit() {
             let floods = [false, true].map(|answers| scope.spawn(move || flood(server, answers, time)));
             floods.map(|flood| flood.join().expect("the thread does not panic") as f64)
         });
-        for (what, passed) in ["to a target", "there and back"].into_iter().zip(passed) {
+        for (what, passed) in ["to a target", "to a target and back"].into_iter().zip(passed) {
             eprintln!("UDP {what}: {:.1} % of the limit", passed / whole * 100.0);
             let is_met = passed > 0.95 * whole && passed < 1.05 * whole + 100e3;
-            ensure(is_met, || format!("{what}: {passed} of {whole}"))?;
+            ensure(is_met, || format!("{what}: {passed} of {whole} bytes"))?;
         }
         Ok(())
     });
@@ -251,12 +254,15 @@ fn udp_association_drops_datagrams_above_its_rate_limit() {
 /// Returns the number of voluntary context switches of the server's threads.
 fn voluntary_switches(server: &Server) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
-    let of_one = |task: std::path::PathBuf| {
+    let switches = |task: std::path::PathBuf| {
         let status = std::fs::read_to_string(task.join("status")).expect("the thread runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("a line");
-        line.trim().parse::<u64>().expect("a number")
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+            .expect("voluntary_ctxt_switches");
+        line.trim().parse::<u64>().expect("valid number")
     };
-    tasks.map(|task| of_one(task.expect("a thread").path())).sum()
+    tasks.map(|task| switches(task.expect("directory entry").path())).sum()
 }
 
 #[test]
@@ -266,15 +272,15 @@ fn rate_limited_tunnel_wakes_once_per_reservation() {
     try_three_times(|| {
         let servers = kinds.map(|_| Server::start(&["--rate", "4M", "--threads", "1"]));
         let (_tunnels, counters): (Vec<_>, Vec<_>) =
-            servers.iter().zip(kinds).map(|(server, (_, directions, _))| busy(server, directions)).unzip();
+            servers.iter().zip(kinds).map(|(server, (_, directions, _))| busy_tunnel(server, directions)).unzip();
         let (start, before) = (Instant::now(), servers.each_ref().map(voluntary_switches));
         thread::sleep(Duration::from_secs(3));
         let (time, after) = (start.elapsed().as_secs_f64(), servers.each_ref().map(voluntary_switches));
         let rates = before.iter().zip(after).map(|(before, after)| (after - before) as f64 / time).collect::<Vec<_>>();
         for (((what, _, max), rate), counter) in kinds.iter().zip(&rates).zip(&counters) {
-            let moved = counter.load(Ordering::Relaxed);
+            let bytes = counter.load(Ordering::Relaxed);
             ensure(rate < max, || format!("{what}: {rate:.0} wake-ups per second of {rates:.1?}"))?;
-            ensure(moved > 11_000_000, || format!("{what}: {moved} bytes in {time} s"))?;
+            ensure(bytes > 11_000_000, || format!("{what}: {bytes} bytes in {time} s"))?;
         }
         Ok(())
     });
@@ -294,7 +300,7 @@ fn rate_limited_tunnel_loses_no_data_and_relays_half_close() {
     });
     check_pattern(&mut stream, TOTAL);
     sender.join().expect("the thread does not panic");
-    // 3 million bytes in both directions, of which the first million may be a burst.
+    // 3 million bytes in both directions. The first million may be a burst.
     assert!(started.elapsed() > Duration::from_millis(450), "{:?}", started.elapsed());
     let log = server.wait_log(|log| log.contains("session client="));
     assert!(log.contains("up=1500000 down=1500000") && !log.contains("error="), "{log}");
@@ -311,9 +317,9 @@ fn unused_rate_accumulates_for_a_quarter_of_a_second() {
         thread::sleep(Duration::from_millis(1200));
         let (start, _tunnel) = (Instant::now(), BusyClient::new(stream, UP, &Counter::default()));
         thread::sleep(Duration::from_millis(500));
-        let (moved, time) = (counter.load(Ordering::Relaxed) as f64, start.elapsed().as_secs_f64());
+        let (bytes, time) = (counter.load(Ordering::Relaxed) as f64, start.elapsed().as_secs_f64());
         let whole = 1e6 * (time + 0.25);
-        ensure(moved > 0.85 * whole && moved < 1.05 * whole, || format!("{moved} in {time} s"))
+        ensure(bytes > 0.85 * whole && bytes < 1.05 * whole, || format!("{bytes} bytes in {time} s"))
     });
 }
 
@@ -322,16 +328,15 @@ fn idle_rate_limited_tunnels_use_no_cpu() {
     let server = Server::start(&["--rate", "1k", "--threads", "2"]);
     let dst = echo_server();
     let mut tunnels: Vec<TcpStream> = (0..50).map(|_| open(&server, CONNECT, dst).0).collect();
-    // Some have used up their tokens, so that a timer was set once.
+    // Some tunnels have used up their tokens, so that a timer was set once.
     for tunnel in &mut tunnels[..10] {
         ping(tunnel, b"twenty-five bytes or more");
     }
     let before = (voluntary_switches(&server), server.cpu_seconds());
-    // The absence of activity is measured, so time must pass.
     thread::sleep(Duration::from_millis(1500));
     let (wake_ups, cpu) = (voluntary_switches(&server) - before.0, server.cpu_seconds() - before.1);
     assert!(wake_ups <= 10 && cpu <= 0.011, "{wake_ups} wake-ups and {cpu} s of CPU");
     tunnels[0].set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-    tunnels[0].write_all(b"and it goes on").expect("data sent");
-    assert_eq!(read_exact(&mut tunnels[0], 14), b"and it goes on");
+    tunnels[0].write_all(b"still open now").expect("data sent");
+    assert_eq!(read_exact(&mut tunnels[0], 14), b"still open now");
 }

@@ -1,4 +1,4 @@
-//! `--max-per-client` and `--max-per-user`: the limits, the addresses of one client, and the end of a session.
+//! `--max-per-client` and `--max-per-user`: the limits, the addresses that count as one client, and ends of sessions.
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -19,7 +19,7 @@ use crate::lock_machine;
 
 const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
-/// Sends a greeting, and returns whether the server accepts it.
+/// Sends a greeting. Returns true if the server accepts it.
 fn is_admitted(stream: &mut TcpStream) -> bool {
     let mut selection = [0; 2];
     // A server that closes with unread bytes sends a reset, so that errors are possible.
@@ -27,7 +27,7 @@ fn is_admitted(stream: &mut TcpStream) -> bool {
 }
 
 fn assert_closed(mut stream: TcpStream) {
-    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed without an answer");
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "the connection is not closed without an answer");
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn max_per_client_closes_extra_connections_of_that_address_only() {
     for threads in ["1", "2"] {
         let server = Server::start(&["--max-per-client", "3", "--threads", threads]);
         let mut first: Vec<TcpStream> = (0..3).map(|_| connect_from_ip(&server, [127, 0, 0, 1])).collect();
-        // Silent clients count as well.
+        // Silent clients count too.
         assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
         let mut other = connect_from_ip(&server, [127, 0, 0, 2]);
         assert!(is_admitted(&mut other), "another address");
@@ -56,7 +56,7 @@ fn max_per_client_is_logged_at_most_once_per_second() {
         (0..20).for_each(|_| assert_closed(server.connect()));
     }
     let lines = server.wait_log(|log| log.matches("limit of 1 connections reached").count() >= 2);
-    let lines = u64::try_from(lines.matches("limit of 1 connections reached").count()).expect("a number");
+    let lines = u64::try_from(lines.matches("limit of 1 connections reached").count()).expect("64 bits suffice");
     assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} lines in {:?}", started.elapsed());
 }
 
@@ -72,10 +72,10 @@ fn max_per_client_counts_every_command() {
     assert_closed(server.connect());
 }
 
-/// Ends a session. Returns a stream to keep open after that.
+/// Opens and ends a session. Returns a stream that stays open after it.
 type Ending = fn(&Server) -> Option<TcpStream>;
 
-/// Opens a tunnel; returns the client's and the target's connection.
+/// Opens a tunnel. Returns the client's and the target's connection.
 fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
     let (target, dst) = listener(V4);
     let (client, rep, _) = open(server, CONNECT, dst);
@@ -84,7 +84,7 @@ fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn max_per_client_frees_the_slot_however_a_session_ends() {
+fn max_per_client_frees_the_slot_at_each_kind_of_session_end() {
     let endings: [(&str, Ending); 14] = [
         ("a silent client closes", |server| {
             drop(server.connect());
@@ -156,7 +156,7 @@ fn max_per_client_frees_the_slot_however_a_session_ends() {
         for (what, end) in endings {
             let args = ["--max-per-client", "1", "--handshake-timeout", "300ms", "--threads", threads];
             let server = Server::start(&args);
-            let _left = end(&server);
+            let _open_stream = end(&server);
             wait_until(what, TIMEOUT, || is_admitted(&mut server.connect()));
         }
     }
@@ -166,7 +166,7 @@ fn max_per_client_frees_the_slot_however_a_session_ends() {
 fn client_connections(server: &Server) -> usize {
     let port = format!(":{:04X} ", server.addr().port());
     let table = std::fs::read_to_string(format!("/proc/{}/net/tcp", server.pid())).expect("the server runs");
-    // proc_net_tcp: the local address second, the state fourth; 01 is ESTABLISHED, 08 CLOSE_WAIT.
+    // proc_net_tcp(5): the second field is the local address, the fourth the state. 01 is ESTABLISHED, 08 CLOSE_WAIT.
     let is_open = |line: &&str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         format!("{} ", fields[1]).ends_with(&port) && ["01", "08"].contains(&fields[3])
@@ -188,7 +188,7 @@ fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
     let server = serve("[2001:db8:1::1]:0", 1, &["--open", "--max-per-client", "2"]);
     let [one, two, three, four] = sources.map(|source| SocketAddr::new(source.parse().expect("valid address"), 0));
     let connect = |from| connect_from(from, server.addr());
-    let _held = [connect(one), connect(two)];
+    let _open_streams = [connect(one), connect(two)];
     assert_closed(connect(one));
     assert_closed(connect(two));
     for other in [three, four] {
@@ -207,7 +207,7 @@ fn max_per_user_denies_the_request_after_login_for_that_user_only() {
         let mut open_as = |uname: &[u8], passwd: &[u8], command, dst| {
             last += 1;
             let (mut stream, status) = log_in(&server, [127, 0, 3, last], uname, passwd);
-            assert_eq!(status, 0, "the login is right");
+            assert_eq!(status, 0, "login refused");
             stream.write_all(&request(command, dst)).expect("request sent");
             let (rep, _) = read_reply(&mut stream);
             (stream, rep)
@@ -220,7 +220,7 @@ fn max_per_user_denies_the_request_after_login_for_that_user_only() {
             assert_eq!((rep, stream_end(&mut third)), (2, StreamEnd::Closed(vec![])), "command {command}");
         }
         assert_eq!(open_as(b"bob", b"other", CONNECT, dst).1, 0);
-        ping(&mut first.0, b"not disturbed");
+        ping(&mut first.0, b"undisturbed");
         drop(second);
         wait_until("a session of alice has ended", TIMEOUT, || open_as(b"alice", b"secret", CONNECT, dst).1 == 0);
         let log = server.wait_log(|log| log.contains("rep=2"));
@@ -228,7 +228,7 @@ fn max_per_user_denies_the_request_after_login_for_that_user_only() {
     }
 }
 
-/// Opens sessions for 200 simultaneous clients, and returns how many of them got `answer`.
+/// Opens sessions for 200 simultaneous clients. Returns the number of clients that receive `answer`.
 fn open_simultaneously(server: &Server, messages: &[u8], answer: &[u8]) -> usize {
     let start = Barrier::new(200);
     thread::scope(|scope| {
@@ -270,8 +270,8 @@ fn session_limits_hold_for_200_simultaneous_clients() {
             }
             let server = Server::start(&args);
             assert_eq!(open_simultaneously(&server, messages, answer), 20, "{args:?}");
-            wait_until("all are closed", TIMEOUT, || client_connections(&server) == 0);
-            assert_eq!(open_simultaneously(&server, messages, answer), 20, "{args:?}, once more");
+            wait_until("all connections are closed", TIMEOUT, || client_connections(&server) == 0);
+            assert_eq!(open_simultaneously(&server, messages, answer), 20, "{args:?}, second time");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Clients that stop within the handshake: each costs one descriptor and little memory, until the timeout.
+//! Clients that stop within the handshake: each uses one descriptor and little memory until the timeout.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -12,10 +12,10 @@ use crate::lock_machine;
 
 const CLIENTS: usize = 2000;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
-/// Upper limit of memory per client, in bytes; also for a debug build, whose futures are larger.
+/// Upper limit for memory per client, in bytes. Debug builds need more, because their futures are larger.
 const MAX_BYTES_PER_CLIENT: usize = 4096;
 
-/// The stages: name, bytes that the client sends, and the server's answer to them.
+/// The stages: name, bytes that the client sends, and the server's answer.
 fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
     let login = login_message(&[b'n'; 255], &[b'p'; 255]);
     [
@@ -35,11 +35,11 @@ fn stages() -> [(&'static str, Vec<u8>, Vec<u8>); 5] {
 fn dirty_bytes(server: &Server) -> usize {
     let path = format!("/proc/{}/smaps_rollup", server.pid());
     let text = std::fs::read_to_string(path).expect("the server runs");
-    let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("a line");
-    line.trim().trim_end_matches(" kB").parse::<usize>().expect("a number") * 1024
+    let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("Private_Dirty");
+    line.trim().trim_end_matches(" kB").parse::<usize>().expect("valid number") * 1024
 }
 
-/// The clients that stop at one stage, and their server.
+/// The clients that stopped at one stage, and their server.
 struct StalledClients {
     stage: &'static str,
     server: Server,
@@ -64,10 +64,10 @@ fn open(server: &Server, count: usize, message: &[u8], answer: &[u8]) -> Vec<Tcp
     streams
 }
 
-/// Connects the clients. Fails unless each of them costs one descriptor.
+/// Connects the clients. Fails unless each of them uses one descriptor.
 fn stall(server: Server, (stage, message, answer): (&'static str, Vec<u8>, Vec<u8>)) -> StalledClients {
     const WARM_UP: usize = 20;
-    // Not measured: the first hash of alice's password, and the first allocations of both threads.
+    // Excludes the first hash of alice's password and the first allocations of both threads from the measurement.
     drop(open(&server, WARM_UP, &message, &answer));
     server.wait_log(|log| session_lines(log).len() == WARM_UP);
     let mut descriptors = 0;
@@ -77,7 +77,7 @@ fn stall(server: Server, (stage, message, answer): (&'static str, Vec<u8>, Vec<u
     });
     let (memory, started) = (dirty_bytes(&server), Instant::now());
     let streams = open(&server, CLIENTS, &message, &answer);
-    wait_until("one descriptor each", HANDSHAKE_TIMEOUT, || server.descriptors() == descriptors + CLIENTS);
+    wait_until("each client uses one descriptor", HANDSHAKE_TIMEOUT, || server.descriptors() == descriptors + CLIENTS);
     let bytes_per_client = (dirty_bytes(&server) - memory) / CLIENTS;
     assert_eq!(server.descriptors(), descriptors + CLIENTS, "{stage}");
     StalledClients { stage, server, streams, descriptors, started, bytes_per_client }
@@ -92,7 +92,7 @@ impl StalledClients {
         }
         assert!(started.elapsed() < HANDSHAKE_TIMEOUT + TIMEOUT, "{stage}: {:?}", started.elapsed());
         drop(streams);
-        wait_until("all are closed", TIMEOUT, || server.descriptors() == descriptors);
+        wait_until("all connections are closed", TIMEOUT, || server.descriptors() == descriptors);
         let log = server.wait_log(|log| log.matches("handshake timed out").count() >= CLIENTS);
         assert_eq!(log.matches("handshake timed out").count(), CLIENTS, "{stage}");
     }
@@ -108,10 +108,10 @@ fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout() {
     let timeout = format!("{}s", HANDSHAKE_TIMEOUT.as_secs());
     let args = ["--users", &users, "--handshake-timeout", &timeout];
     thread::scope(|scope| {
-        // All stages at the same time, each with its own server.
+        // All stages at the same time, each with another server.
         let stalling = stages().map(|stage| scope.spawn(move || stall(Server::start(&args), stage)));
         let stalled = stalling.map(|thread| thread.join().expect("the thread does not panic"));
-        // The measurement is over; waiting does not disturb other tests.
+        // The measurement is over. Waiting does not disturb other tests.
         drop(machine);
         for clients in stalled {
             let (stage, bytes) = (clients.stage, clients.bytes_per_client);

@@ -17,16 +17,15 @@ fn read_address(path: &Path) -> SocketAddr {
         found.is_some()
     });
     let line = found.expect("the file exists");
-    // The file is written atomically, so the first content that is seen is complete.
-    line.strip_suffix('\n').and_then(|addr| addr.parse().ok()).unwrap_or_else(|| panic!("{line:?} is no address"))
+    // The file is written atomically, so its first content is complete.
+    line.strip_suffix('\n').and_then(|addr| addr.parse().ok()).unwrap_or_else(|| panic!("{line:?} is not an address"))
 }
 
 #[test]
 fn bound_to_file_has_only_the_address() {
     let (server, dir) = (Server::start(&[]), temp_dir());
     let path = dir.path().join("address");
-    std::fs::write(&path, "127.0.0.1:1\n of an earlier run").expect("file written");
-    std::fs::remove_file(&path).expect("file removed");
+
     let mut command = s5();
     command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&path);
     let mut client = RunningProgram::start(&mut command);
@@ -39,20 +38,20 @@ fn bound_to_file_has_only_the_address() {
     assert_eq!(client.wait_exit(TIMEOUT).1, b"hello");
     let names: Vec<_> =
         std::fs::read_dir(dir.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
-    assert_eq!(names, ["address"], "no temporary file is left");
+    assert_eq!(names, ["address"], "a temporary file is left");
 }
 
 #[test]
 fn bound_to_descriptor_gets_the_address_and_is_closed() {
     let server = Server::start(&[]);
-    // cat ends when s5 has closed the pipe, while s5 still waits for its peer.
+    // cat exits when s5 has closed the pipe, while s5 is still waiting for its peer.
     let script = "\"$0\" bind -x \"$1\" --bound-to fd:3 3>&1 >/dev/null 2>/dev/null & echo $! >&2; exec 1>&-";
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{{ {script}; }} | cat"), env!("CARGO_BIN_EXE_s5"), &server.addr().to_string()]);
     let output = run(&mut command, b"", TIMEOUT);
     let at: SocketAddr = text(&output.stdout).trim().parse().expect("valid address");
     let pid = text(&output.stderr).trim().to_owned();
-    assert!(Path::new("/proc").join(&pid).exists(), "s5 still waits for its peer");
+    assert!(Path::new("/proc").join(&pid).exists(), "s5 has exited before its peer connects");
     drop(TcpStream::connect(at).expect("the listener accepts"));
     wait_until("the client exits", TIMEOUT, || !Path::new("/proc").join(&pid).join("exe").exists());
 }
@@ -70,7 +69,7 @@ fn bound_to_named_pipe_gets_the_address() {
 }
 
 #[test]
-fn bound_to_fails_at_once_if_it_can_not_be_written() {
+fn bound_to_fails_at_once_if_the_file_cannot_be_written() {
     let server = Server::start(&[]);
     for (to, status) in [("/nonexistent/address", 23), ("fd:77", 2), ("fd:x", 2), ("fd:1", 2)] {
         let output = run(s5().args(["bind", "-x", &server.addr().to_string(), "--bound-to", to]), b"", TIMEOUT);
@@ -93,10 +92,10 @@ fn bind_z_exits_when_the_peer_connects() {
 }
 
 #[test]
-fn bind_program_has_the_peer_as_stdin_and_stdout() {
+fn bind_exec_program_has_the_peer_as_stdin_and_stdout() {
     let server = Server::start(&[]);
     let args =
-        ["bind", "-x", &server.addr().to_string(), "-c", "read line; echo \"you said $line to $S5_BND\"; exit 3"];
+        ["bind", "-x", &server.addr().to_string(), "-c", "read line; echo \"received $line at $S5_BND\"; exit 3"];
     let mut client = RunningProgram::start(s5().args(args));
     let stderr = client.stderr(|stderr| stderr.contains("bound "));
     let at = stderr.trim().trim_start_matches("bound ").to_owned();
@@ -104,7 +103,7 @@ fn bind_program_has_the_peer_as_stdin_and_stdout() {
     peer.write_all(b"hello\n").expect("data sent");
     let mut answer = String::new();
     peer.read_to_string(&mut answer).expect("the program answers");
-    assert_eq!(answer, format!("you said hello to {at}\n"));
+    assert_eq!(answer, format!("received hello at {at}\n"));
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(3));
 }
 
@@ -124,7 +123,7 @@ fn bind_json_has_bnd_and_peer() {
     }
 }
 
-/// Runs the README's example: another machine sends a file back through the proxy.
+/// Runs the commands of the README: another machine sends a file back through the proxy.
 #[test]
 fn bind_example_of_readme_transfers_a_file() {
     if !is_installed("nc.openbsd") {
@@ -135,7 +134,7 @@ fn bind_example_of_readme_transfers_a_file() {
         let line = readme.lines().find(|line| line.starts_with(begin)).unwrap_or_else(|| panic!("no line {begin}"));
         line.split("  #").next().unwrap_or_default().trim().to_owned()
     };
-    let (here, there) = (line("s5 bind --bound-to address"), line("nc -N $(tr"));
+    let (receive, send) = (line("s5 bind --bound-to address"), line("nc -N $(tr"));
     let (server, dir) = (Server::start(&[]), temp_dir());
     let content: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_be_bytes).collect();
     std::fs::create_dir(dir.path().join("there")).expect("directory created");
@@ -147,30 +146,30 @@ fn bind_example_of_readme_transfers_a_file() {
         command.args(["-c", &script]).current_dir(at).env("S5_PROXY", server.addr().to_string()).stdin(Stdio::null());
         command
     };
-    let mut receiver = RunningProgram::start(&mut shell(&here, dir.path()));
+    let mut receiver = RunningProgram::start(&mut shell(&receive, dir.path()));
     read_address(&dir.path().join("address"));
     std::fs::copy(dir.path().join("address"), dir.path().join("there/address")).expect("the file is copied");
-    let output = run(&mut shell(&there, &dir.path().join("there")), b"", Duration::from_secs(20));
+    let output = run(&mut shell(&send, &dir.path().join("there")), b"", Duration::from_secs(20));
     assert!(output.status.success(), "{}", text(&output.stderr));
     receiver.close_stdin();
     assert_eq!(receiver.wait_exit(TIMEOUT).0.code(), Some(0));
-    assert!(std::fs::read(dir.path().join("received")).expect("file read") == content, "the content differs");
+    assert!(std::fs::read(dir.path().join("received")).expect("file read") == content, "the received file differs");
 }
 
 #[test]
-fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
+fn bound_to_follows_symlinks_removes_old_address_and_obeys_umask() {
     use std::os::unix::fs::PermissionsExt as _;
     let dir = temp_dir();
     let (path, link) = (dir.path().join("address"), dir.path().join("link"));
     std::fs::write(&path, "127.0.0.1:1\n").expect("file written");
     std::os::unix::fs::symlink(&path, &link).expect("symlink created");
-    // This proxy never replies, so the new address is not written.
+    // This proxy never replies, so no address is written.
     let silent = ScriptedServer::start(vec![crate::scripted::Step::Greeting, crate::scripted::Step::WaitForClose]);
     let mut command = s5();
     command.args(["bind", "-x", &silent.url(), "--bound-to"]).arg(&link);
     let waiting = RunningProgram::start(&mut command);
     silent.message();
-    assert!(!path.exists(), "the address of an earlier run is removed");
+    assert!(!path.exists(), "the address of an earlier run is still there");
     drop(waiting);
     std::fs::write(&path, "127.0.0.1:1\n").expect("file written");
     let server = Server::start(&[]);
@@ -179,11 +178,11 @@ fn bound_to_follows_links_removes_old_address_and_obeys_umask() {
     let client = RunningProgram::start(&mut command);
     client.stderr(|stderr| stderr.contains("bound "));
     read_address(&path);
-    assert!(link.is_symlink(), "the link is not replaced");
+    assert!(link.is_symlink(), "the symlink was replaced");
     let mode = std::fs::metadata(&path).expect("the file exists").permissions().mode() & 0o777;
-    let usual = dir.path().join("usual");
-    std::fs::write(&usual, "").expect("file written");
-    assert_eq!(mode, std::fs::metadata(&usual).expect("the file exists").permissions().mode() & 0o777);
+    let other = dir.path().join("other");
+    std::fs::write(&other, "").expect("file written");
+    assert_eq!(mode, std::fs::metadata(&other).expect("the file exists").permissions().mode() & 0o777);
 }
 
 #[test]

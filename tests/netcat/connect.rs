@@ -1,4 +1,4 @@
-//! Establishing a tunnel: -z, retries, source addresses, local name resolution, and options that are refused.
+//! Establishing a tunnel: -z, retries, source addresses and local name resolution. Also: invalid options.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use crate::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply
 /// Runs s5 and returns its exit status and stderr.
 fn run_status(args: &[&str]) -> (Option<i32>, String) {
     let output = run(s5().args(args), b"", TIMEOUT);
-    assert!(output.stdout.is_empty(), "{args:?}: stdout is for data only");
+    assert!(output.stdout.is_empty(), "{args:?}: output on stdout");
     (output.status.code(), text(&output.stderr))
 }
 
 #[test]
-fn z_is_silent_without_v_and_reports_by_exit_status() {
+fn z_prints_nothing_without_v_and_exits_with_the_result() {
     let (server, echo, down) = (Server::start(&[]), echo_server().to_string(), closed_port().to_string());
     let proxy = server.addr().to_string();
     for (target, expected) in [(&echo, 0), (&down, 105)] {
@@ -41,7 +41,7 @@ fn z_without_target_sends_no_request() {
         let proxy = ScriptedServer::start(script);
         let (code, stderr) = run_status(&["connect", "-zv", "-x", &format!("{userinfo}{}", proxy.addr)]);
         assert_eq!((code, stderr.lines().count()), (Some(0), 1), "{stderr}");
-        assert_eq!(proxy.messages(), sent, "the proxy got a request");
+        assert_eq!(proxy.messages(), sent, "messages to the proxy");
     }
     let server = Server::start(&["--users", "/dev/null"]);
     assert_eq!(run_status(&["connect", "-z", "-x", &server.addr().to_string()]), (Some(67), String::new()));
@@ -75,13 +75,17 @@ fn recovering_proxy(failures: usize) -> SocketAddr {
 #[test]
 fn wait_retries_until_success() {
     let proxy = recovering_proxy(3).to_string();
-    assert_eq!(run_status(&["connect", "-x", &proxy, "target.example:80"]).0, Some(97), "one try is not enough");
+    assert_eq!(
+        run_status(&["connect", "-x", &proxy, "target.example:80"]).0,
+        Some(97),
+        "without --wait there is one try"
+    );
     let (code, stderr) = run_status(&["connect", "--wait", "10", "-x", &proxy, "target.example:80"]);
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
 }
 
 #[test]
-fn wait_ends_with_the_last_error_when_time_is_over() {
+fn wait_exits_with_the_last_error_at_its_time_limit() {
     let started = Instant::now();
     let down = closed_port().to_string();
     let (code, stderr) = run_status(&["connect", "--wait", "400ms", "-x", &down, "target.example:80"]);
@@ -92,7 +96,7 @@ fn wait_ends_with_the_last_error_when_time_is_over() {
         "{:?}",
         started.elapsed()
     );
-    // A last try that runs out of time does not hide the error of the tries before it.
+    // The time limit also ends a try that hangs.
     let proxy = ScriptedServer::start(vec![Step::WaitForClose]);
     let (code, stderr) = run_status(&["connect", "--wait", "300ms", "-x", &proxy.url(), "target.example:80"]);
     assert_eq!((code, stderr.contains("timed out after")), (Some(28), true), "{stderr}");
@@ -109,7 +113,7 @@ fn wait_does_not_retry_final_errors() {
         (reply_with(&[5, 8, 0, 1, 0, 0, 0, 0, 0, 0]), 108),
     ];
     for (script, expected) in cases {
-        // The proxy accepts one connection only, so that a second try would fail with another status.
+        // The proxy accepts one connection, so a second try would fail with another status.
         let proxy = ScriptedServer::start(script);
         let (code, stderr) = run_status(&["connect", "--wait", "30", "-x", &proxy.url(), "target.example:80"]);
         assert_eq!(code, Some(expected), "{stderr}");
@@ -121,9 +125,9 @@ fn wait_does_not_retry_final_errors() {
 
 #[test]
 fn timeout_applies_to_each_try() {
-    let hanging = ScriptedServer::start(vec![Step::WaitForClose]);
+    let silent = ScriptedServer::start(vec![Step::WaitForClose]);
     // After the first connection, the proxy no longer listens.
-    let args = ["connect", "--wait", "1s", "-w", "200ms", "-x", &hanging.url(), "target.example:80"];
+    let args = ["connect", "--wait", "1s", "-w", "200ms", "-x", &silent.url(), "target.example:80"];
     let (code, stderr) = run_status(&args);
     assert_eq!(code, Some(7), "{stderr}");
 }
@@ -186,7 +190,7 @@ fn resolve_local_tries_all_addresses_of_the_target() {
 }
 
 #[test]
-fn option_of_another_mode_is_refused_with_reason() {
+fn option_of_another_mode_is_a_usage_error_with_reason() {
     let table = [
         ("bind -l 1", "with bind, the proxy listens"),
         ("bind -k", "bind does not support -k: "),
@@ -223,7 +227,7 @@ fn option_of_another_mode_is_refused_with_reason() {
 }
 
 #[test]
-fn early_errors_respect_quiet_z_and_json() {
+fn errors_before_connecting_respect_quiet_z_and_json() {
     let run_without_password = |args: &[&str]| {
         let mut command = s5();
         let output =
@@ -239,7 +243,7 @@ fn early_errors_respect_quiet_z_and_json() {
 }
 
 #[test]
-fn host_may_have_the_name_of_a_mode() {
+fn target_host_can_have_the_name_of_a_mode() {
     for host in ["help", "connect", "serve"] {
         let proxy = ScriptedServer::start(reply_with(&[5, 4, 0, 1, 0, 0, 0, 0, 0, 0]));
         assert_eq!(run_status(&["connect", "-x", &proxy.url(), host, "80"]).0, Some(104), "{host}");
@@ -247,7 +251,7 @@ fn host_may_have_the_name_of_a_mode() {
 }
 
 #[test]
-fn usage_errors_do_not_repeat_passwords() {
+fn usage_errors_do_not_contain_passwords() {
     for args in [
         &["connect", "alice:topsecret@proxy.test"][..],
         &["udp", "socks5h://alice:topsecret@proxy.test:80", "x"],

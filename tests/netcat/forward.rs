@@ -1,4 +1,4 @@
-//! `s5 connect -l` and `s5 udp -l`: local ports that are forwarded through the proxy.
+//! `s5 connect -l` and `s5 udp -l`: local ports forwarded through the proxy.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -8,7 +8,7 @@ use crate::common::{Server, TIMEOUT, closed_port, echo_server, s5, tcp_server, u
 use crate::kit::{StreamEnd, V4, session_lines, stream_end};
 use crate::scripted::{RunningProgram, ScriptedServer, Step, reply_with, text};
 
-/// Starts a client that listens. Returns it with its address.
+/// Starts a client with -l. Returns it and the address that it listens on.
 fn start_forward(args: &[&str]) -> (RunningProgram, SocketAddr) {
     let client = RunningProgram::start(s5().args(args));
     let stderr = client.stderr(|stderr| stderr.lines().any(|line| line.starts_with("listening on ")));
@@ -19,16 +19,16 @@ fn start_forward(args: &[&str]) -> (RunningProgram, SocketAddr) {
 fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream.write_all(bytes).expect("data sent");
-    let mut back = vec![0; bytes.len()];
-    stream.read_exact(&mut back).expect("the echo arrives");
-    assert!(back == bytes);
+    let mut echo = vec![0; bytes.len()];
+    stream.read_exact(&mut echo).expect("the echo arrives");
+    assert!(echo == bytes);
 }
 
 #[test]
 fn forward_without_k_serves_one_connection() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
-    assert_eq!(at.ip(), V4, "the default is loopback");
+    assert_eq!(at.ip(), V4, "-l PORT listens on loopback");
     let mut local = TcpStream::connect(at).expect("the listener accepts");
     assert_echo(&mut local, b"hello");
     assert!(TcpStream::connect(at).is_err(), "a second connection is refused");
@@ -38,12 +38,16 @@ fn forward_without_k_serves_one_connection() {
 }
 
 #[test]
-fn forward_without_k_exits_with_status_of_its_tunnel() {
+fn forward_without_k_exits_with_the_status_of_its_tunnel() {
     let (server, down) = (Server::start(&[]), closed_port().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "127.0.0.7:0", "-x", &server.addr().to_string(), &down]);
     assert_eq!(at.ip().to_string(), "127.0.0.7");
     let mut local = TcpStream::connect(at).expect("the listener accepts");
-    assert_eq!(stream_end(&mut local), StreamEnd::Reset, "a failed tunnel must not look like an empty answer");
+    assert_eq!(
+        stream_end(&mut local),
+        StreamEnd::Reset,
+        "a failed tunnel is reset, since a FIN would be an empty answer"
+    );
     let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(105), "{stderr}");
     assert!(stderr.ends_with("connection refused (REP 5)\n"), "{stderr}");
@@ -78,8 +82,8 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     assert_eq!(resets, 10);
     assert!(client.is_running());
     // The other connections are still open.
-    let alive = locals.iter_mut().filter_map(|local| local.write_all(b"y").ok()).count();
-    assert!(alive >= 20, "{alive}");
+    let open = locals.iter_mut().filter_map(|local| local.write_all(b"y").ok()).count();
+    assert!(open >= 20, "{open}");
     drop(locals);
     server.wait_log(|log| session_lines(log).len() >= 30);
     let count = |stderr: &str| stderr.matches("read error: Connection reset").count();
@@ -93,7 +97,7 @@ fn forward_aborts_handshake_when_local_client_disconnects() {
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &proxy.url(), "target.example:80"]);
     let local = TcpStream::connect(at).expect("the listener accepts");
     proxy.message();
-    // The client waits a while first, since a local client may close its side and still read.
+    // s5 waits before it aborts, since a local client may close its sending side and still read.
     drop(local);
     let (status, _, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!(status.code(), Some(56), "{stderr}");
@@ -121,13 +125,13 @@ fn forward_recovers_from_descriptor_exhaustion() {
 }
 
 #[test]
-fn invalid_or_used_listen_address_is_an_error() {
+fn invalid_listen_address_or_port_in_use_is_an_error() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("free port");
     let at = taken.local_addr().expect("local address").to_string();
-    for (place, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
-        let output = crate::common::run(s5().args(["connect", "-l", place, "a.example:80"]), b"", TIMEOUT);
+    for (listen, status) in [("x", 2), ("host:1", 2), ("70000", 2), ("", 2), (at.as_str(), 45)] {
+        let output = crate::common::run(s5().args(["connect", "-l", listen, "a.example:80"]), b"", TIMEOUT);
         let stderr = text(&output.stderr);
-        assert_eq!((output.status.code(), stderr.lines().count()), (Some(status), 1), "{place}: {stderr}");
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(status), 1), "{listen}: {stderr}");
     }
 }
 
@@ -145,15 +149,15 @@ fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
 }
 
 #[test]
-fn udp_forward_has_one_association_for_each_peer_until_idle() {
+fn udp_forward_opens_one_association_for_each_peer_until_idle() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
     let proxy = server.addr().to_string();
     let (_client, at) = start_forward(&["udp", "-l", "0", "-i", "1500ms", "-x", &proxy, &echo]);
     let (one, two) = (udp_socket(), udp_socket());
-    exchange(&one, at, b"of one");
-    exchange(&two, at, b"of two");
-    exchange(&one, at, b"of one again");
+    exchange(&one, at, b"from 1");
+    exchange(&two, at, b"from 2");
+    exchange(&one, at, b"from 1 again");
     assert_eq!(session_lines(&server.log()).len(), 0, "both associations are open");
     let log = server.wait_log(|log| session_lines(log).len() >= 2);
     assert!(log.contains("up=18") && log.contains("up=6"), "{log}");
@@ -161,7 +165,7 @@ fn udp_forward_has_one_association_for_each_peer_until_idle() {
 }
 
 #[test]
-fn udp_forward_queues_datagrams_during_association() {
+fn udp_forward_queues_datagrams_until_the_association_is_open() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4).to_string();
     let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &server.addr().to_string(), &echo]);
@@ -186,7 +190,7 @@ fn udp_forward_limits_peers() {
     exchange(&two, at, b"two");
     three.send_to(b"three", at).expect("datagram sent");
     client.stderr(|stderr| stderr.contains("too many peers"));
-    exchange(&one, at, b"one still");
+    exchange(&one, at, b"one again");
     three.set_read_timeout(Some(Duration::from_millis(200))).expect("timeout set");
     assert!(three.recv_from(&mut [0; 16]).is_err());
 }
@@ -243,7 +247,7 @@ fn forward_serves_local_client_that_only_reads() {
 }
 
 #[test]
-fn udp_forward_limits_attempts_to_an_unreachable_proxy() {
+fn udp_forward_limits_tries_to_reach_a_proxy_that_is_down() {
     let down = closed_port().to_string();
     let (client, at) = start_forward(&["udp", "-l", "0", "-x", &down, "192.0.2.7:7"]);
     let socket = udp_socket();

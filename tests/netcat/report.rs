@@ -1,4 +1,4 @@
-//! The object of --json, parsed by Python.
+//! The JSON object that --json prints, parsed by Python.
 
 use std::process::Command;
 
@@ -15,7 +15,7 @@ fn eval_json(stderr: &[u8], expression: &str) -> String {
 }
 
 #[test]
-fn json_reports_route_bytes_and_first_end() {
+fn json_reports_route_byte_counts_and_times() {
     if !is_installed("python3") {
         return;
     }
@@ -23,7 +23,7 @@ fn json_reports_route_bytes_and_first_end() {
     let chain = format!("{},{}", first.addr(), second.addr());
     let output = run(s5().args(["connect", "--json", "-x", &chain, &echo]), b"seven..", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "seven..".into()));
-    assert_eq!(text(&output.stderr).lines().count(), 1, "one line");
+    assert_eq!(text(&output.stderr).lines().count(), 1, "more than one line");
     let table = [
         ("o['proxy']", second.addr().to_string()),
         ("' '.join(o['hops'])", format!("{} {}", first.addr(), second.addr())),
@@ -44,7 +44,7 @@ fn json_reports_route_bytes_and_first_end() {
 }
 
 #[test]
-fn json_contains_the_error_which_is_not_printed_again() {
+fn json_contains_the_error_and_no_other_line_is_printed() {
     if !is_installed("python3") {
         return;
     }

@@ -1,4 +1,4 @@
-//! Uses of a tunnel: stdin and stdout, one of them, or a program; and when the client exits.
+//! A tunnel connected to stdin and stdout, to one of them, or to a program; and when the client exits.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
@@ -17,7 +17,7 @@ fn start_proxy() -> (Server, String) {
     (server, addr)
 }
 
-/// A target that reads to the end, reports the data, and then sends `answer`.
+/// Starts a target that reads to the end, reports the data to the test, and sends `answer`.
 fn collecting_target(answer: &'static [u8]) -> (SocketAddr, std::sync::mpsc::Receiver<Vec<u8>>) {
     let (sender, received) = channel();
     let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream| {
@@ -29,7 +29,7 @@ fn collecting_target(answer: &'static [u8]) -> (SocketAddr, std::sync::mpsc::Rec
     (addr, received)
 }
 
-/// A target that sends hello and then waits for the end.
+/// Starts a target that sends hello and waits until the client closes.
 fn greeting_target() -> SocketAddr {
     tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
         let _ = stream.write_all(b"hello");
@@ -53,7 +53,7 @@ fn crlf_converts_line_ends() {
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         assert_eq!(text(&received.recv_timeout(TIMEOUT).expect("the target reports its data")), text(expected));
     }
-    // CR LF that is split between two reads stays as it is.
+    // CR LF that is split between two reads is not changed.
     let (target, received) = collecting_target(b"");
     let mut client = RunningProgram::start(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]));
     client.write(b"a\r");
@@ -61,7 +61,7 @@ fn crlf_converts_line_ends() {
     client.write(b"\nb");
     client.close_stdin();
     assert_eq!(received.recv_timeout(TIMEOUT).expect("the target reports its data"), b"a\r\nb");
-    // A buffer full of line ends grows to twice its size.
+    // A buffer of line ends grows to twice its size.
     let (target, received) = collecting_target(b"");
     run(s5().args(["connect", "-C", "-x", &proxy, &target.to_string()]), &[b'\n'; 200_000], TIMEOUT);
     assert!(received.recv_timeout(TIMEOUT).expect("the target reports its data") == b"\r\n".repeat(200_000));
@@ -102,7 +102,7 @@ fn quit_after_counts_from_end_of_stdin() {
     assert!(started.elapsed() >= Duration::from_millis(300));
     let mut waiting = RunningProgram::start(s5().args(["connect", "-q", "0", "-x", &proxy, &target]));
     waiting.stdout(|bytes| bytes == b"hello");
-    assert!(waiting.is_running(), "stdin is still open");
+    assert!(waiting.is_running(), "exited although stdin is open");
     waiting.close_stdin();
     assert_eq!(waiting.wait_exit(TIMEOUT).0.code(), Some(0));
 }
@@ -133,20 +133,20 @@ fn idle_timeout_exits_with_28_and_traffic_restarts_it() {
         client.write(b".");
         std::thread::sleep(Duration::from_millis(250));
     }
-    assert!(client.is_running(), "traffic restarts the timeout");
+    assert!(client.is_running(), "exited despite traffic");
     let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), text(&stdout).as_str()), (Some(28), "....."), "{stderr}");
     assert!(stderr.ends_with(&format!("transfer, for {echo}: idle for 700ms\n")), "{stderr}");
 }
 
 #[test]
-fn exec_program_has_the_tunnel_as_stdin_and_stdout() {
+fn exec_program_has_tunnel_as_stdin_and_stdout() {
     let (_server, proxy) = start_proxy();
     let echo = echo_server().to_string();
-    let connect = |args: &[&str]| run(s5().args(["connect", "-x", &proxy]).args(args), b"not for the program", TIMEOUT);
+    let connect = |args: &[&str]| run(s5().args(["connect", "-x", &proxy]).args(args), b"not read", TIMEOUT);
     let output = connect(&["-c", "printf 'one\\ntwo\\n'; exec >&-; cat >&2", &echo]);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), "one\ntwo\n".into()));
-    assert!(output.stdout.is_empty(), "the program's stdout is the tunnel");
+    assert!(output.stdout.is_empty(), "the program's output is on stdout");
     let output = connect(&["-e", "printf hello\\nworld", &echo]);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
     let (target, received) = collecting_target(b"");
@@ -155,7 +155,7 @@ fn exec_program_has_the_tunnel_as_stdin_and_stdout() {
 }
 
 #[test]
-fn exec_exits_with_status_of_the_program() {
+fn exec_exits_with_the_status_of_the_program() {
     let (_server, proxy) = start_proxy();
     let echo = echo_server().to_string();
     for (command, status) in [("exit 7", 7), ("kill -9 $$", 137), ("true", 0), ("exit 200", 200)] {
@@ -187,7 +187,7 @@ fn exec_program_that_closes_stdin_or_exits_ends_the_tunnel() {
     let flood = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| while stream.write_all(&[b'x'; 4096]).is_ok() {});
     let output = run(s5().args(["connect", "-x", &proxy, "-c", "head -c 3 >&2", &flood.to_string()]), b"", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), "xxx".into()));
-    // The program still sends everything after the target has closed its side.
+    // The program still sends all data after the target has half-closed.
     let (sender, received) = channel();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream: TcpStream| {
         let _ = stream.shutdown(Shutdown::Write);
@@ -219,7 +219,7 @@ fn progress_is_shown_only_on_a_terminal() {
     assert!(stdout.contains("300000") && stdout.contains("585.9 KiB in 0:0"), "{stdout:?}");
 }
 
-/// Starts a client whose stdout is a non-blocking socket. Returns it with the other end of the socket.
+/// Starts a client whose stdout is a non-blocking socket. Returns the client and the other end of the socket.
 fn with_socket_as_stdout(args: &[&str]) -> (std::process::Child, UnixStream) {
     let (client_end, test_end) = UnixStream::pair().expect("socket pair created");
     client_end.set_nonblocking(true).expect("option set");
@@ -229,7 +229,7 @@ fn with_socket_as_stdout(args: &[&str]) -> (std::process::Child, UnixStream) {
 }
 
 #[test]
-fn non_blocking_stdout_gets_all_data() {
+fn non_blocking_stdout_receives_all_data() {
     let (_server, proxy) = start_proxy();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| drop(stream.write_all(&[b'x'; 4 << 20])));
     let (mut client, mut test_end) = with_socket_as_stdout(&["-x", &proxy, &target.to_string()]);
@@ -240,7 +240,7 @@ fn non_blocking_stdout_gets_all_data() {
 }
 
 #[test]
-fn unread_stdout_does_not_delay_exit_after_timeouts() {
+fn unread_stdout_does_not_delay_exit_at_a_timeout() {
     let (_server, proxy) = start_proxy();
     let flood = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| while stream.write_all(&[b'x'; 4096]).is_ok() {});
     for (args, status) in [(["-q", "300ms"], 0), (["-i", "300ms"], 28)] {

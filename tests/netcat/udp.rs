@@ -1,4 +1,4 @@
-//! `s5 udp`: framings, and answers that are counted, incomplete or dropped; also without a proxy.
+//! `s5 udp`: framings, counts of answers, incomplete and dropped answers, and use without a proxy.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -46,14 +46,14 @@ fn udp_malformed_frame_is_an_error() {
 }
 
 #[test]
-fn udp_count_exits_early_and_fails_on_missing_answers() {
+fn udp_count_exits_after_n_answers_and_fails_if_answers_are_missing() {
     let (server, echo) = (Server::start(&[]), udp_echo_server(V4).to_string());
     let proxy = server.addr().to_string();
     let started = Instant::now();
     let output = run(s5().args(["udp", "-n", "2", "-w", "9", "-x", &proxy, &echo]), b"a\nb\nc\nd\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(text(&output.stdout).lines().count(), 2, "exactly two answers are written");
-    assert!(started.elapsed() < Duration::from_secs(5), "the client exits after two answers");
+    assert_eq!(text(&output.stdout).lines().count(), 2, "number of answers");
+    assert!(started.elapsed() < Duration::from_secs(5), "the client waited after two answers");
     let output = run(s5().args(["udp", "-n", "3", "-w", "300ms", "-x", &proxy, &echo]), b"a\nb\n", TIMEOUT);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(28), "a\nb\n".into()));
     assert!(text(&output.stderr).ends_with(": received 2 of 3 answers in time\n"), "{}", text(&output.stderr));
@@ -73,20 +73,20 @@ fn udp_idle_timeout_exits_with_28() {
 }
 
 #[test]
-fn udp_direct_needs_no_proxy() {
+fn udp_direct_and_no_proxy_bypass_the_proxy() {
     for ip in [V4, crate::kit::V6] {
         let echo = udp_echo_server(ip).to_string();
         let output = run(s5().args(["udp", "--direct", "-n", "2", "-w", "5", &echo]), b"one\ntwo\n", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "one\ntwo\n".into()));
-        let mut by_variable = s5();
-        by_variable.env("ALL_PROXY", "127.0.0.1:1").env("NO_PROXY", "127.0.0.0/8,::1");
-        let output = run(by_variable.args(["udp", "-n", "1", "-w", "5", &echo]), b"one\n", TIMEOUT);
+        let mut with_no_proxy = s5();
+        with_no_proxy.env("ALL_PROXY", "127.0.0.1:1").env("NO_PROXY", "127.0.0.0/8,::1");
+        let output = run(with_no_proxy.args(["udp", "-n", "1", "-w", "5", &echo]), b"one\n", TIMEOUT);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "one\n".into()));
     }
 }
 
 #[test]
-fn udp_source_address_is_that_of_datagrams() {
+fn udp_source_option_sets_the_address_of_datagrams() {
     let (server, target) = (Server::start(&[]), UdpSocket::bind("127.0.0.1:0").expect("free port"));
     target.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     let addr = target.local_addr().expect("local address").to_string();
@@ -99,7 +99,7 @@ fn udp_source_address_is_that_of_datagrams() {
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "x\n".into()), "{}", text(&output.stderr));
 }
 
-/// Runs a client that sends one datagram to a relay, which replies by `answers`. Returns stdout and stderr.
+/// Runs a client that sends one datagram to a relay. `answers` sends the relay's answers. Returns stdout and stderr.
 fn run_with_answers(
     answers: impl Fn(&UdpSocket, std::net::SocketAddr) + Send + 'static,
     args: &[&str],
@@ -114,7 +114,7 @@ fn run_with_answers(
     });
     let output =
         run(s5().args(["udp", "-w", "500ms", "-x", &proxy.url()]).args(args).arg("192.0.2.7:7"), b"x\n", TIMEOUT);
-    assert_eq!(output.status.code(), Some(0), "lost answers are not an error");
+    assert_eq!(output.status.code(), Some(0), "exit status with lost answers");
     (text(&output.stdout), text(&output.stderr))
 }
 

@@ -35,7 +35,7 @@ fn expected(answer: Answer, printed: &RulesFile) -> String {
 }
 
 fn actual(rules: &Rules, request: &AccessRequest) -> String {
-    let name = request.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
+    let name = request.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
     let request = rules::AccessRequest {
         client_ip: request.from.map(std_ip),
         identity: Some(Identity { method: method(request.method), user: request.user, level: ProtectionLevel::None }),

@@ -246,7 +246,7 @@ fn own_listeners_are_denied_to_every_client() {
 
 #[test]
 fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
-    let addr = |text: &str| text.parse::<SocketAddr>().expect("an address");
+    let addr = |text: &str| text.parse::<SocketAddr>().expect("valid address");
     let own = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
     let closed = Policy { listen_addrs: own.clone(), ..Policy::default() };
     let lifted = Policy { listen_addrs: own, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };

@@ -276,7 +276,7 @@ proptest! {
         let text = write_rules(&written).text;
         let rules = rules_with_route(route, &text);
         for plain in &requests {
-            let name = plain.name.map(|name| HostName::new(name.as_bytes()).expect("a name"));
+            let name = plain.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
             let all = AccessRequest {
                 client_ip: plain.from.map(std_ip),
                 identity: Some(Identity { method: crate::method(plain.method), user: plain.user, level: ProtectionLevel::None }),
