@@ -6,17 +6,18 @@ LISTEN = 127.0.0.1:1080
 FUZZ_SECONDS = 30
 FUZZ_TARGETS = proto reassembly
 CARGO = cargo
+BINARY = $(or $(CARGO_TARGET_DIR),target)/release/s5
 
 .PHONY: help build serve check test test-quick test-programs compare-clients bench bench-quick bench-programs soak fuzz install clean
 
 help:              ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-build:             ## build the release binary, target/release/s5
+build:             ## build the release binary
 	$(CARGO) build --release --locked
 
 serve: build       ## build s5 and run a server on LISTEN (127.0.0.1:1080)
-	target/release/s5 serve --listen '$(LISTEN)'
+	$(BINARY) serve --listen '$(LISTEN)'
 
 check:             ## check format, lints and documentation; warnings are errors
 	$(CARGO) fmt --check
@@ -83,14 +84,18 @@ fuzz:              ## fuzz each target for FUZZ_SECONDS (30)
 	    -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=1024 || exit 1; \
 	done
 
-install: build     ## install s5, its manual page and completions to PREFIX (/usr/local)
-	install -D -m 755 target/release/s5 '$(ROOT)/bin/s5'
+# Builds only if there is no binary: with sudo, cargo is often not in PATH.
+install: $(BINARY) ## install s5, its manual page and completions to PREFIX (/usr/local)
+	install -D -m 755 $(BINARY) '$(ROOT)/bin/s5'
 	mkdir -p '$(ROOT)/share/man/man1' '$(ROOT)/share/bash-completion/completions' \
 	  '$(ROOT)/share/zsh/site-functions' '$(ROOT)/share/fish/vendor_completions.d'
-	target/release/s5 --man > '$(ROOT)/share/man/man1/s5.1'
-	target/release/s5 --completions bash > '$(ROOT)/share/bash-completion/completions/s5'
-	target/release/s5 --completions zsh > '$(ROOT)/share/zsh/site-functions/_s5'
-	target/release/s5 --completions fish > '$(ROOT)/share/fish/vendor_completions.d/s5.fish'
+	$(BINARY) --man > '$(ROOT)/share/man/man1/s5.1'
+	$(BINARY) --completions bash > '$(ROOT)/share/bash-completion/completions/s5'
+	$(BINARY) --completions zsh > '$(ROOT)/share/zsh/site-functions/_s5'
+	$(BINARY) --completions fish > '$(ROOT)/share/fish/vendor_completions.d/s5.fish'
+
+$(BINARY):
+	$(CARGO) build --release --locked
 
 clean:             ## remove build results
 	$(CARGO) clean

@@ -66,7 +66,8 @@ fn all_commands_pass_through_one_and_several_hops() {
         }
     }
     // The first hop sees only the address of the next hop.
-    assert!(logged_sessions(&by_unix, &format!("dst=\"{}\"", closed.addr())) > 0);
+    let next_hop = format!("dst=\"{}\"", closed.addr());
+    wait_until("the first hop logs a session", TIMEOUT, || logged_sessions(&by_unix, &next_hop) > 0);
 }
 
 #[test]

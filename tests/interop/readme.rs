@@ -64,6 +64,8 @@ fn ready_text(command: &str) -> Option<&'static str> {
     match command {
         _ if is_query => None,
         _ if command.starts_with("s5 bind") => Some("bound "),
+        // It prints nothing, and is ready when its port is.
+        _ if command.starts_with("ssh -N") => Some(""),
         _ if command.contains("s5 serve") || command == "make serve" || command.contains(" -l ") => {
             Some("listening on ")
         }
@@ -159,7 +161,7 @@ fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
             wait_until(command, COMMAND_TIMEOUT, || {
                 let process = running.last_mut().expect("the command was started");
                 assert!(read().contains(ready) || !process.has_ended(), "{command}: {}", read());
-                read().contains(ready)
+                read().contains(ready) && (!ready.is_empty() || TcpStream::connect("127.0.0.1:1080").is_ok())
             });
             if let Some(bnd) = read().strip_prefix("bound ").filter(|_| !command.contains("--bound-to")) {
                 let bnd: SocketAddr = bnd.trim().parse().expect("valid address");
