@@ -121,7 +121,8 @@ pub struct Args {
     #[argh(switch)]
     keep_sessions: bool,
 
-    /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS.
+    /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS. The
+    /// password must be part of the URL: the other sources of credentials are for clients only.
     #[argh(option, arg_name = "URL")]
     via: Option<String>,
 
@@ -129,9 +130,9 @@ pub struct Args {
     #[argh(option, arg_name = "NAME=URL")]
     hop: Vec<String>,
 
-    /// login methods for proxies [default: automatic]. A comma-separated list of none, password and gssapi. The
-    /// default is none, plus password and gssapi if there are credentials for them. With only gssapi in the list, s5
-    /// never uses an unprotected session.
+    /// login methods for proxies [default: automatic]. A comma-separated list of none, password and gssapi. The default
+    /// is none, plus password and gssapi if there are credentials for them. With only gssapi in the list, s5 never uses
+    /// an unprotected session.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
     hop_auth: Option<Vec<Method>>,
 
@@ -154,9 +155,9 @@ pub struct Args {
     #[argh(option, arg_name = "N", from_str_fn(parse_positive))]
     max_per_user: Option<usize>,
 
-    /// limit bytes/s of a session [default: none]. Both directions count together. BYTES can end in k, M or G
-    /// (powers of 1000). An idle session can send a burst of 250 ms at this rate, but at least 64 KiB. Datagrams above
-    /// the limit are dropped.
+    /// limit bytes/s of a session [default: none]. Both directions count together. BYTES can end in k, M or G (powers
+    /// of 1000). An idle session can send a burst of 250 ms at this rate, but at least 64 KiB. Datagrams above the
+    /// limit are dropped.
     #[argh(option, arg_name = "BYTES", from_str_fn(parse_rate))]
     rate: Option<u64>,
 
@@ -184,7 +185,7 @@ pub struct Args {
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
     drain: Duration,
 
-    /// log more; twice for everything
+    /// log more: dropped datagrams, blocked clients
     #[argh(switch, short = 'v')]
     verbose: u8,
 

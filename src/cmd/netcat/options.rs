@@ -61,9 +61,9 @@ impl ClientMode {
 #[derive(FromArgs, ArgsInfo, Debug)]
 pub struct Args {
     /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
-    /// \[socks5h://\]\[USER\[:PASSWORD\]@\]HOST\[:PORT\], \[USER\[:PASSWORD\]@\]unix:/PATH or
-    /// socks5h://localhost/PATH. Percent-encoding in user and password is decoded. A chain begins with the nearest
-    /// proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
+    /// \[socks5h://\]\[USER\[:PASSWORD\]@\]HOST\[:PORT\], \[USER\[:PASSWORD\]@\]unix:/PATH or socks5h://localhost/PATH.
+    /// socks5:// is the same as socks5h://. Percent-encoding in user and password is decoded. A chain begins with the
+    /// nearest proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
     pub(in crate::cmd) proxy: Vec<String>,
 
@@ -124,11 +124,12 @@ pub struct Args {
     #[argh(option, long = "proxy-dns", short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
     pub(in crate::cmd) resolves_target: bool,
 
-    /// use IPv4 only
+    /// use IPv4 only. With -R remote, this applies to the connection to the proxy: the proxy chooses the family of the
+    /// target.
     #[argh(switch, short = '4')]
     pub(in crate::cmd) ipv4: bool,
 
-    /// use IPv6 only
+    /// use IPv6 only. The note on -4 applies.
     #[argh(switch, short = '6')]
     pub(in crate::cmd) ipv6: bool,
 
@@ -141,7 +142,8 @@ pub struct Args {
     pub(in crate::cmd) source_port: Option<u16>,
 
     /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
-    /// With bind, -w also limits the wait for the peer. With udp, -w also sets the default of -q.
+    /// With bind, -w also limits the wait for the peer. With udp, -w also sets the default of -q. To limit the whole
+    /// run, use timeout(1).
     #[argh(option, short = 'w', arg_name = "TIME", from_str_fn(parse_duration))]
     pub(in crate::cmd) timeout: Option<Duration>,
 
