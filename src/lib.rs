@@ -1,8 +1,8 @@
-//! s5: a SOCKS5 server and three clients over one protocol module. This page lists the modules and their imports.
+//! s5: a SOCKS5 server and three client modes. This page lists the modules, and the modules that each may import.
 //!
 //! | module | content | may import |
 //! | --- | --- | --- |
-//! | [`proto`] | every byte of RFC 1928, 1929 and 1961; pure | nothing |
+//! | [`proto`] | encoding and decoding of the messages of RFC 1928, 1929 and 1961; pure | nothing |
 //! | [`reassembly`] | reassembly of UDP fragments; pure | `proto` |
 //! | [`policy`] | access control: methods, users, rules; pure | `proto` |
 //! | [`reactor`] | the event loop: epoll and timers | nothing |
@@ -14,7 +14,7 @@
 //! | [`server`] | the server: listeners, limits, sessions, shutdown | all of the above |
 //! | [`cmd`] | the four modes: options, messages, exit statuses | all of the above |
 //!
-//! The library exists for the binary, the tests and the fuzz targets. Its interface is not stable.
+//! Pure modules do no I/O and read no clock. The interface is for the binary, the tests and the fuzz targets: not stable.
 
 #![warn(missing_docs, unreachable_pub)]
 // No input from the network, a file or a user may cause a panic.

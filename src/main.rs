@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use simple_logger::SimpleLogger;
 
-/// A logger that survives a closed stderr: `SimpleLogger` panics there, which must not end the server.
+/// Wraps `SimpleLogger`, which panics if stderr is closed. That must not end the server.
 struct InfallibleLogger(SimpleLogger);
 
 impl log::Log for InfallibleLogger {
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     let logger = SimpleLogger::new().with_level(level).with_utc_timestamps();
     log::set_max_level(level);
     if log::set_boxed_logger(Box::new(InfallibleLogger(logger))).is_err() {
-        return s5::cmd::CliError::usage("a logger is set already").print();
+        return s5::cmd::CliError::usage("a logger is already set").print();
     }
     // A panic is one line and status 1, as any other error. Rust's default status 101 would mean REP 1.
     std::panic::set_hook(Box::new(|panic| {

@@ -57,7 +57,7 @@ const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
 /// Error text for a panic in a worker thread.
 const WORKER_PANIC: &str = "a thread panicked; please report it";
 
-/// The settings of a server; they stay the same until it ends.
+/// Settings of a server. A reload does not change them.
 #[derive(Debug)]
 pub struct Options {
     /// Addresses to listen on.
@@ -72,7 +72,7 @@ pub struct Options {
     pub idle_timeout: Duration,
     /// Time that sessions get to finish after SIGTERM or SIGINT.
     pub drain_timeout: Duration,
-    /// Concurrent sessions. `None`: as many as the descriptor limit allows.
+    /// Maximum number of concurrent sessions. `None`: as many as the descriptor limit allows.
     pub max_connections: Option<usize>,
     /// Threads that run sessions, at least 1.
     pub threads: u16,
@@ -86,7 +86,7 @@ pub struct Options {
     pub udp_filtering: Filtering,
     /// Server side of GSSAPI logins.
     pub gssapi_acceptor: Option<Acceptor>,
-    /// Methods and tickets for hops; passwords are part of each hop's URL.
+    /// Login methods and Kerberos tickets for hops; passwords are part of each hop's URL.
     pub hop_auth: Arc<ClientAuth>,
     /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into it.
     pub hops: Vec<Arc<Hop>>,
@@ -204,8 +204,8 @@ pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), ServerError> {
     let descriptors = raise_descriptor_limit();
     let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
-    let limit = usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX);
-    let limit = options.max_connections.unwrap_or(limit);
+    let default_limit = usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX);
+    let limit = options.max_connections.unwrap_or(default_limit);
     let mut listeners = Vec::new();
     for listen in &options.listen {
         let with_remedy = |error| io::Error::other(format!("{error} (choose another address with --listen)"));
@@ -249,9 +249,9 @@ fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
     let addr = policy.listen_addrs.iter().find(|addr| !addr.ip().is_loopback())?;
     (policy.is_open_relay() && !options.allow_open_relay).then(|| {
         let has_from = policy.rules.has_from_condition();
-        let reason = if has_from { "for clients that no from= rule names" } else { "without access control" };
+        let clients = if has_from { " for clients that match no from= rule" } else { "" };
         format!(
-            "refusing to listen on {addr} {reason}: \
+            "refusing to listen on {addr} without access control{clients}: \
              use --users FILE, or --allow from=CIDR, or --open to run an open relay"
         )
     })
@@ -259,7 +259,7 @@ fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
 
 /// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
 fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
-    let leads_here = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
+    let is_this_server = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
         Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => {
             policy.is_own_listener(canonical(*ip, *port), is_local)
         }
@@ -271,7 +271,7 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
         }
         Some(Endpoint::Unix(_)) | None => false,
     };
-    let hop = options.hops.iter().find(leads_here)?;
+    let hop = options.hops.iter().find(is_this_server)?;
     let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();
     Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
@@ -330,7 +330,7 @@ fn raise_descriptor_limit() -> u64 {
 
 /// Reloads at SIGHUP. At SIGTERM or SIGINT stops accepting, and returns when all sessions have ended, after `drain`, or
 /// at a second signal. Returns the error of a worker that ends earlier: a supervisor would not notice a server that
-/// goes on without one of its threads.
+/// runs without one of its threads.
 async fn run_until_shutdown(
     mut signals: Signals,
     accepting: Sender<Infallible>,
@@ -397,7 +397,7 @@ fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<Socke
 }
 
 /// Returns false if `addr` is certainly not an address of this machine: bind(2) refuses it with one of three errors.
-/// Any other error, such as a lack of ports or descriptors, leaves it open and returns true.
+/// Any other error, such as a lack of ports or descriptors, proves nothing, and the result is true.
 pub fn is_local(mut addr: SocketAddr) -> bool {
     use rustix::io::Errno;
     addr.set_port(0);

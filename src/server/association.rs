@@ -1,8 +1,8 @@
 //! UDP ASSOCIATE (RFC 1928 sections 4, 6 and 7): one association, from its reply to the end of its control connection.
 //!
 //! The client's socket is bound to the address that the client connected to, and connected to the client, so that the
-//! kernel drops datagrams of others. Datagrams that can't be relayed are dropped silently. Neither a datagram nor an
-//! ICMP message can end an association.
+//! kernel drops datagrams from other senders. Datagrams that can't be relayed are dropped silently. Neither a datagram
+//! nor an ICMP message can end an association.
 
 mod name_cache;
 mod sent_to;
@@ -125,7 +125,7 @@ struct Association<'a, 'b> {
     client_socket: BatchSocket,
     /// Port 0 until the first datagram.
     client: SocketAddr,
-    /// The sockets towards targets, IPv4 and IPv6, created when first used.
+    /// The sockets for targets, IPv4 and IPv6, created when first used.
     egress: [Option<BatchSocket>; 2],
     upstreams: Vec<Upstream>,
     sent_to: SentTo,
@@ -148,7 +148,7 @@ impl Association<'_, '_> {
             }
             let mut now = Instant::now();
             let has_more = SCRATCH.with_borrow_mut(|scratch| self.relay_ready(cx, now, scratch));
-            // Waiting datagrams may have been sent through a new socket, which has not been polled for answers yet.
+            // Resolved datagrams may have been sent through a new socket, which has not been polled for answers yet.
             if self.send_resolved(cx) || has_more {
                 wake_later(cx);
                 return Poll::Pending;
@@ -276,7 +276,7 @@ impl Association<'_, '_> {
         }
     }
 
-    /// Sets the client's port to that of its first datagram.
+    /// Records the activity, and sets the client's port to that of its first datagram.
     fn on_client_datagram(&mut self, now: Instant, from: SocketAddr) {
         self.last_activity = now;
         if self.client.port() == 0 {
@@ -294,7 +294,7 @@ impl Association<'_, '_> {
         }
     }
 
-    /// Adds a datagram to the batch, which is sent before if the datagram does not fit.
+    /// Adds a datagram to the batch. If it does not fit, the batch is sent first.
     fn queue<'a>(&mut self, batch: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
         if batch.peer() != Some(dst) {
             self.flush(batch);
@@ -369,7 +369,7 @@ impl Association<'_, '_> {
     /// Sends to the first address to which sending succeeds.
     fn send_to_first(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
         for addr in addrs {
-            // Before sending: the answer may arrive before sending returns.
+            // Inserted first, because the answer may arrive before the send call returns.
             self.sent_to.insert(addr.ip(), name);
             if self.egress_socket(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
                 return self.count_sent(data.len());
@@ -415,7 +415,7 @@ impl Association<'_, '_> {
         let socket = if addr.is_ipv4() { v4 } else { v6 };
         match socket {
             Some(socket) => Ok(socket),
-            none => Ok(none.insert(bind_udp(SocketAddr::new(unspecified(addr.ip()), 0))?)),
+            unset => Ok(unset.insert(bind_udp(SocketAddr::new(unspecified(addr.ip()), 0))?)),
         }
     }
 
@@ -444,7 +444,8 @@ impl Association<'_, '_> {
         self.flush_answers(batch);
     }
 
-    /// Returns whether the client has sent to this IP address (address-dependent filtering), and may send to it still.
+    /// Returns whether an answer is relayed: with address-dependent filtering, the client has to have sent to this IP
+    /// address. In both modes the rules still have to allow datagrams to it, on the direct route.
     fn is_answer_allowed(&self, from: SocketAddr) -> bool {
         let accepts_any = self.session.server.options.udp_filtering == Filtering::EndpointIndependent;
         let sent_to = self.sent_to.get(from.ip());
@@ -453,8 +454,8 @@ impl Association<'_, '_> {
             && self.route_to(from, sent_to.flatten()) == Some(Route::Direct)
     }
 
-    /// Returns whether an answer through a hop is relayed. The hop filters by what was sent to. The rules are evaluated
-    /// here, unless the client has sent to a name, whose addresses only the hop knows.
+    /// Returns whether an answer through a hop is relayed. Filtering by sender is left to the hop. The rules are
+    /// evaluated here, unless the client has sent to a name, which only the hop has resolved.
     fn is_upstream_answer_allowed(&self, upstream: &Upstream, from: &Addr) -> bool {
         let request = with_target(self.session.log.client_request(), from);
         upstream.has_sent_to_names || !matches!(self.session.snapshot.evaluate(&request), Decision::Deny(_))

@@ -1,7 +1,7 @@
-//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO. Systems without these use one call a datagram.
+//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO. Other systems use one call per datagram.
 //!
-//! The content of datagrams is not interpreted. A batch that the kernel refuses is sent as single datagrams, which the
-//! receiver can't distinguish.
+//! The content of datagrams is not interpreted. A batch that the kernel refuses is sent as single datagrams, with the
+//! same result at the receiver.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -17,11 +17,11 @@ mod offload;
 
 /// Buffer for one message, in bytes. Larger than any datagram or GRO aggregate, so that none is truncated.
 const MAX_MESSAGE_SIZE: usize = 65_536;
-/// Most messages received by one call. Each is a datagram or a GRO aggregate.
+/// Maximum number of messages per receive call. Each is a datagram or a GRO aggregate.
 const MAX_MESSAGES: usize = 32;
-/// Most datagrams sent by one call: UDP_MAX_SEGMENTS of the oldest kernels with GSO.
+/// Maximum number of datagrams per send call: UDP_MAX_SEGMENTS of the oldest kernels with GSO.
 const MAX_SEGMENTS: usize = 64;
-/// Most bytes sent by one call: the payload of one IPv4 packet, which the batch is until it is segmented.
+/// Maximum number of bytes per send call. Until the kernel segments it, a batch is the payload of one IPv4 packet.
 const MAX_GSO_BYTES: usize = 65_507;
 /// Longest payload in bytes that is copied after its header. Longer ones are gathered by the kernel.
 const MAX_COPIED_PAYLOAD: usize = 2048;
@@ -124,6 +124,7 @@ impl<'a> GsoBatch<'a> {
         self.header.clear();
         write_header(self.header);
     }
+
     pub(super) fn header_len(&self) -> usize {
         self.header.len()
     }
@@ -177,14 +178,14 @@ pub(super) struct BatchSocket {
     is_gro_enabled: Cell<bool>,
 }
 
-/// What the kernel segments, as far as its errors have shown.
+/// Limit of GSO that the errors of the kernel have shown so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "GSO is Linux only"))]
 enum GsoLimit {
     #[default]
     Unlimited,
-    /// To this peer, only segments shorter than this many bytes: longer ones exceed the MTU of the route. A wider route
-    /// is not detected; single datagrams are only slower.
+    /// To this peer, only segments shorter than this many bytes: longer ones exceed the MTU of the route. A later
+    /// increase of the MTU is not detected: single datagrams still arrive, only slower.
     Below(Option<SocketAddr>, usize),
     /// The device has no support, or the route goes through IPsec.
     Unsupported,
@@ -235,7 +236,7 @@ impl BatchSocket {
         false
     }
 
-    /// Receives up to `max` messages. Returns true if the socket is empty, so that the next message is an event.
+    /// Receives up to `max` messages. Returns true if the socket is empty, so that epoll reports the next message.
     fn receive(&self, socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<bool> {
         batch.messages.clear();
         match self.mode {
@@ -265,8 +266,8 @@ impl BatchSocket {
         self.single_streak.get() >= 4 && !self.single_streak.get().is_multiple_of(16)
     }
 
-    /// Sends and clears the batch, to the peer of a connected socket if `to` is `None`. Returns the bytes of payload
-    /// sent. Each datagram is sent once or dropped.
+    /// Sends and clears the batch, to the peer of a connected socket if `to` is `None`. Each datagram is sent once or
+    /// dropped. Returns the number of payload bytes sent.
     pub(super) fn send_batch(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
         let total = batch.len - batch.count * batch.header.len();
         let sent = if batch.count > 1 && self.send_gso(to, batch) { total } else { self.send_individually(to, batch) };

@@ -62,8 +62,8 @@ async fn bind_via_hop(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, 
 }
 
 impl Session<'_> {
-    /// Returns where to listen. When the rules need the peer's address to decide, it is on this host if they may allow
-    /// a direct peer; `accept` then closes the connections of other peers.
+    /// Returns the route to listen on. If the rules need the peer's address, it is the only possible route, or else
+    /// `Direct` if that is possible. `accept` then closes the connections of denied peers.
     fn bind_route(&self) -> SessionResult<Route> {
         let request = self.log.access_request();
         match self.snapshot.evaluate(&request) {
@@ -80,7 +80,7 @@ impl Session<'_> {
         }
     }
 
-    /// Waits for `accept`, until the timeout of BIND, until the client disconnects, or a reloaded policy denies it.
+    /// Waits for `accept`. Fails at the timeout of BIND, if the client disconnects, or if a reloaded policy denies it.
     async fn wait_for_peer<T>(
         &self,
         client: &Conn,

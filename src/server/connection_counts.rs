@@ -12,7 +12,7 @@ pub(super) struct ConnectionCounts<K> {
     by_key: Mutex<HashMap<K, usize>>,
 }
 
-/// Counts one session until it is dropped.
+/// One counted session. Dropping it decrements the count.
 #[derive(Debug)]
 pub(super) struct CountGuard<K: Hash + Eq> {
     counts: Arc<ConnectionCounts<K>>,
@@ -52,7 +52,7 @@ impl<K: Hash + Eq> Drop for CountGuard<K> {
     }
 }
 
-/// Returns the address that stands for a client: its own, or of IPv6 its /64, which one customer usually has.
+/// Returns the key that a client is counted by: its IPv4 address, or its IPv6 /64, which usually is one customer's.
 pub(super) fn client_key(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn count_guard_frees_its_place_on_drop_and_the_last_one_its_entry() {
+    fn count_guard_decrements_on_drop_and_the_last_one_removes_the_entry() {
         let counts = ConnectionCounts::new(2);
         let first = counts.try_acquire("alice");
         let second = counts.try_acquire("alice");

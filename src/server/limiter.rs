@@ -29,14 +29,14 @@ pub(super) struct Limiter {
     quotas: Quotas,
     client_sessions: Option<Arc<ConnectionCounts<IpAddr>>>,
     user_sessions: Option<Arc<ConnectionCounts<Box<[u8]>>>>,
-    /// Entries of users without a session are removed before the map would have to grow.
+    /// Entries of users without a session are removed before the map grows.
     user_buckets: Mutex<HashMap<Box<[u8]>, Weak<TokenBucket>>>,
     login_throttle: Mutex<LoginThrottle>,
-    /// Set by the first failed login; until then no session has to lock `login_throttle`.
+    /// Set by the first failed login. Until then, no session locks `login_throttle`.
     has_failed_logins: AtomicBool,
 }
 
-/// The part of all limits that one session uses while it exists.
+/// The counts and rate limits of one session. Dropping it decrements the counts.
 #[derive(Debug, Default)]
 pub(super) struct SessionQuota {
     _client_guard: Option<CountGuard<IpAddr>>,
@@ -49,7 +49,7 @@ pub(super) struct SessionQuota {
 pub(super) enum AdmitError {
     /// Too many failed logins.
     Blocked,
-    /// The client has this many sessions, its limit.
+    /// The client has as many sessions as its limit, which is this number.
     AtLimit(usize),
 }
 

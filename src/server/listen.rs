@@ -102,13 +102,13 @@ impl ListenAddr {
 }
 
 fn bind_all(addrs: impl Iterator<Item = SocketAddr>) -> io::Result<Vec<Listener>> {
-    let mut each: Vec<SocketAddr> = Vec::new();
+    let mut unique: Vec<SocketAddr> = Vec::new();
     for addr in addrs {
-        if !each.contains(&addr) {
-            each.push(addr);
+        if !unique.contains(&addr) {
+            unique.push(addr);
         }
     }
-    let (bound, failed): (Vec<_>, Vec<_>) = each.into_iter().map(bind_tcp).partition(Result::is_ok);
+    let (bound, failed): (Vec<_>, Vec<_>) = unique.into_iter().map(bind_tcp).partition(Result::is_ok);
     let mut failed = failed.into_iter().filter_map(Result::err);
     match failed.find(|error| bound.is_empty() || !is_family_unavailable(error)) {
         Some(error) => Err(error),

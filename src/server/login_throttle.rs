@@ -1,11 +1,11 @@
-//! Slows down password guessing. After a few failures of one client address, answers to its logins are delayed more and
-//! more; then its connections are closed for a while. The clock is an argument.
+//! Slows down password guessing. After five failures of one client address within a minute, each further answer to its
+//! logins is delayed longer; after six of these, its connections are closed for 10 minutes. The clock is an argument.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Failures within [`FAILURE_WINDOW`] without a delay: typing errors.
+/// Failures within [`FAILURE_WINDOW`] without a delay, because users mistype.
 const FREE_FAILURES: usize = 5;
 const FAILURE_WINDOW: Duration = Duration::from_secs(60);
 /// Delay of the first answer after that. It doubles with each further failure, up to [`MAX_DELAY`].
@@ -15,7 +15,7 @@ pub(super) const MAX_DELAY: Duration = Duration::from_secs(30);
 const MAX_DELAYED_FAILURES: u32 = 6;
 /// Time that a client is blocked, and time without a failure after which delayed failures are forgotten.
 pub(super) const BLOCK_TIME: Duration = Duration::from_secs(600);
-/// Tracked addresses. The one with the fewest delayed failures is evicted first, and of several the least recent one.
+/// Maximum number of tracked addresses. The one with the fewest delayed failures is evicted first, then the oldest.
 const MAX_CLIENTS: usize = 4096;
 
 /// The clients with recent failures, by [`client_key`](super::connection_counts::client_key).
@@ -27,7 +27,7 @@ struct FailedLogins {
     /// Times of the last failures, oldest first.
     recent: [Option<Instant>; FREE_FAILURES],
     last: Instant,
-    /// Number of failures with a delay; `None` while the free ones last.
+    /// Number of failures with a delay; `None` until the free ones are used up.
     delayed_failures: Option<u32>,
 }
 

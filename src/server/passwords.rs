@@ -1,4 +1,4 @@
-//! Verifies passwords (RFC 1929). Hashing runs in a thread pool, at most one hash per core, and results are cached.
+//! Verifies passwords (RFC 1929). Hashing runs in a thread pool, at most one hash per core. Valid passwords are cached.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use crate::proto::Credentials;
 
 /// Time that a verified password is accepted without another hash.
 const CACHE_TIME: Duration = Duration::from_secs(600);
-/// Logins with the same credentials wait in the same one of these queues, so that only the first one is hashed.
+/// Number of queues. Logins with the same credentials wait in the same queue, so that only the first one is hashed.
 const QUEUES: usize = 64;
 
 /// Verifies passwords. The cache has at most one entry per user, and none for unknown names or wrong passwords.

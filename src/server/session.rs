@@ -27,7 +27,7 @@ use crate::reactor::sleep;
 
 pub(super) type SessionResult<T> = Result<T, SessionError>;
 
-/// Why a session failed, and what the client receives.
+/// The reason why a session failed, and the reply to the client.
 #[derive(Debug)]
 pub(super) struct SessionError {
     /// The encoded message. Empty: the connection is closed without one.
@@ -96,7 +96,7 @@ pub(super) struct Session<'a> {
     /// The policy of the last evaluation. Later ones are seen by `current_snapshot` and `recheck`.
     pub(super) snapshot: Arc<PolicySnapshot>,
     pub(super) log: SessionLog,
-    /// Unset when a GSSAPI context protects messages, but can't detect that they are replayed or reordered.
+    /// False if a GSSAPI context protects messages, but can't detect replayed or reordered ones.
     is_stream_allowed: bool,
     /// Set during a GSSAPI handshake, which a timeout ends with an abort message (RFC 1961 section 3.8).
     is_context_pending: bool,
@@ -145,7 +145,7 @@ pub(super) async fn run(
 /// An authenticated connection: the only type that a request can be read from.
 struct Authenticated<'a>(&'a mut Conn);
 
-/// Result of the method's sub-negotiation, before the client knows it.
+/// Result of the method's sub-negotiation, before it is sent to the client.
 struct AuthOutcome {
     method: Method,
     is_valid: bool,
@@ -277,7 +277,7 @@ impl Session<'_> {
 
     /// Waits until a reloaded policy denies this session.
     pub(super) async fn denied_by_reload(&self) -> SessionError {
-        // A copy: `reply_success` rechecks against the same policy, then with the address of the peer.
+        // A copy, because `reply_success` has to recheck this generation again: then the address of the peer is known.
         let seen = self.log.policy_generation.clone();
         poll_fn(|_| match self.server.recheck(&self.log, &seen, || None) {
             Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),

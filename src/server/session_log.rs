@@ -1,4 +1,4 @@
-//! The facts about one session: for its log line, written when it ends, and for the access requests to the policy.
+//! The facts about one session: for the log line at its end, and for the requests to the policy.
 
 use std::cell::{Cell, OnceCell};
 use std::fmt;

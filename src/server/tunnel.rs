@@ -1,6 +1,6 @@
 //! A session after its success reply: two connections to relay, and the log line at the end.
 //!
-//! A tunnel is a task of its own, so that an idle one holds no state of the handshake.
+//! A tunnel runs as a separate task, so that it holds no memory of the handshake.
 
 use std::future::Future;
 
@@ -58,8 +58,8 @@ impl Tunnel {
         self.log.set_error(&error);
         if let RelayError::Undelivered(_) = error {
             drop(self.target);
-            // What the client still sends is not read: it could not be delivered. The client gets this time even if it
-            // has shut down its write side, since it may not have read everything yet.
+            // Further data of the client is not read: it can't be delivered. The client gets this time even if it has
+            // shut down its write side, since it may not have read everything yet.
             sleep(UNDELIVERED_GRACE).await;
             self.client.abort();
         }

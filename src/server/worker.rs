@@ -1,8 +1,8 @@
 //! One thread of the server. It has its own event loop and executor, accepts connections and runs their sessions.
 //!
 //! All workers listen, and the kernel wakes an idle one. A session stays on the worker that accepted it, because a move
-//! costs more than most sessions. Two exceptions: a worker with far more sockets than another one passes new
-//! connections on, and a tunnel with bulk data moves to the worker with the fewest such tunnels.
+//! costs more than most sessions. There are two exceptions. A worker with far more sockets than another one passes new
+//! connections to it. A tunnel with bulk data moves to the worker with the fewest such tunnels.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -34,15 +34,15 @@ use crate::relay::{RelayOptions, RelayOutcome};
 
 /// Accept attempts in a row before the open sessions get their turn.
 const ACCEPTS_PER_TURN: usize = 32;
-/// A worker passes new connections on if it has this many sockets more than twice those of another worker.
+/// A worker passes new connections to another one if it has more than twice as many sockets and this many in addition.
 const SOCKET_SURPLUS: usize = 64;
 
-/// State that all workers share. Each of them, each accept loop and each session holds a reference.
+/// State that all workers share. Each worker, accept loop and session holds a reference.
 pub(super) struct WorkerPool {
     server: Server,
     /// Maximum of concurrent sessions.
     limit: usize,
-    /// One for each further session.
+    /// One permit per session that can still start.
     permits: Semaphore,
     log: RateLimitedLog,
     peers: Vec<PeerWorker>,
@@ -63,7 +63,7 @@ struct PeerWorker {
 enum WorkerMessage {
     Accepted(DetachedConn, Option<SocketAddr>, SessionPermit),
     Bulk(DetachedTunnel, SessionPermit, BulkGuard),
-    /// The sender is dropped once the waiting sessions of this worker have rechecked themselves.
+    /// Dropped once the waiting sessions of this worker have rechecked themselves.
     PolicyChanged {
         _done: Sender<Infallible>,
     },
@@ -227,7 +227,7 @@ impl Worker {
     pub(super) fn run(self, report: &Sender<io::Result<()>>) -> io::Result<()> {
         let Self { index, pool, inbox, listeners, stop_accepting, stop_sessions } = self;
         reactor::run(async {
-            // Dropping it closes the sessions that are left at the end.
+            // Dropping it closes the remaining sessions at the end.
             let executor = Rc::new(LocalExecutor::new());
             let worker = Rc::new(WorkerHandle { index, executor: Rc::downgrade(&executor) });
             if let Some(this) = pool.peers.get(usize::from(index)) {
@@ -258,7 +258,7 @@ impl Worker {
     }
 }
 
-/// Runs a task that a worker cannot go on without, and reports its panic, which ends the server.
+/// Runs a task that its worker depends on. Reports a panic of the task, which ends the server.
 async fn report_panic(task: LocalBoxed<()>, report: Sender<io::Result<()>>) {
     if AssertUnwindSafe(task).catch_unwind().await.is_err() {
         let _ = report.try_send(Err(io::Error::other(WORKER_PANIC)));
@@ -294,7 +294,7 @@ impl WorkerHandle {
                 }
                 WorkerMessage::PolicyChanged { _done } => {
                     reactor::wake_all();
-                    // Tasks run in the order of their wake-ups, so this one goes on after all of them.
+                    // Tasks run in the order of their wake-ups, so this one continues after all of them.
                     smol::future::yield_now().await;
                 }
             }

@@ -11,13 +11,13 @@ use crate::conn::timeout_at;
 use crate::dial::{DialError, Resolver};
 use crate::proto::{Addr, Host, HostName};
 
-/// Most names in the cache of an association. At the limit, all resolved names are removed.
+/// Maximum number of cached names per association. At the limit, all resolved names are removed.
 const MAX_CACHED_NAMES: usize = 256;
-/// Most lookups of an association at once.
+/// Maximum number of concurrent lookups per association.
 const MAX_CONCURRENT_LOOKUPS: usize = 16;
-/// Most bytes of datagrams that wait for lookups in an association.
+/// Maximum size in bytes of the datagrams that wait for lookups, per association.
 const MAX_WAITING_BYTES: usize = 128 * 1024;
-/// Bytes that a waiting datagram counts in addition to its payload, so that empty ones are limited too.
+/// Bytes added to the size of each waiting datagram, so that the number of empty ones is limited too.
 const DATAGRAM_OVERHEAD: usize = 64;
 
 /// A datagram to a name that is being resolved: port and payload.

@@ -5,14 +5,14 @@ use std::net::IpAddr;
 
 use crate::proto::HostName;
 
-/// Most addresses kept. The oldest is removed first.
+/// Maximum number of addresses. The oldest is removed first.
 const MAX_ADDRS: usize = 4096;
 
 /// The target addresses of one association.
 #[derive(Default)]
 pub(super) struct SentTo {
     last_ip: Option<IpAddr>,
-    /// With the name of the last datagram that was sent to the address by name.
+    /// The value is the name that the last datagram by name was sent to.
     ips: HashMap<IpAddr, Option<HostName>>,
     /// Oldest first.
     order: VecDeque<IpAddr>,

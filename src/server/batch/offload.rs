@@ -13,7 +13,7 @@ use quinn_udp::{RecvMeta, UdpSocketState};
 
 use super::{GsoBatch, GsoLimit, MAX_MESSAGE_SIZE, MAX_MESSAGES, MAX_SEGMENTS, Message, RecvBatch};
 
-/// Buffers for what a receive call reports about each message.
+/// Buffers for the metadata of the messages of one receive call.
 pub(super) struct RecvMetadata {
     metas: Vec<RecvMeta>,
     control: Vec<u8>,
@@ -25,7 +25,7 @@ impl Default for RecvMetadata {
     }
 }
 
-/// Returns what quinn-udp has detected of the kernel. It is created with a socket of its own, since that sets options
+/// Returns the features of the kernel that quinn-udp detects. Detection uses a separate socket, because it sets options
 /// for QUIC: with one of them the kernel drops datagrams larger than the MTU.
 fn quinn_state() -> io::Result<&'static UdpSocketState> {
     static STATE: OnceLock<UdpSocketState> = OnceLock::new();
@@ -37,7 +37,7 @@ fn quinn_state() -> io::Result<&'static UdpSocketState> {
     Ok(STATE.get_or_init(|| state))
 }
 
-/// Returns whether the kernel has GSO. An older one would send the batch as one large datagram.
+/// Returns whether the kernel has GSO. Without it, the kernel would send a batch as one large datagram.
 pub(super) fn can_segment() -> io::Result<bool> {
     Ok(quinn_state()?.max_gso_segments() >= MAX_SEGMENTS)
 }
