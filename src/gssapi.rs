@@ -169,7 +169,7 @@ async fn negotiate_level(
     let is_nec_exchange = token.len() == 1;
     let requested = if is_nec_exchange { token.first().copied() } else { Some(context.unwrap_level(&mut token)?) };
     let level = choose_level(requested, levels)
-        .ok_or_else(|| failed("the security context supports no allowed protection level"))?;
+        .ok_or_else(|| failed("the security context supports no allowed protection level (see --gssapi-protection)"))?;
     let code = [level.code()];
     let answer = if is_nec_exchange { code.into() } else { context.wrap(&code, false).map_err(failed)? };
     send_frame(conn, Frame::Protection(answer)).await?;

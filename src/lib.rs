@@ -14,7 +14,7 @@
 //! | [`server`] | the server: listeners, limits, sessions, shutdown | all of the above |
 //! | [`cmd`] | the four modes: options, messages, exit statuses | all of the above |
 //!
-//! Pure modules do no I/O and read no clock. The interface is for the binary, the tests and the fuzz targets: not stable.
+//! Pure modules do no I/O and read no clock. The library serves the binary, tests and fuzzing; its API is not stable.
 
 #![warn(missing_docs, unreachable_pub)]
 // No input from the network, a file or a user may cause a panic.

@@ -397,7 +397,7 @@ fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<Socke
 }
 
 /// Returns false if `addr` is certainly not an address of this machine: bind(2) refuses it with one of three errors.
-/// Any other error, such as a lack of ports or descriptors, proves nothing, and the result is true.
+/// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
 pub fn is_local(mut addr: SocketAddr) -> bool {
     use rustix::io::Errno;
     addr.set_port(0);

@@ -366,7 +366,7 @@ impl Association<'_, '_> {
         has_resolved
     }
 
-    /// Sends to the first address to which sending succeeds.
+    /// Tries the addresses in turn until a send call succeeds.
     fn send_to_first(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
         for addr in addrs {
             // Inserted first, because the answer may arrive before the send call returns.

@@ -15,7 +15,7 @@ use crate::reactor::{Interest, Io, wake_later};
 #[cfg(target_os = "linux")]
 mod offload;
 
-/// Buffer for one message, in bytes. Larger than any datagram or GRO aggregate, so that none is truncated.
+/// Size of the buffer for one message, in bytes. No datagram or GRO aggregate is larger, so that none is truncated.
 const MAX_MESSAGE_SIZE: usize = 65_536;
 /// Maximum number of messages per receive call. Each is a datagram or a GRO aggregate.
 const MAX_MESSAGES: usize = 32;

@@ -87,7 +87,7 @@ impl Session<'_> {
         let disconnected = async {
             client.wait_eof().await;
             sleep(HALF_CLOSED_GRACE).await;
-            Err(SessionError::silent("client disconnected before the target was connected"))
+            Err(SessionError::silent("client disconnected before the target was reached"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
         work.or(disconnected).or(denied).await

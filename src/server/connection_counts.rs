@@ -52,7 +52,7 @@ impl<K: Hash + Eq> Drop for CountGuard<K> {
     }
 }
 
-/// Returns the key that a client is counted by: its IPv4 address, or its IPv6 /64, which usually is one customer's.
+/// Returns the key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer.
 pub(super) fn client_key(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),

@@ -49,7 +49,7 @@ pub(super) struct SessionQuota {
 pub(super) enum AdmitError {
     /// Too many failed logins.
     Blocked,
-    /// The client has as many sessions as its limit, which is this number.
+    /// The client has reached its limit of this many sessions.
     AtLimit(usize),
 }
 
@@ -130,8 +130,8 @@ impl Limiter {
         let key = client_key(client.ip());
         self.has_failed_logins.store(true, Ordering::Relaxed);
         if self.login_throttle().record_failure(key, Instant::now()) {
-            let net = if key.is_ipv6() { "/64" } else { "" };
-            log::warn!("too many failed logins from {key}{net}: blocked for {} s", BLOCK_TIME.as_secs());
+            let prefix_len = if key.is_ipv6() { "/64" } else { "" };
+            log::warn!("too many failed logins from {key}{prefix_len}: blocked for {} s", BLOCK_TIME.as_secs());
         }
     }
 

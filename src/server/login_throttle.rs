@@ -1,5 +1,5 @@
-//! Slows down password guessing. After five failures of one client address within a minute, each further answer to its
-//! logins is delayed longer; after six of these, its connections are closed for 10 minutes. The clock is an argument.
+//! Slows down password guessing. After five failures of a client address within a minute, further logins are answered
+//! with a growing delay; after six of these, its connections are closed for 10 minutes. The clock is an argument.
 
 use std::collections::HashMap;
 use std::net::IpAddr;

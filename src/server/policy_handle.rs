@@ -20,7 +20,7 @@ pub(super) struct PolicySnapshot {
     pub(super) generation: u32,
 }
 
-/// Holder of the current policy.
+/// Holds the current policy.
 #[derive(Debug)]
 pub(super) struct PolicyHandle {
     current: RwLock<Arc<PolicySnapshot>>,

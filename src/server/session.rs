@@ -93,7 +93,7 @@ fn rep_for(error: DialError, is_name: bool) -> Rep {
 /// A session until its success reply.
 pub(super) struct Session<'a> {
     pub(super) server: &'a Server,
-    /// The policy of the last evaluation. Later ones are seen by `current_snapshot` and `recheck`.
+    /// The policy of the last evaluation. `current_snapshot` and `recheck` use the current one.
     pub(super) snapshot: Arc<PolicySnapshot>,
     pub(super) log: SessionLog,
     /// False if a GSSAPI context protects messages, but can't detect replayed or reordered ones.

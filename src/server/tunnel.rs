@@ -31,7 +31,7 @@ impl Tunnel {
         relay(client, target, options, &log.bytes, |_, target| is_still_allowed(server, log, target))
     }
 
-    /// As [`Tunnel::relay`], at the rate of `rate_limit`.
+    /// Like [`Tunnel::relay`], at the rate of `rate_limit`.
     pub(super) async fn relay_rate_limited(&mut self, rate_limit: &RateLimit, server: &Server) -> RelayResult {
         let Self { client, target, log } = self;
         let (log, options) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_options });
@@ -58,7 +58,7 @@ impl Tunnel {
         self.log.set_error(&error);
         if let RelayError::Undelivered(_) = error {
             drop(self.target);
-            // Further data of the client is not read: it can't be delivered. The client gets this time even if it has
+            // Further data from the client is not read: it can't be delivered. The client gets this time even if it has
             // shut down its write side, since it may not have read everything yet.
             sleep(UNDELIVERED_GRACE).await;
             self.client.abort();

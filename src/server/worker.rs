@@ -40,7 +40,7 @@ const SOCKET_SURPLUS: usize = 64;
 /// State that all workers share. Each worker, accept loop and session holds a reference.
 pub(super) struct WorkerPool {
     server: Server,
-    /// Maximum of concurrent sessions.
+    /// Maximum number of concurrent sessions.
     limit: usize,
     /// One permit per session that can still start.
     permits: Semaphore,

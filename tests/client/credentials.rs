@@ -316,7 +316,7 @@ fn invalid_login_source_is_a_usage_error_that_names_the_source() {
     let files = [
         (file("pair", "alice topsecret\n"), "pair: line 1: expected user:password"),
         (file("third", "alice:secret\n\ntopsecret"), "third: line 3: expected user:password"),
-        (file("empty", "\n\n"), "empty: the file has no user:password"),
+        (file("empty", "\n\n"), "empty: no user:password found"),
         (file("long", &long), "the password has 259 bytes"),
         (file("no_user", ":topsecret\n"), "the user name has 0 bytes"),
         ("/nonexistent/auth".into(), "/nonexistent/auth: "),

@@ -86,7 +86,7 @@ fn read_file(name: &str) -> io::Result<Vec<Login>> {
         logins.push(parse_login(line).ok_or_else(malformed)?);
     }
     if logins.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has no user:password"));
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "no user:password found"));
     }
     Ok(logins)
 }
@@ -169,7 +169,7 @@ fn run_askpass(program: &str, prompt: &str) -> io::Result<Vec<u8>> {
         return Err(io::Error::other(output.status.to_string()));
     }
     match output.stdout.split(|byte| *byte == b'\n').next().unwrap_or_default() {
-        b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it printed no password")),
+        b"" => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the program printed no password")),
         line => Ok(line.strip_suffix(b"\r").unwrap_or(line).to_vec()),
     }
 }

@@ -21,19 +21,18 @@ use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, UNDELI
 
 /// Parses an address to listen on: `port` (on 127.0.0.1), or `addr:port`.
 pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliError> {
-    let usage_error = |reason: String| CliError::usage(format!("-l: {reason}"));
     if let Ok(port) = text.parse() {
         return Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
     }
-    match parse_addr(text, None).map_err(usage_error)? {
-        Addr { host: Host::Ip(ip), port } => Ok(SocketAddr::new(ip, port)),
-        Addr { host: Host::Name(name), port } if name.as_str() == "localhost" => {
+    match parse_addr(text, None) {
+        Ok(Addr { host: Host::Ip(ip), port }) => Ok(SocketAddr::new(ip, port)),
+        Ok(Addr { host: Host::Name(name), port }) if name.as_str() == "localhost" => {
             Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
         }
-        Addr { host: Host::Name(name), port } if name.as_str() == "*" => {
+        Ok(Addr { host: Host::Name(name), port }) if name.as_str() == "*" => {
             Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port))
         }
-        Addr { host: Host::Name(_), .. } => Err(usage_error(format!("expected a port or IP:port, found {text:?}"))),
+        _ => Err(CliError::usage(format!("-l: expected PORT or IP:PORT, found {text:?}"))),
     }
 }
 

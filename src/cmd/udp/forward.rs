@@ -65,7 +65,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr, limits: PeerLim
                 Some(queue) => queue,
                 None if peers.borrow().len() >= limits.max_peers => {
                     if !is_limit_reported {
-                        let reason = "too many peers (see --max-peers)";
+                        let reason = "too many peers (raise --max-peers)";
                         connector.print_line(&format!("s5: dropping datagrams of {peer}: {reason}"));
                     }
                     is_limit_reported = true;

@@ -52,7 +52,7 @@ pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
         // The value of via= may be a URL with a password, so the word is not shown.
         let with_word = |text: String| if key == "via" { format!("via=: {text}") } else { format!("{word:?}: {text}") };
         if !keys.insert(key) {
-            return Err(with_word(format!("{key}= is given twice (use a comma-separated list)")));
+            return Err(with_word("duplicate key (lists are comma-separated)".into()));
         }
         if value.split(',').any(str::is_empty) {
             return Err(with_word("empty value".into()));
