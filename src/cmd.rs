@@ -18,10 +18,9 @@ use log::LevelFilter;
 use cli::argv::{self, Normalized};
 pub use cli::completions::Shell;
 pub use cli::exit::{CliError, ExitStatus, eprint_line};
+use cli::help::NAME;
 use cli::{manual, secrets};
-
-/// The program's name.
-const NAME: &str = "s5";
+use netcat::options::{self, unsupported_reason};
 
 /// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -114,7 +113,8 @@ impl EarlyExit {
 /// # Errors
 /// The output or the error to print before the program exits.
 pub fn parse(args: &[String]) -> Result<Mode, EarlyExit> {
-    let normalized = argv::normalize(args.get(1..).unwrap_or_default());
+    let program = Args::get_args_info();
+    let normalized = argv::normalize(args.get(1..).unwrap_or_default(), &program, unsupported_reason);
     let args = match normalized.map_err(|error| EarlyExit::Usage(CliError::usage(error)))? {
         Normalized::Args(args) => args,
         Normalized::Help(text) => return Err(EarlyExit::Output(text)),
@@ -126,8 +126,8 @@ pub fn parse(args: &[String]) -> Result<Mode, EarlyExit> {
     })?;
     match parsed {
         Args { version: true, .. } => Err(EarlyExit::Output(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
-        Args { man: true, .. } => Err(EarlyExit::Output(manual::text())),
-        Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script())),
+        Args { man: true, .. } => Err(EarlyExit::Output(manual::text(&program, options::Args::get_args_info().flags))),
+        Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script(&program))),
         Args { mode: Some(mode), .. } => Ok(mode),
         Args { mode: None, .. } => {
             Err(EarlyExit::Usage(CliError::usage("a mode is required: serve, connect, bind or udp")))
@@ -144,7 +144,7 @@ pub fn redact_command_line(args: &[OsString]) {
         return;
     }
     let args: Vec<String> = args.iter().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
-    let user = match argv::normalize(&args) {
+    let user = match argv::normalize(&args, &Args::get_args_info(), unsupported_reason) {
         Ok(Normalized::Args(args)) => {
             let option = args.iter().position(|arg| arg == "-P" || arg == "--proxy-user");
             option.and_then(|index| args.get(index + 1)).cloned()

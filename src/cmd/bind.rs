@@ -12,8 +12,7 @@ use rustix::io::Errno;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::{Connector, RetryOutcome};
 use super::netcat::descriptor;
-use super::netcat::options::{ClientMode, client_mode};
-use super::netcat::report::Report;
+use super::netcat::options::client_mode;
 use super::netcat::tunnel::TunnelAction;
 use crate::client::{Client, parse_addr};
 use crate::conn::Conn;
@@ -21,7 +20,6 @@ use crate::proto::{Addr, Command};
 use crate::reactor::sleep;
 
 client_mode!(
-    Bind,
     "bind",
     "Accept one connection through a SOCKS5 proxy; stdin and stdout are the tunnel",
     [peer "host or host:port that may connect"]
@@ -88,10 +86,10 @@ impl Args {
             [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
         let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
-        let connector = Connector::new(ClientMode::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+        let connector = Connector::new(Command::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         connector.run(Box::pin(async {
             let RetryOutcome { client, tries, result } = connector.request(Command::Bind).await;
-            let mut report = Report::new(&connector, &client, tries);
+            let mut report = connector.report(&client, tries);
             let result = match result {
                 Ok((mut tunnel, bnd)) => {
                     let bound = client.resolve_unspecified_bnd(bnd, &tunnel);

@@ -3,13 +3,11 @@
 use super::cli::exit::CliError;
 use super::netcat::connector::{Connector, RetryOutcome};
 use super::netcat::forward;
-use super::netcat::options::{ClientMode, client_mode, parse_target};
-use super::netcat::report::Report;
+use super::netcat::options::{client_mode, parse_target};
 use super::netcat::tunnel::TunnelAction;
 use crate::proto::Command;
 
 client_mode!(
-    Connect,
     "connect",
     "Connect to a target through SOCKS5 proxies; stdin and stdout are the tunnel",
     [target "host:port, or host and port"]
@@ -31,7 +29,7 @@ impl Args {
         if args.keep_open && args.source_port.is_some() {
             return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
         }
-        let connector = Connector::new(ClientMode::Connect, &args, dst)?;
+        let connector = Connector::new(Command::Connect, &args, dst)?;
         connector.run(Box::pin(async {
             match (listen, connector.dst()) {
                 // Boxed: the future is large, and often not needed.
@@ -45,7 +43,7 @@ impl Args {
 
 async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), CliError> {
     let RetryOutcome { client, tries, result } = connector.request(Command::Connect).await;
-    let mut report = Report::new(connector, &client, tries);
+    let mut report = connector.report(&client, tries);
     let result = match result {
         Ok((tunnel, bnd)) => {
             report.set_bnd(&bnd);
@@ -64,5 +62,5 @@ async fn probe(connector: &Connector) -> Result<(), CliError> {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
         connector.print_verbose(&format!("handshake succeeded (method {method})"));
     }
-    connector.finish(Report::new(connector, &client, tries), result)
+    connector.finish(connector.report(&client, tries), result)
 }

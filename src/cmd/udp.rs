@@ -14,10 +14,10 @@ use futures_lite::FutureExt as _;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::{Connector, RetryOutcome};
 use super::netcat::forward::parse_listen_addr;
-use super::netcat::options::{ClientMode, client_mode, parse_target};
+use super::netcat::options::{client_mode, parse_target};
 use super::netcat::report::Report;
 use crate::client::{Association, AssociationClosed, Client, ClientError};
-use crate::proto::Addr;
+use crate::proto::{Addr, Command};
 use crate::reactor::{sleep, sleep_until, yield_now};
 use crate::relay::ByteCounts;
 use framing::{DatagramReader, DatagramWriter, Framing};
@@ -26,13 +26,10 @@ use framing::{DatagramReader, DatagramWriter, Framing};
 const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// Maximum number of answers that are written together. A socket's buffer holds about as many.
 const MAX_BATCH: usize = 1000;
-/// Default of `--max-peers`: local peers that have an association at the same time.
-pub(super) const DEFAULT_MAX_PEERS: usize = 256;
 /// Idle timeout of a local peer's association.
 const DEFAULT_PEER_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 client_mode!(
-    Udp,
     "udp",
     "Send stdin as datagrams through SOCKS5 proxies, and print the answers",
     [target "host:port, or host and port"]
@@ -50,7 +47,7 @@ impl Args {
         if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
             return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
         }
-        let connector = Connector::new(ClientMode::Udp, &args, dst)?;
+        let connector = Connector::new(Command::UdpAssociate, &args, dst)?;
         if let Some(addr) = listen {
             let limits = forward::PeerLimits {
                 max_peers: args.max_peers,
@@ -78,7 +75,7 @@ async fn associate(client: &Client) -> Result<(Association, Addr), ClientError> 
 
 async fn run(connector: &Connector, transfer: Option<StdioTransfer>) -> Result<(), CliError> {
     let RetryOutcome { client, tries, result } = connector.retry(associate).await;
-    let mut report = Report::new(connector, &client, tries);
+    let mut report = connector.report(&client, tries);
     let result = match result {
         Ok((association, dst)) => {
             if let Some(relay) = association.relay() {

@@ -1,17 +1,18 @@
 //! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions from which
 //! the help is generated also show which options take a value.
 
-use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
+use argh::{CommandInfoWithArgs, FlagInfo, FlagInfoKind};
 
 use super::help;
 use super::secrets::without_userinfo;
-use crate::cmd::netcat::options::{self, unsupported_reason};
-use crate::cmd::{Args, serve};
 
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
 const MAX_EDIT_DISTANCE: usize = 3;
 /// Aliases of options, each with the name of the option.
 const ALIASES: [(&str, &str); 2] = [("--no-proxy", "--direct"), ("--resolve", "--proxy-dns")];
+
+/// Returns why a mode does not support an option of other modes.
+type UnsupportedReason = fn(mode: &str, option: &str) -> Option<&'static str>;
 
 /// A normalized command line.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,26 +27,35 @@ pub(in crate::cmd) enum Normalized {
 ///
 /// # Errors
 /// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
-pub(in crate::cmd) fn normalize(args: &[String]) -> Result<Normalized, String> {
+pub(in crate::cmd) fn normalize(
+    args: &[String],
+    program: &CommandInfoWithArgs,
+    unsupported_reason: UnsupportedReason,
+) -> Result<Normalized, String> {
     let is_help = args.first().is_some_and(|first| first == "help");
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
-    let (mode_arg, args) = match args.split_first() {
+    let (mode, args) = match args.split_first() {
         Some((mode, args)) if !mode.starts_with('-') => (Some(mode), args),
         _ => (None, args),
     };
-    let mode = mode_arg.map(String::as_str).unwrap_or_default();
-    let flags = match mode {
-        "serve" => serve::Args::get_args_info().flags,
-        // The options of all client modes: `find` refuses those that this mode does not support.
-        "connect" | "bind" | "udp" => options::Args::get_args_info().flags,
-        "" => Args::get_args_info().flags,
-        other => return Err(unrecognized_mode(other)),
+    let command = match mode {
+        None => program,
+        Some(mode) => {
+            let known = program.commands.iter().find(|known| known.name == mode);
+            known.map(|known| &known.command).ok_or_else(|| unrecognized_mode(mode, program))?
+        }
     };
+    let help = || Normalized::Help(help::text(command, mode.is_some()));
     if is_help {
-        return Ok(Normalized::Help(help_text(mode)));
+        return Ok(help());
     }
-    let out = mode_arg.into_iter().cloned().collect();
-    let mut normalizer = Normalizer { mode, flags, out, positionals: Vec::new(), has_help: false };
+    let mut normalizer = Normalizer {
+        command,
+        unsupported_reason,
+        out: mode.into_iter().cloned().collect(),
+        positionals: Vec::new(),
+        has_help: false,
+    };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match arg.strip_prefix('-') {
@@ -65,7 +75,7 @@ pub(in crate::cmd) fn normalize(args: &[String]) -> Result<Normalized, String> {
         }
     }
     if normalizer.has_help {
-        return Ok(Normalized::Help(help_text(mode)));
+        return Ok(help());
     }
     // After `--`, argh does not interpret the arguments: a host may be named help.
     if !normalizer.positionals.is_empty() {
@@ -75,22 +85,15 @@ pub(in crate::cmd) fn normalize(args: &[String]) -> Result<Normalized, String> {
     Ok(Normalized::Args(normalizer.out))
 }
 
-/// Returns the help of a mode, or of the program if `mode` is empty.
-fn help_text(mode: &str) -> String {
-    let program = Args::get_args_info();
-    let info = program.commands.iter().find(|info| info.name == mode);
-    help::text(info.map_or(&program, |info| &info.command), info.is_some())
-}
-
-fn unrecognized_mode(mode: &str) -> String {
-    let names: Vec<&str> = Args::get_args_info().commands.iter().map(|mode| mode.name).collect();
+fn unrecognized_mode(mode: &str, program: &CommandInfoWithArgs) -> String {
+    let names: Vec<&str> = program.commands.iter().map(|mode| mode.name).collect();
     format!("unrecognized mode {} (expected one of {})", without_userinfo(mode), names.join(", "))
 }
 
 struct Normalizer<'a> {
-    /// Empty if no mode is given.
-    mode: &'a str,
-    flags: &'a [FlagInfo<'a>],
+    /// The mode or, if no mode is given, the program.
+    command: &'a CommandInfoWithArgs,
+    unsupported_reason: UnsupportedReason,
     out: Vec<String>,
     positionals: Vec<String>,
     has_help: bool,
@@ -99,17 +102,16 @@ struct Normalizer<'a> {
 impl<'a> Normalizer<'a> {
     /// Returns the option for which `matches` is true. Fails if only other modes support `name`.
     fn find(&self, name: &str, matches: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
-        match unsupported_reason(self.mode, name) {
-            Some(reason) => Err(format!("{} does not support {name}: {reason}", self.mode)),
-            None => Ok(self.flags.iter().find(|flag| matches(flag))),
+        let mode = self.command.name;
+        match (self.unsupported_reason)(mode, name) {
+            Some(reason) => Err(format!("{mode} does not support {name}: {reason}")),
+            None => Ok(self.command.flags.iter().find(|flag| matches(flag))),
         }
     }
 
     fn unrecognized_option(&self, option: &str) -> String {
-        let supported =
-            self.flags.iter().map(|flag| flag.long).filter(|long| unsupported_reason(self.mode, long).is_none());
-        let nearest =
-            supported.filter(|_| option.starts_with("--")).map(|long| (strsim::osa_distance(long, option), long)).min();
+        let names = self.command.flags.iter().map(|flag| flag.long).filter(|_| option.starts_with("--"));
+        let nearest = names.map(|long| (strsim::osa_distance(long, option), long)).min();
         let option = without_userinfo(option);
         match nearest.filter(|(distance, _)| *distance <= MAX_EDIT_DISTANCE) {
             Some((_, long)) => format!("unrecognized option {option} (did you mean {long}?)"),
@@ -175,10 +177,15 @@ fn is_switch(flag: &FlagInfo<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use argh::ArgsInfo as _;
+
     use super::*;
+    use crate::cmd::Args;
+    use crate::cmd::netcat::options::unsupported_reason;
 
     fn normalize_line(line: &str) -> Result<String, String> {
-        match normalize(&line.split(' ').map(String::from).collect::<Vec<_>>())? {
+        let args: Vec<String> = line.split(' ').map(String::from).collect();
+        match normalize(&args, &Args::get_args_info(), unsupported_reason)? {
             Normalized::Args(args) => Ok(args.join(" ")),
             Normalized::Help(text) => Ok(text.lines().next().unwrap_or_default().into()),
         }

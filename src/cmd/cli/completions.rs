@@ -6,10 +6,9 @@
 use std::fmt::Write as _;
 use std::str::FromStr;
 
-use argh::{ArgsInfo as _, CommandInfoWithArgs, FlagInfo};
+use argh::{CommandInfoWithArgs, FlagInfo};
 
 use super::help::{summary, value_name};
-use crate::cmd::Args;
 
 /// A shell for which there is a completion script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,12 +36,11 @@ impl FromStr for Shell {
 
 impl Shell {
     /// Returns the completion script.
-    pub(in crate::cmd) fn script(self) -> String {
-        let program = Args::get_args_info();
+    pub(in crate::cmd) fn script(self, program: &CommandInfoWithArgs) -> String {
         match self {
-            Self::Bash => bash(&program),
-            Self::Zsh => zsh(&program),
-            Self::Fish => fish(&program),
+            Self::Bash => bash(program),
+            Self::Zsh => zsh(program),
+            Self::Fish => fish(program),
         }
     }
 }

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use argh::{CommandInfoWithArgs, FlagInfo, FlagInfoKind};
 
-use crate::cmd::NAME;
-
+/// The program's name.
+pub(in crate::cmd) const NAME: &str = "s5";
 /// Width of the text, in columns.
 const WIDTH: usize = 80;
 /// Column of the description of an option or a mode.

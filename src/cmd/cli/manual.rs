@@ -2,26 +2,26 @@
 
 use std::fmt::Write as _;
 
-use argh::{ArgsInfo as _, FlagInfo};
+use argh::{CommandInfoWithArgs, FlagInfo, SubCommandInfo};
 
 use super::exit::ExitStatus;
-use super::help::{heading, listed_options, split_summary, usage, value_name};
-use crate::cmd::netcat::options;
-use crate::cmd::{Args, NAME, serve};
+use super::help::{NAME, heading, listed_options, split_summary, usage, value_name};
 
 /// The page. A line that begins with `@` is replaced by the generated text of that name.
 const PAGE: &str = include_str!("s5.1");
 
-/// Returns the manual page.
-pub(in crate::cmd) fn text() -> String {
+/// Returns the manual page. `client_options` are those of all client modes together.
+pub(in crate::cmd) fn text(program: &CommandInfoWithArgs, client_options: &[FlagInfo<'_>]) -> String {
+    let (server, clients) = program.commands.split_at(1);
+    let server_options = server.first().map_or(&[][..], |mode| mode.command.flags);
     let mut out = String::new();
     for line in PAGE.lines() {
         match line.strip_prefix('@') {
             None => out += &format!("{line}\n"),
             Some("title") => out += &format!(".TH S5 1 2026-11-26 \"{NAME} {}\"\n", env!("CARGO_PKG_VERSION")),
-            Some("synopsis") => push_synopsis(&mut out),
-            Some("server options") => push_options(&mut out, serve::Args::get_args_info().flags, |_| None),
-            Some("client options") => push_options(&mut out, options::Args::get_args_info().flags, options::modes_of),
+            Some("synopsis") => push_synopsis(&mut out, program),
+            Some("server options") => push_options(&mut out, server_options, server),
+            Some("client options") => push_options(&mut out, client_options, clients),
             Some("exit statuses") => push_exit_statuses(&mut out),
             Some(other) => debug_assert!(false, "unknown placeholder @{other}"),
         }
@@ -29,8 +29,7 @@ pub(in crate::cmd) fn text() -> String {
     out
 }
 
-fn push_synopsis(out: &mut String) {
-    let program = Args::get_args_info();
+fn push_synopsis(out: &mut String, program: &CommandInfoWithArgs) {
     for mode in &program.commands {
         let usage = usage(&mode.command, true);
         let args = usage.strip_prefix(&format!("{NAME} {}", mode.name)).unwrap_or_default();
@@ -43,8 +42,8 @@ fn push_synopsis(out: &mut String) {
     let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
 }
 
-/// Appends an entry for each option, with the modes that support it if others do not.
-fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes_of: impl Fn(&str) -> Option<Vec<&'static str>>) {
+/// Appends an entry for each option, with those of `modes` that support it if others do not.
+fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes: &[SubCommandInfo]) {
     let mut group = "";
     for flag in listed_options(flags) {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
@@ -58,8 +57,10 @@ fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes_of: impl Fn(&str
         let mut chars = summary.chars();
         let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
         push_paragraph(out, &format!("{first}{}. {details}", chars.as_str()));
-        if let Some(modes) = modes_of(flag.long) {
-            push_paragraph(out, &format!("Only for {}.", modes.join(" and ")));
+        let supports = |mode: &&SubCommandInfo| mode.command.flags.iter().any(|known| known.long == flag.long);
+        let supporting: Vec<&str> = modes.iter().filter(supports).map(|mode| mode.name).collect();
+        if supporting.len() < modes.len() {
+            push_paragraph(out, &format!("Only for {}.", supporting.join(" and ")));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::options::{Args, ClientMode};
+use super::options::Args;
 use super::report::Report;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientAuth, ClientError, ClientErrorKind, Proxy};
@@ -59,10 +59,10 @@ pub(in crate::cmd) struct RetryOutcome<T> {
 
 impl Connector {
     /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
-    pub(in crate::cmd) fn new(mode: ClientMode, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
+    pub(in crate::cmd) fn new(command: Command, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // no_proxy does not apply to BIND: the peer connects to the proxy.
-        let mut hops = proxies::select_proxies(args, dst.as_ref().filter(|_| mode != ClientMode::Bind))?;
-        if hops.is_empty() && (mode == ClientMode::Bind || dst.is_none()) {
+        let mut hops = proxies::select_proxies(args, dst.as_ref().filter(|_| command != Command::Bind))?;
+        if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
             return Err(CliError::usage("a proxy is required (give one with -x)"));
         }
         let source = source_from_args(args, &hops)?;
@@ -94,9 +94,9 @@ impl Connector {
         self.verbosity.filter_error(reactor::run(mode).unwrap_or_else(start_error))
     }
 
-    /// Returns the proxies, without credentials.
-    pub(in crate::cmd) fn hops(&self) -> impl Iterator<Item = String> {
-        self.hops.iter().map(ToString::to_string)
+    /// Returns the last proxy, without credentials.
+    pub(in crate::cmd) fn last_proxy(&self) -> Option<String> {
+        self.hops.last().map(ToString::to_string)
     }
 
     /// Returns the target, or the expected peer of BIND, if there is one.
@@ -203,6 +203,11 @@ impl Connector {
         if self.verbosity.is_verbose {
             eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {event}", self.label()))));
         }
+    }
+
+    /// Returns the report of a client's handshake.
+    pub(in crate::cmd) fn report(&self, client: &Client, tries: u32) -> Report {
+        Report::new(client, self.hops.iter().map(ToString::to_string).collect(), self.dst(), tries)
     }
 
     /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.

@@ -121,7 +121,7 @@ async fn serve_connection(
         let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
         return connector.finish(Report::default(), Err(error));
     };
-    let mut report = Report::new(connector, &client, tries);
+    let mut report = connector.report(&client, tries);
     let (tunnel, bnd) = match result {
         Ok(established) => established,
         Err(error) => {

@@ -11,50 +11,41 @@ use crate::client::{parse_addr, parse_host, parse_port};
 use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::secrets::without_userinfo;
 use crate::cmd::cli::values::{parse_duration, parse_positive, parse_timeout};
-use crate::cmd::udp::DEFAULT_MAX_PEERS;
 use crate::policy::rules::parse_level;
-use crate::proto::{Addr, Method, ProtectionLevel};
+use crate::proto::{Addr, Command, Method, ProtectionLevel};
 
-/// A client mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClientMode {
-    /// `s5 connect`
-    Connect,
-    /// `s5 bind`
-    Bind,
-    /// `s5 udp`
-    Udp,
-}
+/// Default of `--max-peers`: local peers of `udp -l` that have an association at the same time.
+const DEFAULT_MAX_PEERS: usize = 256;
 
-const STREAM_MODES: &[ClientMode] = &[ClientMode::Connect, ClientMode::Bind];
+/// The modes that relay a stream.
+const STREAM: &[Command] = &[Command::Connect, Command::Bind];
+/// The modes that can listen.
+const LISTEN: &[Command] = &[Command::Connect, Command::UdpAssociate];
 
 /// Options that only some modes support, these modes, and the reason that the other modes report.
-const RESTRICTED_OPTIONS: [(&[&str], &[ClientMode], &str); 10] = [
-    (&["-l", "--listen"], &[ClientMode::Connect, ClientMode::Udp], "with bind, the proxy listens"),
-    (&["-k", "--keep-open"], &[ClientMode::Connect], "only connect -l uses it; udp -l always serves several peers"),
-    (&["--direct", "--no-proxy"], &[ClientMode::Connect, ClientMode::Udp], "bind requires a proxy"),
-    (&["--bound-to"], &[ClientMode::Bind], "only bind uses it"),
-    (&["-N", "--shutdown", "--no-shutdown"], STREAM_MODES, "datagrams have no end of stream"),
-    (&["-C", "--crlf"], STREAM_MODES, "line ends are not part of a datagram"),
-    (&["-F", "--pass-fd"], STREAM_MODES, "a UDP association ends with its TCP connection, which s5 must keep open"),
-    (&["-e", "--exec", "-c", "--sh-exec"], STREAM_MODES, "a program needs a stream, not datagrams"),
-    (&["--progress"], STREAM_MODES, "it shows the progress of a stream, not of datagrams"),
-    (&["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"], &[ClientMode::Udp], "only udp uses it"),
+const RESTRICTED_OPTIONS: [(&[&str], &[Command], &str); 10] = [
+    (&["-l", "--listen"], LISTEN, "with bind, the proxy listens"),
+    (&["-k", "--keep-open"], &[Command::Connect], "only connect -l uses it; udp -l always serves several peers"),
+    (&["--direct", "--no-proxy"], LISTEN, "bind requires a proxy"),
+    (&["--bound-to"], &[Command::Bind], "only bind uses it"),
+    (&["-N", "--shutdown", "--no-shutdown"], STREAM, "datagrams have no end of stream"),
+    (&["-C", "--crlf"], STREAM, "line ends are not part of a datagram"),
+    (&["-F", "--pass-fd"], STREAM, "a UDP association ends with its TCP connection, which s5 must keep open"),
+    (&["-e", "--exec", "-c", "--sh-exec"], STREAM, "a program needs a stream, not datagrams"),
+    (&["--progress"], STREAM, "it shows the progress of a stream, not of datagrams"),
+    (
+        &["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"],
+        &[Command::UdpAssociate],
+        "only udp uses it",
+    ),
 ];
 
 /// Returns why `mode` does not support `option`. `None` if it does, or if no mode does.
 pub(in crate::cmd) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
-    [ClientMode::Connect, ClientMode::Bind, ClientMode::Udp]
-        .into_iter()
-        .find(|known| known.name() == mode)?
-        .unsupported_reason(option)
-}
-
-impl ClientMode {
-    fn unsupported_reason(self, option: &str) -> Option<&'static str> {
-        let (_, modes, reason) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
-        (!modes.contains(&self)).then_some(*reason)
-    }
+    let mode =
+        [Command::Connect, Command::Bind, Command::UdpAssociate].into_iter().find(|known| known.to_string() == mode)?;
+    let (_, modes, reason) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
+    (!modes.contains(&mode)).then_some(*reason)
 }
 
 /// The options of the client modes.
@@ -303,35 +294,17 @@ fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result
     Ok(found)
 }
 
-impl ClientMode {
-    /// The name of the mode on the command line.
-    pub(in crate::cmd) fn name(self) -> &'static str {
-        match self {
-            Self::Connect => "connect",
-            Self::Bind => "bind",
-            Self::Udp => "udp",
-        }
-    }
-
-    /// Describes the mode and its options, for help and completions.
-    pub(in crate::cmd) fn info(
-        self,
-        description: &'static str,
-        positionals: &'static [PositionalInfo<'static>],
-    ) -> CommandInfoWithArgs {
-        let all = Args::get_args_info();
-        let is_supported = |flag: &&FlagInfo<'static>| self.unsupported_reason(flag.long).is_none();
-        let flags: Vec<FlagInfo<'static>> = all.flags.iter().filter(is_supported).map(copy_flag).collect();
-        // argh requires a static slice. The leak is small: a process calls this once or twice.
-        let flags = Box::leak(flags.into_boxed_slice());
-        CommandInfoWithArgs { name: self.name(), description, flags, positionals, ..CommandInfoWithArgs::default() }
-    }
-}
-
-/// Returns the names of the modes that support an option. `None` if every client mode does.
-pub(in crate::cmd) fn modes_of(option: &str) -> Option<Vec<&'static str>> {
-    let (_, modes, _) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
-    Some(modes.iter().map(|mode| mode.name()).collect())
+/// Describes a client mode and its options, for help and completions.
+pub(in crate::cmd) fn mode_info(
+    name: &'static str,
+    description: &'static str,
+    positionals: &'static [PositionalInfo<'static>],
+) -> CommandInfoWithArgs {
+    let all = Args::get_args_info();
+    let flags = all.flags.iter().filter(|flag| unsupported_reason(name, flag.long).is_none()).map(copy_flag);
+    // argh requires a static slice. The leak is small: a process calls this a few times.
+    let flags = Box::leak(flags.collect::<Box<[_]>>());
+    CommandInfoWithArgs { name, description, flags, positionals, ..CommandInfoWithArgs::default() }
 }
 
 /// Copies the fields that the help prints. argh's type is not `Clone`.
@@ -346,7 +319,7 @@ fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
 
 /// Defines a client mode for argh: the shared options under the mode's name.
 macro_rules! client_mode {
-    ($mode:ident, $name:literal, $description:literal, [$($positional:ident $about:literal)?]) => {
+    ($name:literal, $description:literal, [$($positional:ident $about:literal)?]) => {
         #[doc = $description]
         #[derive(Debug)]
         pub struct Args(pub(in crate::cmd) crate::cmd::netcat::options::Args);
@@ -364,7 +337,7 @@ macro_rules! client_mode {
 
         impl argh::ArgsInfo for Args {
             fn get_args_info() -> argh::CommandInfoWithArgs {
-                crate::cmd::netcat::options::ClientMode::$mode.info($description, &[$(argh::PositionalInfo {
+                crate::cmd::netcat::options::mode_info($name, $description, &[$(argh::PositionalInfo {
                     name: stringify!($positional),
                     description: $about,
                     optionality: argh::Optionality::Optional,

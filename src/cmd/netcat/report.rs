@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::connector::Connector;
 use crate::client::{Client, Phase};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::proto::Addr;
@@ -54,12 +53,12 @@ struct PhaseDurations {
 
 impl Report {
     /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn new(connector: &Connector, client: &Client, tries: u32) -> Self {
+    pub(in crate::cmd) fn new(client: &Client, hops: Vec<String>, target: Option<&Addr>, tries: u32) -> Self {
         let times = client.times();
         Self {
-            proxy: connector.hops().last(),
-            hops: connector.hops().collect(),
-            target: connector.dst().map(ToString::to_string),
+            proxy: hops.last().cloned(),
+            hops,
+            target: target.map(ToString::to_string),
             method: client.method().map(|method| method.to_string()),
             rep: client.rep().map(|rep| rep.0),
             tries,

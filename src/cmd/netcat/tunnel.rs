@@ -111,7 +111,7 @@ impl TunnelAction {
                 let variables = [
                     ("S5_TARGET", connector.dst().map(ToString::to_string)),
                     ("S5_BND", Some(bnd.to_string())),
-                    ("S5_PROXY_ADDR", connector.hops().last()),
+                    ("S5_PROXY_ADDR", connector.last_proxy()),
                 ];
                 let variables = variables.map(|(name, value)| (name, value.unwrap_or_default()));
                 let (child, stdio) = program.start(&variables, self.crlf)?;

@@ -18,7 +18,6 @@ use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::exit::ExitStatus;
 use crate::cmd::netcat::connector::{Connector, RetryOutcome};
 use crate::cmd::netcat::forward::{Task, listen_error, run_with_tasks};
-use crate::cmd::netcat::report::Report;
 use crate::proto::{Addr, Host};
 use crate::reactor::{Interest, Io, sleep, yield_now};
 use crate::relay::ByteCounts;
@@ -109,7 +108,7 @@ async fn serve_peer(
     idle_timeout: Duration,
 ) {
     let RetryOutcome { client, tries, result } = connector.retry(associate).await;
-    let mut report = Report::new(connector, &client, tries);
+    let mut report = connector.report(&client, tries);
     let is_associated = result.is_ok();
     let result = match result {
         Ok((association, dst)) => {
