@@ -1,4 +1,5 @@
-//! Fragmentation and reassembly of datagrams (RFC 1928 section 7) with a simulated clock: cases, and a reference model.
+//! Fragmentation and reassembly of datagrams (RFC 1928 section 7) with a simulated clock: single cases, and random
+//! datagrams compared with a reference model.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ fn dst(port: u16) -> Addr {
     SocketAddr::from(([192, 0, 2, 1], port)).into()
 }
 
-/// Pushes datagrams for one DST at one time, and returns the completed ones.
+/// Pushes datagrams for one DST at one time. Returns the data of the completed ones.
 fn push_all(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> Vec<String> {
     let push = |(frag, data): &(u8, &str)| {
         let (addr, complete) = queue.push(now, Datagram { frag: *frag, dst: dst(53), data: data.as_bytes() })?;
@@ -29,7 +30,8 @@ fn push_all(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> 
     datagrams.iter().filter_map(push).collect()
 }
 
-/// Pushes `datagrams` to an empty queue. Checks the completed ones, whether the queue is empty, and that it still works.
+/// Pushes `datagrams` to an empty queue. Checks the completed datagrams and whether the queue `is_empty` after them.
+/// Then checks that it reassembles the next sequence.
 fn check(datagrams: &[(u8, &str)], complete: &[&str], is_empty: bool) {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
     assert_eq!(push_all(&mut queue, now, datagrams), complete, "{datagrams:?}");
@@ -117,21 +119,21 @@ fn position_0_with_end_flag_is_dropped() {
 #[test]
 fn fragment_for_another_dst_empties_the_queue() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    let other = |port, frag| Datagram { frag, dst: dst(port), data: b"x" };
-    assert_eq!(queue.push(now, other(53, 1)), None);
-    assert_eq!(queue.push(now, other(54, 2)), None);
+    let datagram = |port, frag| Datagram { frag, dst: dst(port), data: b"x" };
+    assert_eq!(queue.push(now, datagram(53, 1)), None);
+    assert_eq!(queue.push(now, datagram(54, 2)), None);
     assert_eq!(queue.deadline(), None);
-    assert_eq!(queue.push(now, other(53, 2 | LAST)), None);
+    assert_eq!(queue.push(now, datagram(53, 2 | LAST)), None);
 
-    assert_eq!(queue.push(now, other(53, 1)), None);
-    assert_eq!(queue.push(now, other(54, 1)), None, "a new sequence");
-    let (to, complete) = queue.push(now, other(54, 2 | LAST)).expect("complete");
+    assert_eq!(queue.push(now, datagram(53, 1)), None);
+    assert_eq!(queue.push(now, datagram(54, 1)), None, "a new sequence");
+    let (to, complete) = queue.push(now, datagram(54, 2 | LAST)).expect("complete");
     assert_eq!((to, &*complete), (dst(54), &b"xx"[..]));
 
     let name = HostName::new(b"192.0.2.1").expect("valid host name");
-    assert_eq!(queue.push(now, other(53, 1)), None);
-    let by_name = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..other(53, 2 | LAST) };
-    assert_eq!(queue.push(now, by_name), None, "the same host as a name");
+    assert_eq!(queue.push(now, datagram(53, 1)), None);
+    let by_name = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..datagram(53, 2 | LAST) };
+    assert_eq!(queue.push(now, by_name), None, "the address as a name is another DST");
 }
 
 #[test]
@@ -147,35 +149,35 @@ fn sequence_has_at_most_127_fragments() {
         assert_eq!(queue.push(now, Datagram { frag: position, dst: dst(1), data: &[position] }), None);
     }
     for frag in [0xff, 0x80, 1] {
-        assert_eq!(queue.push(now, Datagram { frag, dst: dst(1), data: b"x" }), None, "nothing follows 127");
+        assert_eq!(queue.push(now, Datagram { frag, dst: dst(1), data: b"x" }), None, "no fragment follows 127");
     }
 }
 
 #[test]
-fn timer_is_at_least_5_seconds_and_exact() {
+fn timeout_is_at_least_5_seconds_and_exact() {
     const { assert!(REASSEMBLY_TIMEOUT.as_secs() >= 5) };
     let start = Instant::now();
-    let nearly = start + REASSEMBLY_TIMEOUT - Duration::from_nanos(1);
+    let just_before = start + REASSEMBLY_TIMEOUT - Duration::from_nanos(1);
 
     let mut queue = Reassembler::default();
     assert_eq!(queue.deadline(), None);
     assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
     assert_eq!(queue.deadline(), Some(start + REASSEMBLY_TIMEOUT));
-    assert_eq!(push_all(&mut queue, nearly, &[(2 | LAST, "b")]), ["ab"]);
+    assert_eq!(push_all(&mut queue, just_before, &[(2 | LAST, "b")]), ["ab"]);
 
     assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
     assert!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(2 | LAST, "b")]).is_empty());
     assert_eq!(queue.deadline(), None);
 
     assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
-    queue.expire(nearly);
+    queue.expire(just_before);
     assert!(queue.deadline().is_some());
     queue.expire(start + REASSEMBLY_TIMEOUT);
     assert_eq!(queue.deadline(), None);
 }
 
 #[test]
-fn timer_starts_at_the_first_fragment_and_is_never_extended() {
+fn timeout_starts_at_the_first_fragment_and_is_never_extended() {
     let (mut queue, start) = (Reassembler::default(), Instant::now());
     let half = REASSEMBLY_TIMEOUT / 2;
     assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
@@ -209,7 +211,7 @@ fn queue_holds_at_most_one_udp_payload() {
     assert_eq!(push(&mut queue, 2, 1), None);
     assert!(queue.deadline().is_some(), "all bytes are kept");
     assert_eq!(push(&mut queue, 3, 1), None);
-    assert_eq!(queue.deadline(), None, "emptied by one byte too many");
+    assert_eq!(queue.deadline(), None, "one byte too many empties the queue");
     assert_eq!(push(&mut queue, 4 | LAST, 0), None);
 
     assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD), None);
@@ -262,7 +264,7 @@ impl Model {
     }
 }
 
-/// FRAG, port of DST, data and milliseconds since the previous datagram. Valid sequences are likely.
+/// Datagrams: FRAG, port of DST, data, and milliseconds since the previous datagram. Valid sequences are likely.
 fn any_datagrams() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     let position = prop_oneof![8 => 1_u8..5, 1 => Just(0), 1 => any::<u8>()];
     let frag = (position, prop_oneof![3 => Just(0), 1 => Just(LAST)]).prop_map(|(position, last)| position | last);
@@ -272,7 +274,7 @@ fn any_datagrams() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     vec((frag, dst, data, pause), 0..40)
 }
 
-/// Sequences in order, with some fragments repeated, missing or late.
+/// Sequences in order, some with repeated, missing or late fragments. Same fields as in [`any_datagrams`].
 fn any_sequences() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     let one = (0_u8..12, any::<bool>(), vec(any::<u8>(), 0..2), prop_oneof![6 => Just(0_u64), 1 => 0_u64..4000]);
     vec(one, 0..60).prop_map(|steps| {
@@ -293,6 +295,7 @@ fn any_sequences() -> impl Strategy<Value = Vec<(u8, u16, Vec<u8>, u64)>> {
     })
 }
 
+/// Pushes datagrams to the queue and to the model, and compares the results.
 fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError> {
     let (mut queue, mut model, mut now) = (Reassembler::default(), Model::default(), Instant::now());
     for (frag, port, data, pause) in datagrams {
@@ -320,7 +323,7 @@ proptest! {
     }
 
     #[test]
-    fn random_bytes_never_panic_nor_exceed_one_udp_payload(all in vec(vec(any::<u8>(), 0..40), 0..40)) {
+    fn random_bytes_never_panic_or_exceed_one_udp_payload(all in vec(vec(any::<u8>(), 0..40), 0..40)) {
         let (mut queue, now) = (Reassembler::default(), Instant::now());
         for bytes in &all {
             let header = [&[0, 0], &bytes[..]].concat();
@@ -352,6 +355,7 @@ proptest! {
     }
 }
 
+/// Fragments a payload and reassembles it. If it is not fragmented, checks that it needs more than 127 fragments.
 fn check_fragment(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCaseError> {
     let data: Vec<u8> = (0..length).map(|i| i.to_le_bytes()[0]).collect();
     let mut header = Vec::new();
@@ -371,18 +375,19 @@ fn check_fragment(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCas
         prop_assert_eq!(parts[0][2], 0);
     }
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    let (last, front) = parts.split_last().expect("at least one");
+    let (last, front) = parts.split_last().expect("at least one fragment");
     for part in front {
-        prop_assert_eq!(queue.push(now, Datagram::decode(part).expect("a datagram")), None);
+        prop_assert_eq!(queue.push(now, Datagram::decode(part).expect("valid datagram")), None);
     }
-    let (to, complete) = queue.push(now, Datagram::decode(last).expect("a datagram")).expect("complete at the last");
+    let (to, complete) =
+        queue.push(now, Datagram::decode(last).expect("valid datagram")).expect("complete at the last fragment");
     prop_assert_eq!((&to, &*complete), (dst, &data[..]));
     prop_assert_eq!(queue.deadline(), None);
     Ok(())
 }
 
 #[test]
-fn payload_has_at_most_127_fragments() {
+fn payload_is_split_into_at_most_127_fragments() {
     let header = 10;
     let sizes = |length| {
         let parts = fragment(&dst(53), &vec![1; length], header + 100)?;

@@ -1,5 +1,5 @@
 //! The relay: exact bytes and counts, half-close, reset and timeouts. The same tests run over streams in memory and
-//! over TCP. `tunnel/mod.rs` has the traits to implement for another relay.
+//! over TCP. To test another relay, implement the traits in `tunnel/mod.rs`.
 
 mod tunnel;
 
@@ -60,7 +60,7 @@ fn any_actions(resets: u32) -> impl Strategy<Value = Vec<Action>> {
     vec(action, 0..60)
 }
 
-/// Writes large enough for a bulk transfer, and stalls that leave bytes in its pipe.
+/// Actions with writes that are large enough for a bulk transfer, and with stalls that leave bytes in its pipe.
 fn any_bulk_actions() -> impl Strategy<Value = Vec<Action>> {
     let direction = || prop_oneof![3 => Just(Direction::Up), 1 => Just(Direction::Down)];
     let size = || 200_000_usize..900_000;
@@ -106,12 +106,12 @@ proptest! {
     #![proptest_config(config(150))]
 
     #[test]
-    fn any_writes_and_half_closes_are_relayed_exactly_in_memory(actions in any_actions(0), capacity in any_capacity()) {
+    fn writes_and_half_closes_are_relayed_exactly_in_memory(actions in any_actions(0), capacity in any_capacity()) {
         run_actions::<MemoryTunnel>(capacity, &actions);
     }
 
     #[test]
-    fn any_reset_is_never_reported_as_an_end_in_memory(actions in any_actions(3), capacity in any_capacity()) {
+    fn reset_is_never_relayed_as_end_of_stream_in_memory(actions in any_actions(3), capacity in any_capacity()) {
         run_actions::<MemoryTunnel>(capacity, &actions);
     }
 }
@@ -120,22 +120,22 @@ proptest! {
     #![proptest_config(config(30))]
 
     #[test]
-    fn any_writes_and_half_closes_are_relayed_exactly_with_async_io(actions in any_actions(0)) {
+    fn writes_and_half_closes_are_relayed_exactly_with_async_io(actions in any_actions(0)) {
         run_actions::<AsyncIoSockets>(CAPACITY, &actions);
     }
 
     #[test]
-    fn any_writes_and_half_closes_are_relayed_exactly_with_a_reactor(actions in any_actions(0)) {
+    fn writes_and_half_closes_are_relayed_exactly_with_the_reactor(actions in any_actions(0)) {
         run_actions::<ReactorSockets>(CAPACITY, &actions);
     }
 
     #[test]
-    fn any_reset_is_never_reported_as_an_end_with_a_reactor(actions in any_actions(3)) {
+    fn reset_is_never_relayed_as_end_of_stream_with_the_reactor(actions in any_actions(3)) {
         run_actions::<ReactorSockets>(CAPACITY, &actions);
     }
 
     #[test]
-    fn any_reset_is_never_reported_as_an_end_with_async_io(actions in any_actions(3)) {
+    fn reset_is_never_relayed_as_end_of_stream_with_async_io(actions in any_actions(3)) {
         run_actions::<AsyncIoSockets>(CAPACITY, &actions);
     }
 }
@@ -144,12 +144,12 @@ proptest! {
     #![proptest_config(config(12))]
 
     #[test]
-    fn any_bulk_transfer_is_relayed_exactly_with_a_reactor(actions in any_bulk_actions()) {
+    fn bulk_transfer_is_relayed_exactly_with_the_reactor(actions in any_bulk_actions()) {
         run_actions::<ReactorSockets>(2 << 20, &actions);
     }
 
     #[test]
-    fn any_bulk_transfer_is_relayed_exactly_across_changes_of_threads(actions in any_bulk_actions()) {
+    fn bulk_transfer_is_relayed_exactly_after_moves_to_other_threads(actions in any_bulk_actions()) {
         run_actions_with::<ReactorSockets>(2 << 20, RelayOptions { stop_when_bulk: true, ..NO_TIMEOUTS }, &actions);
         run_actions_with::<AsyncIoSockets>(1 << 20, RelayOptions { stop_when_bulk: true, ..NO_TIMEOUTS }, &actions);
     }
@@ -160,7 +160,7 @@ fn relay_copies_and_counts_bytes_in_both_directions<T: Tunnel>() {
     harness.transfer(Direction::Up, 100_000);
     harness.transfer(Direction::Down, 3);
     harness.transfer(Direction::Up, 1);
-    assert_eq!(harness.tunnel.byte_counts(), (100_001, 3), "counted while it runs");
+    assert_eq!(harness.tunnel.byte_counts(), (100_001, 3), "bytes are counted while the relay runs");
     assert!(harness.tunnel.outcome().is_none());
     harness.finish();
 }
@@ -172,7 +172,7 @@ fn half_close_is_forwarded_and_the_other_direction_stays_open<T: Tunnel>() {
         harness.half_close(direction);
         harness.tunnel.run_until_idle();
         harness.transfer(direction, usize::MAX);
-        assert_eq!(harness.state(direction).end, Some(Received::End), "the half-close arrives after the last byte");
+        assert_eq!(harness.state(direction).end, Some(Received::End), "end of direction {direction:?}");
         harness.transfer(direction.other(), 100_000);
         assert!(harness.tunnel.outcome().is_none());
         harness.finish();
@@ -186,8 +186,8 @@ fn reset_is_forwarded_as_a_reset<T: Tunnel>() {
         harness.transfer(Direction::Down, 10);
         harness.reset(from);
         harness.tunnel.wait_end();
-        let ended = harness.tunnel.outcome();
-        assert!(matches!(ended, Some(Err(RelayError::Io(at, _))) if *at == operation), "{ended:?} after {from:?}");
+        let outcome = harness.tunnel.outcome();
+        assert!(matches!(outcome, Some(Err(RelayError::Io(at, _))) if *at == operation), "{outcome:?} after {from:?}");
         harness.tunnel.wait_until("the reset arrives", |tunnel| tunnel.sink(from).receive(1) == Received::Reset);
         harness.tunnel.check_invariants();
     }
@@ -230,7 +230,7 @@ fn idle_timeout_resets_both_streams<T: Tunnel>() {
     harness.tunnel.check_invariants();
 }
 
-/// Calls `step` for longer than `limit`. False if the machine was so slow that the tunnel may have been idle.
+/// Calls `step` for twice `limit`. Returns false if the machine was so slow that the tunnel may have been idle.
 fn keep_busy(limit: Duration, mut step: impl FnMut()) -> bool {
     let (begin, mut last, mut gap) = (Instant::now(), Instant::now(), Duration::ZERO);
     while begin.elapsed() < limit * 2 {
@@ -252,7 +252,7 @@ fn bytes_in_either_direction_restart_the_idle_timeout<T: Tunnel>() {
             let last = Instant::now();
             let has_ended = harness.tunnel.outcome().is_some();
             if stayed_busy {
-                assert!(!has_ended, "ended while bytes were sent {direction:?}");
+                assert!(!has_ended, "the relay ended while bytes were sent {direction:?}");
                 harness.tunnel.wait_end();
                 assert!(last.elapsed() < tunnel::TIMEOUT / 2, "the timeout still applies");
             }
@@ -299,11 +299,11 @@ fn idle_relay_future_has_at_most_128_bytes() {
     let (client, dst) = std::os::unix::net::UnixStream::pair().expect("socket pair created");
     let [mut client, mut dst] = [client, dst].map(|stream| {
         stream.set_nonblocking(true).expect("option set");
-        Conn::Unix(Io::new(stream).expect("it waits"))
+        Conn::Unix(Io::new(stream).expect("registered with the event loop"))
     });
     let counts = ByteCounts::default();
     let relay = relay(&mut client, &mut dst, &NO_TIMEOUTS, &counts, |_, _| true);
-    // There may be 100 000 of these.
+    // A server can have 100 000 idle relays.
     assert!(size_of_val(&relay) <= 128, "{}", size_of_val(&relay));
 }
 
@@ -331,7 +331,7 @@ fn bytes_from_the_client_restart_the_linger_timeout() {
         let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions { linger: Some(linger), ..NO_TIMEOUTS });
         harness.half_close(Direction::Down);
         let stayed_busy = keep_busy(linger, || harness.transfer(Direction::Up, 1));
-        assert!(!stayed_busy || harness.tunnel.outcome().is_none(), "ended while bytes were sent");
+        assert!(!stayed_busy || harness.tunnel.outcome().is_none(), "the relay ended while bytes were sent");
         stayed_busy
     });
     assert!(has_passed, "the machine was too slow each time");
@@ -347,15 +347,15 @@ fn idle_tunnel_without_timeouts_is_never_woken() {
 }
 
 #[test]
-fn endless_transfer_yields_to_other_tasks() {
+fn relay_of_endless_data_yields_to_other_tasks() {
     let mut tunnel = MemoryTunnel::open(CAPACITY, NO_TIMEOUTS);
     tunnel.client().stream().is_endless = true;
     tunnel.dst().stream().is_endless = true;
     for turn in 1..=3 {
-        assert!(tunnel.poll(), "the relay wakes itself for turn {turn}");
+        assert!(tunnel.poll(), "the relay does not wake itself for poll {turn}");
         let (up, down) = tunnel.byte_counts();
         let max = turn * 4 * 1024 * 1024;
-        assert!((turn..max).contains(&up) && (turn..max).contains(&down), "{up} and {down} in {turn} turns");
+        assert!((turn..max).contains(&up) && (turn..max).contains(&down), "{up} and {down} bytes in {turn} polls");
     }
 }
 
@@ -366,15 +366,15 @@ fn bytes_from_dst_reach_the_client_after_writing_to_dst_has_failed() {
     harness.tunnel.dst().stream().fails_writes = true;
     assert_eq!(harness.send(Direction::Up, 500), 500);
     harness.tunnel.run_until_idle();
-    assert!(harness.tunnel.outcome().is_none(), "down continues");
+    assert!(harness.tunnel.outcome().is_none(), "the relay ended before its direction down");
     harness.transfer(Direction::Down, 100_000);
     harness.half_close(Direction::Down);
     harness.drain();
     assert_eq!(harness.state(Direction::Down).end, Some(Received::End));
-    let ended = harness.tunnel.outcome();
-    assert!(matches!(ended, Some(Err(RelayError::Undelivered(_)))), "{ended:?}");
+    let outcome = harness.tunnel.outcome();
+    assert!(matches!(outcome, Some(Err(RelayError::Undelivered(_)))), "{outcome:?}");
     assert_eq!(harness.tunnel.byte_counts(), (10, 100_000));
-    // Checks that the client was not reset: a reset would overtake the last bytes sent to it.
+    // Checks that the client was not reset. A reset would discard the last bytes sent to it.
     harness.tunnel.check_invariants();
 }
 
@@ -384,8 +384,8 @@ fn silent_dst_that_accepts_no_bytes_ends_the_tunnel_within_seconds() {
     harness.tunnel.dst().stream().fails_writes = true;
     harness.send(Direction::Up, 1);
     harness.tunnel.wait_end();
-    let ended = harness.tunnel.outcome();
-    assert!(matches!(ended, Some(Err(RelayError::Io(RelayOp::WriteDst, _)))), "{ended:?}");
+    let outcome = harness.tunnel.outcome();
+    assert!(matches!(outcome, Some(Err(RelayError::Io(RelayOp::WriteDst, _)))), "{outcome:?}");
     harness.tunnel.check_invariants();
 }
 

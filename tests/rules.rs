@@ -1,4 +1,4 @@
-//! Rules: syntax, built-in rules, early decisions, and all of it against a simple model.
+//! Rules: syntax, built-in rules, early decisions, and random rules compared with a simple model.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -44,7 +44,7 @@ fn hops() -> [String; 2] {
     ["a".into(), "b".into()]
 }
 
-/// Parses rules; those without `via=` use `route`.
+/// Parses rules. Rules without `via=` use `route`.
 fn rules_with_route(route: Route, text: &str) -> Rules {
     let rules = parse_rules(text, "rules", &hops()).unwrap_or_else(|error| panic!("{error}: {text}"));
     Rules::new(rules, route)
@@ -65,7 +65,7 @@ fn label(rule: &Rule) -> String {
     found.unwrap_or_else(|| panic!("unknown built-in rule: {text}")).1.into()
 }
 
-/// Formats action, rule and hop: "allow line 1", "deny protected", "? line 2", "allow default-allow a".
+/// Formats action, rule and hop, such as `allow line 1`, `deny protected`, `? line 2` or `allow default-allow a`.
 fn describe(decision: Decision<'_>) -> String {
     match decision {
         Decision::Allow(rule, Route::Direct) => format!("allow {}", label(rule)),
@@ -97,8 +97,8 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap_or_else(|_| panic!("invalid address {text}"))
 }
 
-/// Evaluates a request with these facts, such as `from=192.0.2.7`. A repeated key replaces the fact; an empty value
-/// removes it.
+/// Evaluates a request with these facts, such as `from=192.0.2.7`. A later fact replaces an earlier one with the same
+/// key. A fact with an empty value is unknown.
 fn evaluate(rules: &Rules, facts: &str) -> String {
     let facts: Vec<_> = facts.split_whitespace().map(|word| word.split_once('=').expect("key=value")).collect();
     let is_key = |key| ["from", "method", "user", "command", "name", "ip", "port"].contains(&key);
@@ -121,7 +121,7 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
     describe(rules.evaluate(&request, &|to| to == own_listener))
 }
 
-/// Returns an IPv4 address, and the four kinds of IPv6 addresses that embed it.
+/// Returns an IPv4 address and the four IPv6 addresses that embed it: IPv4-mapped, NAT64, 6to4 and Teredo.
 fn embedded_addrs(ip: Ipv4Addr) -> [IpAddr; 5] {
     let [a, b, c, d] = ip.octets();
     let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));

@@ -1,5 +1,5 @@
-//! CONNECT and BIND end to end, on loopback: replies and relaying. UDP ASSOCIATE is in udp.rs, start and end
-//! of the server in lifecycle.rs.
+//! CONNECT and BIND end to end, on loopback: replies and relaying. udp.rs tests UDP ASSOCIATE, and lifecycle.rs the
+//! start and shutdown of the server.
 
 mod common;
 mod kit;

@@ -1,4 +1,4 @@
-//! The users file: parsing, verifying passwords, replacing entries. No file is opened here.
+//! The users file: parsing, verifying passwords, replacing entries. No test opens a file.
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ const HTPASSWD: &str = "$2y$04$zEhle9QibRYvvalySJvLY.P/KSl5uubhJCzGFq6YyNWF1jg0j
 const CRYPT_2A: &str = "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW";
 /// Hash of "a" by crypt(3).
 const CRYPT_2B: &str = "$2b$04$CCCCCCCCCCCCCCCCCCCCC.f/Fm9DOYGp2ai9rjxvG4QHlhtDCuDuu";
-/// Hash of 72 times "a" by crypt(3); 73 times "a" has the same hash.
+/// Hash of 72 times "a" by crypt(3). 73 times "a" has the same hash.
 const CRYPT_72: &str = "$2y$04$CCCCCCCCCCCCCCCCCCCCC.mDyzbhj.9K0apb9O/AGMWwoLXiYAu6u";
 /// Hash of the empty password by crypt(3).
 const CRYPT_EMPTY: &str = "$2y$04$CCCCCCCCCCCCCCCCCCCCC.Cg0ly9t/KVBCBYYDfOmZKwry9JuXClC";
@@ -33,9 +33,9 @@ fn alice(hash: &str) -> Users {
     users(&format!("alice:{hash}\n"))
 }
 
-/// Hashes a password with argon2id; `cost` is the memory in KiB.
+/// Hashes a password with argon2id. `cost` is the memory in KiB.
 fn argon2id(passwd: &[u8], cost: u32) -> String {
-    let params = Params::new(cost, 1, 1, None).expect("a cost");
+    let params = Params::new(cost, 1, 1, None).expect("valid parameters");
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
     let hash: PasswordHash = argon2.hash_password(passwd).expect("password hashed");
     hash.to_string()
@@ -68,7 +68,7 @@ fn verify_compares_whole_password() {
     for passwd in [&[b'a'; 255][..], b"\xff\xfe", b"a\r\n\x1b[2J", b"a\0b", "pässwörd".as_bytes(), b"\0"] {
         let users = alice(&argon2id(passwd, 8));
         assert!(users.verify(b"alice", passwd), "{}", passwd.escape_ascii());
-        let (_, shorter) = passwd.split_last().expect("at least one");
+        let (_, shorter) = passwd.split_last().expect("not empty");
         assert!(!users.verify(b"alice", shorter), "{} truncated", passwd.escape_ascii());
         assert!(!users.verify(b"alice", &[passwd, b"\0"].concat()), "{} and NUL", passwd.escape_ascii());
         assert!(!users.verify(b"alice", &[passwd, b"a"].concat()), "{} and more", passwd.escape_ascii());
@@ -88,7 +88,7 @@ fn bcrypt_refuses_passwords_that_it_cannot_distinguish() {
         assert!(!long.verify(b"alice", &vec![b'a'; length]), "{length} bytes");
     }
     let empty = alice(CRYPT_EMPTY);
-    assert!(!empty.verify(b"alice", b"\0"), "NUL for nothing");
+    assert!(!empty.verify(b"alice", b"\0"), "NUL for the empty password");
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn bad_lines() -> Vec<(String, &'static str)> {
     ]
 }
 
-/// Returns 8 consecutive characters of a hash or password if the message shows them.
+/// Returns 8 consecutive characters of a hash or password that the message contains, if there are any.
 fn leaked_part(message: &str, text: &str) -> Option<String> {
     let parts = text.split([':', '$', ' ', '\n']);
     let secrets = parts.filter(|part| !["argon2", "m=", "aaaa"].iter().any(|harmless| part.contains(harmless)));
@@ -198,11 +198,11 @@ fn error_names_line_and_word_without_hash() {
 
 #[test]
 fn error_names_first_invalid_line() {
-    let error = Users::parse("\r\n#\r\nalice\r\nbob\r\n").expect_err("it is bad");
+    let error = Users::parse("\r\n#\r\nalice\r\nbob\r\n").expect_err("invalid users file");
     assert_eq!(error.line, 3);
 }
 
-/// The cost of bcrypt is 4 to 31; an entry with another cost would never accept a password.
+/// The cost of bcrypt is 4 to 31. An entry with another cost would never accept a password.
 #[test]
 fn invalid_bcrypt_cost_is_an_error() {
     for cost in ["00", "03", "32", "99"] {
@@ -223,7 +223,7 @@ fn error_does_not_show_secret_in_wrong_field() {
         format!("{HTPASSWD}:alice"),
         format!("{ARGON2ID}:alice"),
     ];
-    let message = |line| Users::parse(line).map(|users| users.len()).expect_err("it is bad").to_string();
+    let message = |line| Users::parse(line).map(|users| users.len()).expect_err("invalid users file").to_string();
     let leaks: Vec<String> = lines.iter().map(|line| message(line)).collect();
     assert!(leaks.iter().all(|message| message.starts_with("line 1: ")), "{leaks:#?}");
     let leaks: Vec<_> =
@@ -238,7 +238,7 @@ fn debug_does_not_show_hash() {
 }
 
 #[test]
-fn check_name_accepts_what_fits_into_file_and_login() {
+fn check_name_accepts_names_valid_in_file_and_login() {
     for name in ["a", "alice", "al ice", "zoë", "a#b", "a$b", "user@example.com", &"a".repeat(255)] {
         assert_eq!(check_name(name), Ok(()), "{name:?}");
         let users = users(&format!("{name}:{CRYPT_2B}\n"));
@@ -251,7 +251,7 @@ fn check_name_accepts_what_fits_into_file_and_login() {
     }
 }
 
-/// Returns the median time of each job. The jobs run in turns, so that a busy machine slows all of them alike.
+/// Returns the median time of each job. The jobs run alternately, so that a busy machine slows all of them alike.
 fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
     let mut times = [const { Vec::new() }; N];
     for _ in 0..15 {
@@ -268,7 +268,7 @@ fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
 }
 
 #[test]
-fn verify_takes_as_long_for_unknown_name() {
+fn verify_takes_as_long_for_unknown_user_as_for_wrong_password() {
     for hash in [&argon2id(b"password", 256), HTPASSWD] {
         let users = users(&format!("alice:{hash}\nbob:{hash}\n"));
         let [known, unknown, empty] = medians([
@@ -303,7 +303,7 @@ fn new_entry_verifies_its_password() {
 #[test]
 fn new_entry_rejects_invalid_name_or_password() {
     for (name, passwd) in [("", &b"p"[..]), ("a:b", b"p"), ("a\nb:c", b"p"), ("alice", b""), ("alice", &[b'p'; 256])] {
-        let error = new_entry(name, passwd).expect_err("no line");
+        let error = new_entry(name, passwd).expect_err("invalid entry");
         assert!(!error.contains("ppp") && !error.contains('\n'), "{error:?}");
     }
 }
@@ -367,18 +367,18 @@ proptest! {
         let edited = edit_entry(&text, &name, (!is_removed).then_some(&new));
 
         let is_entry = |line: &Line| line.owner.as_ref() == Some(&name);
-        let place = lines.iter().position(is_entry);
+        let index = lines.iter().position(is_entry);
         let mut expected = lines;
         expected.retain(|line| !is_entry(line));
         if !is_removed {
-            if let (Some(last), None) = (expected.last_mut(), place) {
-                let is_open = !last.text.is_empty() && !last.text.ends_with('\n');
-                last.text.extend(is_open.then_some('\n'));
+            if let (Some(last), None) = (expected.last_mut(), index) {
+                let lacks_line_end = !last.text.is_empty() && !last.text.ends_with('\n');
+                last.text.extend(lacks_line_end.then_some('\n'));
             }
             let line = Line { owner: Some(name), text: new + "\n" };
-            expected.insert(place.unwrap_or(expected.len()), line);
+            expected.insert(index.unwrap_or(expected.len()), line);
         }
-        prop_assert_eq!(edited, (place.is_some() || !is_removed).then(|| join(&expected)));
+        prop_assert_eq!(edited, (index.is_some() || !is_removed).then(|| join(&expected)));
     }
 
     #[test]

@@ -1,14 +1,14 @@
-//! Plays the transcripts in `wire/*.txt` against `s5 serve` and the s5 clients. `wire/README.md` is the introduction.
+//! Plays the transcripts in `wire/*.txt` against `s5 serve` and the s5 clients. `wire/README.md` introduces them.
 //!
-//! A transcript opens with a comment that states its fact, and lists the RFC requirements that it tests. Its keywords:
+//! A transcript starts with a comment that states its fact, and lists the RFC requirements that it tests. Its keywords:
 //!
 //! ```text
 //! # A correct password is answered 01 00 (RFC 1929 section 2).
 //! requirements: 30 31             row numbers of the table in wire/README.md
-//! role: server                    s5 is the server; else s5 is this client, with arguments ({proxy}: the test)
+//! role: server                    s5 is the server; otherwise the arguments of the s5 client ({proxy}: the test)
 //! server: --bind-timeout 1s       more arguments for s5 serve
-//! user: "alice" "secret"          a user of the server (argon2id); `bcrypt user:` likewise
-//! over: ::1                       the IP address of the proxy [default: 127.0.0.1 for s5, 127.0.0.7 for the test]
+//! user: "alice" "secret"          a user of the server (argon2id); with `bcrypt user:` the hash is bcrypt
+//! over: ::1                       IP address of the proxy [default: 127.0.0.1 for s5, 127.0.0.7 for the test]
 //! splits                          also play every split of the client's bytes into two writes
 //! > 05 01 00 "text\r\n\x00"       bytes to the server, in hex or quoted; 41*255 and "ab"*3 repeat
 //! > 03 09 "localhost" {echo:port} a placeholder for an address, or for its port alone
@@ -21,19 +21,19 @@
 //! fin  reset                      the test half-closes, resets the TCP connection
 //! eof  close                      s5 must close the TCP connection: with FIN; with FIN or RST
 //! port-free tcp  port-free udp    s5 must release the port of BND
-//! log: rep=5                      part of the server's log line about this session
-//! stdin: "text"                   stdin of the client; with `stdin open:` it has no EOF
+//! log: rep=5                      part of the session's line in the server's log
+//! stdin: "text"                   stdin of the client; with `stdin open:` it stays open
 //! status: 105                     exit status of the client [default: 0]
-//! stdout: "text"                  all that the client writes to stdout [default: nothing]
-//! stderr: refused                 part of what the client writes to stderr
+//! stdout: "text"                  complete output of the client on stdout [default: empty]
+//! stderr: refused                 part of the client's output on stderr
 //! ```
 //!
 //! Placeholders: `{bnd}` in a reply accepts any loopback address with a port. `{same-bnd}` in a reply, and `{bnd}`
-//! anywhere else, is the last such address. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of
-//! BIND; `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its
-//! UDP socket and `{any-relay}` has that port at 0.0.0.0. `wire/fixtures.rs` defines all others.
+//! elsewhere, is the last such address. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND.
+//! `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP
+//! socket and `{any-relay}` is 0.0.0.0 with the same port. `wire/fixtures.rs` defines all others.
 //!
-//! After the last line the test closes its side. Bytes that the transcript does not mention are an error.
+//! After the last line the test closes its side. Bytes from s5 that the transcript does not mention are an error.
 
 #[path = "wire/bytes.rs"]
 mod bytes;
@@ -57,7 +57,7 @@ use std::thread;
 use server_role::{Chunking, Servers};
 use transcript::{Role, Transcript};
 
-/// Number of transcripts that are played at the same time.
+/// Number of transcripts played at the same time.
 const THREADS: usize = 8;
 
 #[test]
@@ -66,16 +66,16 @@ fn transcripts_are_distinct_and_cover_every_requirement() {
     assert!(all.len() >= 65, "{} transcripts", all.len());
     let cited: BTreeSet<u32> = all.iter().flat_map(|transcript| transcript.requirements.clone()).collect();
     assert!(cited.iter().all(|requirement| (1..=33).contains(requirement)), "{cited:?}");
-    // Tested elsewhere: the default port (1, below), encapsulation (6) and GSSAPI (33).
-    let shown: BTreeSet<u32> = (2..=32).filter(|requirement| *requirement != 6).collect();
-    let missing: Vec<&u32> = shown.difference(&cited).collect();
+    // Other tests cover the default port (1, below), encapsulation (6) and GSSAPI (33).
+    let required: BTreeSet<u32> = (2..=32).filter(|requirement| *requirement != 6).collect();
+    let missing: Vec<&u32> = required.difference(&cited).collect();
     assert!(missing.is_empty(), "requirements without a transcript: {missing:?}");
-    let mut facts = BTreeMap::new();
+    let mut contents = BTreeMap::new();
     for transcript in &all {
         let Transcript { role, server_args, users, proxy_ip, stdin, .. } = transcript;
         let steps: Vec<_> = transcript.steps.iter().map(|(_, step)| step).collect();
-        let fact = format!("{role:?} {server_args:?} {users:?} {proxy_ip} {stdin:?} {steps:?}");
-        let duplicate = facts.insert(fact, &transcript.name);
+        let content = format!("{role:?} {server_args:?} {users:?} {proxy_ip} {stdin:?} {steps:?}");
+        let duplicate = contents.insert(content, &transcript.name);
         assert!(duplicate.is_none(), "{} and {duplicate:?} are identical", transcript.name);
     }
 }
@@ -87,17 +87,17 @@ fn readme_table_lists_transcripts_that_cover_each_requirement() {
     let mut rows = 0;
     for row in readme.lines() {
         let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        let ["", number, _who, _requirement, names, ""] = cells[..] else { continue };
+        let ["", number, _role, _requirement, names, ""] = cells[..] else { continue };
         let Ok(requirement) = number.parse::<u32>() else { continue };
         rows += 1;
-        // Every second part is in backticks. Names with an underscore are test functions.
+        // Every second part was in backticks. Names with an underscore are test functions.
         for name in names.split('`').skip(1).step_by(2).filter(|name| !name.contains('_')) {
             let prefix = name.trim_end_matches('*');
-            let is_match = |found: &str| if prefix == name { found == name } else { found.starts_with(prefix) };
-            let covers = |found: &&Transcript| {
-                is_match(found.name.trim_end_matches(".txt")) && found.requirements.contains(&requirement)
+            let is_match = |file: &str| if prefix == name { file == name } else { file.starts_with(prefix) };
+            let covers = |transcript: &&Transcript| {
+                is_match(transcript.name.trim_end_matches(".txt")) && transcript.requirements.contains(&requirement)
             };
-            assert!(all.iter().any(|found| covers(&found)), "requirement {requirement}: {name}");
+            assert!(all.iter().any(|transcript| covers(&transcript)), "requirement {requirement}: {name}");
         }
     }
     assert_eq!(rows, 33);
@@ -120,8 +120,8 @@ fn server_matches_transcripts_sent_in_one_write() {
 
 #[test]
 fn server_matches_sessions_split_after_every_byte() {
-    let recorded = transcripts().into_iter().filter(|transcript| transcript.has_splits).count();
-    assert!(recorded >= 6, "{recorded}: CONNECT, BIND and UDP ASSOCIATE, each with and without a login");
+    let count = transcripts().into_iter().filter(|transcript| transcript.has_splits).count();
+    assert!(count >= 6, "{count}: CONNECT, BIND and UDP ASSOCIATE, each with and without a login");
     play_server_transcripts(|transcript, servers| {
         if !transcript.has_splits {
             return Vec::new();
@@ -182,8 +182,8 @@ fn play_client_transcripts(byte_by_byte: bool) {
     run_all(all.iter().collect(), |transcript| client_role::play(transcript, byte_by_byte));
 }
 
-/// Runs all jobs on [`THREADS`] threads; panics with the list of failures.
-fn run_all<J: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<(), String> + Sync) {
+/// Runs all jobs on [`THREADS`] threads. Panics with the list of failures.
+fn run_all<J: Send>(jobs: Vec<J>, run: impl Fn(J) -> Result<(), String> + Sync) {
     assert!(!jobs.is_empty());
     let jobs = Mutex::new(jobs.into_iter());
     let failures = Mutex::new(Vec::new());
@@ -193,7 +193,7 @@ fn run_all<J: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<(), String> + Sync)
                 loop {
                     let job = jobs.lock().expect("no job panics").next();
                     let Some(job) = job else { return };
-                    let failure = work(job).err();
+                    let failure = run(job).err();
                     failures.lock().expect("no job panics").extend(failure);
                 }
             });

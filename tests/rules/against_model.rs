@@ -1,4 +1,4 @@
-//! Compares the decisions of the crate with those of the model, for rules and requests of every kind.
+//! Compares the decisions of s5 with those of the model, for rules and requests of every kind.
 
 use std::collections::BTreeSet;
 
@@ -34,6 +34,7 @@ fn expected(answer: Answer, printed: &RulesFile) -> String {
     format!("{action} because of {origin}: {text} {route}")
 }
 
+/// Formats the decision of s5 in the same way.
 fn actual(rules: &Rules, request: &AccessRequest) -> String {
     let name = request.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
     let request = rules::AccessRequest {
@@ -52,7 +53,7 @@ fn actual(rules: &Rules, request: &AccessRequest) -> String {
     format!("{action} because of {}: {rule} {route}", rule.origin())
 }
 
-/// Evaluates the requests by crate and model, and returns the decisions of the model.
+/// Fails unless s5 and the model decide the requests alike. Returns the decisions.
 fn compare(written: &[Rule], route: &'static str, requests: &[AccessRequest]) -> Result<Vec<Answer>, TestCaseError> {
     let printed = write_rules(written);
     let parsed = parse_rules(&printed.text, "f", &hops());
@@ -101,21 +102,21 @@ fn position(by: DecidedBy, written: usize) -> Position {
     }
 }
 
-/// Returns the next suitable rule of the bank, starting after the previous one.
-fn next<'a>(bank: &'a [Rule], at: &mut usize, is_suitable: impl Fn(&Rule) -> bool) -> &'a Rule {
-    for _ in 0..bank.len() {
-        *at = (*at + 1) % bank.len();
-        if is_suitable(&bank[*at]) {
-            return &bank[*at];
+/// Returns the next suitable rule of the pool, starting after the previous one.
+fn next<'a>(pool: &'a [Rule], at: &mut usize, is_suitable: impl Fn(&Rule) -> bool) -> &'a Rule {
+    for _ in 0..pool.len() {
+        *at = (*at + 1) % pool.len();
+        if is_suitable(&pool[*at]) {
+            return &pool[*at];
         }
     }
-    panic!("no suitable rule in the bank");
+    panic!("no suitable rule in the pool");
 }
 
-/// Returns rules of which the one at `position` is the first that matches, with this action.
-fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, request: &AccessRequest) -> Vec<Rule> {
+/// Returns rules from the pool. The rule at `position` is the first that matches the request, and has this action.
+fn rules_with(pool: &[Rule], at: &mut usize, position: Position, allow: bool, request: &AccessRequest) -> Vec<Rule> {
     let length = 3 + *at % 3;
-    let place = match position {
+    let index = match position {
         Position::First => 0,
         Position::Middle => 1 + *at % (length - 2),
         Position::Last => length - 1,
@@ -123,7 +124,7 @@ fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, re
     };
     let mut rules = Vec::new();
     for i in 0..length {
-        let rule = next(bank, at, |rule| match i.cmp(&place) {
+        let rule = next(pool, at, |rule| match i.cmp(&index) {
             std::cmp::Ordering::Less => !matches(rule, request),
             std::cmp::Ordering::Equal => matches(rule, request) && rule.allow == allow,
             std::cmp::Ordering::Greater => true,
@@ -136,7 +137,7 @@ fn rules_with(bank: &[Rule], at: &mut usize, position: Position, allow: bool, re
 #[test]
 fn every_method_command_address_kind_and_rule_position_agrees_with_model() {
     let mut runner = TestRunner::deterministic();
-    let bank = vec(any_rule(), 1500).new_tree(&mut runner).expect("rules").current();
+    let pool = vec(any_rule(), 1500).new_tree(&mut runner).expect("rules generated").current();
     let (mut at, mut seen, mut built_in) = (0, BTreeSet::new(), BTreeSet::new());
     for (method, command, kind) in METHODS.iter().flat_map(|method| {
         COMMANDS.iter().flat_map(move |command| KINDS.iter().map(move |kind| (*method, *command, *kind)))
@@ -145,26 +146,26 @@ fn every_method_command_address_kind_and_rule_position_agrees_with_model() {
             for is_named in [false, true] {
                 let from = select(clients).prop_map(Some).boxed();
                 let requests = any_request_of(from, kind, method, command, is_named);
-                for (place, allow) in POSITIONS.into_iter().flat_map(|place| [(place, false), (place, true)]) {
-                    let request = requests.new_tree(&mut runner).expect("a request").current();
-                    let written = rules_with(&bank, &mut at, place, allow, &request);
+                for (wanted, allow) in POSITIONS.into_iter().flat_map(|wanted| [(wanted, false), (wanted, true)]) {
+                    let request = requests.new_tree(&mut runner).expect("request generated").current();
+                    let written = rules_with(&pool, &mut at, wanted, allow, &request);
                     let answers =
                         compare(&written, ROUTES[at % 3], &[request]).unwrap_or_else(|error| panic!("{error}"));
                     let (is_allowed, by) = match answers[0] {
                         Answer::Allow(by, _) => (true, by),
                         Answer::Deny(by) => (false, by),
                     };
-                    if place == Position::BuiltIn {
+                    if wanted == Position::BuiltIn {
                         built_in.insert(by);
                     }
-                    assert!(place == Position::BuiltIn || is_allowed == allow, "{answers:?}");
-                    let wished = place == Position::BuiltIn || is_allowed;
-                    seen.insert((method, command, kind, client, is_named, position(by, written.len()), wished));
+                    assert!(wanted == Position::BuiltIn || is_allowed == allow, "{answers:?}");
+                    let action = wanted == Position::BuiltIn || is_allowed;
+                    seen.insert((method, command, kind, client, is_named, position(by, written.len()), action));
                 }
             }
         }
     }
-    // User rules at three positions with both actions, and the built-in rules.
+    // User rules at three positions with both actions, plus the built-in rules.
     assert_eq!(seen.len(), 3 * 3 * 6 * 4 * 2 * (3 * 2 + 1));
     assert_eq!(
         built_in.into_iter().collect::<Vec<_>>(),

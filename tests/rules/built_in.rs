@@ -1,4 +1,4 @@
-//! The built-in rules, the rules that override them, and the default decision.
+//! The built-in rules, user rules that override them, and the default decision.
 
 use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -11,7 +11,7 @@ use crate::{OWN_LISTENER, describe, embedded_addrs, evaluate, ip, rules, rules_w
 
 const REMOTE_CLIENTS: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
 const LOOPBACK_CLIENTS: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
-/// Removes the client address in [`evaluate`].
+/// Makes the client address unknown in [`evaluate`].
 const UNKNOWN_CLIENT: &str = "";
 
 /// This host, link-local, cloud metadata, unspecified, multicast, broadcast: first and last address of each range.
@@ -59,7 +59,7 @@ const PROTECTED_V6: [&str; 10] = [
     "ff0e::1",
     "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
 ];
-/// Some of them only look as if they embedded an IPv4 address.
+/// Some of these resemble addresses that embed an IPv4 address, but do not.
 const UNPROTECTED_V6: [&str; 12] = [
     "::2",
     "fd00:ec2::253",
@@ -77,7 +77,7 @@ const UNPROTECTED_V6: [&str; 12] = [
 
 /// Returns each IPv4 address with the IPv6 addresses that embed it.
 fn with_embedded_forms(list: &[&str]) -> Vec<String> {
-    let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("an IPv4 address"));
+    let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("valid IPv4 address"));
     parsed.flat_map(embedded_addrs).map(|ip| ip.to_string()).collect()
 }
 
@@ -177,19 +177,19 @@ fn allow_with_to_overrides_built_in_denials_for_its_targets() {
 
 #[test]
 fn allow_compares_embedded_ipv4_address() {
-    let raw = rules("allow to=2002::/16,64:ff9b::/96,2001::/32,::/96");
+    let outer = rules("allow to=2002::/16,64:ff9b::/96,2001::/32,::/96");
     for to in with_embedded_forms(&PROTECTED_V4) {
-        check(&raw, "192.0.2.7", &to, "deny protected");
+        check(&outer, "192.0.2.7", &to, "deny protected");
     }
-    check(&raw, "192.0.2.7", "::1", "allow line 1");
+    check(&outer, "192.0.2.7", "::1", "allow line 1");
 }
 
 #[test]
 fn deny_compares_outer_and_embedded_address() {
     for to in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)) {
         check(&rules("deny to=198.51.100.0/24"), "::1", &to.to_string(), "deny line 1");
-        let by_raw = if to.is_ipv4() { "allow default-allow" } else { "deny line 1" };
-        check(&rules("deny to=::/0"), "::1", &to.to_string(), by_raw);
+        let expected = if to.is_ipv4() { "allow default-allow" } else { "deny line 1" };
+        check(&rules("deny to=::/0"), "::1", &to.to_string(), expected);
     }
     let table = [("2002::/16", 3), ("64:ff9b::/96", 2), ("2001::/32", 4)];
     for (net, form) in table {
@@ -247,9 +247,9 @@ fn own_listeners_are_denied_to_every_client() {
 #[test]
 fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
     let addr = |text: &str| text.parse::<SocketAddr>().expect("valid address");
-    let own = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
-    let closed = Policy { listen_addrs: own.clone(), ..Policy::default() };
-    let lifted = Policy { listen_addrs: own, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
+    let listen_addrs = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
+    let default_policy = Policy { listen_addrs: listen_addrs.clone(), ..Policy::default() };
+    let overriding = Policy { listen_addrs, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
     let calls = Cell::new(0);
     let local = |to: SocketAddr| {
         calls.set(calls.get() + 1);
@@ -272,9 +272,9 @@ fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
             ..AccessRequest::default()
         };
         calls.set(0);
-        assert_eq!(describe(closed.evaluate(&request, local)), expected, "{to}");
+        assert_eq!(describe(default_policy.evaluate(&request, local)), expected, "{to}");
         assert_eq!(calls.get() > 0, expected_calls > 0, "{to}");
-        assert_eq!(describe(lifted.evaluate(&request, local)), "allow line 1", "{to}");
+        assert_eq!(describe(overriding.evaluate(&request, local)), "allow line 1", "{to}");
     }
 }
 
@@ -316,7 +316,7 @@ fn built_in_rules_follow_user_rules() {
 }
 
 #[test]
-fn is_open_relay_if_unmentioned_client_needs_no_login() {
+fn policy_is_open_relay_if_any_client_is_admitted_without_login() {
     let table = [
         ("", true),
         ("allow", true),
@@ -340,7 +340,7 @@ fn is_open_relay_if_unmentioned_client_needs_no_login() {
     for (text, is_open) in table {
         let policy = Policy { rules: rules(text), ..Policy::default() };
         assert_eq!(policy.is_open_relay(), is_open, "{text:?}");
-        let closed = Policy { users: Some(Arc::default()), ..policy };
-        assert!(!closed.is_open_relay(), "{text:?} with users");
+        let with_users = Policy { users: Some(Arc::default()), ..policy };
+        assert!(!with_users.is_open_relay(), "{text:?} with users");
     }
 }

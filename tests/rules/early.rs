@@ -1,4 +1,5 @@
-//! Decisions before all facts are known: at accept, after the login, at a request by name. Later facts do not change them.
+//! Decisions before all facts are known: at accept, after the login, at a request by name. Later facts do not change
+//! them.
 
 use std::net::SocketAddr;
 
@@ -10,12 +11,12 @@ use s5::proto::{HostName, ProtectionLevel};
 use crate::generators::{any_request, any_route, any_rule, is_own_listener, std_ip, write_rules};
 use crate::{config, describe, evaluate, ip, rules, rules_with_route};
 
-/// Facts after the login.
+/// Facts that are known after the login.
 const LOGGED_IN: &str = "method=password user=alice";
-/// Facts at a request by name.
+/// Facts that are known at a request by name.
 const BY_NAME: &str = "method=password user=alice command=connect port=80 name=www.example.org";
 
-/// Checks decisions for rules and facts. "?" is undecided, because of any rule.
+/// Checks decisions for rules and facts. "?" means undecided because of any rule.
 fn check(table: &[(&str, &str, &str)]) {
     for (text, facts, expected) in table {
         let answer = evaluate(&rules(text), facts);
@@ -25,7 +26,7 @@ fn check(table: &[(&str, &str, &str)]) {
 }
 
 #[test]
-fn at_accept_client_address_alone_can_deny() {
+fn client_address_can_deny_at_accept() {
     let table = [
         ("", "from=192.0.2.7", "?"),
         ("", "from=::1", "?"),
@@ -52,7 +53,7 @@ fn at_accept_client_address_alone_can_deny() {
 }
 
 #[test]
-fn after_login_identity_alone_can_deny() {
+fn identity_can_deny_after_login() {
     let table = [
         ("deny user=alice", LOGGED_IN, "deny line 1"),
         ("deny user=bob", LOGGED_IN, "?"),
@@ -74,7 +75,7 @@ fn after_login_identity_alone_can_deny() {
 }
 
 #[test]
-fn at_request_name_command_or_port_can_deny_without_address() {
+fn name_command_or_port_can_deny_before_resolution() {
     let table = [
         ("", BY_NAME, "?"),
         ("deny to=.example.org", BY_NAME, "deny line 1"),
@@ -95,7 +96,7 @@ fn at_request_name_command_or_port_can_deny_without_address() {
 }
 
 #[test]
-fn at_request_name_is_allowed_without_address_unless_address_rule_precedes() {
+fn name_is_allowed_before_resolution_unless_address_rule_precedes() {
     let table = [
         ("allow to=.example.org", "allow line 1"),
         ("allow to=.example.org,10.0.0.0/8", "allow line 1"),
@@ -114,7 +115,7 @@ fn at_request_name_is_allowed_without_address_unless_address_rule_precedes() {
 }
 
 #[test]
-fn name_through_hop_needs_no_address_unless_address_rule_precedes() {
+fn name_through_hop_is_not_resolved_unless_address_rule_precedes() {
     let (direct, hop) = (Route::Direct, Route::Hop(1));
     let table = [
         (direct, "allow via=a", "allow line 1 a"),
@@ -140,7 +141,7 @@ fn name_through_hop_needs_no_address_unless_address_rule_precedes() {
 }
 
 #[test]
-fn name_through_default_hop_needs_no_address_without_rules() {
+fn name_through_default_hop_is_not_resolved_without_address_rules() {
     for text in ["", "deny port=25", "deny to=.example.com", "allow user=bob"] {
         for from in ["192.0.2.7", "::1"] {
             let answer = evaluate(&rules_with_route(Route::Hop(0), text), &format!("from={from} {BY_NAME}"));
@@ -206,32 +207,33 @@ fn possible_routes_are_listed_without_duplicates() {
     }
 }
 
-/// How much of the target is known.
+/// Known part of the target.
 const NO_TARGET: usize = 0;
 const NAME: usize = 1;
 const ADDRESS: usize = 2;
-/// Login, command and port (known or not), times the three degrees of target knowledge.
+/// Login, command and port are known or not, and three parts of the target can be known.
 const STAGES: usize = 8 * 3;
 
 /// Returns the facts of a request that are known at a stage.
 fn facts_at<'a>(all: &AccessRequest<'a>, stage: usize) -> AccessRequest<'a> {
-    let (bits, place) = (stage % 8, stage / 8);
+    let (bits, target) = (stage % 8, stage / 8);
     AccessRequest {
         client_ip: all.client_ip,
         identity: all.identity.filter(|_| bits & 1 != 0),
         command: all.command.filter(|_| bits & 2 != 0),
         target_port: all.target_port.filter(|_| bits & 4 != 0),
-        target_name: all.target_name.filter(|_| place >= NAME),
-        target_ip: all.target_ip.filter(|_| place == ADDRESS),
+        target_name: all.target_name.filter(|_| target >= NAME),
+        target_ip: all.target_ip.filter(|_| target == ADDRESS),
     }
 }
 
+/// Returns true if all facts of `stage` are known at `other` too.
 fn is_later(stage: usize, other: usize) -> bool {
-    let (bits, others) = (stage % 8, other % 8);
-    bits & others == bits && stage / 8 <= other / 8
+    let (bits, other_bits) = (stage % 8, other % 8);
+    bits & other_bits == bits && stage / 8 <= other / 8
 }
 
-/// Checks that a decision at one stage stays the same at all stages with more facts.
+/// Checks that a decision at one stage is the same at all stages with more facts.
 fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseError> {
     let own_listener = |to: SocketAddr| is_own_listener(to);
     let answers: Vec<Decision<'_>> =
@@ -257,10 +259,10 @@ fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseEr
             }
         }
     }
-    let last = answers.last().expect("the last stage");
+    let last = answers.last().expect("at least one stage");
     prop_assert!(!matches!(last, Decision::Undecided(_)), "undecided with all facts");
-    let places = [NO_TARGET, NAME, ADDRESS].map(|place| describe(answers[place * 8 + 7]));
-    prop_assert!(all.target_name.is_some() || places[NO_TARGET] == places[NAME], "{:?}", places);
+    let by_target = [NO_TARGET, NAME, ADDRESS].map(|target| describe(answers[target * 8 + 7]));
+    prop_assert!(all.target_name.is_some() || by_target[NO_TARGET] == by_target[NAME], "{:?}", by_target);
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Generators of random rules and requests that often match, and of the many routes to write a rule.
+//! Generators of random rules and requests that often match, and of the many spellings of a rule.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +13,7 @@ use crate::model::{AccessRequest, ClientPattern, Ip, Net, OWN_LISTENERS, Rule, T
 pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
 
-/// Kind of target address; the last four embed an IPv4 address.
+/// Kind of target address. The last four kinds embed an IPv4 address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     V4,
@@ -34,7 +34,7 @@ pub const CLIENTS: [&[Ip]; 4] = [
     &[Ip::V6(0x2001_0db8 << 96 | 7), Ip::V6(0xfe80 << 112 | 7), Ip::V6(0x2002_7f00_0001 << 80), Ip::V6(2)],
 ];
 
-/// First and last addresses of the protected ranges, their neighbours, and a few others.
+/// First and last addresses of the protected ranges, the addresses next to them, and a few others.
 const V4: [u32; 24] = [
     0,
     0x00ff_ffff,
@@ -165,13 +165,13 @@ pub fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
     }
 }
 
-/// Returns a net that contains a possible address, so that its prefix length matters.
+/// Returns a net that contains one of the addresses, so that its prefix length matters.
 fn any_net(addresses: BoxedStrategy<Ip>) -> impl Strategy<Value = Net> {
     (addresses, select(&PREFIXES[..])).prop_map(|(ip, bits)| match ip {
         Ip::V4(ip) => v4_net(ip, bits),
-        // A net of IPv4-mapped addresses only has to be written as IPv4.
+        // Rules require IPv4 notation for nets of IPv4-mapped addresses.
         Ip::V6(ip) if ip >> 32 == 0xffff && bits >= 80 => {
-            v4_net(u32::try_from(ip & 0xffff_ffff).expect("32 bits"), bits.saturating_sub(96))
+            v4_net(u32::try_from(ip & 0xffff_ffff).expect("32 bits suffice"), bits.saturating_sub(96))
         }
         Ip::V6(ip) => Net::V6(ip.checked_shr(128 - bits).unwrap_or(0).checked_shl(128 - bits).unwrap_or(0), bits),
     })
@@ -203,7 +203,7 @@ fn any_ports() -> impl Strategy<Value = (u16, u16)> {
     (port(), port(), any::<bool>()).prop_map(|(a, b, is_one)| if is_one { (a, a) } else { (a.min(b), a.max(b)) })
 }
 
-/// Returns a list, empty in most cases.
+/// Returns a list, which is empty in most cases.
 fn up_to_three<S: Strategy>(one: S) -> impl Strategy<Value = Vec<S::Value>>
 where
     S::Value: Clone,
@@ -236,7 +236,7 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
     })
 }
 
-/// Returns a request of such a client for an address of this kind.
+/// Returns a request of a client from `from` for an address of this kind.
 pub fn any_request_of(
     from: BoxedStrategy<Option<Ip>>,
     kind: Kind,
@@ -249,7 +249,7 @@ pub fn any_request_of(
     (from, select(&USERS[..]), select(&NAMES[..]), target, any_ip(kind), port).prop_map(
         move |(from, user, name, ip, other, port)| {
             let is_of_kind = matches!((kind, ip), (Kind::V4, Ip::V4(_)) | (Kind::V6, Ip::V6(_)));
-            let ip = if is_of_kind || !OWN_LISTENERS.iter().any(|(own, _)| *own == ip) { ip } else { other };
+            let ip = if is_of_kind || !OWN_LISTENERS.iter().any(|(listener, _)| *listener == ip) { ip } else { other };
             let user = (method != "none").then_some(user);
             AccessRequest { from, method, user, command, name: is_named.then_some(name), ip, port }
         },
@@ -267,7 +267,7 @@ pub fn any_request() -> impl Strategy<Value = AccessRequest> {
 pub fn parse_route(route: &str) -> Route {
     match route {
         "direct" => Route::Direct,
-        hop => Route::Hop(crate::hops().iter().position(|name| name == hop).expect("a hop")),
+        hop => Route::Hop(crate::hops().iter().position(|name| name == hop).expect("known hop")),
     }
 }
 
@@ -295,9 +295,9 @@ pub fn write_rules(rules: &[Rule]) -> RulesFile {
     RulesFile { text, lines }
 }
 
-/// Selects one of `of` choices by some bits of the style.
-fn pick(style: u64, bit: u32, of: usize) -> usize {
-    usize::from(style.rotate_right(bit).to_le_bytes()[0]) % of
+/// Selects one of `choices` by the bits of the style from `bit` on.
+fn pick(style: u64, bit: u32, choices: usize) -> usize {
+    usize::from(style.rotate_right(bit).to_le_bytes()[0]) % choices
 }
 
 fn words(rule: &Rule) -> Vec<String> {
@@ -307,11 +307,11 @@ fn words(rule: &Rule) -> Vec<String> {
         false => format!("{low}-{high}"),
     };
     let mut words = vec![
-        ("from", list(&rule.from, |from| source(from, style))),
+        ("from", list(&rule.from, |from| client(from, style))),
         ("user", list(&rule.users, |named| user(named, style))),
         ("method", rule.methods.join(",")),
         ("command", rule.commands.join(",")),
-        ("to", list(&rule.to, |to| place(to, style))),
+        ("to", list(&rule.to, |to| target(to, style))),
         ("port", list(&rule.ports, ports)),
         ("via", rule.via.unwrap_or_default().to_owned()),
     ];
@@ -330,8 +330,8 @@ fn list<T: Copy>(items: &[T], print: impl Fn(T) -> String) -> String {
     items.iter().map(|item| print(*item)).collect::<Vec<_>>().join(",")
 }
 
-fn source(source: ClientPattern, style: u64) -> String {
-    match source {
+fn client(pattern: ClientPattern, style: u64) -> String {
+    match pattern {
         ClientPattern::Loopback => "loopback".into(),
         ClientPattern::Remote => "remote".into(),
         ClientPattern::Net(of) => net(of, style),
@@ -346,7 +346,7 @@ fn user(user: UserPattern, style: u64) -> String {
     }
 }
 
-/// Encodes special characters always, other characters depending on the style.
+/// Percent-encodes special characters always, and other characters depending on the style.
 fn percent_encode(bytes: &[u8], style: u64) -> String {
     let mut text = String::new();
     for byte in bytes {
@@ -359,10 +359,10 @@ fn percent_encode(bytes: &[u8], style: u64) -> String {
     text
 }
 
-fn place(place: TargetPattern, style: u64) -> String {
+fn target(pattern: TargetPattern, style: u64) -> String {
     let dot = if style & 16 == 0 { "" } else { "." };
     let case = |name: &str| if style & 32 == 0 { name.to_owned() } else { name.to_uppercase() };
-    match place {
+    match pattern {
         TargetPattern::Name(name) => case(name) + dot,
         TargetPattern::Suffix(suffix) => format!(".{}{dot}", case(suffix)),
         TargetPattern::Net(of) => net(of, style),

@@ -1,4 +1,4 @@
-//! A simple model of the rules: numbers, strings and one loop. Calls nothing of the crate.
+//! A simple model of the rules: numbers, strings and one loop. Does not call s5.
 
 /// An address as a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub enum TargetPattern {
     Net(Net),
 }
 
-/// A rule; an empty list is no condition.
+/// A rule. An empty list is no condition.
 #[derive(Clone, Debug)]
 pub struct Rule {
     pub allow: bool,
@@ -47,7 +47,7 @@ pub struct Rule {
     pub to: Vec<TargetPattern>,
     pub ports: Vec<(u16, u16)>,
     pub via: Option<&'static str>,
-    /// Selects one of the ways to write the rule; does not affect its meaning.
+    /// Selects the spelling of the rule. Does not affect its meaning.
     pub style: u64,
 }
 
@@ -105,7 +105,7 @@ pub fn decide(rules: &[Rule], route: &'static str, request: &AccessRequest) -> A
     Answer::Allow(DecidedBy::DefaultAllow, route)
 }
 
-/// Whether every condition of a rule matches.
+/// Returns true if every condition of a rule matches.
 pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
     if !rule.from.is_empty() && !rule.from.iter().any(|source| is_from(*source, request.from)) {
         return false;
@@ -123,7 +123,7 @@ pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
         return false;
     }
     if !rule.to.is_empty() {
-        return rule.to.iter().any(|place| is_to(*place, rule.allow, request));
+        return rule.to.iter().any(|target| is_to(*target, rule.allow, request));
     }
     // An `allow` without `to=` excludes the targets of the built-in denials.
     !rule.allow || !is_own_listener(request) && !is_protected(request)
@@ -171,7 +171,7 @@ fn embedded_addrs(ip: Ip) -> Vec<Ip> {
     addrs
 }
 
-/// Returns the IPv4 address that an IPv6 address finally reaches.
+/// Returns the IPv4 address of the host that an IPv6 address reaches.
 fn embedded_ipv4(ip: Ip) -> Option<u32> {
     let Ip::V6(ip) = ip else { return None };
     if ip >> 32 == 0xffff || ip >> 32 == 0x0064_ff9b << 64 {
@@ -185,7 +185,7 @@ fn embedded_ipv4(ip: Ip) -> Option<u32> {
 
 /// Returns the low 32 bits.
 fn low(number: u128) -> u32 {
-    u32::try_from(number % (1 << 32)).expect("32 bits")
+    u32::try_from(number % (1 << 32)).expect("32 bits suffice")
 }
 
 fn is_from(source: ClientPattern, from: Option<Ip>) -> bool {
@@ -206,8 +206,8 @@ fn is_user(user: UserPattern, name: Option<&[u8]>) -> bool {
     }
 }
 
-fn is_to(place: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
-    match place {
+fn is_to(target: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
+    match target {
         TargetPattern::Name(name) => request.name.is_some_and(|request| labels(request) == labels(name)),
         TargetPattern::Suffix(suffix) => request.name.is_some_and(|request| labels(request).ends_with(&labels(suffix))),
         TargetPattern::Net(net) if allow => contains(net, embedded_ipv4(request.ip).map_or(request.ip, Ip::V4)),
@@ -215,7 +215,7 @@ fn is_to(place: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
     }
 }
 
-/// Splits a name into labels; a final dot adds no label.
+/// Splits a name into labels in lower case. A final dot adds no label.
 fn labels(name: &str) -> Vec<String> {
     let mut labels: Vec<String> = name.split('.').map(str::to_lowercase).collect();
     if labels.last().is_some_and(String::is_empty) {

@@ -1,4 +1,4 @@
-//! The examples of src/policy/README.md: the rules file parses, and the shown output is what s5 prints.
+//! The examples of src/policy/README.md: the rules file parses, and s5 prints the output shown.
 
 use std::env;
 use std::fs;
@@ -22,7 +22,7 @@ fn example_rules() -> &'static str {
     files[0]
 }
 
-/// Commands after a `$`, each with the output that the page shows for it.
+/// The commands after a `$`, each with its output on the page.
 fn examples() -> Vec<(String, String)> {
     let transcripts = blocks("console").join("\n");
     let mut examples: Vec<(String, String)> = Vec::new();
@@ -43,12 +43,12 @@ fn readme_example_rules_parse() {
 }
 
 #[test]
-fn readme_outputs_are_what_s5_prints() {
+fn readme_commands_print_the_shown_output() {
     let dir = tempfile::tempdir().expect("temporary directory");
-    let users = new_entry("alice", b"secret").expect("a users file");
-    fs::write(dir.path().join("users"), users + "\n").expect("the users file is written");
-    fs::write(dir.path().join("rules"), example_rules()).expect("the rules file is written");
-    let bin = Path::new(env!("CARGO_BIN_EXE_s5")).parent().expect("a directory of programs").display();
+    let users = new_entry("alice", b"secret").expect("valid entry");
+    fs::write(dir.path().join("users"), users + "\n").expect("file written");
+    fs::write(dir.path().join("rules"), example_rules()).expect("file written");
+    let bin = Path::new(env!("CARGO_BIN_EXE_s5")).parent().expect("a path with a directory").display();
     let path = format!("{bin}:{}", env::var("PATH").unwrap_or_default());
     let examples = examples();
     assert_eq!(examples.len(), 5, "{examples:#?}");

@@ -1,4 +1,4 @@
-//! Syntax of rules: the meaning of each key, and each possible mistake.
+//! Syntax of rules: the meaning of each key, and each syntax error.
 
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, normalize_name, parse_rule, parse_rules};
@@ -6,18 +6,19 @@ use s5::proto::{Method, ProtectionLevel};
 
 use crate::{config, evaluate, hops, rules, rules_with_route};
 
-/// All facts are known; none of them is special.
+/// All facts of an ordinary request.
 const BASE: &str = "from=192.0.2.7 method=password user=alice command=connect ip=198.51.100.1 port=80";
 
-/// Checks which requests a rule with these conditions matches, as `allow` and as `deny`. The facts replace those of
-/// [`BASE`].
+/// Checks that a rule with these conditions matches the requests in `yes` and not those in `no`, as `allow` and as
+/// `deny`. A request has the facts of [`BASE`], replaced by its own.
 fn check(conditions: &str, yes: &[&str], no: &[&str]) {
     for action in ["allow", "deny"] {
         let rules = rules(&format!("{action} {conditions}\n"));
         let by_rule = format!("{action} line 1");
-        for (facts, counts) in yes.iter().map(|facts| (facts, true)).chain(no.iter().map(|facts| (facts, false))) {
+        for (facts, should_match) in yes.iter().map(|facts| (facts, true)).chain(no.iter().map(|facts| (facts, false)))
+        {
             let answer = evaluate(&rules, &format!("{BASE} {facts}"));
-            assert_eq!(answer == by_rule, counts, "{action} {conditions}, with {facts:?}: {answer}");
+            assert_eq!(answer == by_rule, should_match, "{action} {conditions}, with {facts:?}: {answer}");
         }
     }
 }
@@ -62,7 +63,7 @@ fn command_matches_each_command() {
 }
 
 #[test]
-fn list_matches_any_entry_and_rule_needs_all_conditions() {
+fn list_matches_any_entry_and_rule_requires_all_conditions() {
     check("from=127.0.0.1,192.0.2.0/24,::1", &["", "from=127.0.0.1", "from=::1"], &["from=127.0.0.2", "from=::2"]);
     check("method=none,gssapi", &["method=none user=", "method=gssapi"], &[""]);
     check("command=udp,bind", &["command=bind", "command=udp"], &[""]);
@@ -76,7 +77,7 @@ fn list_matches_any_entry_and_rule_needs_all_conditions() {
     );
 }
 
-/// Whether `user=` matches a client with this user name; `None`: the client has not logged in.
+/// Returns true if `user=` matches a client with this user name, or a client without login if `name` is `None`.
 fn user_matches(user: &str, name: Option<&[u8]>) -> bool {
     let rules = rules(&format!("deny user={user}"));
     let method = if name.is_some() { Method::PASSWORD } else { Method::NONE };
@@ -186,7 +187,7 @@ fn keys_are_accepted_in_any_order_and_first_match_decides() {
         assert_eq!(rules.user_rules()[0].to_string(), line.split_whitespace().collect::<Vec<_>>().join(" "));
     }
     let rules = rules("allow port=1\nallow port=2\ndeny port=80\nallow port=80\n");
-    assert_eq!(evaluate(&rules, BASE), "deny line 3", "first match wins");
+    assert_eq!(evaluate(&rules, BASE), "deny line 3", "the first match decides");
 }
 
 #[test]
@@ -195,9 +196,9 @@ fn comments_blanks_and_crlf_are_ignored() {
         assert!(parse_rule(line, "", &[]).expect("valid").is_none(), "{line:?}");
     }
     let text = "# first\r\n\r\n  allow port=80 # why\r\n\t#deny\ndeny to=a#b # c\ndeny port=1 #port=0";
-    let wrong = parse_rules(text, "f", &[]).expect_err("a#b is no name");
+    let wrong = parse_rules(text, "f", &[]).expect_err("a#b is not a name");
     assert_eq!((wrong.line, wrong.message.contains("a#b")), (5, true), "{wrong}");
-    let found = parse_rules(&text.replace("a#b", "b"), "f", &[]).expect("rules");
+    let found = parse_rules(&text.replace("a#b", "b"), "f", &[]).expect("valid rules");
     let shown: Vec<_> = found.iter().map(|rule| (rule.origin(), rule.to_string())).collect();
     let expected = [("f line 3", "allow port=80"), ("f line 5", "deny to=b"), ("f line 6", "deny port=1")];
     assert_eq!(shown, expected.map(|(origin, text)| (origin, text.to_owned())));
@@ -205,11 +206,11 @@ fn comments_blanks_and_crlf_are_ignored() {
 
 #[test]
 fn parse_rule_keeps_origin_and_text() {
-    let rule = parse_rule("deny # all", "--deny", &[]).expect("valid").expect("a rule");
+    let rule = parse_rule("deny # all", "--deny", &[]).expect("valid").expect("not a comment");
     assert_eq!((rule.origin(), &*rule.to_string()), ("--deny", "deny"));
 }
 
-/// An invalid rule, and the words that its error message must contain.
+/// Invalid rules, each with words that the error message must contain.
 const INVALID_RULES: [(&str, &[&str]); 78] = [
     ("permit", &["\"permit\"", "allow", "deny"]),
     ("Allow", &["\"Allow\""]),
@@ -317,8 +318,8 @@ fn invalid_ports_and_routes_are_errors() {
     for via in ["direct", "a", "c"] {
         parse_rule(&format!("deny via={via}"), "", &hops()).expect_err(via);
     }
-    parse_rule("allow via=a", "", &[]).expect_err("without hops there is none called a");
-    parse_rule("allow via=direct", "", &[]).expect("direct is no hop");
+    parse_rule("allow via=a", "", &[]).expect_err("no hop is defined");
+    parse_rule("allow via=direct", "", &[]).expect("direct requires no hop");
 }
 
 proptest! {
@@ -332,7 +333,7 @@ proptest! {
             Ok(rules) => prop_assert!(rules.len() <= text.lines().count()),
             Err(error) => {
                 prop_assert!((1..=text.lines().count()).contains(&error.line));
-                let bad = text.lines().nth(error.line - 1).expect("that line");
+                let bad = text.lines().nth(error.line - 1).expect("the line exists");
                 let alone = parse_rule(bad, "f", &hops()).map(|_| ());
                 prop_assert_eq!(alone, Err(error.message));
             }

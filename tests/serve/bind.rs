@@ -1,4 +1,4 @@
-//! BIND: both replies, which peers are accepted, and when the listener is closed.
+//! BIND: both replies, accepted and refused peers, and closing of the listener.
 
 use std::io::{ErrorKind, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
@@ -97,7 +97,7 @@ fn bind_closes_unexpected_peers_and_keeps_waiting() {
 
 #[test]
 fn bind_compares_the_port_of_dst() {
-    // In a namespace no other process can bind the port in between.
+    // In a namespace, so that no other process can bind the port.
     if !in_namespace("bind::bind_compares_the_port_of_dst", "", "") {
         return;
     }
@@ -123,7 +123,7 @@ fn bind_accepts_all_addresses_of_a_name() {
         assert_closed(&mut connect_from(addr(OTHER_PEER), bnd));
         assert_relayed(&mut client, &mut connect_peer(ip.parse().expect("valid address"), bnd));
     }
-    // The peer may use any family that the name has.
+    // The peer can connect over each family of the name.
     let (mut client, _, bnd) = open_by_name(&server, BIND, "dual", 0);
     assert_relayed(&mut client, &mut connect_peer(V6, SocketAddr::new(V6, bnd.port())));
     let (_, rep, _) = open_by_name(&server, BIND, "invalid.a..b", 0);
@@ -149,7 +149,7 @@ fn bind_timeout_is_not_extended_by_unexpected_peers() {
     let server = Server::start(&["--bind-timeout", "300ms"]);
     let (mut client, bnd) = bind(&server, "127.0.0.1:0");
     let started = Instant::now();
-    // Connects again and again, until the listener is closed.
+    // Connects repeatedly until the listener is closed.
     while !refuses_unexpected_peer(bnd) {
         assert!(started.elapsed() < Duration::from_secs(5));
     }
@@ -157,6 +157,7 @@ fn bind_timeout_is_not_extended_by_unexpected_peers() {
     assert_eq!(read_reply(&mut client).0, 6);
 }
 
+/// Returns true if the listener refuses a connection from another address than DST.
 fn refuses_unexpected_peer(bnd: SocketAddr) -> bool {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket created");
     socket.bind(&addr(OTHER_PEER).into()).expect("free port");
@@ -171,7 +172,7 @@ fn bind_listener_is_closed_when_the_client_disconnects() {
         drop,
         reset,
         |stream| {
-            // Closed after data that the server has not read.
+            // The client closes after data that the server has not read.
             (&stream).write_all(b"early").expect("data sent");
         },
         |mut stream| {
@@ -206,7 +207,7 @@ fn ping_both(client: &mut TcpStream, peer: &mut TcpStream) {
 }
 
 #[test]
-fn bind_accepts_a_single_peer() {
+fn bind_closes_its_listener_after_one_peer() {
     let server = Server::start(&[]);
     let (mut client, bnd) = bind(&server, ANY_PEER);
     let mut peer = connect_peer(V4, bnd);
@@ -216,7 +217,7 @@ fn bind_accepts_a_single_peer() {
 }
 
 #[test]
-fn bind_carries_a_reset_of_the_peer() {
+fn bind_forwards_a_reset_of_the_peer() {
     let server = Server::start(&[]);
     let (mut client, bnd) = bind(&server, ANY_PEER);
     let peer = connect_peer(V4, bnd);
@@ -236,7 +237,7 @@ fn bind_ports_limits_the_ports_of_listeners() {
     ports.sort_unstable();
     assert_eq!(ports, [20000, 20001, 20002]);
     assert_eq!(open(&server, BIND, addr(ANY_PEER)).1, 1, "all ports are in use");
-    // A port can be bound again after its tunnel, although its connections are in TIME-WAIT.
+    // A port can be bound again after its tunnel has ended, although connections are in TIME-WAIT.
     let (mut client, bnd) = open_binds.swap_remove(1);
     assert_relayed(&mut client, &mut connect_peer(V4, bnd));
     drop(client);
@@ -244,12 +245,12 @@ fn bind_ports_limits_the_ports_of_listeners() {
 }
 
 #[test]
-fn bind_bnd_is_the_advertised_address_and_the_listener_accepts_on_all() {
+fn bind_bnd_is_the_advertised_address_of_its_family() {
     let server = Server::start(&["--advertise", "192.0.2.9"]);
     let (mut client, bnd) = bind(&server, ANY_PEER);
     assert_eq!(bnd.ip(), addr("192.0.2.9:0").ip());
     assert_relayed(&mut client, &mut connect_peer(V4, SocketAddr::new(V4, bnd.port())));
-    // The advertised address is IPv4: for an IPv6 peer BND is the address of the listener.
+    // The advertised address is IPv4. For an IPv6 peer, BND is the address of the listener.
     let (_client, bnd) = bind(&server, "[::1]:0");
     assert_eq!(bnd.ip(), V6);
 }
@@ -278,8 +279,8 @@ fn bind_relays_small_messages_without_delay() {
     let mut peer = connect_peer(V4, bnd);
     assert_eq!(read_reply(&mut client).0, 0);
     std::thread::spawn(move || {
-        let mut sink = peer.try_clone().expect("cloned");
-        let _ = std::io::copy(&mut peer, &mut sink);
+        let mut writer = peer.try_clone().expect("cloned");
+        let _ = std::io::copy(&mut peer, &mut writer);
     });
     for _ in 0..20 {
         ping(&mut client, b"small");

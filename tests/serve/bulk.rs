@@ -1,5 +1,5 @@
-//! Bulk tunnels: they are spliced through a pipe, and distributed over the threads. Their data must arrive unchanged
-//! whatever fails.
+//! Bulk tunnels: they are spliced through a pipe and distributed over the threads. Their data arrives unchanged even if
+//! splice(2) or pipe2(2) fails.
 
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -26,23 +26,23 @@ fn open_tunnel(server: &Server) -> (TcpStream, TcpStream) {
     (client, accept(&target).0)
 }
 
-/// Counts the pipe ends that the server has open. Some are inherited, as stderr is.
+/// Returns the number of pipe ends that the server has open. Some are inherited, such as stderr.
 fn open_pipes(server: &Server) -> usize {
     let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
     let links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
     links.filter(|link| link.to_string_lossy().starts_with("pipe:")).count()
 }
 
-/// Starts a bulk transfer whose receiver stops reading when the server uses a pipe, which then is full. Returns the
-/// thread of the sender, which ends after a half-close; the receiver; and the data received so far.
+/// Starts a bulk transfer. Its receiver stops reading when the server uses a pipe, so that the pipe fills up. Returns
+/// the thread of the sender, which ends after a half-close, the receiver, and the data received so far.
 fn start_stalled_transfer(
     server: &Server,
     inherited: usize,
-    up: bool,
+    is_upload: bool,
 ) -> (thread::JoinHandle<TcpStream>, TcpStream, Vec<u8>) {
     wait_until("no other tunnel has a pipe", TIMEOUT, || open_pipes(server) == inherited);
     let (client, target) = open_tunnel(server);
-    let (mut writer, mut reader) = if up { (client, target) } else { (target, client) };
+    let (mut writer, mut reader) = if is_upload { (client, target) } else { (target, client) };
     let sending = thread::spawn(move || {
         send_pattern(&mut writer, BULK, |_| {});
         writer.shutdown(Shutdown::Write).expect("half-closed");
@@ -66,19 +66,19 @@ fn bulk_tunnel_uses_a_pipe_and_releases_it_when_idle() {
         let before = open_pipes(&server);
         let (client, target) = open_tunnel(&server);
         for (mut from, mut to) in [(&client, &target), (&target, &client)] {
-            let mut most = 0;
+            let mut max_pipes = 0;
             let mut bytes = vec![0; 1 << 20];
             let mut writer = from.try_clone().expect("cloned");
             let sending = thread::spawn(move || send_pattern(&mut writer, BULK, |_| {}));
             let mut total = 0;
             while total < BULK {
                 total += to.read(&mut bytes).expect("data received");
-                most = most.max(open_pipes(&server));
+                max_pipes = max_pipes.max(open_pipes(&server));
             }
             sending.join().expect("the thread does not panic");
-            assert!(most >= before + 2, "{most} pipe ends at most, {before} before");
+            assert!(max_pipes >= before + 2, "at most {max_pipes} pipe ends, {before} before");
             wait_until("the pipe is closed", TIMEOUT, || open_pipes(&server) == before);
-            // The tunnel continues without it.
+            // The tunnel continues without a pipe.
             from.write_all(b"x").expect("data sent");
             to.read_exact(&mut [0]).expect("all bytes received");
         }
@@ -89,9 +89,9 @@ fn bulk_tunnel_uses_a_pipe_and_releases_it_when_idle() {
 fn bulk_data_in_a_pipe_waits_for_a_stalled_reader() {
     let server = Server::start(&[]);
     let inherited = open_pipes(&server);
-    for up in [true, false] {
-        let (sending, mut reader, read) = start_stalled_transfer(&server, inherited, up);
-        // Longer than an idle pipe is kept: this one holds data.
+    for is_upload in [true, false] {
+        let (sending, mut reader, read) = start_stalled_transfer(&server, inherited, is_upload);
+        // An empty pipe would be closed after 2 s. This one holds data.
         thread::sleep(Duration::from_millis(2200));
         assert!(open_pipes(&server) > inherited, "the pipe is still open");
         check_pattern(&mut (&read[..]).chain(&mut reader), BULK);
@@ -104,13 +104,13 @@ fn bulk_data_in_a_pipe_waits_for_a_stalled_reader() {
 }
 
 #[test]
-fn bulk_tunnel_carries_a_reset_with_data_in_its_pipe() {
+fn bulk_tunnel_forwards_a_reset_with_data_in_its_pipe() {
     let server = Server::start(&[]);
     let (before, inherited) = (idle_descriptors(&server), open_pipes(&server));
-    for up in [true, false] {
-        // The receiver stops reading and resets: the sender must see the reset.
+    for is_upload in [true, false] {
+        // The receiver stops reading and resets. The sender must receive the reset.
         let (client, target) = open_tunnel(&server);
-        let (mut writer, reader) = if up { (client, target) } else { (target, client) };
+        let (mut writer, reader) = if is_upload { (client, target) } else { (target, client) };
         let sending = thread::spawn(move || {
             let bytes = vec![0; 1 << 16];
             loop {
@@ -137,16 +137,16 @@ fn start_with_fault(inject: &str) -> Option<Server> {
         return None;
     }
     let mut command = Command::new("strace");
-    // -D: the server is the child, so that killing it ends both.
+    // With -D strace is a grandchild, so that killing the child kills the server.
     command.args(["-D", "-f", "-qq", "-e", "trace=splice,pipe2", "-e", &format!("inject={inject}"), "-o", "/dev/null"]);
     command.arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0", "--threads", "1"]);
     Some(Server::start_with(&mut command, 1))
 }
 
 #[test]
-fn bulk_is_copied_where_splice_fails() {
+fn bulk_is_copied_if_splice_fails() {
     let faults = [
-        // Each call, beginning with the one that reads into the pipe.
+        // Each call, starting with the first one, which reads into the pipe.
         "splice:error=EINVAL",
         // The second call, while the pipe holds data for the sink.
         "splice:error=EINVAL:when=2",
@@ -217,7 +217,7 @@ fn bulk_pipes_leave_descriptors_for_new_sessions() {
 }
 
 #[test]
-fn bulk_urgent_bytes_are_relayed_in_line() {
+fn bulk_tunnel_relays_urgent_bytes_as_normal_data() {
     let server = Server::start(&[]);
     let (client, mut target) = open_tunnel(&server);
     let sending = thread::spawn(move || {
@@ -237,7 +237,7 @@ fn bulk_urgent_bytes_are_relayed_in_line() {
     drop(sending.join().expect("the thread does not panic"));
 }
 
-/// Counts the sockets registered with each thread of the server, without listeners and wakers.
+/// Returns the number of sockets registered with each thread of the server, without listeners and wakers.
 fn sockets_by_thread(server: &Server) -> Vec<usize> {
     let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).expect("the server runs");
     let epolls = fds
@@ -251,7 +251,7 @@ fn sockets_by_thread(server: &Server) -> Vec<usize> {
     };
     let mut counts: Vec<_> = epolls.map(count).collect();
     counts.sort_unstable();
-    // The epoll of smol, for signals.
+    // The epoll instance of smol, which waits for signals.
     counts.remove(0);
     counts
 }
@@ -277,9 +277,9 @@ fn bulk_tunnels_are_distributed_over_the_threads() {
     }
     assert_eq!(sockets_by_thread(&server), [4, 4]);
     for (mut client, mut target) in ends {
-        target.write_all(b"back").expect("data sent");
+        target.write_all(b"last").expect("data sent");
         drop(target);
-        assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"back".to_vec()));
+        assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"last".to_vec()));
     }
     let log = server.wait_log(|log| log.matches("command=connect").count() == 4);
     assert_eq!(log.matches(&format!("up={BULK} down={} ", BULK + 4)).count(), 4, "{log}");
@@ -305,7 +305,7 @@ fn tunnels_are_distributed_over_the_threads() {
 #[test]
 fn bulk_tunnel_does_not_delay_other_sessions_of_its_thread() {
     let server = Server::start(&["--threads", "1"]);
-    let (mut neighbour, rep, _) = open(&server, CONNECT, echo_server());
+    let (mut other, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
     let (client, target) = open_tunnel(&server);
     for (from, to) in [(&client, &target), (&target, &client)] {
@@ -317,16 +317,16 @@ fn bulk_tunnel_does_not_delay_other_sessions_of_its_thread() {
     let mut times: Vec<_> = (0..40)
         .map(|_| {
             timed(|| {
-                ping(&mut neighbour, b"x");
-                let (mut newcomer, rep, _) = open(&server, CONNECT, echo);
+                ping(&mut other, b"x");
+                let (mut new, rep, _) = open(&server, CONNECT, echo);
                 assert_eq!(rep, 0);
-                ping(&mut newcomer, b"y");
+                ping(&mut new, b"y");
             })
             .0
         })
         .collect();
     times.sort_unstable();
-    // Without fair turns it would take seconds. The limit leaves room for a busy machine.
+    // Without fair scheduling it would take seconds. The limit allows for a busy machine.
     assert!(times[20] < Duration::from_millis(250), "{:?}", times[20]);
     drop(client.shutdown(Shutdown::Both));
     drop(target.shutdown(Shutdown::Both));

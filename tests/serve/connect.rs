@@ -1,4 +1,4 @@
-//! CONNECT up to its reply: REP, BND, timing, and clients that disconnect or send early.
+//! CONNECT up to its reply: REP, BND, timing, and clients that disconnect or send data early.
 
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
@@ -30,7 +30,7 @@ fn connect_bnd_is_the_source_address_that_the_target_sees() {
 }
 
 #[test]
-fn connect_closed_port_is_rep_05() {
+fn connect_to_a_closed_port_is_rep_05() {
     let server = Server::start(&[]);
     let closed = closed_port().port();
     for ip in [V4, V6] {
@@ -77,10 +77,10 @@ fn connect_relays_data_and_half_close_sent_before_the_reply() {
     let server = Server::start(&[]);
     let mut stream = greet(&server);
     stream.write_all(&request(CONNECT, echo_server())).expect("request sent");
-    stream.write_all(b"everything").expect("data sent");
+    stream.write_all(b"all data").expect("data sent");
     stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
     assert_eq!(read_reply(&mut stream).0, 0);
-    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"everything".to_vec()));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"all data".to_vec()));
 }
 
 #[test]
@@ -91,12 +91,12 @@ fn connect_failure_reply_arrives_while_the_client_keeps_sending() {
     let mut sender = stream.try_clone().expect("cloned");
     let started = Instant::now();
     let flood = thread::spawn(move || {
-        let noise = vec![0xAA; 16 * 1024];
-        while sender.write_all(&noise).is_ok() {}
+        let bytes = vec![0xAA; 16 * 1024];
+        while sender.write_all(&bytes).is_ok() {}
         started.elapsed()
     });
     assert_eq!(read_reply(&mut stream).0, 5);
-    // RFC 1928 section 6: closed no more than 10 seconds after the failure.
+    // RFC 1928 section 6: the server closes within 10 seconds after the failure.
     let ended = flood.join().expect("the thread does not panic");
     assert!(ended < Duration::from_secs(10), "{ended:?}");
     wait_until("the session is logged", TIMEOUT, || server.log().contains("rep=5"));
@@ -119,7 +119,7 @@ fn connect_is_cancelled_when_the_client_disconnects() {
 }
 
 #[test]
-fn connect_reaches_loopback_by_all_its_notations() {
+fn connect_reaches_loopback_by_name_and_by_each_address_form() {
     let server = Server::start(&[]);
     let port = echo_server().port();
     for name in ["localhost", "LOCALHOST", "127.0.0.1", "[::ffff:127.0.0.1]"] {
@@ -152,7 +152,7 @@ fn connect_to_a_listener_of_the_server_is_rep_02() {
         assert_eq!(rep, 2, "{dst}");
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
     }
-    // The resolver of the system accepts all of these as 127.0.0.1.
+    // The system's resolver accepts all of these as 127.0.0.1.
     for name in ["127.0.0.1", "127.1", "0.0.0.0", "0", "2130706433", "0x7f.1"] {
         let (_, rep, _) = open_by_name(&server, CONNECT, name, v4);
         assert_eq!(rep, 2, "{name}");

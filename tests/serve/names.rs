@@ -1,5 +1,5 @@
-//! CONNECT by name: several addresses (RFC 8305), and resolvers that fail or do not answer. Each test runs in its own
-//! network namespace with its own /etc/hosts and resolver.
+//! CONNECT by name: several addresses (RFC 8305), and resolvers that fail or do not answer. Each test runs in a new
+//! network namespace with an /etc/hosts and a resolver.
 
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener};
@@ -21,7 +21,7 @@ fn connect_tries_the_next_address_at_once_after_a_refusal() {
         return;
     }
     let server = Server::start(&[]);
-    // The order of the resolver is unknown: in one of the rounds the refusing address is first.
+    // The resolver's order is unknown. In one of the rounds the refusing address is first.
     for (name, ip) in [("pair", PAIR[0]), ("pair", PAIR[1]), ("dual", "::1"), ("dual", "127.0.0.1")] {
         let target = TcpListener::bind((ip, 0)).expect("free port");
         let port = target.local_addr().expect("local address").port();
@@ -68,12 +68,12 @@ fn connect_rep_is_the_most_specific_error_of_all_addresses() {
     let rep = |name, port| open_by_name(&server, CONNECT, name, port).1;
     let closed = closed_port().port();
     assert_eq!(rep("dual", closed), 5, "both refuse");
-    assert_eq!(rep("mixed", closed), 5, "no route and a refusal");
-    assert_eq!(rep("away", closed), 3, "no route at all");
+    assert_eq!(rep("mixed", closed), 5, "one has no route, one refuses");
+    assert_eq!(rep("away", closed), 3, "both have no route");
     let silent = FullBacklog::at(at("127.0.0.2", 0));
-    assert_eq!(rep("slow", silent.addr.port()), 6, "no route and a silent host");
+    assert_eq!(rep("slow", silent.addr.port()), 6, "one has no route, one is silent");
     assert_eq!(rep("many", closed), 3, "multicast");
-    assert_eq!(rep("127.0.0.1", closed), 5, "a literal");
+    assert_eq!(rep("127.0.0.1", closed), 5, "an address as a name");
     for dst in ["192.0.2.1:9", "[2001:db8::1]:9"] {
         assert_eq!(open(&server, CONNECT, dst.parse().expect("valid address")).1, 3, "{dst}");
     }
@@ -89,7 +89,7 @@ fn connect_by_name_skips_addresses_of_the_server() {
     let port = server.addr().port();
     assert_eq!(open_by_name(&server, CONNECT, "here", port).1, 2);
     assert_eq!(open_by_name(&server, CONNECT, "pair", port).1, 5, "the port of the other address is closed");
-    let target = TcpListener::bind(at("127.0.0.2", port)).expect("the port is free at this address");
+    let target = TcpListener::bind(at("127.0.0.2", port)).expect("free port");
     let (_stream, rep, bnd) = open_by_name(&server, CONNECT, "pair", port);
     assert_eq!((rep, bnd), (0, accept(&target).1));
 }
@@ -120,21 +120,21 @@ fn connect_rep_depends_on_the_resolver_error() {
 
 #[test]
 fn connect_pending_lookups_do_not_delay_other_sessions() {
-    const SILENT: usize = 300;
+    const LOOKUPS: usize = 300;
     if !in_namespace("names::connect_pending_lookups_do_not_delay_other_sessions", "", dns::RESOLV) {
         return;
     }
     let queries = dns::start();
     let server = Server::start(&["--connect-timeout", "60"]);
     let dst = echo_server();
-    let waiting: Vec<_> = (0..SILENT)
+    let waiting: Vec<_> = (0..LOOKUPS)
         .map(|number| {
             let mut stream = greet(&server);
             stream.write_all(&request_by_name(CONNECT, &format!("silent.n{number}"), 9)).expect("request sent");
             stream
         })
         .collect();
-    // The server limits the number of lookups at once to fewer than 300.
+    // The server limits simultaneous lookups to fewer than 300.
     wait_until("100 names are queried", Duration::from_secs(10), || {
         let mut names = queries.lock().expect("not poisoned").clone();
         names.sort_unstable();
@@ -155,15 +155,15 @@ fn connect_lookup_is_cancelled_when_the_client_disconnects() {
     let server = Server::start(&["--connect-timeout", "60"]);
     let mut stream = greet(&server);
     stream.write_all(&request_by_name(CONNECT, "silent.example", 9)).expect("request sent");
-    wait_until("the resolver is queries", Duration::from_secs(5), || !queries.lock().expect("not poisoned").is_empty());
+    wait_until("the resolver is queried", Duration::from_secs(5), || !queries.lock().expect("not poisoned").is_empty());
     drop(stream);
     let log = server.wait_log(|log| log.contains("client disconnected"));
     assert!(log.contains("dst=\"silent.example:9\""), "{log}");
 }
 
 #[test]
-fn connect_resolves_a_name() {
-    if !in_namespace("names::connect_resolves_a_name", "", dns::RESOLV) {
+fn connect_by_name_reaches_the_resolved_address() {
+    if !in_namespace("names::connect_by_name_reaches_the_resolved_address", "", dns::RESOLV) {
         return;
     }
     dns::start();

@@ -1,4 +1,4 @@
-//! What a tunnel carries: data, half-closes, resets. When it ends: the idle timeout.
+//! Tunnels: relaying of data, half-closes and resets, memory, and the idle timeout.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -28,7 +28,7 @@ fn open_tunnel(server: &Server, ip: std::net::IpAddr) -> (TcpStream, TcpStream) 
 }
 
 #[test]
-fn tunnel_carries_the_half_close_of_the_client() {
+fn tunnel_forwards_the_half_close_of_the_client() {
     let server = Server::start(&[]);
     for ip in [V4, V6] {
         let (mut client, mut target) = open_tunnel(&server, ip);
@@ -42,21 +42,21 @@ fn tunnel_carries_the_half_close_of_the_client() {
 }
 
 #[test]
-fn tunnel_carries_the_half_close_of_the_target() {
+fn tunnel_forwards_the_half_close_of_the_target() {
     let (server, mut client, mut target) = tunnel(&[]);
     target.write_all(b"bye").expect("data sent");
     target.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut client), StreamEnd::Closed(b"bye".to_vec()));
-    client.write_all(b"still here").expect("the other direction is open");
+    client.write_all(b"still open").expect("the other direction is open");
     client.shutdown(Shutdown::Write).expect("half-closed");
-    assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"still here".to_vec()));
+    assert_eq!(stream_end(&mut target), StreamEnd::Closed(b"still open".to_vec()));
     let log = server.wait_log(|log| !session_lines(log).is_empty());
     assert!(log.contains("up=10 down=3 "), "{log}");
     assert!(!log.contains("error="), "{log}");
 }
 
 #[test]
-fn tunnel_carries_resets_in_both_directions() {
+fn tunnel_forwards_resets_in_both_directions() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
     let (client, mut target) = open_tunnel(&server, V4);
@@ -69,7 +69,7 @@ fn tunnel_carries_resets_in_both_directions() {
 }
 
 #[test]
-fn tunnel_carries_a_reset_after_a_half_close() {
+fn tunnel_forwards_a_reset_after_a_half_close() {
     let (_server, client, mut target) = tunnel(&[]);
     client.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut target), StreamEnd::Closed(vec![]));
@@ -88,7 +88,7 @@ fn tunnel_ends_at_a_reset_after_a_half_close_while_the_other_side_is_idle() {
         let open = server.descriptors();
         reset(first);
         wait_until("the reset is detected", TIMEOUT, || server.descriptors() < open);
-        // A client has time to read what it was sent, unless it disconnects.
+        // The server gives a client time to read its data, unless it disconnects.
         drop(other);
         let log = server.wait_log(|log| !session_lines(log).is_empty());
         assert!(log.contains("connection reset"), "{log}");
@@ -101,7 +101,7 @@ fn tunnel_delivers_the_targets_data_while_the_client_keeps_sending() {
     let (_server, mut client, mut target) = tunnel(&[]);
     let mut sender = client.try_clone().expect("cloned");
     thread::spawn(move || while sender.write_all(&[0; 1024]).is_ok() {});
-    // Closing with unread data resets the connection, but must not lose data that was acknowledged before.
+    // The server closes with unread data, which sends a reset. Data that was acknowledged before must not be lost.
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-closed");
     check_pattern(&mut client, TOTAL);
@@ -112,7 +112,7 @@ fn tunnel_ends_at_a_client_reset_while_the_target_reads_nothing() {
     let (server, mut client, target) = tunnel(&[]);
     client.set_nonblocking(true).expect("option set");
     let mut last = Instant::now();
-    wait_until("the client can't send more", TIMEOUT, || {
+    wait_until("the client's socket buffer is full", TIMEOUT, || {
         while client.write(&[0; 65_536]).is_ok() {
             last = Instant::now();
         }
@@ -125,33 +125,34 @@ fn tunnel_ends_at_a_client_reset_while_the_target_reads_nothing() {
 }
 
 #[test]
-fn tunnel_delivers_everything_to_a_slow_uploading_client_of_a_closed_target() {
-    slow_client(false);
+fn tunnel_delivers_all_data_to_a_slow_uploading_client_after_the_target_closes() {
+    check_slow_client(false);
 }
 
 #[test]
-fn tunnel_delivers_everything_to_a_slow_half_closed_client_of_a_closed_target() {
-    slow_client(true);
+fn tunnel_delivers_all_data_to_a_slow_half_closed_client_after_the_target_closes() {
+    check_slow_client(true);
 }
 
-fn slow_client(is_half_closed: bool) {
+fn check_slow_client(is_half_closed: bool) {
     const TOTAL: usize = 512 << 10;
     let (_server, mut client, mut target) = tunnel(&[]);
-    // A small buffer, so that data is still in the tunnel when the target has closed.
+    // With a small buffer, the tunnel still holds data when the target closes.
     socket2::SockRef::from(&client).set_recv_buffer_size(65_536).expect("option set");
-    // As an HTTP server answers 413: it sends a response, shuts down its side, and closes with the upload unread.
-    client.write_all(&[0; 4096]).expect("an upload begins");
+    // Like an HTTP server that answers 413: it sends a response, half-closes, and closes without reading the upload.
+    client.write_all(&[0; 4096]).expect("data sent");
     send_pattern(&mut target, TOTAL, |_| {});
     target.shutdown(Shutdown::Write).expect("half-closed");
     wait_until("the data of the target is acknowledged", TIMEOUT, || state_of(&target) == Some("05".into()));
     drop(target);
-    // The first upload is answered with a reset, the next one fails. The client sees neither before it has read all.
+    // The first upload is answered with a reset, and the next one fails. The client notices neither before it has read
+    // all data.
     if is_half_closed {
         client.shutdown(Shutdown::Write).expect("half-closed");
     }
     for _ in 0..20 {
         if !is_half_closed {
-            client.write_all(&[0; 1024]).expect("the upload goes on");
+            client.write_all(&[0; 1024]).expect("data sent");
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -179,15 +180,15 @@ fn state_of(stream: &TcpStream) -> Option<String> {
         std::net::IpAddr::V4(ip) => format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), addr.port()),
         std::net::IpAddr::V6(_) => panic!("not in /proc/net/tcp"),
     };
-    let [local, peer] = [stream.local_addr(), stream.peer_addr()].map(|addr| hex(addr.expect("valid address")));
-    let table = std::fs::read_to_string("/proc/net/tcp").expect("/proc");
+    let [local, peer] = [stream.local_addr(), stream.peer_addr()].map(|addr| hex(addr.expect("socket address")));
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("file read");
     let fields = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let is_ours = |fields: &Vec<&str>| fields.len() > 3 && fields[1] == local && fields[2] == peer;
-    fields.into_iter().find(is_ours).map(|fields| fields[3].to_owned())
+    let is_stream = |fields: &Vec<&str>| fields.len() > 3 && fields[1] == local && fields[2] == peer;
+    fields.into_iter().find(is_stream).map(|fields| fields[3].to_owned())
 }
 
 #[test]
-fn tunnel_relays_a_gibibyte_in_both_directions() {
+fn tunnel_relays_one_gib_in_both_directions() {
     const TOTAL: usize = 1 << 30;
     let (_server, mut client, mut target) = tunnel(&[]);
     let ends = [&client, &target].map(|end| end.try_clone().expect("cloned"));
@@ -221,15 +222,15 @@ fn tunnel_to_a_stalled_reader_loses_no_data_and_uses_little_memory() {
             });
         });
         let mut last = (0, Instant::now());
-        wait_until("the sender can't send more", TIMEOUT, || {
+        wait_until("the sender's socket buffer is full", TIMEOUT, || {
             let now = sent.load(Ordering::Relaxed);
             if now != last.0 {
                 last = (now, Instant::now());
             }
             now > 0 && last.1.elapsed() > Duration::from_millis(250)
         });
-        assert!(last.0 < TOTAL, "the tunnel has buffered everything");
-        // Buffers of 64 KiB for two directions, and the overhead of the allocator.
+        assert!(last.0 < TOTAL, "the tunnel has buffered all data");
+        // Buffers of 64 KiB in two directions, and overhead of the allocator.
         let grown = resident_kib(&server).saturating_sub(before);
         assert!(grown < 2048, "{grown} KiB");
         check_pattern(&mut reader, TOTAL);
@@ -274,7 +275,7 @@ fn tunnel_sockets_have_nodelay_and_keepalive() {
     }
     let dir = temp_dir();
     let trace = dir.path().join("trace");
-    // -D: the server is the child, so that killing it ends both.
+    // With -D strace is a grandchild, so that killing the child kills the server.
     let mut command = std::process::Command::new("strace");
     command.args(["-D", "-f", "-qq", "-e", "trace=setsockopt", "-o"]).arg(&trace);
     command.arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
@@ -295,7 +296,7 @@ fn tunnel_sockets_have_nodelay_and_keepalive() {
 }
 
 #[test]
-fn tunnel_ends_leave_no_descriptors_open() {
+fn tunnel_leaves_no_descriptors_open_at_each_kind_of_end() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
     let dst: SocketAddr = tcp_server(V4, |mut stream| {

@@ -1,4 +1,4 @@
-//! A tunnel with checks: every received byte is compared with the sent one, and the final state with the events.
+//! A tunnel with checks: every received byte is compared with the sent byte, and the final state with the events.
 
 use std::time::Instant;
 
@@ -27,7 +27,7 @@ pub struct DirectionState {
 pub struct Harness<T> {
     pub tunnel: T,
     pub directions: [DirectionState; 2],
-    /// Whether the client (first) or dst has reset its connection.
+    /// Set if the client (first) or dst has reset its connection.
     pub is_reset: [bool; 2],
 }
 
@@ -54,9 +54,9 @@ impl<T: Tunnel> Harness<T> {
         }
         match self.tunnel.sink(direction).receive(max) {
             Received::Bytes(bytes) => {
-                for got in bytes {
+                for byte in bytes {
                     let position = self.state(direction).received;
-                    assert_eq!(got, byte_at(direction, position), "byte {position} {direction:?}");
+                    assert_eq!(byte, byte_at(direction, position), "byte {position} {direction:?}");
                     self.state(direction).received += 1;
                 }
                 assert!(
@@ -67,8 +67,8 @@ impl<T: Tunnel> Harness<T> {
             Received::WouldBlock => {}
             end => {
                 let DirectionState { sent, received, is_half_closed, .. } = *self.state(direction);
-                let is_whole = is_half_closed && received == sent;
-                assert!(end == Received::Reset || is_whole, "{direction:?}: end after {received} of {sent}");
+                let is_complete = is_half_closed && received == sent;
+                assert!(end == Received::Reset || is_complete, "{direction:?}: end after {received} of {sent}");
                 self.state(direction).end = Some(end);
             }
         }
@@ -86,7 +86,7 @@ impl<T: Tunnel> Harness<T> {
         self.state(from).is_half_closed = true;
     }
 
-    /// Half-closes both directions, receives everything, and checks outcome and counts.
+    /// Half-closes both directions, receives all data, and checks outcome and counts.
     pub fn finish(mut self) {
         for direction in [Direction::Up, Direction::Down] {
             if !self.state(direction).is_half_closed {
@@ -127,7 +127,7 @@ impl<T: Tunnel> Harness<T> {
         }
     }
 
-    /// Sends and receives until `bytes` more bytes, or the end, have been received.
+    /// Sends and receives until `bytes` more bytes have been received, or the end of the stream.
     pub fn transfer(&mut self, direction: Direction, bytes: usize) {
         let goal = self.state(direction).received.saturating_add(bytes);
         let deadline = Instant::now() + TIMEOUT;
@@ -136,7 +136,7 @@ impl<T: Tunnel> Harness<T> {
             self.send(direction, left.min(4096));
             self.tunnel.run_until_idle();
             self.receive(direction, CAPACITY);
-            assert!(Instant::now() < deadline, "stuck {direction:?}");
+            assert!(Instant::now() < deadline, "no progress {direction:?}");
         }
     }
 }

@@ -63,8 +63,8 @@ impl Stream {
     }
 
     fn write(&mut self, cx: &Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        assert!(!self.from_relay_ended, "the relay wrote after its own half-close");
-        assert!(!bytes.is_empty(), "the relay wrote nothing");
+        assert!(!self.from_relay_ended, "the relay wrote after its half-close");
+        assert!(!bytes.is_empty(), "the relay wrote 0 bytes");
         if self.is_reset || self.fails_writes {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
@@ -81,7 +81,7 @@ impl Stream {
         Poll::Ready(Ok(n))
     }
 
-    /// Pending until everything has been received, as on a stream with its own buffer.
+    /// Pending until all bytes have been received, as on a stream with a buffer.
     fn close(&mut self, cx: &Context<'_>) -> Poll<io::Result<()>> {
         if self.is_reset {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
@@ -186,7 +186,7 @@ impl Peer for PeerEnd {
     }
 }
 
-/// Set when the relay has been woken since the last poll.
+/// Set if the relay has been woken since the last poll.
 struct Flag(AtomicBool);
 
 impl Wake for Flag {
@@ -205,7 +205,7 @@ pub struct MemoryTunnel {
 }
 
 impl MemoryTunnel {
-    /// Polls the relay once if it was woken. Returns whether it was.
+    /// Polls the relay once if it was woken. Returns true if it was.
     pub fn poll(&mut self) -> bool {
         let Some(relay) = self.relay.as_mut().filter(|_| self.is_woken.0.swap(false, Ordering::SeqCst)) else {
             return false;
@@ -225,8 +225,9 @@ impl Tunnel for MemoryTunnel {
     fn open(capacity: usize, options: RelayOptions) -> Self {
         let stream = || Rc::new(RefCell::new(Stream { capacity, ..Stream::default() }));
         let (client, dst, counts) = (stream(), stream(), Rc::<ByteCounts>::default());
-        let (mut near, mut far, counted) = (RelayEnd(client.clone()), RelayEnd(dst.clone()), counts.clone());
-        let relay = async move { relay(&mut near, &mut far, &options, &counted, |_, _| true).await };
+        let (mut client_end, mut dst_end) = (RelayEnd(client.clone()), RelayEnd(dst.clone()));
+        let relay_counts = counts.clone();
+        let relay = async move { relay(&mut client_end, &mut dst_end, &options, &relay_counts, |_, _| true).await };
         Self {
             relay: Some(Box::pin(relay)),
             is_woken: Arc::new(Flag(AtomicBool::new(true))),
@@ -269,6 +270,6 @@ impl Tunnel for MemoryTunnel {
         };
         assert_eq!((self.client.aborts(), self.dst.aborts()), aborts, "after {:?}", self.outcome);
         let written = (self.dst.stream().written, self.client.stream().written);
-        assert_eq!(self.byte_counts(), written, "the counts equal the bytes accepted by the sinks");
+        assert_eq!(self.byte_counts(), written, "counts differ from the bytes that the sinks accepted");
     }
 }

@@ -1,4 +1,4 @@
-//! Test interface of a relay: a tunnel between two streams whose peers are controlled by the test.
+//! Test interface of a relay: a tunnel between two streams. The test controls the peers of both.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ pub mod harness;
 pub mod memory;
 pub mod sockets;
 
-/// Limit for anything that should happen immediately.
+/// Time limit for operations that should complete immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running relay. To test another implementation, implement this trait and add it to `for_each_relay!`.
@@ -19,7 +19,7 @@ pub trait Tunnel: Sized {
     /// Opens a tunnel. Each stream accepts about `capacity` bytes before it stalls.
     fn open(capacity: usize, options: RelayOptions) -> Self;
 
-    /// Lets the relay run until it waits.
+    /// Runs the relay until it waits.
     fn run_until_idle(&mut self);
 
     /// The client.
@@ -37,7 +37,7 @@ pub trait Tunnel: Sized {
     /// Drops the relay.
     fn cancel(&mut self);
 
-    /// Checks at the end what only this implementation can check.
+    /// Checks the final state of this implementation.
     fn check_invariants(&mut self) {}
 
     /// The peer that sends in this direction.
@@ -45,11 +45,12 @@ pub trait Tunnel: Sized {
         if direction == Direction::Up { self.client() } else { self.dst() }
     }
 
+    /// The peer that receives in this direction.
     fn sink(&mut self, direction: Direction) -> &mut Self::Peer {
         self.source(direction.other())
     }
 
-    /// Lets the relay run until `condition` is true.
+    /// Runs the relay until `condition` is true. Panics after [`TIMEOUT`].
     fn wait_until(&mut self, what: &str, mut condition: impl FnMut(&mut Self) -> bool) {
         let deadline = Instant::now() + TIMEOUT;
         loop {
@@ -79,9 +80,9 @@ impl Direction {
     }
 }
 
-/// The test's end of a stream. No method waits.
+/// The test's end of a stream. No method blocks.
 pub trait Peer {
-    /// Returns how many bytes the stream accepted.
+    /// Returns the number of bytes that the stream accepted.
     fn send(&mut self, bytes: &[u8]) -> usize;
 
     fn receive(&mut self, max: usize) -> Received;

@@ -1,4 +1,4 @@
-//! `s5::relay` over TCP on loopback, on its own thread, with s5's reactor or with async-io.
+//! `s5::relay` over TCP on loopback, on a separate thread, with s5's reactor or with async-io.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -20,7 +20,7 @@ use super::{Peer, Received, Tunnel};
 pub struct PeerEnd {
     /// `None` after a reset by the test.
     stream: Option<TcpStream>,
-    /// Sending has failed with a reset. The kernel reports it only once: later reads return an end.
+    /// Set after sending has failed with a reset. The kernel reports it once: later reads return end of stream.
     is_broken: bool,
 }
 
@@ -48,7 +48,7 @@ impl Peer for PeerEnd {
 
     fn half_close(&mut self) {
         if let Some(stream) = &self.stream {
-            // Fails if the relay has reset the connection already.
+            // Fails if the relay has already reset the connection.
             let _ = stream.shutdown(Shutdown::Write);
         }
     }
@@ -60,9 +60,9 @@ impl Peer for PeerEnd {
     }
 }
 
-/// With async-io.
+/// Uses async-io.
 pub type AsyncIoSockets = SocketTunnel<false>;
-/// With the reactor of a server's thread.
+/// Uses the reactor of s5's server threads.
 pub type ReactorSockets = SocketTunnel<true>;
 
 pub struct SocketTunnel<const HAS_REACTOR: bool> {
@@ -77,9 +77,9 @@ pub struct SocketTunnel<const HAS_REACTOR: bool> {
 
 /// Detaches and attaches a connection, as the server does to move it to another thread.
 fn reattach(conn: Conn) -> Conn {
-    let detached = conn.detach().expect("a descriptor");
+    let detached = conn.detach().expect("a connection with a descriptor");
     conn.deregister();
-    detached.attach().expect("it waits")
+    detached.attach().expect("registered with the event loop")
 }
 
 impl<const HAS_REACTOR: bool> SocketTunnel<HAS_REACTOR> {
@@ -90,39 +90,40 @@ impl<const HAS_REACTOR: bool> SocketTunnel<HAS_REACTOR> {
     }
 }
 
-/// A connection with small buffers, but large enough that TCP does not delay segments: the test's end and the relay's.
+/// Returns the test's end and the relay's end of a connection with small buffers. Smaller buffers would delay segments.
 fn connection(capacity: usize) -> (PeerEnd, TcpStream) {
     let capacity = capacity.max(64 * 1024);
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("free port");
     SockRef::from(&listener).set_recv_buffer_size(capacity).expect("option set");
-    let far = TcpStream::connect(listener.local_addr().expect("local address")).expect("the listener accepts");
-    let (near, _) = listener.accept().expect("connection accepted");
-    for stream in [&far, &near] {
+    let test_end = TcpStream::connect(listener.local_addr().expect("local address")).expect("the listener accepts");
+    let (relay_end, _) = listener.accept().expect("connection accepted");
+    for stream in [&test_end, &relay_end] {
         SockRef::from(stream).set_send_buffer_size(capacity).expect("option set");
         stream.set_nodelay(true).expect("option set");
     }
-    far.set_nonblocking(true).expect("option set");
-    near.set_nonblocking(true).expect("option set");
-    (PeerEnd { stream: Some(far), is_broken: false }, near)
+    test_end.set_nonblocking(true).expect("option set");
+    relay_end.set_nonblocking(true).expect("option set");
+    (PeerEnd { stream: Some(test_end), is_broken: false }, relay_end)
 }
 
 impl<const HAS_REACTOR: bool> Tunnel for SocketTunnel<HAS_REACTOR> {
     type Peer = PeerEnd;
 
     fn open(capacity: usize, options: RelayOptions) -> Self {
-        let (client, near_client) = connection(capacity);
-        let (dst, near_dst) = connection(capacity);
+        let (client, client_relay_end) = connection(capacity);
+        let (dst, dst_relay_end) = connection(capacity);
         let counts = Arc::<ByteCounts>::default();
         let (cancel, cancelled) = unbounded();
-        let counted = counts.clone();
+        let relay_counts = counts.clone();
         let thread = thread::spawn(move || {
             let relay = async {
-                let mut ends = [near_client, near_dst].map(|near| Conn::Tcp(Io::new(near).expect("it waits")));
+                let mut ends = [client_relay_end, dst_relay_end]
+                    .map(|end| Conn::Tcp(Io::new(end).expect("registered with the event loop")));
                 loop {
                     let [client, dst] = &mut ends;
-                    match relay(client, dst, &options, &counted, |_, _| true).await {
+                    match relay(client, dst, &options, &relay_counts, |_, _| true).await {
                         Ok(RelayOutcome::Bulk) => ends = ends.map(reattach),
-                        ended => break Some(ended),
+                        result => break Some(result),
                     }
                 }
             };
@@ -130,8 +131,8 @@ impl<const HAS_REACTOR: bool> Tunnel for SocketTunnel<HAS_REACTOR> {
                 let _ = cancelled.recv().await;
                 None
             };
-            let ended = relay.or(cancelled);
-            if HAS_REACTOR { reactor::run(ended).expect("a reactor") } else { smol::block_on(ended) }
+            let future = relay.or(cancelled);
+            if HAS_REACTOR { reactor::run(future).expect("reactor created") } else { smol::block_on(future) }
         });
         Self { client, dst, counts, cancel, thread: Some(thread), outcome: None }
     }

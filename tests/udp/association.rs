@@ -1,4 +1,4 @@
-//! Helpers: a client with one association, targets, and datagrams. No tests.
+//! Helpers for tests of UDP: a client with one association, targets, and datagrams.
 
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
@@ -8,26 +8,26 @@ use socket2::SockRef;
 use crate::common::{Server, TIMEOUT, open};
 use crate::kit::{UDP_ASSOCIATE, V4};
 
-/// How long to wait before a datagram counts as dropped. Used only where no later datagram proves it.
+/// Time after which a datagram counts as dropped. Used only if no later datagram proves it.
 const DROP_WAIT: Duration = Duration::from_millis(150);
 
 /// A client: its control connection, and the socket that it sends from.
 pub struct Association {
     pub control: TcpStream,
     pub socket: UdpSocket,
-    /// Address of the server's socket for this client.
+    /// Address of the server's socket for the client.
     pub bnd: SocketAddr,
 }
 
 impl Association {
-    /// Opens an association with DST of all zeros.
+    /// Opens an association with zeros as DST.
     pub fn new(server: &Server) -> Self {
         let unknown = if server.addr().is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        Self::declare(server, unknown.parse().expect("valid address"), socket(server.addr().ip()))
+        Self::with_dst(server, unknown.parse().expect("valid address"), socket(server.addr().ip()))
     }
 
     /// Opens an association with this DST.
-    pub fn declare(server: &Server, dst: SocketAddr, socket: UdpSocket) -> Self {
+    pub fn with_dst(server: &Server, dst: SocketAddr, socket: UdpSocket) -> Self {
         let (control, rep, bnd) = open(server, UDP_ASSOCIATE, dst);
         assert_eq!(rep, 0);
         assert_ne!(bnd.port(), 0);
@@ -46,7 +46,7 @@ impl Association {
     /// Receives FRAG, sender and data.
     pub fn receive_fragment(&self) -> (u8, SocketAddr, Vec<u8>) {
         let (bytes, from) = receive(&self.socket);
-        assert_eq!(from, self.bnd, "the server sends from BND only");
+        assert_eq!(from, self.bnd, "datagram from another address than BND");
         parse(&bytes)
     }
 
@@ -56,7 +56,7 @@ impl Association {
         (from, data)
     }
 
-    /// Sends `data`, and expects it back from `dst`.
+    /// Sends `data` to `dst`, which must send it back.
     pub fn ping(&self, dst: SocketAddr, data: &[u8]) {
         self.send(dst, data);
         let (from, answer) = self.receive();
@@ -65,7 +65,7 @@ impl Association {
     }
 }
 
-/// Returns a socket with a read timeout, and with a large receive buffer for bursts.
+/// Returns a socket with a read timeout and a receive buffer that holds bursts.
 pub fn socket(ip: IpAddr) -> UdpSocket {
     let socket = UdpSocket::bind((ip, 0)).expect("free port");
     socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
@@ -87,8 +87,8 @@ pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     (buffer, from)
 }
 
-/// Panics if a datagram arrives.
-pub fn assert_nothing(socket: &UdpSocket) {
+/// Fails if a datagram arrives within [`DROP_WAIT`].
+pub fn assert_nothing_arrives(socket: &UdpSocket) {
     socket.set_read_timeout(Some(DROP_WAIT)).expect("timeout set");
     let received = socket.recv_from(&mut [0; 64]);
     assert!(received.is_err(), "{received:?}");

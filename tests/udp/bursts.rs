@@ -1,6 +1,6 @@
-//! Bursts, which are relayed in batches: all datagrams arrive, in order and unchanged.
+//! Bursts of datagrams, which are relayed in batches: all datagrams arrive, in order and unchanged.
 //!
-//! Each burst fits into the socket buffers on its route, so that UDP loses no datagram.
+//! Each burst fits into the socket buffers, so that UDP loses no datagram.
 
 use std::io::IoSlice;
 use std::net::{SocketAddr, UdpSocket};
@@ -9,16 +9,16 @@ use std::process::Command;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 
-use crate::association::{Association, assert_nothing, datagram, datagram_name, receive, socket, target};
+use crate::association::{Association, assert_nothing_arrives, datagram, datagram_name, receive, socket, target};
 use crate::common::{Server, TIMEOUT, in_namespace, is_installed, s5, temp_dir, wait_until};
 use crate::kit::{V4, V6, session_lines};
 
-/// Returns a payload that is unique by number and position.
+/// Returns a payload of bytes that depend on number and position.
 fn payload(number: usize, length: usize) -> Vec<u8> {
-    (0..length).map(|at| u8::try_from((number * 7 + at * 13 + at / 256) % 256).expect("a byte")).collect()
+    (0..length).map(|at| u8::try_from((number * 7 + at * 13 + at / 256) % 256).expect("at most 255")).collect()
 }
 
-/// Lengths of the datagrams of several bursts: equal, and mixed so that a batch ends for each possible reason.
+/// Lengths of the datagrams of several bursts: equal, and mixed so that batches end for each possible reason.
 fn lengths(burst: usize) -> Vec<Vec<usize>> {
     let mixed = [100, 100, 0, 0, 100, 40, 40, 100, 1200, 1200, 3, 1472, 1473, 0, 1];
     vec![
@@ -55,7 +55,7 @@ fn echo_burst(server: &Server, association: &Association, target: &UdpSocket, ds
         assert!(bytes == *data, "to the target, {number}: {} bytes, expected {}", bytes.len(), data.len());
         egress = Some(from);
     }
-    let egress = egress.expect("not an empty burst");
+    let egress = egress.expect("at least one datagram");
     while_stopped(server, || {
         burst.iter().for_each(|data| target.send_to(data, egress).map(drop).expect("datagram sent"))
     });
@@ -86,14 +86,14 @@ fn udp_burst_of_large_datagrams_arrives() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
-    // One to three of these fill a GSO batch exactly, or exceed it.
+    // One to three of these datagrams fill a GSO batch exactly, or exceed it.
     for length in [21_825, 21_836, 32_700, 32_753, 32_754, 65_497] {
         echo_burst(&server, &association, &target, dst, &[length; 5]);
     }
 }
 
 #[test]
-fn udp_burst_to_alternating_targets_keeps_their_addresses() {
+fn udp_burst_to_alternating_targets_reaches_each_target() {
     let server = Server::start(&[]);
     let targets = [target(), target(), target()];
     let association = Association::new(&server);
@@ -111,7 +111,10 @@ fn udp_burst_to_alternating_targets_keeps_their_addresses() {
     }
     while_stopped(&server, || {
         for (number, by) in order.into_iter().cycle().take(100).enumerate() {
-            targets[by].0.send_to(&payload(number, 300), egress.expect("known")).expect("datagram sent");
+            targets[by]
+                .0
+                .send_to(&payload(number, 300), egress.expect("at least one datagram"))
+                .expect("datagram sent");
         }
     });
     for (number, by) in order.into_iter().cycle().take(100).enumerate() {
@@ -132,7 +135,7 @@ fn udp_burst_keeps_the_order_of_names_and_fragments() {
         sent.extend([
             datagram(0, dst, &[round, 0]),
             datagram(0, dst, &[round, 1]),
-            // ATYP is a name, although it is an address.
+            // An address that is sent as a name.
             datagram_name(0, "127.0.0.1", dst.port(), &[round, 2]),
             datagram(0, dst, &[round, 3]),
             datagram(1, dst, &[round]),
@@ -163,7 +166,7 @@ fn udp_gro_aggregate_is_split_into_its_datagrams() {
         echo_burst(&server, &association, &target, dst, &[64; 40]);
     }
     let aggregates = [(64, 500, 500), (40, 1200, 7), (3, 100, 1), (2, 30_000, 20_000), (1, 700, 700)];
-    // Repeated, since the server changes the system call after several single messages.
+    // Repeated, because the server changes the system call after several single messages.
     for (count, length, last) in aggregates.into_iter().cycle().take(20) {
         let lengths: Vec<usize> = (1..=count).map(|number| if number == count { last } else { length }).collect();
         let payloads: Vec<Vec<u8>> = lengths.iter().enumerate().map(|(n, length)| payload(n, *length)).collect();
@@ -176,7 +179,7 @@ fn udp_gro_aggregate_is_split_into_its_datagrams() {
             assert!(bytes == *data, "{} bytes, expected {}, of {count}", bytes.len(), data.len());
             egress = Some(from);
         }
-        send_gso(&target, egress.expect("known"), &payloads.concat(), segment_len);
+        send_gso(&target, egress.expect("at least one datagram"), &payloads.concat(), segment_len);
         for data in &payloads {
             assert!(association.receive() == (dst, data.clone()), "{} bytes, of {count}", data.len());
         }
@@ -193,7 +196,7 @@ fn udp_burst_is_filtered_per_datagram() {
     while_stopped(&server, || {
         for number in 0..20 {
             association.send(dst, &[number]);
-            // The client's port is not set yet, so that the socket receives both.
+            // The client's port is not set yet, so the server's socket receives datagrams of both ports.
             other.send_to(&datagram(0, dst, b"other"), association.bnd).expect("datagram sent");
             association.send_raw(&[0, 0, 0, 1, 127]);
             association.send(SocketAddr::new(V4, 0), b"port 0");
@@ -206,8 +209,8 @@ fn udp_burst_is_filtered_per_datagram() {
         assert_eq!(bytes, [number]);
         egress = Some(from);
     }
-    assert_nothing(&target);
-    let egress = egress.expect("known");
+    assert_nothing_arrives(&target);
+    let egress = egress.expect("at least one datagram");
     while_stopped(&server, || {
         for number in 0..20 {
             target.send_to(&[number], egress).expect("datagram sent");
@@ -217,12 +220,12 @@ fn udp_burst_is_filtered_per_datagram() {
     for number in 0..20 {
         assert_eq!(association.receive(), (dst, vec![number]));
     }
-    assert_nothing(&association.socket);
-    assert_nothing(&other);
+    assert_nothing_arrives(&association.socket);
+    assert_nothing_arrives(&other);
 }
 
 #[test]
-fn udp_log_counts_bytes_of_payload() {
+fn udp_session_log_counts_payload_bytes() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
@@ -238,8 +241,8 @@ fn udp_log_counts_bytes_of_payload() {
 }
 
 #[test]
-fn udp_bursts_longer_than_the_mtu_arrive() {
-    if !in_namespace("bursts::udp_bursts_longer_than_the_mtu_arrive", "", "") {
+fn udp_bursts_of_datagrams_above_the_mtu_arrive() {
+    if !in_namespace("bursts::udp_bursts_of_datagrams_above_the_mtu_arrive", "", "") {
         return;
     }
     let mtu = Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status().expect("ip runs");
@@ -247,7 +250,7 @@ fn udp_bursts_longer_than_the_mtu_arrive() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
-    // With the SOCKS header 1462, and without it 1472 bytes fill a packet. Longer ones can't be sent with GSO, or are
+    // A packet holds 1472 bytes, or 1462 bytes with the SOCKS header. Longer datagrams can't be sent with GSO, or are
     // fragmented.
     for _ in 0..2 {
         for length in [1200, 1462, 1463, 1472, 1473, 8000, 1200, 1472, 1473] {
@@ -258,7 +261,7 @@ fn udp_bursts_longer_than_the_mtu_arrive() {
 
 #[test]
 fn udp_bursts_arrive_after_icmp_errors() {
-    // In a namespace no other process can bind the port that is closed for a while.
+    // In a namespace, so that no other process can bind the port while it is closed.
     if !in_namespace("bursts::udp_bursts_arrive_after_icmp_errors", "", "") {
         return;
     }
@@ -271,7 +274,7 @@ fn udp_bursts_arrive_after_icmp_errors() {
         association.send(dst, b"find the egress address");
         receive(&target).1
     };
-    // The client's port is closed while answers arrive: the ICMP messages are errors on the server's socket.
+    // The client's port is closed while answers arrive. The ICMP messages are errors on the server's socket.
     let addr = association.socket.local_addr().expect("local address");
     let Association { control, socket: closed, bnd } = association;
     drop(closed);
@@ -306,6 +309,7 @@ fn udp_gso_is_not_retried_after_eio() {
         echo_burst(&server, &association, &target, dst, &[300; 50]);
     }
     let gso_calls = std::fs::read_to_string(&trace).expect("file read").matches("sendmsg").count();
-    // One call on the socket towards the target. Two on the client's, whose first error may be an ICMP message.
+    // One call on the socket to the target. Two calls on the client's socket, since its first error may be an ICMP
+    // message.
     assert_eq!(gso_calls, 3);
 }

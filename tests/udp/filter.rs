@@ -1,9 +1,9 @@
-//! What an association drops: datagrams of other senders, malformed datagrams, forbidden targets. None of them ends it.
+//! Dropped datagrams: other senders, malformed datagrams, forbidden targets. None of them ends the association.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use crate::association::{Association, assert_nothing, datagram, datagram_name, receive, socket, target};
+use crate::association::{Association, assert_nothing_arrives, datagram, datagram_name, receive, socket, target};
 use crate::common::{Server, TIMEOUT, closed_port, in_namespace, udp_echo_server, wait_until};
 use crate::kit::{V4, V6};
 
@@ -39,26 +39,26 @@ fn udp_first_datagram_sets_the_client_port() {
     association.send(dst, b"first");
     assert_eq!(receive(&target).0, b"first");
     let other = socket(V4);
-    // On loopback sending may report an ICMP error of the datagram before.
+    // On loopback, sending may report the ICMP error of the previous datagram.
     let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
     association.send(dst, b"second");
     let (data, egress) = receive(&target);
     assert_eq!(data, b"second");
     target.send_to(b"answer", egress).expect("datagram sent");
     assert_eq!(association.receive(), (dst, b"answer".to_vec()));
-    assert_nothing(&other);
+    assert_nothing_arrives(&other);
 }
 
 #[test]
-fn udp_dst_port_is_the_only_client_port() {
+fn udp_port_of_dst_is_the_only_client_port() {
     let server = Server::start(&[]);
     let (target, dst) = target();
-    // DST.ADDR is ignored, also if it is not the client's address.
+    // DST.ADDR is ignored, even if it is not the client's address.
     for ip in ["127.0.0.1", "0.0.0.0", "192.0.2.1"] {
         let socket = socket(V4);
         let port = socket.local_addr().expect("local address").port();
-        let declared = SocketAddr::new(ip.parse().expect("valid address"), port);
-        let association = Association::declare(&server, declared, socket);
+        let client_dst = SocketAddr::new(ip.parse().expect("valid address"), port);
+        let association = Association::with_dst(&server, client_dst, socket);
         let other = self::socket(V4);
         let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
         association.send(dst, b"client");
@@ -67,7 +67,7 @@ fn udp_dst_port_is_the_only_client_port() {
 }
 
 #[test]
-fn udp_answers_come_only_from_addresses_sent_to() {
+fn udp_answers_are_relayed_only_from_addresses_sent_to() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
     let (target, dst) = target();
@@ -75,12 +75,12 @@ fn udp_answers_come_only_from_addresses_sent_to() {
     let (_, egress) = receive(&target);
     let other = socket_at("127.0.0.3");
     other.send_to(b"other", egress).expect("datagram sent");
-    // Address-dependent: another port of a host that was sent to may answer (RFC 4787 section 5).
-    let neighbour = socket(V4);
-    neighbour.send_to(b"neighbour", egress).expect("datagram sent");
-    let from = neighbour.local_addr().expect("local address");
-    assert_eq!(association.receive(), (from, b"neighbour".to_vec()), "the first datagram was dropped");
-    // After a datagram to its address, its answers are relayed.
+    // Address-dependent filtering: other ports of a host may answer after a datagram to the host (RFC 4787 section 5).
+    let other_port = socket(V4);
+    other_port.send_to(b"other port", egress).expect("datagram sent");
+    let from = other_port.local_addr().expect("local address");
+    assert_eq!(association.receive(), (from, b"other port".to_vec()), "the datagram from another address arrived");
+    // After a datagram to an address, its answers are relayed.
     let known = other.local_addr().expect("local address");
     association.send(known, b"hello");
     receive(&other);
@@ -110,7 +110,7 @@ fn udp_association_survives_closed_target_ports() {
         for closed in closed {
             association.send(closed, b"to a closed port");
         }
-        // Twice, since sending may report the ICMP error of the datagram before.
+        // Twice, because sending may report the ICMP error of the previous datagram.
         association.ping(echo, b"still open");
         association.ping(echo, b"still open");
     }
@@ -118,7 +118,7 @@ fn udp_association_survives_closed_target_ports() {
 
 #[test]
 fn udp_association_survives_a_closed_client_port() {
-    // In a namespace no other process can bind the port that is closed for a while.
+    // In a namespace, so that no other process can bind the port while it is closed.
     if !in_namespace("filter::udp_association_survives_a_closed_client_port", "", "") {
         return;
     }
@@ -127,19 +127,19 @@ fn udp_association_survives_a_closed_client_port() {
     let mut association = Association::new(&server);
     association.send(dst, b"hello");
     let (_, egress) = receive(&target);
-    let own = association.socket.local_addr().expect("local address");
-    // The answers reach a closed port: the server's socket receives the ICMP error.
+    let addr = association.socket.local_addr().expect("local address");
+    // The answers arrive at a closed port. The server's socket receives the ICMP errors.
     association.socket = socket(V4);
     for _ in 0..3 {
         target.send_to(b"to a closed port", egress).expect("datagram sent");
     }
-    association.socket = UdpSocket::bind(own).expect("the port is still free");
+    association.socket = UdpSocket::bind(addr).expect("the port is still free");
     association.socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     // The client may have received the first answer before it closed its port.
-    association.send(dst, b"back again");
-    assert_eq!(receive(&target).0, b"back again");
-    target.send_to(b"welcome", egress).expect("datagram sent");
-    while association.receive().1 != b"welcome" {}
+    association.send(dst, b"open again");
+    assert_eq!(receive(&target).0, b"open again");
+    target.send_to(b"answer", egress).expect("datagram sent");
+    while association.receive().1 != b"answer" {}
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn udp_multicast_and_broadcast_are_dropped() {
 
 #[test]
 fn udp_failed_lookups_do_not_stop_other_datagrams() {
-    // The resolver's port is closed: each lookup fails.
+    // The resolver's port is closed, so each lookup fails.
     let test = "filter::udp_failed_lookups_do_not_stop_other_datagrams";
     if !in_namespace(test, "", crate::kit::dns::RESOLV) {
         return;
@@ -220,20 +220,20 @@ fn udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams() {
     let server = Server::start(&["--connect-timeout", "60"]);
     let association = Association::new(&server);
     let echo = udp_echo_server(V4);
-    // More names, and more datagrams for each, than may wait for lookups; fewer than the socket buffer holds.
+    // More names, and more datagrams for each name, than the server queues. Fewer than the socket buffer holds.
     for number in 0..30 {
         for _ in 0..10 {
             association.send_raw(&datagram_name(0, &format!("silent.n{number}"), 9, b"x"));
         }
     }
     association.socket.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout set");
-    wait_until("an answer", TIMEOUT, || {
-        // UDP may lose one in the burst.
+    wait_until("an answer arrives", TIMEOUT, || {
+        // Repeated, because UDP may lose datagrams.
         association.send(echo, b"still open");
         association.socket.recv_from(&mut [0; 64]).is_ok()
     });
     let mut names = queries.lock().expect("not poisoned").clone();
     names.sort_unstable();
     names.dedup();
-    assert!(names.len() <= 16, "one association resolves {} names at once", names.len());
+    assert!(names.len() <= 16, "one association resolves {} names at the same time", names.len());
 }

@@ -1,4 +1,4 @@
-//! FRAG (RFC 1928 section 7): fragments in order are reassembled, all others are dropped.
+//! Fragments (RFC 1928 section 7): fragments in order are reassembled, all others are dropped.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use crate::common::Server;
 
 const LAST: u8 = 0x80;
 
-/// Sends the fragments and then a standalone datagram. Returns what the target received before it.
+/// Sends the fragments and then a standalone datagram. Returns the datagrams that the target receives before it.
 fn relay_fragments(fragments: &[(u8, &[u8])]) -> Vec<Vec<u8>> {
     let server = Server::start(&[]);
     let (target, dst) = target();
@@ -98,7 +98,7 @@ fn udp_reassembly_queue_is_per_association() {
 }
 
 #[test]
-fn udp_sequence_expires_after_more_than_five_seconds() {
+fn udp_sequence_expires_between_5_and_6_5_seconds() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let [in_time, late] = [(); 2].map(|()| Association::new(&server));
@@ -106,7 +106,7 @@ fn udp_sequence_expires_after_more_than_five_seconds() {
     for association in [&in_time, &late] {
         association.send_raw(&datagram(1, dst, b"a"));
     }
-    // Sleeps, since the time is tested: the RFC demands at least 5 seconds, and the timer is 6.
+    // The RFC requires at least 5 seconds. The timeout of s5 is 6 seconds.
     thread::sleep(Duration::from_millis(5000).saturating_sub(started.elapsed()));
     in_time.send_raw(&datagram(2 | LAST, dst, b"b"));
     if started.elapsed() < Duration::from_millis(5900) {

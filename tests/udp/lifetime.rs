@@ -1,4 +1,4 @@
-//! The end of an association, and the address of its socket.
+//! Ends of associations, and the address of their socket.
 
 use std::io::Write as _;
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -10,7 +10,7 @@ use crate::common::{
 };
 use crate::kit::{StreamEnd, UDP_ASSOCIATE, V4, V6, connect_from, idle_descriptors, reset, serve, stream_end};
 
-/// Time for the server to close the UDP port after the control connection.
+/// Time for the server to close the UDP port after the control connection has ended.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 fn addr(text: &str) -> SocketAddr {
@@ -32,9 +32,9 @@ fn udp_association_ends_with_its_control_connection() {
             assert_eq!(stream_end(&mut control), StreamEnd::Closed(vec![]));
         }];
         for close in close {
-            for used in [true, false] {
+            for is_used in [true, false] {
                 let association = Association::new(&server);
-                if used {
+                if is_used {
                     association.ping(echo, b"hello");
                 }
                 assert!(!is_free(association.bnd));
@@ -47,12 +47,12 @@ fn udp_association_ends_with_its_control_connection() {
 }
 
 #[test]
-fn udp_association_ignores_a_little_data_on_its_control_connection() {
+fn udp_association_ignores_64_kib_of_data_on_its_control_connection() {
     let server = Server::start(&[]);
     let echo = udp_echo_server(V4);
     let mut association = Association::new(&server);
     association.control.write_all(b"unexpected data").expect("data sent");
-    association.ping(echo, b"yes");
+    association.ping(echo, b"still open");
     // More than 64 KiB end the association.
     while association.control.write_all(&[0; 4096]).is_ok() {}
     wait_until("the port is free", RELEASE_TIMEOUT, || is_free(association.bnd));
@@ -87,14 +87,14 @@ fn udp_association_ends_with_the_server() {
 #[test]
 fn udp_bnd_is_the_address_that_the_client_connected_to() {
     let server = serve("*:0", 2, &["--open"]);
-    let through = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
-    let mut control = connect_from(addr("127.0.0.5:0"), through);
+    let server_addr = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
+    let mut control = connect_from(addr("127.0.0.5:0"), server_addr);
     control.write_all(&[5, 1, 0]).expect("greeting sent");
     assert_eq!(read_exact(&mut control, 2), [5, 0]);
     control.write_all(&request(UDP_ASSOCIATE, addr("0.0.0.0:0"))).expect("request sent");
     let (rep, bnd) = read_reply(&mut control);
-    assert_eq!((rep, bnd.ip()), (0, through.ip()));
-    // The client's address is that of the control connection.
+    assert_eq!((rep, bnd.ip()), (0, server_addr.ip()));
+    // The client's IP address is that of the control connection.
     let association = Association { control, socket: socket(addr("127.0.0.5:0").ip()), bnd };
     association.ping(udp_echo_server(V4), b"hello");
 }
@@ -128,7 +128,7 @@ fn udp_bnd_is_the_advertised_address_of_its_family() {
     association.bnd.set_ip(V4);
     association.send(dst, b"hello");
     assert_eq!(receive(&target).0, b"hello");
-    // The advertised address is IPv4: an IPv6 client receives the address of the socket.
+    // The advertised address is IPv4. An IPv6 client receives the address of the socket.
     let mut control = TcpStream::connect(server.addrs[1]).expect("the server accepts");
     control.write_all(&[5, 1, 0]).expect("greeting sent");
     control.write_all(&request(UDP_ASSOCIATE, addr("[::]:0"))).expect("request sent");

@@ -1,4 +1,4 @@
-//! Relaying in both directions: all address types, all sizes, many targets and associations.
+//! Relaying of datagrams in both directions: all address types, all sizes, many targets and associations.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -83,15 +83,15 @@ fn udp_answer_too_large_with_its_header_is_fragmented() {
     let server = Server::start(&[]);
     let (target, dst) = target();
     let association = Association::new(&server);
-    association.send(dst, b"the largest, please");
+    association.send(dst, b"request");
     let (_, egress) = receive(&target);
     let largest: Vec<u8> = (0..65_507).map(|i| u8::try_from(i % 251).expect("at most 255")).collect();
     target.send_to(&largest, egress).expect("datagram sent");
     let (first, last) = (association.receive_fragment(), association.receive_fragment());
     assert_eq!((first.0, first.1), (1, dst));
     assert_eq!((last.0, last.1), (0x82, dst));
-    assert!([first.2, last.2].concat() == largest, "other data");
-    association.ping(udp_echo_server(V4), b"and the next one is whole");
+    assert!([first.2, last.2].concat() == largest, "the data differs");
+    association.ping(udp_echo_server(V4), b"not fragmented");
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn udp_hundred_associations_are_isolated() {
         assert_eq!(association.receive(), (echo, vec![number]));
     }
     drop(associations);
-    wait_until("all descriptors are free", TIMEOUT, || server.descriptors() == before);
+    wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn udp_burst_of_500_is_echoed() {
             while count < BURST {
                 let Ok((n, _)) = receiver.recv_from(&mut buffer) else { break };
                 let data = &buffer[10..n];
-                assert!(data.len() == 1200 && data[2..].iter().all(|byte| *byte == data[2]), "other data");
+                assert!(data.len() == 1200 && data[2..].iter().all(|byte| *byte == data[2]), "the data differs");
                 count += u16::from(data[2] == round);
             }
             count
@@ -159,7 +159,7 @@ fn udp_burst_of_500_is_echoed() {
         }
         counting.join().expect("the thread does not panic")
     };
-    // UDP may lose datagrams on a busy machine: one of five bursts must arrive.
+    // UDP may lose datagrams on a busy machine. One of five bursts must arrive.
     let best = (0..5).map(burst).find(|count| *count >= BURST / 100 * 95);
     assert!(best.is_some(), "each burst lost more than 5 %");
 }
@@ -174,7 +174,7 @@ fn udp_association_of_a_unix_client_is_on_loopback() {
     let mut control = UnixStream::connect(&path).expect("the listener accepts");
     control.write_all(&[5, 1, 0, 5, 3, 0, 1, 0, 0, 0, 0, 0, 0]).expect("data sent");
     let mut answers = [0; 12];
-    control.read_exact(&mut answers).expect("both answers");
+    control.read_exact(&mut answers).expect("both answers received");
     assert_eq!(answers[..10], [5, 0, 5, 0, 0, 1, 127, 0, 0, 1]);
     let bnd = SocketAddr::new(V4, u16::from_be_bytes([answers[10], answers[11]]));
     let client = socket(V4);

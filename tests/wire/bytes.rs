@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::fixtures::{encode_addr, fixtures};
 use super::transcript::Item;
 
-/// Time limit for each expected event; less than the 10 s of RFC 1928 section 6.
+/// Time limit for each expected event. Shorter than the 10 s of RFC 1928 section 6.
 pub const LIMIT: Duration = Duration::from_secs(8);
 /// Pause between two writes, so that the receiver is likely to read them separately.
 pub const GAP: Duration = Duration::from_micros(200);
@@ -19,7 +19,7 @@ const TCP_LISTEN: &str = "0A";
 /// Addresses that stand for the `{names}` of a transcript.
 #[derive(Debug, Default)]
 pub struct Placeholders {
-    /// Addresses of this session; those of the fixtures are common to all sessions.
+    /// Addresses of this session. All sessions share those of the fixtures.
     pub per_session: Vec<(&'static str, SocketAddr)>,
     /// BND of the last reply.
     pub bnd: Option<SocketAddr>,
@@ -34,7 +34,7 @@ impl Placeholders {
         addr.or_else(|| fixtures().addr(name)).ok_or_else(|| format!("unknown placeholder {name:?}"))
     }
 
-    /// Returns the expected bytes; `None` stands for any byte.
+    /// Returns the expected bytes. `None` means any byte.
     fn expected(&self, items: &[Item]) -> Result<Vec<Option<u8>>, String> {
         let mut expected = Vec::new();
         for item in items {
@@ -63,8 +63,8 @@ impl Placeholders {
     /// Compares a received datagram with the items.
     pub fn compare(&self, items: &[Item], got: &[u8]) -> Result<(), String> {
         let expected = self.expected(items)?;
-        let fits = |(expected, got): (&Option<u8>, &u8)| expected.is_none_or(|expected| expected == *got);
-        if expected.len() == got.len() && expected.iter().zip(got).all(fits) {
+        let is_match = |(expected, got): (&Option<u8>, &u8)| expected.is_none_or(|expected| expected == *got);
+        if expected.len() == got.len() && expected.iter().zip(got).all(is_match) {
             return Ok(());
         }
         Err(format!("expected a datagram of {} bytes, received {}: {}", expected.len(), got.len(), hex(got)))
@@ -131,20 +131,20 @@ fn read_addr(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<SocketAddr, St
     }
 }
 
-/// Expects EOF, or also a reset if `allow_reset`, and no byte before it.
+/// Expects EOF without bytes before it. A reset is accepted too if `allow_reset`.
 pub fn expect_end(stream: &mut TcpStream, allow_reset: bool) -> Result<(), String> {
     match stream.read(&mut [0]) {
         Ok(0) => Ok(()),
-        Ok(_) => Err("expected EOF, received more bytes".into()),
+        Ok(_) => Err("expected EOF, received bytes".into()),
         Err(error) if allow_reset && error.kind() == ErrorKind::ConnectionReset => Ok(()),
         Err(error) => Err(format!("expected EOF: {error}")),
     }
 }
 
-/// Waits until `is_so` returns true; returns false after `limit`.
-pub fn poll_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
+/// Waits until `condition` returns true. Returns false after `limit`.
+pub fn poll_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
-    while !is_so() {
+    while !condition() {
         if Instant::now() >= deadline {
             return false;
         }
@@ -153,9 +153,9 @@ pub fn poll_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Waits until no TCP listener (or no UDP socket) has this address; returns false after [`LIMIT`].
+/// Waits until no TCP listener (or no UDP socket) has this address. Returns false after [`LIMIT`].
 ///
-/// Reads /proc/net, since a connection or bind attempt is not conclusive: another process may have taken the port, or a
+/// Reads /proc/net, because trying to connect or bind is not conclusive: another process may have taken the port, or a
 /// closed connection may still hold it.
 pub fn wait_port_free(addr: SocketAddr, is_tcp: bool) -> bool {
     let table = format!("/proc/net/{}{}", if is_tcp { "tcp" } else { "udp" }, if addr.is_ipv6() { "6" } else { "" });
@@ -164,13 +164,13 @@ pub fn wait_port_free(addr: SocketAddr, is_tcp: bool) -> bool {
     let words = bytes[..bytes.len() - 2].chunks(4).map(|word| <[u8; 4]>::try_from(word).expect("chunks of 4"));
     let ip: String = words.map(|word| format!("{:08X}", u32::from_ne_bytes(word))).collect();
     let local_address = format!("{ip}:{:04X}", addr.port());
-    let is_holder = |line: &str| {
+    let is_user = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         fields[1] == local_address && (!is_tcp || fields[3] == TCP_LISTEN)
     };
     poll_until(LIMIT, || {
-        let table = std::fs::read_to_string(&table).expect("/proc/net");
-        !table.lines().skip(1).any(is_holder)
+        let table = std::fs::read_to_string(&table).expect("file read");
+        !table.lines().skip(1).any(is_user)
     })
 }
 

@@ -28,7 +28,7 @@ pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
     player.end(transcript).map_err(|error| at(0, format!("after the last line: {error}")))
 }
 
-/// The client as a child process, which is killed on drop.
+/// The client as a child process; killed when dropped.
 struct Client {
     child: Child,
     stdout: Option<JoinHandle<Vec<u8>>>,
@@ -42,7 +42,7 @@ impl Client {
         let mut child = command.spawn()?;
         let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
         let mut input = child.stdin.take().expect("stdin is piped");
-        // A client that fails early does not read stdin.
+        // Fails if the client exits early without reading stdin.
         let _ = input.write_all(stdin);
         if is_stdin_left_open {
             child.stdin = Some(input);
@@ -50,7 +50,7 @@ impl Client {
         Ok(Self { child, stdout, stderr })
     }
 
-    /// Waits for exit; returns exit status, stdout and stderr.
+    /// Waits until the client exits. Returns exit status, stdout and stderr.
     fn output(&mut self) -> (Option<i32>, Vec<u8>, String) {
         let mut status = None;
         let ended = poll_until(LIMIT, || {
@@ -86,7 +86,7 @@ struct Player {
     client: Client,
     listener: TcpListener,
     stream: Option<TcpStream>,
-    /// Set when the client has closed the connection or the test has reset it.
+    /// Set if the client has closed the connection or the test has reset it.
     is_closed: bool,
     relay: UdpSocket,
     /// Source address of the client's last datagram.
@@ -98,7 +98,7 @@ impl Player {
     fn new(transcript: &Transcript, byte_by_byte: bool) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
         let Role::Client(args) = &transcript.role else { return Err("this transcript has role: server".into()) };
-        // An address that no other test uses.
+        // No other test uses this address.
         let ip = if transcript.proxy_ip.is_ipv4() { Ipv4Addr::new(127, 0, 0, 7).into() } else { transcript.proxy_ip };
         let listener = TcpListener::bind((ip, 0)).map_err(text)?;
         listener.set_nonblocking(true).map_err(text)?;
@@ -138,7 +138,7 @@ impl Player {
                 let bytes = self.placeholders.bytes(items)?;
                 let pieces = bytes.chunks(if self.byte_by_byte { 1 } else { bytes.len().max(1) });
                 for piece in pieces {
-                    // The client may have closed already; its exit status is checked below.
+                    // The client may have closed already. `end` checks its exit status.
                     let _ = self.accept()?.write_all(piece);
                     thread::sleep(GAP);
                 }
@@ -176,7 +176,7 @@ impl Player {
         }
     }
 
-    /// Returns the client's connection; accepts it if needed.
+    /// Returns the client's connection. Accepts it at the first call.
     fn accept(&mut self) -> Result<&mut TcpStream, String> {
         if self.stream.is_none() {
             let mut accepted = None;
@@ -217,7 +217,9 @@ impl Player {
         let is_expected = |line: &&str| transcript.stderr.iter().any(|text| line.contains(text.as_str()));
         let is_valid = if status == Some(0) { messages.iter().all(is_expected) } else { messages.len() == 1 };
         if !is_valid {
-            return Err(format!("a failure must write one line, success only the lines in the transcript; {output}"));
+            return Err(format!(
+                "expected one line after a failure, and only the lines of the transcript after success; {output}"
+            ));
         }
         if stderr.contains("secret") { Err(format!("the password is on stderr; {output}")) } else { Ok(()) }
     }

@@ -1,4 +1,4 @@
-//! Targets for the transcripts, and the addresses that their `{names}` stand for.
+//! Targets for the transcripts, and the addresses of their placeholders.
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
@@ -9,15 +9,15 @@ use socket2::{Domain, Socket, Type};
 
 use crate::common::{tcp_server, udp_echo_server};
 
-/// Targets that all transcripts share, for as long as the tests run.
+/// Targets that all transcripts share. They run until the tests end.
 pub struct Fixtures {
     named: Vec<(&'static str, SocketAddr)>,
-    /// Bound, but not listening: keeps the closed ports reserved.
+    /// Bound, but not listening. They keep the closed ports reserved.
     _closed: [Socket; 2],
-    _deaf: UdpSocket,
+    _closed_udp: UdpSocket,
 }
 
-/// Returns the shared fixtures; starts them at the first call.
+/// Returns the shared fixtures. Starts them at the first call.
 pub fn fixtures() -> &'static Fixtures {
     static FIXTURES: OnceLock<Fixtures> = OnceLock::new();
     FIXTURES.get_or_init(Fixtures::start)
@@ -28,7 +28,7 @@ impl Fixtures {
         let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
         let closed = [v4, v6].map(|ip| bound(SocketAddr::new(ip, 0)));
         let closed_udp = UdpSocket::bind((v4, 0)).expect("free port");
-        // A socket that is connected elsewhere: the kernel answers other senders with ICMP port unreachable.
+        // Connected to an unused address, so that the kernel answers other senders with ICMP port unreachable.
         closed_udp.connect(("127.0.0.9", 9)).expect("connected");
         let named = vec![
             ("echo", tcp_server(v4, echo)),
@@ -47,7 +47,7 @@ impl Fixtures {
             ("any", SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)),
             ("any6", SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0)),
         ];
-        Self { named, _closed: closed, _deaf: closed_udp }
+        Self { named, _closed: closed, _closed_udp: closed_udp }
     }
 
     /// Returns the address with this name.
@@ -65,7 +65,7 @@ pub fn bound(addr: SocketAddr) -> Socket {
 
 /// Returns the local address of a socket.
 pub fn addr_of(socket: &Socket) -> SocketAddr {
-    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("peer address")
+    socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("local address")
 }
 
 /// Encodes ATYP, address and port as in requests, replies and datagrams.
@@ -100,7 +100,7 @@ fn send_banner(mut stream: TcpStream) {
 fn send_byte_count(mut stream: TcpStream) {
     let mut all = Vec::new();
     if stream.read_to_end(&mut all).is_ok() {
-        let _ = write!(stream, "{} octets", all.len());
+        let _ = write!(stream, "{} bytes", all.len());
     }
 }
 

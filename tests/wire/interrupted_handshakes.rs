@@ -1,4 +1,5 @@
-//! Handshakes that the client interrupts after each byte: by FIN, by RST, by silence. The server releases everything.
+//! Handshakes that the client interrupts after each byte by FIN, RST or silence. The server releases all descriptors
+//! and ports.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -38,17 +39,17 @@ fn timeout_after_each_handshake_byte_leaks_nothing() {
     interrupt_at_every_byte(Interruption::Silence, &args);
 }
 
-/// RFC 1928 section 6: the server closes no more than 10 seconds after the failure.
+/// RFC 1928 section 6: the server closes within 10 seconds after the failure.
 #[test]
 fn refused_client_that_keeps_sending_is_closed_within_ten_seconds() {
     let server = Server::start(&[]);
     let before = server.descriptors();
     let started = Instant::now();
-    let closed = fixtures().addr("closed").expect("fixture");
+    let closed = fixtures().addr("closed").expect("known fixture");
     let (mut stream, rep, _) = open(&server, 1, closed);
     assert_eq!(rep, 5);
     wait_until("the server closes the connection", Duration::from_secs(10), || {
-        // More data from the client must not keep the connection open.
+        // Data from the client must not keep the connection open.
         let _ = stream.write(b"more");
         server.descriptors() == before
     });
@@ -76,7 +77,7 @@ fn client_reset_before_accept_is_logged_with_its_address() {
     server.signal("STOP");
     let stream = server.connect();
     let client = stream.local_addr().expect("local address");
-    interrupt(Interruption::Reset, stream).expect("reset");
+    interrupt(Interruption::Reset, stream).expect("connection reset");
     server.signal("CONT");
     let log = server.wait_log(|log| log.contains(" session client="));
     assert!(log.contains(&format!(" session client={client} ")), "{client}\n{log}");
@@ -88,7 +89,7 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
     let alice = User { bcrypt: false, name: "alice".into(), password: "secret".into() };
     for users in [vec![], vec![alice]] {
         let server = start(&args, &users, dir.path(), "users");
-        // One complete session of each command first, for descriptors that the server opens once and keeps.
+        // First a complete session of each command, for descriptors that the server opens once and keeps.
         for command in 1..=3 {
             let handshake = handshake(command, !users.is_empty());
             send_up_to(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("half-closed");
@@ -109,7 +110,7 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
             interrupt(interruption, stream)
                 .unwrap_or_else(|error| panic!("{interruption:?}, CMD {command}, {end} bytes: {error}"));
         }
-        assert_eq!(ports.len(), 2, "complete handshakes: one BIND, one UDP ASSOCIATE");
+        assert_eq!(ports.len(), 2, "ports of the complete BIND and UDP ASSOCIATE");
         for (addr, is_tcp) in ports {
             assert!(wait_port_free(addr, is_tcp), "{interruption:?}: {addr} is still in use\n{}", server.log());
         }
@@ -134,7 +135,7 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
 }
 
 fn handshake(command: u8, login: bool) -> Handshake {
-    let dst = fixtures().addr(if command == 1 { "echo" } else { "any" }).expect("fixture");
+    let dst = fixtures().addr(if command == 1 { "echo" } else { "any" }).expect("known fixture");
     let request = [&[5, command, 0], encode_addr(dst).as_slice()].concat();
     match login {
         false => vec![(vec![5, 1, 0], 2), (request, 10)],
@@ -163,7 +164,7 @@ fn send_up_to(server: &Server, handshake: &Handshake, end: usize) -> (TcpStream,
     (stream, None)
 }
 
-/// Interrupts a handshake, then waits for the server to close.
+/// Interrupts a handshake and waits until the server closes.
 fn interrupt(interruption: Interruption, mut stream: TcpStream) -> std::io::Result<()> {
     match interruption {
         Interruption::Fin => stream.shutdown(Shutdown::Write)?,

@@ -16,20 +16,20 @@ use super::fixtures::{addr_of, bound};
 use super::transcript::{Endpoint, Step, Transcript, User};
 use crate::common::{Server, s5, write_file};
 
-/// How the client's bytes are divided into writes.
+/// Division of the client's bytes into writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Chunking {
     /// One write per line, each after the answer to the previous one.
     PerLine,
-    /// One write per byte; each line after the answer to the previous one.
+    /// One write per byte. Each line is sent after the answer to the previous one.
     PerByte,
     /// One write for all lines.
     AllAtOnce,
-    /// Two writes for all lines; the first one has this many bytes.
+    /// Two writes for all lines. The first one has this number of bytes.
     SplitAt(usize),
 }
 
-/// One server for each combination of arguments and users, with its number of descriptors after the start.
+/// One server for each combination of arguments and users, with the number of its descriptors after the start.
 pub struct Servers {
     dir: tempfile::TempDir,
     running: HashMap<String, (Server, usize)>,
@@ -54,7 +54,7 @@ impl Servers {
         &self.running[&server_key(transcript)].0
     }
 
-    /// Panics unless each server runs, has no more descriptors than after its start, and has not panicked.
+    /// Fails unless each server is running, has no more descriptors than after its start, and has not panicked.
     pub fn assert_no_leaks(&self) {
         for (key, (server, before)) in &self.running {
             let is_released = poll_until(LIMIT, || server.descriptors() <= *before);
@@ -88,11 +88,11 @@ fn users_file_line(user: &User) -> String {
     let hash = if user.bcrypt {
         bcrypt::hash(&user.password, 4).expect("password hashed")
     } else {
-        let params = Params::new(Params::MIN_M_COST, 1, 1, None).expect("parameters");
+        let params = Params::new(Params::MIN_M_COST, 1, 1, None).expect("valid parameters");
         let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
         argon2.hash_password(&user.password).expect("password hashed").to_string()
     };
-    format!("{}:{hash}", std::str::from_utf8(&user.name).expect("UTF-8 name"))
+    format!("{}:{hash}", std::str::from_utf8(&user.name).expect("UTF-8"))
 }
 
 /// Plays a transcript. Errors name the file and line.
@@ -117,9 +117,9 @@ pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Res
     Ok(())
 }
 
-/// Number of bytes that the client of a transcript sends.
+/// Returns the number of bytes that the client of a transcript sends.
 pub fn sent_length(transcript: &Transcript, server: &Server) -> usize {
-    Player::new(transcript, server, Chunking::PerLine).expect("a valid transcript").bytes.len()
+    Player::new(transcript, server, Chunking::PerLine).expect("valid transcript").bytes.len()
 }
 
 struct Player {
@@ -130,24 +130,24 @@ struct Player {
     bytes: Vec<u8>,
     /// Number of bytes that have been sent.
     sent: usize,
-    /// Number of bytes up to the current line.
-    due: usize,
+    /// Number of bytes up to the end of the current line.
+    line_end: usize,
     placeholders: Placeholders,
-    /// Set when the server has closed the connection or the test has reset it.
+    /// Set if the server has closed the connection or the test has reset it.
     is_closed: bool,
     client_udp: UdpSocket,
     other_udp: UdpSocket,
-    /// The expected peer of BIND, bound to its address, until it connects.
+    /// The expected peer of BIND before it connects, bound to its address.
     unconnected_peer: Option<Socket>,
     peer: Option<TcpStream>,
 }
 
-/// Returns a loopback address that no client has used yet, since the server throttles addresses after failed logins.
+/// Returns a loopback address that no client has used yet, because the server throttles addresses after failed logins.
 /// IPv6 has only one loopback address.
-fn unused_ip(like: IpAddr) -> IpAddr {
+fn unused_ip(family_of: IpAddr) -> IpAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-    if like.is_ipv4() { Ipv4Addr::new(127, 1, high, low).into() } else { like }
+    if family_of.is_ipv4() { Ipv4Addr::new(127, 1, high, low).into() } else { family_of }
 }
 
 impl Player {
@@ -180,7 +180,7 @@ impl Player {
             ("peer6", peer),
         ]);
         placeholders.per_session.extend(["listener", "listener6"].into_iter().zip(server.addrs.iter().copied()));
-        // Placeholders of replies have no value yet, but no request uses them.
+        // Placeholders of replies have no value yet. No request uses them.
         let mut bytes = Vec::new();
         for (_, step) in &transcript.steps {
             if let Step::ToServer(items) = step {
@@ -189,14 +189,14 @@ impl Player {
         }
         let client = stream.local_addr().map_err(text)?;
         let unconnected_peer = Some(unconnected_peer);
-        let (sent, due, is_closed, peer) = (0, 0, false, None);
+        let (sent, line_end, is_closed, peer) = (0, 0, false, None);
         Ok(Self {
             chunking,
             stream,
             client,
             bytes,
             sent,
-            due,
+            line_end,
             placeholders,
             is_closed,
             client_udp,
@@ -210,7 +210,7 @@ impl Player {
         let text = |error: std::io::Error| error.to_string();
         match step {
             Step::ToServer(items) => {
-                self.due += self.placeholders.bytes(items)?.len();
+                self.line_end += self.placeholders.bytes(items)?.len();
                 self.send();
                 Ok(())
             }
@@ -280,17 +280,17 @@ impl Player {
         }
     }
 
-    /// Sends the bytes up to the current line, or more, depending on the chunking.
+    /// Sends the bytes up to the current line. Depending on the chunking, sends more.
     fn send(&mut self) {
         if let Chunking::SplitAt(first) = self.chunking {
             self.send_to(first);
         }
         match self.chunking {
             Chunking::AllAtOnce => self.send_to(self.bytes.len()),
-            Chunking::SplitAt(first) if self.due > first => self.send_to(self.bytes.len()),
+            Chunking::SplitAt(first) if self.line_end > first => self.send_to(self.bytes.len()),
             Chunking::SplitAt(_) => {}
-            Chunking::PerLine => self.send_to(self.due),
-            Chunking::PerByte => (self.sent..self.due).for_each(|i| self.send_to(i + 1)),
+            Chunking::PerLine => self.send_to(self.line_end),
+            Chunking::PerByte => (self.sent..self.line_end).for_each(|i| self.send_to(i + 1)),
         }
     }
 
@@ -298,7 +298,7 @@ impl Player {
         if end <= self.sent {
             return;
         }
-        // The server may have closed already; the next expected answer then gives the better error.
+        // The server may have closed already. The error of the next expected answer is more useful.
         let _ = self.stream.write_all(&self.bytes[self.sent..end]);
         self.sent = end;
         if self.chunking != Chunking::PerLine {
@@ -306,7 +306,7 @@ impl Player {
         }
     }
 
-    /// Closes what is still open, and expects no datagram and no byte that the transcript does not mention.
+    /// Closes the open connections. Fails if there are datagrams or bytes that the transcript does not mention.
     fn end(mut self) -> Result<(), String> {
         drop(self.peer.take());
         let datagrams =

@@ -15,12 +15,12 @@ pub enum Item {
     ToEnd,
 }
 
-/// The endpoint that sends a datagram or connects to BND, by its address.
+/// The endpoint that sends a datagram or connects to BND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// The expected address: that of the client's UDP socket, or of BIND's expected peer.
+    /// The expected endpoint: the client's UDP socket, or the expected peer of BIND.
     Expected,
-    /// The same IP address, another port.
+    /// The same IP address with another port.
     OtherPort,
     /// Another IP address.
     OtherIp,
@@ -41,16 +41,16 @@ pub enum Step {
     Reset,
     Eof,
     Close,
-    /// The port of BND is released: the TCP port if true, otherwise the UDP port.
+    /// s5 must release the port of BND: the TCP port if true, otherwise the UDP port.
     PortFree(bool),
     Log(String),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// s5 is the server; the test is its client.
+    /// s5 is the server. The test is its client.
     Server,
-    /// s5 is the client, with these arguments; the test is its proxy.
+    /// s5 is the client, with these arguments. The test is its proxy.
     Client(Vec<String>),
 }
 
@@ -180,7 +180,7 @@ fn step(line: &str) -> Result<Option<Step>, String> {
     }))
 }
 
-/// Parses a line that has only bytes.
+/// Parses items that must be bytes, not placeholders.
 fn bytes(text: &str) -> Result<Vec<u8>, String> {
     let plain = |item| match item {
         Item::Bytes(bytes) => Ok(bytes),
@@ -201,7 +201,7 @@ fn items(text: &str) -> Result<Vec<Item>, String> {
     Ok(items)
 }
 
-/// Length of the first word. A space ends a word, except inside quotes.
+/// Returns the length of the first word. A space ends a word, except inside quotes.
 fn word_len(text: &str) -> usize {
     let (mut quoted, mut escaped) = (false, false);
     for (i, c) in text.char_indices() {
@@ -221,18 +221,18 @@ fn item(word: &str) -> Result<Item, String> {
     if let Some(name) = word.strip_prefix('{').and_then(|word| word.strip_suffix('}')) {
         return Ok(Item::Named(name.into()));
     }
-    let (what, count) = match word.rsplit_once('*') {
-        Some((what, count)) if !count.contains('"') => (what, count.parse().map_err(|_| invalid())?),
+    let (text, count) = match word.rsplit_once('*') {
+        Some((text, count)) if !count.contains('"') => (text, count.parse().map_err(|_| invalid())?),
         _ => (word, 1),
     };
-    match what {
+    match text {
         "??" => return Ok(Item::AnyByte),
         "..." => return Ok(Item::ToEnd),
         _ => {}
     }
-    let bytes = match what.strip_prefix('"').and_then(|what| what.strip_suffix('"')) {
+    let bytes = match text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
         Some(quoted) => unescape(quoted).ok_or_else(invalid)?,
-        None if what.len() == 2 => vec![u8::from_str_radix(what, 16).map_err(|_| invalid())?],
+        None if text.len() == 2 => vec![u8::from_str_radix(text, 16).map_err(|_| invalid())?],
         None => return Err(invalid()),
     };
     Ok(Item::Bytes(bytes.repeat(count)))
