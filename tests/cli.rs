@@ -103,8 +103,8 @@ fn error_names_option_given_twice() {
 #[test]
 fn error_names_invalid_target() {
     for mode in ["connect", "udp"] {
-        assert_usage_error(&[mode], &["target", "host:port"]);
-        assert_usage_error(&[mode, "a", "1", "2"], &["host:port"]);
+        assert_usage_error(&[mode], &["target", "expected HOST:PORT, or HOST and PORT"]);
+        assert_usage_error(&[mode, "a", "1", "2"], &["expected HOST:PORT, or HOST and PORT"]);
         assert_usage_error(&[mode, "example.org"], &["target", "example.org", "expected HOST:PORT"]);
         assert_usage_error(&[mode, "::1"], &["target", "::1", "expected HOST:PORT"]);
         assert_usage_error(&[mode, "[::1]"], &["target", "[::1]", "expected HOST:PORT"]);

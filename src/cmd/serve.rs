@@ -195,7 +195,7 @@ pub struct Args {
 }
 
 fn parse_threads(text: &str) -> Result<u16, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected an integer from 1 to 65535".into())
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 to 65535".into())
 }
 
 fn default_threads() -> u16 {
@@ -257,7 +257,7 @@ impl Args {
     pub(super) fn run(mut self) -> Result<(), CliError> {
         match (&self.users, &self.add_user, &self.remove_user) {
             (_, Some(_), Some(_)) => {
-                return Err(CliError::usage("--add-user and --remove-user cannot be used together"));
+                return Err(CliError::usage("--add-user and --remove-user cannot be combined"));
             }
             (None, Some(_), None) => return Err(CliError::usage("--add-user requires --users FILE")),
             (None, None, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),

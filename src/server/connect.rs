@@ -124,7 +124,7 @@ impl Session<'_> {
             Some(Route::Direct) => {
                 addrs.retain(|addr| addr.port() != 0 && is_unicast(addr.ip()));
                 if addrs.is_empty() {
-                    return Err(SessionError::with_rep(Rep::NETWORK_UNREACHABLE, "port 0, or no unicast address"));
+                    return Err(SessionError::with_rep(Rep::NETWORK_UNREACHABLE, "not a unicast address, or port 0"));
                 }
                 Ok(ResolvedRoute::Direct(addrs))
             }

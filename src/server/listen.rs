@@ -76,13 +76,14 @@ impl fmt::Display for ListenAddr {
 impl ListenAddr {
     /// Returns the TCP addresses before they are bound. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
-        let both = |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
+        let both_families =
+            |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
         match self {
             Self::Host(host, port) => {
                 (host.as_str(), *port).to_socket_addrs().map(Iterator::collect).unwrap_or_default()
             }
-            Self::Loopback(port) => both(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
-            Self::Wildcard(port) => both(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
+            Self::Loopback(port) => both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
+            Self::Wildcard(port) => both_families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
             Self::Unix(_) => Vec::new(),
         }
     }

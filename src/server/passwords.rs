@@ -72,11 +72,11 @@ impl PasswordVerifier {
             return true;
         }
         let uname = credentials.uname.clone();
-        let valid = self.verify_uncached(users, credentials).await;
-        if valid {
+        let is_valid = self.verify_uncached(users, credentials).await;
+        if is_valid {
             self.cache().insert(uname, (digest, Instant::now()));
         }
-        valid
+        is_valid
     }
 
     async fn verify_uncached(&self, users: &Arc<Users>, credentials: Credentials) -> bool {

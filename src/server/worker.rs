@@ -443,6 +443,6 @@ impl AcceptLoop {
 /// Returns true if the next accept(2) may succeed at once.
 fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
-    let is_protocol = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());
-    is_protocol || matches!(error.kind(), WouldBlock | ConnectionAborted | ConnectionReset | Interrupted)
+    let is_protocol_error = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());
+    is_protocol_error || matches!(error.kind(), WouldBlock | ConnectionAborted | ConnectionReset | Interrupted)
 }

@@ -354,7 +354,7 @@ pub(in crate::cmd) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
     let parsed = match words {
         [host_port] => parse_addr(host_port, None),
         [host, port] => parse_host(host).and_then(|host| Ok(Addr { host, port: parse_port(port)? })),
-        _ => Err("expected host:port, or host and port".into()),
+        _ => Err("expected HOST:PORT, or HOST and PORT".into()),
     };
     match parsed {
         Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
