@@ -117,7 +117,7 @@ fn three_answers() -> SocketAddr {
     let addr = target.local_addr().expect("local address");
     thread::spawn(move || {
         while let Ok((_, from)) = target.recv_from(&mut [0; 2048]) {
-            for (socket, text) in [(&other_ip, "far"), (&other_port, "near"), (&target, "here")] {
+            for (socket, text) in [(&other_ip, "other ip"), (&other_port, "other port"), (&target, "target")] {
                 let _ = socket.send_to(text.as_bytes(), from);
             }
         }

@@ -1,16 +1,17 @@
-//! The charts: bars for the rows, lines for the soak. SVG with a light and a dark style.
+//! The charts in SVG, with a light and a dark style: bars for the rows, lines for the soak.
 
 use std::fmt::Write as _;
 
 use crate::proxies::ProxyKind;
 use crate::report::Results;
 
+/// Sizes in pixels.
 const WIDTH: f64 = 760.0;
-const NAMES: f64 = 150.0;
-const VALUES: f64 = 110.0;
-const BAR: f64 = 13.0;
-const STEP: f64 = 18.0;
-const TITLE: f64 = 34.0;
+const NAME_WIDTH: f64 = 150.0;
+const VALUE_WIDTH: f64 = 110.0;
+const BAR_HEIGHT: f64 = 13.0;
+const ROW_HEIGHT: f64 = 18.0;
+const TITLE_HEIGHT: f64 = 34.0;
 
 const STYLE: &str = "<style>\
 text{font:12px sans-serif;fill:#24292f}.title{font-weight:600}.peer{fill:#8c96a3}.s5{fill:#1f6feb}\
@@ -39,42 +40,42 @@ pub fn bars(results: &Results, group: &str) -> Option<String> {
             Some((proxy, cell.median()?, cell.range()))
         });
         let cells: Vec<_> = cells.collect();
-        let most = cells.iter().map(|(_, _, (_, high))| *high).fold(0.0, f64::max);
-        if most == 0.0 {
+        let max = cells.iter().map(|(_, _, (_, high))| *high).fold(0.0, f64::max);
+        if max == 0.0 {
             continue;
         }
         let better = if figure.is_higher_better { "higher is better" } else { "lower is better" };
         let title = escape(&format!("{}, {} ({better})", figure.label, figure.unit));
         let _ = writeln!(body, "<text class=\"title\" x=\"8\" y=\"{:.0}\">{title}</text>", y + 22.0);
-        y += TITLE;
-        let scale = (WIDTH - NAMES - VALUES) / most;
-        for (proxy, middle, (low, high)) in cells {
+        y += TITLE_HEIGHT;
+        let scale = (WIDTH - NAME_WIDTH - VALUE_WIDTH) / max;
+        for (proxy, median, (low, high)) in cells {
             let class = match proxy.kind {
                 ProxyKind::Direct => "direct",
                 ProxyKind::S5 => "s5",
                 _ => "peer",
             };
-            let (right, text, line) = (NAMES - 8.0, y + 11.0, y + BAR / 2.0);
+            let (right, text, line) = (NAME_WIDTH - 8.0, y + 11.0, y + BAR_HEIGHT / 2.0);
             let _ = writeln!(
                 body,
                 "<text x=\"{right}\" y=\"{text:.1}\" text-anchor=\"end\">{}</text>\
-                 <rect class=\"{class}\" x=\"{NAMES}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{BAR}\"/>\
+                 <rect class=\"{class}\" x=\"{NAME_WIDTH}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{BAR_HEIGHT}\"/>\
                  <path class=\"range\" d=\"M{:.1} {line:.1}H{:.1}\"/>\
-                 <text x=\"{:.1}\" y=\"{text:.1}\">{middle:.*}</text>",
+                 <text x=\"{:.1}\" y=\"{text:.1}\">{median:.*}</text>",
                 escape(&proxy.name),
-                middle * scale,
-                NAMES + low * scale,
-                NAMES + high * scale,
-                NAMES + middle.max(high) * scale + 6.0,
+                median * scale,
+                NAME_WIDTH + low * scale,
+                NAME_WIDTH + high * scale,
+                NAME_WIDTH + median.max(high) * scale + 6.0,
                 figure.digits,
             );
-            y += STEP;
+            y += ROW_HEIGHT;
         }
     }
     (y > 0.0).then(|| svg(y + 10.0, &body))
 }
 
-/// One line over time.
+/// A chart of one value over time.
 pub struct Panel {
     pub title: String,
     /// Minute and value.
@@ -85,24 +86,24 @@ pub fn lines(panels: &[Panel]) -> String {
     const HEIGHT: f64 = 90.0;
     let (mut body, mut y) = (String::new(), 0.0);
     for panel in panels {
-        let most = panel.points.iter().map(|(_, value)| *value).fold(f64::MIN_POSITIVE, f64::max);
+        let max = panel.points.iter().map(|(_, value)| *value).fold(f64::MIN_POSITIVE, f64::max);
         let last = panel.points.last().map_or(1.0, |(minute, _)| minute.max(f64::MIN_POSITIVE));
-        let (width, foot) = (WIDTH - 90.0, y + TITLE + HEIGHT);
+        let (width, foot) = (WIDTH - 90.0, y + TITLE_HEIGHT + HEIGHT);
         let at = |(minute, value): &(f64, f64)| {
-            format!("{:.1},{:.1}", 60.0 + minute / last * width, foot - value / most * HEIGHT)
+            format!("{:.1},{:.1}", 60.0 + minute / last * width, foot - value / max * HEIGHT)
         };
         let points: Vec<_> = panel.points.iter().map(at).collect();
         let _ = writeln!(
             body,
             "<text class=\"title\" x=\"8\" y=\"{:.1}\">{}</text><path class=\"axis\" d=\"M60 {:.1}V{foot:.1}H{:.1}\"/>\
-             <text x=\"54\" y=\"{:.1}\" text-anchor=\"end\">{most:.1}</text><text x=\"54\" y=\"{foot:.1}\" \
+             <text x=\"54\" y=\"{:.1}\" text-anchor=\"end\">{max:.1}</text><text x=\"54\" y=\"{foot:.1}\" \
              text-anchor=\"end\">0</text><text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{last:.1} min</text>\
              <polyline class=\"line\" points=\"{}\"/>",
             y + 22.0,
             escape(&panel.title),
-            y + TITLE,
+            y + TITLE_HEIGHT,
             60.0 + width,
-            y + TITLE + 10.0,
+            y + TITLE_HEIGHT + 10.0,
             60.0 + width,
             foot + 14.0,
             points.join(" "),

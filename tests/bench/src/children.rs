@@ -1,4 +1,4 @@
-//! Child processes, which end with the benchmark even if it is killed, and the directory for their files.
+//! Child processes, which end with the benchmark even if it is killed, and the directory of their files.
 
 use std::fs;
 use std::io;
@@ -18,7 +18,7 @@ use signal_hook::iterator::Signals;
 use crate::cpu;
 
 /// First argument of this program when it executes another program.
-pub const EXEC_HELPER: &str = "become";
+pub const EXEC_HELPER: &str = "exec";
 
 static PROCESS_ROOTS: Mutex<Vec<i32>> = Mutex::new(Vec::new());
 
@@ -28,14 +28,14 @@ pub struct Process(Child);
 impl Process {
     /// Starts a program through [`exec_program`], so that the kernel kills it when this process ends.
     ///
-    /// Only for the main thread: the kernel kills the child when the thread that has started it ends.
+    /// Call this on the main thread only: the kernel kills the child when the thread that started it ends.
     pub fn start(command: &Command) -> io::Result<Self> {
         let mut wrapped = Self::wrap(command)?;
         wrapped.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self::spawn_directly(wrapped)
     }
 
-    /// As [`Process::start`], with pipes for stdin and stdout.
+    /// Like [`Process::start`], with pipes for stdin and stdout.
     pub fn start_with_pipes(command: &Command) -> io::Result<Self> {
         let mut wrapped = Self::wrap(command)?;
         wrapped.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -49,7 +49,7 @@ impl Process {
         Ok(wrapped)
     }
 
-    /// Starts the program itself, for measuring the time of the start.
+    /// Starts a program without [`exec_program`], to measure its start time.
     pub fn spawn_directly(mut command: Command) -> io::Result<Self> {
         let child = command.process_group(0).spawn()?;
         PROCESS_ROOTS.lock().expect("not poisoned").push(child.id() as i32);
@@ -80,7 +80,7 @@ impl Drop for Process {
     }
 }
 
-/// Kills a process and its descendants. Some daemons start new sessions, so that a process group is not enough.
+/// Kills a process and its descendants. Some daemons start new sessions, so killing a process group is not enough.
 fn kill_tree(root: i32) {
     for pid in cpu::descendants(root) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -96,7 +96,7 @@ pub fn exec_program(mut args: impl Iterator<Item = std::ffi::OsString>) -> io::E
     Command::new(program).args(args).exec()
 }
 
-/// Raises the soft limit of descriptors to the hard limit, and returns it.
+/// Raises the descriptor limit to the hard limit. Returns the limit.
 pub fn raise_descriptor_limit() -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
     match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {

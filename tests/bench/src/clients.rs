@@ -1,5 +1,5 @@
-//! CPU of one connection test: `s5 connect -z` and `nc -z -X 5` in pairs, through one server on loopback. And the size
-//! of the binary.
+//! CPU time of a connection test: `s5 connect -z` and `nc -z -X 5` in turn, through one server on loopback. Also the
+//! size of the binary.
 
 use std::fs;
 use std::net::SocketAddrV4;
@@ -15,17 +15,17 @@ use crate::target::Target;
 
 /// Runs of each program.
 const PAIRS: usize = 50;
-/// Highest CPU time of s5, as a factor of that of nc.
-const GOAL: f64 = 1.0;
-/// Largest size of the binary, in MiB.
+/// Maximum CPU time of s5, as a factor of the CPU time of nc.
+const MAX_RATIO: f64 = 1.0;
+/// Maximum size of the binary, in MiB.
 const MAX_SIZE: f64 = 1.5;
 const MIB: f64 = (1 << 20) as f64;
 
-/// Measures and writes the report. Returns whether the goals are met.
+/// Measures and writes the report. Returns true if the goals are met.
 pub fn run(s5: &Proxy, target: &Target, out: &Path) -> Result<bool, BenchError> {
     let running = s5.start()?;
-    let Via::Socks(proxy) = running.via else { return Err(failed("s5 is no proxy")) };
-    let ours = || {
+    let Via::Socks(proxy) = running.via else { return Err(failed("s5 is not a SOCKS proxy")) };
+    let s5_connect = || {
         let mut command = Command::new(&s5.path);
         command.args(["connect", "-z", "-x", &proxy.to_string()]);
         command
@@ -36,19 +36,19 @@ pub fn run(s5: &Proxy, target: &Target, out: &Path) -> Result<bool, BenchError> 
         command
     };
     // The first runs load both programs into memory.
-    let _ = (cpu_of_run(ours(), target.echo)?, cpu_of_run(nc(), target.echo)?);
-    let pairs = (0..PAIRS).map(|_| Ok((cpu_of_run(ours(), target.echo)?, cpu_of_run(nc(), target.echo)?)));
+    let _ = (cpu_of_run(s5_connect(), target.echo)?, cpu_of_run(nc(), target.echo)?);
+    let pairs = (0..PAIRS).map(|_| Ok((cpu_of_run(s5_connect(), target.echo)?, cpu_of_run(nc(), target.echo)?)));
     let pairs = pairs.collect::<Result<Vec<_>, BenchError>>()?;
-    let of = |pick: fn(&(f64, f64)) -> f64| median(&pairs.iter().map(pick).collect::<Vec<_>>());
-    let ratio = of(|(ours, nc)| ours / nc);
-    let is_met = ratio <= GOAL;
+    let median_of = |value: fn(&(f64, f64)) -> f64| median(&pairs.iter().map(value).collect::<Vec<_>>());
+    let ratio = median_of(|(s5, nc)| s5 / nc);
+    let is_met = ratio <= MAX_RATIO;
     let size = fs::metadata(&s5.path)?.len();
     let text = format!(
-        "| CPU of a connection test, median of {PAIRS} pairs | s5 | nc | ratio | at most {GOAL:.2} |\n\
+        "| CPU of a connection test, median of {PAIRS} pairs | s5 | nc | ratio | at most {MAX_RATIO:.2} |\n\
          | --- | --: | --: | --: | --- |\n| us | {:.0} | {:.0} | {ratio:.2} | {} |\n\n\
          The binary has {:.3} MiB (goal: less than {MAX_SIZE:.1}): {}.\n",
-        of(|pair| pair.0),
-        of(|pair| pair.1),
+        median_of(|pair| pair.0),
+        median_of(|pair| pair.1),
         if is_met { "met" } else { "**missed**" },
         size as f64 / MIB,
         if (size as f64) < MAX_SIZE * MIB { "met" } else { "**missed**" }

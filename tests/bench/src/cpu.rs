@@ -1,4 +1,4 @@
-//! Resources of a process and its descendants: CPU time in nanoseconds, memory, descriptors, threads.
+//! Resources of a process and its descendants: CPU time, memory, descriptors, threads.
 
 use std::collections::HashMap;
 use std::fs;
@@ -7,7 +7,7 @@ use nix::sys::time::TimeValLike as _;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
-/// Returns the fields of /proc/PID/stat from the third on. The second one is a name that may contain spaces.
+/// Returns the fields of /proc/PID/stat from the third on. The second field is a name that may contain spaces.
 fn stat(pid: i32) -> Option<Vec<String>> {
     let line = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let rest = line.get(line.rfind(')')? + 2..)?;
@@ -46,24 +46,24 @@ impl Tree {
     /// The clock of a process counts nanoseconds, and includes threads that have ended. The time of child processes
     /// that have ended is in the stat file of the parent, in clock ticks.
     pub fn cpu(&self) -> f64 {
-        let of = |pid| {
-            let own = clock_getcpuclockid(Pid::from_raw(pid)).and_then(|clock| clock.now());
-            let own = own.map_or(0.0, |time| time.num_nanoseconds() as f64 / 1e9);
+        let cpu_of = |pid| {
+            let running = clock_getcpuclockid(Pid::from_raw(pid)).and_then(|clock| clock.now());
+            let running = running.map_or(0.0, |time| time.num_nanoseconds() as f64 / 1e9);
             let fields = stat(pid).unwrap_or_default();
             let ended: f64 = [13, 14].iter().filter_map(|at| fields.get(*at)?.parse::<f64>().ok()).sum();
-            own + ended / tick()
+            running + ended / ticks_per_second()
         };
-        self.pids().map(of).sum()
+        self.pids().map(cpu_of).sum()
     }
 
-    /// Returns the bytes of memory that are private and have been written.
+    /// Returns the bytes of private memory that have been written.
     pub fn private_dirty(&self) -> u64 {
-        self.pids().map(|pid| kib(&format!("/proc/{pid}/smaps_rollup"), "Private_Dirty:")).sum()
+        self.pids().map(|pid| bytes(&format!("/proc/{pid}/smaps_rollup"), "Private_Dirty:")).sum()
     }
 
-    /// Returns the resident bytes, including shared ones.
+    /// Returns the resident bytes, including shared memory.
     pub fn resident(&self) -> u64 {
-        self.pids().map(|pid| kib(&format!("/proc/{pid}/status"), "VmRSS:")).sum()
+        self.pids().map(|pid| bytes(&format!("/proc/{pid}/status"), "VmRSS:")).sum()
     }
 
     pub fn descriptors(&self) -> u64 {
@@ -84,17 +84,18 @@ pub fn machine_time() -> f64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let fields = text.lines().next().unwrap_or_default().split_whitespace().skip(1);
     let fields: Vec<f64> = fields.filter_map(|field| field.parse().ok()).collect();
-    // Fields 4 and 5 are idle time. Those after the eighth are included in the first two.
+    // Fields 4 and 5 are idle time. The fields after the eighth are included in the first two.
     let busy: f64 =
         fields.iter().take(8).enumerate().filter(|(at, _)| ![3, 4].contains(at)).map(|(_, ticks)| ticks).sum();
-    busy / tick()
+    busy / ticks_per_second()
 }
 
-fn tick() -> f64 {
+fn ticks_per_second() -> f64 {
     sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64
 }
 
-fn kib(path: &str, key: &str) -> u64 {
+/// Returns the number of bytes in a line of a /proc file, which has it in KiB.
+fn bytes(path: &str, key: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key));
     line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0) * 1024

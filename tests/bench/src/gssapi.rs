@@ -1,7 +1,7 @@
-//! GSSAPI: a temporary Kerberos realm; protected streams through a client and a server; and logins. The column of the
-//! direct connection is the library alone.
+//! GSSAPI: a temporary Kerberos realm, protected streams through a client and a server, and logins. The column `direct`
+//! is the library alone.
 //!
-//! The library is used in a separate process, since it finds the realm through environment variables.
+//! A separate process uses the library, because environment variables select the realm.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _, stdin};
@@ -52,7 +52,7 @@ pub fn missing() -> Vec<String> {
 pub struct Realm(#[expect(dead_code, reason = "ends when dropped")] Process);
 
 impl Realm {
-    /// Only for the main thread.
+    /// Starts the realm. Call this on the main thread only, see [`Process::start`].
     pub fn start() -> Result<Self, BenchError> {
         if PROGRAMS.iter().any(|program| which(program).is_none()) {
             return Err(BenchError::Unsupported);
@@ -91,7 +91,7 @@ impl Realm {
         let began = Instant::now();
         while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
             if began.elapsed() > IDLE_TIMEOUT || kdc.has_ended() {
-                return Err(failed("krb5kdc does not start"));
+                return Err(failed("krb5kdc did not start"));
             }
             thread::sleep(Duration::from_millis(5));
         }
@@ -99,7 +99,7 @@ impl Realm {
         Ok(Self(kdc))
     }
 
-    /// Returns MiB per second of one upload. Without a proxy, also of the library on one thread.
+    /// Returns the rate of one upload in MiB/s. Without a proxy, also returns the rate of the library on one thread.
     pub fn stream(
         &self,
         proxy: &Proxy,
@@ -197,9 +197,9 @@ fn run(program: &str, args: &[&str]) -> Result<(), BenchError> {
     if output.status.success() { Ok(()) } else { Err(failed(format!("{program}: {}", stderr.trim()))) }
 }
 
-/// Runs this program in the realm for a measurement.
+/// Runs this program in the realm, and returns the figure that it prints.
 fn measure(args: &[&str]) -> Result<f64, BenchError> {
-    // A larger replay cache is slower.
+    // A large replay cache slows logins down.
     let _ = fs::remove_file(dir().join("rcache"));
     let this = std::env::current_exe()?;
     read_figure(in_realm(&this.to_string_lossy(), &[GSSAPI]).args(args))
@@ -213,7 +213,7 @@ fn read_figure(command: &Command) -> Result<f64, BenchError> {
     line.trim().parse().map_err(|_| failed(if line.is_empty() { "no answer" } else { line.trim() }))
 }
 
-/// Runs the process that uses the library: prints one figure or an error.
+/// The main function of the process that uses the library. Prints one figure or an error.
 pub fn main(args: &[String]) -> ExitCode {
     let number = |at: usize| args.get(at).and_then(|arg| arg.parse::<u64>().ok());
     let time = |at: usize| number(at).map_or(IDLE_TIMEOUT, Duration::from_millis);
@@ -229,7 +229,7 @@ pub fn main(args: &[String]) -> ExitCode {
     };
     match result {
         Ok(figure) => println!("{figure}"),
-        Err(fault) => println!("{fault}"),
+        Err(error) => println!("{error}"),
     }
     // Waits until the parent closes the pipe.
     let _ = stdin().read(&mut [0]);
@@ -248,7 +248,7 @@ impl From<s5::gssapi::ffi::LibraryError> for BenchError {
     }
 }
 
-/// The credentials of client and server, and the name of the service.
+/// Credentials of client and server, and the name of the service.
 struct Credentials {
     alice: Credential,
     service: GssName,
@@ -294,7 +294,7 @@ impl Credentials {
         context.init(&self.alice, &self.service, FLAGS, Some(&token))?;
         let level = exchange_frame(&mut stream, 2, &context.wrap(&[2], false)?)?;
         if unwrap(&mut context, level)? != [2] {
-            return Err(corrupt("another level"));
+            return Err(corrupt("the server selected another protection level"));
         }
         let reply = exchange_frame(&mut stream, 3, &context.wrap(&socks::request(socks::CONNECT, echo), true)?)?;
         match unwrap(&mut context, reply)?[..] {
@@ -304,7 +304,7 @@ impl Credentials {
     }
 }
 
-/// Sends a frame, and returns the token of the answer.
+/// Sends a frame. Returns the token of the answer.
 fn exchange_frame(stream: &mut TcpStream, kind: u8, token: &[u8]) -> Result<Vec<u8>, BenchError> {
     let mut head = [1, kind, 0, 0];
     head[2..].copy_from_slice(&(token.len() as u16).to_be_bytes());
@@ -323,26 +323,26 @@ fn unwrap(context: &mut GssContext, mut token: Vec<u8>) -> Result<Vec<u8>, Bench
     if unwrapped.order == SequenceStatus::InOrder { Ok(unwrapped.data) } else { Err(corrupt("out of order")) }
 }
 
-/// Returns MiB per second that are wrapped and unwrapped, on one thread or on two.
+/// Returns the rate of wrapping and unwrapping in MiB/s, on one thread or on two.
 fn stream(encrypt: bool, time: Duration, on_two_threads: bool) -> Result<f64, BenchError> {
     let (mut client, mut server) = Credentials::new()?.contexts()?;
     let (began, data, mut pieces) = (Instant::now(), &noise()[..PIECE_LEN], 0_u32);
-    let mut take = |token| match unwrap(&mut server, token)? == data {
+    let mut receive = |token| match unwrap(&mut server, token)? == data {
         true => Ok(()),
-        false => Err(corrupt("other bytes")),
+        false => Err(corrupt("the unwrapped data differs")),
     };
-    let mut wrap = |give: &mut dyn FnMut(Vec<u8>) -> Result<(), BenchError>| {
+    let mut wrap = |send: &mut dyn FnMut(Vec<u8>) -> Result<(), BenchError>| {
         while began.elapsed() < time {
-            give(client.wrap(data, encrypt)?)?;
+            send(client.wrap(data, encrypt)?)?;
             pieces += 1;
         }
         Ok(())
     };
     match on_two_threads {
-        false => wrap(&mut take)?,
+        false => wrap(&mut receive)?,
         true => thread::scope(|scope| {
             let (sender, receiver) = sync_channel(64);
-            let unwrapping = scope.spawn(move || receiver.into_iter().try_for_each(take));
+            let unwrapping = scope.spawn(move || receiver.into_iter().try_for_each(receive));
             let wrapped = wrap(&mut |token| sender.send(token).map_err(|_| failed("the unwrapping thread has ended")));
             drop(sender);
             unwrapping.join().unwrap_or_else(|_| Err(failed("panic"))).and(wrapped)
@@ -351,17 +351,17 @@ fn stream(encrypt: bool, time: Duration, on_two_threads: bool) -> Result<f64, Be
     Ok(f64::from(pieces) * PIECE_LEN as f64 / MIB / began.elapsed().as_secs_f64())
 }
 
-/// Returns logins per second, to a server or of the library alone.
+/// Returns logins per second, to a server or with the library alone.
 fn logins(time: Duration, to: Option<(SocketAddrV4, SocketAddrV4)>) -> Result<f64, BenchError> {
     let credentials = Credentials::new()?;
     let login = || match to {
         Some((proxy, echo)) => credentials.log_in(proxy, echo),
         None => credentials.log_in_locally(),
     };
-    // Fetches the ticket for the service into the cache.
+    // The first login stores the ticket for the service in the cache.
     login()?;
     let began = Instant::now();
-    let many = || {
+    let repeat_login = || {
         let mut count = 0_u64;
         while began.elapsed() < time {
             login()?;
@@ -370,7 +370,7 @@ fn logins(time: Duration, to: Option<(SocketAddrV4, SocketAddrV4)>) -> Result<f6
         Ok::<_, BenchError>(count)
     };
     let count = thread::scope(|scope| {
-        let threads: Vec<_> = (0..CONCURRENT_LOGINS).map(|_| scope.spawn(many)).collect();
+        let threads: Vec<_> = (0..CONCURRENT_LOGINS).map(|_| scope.spawn(repeat_login)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).sum::<Result<u64, _>>()
     })?;
     Ok(count as f64 / began.elapsed().as_secs_f64())

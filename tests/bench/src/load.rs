@@ -1,4 +1,5 @@
-//! The mixed load of the soak: clients that use tunnels and compare each byte, and clients that misbehave.
+//! The mixed load of the soak: clients that use tunnels and compare each byte, and clients that reset, stall or
+//! disconnect.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -24,7 +25,7 @@ const ASSOCIATIONS: usize = 4;
 const IDLE_TIME: Duration = Duration::from_secs(20);
 /// Time for which a stalling client does not read.
 const STALL_TIME: Duration = Duration::from_secs(4);
-/// Most errors shown in the report.
+/// Maximum number of errors in the report.
 const MAX_SHOWN_ERRORS: usize = 20;
 
 /// One round of a client. The argument is the number of the round.
@@ -40,7 +41,7 @@ pub struct Load {
     /// A port that refuses connections.
     closed: SocketAddrV4,
     is_over: AtomicBool,
-    /// Of the round trips since the last sample.
+    /// Times of the round trips since the last sample.
     pub times: Mutex<Times>,
     pub errors: Mutex<Vec<String>>,
     pub counts: Counts,
@@ -101,7 +102,7 @@ impl Load {
         }
     }
 
-    /// Starts all clients, each of which ends soon after `end`.
+    /// Starts all clients. They end soon after `end`.
     pub fn start<'scope, 'env: 'scope>(&'env self, scope: &'scope Scope<'scope, 'env>) {
         let clients: [(&str, Client); 9] = [
             ("round trips", Self::trips),
@@ -112,7 +113,7 @@ impl Load {
             ("datagrams", Self::datagrams),
             ("reset", |load, _| load.reset()),
             ("stall", Self::stall),
-            ("vanish", Self::vanish),
+            ("disconnect", Self::disconnect),
         ];
         for (name, client) in clients {
             scope.spawn(move || {
@@ -155,15 +156,16 @@ impl Load {
         Ok(())
     }
 
-    fn transfer(&self, up: bool) -> Result<(), BenchError> {
+    fn transfer(&self, is_upload: bool) -> Result<(), BenchError> {
         let stream = socks::connect(self.via, self.bulk)?;
         let limit = TransferLimit::for_bytes(48 << 20);
-        let bytes = if up { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
+        let bytes =
+            if is_upload { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
         add(&self.counts.bytes, bytes as usize);
         if bytes == limit.bytes { Ok(()) } else { Err(corrupt(format!("{bytes} bytes"))) }
     }
 
-    /// Uses a few long associations, and one that is replaced each time.
+    /// Uses a few associations. One of them is replaced in each round.
     fn datagrams(&self, _: usize) -> Result<(), BenchError> {
         let open = |_| Association::open(self.via, self.udp_echo);
         let mut all = (0..ASSOCIATIONS).map(open).collect::<Result<Vec<_>, _>>()?;
@@ -192,7 +194,7 @@ impl Load {
         Ok(())
     }
 
-    /// Does not read for a while. Then reads all data, or disconnects.
+    /// Stops reading for `STALL_TIME`. Then reads all data, or disconnects.
     fn stall(&self, round: usize) -> Result<(), BenchError> {
         let limit = TransferLimit::for_bytes(16 << 20);
         let stream = socks::connect(self.via, self.bulk)?;
@@ -209,7 +211,7 @@ impl Load {
     }
 
     /// Disconnects at each stage of the handshake, or requests a target that refuses.
-    fn vanish(&self, round: usize) -> Result<(), BenchError> {
+    fn disconnect(&self, round: usize) -> Result<(), BenchError> {
         const PREFIXES: &[&[u8]] =
             &[b"", b"\x05", b"\x05\x01\x00", b"\x05\x01\x00\x05\x01\x00\x01\x7f", b"GET / HTTP/1.1\r\n\r\n"];
         add(&self.counts.misbehaved, 1);
@@ -230,7 +232,7 @@ impl Load {
     }
 }
 
-/// Makes close(2) send a reset.
+/// Sets SO_LINGER, so that close(2) sends a reset.
 fn reset(stream: &TcpStream) -> Result<(), BenchError> {
     Ok(setsockopt(stream, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })?)
 }

@@ -95,7 +95,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         _ => match options(std::env::args().skip(1)) {
-            Ok(options) => match start(&options) {
+            Ok(options) => match run(&options) {
                 Ok(true) => return ExitCode::SUCCESS,
                 Ok(false) => return ExitCode::FAILURE,
                 Err(error) => error.to_string(),
@@ -107,7 +107,8 @@ fn main() -> ExitCode {
     ExitCode::from(2)
 }
 
-fn start(options: &Options) -> Result<bool, BenchError> {
+/// Runs a benchmark or the soak. Returns true if it has met its goals.
+fn run(options: &Options) -> Result<bool, BenchError> {
     let descriptors = children::raise_descriptor_limit();
     children::clean_up_on_signals()?;
     let _dir = children::TempDir::create()?;
@@ -121,16 +122,16 @@ fn start(options: &Options) -> Result<bool, BenchError> {
         }
         return soak::run(s5, &target, Duration::from_secs_f64(options.minutes * 60.0), &options.out);
     }
-    let wanted = |name: &str| {
+    let is_wanted = |name: &str| {
         let name = name.to_lowercase();
         options.proxies.is_empty()
             || options.proxies.iter().any(|want| name == *want || name.split(' ').next() == Some(want))
     };
-    let found = found.into_iter().filter(|proxy| wanted(&proxy.name)).collect();
+    let found = found.into_iter().filter(|proxy| is_wanted(&proxy.name)).collect();
     let mut missing: Vec<_> = missing
         .into_iter()
         .chain(gssapi::missing())
-        .filter(|line| wanted(line.split(':').next().unwrap_or_default()))
+        .filter(|line| is_wanted(line.split(':').next().unwrap_or_default()))
         .collect();
     let mut bench = Bench { target, quick: options.quick, descriptors, realm: None };
     missing.push(format!("100 000 idle tunnels: need 200 000 descriptors, the limit is {descriptors}"));
@@ -145,7 +146,7 @@ fn start(options: &Options) -> Result<bool, BenchError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
     let others = 100.0 * (cpu_of_other_processes() - others) / began.elapsed().as_secs_f64() / cores;
     environment += &format!("- {others:.0} % of the CPU was used by other processes\n");
-    write(&bench, &results, options, &environment)?;
+    write_report(&bench, &results, options, &environment)?;
     Ok(true)
 }
 
@@ -155,14 +156,14 @@ fn cpu_of_other_processes() -> f64 {
 }
 
 fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
-    let wanted = |row: &&rows::Row| {
+    let is_wanted = |row: &&rows::Row| {
         let is_selected = options.only.iter().any(|name| row.name == name || row.group == name);
         is_selected || options.only.is_empty() && row.group != rows::THREADS
     };
-    let bulk = ROWS.iter().filter(wanted).any(|row| row.group == "bulk");
+    let bulk = ROWS.iter().filter(is_wanted).any(|row| row.group == "bulk");
     let compare = |proxy| if bulk { bench.compare(proxy) } else { Ok(()) };
     let compared: Vec<_> = results.proxies.iter().map(compare).collect();
-    for row in ROWS.iter().filter(wanted) {
+    for row in ROWS.iter().filter(is_wanted) {
         for run in 1..=options.runs {
             eprintln!("{} {run}/{}", row.name, options.runs);
             for (at, compared) in compared.iter().enumerate() {
@@ -171,8 +172,8 @@ fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
                     Err(error) if row.group == "bulk" => Err(error.clone()),
                     _ => row.measure(bench, &results.proxies[at]),
                 };
-                for (which, figure) in row.figures.iter().enumerate() {
-                    let value = figures.as_ref().map(|figures| figures[which]).map_err(BenchError::clone);
+                for (i, figure) in row.figures.iter().enumerate() {
+                    let value = figures.as_ref().map(|figures| figures[i]).map_err(BenchError::clone);
                     results.cell_mut(at, figure.id).add(value);
                 }
             }
@@ -180,7 +181,7 @@ fn measure_all(bench: &mut Bench, results: &mut Results, options: &Options) {
     }
 }
 
-fn write(bench: &Bench, results: &Results, options: &Options, environment: &str) -> Result<(), BenchError> {
+fn write_report(bench: &Bench, results: &Results, options: &Options, environment: &str) -> Result<(), BenchError> {
     let mut charts = String::new();
     let mut groups: Vec<_> = ROWS.iter().map(|row| row.group).collect();
     groups.dedup();
@@ -191,7 +192,7 @@ fn write(bench: &Bench, results: &Results, options: &Options, environment: &str)
         }
     }
     let text = format!(
-        "# s5 and other SOCKS servers, side by side\n\n{environment}- median of {} interleaved runs, least..most\n\n\
+        "# s5 and other SOCKS servers, side by side\n\n{environment}- median of {} interleaved runs, lowest..highest\n\n\
          {}\n## Figures\n\n{}\n## Targets\n\n{}\n## Not run or failed\n\n{}\n{charts}",
         options.runs,
         notes(bench),
@@ -216,7 +217,7 @@ fn notes(bench: &Bench) -> String {
          flight on each association, or 16. The one-way rows raise the rate in steps on one association, and show the \
          highest rate at which all datagrams arrived in one of up to three attempts. Memory is private dirty memory. \
          GSSAPI: the column `direct` is the library alone, with one thread that wraps pieces of 16 KiB and one that \
-         unwraps them; its logins are of as many threads that do both sides.\n",
+         unwraps them; its logins run on as many threads as the clients of the other columns.\n",
         bench.max_idle_tunnels()
     )
 }

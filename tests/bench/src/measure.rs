@@ -1,17 +1,17 @@
-//! What all measurements share: errors, distributions of times, and the route of the client.
+//! Shared by all measurements: errors, distributions of times, and the route of the client.
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddrV4;
 use std::time::Duration;
 
-/// A measurement fails after this long without any progress.
+/// A measurement fails after this time without progress.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a figure is missing.
+/// Reason for a missing figure.
 #[derive(Clone, Debug)]
 pub enum BenchError {
-    /// The proxy does not support it, or it does not apply.
+    /// The proxy does not support the measurement, or the measurement does not apply to it.
     Unsupported,
     /// Received data differs from the data sent.
     Corrupt(String),
@@ -73,7 +73,7 @@ impl Times {
         self.0.extend_from_slice(&other.0);
     }
 
-    /// Returns a quantile in microseconds, NaN without events.
+    /// Returns a quantile in microseconds, or NaN without events.
     pub fn quantile(&mut self, q: f64) -> f64 {
         if self.0.is_empty() {
             return f64::NAN;

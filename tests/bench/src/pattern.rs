@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::measure::{BenchError, corrupt};
 
-/// Bytes of a block, which is written and read with one call.
+/// Bytes of a block. Each block is written and read with one call.
 pub const BLOCK: usize = 256 * 1024;
 const HEADER_LEN: usize = 16;
 /// Bytes compared at each end of the data of one read, unless all data is compared.
 const SAMPLE_LEN: usize = 32;
 
-/// Returns pseudo-random bytes, two blocks of them.
+/// Returns two blocks of pseudo-random bytes.
 pub fn noise() -> &'static [u8] {
     static NOISE: OnceLock<Vec<u8>> = OnceLock::new();
     NOISE.get_or_init(|| {
@@ -34,7 +34,7 @@ fn block(number: u64) -> &'static [u8] {
     &noise()[from..from + BLOCK]
 }
 
-/// When to stop sending: after this time or this many bytes, whichever is first.
+/// Limit for sending: a time or a number of bytes, whichever is reached first.
 #[derive(Clone, Copy, Debug)]
 pub struct TransferLimit {
     pub time: Duration,
@@ -87,7 +87,7 @@ pub struct StreamVerifier {
 }
 
 impl StreamVerifier {
-    /// With `compare_all` each byte is compared, otherwise counts, headers and samples.
+    /// With `compare_all` compares each byte, otherwise counts, headers and samples.
     pub fn new(compare_all: bool) -> Self {
         Self { position: 0, header: [0; HEADER_LEN], compare_all, has_last_block: false }
     }
@@ -129,10 +129,10 @@ impl StreamVerifier {
             true => got == want,
             false => got[..first] == want[..first] && got[last..] == want[last..],
         };
-        same.then_some(()).ok_or_else(|| format!("bytes differ after {}", self.position))
+        same.then_some(()).ok_or_else(|| format!("bytes differ at or after offset {}", self.position))
     }
 
-    /// Returns the number of bytes when the last block is complete.
+    /// Returns the number of bytes once the last block is complete.
     pub fn total_if_complete(&self) -> Option<u64> {
         (self.has_last_block && self.position.is_multiple_of(BLOCK as u64)).then_some(self.position)
     }

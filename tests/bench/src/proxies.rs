@@ -1,4 +1,4 @@
-//! The proxies that are measured: which of them are installed, and how each one is started.
+//! The measured proxies: finds the installed ones, and starts them.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -27,7 +27,7 @@ pub enum ProxyKind {
     Other,
 }
 
-/// A proxy that can be started.
+/// An installed proxy.
 #[derive(Clone, Debug)]
 pub struct Proxy {
     pub name: String,
@@ -86,7 +86,7 @@ pub fn which(program: &str) -> Option<PathBuf> {
     dirs.map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
-/// Returns a free port. Not every proxy can report the port that it has chosen.
+/// Returns a free port. Not all proxies can choose a port and report it.
 pub fn free_port() -> Result<u16, BenchError> {
     Ok(listen_anywhere()?.local_addr()?.port())
 }
@@ -113,17 +113,17 @@ impl Proxy {
         !matches!(self.kind, ProxyKind::Direct | ProxyKind::S5)
     }
 
-    /// Returns whether it supports UDP ASSOCIATE.
+    /// Returns true if the proxy supports UDP ASSOCIATE.
     pub fn has_udp(&self) -> bool {
         !matches!(self.kind, ProxyKind::Microsocks | ProxyKind::Ssh)
     }
 
-    /// Returns the descriptors of one tunnel. hev-socks5-server opens two pipes in addition.
+    /// Returns the number of descriptors of one tunnel. hev-socks5-server opens two additional pipes.
     pub fn descriptors_per_tunnel(&self) -> u64 {
         if self.kind == ProxyKind::Hev { 6 } else { 2 }
     }
 
-    /// Starts the proxy, and waits until it has answered a greeting.
+    /// Starts the proxy and waits until it answers a greeting.
     pub fn start(&self) -> Result<RunningProxy, BenchError> {
         if self.kind == ProxyKind::Direct {
             return Ok(RunningProxy { via: Via::Direct, tree: Tree::default(), _processes: Vec::new() });
@@ -131,7 +131,7 @@ impl Proxy {
         self.start_as(|port| self.command(port))
     }
 
-    /// As [`Proxy::start`], with another command.
+    /// Like [`Proxy::start`], with another command.
     pub fn start_as(&self, command: impl Fn(u16) -> Result<Command, BenchError>) -> Result<RunningProxy, BenchError> {
         // Another process may bind the free port first.
         let mut last = Err(failed("not started"));
@@ -150,7 +150,7 @@ impl Proxy {
         last
     }
 
-    /// Starts the proxy, and returns the time until it has answered a greeting.
+    /// Starts the proxy. Returns the time until it answers a greeting.
     pub fn timed_start(&self) -> Result<(Duration, RunningProxy), BenchError> {
         let port = free_port()?;
         let mut processes = Vec::new();
@@ -163,18 +163,18 @@ impl Proxy {
         processes.push(Process::spawn_directly(command)?);
         while !socks::answers_greeting(at).unwrap_or(false) {
             if began.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
-                return Err(failed("does not answer"));
+                return Err(failed("the proxy does not answer a greeting"));
             }
         }
-        let took = began.elapsed();
-        Ok((took, self.wait(processes, port)?))
+        let elapsed = began.elapsed();
+        Ok((elapsed, self.wait(processes, port)?))
     }
 
     fn wait(&self, mut processes: Vec<Process>, port: u16) -> Result<RunningProxy, BenchError> {
         let (began, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
         while !socks::answers_greeting(at).unwrap_or(false) {
             if began.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
-                return Err(failed(format!("{} does not start", self.path.display())));
+                return Err(failed(format!("{} did not start", self.path.display())));
             }
             sleep(Duration::from_millis(5));
         }
@@ -232,17 +232,17 @@ pub fn user() -> Result<String, BenchError> {
 fn key(name: &str) -> Result<PathBuf, BenchError> {
     let path = dir().join(name);
     if !path.exists() {
-        let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path).status()?;
-        if !made.success() {
+        let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path).status()?;
+        if !status.success() {
             return Err(failed("ssh-keygen failed"));
         }
     }
     Ok(path)
 }
 
-/// Starts an sshd on loopback with its own keys. Its port is in the file `sshd.port`.
+/// Starts sshd on loopback with new keys. Writes its port to the file `sshd.port`.
 fn start_sshd() -> Result<Process, BenchError> {
-    let sshd = which("sshd").ok_or_else(|| failed("no sshd"))?;
+    let sshd = which("sshd").ok_or_else(|| failed("sshd is not installed"))?;
     let port = free_port()?;
     let config = format!(
         "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}.pub\nPidFile none\nStrictModes no\n\
@@ -252,7 +252,7 @@ fn start_sshd() -> Result<Process, BenchError> {
         key("user_key")?.display(),
     );
     let config = write("sshd_config", &config)?;
-    // As root, sshd requires this directory. If it is missing, it is created in a mount namespace.
+    // Root's sshd requires the directory /run/sshd, which is created in a mount namespace if it is missing.
     let script = "[ -d /run/sshd ] || [ \"$(id -u)\" != 0 ] || { mount -t tmpfs none /run && mkdir /run/sshd; }; \
                   exec \"$@\"";
     let mut command = match Path::new("/run/sshd").is_dir() {
@@ -268,7 +268,7 @@ fn start_sshd() -> Result<Process, BenchError> {
     let began = Instant::now();
     while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
         if began.elapsed() > IDLE_TIMEOUT || process.has_ended() {
-            return Err(failed("sshd does not start"));
+            return Err(failed("sshd did not start"));
         }
         sleep(Duration::from_millis(5));
     }

@@ -1,4 +1,4 @@
-//! The report in Markdown: the table of figures, the targets, and what was not run or failed.
+//! The report in Markdown: the table of figures, the targets, and the rows that were not run or failed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -39,7 +39,7 @@ impl Cell {
     }
 
     fn text(&self, digits: usize) -> String {
-        let Some(middle) = self.median() else {
+        let Some(median) = self.median() else {
             return match self.errors.first() {
                 _ if self.is_corrupt() => "corrupt".into(),
                 Some(BenchError::Unsupported) => "n/a".into(),
@@ -49,8 +49,8 @@ impl Cell {
         };
         let (low, high) = self.range();
         match self.values.len() {
-            1 => format!("{middle:.digits$}"),
-            _ => format!("**{middle:.digits$}** {low:.digits$}..{high:.digits$}"),
+            1 => format!("{median:.digits$}"),
+            _ => format!("**{median:.digits$}** {low:.digits$}..{high:.digits$}"),
         }
     }
 }
@@ -60,7 +60,7 @@ pub struct Results {
     pub proxies: Vec<Proxy>,
     pub figures: Vec<(&'static Row, Figure)>,
     cells: Vec<Vec<Cell>>,
-    /// Programs and rows that can't be run, with the reason.
+    /// Programs and rows that can't be run, with reasons.
     pub missing: Vec<String>,
 }
 
@@ -82,14 +82,14 @@ impl Results {
     }
 
     fn at(&self, id: &str) -> usize {
-        self.figures.iter().position(|(_, figure)| figure.id == id).expect("a known figure")
+        self.figures.iter().position(|(_, figure)| figure.id == id).expect("known figure")
     }
 
-    /// Figures that at least one proxy has a value or an error for.
+    /// Returns the figures with a value or an error of at least one proxy.
     fn measured(&self) -> impl Iterator<Item = (&'static Row, Figure)> {
-        let any =
+        let is_measured =
             |at: usize| self.cells.iter().any(|cells| !cells[at].values.is_empty() || !cells[at].errors.is_empty());
-        self.figures.iter().enumerate().filter(move |(at, _)| any(*at)).map(|(_, of)| *of)
+        self.figures.iter().enumerate().filter(move |(at, _)| is_measured(*at)).map(|(_, figure)| *figure)
     }
 
     pub fn table(&self) -> String {
@@ -102,7 +102,7 @@ impl Results {
         text
     }
 
-    /// The peer with the best figure.
+    /// Returns the peer with the best figure.
     fn best_peer(&self, figure: Figure) -> Option<(&str, f64)> {
         let peers = self.proxies.iter().enumerate().filter(|(_, proxy)| proxy.is_peer());
         let figures = peers.filter_map(|(at, proxy)| Some((proxy.name.as_str(), self.cell(at, figure.id).median()?)));
@@ -147,7 +147,7 @@ impl Results {
         text
     }
 
-    /// Lists what was not run, and each error once.
+    /// Lists the programs and rows that were not run, and each error once.
     pub fn remarks(&self) -> String {
         let mut lines: Vec<String> = self.missing.iter().map(|line| format!("- {line}\n")).collect();
         for (at, proxy) in self.proxies.iter().enumerate() {
@@ -171,13 +171,13 @@ impl Results {
 /// A goal for a figure of s5.
 #[derive(Clone, Copy)]
 enum Goal {
-    /// Factor of the best peer's figure.
+    /// At most this factor of the best peer's figure.
     AtMost(f64),
-    /// Factor of the best peer's figure.
+    /// At least this factor of the best peer's figure.
     AtLeast(f64),
-    /// Absolute value in the unit of the figure.
-    Below(f64),
-    /// Factor of the figure without a proxy: for GSSAPI, of the library alone.
+    /// At most this value, in the unit of the figure.
+    AtMostValue(f64),
+    /// At least this factor of the figure without a proxy, which is the library alone for GSSAPI.
     OfDirect(f64),
 }
 
@@ -185,18 +185,18 @@ impl Goal {
     fn text(self, unit: &str) -> String {
         match self {
             Self::AtMost(1.0) | Self::AtLeast(1.0) => "no worse than the best peer".into(),
-            Self::AtMost(times) => format!("at most {times:.2} of the best peer"),
-            Self::AtLeast(times) => format!("at least {times:.2} times the best peer"),
-            Self::OfDirect(times) => format!("at least {times:.2} of the library alone"),
-            Self::Below(most) => format!("at most {most} {unit}"),
+            Self::AtMost(factor) => format!("at most {factor:.2} of the best peer"),
+            Self::AtLeast(factor) => format!("at least {factor:.2} times the best peer"),
+            Self::OfDirect(factor) => format!("at least {factor:.2} of the library alone"),
+            Self::AtMostValue(max) => format!("at most {max} {unit}"),
         }
     }
 
     fn is_met(self, got: f64, best: Option<f64>) -> Option<bool> {
         match self {
-            Self::AtMost(times) => best.map(|best| got <= times * best),
-            Self::AtLeast(times) | Self::OfDirect(times) => best.map(|best| got >= times * best),
-            Self::Below(most) => Some(got <= most),
+            Self::AtMost(factor) => best.map(|best| got <= factor * best),
+            Self::AtLeast(factor) | Self::OfDirect(factor) => best.map(|best| got >= factor * best),
+            Self::AtMostValue(max) => Some(got <= max),
         }
     }
 }
@@ -220,10 +220,10 @@ const GOALS: &[(&str, Goal)] = &[
     ("trips1000.cpu", Goal::AtMost(1.0)),
     ("trips1000.p50", Goal::AtMost(1.0)),
     ("trips1000.p99", Goal::AtMost(1.0)),
-    ("idle.memory", Goal::Below(600.0)),
-    // Zero, within the resolution of the clock.
-    ("idle.cpu", Goal::Below(0.1)),
-    ("growth", Goal::Below(1.15)),
+    ("idle.memory", Goal::AtMostValue(600.0)),
+    // Zero within the resolution of the clock.
+    ("idle.cpu", Goal::AtMostValue(0.1)),
+    ("growth", Goal::AtMostValue(1.15)),
     ("udp512.cpu", Goal::AtMost(0.65)),
     ("udp512w16.cpu", Goal::AtMost(0.65)),
     ("udp512x64.cpu", Goal::AtMost(0.65)),
@@ -232,8 +232,8 @@ const GOALS: &[(&str, Goal)] = &[
     ("udp1200x64.cpu", Goal::AtMost(0.65)),
     ("flood512", Goal::AtLeast(1.0)),
     ("flood1200", Goal::AtLeast(1.0)),
-    ("start.time", Goal::Below(10.0)),
-    ("start.resident", Goal::Below(3.0)),
+    ("start.time", Goal::AtMostValue(10.0)),
+    ("start.resident", Goal::AtMostValue(3.0)),
     ("gssapi1.rate", Goal::AtLeast(1.5)),
     ("gssapi1.rate", Goal::OfDirect(0.8)),
     ("gssapi2.rate", Goal::AtLeast(1.5)),

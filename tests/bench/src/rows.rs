@@ -1,4 +1,4 @@
-//! The rows: what each one measures, and its unit.
+//! The rows of the report: their measurements, labels and units.
 
 use std::sync::Barrier;
 use std::thread;
@@ -34,7 +34,7 @@ const fn lower(id: &'static str, label: &'static str, unit: &'static str, digits
     Figure { id, label, unit, is_higher_better: false, digits }
 }
 
-/// Figures that are measured together, on a proxy started for it.
+/// Figures that are measured together, on a proxy started for the row.
 pub struct Row {
     /// For `--only`.
     pub name: &'static str,
@@ -44,14 +44,14 @@ pub struct Row {
     run: RunFn,
 }
 
-/// Returns the figures in order, NaN for a missing one.
+/// Returns the figures in order, with NaN for missing ones.
 type RunFn = fn(&mut Bench, &Proxy) -> Result<Vec<f64>, BenchError>;
 
 const fn row(name: &'static str, group: &'static str, figures: &'static [Figure], run: RunFn) -> Row {
     Row { name, group, figures, run }
 }
 
-/// The figures of rows that differ in their names only.
+/// The figures of rows that differ only in their names.
 macro_rules! figures {
     (bulk $id:literal, $label:literal) => {
         &[
@@ -141,9 +141,9 @@ pub const THREADS: &str = "threads";
 pub struct Bench {
     pub target: Target,
     pub quick: bool,
-    /// Descriptors that one process may have.
+    /// Descriptor limit of a process.
     pub descriptors: u64,
-    /// Started on first use.
+    /// Started at its first use.
     pub realm: Option<Realm>,
 }
 
@@ -162,19 +162,20 @@ impl Bench {
         if self.quick { 1000 } else { 9000 }
     }
 
-    /// Returns how many idle tunnels the descriptor limit allows. The proxy needs some for itself.
+    /// Returns the number of idle tunnels that the descriptor limit allows. The proxy needs other descriptors too.
     pub fn idle_tunnels(&self, proxy: &Proxy) -> usize {
-        let most = (self.descriptors.saturating_sub(1500) / proxy.descriptors_per_tunnel()) as usize;
-        most.min(self.max_idle_tunnels())
+        let max = (self.descriptors.saturating_sub(1500) / proxy.descriptors_per_tunnel()) as usize;
+        max.min(self.max_idle_tunnels())
     }
 
     /// Transfers data in both directions, and compares all of it.
     pub fn compare(&self, proxy: &Proxy) -> Result<(), BenchError> {
         let running = proxy.start()?;
         let limit = TransferLimit::for_bytes(if self.quick { 16 << 20 } else { 128 << 20 });
-        for up in [false, true] {
+        for is_upload in [false, true] {
             let stream = socks::connect(running.via, self.target.bulk)?;
-            let bytes = if up { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
+            let bytes =
+                if is_upload { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
             if bytes != limit.bytes {
                 return Err(corrupt(format!("received {bytes} bytes, expected {}", limit.bytes)));
             }
@@ -182,7 +183,7 @@ impl Bench {
         Ok(())
     }
 
-    fn bulk(&mut self, proxy: &Proxy, streams: usize, up: bool) -> Result<Vec<f64>, BenchError> {
+    fn bulk(&mut self, proxy: &Proxy, streams: usize, is_upload: bool) -> Result<Vec<f64>, BenchError> {
         let running = proxy.start()?;
         let limit = TransferLimit::for_time(self.scaled(2000));
         let sockets =
@@ -190,15 +191,15 @@ impl Bench {
         let (before, began, go) = (running.tree.cpu(), Instant::now(), Barrier::new(streams));
         let transfer = |stream| {
             go.wait();
-            if up { target::upload(stream, limit, false) } else { target::download(stream, limit, false) }
+            if is_upload { target::upload(stream, limit, false) } else { target::download(stream, limit, false) }
         };
         let bytes: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = sockets.iter().map(|stream| scope.spawn(|| transfer(stream))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).collect()
         });
-        let (took, cpu) = (began.elapsed().as_secs_f64(), running.tree.cpu() - before);
+        let (elapsed, cpu) = (began.elapsed().as_secs_f64(), running.tree.cpu() - before);
         let gib = bytes.into_iter().sum::<Result<u64, _>>()? as f64 / GIB;
-        Ok(vec![gib / took, unless_direct(&running, cpu / gib)])
+        Ok(vec![gib / elapsed, unless_direct(&running, cpu / gib)])
     }
 
     fn short(&mut self, proxy: &Proxy) -> Result<Vec<f64>, BenchError> {
@@ -213,10 +214,10 @@ impl Bench {
         thread::sleep(SETTLE_TIME);
         let (before, began) = (running.tree.cpu(), Instant::now());
         let times = tunnels::short_tunnels(running.via, self.target.echo, 32, time)?;
-        let took = began.elapsed().as_secs_f64();
+        let elapsed = began.elapsed().as_secs_f64();
         thread::sleep(SETTLE_TIME);
         let (count, cpu) = (times.len() as f64, running.tree.cpu() - before);
-        Ok((times, count / took, cpu * 1e6 / count))
+        Ok((times, count / elapsed, cpu * 1e6 / count))
     }
 
     fn trips(&mut self, proxy: &Proxy, count: usize, idle: usize) -> Result<Vec<f64>, BenchError> {
@@ -261,9 +262,9 @@ impl Bench {
         udp::round_trips(&all, size, window, self.scaled(200))?;
         let before = running.tree.cpu();
         let mut trips = udp::round_trips(&all, size, window, self.scaled(1500))?;
-        let (cpu, back) = (running.tree.cpu() - before, trips.times.len() as f64);
-        let lost = 100.0 * trips.lost as f64 / (back + trips.lost as f64);
-        Ok(vec![unless_direct(&running, cpu * 1e6 / back), trips.times.quantile(0.5), lost])
+        let (cpu, echoed) = (running.tree.cpu() - before, trips.times.len() as f64);
+        let lost = 100.0 * trips.lost as f64 / (echoed + trips.lost as f64);
+        Ok(vec![unless_direct(&running, cpu * 1e6 / echoed), trips.times.quantile(0.5), lost])
     }
 
     fn flood(&mut self, proxy: &Proxy, size: usize) -> Result<Vec<f64>, BenchError> {
@@ -309,7 +310,7 @@ impl Bench {
     }
 }
 
-/// Returns NaN for a direct connection, which has no proxy whose CPU time could be measured.
+/// Returns the CPU time of a proxy, or NaN for a direct connection.
 fn unless_direct(running: &RunningProxy, value: f64) -> f64 {
     match running.via {
         Via::Direct => f64::NAN,

@@ -18,24 +18,24 @@ use crate::target::Target;
 
 /// Time between two samples.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(5);
-/// Part of the time that is not evaluated, while caches and pools fill.
+/// Fraction of the time that is not evaluated, because caches and pools still grow.
 const WARM_UP: f64 = 0.1;
-/// Limit for the last quarter: the value of the first one times a factor, plus an amount. In MiB.
+/// Limit for the last quarter, in MiB: the value of the first quarter times a factor, plus an amount.
 const MEMORY: (f64, f64) = (1.05, 0.25);
 const DESCRIPTORS: (f64, f64) = (1.02, 10.0);
 const THREADS: (f64, f64) = (1.0, 2.0);
-/// In microseconds. Other work on the machine changes the p99.
+/// Limit in microseconds. Other work on the machine changes the p99.
 const P99: (f64, f64) = (1.5, 100.0);
 /// Descriptors that may be open in addition to those at the start, after all clients have disconnected.
 const MAX_LEFT_OPEN: u64 = 4;
 /// Time for the last sessions to end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Largest part of the datagrams that may take longer than 200 ms, which counts as lost.
+/// Maximum fraction of lost datagrams. A datagram counts as lost after 200 ms.
 const MAX_LOSS: f64 = 1e-4;
 
 struct Sample {
     minute: f64,
-    /// As in `NAMES`.
+    /// In the order of `NAMES`.
     values: [f64; 5],
 }
 
@@ -55,7 +55,7 @@ fn take_sample(tree: &Tree, load: &Load, minute: f64) -> Sample {
     Sample { minute, values }
 }
 
-/// Runs the soak and writes the report. Returns whether all checks have passed.
+/// Runs the soak and writes the report. Returns true if all checks have passed.
 pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bool, BenchError> {
     let environment = report::environment();
     let running = s5.start()?;
@@ -89,10 +89,10 @@ pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bo
 }
 
 fn sample(tree: &Tree, load: &Load, time: Duration) -> Vec<Sample> {
-    let (began, every) = (Instant::now(), SAMPLE_INTERVAL.min(time / 40));
+    let (began, interval) = (Instant::now(), SAMPLE_INTERVAL.min(time / 40));
     let mut samples: Vec<Sample> = Vec::new();
     while began.elapsed() < time {
-        thread::sleep(every.min(time.saturating_sub(began.elapsed())));
+        thread::sleep(interval.min(time.saturating_sub(began.elapsed())));
         let minute = began.elapsed().as_secs_f64() / 60.0;
         let sample = take_sample(tree, load, minute);
         if samples.last().is_none_or(|last| last.minute.floor() < minute.floor()) {
@@ -135,7 +135,7 @@ fn summary(load: &Load) -> String {
 
 fn evaluate(load: &Load, samples: &[Sample], descriptors_at_start: u64, left: u64) -> (String, bool) {
     let mut is_good = true;
-    let mut verdict_of = |is_flat: bool| {
+    let mut result_of = |is_flat: bool| {
         is_good &= is_flat;
         if is_flat { "flat" } else { "**grows**" }
     };
@@ -143,13 +143,13 @@ fn evaluate(load: &Load, samples: &[Sample], descriptors_at_start: u64, left: u6
     let counted = &samples[(samples.len() as f64 * WARM_UP) as usize..];
     let quarter = (counted.len() / 4).max(1).min(counted.len());
     for (at, (name, allowed)) in NAMES.iter().enumerate() {
-        let of = |samples: &[Sample]| {
+        let median_of = |samples: &[Sample]| {
             let values: Vec<_> = samples.iter().map(|sample| sample.values[at]).filter(|v| v.is_finite()).collect();
             median(&values)
         };
-        let (first, last) = (of(&counted[..quarter]), of(&counted[counted.len() - quarter..]));
-        let verdict = verdict_of(last <= first * allowed.0 + allowed.1);
-        let _ = writeln!(text, "| {name} | {first:.1} | {last:.1} | {verdict} |");
+        let (first, last) = (median_of(&counted[..quarter]), median_of(&counted[counted.len() - quarter..]));
+        let result = result_of(last <= first * allowed.0 + allowed.1);
+        let _ = writeln!(text, "| {name} | {first:.1} | {last:.1} | {result} |");
     }
     let [errors, lost, datagrams] =
         [&load.counts.errors, &load.counts.lost, &load.counts.datagrams].map(|count| count.load(Ordering::Relaxed));

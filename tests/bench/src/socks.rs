@@ -20,7 +20,7 @@ pub fn request(command: u8, to: SocketAddrV4) -> [u8; 10] {
     request
 }
 
-/// Connects to `to` with a blocking stream that has timeouts.
+/// Connects to `to`. The stream is blocking and has timeouts.
 pub fn connect(via: Via, to: SocketAddrV4) -> Result<TcpStream, BenchError> {
     let Via::Socks(proxy) = via else { return connect_direct(to) };
     let mut stream = connect_direct(proxy)?;
@@ -64,7 +64,7 @@ fn send_request(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result
     }
 }
 
-/// Returns whether the proxy answers a greeting, even if it requires a login.
+/// Returns true if the proxy answers a greeting, even if it requires a login.
 pub fn answers_greeting(proxy: SocketAddrV4) -> io::Result<bool> {
     let mut stream = TcpStream::connect(proxy)?;
     stream.set_read_timeout(Some(IDLE_TIMEOUT))?;
@@ -82,7 +82,7 @@ enum Stage {
     Open,
 }
 
-/// A tunnel that is being opened on a non-blocking stream.
+/// A tunnel on a non-blocking stream, during its handshake.
 pub struct PendingTunnel {
     pub stream: TcpStream,
     via: Via,
@@ -107,7 +107,7 @@ impl PendingTunnel {
         Ok(Self { stream: fd.into(), via, to, stage: Stage::Connecting, answer: [0; 10], received: 0 })
     }
 
-    /// Continues the handshake as far as possible. Returns whether the tunnel is open.
+    /// Continues the handshake as far as possible. Returns true if the tunnel is open.
     pub fn advance(&mut self) -> Result<bool, BenchError> {
         loop {
             let has_advanced = match self.stage {
@@ -142,7 +142,7 @@ impl PendingTunnel {
                 (self.stage, self.received) = (then, 0);
                 Ok(true)
             }
-            Ok(_) => Err(failed("partial write in the handshake")),
+            Ok(_) => Err(failed("partial write during the handshake")),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => Ok(false),
             Err(error) => Err(error.into()),
         }
@@ -153,7 +153,7 @@ impl PendingTunnel {
             return Ok(true);
         }
         match self.stream.read(&mut self.answer[self.received..length]) {
-            Ok(0) => Err(failed("connection closed in the handshake")),
+            Ok(0) => Err(failed("connection closed during the handshake")),
             Ok(got) => {
                 self.received += got;
                 Ok(self.received == length)

@@ -1,5 +1,5 @@
 //! The target of the tunnels, a separate process: a TCP echo, bulk streams in both directions, a UDP echo, and a sink
-//! that counts datagrams.
+//! that counts the datagrams it receives.
 
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -20,11 +20,11 @@ use crate::udp::{Content, MIN_PAYLOAD};
 
 /// First argument of this program when it runs as the target.
 pub const TARGET: &str = "target";
-/// The echo closes a stream after a message of at most this many bytes.
+/// The echo closes a stream after a message of at most this number of bytes.
 const MAX_LAST_MESSAGE: usize = 1;
 /// Idle timeout of bulk streams, longer than the stalls of the soak.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(60);
-/// Buffer in bytes of a socket that must not lose datagrams.
+/// Receive buffer in bytes of sockets that must not lose datagrams.
 const SOCKET_BUFFER_SIZE: usize = 16 << 20;
 
 /// The target's process and addresses.
@@ -38,7 +38,7 @@ pub struct Target {
     pub sink: SocketAddrV4,
 }
 
-/// What the sink has received of the current step of a flood.
+/// Datagrams of the current step of a flood that the sink has received.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SinkCounts {
     pub step: u64,
@@ -114,14 +114,14 @@ pub fn upload_over(
     }
 }
 
-fn request(mut stream: impl Write, what: u8, limit: TransferLimit) -> io::Result<()> {
-    let mut request = [what; 17];
+fn request(mut stream: impl Write, kind: u8, limit: TransferLimit) -> io::Result<()> {
+    let mut request = [kind; 17];
     request[1..9].copy_from_slice(&(limit.time.as_millis() as u64).to_le_bytes());
     request[9..].copy_from_slice(&limit.bytes.to_le_bytes());
     stream.write_all(&request)
 }
 
-/// Runs the target: prints its ports, then answers each line of stdin with the counts of the sink.
+/// Runs the target: prints its ports, then answers each line on stdin with the counts of the sink.
 pub fn run() -> io::Result<()> {
     let (echo, bulk) = (listener()?, listener()?);
     let (udp_echo, sink) = (large_buffer_socket()?, large_buffer_socket()?);
@@ -146,7 +146,7 @@ pub fn run() -> io::Result<()> {
     Ok(())
 }
 
-/// Ends the whole process when one service ends: a partial target would look like an error of the proxy.
+/// Ends the process when a service ends. Otherwise its failure would look like a failure of the proxy.
 fn exit_on_end(result: io::Result<()>) {
     if let Err(error) = result {
         eprintln!("bench: target: {error}");
@@ -160,7 +160,7 @@ fn listener() -> io::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Listens on a port outside of the range for outgoing connections, which may be exhausted.
+/// Listens on a port outside of the range for outgoing connections, because that range may be exhausted.
 pub fn listen_anywhere() -> io::Result<TcpListener> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let mut last = Err(io::ErrorKind::AddrInUse.into());
@@ -174,7 +174,7 @@ pub fn listen_anywhere() -> io::Result<TcpListener> {
     last
 }
 
-/// Returns a UDP socket with the largest possible receive buffer.
+/// Returns a UDP socket with a receive buffer of `SOCKET_BUFFER_SIZE`, or the system's maximum.
 pub fn large_buffer_socket() -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_SIZE).is_err() {
@@ -185,8 +185,8 @@ pub fn large_buffer_socket() -> io::Result<UdpSocket> {
 
 /// Serves all streams on one thread, which leaves more CPU to the proxy.
 ///
-/// After a message of one byte the target closes first, so that the TIME-WAIT state does not use up the ports for
-/// outgoing connections of proxy and load generator.
+/// After a message of one byte the target closes first, so that the connections in TIME-WAIT do not use up the ports
+/// for outgoing connections of proxy and load generator.
 fn serve_echo(listener: &TcpListener) -> io::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let watch = |fd: &dyn AsFd, key: usize| {
@@ -212,9 +212,9 @@ fn serve_echo(listener: &TcpListener) -> io::Result<()> {
                     streams[key] = Some(stream);
                 }
             } else if let Some(stream) = &mut streams[key] {
-                // Blocking calls: the data to read is there, and the client is waiting for the echo.
-                let alive = stream.read(&mut buffer).and_then(|got| stream.write_all(&buffer[..got]).map(|()| got));
-                if !alive.is_ok_and(|got| got > MAX_LAST_MESSAGE) {
+                // The calls do not block long: the data has arrived, and the client is waiting for the echo.
+                let echoed = stream.read(&mut buffer).and_then(|got| stream.write_all(&buffer[..got]).map(|()| got));
+                if !echoed.is_ok_and(|got| got > MAX_LAST_MESSAGE) {
                     streams[key] = None;
                 }
             }
@@ -225,7 +225,7 @@ fn serve_echo(listener: &TcpListener) -> io::Result<()> {
 fn serve_bulk(listener: &TcpListener) -> io::Result<()> {
     loop {
         let Ok((stream, _)) = listener.accept() else { continue };
-        // Errors are ignored: the client detects them.
+        // The client detects errors.
         thread::spawn(move || serve_bulk_stream(&stream));
     }
 }

@@ -12,10 +12,10 @@ use crate::socks::PendingTunnel;
 
 /// Bytes of a round trip.
 pub const MESSAGE_LEN: usize = 64;
-/// Tunnels that are opened at the same time by `open`.
+/// Maximum number of tunnels that `open` opens at the same time.
 const MAX_OPENING: usize = 32;
 
-/// Waits for events of a set of sockets, with a timeout.
+/// Waits for events on a set of sockets.
 pub struct Events {
     epoll: Epoll,
     ready: Vec<EpollEvent>,
@@ -30,7 +30,7 @@ impl Events {
         Ok(self.epoll.add(socket, EpollEvent::new(flags, key as u64))?)
     }
 
-    /// Returns the keys of ready sockets, or none after `time`.
+    /// Returns the keys of ready sockets, or no keys after `time`.
     pub fn wait(&mut self, time: Duration) -> Result<impl Iterator<Item = usize>, BenchError> {
         let millis = u16::try_from(time.as_millis()).unwrap_or(u16::MAX);
         let count = match self.epoll.wait(&mut self.ready, millis) {
@@ -40,16 +40,17 @@ impl Events {
         Ok(self.ready[..count].iter().map(|event| event.data() as usize))
     }
 
+    /// Like `wait`, but fails after `IDLE_TIMEOUT` without an event.
     fn wait_any(&mut self) -> Result<impl Iterator<Item = usize>, BenchError> {
         let mut keys = self.wait(IDLE_TIMEOUT)?.peekable();
         match keys.peek() {
             Some(_) => Ok(keys),
-            None => Err(failed(format!("nothing happened for {} s", IDLE_TIMEOUT.as_secs()))),
+            None => Err(failed(format!("no progress for {} s", IDLE_TIMEOUT.as_secs()))),
         }
     }
 }
 
-/// Read and write, edge-triggered: each answer is a new event.
+/// Readable and writable, edge-triggered: each answer is a new event.
 fn edge_triggered() -> EpollFlags {
     EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET
 }
@@ -84,7 +85,7 @@ impl ShortTunnel {
                 Ok(0) if self.answered => return Ok(true),
                 Ok(0) => return Err(corrupt("a tunnel was closed before its byte was echoed")),
                 Ok(1) if Some(answer[0]) == self.sent_byte && !self.answered => self.answered = true,
-                Ok(_) => return Err(corrupt("the echo is another byte")),
+                Ok(_) => return Err(corrupt("the echo differs from the byte sent")),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
@@ -92,7 +93,7 @@ impl ShortTunnel {
     }
 }
 
-/// Opens tunnels, `concurrency` at a time: each echoes one byte, and is closed by the target. Returns their times.
+/// Opens tunnels, `concurrency` at a time. Each echoes one byte, then the target closes it. Returns their times.
 pub fn short_tunnels(via: Via, echo: SocketAddrV4, concurrency: usize, time: Duration) -> Result<Times, BenchError> {
     let (mut events, mut times, began) = (Events::new()?, Times::default(), Instant::now());
     let mut slots = Vec::new();
@@ -146,7 +147,7 @@ pub fn open(via: Via, echo: SocketAddrV4, count: usize) -> Result<Vec<TcpStream>
     Ok(open)
 }
 
-/// Closes tunnels by sending the last byte, whose echo must arrive.
+/// Closes tunnels by sending one byte. Fails unless its echo arrives.
 pub fn close(tunnels: Vec<TcpStream>) -> Result<(), BenchError> {
     let (mut events, mut left, mut open) = (Events::new()?, tunnels.len(), vec![true; tunnels.len()]);
     for (key, mut tunnel) in tunnels.iter().enumerate() {
@@ -167,7 +168,7 @@ pub fn close(tunnels: Vec<TcpStream>) -> Result<(), BenchError> {
 
 /// The state of one round trip.
 #[derive(Clone)]
-struct Echo {
+struct RoundTrip {
     sent: Instant,
     message: &'static [u8],
     received: usize,
@@ -181,7 +182,7 @@ pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, Bench
     for (key, mut tunnel) in tunnels.iter().enumerate() {
         events.add(tunnel, key, EpollFlags::EPOLLIN)?;
         let message = message(key);
-        trips.push(Echo { sent: Instant::now(), message, received: 0, is_over: false });
+        trips.push(RoundTrip { sent: Instant::now(), message, received: 0, is_over: false });
         tunnel.write_all(message)?;
     }
     let mut left = tunnels.len();
@@ -198,7 +199,8 @@ pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, Bench
                 left -= 1;
                 continue;
             }
-            *trip = Echo { sent: Instant::now(), message: message(key + times.len()), received: 0, is_over: false };
+            *trip =
+                RoundTrip { sent: Instant::now(), message: message(key + times.len()), received: 0, is_over: false };
             tunnel.write_all(trip.message)?;
         }
     }
@@ -210,7 +212,8 @@ fn message(number: usize) -> &'static [u8] {
     &noise()[from..from + MESSAGE_LEN]
 }
 
-impl Echo {
+impl RoundTrip {
+    /// Receives without waiting. Returns true if the echo is complete.
     fn receive(&mut self, mut tunnel: &TcpStream) -> Result<bool, BenchError> {
         let mut buffer = [0; MESSAGE_LEN + 1];
         let got = match tunnel.read(&mut buffer) {
@@ -222,7 +225,7 @@ impl Echo {
             return Err(corrupt("a tunnel was closed"));
         }
         if got > rest.len() || buffer[..got] != rest[..got] {
-            return Err(corrupt("the echo has other bytes"));
+            return Err(corrupt("the echo differs from the message"));
         }
         self.received += got;
         Ok(self.received == MESSAGE_LEN)

@@ -1,4 +1,4 @@
-//! Datagrams through associations: round trips with a window, and one-way at rising rates.
+//! Datagrams through associations: round trips with a window, and floods in one direction at increasing rates.
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, ErrorKind};
@@ -20,7 +20,7 @@ use crate::tunnels::Events;
 pub const MIN_PAYLOAD: usize = 8;
 /// Bytes of the SOCKS header: RSV, FRAG, ATYP, address, port.
 const HEADER_LEN: usize = 10;
-/// A datagram without an echo after this long counts as lost.
+/// A datagram without an echo after this time counts as lost.
 const LOSS_TIMEOUT: Duration = Duration::from_millis(200);
 /// Time between the bursts of a flood.
 const BURST_INTERVAL: Duration = Duration::from_micros(50);
@@ -33,21 +33,21 @@ pub struct Content;
 
 impl Content {
     fn write(number: u64, datagram: &mut [u8]) {
-        let (head, rest) = datagram.split_at_mut(MIN_PAYLOAD);
+        let (head, body) = datagram.split_at_mut(MIN_PAYLOAD);
         head.copy_from_slice(&number.to_le_bytes());
-        rest.copy_from_slice(Self::rest(number, rest.len()));
+        body.copy_from_slice(Self::noise(number, body.len()));
     }
 
-    fn rest(number: u64, length: usize) -> &'static [u8] {
+    fn noise(number: u64, length: usize) -> &'static [u8] {
         let from = (number % 4096) as usize;
         &noise()[from..from + length]
     }
 
     /// Returns the number, or `None` if the payload is corrupt.
     pub fn number(datagram: &[u8]) -> Option<u64> {
-        let (head, rest) = datagram.split_first_chunk()?;
+        let (head, body) = datagram.split_first_chunk()?;
         let number = u64::from_le_bytes(*head);
-        (rest == Self::rest(number, rest.len())).then_some(number)
+        (body == Self::noise(number, body.len())).then_some(number)
     }
 }
 
@@ -55,7 +55,7 @@ impl Content {
 pub struct Association {
     socket: UdpSocket,
     header: Vec<u8>,
-    /// Number of the next datagram. Those of other associations are in other ranges.
+    /// Number of the next datagram. Other associations use other ranges.
     next: Cell<u64>,
     /// Numbers that count as lost, but may still arrive.
     expired: RefCell<Vec<u64>>,
@@ -106,12 +106,12 @@ impl Association {
         };
         match Content::number(datagram) {
             Some(number) if datagram.len() == size => Ok(Some(number)),
-            _ => Err(corrupt("the echo is another datagram")),
+            _ => Err(corrupt("the echo differs from the datagram")),
         }
     }
 }
 
-/// An association with its datagrams in flight: number and time.
+/// An association and its datagrams in flight, with number and time of sending.
 struct Flow<'a> {
     association: &'a Association,
     in_flight: Vec<(u64, Instant)>,
@@ -125,7 +125,7 @@ impl Flow<'_> {
         Ok(self.association.send(number, size)?)
     }
 
-    /// Removes datagrams that count as lost. Returns how many.
+    /// Removes the datagrams that count as lost. Returns their number.
     fn expire(&mut self) -> u64 {
         let late: Vec<_> = self.in_flight.extract_if(.., |(_, sent)| sent.elapsed() >= LOSS_TIMEOUT).collect();
         self.association.expired.borrow_mut().extend(late.iter().map(|(number, _)| number));
@@ -175,7 +175,7 @@ pub fn round_trips(all: &[Association], size: usize, window: usize, time: Durati
 
 fn receive_answers(flow: &mut Flow<'_>, size: usize, is_over: bool, trips: &mut RoundTrips) -> Result<(), BenchError> {
     while let Some(number) = flow.association.receive(size)? {
-        let Some(at) = flow.in_flight.iter().position(|(waits, _)| *waits == number) else {
+        let Some(at) = flow.in_flight.iter().position(|(sent, _)| *sent == number) else {
             let mut late = flow.association.expired.borrow_mut();
             let Some(at) = late.iter().position(|expired| *expired == number) else {
                 return Err(corrupt("a datagram arrived twice, or at another association"));
@@ -198,19 +198,19 @@ pub struct Flood {
     pub time: Duration,
     /// Factor from one rate to the next.
     pub factor: f64,
-    /// Attempts for a rate at which a datagram is lost, since the machine may pause for other reasons.
+    /// Attempts at each rate. A datagram may be lost because the machine was busy.
     pub attempts: usize,
 }
 
 /// First rate of a flood, in datagrams per second.
 const START_RATE: f64 = 20_000.0;
-/// Part of a rate that the load generator must reach, or the flood ends.
+/// Fraction of a rate that the load generator must reach. Otherwise the flood ends.
 const MIN_REACHED: f64 = 0.97;
 
 impl Flood {
-    /// Returns the highest rate in datagrams per second at which none is lost.
+    /// Returns the highest rate without loss, in datagrams per second.
     pub fn rate(self, via: Via, target: &mut Target) -> Result<f64, BenchError> {
-        // The kernel adds the timer slack to sleeps, which would make larger bursts.
+        // The kernel adds the timer slack to sleeps, which would make bursts larger.
         let _ = set_timerslack(1);
         let association = Association::open(via, target.sink)?;
         association.send(0, self.size)?;

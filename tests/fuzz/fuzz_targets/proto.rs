@@ -1,5 +1,5 @@
 //! Decodes random bytes as every message of RFC 1928, RFC 1929 and RFC 1961. Decoding must not panic, request more than
-//! the longest message, or allocate more than its input; a decoded message must encode to an equal one.
+//! the longest message, or allocate more than its input. A decoded message must encode to bytes that decode to it.
 
 #![no_main]
 
@@ -26,8 +26,8 @@ fuzz_target!(|bytes: &[u8]| {
     check_datagram(bytes);
 });
 
-/// Runs `decode`, which must not allocate more than the length of its input.
-fn bounded<T>(bytes: &[u8], decode: impl FnOnce() -> T) -> T {
+/// Runs `decode`. Fails if it allocates more than the length of its input.
+fn with_bounded_memory<T>(bytes: &[u8], decode: impl FnOnce() -> T) -> T {
     let region = Region::new(ALLOCATOR);
     let result = decode();
     let allocated = region.change().bytes_allocated;
@@ -36,13 +36,13 @@ fn bounded<T>(bytes: &[u8], decode: impl FnOnce() -> T) -> T {
 }
 
 fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
-    let decoded = bounded(bytes, || M::decode(bytes));
+    let decoded = with_bounded_memory(bytes, || M::decode(bytes));
     let given = bytes.len();
     match decoded {
         Ok(message) => {
-            let again = message.encode();
-            assert!((M::MIN_LEN..=M::MAX_LEN).contains(&again.len()));
-            assert_eq!(M::decode(&again), Ok(message));
+            let encoded = message.encode();
+            assert!((M::MIN_LEN..=M::MAX_LEN).contains(&encoded.len()));
+            assert_eq!(M::decode(&encoded), Ok(message));
         }
         Err(DecodeError::Incomplete(n)) => {
             assert!(n >= 1 && given + n <= M::MAX_LEN, "{n} bytes requested after {given}");
@@ -50,7 +50,11 @@ fn check<M: Message + Debug + PartialEq>(bytes: &[u8]) {
         }
         Err(DecodeError::Invalid(error)) => {
             assert!(!error.to_string().is_empty());
-            assert_eq!(M::decode(&[bytes, &[0; 8]].concat()), Err(DecodeError::Invalid(error)), "an error is final");
+            assert_eq!(
+                M::decode(&[bytes, &[0; 8]].concat()),
+                Err(DecodeError::Invalid(error)),
+                "more bytes changed the error"
+            );
         }
     }
 }
@@ -64,11 +68,11 @@ fn check_prefix<M: Message + Debug>(bytes: &[u8]) {
 }
 
 fn check_datagram(bytes: &[u8]) {
-    let decoded = bounded(bytes, || Datagram::decode(bytes));
+    let decoded = with_bounded_memory(bytes, || Datagram::decode(bytes));
     if let Ok(datagram) = decoded {
-        let mut again = Vec::new();
-        datagram.encode_into(&mut again);
-        assert_eq!(again.get(2..), bytes.get(2..));
-        assert!(again.len() - datagram.data.len() <= Datagram::MAX_HEADER_LEN);
+        let mut encoded = Vec::new();
+        datagram.encode_into(&mut encoded);
+        assert_eq!(encoded.get(2..), bytes.get(2..));
+        assert!(encoded.len() - datagram.data.len() <= Datagram::MAX_HEADER_LEN);
     }
 }

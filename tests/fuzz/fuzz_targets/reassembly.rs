@@ -1,5 +1,5 @@
-//! Pushes random datagrams at random times to a reassembly queue. It must not panic, hold or return more than one UDP
-//! payload, or hold memory after its timer. Also fragments and reassembles random payloads with random limits.
+//! Pushes random datagrams at random times to a reassembly queue. The queue must not panic, hold or return more than
+//! one UDP payload, or hold memory after its timeout. Also fragments and reassembles random payloads with random limits.
 
 #![no_main]
 
@@ -14,7 +14,7 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// Bytes that the queue can hold: a vector grows by doubling, the remainder is for DST.
+/// Upper limit for the memory of the queue in bytes. A vector grows by doubling, and 1024 bytes are for DST.
 const MAX_HELD: usize = 2 * MAX_UDP6_PAYLOAD + 1024;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -22,7 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
     let held = || region.change().bytes_allocated.saturating_sub(region.change().bytes_deallocated);
     let (mut queue, mut now) = (Reassembler::default(), Instant::now());
     let mut rest = bytes;
-    // Input: pause in 1/64 s, padding in units of 256 bytes, the length of a datagram, the datagram.
+    // The input is a sequence of: pause in 1/64 s, padding in units of 256 bytes, length of a datagram, datagram.
     while let [pause, padding, length, tail @ ..] = rest {
         now += Duration::from_millis(u64::from(*pause) * 1000 / 64);
         let (raw, tail) = tail.split_at(usize::from(*length).min(tail.len()));
@@ -43,10 +43,11 @@ fn push(queue: &mut Reassembler, now: Instant, raw: &[u8], padding: usize) {
     let frag = datagram.frag;
     let complete = queue.push(now, datagram);
     assert!(frag & 0x7f != 0 || complete.is_some() == (frag == 0), "FRAG {frag}");
-    assert!(frag == 0 || frag >= 0x80 || complete.is_none(), "complete at FRAG {frag}");
+    assert!(frag == 0 || frag >= 0x80 || complete.is_none(), "complete after FRAG {frag}");
     assert!(complete.is_none_or(|(_, data)| data.len() <= MAX_UDP6_PAYLOAD));
 }
 
+/// Fragments the payload of a datagram and reassembles it.
 fn check_fragment(bytes: &[u8]) {
     let Ok(datagram) = Datagram::decode(bytes) else { return };
     let limit = usize::from(datagram.frag) * 4;
@@ -56,8 +57,8 @@ fn check_fragment(bytes: &[u8]) {
     let mut complete = None;
     for part in &parts {
         assert!(part.len() <= limit && complete.is_none());
-        complete = queue.push(now, Datagram::decode(part).expect("a datagram"));
+        complete = queue.push(now, Datagram::decode(part).expect("valid datagram"));
     }
-    let (dst, data) = complete.expect("complete at the last");
+    let (dst, data) = complete.expect("complete at the last fragment");
     assert_eq!((dst, &*data), (datagram.dst, datagram.data));
 }
