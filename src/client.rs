@@ -22,7 +22,7 @@ use crate::proto::{
 use crate::reactor::Io;
 pub use association::{Association, AssociationClosed, RECV_BUFFER_SIZE};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
-pub use proxy::{Endpoint, Proxy, credentials, parse_addr, parse_hops, parse_host, parse_port};
+pub use proxy::{Endpoint, Proxy, credentials, parse_hops};
 
 /// Authentication methods to offer to all proxies. User names and passwords are part of each [`Proxy`].
 #[derive(Debug, Default)]

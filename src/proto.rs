@@ -10,7 +10,7 @@ mod gssapi;
 
 use std::fmt;
 
-pub use addr::{Addr, Host, HostName};
+pub use addr::{Addr, Host, HostName, PortRange, parse_port, split_host_port};
 pub use codes::{Command, Method, OtherProtocol, Rep};
 pub use gssapi::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, ProtectionLevel};
 

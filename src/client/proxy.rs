@@ -1,13 +1,12 @@
-//! Proxies, and parsers for proxy URLs, addresses, hosts and ports.
+//! Proxies and the parser for their URLs.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 
-use crate::proto::{self, Addr, Credentials, DEFAULT_PORT, Host, HostName, MAX_CREDENTIAL_LEN};
+use crate::proto::{Addr, Credentials, DEFAULT_PORT, MAX_CREDENTIAL_LEN};
 
 /// A SOCKS5 proxy and the credentials for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +74,7 @@ impl FromStr for Proxy {
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
-            (None, _) => Endpoint::Tcp(parse_addr(address, Some(DEFAULT_PORT))?),
+            (None, _) => Endpoint::Tcp(Addr::parse_with_default_port(address, DEFAULT_PORT)?),
         };
         Ok(Self { endpoint, uname, credentials })
     }
@@ -110,57 +109,6 @@ pub fn credentials(uname: &[u8], passwd: &[u8]) -> Result<Credentials, String> {
         }
     }
     Ok(Credentials { uname: uname.into(), passwd: passwd.into() })
-}
-
-/// Parses `host:port` or `[ipv6]:port`. The port is optional if there is a default port.
-///
-/// # Errors
-/// A message for the user.
-pub fn parse_addr(text: &str, default_port: Option<u16>) -> Result<Addr, String> {
-    let (host, port) = match text.rsplit_once(':') {
-        // Several colons without brackets: an IPv6 address without a port.
-        Some((host, _)) if host.contains(':') && !host.starts_with('[') => (text, None),
-        Some((_, port)) if text.starts_with('[') && port.ends_with(']') => (text, None),
-        Some((host, port)) => (host, Some(port)),
-        None => (text, None),
-    };
-    let port = match (port, default_port) {
-        (Some(port), _) => parse_port(port)?,
-        (None, Some(port)) => port,
-        (None, None) => return Err(format!("expected HOST:PORT or [IPV6]:PORT, found {text:?}")),
-    };
-    Ok(Addr { host: parse_host(host)?, port })
-}
-
-/// Parses a port from 0 to 65535. The error is a message for the user.
-pub fn parse_port(text: &str) -> Result<u16, String> {
-    text.parse().map_err(|_| format!("expected a port from 0 to 65535, found {text:?}"))
-}
-
-/// Parses an IPv4 or IPv6 address, with or without brackets, or a name.
-///
-/// # Errors
-/// A message for the user.
-pub fn parse_host(text: &str) -> Result<Host, String> {
-    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
-    if let Ok(ip) = inner.unwrap_or(text).parse::<IpAddr>() {
-        return Ok(Host::Ip(ip));
-    }
-    if text.is_empty() {
-        return Err("the host is empty".into());
-    }
-    if inner.is_some() || text.contains(':') {
-        return Err(format!("invalid IPv6 address {text:?}"));
-    }
-    if text.contains(['/', '@', ' ']) {
-        return Err(format!("invalid host name {text:?}"));
-    }
-    HostName::new(text.as_bytes()).map(Host::Name).map_err(|_| match text.len() {
-        length if length > proto::MAX_HOST_NAME_LEN => {
-            format!("the host name has {length} bytes: SOCKS5 allows 255")
-        }
-        _ => format!("invalid host name {text:?}"),
-    })
 }
 
 #[cfg(test)]
@@ -201,15 +149,5 @@ mod tests {
         assert_eq!(proxy(&long), Err("the user name has 256 bytes: SOCKS5 allows 1 to 255".into()));
         let debug = format!("{:?}", "u:topsecret@host".parse::<Proxy>().expect("a proxy"));
         assert!(!debug.contains("topsecret"), "{debug}");
-    }
-
-    #[test]
-    fn target_that_is_an_ip_address_is_not_parsed_as_a_name() {
-        let addr = |text: &str| parse_addr(text, None);
-        assert_eq!(addr("[::1]:22").map(|a| a.host), Ok(Host::Ip("::1".parse().expect("an address"))));
-        assert_eq!(addr("127.0.0.1:22").map(|a| a.host), Ok(Host::Ip("127.0.0.1".parse().expect("an address"))));
-        assert!(matches!(addr("example.org:22").map(|a| a.host), Ok(Host::Name(_))));
-        assert!(addr("example.org").is_err() && addr("::1").is_err() && addr(":22").is_err());
-        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 bytes")));
     }
 }

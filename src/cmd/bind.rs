@@ -14,7 +14,7 @@ use super::netcat::connector::{Connector, RetryOutcome};
 use super::netcat::descriptor;
 use super::netcat::options::client_mode;
 use super::netcat::tunnel::TunnelAction;
-use crate::client::{Client, parse_addr};
+use crate::client::Client;
 use crate::conn::Conn;
 use crate::proto::{Addr, Command};
 use crate::reactor::sleep;
@@ -82,7 +82,10 @@ impl Args {
         let action = TunnelAction::from_args(&args)?;
         let peer = match args.target.as_slice() {
             [] => None,
-            [peer] => Some(parse_addr(peer, Some(0)).map_err(|error| CliError::usage(format!("peer: {error}")))?),
+            [peer] => {
+                let peer = Addr::parse_with_default_port(peer, 0);
+                Some(peer.map_err(|error| CliError::usage(format!("peer: {error}")))?)
+            }
             [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
         let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;

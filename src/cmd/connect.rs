@@ -3,7 +3,7 @@
 use super::cli::exit::CliError;
 use super::netcat::connector::{Connector, RetryOutcome};
 use super::netcat::forward;
-use super::netcat::options::{client_mode, parse_target};
+use super::netcat::options::client_mode;
 use super::netcat::tunnel::TunnelAction;
 use crate::proto::Command;
 
@@ -17,13 +17,9 @@ impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
         let action = TunnelAction::from_args(&args)?;
-        // -z without a target tests whether the proxy accepts the login.
-        let dst = match (args.target.as_slice(), args.zero_io) {
-            ([], true) => None,
-            (words, _) => Some(parse_target(words)?),
-        };
-        let listen = args.listen.as_deref().map(forward::parse_listen_addr).transpose()?;
-        if listen.is_none() && args.keep_open {
+        // Without a target, -z tests whether the proxy accepts the login.
+        let dst = args.target()?;
+        if args.listen.is_none() && args.keep_open {
             return Err(CliError::usage("-k requires -l"));
         }
         if args.keep_open && args.source_port.is_some() {
@@ -31,7 +27,7 @@ impl Args {
         }
         let connector = Connector::new(Command::Connect, &args, dst)?;
         connector.run(Box::pin(async {
-            match (listen, connector.dst()) {
+            match (args.listen, connector.dst()) {
                 // Boxed: the future is large, and often not needed.
                 (Some(addr), _) => Box::pin(forward::run(&connector, addr, args.keep_open, args.idle_timeout)).await,
                 (None, Some(_)) => connect(&connector, &action).await,

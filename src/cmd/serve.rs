@@ -14,14 +14,13 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus};
-use super::cli::values::{parse_duration, parse_positive, parse_timeout};
-use super::netcat::options::{parse_levels, parse_methods};
+use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout};
 use crate::client::{ClientAuth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
-use crate::proto::{Method, ProtectionLevel};
-use crate::server::{self, Filtering, Hop, ListenAddr, Options, PortRange, Quotas, ServerError};
+use crate::proto::{Method, PortRange, ProtectionLevel};
+use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, ServerError};
 use load::{ConfigFile, PolicySources};
 
 /// Name of the `--via` hop in the log.
@@ -54,7 +53,7 @@ pub struct Args {
     udp_ports: Option<PortRange>,
 
     /// number of worker threads [default: one per core]
-    #[argh(option, arg_name = "N", from_str_fn(parse_threads))]
+    #[argh(option, arg_name = "N", from_str_fn(parse_nonzero))]
     threads: Option<u16>,
 
     /// require a password; FILE has name:hash lines. See USERS FILE.
@@ -72,7 +71,7 @@ pub struct Args {
 
     /// login methods to accept [default: automatic]. A comma-separated list of none, password and gssapi, the preferred
     /// method first. The default is password with --users, gssapi with --keytab or a --gssapi option, otherwise none.
-    #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
+    #[argh(option, arg_name = "METHODS", from_str_fn(parse_set))]
     auth: Option<Vec<Method>>,
 
     /// file with Kerberos keys [default: the system's]. s5 reads FILE at each login, so new keys need no restart. The
@@ -88,7 +87,7 @@ pub struct Args {
     /// protection levels to grant [default: all but none]. A comma-separated list of none, integrity and
     /// confidentiality. A client gets the level that it requests if the list has it, otherwise the strongest level of
     /// the list. curl supports only none.
-    #[argh(option, arg_name = "LEVELS", from_str_fn(parse_levels))]
+    #[argh(option, arg_name = "LEVELS", from_str_fn(parse_set))]
     gssapi_protection: Option<Vec<ProtectionLevel>>,
 
     /// rules for clients, users and targets. The first rule that matches decides. See RULES.
@@ -133,7 +132,7 @@ pub struct Args {
     /// login methods for proxies [default: automatic]. A comma-separated list of none, password and gssapi. The default
     /// is none, plus password and gssapi if there are credentials for them. With only gssapi in the list, s5 never uses
     /// an unprotected session.
-    #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
+    #[argh(option, arg_name = "METHODS", from_str_fn(parse_set))]
     hop_auth: Option<Vec<Method>>,
 
     /// filter UDP answers [default: address-dependent]. With address-dependent, a client receives datagrams only from
@@ -192,10 +191,6 @@ pub struct Args {
     /// log only warnings and errors
     #[argh(switch, short = 'q')]
     quiet: bool,
-}
-
-fn parse_threads(text: &str) -> Result<u16, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 to 65535".into())
 }
 
 fn default_threads() -> u16 {

@@ -13,8 +13,7 @@ use futures_lite::FutureExt as _;
 
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::{Connector, RetryOutcome};
-use super::netcat::forward::parse_listen_addr;
-use super::netcat::options::{client_mode, parse_target};
+use super::netcat::options::client_mode;
 use super::netcat::report::Report;
 use crate::client::{Association, AssociationClosed, Client, ClientError};
 use crate::proto::{Addr, Command};
@@ -38,17 +37,13 @@ client_mode!(
 impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
-        let dst = match (args.target.as_slice(), args.zero_io) {
-            ([], true) => None,
-            (words, _) => Some(parse_target(words)?),
-        };
+        let dst = args.target()?;
         let framing = Framing::from_args(&args)?;
-        let listen = args.listen.as_deref().map(parse_listen_addr).transpose()?;
-        if listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
+        if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
             return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
         }
         let connector = Connector::new(Command::UdpAssociate, &args, dst)?;
-        if let Some(addr) = listen {
+        if let Some(addr) = args.listen {
             let limits = forward::PeerLimits {
                 max_peers: args.max_peers,
                 idle_timeout: args.idle_timeout.unwrap_or(DEFAULT_PEER_IDLE_TIMEOUT),

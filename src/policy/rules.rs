@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 
 use crate::proto::{Command, HostName, Method, ProtectionLevel};
-pub use parse::{normalize_name, parse_command, parse_level, parse_method, parse_rule, parse_rules};
+pub use parse::{normalize_name, parse_rule, parse_rules};
 
 /// Targets that a remote client reaches only if an `allow to=` rule names them: this host, link-local addresses (which
 /// include cloud metadata services), unspecified addresses, multicast and broadcast.

@@ -1,7 +1,10 @@
-//! Addresses as encoded in messages: ATYP, an IP address or host name, and a port (RFC 1928 section 5).
+//! Addresses: as encoded in messages, ATYP, an IP address or host name, and a port (RFC 1928 section 5); and as text,
+//! `host:port`. Errors about text are messages for the user.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 
 use super::{DecodeError, MAX_HOST_NAME_LEN, MessageReader, ProtocolError, write_length_prefixed};
 
@@ -33,6 +36,21 @@ impl HostName {
     }
 }
 
+impl FromStr for HostName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (Self::new(text.as_bytes()), text.len()) {
+            (Ok(name), _) if !text.contains(['/', '@', ' ']) => Ok(name),
+            (Err(_), 0) => Err("the host is empty".into()),
+            (Err(_), length) if length > MAX_HOST_NAME_LEN => {
+                Err(format!("the host name has {length} bytes: SOCKS5 allows {MAX_HOST_NAME_LEN}"))
+            }
+            _ => Err(format!("invalid host name {text:?}")),
+        }
+    }
+}
+
 /// DST.ADDR or BND.ADDR (RFC 1928 section 5).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Host {
@@ -40,6 +58,20 @@ pub enum Host {
     Ip(IpAddr),
     /// ATYP 3.
     Name(HostName),
+}
+
+/// Parses an IPv4 or IPv6 address, with or without brackets, or a name.
+impl FromStr for Host {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+        match inner.unwrap_or(text).parse() {
+            Ok(ip) => Ok(Self::Ip(ip)),
+            Err(_) if inner.is_some() || text.contains(':') => Err(format!("invalid IPv6 address {text:?}")),
+            Err(_) => text.parse().map(Self::Name),
+        }
+    }
 }
 
 /// DST or BND: a host and a port.
@@ -54,6 +86,15 @@ pub struct Addr {
 impl Addr {
     /// 0.0.0.0:0, which means "no address".
     pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
+
+    /// Parses `host`, `host:port` or `[ipv6]:port`.
+    ///
+    /// # Errors
+    /// The host or the port is invalid.
+    pub fn parse_with_default_port(text: &str, default_port: u16) -> Result<Self, String> {
+        let (host, port) = split_host_port(text);
+        Ok(Self { port: port.map_or(Ok(default_port), parse_port)?, host: host.parse()? })
+    }
 
     /// Length of ATYP, an empty host name (in replies only) and the port.
     pub(super) const MIN_LEN: usize = 1 + 1 + 2;
@@ -100,6 +141,91 @@ impl fmt::Display for Addr {
         match &self.host {
             Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
             Host::Name(name) => write!(f, "{}:{}", name.as_str(), self.port),
+        }
+    }
+}
+
+/// Parses `host:port` or `[ipv6]:port`.
+impl FromStr for Addr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match split_host_port(text) {
+            (host, Some(port)) => Ok(Self { port: parse_port(port)?, host: host.parse()? }),
+            (_, None) => Err(format!("expected HOST:PORT or [IPV6]:PORT, found {text:?}")),
+        }
+    }
+}
+
+/// Splits `host:port`. The port is `None` if there is none. An IPv6 address without brackets has none.
+pub fn split_host_port(text: &str) -> (&str, Option<&str>) {
+    match text.rsplit_once(':') {
+        Some((host, _)) if host.contains(':') && !host.starts_with('[') => (text, None),
+        Some((_, port)) if port.ends_with(']') => (text, None),
+        Some((host, port)) => (host, Some(port)),
+        None => (text, None),
+    }
+}
+
+/// Parses a port from 0 to 65535.
+///
+/// # Errors
+/// `text` is not such a port.
+pub fn parse_port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("expected a port from 0 to 65535, found {text:?}"))
+}
+
+/// A range of ports, `LO-HI`, both from 1 to 65535.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortRange(pub RangeInclusive<u16>);
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |text: &str| text.parse().ok().filter(|port| *port != 0 && !text.starts_with('+'));
+        text.split_once('-')
+            .and_then(|(low, high)| Some(port(low)?..=port(high)?))
+            .filter(|ports| !ports.is_empty())
+            .map(Self)
+            .ok_or_else(|| "expected LO-HI, ports from 1 to 65535".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addr_is_parsed_from_host_and_port() {
+        let addr = |text: &str| text.parse::<Addr>();
+        for text in ["127.0.0.1:22", "[::1]:22", "example.org:22", "example.org:0"] {
+            assert_eq!(addr(text).map(|addr| addr.to_string()).as_deref(), Ok(text));
+        }
+        assert!(matches!(addr("[::1]:22"), Ok(Addr { host: Host::Ip(IpAddr::V6(_)), port: 22 })));
+        assert!(matches!(addr("127.0.0.1:22"), Ok(Addr { host: Host::Ip(IpAddr::V4(_)), port: 22 })));
+        for bad in
+            ["example.org", "::1", "[::1]", "1::2:3", ":22", "[::1:22", "[a]:1", "a b:1", "a@b:1", "a/b:1", "a:-1"]
+        {
+            assert!(addr(bad).is_err(), "{bad}");
+        }
+        assert!(addr(&format!("{}:1", "a".repeat(256))).is_err_and(|error| error.contains("256 bytes")));
+    }
+
+    #[test]
+    fn addr_without_port_has_the_default_port() {
+        let table = [("::1", "[::1]:9"), ("[::1]", "[::1]:9"), ("example.org", "example.org:9"), ("a:1", "a:1")];
+        for (text, expected) in table {
+            let addr = Addr::parse_with_default_port(text, 9).map(|addr| addr.to_string());
+            assert_eq!(addr.as_deref(), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn port_range_has_two_ports_in_order() {
+        assert_eq!("5000-5003".parse(), Ok(PortRange(5000..=5003)));
+        for bad in ["", "1", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "+1-2"] {
+            assert!(bad.parse::<PortRange>().is_err(), "{bad}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The codes of RFC 1928 with their names, and recognition of other protocols by their first byte.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// An authentication method (RFC 1928 section 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,6 +28,20 @@ impl fmt::Display for Method {
             Self(other) => write!(f, "method {other:#04x}"),
         }
     }
+}
+
+impl FromStr for Method {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        from_name(text, &[Self::NONE, Self::PASSWORD, Self::GSSAPI], "none, password or gssapi")
+    }
+}
+
+/// Returns the value that is displayed as `text`.
+pub(super) fn from_name<T: Copy + fmt::Display>(text: &str, all: &[T], expected: &str) -> Result<T, String> {
+    let found = all.iter().find(|value| value.to_string() == text);
+    found.copied().ok_or_else(|| format!("expected {expected}, found {text:?}"))
 }
 
 /// CMD (RFC 1928 section 4).
@@ -57,6 +72,14 @@ impl fmt::Display for Command {
             Self::Bind => "bind",
             Self::UdpAssociate => "udp",
         })
+    }
+}
+
+impl FromStr for Command {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        from_name(text, &[Self::Connect, Self::Bind, Self::UdpAssociate], "connect, bind or udp")
     }
 }
 

@@ -1,7 +1,9 @@
 //! The messages of RFC 1961, `VER MTYP LEN TOKEN`, and the protection levels. Tokens are opaque here.
 
 use std::fmt;
+use std::str::FromStr;
 
+use super::codes::from_name;
 use super::{AUTH_VERSION, DecodeError, Message, MessageReader, ProtocolError};
 
 /// Longest token that LEN can express, in bytes (RFC 1961 section 3.3).
@@ -132,5 +134,13 @@ impl fmt::Display for ProtectionLevel {
             Self::Integrity => "integrity",
             Self::Confidentiality => "confidentiality",
         })
+    }
+}
+
+impl FromStr for ProtectionLevel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        from_name(text, &Self::ALL, "none, integrity or confidentiality")
     }
 }

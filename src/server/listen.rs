@@ -13,6 +13,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::conn::DetachedConn;
 use crate::dial::set_tcp_options;
+use crate::proto::{Addr, Host};
 use crate::reactor::accept;
 
 /// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
@@ -24,7 +25,7 @@ const MAX_PORT_ATTEMPTS: usize = 16;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddr {
     /// `HOST:PORT`: all addresses of a host.
-    Host(String, u16),
+    Host(Addr),
     /// `PORT`: loopback, both families.
     Loopback(u16),
     /// `*:PORT`: the unspecified address, both families.
@@ -45,18 +46,9 @@ impl FromStr for ListenAddr {
             };
         }
         let invalid = || "expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH".to_owned();
-        let Some((host, port)) = text.rsplit_once(':') else {
-            return text.parse().map(Self::Loopback).map_err(|_| invalid());
-        };
-        let port = port.parse().map_err(|_| invalid())?;
-        match host {
-            "" => Err(invalid()),
-            "*" => Ok(Self::Wildcard(port)),
-            _ if host.starts_with('[') || host.contains(':') => {
-                let ip = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).ok_or_else(invalid)?;
-                ip.parse::<Ipv6Addr>().map(|ip| Self::Host(ip.to_string(), port)).map_err(|_| invalid())
-            }
-            _ => Ok(Self::Host(host.into(), port)),
+        match text.strip_prefix("*:") {
+            Some(port) => port.parse().map(Self::Wildcard).map_err(|_| invalid()),
+            None => text.parse().map(Self::Loopback).or_else(|_| text.parse().map(Self::Host)).map_err(|_| invalid()),
         }
     }
 }
@@ -64,8 +56,7 @@ impl FromStr for ListenAddr {
 impl fmt::Display for ListenAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Host(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Self::Host(host, port) => write!(f, "{host}:{port}"),
+            Self::Host(addr) => addr.fmt(f),
             Self::Loopback(port) => write!(f, "{port}"),
             Self::Wildcard(port) => write!(f, "*:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
@@ -79,9 +70,7 @@ impl ListenAddr {
         let both_families =
             |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
         match self {
-            Self::Host(host, port) => {
-                (host.as_str(), *port).to_socket_addrs().map(Iterator::collect).unwrap_or_default()
-            }
+            Self::Host(addr) => resolve(addr).unwrap_or_default(),
             Self::Loopback(port) => both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
             Self::Wildcard(port) => both_families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
             Self::Unix(_) => Vec::new(),
@@ -94,7 +83,7 @@ impl ListenAddr {
     /// Those of the resolver and of bind(2).
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         match self {
-            Self::Host(host, port) => bind_all((host.as_str(), *port).to_socket_addrs()?),
+            Self::Host(addr) => bind_all(resolve(addr)?),
             Self::Loopback(port) => bind_both([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
             Self::Wildcard(port) => bind_both([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
             Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
@@ -102,7 +91,14 @@ impl ListenAddr {
     }
 }
 
-fn bind_all(addrs: impl Iterator<Item = SocketAddr>) -> io::Result<Vec<Listener>> {
+fn resolve(addr: &Addr) -> io::Result<Vec<SocketAddr>> {
+    match &addr.host {
+        Host::Ip(ip) => Ok(vec![SocketAddr::new(*ip, addr.port)]),
+        Host::Name(name) => (name.as_str(), addr.port).to_socket_addrs().map(Iterator::collect),
+    }
+}
+
+fn bind_all(addrs: Vec<SocketAddr>) -> io::Result<Vec<Listener>> {
     let mut unique: Vec<SocketAddr> = Vec::new();
     for addr in addrs {
         if !unique.contains(&addr) {

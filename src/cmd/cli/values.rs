@@ -1,5 +1,6 @@
-//! Values of options: times and numbers.
+//! Values of options: times, numbers and lists.
 
+use std::str::FromStr;
 use std::time::Duration;
 
 /// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`. The default unit is seconds.
@@ -25,6 +26,24 @@ pub(in crate::cmd) fn parse_duration(text: &str) -> Result<Duration, String> {
 /// Parses a number greater than 0.
 pub(in crate::cmd) fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number greater than 0".into())
+}
+
+/// Parses a number of threads, or a port.
+pub(in crate::cmd) fn parse_nonzero(text: &str) -> Result<u16, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 to 65535".into())
+}
+
+/// Parses a comma-separated list of different values.
+pub(in crate::cmd) fn parse_set<T: FromStr<Err = String> + PartialEq>(text: &str) -> Result<Vec<T>, String> {
+    let mut set = Vec::new();
+    for word in text.split(',') {
+        let value = word.parse()?;
+        if set.contains(&value) {
+            return Err(format!("{word:?} is given twice"));
+        }
+        set.push(value);
+    }
+    Ok(set)
 }
 
 /// Parses a decimal number such as `2.5`. Returns it in billionths, rounded down.

@@ -1,7 +1,7 @@
 //! `s5 connect -l`: forwards connections to a local port through the proxy, each in its own tunnel.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -11,30 +11,12 @@ use smol::LocalExecutor;
 use super::connector::{Connector, RetryOutcome};
 use super::report::Report;
 use super::tunnel::{TrackedConn, relay_result};
-use crate::client::parse_addr;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::dial::set_tcp_options;
-use crate::proto::{Addr, Command, Host};
+use crate::proto::Command;
 use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay};
-
-/// Parses an address to listen on: `port` (on 127.0.0.1), or `addr:port`.
-pub(in crate::cmd) fn parse_listen_addr(text: &str) -> Result<SocketAddr, CliError> {
-    if let Ok(port) = text.parse() {
-        return Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
-    }
-    match parse_addr(text, None) {
-        Ok(Addr { host: Host::Ip(ip), port }) => Ok(SocketAddr::new(ip, port)),
-        Ok(Addr { host: Host::Name(name), port }) if name.as_str() == "localhost" => {
-            Ok(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
-        }
-        Ok(Addr { host: Host::Name(name), port }) if name.as_str() == "*" => {
-            Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port))
-        }
-        _ => Err(CliError::usage(format!("-l: expected PORT or IP:PORT, found {text:?}"))),
-    }
-}
 
 /// Returns the error for a listen address that is not available.
 pub(in crate::cmd) fn listen_error(addr: SocketAddr, error: &io::Error) -> CliError {

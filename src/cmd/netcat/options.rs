@@ -1,18 +1,17 @@
 //! The options of the three client modes, which share most of them. A mode omits unsupported options from its help and
 //! refuses them with a reason.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, PositionalInfo};
 
-use crate::client::{parse_addr, parse_host, parse_port};
 use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::secrets::without_userinfo;
-use crate::cmd::cli::values::{parse_duration, parse_positive, parse_timeout};
-use crate::policy::rules::parse_level;
-use crate::proto::{Addr, Command, Method, ProtectionLevel};
+use crate::cmd::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout};
+use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, parse_port};
+use crate::server::ListenAddr;
 
 /// Default of `--max-peers`: local peers of `udp -l` that have an association at the same time.
 const DEFAULT_MAX_PEERS: usize = 256;
@@ -42,8 +41,7 @@ const RESTRICTED_OPTIONS: [(&[&str], &[Command], &str); 10] = [
 
 /// Returns why `mode` does not support `option`. `None` if it does, or if no mode does.
 pub(in crate::cmd) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
-    let mode =
-        [Command::Connect, Command::Bind, Command::UdpAssociate].into_iter().find(|known| known.to_string() == mode)?;
+    let mode: Command = mode.parse().ok()?;
     let (_, modes, reason) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
     (!modes.contains(&mode)).then_some(*reason)
 }
@@ -79,7 +77,7 @@ pub struct Args {
 
     /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. The default is
     /// none, plus password and gssapi if there are credentials for them.
-    #[argh(option, arg_name = "METHODS", from_str_fn(parse_methods))]
+    #[argh(option, arg_name = "METHODS", from_str_fn(parse_set))]
     pub(in crate::cmd) auth: Option<Vec<Method>>,
 
     /// service name for Kerberos [default: rcmd]. NAME is a service name, or a principal such as rcmd/HOST@REALM.
@@ -93,12 +91,12 @@ pub struct Args {
 
     /// protection to request [default: confidentiality]. One of none, integrity and confidentiality. With this option,
     /// --gssapi-min or --gssapi-nec, the default of --auth is gssapi.
-    #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
+    #[argh(option, arg_name = "LEVEL")]
     pub(in crate::cmd) gssapi_protection: Option<ProtectionLevel>,
 
     /// weakest protection to accept [default: integrity]. With --gssapi-nec the default is the requested level, because
     /// an attacker can change the level in that exchange.
-    #[argh(option, arg_name = "LEVEL", from_str_fn(parse_level))]
+    #[argh(option, arg_name = "LEVEL")]
     pub(in crate::cmd) gssapi_min: Option<ProtectionLevel>,
 
     /// use NEC's variant of the protection exchange
@@ -129,7 +127,7 @@ pub struct Args {
     pub(in crate::cmd) source: Option<IpAddr>,
 
     /// source port. With udp, it is the source port of the datagrams.
-    #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_source_port))]
+    #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_nonzero))]
     pub(in crate::cmd) source_port: Option<u16>,
 
     /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
@@ -211,8 +209,8 @@ pub struct Args {
     /// listen here and forward to the target. ADDR is an IP address, or * for all IPv4 addresses; the default is
     /// 127.0.0.1. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
     /// on ADDR:PORT" on stderr.
-    #[argh(option, short = 'l', arg_name = "[ADDR:]PORT")]
-    pub(in crate::cmd) listen: Option<String>,
+    #[argh(option, short = 'l', arg_name = "[ADDR:]PORT", from_str_fn(parse_listen))]
+    pub(in crate::cmd) listen: Option<SocketAddr>,
 
     /// with -l, accept any number of connections. By default, s5 serves one connection and exits.
     #[argh(switch, short = 'k')]
@@ -264,34 +262,18 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
     }
 }
 
-fn parse_source_port(text: &str) -> Result<u16, String> {
-    parse_port(text).and_then(|port| if port == 0 { Err("must not be 0".into()) } else { Ok(port) })
-}
-
-/// Parses a comma-separated list of methods.
-pub(in crate::cmd) fn parse_methods(text: &str) -> Result<Vec<Method>, String> {
-    parse_subset(text, &[Method::NONE, Method::PASSWORD, Method::GSSAPI])
-}
-
-/// Parses a comma-separated list of protection levels.
-pub(in crate::cmd) fn parse_levels(text: &str) -> Result<Vec<ProtectionLevel>, String> {
-    parse_subset(text, &ProtectionLevel::ALL)
-}
-
-/// Parses a comma-separated list of members of `all`, each at most once.
-fn parse_subset<T: Copy + PartialEq + ToString>(text: &str, all: &[T]) -> Result<Vec<T>, String> {
-    let mut found = Vec::new();
-    for word in text.split(',') {
-        match all.iter().find(|known| known.to_string() == word) {
-            Some(known) if !found.contains(known) => found.push(*known),
-            _ => {
-                let all: Vec<String> = all.iter().map(ToString::to_string).collect();
-                let all = all.join(", ");
-                return Err(format!("unexpected {word:?} (use a comma-separated list of {all}, each at most once)"));
-            }
+/// Parses the address of `-l`: without an IP address, it is 127.0.0.1.
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let (ip, port) = match text.parse() {
+        Ok(ListenAddr::Loopback(port)) => (Ipv4Addr::LOCALHOST.into(), port),
+        Ok(ListenAddr::Wildcard(port)) => (Ipv4Addr::UNSPECIFIED.into(), port),
+        Ok(ListenAddr::Host(Addr { host: Host::Ip(ip), port })) => (ip, port),
+        Ok(ListenAddr::Host(Addr { host: Host::Name(name), port })) if name.as_str() == "localhost" => {
+            (Ipv4Addr::LOCALHOST.into(), port)
         }
-    }
-    Ok(found)
+        _ => return Err("expected PORT or IP:PORT".into()),
+    };
+    Ok(SocketAddr::new(ip, port))
 }
 
 /// Describes a client mode and its options, for help and completions.
@@ -349,16 +331,21 @@ macro_rules! client_mode {
 }
 pub(in crate::cmd) use client_mode;
 
-/// Parses a target given as `host:port` or as `host port`.
-pub(in crate::cmd) fn parse_target(words: &[String]) -> Result<Addr, CliError> {
-    let parsed = match words {
-        [host_port] => parse_addr(host_port, None),
-        [host, port] => parse_host(host).and_then(|host| Ok(Addr { host, port: parse_port(port)? })),
-        _ => Err("expected HOST:PORT, or HOST and PORT".into()),
-    };
-    match parsed {
-        Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
-        // The target may be a proxy's URL with a password, given without -x.
-        parsed => parsed.map_err(|error| CliError::usage(format!("target: {}", without_userinfo(&error)))),
+impl Args {
+    /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
+    pub(in crate::cmd) fn target(&self) -> Result<Option<Addr>, CliError> {
+        let parsed = match self.target.as_slice() {
+            [] if self.zero_io => return Ok(None),
+            [host_port] => host_port.parse(),
+            [host, port] => host.parse().and_then(|host| Ok(Addr { host, port: parse_port(port)? })),
+            _ => Err("expected HOST:PORT, or HOST and PORT".into()),
+        };
+        match parsed {
+            Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
+            // The target may be a proxy's URL with a password, given without -x.
+            parsed => {
+                parsed.map(Some).map_err(|error| CliError::usage(format!("target: {}", without_userinfo(&error))))
+            }
+        }
     }
 }

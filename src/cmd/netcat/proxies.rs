@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::options::Args;
 use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::CliError;
-use crate::proto::{Addr, Host};
+use crate::proto::{Addr, Host, split_host_port};
 
 /// Environment variables with a list of proxies. The first that is set is used.
 const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
@@ -53,12 +53,7 @@ fn entry_matches(entry: &str, dst: &Addr) -> bool {
     if entry == "*" {
         return true;
     }
-    let (entry, port) = match entry.rsplit_once(':') {
-        // Several colons without brackets: an IPv6 address without a port.
-        Some((host, _)) if host.contains(':') && !host.ends_with(']') => (entry, None),
-        Some((host, port)) => (host, Some(port)),
-        None => (entry, None),
-    };
+    let (entry, port) = split_host_port(entry);
     if port.is_some_and(|port| port.parse() != Ok(dst.port)) {
         return false;
     }
@@ -80,7 +75,6 @@ fn entry_matches(entry: &str, dst: &Addr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::parse_addr;
 
     #[test]
     fn no_proxy_matches_names_addresses_networks_and_ports() {
@@ -108,7 +102,7 @@ mod tests {
             ("10.0.0.0/8", "ten.test:80", false),
         ];
         for (list, target, expected) in table {
-            let dst = parse_addr(target, None).expect("a target");
+            let dst = target.parse().expect("a target");
             assert_eq!(is_excluded(list, &dst), expected, "{list} {target}");
         }
     }

@@ -6,13 +6,12 @@ use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use crate::client::{parse_addr, parse_port};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::timeout_at;
 use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;
-use crate::policy::rules::{self, AccessRequest, Decision, Identity, Route, Rule};
-use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel};
+use crate::policy::rules::{AccessRequest, Decision, Identity, Route, Rule};
+use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, parse_port};
 use crate::server::{Options, is_local};
 
 /// Time limit for resolving the name in a request.
@@ -91,10 +90,10 @@ impl ExplainedRequest {
             Some(user) if user.contains('@') => Method::GSSAPI,
             Some(_) => Method::PASSWORD,
         };
-        let method = conditions.remove("method").map_or(Ok(default_method), rules::parse_method)?;
-        let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), rules::parse_level)?;
-        let command = conditions.remove("command").map_or(Ok(Command::Connect), rules::parse_command)?;
-        let to = conditions.remove("to").map(|to| parse_addr(to, Some(0))).transpose()?;
+        let method = conditions.remove("method").map_or(Ok(default_method), str::parse)?;
+        let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), str::parse)?;
+        let command = conditions.remove("command").map_or(Ok(Command::Connect), str::parse)?;
+        let to = conditions.remove("to").map(|to| Addr::parse_with_default_port(to, 0)).transpose()?;
         let port = conditions.remove("port").map(parse_port).transpose()?;
         let to = match (to, port) {
             (Some(to), Some(port)) => Some(Addr { port, ..to }),

@@ -9,7 +9,7 @@ use percent_encoding::percent_decode_str;
 
 use super::{ClientPattern, Route, Rule, TargetCondition, TargetPattern, UserPattern};
 use crate::policy::PolicyError;
-use crate::proto::{Command, Method, ProtectionLevel};
+use crate::proto::PortRange;
 
 /// Value of `via=` for a direct connection.
 const DIRECT: &str = "direct";
@@ -67,9 +67,9 @@ impl Rule {
         match key {
             "from" => self.from = parse_list(value, parse_client)?,
             "user" => self.users = parse_list(value, parse_user)?,
-            "method" => self.methods = parse_list(value, parse_method)?,
-            "protection" => self.levels = parse_list(value, parse_level)?,
-            "command" => self.commands = parse_list(value, parse_command)?,
+            "method" => self.methods = parse_list(value, str::parse)?,
+            "protection" => self.levels = parse_list(value, str::parse)?,
+            "command" => self.commands = parse_list(value, str::parse)?,
             "to" => self.to = TargetCondition::Patterns(parse_list(value, parse_target)?),
             "port" => self.ports = parse_list(value, parse_ports)?,
             "via" if self.allow => self.via = Some(parse_route(value, hops)?),
@@ -108,35 +108,6 @@ fn parse_user(text: &str) -> Result<UserPattern, String> {
     }
 }
 
-/// Parses the name of an authentication method.
-///
-/// # Errors
-/// An unknown name; the message lists the valid ones.
-pub fn parse_method(text: &str) -> Result<Method, String> {
-    let all = [Method::NONE, Method::PASSWORD, Method::GSSAPI];
-    let found = all.into_iter().find(|method| method.to_string() == text);
-    found.ok_or_else(|| format!("expected none, password or gssapi, found {text:?}"))
-}
-
-/// Parses the name of a protection level.
-///
-/// # Errors
-/// An unknown name; the message lists the valid ones.
-pub fn parse_level(text: &str) -> Result<ProtectionLevel, String> {
-    let found = ProtectionLevel::ALL.into_iter().find(|level| level.to_string() == text);
-    found.ok_or_else(|| format!("expected none, integrity or confidentiality, found {text:?}"))
-}
-
-/// Parses the name of a command.
-///
-/// # Errors
-/// An unknown name; the message lists the valid ones.
-pub fn parse_command(text: &str) -> Result<Command, String> {
-    let all = [Command::Connect, Command::Bind, Command::UdpAssociate];
-    let found = all.into_iter().find(|command| command.to_string() == text);
-    found.ok_or_else(|| format!("expected connect, bind or udp, found {text:?}"))
-}
-
 pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
     if let Some(net) = parse_cidr(text)? {
         return Ok(TargetPattern::Net(net));
@@ -162,13 +133,9 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
 }
 
 fn parse_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
-    let is_numeric = |text: &&str| text.chars().all(|c| c.is_ascii_digit());
-    let port = |text: &str| Some(text).filter(is_numeric)?.parse::<u16>().ok().filter(|port| *port > 0);
-    let (low, high) = text.split_once('-').unwrap_or((text, text));
-    match (port(low), port(high)) {
-        (Some(low), Some(high)) if low <= high => Ok(low..=high),
-        _ => Err(format!("expected a port or LO-HI, from 1 to 65535, found {text:?}")),
-    }
+    let range = if text.contains('-') { text.parse() } else { format!("{text}-{text}").parse() };
+    let invalid = |_: String| format!("expected a port or LO-HI, from 1 to 65535, found {text:?}");
+    range.map(|PortRange(ports)| ports).map_err(invalid)
 }
 
 fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
