@@ -7,7 +7,7 @@ use super::help;
 use super::secrets::without_userinfo;
 
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
-const MAX_EDIT_DISTANCE: usize = 3;
+const MAX_EDIT_DISTANCE: usize = 2;
 /// Aliases of options, each with the name of the option.
 const ALIASES: [(&str, &str); 2] = [("--no-proxy", "--direct"), ("--resolve", "--proxy-dns")];
 
@@ -112,8 +112,10 @@ impl<'a> Normalizer<'a> {
     fn unrecognized_option(&self, option: &str) -> String {
         let names = self.command.flags.iter().map(|flag| flag.long).filter(|_| option.starts_with("--"));
         let nearest = names.map(|long| (strsim::osa_distance(long, option), long)).min();
+        // A name of which half the letters differ is another word.
+        let name_len = option.chars().skip_while(|c| *c == '-').count();
         let option = without_userinfo(option);
-        match nearest.filter(|(distance, _)| *distance <= MAX_EDIT_DISTANCE) {
+        match nearest.filter(|(distance, _)| *distance <= MAX_EDIT_DISTANCE && 2 * distance < name_len) {
             Some((_, long)) => format!("unrecognized option {option} (did you mean {long}?)"),
             None => format!("unrecognized option {option}"),
         }
@@ -225,6 +227,10 @@ mod tests {
             ("connect --porxy a b", "unrecognized option --porxy (did you mean --proxy?)"),
             ("serve --user f", "unrecognized option --user (did you mean --users?)"),
             ("serve --nonsense", "unrecognized option --nonsense"),
+            ("serve --port 1", "unrecognized option --port"),
+            ("serve --bind a", "unrecognized option --bind"),
+            ("serve --liten a", "unrecognized option --liten (did you mean --listen?)"),
+            ("connect --port 1", "unrecognized option --port"),
             ("connect -vZ", "unrecognized option -Z"),
             ("connect --json=yes", "--json does not take a value"),
             ("--versoin", "unrecognized option --versoin (did you mean --version?)"),
