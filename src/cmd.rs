@@ -77,10 +77,10 @@ impl Mode {
     /// The message to print and the exit status.
     pub fn run(self) -> Result<(), CliError> {
         match self {
-            Self::Serve(args) => args.run(),
-            Self::Connect(args) => args.run(),
-            Self::Bind(args) => args.run(),
-            Self::Udp(args) => args.run(),
+            Self::Serve(args) => args.run().map_err(|error| error.with_help("s5 serve")),
+            Self::Connect(args) => args.run().map_err(|error| error.with_help("s5 connect")),
+            Self::Bind(args) => args.run().map_err(|error| error.with_help("s5 bind")),
+            Self::Udp(args) => args.run().map_err(|error| error.with_help("s5 udp")),
         }
     }
 }
@@ -114,24 +114,25 @@ impl EarlyExit {
 /// The output or the error to print before the program exits.
 pub fn parse(args: &[String]) -> Result<Mode, EarlyExit> {
     let program = Args::get_args_info();
+    let mode = args.get(1).filter(|mode| program.commands.iter().any(|known| known.name == **mode));
+    let command = mode.map_or(NAME.into(), |mode| format!("{NAME} {mode}"));
+    let usage_error = |message| EarlyExit::Usage(CliError::usage(message).with_help(&command));
     let normalized = argv::normalize(args.get(1..).unwrap_or_default(), &program, unsupported_reason);
-    let args = match normalized.map_err(|error| EarlyExit::Usage(CliError::usage(error)))? {
+    let args = match normalized.map_err(usage_error)? {
         Normalized::Args(args) => args,
         Normalized::Help(text) => return Err(EarlyExit::Output(text)),
     };
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let parsed = Args::from_args(&[NAME], &args).map_err(|early| match early.status {
         Ok(()) => EarlyExit::Output(early.output),
-        Err(()) => EarlyExit::Usage(CliError::usage(one_line(&early.output))),
+        Err(()) => usage_error(one_line(&early.output)),
     })?;
     match parsed {
         Args { version: true, .. } => Err(EarlyExit::Output(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
         Args { man: true, .. } => Err(EarlyExit::Output(manual::text(&program, options::Args::get_args_info().flags))),
         Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script(&program))),
         Args { mode: Some(mode), .. } => Ok(mode),
-        Args { mode: None, .. } => {
-            Err(EarlyExit::Usage(CliError::usage("a mode is required: serve, connect, bind or udp")))
-        }
+        Args { mode: None, .. } => Err(usage_error("a mode is required: serve, connect, bind or udp".into())),
     }
 }
 
@@ -159,7 +160,6 @@ pub fn redact_command_line(args: &[OsString]) {
 fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
     let line = words.join(" ").replace("Error parsing option '", "").replace("' with value ", " ");
-    let line = line.replace("Run s5", "run s5").replace(" for more information.", "");
     let line = line.replace("invalid digit found in string", "expected a number");
     let mut chars = line.chars();
     chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()

@@ -103,7 +103,7 @@ fn error_names_option_given_twice() {
 #[test]
 fn error_names_invalid_target() {
     for mode in ["connect", "udp"] {
-        assert_usage_error(&[mode], &["target", "expected HOST:PORT, or HOST and PORT"]);
+        assert_usage_error(&[mode], &["a target is required: HOST:PORT, or HOST and PORT"]);
         assert_usage_error(&[mode, "a", "1", "2"], &["expected HOST:PORT, or HOST and PORT"]);
         assert_usage_error(&[mode, "example.org"], &["target", "example.org", "expected HOST:PORT"]);
         assert_usage_error(&[mode, "::1"], &["target", "::1", "expected HOST:PORT"]);
@@ -120,6 +120,34 @@ fn error_names_invalid_target() {
     }
     assert_usage_error(&["bind", "example.org:x"], &["peer", "x"]);
     assert_usage_error(&["bind", ""], &["peer"]);
+}
+
+#[test]
+fn usage_error_has_a_remedy_or_refers_to_the_help() {
+    let too_many = "too many operands: expected HOST:PORT, or HOST and PORT (see s5 connect --help)";
+    let not_a_url = "target: expected HOST:PORT, not a URL (-x takes the URL of a proxy)";
+    let table = [
+        ("connect -lk 9999 a:80", "-l 'k': expected [ADDR:]PORT (-l takes a value: write other options before it)"),
+        ("udp -l x a:80", "-l 'x': expected [ADDR:]PORT (-l takes a value: write other options before it)"),
+        ("connect -l 9999", "a target is required: HOST:PORT, or HOST and PORT (-l forwards to it)"),
+        ("udp", "a target is required: HOST:PORT, or HOST and PORT (see s5 udp --help)"),
+        ("connect a 80 b", too_many),
+        ("connect example.org:80 extra", too_many),
+        ("connect [::1]:80 extra", too_many),
+        ("connect http://example.org/", not_a_url),
+        ("connect socks5h://u:secret@example.org 80", not_a_url),
+        ("serve --port 1080", "unrecognized option --port (see s5 serve --help)"),
+        ("connect --porxy a b:1", "unrecognized option --porxy (did you mean --proxy?)"),
+        ("connect -k a:1", "-k requires -l (see s5 connect --help)"),
+        ("bind -w", "-w requires a value (see s5 bind --help)"),
+        ("--nonsense", "unrecognized option --nonsense (see s5 --help)"),
+        ("--man --man=1", "--man does not take a value (see s5 --help)"),
+        ("connect", "a target is required: HOST:PORT, or HOST and PORT (see s5 connect --help)"),
+    ];
+    for (line, expected) in table {
+        let args: Vec<&str> = line.split(' ').collect();
+        assert_eq!(text(&run_s5(&args).stderr), format!("s5: {expected}\n"), "{line}");
+    }
 }
 
 #[test]

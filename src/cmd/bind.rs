@@ -38,17 +38,18 @@ enum AddrOutput {
 impl AddrOutput {
     /// Takes the descriptor. A file of an earlier run is removed, because its address is no longer valid.
     fn open(text: &str) -> Result<Self, CliError> {
+        let usage_error = |error| CliError::new(ExitStatus::USAGE, format!("--bound-to {text}: {error}"));
         match descriptor::fd_number(text) {
             Some(number) => {
                 let file = descriptor::take_fd(number);
-                file.map(Self::Descriptor).map_err(|error| CliError::usage(format!("--bound-to {text}: {error}")))
+                file.map(Self::Descriptor).map_err(usage_error)
             }
             None => {
                 let path = Path::new(text);
                 // A symbolic link is followed, not replaced.
                 let path = path.canonicalize().unwrap_or(path.into());
                 let removed = if path.is_file() { fs::remove_file(&path) } else { Ok(()) };
-                removed.map_err(|error| CliError::usage(format!("--bound-to {text}: {error}")))?;
+                removed.map_err(usage_error)?;
                 Ok(Self::File(path))
             }
         }

@@ -275,7 +275,7 @@ impl Args {
         let reload = || sources.load().map_err(|error| error.message);
         server::run(options, policy, &reload).map_err(|error| match error {
             ServerError::Io(operation, error) => CliError::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
-            ServerError::Config(message) => CliError::usage(message),
+            ServerError::Config(message) => CliError::new(ExitStatus::USAGE, message),
         })
     }
 

@@ -81,17 +81,27 @@ pub struct CliError {
     pub status: ExitStatus,
     /// Set if a retry would fail in the same way.
     pub is_final: bool,
+    /// Set if the command line is invalid, so that the help can explain the error.
+    pub refers_to_help: bool,
 }
 
 impl CliError {
     /// Returns an error for which `is_final` is set.
     pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
-        Self { message: message.into(), status, is_final: true }
+        Self { message: message.into(), status, is_final: true, refers_to_help: false }
     }
 
-    /// Returns an error in the command line, or in a file that it names.
+    /// Returns an error in the command line.
     pub fn usage(message: impl Into<String>) -> Self {
-        Self::new(ExitStatus::USAGE, message)
+        Self { refers_to_help: true, ..Self::new(ExitStatus::USAGE, message) }
+    }
+
+    /// Adds a reference to the help of a mode, unless the message ends with a remedy. `command` is `s5` or `s5 MODE`.
+    pub(in crate::cmd) fn with_help(mut self, command: &str) -> Self {
+        if self.refers_to_help && !self.message.is_empty() && !self.message.ends_with(')') {
+            self.message += &format!(" (see {command} --help)");
+        }
+        self
     }
 
     /// Prints the message and returns the exit status.
@@ -131,7 +141,7 @@ impl From<ClientError> for CliError {
             Kind::Rep(rep) => [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED].contains(rep),
             Kind::Socket(_) | Kind::Closed(_) | Kind::NextHop(_) | Kind::TimedOut(_) => false,
         };
-        Self { message: error.to_string(), status, is_final }
+        Self { is_final, ..Self::new(status, error.to_string()) }
     }
 }
 

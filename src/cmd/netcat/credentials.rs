@@ -47,7 +47,8 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
     if let Some(file) = &args.proxy_auth_file {
         // The value may be a password, given by mistake: it must not be printed.
         let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
-        logins.extend(read_file(file).map_err(|error| CliError::usage(format!("--proxy-auth-file {shown}: {error}")))?);
+        let file_error = |error| CliError::new(ExitStatus::USAGE, format!("--proxy-auth-file {shown}: {error}"));
+        logins.extend(read_file(file).map_err(file_error)?);
     }
     // This check follows the read, so that a line from stdin or a descriptor never reaches the tunnel.
     if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {

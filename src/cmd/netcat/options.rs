@@ -271,7 +271,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
         Ok(ListenAddr::Host(Addr { host: Host::Name(name), port })) if name.as_str() == "localhost" => {
             (Ipv4Addr::LOCALHOST.into(), port)
         }
-        _ => return Err("expected PORT or IP:PORT".into()),
+        _ => return Err("expected [ADDR:]PORT (-l takes a value: write other options before it)".into()),
     };
     Ok(SocketAddr::new(ip, port))
 }
@@ -336,13 +336,23 @@ impl Args {
     pub(in crate::cmd) fn target(&self) -> Result<Option<Addr>, CliError> {
         let parsed = match self.target.as_slice() {
             [] if self.zero_io => return Ok(None),
+            [] => {
+                let purpose = if self.listen.is_some() { " (-l forwards to it)" } else { "" };
+                return Err(CliError::usage(format!("a target is required: HOST:PORT, or HOST and PORT{purpose}")));
+            }
+            // The URL is not printed: a proxy's URL may contain a password.
+            [url, ..] if url.contains("://") => {
+                Err("expected HOST:PORT, not a URL (-x takes the URL of a proxy)".into())
+            }
             [host_port] => host_port.parse(),
-            [host, port] => host.parse().and_then(|host| Ok(Addr { host, port: parse_port(port)? })),
-            _ => Err("expected HOST:PORT, or HOST and PORT".into()),
+            [host, port] if host.parse::<Addr>().is_err() => {
+                host.parse().and_then(|host| Ok(Addr { host, port: parse_port(port)? }))
+            }
+            _ => return Err(CliError::usage("too many operands: expected HOST:PORT, or HOST and PORT")),
         };
         match parsed {
             Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
-            // The target may be a proxy's URL with a password, given without -x.
+            // The target may be a proxy with a password, given without -x.
             parsed => {
                 parsed.map(Some).map_err(|error| CliError::usage(format!("target: {}", without_userinfo(&error))))
             }

@@ -221,14 +221,12 @@ impl Explanation<'_> {
 
 fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
     let Some(to @ Addr { host: Host::Name(name), .. }) = &query.to else { return Ok(Vec::new()) };
-    let name = name.as_str();
+    let lookup_error =
+        |error: String| CliError::new(ExitStatus::USAGE, format!("--explain: {}: {error}", name.as_str()));
     let found = smol::block_on(timeout_at(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
     match found {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
-        Some(Err(error)) => Err(CliError::usage(format!("--explain: {name}: {error}"))),
-        None => Err(CliError::usage(format!(
-            "--explain: {name}: no answer from the resolver within {} s",
-            LOOKUP_TIMEOUT.as_secs()
-        ))),
+        Some(Err(error)) => Err(lookup_error(error.to_string())),
+        None => Err(lookup_error(format!("no answer from the resolver within {} s", LOOKUP_TIMEOUT.as_secs()))),
     }
 }

@@ -6,7 +6,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::gssapi::Acceptor;
 use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};
@@ -154,11 +154,11 @@ pub(super) fn gssapi_acceptor(
         fs::File::open(file).map_err(|error| file_error(file, error))?;
     }
     let file = keytab.as_ref().map_or("--auth gssapi without --keytab".into(), |file| file.display().to_string());
-    Acceptor::new(keytab, service, levels).map_err(|error| CliError::usage(format!("{file}: {error}")))
+    Acceptor::new(keytab, service, levels).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{file}: {error}")))
 }
 
 pub(super) fn file_error(file: &Path, problem: impl std::fmt::Display) -> CliError {
-    CliError::usage(format!("{}: {problem}", file.display()))
+    CliError::new(ExitStatus::USAGE, format!("{}: {problem}", file.display()))
 }
 
 /// Reads a file of at most `max` bytes.
