@@ -10,6 +10,7 @@ mod chart;
 mod children;
 mod clients;
 mod cpu;
+mod floor;
 mod gssapi;
 mod load;
 mod measure;
@@ -89,6 +90,10 @@ fn main() -> ExitCode {
     let error = match first.as_deref().and_then(|arg| arg.to_str()) {
         Some(children::EXEC_HELPER) => children::exec_program(args).to_string(),
         Some(target::TARGET) => return target::run().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
+        Some(floor::FLOOR) => match floor::main(&std::env::args().skip(2).collect::<Vec<_>>()) {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(error) => error.to_string(),
+        },
         Some(gssapi::GSSAPI) => return gssapi::main(&std::env::args().skip(2).collect::<Vec<_>>()),
         Some("--help" | "help" | "-h") => {
             println!("{USAGE}");
@@ -125,7 +130,7 @@ fn run(options: &Options) -> Result<bool, BenchError> {
     let is_wanted = |name: &str| {
         let name = name.to_lowercase();
         options.proxies.is_empty()
-            || options.proxies.iter().any(|want| name == *want || name.split(' ').next() == Some(want))
+            || options.proxies.iter().any(|want| name == *want || name.split([' ', ',']).next() == Some(want))
     };
     let found = found.into_iter().filter(|proxy| is_wanted(&proxy.name)).collect();
     let mut missing: Vec<_> = missing

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::children::{Process, dir};
 use crate::cpu::Tree;
+use crate::floor::FLOOR;
 use crate::measure::{BenchError, IDLE_TIMEOUT, Via, failed};
 use crate::socks;
 use crate::target::listen_anywhere;
@@ -17,6 +18,9 @@ use crate::target::listen_anywhere;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyKind {
     Direct,
+    /// The least work of a proxy, see floor.rs.
+    Floor,
+    FloorSplice,
     S5,
     Microsocks,
     Dante,
@@ -45,6 +49,9 @@ pub struct RunningProxy {
 /// Returns the installed proxies, and a line for each missing one.
 pub fn find() -> (Vec<Proxy>, Vec<String>) {
     let (mut found, mut missing) = (vec![Proxy::new("direct", ProxyKind::Direct, PathBuf::new())], Vec::new());
+    let this = std::env::current_exe().unwrap_or_default();
+    found.push(Proxy::new("floor", ProxyKind::Floor, this.clone()));
+    found.push(Proxy::new("floor, splice", ProxyKind::FloorSplice, this));
     let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/release/s5");
     let s5 = std::env::var_os("S5_BENCH_S5").map_or_else(|| PathBuf::from(built), PathBuf::from);
     let debian = [("microsocks", ProxyKind::Microsocks, "microsocks"), ("Dante", ProxyKind::Dante, "danted")];
@@ -110,17 +117,17 @@ impl Proxy {
     }
 
     pub fn is_peer(&self) -> bool {
-        !matches!(self.kind, ProxyKind::Direct | ProxyKind::S5)
+        !matches!(self.kind, ProxyKind::Direct | ProxyKind::Floor | ProxyKind::FloorSplice | ProxyKind::S5)
     }
 
     /// Returns true if the proxy supports UDP ASSOCIATE.
     pub fn has_udp(&self) -> bool {
-        !matches!(self.kind, ProxyKind::Microsocks | ProxyKind::Ssh)
+        !matches!(self.kind, ProxyKind::Floor | ProxyKind::FloorSplice | ProxyKind::Microsocks | ProxyKind::Ssh)
     }
 
-    /// Returns the number of descriptors of one tunnel. hev-socks5-server opens two additional pipes.
+    /// Returns the number of descriptors of one tunnel. hev-socks5-server and the floor with splice open two pipes more.
     pub fn descriptors_per_tunnel(&self) -> u64 {
-        if self.kind == ProxyKind::Hev { 6 } else { 2 }
+        if matches!(self.kind, ProxyKind::Hev | ProxyKind::FloorSplice) { 6 } else { 2 }
     }
 
     /// Starts the proxy and waits until it answers a greeting.
@@ -187,6 +194,8 @@ impl Proxy {
         let listen = format!("127.0.0.1:{port}");
         Ok(match self.kind {
             ProxyKind::Direct => return Err(BenchError::Unsupported),
+            ProxyKind::Floor => command(path, &[&FLOOR, &number]),
+            ProxyKind::FloorSplice => command(path, &[&FLOOR, &number, &"splice"]),
             ProxyKind::S5 => {
                 let mut command = command(path, &[&"serve", &"-q", &"--listen", &listen]);
                 let more = std::env::var("S5_BENCH_ARGS").unwrap_or_default();
