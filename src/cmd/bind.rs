@@ -10,9 +10,10 @@ use filedescriptor::FileDescriptor;
 use rustix::io::Errno;
 
 use super::cli::exit::{CliError, ExitStatus};
-use super::netcat::connector::{Connector, RetryOutcome};
+use super::netcat::connector::Connector;
 use super::netcat::descriptor;
 use super::netcat::options::client_mode;
+use super::netcat::report::Report;
 use super::netcat::tunnel::TunnelAction;
 use crate::client::Client;
 use crate::conn::Conn;
@@ -89,31 +90,18 @@ impl Args {
             }
             [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
-        let mut output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
+        let output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
         let connector = Connector::new(Command::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
-        connector.run(Box::pin(async {
-            let RetryOutcome { client, tries, result } = connector.request(Command::Bind).await;
-            let mut report = connector.report(&client, tries);
-            let result = match result {
-                Ok((mut tunnel, bnd)) => {
-                    let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
-                    report.set_bnd(&bound);
-                    let (output, has_timeout) = (output.take(), args.timeout.is_some());
-                    match accept_peer(&connector, &client, &mut tunnel, &bound, output, has_timeout).await {
-                        Ok(peer) => {
-                            report.set_peer(&client, Some(&peer));
-                            Box::pin(action.run(&connector, tunnel, &bound, &mut report)).await
-                        }
-                        Err(error) => {
-                            report.set_peer(&client, None);
-                            Err(error)
-                        }
-                    }
-                }
-                Err(error) => Err(error),
-            };
-            connector.finish(report, result)
-        }))
+        let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
+            let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
+            report.set_bnd(&bound);
+            let peer = accept_peer(&connector, client, &mut tunnel, &bound, output, args.timeout.is_some()).await;
+            report.set_peer(client, peer.as_ref().ok());
+            peer?;
+            Box::pin(action.run(&connector, tunnel, &bound, report)).await
+        };
+        let request = async |client: &Client| client.request(Command::Bind).await;
+        connector.run(Box::pin(connector.run_reported(request, transfer)))
     }
 }
 

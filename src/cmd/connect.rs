@@ -1,10 +1,12 @@
 //! `s5 connect`: relays stdin and stdout to a target through proxies.
 
 use super::cli::exit::CliError;
-use super::netcat::connector::{Connector, RetryOutcome};
+use super::netcat::connector::Connector;
 use super::netcat::forward;
 use super::netcat::options::client_mode;
+use super::netcat::report::Report;
 use super::netcat::tunnel::TunnelAction;
+use crate::client::Client;
 use crate::proto::Command;
 
 client_mode!(
@@ -38,25 +40,20 @@ impl Args {
 }
 
 async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), CliError> {
-    let RetryOutcome { client, tries, result } = connector.request(Command::Connect).await;
-    let mut report = connector.report(&client, tries);
-    let result = match result {
-        Ok((tunnel, bnd)) => {
-            report.set_bnd(&bnd);
-            connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
-            Box::pin(action.run(connector, tunnel, &bnd, &mut report)).await
-        }
-        Err(error) => Err(error),
+    let transfer = async |(tunnel, bnd), client: &Client, report: &mut Report| {
+        report.set_bnd(&bnd);
+        connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
+        Box::pin(action.run(connector, tunnel, &bnd, report)).await
     };
-    connector.finish(report, result)
+    connector.run_reported(async |client| client.request(Command::Connect).await, transfer).await
 }
 
 /// Performs the handshake up to the login, without a request.
 async fn probe(connector: &Connector) -> Result<(), CliError> {
-    let RetryOutcome { client, tries, result } = connector.retry(async |client| client.probe().await).await;
-    if result.is_ok() {
+    let succeed = async |(), client: &Client, _: &mut Report| {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
         connector.print_verbose(&format!("handshake succeeded (method {method})"));
-    }
-    connector.finish(connector.report(&client, tries), result)
+        Ok(())
+    };
+    connector.run_reported(async |client| client.probe().await, succeed).await
 }

@@ -10,7 +10,6 @@ use super::report::Report;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientAuth, ClientError, ClientErrorKind, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
-use crate::conn::Conn;
 use crate::dial::{LocalAddr, Resolver};
 use crate::gssapi::Initiator;
 use crate::proto::{Addr, Command, Method};
@@ -112,9 +111,20 @@ impl Connector {
             .with_local_resolution(self.resolves_target)
     }
 
-    /// Sends a request, with the retries of [`Connector::retry`]. Returns the tunnel and BND.
-    pub(in crate::cmd) async fn request(&self, command: Command) -> RetryOutcome<(Conn, Addr)> {
-        self.retry(async |client| client.request(command).await).await
+    /// Establishes a tunnel or an association by `operation`, with the retries of [`Connector::retry`], and uses it by
+    /// `transfer`. Prints the report of both.
+    pub(in crate::cmd) async fn run_reported<T>(
+        &self,
+        operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
+        transfer: impl AsyncFnOnce(T, &Client, &mut Report) -> Result<(), CliError>,
+    ) -> Result<(), CliError> {
+        let RetryOutcome { client, tries, result } = self.retry(operation).await;
+        let mut report = self.report(&client, tries);
+        let result = match result {
+            Ok(established) => transfer(established, &client, &mut report).await,
+            Err(error) => Err(error),
+        };
+        self.finish(report, result)
     }
 
     /// Repeats `operation` until it succeeds, fails with a final error, or `--wait` expires.
@@ -228,7 +238,7 @@ impl Verbosity {
 
     fn finish(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
         if self.prints_json {
-            eprint_line(&report.into_json(&result));
+            eprint_line(&report.to_json(&result));
         }
         // The JSON object contains the message.
         Self { hides_errors: self.hides_errors || self.prints_json, ..self }.filter_error(result)

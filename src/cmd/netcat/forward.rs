@@ -18,9 +18,17 @@ use crate::proto::Command;
 use crate::reactor::{self, Interest, Io, sleep};
 use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay};
 
-/// Returns the error for a listen address that is not available.
-pub(in crate::cmd) fn listen_error(addr: SocketAddr, error: &io::Error) -> CliError {
-    CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error} (choose another with -l)"))
+/// Binds a local address with `bind` and prints the address that is bound.
+pub(in crate::cmd) fn listen<T>(
+    connector: &Connector,
+    addr: SocketAddr,
+    bind: impl FnOnce(SocketAddr) -> io::Result<(T, SocketAddr)>,
+) -> Result<T, CliError> {
+    let (socket, addr) = bind(addr).map_err(|error| {
+        CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error} (choose another with -l)"))
+    })?;
+    connector.print_line(&format!("listening on {addr}"));
+    Ok(socket)
 }
 
 /// Forwards one connection, or with `keep_open` any number.
@@ -30,13 +38,12 @@ pub(in crate::cmd) async fn run(
     keep_open: bool,
     idle_timeout: Option<Duration>,
 ) -> Result<(), CliError> {
-    let bound = TcpListener::bind(addr).and_then(|listener| {
+    let listener = listen(connector, addr, |addr| {
+        let listener = TcpListener::bind(addr)?;
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
         Ok((Io::new(listener)?, addr))
-    });
-    let (listener, addr) = bound.map_err(|error| listen_error(addr, &error))?;
-    connector.print_line(&format!("listening on {addr}"));
+    })?;
     if !keep_open {
         let local = accept(connector, &listener).await?;
         drop(listener);
@@ -92,7 +99,7 @@ async fn serve_connection(
     mut local: Conn,
     idle_timeout: Option<Duration>,
 ) -> Result<(), CliError> {
-    let request = connector.request(Command::Connect);
+    let request = connector.retry(async |client| client.request(Command::Connect).await);
     let disconnected = async {
         local.wait_eof().await;
         sleep(HALF_CLOSED_GRACE).await;

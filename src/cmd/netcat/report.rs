@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::client::{Client, Phase};
+use crate::client::{Client, Phase, PhaseTimes};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::proto::Addr;
 use crate::relay::ByteCounts;
@@ -13,8 +13,6 @@ use crate::relay::ByteCounts;
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
 pub(in crate::cmd) struct Report {
-    /// The last proxy.
-    proxy: Option<String>,
     /// All proxies, nearest first.
     hops: Vec<String>,
     target: Option<String>,
@@ -26,51 +24,28 @@ pub(in crate::cmd) struct Report {
     /// BIND: the address of the peer that connected.
     peer: Option<String>,
     tries: u32,
-    phases: PhaseDurations,
+    /// Duration of each phase, in the try that the report describes.
+    times: PhaseTimes,
+    /// Time from the end of the handshake to the first byte from the target.
+    first_byte: Option<Duration>,
     /// Bytes to the target.
     up: u64,
     /// Bytes from the target.
     down: u64,
     /// Which side ended first: `local` or `remote`.
     ended_first: Option<&'static str>,
-    status: u8,
-    error: Option<String>,
-}
-
-/// Duration of each phase, in the try that the report describes.
-#[derive(Debug, Default)]
-struct PhaseDurations {
-    resolve: Duration,
-    tcp: Duration,
-    method: Duration,
-    login: Duration,
-    reply: Duration,
-    /// BIND: from the first reply to the second.
-    accept: Duration,
-    /// From the end of the handshake to the first byte from the target.
-    first_byte: Option<Duration>,
 }
 
 impl Report {
     /// Returns the report of a client's handshake.
     pub(in crate::cmd) fn new(client: &Client, hops: Vec<String>, target: Option<&Addr>, tries: u32) -> Self {
-        let times = client.times();
         Self {
-            proxy: hops.last().cloned(),
             hops,
             target: target.map(ToString::to_string),
             method: client.method().map(|method| method.to_string()),
             rep: client.rep().map(|rep| rep.0),
             tries,
-            phases: PhaseDurations {
-                resolve: times.of(Phase::ResolveProxy) + times.of(Phase::ResolveTarget),
-                tcp: times.of(Phase::Connect),
-                method: times.of(Phase::Greeting),
-                login: times.of(Phase::Login),
-                reply: times.of(Phase::Request),
-                accept: times.of(Phase::Accept),
-                first_byte: None,
-            },
+            times: client.times(),
             ..Self::default()
         }
     }
@@ -83,7 +58,7 @@ impl Report {
     pub(in crate::cmd) fn set_peer(&mut self, client: &Client, peer: Option<&Addr>) {
         self.peer = peer.map(ToString::to_string);
         self.rep = client.rep().map(|rep| rep.0);
-        self.phases.accept = client.times().of(Phase::Accept);
+        self.times = client.times();
     }
 
     pub(in crate::cmd) fn set_bytes(&mut self, counts: &ByteCounts) {
@@ -92,49 +67,41 @@ impl Report {
     }
 
     pub(in crate::cmd) fn set_stats(&mut self, first_byte: Option<Duration>, ended_first: Option<&'static str>) {
-        self.phases.first_byte = first_byte;
+        self.first_byte = first_byte;
         self.ended_first = ended_first;
     }
 
     /// Returns the object as one line.
-    pub(in crate::cmd) fn into_json(mut self, result: &Result<(), CliError>) -> String {
-        if let Err(error) = result {
-            self.status = error.status.code();
-            self.error = Some(error.to_string()).filter(|message| !message.is_empty());
-        } else {
-            self.status = ExitStatus::SUCCESS.code();
-        }
-        self.to_json()
-    }
-
-    fn to_json(&self) -> String {
-        let PhaseDurations { resolve, tcp, method, login, reply, accept, first_byte } = &self.phases;
+    pub(in crate::cmd) fn to_json(&self, result: &Result<(), CliError>) -> String {
+        let time = |phase| format_millis(self.times.of(phase));
         let phases = [
-            ("resolve", format_millis(*resolve)),
-            ("tcp", format_millis(*tcp)),
-            ("method", format_millis(*method)),
-            ("login", format_millis(*login)),
-            ("reply", format_millis(*reply)),
-            ("accept", format_millis(*accept)),
-            ("first_byte", or_null(first_byte.map(format_millis))),
+            ("resolve", format_millis(self.times.of(Phase::ResolveProxy) + self.times.of(Phase::ResolveTarget))),
+            ("tcp", time(Phase::Connect)),
+            ("method", time(Phase::Greeting)),
+            ("login", time(Phase::Login)),
+            ("reply", time(Phase::Request)),
+            ("accept", time(Phase::Accept)),
+            ("first_byte", or_null(self.first_byte.map(format_millis))),
         ];
         let hops: Vec<String> = self.hops.iter().map(|hop| quote(hop)).collect();
-        let text = |text: &Option<String>| or_null(text.as_deref().map(quote));
+        let text = |text: Option<&String>| or_null(text.map(|text| quote(text)));
+        let error = result.as_ref().err();
+        let message = error.map(ToString::to_string).filter(|message| !message.is_empty());
         object(&[
-            ("proxy", text(&self.proxy)),
+            ("proxy", text(self.hops.last())),
             ("hops", format!("[{}]", hops.join(","))),
-            ("target", text(&self.target)),
-            ("method", text(&self.method)),
+            ("target", text(self.target.as_ref())),
+            ("method", text(self.method.as_ref())),
             ("rep", or_null(self.rep)),
-            ("bnd", text(&self.bnd)),
-            ("peer", text(&self.peer)),
+            ("bnd", text(self.bnd.as_ref())),
+            ("peer", text(self.peer.as_ref())),
             ("tries", self.tries.to_string()),
             ("ms", object(&phases)),
             ("up", self.up.to_string()),
             ("down", self.down.to_string()),
             ("ended_first", or_null(self.ended_first.map(quote))),
-            ("status", self.status.to_string()),
-            ("error", text(&self.error)),
+            ("status", error.map_or(ExitStatus::SUCCESS, |error| error.status).code().to_string()),
+            ("error", text(message.as_ref())),
         ])
     }
 }

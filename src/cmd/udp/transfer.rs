@@ -1,0 +1,136 @@
+//! The transfer of datagrams over one association, which stdin and stdout or one local peer use.
+
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use futures_lite::FutureExt as _;
+
+use crate::client::{Association, AssociationClosed, Client};
+use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::cmd::netcat::connector::Connector;
+use crate::cmd::netcat::report::Report;
+use crate::proto::Addr;
+use crate::reactor::{sleep_until, yield_now};
+use crate::relay::ByteCounts;
+
+/// An association to one target.
+pub(super) struct Transfer<'a> {
+    pub(super) connector: &'a Connector,
+    /// The target. `-R local` resolves it on this machine.
+    pub(super) dst: Addr,
+    association: Association,
+    started: Instant,
+    first_answer: Cell<Option<Duration>>,
+    /// Time of the last datagram in either direction.
+    last_activity: Cell<Instant>,
+    counts: ByteCounts,
+}
+
+/// Establishes an association, for stdin and stdout or for `peer`, and uses it by `transfer`.
+pub(super) async fn run(
+    connector: &Connector,
+    peer: Option<SocketAddr>,
+    transfer: impl AsyncFnOnce(&Transfer<'_>) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let associate = async |client: &Client| {
+        let dst = client.target().await?;
+        Ok((client.associate().await?, dst))
+    };
+    let run_transfer = async |(association, dst): (Association, Addr), _: &Client, report: &mut Report| {
+        if let Some(relay) = association.relay() {
+            report.set_bnd(relay);
+            let peer = peer.map(|peer| format!(" for {peer}")).unwrap_or_default();
+            let target = connector.dst().map(|dst| format!(" to {dst}")).unwrap_or_default();
+            connector.print_verbose(&format!("UDP relay{peer}{target} at {relay}"));
+        }
+        let state = Transfer {
+            connector,
+            dst,
+            association,
+            started: Instant::now(),
+            first_answer: Cell::default(),
+            last_activity: Cell::new(Instant::now()),
+            counts: ByteCounts::default(),
+        };
+        let result = transfer(&state).await;
+        report.set_bytes(&state.counts);
+        report.set_stats(state.first_answer.get(), None);
+        state.print_losses();
+        result
+    };
+    connector.run_reported(associate, run_transfer).await
+}
+
+impl Transfer<'_> {
+    /// Runs both directions until one of them or the association ends, or until there has been no datagram for
+    /// `idle_timeout`.
+    pub(super) async fn run(
+        &self,
+        send: impl Future<Output = Result<(), CliError>>,
+        receive: impl Future<Output = Result<(), CliError>>,
+        idle_timeout: Option<Duration>,
+    ) -> Result<(), CliError> {
+        let idle = async {
+            let Some(limit) = idle_timeout else { return std::future::pending().await };
+            while self.last_activity.get().elapsed() < limit {
+                sleep_until(self.last_activity.get() + limit).await;
+            }
+            Err(self.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {limit:?}")))
+        };
+        receive.or(send).or(idle).or(self.closed()).await
+    }
+
+    /// Sends a datagram.
+    pub(super) async fn send(&self, data: &[u8]) -> io::Result<()> {
+        let sent = self.association.send(&self.dst, data).await;
+        self.last_activity.set(Instant::now());
+        self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
+        // Receiving must make progress even if datagrams to send are always ready.
+        yield_now().await;
+        sent
+    }
+
+    /// Receives a datagram, which is not yet counted. Returns its sender too.
+    pub(super) async fn recv(&self) -> Result<(Addr, Vec<u8>), CliError> {
+        let received = self.association.recv().await;
+        received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))
+    }
+
+    /// Returns a datagram that has arrived, which is not yet counted.
+    pub(super) fn try_recv(&self) -> Option<Vec<u8>> {
+        self.association.try_recv().ok().flatten().map(|(_, data)| data)
+    }
+
+    /// Counts a datagram that is an answer.
+    pub(super) fn count_answer(&self, data: &[u8]) {
+        self.last_activity.set(Instant::now());
+        self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
+        self.counts.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+    }
+
+    /// Waits until a proxy ends the association. Always returns an error.
+    async fn closed(&self) -> Result<(), CliError> {
+        let AssociationClosed(proxy) = self.association.closed().await;
+        let target = self.connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
+        let message = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
+        Err(CliError::new(ExitStatus::RECEIVE_ERROR, message))
+    }
+
+    /// Prints how many answers were lost on this machine.
+    fn print_losses(&self) {
+        let losses = self.association.losses();
+        for (n, reason) in [
+            (losses.incomplete, "incomplete: fragments are missing"),
+            (losses.invalid, "dropped: malformed, or not from the relay"),
+            (losses.overflowed, "dropped: they arrived faster than they were read"),
+        ] {
+            if n > 0 {
+                let error = self.connector.transfer_error(ExitStatus::FAILURE, &format!("answers {reason} ({n})"));
+                self.connector.print_error(Err(error));
+            }
+        }
+    }
+}
