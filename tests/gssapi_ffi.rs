@@ -1,8 +1,6 @@
 //! The GSSAPI binding with the system's library and a KDC in a temporary realm. Initiator and acceptor are in one
 //! process. Covers names, protection, order of messages, errors and the release of all objects.
 
-#![cfg(feature = "gssapi")]
-
 mod common;
 mod kit;
 
