@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::conn::{Conn, Protection, ReadError, timeout_at};
 use crate::dial::{DialError, LocalAddr, Resolver, dial};
-use crate::gssapi::{self, Initiator, Ticket};
+use crate::gssapi::ffi::Credential;
+use crate::gssapi::{self, Initiator};
 use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
@@ -91,11 +92,6 @@ impl Client {
     /// The target.
     pub fn dst(&self) -> &Addr {
         &self.dst
-    }
-
-    /// The proxy that receives the request, if any.
-    pub fn last_proxy(&self) -> Option<String> {
-        self.hops.last().map(ToString::to_string)
     }
 
     /// Time spent in each phase so far.
@@ -289,7 +285,7 @@ impl Client {
 
     /// Acquires a Kerberos ticket if GSSAPI may be offered. A missing ticket is an error only if GSSAPI is the only
     /// requested method.
-    async fn ticket(&self) -> Result<Option<Ticket>, ClientErrorKind> {
+    async fn ticket(&self) -> Result<Option<Arc<Credential>>, ClientErrorKind> {
         let Some(initiator) = &self.auth.gssapi else { return Ok(None) };
         let is_requested = self.auth.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
         if self.auth.methods.is_some() && !is_requested {

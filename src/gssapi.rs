@@ -4,6 +4,7 @@
 //! [`ffi`] calls the GSSAPI library, which creates and checks tokens. `conn` protects the stream after the handshake.
 
 pub mod ffi;
+mod layout;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use smol::lock::{Semaphore, SemaphoreGuardArc};
 
-use crate::conn::{Conn, Protection, ReadError, SecurityContext, TokenOrder, Unwrapped, timeout_at};
-use crate::proto::{Frame, MAX_TOKEN_LEN, ProtectionLevel};
-use ffi::{Credential, GssContext, GssName, RequestedFlags};
+use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder, timeout_at};
+use crate::proto::{Frame, ProtectionLevel};
+use ffi::{
+    AcceptedContext, Credential, GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG,
+    GSS_C_REPLAY_FLAG, GSS_C_SEQUENCE_FLAG, GssContext, PendingContext,
+};
 
-/// Maximum number of tokens from the peer until the context must be established. Kerberos needs one.
-const MAX_TOKEN_ROUNDS: usize = 8;
 /// Maximum number of handshakes that wait for a KDC. Each blocks a thread for up to 30 s, the timeout of the library.
 const MAX_KDC_REQUESTS: usize = 32;
 /// Time that a handshake waits while [`MAX_KDC_REQUESTS`] others wait for a KDC.
@@ -51,9 +53,9 @@ impl fmt::Display for GssapiError {
 
 impl std::error::Error for GssapiError {}
 
-impl From<ffi::LibraryError> for GssapiError {
-    fn from(error: ffi::LibraryError) -> Self {
-        Self::Failed(error.to_string())
+impl From<String> for GssapiError {
+    fn from(reason: String) -> Self {
+        Self::Failed(reason)
     }
 }
 
@@ -99,9 +101,7 @@ impl Acceptor {
     /// # Errors
     /// No library is installed, or the keytab has no such key.
     pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> Result<Self> {
-        ffi::available().map_err(GssapiError::Failed)?;
-        let name = service.map(import_name).transpose()?;
-        let credential = Arc::new(Credential::acceptor(name.as_ref(), keytab.as_deref())?);
+        let credential = Arc::new(Credential::acceptor(service, keytab.as_deref())?);
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self { credential, levels, cpu_permits: Arc::new(Semaphore::new(cpus)) })
     }
@@ -112,65 +112,49 @@ impl Acceptor {
     /// # Errors
     /// See [`GssapiError`].
     pub async fn accept(&self, conn: &mut Conn) -> Result<AuthenticatedClient> {
-        let context = self.establish_context(conn).await?;
-        let flags = context.flags();
-        let name = context.initiator_name().filter(|_| !flags.anonymous);
-        let user = name.ok_or_else(|| failed("the client is anonymous"))?.to_vec();
+        let token = match conn.read_message().await? {
+            Frame::Authentication(token) if !token.is_empty() => token,
+            other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
+        };
+        let (credential, permit) = (self.credential.clone(), self.cpu_permits.acquire_arc().await);
+        let accepted = smol::unblock(move || {
+            let _permit = permit;
+            credential.accept(&token)
+        });
+        let AcceptedContext { context, initiator: user, answer } = accepted.await?;
+        // Sent even if it is empty (RFC 1961 section 3.6).
+        send_frame(conn, Frame::Authentication(answer)).await?;
+        if context.has(GSS_C_ANON_FLAG) {
+            return Err(failed("the client is anonymous"));
+        }
         let is_supported = |level: &ProtectionLevel| match level {
             ProtectionLevel::None => true,
-            ProtectionLevel::Integrity => flags.integrity,
-            ProtectionLevel::Confidentiality => flags.integrity && flags.confidentiality,
+            ProtectionLevel::Integrity => context.has(GSS_C_INTEG_FLAG),
+            ProtectionLevel::Confidentiality => context.has(GSS_C_INTEG_FLAG | GSS_C_CONF_FLAG),
         };
         let levels: Vec<ProtectionLevel> = self.levels.iter().copied().filter(is_supported).collect();
+        let detects_reordering = context.has(GSS_C_REPLAY_FLAG | GSS_C_SEQUENCE_FLAG);
         let (level, context) = negotiate_level(conn, context, &levels).await?;
-        let detects_reordering = flags.replay && flags.sequence;
         Ok(AuthenticatedClient { user, level, protection: Protection::new(context, level), detects_reordering })
-    }
-
-    async fn establish_context(&self, conn: &mut Conn) -> Result<GssContext> {
-        let mut context = GssContext::default();
-        for _ in 0..MAX_TOKEN_ROUNDS {
-            let token = match conn.read_message().await? {
-                Frame::Authentication(token) if !token.is_empty() => token,
-                other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
-            };
-            let (credential, permit) = (self.credential.clone(), self.cpu_permits.acquire_arc().await);
-            let step;
-            (context, step) = smol::unblock(move || {
-                let _permit = permit;
-                let step = context.accept(&credential, &token);
-                (context, step)
-            })
-            .await;
-            let step = step?;
-            // The last token is sent even if it is empty (RFC 1961 section 3.6).
-            if !step.output.is_empty() || step.is_complete {
-                send_frame(conn, Frame::Authentication(step.output)).await?;
-            }
-            if step.is_complete {
-                return Ok(context);
-            }
-        }
-        Err(failed(format!("no security context after {MAX_TOKEN_ROUNDS} tokens")))
     }
 }
 
 /// Reads the requested level and sends the granted one. Both are wrapped, or both are one byte (NEC's variant).
 async fn negotiate_level(
     conn: &mut Conn,
-    context: GssContext,
+    mut context: GssContext,
     levels: &[ProtectionLevel],
-) -> Result<(ProtectionLevel, EstablishedContext)> {
-    let mut context = EstablishedContext(context);
+) -> Result<(ProtectionLevel, GssContext)> {
     let Frame::Protection(mut token) = conn.read_message().await? else {
         return Err(failed("expected a request for a protection level"));
     };
     let is_nec_exchange = token.len() == 1;
-    let requested = if is_nec_exchange { token.first().copied() } else { Some(context.unwrap_level(&mut token)?) };
+    let requested =
+        if is_nec_exchange { token.first().copied() } else { Some(unwrap_level(&mut context, &mut token)?) };
     let level = choose_level(requested, levels)
         .ok_or_else(|| failed("the security context supports no allowed protection level (see --gssapi-protection)"))?;
     let code = [level.code()];
-    let answer = if is_nec_exchange { code.into() } else { context.wrap(&code, false).map_err(failed)? };
+    let answer = if is_nec_exchange { code.into() } else { context.wrap(&code, false)? };
     send_frame(conn, Frame::Protection(answer)).await?;
     Ok((level, context))
 }
@@ -215,10 +199,6 @@ impl Default for Initiator {
     }
 }
 
-/// A credential of the client.
-#[derive(Clone, Debug)]
-pub struct Ticket(Arc<Credential>);
-
 impl Initiator {
     /// Returns whether there are signs of tickets: an environment variable, the default cache file, or a configuration
     /// that sets or includes another cache. Without signs, the library need not be loaded.
@@ -237,16 +217,13 @@ impl Initiator {
     ///
     /// # Errors
     /// No library or no ticket is available.
-    pub async fn acquire_ticket(&self) -> Result<Ticket> {
+    pub async fn acquire_ticket(&self) -> Result<Arc<Credential>> {
         let ccache = self.ccache.clone();
-        let task = smol::unblock(move || {
+        let acquired = unblock_within_kdc_timeout(move || {
             ffi::available().map_err(GssapiError::Unavailable)?;
-            Credential::initiator(ccache.as_deref()).map_err(|error| GssapiError::NoCredential(error.to_string()))
+            Credential::initiator(ccache.as_deref()).map(Arc::new).map_err(GssapiError::NoCredential)
         });
-        let credential = timeout_at(Instant::now() + KDC_TIMEOUT, task)
-            .await
-            .ok_or_else(|| failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}")))?;
-        Ok(Ticket(Arc::new(credential?)))
+        acquired.await.ok_or_else(|| failed(format!("reading the ticket cache took more than {KDC_TIMEOUT:?}")))?
     }
 
     /// Establishes a context with the server on `conn` after the server has selected GSSAPI. Returns the protection for
@@ -254,20 +231,20 @@ impl Initiator {
     ///
     /// # Errors
     /// See [`GssapiError`].
-    pub async fn initiate(&self, conn: &mut Conn, ticket: Ticket, host: &str) -> Result<Option<Protection>> {
-        let context = self.establish_context(conn, ticket, self.target_name(host)?).await?;
-        let flags = context.flags();
-        if !flags.mutual || !flags.integrity {
+    pub async fn initiate(&self, conn: &mut Conn, ticket: Arc<Credential>, host: &str) -> Result<Option<Protection>> {
+        let mut context = self.establish_context(conn, ticket, self.target_name(host)?).await?;
+        if !context.has(GSS_C_MUTUAL_FLAG | GSS_C_INTEG_FLAG) {
             return Err(failed("the server did not authenticate itself"));
         }
-        if !flags.replay || !flags.sequence {
+        if !context.has(GSS_C_REPLAY_FLAG | GSS_C_SEQUENCE_FLAG) {
             return Err(failed("the security context does not detect replayed or reordered data"));
         }
-        let mut context = EstablishedContext(context);
-        let strongest =
-            if flags.confidentiality { ProtectionLevel::Confidentiality } else { ProtectionLevel::Integrity };
+        let strongest = match context.has(GSS_C_CONF_FLAG) {
+            true => ProtectionLevel::Confidentiality,
+            false => ProtectionLevel::Integrity,
+        };
         let code = [self.requested_level.min(strongest).code()];
-        let request = if self.uses_nec_exchange { code.into() } else { context.wrap(&code, false).map_err(failed)? };
+        let request = if self.uses_nec_exchange { code.into() } else { context.wrap(&code, false)? };
         send_frame(conn, Frame::Protection(request)).await?;
         let mut answer = conn.read_message().await?;
         if answer == Frame::Authentication(Vec::new()) {
@@ -276,7 +253,7 @@ impl Initiator {
         }
         let code = match answer {
             Frame::Protection(token) if self.uses_nec_exchange && token.len() == 1 => token.first().copied(),
-            Frame::Protection(mut token) if !self.uses_nec_exchange => Some(context.unwrap_level(&mut token)?),
+            Frame::Protection(mut token) if !self.uses_nec_exchange => Some(unwrap_level(&mut context, &mut token)?),
             other => return Err(unexpected_frame(&other)),
         };
         match code.and_then(ProtectionLevel::from_code) {
@@ -290,37 +267,24 @@ impl Initiator {
         }
     }
 
-    async fn establish_context(&self, conn: &mut Conn, ticket: Ticket, target: String) -> Result<GssContext> {
-        let confidentiality = self.requested_level == ProtectionLevel::Confidentiality;
-        let requested = RequestedFlags { sequence: true, confidentiality };
-        let mut context = GssContext::default();
-        let mut token: Option<Vec<u8>> = None;
-        for _ in 0..MAX_TOKEN_ROUNDS {
-            let (ticket, service) = (ticket.clone(), target.clone());
-            // Only the first token can need a KDC.
-            let permit = if token.is_none() { Some(self.kdc_permit().await?) } else { None };
-            let (next_context, step) = self
-                .run_blocking(permit, move || {
-                    let step = import_name(&service).and_then(|name| {
-                        context.init(&ticket.0, &name, requested, token.as_deref()).map_err(GssapiError::from)
-                    });
-                    (context, step)
-                })
-                .await?;
-            context = next_context;
-            let step = step?;
-            if !step.output.is_empty() {
-                send_frame(conn, Frame::Authentication(step.output)).await?;
-            }
-            if step.is_complete {
-                return Ok(context);
-            }
-            token = match conn.read_message().await? {
-                Frame::Authentication(token) if !token.is_empty() => Some(token),
-                other => return Err(unexpected_frame(&other)),
-            };
-        }
-        Err(failed(format!("no security context after {MAX_TOKEN_ROUNDS} tokens")))
+    async fn establish_context(&self, conn: &mut Conn, ticket: Arc<Credential>, service: String) -> Result<GssContext> {
+        let encrypts = self.requested_level == ProtectionLevel::Confidentiality;
+        let flags = GSS_C_SEQUENCE_FLAG | if encrypts { GSS_C_CONF_FLAG } else { 0 };
+        let permit = self.kdc_permit().await?;
+        let no_answer = || failed(format!("no answer from the KDC within {KDC_TIMEOUT:?}"));
+        let first = unblock_within_kdc_timeout(move || {
+            // Kept until the call returns, also if its result is no longer awaited.
+            let _permit = permit;
+            PendingContext::new(ticket, &service, flags)
+        });
+        let (pending, token) = first.await.ok_or_else(no_answer)??;
+        send_frame(conn, Frame::Authentication(token)).await?;
+        let answer = match conn.read_message().await? {
+            Frame::Authentication(token) if !token.is_empty() => token,
+            other => return Err(unexpected_frame(&other)),
+        };
+        let established = unblock_within_kdc_timeout(move || pending.complete(&answer)).await;
+        Ok(established.ok_or_else(no_answer)??)
     }
 
     /// Returns the name of the proxy's service. `host` is the host name of the proxy.
@@ -340,27 +304,11 @@ impl Initiator {
         let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
         permit.ok_or_else(|| failed("too many logins are waiting for the KDC"))
     }
-
-    /// Runs a blocking call on another thread, and waits at most [`KDC_TIMEOUT`] for it.
-    async fn run_blocking<T: Send + 'static>(
-        &self,
-        permit: Option<SemaphoreGuardArc>,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T> {
-        let task = smol::unblock(move || {
-            let _permit = permit;
-            work()
-        });
-        // Dropping the task does not stop a running call: its thread continues, and keeps the permit.
-        timeout_at(Instant::now() + KDC_TIMEOUT, task)
-            .await
-            .ok_or_else(|| failed(format!("no answer from the KDC within {KDC_TIMEOUT:?}")))
-    }
 }
 
-/// Parses `service@host`, or a principal if there is a `/`.
-fn import_name(text: &str) -> Result<GssName> {
-    Ok(if text.contains('/') { GssName::principal(text)? } else { GssName::service(text)? })
+/// Runs a blocking call on another thread. Returns `None` if it takes longer than [`KDC_TIMEOUT`]; it then continues.
+async fn unblock_within_kdc_timeout<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    timeout_at(Instant::now() + KDC_TIMEOUT, smol::unblock(work)).await
 }
 
 fn unexpected_frame(frame: &Frame) -> GssapiError {
@@ -370,48 +318,46 @@ fn unexpected_frame(frame: &Frame) -> GssapiError {
     }
 }
 
+/// Sends a message of the handshake, if LEN can express the length of its token.
 async fn send_frame(conn: &mut Conn, frame: Frame) -> Result<()> {
+    frame.check_len().map_err(|error| failed(error.to_string()))?;
     conn.write_message(&frame).await.map_err(|error| GssapiError::Refused(error.to_string()))
 }
 
-#[derive(Debug)]
-struct EstablishedContext(GssContext);
-
-impl EstablishedContext {
-    /// Unwraps the protection level, which is one byte.
-    fn unwrap_level(&mut self, token: &mut [u8]) -> Result<u8> {
-        let unwrapped = self.unwrap(token).map_err(failed)?;
-        match unwrapped.data.as_slice() {
-            [level] if unwrapped.order == TokenOrder::Next => Ok(*level),
-            _ => Err(failed("invalid message for the protection level")),
-        }
-    }
-}
-
-impl SecurityContext for EstablishedContext {
-    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String> {
-        self.0.wrap(data, should_encrypt).map_err(|error| error.to_string())
-    }
-
-    fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String> {
-        let unwrapped = self.0.unwrap(token).map_err(|error| error.to_string())?;
-        let order = match unwrapped.order {
-            ffi::SequenceStatus::InOrder => TokenOrder::Next,
-            ffi::SequenceStatus::Gap | ffi::SequenceStatus::Unsequenced => TokenOrder::OutOfOrder,
-            ffi::SequenceStatus::Duplicate | ffi::SequenceStatus::Old => TokenOrder::Duplicate,
-        };
-        Ok(Unwrapped { data: unwrapped.data, is_encrypted: unwrapped.is_encrypted, order })
-    }
-
-    fn wrap_size_limit(&self, should_encrypt: bool) -> usize {
-        // Used if the library reports an error: no mechanism adds as much as 256 bytes.
-        self.0.wrap_size_limit(should_encrypt).unwrap_or(MAX_TOKEN_LEN - 256)
+/// Unwraps the protection level, which is one byte.
+fn unwrap_level(context: &mut GssContext, token: &mut [u8]) -> Result<u8> {
+    let unwrapped = context.unwrap(token)?;
+    match unwrapped.data.as_slice() {
+        [level] if unwrapped.order == TokenOrder::Next => Ok(*level),
+        _ => Err(failed("invalid message for the protection level")),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
+    use crate::reactor::Io;
+
+    #[test]
+    fn token_that_len_cannot_express_is_an_error_and_is_not_sent() {
+        let (near, mut far) = UnixStream::pair().expect("socket pair created");
+        near.set_nonblocking(true).expect("option set");
+        let sent = crate::reactor::run(async {
+            let mut conn = Conn::Unix(Io::new(near).expect("socket registered"));
+            let too_long = send_frame(&mut conn, Frame::Authentication(vec![0; 65_536])).await;
+            (too_long, send_frame(&mut conn, Frame::Authentication(vec![7])).await)
+        });
+        let (too_long, next) = sent.expect("the reactor runs");
+        let error = too_long.expect_err("too long").to_string();
+        assert_eq!(error, "GSSAPI: token of 65536 bytes is too long (at most 65535)");
+        next.expect("sent");
+        let mut received = Vec::new();
+        far.read_to_end(&mut received).expect("read");
+        assert_eq!(received, [1, 1, 0, 1, 7]);
+    }
 
     #[test]
     fn requested_level_is_granted_if_allowed_else_the_strongest_allowed() {

@@ -38,6 +38,8 @@ pub enum ProtocolError {
     AuthVersion(u8),
     /// MTYP of an RFC 1961 message is none of 1, 2, 3 and FF, or not the expected one.
     MessageType(u8),
+    /// A token of RFC 1961 has more bytes than LEN can express.
+    TokenLength(usize),
     /// A greeting offers no method.
     NoMethods,
     /// UNAME or PASSWD is empty.
@@ -69,6 +71,7 @@ impl fmt::Display for ProtocolError {
             Self::Version(v) => write!(f, "expected SOCKS version 5, found {v}"),
             Self::AuthVersion(v) => write!(f, "expected authentication version 1, found {v}"),
             Self::MessageType(m) => write!(f, "unexpected GSSAPI message type {m}"),
+            Self::TokenLength(n) => write!(f, "token of {n} bytes is too long (at most {MAX_TOKEN_LEN})"),
             Self::NoMethods => write!(f, "no authentication method offered"),
             Self::EmptyCredential => write!(f, "empty user name or password"),
             Self::Command(c) => write!(f, "unknown command {c}"),

@@ -298,7 +298,11 @@ fn gssapi_abort_has_two_bytes_and_unknown_type_is_invalid_at_its_byte() {
         check_bad::<Frame>(&[1], &[mtyp], ProtocolError::MessageType(mtyp));
     }
     let longest = Frame::Data(vec![7; 65_535]);
+    assert_eq!(longest.check_len(), Ok(()));
     assert_eq!(Frame::decode(&longest.encode()), Ok(longest));
+    for frame in [Frame::Authentication, Frame::Protection, Frame::Data] {
+        assert_eq!(frame(vec![7; 65_536]).check_len(), Err(ProtocolError::TokenLength(65_536)));
+    }
 }
 
 #[test]

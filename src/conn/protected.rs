@@ -40,7 +40,7 @@ pub trait SecurityContext: fmt::Debug {
 }
 
 /// The content of a token.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unwrapped {
     /// The data that was wrapped.
     pub data: Vec<u8>,
@@ -91,10 +91,9 @@ impl Protection {
     /// `data` is too long, or the library reports an error.
     pub fn wrap(&self, data: &[u8]) -> io::Result<Vec<u8>> {
         let token = self.context.borrow_mut().wrap(data, self.should_encrypt).map_err(io::Error::other)?;
-        if token.len() > MAX_TOKEN_LEN {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        Ok(Frame::Data(token).encode())
+        let frame = Frame::Data(token);
+        frame.check_len().map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        Ok(frame.encode())
     }
 
     /// Returns the data in a datagram; `None` if it is not a valid frame at this level, or is a duplicate.

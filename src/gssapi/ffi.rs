@@ -2,15 +2,11 @@
 //! its first use, so that s5 also runs without it.
 //!
 //! The only file with unsafe code; its public items are safe. Each object of the library has one owner, which releases
-//! it. A context can be used by one thread at a time; credentials and names can be shared. All calls except `wrap` and
-//! `unwrap` can wait for a file, DNS or a KDC (up to 30 s).
+//! it. A context can be used by one thread at a time; credentials can be shared. All calls except `wrap` and `unwrap`
+//! can wait for a file, DNS or a KDC (up to 30 s). Errors are the library's messages, one line each.
 
 #![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]
-
-mod context;
-mod layout;
-mod status;
 
 use std::error::Error as _;
 use std::ffi::{CStr, CString, OsString, c_int, c_void};
@@ -18,36 +14,30 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr::{null, null_mut};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-pub use context::{ContextStep, GssContext, GssName, RequestedFlags, Unwrapped};
-use layout::{GssBuffer, KeyValueElement, KeyValueSet, Oid, OidSet};
-pub use status::{ContextFlags, LibraryError, SequenceStatus};
-use status::{ERROR_MASK, GSS_S_CONTINUE_NEEDED, GSS_S_FAILURE, GSS_S_UNAVAILABLE, Result, one_line};
+use super::layout::{
+    ERROR_MASK, GSS_C_ACCEPT, GSS_C_GSS_CODE, GSS_C_INDEFINITE, GSS_C_INITIATE, GSS_C_MECH_CODE, GSS_S_CONTINUE_NEEDED,
+    GssBuffer, HOSTBASED_SERVICE_OID, KRB5_OID, KRB5_PRINCIPAL_OID, KeyValueElement, KeyValueSet, Oid, OidSet,
+    error_text, is_acceptor_token, one_line, token_order,
+};
+pub use super::layout::{
+    GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG, GSS_C_REPLAY_FLAG, GSS_C_SEQUENCE_FLAG,
+};
+use crate::conn::{SecurityContext, TokenOrder, Unwrapped};
+use crate::proto::MAX_TOKEN_LEN;
 
 /// MIT's and Heimdal's library. The first one that is installed is used.
 const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
 /// Environment variable for tests: the absolute path of the only library to open.
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
-const GSS_C_INITIATE: c_int = 1;
-const GSS_C_ACCEPT: c_int = 2;
-const GSS_C_INDEFINITE: u32 = u32::MAX;
-/// Argument of gss_display_status: a major status code.
-const GSS_C_GSS_CODE: c_int = 1;
-/// Argument of gss_display_status: a minor status code.
-const GSS_C_MECH_CODE: c_int = 2;
 
 // SAFETY: an Oid points to constants.
 unsafe impl Sync for Oid {}
 
-const KRB5_OID_BYTES: &[u8] = b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02";
-// Statics, because the library can keep pointers to them.
-static KRB5_OID: Oid = Oid::new(KRB5_OID_BYTES);
-static HOSTBASED_SERVICE_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x01\x04");
-static KRB5_PRINCIPAL_OID: Oid = Oid::new(b"\x2A\x86\x48\x86\xF7\x12\x01\x02\x02\x01");
-
+type Result<T, E = String> = std::result::Result<T, E>;
 /// Pointer to a credential, name or context of the library.
 type Handle = *mut c_void;
 
@@ -63,7 +53,7 @@ macro_rules! functions {
         }
 
         impl Api {
-            fn load(library: Library) -> Result<Self, String> {
+            fn load(library: Library) -> Result<Self> {
                 $(
                     // SAFETY: RFC 2744 declares the function with this type; a null pointer becomes `None`.
                     let $name = unsafe { library.get::<Option<_>>(concat!(stringify!($name), "\0")) };
@@ -93,7 +83,6 @@ functions! {
         *mut u32, *mut u32, *mut Handle
     );
     gss_delete_sec_context(*mut Handle, *mut GssBuffer<'_>);
-    gss_context_time(Handle, *mut u32);
     gss_wrap(Handle, c_int, u32, *const GssBuffer<'_>, *mut c_int, *mut GssBuffer<'_>);
     gss_unwrap(Handle, *const GssBuffer<'_>, *mut GssBuffer<'_>, *mut c_int, *mut u32);
     gss_wrap_size_limit(Handle, c_int, u32, u32, *mut u32);
@@ -106,7 +95,7 @@ functions! {
 
 /// Returns the library. Opens it at the first call.
 fn api() -> Result<&'static Api> {
-    static API: OnceLock<Result<Api, String>> = OnceLock::new();
+    static API: OnceLock<Result<Api>> = OnceLock::new();
     let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR) {
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
         Some(path) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path: {}", path.display())),
@@ -116,10 +105,10 @@ fn api() -> Result<&'static Api> {
             open_library(mit).or_else(|error| open_library(heimdal).map_err(|_| hint(error)))
         }
     });
-    api.as_ref().map_err(|text| LibraryError::new(GSS_S_UNAVAILABLE, text))
+    api.as_ref().map_err(Clone::clone)
 }
 
-fn open_library(name: OsString) -> Result<Api, String> {
+fn open_library(name: OsString) -> Result<Api> {
     // SAFETY: the initializers of a GSSAPI library have no preconditions, and the library is never closed.
     let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     let name = name.display();
@@ -134,44 +123,62 @@ fn open_library(name: OsString) -> Result<Api, String> {
 ///
 /// # Errors
 /// The error of the loader, with the package to install.
-pub fn available() -> Result<(), String> {
-    api().map(|_| ()).map_err(|error| error.text)
+pub fn available() -> Result<()> {
+    api().map(drop)
 }
 
 impl Api {
-    /// Calls a function and returns its major status.
-    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<u32> {
+    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<()> {
         let mut minor = 0;
         let major = function(&mut minor);
-        if major & ERROR_MASK == 0 { Ok(major) } else { Err(self.error(major & ERROR_MASK, minor)) }
+        self.check(major, minor)
     }
 
-    /// Returns the library's message for an error. Must run on the thread of the failed call.
-    fn error(&self, major: u32, minor: u32) -> LibraryError {
-        let (major_text, minor_text) =
-            (self.status_text(major, GSS_C_GSS_CODE), self.status_text(minor, GSS_C_MECH_CODE));
-        let text = match () {
-            // MIT's library describes a minor status of 0 as "Success".
-            _ if minor == 0 || minor_text == "Success" => major_text,
-            // "Unspecified failure": only the minor status has the reason.
-            _ if major == GSS_S_FAILURE && !minor_text.is_empty() => minor_text,
-            _ => format!("{major_text}: {minor_text}"),
-        };
-        LibraryError { text, major, minor }
+    /// Calls a function that allocates a buffer. Returns its major status and the bytes in the buffer.
+    fn call_with_output(&self, function: impl FnOnce(*mut u32, *mut GssBuffer<'_>) -> u32) -> Result<(u32, Vec<u8>)> {
+        let mut minor = 0;
+        let (major, bytes) = self.copy_output(|buffer| function(&mut minor, buffer));
+        self.check(major, minor).map(|()| (major, bytes))
+    }
+
+    /// As `call_with_output`, without a check of the status.
+    fn copy_output(&self, function: impl FnOnce(*mut GssBuffer<'_>) -> u32) -> (u32, Vec<u8>) {
+        let mut buffer = GssBuffer::EMPTY;
+        let major = function(&mut buffer);
+        if buffer.value.is_null() {
+            return (major, Vec::new());
+        }
+        // SAFETY: the library has allocated and initialized this many bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(buffer.value.cast(), buffer.length) }.to_vec();
+        // MIT's library allocates a buffer for an empty message, but does not release a buffer of length 0.
+        buffer.length = buffer.length.max(1);
+        // SAFETY: the library has allocated the buffer, and it is released only here.
+        unsafe { (self.gss_release_buffer)(&mut 0, &mut buffer) };
+        (major, bytes)
+    }
+
+    /// Returns the library's message if the status is an error. Must run on the thread of the call.
+    fn check(&self, major: u32, minor: u32) -> Result<()> {
+        let error = major & ERROR_MASK;
+        if error == 0 {
+            return Ok(());
+        }
+        Err(error_text(error, self.status_text(error, GSS_C_GSS_CODE), minor, self.status_text(minor, GSS_C_MECH_CODE)))
     }
 
     fn status_text(&self, value: u32, kind: c_int) -> String {
         let (mut messages, mut message_context, mut minor) = (Vec::new(), 0, 0);
         // A status can have several messages. The limit protects against a library that never ends the list.
         for _ in 0..8 {
-            let mut text = LibraryBuffer::new(self);
-            let (next, raw) = (&mut message_context, &mut text.raw);
+            let next = &mut message_context;
             // SAFETY: all pointers are to locals or constants.
-            let major = unsafe { (self.gss_display_status)(&mut minor, value, kind, &KRB5_OID, next, raw) };
+            let (major, text) = self.copy_output(|buffer| unsafe {
+                (self.gss_display_status)(&mut minor, value, kind, &KRB5_OID, next, buffer)
+            });
             if major & ERROR_MASK != 0 {
                 break;
             }
-            messages.push(one_line(&String::from_utf8_lossy(text.as_slice())));
+            messages.push(one_line(&String::from_utf8_lossy(&text)));
             if message_context == 0 {
                 break;
             }
@@ -180,87 +187,80 @@ impl Api {
     }
 }
 
-/// A buffer that the library allocates.
-struct LibraryBuffer<'a> {
-    api: &'a Api,
-    raw: GssBuffer<'a>,
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Credential,
+    Name,
+    Context,
 }
 
-impl<'a> LibraryBuffer<'a> {
-    fn new(api: &'a Api) -> Self {
-        Self { api, raw: GssBuffer::EMPTY }
-    }
-
-    fn as_slice(&self) -> &[u8] {
-        if self.raw.value.is_null() {
-            return &[];
-        }
-        // SAFETY: the library has initialized this many bytes, and they are valid until the drop.
-        unsafe { std::slice::from_raw_parts(self.raw.value.cast(), self.raw.length) }
-    }
-}
-
-impl Drop for LibraryBuffer<'_> {
-    fn drop(&mut self) {
-        // MIT's library allocates a buffer for an empty message, but does not release a buffer of length 0.
-        self.raw.length = self.raw.length.max((!self.raw.value.is_null()).into());
-        // SAFETY: the buffer is empty, or the library allocated it and it is released only here.
-        unsafe { (self.api.gss_release_buffer)(&mut 0, &mut self.raw) };
-    }
-}
-
-/// A `gss_name_t`.
-struct RawName {
+/// An object of the library, or null until a call has created it.
+struct Object {
     api: &'static Api,
+    kind: Kind,
     handle: Handle,
 }
 
-impl RawName {
-    fn import(text: &[u8], kind: &'static Oid) -> Result<Self> {
-        let api = api()?;
-        let mut name = Self { api, handle: null_mut() };
-        let text = GssBuffer::borrowed(text);
-        // SAFETY: all pointers are to locals or constants.
-        api.call(|minor| unsafe { (api.gss_import_name)(minor, &text, kind, &mut name.handle) })?;
-        Ok(name)
+// SAFETY: the library permits any thread, one at a time.
+unsafe impl Send for Object {}
+
+impl Object {
+    fn new(kind: Kind) -> Result<Self> {
+        Ok(Self { api: api()?, kind, handle: null_mut() })
     }
 
-    fn display(&self) -> Result<Vec<u8>> {
-        let mut text = LibraryBuffer::new(self.api);
-        let raw_output = &mut text.raw;
-        // SAFETY: the name is valid until the drop; the other pointers are to locals.
-        self.api.call(|minor| unsafe { (self.api.gss_display_name)(minor, self.handle, raw_output, null_mut()) })?;
-        Ok(text.as_slice().to_vec())
+    /// Imports `service@host`, or a Kerberos principal, which contains a `/`.
+    fn import_name(text: &str) -> Result<Self> {
+        // The libraries cut off a name at a NUL byte, and accept an empty name.
+        if text.is_empty() || text.contains('\0') {
+            return Err("name is empty or contains a NUL byte".into());
+        }
+        let kind = if text.contains('/') { &KRB5_PRINCIPAL_OID } else { &HOSTBASED_SERVICE_OID };
+        let (mut name, text) = (Self::new(Kind::Name)?, GssBuffer::borrowed(text.as_bytes()));
+        // SAFETY: all pointers are to locals or constants.
+        name.api.call(|minor| unsafe { (name.api.gss_import_name)(minor, &text, kind, &mut name.handle) })?;
+        Ok(name)
     }
 }
 
-impl Drop for RawName {
+impl fmt::Debug for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.kind.fmt(f)
+    }
+}
+
+impl Drop for Object {
     fn drop(&mut self) {
-        if !self.handle.is_null() {
-            // SAFETY: the library allocated it, and it is released only here.
-            unsafe { (self.api.gss_release_name)(&mut 0, &mut self.handle) };
+        if self.handle.is_null() {
+            return;
         }
+        let (api, minor, handle) = (self.api, &mut 0, &mut self.handle);
+        // SAFETY: the library allocated the object, and it is released only here.
+        unsafe {
+            match self.kind {
+                Kind::Credential => (api.gss_release_cred)(minor, handle),
+                Kind::Name => (api.gss_release_name)(minor, handle),
+                Kind::Context => (api.gss_delete_sec_context)(minor, handle, null_mut()),
+            }
+        };
     }
 }
 
 /// The keys of a service, or the tickets of a user.
-pub struct Credential {
-    api: &'static Api,
-    handle: Handle,
-}
+#[derive(Debug)]
+pub struct Credential(Object);
 
 // SAFETY: the library locks a credential during each call, and keeps no thread-local state for it.
-unsafe impl Send for Credential {}
-// SAFETY: as above.
 unsafe impl Sync for Credential {}
 
 impl Credential {
-    /// Acquires the keys of the service `name`, or all keys if `None`, from `keytab` or the system's keytab.
+    /// Acquires the keys of `service` (`service@host` or a principal), or all keys if `None`, from `keytab` or the
+    /// system's keytab.
     ///
     /// # Errors
     /// No library or no such key is available. The library reports an unreadable keytab as an empty one.
-    pub fn acceptor(name: Option<&GssName>, keytab: Option<&Path>) -> Result<Self> {
-        let name = name.map(GssName::import).transpose()?;
+    pub fn acceptor(service: Option<&str>, keytab: Option<&Path>) -> Result<Self> {
+        let name = service.map(Object::import_name).transpose()?;
         let store = keytab.map(|path| (c"keytab", path, "keytab path (set KRB5_KTNAME)"));
         Self::acquire(name.as_ref(), GSS_C_ACCEPT, store)
     }
@@ -274,188 +274,177 @@ impl Credential {
     }
 
     /// Acquires a credential. `store`: key and path for MIT's extension, and the name of the path for an error message.
-    fn acquire(name: Option<&RawName>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> Result<Self> {
-        let api = api()?;
+    fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> Result<Self> {
+        let mut credential = Object::new(Kind::Credential)?;
+        let Object { api, handle, .. } = &mut credential;
         let name = name.map_or(null_mut(), |name| name.handle);
         let mechanisms = OidSet { count: 1, elements: &KRB5_OID };
-        let mut credential = Self { api, handle: null_mut() };
-        let handle = &mut credential.handle;
+        let (time, no_set, no_time) = (GSS_C_INDEFINITE, null_mut(), null_mut());
         let Some((key, path, setting)) = store else {
             // SAFETY: all pointers are to locals or constants, or null.
             api.call(|minor| unsafe {
-                (api.gss_acquire_cred)(
-                    minor,
-                    name,
-                    GSS_C_INDEFINITE,
-                    &mechanisms,
-                    usage,
-                    handle,
-                    null_mut(),
-                    null_mut(),
-                )
+                (api.gss_acquire_cred)(minor, name, time, &mechanisms, usage, handle, no_set, no_time)
             })?;
-            return Ok(credential);
+            return Ok(Self(credential));
         };
-        let Some(acquire_from) = api.gss_acquire_cred_from else {
-            return Err(LibraryError::new(
-                GSS_S_UNAVAILABLE,
-                format!("this GSSAPI library does not support a {setting}"),
-            ));
-        };
+        let acquire_from = api.gss_acquire_cred_from;
+        let acquire_from = acquire_from.ok_or_else(|| format!("this GSSAPI library does not support a {setting}"))?;
         let value = CString::new([b"FILE:", path.as_os_str().as_bytes()].concat());
-        let value = value.map_err(|_| LibraryError::new(GSS_S_FAILURE, "path contains a NUL byte"))?;
+        let value = value.map_err(|_| "path contains a NUL byte")?;
         let entry = KeyValueElement { key: key.as_ptr(), value: value.as_ptr() };
         let key_values = KeyValueSet { count: 1, elements: &entry };
         // SAFETY: all pointers are to locals or constants, or null.
         let acquired = api.call(|minor| unsafe {
-            acquire_from(minor, name, GSS_C_INDEFINITE, &mechanisms, usage, &key_values, handle, null_mut(), null_mut())
+            acquire_from(minor, name, time, &mechanisms, usage, &key_values, handle, no_set, no_time)
         });
-        acquired.map(|_| credential).map_err(|error| error.with_path(path))
+        let path = one_line(&path.to_string_lossy());
+        acquired.map(|()| Self(credential)).map_err(|error| match error.contains(&path) {
+            true => error,
+            false => format!("{error} ({path})"),
+        })
+    }
+
+    /// Accepts a context with the first token of an initiator. Ignores a delegated credential.
+    ///
+    /// # Errors
+    /// The library rejects the token, or requires another one.
+    pub fn accept(&self, token: &[u8]) -> Result<AcceptedContext> {
+        let (mut object, mut initiator) = (Object::new(Kind::Context)?, Object::new(Kind::Name)?);
+        let (api, context, name, keys) = (object.api, &mut object.handle, &mut initiator.handle, self.0.handle);
+        let (mut flags, token) = (0, GssBuffer::borrowed(token));
+        let (accept, flag_bits, no_type, no_time, no_delegation) =
+            (api.gss_accept_sec_context, &mut flags, null_mut(), null_mut(), null_mut());
+        // SAFETY: the handles are the library's or null; all pointers are to locals or null.
+        let (major, answer) = api.call_with_output(|minor, output| unsafe {
+            accept(minor, context, keys, &token, null(), name, no_type, output, flag_bits, no_time, no_delegation)
+        })?;
+        check_complete(major)?;
+        // SAFETY: the handle is the library's or null; the other pointers are to locals or null.
+        let (_, initiator) = api.call_with_output(|minor, output| unsafe {
+            (api.gss_display_name)(minor, initiator.handle, output, null_mut())
+        })?;
+        Ok(AcceptedContext { context: GssContext { object, flags }, initiator, answer })
     }
 }
 
-impl fmt::Debug for Credential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credential").finish_non_exhaustive()
-    }
+/// The acceptor's side of a new context.
+#[derive(Debug)]
+pub struct AcceptedContext {
+    /// The context.
+    pub context: GssContext,
+    /// Principal of the initiator, `alice@REALM`.
+    pub initiator: Vec<u8>,
+    /// Token for the initiator; empty if it did not request mutual authentication.
+    pub answer: Vec<u8>,
 }
 
-impl Drop for Credential {
-    fn drop(&mut self) {
-        if !self.handle.is_null() {
-            // SAFETY: the library allocated it, and it is released only here.
-            unsafe { (self.api.gss_release_cred)(&mut 0, &mut self.handle) };
+/// The initiator's side of a context that waits for the token of the acceptor.
+#[derive(Debug)]
+pub struct PendingContext {
+    context: GssContext,
+    credential: Arc<Credential>,
+    target: Object,
+    requested: u32,
+}
+
+impl PendingContext {
+    /// Creates a context with `service` (`service@host` or a principal), and its token for the acceptor. Requests mutual
+    /// authentication, integrity, replay detection and `flags`. Never delegates the credential.
+    pub fn new(credential: Arc<Credential>, service: &str, flags: u32) -> Result<(Self, Vec<u8>)> {
+        let requested = flags | GSS_C_MUTUAL_FLAG | GSS_C_REPLAY_FLAG | GSS_C_INTEG_FLAG;
+        let context = GssContext { object: Object::new(Kind::Context)?, flags: 0 };
+        let mut pending = Self { context, credential, target: Object::import_name(service)?, requested };
+        let (_, token) = pending.init(None)?;
+        Ok((pending, token))
+    }
+
+    /// Establishes the context with the token of the acceptor.
+    ///
+    /// # Errors
+    /// The library rejects the token, or requires another one.
+    pub fn complete(mut self, token: &[u8]) -> Result<GssContext> {
+        if !is_acceptor_token(token) {
+            return Err("not the answer of a Kerberos acceptor".into());
         }
+        let (major, _) = self.init(Some(token))?;
+        check_complete(major)?;
+        Ok(self.context)
+    }
+
+    /// Returns the major status and the token for the acceptor.
+    fn init(&mut self, token: Option<&[u8]>) -> Result<(u32, Vec<u8>)> {
+        let GssContext { object: Object { api, handle: context, .. }, flags } = &mut self.context;
+        let (ticket, target, requested) = (self.credential.0.handle, self.target.handle, self.requested);
+        let token = token.map(GssBuffer::borrowed);
+        let token = token.as_ref().map_or(null(), |token| token as *const GssBuffer<'_>);
+        let (init, oid, any, no_type, no_time) = (api.gss_init_sec_context, &KRB5_OID, null(), null_mut(), null_mut());
+        // SAFETY: the handles are the library's or null; all pointers are to locals or constants, or null.
+        api.call_with_output(|minor, output| unsafe {
+            init(minor, ticket, context, target, oid, requested, 0, any, token, no_type, output, flags, no_time)
+        })
     }
 }
 
-/// Result of one call that establishes a context.
-struct RawStep {
-    output: Vec<u8>,
-    is_complete: bool,
+/// Kerberos establishes a context with one token from each side.
+fn check_complete(major: u32) -> Result<()> {
+    if major & GSS_S_CONTINUE_NEEDED == 0 { Ok(()) } else { Err("more than one token is required".into()) }
+}
+
+/// One side of an established security context. Must not be used by two threads at once.
+#[derive(Debug)]
+pub struct GssContext {
+    object: Object,
     flags: u32,
 }
 
-impl RawStep {
-    fn new(major: u32, output: &LibraryBuffer<'_>, flags: u32) -> Self {
-        Self { output: output.as_slice().to_vec(), is_complete: major & GSS_S_CONTINUE_NEEDED == 0, flags }
+impl GssContext {
+    /// Returns whether the context has all of these `GSS_C_…_FLAG`.
+    pub fn has(&self, flags: u32) -> bool {
+        self.flags & flags == flags
     }
 }
 
-/// A `gss_ctx_id_t`. [`GssContext`] tracks its state.
-struct RawContext {
-    api: &'static Api,
-    handle: Handle,
-}
-
-// SAFETY: the library permits any thread, one at a time.
-unsafe impl Send for RawContext {}
-
-impl RawContext {
-    fn new() -> Result<Self> {
-        Ok(Self { api: api()?, handle: null_mut() })
-    }
-
-    /// Processes a token of the initiator. Also returns the initiator's name, which the library can report at any step.
-    fn accept(&mut self, credential: &Credential, token: &[u8]) -> Result<(RawStep, RawName)> {
-        let Self { api, handle } = self;
-        let mut initiator = RawName { api, handle: null_mut() };
-        let (mut output, mut flags, token) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(token));
-        let (name, raw_output, cred) = (&mut initiator.handle, &mut output.raw, credential.handle);
-        // The last argument is null: a delegated credential is not accepted.
-        // SAFETY: the handles are the library's or null; all pointers are to locals or null.
-        let major = api.call(|minor| unsafe {
-            (api.gss_accept_sec_context)(
-                minor,
-                handle,
-                cred,
-                &token,
-                null(),
-                name,
-                null_mut(),
-                raw_output,
-                &mut flags,
-                null_mut(),
-                null_mut(),
-            )
+impl SecurityContext for GssContext {
+    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>> {
+        let Object { api, handle, .. } = self.object;
+        let (mut is_encrypted, data) = (0, GssBuffer::borrowed(data));
+        // SAFETY: the context is established; the other pointers are to locals.
+        let (_, token) = api.call_with_output(|minor, output| unsafe {
+            (api.gss_wrap)(minor, handle, should_encrypt.into(), 0, &data, &mut is_encrypted, output)
         })?;
-        Ok((RawStep::new(major, &output, flags), initiator))
-    }
-
-    fn init(&mut self, cred: &Credential, target: &RawName, requested: u32, token: Option<&[u8]>) -> Result<RawStep> {
-        let Self { api, handle } = self;
-        let (mut output, mut flags, token) = (LibraryBuffer::new(api), 0, token.map(GssBuffer::borrowed));
-        let (raw_output, cred, target) = (&mut output.raw, cred.handle, target.handle);
-        let token = token.as_ref().map_or(null(), |token| token as *const GssBuffer<'_>);
-        // SAFETY: the handles are the library's or null; all pointers are to locals or constants, or null.
-        let major = api.call(|minor| unsafe {
-            (api.gss_init_sec_context)(
-                minor,
-                cred,
-                handle,
-                target,
-                &KRB5_OID,
-                requested,
-                0,
-                null(),
-                token,
-                null_mut(),
-                raw_output,
-                &mut flags,
-                null_mut(),
-            )
-        })?;
-        Ok(RawStep::new(major, &output, flags))
-    }
-
-    /// Returns the remaining lifetime in seconds.
-    fn lifetime(&self) -> Result<u32> {
-        let mut seconds = 0;
-        // SAFETY: the context is the library's or null; the other pointers are to locals.
-        self.api.call(|minor| unsafe { (self.api.gss_context_time)(minor, self.handle, &mut seconds) })?;
-        Ok(seconds)
-    }
-
-    /// Returns the token, and whether it is encrypted.
-    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<(Vec<u8>, bool)> {
-        let Self { api, handle } = self;
-        let (mut output, mut is_encrypted, data) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed(data));
-        let raw_output = &mut output.raw;
-        // SAFETY: the context is the library's or null; the other pointers are to locals.
-        api.call(|minor| unsafe {
-            (api.gss_wrap)(minor, *handle, should_encrypt.into(), 0, &data, &mut is_encrypted, raw_output)
-        })?;
-        Ok((output.as_slice().to_vec(), is_encrypted != 0))
-    }
-
-    /// Returns the data if there is any, whether it was encrypted, and the major status. Overwrites `token`.
-    fn unwrap(&mut self, token: &mut [u8]) -> Result<(Option<Vec<u8>>, bool, u32)> {
-        let Self { api, handle } = self;
-        let (mut output, mut is_encrypted, token) = (LibraryBuffer::new(api), 0, GssBuffer::borrowed_mut(token));
-        let raw_output = &mut output.raw;
-        // SAFETY: the context is the library's or null; the other pointers are to locals and mutable.
-        let major = api.call(|minor| unsafe {
-            (api.gss_unwrap)(minor, *handle, &token, raw_output, &mut is_encrypted, null_mut())
-        })?;
-        let data = (!output.raw.value.is_null()).then(|| output.as_slice().to_vec());
-        Ok((data, is_encrypted != 0, major))
-    }
-
-    fn wrap_size_limit(&self, should_encrypt: bool, token: u32) -> Result<u32> {
-        let mut size = 0;
-        // SAFETY: the context is the library's or null; the other pointers are to locals.
-        self.api.call(|minor| unsafe {
-            (self.api.gss_wrap_size_limit)(minor, self.handle, should_encrypt.into(), 0, token, &mut size)
-        })?;
-        Ok(size)
-    }
-}
-
-impl Drop for RawContext {
-    fn drop(&mut self) {
-        if !self.handle.is_null() {
-            // SAFETY: the library allocated it, and it is released only here.
-            unsafe { (self.api.gss_delete_sec_context)(&mut 0, &mut self.handle, null_mut()) };
+        if should_encrypt && is_encrypted == 0 {
+            return Err("the security context can't encrypt".into());
         }
+        Ok(token)
+    }
+
+    /// Heimdal's library rejects messages out of order. MIT's returns them with their order, unless they are empty.
+    fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped> {
+        if token.is_empty() {
+            return Err("empty token".into());
+        }
+        let Object { api, handle, .. } = self.object;
+        let (mut is_encrypted, token) = (0, GssBuffer::borrowed_mut(token));
+        // SAFETY: the context is established; the other pointers are to locals, and mutable.
+        let (major, data) = api.call_with_output(|minor, output| unsafe {
+            (api.gss_unwrap)(minor, handle, &token, output, &mut is_encrypted, null_mut())
+        })?;
+        let order = token_order(major);
+        // Without data, Heimdal's library has not verified the message yet, so its order can be forged.
+        if data.is_empty() && order != TokenOrder::Next {
+            return Err("message out of order".into());
+        }
+        Ok(Unwrapped { data, is_encrypted: is_encrypted != 0, order })
+    }
+
+    fn wrap_size_limit(&self, should_encrypt: bool) -> usize {
+        let (Object { api, handle, .. }, mut size) = (&self.object, 0);
+        let (qop, max) = (0, MAX_TOKEN_LEN as u32);
+        // SAFETY: the context is established; the other pointers are to locals.
+        let limit = api.call(|minor| unsafe {
+            (api.gss_wrap_size_limit)(minor, *handle, should_encrypt.into(), qop, max, &mut size)
+        });
+        // Used if the library reports an error: no mechanism adds as much as 256 bytes.
+        limit.ok().and(usize::try_from(size).ok()).unwrap_or(MAX_TOKEN_LEN - 256)
     }
 }

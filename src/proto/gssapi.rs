@@ -39,6 +39,17 @@ impl Frame {
         }
     }
 
+    /// Checks that LEN can express the length of the token. A longer token must not be sent.
+    ///
+    /// # Errors
+    /// [`ProtocolError::TokenLength`].
+    pub fn check_len(&self) -> Result<(), ProtocolError> {
+        match self.message_type_and_token().1.len() {
+            0..=MAX_TOKEN_LEN => Ok(()),
+            length => Err(ProtocolError::TokenLength(length)),
+        }
+    }
+
     /// Returns the token of a datagram, if the datagram is one whole data frame.
     pub fn datagram_token(bytes: &mut [u8]) -> Option<&mut [u8]> {
         let (header, token) = bytes.split_first_chunk_mut::<FRAME_HEADER_LEN>()?;
@@ -85,7 +96,7 @@ impl Message for Frame {
         Ok(make(reader.take(length.into(), 0)?.to_vec()))
     }
 
-    // Protection::wrap checks MAX_TOKEN_LEN. A longer token of the login is truncated, and the peer rejects it.
+    // The sender checks the length with `check_len`.
     fn encode_into(&self, out: &mut Vec<u8>) {
         let (mtyp, token) = self.message_type_and_token();
         out.extend([AUTH_VERSION, mtyp]);

@@ -8,11 +8,13 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _, stdin};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use s5::gssapi::ffi::{Credential, GssContext, GssName, RequestedFlags, SequenceStatus};
+use s5::conn::{SecurityContext as _, TokenOrder};
+use s5::gssapi::ffi::{Credential, GSS_C_CONF_FLAG, GSS_C_SEQUENCE_FLAG, GssContext, PendingContext};
 
 use crate::children::{Process, dir};
 use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed};
@@ -242,34 +244,34 @@ fn upload(to: impl std::io::Write, from: impl std::io::Read, time: Duration) -> 
     Ok(bytes as f64 / MIB / began.elapsed().as_secs_f64())
 }
 
-impl From<s5::gssapi::ffi::LibraryError> for BenchError {
-    fn from(error: s5::gssapi::ffi::LibraryError) -> Self {
-        failed(error.to_string())
+impl From<String> for BenchError {
+    fn from(error: String) -> Self {
+        failed(error)
     }
 }
 
-/// Credentials of client and server, and the name of the service.
+/// Credentials of client and server.
 struct Credentials {
-    alice: Credential,
-    service: GssName,
+    alice: Arc<Credential>,
     keys: Credential,
 }
 
-const FLAGS: RequestedFlags = RequestedFlags { sequence: true, confidentiality: true };
-
 impl Credentials {
     fn new() -> Result<Self, BenchError> {
-        let (alice, keys) = (Credential::initiator(None)?, Credential::acceptor(None, None)?);
-        Ok(Self { alice, service: GssName::service("rcmd@localhost")?, keys })
+        Ok(Self { alice: Arc::new(Credential::initiator(None)?), keys: Credential::acceptor(None, None)? })
+    }
+
+    /// Returns the client's context and its first token.
+    fn begin(&self) -> Result<(PendingContext, Vec<u8>), BenchError> {
+        let flags = GSS_C_SEQUENCE_FLAG | GSS_C_CONF_FLAG;
+        Ok(PendingContext::new(self.alice.clone(), "rcmd@localhost", flags)?)
     }
 
     /// Establishes a context. Returns both sides.
     fn contexts(&self) -> Result<(GssContext, GssContext), BenchError> {
-        let (mut client, mut server) = (GssContext::new(), GssContext::new());
-        let token = client.init(&self.alice, &self.service, FLAGS, None)?.output;
-        let token = server.accept(&self.keys, &token)?.output;
-        client.init(&self.alice, &self.service, FLAGS, Some(&token))?;
-        Ok((client, server))
+        let (client, token) = self.begin()?;
+        let accepted = self.keys.accept(&token)?;
+        Ok((client.complete(&accepted.answer)?, accepted.context))
     }
 
     /// Logs in without a connection, with the messages of RFC 1961.
@@ -282,16 +284,15 @@ impl Credentials {
 
     /// Logs in to a server, and opens a tunnel to `echo`.
     fn log_in(&self, proxy: SocketAddrV4, echo: SocketAddrV4) -> Result<(), BenchError> {
-        let (mut stream, mut context) = (socks::connect_direct(proxy)?, GssContext::new());
+        let mut stream = socks::connect_direct(proxy)?;
         let mut method = [0; 2];
         stream.write_all(&[5, 1, 1])?;
         stream.read_exact(&mut method)?;
         if method != [5, 1] {
             return Err(failed(format!("method {method:?}")));
         }
-        let token = context.init(&self.alice, &self.service, FLAGS, None)?.output;
-        let token = exchange_frame(&mut stream, 1, &token)?;
-        context.init(&self.alice, &self.service, FLAGS, Some(&token))?;
+        let (pending, token) = self.begin()?;
+        let mut context = pending.complete(&exchange_frame(&mut stream, 1, &token)?)?;
         let level = exchange_frame(&mut stream, 2, &context.wrap(&[2], false)?)?;
         if unwrap(&mut context, level)? != [2] {
             return Err(corrupt("the server selected another protection level"));
@@ -320,7 +321,7 @@ fn exchange_frame(stream: &mut TcpStream, kind: u8, token: &[u8]) -> Result<Vec<
 
 fn unwrap(context: &mut GssContext, mut token: Vec<u8>) -> Result<Vec<u8>, BenchError> {
     let unwrapped = context.unwrap(&mut token)?;
-    if unwrapped.order == SequenceStatus::InOrder { Ok(unwrapped.data) } else { Err(corrupt("out of order")) }
+    if unwrapped.order == TokenOrder::Next { Ok(unwrapped.data) } else { Err(corrupt("out of order")) }
 }
 
 /// Returns the rate of wrapping and unwrapping in MiB/s, on one thread or on two.
