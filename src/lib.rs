@@ -20,6 +20,9 @@
 // No input from the network, a file or a user may cause a panic.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)]
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("s5 runs on Linux only: it relies on epoll and splice");
+
 pub mod client;
 pub mod cmd;
 pub mod conn;

@@ -1,11 +1,10 @@
 //! Copies bytes between two streams in both directions, forwards half-closes and resets, and counts bytes.
 //!
 //! An idle tunnel owns no buffer: each poll borrows the thread's buffer. Only bytes that the sink has not accepted yet
-//! are kept, at most one buffer for each direction. A bulk transfer between two plain sockets is spliced through a pipe
-//! (Linux). An idle pipe is closed.
+//! are kept, at most one buffer for each direction. A bulk transfer between two plain sockets is spliced through a pipe,
+//! which is closed when it is idle.
 
 mod direction;
-#[cfg_attr(not(target_os = "linux"), path = "relay/no_splice.rs")]
 mod splice;
 
 use std::fmt;

@@ -12,7 +12,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::{Conn, Protection, SecurityContext, TokenOrder, Unwrapped};
 use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
-use s5::reactor::Io;
+use s5::reactor::{self, Io};
 use s5::relay::{ByteCounts, RelayOptions, relay};
 
 /// A security context whose tokens are a flag byte, a number byte and the data. Flag 1 means encrypted, which inverts
@@ -80,10 +80,11 @@ fn protected_pair(level: ProtectionLevel) -> (Conn, Conn) {
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {
-    smol::block_on(or(future, async {
-        smol::Timer::after(Duration::from_secs(10)).await;
+    let timeout = async {
+        reactor::sleep(Duration::from_secs(10)).await;
         panic!("took longer than 10 s")
-    }))
+    };
+    reactor::run(or(future, timeout)).expect("reactor created")
 }
 
 /// Sends these bytes to a protected connection. Returns the data that it reads and the error, if any.

@@ -12,15 +12,14 @@ use s5::reactor::Io;
 use s5::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, relay};
 use tunnel::harness::{CAPACITY, Harness};
 use tunnel::memory::MemoryTunnel;
-use tunnel::sockets::{AsyncIoSockets, ReactorSockets};
+use tunnel::sockets::SocketTunnel;
 use tunnel::{Direction, Peer as _, Received, Tunnel};
 
 /// Generates tests from generic functions, one for each implementation of `Tunnel`.
 macro_rules! for_each_relay {
     ($($test:ident)*) => {
         mod memory { $(#[test] fn $test() { super::$test::<super::MemoryTunnel>(); })* }
-        mod async_io { $(#[test] fn $test() { super::$test::<super::AsyncIoSockets>(); })* }
-        mod reactor { $(#[test] fn $test() { super::$test::<super::ReactorSockets>(); })* }
+        mod sockets { $(#[test] fn $test() { super::$test::<super::SocketTunnel>(); })* }
     };
 }
 
@@ -120,23 +119,13 @@ proptest! {
     #![proptest_config(config(30))]
 
     #[test]
-    fn writes_and_half_closes_are_relayed_exactly_with_async_io(actions in any_actions(0)) {
-        run_actions::<AsyncIoSockets>(CAPACITY, &actions);
+    fn writes_and_half_closes_are_relayed_exactly_over_sockets(actions in any_actions(0)) {
+        run_actions::<SocketTunnel>(CAPACITY, &actions);
     }
 
     #[test]
-    fn writes_and_half_closes_are_relayed_exactly_with_the_reactor(actions in any_actions(0)) {
-        run_actions::<ReactorSockets>(CAPACITY, &actions);
-    }
-
-    #[test]
-    fn reset_is_never_relayed_as_end_of_stream_with_the_reactor(actions in any_actions(3)) {
-        run_actions::<ReactorSockets>(CAPACITY, &actions);
-    }
-
-    #[test]
-    fn reset_is_never_relayed_as_end_of_stream_with_async_io(actions in any_actions(3)) {
-        run_actions::<AsyncIoSockets>(CAPACITY, &actions);
+    fn reset_is_never_relayed_as_end_of_stream_over_sockets(actions in any_actions(3)) {
+        run_actions::<SocketTunnel>(CAPACITY, &actions);
     }
 }
 
@@ -144,14 +133,13 @@ proptest! {
     #![proptest_config(config(12))]
 
     #[test]
-    fn bulk_transfer_is_relayed_exactly_with_the_reactor(actions in any_bulk_actions()) {
-        run_actions::<ReactorSockets>(2 << 20, &actions);
+    fn bulk_transfer_is_relayed_exactly(actions in any_bulk_actions()) {
+        run_actions::<SocketTunnel>(2 << 20, &actions);
     }
 
     #[test]
     fn bulk_transfer_is_relayed_exactly_after_moves_to_other_threads(actions in any_bulk_actions()) {
-        run_actions_with::<ReactorSockets>(2 << 20, RelayOptions { stop_when_bulk: true, ..NO_TIMEOUTS }, &actions);
-        run_actions_with::<AsyncIoSockets>(1 << 20, RelayOptions { stop_when_bulk: true, ..NO_TIMEOUTS }, &actions);
+        run_actions_with::<SocketTunnel>(2 << 20, RelayOptions { stop_when_bulk: true, ..NO_TIMEOUTS }, &actions);
     }
 }
 

@@ -6,19 +6,15 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use rustix::io::Errno;
-#[cfg(target_os = "linux")]
-use rustix::net::SocketFlags;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, sockopt};
-use smol::Async;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 
-#[cfg(target_os = "linux")]
-use super::epoll;
-use super::{Interest, Io, sleep};
+use super::epoll::Interest;
+use super::socket::Io;
+use super::timer::sleep;
 
 /// Pause before connecting again to a Unix socket whose backlog is full.
 const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
@@ -29,10 +25,6 @@ impl Io<TcpStream> {
     /// # Errors
     /// Errors from socket(2) and connect(2); [`ConnectError::LocalAddr`] if binding to `from` fails.
     pub async fn connect(addr: SocketAddr, from: Option<SocketAddr>) -> Result<Self, ConnectError> {
-        if from.is_none() && !has_reactor() {
-            let stream = async_net::TcpStream::connect(addr).await?;
-            return Ok(Arc::<Async<TcpStream>>::from(stream).into());
-        }
         let socket = stream_socket(if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 })?;
         if let Some(from) = from {
             // Permits a port whose last connection, to another peer, is in TIME_WAIT.
@@ -48,7 +40,7 @@ impl Io<TcpStream> {
         }
         // Registered after connect(2): epoll reports an unconnected socket as hung up.
         let io = Self::new(TcpStream::from(socket))?;
-        io.ready(Interest::Write).await?;
+        io.ready(Interest::Write).await;
         // A failed connect is reported as a hang-up, with the error in SO_ERROR.
         if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
             sockopt::socket_error(&io).and_then(|error| error)?;
@@ -78,10 +70,6 @@ impl Io<UnixStream> {
     /// # Errors
     /// Errors from socket(2) and connect(2).
     pub async fn connect_unix(path: &Path) -> io::Result<Self> {
-        if !has_reactor() {
-            let stream = async_net::unix::UnixStream::connect(path).await?;
-            return Ok(Arc::<Async<UnixStream>>::from(stream).into());
-        }
         let addr = SocketAddrUnix::new(path)?;
         let socket = stream_socket(AddressFamily::UNIX)?;
         loop {
@@ -97,26 +85,7 @@ impl Io<UnixStream> {
     }
 }
 
-fn has_reactor() -> bool {
-    #[cfg(target_os = "linux")]
-    return epoll::current().is_some();
-    #[cfg(not(target_os = "linux"))]
-    return false;
-}
-
 /// Creates a non-blocking stream socket.
-fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
-    #[cfg(target_os = "linux")]
-    let socket = {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        rustix::net::socket_with(family, SocketType::STREAM, flags, None)?
-    };
-    #[cfg(not(target_os = "linux"))]
-    let socket = {
-        let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
-        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        socket
-    };
-    Ok(socket)
+fn stream_socket(family: AddressFamily) -> rustix::io::Result<OwnedFd> {
+    socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)
 }

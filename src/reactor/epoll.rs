@@ -1,10 +1,10 @@
-//! A thread's reactor on Linux: edge-triggered epoll, timers and the loop that polls the main future.
+//! A thread's reactor: edge-triggered epoll, timers and the loop that polls the main future.
 //!
 //! Only the loop's waker and the number of sockets are shared with other threads.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
@@ -20,8 +20,6 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use slab::Slab;
 
-use super::{EventSet, Interest};
-
 /// Maximum number of events that one epoll_wait(2) returns.
 const MAX_EVENTS: usize = 256;
 /// Longest epoll_wait(2). Older kernels cannot wait longer than 24 days.
@@ -30,35 +28,24 @@ const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 /// slice. Then the next [`YIELDS_TO_SKIP`] yields are skipped.
 const MAX_YIELD_TIME: Duration = Duration::from_micros(200);
 const YIELDS_TO_SKIP: u32 = 256;
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Key of the loop's eventfd in epoll events. It has no entry in `sockets`.
 const WAKER_KEY: u64 = u64::MAX;
 
 thread_local! {
-    static CURRENT: RefCell<Option<Rc<Reactor>>> = const { RefCell::new(None) };
+    static CURRENT: Rc<Reactor> = Rc::default();
 }
 
-/// Returns this thread's reactor, if the thread is inside [`run`].
-pub(super) fn current() -> Option<Rc<Reactor>> {
-    CURRENT.with_borrow(Clone::clone)
+/// Returns this thread's reactor.
+pub(super) fn current() -> Rc<Reactor> {
+    CURRENT.with(Rc::clone)
 }
 
-/// Sets the thread's reactor until dropped.
-struct CurrentGuard;
-
-impl CurrentGuard {
-    fn new(reactor: Rc<Reactor>) -> Self {
-        CURRENT.set(Some(reactor));
-        Self
-    }
-}
-
-impl Drop for CurrentGuard {
-    fn drop(&mut self) {
-        CURRENT.set(None);
-    }
-}
-
-pub(super) fn run<F: Future>(future: F) -> io::Result<F::Output> {
+/// Runs `future` to completion on this thread. Sockets and timers of this thread wake their tasks only meanwhile.
+///
+/// # Errors
+/// The reactor's descriptors cannot be opened, or epoll_wait(2) fails.
+pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     let mut output = None;
     run_loop(pin!(async { output = Some(future.await) }))?;
     // Always set at this point.
@@ -67,11 +54,10 @@ pub(super) fn run<F: Future>(future: F) -> io::Result<F::Output> {
 
 /// Not generic, so that the loop is compiled once.
 fn run_loop(mut future: Pin<&mut dyn Future<Output = ()>>) -> io::Result<()> {
-    let reactor = Rc::new(Reactor::new()?);
+    let reactor = current();
     let loop_waker = Arc::new(LoopWaker::new()?);
     let events = epoll::EventFlags::IN | epoll::EventFlags::ET;
-    epoll::add(&reactor.epoll, &loop_waker.eventfd, epoll::EventData::new_u64(WAKER_KEY), events)?;
-    let _guard = CurrentGuard::new(reactor.clone());
+    epoll::add(reactor.epoll()?, &loop_waker.eventfd, epoll::EventData::new_u64(WAKER_KEY), events)?;
     let waker = Waker::from(loop_waker.clone());
     let mut cx = Context::from_waker(&waker);
     let mut batch = Batch { events: Vec::with_capacity(MAX_EVENTS), wakers: Vec::new() };
@@ -84,12 +70,65 @@ fn run_loop(mut future: Pin<&mut dyn Future<Output = ()>>) -> io::Result<()> {
     }
 }
 
-pub(super) fn wake_later(cx: &Context<'_>) -> bool {
-    let reactor = current();
-    if let Some(reactor) = &reactor {
-        reactor.deferred.borrow_mut().push(cx.waker().clone());
+/// Wakes the task when the other tasks of this thread have run. For a task that has more work but must take turns.
+pub fn wake_later(cx: &Context<'_>) {
+    CURRENT.with(|reactor| reactor.deferred.borrow_mut().push(cx.waker().clone()));
+}
+
+/// Lets the other tasks of this thread run once.
+pub async fn yield_now() {
+    let mut has_yielded = false;
+    poll_fn(|cx| {
+        if has_yielded {
+            return Poll::Ready(());
+        }
+        has_yielded = true;
+        wake_later(cx);
+        Poll::Pending
+    })
+    .await;
+}
+
+/// Makes this thread's reactor store its number of sockets in `count` whenever it waits.
+pub fn publish_socket_count(count: Arc<AtomicUsize>) {
+    CURRENT.with(|reactor| reactor.socket_count.replace(count));
+}
+
+/// Wakes every task of this thread that waits for a socket, so that it notices another change, such as a reload.
+pub fn wake_all() {
+    let sockets = |reactor: &Rc<Reactor>| {
+        reactor.sockets.borrow().iter().filter_map(|(_, state)| state.waker.clone()).collect::<Vec<Waker>>()
+    };
+    CURRENT.with(sockets).into_iter().for_each(Waker::wake);
+}
+
+/// Readiness that a future waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Data, a connection to accept, or the end of the stream.
+    Read,
+    /// Buffer space, or the end of a connect.
+    Write,
+}
+
+/// Events that a socket is registered for during its lifetime.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum EventSet {
+    ReadWrite,
+    Read,
+    /// For a listener that several threads wait for: each event wakes one of them.
+    SharedRead,
+}
+
+impl EventSet {
+    fn flags(self) -> epoll::EventFlags {
+        use epoll::EventFlags as E;
+        match self {
+            Self::ReadWrite => E::IN | E::OUT | E::RDHUP | E::PRI | E::ET,
+            Self::Read => E::IN,
+            Self::SharedRead => E::IN | E::EXCLUSIVE | E::ET,
+        }
     }
-    reactor.is_some()
 }
 
 /// Wakes the loop, from any thread. The eventfd is edge-triggered, so it need not be read.
@@ -147,7 +186,8 @@ struct Batch {
 
 #[derive(Debug)]
 pub(super) struct Reactor {
-    epoll: OwnedFd,
+    /// Opened at the first use.
+    epoll: OnceCell<OwnedFd>,
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
     started: Instant,
@@ -195,16 +235,19 @@ impl SocketState {
     }
 }
 
+/// Index of a socket in the reactor. 32 bits, because every connection stores it.
+pub(super) type SocketKey = u32;
+
 /// Time at which a timer fires, in nanoseconds since the reactor was created. Incremented until it is unique.
-type Due = u64;
+pub(super) type Due = u64;
 
 /// 292 years. Leaves room for increments.
 const MAX_DUE: Due = Due::MAX / 2;
 
-impl Reactor {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+impl Default for Reactor {
+    fn default() -> Self {
+        Self {
+            epoll: OnceCell::new(),
             sockets: RefCell::default(),
             timers: RefCell::default(),
             started: Instant::now(),
@@ -212,36 +255,47 @@ impl Reactor {
             last_generation: Cell::default(),
             yields_to_skip: Cell::default(),
             socket_count: RefCell::default(),
-        })
+        }
+    }
+}
+
+impl Reactor {
+    fn epoll(&self) -> io::Result<&OwnedFd> {
+        if let Some(epoll) = self.epoll.get() {
+            return Ok(epoll);
+        }
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        Ok(self.epoll.get_or_init(|| epoll))
     }
 
-    pub(super) fn publish_socket_count(&self, count: Arc<AtomicUsize>) {
-        self.socket_count.replace(count);
-    }
-
-    pub(super) fn wake_all(&self) {
-        let wakers: Vec<Waker> = self.sockets.borrow().iter().filter_map(|(_, state)| state.waker.clone()).collect();
-        wakers.into_iter().for_each(Waker::wake);
-    }
-
-    pub(super) fn register<T: AsFd>(self: Rc<Self>, socket: T, events: EventSet) -> io::Result<Registration<T>> {
-        use epoll::EventFlags;
-        let events = match events {
-            EventSet::ReadWrite => {
-                EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET
-            }
-            EventSet::Read => EventFlags::IN,
-            EventSet::SharedRead => EventFlags::IN | EventFlags::EXCLUSIVE | EventFlags::ET,
-        };
-        let is_level_triggered = !events.contains(EventFlags::ET);
+    pub(super) fn register(&self, socket: impl AsFd, events: EventSet) -> io::Result<SocketKey> {
+        let flags = events.flags();
         let generation = self.last_generation.get().wrapping_add(1);
         self.last_generation.set(generation);
+        let is_level_triggered = !flags.contains(epoll::EventFlags::ET);
         let state = SocketState { generation, is_level_triggered, ..SocketState::default() };
-        let key = u32::try_from(self.sockets.borrow_mut().insert(state)).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let registration = Registration { reactor: self, socket, key };
-        let data = epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key));
-        epoll::add(&registration.reactor.epoll, &registration.socket, data, events)?;
-        Ok(registration)
+        let key = self.sockets.borrow_mut().insert(state);
+        let add = || {
+            let key = SocketKey::try_from(key).map_err(|_| io::ErrorKind::OutOfMemory)?;
+            let data = epoll::EventData::new_u64(u64::from(generation) << 32 | u64::from(key));
+            epoll::add(self.epoll()?, socket, data, flags)?;
+            Ok(key)
+        };
+        add().inspect_err(|_| drop(self.sockets.borrow_mut().try_remove(key)))
+    }
+
+    /// Needed for a socket that stays open under another descriptor.
+    pub(super) fn deregister(&self, socket: impl AsFd) {
+        if let Some(epoll) = self.epoll.get() {
+            // Fails only if it is not registered.
+            let _ = epoll::delete(epoll, socket);
+        }
+    }
+
+    pub(super) fn forget(&self, key: SocketKey) {
+        let state = self.sockets.borrow_mut().try_remove(key as usize);
+        // Dropping the waker can drop its task, which needs `sockets` when it drops a socket.
+        drop(state);
     }
 
     /// Waits for events and timers and wakes their tasks. Does not wait if a task or the main future is already woken.
@@ -254,7 +308,7 @@ impl Reactor {
         let timeout =
             if batch.wakers.is_empty() && loop_waker.try_sleep() { self.time_to_next_timer() } else { Some(NOW) };
         batch.events.clear();
-        let waited = epoll::wait(&self.epoll, spare_capacity(&mut batch.events), timeout.as_ref());
+        let waited = epoll::wait(self.epoll()?, spare_capacity(&mut batch.events), timeout.as_ref());
         loop_waker.end_sleep();
         match waited {
             Ok(_) | Err(Errno::INTR) => {}
@@ -311,11 +365,11 @@ impl Reactor {
         }
     }
 
-    fn due_at(&self, time: Instant) -> Due {
+    pub(super) fn due_at(&self, time: Instant) -> Due {
         Due::try_from(time.saturating_duration_since(self.started).as_nanos()).unwrap_or(MAX_DUE).min(MAX_DUE)
     }
 
-    fn now(&self) -> Due {
+    pub(super) fn now(&self) -> Due {
         self.due_at(Instant::now())
     }
 
@@ -337,85 +391,36 @@ impl Reactor {
         }
     }
 
-    /// Creates a timer that wakes the task at `due`.
-    pub(super) fn timer(self: Rc<Self>, cx: &Context<'_>, due: Instant) -> Timer {
+    /// Sets a timer that wakes the task at `due`.
+    pub(super) fn arm_timer(&self, cx: &Context<'_>, due: Instant) -> Due {
         let mut timers = self.timers.borrow_mut();
         let due = (self.due_at(due)..).find(|due| !timers.contains_key(due)).unwrap_or(MAX_DUE);
         timers.insert(due, cx.waker().clone());
-        drop(timers);
-        Timer { due, reactor: self }
-    }
-}
-
-const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
-
-/// A timer that is set; cleared when dropped.
-#[derive(Debug)]
-pub(super) struct Timer {
-    due: Due,
-    reactor: Rc<Reactor>,
-}
-
-impl Timer {
-    pub(super) fn poll(&self) -> Poll<()> {
-        if self.due <= self.reactor.now() { Poll::Ready(()) } else { Poll::Pending }
+        due
     }
 
-    pub(super) fn is_after(&self, due: Instant) -> bool {
-        self.due > self.reactor.due_at(due)
-    }
-}
-
-impl Drop for Timer {
-    fn drop(&mut self) {
-        let waker = self.reactor.timers.borrow_mut().remove(&self.due);
+    pub(super) fn clear_timer(&self, due: Due) {
+        let waker = self.timers.borrow_mut().remove(&due);
         // Dropping the waker can drop its task, which needs `timers` when it drops a timer.
         drop(waker);
     }
-}
 
-/// A registered socket; deregistered when dropped.
-#[derive(Debug)]
-pub(super) struct Registration<T> {
-    reactor: Rc<Reactor>,
-    socket: T,
-    key: u32,
-}
-
-impl<T> Drop for Registration<T> {
-    fn drop(&mut self) {
-        // epoll forgets the socket when its last descriptor is closed, which happens next.
-        let state = self.reactor.sockets.borrow_mut().try_remove(self.key as usize);
-        drop(state);
-    }
-}
-
-impl<T> Registration<T> {
-    pub(super) fn get_ref(&self) -> &T {
-        &self.socket
+    pub(super) fn poll_ready(&self, key: SocketKey, cx: &Context<'_>, interest: Interest) -> Poll<()> {
+        self.poll_state(key, cx, |state| state.readiness(interest))
     }
 
-    /// Needed for a socket that stays open under another descriptor.
-    pub(super) fn deregister(&self)
-    where
-        T: AsFd,
-    {
-        // Fails only if it is not registered.
-        let _ = epoll::delete(&self.reactor.epoll, &self.socket);
+    pub(super) fn poll_hangup(&self, key: SocketKey, cx: &Context<'_>) -> Poll<()> {
+        self.poll_state(key, cx, |state| &mut state.hangup)
     }
 
-    /// Ready after a FIN, a reset, an error or urgent data.
-    pub(super) fn poll_hangup(&self, cx: &Context<'_>) -> Poll<()> {
-        self.poll_state(cx, |state| &mut state.hangup)
-    }
-
-    pub(super) fn poll_ready(&self, cx: &Context<'_>, interest: Interest) -> Poll<()> {
-        self.poll_state(cx, |state| state.readiness(interest))
-    }
-
-    fn poll_state(&self, cx: &Context<'_>, readiness: impl FnOnce(&mut SocketState) -> &mut Readiness) -> Poll<()> {
-        let mut sockets = self.reactor.sockets.borrow_mut();
-        let Some(state) = sockets.get_mut(self.key as usize) else { return Poll::Ready(()) };
+    fn poll_state(
+        &self,
+        key: SocketKey,
+        cx: &Context<'_>,
+        readiness: impl FnOnce(&mut SocketState) -> &mut Readiness,
+    ) -> Poll<()> {
+        let mut sockets = self.sockets.borrow_mut();
+        let Some(state) = sockets.get_mut(key as usize) else { return Poll::Ready(()) };
         let readiness = readiness(state);
         if *readiness == Readiness::Maybe {
             return Poll::Ready(());
@@ -431,21 +436,21 @@ impl<T> Registration<T> {
     }
 
     /// Records that an operation returned `WouldBlock`.
-    pub(super) fn mark_would_block(&self, interest: Interest) {
-        self.with_state(|state| *state.readiness(interest) = Readiness::No);
+    pub(super) fn mark_would_block(&self, key: SocketKey, interest: Interest) {
+        self.with_state(key, |state| *state.readiness(interest) = Readiness::No);
     }
 
     /// Records that the socket is not ready, after a short read or write. Ignored for reads after a hang-up.
-    pub(super) fn mark_not_ready(&self, interest: Interest) {
-        self.with_state(|state| {
+    pub(super) fn mark_not_ready(&self, key: SocketKey, interest: Interest) {
+        self.with_state(key, |state| {
             if interest == Interest::Write || state.is_level_triggered || state.hangup != Readiness::Maybe {
                 *state.readiness(interest) = Readiness::No;
             }
         });
     }
 
-    fn with_state(&self, change: impl FnOnce(&mut SocketState)) {
-        if let Some(state) = self.reactor.sockets.borrow_mut().get_mut(self.key as usize) {
+    fn with_state(&self, key: SocketKey, change: impl FnOnce(&mut SocketState)) {
+        if let Some(state) = self.sockets.borrow_mut().get_mut(key as usize) {
             change(state);
         }
     }

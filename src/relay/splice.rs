@@ -1,4 +1,4 @@
-//! A pipe between two sockets: the kernel moves the bytes without copying them to user space (splice(2), Linux).
+//! A pipe between two sockets: the kernel moves the bytes without copying them to user space (splice(2)).
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
 
-use super::batch::{BatchMode, BatchSocket, GsoBatch, RecvBatch};
+use super::batch::{BatchSocket, GsoBatch, RecvBatch};
 use super::rate_limit::RateLimit;
 use super::session::{Session, SessionError, SessionResult};
 use super::session_log::with_target;
@@ -114,7 +114,7 @@ fn bind_udp(local: SocketAddr) -> io::Result<BatchSocket> {
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
     socket.set_nonblocking(true)?;
-    BatchSocket::new(socket.into(), BatchMode::BEST)
+    BatchSocket::new(socket.into())
 }
 
 struct Association<'a, 'b> {

@@ -1,4 +1,4 @@
-//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO. Other systems use one call per datagram.
+//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO, as far as the kernel has them.
 //!
 //! The content of datagrams is not interpreted. A batch that the kernel refuses is sent as single datagrams, with the
 //! same result at the receiver.
@@ -12,7 +12,6 @@ use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sendmsg_addr};
 
 use crate::reactor::{Interest, Io, wake_later};
 
-#[cfg(target_os = "linux")]
 mod offload;
 
 /// Size of the buffer for one message, in bytes. No datagram or GRO aggregate is larger, so that none is truncated.
@@ -26,32 +25,11 @@ const MAX_GSO_BYTES: usize = 65_507;
 /// Longest payload in bytes that is copied after its header. Longer ones are gathered by the kernel.
 const MAX_COPIED_PAYLOAD: usize = 2048;
 
-/// How a socket receives and sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum BatchMode {
-    /// Many datagrams with one call.
-    #[cfg(target_os = "linux")]
-    Batched,
-    /// One call for each datagram.
-    #[cfg(any(not(target_os = "linux"), test))]
-    Single,
-}
-
-impl BatchMode {
-    /// The fastest mode of this system.
-    #[cfg(target_os = "linux")]
-    pub(super) const BEST: Self = Self::Batched;
-    /// The fastest mode of this system.
-    #[cfg(not(target_os = "linux"))]
-    pub(super) const BEST: Self = Self::Single;
-}
-
 /// Buffers for one receive call, and the messages that it has received.
 pub(super) struct RecvBatch {
     // Lazily zeroed by the kernel. Most of the 2 MiB is never touched.
     buffers: Vec<u8>,
     messages: Vec<Message>,
-    #[cfg(target_os = "linux")]
     offload: offload::RecvMetadata,
 }
 
@@ -70,7 +48,6 @@ impl Default for RecvBatch {
         Self {
             buffers: vec![0; MAX_MESSAGES * MAX_MESSAGE_SIZE],
             messages: Vec::with_capacity(MAX_MESSAGES),
-            #[cfg(target_os = "linux")]
             offload: offload::RecvMetadata::default(),
         }
     }
@@ -168,19 +145,15 @@ impl<'a> GsoBatch<'a> {
 /// A datagram socket, registered with the reactor of its thread.
 pub(super) struct BatchSocket {
     io: Io<UdpSocket>,
-    mode: BatchMode,
     gso_limit: Cell<GsoLimit>,
     /// Number of receive calls in a row, modulo 256, that returned a single message.
-    #[cfg(target_os = "linux")]
     single_streak: Cell<u8>,
     /// Set when a call has returned several messages: a socket with little traffic needs no GRO.
-    #[cfg(target_os = "linux")]
     is_gro_enabled: Cell<bool>,
 }
 
 /// Limit of GSO that the errors of the kernel have shown so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "GSO is Linux only"))]
 enum GsoLimit {
     #[default]
     Unlimited,
@@ -196,19 +169,12 @@ impl BatchSocket {
     ///
     /// # Errors
     /// Those of epoll_ctl(2), and of socket(2) on the first call.
-    pub(super) fn new(socket: UdpSocket, mode: BatchMode) -> io::Result<Self> {
-        #[cfg(target_os = "linux")]
-        let can_segment = mode == BatchMode::Batched && offload::can_segment()?;
-        #[cfg(not(target_os = "linux"))]
-        let can_segment = false;
-        let gso_limit = if can_segment { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
+    pub(super) fn new(socket: UdpSocket) -> io::Result<Self> {
+        let gso_limit = if offload::can_segment()? { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
         Ok(Self {
             io: Io::read_only(socket)?,
-            mode,
             gso_limit: gso_limit.into(),
-            #[cfg(target_os = "linux")]
             single_streak: Cell::default(),
-            #[cfg(target_os = "linux")]
             is_gro_enabled: Cell::default(),
         })
     }
@@ -239,29 +205,23 @@ impl BatchSocket {
     /// Receives up to `max` messages. Returns true if the socket is empty, so that epoll reports the next message.
     fn receive(&self, socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<bool> {
         batch.messages.clear();
-        match self.mode {
-            #[cfg(target_os = "linux")]
-            BatchMode::Batched if !self.should_receive_one() => {
-                offload::receive(socket, batch, max)?;
-                if batch.messages.len() > 1 && !self.is_gro_enabled.replace(true) {
-                    offload::enable_gro(socket);
-                }
+        if !self.should_receive_one() {
+            offload::receive(socket, batch, max)?;
+            if batch.messages.len() > 1 && !self.is_gro_enabled.replace(true) {
+                offload::enable_gro(socket);
             }
-            #[cfg(target_os = "linux")]
-            BatchMode::Batched if self.is_gro_enabled.get() => offload::receive_one(socket, batch)?,
-            _ => {
-                let (len, from) = socket.recv_from(batch.buffers.get_mut(..MAX_MESSAGE_SIZE).unwrap_or_default())?;
-                batch.messages.push(Message { from, len, segment_len: len });
-            }
+        } else if self.is_gro_enabled.get() {
+            offload::receive_one(socket, batch)?;
+        } else {
+            let (len, from) = socket.recv_from(batch.buffers.get_mut(..MAX_MESSAGE_SIZE).unwrap_or_default())?;
+            batch.messages.push(Message { from, len, segment_len: len });
         }
-        #[cfg(target_os = "linux")]
         self.single_streak.set(if batch.messages.len() == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
         Ok(batch.messages.len() < max.min(MAX_MESSAGES))
     }
 
     /// Returns true after four calls with a single message, except for every 16th call. Receiving one message costs
     /// less than finding out that there is no second one.
-    #[cfg(target_os = "linux")]
     fn should_receive_one(&self) -> bool {
         self.single_streak.get() >= 4 && !self.single_streak.get().is_multiple_of(16)
     }
@@ -282,7 +242,6 @@ impl BatchSocket {
             GsoLimit::Below(peer, len) if peer == to && batch.segment_len() >= len => return false,
             _ => {}
         }
-        #[cfg(target_os = "linux")]
         match retry_if_connected(to, || offload::send(self.get_ref(), to, batch)) {
             Ok(()) => return true,
             Err(error) => {
@@ -349,8 +308,6 @@ mod tests {
     use super::*;
     use crate::reactor;
 
-    const MODES: [BatchMode; 2] = [BatchMode::BEST, BatchMode::Single];
-
     fn udp_socket() -> UdpSocket {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         socket.set_nonblocking(true).expect("an option");
@@ -394,44 +351,31 @@ mod tests {
     }
 
     #[test]
-    fn udp_batch_modes_receive_each_others_datagrams() {
+    fn udp_batches_arrive_as_single_datagrams_with_and_without_gso() {
         let payloads: Vec<Vec<u8>> = (0..40_u8).map(|n| vec![n; if n % 10 == 9 { 30 } else { 100 }]).collect();
-        let exchange = |make: &dyn Fn() -> (BatchSocket, BatchSocket)| {
-            let (sender, receiver) = make();
+        for gso_limit in [GsoLimit::Unlimited, GsoLimit::Unsupported] {
+            let [sender, receiver] = [(); 2].map(|()| BatchSocket::new(udp_socket()).expect("a socket"));
+            sender.gso_limit.set(gso_limit);
             for _ in 0..10 {
                 assert_eq!(send(&sender, addr(&receiver), &payloads), (4, 36 * 100 + 4 * 30));
-                let received = smol::future::block_on(receive(&receiver, payloads.len()));
+                let received = reactor::run(receive(&receiver, payloads.len())).expect("reactor created");
                 let expected: Vec<_> = payloads.iter().map(|p| (addr(&sender), [b"head", &p[..]].concat())).collect();
                 assert_eq!(received, expected);
             }
-        };
-        for (from, to) in MODES.iter().flat_map(|from| MODES.map(|to| (*from, to))) {
-            let sockets = || {
-                let socket = |mode| BatchSocket::new(udp_socket(), mode).expect("a socket");
-                (socket(from), socket(to))
-            };
-            exchange(&sockets);
         }
     }
 
     #[test]
     fn udp_receive_loses_no_datagram_when_switching_between_single_and_batched() {
-        for mode in MODES {
-            reactor::run(async {
-                let receiver = BatchSocket::new(udp_socket(), mode).expect("a socket");
-                let (to, socket) = (addr(&receiver), udp_socket());
-                // Single datagrams, then a burst, then single ones.
-                for count in [1; 40].into_iter().chain([50]).chain([1; 40]) {
-                    for number in 0..count {
-                        socket.send_to(&[number], to).expect("it is sent");
-                    }
-                    let received = receive(&receiver, count.into()).await;
-                    assert!(
-                        received.iter().map(|(_, bytes)| bytes).eq(&(0..count).map(|n| vec![n]).collect::<Vec<_>>())
-                    );
-                }
-            })
-            .expect("a reactor");
+        let receiver = BatchSocket::new(udp_socket()).expect("a socket");
+        let (to, socket) = (addr(&receiver), udp_socket());
+        // Single datagrams, then a burst, then single ones.
+        for count in [1; 40].into_iter().chain([50]).chain([1; 40]) {
+            for number in 0..count {
+                socket.send_to(&[number], to).expect("it is sent");
+            }
+            let received = reactor::run(receive(&receiver, count.into())).expect("reactor created");
+            assert!(received.iter().map(|(_, bytes)| bytes).eq(&(0..count).map(|n| vec![n]).collect::<Vec<_>>()));
         }
     }
 

@@ -374,10 +374,7 @@ impl AcceptLoop {
         let mut attempts = 0_usize;
         loop {
             // A permit is acquired only for a waiting connection: an idle listener would keep it from the others.
-            if let Err(error) = self.listener.ready(Interest::Read).await {
-                self.back_off(&error).await;
-                continue;
-            }
+            self.listener.ready(Interest::Read).await;
             let mut permit = self.acquire_permit().await;
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {

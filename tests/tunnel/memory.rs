@@ -11,6 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
+use s5::reactor;
 use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayResult, relay};
 
 use super::{Peer, Received, Tunnel};
@@ -205,8 +206,9 @@ pub struct MemoryTunnel {
 }
 
 impl MemoryTunnel {
-    /// Polls the relay once if it was woken. Returns true if it was.
+    /// Lets timers fire, and polls the relay once if it was woken. Returns true if it was.
     pub fn poll(&mut self) -> bool {
+        reactor::run(reactor::yield_now()).expect("reactor created");
         let Some(relay) = self.relay.as_mut().filter(|_| self.is_woken.0.swap(false, Ordering::SeqCst)) else {
             return false;
         };

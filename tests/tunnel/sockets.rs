@@ -1,4 +1,4 @@
-//! `s5::relay` over TCP on loopback, on a separate thread, with s5's reactor or with async-io.
+//! `s5::relay` over TCP on loopback, on a separate thread.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -60,12 +60,7 @@ impl Peer for PeerEnd {
     }
 }
 
-/// Uses async-io.
-pub type AsyncIoSockets = SocketTunnel<false>;
-/// Uses the reactor of s5's server threads.
-pub type ReactorSockets = SocketTunnel<true>;
-
-pub struct SocketTunnel<const HAS_REACTOR: bool> {
+pub struct SocketTunnel {
     client: PeerEnd,
     dst: PeerEnd,
     counts: Arc<ByteCounts>,
@@ -82,7 +77,7 @@ fn reattach(conn: Conn) -> Conn {
     detached.attach().expect("registered with the event loop")
 }
 
-impl<const HAS_REACTOR: bool> SocketTunnel<HAS_REACTOR> {
+impl SocketTunnel {
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.outcome = thread.join().expect("the thread does not panic");
@@ -106,7 +101,7 @@ fn connection(capacity: usize) -> (PeerEnd, TcpStream) {
     (PeerEnd { stream: Some(test_end), is_broken: false }, relay_end)
 }
 
-impl<const HAS_REACTOR: bool> Tunnel for SocketTunnel<HAS_REACTOR> {
+impl Tunnel for SocketTunnel {
     type Peer = PeerEnd;
 
     fn open(capacity: usize, options: RelayOptions) -> Self {
@@ -131,8 +126,7 @@ impl<const HAS_REACTOR: bool> Tunnel for SocketTunnel<HAS_REACTOR> {
                 let _ = cancelled.recv().await;
                 None
             };
-            let future = relay.or(cancelled);
-            if HAS_REACTOR { reactor::run(future).expect("reactor created") } else { smol::block_on(future) }
+            reactor::run(relay.or(cancelled)).expect("reactor created")
         });
         Self { client, dst, counts, cancel, thread: Some(thread), outcome: None }
     }
@@ -166,7 +160,7 @@ impl<const HAS_REACTOR: bool> Tunnel for SocketTunnel<HAS_REACTOR> {
     }
 }
 
-impl<const HAS_REACTOR: bool> Drop for SocketTunnel<HAS_REACTOR> {
+impl Drop for SocketTunnel {
     fn drop(&mut self) {
         self.cancel.close();
     }

@@ -4,7 +4,6 @@
 use std::ops::Range;
 
 /// Replaces each byte of a password.
-#[cfg(target_os = "linux")]
 const FILLER: u8 = b'x';
 
 /// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.
@@ -29,11 +28,10 @@ pub(in crate::cmd) fn redact(args: &[&[u8]], user: Option<&str>) {
             spans.into_iter().flatten().map(move |span| (i, span))
         })
         .collect();
-    if !spans.is_empty() {
-        #[cfg(target_os = "linux")]
-        if let Err(error) = overwrite_arguments(args, &spans) {
-            log::debug!("cannot overwrite a password in the command line: {error}");
-        }
+    if !spans.is_empty()
+        && let Err(error) = overwrite_arguments(args, &spans)
+    {
+        log::debug!("cannot overwrite a password in the command line: {error}");
     }
 }
 
@@ -59,7 +57,6 @@ fn password_in_option(arg: &[u8], value: &[u8]) -> Option<Range<usize>> {
 }
 
 /// Writes to the arguments through /proc/self/mem, at the address that /proc/self/stat reports.
-#[cfg(target_os = "linux")]
 fn overwrite_arguments(args: &[&[u8]], spans: &[(usize, Range<usize>)]) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
     let stat = std::fs::read_to_string("/proc/self/stat")?;

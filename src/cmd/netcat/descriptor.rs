@@ -33,7 +33,6 @@ pub(in crate::cmd) fn take_fd(number: &str) -> io::Result<FileDescriptor> {
         return Err(invalid("0, 1 and 2 are stdin, stdout and stderr (use 3 or more)"));
     }
     let duplicate = FileDescriptor::dup(&n).map_err(|_| io::Error::last_os_error())?;
-    #[cfg(target_os = "linux")]
     nix::unistd::close(n)?;
     Ok(duplicate)
 }

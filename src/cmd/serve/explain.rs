@@ -12,6 +12,7 @@ use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Identity, Route, Rule};
 use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, parse_port};
+use crate::reactor;
 use crate::server::{Options, is_local};
 
 /// Time limit for resolving the name in a request.
@@ -223,8 +224,10 @@ fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
     let Some(to @ Addr { host: Host::Name(name), .. }) = &query.to else { return Ok(Vec::new()) };
     let lookup_error =
         |error: String| CliError::new(ExitStatus::USAGE, format!("--explain: {}: {error}", name.as_str()));
-    let found = smol::block_on(timeout_at(Instant::now() + LOOKUP_TIMEOUT, Resolver::default().lookup(to)));
-    match found {
+    let start_error = |error| CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}"));
+    let resolver = Resolver::default();
+    let lookup = timeout_at(Instant::now() + LOOKUP_TIMEOUT, resolver.lookup(to));
+    match reactor::run(lookup).map_err(start_error)? {
         Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
         Some(Err(error)) => Err(lookup_error(error.to_string())),
         None => Err(lookup_error(format!("no answer from the resolver within {} s", LOOKUP_TIMEOUT.as_secs()))),

@@ -1,4 +1,4 @@
-//! The system calls of Linux for batches: recvmmsg(2), and UDP_GRO and UDP_SEGMENT of udp(7).
+//! The system calls for batches: recvmmsg(2), and UDP_GRO and UDP_SEGMENT of udp(7).
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};

@@ -1,0 +1,185 @@
+//! Sockets that a task can wait for.
+
+use std::future::poll_fn;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures_lite::{AsyncRead, AsyncWrite};
+use rustix::net::{SocketFlags, acceptfrom_with};
+
+use super::epoll::{EventSet, Interest, Reactor, SocketKey, current};
+
+/// A non-blocking socket registered with the reactor of the thread that created it. One task at a time may wait for it,
+/// inside [`run`](super::run).
+#[derive(Debug)]
+pub struct Io<T> {
+    reactor: Rc<Reactor>,
+    socket: T,
+    key: SocketKey,
+}
+
+impl<T: AsFd> Io<T> {
+    /// Registers a socket that is already non-blocking.
+    ///
+    /// # Errors
+    /// Errors from epoll_ctl(2), here and in the other two functions.
+    pub fn new(socket: T) -> io::Result<Self> {
+        Self::register(socket, EventSet::ReadWrite)
+    }
+
+    /// Registers a non-blocking listener that several threads wait for: a connection wakes one of the idle threads.
+    pub fn shared_listener(listener: T) -> io::Result<Self> {
+        Self::register(listener, EventSet::SharedRead)
+    }
+
+    /// Registers a non-blocking UDP socket for reading only: otherwise each datagram sent would cause a write event.
+    /// Level-triggered: unread data wakes the event loop again and again, so keep reading while there is data.
+    pub fn read_only(socket: T) -> io::Result<Self> {
+        Self::register(socket, EventSet::Read)
+    }
+
+    fn register(socket: T, events: EventSet) -> io::Result<Self> {
+        let reactor = current();
+        let key = reactor.register(&socket, events)?;
+        Ok(Self { reactor, socket, key })
+    }
+
+    /// Removes the socket from the reactor, because it continues under another descriptor. Then drop `self`.
+    pub fn deregister(&self) {
+        self.reactor.deregister(&self.socket);
+    }
+
+    /// Returns the socket.
+    pub fn get_ref(&self) -> &T {
+        &self.socket
+    }
+
+    /// Calls `op` whenever the socket may be ready, until `op` returns something other than `WouldBlock`.
+    pub fn poll_with<R>(
+        &self,
+        cx: &mut Context<'_>,
+        interest: Interest,
+        mut op: impl FnMut(&T) -> io::Result<R>,
+    ) -> Poll<io::Result<R>> {
+        loop {
+            ready!(self.reactor.poll_ready(self.key, cx, interest));
+            match self.try_with(interest, &mut op) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+                done => return Poll::Ready(done),
+            }
+        }
+    }
+
+    /// Async version of [`Io::poll_with`].
+    pub async fn with<R>(&self, interest: Interest, mut op: impl FnMut(&T) -> io::Result<R>) -> io::Result<R> {
+        poll_fn(|cx| self.poll_with(cx, interest, &mut op)).await
+    }
+
+    /// Returns when the socket may be ready.
+    pub async fn ready(&self, interest: Interest) {
+        poll_fn(|cx| self.reactor.poll_ready(self.key, cx, interest)).await;
+    }
+
+    /// Ready after a FIN, a reset, an error or urgent data, possibly with unread data before it.
+    pub fn poll_hangup(&self, cx: &Context<'_>) -> Poll<()> {
+        self.reactor.poll_hangup(self.key, cx)
+    }
+
+    /// Calls `op` once, without waiting.
+    ///
+    /// # Errors
+    /// Errors from `op`, including `WouldBlock` when the socket is not ready.
+    pub fn try_with<R>(&self, interest: Interest, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
+        let result = op(&self.socket);
+        if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            self.reactor.mark_would_block(self.key, interest);
+        }
+        result
+    }
+
+    /// Records that the socket is not ready although no operation has returned `WouldBlock`: after a short read or
+    /// write, or at any time for an [`Io::read_only`] socket, whose unread data is reported again.
+    pub fn mark_not_ready(&self, interest: Interest) {
+        self.reactor.mark_not_ready(self.key, interest);
+    }
+}
+
+impl<T> Drop for Io<T> {
+    fn drop(&mut self) {
+        // epoll forgets the socket when its last descriptor is closed, which happens next.
+        self.reactor.forget(self.key);
+    }
+}
+
+impl<T: AsFd> AsFd for Io<T> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.get_ref().as_fd()
+    }
+}
+
+/// A connected stream socket.
+pub trait StreamSocket: AsFd {
+    /// Set if a read shorter than the buffer means that the socket is empty. Not so for Unix sockets: a read ends early
+    /// at data that was sent together with descriptors.
+    const SHORT_READ_MEANS_EMPTY: bool;
+}
+
+impl StreamSocket for TcpStream {
+    const SHORT_READ_MEANS_EMPTY: bool = true;
+}
+
+impl StreamSocket for UnixStream {
+    const SHORT_READ_MEANS_EMPTY: bool = false;
+}
+
+impl<T: StreamSocket> AsyncRead for Io<T>
+where
+    for<'a> &'a T: Read,
+{
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        let n = ready!(self.poll_with(cx, Interest::Read, |mut socket| socket.read(buf)))?;
+        if T::SHORT_READ_MEANS_EMPTY && (1..buf.len()).contains(&n) {
+            self.mark_not_ready(Interest::Read);
+        }
+        Poll::Ready(Ok(n))
+    }
+}
+
+impl<T: StreamSocket> AsyncWrite for Io<T>
+where
+    for<'a> &'a T: Write,
+{
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let n = ready!(self.poll_with(cx, Interest::Write, |mut socket| socket.write(buf)))?;
+        if n < buf.len() {
+            self.mark_not_ready(Interest::Write);
+        }
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(rustix::net::shutdown(self.get_ref(), rustix::net::Shutdown::Write).map_err(Into::into))
+    }
+}
+
+/// Pause after a failed accept(2), for example when no descriptor is left.
+pub const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// Accepts a pending connection as a non-blocking socket. Returns the peer's address if it is an IP address.
+///
+/// # Errors
+/// Errors from accept(2).
+pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
+    let (socket, peer) = acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+    Ok((socket, peer.and_then(|peer| SocketAddr::try_from(peer).ok())))
+}

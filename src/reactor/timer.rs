@@ -1,0 +1,60 @@
+//! Timers of the event loop.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use super::epoll::{Due, Reactor, current};
+
+/// A timer for a deadline that is often postponed, such as an idle timeout. A later deadline does not re-arm it, so
+/// relaying costs no timer operation; it fires early instead. One task at a time may poll it, inside
+/// [`run`](super::run).
+#[derive(Debug, Default)]
+pub struct IdleTimer(Option<ArmedTimer>);
+
+/// A timer that is set; cleared when dropped. Small, since each idle tunnel has one.
+#[derive(Debug)]
+struct ArmedTimer {
+    due: Due,
+    reactor: Rc<Reactor>,
+}
+
+impl IdleTimer {
+    /// Ready at `due`, or at an earlier deadline from a previous call, so check the clock and poll again.
+    pub fn poll(&mut self, cx: &Context<'_>, due: Instant) -> Poll<()> {
+        let timer = match &self.0 {
+            Some(timer) if timer.due <= timer.reactor.due_at(due) => timer,
+            _ => {
+                let reactor = current();
+                self.0.insert(ArmedTimer { due: reactor.arm_timer(cx, due), reactor })
+            }
+        };
+        if timer.due > timer.reactor.now() {
+            return Poll::Pending;
+        }
+        self.0 = None;
+        Poll::Ready(())
+    }
+}
+
+impl Drop for ArmedTimer {
+    fn drop(&mut self) {
+        self.reactor.clear_timer(self.due);
+    }
+}
+
+/// Returns at `due`.
+pub async fn sleep_until(due: Instant) {
+    let mut timer = IdleTimer::default();
+    poll_fn(|cx| timer.poll(cx, due)).await;
+}
+
+/// Returns after `time`.
+pub async fn sleep(time: Duration) {
+    // A time that `Instant` cannot represent is never reached.
+    match Instant::now().checked_add(time) {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
