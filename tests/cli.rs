@@ -1,5 +1,5 @@
 //! The command line: help, usage errors, exit statuses, stdout and stderr, and the editing of users files.
-//! The clients' errors about proxies are tested in client.rs.
+//! client.rs tests the clients' errors about proxies.
 
 mod common;
 #[path = "common/scripted.rs"]
@@ -197,7 +197,7 @@ fn errors_escape_control_characters() {
         let output = run_s5(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         let controls = output.stderr.iter().filter(|byte| byte.is_ascii_control()).count();
-        assert_eq!(controls, 1, "only the line end is a control character: {:?}", text(&output.stderr));
+        assert_eq!(controls, 1, "control characters before the line end: {:?}", text(&output.stderr));
     }
 }
 

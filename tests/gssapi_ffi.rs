@@ -328,7 +328,7 @@ fn test_realms_are_separate_and_a_kdc_can_be_stopped() {
     let mut waiting = kinit(&other);
     assert!(kinit(&one).wait().expect("the child can be waited for").success());
     thread::sleep(Duration::from_millis(500));
-    assert!(waiting.try_wait().expect("the child can be waited for").is_none(), "kinit waits for the KDC");
+    assert!(waiting.try_wait().expect("the child can be waited for").is_none(), "kinit did not wait for the KDC");
     waiting.kill().and_then(|()| waiting.wait()).expect("the child can be killed");
 }
 

@@ -251,7 +251,7 @@ fn encoding_matches_rfc_examples() {
     assert_eq!(Reply { rep: Rep::CONNECTION_REFUSED, bnd: Addr::UNSPECIFIED }.encode(), [5, 5, 0, 1, 0, 0, 0, 0, 0, 0]);
     let mut bytes = vec![9];
     Datagram { frag: 0x82, dst: ip("192.0.2.1:53"), data: b"?" }.encode_into(&mut bytes);
-    assert_eq!(bytes, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "encode_into appends");
+    assert_eq!(bytes, [9, 0, 0, 0x82, 1, 192, 0, 2, 1, 0, 53, b'?'], "encode_into must append");
 }
 
 #[test]

@@ -52,7 +52,7 @@ fn frag_0_is_a_complete_datagram() {
 }
 
 #[test]
-fn fragments_in_order_are_complete_at_the_last() {
+fn fragments_in_order_are_complete_at_the_last_fragment() {
     check(&[(1, "a"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
     check(&[(1, "a"), (2, "b")], &[], false);
     check(&[(1, "a"), (2, ""), (3 | LAST, "")], &["a"], true);
@@ -133,7 +133,7 @@ fn fragment_for_another_dst_empties_the_queue() {
     let name = HostName::new(b"192.0.2.1").expect("valid host name");
     assert_eq!(queue.push(now, datagram(53, 1)), None);
     let by_name = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..datagram(53, 2 | LAST) };
-    assert_eq!(queue.push(now, by_name), None, "the address as a name is another DST");
+    assert_eq!(queue.push(now, by_name), None, "an address written as a name is another DST");
 }
 
 #[test]
@@ -209,14 +209,14 @@ fn queue_holds_at_most_one_udp_payload() {
 
     assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD - 1), None);
     assert_eq!(push(&mut queue, 2, 1), None);
-    assert!(queue.deadline().is_some(), "all bytes are kept");
+    assert!(queue.deadline().is_some(), "the queue is empty before the limit");
     assert_eq!(push(&mut queue, 3, 1), None);
-    assert_eq!(queue.deadline(), None, "one byte too many empties the queue");
+    assert_eq!(queue.deadline(), None, "the queue keeps one byte too many");
     assert_eq!(push(&mut queue, 4 | LAST, 0), None);
 
     assert_eq!(push(&mut queue, 1, MAX_UDP6_PAYLOAD), None);
     assert_eq!(push(&mut queue, 2 | LAST, 1), None, "too long with the last fragment");
-    assert_eq!(push(&mut queue, 0, MAX_UDP6_PAYLOAD), Some(MAX_UDP6_PAYLOAD), "a complete datagram is not kept");
+    assert_eq!(push(&mut queue, 0, MAX_UDP6_PAYLOAD), Some(MAX_UDP6_PAYLOAD), "a datagram without fragments");
 }
 
 /// Reference model of RFC 1928 section 7: keeps all fragments and scans them each time.
@@ -371,7 +371,7 @@ fn check_fragment(dst: &Addr, length: usize, limit: usize) -> Result<(), TestCas
         prop_assert!(part.len() <= limit, "{} bytes with a limit of {}", part.len(), limit);
     }
     if max_data.is_some_and(|max| length <= max) {
-        prop_assert_eq!(parts.len(), 1, "a payload that fits is not fragmented");
+        prop_assert_eq!(parts.len(), 1, "a payload that fits is fragmented");
         prop_assert_eq!(parts[0][2], 0);
     }
     let (mut queue, now) = (Reassembler::default(), Instant::now());

@@ -148,7 +148,7 @@ fn relay_copies_and_counts_bytes_in_both_directions<T: Tunnel>() {
     harness.transfer(Direction::Up, 100_000);
     harness.transfer(Direction::Down, 3);
     harness.transfer(Direction::Up, 1);
-    assert_eq!(harness.tunnel.byte_counts(), (100_001, 3), "bytes are counted while the relay runs");
+    assert_eq!(harness.tunnel.byte_counts(), (100_001, 3), "bytes must be counted while the relay runs");
     assert!(harness.tunnel.outcome().is_none());
     harness.finish();
 }
@@ -242,7 +242,7 @@ fn bytes_in_either_direction_restart_the_idle_timeout<T: Tunnel>() {
             if stayed_busy {
                 assert!(!has_ended, "the relay ended while bytes were sent {direction:?}");
                 harness.tunnel.wait_end();
-                assert!(last.elapsed() < tunnel::TIMEOUT / 2, "the timeout still applies");
+                assert!(last.elapsed() < tunnel::TIMEOUT / 2, "the timeout no longer applies");
             }
             stayed_busy
         });

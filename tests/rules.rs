@@ -103,19 +103,19 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
     let facts: Vec<_> = facts.split_whitespace().map(|word| word.split_once('=').expect("key=value")).collect();
     let is_key = |key| ["from", "method", "user", "command", "name", "ip", "port"].contains(&key);
     assert!(facts.iter().all(|(key, _)| is_key(key)), "{facts:?}");
-    let known = |key: &str| {
+    let fact = |key: &str| {
         let last = facts.iter().rfind(|(word, _)| *word == key).map(|(_, value)| *value);
         last.filter(|value| !value.is_empty())
     };
-    let name = known("name").map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
-    let user = known("user").map(str::as_bytes);
+    let name = fact("name").map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
+    let user = fact("user").map(str::as_bytes);
     let request = AccessRequest {
-        client_ip: known("from").map(ip),
-        identity: known("method").map(|name| Identity { method: method(name), user, level: ProtectionLevel::None }),
-        command: known("command").map(command),
+        client_ip: fact("from").map(ip),
+        identity: fact("method").map(|name| Identity { method: method(name), user, level: ProtectionLevel::None }),
+        command: fact("command").map(command),
         target_name: name.as_ref(),
-        target_ip: known("ip").map(ip),
-        target_port: known("port").map(|port| port.parse().expect("valid port")),
+        target_ip: fact("ip").map(ip),
+        target_port: fact("port").map(|port| port.parse().expect("valid port")),
     };
     let own_listener: SocketAddr = OWN_LISTENER.parse().expect("valid address");
     describe(rules.evaluate(&request, &|to| to == own_listener))

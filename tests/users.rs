@@ -134,35 +134,35 @@ fn comments_blanks_and_crlf_are_ignored() {
 
 /// Invalid lines, each with a word that the error message must contain.
 fn bad_lines() -> Vec<(String, &'static str)> {
-    let with = |hash: &str| format!("alice:{hash}");
-    let cost = |cost| with(&HTPASSWD.replace("$04$", cost));
+    let line_with = |hash: &str| format!("alice:{hash}");
+    let line_with_cost = |cost| line_with(&HTPASSWD.replace("$04$", cost));
     vec![
         ("alice".into(), "alice"),
         (":".into(), "empty"),
         (format!(":{ARGON2ID}"), "empty"),
-        (with(""), "alice"),
-        (with("secret-password"), "alice"),
-        (with("rqXexS6ZhobKA"), "alice"),
-        (with("{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g="), "alice"),
-        (with("$1$saltsalt$qjXMvbEw8oaL.CzflDtaK/"), "\"1\""),
-        (with("$apr1$saltsalt$1oSdEkWwqAPDZAOqI7dFd1"), "\"apr1\""),
-        (with("$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc"), "\"6\""),
-        (with(&ARGON2ID.replace("2id", "2i")), "\"argon2i\""),
-        (with(&HTPASSWD.replace("$2y$", "$2x$")), "\"2x\""),
-        (with(&HTPASSWD[..59]), "bcrypt"),
-        (with(&format!("{HTPASSWD}O")), "bcrypt"),
-        (with(&format!("{HTPASSWD}:more")), "bcrypt"),
-        (with(&HTPASSWD.replace('/', "*")), "bcrypt"),
-        (with(&HTPASSWD.replace('/', "é")), "bcrypt"),
-        (with("$2y$"), "bcrypt"),
-        (cost("$xx$"), "bcrypt"),
-        (with("$argon2id$"), "argon2id"),
-        (with("$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ"), "argon2id"),
-        (with("$argon2id$v=19$m=256,t=2,p=1"), "argon2id"),
-        (with(&ARGON2ID.replace("m=256", "m=1")), "argon2id"),
-        (with(&ARGON2ID.replace("t=2", "t=0")), "argon2id"),
-        (with(&ARGON2ID.replace("p=1", "p=x")), "argon2id"),
-        (with(&ARGON2ID.replace('+', "!").replace("nf65", "n!65")), "argon2id"),
+        (line_with(""), "alice"),
+        (line_with("secret-password"), "alice"),
+        (line_with("rqXexS6ZhobKA"), "alice"),
+        (line_with("{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g="), "alice"),
+        (line_with("$1$saltsalt$qjXMvbEw8oaL.CzflDtaK/"), "\"1\""),
+        (line_with("$apr1$saltsalt$1oSdEkWwqAPDZAOqI7dFd1"), "\"apr1\""),
+        (line_with("$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc"), "\"6\""),
+        (line_with(&ARGON2ID.replace("2id", "2i")), "\"argon2i\""),
+        (line_with(&HTPASSWD.replace("$2y$", "$2x$")), "\"2x\""),
+        (line_with(&HTPASSWD[..59]), "bcrypt"),
+        (line_with(&format!("{HTPASSWD}O")), "bcrypt"),
+        (line_with(&format!("{HTPASSWD}:more")), "bcrypt"),
+        (line_with(&HTPASSWD.replace('/', "*")), "bcrypt"),
+        (line_with(&HTPASSWD.replace('/', "é")), "bcrypt"),
+        (line_with("$2y$"), "bcrypt"),
+        (line_with_cost("$xx$"), "bcrypt"),
+        (line_with("$argon2id$"), "argon2id"),
+        (line_with("$argon2id$v=19$m=256,t=2,p=1$c29tZXNhbHQ"), "argon2id"),
+        (line_with("$argon2id$v=19$m=256,t=2,p=1"), "argon2id"),
+        (line_with(&ARGON2ID.replace("m=256", "m=1")), "argon2id"),
+        (line_with(&ARGON2ID.replace("t=2", "t=0")), "argon2id"),
+        (line_with(&ARGON2ID.replace("p=1", "p=x")), "argon2id"),
+        (line_with(&ARGON2ID.replace('+', "!").replace("nf65", "n!65")), "argon2id"),
         (format!("alice :{CRYPT_2B}"), "alice "),
         (format!("al\tice:{CRYPT_2B}"), "al\\tice"),
         (format!("al\u{1b}ice:{CRYPT_2B}"), "al\\u{1b}ice"),
@@ -297,7 +297,7 @@ fn new_entry_verifies_its_password() {
     assert!(line.starts_with("zoë:$argon2id$v=19$m=19456,t=2,p=1$") && !line.contains('\n'), "{line}");
     let users = users(&line);
     assert!(users.verify("zoë".as_bytes(), b"p\xff\0ss"));
-    assert_ne!(new_entry("zoë", b"p\xff\0ss").expect("valid entry"), line, "the salt is random");
+    assert_ne!(new_entry("zoë", b"p\xff\0ss").expect("valid entry"), line, "the salt must be random");
 }
 
 #[test]

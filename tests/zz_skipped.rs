@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 
 #[test]
-fn report_of_skipped_tests() {
+fn skipped_tests_are_reported() {
     let file = common::skipped_tests_file();
     let text = std::fs::read_to_string(&file).unwrap_or_default();
     let mut tests: BTreeSet<&str> = BTreeSet::new();
@@ -21,7 +21,7 @@ fn report_of_skipped_tests() {
     for (reason, count) in reasons {
         report += &format!("{count:5} {reason}\n");
     }
-    // The test harness hides what a passing test prints with a macro.
+    // The test harness captures the output of `print!` in passing tests.
     std::io::stderr().write_all(report.as_bytes()).expect("the report is printed");
     let _ = std::fs::remove_file(file);
 }

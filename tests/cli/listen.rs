@@ -79,7 +79,7 @@ fn stale_unix_socket_is_replaced() {
     drop(UnixListener::bind(&path).expect("bound"));
     // A child process that another test has just started may still have a copy of the listener.
     wait_until("the socket refuses connections", TIMEOUT, || UnixStream::connect(&path).is_err());
-    assert!(is_socket(&path), "closing a listener leaves its file");
+    assert!(is_socket(&path), "closing the listener has removed its file");
     let server = Server::start_with(s5().args(["serve", "--listen", &listen]), 1);
     UnixStream::connect(&path).expect("the listener accepts");
     // A server that is killed leaves its socket file.

@@ -16,7 +16,7 @@ use crate::{assert_usage_error, run_s5};
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);
 const MODES: [&str; 4] = ["serve", "connect", "bind", "udp"];
 const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
-/// Scripts rely on these numbers.
+/// Exit statuses of s5. Scripts rely on these numbers.
 const STATUSES: [u8; 26] =
     [0, 1, 2, 5, 6, 7, 23, 26, 28, 45, 55, 56, 67, 97, 101, 102, 103, 104, 105, 106, 107, 108, 109, 126, 127, 141];
 /// Two screens of a terminal.

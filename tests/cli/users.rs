@@ -206,7 +206,7 @@ fn written_users_file_is_readable_by_owner_only() {
     }
     let names: Vec<_> =
         fs::read_dir(dir.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
-    assert_eq!(names, ["users"], "no temporary file is left");
+    assert_eq!(names, ["users"], "a temporary file is left");
 }
 
 #[test]

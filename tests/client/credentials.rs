@@ -158,11 +158,11 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
     let upper_case_ignored = [("ALL_PROXY", dead.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
     assert_eq!(status("target.example", &[], &upper_case_ignored), Some(7));
     let everything = [("S5_PROXY", dead.as_str()), ("no_proxy", "*"), ("NO_PROXY", "*")];
-    assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "-x disables no_proxy");
+    assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "no_proxy must not apply to -x");
     assert_eq!(
         status("target.example", &[], &everything[1..]),
         Some(7),
-        "no_proxy does not apply to the default proxy"
+        "no_proxy must not apply to the default proxy"
     );
 }
 
@@ -300,7 +300,7 @@ fn password_line_on_stdin_is_not_sent_to_the_target() {
     let server = Server::start(&[]);
     let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
     let with_password = format!("bob:own@{proxy}");
-    // Also when the password is not needed.
+    // The line is consumed even if the password is not used.
     for options in [&["-x", &proxy][..], &["-x", &with_password], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
         let args = ["connect", "--proxy-auth-file", "-", &target];
         let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", TIMEOUT);

@@ -262,7 +262,7 @@ fn udp_exits_with_status_56_when_the_control_connection_closes() {
         let reason = format!("transfer, for {TARGET}: the proxy ended the association");
         let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
         assert_eq!((status.code(), stderr), (Some(56), line));
-        assert_eq!(text(&stdout), "answer\n", "answers received before the end are written");
+        assert_eq!(text(&stdout), "answer\n", "answers received before the end are lost");
     }
 }
 

@@ -25,20 +25,20 @@ pub const SHORT_TIMEOUT: &str = "500ms";
 pub enum Proxy {
     /// A scripted server.
     Script(Box<dyn Fn() -> Vec<Step> + Send + Sync>),
-    /// The same, given as `localhost`, whose IPv6 address may refuse.
+    /// A scripted server at `localhost`, whose IPv6 address may refuse connections.
     Localhost(Box<dyn Fn() -> Vec<Step> + Send + Sync>),
     /// No server: connections are refused.
     Down,
     /// An echo server.
     Echo,
-    /// A listener whose accept queue is full: connecting never ends.
+    /// A listener whose accept queue is full: connections are never established.
     Unresponsive,
 }
 
 /// State of the client's stdin and stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdioSetup {
-    /// stdin is at its end, stdout is read.
+    /// stdin is empty, stdout is read.
     Plain,
     /// stdin stays open.
     OpenStdin,

@@ -276,7 +276,7 @@ fn waiting_bind_checks_peer_by_new_rules() {
     // Other peers are still allowed, so BIND keeps waiting.
     assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     assert_no_data(&client, Duration::from_millis(20));
-    assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "the peer is denied by the new rules");
+    assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "a peer that the new rules deny is accepted");
     let peer = connect_from(addr("127.0.0.2:0"), bnd);
     assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")));
 }
@@ -289,7 +289,7 @@ fn waiting_bind_at_hop_checks_peer_by_new_rules() {
     assert_eq!(rep, 0);
     assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
     let _peer = connect_from(addr("127.0.0.3:0"), bnd);
-    assert_eq!(read_reply(&mut client).0, 2, "the rules of s5 apply to the peer that the hop accepts");
+    assert_eq!(read_reply(&mut client).0, 2, "the rules of s5 do not apply to the peer that the hop accepts");
 }
 
 #[test]

@@ -49,10 +49,10 @@ impl Host {
         let mut line = String::new();
         let stdout = host.0.stdout.take().expect("stdout is piped");
         BufReader::new(stdout).read_line(&mut line).expect("line read");
-        assert_eq!(line, "ready\n", "the server's network is set up");
+        assert_eq!(line, "ready\n", "the server's network is not set up");
         assert!(
             Command::new("sh").args(["-c", CLIENT_NETWORK]).status().expect("sh runs").success(),
-            "the other hosts are set up"
+            "the other hosts are not set up"
         );
         host
     }
@@ -166,7 +166,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
     }
     assert!(
         inner.log().contains("session") && inner_v6.log().contains("session"),
-        "the inner servers log their clients"
+        "the inner servers have not logged their clients"
     );
 }
 
@@ -201,7 +201,7 @@ fn datagrams_reach_only_allowed_targets() {
         association.send(dst, &nested);
     }
     association.send(local(&target), b"allowed");
-    assert_eq!(receive(&target).0, b"allowed", "the datagrams before this one are not relayed");
+    assert_eq!(receive(&target).0, b"allowed", "an earlier datagram was relayed");
     [&target, &denied, &metadata, &member].into_iter().for_each(assert_no_datagram);
     drop(association);
     server.wait_log(|log| log.contains("client=10.9.0.2") && log.contains(" up=7 down=0 "));

@@ -34,7 +34,7 @@ fn denied_name_is_never_resolved() {
     let target = socket(ip("127.0.0.1"));
     let port = target.local_addr().expect("local address").port();
     let listener = TcpListener::bind(("127.0.0.1", port)).expect("the port is free in this namespace");
-    // Denied by its name, and denied because other names are allowed.
+    // Denied by a rule for the name, and denied because only other names are allowed.
     for rules in [&["--deny", "to=.bad.test"][..], &["--allow", "to=good.test,last.test", "--deny", ""]] {
         queries.lock().expect("not poisoned").clear();
         let server = Server::start(rules);

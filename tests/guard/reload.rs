@@ -175,7 +175,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
         std::fs::write(file, good).expect("file written");
     }
     let line = setup.reload();
-    assert!(line.contains(" 1 users and 1 rules loaded"), "valid files are loaded after errors: {line}");
+    assert!(line.contains(" 1 users and 1 rules loaded"), "valid files are not loaded after errors: {line}");
     assert_eq!(rep(&setup.server, EVE, b), Some(0));
 }
 

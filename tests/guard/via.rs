@@ -228,7 +228,7 @@ fn rep_of_hop_is_returned_to_client() {
         assert_eq!(open_as(&server, None, command, "127.0.0.3:9").1, 2);
     }
     assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
-    assert_eq!(open_as(&server, None, CONNECT, "a b:9").1, 4, "the hop cannot resolve the name");
+    assert_eq!(open_as(&server, None, CONNECT, "a b:9").1, 4, "a name that the hop cannot resolve");
     macro_rules! reply {
         ($rep:expr) => {
             &[5, $rep, 0, 1, 0, 0, 0, 0, 0, 0]
@@ -313,9 +313,9 @@ fn sessions_end_with_their_hop() {
         let (mut waiting, rep, _) = open_as(&server, None, BIND, "127.0.0.1:0");
         assert_eq!(rep, 0);
         hops[usize::from(!is_first_killed)].take();
-        assert!(is_closed(&mut tunnel), "the tunnel is closed");
-        assert!(is_closed(&mut association.control), "the association is closed");
-        assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the killed hop fails");
+        assert!(is_closed(&mut tunnel), "the tunnel is still open");
+        assert!(is_closed(&mut association.control), "the association is still open");
+        assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the killed hop succeeded");
         drop((tunnel, association, waiting));
         let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
         let line = log.lines().find(|line| line.contains("command=udp")).expect("the session is logged");

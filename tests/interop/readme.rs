@@ -64,7 +64,7 @@ fn ready_text(command: &str) -> Option<&'static str> {
     match command {
         _ if is_query => None,
         _ if command.starts_with("s5 bind") => Some("bound "),
-        // It prints nothing, and is ready when its port is.
+        // It prints nothing, so the test waits for its port.
         _ if command.starts_with("ssh -N") => Some(""),
         _ if command.contains("s5 serve") || command == "make serve" || command.contains(" -l ") => {
             Some("listening on ")

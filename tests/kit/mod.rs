@@ -79,7 +79,7 @@ pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
     stream
 }
 
-/// A listener to which connecting never ends: its accept queue is full, so Linux drops each SYN.
+/// A listener that never accepts: its accept queue is full, so Linux drops each SYN.
 pub struct FullBacklog {
     pub addr: SocketAddr,
     _listener: Socket,

@@ -43,7 +43,7 @@ fn listen_port_binds_loopback_of_both_families() {
     assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "ports differ");
     server.addrs.iter().copied().for_each(assert_listens);
     let other = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
-    assert!(TcpStream::connect(other).is_err(), "the server listens on another loopback address");
+    assert!(TcpStream::connect(other).is_err(), "the server also listens on another loopback address");
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn guesser_is_blocked_after_the_last_delayed_failure() {
     other.write_all(&request(CONNECT, echo_server())).expect("request sent");
     assert_eq!(read_reply(&mut other).0, 0);
     for mut guess in guesses {
-        assert_eq!(read_exact(&mut guess, 2), [1, 1], "each guess is answered");
+        assert_eq!(read_exact(&mut guess, 2), [1, 1], "a guess before the block");
     }
     for (mut stream, n) in pending.into_iter().zip(0..) {
         assert_eq!(read_exact(&mut stream, 2), [1, 1], "pending login {n}");

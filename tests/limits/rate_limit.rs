@@ -19,7 +19,7 @@ const MIN_BURST_BYTES: f64 = 65_536.0;
 
 type Counter = Arc<AtomicU64>;
 
-/// Bits of directions: from the client, to the client.
+// Bits of directions: from the client, to the client.
 const UP: u8 = 1;
 const DOWN: u8 = 2;
 
@@ -91,11 +91,11 @@ fn busy_tunnel_as(server: &Server, source: [u8; 4], (uname, passwd): (&str, &str
 
 /// Measures bytes per second over `time`. Starts 0.5 s after `started`, when the initial bursts are used up.
 fn rates(started: Instant, time: Duration, counters: &[Counter]) -> Vec<f64> {
-    let all = || counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    let read_counters = || counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect::<Vec<_>>();
     thread::sleep((started + Duration::from_millis(500)).saturating_duration_since(Instant::now()));
-    let (start, before) = (Instant::now(), all());
+    let (start, before) = (Instant::now(), read_counters());
     thread::sleep(time);
-    let (time, after) = (start.elapsed().as_secs_f64(), all());
+    let (time, after) = (start.elapsed().as_secs_f64(), read_counters());
     before.iter().zip(after).map(|(before, after)| (after - before) as f64 / time).collect()
 }
 

@@ -27,7 +27,7 @@ fn is_admitted(stream: &mut TcpStream) -> bool {
 }
 
 fn assert_closed(mut stream: TcpStream) {
-    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "the connection is not closed without an answer");
+    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "not closed without an answer");
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn max_per_client_closes_extra_connections_of_that_address_only() {
         assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
         let mut other = connect_from_ip(&server, [127, 0, 0, 2]);
         assert!(is_admitted(&mut other), "another address");
-        assert!(first.iter_mut().all(is_admitted), "the first three are not disturbed");
+        assert!(first.iter_mut().all(is_admitted), "one of the first three was closed");
         assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
         let log = server.wait_log(|log| log.contains("limit of 3 connections reached"));
         let line = "client 127.0.0.1: refused: limit of 3 connections reached (raise --max-per-client)";

@@ -1,4 +1,4 @@
-//! Clients that stop within the handshake: each uses one descriptor and little memory until the timeout.
+//! Clients that stop during the handshake: each uses one descriptor and little memory until the timeout.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -12,7 +12,7 @@ use crate::lock_machine;
 
 const CLIENTS: usize = 2000;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
-/// Upper limit for memory per client, in bytes. Debug builds need more, because their futures are larger.
+/// Upper limit for memory per client, in bytes. It also holds for debug builds, whose futures are larger.
 const MAX_BYTES_PER_CLIENT: usize = 4096;
 
 /// The stages: name, bytes that the client sends, and the server's answer.

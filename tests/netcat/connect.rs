@@ -150,7 +150,7 @@ fn source_options_apply_to_the_connection_to_the_proxy() {
         assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{args:?}: {stderr}");
     }
     let (code, _) = run_status(&["connect", "-4", "-x", "unix:/nonexistent", "a.example:80"]);
-    assert_eq!(code, Some(2), "a Unix socket has no IP family");
+    assert_eq!(code, Some(2), "-4 with a Unix socket");
 }
 
 #[test]

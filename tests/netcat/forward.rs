@@ -28,10 +28,10 @@ fn assert_echo(stream: &mut TcpStream, bytes: &[u8]) {
 fn forward_without_k_serves_one_connection() {
     let (server, echo) = (Server::start(&[]), echo_server().to_string());
     let (mut client, at) = start_forward(&["connect", "-l", "0", "-x", &server.addr().to_string(), &echo]);
-    assert_eq!(at.ip(), V4, "-l PORT listens on loopback");
+    assert_eq!(at.ip(), V4, "-l PORT does not listen on loopback");
     let mut local = TcpStream::connect(at).expect("the listener accepts");
     assert_echo(&mut local, b"hello");
-    assert!(TcpStream::connect(at).is_err(), "a second connection is refused");
+    assert!(TcpStream::connect(at).is_err(), "a second connection is accepted");
     local.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut local), StreamEnd::Closed(Vec::new()));
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
@@ -158,7 +158,7 @@ fn udp_forward_opens_one_association_for_each_peer_until_idle() {
     exchange(&one, at, b"from 1");
     exchange(&two, at, b"from 2");
     exchange(&one, at, b"from 1 again");
-    assert_eq!(session_lines(&server.log()).len(), 0, "both associations are open");
+    assert_eq!(session_lines(&server.log()).len(), 0, "an association has ended");
     let log = server.wait_log(|log| session_lines(log).len() >= 2);
     assert!(log.contains("up=18") && log.contains("up=6"), "{log}");
     exchange(&one, at, b"a new association");

@@ -146,7 +146,7 @@ fn exec_program_has_tunnel_as_stdin_and_stdout() {
     let connect = |args: &[&str]| run(s5().args(["connect", "-x", &proxy]).args(args), b"not read", TIMEOUT);
     let output = connect(&["-c", "printf 'one\\ntwo\\n'; exec >&-; cat >&2", &echo]);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), "one\ntwo\n".into()));
-    assert!(output.stdout.is_empty(), "the program's output is on stdout");
+    assert!(output.stdout.is_empty(), "the program's output is on the stdout of s5");
     let output = connect(&["-e", "printf hello\\nworld", &echo]);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
     let (target, received) = collecting_target(b"");

@@ -211,7 +211,7 @@ fn possible_routes_are_listed_without_duplicates() {
 const NO_TARGET: usize = 0;
 const NAME: usize = 1;
 const ADDRESS: usize = 2;
-/// Login, command and port are known or not, and three parts of the target can be known.
+/// Login, command and port are each known or not. The target is unknown, known by name, or known by address.
 const STAGES: usize = 8 * 3;
 
 /// Returns the facts of a request that are known at a stage.

@@ -361,10 +361,10 @@ fn percent_encode(bytes: &[u8], style: u64) -> String {
 
 fn target(pattern: TargetPattern, style: u64) -> String {
     let dot = if style & 16 == 0 { "" } else { "." };
-    let case = |name: &str| if style & 32 == 0 { name.to_owned() } else { name.to_uppercase() };
+    let in_case = |name: &str| if style & 32 == 0 { name.to_owned() } else { name.to_uppercase() };
     match pattern {
-        TargetPattern::Name(name) => case(name) + dot,
-        TargetPattern::Suffix(suffix) => format!(".{}{dot}", case(suffix)),
+        TargetPattern::Name(name) => in_case(name) + dot,
+        TargetPattern::Suffix(suffix) => format!(".{}{dot}", in_case(suffix)),
         TargetPattern::Net(of) => net(of, style),
     }
 }

@@ -187,7 +187,7 @@ fn keys_are_accepted_in_any_order_and_first_match_decides() {
         assert_eq!(rules.user_rules()[0].to_string(), line.split_whitespace().collect::<Vec<_>>().join(" "));
     }
     let rules = rules("allow port=1\nallow port=2\ndeny port=80\nallow port=80\n");
-    assert_eq!(evaluate(&rules, BASE), "deny line 3", "the first match decides");
+    assert_eq!(evaluate(&rules, BASE), "deny line 3", "the first match must decide");
 }
 
 #[test]

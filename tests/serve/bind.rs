@@ -56,7 +56,7 @@ fn bind_sends_two_replies_and_relays() {
     for (listen, ip) in [("127.0.0.1:0", V4), ("[::1]:0", V6), ("127.0.0.1:0", V6), ("[::1]:0", V4)] {
         let server = serve(listen, 1, &[]);
         let (mut client, bnd) = bind(&server, &SocketAddr::new(ip, 0).to_string());
-        assert_eq!(bnd.ip(), ip, "BND has the family of DST");
+        assert_eq!(bnd.ip(), ip, "BND must have the family of DST");
         assert_relayed(&mut client, &mut connect_peer(ip, bnd));
     }
 }
@@ -140,7 +140,7 @@ fn bind_timeout_is_rep_06_in_the_second_reply() {
     });
     assert!(time >= Duration::from_millis(200) && time < TIMEOUT, "{time:?}");
     assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
-    assert!(refuses(bnd), "the listener is closed");
+    assert!(refuses(bnd), "the listener is still open");
     assert!(server.wait_log(|log| log.contains("session ")).contains("rep=6"));
 }
 
@@ -212,7 +212,7 @@ fn bind_closes_its_listener_after_one_peer() {
     let (mut client, bnd) = bind(&server, ANY_PEER);
     let mut peer = connect_peer(V4, bnd);
     assert_eq!(read_reply(&mut client).0, 0);
-    assert!(refuses(bnd), "the listener is closed");
+    assert!(refuses(bnd), "the listener is still open");
     ping_both(&mut client, &mut peer);
 }
 

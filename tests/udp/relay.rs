@@ -14,7 +14,7 @@ fn udp_answer_has_the_address_of_its_sender() {
     for listen in ["127.0.0.1:0", "[::1]:0"] {
         let server = serve(listen, 1, &[]);
         let association = Association::new(&server);
-        assert_eq!(association.bnd.ip(), server.addr().ip(), "BND is an address that the client can reach");
+        assert_eq!(association.bnd.ip(), server.addr().ip(), "BND must be the address that the client connected to");
         association.ping(v4, b"by IPv4");
         association.ping(v6, b"by IPv6");
         association.send_raw(&datagram_name(0, "127.0.0.1", v4.port(), b"by name"));

@@ -16,7 +16,7 @@ pub const GAP: Duration = Duration::from_micros(200);
 /// State LISTEN in /proc/net/tcp.
 const TCP_LISTEN: &str = "0A";
 
-/// Addresses that stand for the `{names}` of a transcript.
+/// Addresses of the placeholders of a transcript, such as `{echo}`.
 #[derive(Debug, Default)]
 pub struct Placeholders {
     /// Addresses of this session. All sessions share those of the fixtures.

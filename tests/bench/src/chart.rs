@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::proxies::ProxyKind;
 use crate::report::Results;
 
-/// Sizes in pixels.
+// Sizes in pixels.
 const WIDTH: f64 = 760.0;
 const NAME_WIDTH: f64 = 150.0;
 const VALUE_WIDTH: f64 = 110.0;

@@ -94,7 +94,7 @@ fn ticks_per_second() -> f64 {
     sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64
 }
 
-/// Returns the number of bytes in a line of a /proc file, which has it in KiB.
+/// Returns a value of a /proc file in bytes. The file has it in KiB.
 fn bytes(path: &str, key: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(key));

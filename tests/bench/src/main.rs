@@ -1,5 +1,5 @@
 //! `bench` compares s5 with a direct connection and with other SOCKS servers, `bench soak` runs a mixed load for a long
-//! time, and `bench clients` measures the start of `s5 connect`.
+//! time, and `bench clients` measures the CPU time of `s5 connect -z`.
 //!
 //! For each row and run, a new process of each proxy is started in turn. The result is the median of the runs. Load
 //! generator, target and proxy are separate processes on one machine and use loopback.
@@ -112,7 +112,7 @@ fn main() -> ExitCode {
     ExitCode::from(2)
 }
 
-/// Runs a benchmark or the soak. Returns true if it has met its goals.
+/// Runs a benchmark or the soak. Returns false if the soak or `bench clients` misses a goal.
 fn run(options: &Options) -> Result<bool, BenchError> {
     let descriptors = children::raise_descriptor_limit();
     children::clean_up_on_signals()?;

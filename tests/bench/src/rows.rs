@@ -310,7 +310,7 @@ impl Bench {
     }
 }
 
-/// Returns the CPU time of a proxy, or NaN for a direct connection.
+/// Returns `value`, or NaN for a direct connection, which has no proxy to measure.
 fn unless_direct(running: &RunningProxy, value: f64) -> f64 {
     match running.via {
         Via::Direct => f64::NAN,
