@@ -2,25 +2,31 @@
 //!
 //! `policy` decides what a session may do; `conn` and `proto` turn bytes into messages.
 
+mod accept;
 mod association;
 mod batch;
 mod bind;
 mod connect;
 mod connection_counts;
+mod dispatch;
 mod limiter;
 mod listen;
+mod local_addr;
 mod login_throttle;
+mod options;
 mod passwords;
 mod policy_handle;
 mod rate_limit;
+mod reply;
 mod session;
 mod session_log;
+mod state;
 mod tunnel;
 mod worker;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -33,18 +39,19 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
-use crate::client::{ClientAuth, Endpoint, Proxy};
-use crate::dial::{Resolver, canonical, parse_literal, unspecified};
-use crate::gssapi::Acceptor;
+use crate::client::Endpoint;
+use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;
-use crate::proto::{Addr, Host, PortRange};
+use crate::proto::{Addr, Host};
 use crate::relay::RelayOptions;
 use limiter::Limiter;
-pub use limiter::Quotas;
 pub use listen::ListenAddr;
 use listen::Listener;
+pub use local_addr::is_local;
+pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
-use worker::{Shutdown, Worker, WorkerPoolHandle};
+use state::Server;
+use worker::{Shutdown, WORKER_PANIC, Worker, WorkerPoolHandle};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
@@ -52,113 +59,6 @@ const RESERVED_DESCRIPTORS: u64 = 64;
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// Upper limit of the default for [`Options::max_connections`].
 const MAX_DEFAULT_CONNECTIONS: u64 = 500_000;
-/// Error text for a panic in a worker thread.
-const WORKER_PANIC: &str = "a thread panicked; please report it";
-
-/// Settings of a server. A reload does not change them.
-#[derive(Debug)]
-pub struct Options {
-    /// Addresses to listen on.
-    pub listen: Vec<ListenAddr>,
-    /// Time from accept to the end of the request.
-    pub handshake_timeout: Duration,
-    /// Time to resolve a name and to try all of its addresses.
-    pub connect_timeout: Duration,
-    /// Time that BIND waits for the expected peer.
-    pub bind_timeout: Duration,
-    /// Time without traffic after which a tunnel or a UDP association ends.
-    pub idle_timeout: Duration,
-    /// Time that sessions get to finish after SIGTERM or SIGINT.
-    pub drain_timeout: Duration,
-    /// Maximum number of concurrent sessions. `None`: as many as the descriptor limit allows.
-    pub max_connections: Option<usize>,
-    /// Threads that run sessions, at least 1.
-    pub threads: u16,
-    /// Addresses for BND instead of the one that the client connected to, at most one per family.
-    pub advertise: Vec<IpAddr>,
-    /// Ports for BIND. `None`: chosen by the kernel.
-    pub bind_ports: Option<PortRange>,
-    /// Ports for UDP associations. `None`: chosen by the kernel.
-    pub udp_ports: Option<PortRange>,
-    /// Filter for datagrams to the client of a UDP association.
-    pub udp_filtering: Filtering,
-    /// Server side of GSSAPI logins.
-    pub gssapi_acceptor: Option<Acceptor>,
-    /// Login methods and Kerberos tickets for hops; passwords are part of each hop's URL.
-    pub hop_auth: Arc<ClientAuth>,
-    /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into it.
-    pub hops: Vec<Arc<Hop>>,
-    /// Limits of one client address and of one user.
-    pub quotas: Quotas,
-    /// Set to serve clients from other hosts without a login or a client rule.
-    pub allow_open_relay: bool,
-    /// Set to keep sessions that a reloaded policy would refuse.
-    pub keep_sessions: bool,
-}
-
-/// An upstream: a named chain of other SOCKS5 proxies.
-#[derive(Debug)]
-pub struct Hop {
-    /// Name in rules and in the log.
-    pub name: String,
-    /// Nearest first, at least one.
-    pub proxies: Vec<Proxy>,
-}
-
-/// Senders whose datagrams a UDP association relays to its client (RFC 4787 section 5).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Filtering {
-    /// Only addresses that the client has sent to.
-    #[default]
-    AddressDependent,
-    /// Every address.
-    EndpointIndependent,
-}
-
-/// Returns the ports to try in turn: all of a range from a random start on, or only 0, which lets the kernel choose.
-fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
-    let Some(PortRange(range)) = ports else { return vec![0] };
-    let mut ports: Vec<u16> = range.clone().collect();
-    let start = getrandom::u32().ok().and_then(|random| usize::try_from(random).ok()).unwrap_or(0);
-    let start = start.checked_rem(ports.len()).unwrap_or(0);
-    ports.rotate_left(start);
-    ports
-}
-
-/// Binds `local` with the first free port of `ports`.
-fn bind_in_range<T>(
-    ports: Option<&PortRange>,
-    mut local: SocketAddr,
-    bind: impl Fn(SocketAddr) -> io::Result<T>,
-) -> io::Result<T> {
-    let mut result = Err(io::ErrorKind::AddrInUse.into());
-    for port in candidate_ports(ports) {
-        local.set_port(port);
-        result = bind(local);
-        if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            break;
-        }
-    }
-    result
-}
-
-/// State that all sessions share.
-#[derive(Debug)]
-struct Server {
-    options: Options,
-    policy: PolicyHandle,
-    limiter: Limiter,
-    resolver: Resolver,
-    relay_options: RelayOptions,
-}
-
-impl Server {
-    /// Returns the BND address for a socket at `local`: that of [`Options::advertise`] if one of its family is set.
-    fn advertised_addr(&self, local: SocketAddr) -> SocketAddr {
-        let ip = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
-        ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
-    }
-}
 
 /// An error that prevents the start of the server, or ends it.
 #[derive(Debug)]
@@ -289,7 +189,7 @@ fn start(workers: Vec<Worker>, report: &Sender<Report>, reports: &Receiver<Repor
         let report = report.clone();
         let thread = std::thread::Builder::new().name("s5-worker".into());
         threads.push(thread.spawn(move || {
-            let result = catch_unwind(AssertUnwindSafe(|| worker.run(&report)));
+            let result = catch_unwind(AssertUnwindSafe(|| worker.run(&report, accept::run)));
             if let Err(error) = result.unwrap_or_else(|_| Err(io::Error::other(WORKER_PANIC))) {
                 let _ = report.try_send(Err(error));
             }
@@ -348,69 +248,4 @@ async fn run_until_shutdown(
     };
     drained.or(timeout).or(second_signal).await;
     Ok(())
-}
-
-/// Returns the local address, with port 0, at which `peer` can reach a session whose client connected to `control`.
-/// An unspecified `peer` is any peer of that family; `control` is `None` on a Unix socket.
-fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
-    let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
-    let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
-    control.set_port(0);
-    let is_loopback = control.ip().is_loopback();
-    // Loopback addresses are reachable from loopback only, and the other addresses from other hosts.
-    let can_reach = peer.is_unspecified() || peer.is_loopback() == is_loopback;
-    if control.is_ipv4() == peer.is_ipv4() && can_reach {
-        return Ok(control);
-    }
-    let target = match peer {
-        _ if peer.is_unspecified() && is_loopback => loopback,
-        // A documentation address (RFC 5737, RFC 3849) stands for any peer: it selects the default route.
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
-        peer => peer,
-    };
-    // connect(2) on a UDP socket sends nothing, and selects the source address for this peer.
-    let probe = UdpSocket::bind((unspecified(peer), 0))?;
-    probe.connect((target, 9))?;
-    let mut local = probe.local_addr()?;
-    local.set_port(0);
-    Ok(local)
-}
-
-/// Returns false if `addr` is certainly not an address of this machine: bind(2) refuses it with one of three errors.
-/// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
-pub fn is_local(mut addr: SocketAddr) -> bool {
-    use rustix::io::Errno;
-    addr.set_port(0);
-    let refused = UdpSocket::bind(addr).err().and_then(|error| error.raw_os_error()).map(Errno::from_raw_os_error);
-    !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn port_range_is_tried_whole_from_a_random_start() {
-        let range = "5000-5003".parse().expect("a range");
-        let mut ports = candidate_ports(Some(&range));
-        ports.sort_unstable();
-        assert_eq!(ports, [5000, 5001, 5002, 5003]);
-        assert_eq!(candidate_ports(None), [0]);
-    }
-
-    #[test]
-    fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
-        let control = |text: &str| Some(text.parse().expect("an address"));
-        let reachable = |control, peer: &str| {
-            reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
-        };
-        assert_eq!(reachable(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
-        assert_eq!(reachable(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));
-        assert_eq!(reachable(control("[::1]:1080"), "0.0.0.0").as_deref(), Some("127.0.0.1"));
-        assert_eq!(reachable(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
-        assert_eq!(reachable(None, "::").as_deref(), Some("::1"));
-        assert_eq!(reachable(control("192.0.2.7:1080"), "0.0.0.0").as_deref(), Some("192.0.2.7"));
-        assert_eq!(reachable(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
-    }
 }

@@ -140,48 +140,79 @@ fn import_table(lib: &str) -> Vec<(String, Vec<String>)> {
     rows
 }
 
-/// Returns the top-level modules that the code names, by `crate::`, or by `super::` repeated `depth` times.
-fn imported_modules(code: &str, depth: usize) -> Vec<String> {
-    let mut found = Vec::new();
+/// Returns the paths that the code of a module names by `crate::` or `super::`, from the root of the crate.
+fn imported_paths(code: &str, module_path: &[String]) -> Vec<Vec<String>> {
     let code: String = code.split_whitespace().collect::<Vec<_>>().join(" ");
-    for root in ["crate::", &"super::".repeat(depth)] {
-        for (at, _) in code.match_indices(root) {
-            let before = &code[..at];
-            if before.ends_with(is_word) || before.ends_with("::") {
-                continue;
-            }
-            let rest = &code[at + root.len()..];
-            match rest.strip_prefix('{') {
-                Some(group) => found.extend(first_names(group)),
-                None => found.extend(words(rest).next().map(str::to_owned)),
-            }
+    let mut found = Vec::new();
+    for (at, root) in code.match_indices("crate::").chain(code.match_indices("super::")) {
+        if code[..at].ends_with(is_word) || code[..at].ends_with("::") {
+            continue;
         }
+        let mut base = if root == "super::" { module_path.split_last().expect("a module").1 } else { &[] };
+        let mut rest = &code[at + root.len()..];
+        while let Some(after) = rest.strip_prefix("super::") {
+            base = base.split_last().map_or(&[], |(_, parent)| parent);
+            rest = after;
+        }
+        expand_import(base, rest, &mut found);
     }
-    found.retain(|name| name != "super" && name != "self");
     found.sort();
     found.dedup();
     found
 }
 
-/// Returns the first name of each item in a group of imports.
-fn first_names(group: &str) -> Vec<String> {
-    let (mut depth, mut item, mut names) = (0, String::new(), Vec::new());
-    for c in group.chars() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth > 0 => depth -= 1,
-            ',' | '}' if depth == 0 => {
-                names.extend(words(&item).next().map(str::to_owned));
-                item.clear();
-                if c == '}' {
-                    break;
-                }
+/// Adds the paths of one import below `base`, also those of a group. Returns the text after the import.
+fn expand_import<'a>(base: &[String], text: &'a str, found: &mut Vec<Vec<String>>) -> &'a str {
+    if let Some(mut rest) = text.strip_prefix('{') {
+        loop {
+            rest = expand_import(base, rest.trim_start(), found).trim_start_matches(|c| !",}".contains(c));
+            match rest.strip_prefix(',') {
+                Some(next) => rest = next,
+                None => return rest.get(1..).unwrap_or_default(),
             }
-            _ if depth == 0 => item.push(c),
-            _ => {}
         }
     }
-    names
+    let (name, rest) = text.split_at(text.find(|c| !is_word(c)).unwrap_or(text.len()));
+    let mut path = base.to_vec();
+    match name {
+        "" if !rest.starts_with('*') => return rest,
+        "" | "self" => {}
+        name => path.push(name.into()),
+    }
+    match rest.strip_prefix("::") {
+        Some(rest) => expand_import(&path, rest, found),
+        None => {
+            found.push(path);
+            rest
+        }
+    }
+}
+
+/// Returns each file of a module with the files that it imports. A file imports all files below it.
+fn import_graph(files: &[SourceFile], top: &str) -> Vec<(String, Vec<String>)> {
+    let files: Vec<_> = files.iter().filter(|file| file.top_module() == top).collect();
+    let name = |path: &[String]| path.join("/");
+    let names: Vec<String> = files.iter().map(|file| name(&file.module_path())).collect();
+    let file_of =
+        |path: Vec<String>| (1..=path.len()).rev().map(|n| name(&path[..n])).find(|name| names.contains(name));
+    let imports = |file: &SourceFile| {
+        let own = name(&file.module_path());
+        let mut imports: Vec<String> =
+            imported_paths(&file.code(), &file.module_path()).into_iter().filter_map(file_of).collect();
+        imports.extend(names.iter().filter(|name| name.starts_with(&(own.clone() + "/"))).cloned());
+        imports.retain(|name| *name != own);
+        imports
+    };
+    names.iter().cloned().zip(files.iter().map(|file| imports(file))).collect()
+}
+
+/// Removes the rows without imports, again and again. The rows that remain import each other.
+fn cycles(mut graph: Vec<(String, Vec<String>)>) -> Vec<(String, Vec<String>)> {
+    while let Some(at) = graph.iter().position(|(_, imports)| imports.is_empty()) {
+        let (done, _) = graph.remove(at);
+        graph.iter_mut().for_each(|(_, imports)| imports.retain(|name| *name != done));
+    }
+    graph
 }
 
 fn import_violations(file: &SourceFile, table: &[(String, Vec<String>)]) -> Vec<String> {
@@ -189,8 +220,10 @@ fn import_violations(file: &SourceFile, table: &[(String, Vec<String>)]) -> Vec<
     let Some((_, allowed)) = table.iter().find(|(module, _)| *module == top) else {
         return vec![format!("{}: no row in the table of src/lib.rs", file.path.display())];
     };
-    let named = imported_modules(&file.code(), file.module_path().len()).into_iter();
-    let bad = named.filter(|name| *name != top && !allowed.contains(name));
+    let imported = imported_paths(&file.code(), &file.module_path());
+    let mut named: Vec<String> = imported.into_iter().filter_map(|path| path.into_iter().next()).collect();
+    named.dedup();
+    let bad = named.into_iter().filter(|name| *name != top && !allowed.contains(name));
     bad.map(|name| format!("{}: imports {name}, against the table of src/lib.rs", file.path.display())).collect()
 }
 
@@ -257,15 +290,14 @@ fn import_table_lists_each_module_once() {
 
 #[test]
 fn import_table_has_no_cycle() {
-    let table = import_table(&lib_rs());
-    let mut done: Vec<&String> = Vec::new();
-    while done.len() < table.len() {
-        let is_ready = |(module, imports): &&(String, Vec<String>)| {
-            !done.contains(&module) && imports.iter().all(|name| done.contains(&name))
-        };
-        let (module, _) = table.iter().find(is_ready).expect("no cycle in the import table");
-        done.push(module);
-    }
+    assert_eq!(cycles(import_table(&lib_rs())), []);
+}
+
+#[test]
+fn no_two_files_of_the_server_import_each_other() {
+    let mut files = source_files();
+    files.retain(|file| file.path != Path::new("server/batch/offload.rs"));
+    assert_eq!(cycles(import_graph(&files, "server")), []);
 }
 
 #[test]
@@ -333,10 +365,19 @@ mod tests {
 #[test]
 fn import_check_finds_all_forms_of_imports() {
     let bad_file = SourceFile::new(Path::new("proto/deep.rs"), BAD_CODE);
-    assert_eq!(imported_modules(&bad_file.code(), 2), ["client", "conn", "dial", "proto", "server"]);
-    assert_eq!(imported_modules("super::super::relay::relay(super::other::x)", 2), ["relay"]);
-    assert_eq!(imported_modules("use super::{conn::Conn, relay};", 1), ["conn", "relay"]);
-    assert_eq!(imported_modules("use crate::relay::{\n    Abort,\n    crates::dial,\n};", 1), ["relay"]);
+    let imported = |code: &str, module: &str| {
+        let module: Vec<String> = module.split('/').map(str::to_owned).collect();
+        imported_paths(code, &module).iter().map(|path| path.join("/")).collect::<Vec<_>>().join(" ")
+    };
+    let of_bad = "client client/udp conn/timeout_at dial proto server/Server";
+    assert_eq!(imported(&bad_file.code(), "proto/deep"), of_bad);
+    assert_eq!(imported("super::super::relay::relay(super::other::x)", "proto/deep"), "proto/other/x relay/relay");
+    assert_eq!(imported("use super::{conn::Conn, relay};", "top"), "conn/Conn relay");
+    assert_eq!(
+        imported("use crate::relay::{\n    Abort,\n    crates::dial as d,\n};", "a"),
+        "relay/Abort relay/crates/dial"
+    );
+    assert_eq!(imported("use super::*;", "a/b"), "a");
 
     let table = vec![("proto".to_owned(), vec!["dial".to_owned()])];
     let violations = import_violations(&bad_file, &table);
@@ -345,6 +386,19 @@ fn import_check_finds_all_forms_of_imports() {
     assert_eq!(violations, expected);
     let unlisted = SourceFile::new(Path::new("unlisted.rs"), "//! Unlisted.\n");
     assert_eq!(import_violations(&unlisted, &table), ["unlisted.rs: no row in the table of src/lib.rs"]);
+}
+
+#[test]
+fn import_graph_shows_cycles_and_imports_of_a_file_above() {
+    let graph = |files: &[(&str, &str)]| {
+        let files: Vec<_> = files.iter().map(|(path, text)| SourceFile::new(Path::new(path), text)).collect();
+        cycles(import_graph(&files, "a")).into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(" ")
+    };
+    let (top, c) = (("a.rs", "mod b; mod c; use b::x;"), ("a/c.rs", "use super::b::{self, D};"));
+    assert_eq!(graph(&[top, ("a/b.rs", "use crate::b::y;"), c]), "");
+    assert_eq!(graph(&[top, ("a/b.rs", "fn f() { crate::a::c::g() }"), c]), "a a/b a/c");
+    assert_eq!(graph(&[top, ("a/b.rs", "use super::E;"), c]), "a a/b a/c");
+    assert_eq!(graph(&[top, ("a/b.rs", ""), c, ("a/c/d.rs", "use super::super::b::x; use super::F;")]), "a a/c a/c/d");
 }
 
 #[test]

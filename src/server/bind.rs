@@ -8,9 +8,10 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
-use super::policy_handle::denial;
-use super::session::{Session, SessionError, SessionResult};
-use super::{Hop, Server, bind_in_range, reachable_addr};
+use super::local_addr::{bind_in_range, reachable_addr};
+use super::options::Hop;
+use super::reply::{SessionError, SessionResult, denial};
+use super::state::{Server, Session};
 use crate::conn::{Conn, timeout_at};
 use crate::dial::{parse_literal, set_tcp_options, unspecified};
 use crate::policy::rules::{AccessRequest, Decision, Route};

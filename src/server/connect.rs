@@ -6,12 +6,11 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
-use super::policy_handle::{denial, denial_reason};
-use super::session::{Session, SessionError, SessionResult};
-use super::{Hop, Server};
-use crate::client::Client;
-use crate::conn::{Conn, HALF_CLOSED_GRACE, timeout_at};
-use crate::dial::{DialError, LocalAddr, dial};
+use super::options::Hop;
+use super::reply::{SessionError, SessionResult, denial, denial_reason};
+use super::state::{Server, Session};
+use crate::conn::{Conn, HALF_CLOSED_GRACE};
+use crate::dial::{LocalAddr, dial};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Rep};
@@ -58,27 +57,6 @@ async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: I
         }
     }
     Err(last_error)
-}
-
-impl Server {
-    /// Returns a client that requests `dst` through `hop`.
-    pub(super) fn hop_client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
-        let remaining = deadline.saturating_duration_since(Instant::now());
-        Client::new(hop.proxies.clone(), dst, Some(remaining))
-            .with_resolver(self.resolver.clone())
-            .with_auth(self.options.hop_auth.clone())
-    }
-
-    /// Returns a hop by its index in `Options::hops`.
-    pub(super) fn hop(&self, index: usize) -> SessionResult<Arc<Hop>> {
-        let hop = self.options.hops.get(index).cloned();
-        hop.ok_or_else(|| SessionError::general_failure(format!("hop {index} is not configured")))
-    }
-
-    pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
-        let addrs = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
-        addrs.map_err(|error| SessionError::from_dial(error, dst))
-    }
 }
 
 impl Session<'_> {

@@ -8,20 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::connection_counts::{ConnectionCounts, CountGuard, client_key};
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
+use super::options::Quotas;
 use super::rate_limit::{RateLimit, TokenBucket};
-
-/// Limits that the options set; `None` is no limit.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Quotas {
-    /// Concurrent sessions of one client address (IPv6: one /64), at least 1.
-    pub sessions_per_client: Option<usize>,
-    /// Concurrent sessions of one user, at least 1.
-    pub sessions_per_user: Option<usize>,
-    /// Bytes per second of one session, both directions together, at least 1.
-    pub session_rate: Option<u64>,
-    /// Bytes per second of all sessions of one user, both directions together, at least 1.
-    pub user_rate: Option<u64>,
-}
 
 /// Applies the limits to all sessions of the server.
 #[derive(Debug)]

@@ -1,16 +1,14 @@
 //! The current policy, shared by all sessions. A reload replaces it, and each session rechecks itself once.
 
-use std::cell::Cell;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::local_addr::is_local;
 use super::passwords::PasswordVerifier;
-use super::session::SessionError;
+use super::reply::denial_reason;
 use super::session_log::SessionLog;
-use super::{Server, is_local};
 use crate::policy::Policy;
-use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
+use crate::policy::rules::{AccessRequest, Decision, Route};
 
 /// One generation of the policy, with the password cache that belongs to its users.
 #[derive(Debug)]
@@ -79,36 +77,5 @@ impl PolicySnapshot {
             Decision::Deny(rule) => Some(denial_reason(rule)),
             Decision::Allow(..) | Decision::Undecided(_) => None,
         }
-    }
-}
-
-pub(super) fn denial_reason(rule: &Rule) -> String {
-    format!("denied: {} ({rule})", rule.origin())
-}
-
-pub(super) fn denial(rule: &Rule) -> SessionError {
-    SessionError::not_allowed(denial_reason(rule))
-}
-
-impl Server {
-    /// Rechecks a session after a policy change, once per generation. Returns the reason if it is now denied.
-    /// `seen` is the last generation that the session was checked with; `peer` returns its target address if known.
-    pub(super) fn recheck(
-        &self,
-        log: &SessionLog,
-        seen: &Cell<u32>,
-        peer: impl FnOnce() -> Option<SocketAddr>,
-    ) -> Option<String> {
-        let snapshot = self.policy.newer_than(seen.get())?;
-        seen.set(snapshot.generation);
-        let mut request = log.access_request();
-        if let Some(peer) = peer() {
-            request = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..request };
-        }
-        let denial = snapshot.reason_to_refuse(log, &request);
-        if denial.is_some() {
-            self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
-        }
-        denial
     }
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Hop;
+use super::options::Hop;
 use crate::dial::{canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};

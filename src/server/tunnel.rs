@@ -4,9 +4,9 @@
 
 use std::future::Future;
 
-use super::Server;
 use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
+use super::state::Server;
 use crate::conn::{Conn, DetachedConn};
 use crate::reactor::sleep;
 use crate::relay::{RelayError, RelayOptions, RelayResult, Stream, UNDELIVERED_GRACE, relay};

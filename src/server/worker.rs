@@ -20,47 +20,45 @@ use smol::LocalExecutor;
 use smol::channel::{self, Receiver, Sender};
 use smol::lock::Semaphore;
 
-use super::limiter::{AdmitError, SessionQuota};
+use super::limiter::SessionQuota;
 use super::listen::Listener;
-use super::policy_handle::denial_reason;
 use super::rate_limit::RateLimit;
-use super::session_log::{SessionLog, request_from};
+use super::session;
+use super::state::Server;
 use super::tunnel::{DetachedTunnel, Tunnel};
-use super::{Server, WORKER_PANIC, session};
 use crate::conn::DetachedConn;
-use crate::policy::rules::Decision;
-use crate::reactor::{self, Interest, Io, sleep};
+use crate::reactor::{self, Io};
 use crate::relay::{RelayOptions, RelayOutcome};
 
-/// Accept attempts in a row before the open sessions get their turn.
-const ACCEPTS_PER_TURN: usize = 32;
+/// Error text for a panic in a worker thread.
+pub(super) const WORKER_PANIC: &str = "a thread panicked; please report it";
 /// A worker passes new connections to another one if it has more than twice as many sockets and this many in addition.
 const SOCKET_SURPLUS: usize = 64;
 
 /// State that all workers share. Each worker, accept loop and session holds a reference.
 pub(super) struct WorkerPool {
-    server: Server,
+    pub(super) server: Server,
     /// Maximum number of concurrent sessions.
-    limit: usize,
+    pub(super) limit: usize,
     /// One permit per session that can still start.
-    permits: Semaphore,
-    log: RateLimitedLog,
+    pub(super) permits: Semaphore,
+    pub(super) log: RateLimitedLog,
     peers: Vec<PeerWorker>,
     /// Closes when the last accept loop and the last session have ended.
     _alive: Sender<Infallible>,
 }
 
 /// The part of a worker that the other workers use.
-struct PeerWorker {
+pub(super) struct PeerWorker {
     /// Unbounded, but holds at most `limit` sessions and one policy change.
-    inbox: Sender<WorkerMessage>,
+    pub(super) inbox: Sender<WorkerMessage>,
     socket_count: Arc<AtomicUsize>,
     /// Tunnels with bulk data.
     bulk_count: AtomicUsize,
 }
 
 /// A message to another worker.
-enum WorkerMessage {
+pub(super) enum WorkerMessage {
     Accepted(DetachedConn, Option<SocketAddr>, SessionPermit),
     Bulk(DetachedTunnel, SessionPermit, BulkGuard),
     /// Dropped once the waiting sessions of this worker have rechecked themselves.
@@ -71,7 +69,7 @@ enum WorkerMessage {
 
 impl WorkerPool {
     /// Returns the worker that should take a new connection instead of `this` one.
-    fn less_loaded(&self, this: u16) -> Option<&PeerWorker> {
+    pub(super) fn less_loaded(&self, this: u16) -> Option<&PeerWorker> {
         let sockets = |peer: &PeerWorker| peer.socket_count.load(Ordering::Relaxed);
         let least = self.peers.iter().min_by_key(|peer| sockets(peer))?;
         (sockets(self.peers.get(usize::from(this))?) > 2 * sockets(least) + SOCKET_SURPLUS).then_some(least)
@@ -87,10 +85,10 @@ impl WorkerPool {
 
 /// Logs at most one warning per second and drops the others.
 #[derive(Default)]
-struct RateLimitedLog(Mutex<Option<Instant>>);
+pub(super) struct RateLimitedLog(Mutex<Option<Instant>>);
 
 impl RateLimitedLog {
-    fn warn(&self, text: impl FnOnce() -> String) {
+    pub(super) fn warn(&self, text: impl FnOnce() -> String) {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
             *last = Some(Instant::now());
@@ -100,9 +98,9 @@ impl RateLimitedLog {
 }
 
 /// Counts a session against all limits while it runs, and gives it access to the server.
-struct SessionPermit {
-    pool: Arc<WorkerPool>,
-    quota: Option<Box<SessionQuota>>,
+pub(super) struct SessionPermit {
+    pub(super) pool: Arc<WorkerPool>,
+    pub(super) quota: Option<Box<SessionQuota>>,
 }
 
 impl SessionPermit {
@@ -149,7 +147,7 @@ impl WorkerPool {
 }
 
 /// Counts a bulk tunnel against its worker, from the decision to move it until it ends.
-struct BulkGuard(Arc<WorkerPool>, u16);
+pub(super) struct BulkGuard(Arc<WorkerPool>, u16);
 
 impl BulkGuard {
     fn new(pool: Arc<WorkerPool>, index: u16) -> Self {
@@ -220,11 +218,16 @@ impl Worker {
         (WorkerPoolHandle(Arc::downgrade(&pool)), workers)
     }
 
-    /// Runs until `stop_sessions` closes. Blocks. Reports `Ok` once it accepts connections.
+    /// Runs until `stop_sessions` closes. Blocks. Reports `Ok` once it accepts connections. `accept` is the accept loop
+    /// of one listener.
     ///
     /// # Errors
     /// Those of the event loop.
-    pub(super) fn run(self, report: &Sender<io::Result<()>>) -> io::Result<()> {
+    pub(super) fn run<F: Future<Output = ()> + 'static>(
+        self,
+        report: &Sender<io::Result<()>>,
+        accept: impl Fn(Arc<WorkerPool>, Io<Arc<Listener>>, Rc<WorkerHandle>) -> F,
+    ) -> io::Result<()> {
         let Self { index, pool, inbox, listeners, stop_accepting, stop_sessions } = self;
         reactor::run(async {
             // Dropping it closes the remaining sessions at the end.
@@ -235,7 +238,7 @@ impl Worker {
             }
             let accept_loop = |listener| {
                 let (pool, worker) = (pool.clone(), worker.clone());
-                Io::shared_listener(listener).map(|listener| AcceptLoop { pool, listener, worker }.run())
+                Io::shared_listener(listener).map(|listener| accept(pool, listener, worker))
             };
             let accept_loops: io::Result<Vec<_>> = listeners.into_iter().map(accept_loop).collect();
             let spawn_critical = |task| executor.spawn(report_panic(task, report.clone()));
@@ -268,9 +271,9 @@ async fn report_panic(task: LocalBoxed<()>, report: Sender<io::Result<()>>) {
 type LocalBoxed<T> = Pin<Box<dyn Future<Output = T>>>;
 
 /// Handle to the worker of this thread.
-struct WorkerHandle {
+pub(super) struct WorkerHandle {
     /// 16 bits, because every tunnel stores it.
-    index: u16,
+    pub(super) index: u16,
     /// Weak, because the executor owns the tasks that hold this handle.
     executor: Weak<LocalExecutor<'static>>,
 }
@@ -302,7 +305,12 @@ impl WorkerHandle {
     }
 
     /// Spawns a session: a task for its handshake, and after that one for its tunnel, without the handshake's memory.
-    fn start_session(self: &Rc<Self>, conn: DetachedConn, client: Option<SocketAddr>, mut permit: SessionPermit) {
+    pub(super) fn start_session(
+        self: &Rc<Self>,
+        conn: DetachedConn,
+        client: Option<SocketAddr>,
+        mut permit: SessionPermit,
+    ) {
         let conn = match conn.attach() {
             Ok(conn) => conn,
             Err(error) => return permit.pool.log.warn(|| format!("new connection closed: {error}")),
@@ -360,86 +368,4 @@ async fn relay_rate_limited(mut tunnel: Tunnel, permit: SessionPermit) {
     {
         tunnel.close_after_error(error).await;
     }
-}
-
-/// Accepts the connections of one listener.
-struct AcceptLoop {
-    pool: Arc<WorkerPool>,
-    listener: Io<Arc<Listener>>,
-    worker: Rc<WorkerHandle>,
-}
-
-impl AcceptLoop {
-    async fn run(self) {
-        let mut attempts = 0_usize;
-        loop {
-            // A permit is acquired only for a waiting connection: an idle listener would keep it from the others.
-            self.listener.ready(Interest::Read).await;
-            let mut permit = self.acquire_permit().await;
-            match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
-                Ok((conn, client)) => {
-                    if let Some(quota) = self.admit(client) {
-                        permit.quota = quota;
-                        match self.pool.less_loaded(self.worker.index) {
-                            // Fails only if that worker has ended, and then the server ends.
-                            Some(peer) => drop(peer.inbox.try_send(WorkerMessage::Accepted(conn, client, permit))),
-                            None => self.worker.start_session(conn, client, permit),
-                        }
-                    }
-                }
-                // Another worker has accepted it, or the client has closed it.
-                Err(error) if is_transient(&error) => {}
-                Err(error) => self.back_off(&error).await,
-            }
-            attempts += 1;
-            if attempts.is_multiple_of(ACCEPTS_PER_TURN) {
-                reactor::yield_now().await;
-            }
-        }
-    }
-
-    /// Returns the quota of a new session, or `None` if its connection has to be closed.
-    fn admit(&self, client: Option<SocketAddr>) -> Option<Option<Box<SessionQuota>>> {
-        let server = &self.pool.server;
-        let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
-        match server.limiter.admit_client(client) {
-            Err(AdmitError::Blocked) => log::debug!("client {}: refused: blocked after failed logins", address()),
-            Err(AdmitError::AtLimit(limit)) => self.pool.log.warn(|| {
-                format!("client {}: refused: limit of {limit} connections reached (raise --max-per-client)", address())
-            }),
-            Ok(quota) => match server.policy.current().evaluate(&request_from(client)) {
-                Decision::Deny(rule) => SessionLog::new(client).set_error(denial_reason(rule)),
-                Decision::Allow(..) | Decision::Undecided(_) => return Some(quota),
-            },
-        }
-        None
-    }
-
-    async fn acquire_permit(&self) -> SessionPermit {
-        let permits = &self.pool.permits;
-        let permit = match permits.try_acquire() {
-            Some(permit) => permit,
-            None => {
-                let limit = self.pool.limit;
-                self.pool
-                    .log
-                    .warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
-                permits.acquire().await
-            }
-        };
-        permit.forget();
-        SessionPermit { pool: self.pool.clone(), quota: None }
-    }
-
-    async fn back_off(&self, error: &io::Error) {
-        self.pool.log.warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));
-        sleep(reactor::ACCEPT_RETRY_DELAY).await;
-    }
-}
-
-/// Returns true if the next accept(2) may succeed at once.
-fn is_transient(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
-    let is_protocol_error = error.raw_os_error() == Some(rustix::io::Errno::PROTO.raw_os_error());
-    is_protocol_error || matches!(error.kind(), WouldBlock | ConnectionAborted | ConnectionReset | Interrupted)
 }

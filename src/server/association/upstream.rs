@@ -7,8 +7,8 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use super::super::Server;
-use super::super::session::{SessionError, SessionResult};
+use super::super::reply::{SessionError, SessionResult};
+use super::super::state::Server;
 use crate::client::{Association, AssociationClosed};
 use crate::proto::{Addr, Host};
 

@@ -1,0 +1,99 @@
+//! Addresses and ports of this host: which of them a peer can reach, and which are free.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use crate::dial::unspecified;
+use crate::proto::PortRange;
+
+/// Returns the local address, with port 0, at which `peer` can reach a session whose client connected to `control`.
+/// An unspecified `peer` is any peer of that family; `control` is `None` on a Unix socket.
+pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
+    let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
+    control.set_port(0);
+    let is_loopback = control.ip().is_loopback();
+    // Loopback addresses are reachable from loopback only, and the other addresses from other hosts.
+    let can_reach = peer.is_unspecified() || peer.is_loopback() == is_loopback;
+    if control.is_ipv4() == peer.is_ipv4() && can_reach {
+        return Ok(control);
+    }
+    let target = match peer {
+        _ if peer.is_unspecified() && is_loopback => loopback,
+        // A documentation address (RFC 5737, RFC 3849) stands for any peer: it selects the default route.
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+        peer => peer,
+    };
+    // connect(2) on a UDP socket sends nothing, and selects the source address for this peer.
+    let probe = UdpSocket::bind((unspecified(peer), 0))?;
+    probe.connect((target, 9))?;
+    let mut local = probe.local_addr()?;
+    local.set_port(0);
+    Ok(local)
+}
+
+/// Returns false if `addr` is certainly not an address of this machine: bind(2) refuses it with one of three errors.
+/// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
+pub fn is_local(mut addr: SocketAddr) -> bool {
+    use rustix::io::Errno;
+    addr.set_port(0);
+    let refused = UdpSocket::bind(addr).err().and_then(|error| error.raw_os_error()).map(Errno::from_raw_os_error);
+    !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
+}
+
+/// Returns the ports to try in turn: all of a range from a random start on, or only 0, which lets the kernel choose.
+fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
+    let Some(PortRange(range)) = ports else { return vec![0] };
+    let mut ports: Vec<u16> = range.clone().collect();
+    let start = getrandom::u32().ok().and_then(|random| usize::try_from(random).ok()).unwrap_or(0);
+    let start = start.checked_rem(ports.len()).unwrap_or(0);
+    ports.rotate_left(start);
+    ports
+}
+
+/// Binds `local` with the first free port of `ports`.
+pub(super) fn bind_in_range<T>(
+    ports: Option<&PortRange>,
+    mut local: SocketAddr,
+    bind: impl Fn(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    let mut result = Err(io::ErrorKind::AddrInUse.into());
+    for port in candidate_ports(ports) {
+        local.set_port(port);
+        result = bind(local);
+        if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
+            break;
+        }
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn port_range_is_tried_whole_from_a_random_start() {
+        let range = "5000-5003".parse().expect("a range");
+        let mut ports = candidate_ports(Some(&range));
+        ports.sort_unstable();
+        assert_eq!(ports, [5000, 5001, 5002, 5003]);
+        assert_eq!(candidate_ports(None), [0]);
+    }
+
+    #[test]
+    pub(super) fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
+        let control = |text: &str| Some(text.parse().expect("an address"));
+        let reachable = |control, peer: &str| {
+            reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
+        };
+        assert_eq!(reachable(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
+        assert_eq!(reachable(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));
+        assert_eq!(reachable(control("[::1]:1080"), "0.0.0.0").as_deref(), Some("127.0.0.1"));
+        assert_eq!(reachable(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
+        assert_eq!(reachable(None, "::").as_deref(), Some("::1"));
+        assert_eq!(reachable(control("192.0.2.7:1080"), "0.0.0.0").as_deref(), Some("192.0.2.7"));
+        assert_eq!(reachable(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
+    }
+}

@@ -1,0 +1,83 @@
+//! Settings of a server, which a reload does not change.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::listen::ListenAddr;
+use crate::client::{ClientAuth, Proxy};
+use crate::gssapi::Acceptor;
+use crate::proto::PortRange;
+
+/// Settings of a server.
+#[derive(Debug)]
+pub struct Options {
+    /// Addresses to listen on.
+    pub listen: Vec<ListenAddr>,
+    /// Time from accept to the end of the request.
+    pub handshake_timeout: Duration,
+    /// Time to resolve a name and to try all of its addresses.
+    pub connect_timeout: Duration,
+    /// Time that BIND waits for the expected peer.
+    pub bind_timeout: Duration,
+    /// Time without traffic after which a tunnel or a UDP association ends.
+    pub idle_timeout: Duration,
+    /// Time that sessions get to finish after SIGTERM or SIGINT.
+    pub drain_timeout: Duration,
+    /// Maximum number of concurrent sessions. `None`: as many as the descriptor limit allows.
+    pub max_connections: Option<usize>,
+    /// Threads that run sessions, at least 1.
+    pub threads: u16,
+    /// Addresses for BND instead of the one that the client connected to, at most one per family.
+    pub advertise: Vec<IpAddr>,
+    /// Ports for BIND. `None`: chosen by the kernel.
+    pub bind_ports: Option<PortRange>,
+    /// Ports for UDP associations. `None`: chosen by the kernel.
+    pub udp_ports: Option<PortRange>,
+    /// Filter for datagrams to the client of a UDP association.
+    pub udp_filtering: Filtering,
+    /// Server side of GSSAPI logins.
+    pub gssapi_acceptor: Option<Acceptor>,
+    /// Login methods and Kerberos tickets for hops; passwords are part of each hop's URL.
+    pub hop_auth: Arc<ClientAuth>,
+    /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into it.
+    pub hops: Vec<Arc<Hop>>,
+    /// Limits of one client address and of one user.
+    pub quotas: Quotas,
+    /// Set to serve clients from other hosts without a login or a client rule.
+    pub allow_open_relay: bool,
+    /// Set to keep sessions that a reloaded policy would refuse.
+    pub keep_sessions: bool,
+}
+
+/// An upstream: a named chain of other SOCKS5 proxies.
+#[derive(Debug)]
+pub struct Hop {
+    /// Name in rules and in the log.
+    pub name: String,
+    /// Nearest first, at least one.
+    pub proxies: Vec<Proxy>,
+}
+
+/// Senders whose datagrams a UDP association relays to its client (RFC 4787 section 5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Filtering {
+    /// Only addresses that the client has sent to.
+    #[default]
+    AddressDependent,
+    /// Every address.
+    EndpointIndependent,
+}
+
+/// Limits that the options set; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Quotas {
+    /// Concurrent sessions of one client address (IPv6: one /64), at least 1.
+    pub sessions_per_client: Option<usize>,
+    /// Concurrent sessions of one user, at least 1.
+    pub sessions_per_user: Option<usize>,
+    /// Bytes per second of one session, both directions together, at least 1.
+    pub session_rate: Option<u64>,
+    /// Bytes per second of all sessions of one user, both directions together, at least 1.
+    pub user_rate: Option<u64>,
+}

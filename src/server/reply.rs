@@ -1,0 +1,103 @@
+//! Why a session failed, and what the client receives: the only place that maps errors to REP.
+
+use crate::client::{ClientError, ClientErrorKind};
+use crate::dial::DialError;
+use crate::policy::rules::Rule;
+use crate::proto::{Addr, Host, Message, Rep, Reply};
+
+pub(super) type SessionResult<T> = Result<T, SessionError>;
+
+/// The reason why a session failed, and the reply to the client.
+#[derive(Debug)]
+pub(super) struct SessionError {
+    /// The encoded message. Empty: the connection is closed without one.
+    pub(super) reply: Vec<u8>,
+    pub(super) rep: Option<Rep>,
+    /// For the log.
+    pub(super) reason: String,
+}
+
+impl SessionError {
+    /// A failure reply (RFC 1928 section 6).
+    pub(super) fn with_rep(rep: Rep, reason: impl ToString) -> Self {
+        let reply = Reply { rep, bnd: Addr::UNSPECIFIED }.encode();
+        Self { reply, rep: Some(rep), reason: reason.to_string() }
+    }
+
+    pub(super) fn general_failure(reason: impl ToString) -> Self {
+        Self::with_rep(Rep::GENERAL_FAILURE, reason)
+    }
+
+    pub(super) fn not_allowed(reason: impl ToString) -> Self {
+        Self::with_rep(Rep::NOT_ALLOWED, reason)
+    }
+
+    pub(super) fn from_dial(error: DialError, dst: &Addr) -> Self {
+        Self::with_rep(rep_for(error, matches!(dst.host, Host::Name(_))), error)
+    }
+
+    /// Forwards the REP of an upstream proxy; its other errors are general failures.
+    pub(super) fn from_upstream(error: ClientError) -> Self {
+        let rep = match error.kind {
+            ClientErrorKind::Rep(rep) => rep,
+            _ => Rep::GENERAL_FAILURE,
+        };
+        Self::with_rep(rep, error)
+    }
+
+    pub(super) fn with_message(message: &impl Message, reason: impl ToString) -> Self {
+        Self { reply: message.encode(), rep: None, reason: reason.to_string() }
+    }
+
+    /// Closes the connection without a message.
+    pub(super) fn silent(reason: impl ToString) -> Self {
+        Self { reply: Vec::new(), rep: None, reason: reason.to_string() }
+    }
+}
+
+pub(super) fn denial_reason(rule: &Rule) -> String {
+    format!("denied: {} ({rule})", rule.origin())
+}
+
+pub(super) fn denial(rule: &Rule) -> SessionError {
+    SessionError::not_allowed(denial_reason(rule))
+}
+
+/// Maps errors of a direct connection to REP (RFC 1928 section 6).
+fn rep_for(error: DialError, is_name: bool) -> Rep {
+    match error {
+        DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
+        DialError::Denied => Rep::NOT_ALLOWED,
+        DialError::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
+        DialError::HostUnreachable | DialError::NameNotFound => Rep::HOST_UNREACHABLE,
+        DialError::Refused => Rep::CONNECTION_REFUSED,
+        DialError::TimedOut => Rep::TTL_EXPIRED,
+        // The client chose the family of an address, but not of a name.
+        DialError::FamilyUnavailable if is_name => Rep::HOST_UNREACHABLE,
+        DialError::FamilyUnavailable => Rep::ATYP_NOT_SUPPORTED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_dial_error_has_its_rep() {
+        let table = [
+            (DialError::Refused, 5, 5),
+            (DialError::NetworkUnreachable, 3, 3),
+            (DialError::HostUnreachable, 4, 4),
+            (DialError::TimedOut, 6, 6),
+            (DialError::NameNotFound, 4, 4),
+            (DialError::Resolver, 1, 1),
+            (DialError::FamilyUnavailable, 8, 4),
+            (DialError::Denied, 2, 2),
+            (DialError::LocalResources, 1, 1),
+        ];
+        for (error, by_address, by_name) in table {
+            assert_eq!(rep_for(error, false).0, by_address, "{error:?}");
+            assert_eq!(rep_for(error, true).0, by_name, "{error:?}");
+        }
+    }
+}
