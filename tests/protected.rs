@@ -70,13 +70,13 @@ fn conn(socket: UnixStream) -> Conn {
 
 /// Returns a protected connection and its other end, which is unprotected.
 fn protected_and_plain(level: ProtectionLevel) -> (Conn, Conn) {
-    let (near, far) = UnixStream::pair().expect("socket pair created");
-    (conn(near).protect(protection(level)), conn(far))
+    let (protected, plain) = UnixStream::pair().expect("socket pair created");
+    (conn(protected).protect(protection(level)), conn(plain))
 }
 
 fn protected_pair(level: ProtectionLevel) -> (Conn, Conn) {
-    let (near, far) = protected_and_plain(level);
-    (near, far.protect(protection(level)))
+    let (protected, plain) = protected_and_plain(level);
+    (protected, plain.protect(protection(level)))
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {
@@ -89,15 +89,15 @@ fn run<T>(future: impl Future<Output = T>) -> T {
 
 /// Sends these bytes to a protected connection. Returns the data that it reads and the error, if any.
 fn read_all(level: ProtectionLevel, bytes: &[u8]) -> (Vec<u8>, Option<ErrorKind>) {
-    let (mut near, mut far) = protected_and_plain(level);
+    let (mut protected, mut plain) = protected_and_plain(level);
     run(async {
         let send = async {
-            let _ = far.write_all(bytes).await;
-            let _ = far.close().await;
+            let _ = plain.write_all(bytes).await;
+            let _ = plain.close().await;
         };
         let receive = async {
             let mut all = Vec::new();
-            let end = near.read_to_end(&mut all).await.err().map(|error| error.kind());
+            let end = protected.read_to_end(&mut all).await.err().map(|error| error.kind());
             (all, end)
         };
         futures_lite::future::zip(send, receive).await.1
@@ -112,16 +112,16 @@ fn level_none_creates_no_protection() {
 #[test]
 fn messages_and_data_pass_at_both_levels() {
     for level in [ProtectionLevel::Integrity, ProtectionLevel::Confidentiality] {
-        let (mut near, mut far) = protected_pair(level);
-        assert_eq!(near.protection().map(Protection::level), Some(level));
+        let (mut client, mut server) = protected_pair(level);
+        assert_eq!(client.protection().map(Protection::level), Some(level));
         run(async {
             let request = Request { command: Command::Connect, dst: Addr::UNSPECIFIED };
-            near.write_message(&request).await.expect("data sent");
-            assert_eq!(far.read_message::<Request>().await.expect("request received"), request);
-            far.write_all(b"hello").await.expect("data sent");
-            far.close().await.expect("closed");
+            client.write_message(&request).await.expect("data sent");
+            assert_eq!(server.read_message::<Request>().await.expect("request received"), request);
+            server.write_all(b"hello").await.expect("data sent");
+            server.close().await.expect("closed");
             let mut all = String::new();
-            near.read_to_string(&mut all).await.expect("data received");
+            client.read_to_string(&mut all).await.expect("data received");
             assert_eq!(all, "hello");
         });
     }
@@ -129,28 +129,28 @@ fn messages_and_data_pass_at_both_levels() {
 
 #[test]
 fn confidentiality_encrypts_the_data() {
-    let (mut near, mut far) = protected_and_plain(ProtectionLevel::Confidentiality);
+    let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Confidentiality);
     run(async {
-        near.write_all(b"secret").await.expect("data sent");
-        near.close().await.expect("closed");
+        protected.write_all(b"secret").await.expect("data sent");
+        protected.close().await.expect("closed");
         let mut all = Vec::new();
-        far.read_to_end(&mut all).await.expect("data received");
+        plain.read_to_end(&mut all).await.expect("data received");
         assert_eq!(all, frame(true, 1, b"secret"));
     });
 }
 
 #[test]
 fn written_data_is_wrapped_into_tokens_of_at_most_16_kib() {
-    let (mut near, mut far) = protected_and_plain(ProtectionLevel::Integrity);
+    let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Integrity);
     let data: Vec<u8> = (0..100_000_u32).map(|n| n.to_le_bytes()[1]).collect();
     run(async {
         let send = async {
-            near.write_all(&data).await.expect("data sent");
-            near.close().await.expect("closed");
+            protected.write_all(&data).await.expect("data sent");
+            protected.close().await.expect("closed");
         };
         let receive = async {
             let (mut all, mut sizes) = (Vec::<u8>::new(), Vec::new());
-            while let Ok(Frame::Data(token)) = far.read_message().await {
+            while let Ok(Frame::Data(token)) = plain.read_message().await {
                 sizes.push(token.len() - 2);
                 all.extend(&token[2..]);
             }
@@ -211,16 +211,16 @@ fn invalid_token_ends_the_stream() {
 
 #[test]
 fn flood_of_empty_tokens_does_not_starve_other_tasks() {
-    let (mut near, mut far) = protected_and_plain(ProtectionLevel::Integrity);
+    let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Integrity);
     let yields = Cell::new(0);
     let flood = async {
         for number in 0_u32.. {
-            if far.write_all(&frame(false, number.wrapping_add(1).to_le_bytes()[0], b"")).await.is_err() {
+            if plain.write_all(&frame(false, number.wrapping_add(1).to_le_bytes()[0], b"")).await.is_err() {
                 break;
             }
         }
     };
-    let read = async { drop(near.read(&mut [0; 16]).await) };
+    let read = async { drop(protected.read(&mut [0; 16]).await) };
     let other = async {
         while yields.get() < 100 {
             yields.set(yields.get() + 1);
@@ -233,7 +233,7 @@ fn flood_of_empty_tokens_does_not_starve_other_tasks() {
 
 #[test]
 fn relay_between_protected_streams_loses_no_data() {
-    let ((mut client, mut near), (mut server, mut far)) =
+    let ((mut client, mut client_side), (mut target_side, mut target)) =
         (protected_pair(ProtectionLevel::Confidentiality), protected_pair(ProtectionLevel::Integrity));
     let data: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
     let byte_counts = ByteCounts::default();
@@ -244,10 +244,10 @@ fn relay_between_protected_streams_loses_no_data() {
         };
         let receive = async {
             let mut all = Vec::new();
-            far.read_to_end(&mut all).await.expect("data received");
+            target.read_to_end(&mut all).await.expect("data received");
             assert!(all == data, "{} bytes", all.len());
-            far.write_all(b"done").await.expect("data sent");
-            far.close().await.expect("closed");
+            target.write_all(b"done").await.expect("data sent");
+            target.close().await.expect("closed");
         };
         futures_lite::future::zip(send, receive).await;
         let mut all = String::new();
@@ -255,23 +255,24 @@ fn relay_between_protected_streams_loses_no_data() {
         assert_eq!(all, "done");
     };
     let options = RelayOptions::default();
-    let relayed =
-        async { relay(&mut near, &mut server, &options, &byte_counts, |_, _| true).await.expect("relay succeeds") };
+    let relayed = async {
+        relay(&mut client_side, &mut target_side, &options, &byte_counts, |_, _| true).await.expect("relay succeeds")
+    };
     run(futures_lite::future::zip(endpoints, relayed));
 }
 
 #[test]
 fn protected_stream_can_carry_another_protected_stream() {
-    let (near, far) = protected_pair(ProtectionLevel::Integrity);
-    let (mut near, mut far) = (
-        near.protect(protection(ProtectionLevel::Confidentiality)),
-        far.protect(protection(ProtectionLevel::Confidentiality)),
+    let (sender, receiver) = protected_pair(ProtectionLevel::Integrity);
+    let (mut sender, mut receiver) = (
+        sender.protect(protection(ProtectionLevel::Confidentiality)),
+        receiver.protect(protection(ProtectionLevel::Confidentiality)),
     );
     run(async {
-        near.write_all(b"twice").await.expect("data sent");
-        near.flush().await.expect("data sent");
+        sender.write_all(b"twice").await.expect("data sent");
+        sender.flush().await.expect("data sent");
         let mut all = [0; 5];
-        far.read_exact(&mut all).await.expect("data received");
+        receiver.read_exact(&mut all).await.expect("data received");
         assert_eq!(&all, b"twice");
     });
 }
@@ -305,7 +306,7 @@ proptest! {
         for (number, data) in (1..).zip(&data) {
             bytes.extend(frame(true, number, data));
         }
-        let (mut near, mut far) = protected_and_plain(ProtectionLevel::Confidentiality);
+        let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Confidentiality);
         let all = run(async {
             let send = async {
                 let mut rest = &bytes[..];
@@ -314,15 +315,15 @@ proptest! {
                         break;
                     }
                     let (now, later) = rest.split_at((*piece).min(rest.len()));
-                    far.write_all(now).await.expect("data sent");
+                    plain.write_all(now).await.expect("data sent");
                     futures_lite::future::yield_now().await;
                     rest = later;
                 }
-                far.close().await.expect("closed");
+                plain.close().await.expect("closed");
             };
             let receive = async {
                 let mut all = Vec::new();
-                near.read_to_end(&mut all).await.expect("data received");
+                protected.read_to_end(&mut all).await.expect("data received");
                 all
             };
             futures_lite::future::zip(send, receive).await.1

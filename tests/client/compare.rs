@@ -17,7 +17,7 @@ use crate::scripted::text;
 
 /// A client that runs longer than this counts as hanging. Each client has a timeout of 0.5 s or 1 s.
 const HANG_TIMEOUT: Duration = Duration::from_secs(4);
-/// Lines before and after the table.
+// Lines before and after the table.
 const BEGIN: &str = "<!-- make compare-clients: begin -->\n";
 const END: &str = "<!-- make compare-clients: end -->\n";
 

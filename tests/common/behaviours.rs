@@ -184,7 +184,7 @@ fn on_tunnel(name: &'static str, target: fn(TcpStream)) -> Behaviour {
 }
 
 impl Behaviour {
-    /// Fails with this status, in this phase, for this reason.
+    /// Expects a failure with this status, in this phase, for this reason.
     fn fails(self, status: i32, phase: &str, reason: &str) -> Self {
         let message = format!("{phase}, for {}: {reason}", self.target);
         Self { status, message, ..self }
@@ -436,7 +436,7 @@ fn targets_and_credentials() -> Vec<Behaviour> {
 }
 
 impl Behaviour {
-    /// Fails before connecting to the proxy, with a line that contains `message`.
+    /// Expects a failure before connecting to the proxy, with a line that contains `message`.
     fn usage_error(self, message: &str) -> Self {
         Self { status: 2, message: message.into(), ..self }
     }

@@ -90,7 +90,7 @@ fn invalid_tokens_are_rejected() {
     for token in [&b""[..], b"x", &junk, b"NTLMSSP\0\x01\0\0\0"] {
         expect_error(keys.accept(token));
     }
-    // The tickets of a user are no keys.
+    // Tickets of a user do not contain the key of a service.
     expect_error(alice.accept(&first_token(&alice, RCMD, ALL_FLAGS).expect("first token created").1));
 
     let framed = |token_id: &[u8], inner: &[u8]| der(0x60, &[&[6, 9], KRB5_OID, token_id, inner]);

@@ -261,7 +261,7 @@ fn recheck_uses_connected_address_of_tunnel() {
     assert_eq!(read_reply(&mut waiting_bind).0, 2);
     kept.into_iter().for_each(|(client, target)| assert_alive(LiveSession::Idle(client, target)));
     // A rule with a name closes the sessions that were requested by name.
-    let (mut by_name, _far) = open(0, "one.test");
+    let (mut by_name, _target) = open(0, "one.test");
     let (by_address, target) = open(0, "127.0.0.1");
     let line = setup.reload_rules("deny to=.test\n");
     assert!(is_reset(&mut by_name), "{line}");

@@ -11,7 +11,7 @@ use crate::common::{
 use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, stdout, text, wait_for_session};
 
 const DANTED: &str = "/usr/sbin/danted";
-/// Exit statuses of s5: login refused, REP 2 and REP 5.
+// Exit statuses of s5: login refused, REP 2 and REP 5.
 const LOGIN_REFUSED: i32 = 67;
 const NOT_ALLOWED: i32 = 102;
 const CONNECTION_REFUSED: i32 = 105;

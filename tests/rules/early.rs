@@ -207,7 +207,7 @@ fn possible_routes_are_listed_without_duplicates() {
     }
 }
 
-/// Known part of the target.
+// Known part of the target.
 const NO_TARGET: usize = 0;
 const NAME: usize = 1;
 const ADDRESS: usize = 2;

@@ -1,5 +1,6 @@
-//! The floor: the least work that a SOCKS5 CONNECT proxy can do, as a yardstick for s5. One thread, one edge-triggered
-//! epoll, IPv4 targets, no checks, no limits, no log. Not a server to use: it trusts its clients.
+//! The floor: a SOCKS5 CONNECT proxy that does as little as possible, for comparison with s5. One thread, one
+//! edge-triggered epoll, IPv4 targets only. It checks, limits and logs nothing, so it is not for use outside of the
+//! benchmark.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -13,7 +14,7 @@ use nix::unistd::pipe2;
 
 use crate::measure::{BenchError, failed};
 
-/// First argument of the process that is the floor; the port follows, and `splice` for bulk without copies.
+/// First argument of this program when it runs as the floor. The port follows, then `splice` for bulk without copies.
 pub const FLOOR: &str = "floor";
 /// Bytes of a read.
 const CHUNK: usize = 64 * 1024;
@@ -36,7 +37,7 @@ struct Tunnel {
     down: Direction,
 }
 
-/// Bytes that the sink has not accepted yet, in memory or in a pipe.
+/// One direction of a tunnel, with the bytes that the sink has not accepted yet, in memory or in a pipe.
 #[derive(Default)]
 struct Direction {
     pending: Vec<u8>,
@@ -89,7 +90,7 @@ fn interest(key: usize) -> EpollEvent {
 }
 
 impl Tunnel {
-    /// Goes on after an event. Returns false when the tunnel has ended.
+    /// Handles an event of the client or the target. Returns false when the tunnel has ended.
     fn step(
         &mut self,
         epoll: &Epoll,
@@ -105,7 +106,7 @@ impl Tunnel {
                     self.client.write_all(&[5, 0])?;
                     self.stage = Stage::Request;
                 }
-                Err(error) => return would_block(error),
+                Err(error) => return ok_if_would_block(error),
             },
             Stage::Request => match self.client.read(&mut buffer[..262]) {
                 Ok(10) => {
@@ -121,7 +122,7 @@ impl Tunnel {
                     self.stage = Stage::Connecting(target);
                 }
                 Ok(_) => return Ok(false),
-                Err(error) => return would_block(error),
+                Err(error) => return ok_if_would_block(error),
             },
             Stage::Connecting(target) if events.contains(EpollFlags::EPOLLOUT) => {
                 let target = target.try_clone()?;
@@ -138,7 +139,7 @@ impl Tunnel {
     }
 }
 
-fn would_block(error: io::Error) -> io::Result<bool> {
+fn ok_if_would_block(error: io::Error) -> io::Result<bool> {
     if error.kind() == ErrorKind::WouldBlock { Ok(true) } else { Err(error) }
 }
 
@@ -152,7 +153,7 @@ impl Direction {
         splices: bool,
     ) -> io::Result<()> {
         let result = if splices { self.splice(source, sink) } else { self.copy(source, sink, buffer) };
-        result.or_else(|error| would_block(error).map(|_| ()))
+        result.or_else(|error| ok_if_would_block(error).map(|_| ()))
     }
 
     fn copy(&mut self, source: &mut TcpStream, sink: &mut TcpStream, buffer: &mut [u8]) -> io::Result<()> {
@@ -166,7 +167,7 @@ impl Direction {
                 self.is_done = true;
                 return sink.shutdown(Shutdown::Write);
             }
-            let sent = sink.write(&buffer[..n]).or_else(|error| would_block(error).map(|_| 0))?;
+            let sent = sink.write(&buffer[..n]).or_else(|error| ok_if_would_block(error).map(|_| 0))?;
             self.pending.extend_from_slice(&buffer[sent..n]);
         }
         Ok(())

@@ -198,11 +198,11 @@ fn write_report(bench: &Bench, results: &Results, options: &Options, environment
     }
     let text = format!(
         "# s5 and other SOCKS servers, side by side\n\n{environment}- median of {} interleaved runs, lowest..highest\n\n\
-         {}\n## Figures\n\n{}\n## Targets\n\n{}\n## Not run or failed\n\n{}\n{charts}",
+         {}\n## Figures\n\n{}\n## Goals\n\n{}\n## Not run or failed\n\n{}\n{charts}",
         options.runs,
         notes(bench),
         results.table(),
-        results.targets(),
+        results.goals(),
         results.remarks(),
     );
     fs::write(options.out.join("bench.md"), &text)?;

@@ -18,7 +18,7 @@ use crate::target::listen_anywhere;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyKind {
     Direct,
-    /// The least work of a proxy, see floor.rs.
+    /// A proxy that does as little as possible, see floor.rs.
     Floor,
     FloorSplice,
     S5,

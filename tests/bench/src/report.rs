@@ -1,4 +1,4 @@
-//! The report in Markdown: the table of figures, the targets, and the rows that were not run or failed.
+//! The report in Markdown: the table of figures, the goals, and the rows that were not run or failed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -112,12 +112,11 @@ impl Results {
         }
     }
 
-    pub fn targets(&self) -> String {
+    pub fn goals(&self) -> String {
         let Some(s5) = self.proxies.iter().position(|proxy| proxy.kind == ProxyKind::S5) else {
             return "s5 was not measured.\n".into();
         };
-        let mut text =
-            "| row | target | s5 | best peer | ratio | |\n| --- | --- | --: | --: | --: | --- |\n".to_owned();
+        let mut text = "| row | goal | s5 | best peer | ratio | |\n| --- | --- | --: | --: | --: | --- |\n".to_owned();
         let mut unmeasured = Vec::new();
         for (id, goal) in GOALS {
             let figure = self.figures[self.at(id)].1;
@@ -138,8 +137,8 @@ impl Results {
                 Some(false) => "**missed**",
                 None => "no peer",
             };
-            let target = goal.text(figure.unit);
-            let _ = writeln!(text, "| {} | {target} | {got:.digits$} | {best} | {ratio} | {result} |", figure.label);
+            let goal = goal.text(figure.unit);
+            let _ = writeln!(text, "| {} | {goal} | {got:.digits$} | {best} | {ratio} | {result} |", figure.label);
         }
         if !unmeasured.is_empty() {
             let _ = writeln!(text, "\ns5 has no figure for: {}.", unmeasured.join("; "));
