@@ -129,15 +129,19 @@ pub enum RelayError {
 
 impl fmt::Display for RelayError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (operation, error) = match self {
+        let (operation, peer, error) = match self {
             Self::IdleTimeout => return f.write_str("idle timeout"),
             Self::Stopped => return f.write_str("stopped"),
-            Self::Io(RelayOp::ReadClient, error) => ("read from the client", error),
-            Self::Io(RelayOp::WriteClient, error) => ("write to the client", error),
-            Self::Io(RelayOp::ReadDst, error) => ("read from dst", error),
-            Self::Io(RelayOp::WriteDst, error) | Self::Undelivered(error) => ("write to dst", error),
+            Self::Io(RelayOp::ReadClient, error) => ("read from", "the client", error),
+            Self::Io(RelayOp::WriteClient, error) => ("write to", "the client", error),
+            Self::Io(RelayOp::ReadDst, error) => ("read from", "dst", error),
+            Self::Io(RelayOp::WriteDst, error) | Self::Undelivered(error) => ("write to", "dst", error),
         };
-        write!(f, "{operation}: {error}")
+        // shutdown(2) after a reset fails with ENOTCONN.
+        if error.kind() == io::ErrorKind::NotConnected {
+            return write!(f, "{peer} closed the connection");
+        }
+        write!(f, "{operation} {peer}: {error}")
     }
 }
 

@@ -407,4 +407,6 @@ fn relay_error_names_the_failed_operation() {
         harness.tunnel.check_invariants();
     }
     assert_eq!(RelayError::IdleTimeout.to_string(), "idle timeout");
+    let closed = RelayError::Io(RelayOp::WriteClient, std::io::ErrorKind::NotConnected.into());
+    assert_eq!(closed.to_string(), "the client closed the connection");
 }
