@@ -174,7 +174,7 @@ async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
             server.policy.replace(policy);
             pool.recheck_all().await;
             let closed = server.policy.closed_sessions.load(Ordering::Relaxed);
-            log::info!("reload: {users} users and {rules} rules loaded; sessions closed: {closed}");
+            log::info!("reload: users: {users}, rules: {rules}, sessions closed: {closed}");
         }
     }
 }

@@ -82,7 +82,7 @@ fn reload_applies_at_each_step_before_reply() {
                 let mut stream = connect(&setup.server);
                 assert!(run_steps(&mut stream, &steps[..step]));
                 let line = apply_change(&setup, change, dst);
-                assert!(line.contains("rules loaded"), "{line}");
+                assert!(line.contains("reload: users: "), "{line}");
                 let succeeds = run_steps(&mut stream, &steps[step..]);
                 assert_eq!(succeeds, change == "nothing", "{change} before step {step}:\n{}", setup.server.log());
                 if succeeds {
@@ -125,7 +125,7 @@ fn reload_applies_while_connecting() {
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("request sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(apply_change(&setup, change, dst).contains("rules loaded"));
+        assert!(apply_change(&setup, change, dst).contains("reload: users: "));
         (change, setup, slow, stream)
     });
     // All cases run at once, because each takes a second.
@@ -188,7 +188,7 @@ fn reload_applies_to_connect_while_resolving() {
         let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
         stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("request sent");
         assert_no_data(&stream, Duration::from_millis(50));
-        assert!(apply_change(&setup, change, dst).contains("rules loaded"));
+        assert!(apply_change(&setup, change, dst).contains("reload: users: "));
         (change, setup, target, stream)
     });
     drop(release);
