@@ -211,7 +211,7 @@ fn parse_rule_keeps_origin_and_text() {
 }
 
 /// Invalid rules, each with words that the error message must contain.
-const INVALID_RULES: [(&str, &[&str]); 78] = [
+const INVALID_RULES: [(&str, &[&str]); 81] = [
     ("permit", &["\"permit\"", "allow", "deny"]),
     ("Allow", &["\"Allow\""]),
     ("DENY port=80", &["\"DENY\""]),
@@ -220,7 +220,10 @@ const INVALID_RULES: [(&str, &[&str]); 78] = [
     ("allow#", &["\"allow#\""]),
     ("\u{feff}allow", &["\"\\u{feff}allow\""]),
     ("allow deny", &["\"deny\"", "key=value"]),
-    ("allow example.org", &["\"example.org\"", "key=value"]),
+    ("allow example.org", &["\"example.org\"", "key=value, such as from=10.0.0.0/8, found"]),
+    ("allow to=example.org:443", &["\"to=example.org:443\"", "has a port (write to=example.org port=443)"]),
+    ("allow to=a,127.0.0.1:80", &["\"127.0.0.1:80\" has a port (write to=127.0.0.1 port=80)"]),
+    ("deny to=[::1]:80", &["\"[::1]:80\" has a port (write to=[::1] port=80)"]),
     ("allow port", &["\"port\""]),
     ("allow port = 80", &["\"port\""]),
     ("allow port =80", &["\"port\""]),

@@ -9,7 +9,7 @@ use percent_encoding::percent_decode_str;
 
 use super::{ClientPattern, Route, Rule, TargetCondition, TargetPattern, UserPattern};
 use crate::policy::PolicyError;
-use crate::proto::PortRange;
+use crate::proto::{PortRange, parse_port, split_host_port};
 
 /// Value of `via=` for a direct connection.
 const DIRECT: &str = "direct";
@@ -48,7 +48,8 @@ pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
     let mut rule = Rule { to, origin: origin.into(), ..Rule::unconditional(allow, &words.join(" ")) };
     let mut keys = HashSet::new();
     for word in conditions {
-        let (key, value) = word.split_once('=').ok_or_else(|| format!("expected key=value, found {word:?}"))?;
+        let expected = || format!("expected key=value, such as from=10.0.0.0/8, found {word:?}");
+        let (key, value) = word.split_once('=').ok_or_else(expected)?;
         // The value of via= may be a URL with a password, so the word is not shown.
         let with_word = |text: String| if key == "via" { format!("via=: {text}") } else { format!("{word:?}: {text}") };
         if !keys.insert(key) {
@@ -109,6 +110,11 @@ fn parse_user(text: &str) -> Result<UserPattern, String> {
 }
 
 pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
+    if let (host, Some(port)) = split_host_port(text)
+        && parse_port(port).is_ok()
+    {
+        return Err(format!("{text:?} has a port (write to={host} port={port})"));
+    }
     if let Some(net) = parse_cidr(text)? {
         return Ok(TargetPattern::Net(net));
     }
