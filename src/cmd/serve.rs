@@ -331,8 +331,8 @@ impl Args {
         }
         let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
         PolicySources {
-            users: self.users.take().map(ConfigFile::new),
-            rules: self.rules.take().map(ConfigFile::new),
+            users: self.users.take().map(|file| ConfigFile::new("--users", file)),
+            rules: self.rules.take().map(|file| ConfigFile::new("--rules", file)),
             rule_options: all.into_iter().map(|(rule, option)| (rule.text, option)).collect(),
             methods,
             hops: hops.iter().map(|hop| hop.name.clone()).collect(),

@@ -81,7 +81,7 @@ fn invalid_users_line_is_an_error_with_file_line_and_word() {
 fn unreadable_users_file_is_an_error_with_its_name() {
     let dir = temp_dir();
     let missing = format!("{}/missing", dir.path().display());
-    assert_usage_error(&["serve", "--users", &missing], &[&missing, "No such file"]);
+    assert_usage_error(&["serve", "--users", &missing], &[&format!("--users {missing}: "), "No such file"]);
     let path = dir.path().to_str().expect("UTF-8 path").to_owned();
     assert_usage_error(&["serve", "--users", &path], &[&path]);
     let binary = dir.path().join("binary");
@@ -309,8 +309,8 @@ fn add_user_prompts_twice_without_echo() {
     let dir = temp_dir();
     let users = format!("{}/users", dir.path().display());
     let mut terminal = add_user_on_terminal(dir.path(), &users);
-    type_at_prompt(&mut terminal, dir.path(), "password for alice: ", b"topsecret\n");
-    type_at_prompt(&mut terminal, dir.path(), "repeat the password: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "Repeat the password: ", b"topsecret\n");
     let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
     assert_eq!(status.code(), Some(0), "{}", text(&shown));
     assert!(!text(&shown).contains("secret"), "{}", text(&shown));
@@ -326,8 +326,8 @@ fn add_user_with_different_passwords_changes_nothing() {
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", "# mine\n");
     let mut terminal = add_user_on_terminal(dir.path(), &users);
-    type_at_prompt(&mut terminal, dir.path(), "password for alice: ", b"topsecret\n");
-    type_at_prompt(&mut terminal, dir.path(), "repeat the password: ", b"othersecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "Repeat the password: ", b"othersecret\n");
     let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
     let shown = text(&shown);
     assert!(!status.success(), "{shown}");

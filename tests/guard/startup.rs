@@ -28,7 +28,6 @@ fn show_rules_prints_order_and_origin() {
         ("allow from=10.0.0.0/8", &format!("{file} line 4")),
         ("deny to=127.0.0.1 port=1080", "built in, own listener"),
         ("deny to=(any address of this host) port=1081", "built in, own listener"),
-        ("deny to=(any address of this host) port=1081", "built in, own listener"),
         (
             "deny from=remote to=.localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
              ::,::1,fd00:ec2::254,fe80::/10,ff00::/8",
@@ -121,6 +120,22 @@ fn explain_names_deciding_rule() {
 }
 
 #[test]
+fn explain_names_the_missing_part_of_the_request() {
+    let table = [
+        ("to=127.0.0.1", "to=127.0.0.1 has no port (write to=HOST:PORT)"),
+        ("to=[2001:db8::1]", "to=[2001:db8::1] has no port (write to=HOST:PORT)"),
+        ("to=localhost", "to=localhost has no port (write to=HOST:PORT)"),
+        ("from=10.0.0.1", "the request has no target address (write to=HOST:PORT)"),
+        ("a.test:80", "expected key=value, such as to=example.org:80, found \"a.test:80\" (see s5 serve --help)"),
+    ];
+    for (request, expected) in table {
+        let output = serve(&["--deny", "port=1", "--explain", request]);
+        let expected = format!("s5: --explain: {expected}\n");
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), expected), "{request}");
+    }
+}
+
+#[test]
 fn explain_names_first_rule_that_needs_resolving() {
     let output = serve(&["--deny", "to=127.0.0.9", "--explain", "to=localhost:80"]);
     let expected = "resolve localhost (its addresses decide): --deny (deny to=127.0.0.9)\n";
@@ -197,6 +212,7 @@ fn invalid_rule_error_names_file_line_and_word() {
             let output = serve(&["--listen", "127.0.0.1:0", option, file]);
             let shown = text(&output.stderr);
             assert!(shown.contains(file) && shown.contains(what), "{option} {file}: {shown}");
+            assert_eq!(shown.contains(&format!("{option} {file}: ")), what != "line 2", "{shown}");
             assert_eq!(output.status.code(), Some(2), "{option} {file}: {shown}");
         }
     }

@@ -32,7 +32,9 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
                 true => format!("deny to=(any address of this host) port={}", addr.port()),
                 false => format!("deny to={} port={}", addr.ip(), addr.port()),
             };
-            lines.extend(own_listeners.map(|addr| (rule_text(addr), "built in, own listener")));
+            let mut rules: Vec<String> = own_listeners.map(rule_text).collect();
+            rules.dedup();
+            lines.extend(rules.into_iter().map(|rule| (rule, "built in, own listener")));
         } else {
             lines.push((rule.to_string(), rule.origin()));
         }
@@ -48,8 +50,8 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> Result<(), CliError> {
     policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
     let query = ExplainedRequest::parse(request).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
-    let mut explanation = Explanation { policy: &policy, options, text: format!("request {query}\n") };
-    let is_allowed = explanation.explain(&query);
+    let mut explanation = Explanation { policy: &policy, options, query: &query, text: format!("request {query}\n") };
+    let is_allowed = explanation.explain();
     explanation.text += match is_allowed {
         Ok(true) => "allow\n",
         Ok(false) => "deny\n",
@@ -79,7 +81,8 @@ impl ExplainedRequest {
     fn parse(text: &str) -> Result<Self, String> {
         let mut conditions: HashMap<&str, &str> = HashMap::new();
         for word in text.split_whitespace() {
-            let (key, value) = word.split_once('=').ok_or_else(|| format!("expected key=value, found {word:?}"))?;
+            let expected = || format!("expected key=value, such as to=example.org:80, found {word:?}");
+            let (key, value) = word.split_once('=').ok_or_else(expected)?;
             if value.is_empty() || conditions.insert(key, value).is_some() {
                 return Err(format!("{word:?}: empty value or duplicate key"));
             }
@@ -150,11 +153,13 @@ impl fmt::Display for ExplainedRequest {
 struct Explanation<'a> {
     policy: &'a Policy,
     options: &'a Options,
+    query: &'a ExplainedRequest,
     text: String,
 }
 
 impl Explanation<'_> {
-    fn explain(&mut self, query: &ExplainedRequest) -> Result<bool, CliError> {
+    fn explain(&mut self) -> Result<bool, CliError> {
+        let query = self.query;
         let request = query.request();
         if let Some(identity) = request.identity
             && !self.policy.accepts_identity(&identity)
@@ -204,9 +209,13 @@ impl Explanation<'_> {
                 self.add_line("deny", subject, rule, Route::Direct);
                 Ok(false)
             }
-            Decision::Undecided(rule) => {
-                let reason = format!("the decision depends on {} ({rule})", rule.origin());
-                Err(CliError::usage(format!("--explain: {reason}; add more to the request, such as to=HOST:PORT")))
+            Decision::Undecided(_) => {
+                let to = self.query.to.as_ref().map(ToString::to_string);
+                let problem = match to.as_deref().and_then(|to| to.strip_suffix(":0")) {
+                    Some(to) => format!("to={to} has no port"),
+                    None => "the request has no target address".into(),
+                };
+                Err(CliError::usage(format!("--explain: {problem} (write to=HOST:PORT)")))
             }
         }
     }

@@ -21,6 +21,8 @@ const MAX_RULES_FILE: u64 = 1 << 20;
 /// A file that is read at the start and at each reload.
 #[derive(Debug)]
 pub(super) struct ConfigFile {
+    /// The option that names the file.
+    option: &'static str,
     path: PathBuf,
     /// Completeness of the file when it was last loaded. `None` before the first load.
     previous: Cell<Option<Completeness>>,
@@ -48,8 +50,8 @@ impl Completeness {
 }
 
 impl ConfigFile {
-    pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, previous: Cell::new(None), previous_text: RefCell::default() }
+    pub(super) fn new(option: &'static str, path: PathBuf) -> Self {
+        Self { option, path, previous: Cell::new(None), previous_text: RefCell::default() }
     }
 
     /// Reads the file. Fails if it looks less complete than the text that was last loaded.
@@ -59,7 +61,7 @@ impl ConfigFile {
         if previous.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
             return Err(file_error(&self.path, "not a regular file (a directory or a pipe cannot be reloaded)"));
         }
-        let text = read_file(&self.path, max)?;
+        let text = read_file(self.option, &self.path, max)?;
         let completeness = Completeness::of(&text);
         let old = self.previous_text.borrow();
         let is_shorter = text.len() < old.len() && old.starts_with(&text);
@@ -151,7 +153,7 @@ pub(super) fn gssapi_acceptor(
 ) -> Result<Acceptor, CliError> {
     if let Some(file) = &keytab {
         // The library reports every unreadable keytab as "nonexistent or empty"; this error is more exact.
-        fs::File::open(file).map_err(|error| file_error(file, error))?;
+        fs::File::open(file).map_err(unreadable("--keytab", file))?;
     }
     let file = keytab.as_ref().map_or("--auth gssapi without --keytab".into(), |file| file.display().to_string());
     Acceptor::new(keytab, service, levels).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{file}: {error}")))
@@ -161,11 +163,15 @@ pub(super) fn file_error(file: &Path, problem: impl std::fmt::Display) -> CliErr
     CliError::new(ExitStatus::USAGE, format!("{}: {problem}", file.display()))
 }
 
-/// Reads a file of at most `max` bytes.
-pub(super) fn read_file(file: &Path, max: u64) -> Result<String, CliError> {
+fn unreadable(option: &str, file: &Path) -> impl Fn(io::Error) -> CliError {
+    move |error| CliError::new(ExitStatus::USAGE, format!("{option} {}: {error}", file.display()))
+}
+
+/// Reads a file of at most `max` bytes, which `option` names.
+pub(super) fn read_file(option: &str, file: &Path, max: u64) -> Result<String, CliError> {
     let mut bytes = Vec::new();
-    let opened = fs::File::open(file).map_err(|error| file_error(file, error))?;
-    io::Read::take(opened, max + 1).read_to_end(&mut bytes).map_err(|error| file_error(file, error))?;
+    let opened = fs::File::open(file).map_err(unreadable(option, file))?;
+    io::Read::take(opened, max + 1).read_to_end(&mut bytes).map_err(unreadable(option, file))?;
     if bytes.len() as u64 > max {
         return Err(file_error(file, format!("too large (the limit is {max} bytes)")));
     }

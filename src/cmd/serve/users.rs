@@ -22,13 +22,13 @@ pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {
 
 /// Reads a users file and checks that it is valid. A missing file is empty.
 fn read_valid_users(file: &Path) -> Result<String, CliError> {
-    let text = if file.exists() { read_file(file, MAX_USERS_FILE)? } else { String::new() };
+    let text = if file.exists() { read_file("--users", file, MAX_USERS_FILE)? } else { String::new() };
     Users::parse(&text).map_err(|error| file_error(file, error))?;
     Ok(text)
 }
 
 pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
-    let text = read_file(file, MAX_USERS_FILE)?;
+    let text = read_file("--users", file, MAX_USERS_FILE)?;
     let text = users::edit_entry(&text, name, None).ok_or_else(|| file_error(file, format!("no user {name:?}")))?;
     // A reload rejects an empty file, because the file may still be being written.
     replace_file(file, if text.is_empty() { "# no users\n" } else { &text })
@@ -69,8 +69,8 @@ fn read_new_password(name: &str) -> Result<String, CliError> {
         stdin.read_line(&mut line).map_err(read_error)?;
         return Ok(line.trim_end_matches(['\r', '\n']).into());
     }
-    let first = rpassword::prompt_password(format!("password for {name}: ")).map_err(read_error)?;
-    let again = rpassword::prompt_password("repeat the password: ").map_err(read_error)?;
+    let first = rpassword::prompt_password(format!("Password for {name}: ")).map_err(read_error)?;
+    let again = rpassword::prompt_password("Repeat the password: ").map_err(read_error)?;
     if first == again {
         Ok(first)
     } else {
