@@ -133,7 +133,7 @@ fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
         let clients = if has_from { " for clients that match no from= rule" } else { "" };
         format!(
             "refusing to listen on {addr} without access control{clients}: \
-             use --users FILE, or --allow from=CIDR, or --open to run an open relay"
+             use --users FILE, or --allow from=CIDR, or --allow-open-relay to run an open relay"
         )
     })
 }

@@ -41,7 +41,10 @@ fn help_and_version_are_printed_on_stdout_with_status_0() {
     let table: [(&[&str], &[&str]); 7] = [
         (&["--help"], &["serve", "connect", "bind", "udp"]),
         (&["help"], &["serve", "connect", "bind", "udp"]),
-        (&["serve", "--help"], &["--listen", "--users", "--add-user", "--bind-timeout", "--drain", "--threads"]),
+        (
+            &["serve", "--help"],
+            &["--listen", "--users", "--add-user", "--bind-timeout", "--drain-timeout", "--threads"],
+        ),
         (&["connect", "--help"], &["--proxy", "-x", "-w", "S5_PROXY", "ALL_PROXY", "127.0.0.1:1080"]),
         (&["bind", "--help"], &["--proxy", "-x", "-w"]),
         (&["udp", "--help"], &["--proxy", "-x", "-w", "--raw"]),
@@ -97,7 +100,7 @@ fn error_names_option_without_value() {
 #[test]
 fn error_names_option_given_twice() {
     assert_usage_error(&["connect", "-w", "1", "-w", "2", "a:1"], &["-w"]);
-    assert_usage_error(&["serve", "--drain", "1", "--drain", "2"], &["--drain"]);
+    assert_usage_error(&["serve", "--drain-timeout", "1", "--drain-timeout", "2"], &["--drain-timeout"]);
 }
 
 #[test]
@@ -153,7 +156,8 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
 #[test]
 fn error_names_invalid_time() {
     for time in ["", "x", "-1", "1d", "1e400", "inf", "NaN", "ms", "1 s", "99999999999h"] {
-        for flag in ["--handshake-timeout", "--connect-timeout", "--bind-timeout", "--idle-timeout", "--drain"] {
+        for flag in ["--handshake-timeout", "--connect-timeout", "--bind-timeout", "--idle-timeout", "--drain-timeout"]
+        {
             assert_usage_error(&["serve", flag, time], &[flag, time]);
         }
         for mode in ["connect", "bind", "udp"] {

@@ -30,7 +30,7 @@ client_mode!(
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// The destination of `--bound-to`.
+/// The destination of `--address-file`.
 enum AddrOutput {
     File(PathBuf),
     Descriptor(FileDescriptor),
@@ -39,7 +39,7 @@ enum AddrOutput {
 impl AddrOutput {
     /// Takes the descriptor. A file of an earlier run is removed, because its address is no longer valid.
     fn open(text: &str) -> Result<Self, CliError> {
-        let usage_error = |error| CliError::new(ExitStatus::USAGE, format!("--bound-to {text}: {error}"));
+        let usage_error = |error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}"));
         match descriptor::fd_number(text) {
             Some(number) => {
                 let file = descriptor::take_fd(number);
@@ -90,7 +90,7 @@ impl Args {
             }
             [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
-        let output = args.bound_to.as_deref().map(AddrOutput::open).transpose()?;
+        let output = args.address_file.as_deref().map(AddrOutput::open).transpose()?;
         let connector = Connector::new(Command::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
             let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
@@ -127,7 +127,7 @@ async fn accept_peer(
                 written => break written,
             }
         };
-        written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--bound-to: {error}")))?;
+        written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--address-file: {error}")))?;
     }
     let expected = connector.dst().map_or("any peer".into(), ToString::to_string);
     connector.print_verbose(&format!("waiting for a connection from {expected}"));

@@ -21,7 +21,7 @@ use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Method, PortRange, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, ServerError};
-use load::{ConfigFile, PolicySources};
+use load::{ConfigFile, PolicySources, RuleOption};
 
 /// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
@@ -35,7 +35,7 @@ pub struct Args {
     /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
     /// addresses), *:PORT (all addresses) or unix:/PATH. With port 0 the kernel chooses the port, and s5 logs it. A
     /// Unix socket that no process uses is replaced. Addresses other than loopback require --users, --keytab, an allow
-    /// rule with from=, or --open.
+    /// rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
@@ -94,13 +94,17 @@ pub struct Args {
     #[argh(option, arg_name = "FILE")]
     rules: Option<PathBuf>,
 
-    /// add an allow rule before the file's (repeatable). RULE is the conditions of a rule. The rules of --allow and
-    /// --deny are evaluated in the order of the command line.
-    #[argh(option, arg_name = "RULE", from_str_fn(allow_rule))]
+    /// add a rule before the file's (repeatable). RULE is a line of a rules file, such as 'allow to=192.0.2.0/24'. Rules
+    /// of --rule, --allow and --deny are evaluated in the order of the command line.
+    #[argh(option, arg_name = "RULE", from_str_fn(parse_rule))]
+    rule: Vec<RuleOption>,
+
+    /// same as --rule 'allow CONDITIONS'
+    #[argh(option, arg_name = "CONDITIONS", from_str_fn(parse_allow))]
     allow: Vec<RuleOption>,
 
-    /// add a deny rule before the file's (repeatable)
-    #[argh(option, arg_name = "RULE", from_str_fn(deny_rule))]
+    /// same as --rule 'deny CONDITIONS'
+    #[argh(option, arg_name = "CONDITIONS", from_str_fn(parse_deny))]
     deny: Vec<RuleOption>,
 
     /// print all rules in order, then exit. This includes the built-in rules.
@@ -114,7 +118,7 @@ pub struct Args {
 
     /// serve other hosts without login or rules. This is an open relay: all hosts that reach the server can use it.
     #[argh(switch)]
-    open: bool,
+    allow_open_relay: bool,
 
     /// keep sessions that reloaded rules would deny. By default a reload closes them.
     #[argh(switch)]
@@ -182,7 +186,7 @@ pub struct Args {
 
     /// wait for sessions at shutdown [default: 5s]. Sessions that are still open after this time are reset.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
-    drain: Duration,
+    drain_timeout: Duration,
 
     /// log more: dropped datagrams, blocked clients
     #[argh(switch, short = 'v')]
@@ -219,24 +223,22 @@ fn parse_rate(text: &str) -> Result<u64, String> {
     rate.filter(|rate| *rate > 0).ok_or_else(|| "expected bytes per second, such as 1500 or 10M".into())
 }
 
-/// A rule of `--allow` or `--deny`. argh collects each option separately; the position restores their common order.
-#[derive(Debug)]
-struct RuleOption {
-    position: usize,
-    text: String,
-}
-
-fn rule_option(text: String) -> Result<RuleOption, String> {
+/// Returns a rule of the command line. argh collects each option separately; the position restores their common order.
+fn rule_option(option: &'static str, text: String) -> Result<RuleOption, String> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
-    Ok(RuleOption { position: COUNT.fetch_add(1, Ordering::Relaxed), text })
+    Ok(RuleOption { position: COUNT.fetch_add(1, Ordering::Relaxed), option, text })
 }
 
-fn allow_rule(conditions: &str) -> Result<RuleOption, String> {
-    rule_option(format!("allow {conditions}"))
+fn parse_rule(text: &str) -> Result<RuleOption, String> {
+    rule_option("--rule", text.into())
 }
 
-fn deny_rule(conditions: &str) -> Result<RuleOption, String> {
-    rule_option(format!("deny {conditions}"))
+fn parse_allow(conditions: &str) -> Result<RuleOption, String> {
+    rule_option("--allow", format!("allow {conditions}"))
+}
+
+fn parse_deny(conditions: &str) -> Result<RuleOption, String> {
+    rule_option("--deny", format!("deny {conditions}"))
 }
 
 impl Args {
@@ -322,18 +324,13 @@ impl Args {
     }
 
     fn policy_sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> PolicySources {
-        let take_rules =
-            |rules: &mut Vec<RuleOption>, option| rules.drain(..).map(move |rule| (rule, option)).collect::<Vec<_>>();
-        let mut all = take_rules(&mut self.allow, "--allow");
-        for (rule, option) in take_rules(&mut self.deny, "--deny") {
-            let at = all.partition_point(|(before, _)| before.position < rule.position);
-            all.insert(at, (rule, option));
-        }
+        let mut rule_options = [&mut self.rule, &mut self.allow, &mut self.deny].map(std::mem::take).concat();
+        rule_options.sort_by_key(|rule| rule.position);
         let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
         PolicySources {
             users: self.users.take().map(|file| ConfigFile::new("--users", file)),
             rules: self.rules.take().map(|file| ConfigFile::new("--rules", file)),
-            rule_options: all.into_iter().map(|(rule, option)| (rule.text, option)).collect(),
+            rule_options,
             methods,
             hops: hops.iter().map(|hop| hop.name.clone()).collect(),
             default_route: via.map_or(Route::Direct, Route::Hop),
@@ -361,7 +358,7 @@ impl Args {
             connect_timeout: self.connect_timeout,
             bind_timeout: self.bind_timeout,
             idle_timeout: self.idle_timeout,
-            drain_timeout: self.drain,
+            drain_timeout: self.drain_timeout,
             max_connections: self.max_connections,
             threads: self.threads.unwrap_or_else(default_threads),
             advertise: self.advertise,
@@ -377,7 +374,7 @@ impl Args {
                 session_rate: self.rate,
                 user_rate: self.rate_per_user.or(self.rate),
             },
-            allow_open_relay: self.open,
+            allow_open_relay: self.allow_open_relay,
             keep_sessions: self.keep_sessions,
         })
     }

@@ -128,6 +128,14 @@ fn help_line_of_an_option_ends_with_its_default() {
 }
 
 #[test]
+fn manual_names_the_aliases_of_options() {
+    let manual = manual();
+    for alias in ["--no-proxy", "--resolve", "--wait", "--bound-to", "--drain", "--open"] {
+        assert_eq!(manual.matches(&format!("\nAlias: {alias}.\n")).count(), 1, "{alias}");
+    }
+}
+
+#[test]
 fn mandoc_groff_and_man_have_no_warnings_about_the_manual() {
     lint("mandoc", &["-T", "lint"]);
     lint("groff", &["-man", "-ww", "-Tutf8", "-z"]);
@@ -269,8 +277,8 @@ const CASES: [(&str, &[&str]); 10] = [
     ("s5 --ma", &["--man"]),
     ("s5 connect --prox", &["--proxy", "--proxy-auth-file", "--proxy-dns", "--proxy-type", "--proxy-user"]),
     ("s5 connect --proxy a --pas", &["--pass-fd"]),
-    ("s5 bind --bou", &["--bound-to"]),
-    ("s5 connect --bou", &[]),
+    ("s5 bind --addr", &["--address-file"]),
+    ("s5 connect --addr", &[]),
     ("s5 udp --len", &["--length-prefixed"]),
     ("s5 serve --max-c", &["--max-connections"]),
     ("s5 serve --prox", &[]),

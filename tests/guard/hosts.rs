@@ -67,7 +67,7 @@ impl Host {
 
     /// Starts a server on every address, open to all clients.
     fn serve(&self, args: &[&str]) -> Server {
-        self.s5("*:1080", 2, &[&["--open"], args].concat())
+        self.s5("*:1080", 2, &[&["--allow-open-relay"], args].concat())
     }
 }
 
@@ -328,7 +328,7 @@ fn rules_distinguish_hosts() {
         let mut other = stream.try_clone().expect("cloned");
         let _ = std::io::copy(&mut stream, &mut other);
     });
-    // from= is enough to start without --open.
+    // from= is enough to start without --allow-open-relay.
     let rules = ["--allow", "from=10.9.0.2 to=10.9.1.0/24"];
     let server = host.s5("*:1080", 2, &rules);
     let mut stream = log_in(server_addr(), ip(CLIENT), None);

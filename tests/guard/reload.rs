@@ -178,7 +178,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
 
 #[test]
 fn reload_does_not_block_on_named_pipe() {
-    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain", "0"]);
+    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain-timeout", "0"]);
     std::fs::remove_file(&setup.rules).expect("file removed");
     assert!(Command::new("mkfifo").arg(&setup.rules).status().expect("mkfifo runs").success());
     setup.server.signal("HUP");
@@ -262,7 +262,9 @@ fn reload_never_opens_relay() {
         std::fs::write(&rules, open_rules).expect("file written");
         let line = reload(&server);
         assert!(
-            line.contains("ERROR") && line.contains("--open") && line.contains("keeping the current configuration"),
+            line.contains("ERROR")
+                && line.contains("--allow-open-relay")
+                && line.contains("keeping the current configuration"),
             "{open_rules}: {line}"
         );
         assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open_rules}");
@@ -331,7 +333,7 @@ fn many_reloads_do_not_disturb_allowed_session() {
 
 #[test]
 fn reload_during_shutdown_changes_nothing() {
-    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain", "60"]);
+    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain-timeout", "60"]);
     let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     assert_eq!(rep, 0);
     setup.server.signal("TERM");

@@ -20,10 +20,14 @@ fn show_rules_prints_order_and_origin() {
     let dir = temp_dir();
     let file = write_file(dir.path(), "rules", "# ours\ndeny   port=25\n\nallow from=10.0.0.0/8 # them\n");
     let args = ["--listen", "127.0.0.1:1080", "--listen", "*:1081", "--rules", &file];
-    let output = serve(&[&args[..], &["--allow", "to=a.test", "--show-rules"]].concat());
+    let rules = ["--allow", "to=a.test", "--rule", "deny to=b.test", "--deny", "to=c.test", "--allow", "to=d.test"];
+    let output = serve(&[&args[..], &rules, &["--show-rules"]].concat());
     let lines: Vec<String> = text(&output.stdout).lines().map(str::to_owned).collect();
     let expected = [
         ("allow to=a.test", "--allow"),
+        ("deny to=b.test", "--rule"),
+        ("deny to=c.test", "--deny"),
+        ("allow to=d.test", "--allow"),
         ("deny port=25", &format!("{file} line 2")),
         ("allow from=10.0.0.0/8", &format!("{file} line 4")),
         ("deny to=127.0.0.1 port=1080", "built in, own listener"),
@@ -193,11 +197,12 @@ fn invalid_rule_error_names_file_line_and_word() {
         assert!(is_named && shown.lines().count() == 1, "{rule}: {shown}");
         assert_eq!(output.status.code(), Some(2), "{rule}: {shown}");
         let (action, conditions) = rule.split_once(' ').expect("two words");
-        if ["allow", "deny"].contains(&action) {
-            let option = format!("--{action}");
-            let output = serve(&["--listen", "127.0.0.1:0", &option, conditions]);
+        let option = format!("--{action}");
+        let is_action = ["allow", "deny"].contains(&action);
+        for (option, value) in [("--rule", rule), (&option, conditions)].into_iter().take(1 + usize::from(is_action)) {
+            let output = serve(&["--listen", "127.0.0.1:0", option, value]);
             let shown = text(&output.stderr);
-            assert!(shown.contains(&option) && shown.contains(word), "{rule}: {shown}");
+            assert!(shown.contains(option) && shown.contains(word), "{rule}: {shown}");
             assert_eq!(output.status.code(), Some(2), "{rule}: {shown}");
         }
     }
@@ -219,8 +224,8 @@ fn invalid_rule_error_names_file_line_and_word() {
 }
 
 #[test]
-fn open_relay_requires_option_open() {
-    if !in_namespace("startup::open_relay_requires_option_open", "", "") {
+fn open_relay_requires_its_option() {
+    if !in_namespace("startup::open_relay_requires_its_option", "", "") {
         return;
     }
     let dir = temp_dir();
@@ -241,7 +246,7 @@ fn open_relay_requires_option_open() {
         let output = serve(&[&["--listen", "127.0.0.1:0", "--listen", "*:0"], args].concat());
         let shown = text(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {shown}");
-        for word in ["--users", "--allow from", "--open"] {
+        for word in ["--users", "--allow from", "--allow-open-relay"] {
             assert!(shown.contains(word), "{args:?}: {shown}");
         }
         assert!(!shown.contains("listening on"), "{args:?}: {shown}");
@@ -255,8 +260,8 @@ fn open_relay_requires_option_open() {
         &["--users", &users],
         &["--rules", &from],
         &["--allow", "from=10.0.0.0/8"],
-        &["--open"],
-        &["--deny", "from=10.0.0.0/8", "--open"],
+        &["--allow-open-relay"],
+        &["--deny", "from=10.0.0.0/8", "--allow-open-relay"],
         &["--deny", "method=none"],
     ];
     for args in allowed {

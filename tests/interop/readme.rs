@@ -163,7 +163,7 @@ fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
                 assert!(read().contains(ready) || !process.has_ended(), "{command}: {}", read());
                 read().contains(ready) && (!ready.is_empty() || TcpStream::connect("127.0.0.1:1080").is_ok())
             });
-            if let Some(bnd) = read().strip_prefix("bound ").filter(|_| !command.contains("--bound-to")) {
+            if let Some(bnd) = read().strip_prefix("bound ").filter(|_| !command.contains("--address-file")) {
                 let bnd: SocketAddr = bnd.trim().parse().expect("valid address");
                 let mut peer = TcpStream::connect(bnd).expect("the proxy accepts");
                 peer.write_all(b"hello").expect("data sent");

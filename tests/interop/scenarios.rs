@@ -122,7 +122,7 @@ fn assert_succeeds(mut check: RunningProgram) {
 #[test]
 fn health_check_waits_for_the_proxy() {
     let addr = closed_port().to_string();
-    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", LONG_WAIT, "-x", &addr]));
+    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--retry", LONG_WAIT, "-x", &addr]));
     assert_keeps_trying(&mut check);
     let _server = Server::start_with(s5().args(["serve", "--listen", &addr]), 1);
     assert_succeeds(check);
@@ -132,7 +132,7 @@ fn health_check_waits_for_the_proxy() {
 fn health_check_waits_for_the_target() {
     let (server, target) = (Server::start(&[]), closed_port());
     let (proxy, addr) = (server.addr().to_string(), target.to_string());
-    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--wait", LONG_WAIT, "-x", &proxy, &addr]));
+    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--retry", LONG_WAIT, "-x", &proxy, &addr]));
     assert_keeps_trying(&mut check);
     wait_for_session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
     let listener = TcpListener::bind(target).expect("the port is still free");
@@ -145,7 +145,7 @@ fn health_check_waits_for_the_target() {
 fn health_check_exits_at_its_time_limit_and_reports_tries() {
     let proxy = closed_port().to_string();
     let check =
-        |options: &str| timed(|| run(s5().args(["connect", options, "--wait", "300ms", "-x", &proxy]), b"", TIMEOUT));
+        |options: &str| timed(|| run(s5().args(["connect", options, "--retry", "300ms", "-x", &proxy]), b"", TIMEOUT));
     let (elapsed, output) = check("-zv");
     let stderr = text(&output.stderr);
     assert_eq!((exit_code(&output), stderr.lines().count()), (7, 1), "{stderr}");
@@ -174,13 +174,13 @@ fn health_check_does_not_retry_final_errors() {
     ];
     for (proxy, status, word) in table {
         // A client that retries would not exit within TIMEOUT.
-        let output = run(s5().args(["connect", "-zv", "--wait", LONG_WAIT, "-x", &proxy]), b"", TIMEOUT);
+        let output = run(s5().args(["connect", "-zv", "--retry", LONG_WAIT, "-x", &proxy]), b"", TIMEOUT);
         let stderr = text(&output.stderr);
         assert_eq!(exit_code(&output), status, "{proxy}: {stderr}");
         assert!(stderr.contains(word) && !stderr.contains("given up"), "{proxy}: {stderr}");
     }
-    // --wait also limits a single try.
-    let output = run(s5().args(["connect", "-zv", "--wait", "300ms", "-x", &silent.to_string()]), b"", TIMEOUT);
+    // --retry also limits a single try.
+    let output = run(s5().args(["connect", "-zv", "--retry", "300ms", "-x", &silent.to_string()]), b"", TIMEOUT);
     assert_eq!(exit_code(&output), 28, "{}", text(&output.stderr));
 }
 

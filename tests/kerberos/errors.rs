@@ -135,7 +135,7 @@ fn silent_kdc_does_not_block_other_sessions() {
     let plain_hop = start(&realm, &[]);
     let (kerberos, plain) = (format!("kerberos={}", url(&hop)), format!("plain={}", url(&plain_hop)));
     let args = ["--hop", &kerberos, "--hop", &plain, "--allow", "to=127.0.0.9 via=kerberos"];
-    let more = ["--allow", "to=localhost via=plain", "--connect-timeout", "5s", "--drain", "100ms"];
+    let more = ["--allow", "to=localhost via=plain", "--connect-timeout", "5s", "--drain-timeout", "100ms"];
     let mut server = start(&realm, &[&args[..], &more].concat());
     realm.stop_answering();
     // 32 logins wait for the KDC until their deadline. The server refuses the other 8 after 1 s.

@@ -48,7 +48,7 @@ fn listen_port_binds_loopback_of_both_families() {
 
 #[test]
 fn listen_star_binds_all_addresses_of_both_families() {
-    let server = serve("*:0", 2, &["--open"]);
+    let server = serve("*:0", 2, &["--allow-open-relay"]);
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
     for ip in ["127.0.0.1", "127.0.0.2", "::1"] {

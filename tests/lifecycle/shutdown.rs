@@ -14,7 +14,7 @@ use crate::kit::{
 #[test]
 fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
     for signal in ["TERM", "INT"] {
-        let mut server = Server::start(&["--drain", "60"]);
+        let mut server = Server::start(&["--drain-timeout", "60"]);
         let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
         assert_eq!(rep, 0);
         server.signal(signal);
@@ -32,7 +32,7 @@ fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
 
 #[test]
 fn sigterm_ends_an_idle_server_at_once() {
-    let mut server = Server::start(&["--drain", "60"]);
+    let mut server = Server::start(&["--drain-timeout", "60"]);
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
 }
@@ -40,7 +40,7 @@ fn sigterm_ends_an_idle_server_at_once() {
 #[test]
 fn drain_timeout_resets_the_remaining_tunnels() {
     for threads in ["1", "4"] {
-        let mut server = Server::start(&["--drain", "300ms", "--threads", threads]);
+        let mut server = Server::start(&["--drain-timeout", "300ms", "--threads", threads]);
         let (target, dst) = listener(V4);
         let mut tunnels: Vec<_> = (0..8)
             .map(|_| {
@@ -73,7 +73,7 @@ fn drain_timeout_resets_the_remaining_tunnels() {
 
 #[test]
 fn drain_timeout_closes_waiting_binds_and_udp_associations() {
-    let mut server = Server::start(&["--drain", "100ms"]);
+    let mut server = Server::start(&["--drain-timeout", "100ms"]);
     let any: SocketAddr = "0.0.0.0:0".parse().expect("valid address");
     let (_bind, rep, bnd) = open(&server, BIND, any);
     assert_eq!(rep, 0);
@@ -89,7 +89,7 @@ fn drain_timeout_closes_waiting_binds_and_udp_associations() {
 #[test]
 fn second_signal_ends_the_drain() {
     for signals in [["TERM", "TERM"], ["INT", "TERM"]] {
-        let mut server = Server::start(&["--drain", "60"]);
+        let mut server = Server::start(&["--drain-timeout", "60"]);
         let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
         assert_eq!(rep, 0);
         server.signal(signals[0]);
@@ -103,7 +103,7 @@ fn second_signal_ends_the_drain() {
 
 #[test]
 fn drain_of_zero_resets_tunnels_at_once() {
-    let mut server = Server::start(&["--drain", "0"]);
+    let mut server = Server::start(&["--drain-timeout", "0"]);
     let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
     assert_eq!(rep, 0);
     server.signal("TERM");

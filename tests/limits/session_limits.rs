@@ -185,7 +185,7 @@ fn max_per_client_counts_an_ipv6_prefix_of_64_bits_as_one_client() {
         add.args(["-6", "addr", "add", &format!("{source}/128"), "dev", "lo", "nodad"]);
         assert!(add.status().expect("ip runs").success());
     }
-    let server = serve("[2001:db8:1::1]:0", 1, &["--open", "--max-per-client", "2"]);
+    let server = serve("[2001:db8:1::1]:0", 1, &["--allow-open-relay", "--max-per-client", "2"]);
     let [one, two, three, four] = sources.map(|source| SocketAddr::new(source.parse().expect("valid address"), 0));
     let connect = |from| connect_from(from, server.addr());
     let _open_streams = [connect(one), connect(two)];

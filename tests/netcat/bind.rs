@@ -1,4 +1,4 @@
-//! `s5 bind` in scripts: --bound-to, -z, and a program that serves the peer.
+//! `s5 bind` in scripts: --address-file, -z, and a program that serves the peer.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -27,7 +27,7 @@ fn bound_to_file_has_only_the_address() {
     let path = dir.path().join("address");
 
     let mut command = s5();
-    command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&path);
+    command.args(["bind", "-x", &server.addr().to_string(), "--address-file"]).arg(&path);
     let mut client = RunningProgram::start(&mut command);
     let at = read_address(&path);
     assert!(client.stderr(|stderr| stderr.contains("bound ")).contains(&at.to_string()));
@@ -45,7 +45,7 @@ fn bound_to_file_has_only_the_address() {
 fn bound_to_descriptor_gets_the_address_and_is_closed() {
     let server = Server::start(&[]);
     // cat exits when s5 has closed the pipe, while s5 is still waiting for its peer.
-    let script = "\"$0\" bind -x \"$1\" --bound-to fd:3 3>&1 >/dev/null 2>/dev/null & echo $! >&2; exec 1>&-";
+    let script = "\"$0\" bind -x \"$1\" --address-file fd:3 3>&1 >/dev/null 2>/dev/null & echo $! >&2; exec 1>&-";
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{{ {script}; }} | cat"), env!("CARGO_BIN_EXE_s5"), &server.addr().to_string()]);
     let output = run(&mut command, b"", TIMEOUT);
@@ -62,7 +62,7 @@ fn bound_to_named_pipe_gets_the_address() {
     let path = dir.path().join("fifo");
     assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo runs").success());
     let mut command = s5();
-    command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&path);
+    command.args(["bind", "-x", &server.addr().to_string(), "--address-file"]).arg(&path);
     let _client = RunningProgram::start(&mut command);
     let output = run(Command::new("cat").arg(&path), b"", TIMEOUT);
     assert!(text(&output.stdout).trim().parse::<SocketAddr>().is_ok(), "{}", text(&output.stdout));
@@ -72,10 +72,10 @@ fn bound_to_named_pipe_gets_the_address() {
 fn bound_to_fails_at_once_if_the_file_cannot_be_written() {
     let server = Server::start(&[]);
     for (to, status) in [("/nonexistent/address", 23), ("fd:77", 2), ("fd:x", 2), ("fd:1", 2)] {
-        let output = run(s5().args(["bind", "-x", &server.addr().to_string(), "--bound-to", to]), b"", TIMEOUT);
+        let output = run(s5().args(["bind", "-x", &server.addr().to_string(), "--address-file", to]), b"", TIMEOUT);
         let stderr = text(&output.stderr);
         assert_eq!(output.status.code(), Some(status), "{to}: {stderr}");
-        assert!(stderr.lines().last().is_some_and(|line| line.starts_with("s5: --bound-to")), "{to}: {stderr}");
+        assert!(stderr.lines().last().is_some_and(|line| line.starts_with("s5: --address-file")), "{to}: {stderr}");
     }
 }
 
@@ -134,7 +134,7 @@ fn bind_example_of_readme_transfers_a_file() {
         let line = readme.lines().find(|line| line.starts_with(begin)).unwrap_or_else(|| panic!("no line {begin}"));
         line.split("  #").next().unwrap_or_default().trim().to_owned()
     };
-    let (receive, send) = (line("s5 bind --bound-to address"), line("nc -N $(tr"));
+    let (receive, send) = (line("s5 bind --address-file address"), line("nc -N $(tr"));
     let (server, dir) = (Server::start(&[]), temp_dir());
     let content: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_be_bytes).collect();
     std::fs::create_dir(dir.path().join("there")).expect("directory created");
@@ -166,7 +166,7 @@ fn bound_to_follows_symlinks_removes_old_address_and_obeys_umask() {
     // This proxy never replies, so no address is written.
     let silent = ScriptedServer::start(vec![crate::scripted::Step::Greeting, crate::scripted::Step::WaitForClose]);
     let mut command = s5();
-    command.args(["bind", "-x", &silent.url(), "--bound-to"]).arg(&link);
+    command.args(["bind", "-x", &silent.url(), "--address-file"]).arg(&link);
     let waiting = RunningProgram::start(&mut command);
     silent.message();
     assert!(!path.exists(), "the address of an earlier run is still there");
@@ -174,7 +174,7 @@ fn bound_to_follows_symlinks_removes_old_address_and_obeys_umask() {
     std::fs::write(&path, "127.0.0.1:1\n").expect("file written");
     let server = Server::start(&[]);
     let mut command = s5();
-    command.args(["bind", "-x", &server.addr().to_string(), "--bound-to"]).arg(&link);
+    command.args(["bind", "-x", &server.addr().to_string(), "--address-file"]).arg(&link);
     let client = RunningProgram::start(&mut command);
     client.stderr(|stderr| stderr.contains("bound "));
     read_address(&path);
@@ -199,7 +199,7 @@ fn bound_to_descriptor_appends_at_its_position() {
     let log = dir.path().join("log");
     std::fs::write(&log, "before\n").expect("file written");
     let mut command = Command::new("sh");
-    command.args(["-c", "exec \"$0\" bind -x \"$1\" --bound-to fd:3 3>>\"$2\"", env!("CARGO_BIN_EXE_s5")]);
+    command.args(["-c", "exec \"$0\" bind -x \"$1\" --address-file fd:3 3>>\"$2\"", env!("CARGO_BIN_EXE_s5")]);
     let client = RunningProgram::start(command.arg(server.addr().to_string()).arg(&log));
     let stderr = client.stderr(|stderr| stderr.contains("bound "));
     let bound = stderr.trim().trim_start_matches("bound ");

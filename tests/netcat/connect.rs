@@ -78,9 +78,9 @@ fn wait_retries_until_success() {
     assert_eq!(
         run_status(&["connect", "-x", &proxy, "target.example:80"]).0,
         Some(97),
-        "without --wait there is one try"
+        "without --retry there is one try"
     );
-    let (code, stderr) = run_status(&["connect", "--wait", "10", "-x", &proxy, "target.example:80"]);
+    let (code, stderr) = run_status(&["connect", "--retry", "10", "-x", &proxy, "target.example:80"]);
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
 }
 
@@ -88,7 +88,7 @@ fn wait_retries_until_success() {
 fn wait_exits_with_the_last_error_at_its_time_limit() {
     let started = Instant::now();
     let down = closed_port().to_string();
-    let (code, stderr) = run_status(&["connect", "--wait", "400ms", "-x", &down, "target.example:80"]);
+    let (code, stderr) = run_status(&["connect", "--retry", "400ms", "-x", &down, "target.example:80"]);
     assert_eq!(code, Some(7), "{stderr}");
     assert!(stderr.contains("connection refused") && stderr.contains(" tries)"), "{stderr}");
     assert!(
@@ -98,7 +98,7 @@ fn wait_exits_with_the_last_error_at_its_time_limit() {
     );
     // The time limit also ends a try that hangs.
     let proxy = ScriptedServer::start(vec![Step::WaitForClose]);
-    let (code, stderr) = run_status(&["connect", "--wait", "300ms", "-x", &proxy.url(), "target.example:80"]);
+    let (code, stderr) = run_status(&["connect", "--retry", "300ms", "-x", &proxy.url(), "target.example:80"]);
     assert_eq!((code, stderr.contains("timed out after")), (Some(28), true), "{stderr}");
 }
 
@@ -115,19 +115,19 @@ fn wait_does_not_retry_final_errors() {
     for (script, expected) in cases {
         // The proxy accepts one connection, so a second try would fail with another status.
         let proxy = ScriptedServer::start(script);
-        let (code, stderr) = run_status(&["connect", "--wait", "30", "-x", &proxy.url(), "target.example:80"]);
+        let (code, stderr) = run_status(&["connect", "--retry", "30", "-x", &proxy.url(), "target.example:80"]);
         assert_eq!(code, Some(expected), "{stderr}");
         assert!(!stderr.contains("tries"), "{stderr}");
     }
     let proxy = closed_port().to_string();
-    assert_eq!(run_status(&["connect", "--wait", "30", "-s", "192.0.2.9", "-x", &proxy, "a.example:80"]).0, Some(45));
+    assert_eq!(run_status(&["connect", "--retry", "30", "-s", "192.0.2.9", "-x", &proxy, "a.example:80"]).0, Some(45));
 }
 
 #[test]
 fn timeout_applies_to_each_try() {
     let silent = ScriptedServer::start(vec![Step::WaitForClose]);
     // After the first connection, the proxy no longer listens.
-    let args = ["connect", "--wait", "1s", "-w", "200ms", "-x", &silent.url(), "target.example:80"];
+    let args = ["connect", "--retry", "1s", "-w", "200ms", "-x", &silent.url(), "target.example:80"];
     let (code, stderr) = run_status(&args);
     assert_eq!(code, Some(7), "{stderr}");
 }
@@ -195,7 +195,7 @@ fn option_of_another_mode_is_a_usage_error_with_reason() {
         ("bind -l 1", "with bind, the proxy listens"),
         ("bind -k", "bind does not support -k: "),
         ("bind --direct", "bind requires a proxy"),
-        ("connect --bound-to f a:1", "only bind uses it"),
+        ("connect --address-file f a:1", "only bind uses it"),
         ("connect -n 1 a:1", "only udp uses it"),
         ("connect --hex a:1", "only udp uses it"),
         ("udp -C a:1", "udp does not support -C: "),

@@ -91,7 +91,7 @@ fn json_reports_ended_first_and_tries() {
         "('remote', None, None, 3)"
     );
     let down = closed_port().to_string();
-    let output = run(s5().args(["connect", "--json", "--wait", "300ms", "-x", &down, "a.example:1"]), b"", TIMEOUT);
+    let output = run(s5().args(["connect", "--json", "--retry", "300ms", "-x", &down, "a.example:1"]), b"", TIMEOUT);
     assert_eq!(eval_json(&output.stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
     let server = Server::start(&[]);
     let args = ["udp", "--json", "-n", "1", "-x", &server.addr().to_string()];

@@ -63,7 +63,7 @@ fn bind_sends_two_replies_and_relays() {
 
 #[test]
 fn bind_bnd_is_the_address_that_the_client_connected_to() {
-    let server = serve("*:0", 2, &["--open"]);
+    let server = serve("*:0", 2, &["--allow-open-relay"]);
     let listen = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
     let mut client = connect_peer(V4, listen);
     client.write_all(&[5, 1, 0]).expect("greeting sent");

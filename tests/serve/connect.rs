@@ -161,7 +161,7 @@ fn connect_to_a_listener_of_the_server_is_rep_02() {
 
 #[test]
 fn connect_to_any_address_of_a_wildcard_listener_is_rep_02() {
-    let server = serve("*:0", 2, &["--open"]);
+    let server = serve("*:0", 2, &["--allow-open-relay"]);
     let port = server.addr().port();
     let local = SocketAddr::new(V4, port);
     let refused = |request: &[u8]| {

@@ -77,7 +77,7 @@ fn udp_association_ends_at_the_idle_timeout() {
 
 #[test]
 fn udp_association_ends_with_the_server() {
-    let mut server = Server::start(&["--drain", "100ms"]);
+    let mut server = Server::start(&["--drain-timeout", "100ms"]);
     let association = Association::new(&server);
     server.signal("TERM");
     assert!(server.wait(TIMEOUT).success());
@@ -86,7 +86,7 @@ fn udp_association_ends_with_the_server() {
 
 #[test]
 fn udp_bnd_is_the_address_that_the_client_connected_to() {
-    let server = serve("*:0", 2, &["--open"]);
+    let server = serve("*:0", 2, &["--allow-open-relay"]);
     let server_addr = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
     let mut control = connect_from(addr("127.0.0.5:0"), server_addr);
     control.write_all(&[5, 1, 0]).expect("greeting sent");

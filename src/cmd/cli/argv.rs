@@ -8,8 +8,15 @@ use super::secrets::without_userinfo;
 
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
 const MAX_EDIT_DISTANCE: usize = 2;
-/// Aliases of options, each with the name of the option.
-const ALIASES: [(&str, &str); 2] = [("--no-proxy", "--direct"), ("--resolve", "--proxy-dns")];
+/// Aliases of options, each with the name of the option. Most of them are former names.
+pub(super) const ALIASES: [(&str, &str); 6] = [
+    ("--no-proxy", "--direct"),
+    ("--resolve", "--proxy-dns"),
+    ("--wait", "--retry"),
+    ("--bound-to", "--address-file"),
+    ("--drain", "--drain-timeout"),
+    ("--open", "--allow-open-relay"),
+];
 
 /// Returns why a mode does not support an option of other modes.
 type UnsupportedReason = fn(mode: &str, option: &str) -> Option<&'static str>;
@@ -110,8 +117,11 @@ impl<'a> Normalizer<'a> {
     }
 
     fn unrecognized_option(&self, option: &str) -> String {
-        let names = self.command.flags.iter().map(|flag| flag.long).filter(|_| option.starts_with("--"));
-        let nearest = names.map(|long| (strsim::osa_distance(long, option), long)).min();
+        let supported = |long: &str| self.command.flags.iter().any(|flag| flag.long == long);
+        let names = self.command.flags.iter().map(|flag| (flag.long, flag.long));
+        let aliases = ALIASES.into_iter().filter(|(_, long)| supported(long));
+        let names = names.chain(aliases).filter(|_| option.starts_with("--"));
+        let nearest = names.map(|(name, long)| (strsim::osa_distance(name, option), long)).min();
         // A name of which half the letters differ is another word.
         let name_len = option.chars().skip_while(|c| *c == '-').count();
         let option = without_userinfo(option);
@@ -127,16 +137,16 @@ impl<'a> Normalizer<'a> {
             Some((name, value)) => (name, Some(value)),
             None => (text, None),
         };
-        let long = format!("--{name}");
-        let long = ALIASES.iter().find(|(alias, _)| *alias == long).map_or(long, |(_, long)| (*long).to_owned());
-        let flag = self.find(&long, |flag| flag.long == long)?;
+        let option = format!("--{name}");
+        let long = ALIASES.iter().find(|(alias, _)| *alias == option).map_or(option.as_str(), |(_, long)| long);
+        let flag = self.find(long, |flag| flag.long == long)?;
         let is_switch = match flag {
             Some(flag) => is_switch(flag),
             None if long == "--help" => true,
-            None => return Err(self.unrecognized_option(&long)),
+            None => return Err(self.unrecognized_option(&option)),
         };
         self.has_help |= long == "--help";
-        self.out.push(long);
+        self.out.push(long.into());
         match value {
             Some(_) if is_switch => Err(format!("--{name} does not take a value")),
             Some(value) => {
@@ -208,7 +218,6 @@ mod tests {
             ("connect help 80 -v", "connect -v -- help 80"),
             ("connect -- -v -w3", "connect -- -v -w3"),
             ("connect - host", "connect -- - host"),
-            ("connect --no-proxy host:80", "connect --direct -- host:80"),
             ("serve --listen=*:1080 -qv", "serve --listen *:1080 -q -v"),
             ("--version", "--version"),
             ("connect --help", "Usage: s5 connect [options] [target]"),
@@ -222,11 +231,30 @@ mod tests {
     }
 
     #[test]
+    fn alias_stands_for_its_option() {
+        let table = [
+            ("connect --no-proxy host:80", "connect --direct -- host:80"),
+            ("udp --resolve=local host:80", "udp --proxy-dns local -- host:80"),
+            ("connect --wait 3 host:80", "connect --retry 3 -- host:80"),
+            ("bind --bound-to=file", "bind --address-file file"),
+            ("serve --drain 3", "serve --drain-timeout 3"),
+            ("serve --open", "serve --allow-open-relay"),
+        ];
+        for (line, expected) in table {
+            assert_eq!(normalize_line(line).as_deref(), Ok(expected), "{line}");
+        }
+        assert_eq!(table.len(), ALIASES.len(), "each alias is tested");
+        assert_eq!(normalize_line("serve --wait 3"), Err("unrecognized option --wait".into()));
+    }
+
+    #[test]
     fn unrecognized_option_suggests_nearest_option() {
         let table = [
             ("connect --porxy a b", "unrecognized option --porxy (did you mean --proxy?)"),
             ("serve --user f", "unrecognized option --user (did you mean --users?)"),
             ("serve --nonsense", "unrecognized option --nonsense"),
+            ("serve --drian 3", "unrecognized option --drian (did you mean --drain-timeout?)"),
+            ("serve --bound-t f", "unrecognized option --bound-t"),
             ("serve --port 1", "unrecognized option --port"),
             ("serve --bind a", "unrecognized option --bind"),
             ("serve --liten a", "unrecognized option --liten (did you mean --listen?)"),

@@ -16,7 +16,7 @@ const DESCRIPTION_COLUMN: usize = 30;
 const GROUPS: [(&str, &str); 11] = [
     ("--version", "Options"),
     ("--listen", "Listening"),
-    ("--bound-to", "Listening"),
+    ("--address-file", "Listening"),
     ("--users", "Access"),
     ("--via", "Routing"),
     ("--max-connections", "Limits"),

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use argh::{CommandInfoWithArgs, FlagInfo, SubCommandInfo};
 
+use super::argv::ALIASES;
 use super::exit::ExitStatus;
 use super::help::{NAME, heading, listed_options, split_summary, usage, value_name};
 
@@ -42,7 +43,7 @@ fn push_synopsis(out: &mut String, program: &CommandInfoWithArgs) {
     let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
 }
 
-/// Appends an entry for each option, with those of `modes` that support it if others do not.
+/// Appends an entry for each option, with its aliases, and with those of `modes` that support it if others do not.
 fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes: &[SubCommandInfo]) {
     let mut group = "";
     for flag in listed_options(flags) {
@@ -57,6 +58,9 @@ fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes: &[SubCommandInf
         let mut chars = summary.chars();
         let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
         push_paragraph(out, &format!("{first}{}. {details}", chars.as_str()));
+        for (alias, _) in ALIASES.iter().filter(|(_, long)| *long == flag.long) {
+            push_paragraph(out, &format!("Alias: {alias}."));
+        }
         let supports = |mode: &&SubCommandInfo| mode.command.flags.iter().any(|known| known.long == flag.long);
         let supporting: Vec<&str> = modes.iter().filter(supports).map(|mode| mode.name).collect();
         if supporting.len() < modes.len() {

@@ -20,7 +20,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause before the second try. Each further pause is longer by half, up to `MAX_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
-/// Minimum time left of `--wait` for a further try.
+/// Minimum time left of `--retry` for a further try.
 const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 
 /// Establishes tunnels and associations to one target through the selected proxies.
@@ -35,7 +35,7 @@ pub(in crate::cmd) struct Connector {
     /// Time limit of one try.
     timeout: Duration,
     /// Time limit of all tries together.
-    wait: Option<Duration>,
+    retry: Option<Duration>,
     verbosity: Verbosity,
 }
 
@@ -79,7 +79,7 @@ impl Connector {
             resolves_target: args.resolves_target,
             resolver: Resolver::default(),
             timeout: args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT),
-            wait: args.wait.filter(|time| !time.is_zero()),
+            retry: args.retry.filter(|time| !time.is_zero()),
             verbosity: Verbosity::from_args(args),
         })
     }
@@ -127,13 +127,13 @@ impl Connector {
         self.finish(report, result)
     }
 
-    /// Repeats `operation` until it succeeds, fails with a final error, or `--wait` expires.
+    /// Repeats `operation` until it succeeds, fails with a final error, or `--retry` expires.
     pub(in crate::cmd) async fn retry<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
     ) -> RetryOutcome<T> {
         let started = Instant::now();
-        let time_left = || self.wait.map(|wait| wait.saturating_sub(started.elapsed()));
+        let time_left = || self.retry.map(|limit| limit.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
         let mut tries = 0;
         let mut previous: Option<(Client, CliError)> = None;
@@ -148,7 +148,7 @@ impl Connector {
             };
             let is_shortened = timeout < self.timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let error = CliError::from(error);
-            // If the last try was cut short by --wait, the error of the try before it is more informative.
+            // If the last try was cut short by --retry, the error of the try before it is more informative.
             let latest = match previous.take() {
                 Some(previous) if is_shortened => previous,
                 _ => (client, error),

@@ -25,8 +25,8 @@ const LISTEN: &[Command] = &[Command::Connect, Command::UdpAssociate];
 const RESTRICTED_OPTIONS: [(&[&str], &[Command], &str); 10] = [
     (&["-l", "--listen"], LISTEN, "with bind, the proxy listens"),
     (&["-k", "--keep-open"], &[Command::Connect], "only connect -l uses it; udp -l always serves several peers"),
-    (&["--direct", "--no-proxy"], LISTEN, "bind requires a proxy"),
-    (&["--bound-to"], &[Command::Bind], "only bind uses it"),
+    (&["--direct"], LISTEN, "bind requires a proxy"),
+    (&["--address-file"], &[Command::Bind], "only bind uses it"),
     (&["-N", "--shutdown", "--no-shutdown"], STREAM, "datagrams have no end of stream"),
     (&["-C", "--crlf"], STREAM, "line ends are not part of a datagram"),
     (&["-F", "--pass-fd"], STREAM, "a UDP association ends with its TCP connection, which s5 must keep open"),
@@ -61,7 +61,7 @@ pub struct Args {
     #[allow(dead_code, reason = "accepted for compatibility; SOCKS5 is the only protocol")]
     pub(in crate::cmd) proxy_type: Option<()>,
 
-    /// use no proxy (also --no-proxy)
+    /// use no proxy
     #[argh(switch)]
     pub(in crate::cmd) direct: bool,
 
@@ -139,7 +139,7 @@ pub struct Args {
     /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
     /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, or REP 2, 7 and 8.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(in crate::cmd) wait: Option<Duration>,
+    pub(in crate::cmd) retry: Option<Duration>,
 
     /// exit 28 if idle this long [default: never]. With udp -l, it closes the association of an idle peer (default:
     /// 60s).
@@ -223,7 +223,7 @@ pub struct Args {
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
     /// atomically. It closes a descriptor after the write.
     #[argh(option, arg_name = "FILE")]
-    pub(in crate::cmd) bound_to: Option<String>,
+    pub(in crate::cmd) address_file: Option<String>,
 
     /// print details on stderr; twice for more. With -vv, s5 prints each step of the handshake.
     #[argh(switch, short = 'v')]

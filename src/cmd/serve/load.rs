@@ -79,6 +79,14 @@ impl ConfigFile {
     }
 }
 
+/// A rule of `--rule`, `--allow` or `--deny`.
+#[derive(Clone, Debug)]
+pub(super) struct RuleOption {
+    pub(super) position: usize,
+    pub(super) option: &'static str,
+    pub(super) text: String,
+}
+
 /// The options and files that make up the policy.
 #[derive(Debug, Default)]
 pub(super) struct PolicySources {
@@ -86,8 +94,8 @@ pub(super) struct PolicySources {
     pub(super) rules: Option<ConfigFile>,
     /// Accepted methods, the preferred one first.
     pub(super) methods: Vec<Method>,
-    /// Rules of the command line, each with the name of its option.
-    pub(super) rule_options: Vec<(String, &'static str)>,
+    /// Rules of the command line, in order.
+    pub(super) rule_options: Vec<RuleOption>,
     /// Names of the hops, by index.
     pub(super) hops: Vec<String>,
     /// Route of rules without `via=`.
@@ -133,12 +141,12 @@ impl PolicySources {
     }
 
     fn parse_rule_options(&self) -> Result<Vec<Rule>, CliError> {
-        let mut all = Vec::new();
-        for (text, option) in &self.rule_options {
+        let parse = |RuleOption { option, text, .. }: &RuleOption| {
             let parsed = rules::parse_rule(text, option, &self.hops);
-            all.extend(parsed.map_err(|error| CliError::usage(format!("{option}: {error}")))?);
-        }
-        Ok(all)
+            let rule = parsed.and_then(|rule| rule.ok_or_else(|| "the rule is empty".into()));
+            rule.map_err(|error| CliError::usage(format!("{option}: {error}")))
+        };
+        self.rule_options.iter().map(parse).collect()
     }
 }
 
