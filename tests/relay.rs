@@ -208,10 +208,10 @@ fn dropped_relay_resets_both_streams<T: Tunnel>() {
 
 fn idle_timeout_resets_both_streams<T: Tunnel>() {
     let idle = Duration::from_millis(60);
-    let before = Instant::now();
+    let started = Instant::now();
     let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), ..NO_TIMEOUTS });
     harness.tunnel.wait_end();
-    assert!(before.elapsed() >= idle, "after {:?}", before.elapsed());
+    assert!(started.elapsed() >= idle, "after {:?}", started.elapsed());
     assert!(matches!(harness.tunnel.outcome(), Some(Err(RelayError::IdleTimeout))), "{:?}", harness.tunnel.outcome());
     harness.tunnel.wait_until("the client is reset", |tunnel| tunnel.client().receive(1) == Received::Reset);
     harness.tunnel.wait_until("dst is reset", |tunnel| tunnel.dst().receive(1) == Received::Reset);
@@ -220,8 +220,8 @@ fn idle_timeout_resets_both_streams<T: Tunnel>() {
 
 /// Calls `step` for twice `limit`. Returns false if the machine was so slow that the tunnel may have been idle.
 fn keep_busy(limit: Duration, mut step: impl FnMut()) -> bool {
-    let (begin, mut last, mut gap) = (Instant::now(), Instant::now(), Duration::ZERO);
-    while begin.elapsed() < limit * 2 {
+    let (started, mut last, mut gap) = (Instant::now(), Instant::now(), Duration::ZERO);
+    while started.elapsed() < limit * 2 {
         step();
         gap = gap.max(last.elapsed());
         last = Instant::now();
@@ -256,10 +256,10 @@ fn linger_timeout_after_the_end_of_down_ends_the_relay_without_error<T: Tunnel>(
     let mut harness = Harness::<T>::new(CAPACITY, options);
     harness.transfer(Direction::Up, 10);
     harness.transfer(Direction::Down, 10);
-    let before = Instant::now();
+    let started = Instant::now();
     harness.half_close(Direction::Down);
     harness.tunnel.wait_end();
-    assert!(before.elapsed() >= linger, "after {:?}", before.elapsed());
+    assert!(started.elapsed() >= linger, "after {:?}", started.elapsed());
     assert!(matches!(harness.tunnel.outcome(), Some(Ok(_))), "{:?}", harness.tunnel.outcome());
     harness.receive(Direction::Down, 1);
     assert_eq!(harness.state(Direction::Down).end, Some(Received::End));
@@ -274,8 +274,8 @@ fn linger_timeout_does_not_apply_before_the_end_of_down<T: Tunnel>() {
         if has_up_ended {
             harness.half_close(Direction::Up);
         }
-        let begin = Instant::now();
-        harness.tunnel.wait_until("three times the timeout passes", |_| begin.elapsed() > linger * 3);
+        let started = Instant::now();
+        harness.tunnel.wait_until("three times the timeout passes", |_| started.elapsed() > linger * 3);
         assert!(harness.tunnel.outcome().is_none());
         harness.transfer(Direction::Down, 100);
         harness.finish();
@@ -303,8 +303,8 @@ fn linger_timeout_does_not_apply_while_bytes_for_dst_are_pending() {
     harness.half_close(Direction::Down);
     harness.tunnel.run_until_idle();
     harness.send(Direction::Up, 100);
-    let begin = Instant::now();
-    harness.tunnel.wait_until("three times the timeout passes", |_| begin.elapsed() > linger * 3);
+    let started = Instant::now();
+    harness.tunnel.wait_until("three times the timeout passes", |_| started.elapsed() > linger * 3);
     assert!(harness.tunnel.outcome().is_none(), "{:?}", harness.tunnel.outcome());
     harness.transfer(Direction::Up, 200);
     harness.tunnel.wait_end();
@@ -329,8 +329,8 @@ fn bytes_from_the_client_restart_the_linger_timeout() {
 fn idle_tunnel_without_timeouts_is_never_woken() {
     let mut tunnel = MemoryTunnel::open(CAPACITY, NO_TIMEOUTS);
     tunnel.run_until_idle();
-    let begin = Instant::now();
-    tunnel.wait_until("some time passes", |_| begin.elapsed() > Duration::from_millis(30));
+    let started = Instant::now();
+    tunnel.wait_until("some time passes", |_| started.elapsed() > Duration::from_millis(30));
     assert!(!tunnel.poll() && tunnel.outcome().is_none());
 }
 

@@ -256,9 +256,9 @@ fn medians<const N: usize>(jobs: [&dyn Fn(); N]) -> [Duration; N] {
     let mut times = [const { Vec::new() }; N];
     for _ in 0..15 {
         for (job, times) in jobs.iter().zip(&mut times) {
-            let begin = Instant::now();
+            let started = Instant::now();
             job();
-            times.push(begin.elapsed());
+            times.push(started.elapsed());
         }
     }
     times.map(|mut times| {

@@ -83,10 +83,10 @@ fn proxy_sources_have_documented_precedence() {
 
 #[test]
 fn direct_option_ignores_proxy_variables() {
-    let (dead, target) = (closed_port().to_string(), echo_server().to_string());
+    let (closed, target) = (closed_port().to_string(), echo_server().to_string());
     for option in [&["-x", ""][..], &["--proxy="], &["--direct"], &["--no-proxy"]] {
-        let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &dead), b"straight", TIMEOUT);
-        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "straight".into()), "{option:?}");
+        let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &closed), b"direct", TIMEOUT);
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "direct".into()), "{option:?}");
     }
 }
 
@@ -126,7 +126,7 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
     if !in_namespace(test, hosts, "") {
         return;
     }
-    let (dead, port) = (closed_port().to_string(), echo_server().port());
+    let (closed, port) = (closed_port().to_string(), echo_server().port());
     let status = |host: &str, options: &[&str], variables: &[(&str, &str)]| {
         let mut command = s5();
         command.args(["connect", "-z", host, &port.to_string()]).args(options).envs(variables.iter().copied());
@@ -150,15 +150,15 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
     for (list, host, is_direct) in table {
         let expected = Some(if is_direct { 0 } else { 7 });
         for name in ["no_proxy", "NO_PROXY"] {
-            assert_eq!(status(host, &[], &[("ALL_PROXY", &dead), (name, list)]), expected, "{name}={list} {host}");
+            assert_eq!(status(host, &[], &[("ALL_PROXY", &closed), (name, list)]), expected, "{name}={list} {host}");
         }
-        let both = [("ALL_PROXY", dead.as_str()), ("no_proxy", list), ("NO_PROXY", "other.example")];
+        let both = [("ALL_PROXY", closed.as_str()), ("no_proxy", list), ("NO_PROXY", "other.example")];
         assert_eq!(status(host, &[], &both), expected, "no_proxy={list} {host}");
     }
-    let upper_case_ignored = [("ALL_PROXY", dead.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
+    let upper_case_ignored = [("ALL_PROXY", closed.as_str()), ("no_proxy", "other.example"), ("NO_PROXY", "*")];
     assert_eq!(status("target.example", &[], &upper_case_ignored), Some(7));
-    let everything = [("S5_PROXY", dead.as_str()), ("no_proxy", "*"), ("NO_PROXY", "*")];
-    assert_eq!(status("target.example", &["-x", &dead], &everything), Some(7), "no_proxy must not apply to -x");
+    let everything = [("S5_PROXY", closed.as_str()), ("no_proxy", "*"), ("NO_PROXY", "*")];
+    assert_eq!(status("target.example", &["-x", &closed], &everything), Some(7), "no_proxy must not apply to -x");
     assert_eq!(
         status("target.example", &[], &everything[1..]),
         Some(7),
@@ -227,12 +227,12 @@ fn user_in_url_gets_only_the_password_of_that_user() {
         assert_eq!(sent_login(userinfo, &with_user, &variables), login(uname, passwd.as_bytes()), "{userinfo} -P bob");
     }
     // Nothing listens at this address: status 67 shows that the client has not connected.
-    let dead = closed_port().to_string();
-    let mallory = format!("mallory@{dead}");
-    for options in [&["-x", &mallory][..], &["-x", &dead, "-P", "mallory"], &["-x", &mallory, "-P", "alice"]] {
+    let closed = closed_port().to_string();
+    let mallory = format!("mallory@{closed}");
+    for options in [&["-x", &mallory][..], &["-x", &closed, "-P", "mallory"], &["-x", &mallory, "-P", "alice"]] {
         let args = ["connect", TARGET, "--proxy-auth-file", &file];
         let output = run(s5().args(args).args(options).envs(variables), b"", TIMEOUT);
-        assert_failure(&output, 67, &format!("proxy {dead}: login: no password for mallory (use "));
+        assert_failure(&output, 67, &format!("proxy {closed}: login: no password for mallory (use "));
     }
 }
 
@@ -328,10 +328,10 @@ fn invalid_login_source_is_a_usage_error_that_names_the_source() {
         ("fd:-3".into(), "--proxy-auth-file fd:-3: "),
         ("fd:".into(), "--proxy-auth-file fd:: "),
     ];
-    let dead = closed_port().to_string();
+    let closed = closed_port().to_string();
     for mode in ["connect", "bind", "udp"] {
         for (file, what) in &files {
-            let args = [mode, "-x", &dead, "--proxy-auth-file", file, TARGET];
+            let args = [mode, "-x", &closed, "--proxy-auth-file", file, TARGET];
             assert_failure(&run(s5().args(args), b"topsecret\n", TIMEOUT), 2, what);
         }
     }
@@ -341,7 +341,7 @@ fn invalid_login_source_is_a_usage_error_that_names_the_source() {
         ("S5_PROXY_AUTH", "alice:", "the password has 0 bytes"),
         ("S5_PROXY_AUTH", &long, "the password has "),
     ] {
-        assert_failure(&run(s5().args(["connect", "-x", &dead, TARGET]).env(name, value), b"", TIMEOUT), 2, what);
+        assert_failure(&run(s5().args(["connect", "-x", &closed, TARGET]).env(name, value), b"", TIMEOUT), 2, what);
     }
 }
 

@@ -14,10 +14,10 @@ fn slow_bytes_do_not_extend_the_handshake_timeout() {
     let name = [&[5, 0, 0, 3, 255][..], &[b'x'; 255], &[0, 80]].concat();
     let script = vec![Greeting, send(SELECT_NO_AUTH), Request, Step::SendByteByByte(name.repeat(20))];
     let proxy = ScriptedServer::start(script);
-    let began = Instant::now();
+    let started = Instant::now();
     let output = run(s5().args(["bind", "-w", "200ms", "-x", &proxy.url()]), b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(28), "{}", text(&output.stderr));
-    assert!(began.elapsed() >= Duration::from_millis(200));
+    assert!(started.elapsed() >= Duration::from_millis(200));
 }
 
 #[test]
@@ -66,11 +66,11 @@ fn unresolvable_proxy_name_has_status_5() {
 
 #[test]
 fn failure_at_the_second_hop_names_the_second_hop() {
-    let dead = closed_port();
+    let closed = closed_port();
     let first = ScriptedServer::start(reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]));
-    let chain = format!("{},{dead}", first.addr);
+    let chain = format!("{},{closed}", first.addr);
     let output = run(s5().args(["connect", "-x", &chain, TARGET]), b"", TIMEOUT);
-    let line = format!("s5: proxy {}: request, for {dead}: connection refused (REP 5)\n", first.addr);
+    let line = format!("s5: proxy {}: request, for {closed}: connection refused (REP 5)\n", first.addr);
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(7), line));
 
     // The second hop is not a proxy.

@@ -29,14 +29,14 @@ fn assert_not_prompted(output: &Output, proxy: &str) {
 #[test]
 fn user_without_password_fails_at_once_without_a_terminal() {
     // Nothing listens at this address: status 67 shows that the client has not connected.
-    let dead = closed_port().to_string();
-    let url = format!("alice@{dead}");
+    let closed = closed_port().to_string();
+    let url = format!("alice@{closed}");
     for mode in ["connect", "bind", "udp"] {
-        for options in [&["-x", &url][..], &["-x", &dead, "-P", "alice"]] {
+        for options in [&["-x", &url][..], &["-x", &closed, "-P", "alice"]] {
             let args = [&[mode][..], options, &[TARGET]].concat();
-            assert_not_prompted(&run(s5().args(&args).env("CI", "true"), b"", TIMEOUT), &dead);
+            assert_not_prompted(&run(s5().args(&args).env("CI", "true"), b"", TIMEOUT), &closed);
             if is_installed("setsid") {
-                assert_not_prompted(&run(&mut without_a_terminal(&args), b"", TIMEOUT), &dead);
+                assert_not_prompted(&run(&mut without_a_terminal(&args), b"", TIMEOUT), &closed);
             }
         }
     }
@@ -90,9 +90,9 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
         &[("SSH_ASKPASS_REQUIRE", "force"), ("CI", "true")],
         &[("DISPLAY", ":0"), ("CI", "1")],
     ];
-    let dead = closed_port().to_string();
+    let closed = closed_port().to_string();
     for variables in cases_without_askpass {
-        assert_not_prompted(&start(&dead, variables), &dead);
+        assert_not_prompted(&start(&closed, variables), &closed);
         assert!(!prompt_file.exists(), "{variables:?}");
     }
 }
@@ -101,12 +101,12 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
 fn failing_askpass_program_has_status_67() {
     let dir = temp_dir();
     let fails = executable(dir.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
-    let dead = closed_port().to_string();
+    let closed = closed_port().to_string();
     for program in [&fails, "/nonexistent/askpass"] {
         let mut command = s5();
-        command.args(["connect", "-P", "alice", "-x", &dead, TARGET]);
+        command.args(["connect", "-P", "alice", "-x", &closed, TARGET]);
         let output = run(command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force"), b"", TIMEOUT);
-        assert_failure(&output, 67, &format!("proxy {dead}: login: {program}: "));
+        assert_failure(&output, 67, &format!("proxy {closed}: login: {program}: "));
     }
 }
 
@@ -158,19 +158,19 @@ fn no_prompt_if_the_terminal_is_the_payload_or_ci_is_set() {
         return;
     }
     let dir = temp_dir();
-    let dead = closed_port().to_string();
+    let closed = closed_port().to_string();
     for (command, ci) in [
         ("exec \"$S5\" connect -P alice -x ADDR TARGET", "false"),
         ("exec \"$S5\" udp -P alice -x ADDR TARGET", ""),
         ("exec \"$S5\" bind -P alice -x ADDR", ""),
         ("exec \"$S5\" connect -v -z -P alice -x ADDR TARGET", "true"),
     ] {
-        let command = command.replace("ADDR", &dead).replace("TARGET", TARGET);
+        let command = command.replace("ADDR", &closed).replace("TARGET", TARGET);
         let mut terminal = RunningProgram::start(on_a_terminal(dir.path(), &command).env("CI", ci));
         let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(67), "{shown}");
-        assert!(shown.starts_with(&format!("s5: proxy {dead}: login: no password for alice (")), "{shown}");
+        assert!(shown.starts_with(&format!("s5: proxy {closed}: login: no password for alice (")), "{shown}");
     }
 }
 

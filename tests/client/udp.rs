@@ -150,13 +150,13 @@ fn udp_line_larger_than_a_datagram_is_an_error() {
 #[test]
 fn udp_waits_for_answers_after_the_end_of_stdin() {
     let (mut client, relay, _control) = start(&["-w", "300ms"], TARGET);
-    let began = Instant::now();
+    let started = Instant::now();
     client.write(b"x\n");
     receive(&relay);
     client.close_stdin();
     let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
-    assert!(began.elapsed() >= Duration::from_millis(300), "the client ended too early");
+    assert!(started.elapsed() >= Duration::from_millis(300), "the client ended too early");
 
     let (mut client, relay, _control) = start(&["-w", "10"], TARGET);
     client.write(b"x\n");

@@ -137,17 +137,19 @@ fn refusal_of_a_greeting_arrives_despite_unread_data() {
 fn clients_that_close_after_any_byte_leak_no_descriptor() {
     let server = Server::start(&[]);
     let before = idle_descriptors(&server);
-    let mut whole = vec![5, 1, 0];
-    whole.extend(request(CONNECT, echo_server()));
-    for length in 0..=whole.len() {
+    let mut message = vec![5, 1, 0];
+    message.extend(request(CONNECT, echo_server()));
+    for length in 0..=message.len() {
         for end in [drop as fn(TcpStream), crate::kit::reset] {
             let mut stream = server.connect();
-            stream.write_all(&whole[..length]).expect("data sent");
+            stream.write_all(&message[..length]).expect("data sent");
             end(stream);
         }
     }
     wait_until("all connections are closed", TIMEOUT, || server.descriptors() == before);
-    let expected = 2 * (whole.len() + 1);
+    let expected = 2 * (message.len() + 1);
     // A connection that is reset before accept(2) may have no session.
-    wait_until("all sessions are logged", TIMEOUT, || session_lines(&server.log()).len() >= expected - whole.len() - 1);
+    wait_until("all sessions are logged", TIMEOUT, || {
+        session_lines(&server.log()).len() >= expected - message.len() - 1
+    });
 }

@@ -236,16 +236,16 @@ fn udp_association_drops_datagrams_above_its_rate_limit() {
     let _machine = lock_machine();
     let server = &Server::start(&["--rate", "400k"]);
     let time = Duration::from_secs(2);
-    let whole = 400e3 * time.as_secs_f64();
+    let limit = 400e3 * time.as_secs_f64();
     try_three_times(|| {
         let passed = thread::scope(|scope| {
             let floods = [false, true].map(|answers| scope.spawn(move || flood(server, answers, time)));
             floods.map(|flood| flood.join().expect("the thread does not panic") as f64)
         });
         for (what, passed) in ["to a target", "to a target and back"].into_iter().zip(passed) {
-            eprintln!("UDP {what}: {:.1} % of the limit", passed / whole * 100.0);
-            let is_met = passed > 0.95 * whole && passed < 1.05 * whole + 100e3;
-            ensure(is_met, || format!("{what}: {passed} of {whole} bytes"))?;
+            eprintln!("UDP {what}: {:.1} % of the limit", passed / limit * 100.0);
+            let is_met = passed > 0.95 * limit && passed < 1.05 * limit + 100e3;
+            ensure(is_met, || format!("{what}: {passed} of {limit} bytes"))?;
         }
         Ok(())
     });
@@ -318,8 +318,8 @@ fn unused_rate_accumulates_for_a_quarter_of_a_second() {
         let (start, _tunnel) = (Instant::now(), BusyClient::new(stream, UP, &Counter::default()));
         thread::sleep(Duration::from_millis(500));
         let (bytes, time) = (counter.load(Ordering::Relaxed) as f64, start.elapsed().as_secs_f64());
-        let whole = 1e6 * (time + 0.25);
-        ensure(bytes > 0.85 * whole && bytes < 1.05 * whole, || format!("{bytes} bytes in {time} s"))
+        let limit = 1e6 * (time + 0.25);
+        ensure(bytes > 0.85 * limit && bytes < 1.05 * limit, || format!("{bytes} bytes in {time} s"))
     });
 }
 

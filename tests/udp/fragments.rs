@@ -60,10 +60,10 @@ fn udp_standalone_datagram_ends_a_sequence() {
 
 #[test]
 fn udp_sequence_is_limited_to_127_fragments_and_the_size_of_a_datagram() {
-    let mut whole: Vec<(u8, &[u8])> = (1..127).map(|position| (position, b"x".as_slice())).collect();
-    whole.push((127 | LAST, b"y"));
+    let mut complete: Vec<(u8, &[u8])> = (1..127).map(|position| (position, b"x".as_slice())).collect();
+    complete.push((127 | LAST, b"y"));
     let expected = ["x".repeat(126).as_bytes(), b"y"].concat();
-    assert_relayed(&whole, &[&expected]);
+    assert_relayed(&complete, &[&expected]);
     let large = vec![0; 60_000];
     assert_relayed(&[(1, &large), (2 | LAST, &large)], &[]);
     assert_relayed(&[(1, &large[..50_000]), (2 | LAST, &large[..15_000])], &[&[0; 65_000]]);

@@ -90,9 +90,9 @@ impl Realm {
             run("kadmin.local", &["-r", "S5.TEST", "-q", &query])?;
         }
         let mut kdc = Process::start(&in_realm("krb5kdc", &["-n", "-r", "S5.TEST"]))?;
-        let began = Instant::now();
+        let started = Instant::now();
         while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            if began.elapsed() > IDLE_TIMEOUT || kdc.has_ended() {
+            if started.elapsed() > IDLE_TIMEOUT || kdc.has_ended() {
                 return Err(failed("krb5kdc did not start"));
             }
             thread::sleep(Duration::from_millis(5));
@@ -239,9 +239,9 @@ pub fn main(args: &[String]) -> ExitCode {
 }
 
 fn upload(to: impl std::io::Write, from: impl std::io::Read, time: Duration) -> Result<f64, BenchError> {
-    let began = Instant::now();
+    let started = Instant::now();
     let bytes = target::upload_over(to, from, TransferLimit::for_time(time), false)?;
-    Ok(bytes as f64 / MIB / began.elapsed().as_secs_f64())
+    Ok(bytes as f64 / MIB / started.elapsed().as_secs_f64())
 }
 
 impl From<String> for BenchError {
@@ -327,13 +327,13 @@ fn unwrap(context: &mut GssContext, mut token: Vec<u8>) -> Result<Vec<u8>, Bench
 /// Returns the rate of wrapping and unwrapping in MiB/s, on one thread or on two.
 fn stream(encrypt: bool, time: Duration, on_two_threads: bool) -> Result<f64, BenchError> {
     let (mut client, mut server) = Credentials::new()?.contexts()?;
-    let (began, data, mut pieces) = (Instant::now(), &noise()[..PIECE_LEN], 0_u32);
+    let (started, data, mut pieces) = (Instant::now(), &noise()[..PIECE_LEN], 0_u32);
     let mut receive = |token| match unwrap(&mut server, token)? == data {
         true => Ok(()),
         false => Err(corrupt("the unwrapped data differs")),
     };
     let mut wrap = |send: &mut dyn FnMut(Vec<u8>) -> Result<(), BenchError>| {
-        while began.elapsed() < time {
+        while started.elapsed() < time {
             send(client.wrap(data, encrypt)?)?;
             pieces += 1;
         }
@@ -349,7 +349,7 @@ fn stream(encrypt: bool, time: Duration, on_two_threads: bool) -> Result<f64, Be
             unwrapping.join().unwrap_or_else(|_| Err(failed("panic"))).and(wrapped)
         })?,
     }
-    Ok(f64::from(pieces) * PIECE_LEN as f64 / MIB / began.elapsed().as_secs_f64())
+    Ok(f64::from(pieces) * PIECE_LEN as f64 / MIB / started.elapsed().as_secs_f64())
 }
 
 /// Returns logins per second, to a server or with the library alone.
@@ -361,10 +361,10 @@ fn logins(time: Duration, to: Option<(SocketAddrV4, SocketAddrV4)>) -> Result<f6
     };
     // The first login stores the ticket for the service in the cache.
     login()?;
-    let began = Instant::now();
+    let started = Instant::now();
     let repeat_login = || {
         let mut count = 0_u64;
-        while began.elapsed() < time {
+        while started.elapsed() < time {
             login()?;
             count += 1;
         }
@@ -374,5 +374,5 @@ fn logins(time: Duration, to: Option<(SocketAddrV4, SocketAddrV4)>) -> Result<f6
         let threads: Vec<_> = (0..CONCURRENT_LOGINS).map(|_| scope.spawn(repeat_login)).collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).sum::<Result<u64, _>>()
     })?;
-    Ok(count as f64 / began.elapsed().as_secs_f64())
+    Ok(count as f64 / started.elapsed().as_secs_f64())
 }

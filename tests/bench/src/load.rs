@@ -87,8 +87,8 @@ impl Load {
 
     /// Sleeps for `time` or until the end of the load. Returns false at the end.
     fn sleep_until_over(&self, time: Duration) -> bool {
-        let began = Instant::now();
-        while began.elapsed() < time && !self.is_over.load(Ordering::Relaxed) {
+        let started = Instant::now();
+        while started.elapsed() < time && !self.is_over.load(Ordering::Relaxed) {
             sleep(time.min(Duration::from_millis(100)));
         }
         !self.is_over.load(Ordering::Relaxed)

@@ -146,10 +146,10 @@ fn run(options: &Options) -> Result<bool, BenchError> {
         let (count, each) = (bench.idle_tunnels(proxy), proxy.descriptors_per_tunnel());
         results.missing.push(format!("{}: only {count} idle tunnels, of {each} descriptors each", proxy.name));
     }
-    let (began, others) = (Instant::now(), cpu_of_other_processes());
+    let (started, others) = (Instant::now(), cpu_of_other_processes());
     measure_all(&mut bench, &mut results, options);
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-    let others = 100.0 * (cpu_of_other_processes() - others) / began.elapsed().as_secs_f64() / cores;
+    let others = 100.0 * (cpu_of_other_processes() - others) / started.elapsed().as_secs_f64() / cores;
     environment += &format!("- {others:.0} % of the CPU was used by other processes\n");
     write_report(&bench, &results, options, &environment)?;
     Ok(true)

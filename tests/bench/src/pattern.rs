@@ -53,10 +53,10 @@ impl TransferLimit {
 
 /// Sends blocks. Returns the number of bytes.
 pub fn send(mut stream: impl Write, limit: TransferLimit) -> io::Result<u64> {
-    let began = Instant::now();
+    let started = Instant::now();
     for number in 0.. {
         let sent = (number + 1) * BLOCK as u64;
-        let last = sent >= limit.bytes || began.elapsed() >= limit.time;
+        let last = sent >= limit.bytes || started.elapsed() >= limit.time;
         let mut header = [0; HEADER_LEN];
         header[..8].copy_from_slice(&number.to_le_bytes());
         header[8..].copy_from_slice(&u64::from(last).to_le_bytes());

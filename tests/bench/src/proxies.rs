@@ -166,21 +166,21 @@ impl Proxy {
         }
         let mut command = self.command(port)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let (began, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let (started, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
         processes.push(Process::spawn_directly(command)?);
         while !socks::answers_greeting(at).unwrap_or(false) {
-            if began.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
+            if started.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
                 return Err(failed("the proxy does not answer a greeting"));
             }
         }
-        let elapsed = began.elapsed();
+        let elapsed = started.elapsed();
         Ok((elapsed, self.wait(processes, port)?))
     }
 
     fn wait(&self, mut processes: Vec<Process>, port: u16) -> Result<RunningProxy, BenchError> {
-        let (began, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let (started, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
         while !socks::answers_greeting(at).unwrap_or(false) {
-            if began.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
+            if started.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
                 return Err(failed(format!("{} did not start", self.path.display())));
             }
             sleep(Duration::from_millis(5));
@@ -274,9 +274,9 @@ fn start_sshd() -> Result<Process, BenchError> {
     };
     command.arg("-D").arg("-f").arg(config);
     let mut process = Process::start(&command)?;
-    let began = Instant::now();
+    let started = Instant::now();
     while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-        if began.elapsed() > IDLE_TIMEOUT || process.has_ended() {
+        if started.elapsed() > IDLE_TIMEOUT || process.has_ended() {
             return Err(failed("sshd did not start"));
         }
         sleep(Duration::from_millis(5));

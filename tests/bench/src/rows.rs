@@ -188,7 +188,7 @@ impl Bench {
         let limit = TransferLimit::for_time(self.scaled(2000));
         let sockets =
             (0..streams).map(|_| socks::connect(running.via, self.target.bulk)).collect::<Result<Vec<_>, _>>()?;
-        let (before, began, go) = (running.tree.cpu(), Instant::now(), Barrier::new(streams));
+        let (before, started, go) = (running.tree.cpu(), Instant::now(), Barrier::new(streams));
         let transfer = |stream| {
             go.wait();
             if is_upload { target::upload(stream, limit, false) } else { target::download(stream, limit, false) }
@@ -197,7 +197,7 @@ impl Bench {
             let threads: Vec<_> = sockets.iter().map(|stream| scope.spawn(|| transfer(stream))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).collect()
         });
-        let (elapsed, cpu) = (began.elapsed().as_secs_f64(), running.tree.cpu() - before);
+        let (elapsed, cpu) = (started.elapsed().as_secs_f64(), running.tree.cpu() - before);
         let gib = bytes.into_iter().sum::<Result<u64, _>>()? as f64 / GIB;
         Ok(vec![gib / elapsed, unless_direct(&running, cpu / gib)])
     }
@@ -212,9 +212,9 @@ impl Bench {
     /// Returns times, tunnels per second, and microseconds of CPU per tunnel.
     fn measure_short(&self, running: &RunningProxy, time: Duration) -> Result<(Times, f64, f64), BenchError> {
         thread::sleep(SETTLE_TIME);
-        let (before, began) = (running.tree.cpu(), Instant::now());
+        let (before, started) = (running.tree.cpu(), Instant::now());
         let times = tunnels::short_tunnels(running.via, self.target.echo, 32, time)?;
-        let elapsed = began.elapsed().as_secs_f64();
+        let elapsed = started.elapsed().as_secs_f64();
         thread::sleep(SETTLE_TIME);
         let (count, cpu) = (times.len() as f64, running.tree.cpu() - before);
         Ok((times, count / elapsed, cpu * 1e6 / count))

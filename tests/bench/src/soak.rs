@@ -89,11 +89,11 @@ pub fn run(s5: &Proxy, target: &Target, time: Duration, out: &Path) -> Result<bo
 }
 
 fn sample(tree: &Tree, load: &Load, time: Duration) -> Vec<Sample> {
-    let (began, interval) = (Instant::now(), SAMPLE_INTERVAL.min(time / 40));
+    let (started, interval) = (Instant::now(), SAMPLE_INTERVAL.min(time / 40));
     let mut samples: Vec<Sample> = Vec::new();
-    while began.elapsed() < time {
-        thread::sleep(interval.min(time.saturating_sub(began.elapsed())));
-        let minute = began.elapsed().as_secs_f64() / 60.0;
+    while started.elapsed() < time {
+        thread::sleep(interval.min(time.saturating_sub(started.elapsed())));
+        let minute = started.elapsed().as_secs_f64() / 60.0;
         let sample = take_sample(tree, load, minute);
         if samples.last().is_none_or(|last| last.minute.floor() < minute.floor()) {
             let [resident, dirty, descriptors, threads, p99] = sample.values;
@@ -114,8 +114,8 @@ fn sample(tree: &Tree, load: &Load, time: Duration) -> Vec<Sample> {
 
 /// Waits until the sessions have ended. Returns the number of open descriptors.
 fn wait_for_close(tree: &Tree, descriptors_at_start: u64) -> u64 {
-    let began = Instant::now();
-    while tree.descriptors() > descriptors_at_start + MAX_LEFT_OPEN && began.elapsed() < CLOSE_TIMEOUT {
+    let started = Instant::now();
+    while tree.descriptors() > descriptors_at_start + MAX_LEFT_OPEN && started.elapsed() < CLOSE_TIMEOUT {
         thread::sleep(Duration::from_millis(100));
     }
     tree.descriptors()

@@ -58,15 +58,15 @@ fn edge_triggered() -> EpollFlags {
 /// A short tunnel in progress.
 struct ShortTunnel {
     pending: PendingTunnel,
-    began: Instant,
+    started: Instant,
     sent_byte: Option<u8>,
     answered: bool,
 }
 
 impl ShortTunnel {
     fn begin(via: Via, to: SocketAddrV4) -> Result<Self, BenchError> {
-        let began = Instant::now();
-        Ok(Self { pending: PendingTunnel::begin(via, to)?, began, sent_byte: None, answered: false })
+        let started = Instant::now();
+        Ok(Self { pending: PendingTunnel::begin(via, to)?, started, sent_byte: None, answered: false })
     }
 
     /// Returns true when the byte has been echoed and the stream has ended.
@@ -75,7 +75,7 @@ impl ShortTunnel {
             if !self.pending.advance()? {
                 return Ok(false);
             }
-            let byte = self.began.elapsed().subsec_nanos() as u8;
+            let byte = self.started.elapsed().subsec_nanos() as u8;
             self.pending.stream.write_all(&[byte])?;
             self.sent_byte = Some(byte);
         }
@@ -95,7 +95,7 @@ impl ShortTunnel {
 
 /// Opens tunnels, `concurrency` at a time. Each echoes one byte, then the target closes it. Returns their times.
 pub fn short_tunnels(via: Via, echo: SocketAddrV4, concurrency: usize, time: Duration) -> Result<Times, BenchError> {
-    let (mut events, mut times, began) = (Events::new()?, Times::default(), Instant::now());
+    let (mut events, mut times, started) = (Events::new()?, Times::default(), Instant::now());
     let mut slots = Vec::new();
     for key in 0..concurrency {
         let short = ShortTunnel::begin(via, echo)?;
@@ -110,9 +110,9 @@ pub fn short_tunnels(via: Via, echo: SocketAddrV4, concurrency: usize, time: Dur
             if !short.advance()? {
                 continue;
             }
-            times.add(short.began.elapsed());
+            times.add(short.started.elapsed());
             slots[key] = None;
-            if began.elapsed() >= time {
+            if started.elapsed() >= time {
                 left -= 1;
                 continue;
             }
@@ -177,7 +177,7 @@ struct RoundTrip {
 
 /// Keeps one message in flight on each tunnel until the time is over. Returns the times of the round trips.
 pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, BenchError> {
-    let (mut events, mut times, began) = (Events::new()?, Times::default(), Instant::now());
+    let (mut events, mut times, started) = (Events::new()?, Times::default(), Instant::now());
     let mut trips = Vec::with_capacity(tunnels.len());
     for (key, mut tunnel) in tunnels.iter().enumerate() {
         events.add(tunnel, key, EpollFlags::EPOLLIN)?;
@@ -194,7 +194,7 @@ pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, Bench
                 continue;
             }
             times.add(trip.sent.elapsed());
-            if began.elapsed() >= time {
+            if started.elapsed() >= time {
                 trip.is_over = true;
                 left -= 1;
                 continue;

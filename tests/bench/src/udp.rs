@@ -142,8 +142,8 @@ pub struct RoundTrips {
 
 /// Keeps `window` datagrams of `size` bytes in flight on each association until the time is over.
 pub fn round_trips(all: &[Association], size: usize, window: usize, time: Duration) -> Result<RoundTrips, BenchError> {
-    let (mut events, mut trips, began) = (Events::new()?, RoundTrips::default(), Instant::now());
-    let mut last_check = began;
+    let (mut events, mut trips, started) = (Events::new()?, RoundTrips::default(), Instant::now());
+    let mut last_check = started;
     let mut flows: Vec<_> = all.iter().map(|association| Flow { association, in_flight: Vec::new() }).collect();
     for (key, flow) in flows.iter_mut().enumerate() {
         events.add(&flow.association.socket, key, EpollFlags::EPOLLIN)?;
@@ -153,7 +153,7 @@ pub fn round_trips(all: &[Association], size: usize, window: usize, time: Durati
     }
     while flows.iter().any(|flow| !flow.in_flight.is_empty()) {
         let keys: Vec<usize> = events.wait(LOSS_TIMEOUT / 4)?.collect();
-        let is_over = began.elapsed() >= time;
+        let is_over = started.elapsed() >= time;
         for key in keys {
             receive_answers(&mut flows[key], size, is_over, &mut trips)?;
         }
@@ -250,9 +250,9 @@ impl Flood {
     }
 
     fn send_at_rate(self, association: &Association, rate: f64, first: u64, count: u64) -> Result<f64, BenchError> {
-        let (began, mut sent) = (Instant::now(), 0);
+        let (started, mut sent) = (Instant::now(), 0);
         while sent < count {
-            let due = ((began.elapsed().as_secs_f64() * rate) as u64).min(count);
+            let due = ((started.elapsed().as_secs_f64() * rate) as u64).min(count);
             while sent < due {
                 match association.send(first + sent, self.size) {
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -262,6 +262,6 @@ impl Flood {
             }
             thread::sleep(BURST_INTERVAL);
         }
-        Ok(count as f64 / began.elapsed().as_secs_f64())
+        Ok(count as f64 / started.elapsed().as_secs_f64())
     }
 }
