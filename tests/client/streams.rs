@@ -225,7 +225,7 @@ fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
     assert_eq!([flags(&reader), flags(&out_writer)], before);
     drop(writer);
     let mut status = None;
-    wait_until("s5 ends", TIMEOUT, || {
+    wait_until("s5 exits", TIMEOUT, || {
         status = child.try_wait().expect("the child can be waited for");
         status.is_some()
     });

@@ -189,7 +189,9 @@ fn udp_and_compare(hops: &str, echo: SocketAddr) {
     let lines = format!("one\n\n{}\n", "x".repeat(8000));
     let mut udp = RunningClient::start(&["udp", "-w", "0", "-x", hops, &echo.to_string()]);
     let stdin = udp.write_stdin(&lines);
-    wait_until("all answers", TIMEOUT, || udp.read_output("stdout").len() >= lines.len() || udp.process.has_ended());
+    wait_until("all answers arrive", TIMEOUT, || {
+        udp.read_output("stdout").len() >= lines.len() || udp.process.has_ended()
+    });
     drop(stdin);
     assert_eq!(udp.output(), lines, "{hops}");
 }

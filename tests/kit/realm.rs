@@ -298,7 +298,7 @@ fn start_kdc(dir: &Path, port: &Port) -> Option<Kdc> {
     let mut kdc = Kdc::start(env(dir, program("krb5kdc").args(["-n", "-r", REALM])));
     let addr = SocketAddr::new(V4, port.number);
     let mut is_up = false;
-    wait_until("the KDC listens or ends", TIMEOUT, || {
+    wait_until("the KDC listens or exits", TIMEOUT, || {
         is_up = TcpStream::connect(addr).is_ok();
         is_up || kdc.has_ended()
     });
