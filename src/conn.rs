@@ -7,9 +7,8 @@ mod protected;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -17,6 +16,7 @@ use std::time::{Duration, Instant};
 use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, FutureExt as _};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
+use socket2::Socket;
 
 use crate::proto::{DecodeError, Message, ProtocolError};
 use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
@@ -38,9 +38,9 @@ const CLOSE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub enum Conn {
     /// Over TCP.
-    Tcp(Io<TcpStream>),
+    Tcp(Io<Socket>),
     /// Over a Unix socket.
-    Unix(Io<UnixStream>),
+    Unix(Io<Socket>),
     /// Over another connection, with GSSAPI protection.
     Protected(Box<ProtectedStream>),
 }
@@ -49,9 +49,9 @@ pub enum Conn {
 #[derive(Debug)]
 pub enum DetachedConn {
     /// Over TCP.
-    Tcp(TcpStream),
+    Tcp(Socket),
     /// Over a Unix socket.
-    Unix(UnixStream),
+    Unix(Socket),
 }
 
 impl DetachedConn {
@@ -61,8 +61,8 @@ impl DetachedConn {
     /// Errors from epoll_ctl(2).
     pub fn attach(self) -> io::Result<Conn> {
         Ok(match self {
-            Self::Tcp(stream) => Conn::Tcp(Io::new(stream)?),
-            Self::Unix(stream) => Conn::Unix(Io::new(stream)?),
+            Self::Tcp(socket) => Conn::Tcp(Io::new(socket)?),
+            Self::Unix(socket) => Conn::Unix(Io::new(socket)?),
         })
     }
 }
@@ -170,11 +170,10 @@ impl Conn {
     /// Returns when the next read would be the end of the stream or an error, or when the socket has one of `events`.
     async fn wait_for_events(&self, events: PollFlags) {
         let mut byte = [0; 1];
-        let mut peek = |fd: BorrowedFd<'_>| Ok(rustix::net::recv(fd, &mut byte, RecvFlags::PEEK)?.1);
-        poll_fn(|cx| self.poll_hangup(cx)).await;
-        let mut is_open = async || {
-            poll_fn(|cx| self.poll_with(cx, Interest::Read, &mut peek)).await.is_ok_and(|n| n > 0 || self.has_unread())
-        };
+        let mut peek = |socket: &Socket| Ok(rustix::net::recv(socket, &mut byte, RecvFlags::PEEK)?.1);
+        poll_fn(|cx| self.io().poll_hangup(cx)).await;
+        let mut is_open =
+            async || self.io().with(Interest::Read, &mut peek).await.is_ok_and(|n| n > 0 || self.has_unread());
         while is_open().await && !self.has_event(events) {
             sleep(CLOSE_POLL_INTERVAL).await;
         }
@@ -208,50 +207,30 @@ impl Conn {
     /// # Errors
     /// Errors from setsockopt(2).
     pub fn set_reset_on_close(&self, should_reset: bool) -> io::Result<()> {
-        socket2::SockRef::from(self).set_linger(should_reset.then_some(Duration::ZERO))
+        self.io().get_ref().set_linger(should_reset.then_some(Duration::ZERO))
     }
 
     /// Removes a detached connection from the event loop of this thread. Do not wait for the connection after this.
     pub fn deregister(&self) {
-        match self {
-            Self::Tcp(io) => io.deregister(),
-            Self::Unix(io) => io.deregister(),
-            Self::Protected(protected) => protected.conn.deregister(),
-        }
+        self.io().deregister();
     }
 
-    fn poll_hangup(&self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Returns the socket below all protection.
+    fn io(&self) -> &Io<Socket> {
         match self {
-            Self::Tcp(io) => io.poll_hangup(cx),
-            Self::Unix(io) => io.poll_hangup(cx),
-            Self::Protected(protected) => protected.conn.poll_hangup(cx),
-        }
-    }
-
-    fn poll_with(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> Poll<io::Result<usize>> {
-        match self {
-            Self::Tcp(io) => io.poll_with(cx, interest, |stream| op(stream.as_fd())),
-            Self::Unix(io) => io.poll_with(cx, interest, |stream| op(stream.as_fd())),
-            Self::Protected(protected) => protected.conn.poll_with(cx, interest, op),
+            Self::Tcp(io) | Self::Unix(io) => io,
+            Self::Protected(protected) => protected.conn.io(),
         }
     }
 
     /// Returns the address of the peer; `None` on a Unix socket.
     pub fn peer_addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(stream) => stream.get_ref().peer_addr().ok().map(to_canonical_addr),
-            Self::Unix(_) => None,
-            Self::Protected(protected) => protected.conn.peer_addr(),
-        }
+        self.io().get_ref().peer_addr().ok()?.as_socket().map(to_canonical_addr)
     }
 
     /// Returns the local address; `None` on a Unix socket.
     pub fn local_addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(stream) => stream.get_ref().local_addr().ok().map(to_canonical_addr),
-            Self::Unix(_) => None,
-            Self::Protected(protected) => protected.conn.local_addr(),
-        }
+        self.io().get_ref().local_addr().ok()?.as_socket().map(to_canonical_addr)
     }
 }
 
@@ -288,25 +267,25 @@ impl Stream for Conn {
     }
 
     fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
-        (!matches!(self, Self::Protected(_))).then(|| self.poll_with(cx, interest, op))
+        match self {
+            Self::Tcp(io) | Self::Unix(io) => Some(io.poll_with(cx, interest, |socket| op(socket.as_fd()))),
+            Self::Protected(_) => None,
+        }
     }
 }
 
 impl AsFd for Conn {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(stream) => stream.as_fd(),
-            Self::Unix(stream) => stream.as_fd(),
-            Self::Protected(protected) => protected.conn.as_fd(),
-        }
+        self.io().as_fd()
     }
 }
 
 impl AsyncRead for Conn {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tcp(io) => io.poll_read(cx, buf, true),
+            // A read ends early at data that was sent together with descriptors.
+            Self::Unix(io) => io.poll_read(cx, buf, false),
             Self::Protected(stream) => Pin::new(&mut **stream).poll_read(cx, buf),
         }
     }
@@ -315,24 +294,21 @@ impl AsyncRead for Conn {
 impl AsyncWrite for Conn {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tcp(io) | Self::Unix(io) => io.poll_write(cx, buf),
             Self::Protected(stream) => Pin::new(&mut **stream).poll_write(cx, buf),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tcp(_) | Self::Unix(_) => Poll::Ready(Ok(())),
             Self::Protected(stream) => Pin::new(&mut **stream).poll_flush(cx),
         }
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_close(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_close(cx),
+            Self::Tcp(io) | Self::Unix(io) => Poll::Ready(io.get_ref().shutdown(Shutdown::Write)),
             Self::Protected(stream) => Pin::new(&mut **stream).poll_close(cx),
         }
     }

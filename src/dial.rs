@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use futures_lite::FutureExt as _;
 use smol::lock::Semaphore;
+use socket2::Socket;
 
 use crate::proto::{Addr, Host, HostName};
 use crate::reactor::{ConnectError, Io, sleep_until};
@@ -240,7 +241,7 @@ fn is_host_name(name: &str) -> bool {
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
-pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<TcpStream>, DialError> {
+pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<Socket>, DialError> {
     let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut most_specific = None;
@@ -267,9 +268,9 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
     }
 }
 
-type Attempt = Pin<Box<dyn Future<Output = Result<Io<TcpStream>, DialError>>>>;
+type Attempt = Pin<Box<dyn Future<Output = Result<Io<Socket>, DialError>>>>;
 
-async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<TcpStream>, DialError> {
+async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<Socket>, DialError> {
     let stream = Io::connect(addr, local.bind_addr(addr)).await.map_err(|error| match error {
         ConnectError::LocalAddr(_) => DialError::LocalAddr,
         ConnectError::Io(error) => DialError::from_connect(&error, addr),
@@ -279,7 +280,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<TcpStream>, Di
 }
 
 /// Waits until an attempt has finished, and removes it.
-async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<TcpStream>, DialError> {
+async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<Socket>, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
             let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));

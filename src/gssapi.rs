@@ -346,7 +346,7 @@ mod tests {
         let (near, mut far) = UnixStream::pair().expect("socket pair created");
         near.set_nonblocking(true).expect("option set");
         let sent = crate::reactor::run(async {
-            let mut conn = Conn::Unix(Io::new(near).expect("socket registered"));
+            let mut conn = Conn::Unix(Io::new(near.into()).expect("socket registered"));
             let too_long = send_frame(&mut conn, Frame::Authentication(vec![0; 65_536])).await;
             (too_long, send_frame(&mut conn, Frame::Authentication(vec![7])).await)
         });

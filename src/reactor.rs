@@ -10,5 +10,5 @@ mod timer;
 
 pub use connect::ConnectError;
 pub use epoll::{Interest, publish_socket_count, run, wake_all, wake_later, yield_now};
-pub use socket::{ACCEPT_RETRY_DELAY, Io, StreamSocket, accept};
+pub use socket::{ACCEPT_RETRY_DELAY, Io, accept};
 pub use timer::{IdleTimer, sleep, sleep_until};

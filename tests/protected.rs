@@ -65,7 +65,7 @@ fn protection(level: ProtectionLevel) -> Protection {
 
 fn conn(socket: UnixStream) -> Conn {
     socket.set_nonblocking(true).expect("option set");
-    Conn::Unix(Io::new(socket).expect("registered with the event loop"))
+    Conn::Unix(Io::new(socket.into()).expect("registered with the event loop"))
 }
 
 /// Returns a protected connection and its other end, which is unprotected.

@@ -287,7 +287,7 @@ fn idle_relay_future_has_at_most_128_bytes() {
     let (client, dst) = std::os::unix::net::UnixStream::pair().expect("socket pair created");
     let [mut client, mut dst] = [client, dst].map(|stream| {
         stream.set_nonblocking(true).expect("option set");
-        Conn::Unix(Io::new(stream).expect("registered with the event loop"))
+        Conn::Unix(Io::new(stream.into()).expect("registered with the event loop"))
     });
     let counts = ByteCounts::default();
     let relay = relay(&mut client, &mut dst, &NO_TIMEOUTS, &counts, |_, _| true);

@@ -2,15 +2,15 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::task::Poll;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
+use socket2::Socket;
 
 use super::epoll::Interest;
 use super::socket::Io;
@@ -19,7 +19,7 @@ use super::timer::sleep;
 /// Pause before connecting again to a Unix socket whose backlog is full.
 const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
-impl Io<TcpStream> {
+impl Io<Socket> {
     /// Connects a new socket to `addr`, bound to `from` if given.
     ///
     /// # Errors
@@ -39,13 +39,32 @@ impl Io<TcpStream> {
             Err(error) => return Err(error.into()),
         }
         // Registered after connect(2): epoll reports an unconnected socket as hung up.
-        let io = Self::new(TcpStream::from(socket))?;
+        let io = Self::new(socket.into())?;
         io.ready(Interest::Write).await;
         // A failed connect is reported as a hang-up, with the error in SO_ERROR.
         if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
             sockopt::socket_error(&io).and_then(|error| error)?;
         }
         Ok(io)
+    }
+
+    /// Connects to the Unix socket at `path`. The caller sets the deadline.
+    ///
+    /// # Errors
+    /// Errors from socket(2) and connect(2).
+    pub async fn connect_unix(path: &Path) -> io::Result<Self> {
+        let addr = SocketAddrUnix::new(path)?;
+        let socket = stream_socket(AddressFamily::UNIX)?;
+        loop {
+            match rustix::net::connect(&socket, &addr) {
+                Ok(()) | Err(Errno::ISCONN) => return Self::new(socket.into()),
+                // The backlog is full, and epoll does not report when it has room again.
+                Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => {
+                    sleep(BACKLOG_RETRY_DELAY).await
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 
@@ -61,27 +80,6 @@ pub enum ConnectError {
 impl<E: Into<io::Error>> From<E> for ConnectError {
     fn from(error: E) -> Self {
         Self::Io(error.into())
-    }
-}
-
-impl Io<UnixStream> {
-    /// Connects to the Unix socket at `path`. The caller sets the deadline.
-    ///
-    /// # Errors
-    /// Errors from socket(2) and connect(2).
-    pub async fn connect_unix(path: &Path) -> io::Result<Self> {
-        let addr = SocketAddrUnix::new(path)?;
-        let socket = stream_socket(AddressFamily::UNIX)?;
-        loop {
-            match rustix::net::connect(&socket, &addr) {
-                Ok(()) | Err(Errno::ISCONN) => return Self::new(UnixStream::from(socket)),
-                // The backlog is full, and epoll does not report when it has room again.
-                Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => {
-                    sleep(BACKLOG_RETRY_DELAY).await
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
     }
 }
 

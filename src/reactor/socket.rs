@@ -2,16 +2,14 @@
 
 use std::future::poll_fn;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use futures_lite::{AsyncRead, AsyncWrite};
 use rustix::net::{SocketFlags, acceptfrom_with};
+use socket2::Socket;
 
 use super::epoll::{EventSet, Interest, Reactor, SocketKey, current};
 
@@ -123,52 +121,28 @@ impl<T: AsFd> AsFd for Io<T> {
     }
 }
 
-/// A connected stream socket.
-pub trait StreamSocket: AsFd {
-    /// Set if a read shorter than the buffer means that the socket is empty. Not so for Unix sockets: a read ends early
-    /// at data that was sent together with descriptors.
-    const SHORT_READ_MEANS_EMPTY: bool;
-}
-
-impl StreamSocket for TcpStream {
-    const SHORT_READ_MEANS_EMPTY: bool = true;
-}
-
-impl StreamSocket for UnixStream {
-    const SHORT_READ_MEANS_EMPTY: bool = false;
-}
-
-impl<T: StreamSocket> AsyncRead for Io<T>
-where
-    for<'a> &'a T: Read,
-{
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+impl Io<Socket> {
+    /// Reads from a stream. `short_read_means_empty`: a read shorter than `buf` has emptied the socket.
+    pub fn poll_read(
+        &self,
+        cx: &mut Context<'_>,
+        buf: &mut [u8],
+        short_read_means_empty: bool,
+    ) -> Poll<io::Result<usize>> {
         let n = ready!(self.poll_with(cx, Interest::Read, |mut socket| socket.read(buf)))?;
-        if T::SHORT_READ_MEANS_EMPTY && (1..buf.len()).contains(&n) {
+        if short_read_means_empty && (1..buf.len()).contains(&n) {
             self.mark_not_ready(Interest::Read);
         }
         Poll::Ready(Ok(n))
     }
-}
 
-impl<T: StreamSocket> AsyncWrite for Io<T>
-where
-    for<'a> &'a T: Write,
-{
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    /// Writes to a stream.
+    pub fn poll_write(&self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let n = ready!(self.poll_with(cx, Interest::Write, |mut socket| socket.write(buf)))?;
         if n < buf.len() {
             self.mark_not_ready(Interest::Write);
         }
         Poll::Ready(Ok(n))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(rustix::net::shutdown(self.get_ref(), rustix::net::Shutdown::Write).map_err(Into::into))
     }
 }
 

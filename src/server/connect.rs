@@ -34,8 +34,9 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
             ResolvedRoute::Direct(addrs) => {
                 let target = dial(addrs, LocalAddr::default(), deadline).await;
                 let target = target.map_err(|error| SessionError::from_dial(error, dst))?;
-                let bnd = target.get_ref().local_addr().map_err(SessionError::general_failure)?;
-                Ok((Conn::Tcp(target), bnd.into()))
+                let target = Conn::Tcp(target);
+                let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
+                Ok((target, bnd.into()))
             }
             ResolvedRoute::Hop(hop, targets) => Box::pin(connect_via(session.server, &hop, targets, deadline)).await,
         }

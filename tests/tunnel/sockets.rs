@@ -113,7 +113,7 @@ impl Tunnel for SocketTunnel {
         let thread = thread::spawn(move || {
             let relay = async {
                 let mut ends = [client_relay_end, dst_relay_end]
-                    .map(|end| Conn::Tcp(Io::new(end).expect("registered with the event loop")));
+                    .map(|end| Conn::Tcp(Io::new(end.into()).expect("registered with the event loop")));
                 loop {
                     let [client, dst] = &mut ends;
                     match relay(client, dst, &options, &relay_counts, |_, _| true).await {

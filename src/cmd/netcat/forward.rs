@@ -1,7 +1,7 @@
 //! `s5 connect -l`: forwards connections to a local port through the proxy, each in its own tunnel.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -76,7 +76,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
     let mut is_reported = false;
     loop {
         let accepted = listener.with(Interest::Read, reactor::accept).await;
-        match accepted.and_then(|(socket, _)| Io::new(TcpStream::from(socket))) {
+        match accepted.and_then(|(socket, _)| Io::new(socket.into())) {
             Ok(local) => {
                 set_tcp_options(&local);
                 return Ok(Conn::Tcp(local));
