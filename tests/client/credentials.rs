@@ -232,7 +232,8 @@ fn user_in_url_gets_only_the_password_of_that_user() {
     for options in [&["-x", &mallory][..], &["-x", &closed, "-P", "mallory"], &["-x", &mallory, "-P", "alice"]] {
         let args = ["connect", TARGET, "--proxy-auth-file", &file];
         let output = run(s5().args(args).args(options).envs(variables), b"", TIMEOUT);
-        assert_failure(&output, 67, &format!("proxy {closed}: login: no password for mallory (use "));
+        let expected = format!("proxy {closed}: login: --proxy-auth-file {file}: no password for mallory\n");
+        assert_failure(&output, 67, &expected);
     }
 }
 

@@ -45,9 +45,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
         None => {}
     }
     if let Some(file) = &args.proxy_auth_file {
-        // The value may be a password, given by mistake: it must not be printed.
-        let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
-        let file_error = |error| CliError::new(ExitStatus::USAGE, format!("--proxy-auth-file {shown}: {error}"));
+        let file_error = |error| CliError::new(ExitStatus::USAGE, format!("{}: {error}", auth_file_label(file)));
         logins.extend(read_file(file).map_err(file_error)?);
     }
     // This check follows the read, so that a line from stdin or a descriptor never reaches the tunnel.
@@ -65,6 +63,12 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
         };
     }
     Ok(())
+}
+
+/// Returns the option with its value. The value may be a password, given by mistake: then it is not shown.
+fn auth_file_label(file: &str) -> String {
+    let shown = if file.contains(':') && descriptor::fd_number(file).is_none() { "…" } else { file };
+    format!("--proxy-auth-file {shown}")
 }
 
 fn to_credentials(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, CliError> {
@@ -146,10 +150,12 @@ fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, Cl
             return Ok(passwd.into_bytes());
         }
     }
-    let message = format!(
-        "proxy {hop}: login: no password for {} (use --proxy-auth-file or S5_PROXY_AUTH)",
-        String::from_utf8_lossy(uname).escape_debug()
-    );
+    let uname = String::from_utf8_lossy(uname);
+    let problem = format!("no password for {}", uname.escape_debug());
+    let message = match &args.proxy_auth_file {
+        Some(file) => format!("proxy {hop}: login: {}: {problem}", auth_file_label(file)),
+        None => format!("proxy {hop}: login: {problem} (use --proxy-auth-file or S5_PROXY_AUTH)"),
+    };
     Err(CliError::new(ExitStatus::LOGIN_FAILED, message))
 }
 
