@@ -256,7 +256,7 @@ impl Client {
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
         self.last_answer.set((Some(selected), None));
-        log::debug!("proxy {hop} selected {selected} of {}", join_methods(&methods));
+        log::debug!("proxy {hop} selected method {selected} (offered: {})", join_methods(&methods));
         match (selected, credentials, &self.auth.gssapi, ticket) {
             (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod),
             _ if !methods.contains(&selected) => {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::dial::DialError;
@@ -100,6 +101,19 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { proxy, target, phase, kind } = self;
         let hint = if proxy.is_some() { " (is the proxy running?)" } else { "" };
+        let denied = if *phase == Phase::Greeting { " (its rules or limits may deny this client)" } else { "" };
+        let (role, addr) = match phase {
+            Phase::ResolveProxy => ("proxy", proxy),
+            Phase::ResolveTarget => ("target", target),
+            _ => ("", &None),
+        };
+        // An IP address needs no resolution: its family is not allowed.
+        if let ClientErrorKind::Unreachable(DialError::FamilyUnavailable) = kind
+            && let Some(Ok(addr)) = addr.as_ref().map(|addr| addr.parse::<SocketAddr>())
+        {
+            let required = if addr.ip().to_canonical().is_ipv4() { 6 } else { 4 };
+            return write!(f, "{role} {addr}: not an IPv{required} address, as -{required} or -s requires");
+        }
         match proxy {
             Some(proxy) => write!(f, "proxy {proxy}: {phase}")?,
             None if *phase == Phase::Connect => write!(f, "direct: connecting to the target")?,
@@ -114,8 +128,8 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Unreachable(failure) => failure.fmt(f),
             ClientErrorKind::Socket(error) => write!(f, "{error}{hint}"),
             ClientErrorKind::Protocol(what) => write!(f, "not a SOCKS5 server ({what})"),
-            ClientErrorKind::Closed(None) => f.write_str("the proxy closed the connection"),
-            ClientErrorKind::Closed(Some(error)) => error.fmt(f),
+            ClientErrorKind::Closed(None) => write!(f, "the proxy closed the connection{denied}"),
+            ClientErrorKind::Closed(Some(error)) => write!(f, "{error}{denied}"),
             ClientErrorKind::NoAcceptableMethod => {
                 f.write_str("no acceptable authentication method (add user:password@ to the proxy's URL, or run kinit)")
             }

@@ -99,7 +99,12 @@ fn all_modes_report_the_same_failures() {
     for mode in [&["connect", TARGET][..], &["bind", TARGET], &["udp", TARGET]] {
         let cases = [
             (reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102, "request", "not allowed by ruleset (REP 2)"),
-            (vec![Greeting], 97, "greeting", "the proxy closed the connection"),
+            (
+                vec![Greeting],
+                97,
+                "greeting",
+                "the proxy closed the connection (its rules or limits may deny this client)",
+            ),
         ];
         for (script, status, phase, reason) in cases {
             let proxy = ScriptedServer::start(script);

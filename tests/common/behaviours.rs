@@ -275,7 +275,9 @@ fn failure_replies() -> Vec<Behaviour> {
 fn timeouts_and_closes() -> Vec<Behaviour> {
     let timed_out = "timed out after 500ms";
     let closed = "the proxy closed the connection";
+    let denied = "the proxy closed the connection (its rules or limits may deny this client)";
     let reset = "Connection reset by peer (os error 104)";
+    let reset_denied = "Connection reset by peer (os error 104) (its rules or limits may deny this client)";
     let unresponsive =
         Behaviour { proxy: Proxy::Unresponsive, ..behaviour("the proxy never accepts the connection", Vec::new) };
     let timeouts = [
@@ -291,14 +293,14 @@ fn timeouts_and_closes() -> Vec<Behaviour> {
             .fails(28, "request", timed_out),
     ];
     let closes = [
-        behaviour("closes after the greeting", || vec![Greeting]).fails(97, "greeting", closed),
-        behaviour("closes in the method selection", || vec![Greeting, send(&[5])]).fails(97, "greeting", closed),
+        behaviour("closes after the greeting", || vec![Greeting]).fails(97, "greeting", denied),
+        behaviour("closes in the method selection", || vec![Greeting, send(&[5])]).fails(97, "greeting", denied),
         at_login("closes after user name and password", Vec::new).fails(97, "login", closed),
         at_login("closes after the request, after a login", || vec![send(LOGIN_SUCCESS), Request])
             .fails(97, "request", closed),
         after_request("closes after the request", Vec::new).fails(97, "request", closed),
         after_request("closes in a success reply", || vec![send(&SUCCESS_REPLY[..9])]).fails(97, "request", closed),
-        behaviour("resets after the greeting", || vec![Greeting, Reset]).fails(97, "greeting", reset),
+        behaviour("resets after the greeting", || vec![Greeting, Reset]).fails(97, "greeting", reset_denied),
         at_login("resets after user name and password", || vec![Reset]).fails(97, "login", reset),
         at_login("resets after the request, after a login", || vec![send(LOGIN_SUCCESS), Request, Reset])
             .fails(97, "request", reset),

@@ -50,6 +50,16 @@ fn z_without_target_sends_no_request() {
 }
 
 #[test]
+fn vv_prints_the_offered_and_the_selected_method() {
+    let server = Server::start(&[]);
+    for (userinfo, offered) in [("", "none"), ("u:p@", "none, password")] {
+        let (code, stderr) = run_status(&["connect", "-zvv", "-x", &format!("{userinfo}{}", server.addr())]);
+        let line = format!("proxy {} selected method none (offered: {offered})\n", server.addr());
+        assert!(code == Some(0) && stderr.contains(&line), "{stderr}");
+    }
+}
+
+#[test]
 fn udp_z_reports_whether_association_succeeds() {
     let server = Server::start(&[]);
     assert_eq!(run_status(&["udp", "-z", "-x", &server.addr().to_string()]), (Some(0), String::new()));
@@ -159,7 +169,9 @@ fn ipv4_and_ipv6_options_restrict_the_family() {
     let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("free port").to_string();
     let (code, stderr) = run_status(&["connect", "-4", "-x", &proxy, "a.example:80"]);
     assert_eq!(code, Some(5), "{stderr}");
-    assert!(stderr.contains("no address of a usable family"), "{stderr}");
+    assert_eq!(stderr, format!("s5: proxy {proxy}: not an IPv4 address, as -4 or -s requires\n"));
+    let (code, stderr) = run_status(&["connect", "-6", "--direct", "127.0.0.1:80"]);
+    assert_eq!((code, &*stderr), (Some(6), "s5: target 127.0.0.1:80: not an IPv6 address, as -6 or -s requires\n"));
     assert_eq!(run_status(&["connect", "-6", "-x", &proxy, "a.example:80"]).0, Some(7));
 }
 
