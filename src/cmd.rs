@@ -7,11 +7,6 @@ pub mod netcat;
 pub mod serve;
 pub mod udp;
 
-use std::ffi::OsString;
-use std::io::Write as _;
-use std::os::unix::ffi::OsStrExt as _;
-use std::process::ExitCode;
-
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
@@ -76,83 +71,50 @@ impl Mode {
     /// # Errors
     /// The message to print and the exit status.
     pub fn run(self) -> Result<(), CliError> {
-        match self {
-            Self::Serve(args) => args.run().map_err(|error| error.with_help("s5 serve")),
-            Self::Connect(args) => args.run().map_err(|error| error.with_help("s5 connect")),
-            Self::Bind(args) => args.run().map_err(|error| error.with_help("s5 bind")),
-            Self::Udp(args) => args.run().map_err(|error| error.with_help("s5 udp")),
-        }
+        let (name, result) = match self {
+            Self::Serve(args) => ("serve", args.run()),
+            Self::Connect(args) => ("connect", args.run()),
+            Self::Bind(args) => ("bind", args.run()),
+            Self::Udp(args) => ("udp", args.run()),
+        };
+        result.map_err(|error| error.with_help(&format!("{NAME} {name}")))
     }
 }
 
-/// A reason to exit before a mode runs.
+/// A parsed command line.
 #[derive(Debug)]
-pub enum EarlyExit {
-    /// Help, manual, version or completions, to be printed on stdout. The exit status is 0.
-    Output(String),
-    /// An invalid command line.
-    Usage(CliError),
+pub enum Action {
+    /// A mode to run.
+    Run(Mode),
+    /// Help, manual, version or completions, to be printed on stdout.
+    Print(String),
 }
 
-impl EarlyExit {
-    /// Prints the text or the error, and returns the exit status.
-    pub fn print(self) -> ExitCode {
-        match self {
-            Self::Output(text) => {
-                // A closed stdout is not an error here.
-                let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
-                ExitCode::SUCCESS
-            }
-            Self::Usage(error) => error.print(),
-        }
-    }
-}
-
-/// Parses a command line; `args[0]` is the program's name.
+/// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's name.
 ///
 /// # Errors
-/// The output or the error to print before the program exits.
-pub fn parse(args: &[String]) -> Result<Mode, EarlyExit> {
+/// The command line is invalid.
+pub fn parse(args: &[String]) -> Result<Action, CliError> {
     let program = Args::get_args_info();
     let mode = args.get(1).filter(|mode| program.commands.iter().any(|known| known.name == **mode));
     let command = mode.map_or(NAME.into(), |mode| format!("{NAME} {mode}"));
-    let usage_error = |message| EarlyExit::Usage(CliError::usage(message).with_help(&command));
+    let usage_error = |message| CliError::usage(message).with_help(&command);
     let normalized = argv::normalize(args.get(1..).unwrap_or_default(), &program, unsupported_reason);
-    let args = match normalized.map_err(usage_error)? {
+    let normalized = match normalized.map_err(usage_error)? {
         Normalized::Args(args) => args,
-        Normalized::Help(text) => return Err(EarlyExit::Output(text)),
+        Normalized::Help(text) => return Ok(Action::Print(text)),
     };
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let parsed = Args::from_args(&[NAME], &args).map_err(|early| match early.status {
-        Ok(()) => EarlyExit::Output(early.output),
-        Err(()) => usage_error(one_line(&early.output)),
-    })?;
-    match parsed {
-        Args { version: true, .. } => Err(EarlyExit::Output(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
-        Args { man: true, .. } => Err(EarlyExit::Output(manual::text(&program, options::Args::get_args_info().flags))),
-        Args { completions: Some(shell), .. } => Err(EarlyExit::Output(shell.script(&program))),
-        Args { mode: Some(mode), .. } => Ok(mode),
-        Args { mode: None, .. } => Err(usage_error("a mode is required: serve, connect, bind or udp".into())),
-    }
-}
-
-/// Overwrites passwords in the command line of this process. `args` is a copy of it.
-pub fn redact_command_line(args: &[OsString]) {
-    let raw_args: Vec<&[u8]> = args.iter().map(|arg| arg.as_bytes()).collect();
-    let may_have_password =
-        |arg: &&[u8]| arg.contains(&b'@') || arg.starts_with(b"-") && (arg.contains(&b'P') || arg.contains(&b'u'));
-    if !raw_args.iter().any(may_have_password) {
-        return;
-    }
-    let args: Vec<String> = args.iter().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
-    let user = match argv::normalize(&args, &Args::get_args_info(), unsupported_reason) {
-        Ok(Normalized::Args(args)) => {
-            let option = args.iter().position(|arg| arg == "-P" || arg == "--proxy-user");
-            option.and_then(|index| args.get(index + 1)).cloned()
-        }
-        _ => None,
-    };
-    secrets::redact(&raw_args, user.as_deref());
+    let normalized: Vec<&str> = normalized.iter().map(String::as_str).collect();
+    let option = normalized.iter().position(|arg| ["-P", "--proxy-user"].contains(arg));
+    secrets::redact(args, option.and_then(|option| normalized.get(option + 1)).copied());
+    let parsed = Args::from_args(&[NAME], &normalized).map_err(|early| usage_error(one_line(&early.output)))?;
+    Ok(match parsed {
+        Args { version: true, .. } => Action::Print(format!("{NAME} {}", env!("CARGO_PKG_VERSION"))),
+        Args { man: true, .. } => Action::Print(manual::text(&program, options::Args::get_args_info().flags)),
+        Args { completions: Some(shell), .. } => Action::Print(shell.script(&program)),
+        Args { mode: Some(mode), .. } => Action::Run(mode),
+        Args { mode: None, .. } => return Err(usage_error("a mode is required: serve, connect, bind or udp".into())),
+    })
 }
 
 /// Joins the lines of an error message of argh. Removes user names and passwords: the message may quote the URL of a
@@ -172,7 +134,7 @@ mod tests {
     #[test]
     fn usage_error_is_one_line() {
         let args = ["s5", "connect", "--nonsense"].map(String::from);
-        let Err(EarlyExit::Usage(error)) = parse(&args) else { panic!("not a usage error") };
+        let Err(error) = parse(&args) else { panic!("not a usage error") };
         assert_eq!(error.message.lines().count(), 1, "{}", error.message);
         assert!(error.message.contains("--nonsense"), "{}", error.message);
     }
@@ -184,7 +146,7 @@ mod tests {
             ["s5", "connect", "--socks5h://alice:secret@proxy.test"],
             ["s5", "serve", "alice:secret@proxy.test"],
         ] {
-            let Err(EarlyExit::Usage(error)) = parse(&args.map(String::from)) else { panic!("not a usage error") };
+            let Err(error) = parse(&args.map(String::from)) else { panic!("not a usage error") };
             assert!(error.message.contains("@proxy.test") && !error.message.contains("secret"), "{error}");
         }
     }

@@ -91,11 +91,12 @@ impl Args {
             [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
         let output = args.address_file.as_deref().map(AddrOutput::open).transpose()?;
-        let connector = Connector::new(Command::Bind, &args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+        let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
             let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
             report.set_bnd(&bound);
-            let peer = accept_peer(&connector, client, &mut tunnel, &bound, output, args.timeout.is_some()).await;
+            let peer =
+                accept_peer(&connector, client, &mut tunnel, &bound, output, connector.args.timeout.is_some()).await;
             report.set_peer(client, peer.as_ref().ok());
             peer?;
             Box::pin(action.run(&connector, tunnel, &bound, report)).await

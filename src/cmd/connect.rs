@@ -27,7 +27,8 @@ impl Args {
         if args.keep_open && args.source_port.is_some() {
             return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
         }
-        let connector = Connector::new(Command::Connect, &args, dst)?;
+        let connector = Connector::new(Command::Connect, args, dst)?;
+        let args = &connector.args;
         connector.run(Box::pin(async {
             match (args.listen, connector.dst()) {
                 // Boxed: the future is large, and often not needed.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
-use super::netcat::options::{self, client_mode};
+use super::netcat::options::client_mode;
 use crate::proto::Command;
 use crate::reactor::{sleep, yield_now};
 use framing::{DatagramReader, DatagramWriter, Framing};
@@ -35,26 +35,27 @@ impl Args {
         if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
             return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
         }
-        let connector = Connector::new(Command::UdpAssociate, &args, dst)?;
-        if let Some(addr) = args.listen {
-            return connector.run(Box::pin(forward::run(&connector, addr, args.max_peers, args.idle_timeout)));
+        let connector = Connector::new(Command::UdpAssociate, args, dst)?;
+        if let Some(addr) = connector.args.listen {
+            return connector.run(Box::pin(forward::run(&connector, addr)));
         }
-        let transfer = async |transfer: &Transfer<'_>| match args.zero_io {
+        let transfer = async |transfer: &Transfer<'_>| match connector.args.zero_io {
             true => Ok(()),
-            false => relay_stdio(transfer, &args, framing).await,
+            false => relay_stdio(transfer, framing).await,
         };
         connector.run(Box::pin(transfer::run(&connector, None, transfer)))
     }
 }
 
 /// Relays between stdin, stdout and the association.
-async fn relay_stdio(transfer: &Transfer<'_>, args: &options::Args, framing: Framing) -> Result<(), CliError> {
-    let connector = transfer.connector;
+async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> Result<(), CliError> {
+    let Transfer { connector, .. } = transfer;
+    let args = &connector.args;
     let writer = DatagramWriter::new(framing, !args.send_only)
         .map_err(|error| connector.io_error(ExitStatus::WRITE_STDOUT, &error))?;
     let expected = args.count.unwrap_or(u64::MAX);
     let mut answers = AnswerWriter { transfer, writer, missing: expected };
-    let ended = transfer.run(send_stdin(transfer, args, framing), answers.receive(), args.idle_timeout).await;
+    let ended = transfer.run(send_stdin(transfer, framing), answers.receive(), args.idle_timeout).await;
     match &ended {
         // After a timeout, a stalled reader of stdout must not delay the exit.
         Err(error) if error.status == ExitStatus::TIMED_OUT => {}
@@ -70,7 +71,8 @@ async fn relay_stdio(transfer: &Transfer<'_>, args: &options::Args, framing: Fra
 }
 
 /// Sends all datagrams of stdin, then waits for answers.
-async fn send_stdin(transfer: &Transfer<'_>, args: &options::Args, framing: Framing) -> Result<(), CliError> {
+async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> Result<(), CliError> {
+    let args = &transfer.connector.args;
     let mut wait = args.quit_after.or(args.timeout);
     // Without stdin, the wait for answers begins at once.
     if !args.recv_only {

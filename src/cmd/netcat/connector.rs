@@ -26,27 +26,12 @@ const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 /// Establishes tunnels and associations to one target through the selected proxies.
 #[derive(Debug)]
 pub(in crate::cmd) struct Connector {
+    pub(in crate::cmd) args: Args,
     hops: Vec<Proxy>,
     dst: Addr,
     auth: Arc<ClientAuth>,
     source: LocalAddr,
-    resolves_target: bool,
     resolver: Resolver,
-    /// Time limit of one try.
-    timeout: Duration,
-    /// Time limit of all tries together.
-    retry: Option<Duration>,
-    verbosity: Verbosity,
-}
-
-/// Selects the output on stderr.
-#[derive(Clone, Copy, Debug)]
-struct Verbosity {
-    is_verbose: bool,
-    is_quiet: bool,
-    /// Errors set the exit status but are not printed.
-    hides_errors: bool,
-    prints_json: bool,
 }
 
 /// The result of one or more tries. `client` is the client of the try with this result.
@@ -58,30 +43,22 @@ pub(in crate::cmd) struct RetryOutcome<T> {
 
 impl Connector {
     /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
-    pub(in crate::cmd) fn new(command: Command, args: &Args, dst: Option<Addr>) -> Result<Self, CliError> {
+    pub(in crate::cmd) fn new(command: Command, args: Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // no_proxy does not apply to BIND: the peer connects to the proxy.
-        let mut hops = proxies::select_proxies(args, dst.as_ref().filter(|_| command != Command::Bind))?;
+        let hops = proxies::select_proxies(&args, dst.as_ref().filter(|_| command != Command::Bind))?;
         if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
             return Err(CliError::usage("a proxy is required (give one with -x)"));
         }
-        let source = source_from_args(args, &hops)?;
-        let auth = auth_from_args(args, &hops)?;
+        let source = source_from_args(&args, &hops)?;
+        let auth = Arc::new(auth_from_args(&args, &hops)?);
+        let dst = dst.unwrap_or(Addr::UNSPECIFIED);
+        let mut connector = Self { args, hops, dst, auth, source, resolver: Resolver::default() };
         // --quiet, -z and --json apply to all errors except usage errors.
-        credentials::add_credentials(&mut hops, args).or_else(|error| match error.status {
+        credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
-            _ => Verbosity::from_args(args).finish(Report::default(), Err(error)),
+            _ => connector.finish(Report::default(), Err(error)),
         })?;
-        Ok(Self {
-            hops,
-            dst: dst.unwrap_or(Addr::UNSPECIFIED),
-            auth: Arc::new(auth),
-            source,
-            resolves_target: args.resolves_target,
-            resolver: Resolver::default(),
-            timeout: args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT),
-            retry: args.retry.filter(|time| !time.is_zero()),
-            verbosity: Verbosity::from_args(args),
-        })
+        Ok(connector)
     }
 
     /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
@@ -90,7 +67,7 @@ impl Connector {
         mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
     ) -> Result<(), CliError> {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
-        self.verbosity.filter_error(reactor::run(mode).unwrap_or_else(start_error))
+        self.filter_error(reactor::run(mode).unwrap_or_else(start_error))
     }
 
     /// Returns the last proxy, without credentials.
@@ -108,7 +85,7 @@ impl Connector {
             .with_auth(self.auth.clone())
             .with_resolver(self.resolver.clone())
             .with_local_addr(self.source)
-            .with_local_resolution(self.resolves_target)
+            .with_local_resolution(self.args.resolves_target)
     }
 
     /// Establishes a tunnel or an association by `operation`, with the retries of [`Connector::retry`], and uses it by
@@ -133,20 +110,22 @@ impl Connector {
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
     ) -> RetryOutcome<T> {
         let started = Instant::now();
-        let time_left = || self.retry.map(|limit| limit.saturating_sub(started.elapsed()));
+        let max_timeout = self.args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT);
+        let limit = self.args.retry.filter(|time| !time.is_zero());
+        let time_left = || limit.map(|limit| limit.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
         let mut tries = 0;
         let mut previous: Option<(Client, CliError)> = None;
         loop {
             tries += 1;
-            let timeout = time_left().map_or(self.timeout, |left| left.min(self.timeout).max(MIN_TIME_LEFT));
+            let timeout = time_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
             let client = self.client(timeout);
             let error = match operation(&client).await {
                 Ok(value) => return RetryOutcome { client, tries, result: Ok(value) },
                 Err(error) => error,
             };
-            let is_shortened = timeout < self.timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
+            let is_shortened = timeout < max_timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let error = CliError::from(error);
             // If the last try was cut short by --retry, the error of the try before it is more informative.
             let latest = match previous.take() {
@@ -194,7 +173,7 @@ impl Connector {
 
     /// Prints a line on stderr, unless `--quiet` is set.
     pub(in crate::cmd) fn print_line(&self, line: &str) {
-        if !self.verbosity.is_quiet {
+        if !self.args.quiet {
             eprint_line(&CliError::new(ExitStatus::FAILURE, line).to_string());
         }
     }
@@ -210,7 +189,7 @@ impl Connector {
 
     /// Prints a line on stderr if `-v` is set.
     pub(in crate::cmd) fn print_verbose(&self, event: &str) {
-        if self.verbosity.is_verbose {
+        if self.args.verbose > 0 && !self.args.quiet {
             eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {event}", self.label()))));
         }
     }
@@ -222,33 +201,18 @@ impl Connector {
 
     /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.
     pub(in crate::cmd) fn finish(&self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
-        self.verbosity.finish(report, result)
-    }
-}
-
-impl Verbosity {
-    fn from_args(args: &Args) -> Self {
-        Self {
-            is_verbose: args.verbose > 0 && !args.quiet,
-            is_quiet: args.quiet,
-            hides_errors: args.quiet || args.zero_io && args.verbose == 0,
-            prints_json: args.json,
+        if !self.args.json {
+            return self.filter_error(result);
         }
-    }
-
-    fn finish(self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
-        if self.prints_json {
-            eprint_line(&report.to_json(&result));
-        }
+        eprint_line(&report.to_json(&result));
         // The JSON object contains the message.
-        Self { hides_errors: self.hides_errors || self.prints_json, ..self }.filter_error(result)
+        result.map_err(|error| CliError { message: String::new(), ..error })
     }
 
-    fn filter_error(self, result: Result<(), CliError>) -> Result<(), CliError> {
-        result.map_err(|error| match self.hides_errors {
-            true => CliError { message: String::new(), ..error },
-            false => error,
-        })
+    /// Removes the message of an error if it must not be printed.
+    fn filter_error(&self, result: Result<(), CliError>) -> Result<(), CliError> {
+        let is_hidden = self.args.quiet || self.args.zero_io && self.args.verbose == 0;
+        result.map_err(|error| if is_hidden { CliError { message: String::new(), ..error } } else { error })
     }
 }
 

@@ -33,13 +33,7 @@ const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target until an error occurs.
-pub(super) async fn run(
-    connector: &Connector,
-    addr: SocketAddr,
-    max_peers: usize,
-    idle_timeout: Option<Duration>,
-) -> Result<(), CliError> {
-    let idle_timeout = idle_timeout.unwrap_or(DEFAULT_IDLE_TIMEOUT);
+pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
     let socket = listen(connector, addr, |addr| {
         let socket = UdpSocket::bind(addr)?;
         socket.set_nonblocking(true)?;
@@ -58,7 +52,7 @@ pub(super) async fn run(
             let queue = peers.borrow().get(&peer).cloned();
             let queue = match queue {
                 Some(queue) => queue,
-                None if peers.borrow().len() >= max_peers => {
+                None if peers.borrow().len() >= connector.args.max_peers => {
                     if !is_limit_reported {
                         let reason = "too many peers (raise --max-peers)";
                         connector.print_line(&format!("s5: dropping datagrams of {peer}: {reason}"));
@@ -69,7 +63,7 @@ pub(super) async fn run(
                 None => {
                     let (queue, datagrams) = bounded(MAX_QUEUED);
                     peers.borrow_mut().insert(peer, queue.clone());
-                    let association = serve_peer(connector, &socket, &peers, peer, datagrams, idle_timeout);
+                    let association = serve_peer(connector, &socket, &peers, peer, datagrams);
                     executor.spawn(Box::pin(association) as Task<'_>).detach();
                     queue
                 }
@@ -101,8 +95,8 @@ async fn serve_peer(
     peers: &PeerQueues,
     peer: SocketAddr,
     datagrams: Receiver<Vec<u8>>,
-    idle_timeout: Duration,
 ) {
+    let idle_timeout = connector.args.idle_timeout.unwrap_or(DEFAULT_IDLE_TIMEOUT);
     let mut is_associated = false;
     let relay = async |transfer: &Transfer<'_>| {
         is_associated = true;
