@@ -5,13 +5,15 @@
 //! which is closed when it is idle.
 
 mod direction;
+mod rate_limit;
 mod splice;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,7 @@ use futures_lite::{AsyncRead, AsyncWrite};
 
 use crate::reactor::{IdleTimer, Interest, wake_later};
 use direction::{Direction, DirectionError};
+pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};
 
 /// After a failed write to dst, the relay ends when this much time has passed without a byte from dst.
 const WRITE_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
@@ -81,8 +84,62 @@ pub struct ByteCounts {
     pub down: AtomicU64,
 }
 
-/// Conditions that end a relay before both directions have ended.
-#[derive(Clone, Copy, Debug, Default)]
+/// One of the two streams of a relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "self-explanatory")]
+pub enum Side {
+    Client,
+    Dst,
+}
+
+/// Events of a relay, readable while it runs and afterwards.
+#[derive(Debug)]
+pub struct RelayStats {
+    started: Instant,
+    first_byte: OnceLock<Duration>,
+    ended_first: OnceLock<Side>,
+    is_up_done: AtomicBool,
+}
+
+impl Default for RelayStats {
+    fn default() -> Self {
+        let started = Instant::now();
+        Self { started, first_byte: OnceLock::new(), ended_first: OnceLock::new(), is_up_done: AtomicBool::new(false) }
+    }
+}
+
+impl RelayStats {
+    /// Returns the time from the creation of this value to the first byte from dst.
+    pub fn first_byte(&self) -> Option<Duration> {
+        self.first_byte.get().copied()
+    }
+
+    /// Returns the side that ended its stream first. The client's end counts when dst has received it.
+    pub fn ended_first(&self) -> Option<Side> {
+        self.ended_first.get().copied()
+    }
+
+    /// Returns true when the client has ended its stream and dst has all of it.
+    pub fn is_up_done(&self) -> bool {
+        self.is_up_done.load(Ordering::Relaxed)
+    }
+
+    fn update(&self, has_read_dst: bool, is_up_done: bool, has_dst_ended: bool) {
+        if has_read_dst {
+            self.first_byte.get_or_init(|| self.started.elapsed());
+        }
+        if is_up_done {
+            self.is_up_done.store(true, Ordering::Relaxed);
+            self.ended_first.get_or_init(|| Side::Client);
+        }
+        if has_dst_ended {
+            self.ended_first.get_or_init(|| Side::Dst);
+        }
+    }
+}
+
+/// How a relay moves bytes, and what ends it before both directions have ended.
+#[derive(Clone, Debug, Default)]
 pub struct RelayOptions {
     /// Ends the relay after this long without a byte in either direction.
     pub idle_timeout: Option<Duration>,
@@ -92,6 +149,12 @@ pub struct RelayOptions {
     /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending, so that
     /// the caller can continue it on another thread.
     pub stop_when_bulk: bool,
+    /// Leaves the write side of dst open when the client ends its stream.
+    pub keeps_dst_open: bool,
+    /// Limits the rate of both directions together. Bytes are then copied and not spliced.
+    pub rate_limit: Option<Arc<RelayRateLimit>>,
+    /// Records the events of the relay.
+    pub stats: Option<Arc<RelayStats>>,
 }
 
 /// How a relay ended without an error.
@@ -168,9 +231,10 @@ where
     D: Stream,
 {
     let mut streams = AbortGuard { client: Some(client), dst: Some(dst) };
+    let must_copy = options.rate_limit.is_some();
     let mut tunnel = Tunnel {
-        up: Direction::default(),
-        down: Direction::default(),
+        up: Direction::new(must_copy, options.keeps_dst_open),
+        down: Direction::new(must_copy, false),
         counts,
         undelivered: None,
         options,
@@ -225,8 +289,17 @@ struct Tunnel<'a> {
 impl Tunnel<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
         let before = self.progress();
-        if let Poll::Ready(result) = self.pump(cx, client, dst) {
-            return Poll::Ready(result);
+        let pumped = self.pump(cx, client, dst);
+        if let Some(stats) = &self.options.stats {
+            let has_write_failed = self.undelivered.is_some()
+                || matches!(
+                    pumped,
+                    Poll::Ready(Err(RelayError::Undelivered(_) | RelayError::Io(RelayOp::WriteDst, _)))
+                );
+            stats.update(self.down.has_read, self.up.is_done && !has_write_failed, self.down.has_source_ended);
+        }
+        if pumped.is_ready() {
+            return pumped;
         }
         if self.progress() != before {
             self.last_progress = Instant::now();
@@ -244,7 +317,8 @@ impl Tunnel<'_> {
             self.options.stop_when_bulk && !this.has_source_ended && other.is_stateless() && self.undelivered.is_none()
         };
         let (up_may_stop, down_may_stop) = (may_stop(&self.up, &self.down), may_stop(&self.down, &self.up));
-        match self.up.poll(cx, client, dst, &self.counts.up, up_may_stop) {
+        let rate_limit = self.options.rate_limit.as_deref();
+        match self.up.poll(cx, client, dst, &self.counts.up, rate_limit.map(|limit| &limit.up), up_may_stop) {
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadClient, error),
             // `down` continues: dst may have sent bytes before, which the client has not received yet.
             Poll::Ready(Err(DirectionError::Write(error))) => {
@@ -253,7 +327,7 @@ impl Tunnel<'_> {
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        match self.down.poll(cx, dst, client, &self.counts.down, down_may_stop) {
+        match self.down.poll(cx, dst, client, &self.counts.down, rate_limit.map(|limit| &limit.down), down_may_stop) {
             Poll::Ready(Err(DirectionError::Read(_))) if self.undelivered.is_some() => self.down.is_done = true,
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadDst, error),
             Poll::Ready(Err(DirectionError::Write(error))) => return io_error(RelayOp::WriteClient, error),
@@ -298,12 +372,12 @@ impl Tunnel<'_> {
                 return Poll::Ready(Err(self.undelivered_error(error)));
             }
             let is_lingering = self.down.is_done && !is_stalled && !self.up.has_source_ended;
-            let limit = match *self.options {
+            let limit = match self.options {
                 _ if self.undelivered.is_some() && !self.down.has_pending() && !client.has_unflushed() => {
                     Some(WRITE_ERROR_TIMEOUT)
                 }
-                RelayOptions { linger: Some(linger), .. } if is_lingering => Some(linger),
-                RelayOptions { idle_timeout, .. } => idle_timeout,
+                RelayOptions { linger: Some(linger), .. } if is_lingering => Some(*linger),
+                RelayOptions { idle_timeout, .. } => *idle_timeout,
             };
             let due = limit.map(|limit| self.last_progress + limit);
             if due.is_some_and(|due| now >= due) {
@@ -319,7 +393,12 @@ impl Tunnel<'_> {
             }
             let needs_check = checks_client || checks_dst || self.up.has_pipe() || self.down.has_pipe();
             let check = needs_check.then(|| now + CHECK_INTERVAL);
-            let Some(wake) = due.into_iter().chain(check).min() else { return Poll::Pending };
+            let tokens = self.options.rate_limit.as_ref().and_then(|limit| limit.due());
+            if tokens.is_some_and(|tokens| now >= tokens) {
+                wake_later(cx);
+                return Poll::Pending;
+            }
+            let Some(wake) = [due, check, tokens].into_iter().flatten().min() else { return Poll::Pending };
             ready!(self.timer.poll(cx, wake));
             has_fired = true;
         }

@@ -16,7 +16,6 @@ mod login_throttle;
 mod options;
 mod passwords;
 mod policy_handle;
-mod rate_limit;
 mod reply;
 mod session;
 mod session_log;
@@ -101,8 +100,11 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     let (threads, drain) = (options.threads, options.drain_timeout);
-    let relay_options =
-        RelayOptions { idle_timeout: Some(options.idle_timeout), linger: None, stop_when_bulk: threads > 1 };
+    let relay_options = RelayOptions {
+        idle_timeout: Some(options.idle_timeout),
+        stop_when_bulk: threads > 1,
+        ..RelayOptions::default()
+    };
     let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(options.quotas));
     let server = Server { options, policy, limiter, resolver: Resolver::default(), relay_options };
     let (accepting, stop_accepting) = channel::bounded::<Infallible>(1);

@@ -3,13 +3,16 @@
 
 mod tunnel;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::Conn;
 use s5::reactor::Io;
-use s5::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, relay};
+use s5::relay::{
+    ByteCounts, RateLimit, RelayError, RelayOp, RelayOptions, RelayRateLimit, RelayStats, Side, TokenBucket, relay,
+};
 use tunnel::harness::{CAPACITY, Harness};
 use tunnel::memory::MemoryTunnel;
 use tunnel::sockets::SocketTunnel;
@@ -33,9 +36,17 @@ for_each_relay! {
     bytes_in_either_direction_restart_the_idle_timeout
     linger_timeout_after_the_end_of_down_ends_the_relay_without_error
     linger_timeout_does_not_apply_before_the_end_of_down
+    rate_limit_holds_for_both_directions_together
 }
 
-const NO_TIMEOUTS: RelayOptions = RelayOptions { idle_timeout: None, linger: None, stop_when_bulk: false };
+const NO_TIMEOUTS: RelayOptions = RelayOptions {
+    idle_timeout: None,
+    linger: None,
+    stop_when_bulk: false,
+    keeps_dst_open: false,
+    rate_limit: None,
+    stats: None,
+};
 
 #[derive(Clone, Debug)]
 enum Action {
@@ -280,6 +291,45 @@ fn linger_timeout_does_not_apply_before_the_end_of_down<T: Tunnel>() {
         harness.transfer(Direction::Down, 100);
         harness.finish();
     }
+}
+
+fn rate_limit_holds_for_both_directions_together<T: Tunnel>() {
+    let begin = Instant::now();
+    let rate_limit = RateLimit { session: TokenBucket::new(1_000_000, begin).into(), user: None };
+    let rate_limit = Some(RelayRateLimit::new(&rate_limit).into());
+    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { rate_limit, ..NO_TIMEOUTS });
+    for direction in [Direction::Up, Direction::Down] {
+        harness.transfer(direction, 150_000);
+        harness.half_close(direction);
+    }
+    assert!(begin.elapsed() > Duration::from_millis(250), "{:?}", begin.elapsed());
+    harness.finish();
+}
+
+#[test]
+fn relay_stats_record_the_first_byte_and_the_side_that_ended_first() {
+    for (direction, side) in [(Direction::Up, Side::Client), (Direction::Down, Side::Dst)] {
+        let stats = Arc::new(RelayStats::default());
+        let options = RelayOptions { stats: Some(stats.clone()), ..NO_TIMEOUTS };
+        let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, options);
+        harness.transfer(Direction::Up, 10);
+        assert_eq!((stats.first_byte(), stats.ended_first()), (None, None));
+        harness.transfer(Direction::Down, 10);
+        assert!(stats.first_byte().is_some_and(|time| time < tunnel::TIMEOUT));
+        harness.half_close(direction);
+        harness.tunnel.run_until_idle();
+        assert_eq!((stats.ended_first(), stats.is_up_done()), (Some(side), side == Side::Client));
+        harness.finish();
+        assert_eq!((stats.ended_first(), stats.is_up_done()), (Some(side), true));
+    }
+}
+
+#[test]
+fn dst_stays_open_after_the_end_of_the_client_if_required() {
+    let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions { keeps_dst_open: true, ..NO_TIMEOUTS });
+    harness.half_close(Direction::Up);
+    harness.transfer(Direction::Down, 10);
+    assert_eq!(harness.tunnel.dst().receive(1), Received::WouldBlock);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
 use super::Stream;
+use super::rate_limit::Reservation;
 use super::splice::{self, Pipe};
 use crate::reactor::{Interest, wake_later};
 
@@ -34,11 +35,15 @@ pub(super) struct Direction {
     pending: Option<Box<Pending>>,
     /// Consecutive reads that filled the buffer.
     full_reads: u8,
-    /// Set when splicing is impossible: not plain sockets, not supported by the kernel, or no pipe available.
+    /// Set when splicing is impossible: rate limit, not plain sockets, not supported by the kernel, or no pipe available.
     must_copy: bool,
+    /// Leaves the write side of the sink open after the source has ended.
+    keeps_sink_open: bool,
+    /// Set when the source has sent a byte.
+    pub(super) has_read: bool,
     /// Set when the source has ended its stream.
     pub(super) has_source_ended: bool,
-    /// Set when the write side of the sink is closed after that, or when an error has ended the direction.
+    /// Set when the sink has everything and its write side is closed, or when an error has ended the direction.
     pub(super) is_done: bool,
 }
 
@@ -51,6 +56,10 @@ enum Pending {
 }
 
 impl Direction {
+    pub(super) fn new(must_copy: bool, keeps_sink_open: bool) -> Self {
+        Self { must_copy, keeps_sink_open, ..Self::default() }
+    }
+
     /// Returns whether a new `Direction` could continue: nothing is pending, and the source is open.
     pub(super) fn is_stateless(&self) -> bool {
         self.pending.is_none() && !self.has_source_ended
@@ -91,6 +100,7 @@ impl Direction {
         source: &mut impl Stream,
         sink: &mut impl Stream,
         count: &AtomicU64,
+        rate_limit: Option<&Reservation>,
         stop_if_bulk: bool,
     ) -> Poll<Result<(), DirectionError>> {
         if self.is_done {
@@ -98,23 +108,28 @@ impl Direction {
         }
         let mut budget = POLL_BUDGET;
         while budget > 0 {
-            let n = ready!(self.write_pending(cx, sink))?;
+            let n = ready!(self.write_pending(cx, sink, rate_limit))?;
             count.fetch_add(n as u64, Ordering::Relaxed);
             budget = budget.saturating_sub(n);
             if self.has_pending() {
                 continue;
             }
             if self.has_source_ended {
-                ready!(Pin::new(sink).poll_close(cx)).map_err(DirectionError::Write)?;
+                let sink = Pin::new(sink);
+                ready!(if self.keeps_sink_open { sink.poll_flush(cx) } else { sink.poll_close(cx) })
+                    .map_err(DirectionError::Write)?;
                 self.is_done = true;
                 return Poll::Ready(Ok(()));
             }
             let progress = match self.has_pipe() {
                 true => self.fill_pipe(cx, source),
-                false => THREAD_BUFFER.with_borrow_mut(|buffer| self.copy_once(cx, source, sink, buffer)),
+                false => THREAD_BUFFER.with_borrow_mut(|buffer| self.copy_once(cx, source, sink, rate_limit, buffer)),
             };
-            if progress.is_pending() && sink.has_unflushed() {
-                let _ = Pin::new(&mut *sink).poll_flush(cx).map_err(DirectionError::Write)?;
+            if progress.is_pending() {
+                if let Some(rate_limit) = rate_limit {
+                    rate_limit.refund();
+                }
+                flush(cx, sink)?;
             }
             let n = ready!(progress)?;
             count.fetch_add(n as u64, Ordering::Relaxed);
@@ -143,13 +158,17 @@ impl Direction {
     }
 
     /// Writes pending bytes once. Returns how many the sink accepted.
-    fn write_pending(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, DirectionError>> {
+    fn write_pending(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut impl Stream,
+        rate_limit: Option<&Reservation>,
+    ) -> Poll<Result<usize, DirectionError>> {
         match self.pending.as_deref_mut() {
             None => Poll::Ready(Ok(0)),
             Some(Pending::Bytes { bytes, sent }) => {
                 let unsent = bytes.get(*sent..).unwrap_or_default();
-                let n =
-                    ready!(Pin::new(sink).poll_write(cx, unsent)).and_then(nonzero).map_err(DirectionError::Write)?;
+                let n = ready!(poll_write(cx, sink, rate_limit, unsent))?;
                 *sent += n;
                 if *sent >= bytes.len() {
                     self.pending = None;
@@ -180,7 +199,8 @@ impl Direction {
         let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut() else { return Poll::Ready(Ok(0)) };
         match source.poll_socket(cx, Interest::Read, &mut |socket| pipe.fill_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
-            Some(Poll::Ready(Ok(n))) => self.has_source_ended = n == 0,
+            Some(Poll::Ready(Ok(0))) => self.has_source_ended = true,
+            Some(Poll::Ready(Ok(_))) => self.has_read = true,
             Some(Poll::Ready(Err(error))) if !splice::is_unsupported(&error) => {
                 return Poll::Ready(Err(DirectionError::Read(error)));
             }
@@ -198,6 +218,7 @@ impl Direction {
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
+        rate_limit: Option<&Reservation>,
         buffer: &mut [u8],
     ) -> Poll<Result<usize, DirectionError>> {
         let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(DirectionError::Read)?;
@@ -205,8 +226,9 @@ impl Direction {
             self.has_source_ended = true;
             return Poll::Ready(Ok(0));
         };
-        let sent = match Pin::new(sink).poll_write(cx, bytes) {
-            Poll::Ready(sent) => sent.and_then(nonzero).map_err(DirectionError::Write)?,
+        self.has_read = true;
+        let sent = match poll_write(cx, sink, rate_limit, bytes) {
+            Poll::Ready(sent) => sent?,
             Poll::Pending => 0,
         };
         self.full_reads = if n == buffer.len() { self.full_reads.saturating_add(1) } else { 0 };
@@ -214,6 +236,35 @@ impl Direction {
             self.pending = Some(Box::new(Pending::Bytes { bytes: bytes.to_vec(), sent: 0 }));
         }
         Poll::Ready(Ok(sent))
+    }
+}
+
+/// Writes once, and at most as many bytes as the rate limit has granted.
+fn poll_write(
+    cx: &mut Context<'_>,
+    sink: &mut impl Stream,
+    rate_limit: Option<&Reservation>,
+    bytes: &[u8],
+) -> Poll<Result<usize, DirectionError>> {
+    let Some(rate_limit) = rate_limit else {
+        return Pin::new(sink).poll_write(cx, bytes).map(|sent| sent.and_then(nonzero).map_err(DirectionError::Write));
+    };
+    let Poll::Ready(max) = rate_limit.poll(bytes.len()) else {
+        flush(cx, sink)?;
+        return Poll::Pending;
+    };
+    let sent = poll_write(cx, sink, None, bytes.get(..max).unwrap_or(bytes));
+    match &sent {
+        Poll::Ready(Ok(n)) => rate_limit.commit(*n),
+        Poll::Ready(Err(_)) | Poll::Pending => rate_limit.refund(),
+    }
+    sent
+}
+
+fn flush(cx: &mut Context<'_>, sink: &mut impl Stream) -> Result<(), DirectionError> {
+    match sink.has_unflushed().then(|| Pin::new(sink).poll_flush(cx)) {
+        Some(Poll::Ready(Err(error))) => Err(DirectionError::Write(error)),
+        Some(Poll::Ready(Ok(())) | Poll::Pending) | None => Ok(()),
     }
 }
 

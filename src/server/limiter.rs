@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::connection_counts::{ConnectionCounts, CountGuard, client_key};
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::options::Quotas;
-use super::rate_limit::{RateLimit, TokenBucket};
+use crate::relay::{RateLimit, TokenBucket};
 
 /// Applies the limits to all sessions of the server.
 #[derive(Debug)]

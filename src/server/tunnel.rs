@@ -3,13 +3,15 @@
 //! A tunnel runs as a separate task, so that it holds no memory of the handshake.
 
 use std::future::Future;
+use std::sync::Arc;
 
-use super::rate_limit::{RateLimit, RateLimitedStream};
 use super::session_log::SessionLog;
 use super::state::Server;
 use crate::conn::{Conn, DetachedConn};
 use crate::reactor::sleep;
-use crate::relay::{RelayError, RelayOptions, RelayResult, Stream, UNDELIVERED_GRACE, relay};
+use crate::relay::{
+    RateLimit, RelayError, RelayOptions, RelayRateLimit, RelayResult, Stream, UNDELIVERED_GRACE, relay,
+};
 
 /// The state of a session that is relayed.
 #[derive(Debug)]
@@ -33,11 +35,12 @@ impl Tunnel {
 
     /// Like [`Tunnel::relay`], at the rate of `rate_limit`.
     pub(super) async fn relay_rate_limited(&mut self, rate_limit: &RateLimit, server: &Server) -> RelayResult {
-        let Self { client, target, log } = self;
-        let (log, options) = (&*log, RelayOptions { stop_when_bulk: false, ..server.relay_options });
-        let mut client = RateLimitedStream::new(client, rate_limit);
-        let mut client: &mut dyn Stream = &mut client;
-        relay(&mut client, target, &options, &log.bytes, |_, target| is_still_allowed(server, log, target)).await
+        let options = RelayOptions {
+            stop_when_bulk: false,
+            rate_limit: Some(Arc::new(RelayRateLimit::new(rate_limit))),
+            ..server.relay_options.clone()
+        };
+        self.relay(server, &options).await
     }
 
     /// Prepares the tunnel for another thread. Returns it unchanged if no descriptor is available.

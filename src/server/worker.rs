@@ -22,13 +22,12 @@ use smol::lock::Semaphore;
 
 use super::limiter::SessionQuota;
 use super::listen::Listener;
-use super::rate_limit::RateLimit;
 use super::session;
 use super::state::Server;
 use super::tunnel::{DetachedTunnel, Tunnel};
 use crate::conn::DetachedConn;
 use crate::reactor::{self, Io};
-use crate::relay::{RelayOptions, RelayOutcome};
+use crate::relay::{RateLimit, RelayOptions, RelayOutcome};
 
 /// Error text for a panic in a worker thread.
 pub(super) const WORKER_PANIC: &str = "a thread panicked; please report it";
@@ -356,7 +355,7 @@ async fn place_bulk(tunnel: Tunnel, permit: SessionPermit, index: u16) {
 }
 
 async fn relay_bulk(mut tunnel: Tunnel, permit: SessionPermit, _guard: BulkGuard) {
-    let options = RelayOptions { stop_when_bulk: false, ..permit.server().relay_options };
+    let options = RelayOptions { stop_when_bulk: false, ..permit.server().relay_options.clone() };
     if let Err(error) = tunnel.relay(permit.server(), &options).await {
         tunnel.close_after_error(error).await;
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_lite::FutureExt as _;
@@ -10,13 +11,13 @@ use smol::LocalExecutor;
 
 use super::connector::{Connector, RetryOutcome};
 use super::report::Report;
-use super::tunnel::{TrackedConn, relay_result};
+use super::tunnel::relay_result;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::dial::set_tcp_options;
 use crate::proto::Command;
 use crate::reactor::{self, Interest, Io, sleep};
-use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay};
+use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, RelayStats, Stream, UNDELIVERED_GRACE, relay};
 
 /// Binds a local address with `bind` and prints the address that is bound.
 pub(in crate::cmd) fn listen<T>(
@@ -111,7 +112,7 @@ async fn serve_connection(
         return connector.finish(Report::default(), Err(error));
     };
     let mut report = connector.report(&client, tries);
-    let (tunnel, bnd) = match result {
+    let (mut tunnel, bnd) = match result {
         Ok(established) => established,
         Err(error) => {
             // Reset the connection: an orderly close would look like an empty answer from the target.
@@ -121,10 +122,9 @@ async fn serve_connection(
     };
     report.set_bnd(&bnd);
     connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
-    let mut tunnel = TrackedConn::new(tunnel, true);
-    let stats = tunnel.stats.clone();
+    let stats = Arc::new(RelayStats::default());
     let counts = ByteCounts::default();
-    let options = RelayOptions { idle_timeout, ..RelayOptions::default() };
+    let options = RelayOptions { idle_timeout, stats: Some(stats.clone()), ..RelayOptions::default() };
     let outcome = {
         let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
         relay(&mut local_stream, &mut tunnel_stream, &options, &counts, |_, _| true).await
@@ -135,7 +135,7 @@ async fn serve_connection(
         local.abort();
     }
     report.set_bytes(&counts);
-    report.set_stats(stats.first_byte.get(), stats.ended_first.get());
+    report.set_stats(stats.first_byte(), stats.ended_first());
     let result = match outcome {
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))

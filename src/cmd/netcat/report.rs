@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::client::{Client, Phase, PhaseTimes};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::proto::Addr;
-use crate::relay::ByteCounts;
+use crate::relay::{ByteCounts, Side};
 
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
@@ -32,8 +32,8 @@ pub(in crate::cmd) struct Report {
     up: u64,
     /// Bytes from the target.
     down: u64,
-    /// Which side ended first: `local` or `remote`.
-    ended_first: Option<&'static str>,
+    /// The side that ended first.
+    ended_first: Option<Side>,
 }
 
 impl Report {
@@ -66,7 +66,7 @@ impl Report {
         self.down = counts.down.load(Ordering::Relaxed);
     }
 
-    pub(in crate::cmd) fn set_stats(&mut self, first_byte: Option<Duration>, ended_first: Option<&'static str>) {
+    pub(in crate::cmd) fn set_stats(&mut self, first_byte: Option<Duration>, ended_first: Option<Side>) {
         self.first_byte = first_byte;
         self.ended_first = ended_first;
     }
@@ -85,6 +85,7 @@ impl Report {
         ];
         let hops: Vec<String> = self.hops.iter().map(|hop| quote(hop)).collect();
         let text = |text: Option<&String>| or_null(text.map(|text| quote(text)));
+        let ended_first = self.ended_first.map(|side| if side == Side::Client { "local" } else { "remote" });
         let error = result.as_ref().err();
         let message = error.map(ToString::to_string).filter(|message| !message.is_empty());
         object(&[
@@ -99,7 +100,7 @@ impl Report {
             ("ms", object(&phases)),
             ("up", self.up.to_string()),
             ("down", self.down.to_string()),
-            ("ended_first", or_null(self.ended_first.map(quote))),
+            ("ended_first", or_null(ended_first.map(quote))),
             ("status", error.map_or(ExitStatus::SUCCESS, |error| error.status).code().to_string()),
             ("error", text(message.as_ref())),
         ])

@@ -1,16 +1,16 @@
 //! The use of an established tunnel: close it (`-z`), pass its socket to another process (`-F`), or relay between it and
 //! stdin and stdout, or those of a program (`-e`, `-c`).
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::{pending, poll_fn};
 use std::io::{self, IoSlice, IsTerminal as _};
 use std::os::fd::AsFd as _;
-use std::pin::Pin;
 use std::process::Child;
-use std::task::{Context, Poll, Waker, ready};
+use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_lite::{AsyncRead, AsyncWrite, FutureExt as _};
+use futures_lite::FutureExt as _;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::child::{self, Program};
@@ -22,9 +22,9 @@ use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, timeout_at};
 use crate::proto::Addr;
-use crate::reactor::{Interest, sleep};
+use crate::reactor::sleep;
 use crate::relay::{
-    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, SocketOp, SocketPoll, Stream, relay,
+    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Stream, relay,
 };
 
 /// Time to wait for stdin after the remote side has ended. It is short, since the peer has most likely closed its socket.
@@ -131,24 +131,26 @@ impl TunnelAction {
         connector: &Connector,
         mut stdio: StdioStream,
         child: Option<Child>,
-        tunnel: Conn,
+        mut tunnel: Conn,
         report: &mut Report,
     ) -> Result<(), CliError> {
+        let stats = Arc::new(RelayStats::default());
         let linger = if stdio.has_input() { STDIN_LINGER } else { Duration::ZERO };
         let options = RelayOptions {
             idle_timeout: self.idle_timeout,
             linger: child.is_none().then_some(linger),
+            keeps_dst_open: !self.sends_eof,
+            stats: Some(stats.clone()),
             ..RelayOptions::default()
         };
         let counts = ByteCounts::default();
-        let mut tracked = TrackedConn::new(tunnel, self.sends_eof);
-        let stats = tracked.stats.clone();
         let mut program_exit = child.map(|child| Box::pin(child::wait(child)));
         let mut exit_status = None;
         let quit_timed_out = Cell::new(false);
         let outcome = {
             let quit = async {
-                stats.stdin_sent().await;
+                // The relay wakes this task, and is polled first.
+                poll_fn(|_| if stats.is_up_done() { Poll::Ready(()) } else { Poll::Pending }).await;
                 match (self.quit_after, &mut program_exit) {
                     (Some(time), _) => {
                         sleep(time).await;
@@ -161,12 +163,12 @@ impl TunnelAction {
                 Ok(RelayOutcome::Finished)
             };
             let show = progress::show(self.shows_progress, &counts);
-            let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tracked);
+            let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tunnel);
             relay(&mut local, &mut remote, &options, &counts, |_, _| true).or(quit).or(show).await
         };
         if outcome.is_ok() {
             // After -q or the exit of the program, the peer may still be sending: close without a reset.
-            let _ = tracked.stream.set_reset_on_close(false);
+            let _ = tunnel.set_reset_on_close(false);
         }
         let is_aborted = quit_timed_out.get() || matches!(outcome, Err(RelayError::IdleTimeout));
         let flushed = match is_aborted {
@@ -174,9 +176,9 @@ impl TunnelAction {
             true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
             false => stdio.flush().await,
         };
-        drop((stdio, tracked));
+        drop((stdio, tunnel));
         report.set_bytes(&counts);
-        report.set_stats(stats.first_byte.get(), stats.ended_first.get());
+        report.set_stats(stats.first_byte(), stats.ended_first());
         relay_result(connector, self.idle_timeout, outcome, flushed)?;
         if let (None, Some(program_exit)) = (&exit_status, program_exit.filter(|_| !quit_timed_out.get())) {
             exit_status = Some(program_exit.await);
@@ -239,117 +241,4 @@ fn pass_socket(tunnel: &Conn) -> io::Result<()> {
     }
     rustix::net::sendmsg(io::stdout(), &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)?;
     Ok(())
-}
-
-/// The remote side of a tunnel. Records statistics of the relay for the report.
-pub(super) struct TrackedConn {
-    stream: Conn,
-    /// Whether a FIN is sent at the end of stdin.
-    sends_eof: bool,
-    pub(super) stats: std::rc::Rc<TransferStats>,
-}
-
-/// Statistics of a relay.
-pub(super) struct TransferStats {
-    started: Instant,
-    /// Time from the start to the first byte from the remote side.
-    pub(super) first_byte: Cell<Option<Duration>>,
-    /// `local` or `remote`.
-    pub(super) ended_first: Cell<Option<&'static str>>,
-    is_stdin_sent: Cell<bool>,
-    waker: RefCell<Option<Waker>>,
-}
-
-impl TransferStats {
-    /// Waits until stdin has ended and all of its data is sent.
-    async fn stdin_sent(&self) {
-        poll_fn(|cx| match self.is_stdin_sent.get() {
-            true => Poll::Ready(()),
-            false => {
-                *self.waker.borrow_mut() = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        })
-        .await;
-    }
-
-    fn set_ended_first(&self, side: &'static str) {
-        self.ended_first.set(self.ended_first.get().or(Some(side)));
-    }
-
-    fn on_read(&self, n: usize) {
-        if n == 0 {
-            self.set_ended_first("remote");
-        } else if self.first_byte.get().is_none() {
-            self.first_byte.set(Some(self.started.elapsed()));
-        }
-    }
-}
-
-impl TrackedConn {
-    pub(super) fn new(stream: Conn, sends_eof: bool) -> Self {
-        let stats = TransferStats {
-            started: Instant::now(),
-            first_byte: Cell::default(),
-            ended_first: Cell::default(),
-            is_stdin_sent: Cell::default(),
-            waker: RefCell::default(),
-        };
-        Self { stream, sends_eof, stats: stats.into() }
-    }
-}
-
-impl Stream for TrackedConn {
-    fn abort(&self) {
-        self.stream.abort();
-    }
-
-    fn has_unflushed(&self) -> bool {
-        self.stream.has_unflushed()
-    }
-
-    fn is_reset(&self) -> bool {
-        self.stream.is_reset()
-    }
-
-    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
-        let polled = self.stream.poll_socket(cx, interest, op);
-        if let (Interest::Read, Some(Poll::Ready(Ok(n)))) = (interest, &polled) {
-            self.stats.on_read(*n);
-        }
-        polled
-    }
-}
-
-impl AsyncRead for TrackedConn {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let n = ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        self.stats.on_read(n);
-        Poll::Ready(Ok(n))
-    }
-}
-
-impl AsyncWrite for TrackedConn {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let sends_eof = self.sends_eof;
-        ready!(if sends_eof {
-            Pin::new(&mut self.stream).poll_close(cx)
-        } else {
-            Pin::new(&mut self.stream).poll_flush(cx)
-        })?;
-        self.stats.set_ended_first("local");
-        self.stats.is_stdin_sent.set(true);
-        if let Some(waker) = self.stats.waker.borrow_mut().take() {
-            waker.wake();
-        }
-        Poll::Ready(Ok(()))
-    }
 }

@@ -1,20 +1,12 @@
-//! Bandwidth limits: token buckets, and a stream that takes its bytes from them.
+//! Bandwidth limits: token buckets, and the bytes that a relay has reserved in them.
 //!
-//! Each direction of a stream reserves some bytes, waits until the bucket has earned them, and then moves them with as
-//! many reads or writes as needed. So a timer is set per reservation and not per read, and streams with a shared bucket
-//! take turns. An unused bucket fills up, which makes up for timers that fire late.
+//! Each direction of a relay reserves some bytes, waits until the bucket has earned them, and then moves them with as
+//! many writes as needed. So a timer is set per reservation and not per write, and relays with a shared bucket take
+//! turns. An unused bucket fills up, which makes up for timers that fire late.
 
-use std::io;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 use std::time::{Duration, Instant};
-
-use futures_lite::{AsyncRead, AsyncWrite};
-
-use crate::conn::Conn;
-use crate::reactor::IdleTimer;
-use crate::relay::Stream;
 
 /// Size of a reservation from an empty bucket, as the time in which it is earned.
 const RESERVATION_TIME: Duration = Duration::from_millis(25);
@@ -27,7 +19,7 @@ const MAX_WAIT_SECONDS: f64 = 3600.0;
 
 /// A token bucket. One token is one byte in either direction.
 #[derive(Debug)]
-pub(super) struct TokenBucket {
+pub struct TokenBucket {
     rate: f64,
     state: Mutex<BucketState>,
 }
@@ -41,7 +33,7 @@ struct BucketState {
 
 impl TokenBucket {
     /// `rate` is in bytes per second, at least 1.
-    pub(super) fn new(rate: u64, now: Instant) -> Self {
+    pub fn new(rate: u64, now: Instant) -> Self {
         let rate = rate as f64;
         Self { rate, state: Mutex::new(BucketState { tokens: rate * RESERVATION_TIME.as_secs_f64(), updated: now }) }
     }
@@ -78,9 +70,11 @@ impl TokenBucket {
 
 /// The buckets of a session: its own, and that of its user. All limits apply at once.
 #[derive(Clone, Debug)]
-pub(super) struct RateLimit {
-    pub(super) session: Arc<TokenBucket>,
-    pub(super) user: Option<Arc<TokenBucket>>,
+pub struct RateLimit {
+    /// The bucket of the session.
+    pub session: Arc<TokenBucket>,
+    /// The bucket that all sessions of the user share.
+    pub user: Option<Arc<TokenBucket>>,
 }
 
 impl RateLimit {
@@ -102,7 +96,7 @@ impl RateLimit {
     }
 
     /// Takes the tokens for one datagram. Returns false if a bucket is empty, and the datagram has to be dropped.
-    pub(super) fn try_take(&self, bytes: usize, now: Instant) -> bool {
+    pub fn try_take(&self, bytes: usize, now: Instant) -> bool {
         let has_tokens = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
         if has_tokens {
             for bucket in self.buckets() {
@@ -113,101 +107,74 @@ impl RateLimit {
     }
 }
 
-/// The reserved bytes of one direction of a stream.
-#[derive(Default)]
-struct Reservation {
+/// The reservations of a relay, one for each direction.
+#[derive(Debug)]
+pub struct RelayRateLimit {
+    pub(super) up: Reservation,
+    pub(super) down: Reservation,
+}
+
+impl RelayRateLimit {
+    /// Returns the limit of one relay, which takes its bytes from the buckets of `rate_limit`.
+    pub fn new(rate_limit: &RateLimit) -> Self {
+        let [up, down] = [(); 2].map(|()| Reservation { rate_limit: rate_limit.clone(), state: Mutex::default() });
+        Self { up, down }
+    }
+
+    /// Returns the time at which a direction can continue that waits for its bytes.
+    pub(super) fn due(&self) -> Option<Instant> {
+        [&self.up, &self.down].into_iter().filter_map(|reservation| reservation.state().due).min()
+    }
+}
+
+/// The reserved bytes of one direction. Those that have not moved are refunded when it is dropped.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    rate_limit: RateLimit,
+    state: Mutex<Reserved>,
+}
+
+#[derive(Debug, Default)]
+struct Reserved {
     bytes: usize,
-    /// Time at which they are earned; `None` if they may move.
+    /// Time at which they are earned, while a direction waits for that.
     due: Option<Instant>,
-    timer: IdleTimer,
 }
 
 impl Reservation {
-    /// Ready with the number of bytes that may move now.
-    fn poll(&mut self, requested: usize, rate_limit: &RateLimit, cx: &mut Context<'_>) -> Poll<usize> {
-        if self.bytes == 0 {
-            let now = Instant::now();
-            let (bytes, wait) = rate_limit.reserve(requested, now);
-            self.bytes = bytes;
-            self.due = (!wait.is_zero()).then(|| now + wait);
-        }
-        while let Some(due) = self.due {
-            if Instant::now() >= due {
-                self.due = None;
-            } else {
-                ready!(self.timer.poll(cx, due));
-            }
-        }
-        Poll::Ready(self.bytes)
+    fn state(&self) -> MutexGuard<'_, Reserved> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Deducts the bytes that have moved. If none can move now, refunds the reservation for the use of other streams.
-    fn commit(&mut self, moved: Poll<io::Result<usize>>, rate_limit: &RateLimit) -> Poll<io::Result<usize>> {
-        match moved {
-            Poll::Ready(Ok(n)) => self.bytes = self.bytes.saturating_sub(n),
-            Poll::Ready(Err(_)) | Poll::Pending => rate_limit.refund(std::mem::take(&mut self.bytes)),
+    /// Ready with the number of bytes that may move now. Sets no timer: the relay polls again at [`RelayRateLimit::due`].
+    pub(super) fn poll(&self, requested: usize) -> Poll<usize> {
+        let (mut state, now) = (self.state(), Instant::now());
+        if state.bytes == 0 {
+            let (bytes, wait) = self.rate_limit.reserve(requested, now);
+            *state = Reserved { bytes, due: Some(now + wait) };
         }
-        moved
+        state.due = state.due.filter(|due| *due > now);
+        if state.due.is_some() { Poll::Pending } else { Poll::Ready(state.bytes) }
     }
-}
 
-/// A client's connection with a bandwidth limit for reads and writes.
-pub(super) struct RateLimitedStream<'a> {
-    conn: &'a mut Conn,
-    rate_limit: &'a RateLimit,
-    read: Reservation,
-    write: Reservation,
-}
+    /// Deducts bytes that have moved.
+    pub(super) fn commit(&self, bytes: usize) {
+        let mut state = self.state();
+        state.bytes = state.bytes.saturating_sub(bytes);
+    }
 
-impl<'a> RateLimitedStream<'a> {
-    pub(super) fn new(conn: &'a mut Conn, rate_limit: &'a RateLimit) -> Self {
-        Self { conn, rate_limit, read: Reservation::default(), write: Reservation::default() }
+    /// Refunds the reservation for the use of other relays, because no bytes can move now.
+    pub(super) fn refund(&self) {
+        let bytes = std::mem::take(&mut *self.state()).bytes;
+        if bytes > 0 {
+            self.rate_limit.refund(bytes);
+        }
     }
 }
 
-impl Drop for RateLimitedStream<'_> {
+impl Drop for Reservation {
     fn drop(&mut self) {
-        self.rate_limit.refund(self.read.bytes + self.write.bytes);
-    }
-}
-
-impl AsyncRead for RateLimitedStream<'_> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { conn, rate_limit, read, .. } = self.get_mut();
-        let max = ready!(read.poll(buf.len(), rate_limit, cx)).min(buf.len());
-        let moved = Pin::new(&mut **conn).poll_read(cx, buf.get_mut(..max).unwrap_or_default());
-        read.commit(moved, rate_limit)
-    }
-}
-
-impl AsyncWrite for RateLimitedStream<'_> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let Self { conn, rate_limit, write, .. } = self.get_mut();
-        let max = ready!(write.poll(buf.len(), rate_limit, cx)).min(buf.len());
-        let moved = Pin::new(&mut **conn).poll_write(cx, buf.get(..max).unwrap_or_default());
-        write.commit(moved, rate_limit)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.get_mut().conn).poll_flush(cx)
-    }
-
-    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.get_mut().conn).poll_close(cx)
-    }
-}
-
-impl Stream for RateLimitedStream<'_> {
-    fn abort(&self) {
-        self.conn.abort();
-    }
-
-    fn has_unflushed(&self) -> bool {
-        self.conn.has_unflushed()
-    }
-
-    fn is_reset(&self) -> bool {
-        self.conn.is_reset()
+        self.refund();
     }
 }
 
@@ -263,6 +230,21 @@ mod tests {
         bucket.refund(1_100_000, later);
         assert_eq!(bucket.reservation_size(2_000_000, later), 1_000_000.0);
         assert_eq!(bucket.reservation_size(1000, later), 1000.0);
+    }
+
+    #[test]
+    fn reservation_is_refunded_when_no_byte_can_move_and_on_drop() {
+        let rate_limit = rate_limit(1_000, Instant::now());
+        let tokens = || rate_limit.session.state(Instant::now()).tokens;
+        let relay_limit = RelayRateLimit::new(&rate_limit);
+        assert_eq!(relay_limit.up.poll(100), Poll::Ready(25), "at least 25 ms of bytes");
+        relay_limit.up.commit(5);
+        assert_eq!((relay_limit.up.poll(100), relay_limit.due()), (Poll::Ready(20), None));
+        assert!(relay_limit.down.poll(100).is_pending() && relay_limit.due().is_some());
+        relay_limit.up.refund();
+        assert!(tokens() < 0.0);
+        drop(relay_limit);
+        assert!(tokens() >= 20.0);
     }
 
     #[test]
