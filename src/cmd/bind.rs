@@ -1,7 +1,7 @@
 //! `s5 bind`: requests a listener on the proxy, prints its address, and relays the accepted peer to stdin and stdout.
 
 use std::fs::{self, Permissions};
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -38,26 +38,20 @@ enum AddrOutput {
 
 impl AddrOutput {
     /// Takes the descriptor. A file of an earlier run is removed, because its address is no longer valid.
-    fn open(text: &str) -> Result<Self, CliError> {
-        let usage_error = |error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}"));
-        match descriptor::fd_number(text) {
-            Some(number) => {
-                let file = descriptor::take_fd(number);
-                file.map(Self::Descriptor).map_err(usage_error)
-            }
-            None => {
-                let path = Path::new(text);
-                // A symbolic link is followed, not replaced.
-                let path = path.canonicalize().unwrap_or(path.into());
-                let removed = if path.is_file() { fs::remove_file(&path) } else { Ok(()) };
-                removed.map_err(usage_error)?;
-                Ok(Self::File(path))
-            }
+    fn open(text: &str) -> io::Result<Self> {
+        if let Some(number) = descriptor::fd_number(text) {
+            return descriptor::take_fd(number).map(Self::Descriptor);
         }
+        // A symbolic link is followed, not replaced.
+        let path = Path::new(text).canonicalize().unwrap_or(text.into());
+        if path.is_file() {
+            fs::remove_file(&path)?;
+        }
+        Ok(Self::File(path))
     }
 
     /// Writes the line atomically: a reader sees all of it or nothing. Closes the file or the descriptor.
-    fn write(&mut self, line: &str) -> std::io::Result<()> {
+    fn write(&mut self, line: &str) -> io::Result<()> {
         match self {
             Self::Descriptor(file) => file.write_all(line.as_bytes()),
             // A named pipe or a device.
@@ -90,7 +84,11 @@ impl Args {
             }
             [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
         };
-        let output = args.address_file.as_deref().map(AddrOutput::open).transpose()?;
+        let output = args.address_file.as_deref().map(|text| {
+            AddrOutput::open(text)
+                .map_err(|error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}")))
+        });
+        let output = output.transpose()?;
         let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
         let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
             let bound = client.resolve_unspecified_bnd(bnd, &tunnel);

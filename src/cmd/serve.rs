@@ -14,7 +14,7 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus};
-use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout};
+use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
 use crate::client::{ClientAuth, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
@@ -207,20 +207,6 @@ fn parse_filtering(text: &str) -> Result<Filtering, String> {
         "endpoint-independent" => Ok(Filtering::EndpointIndependent),
         _ => Err("expected address-dependent or endpoint-independent".into()),
     }
-}
-
-/// Parses bytes per second: `1500`, `64k`, `10M`, `1G`, in powers of 1000.
-fn parse_rate(text: &str) -> Result<u64, String> {
-    let number = text.trim_end_matches(['k', 'M', 'G']);
-    let unit = match text.get(number.len()..).unwrap_or_default() {
-        "" => Some(1),
-        "k" => Some(1_000),
-        "M" => Some(1_000_000),
-        "G" => Some(1_000_000_000),
-        _ => None,
-    };
-    let rate = number.parse::<u64>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
-    rate.filter(|rate| *rate > 0).ok_or_else(|| "expected bytes per second, such as 1500 or 10M".into())
 }
 
 /// Returns a rule of the command line. argh collects each option separately; the position restores their common order.

@@ -3,24 +3,44 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`. The default unit is seconds.
+/// The longest time that an option accepts: one year.
+const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Units of time, in nanoseconds. The default is seconds.
+const TIME_UNITS: [(&str, u64); 5] =
+    [("", 1_000_000_000), ("ms", 1_000_000), ("s", 1_000_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
+/// Units of rates, in bytes per second.
+const RATE_UNITS: [(&str, u64); 4] = [("", 1), ("k", 1_000), ("M", 1_000_000), ("G", 1_000_000_000)];
+
+/// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`.
 pub(in crate::cmd) fn parse_duration(text: &str) -> Result<Duration, String> {
-    let invalid = || "expected a time such as 10, 500ms, 5m or 2h, at most one year".to_owned();
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text.get(digits.len()..).unwrap_or_default() {
-        "" | "s" => Duration::from_secs(1),
-        "ms" => Duration::from_millis(1),
-        "m" => Duration::from_secs(60),
-        "h" => Duration::from_secs(3600),
-        _ => return Err(invalid()),
-    };
-    let time = parse_decimal(digits).and_then(|billionths| {
-        // With integers: the parser for floating-point numbers would add much code to the binary.
-        let nanos = unit.as_nanos().checked_mul(billionths)? / 1_000_000_000;
-        u64::try_from(nanos).ok().map(Duration::from_nanos)
-    });
-    let time = time.filter(|time| *time <= MAX_DURATION);
-    time.ok_or_else(invalid)
+    let time = parse_quantity(text, &TIME_UNITS).map(Duration::from_nanos).filter(|time| *time <= MAX_DURATION);
+    time.ok_or_else(|| "expected a time such as 10, 500ms, 5m or 2h, at most one year".into())
+}
+
+/// Parses a time greater than 0.
+pub(in crate::cmd) fn parse_timeout(text: &str) -> Result<Duration, String> {
+    parse_duration(text).and_then(|time| if time.is_zero() { Err("must be greater than 0".into()) } else { Ok(time) })
+}
+
+/// Parses bytes per second, such as `1500`, `64k` or `10M`.
+pub(in crate::cmd) fn parse_rate(text: &str) -> Result<u64, String> {
+    let rate = parse_quantity(text, &RATE_UNITS).filter(|rate| *rate > 0);
+    rate.ok_or_else(|| "expected bytes per second, such as 1500 or 10M".into())
+}
+
+/// Parses a decimal number with a unit. Returns the number times the unit, rounded down.
+fn parse_quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let (_, unit) = units.iter().find(|(name, _)| text.strip_prefix(number) == Some(name))?;
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if number.is_empty() || number == "." || !whole.bytes().chain(fraction.bytes()).all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    // With integers: the parser for floating-point numbers would add much code to the binary.
+    let fraction: String = fraction.chars().chain("000000000".chars()).take(9).collect();
+    let billionths: u128 = format!("{whole}{fraction}").parse().ok()?;
+    u64::try_from(billionths.checked_mul((*unit).into())? / 1_000_000_000).ok()
 }
 
 /// Parses a number greater than 0.
@@ -46,25 +66,6 @@ pub(in crate::cmd) fn parse_set<T: FromStr<Err = String> + PartialEq>(text: &str
     Ok(set)
 }
 
-/// Parses a decimal number such as `2.5`. Returns it in billionths, rounded down.
-fn parse_decimal(text: &str) -> Option<u128> {
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    if whole.is_empty() && fraction.is_empty() || !is_number(whole) || !is_number(fraction) {
-        return None;
-    }
-    let fraction: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    format!("{whole}{fraction}").parse().ok()
-}
-
-/// The longest time that an option accepts: one year.
-const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
-
-/// Parses a time greater than 0.
-pub(in crate::cmd) fn parse_timeout(text: &str) -> Result<Duration, String> {
-    parse_duration(text).and_then(|time| if time.is_zero() { Err("must be greater than 0".into()) } else { Ok(time) })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,5 +89,16 @@ mod tests {
             assert!(parse_duration(text).is_err(), "{text}");
         }
         assert!(parse_timeout("0").is_err());
+    }
+
+    #[test]
+    fn parse_rate_has_units_of_1000() {
+        let table = [("1", 1), ("1500", 1500), ("64k", 64_000), ("10M", 10_000_000), ("2G", 2_000_000_000)];
+        for (text, rate) in table {
+            assert_eq!(parse_rate(text), Ok(rate));
+        }
+        for text in ["", "0", "k", "-1", "1T", "1K", "1 k", "99999999999999999999"] {
+            assert!(parse_rate(text).is_err(), "{text}");
+        }
     }
 }

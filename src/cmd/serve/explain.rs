@@ -11,7 +11,7 @@ use crate::conn::timeout_at;
 use crate::dial::{Resolver, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Identity, Route, Rule};
-use crate::proto::{Addr, Command, Host, HostName, Method, ProtectionLevel, parse_port};
+use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, parse_port};
 use crate::reactor;
 use crate::server::{Options, is_local};
 
@@ -122,17 +122,11 @@ impl ExplainedRequest {
         }
     }
 
-    /// Returns the target address, or the name to resolve.
-    fn target(&self) -> Option<Result<IpAddr, &HostName>> {
-        let host = &self.to.as_ref()?.host;
-        // BIND for 0.0.0.0 or [::] accepts any peer, so the request has no target.
-        if self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified()) {
-            return None;
-        }
-        Some(match host {
-            Host::Ip(ip) => Ok(*ip),
-            Host::Name(name) => parse_literal(name).ok_or(name),
-        })
+    /// Returns the target. BIND for 0.0.0.0 or [::] accepts any peer, so the request has none.
+    fn target(&self) -> Option<&Addr> {
+        let accepts_any =
+            |host: &Host| self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified());
+        self.to.as_ref().filter(|to| !accepts_any(&to.host))
     }
 }
 
@@ -171,21 +165,25 @@ impl Explanation<'_> {
             };
             return Ok(false);
         }
-        match query.target() {
-            None => self.report("the client", &request),
-            Some(Ok(ip)) => self.report_addrs(&request, &[ip]),
-            Some(Err(name)) => {
-                let request = AccessRequest { target_name: Some(name), ..request };
-                match self.policy.evaluate(&request, is_local) {
-                    Decision::Undecided(rule) => {
-                        let subject = format!("{} (its addresses decide)", name.as_str());
-                        self.add_line("resolve", &subject, rule, Route::Direct);
-                        let addrs = resolve(query)?;
-                        self.report_addrs(&request, &addrs)
-                    }
-                    _ => self.report(name.as_str(), &request),
-                }
+        let Some(to) = query.target() else { return self.report("the client", &request) };
+        let name = match &to.host {
+            Host::Ip(ip) => return self.report_addrs(&request, &[*ip]),
+            Host::Name(name) => name,
+        };
+        if let Some(ip) = parse_literal(name) {
+            return self.report_addrs(&request, &[ip]);
+        }
+        let request = AccessRequest { target_name: Some(name), ..request };
+        match self.policy.evaluate(&request, is_local) {
+            Decision::Undecided(rule) => {
+                let subject = format!("{} (its addresses decide)", name.as_str());
+                self.add_line("resolve", &subject, rule, Route::Direct);
+                let ips = resolve(to).map_err(|error| {
+                    CliError::new(ExitStatus::USAGE, format!("--explain: {}: {error}", name.as_str()))
+                })?;
+                self.report_addrs(&request, &ips)
             }
+            _ => self.report(name.as_str(), &request),
         }
     }
 
@@ -229,16 +227,11 @@ impl Explanation<'_> {
     }
 }
 
-fn resolve(query: &ExplainedRequest) -> Result<Vec<IpAddr>, CliError> {
-    let Some(to @ Addr { host: Host::Name(name), .. }) = &query.to else { return Ok(Vec::new()) };
-    let lookup_error =
-        |error: String| CliError::new(ExitStatus::USAGE, format!("--explain: {}: {error}", name.as_str()));
-    let start_error = |error| CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}"));
+fn resolve(to: &Addr) -> Result<Vec<IpAddr>, String> {
     let resolver = Resolver::default();
     let lookup = timeout_at(Instant::now() + LOOKUP_TIMEOUT, resolver.lookup(to));
-    match reactor::run(lookup).map_err(start_error)? {
-        Some(Ok(addrs)) => Ok(addrs.into_iter().map(|addr| addr.ip()).collect()),
-        Some(Err(error)) => Err(lookup_error(error.to_string())),
-        None => Err(lookup_error(format!("no answer from the resolver within {} s", LOOKUP_TIMEOUT.as_secs()))),
+    match reactor::run(lookup).map_err(|error| format!("start the event loop: {error}"))? {
+        Some(found) => Ok(found.map_err(|error| error.to_string())?.into_iter().map(|addr| addr.ip()).collect()),
+        None => Err(format!("no answer from the resolver within {} s", LOOKUP_TIMEOUT.as_secs())),
     }
 }
