@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use super::{DecodeError, MAX_HOST_NAME_LEN, MessageReader, ProtocolError, write_length_prefixed};
+use super::codec::{DecodeError, MAX_HOST_NAME_LEN, MessageReader, ProtocolError, write_length_prefixed};
 
 const ATYP_IPV4: u8 = 1;
 const ATYP_NAME: u8 = 3;

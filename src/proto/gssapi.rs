@@ -3,11 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::codec::{AUTH_VERSION, DecodeError, MAX_TOKEN_LEN, Message, MessageReader, ProtocolError};
 use super::codes::from_name;
-use super::{AUTH_VERSION, DecodeError, Message, MessageReader, ProtocolError};
 
-/// Longest token that LEN can express, in bytes (RFC 1961 section 3.3).
-pub const MAX_TOKEN_LEN: usize = 65_535;
 /// Length of VER, MTYP and LEN, in bytes.
 pub const FRAME_HEADER_LEN: usize = 4;
 
@@ -52,10 +50,8 @@ impl Frame {
 
     /// Returns the token of a datagram, if the datagram is one whole data frame.
     pub fn datagram_token(bytes: &mut [u8]) -> Option<&mut [u8]> {
-        let (header, token) = bytes.split_first_chunk_mut::<FRAME_HEADER_LEN>()?;
-        let [version, mtyp, high, low] = *header;
-        let is_whole = usize::from(u16::from_be_bytes([high, low])) == token.len();
-        (version == AUTH_VERSION && mtyp == DATA && is_whole).then_some(token)
+        let is_whole = Self::data_frame_len(bytes) == Ok(Some(bytes.len()));
+        bytes.get_mut(FRAME_HEADER_LEN..).filter(|_| is_whole)
     }
 
     /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete.
