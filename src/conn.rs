@@ -42,7 +42,7 @@ pub enum Conn {
     /// Over a Unix socket.
     Unix(Io<Socket>),
     /// Over another connection, with GSSAPI protection.
-    Protected(Box<ProtectedStream>),
+    Protected(Box<ProtectedStream<Self>>),
 }
 
 /// A connection that is not registered with the event loop of any thread. Can be sent to another thread.
@@ -181,7 +181,7 @@ impl Conn {
 
     /// Returns whether bytes from the socket are buffered here, and not yet read by the caller.
     fn has_unread(&self) -> bool {
-        matches!(self, Self::Protected(protected) if protected.has_unread())
+        matches!(self, Self::Protected(protected) if protected.has_unread() || protected.inner.has_unread())
     }
 
     fn has_event(&self, events: PollFlags) -> bool {
@@ -219,7 +219,7 @@ impl Conn {
     fn io(&self) -> &Io<Socket> {
         match self {
             Self::Tcp(io) | Self::Unix(io) => io,
-            Self::Protected(protected) => protected.conn.io(),
+            Self::Protected(protected) => protected.inner.io(),
         }
     }
 

@@ -10,7 +10,6 @@ use std::task::{Context, Poll, ready};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 
-use super::Conn;
 use crate::proto::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, Message as _, ProtectionLevel};
 use crate::reactor::wake_later;
 
@@ -111,10 +110,10 @@ impl Protection {
     }
 }
 
-/// A stream with GSSAPI protection. Holds no buffers while it is idle.
+/// A stream over `inner` with GSSAPI protection. Holds no buffers while it is idle.
 #[derive(Debug)]
-pub struct ProtectedStream {
-    pub(super) conn: Conn,
+pub struct ProtectedStream<S> {
+    pub(super) inner: S,
     pub(super) protection: Protection,
     /// Received frames that are not unwrapped yet; the last one can be incomplete.
     received: Vec<u8>,
@@ -124,9 +123,9 @@ pub struct ProtectedStream {
     outgoing: (Vec<u8>, usize),
 }
 
-impl ProtectedStream {
-    pub(super) fn new(conn: Conn, protection: Protection) -> Self {
-        Self { conn, protection, received: Vec::new(), unwrapped: Default::default(), outgoing: Default::default() }
+impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
+    pub(super) fn new(inner: S, protection: Protection) -> Self {
+        Self { inner, protection, received: Vec::new(), unwrapped: Default::default(), outgoing: Default::default() }
     }
 
     pub(super) fn has_unflushed(&self) -> bool {
@@ -134,7 +133,7 @@ impl ProtectedStream {
     }
 
     pub(super) fn has_unread(&self) -> bool {
-        !self.received.is_empty() || !self.unwrapped.0.is_empty() || self.conn.has_unread()
+        !self.received.is_empty() || !self.unwrapped.0.is_empty()
     }
 
     /// Copies unwrapped data into `buf` and returns its length.
@@ -180,7 +179,7 @@ impl ProtectedStream {
         // The buffer grows only as data arrives: a length field alone must not allocate 64 KiB.
         let room = frame_len.saturating_sub(received_len).clamp(READ_LEN, READ_LEN.max(received_len));
         self.received.resize(received_len + room, 0);
-        let read = Pin::new(&mut self.conn).poll_read(cx, self.received.get_mut(received_len..).unwrap_or_default());
+        let read = Pin::new(&mut self.inner).poll_read(cx, self.received.get_mut(received_len..).unwrap_or_default());
         let n = if let Poll::Ready(Ok(n)) = &read { *n } else { 0 };
         self.received.truncate(received_len + n);
         if self.received.is_empty() {
@@ -197,7 +196,7 @@ impl ProtectedStream {
                 self.outgoing = Default::default();
                 return Poll::Ready(Ok(()));
             }
-            match ready!(Pin::new(&mut self.conn).poll_write(cx, unsent))? {
+            match ready!(Pin::new(&mut self.inner).poll_write(cx, unsent))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 n => *offset += n,
             }
@@ -209,7 +208,7 @@ fn protection_error(reason: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("protection: {}", reason.into()))
 }
 
-impl AsyncRead for ProtectedStream {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for ProtectedStream<S> {
     /// The end of the stream within a frame is an error. After an error, further data can't be trusted.
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
@@ -235,7 +234,7 @@ impl AsyncRead for ProtectedStream {
     }
 }
 
-impl AsyncWrite for ProtectedStream {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ProtectedStream<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
@@ -251,12 +250,12 @@ impl AsyncWrite for ProtectedStream {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
-        Pin::new(&mut this.conn).poll_flush(cx)
+        Pin::new(&mut this.inner).poll_flush(cx)
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
-        Pin::new(&mut this.conn).poll_close(cx)
+        Pin::new(&mut this.inner).poll_close(cx)
     }
 }

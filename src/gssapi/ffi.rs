@@ -438,13 +438,13 @@ impl SecurityContext for GssContext {
     }
 
     fn wrap_size_limit(&self, should_encrypt: bool) -> usize {
-        let (Object { api, handle, .. }, mut size) = (&self.object, 0);
-        let (qop, max) = (0, MAX_TOKEN_LEN as u32);
+        let Object { api, handle, .. } = self.object;
+        let (max, mut size) = (MAX_TOKEN_LEN as u32, 0);
         // SAFETY: the context is established; the other pointers are to locals.
         let limit = api.call(|minor| unsafe {
-            (api.gss_wrap_size_limit)(minor, *handle, should_encrypt.into(), qop, max, &mut size)
+            (api.gss_wrap_size_limit)(minor, handle, should_encrypt.into(), 0, max, &mut size)
         });
         // Used if the library reports an error: no mechanism adds as much as 256 bytes.
-        limit.ok().and(usize::try_from(size).ok()).unwrap_or(MAX_TOKEN_LEN - 256)
+        limit.map_or(MAX_TOKEN_LEN - 256, |()| size as usize)
     }
 }
