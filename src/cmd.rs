@@ -12,7 +12,7 @@ use log::LevelFilter;
 
 use cli::argv::{self, Normalized};
 pub use cli::completions::Shell;
-pub use cli::exit::{CliError, ExitStatus, eprint_line};
+pub use cli::exit::{CliError, ExitStatus, eprint_line, plain_os_errors};
 use cli::help::NAME;
 use cli::{manual, secrets};
 use netcat::options::{self, unsupported_reason};

@@ -17,8 +17,13 @@ impl log::Log for InfallibleLogger {
     }
 
     fn log(&self, record: &log::Record<'_>) {
+        let text = s5::cmd::plain_os_errors(record.args().to_string());
+        let log = || {
+            let mut plain = log::Record::builder();
+            self.0.log(&plain.metadata(record.metadata().clone()).args(format_args!("{text}")).build());
+        };
         // A lost log line can't be reported: the log is where it would be reported.
-        let _ = catch_unwind(AssertUnwindSafe(|| self.0.log(record)));
+        let _ = catch_unwind(AssertUnwindSafe(log));
     }
 
     fn flush(&self) {}

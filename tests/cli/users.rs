@@ -81,7 +81,7 @@ fn invalid_users_line_is_an_error_with_file_line_and_word() {
 fn unreadable_users_file_is_an_error_with_its_name() {
     let dir = temp_dir();
     let missing = format!("{}/missing", dir.path().display());
-    assert_usage_error(&["serve", "--users", &missing], &[&format!("--users {missing}: "), "No such file"]);
+    assert_usage_error(&["serve", "--users", &missing], &[&format!("--users {missing}: "), "no such file"]);
     let path = dir.path().to_str().expect("UTF-8 path").to_owned();
     assert_usage_error(&["serve", "--users", &path], &[&path]);
     let binary = dir.path().join("binary");

@@ -97,7 +97,7 @@ fn run_other_statuses(dir: &Path) -> Vec<u8> {
         (0, "", s5(format!("connect -z -x {proxy} {echo}"))),
         (2, "unrecognized option --porxy (did you mean --proxy?)", s5("connect --porxy a b".into())),
         (7, "direct: connecting to the target, for", s5(format!("connect --direct {down}"))),
-        (26, "read from stdin: Is a directory", s5(format!("connect -x {proxy} {echo} < {dir}"))),
+        (26, "read from stdin: is a directory", s5(format!("connect -x {proxy} {echo} < {dir}"))),
         (26, "not hexadecimal", format!("echo xyz | {}", s5(format!("udp --hex -x {proxy} {echo}")))),
         (
             28,
@@ -113,11 +113,11 @@ fn run_other_statuses(dir: &Path) -> Vec<u8> {
         (55, "the limit is 65507 bytes", format!("head -c 65528 /dev/zero | {}", s5(format!("udp -x {proxy} {echo}")))),
         (
             56,
-            "read error: Connection reset",
+            "read error: connection reset",
             format!("echo x | {}", s5(format!("connect --direct --no-shutdown {resets}"))),
         ),
-        (126, "Permission denied", s5(format!("connect -x {proxy} -e {plain} {echo}"))),
-        (127, "No such file", s5(format!("connect -x {proxy} -e {dir}/nothing {echo}"))),
+        (126, "permission denied", s5(format!("connect -x {proxy} -e {plain} {echo}"))),
+        (127, "no such file", s5(format!("connect -x {proxy} -e {dir}/nothing {echo}"))),
         (141, "", format!("{{ yes | {}; echo $? >&2; }} | true", s5(format!("connect -x {proxy} {echo}")))),
     ];
     let mut found = Vec::new();
@@ -142,7 +142,7 @@ fn pass_socket_to_closed_receiver() -> u8 {
     let mut command = s5();
     command.args(["connect", "-F", "--direct", &echo_server().to_string()]).stdout(Stdio::from(OwnedFd::from(stdout)));
     let output = command.stderr(Stdio::piped()).spawn().and_then(Child::wait_with_output).expect("s5 runs");
-    assert!(text(&output.stderr).contains("pass the socket: Broken pipe"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("pass the socket: broken pipe"), "{}", text(&output.stderr));
     output.status.code().and_then(|code| u8::try_from(code).ok()).expect("a signal did not kill it")
 }
 

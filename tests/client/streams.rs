@@ -181,7 +181,7 @@ fn full_disk_has_status_23() {
         let mut command = s5();
         command.args(["connect", "-x", &proxy.url(), TARGET]).stdin(Stdio::null()).stdout(full);
         let output = command.stderr(Stdio::piped()).output().expect("s5 runs");
-        let reason = "transfer, for target.example:80: write to stdout: No space left on device (os error 28)";
+        let reason = "transfer, for target.example:80: write to stdout: no space left on device";
         let line = format!("s5: proxy {}: {reason}\n", proxy.addr);
         assert_eq!((output.status.code(), text(&output.stderr)), (Some(23), line));
     }

@@ -276,8 +276,8 @@ fn timeouts_and_closes() -> Vec<Behaviour> {
     let timed_out = "timed out after 500ms";
     let closed = "the proxy closed the connection";
     let denied = "the proxy closed the connection (its rules or limits may deny this client)";
-    let reset = "Connection reset by peer (os error 104)";
-    let reset_denied = "Connection reset by peer (os error 104) (its rules or limits may deny this client)";
+    let reset = "connection reset by peer";
+    let reset_denied = "connection reset by peer (its rules or limits may deny this client)";
     let unresponsive =
         Behaviour { proxy: Proxy::Unresponsive, ..behaviour("the proxy never accepts the connection", Vec::new) };
     let timeouts = [
@@ -471,13 +471,13 @@ fn transfers() -> Vec<Behaviour> {
         let _ = stream.write_all(b"hello");
         let _ = stream.read_to_end(&mut Vec::new());
     }
-    let full = "write to stdout: No space left on device (os error 28)";
+    let full = "write to stdout: no space left on device";
     let idle = on_tunnel("no traffic on the tunnel, with an idle timeout", sends_and_waits);
     vec![
         on_tunnel("answer after the end of stdin", answers_late).writes(b"late"),
         on_tunnel("the target closes, stdin stays open", closes).writes(b"hello").with_stdio(StdioSetup::OpenStdin),
         on_tunnel("the target resets the connection", resets)
-            .transfer_fails(56, "read error: Connection reset by peer (os error 104)")
+            .transfer_fails(56, "read error: connection reset by peer")
             .writes(b"hello")
             .with_stdio(StdioSetup::OpenStdin),
         Behaviour {

@@ -162,7 +162,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
         std::fs::write(file, vec![b'#'; 17 << 20]).expect("file written");
         assert_kept(&setup.reload(), file, ["too large", ""]);
         std::fs::remove_file(file).expect("file removed");
-        assert_kept(&setup.reload(), file, ["No such file", ""]);
+        assert_kept(&setup.reload(), file, ["no such file", ""]);
         symlink(file, file).expect("symlink created");
         assert_kept(&setup.reload(), file, ["symbolic link", ""]);
         std::fs::remove_file(file).expect("file removed");

@@ -212,7 +212,7 @@ fn invalid_rule_error_names_file_line_and_word() {
     let not_utf8 = not_utf8.to_str().expect("UTF-8 path").to_owned();
     let missing = format!("{not_utf8}-missing");
     let directory = dir.path().to_str().expect("UTF-8 path");
-    for (file, what) in [(&*not_utf8, "line 2"), (&missing, "No such file"), (directory, "directory")] {
+    for (file, what) in [(&*not_utf8, "line 2"), (&missing, "no such file"), (directory, "directory")] {
         for option in ["--rules", "--users"] {
             let output = serve(&["--listen", "127.0.0.1:0", option, file]);
             let shown = text(&output.stderr);

@@ -82,7 +82,7 @@ fn unusable_keytab_is_reported_at_start() {
     std::fs::write(file("empty"), b"").expect("a file");
     std::fs::create_dir(file("folder")).expect("a folder");
     let unusable = "is nonexistent or empty";
-    for (name, expected) in [("missing", "No such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)]
+    for (name, expected) in [("missing", "no such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)]
     {
         assert_fails_with(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), expected]);
         crate::page::assert_explains(expected);
@@ -122,8 +122,8 @@ fn unreadable_keytab_is_reported_at_start() {
     };
     command.args(["serve", "--listen", "127.0.0.1:0", "--keytab", &keytab]);
     let output = run(realm.env(&mut command), b"", TIMEOUT);
-    assert_fails_with(&output, 2, &[&keytab, "Permission denied"]);
-    crate::page::assert_explains("Permission denied");
+    assert_fails_with(&output, 2, &[&keytab, "permission denied"]);
+    crate::page::assert_explains("permission denied");
 }
 
 #[test]

@@ -63,7 +63,7 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     let (mut tunnel, rep, _) = open(&server, CONNECT, dst);
     assert_eq!(rep, 0);
     let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
-    server.wait_log(|log| log.contains("Too many open files"));
+    server.wait_log(|log| log.contains("too many open files"));
     // The load is measured over at least 1.2 s.
     let (started, before) = (Instant::now(), server.cpu_seconds());
     while started.elapsed() < Duration::from_millis(1200) {
@@ -72,7 +72,7 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     }
     let load = (server.cpu_seconds() - before) / started.elapsed().as_secs_f64();
     assert!(load < 0.15, "{:.0} % of a core", load * 100.0);
-    let lines = u64::try_from(server.log().matches("Too many open files").count()).expect("64 bits suffice");
+    let lines = u64::try_from(server.log().matches("too many open files").count()).expect("64 bits suffice");
     assert!(lines <= 3 + started.elapsed().as_secs(), "{lines} log lines");
     let mut waiting = server.connect();
     waiting.write_all(&[5, 1, 0]).expect("greeting sent");
@@ -97,7 +97,7 @@ fn connect_without_a_free_descriptor_gets_general_failure() {
     let (target, dst) = listener(V4);
     let mut stream = greet(&server);
     let _silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
-    server.wait_log(|log| log.contains("Too many open files"));
+    server.wait_log(|log| log.contains("too many open files"));
     stream.write_all(&crate::common::request(CONNECT, dst)).expect("request sent");
     assert_eq!(crate::common::read_reply(&mut stream).0, 1);
     drop(target);

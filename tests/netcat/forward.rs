@@ -86,7 +86,7 @@ fn forward_k_serves_many_connections_that_fail_independently() {
     assert!(open >= 20, "{open}");
     drop(locals);
     server.wait_log(|log| session_lines(log).len() >= 30);
-    let count = |stderr: &str| stderr.matches("read error: Connection reset").count();
+    let count = |stderr: &str| stderr.matches("read error: connection reset").count();
     let stderr = client.stderr(|stderr| count(stderr) >= 10);
     assert_eq!(count(&stderr), 10, "{stderr}");
 }
@@ -114,7 +114,7 @@ fn forward_recovers_from_descriptor_exhaustion() {
     let stderr = client.stderr(|stderr| stderr.contains("listening on "));
     let at: SocketAddr = stderr.trim().trim_start_matches("listening on ").parse().expect("valid address");
     let locals: Vec<TcpStream> = (0..30).map(|_| TcpStream::connect(at).expect("the listener accepts")).collect();
-    client.stderr(|stderr| stderr.contains("Too many open files"));
+    client.stderr(|stderr| stderr.contains("too many open files"));
     drop(locals);
     wait_until("connections are forwarded again", TIMEOUT, || {
         let mut local = TcpStream::connect(at).expect("the listener accepts");

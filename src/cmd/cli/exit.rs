@@ -4,7 +4,7 @@
 //! remedy. It is in lower case, has no full stop and never contains a password.
 
 use std::fmt;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
@@ -116,7 +116,7 @@ impl CliError {
 /// Escapes control characters: messages may contain text from proxies and targets.
 impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in self.message.chars() {
+        for c in plain_os_errors(self.message.clone()).chars() {
             if c.is_control() { write!(f, "{}", c.escape_default())? } else { write!(f, "{c}")? }
         }
         Ok(())
@@ -145,9 +145,21 @@ impl From<ClientError> for CliError {
     }
 }
 
+/// Writes the system's errors like all others: in lower case, and without the number that [`io::Error`] appends.
+pub fn plain_os_errors(message: String) -> String {
+    let after_number = message.split(" (os error ").skip(1);
+    let numbers: Vec<i32> = after_number.filter_map(|text| text.split(')').next()?.parse().ok()).collect();
+    numbers.into_iter().fold(message, |message, number| {
+        let error = io::Error::from_raw_os_error(number).to_string();
+        let text = error.trim_end_matches(&format!(" (os error {number})"));
+        let (first, others) = text.split_at(1.min(text.len()));
+        message.replace(&error, &(first.to_lowercase() + others))
+    })
+}
+
 /// Writes one line to stderr in a single write, since other processes may write there too. Write errors are ignored.
 pub fn eprint_line(line: &str) {
-    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 #[cfg(test)]
@@ -157,6 +169,17 @@ mod tests {
     #[test]
     fn display_escapes_control_characters() {
         assert_eq!(CliError::usage("a\x1b[2Jb\n").to_string(), "a\\u{1b}[2Jb\\n");
+    }
+
+    #[test]
+    fn plain_os_errors_removes_numbers_and_capital_letters() {
+        let error = |number| io::Error::from_raw_os_error(number).to_string();
+        let message = format!("a: {} (hint); {}; {}", error(2), error(98), error(2));
+        let plain = "a: no such file or directory (hint); address already in use; no such file or directory";
+        assert_eq!(plain_os_errors(message), plain);
+        for other in ["", "Other (os error x)", "Wrong text (os error 2)", " (os error "] {
+            assert_eq!(plain_os_errors(other.into()), other);
+        }
     }
 
     #[test]
