@@ -17,7 +17,7 @@ impl log::Log for InfallibleLogger {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        let text = s5::cmd::plain_os_errors(record.args().to_string());
+        let text = cmd::plain_os_errors(record.args().to_string());
         let log = || {
             let mut plain = log::Record::builder();
             self.0.log(&plain.metadata(record.metadata().clone()).args(format_args!("{text}")).build());

@@ -152,7 +152,7 @@ pub fn plain_os_errors(message: String) -> String {
     numbers.into_iter().fold(message, |message, number| {
         let error = io::Error::from_raw_os_error(number).to_string();
         let text = error.trim_end_matches(&format!(" (os error {number})"));
-        let (first, others) = text.split_at(1.min(text.len()));
+        let (first, others) = text.split_at_checked(1).unwrap_or((text, ""));
         message.replace(&error, &(first.to_lowercase() + others))
     })
 }
