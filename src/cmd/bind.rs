@@ -14,7 +14,7 @@ use super::netcat::connector::Connector;
 use super::netcat::descriptor;
 use super::netcat::options::client_mode;
 use super::netcat::report::Report;
-use super::netcat::tunnel::TunnelAction;
+use super::netcat::tunnel;
 use crate::client::Client;
 use crate::conn::Conn;
 use crate::proto::{Addr, Command};
@@ -75,7 +75,7 @@ impl AddrOutput {
 impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
-        let action = TunnelAction::from_args(&args)?;
+        let program = tunnel::check_args(&args)?;
         let peer = match args.target.as_slice() {
             [] => None,
             [peer] => {
@@ -97,7 +97,7 @@ impl Args {
                 accept_peer(&connector, client, &mut tunnel, &bound, output, connector.args.timeout.is_some()).await;
             report.set_peer(client, peer.as_ref().ok());
             peer?;
-            Box::pin(action.run(&connector, tunnel, &bound, report)).await
+            Box::pin(tunnel::run(&connector, program.as_ref(), tunnel, &bound, report)).await
         };
         let request = async |client: &Client| client.request(Command::Bind).await;
         connector.run(Box::pin(connector.run_reported(request, transfer)))

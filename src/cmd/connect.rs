@@ -1,11 +1,12 @@
 //! `s5 connect`: relays stdin and stdout to a target through proxies.
 
 use super::cli::exit::CliError;
+use super::netcat::child::Program;
 use super::netcat::connector::Connector;
 use super::netcat::forward;
 use super::netcat::options::client_mode;
 use super::netcat::report::Report;
-use super::netcat::tunnel::TunnelAction;
+use super::netcat::tunnel;
 use crate::client::Client;
 use crate::proto::Command;
 
@@ -18,7 +19,7 @@ client_mode!(
 impl Args {
     pub(super) fn run(self) -> Result<(), CliError> {
         let Self(args) = self;
-        let action = TunnelAction::from_args(&args)?;
+        let program = tunnel::check_args(&args)?;
         // Without a target, -z tests whether the proxy accepts the login.
         let dst = args.target()?;
         if args.listen.is_none() && args.keep_open {
@@ -28,23 +29,22 @@ impl Args {
             return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
         }
         let connector = Connector::new(Command::Connect, args, dst)?;
-        let args = &connector.args;
         connector.run(Box::pin(async {
-            match (args.listen, connector.dst()) {
+            match (connector.args.listen, connector.dst()) {
                 // Boxed: the future is large, and often not needed.
-                (Some(addr), _) => Box::pin(forward::run(&connector, addr, args.keep_open, args.idle_timeout)).await,
-                (None, Some(_)) => connect(&connector, &action).await,
+                (Some(addr), _) => Box::pin(forward::run(&connector, addr)).await,
+                (None, Some(_)) => connect(&connector, program.as_ref()).await,
                 (None, None) => probe(&connector).await,
             }
         }))
     }
 }
 
-async fn connect(connector: &Connector, action: &TunnelAction) -> Result<(), CliError> {
+async fn connect(connector: &Connector, program: Option<&Program>) -> Result<(), CliError> {
     let transfer = async |(tunnel, bnd), client: &Client, report: &mut Report| {
         report.set_bnd(&bnd);
         connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
-        Box::pin(action.run(connector, tunnel, &bnd, report)).await
+        Box::pin(tunnel::run(connector, program, tunnel, &bnd, report)).await
     };
     connector.run_reported(async |client| client.request(Command::Connect).await, transfer).await
 }

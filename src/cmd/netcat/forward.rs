@@ -4,7 +4,6 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
@@ -32,29 +31,24 @@ pub(in crate::cmd) fn listen<T>(
     Ok(socket)
 }
 
-/// Forwards one connection, or with `keep_open` any number.
-pub(in crate::cmd) async fn run(
-    connector: &Connector,
-    addr: SocketAddr,
-    keep_open: bool,
-    idle_timeout: Option<Duration>,
-) -> Result<(), CliError> {
+/// Forwards one connection, or with `-k` any number.
+pub(in crate::cmd) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
     let listener = listen(connector, addr, |addr| {
         let listener = TcpListener::bind(addr)?;
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
         Ok((Io::new(listener)?, addr))
     })?;
-    if !keep_open {
+    if !connector.args.keep_open {
         let local = accept(connector, &listener).await?;
         drop(listener);
-        return serve_connection(connector, local, idle_timeout).await;
+        return serve_connection(connector, local).await;
     }
     let executor = LocalExecutor::new();
     let accept_all = async {
         loop {
             let local = accept(connector, &listener).await?;
-            let tunnel = async { connector.print_error(serve_connection(connector, local, idle_timeout).await) };
+            let tunnel = async { connector.print_error(serve_connection(connector, local).await) };
             executor.spawn(Box::pin(tunnel) as Task<'_>).detach();
         }
     };
@@ -95,11 +89,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
 }
 
 /// Forwards one connection until it ends.
-async fn serve_connection(
-    connector: &Connector,
-    mut local: Conn,
-    idle_timeout: Option<Duration>,
-) -> Result<(), CliError> {
+async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), CliError> {
     let request = connector.retry(async |client| client.request(Command::Connect).await);
     let disconnected = async {
         local.wait_eof().await;
@@ -124,7 +114,11 @@ async fn serve_connection(
     connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
     let stats = Arc::new(RelayStats::default());
     let counts = ByteCounts::default();
-    let options = RelayOptions { idle_timeout, stats: Some(stats.clone()), ..RelayOptions::default() };
+    let options = RelayOptions {
+        idle_timeout: connector.args.idle_timeout,
+        stats: Some(stats.clone()),
+        ..RelayOptions::default()
+    };
     let outcome = {
         let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
         relay(&mut local_stream, &mut tunnel_stream, &options, &counts, |_, _| true).await
@@ -140,7 +134,7 @@ async fn serve_connection(
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))
         }
-        outcome => relay_result(connector, idle_timeout, outcome, Ok(())),
+        outcome => relay_result(connector, outcome, Ok(())),
     };
     connector.finish(report, result)
 }

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::future::{pending, poll_fn};
 use std::io::{self, IoSlice, IsTerminal as _};
 use std::os::fd::AsFd as _;
-use std::process::Child;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -33,162 +33,131 @@ const STDIN_LINGER: Duration = Duration::from_millis(250);
 /// With `--send-only`, time from the end of stdin to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
-/// The options that apply to an established tunnel.
-#[derive(Debug)]
-pub(in crate::cmd) struct TunnelAction {
-    establish_only: bool,
-    pass_fd: bool,
-    program: Option<Program>,
-    reads_stdin: bool,
-    writes_stdout: bool,
-    crlf: bool,
-    sends_eof: bool,
-    quit_after: Option<Duration>,
-    idle_timeout: Option<Duration>,
-    shows_progress: bool,
+/// Checks the options that apply to an established tunnel. Returns the program of `-e` or `-c`.
+pub(in crate::cmd) fn check_args(args: &Args) -> Result<Option<Program>, CliError> {
+    if args.timeout.is_some_and(|time| time.is_zero()) {
+        return Err(CliError::usage("-w: must be greater than 0"));
+    }
+    let program = Program::from_args(args)?;
+    let exclusive = [
+        (args.zero_io, "-z"),
+        (args.pass_fd, "-F"),
+        (program.is_some(), "-e and -c"),
+        (args.listen.is_some(), "-l"),
+        (args.recv_only, "-d"),
+        (args.send_only, "--send-only"),
+    ];
+    let given: Vec<&str> = exclusive.iter().filter(|(is_given, _)| *is_given).map(|(_, name)| *name).collect();
+    if let [first, second, ..] = given.as_slice() {
+        return Err(CliError::usage(format!("{first} and {second} cannot be combined")));
+    }
+    let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
+    if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
+        let relay_options = "-C, -q, --no-shutdown and --progress";
+        return Err(CliError::usage(format!("{relay_options} cannot be used with {}", given.concat())));
+    }
+    if args.pass_fd {
+        let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
+        if !is_socket {
+            return Err(CliError::usage("-F: stdout is not a socket (this option is for ssh's ProxyUseFdpass)"));
+        }
+    }
+    Ok(program)
 }
 
-impl TunnelAction {
-    pub(in crate::cmd) fn from_args(args: &Args) -> Result<Self, CliError> {
-        if args.timeout.is_some_and(|time| time.is_zero()) {
-            return Err(CliError::usage("-w: must be greater than 0"));
-        }
-        let program = Program::from_args(args)?;
-        let exclusive = [
-            (args.zero_io, "-z"),
-            (args.pass_fd, "-F"),
-            (program.is_some(), "-e and -c"),
-            (args.listen.is_some(), "-l"),
-            (args.recv_only, "-d"),
-            (args.send_only, "--send-only"),
-        ];
-        let given: Vec<&str> = exclusive.iter().filter(|(is_given, _)| *is_given).map(|(_, name)| *name).collect();
-        if let [first, second, ..] = given.as_slice() {
-            return Err(CliError::usage(format!("{first} and {second} cannot be combined")));
-        }
-        let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
-        if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
-            let relay_options = "-C, -q, --no-shutdown and --progress";
-            return Err(CliError::usage(format!("{relay_options} cannot be used with {}", given.concat())));
-        }
-        if args.pass_fd {
-            let is_socket = rustix::net::sockopt::socket_type(io::stdout()).is_ok();
-            if !is_socket {
-                return Err(CliError::usage("-F: stdout is not a socket (this option is for ssh's ProxyUseFdpass)"));
-            }
-        }
-        Ok(Self {
-            establish_only: args.zero_io,
-            pass_fd: args.pass_fd,
-            program,
-            reads_stdin: !args.recv_only,
-            writes_stdout: !args.send_only,
-            crlf: args.crlf,
-            sends_eof: !args.no_shutdown,
-            quit_after: args.quit_after.or(args.send_only.then_some(SEND_ONLY_GRACE)),
-            idle_timeout: args.idle_timeout,
-            shows_progress: args.progress && io::stderr().is_terminal(),
-        })
+/// Uses the tunnel as the options require, until it ends.
+pub(in crate::cmd) async fn run(
+    connector: &Connector,
+    program: Option<&Program>,
+    tunnel: Conn,
+    bnd: &Addr,
+    report: &mut Report,
+) -> Result<(), CliError> {
+    let args = &connector.args;
+    let failure = |reason: &str, error| connector.transfer_error(ExitStatus::FAILURE, &format!("{reason}: {error}"));
+    if args.zero_io {
+        return Ok(());
     }
-
-    /// Uses the tunnel as the options require, until it ends.
-    pub(in crate::cmd) async fn run(
-        &self,
-        connector: &Connector,
-        tunnel: Conn,
-        bnd: &Addr,
-        report: &mut Report,
-    ) -> Result<(), CliError> {
-        if self.establish_only {
-            return Ok(());
-        }
-        if self.pass_fd {
-            return pass_socket(&tunnel)
-                .map_err(|error| connector.transfer_error(ExitStatus::FAILURE, &format!("pass the socket: {error}")));
-        }
-        let (child, stdio) = match &self.program {
-            Some(program) => {
-                let variables = [
-                    ("S5_TARGET", connector.dst().map(ToString::to_string)),
-                    ("S5_BND", Some(bnd.to_string())),
-                    ("S5_PROXY_ADDR", connector.last_proxy()),
-                ];
-                let variables = variables.map(|(name, value)| (name, value.unwrap_or_default()));
-                let (child, stdio) = program.start(&variables, self.crlf)?;
-                (Some(child), stdio)
-            }
-            None => {
-                let stdio = StdioStream::from_stdio(self.reads_stdin, self.writes_stdout, self.crlf);
-                let reason = |error| format!("open stdin and stdout: {error}");
-                (None, stdio.map_err(|error| connector.transfer_error(ExitStatus::FAILURE, &reason(error)))?)
-            }
-        };
-        self.relay(connector, stdio, child, tunnel, report).await
+    if args.pass_fd {
+        return pass_socket(&tunnel).map_err(|error| failure("pass the socket", error));
     }
+    let Some(program) = program else {
+        let stdio = StdioStream::from_stdio(!args.recv_only, !args.send_only, args.crlf);
+        let stdio = stdio.map_err(|error| failure("open stdin and stdout", error))?;
+        return relay_local(connector, stdio, None, tunnel, report).await;
+    };
+    let variables = [
+        ("S5_TARGET", connector.dst().map(ToString::to_string)),
+        ("S5_BND", Some(bnd.to_string())),
+        ("S5_PROXY_ADDR", connector.last_proxy()),
+    ];
+    let (child, stdio) = program.start(&variables.map(|(name, value)| (name, value.unwrap_or_default())), args.crlf)?;
+    let exit = Box::pin(child::wait(child));
+    relay_local(connector, stdio, Some(exit), tunnel, report).await
+}
 
-    async fn relay(
-        &self,
-        connector: &Connector,
-        mut stdio: StdioStream,
-        child: Option<Child>,
-        mut tunnel: Conn,
-        report: &mut Report,
-    ) -> Result<(), CliError> {
-        let stats = Arc::new(RelayStats::default());
-        let linger = if stdio.has_input() { STDIN_LINGER } else { Duration::ZERO };
-        let options = RelayOptions {
-            idle_timeout: self.idle_timeout,
-            linger: child.is_none().then_some(linger),
-            keeps_dst_open: !self.sends_eof,
-            stats: Some(stats.clone()),
-            ..RelayOptions::default()
-        };
-        let counts = ByteCounts::default();
-        let mut program_exit = child.map(|child| Box::pin(child::wait(child)));
-        let mut exit_status = None;
-        let quit_timed_out = Cell::new(false);
-        let outcome = {
-            let quit = async {
-                // The relay wakes this task, and is polled first.
-                poll_fn(|_| if stats.is_up_done() { Poll::Ready(()) } else { Poll::Pending }).await;
-                match (self.quit_after, &mut program_exit) {
-                    (Some(time), _) => {
-                        sleep(time).await;
-                        quit_timed_out.set(true);
-                    }
-                    // After the program has exited, nothing reads the answers.
-                    (None, Some(program_exit)) => exit_status = Some(program_exit.await),
-                    (None, None) => pending().await,
+/// Relays between the tunnel and stdin and stdout, or those of the program whose exit is `program_exit`.
+async fn relay_local(
+    connector: &Connector,
+    mut stdio: StdioStream,
+    mut program_exit: Option<Pin<Box<dyn Future<Output = io::Result<ExitStatus>>>>>,
+    mut tunnel: Conn,
+    report: &mut Report,
+) -> Result<(), CliError> {
+    let args = &connector.args;
+    let stats = Arc::new(RelayStats::default());
+    let linger = if stdio.has_input() { STDIN_LINGER } else { Duration::ZERO };
+    let options = RelayOptions {
+        idle_timeout: args.idle_timeout,
+        linger: program_exit.is_none().then_some(linger),
+        keeps_dst_open: args.no_shutdown,
+        stats: Some(stats.clone()),
+        ..RelayOptions::default()
+    };
+    let counts = ByteCounts::default();
+    let mut exit_status = None;
+    let quit_timed_out = Cell::new(false);
+    let outcome = {
+        let quit = async {
+            // The relay wakes this task, and is polled first.
+            poll_fn(|_| if stats.is_up_done() { Poll::Ready(()) } else { Poll::Pending }).await;
+            match (args.quit_after.or(args.send_only.then_some(SEND_ONLY_GRACE)), &mut program_exit) {
+                (Some(time), _) => {
+                    sleep(time).await;
+                    quit_timed_out.set(true);
                 }
-                Ok(RelayOutcome::Finished)
-            };
-            let show = progress::show(self.shows_progress, &counts);
-            let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tunnel);
-            relay(&mut local, &mut remote, &options, &counts, |_, _| true).or(quit).or(show).await
-        };
-        if outcome.is_ok() {
-            // After -q or the exit of the program, the peer may still be sending: close without a reset.
-            let _ = tunnel.set_reset_on_close(false);
-        }
-        let is_aborted = quit_timed_out.get() || matches!(outcome, Err(RelayError::IdleTimeout));
-        let flushed = match is_aborted {
-            // A stalled reader of stdout must not delay the exit.
-            true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
-            false => stdio.flush().await,
-        };
-        drop((stdio, tunnel));
-        report.set_bytes(&counts);
-        report.set_stats(stats.first_byte(), stats.ended_first());
-        relay_result(connector, self.idle_timeout, outcome, flushed)?;
-        if let (None, Some(program_exit)) = (&exit_status, program_exit.filter(|_| !quit_timed_out.get())) {
-            exit_status = Some(program_exit.await);
-        }
-        match exit_status {
-            Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
-            Some(Ok(status)) => Err(CliError::new(status, "")),
-            Some(Err(error)) => {
-                Err(connector.transfer_error(ExitStatus::FAILURE, &format!("wait for the program: {error}")))
+                // After the program has exited, nothing reads the answers.
+                (None, Some(program_exit)) => exit_status = Some(program_exit.await),
+                (None, None) => pending().await,
             }
+            Ok(RelayOutcome::Finished)
+        };
+        let show = progress::show(args.progress && io::stderr().is_terminal(), &counts);
+        let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tunnel);
+        relay(&mut local, &mut remote, &options, &counts, |_, _| true).or(quit).or(show).await
+    };
+    if outcome.is_ok() {
+        // After -q or the exit of the program, the peer may still be sending: close without a reset.
+        let _ = tunnel.set_reset_on_close(false);
+    }
+    let is_aborted = quit_timed_out.get() || matches!(outcome, Err(RelayError::IdleTimeout));
+    let flushed = match is_aborted {
+        // A stalled reader of stdout must not delay the exit.
+        true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
+        false => stdio.flush().await,
+    };
+    drop((stdio, tunnel));
+    report.set_bytes(&counts);
+    report.set_stats(stats.first_byte(), stats.ended_first());
+    relay_result(connector, outcome, flushed)?;
+    if let (None, Some(program_exit)) = (&exit_status, program_exit.filter(|_| !quit_timed_out.get())) {
+        exit_status = Some(program_exit.await);
+    }
+    match exit_status {
+        Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
+        Some(Ok(status)) => Err(CliError::new(status, "")),
+        Some(Err(error)) => {
+            Err(connector.transfer_error(ExitStatus::FAILURE, &format!("wait for the program: {error}")))
         }
     }
 }
@@ -196,7 +165,6 @@ impl TunnelAction {
 /// Maps the result of a relay to the result of the mode. `flushed` is the result of the last flush of stdout.
 pub(super) fn relay_result(
     connector: &Connector,
-    idle_timeout: Option<Duration>,
     outcome: RelayResult,
     flushed: io::Result<()>,
 ) -> Result<(), CliError> {
@@ -211,7 +179,7 @@ pub(super) fn relay_result(
         // The clients never stop a relay from outside.
         Ok(_) | Err(RelayError::Stopped) => Ok(()),
         Err(RelayError::IdleTimeout) => {
-            let idle = idle_timeout.unwrap_or_default();
+            let idle = connector.args.idle_timeout.unwrap_or_default();
             Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
         }
         Err(RelayError::Io(RelayOp::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
