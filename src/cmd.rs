@@ -83,6 +83,7 @@ impl Mode {
 
 /// A parsed command line.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a process has one")]
 pub enum Action {
     /// A mode to run.
     Run(Mode),
