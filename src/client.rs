@@ -12,15 +12,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::conn::{Conn, Protection, ReadError, timeout_at};
-use crate::dial::{DialError, LocalAddr, Resolver, dial};
+use crate::conn::{Conn, Protection, ReadError};
 use crate::gssapi::ffi::Credential;
 use crate::gssapi::{self, Initiator};
+use crate::net::{DialError, LocalAddr, Resolver, canonical, connect_unix, dial, timeout_at};
 use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
 };
-use crate::reactor::Io;
 pub use association::{Association, AssociationClosed, RECV_BUFFER_SIZE};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, credentials, parse_hops};
@@ -49,6 +48,14 @@ pub struct Client {
     times: Cell<PhaseTimes>,
     /// Method selected by the last hop that was greeted, and REP of the last reply.
     last_answer: Cell<(Option<Method>, Option<Rep>)>,
+}
+
+/// Resolves `addr` to canonical addresses. The caller limits the time.
+pub(crate) async fn lookup(resolver: &Resolver, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
+    match &addr.host {
+        Host::Ip(ip) => Ok(vec![canonical(*ip, addr.port)]),
+        Host::Name(name) => resolver.lookup(name.as_str(), addr.port).await,
+    }
 }
 
 impl Client {
@@ -155,7 +162,7 @@ impl Client {
 
     /// Resolves `addr`. Returns the addresses of the families that the local address allows.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
-        let mut addrs = self.resolver.lookup(addr).await.map_err(ClientErrorKind::Unreachable)?;
+        let mut addrs = lookup(&self.resolver, addr).await.map_err(ClientErrorKind::Unreachable)?;
         addrs.retain(|addr| self.local.can_reach(addr.ip()));
         if addrs.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(addrs) }
     }
@@ -229,7 +236,7 @@ impl Client {
         match endpoint {
             Endpoint::Unix(path) => {
                 self.enter_phase(Phase::Connect);
-                Io::connect_unix(path).await.map(Conn::Unix).map_err(ClientErrorKind::Socket)
+                connect_unix(path).await.map(Conn::Unix).map_err(ClientErrorKind::Socket)
             }
             Endpoint::Tcp(addr) => {
                 let addrs = self.lookup(addr).await?;

@@ -11,16 +11,15 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, FutureExt as _};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 use socket2::Socket;
 
+use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream, sleep, yield_now};
 use crate::proto::{DecodeError, Message, ProtocolError};
-use crate::reactor::{Interest, Io, sleep, sleep_until, yield_now};
-use crate::relay::{SocketOp, SocketPoll, Stream};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 
@@ -239,16 +238,6 @@ fn to_canonical_addr(addr: SocketAddr) -> SocketAddr {
         ip if ip == addr.ip() => addr,
         ip => SocketAddr::new(ip, addr.port()),
     }
-}
-
-/// Runs `future` until `deadline`. Returns `None` if it does not complete in time.
-pub async fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
-    let done = async { Some(future.await) };
-    let timeout = async {
-        sleep_until(deadline).await;
-        None
-    };
-    done.or(timeout).await
 }
 
 impl Stream for Conn {

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use smol::lock::{Semaphore, SemaphoreGuardArc};
 
-use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder, timeout_at};
+use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder};
+use crate::net::timeout_at;
 use crate::proto::{Frame, ProtectionLevel};
 use ffi::{
     AcceptedContext, Credential, GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG,
@@ -339,13 +340,13 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::reactor::Io;
+    use crate::net::Io;
 
     #[test]
     fn token_that_len_cannot_express_is_an_error_and_is_not_sent() {
         let (near, mut far) = UnixStream::pair().expect("socket pair created");
         near.set_nonblocking(true).expect("option set");
-        let sent = crate::reactor::run(async {
+        let sent = crate::net::reactor::run(async {
             let mut conn = Conn::Unix(Io::new(near.into()).expect("socket registered"));
             let too_long = send_frame(&mut conn, Frame::Authentication(vec![0; 65_536])).await;
             (too_long, send_frame(&mut conn, Frame::Authentication(vec![7])).await)

@@ -5,12 +5,10 @@
 //! | [`proto`] | encoding and decoding of the messages of RFC 1928, 1929 and 1961; pure | nothing |
 //! | [`reassembly`] | reassembly of UDP fragments; pure | `proto` |
 //! | [`policy`] | access control: methods, users, rules; pure | `proto` |
-//! | [`reactor`] | the event loop: epoll and timers | nothing |
-//! | [`relay`] | copying between two streams, in both directions | `reactor` |
-//! | [`dial`] | name resolution, and the first connection that succeeds | `reactor`, `proto` |
-//! | [`conn`] | a SOCKS connection that reads and writes whole messages | `relay`, `reactor`, `proto` |
-//! | [`gssapi`] | RFC 1961: security contexts, both sides | `conn`, `proto` |
-//! | [`client`] | the client handshake, through any number of proxies | `gssapi`, `conn`, `dial`, `reactor`, `reassembly`, `proto` |
+//! | [`net`] | sockets and timers: event loop, name resolution, connecting, relaying, batches of datagrams | nothing |
+//! | [`conn`] | a SOCKS connection that reads and writes whole messages | `net`, `proto` |
+//! | [`gssapi`] | RFC 1961: security contexts, both sides | `conn`, `net`, `proto` |
+//! | [`client`] | the client handshake, through any number of proxies | `gssapi`, `conn`, `net`, `reassembly`, `proto` |
 //! | [`server`] | the server: listeners, limits, sessions, shutdown | all of the above |
 //! | [`cmd`] | the four modes: options, messages, exit statuses | all of the above |
 //!
@@ -26,11 +24,9 @@ compile_error!("s5 runs on Linux only: it relies on epoll and splice");
 pub mod client;
 pub mod cmd;
 pub mod conn;
-pub mod dial;
 pub mod gssapi;
+pub mod net;
 pub mod policy;
 pub mod proto;
-pub mod reactor;
 pub mod reassembly;
-pub mod relay;
 pub mod server;

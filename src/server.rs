@@ -4,7 +4,6 @@
 
 mod accept;
 mod association;
-mod batch;
 mod bind;
 mod connect;
 mod connection_counts;
@@ -39,10 +38,9 @@ use smol::Timer;
 use smol::channel::{self, Receiver, Sender};
 
 use crate::client::Endpoint;
-use crate::dial::{Resolver, canonical, parse_literal};
+use crate::net::{RelayOptions, Resolver, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::proto::{Addr, Host};
-use crate::relay::RelayOptions;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
@@ -148,8 +146,9 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
         }
         Some(Endpoint::Tcp(Addr { host: Host::Name(name), port })) => {
             let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-            let ips = parse_literal(name).map_or(loopback.to_vec(), |ip| vec![ip]);
-            let is_local_name = parse_literal(name).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
+            let ips = parse_literal(name.as_str()).map_or(loopback.to_vec(), |ip| vec![ip]);
+            let is_local_name =
+                parse_literal(name.as_str()).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
             is_local_name && ips.iter().any(|ip| policy.is_own_listener(canonical(*ip, *port), is_local))
         }
         Some(Endpoint::Unix(_)) | None => false,

@@ -11,9 +11,8 @@ use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::{Conn, Protection, SecurityContext, TokenOrder, Unwrapped};
+use s5::net::{ByteCounts, Io, RelayOptions, reactor, relay, sleep};
 use s5::proto::{Addr, Command, Frame, Message as _, ProtectionLevel, Request};
-use s5::reactor::{self, Io};
-use s5::relay::{ByteCounts, RelayOptions, relay};
 
 /// A security context whose tokens are a flag byte, a number byte and the data. Flag 1 means encrypted, which inverts
 /// the data.
@@ -81,7 +80,7 @@ fn protected_pair(level: ProtectionLevel) -> (Conn, Conn) {
 
 fn run<T>(future: impl Future<Output = T>) -> T {
     let timeout = async {
-        reactor::sleep(Duration::from_secs(10)).await;
+        sleep(Duration::from_secs(10)).await;
         panic!("took longer than 10 s")
     };
     reactor::run(or(future, timeout)).expect("reactor created")

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::Conn;
-use s5::reactor::Io;
-use s5::relay::{
-    ByteCounts, RateLimit, RelayError, RelayOp, RelayOptions, RelayRateLimit, RelayStats, Side, TokenBucket, relay,
+use s5::net::{
+    ByteCounts, Io, RateLimit, RelayError, RelayOp, RelayOptions, RelayRateLimit, RelayStats, Side, TokenBucket, relay,
 };
 use tunnel::harness::{CAPACITY, Harness};
 use tunnel::memory::MemoryTunnel;

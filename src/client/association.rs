@@ -14,9 +14,8 @@ use std::time::Instant;
 
 use super::{Client, ClientError, ClientErrorKind, Phase};
 use crate::conn::{Conn, Protection};
-use crate::dial::{DialError, unspecified};
+use crate::net::{DialError, Interest, Io, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
-use crate::reactor::{Interest, Io};
 use crate::reassembly::{Reassembler, fragment};
 
 /// Size in bytes of a buffer for any UDP datagram.

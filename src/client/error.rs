@@ -5,8 +5,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::dial::DialError;
 use crate::gssapi;
+use crate::net::DialError;
 use crate::proto::Rep;
 
 /// Phase of the client handshake.

@@ -17,8 +17,8 @@ use super::netcat::report::Report;
 use super::netcat::tunnel;
 use crate::client::Client;
 use crate::conn::Conn;
+use crate::net::sleep;
 use crate::proto::{Addr, Command};
-use crate::reactor::sleep;
 
 client_mode!(
     "bind",

@@ -11,8 +11,8 @@ use std::time::Duration;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
 use super::netcat::options::client_mode;
+use crate::net::{sleep, yield_now};
 use crate::proto::Command;
-use crate::reactor::{sleep, yield_now};
 use framing::{DatagramReader, DatagramWriter, Framing};
 use transfer::Transfer;
 

@@ -10,8 +10,8 @@ use std::task::{Context, Poll, ready};
 
 use futures_lite::{AsyncRead, AsyncWrite};
 
+use crate::net::wake_later;
 use crate::proto::{FRAME_HEADER_LEN, Frame, MAX_TOKEN_LEN, Message as _, ProtectionLevel};
-use crate::reactor::wake_later;
 
 /// Most data that one token carries, in bytes. Larger tokens are not faster.
 const MAX_WRAP_LEN: usize = 16 * 1024;

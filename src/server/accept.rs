@@ -10,8 +10,8 @@ use super::listen::Listener;
 use super::reply::denial_reason;
 use super::session_log::{SessionLog, request_from};
 use super::worker::{SessionPermit, WorkerHandle, WorkerMessage, WorkerPool};
+use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 use crate::policy::rules::Decision;
-use crate::reactor::{self, Interest, Io, sleep};
 
 /// Accept attempts in a row before the open sessions get their turn.
 const ACCEPTS_PER_TURN: usize = 32;
@@ -51,7 +51,7 @@ impl AcceptLoop {
             }
             attempts += 1;
             if attempts.is_multiple_of(ACCEPTS_PER_TURN) {
-                reactor::yield_now().await;
+                yield_now().await;
             }
         }
     }
@@ -91,7 +91,7 @@ impl AcceptLoop {
 
     async fn back_off(&self, error: &io::Error) {
         self.pool.log.warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));
-        sleep(reactor::ACCEPT_RETRY_DELAY).await;
+        sleep(ACCEPT_RETRY_DELAY).await;
     }
 }
 

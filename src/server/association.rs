@@ -19,20 +19,17 @@ use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
 
-use super::batch::{BatchSocket, GsoBatch, RecvBatch};
 use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Filtering;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_target;
 use super::state::{Server, Session};
 use crate::conn::{Conn, Protection};
-use crate::dial::{canonical, unspecified};
+use crate::net::{BatchSocket, GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, unspecified, wake_later};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
-use crate::reactor::{IdleTimer, wake_later};
 use crate::reassembly::{Reassembler, fragment};
-use crate::relay::RateLimit;
 use name_cache::NameCache;
 use sent_to::SentTo;
 use upstream::Upstream;
@@ -158,7 +155,7 @@ impl Association<'_, '_> {
                 self.reassembler.expire(now);
                 let idle = self.last_activity + self.session.server.options.idle_timeout;
                 if now >= idle {
-                    return Poll::Ready(Some(crate::relay::RelayError::IdleTimeout.to_string()));
+                    return Poll::Ready(Some(crate::net::RelayError::IdleTimeout.to_string()));
                 }
                 ready!(timer.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
                 now = Instant::now();

@@ -12,11 +12,12 @@ use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Hop;
 use super::reply::{SessionError, SessionResult, denial};
 use super::state::{Server, Session};
-use crate::conn::{Conn, timeout_at};
-use crate::dial::{parse_literal, set_tcp_options, unspecified};
+use crate::conn::Conn;
+use crate::net::{
+    ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, set_tcp_options, sleep, timeout_at, unspecified,
+};
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Host, Rep};
-use crate::reactor::{self, Interest, Io, sleep};
 
 pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     match session.bind_route()? {
@@ -105,7 +106,7 @@ impl Session<'_> {
     /// Accepts the expected peer. Connections of other peers are closed.
     async fn accept(&self, listener: &Io<TcpListener>, expected: &ExpectedPeer) -> (Conn, SocketAddr) {
         loop {
-            let accepted = listener.with(Interest::Read, reactor::accept).await;
+            let accepted = listener.with(Interest::Read, accept).await;
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
                     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
@@ -117,7 +118,7 @@ impl Session<'_> {
                     log::debug!("bind: closed connection from {peer}: not the expected peer, or denied");
                 }
                 Ok((_, None)) => {}
-                Err(_) => sleep(reactor::ACCEPT_RETRY_DELAY).await,
+                Err(_) => sleep(ACCEPT_RETRY_DELAY).await,
             }
         }
     }
@@ -137,7 +138,7 @@ impl ExpectedPeer {
         let port = dst.port;
         let mut ips = match &dst.host {
             Host::Ip(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
-            Host::Name(name) => match parse_literal(name) {
+            Host::Name(name) => match parse_literal(name.as_str()) {
                 Some(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
                 None => {
                     let deadline = Instant::now() + session.server.options.connect_timeout;

@@ -10,11 +10,10 @@ use super::options::Hop;
 use super::reply::{SessionError, SessionResult, denial, denial_reason};
 use super::state::{Server, Session};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
-use crate::dial::{LocalAddr, dial};
+use crate::net::{LocalAddr, dial, sleep};
 use crate::policy::is_unicast;
 use crate::policy::rules::{AccessRequest, Decision, Route};
 use crate::proto::{Addr, Command, Rep};
-use crate::reactor::sleep;
 
 /// The allowed target addresses, and the route to them.
 enum ResolvedRoute {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::connection_counts::{ConnectionCounts, CountGuard, client_key};
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::options::Quotas;
-use crate::relay::{RateLimit, TokenBucket};
+use crate::net::{RateLimit, TokenBucket};
 
 /// Applies the limits to all sessions of the server.
 #[derive(Debug)]

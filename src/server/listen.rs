@@ -12,9 +12,8 @@ use std::str::FromStr;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::conn::DetachedConn;
-use crate::dial::set_tcp_options;
+use crate::net::{accept, set_tcp_options};
 use crate::proto::{Addr, Host};
-use crate::reactor::accept;
 
 /// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
 const LISTEN_BACKLOG: i32 = 4096;

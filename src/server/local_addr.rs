@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
-use crate::dial::unspecified;
+use crate::net::unspecified;
 use crate::proto::PortRange;
 
 /// Returns the local address, with port 0, at which `peer` can reach a session whose client connected to `control`.

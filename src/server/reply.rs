@@ -1,7 +1,7 @@
 //! Why a session failed, and what the client receives: the only place that maps errors to REP.
 
 use crate::client::{ClientError, ClientErrorKind};
-use crate::dial::DialError;
+use crate::net::DialError;
 use crate::policy::rules::Rule;
 use crate::proto::{Addr, Host, Message, Rep, Reply};
 

@@ -12,12 +12,12 @@ use super::reply::{SessionError, SessionResult};
 use super::session_log::{LOGIN_REFUSED, SessionLog};
 use super::state::{Server, Session};
 use super::tunnel::Tunnel;
-use crate::conn::{Conn, Protection, ReadError, timeout_at};
+use crate::conn::{Conn, Protection, ReadError};
 use crate::gssapi::{self, Acceptor};
+use crate::net::{sleep, timeout_at};
 use crate::proto::{
     Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, Request,
 };
-use crate::reactor::sleep;
 
 /// Runs a session until its tunnel can be relayed. Returns `None` when the session is over.
 ///

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::options::Hop;
-use crate::dial::{canonical, parse_literal};
+use crate::net::{ByteCounts, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
-use crate::relay::ByteCounts;
 
 /// Error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
@@ -109,7 +108,7 @@ pub(super) fn request_from(client: Option<SocketAddr>) -> AccessRequest<'static>
 pub(super) fn with_target<'a>(request: AccessRequest<'a>, dst: &'a Addr) -> AccessRequest<'a> {
     let (name, ip) = match &dst.host {
         Host::Ip(ip) => (None, Some(*ip)),
-        Host::Name(name) => parse_literal(name).map_or((Some(name), None), |ip| (None, Some(ip))),
+        Host::Name(name) => parse_literal(name.as_str()).map_or((Some(name), None), |ip| (None, Some(ip))),
     };
     AccessRequest {
         target_name: name,

@@ -13,12 +13,11 @@ use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
-use crate::client::Client;
-use crate::conn::{Conn, timeout_at};
-use crate::dial::{DialError, Resolver};
+use crate::client::{Client, lookup};
+use crate::conn::Conn;
+use crate::net::{DialError, RelayOptions, Resolver, timeout_at};
 use crate::policy::rules::AccessRequest;
 use crate::proto::{Addr, Host, Rep, Reply};
-use crate::relay::RelayOptions;
 
 /// State that all sessions share.
 #[derive(Debug)]
@@ -52,7 +51,7 @@ impl Server {
     }
 
     pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
-        let addrs = timeout_at(deadline, self.resolver.lookup(dst)).await.unwrap_or(Err(DialError::Resolver));
+        let addrs = timeout_at(deadline, lookup(&self.resolver, dst)).await.unwrap_or(Err(DialError::Resolver));
         addrs.map_err(|error| SessionError::from_dial(error, dst))
     }
 

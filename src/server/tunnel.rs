@@ -8,9 +8,8 @@ use std::sync::Arc;
 use super::session_log::SessionLog;
 use super::state::Server;
 use crate::conn::{Conn, DetachedConn};
-use crate::reactor::sleep;
-use crate::relay::{
-    RateLimit, RelayError, RelayOptions, RelayRateLimit, RelayResult, Stream, UNDELIVERED_GRACE, relay,
+use crate::net::{
+    RateLimit, RelayError, RelayOptions, RelayRateLimit, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep,
 };
 
 /// The state of a session that is relayed.

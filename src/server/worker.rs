@@ -26,8 +26,7 @@ use super::session;
 use super::state::Server;
 use super::tunnel::{DetachedTunnel, Tunnel};
 use crate::conn::DetachedConn;
-use crate::reactor::{self, Io};
-use crate::relay::{RateLimit, RelayOptions, RelayOutcome};
+use crate::net::{Io, RateLimit, RelayOptions, RelayOutcome, reactor};
 
 /// Error text for a panic in a worker thread.
 pub(super) const WORKER_PANIC: &str = "a thread panicked; please report it";

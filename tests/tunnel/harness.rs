@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use s5::relay::{RelayError, RelayOptions};
+use s5::net::{RelayError, RelayOptions};
 
 use super::{Direction, Peer as _, Received, TIMEOUT, Tunnel};
 

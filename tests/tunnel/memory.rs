@@ -11,8 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use futures_lite::future::BoxedLocal;
 use futures_lite::{AsyncRead, AsyncWrite};
-use s5::reactor;
-use s5::relay::{ByteCounts, RelayError, RelayOptions, RelayResult, relay};
+use s5::net::{ByteCounts, RelayError, RelayOptions, RelayResult, reactor, relay};
 
 use super::{Peer, Received, Tunnel};
 
@@ -105,7 +104,7 @@ impl Drop for RelayEnd {
     }
 }
 
-impl s5::relay::Stream for RelayEnd {
+impl s5::net::Stream for RelayEnd {
     fn abort(&self) {
         self.0.borrow_mut().aborts += 1;
     }

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use s5::relay::{RelayOptions, RelayResult};
+use s5::net::{RelayOptions, RelayResult};
 
 pub mod harness;
 pub mod memory;

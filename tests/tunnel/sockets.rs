@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use futures_lite::FutureExt as _;
 use s5::conn::Conn;
-use s5::reactor::{self, Io};
-use s5::relay::{ByteCounts, RelayOptions, RelayOutcome, RelayResult, relay};
+use s5::net::{ByteCounts, Io, RelayOptions, RelayOutcome, RelayResult, reactor, relay};
 use smol::channel::{Sender, unbounded};
 use socket2::SockRef;
 

@@ -8,7 +8,7 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
-use crate::dial::DialError;
+use crate::net::DialError;
 use crate::proto::Rep;
 
 /// An exit status. The numbers are stable. For errors that curl(1) has too, they are the same.

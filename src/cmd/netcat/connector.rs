@@ -10,10 +10,9 @@ use super::report::Report;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientAuth, ClientError, ClientErrorKind, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
-use crate::dial::{LocalAddr, Resolver};
 use crate::gssapi::Initiator;
+use crate::net::{LocalAddr, Resolver, reactor, sleep};
 use crate::proto::{Addr, Command, Method};
-use crate::reactor::{self, sleep};
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);

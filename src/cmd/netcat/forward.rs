@@ -13,10 +13,11 @@ use super::report::Report;
 use super::tunnel::relay_result;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
-use crate::dial::set_tcp_options;
+use crate::net::{
+    self, ACCEPT_RETRY_DELAY, ByteCounts, Interest, Io, RelayError, RelayOp, RelayOptions, RelayStats, Stream,
+    UNDELIVERED_GRACE, relay, set_tcp_options, sleep,
+};
 use crate::proto::Command;
-use crate::reactor::{self, Interest, Io, sleep};
-use crate::relay::{ByteCounts, RelayError, RelayOp, RelayOptions, RelayStats, Stream, UNDELIVERED_GRACE, relay};
 
 /// Binds a local address with `bind` and prints the address that is bound.
 pub(in crate::cmd) fn listen<T>(
@@ -70,7 +71,7 @@ pub(in crate::cmd) async fn run_with_tasks(
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {
     let mut is_reported = false;
     loop {
-        let accepted = listener.with(Interest::Read, reactor::accept).await;
+        let accepted = listener.with(Interest::Read, net::accept).await;
         match accepted.and_then(|(socket, _)| Io::new(socket.into())) {
             Ok(local) => {
                 set_tcp_options(&local);
@@ -82,7 +83,7 @@ async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Con
                     connector.print_line(&format!("s5: accept: {error} (retrying)"));
                 }
                 is_reported = true;
-                sleep(reactor::ACCEPT_RETRY_DELAY).await;
+                sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }

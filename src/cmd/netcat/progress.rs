@@ -6,8 +6,7 @@ use std::io::{self, Write as _};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::reactor::sleep;
-use crate::relay::ByteCounts;
+use crate::net::{ByteCounts, sleep};
 
 /// Time between two updates of the line.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);

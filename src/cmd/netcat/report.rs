@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use crate::client::{Client, Phase, PhaseTimes};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
+use crate::net::{ByteCounts, Side};
 use crate::proto::Addr;
-use crate::relay::{ByteCounts, Side};
 
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]

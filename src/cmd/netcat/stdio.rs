@@ -14,8 +14,7 @@ use rustix::event::{PollFd, PollFlags};
 use smol::Unblock;
 
 use super::descriptor;
-use crate::reactor::{Interest, Io};
-use crate::relay::{SocketOp, SocketPoll, Stream};
+use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream};
 
 /// Bytes of the buffer between a blocking descriptor and the relay.
 const BUFFER_SIZE: usize = 64 * 1024;

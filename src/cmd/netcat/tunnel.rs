@@ -20,12 +20,12 @@ use super::progress;
 use super::report::Report;
 use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
-use crate::conn::{Conn, timeout_at};
-use crate::proto::Addr;
-use crate::reactor::sleep;
-use crate::relay::{
-    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Stream, relay,
+use crate::conn::Conn;
+use crate::net::{
+    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Stream, relay, sleep,
+    timeout_at,
 };
+use crate::proto::Addr;
 
 /// Time to wait for stdin after the remote side has ended. It is short, since the peer has most likely closed its socket.
 /// Data that is ready is still sent. Also limits the last flush of stdout after a timeout.

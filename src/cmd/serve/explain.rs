@@ -6,13 +6,12 @@ use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use crate::client::lookup;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
-use crate::conn::timeout_at;
-use crate::dial::{Resolver, canonical, parse_literal};
+use crate::net::{Resolver, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::Policy;
 use crate::policy::rules::{AccessRequest, Decision, Identity, Route, Rule};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, parse_port};
-use crate::reactor;
 use crate::server::{Options, is_local};
 
 /// Time limit for resolving the name in a request.
@@ -170,7 +169,7 @@ impl Explanation<'_> {
             Host::Ip(ip) => return self.report_addrs(&request, &[*ip]),
             Host::Name(name) => name,
         };
-        if let Some(ip) = parse_literal(name) {
+        if let Some(ip) = parse_literal(name.as_str()) {
             return self.report_addrs(&request, &[ip]);
         }
         let request = AccessRequest { target_name: Some(name), ..request };
@@ -229,8 +228,8 @@ impl Explanation<'_> {
 
 fn resolve(to: &Addr) -> Result<Vec<IpAddr>, String> {
     let resolver = Resolver::default();
-    let lookup = timeout_at(Instant::now() + LOOKUP_TIMEOUT, resolver.lookup(to));
-    match reactor::run(lookup).map_err(|error| format!("start the event loop: {error}"))? {
+    let found = timeout_at(Instant::now() + LOOKUP_TIMEOUT, lookup(&resolver, to));
+    match reactor::run(found).map_err(|error| format!("start the event loop: {error}"))? {
         Some(found) => Ok(found.map_err(|error| error.to_string())?.into_iter().map(|addr| addr.ip()).collect()),
         None => Err(format!("no answer from the resolver within {} s", LOOKUP_TIMEOUT.as_secs())),
     }

@@ -15,8 +15,8 @@ use crate::client::RECV_BUFFER_SIZE;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::forward::{Task, listen, run_with_tasks};
+use crate::net::{Interest, Io, sleep, yield_now};
 use crate::proto::Host;
-use crate::reactor::{Interest, Io, sleep, yield_now};
 
 /// Maximum number of queued datagrams of a peer. Further datagrams are dropped.
 const MAX_QUEUED: usize = 64;

@@ -12,9 +12,8 @@ use crate::client::{Association, AssociationClosed, Client};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::report::Report;
+use crate::net::{ByteCounts, sleep_until, yield_now};
 use crate::proto::Addr;
-use crate::reactor::{sleep_until, yield_now};
-use crate::relay::ByteCounts;
 
 /// An association to one target.
 pub(super) struct Transfer<'a> {

@@ -7,9 +7,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use crate::conn::timeout_at;
-use crate::dial::{DialError, Resolver};
-use crate::proto::{Addr, Host, HostName};
+use crate::net::{DialError, Resolver, timeout_at};
+use crate::proto::HostName;
 
 /// Maximum number of cached names per association. At the limit, all resolved names are removed.
 const MAX_CACHED_NAMES: usize = 256;
@@ -58,9 +57,11 @@ impl NameCache {
                 if self.names.len() >= MAX_CACHED_NAMES {
                     self.names.retain(|_, resolution| matches!(resolution, Resolution::Pending(_)));
                 }
-                let (resolver, dst) = (resolver.clone(), Addr { host: Host::Name(name.clone()), port });
+                let (resolver, lookup_name) = (resolver.clone(), name.clone());
                 let lookup = async move {
-                    timeout_at(deadline, resolver.lookup(&dst)).await.unwrap_or(Err(DialError::Resolver))
+                    timeout_at(deadline, resolver.lookup(lookup_name.as_str(), port))
+                        .await
+                        .unwrap_or(Err(DialError::Resolver))
                 };
                 self.lookups.push((name.clone(), Box::pin(lookup)));
                 self.names.insert(name.clone(), Resolution::Pending(vec![(port, data.to_vec())]));

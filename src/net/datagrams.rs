@@ -10,7 +10,8 @@ use std::task::{Context, Poll};
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sendmsg_addr};
 
-use crate::reactor::{Interest, Io, wake_later};
+use super::reactor::{Interest, wake_later};
+use super::socket::Io;
 
 mod offload;
 
@@ -26,7 +27,7 @@ const MAX_GSO_BYTES: usize = 65_507;
 const MAX_COPIED_PAYLOAD: usize = 2048;
 
 /// Buffers for one receive call, and the messages that it has received.
-pub(super) struct RecvBatch {
+pub(crate) struct RecvBatch {
     // Lazily zeroed by the kernel. Most of the 2 MiB is never touched.
     buffers: Vec<u8>,
     messages: Vec<Message>,
@@ -55,7 +56,7 @@ impl Default for RecvBatch {
 
 impl RecvBatch {
     /// Returns the datagrams with their senders, in the order of arrival.
-    pub(super) fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
+    pub(crate) fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
         self.messages.iter().zip(self.buffers.chunks(MAX_MESSAGE_SIZE)).flat_map(|(message, buffer)| {
             let bytes = buffer.get(..message.len).unwrap_or_default();
             // An empty message is one datagram.
@@ -64,14 +65,14 @@ impl RecvBatch {
         })
     }
 
-    pub(super) fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.messages.iter().map(|message| message.len.div_ceil(message.segment_len.max(1)).max(1)).sum()
     }
 }
 
 /// Datagrams that one call can send with GSO. All are to or from one peer, have the same header, and are as long as the
 /// first one; the last may be shorter.
-pub(super) struct GsoBatch<'a> {
+pub(crate) struct GsoBatch<'a> {
     peer: Option<SocketAddr>,
     header: &'a mut Vec<u8>,
     payloads: [&'a [u8]; MAX_SEGMENTS],
@@ -82,32 +83,32 @@ pub(super) struct GsoBatch<'a> {
 
 impl<'a> GsoBatch<'a> {
     /// Returns an empty batch. `header` is the buffer for the header.
-    pub(super) fn new(header: &'a mut Vec<u8>) -> Self {
+    pub(crate) fn new(header: &'a mut Vec<u8>) -> Self {
         header.clear();
         Self { peer: None, header, payloads: [&[]; MAX_SEGMENTS], count: 0, len: 0 }
     }
 
-    pub(super) fn peer(&self) -> Option<SocketAddr> {
+    pub(crate) fn peer(&self) -> Option<SocketAddr> {
         self.peer
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.count == 0
     }
 
     /// Sets the peer and the header of an empty batch. `write_header` appends to the buffer.
-    pub(super) fn begin(&mut self, peer: SocketAddr, write_header: impl FnOnce(&mut Vec<u8>)) {
+    pub(crate) fn begin(&mut self, peer: SocketAddr, write_header: impl FnOnce(&mut Vec<u8>)) {
         self.peer = Some(peer);
         self.header.clear();
         write_header(self.header);
     }
 
-    pub(super) fn header_len(&self) -> usize {
+    pub(crate) fn header_len(&self) -> usize {
         self.header.len()
     }
 
     /// Appends a datagram. Returns false if it does not fit; an empty batch takes any datagram.
-    pub(super) fn push(&mut self, payload: &'a [u8]) -> bool {
+    pub(crate) fn push(&mut self, payload: &'a [u8]) -> bool {
         let len = self.header.len() + payload.len();
         if !self.is_empty() && !self.fits(len) {
             return false;
@@ -136,14 +137,14 @@ impl<'a> GsoBatch<'a> {
         self.header.len() + self.payloads().first().map_or(0, |payload| payload.len())
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.count = 0;
         self.len = 0;
     }
 }
 
 /// A datagram socket, registered with the reactor of its thread.
-pub(super) struct BatchSocket {
+pub(crate) struct BatchSocket {
     io: Io<UdpSocket>,
     gso_limit: Cell<GsoLimit>,
     /// Number of receive calls in a row, modulo 256, that returned a single message.
@@ -169,7 +170,7 @@ impl BatchSocket {
     ///
     /// # Errors
     /// Those of epoll_ctl(2), and of socket(2) on the first call.
-    pub(super) fn new(socket: UdpSocket) -> io::Result<Self> {
+    pub(crate) fn new(socket: UdpSocket) -> io::Result<Self> {
         let gso_limit = if offload::can_segment()? { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
         Ok(Self {
             io: Io::read_only(socket)?,
@@ -179,13 +180,13 @@ impl BatchSocket {
         })
     }
 
-    pub(super) fn get_ref(&self) -> &UdpSocket {
+    pub(crate) fn get_ref(&self) -> &UdpSocket {
         self.io.get_ref()
     }
 
     /// Receives up to `max` messages. Returns false if there are none. Errors are skipped: they are ICMP messages about
     /// earlier datagrams.
-    pub(super) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, max: usize) -> bool {
+    pub(crate) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, max: usize) -> bool {
         for _ in 0..max {
             match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, max)) {
                 Poll::Ready(Ok(is_drained)) => {
@@ -228,7 +229,7 @@ impl BatchSocket {
 
     /// Sends and clears the batch, to the peer of a connected socket if `to` is `None`. Each datagram is sent once or
     /// dropped. Returns the number of payload bytes sent.
-    pub(super) fn send_batch(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
+    pub(crate) fn send_batch(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
         let total = batch.len - batch.count * batch.header.len();
         let sent = if batch.count > 1 && self.send_gso(to, batch) { total } else { self.send_individually(to, batch) };
         batch.clear();
@@ -285,7 +286,7 @@ impl BatchSocket {
     ///
     /// # Errors
     /// Those of sendto(2).
-    pub(super) fn send_bytes(&self, to: Option<SocketAddr>, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn send_bytes(&self, to: Option<SocketAddr>, bytes: &[u8]) -> io::Result<()> {
         retry_if_connected(to, || match &to {
             Some(to) => self.get_ref().send_to(bytes, to),
             None => self.get_ref().send(bytes),
@@ -306,7 +307,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
-    use crate::reactor;
+    use crate::net::reactor;
 
     fn udp_socket() -> UdpSocket {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");

@@ -5,23 +5,21 @@
 //! which is closed when it is idle.
 
 mod direction;
-mod rate_limit;
 mod splice;
 
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use futures_lite::{AsyncRead, AsyncWrite};
-
-use crate::reactor::{IdleTimer, Interest, wake_later};
+use super::rate_limit::RelayRateLimit;
+use super::reactor::wake_later;
+use super::stream::Stream;
+use super::timer::IdleTimer;
 use direction::{Direction, DirectionError};
-pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};
 
 /// After a failed write to dst, the relay ends when this much time has passed without a byte from dst.
 const WRITE_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
@@ -29,51 +27,6 @@ const WRITE_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
 pub const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks for a reset by a peer that is not being read, and for idle pipes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// An operation on a socket. Returns the number of bytes transferred, 0 at the end of the stream.
-pub type SocketOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
-/// Result of [`Stream::poll_socket`]. `None`: the stream is not a plain socket.
-pub type SocketPoll = Option<Poll<io::Result<usize>>>;
-
-/// A stream that can be relayed.
-pub trait Stream: AsyncRead + AsyncWrite + Unpin {
-    /// Makes the next close a reset, if the stream supports it, so that the peer notices missing data.
-    fn abort(&self);
-
-    /// Returns whether written bytes are buffered, and need a flush.
-    fn has_unflushed(&self) -> bool {
-        false
-    }
-
-    /// Returns whether the peer has reset the stream. Reads nothing, because the data could not be stored.
-    fn is_reset(&self) -> bool {
-        false
-    }
-
-    /// Calls `op` on the socket when it may be ready. `None` if the stream adds to or changes the bytes of the socket.
-    fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> SocketPoll {
-        None
-    }
-}
-
-/// Lets callers compile [`relay`] once for all types of streams.
-impl Stream for &mut dyn Stream {
-    fn abort(&self) {
-        (**self).abort();
-    }
-
-    fn has_unflushed(&self) -> bool {
-        (**self).has_unflushed()
-    }
-
-    fn is_reset(&self) -> bool {
-        (**self).is_reset()
-    }
-
-    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
-        (**self).poll_socket(cx, interest, op)
-    }
-}
 
 /// Bytes relayed so far, readable while the relay runs.
 #[derive(Debug, Default)]

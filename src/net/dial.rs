@@ -1,31 +1,29 @@
-//! Name resolution on a thread pool, and TCP connections with Happy Eyeballs (RFC 8305).
-//!
-//! This module does not depend on SOCKS. Callers map a [`DialError`] to a REP or an exit status.
+//! TCP connections with Happy Eyeballs (RFC 8305), and connections to Unix sockets.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use futures_lite::FutureExt as _;
-use smol::lock::Semaphore;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use socket2::Socket;
 
-use crate::proto::{Addr, Host, HostName};
-use crate::reactor::{ConnectError, Io, sleep_until};
+use super::reactor::Interest;
+use super::socket::Io;
+use super::timer::{sleep, sleep_until};
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
-pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// Maximum concurrent calls of getaddrinfo(3). Each occupies one of the 500 threads of the pool.
-const MAX_LOOKUPS: usize = 256;
-const MAX_ADDRS_PER_NAME: usize = 32;
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Pause before connecting again to a Unix socket whose backlog is full.
+const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
 /// Cause of a failed connection, from the least to the most specific. Of several causes, [`dial`] returns the greatest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,7 +53,6 @@ pub enum DialError {
 impl DialError {
     /// Classifies an error of connect(2) to `addr`.
     pub fn from_connect(error: &io::Error, addr: SocketAddr) -> Self {
-        use rustix::io::Errno;
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::CONNREFUSED | Errno::CONNRESET) => Self::Refused,
             Some(Errno::ACCESS | Errno::PERM) => Self::Denied,
@@ -66,14 +63,6 @@ impl DialError {
             // connect(2) fails with this for IPv6 if no interface has an IPv6 address.
             Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::FamilyUnavailable,
             _ => Self::LocalResources,
-        }
-    }
-
-    fn from_lookup(kind: LookupErrorKind) -> Self {
-        match kind {
-            LookupErrorKind::NoName | LookupErrorKind::NoData => Self::NameNotFound,
-            LookupErrorKind::Family => Self::FamilyUnavailable,
-            _ => Self::Resolver,
         }
     }
 }
@@ -122,122 +111,13 @@ impl LocalAddr {
     }
 }
 
-/// The system's resolver, with a limit of concurrent look-ups. Clones share the limit.
-#[derive(Clone, Debug)]
-pub struct Resolver {
-    permits: Arc<Semaphore>,
-}
-
-impl Default for Resolver {
-    fn default() -> Self {
-        Self { permits: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
-    }
-}
-
-impl Resolver {
-    /// Returns the addresses of `addr`, canonical and without duplicates. IP addresses are not looked up. The caller
-    /// limits the time.
-    ///
-    /// # Errors
-    /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`] or [`DialError::Resolver`].
-    pub async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
-        let name = match &addr.host {
-            Host::Ip(ip) => return Ok(vec![canonical(*ip, addr.port)]),
-            Host::Name(name) => name,
-        };
-        if let Some(ip) = parse_literal(name) {
-            return Ok(vec![canonical(ip, addr.port)]);
-        }
-        let name = name.as_str();
-        if !is_host_name(name) {
-            return Err(DialError::NameNotFound);
-        }
-        let (name, port) = (name.to_owned(), addr.port);
-        let permit = self.permits.acquire_arc().await;
-        smol::unblock(move || {
-            let _permit = permit;
-            let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
-            let found = getaddrinfo(Some(&name), None, Some(hints)).map_err(|e| DialError::from_lookup(e.kind()))?;
-            let mut addrs: Vec<SocketAddr> = Vec::new();
-            for info in found.flatten().take(MAX_ADDRS_PER_NAME) {
-                let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);
-                if !addrs.contains(&addr) {
-                    addrs.push(addr);
-                }
-            }
-            if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
-        })
-        .await
-    }
-}
-
-/// Parses an IP address that a client sent as a name: with or without brackets, or in a form of inet_aton(3), which
-/// getaddrinfo(3) accepts too, such as `127.1`, `0x7f.0.0.1` or `2130706433`.
-pub fn parse_literal(name: &HostName) -> Option<IpAddr> {
-    let text = name.as_str();
-    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-    bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4))
-}
-
-/// Parses one to four numbers separated by dots: decimal, octal (`0…`) or hexadecimal (`0x…`). The last number fills
-/// the remaining bytes.
-fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
-    let part = |part: &str| {
-        let (digits, radix) = match part.strip_prefix("0x").or_else(|| part.strip_prefix("0X")) {
-            Some(digits) => (digits, 16),
-            None if part.len() > 1 && part.starts_with('0') => (part, 8),
-            None => (part, 10),
-        };
-        // from_str_radix accepts a sign.
-        let value = u32::from_str_radix(digits, radix).ok();
-        value.filter(|_| digits.starts_with(|c: char| c.is_ascii_hexdigit()))
-    };
-    let parts: Vec<u32> = text.split('.').map(part).collect::<Option<_>>()?;
-    let (last, before) = parts.split_last().filter(|(_, before)| before.len() <= 3)?;
-    let mut address = u64::from(*last);
-    for (index, part) in (0..).zip(before) {
-        if *part > 255 {
-            return None;
-        }
-        address |= u64::from(*part) << (24 - 8 * index);
-    }
-    let fits = u64::from(*last) < 1 << (32 - 8 * before.len());
-    u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
-}
-
-/// Returns the address to which Linux sends the packets, so that rules match it: IPv4 instead of IPv4-mapped IPv6, and
-/// loopback instead of the unspecified address.
-pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
-    let ip = match ip.to_canonical() {
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, port)
-}
-
 /// Returns the unspecified address of the family of `ip`.
 pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Copies the scope (interface) of a link-local address. connect(2) requires it.
-fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
-    if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
-        addr.set_scope_id(from.scope_id());
-    }
-    addr
-}
-
-/// Returns true if each label has 1 to 63 bytes: letters of any script, digits, `-` and `_`. A final dot is allowed.
-fn is_host_name(name: &str) -> bool {
-    let name = name.strip_suffix('.').unwrap_or(name);
-    let is_allowed = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
-    name.len() <= 253 && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.chars().all(is_allowed))
-}
-
 /// Connects to the first of `addrs` that accepts (RFC 8305). Address families alternate. The next attempt starts after
-/// [`ATTEMPT_DELAY`], or at once if one fails. Sets the options of [`set_tcp_options`].
+/// 250 ms, or at once if one fails. Sets the options of [`set_tcp_options`].
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
@@ -270,13 +150,51 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
 
 type Attempt = Pin<Box<dyn Future<Output = Result<Io<Socket>, DialError>>>>;
 
+/// Connects a new socket to `addr`, bound to `local`.
 async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<Socket>, DialError> {
-    let stream = Io::connect(addr, local.bind_addr(addr)).await.map_err(|error| match error {
-        ConnectError::LocalAddr(_) => DialError::LocalAddr,
-        ConnectError::Io(error) => DialError::from_connect(&error, addr),
-    })?;
-    set_tcp_options(&stream);
-    Ok(stream)
+    let connect_error = |error: Errno| DialError::from_connect(&error.into(), addr);
+    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let (socket, from) = (stream_socket(family).map_err(connect_error)?, local.bind_addr(addr));
+    if let Some(from) = from {
+        // Permits a port whose last connection, to another peer, is in TIME_WAIT.
+        let bound = sockopt::set_socket_reuseaddr(&socket, true).and_then(|()| rustix::net::bind(&socket, &from));
+        bound.map_err(|_| DialError::LocalAddr)?;
+    }
+    match rustix::net::connect(&socket, &addr) {
+        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => {}
+        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) if from.is_some() => return Err(DialError::LocalAddr),
+        Err(error) => return Err(connect_error(error)),
+    }
+    // Registered after connect(2): epoll reports an unconnected socket as hung up.
+    let io = Io::new(socket.into()).map_err(|error| DialError::from_connect(&error, addr))?;
+    io.ready(Interest::Write).await;
+    // A failed connect is reported as a hang-up, with the error in SO_ERROR.
+    if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
+        sockopt::socket_error(&io).and_then(|error| error).map_err(connect_error)?;
+    }
+    set_tcp_options(&io);
+    Ok(io)
+}
+
+/// Creates a non-blocking stream socket.
+fn stream_socket(family: AddressFamily) -> rustix::io::Result<OwnedFd> {
+    socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)
+}
+
+/// Connects to the Unix socket at `path`. The caller sets the deadline.
+///
+/// # Errors
+/// Errors from socket(2) and connect(2).
+pub async fn connect_unix(path: &Path) -> io::Result<Io<Socket>> {
+    let (addr, socket) = (SocketAddrUnix::new(path)?, stream_socket(AddressFamily::UNIX)?);
+    loop {
+        match rustix::net::connect(&socket, &addr) {
+            Ok(()) | Err(Errno::ISCONN) => return Io::new(socket.into()),
+            // The backlog is full, and epoll does not report when it has room again.
+            Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS | Errno::ALREADY) => sleep(BACKLOG_RETRY_DELAY).await,
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Waits until an attempt has finished, and removes it.
@@ -346,31 +264,19 @@ mod tests {
         let v4 = "127.0.0.1:1".parse().expect("an address");
         let v6 = "[::1]:1".parse().expect("an address");
         let table = [
-            (libc_errno::ECONNREFUSED, v4, DialError::Refused),
-            (libc_errno::ENETUNREACH, v4, DialError::NetworkUnreachable),
-            (libc_errno::EHOSTUNREACH, v4, DialError::HostUnreachable),
-            (libc_errno::ETIMEDOUT, v4, DialError::TimedOut),
-            (libc_errno::EAFNOSUPPORT, v6, DialError::FamilyUnavailable),
-            (libc_errno::EADDRNOTAVAIL, v6, DialError::FamilyUnavailable),
-            (libc_errno::EADDRNOTAVAIL, v4, DialError::LocalResources),
-            (libc_errno::EMFILE, v4, DialError::LocalResources),
-            (libc_errno::EPERM, v4, DialError::Denied),
+            (Errno::CONNREFUSED, v4, DialError::Refused),
+            (Errno::NETUNREACH, v4, DialError::NetworkUnreachable),
+            (Errno::HOSTUNREACH, v4, DialError::HostUnreachable),
+            (Errno::TIMEDOUT, v4, DialError::TimedOut),
+            (Errno::AFNOSUPPORT, v6, DialError::FamilyUnavailable),
+            (Errno::ADDRNOTAVAIL, v6, DialError::FamilyUnavailable),
+            (Errno::ADDRNOTAVAIL, v4, DialError::LocalResources),
+            (Errno::MFILE, v4, DialError::LocalResources),
+            (Errno::PERM, v4, DialError::Denied),
         ];
         for (errno, addr, error) in table {
-            assert_eq!(DialError::from_connect(&io::Error::from_raw_os_error(errno), addr), error, "errno {errno}");
+            assert_eq!(DialError::from_connect(&errno.into(), addr), error, "{errno}");
         }
-    }
-
-    mod libc_errno {
-        use rustix::io::Errno;
-        pub(super) const ECONNREFUSED: i32 = Errno::CONNREFUSED.raw_os_error();
-        pub(super) const ENETUNREACH: i32 = Errno::NETUNREACH.raw_os_error();
-        pub(super) const EHOSTUNREACH: i32 = Errno::HOSTUNREACH.raw_os_error();
-        pub(super) const ETIMEDOUT: i32 = Errno::TIMEDOUT.raw_os_error();
-        pub(super) const EAFNOSUPPORT: i32 = Errno::AFNOSUPPORT.raw_os_error();
-        pub(super) const EADDRNOTAVAIL: i32 = Errno::ADDRNOTAVAIL.raw_os_error();
-        pub(super) const EMFILE: i32 = Errno::MFILE.raw_os_error();
-        pub(super) const EPERM: i32 = Errno::PERM.raw_os_error();
     }
 
     #[test]
@@ -380,44 +286,5 @@ mod tests {
         assert!(DialError::TimedOut > DialError::NetworkUnreachable);
         assert!(DialError::NetworkUnreachable > DialError::FamilyUnavailable);
         assert!(DialError::FamilyUnavailable > DialError::LocalResources);
-    }
-
-    #[test]
-    fn parse_literal_accepts_every_form_of_inet_aton() {
-        let table = [
-            ("127.0.0.1", Some("127.0.0.1")),
-            ("[::1]", Some("::1")),
-            ("127.1", Some("127.0.0.1")),
-            ("2130706433", Some("127.0.0.1")),
-            ("0x7f.1", Some("127.0.0.1")),
-            ("0177.0.0.1", Some("127.0.0.1")),
-            ("0xA9FEA9FE", Some("169.254.169.254")),
-            ("10.258", Some("10.0.1.2")),
-            ("0", Some("0.0.0.0")),
-            ("4294967296", None),
-            ("1.2.3.256", None),
-            ("256.1", None),
-            ("1.2.3.4.5", None),
-            ("08", None),
-            ("+1", None),
-            ("1.", None),
-            ("a.1", None),
-            ("face", None),
-        ];
-        for (text, ip) in table {
-            let name = HostName::new(text.as_bytes()).expect("a name");
-            assert_eq!(parse_literal(&name).map(|ip| ip.to_string()).as_deref(), ip, "{text}");
-        }
-    }
-
-    #[test]
-    fn only_valid_host_names_are_looked_up() {
-        for name in ["localhost", "LOCALHOST.", "a-b.example", "_srv.example", "127.1", "bücher.example"] {
-            assert!(is_host_name(name), "{name}");
-        }
-        let long = format!("{}.example", "a".repeat(64));
-        for name in ["", ".", "a..b", ".a", "a b", "a/b", "a:b", "a%b", "$a", &long] {
-            assert!(!is_host_name(name), "{name}");
-        }
     }
 }

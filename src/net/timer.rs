@@ -5,11 +5,13 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::epoll::{Due, Reactor, current};
+use futures_lite::FutureExt as _;
+
+use super::reactor::{Due, Reactor, current};
 
 /// A timer for a deadline that is often postponed, such as an idle timeout. A later deadline does not re-arm it, so
 /// relaying costs no timer operation; it fires early instead. One task at a time may poll it, inside
-/// [`run`](super::run).
+/// [`run`](super::reactor::run).
 #[derive(Debug, Default)]
 pub struct IdleTimer(Option<ArmedTimer>);
 
@@ -57,4 +59,14 @@ pub async fn sleep(time: Duration) {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,
     }
+}
+
+/// Runs `future` until `deadline`. Returns `None` if it does not complete in time.
+pub async fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> Option<T> {
+    let done = async { Some(future.await) };
+    let timeout = async {
+        sleep_until(deadline).await;
+        None
+    };
+    done.or(timeout).await
 }

@@ -11,10 +11,10 @@ use std::time::Duration;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::Socket;
 
-use super::epoll::{EventSet, Interest, Reactor, SocketKey, current};
+use super::reactor::{EventSet, Interest, Reactor, SocketKey, current};
 
 /// A non-blocking socket registered with the reactor of the thread that created it. One task at a time may wait for it,
-/// inside [`run`](super::run).
+/// inside [`run`](super::reactor::run).
 #[derive(Debug)]
 pub struct Io<T> {
     reactor: Rc<Reactor>,

@@ -1,6 +1,7 @@
 //! A thread's reactor: edge-triggered epoll, timers and the loop that polls the main future.
 //!
-//! Only the loop's waker and the number of sockets are shared with other threads.
+//! Each thread has its own instance. A socket is registered once for its lifetime, waiting for it costs no system call,
+//! and it is read or written only when it may be ready. Only the loop's waker and the number of sockets are shared with other threads.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;

@@ -6,10 +6,10 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
-use super::Stream;
-use super::rate_limit::Reservation;
 use super::splice::{self, Pipe};
-use crate::reactor::{Interest, wake_later};
+use crate::net::rate_limit::Reservation;
+use crate::net::reactor::{Interest, wake_later};
+use crate::net::stream::Stream;
 
 /// Size of a thread's buffer, in bytes. A direction keeps at most this many bytes outside a pipe. The exception is the
 /// content of a pipe that cannot be spliced to the sink.

@@ -1,0 +1,24 @@
+//! Sockets and timers: the event loop, name resolution, connecting, relaying, batches of datagrams. Knows no SOCKS.
+
+mod datagrams;
+mod dial;
+mod rate_limit;
+pub mod reactor;
+mod relay;
+mod resolve;
+mod socket;
+mod stream;
+mod timer;
+
+pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
+pub use dial::{DialError, LocalAddr, connect_unix, dial, set_tcp_options, unspecified};
+pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};
+pub use reactor::{Interest, wake_later, yield_now};
+pub use relay::{
+    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Side, UNDELIVERED_GRACE,
+    relay,
+};
+pub use resolve::{Resolver, canonical, parse_literal};
+pub use socket::{ACCEPT_RETRY_DELAY, Io, accept};
+pub use stream::{SocketOp, SocketPoll, Stream};
+pub use timer::{IdleTimer, sleep, sleep_until, timeout_at};

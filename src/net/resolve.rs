@@ -1,0 +1,167 @@
+//! Name resolution on a thread pool, and IP addresses in any notation.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
+use smol::lock::Semaphore;
+
+use super::dial::DialError;
+
+/// Maximum concurrent calls of getaddrinfo(3). Each occupies one of the 500 threads of the pool.
+const MAX_LOOKUPS: usize = 256;
+const MAX_ADDRS_PER_NAME: usize = 32;
+
+/// The system's resolver, with a limit of concurrent look-ups. Clones share the limit.
+#[derive(Clone, Debug)]
+pub struct Resolver {
+    permits: Arc<Semaphore>,
+}
+
+impl Default for Resolver {
+    fn default() -> Self {
+        Self { permits: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
+    }
+}
+
+impl Resolver {
+    /// Returns the addresses of `name`, canonical and without duplicates. IP addresses are not looked up. The caller
+    /// limits the time.
+    ///
+    /// # Errors
+    /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`] or [`DialError::Resolver`].
+    pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, DialError> {
+        if let Some(ip) = parse_literal(name) {
+            return Ok(vec![canonical(ip, port)]);
+        }
+        if !is_host_name(name) {
+            return Err(DialError::NameNotFound);
+        }
+        let name = name.to_owned();
+        let permit = self.permits.acquire_arc().await;
+        smol::unblock(move || {
+            let _permit = permit;
+            let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
+            let found = getaddrinfo(Some(&name), None, Some(hints)).map_err(|error| lookup_error(error.kind()))?;
+            let mut addrs: Vec<SocketAddr> = Vec::new();
+            for info in found.flatten().take(MAX_ADDRS_PER_NAME) {
+                let addr = with_scope(canonical(info.sockaddr.ip(), port), info.sockaddr);
+                if !addrs.contains(&addr) {
+                    addrs.push(addr);
+                }
+            }
+            if addrs.is_empty() { Err(DialError::NameNotFound) } else { Ok(addrs) }
+        })
+        .await
+    }
+}
+
+/// Parses an IP address that a client sent as a name: with or without brackets, or in a form of inet_aton(3), which
+/// getaddrinfo(3) accepts too, such as `127.1`, `0x7f.0.0.1` or `2130706433`.
+pub fn parse_literal(text: &str) -> Option<IpAddr> {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4))
+}
+
+/// Parses one to four numbers separated by dots: decimal, octal (`0…`) or hexadecimal (`0x…`). The last number fills
+/// the remaining bytes.
+fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
+    let part = |part: &str| {
+        let (digits, radix) = match part.strip_prefix("0x").or_else(|| part.strip_prefix("0X")) {
+            Some(digits) => (digits, 16),
+            None if part.len() > 1 && part.starts_with('0') => (part, 8),
+            None => (part, 10),
+        };
+        // from_str_radix accepts a sign.
+        let value = u32::from_str_radix(digits, radix).ok();
+        value.filter(|_| digits.starts_with(|c: char| c.is_ascii_hexdigit()))
+    };
+    let parts: Vec<u32> = text.split('.').map(part).collect::<Option<_>>()?;
+    let (last, before) = parts.split_last().filter(|(_, before)| before.len() <= 3)?;
+    let mut address = u64::from(*last);
+    for (index, part) in (0..).zip(before) {
+        if *part > 255 {
+            return None;
+        }
+        address |= u64::from(*part) << (24 - 8 * index);
+    }
+    let fits = u64::from(*last) < 1 << (32 - 8 * before.len());
+    u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
+}
+
+/// Returns the address to which Linux sends the packets, so that rules match it: IPv4 instead of IPv4-mapped IPv6, and
+/// loopback instead of the unspecified address.
+pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
+    let ip = match ip.to_canonical() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, port)
+}
+
+/// Copies the scope (interface) of a link-local address. connect(2) requires it.
+fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
+    if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
+        addr.set_scope_id(from.scope_id());
+    }
+    addr
+}
+
+/// Returns true if each label has 1 to 63 bytes: letters of any script, digits, `-` and `_`. A final dot is allowed.
+fn is_host_name(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let is_allowed = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    name.len() <= 253 && name.split('.').all(|label| (1..=63).contains(&label.len()) && label.chars().all(is_allowed))
+}
+
+fn lookup_error(kind: LookupErrorKind) -> DialError {
+    match kind {
+        LookupErrorKind::NoName | LookupErrorKind::NoData => DialError::NameNotFound,
+        LookupErrorKind::Family => DialError::FamilyUnavailable,
+        _ => DialError::Resolver,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parse_literal_accepts_every_form_of_inet_aton() {
+        let table = [
+            ("127.0.0.1", Some("127.0.0.1")),
+            ("[::1]", Some("::1")),
+            ("127.1", Some("127.0.0.1")),
+            ("2130706433", Some("127.0.0.1")),
+            ("0x7f.1", Some("127.0.0.1")),
+            ("0177.0.0.1", Some("127.0.0.1")),
+            ("0xA9FEA9FE", Some("169.254.169.254")),
+            ("10.258", Some("10.0.1.2")),
+            ("0", Some("0.0.0.0")),
+            ("4294967296", None),
+            ("1.2.3.256", None),
+            ("256.1", None),
+            ("1.2.3.4.5", None),
+            ("08", None),
+            ("+1", None),
+            ("1.", None),
+            ("a.1", None),
+            ("face", None),
+        ];
+        for (text, ip) in table {
+            assert_eq!(parse_literal(text).map(|ip| ip.to_string()).as_deref(), ip, "{text}");
+        }
+    }
+
+    #[test]
+    fn only_valid_host_names_are_looked_up() {
+        for name in ["localhost", "LOCALHOST.", "a-b.example", "_srv.example", "127.1", "bücher.example"] {
+            assert!(is_host_name(name), "{name}");
+        }
+        let long = format!("{}.example", "a".repeat(64));
+        for name in ["", ".", "a..b", ".a", "a b", "a/b", "a:b", "a%b", "$a", &long] {
+            assert!(!is_host_name(name), "{name}");
+        }
+    }
+}

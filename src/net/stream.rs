@@ -1,0 +1,54 @@
+//! The streams that can be relayed.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::task::{Context, Poll};
+
+use futures_lite::{AsyncRead, AsyncWrite};
+
+use super::reactor::Interest;
+
+/// An operation on a socket. Returns the number of bytes transferred, 0 at the end of the stream.
+pub type SocketOp<'a> = dyn FnMut(BorrowedFd<'_>) -> io::Result<usize> + 'a;
+/// Result of [`Stream::poll_socket`]. `None`: the stream is not a plain socket.
+pub type SocketPoll = Option<Poll<io::Result<usize>>>;
+
+/// A stream that can be relayed.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin {
+    /// Makes the next close a reset, if the stream supports it, so that the peer notices missing data.
+    fn abort(&self);
+
+    /// Returns whether written bytes are buffered, and need a flush.
+    fn has_unflushed(&self) -> bool {
+        false
+    }
+
+    /// Returns whether the peer has reset the stream. Reads nothing, because the data could not be stored.
+    fn is_reset(&self) -> bool {
+        false
+    }
+
+    /// Calls `op` on the socket when it may be ready. `None` if the stream adds to or changes the bytes of the socket.
+    fn poll_socket(&self, _: &mut Context<'_>, _: Interest, _: &mut SocketOp<'_>) -> SocketPoll {
+        None
+    }
+}
+
+/// Lets callers compile [`relay`](super::relay()) once for all types of streams.
+impl Stream for &mut dyn Stream {
+    fn abort(&self) {
+        (**self).abort();
+    }
+
+    fn has_unflushed(&self) -> bool {
+        (**self).has_unflushed()
+    }
+
+    fn is_reset(&self) -> bool {
+        (**self).is_reset()
+    }
+
+    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
+        (**self).poll_socket(cx, interest, op)
+    }
+}
