@@ -10,16 +10,16 @@ pub mod udp;
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
-use cli::argv::{self, Normalized};
+use crate::proto::Command;
 pub use cli::completions::Shell;
 pub use cli::exit::{CliError, ExitStatus, eprint_line, plain_os_errors};
-use cli::help::NAME;
-use cli::{manual, secrets};
-use netcat::options::{self, unsupported_reason};
+use cli::syntax::{NAME, Syntax};
+use cli::{argv, help, manual, secrets};
+use netcat::options;
 
 /// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
 #[derive(FromArgs, ArgsInfo, Debug)]
-pub struct Args {
+struct Args {
     /// print the version and exit
     #[argh(switch)]
     version: bool,
@@ -31,24 +31,16 @@ pub struct Args {
     /// print the manual page, in man(7) format, and exit
     #[argh(switch)]
     man: bool,
-
-    #[argh(subcommand)]
-    mode: Option<Mode>,
 }
 
-/// One of the four modes.
-#[derive(FromArgs, ArgsInfo, Debug)]
-#[argh(subcommand)]
+/// One of the four modes, with its options.
+#[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "a process has one")]
 pub enum Mode {
     /// `s5 serve`
     Serve(serve::Args),
-    /// `s5 connect`
-    Connect(connect::Args),
-    /// `s5 bind`
-    Bind(bind::Args),
-    /// `s5 udp`
-    Udp(udp::Args),
+    /// `s5 connect`, `s5 bind` or `s5 udp`
+    Client(Command, options::Args),
 }
 
 impl Mode {
@@ -56,13 +48,9 @@ impl Mode {
     pub fn log_level(&self) -> LevelFilter {
         match self {
             Self::Serve(args) => args.log_level(),
-            Self::Connect(connect::Args(args)) | Self::Bind(bind::Args(args)) | Self::Udp(udp::Args(args)) => {
-                match (args.quiet, args.verbose) {
-                    (true, _) => LevelFilter::Off,
-                    (false, 0 | 1) => LevelFilter::Warn,
-                    (false, _) => LevelFilter::Debug,
-                }
-            }
+            Self::Client(_, options::Args { quiet: true, .. }) => LevelFilter::Off,
+            Self::Client(_, options::Args { verbose: 0 | 1, .. }) => LevelFilter::Warn,
+            Self::Client(..) => LevelFilter::Debug,
         }
     }
 
@@ -73,9 +61,9 @@ impl Mode {
     pub fn run(self) -> Result<(), CliError> {
         let (name, result) = match self {
             Self::Serve(args) => ("serve", args.run()),
-            Self::Connect(args) => ("connect", args.run()),
-            Self::Bind(args) => ("bind", args.run()),
-            Self::Udp(args) => ("udp", args.run()),
+            Self::Client(Command::Connect, args) => ("connect", connect::run(args)),
+            Self::Client(Command::Bind, args) => ("bind", bind::run(args)),
+            Self::Client(Command::UdpAssociate, args) => ("udp", udp::run(args)),
         };
         result.map_err(|error| error.with_help(&format!("{NAME} {name}")))
     }
@@ -91,31 +79,55 @@ pub enum Action {
     Print(String),
 }
 
+/// Returns the syntax of the command line.
+fn syntax() -> Syntax {
+    let connect = "Connect to a target through SOCKS5 proxies; stdin and stdout are the tunnel";
+    let bind = "Accept one connection through a SOCKS5 proxy; stdin and stdout are the tunnel";
+    let udp = "Send stdin as datagrams through SOCKS5 proxies, and print the answers";
+    let modes = vec![
+        Syntax::of::<serve::Args>("serve"),
+        options::syntax("connect", connect, "target"),
+        options::syntax("bind", bind, "peer"),
+        options::syntax("udp", udp, "target"),
+    ];
+    Syntax { modes, ..Syntax::of::<Args>("") }
+}
+
 /// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's name.
 ///
 /// # Errors
 /// The command line is invalid.
 pub fn parse(args: &[String]) -> Result<Action, CliError> {
-    let program = Args::get_args_info();
-    let mode = args.get(1).filter(|mode| program.commands.iter().any(|known| known.name == **mode));
+    let program = syntax();
+    let mode = args.get(1).filter(|mode| program.modes.iter().any(|known| known.name == **mode));
     let command = mode.map_or(NAME.into(), |mode| format!("{NAME} {mode}"));
     let usage_error = |message| CliError::usage(message).with_help(&command);
-    let normalized = argv::normalize(args.get(1..).unwrap_or_default(), &program, unsupported_reason);
-    let normalized = match normalized.map_err(usage_error)? {
-        Normalized::Args(args) => args,
-        Normalized::Help(text) => return Ok(Action::Print(text)),
-    };
+    let (mode, normalized) = argv::normalize(args.get(1..).unwrap_or_default(), &program).map_err(usage_error)?;
+    let Some(normalized) = normalized else { return Ok(Action::Print(help::text(mode))) };
     let normalized: Vec<&str> = normalized.iter().map(String::as_str).collect();
     let option = normalized.iter().position(|arg| ["-P", "--proxy-user"].contains(arg));
     secrets::redact(args, option.and_then(|option| normalized.get(option + 1)).copied());
-    let parsed = Args::from_args(&[NAME], &normalized).map_err(|early| usage_error(one_line(&early.output)))?;
-    Ok(match parsed {
-        Args { version: true, .. } => Action::Print(format!("{NAME} {}", env!("CARGO_PKG_VERSION"))),
-        Args { man: true, .. } => Action::Print(manual::text(&program, options::Args::get_args_info().flags)),
-        Args { completions: Some(shell), .. } => Action::Print(shell.script(&program)),
-        Args { mode: Some(mode), .. } => Action::Run(mode),
-        Args { mode: None, .. } => return Err(usage_error("a mode is required: serve, connect, bind or udp".into())),
-    })
+    let action = match mode.name {
+        "" => from_args::<Args>(&normalized).and_then(|args| args.action(&program)),
+        "serve" => from_args(&normalized).map(|args| Action::Run(Mode::Serve(args))),
+        client => client.parse().and_then(|command| Ok(Action::Run(Mode::Client(command, from_args(&normalized)?)))),
+    };
+    action.map_err(usage_error)
+}
+
+impl Args {
+    fn action(self, program: &Syntax) -> Result<Action, String> {
+        match self {
+            Self { version: true, .. } => Ok(Action::Print(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
+            Self { man: true, .. } => Ok(Action::Print(manual::text(program))),
+            Self { completions: Some(shell), .. } => Ok(Action::Print(shell.script(program))),
+            _ => Err("a mode is required: serve, connect, bind or udp".into()),
+        }
+    }
+}
+
+fn from_args<T: FromArgs>(args: &[&str]) -> Result<T, String> {
+    T::from_args(&[NAME], args).map_err(|early| one_line(&early.output))
 }
 
 /// Joins the lines of an error message of argh. Removes user names and passwords: the message may quote the URL of a

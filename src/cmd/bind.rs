@@ -12,19 +12,13 @@ use rustix::io::Errno;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
-use super::netcat::options::client_mode;
+use super::netcat::options::Args;
 use super::netcat::report::Report;
 use super::netcat::tunnel;
 use crate::client::Client;
 use crate::conn::Conn;
 use crate::net::sleep;
 use crate::proto::{Addr, Command};
-
-client_mode!(
-    "bind",
-    "Accept one connection through a SOCKS5 proxy; stdin and stdout are the tunnel",
-    [peer "host or host:port that may connect"]
-);
 
 /// Time limit for writing the bound address to a named pipe that has no reader yet.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -72,36 +66,33 @@ impl AddrOutput {
     }
 }
 
-impl Args {
-    pub(super) fn run(self) -> Result<(), CliError> {
-        let Self(args) = self;
-        let program = tunnel::check_args(&args)?;
-        let peer = match args.target.as_slice() {
-            [] => None,
-            [peer] => {
-                let peer = Addr::parse_with_default_port(peer, 0);
-                Some(peer.map_err(|error| CliError::usage(format!("peer: {error}")))?)
-            }
-            [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
-        };
-        let output = args.address_file.as_deref().map(|text| {
-            AddrOutput::open(text)
-                .map_err(|error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}")))
-        });
-        let output = output.transpose()?;
-        let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
-        let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
-            let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
-            report.set_bnd(&bound);
-            let peer =
-                accept_peer(&connector, client, &mut tunnel, &bound, output, connector.args.timeout.is_some()).await;
-            report.set_peer(client, peer.as_ref().ok());
-            peer?;
-            Box::pin(tunnel::run(&connector, program.as_ref(), tunnel, &bound, report)).await
-        };
-        let request = async |client: &Client| client.request(Command::Bind).await;
-        connector.run(Box::pin(connector.run_reported(request, transfer)))
-    }
+/// Runs the mode until it ends.
+pub(super) fn run(args: Args) -> Result<(), CliError> {
+    let program = tunnel::check_args(&args)?;
+    let peer = match args.target.as_slice() {
+        [] => None,
+        [peer] => {
+            let peer = Addr::parse_with_default_port(peer, 0);
+            Some(peer.map_err(|error| CliError::usage(format!("peer: {error}")))?)
+        }
+        [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
+    };
+    let output = args.address_file.as_deref().map(|text| {
+        AddrOutput::open(text)
+            .map_err(|error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}")))
+    });
+    let output = output.transpose()?;
+    let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+    let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
+        let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
+        report.set_bnd(&bound);
+        let peer = accept_peer(&connector, client, &mut tunnel, &bound, output, connector.args.timeout.is_some()).await;
+        report.set_peer(client, peer.as_ref().ok());
+        peer?;
+        Box::pin(tunnel::run(&connector, program.as_ref(), tunnel, &bound, report)).await
+    };
+    let request = async |client: &Client| client.request(Command::Bind).await;
+    connector.run(Box::pin(connector.run_reported(request, transfer)))
 }
 
 /// Prints the bound address and waits for the peer. Returns the peer's address.

@@ -6,4 +6,5 @@ pub mod exit;
 pub(super) mod help;
 pub(super) mod manual;
 pub(super) mod secrets;
+pub(super) mod syntax;
 pub(super) mod values;

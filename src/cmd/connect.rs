@@ -4,40 +4,32 @@ use super::cli::exit::CliError;
 use super::netcat::child::Program;
 use super::netcat::connector::Connector;
 use super::netcat::forward;
-use super::netcat::options::client_mode;
+use super::netcat::options::Args;
 use super::netcat::report::Report;
 use super::netcat::tunnel;
 use crate::client::Client;
 use crate::proto::Command;
 
-client_mode!(
-    "connect",
-    "Connect to a target through SOCKS5 proxies; stdin and stdout are the tunnel",
-    [target "host:port, or host and port"]
-);
-
-impl Args {
-    pub(super) fn run(self) -> Result<(), CliError> {
-        let Self(args) = self;
-        let program = tunnel::check_args(&args)?;
-        // Without a target, -z tests whether the proxy accepts the login.
-        let dst = args.target()?;
-        if args.listen.is_none() && args.keep_open {
-            return Err(CliError::usage("-k requires -l"));
-        }
-        if args.keep_open && args.source_port.is_some() {
-            return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
-        }
-        let connector = Connector::new(Command::Connect, args, dst)?;
-        connector.run(Box::pin(async {
-            match (connector.args.listen, connector.dst()) {
-                // Boxed: the future is large, and often not needed.
-                (Some(addr), _) => Box::pin(forward::run(&connector, addr)).await,
-                (None, Some(_)) => connect(&connector, program.as_ref()).await,
-                (None, None) => probe(&connector).await,
-            }
-        }))
+/// Runs the mode until it ends.
+pub(super) fn run(args: Args) -> Result<(), CliError> {
+    let program = tunnel::check_args(&args)?;
+    // Without a target, -z tests whether the proxy accepts the login.
+    let dst = args.target()?;
+    if args.listen.is_none() && args.keep_open {
+        return Err(CliError::usage("-k requires -l"));
     }
+    if args.keep_open && args.source_port.is_some() {
+        return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
+    }
+    let connector = Connector::new(Command::Connect, args, dst)?;
+    connector.run(Box::pin(async {
+        match (connector.args.listen, connector.dst()) {
+            // Boxed: the future is large, and often not needed.
+            (Some(addr), _) => Box::pin(forward::run(&connector, addr)).await,
+            (None, Some(_)) => connect(&connector, program.as_ref()).await,
+            (None, None) => probe(&connector).await,
+        }
+    }))
 }
 
 async fn connect(connector: &Connector, program: Option<&Program>) -> Result<(), CliError> {

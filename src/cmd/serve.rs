@@ -30,7 +30,6 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
-#[argh(subcommand, name = "serve")]
 pub struct Args {
     /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
     /// addresses), *:PORT (all addresses) or unix:/PATH. With port 0 the kernel chooses the port, and s5 logs it. A

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
-use super::netcat::options::client_mode;
+use super::netcat::options::Args;
 use crate::net::{sleep, yield_now};
 use crate::proto::Command;
 use framing::{DatagramReader, DatagramWriter, Framing};
@@ -21,30 +21,22 @@ const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// Maximum number of answers that are written together. A socket's buffer holds about as many.
 const MAX_BATCH: usize = 1000;
 
-client_mode!(
-    "udp",
-    "Send stdin as datagrams through SOCKS5 proxies, and print the answers",
-    [target "host:port, or host and port"]
-);
-
-impl Args {
-    pub(super) fn run(self) -> Result<(), CliError> {
-        let Self(args) = self;
-        let dst = args.target()?;
-        let framing = Framing::from_args(&args)?;
-        if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
-            return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
-        }
-        let connector = Connector::new(Command::UdpAssociate, args, dst)?;
-        if let Some(addr) = connector.args.listen {
-            return connector.run(Box::pin(forward::run(&connector, addr)));
-        }
-        let transfer = async |transfer: &Transfer<'_>| match connector.args.zero_io {
-            true => Ok(()),
-            false => relay_stdio(transfer, framing).await,
-        };
-        connector.run(Box::pin(transfer::run(&connector, None, transfer)))
+/// Runs the mode until it ends.
+pub(super) fn run(args: Args) -> Result<(), CliError> {
+    let dst = args.target()?;
+    let framing = Framing::from_args(&args)?;
+    if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
+        return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
     }
+    let connector = Connector::new(Command::UdpAssociate, args, dst)?;
+    if let Some(addr) = connector.args.listen {
+        return connector.run(Box::pin(forward::run(&connector, addr)));
+    }
+    let transfer = async |transfer: &Transfer<'_>| match connector.args.zero_io {
+        true => Ok(()),
+        false => relay_stdio(transfer, framing).await,
+    };
+    connector.run(Box::pin(transfer::run(&connector, None, transfer)))
 }
 
 /// Relays between stdin, stdout and the association.

@@ -1,10 +1,10 @@
 //! Normalizes the command line for argh, which does not support `--opt=value`, `-w3` and `-zv`. The definitions from which
 //! the help is generated also show which options take a value.
 
-use argh::{CommandInfoWithArgs, FlagInfo, FlagInfoKind};
+use argh::FlagInfo;
 
-use super::help;
 use super::secrets::without_userinfo;
+use super::syntax::{Syntax, value_name};
 
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
 const MAX_EDIT_DISTANCE: usize = 2;
@@ -18,51 +18,29 @@ pub(super) const ALIASES: [(&str, &str); 6] = [
     ("--open", "--allow-open-relay"),
 ];
 
-/// Returns why a mode does not support an option of other modes.
-type UnsupportedReason = fn(mode: &str, option: &str) -> Option<&'static str>;
-
-/// A normalized command line.
-#[derive(Debug, PartialEq, Eq)]
-pub(in crate::cmd) enum Normalized {
-    /// Arguments for argh.
-    Args(Vec<String>),
-    /// The requested help.
-    Help(String),
-}
-
-/// Makes each option and each value a separate argument. `args` does not contain the program's name.
+/// Selects the mode, and makes each of its options and each value a separate argument. `args` does not contain the
+/// program's name. Returns the syntax of the mode, or of the program, and the arguments for argh. There are none if help
+/// is requested.
 ///
 /// # Errors
 /// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
-pub(in crate::cmd) fn normalize(
+pub(in crate::cmd) fn normalize<'a>(
     args: &[String],
-    program: &CommandInfoWithArgs,
-    unsupported_reason: UnsupportedReason,
-) -> Result<Normalized, String> {
+    program: &'a Syntax,
+) -> Result<(&'a Syntax, Option<Vec<String>>), String> {
     let is_help = args.first().is_some_and(|first| first == "help");
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
-    let (mode, args) = match args.split_first() {
-        Some((mode, args)) if !mode.starts_with('-') => (Some(mode), args),
-        _ => (None, args),
-    };
-    let command = match mode {
-        None => program,
-        Some(mode) => {
-            let known = program.commands.iter().find(|known| known.name == mode);
-            known.map(|known| &known.command).ok_or_else(|| unrecognized_mode(mode, program))?
+    let (syntax, args) = match args.split_first() {
+        Some((mode, args)) if !mode.starts_with('-') => {
+            let known = program.modes.iter().find(|known| known.name == mode);
+            (known.ok_or_else(|| unrecognized_mode(mode, program))?, args)
         }
+        _ => (program, args),
     };
-    let help = || Normalized::Help(help::text(command, mode.is_some()));
     if is_help {
-        return Ok(help());
+        return Ok((syntax, None));
     }
-    let mut normalizer = Normalizer {
-        command,
-        unsupported_reason,
-        out: mode.into_iter().cloned().collect(),
-        positionals: Vec::new(),
-        has_help: false,
-    };
+    let mut normalizer = Normalizer { syntax, out: Vec::new(), positionals: Vec::new(), has_help: false };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match arg.strip_prefix('-') {
@@ -82,44 +60,41 @@ pub(in crate::cmd) fn normalize(
         }
     }
     if normalizer.has_help {
-        return Ok(help());
+        return Ok((syntax, None));
     }
     // After `--`, argh does not interpret the arguments: a host may be named help.
     if !normalizer.positionals.is_empty() {
         normalizer.out.push("--".into());
         normalizer.out.append(&mut normalizer.positionals);
     }
-    Ok(Normalized::Args(normalizer.out))
+    Ok((syntax, Some(normalizer.out)))
 }
 
-fn unrecognized_mode(mode: &str, program: &CommandInfoWithArgs) -> String {
-    let names: Vec<&str> = program.commands.iter().map(|mode| mode.name).collect();
+fn unrecognized_mode(mode: &str, program: &Syntax) -> String {
+    let names: Vec<&str> = program.modes.iter().map(|mode| mode.name).collect();
     format!("unrecognized mode {} (expected one of {})", without_userinfo(mode), names.join(", "))
 }
 
 struct Normalizer<'a> {
-    /// The mode or, if no mode is given, the program.
-    command: &'a CommandInfoWithArgs,
-    unsupported_reason: UnsupportedReason,
+    syntax: &'a Syntax,
     out: Vec<String>,
     positionals: Vec<String>,
     has_help: bool,
 }
 
 impl<'a> Normalizer<'a> {
-    /// Returns the option for which `matches` is true. Fails if only other modes support `name`.
+    /// Returns the option for which `matches` is true. Fails if only other modes support it.
     fn find(&self, name: &str, matches: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
-        let mode = self.command.name;
-        match (self.unsupported_reason)(mode, name) {
-            Some(reason) => Err(format!("{mode} does not support {name}: {reason}")),
-            None => Ok(self.command.flags.iter().find(|flag| matches(flag))),
+        let flag = self.syntax.flags.iter().find(|flag| matches(flag));
+        match flag.and_then(|flag| self.syntax.refusal(flag)) {
+            Some(reason) => Err(format!("{} does not support {name}: {reason}", self.syntax.name)),
+            None => Ok(flag),
         }
     }
 
     fn unrecognized_option(&self, option: &str) -> String {
-        let supported = |long: &str| self.command.flags.iter().any(|flag| flag.long == long);
-        let names = self.command.flags.iter().map(|flag| (flag.long, flag.long));
-        let aliases = ALIASES.into_iter().filter(|(_, long)| supported(long));
+        let names = self.syntax.options().map(|flag| (flag.long, flag.long));
+        let aliases = ALIASES.into_iter().filter(|(_, long)| self.syntax.options().any(|flag| flag.long == *long));
         let names = names.chain(aliases).filter(|_| option.starts_with("--"));
         let nearest = names.map(|(name, long)| (strsim::osa_distance(name, option), long)).min();
         // A name of which half the letters differ is another word.
@@ -184,22 +159,21 @@ impl<'a> Normalizer<'a> {
 }
 
 fn is_switch(flag: &FlagInfo<'_>) -> bool {
-    matches!(flag.kind, FlagInfoKind::Switch)
+    value_name(flag).is_none()
 }
 
 #[cfg(test)]
 mod tests {
-    use argh::ArgsInfo as _;
-
     use super::*;
-    use crate::cmd::Args;
-    use crate::cmd::netcat::options::unsupported_reason;
+    use crate::cmd::{help, syntax};
 
     fn normalize_line(line: &str) -> Result<String, String> {
         let args: Vec<String> = line.split(' ').map(String::from).collect();
-        match normalize(&args, &Args::get_args_info(), unsupported_reason)? {
-            Normalized::Args(args) => Ok(args.join(" ")),
-            Normalized::Help(text) => Ok(text.lines().next().unwrap_or_default().into()),
+        let program = syntax();
+        let (syntax, args) = normalize(&args, &program)?;
+        match args {
+            Some(args) => Ok(format!("{} {}", syntax.name, args.join(" ")).trim().into()),
+            None => Ok(help::text(syntax).lines().next().unwrap_or_default().into()),
         }
     }
 

@@ -6,9 +6,9 @@
 use std::fmt::Write as _;
 use std::str::FromStr;
 
-use argh::{CommandInfoWithArgs, FlagInfo};
+use argh::FlagInfo;
 
-use super::help::{summary, value_name};
+use super::syntax::{Syntax, summary, value_name};
 
 /// A shell for which there is a completion script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ impl FromStr for Shell {
 
 impl Shell {
     /// Returns the completion script.
-    pub(in crate::cmd) fn script(self, program: &CommandInfoWithArgs) -> String {
+    pub(in crate::cmd) fn script(self, program: &Syntax) -> String {
         match self {
             Self::Bash => bash(program),
             Self::Zsh => zsh(program),
@@ -50,8 +50,8 @@ fn names(flag: &FlagInfo<'_>) -> impl Iterator<Item = String> {
     flag.short.map(|short| format!("-{short}")).into_iter().chain([flag.long.to_owned()])
 }
 
-fn option_names(command: &CommandInfoWithArgs) -> String {
-    command.flags.iter().flat_map(names).collect::<Vec<_>>().join(" ")
+fn option_names(syntax: &Syntax) -> String {
+    syntax.options().flat_map(names).collect::<Vec<_>>().join(" ")
 }
 
 /// Encloses text in single quotes for bash and zsh.
@@ -59,23 +59,23 @@ fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }
 
-fn bash(program: &CommandInfoWithArgs) -> String {
-    let modes: Vec<&str> = program.commands.iter().map(|mode| mode.name).collect();
+fn bash(program: &Syntax) -> String {
+    let modes: Vec<&str> = program.modes.iter().map(|mode| mode.name).collect();
     let mut out = format!(
         "_s5() {{\n    local cur=\"${{COMP_WORDS[COMP_CWORD]}}\" words=\n    COMPREPLY=()\n    \
          if [[ $COMP_CWORD -eq 1 ]]; then\n        words={}\n    elif [[ $cur == -* ]]; then\n        \
          case \"${{COMP_WORDS[1]}}\" in\n",
         quote(&format!("{} {}", modes.join(" "), option_names(program)))
     );
-    for mode in &program.commands {
-        let _ = writeln!(out, "            {}) words={} ;;", mode.name, quote(&option_names(&mode.command)));
+    for mode in &program.modes {
+        let _ = writeln!(out, "            {}) words={} ;;", mode.name, quote(&option_names(mode)));
     }
     out + "        esac\n    fi\n    \
            if [[ -n $words ]]; then\n        COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n    fi\n    return 0\n}\n\
            complete -o bashdefault -o default -F _s5 s5\n"
 }
 
-fn zsh(program: &CommandInfoWithArgs) -> String {
+fn zsh(program: &Syntax) -> String {
     let escape = |text: &str| text.replace('[', "(").replace(']', ")").replace(':', "\\:");
     let spec = |flag: &FlagInfo<'_>, name: &str| {
         let action = value_name(flag).map(|value| format!(":{}:_files", escape(value))).unwrap_or_default();
@@ -84,17 +84,17 @@ fn zsh(program: &CommandInfoWithArgs) -> String {
     let mut out =
         "#compdef s5\n\n_s5() {\n    local -a modes specs\n    if (( CURRENT == 2 )); then\n        modes=(\n"
             .to_owned();
-    for mode in &program.commands {
-        let text = format!("{}:{}", mode.name, escape(mode.command.description));
+    for mode in &program.modes {
+        let text = format!("{}:{}", mode.name, escape(mode.description));
         let _ = writeln!(out, "            {}", quote(&text));
     }
-    for flag in program.flags {
+    for flag in program.options() {
         let _ = writeln!(out, "            {}", quote(&format!("{}:{}", flag.long, escape(summary(flag)))));
     }
     out += "        )\n        _describe mode modes\n        return\n    fi\n    case $words[2] in\n";
-    for mode in &program.commands {
+    for mode in &program.modes {
         let _ = writeln!(out, "        {}) specs=(", mode.name);
-        for flag in mode.command.flags {
+        for flag in mode.options() {
             for name in names(flag) {
                 let _ = writeln!(out, "            {}", spec(flag, &name));
             }
@@ -105,24 +105,24 @@ fn zsh(program: &CommandInfoWithArgs) -> String {
            if [[ $funcstack[1] == _s5 ]]; then\n    _s5 \"$@\"\nelse\n    compdef _s5 s5\nfi\n"
 }
 
-fn fish(program: &CommandInfoWithArgs) -> String {
+fn fish(program: &Syntax) -> String {
     // In fish, backslash is special within single quotes too.
     let quote = |text: &str| format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"));
     let mut out = String::new();
-    let mut options = |condition: &str, flags: &[FlagInfo<'_>]| {
-        for flag in flags {
+    let mut options = |condition: &str, syntax: &Syntax| {
+        for flag in syntax.options() {
             let short = flag.short.map(|short| format!(" -s {short}")).unwrap_or_default();
             let required = if value_name(flag).is_some() { " -r" } else { "" };
             let (long, description) = (flag.long.trim_start_matches('-'), quote(summary(flag)));
             let _ = writeln!(out, "complete -c s5 -n '{condition}'{short} -l {long}{required} -d {description}");
         }
     };
-    options("__fish_use_subcommand", program.flags);
-    for mode in &program.commands {
-        options(&format!("__fish_seen_subcommand_from {}", mode.name), mode.command.flags);
+    options("__fish_use_subcommand", program);
+    for mode in &program.modes {
+        options(&format!("__fish_seen_subcommand_from {}", mode.name), mode);
     }
-    for mode in &program.commands {
-        let description = quote(mode.command.description);
+    for mode in &program.modes {
+        let description = quote(mode.description);
         let _ = writeln!(out, "complete -c s5 -n __fish_use_subcommand -f -a {} -d {description}", mode.name);
     }
     out

@@ -1,11 +1,11 @@
-//! The text of `--help`, generated from the definitions with which argh parses the command line.
+//! The text of `--help`.
 
 use std::fmt::Write as _;
 
-use argh::{CommandInfoWithArgs, FlagInfo, FlagInfoKind};
+use argh::FlagInfo;
 
-/// The program's name.
-pub(in crate::cmd) const NAME: &str = "s5";
+use super::syntax::{NAME, Syntax, summary, value_name};
+
 /// Width of the text, in columns.
 const WIDTH: usize = 80;
 /// Column of the description of an option or a mode.
@@ -28,23 +28,23 @@ const GROUPS: [(&str, &str); 11] = [
 ];
 
 /// Returns the help of the program or of one of its modes.
-pub(in crate::cmd) fn text(command: &CommandInfoWithArgs, is_mode: bool) -> String {
-    let mut out = format!("Usage: {}\n{}\n", usage(command, is_mode), command.description.trim());
-    if !command.commands.is_empty() {
+pub(in crate::cmd) fn text(syntax: &Syntax) -> String {
+    let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());
+    if !syntax.modes.is_empty() {
         out.push_str("Modes\n");
-        for mode in &command.commands {
-            push_entry(&mut out, mode.name, mode.command.description);
+        for mode in &syntax.modes {
+            push_entry(&mut out, mode.name, mode.description);
         }
     }
     let mut group = "";
-    for flag in listed_options(command.flags) {
+    for flag in syntax.options() {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
             let _ = writeln!(out, "{heading}");
             group = heading;
         }
         push_entry(&mut out, &synopsis(flag), summary(flag));
     }
-    let _ = if is_mode {
+    let _ = if syntax.modes.is_empty() {
         writeln!(out, "TIME is in seconds, or 500ms, 10s, 5m, 2h. Manual: {NAME} --man | man -l -")
     } else {
         writeln!(out, "Help for a mode: {NAME} <mode> --help. Manual: {NAME} --man | man -l -")
@@ -52,43 +52,9 @@ pub(in crate::cmd) fn text(command: &CommandInfoWithArgs, is_mode: bool) -> Stri
     out
 }
 
-/// Returns the synopsis of the program or of one of its modes.
-pub(in crate::cmd) fn usage(command: &CommandInfoWithArgs, is_mode: bool) -> String {
-    let mut usage =
-        if is_mode { format!("{NAME} {} [options]", command.name) } else { format!("{NAME} <mode> [options]") };
-    for positional in command.positionals {
-        let _ = write!(usage, " [{}]", positional.name);
-    }
-    usage
-}
-
-/// Returns the options to list: all except `--help`.
-pub(in crate::cmd) fn listed_options<'a, 'b>(flags: &'a [FlagInfo<'b>]) -> impl Iterator<Item = &'a FlagInfo<'b>> {
-    flags.iter().filter(|flag| flag.long != "--help")
-}
-
 /// Returns the heading of the group that begins with this option.
 pub(in crate::cmd) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
     GROUPS.iter().find(|(first, _)| *first == flag.long).map(|(_, heading)| *heading)
-}
-
-/// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch.
-pub(in crate::cmd) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
-    match flag.kind {
-        FlagInfoKind::Switch => None,
-        FlagInfoKind::Option { arg_name } => Some(arg_name),
-    }
-}
-
-/// Splits a description into its first sentence and the following ones, which only the manual contains.
-pub(in crate::cmd) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
-    let text = flag.description.trim();
-    text.split_once(". ").unwrap_or((text, ""))
-}
-
-/// Returns the description of an option in the help and in completions.
-pub(in crate::cmd) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
-    split_summary(flag).0
 }
 
 /// Returns the names and the value of an option, such as `-x, --proxy URL`.

@@ -2,27 +2,25 @@
 
 use std::fmt::Write as _;
 
-use argh::{CommandInfoWithArgs, FlagInfo, SubCommandInfo};
-
 use super::argv::ALIASES;
 use super::exit::ExitStatus;
-use super::help::{NAME, heading, listed_options, split_summary, usage, value_name};
+use super::help::heading;
+use super::syntax::{NAME, Syntax, split_summary, value_name};
 
 /// The page. A line that begins with `@` is replaced by the generated text of that name.
 const PAGE: &str = include_str!("s5.1");
 
-/// Returns the manual page. `client_options` are those of all client modes together.
-pub(in crate::cmd) fn text(program: &CommandInfoWithArgs, client_options: &[FlagInfo<'_>]) -> String {
-    let (server, clients) = program.commands.split_at(1);
-    let server_options = server.first().map_or(&[][..], |mode| mode.command.flags);
+/// Returns the manual page.
+pub(in crate::cmd) fn text(program: &Syntax) -> String {
+    let (server, clients) = program.modes.split_at(1.min(program.modes.len()));
     let mut out = String::new();
     for line in PAGE.lines() {
         match line.strip_prefix('@') {
             None => out += &format!("{line}\n"),
             Some("title") => out += &format!(".TH S5 1 2026-11-26 \"{NAME} {}\"\n", env!("CARGO_PKG_VERSION")),
             Some("synopsis") => push_synopsis(&mut out, program),
-            Some("server options") => push_options(&mut out, server_options, server),
-            Some("client options") => push_options(&mut out, client_options, clients),
+            Some("server options") => push_options(&mut out, server),
+            Some("client options") => push_options(&mut out, clients),
             Some("exit statuses") => push_exit_statuses(&mut out),
             Some(other) => debug_assert!(false, "unknown placeholder @{other}"),
         }
@@ -30,23 +28,24 @@ pub(in crate::cmd) fn text(program: &CommandInfoWithArgs, client_options: &[Flag
     out
 }
 
-fn push_synopsis(out: &mut String, program: &CommandInfoWithArgs) {
-    for mode in &program.commands {
-        let usage = usage(&mode.command, true);
+fn push_synopsis(out: &mut String, program: &Syntax) {
+    for mode in &program.modes {
+        let usage = mode.usage();
         let args = usage.strip_prefix(&format!("{NAME} {}", mode.name)).unwrap_or_default();
         let _ = writeln!(out, ".B {NAME} {}\n{}\n.br", mode.name, escape(args.trim()));
     }
-    for flag in listed_options(program.flags) {
+    for flag in program.options() {
         let value = value_name(flag).map(|value| format!("\n.I {value}")).unwrap_or_default();
         let _ = writeln!(out, ".B {NAME} {}{value}\n.br", escape(flag.long));
     }
     let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
 }
 
-/// Appends an entry for each option, with its aliases, and with those of `modes` that support it if others do not.
-fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes: &[SubCommandInfo]) {
+/// Appends an entry for each option of modes that have the same flags, with its aliases, and with the modes that support
+/// it if others do not.
+fn push_options(out: &mut String, modes: &[Syntax]) {
     let mut group = "";
-    for flag in listed_options(flags) {
+    for flag in modes.first().map(|mode| mode.flags).unwrap_or_default().iter().filter(|flag| flag.long != "--help") {
         if let Some(heading) = heading(flag).filter(|heading| *heading != group) {
             let _ = writeln!(out, ".SS {heading}");
             group = heading;
@@ -61,8 +60,8 @@ fn push_options(out: &mut String, flags: &[FlagInfo<'_>], modes: &[SubCommandInf
         for (alias, _) in ALIASES.iter().filter(|(_, long)| *long == flag.long) {
             push_paragraph(out, &format!("Alias: {alias}."));
         }
-        let supports = |mode: &&SubCommandInfo| mode.command.flags.iter().any(|known| known.long == flag.long);
-        let supporting: Vec<&str> = modes.iter().filter(supports).map(|mode| mode.name).collect();
+        let supporting = modes.iter().filter(|mode| mode.refusal(flag).is_none());
+        let supporting: Vec<&str> = supporting.map(|mode| mode.name).collect();
         if supporting.len() < modes.len() {
             push_paragraph(out, &format!("Only for {}.", supporting.join(" and ")));
         }

@@ -5,45 +5,42 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind, FromArgs, PositionalInfo};
+use argh::{ArgsInfo, FromArgs};
 
 use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::secrets::without_userinfo;
+use crate::cmd::cli::syntax::Syntax;
 use crate::cmd::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout};
-use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, parse_port};
+use crate::proto::{Addr, Host, Method, ProtectionLevel, parse_port};
 use crate::server::ListenAddr;
 
 /// Default of `--max-peers`: local peers of `udp -l` that have an association at the same time.
 const DEFAULT_MAX_PEERS: usize = 256;
 
 /// The modes that relay a stream.
-const STREAM: &[Command] = &[Command::Connect, Command::Bind];
+const STREAM: &[&str] = &["connect", "bind"];
 /// The modes that can listen.
-const LISTEN: &[Command] = &[Command::Connect, Command::UdpAssociate];
+const LISTEN: &[&str] = &["connect", "udp"];
 
 /// Options that only some modes support, these modes, and the reason that the other modes report.
-const RESTRICTED_OPTIONS: [(&[&str], &[Command], &str); 10] = [
-    (&["-l", "--listen"], LISTEN, "with bind, the proxy listens"),
-    (&["-k", "--keep-open"], &[Command::Connect], "only connect -l uses it; udp -l always serves several peers"),
+const RESTRICTED_OPTIONS: [(&[&str], &[&str], &str); 10] = [
+    (&["--listen"], LISTEN, "with bind, the proxy listens"),
+    (&["--keep-open"], &["connect"], "only connect -l uses it; udp -l always serves several peers"),
     (&["--direct"], LISTEN, "bind requires a proxy"),
-    (&["--address-file"], &[Command::Bind], "only bind uses it"),
-    (&["-N", "--shutdown", "--no-shutdown"], STREAM, "datagrams have no end of stream"),
-    (&["-C", "--crlf"], STREAM, "line ends are not part of a datagram"),
-    (&["-F", "--pass-fd"], STREAM, "a UDP association ends with its TCP connection, which s5 must keep open"),
-    (&["-e", "--exec", "-c", "--sh-exec"], STREAM, "a program needs a stream, not datagrams"),
+    (&["--address-file"], &["bind"], "only bind uses it"),
+    (&["--shutdown", "--no-shutdown"], STREAM, "datagrams have no end of stream"),
+    (&["--crlf"], STREAM, "line ends are not part of a datagram"),
+    (&["--pass-fd"], STREAM, "a UDP association ends with its TCP connection, which s5 must keep open"),
+    (&["--exec", "--sh-exec"], STREAM, "a program needs a stream, not datagrams"),
     (&["--progress"], STREAM, "it shows the progress of a stream, not of datagrams"),
-    (
-        &["-n", "--count", "--raw", "--hex", "--length-prefixed", "--max-peers"],
-        &[Command::UdpAssociate],
-        "only udp uses it",
-    ),
+    (&["--count", "--raw", "--hex", "--length-prefixed", "--max-peers"], &["udp"], "only udp uses it"),
 ];
 
-/// Returns why `mode` does not support `option`. `None` if it does, or if no mode does.
-pub(in crate::cmd) fn unsupported_reason(mode: &str, option: &str) -> Option<&'static str> {
-    let mode: Command = mode.parse().ok()?;
-    let (_, modes, reason) = RESTRICTED_OPTIONS.iter().find(|(options, ..)| options.contains(&option))?;
-    (!modes.contains(&mode)).then_some(*reason)
+/// Returns the syntax of a client mode.
+pub(in crate::cmd) fn syntax(name: &'static str, description: &'static str, argument: &'static str) -> Syntax {
+    let refused = RESTRICTED_OPTIONS.iter().filter(|(_, modes, _)| !modes.contains(&name));
+    let refusals = refused.map(|(options, _, reason)| (*options, *reason)).collect();
+    Syntax { description, argument: Some(argument), refusals, ..Syntax::of::<Args>(name) }
 }
 
 /// The options of the client modes.
@@ -275,61 +272,6 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     };
     Ok(SocketAddr::new(ip, port))
 }
-
-/// Describes a client mode and its options, for help and completions.
-pub(in crate::cmd) fn mode_info(
-    name: &'static str,
-    description: &'static str,
-    positionals: &'static [PositionalInfo<'static>],
-) -> CommandInfoWithArgs {
-    let all = Args::get_args_info();
-    let flags = all.flags.iter().filter(|flag| unsupported_reason(name, flag.long).is_none()).map(copy_flag);
-    // argh requires a static slice. The leak is small: a process calls this a few times.
-    let flags = Box::leak(flags.collect::<Box<[_]>>());
-    CommandInfoWithArgs { name, description, flags, positionals, ..CommandInfoWithArgs::default() }
-}
-
-/// Copies the fields that the help prints. argh's type is not `Clone`.
-fn copy_flag(flag: &FlagInfo<'static>) -> FlagInfo<'static> {
-    let kind = match flag.kind {
-        FlagInfoKind::Switch => FlagInfoKind::Switch,
-        FlagInfoKind::Option { arg_name } => FlagInfoKind::Option { arg_name },
-    };
-    let FlagInfo { long, short, description, hidden, .. } = *flag;
-    FlagInfo { kind, long, short, description, hidden, ..FlagInfo::default() }
-}
-
-/// Defines a client mode for argh: the shared options under the mode's name.
-macro_rules! client_mode {
-    ($name:literal, $description:literal, [$($positional:ident $about:literal)?]) => {
-        #[doc = $description]
-        #[derive(Debug)]
-        pub struct Args(pub(in crate::cmd) crate::cmd::netcat::options::Args);
-
-        impl argh::FromArgs for Args {
-            fn from_args(name: &[&str], args: &[&str]) -> Result<Self, argh::EarlyExit> {
-                argh::FromArgs::from_args(name, args).map(Self)
-            }
-        }
-
-        impl argh::SubCommand for Args {
-            const COMMAND: &'static argh::CommandInfo =
-                &argh::CommandInfo { name: $name, short: &'\0', description: $description };
-        }
-
-        impl argh::ArgsInfo for Args {
-            fn get_args_info() -> argh::CommandInfoWithArgs {
-                crate::cmd::netcat::options::mode_info($name, $description, &[$(argh::PositionalInfo {
-                    name: stringify!($positional),
-                    description: $about,
-                    optionality: argh::Optionality::Optional,
-                    hidden: false,
-                })?])
-            }
-        }
-    };
-}
-pub(in crate::cmd) use client_mode;
 
 impl Args {
     /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.

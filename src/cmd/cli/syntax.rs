@@ -1,0 +1,67 @@
+//! What the command line may contain: the modes and their options. It is taken from the definitions with which argh
+//! parses the options.
+
+use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
+
+/// The program's name.
+pub(in crate::cmd) const NAME: &str = "s5";
+
+/// The command line of the program, or of one of its modes.
+#[derive(Default)]
+pub(in crate::cmd) struct Syntax {
+    /// Name of the mode; empty for the program.
+    pub(in crate::cmd) name: &'static str,
+    pub(in crate::cmd) description: &'static str,
+    /// Placeholder of the argument that is not an option.
+    pub(in crate::cmd) argument: Option<&'static str>,
+    /// All options, with those that the mode refuses.
+    pub(in crate::cmd) flags: &'static [FlagInfo<'static>],
+    /// Options that the mode refuses, and why.
+    pub(in crate::cmd) refusals: Vec<(&'static [&'static str], &'static str)>,
+    /// The modes of the program.
+    pub(in crate::cmd) modes: Vec<Self>,
+}
+
+impl Syntax {
+    /// Returns the syntax of the options that `T` defines.
+    pub(in crate::cmd) fn of<T: ArgsInfo>(name: &'static str) -> Self {
+        let info = T::get_args_info();
+        Self { name, description: info.description, flags: info.flags, ..Self::default() }
+    }
+
+    /// Returns the options, without `--help` and those that the mode refuses.
+    pub(in crate::cmd) fn options(&self) -> impl Iterator<Item = &'static FlagInfo<'static>> {
+        self.flags.iter().filter(|flag| flag.long != "--help" && self.refusal(flag).is_none())
+    }
+
+    /// Returns why the mode refuses an option. `None` if it does not.
+    pub(in crate::cmd) fn refusal(&self, flag: &FlagInfo<'_>) -> Option<&'static str> {
+        self.refusals.iter().find(|(options, _)| options.contains(&flag.long)).map(|(_, reason)| *reason)
+    }
+
+    /// Returns the synopsis.
+    pub(in crate::cmd) fn usage(&self) -> String {
+        let name = if self.modes.is_empty() { self.name } else { "<mode>" };
+        let argument = self.argument.map(|argument| format!(" [{argument}]")).unwrap_or_default();
+        format!("{NAME} {name} [options]{argument}")
+    }
+}
+
+/// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch.
+pub(in crate::cmd) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
+    match flag.kind {
+        FlagInfoKind::Switch => None,
+        FlagInfoKind::Option { arg_name } => Some(arg_name),
+    }
+}
+
+/// Splits a description into its first sentence and the following ones, which only the manual contains.
+pub(in crate::cmd) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
+    let text = flag.description.trim();
+    text.split_once(". ").unwrap_or((text, ""))
+}
+
+/// Returns the description of an option in the help and in completions.
+pub(in crate::cmd) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
+    split_summary(flag).0
+}
