@@ -2,6 +2,7 @@
 
 mod datagrams;
 mod dial;
+mod loop_waker;
 mod rate_limit;
 pub mod reactor;
 mod relay;

@@ -1,7 +1,8 @@
 //! A thread's reactor: edge-triggered epoll, timers and the loop that polls the main future.
 //!
 //! Each thread has its own instance. A socket is registered once for its lifetime, waiting for it costs no system call,
-//! and it is read or written only when it may be ready. Only the loop's waker and the number of sockets are shared with other threads.
+//! and it is read or written only when it may be ready. Other threads share only the loop's waker and the number of
+//! sockets.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -11,15 +12,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use slab::Slab;
+
+use super::loop_waker::LoopWaker;
 
 /// Maximum number of events that one epoll_wait(2) returns.
 const MAX_EVENTS: usize = 256;
@@ -80,10 +83,9 @@ pub fn wake_later(cx: &Context<'_>) {
 pub async fn yield_now() {
     let mut has_yielded = false;
     poll_fn(|cx| {
-        if has_yielded {
+        if std::mem::replace(&mut has_yielded, true) {
             return Poll::Ready(());
         }
-        has_yielded = true;
         wake_later(cx);
         Poll::Pending
     })
@@ -97,10 +99,9 @@ pub fn publish_socket_count(count: Arc<AtomicUsize>) {
 
 /// Wakes every task of this thread that waits for a socket, so that it notices another change, such as a reload.
 pub fn wake_all() {
-    let sockets = |reactor: &Rc<Reactor>| {
-        reactor.sockets.borrow().iter().filter_map(|(_, state)| state.waker.clone()).collect::<Vec<Waker>>()
-    };
-    CURRENT.with(sockets).into_iter().for_each(Waker::wake);
+    let wakers: Vec<Waker> =
+        CURRENT.with(|reactor| reactor.sockets.borrow().iter().filter_map(|(_, state)| state.waker.clone()).collect());
+    wakers.into_iter().for_each(Waker::wake);
 }
 
 /// Readiness that a future waits for.
@@ -112,86 +113,20 @@ pub enum Interest {
     Write,
 }
 
-/// Events that a socket is registered for during its lifetime.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum EventSet {
-    ReadWrite,
-    Read,
-    /// For a listener that several threads wait for: each event wakes one of them.
-    SharedRead,
-}
-
-impl EventSet {
-    fn flags(self) -> epoll::EventFlags {
-        use epoll::EventFlags as E;
-        match self {
-            Self::ReadWrite => E::IN | E::OUT | E::RDHUP | E::PRI | E::ET,
-            Self::Read => E::IN,
-            Self::SharedRead => E::IN | E::EXCLUSIVE | E::ET,
-        }
-    }
-}
-
-/// Wakes the loop, from any thread. The eventfd is edge-triggered, so it need not be read.
-struct LoopWaker {
-    eventfd: OwnedFd,
-    state: AtomicU8,
-}
-
-/// The loop is running and checks the state before it waits.
-const AWAKE: u8 = 0;
-/// The main future must be polled.
-const WOKEN: u8 = 1;
-/// The loop waits in the kernel; waking it takes a write to the eventfd.
-const ASLEEP: u8 = 2;
-
-impl LoopWaker {
-    fn new() -> io::Result<Self> {
-        let eventfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { eventfd, state: AtomicU8::new(AWAKE) })
-    }
-
-    /// Clears the wake-up. Called before the future is polled.
-    fn clear(&self) {
-        self.state.swap(AWAKE, Ordering::SeqCst);
-    }
-
-    /// Enters the sleeping state. Returns false if the loop has been woken.
-    fn try_sleep(&self) -> bool {
-        self.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-    }
-
-    fn end_sleep(&self) {
-        let _ = self.state.compare_exchange(ASLEEP, AWAKE, Ordering::SeqCst, Ordering::SeqCst);
-    }
-}
-
-impl Wake for LoopWaker {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
-            // Fails only if the counter overflows, after 2^64 writes.
-            let _ = rustix::io::write(&self.eventfd, &1_u64.to_ne_bytes());
-        }
-    }
-}
-
 /// Events and wakers of one pass of the loop; reused, so that a pass does not allocate.
 struct Batch {
     events: Vec<epoll::Event>,
     wakers: Vec<Waker>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Reactor {
     /// Opened at the first use.
     epoll: OnceCell<OwnedFd>,
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
-    started: Instant,
+    /// The first time that a timer was set or the clock was read.
+    started: OnceCell<Instant>,
     /// Tasks that yielded; woken after those that have events.
     deferred: RefCell<Vec<Waker>>,
     last_generation: Cell<u32>,
@@ -245,21 +180,6 @@ pub(super) type Due = u64;
 /// 292 years. Leaves room for increments.
 const MAX_DUE: Due = Due::MAX / 2;
 
-impl Default for Reactor {
-    fn default() -> Self {
-        Self {
-            epoll: OnceCell::new(),
-            sockets: RefCell::default(),
-            timers: RefCell::default(),
-            started: Instant::now(),
-            deferred: RefCell::default(),
-            last_generation: Cell::default(),
-            yields_to_skip: Cell::default(),
-            socket_count: RefCell::default(),
-        }
-    }
-}
-
 impl Reactor {
     fn epoll(&self) -> io::Result<&OwnedFd> {
         if let Some(epoll) = self.epoll.get() {
@@ -269,8 +189,7 @@ impl Reactor {
         Ok(self.epoll.get_or_init(|| epoll))
     }
 
-    pub(super) fn register(&self, socket: impl AsFd, events: EventSet) -> io::Result<SocketKey> {
-        let flags = events.flags();
+    pub(super) fn register(&self, socket: impl AsFd, flags: epoll::EventFlags) -> io::Result<SocketKey> {
         let generation = self.last_generation.get().wrapping_add(1);
         self.last_generation.set(generation);
         let is_level_triggered = !flags.contains(epoll::EventFlags::ET);
@@ -367,7 +286,8 @@ impl Reactor {
     }
 
     pub(super) fn due_at(&self, time: Instant) -> Due {
-        Due::try_from(time.saturating_duration_since(self.started).as_nanos()).unwrap_or(MAX_DUE).min(MAX_DUE)
+        let started = *self.started.get_or_init(Instant::now);
+        Due::try_from(time.saturating_duration_since(started).as_nanos()).unwrap_or(MAX_DUE).min(MAX_DUE)
     }
 
     pub(super) fn now(&self) -> Due {

@@ -77,15 +77,15 @@ impl RelayStats {
         self.is_up_done.load(Ordering::Relaxed)
     }
 
-    fn update(&self, has_read_dst: bool, is_up_done: bool, has_dst_ended: bool) {
-        if has_read_dst {
+    fn update(&self, up: &Direction, down: &Direction) {
+        if down.has_read {
             self.first_byte.get_or_init(|| self.started.elapsed());
         }
-        if is_up_done {
+        if up.has_delivered {
             self.is_up_done.store(true, Ordering::Relaxed);
             self.ended_first.get_or_init(|| Side::Client);
         }
-        if has_dst_ended {
+        if down.has_source_ended {
             self.ended_first.get_or_init(|| Side::Dst);
         }
     }
@@ -244,12 +244,7 @@ impl Tunnel<'_> {
         let before = self.progress();
         let pumped = self.pump(cx, client, dst);
         if let Some(stats) = &self.options.stats {
-            let has_write_failed = self.undelivered.is_some()
-                || matches!(
-                    pumped,
-                    Poll::Ready(Err(RelayError::Undelivered(_) | RelayError::Io(RelayOp::WriteDst, _)))
-                );
-            stats.update(self.down.has_read, self.up.is_done && !has_write_failed, self.down.has_source_ended);
+            stats.update(&self.up, &self.down);
         }
         if pumped.is_ready() {
             return pumped;

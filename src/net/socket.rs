@@ -8,10 +8,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::event::epoll::EventFlags;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::Socket;
 
-use super::reactor::{EventSet, Interest, Reactor, SocketKey, current};
+use super::reactor::{Interest, Reactor, SocketKey, current};
 
 /// A non-blocking socket registered with the reactor of the thread that created it. One task at a time may wait for it,
 /// inside [`run`](super::reactor::run).
@@ -28,21 +29,22 @@ impl<T: AsFd> Io<T> {
     /// # Errors
     /// Errors from epoll_ctl(2), here and in the other two functions.
     pub fn new(socket: T) -> io::Result<Self> {
-        Self::register(socket, EventSet::ReadWrite)
+        let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI;
+        Self::register(socket, events | EventFlags::ET)
     }
 
     /// Registers a non-blocking listener that several threads wait for: a connection wakes one of the idle threads.
     pub fn shared_listener(listener: T) -> io::Result<Self> {
-        Self::register(listener, EventSet::SharedRead)
+        Self::register(listener, EventFlags::IN | EventFlags::EXCLUSIVE | EventFlags::ET)
     }
 
     /// Registers a non-blocking UDP socket for reading only: otherwise each datagram sent would cause a write event.
     /// Level-triggered: unread data wakes the event loop again and again, so keep reading while there is data.
     pub fn read_only(socket: T) -> io::Result<Self> {
-        Self::register(socket, EventSet::Read)
+        Self::register(socket, EventFlags::IN)
     }
 
-    fn register(socket: T, events: EventSet) -> io::Result<Self> {
+    fn register(socket: T, events: EventFlags) -> io::Result<Self> {
         let reactor = current();
         let key = reactor.register(&socket, events)?;
         Ok(Self { reactor, socket, key })

@@ -43,7 +43,9 @@ pub(super) struct Direction {
     pub(super) has_read: bool,
     /// Set when the source has ended its stream.
     pub(super) has_source_ended: bool,
-    /// Set when the sink has everything and its write side is closed, or when an error has ended the direction.
+    /// Set when the sink has everything and its write side is closed.
+    pub(super) has_delivered: bool,
+    /// Set after that, or when an error has ended the direction.
     pub(super) is_done: bool,
 }
 
@@ -118,7 +120,7 @@ impl Direction {
                 let sink = Pin::new(sink);
                 ready!(if self.keeps_sink_open { sink.poll_flush(cx) } else { sink.poll_close(cx) })
                     .map_err(DirectionError::Write)?;
-                self.is_done = true;
+                (self.has_delivered, self.is_done) = (true, true);
                 return Poll::Ready(Ok(()));
             }
             let progress = match self.has_pipe() {
