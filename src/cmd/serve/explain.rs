@@ -121,7 +121,7 @@ impl ExplainedRequest {
         }
     }
 
-    /// Returns the target. BIND for 0.0.0.0 or [::] accepts any peer, so the request has none.
+    /// Returns the target. BIND for `0.0.0.0` or `[::]` accepts any peer, so the request has none.
     fn target(&self) -> Option<&Addr> {
         let accepts_any =
             |host: &Host| self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified());
