@@ -6,7 +6,6 @@ mod accept;
 mod association;
 mod bind;
 mod connect;
-mod connection_counts;
 mod dispatch;
 mod limiter;
 mod listen;
@@ -22,12 +21,10 @@ mod state;
 mod tunnel;
 mod worker;
 
-use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -35,7 +32,7 @@ use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt as _, StreamExt as _};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
-use smol::channel::{self, Receiver, Sender};
+use smol::channel::Receiver;
 
 use crate::client::Endpoint;
 use crate::net::{RelayOptions, Resolver, canonical, parse_literal};
@@ -48,7 +45,7 @@ pub use local_addr::is_local;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 use state::Server;
-use worker::{Shutdown, WORKER_PANIC, Worker, WorkerPoolHandle};
+use worker::{Report, Worker, WorkerPool};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
@@ -80,10 +77,8 @@ pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 /// # Errors
 /// Listening failed, signals or threads are not available, or the configuration is refused.
 pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), ServerError> {
-    let descriptors = raise_descriptor_limit();
-    let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
-    let default_limit = usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX);
-    let limit = options.max_connections.unwrap_or(default_limit);
+    let default_max_sessions = default_max_sessions(raise_descriptor_limit());
+    let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let mut listeners = Vec::new();
     for listen in &options.listen {
         let with_remedy = |error| io::Error::other(format!("{error} (choose another address with --listen)"));
@@ -97,27 +92,28 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     }
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
-    let (threads, drain) = (options.threads, options.drain_timeout);
+    let drain = options.drain_timeout;
     let relay_options = RelayOptions {
         idle_timeout: Some(options.idle_timeout),
-        stop_when_bulk: threads > 1,
+        stop_when_bulk: options.threads > 1,
         ..RelayOptions::default()
     };
-    let (policy, limiter) = (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(options.quotas));
-    let server = Server { options, policy, limiter, resolver: Resolver::default(), relay_options };
-    let (accepting, stop_accepting) = channel::bounded::<Infallible>(1);
-    let (running, stop_sessions) = channel::bounded::<Infallible>(1);
-    let (alive, all_ended) = channel::bounded::<Infallible>(1);
-    let (pool, workers) =
-        Worker::create_pool(threads, server, listeners, limit, Shutdown { stop_accepting, stop_sessions, alive });
-    let (report, reports) = channel::unbounded();
-    let threads = start(workers, &report, &reports).map_err(ServerError::io("start worker threads"))?;
+    let (policy, limiter) =
+        (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, options.quotas));
+    let (pool, workers, reports) = WorkerPool::new(options.threads);
+    let server =
+        Arc::new(Server { options, policy, limiter, resolver: Resolver::default(), relay_options, workers: pool });
+    let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");
     }
-    let reload = || reload(&pool, load_policy);
-    let result = smol::block_on(run_until_shutdown(signals, accepting, drain, all_ended, reports, reload));
-    drop((running, pool));
+    // From now on, only the accept loops and the sessions keep the server alive.
+    let server = Arc::downgrade(&{ server });
+    let reload = || reload(&server, load_policy);
+    let result = smol::block_on(run_until_shutdown(signals, &server, drain, reports, reload));
+    if let Some(server) = server.upgrade() {
+        server.workers.stop();
+    }
     for thread in threads {
         // The panic of a worker is already reported.
         let _ = thread.join();
@@ -159,9 +155,8 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
 }
 
 /// Loads the policy again and rechecks all sessions. Keeps the current policy if the new one has an error.
-async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
-    let Some(pool) = pool.upgrade() else { return };
-    let server = pool.server();
+async fn reload(server: &Weak<Server>, load_policy: &LoadPolicy<'_>) {
+    let Some(server) = server.upgrade() else { return };
     let old = server.policy.current();
     let policy = load_policy().and_then(|policy| {
         let policy = policy.with_listeners_of(&old.policy);
@@ -173,31 +168,38 @@ async fn reload(pool: &WorkerPoolHandle, load_policy: &LoadPolicy<'_>) {
             let users = policy.users.as_ref().map_or(0, |users| users.len());
             let rules = policy.rules.user_rules().len();
             server.policy.replace(policy);
-            pool.recheck_all().await;
+            // The sessions that wait recheck themselves now. A session in the middle of another step does it after that.
+            server.workers.wake_all().await;
             let closed = server.policy.closed_sessions.load(Ordering::Relaxed);
             log::info!("reload: users: {users}, rules: {rules}, sessions closed: {closed}");
         }
     }
 }
 
-/// A report of a worker thread: `Ok` once it accepts connections, or the error that ended it.
-type Report = io::Result<()>;
-
 /// Starts the threads, and returns when all of them accept connections.
-fn start(workers: Vec<Worker>, report: &Sender<Report>, reports: &Receiver<Report>) -> io::Result<Vec<JoinHandle<()>>> {
-    let mut threads = Vec::new();
-    for worker in workers {
-        let report = report.clone();
-        let thread = std::thread::Builder::new().name("s5-worker".into());
-        threads.push(thread.spawn(move || {
-            let result = catch_unwind(AssertUnwindSafe(|| worker.run(&report, accept::run)));
-            if let Err(error) = result.unwrap_or_else(|_| Err(io::Error::other(WORKER_PANIC))) {
-                let _ = report.try_send(Err(error));
-            }
-        })?);
+fn start(
+    server: &Arc<Server>,
+    workers: Vec<Worker>,
+    listeners: Vec<Listener>,
+    reports: &Receiver<Report>,
+) -> io::Result<Vec<JoinHandle<()>>> {
+    let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
+    let start_thread = |worker: Worker| {
+        let (server, listeners) = (server.clone(), listeners.clone());
+        worker.spawn(move || accept::start(&server, &listeners))
+    };
+    let threads = workers.into_iter().map(start_thread).collect::<io::Result<Vec<_>>>()?;
+    for _ in &threads {
+        if let Ok(Report::Failed(error)) = reports.recv_blocking() {
+            return Err(error);
+        }
     }
-    threads.iter().try_for_each(|_| reports.recv_blocking().map_err(io::Error::other)?)?;
     Ok(threads)
+}
+
+fn default_max_sessions(descriptors: u64) -> usize {
+    let by_descriptors = (descriptors - RESERVED_DESCRIPTORS.min(descriptors / 4)) / DESCRIPTORS_PER_SESSION;
+    usize::try_from(by_descriptors.clamp(1, MAX_DEFAULT_CONNECTIONS)).unwrap_or(usize::MAX)
 }
 
 /// Raises the soft limit of descriptors to the hard one, and returns the limit that is in effect then.
@@ -215,9 +217,8 @@ fn raise_descriptor_limit() -> u64 {
 /// runs without one of its threads.
 async fn run_until_shutdown(
     mut signals: Signals,
-    accepting: Sender<Infallible>,
+    server: &Weak<Server>,
     drain: Duration,
-    all_ended: Receiver<Infallible>,
     reports: Receiver<Report>,
     reload: impl AsyncFn(),
 ) -> io::Result<()> {
@@ -225,20 +226,23 @@ async fn run_until_shutdown(
         while let Some(Ok(Signal::Hup)) = signals.next().await {
             reload().await;
         }
-        Report::Ok(())
+        Ok(())
     };
+    // A report that all have ended precedes the error of the only worker.
     let worker_error = async {
-        while let Ok(result) = reports.recv().await {
-            result?;
+        while let Ok(report) = reports.recv().await {
+            if let Report::Failed(error) = report {
+                return Err(error);
+            }
         }
         std::future::pending().await
     };
     end_signal.or(worker_error).await?;
-    drop(accepting);
+    if let Some(server) = server.upgrade() {
+        server.workers.stop_accepting();
+    }
     log::info!("shutting down: draining sessions for up to {} s", drain.as_secs());
-    let drained = async {
-        let _ = all_ended.recv().await;
-    };
+    let drained = async { while !matches!(reports.recv().await, Ok(Report::AllEnded) | Err(_)) {} };
     let timeout = async {
         Timer::after(drain).await;
         log::info!("shutting down: drain time over, closing the remaining sessions");

@@ -1,53 +1,73 @@
 //! Accepts connections, and admits them as sessions.
+//!
+//! All workers listen, and the kernel wakes an idle one.
 
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use super::limiter::{AdmitError, SessionQuota};
+use futures_lite::FutureExt as _;
+use smol::lock::SemaphoreGuard;
+
+use super::limiter::AdmitError;
 use super::listen::Listener;
-use super::reply::denial_reason;
-use super::session_log::{SessionLog, request_from};
-use super::worker::{SessionPermit, WorkerHandle, WorkerMessage, WorkerPool};
+use super::session;
+use super::session_log::request_from;
+use super::state::{Server, Session};
+use super::worker::{self, Report, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
-use crate::policy::rules::Decision;
 
 /// Accept attempts in a row before the open sessions get their turn.
 const ACCEPTS_PER_TURN: usize = 32;
 
-pub(super) async fn run(pool: Arc<WorkerPool>, listener: Io<Arc<Listener>>, worker: Rc<WorkerHandle>) {
-    AcceptLoop { pool, listener, worker }.run().await;
+/// Accepts connections on the worker of this thread until the shutdown.
+///
+/// # Errors
+/// Errors from epoll_ctl(2).
+pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Result<()> {
+    for listener in listeners {
+        let accept_loop = AcceptLoop { server: server.clone(), listener: Io::shared_listener(listener.clone())? };
+        worker::spawn(async move {
+            let workers = &accept_loop.server.workers;
+            let accepting = accept_loop.run().or(workers.wait_stop_accepting());
+            if AssertUnwindSafe(accepting).catch_unwind().await.is_err() {
+                workers.report(Report::Failed(panic_error()));
+            }
+        });
+    }
+    Ok(())
 }
 
 /// Accepts the connections of one listener.
 struct AcceptLoop {
-    pool: Arc<WorkerPool>,
+    server: Arc<Server>,
     listener: Io<Arc<Listener>>,
-    worker: Rc<WorkerHandle>,
 }
 
 impl AcceptLoop {
-    async fn run(self) {
+    async fn run(&self) {
         let mut attempts = 0_usize;
         loop {
             // A permit is acquired only for a waiting connection: an idle listener would keep it from the others.
             self.listener.ready(Interest::Read).await;
-            let mut permit = self.acquire_permit().await;
+            let permit = self.acquire_permit().await;
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
-                    if let Some(quota) = self.admit(client) {
-                        permit.quota = quota;
-                        match self.pool.less_loaded(self.worker.index) {
-                            // Fails only if that worker has ended, and then the server ends.
-                            Some(peer) => drop(peer.inbox.try_send(WorkerMessage::Accepted(conn, client, permit))),
-                            None => self.worker.start_session(conn, client, permit),
+                    if let Some(session) = self.admit(client, permit) {
+                        match self.server.workers.less_loaded() {
+                            Some(worker) => worker.send(move || session::start(session, conn)),
+                            None => session::start(session, conn),
                         }
                     }
                 }
                 // Another worker has accepted it, or the client has closed it.
                 Err(error) if is_transient(&error) => {}
-                Err(error) => self.back_off(&error).await,
+                Err(error) => {
+                    warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));
+                    sleep(ACCEPT_RETRY_DELAY).await;
+                }
             }
             attempts += 1;
             if attempts.is_multiple_of(ACCEPTS_PER_TURN) {
@@ -56,42 +76,55 @@ impl AcceptLoop {
         }
     }
 
-    /// Returns the quota of a new session, or `None` if its connection has to be closed.
-    fn admit(&self, client: Option<SocketAddr>) -> Option<Option<Box<SessionQuota>>> {
-        let server = &self.pool.server;
-        let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
-        match server.limiter.admit_client(client) {
-            Err(AdmitError::Blocked) => log::debug!("client {}: refused: blocked after failed logins", address()),
-            Err(AdmitError::AtLimit(limit)) => self.pool.log.warn(|| {
-                format!("client {}: refused: limit of {limit} connections reached (raise --max-per-client)", address())
-            }),
-            Ok(quota) => match server.policy.current().evaluate(&request_from(client)) {
-                Decision::Deny(rule) => SessionLog::new(client).set_error(denial_reason(rule)),
-                Decision::Allow(..) | Decision::Undecided(_) => return Some(quota),
-            },
-        }
-        None
-    }
-
-    async fn acquire_permit(&self) -> SessionPermit {
-        let permits = &self.pool.permits;
-        let permit = match permits.try_acquire() {
+    async fn acquire_permit(&self) -> SemaphoreGuard<'_> {
+        let limiter = &self.server.limiter;
+        match limiter.permits.try_acquire() {
             Some(permit) => permit,
             None => {
-                let limit = self.pool.limit;
-                self.pool
-                    .log
-                    .warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
-                permits.acquire().await
+                let limit = limiter.max_sessions;
+                warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
+                limiter.permits.acquire().await
+            }
+        }
+    }
+
+    /// Returns the session of a new connection, or `None` if the connection has to be closed.
+    fn admit(&self, client: Option<SocketAddr>, permit: SemaphoreGuard<'_>) -> Option<Session> {
+        let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
+        let quota = match self.server.limiter.admit_client(client) {
+            Ok(quota) => quota,
+            Err(AdmitError::Blocked) => {
+                log::debug!("client {}: refused: blocked after failed logins", address());
+                return None;
+            }
+            Err(AdmitError::AtLimit(limit)) => {
+                warn(|| {
+                    let address = address();
+                    format!("client {address}: refused: limit of {limit} connections reached (raise --max-per-client)")
+                });
+                return None;
             }
         };
         permit.forget();
-        SessionPermit { pool: self.pool.clone(), quota: None }
+        let session = Session::new(self.server.clone(), client, quota);
+        let denial = session.policy.authorize(&request_from(client)).err().map(|denial| denial.to_string());
+        match denial {
+            Some(denial) => {
+                session.log.set_error(denial);
+                None
+            }
+            None => Some(session),
+        }
     }
+}
 
-    async fn back_off(&self, error: &io::Error) {
-        self.pool.log.warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));
-        sleep(ACCEPT_RETRY_DELAY).await;
+/// Logs at most one warning per second and drops the others.
+fn warn(text: impl FnOnce() -> String) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
+        *last = Some(Instant::now());
+        log::warn!("{}", text());
     }
 }
 

@@ -22,12 +22,11 @@ use futures_lite::AsyncReadExt as _;
 use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Filtering;
 use super::reply::{SessionError, SessionResult};
-use super::session_log::with_target;
+use super::session_log::{with_addr, with_target};
 use super::state::{Server, Session};
 use crate::conn::{Conn, Protection};
 use crate::net::{BatchSocket, GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, unspecified, wake_later};
-use crate::policy::is_unicast;
-use crate::policy::rules::{AccessRequest, Decision, Route};
+use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
 use crate::reassembly::{Reassembler, fragment};
 use name_cache::NameCache;
@@ -53,23 +52,23 @@ struct Scratch {
     header: Vec<u8>,
 }
 
-pub(super) async fn serve(session: &mut Session<'_>, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
-    let server = session.server;
+pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
     // Opens all hops that the rules may select: if one is down, the client receives an error instead of losing
     // datagrams later.
     let mut upstreams = Vec::new();
-    for route in session.snapshot.policy.rules.possible_routes(&session.log.access_request()) {
+    for route in session.policy.policy.rules.possible_routes(&session.log.access_request()) {
         if let Route::Hop(index) = route {
-            session.log.via = Some(server.hop(index)?);
-            upstreams.push(Upstream::open(server, index).await?);
+            session.log.via = Some(session.server().hop(index)?);
+            upstreams.push(Upstream::open(session.server(), index).await?);
         }
     }
     let client = client_addr(session.log.client(), dst);
-    let client_socket = bind_client_socket(server, control, client).map_err(SessionError::general_failure)?;
+    let client_socket = bind_client_socket(session.server(), control, client).map_err(SessionError::general_failure)?;
     let local = client_socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
-    session.reply_success(control, server.advertised_addr(local).into(), None).await?;
+    let bnd = session.server().advertised_addr(local);
+    session.reply_success(control, bnd.into(), || None).await?;
     let association = Association {
-        rate_limit: session.quota.as_ref().and_then(|quota| quota.rate_limit.clone()),
+        rate_limit: session.permit.rate_limit().cloned(),
         session,
         protection: control.protection().cloned(),
         client_socket,
@@ -115,8 +114,8 @@ fn bind_udp(local: SocketAddr) -> io::Result<BatchSocket> {
     BatchSocket::new(socket.into())
 }
 
-struct Association<'a, 'b> {
-    session: &'a mut Session<'b>,
+struct Association<'a> {
+    session: &'a mut Session,
     rate_limit: Option<RateLimit>,
     /// Of the control connection, used for datagrams too (RFC 1961 section 5).
     protection: Option<Protection>,
@@ -132,7 +131,7 @@ struct Association<'a, 'b> {
     last_activity: Instant,
 }
 
-impl Association<'_, '_> {
+impl Association<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
         let mut ended = std::pin::pin!(wait_for_control_end(control));
@@ -153,7 +152,7 @@ impl Association<'_, '_> {
             }
             loop {
                 self.reassembler.expire(now);
-                let idle = self.last_activity + self.session.server.options.idle_timeout;
+                let idle = self.last_activity + self.session.server().options.idle_timeout;
                 if now >= idle {
                     return Poll::Ready(Some(crate::net::RelayError::IdleTimeout.to_string()));
                 }
@@ -167,17 +166,17 @@ impl Association<'_, '_> {
     /// Applies a reloaded policy. Returns an error if the policy denies the association, or may route datagrams through
     /// a hop that is not open.
     fn recheck_policy(&mut self) -> Option<String> {
-        let Session { server, snapshot, log, .. } = &mut *self.session;
-        let denial = server.recheck(log, &log.policy_generation, || None);
-        if denial.is_some() || log.policy_generation.get() == snapshot.generation {
+        let Session { permit, policy, log } = &mut *self.session;
+        let denial = permit.server.policy.recheck(log, &log.policy_generation, || None);
+        if denial.is_some() || log.policy_generation.get() == policy.generation {
             return denial;
         }
-        *snapshot = server.policy.current();
+        *policy = permit.server.policy.current();
         let is_available = |route: &Route| match route {
             Route::Direct => true,
             Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.hop_index == *hop),
         };
-        let has_all_upstreams = snapshot.policy.rules.possible_routes(&log.access_request()).iter().all(is_available);
+        let has_all_upstreams = policy.policy.rules.possible_routes(&log.access_request()).iter().all(is_available);
         (!has_all_upstreams).then(|| "the reloaded rules use a hop that this association has not opened".into())
     }
 
@@ -330,14 +329,14 @@ impl Association<'_, '_> {
     /// Sends to a name, or queues the datagram until it is resolved. Names that are denied, or that a hop resolves, are
     /// not resolved here.
     fn send_to_name(&mut self, name: HostName, port: u16, data: &[u8]) {
-        let server = self.session.server;
         let dst = Addr { host: Host::Name(name), port };
         let request = with_target(self.session.log.client_request(), &dst);
-        match self.session.snapshot.evaluate(&request) {
-            Decision::Deny(_) => return,
-            Decision::Allow(_, Route::Hop(hop)) => return self.send_via_hop(hop, &dst, data),
-            Decision::Allow(_, Route::Direct) | Decision::Undecided(_) => {}
+        match self.session.policy.authorize(&request) {
+            Err(_) => return,
+            Ok(Some(Route::Hop(hop))) => return self.send_via_hop(hop, &dst, data),
+            Ok(Some(Route::Direct) | None) => {}
         }
+        let server = self.session.server();
         let Host::Name(name) = &dst.host else { return };
         let deadline = Instant::now() + server.options.connect_timeout;
         let Some(addrs) = self.name_cache.get_or_wait(name, port, data, &server.resolver, deadline) else { return };
@@ -389,18 +388,11 @@ impl Association<'_, '_> {
         self.session.log.bytes.up.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Returns the route to an address. `name` is the name that the client has sent to, if any. Returns `None` for port
-    /// 0, for denied addresses, and for multicast and broadcast without a rule that names them in `to`.
+    /// Returns the route to an address. `name` is the name that the client has sent to, if any. Returns `None` for denied
+    /// addresses, port 0, and multicast and broadcast without a rule that names them in `to`.
     fn route_to(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
-        let (target_ip, target_port) = (Some(addr.ip()), Some(addr.port()));
-        let request = AccessRequest { target_name: name, target_ip, target_port, ..self.session.log.client_request() };
-        match self.session.snapshot.evaluate(&request) {
-            Decision::Allow(rule, route) => {
-                let is_unicast_or_named = is_unicast(addr.ip()) || rule.has_to_condition();
-                (addr.port() != 0 && is_unicast_or_named).then_some(route)
-            }
-            Decision::Deny(_) | Decision::Undecided(_) => None,
-        }
+        let request = AccessRequest { target_name: name, ..with_addr(self.session.log.client_request(), addr) };
+        self.session.policy.authorize(&request).ok().flatten()
     }
 
     /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the datagram is to be dropped.
@@ -445,7 +437,7 @@ impl Association<'_, '_> {
     /// Returns whether an answer is relayed: with address-dependent filtering, the client has to have sent to this IP
     /// address. In both modes the rules still have to allow datagrams to it, on the direct route.
     fn is_answer_allowed(&self, from: SocketAddr) -> bool {
-        let accepts_any = self.session.server.options.udp_filtering == Filtering::EndpointIndependent;
+        let accepts_any = self.session.server().options.udp_filtering == Filtering::EndpointIndependent;
         let sent_to = self.sent_to.get(from.ip());
         (accepts_any || sent_to.is_some())
             && self.client.port() != 0
@@ -456,7 +448,7 @@ impl Association<'_, '_> {
     /// evaluated here, unless the client has sent to a name, which only the hop has resolved.
     fn is_upstream_answer_allowed(&self, upstream: &Upstream, from: &Addr) -> bool {
         let request = with_target(self.session.log.client_request(), from);
-        upstream.has_sent_to_names || !matches!(self.session.snapshot.evaluate(&request), Decision::Deny(_))
+        upstream.has_sent_to_names || self.session.policy.authorize(&request).is_ok()
     }
 
     fn flush_answers(&self, batch: &mut GsoBatch<'_>) {

@@ -10,75 +10,72 @@ use futures_lite::FutureExt as _;
 
 use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Hop;
-use super::reply::{SessionError, SessionResult, denial};
+use super::reply::{SessionError, SessionResult};
+use super::session_log::with_addr;
 use super::state::{Server, Session};
 use crate::conn::Conn;
 use crate::net::{
     ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, set_tcp_options, sleep, timeout_at, unspecified,
 };
-use crate::policy::rules::{AccessRequest, Decision, Route};
+use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, Rep};
 
-pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
-    match session.bind_route()? {
+pub(super) async fn serve(
+    session: &mut Session,
+    client: &mut Conn,
+    dst: &Addr,
+    route: Option<Route>,
+) -> SessionResult<Conn> {
+    match route.map_or_else(|| session.possible_bind_route(), Ok)? {
         Route::Direct => bind_directly(session, client, dst).await,
         Route::Hop(index) => {
-            let hop = session.server.hop(index)?;
+            let hop = session.server().hop(index)?;
             session.log.via = Some(hop.clone());
             bind_via_hop(session, client, dst, &hop).await
         }
     }
 }
 
-async fn bind_directly(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
-    let server = session.server;
+async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     let expected = ExpectedPeer::resolve(session, dst).await?;
-    let listener = listen_for_peer(server, client, &expected).map_err(SessionError::general_failure)?;
+    let listener = listen_for_peer(session.server(), client, &expected).map_err(SessionError::general_failure)?;
     let local = listener.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = match reachable_addr(client.local_addr(), expected.preferred_ip(client.local_addr())) {
         Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
         _ => local,
     };
-    session.reply_success(client, server.advertised_addr(bnd).into(), None).await?;
+    let bnd = session.server().advertised_addr(bnd);
+    session.reply_success(client, bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
     let (peer, addr) = accepted?;
-    session.reply_success(client, addr.into(), Some(addr)).await?;
+    session.reply_success(client, addr.into(), || Some(addr)).await?;
     Ok(peer)
 }
 
-async fn bind_via_hop(session: &mut Session<'_>, client: &mut Conn, dst: &Addr, hop: &Hop) -> SessionResult<Conn> {
-    let server = session.server;
-    let proxy = server.hop_client(hop, dst.clone(), Instant::now() + server.options.connect_timeout);
+async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop: &Hop) -> SessionResult<Conn> {
+    let deadline = Instant::now() + session.server().options.connect_timeout;
+    let proxy = session.server().hop_client(hop, dst.clone(), deadline);
     let (mut conn, bnd) = proxy.request(Command::Bind).await.map_err(SessionError::from_upstream)?;
-    session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), None).await?;
+    session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
-    if let Decision::Deny(rule) = session.current_snapshot().evaluate(&session.request_for_peer(addr)) {
-        return Err(denial(rule));
-    }
-    session.reply_success(client, peer, Some(addr)).await?;
+    session.authorize(&with_addr(session.log.access_request(), addr))?;
+    session.reply_success(client, peer, || Some(addr)).await?;
     Ok(conn)
 }
 
-impl Session<'_> {
-    /// Returns the route to listen on. If the rules need the peer's address, it is the only possible route, or else
-    /// `Direct` if that is possible. `accept` then closes the connections of denied peers.
-    fn bind_route(&self) -> SessionResult<Route> {
-        let request = self.log.access_request();
-        match self.snapshot.evaluate(&request) {
-            Decision::Allow(_, route) => Ok(route),
-            Decision::Deny(rule) => Err(denial(rule)),
-            Decision::Undecided(_) => {
-                let routes = self.snapshot.policy.rules.possible_routes(&request);
-                match routes.as_slice() {
-                    [only] => Ok(*only),
-                    several if several.contains(&Route::Direct) => Ok(Route::Direct),
-                    _ => Err(SessionError::not_allowed("DST must be the peer's address: the rules depend on it")),
-                }
-            }
+impl Session {
+    /// Returns the route to listen on if the rules need the peer's address: the only possible one, or else `Direct` if
+    /// that is possible. `accept` then closes the connections of denied peers.
+    fn possible_bind_route(&self) -> SessionResult<Route> {
+        let routes = self.policy.policy.rules.possible_routes(&self.log.access_request());
+        match routes.as_slice() {
+            [only] => Ok(*only),
+            several if several.contains(&Route::Direct) => Ok(Route::Direct),
+            _ => Err(SessionError::not_allowed("DST must be the peer's address: the rules depend on it")),
         }
     }
 
@@ -93,14 +90,10 @@ impl Session<'_> {
             Err(SessionError::silent("client disconnected before the peer connected"))
         };
         let denied = async { Err(self.denied_by_reload().await) };
-        let timeout = self.server.options.bind_timeout;
+        let timeout = self.server().options.bind_timeout;
         let timed_out = || SessionError::with_rep(Rep::TTL_EXPIRED, format!("peer did not connect within {timeout:?}"));
         let result = timeout_at(Instant::now() + timeout, accept.or(disconnected).or(denied)).await;
         result.unwrap_or_else(|| Err(timed_out()))
-    }
-
-    fn request_for_peer(&self, peer: SocketAddr) -> AccessRequest<'_> {
-        AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..self.log.access_request() }
     }
 
     /// Accepts the expected peer. Connections of other peers are closed.
@@ -110,9 +103,8 @@ impl Session<'_> {
             match accepted.and_then(|(socket, peer)| Ok((Io::new(socket.into())?, peer))) {
                 Ok((stream, Some(peer))) => {
                     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                    if expected.includes(peer)
-                        && self.current_snapshot().allowed_route(&self.request_for_peer(peer)) == Some(Route::Direct)
-                    {
+                    let route = || self.authorize(&with_addr(self.log.access_request(), peer));
+                    if expected.includes(peer) && route().is_ok_and(|route| route == Some(Route::Direct)) {
                         return (Conn::Tcp(stream), peer);
                     }
                     log::debug!("bind: closed connection from {peer}: not the expected peer, or denied");
@@ -134,31 +126,25 @@ struct ExpectedPeer {
 
 impl ExpectedPeer {
     /// Resolves DST. Returns an error if the rules deny each of its addresses.
-    async fn resolve(session: &Session<'_>, dst: &Addr) -> SessionResult<Self> {
+    async fn resolve(session: &Session, dst: &Addr) -> SessionResult<Self> {
         let port = dst.port;
         let mut ips = match &dst.host {
             Host::Ip(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
             Host::Name(name) => match parse_literal(name.as_str()) {
                 Some(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
                 None => {
-                    let deadline = Instant::now() + session.server.options.connect_timeout;
-                    session.server.resolve(dst, deadline).await?
+                    let deadline = Instant::now() + session.server().options.connect_timeout;
+                    session.server().resolve(dst, deadline).await?
                 }
             },
         };
-        let mut denied_by = None;
+        let mut last_denial = None;
         ips.retain(|addr| {
             let request = AccessRequest { target_ip: Some(addr.ip()), ..session.log.access_request() };
-            match session.snapshot.evaluate(&request) {
-                Decision::Deny(rule) => {
-                    denied_by = Some(rule);
-                    false
-                }
-                Decision::Allow(..) | Decision::Undecided(_) => true,
-            }
+            session.authorize(&request).map_err(|denial| last_denial = Some(denial)).is_ok()
         });
-        match denied_by {
-            Some(rule) if ips.is_empty() => Err(denial(rule)),
+        match last_denial {
+            Some(denial) if ips.is_empty() => Err(denial),
             _ => Ok(Self { ips: ips.into_iter().map(|addr| addr.ip()).collect(), port }),
         }
     }

@@ -7,13 +7,13 @@ use std::time::Instant;
 use futures_lite::FutureExt as _;
 
 use super::options::Hop;
-use super::reply::{SessionError, SessionResult, denial, denial_reason};
+use super::reply::{SessionError, SessionResult};
+use super::session_log::with_addr;
 use super::state::{Server, Session};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::net::{LocalAddr, dial, sleep};
-use crate::policy::is_unicast;
-use crate::policy::rules::{AccessRequest, Decision, Route};
-use crate::proto::{Addr, Command, Rep};
+use crate::policy::rules::Route;
+use crate::proto::{Addr, Command};
 
 /// The allowed target addresses, and the route to them.
 enum ResolvedRoute {
@@ -22,9 +22,14 @@ enum ResolvedRoute {
     Hop(Arc<Hop>, Vec<Addr>),
 }
 
-pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
-    let deadline = Instant::now() + session.server.options.connect_timeout;
-    let route = session.cancellable(client, session.resolve_route(dst, deadline)).await?;
+pub(super) async fn serve(
+    session: &mut Session,
+    client: &mut Conn,
+    dst: &Addr,
+    route: Option<Route>,
+) -> SessionResult<Conn> {
+    let deadline = Instant::now() + session.server().options.connect_timeout;
+    let route = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
     if let ResolvedRoute::Hop(hop, _) = &route {
         session.log.via = Some(hop.clone());
     }
@@ -37,12 +42,12 @@ pub(super) async fn serve(session: &mut Session<'_>, client: &mut Conn, dst: &Ad
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
                 Ok((target, bnd.into()))
             }
-            ResolvedRoute::Hop(hop, targets) => Box::pin(connect_via(session.server, &hop, targets, deadline)).await,
+            ResolvedRoute::Hop(hop, targets) => Box::pin(connect_via(session.server(), &hop, targets, deadline)).await,
         }
     };
     let (target, bnd) = session.cancellable(client, connecting).await?;
-    let peer = target.peer_addr().filter(|_| session.log.via.is_none());
-    session.reply_success(client, bnd, peer).await?;
+    let is_direct = session.log.via.is_none();
+    session.reply_success(client, bnd, || target.peer_addr().filter(|_| is_direct)).await?;
     Ok(target)
 }
 
@@ -59,7 +64,7 @@ async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: I
     Err(last_error)
 }
 
-impl Session<'_> {
+impl Session {
     /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
     async fn cancellable<T>(&self, client: &Conn, work: impl Future<Output = SessionResult<T>>) -> SessionResult<T> {
         let disconnected = async {
@@ -71,41 +76,28 @@ impl Session<'_> {
         work.or(disconnected).or(denied).await
     }
 
-    /// Evaluates the rules for `dst` and, if the decision depends on them, for each of its addresses. Names that are
-    /// denied, or that a hop resolves, are not resolved here.
-    async fn resolve_route(&self, dst: &Addr, deadline: Instant) -> SessionResult<ResolvedRoute> {
-        let request = self.log.access_request();
-        match self.snapshot.evaluate(&request) {
-            Decision::Deny(rule) => return Err(denial(rule)),
-            Decision::Allow(_, Route::Hop(hop)) => {
-                return Ok(ResolvedRoute::Hop(self.server.hop(hop)?, vec![dst.clone()]));
-            }
-            Decision::Allow(_, Route::Direct) | Decision::Undecided(_) => {}
+    /// Resolves `dst`, and authorizes each of its addresses. A name whose route is a hop is not resolved here.
+    async fn resolve_route(&self, dst: &Addr, route: Option<Route>, deadline: Instant) -> SessionResult<ResolvedRoute> {
+        if let Some(Route::Hop(hop)) = route {
+            return Ok(ResolvedRoute::Hop(self.server().hop(hop)?, vec![dst.clone()]));
         }
-        let mut first_denial = None;
-        let mut first_route = None;
-        let mut addrs = self.server.resolve(dst, deadline).await?;
-        let snapshot = self.current_snapshot();
-        addrs.retain(|addr| match snapshot.evaluate(&AccessRequest { target_ip: Some(addr.ip()), ..request }) {
+        let mut addrs = self.server().resolve(dst, deadline).await?;
+        let (mut first_denial, mut first_route) = (None, None);
+        addrs.retain(|addr| match self.authorize(&with_addr(self.log.access_request(), *addr)) {
             // Only addresses with the route of the first allowed one are used.
-            Decision::Allow(_, route) => *first_route.get_or_insert(route) == route,
-            Decision::Deny(rule) | Decision::Undecided(rule) => {
-                first_denial.get_or_insert_with(|| denial_reason(rule));
+            Ok(Some(route)) => *first_route.get_or_insert(route) == route,
+            Ok(None) => false,
+            Err(denial) => {
+                first_denial.get_or_insert(denial);
                 false
             }
         });
         match first_route {
-            None => Err(SessionError::not_allowed(first_denial.unwrap_or_default())),
+            Some(Route::Direct) => Ok(ResolvedRoute::Direct(addrs)),
             Some(Route::Hop(hop)) => {
-                Ok(ResolvedRoute::Hop(self.server.hop(hop)?, addrs.into_iter().map(Addr::from).collect()))
+                Ok(ResolvedRoute::Hop(self.server().hop(hop)?, addrs.into_iter().map(Addr::from).collect()))
             }
-            Some(Route::Direct) => {
-                addrs.retain(|addr| addr.port() != 0 && is_unicast(addr.ip()));
-                if addrs.is_empty() {
-                    return Err(SessionError::with_rep(Rep::NETWORK_UNREACHABLE, "not a unicast address, or port 0"));
-                }
-                Ok(ResolvedRoute::Direct(addrs))
-            }
+            None => Err(first_denial.unwrap_or_else(|| SessionError::not_allowed("no allowed address"))),
         }
     }
 }

@@ -6,29 +6,31 @@ use super::{association, bind, connect};
 use crate::conn::Conn;
 use crate::proto::{Command, Request};
 
-impl Session<'_> {
-    /// Executes the request. Returns the connection to relay with, or `None` after an association.
-    pub(super) async fn dispatch(&mut self, conn: &mut Conn, request: &Request) -> SessionResult<Option<Conn>> {
-        self.snapshot = self.server.policy.current();
-        self.log.policy_generation.set(self.snapshot.generation);
-        if let Some(reason) = self.snapshot.reason_to_refuse(&self.log, &self.log.access_request()) {
-            return Err(SessionError::not_allowed(reason));
-        }
-        if let Some(user) = &self.log.user
-            && !self.server.limiter.admit_user(user, self.quota)
-        {
-            return Err(SessionError::not_allowed("session limit of this user reached (raise --max-per-user)"));
-        }
-        if !self.is_stream_allowed && request.command != Command::UdpAssociate {
-            let reason = "GSSAPI context has no replay and sequence detection (required by RFC 1961 for TCP)";
-            return Err(SessionError::not_allowed(reason));
-        }
-        let dst = &request.dst;
-        match request.command {
-            Command::Connect => connect::serve(self, conn, dst).await.map(Some),
-            // The rarer commands are boxed: their futures are larger than that of CONNECT.
-            Command::Bind => Box::pin(bind::serve(self, conn, dst)).await.map(Some),
-            Command::UdpAssociate => Box::pin(association::serve(self, conn, dst)).await.map(|()| None),
-        }
+/// Executes the request. Returns the connection to relay with, or `None` after an association. `is_stream_allowed` is
+/// false if a GSSAPI context protects messages, but can't detect replayed or reordered ones.
+pub(super) async fn dispatch(
+    session: &mut Session,
+    conn: &mut Conn,
+    request: &Request,
+    is_stream_allowed: bool,
+) -> SessionResult<Option<Conn>> {
+    session.policy = session.server().policy.current();
+    session.log.policy_generation.set(session.policy.generation);
+    let route = session.policy.authorize(&session.log.access_request())?;
+    if let Some(user) = &session.log.user
+        && !session.permit.admit_user(user)
+    {
+        return Err(SessionError::not_allowed("session limit of this user reached (raise --max-per-user)"));
+    }
+    if !is_stream_allowed && request.command != Command::UdpAssociate {
+        let reason = "GSSAPI context has no replay and sequence detection (required by RFC 1961 for TCP)";
+        return Err(SessionError::not_allowed(reason));
+    }
+    let dst = &request.dst;
+    match request.command {
+        Command::Connect => connect::serve(session, conn, dst, route).await.map(Some),
+        // The rarer commands are boxed: their futures are larger than that of CONNECT.
+        Command::Bind => Box::pin(bind::serve(session, conn, dst, route)).await.map(Some),
+        Command::UdpAssociate => Box::pin(association::serve(session, conn, dst)).await.map(|()| None),
     }
 }

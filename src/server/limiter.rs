@@ -1,12 +1,13 @@
-//! The limits of one client address and of one user: sessions, bytes per second, and failed logins.
+//! The limits of the server, of one client address and of one user: sessions, bytes per second, and failed logins.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::connection_counts::{ConnectionCounts, CountGuard, client_key};
+use smol::lock::Semaphore;
+
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::options::Quotas;
 use crate::net::{RateLimit, TokenBucket};
@@ -14,21 +15,54 @@ use crate::net::{RateLimit, TokenBucket};
 /// Applies the limits to all sessions of the server.
 #[derive(Debug)]
 pub(super) struct Limiter {
+    pub(super) max_sessions: usize,
+    /// One permit per session that can still start.
+    pub(super) permits: Semaphore,
     quotas: Quotas,
-    client_sessions: Option<Arc<ConnectionCounts<IpAddr>>>,
-    user_sessions: Option<Arc<ConnectionCounts<Box<[u8]>>>>,
-    /// Entries of users without a session are removed before the map grows.
-    user_buckets: Mutex<HashMap<Box<[u8]>, Weak<TokenBucket>>>,
+    usage: Arc<Mutex<Usage>>,
     login_throttle: Mutex<LoginThrottle>,
     /// Set by the first failed login. Until then, no session locks `login_throttle`.
     has_failed_logins: AtomicBool,
 }
 
+/// What the sessions of one client address or one user share. Only keys with a session take up memory.
+type Usage = HashMap<QuotaKey, KeyUsage>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum QuotaKey {
+    Client(IpAddr),
+    User(Box<[u8]>),
+}
+
+#[derive(Debug)]
+struct KeyUsage {
+    sessions: usize,
+    bucket: Option<Arc<TokenBucket>>,
+}
+
+/// Counts a session against one key until it is dropped.
+#[derive(Debug)]
+struct QuotaGuard {
+    usage: Arc<Mutex<Usage>>,
+    key: QuotaKey,
+}
+
+impl Drop for QuotaGuard {
+    fn drop(&mut self) {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(key_usage) = usage.get_mut(&self.key) {
+            key_usage.sessions -= 1;
+            if key_usage.sessions == 0 {
+                usage.remove(&self.key);
+            }
+        }
+    }
+}
+
 /// The counts and rate limits of one session. Dropping it decrements the counts.
 #[derive(Debug, Default)]
 pub(super) struct SessionQuota {
-    _client_guard: Option<CountGuard<IpAddr>>,
-    _user_guard: Option<CountGuard<Box<[u8]>>>,
+    guards: Vec<QuotaGuard>,
     pub(super) rate_limit: Option<RateLimit>,
 }
 
@@ -42,12 +76,12 @@ pub(super) enum AdmitError {
 }
 
 impl Limiter {
-    pub(super) fn new(quotas: Quotas) -> Self {
+    pub(super) fn new(max_sessions: usize, quotas: Quotas) -> Self {
         Self {
+            max_sessions,
+            permits: Semaphore::new(max_sessions),
             quotas,
-            client_sessions: quotas.sessions_per_client.map(ConnectionCounts::new),
-            user_sessions: quotas.sessions_per_user.map(ConnectionCounts::new),
-            user_buckets: Mutex::default(),
+            usage: Arc::default(),
             login_throttle: Mutex::default(),
             has_failed_logins: AtomicBool::new(false),
         }
@@ -56,51 +90,53 @@ impl Limiter {
     /// Counts a new connection. On a Unix socket `client` is `None`, and the limits per client do not apply.
     /// Returns no quota if no limit is set.
     pub(super) fn admit_client(&self, client: Option<SocketAddr>) -> Result<Option<Box<SessionQuota>>, AdmitError> {
-        let key = client.map(|client| client_key(client.ip()));
-        if let Some(key) = key
-            && self.has_failed_logins.load(Ordering::Relaxed)
-            && self.login_throttle().is_blocked(key, Instant::now())
-        {
+        if self.login_delay(client).is_none() {
             return Err(AdmitError::Blocked);
         }
-        let client = match (&self.client_sessions, key) {
-            (Some(counts), Some(key)) => Some(counts.try_acquire(key).ok_or(AdmitError::AtLimit(counts.limit()))?),
-            _ => None,
-        };
-        let bucket = self.quotas.session_rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
-        let rate_limit = bucket.map(|session| RateLimit { session, user: None });
-        let is_limited = client.is_some() || rate_limit.is_some();
-        Ok(is_limited.then(|| Box::new(SessionQuota { _client_guard: client, _user_guard: None, rate_limit })))
+        let mut quota = None;
+        if let (Some(limit), Some(client)) = (self.quotas.sessions_per_client, client) {
+            let key = QuotaKey::Client(client_key(client.ip()));
+            self.acquire(key, Some(limit), None, &mut quota).ok_or(AdmitError::AtLimit(limit))?;
+        }
+        if let Some(rate) = self.quotas.session_rate {
+            let session = Arc::new(TokenBucket::new(rate, Instant::now()));
+            quota.get_or_insert_default().rate_limit = Some(RateLimit { session, user: None });
+        }
+        Ok(quota)
     }
 
     /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
     pub(super) fn admit_user(&self, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
-        if let Some(users) = &self.user_sessions {
-            let Some(guard) = users.try_acquire(user.into()) else { return false };
-            quota.get_or_insert_default()._user_guard = Some(guard);
-        }
-        if let Some(rate) = self.quotas.user_rate {
-            let bucket = self.user_bucket(user, rate);
-            let rate_limit = &mut quota.get_or_insert_default().rate_limit;
-            *rate_limit = Some(match rate_limit.take() {
-                Some(rate_limit) => RateLimit { user: Some(bucket), ..rate_limit },
-                None => RateLimit { session: bucket, user: None },
-            });
-        }
-        true
+        let Quotas { sessions_per_user, user_rate, .. } = self.quotas;
+        let is_limited = sessions_per_user.is_some() || user_rate.is_some();
+        !is_limited || self.acquire(QuotaKey::User(user.into()), sessions_per_user, user_rate, quota).is_some()
     }
 
-    fn user_bucket(&self, user: &[u8], rate: u64) -> Arc<TokenBucket> {
-        let mut buckets = self.user_buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bucket) = buckets.get(user).and_then(Weak::upgrade) {
-            return bucket;
+    /// Counts one more session of `key` and adds its rate limit. Returns `None` if the key is at its limit.
+    fn acquire(
+        &self,
+        key: QuotaKey,
+        limit: Option<usize>,
+        rate: Option<u64>,
+        quota: &mut Option<Box<SessionQuota>>,
+    ) -> Option<()> {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        let new_bucket = || rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
+        let key_usage = usage.entry(key.clone()).or_insert_with(|| KeyUsage { sessions: 0, bucket: new_bucket() });
+        // A limit is at least 1, so that no new entry stays at 0.
+        if limit.is_some_and(|limit| key_usage.sessions >= limit) {
+            return None;
         }
-        if buckets.len() == buckets.capacity() {
-            buckets.retain(|_, bucket| bucket.strong_count() > 0);
+        key_usage.sessions += 1;
+        let quota = quota.get_or_insert_default();
+        quota.guards.push(QuotaGuard { usage: self.usage.clone(), key });
+        if let Some(bucket) = &key_usage.bucket {
+            quota.rate_limit = Some(match quota.rate_limit.take() {
+                Some(rate_limit) => RateLimit { user: Some(bucket.clone()), ..rate_limit },
+                None => RateLimit { session: bucket.clone(), user: None },
+            });
         }
-        let bucket = Arc::new(TokenBucket::new(rate, Instant::now()));
-        buckets.insert(user.into(), Arc::downgrade(&bucket));
-        bucket
+        Some(())
     }
 
     /// Returns the delay of the next login answer to `client`; `None` if the client is blocked.
@@ -128,6 +164,14 @@ impl Limiter {
     }
 }
 
+/// Returns the key that clients are counted by: an IPv4 address, or an IPv6 /64, which usually belongs to one customer.
+fn client_key(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,17 +180,20 @@ mod tests {
         Some(SocketAddr::from(([192, 0, 2, n], 4711)))
     }
 
+    fn limiter(quotas: Quotas) -> Limiter {
+        Limiter::new(10, quotas)
+    }
+
     #[test]
     fn session_without_limits_has_no_quota() {
-        let limiter = Limiter::new(Quotas::default());
+        let limiter = limiter(Quotas::default());
         let mut quota = limiter.admit_client(client(1)).expect("admitted");
         assert!(limiter.admit_user(b"alice", &mut quota) && quota.is_none());
     }
 
     #[test]
     fn session_limits_hold_per_client_and_per_user() {
-        let limiter =
-            Limiter::new(Quotas { sessions_per_client: Some(2), sessions_per_user: Some(1), ..Quotas::default() });
+        let limiter = limiter(Quotas { sessions_per_client: Some(2), sessions_per_user: Some(1), ..Quotas::default() });
         let mut first = limiter.admit_client(client(1)).expect("one");
         let mut second = limiter.admit_client(client(1)).expect("two");
         assert_eq!(limiter.admit_client(client(1)).expect_err("three"), AdmitError::AtLimit(2));
@@ -155,26 +202,38 @@ mod tests {
         assert!(limiter.admit_user(b"bob", &mut second));
         drop(first);
         assert!(limiter.admit_client(client(1)).is_ok() && limiter.admit_user(b"alice", &mut None));
+        drop(second);
+        assert!(limiter.usage.lock().expect("no panic").is_empty());
     }
 
     #[test]
     fn sessions_of_one_user_share_a_token_bucket_until_the_last_one_ends() {
-        let limiter = Limiter::new(Quotas { session_rate: Some(1000), user_rate: Some(1000), ..Quotas::default() });
+        let limiter = limiter(Quotas { session_rate: Some(1000), user_rate: Some(1000), ..Quotas::default() });
+        let bucket = |quota: &Option<Box<SessionQuota>>| {
+            quota.as_ref().and_then(|quota| quota.rate_limit.clone()).expect("a rate limit").session
+        };
         let mut quotas = [None, None];
         assert!(quotas.iter_mut().all(|quota| limiter.admit_user(b"alice", quota)));
-        let [Some(first), Some(second)] = &quotas else { panic!("both have a quota") };
-        let bucket = |quota: &SessionQuota| quota.rate_limit.clone().expect("a rate limit").session;
-        assert!(Arc::ptr_eq(&bucket(first), &bucket(second)));
+        let shared = quotas.each_ref().map(bucket);
+        assert!(Arc::ptr_eq(&shared[0], &shared[1]));
         drop(quotas);
-        (0..1000).for_each(|n: u32| drop(limiter.user_bucket(&n.to_be_bytes(), 1)));
-        assert!(limiter.user_buckets.lock().expect("no panic").len() < 100);
+        let mut later = None;
+        assert!(limiter.admit_user(b"alice", &mut later) && !Arc::ptr_eq(&bucket(&later), &shared[0]));
     }
 
     #[test]
     fn blocked_client_is_not_admitted_and_its_login_fails() {
-        let limiter = Limiter::new(Quotas::default());
+        let limiter = limiter(Quotas::default());
         (0..11).for_each(|_| limiter.record_failed_login(client(1)));
         assert_eq!(limiter.admit_client(client(1)).expect_err("blocked"), AdmitError::Blocked);
         assert_eq!((limiter.login_delay(client(1)), limiter.login_delay(client(2))), (None, Some(Duration::ZERO)));
+    }
+
+    #[test]
+    fn client_key_is_the_ipv4_address_or_the_ipv6_prefix_of_64_bits() {
+        let key = |text: &str| client_key(text.parse().expect("an address")).to_string();
+        assert_eq!(key("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!(key("192.0.2.1"), "192.0.2.1");
+        assert_eq!(key("::ffff:192.0.2.1"), "192.0.2.1");
     }
 }

@@ -18,7 +18,7 @@ pub(super) const BLOCK_TIME: Duration = Duration::from_secs(600);
 /// Maximum number of tracked addresses. The one with the fewest delayed failures is evicted first, then the oldest.
 const MAX_CLIENTS: usize = 4096;
 
-/// The clients with recent failures, by [`client_key`](super::connection_counts::client_key).
+/// The clients with recent failures, by address, IPv6 by /64.
 #[derive(Debug, Default)]
 pub(super) struct LoginThrottle(HashMap<IpAddr, FailedLogins>);
 

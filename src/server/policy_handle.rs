@@ -1,14 +1,17 @@
 //! The current policy, shared by all sessions. A reload replaces it, and each session rechecks itself once.
 
+use std::cell::Cell;
+use std::fmt;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::local_addr::is_local;
 use super::passwords::PasswordVerifier;
-use super::reply::denial_reason;
-use super::session_log::SessionLog;
-use crate::policy::Policy;
-use crate::policy::rules::{AccessRequest, Decision, Route};
+use super::session_log::{SessionLog, with_addr};
+use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
+use crate::policy::{Policy, is_unicast};
+use crate::proto::Command;
 
 /// One generation of the policy, with the password cache that belongs to its users.
 #[derive(Debug)]
@@ -28,6 +31,27 @@ pub(super) struct PolicyHandle {
     pub(super) closed_sessions: AtomicUsize,
     /// Set to let sessions keep the policy that they started with.
     keep_sessions: bool,
+}
+
+/// Reason why a request is refused.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Denial<'a> {
+    /// The method or the user of the session is no longer accepted.
+    Login,
+    /// By this rule.
+    Rule(&'a Rule),
+    /// No single host has the address, or the port is 0.
+    Unreachable,
+}
+
+impl fmt::Display for Denial<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Login => f.write_str("this login is no longer valid"),
+            Self::Rule(rule) => write!(f, "denied: {} ({rule})", rule.origin()),
+            Self::Unreachable => f.write_str("not a unicast address, or port 0"),
+        }
+    }
 }
 
 impl PolicyHandle {
@@ -53,29 +77,43 @@ impl PolicyHandle {
         let is_newer = !self.keep_sessions && self.generation.load(Ordering::Acquire) != generation;
         is_newer.then(|| self.current())
     }
+
+    /// Rechecks a session after a reload, once per generation. Returns the reason if it is now denied. `seen` is the
+    /// last generation that the session was checked with; `peer` returns its target address if known.
+    pub(super) fn recheck(
+        &self,
+        log: &SessionLog,
+        seen: &Cell<u32>,
+        peer: impl FnOnce() -> Option<SocketAddr>,
+    ) -> Option<String> {
+        let snapshot = self.newer_than(seen.get())?;
+        seen.set(snapshot.generation);
+        let request = log.access_request();
+        let request = peer().map_or(request, |peer| with_addr(request, peer));
+        let denial = snapshot.authorize(&request).err()?;
+        self.closed_sessions.fetch_add(1, Ordering::Relaxed);
+        Some(denial.to_string())
+    }
 }
 
 impl PolicySnapshot {
-    pub(super) fn evaluate(&self, request: &AccessRequest<'_>) -> Decision<'_> {
-        self.policy.evaluate(request, is_local)
-    }
-
-    /// Returns the route if the request is allowed; `None` if it is denied or not decided yet.
-    pub(super) fn allowed_route(&self, request: &AccessRequest<'_>) -> Option<Route> {
-        match self.evaluate(request) {
-            Decision::Allow(_, route) => Some(route),
-            Decision::Deny(_) | Decision::Undecided(_) => None,
+    /// Decides a request, and returns its route. `None`: the rules depend on an address that is not known yet.
+    pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> Result<Option<Route>, Denial<'_>> {
+        if request.identity.is_some_and(|identity| !self.policy.accepts_identity(&identity)) {
+            return Err(Denial::Login);
         }
-    }
-
-    /// Checks the login and the request of a session. Returns the reason if either is refused.
-    pub(super) fn reason_to_refuse(&self, log: &SessionLog, request: &AccessRequest<'_>) -> Option<String> {
-        if log.identity().is_some_and(|identity| !self.policy.accepts_identity(&identity)) {
-            return Some("this login is no longer valid".into());
-        }
-        match self.evaluate(request) {
-            Decision::Deny(rule) => Some(denial_reason(rule)),
-            Decision::Allow(..) | Decision::Undecided(_) => None,
-        }
+        let (rule, route) = match self.policy.evaluate(request, is_local) {
+            Decision::Allow(rule, route) => (rule, route),
+            Decision::Deny(rule) => return Err(Denial::Rule(rule)),
+            Decision::Undecided(_) => return Ok(None),
+        };
+        let (Some(ip), Some(port)) = (request.target_ip, request.target_port) else { return Ok(Some(route)) };
+        let is_reachable = match request.command {
+            Some(Command::Connect) => route != Route::Direct || port != 0 && is_unicast(ip),
+            // Multicast and broadcast are possible if a rule names them.
+            Some(Command::UdpAssociate) => port != 0 && (is_unicast(ip) || rule.has_to_condition()),
+            Some(Command::Bind) | None => true,
+        };
+        if is_reachable { Ok(Some(route)) } else { Err(Denial::Unreachable) }
     }
 }

@@ -1,8 +1,8 @@
 //! Why a session failed, and what the client receives: the only place that maps errors to REP.
 
+use super::policy_handle::Denial;
 use crate::client::{ClientError, ClientErrorKind};
 use crate::net::DialError;
-use crate::policy::rules::Rule;
 use crate::proto::{Addr, Host, Message, Rep, Reply};
 
 pub(super) type SessionResult<T> = Result<T, SessionError>;
@@ -55,12 +55,13 @@ impl SessionError {
     }
 }
 
-pub(super) fn denial_reason(rule: &Rule) -> String {
-    format!("denied: {} ({rule})", rule.origin())
-}
-
-pub(super) fn denial(rule: &Rule) -> SessionError {
-    SessionError::not_allowed(denial_reason(rule))
+impl From<Denial<'_>> for SessionError {
+    fn from(denial: Denial<'_>) -> Self {
+        match denial {
+            Denial::Login | Denial::Rule(_) => Self::not_allowed(denial),
+            Denial::Unreachable => Self::with_rep(Rep::NETWORK_UNREACHABLE, denial),
+        }
+    }
 }
 
 /// Maps errors of a direct connection to REP (RFC 1928 section 6).

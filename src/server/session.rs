@@ -1,179 +1,174 @@
-//! One session, top to bottom: negotiate, authenticate, read the request, dispatch.
+//! One session, top to bottom: log the client in, read the request, dispatch it, relay.
 //!
-//! Each command sends its own success reply. Failure replies of all stages are sent only by [`run`], so that each
+//! Each command sends its own success reply. Failure replies of all stages are sent only by [`start`], so that each
 //! path replies exactly once.
 
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::limiter::SessionQuota;
+use super::dispatch::dispatch;
 use super::login_throttle::MAX_DELAY;
 use super::reply::{SessionError, SessionResult};
-use super::session_log::{LOGIN_REFUSED, SessionLog};
-use super::state::{Server, Session};
+use super::session_log::LOGIN_REFUSED;
+use super::state::Session;
 use super::tunnel::Tunnel;
-use crate::conn::{Conn, Protection, ReadError};
-use crate::gssapi::{self, Acceptor};
+use super::worker;
+use crate::conn::{Conn, DetachedConn, Protection, ReadError};
+use crate::gssapi::GssapiError;
 use crate::net::{sleep, timeout_at};
 use crate::proto::{
     Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, Request,
 };
 
-/// Runs a session until its tunnel can be relayed. Returns `None` when the session is over.
-///
-/// `client` is the address from accept(2), which is known even if the peer has disconnected; `None` on a Unix socket.
-pub(super) async fn run(
-    server: &Server,
-    mut conn: Conn,
-    client: Option<SocketAddr>,
-    quota: &mut Option<Box<SessionQuota>>,
-) -> Option<Tunnel> {
-    let mut session = Session {
-        server,
-        snapshot: server.policy.current(),
-        log: SessionLog::new(client),
-        is_stream_allowed: true,
-        is_context_pending: false,
-        quota,
+/// Starts a session on the worker of this thread: a task for the handshake, and after that one for the tunnel, without
+/// the memory of the handshake.
+pub(super) fn start(mut session: Session, conn: DetachedConn) {
+    let mut conn = match conn.attach() {
+        Ok(conn) => conn,
+        Err(error) => return session.log.set_error(error),
     };
-    let handshake;
-    (conn, handshake) = session.handshake(conn).await;
-    let outcome = match handshake {
-        Ok(request) => session.dispatch(&mut conn, &request).await,
-        Err(error) => Err(error),
-    };
-    let Session { mut log, .. } = session;
-    match outcome {
-        Ok(target) => Some(Tunnel { client: conn, target: target?, log }),
-        Err(error) => {
-            log.rep = error.rep.or(log.rep);
-            log.set_error(error.reason);
-            // Logs the session now: closing can take seconds.
-            drop(log);
-            if !error.reply.is_empty() {
-                conn.close_gracefully(&error.reply).await;
+    worker::spawn(async move {
+        let result = match session.log_in(&mut conn).await {
+            Ok(mut login) => {
+                if let Some(protection) = login.protection.take() {
+                    conn = conn.protect(protection);
+                }
+                session.serve_request(&mut conn, login).await
             }
-            None
-        }
-    }
-}
-
-/// An authenticated connection: the only type that a request can be read from.
-struct Authenticated<'a>(&'a mut Conn);
-
-/// Result of the method's sub-negotiation, before it is sent to the client.
-struct AuthOutcome {
-    method: Method,
-    is_valid: bool,
-    /// Time until the client receives the result.
-    delay: Duration,
-    /// For all messages after it (RFC 1961 section 5).
-    protection: Option<Protection>,
-}
-
-impl Session<'_> {
-    /// Reads everything up to the request within the handshake timeout, which is extended by the delay of a login.
-    async fn handshake(&mut self, mut conn: Conn) -> (Conn, SessionResult<Request>) {
-        let timeout = self.server.options.handshake_timeout;
-        let deadline = Instant::now() + timeout;
-        let timed_out = || SessionError::silent(format!("handshake timed out after {timeout:?}"));
-        let mut auth = match timeout_at(deadline, self.authenticate(&mut conn)).await {
-            Some(Ok(auth)) => auth,
-            Some(Err(error)) => return (conn, Err(error)),
-            None if self.is_context_pending => {
-                return (conn, Err(SessionError::with_message(&Frame::Abort, timed_out().reason)));
-            }
-            None => return (conn, Err(timed_out())),
+            Err(error) => Err(error),
         };
-        if let Some(protection) = auth.protection.take() {
-            conn = conn.protect(protection);
+        match result {
+            Ok(Some(target)) => Tunnel::new(session, conn, target).start(),
+            Ok(None) => {}
+            Err(error) => {
+                session.log.rep = error.rep.or(session.log.rep);
+                session.log.set_error(error.reason);
+                // Logs the session now: closing can take seconds.
+                let Session { permit: _permit, log, .. } = session;
+                drop(log);
+                if !error.reply.is_empty() {
+                    conn.close_gracefully(&error.reply).await;
+                }
+            }
         }
-        let delay = auth.delay;
-        if !delay.is_zero() {
-            sleep(delay).await;
+    });
+}
+
+/// A client that has logged in: only with this value, a request can be read.
+struct Authenticated {
+    /// End of the handshake, with the delay of the login.
+    deadline: Instant,
+    /// For all messages after the login (RFC 1961 section 5).
+    protection: Option<Protection>,
+    /// False if a GSSAPI context protects messages, but can't detect replayed or reordered ones.
+    is_stream_allowed: bool,
+}
+
+impl Authenticated {
+    async fn read_request(&self, session: &Session, conn: &mut Conn) -> SessionResult<Request> {
+        let request = timeout_at(self.deadline, conn.read_message()).await.ok_or_else(|| session.timed_out())?;
+        request.map_err(|error| match error {
+            ReadError::Protocol(error, _) => SessionError::with_rep(error.rep(), error),
+            other => SessionError::silent(other),
+        })
+    }
+}
+
+impl Session {
+    /// Selects a method and authenticates the client, within the handshake timeout.
+    async fn log_in(&mut self, conn: &mut Conn) -> SessionResult<Authenticated> {
+        let deadline = Instant::now() + self.server().options.handshake_timeout;
+        let method = timeout_at(deadline, self.select_method(conn)).await.ok_or_else(|| self.timed_out())??;
+        match method {
+            Method::PASSWORD => self.verify_password(conn, deadline).await,
+            // Boxed: other sessions need no room for its future.
+            Method::GSSAPI => Box::pin(self.accept_gssapi(conn, deadline)).await,
+            Method::NONE => {
+                self.log.method = Some(method);
+                Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
+            }
+            _ => Err(not_configured()),
         }
-        let request = async { self.finish_login(&mut conn, auth).await?.request().await };
-        let request = timeout_at(deadline + delay, request).await.unwrap_or_else(|| Err(timed_out()));
-        if let Ok(request) = &request {
-            self.log.command = Some(request.command);
-            self.log.dst = Some(request.dst.clone());
-        }
-        (conn, request)
     }
 
-    async fn authenticate(&mut self, conn: &mut Conn) -> SessionResult<AuthOutcome> {
+    /// Reads and executes the request. Returns the connection to relay with, or `None` after an association.
+    async fn serve_request(&mut self, conn: &mut Conn, login: Authenticated) -> SessionResult<Option<Conn>> {
+        let request = login.read_request(self, conn).await?;
+        self.log.command = Some(request.command);
+        self.log.dst = Some(request.dst.clone());
+        dispatch(self, conn, &request, login.is_stream_allowed).await
+    }
+
+    fn timed_out(&self) -> SessionError {
+        SessionError::silent(format!("handshake timed out after {:?}", self.server().options.handshake_timeout))
+    }
+
+    async fn select_method(&self, conn: &mut Conn) -> SessionResult<Method> {
         let greeting: Greeting = conn.read_message().await.map_err(greeting_error)?;
-        let Some(method) = self.snapshot.policy.select_method(&greeting.methods) else {
+        let Some(method) = self.policy.policy.select_method(&greeting.methods) else {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
             return Err(SessionError::with_message(&none, "no acceptable authentication method"));
         };
         conn.write_message(&MethodSelection(method)).await.map_err(SessionError::silent)?;
-        match (method, &self.snapshot.policy.users, &self.server.options.gssapi_acceptor) {
-            (Method::PASSWORD, Some(_), _) => self.verify_password(conn).await,
-            // Boxed: other sessions need no room for its future.
-            (Method::GSSAPI, _, Some(acceptor)) => Box::pin(self.accept_gssapi(conn, acceptor)).await,
-            (Method::NONE, ..) => Ok(AuthOutcome { method, is_valid: true, delay: Duration::ZERO, protection: None }),
-            _ => Err(SessionError::silent("the selected authentication method is not configured")),
-        }
+        Ok(method)
     }
 
-    /// Reads and verifies a login (RFC 1929).
-    async fn verify_password(&mut self, conn: &mut Conn) -> SessionResult<AuthOutcome> {
-        let credentials: Credentials = conn.read_message().await.map_err(login_error)?;
+    /// Reads and verifies a login, and sends the result (RFC 1929) after a delay if logins of this client have failed.
+    async fn verify_password(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
+        let credentials: Credentials =
+            timeout_at(deadline, conn.read_message()).await.ok_or_else(|| self.timed_out())?.map_err(login_error)?;
         // The password may have changed since the greeting.
-        self.snapshot = self.server.policy.current();
+        self.policy = self.server().policy.current();
         self.log.user = Some(credentials.uname.clone().into());
-        let is_valid = match (self.server.limiter.login_delay(self.log.client()), &self.snapshot.policy.users) {
-            (Some(_), Some(users)) => self.snapshot.passwords.verify(users, credentials).await,
+        let limiter = &self.permit.server.limiter;
+        let is_valid = match (limiter.login_delay(self.log.client()), &self.policy.policy.users) {
+            (Some(_), Some(users)) => timeout_at(deadline, self.policy.passwords.verify(users, credentials))
+                .await
+                .ok_or_else(|| self.timed_out())?,
             // Throttled clients are refused without hashing.
             (None, _) | (_, None) => false,
         };
         // Parallel logins of this client may have failed during the hashing: a throttled client is refused even if
         // this password is valid.
-        let delay = self.server.limiter.login_delay(self.log.client());
+        let delay = limiter.login_delay(self.log.client());
         let is_valid = is_valid && delay.is_some();
         if !is_valid {
-            self.server.limiter.record_failed_login(self.log.client());
+            limiter.record_failed_login(self.log.client());
             self.log.set_error(LOGIN_REFUSED);
         }
         let delay = delay.unwrap_or(MAX_DELAY);
-        Ok(AuthOutcome { method: Method::PASSWORD, is_valid, delay, protection: None })
-    }
-
-    /// Establishes a security context (RFC 1961).
-    async fn accept_gssapi(&mut self, conn: &mut Conn, acceptor: &Acceptor) -> SessionResult<AuthOutcome> {
-        self.is_context_pending = true;
-        let accepted = acceptor.accept(conn).await.map_err(|error| match error {
-            gssapi::GssapiError::Refused(_) => SessionError::silent(error),
-            _ => SessionError::with_message(&Frame::Abort, error),
-        })?;
-        self.log.user = Some(accepted.user.into());
-        self.log.level = accepted.level;
-        self.is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
-        let protection = accepted.protection;
-        Ok(AuthOutcome { method: Method::GSSAPI, is_valid: true, delay: Duration::ZERO, protection })
-    }
-
-    /// Sends the result of a login.
-    async fn finish_login<'a>(&mut self, conn: &'a mut Conn, auth: AuthOutcome) -> SessionResult<Authenticated<'a>> {
-        if !auth.is_valid {
+        if !delay.is_zero() {
+            sleep(delay).await;
+        }
+        if !is_valid {
             return Err(SessionError::with_message(&LoginStatus::FAILURE, LOGIN_REFUSED));
         }
-        self.log.method = Some(auth.method);
-        if auth.method == Method::PASSWORD {
-            conn.write_message(&LoginStatus::SUCCESS).await.map_err(SessionError::silent)?;
-        }
-        Ok(Authenticated(conn))
+        let deadline = deadline + delay;
+        self.log.method = Some(Method::PASSWORD);
+        let sent = timeout_at(deadline, conn.write_message(&LoginStatus::SUCCESS)).await;
+        sent.ok_or_else(|| self.timed_out())?.map_err(SessionError::silent)?;
+        Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
+    }
+
+    /// Establishes a security context (RFC 1961). A timeout ends it with an abort message (section 3.8).
+    async fn accept_gssapi(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
+        let acceptor = self.server().options.gssapi_acceptor.as_ref().ok_or_else(not_configured)?;
+        let abort = |error| SessionError::with_message(&Frame::Abort, error);
+        let accepted =
+            timeout_at(deadline, acceptor.accept(conn)).await.ok_or_else(|| abort(self.timed_out().reason))?;
+        let accepted = accepted.map_err(|error| match error {
+            GssapiError::Refused(_) => SessionError::silent(error),
+            _ => abort(error.to_string()),
+        })?;
+        self.log.method = Some(Method::GSSAPI);
+        self.log.user = Some(accepted.user.into());
+        self.log.level = accepted.level;
+        let is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
+        Ok(Authenticated { deadline, protection: accepted.protection, is_stream_allowed })
     }
 }
 
-impl Authenticated<'_> {
-    async fn request(self) -> SessionResult<Request> {
-        self.0.read_message().await.map_err(|error| match error {
-            ReadError::Protocol(error, _) => SessionError::with_rep(error.rep(), error),
-            other => SessionError::silent(other),
-        })
-    }
+fn not_configured() -> SessionError {
+    SessionError::silent("the selected authentication method is not configured")
 }
 
 fn greeting_error(error: ReadError) -> SessionError {

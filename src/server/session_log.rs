@@ -118,6 +118,11 @@ pub(super) fn with_target<'a>(request: AccessRequest<'a>, dst: &'a Addr) -> Acce
     }
 }
 
+/// Adds an address, of the target or of a peer, to an access request.
+pub(super) fn with_addr(request: AccessRequest<'_>, addr: SocketAddr) -> AccessRequest<'_> {
+    AccessRequest { target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..request }
+}
+
 impl Drop for SessionLog {
     fn drop(&mut self) {
         let is_refused = self.error.get().is_some_and(|error| **error == *LOGIN_REFUSED);

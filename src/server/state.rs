@@ -1,10 +1,8 @@
 //! The state of the server, which all sessions share, and the state of one session until its success reply.
 
-use std::cell::Cell;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Instant;
 
@@ -13,10 +11,11 @@ use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
+use super::worker::WorkerPool;
 use crate::client::{Client, lookup};
 use crate::conn::Conn;
-use crate::net::{DialError, RelayOptions, Resolver, timeout_at};
-use crate::policy::rules::AccessRequest;
+use crate::net::{DialError, RateLimit, RelayOptions, Resolver, timeout_at};
+use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Host, Rep, Reply};
 
 /// State that all sessions share.
@@ -27,6 +26,7 @@ pub(super) struct Server {
     pub(super) limiter: Limiter,
     pub(super) resolver: Resolver,
     pub(super) relay_options: RelayOptions,
+    pub(super) workers: WorkerPool,
 }
 
 impl Server {
@@ -54,68 +54,79 @@ impl Server {
         let addrs = timeout_at(deadline, lookup(&self.resolver, dst)).await.unwrap_or(Err(DialError::Resolver));
         addrs.map_err(|error| SessionError::from_dial(error, dst))
     }
+}
 
-    /// Rechecks a session after a policy change, once per generation. Returns the reason if it is now denied.
-    /// `seen` is the last generation that the session was checked with; `peer` returns its target address if known.
-    pub(super) fn recheck(
-        &self,
-        log: &SessionLog,
-        seen: &Cell<u32>,
-        peer: impl FnOnce() -> Option<SocketAddr>,
-    ) -> Option<String> {
-        let snapshot = self.policy.newer_than(seen.get())?;
-        seen.set(snapshot.generation);
-        let mut request = log.access_request();
-        if let Some(peer) = peer() {
-            request = AccessRequest { target_ip: Some(peer.ip()), target_port: Some(peer.port()), ..request };
-        }
-        let denial = snapshot.reason_to_refuse(log, &request);
-        if denial.is_some() {
-            self.policy.closed_sessions.fetch_add(1, Ordering::Relaxed);
-        }
-        denial
+/// Counts a session against all limits until it is dropped, and gives it access to the server.
+#[derive(Debug)]
+pub(super) struct SessionPermit {
+    pub(super) server: Arc<Server>,
+    pub(super) quota: Option<Box<SessionQuota>>,
+}
+
+impl SessionPermit {
+    /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
+    pub(super) fn admit_user(&mut self, user: &[u8]) -> bool {
+        self.server.limiter.admit_user(user, &mut self.quota)
+    }
+
+    pub(super) fn rate_limit(&self) -> Option<&RateLimit> {
+        self.quota.as_ref()?.rate_limit.as_ref()
     }
 }
 
-/// A session until its success reply.
-pub(super) struct Session<'a> {
-    pub(super) server: &'a Server,
-    /// The policy of the last evaluation. `current_snapshot` and `recheck` use the current one.
-    pub(super) snapshot: Arc<PolicySnapshot>,
-    pub(super) log: SessionLog,
-    /// False if a GSSAPI context protects messages, but can't detect replayed or reordered ones.
-    pub(super) is_stream_allowed: bool,
-    /// Set during a GSSAPI handshake, which a timeout ends with an abort message (RFC 1961 section 3.8).
-    pub(super) is_context_pending: bool,
-    pub(super) quota: &'a mut Option<Box<SessionQuota>>,
+impl Drop for SessionPermit {
+    fn drop(&mut self) {
+        self.server.limiter.permits.add_permits(1);
+    }
 }
 
-impl Session<'_> {
+/// A session from accept to its success reply.
+pub(super) struct Session {
+    pub(super) permit: SessionPermit,
+    pub(super) log: SessionLog,
+    /// The policy of the last evaluation. `authorize` uses the current one.
+    pub(super) policy: Arc<PolicySnapshot>,
+}
+
+impl Session {
+    /// `client` is the address from accept(2), which is known even if the peer has disconnected; `None` on a Unix
+    /// socket.
+    pub(super) fn new(server: Arc<Server>, client: Option<SocketAddr>, quota: Option<Box<SessionQuota>>) -> Self {
+        let policy = server.policy.current();
+        Self { permit: SessionPermit { server, quota }, log: SessionLog::new(client), policy }
+    }
+
+    pub(super) fn server(&self) -> &Server {
+        &self.permit.server
+    }
+
+    /// Decides a request by the current policy, or by that of the session if reloads do not affect sessions. `None`: the
+    /// rules depend on an address that is not known yet.
+    pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> SessionResult<Option<Route>> {
+        let newer = self.server().policy.newer_than(self.policy.generation);
+        Ok(newer.as_ref().unwrap_or(&self.policy).authorize(request)?)
+    }
+
     /// Waits until a reloaded policy denies this session.
     pub(super) async fn denied_by_reload(&self) -> SessionError {
         // A copy, because `reply_success` has to recheck this generation again: then the address of the peer is known.
         let seen = self.log.policy_generation.clone();
-        poll_fn(|_| match self.server.recheck(&self.log, &seen, || None) {
+        poll_fn(|_| match self.server().policy.recheck(&self.log, &seen, || None) {
             Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
             None => Poll::Pending,
         })
         .await
     }
 
-    /// Returns the current policy, or that of the request if existing sessions are kept over a reload.
-    pub(super) fn current_snapshot(&self) -> Arc<PolicySnapshot> {
-        self.server.policy.newer_than(self.snapshot.generation).unwrap_or_else(|| self.snapshot.clone())
-    }
-
-    /// Sends a success reply, unless a reloaded policy denies the session. `peer` is the other end of a direct
+    /// Sends a success reply, unless a reloaded policy denies the session. `peer` returns the other end of a direct
     /// connection. The log keeps the first BND, which is the address of this server's socket.
     pub(super) async fn reply_success(
         &mut self,
         client: &mut Conn,
         bnd: Addr,
-        peer: Option<SocketAddr>,
+        peer: impl FnOnce() -> Option<SocketAddr>,
     ) -> SessionResult<()> {
-        if let Some(reason) = self.server.recheck(&self.log, &self.log.policy_generation, || peer) {
+        if let Some(reason) = self.server().policy.recheck(&self.log, &self.log.policy_generation, peer) {
             return Err(SessionError::not_allowed(reason));
         }
         if let Host::Ip(ip) = bnd.host {

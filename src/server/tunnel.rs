@@ -2,61 +2,99 @@
 //!
 //! A tunnel runs as a separate task, so that it holds no memory of the handshake.
 
-use std::future::Future;
+use std::io;
 use std::sync::Arc;
 
 use super::session_log::SessionLog;
-use super::state::Server;
+use super::state::{Session, SessionPermit};
+use super::worker::{self, BulkGuard, WorkerHandle};
 use crate::conn::{Conn, DetachedConn};
 use crate::net::{
-    RateLimit, RelayError, RelayOptions, RelayRateLimit, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep,
+    RelayError, RelayOptions, RelayOutcome, RelayRateLimit, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep,
 };
 
 /// The state of a session that is relayed.
 #[derive(Debug)]
 pub(super) struct Tunnel {
-    pub(super) client: Conn,
-    pub(super) target: Conn,
-    pub(super) log: SessionLog,
+    client: Conn,
+    target: Conn,
+    log: SessionLog,
+    permit: SessionPermit,
 }
 
 impl Tunnel {
-    /// Relays until the tunnel ends, `options` stop it, or a reloaded policy denies it.
-    pub(super) fn relay<'a>(
-        &'a mut self,
-        server: &'a Server,
-        options: &'a RelayOptions,
-    ) -> impl Future<Output = RelayResult> + 'a {
-        let Self { client, target, log } = self;
-        let log = &*log;
-        relay(client, target, options, &log.bytes, |_, target| is_still_allowed(server, log, target))
+    pub(super) fn new(session: Session, client: Conn, target: Conn) -> Self {
+        let Session { permit, log, .. } = session;
+        Self { client, target, log, permit }
     }
 
-    /// Like [`Tunnel::relay`], at the rate of `rate_limit`.
-    pub(super) async fn relay_rate_limited(&mut self, rate_limit: &RateLimit, server: &Server) -> RelayResult {
-        let options = RelayOptions {
-            stop_when_bulk: false,
-            rate_limit: Some(Arc::new(RelayRateLimit::new(rate_limit))),
-            ..server.relay_options.clone()
+    /// Relays to the end, in a task of this thread. A tunnel with bulk data moves to the worker with the fewest of them.
+    pub(super) fn start(mut self) {
+        if let Some(limit) = self.permit.rate_limit() {
+            let rate_limit = Some(Arc::new(RelayRateLimit::new(limit)));
+            return worker::spawn(Box::pin(self.relay_here(rate_limit, None)));
+        }
+        // The captured value is not moved inside: the future would reserve room for it twice.
+        worker::spawn(async move {
+            match self.relay(None).await {
+                Ok(RelayOutcome::Finished) => {}
+                Ok(RelayOutcome::Bulk) => Box::pin(self.place_bulk()).await,
+                result => Box::pin(self.finish(result)).await,
+            }
+        });
+    }
+
+    /// Relays until the tunnel ends, `options` stop it (default: those of the server), or a reloaded policy denies it.
+    fn relay<'a>(&'a mut self, options: Option<&'a RelayOptions>) -> impl Future<Output = RelayResult> + 'a {
+        let Self { client, target, log, permit } = self;
+        let (log, permit) = (&*log, &*permit);
+        let options = options.unwrap_or(&permit.server.relay_options);
+        relay(client, target, options, &log.bytes, |_, target| is_still_allowed(permit, log, target))
+    }
+
+    /// Relays a bulk tunnel on the worker with the fewest bulk tunnels.
+    async fn place_bulk(self) {
+        let server = self.permit.server.clone();
+        let tunnel = match server.workers.fewest_bulk() {
+            Some(worker) => match self.move_to(worker) {
+                Ok(()) => return,
+                Err(tunnel) => *tunnel,
+            },
+            None => self,
         };
-        self.relay(server, &options).await
+        tunnel.relay_here(None, server.workers.this().map(WorkerHandle::bulk_guard)).await;
     }
 
-    /// Prepares the tunnel for another thread. Returns it unchanged if no descriptor is available.
-    pub(super) fn detach(self) -> Result<DetachedTunnel, Box<Self>> {
+    /// Relays to the end on this worker.
+    async fn relay_here(mut self, rate_limit: Option<Arc<RelayRateLimit>>, _guard: Option<BulkGuard>) {
+        let options = RelayOptions { stop_when_bulk: false, rate_limit, ..self.permit.server.relay_options.clone() };
+        let result = self.relay(Some(&options)).await;
+        self.finish(result).await;
+    }
+
+    /// Continues the tunnel on another worker. Returns it unchanged if no descriptor is available.
+    fn move_to(self, worker: &WorkerHandle) -> Result<(), Box<Self>> {
         let (Ok(client), Ok(target)) = (self.client.detach(), self.target.detach()) else {
             return Err(Box::new(self));
         };
         for conn in [&self.client, &self.target] {
-            // If the tunnel is lost before `attach`, both peers get a reset: the data is incomplete.
+            // If the tunnel is lost before it arrives, both peers get a reset: the data is incomplete.
             conn.abort();
             conn.deregister();
         }
-        Ok(DetachedTunnel { client, target, log: self.log })
+        let Self { log, permit, .. } = self;
+        // Counted before it arrives, so that the next tunnel chooses another worker.
+        let guard = worker.bulk_guard();
+        worker.send(move || match attach(client, target) {
+            Ok((client, target)) => worker::spawn(Self { client, target, log, permit }.relay_here(None, Some(guard))),
+            Err(error) => log.set_error(error),
+        });
+        Ok(())
     }
 
-    /// Logs the error. If data for the target was lost, the client is reset instead of closed.
-    pub(super) async fn close_after_error(self, error: RelayError) {
+    /// Logs an error. If data for the target was lost, the client is reset instead of closed.
+    async fn finish(self, result: RelayResult) {
+        let Err(error) = result else { return };
         self.log.set_error(&error);
         if let RelayError::Undelivered(_) = error {
             drop(self.target);
@@ -68,9 +106,9 @@ impl Tunnel {
     }
 }
 
-fn is_still_allowed(server: &Server, log: &SessionLog, target: &Conn) -> bool {
+fn is_still_allowed(permit: &SessionPermit, log: &SessionLog, target: &Conn) -> bool {
     let peer = || target.peer_addr().filter(|_| log.via.is_none());
-    match server.recheck(log, &log.policy_generation, peer) {
+    match permit.server.policy.recheck(log, &log.policy_generation, peer) {
         Some(reason) => {
             log.set_error(reason);
             false
@@ -79,31 +117,12 @@ fn is_still_allowed(server: &Server, log: &SessionLog, target: &Conn) -> bool {
     }
 }
 
-/// A tunnel that is handed to another thread.
-pub(super) struct DetachedTunnel {
-    client: DetachedConn,
-    target: DetachedConn,
-    log: SessionLog,
-}
-
-impl DetachedTunnel {
-    /// Registers the tunnel with this thread. On failure the tunnel ends, and the error is logged.
-    pub(super) fn attach(self) -> Option<Tunnel> {
-        let Self { client, target, log } = self;
-        let attached = client.attach().and_then(|client| Ok((client, target.attach()?)));
-        let result = attached.and_then(|(client, target)| {
-            client.set_reset_on_close(false)?;
-            target.set_reset_on_close(false)?;
-            Ok((client, target))
-        });
-        match result {
-            Ok((client, target)) => Some(Tunnel { client, target, log }),
-            Err(error) => {
-                log.set_error(error);
-                None
-            }
-        }
-    }
+/// Registers the connections of a tunnel with this thread. They close with a reset until both are registered.
+fn attach(client: DetachedConn, target: DetachedConn) -> io::Result<(Conn, Conn)> {
+    let (client, target) = (client.attach()?, target.attach()?);
+    client.set_reset_on_close(false)?;
+    target.set_reset_on_close(false)?;
+    Ok((client, target))
 }
 
 #[cfg(test)]
