@@ -146,7 +146,7 @@ impl Reservation {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ready with the number of bytes that may move now. Sets no timer: the relay polls again at [`RelayRateLimit::due`].
+    /// Ready with the number of bytes that may move now. Sets no timer: poll again at [`RelayRateLimit::due`].
     pub(super) fn poll(&self, requested: usize) -> Poll<usize> {
         let (mut state, now) = (self.state(), Instant::now());
         if state.bytes == 0 {

@@ -1,8 +1,8 @@
 //! Copies bytes between two streams in both directions, forwards half-closes and resets, and counts bytes.
 //!
 //! An idle tunnel owns no buffer: each poll borrows the thread's buffer. Only bytes that the sink has not accepted yet
-//! are kept, at most one buffer for each direction. A bulk transfer between two plain sockets is spliced through a pipe,
-//! which is closed when it is idle.
+//! are kept, at most one buffer for each direction. A bulk transfer between two plain sockets is spliced through a
+//! pipe, which is closed when it is idle. A rate-limited relay only copies.
 
 mod direction;
 mod splice;

@@ -35,7 +35,7 @@ pub(super) struct Direction {
     pending: Option<Box<Pending>>,
     /// Consecutive reads that filled the buffer.
     full_reads: u8,
-    /// Set when splicing is impossible: rate limit, not plain sockets, not supported by the kernel, or no pipe available.
+    /// Set when splicing is impossible: rate limit, not plain sockets, no support by the kernel, or no pipe available.
     must_copy: bool,
     /// Leaves the write side of the sink open after the source has ended.
     keeps_sink_open: bool,
