@@ -24,13 +24,20 @@ pub use association::{Association, AssociationClosed, RECV_BUFFER_SIZE};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, credentials, parse_hops};
 
-/// Authentication methods to offer to all proxies. User names and passwords are part of each [`Proxy`].
+/// What handshakes with different proxies and targets have in common. User names and passwords are part of each
+/// [`Proxy`].
 #[derive(Debug, Default)]
-pub struct ClientAuth {
-    /// Methods to offer, in this order. `None`: `none`, plus each method for which there are credentials.
+pub struct ClientOptions {
+    /// Methods to offer to all proxies, in this order. `None`: `none`, plus each method for which there are credentials.
     pub methods: Option<Vec<Method>>,
     /// Settings for GSSAPI. `None`: GSSAPI is not offered.
     pub gssapi: Option<Initiator>,
+    /// The resolver.
+    pub resolver: Resolver,
+    /// Local address of connections and datagrams.
+    pub local: LocalAddr,
+    /// Whether this machine resolves the target's name, instead of the last proxy.
+    pub resolves_target: bool,
 }
 
 /// One handshake: the proxies, the target and the deadline.
@@ -39,10 +46,7 @@ pub struct Client {
     hops: Vec<Proxy>,
     dst: Addr,
     deadline: Option<(Instant, Duration)>,
-    resolver: Resolver,
-    auth: Arc<ClientAuth>,
-    local: LocalAddr,
-    resolves_target: bool,
+    options: Arc<ClientOptions>,
     /// Current hop and phase, and when the phase began.
     position: Cell<(usize, Phase, Instant)>,
     times: Cell<PhaseTimes>,
@@ -60,40 +64,17 @@ pub(crate) async fn lookup(resolver: &Resolver, addr: &Addr) -> Result<Vec<Socke
 
 impl Client {
     /// Creates a client that reaches `dst` through `hops`, nearest first. `timeout` covers everything up to the reply.
-    pub fn new(hops: Vec<Proxy>, dst: Addr, timeout: Option<Duration>) -> Self {
+    pub fn new(hops: Vec<Proxy>, dst: Addr, timeout: Option<Duration>, options: Arc<ClientOptions>) -> Self {
         let now = Instant::now();
         Self {
             hops,
             dst,
             deadline: timeout.and_then(|timeout| Some((now.checked_add(timeout)?, timeout))),
-            resolver: Resolver::default(),
-            auth: Arc::default(),
-            local: LocalAddr::default(),
-            resolves_target: false,
+            options,
             position: Cell::new((0, Phase::ResolveProxy, now)),
             times: Cell::default(),
             last_answer: Cell::default(),
         }
-    }
-
-    /// Sets the methods to offer.
-    pub fn with_auth(self, auth: Arc<ClientAuth>) -> Self {
-        Self { auth, ..self }
-    }
-
-    /// Sets the resolver. Clones of a resolver share its limit of concurrent look-ups.
-    pub fn with_resolver(self, resolver: Resolver) -> Self {
-        Self { resolver, ..self }
-    }
-
-    /// Sets the local address of connections and datagrams.
-    pub fn with_local_addr(self, local: LocalAddr) -> Self {
-        Self { local, ..self }
-    }
-
-    /// If true, this machine resolves the target's name. If false (the default), the last proxy does.
-    pub fn with_local_resolution(self, resolves_target: bool) -> Self {
-        Self { resolves_target, ..self }
     }
 
     /// The target.
@@ -152,7 +133,7 @@ impl Client {
     /// Returns the values of DST to try in turn.
     async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
         match self.dst.host {
-            Host::Name(_) if self.resolves_target || self.hops.is_empty() => {
+            Host::Name(_) if self.options.resolves_target || self.hops.is_empty() => {
                 self.enter_phase(Phase::ResolveTarget);
                 Ok(self.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }
@@ -162,8 +143,8 @@ impl Client {
 
     /// Resolves `addr`. Returns the addresses of the families that the local address allows.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
-        let mut addrs = lookup(&self.resolver, addr).await.map_err(ClientErrorKind::Unreachable)?;
-        addrs.retain(|addr| self.local.can_reach(addr.ip()));
+        let mut addrs = lookup(&self.options.resolver, addr).await.map_err(ClientErrorKind::Unreachable)?;
+        addrs.retain(|addr| self.options.local.can_reach(addr.ip()));
         if addrs.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(addrs) }
     }
 
@@ -172,30 +153,34 @@ impl Client {
         self.enter_phase(Phase::ResolveTarget);
         let addrs = self.lookup(&self.dst).await?;
         self.enter_phase(Phase::Connect);
-        let conn = dial(addrs, self.local, no_deadline()).await.map(Conn::Tcp).map_err(ClientErrorKind::Unreachable)?;
+        let conn = dial(addrs, self.options.local, no_deadline())
+            .await
+            .map(Conn::Tcp)
+            .map_err(ClientErrorKind::Unreachable)?;
         let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
         Ok((conn, bnd))
     }
 
-    /// Waits for the second reply to BIND. Returns its BND, the peer's address.
-    pub async fn wait_for_peer(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
+    /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's address.
+    pub async fn wait_for_peer(&self, conn: &mut Conn, has_deadline: bool) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
-        let reply = self.read_reply(conn).await;
-        self.enter_phase(Phase::Accept);
-        reply.map(|reply| reply.bnd).map_err(|kind| self.error_at_position(kind))
-    }
-
-    /// Like [`Client::wait_for_peer`], but fails at the deadline.
-    pub async fn wait_for_peer_with_deadline(&self, conn: &mut Conn) -> Result<Addr, ClientError> {
-        self.enter_phase(Phase::Accept);
-        self.with_deadline(async { self.read_reply(conn).await.map(|reply| reply.bnd) }).await
+        let reply = async { self.read_reply(conn).await.map(|reply| reply.bnd) };
+        self.within(self.deadline.filter(|_| has_deadline), reply).await
     }
 
     async fn with_deadline<T>(
         &self,
         future: impl Future<Output = Result<T, ClientErrorKind>>,
     ) -> Result<T, ClientError> {
-        let result = match self.deadline {
+        self.within(self.deadline, future).await
+    }
+
+    async fn within<T>(
+        &self,
+        deadline: Option<(Instant, Duration)>,
+        future: impl Future<Output = Result<T, ClientErrorKind>>,
+    ) -> Result<T, ClientError> {
+        let result = match deadline {
             None => future.await,
             Some((deadline, timeout)) => {
                 timeout_at(deadline, future).await.unwrap_or(Err(ClientErrorKind::TimedOut(timeout)))
@@ -241,7 +226,10 @@ impl Client {
             Endpoint::Tcp(addr) => {
                 let addrs = self.lookup(addr).await?;
                 self.enter_phase(Phase::Connect);
-                dial(addrs, self.local, no_deadline()).await.map(Conn::Tcp).map_err(ClientErrorKind::Unreachable)
+                dial(addrs, self.options.local, no_deadline())
+                    .await
+                    .map(Conn::Tcp)
+                    .map_err(ClientErrorKind::Unreachable)
             }
         }
     }
@@ -255,7 +243,7 @@ impl Client {
             Method::GSSAPI => ticket.is_some(),
             _ => true,
         };
-        let allowed = self.auth.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
+        let allowed = self.options.methods.as_deref().unwrap_or(&[Method::NONE, Method::PASSWORD, Method::GSSAPI]);
         let methods: Vec<Method> = allowed.iter().copied().filter(is_available).collect();
         if methods.is_empty() {
             return Err(ClientErrorKind::NoAcceptableMethod);
@@ -264,7 +252,7 @@ impl Client {
         let selected = read::<MethodSelection>(conn).await?.0;
         self.last_answer.set((Some(selected), None));
         log::debug!("proxy {hop} selected method {selected} (offered: {})", join_methods(&methods));
-        match (selected, credentials, &self.auth.gssapi, ticket) {
+        match (selected, credentials, &self.options.gssapi, ticket) {
             (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod),
             _ if !methods.contains(&selected) => {
                 Err(ClientErrorKind::Protocol(format!("selected {selected}, which was not offered")))
@@ -293,15 +281,15 @@ impl Client {
     /// Acquires a Kerberos ticket if GSSAPI may be offered. A missing ticket is an error only if GSSAPI is the only
     /// requested method.
     async fn ticket(&self) -> Result<Option<Arc<Credential>>, ClientErrorKind> {
-        let Some(initiator) = &self.auth.gssapi else { return Ok(None) };
-        let is_requested = self.auth.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
-        if self.auth.methods.is_some() && !is_requested {
+        let Some(initiator) = &self.options.gssapi else { return Ok(None) };
+        let is_requested = self.options.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
+        if self.options.methods.is_some() && !is_requested {
             return Ok(None);
         }
         match initiator.acquire_ticket().await {
             Ok(ticket) => Ok(Some(ticket)),
             Err(error @ (gssapi::GssapiError::NoCredential(_) | gssapi::GssapiError::Unavailable(_)))
-                if self.auth.methods.as_ref().is_none_or(|methods| methods.len() > 1) =>
+                if self.options.methods.as_ref().is_none_or(|methods| methods.len() > 1) =>
             {
                 log::debug!("gssapi not offered: {error}");
                 Ok(None)

@@ -35,7 +35,7 @@ use smol::Timer;
 use smol::channel::Receiver;
 
 use crate::client::Endpoint;
-use crate::net::{RelayOptions, Resolver, canonical, parse_literal};
+use crate::net::{RelayOptions, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::proto::{Addr, Host};
 use limiter::Limiter;
@@ -101,8 +101,8 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let (policy, limiter) =
         (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, options.quotas));
     let (pool, workers, reports) = WorkerPool::new(options.threads);
-    let server =
-        Arc::new(Server { options, policy, limiter, resolver: Resolver::default(), relay_options, workers: pool });
+    let resolver = options.hop_options.resolver.clone();
+    let server = Arc::new(Server { options, policy, limiter, resolver, relay_options, workers: pool });
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");

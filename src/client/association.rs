@@ -103,7 +103,7 @@ impl Client {
     }
 
     fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
-        let from = self.local.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
+        let from = self.options.local.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
         let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
         // On a connected socket, the kernel drops datagrams from other senders.
         let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));

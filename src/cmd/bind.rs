@@ -86,7 +86,7 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
     let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
         let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
         report.set_bnd(&bound);
-        let peer = accept_peer(&connector, client, &mut tunnel, &bound, output, connector.args.timeout.is_some()).await;
+        let peer = accept_peer(&connector, client, &mut tunnel, &bound, output).await;
         report.set_peer(client, peer.as_ref().ok());
         peer?;
         Box::pin(tunnel::run(&connector, program.as_ref(), tunnel, &bound, report)).await
@@ -102,7 +102,6 @@ async fn accept_peer(
     tunnel: &mut Conn,
     bound: &Addr,
     output: Option<AddrOutput>,
-    has_timeout: bool,
 ) -> Result<Addr, CliError> {
     connector.print_line(&format!("bound {bound}"));
     if let Some(mut output) = output {
@@ -121,10 +120,7 @@ async fn accept_peer(
     }
     let expected = connector.dst().map_or("any peer".into(), ToString::to_string);
     connector.print_verbose(&format!("waiting for a connection from {expected}"));
-    let peer = match has_timeout {
-        true => client.wait_for_peer_with_deadline(tunnel).await?,
-        false => client.wait_for_peer(tunnel).await?,
-    };
+    let peer = client.wait_for_peer(tunnel, connector.args.timeout.is_some()).await?;
     connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

@@ -15,7 +15,7 @@ use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus};
 use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
-use crate::client::{ClientAuth, parse_hops};
+use crate::client::{ClientOptions, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
@@ -331,6 +331,8 @@ impl Args {
             Some(methods) => methods.contains(&Method::GSSAPI),
             None => Initiator::may_have_tickets(),
         };
+        let gssapi = offers_gssapi.then(Initiator::default);
+        let hop_options = ClientOptions { gssapi, methods: self.hop_auth, ..ClientOptions::default() };
         let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
             let default_levels = || vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality];
             let levels = self.gssapi_protection.unwrap_or_else(default_levels);
@@ -351,7 +353,7 @@ impl Args {
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,
             gssapi_acceptor: acceptor.transpose()?,
-            hop_auth: Arc::new(ClientAuth { gssapi: offers_gssapi.then(Initiator::default), methods: self.hop_auth }),
+            hop_options: hop_options.into(),
             hops,
             quotas: Quotas {
                 sessions_per_client: self.max_per_client,

@@ -58,7 +58,7 @@ async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop:
     let proxy = session.server().hop_client(hop, dst.clone(), deadline);
     let (mut conn, bnd) = proxy.request(Command::Bind).await.map_err(SessionError::from_upstream)?;
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
-    let accepted = async { proxy.wait_for_peer(&mut conn).await.map_err(SessionError::from_upstream) };
+    let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);

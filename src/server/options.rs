@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::listen::ListenAddr;
-use crate::client::{ClientAuth, Proxy};
+use crate::client::{ClientOptions, Proxy};
 use crate::gssapi::Acceptor;
 use crate::proto::PortRange;
 
@@ -39,7 +39,7 @@ pub struct Options {
     /// Server side of GSSAPI logins.
     pub gssapi_acceptor: Option<Acceptor>,
     /// Login methods and Kerberos tickets for hops; passwords are part of each hop's URL.
-    pub hop_auth: Arc<ClientAuth>,
+    pub hop_options: Arc<ClientOptions>,
     /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into it.
     pub hops: Vec<Arc<Hop>>,
     /// Limits of one client address and of one user.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::options::Args;
 use super::report::Report;
 use super::{credentials, proxies};
-use crate::client::{Client, ClientAuth, ClientError, ClientErrorKind, Proxy};
+use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
 use crate::net::{LocalAddr, Resolver, reactor, sleep};
@@ -28,9 +28,7 @@ pub(in crate::cmd) struct Connector {
     pub(in crate::cmd) args: Args,
     hops: Vec<Proxy>,
     dst: Addr,
-    auth: Arc<ClientAuth>,
-    source: LocalAddr,
-    resolver: Resolver,
+    options: Arc<ClientOptions>,
 }
 
 /// The result of one or more tries. `client` is the client of the try with this result.
@@ -48,10 +46,12 @@ impl Connector {
         if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
             return Err(CliError::usage("a proxy is required (give one with -x)"));
         }
-        let source = source_from_args(&args, &hops)?;
-        let auth = Arc::new(auth_from_args(&args, &hops)?);
-        let dst = dst.unwrap_or(Addr::UNSPECIFIED);
-        let mut connector = Self { args, hops, dst, auth, source, resolver: Resolver::default() };
+        let local = source_from_args(&args, &hops)?;
+        let (methods, gssapi) = auth_from_args(&args, &hops)?;
+        let resolves_target = args.resolves_target;
+        let options =
+            Arc::new(ClientOptions { methods, gssapi, resolver: Resolver::default(), local, resolves_target });
+        let mut connector = Self { args, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
         // --quiet, -z and --json apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
@@ -77,14 +77,6 @@ impl Connector {
     /// Returns the target, or the expected peer of BIND, if there is one.
     pub(in crate::cmd) fn dst(&self) -> Option<&Addr> {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
-    }
-
-    fn client(&self, timeout: Duration) -> Client {
-        Client::new(self.hops.clone(), self.dst.clone(), Some(timeout))
-            .with_auth(self.auth.clone())
-            .with_resolver(self.resolver.clone())
-            .with_local_addr(self.source)
-            .with_local_resolution(self.args.resolves_target)
     }
 
     /// Establishes a tunnel or an association by `operation`, with the retries of [`Connector::retry`], and uses it by
@@ -119,7 +111,7 @@ impl Connector {
             tries += 1;
             let timeout = time_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
-            let client = self.client(timeout);
+            let client = Client::new(self.hops.clone(), self.dst.clone(), Some(timeout), self.options.clone());
             let error = match operation(&client).await {
                 Ok(value) => return RetryOutcome { client, tries, result: Ok(value) },
                 Err(error) => error,
@@ -234,7 +226,7 @@ fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> 
 }
 
 /// Returns the methods to offer to proxies, and the options of GSSAPI.
-fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
+fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<(Option<Vec<Method>>, Option<Initiator>), CliError> {
     let has_gssapi_options = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
     let requires_gssapi = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {
@@ -275,5 +267,5 @@ fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<ClientAuth, CliError> {
         uses_nec_exchange: args.gssapi_nec,
         ..default
     };
-    Ok(ClientAuth { methods, gssapi: offers_gssapi.then_some(gssapi) })
+    Ok((methods, offers_gssapi.then_some(gssapi)))
 }
