@@ -37,7 +37,7 @@ use smol::channel::Receiver;
 use crate::client::Endpoint;
 use crate::net::{RelayOptions, canonical, parse_literal};
 use crate::policy::Policy;
-use crate::proto::{Addr, Host};
+use crate::proto::Host;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
@@ -136,18 +136,16 @@ fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
 
 /// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
 fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
-    let is_this_server = |hop: &&Arc<Hop>| match hop.proxies.first().map(|proxy| &proxy.endpoint) {
-        Some(Endpoint::Tcp(Addr { host: Host::Ip(ip), port })) => {
-            policy.is_own_listener(canonical(*ip, *port), is_local)
-        }
-        Some(Endpoint::Tcp(Addr { host: Host::Name(name), port })) => {
-            let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
-            let ips = parse_literal(name.as_str()).map_or(loopback.to_vec(), |ip| vec![ip]);
-            let is_local_name =
-                parse_literal(name.as_str()).is_some() || name.as_str().eq_ignore_ascii_case("localhost");
-            is_local_name && ips.iter().any(|ip| policy.is_own_listener(canonical(*ip, *port), is_local))
-        }
-        Some(Endpoint::Unix(_)) | None => false,
+    let is_this_server = |hop: &&Arc<Hop>| {
+        let Some(Endpoint::Tcp(addr)) = hop.proxies.first().map(|proxy| &proxy.endpoint) else { return false };
+        let ips = match &addr.host {
+            Host::Ip(ip) => vec![*ip],
+            Host::Name(name) if name.as_str().eq_ignore_ascii_case("localhost") => {
+                vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+            }
+            Host::Name(name) => parse_literal(name.as_str()).into_iter().collect(),
+        };
+        ips.into_iter().any(|ip| policy.is_own_listener(canonical(ip, addr.port), is_local))
     };
     let hop = options.hops.iter().find(is_this_server)?;
     let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();

@@ -5,13 +5,12 @@
 use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use futures_lite::FutureExt as _;
 use smol::lock::SemaphoreGuard;
 
-use super::limiter::AdmitError;
+use super::limiter::warn;
 use super::listen::Listener;
 use super::session;
 use super::session_log::request_from;
@@ -48,11 +47,10 @@ struct AcceptLoop {
 
 impl AcceptLoop {
     async fn run(&self) {
-        let mut attempts = 0_usize;
-        loop {
+        for attempts in 1_usize.. {
             // A permit is acquired only for a waiting connection: an idle listener would keep it from the others.
             self.listener.ready(Interest::Read).await;
-            let permit = self.acquire_permit().await;
+            let permit = self.server.limiter.acquire_permit().await;
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {
                 Ok((conn, client)) => {
                     if let Some(session) = self.admit(client, permit) {
@@ -69,62 +67,25 @@ impl AcceptLoop {
                     sleep(ACCEPT_RETRY_DELAY).await;
                 }
             }
-            attempts += 1;
             if attempts.is_multiple_of(ACCEPTS_PER_TURN) {
                 yield_now().await;
             }
         }
     }
 
-    async fn acquire_permit(&self) -> SemaphoreGuard<'_> {
-        let limiter = &self.server.limiter;
-        match limiter.permits.try_acquire() {
-            Some(permit) => permit,
-            None => {
-                let limit = limiter.max_sessions;
-                warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
-                limiter.permits.acquire().await
-            }
-        }
-    }
-
     /// Returns the session of a new connection, or `None` if the connection has to be closed.
     fn admit(&self, client: Option<SocketAddr>, permit: SemaphoreGuard<'_>) -> Option<Session> {
-        let address = || client.map_or_else(|| "unix".to_owned(), |client| client.ip().to_string());
-        let quota = match self.server.limiter.admit_client(client) {
-            Ok(quota) => quota,
-            Err(AdmitError::Blocked) => {
-                log::debug!("client {}: refused: blocked after failed logins", address());
-                return None;
-            }
-            Err(AdmitError::AtLimit(limit)) => {
-                warn(|| {
-                    let address = address();
-                    format!("client {address}: refused: limit of {limit} connections reached (raise --max-per-client)")
-                });
-                return None;
-            }
-        };
+        let mut quota = None;
+        if !self.server.limiter.admit_client(client, &mut quota) {
+            return None;
+        }
         permit.forget();
         let session = Session::new(self.server.clone(), client, quota);
-        let denial = session.policy.authorize(&request_from(client)).err().map(|denial| denial.to_string());
-        match denial {
-            Some(denial) => {
-                session.log.set_error(denial);
-                None
-            }
-            None => Some(session),
+        if let Err(denial) = session.policy.authorize(&request_from(client)) {
+            session.log.set_error(denial);
+            return None;
         }
-    }
-}
-
-/// Logs at most one warning per second and drops the others.
-fn warn(text: impl FnOnce() -> String) {
-    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
-        *last = Some(Instant::now());
-        log::warn!("{}", text());
+        Some(session)
     }
 }
 

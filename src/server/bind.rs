@@ -8,15 +8,14 @@ use std::time::Instant;
 
 use futures_lite::FutureExt as _;
 
+use super::listen::listen_tcp;
 use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::{Server, Session};
 use crate::conn::Conn;
-use crate::net::{
-    ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, set_tcp_options, sleep, timeout_at, unspecified,
-};
+use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, Rep};
 
@@ -89,10 +88,9 @@ impl Session {
             client.wait_peer_closed().await;
             Err(SessionError::silent("client disconnected before the peer connected"))
         };
-        let denied = async { Err(self.denied_by_reload().await) };
         let timeout = self.server().options.bind_timeout;
         let timed_out = || SessionError::with_rep(Rep::TTL_EXPIRED, format!("peer did not connect within {timeout:?}"));
-        let result = timeout_at(Instant::now() + timeout, accept.or(disconnected).or(denied)).await;
+        let result = timeout_at(Instant::now() + timeout, accept.or(disconnected).or(self.denied_by_reload())).await;
         result.unwrap_or_else(|| Err(timed_out()))
     }
 
@@ -127,25 +125,23 @@ struct ExpectedPeer {
 impl ExpectedPeer {
     /// Resolves DST. Returns an error if the rules deny each of its addresses.
     async fn resolve(session: &Session, dst: &Addr) -> SessionResult<Self> {
-        let port = dst.port;
-        let mut ips = match &dst.host {
-            Host::Ip(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
-            Host::Name(name) => match parse_literal(name.as_str()) {
-                Some(ip) => return Ok(Self { ips: vec![ip.to_canonical()], port }),
-                None => {
-                    let deadline = Instant::now() + session.server().options.connect_timeout;
-                    session.server().resolve(dst, deadline).await?
-                }
-            },
+        let literal = match &dst.host {
+            Host::Ip(ip) => Some(*ip),
+            Host::Name(name) => parse_literal(name.as_str()),
         };
+        if let Some(ip) = literal {
+            return Ok(Self { ips: vec![ip.to_canonical()], port: dst.port });
+        }
+        let deadline = Instant::now() + session.server().options.connect_timeout;
+        let mut addrs = session.server().resolve(dst, deadline).await?;
         let mut last_denial = None;
-        ips.retain(|addr| {
+        addrs.retain(|addr| {
             let request = AccessRequest { target_ip: Some(addr.ip()), ..session.log.access_request() };
             session.authorize(&request).map_err(|denial| last_denial = Some(denial)).is_ok()
         });
         match last_denial {
-            Some(denial) if ips.is_empty() => Err(denial),
-            _ => Ok(Self { ips: ips.into_iter().map(|addr| addr.ip()).collect(), port }),
+            Some(denial) if addrs.is_empty() => Err(denial),
+            _ => Ok(Self { ips: addrs.into_iter().map(|addr| addr.ip()).collect(), port: dst.port }),
         }
     }
 
@@ -177,20 +173,7 @@ fn listen_for_peer(server: &Server, client: &Conn, expected: &ExpectedPeer) -> i
     } else if server.advertised_addr(local) != local {
         local.set_ip(unspecified(local.ip()));
     }
-    let bind = |local| bind_tcp(local, !expected.has_both_families());
-    Io::new(bind_in_range(server.options.bind_ports.as_ref(), local, bind)?)
-}
-
-fn bind_tcp(local: SocketAddr, is_v6_only: bool) -> io::Result<TcpListener> {
-    let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::STREAM, None)?;
-    if local.is_ipv6() {
-        socket.set_only_v6(is_v6_only)?;
-    }
-    socket.set_nonblocking(true)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&local.into())?;
-    set_tcp_options(&socket);
     // The backlog has room for other peers too, whose connections are accepted and closed.
-    socket.listen(16)?;
-    Ok(socket.into())
+    let bind = |local| listen_tcp(local, !expected.has_both_families(), 16);
+    Io::new(bind_in_range(server.options.bind_ports.as_ref(), local, bind)?)
 }

@@ -72,8 +72,7 @@ impl Session {
             sleep(HALF_CLOSED_GRACE).await;
             Err(SessionError::silent("client disconnected before the target was reached"))
         };
-        let denied = async { Err(self.denied_by_reload().await) };
-        work.or(disconnected).or(denied).await
+        work.or(disconnected).or(self.denied_by_reload()).await
     }
 
     /// Resolves `dst`, and authorizes each of its addresses. A name whose route is a hop is not resolved here.

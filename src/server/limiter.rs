@@ -6,18 +6,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use smol::lock::Semaphore;
+use smol::lock::{Semaphore, SemaphoreGuard};
 
 use super::login_throttle::{BLOCK_TIME, LoginThrottle};
 use super::options::Quotas;
 use crate::net::{RateLimit, TokenBucket};
 
 /// Applies the limits to all sessions of the server.
-#[derive(Debug)]
 pub(super) struct Limiter {
-    pub(super) max_sessions: usize,
+    max_sessions: usize,
     /// One permit per session that can still start.
-    pub(super) permits: Semaphore,
+    permits: Semaphore,
     quotas: Quotas,
     usage: Arc<Mutex<Usage>>,
     login_throttle: Mutex<LoginThrottle>,
@@ -25,23 +24,17 @@ pub(super) struct Limiter {
     has_failed_logins: AtomicBool,
 }
 
-/// What the sessions of one client address or one user share. Only keys with a session take up memory.
-type Usage = HashMap<QuotaKey, KeyUsage>;
+/// What the sessions of one client address or one user share: their number, and the token bucket. Only keys with a
+/// session take up memory.
+type Usage = HashMap<QuotaKey, (usize, Option<Arc<TokenBucket>>)>;
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 enum QuotaKey {
     Client(IpAddr),
     User(Box<[u8]>),
 }
 
-#[derive(Debug)]
-struct KeyUsage {
-    sessions: usize,
-    bucket: Option<Arc<TokenBucket>>,
-}
-
 /// Counts a session against one key until it is dropped.
-#[derive(Debug)]
 struct QuotaGuard {
     usage: Arc<Mutex<Usage>>,
     key: QuotaKey,
@@ -50,9 +43,9 @@ struct QuotaGuard {
 impl Drop for QuotaGuard {
     fn drop(&mut self) {
         let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(key_usage) = usage.get_mut(&self.key) {
-            key_usage.sessions -= 1;
-            if key_usage.sessions == 0 {
+        if let Some((sessions, _)) = usage.get_mut(&self.key) {
+            *sessions -= 1;
+            if *sessions == 0 {
                 usage.remove(&self.key);
             }
         }
@@ -60,19 +53,10 @@ impl Drop for QuotaGuard {
 }
 
 /// The counts and rate limits of one session. Dropping it decrements the counts.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct SessionQuota {
     guards: Vec<QuotaGuard>,
     pub(super) rate_limit: Option<RateLimit>,
-}
-
-/// A reason to close a connection right after accept.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum AdmitError {
-    /// Too many failed logins.
-    Blocked,
-    /// The client has reached its limit of this many sessions.
-    AtLimit(usize),
 }
 
 impl Limiter {
@@ -87,71 +71,90 @@ impl Limiter {
         }
     }
 
-    /// Counts a new connection. On a Unix socket `client` is `None`, and the limits per client do not apply.
-    /// Returns no quota if no limit is set.
-    pub(super) fn admit_client(&self, client: Option<SocketAddr>) -> Result<Option<Box<SessionQuota>>, AdmitError> {
-        if self.login_delay(client).is_none() {
-            return Err(AdmitError::Blocked);
+    /// Waits until another session can start. If it starts, the permit is forgotten, and released at its end.
+    pub(super) async fn acquire_permit(&self) -> SemaphoreGuard<'_> {
+        if let Some(permit) = self.permits.try_acquire() {
+            return permit;
         }
-        let mut quota = None;
-        if let (Some(limit), Some(client)) = (self.quotas.sessions_per_client, client) {
-            let key = QuotaKey::Client(client_key(client.ip()));
-            self.acquire(key, Some(limit), None, &mut quota).ok_or(AdmitError::AtLimit(limit))?;
+        let limit = self.max_sessions;
+        warn(|| format!("limit of {limit} connections reached: new ones wait (raise --max-connections)"));
+        self.permits.acquire().await
+    }
+
+    pub(super) fn release_permit(&self) {
+        self.permits.add_permits(1);
+    }
+
+    /// Counts a new connection. On a Unix socket `client` is `None`, and the limits per client do not apply. Returns
+    /// false if the client is blocked or has too many sessions. `quota` stays `None` if no limit is set.
+    pub(super) fn admit_client(&self, client: Option<SocketAddr>, quota: &mut Option<Box<SessionQuota>>) -> bool {
+        if let Some(client) = client.map(|client| client.ip()) {
+            if self.login_delay(Some(client)).is_none() {
+                log::debug!("client {client}: refused: blocked after failed logins");
+                return false;
+            }
+            if let Some(limit) = self.quotas.sessions_per_client
+                && !self.acquire(QuotaKey::Client(client_key(client)), Some(limit), None, quota)
+            {
+                warn(|| {
+                    format!("client {client}: refused: limit of {limit} connections reached (raise --max-per-client)")
+                });
+                return false;
+            }
         }
         if let Some(rate) = self.quotas.session_rate {
             let session = Arc::new(TokenBucket::new(rate, Instant::now()));
             quota.get_or_insert_default().rate_limit = Some(RateLimit { session, user: None });
         }
-        Ok(quota)
+        true
     }
 
     /// Counts the session against the limits of its user. Returns false if the user has too many sessions.
     pub(super) fn admit_user(&self, user: &[u8], quota: &mut Option<Box<SessionQuota>>) -> bool {
         let Quotas { sessions_per_user, user_rate, .. } = self.quotas;
         let is_limited = sessions_per_user.is_some() || user_rate.is_some();
-        !is_limited || self.acquire(QuotaKey::User(user.into()), sessions_per_user, user_rate, quota).is_some()
+        !is_limited || self.acquire(QuotaKey::User(user.into()), sessions_per_user, user_rate, quota)
     }
 
-    /// Counts one more session of `key` and adds its rate limit. Returns `None` if the key is at its limit.
+    /// Counts one more session of `key` and adds its rate limit. Returns false if the key is at its limit.
     fn acquire(
         &self,
         key: QuotaKey,
         limit: Option<usize>,
         rate: Option<u64>,
         quota: &mut Option<Box<SessionQuota>>,
-    ) -> Option<()> {
+    ) -> bool {
         let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
         let new_bucket = || rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
-        let key_usage = usage.entry(key.clone()).or_insert_with(|| KeyUsage { sessions: 0, bucket: new_bucket() });
+        let (sessions, bucket) = usage.entry(key.clone()).or_insert_with(|| (0, new_bucket()));
         // A limit is at least 1, so that no new entry stays at 0.
-        if limit.is_some_and(|limit| key_usage.sessions >= limit) {
-            return None;
+        if limit.is_some_and(|limit| *sessions >= limit) {
+            return false;
         }
-        key_usage.sessions += 1;
+        *sessions += 1;
         let quota = quota.get_or_insert_default();
         quota.guards.push(QuotaGuard { usage: self.usage.clone(), key });
-        if let Some(bucket) = &key_usage.bucket {
+        if let Some(bucket) = bucket.clone() {
             quota.rate_limit = Some(match quota.rate_limit.take() {
-                Some(rate_limit) => RateLimit { user: Some(bucket.clone()), ..rate_limit },
-                None => RateLimit { session: bucket.clone(), user: None },
+                Some(rate_limit) => RateLimit { user: Some(bucket), ..rate_limit },
+                None => RateLimit { session: bucket, user: None },
             });
         }
-        Some(())
+        true
     }
 
     /// Returns the delay of the next login answer to `client`; `None` if the client is blocked.
-    pub(super) fn login_delay(&self, client: Option<SocketAddr>) -> Option<Duration> {
+    pub(super) fn login_delay(&self, client: Option<IpAddr>) -> Option<Duration> {
         let Some(client) = client.filter(|_| self.has_failed_logins.load(Ordering::Relaxed)) else {
             return Some(Duration::ZERO);
         };
-        let (key, now) = (client_key(client.ip()), Instant::now());
+        let (key, now) = (client_key(client), Instant::now());
         let throttle = self.login_throttle();
         (!throttle.is_blocked(key, now)).then(|| throttle.delay(key, now))
     }
 
-    pub(super) fn record_failed_login(&self, client: Option<SocketAddr>) {
-        let Some(client) = client else { return };
-        let key = client_key(client.ip());
+    pub(super) fn record_failed_login(&self, client: Option<IpAddr>) {
+        let Some(key) = client.map(client_key) else { return };
         self.has_failed_logins.store(true, Ordering::Relaxed);
         if self.login_throttle().record_failure(key, Instant::now()) {
             let prefix_len = if key.is_ipv6() { "/64" } else { "" };
@@ -161,6 +164,16 @@ impl Limiter {
 
     fn login_throttle(&self) -> MutexGuard<'_, LoginThrottle> {
         self.login_throttle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Logs at most one warning per second and drops the others.
+pub(super) fn warn(text: impl FnOnce() -> String) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
+        *last = Some(Instant::now());
+        log::warn!("{}", text());
     }
 }
 
@@ -186,22 +199,22 @@ mod tests {
 
     #[test]
     fn session_without_limits_has_no_quota() {
-        let limiter = limiter(Quotas::default());
-        let mut quota = limiter.admit_client(client(1)).expect("admitted");
-        assert!(limiter.admit_user(b"alice", &mut quota) && quota.is_none());
+        let (limiter, mut quota) = (limiter(Quotas::default()), None);
+        assert!(limiter.admit_client(client(1), &mut quota) && limiter.admit_user(b"alice", &mut quota));
+        assert!(quota.is_none());
     }
 
     #[test]
     fn session_limits_hold_per_client_and_per_user() {
         let limiter = limiter(Quotas { sessions_per_client: Some(2), sessions_per_user: Some(1), ..Quotas::default() });
-        let mut first = limiter.admit_client(client(1)).expect("one");
-        let mut second = limiter.admit_client(client(1)).expect("two");
-        assert_eq!(limiter.admit_client(client(1)).expect_err("three"), AdmitError::AtLimit(2));
-        assert!(limiter.admit_client(client(2)).is_ok() && limiter.admit_client(None).is_ok());
+        let (mut first, mut second) = (None, None);
+        assert!(limiter.admit_client(client(1), &mut first) && limiter.admit_client(client(1), &mut second));
+        assert!(!limiter.admit_client(client(1), &mut None), "the third session of this client");
+        assert!(limiter.admit_client(client(2), &mut None) && limiter.admit_client(None, &mut None));
         assert!(limiter.admit_user(b"alice", &mut first) && !limiter.admit_user(b"alice", &mut second));
         assert!(limiter.admit_user(b"bob", &mut second));
         drop(first);
-        assert!(limiter.admit_client(client(1)).is_ok() && limiter.admit_user(b"alice", &mut None));
+        assert!(limiter.admit_client(client(1), &mut None) && limiter.admit_user(b"alice", &mut None));
         drop(second);
         assert!(limiter.usage.lock().expect("no panic").is_empty());
     }
@@ -209,24 +222,25 @@ mod tests {
     #[test]
     fn sessions_of_one_user_share_a_token_bucket_until_the_last_one_ends() {
         let limiter = limiter(Quotas { session_rate: Some(1000), user_rate: Some(1000), ..Quotas::default() });
-        let bucket = |quota: &Option<Box<SessionQuota>>| {
-            quota.as_ref().and_then(|quota| quota.rate_limit.clone()).expect("a rate limit").session
+        let bucket = || {
+            let mut quota = None;
+            assert!(limiter.admit_user(b"alice", &mut quota));
+            let rate_limit = quota.as_ref().and_then(|quota| quota.rate_limit.clone());
+            (quota, rate_limit.expect("a rate limit").session)
         };
-        let mut quotas = [None, None];
-        assert!(quotas.iter_mut().all(|quota| limiter.admit_user(b"alice", quota)));
-        let shared = quotas.each_ref().map(bucket);
-        assert!(Arc::ptr_eq(&shared[0], &shared[1]));
-        drop(quotas);
-        let mut later = None;
-        assert!(limiter.admit_user(b"alice", &mut later) && !Arc::ptr_eq(&bucket(&later), &shared[0]));
+        let ((first, first_bucket), (second, second_bucket)) = (bucket(), bucket());
+        assert!(Arc::ptr_eq(&first_bucket, &second_bucket));
+        drop((first, second));
+        assert!(!Arc::ptr_eq(&bucket().1, &first_bucket));
     }
 
     #[test]
     fn blocked_client_is_not_admitted_and_its_login_fails() {
         let limiter = limiter(Quotas::default());
-        (0..11).for_each(|_| limiter.record_failed_login(client(1)));
-        assert_eq!(limiter.admit_client(client(1)).expect_err("blocked"), AdmitError::Blocked);
-        assert_eq!((limiter.login_delay(client(1)), limiter.login_delay(client(2))), (None, Some(Duration::ZERO)));
+        let ip = |n| client(n).map(|client| client.ip());
+        (0..11).for_each(|_| limiter.record_failed_login(ip(1)));
+        assert!(!limiter.admit_client(client(1), &mut None));
+        assert_eq!((limiter.login_delay(ip(1)), limiter.login_delay(ip(2))), (None, Some(Duration::ZERO)));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -66,14 +66,18 @@ impl fmt::Display for ListenAddr {
 impl ListenAddr {
     /// Returns the TCP addresses before they are bound. A name that can't be resolved has none.
     pub fn addrs(&self) -> Vec<SocketAddr> {
-        let both_families =
-            |v4: Ipv4Addr, v6: Ipv6Addr, port| [IpAddr::V4(v4), v6.into()].map(|ip| SocketAddr::new(ip, port));
-        match self {
-            Self::Host(addr) => resolve(addr).unwrap_or_default(),
-            Self::Loopback(port) => both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port).into(),
-            Self::Wildcard(port) => both_families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port).into(),
+        self.resolve().unwrap_or_default()
+    }
+
+    fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+        let both_families = |v4: Ipv4Addr, v6: Ipv6Addr, port| vec![(v4, port).into(), (v6, port).into()];
+        Ok(match self {
+            Self::Host(Addr { host: Host::Ip(ip), port }) => vec![(*ip, *port).into()],
+            Self::Host(Addr { host: Host::Name(name), port }) => (name.as_str(), *port).to_socket_addrs()?.collect(),
+            Self::Loopback(port) => both_families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, *port),
+            Self::Wildcard(port) => both_families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, *port),
             Self::Unix(_) => Vec::new(),
-        }
+        })
     }
 
     /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound.
@@ -81,68 +85,59 @@ impl ListenAddr {
     /// # Errors
     /// Those of the resolver and of bind(2).
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
-        match self {
-            Self::Host(addr) => bind_all(resolve(addr)?),
-            Self::Loopback(port) => bind_both([Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()], *port),
-            Self::Wildcard(port) => bind_both([Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()], *port),
-            Self::Unix(path) => Ok(vec![bind_unix(path.clone())?]),
+        if let Self::Unix(path) = self {
+            return Ok(vec![bind_unix(path)?]);
+        }
+        let addrs = self.resolve()?;
+        let is_port_free = |error: &io::Error| {
+            error.kind() != io::ErrorKind::AddrInUse || addrs.first().is_none_or(|addr| addr.port() != 0)
+        };
+        for _ in 1..MAX_PORT_ATTEMPTS {
+            match bind_all(&addrs) {
+                Err(error) if !is_port_free(&error) => {}
+                result => return result,
+            }
+        }
+        bind_all(&addrs)
+    }
+}
+
+/// Binds each address. With port 0, all get the port that the kernel chooses for the first one.
+fn bind_all(addrs: &[SocketAddr]) -> io::Result<Vec<Listener>> {
+    let (mut listeners, mut unavailable) = (Vec::<Listener>::new(), io::ErrorKind::AddrNotAvailable.into());
+    for mut addr in addrs.iter().copied() {
+        if let (0, Some(first)) = (addr.port(), listeners.first().and_then(Listener::addr)) {
+            addr.set_port(first.port());
+        }
+        if listeners.iter().any(|listener| listener.addr() == Some(addr)) {
+            continue;
+        }
+        match listen_tcp(addr, true, LISTEN_BACKLOG) {
+            Ok(socket) => {
+                listeners.push(Listener { path: None, addr: Some(socket.local_addr()?), socket: socket.into() });
+            }
+            Err(error) if is_family_unavailable(&error) => unavailable = error,
+            Err(error) => return Err(error),
         }
     }
+    if listeners.is_empty() { Err(unavailable) } else { Ok(listeners) }
 }
 
-fn resolve(addr: &Addr) -> io::Result<Vec<SocketAddr>> {
-    match &addr.host {
-        Host::Ip(ip) => Ok(vec![SocketAddr::new(*ip, addr.port)]),
-        Host::Name(name) => (name.as_str(), addr.port).to_socket_addrs().map(Iterator::collect),
-    }
-}
-
-fn bind_all(addrs: Vec<SocketAddr>) -> io::Result<Vec<Listener>> {
-    let mut unique: Vec<SocketAddr> = Vec::new();
-    for addr in addrs {
-        if !unique.contains(&addr) {
-            unique.push(addr);
-        }
-    }
-    let (bound, failed): (Vec<_>, Vec<_>) = unique.into_iter().map(bind_tcp).partition(Result::is_ok);
-    let mut failed = failed.into_iter().filter_map(Result::err);
-    match failed.find(|error| bound.is_empty() || !is_family_unavailable(error)) {
-        Some(error) => Err(error),
-        None => bound.into_iter().map(|listener| listener.and_then(Listener::tcp)).collect(),
-    }
-}
-
-fn bind_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+/// Returns a non-blocking listening socket.
+///
+/// # Errors
+/// Those of socket(2) and bind(2).
+pub(super) fn listen_tcp(addr: SocketAddr, is_v6_only: bool, backlog: i32) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     if addr.is_ipv6() {
-        socket.set_only_v6(true)?;
+        socket.set_only_v6(is_v6_only)?;
     }
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
     set_tcp_options(&socket);
-    socket.listen(LISTEN_BACKLOG)?;
+    socket.listen(backlog)?;
     Ok(socket.into())
-}
-
-fn bind_both(ips: [IpAddr; 2], port: u16) -> io::Result<Vec<Listener>> {
-    let [first, second] = ips;
-    let mut attempts = if port == 0 { MAX_PORT_ATTEMPTS } else { 1 };
-    loop {
-        attempts -= 1;
-        let first = bind_tcp(SocketAddr::new(first, port));
-        // Port 0: the second family gets the port that the kernel chose for the first one.
-        let chosen =
-            first.as_ref().ok().and_then(|listener| listener.local_addr().ok()).map_or(port, |addr| addr.port());
-        match (first, bind_tcp(SocketAddr::new(second, chosen))) {
-            (Ok(first), Ok(second)) => return Ok(vec![Listener::tcp(first)?, Listener::tcp(second)?]),
-            (Ok(only), Err(error)) | (Err(error), Ok(only)) if is_family_unavailable(&error) => {
-                return Ok(vec![Listener::tcp(only)?]);
-            }
-            (Ok(_), Err(error)) if attempts > 0 && error.kind() == io::ErrorKind::AddrInUse => {}
-            (Err(error), _) | (_, Err(error)) => return Err(error),
-        }
-    }
 }
 
 fn is_family_unavailable(error: &io::Error) -> bool {
@@ -151,14 +146,14 @@ fn is_family_unavailable(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL))
 }
 
-fn bind_unix(path: PathBuf) -> io::Result<Listener> {
-    let is_socket = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    if is_socket && is_stale(&path)? {
-        std::fs::remove_file(&path)?;
+fn bind_unix(path: &Path) -> io::Result<Listener> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    if is_socket && is_stale(path)? {
+        std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(&path)?;
+    let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
-    Ok(Listener::Unix(SocketPathGuard(path), listener))
+    Ok(Listener { path: Some(SocketPathGuard(path.into())), addr: None, socket: listener.into() })
 }
 
 /// Returns whether a socket file is left over from a process that has ended: only then does connect(2) refuse.
@@ -170,16 +165,17 @@ fn is_stale(path: &Path) -> io::Result<bool> {
 }
 
 /// One listening socket.
-#[derive(Debug)]
-pub(super) enum Listener {
-    Tcp(TcpListener, SocketAddr),
-    /// The file is removed before the socket closes, because a new server may create its own file after that.
-    Unix(SocketPathGuard, UnixListener),
+pub(super) struct Listener {
+    /// Of a Unix socket. The file is removed before the socket closes, because a new server may create its own file
+    /// after that.
+    path: Option<SocketPathGuard>,
+    /// Of a TCP socket.
+    addr: Option<SocketAddr>,
+    socket: OwnedFd,
 }
 
 /// Removes the socket file on drop.
-#[derive(Debug)]
-pub(super) struct SocketPathGuard(PathBuf);
+struct SocketPathGuard(PathBuf);
 
 impl Drop for SocketPathGuard {
     fn drop(&mut self) {
@@ -189,42 +185,27 @@ impl Drop for SocketPathGuard {
 
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(_, addr) => addr.fmt(f),
-            Self::Unix(path, _) => write!(f, "unix:{}", path.0.display()),
-        }
+        self.addr.iter().try_for_each(|addr| addr.fmt(f))?;
+        self.path.iter().try_for_each(|path| write!(f, "unix:{}", path.0.display()))
     }
 }
 
 impl Listener {
-    fn tcp(listener: TcpListener) -> io::Result<Self> {
-        let addr = listener.local_addr()?;
-        Ok(Self::Tcp(listener, addr))
-    }
-
     pub(super) fn addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(_, addr) => Some(*addr),
-            Self::Unix(..) => None,
-        }
+        self.addr
     }
 
     /// Accepts a waiting connection. The address is `None` on a Unix socket.
     pub(super) fn accept(&self) -> io::Result<(DetachedConn, Option<SocketAddr>)> {
         let (socket, peer) = accept(self)?;
-        Ok(match self {
-            Self::Tcp(..) => (DetachedConn::Tcp(socket.into()), peer),
-            Self::Unix(..) => (DetachedConn::Unix(socket.into()), None),
-        })
+        let conn = if self.addr.is_some() { DetachedConn::Tcp } else { DetachedConn::Unix };
+        Ok((conn(socket.into()), peer))
     }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener, _) => listener.as_fd(),
-            Self::Unix(_, listener) => listener.as_fd(),
-        }
+        self.socket.as_fd()
     }
 }
 

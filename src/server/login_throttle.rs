@@ -19,10 +19,9 @@ pub(super) const BLOCK_TIME: Duration = Duration::from_secs(600);
 const MAX_CLIENTS: usize = 4096;
 
 /// The clients with recent failures, by address, IPv6 by /64.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct LoginThrottle(HashMap<IpAddr, FailedLogins>);
 
-#[derive(Debug)]
 struct FailedLogins {
     /// Times of the last failures, oldest first.
     recent: [Option<Instant>; FREE_FAILURES],

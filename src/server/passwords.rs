@@ -1,7 +1,6 @@
 //! Verifies passwords (RFC 1929). Hashing runs in a thread pool, at most one hash per core. Valid passwords are cached.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,12 +38,6 @@ impl Default for PasswordVerifier {
             mac_key: getrandom::fill(&mut key).is_ok().then_some(key),
             cache: Mutex::default(),
         }
-    }
-}
-
-impl fmt::Debug for PasswordVerifier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("PasswordVerifier(..)")
     }
 }
 

@@ -14,7 +14,6 @@ use crate::policy::{Policy, is_unicast};
 use crate::proto::Command;
 
 /// One generation of the policy, with the password cache that belongs to its users.
-#[derive(Debug)]
 pub(super) struct PolicySnapshot {
     pub(super) policy: Policy,
     pub(super) passwords: PasswordVerifier,
@@ -22,7 +21,6 @@ pub(super) struct PolicySnapshot {
 }
 
 /// Holds the current policy.
-#[derive(Debug)]
 pub(super) struct PolicyHandle {
     current: RwLock<Arc<PolicySnapshot>>,
     /// Copy of the current generation, which sessions read without taking the lock.

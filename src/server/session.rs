@@ -119,8 +119,8 @@ impl Session {
         // The password may have changed since the greeting.
         self.policy = self.server().policy.current();
         self.log.user = Some(credentials.uname.clone().into());
-        let limiter = &self.permit.server.limiter;
-        let is_valid = match (limiter.login_delay(self.log.client()), &self.policy.policy.users) {
+        let (limiter, client) = (&self.permit.server.limiter, self.log.client().map(|client| client.ip()));
+        let is_valid = match (limiter.login_delay(client), &self.policy.policy.users) {
             (Some(_), Some(users)) => timeout_at(deadline, self.policy.passwords.verify(users, credentials))
                 .await
                 .ok_or_else(|| self.timed_out())?,
@@ -129,10 +129,10 @@ impl Session {
         };
         // Parallel logins of this client may have failed during the hashing: a throttled client is refused even if
         // this password is valid.
-        let delay = limiter.login_delay(self.log.client());
+        let delay = limiter.login_delay(client);
         let is_valid = is_valid && delay.is_some();
         if !is_valid {
-            limiter.record_failed_login(self.log.client());
+            limiter.record_failed_login(client);
             self.log.set_error(LOGIN_REFUSED);
         }
         let delay = delay.unwrap_or(MAX_DELAY);

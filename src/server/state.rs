@@ -19,7 +19,6 @@ use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Host, Rep, Reply};
 
 /// State that all sessions share.
-#[derive(Debug)]
 pub(super) struct Server {
     pub(super) options: Options,
     pub(super) policy: PolicyHandle,
@@ -55,7 +54,6 @@ impl Server {
 }
 
 /// Counts a session against all limits until it is dropped, and gives it access to the server.
-#[derive(Debug)]
 pub(super) struct SessionPermit {
     pub(super) server: Arc<Server>,
     pub(super) quota: Option<Box<SessionQuota>>,
@@ -74,7 +72,7 @@ impl SessionPermit {
 
 impl Drop for SessionPermit {
     fn drop(&mut self) {
-        self.server.limiter.permits.add_permits(1);
+        self.server.limiter.release_permit();
     }
 }
 
@@ -105,12 +103,12 @@ impl Session {
         Ok(newer.as_ref().unwrap_or(&self.policy).authorize(request)?)
     }
 
-    /// Waits until a reloaded policy denies this session.
-    pub(super) async fn denied_by_reload(&self) -> SessionError {
+    /// Waits until a reloaded policy denies this session, and returns the error.
+    pub(super) async fn denied_by_reload<T>(&self) -> SessionResult<T> {
         // A copy, because `reply_success` has to recheck this generation again: then the address of the peer is known.
         let seen = self.log.policy_generation.clone();
         poll_fn(|_| match self.server().policy.recheck(&self.log, &seen, || None) {
-            Some(reason) => Poll::Ready(SessionError::not_allowed(reason)),
+            Some(reason) => Poll::Ready(Err(SessionError::not_allowed(reason))),
             None => Poll::Pending,
         })
         .await

@@ -14,7 +14,6 @@ use crate::net::{
 };
 
 /// The state of a session that is relayed.
-#[derive(Debug)]
 pub(super) struct Tunnel {
     client: Conn,
     target: Conn,

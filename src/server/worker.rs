@@ -46,14 +46,15 @@ pub(super) enum Report {
 }
 
 /// All workers. The accept loops and the sessions hold references to it; dropping it ends the threads.
-#[derive(Debug)]
 pub(super) struct WorkerPool {
     workers: Vec<WorkerHandle>,
-    shutdown: Shutdown,
+    /// Closes when the workers have to stop accepting.
+    accepting: Sender<Infallible>,
+    stop_accepting: Receiver<Infallible>,
+    reports: Sender<Report>,
 }
 
 /// The part of a worker that the other threads use.
-#[derive(Debug)]
 pub(super) struct WorkerHandle {
     /// Unbounded, but holds at most one job for each session and one for a new policy. Closes when the worker has to end.
     inbox: Sender<Job>,
@@ -72,18 +73,9 @@ pub(super) struct Worker {
     reports: Sender<Report>,
 }
 
-/// The signals between the workers and the main thread.
-#[derive(Debug)]
-struct Shutdown {
-    /// Closes when the workers have to stop accepting.
-    accepting: Sender<Infallible>,
-    stop_accepting: Receiver<Infallible>,
-    reports: Sender<Report>,
-}
-
-impl Drop for Shutdown {
+impl Drop for WorkerPool {
     fn drop(&mut self) {
-        let _ = self.reports.try_send(Report::AllEnded);
+        self.report(Report::AllEnded);
     }
 }
 
@@ -97,8 +89,7 @@ impl WorkerPool {
             (handle, Worker { index, inbox, socket_count, reports: reports.clone() })
         };
         let (handles, workers) = (0..usize::from(count)).map(new_worker).unzip();
-        let shutdown = Shutdown { accepting, stop_accepting, reports };
-        (Self { workers: handles, shutdown }, workers, received_reports)
+        (Self { workers: handles, accepting, stop_accepting, reports }, workers, received_reports)
     }
 
     /// Returns the worker of this thread.
@@ -139,17 +130,17 @@ impl WorkerPool {
     }
 
     pub(super) fn report(&self, report: Report) {
-        let _ = self.shutdown.reports.try_send(report);
+        let _ = self.reports.try_send(report);
     }
 
     /// Begins the shutdown: no more connections are accepted.
     pub(super) fn stop_accepting(&self) {
-        self.shutdown.accepting.close();
+        self.accepting.close();
     }
 
     /// Waits for the begin of the shutdown.
     pub(super) async fn wait_stop_accepting(&self) {
-        let _ = self.shutdown.stop_accepting.recv().await;
+        let _ = self.stop_accepting.recv().await;
     }
 
     /// Ends the workers and all sessions.
