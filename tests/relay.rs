@@ -153,6 +153,22 @@ proptest! {
     }
 }
 
+/// The connection is full, so that the reset discards bytes which dst could not send yet. The relay notices the reset by
+/// a write to dst, and the kernel reports it to that write only.
+#[test]
+fn reset_that_a_write_reports_is_not_relayed_as_end_of_stream() {
+    let mut harness = Harness::<SocketTunnel>::new(CAPACITY, NO_TIMEOUTS);
+    harness.send(Direction::Down, 1 << 24);
+    harness.tunnel.run_until_idle();
+    harness.send(Direction::Down, 1 << 24);
+    harness.send(Direction::Up, 100);
+    harness.reset(Direction::Down);
+    harness.drain();
+    let down = harness.state(Direction::Down);
+    assert!(down.received < down.sent, "the reset must discard bytes");
+    harness.finish();
+}
+
 fn relay_copies_and_counts_bytes_in_both_directions<T: Tunnel>() {
     let mut harness = Harness::<T>::new(CAPACITY, NO_TIMEOUTS);
     harness.transfer(Direction::Up, 100_000);

@@ -271,6 +271,7 @@ impl Tunnel<'_> {
             // `down` continues: dst may have sent bytes before, which the client has not received yet.
             Poll::Ready(Err(DirectionError::Write(error))) => {
                 self.up.is_done = true;
+                self.down.is_source_reset = error.kind() == io::ErrorKind::ConnectionReset;
                 self.undelivered = Some(error);
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}

@@ -43,6 +43,9 @@ pub(super) struct Direction {
     pub(super) has_read: bool,
     /// Set when the source has ended its stream.
     pub(super) has_source_ended: bool,
+    /// Set when a write to the source's socket has reported its reset. The kernel reports an error only once, and after
+    /// that a reset stream reads like one that has ended.
+    pub(super) is_source_reset: bool,
     /// Set when the sink has everything and its write side is closed.
     pub(super) has_delivered: bool,
     /// Set after that, or when an error has ended the direction.
@@ -115,6 +118,10 @@ impl Direction {
             budget = budget.saturating_sub(n);
             if self.has_pending() {
                 continue;
+            }
+            if self.has_source_ended && self.is_source_reset {
+                self.has_source_ended = false;
+                return Poll::Ready(Err(DirectionError::Read(io::ErrorKind::ConnectionReset.into())));
             }
             if self.has_source_ended {
                 let sink = Pin::new(sink);

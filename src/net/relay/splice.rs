@@ -27,8 +27,13 @@ pub(super) fn is_unsupported(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
 }
 
-fn has_data(socket: BorrowedFd<'_>) -> bool {
-    matches!(recv(socket, &mut [0; 1], RecvFlags::PEEK), Ok((_, 1..)))
+/// Returns an error of the socket: the kernel reports it only once.
+fn has_data(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    match recv(socket, &mut [0; 1], RecvFlags::PEEK) {
+        Ok((_, n)) => Ok(n > 0),
+        Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl Pipe {
@@ -65,7 +70,7 @@ impl Pipe {
         let splice = || splice(socket, None, &self.writer, None, self.capacity, flags);
         let n = match splice() {
             // The kernel does not splice urgent data: splice(2) fails with EAGAIN or returns 0.
-            Ok(0) | Err(Errno::AGAIN) if has_data(socket) => match splice() {
+            Ok(0) | Err(Errno::AGAIN) if has_data(socket)? => match splice() {
                 Ok(0) | Err(Errno::AGAIN) => return Err(Errno::INVAL.into()),
                 // The data arrived between the two calls.
                 result => result?,
