@@ -5,24 +5,23 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::sync::OnceLock;
 
-use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::UdpGroSegment;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt};
 use quinn_udp::{RecvMeta, UdpSocketState};
 
-use super::{GsoBatch, GsoLimit, MAX_MESSAGE_SIZE, MAX_MESSAGES, MAX_SEGMENTS, Message, RecvBatch};
+use super::batch::{GsoBatch, MAX_MESSAGE_SIZE, MAX_MESSAGES, MAX_SEGMENTS, Message, RecvBatch};
 
-/// Buffers for the metadata of the messages of one receive call.
-pub(super) struct RecvMetadata {
-    metas: Vec<RecvMeta>,
-    control: Vec<u8>,
-}
-
-impl Default for RecvMetadata {
-    fn default() -> Self {
-        Self { metas: vec![RecvMeta::default(); MAX_MESSAGES], control: cmsg_space!(i32) }
-    }
+/// Limit of GSO that the errors of the kernel have shown so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum GsoLimit {
+    #[default]
+    Unlimited,
+    /// To this peer, only segments shorter than this many bytes: longer ones exceed the MTU of the route. A later
+    /// increase of the MTU is not detected: single datagrams still arrive, only slower.
+    Below(Option<SocketAddr>, usize),
+    /// The device has no support, or the route goes through IPsec.
+    Unsupported,
 }
 
 /// Returns the features of the kernel that quinn-udp detects. Detection uses a separate socket, because it sets options
@@ -51,7 +50,7 @@ pub(super) fn receive(socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> 
     let mut buffers = batch.buffers.chunks_exact_mut(MAX_MESSAGE_SIZE);
     let mut slices: [_; MAX_MESSAGES] = std::array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
     let slices = slices.get_mut(..max.min(MAX_MESSAGES)).unwrap_or_default();
-    let metas = &mut batch.offload.metas;
+    let metas = &mut batch.metas;
     let count = quinn_state()?.recv(socket.into(), slices, metas)?;
     let message = |meta: &RecvMeta| Message { from: meta.addr, len: meta.len, segment_len: meta.stride };
     batch.messages.extend(metas.iter().take(count).map(message));
@@ -61,7 +60,7 @@ pub(super) fn receive(socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> 
 /// Receives one message, without waiting.
 pub(super) fn receive_one(socket: &UdpSocket, batch: &mut RecvBatch) -> io::Result<()> {
     let buffer = batch.buffers.get_mut(..MAX_MESSAGE_SIZE).unwrap_or_default();
-    let (slices, control) = (&mut [IoSliceMut::new(buffer)], Some(&mut *batch.offload.control));
+    let (slices, control) = (&mut [IoSliceMut::new(buffer)], Some(&mut *batch.control));
     let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), slices, control, MsgFlags::MSG_DONTWAIT)?;
     let mut segment_len = message.bytes;
     for control in message.cmsgs()? {
