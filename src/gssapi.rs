@@ -28,7 +28,7 @@ const KDC_PERMIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that a handshake waits for the library, which reads the ticket cache or waits for a KDC.
 const KDC_TIMEOUT: Duration = Duration::from_secs(10);
 
-type Result<T, E = GssapiError> = std::result::Result<T, E>;
+type GssapiResult<T> = Result<T, GssapiError>;
 
 /// Reason why no security context was established.
 #[derive(Debug)]
@@ -101,7 +101,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// No library is installed, or the keytab has no such key.
-    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> Result<Self> {
+    pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> GssapiResult<Self> {
         let credential = Arc::new(Credential::acceptor(service, keytab.as_deref())?);
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self { credential, levels, cpu_permits: Arc::new(Semaphore::new(cpus)) })
@@ -112,7 +112,7 @@ impl Acceptor {
     ///
     /// # Errors
     /// See [`GssapiError`].
-    pub async fn accept(&self, conn: &mut Conn) -> Result<AuthenticatedClient> {
+    pub async fn accept(&self, conn: &mut Conn) -> GssapiResult<AuthenticatedClient> {
         let token = match conn.read_message().await? {
             Frame::Authentication(token) if !token.is_empty() => token,
             other => return Err(failed(format!("expected an authentication token, received {other:?}"))),
@@ -145,7 +145,7 @@ async fn negotiate_level(
     conn: &mut Conn,
     mut context: GssContext,
     levels: &[ProtectionLevel],
-) -> Result<(ProtectionLevel, GssContext)> {
+) -> GssapiResult<(ProtectionLevel, GssContext)> {
     let Frame::Protection(mut token) = conn.read_message().await? else {
         return Err(failed("expected a request for a protection level"));
     };
@@ -218,7 +218,7 @@ impl Initiator {
     ///
     /// # Errors
     /// No library or no ticket is available.
-    pub async fn acquire_ticket(&self) -> Result<Arc<Credential>> {
+    pub async fn acquire_ticket(&self) -> GssapiResult<Arc<Credential>> {
         let ccache = self.ccache.clone();
         let acquired = unblock_within_kdc_timeout(move || {
             ffi::available().map_err(GssapiError::Unavailable)?;
@@ -232,7 +232,12 @@ impl Initiator {
     ///
     /// # Errors
     /// See [`GssapiError`].
-    pub async fn initiate(&self, conn: &mut Conn, ticket: Arc<Credential>, host: &str) -> Result<Option<Protection>> {
+    pub async fn initiate(
+        &self,
+        conn: &mut Conn,
+        ticket: Arc<Credential>,
+        host: &str,
+    ) -> GssapiResult<Option<Protection>> {
         let mut context = self.establish_context(conn, ticket, self.target_name(host)?).await?;
         if !context.has(GSS_C_MUTUAL_FLAG | GSS_C_INTEG_FLAG) {
             return Err(failed("the server did not authenticate itself"));
@@ -268,7 +273,12 @@ impl Initiator {
         }
     }
 
-    async fn establish_context(&self, conn: &mut Conn, ticket: Arc<Credential>, service: String) -> Result<GssContext> {
+    async fn establish_context(
+        &self,
+        conn: &mut Conn,
+        ticket: Arc<Credential>,
+        service: String,
+    ) -> GssapiResult<GssContext> {
         let encrypts = self.requested_level == ProtectionLevel::Confidentiality;
         let flags = GSS_C_SEQUENCE_FLAG | if encrypts { GSS_C_CONF_FLAG } else { 0 };
         let permit = self.kdc_permit().await?;
@@ -289,7 +299,7 @@ impl Initiator {
     }
 
     /// Returns the name of the proxy's service. `host` is the host name of the proxy.
-    fn target_name(&self, host: &str) -> Result<String> {
+    fn target_name(&self, host: &str) -> GssapiResult<String> {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
             true => Ok(self.service.clone()),
@@ -301,7 +311,7 @@ impl Initiator {
     }
 
     /// Waits until fewer than [`MAX_KDC_REQUESTS`] handshakes wait for a KDC.
-    async fn kdc_permit(&self) -> Result<SemaphoreGuardArc> {
+    async fn kdc_permit(&self) -> GssapiResult<SemaphoreGuardArc> {
         let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
         permit.ok_or_else(|| failed("too many logins are waiting for the KDC"))
     }
@@ -320,13 +330,13 @@ fn unexpected_frame(frame: &Frame) -> GssapiError {
 }
 
 /// Sends a message of the handshake, if LEN can express the length of its token.
-async fn send_frame(conn: &mut Conn, frame: Frame) -> Result<()> {
+async fn send_frame(conn: &mut Conn, frame: Frame) -> GssapiResult<()> {
     frame.check_len().map_err(|error| failed(error.to_string()))?;
     conn.write_message(&frame).await.map_err(|error| GssapiError::Refused(error.to_string()))
 }
 
 /// Unwraps the protection level, which is one byte.
-fn unwrap_level(context: &mut GssContext, token: &mut [u8]) -> Result<u8> {
+fn unwrap_level(context: &mut GssContext, token: &mut [u8]) -> GssapiResult<u8> {
     let unwrapped = context.unwrap(token)?;
     match unwrapped.data.as_slice() {
         [level] if unwrapped.order == TokenOrder::Next => Ok(*level),

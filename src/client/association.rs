@@ -70,7 +70,7 @@ struct DatagramError;
 
 /// The proxy with this name has closed the control connection, which ends its association.
 #[derive(Debug)]
-pub struct AssociationClosed(pub String);
+pub struct AssociationClosedError(pub String);
 
 impl Client {
     /// Opens an association with each hop, through the hops before it.
@@ -232,13 +232,13 @@ impl Association {
     }
 
     /// Waits until a proxy has closed its control connection.
-    pub async fn closed<'a>(&'a self) -> AssociationClosed {
+    pub async fn closed<'a>(&'a self) -> AssociationClosedError {
         let watch = |hop: &'a HopAssociation| (Box::pin(hop.control.wait_peer_closed()), hop);
         let mut watches: Vec<_> = self.hops.iter().map(watch).collect();
         let mut first_closed = pin!(poll_fn(move |cx| {
             for (watch, hop) in &mut watches {
                 if watch.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(AssociationClosed(hop.proxy.clone()));
+                    return Poll::Ready(AssociationClosedError(hop.proxy.clone()));
                 }
             }
             Poll::Pending

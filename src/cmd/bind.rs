@@ -13,7 +13,7 @@ use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
 use super::netcat::options::Args;
-use super::netcat::report::Report;
+use super::netcat::report::SessionReport;
 use super::netcat::tunnel;
 use crate::client::Client;
 use crate::conn::Conn;
@@ -83,7 +83,7 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
     });
     let output = output.transpose()?;
     let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
-    let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut Report| {
+    let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut SessionReport| {
         let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
         report.set_bnd(&bound);
         let peer = accept_peer(&connector, client, &mut tunnel, &bound, output).await;

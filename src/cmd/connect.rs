@@ -5,7 +5,7 @@ use super::netcat::child::Program;
 use super::netcat::connector::Connector;
 use super::netcat::forward;
 use super::netcat::options::Args;
-use super::netcat::report::Report;
+use super::netcat::report::SessionReport;
 use super::netcat::tunnel;
 use crate::client::Client;
 use crate::proto::Command;
@@ -33,7 +33,7 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
 }
 
 async fn connect(connector: &Connector, program: Option<&Program>) -> Result<(), CliError> {
-    let transfer = async |(tunnel, bnd), client: &Client, report: &mut Report| {
+    let transfer = async |(tunnel, bnd), client: &Client, report: &mut SessionReport| {
         report.set_bnd(&bnd);
         connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
         Box::pin(tunnel::run(connector, program, tunnel, &bnd, report)).await
@@ -43,7 +43,7 @@ async fn connect(connector: &Connector, program: Option<&Program>) -> Result<(),
 
 /// Performs the handshake up to the login, without a request.
 async fn probe(connector: &Connector) -> Result<(), CliError> {
-    let succeed = async |(), client: &Client, _: &mut Report| {
+    let succeed = async |(), client: &Client, _: &mut SessionReport| {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
         connector.print_verbose(&format!("handshake succeeded (method {method})"));
         Ok(())

@@ -37,7 +37,7 @@ const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 // SAFETY: an Oid points to constants.
 unsafe impl Sync for Oid {}
 
-type Result<T, E = String> = std::result::Result<T, E>;
+type LibraryResult<T> = Result<T, String>;
 /// Pointer to a credential, name or context of the library.
 type Handle = *mut c_void;
 
@@ -53,7 +53,7 @@ macro_rules! functions {
         }
 
         impl Api {
-            fn load(library: Library) -> Result<Self> {
+            fn load(library: Library) -> LibraryResult<Self> {
                 $(
                     // SAFETY: RFC 2744 declares the function with this type; a null pointer becomes `None`.
                     let $name = unsafe { library.get::<Option<_>>(concat!(stringify!($name), "\0")) };
@@ -94,8 +94,8 @@ functions! {
 }
 
 /// Returns the library. Opens it at the first call.
-fn api() -> Result<&'static Api> {
-    static API: OnceLock<Result<Api>> = OnceLock::new();
+fn api() -> LibraryResult<&'static Api> {
+    static API: OnceLock<LibraryResult<Api>> = OnceLock::new();
     let api = API.get_or_init(|| match std::env::var_os(LIBRARY_ENV_VAR) {
         Some(path) if Path::new(&path).is_absolute() => open_library(path),
         Some(path) => Err(format!("{LIBRARY_ENV_VAR} is not an absolute path: {}", path.display())),
@@ -108,7 +108,7 @@ fn api() -> Result<&'static Api> {
     api.as_ref().map_err(Clone::clone)
 }
 
-fn open_library(name: OsString) -> Result<Api> {
+fn open_library(name: OsString) -> LibraryResult<Api> {
     // SAFETY: the initializers of a GSSAPI library have no preconditions, and the library is never closed.
     let library = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     let name = name.display();
@@ -123,19 +123,22 @@ fn open_library(name: OsString) -> Result<Api> {
 ///
 /// # Errors
 /// The error of the loader, with the package to install.
-pub fn available() -> Result<()> {
+pub fn available() -> LibraryResult<()> {
     api().map(drop)
 }
 
 impl Api {
-    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> Result<()> {
+    fn call(&self, function: impl FnOnce(*mut u32) -> u32) -> LibraryResult<()> {
         let mut minor = 0;
         let major = function(&mut minor);
         self.check(major, minor)
     }
 
     /// Calls a function that allocates a buffer. Returns its major status and the bytes in the buffer.
-    fn call_with_output(&self, function: impl FnOnce(*mut u32, *mut GssBuffer<'_>) -> u32) -> Result<(u32, Vec<u8>)> {
+    fn call_with_output(
+        &self,
+        function: impl FnOnce(*mut u32, *mut GssBuffer<'_>) -> u32,
+    ) -> LibraryResult<(u32, Vec<u8>)> {
         let mut minor = 0;
         let (major, bytes) = self.copy_output(|buffer| function(&mut minor, buffer));
         self.check(major, minor).map(|()| (major, bytes))
@@ -158,7 +161,7 @@ impl Api {
     }
 
     /// Returns the library's message if the status is an error. Must run on the thread of the call.
-    fn check(&self, major: u32, minor: u32) -> Result<()> {
+    fn check(&self, major: u32, minor: u32) -> LibraryResult<()> {
         let error = major & ERROR_MASK;
         if error == 0 {
             return Ok(());
@@ -205,12 +208,12 @@ struct Object {
 unsafe impl Send for Object {}
 
 impl Object {
-    fn new(kind: Kind) -> Result<Self> {
+    fn new(kind: Kind) -> LibraryResult<Self> {
         Ok(Self { api: api()?, kind, handle: null_mut() })
     }
 
     /// Imports `service@host`, or a Kerberos principal, which contains a `/`.
-    fn import_name(text: &str) -> Result<Self> {
+    fn import_name(text: &str) -> LibraryResult<Self> {
         // The libraries cut off a name at a NUL byte, and accept an empty name.
         if text.is_empty() || text.contains('\0') {
             return Err("name is empty or contains a NUL byte".into());
@@ -259,7 +262,7 @@ impl Credential {
     ///
     /// # Errors
     /// No library or no such key is available. The library reports an unreadable keytab as an empty one.
-    pub fn acceptor(service: Option<&str>, keytab: Option<&Path>) -> Result<Self> {
+    pub fn acceptor(service: Option<&str>, keytab: Option<&Path>) -> LibraryResult<Self> {
         let name = service.map(Object::import_name).transpose()?;
         let store = keytab.map(|path| (c"keytab", path, "keytab path (set KRB5_KTNAME)"));
         Self::acquire(name.as_ref(), GSS_C_ACCEPT, store)
@@ -269,12 +272,12 @@ impl Credential {
     ///
     /// # Errors
     /// No library or no ticket is available. An expired ticket can be reported here or at its use.
-    pub fn initiator(ccache: Option<&Path>) -> Result<Self> {
+    pub fn initiator(ccache: Option<&Path>) -> LibraryResult<Self> {
         Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)")))
     }
 
     /// Acquires a credential. `store`: key and path for MIT's extension, and the name of the path for an error message.
-    fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> Result<Self> {
+    fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> LibraryResult<Self> {
         let mut credential = Object::new(Kind::Credential)?;
         let Object { api, handle, .. } = &mut credential;
         let name = name.map_or(null_mut(), |name| name.handle);
@@ -308,7 +311,7 @@ impl Credential {
     ///
     /// # Errors
     /// The library rejects the token, or requires another one.
-    pub fn accept(&self, token: &[u8]) -> Result<AcceptedContext> {
+    pub fn accept(&self, token: &[u8]) -> LibraryResult<AcceptedContext> {
         let (mut object, mut initiator) = (Object::new(Kind::Context)?, Object::new(Kind::Name)?);
         let (api, context, name, keys) = (object.api, &mut object.handle, &mut initiator.handle, self.0.handle);
         let (mut flags, token) = (0, GssBuffer::borrowed(token));
@@ -350,7 +353,7 @@ pub struct PendingContext {
 impl PendingContext {
     /// Creates a context with `service` (`service@host` or a principal), and its token for the acceptor. Requests mutual
     /// authentication, integrity, replay detection and `flags`. Never delegates the credential.
-    pub fn new(credential: Arc<Credential>, service: &str, flags: u32) -> Result<(Self, Vec<u8>)> {
+    pub fn new(credential: Arc<Credential>, service: &str, flags: u32) -> LibraryResult<(Self, Vec<u8>)> {
         let requested = flags | GSS_C_MUTUAL_FLAG | GSS_C_REPLAY_FLAG | GSS_C_INTEG_FLAG;
         let context = GssContext { object: Object::new(Kind::Context)?, flags: 0 };
         let mut pending = Self { context, credential, target: Object::import_name(service)?, requested };
@@ -362,7 +365,7 @@ impl PendingContext {
     ///
     /// # Errors
     /// The library rejects the token, or requires another one.
-    pub fn complete(mut self, token: &[u8]) -> Result<GssContext> {
+    pub fn complete(mut self, token: &[u8]) -> LibraryResult<GssContext> {
         if !is_acceptor_token(token) {
             return Err("not the answer of a Kerberos acceptor".into());
         }
@@ -372,7 +375,7 @@ impl PendingContext {
     }
 
     /// Returns the major status and the token for the acceptor.
-    fn init(&mut self, token: Option<&[u8]>) -> Result<(u32, Vec<u8>)> {
+    fn init(&mut self, token: Option<&[u8]>) -> LibraryResult<(u32, Vec<u8>)> {
         let GssContext { object: Object { api, handle: context, .. }, flags } = &mut self.context;
         let (ticket, target, requested) = (self.credential.0.handle, self.target.handle, self.requested);
         let token = token.map(GssBuffer::borrowed);
@@ -386,7 +389,7 @@ impl PendingContext {
 }
 
 /// Kerberos establishes a context with one token from each side.
-fn check_complete(major: u32) -> Result<()> {
+fn check_complete(major: u32) -> LibraryResult<()> {
     if major & GSS_S_CONTINUE_NEEDED == 0 { Ok(()) } else { Err("more than one token is required".into()) }
 }
 
@@ -405,7 +408,7 @@ impl GssContext {
 }
 
 impl SecurityContext for GssContext {
-    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>> {
+    fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> LibraryResult<Vec<u8>> {
         let Object { api, handle, .. } = self.object;
         let (mut is_encrypted, data) = (0, GssBuffer::borrowed(data));
         // SAFETY: the context is established; the other pointers are to locals.
@@ -419,7 +422,7 @@ impl SecurityContext for GssContext {
     }
 
     /// Heimdal's library rejects messages out of order. MIT's returns them with their order, unless they are empty.
-    fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped> {
+    fn unwrap(&mut self, token: &mut [u8]) -> LibraryResult<Unwrapped> {
         if token.is_empty() {
             return Err("empty token".into());
         }

@@ -185,7 +185,7 @@ where
 {
     let mut streams = AbortGuard { client: Some(client), dst: Some(dst) };
     let must_copy = options.rate_limit.is_some();
-    let mut tunnel = Tunnel {
+    let mut relay = RelayState {
         up: Direction::new(must_copy, options.keeps_dst_open),
         down: Direction::new(must_copy, false),
         counts,
@@ -200,7 +200,7 @@ where
         if !may_continue(client, dst) {
             return Poll::Ready(Err(RelayError::Stopped));
         }
-        let result = ready!(tunnel.poll(cx, *client, *dst));
+        let result = ready!(relay.poll(cx, *client, *dst));
         if matches!(result, Ok(_) | Err(RelayError::Undelivered(_))) {
             streams.client = None;
         }
@@ -228,7 +228,7 @@ impl<C: Stream, D: Stream> Drop for AbortGuard<'_, C, D> {
     }
 }
 
-struct Tunnel<'a> {
+struct RelayState<'a> {
     up: Direction,
     down: Direction,
     counts: &'a ByteCounts,
@@ -239,7 +239,7 @@ struct Tunnel<'a> {
     timer: IdleTimer,
 }
 
-impl Tunnel<'_> {
+impl RelayState<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
         let before = self.progress();
         let pumped = self.pump(cx, client, dst);

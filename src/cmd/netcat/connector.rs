@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::options::Args;
-use super::report::Report;
+use super::report::SessionReport;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
@@ -55,7 +55,7 @@ impl Connector {
         // --quiet, -z and --json apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
-            _ => connector.finish(Report::default(), Err(error)),
+            _ => connector.finish(SessionReport::default(), Err(error)),
         })?;
         Ok(connector)
     }
@@ -84,7 +84,7 @@ impl Connector {
     pub(in crate::cmd) async fn run_reported<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
-        transfer: impl AsyncFnOnce(T, &Client, &mut Report) -> Result<(), CliError>,
+        transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         let RetryOutcome { client, tries, result } = self.retry(operation).await;
         let mut report = self.report(&client, tries);
@@ -186,12 +186,12 @@ impl Connector {
     }
 
     /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn report(&self, client: &Client, tries: u32) -> Report {
-        Report::new(client, self.hops.iter().map(ToString::to_string).collect(), self.dst(), tries)
+    pub(in crate::cmd) fn report(&self, client: &Client, tries: u32) -> SessionReport {
+        SessionReport::new(client, self.hops.iter().map(ToString::to_string).collect(), self.dst(), tries)
     }
 
     /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.
-    pub(in crate::cmd) fn finish(&self, report: Report, result: Result<(), CliError>) -> Result<(), CliError> {
+    pub(in crate::cmd) fn finish(&self, report: SessionReport, result: Result<(), CliError>) -> Result<(), CliError> {
         if !self.args.json {
             return self.filter_error(result);
         }

@@ -9,7 +9,7 @@ use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 
 use super::connector::{Connector, RetryOutcome};
-use super::report::Report;
+use super::report::SessionReport;
 use super::tunnel::relay_result;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
@@ -100,7 +100,7 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
     let Some(RetryOutcome { client, tries, result }) = async { Some(request.await) }.or(disconnected).await else {
         let reason = "the local client disconnected before the tunnel was established";
         let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
-        return connector.finish(Report::default(), Err(error));
+        return connector.finish(SessionReport::default(), Err(error));
     };
     let mut report = connector.report(&client, tries);
     let (mut tunnel, bnd) = match result {

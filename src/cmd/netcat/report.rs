@@ -12,7 +12,7 @@ use crate::proto::Addr;
 
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
-pub(in crate::cmd) struct Report {
+pub(in crate::cmd) struct SessionReport {
     /// All proxies, nearest first.
     hops: Vec<String>,
     target: Option<String>,
@@ -36,7 +36,7 @@ pub(in crate::cmd) struct Report {
     ended_first: Option<Side>,
 }
 
-impl Report {
+impl SessionReport {
     /// Returns the report of a client's handshake.
     pub(in crate::cmd) fn new(client: &Client, hops: Vec<String>, target: Option<&Addr>, tries: u32) -> Self {
         Self {

@@ -17,7 +17,7 @@ use super::child::{self, Program};
 use super::connector::Connector;
 use super::options::Args;
 use super::progress;
-use super::report::Report;
+use super::report::SessionReport;
 use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::Conn;
@@ -71,7 +71,7 @@ pub(in crate::cmd) async fn run(
     program: Option<&Program>,
     tunnel: Conn,
     bnd: &Addr,
-    report: &mut Report,
+    report: &mut SessionReport,
 ) -> Result<(), CliError> {
     let args = &connector.args;
     let failure = |reason: &str, error| connector.transfer_error(ExitStatus::FAILURE, &format!("{reason}: {error}"));
@@ -102,7 +102,7 @@ async fn relay_local(
     mut stdio: StdioStream,
     mut program_exit: Option<Pin<Box<dyn Future<Output = io::Result<ExitStatus>>>>>,
     mut tunnel: Conn,
-    report: &mut Report,
+    report: &mut SessionReport,
 ) -> Result<(), CliError> {
     let args = &connector.args;
     let stats = Arc::new(RelayStats::default());

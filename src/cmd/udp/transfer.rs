@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use crate::client::{Association, AssociationClosed, Client};
+use crate::client::{Association, AssociationClosedError, Client};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
-use crate::cmd::netcat::report::Report;
+use crate::cmd::netcat::report::SessionReport;
 use crate::net::{ByteCounts, sleep_until, yield_now};
 use crate::proto::Addr;
 
@@ -38,7 +38,7 @@ pub(super) async fn run(
         let dst = client.target().await?;
         Ok((client.associate().await?, dst))
     };
-    let run_transfer = async |(association, dst): (Association, Addr), _: &Client, report: &mut Report| {
+    let run_transfer = async |(association, dst): (Association, Addr), _: &Client, report: &mut SessionReport| {
         if let Some(relay) = association.relay() {
             report.set_bnd(relay);
             let peer = peer.map(|peer| format!(" for {peer}")).unwrap_or_default();
@@ -112,7 +112,7 @@ impl Transfer<'_> {
 
     /// Waits until a proxy ends the association. Always returns an error.
     async fn closed(&self) -> Result<(), CliError> {
-        let AssociationClosed(proxy) = self.association.closed().await;
+        let AssociationClosedError(proxy) = self.association.closed().await;
         let target = self.connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
         let message = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
         Err(CliError::new(ExitStatus::RECEIVE_ERROR, message))

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::super::reply::{SessionError, SessionResult};
 use super::super::state::Server;
-use crate::client::{Association, AssociationClosed};
+use crate::client::{Association, AssociationClosedError};
 use crate::proto::{Addr, Host};
 
 pub(super) struct Upstream {
@@ -18,7 +18,7 @@ pub(super) struct Upstream {
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
     association: Rc<Association>,
-    closed: Pin<Box<dyn Future<Output = AssociationClosed>>>,
+    closed: Pin<Box<dyn Future<Output = AssociationClosedError>>>,
 }
 
 impl Upstream {
@@ -36,7 +36,7 @@ impl Upstream {
     }
 
     /// Ready when the hop has closed the control connection.
-    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<AssociationClosed> {
+    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<AssociationClosedError> {
         self.closed.as_mut().poll(cx)
     }
 
