@@ -33,8 +33,8 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 pub struct Args {
     /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
     /// addresses), *:PORT (all addresses) or unix:/PATH. With port 0 the kernel chooses the port, and s5 logs it. A
-    /// Unix socket that no process uses is replaced. Addresses other than loopback require --users, --keytab, an allow
-    /// rule with from=, or --allow-open-relay.
+    /// Unix socket that no process uses is replaced; one in use is an error. Its file has the permissions of the umask.
+    /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
@@ -93,8 +93,8 @@ pub struct Args {
     #[argh(option, arg_name = "FILE")]
     rules: Option<PathBuf>,
 
-    /// add a rule before the file's (repeatable). RULE is a line of a rules file, such as 'allow to=192.0.2.0/24'. Rules
-    /// of --rule, --allow and --deny are evaluated in the order of the command line.
+    /// add a rule before the file's (repeatable). RULE is a line of a rules file, such as 'allow to=192.0.2.0/24'.
+    /// Rules of --rule, --allow and --deny are evaluated in the order of the command line.
     #[argh(option, arg_name = "RULE", from_str_fn(parse_rule))]
     rule: Vec<RuleOption>,
 
@@ -111,7 +111,8 @@ pub struct Args {
     show_rules: bool,
 
     /// show which rule decides REQUEST, then exit. REQUEST has the form 'from=IP user=NAME command=connect
-    /// to=HOST:PORT'; only to= is required. The exit status is 0 for allow and 1 for deny. No server is started.
+    /// to=HOST:PORT'; only to= is required. The keys method=, protection= and port= are also possible. The exit status
+    /// is 0 for allow and 1 for deny. No server is started.
     #[argh(option, arg_name = "REQUEST")]
     explain: Option<String>,
 
@@ -128,7 +129,8 @@ pub struct Args {
     #[argh(option, arg_name = "URL")]
     via: Option<String>,
 
-    /// proxy that rules select by via=NAME (repeatable)
+    /// proxy that rules select by via=NAME (repeatable). NAME has letters, digits, -, _ and ., and is not "direct". URL
+    /// may be a chain.
     #[argh(option, arg_name = "NAME=URL")]
     hop: Vec<String>,
 

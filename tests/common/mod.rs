@@ -312,7 +312,17 @@ pub fn is_installed(program: &str) -> bool {
 
 /// Fails if S5_TEST_STRICT=1, and otherwise records that the calling test is skipped; tests/zz_skipped.rs reports it.
 pub fn skip(why: &str) {
-    assert!(std::env::var_os("S5_TEST_STRICT").is_none_or(|strict| strict != "1"), "{why}");
+    assert!(!is_strict(), "{why}");
+    record_skip(why);
+}
+
+/// Returns true if each test must run, because `make test` has installed the programs.
+pub fn is_strict() -> bool {
+    std::env::var_os("S5_TEST_STRICT").is_some_and(|strict| strict == "1")
+}
+
+/// Records that the calling test is skipped, also if S5_TEST_STRICT=1: for what `make test` cannot provide.
+pub fn record_skip(why: &str) {
     let test = thread::current().name().unwrap_or_default().to_owned();
     let crate_name = std::env::current_exe().ok().and_then(|path| Some(path.file_stem()?.to_str()?.to_owned()));
     let line = format!("{}::{test}: {why}\n", crate_name.unwrap_or_default());

@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::common::{TIMEOUT, closed_port, echo_server, temp_dir, udp_echo_server, wait_until, write_file};
+use crate::common::{
+    TIMEOUT, closed_port, echo_server, record_skip, temp_dir, udp_echo_server, wait_until, write_file,
+};
 use crate::kit::V4;
 use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
@@ -42,7 +44,7 @@ fn set_up() -> Option<(PathBuf, Realm)> {
     match std::env::var_os("S5_TEST_DANTE") {
         Some(dante) => Some((dante.into(), realm()?)),
         None => {
-            eprintln!("skipped: S5_TEST_DANTE names no build of Dante with GSSAPI");
+            record_skip("S5_TEST_DANTE names no build of Dante with GSSAPI");
             None
         }
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, temp_dir};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, record_skip, run, s5, temp_dir};
 use crate::kit::realm::Realm;
 use crate::page::assert_explains;
 use crate::{
@@ -85,7 +85,7 @@ fn with_library<'a>(command: &'a mut Command, library: &Path) -> &'a mut Command
 fn heimdal_and_mit_interoperate() {
     let Some(realm) = realm() else { return };
     let Some(heimdal) = find_library("libgssapi.so.3") else {
-        eprintln!("skipped: Heimdal's library is not installed");
+        record_skip("Heimdal's library is not installed");
         return;
     };
     let (echo, data) = (echo_server().to_string(), bytes(300_000));

@@ -134,7 +134,8 @@ pub struct Args {
     pub(in crate::cmd) timeout: Option<Duration>,
 
     /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
-    /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, or REP 2, 7 and 8.
+    /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, an unavailable local address,
+    /// or REP 2, 7 and 8. It retries if the proxy only closes the connection.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(in crate::cmd) retry: Option<Duration>,
 
@@ -218,7 +219,8 @@ pub struct Args {
     pub(in crate::cmd) max_peers: usize,
 
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
-    /// atomically. It closes a descriptor after the write.
+    /// atomically. FILE may be a named pipe, whose reader must open it within 60s. s5 closes a descriptor after the
+    /// write.
     #[argh(option, arg_name = "FILE")]
     pub(in crate::cmd) address_file: Option<String>,
 
