@@ -12,6 +12,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::task::{Context, Poll};
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sendmsg_addr};
+use socket2::{Domain, Socket, Type};
 
 use super::reactor::{Interest, wake_later};
 use super::socket::Io;
@@ -19,6 +20,8 @@ pub(crate) use batch::{GsoBatch, RecvBatch};
 use batch::{MAX_MESSAGE_SIZE, MAX_MESSAGES, Message};
 use offload::GsoLimit;
 
+/// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
+const SOCKET_BUFFER_SIZE: usize = 1 << 20;
 /// Longest payload in bytes that is copied after its header. Longer ones are gathered by the kernel.
 const MAX_COPIED_PAYLOAD: usize = 2048;
 
@@ -37,7 +40,7 @@ impl BatchSocket {
     ///
     /// # Errors
     /// Those of epoll_ctl(2), and of socket(2) on the first call.
-    pub(crate) fn new(socket: UdpSocket) -> io::Result<Self> {
+    fn new(socket: UdpSocket) -> io::Result<Self> {
         let gso_limit = if offload::can_segment()? { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
         Ok(Self {
             io: Io::read_only(socket)?,
@@ -45,6 +48,22 @@ impl BatchSocket {
             single_streak: Cell::default(),
             is_gro_enabled: Cell::default(),
         })
+    }
+
+    /// Binds a socket with large buffers. An IPv6 socket has no IPv4 traffic.
+    ///
+    /// # Errors
+    /// Those of bind(2) and [`BatchSocket::new`].
+    pub(crate) fn bind(local: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
+        if local.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.bind(&local.into())?;
+        let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
+        let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
+        socket.set_nonblocking(true)?;
+        Self::new(socket.into())
     }
 
     pub(crate) fn get_ref(&self) -> &UdpSocket {

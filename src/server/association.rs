@@ -4,39 +4,37 @@
 //! kernel drops datagrams from other senders. Datagrams that can't be relayed are dropped silently. Neither a datagram
 //! nor an ICMP message can end an association.
 
+mod client_socket;
+mod egress;
 mod name_cache;
+mod routes;
 mod sent_to;
 mod upstream;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use futures_lite::AsyncReadExt as _;
 
-use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Filtering;
 use super::reply::{SessionError, SessionResult};
-use super::session_log::{with_addr, with_target};
-use super::state::{Server, Session};
-use crate::conn::{Conn, Protection};
-use crate::net::{BatchSocket, GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, unspecified, wake_later};
-use crate::policy::rules::{AccessRequest, Route};
-use crate::proto::{Addr, Datagram, Host, HostName, MAX_UDP4_PAYLOAD};
-use crate::reassembly::{Reassembler, fragment};
+use super::state::Session;
+use crate::conn::Conn;
+use crate::net::{GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, wake_later};
+use crate::proto::{Addr, Datagram, Host, HostName};
+use crate::reassembly::Reassembler;
+use client_socket::ClientSocket;
+use egress::Egress;
 use name_cache::NameCache;
-use sent_to::SentTo;
-use upstream::Upstream;
+use routes::{Path, is_allowed, possible_hops, route, route_addr};
 
 /// Datagrams relayed from one socket before the next one gets its turn. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
-/// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
-const SOCKET_BUFFER_SIZE: usize = 1 << 20;
 /// Bytes on the control connection that are read and ignored. More end the association.
 const MAX_CONTROL_BYTES: usize = 64 * 1024;
 
@@ -53,29 +51,16 @@ struct Scratch {
 }
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
-    // Opens all hops that the rules may select: if one is down, the client receives an error instead of losing
-    // datagrams later.
-    let mut upstreams = Vec::new();
-    for route in session.policy.policy.rules.possible_routes(&session.log.access_request()) {
-        if let Route::Hop(index) = route {
-            session.log.via = Some(session.server().hop(index)?);
-            upstreams.push(Upstream::open(session.server(), index).await?);
-        }
-    }
-    let client = client_addr(session.log.client(), dst);
-    let client_socket = bind_client_socket(session.server(), control, client).map_err(SessionError::general_failure)?;
-    let local = client_socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
+    let egress = Egress::open(session).await?;
+    let client = ClientSocket::bind(session, control, dst.port).map_err(SessionError::general_failure)?;
+    let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.server().advertised_addr(local);
     session.reply_success(control, bnd.into(), || None).await?;
     let association = Association {
         rate_limit: session.permit.rate_limit().cloned(),
         session,
-        protection: control.protection().cloned(),
-        client_socket,
         client,
-        egress: [None, None],
-        upstreams,
-        sent_to: SentTo::default(),
+        egress,
         name_cache: NameCache::default(),
         reassembler: Reassembler::default(),
         last_activity: Instant::now(),
@@ -86,46 +71,11 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     Ok(())
 }
 
-/// Returns the address that may use the association: the IP address of the control connection (DST.ADDR is ignored),
-/// and DST.PORT. Port 0 stands for the port of the first datagram. A client on a Unix socket sends from loopback.
-fn client_addr(client: Option<SocketAddr>, dst: &Addr) -> SocketAddr {
-    let mut client = client.unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
-    client.set_port(dst.port);
-    client
-}
-
-fn bind_client_socket(server: &Server, control: &Conn, client: SocketAddr) -> io::Result<BatchSocket> {
-    let local = reachable_addr(control.local_addr(), unspecified(client.ip()))?;
-    let socket = bind_in_range(server.options.udp_ports.as_ref(), local, bind_udp)?;
-    // Connecting to port 0 filters by address only.
-    socket.get_ref().connect(client)?;
-    Ok(socket)
-}
-
-fn bind_udp(local: SocketAddr) -> io::Result<BatchSocket> {
-    let socket = socket2::Socket::new(socket2::Domain::for_address(local), socket2::Type::DGRAM, None)?;
-    if local.is_ipv6() {
-        socket.set_only_v6(true)?;
-    }
-    socket.bind(&local.into())?;
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
-    socket.set_nonblocking(true)?;
-    BatchSocket::new(socket.into())
-}
-
 struct Association<'a> {
     session: &'a mut Session,
     rate_limit: Option<RateLimit>,
-    /// Of the control connection, used for datagrams too (RFC 1961 section 5).
-    protection: Option<Protection>,
-    client_socket: BatchSocket,
-    /// Port 0 until the first datagram.
-    client: SocketAddr,
-    /// The sockets for targets, IPv4 and IPv6, created when first used.
-    egress: [Option<BatchSocket>; 2],
-    upstreams: Vec<Upstream>,
-    sent_to: SentTo,
+    client: ClientSocket,
+    egress: Egress,
     name_cache: NameCache,
     reassembler: Reassembler,
     last_activity: Instant,
@@ -140,7 +90,7 @@ impl Association<'_> {
             if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
                 return Poll::Ready(reason.map(Into::into));
             }
-            if let Some(reason) = self.recheck_policy().or_else(|| self.poll_upstream_closed(cx)) {
+            if let Some(reason) = self.recheck_policy().or_else(|| self.egress.poll_closed(cx)) {
                 return Poll::Ready(Some(reason));
             }
             let mut now = Instant::now();
@@ -172,34 +122,22 @@ impl Association<'_> {
             return denial;
         }
         *policy = permit.server.policy.current();
-        let is_available = |route: &Route| match route {
-            Route::Direct => true,
-            Route::Hop(hop) => self.upstreams.iter().any(|upstream| upstream.hop_index == *hop),
-        };
-        let has_all_upstreams = policy.policy.rules.possible_routes(&log.access_request()).iter().all(is_available);
-        (!has_all_upstreams).then(|| "the reloaded rules use a hop that this association has not opened".into())
-    }
-
-    fn poll_upstream_closed(&mut self, cx: &mut Context<'_>) -> Option<String> {
-        let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_closed(cx) {
-            Poll::Ready(closed) => Some(closed.0),
-            Poll::Pending => None,
-        });
-        closed.map(|proxy| format!("proxy {proxy} closed its association"))
+        let has_all_hops = possible_hops(self.session).all(|hop| self.egress.has_hop(hop));
+        (!has_all_hops).then(|| "the reloaded rules use a hop that this association has not opened".into())
     }
 
     /// Relays received datagrams in both directions. Returns true if there may be more.
     fn relay_ready(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
         let Scratch { received, header } = scratch;
         let mut budget = MAX_DATAGRAMS_PER_TURN;
-        while budget > 0 && self.client_socket.poll_receive(cx, received, budget) {
+        while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
             budget = budget.saturating_sub(received.count());
             self.relay_from_client(now, received);
         }
         let mut has_more = budget == 0;
-        for family in 0..self.egress.len() {
+        for family in 0..self.egress.sockets.len() {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
-            while let (Some(Some(socket)), 1..) = (self.egress.get(family), budget) {
+            while let (Some(Some(socket)), 1..) = (self.egress.sockets.get(family), budget) {
                 if !socket.poll_receive(cx, received, budget) {
                     break;
                 }
@@ -213,7 +151,7 @@ impl Association<'_> {
 
     fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut has_more = false;
-        for upstream in &self.upstreams {
+        for upstream in &self.egress.upstreams {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
             while budget > 0
                 && let Poll::Ready(received) = upstream.poll_recv(cx)
@@ -222,10 +160,10 @@ impl Association<'_> {
                 // Errors are ICMP messages about earlier datagrams. The hop's association ends with its connection.
                 let Ok((from, data)) = received else { continue };
                 self.last_activity = now;
-                if self.client.port() != 0
-                    && self.is_upstream_answer_allowed(upstream, &from)
-                    && self.charge(data.len())
-                {
+                // Filtering by sender is left to the hop. The rules are evaluated here, unless the client has sent to a
+                // name, which only the hop has resolved.
+                let is_allowed = upstream.has_sent_to_names || is_allowed(self.session, &from);
+                if is_allowed && self.client.has_port() && self.charge(data.len()) {
                     self.send_answer(&from, &data);
                 }
             }
@@ -238,26 +176,13 @@ impl Association<'_> {
         let mut no_header = Vec::new();
         let batch = &mut GsoBatch::new(&mut no_header);
         for (from, bytes) in received.datagrams() {
-            // The socket may hold datagrams from other ports received before connect(2), and not every kernel filters
-            // a socket that is connected to port 0.
-            if from.ip() != self.client.ip() || ![0, from.port()].contains(&self.client.port()) {
-                continue;
-            }
-            if let Some(protection) = &self.protection {
-                if let Some(plain) = protection.unwrap_datagram(&mut bytes.to_vec()) {
-                    self.relay_protected(now, from, &plain);
-                }
-                continue;
-            }
-            let Ok(datagram) = Datagram::decode(bytes) else { continue };
-            self.on_client_datagram(now, from);
-            match self.reassembler.push(now, datagram) {
-                Some((Addr { host: Host::Ip(ip), port }, Cow::Borrowed(data))) => {
-                    self.queue(batch, canonical(ip, port), data);
-                }
-                Some((dst, data)) => {
+            match self.client.accept(from, bytes) {
+                Some(Cow::Borrowed(bytes)) => self.relay_to_target(now, from, bytes, batch),
+                Some(Cow::Owned(bytes)) => {
+                    let mut no_header = Vec::new();
+                    let batch = &mut GsoBatch::new(&mut no_header);
+                    self.relay_to_target(now, from, &bytes, batch);
                     self.flush(batch);
-                    self.send_to(dst, &data);
                 }
                 None => {}
             }
@@ -265,29 +190,20 @@ impl Association<'_> {
         self.flush(batch);
     }
 
-    fn relay_protected(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) {
+    /// Sends a datagram of the client, or adds it to the batch.
+    fn relay_to_target<'a>(&mut self, now: Instant, from: SocketAddr, bytes: &'a [u8], batch: &mut GsoBatch<'a>) {
         let Ok(datagram) = Datagram::decode(bytes) else { return };
-        self.on_client_datagram(now, from);
-        if let Some((dst, data)) = self.reassembler.push(now, datagram) {
-            self.send_to(dst, &data);
-        }
-    }
-
-    /// Records the activity, and sets the client's port to that of its first datagram.
-    fn on_client_datagram(&mut self, now: Instant, from: SocketAddr) {
         self.last_activity = now;
-        if self.client.port() == 0 {
-            self.client = from;
-            if let Err(error) = self.client_socket.get_ref().connect(from) {
-                log::debug!("udp: connect to {from}: {error}");
+        self.client.set_port(from);
+        match self.reassembler.push(now, datagram) {
+            Some((Addr { host: Host::Ip(ip), port }, Cow::Borrowed(data))) => {
+                self.queue(batch, canonical(ip, port), data);
             }
-        }
-    }
-
-    fn send_to(&mut self, dst: Addr, data: &[u8]) {
-        match dst.host {
-            Host::Ip(ip) => self.send_to_addr(canonical(ip, dst.port), data),
-            Host::Name(name) => self.send_to_name(name, dst.port, data),
+            Some((dst, data)) => {
+                self.flush(batch);
+                self.send(route(self.session, dst), &data);
+            }
+            None => {}
         }
     }
 
@@ -295,60 +211,48 @@ impl Association<'_> {
     fn queue<'a>(&mut self, batch: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
         if batch.peer() != Some(dst) {
             self.flush(batch);
-            match self.route_to(dst, None) {
-                Some(Route::Direct) => batch.begin(dst, |_| {}),
-                Some(Route::Hop(hop)) => return self.send_via_hop(hop, &dst.into(), data),
-                None => return,
+            match route_addr(self.session, dst, None) {
+                Some(Path::Direct(_)) => batch.begin(dst, |_| {}),
+                path => return self.send(path, data),
             }
         }
-        if !self.charge(data.len()) {
-            return;
-        }
-        if !batch.push(data) {
+        if self.charge(data.len()) && !batch.push(data) {
             self.flush(batch);
             batch.push(data);
         }
     }
 
     fn flush(&mut self, batch: &mut GsoBatch<'_>) {
-        let Some(dst) = batch.peer().filter(|_| !batch.is_empty()) else { return };
-        self.sent_to.insert(dst.ip(), None);
-        let sent = self.egress_socket(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
-        batch.clear();
+        let sent = self.egress.send_batch(batch);
         self.count_sent(sent);
     }
 
-    fn send_to_addr(&mut self, dst: SocketAddr, data: &[u8]) {
-        match self.route_to(dst, None) {
-            Some(Route::Direct) if self.charge(data.len()) => self.send_to_first(&[dst], None, data),
-            Some(Route::Hop(hop)) => self.send_via_hop(hop, &dst.into(), data),
-            Some(Route::Direct) | None => {}
+    /// Sends a datagram by itself, or stores it until its name is resolved. Without a path, it is dropped.
+    fn send(&mut self, path: Option<Path>, data: &[u8]) {
+        let is_sent = match path {
+            Some(Path::Later(name, port)) => self.send_to_name(&name, port, data),
+            Some(path) => self.charge(data.len()) && self.egress.send(&path, None, data),
+            None => false,
+        };
+        if is_sent {
+            self.count_sent(data.len());
         }
     }
 
-    /// Sends to a name, or queues the datagram until it is resolved. Names that are denied, or that a hop resolves, are
-    /// not resolved here.
-    fn send_to_name(&mut self, name: HostName, port: u16, data: &[u8]) {
-        let dst = Addr { host: Host::Name(name), port };
-        let request = with_target(self.session.log.client_request(), &dst);
-        match self.session.policy.authorize(&request) {
-            Err(_) => return,
-            Ok(Some(Route::Hop(hop))) => return self.send_via_hop(hop, &dst, data),
-            Ok(Some(Route::Direct) | None) => {}
-        }
+    /// Tries the allowed addresses of a name in turn until a send call succeeds.
+    fn send_to_name(&mut self, name: &HostName, port: u16, data: &[u8]) -> bool {
         let server = self.session.server();
-        let Host::Name(name) = &dst.host else { return };
         let deadline = Instant::now() + server.options.connect_timeout;
-        let Some(addrs) = self.name_cache.get_or_wait(name, port, data, &server.resolver, deadline) else { return };
-        let routes: Vec<_> =
-            addrs.into_iter().filter_map(|addr| Some((addr, self.route_to(addr, Some(name))?))).collect();
-        if let Some((addr, Route::Hop(hop))) = routes.first() {
-            return self.send_via_hop(*hop, &(*addr).into(), data);
+        let addrs = self.name_cache.get_or_wait(name, port, data, &server.resolver, deadline);
+        let Some(addrs) = addrs.filter(|_| self.charge(data.len())) else { return false };
+        for path in addrs.into_iter().filter_map(|addr| route_addr(self.session, addr, Some(name))) {
+            let is_sent = self.egress.send(&path, Some(name), data);
+            // A datagram that a hop loses is not sent again, so that the target sees one sender.
+            if is_sent || matches!(path, Path::Hop(..)) {
+                return is_sent;
+            }
         }
-        let direct = routes.iter().filter(|(_, route)| *route == Route::Direct).map(|(addr, _)| *addr);
-        if self.charge(data.len()) {
-            self.send_to_first(&direct.collect::<Vec<_>>(), Some(name), data);
-        }
+        false
     }
 
     /// Sends the datagrams whose names have been resolved. Returns false if there are none.
@@ -357,56 +261,19 @@ impl Association<'_> {
         let has_resolved = !resolved.is_empty();
         for (name, waiting) in resolved {
             for (port, data) in waiting {
-                self.send_to_name(name.clone(), port, &data);
+                self.send(route(self.session, Addr { host: Host::Name(name.clone()), port }), &data);
             }
         }
         has_resolved
-    }
-
-    /// Tries the addresses in turn until a send call succeeds.
-    fn send_to_first(&mut self, addrs: &[SocketAddr], name: Option<&HostName>, data: &[u8]) {
-        for addr in addrs {
-            // Inserted first, because the answer may arrive before the send call returns.
-            self.sent_to.insert(addr.ip(), name);
-            if self.egress_socket(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok() {
-                return self.count_sent(data.len());
-            }
-        }
-    }
-
-    fn send_via_hop(&mut self, hop: usize, dst: &Addr, data: &[u8]) {
-        if !self.charge(data.len()) {
-            return;
-        }
-        let upstream = self.upstreams.iter_mut().find(|upstream| upstream.hop_index == hop);
-        if upstream.is_some_and(|upstream| upstream.send(dst, data)) {
-            self.count_sent(data.len());
-        }
     }
 
     fn count_sent(&self, bytes: usize) {
         self.session.log.bytes.up.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Returns the route to an address. `name` is the name that the client has sent to, if any. Returns `None` for denied
-    /// addresses, port 0, and multicast and broadcast without a rule that names them in `to`.
-    fn route_to(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
-        let request = AccessRequest { target_name: name, ..with_addr(self.session.log.client_request(), addr) };
-        self.session.policy.authorize(&request).ok().flatten()
-    }
-
     /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the datagram is to be dropped.
     fn charge(&self, bytes: usize) -> bool {
         self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
-    }
-
-    fn egress_socket(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
-        let [v4, v6] = &mut self.egress;
-        let socket = if addr.is_ipv4() { v4 } else { v6 };
-        match socket {
-            Some(socket) => Ok(socket),
-            unset => Ok(unset.insert(bind_udp(SocketAddr::new(unspecified(addr.ip()), 0))?)),
-        }
     }
 
     fn relay_from_targets(&mut self, now: Instant, received: &RecvBatch, header: &mut Vec<u8>) {
@@ -423,7 +290,7 @@ impl Association<'_> {
             if !self.charge(data.len()) {
                 continue;
             }
-            if self.protection.is_some() || batch.header_len() + data.len() > MAX_UDP4_PAYLOAD {
+            if !self.client.can_batch(batch.header_len() + data.len()) {
                 self.flush_answers(batch);
                 self.send_answer(&from.into(), data);
             } else if !batch.push(data) {
@@ -438,40 +305,27 @@ impl Association<'_> {
     /// address. In both modes the rules still have to allow datagrams to it, on the direct route.
     fn is_answer_allowed(&self, from: SocketAddr) -> bool {
         let accepts_any = self.session.server().options.udp_filtering == Filtering::EndpointIndependent;
-        let sent_to = self.sent_to.get(from.ip());
+        let sent_to = self.egress.sent_to.get(from.ip());
         (accepts_any || sent_to.is_some())
-            && self.client.port() != 0
-            && self.route_to(from, sent_to.flatten()) == Some(Route::Direct)
-    }
-
-    /// Returns whether an answer through a hop is relayed. Filtering by sender is left to the hop. The rules are
-    /// evaluated here, unless the client has sent to a name, which only the hop has resolved.
-    fn is_upstream_answer_allowed(&self, upstream: &Upstream, from: &Addr) -> bool {
-        let request = with_target(self.session.log.client_request(), from);
-        upstream.has_sent_to_names || self.session.policy.authorize(&request).is_ok()
+            && self.client.has_port()
+            && matches!(route_addr(self.session, from, sent_to.flatten()), Some(Path::Direct(_)))
     }
 
     fn flush_answers(&self, batch: &mut GsoBatch<'_>) {
         if !batch.is_empty() {
-            let sent = self.client_socket.send_batch(None, batch);
-            self.session.log.bytes.down.fetch_add(sent as u64, Ordering::Relaxed);
+            self.count_answered(self.client.socket.send_batch(None, batch));
         }
     }
 
-    /// Sends an answer outside of a batch: protected, from a hop, or fragmented since it is too long with its header.
+    /// Sends an answer outside of a batch.
     fn send_answer(&self, from: &Addr, data: &[u8]) {
-        let send = |bytes: &Vec<u8>| match &self.protection {
-            Some(protection) => {
-                protection.wrap(bytes).is_ok_and(|bytes| self.client_socket.send_bytes(None, &bytes).is_ok())
-            }
-            None => self.client_socket.send_bytes(None, bytes).is_ok(),
-        };
-        let overhead = self.protection.as_ref().map_or(0, Protection::max_overhead);
-        if fragment(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead))
-            .is_some_and(|datagrams| datagrams.iter().all(send))
-        {
-            self.session.log.bytes.down.fetch_add(data.len() as u64, Ordering::Relaxed);
+        if self.client.send(from, data) {
+            self.count_answered(data.len());
         }
+    }
+
+    fn count_answered(&self, bytes: usize) {
+        self.session.log.bytes.down.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 

@@ -1,0 +1,80 @@
+//! The sockets of an association to its targets, and its associations with the hops.
+
+use std::io;
+use std::net::SocketAddr;
+use std::task::{Context, Poll};
+
+use super::super::reply::SessionResult;
+use super::super::state::Session;
+use super::routes::{Path, possible_hops};
+use super::sent_to::SentTo;
+use super::upstream::Upstream;
+use crate::net::{BatchSocket, GsoBatch, unspecified};
+use crate::proto::HostName;
+
+pub(super) struct Egress {
+    /// IPv4 and IPv6, created when first used.
+    pub(super) sockets: [Option<BatchSocket>; 2],
+    pub(super) upstreams: Vec<Upstream>,
+    pub(super) sent_to: SentTo,
+}
+
+impl Egress {
+    /// Opens all hops that the rules may select: if one is down, the client receives an error instead of losing
+    /// datagrams later.
+    pub(super) async fn open(session: &mut Session) -> SessionResult<Self> {
+        let mut upstreams = Vec::new();
+        for hop in possible_hops(session) {
+            session.log.via = Some(session.server().hop(hop)?);
+            upstreams.push(Upstream::open(session.server(), hop).await?);
+        }
+        Ok(Self { sockets: [None, None], upstreams, sent_to: SentTo::default() })
+    }
+
+    pub(super) fn has_hop(&self, hop: usize) -> bool {
+        self.upstreams.iter().any(|upstream| upstream.hop_index == hop)
+    }
+
+    /// Returns an error if a hop has closed its association.
+    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Option<String> {
+        let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_closed(cx) {
+            Poll::Ready(closed) => Some(closed.0),
+            Poll::Pending => None,
+        });
+        closed.map(|proxy| format!("proxy {proxy} closed its association"))
+    }
+
+    /// Sends one datagram, which the client has sent to `name`, if any. Returns false if it is lost.
+    pub(super) fn send(&mut self, path: &Path, name: Option<&HostName>, data: &[u8]) -> bool {
+        match path {
+            Path::Direct(addr) => {
+                // Inserted first, because the answer may arrive before the send call returns.
+                self.sent_to.insert(addr.ip(), name);
+                self.socket(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok()
+            }
+            Path::Hop(hop, dst) => {
+                let upstream = self.upstreams.iter_mut().find(|upstream| upstream.hop_index == *hop);
+                upstream.is_some_and(|upstream| upstream.send(dst, data))
+            }
+            Path::Later(..) => false,
+        }
+    }
+
+    /// Sends and clears a batch. Returns the number of bytes sent.
+    pub(super) fn send_batch(&mut self, batch: &mut GsoBatch<'_>) -> usize {
+        let Some(dst) = batch.peer().filter(|_| !batch.is_empty()) else { return 0 };
+        self.sent_to.insert(dst.ip(), None);
+        let sent = self.socket(dst).map_or(0, |socket| socket.send_batch(Some(dst), batch));
+        batch.clear();
+        sent
+    }
+
+    fn socket(&mut self, addr: SocketAddr) -> io::Result<&BatchSocket> {
+        let [v4, v6] = &mut self.sockets;
+        let socket = if addr.is_ipv4() { v4 } else { v6 };
+        match socket {
+            Some(socket) => Ok(socket),
+            unset => Ok(unset.insert(BatchSocket::bind(SocketAddr::new(unspecified(addr.ip()), 0))?)),
+        }
+    }
+}
