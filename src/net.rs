@@ -16,8 +16,8 @@ pub use dial::{DialError, LocalAddr, connect_unix, dial, set_tcp_options, unspec
 pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};
 pub use relay::{
-    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Side, UNDELIVERED_GRACE,
-    relay,
+    ByteCounts, RELAY_BUFFER_SIZE, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Side,
+    UNDELIVERED_GRACE, relay,
 };
 pub use resolve::{Resolver, canonical, parse_literal};
 pub use socket::{ACCEPT_RETRY_DELAY, Io, accept};

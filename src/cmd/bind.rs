@@ -21,8 +21,8 @@ use crate::net::sleep;
 use crate::proto::{Addr, Command};
 
 /// Time limit for writing the bound address to a named pipe that has no reader yet.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-const RETRY_PAUSE: Duration = Duration::from_millis(50);
+const FIFO_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+const FIFO_RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// The destination of `--address-file`.
 enum AddrOutput {
@@ -75,7 +75,7 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
             let peer = Addr::parse_with_default_port(peer, 0);
             Some(peer.map_err(|error| CliError::usage(format!("peer: {error}")))?)
         }
-        [_, extra, ..] => return Err(CliError::usage(format!("unexpected argument {extra:?}"))),
+        _ => return Err(CliError::usage("too many operands: expected at most one, the peer")),
     };
     let output = args.address_file.as_deref().map(|text| {
         AddrOutput::open(text)
@@ -106,12 +106,12 @@ async fn accept_peer(
     connector.print_line(&format!("bound {bound}"));
     if let Some(mut output) = output {
         let line = format!("{bound}\n");
-        let deadline = Instant::now() + WRITE_TIMEOUT;
+        let deadline = Instant::now() + FIFO_WRITE_TIMEOUT;
         let written = loop {
             match output.write(&line) {
                 // A named pipe that has no reader yet.
                 Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && Instant::now() < deadline => {
-                    sleep(RETRY_PAUSE).await;
+                    sleep(FIFO_RETRY_PAUSE).await;
                 }
                 written => break written,
             }

@@ -4,7 +4,7 @@ mod explain;
 mod load;
 mod users;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +14,9 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus};
-use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
+use super::cli::values::{
+    DEFAULT_ADDR, parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout,
+};
 use crate::client::{ClientOptions, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
@@ -25,8 +27,6 @@ use load::{ConfigFile, PolicySources, RuleOption};
 
 /// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
-/// Listen address without `--listen`.
-const DEFAULT_LISTEN: &str = "127.0.0.1:1080";
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -340,9 +340,9 @@ impl Args {
             let levels = self.gssapi_protection.unwrap_or_else(default_levels);
             load::gssapi_acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
         });
-        let default_listen = || DEFAULT_LISTEN.parse().map(|listen| vec![listen]).map_err(CliError::usage);
+        let default_listen = ListenAddr::Host(SocketAddr::V4(DEFAULT_ADDR).into());
         Ok(Options {
-            listen: if self.listen.is_empty() { default_listen()? } else { self.listen },
+            listen: if self.listen.is_empty() { vec![default_listen] } else { self.listen },
             handshake_timeout: self.handshake_timeout,
             connect_timeout: self.connect_timeout,
             bind_timeout: self.bind_timeout,

@@ -19,6 +19,7 @@ use super::rate_limit::RelayRateLimit;
 use super::reactor::wake_later;
 use super::stream::Stream;
 use super::timer::IdleTimer;
+pub use direction::RELAY_BUFFER_SIZE;
 use direction::{Direction, DirectionError};
 
 /// After a failed write to dst, the relay ends when this much time has passed without a byte from dst.

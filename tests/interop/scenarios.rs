@@ -104,7 +104,7 @@ fn smtp_requires_crlf_option() {
 /// Longer than any of these tests runs.
 const LONG_WAIT: &str = "30s";
 
-/// Fails unless the client still runs after a few failed tries.
+/// Fails unless the client still runs after a few failed attempts.
 fn assert_keeps_trying(check: &mut RunningProgram) {
     let started = Instant::now();
     wait_until("the client has tried a few times", TIMEOUT, || {
@@ -142,7 +142,7 @@ fn health_check_waits_for_the_target() {
 }
 
 #[test]
-fn health_check_exits_at_its_time_limit_and_reports_tries() {
+fn health_check_exits_at_its_time_limit_and_reports_attempts() {
     let proxy = closed_port().to_string();
     let check =
         |options: &str| timed(|| run(s5().args(["connect", options, "--retry", "300ms", "-x", &proxy]), b"", TIMEOUT));
@@ -150,10 +150,11 @@ fn health_check_exits_at_its_time_limit_and_reports_tries() {
     let stderr = text(&output.stderr);
     assert_eq!((exit_code(&output), stderr.lines().count()), (7, 1), "{stderr}");
     assert!((Duration::from_millis(250)..Duration::from_secs(3)).contains(&elapsed), "{elapsed:?}");
-    let tries = stderr.trim_end().strip_suffix(" tries)").and_then(|stderr| stderr.rsplit_once(" (given up after "));
-    let tries: Option<u32> = tries.and_then(|(_, tries)| tries.parse().ok());
-    // More than one try, with pauses between them.
-    assert!(tries.is_some_and(|tries| (2..=10).contains(&tries)), "{stderr}");
+    let attempts =
+        stderr.trim_end().strip_suffix(" attempts)").and_then(|stderr| stderr.rsplit_once(" (given up after "));
+    let attempts: Option<u32> = attempts.and_then(|(_, attempts)| attempts.parse().ok());
+    // More than one attempt, with pauses between them.
+    assert!(attempts.is_some_and(|attempts| (2..=10).contains(&attempts)), "{stderr}");
     let (_, quiet) = check("-z");
     assert_eq!((exit_code(&quiet), text(&quiet.stderr).as_str()), (7, ""));
 }

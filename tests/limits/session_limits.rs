@@ -84,7 +84,7 @@ fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn max_per_client_frees_the_slot_at_each_kind_of_session_end() {
+fn max_per_client_frees_the_permit_at_each_kind_of_session_end() {
     let endings: [(&str, Ending); 14] = [
         ("a silent client closes", |server| {
             drop(server.connect());

@@ -22,7 +22,7 @@ fn read_address(path: &Path) -> SocketAddr {
 }
 
 #[test]
-fn bound_to_file_has_only_the_address() {
+fn address_file_has_only_the_address() {
     let (server, dir) = (Server::start(&[]), temp_dir());
     let path = dir.path().join("address");
 
@@ -42,7 +42,7 @@ fn bound_to_file_has_only_the_address() {
 }
 
 #[test]
-fn bound_to_descriptor_gets_the_address_and_is_closed() {
+fn address_file_descriptor_gets_the_address_and_is_closed() {
     let server = Server::start(&[]);
     // cat exits when s5 has closed the pipe, while s5 is still waiting for its peer.
     let script = "\"$0\" bind -x \"$1\" --address-file fd:3 3>&1 >/dev/null 2>/dev/null & echo $! >&2; exec 1>&-";
@@ -57,7 +57,7 @@ fn bound_to_descriptor_gets_the_address_and_is_closed() {
 }
 
 #[test]
-fn bound_to_named_pipe_gets_the_address() {
+fn address_file_named_pipe_gets_the_address() {
     let (server, dir) = (Server::start(&[]), temp_dir());
     let path = dir.path().join("fifo");
     assert!(Command::new("mkfifo").arg(&path).status().expect("mkfifo runs").success());
@@ -69,7 +69,7 @@ fn bound_to_named_pipe_gets_the_address() {
 }
 
 #[test]
-fn bound_to_fails_at_once_if_the_file_cannot_be_written() {
+fn address_file_fails_at_once_if_the_file_cannot_be_written() {
     let server = Server::start(&[]);
     for (to, status) in [("/nonexistent/address", 23), ("fd:77", 2), ("fd:x", 2), ("fd:1", 2)] {
         let output = run(s5().args(["bind", "-x", &server.addr().to_string(), "--address-file", to]), b"", TIMEOUT);
@@ -157,7 +157,7 @@ fn bind_example_of_readme_transfers_a_file() {
 }
 
 #[test]
-fn bound_to_follows_symlinks_removes_old_address_and_obeys_umask() {
+fn address_file_follows_symlinks_removes_old_address_and_obeys_umask() {
     use std::os::unix::fs::PermissionsExt as _;
     let dir = temp_dir();
     let (path, link) = (dir.path().join("address"), dir.path().join("link"));
@@ -194,7 +194,7 @@ fn bind_ignores_no_proxy() {
 }
 
 #[test]
-fn bound_to_descriptor_appends_at_its_position() {
+fn address_file_descriptor_appends_at_its_position() {
     let (server, dir) = (Server::start(&[]), temp_dir());
     let log = dir.path().join("log");
     std::fs::write(&log, "before\n").expect("file written");

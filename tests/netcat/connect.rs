@@ -83,7 +83,7 @@ fn recovering_proxy(failures: usize) -> SocketAddr {
 }
 
 #[test]
-fn wait_retries_until_success() {
+fn retry_repeats_until_success() {
     let proxy = recovering_proxy(3).to_string();
     assert_eq!(
         run_status(&["connect", "-x", &proxy, "target.example:80"]).0,
@@ -95,25 +95,25 @@ fn wait_retries_until_success() {
 }
 
 #[test]
-fn wait_exits_with_the_last_error_at_its_time_limit() {
+fn retry_exits_with_the_last_error_at_its_time_limit() {
     let started = Instant::now();
     let down = closed_port().to_string();
     let (code, stderr) = run_status(&["connect", "--retry", "400ms", "-x", &down, "target.example:80"]);
     assert_eq!(code, Some(7), "{stderr}");
-    assert!(stderr.contains("connection refused") && stderr.contains(" tries)"), "{stderr}");
+    assert!(stderr.contains("connection refused") && stderr.contains(" attempts)"), "{stderr}");
     assert!(
         (Duration::from_millis(350)..Duration::from_secs(3)).contains(&started.elapsed()),
         "{:?}",
         started.elapsed()
     );
-    // The time limit also ends a try that hangs.
+    // The time limit also ends an attempt that hangs.
     let proxy = ScriptedServer::start(vec![Step::WaitForClose]);
     let (code, stderr) = run_status(&["connect", "--retry", "300ms", "-x", &proxy.url(), "target.example:80"]);
     assert_eq!((code, stderr.contains("timed out after")), (Some(28), true), "{stderr}");
 }
 
 #[test]
-fn wait_does_not_retry_final_errors() {
+fn retry_does_not_retry_final_errors() {
     let cases: [(Vec<Step>, i32); 6] = [
         (vec![Step::Greeting, send(&[5, 0xff])], 67),
         (vec![Step::Greeting, send(b"HTTP/1.1 400")], 97),
@@ -123,11 +123,11 @@ fn wait_does_not_retry_final_errors() {
         (reply_with(&[5, 8, 0, 1, 0, 0, 0, 0, 0, 0]), 108),
     ];
     for (script, expected) in cases {
-        // The proxy accepts one connection, so a second try would fail with another status.
+        // The proxy accepts one connection, so a second attempt would fail with another status.
         let proxy = ScriptedServer::start(script);
         let (code, stderr) = run_status(&["connect", "--retry", "30", "-x", &proxy.url(), "target.example:80"]);
         assert_eq!(code, Some(expected), "{stderr}");
-        assert!(!stderr.contains("tries"), "{stderr}");
+        assert!(!stderr.contains("attempts"), "{stderr}");
     }
     let proxy = closed_port().to_string();
     assert_eq!(run_status(&["connect", "--retry", "30", "-s", "192.0.2.9", "-x", &proxy, "a.example:80"]).0, Some(45));
@@ -219,8 +219,9 @@ fn option_of_another_mode_is_a_usage_error_with_reason() {
         ("connect -X 4 a:1", "only SOCKS5 is supported"),
         ("connect -X connect a:1", "only SOCKS5 is supported"),
         ("connect -k a:1", "-k requires -l"),
+        ("bind a:1 b:1", "too many operands: expected at most one, the peer"),
         ("connect -z -F a:1", "-z and -F"),
-        ("connect -e x -c y a:1", "-e and -c"),
+        ("connect -e x -c y a:1", "-e and -c cannot be combined"),
         ("connect -l 1 -z a:1", "-z and -l"),
         ("connect -z -q 1 a:1", "-q"),
         ("connect --direct -x p a:1", "--direct and --proxy"),

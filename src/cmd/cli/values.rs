@@ -1,7 +1,13 @@
 //! Values of options: times, numbers and lists.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::str::FromStr;
 use std::time::Duration;
+
+use crate::proto::DEFAULT_PORT;
+
+/// Default of `--listen`, and of `--proxy`.
+pub(in crate::cmd) const DEFAULT_ADDR: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_PORT);
 
 /// The longest time that an option accepts: one year.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);

@@ -17,8 +17,7 @@ impl Program {
     /// Returns the program of `-e` or `-c`, if one is given.
     pub(super) fn from_args(args: &Args) -> Result<Option<Self>, CliError> {
         match (&args.exec, &args.sh_exec) {
-            (Some(_), Some(_)) => Err(CliError::usage("-e and -c cannot be combined")),
-            (Some(program), None) => {
+            (Some(program), _) => {
                 let words: Vec<String> = program.split_whitespace().map(str::to_owned).collect();
                 if words.is_empty() { Err(CliError::usage("-e requires a program")) } else { Ok(Some(Self(words))) }
             }

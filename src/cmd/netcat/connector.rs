@@ -16,10 +16,10 @@ use crate::proto::{Addr, Command, Method};
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Pause before the second try. Each further pause is longer by half, up to `MAX_PAUSE`.
+/// Pause before the second attempt. Each further pause is longer by half, up to `MAX_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
-/// Minimum time left of `--retry` for a further try.
+/// Minimum time left of `--retry` for a further attempt.
 const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 
 /// Establishes tunnels and associations to one target through the selected proxies.
@@ -31,10 +31,10 @@ pub(in crate::cmd) struct Connector {
     options: Arc<ClientOptions>,
 }
 
-/// The result of one or more tries. `client` is the client of the try with this result.
+/// The result of one or more attempts. `client` is the client of the attempt with this result.
 pub(in crate::cmd) struct RetryOutcome<T> {
     pub(in crate::cmd) client: Client,
-    pub(in crate::cmd) tries: u32,
+    pub(in crate::cmd) attempts: u32,
     pub(in crate::cmd) result: Result<T, CliError>,
 }
 
@@ -86,8 +86,8 @@ impl Connector {
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
         transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
-        let RetryOutcome { client, tries, result } = self.retry(operation).await;
-        let mut report = self.report(&client, tries);
+        let RetryOutcome { client, attempts, result } = self.retry(operation).await;
+        let mut report = self.report(&client, attempts);
         let result = match result {
             Ok(established) => transfer(established, &client, &mut report).await,
             Err(error) => Err(error),
@@ -105,20 +105,20 @@ impl Connector {
         let limit = self.args.retry.filter(|time| !time.is_zero());
         let time_left = || limit.map(|limit| limit.saturating_sub(started.elapsed()));
         let mut pause = FIRST_PAUSE;
-        let mut tries = 0;
+        let mut attempts = 0;
         let mut previous: Option<(Client, CliError)> = None;
         loop {
-            tries += 1;
+            attempts += 1;
             let timeout = time_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
             let client = Client::new(self.hops.clone(), self.dst.clone(), Some(timeout), self.options.clone());
             let error = match operation(&client).await {
-                Ok(value) => return RetryOutcome { client, tries, result: Ok(value) },
+                Ok(value) => return RetryOutcome { client, attempts, result: Ok(value) },
                 Err(error) => error,
             };
             let is_shortened = timeout < max_timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
             let error = CliError::from(error);
-            // If the last try was cut short by --retry, the error of the try before it is more informative.
+            // If --retry has cut the last attempt short, the error of the attempt before it is more informative.
             let latest = match previous.take() {
                 Some(previous) if is_shortened => previous,
                 _ => (client, error),
@@ -131,10 +131,10 @@ impl Connector {
                 }
                 _ => {
                     let (client, mut error) = latest;
-                    if tries > 1 {
-                        error.message += &format!(" (given up after {tries} tries)");
+                    if attempts > 1 {
+                        error.message += &format!(" (given up after {attempts} attempts)");
                     }
-                    return RetryOutcome { client, tries, result: Err(error) };
+                    return RetryOutcome { client, attempts, result: Err(error) };
                 }
             }
         }
@@ -186,8 +186,8 @@ impl Connector {
     }
 
     /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn report(&self, client: &Client, tries: u32) -> SessionReport {
-        SessionReport::new(client, self.hops.iter().map(ToString::to_string).collect(), self.dst(), tries)
+    pub(in crate::cmd) fn report(&self, client: &Client, attempts: u32) -> SessionReport {
+        SessionReport::new(client, self.hops.iter().map(ToString::to_string).collect(), self.dst(), attempts)
     }
 
     /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.

@@ -97,12 +97,12 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
         sleep(HALF_CLOSED_GRACE).await;
         None
     };
-    let Some(RetryOutcome { client, tries, result }) = async { Some(request.await) }.or(disconnected).await else {
+    let Some(RetryOutcome { client, attempts, result }) = async { Some(request.await) }.or(disconnected).await else {
         let reason = "the local client disconnected before the tunnel was established";
         let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
         return connector.finish(SessionReport::default(), Err(error));
     };
-    let mut report = connector.report(&client, tries);
+    let mut report = connector.report(&client, attempts);
     let (mut tunnel, bnd) = match result {
         Ok(established) => established,
         Err(error) => {

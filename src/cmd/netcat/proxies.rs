@@ -8,14 +8,13 @@ use ipnet::IpNet;
 use super::options::Args;
 use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::CliError;
+use crate::cmd::cli::values::DEFAULT_ADDR;
 use crate::proto::{Addr, Host, split_host_port};
 
 /// Environment variables with a list of proxies. The first that is set is used.
 const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
 /// Environment variables with a list of targets that are reached without a proxy. The first that is set is used.
 const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
-/// The default proxy.
-const DEFAULT_PROXY: &str = "127.0.0.1:1080";
 
 /// Returns the proxies on the route to `dst`, nearest first; none for a direct connection.
 pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
@@ -29,7 +28,7 @@ pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Prox
         }
     }
     let Some((name, text)) = PROXY_VARIABLES.into_iter().find_map(|name| Some((name, env_var(name)?))) else {
-        return parse_hops(DEFAULT_PROXY).map_err(CliError::usage);
+        return parse_hops(&DEFAULT_ADDR.to_string()).map_err(CliError::usage);
     };
     let no_proxy = NO_PROXY_VARIABLES.into_iter().find_map(env_var).unwrap_or_default();
     if dst.is_some_and(|dst| is_excluded(&no_proxy, dst)) {

@@ -23,8 +23,8 @@ pub(in crate::cmd) struct SessionReport {
     bnd: Option<String>,
     /// BIND: the address of the peer that connected.
     peer: Option<String>,
-    tries: u32,
-    /// Duration of each phase, in the try that the report describes.
+    attempts: u32,
+    /// Duration of each phase, in the attempt that the report describes.
     times: PhaseTimes,
     /// Time from the end of the handshake to the first byte from the target.
     first_byte: Option<Duration>,
@@ -38,13 +38,13 @@ pub(in crate::cmd) struct SessionReport {
 
 impl SessionReport {
     /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn new(client: &Client, hops: Vec<String>, target: Option<&Addr>, tries: u32) -> Self {
+    pub(in crate::cmd) fn new(client: &Client, hops: Vec<String>, target: Option<&Addr>, attempts: u32) -> Self {
         Self {
             hops,
             target: target.map(ToString::to_string),
             method: client.method().map(|method| method.to_string()),
             rep: client.rep().map(|rep| rep.0),
-            tries,
+            attempts,
             times: client.times(),
             ..Self::default()
         }
@@ -96,7 +96,7 @@ impl SessionReport {
             ("rep", or_null(self.rep)),
             ("bnd", text(self.bnd.as_ref())),
             ("peer", text(self.peer.as_ref())),
-            ("tries", self.tries.to_string()),
+            ("tries", self.attempts.to_string()),
             ("ms", object(&phases)),
             ("up", self.up.to_string()),
             ("down", self.down.to_string()),

@@ -14,10 +14,8 @@ use rustix::event::{PollFd, PollFlags};
 use smol::Unblock;
 
 use super::descriptor;
-use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream};
+use crate::net::{Interest, Io, RELAY_BUFFER_SIZE, SocketOp, SocketPoll, Stream};
 
-/// Bytes of the buffer between a blocking descriptor and the relay.
-const BUFFER_SIZE: usize = 64 * 1024;
 /// Major number of /dev/null, /dev/zero and /dev/full (Linux, devices.txt).
 const MEMORY_DEVICES_MAJOR: u32 = 1;
 
@@ -83,7 +81,7 @@ impl StdioEnd {
     }
 
     fn blocking(file: File) -> Self {
-        Self::Blocking(Unblock::with_capacity(BUFFER_SIZE, BlockingFile(file)))
+        Self::Blocking(Unblock::with_capacity(RELAY_BUFFER_SIZE, BlockingFile(file)))
     }
 
     /// Wraps a pipe that no other process shares.

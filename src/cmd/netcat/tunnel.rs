@@ -38,11 +38,11 @@ pub(in crate::cmd) fn check_args(args: &Args) -> Result<Option<Program>, CliErro
     if args.timeout.is_some_and(|time| time.is_zero()) {
         return Err(CliError::usage("-w: must be greater than 0"));
     }
-    let program = Program::from_args(args)?;
     let exclusive = [
         (args.zero_io, "-z"),
         (args.pass_fd, "-F"),
-        (program.is_some(), "-e and -c"),
+        (args.exec.is_some(), "-e"),
+        (args.sh_exec.is_some(), "-c"),
         (args.listen.is_some(), "-l"),
         (args.recv_only, "-d"),
         (args.send_only, "--send-only"),
@@ -62,7 +62,7 @@ pub(in crate::cmd) fn check_args(args: &Args) -> Result<Option<Program>, CliErro
             return Err(CliError::usage("-F: stdout is not a socket (this option is for ssh's ProxyUseFdpass)"));
         }
     }
-    Ok(program)
+    Program::from_args(args)
 }
 
 /// Uses the tunnel as the options require, until it ends.

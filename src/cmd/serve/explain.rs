@@ -14,9 +14,6 @@ use crate::policy::rules::{AccessRequest, Decision, Identity, Route, Rule};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, parse_port};
 use crate::server::{Options, is_local};
 
-/// Time limit for resolving the name in a request.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Minimum column of a comment.
 const COMMENT_COLUMN: usize = 48;
 
@@ -177,7 +174,7 @@ impl Explanation<'_> {
             Decision::Undecided(rule) => {
                 let subject = format!("{} (its addresses decide)", name.as_str());
                 self.add_line("resolve", &subject, rule, Route::Direct);
-                let ips = resolve(to).map_err(|error| {
+                let ips = resolve(to, self.options.connect_timeout).map_err(|error| {
                     CliError::new(ExitStatus::USAGE, format!("--explain: {}: {error}", name.as_str()))
                 })?;
                 self.report_addrs(&request, &ips)
@@ -226,11 +223,11 @@ impl Explanation<'_> {
     }
 }
 
-fn resolve(to: &Addr) -> Result<Vec<IpAddr>, String> {
+fn resolve(to: &Addr, timeout: Duration) -> Result<Vec<IpAddr>, String> {
     let resolver = Resolver::default();
-    let found = timeout_at(Instant::now() + LOOKUP_TIMEOUT, lookup(&resolver, to));
+    let found = timeout_at(Instant::now() + timeout, lookup(&resolver, to));
     match reactor::run(found).map_err(|error| format!("start the event loop: {error}"))? {
         Some(found) => Ok(found.map_err(|error| error.to_string())?.into_iter().map(|addr| addr.ip()).collect()),
-        None => Err(format!("no answer from the resolver within {} s", LOOKUP_TIMEOUT.as_secs())),
+        None => Err(format!("no answer from the resolver within {timeout:?}")),
     }
 }

@@ -25,7 +25,7 @@ const LARGE_DATAGRAM: usize = 2048;
 /// If this many datagrams of a peer are queued, large ones are dropped.
 const MAX_QUEUED_LARGE: usize = 4;
 /// Pause before the next attempt for a peer whose association could not be established.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
+const ASSOCIATION_RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// Default idle timeout of a peer's association.
 const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -110,7 +110,7 @@ async fn serve_peer(
     connector.print_error(ended);
     if !is_associated {
         // Without the pause, each further datagram of the peer would cause an attempt and an error message.
-        sleep(RETRY_PAUSE).await;
+        sleep(ASSOCIATION_RETRY_PAUSE).await;
     }
     peers.borrow_mut().remove(&peer);
 }

@@ -13,14 +13,14 @@ use crate::net::stream::Stream;
 
 /// Size of a thread's buffer, in bytes. A direction keeps at most this many bytes outside a pipe. The exception is the
 /// content of a pipe that cannot be spliced to the sink.
-const BUFFER_SIZE: usize = 64 * 1024;
+pub const RELAY_BUFFER_SIZE: usize = 64 * 1024;
 /// Bytes that a direction relays before other tasks of the thread run.
 const POLL_BUDGET: usize = 1 << 20;
 /// Number of consecutive reads that fill the buffer, after which a transfer counts as bulk.
 const BULK_READS: u8 = 3;
 
 thread_local! {
-    static THREAD_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER_SIZE]);
+    static THREAD_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; RELAY_BUFFER_SIZE]);
 }
 
 /// Failure of a direction's source (`Read`) or sink (`Write`).
@@ -160,7 +160,7 @@ impl Direction {
         if self.must_copy {
             return;
         }
-        match Pipe::open(BUFFER_SIZE) {
+        match Pipe::open(RELAY_BUFFER_SIZE) {
             Ok(pipe) => self.pending = Some(Box::new(Pending::Pipe(pipe))),
             Err(_) => self.must_copy = true,
         }
