@@ -81,7 +81,7 @@ fn transcripts_are_distinct_and_cover_every_requirement() {
 }
 
 #[test]
-fn readme_table_lists_transcripts_that_cover_each_requirement() {
+fn readme_table_lists_tests_that_cover_each_requirement() {
     let readme = include_str!("wire/README.md");
     let all = transcripts();
     let mut rows = 0;
@@ -90,8 +90,17 @@ fn readme_table_lists_transcripts_that_cover_each_requirement() {
         let ["", number, _role, _requirement, names, ""] = cells[..] else { continue };
         let Ok(requirement) = number.parse::<u32>() else { continue };
         rows += 1;
-        // Every second part was in backticks. Names with an underscore are test functions.
-        for name in names.split('`').skip(1).step_by(2).filter(|name| !name.contains('_')) {
+        // The cell may name test files, and test functions as `FUNCTION` in FILE.
+        for entry in names.split(", ").filter(|entry| entry.contains("tests/")) {
+            let file = entry.split(' ').find(|word| word.starts_with("tests/")).unwrap_or_default();
+            let source = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file));
+            let source = source.unwrap_or_else(|error| panic!("requirement {requirement}: {file}: {error}"));
+            let function = entry.split('`').nth(1).map_or_else(String::new, |name| format!("#[test]\nfn {name}() {{"));
+            assert!(source.contains(&function), "requirement {requirement}: {entry}");
+        }
+        // Every second part was in backticks. The other entries are transcripts.
+        let transcripts = names.split(", ").filter(|entry| !entry.contains("tests/"));
+        for name in transcripts.flat_map(|entry| entry.split('`').skip(1).step_by(2)) {
             let prefix = name.trim_end_matches('*');
             let is_match = |file: &str| if prefix == name { file == name } else { file.starts_with(prefix) };
             let covers = |transcript: &&Transcript| {
