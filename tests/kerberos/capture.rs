@@ -106,8 +106,8 @@ fn captured_packets_are_readable_only_without_encryption() {
     });
     let udp = udp_echo_server(V4);
     for level in &LEVELS[1..] {
-        let folder = crate::common::temp_dir();
-        let file = folder.path().join("capture.pcapng");
+        let dir = crate::common::temp_dir();
+        let file = dir.path().join("capture.pcapng");
         let server = serve_at(&realm, level);
         let (host, port) = (server.addr().ip(), server.addr().port());
         assert_eq!(host, V4);

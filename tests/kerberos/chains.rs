@@ -18,8 +18,8 @@ const LEVEL_PAIRS: [[&str; 2]; 4] = [
 ];
 
 /// Starts a server in the realm that requires the password of bob.
-fn serve_bob(realm: &Realm, folder: &std::path::Path) -> Server {
-    let users = path(&folder.join("users"));
+fn serve_bob(realm: &Realm, dir: &std::path::Path) -> Server {
+    let users = path(&dir.join("users"));
     stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
     start(realm, &["--users", &users])
 }
@@ -86,8 +86,8 @@ fn bind_works_through_a_chain() {
 #[test]
 fn hops_can_require_different_logins() {
     let Some(realm) = realm() else { return };
-    let folder = temp_dir();
-    let (kerberos, bob) = (serve(&realm, &[]), serve_bob(&realm, folder.path()));
+    let dir = temp_dir();
+    let (kerberos, bob) = (serve(&realm, &[]), serve_bob(&realm, dir.path()));
     let (echo, with_bob) = (echo_server().to_string(), format!("bob:secret@{}", url(&bob)));
     for hops in [format!("{},{with_bob}", url(&kerberos)), format!("{with_bob},{}", url(&kerberos))] {
         assert_eq!(

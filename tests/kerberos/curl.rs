@@ -52,13 +52,13 @@ fn assert_serves(realm: &Realm, server: &Server) {
 #[test]
 fn libcurl_works_at_level_none_and_fails_cleanly_at_others() {
     let Some(realm) = realm() else { return };
-    let folder = temp_dir();
+    let dir = temp_dir();
     if !is_strict() {
         return record_skip("pycurl is downloaded by make test only");
     }
     let mut pip = Command::new(PYTHON);
     pip.args(["-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check", "--retries", "1"]);
-    pip.args(["--timeout", "5", "--only-binary", ":all:", "--target"]).arg(folder.path()).arg("pycurl>=7.46");
+    pip.args(["--timeout", "5", "--only-binary", ":all:", "--target"]).arg(dir.path()).arg("pycurl>=7.46");
     // Skipped even if S5_TEST_STRICT=1: the network can be unavailable.
     match pip.env("PIP_DEFAULT_TIMEOUT", "5").output() {
         Ok(output) if output.status.success() => {}
@@ -69,7 +69,7 @@ fn libcurl_works_at_level_none_and_fails_cleanly_at_others() {
     }
     let python = |script: &str| {
         let mut command = Command::new(PYTHON);
-        command.args(["-c", script]).env("PYTHONPATH", folder.path());
+        command.args(["-c", script]).env("PYTHONPATH", dir.path());
         command
     };
     let script = "import pycurl; v = pycurl.version_info(); print(v[1], v[2] >= 0x081100 and bool(v[4] & 1 << 17))";
@@ -137,8 +137,8 @@ fn curl_logs_in_with_password_if_listed_first() {
     if !is_installed("curl") {
         return;
     }
-    let folder = temp_dir();
-    let users = crate::path(&folder.path().join("users"));
+    let dir = temp_dir();
+    let users = crate::path(&dir.path().join("users"));
     stdout(crate::common::s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
     let server = serve(&realm, &["--users", &users]);
     let proxy = format!("socks5h://bob:secret@{}", url(&server));

@@ -1,4 +1,4 @@
-//! Interoperation with Dante's server and client. S5_TEST_DANTE names the install folder of a build with GSSAPI, with
+//! Interoperation with Dante's server and client. S5_TEST_DANTE names the install directory of a build with GSSAPI, with
 //! sbin/sockd and bin/socksify (Debian's packages have no GSSAPI). Without it, the tests are skipped.
 
 use std::net::SocketAddr;
@@ -39,7 +39,7 @@ for length in (1, 1472, 60000):
     print(s.recvfrom(65536)[0] == b"u" * length)
 "#;
 
-/// Returns Dante's folder and a realm. Skips even if S5_TEST_STRICT=1, because no package provides this Dante.
+/// Returns Dante's directory and a realm. Skips even if S5_TEST_STRICT=1, because no package provides this Dante.
 fn set_up() -> Option<(PathBuf, Realm)> {
     match std::env::var_os("S5_TEST_DANTE") {
         Some(dante) => Some((dante.into(), realm()?)),
@@ -60,7 +60,7 @@ impl Sockd {
     }
 
     fn start_on(addr: SocketAddr, dante: &Path, realm: &Realm, level: &str, more: &str) -> Option<Self> {
-        let folder = temp_dir();
+        let dir = temp_dir();
         let user = text(&stdout(Command::new("id").arg("-un"), b""));
         // The client rule configures the login, the socks rule the level.
         let keytab = realm.file("service.keytab");
@@ -72,16 +72,16 @@ impl Sockd {
              socks pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n\
              command: bind connect udpassociate bindreply udpreply\n\
              {login}\n}}\n",
-            log = folder.path().join("log").display(),
+            log = dir.path().join("log").display(),
             port = addr.port(),
             user = user.trim(),
         );
-        let config = write_file(folder.path(), "sockd.conf", &config);
+        let config = write_file(dir.path(), "sockd.conf", &config);
         let mut command = Command::new(dante.join("sbin/sockd"));
-        command.args(["-N", "1", "-f", &config, "-p", &path(&folder.path().join("pid"))]).env("TMPDIR", folder.path());
+        command.args(["-N", "1", "-f", &config, "-p", &path(&dir.path().join("pid"))]).env("TMPDIR", dir.path());
         realm.env(&mut command).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().expect("sockd starts");
-        let log = || std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
+        let log = || std::fs::read_to_string(dir.path().join("log")).unwrap_or_default();
         let mut has_ended = false;
         wait_until("sockd runs", TIMEOUT, || {
             has_ended = child.try_wait().expect("it can be waited for").is_some();
@@ -91,7 +91,7 @@ impl Sockd {
             eprintln!("sockd:\n{}", log());
             return None;
         }
-        Some(Self(child, addr, folder))
+        Some(Self(child, addr, dir))
     }
 
     fn url(&self) -> String {
@@ -137,14 +137,14 @@ fn dante_client_works_with_s5_server() {
     for (level, dante_level) in LEVELS.into_iter().zip(DANTE_LEVELS) {
         for nec in ["", "clientcompatibility: necgssapi"] {
             let server = serve(&realm, &["--gssapi-protection", level]);
-            let folder = temp_dir();
+            let dir = temp_dir();
             let config = format!(
                 "route {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0 via: localhost port = {port}\n\
                  proxyprotocol: socks_v5\n  command: connect udpassociate\n  method: gssapi\n\
                  gssapi.enctype: {dante_level}\n  {nec}\n}}\n",
                 port = server.addr().port()
             );
-            let config = write_file(folder.path(), "socks.conf", &config);
+            let config = write_file(dir.path(), "socks.conf", &config);
             let run = |script: &str, target: SocketAddr| {
                 let mut command = Command::new(dante.join("bin/socksify"));
                 command.args([PYTHON, "-c", script, &target.ip().to_string(), &target.port().to_string()]);

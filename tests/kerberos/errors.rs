@@ -26,8 +26,8 @@ fn connect_with_ccache(realm: &Realm, server: &Server, ccache: &str) -> Output {
     run(&mut client(realm, "connect", &url(server), &["--ccache", ccache, &target]), b"", LONG_TIMEOUT)
 }
 
-/// Returns the folder of a realm.
-fn folder(realm: &Realm) -> std::path::PathBuf {
+/// Returns the directory of a realm.
+fn dir(realm: &Realm) -> std::path::PathBuf {
     realm.file("")
 }
 
@@ -52,7 +52,7 @@ fn missing_ticket_names_kinit_and_ccache() {
 fn expired_ticket_is_reported() {
     let Some(realm) = realm() else { return };
     let (server, ccache) = (serve(&realm, &[]), path(&realm.file("short")));
-    kinit(&folder(&realm), "alice", "user.keytab", "short", "1s");
+    kinit(&dir(&realm), "alice", "user.keytab", "short", "1s");
     wait_for_expiry(&realm, &server, &ccache);
     assert_fails_with(
         &connect_with_ccache(&realm, &server, &ccache),
@@ -67,7 +67,7 @@ fn session_continues_after_its_ticket_expires() {
     let Some(realm) = realm() else { return };
     let (server, echo) = (serve(&realm, &[]), echo_server().to_string());
     let ccache = path(&realm.file("short"));
-    kinit(&folder(&realm), "alice", "user.keytab", "short", "2s");
+    kinit(&dir(&realm), "alice", "user.keytab", "short", "2s");
     let mut client =
         RunningProgram::start(&mut client(&realm, "connect", &url(&server), &["--ccache", &ccache, &echo]));
     client.write(b"before ");

@@ -22,8 +22,8 @@ fn find_library(name: &str) -> Option<PathBuf> {
 
 #[test]
 fn without_library_everything_except_gssapi_works() {
-    let (folder, echo) = (temp_dir(), echo_server().to_string());
-    let users = path(&folder.path().join("users"));
+    let (dir, echo) = (temp_dir(), echo_server().to_string());
+    let users = path(&dir.path().join("users"));
     stdout(
         s5().args(["serve", "--users", &users, "--add-user", "bob"]).env(LIBRARY_ENV_VAR, "/nonexistent"),
         b"secret\n",
@@ -48,8 +48,8 @@ fn without_library_everything_except_gssapi_works() {
 
 #[test]
 fn server_with_gssapi_does_not_start_without_library() {
-    let folder = temp_dir();
-    let keytab = crate::common::write_file(folder.path(), "keytab", "");
+    let dir = temp_dir();
+    let keytab = crate::common::write_file(dir.path(), "keytab", "");
     for args in [&["--auth", "gssapi"][..], &["--keytab", &keytab], &["--gssapi-service", "rcmd"]] {
         let mut command = s5();
         command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).env(LIBRARY_ENV_VAR, "/nonexistent");

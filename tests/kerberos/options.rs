@@ -15,8 +15,8 @@ fn refused(realm: &Realm, args: &[&str]) -> Output {
     run(realm.env(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args)), b"", TIMEOUT)
 }
 
-fn users(folder: &std::path::Path) -> String {
-    let users = path(&folder.join("users"));
+fn users(dir: &std::path::Path) -> String {
+    let users = path(&dir.join("users"));
     stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
     users
 }
@@ -32,8 +32,8 @@ fn selected(server: &Server, methods: &[u8]) -> u8 {
 #[test]
 fn server_selects_methods_in_order_of_auth() {
     let Some(realm) = realm() else { return };
-    let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
-    let users = users(folder.path());
+    let (dir, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
+    let users = users(dir.path());
     let both = ["--users", &users, "--keytab", &keytab];
     let table: [(&[&str], [u8; 5]); 7] = [
         // Selected methods for each of `offers` below.
@@ -55,8 +55,8 @@ fn server_selects_methods_in_order_of_auth() {
 #[test]
 fn contradictory_options_are_refused() {
     let Some(realm) = realm() else { return };
-    let (folder, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
-    let users = users(folder.path());
+    let (dir, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
+    let users = users(dir.path());
     let table: [(&[&str], &str); 9] = [
         (&["--auth", "password"], "password requires --users"),
         (&["--auth", "gssapi,password", "--keytab", &keytab], "password requires --users"),
@@ -76,14 +76,13 @@ fn contradictory_options_are_refused() {
 #[test]
 fn unusable_keytab_is_reported_at_start() {
     let Some(realm) = realm() else { return };
-    let folder = temp_dir();
-    let file = |name: &str| path(&folder.path().join(name));
+    let dir = temp_dir();
+    let file = |name: &str| path(&dir.path().join(name));
     std::fs::write(file("junk"), b"this is no keytab\n").expect("a file");
     std::fs::write(file("empty"), b"").expect("a file");
-    std::fs::create_dir(file("folder")).expect("a folder");
+    std::fs::create_dir(file("dir")).expect("a directory");
     let unusable = "is nonexistent or empty";
-    for (name, expected) in [("missing", "no such file"), ("junk", unusable), ("empty", unusable), ("folder", unusable)]
-    {
+    for (name, expected) in [("missing", "no such file"), ("junk", unusable), ("empty", unusable), ("dir", unusable)] {
         assert_fails_with(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), expected]);
         crate::page::assert_explains(expected);
     }
@@ -101,16 +100,16 @@ fn unusable_keytab_is_reported_at_start() {
 #[test]
 fn unreadable_keytab_is_reported_at_start() {
     let Some(realm) = realm() else { return };
-    let (folder, is_root) = (temp_dir(), rustix::process::getuid().is_root());
+    let (dir, is_root) = (temp_dir(), rustix::process::getuid().is_root());
     if is_root && !is_installed("setpriv") {
         return;
     }
     // Only the keytab is unreadable for the other user.
-    let (program, keytab) = (path(&folder.path().join("s5")), path(&folder.path().join("keytab")));
+    let (program, keytab) = (path(&dir.path().join("s5")), path(&dir.path().join("keytab")));
     std::fs::copy(env!("CARGO_BIN_EXE_s5"), &program).expect("a copy");
     std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
     let mode = |path: &str, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("a mode");
-    mode(&path(folder.path()), 0o755);
+    mode(&path(dir.path()), 0o755);
     mode(&program, 0o755);
     mode(&keytab, if is_root { 0o600 } else { 0 });
     let mut command = if is_root {
@@ -217,9 +216,9 @@ fn ccache_option_selects_the_tickets() {
 #[test]
 fn gssapi_is_offered_only_with_a_ticket() {
     let Some(realm) = realm() else { return };
-    let (folder, echo) = (temp_dir(), echo_server().to_string());
+    let (dir, echo) = (temp_dir(), echo_server().to_string());
     // Prefers GSSAPI, and accepts others.
-    let users = users(folder.path());
+    let users = users(dir.path());
     let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password,none"]);
     let connect = |ccache: &str, args: &[&str], proxy: &str| {
         let mut command = s5();

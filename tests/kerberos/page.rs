@@ -19,15 +19,15 @@ pub fn assert_explains(message: &str) {
     assert!(table.contains(message), "src/gssapi/README.md does not explain {message:?}");
 }
 
-/// A shell in `folder` with s5 and the Kerberos programs in its PATH.
-fn shell(realm: &Realm, folder: &Path, line: &str) -> Command {
-    let programs = Path::new(env!("CARGO_BIN_EXE_s5")).parent().expect("a folder").display();
+/// A shell in `dir` with s5 and the Kerberos programs in its PATH.
+fn shell(realm: &Realm, dir: &Path, line: &str) -> Command {
+    let programs = Path::new(env!("CARGO_BIN_EXE_s5")).parent().expect("a directory").display();
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new("sh");
-    command.args(["-e", "-c", line]).current_dir(folder);
+    command.args(["-e", "-c", line]).current_dir(dir);
     realm.env(&mut command).env("PATH", format!("{programs}:{path}:/usr/sbin:/sbin"));
     // Neither a keytab nor a ticket is preset: the commands of the page must create them.
-    command.env("KRB5CCNAME", format!("FILE:{}", folder.join("tickets").display())).env_remove("KRB5_KTNAME");
+    command.env("KRB5CCNAME", format!("FILE:{}", dir.join("tickets").display())).env_remove("KRB5_KTNAME");
     command
 }
 
@@ -37,9 +37,9 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
     if !is_installed("sh") {
         return;
     }
-    let folder = crate::common::temp_dir();
+    let dir = crate::common::temp_dir();
     let delete_principal = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
-    let output = run(&mut shell(&realm, folder.path(), &delete_principal), b"", LONG_TIMEOUT);
+    let output = run(&mut shell(&realm, dir.path(), &delete_principal), b"", LONG_TIMEOUT);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let web = tcp_server(V4, |mut stream| {
         let mut request = [0; 18];
@@ -59,7 +59,7 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
         assert!(!line.contains("example"), "{line}: the test must not contact other hosts");
         writeln!(commands_run, "{line}").expect("text");
         if line.starts_with("s5 serve") {
-            server = Some(Server::start_with(&mut shell(&realm, folder.path(), &format!("exec {line}")), 1));
+            server = Some(Server::start_with(&mut shell(&realm, dir.path(), &format!("exec {line}")), 1));
             continue;
         }
         let stdin = match line.split(' ').next() {
@@ -67,7 +67,7 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
             Some("s5") => "GET / HTTP/1.0\r\n\r\n".to_owned(),
             _ => String::new(),
         };
-        let output = run(&mut shell(&realm, folder.path(), &line), stdin.as_bytes(), LONG_TIMEOUT);
+        let output = run(&mut shell(&realm, dir.path(), &line), stdin.as_bytes(), LONG_TIMEOUT);
         assert!(output.status.success(), "{line}: {}", text(&output.stderr));
         if line.starts_with("s5 connect") {
             assert_eq!(text(&output.stdout), "HTTP/1.0 200 OK\r\n\r\nit works");

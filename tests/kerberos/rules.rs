@@ -71,8 +71,8 @@ fn rules_apply_to_udp_and_bind() {
 #[test]
 fn reload_ends_only_sessions_that_new_rules_deny() {
     let Some(realm) = realm() else { return };
-    let (folder, echo, udp) = (temp_dir(), echo_server().to_string(), udp_echo_server(V4).to_string());
-    let rules = |text: &str| write_file(folder.path(), "rules", text);
+    let (dir, echo, udp) = (temp_dir(), echo_server().to_string(), udp_echo_server(V4).to_string());
+    let rules = |text: &str| write_file(dir.path(), "rules", text);
     let file = rules("allow user=*@S5.TEST\ndeny\n");
     let server = serve(&realm, &["--rules", &file]);
     let mallory = path(&realm.file("ccache.mallory"));

@@ -123,8 +123,8 @@ fn bind_transfers_data_both_ways_at_every_level() {
 #[test]
 fn unix_socket_proxy_requires_gssapi_host() {
     let Some(realm) = realm() else { return };
-    let folder = temp_dir();
-    let (socket, keytab) = (path(&folder.path().join("s5.sock")), path(&realm.file("service.keytab")));
+    let dir = temp_dir();
+    let (socket, keytab) = (path(&dir.path().join("s5.sock")), path(&realm.file("service.keytab")));
     let listen = format!("unix:{socket}");
     let mut command = s5();
     let server = Server::start_with(realm.env(command.args(["serve", "--keytab", &keytab, "--listen", &listen])), 1);
