@@ -134,8 +134,8 @@ impl Conn {
         }
     }
 
-    /// Sends `last_message` and closes the connection so that the message arrives even while the peer is sending:
-    /// shuts down the write side, then reads until the peer closes, for at most 5 s.
+    /// Sends `last_message` and closes the connection so that the message arrives even while the peer is sending.
+    /// After the write side is shut down, reads until the peer closes, for at most 5 s.
     pub async fn close_gracefully(mut self, last_message: &[u8]) {
         let close = async {
             self.write_all(last_message).await?;

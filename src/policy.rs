@@ -58,7 +58,7 @@ impl Policy {
         methods.iter().copied().find(|method| offered.contains(method))
     }
 
-    /// Decides a request from the facts known so far. `is_local` returns whether an address belongs to this host; it is
+    /// Decides a request from the facts known so far. `is_local` returns whether an address belongs to this host. It is
     /// called only for the port of a listener on an unspecified address (0.0.0.0 or `::`).
     pub fn evaluate(&self, request: &AccessRequest<'_>, is_local: impl Fn(SocketAddr) -> bool) -> Decision<'_> {
         self.rules.evaluate(request, &|addr| self.is_own_listener(addr, &is_local))

@@ -1,7 +1,7 @@
 //! Reassembly of fragmented datagrams (RFC 1928 section 7): one queue and one timer. Time is an argument.
 //!
 //! An association has one client, so the queue holds one sequence. Fragments must arrive in order: the RFC empties the
-//! queue at a FRAG lower than the highest one seen, so a late fragment can't complete a datagram.
+//! queue at a FRAG lower than the highest one seen. So a late fragment can't complete a datagram.
 
 use std::borrow::Cow;
 use std::time::{Duration, Instant};

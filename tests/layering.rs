@@ -1,4 +1,4 @@
-//! Checks of the source code that the compiler does not do: imports follow the table in src/lib.rs, pure modules do no
+//! Checks of the source code that the compiler does not do. Imports follow the table in src/lib.rs, pure modules do no
 //! I/O, code outside of tests does not panic, files are short. The checks search the text, so code can evade them.
 
 use std::fs;

@@ -1,5 +1,5 @@
 //! UDP through one or more proxies. The associations of several hops are nested: each hop sends the datagrams to the
-//! relay of the next one, so that all traffic passes through every hop.
+//! relay of the next one. All traffic passes through every hop.
 
 use std::cell::{Cell, RefCell};
 use std::fs;

@@ -48,7 +48,7 @@ impl TokenBucket {
         state
     }
 
-    /// Returns the number of tokens to reserve: `requested` if the bucket has as many; otherwise those that it has, or
+    /// Returns the number of tokens to reserve: `requested` if the bucket has as many. Otherwise those that it has, or
     /// earns in [`RESERVATION_TIME`], whichever is more.
     fn reservation_size(&self, requested: usize, now: Instant) -> f64 {
         let tokens = self.state(now).tokens;

@@ -1,6 +1,6 @@
 //! A thread's reactor: edge-triggered epoll, timers and the loop that polls the main future.
 //!
-//! Each thread has its own instance. A socket is registered once for its lifetime, waiting for it costs no system call,
+//! Each thread has its own instance. A socket is registered once for its lifetime. Waiting for it costs no system call,
 //! and it is read or written only when it may be ready. Other threads share only the loop's waker and the number of
 //! sockets.
 

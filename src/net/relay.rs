@@ -100,8 +100,8 @@ pub struct RelayOptions {
     /// After dst has ended its stream: ends the relay after this long without a byte from the client. Bytes that are
     /// already read are still sent, without a time limit. `None`: waits until the client ends its stream too.
     pub linger: Option<Duration>,
-    /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending, so that
-    /// the caller can continue it on another thread.
+    /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending. The caller
+    /// can continue it on another thread.
     pub stop_when_bulk: bool,
     /// Leaves the write side of dst open when the client ends its stream.
     pub keeps_dst_open: bool,
@@ -139,7 +139,7 @@ pub enum RelayError {
     IdleTimeout,
     /// `may_continue` returned false. Both streams have been reset.
     Stopped,
-    /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not: the caller must read
+    /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not. The caller must read
     /// the client's data before it closes, or the client can lose the last bytes.
     Undelivered(io::Error),
 }

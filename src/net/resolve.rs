@@ -56,8 +56,8 @@ impl Resolver {
     }
 }
 
-/// Parses an IP address that a client sent as a name: with or without brackets, or in a form of inet_aton(3), which
-/// getaddrinfo(3) accepts too, such as `127.1`, `0x7f.0.0.1` or `2130706433`.
+/// Parses an IP address that a client sent as a name, with or without brackets. Accepts the forms of inet_aton(3) too,
+/// as getaddrinfo(3) does: `127.1`, `0x7f.0.0.1` or `2130706433`.
 pub fn parse_literal(text: &str) -> Option<IpAddr> {
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4))
@@ -89,8 +89,8 @@ fn parse_inet_aton(text: &str) -> Option<Ipv4Addr> {
     u32::try_from(address).ok().filter(|_| fits).map(Ipv4Addr::from)
 }
 
-/// Returns the address to which Linux sends the packets, so that rules match it: IPv4 instead of IPv4-mapped IPv6, and
-/// loopback instead of the unspecified address.
+/// Returns the address to which Linux sends the packets, so that rules match it. This is IPv4 instead of IPv4-mapped
+/// IPv6, and loopback instead of the unspecified address.
 pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
     let ip = match ip.to_canonical() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),

@@ -103,8 +103,8 @@ impl<T: AsFd> Io<T> {
         result
     }
 
-    /// Records that the socket is not ready although no operation has returned `WouldBlock`: after a short read or
-    /// write, or at any time for an [`Io::read_only`] socket, whose unread data is reported again.
+    /// Records that the socket is not ready although no operation has returned `WouldBlock`. Allowed after a short read
+    /// or write, and at any time for an [`Io::read_only`] socket: its unread data is reported again.
     pub fn mark_not_ready(&self, interest: Interest) {
         self.reactor.mark_not_ready(self.key, interest);
     }

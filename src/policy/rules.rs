@@ -14,8 +14,8 @@ use ipnet::IpNet;
 use crate::proto::{Command, HostName, Method, ProtectionLevel};
 pub use parse::{normalize_name, parse_rule, parse_rules};
 
-/// Targets that a remote client reaches only if an `allow to=` rule names them: this host, link-local addresses (which
-/// include cloud metadata services), unspecified addresses, multicast and broadcast.
+/// Targets that a remote client reaches only if an `allow to=` rule names them: this host, link-local addresses,
+/// unspecified addresses, multicast and broadcast. Cloud metadata services have link-local addresses.
 const PROTECTED_TARGETS: &str = ".localhost,0.0.0.0/8,127.0.0.0/8,169.254.0.0/16,224.0.0.0/4,255.255.255.255,\
                          ::,::1,fd00:ec2::254,fe80::/10,ff00::/8";
 

@@ -133,8 +133,8 @@ impl StoredHash {
 /// Checks that a user name fits into a line of the file and into a login.
 ///
 /// # Errors
-/// The name is empty or longer than 255 bytes, starts with `#`, contains a colon or a control character, or starts or
-/// ends with whitespace.
+/// The name is empty or longer than 255 bytes, starts with `#`, or contains a colon or a control character. Or it
+/// starts or ends with whitespace.
 pub fn check_name(name: &str) -> Result<(), String> {
     let problem = match name {
         "" => "is empty",

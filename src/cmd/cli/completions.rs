@@ -1,6 +1,6 @@
 //! `--completions`: scripts that complete the modes, their options, and file names as values of options.
 //!
-//! The generators for argh are not used: their scripts do not complete files, mistake a host named like a mode for the
+//! The generators for argh are not used. Their scripts do not complete files, mistake a host named like a mode for the
 //! mode, and call functions that fish 3 does not have.
 
 use std::fmt::Write as _;

@@ -41,8 +41,8 @@ fn push_synopsis(out: &mut String, program: &Syntax) {
     let _ = writeln!(out, ".B {NAME}\n.RI [ mode ]\n.B {}", escape("--help"));
 }
 
-/// Appends an entry for each option of modes that have the same flags, with its aliases, and with the modes that support
-/// it if others do not.
+/// Appends an entry for each option of modes that have the same flags, with its aliases. If some modes do not support
+/// the option, the entry names those that do.
 fn push_options(out: &mut String, modes: &[Syntax]) {
     let mut group = "";
     for flag in modes.first().map(|mode| mode.flags).unwrap_or_default().iter().filter(|flag| flag.long != "--help") {

@@ -1,5 +1,5 @@
-//! The use of an established tunnel: close it (`-z`), pass its socket to another process (`-F`), or relay between it and
-//! stdin and stdout, or those of a program (`-e`, `-c`).
+//! The use of an established tunnel. s5 closes it (`-z`), passes its socket to another process (`-F`), or relays
+//! between it and stdin and stdout, or those of a program (`-e`, `-c`).
 
 use std::cell::Cell;
 use std::future::{pending, poll_fn};
@@ -27,8 +27,8 @@ use crate::net::{
 };
 use crate::proto::Addr;
 
-/// Time to wait for stdin after the remote side has ended. It is short, since the peer has most likely closed its socket.
-/// Data that is ready is still sent. Also limits the last flush of stdout after a timeout.
+/// Time to wait for stdin after the remote side has ended. It is short: the peer has most likely closed its socket. Data
+/// that is ready is still sent. Also limits the last flush of stdout after a timeout.
 const STDIN_LINGER: Duration = Duration::from_millis(250);
 /// With `--send-only`, time from the end of stdin to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);

@@ -39,8 +39,8 @@ fn has_data(socket: BorrowedFd<'_>) -> io::Result<bool> {
 
 impl Pipe {
     /// # Errors
-    /// Errors from pipe(2); EMFILE if half of all descriptors are in use, since the others are for sessions; ENOMEM if
-    /// the pipe would hold less than `min_capacity` bytes, since copying is faster then.
+    /// Errors from pipe(2). EMFILE if half of all descriptors are in use: the others are for sessions. ENOMEM if the
+    /// pipe would hold less than `min_capacity` bytes: copying is faster then.
     pub(super) fn open(min_capacity: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
