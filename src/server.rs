@@ -45,7 +45,7 @@ pub use local_addr::is_local;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 use state::Server;
-use worker::{Report, Worker, WorkerPool};
+use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
 const RESERVED_DESCRIPTORS: u64 = 64;
@@ -179,7 +179,7 @@ fn start(
     server: &Arc<Server>,
     workers: Vec<Worker>,
     listeners: Vec<Listener>,
-    reports: &Receiver<Report>,
+    reports: &Receiver<WorkerReport>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
     let listeners: Vec<_> = listeners.into_iter().map(Arc::new).collect();
     let start_thread = |worker: Worker| {
@@ -188,7 +188,7 @@ fn start(
     };
     let threads = workers.into_iter().map(start_thread).collect::<io::Result<Vec<_>>>()?;
     for _ in &threads {
-        if let Ok(Report::Failed(error)) = reports.recv_blocking() {
+        if let Ok(WorkerReport::Failed(error)) = reports.recv_blocking() {
             return Err(error);
         }
     }
@@ -217,7 +217,7 @@ async fn run_until_shutdown(
     mut signals: Signals,
     server: &Weak<Server>,
     drain: Duration,
-    reports: Receiver<Report>,
+    reports: Receiver<WorkerReport>,
     reload: impl AsyncFn(),
 ) -> io::Result<()> {
     let end_signal = async {
@@ -229,7 +229,7 @@ async fn run_until_shutdown(
     // A report that all have ended precedes the error of the only worker.
     let worker_error = async {
         while let Ok(report) = reports.recv().await {
-            if let Report::Failed(error) = report {
+            if let WorkerReport::Failed(error) = report {
                 return Err(error);
             }
         }
@@ -240,7 +240,7 @@ async fn run_until_shutdown(
         server.workers.stop_accepting();
     }
     log::info!("shutting down: draining sessions for up to {} s", drain.as_secs());
-    let drained = async { while !matches!(reports.recv().await, Ok(Report::AllEnded) | Err(_)) {} };
+    let drained = async { while !matches!(reports.recv().await, Ok(WorkerReport::AllEnded) | Err(_)) {} };
     let timeout = async {
         Timer::after(drain).await;
         log::info!("shutting down: drain time over, closing the remaining sessions");

@@ -15,7 +15,7 @@ use super::listen::Listener;
 use super::session;
 use super::session_log::request_from;
 use super::state::{Server, Session};
-use super::worker::{self, Report, panic_error};
+use super::worker::{self, WorkerReport, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 
 /// Accept attempts in a row before the open sessions get their turn.
@@ -32,7 +32,7 @@ pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Re
             let workers = &accept_loop.server.workers;
             let accepting = accept_loop.run().or(workers.wait_stop_accepting());
             if AssertUnwindSafe(accepting).catch_unwind().await.is_err() {
-                workers.report(Report::Failed(panic_error()));
+                workers.report(WorkerReport::Failed(panic_error()));
             }
         });
     }

@@ -1,5 +1,5 @@
-//! Slows down password guessing. After five failures of a client address within a minute, further logins are answered
-//! with a growing delay; after six of these, its connections are closed for 10 minutes. The clock is an argument.
+//! Slows down password guessing. After five failures of a client address within a minute, the answers to further logins
+//! have a growing delay. After six of these, its connections are closed for 10 minutes. The clock is an argument.
 
 use std::collections::HashMap;
 use std::net::IpAddr;

@@ -19,8 +19,8 @@ use crate::proto::{
     Credentials, Frame, Greeting, LoginStatus, Method, MethodSelection, OtherProtocol, ProtocolError, Request,
 };
 
-/// Starts a session on the worker of this thread: a task for the handshake, and after that one for the tunnel, without
-/// the memory of the handshake.
+/// Starts a session on the worker of this thread. One task runs the handshake. Another one runs the tunnel after that,
+/// without the memory of the handshake.
 pub(super) fn start(mut session: Session, conn: DetachedConn) {
     let mut conn = match conn.attach() {
         Ok(conn) => conn,

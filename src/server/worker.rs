@@ -36,7 +36,7 @@ pub(super) fn spawn(task: impl Future<Output = ()> + 'static) {
 }
 
 /// What the threads report to the main thread.
-pub(super) enum Report {
+pub(super) enum WorkerReport {
     /// A worker accepts connections.
     Accepting,
     /// A worker has ended.
@@ -51,7 +51,7 @@ pub(super) struct WorkerPool {
     /// Closes when the workers have to stop accepting.
     accepting: Sender<Infallible>,
     stop_accepting: Receiver<Infallible>,
-    reports: Sender<Report>,
+    reports: Sender<WorkerReport>,
 }
 
 /// The part of a worker that the other threads use.
@@ -70,17 +70,17 @@ pub(super) struct Worker {
     index: usize,
     inbox: Receiver<Job>,
     socket_count: Arc<AtomicUsize>,
-    reports: Sender<Report>,
+    reports: Sender<WorkerReport>,
 }
 
 impl Drop for WorkerPool {
     fn drop(&mut self) {
-        self.report(Report::AllEnded);
+        self.report(WorkerReport::AllEnded);
     }
 }
 
 impl WorkerPool {
-    pub(super) fn new(count: u16) -> (Self, Vec<Worker>, Receiver<Report>) {
+    pub(super) fn new(count: u16) -> (Self, Vec<Worker>, Receiver<WorkerReport>) {
         let (accepting, stop_accepting) = channel::bounded(1);
         let (reports, received_reports) = channel::unbounded();
         let new_worker = |index| {
@@ -129,7 +129,7 @@ impl WorkerPool {
         let _ = all_done.recv().await;
     }
 
-    pub(super) fn report(&self, report: Report) {
+    pub(super) fn report(&self, report: WorkerReport) {
         let _ = self.reports.try_send(report);
     }
 
@@ -173,7 +173,7 @@ impl Worker {
         std::thread::Builder::new().name("s5-worker".into()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| self.run(start)));
             if let Err(error) = result.unwrap_or_else(|_| Err(panic_error())) {
-                let _ = reports.try_send(Report::Failed(error));
+                let _ = reports.try_send(WorkerReport::Failed(error));
             }
         })
     }
@@ -185,7 +185,7 @@ impl Worker {
             THIS.set((self.index, Rc::downgrade(&executor)));
             reactor::publish_socket_count(self.socket_count);
             start()?;
-            let _ = self.reports.try_send(Report::Accepting);
+            let _ = self.reports.try_send(WorkerReport::Accepting);
             let jobs = executor.spawn(async move {
                 while let Ok(job) = self.inbox.recv().await {
                     job();
