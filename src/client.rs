@@ -20,7 +20,7 @@ use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
 };
-pub use association::{Association, AssociationClosedError, RECV_BUFFER_SIZE};
+pub use association::{Association, AssociationClosedError};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, credentials, parse_hops};
 

@@ -11,6 +11,7 @@ mod socket;
 mod stream;
 mod timer;
 
+pub use datagrams::DATAGRAM_BUFFER_SIZE;
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use dial::{DialError, LocalAddr, connect_unix, dial, set_tcp_options, unspecified};
 pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};

@@ -14,15 +14,12 @@ use std::time::Instant;
 
 use super::{Client, ClientError, ClientErrorKind, Phase};
 use crate::conn::{Conn, Protection};
-use crate::net::{DialError, Interest, Io, unspecified};
+use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reassembly::{Reassembler, fragment};
 
-/// Size in bytes of a buffer for any UDP datagram.
-pub const RECV_BUFFER_SIZE: usize = 65_536;
-
 thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; RECV_BUFFER_SIZE]);
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; DATAGRAM_BUFFER_SIZE]);
 }
 
 /// Nested associations with all hops, and the socket connected to the first relay or, without hops, to the target.

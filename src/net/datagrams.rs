@@ -16,8 +16,9 @@ use socket2::{Domain, Socket, Type};
 
 use super::reactor::{Interest, wake_later};
 use super::socket::Io;
+pub use batch::DATAGRAM_BUFFER_SIZE;
 pub(crate) use batch::{GsoBatch, RecvBatch};
-use batch::{MAX_MESSAGE_SIZE, MAX_MESSAGES, Message};
+use batch::{MAX_MESSAGES, RecvMessage};
 use offload::GsoLimit;
 
 /// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
@@ -100,8 +101,8 @@ impl BatchSocket {
         } else if self.is_gro_enabled.get() {
             offload::receive_one(socket, batch)?;
         } else {
-            let (len, from) = socket.recv_from(batch.buffers.get_mut(..MAX_MESSAGE_SIZE).unwrap_or_default())?;
-            batch.messages.push(Message { from, len, segment_len: len });
+            let (len, from) = socket.recv_from(batch.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default())?;
+            batch.messages.push(RecvMessage { from, len, segment_len: len });
         }
         self.single_streak.set(if batch.messages.len() == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
         Ok(batch.messages.len() < max.min(MAX_MESSAGES))

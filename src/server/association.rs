@@ -1,7 +1,7 @@
 //! UDP ASSOCIATE (RFC 1928 sections 4, 6 and 7): one association, from its reply to the end of its control connection.
 //!
-//! The client's socket is bound to the address that the client connected to, and connected to the client, so that the
-//! kernel drops datagrams from other senders. Datagrams that can't be relayed are dropped silently. Neither a datagram
+//! The client's socket is bound to the address that the client connected to, and connected to the client. So the kernel
+//! drops datagrams from other senders. Datagrams that can't be relayed are dropped silently. Neither a datagram
 //! nor an ICMP message can end an association.
 
 mod client_socket;
@@ -56,7 +56,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.server().advertised_addr(local);
     session.reply_success(control, bnd.into(), || None).await?;
-    let association = Association {
+    let relay = AssociationRelay {
         rate_limit: session.permit.rate_limit().cloned(),
         session,
         client,
@@ -65,13 +65,13 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
         reassembler: Reassembler::default(),
         last_activity: Instant::now(),
     };
-    if let Some(error) = association.run(control).await {
+    if let Some(error) = relay.run(control).await {
         session.log.set_error(error);
     }
     Ok(())
 }
 
-struct Association<'a> {
+struct AssociationRelay<'a> {
     session: &'a mut Session,
     rate_limit: Option<RateLimit>,
     client: ClientSocket,
@@ -81,7 +81,7 @@ struct Association<'a> {
     last_activity: Instant,
 }
 
-impl Association<'_> {
+impl AssociationRelay<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
         let mut ended = std::pin::pin!(wait_for_control_end(control));

@@ -11,11 +11,10 @@ use smol::LocalExecutor;
 use smol::channel::{Receiver, Sender, bounded};
 
 use super::transfer::{self, Transfer};
-use crate::client::RECV_BUFFER_SIZE;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::forward::{Task, listen, run_with_tasks};
-use crate::net::{Interest, Io, sleep, yield_now};
+use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, sleep, yield_now};
 use crate::proto::Host;
 
 /// Maximum number of queued datagrams of a peer. Further datagrams are dropped.
@@ -44,7 +43,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
     let executor = LocalExecutor::new();
     let mut is_limit_reported = false;
     let accept_datagrams = async {
-        let mut buffer = vec![0; RECV_BUFFER_SIZE];
+        let mut buffer = vec![0; DATAGRAM_BUFFER_SIZE];
         loop {
             let received = receive_from(&socket, &mut buffer).await;
             let (n, peer) = received.map_err(|error| connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;

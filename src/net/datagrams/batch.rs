@@ -5,20 +5,20 @@ use std::net::SocketAddr;
 use nix::cmsg_space;
 use quinn_udp::RecvMeta;
 
-/// Size of the buffer for one message, in bytes. No datagram or GRO aggregate is larger, so that none is truncated.
-pub(super) const MAX_MESSAGE_SIZE: usize = 65_536;
+/// Size of a buffer for any UDP datagram or GRO aggregate, in bytes. None is larger, so none is truncated.
+pub const DATAGRAM_BUFFER_SIZE: usize = 65_536;
 /// Maximum number of messages per receive call. Each is a datagram or a GRO aggregate.
 pub(super) const MAX_MESSAGES: usize = 32;
 /// Maximum number of datagrams per send call: UDP_MAX_SEGMENTS of the oldest kernels with GSO.
 pub(super) const MAX_SEGMENTS: usize = 64;
-/// Maximum number of bytes per send call. Until the kernel segments it, a batch is the payload of one IPv4 packet.
-const MAX_GSO_BYTES: usize = 65_507;
+/// Maximum number of bytes per send call. Until the kernel segments it, a batch is one IPv4 packet with a UDP header.
+const MAX_GSO_BYTES: usize = 65_535 - 20 - 8;
 
 /// Buffers for one receive call, and the messages that it has received.
 pub(crate) struct RecvBatch {
     // Lazily zeroed by the kernel. Most of the 2 MiB is never touched.
     pub(super) buffers: Vec<u8>,
-    pub(super) messages: Vec<Message>,
+    pub(super) messages: Vec<RecvMessage>,
     pub(super) metas: Vec<RecvMeta>,
     /// Control data of a single message.
     pub(super) control: Vec<u8>,
@@ -26,7 +26,7 @@ pub(crate) struct RecvBatch {
 
 /// A datagram, or a GRO aggregate: datagrams of one sender with the same length, of which the last may be shorter.
 #[derive(Clone, Copy)]
-pub(super) struct Message {
+pub(super) struct RecvMessage {
     pub(super) from: SocketAddr,
     /// All bytes of the message.
     pub(super) len: usize,
@@ -37,7 +37,7 @@ pub(super) struct Message {
 impl Default for RecvBatch {
     fn default() -> Self {
         Self {
-            buffers: vec![0; MAX_MESSAGES * MAX_MESSAGE_SIZE],
+            buffers: vec![0; MAX_MESSAGES * DATAGRAM_BUFFER_SIZE],
             messages: Vec::with_capacity(MAX_MESSAGES),
             metas: vec![RecvMeta::default(); MAX_MESSAGES],
             control: cmsg_space!(i32),
@@ -48,7 +48,7 @@ impl Default for RecvBatch {
 impl RecvBatch {
     /// Returns the datagrams with their senders, in the order of arrival.
     pub(crate) fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
-        self.messages.iter().zip(self.buffers.chunks(MAX_MESSAGE_SIZE)).flat_map(|(message, buffer)| {
+        self.messages.iter().zip(self.buffers.chunks(DATAGRAM_BUFFER_SIZE)).flat_map(|(message, buffer)| {
             let bytes = buffer.get(..message.len).unwrap_or_default();
             // An empty message is one datagram.
             let empty = bytes.is_empty().then_some(bytes);

@@ -10,7 +10,7 @@ use nix::sys::socket::sockopt::UdpGroSegment;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt};
 use quinn_udp::{RecvMeta, UdpSocketState};
 
-use super::batch::{GsoBatch, MAX_MESSAGE_SIZE, MAX_MESSAGES, MAX_SEGMENTS, Message, RecvBatch};
+use super::batch::{DATAGRAM_BUFFER_SIZE, GsoBatch, MAX_MESSAGES, MAX_SEGMENTS, RecvBatch, RecvMessage};
 
 /// Limit of GSO that the errors of the kernel have shown so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,19 +47,19 @@ pub(super) fn enable_gro(socket: &UdpSocket) {
 
 /// Receives up to `max` messages, without waiting.
 pub(super) fn receive(socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<()> {
-    let mut buffers = batch.buffers.chunks_exact_mut(MAX_MESSAGE_SIZE);
+    let mut buffers = batch.buffers.chunks_exact_mut(DATAGRAM_BUFFER_SIZE);
     let mut slices: [_; MAX_MESSAGES] = std::array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
     let slices = slices.get_mut(..max.min(MAX_MESSAGES)).unwrap_or_default();
     let metas = &mut batch.metas;
     let count = quinn_state()?.recv(socket.into(), slices, metas)?;
-    let message = |meta: &RecvMeta| Message { from: meta.addr, len: meta.len, segment_len: meta.stride };
+    let message = |meta: &RecvMeta| RecvMessage { from: meta.addr, len: meta.len, segment_len: meta.stride };
     batch.messages.extend(metas.iter().take(count).map(message));
     Ok(())
 }
 
 /// Receives one message, without waiting.
 pub(super) fn receive_one(socket: &UdpSocket, batch: &mut RecvBatch) -> io::Result<()> {
-    let buffer = batch.buffers.get_mut(..MAX_MESSAGE_SIZE).unwrap_or_default();
+    let buffer = batch.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default();
     let (slices, control) = (&mut [IoSliceMut::new(buffer)], Some(&mut *batch.control));
     let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), slices, control, MsgFlags::MSG_DONTWAIT)?;
     let mut segment_len = message.bytes;
@@ -71,7 +71,7 @@ pub(super) fn receive_one(socket: &UdpSocket, batch: &mut RecvBatch) -> io::Resu
     let v4 = |addr: &SockaddrStorage| addr.as_sockaddr_in().map(|addr| SocketAddr::V4((*addr).into()));
     let v6 = |addr: &SockaddrStorage| addr.as_sockaddr_in6().map(|addr| SocketAddr::V6((*addr).into()));
     let from = message.address.and_then(|addr| v4(&addr).or_else(|| v6(&addr)));
-    batch.messages.extend(from.map(|from| Message { from, len: message.bytes, segment_len }));
+    batch.messages.extend(from.map(|from| RecvMessage { from, len: message.bytes, segment_len }));
     Ok(())
 }
 
