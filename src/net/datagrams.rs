@@ -7,24 +7,21 @@ mod batch;
 mod offload;
 
 use std::cell::Cell;
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::task::{Context, Poll};
 
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sendmsg_addr};
 use socket2::{Domain, Socket, Type};
 
 use super::reactor::{Interest, wake_later};
 use super::socket::Io;
 pub use batch::DATAGRAM_BUFFER_SIZE;
+use batch::MAX_MESSAGES;
 pub(crate) use batch::{GsoBatch, RecvBatch};
-use batch::{MAX_MESSAGES, RecvMessage};
 use offload::GsoLimit;
 
 /// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
-/// Longest payload in bytes that is copied after its header. Longer ones are gathered by the kernel.
-const MAX_COPIED_PAYLOAD: usize = 2048;
 
 /// A datagram socket, registered with the reactor of its thread.
 pub(crate) struct BatchSocket {
@@ -37,24 +34,10 @@ pub(crate) struct BatchSocket {
 }
 
 impl BatchSocket {
-    /// Registers a non-blocking socket.
-    ///
-    /// # Errors
-    /// Those of epoll_ctl(2), and of socket(2) on the first call.
-    fn new(socket: UdpSocket) -> io::Result<Self> {
-        let gso_limit = if offload::can_segment()? { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
-        Ok(Self {
-            io: Io::read_only(socket)?,
-            gso_limit: gso_limit.into(),
-            single_streak: Cell::default(),
-            is_gro_enabled: Cell::default(),
-        })
-    }
-
     /// Binds a socket with large buffers. An IPv6 socket has no IPv4 traffic.
     ///
     /// # Errors
-    /// Those of bind(2) and [`BatchSocket::new`].
+    /// Those of bind(2), epoll_ctl(2) and socket(2).
     pub(crate) fn bind(local: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
         if local.is_ipv6() {
@@ -64,7 +47,13 @@ impl BatchSocket {
         let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
         let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
         socket.set_nonblocking(true)?;
-        Self::new(socket.into())
+        let gso_limit = if offload::can_segment()? { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
+        Ok(Self {
+            io: Io::read_only(socket.into())?,
+            gso_limit: gso_limit.into(),
+            single_streak: Cell::default(),
+            is_gro_enabled: Cell::default(),
+        })
     }
 
     pub(crate) fn get_ref(&self) -> &UdpSocket {
@@ -92,20 +81,17 @@ impl BatchSocket {
 
     /// Receives up to `max` messages. Returns true if the socket is empty, so that epoll reports the next message.
     fn receive(&self, socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<bool> {
-        batch.messages.clear();
-        if !self.should_receive_one() {
-            offload::receive(socket, batch, max)?;
-            if batch.messages.len() > 1 && !self.is_gro_enabled.replace(true) {
+        let is_one = self.should_receive_one();
+        if is_one && !self.is_gro_enabled.get() {
+            batch.receive_one(socket)?;
+        } else {
+            batch.receive(socket, offload::quinn_state()?, if is_one { 1 } else { max })?;
+            if batch.count > 1 && !self.is_gro_enabled.replace(true) {
                 offload::enable_gro(socket);
             }
-        } else if self.is_gro_enabled.get() {
-            offload::receive_one(socket, batch)?;
-        } else {
-            let (len, from) = socket.recv_from(batch.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default())?;
-            batch.messages.push(RecvMessage { from, len, segment_len: len });
         }
-        self.single_streak.set(if batch.messages.len() == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
-        Ok(batch.messages.len() < max.min(MAX_MESSAGES))
+        self.single_streak.set(if batch.count == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
+        Ok(batch.count < max.min(MAX_MESSAGES))
     }
 
     /// Returns true after four calls with a single message, except for every 16th call. Receiving one message costs
@@ -117,8 +103,9 @@ impl BatchSocket {
     /// Sends and clears the batch, to the peer of a connected socket if `to` is `None`. Each datagram is sent once or
     /// dropped. Returns the number of payload bytes sent.
     pub(crate) fn send_batch(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
-        let total = batch.len - batch.count * batch.header.len();
-        let sent = if batch.count > 1 && self.send_gso(to, batch) { total } else { self.send_individually(to, batch) };
+        let is_sent = batch.count > 1 && self.send_gso(to, batch);
+        let sent = batch.datagrams().filter(|datagram| is_sent || self.send_bytes(to, datagram).is_ok());
+        let sent = sent.map(|datagram| datagram.len() - batch.header_len()).sum();
         batch.clear();
         sent
     }
@@ -127,46 +114,16 @@ impl BatchSocket {
     fn send_gso(&self, to: Option<SocketAddr>, batch: &GsoBatch<'_>) -> bool {
         match self.gso_limit.get() {
             GsoLimit::Unsupported => return false,
-            GsoLimit::Below(peer, len) if peer == to && batch.segment_len() >= len => return false,
+            GsoLimit::Below(peer, len) if peer == to && batch.segment_len >= len => return false,
             _ => {}
         }
         match retry_if_connected(to, || offload::send(self.get_ref(), to, batch)) {
             Ok(()) => return true,
             Err(error) => {
-                self.gso_limit.set(offload::limit_after(error, to, batch.segment_len()).unwrap_or(self.gso_limit.get()))
+                self.gso_limit.set(offload::limit_after(error, to, batch.segment_len).unwrap_or(self.gso_limit.get()))
             }
         }
         false
-    }
-
-    fn send_individually(&self, to: Option<SocketAddr>, batch: &mut GsoBatch<'_>) -> usize {
-        let payloads = batch.payloads.get(..batch.count).unwrap_or_default();
-        let sent = payloads.iter().filter(|payload| self.send_parts(to, batch.header, payload).is_ok());
-        sent.map(|payload| payload.len()).sum()
-    }
-
-    /// Sends one datagram. A short payload is copied after `header` and removed again, which costs less than gathering.
-    ///
-    /// # Errors
-    /// Those of sendmsg(2).
-    fn send_parts(&self, to: Option<SocketAddr>, header: &mut Vec<u8>, payload: &[u8]) -> io::Result<()> {
-        if header.is_empty() {
-            return self.send_bytes(to, payload);
-        }
-        if payload.len() > MAX_COPIED_PAYLOAD {
-            let parts = [IoSlice::new(header), IoSlice::new(payload)];
-            let control = &mut SendAncillaryBuffer::default();
-            retry_if_connected(to, || match &to {
-                Some(to) => sendmsg_addr(self.get_ref(), to, &parts, control, SendFlags::NOSIGNAL),
-                None => sendmsg(self.get_ref(), &parts, control, SendFlags::NOSIGNAL),
-            })?;
-            return Ok(());
-        }
-        let header_len = header.len();
-        header.extend_from_slice(payload);
-        let result = self.send_bytes(to, header);
-        header.truncate(header_len);
-        result
     }
 
     /// Sends one datagram.
@@ -196,10 +153,8 @@ mod tests {
     use super::*;
     use crate::net::reactor;
 
-    fn udp_socket() -> UdpSocket {
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-        socket.set_nonblocking(true).expect("an option");
-        socket
+    fn batch_socket() -> BatchSocket {
+        BatchSocket::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a socket")
     }
 
     fn addr(socket: &BatchSocket) -> SocketAddr {
@@ -242,7 +197,7 @@ mod tests {
     fn udp_batches_arrive_as_single_datagrams_with_and_without_gso() {
         let payloads: Vec<Vec<u8>> = (0..40_u8).map(|n| vec![n; if n % 10 == 9 { 30 } else { 100 }]).collect();
         for gso_limit in [GsoLimit::Unlimited, GsoLimit::Unsupported] {
-            let [sender, receiver] = [(); 2].map(|()| BatchSocket::new(udp_socket()).expect("a socket"));
+            let [sender, receiver] = [(); 2].map(|()| batch_socket());
             sender.gso_limit.set(gso_limit);
             for _ in 0..10 {
                 assert_eq!(send(&sender, addr(&receiver), &payloads), (4, 36 * 100 + 4 * 30));
@@ -255,8 +210,8 @@ mod tests {
 
     #[test]
     fn udp_receive_loses_no_datagram_when_switching_between_single_and_batched() {
-        let receiver = BatchSocket::new(udp_socket()).expect("a socket");
-        let (to, socket) = (addr(&receiver), udp_socket());
+        let receiver = batch_socket();
+        let (to, socket) = (addr(&receiver), UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket"));
         // Single datagrams, then a burst, then single ones.
         for count in [1; 40].into_iter().chain([50]).chain([1; 40]) {
             for number in 0..count {

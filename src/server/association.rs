@@ -11,7 +11,6 @@ mod routes;
 mod sent_to;
 mod upstream;
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
@@ -46,8 +45,8 @@ thread_local! {
 #[derive(Default)]
 struct Scratch {
     received: RecvBatch,
-    /// The SOCKS header of the answers in one batch.
-    header: Vec<u8>,
+    /// The batch that is sent.
+    to_send: Vec<u8>,
 }
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
@@ -128,11 +127,11 @@ impl AssociationRelay<'_> {
 
     /// Relays received datagrams in both directions. Returns true if there may be more.
     fn relay_ready(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
-        let Scratch { received, header } = scratch;
+        let Scratch { received, to_send } = scratch;
         let mut budget = MAX_DATAGRAMS_PER_TURN;
         while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
             budget = budget.saturating_sub(received.count());
-            self.relay_from_client(now, received);
+            self.relay_from_client(now, received, to_send);
         }
         let mut has_more = budget == 0;
         for family in 0..self.egress.sockets.len() {
@@ -142,7 +141,7 @@ impl AssociationRelay<'_> {
                     break;
                 }
                 budget = budget.saturating_sub(received.count());
-                self.relay_from_targets(now, received, header);
+                self.relay_from_targets(now, received, to_send);
             }
             has_more |= budget == 0;
         }
@@ -172,47 +171,28 @@ impl AssociationRelay<'_> {
         has_more
     }
 
-    fn relay_from_client(&mut self, now: Instant, received: &RecvBatch) {
-        let mut no_header = Vec::new();
-        let batch = &mut GsoBatch::new(&mut no_header);
+    fn relay_from_client(&mut self, now: Instant, received: &RecvBatch, buffer: &mut Vec<u8>) {
+        let batch = &mut GsoBatch::new(buffer);
         for (from, bytes) in received.datagrams() {
-            match self.client.accept(from, bytes) {
-                Some(Cow::Borrowed(bytes)) => self.relay_to_target(now, from, bytes, batch),
-                Some(Cow::Owned(bytes)) => {
-                    let mut no_header = Vec::new();
-                    let batch = &mut GsoBatch::new(&mut no_header);
-                    self.relay_to_target(now, from, &bytes, batch);
-                    self.flush(batch);
-                }
-                None => {}
+            let Some(bytes) = self.client.accept(from, bytes) else { continue };
+            let Ok(datagram) = Datagram::decode(&bytes) else { continue };
+            self.last_activity = now;
+            self.client.set_port(from);
+            if let Some((dst, data)) = self.reassembler.push(now, datagram) {
+                self.queue(batch, dst, &data);
             }
         }
         self.flush(batch);
     }
 
-    /// Sends a datagram of the client, or adds it to the batch.
-    fn relay_to_target<'a>(&mut self, now: Instant, from: SocketAddr, bytes: &'a [u8], batch: &mut GsoBatch<'a>) {
-        let Ok(datagram) = Datagram::decode(bytes) else { return };
-        self.last_activity = now;
-        self.client.set_port(from);
-        match self.reassembler.push(now, datagram) {
-            Some((Addr { host: Host::Ip(ip), port }, Cow::Borrowed(data))) => {
-                self.queue(batch, canonical(ip, port), data);
-            }
-            Some((dst, data)) => {
-                self.flush(batch);
-                self.send(route(self.session, dst), &data);
-            }
-            None => {}
-        }
-    }
-
-    /// Adds a datagram to the batch. If it does not fit, the batch is sent first.
-    fn queue<'a>(&mut self, batch: &mut GsoBatch<'a>, dst: SocketAddr, data: &'a [u8]) {
-        if batch.peer() != Some(dst) {
+    /// Adds a datagram to an address to the batch. If it does not fit, or goes through a hop or to a name, the batch is
+    /// sent first.
+    fn queue(&mut self, batch: &mut GsoBatch<'_>, dst: Addr, data: &[u8]) {
+        let has_path = matches!(dst.host, Host::Ip(ip) if batch.peer() == Some(canonical(ip, dst.port)));
+        if !has_path {
             self.flush(batch);
-            match route_addr(self.session, dst, None) {
-                Some(Path::Direct(_)) => batch.begin(dst, |_| {}),
+            match route(self.session, dst) {
+                Some(Path::Direct(addr)) => batch.begin(addr, |_| {}),
                 path => return self.send(path, data),
             }
         }
@@ -276,8 +256,8 @@ impl AssociationRelay<'_> {
         self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
     }
 
-    fn relay_from_targets(&mut self, now: Instant, received: &RecvBatch, header: &mut Vec<u8>) {
-        let batch = &mut GsoBatch::new(header);
+    fn relay_from_targets(&mut self, now: Instant, received: &RecvBatch, buffer: &mut Vec<u8>) {
+        let batch = &mut GsoBatch::new(buffer);
         for (from, data) in received.datagrams() {
             if batch.peer() != Some(from) {
                 self.flush_answers(batch);

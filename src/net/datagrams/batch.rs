@@ -1,63 +1,78 @@
 //! The datagrams of one receive or send call.
 
-use std::net::SocketAddr;
+use std::array;
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
 
-use nix::cmsg_space;
-use quinn_udp::RecvMeta;
+use quinn_udp::{RecvMeta, UdpSocketState};
 
 /// Size of a buffer for any UDP datagram or GRO aggregate, in bytes. None is larger, so none is truncated.
 pub const DATAGRAM_BUFFER_SIZE: usize = 65_536;
-/// Maximum number of messages per receive call. Each is a datagram or a GRO aggregate.
+/// Maximum number of messages per receive call.
 pub(super) const MAX_MESSAGES: usize = 32;
 /// Maximum number of datagrams per send call: UDP_MAX_SEGMENTS of the oldest kernels with GSO.
 pub(super) const MAX_SEGMENTS: usize = 64;
 /// Maximum number of bytes per send call. Until the kernel segments it, a batch is one IPv4 packet with a UDP header.
 const MAX_GSO_BYTES: usize = 65_535 - 20 - 8;
 
-/// Buffers for one receive call, and the messages that it has received.
+/// Buffers for one receive call, and the messages that it has received. A message is a datagram, or a GRO aggregate:
+/// datagrams of one sender with the same length, of which the last may be shorter.
 pub(crate) struct RecvBatch {
     // Lazily zeroed by the kernel. Most of the 2 MiB is never touched.
-    pub(super) buffers: Vec<u8>,
-    pub(super) messages: Vec<RecvMessage>,
-    pub(super) metas: Vec<RecvMeta>,
-    /// Control data of a single message.
-    pub(super) control: Vec<u8>,
-}
-
-/// A datagram, or a GRO aggregate: datagrams of one sender with the same length, of which the last may be shorter.
-#[derive(Clone, Copy)]
-pub(super) struct RecvMessage {
-    pub(super) from: SocketAddr,
-    /// All bytes of the message.
-    pub(super) len: usize,
-    /// Bytes of each datagram.
-    pub(super) segment_len: usize,
+    buffers: Vec<u8>,
+    metas: Vec<RecvMeta>,
+    /// Number of messages.
+    pub(super) count: usize,
 }
 
 impl Default for RecvBatch {
     fn default() -> Self {
         Self {
             buffers: vec![0; MAX_MESSAGES * DATAGRAM_BUFFER_SIZE],
-            messages: Vec::with_capacity(MAX_MESSAGES),
             metas: vec![RecvMeta::default(); MAX_MESSAGES],
-            control: cmsg_space!(i32),
+            count: 0,
         }
     }
+}
+
+/// Splits the bytes of a message or a batch into datagrams of the same length, of which the last may be shorter.
+fn split(bytes: &[u8], segment_len: usize) -> impl Iterator<Item = &[u8]> {
+    // An empty message is one datagram.
+    let empty = bytes.is_empty().then_some(bytes);
+    bytes.chunks(segment_len.max(1)).chain(empty)
 }
 
 impl RecvBatch {
     /// Returns the datagrams with their senders, in the order of arrival.
     pub(crate) fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
-        self.messages.iter().zip(self.buffers.chunks(DATAGRAM_BUFFER_SIZE)).flat_map(|(message, buffer)| {
-            let bytes = buffer.get(..message.len).unwrap_or_default();
-            // An empty message is one datagram.
-            let empty = bytes.is_empty().then_some(bytes);
-            bytes.chunks(message.segment_len.max(1)).chain(empty).map(|datagram| (message.from, datagram))
+        let messages = self.metas.iter().take(self.count).zip(self.buffers.chunks(DATAGRAM_BUFFER_SIZE));
+        messages.flat_map(|(meta, buffer)| {
+            split(buffer.get(..meta.len).unwrap_or_default(), meta.stride).map(|datagram| (meta.addr, datagram))
         })
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.messages.iter().map(|message| message.len.div_ceil(message.segment_len.max(1)).max(1)).sum()
+        let messages = self.metas.iter().take(self.count);
+        messages.map(|meta| meta.len.div_ceil(meta.stride.max(1)).max(1)).sum()
+    }
+
+    /// Receives one datagram from a socket without GRO.
+    pub(super) fn receive_one(&mut self, socket: &UdpSocket) -> io::Result<()> {
+        let (len, addr) = socket.recv_from(self.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default())?;
+        if let Some(meta) = self.metas.first_mut() {
+            (meta.addr, meta.len, meta.stride) = (addr, len, len);
+        }
+        self.count = 1;
+        Ok(())
+    }
+
+    /// Receives up to `max` messages with recvmmsg(2).
+    pub(super) fn receive(&mut self, socket: &UdpSocket, quinn: &UdpSocketState, max: usize) -> io::Result<()> {
+        let mut buffers = self.buffers.chunks_exact_mut(DATAGRAM_BUFFER_SIZE);
+        let mut slices: [_; MAX_MESSAGES] = array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
+        let slices = slices.get_mut(..max.min(MAX_MESSAGES)).unwrap_or_default();
+        self.count = quinn.recv(socket.into(), slices, &mut self.metas)?;
+        Ok(())
     }
 }
 
@@ -65,18 +80,19 @@ impl RecvBatch {
 /// first one; the last may be shorter.
 pub(crate) struct GsoBatch<'a> {
     peer: Option<SocketAddr>,
-    pub(super) header: &'a mut Vec<u8>,
-    pub(super) payloads: [&'a [u8]; MAX_SEGMENTS],
+    /// The datagrams, each with the header. In an empty batch, the header.
+    bytes: &'a mut Vec<u8>,
+    header_len: usize,
     pub(super) count: usize,
-    /// Bytes including headers.
-    pub(super) len: usize,
+    /// Length of each datagram but the last one, including the header.
+    pub(super) segment_len: usize,
 }
 
 impl<'a> GsoBatch<'a> {
-    /// Returns an empty batch. `header` is the buffer for the header.
-    pub(crate) fn new(header: &'a mut Vec<u8>) -> Self {
-        header.clear();
-        Self { peer: None, header, payloads: [&[]; MAX_SEGMENTS], count: 0, len: 0 }
+    /// Returns an empty batch without a peer, which uses the buffer.
+    pub(crate) fn new(bytes: &'a mut Vec<u8>) -> Self {
+        bytes.clear();
+        Self { peer: None, bytes, header_len: 0, count: 0, segment_len: 0 }
     }
 
     pub(crate) fn peer(&self) -> Option<SocketAddr> {
@@ -90,47 +106,50 @@ impl<'a> GsoBatch<'a> {
     /// Sets the peer and the header of an empty batch. `write_header` appends to the buffer.
     pub(crate) fn begin(&mut self, peer: SocketAddr, write_header: impl FnOnce(&mut Vec<u8>)) {
         self.peer = Some(peer);
-        self.header.clear();
-        write_header(self.header);
+        self.bytes.clear();
+        write_header(self.bytes);
+        self.header_len = self.bytes.len();
     }
 
     pub(crate) fn header_len(&self) -> usize {
-        self.header.len()
+        self.header_len
     }
 
     /// Appends a datagram. Returns false if it does not fit; an empty batch takes any datagram.
-    pub(crate) fn push(&mut self, payload: &'a [u8]) -> bool {
-        let len = self.header.len() + payload.len();
-        if !self.is_empty() && !self.fits(len) {
+    pub(crate) fn push(&mut self, payload: &[u8]) -> bool {
+        let len = self.header_len + payload.len();
+        if self.is_empty() {
+            self.segment_len = len;
+        } else if self.fits(len) {
+            self.bytes.extend_from_within(..self.header_len);
+        } else {
             return false;
         }
-        if let Some(slot) = self.payloads.get_mut(self.count) {
-            *slot = payload;
-            self.count += 1;
-            self.len += len;
-        }
+        self.bytes.extend_from_slice(payload);
+        self.count += 1;
         true
     }
 
     fn fits(&self, len: usize) -> bool {
-        let segment_len = self.segment_len();
-        let is_uniform = self.len == self.count * segment_len;
+        let is_uniform = self.bytes.len() == self.count * self.segment_len;
         // The kernel would not send an empty last segment.
-        is_uniform && (1..=segment_len).contains(&len) && self.len + len <= MAX_GSO_BYTES && self.count < MAX_SEGMENTS
+        is_uniform
+            && (1..=self.segment_len).contains(&len)
+            && self.bytes.len() + len <= MAX_GSO_BYTES
+            && self.count < MAX_SEGMENTS
     }
 
-    pub(super) fn payloads(&self) -> &[&'a [u8]] {
-        self.payloads.get(..self.count).unwrap_or_default()
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.bytes
     }
 
-    /// Returns the length of each datagram but the last one, including the header.
-    pub(super) fn segment_len(&self) -> usize {
-        self.header.len() + self.payloads().first().map_or(0, |payload| payload.len())
+    pub(super) fn datagrams(&self) -> impl Iterator<Item = &[u8]> {
+        split(self.bytes, self.segment_len).take(self.count)
     }
 
     pub(crate) fn clear(&mut self) {
+        self.bytes.truncate(self.header_len);
         self.count = 0;
-        self.len = 0;
     }
 }
 

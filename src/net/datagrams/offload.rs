@@ -1,16 +1,16 @@
-//! The system calls for batches: recvmmsg(2), and UDP_GRO and UDP_SEGMENT of udp(7).
+//! What quinn-udp knows of the kernel, and UDP_GRO and UDP_SEGMENT of udp(7) without the options that it sets for QUIC.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::UdpGroSegment;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt};
-use quinn_udp::{RecvMeta, UdpSocketState};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt};
+use quinn_udp::UdpSocketState;
 
-use super::batch::{DATAGRAM_BUFFER_SIZE, GsoBatch, MAX_MESSAGES, MAX_SEGMENTS, RecvBatch, RecvMessage};
+use super::batch::{GsoBatch, MAX_SEGMENTS};
 
 /// Limit of GSO that the errors of the kernel have shown so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(super) enum GsoLimit {
 
 /// Returns the features of the kernel that quinn-udp detects. Detection uses a separate socket, because it sets options
 /// for QUIC: with one of them the kernel drops datagrams larger than the MTU.
-fn quinn_state() -> io::Result<&'static UdpSocketState> {
+pub(super) fn quinn_state() -> io::Result<&'static UdpSocketState> {
     static STATE: OnceLock<UdpSocketState> = OnceLock::new();
     if let Some(state) = STATE.get() {
         return Ok(state);
@@ -45,50 +45,13 @@ pub(super) fn enable_gro(socket: &UdpSocket) {
     let _ = setsockopt(socket, UdpGroSegment, &true);
 }
 
-/// Receives up to `max` messages, without waiting.
-pub(super) fn receive(socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<()> {
-    let mut buffers = batch.buffers.chunks_exact_mut(DATAGRAM_BUFFER_SIZE);
-    let mut slices: [_; MAX_MESSAGES] = std::array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
-    let slices = slices.get_mut(..max.min(MAX_MESSAGES)).unwrap_or_default();
-    let metas = &mut batch.metas;
-    let count = quinn_state()?.recv(socket.into(), slices, metas)?;
-    let message = |meta: &RecvMeta| RecvMessage { from: meta.addr, len: meta.len, segment_len: meta.stride };
-    batch.messages.extend(metas.iter().take(count).map(message));
-    Ok(())
-}
-
-/// Receives one message, without waiting.
-pub(super) fn receive_one(socket: &UdpSocket, batch: &mut RecvBatch) -> io::Result<()> {
-    let buffer = batch.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default();
-    let (slices, control) = (&mut [IoSliceMut::new(buffer)], Some(&mut *batch.control));
-    let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), slices, control, MsgFlags::MSG_DONTWAIT)?;
-    let mut segment_len = message.bytes;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::UdpGroSegments(len) = control {
-            segment_len = usize::try_from(len).unwrap_or(segment_len);
-        }
-    }
-    let v4 = |addr: &SockaddrStorage| addr.as_sockaddr_in().map(|addr| SocketAddr::V4((*addr).into()));
-    let v6 = |addr: &SockaddrStorage| addr.as_sockaddr_in6().map(|addr| SocketAddr::V6((*addr).into()));
-    let from = message.address.and_then(|addr| v4(&addr).or_else(|| v6(&addr)));
-    batch.messages.extend(from.map(|from| RecvMessage { from, len: message.bytes, segment_len }));
-    Ok(())
-}
-
 /// Sends the batch with one call. The kernel segments it into its datagrams.
 pub(super) fn send(socket: &UdpSocket, to: Option<SocketAddr>, batch: &GsoBatch<'_>) -> Result<(), Errno> {
-    let mut parts = [IoSlice::new(&[]); 2 * MAX_SEGMENTS];
-    for (payload, pair) in batch.payloads().iter().zip(parts.chunks_exact_mut(2)) {
-        if let [first, second] = pair {
-            (*first, *second) = (IoSlice::new(batch.header), IoSlice::new(payload));
-        }
-    }
-    let parts = parts.get(..2 * batch.payloads().len()).unwrap_or_default();
-    let segment_len = u16::try_from(batch.segment_len()).map_err(|_| Errno::EMSGSIZE)?;
+    let segment_len = u16::try_from(batch.segment_len).map_err(|_| Errno::EMSGSIZE)?;
     let control = [ControlMessage::UdpGsoSegments(&segment_len)];
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let to = to.map(SockaddrStorage::from);
-    sendmsg(socket.as_raw_fd(), parts, &control, flags, to.as_ref()).map(drop)
+    sendmsg(socket.as_raw_fd(), &[IoSlice::new(batch.bytes())], &control, flags, to.as_ref()).map(drop)
 }
 
 /// Returns the limit that an error of `send` has shown, or `None` if the error may be temporary.
