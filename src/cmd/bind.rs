@@ -75,7 +75,9 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
             let peer = Addr::parse_with_default_port(peer, 0);
             Some(peer.map_err(|error| CliError::usage(format!("peer: {error}")))?)
         }
-        _ => return Err(CliError::usage("too many operands: expected at most one, the peer")),
+        [_, extra, ..] => {
+            return Err(CliError::usage(format!("too many operands: expected one peer, found also {extra:?}")));
+        }
     };
     let output = args.address_file.as_deref().map(|text| {
         AddrOutput::open(text)

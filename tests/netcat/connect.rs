@@ -219,7 +219,7 @@ fn option_of_another_mode_is_a_usage_error_with_reason() {
         ("connect -X 4 a:1", "only SOCKS5 is supported"),
         ("connect -X connect a:1", "only SOCKS5 is supported"),
         ("connect -k a:1", "-k requires -l"),
-        ("bind a:1 b:1", "too many operands: expected at most one, the peer"),
+        ("bind a:1 b:1", "too many operands: expected one peer, found also \"b:1\""),
         ("connect -z -F a:1", "-z and -F"),
         ("connect -e x -c y a:1", "-e and -c cannot be combined"),
         ("connect -l 1 -z a:1", "-z and -l"),
