@@ -9,7 +9,6 @@ mod egress;
 mod name_cache;
 mod routes;
 mod sent_to;
-mod upstream;
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};

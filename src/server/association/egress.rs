@@ -1,16 +1,20 @@
 //! The sockets of an association to its targets, and its associations with the hops.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
-use super::super::reply::SessionResult;
-use super::super::state::Session;
+use super::super::reply::{SessionError, SessionResult};
+use super::super::state::{Server, Session};
 use super::routes::{Path, possible_hops};
 use super::sent_to::SentTo;
-use super::upstream::Upstream;
+use crate::client::{Association, AssociationClosedError};
 use crate::net::{BatchSocket, GsoBatch, unspecified};
-use crate::proto::HostName;
+use crate::proto::{Addr, Host, HostName};
 
 pub(super) struct Egress {
     /// IPv4 and IPv6, created when first used.
@@ -37,7 +41,7 @@ impl Egress {
 
     /// Returns an error if a hop has closed its association.
     pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Option<String> {
-        let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.poll_closed(cx) {
+        let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.closed.as_mut().poll(cx) {
             Poll::Ready(closed) => Some(closed.0),
             Poll::Pending => None,
         });
@@ -54,7 +58,10 @@ impl Egress {
             }
             Path::Hop(hop, dst) => {
                 let upstream = self.upstreams.iter_mut().find(|upstream| upstream.hop_index == *hop);
-                upstream.is_some_and(|upstream| upstream.send(dst, data))
+                upstream.is_some_and(|upstream| {
+                    upstream.has_sent_to_names |= matches!(dst.host, Host::Name(_));
+                    upstream.association.try_send(dst, data).is_ok()
+                })
             }
             Path::Later(..) => false,
         }
@@ -76,5 +83,34 @@ impl Egress {
             Some(socket) => Ok(socket),
             unset => Ok(unset.insert(BatchSocket::bind(SocketAddr::new(unspecified(addr.ip()), 0))?)),
         }
+    }
+}
+
+/// The association of this server with a hop, for datagrams that the rules route through the hop.
+pub(super) struct Upstream {
+    /// Index in `Options::hops`.
+    hop_index: usize,
+    /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
+    pub(super) has_sent_to_names: bool,
+    association: Rc<Association>,
+    closed: Pin<Box<dyn Future<Output = AssociationClosedError>>>,
+}
+
+impl Upstream {
+    async fn open(server: &Server, hop_index: usize) -> SessionResult<Self> {
+        let hop = server.hop(hop_index)?;
+        let client = server.hop_client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
+        let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
+        let closing = association.clone();
+        Ok(Self {
+            hop_index,
+            has_sent_to_names: false,
+            association,
+            closed: Box::pin(async move { closing.closed().await }),
+        })
+    }
+
+    pub(super) fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
+        self.association.poll_recv(cx)
     }
 }
