@@ -210,9 +210,9 @@ fn reset_is_forwarded_as_a_reset<T: Tunnel>() {
 fn stalled_sink_loses_no_bytes<T: Tunnel>() {
     for direction in [Direction::Up, Direction::Down] {
         let mut harness = Harness::<T>::new(1000, NO_TIMEOUTS);
-        let mut tries = 0;
-        while tries < 100 {
-            tries = if harness.send(direction, 10_000) > 0 { 0 } else { tries + 1 };
+        let mut attempts = 0;
+        while attempts < 100 {
+            attempts = if harness.send(direction, 10_000) > 0 { 0 } else { attempts + 1 };
             harness.tunnel.run_until_idle();
         }
         harness.transfer(direction.other(), 10_000);
@@ -259,8 +259,8 @@ fn keep_busy(limit: Duration, mut step: impl FnMut()) -> bool {
 fn bytes_in_either_direction_restart_the_idle_timeout<T: Tunnel>() {
     let idle = Duration::from_millis(80);
     for direction in [Direction::Up, Direction::Down] {
-        let tries = 10;
-        let has_passed = (0..tries).any(|_| {
+        let attempts = 10;
+        let has_passed = (0..attempts).any(|_| {
             let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), ..NO_TIMEOUTS });
             let stayed_busy = keep_busy(idle, || harness.transfer(direction, 1));
             let last = Instant::now();
@@ -272,7 +272,7 @@ fn bytes_in_either_direction_restart_the_idle_timeout<T: Tunnel>() {
             }
             stayed_busy
         });
-        assert!(has_passed, "the machine was too slow {tries} times");
+        assert!(has_passed, "the machine was too slow {attempts} times");
     }
 }
 

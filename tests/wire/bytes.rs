@@ -155,7 +155,7 @@ pub fn poll_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool 
 
 /// Waits until no TCP listener (or no UDP socket) has this address. Returns false after [`LIMIT`].
 ///
-/// Reads /proc/net, because trying to connect or bind is not conclusive: another process may have taken the port, or a
+/// Reads /proc/net, because trying to connect or bind is not conclusive. Another process may have taken the port, or a
 /// closed connection may still hold it.
 pub fn wait_port_free(addr: SocketAddr, is_tcp: bool) -> bool {
     let table = format!("/proc/net/{}{}", if is_tcp { "tcp" } else { "udp" }, if addr.is_ipv6() { "6" } else { "" });

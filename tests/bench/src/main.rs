@@ -1,5 +1,5 @@
-//! `bench` compares s5 with a direct connection and with other SOCKS servers, `bench soak` runs a mixed load for a long
-//! time, and `bench clients` measures the CPU time of `s5 connect -z`.
+//! `bench` compares s5 with a direct connection and with other SOCKS servers. `bench soak` runs a mixed load for a long
+//! time. `bench clients` measures the CPU time of `s5 connect -z`.
 //!
 //! For each row and run, a new process of each proxy is started in turn. The result is the median of the runs. Load
 //! generator, target and proxy are separate processes on one machine and use loopback.

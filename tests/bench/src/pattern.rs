@@ -1,5 +1,5 @@
-//! The content of bulk streams: blocks with their number and a flag for the last one, so that a receiver detects
-//! missing, duplicate and displaced blocks without knowing the length.
+//! The content of bulk streams: blocks with their number and a flag for the last one. A receiver that does not know the
+//! length detects missing, duplicate and displaced blocks.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::OnceLock;

@@ -1,5 +1,5 @@
-//! The target of the tunnels, a separate process: a TCP echo, bulk streams in both directions, a UDP echo, and a sink
-//! that counts the datagrams it receives.
+//! The target of the tunnels, a separate process. It has a TCP echo, bulk streams in both directions, a UDP echo, and a
+//! sink that counts the datagrams it receives.
 
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -185,7 +185,7 @@ pub fn large_buffer_socket() -> io::Result<UdpSocket> {
 
 /// Serves all streams on one thread, which leaves more CPU to the proxy.
 ///
-/// After a message of one byte the target closes first, so that the connections in TIME-WAIT do not use up the ports
+/// After a message of one byte the target closes first. Otherwise the connections in TIME-WAIT would use up the ports
 /// for outgoing connections of proxy and load generator.
 fn serve_echo(listener: &TcpListener) -> io::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
