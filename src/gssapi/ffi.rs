@@ -29,7 +29,7 @@ pub use super::layout::{
 use crate::conn::{SecurityContext, TokenOrder, Unwrapped};
 use crate::proto::MAX_TOKEN_LEN;
 
-/// MIT's and Heimdal's library. The first one that is installed is used.
+/// The libraries of MIT and Heimdal. The first one that is installed is used.
 const LIBRARY_NAMES: [&str; 2] = ["libgssapi_krb5.so.2", "libgssapi.so.3"];
 /// Environment variable for tests: the absolute path of the only library to open.
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
@@ -276,7 +276,7 @@ impl Credential {
         Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)")))
     }
 
-    /// Acquires a credential. `store`: key and path for MIT's extension, and the name of the path for an error message.
+    /// Acquires a credential. `store`: key and path for MIT's extension, and the setting that an error names.
     fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> LibraryResult<Self> {
         let mut credential = Object::new(Kind::Credential)?;
         let Object { api, handle, .. } = &mut credential;
@@ -447,7 +447,7 @@ impl SecurityContext for GssContext {
         let limit = api.call(|minor| unsafe {
             (api.gss_wrap_size_limit)(minor, handle, should_encrypt.into(), 0, max, &mut size)
         });
-        // Used if the library reports an error: no mechanism adds as much as 256 bytes.
+        // Used if the library reports an error: no mechanism adds 256 bytes or more.
         limit.map_or(MAX_TOKEN_LEN - 256, |()| size as usize)
     }
 }

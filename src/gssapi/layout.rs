@@ -1,5 +1,5 @@
 //! Structures and constants of GSSAPI (RFC 2744, with the layout on Linux), and the meaning of status codes, texts and
-//! tokens. This part of the binding calls nothing.
+//! tokens. This file calls no function of the library.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::marker::PhantomData;

@@ -19,7 +19,7 @@ pub(super) const ALIASES: [(&str, &str); 6] = [
 ];
 
 /// Selects the mode, and makes each of its options and each value a separate argument. `args` does not contain the
-/// program's name. Returns the syntax of the mode, or of the program, and the arguments for argh. There are none if help
+/// program's name. Returns the syntax of the mode, or of the program, and the arguments for argh: `None` if help
 /// is requested.
 ///
 /// # Errors
@@ -83,7 +83,7 @@ struct Normalizer<'a> {
 }
 
 impl<'a> Normalizer<'a> {
-    /// Returns the option for which `matches` is true. Fails if only other modes support it.
+    /// Returns the option for which `matches` is true. Fails if the mode refuses it.
     fn find(&self, name: &str, matches: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
         let flag = self.syntax.flags.iter().find(|flag| matches(flag));
         match flag.and_then(|flag| self.syntax.refusal(flag)) {
@@ -97,7 +97,7 @@ impl<'a> Normalizer<'a> {
         let aliases = ALIASES.into_iter().filter(|(_, long)| self.syntax.options().any(|flag| flag.long == *long));
         let names = names.chain(aliases).filter(|_| option.starts_with("--"));
         let nearest = names.map(|(name, long)| (strsim::osa_distance(name, option), long)).min();
-        // A name of which half the letters differ is another word.
+        // No suggestion if half of the letters differ: then another word is meant.
         let name_len = option.chars().skip_while(|c| *c == '-').count();
         let option = without_userinfo(option);
         match nearest.filter(|(distance, _)| *distance <= MAX_EDIT_DISTANCE && 2 * distance < name_len) {
@@ -132,7 +132,7 @@ impl<'a> Normalizer<'a> {
         }
     }
 
-    /// Appends the short options of one argument. The value of the last may follow it directly, as in `-vw3`. Returns
+    /// Appends the short options of one argument. The value of the last may follow directly, as in `-vw3`. Returns
     /// true if the next argument is the value.
     fn push_short(&mut self, text: &str) -> Result<bool, String> {
         let mut chars = text.chars();

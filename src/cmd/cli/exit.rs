@@ -11,7 +11,7 @@ use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
 
-/// An exit status. The numbers are stable. For errors that curl(1) has too, they are the same.
+/// An exit status. The numbers are stable. Errors that curl(1) has too have the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExitStatus(u8);
 
@@ -60,13 +60,13 @@ impl ExitStatus {
         Self(100 + rep.0.min(9))
     }
 
-    /// Returns the status of a child process like a shell: its exit code, or 128 + the signal that killed it.
+    /// Returns the status of a child process as a shell does: its exit code, or 128 + the signal that killed it.
     pub fn from_child(code: Option<i32>, signal: Option<i32>) -> Self {
         let code = code.or(signal.map(|signal| 128 + signal));
         code.and_then(|code| u8::try_from(code).ok()).map_or(Self::FAILURE, Self)
     }
 
-    /// The status as a number.
+    /// Returns the status as a number.
     pub fn code(self) -> u8 {
         self.0
     }
@@ -145,7 +145,7 @@ impl From<ClientError> for CliError {
     }
 }
 
-/// Writes the system's errors like all others: in lower case, and without the number that [`io::Error`] appends.
+/// Changes system errors in a message to the style of s5: lower case, without the number that [`io::Error`] appends.
 pub fn plain_os_errors(message: String) -> String {
     let after_number = message.split(" (os error ").skip(1);
     let numbers: Vec<i32> = after_number.filter_map(|text| text.split(')').next()?.parse().ok()).collect();

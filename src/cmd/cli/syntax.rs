@@ -1,5 +1,4 @@
-//! What the command line may contain: the modes and their options. It is taken from the definitions with which argh
-//! parses the options.
+//! The syntax of the command line: the modes and their options, from the definitions with which argh parses them.
 
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
@@ -12,11 +11,11 @@ pub(in crate::cmd) struct Syntax {
     /// Name of the mode; empty for the program.
     pub(in crate::cmd) name: &'static str,
     pub(in crate::cmd) description: &'static str,
-    /// Placeholder of the argument that is not an option.
+    /// Placeholder of the positional argument.
     pub(in crate::cmd) argument: Option<&'static str>,
-    /// All options, with those that the mode refuses.
+    /// All options, including those that the mode refuses.
     pub(in crate::cmd) flags: &'static [FlagInfo<'static>],
-    /// Options that the mode refuses, and why.
+    /// Options that the mode refuses, with the reason.
     pub(in crate::cmd) refusals: Vec<(&'static [&'static str], &'static str)>,
     /// The modes of the program.
     pub(in crate::cmd) modes: Vec<Self>,
@@ -34,12 +33,12 @@ impl Syntax {
         self.flags.iter().filter(|flag| flag.long != "--help" && self.refusal(flag).is_none())
     }
 
-    /// Returns why the mode refuses an option. `None` if it does not.
+    /// Returns the reason why the mode refuses an option, if it does.
     pub(in crate::cmd) fn refusal(&self, flag: &FlagInfo<'_>) -> Option<&'static str> {
         self.refusals.iter().find(|(options, _)| options.contains(&flag.long)).map(|(_, reason)| *reason)
     }
 
-    /// Returns the synopsis.
+    /// Returns the synopsis, such as `s5 connect [options] [target]`.
     pub(in crate::cmd) fn usage(&self) -> String {
         let name = if self.modes.is_empty() { self.name } else { "<mode>" };
         let argument = self.argument.map(|argument| format!(" [{argument}]")).unwrap_or_default();

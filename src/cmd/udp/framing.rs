@@ -86,7 +86,7 @@ impl DatagramReader {
 /// Returns a line without its end, or the first `max` + 2 bytes of a longer line.
 async fn read_line(stdin: &mut BufReader<Unblock<BlockingFile>>, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    // `max` bytes, the line end, and one byte more, with which the send of a line that is too long fails.
+    // `max` bytes, the line end, and one more byte: sending a line that is too long then fails.
     if stdin.take(max as u64 + 2).read_until(b'\n', &mut line).await? == 0 {
         return Ok(None);
     }

@@ -1,4 +1,4 @@
-//! The transfer of datagrams over one association, which stdin and stdout or one local peer use.
+//! The transfer of datagrams over one association, between the target and stdin and stdout, or one local peer.
 
 use std::cell::Cell;
 use std::io;
@@ -28,7 +28,7 @@ pub(super) struct Transfer<'a> {
     counts: ByteCounts,
 }
 
-/// Establishes an association, for stdin and stdout or for `peer`, and uses it by `transfer`.
+/// Establishes an association and runs `transfer` with it. `peer` is the local peer, `None` for stdin and stdout.
 pub(super) async fn run(
     connector: &Connector,
     peer: Option<SocketAddr>,
@@ -82,7 +82,7 @@ impl Transfer<'_> {
         receive.or(send).or(idle).or(self.closed()).await
     }
 
-    /// Sends a datagram.
+    /// Sends and counts a datagram.
     pub(super) async fn send(&self, data: &[u8]) -> io::Result<()> {
         let sent = self.association.send(&self.dst, data).await;
         self.last_activity.set(Instant::now());
@@ -92,18 +92,18 @@ impl Transfer<'_> {
         sent
     }
 
-    /// Receives a datagram, which is not yet counted. Returns its sender too.
+    /// Receives a datagram and its sender. The caller counts it if it is an answer.
     pub(super) async fn recv(&self) -> Result<(Addr, Vec<u8>), CliError> {
         let received = self.association.recv().await;
         received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))
     }
 
-    /// Returns a datagram that has arrived, which is not yet counted.
+    /// Returns a datagram that has already arrived, if any. The caller counts it.
     pub(super) fn try_recv(&self) -> Option<Vec<u8>> {
         self.association.try_recv().ok().flatten().map(|(_, data)| data)
     }
 
-    /// Counts a datagram that is an answer.
+    /// Counts an answer.
     pub(super) fn count_answer(&self, data: &[u8]) {
         self.last_activity.set(Instant::now());
         self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
