@@ -1,4 +1,4 @@
-//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO, as far as the kernel has them.
+//! UDP sockets that receive with recvmmsg(2) and GRO, and send with GSO, if the kernel supports these.
 //!
 //! The content of datagrams is not interpreted. A batch that the kernel refuses is sent as single datagrams, with the
 //! same result at the receiver.
@@ -34,7 +34,7 @@ pub(crate) struct BatchSocket {
 }
 
 impl BatchSocket {
-    /// Binds a socket with large buffers. An IPv6 socket has no IPv4 traffic.
+    /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic.
     ///
     /// # Errors
     /// Those of bind(2), epoll_ctl(2) and socket(2).

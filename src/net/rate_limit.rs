@@ -68,12 +68,12 @@ impl TokenBucket {
     }
 }
 
-/// The buckets of a session: its own, and that of its user. All limits apply at once.
+/// The buckets of a session, at least one. All of them apply at once.
 #[derive(Clone, Debug)]
 pub struct RateLimit {
-    /// The bucket of the session.
+    /// The bucket of the session; if only its user has a limit, that of the user.
     pub session: Arc<TokenBucket>,
-    /// The bucket that all sessions of the user share.
+    /// The bucket that all sessions of the user share, if the session has its own limit too.
     pub user: Option<Arc<TokenBucket>>,
 }
 
@@ -95,7 +95,7 @@ impl RateLimit {
         self.buckets().for_each(|bucket| bucket.refund(bytes, now));
     }
 
-    /// Takes the tokens for one datagram. Returns false if a bucket is empty, and the datagram has to be dropped.
+    /// Takes the tokens for one datagram. Returns false if a bucket is empty, and the caller drops the datagram.
     pub fn try_take(&self, bytes: usize, now: Instant) -> bool {
         let has_tokens = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
         if has_tokens {
@@ -121,7 +121,7 @@ impl RelayRateLimit {
         Self { up, down }
     }
 
-    /// Returns the time at which a direction can continue that waits for its bytes.
+    /// Returns the earliest time at which a waiting direction can continue.
     pub(super) fn due(&self) -> Option<Instant> {
         [&self.up, &self.down].into_iter().filter_map(|reservation| reservation.state().due).min()
     }
@@ -163,7 +163,7 @@ impl Reservation {
         state.bytes = state.bytes.saturating_sub(bytes);
     }
 
-    /// Refunds the reservation for the use of other relays, because no bytes can move now.
+    /// Refunds the reserved bytes, because none can move now. Other relays can use them.
     pub(super) fn refund(&self) {
         let bytes = std::mem::take(&mut *self.state()).bytes;
         if bytes > 0 {

@@ -1,7 +1,7 @@
 //! A thread's reactor: edge-triggered epoll, timers and the loop that polls the main future.
 //!
 //! Each thread has its own instance. A socket is registered once for its lifetime. Waiting for it costs no system call,
-//! and it is read or written only when it may be ready. Other threads share only the loop's waker and the number of
+//! and it is read or written only when it may be ready. Other threads use only the loop's waker and the number of
 //! sockets.
 
 use std::cell::{Cell, OnceCell, RefCell};
@@ -26,7 +26,7 @@ use super::loop_waker::LoopWaker;
 
 /// Maximum number of events that one epoll_wait(2) returns.
 const MAX_EVENTS: usize = 256;
-/// Longest epoll_wait(2). Older kernels cannot wait longer than 24 days.
+/// Maximum duration of one epoll_wait(2). Older kernels cannot wait longer than 24 days.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 /// If sched_yield(2) takes longer than this, another process needs the core, and each yield would cost a whole time
 /// slice. Then the next [`YIELDS_TO_SKIP`] yields are skipped.
@@ -45,7 +45,7 @@ pub(super) fn current() -> Rc<Reactor> {
     CURRENT.with(Rc::clone)
 }
 
-/// Runs `future` to completion on this thread. Sockets and timers of this thread wake their tasks only meanwhile.
+/// Runs `future` to completion on this thread. Sockets and timers of this thread wake tasks only during the call.
 ///
 /// # Errors
 /// The reactor's descriptors cannot be opened, or epoll_wait(2) fails.
@@ -125,7 +125,7 @@ pub(super) struct Reactor {
     epoll: OnceCell<OwnedFd>,
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
-    /// The first time that a timer was set or the clock was read.
+    /// Time of the first call of `due_at`.
     started: OnceCell<Instant>,
     /// Tasks that yielded; woken after those that have events.
     deferred: RefCell<Vec<Waker>>,
@@ -174,7 +174,7 @@ impl SocketState {
 /// Index of a socket in the reactor. 32 bits, because every connection stores it.
 pub(super) type SocketKey = u32;
 
-/// Time at which a timer fires, in nanoseconds since the reactor was created. Incremented until it is unique.
+/// Time at which a timer fires, in nanoseconds since `Reactor::started`. Incremented until it is unique.
 pub(super) type Due = u64;
 
 /// 292 years. Leaves room for increments.
@@ -204,7 +204,7 @@ impl Reactor {
         add().inspect_err(|_| drop(self.sockets.borrow_mut().try_remove(key)))
     }
 
-    /// Needed for a socket that stays open under another descriptor.
+    /// Removes a socket from epoll. Required if another descriptor keeps the socket open.
     pub(super) fn deregister(&self, socket: impl AsFd) {
         if let Some(epoll) = self.epoll.get() {
             // Fails only if it is not registered.

@@ -12,7 +12,7 @@ use super::dial::DialError;
 const MAX_LOOKUPS: usize = 256;
 const MAX_ADDRS_PER_NAME: usize = 32;
 
-/// The system's resolver, with a limit of concurrent look-ups. Clones share the limit.
+/// The system's resolver, with a limit of concurrent lookups. Clones share the limit.
 #[derive(Clone, Debug)]
 pub struct Resolver {
     permits: Arc<Semaphore>,
@@ -108,7 +108,7 @@ fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     addr
 }
 
-/// Returns true if each label has 1 to 63 bytes: letters of any script, digits, `-` and `_`. A final dot is allowed.
+/// Checks the length (253 bytes, 63 per label) and the characters: letters of any script, digits, `-` and `_`.
 fn is_host_name(name: &str) -> bool {
     let name = name.strip_suffix('.').unwrap_or(name);
     let is_allowed = |c: char| c.is_alphanumeric() || c == '-' || c == '_';

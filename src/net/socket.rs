@@ -50,7 +50,7 @@ impl<T: AsFd> Io<T> {
         Ok(Self { reactor, socket, key })
     }
 
-    /// Removes the socket from the reactor, because it continues under another descriptor. Then drop `self`.
+    /// Removes the socket from epoll. Required before a drop of `self` if another descriptor keeps the socket open.
     pub fn deregister(&self) {
         self.reactor.deregister(&self.socket);
     }
@@ -60,7 +60,7 @@ impl<T: AsFd> Io<T> {
         &self.socket
     }
 
-    /// Calls `op` whenever the socket may be ready, until `op` returns something other than `WouldBlock`.
+    /// Calls `op` whenever the socket may be ready. Returns its first result except `WouldBlock` and `Interrupted`.
     pub fn poll_with<R>(
         &self,
         cx: &mut Context<'_>,

@@ -18,7 +18,7 @@ use super::state::{Server, Session};
 use super::worker::{self, WorkerReport, panic_error};
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 
-/// Accept attempts in a row before the open sessions get their turn.
+/// Accept attempts before the other tasks of the worker run.
 const ACCEPTS_PER_TURN: usize = 32;
 
 /// Accepts connections on the worker of this thread until the shutdown.
@@ -48,7 +48,7 @@ struct AcceptLoop {
 impl AcceptLoop {
     async fn run(&self) {
         for attempts in 1_usize.. {
-            // A permit is acquired only for a waiting connection: an idle listener would keep it from the others.
+            // A permit is acquired only for a waiting connection: otherwise idle listeners would hold unused permits.
             self.listener.ready(Interest::Read).await;
             let permit = self.server.limiter.acquire_permit().await;
             match self.listener.try_with(Interest::Read, |listener| listener.accept()) {

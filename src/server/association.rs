@@ -187,8 +187,8 @@ impl AssociationRelay<'_> {
     /// Adds a datagram to an address to the batch. If it does not fit, or goes through a hop or to a name, the batch is
     /// sent first.
     fn queue(&mut self, batch: &mut GsoBatch<'_>, dst: Addr, data: &[u8]) {
-        let has_path = matches!(dst.host, Host::Ip(ip) if batch.peer() == Some(canonical(ip, dst.port)));
-        if !has_path {
+        let is_same_peer = matches!(dst.host, Host::Ip(ip) if batch.peer() == Some(canonical(ip, dst.port)));
+        if !is_same_peer {
             self.flush(batch);
             match route(self.session, dst) {
                 Some(Path::Direct(addr)) => batch.begin(addr, |_| {}),
@@ -206,7 +206,7 @@ impl AssociationRelay<'_> {
         self.count_sent(sent);
     }
 
-    /// Sends a datagram by itself, or stores it until its name is resolved. Without a path, it is dropped.
+    /// Sends a datagram outside of a batch, or stores it until its name is resolved. Without a path, it is dropped.
     fn send(&mut self, path: Option<Path>, data: &[u8]) {
         let is_sent = match path {
             Some(Path::Later(name, port)) => self.send_to_name(&name, port, data),
@@ -250,7 +250,7 @@ impl AssociationRelay<'_> {
         self.session.log.bytes.up.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the datagram is to be dropped.
+    /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the caller drops the datagram.
     fn charge(&self, bytes: usize) -> bool {
         self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
     }

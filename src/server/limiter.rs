@@ -24,8 +24,8 @@ pub(super) struct Limiter {
     has_failed_logins: AtomicBool,
 }
 
-/// What the sessions of one client address or one user share: their number, and the token bucket. Only keys with a
-/// session take up memory.
+/// The number of sessions of each client address and user, and the token bucket that they share. A key without sessions
+/// has no entry.
 type Usage = HashMap<QuotaKey, (usize, Option<Arc<TokenBucket>>)>;
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -71,7 +71,7 @@ impl Limiter {
         }
     }
 
-    /// Waits until another session can start. If it starts, the permit is forgotten, and released at its end.
+    /// Waits until another session can start. The permit of a started session is forgotten; its end releases it.
     pub(super) async fn acquire_permit(&self) -> SemaphoreGuard<'_> {
         if let Some(permit) = self.permits.try_acquire() {
             return permit;
@@ -127,7 +127,7 @@ impl Limiter {
         let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
         let new_bucket = || rate.map(|rate| Arc::new(TokenBucket::new(rate, Instant::now())));
         let (sessions, bucket) = usage.entry(key.clone()).or_insert_with(|| (0, new_bucket()));
-        // A limit is at least 1, so that no new entry stays at 0.
+        // A limit is at least 1, so a new entry never stays at 0.
         if limit.is_some_and(|limit| *sessions >= limit) {
             return false;
         }

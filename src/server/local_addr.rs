@@ -33,7 +33,7 @@ pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::R
     Ok(local)
 }
 
-/// Returns false if `addr` is certainly not an address of this machine: bind(2) refuses it with one of three errors.
+/// Returns false if `addr` is certainly not an address of this host: bind(2) refuses it with one of three errors.
 /// Any other error, such as a lack of ports or descriptors, is inconclusive: returns true.
 pub fn is_local(mut addr: SocketAddr) -> bool {
     use rustix::io::Errno;
@@ -42,7 +42,7 @@ pub fn is_local(mut addr: SocketAddr) -> bool {
     !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
 }
 
-/// Returns the ports to try in turn: all of a range from a random start on, or only 0, which lets the kernel choose.
+/// Returns the ports to try in turn: all ports of a range, rotated to a random start, or only 0 (the kernel chooses).
 fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
     let Some(PortRange(range)) = ports else { return vec![0] };
     let mut ports: Vec<u16> = range.clone().collect();
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    pub(super) fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
+    fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
         let control = |text: &str| Some(text.parse().expect("an address"));
         let reachable = |control, peer: &str| {
             reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()

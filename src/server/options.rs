@@ -40,7 +40,7 @@ pub struct Options {
     pub gssapi_acceptor: Option<Acceptor>,
     /// Login methods and Kerberos tickets for hops; passwords are part of each hop's URL.
     pub hop_options: Arc<ClientOptions>,
-    /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into it.
+    /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into this list.
     pub hops: Vec<Arc<Hop>>,
     /// Limits of one client address and of one user.
     pub quotas: Quotas,

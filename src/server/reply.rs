@@ -1,4 +1,4 @@
-//! Why a session failed, and what the client receives: the only place that maps errors to REP.
+//! The errors of a session, and the replies for them. Only this file maps errors to REP.
 
 use super::policy_handle::Denial;
 use crate::client::{ClientError, ClientErrorKind};

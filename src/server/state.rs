@@ -80,7 +80,7 @@ impl Drop for SessionPermit {
 pub(super) struct Session {
     pub(super) permit: SessionPermit,
     pub(super) log: SessionLog,
-    /// The policy of the last evaluation. `authorize` uses the current one.
+    /// The policy at accept, then at the request. A UDP association replaces it after a reload.
     pub(super) policy: Arc<PolicySnapshot>,
 }
 
@@ -114,7 +114,7 @@ impl Session {
         .await
     }
 
-    /// Sends a success reply, unless a reloaded policy denies the session. `peer` returns the other end of a direct
+    /// Sends a success reply, unless a reloaded policy denies the session. `peer` returns the peer of a direct
     /// connection. The log keeps the first BND, which is the address of this server's socket.
     pub(super) async fn reply_success(
         &mut self,

@@ -27,17 +27,17 @@ impl Tunnel {
         Self { client, target, log, permit }
     }
 
-    /// Relays to the end, in a task of this thread. A tunnel with bulk data moves to the worker with the fewest of them.
+    /// Relays to the end, in a task of this thread. A bulk tunnel moves to the worker with the fewest of them.
     pub(super) fn start(mut self) {
         if let Some(limit) = self.permit.rate_limit() {
             let rate_limit = Some(Arc::new(RelayRateLimit::new(limit)));
             return worker::spawn(Box::pin(self.relay_here(rate_limit, None)));
         }
-        // The captured value is not moved inside: the future would reserve room for it twice.
+        // `self` is not moved to a variable inside the block: the future would reserve room for it twice.
         worker::spawn(async move {
             match self.relay(None).await {
                 Ok(RelayOutcome::Finished) => {}
-                Ok(RelayOutcome::Bulk) => Box::pin(self.place_bulk()).await,
+                Ok(RelayOutcome::Bulk) => Box::pin(self.relay_bulk()).await,
                 result => Box::pin(self.finish(result)).await,
             }
         });
@@ -52,7 +52,7 @@ impl Tunnel {
     }
 
     /// Relays a bulk tunnel on the worker with the fewest bulk tunnels.
-    async fn place_bulk(self) {
+    async fn relay_bulk(self) {
         let server = self.permit.server.clone();
         let tunnel = match server.workers.fewest_bulk() {
             Some(worker) => match self.move_to(worker) {

@@ -17,7 +17,7 @@ use smol::channel::{self, Receiver, Sender};
 
 use crate::net::reactor;
 
-/// A worker passes new connections to another one if it has more than twice as many sockets and this many in addition.
+/// A worker passes new connections to another one if it has more than this many sockets above twice those of the other.
 const SOCKET_SURPLUS: usize = 64;
 
 thread_local! {
@@ -29,19 +29,19 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// Spawns a task on the worker of this thread.
 pub(super) fn spawn(task: impl Future<Output = ()> + 'static) {
-    // The executor is gone only when the worker ends.
+    // The executor is dropped only when the worker ends.
     if let Some(executor) = THIS.with_borrow(|(_, executor)| executor.upgrade()) {
         executor.spawn(task).detach();
     }
 }
 
-/// What the threads report to the main thread.
+/// A report to the main thread.
 pub(super) enum WorkerReport {
     /// A worker accepts connections.
     Accepting,
-    /// A worker has ended.
+    /// A worker or an accept loop has ended because of an error or a panic.
     Failed(io::Error),
-    /// No worker accepts connections or has a session.
+    /// All accept loops and sessions have ended.
     AllEnded,
 }
 
@@ -62,7 +62,7 @@ pub(super) struct WorkerHandle {
     bulk: BulkGuard,
 }
 
-/// Counts a tunnel with bulk data against a worker: the number of references.
+/// Counts a bulk tunnel against a worker until it is dropped. The number of references is the count.
 pub(super) type BulkGuard = Arc<()>;
 
 /// A worker before its thread starts.
@@ -138,7 +138,7 @@ impl WorkerPool {
         self.accepting.close();
     }
 
-    /// Waits for the begin of the shutdown.
+    /// Waits until the shutdown begins.
     pub(super) async fn wait_stop_accepting(&self) {
         let _ = self.stop_accepting.recv().await;
     }
@@ -167,7 +167,7 @@ impl Worker {
     /// Starts the thread, which first calls `start`, and runs until its inbox closes.
     ///
     /// # Errors
-    /// Those of the creation of a thread. Later errors and panics are reported.
+    /// The thread cannot be created. Later errors and panics are reported.
     pub(super) fn spawn(self, start: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<JoinHandle<()>> {
         let reports = self.reports.clone();
         std::thread::Builder::new().name("s5-worker".into()).spawn(move || {
@@ -180,7 +180,7 @@ impl Worker {
 
     fn run(self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         reactor::run(async {
-            // Dropping it closes the remaining sessions at the end.
+            // Dropped at the end, which closes the remaining sessions.
             let executor = Rc::new(LocalExecutor::new());
             THIS.set((self.index, Rc::downgrade(&executor)));
             reactor::publish_socket_count(self.socket_count);

@@ -115,7 +115,7 @@ impl<'a> GsoBatch<'a> {
         self.header_len
     }
 
-    /// Appends a datagram. Returns false if it does not fit; an empty batch takes any datagram.
+    /// Appends a datagram. Returns false if it does not fit; an empty batch accepts any datagram.
     pub(crate) fn push(&mut self, payload: &[u8]) -> bool {
         let len = self.header_len + payload.len();
         if self.is_empty() {

@@ -1,4 +1,4 @@
-//! What quinn-udp knows of the kernel, and UDP_GRO and UDP_SEGMENT of udp(7) without the options that it sets for QUIC.
+//! GRO and GSO of the kernel: UDP_GRO and UDP_SEGMENT (udp(7)), and their detection with quinn-udp.
 
 use std::io::{self, IoSlice};
 use std::net::{SocketAddr, UdpSocket};
@@ -12,7 +12,7 @@ use quinn_udp::UdpSocketState;
 
 use super::batch::{GsoBatch, MAX_SEGMENTS};
 
-/// Limit of GSO that the errors of the kernel have shown so far.
+/// Limit of GSO on a socket, determined from the kernel's errors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum GsoLimit {
     #[default]
@@ -36,7 +36,7 @@ pub(super) fn quinn_state() -> io::Result<&'static UdpSocketState> {
     Ok(STATE.get_or_init(|| state))
 }
 
-/// Returns whether the kernel has GSO. Without it, the kernel would send a batch as one large datagram.
+/// Returns whether the kernel supports GSO. Otherwise it would send a batch as one large datagram.
 pub(super) fn can_segment() -> io::Result<bool> {
     Ok(quinn_state()?.max_gso_segments() >= MAX_SEGMENTS)
 }
@@ -54,7 +54,7 @@ pub(super) fn send(socket: &UdpSocket, to: Option<SocketAddr>, batch: &GsoBatch<
     sendmsg(socket.as_raw_fd(), &[IoSlice::new(batch.bytes())], &control, flags, to.as_ref()).map(drop)
 }
 
-/// Returns the limit that an error of `send` has shown, or `None` if the error may be temporary.
+/// Returns the limit that an error of [`send`] implies, or `None` if the error may be temporary.
 pub(super) fn limit_after(error: Errno, to: Option<SocketAddr>, segment_len: usize) -> Option<GsoLimit> {
     match error {
         Errno::EMSGSIZE | Errno::EINVAL => Some(GsoLimit::Below(to, segment_len)),

@@ -15,7 +15,7 @@ pub(super) struct ClientSocket {
     pub(super) socket: BatchSocket,
     /// The IP address of the control connection, and DST.PORT. Port 0 stands for the port of the first datagram.
     addr: SocketAddr,
-    /// Of the control connection, used for datagrams too (RFC 1961 section 5).
+    /// The protection of the control connection also protects datagrams (RFC 1961 section 5).
     protection: Option<Protection>,
 }
 

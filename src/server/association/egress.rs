@@ -48,7 +48,7 @@ impl Egress {
         closed.map(|proxy| format!("proxy {proxy} closed its association"))
     }
 
-    /// Sends one datagram, which the client has sent to `name`, if any. Returns false if it is lost.
+    /// Sends one datagram. `name` is the name that the client has sent it to, if any. Returns false if it is lost.
     pub(super) fn send(&mut self, path: &Path, name: Option<&HostName>, data: &[u8]) -> bool {
         match path {
             Path::Direct(addr) => {

@@ -12,7 +12,7 @@ const MAX_ADDRS: usize = 4096;
 #[derive(Default)]
 pub(super) struct SentTo {
     last_ip: Option<IpAddr>,
-    /// The value is the name that the last datagram by name was sent to.
+    /// Each address with the name that the client last used for it, if any.
     ips: HashMap<IpAddr, Option<HostName>>,
     /// Oldest first.
     order: VecDeque<IpAddr>,
@@ -20,7 +20,7 @@ pub(super) struct SentTo {
 
 impl SentTo {
     pub(super) fn insert(&mut self, ip: IpAddr, name: Option<&HostName>) {
-        // Fast path for a flow to one target: the last address inserted is never the one removed.
+        // Fast path for a flow to one target: the address of the previous call is always in the map.
         if self.last_ip.replace(ip) == Some(ip) && name.is_none() {
             return;
         }
