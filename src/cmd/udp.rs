@@ -87,7 +87,7 @@ async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> Result<(), Cli
 struct AnswerWriter<'a> {
     transfer: &'a Transfer<'a>,
     writer: DatagramWriter,
-    /// Number of answers to receive.
+    /// Number of answers that have not been received yet.
     missing: u64,
 }
 

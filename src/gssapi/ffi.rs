@@ -204,7 +204,7 @@ struct Object {
     handle: Handle,
 }
 
-// SAFETY: the library permits any thread, one at a time.
+// SAFETY: the library permits calls from any thread, but only one at a time.
 unsafe impl Send for Object {}
 
 impl Object {
@@ -421,7 +421,7 @@ impl SecurityContext for GssContext {
         Ok(token)
     }
 
-    /// Heimdal's library rejects messages out of order. MIT's returns them with their order, unless they are empty.
+    /// Heimdal's library rejects messages out of order. MIT's returns them; this function rejects those without data.
     fn unwrap(&mut self, token: &mut [u8]) -> LibraryResult<Unwrapped> {
         if token.is_empty() {
             return Err("empty token".into());

@@ -112,13 +112,13 @@ pub(super) fn token_order(major: u32) -> TokenOrder {
 /// Returns whether a token is a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1). For other
 /// tokens, Heimdal 7.8 dereferences an uninitialized pointer.
 pub(super) fn is_acceptor_token(token: &[u8]) -> bool {
-    let (length, rest) = match token {
-        [0x60, 0x82, high, low, rest @ ..] => (u16::from_be_bytes([*high, *low]).into(), rest),
-        [0x60, 0x81, length, rest @ ..] | [0x60, length @ ..=0x7F, rest @ ..] => (usize::from(*length), rest),
+    let (length, body) = match token {
+        [0x60, 0x82, high, low, body @ ..] => (u16::from_be_bytes([*high, *low]).into(), body),
+        [0x60, 0x81, length, body @ ..] | [0x60, length @ ..=0x7F, body @ ..] => (usize::from(*length), body),
         _ => return false,
     };
-    let kind = rest.strip_prefix(b"\x06\x09").and_then(|rest| rest.strip_prefix(KRB5_OID_BYTES));
-    rest.len() == length && kind.is_some_and(|kind| matches!(kind, [2 | 3, 0, ..]))
+    let message = body.strip_prefix(b"\x06\x09").and_then(|body| body.strip_prefix(KRB5_OID_BYTES));
+    body.len() == length && message.is_some_and(|message| matches!(message, [2 | 3, 0, ..]))
 }
 
 /// Combines the library's texts for a major and a minor status, which the caller has made [`one_line`].

@@ -65,8 +65,8 @@ impl BatchSocket {
     pub(crate) fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut RecvBatch, max: usize) -> bool {
         for _ in 0..max {
             match self.io.poll_with(cx, Interest::Read, |socket| self.receive(socket, batch, max)) {
-                Poll::Ready(Ok(is_drained)) => {
-                    if is_drained {
+                Poll::Ready(Ok(may_be_empty)) => {
+                    if may_be_empty {
                         self.io.mark_not_ready(Interest::Read);
                     }
                     return true;
@@ -79,7 +79,7 @@ impl BatchSocket {
         false
     }
 
-    /// Receives up to `max` messages. Returns true if the socket is empty, so that epoll reports the next message.
+    /// Receives up to `max` messages. Returns true if the socket may be empty. If it is not, epoll reports it again.
     fn receive(&self, socket: &UdpSocket, batch: &mut RecvBatch, max: usize) -> io::Result<bool> {
         let is_one = self.should_receive_one();
         if is_one && !self.is_gro_enabled.get() {

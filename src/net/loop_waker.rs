@@ -18,7 +18,7 @@ pub(super) struct LoopWaker {
 const AWAKE: u8 = 0;
 /// The main future must be polled.
 const WOKEN: u8 = 1;
-/// The loop waits in the kernel; waking it takes a write to the eventfd.
+/// The loop waits in the kernel; waking it requires a write to the eventfd.
 const ASLEEP: u8 = 2;
 
 impl LoopWaker {

@@ -12,7 +12,7 @@ pub(in crate::cmd) const DEFAULT_ADDR: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr
 /// The longest time that an option accepts: one year.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Units of time, in nanoseconds. The default is seconds.
+/// Units of time, in nanoseconds. A number without a unit is in seconds.
 const TIME_UNITS: [(&str, u64); 5] =
     [("", 1_000_000_000), ("ms", 1_000_000), ("s", 1_000_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
 /// Units of rates, in bytes per second.

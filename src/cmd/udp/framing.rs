@@ -132,8 +132,8 @@ pub(super) struct DatagramWriter {
 }
 
 impl DatagramWriter {
-    pub(super) fn new(framing: Framing, writes: bool) -> io::Result<Self> {
-        let file = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
+    pub(super) fn new(framing: Framing, is_enabled: bool) -> io::Result<Self> {
+        let file = is_enabled.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
         let file = file.map(|fd| Unblock::with_capacity(MAX_UDP6_PAYLOAD, BlockingFile(File::from(fd))));
         Ok(Self { framing, file, pending: VecDeque::new() })
     }
