@@ -26,7 +26,9 @@ fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed, not reset");
         assert_eq!(server.wait(TIMEOUT).code(), Some(0), "{signal}");
         let log = server.wait_log(|log| log.contains("command=connect"));
-        assert!(!log.contains("error=") && !log.contains("closing the remaining sessions"), "{log}");
+        // A probe above may have been accepted just before the listener was closed; its line has an error.
+        let tunnel = log.lines().find(|line| line.contains("command=connect")).unwrap_or_default();
+        assert!(!tunnel.contains("error=") && !log.contains("closing the remaining sessions"), "{log}");
     }
 }
 
