@@ -40,6 +40,8 @@ fn reload_reads_users_and_rules() {
     let setup = Setup::start(&alice_only(), &deny(a), &[]);
     let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
     assert_eq!(reps(), [Some(2), Some(0), None, None]);
+    // The reload would close a session that has not ended yet.
+    setup.server.wait_log(|log| log.contains(" rep=0 "));
     let eve = user_line("eve", "secret");
     std::fs::write(&setup.users, &eve).expect("file written");
     let line = setup.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
