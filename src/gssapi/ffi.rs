@@ -2,8 +2,8 @@
 //! its first use, so that s5 also runs without it.
 //!
 //! The only file with unsafe code; its public items are safe. Each object of the library has one owner, which releases
-//! it. A context can be used by one thread at a time; credentials can be shared. All calls except `wrap` and `unwrap`
-//! can wait for a file, DNS or a KDC (up to 30 s). Errors are the library's messages, one line each.
+//! it. A context can be used by one thread at a time; credentials can be shared. To acquire a credential or establish a
+//! context can take up to 30 s (files, DNS, a KDC). Errors are the library's messages, one line each.
 
 #![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]
@@ -276,7 +276,7 @@ impl Credential {
         Self::acquire(None, GSS_C_INITIATE, ccache.map(|path| (c"ccache", path, "ticket cache path (set KRB5CCNAME)")))
     }
 
-    /// Acquires a credential. `store`: key and path for MIT's extension, and the setting that an error names.
+    /// Acquires a credential. `store`: key and path for MIT's extension, and a description of the path for errors.
     fn acquire(name: Option<&Object>, usage: c_int, store: Option<(&CStr, &Path, &str)>) -> LibraryResult<Self> {
         let mut credential = Object::new(Kind::Credential)?;
         let Object { api, handle, .. } = &mut credential;
@@ -374,7 +374,7 @@ impl PendingContext {
         Ok(self.context)
     }
 
-    /// Returns the major status and the token for the acceptor.
+    /// Calls gss_init_sec_context. Returns the major status and the token for the acceptor.
     fn init(&mut self, token: Option<&[u8]>) -> LibraryResult<(u32, Vec<u8>)> {
         let GssContext { object: Object { api, handle: context, .. }, flags } = &mut self.context;
         let (ticket, target, requested) = (self.credential.0.handle, self.target.handle, self.requested);
@@ -401,7 +401,7 @@ pub struct GssContext {
 }
 
 impl GssContext {
-    /// Returns whether the context has all of these `GSS_C_…_FLAG`.
+    /// Returns true if the context has all of these flags (`GSS_C_…_FLAG`).
     pub fn has(&self, flags: u32) -> bool {
         self.flags & flags == flags
     }

@@ -37,7 +37,7 @@ pub(super) const GSS_C_GSS_CODE: c_int = 1;
 /// Argument of gss_display_status: a minor status code.
 pub(super) const GSS_C_MECH_CODE: c_int = 2;
 
-/// `gss_buffer_desc`: bytes that are borrowed by the library, or that it allocated.
+/// `gss_buffer_desc`: bytes that the library borrows or has allocated.
 #[repr(C)]
 pub(super) struct GssBuffer<'a> {
     pub(super) length: usize,
@@ -132,7 +132,7 @@ pub(super) fn error_text(major: u32, major_text: String, minor: u32, minor_text:
     }
 }
 
-/// Replaces white space and control characters by spaces: the text can contain input from a peer.
+/// Replaces each run of white space and control characters by one space. The text can contain input from a peer.
 pub(super) fn one_line(text: &str) -> String {
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ")

@@ -94,8 +94,8 @@ impl BatchSocket {
         Ok(batch.count < max.min(MAX_MESSAGES))
     }
 
-    /// Returns true after four calls with a single message, except for every 16th call. Receiving one message costs
-    /// less than finding out that there is no second one.
+    /// Returns true after four calls in a row with a single message, except for every 16th call. A call for one
+    /// message costs less than a call that also looks for a second one.
     fn should_receive_one(&self) -> bool {
         self.single_streak.get() >= 4 && !self.single_streak.get().is_multiple_of(16)
     }

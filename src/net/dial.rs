@@ -34,7 +34,7 @@ pub enum DialError {
     LocalAddr,
     /// The resolver did not answer, or reported a temporary failure.
     Resolver,
-    /// This machine has no address of the target's family.
+    /// No address of the target has a family that this machine and [`LocalAddr`] support.
     FamilyUnavailable,
     /// No route to the network of the target.
     NetworkUnreachable,

@@ -8,7 +8,7 @@ use std::task::Wake;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Sets the state of a loop, and wakes it if it sleeps. The eventfd is edge-triggered, so it need not be read.
+/// State and eventfd of one event loop. The eventfd is registered edge-triggered, so it need not be read.
 pub(super) struct LoopWaker {
     pub(super) eventfd: OwnedFd,
     state: AtomicU8,

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-/// Size of a reservation from an empty bucket, as the time in which it is earned.
+/// Time in which a bucket earns one reservation. Determines the size of a reservation from an empty bucket.
 const RESERVATION_TIME: Duration = Duration::from_millis(25);
-/// Capacity of a bucket, as the time in which it fills up.
+/// Time in which an empty bucket fills up. Determines the capacity.
 const BURST_TIME: Duration = Duration::from_millis(250);
 /// Lower limit of the capacity: room for one datagram.
 const MIN_BURST_BYTES: f64 = 65_536.0;
@@ -56,7 +56,7 @@ impl TokenBucket {
         if tokens >= requested { requested } else { tokens.max(self.rate * RESERVATION_TIME.as_secs_f64()).max(1.0) }
     }
 
-    /// Takes tokens, also unearned ones. Returns the time until all of them are earned.
+    /// Takes tokens, even if they are not earned yet. Returns the time until all of them are earned.
     fn reserve(&self, bytes: usize, now: Instant) -> Duration {
         let mut state = self.state(now);
         state.tokens -= bytes as f64;
@@ -137,7 +137,7 @@ pub(super) struct Reservation {
 #[derive(Debug, Default)]
 struct Reserved {
     bytes: usize,
-    /// Time at which they are earned, while a direction waits for that.
+    /// Time at which the bytes are earned. `None` after that.
     due: Option<Instant>,
 }
 

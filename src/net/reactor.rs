@@ -151,10 +151,10 @@ struct SocketState {
     waker: Option<Waker>,
 }
 
-/// Whether an operation may succeed.
+/// Readiness of a socket for one operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Readiness {
-    /// There was no event since the last `WouldBlock`.
+    /// There has been no event since the last `WouldBlock`, short read or short write.
     #[default]
     No,
     /// As `No`, and a task waits for an event.

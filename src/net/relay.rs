@@ -139,8 +139,8 @@ pub enum RelayError {
     IdleTimeout,
     /// `may_continue` returned false. Both streams have been reset.
     Stopped,
-    /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not. The caller must read
-    /// the client's data before it closes, or the client can lose the last bytes.
+    /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not. The caller must wait
+    /// for [`UNDELIVERED_GRACE`] before it closes the client's stream, or the client can lose the last bytes.
     Undelivered(io::Error),
 }
 
@@ -168,8 +168,8 @@ pub type RelayResult = Result<RelayOutcome, RelayError>;
 /// Relays bytes in both directions until both have ended. The end of a source closes the write side of its sink.
 /// `may_continue` is called at each poll; the relay ends when it returns false.
 ///
-/// Both streams are reset when an operation fails, after the idle timeout, and when the future is dropped before it
-/// completes. A reset is detected within a second, also on a side that is not being read.
+/// Both streams are reset on each error except [`RelayError::Undelivered`], and when the future is dropped before it
+/// completes. A reset by a peer is detected within a second, also on a side that is not being read.
 ///
 /// # Errors
 /// See [`RelayError`].
@@ -292,7 +292,7 @@ impl RelayState<'_> {
             if self.up.is_stateless() && self.down.is_stateless() && self.undelivered.is_none() {
                 return Poll::Ready(Ok(RelayOutcome::Bulk));
             }
-            // The other direction has got pending bytes in this poll: try again in the next one.
+            // The other direction has read bytes in this poll that are still pending: try again in the next poll.
             wake_later(cx);
         }
         Poll::Pending

@@ -27,7 +27,7 @@ impl<T: AsFd> Io<T> {
     /// Registers a socket that is already non-blocking.
     ///
     /// # Errors
-    /// Errors from epoll_ctl(2), here and in the other two functions.
+    /// Errors from epoll_create1(2) and epoll_ctl(2), also in the other two constructors.
     pub fn new(socket: T) -> io::Result<Self> {
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI;
         Self::register(socket, events | EventFlags::ET)

@@ -1,6 +1,6 @@
 //! Accepts connections, and admits them as sessions.
 //!
-//! All workers listen, and the kernel wakes an idle one.
+//! All workers wait on the same listeners. For a new connection, the kernel wakes an idle worker.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,10 +21,10 @@ use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 /// Accept attempts before the other tasks of the worker run.
 const ACCEPTS_PER_TURN: usize = 32;
 
-/// Accepts connections on the worker of this thread until the shutdown.
+/// Starts one accept loop for each listener on the worker of this thread. They run until the shutdown.
 ///
 /// # Errors
-/// Errors from epoll_ctl(2).
+/// Errors from epoll_create1(2) and epoll_ctl(2).
 pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Result<()> {
     for listener in listeners {
         let accept_loop = AcceptLoop { server: server.clone(), listener: Io::shared_listener(listener.clone())? };
@@ -60,7 +60,7 @@ impl AcceptLoop {
                         }
                     }
                 }
-                // Another worker has accepted it, or the client has closed it.
+                // Another worker has accepted the connection, or the client has closed it.
                 Err(error) if is_transient(&error) => {}
                 Err(error) => {
                     warn(|| format!("accept on {}: {error} (retrying)", self.listener.get_ref()));

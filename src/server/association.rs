@@ -31,7 +31,7 @@ use egress::Egress;
 use name_cache::NameCache;
 use routes::{Path, is_allowed, possible_hops, route, route_addr};
 
-/// Datagrams relayed from one socket before the next one gets its turn. The last receive call may exceed it.
+/// Datagrams relayed from one socket before the next socket is polled. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
 /// Bytes on the control connection that are read and ignored. More end the association.
 const MAX_CONTROL_BYTES: usize = 64 * 1024;
@@ -44,7 +44,7 @@ thread_local! {
 #[derive(Default)]
 struct Scratch {
     received: RecvBatch,
-    /// The batch that is sent.
+    /// Buffer of the batch to send.
     to_send: Vec<u8>,
 }
 
@@ -155,7 +155,7 @@ impl AssociationRelay<'_> {
                 && let Poll::Ready(received) = upstream.poll_recv(cx)
             {
                 budget -= 1;
-                // Errors are ICMP messages about earlier datagrams. The hop's association ends with its connection.
+                // Errors are ICMP messages about earlier datagrams. They do not end the hop's association.
                 let Ok((from, data)) = received else { continue };
                 self.last_activity = now;
                 // Filtering by sender is left to the hop. The rules are evaluated here, unless the client has sent to a
@@ -184,8 +184,8 @@ impl AssociationRelay<'_> {
         self.flush(batch);
     }
 
-    /// Adds a datagram to an address to the batch. If it does not fit, or goes through a hop or to a name, the batch is
-    /// sent first.
+    /// Adds a datagram to the batch if it fits and has the same destination. Otherwise sends the batch first. Datagrams
+    /// that go through a hop or to a name are not batched.
     fn queue(&mut self, batch: &mut GsoBatch<'_>, dst: Addr, data: &[u8]) {
         let is_same_peer = matches!(dst.host, Host::Ip(ip) if batch.peer() == Some(canonical(ip, dst.port)));
         if !is_same_peer {
@@ -280,8 +280,8 @@ impl AssociationRelay<'_> {
         self.flush_answers(batch);
     }
 
-    /// Returns whether an answer is relayed: with address-dependent filtering, the client has to have sent to this IP
-    /// address. In both modes the rules still have to allow datagrams to it, on the direct route.
+    /// Returns true if the rules allow datagrams to `from` on the direct route, and the client's port is known. With
+    /// address-dependent filtering, the client must also have sent to this IP address.
     fn is_answer_allowed(&self, from: SocketAddr) -> bool {
         let accepts_any = self.session.server().options.udp_filtering == Filtering::EndpointIndependent;
         let sent_to = self.egress.sent_to.get(from.ip());

@@ -6,8 +6,8 @@ use super::{association, bind, connect};
 use crate::conn::Conn;
 use crate::proto::{Command, Request};
 
-/// Executes the request. Returns the connection to relay with, or `None` after an association. `is_stream_allowed` is
-/// false if a GSSAPI context protects messages, but can't detect replayed or reordered ones.
+/// Executes the request. Returns the connection to relay with, or `None` at the end of a UDP association. CONNECT and
+/// BIND require `is_stream_allowed`: false if GSSAPI protection can't detect replayed or reordered messages.
 pub(super) async fn dispatch(
     session: &mut Session,
     conn: &mut Conn,

@@ -1,4 +1,4 @@
-//! The limits of the server, of one client address and of one user: sessions, bytes per second, and failed logins.
+//! Limits of sessions, bytes per second and failed logins: for the server, a client address, a user or a session.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -24,8 +24,8 @@ pub(super) struct Limiter {
     has_failed_logins: AtomicBool,
 }
 
-/// The number of sessions of each client address and user, and the token bucket that they share. A key without sessions
-/// has no entry.
+/// For each client address or user: the number of its sessions, and the token bucket that they share. A key without
+/// sessions has no entry.
 type Usage = HashMap<QuotaKey, (usize, Option<Arc<TokenBucket>>)>;
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -71,7 +71,7 @@ impl Limiter {
         }
     }
 
-    /// Waits until another session can start. The permit of a started session is forgotten; its end releases it.
+    /// Waits until another session can start. The caller forgets the permit, and the end of the session releases it.
     pub(super) async fn acquire_permit(&self) -> SemaphoreGuard<'_> {
         if let Some(permit) = self.permits.try_acquire() {
             return permit;

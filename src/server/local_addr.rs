@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use crate::net::unspecified;
 use crate::proto::PortRange;
 
-/// Returns the local address, with port 0, at which `peer` can reach a session whose client connected to `control`.
-/// An unspecified `peer` is any peer of that family; `control` is `None` on a Unix socket.
+/// Returns the local address, with port 0, at which `peer` can reach the sockets of a session. The session's client has
+/// connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that family.
 pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
     let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));

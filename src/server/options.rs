@@ -42,7 +42,7 @@ pub struct Options {
     pub hop_options: Arc<ClientOptions>,
     /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into this list.
     pub hops: Vec<Arc<Hop>>,
-    /// Limits of one client address and of one user.
+    /// Limits of one client address, one user and one session.
     pub quotas: Quotas,
     /// Set to serve clients from other hosts without a login or a client rule.
     pub allow_open_relay: bool,
@@ -69,7 +69,7 @@ pub enum Filtering {
     EndpointIndependent,
 }
 
-/// Limits that the options set; `None` is no limit.
+/// Limits of one client address, one user and one session. `None`: no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quotas {
     /// Concurrent sessions of one client address (IPv6: one /64), at least 1.

@@ -10,7 +10,7 @@ pub(super) type SessionResult<T> = Result<T, SessionError>;
 /// The reason why a session failed, and the reply to the client.
 #[derive(Debug)]
 pub(super) struct SessionError {
-    /// The encoded message. Empty: the connection is closed without one.
+    /// The encoded message. If it is empty, the connection is closed without a message.
     pub(super) reply: Vec<u8>,
     pub(super) rep: Option<Rep>,
     /// For the log.

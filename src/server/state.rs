@@ -29,7 +29,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Returns the BND address for a socket at `local`: that of [`Options::advertise`] if one of its family is set.
+    /// Returns BND for a socket at `local`. An address of its family in [`Options::advertise`] replaces the IP address.
     pub(super) fn advertised_addr(&self, local: SocketAddr) -> SocketAddr {
         let ip = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
         ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
@@ -80,7 +80,7 @@ impl Drop for SessionPermit {
 pub(super) struct Session {
     pub(super) permit: SessionPermit,
     pub(super) log: SessionLog,
-    /// The policy at accept, then at the request. A UDP association replaces it after a reload.
+    /// The policy at accept. Replaced at the request, and by a UDP association after each reload.
     pub(super) policy: Arc<PolicySnapshot>,
 }
 
@@ -105,7 +105,7 @@ impl Session {
 
     /// Waits until a reloaded policy denies this session, and returns the error.
     pub(super) async fn denied_by_reload<T>(&self) -> SessionResult<T> {
-        // A copy, because `reply_success` has to recheck this generation again: then the address of the peer is known.
+        // A copy: `reply_success` checks this generation again, because it also knows the address of the peer.
         let seen = self.log.policy_generation.clone();
         poll_fn(|_| match self.server().policy.recheck(&self.log, &seen, || None) {
             Some(reason) => Poll::Ready(Err(SessionError::not_allowed(reason))),

@@ -27,7 +27,7 @@ impl Tunnel {
         Self { client, target, log, permit }
     }
 
-    /// Relays to the end, in a task of this thread. A bulk tunnel moves to the worker with the fewest of them.
+    /// Relays in a new task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer of these.
     pub(super) fn start(mut self) {
         if let Some(limit) = self.permit.rate_limit() {
             let rate_limit = Some(Arc::new(RelayRateLimit::new(limit)));
@@ -43,7 +43,7 @@ impl Tunnel {
         });
     }
 
-    /// Relays until the tunnel ends, `options` stop it (default: those of the server), or a reloaded policy denies it.
+    /// Relays until the tunnel ends, becomes a bulk tunnel or is denied by a reload. `None`: options of the server.
     fn relay<'a>(&'a mut self, options: Option<&'a RelayOptions>) -> impl Future<Output = RelayResult> + 'a {
         let Self { client, target, log, permit } = self;
         let (log, permit) = (&*log, &*permit);
@@ -77,7 +77,7 @@ impl Tunnel {
             return Err(Box::new(self));
         };
         for conn in [&self.client, &self.target] {
-            // If the tunnel is lost before it arrives, both peers get a reset: the data is incomplete.
+            // If the other worker ends before the tunnel arrives, both peers get a reset: the data is incomplete.
             conn.abort();
             conn.deregister();
         }
@@ -97,8 +97,8 @@ impl Tunnel {
         self.log.set_error(&error);
         if let RelayError::Undelivered(_) = error {
             drop(self.target);
-            // Further data from the client is not read: it can't be delivered. The client gets this time even if it has
-            // shut down its write side, since it may not have read everything yet.
+            // Further data from the client can't be delivered, so it is not read. The client may still have data to
+            // read, even if it has shut down its write side.
             sleep(UNDELIVERED_GRACE).await;
             self.client.abort();
         }

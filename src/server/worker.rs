@@ -1,7 +1,7 @@
 //! The threads of the server. Each has its own event loop and executor, and runs jobs that other threads send to it.
 //!
-//! A task stays on its thread, because a move costs more than most sessions. The pool finds the threads for the two
-//! exceptions: new connections if one worker has far more sockets than another, and tunnels with bulk data.
+//! A task stays on its thread, because a move costs more than most sessions. There are two exceptions: a new connection
+//! if one worker has far more sockets than another, and a tunnel with bulk data. The pool selects the new thread.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -17,11 +17,11 @@ use smol::channel::{self, Receiver, Sender};
 
 use crate::net::reactor;
 
-/// A worker passes new connections to another one if it has more than this many sockets above twice those of the other.
+/// A worker passes a new connection on if it has over twice the sockets of the least loaded worker plus this many.
 const SOCKET_SURPLUS: usize = 64;
 
 thread_local! {
-    /// Index and executor of the worker of this thread. Weak, because the executor owns the tasks that use it.
+    /// Index and executor of the worker of this thread. Weak: `Worker::run` owns the executor.
     static THIS: RefCell<(usize, Weak<LocalExecutor<'static>>)> = RefCell::default();
 }
 

@@ -83,7 +83,7 @@ struct Normalizer<'a> {
 }
 
 impl<'a> Normalizer<'a> {
-    /// Returns the option for which `matches` is true. Fails if the mode refuses it.
+    /// Returns the option for which `matches` is true. Returns an error if the mode refuses this option.
     fn find(&self, name: &str, matches: impl Fn(&FlagInfo<'_>) -> bool) -> Result<Option<&'a FlagInfo<'a>>, String> {
         let flag = self.syntax.flags.iter().find(|flag| matches(flag));
         match flag.and_then(|flag| self.syntax.refusal(flag)) {

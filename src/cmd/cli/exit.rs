@@ -11,7 +11,7 @@ use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
 
-/// An exit status. The numbers are stable. Errors that curl(1) has too have the same number.
+/// An exit status. The numbers are stable. Errors that curl(1) also reports have curl's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ExitStatus(u8);
 

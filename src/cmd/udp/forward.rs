@@ -1,5 +1,5 @@
-//! `s5 udp -l`: forwards datagrams to a local port through the proxy. Each local peer gets an association, which ends
-//! after the idle timeout.
+//! `s5 udp -l`: forwards datagrams from a local port to the target through the proxy. Each local peer gets an
+//! association, which ends after the idle timeout.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

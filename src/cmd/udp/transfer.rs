@@ -1,4 +1,4 @@
-//! The transfer of datagrams over one association, between the target and stdin and stdout, or one local peer.
+//! The transfer of datagrams over one association: between the target and either stdin and stdout or a local peer.
 
 use std::cell::Cell;
 use std::io;
@@ -118,7 +118,7 @@ impl Transfer<'_> {
         Err(CliError::new(ExitStatus::RECEIVE_ERROR, message))
     }
 
-    /// Prints how many answers were lost on this machine.
+    /// Prints how many answers were incomplete or dropped.
     fn print_losses(&self) {
         let losses = self.association.losses();
         for (n, reason) in [

@@ -80,7 +80,7 @@ impl RecvBatch {
 /// first one; the last may be shorter.
 pub(crate) struct GsoBatch<'a> {
     peer: Option<SocketAddr>,
-    /// The datagrams, each with the header. In an empty batch, the header.
+    /// The datagrams, each with the header. In an empty batch, only the header.
     bytes: &'a mut Vec<u8>,
     header_len: usize,
     pub(super) count: usize,

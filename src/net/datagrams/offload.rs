@@ -20,7 +20,7 @@ pub(super) enum GsoLimit {
     /// To this peer, only segments shorter than this many bytes: longer ones exceed the MTU of the route. A later
     /// increase of the MTU is not detected: single datagrams still arrive, only slower.
     Below(Option<SocketAddr>, usize),
-    /// The device has no support, or the route goes through IPsec.
+    /// The kernel or the device does not support GSO, or the route goes through IPsec.
     Unsupported,
 }
 

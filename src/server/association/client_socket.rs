@@ -13,7 +13,7 @@ use crate::reassembly::fragment;
 
 pub(super) struct ClientSocket {
     pub(super) socket: BatchSocket,
-    /// The IP address of the control connection, and DST.PORT. Port 0 stands for the port of the first datagram.
+    /// The IP address of the control connection, and DST.PORT. The first datagram replaces a port of 0.
     addr: SocketAddr,
     /// The protection of the control connection also protects datagrams (RFC 1961 section 5).
     protection: Option<Protection>,
@@ -46,7 +46,7 @@ impl ClientSocket {
         }
     }
 
-    /// Returns the SOCKS datagram in a received one. `None` if its protection is invalid, or if it is not from the client.
+    /// Unwraps a received datagram. Returns `None` if it is not from the client, or if its protection is invalid.
     pub(super) fn accept<'a>(&self, from: SocketAddr, bytes: &'a [u8]) -> Option<Cow<'a, [u8]>> {
         // The socket may hold datagrams from other ports received before connect(2), and not every kernel filters a
         // socket that is connected to port 0.

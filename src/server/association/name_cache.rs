@@ -37,8 +37,8 @@ enum Resolution {
 }
 
 impl NameCache {
-    /// Returns the addresses of a resolved name, with `port`. Otherwise resolves it until `deadline`, and stores the
-    /// datagram for [`NameCache::poll`]. Above a limit the datagram is dropped.
+    /// Returns the addresses of a resolved name, with `port`. Otherwise stores the datagram for [`NameCache::poll`] and
+    /// starts a lookup, unless one is running. Above a limit the datagram is dropped.
     pub(super) fn get_or_wait(
         &mut self,
         name: &HostName,

@@ -12,9 +12,9 @@ use crate::proto::{Addr, Host, HostName};
 pub(super) enum Path {
     /// From a socket of this server.
     Direct(SocketAddr),
-    /// Through the hop with this index in `Options::hops`, which resolves a name.
+    /// Through the hop with this index in `Options::hops`. If the destination is a name, the hop resolves it.
     Hop(usize, Addr),
-    /// The path is known when this name, with this port, has been resolved.
+    /// Unknown until this name has been resolved. The port is that of the destination.
     Later(HostName, u16),
 }
 
