@@ -2,8 +2,8 @@
 //! its first use, so that s5 also runs without it.
 //!
 //! The only file with unsafe code; its public items are safe. Each object of the library has one owner, which releases
-//! it. A context can be used by one thread at a time; credentials can be shared. To acquire a credential or establish a
-//! context can take up to 30 s (files, DNS, a KDC). Errors are the library's messages, one line each.
+//! it. A context can be used by one thread at a time; credentials can be shared. Acquiring a credential or establishing
+//! a context can take up to 30 s (files, DNS, a KDC). Errors are the library's messages, one line each.
 
 #![allow(unsafe_code, reason = "calls a C library; the public items are safe")]
 #![warn(clippy::undocumented_unsafe_blocks)]

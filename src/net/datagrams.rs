@@ -86,12 +86,12 @@ impl BatchSocket {
             batch.receive_one(socket)?;
         } else {
             batch.receive(socket, offload::quinn_state()?, if is_one { 1 } else { max })?;
-            if batch.count > 1 && !self.is_gro_enabled.replace(true) {
+            if batch.message_count > 1 && !self.is_gro_enabled.replace(true) {
                 offload::enable_gro(socket);
             }
         }
-        self.single_streak.set(if batch.count == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
-        Ok(batch.count < max.min(MAX_MESSAGES))
+        self.single_streak.set(if batch.message_count == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
+        Ok(batch.message_count < max.min(MAX_MESSAGES))
     }
 
     /// Returns true after four calls in a row with a single message, except for every 16th call. A call for one

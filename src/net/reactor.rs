@@ -1,4 +1,4 @@
-//! A thread's reactor: edge-triggered epoll, timers and the loop that polls the main future.
+//! A thread's reactor: epoll (edge-triggered except for `Io::read_only`), timers, and the loop of the main future.
 //!
 //! Each thread has its own instance. A socket is registered once for its lifetime. Waiting for it costs no system call,
 //! and it is read or written only when it may be ready. Other threads use only the loop's waker and the number of
@@ -361,7 +361,7 @@ impl Reactor {
         self.with_state(key, |state| *state.readiness(interest) = Readiness::No);
     }
 
-    /// Records that the socket is not ready, after a short read or write. Ignored for reads after a hang-up.
+    /// Records that the socket is not ready. No effect on edge-triggered reads after a hang-up.
     pub(super) fn mark_not_ready(&self, key: SocketKey, interest: Interest) {
         self.with_state(key, |state| {
             if interest == Interest::Write || state.is_level_triggered || state.hangup != Readiness::Maybe {

@@ -98,7 +98,7 @@ pub struct RelayOptions {
     /// Ends the relay after this long without a byte in either direction.
     pub idle_timeout: Option<Duration>,
     /// After dst has ended its stream: ends the relay after this long without a byte from the client. Bytes that are
-    /// already read are still sent, without a time limit. `None`: waits until the client ends its stream too.
+    /// already read are still sent, limited only by `idle_timeout`. `None`: waits until the client ends its stream too.
     pub linger: Option<Duration>,
     /// Ends the relay at the start of a bulk transfer, if both directions are open and no bytes are pending. The caller
     /// can continue it on another thread.
@@ -114,7 +114,7 @@ pub struct RelayOptions {
 /// How a relay ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayOutcome {
-    /// Both directions have ended.
+    /// Both directions have ended, or [`RelayOptions::linger`] has passed.
     Finished,
     /// Stopped by [`RelayOptions::stop_when_bulk`]. Both streams are still open.
     Bulk,

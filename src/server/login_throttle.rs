@@ -1,5 +1,5 @@
 //! Slows down password guessing. After five failures of a client address within a minute, the answers to further logins
-//! have a growing delay. After six of these, its connections are closed for 10 minutes. The clock is an argument.
+//! have a growing delay. After six more failures, its connections are closed for 10 minutes. The clock is an argument.
 
 use std::collections::HashMap;
 use std::net::IpAddr;

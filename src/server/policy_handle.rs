@@ -36,9 +36,9 @@ pub(super) struct PolicyHandle {
 pub(super) enum Denial<'a> {
     /// The method or the user of the session is no longer accepted.
     Login,
-    /// By this rule.
+    /// This rule denies it.
     Rule(&'a Rule),
-    /// No single host has the address, or the port is 0.
+    /// The address is not unicast, or the port is 0.
     Unreachable,
 }
 

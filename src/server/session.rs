@@ -55,7 +55,7 @@ pub(super) fn start(mut session: Session, conn: DetachedConn) {
 
 /// A client that has logged in: only with this value, a request can be read.
 struct Authenticated {
-    /// End of the handshake, with the delay of the login.
+    /// End of the handshake timeout, extended by the delay of the login.
     deadline: Instant,
     /// For all messages after the login (RFC 1961 section 5).
     protection: Option<Protection>,
@@ -124,10 +124,10 @@ impl Session {
             (Some(_), Some(users)) => timeout_at(deadline, self.policy.passwords.verify(users, credentials))
                 .await
                 .ok_or_else(|| self.timed_out())?,
-            // Throttled clients are refused without hashing.
+            // Blocked clients are refused without hashing.
             (None, _) | (_, None) => false,
         };
-        // Parallel logins of this client may have failed during the hashing: a throttled client is refused even if
+        // Parallel logins of this client may have failed during the hashing: a blocked client is refused even if
         // this password is valid.
         let delay = limiter.login_delay(client);
         let is_valid = is_valid && delay.is_some();

@@ -80,7 +80,7 @@ impl Drop for SessionPermit {
 pub(super) struct Session {
     pub(super) permit: SessionPermit,
     pub(super) log: SessionLog,
-    /// The policy at accept. Replaced at the request, and by a UDP association after each reload.
+    /// The policy at accept. Replaced at a password login, at the request, and by a UDP association after a reload.
     pub(super) policy: Arc<PolicySnapshot>,
 }
 

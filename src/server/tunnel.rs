@@ -27,7 +27,7 @@ impl Tunnel {
         Self { client, target, log, permit }
     }
 
-    /// Relays in a new task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer of these.
+    /// Relays in a task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer bulk tunnels.
     pub(super) fn start(mut self) {
         if let Some(limit) = self.permit.rate_limit() {
             let rate_limit = Some(Arc::new(RelayRateLimit::new(limit)));
@@ -43,7 +43,7 @@ impl Tunnel {
         });
     }
 
-    /// Relays until the tunnel ends, becomes a bulk tunnel or is denied by a reload. `None`: options of the server.
+    /// Relays until the tunnel ends, becomes bulk or is denied by a reload. `options` defaults to the server's.
     fn relay<'a>(&'a mut self, options: Option<&'a RelayOptions>) -> impl Future<Output = RelayResult> + 'a {
         let Self { client, target, log, permit } = self;
         let (log, permit) = (&*log, &*permit);

@@ -21,8 +21,7 @@ pub(crate) struct RecvBatch {
     // Lazily zeroed by the kernel. Most of the 2 MiB is never touched.
     buffers: Vec<u8>,
     metas: Vec<RecvMeta>,
-    /// Number of messages.
-    pub(super) count: usize,
+    pub(super) message_count: usize,
 }
 
 impl Default for RecvBatch {
@@ -30,7 +29,7 @@ impl Default for RecvBatch {
         Self {
             buffers: vec![0; MAX_MESSAGES * DATAGRAM_BUFFER_SIZE],
             metas: vec![RecvMeta::default(); MAX_MESSAGES],
-            count: 0,
+            message_count: 0,
         }
     }
 }
@@ -45,14 +44,15 @@ fn split(bytes: &[u8], segment_len: usize) -> impl Iterator<Item = &[u8]> {
 impl RecvBatch {
     /// Returns the datagrams with their senders, in the order of arrival.
     pub(crate) fn datagrams(&self) -> impl Iterator<Item = (SocketAddr, &[u8])> {
-        let messages = self.metas.iter().take(self.count).zip(self.buffers.chunks(DATAGRAM_BUFFER_SIZE));
+        let messages = self.metas.iter().take(self.message_count).zip(self.buffers.chunks(DATAGRAM_BUFFER_SIZE));
         messages.flat_map(|(meta, buffer)| {
             split(buffer.get(..meta.len).unwrap_or_default(), meta.stride).map(|datagram| (meta.addr, datagram))
         })
     }
 
+    /// Returns the number of datagrams.
     pub(crate) fn count(&self) -> usize {
-        let messages = self.metas.iter().take(self.count);
+        let messages = self.metas.iter().take(self.message_count);
         messages.map(|meta| meta.len.div_ceil(meta.stride.max(1)).max(1)).sum()
     }
 
@@ -62,7 +62,7 @@ impl RecvBatch {
         if let Some(meta) = self.metas.first_mut() {
             (meta.addr, meta.len, meta.stride) = (addr, len, len);
         }
-        self.count = 1;
+        self.message_count = 1;
         Ok(())
     }
 
@@ -71,7 +71,7 @@ impl RecvBatch {
         let mut buffers = self.buffers.chunks_exact_mut(DATAGRAM_BUFFER_SIZE);
         let mut slices: [_; MAX_MESSAGES] = array::from_fn(|_| IoSliceMut::new(buffers.next().unwrap_or_default()));
         let slices = slices.get_mut(..max.min(MAX_MESSAGES)).unwrap_or_default();
-        self.count = quinn.recv(socket.into(), slices, &mut self.metas)?;
+        self.message_count = quinn.recv(socket.into(), slices, &mut self.metas)?;
         Ok(())
     }
 }

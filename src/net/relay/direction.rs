@@ -46,9 +46,9 @@ pub(super) struct Direction {
     /// Set when a write to the source's socket has reported its reset. The kernel reports an error only once, and after
     /// that a reset stream reads like one that has ended.
     pub(super) is_source_reset: bool,
-    /// Set when the sink has everything and its write side is closed.
+    /// Set when the sink has everything and its write side is closed, or flushed if `keeps_sink_open`.
     pub(super) has_delivered: bool,
-    /// Set after that, or when an error has ended the direction.
+    /// Set together with `has_delivered`, or when an error has ended the direction.
     pub(super) is_done: bool,
 }
 

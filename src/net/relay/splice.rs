@@ -27,8 +27,8 @@ pub(super) fn is_unsupported(error: &io::Error) -> bool {
     matches!(errno, Some(Errno::INVAL | Errno::NOSYS | Errno::PERM))
 }
 
-/// Returns whether a socket has unread data; a pipe cannot have urgent data. Errors must be used: the kernel reports an
-/// error of a socket only once.
+/// Returns whether a socket has unread data; false for a pipe. Errors must be used: the kernel reports an error of a
+/// socket only once.
 fn has_data(socket: BorrowedFd<'_>) -> io::Result<bool> {
     match recv(socket, &mut [0; 1], RecvFlags::PEEK) {
         Ok((_, n)) => Ok(n > 0),

@@ -52,7 +52,6 @@ impl Egress {
     pub(super) fn send(&mut self, path: &Path, name: Option<&HostName>, data: &[u8]) -> bool {
         match path {
             Path::Direct(addr) => {
-                // Inserted first, because the answer may arrive before the send call returns.
                 self.sent_to.insert(addr.ip(), name);
                 self.socket(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok()
             }
