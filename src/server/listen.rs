@@ -89,12 +89,11 @@ impl ListenAddr {
             return Ok(vec![bind_unix(path)?]);
         }
         let addrs = self.resolve()?;
-        let is_port_free = |error: &io::Error| {
-            error.kind() != io::ErrorKind::AddrInUse || addrs.first().is_none_or(|addr| addr.port() != 0)
-        };
+        // The kernel chooses the port for the first address; it may be in use at another one.
+        let may_retry = addrs.first().is_some_and(|addr| addr.port() == 0);
         for _ in 1..MAX_PORT_ATTEMPTS {
             match bind_all(&addrs) {
-                Err(error) if !is_port_free(&error) => {}
+                Err(error) if may_retry && error.kind() == io::ErrorKind::AddrInUse => {}
                 result => return result,
             }
         }
