@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
-use crate::common::{Server, TIMEOUT, run, s5};
+use crate::common::{Server, TIMEOUT, retry, run, s5};
 use crate::scripted::{
     RunningProgram, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, success_reply, text, with_stream,
 };
@@ -82,7 +82,7 @@ fn bind_rejects_other_peer_and_keeps_waiting() {
     let server = Server::start(&[]);
     let (mut client, at) = start_bind(&["-x", &server.addr().to_string(), "127.0.0.2"]);
     let mut other_peer = connect_from("127.0.0.3:0", at);
-    let received = other_peer.read(&mut [0; 1]);
+    let received = retry(|| other_peer.read(&mut [0; 1]));
     assert!(!matches!(received, Ok(1..)), "the other peer received data");
     assert!(client.is_running());
     assert!(!client.stderr(|_| true).contains("accepted"), "the other peer was accepted");
@@ -163,7 +163,7 @@ fn stdin_is_not_sent_before_the_peer_connects() {
     let (sender, receiver) = std::sync::mpsc::channel();
     let wait = with_stream(move |mut stream| {
         stream.set_read_timeout(Some(std::time::Duration::from_millis(100))).expect("timeout set");
-        let _ = sender.send(stream.read(&mut [0; 1]).is_err());
+        let _ = sender.send(retry(|| stream.read(&mut [0; 1])).is_err());
         stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
         let _ = stream.write_all(SUCCESS_REPLY);
         let mut received = Vec::new();

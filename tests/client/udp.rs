@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, in_namespace, run, s5, udp_echo_server};
+use crate::common::{Server, TIMEOUT, in_namespace, retry, run, s5, udp_echo_server};
 use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
 const TARGET: &str = "192.0.2.7:7";
@@ -20,7 +20,7 @@ fn socket(at: &str) -> UdpSocket {
 
 fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
-    let (n, from) = socket.recv_from(&mut buffer).expect("datagram received");
+    let (n, from) = retry(|| socket.recv_from(&mut buffer)).expect("datagram received");
     buffer.truncate(n);
     (buffer, from)
 }
@@ -293,7 +293,7 @@ fn udp_icmp_error_does_not_end_the_client() {
     let mut buffer = [0; 64];
     let from = loop {
         client.write(b"hello\n");
-        match target.recv_from(&mut buffer) {
+        match retry(|| target.recv_from(&mut buffer)) {
             Ok((_, from)) => break from,
             Err(_) => assert!(Instant::now() < deadline, "no datagram arrives"),
         }

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -218,7 +218,7 @@ pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static)
 pub fn echo_server() -> SocketAddr {
     tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
         let mut other = stream.try_clone().expect("cloned");
-        let _ = std::io::copy(&mut stream, &mut other);
+        let _ = io::copy(&mut stream, &mut other);
         let _ = other.shutdown(std::net::Shutdown::Write);
     })
 }
@@ -239,6 +239,17 @@ pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
 /// A port on 127.0.0.1 without a listener.
 pub fn closed_port() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("free port")
+}
+
+/// Repeats a call that a signal interrupted. A socket with a timeout returns EINTR even if only this process was stopped
+/// and continued (signal(7)); `read_exact` and the like repeat the call themselves.
+pub fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
 }
 
 /// Reads exactly `n` bytes.

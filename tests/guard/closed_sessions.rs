@@ -8,7 +8,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::association::{Association, datagram, socket};
-use crate::common::{Server, TIMEOUT, echo_server, in_namespace, read_exact, read_reply, udp_echo_server, wait_until};
+use crate::common::{
+    Server, TIMEOUT, echo_server, in_namespace, read_exact, read_reply, retry, udp_echo_server, wait_until,
+};
 use crate::kit::{BIND, CONNECT, V4, accept, assert_no_data, connect_from, listener, ping};
 use crate::tools::{
     ALICE, BOB, Login, Setup, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
@@ -53,7 +55,7 @@ fn writer(mut stream: TcpStream) -> JoinHandle<(ErrorKind, Instant)> {
 fn reader(mut stream: TcpStream, received: Arc<AtomicUsize>) -> JoinHandle<(ErrorKind, Instant)> {
     let mut buffer = vec![0; 1 << 18];
     repeat_until_error(move || {
-        let n = stream.read(&mut buffer)?;
+        let n = retry(|| stream.read(&mut buffer))?;
         received.fetch_add(n, Ordering::Relaxed);
         if n == 0 { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     })
@@ -92,7 +94,7 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
     let (client, target) = tunnel();
     let (half, mut half_target) = tunnel();
     half.shutdown(Shutdown::Write).expect("half-closed");
-    assert_eq!(half_target.read(&mut [0]).expect("data received"), 0);
+    assert_eq!(retry(|| half_target.read(&mut [0])).expect("data received"), 0);
     let (bind, rep, bnd) = open_as(server, login, BIND, "127.0.0.1:0");
     assert_eq!(rep, 0);
     let association = associate(server.addr(), V4, login);
@@ -118,7 +120,7 @@ fn assert_busy(live: &LiveSession) {
 
 fn is_reset(stream: &mut TcpStream) -> bool {
     stream.set_read_timeout(Some(CLOSE_TIMEOUT)).expect("timeout set");
-    stream.read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+    retry(|| stream.read(&mut [0])).is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
 }
 
 fn assert_closed(live: LiveSession, since: Instant) {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use tempfile::TempDir;
 
 use crate::association::{Association, socket};
-use crate::common::{Server, read_exact, read_reply, request, temp_dir, write_file};
+use crate::common::{Server, read_exact, read_reply, request, retry, temp_dir, write_file};
 use crate::kit::{UDP_ASSOCIATE, connect_from, request_by_name};
 
 /// Name and password; `None` for a server without users.
@@ -160,7 +160,7 @@ pub fn assert_no_connection(listener: &TcpListener) {
 /// Fails if a datagram has arrived. Does not wait: the server sends in order, and tests have received a later datagram.
 pub fn assert_no_datagram(socket: &UdpSocket) {
     socket.set_nonblocking(true).expect("option set");
-    let result = socket.recv_from(&mut [0; 64]);
+    let result = retry(|| socket.recv_from(&mut [0; 64]));
     socket.set_nonblocking(false).expect("option set");
     assert!(
         result.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
@@ -170,7 +170,7 @@ pub fn assert_no_datagram(socket: &UdpSocket) {
 
 /// Returns true if the other side has closed or reset the connection without sending a byte.
 pub fn is_closed(stream: &mut TcpStream) -> bool {
-    match stream.read(&mut [0]) {
+    match retry(|| stream.read(&mut [0])) {
         Ok(n) => n == 0,
         Err(error) => error.kind() == ErrorKind::ConnectionReset,
     }

@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use crate::common::{Server, udp_echo_server};
+use crate::common::{Server, retry, udp_echo_server};
 use crate::kit::realm::Realm;
 use crate::kit::{UDP_ASSOCIATE, V4};
 use crate::peer::{ALL, AUTHENTICATION, Context, DATA, LevelForm, Library, Peer, has_python_gssapi, message};
@@ -39,7 +39,7 @@ impl<'a> Udp<'a> {
     /// Receives an answer. Returns FRAG, sender and data.
     fn receive_fragment(&self) -> (u8, SocketAddr, Vec<u8>) {
         let mut buffer = vec![0; 65_536];
-        let n = self.socket.recv(&mut buffer).expect("an answer");
+        let n = retry(|| self.socket.recv(&mut buffer)).expect("an answer");
         let [1, DATA, high, low, token @ ..] = &buffer[..n] else { panic!("not a frame: {:?}", &buffer[..n.min(16)]) };
         assert_eq!(usize::from(u16::from_be_bytes([*high, *low])), token.len(), "LEN matches the datagram");
         let (bytes, is_encrypted) = self.context.unwrap(token);
@@ -166,7 +166,7 @@ fn reflected_datagram_of_the_server_is_dropped() {
     let udp = Udp::new(&mut control, relay);
     udp.send(setup.echo, b"once");
     let mut buffer = [0; 1024];
-    let n = udp.socket.recv(&mut buffer).expect("an answer");
+    let n = retry(|| udp.socket.recv(&mut buffer)).expect("an answer");
     udp.send_raw(&buffer[..n]);
     udp.context.unwrap(&buffer[4..n]);
     udp.ping(setup.echo, b"last");

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
-use crate::common::{Server, echo_server, read_exact};
+use crate::common::{Server, echo_server, read_exact, retry};
 use crate::kit::realm::Realm;
 use crate::kit::{CONNECT, StreamEnd, V4, accept, listener, stream_end};
 use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, LevelForm, Library, PROTECTION, Peer, has_python_gssapi, message};
@@ -136,7 +136,7 @@ fn invalid_token_ends_the_tunnel_and_never_reaches_the_target() {
 fn read_until_reset(stream: &mut TcpStream, case: &str) -> Vec<u8> {
     let (mut all, mut byte) = (Vec::new(), [0; 1]);
     loop {
-        match stream.read(&mut byte) {
+        match retry(|| stream.read(&mut byte)) {
             Ok(0) => panic!("{case}: closed without a reset"),
             Ok(_) => all.extend(byte),
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return all,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::common::{Server, TIMEOUT, read_exact, read_reply, s5, wait_until};
+use crate::common::{Server, TIMEOUT, read_exact, read_reply, retry, s5, wait_until};
 
 pub const CONNECT: u8 = 1;
 pub const BIND: u8 = 2;
@@ -144,7 +144,7 @@ pub fn ping(stream: &mut TcpStream, bytes: &[u8]) {
 /// Fails if any data arrives within `time`.
 pub fn assert_no_data(stream: &TcpStream, time: Duration) {
     stream.set_read_timeout(Some(time)).expect("timeout set");
-    let error = stream.peek(&mut [0]).expect_err("no data arrives");
+    let error = retry(|| stream.peek(&mut [0])).expect_err("no data arrives");
     assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
 }
@@ -203,7 +203,7 @@ pub fn check_pattern(stream: &mut impl Read, total: usize) {
     let mut buffer = vec![0; 1 << 18];
     let mut at = 0;
     loop {
-        let n = stream.read(&mut buffer).expect("data received");
+        let n = retry(|| stream.read(&mut buffer)).expect("data received");
         if n == 0 {
             break;
         }

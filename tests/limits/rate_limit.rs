@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Server, TIMEOUT, echo_server, message_with_addr, open, read_exact, read_reply, request, tcp_server,
+    Server, TIMEOUT, echo_server, message_with_addr, open, read_exact, read_reply, request, retry, tcp_server,
 };
 use crate::kit::login::{log_in, users_file};
 use crate::kit::{CONNECT, UDP_ASSOCIATE, V4, check_pattern, ping, send_pattern};
@@ -32,7 +32,7 @@ fn send_all(mut stream: TcpStream) {
 /// Counts received bytes until the other side closes.
 fn count(mut stream: TcpStream, counter: &AtomicU64) {
     let mut buffer = vec![0; 1 << 16];
-    while let Ok(n) = stream.read(&mut buffer)
+    while let Ok(n) = retry(|| stream.read(&mut buffer))
         && n > 0
     {
         counter.fetch_add(n as u64, Ordering::Relaxed);
@@ -206,7 +206,7 @@ fn flood(server: &Server, answers: bool, time: Duration) -> u64 {
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
         let mut buffer = [0; 2048];
         while !is_over.load(Ordering::Relaxed) {
-            let Ok((n, from)) = socket.recv_from(&mut buffer) else { continue };
+            let Ok((n, from)) = retry(|| socket.recv_from(&mut buffer)) else { continue };
             received.fetch_add((n - head) as u64, Ordering::Relaxed);
             if answers {
                 socket.send_to(&buffer[..n], from).expect("datagram sent");

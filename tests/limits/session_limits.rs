@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{
-    Server, TIMEOUT, closed_port, echo_server, in_namespace, open, read_exact, read_reply, request, tcp_server,
+    Server, TIMEOUT, closed_port, echo_server, in_namespace, open, read_exact, read_reply, request, retry, tcp_server,
     wait_until,
 };
 use crate::kit::login::{connect_from_ip, log_in, login_message, users_file};
@@ -254,7 +254,7 @@ fn open_simultaneously(server: &Server, messages: &[u8], answer: &[u8]) -> usize
 fn session_limits_hold_for_200_simultaneous_clients() {
     let (_dir, users) = users_file(&[("alice", "secret")]);
     let _machine = lock_machine();
-    let dst = tcp_server(V4, |mut stream| drop(stream.read(&mut [0])));
+    let dst = tcp_server(V4, |mut stream| drop(retry(|| stream.read(&mut [0]))));
     let connect_request = request(CONNECT, dst);
     let by_client = [&[5, 1, 0], &connect_request[..]].concat();
     let by_user = [&[5, 1, 2], &login_message(b"alice", b"secret")[..], &connect_request].concat();

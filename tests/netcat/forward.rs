@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, s5, tcp_server, udp_echo_server, wait_until};
+use crate::common::{Server, TIMEOUT, closed_port, echo_server, retry, s5, tcp_server, udp_echo_server, wait_until};
 use crate::kit::{StreamEnd, V4, session_lines, stream_end};
 use crate::scripted::{RunningProgram, ScriptedServer, Step, reply_with, text};
 
@@ -119,7 +119,7 @@ fn forward_recovers_from_descriptor_exhaustion() {
     wait_until("connections are forwarded again", TIMEOUT, || {
         let mut local = TcpStream::connect(at).expect("the listener accepts");
         local.set_read_timeout(Some(Duration::from_millis(500))).expect("timeout set");
-        local.write_all(b"x").is_ok() && local.read(&mut [0]).is_ok_and(|n| n == 1)
+        local.write_all(b"x").is_ok() && retry(|| local.read(&mut [0])).is_ok_and(|n| n == 1)
     });
     assert!(client.is_running());
 }
@@ -144,7 +144,7 @@ fn udp_socket() -> UdpSocket {
 fn exchange(socket: &UdpSocket, at: SocketAddr, data: &[u8]) {
     socket.send_to(data, at).expect("datagram sent");
     let mut buffer = [0; 2048];
-    let (n, from) = socket.recv_from(&mut buffer).expect("answer received");
+    let (n, from) = retry(|| socket.recv_from(&mut buffer)).expect("answer received");
     assert_eq!((&buffer[..n], from), (data, at));
 }
 
@@ -175,7 +175,7 @@ fn udp_forward_queues_datagrams_until_the_association_is_open() {
     }
     for n in 0..20_u8 {
         let mut byte = [0];
-        socket.recv_from(&mut byte).expect("answer received");
+        retry(|| socket.recv_from(&mut byte)).expect("answer received");
         assert_eq!(byte, [n]);
     }
 }
@@ -192,7 +192,7 @@ fn udp_forward_limits_peers() {
     client.stderr(|stderr| stderr.contains("too many peers"));
     exchange(&one, at, b"one again");
     three.set_read_timeout(Some(Duration::from_millis(200))).expect("timeout set");
-    assert!(three.recv_from(&mut [0; 16]).is_err());
+    assert!(retry(|| three.recv_from(&mut [0; 16])).is_err());
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn udp_forward_reports_lost_association_and_opens_a_new_one() {
     let (mut client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp_socket();
     socket.send_to(b"x", at).expect("datagram sent");
-    relay.recv_from(&mut [0; 64]).expect("datagram received");
+    retry(|| relay.recv_from(&mut [0; 64])).expect("datagram received");
     drop(disconnect);
     client.stderr(|stderr| stderr.contains("the proxy ended the association"));
     assert!(client.is_running());
@@ -226,12 +226,12 @@ fn udp_forward_drops_answers_from_other_addresses() {
     let (_client, at) = start_forward(&["udp", "-l", "0", "-x", &proxy.url(), "192.0.2.7:7"]);
     let socket = udp_socket();
     socket.send_to(b"x", at).expect("datagram sent");
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("datagram received");
+    let (_, from) = retry(|| relay.recv_from(&mut [0; 64])).expect("datagram received");
     let datagram = |last: u8, data: &[u8]| [&[0, 0, 0, 1, 192, 0, 2, last, 0, 7][..], data].concat();
     relay.send_to(&datagram(8, b"evil"), from).expect("datagram sent");
     relay.send_to(&datagram(7, b"good"), from).expect("datagram sent");
     let mut buffer = [0; 16];
-    let (n, _) = socket.recv_from(&mut buffer).expect("answer received");
+    let (n, _) = retry(|| socket.recv_from(&mut buffer)).expect("answer received");
     assert_eq!(&buffer[..n], b"good");
 }
 

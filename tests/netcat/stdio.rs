@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, echo_server, is_installed, run, s5, tcp_server, wait_until};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, retry, run, s5, tcp_server, wait_until};
 use crate::scripted::{RunningProgram, text};
 
 fn start_proxy() -> (Server, String) {
@@ -72,7 +72,7 @@ fn recv_only_exits_when_the_target_closes() {
     let (_server, proxy) = start_proxy();
     let target = tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
         stream.set_read_timeout(Some(Duration::from_millis(300))).expect("timeout set");
-        let end = stream.read(&mut [0; 16]);
+        let end = retry(|| stream.read(&mut [0; 16]));
         let _ = stream.write_all(if end.is_err() { b"open" } else { b"closed" });
     });
     for stdin in [&b""[..], b"not read"] {

@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, run, s5, udp_echo_server};
+use crate::common::{Server, TIMEOUT, retry, run, s5, udp_echo_server};
 use crate::kit::V4;
 use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
 
@@ -92,7 +92,7 @@ fn udp_source_option_sets_the_address_of_datagrams() {
     let addr = target.local_addr().expect("local address").to_string();
     let output = run(s5().args(["udp", "--direct", "-s", "127.0.0.9", "-w", "0", &addr]), b"x\n", TIMEOUT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    assert_eq!(target.recv_from(&mut [0; 4]).expect("datagram received").1.ip().to_string(), "127.0.0.9");
+    assert_eq!(retry(|| target.recv_from(&mut [0; 4])).expect("datagram received").1.ip().to_string(), "127.0.0.9");
     // The proxy accepts datagrams only from the address of the TCP connection.
     let args = ["udp", "-s", "127.0.0.9", "-n", "1", "-w", "5", "-x", &server.addr().to_string()];
     let output = run(s5().args(args).arg(udp_echo_server(V4).to_string()), b"x\n", TIMEOUT);
@@ -109,7 +109,7 @@ fn run_with_answers(
     let hold = with_stream(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
     let proxy = ScriptedServer::start(reply_with(&bnd).into_iter().chain([hold]).collect());
     std::thread::spawn(move || {
-        let (_, from) = relay.recv_from(&mut [0; 64]).expect("datagram received");
+        let (_, from) = retry(|| relay.recv_from(&mut [0; 64])).expect("datagram received");
         answers(&relay, from);
     });
     let output =
@@ -163,7 +163,7 @@ fn udp_answers_dropped_by_a_full_buffer_are_reported() {
     let mut command = std::process::Command::new("sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_s5"), &proxy.url()]);
     let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
-    let (_, from) = relay.recv_from(&mut [0; 64]).expect("datagram received");
+    let (_, from) = retry(|| relay.recv_from(&mut [0; 64])).expect("datagram received");
     for _ in 0..3000 {
         relay.send_to(&fragment(0, &[b'x'; 1200]), from).expect("datagram sent");
     }

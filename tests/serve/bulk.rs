@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, s5, wait_until};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, retry, s5, wait_until};
 use crate::kit::{
     CONNECT, StreamEnd, V4, accept, check_pattern, idle_descriptors, listener, ping, reset, send_pattern, stream_end,
     timed,
@@ -51,7 +51,7 @@ fn start_stalled_transfer(
     let (mut read, mut piece) = (Vec::new(), vec![0; 1 << 20]);
     wait_until("a pipe is open", TIMEOUT, || {
         if open_pipes(server) == inherited {
-            let n = reader.read(&mut piece).expect("data received");
+            let n = retry(|| reader.read(&mut piece)).expect("data received");
             read.extend_from_slice(&piece[..n]);
         }
         open_pipes(server) > inherited
@@ -72,7 +72,7 @@ fn bulk_tunnel_uses_a_pipe_and_releases_it_when_idle() {
             let sending = thread::spawn(move || send_pattern(&mut writer, BULK, |_| {}));
             let mut total = 0;
             while total < BULK {
-                total += to.read(&mut bytes).expect("data received");
+                total += retry(|| to.read(&mut bytes)).expect("data received");
                 max_pipes = max_pipes.max(open_pipes(&server));
             }
             sending.join().expect("the thread does not panic");
@@ -121,7 +121,7 @@ fn bulk_tunnel_forwards_a_reset_with_data_in_its_pipe() {
         });
         let mut bytes = vec![0; 1 << 20];
         wait_until("a pipe is open", TIMEOUT, || {
-            let _ = (&reader).read(&mut bytes).expect("data received");
+            let _ = retry(|| (&reader).read(&mut bytes)).expect("data received");
             open_pipes(&server) > inherited
         });
         reset(reader);
@@ -311,7 +311,7 @@ fn bulk_tunnel_does_not_delay_other_sessions_of_its_thread() {
     for (from, to) in [(&client, &target), (&target, &client)] {
         let (mut from, mut to) = (from.try_clone().expect("cloned"), to.try_clone().expect("cloned"));
         thread::spawn(move || while from.write_all(&[0; 1 << 16]).is_ok() {});
-        thread::spawn(move || while to.read(&mut [0; 1 << 16]).is_ok_and(|n| n > 0) {});
+        thread::spawn(move || while retry(|| to.read(&mut [0; 1 << 16])).is_ok_and(|n| n > 0) {});
     }
     let echo = echo_server();
     let mut times: Vec<_> = (0..40)

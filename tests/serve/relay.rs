@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, s5, tcp_server, temp_dir, wait_until};
+use crate::common::{Server, TIMEOUT, echo_server, is_installed, open, retry, s5, tcp_server, temp_dir, wait_until};
 use crate::kit::{
     CONNECT, StreamEnd, V4, V6, accept, check_pattern, idle_descriptors, listener, ping, reset, resident_kib,
     send_pattern, session_lines, stream_end,
@@ -307,7 +307,7 @@ fn tunnel_leaves_no_descriptors_open_at_each_kind_of_end() {
         match byte[0] {
             0 => reset(stream),
             1 => drop(stream),
-            _ => while stream.read(&mut [0; 64]).is_ok_and(|n| n > 0) {},
+            _ => while retry(|| stream.read(&mut [0; 64])).is_ok_and(|n| n > 0) {},
         }
     });
     for round in 0..60 {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use crate::common::{Server, TIMEOUT, open};
+use crate::common::{Server, TIMEOUT, open, retry};
 use crate::kit::{UDP_ASSOCIATE, V4};
 
 /// Time after which a datagram counts as dropped. Used only if no later datagram proves it.
@@ -82,7 +82,7 @@ pub fn target() -> (UdpSocket, SocketAddr) {
 
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
-    let (n, from) = socket.recv_from(&mut buffer).expect("datagram received");
+    let (n, from) = retry(|| socket.recv_from(&mut buffer)).expect("datagram received");
     buffer.truncate(n);
     (buffer, from)
 }
@@ -90,7 +90,7 @@ pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
 /// Fails if a datagram arrives within [`DROP_WAIT`].
 pub fn assert_nothing_arrives(socket: &UdpSocket) {
     socket.set_read_timeout(Some(DROP_WAIT)).expect("timeout set");
-    let received = socket.recv_from(&mut [0; 64]);
+    let received = retry(|| socket.recv_from(&mut [0; 64]));
     assert!(received.is_err(), "{received:?}");
     socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
 }

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use crate::association::{Association, assert_nothing_arrives, datagram, datagram_name, receive, socket, target};
-use crate::common::{Server, TIMEOUT, closed_port, in_namespace, udp_echo_server, wait_until};
+use crate::common::{Server, TIMEOUT, closed_port, in_namespace, retry, udp_echo_server, wait_until};
 use crate::kit::{V4, V6};
 
 fn addr(text: &str) -> SocketAddr {
@@ -230,7 +230,7 @@ fn udp_pending_lookups_are_limited_and_do_not_stop_other_datagrams() {
     wait_until("an answer arrives", TIMEOUT, || {
         // Repeated, because UDP may lose datagrams.
         association.send(echo, b"still open");
-        association.socket.recv_from(&mut [0; 64]).is_ok()
+        retry(|| association.socket.recv_from(&mut [0; 64])).is_ok()
     });
     let mut names = queries.lock().expect("not poisoned").clone();
     names.sort_unstable();

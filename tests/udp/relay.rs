@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::association::{Association, datagram_name, receive, socket, target};
-use crate::common::{Server, TIMEOUT, in_namespace, temp_dir, udp_echo_server, wait_until};
+use crate::common::{Server, TIMEOUT, in_namespace, retry, temp_dir, udp_echo_server, wait_until};
 use crate::kit::{V4, V6, dns, idle_descriptors, serve};
 
 #[test]
@@ -147,7 +147,7 @@ fn udp_burst_of_500_is_echoed() {
         let counting = thread::spawn(move || {
             let (mut buffer, mut count) = ([0; 2048], 0);
             while count < BURST {
-                let Ok((n, _)) = receiver.recv_from(&mut buffer) else { break };
+                let Ok((n, _)) = retry(|| receiver.recv_from(&mut buffer)) else { break };
                 let data = &buffer[10..n];
                 assert!(data.len() == 1200 && data[2..].iter().all(|byte| *byte == data[2]), "the data differs");
                 count += u16::from(data[2] == round);

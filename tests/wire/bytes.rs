@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::common::retry;
+
 use super::fixtures::{encode_addr, fixtures};
 use super::transcript::Item;
 
@@ -100,7 +102,7 @@ fn expect_bytes(stream: &mut TcpStream, expected: &[u8], got: &mut Vec<u8>) -> R
 
 fn read_byte(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<u8, String> {
     let mut byte = [0];
-    match stream.read(&mut byte) {
+    match retry(|| stream.read(&mut byte)) {
         Ok(1) => {
             got.push(byte[0]);
             Ok(byte[0])
@@ -133,7 +135,7 @@ fn read_addr(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<SocketAddr, St
 
 /// Expects EOF without bytes before it. A reset is accepted too if `allow_reset`.
 pub fn expect_end(stream: &mut TcpStream, allow_reset: bool) -> Result<(), String> {
-    match stream.read(&mut [0]) {
+    match retry(|| stream.read(&mut [0])) {
         Ok(0) => Ok(()),
         Ok(_) => Err("expected EOF, received bytes".into()),
         Err(error) if allow_reset && error.kind() == ErrorKind::ConnectionReset => Ok(()),

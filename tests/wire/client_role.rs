@@ -10,7 +10,7 @@ use socket2::SockRef;
 
 use super::bytes::{GAP, LIMIT, Placeholders, expect_end, hex, poll_until};
 use super::transcript::{Endpoint, Role, Step, Transcript};
-use crate::common::s5;
+use crate::common::{retry, s5};
 
 /// Plays a transcript, with one write per line or per byte. Errors name the file and line.
 pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {
@@ -146,8 +146,8 @@ impl Player {
             }
             Step::UdpToServer(_, items) => {
                 let mut buffer = vec![0; 65_536];
-                let (n, from) =
-                    self.relay.recv_from(&mut buffer).map_err(|error| format!("expected a datagram: {error}"))?;
+                let (n, from) = retry(|| self.relay.recv_from(&mut buffer))
+                    .map_err(|error| format!("expected a datagram: {error}"))?;
                 self.client_udp_addr = Some(from);
                 self.placeholders.compare(items, &buffer[..n])
             }

@@ -14,7 +14,7 @@ use socket2::{SockRef, Socket};
 use super::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
 use super::fixtures::{addr_of, bound};
 use super::transcript::{Endpoint, Step, Transcript, User};
-use crate::common::{Server, s5, write_file};
+use crate::common::{Server, retry, s5, write_file};
 
 /// Division of the client's bytes into writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,8 +226,8 @@ impl Player {
             }
             Step::UdpToClient(_, items) => {
                 let mut buffer = vec![0; 65_536];
-                let (n, from) =
-                    self.client_udp.recv_from(&mut buffer).map_err(|error| format!("expected a datagram: {error}"))?;
+                let (n, from) = retry(|| self.client_udp.recv_from(&mut buffer))
+                    .map_err(|error| format!("expected a datagram: {error}"))?;
                 if from != self.bnd()? {
                     return Err(format!("received a datagram from {from}, which is not BND"));
                 }
