@@ -139,28 +139,3 @@ fn one_line(text: &str) -> String {
     let mut chars = line.chars();
     chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn usage_error_is_one_line() {
-        let args = ["s5", "connect", "--nonsense"].map(String::from);
-        let Err(error) = parse(&args) else { panic!("not a usage error") };
-        assert_eq!(error.message.lines().count(), 1, "{}", error.message);
-        assert!(error.message.contains("--nonsense"), "{}", error.message);
-    }
-
-    #[test]
-    fn usage_error_hides_password_of_misplaced_url() {
-        for args in [
-            ["s5", "socks5h://alice:secret@proxy.test", ""],
-            ["s5", "connect", "--socks5h://alice:secret@proxy.test"],
-            ["s5", "serve", "alice:secret@proxy.test"],
-        ] {
-            let Err(error) = parse(&args.map(String::from)) else { panic!("not a usage error") };
-            assert!(error.message.contains("@proxy.test") && !error.message.contains("secret"), "{error}");
-        }
-    }
-}

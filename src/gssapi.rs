@@ -369,35 +369,4 @@ mod tests {
         far.read_to_end(&mut received).expect("read");
         assert_eq!(received, [1, 1, 0, 1, 7]);
     }
-
-    #[test]
-    fn requested_level_is_granted_if_allowed_else_the_strongest_allowed() {
-        use ProtectionLevel::{Confidentiality, Integrity, None as Clear};
-        let table: [(u8, &[ProtectionLevel], Option<ProtectionLevel>); 9] = [
-            (1, &[Integrity, Confidentiality], Some(Integrity)),
-            (2, &[Integrity, Confidentiality], Some(Confidentiality)),
-            (0, &[Integrity, Confidentiality], Some(Confidentiality)),
-            (3, &[Integrity, Confidentiality], Some(Confidentiality)),
-            (2, &[Clear], Some(Clear)),
-            (2, &[Clear, Integrity, Confidentiality], Some(Confidentiality)),
-            (0, &[Clear, Integrity], Some(Clear)),
-            (2, &[Clear, Integrity], Some(Integrity)),
-            (1, &[], None),
-        ];
-        for (requested, levels, granted) in table {
-            assert_eq!(choose_level(Some(requested), levels), granted, "requested {requested}, allowed {levels:?}");
-        }
-    }
-
-    #[test]
-    fn target_name_adds_host_to_service_but_not_to_principal() {
-        let target = |service: &str, host: Option<&str>, proxy: &str| {
-            let initiator = Initiator { service: service.into(), host: host.map(Into::into), ..Initiator::default() };
-            initiator.target_name(proxy).ok()
-        };
-        assert_eq!(target("rcmd", None, "proxy.test").as_deref(), Some("rcmd@proxy.test"));
-        assert_eq!(target("rcmd", Some("real.test"), "192.0.2.1").as_deref(), Some("rcmd@real.test"));
-        assert_eq!(target("socks/other.test@REALM", None, "192.0.2.1").as_deref(), Some("socks/other.test@REALM"));
-        assert_eq!(target("rcmd", None, "192.0.2.1"), None);
-    }
 }

@@ -95,39 +95,3 @@ pub fn is_unicast(ip: IpAddr) -> bool {
         IpAddr::V6(ip) => !ip.is_multicast(),
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn addr(text: &str) -> SocketAddr {
-        text.parse().expect("an address")
-    }
-
-    #[test]
-    fn select_method_requires_login_if_users_are_configured() {
-        let open = Policy::default();
-        let closed = Policy { users: Some(Arc::default()), ..Policy::default() };
-        let all = [Method::GSSAPI, Method::NONE, Method::PASSWORD];
-        assert_eq!(open.select_method(&all), Some(Method::NONE));
-        assert_eq!(closed.select_method(&all), Some(Method::PASSWORD));
-        assert_eq!(closed.select_method(&[Method::NONE]), None);
-        assert_eq!(open.select_method(&[Method::PASSWORD]), None);
-    }
-
-    #[test]
-    fn is_own_listener_matches_bound_unspecified_and_advertised_addresses() {
-        let policy = Policy { listen_addrs: vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081")], ..Policy::default() };
-        let local = |to: SocketAddr| to.ip() == addr("192.0.2.1:0").ip();
-        assert!(policy.is_own_listener(addr("127.0.0.1:1080"), local));
-        assert!(!policy.is_own_listener(addr("127.0.0.2:1080"), local));
-        assert!(!policy.is_own_listener(addr("127.0.0.1:1082"), local));
-        assert!(policy.is_own_listener(addr("192.0.2.1:1081"), local));
-        assert!(!policy.is_own_listener(addr("192.0.2.2:1081"), local));
-        assert!(!policy.is_own_listener(addr("[::1]:1081"), local));
-        let advertised_ips = vec![addr("198.51.100.1:0").ip()];
-        let policy = Policy { advertised_ips, ..policy };
-        assert!(policy.is_own_listener(addr("198.51.100.1:1080"), local));
-        assert!(!policy.is_own_listener(addr("198.51.100.1:1082"), local));
-    }
-}

@@ -120,6 +120,10 @@ fn error_names_invalid_target() {
         assert_usage_error(&[mode, "example.org:0"], &["target", "port", "0"]);
         assert_usage_error(&[mode, "[example.org]:80"], &["target", "[example.org]"]);
         assert_usage_error(&[mode, "12345::67890::1", "80"], &["target", "12345::67890::1"]);
+        assert_usage_error(&[mode, &format!("{}:1", "a".repeat(256))], &["target", "256 bytes"]);
+        for target in ["[::1:22", "a b:1", "a@b:1", "a/b:1", "a:-1", "1::2:3"] {
+            assert_usage_error(&[mode, target], &["target"]);
+        }
     }
     assert_usage_error(&["bind", "example.org:x"], &["peer", "x"]);
     assert_usage_error(&["bind", ""], &["peer"]);
@@ -144,6 +148,9 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
         ("connect -k a:1", "-k requires -l (see s5 connect --help)"),
         ("bind -w", "-w requires a value (see s5 bind --help)"),
         ("--nonsense", "unrecognized option --nonsense (see s5 --help)"),
+        ("s://a:secret@b", "unrecognized mode s://…@b (expected one of serve, connect, bind, udp)"),
+        ("connect --s://a:secret@b", "unrecognized option --s://…@b (see s5 connect --help)"),
+        ("serve a:secret@b", "unrecognized argument: …@b (see s5 serve --help)"),
         ("--man --man=1", "--man does not take a value (see s5 --help)"),
         ("connect", "a target is required: HOST:PORT, or HOST and PORT (see s5 connect --help)"),
     ];
@@ -155,7 +162,7 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
 
 #[test]
 fn error_names_invalid_time() {
-    for time in ["", "x", "-1", "1d", "1e400", "inf", "NaN", "ms", "1 s", "99999999999h"] {
+    for time in ["", "x", "-1", "1.2.3", ".", "1d", "1e400", "inf", "NaN", "ms", "1 s", "99999999999h"] {
         for flag in ["--handshake-timeout", "--connect-timeout", "--bind-timeout", "--idle-timeout", "--drain-timeout"]
         {
             assert_usage_error(&["serve", flag, time], &[flag, time]);
@@ -181,10 +188,11 @@ fn error_names_invalid_numbers_ranges_and_keywords() {
     for (flag, values) in [
         ("--threads", &["0", "-1", "x", ""][..]),
         ("--max-connections", &["0", "-1", "1.5"]),
-        ("--bind-ports", &["", "1", "2-1", "0-5", "1-65536", "a-b"]),
-        ("--udp-ports", &["", "1", "2-1", "0-5", "1-65536", "a-b"]),
+        ("--bind-ports", &["", "1", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "+1-2"]),
+        ("--udp-ports", &["", "1", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "+1-2"]),
         ("--advertise", &["", "host", "1.2.3", "127.0.0.1:1"]),
         ("--udp-filtering", &["", "endpoint", "none"]),
+        ("--rate", &["", "0", "k", "-1", "1T", "1K", "1 k", "99999999999999999999"]),
     ] {
         for value in values {
             assert_usage_error(&["serve", flag, value], &[flag, value]);

@@ -248,7 +248,8 @@ fn own_listeners_are_denied_to_every_client() {
 fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
     let addr = |text: &str| text.parse::<SocketAddr>().expect("valid address");
     let listen_addrs = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
-    let default_policy = Policy { listen_addrs: listen_addrs.clone(), ..Policy::default() };
+    let advertised_ips = vec![ip("198.51.100.1")];
+    let default_policy = Policy { listen_addrs: listen_addrs.clone(), advertised_ips, ..Policy::default() };
     let overriding = Policy { listen_addrs, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
     let calls = Cell::new(0);
     let local = |to: SocketAddr| {
@@ -257,7 +258,10 @@ fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
     };
     let table = [
         ("127.0.0.1:1080", "deny own-listener", 0),
+        ("127.0.0.2:1080", "allow default-allow", 0),
         ("127.0.0.1:1083", "allow default-allow", 0),
+        ("198.51.100.1:1080", "deny own-listener", 0),
+        ("198.51.100.1:1083", "allow default-allow", 0),
         ("192.0.2.1:1080", "allow default-allow", 0),
         ("192.0.2.1:1081", "deny own-listener", 1),
         ("192.0.2.2:1081", "allow default-allow", 2),

@@ -75,15 +75,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn password_is_found_in_urls_and_option_values() {
+    fn password_may_contain_delimiters_and_may_be_missing() {
         let table = [
-            ("alice:secret@proxy", Some("secret")),
-            ("socks5h://alice:secret@proxy:1", Some("secret")),
-            ("--proxy=socks5h://alice:secret@proxy", Some("secret")),
             ("-xalice:se:cr@et@proxy", Some("se:cr@et")),
             ("-xalice:a://b@proxy", Some("a://b")),
             ("name=alice:secret@proxy", Some("secret")),
-            ("alice:one@first,bob:two@second", Some("one@first,bob:two")),
             ("alice@proxy:1080", None),
             ("alice@[::1]:1080", None),
             ("[::1]:1080", None),
