@@ -28,12 +28,12 @@ check:             ## check format, lints and documentation; warnings are errors
 test: test-programs build ## install the programs that the tests need, and run all tests
 	S5_TEST_STRICT=1 $(CARGO) test --locked
 
-# tests/limits.rs mostly waits for time limits, so it runs at the same time as the other tests. It measures times, so it
+# tests/limits mostly waits for time limits, so it runs at the same time as the other tests. It measures times, so it
 # has the higher priority.
 QUICK_ENV = S5_TEST_PROGRAMS=none S5_TEST_RUN=quick RUST_TEST_THREADS=8
 QUICK_TEST = $(CARGO) test --quiet --locked
 QUICK = $(QUICK_ENV) $(QUICK_TEST)
-OTHER_TESTS = --lib $(patsubst tests/%.rs,--test %,$(filter-out tests/limits.rs tests/zz_skipped.rs,$(wildcard tests/*.rs)))
+OTHER_TESTS = --lib --test layering $(patsubst tests/%/main.rs,--test %,$(filter-out tests/limits/main.rs,$(wildcard tests/*/main.rs)))
 test-quick:        ## build, and run the tests that need no other programs in less than a minute
 	$(CARGO) test --locked --no-run
 	rm -f '$(or $(CARGO_TARGET_DIR),target)/tmp/skipped-quick'

@@ -1,14 +1,14 @@
 //! Reports how many tests this run of `cargo test` has skipped because a program is missing. Cargo runs test files in
 //! alphabetical order, so the name makes this file the last one.
 
-mod common;
+mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 
 #[test]
 fn skipped_tests_are_reported() {
-    let file = common::skipped_tests_file();
+    let file = support::skipped_tests_file();
     let text = std::fs::read_to_string(&file).unwrap_or_default();
     let mut tests: BTreeSet<&str> = BTreeSet::new();
     let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();

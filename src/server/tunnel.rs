@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn tunnel_state_is_at_most_224_bytes() {
-        // An idle tunnel holds this and the state of the relay, which tests/relay.rs measures.
+        // An idle tunnel holds this and the state of the relay, which tests/server/relay.rs measures.
         assert!(size_of::<Tunnel>() <= 224, "{}", size_of::<Tunnel>());
     }
 }

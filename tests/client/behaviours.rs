@@ -11,9 +11,9 @@ use std::thread;
 
 use s5::cmd::ExitStatus;
 
-use crate::behaviour_table::{Behaviour, SHORT_TIMEOUT, StdioSetup, behaviours};
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
-use crate::scripted::{reset, text};
+use crate::support::behaviours::{Behaviour, SHORT_TIMEOUT, StdioSetup, behaviours};
+use crate::support::scripted::{reset, text};
+use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, tcp_server, write_file};
 
 /// The command of s5 for a row.
 fn client(row: &Behaviour, host: &str, port: u16) -> Command {
@@ -154,7 +154,7 @@ fn every_exit_status_occurs() {
         return;
     }
     let mut seen: BTreeSet<u8> = behaviours().iter().filter_map(|row| u8::try_from(row.status).ok()).collect();
-    let dir = crate::common::temp_dir();
+    let dir = crate::support::temp_dir();
     seen.extend(run_other_statuses(dir.path()));
     // No name except localhost resolves in this namespace.
     for (status, args) in [(5, "connect -x proxy.test a.test:80"), (6, "connect --direct a.test:80")] {

@@ -3,10 +3,10 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
-use crate::common::{Server, TIMEOUT, retry, run, s5};
-use crate::scripted::{
+use crate::support::scripted::{
     RunningProgram, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, success_reply, text, with_stream,
 };
+use crate::support::{Server, TIMEOUT, retry, run, s5};
 
 /// Connects from the address `from`.
 fn connect_from(from: &str, to: SocketAddr) -> TcpStream {

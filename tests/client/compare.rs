@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::behaviour_table::{Behaviour, Outcome, StdioSetup, behaviours};
-use crate::common::{is_installed, s5};
-use crate::scripted::text;
+use crate::support::behaviours::{Behaviour, Outcome, StdioSetup, behaviours};
+use crate::support::scripted::text;
+use crate::support::{is_installed, s5};
 
 /// A client that runs longer than this counts as hanging. Each client has a timeout of 0.5 s or 1 s.
 const HANG_TIMEOUT: Duration = Duration::from_secs(4);

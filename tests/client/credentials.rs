@@ -2,10 +2,10 @@
 
 use std::process::{Command, Output};
 
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
-use crate::scripted::{
+use crate::support::scripted::{
     LOGIN_SUCCESS, SELECT_NO_AUTH, SELECT_PASSWORD, SUCCESS_REPLY, ScriptedServer, Step, send, text, with_stream,
 };
+use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
 
 use Step::{Greeting, Login, Request};
 

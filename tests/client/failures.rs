@@ -1,9 +1,9 @@
-//! Handshake failures that are not rows of the table in `common/behaviours.rs`.
+//! Handshake failures that are not rows of the table in `support/behaviours.rs`.
 
 use std::time::{Duration, Instant};
 
-use crate::common::{TIMEOUT, closed_port, in_namespace, run, s5};
-use crate::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, text};
+use crate::support::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, text};
+use crate::support::{TIMEOUT, closed_port, in_namespace, run, s5};
 
 use Step::{Greeting, Request, Reset};
 

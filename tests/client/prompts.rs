@@ -6,9 +6,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{Server, TIMEOUT, closed_port, is_installed, run, s5, temp_dir, wait_until, write_file};
 use crate::credentials::{accepting_proxy, as_s5, assert_failure, login};
-use crate::scripted::{RunningProgram, SELECT_PASSWORD, ScriptedServer, Step, send, text};
+use crate::support::scripted::{RunningProgram, SELECT_PASSWORD, ScriptedServer, Step, send, text};
+use crate::support::{Server, TIMEOUT, closed_port, is_installed, run, s5, temp_dir, wait_until, write_file};
 
 use Step::{Greeting, Login, WaitForClose};
 
@@ -231,7 +231,7 @@ fn password_in_the_via_option_of_a_server_is_overwritten() {
     assert_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
     let mut client = server.connect();
     client.write_all(&[5, 1, 0]).expect("data sent");
-    client.write_all(&crate::common::request(1, closed_port())).expect("data sent");
+    client.write_all(&crate::support::request(1, closed_port())).expect("data sent");
     proxy.message();
     assert_eq!(proxy.message(), login("alice", b"topsecret"));
 }

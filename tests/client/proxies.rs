@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::thread;
 
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir};
-use crate::scripted::{SUCCESS_REPLY, ScriptedServer, reply_with, send, text};
+use crate::support::scripted::{SUCCESS_REPLY, ScriptedServer, reply_with, send, text};
+use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir};
 
 const TARGET: &str = "target.example:80";
 
@@ -190,7 +190,7 @@ fn client_logs_in_at_each_server_of_a_chain() {
     let server = |name: &str, passwd: &str| {
         // The lowest cost of bcrypt, for speed.
         let hash = bcrypt::hash(passwd, 4).expect("password hashed");
-        let users = crate::common::write_file(dir.path(), name, &format!("{name}:{hash}\n"));
+        let users = crate::support::write_file(dir.path(), name, &format!("{name}:{hash}\n"));
         Server::start(&["--users", &users])
     };
     let servers = [server("one", "first"), server("two", "second"), server("three", "third")];

@@ -9,8 +9,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{Server, TIMEOUT, echo_server, run, s5, tcp_server, wait_until};
-use crate::scripted::{RunningProgram, ScriptedServer, open_tunnel, reset, text};
+use crate::support::scripted::{RunningProgram, ScriptedServer, open_tunnel, reset, text};
+use crate::support::{Server, TIMEOUT, echo_server, run, s5, tcp_server, wait_until};
 
 const TARGET: &str = "target.example:80";
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -201,8 +201,8 @@ fn unreadable_stdin_has_status_26() {
 #[test]
 fn file_status_flags_of_stdin_and_stdout_are_unchanged() {
     // O_NONBLOCK would affect the other processes that share the open file description.
-    let dir = crate::common::temp_dir();
-    let input = crate::common::write_file(dir.path(), "input", "hello");
+    let dir = crate::support::temp_dir();
+    let input = crate::support::write_file(dir.path(), "input", "hello");
     let (reader, writer) = std::io::pipe().expect("pipe created");
     let (mut out_reader, out_writer) = std::io::pipe().expect("pipe created");
     let flags = |fd: &dyn std::os::fd::AsFd| {

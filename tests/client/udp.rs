@@ -5,8 +5,8 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, in_namespace, retry, run, s5, udp_echo_server};
-use crate::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
+use crate::support::scripted::{RunningProgram, ScriptedServer, reply_with, success_reply, text, with_stream};
+use crate::support::{Server, TIMEOUT, in_namespace, retry, run, s5, udp_echo_server};
 
 const TARGET: &str = "192.0.2.7:7";
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -249,7 +249,7 @@ fn udp_fragmented_answer_is_reassembled() {
 #[test]
 fn udp_exits_with_status_56_when_the_control_connection_closes() {
     let ends: [ControlEnd; 3] =
-        [drop, crate::scripted::reset, |stream| drop(stream.shutdown(Shutdown::Write).map(|()| hold(stream)))];
+        [drop, crate::support::scripted::reset, |stream| drop(stream.shutdown(Shutdown::Write).map(|()| hold(stream)))];
     for end in ends {
         let relay = socket("127.0.0.1:0");
         let (proxy, control) = associating_proxy(relay.local_addr().expect("local address"));

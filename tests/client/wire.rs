@@ -4,11 +4,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener};
 use std::process::Command;
 
-use crate::common::{TIMEOUT, echo_server, in_namespace, is_installed, retry, run, s5};
-use crate::scripted::{
+use crate::support::scripted::{
     LOGIN_SUCCESS, SELECT_PASSWORD, SUCCESS_REPLY, ScriptedServer, Step, open_tunnel, reply_with, send, success_reply,
     text, with_stream,
 };
+use crate::support::{TIMEOUT, echo_server, in_namespace, is_installed, retry, run, s5};
 
 use Step::{Greeting, Login, Request};
 
@@ -249,7 +249,7 @@ fn success_prints_nothing_without_verbose() {
 
 #[test]
 fn data_through_s5_serve_to_an_echo_server_returns() {
-    let server = crate::common::Server::start(&[]);
+    let server = crate::support::Server::start(&[]);
     let target = echo_server();
     let (proxy, ip, port) = (server.addr().to_string(), target.ip().to_string(), target.port().to_string());
     for target in [&[target.to_string()][..], &[ip, port.clone()], &["localhost".into(), port]] {

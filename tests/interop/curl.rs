@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 
-use crate::common::{Server, closed_port, is_installed, run, tcp_server, temp_dir};
+use crate::support::{Server, closed_port, is_installed, run, tcp_server, temp_dir};
 use crate::{
     LONG_TIMEOUT, add_anna, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session,
 };

@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{ChildStdin, Command, Stdio};
 
-use crate::common::{
+use crate::support::{
     Server, TIMEOUT, closed_port, echo_server, is_installed, run, s5, temp_dir, udp_echo_server, wait_until, write_file,
 };
 use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, stdout, text, wait_for_session};

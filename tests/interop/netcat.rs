@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::common::{Server, closed_port, echo_server, is_installed, run, temp_dir};
+use crate::support::{Server, closed_port, echo_server, is_installed, run, temp_dir};
 use crate::{LONG_TIMEOUT, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session};
 
 /// More than socket buffers hold, so that data must flow in both directions at once.

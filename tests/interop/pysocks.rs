@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Server, echo_server, is_installed, skip, temp_dir, udp_echo_server};
+use crate::support::{Server, echo_server, is_installed, skip, temp_dir, udp_echo_server};
 use crate::{add_anna, stdout, text};
 
 /// Debian's Python, which has Debian's modules, even if another Python is first in PATH.

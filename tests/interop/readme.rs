@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{TIMEOUT, record_skip, run, s5, temp_dir, wait_until, write_file};
 use crate::ssh::Sshd;
+use crate::support::{TIMEOUT, record_skip, run, s5, temp_dir, wait_until, write_file};
 use crate::{ProcessGroup, has_all};
 
 const README: &str = include_str!("../../README.md");

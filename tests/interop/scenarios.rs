@@ -1,8 +1,6 @@
 //! Uses of the clients together with other programs: mail, health checks, forwarded ports, DNS, ssh.
 
-#[path = "scenarios/dns.rs"]
 mod dns;
-#[path = "scenarios/shell.rs"]
 mod shell;
 
 use std::fs::File;
@@ -13,12 +11,12 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{
-    Server, TIMEOUT, closed_port, in_namespace, read_exact, run, s5, skip, tcp_server, temp_dir, wait_until,
+use crate::support::login::users_file;
+use crate::support::scripted::RunningProgram;
+use crate::support::{
+    Server, TIMEOUT, V4, check_pattern, closed_port, idle_descriptors, in_namespace, read_exact, run, s5, send_pattern,
+    skip, tcp_server, temp_dir, timed, wait_until,
 };
-use crate::kit::login::users_file;
-use crate::kit::{V4, check_pattern, idle_descriptors, send_pattern, timed};
-use crate::scripted::RunningProgram;
 use crate::{LONG_TIMEOUT, ProcessGroup, exit_code, text, wait_for_session};
 
 /// Starts a server on a free port, with its log in `dir`. For programs that do not accept port 0.

@@ -7,9 +7,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::common::{TIMEOUT, in_namespace, is_installed, tcp_server, udp_echo_server, wait_until};
-use crate::kit::V4;
-use crate::scripted::RunningProgram;
+use crate::support::scripted::RunningProgram;
+use crate::support::{TIMEOUT, V4, in_namespace, is_installed, tcp_server, udp_echo_server, wait_until};
 use crate::{LEVELS, client_at, realm, serve_at, stdout, url};
 
 const CLIENT_DATA: &[u8] = b"a secret of the client";
@@ -66,7 +65,7 @@ fn stream_is_readable_without_encryption_and_hidden_with_it() {
         stream.read_to_end(&mut all).expect("closed");
         stream.write_all(SERVER_DATA).expect("sent");
     });
-    let request = crate::kit::request_by_name(crate::kit::CONNECT, NAME, target.port());
+    let request = crate::support::request_by_name(crate::support::CONNECT, NAME, target.port());
     for level in LEVELS {
         let server = serve_at(&realm, level);
         let (proxy, seen) = recorder(server.addr());
@@ -106,7 +105,7 @@ fn captured_packets_are_readable_only_without_encryption() {
     });
     let udp = udp_echo_server(V4);
     for level in &LEVELS[1..] {
-        let dir = crate::common::temp_dir();
+        let dir = crate::support::temp_dir();
         let file = dir.path().join("capture.pcapng");
         let server = serve_at(&realm, level);
         let (host, port) = (server.addr().ip(), server.addr().port());

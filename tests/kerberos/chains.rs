@@ -1,9 +1,8 @@
 //! Chains of s5 proxies: each hop has its own security context, within that of the previous hop.
 
-use crate::common::{Server, echo_server, run, s5, temp_dir, udp_echo_server};
-use crate::kit::V4;
-use crate::kit::realm::Realm;
-use crate::scripted::{RunningProgram, text};
+use crate::support::realm::Realm;
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{Server, V4, echo_server, run, s5, temp_dir, udp_echo_server};
 use crate::{
     ALICE, LEVELS, LONG_TIMEOUT, assert_fails_with, bytes, client, path, realm, serve, serve_at, start, stdout, url,
     wait_session,
@@ -80,7 +79,7 @@ fn bind_works_through_a_chain() {
     drop(peer);
     client.stdout(|bytes| bytes == b"hello");
     client.close_stdin();
-    assert!(client.wait_exit(crate::common::TIMEOUT).0.success());
+    assert!(client.wait_exit(crate::support::TIMEOUT).0.success());
 }
 
 #[test]

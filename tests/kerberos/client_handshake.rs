@@ -3,14 +3,13 @@
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 
-use crate::common::{TIMEOUT, closed_port, read_exact, retry, run};
-use crate::kit::realm::Realm;
-use crate::kit::{StreamEnd, V4, stream_end};
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, DATA, DELEG, INTEG, LEVEL_FORMS, LevelForm, Library, MUTUAL, PROTECTION, Peer,
     Proxy, REPLAY, SEQUENCE, has_python_gssapi, message, receive_token,
 };
-use crate::scripted::{RunningProgram, text};
+use crate::support::realm::Realm;
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{StreamEnd, TIMEOUT, V4, closed_port, read_exact, retry, run, stream_end};
 use crate::{ALICE, LONG_TIMEOUT, assert_fails_with, bytes, client, realm};
 
 struct Setup {
@@ -85,7 +84,7 @@ fn client_offers_methods_in_order_of_auth() {
         (&setup.proxy.url(), &["--auth", "gssapi,password"], &[1]),
     ];
     for (url, args, methods) in table {
-        let mut command = crate::common::s5();
+        let mut command = crate::support::s5();
         setup.realm.env(command.args(["connect", "-x", url]).args(args).arg("192.0.2.1:80"));
         let _client = RunningProgram::start(&mut command);
         assert_eq!(setup.proxy.accept_greeting().1, methods, "{args:?}");
@@ -105,7 +104,7 @@ fn every_level_is_requested_and_used_in_both_forms() {
             let mut peer = setup.proxy.accept_context();
             assert_eq!(Proxy::receive_level(&mut peer), (code, form));
             Proxy::grant_level(&mut peer, code, form);
-            let request = crate::kit::request_by_name(crate::kit::CONNECT, "example.test", 80);
+            let request = crate::support::request_by_name(crate::support::CONNECT, "example.test", 80);
             if code == 0 {
                 assert_eq!(read_exact(&mut peer.stream, request.len()), request, "{level}");
                 peer.send_raw(&SUCCESS);
@@ -373,13 +372,13 @@ fn client_drops_invalid_datagrams() {
     let relay = UdpSocket::bind((V4, 0)).expect("a port");
     relay.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     let addr = relay.local_addr().expect("an address");
-    peer.send(&crate::common::message_with_addr([5, 0, 0], addr));
+    peer.send(&crate::support::message_with_addr([5, 0, 0], addr));
     client.write(b"question\n");
     let mut buffer = [0; 2048];
     let (n, from) = retry(|| relay.recv_from(&mut buffer)).expect("a datagram comes");
     let [1, DATA, _, length, token @ ..] = &buffer[..n] else { panic!("no frame") };
     assert_eq!(usize::from(*length), token.len());
-    let header = crate::common::message_with_addr([0, 0, 0], SocketAddr::from(([192, 0, 2, 9], 9)));
+    let header = crate::support::message_with_addr([0, 0, 0], SocketAddr::from(([192, 0, 2, 9], 9)));
     assert_eq!(peer.context.unwrap(token), ([&header[..], b"question"].concat(), true));
     let answer = |text: &str| message(DATA, &peer.context.wrap(&[&header[..], text.as_bytes()].concat(), true));
     let (first, lost, late) = (answer("first"), answer("lost"), answer("late"));

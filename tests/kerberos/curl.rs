@@ -4,10 +4,9 @@ use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::process::{Command, Output};
 
-use crate::common::{Server, echo_server, is_installed, is_strict, record_skip, run, tcp_server, temp_dir};
-use crate::kit::V4;
-use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
+use crate::support::realm::Realm;
+use crate::support::{Server, V4, echo_server, is_installed, is_strict, record_skip, run, tcp_server, temp_dir};
 use crate::{ALICE, LONG_TIMEOUT, client, realm, serve, stdout, text, url, wait_session};
 
 /// Arguments: proxy, URL, and optionally `nec` for NEC's variant.
@@ -116,7 +115,7 @@ fn installed_curl_works_or_fails_after_the_login() {
     };
     let version = text(&stdout(Command::new("curl").arg("--version"), b""));
     if !version.contains("GSS-API") {
-        return crate::common::skip("this curl has no GSSAPI");
+        return crate::support::skip("this curl has no GSSAPI");
     }
     for levels in ["none", "integrity,confidentiality"] {
         let server = serve(&realm, &["--gssapi-protection", levels]);
@@ -139,7 +138,7 @@ fn curl_logs_in_with_password_if_listed_first() {
     }
     let dir = temp_dir();
     let users = crate::path(&dir.path().join("users"));
-    stdout(crate::common::s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
+    stdout(crate::support::s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
     let server = serve(&realm, &["--users", &users]);
     let proxy = format!("socks5h://bob:secret@{}", url(&server));
     let mut command = Command::new("curl");

@@ -5,13 +5,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::common::{
-    TIMEOUT, closed_port, echo_server, record_skip, temp_dir, udp_echo_server, wait_until, write_file,
-};
-use crate::kit::V4;
-use crate::kit::realm::Realm;
 use crate::peer::PYTHON;
-use crate::scripted::{RunningProgram, text};
+use crate::support::realm::Realm;
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{
+    TIMEOUT, V4, closed_port, echo_server, record_skip, temp_dir, udp_echo_server, wait_until, write_file,
+};
 use crate::{ALICE, LEVELS, bytes, client_at, path, realm, serve, stdout, wait_session};
 
 /// Dante's names of the levels.

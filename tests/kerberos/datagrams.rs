@@ -2,10 +2,9 @@
 
 use std::net::Ipv6Addr;
 
-use crate::common::{Server, udp_echo_server};
-use crate::kit::V4;
-use crate::kit::realm::Realm;
-use crate::scripted::{RunningProgram, text};
+use crate::support::realm::Realm;
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{Server, V4, udp_echo_server};
 use crate::{ALICE, LEVELS, client_at, realm, serve_at, url, wait_session};
 
 /// Largest data that is not fragmented: 65507 bytes less the header for IPv4 and the overhead of each level (aes-sha1).
@@ -36,7 +35,7 @@ fn datagrams_of_all_sizes_pass_at_every_level() {
             assert!(all == expected, "{length} bytes at {level}");
         }
         client.close_stdin();
-        let (status, _, stderr) = client.wait_exit(crate::common::TIMEOUT);
+        let (status, _, stderr) = client.wait_exit(crate::support::TIMEOUT);
         assert!(status.success(), "{stderr}");
         let total = expected.len() - 7;
         wait_session(&server, &[ALICE, "command=udp", &format!("rep=0 up={total} down={total} ")]);
@@ -77,6 +76,6 @@ fn datagram_over_65507_bytes_is_refused() {
     let server = serve_at(&realm, "confidentiality");
     let target = udp_echo_server(V4).to_string();
     let mut command = client_at(&realm, "udp", &url(&server), "confidentiality", &["-w", "0", &target]);
-    let output = crate::common::run(&mut command, &line(65_508), crate::LONG_TIMEOUT);
+    let output = crate::support::run(&mut command, &line(65_508), crate::LONG_TIMEOUT);
     crate::assert_fails_with(&output, 55, &["65507"]);
 }

@@ -5,11 +5,10 @@ use std::net::TcpStream;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, read_exact, retry, run, wait_until};
-use crate::kit::realm::{Realm, kinit};
-use crate::kit::timed;
 use crate::page::assert_explains;
-use crate::scripted::RunningProgram;
+use crate::support::realm::{Realm, kinit};
+use crate::support::scripted::RunningProgram;
+use crate::support::{Server, TIMEOUT, closed_port, echo_server, read_exact, retry, run, timed, wait_until};
 use crate::{LONG_TIMEOUT, assert_fails_with, client, path, realm, serve, start, stdout, url};
 
 /// An address without a listener. No test must reach it.
@@ -123,8 +122,8 @@ fn silent_kdc_times_out_after_timeout_option_or_10_s() {
 
 /// Sends a CONNECT request without a login.
 fn send_request(server: &Server, to: &str) -> TcpStream {
-    let mut stream = crate::kit::greet(server);
-    stream.write_all(&crate::common::request(1, to.parse().expect("an address"))).expect("the request is sent");
+    let mut stream = crate::support::greet(server);
+    stream.write_all(&crate::support::request(1, to.parse().expect("an address"))).expect("the request is sent");
     stream
 }
 
@@ -142,7 +141,7 @@ fn silent_kdc_does_not_block_other_sessions() {
     let mut all: Vec<TcpStream> = (0..40).map(|_| send_request(&server, UNUSED_ADDR)).collect();
     let port = echo.rsplit_once(':').expect("an address").1;
     for target in [&echo, &format!("localhost:{port}")] {
-        let mut command = crate::common::s5();
+        let mut command = crate::support::s5();
         let proxy = server.addr().to_string();
         let (time, received) = timed(|| stdout(command.args(["connect", "-x", &proxy, target]), b"hello"));
         assert_eq!(received, b"hello", "{target}");

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::common::{Server, TIMEOUT, echo_server, is_installed, record_skip, run, s5, temp_dir};
-use crate::kit::realm::Realm;
 use crate::page::assert_explains;
+use crate::support::realm::Realm;
+use crate::support::{Server, TIMEOUT, echo_server, is_installed, record_skip, run, s5, temp_dir};
 use crate::{
     ALICE, LEVELS, LONG_TIMEOUT, assert_fails_with, bytes, client_at, path, realm, serve, stdout, url, wait_session,
 };
@@ -49,7 +49,7 @@ fn without_library_everything_except_gssapi_works() {
 #[test]
 fn server_with_gssapi_does_not_start_without_library() {
     let dir = temp_dir();
-    let keytab = crate::common::write_file(dir.path(), "keytab", "");
+    let keytab = crate::support::write_file(dir.path(), "keytab", "");
     for args in [&["--auth", "gssapi"][..], &["--keytab", &keytab], &["--gssapi-service", "rcmd"]] {
         let mut command = s5();
         command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).env(LIBRARY_ENV_VAR, "/nonexistent");

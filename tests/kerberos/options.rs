@@ -4,8 +4,8 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
-use crate::common::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir};
-use crate::kit::realm::Realm;
+use crate::support::realm::Realm;
+use crate::support::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir};
 use crate::{
     ALICE, LONG_TIMEOUT, assert_fails_with, client, client_at, path, realm, serve, start, stdout, url, wait_session,
 };

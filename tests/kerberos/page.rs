@@ -5,9 +5,8 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Server, is_installed, run, tcp_server};
-use crate::kit::V4;
-use crate::kit::realm::{PASSWORD, REALM, Realm};
+use crate::support::realm::{PASSWORD, REALM, Realm};
+use crate::support::{Server, V4, is_installed, run, tcp_server};
 use crate::{ALICE, LONG_TIMEOUT, realm, text, wait_session};
 
 const PAGE: &str = include_str!("../../src/gssapi/README.md");
@@ -37,7 +36,7 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
     if !is_installed("sh") {
         return;
     }
-    let dir = crate::common::temp_dir();
+    let dir = crate::support::temp_dir();
     let delete_principal = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
     let output = run(&mut shell(&realm, dir.path(), &delete_principal), b"", LONG_TIMEOUT);
     assert!(output.status.success(), "{}", text(&output.stderr));

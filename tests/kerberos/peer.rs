@@ -10,9 +10,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::common::{Server, TIMEOUT, is_installed, read_exact, request, skip};
-use crate::kit::realm::Realm;
-use crate::kit::{CONNECT, StreamEnd, stream_end};
+use crate::support::realm::Realm;
+use crate::support::{CONNECT, Server, StreamEnd, TIMEOUT, is_installed, read_exact, request, skip, stream_end};
 
 /// Debian's Python, which has Debian's modules. The first Python in PATH can be another one.
 pub const PYTHON: &str = "/usr/bin/python3";
@@ -332,7 +331,7 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn new(library: &Library) -> Self {
-        let (listener, addr) = crate::kit::listener(crate::kit::V4);
+        let (listener, addr) = crate::support::listener(crate::support::V4);
         Self { listener, addr, library: library.clone() }
     }
 
@@ -343,7 +342,7 @@ impl Proxy {
 
     /// Accepts a client and selects GSSAPI. Returns the connection and the offered methods.
     pub fn accept_greeting(&self) -> (TcpStream, Vec<u8>) {
-        let (mut stream, _) = crate::kit::accept(&self.listener);
+        let (mut stream, _) = crate::support::accept(&self.listener);
         let head = read_exact(&mut stream, 2);
         assert_eq!(head[0], 5, "VER");
         let methods = read_exact(&mut stream, head[1].into());

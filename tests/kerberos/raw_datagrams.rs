@@ -2,10 +2,9 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use crate::common::{Server, retry, udp_echo_server};
-use crate::kit::realm::Realm;
-use crate::kit::{UDP_ASSOCIATE, V4};
 use crate::peer::{ALL, AUTHENTICATION, Context, DATA, LevelForm, Library, Peer, has_python_gssapi, message};
+use crate::support::realm::Realm;
+use crate::support::{Server, UDP_ASSOCIATE, V4, retry, udp_echo_server};
 use crate::{bytes, realm, serve};
 
 /// The client's UDP socket of an association.
@@ -19,7 +18,7 @@ impl<'a> Udp<'a> {
     pub fn new(control: &'a mut Peer, relay: SocketAddr) -> Self {
         let socket = UdpSocket::bind((V4, 0)).expect("a port");
         socket.connect(relay).expect("an address");
-        socket.set_read_timeout(Some(crate::common::TIMEOUT)).expect("timeout set");
+        socket.set_read_timeout(Some(crate::support::TIMEOUT)).expect("timeout set");
         Self { context: &control.context, should_encrypt: control.should_encrypt, socket }
     }
 
@@ -62,7 +61,7 @@ impl<'a> Udp<'a> {
 }
 
 fn datagram(frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
-    let mut bytes = crate::common::message_with_addr([0, 0, frag], dst);
+    let mut bytes = crate::support::message_with_addr([0, 0, frag], dst);
     bytes.extend(data);
     bytes
 }

@@ -3,10 +3,9 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
-use crate::common::{Server, echo_server, read_exact, retry};
-use crate::kit::realm::Realm;
-use crate::kit::{CONNECT, StreamEnd, V4, accept, listener, stream_end};
 use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, LevelForm, Library, PROTECTION, Peer, has_python_gssapi, message};
+use crate::support::realm::Realm;
+use crate::support::{CONNECT, Server, StreamEnd, V4, accept, echo_server, listener, read_exact, retry, stream_end};
 use crate::{bytes, realm, serve, wait_session};
 
 struct Setup {
@@ -156,7 +155,7 @@ fn unencrypted_token_is_rejected_at_confidentiality() {
     // The same applies to a request.
     let mut peer = Peer::new(&setup.library, &setup.server, ALL);
     assert_eq!(peer.request_level(2, LevelForm::Rfc), 2);
-    let token = peer.context.wrap(&crate::common::request(CONNECT, setup.target), false);
+    let token = peer.context.wrap(&crate::support::request(CONNECT, setup.target), false);
     peer.send_token(DATA, &token);
     let end = stream_end(&mut peer.stream);
     assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{end:?}");

@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use std::thread;
 
-use crate::common::{Server, echo_server, open, read_exact, run, s5};
-use crate::kit::realm::Realm;
+use crate::support::realm::Realm;
+use crate::support::{Server, echo_server, open, read_exact, run, s5};
 use crate::{ALICE, LONG_TIMEOUT, assert_fails_with, realm, serve, start, url, wait_session};
 
 /// Runs `s5 connect` in the realm with these options and no `--auth`.

@@ -3,10 +3,9 @@
 use std::io::Write as _;
 use std::net::TcpStream;
 
-use crate::common::{Server, TIMEOUT, echo_server, run, temp_dir, udp_echo_server, wait_until, write_file};
-use crate::kit::V4;
-use crate::kit::realm::Realm;
-use crate::scripted::RunningProgram;
+use crate::support::realm::Realm;
+use crate::support::scripted::RunningProgram;
+use crate::support::{Server, TIMEOUT, V4, echo_server, run, temp_dir, udp_echo_server, wait_until, write_file};
 use crate::{ALICE, LONG_TIMEOUT, assert_fails_with, client, path, realm, serve, stdout, url, wait_session};
 
 /// Runs `s5 connect` as alice or mallory at this level.
@@ -111,14 +110,14 @@ fn reload_ends_only_sessions_that_new_rules_deny() {
 fn keytab_permits_listening_on_all_addresses_and_requires_login() {
     let Some(realm) = realm() else { return };
     // Without a login, s5 refuses to listen on all addresses.
-    let mut command = crate::common::s5();
+    let mut command = crate::support::s5();
     let keytab = path(&realm.file("service.keytab"));
     realm.env(command.args(["serve", "--listen", "*:0", "--keytab", &keytab]));
     let server = Server::start_with(&mut command, 1);
     let mut stream = TcpStream::connect((V4, server.addr().port())).expect("the server accepts");
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream.write_all(&[5, 2, 0, 2]).expect("the greeting is sent");
-    assert_eq!(crate::common::read_exact(&mut stream, 2), [5, 0xff]);
+    assert_eq!(crate::support::read_exact(&mut stream, 2), [5, 0xff]);
     let echo = echo_server().to_string();
     assert_eq!(stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello"), b"hello");
     wait_until("the session ends", TIMEOUT, || server.log().contains(ALICE));

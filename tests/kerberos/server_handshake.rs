@@ -3,13 +3,12 @@
 use std::io::Write as _;
 use std::net::SocketAddr;
 
-use crate::common::{echo_server, udp_echo_server};
-use crate::kit::realm::Realm;
-use crate::kit::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, stream_end};
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, Context, DATA, DELEG, INTEG, LEVEL_FORMS, LevelForm, Library, MUTUAL, PROTECTION,
     Peer, REPLAY, SEQUENCE, greet, has_python_gssapi, message, read_until_closed, receive_token,
 };
+use crate::support::realm::Realm;
+use crate::support::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, echo_server, stream_end, udp_echo_server};
 use crate::{ALICE, realm, serve, wait_session};
 
 fn set_up() -> Option<(Realm, Library)> {
@@ -45,9 +44,9 @@ fn all_levels_are_granted_in_both_forms() {
         }
         let mut peer = Peer::new(&library, &server, ALL);
         assert_eq!(peer.request_level(0, form), 0, "{form:?}");
-        peer.send_raw(&crate::common::request(CONNECT, echo));
-        assert_eq!(crate::common::read_reply(&mut peer.stream).0, 0, "{form:?}: without frames");
-        crate::kit::ping(&mut peer.stream, b"hello");
+        peer.send_raw(&crate::support::request(CONNECT, echo));
+        assert_eq!(crate::support::read_reply(&mut peer.stream).0, 0, "{form:?}: without frames");
+        crate::support::ping(&mut peer.stream, b"hello");
     }
 }
 
@@ -136,7 +135,7 @@ fn invalid_level_request_is_aborted() {
         peer.send_raw(&bytes);
         peer.assert_aborted(case);
     }
-    let log = server.wait_log(|log| crate::kit::session_lines(log).len() == 12);
+    let log = server.wait_log(|log| crate::support::session_lines(log).len() == 12);
     assert_eq!(log.matches("rep=-").count(), 12, "{log}");
     assert_eq!(log.matches("GSSAPI: ").count(), 12, "each reason is logged:\n{log}");
 }
@@ -177,7 +176,7 @@ fn handshake_works_in_single_bytes_and_in_one_write() {
     }
     assert!(context.step(&receive_token(&mut stream, AUTHENTICATION)).1);
     let mut peer = Peer { stream, context, should_encrypt: true };
-    let request = crate::common::request(CONNECT, echo);
+    let request = crate::support::request(CONNECT, echo);
     let (start, end) = request.split_at(4);
     let level = message(PROTECTION, &peer.context.wrap(&[2], false));
     // A request in two tokens. The second one also contains data.
@@ -263,8 +262,8 @@ fn tcp_requires_replay_and_sequence_detection_but_udp_does_not() {
     // At level none, no detection is required.
     let mut peer = Peer::new(&library, &server, MUTUAL | INTEG);
     assert_eq!(peer.request_level(0, LevelForm::Rfc), 0);
-    peer.send_raw(&crate::common::request(CONNECT, echo));
-    assert_eq!(crate::common::read_reply(&mut peer.stream).0, 0);
+    peer.send_raw(&crate::support::request(CONNECT, echo));
+    assert_eq!(crate::support::read_reply(&mut peer.stream).0, 0);
     wait_session(&server, &[ALICE, "rep=2", "RFC 1961"]);
 }
 
@@ -281,7 +280,7 @@ fn delegated_ticket_is_ignored() {
 }
 
 /// Disconnects, and waits for the log line of a successful session.
-fn end_session(server: &crate::common::Server, peer: Peer) {
+fn end_session(server: &crate::support::Server, peer: Peer) {
     drop(peer);
     wait_session(server, &[ALICE, "rep=0"]);
 }

@@ -4,10 +4,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::Command;
 
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, read_exact, run, s5, tcp_server, temp_dir};
-use crate::kit::realm::Realm;
-use crate::kit::{V4, listener, reset};
-use crate::scripted::{RunningProgram, text};
+use crate::support::realm::Realm;
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{
+    Server, TIMEOUT, V4, closed_port, echo_server, listener, read_exact, reset, run, s5, tcp_server, temp_dir,
+};
 use crate::{
     ALICE, LEVELS, LONG_TIMEOUT, assert_fails_with, bytes, client, client_at, path, realm, serve, serve_at, stdout,
     url, wait_session,
@@ -164,7 +165,7 @@ fn concurrent_sessions_do_not_mix_data() {
         })
         .collect();
     // All tunnels are open before the first one is answered.
-    let streams: Vec<TcpStream> = clients.iter().map(|_| crate::kit::accept(&listener).0).collect();
+    let streams: Vec<TcpStream> = clients.iter().map(|_| crate::support::accept(&listener).0).collect();
     for mut stream in streams {
         let mut all = Vec::new();
         stream.read_to_end(&mut all).expect("closed");

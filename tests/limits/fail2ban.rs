@@ -7,12 +7,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::common::{
-    Server, TIMEOUT, closed_port, in_namespace, is_installed, read_exact, read_reply, request, run, temp_dir,
-    write_file,
+use crate::support::login::{login_message, select_password, send_login, users_file};
+use crate::support::{
+    CONNECT, Server, TIMEOUT, closed_port, connect_from, in_namespace, is_installed, read_exact, read_reply, request,
+    request_by_name, run, serve, session_lines, stream_end, temp_dir, write_file,
 };
-use crate::kit::login::{login_message, select_password, send_login, users_file};
-use crate::kit::{CONNECT, connect_from, request_by_name, serve, session_lines, stream_end};
 
 /// The filter in the README.
 fn filter() -> String {

@@ -3,12 +3,11 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 
-use crate::common::{
-    Server, TIMEOUT, closed_port, echo_server, in_namespace, open, read_exact, run, s5, tcp_server, temp_dir,
-    write_file,
+use crate::support::login::{log_in, users_file};
+use crate::support::{
+    BIND, CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, echo_server, greet, in_namespace, open, read_exact,
+    run, s5, session_lines, stream_end, tcp_server, temp_dir, write_file,
 };
-use crate::kit::login::{log_in, users_file};
-use crate::kit::{BIND, CONNECT, UDP_ASSOCIATE, V4, greet, session_lines, stream_end};
 
 /// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
 const ATTACKS: [&[u8]; 26] = [
@@ -192,7 +191,7 @@ fn user_names_are_escaped_in_success_and_failure() {
     for n in 1..=3 {
         let (mut stream, status) = log_in(&server, [127, 9, 1, n], valid_name.as_bytes(), b"secret");
         assert_eq!(status, 0);
-        stream.write_all(&crate::common::request(CONNECT, echo_server())).expect("data sent");
+        stream.write_all(&crate::support::request(CONNECT, echo_server())).expect("data sent");
         read_exact(&mut stream, 2);
         open_streams.push(stream);
     }
@@ -231,7 +230,7 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
             assert_eq!(status == 0, *passwd == "open-sesame");
             if status == 0 {
                 let dst = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 79 + u16::from(n)));
-                stream.write_all(&crate::common::request(CONNECT, dst)).expect("data sent");
+                stream.write_all(&crate::support::request(CONNECT, dst)).expect("data sent");
                 assert_eq!(read_exact(&mut stream, 2)[0], 5);
             }
         }

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, echo_server, read_exact, read_reply, request};
-use crate::kit::login::{
+use crate::support::login::{
     connect_from_ip, log_in, login_message, select_password, send_login, users_file, users_file_with_cost,
 };
-use crate::kit::{CONNECT, StreamEnd, ping, resident_kib, stream_end, timed};
+use crate::support::{
+    CONNECT, Server, StreamEnd, echo_server, ping, read_exact, read_reply, request, resident_kib, stream_end, timed,
+};
 use crate::{ensure, lock_machine, try_three_times};
 
 /// Failures within a minute that are answered without a delay.

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{
-    Server, TIMEOUT, echo_server, message_with_addr, open, read_exact, read_reply, request, retry, tcp_server,
+use crate::support::login::{log_in, users_file};
+use crate::support::{
+    CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, V4, check_pattern, echo_server, message_with_addr, open, ping, read_exact,
+    read_reply, request, retry, send_pattern, tcp_server,
 };
-use crate::kit::login::{log_in, users_file};
-use crate::kit::{CONNECT, UDP_ASSOCIATE, V4, check_pattern, ping, send_pattern};
 use crate::{ensure, lock_machine, try_three_times};
 
 /// Minimum capacity of a token bucket. Above it, the capacity is the rate times a quarter of a second.

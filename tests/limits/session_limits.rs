@@ -7,15 +7,13 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{
-    Server, TIMEOUT, closed_port, echo_server, in_namespace, open, read_exact, read_reply, request, retry, tcp_server,
+use crate::lock_machine;
+use crate::support::login::{connect_from_ip, log_in, login_message, users_file};
+use crate::support::{
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, accept, closed_port, connect_from, echo_server,
+    in_namespace, listener, open, ping, read_exact, read_reply, request, reset, retry, serve, stream_end, tcp_server,
     wait_until,
 };
-use crate::kit::login::{connect_from_ip, log_in, login_message, users_file};
-use crate::kit::{
-    BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, accept, connect_from, listener, ping, reset, serve, stream_end,
-};
-use crate::lock_machine;
 
 const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
@@ -100,7 +98,7 @@ fn max_per_client_frees_the_permit_at_each_kind_of_session_end() {
             Some(stream)
         }),
         ("request times out", |server| {
-            let mut stream = crate::kit::greet(server);
+            let mut stream = crate::support::greet(server);
             assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
             Some(stream)
         }),

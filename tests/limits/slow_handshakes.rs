@@ -5,10 +5,11 @@ use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{Server, TIMEOUT, read_exact, skip, wait_until};
-use crate::kit::login::{connect_from_ip, login_message, users_file};
-use crate::kit::{StreamEnd, raise_fd_limit, session_lines, stream_end};
 use crate::lock_machine;
+use crate::support::login::{connect_from_ip, login_message, users_file};
+use crate::support::{
+    Server, StreamEnd, TIMEOUT, raise_fd_limit, read_exact, session_lines, skip, stream_end, wait_until,
+};
 
 const CLIENTS: usize = 2000;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::retry;
+use crate::support::retry;
 
 use super::fixtures::{encode_addr, fixtures};
 use super::transcript::Item;

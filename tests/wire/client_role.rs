@@ -10,7 +10,7 @@ use socket2::SockRef;
 
 use super::bytes::{GAP, LIMIT, Placeholders, expect_end, hex, poll_until};
 use super::transcript::{Endpoint, Role, Step, Transcript};
-use crate::common::{retry, s5};
+use crate::support::{retry, s5};
 
 /// Plays a transcript, with one write per line or per byte. Errors name the file and line.
 pub fn play(transcript: &Transcript, byte_by_byte: bool) -> Result<(), String> {

@@ -7,7 +7,7 @@ use std::thread;
 
 use socket2::{Domain, Socket, Type};
 
-use crate::common::{tcp_server, udp_echo_server};
+use crate::support::{tcp_server, udp_echo_server};
 
 /// Targets that all transcripts share. They run until the tests end.
 pub struct Fixtures {

@@ -11,7 +11,7 @@ use super::bytes::{LIMIT, poll_until, wait_port_free};
 use super::fixtures::{encode_addr, fixtures};
 use super::server_role::start;
 use super::transcript::User;
-use crate::common::{Server, open, read_exact, retry, temp_dir, wait_until};
+use crate::support::{Server, open, read_exact, retry, temp_dir, wait_until};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Interruption {

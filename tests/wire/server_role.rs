@@ -14,7 +14,7 @@ use socket2::{SockRef, Socket};
 use super::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
 use super::fixtures::{addr_of, bound};
 use super::transcript::{Endpoint, Step, Transcript, User};
-use crate::common::{Server, retry, s5, write_file};
+use crate::support::{Server, retry, s5, write_file};
 
 /// Division of the client's bytes into writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub struct Servers {
 
 impl Servers {
     pub fn start(transcripts: &[Transcript]) -> Self {
-        let mut servers = Self { dir: crate::common::temp_dir(), running: HashMap::new() };
+        let mut servers = Self { dir: crate::support::temp_dir(), running: HashMap::new() };
         for transcript in transcripts {
             let key = server_key(transcript);
             if !servers.running.contains_key(&key) {

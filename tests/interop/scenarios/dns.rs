@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::process::Command;
 
 use super::start_server;
-use crate::common::{Server, TIMEOUT, is_installed, run, s5, temp_dir, write_file};
+use crate::support::{Server, TIMEOUT, is_installed, run, s5, temp_dir, write_file};
 use crate::{ProcessGroup, exit_code, stdout, text};
 
 const UNBOUND: &str = "/usr/sbin/unbound";

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Server, TIMEOUT, closed_port, echo_server, run, s5, temp_dir, write_file};
-use crate::kit::login::users_file;
-use crate::scripted::RunningProgram;
 use crate::ssh::{Sshd, git, repository, s5_as_proxy_command};
+use crate::support::login::users_file;
+use crate::support::scripted::RunningProgram;
+use crate::support::{Server, TIMEOUT, closed_port, echo_server, run, s5, temp_dir, write_file};
 use crate::{LONG_TIMEOUT, assert_same, bytes, exit_code, has_all, stdout, text, wait_for_session};
 
 #[test]

@@ -1,0 +1,336 @@
+//! The users file: errors in the file, --add-user and --remove-user.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use super::assert_usage_error;
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{Server, echo_server, is_installed, run, s5, temp_dir, wait_until, write_file};
+
+/// Time limit for hashing, which is slow in an unoptimised build.
+const HASH_TIMEOUT: Duration = Duration::from_secs(60);
+/// A valid hash of some password.
+const BCRYPT_HASH: &str = "$2y$05$7hT6Qu9VIEHwTdqyYV9xDeEF1Ddl9G/Y3lkSBY/zO3DVHSZOQu1nS";
+
+fn add_user(users: &str, name: &str, stdin: &[u8]) -> Output {
+    run(s5().args(["serve", "--users", users, "--add-user", name]), stdin, HASH_TIMEOUT)
+}
+
+fn remove_user(users: &str, name: &str) -> Output {
+    run(s5().args(["serve", "--users", users, "--remove-user", name]), b"", HASH_TIMEOUT)
+}
+
+fn assert_success(output: &Output) {
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(output.stdout.is_empty(), "{}", text(&output.stdout));
+}
+
+/// Fails unless s5 has exited with 2 and printed only one line, on stderr, that contains all words.
+fn assert_error(output: &Output, words: &[&str]) {
+    let stderr = text(&output.stderr);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{stderr}");
+    assert!(stderr.starts_with("s5: ") && stderr.lines().count() == 1, "{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{word:?} is missing in: {stderr}");
+    }
+}
+
+fn read_users(path: &str) -> String {
+    fs::read_to_string(path).expect("file read")
+}
+
+fn mode(path: &str) -> u32 {
+    fs::metadata(path).expect("the file exists").permissions().mode() & 0o7777
+}
+
+/// Returns the exit status of a client that logs in to a server with this users file.
+fn login_status(users: &str, userinfo: &str) -> Option<i32> {
+    let server = Server::start(&["--users", users]);
+    let proxy = format!("{userinfo}@{}", server.addr());
+    run(s5().args(["connect", "-x", &proxy, &echo_server().to_string()]), b"x", HASH_TIMEOUT).status.code()
+}
+
+#[test]
+fn invalid_users_line_is_an_error_with_file_line_and_word() {
+    let dir = temp_dir();
+    let long = "n".repeat(256);
+    let table = [
+        ("alice", "line 1", "alice"),
+        ("# comment\n\n  \nbob\n", "line 4", "bob"),
+        (":$2y$05$x", "line 1", "user name"),
+        ("al\tice:x", "line 1", "al\\tice"),
+        ("alice:$1$salt$hash", "line 1", "\"1\""),
+        ("alice:$6$salt$hash", "line 1", "\"6\""),
+        ("alice:$argon2i$v=19$m=8,t=1,p=1$c2FsdHNhbHQ$aGFzaGhhc2g", "line 1", "argon2i"),
+        ("alice:$argon2id$nonsense", "line 1", "argon2id"),
+        ("alice:$2y$05$short", "line 1", "bcrypt"),
+        ("alice:", "line 1", "alice"),
+        (&format!("{long}:{BCRYPT_HASH}"), "line 1", "user name"),
+        (&format!("alice:{BCRYPT_HASH}\nbob:{BCRYPT_HASH}\nalice:{BCRYPT_HASH}"), "line 3", "alice"),
+    ];
+    for (content, line, word) in table {
+        let path = write_file(dir.path(), "users", content);
+        assert_usage_error(&["serve", "--listen", "127.0.0.1:0", "--users", &path], &[&path, line, word]);
+    }
+}
+
+#[test]
+fn unreadable_users_file_is_an_error_with_its_name() {
+    let dir = temp_dir();
+    let missing = format!("{}/missing", dir.path().display());
+    assert_usage_error(&["serve", "--users", &missing], &[&format!("--users {missing}: "), "no such file"]);
+    let path = dir.path().to_str().expect("UTF-8 path").to_owned();
+    assert_usage_error(&["serve", "--users", &path], &[&path]);
+    let binary = dir.path().join("binary");
+    fs::write(&binary, b"alice:\xff\xfe\n").expect("file written");
+    let binary = binary.to_str().expect("UTF-8 path");
+    assert_usage_error(&["serve", "--users", binary], &[binary]);
+}
+
+#[test]
+fn users_file_errors_do_not_contain_passwords() {
+    let dir = temp_dir();
+    for content in [
+        "alice:topsecret",
+        "alice:$topsecret",
+        "alice:top$secret",
+        "alice:$2y$05$topsecret",
+        "alice:$argon2id$topsecret",
+    ] {
+        let path = write_file(dir.path(), "users", content);
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--users", &path]), b"", HASH_TIMEOUT);
+        assert_error(&output, &[&path, "line 1", "alice"]);
+        let stderr = text(&output.stderr);
+        assert!(!stderr.contains("secret"), "{stderr}");
+    }
+}
+
+#[test]
+fn added_user_can_log_in() {
+    let dir = temp_dir();
+    let users = format!("{}/users", dir.path().display());
+    assert_success(&add_user(&users, "alice", b"topsecret\n"));
+    let content = read_users(&users);
+    assert!(content.starts_with("alice:$argon2id$") && content.ends_with('\n'), "{content}");
+    assert_eq!(content.lines().count(), 1, "{content}");
+    assert!(!content.contains("topsecret"));
+    assert_eq!(mode(&users), 0o600);
+    assert_eq!(login_status(&users, "alice:topsecret"), Some(0));
+}
+
+#[test]
+fn add_user_reads_password_from_first_line_of_stdin() {
+    let dir = temp_dir();
+    for (stdin, passwd) in [(&b" pass word\r\nmore\n"[..], " pass word"), (b"no end", "no end")] {
+        let users = format!("{}/users", dir.path().display());
+        assert_success(&add_user(&users, "alice", stdin));
+        let users = s5::policy::users::Users::parse(&read_users(&users)).expect("valid users file");
+        assert!(users.verify(b"alice", passwd.as_bytes()), "{passwd}");
+    }
+}
+
+#[test]
+fn add_user_with_invalid_password_changes_nothing() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "# mine\n");
+    assert_error(&add_user(&users, "alice", b""), &["--add-user", "empty"]);
+    assert_error(&add_user(&users, "alice", b"\n"), &["--add-user", "empty"]);
+    let long = [b'p'; 256];
+    let output = add_user(&users, "alice", &long);
+    assert_error(&output, &["--add-user", "255"]);
+    assert!(!text(&output.stderr).contains("ppp"));
+    assert_eq!(read_users(&users), "# mine\n");
+    assert_success(&add_user(&users, "alice", &long[1..]));
+}
+
+#[test]
+fn add_user_with_invalid_name_changes_nothing() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "# mine\n");
+    for name in ["", "a:b", "a\nb", " a", "#a", &"n".repeat(256)] {
+        assert_error(&add_user(&users, name, b"topsecret\n"), &["--add-user", "user name"]);
+    }
+    assert_eq!(read_users(&users), "# mine\n");
+}
+
+#[test]
+fn add_and_remove_user_keep_other_lines_byte_for_byte() {
+    let dir = temp_dir();
+    let before =
+        format!("# one\r\n\n  bob:{BCRYPT_HASH}  \nalice:{BCRYPT_HASH}\n\t# two: alice:x\nalicia:{BCRYPT_HASH}\n#end");
+    let users = write_file(dir.path(), "users", &before);
+    assert_success(&add_user(&users, "alice", b"topsecret\n"));
+    let after = read_users(&users);
+    let (head, rest) = after.split_once("alice:").expect("alice is in the file");
+    let (line, tail) = rest.split_once('\n').expect("a complete line");
+    assert!(line.starts_with("$argon2id$"), "{after}");
+    assert_eq!(head, format!("# one\r\n\n  bob:{BCRYPT_HASH}  \n"));
+    assert_eq!(tail, format!("\t# two: alice:x\nalicia:{BCRYPT_HASH}\n#end"));
+
+    // A new user is added at the end, on its own line.
+    assert_success(&add_user(&users, "carol", b"topsecret\n"));
+    let added = read_users(&users);
+    let line = added.strip_prefix(&format!("{after}\n")).expect("the old content is unchanged");
+    assert!(line.starts_with("carol:$argon2id$") && line.ends_with('\n') && line.lines().count() == 1, "{line}");
+
+    // Removal keeps the line end that was added to the last line.
+    assert_success(&remove_user(&users, "carol"));
+    assert_eq!(read_users(&users), format!("{after}\n"));
+    assert_success(&remove_user(&users, "alice"));
+    assert_eq!(read_users(&users), format!("{head}{tail}\n"));
+}
+
+#[test]
+fn removing_unknown_user_is_an_error() {
+    let dir = temp_dir();
+    let before = format!("# alice\nalicia:{BCRYPT_HASH}\n");
+    let users = write_file(dir.path(), "users", &before);
+    assert_error(&remove_user(&users, "alice"), &[&users, "alice"]);
+    assert_eq!(read_users(&users), before);
+    let missing = format!("{}/missing", dir.path().display());
+    assert_error(&remove_user(&missing, "alice"), &[&missing]);
+    assert!(!Path::new(&missing).exists());
+}
+
+#[test]
+fn written_users_file_is_readable_by_owner_only() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &format!("bob:{BCRYPT_HASH}\n"));
+    for act in [add_user, |users: &str, name: &str, _: &[u8]| remove_user(users, name)] {
+        fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("permissions set");
+        assert_success(&act(&users, "bob", b"topsecret\n"));
+        assert_eq!(mode(&users), 0o600);
+    }
+    let names: Vec<_> =
+        fs::read_dir(dir.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(names, ["users"], "a temporary file is left");
+}
+
+#[test]
+fn symlink_to_users_file_is_followed_and_kept() {
+    let dir = temp_dir();
+    let target_dir = temp_dir();
+    let real = write_file(target_dir.path(), "real", "# mine\n");
+    let link = dir.path().join("users");
+    symlink(&real, &link).expect("symlink created");
+    let users = link.to_str().expect("UTF-8 path");
+    assert_success(&add_user(users, "alice", b"topsecret\n"));
+    assert!(fs::symlink_metadata(&link).expect("the symlink exists").file_type().is_symlink());
+    assert!(read_users(&real).starts_with("# mine\nalice:$argon2id$"), "{}", read_users(&real));
+    assert_success(&remove_user(users, "alice"));
+    assert!(fs::symlink_metadata(&link).expect("the symlink exists").file_type().is_symlink());
+    assert_eq!(read_users(&real), "# mine\n");
+}
+
+#[test]
+fn add_user_to_invalid_file_changes_nothing() {
+    let dir = temp_dir();
+    let before = format!("bob:{BCRYPT_HASH}\nnonsense\n");
+    let users = write_file(dir.path(), "users", &before);
+    assert_error(&add_user(&users, "alice", b"topsecret\n"), &[&users, "line 2", "nonsense"]);
+    assert_eq!(read_users(&users), before);
+}
+
+#[test]
+fn add_user_in_missing_directory_names_file_and_remedy() {
+    let dir = temp_dir();
+    let directory = format!("{}/missing/s5", dir.path().display());
+    let users = format!("{directory}/users");
+    let output = add_user(&users, "alice", b"topsecret\n");
+    let expected = format!("s5: {users}: directory {directory} does not exist (create it: mkdir -p {directory})\n");
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), expected));
+    assert!(!Path::new(&directory).exists(), "s5 has created the directory");
+}
+
+#[test]
+fn add_user_in_unwritable_directory_names_file_and_directory() {
+    // /proc accepts no new files, not even from root.
+    let output = add_user("/proc/users", "alice", b"topsecret\n");
+    assert_error(&output, &["s5: /proc/users: create a file in /proc: "]);
+    assert!(!text(&output.stderr).contains(".tmp"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn users_file_of_htpasswd_is_edited_and_accepts_its_passwords() {
+    if !is_installed("htpasswd") {
+        return;
+    }
+    let dir = temp_dir();
+    let users = format!("{}/users", dir.path().display());
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let mut htpasswd = Command::new("htpasswd");
+    assert_success(&run(
+        htpasswd.env("PATH", &path).args(["-c", "-b", "-B", "-C", "4", &users, "bob", "bobsecret"]),
+        b"",
+        HASH_TIMEOUT,
+    ));
+    let before = read_users(&users);
+    assert_success(&add_user(&users, "alice", b"topsecret\n"));
+    assert!(read_users(&users).starts_with(&before));
+    assert_eq!(login_status(&users, "bob:bobsecret"), Some(0));
+    assert_eq!(login_status(&users, "bob:topsecret"), Some(67));
+    assert_success(&remove_user(&users, "bob"));
+    assert!(read_users(&users).starts_with("alice:"), "{}", read_users(&users));
+}
+
+#[test]
+fn add_and_remove_user_require_users_file_and_exclude_each_other() {
+    assert_usage_error(&["serve", "--add-user", "alice"], &["--add-user", "--users"]);
+    assert_usage_error(&["serve", "--remove-user", "alice"], &["--remove-user", "--users"]);
+    let both = ["serve", "--users", "/nonexistent", "--add-user", "a", "--remove-user", "b"];
+    assert_usage_error(&both, &["--add-user", "--remove-user"]);
+}
+
+/// Runs `--add-user alice` on a pseudo-terminal. The terminal's output is the stdout of the returned program.
+fn add_user_on_terminal(dir: &Path, users: &str) -> RunningProgram {
+    let command = format!("tty > tty; exec '{}' serve --users '{users}' --add-user alice", env!("CARGO_BIN_EXE_s5"));
+    RunningProgram::start(Command::new("script").current_dir(dir).args(["-q", "-e", "-c", &command, "/dev/null"]))
+}
+
+/// Waits for a prompt and for echo to be off, then types an answer.
+fn type_at_prompt(terminal: &mut RunningProgram, dir: &Path, prompt: &str, answer: &[u8]) {
+    terminal.stdout(|shown| text(shown).ends_with(prompt));
+    let tty = read_users(dir.join("tty").to_str().expect("UTF-8 path"));
+    wait_until("the terminal does not echo", HASH_TIMEOUT, || {
+        let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
+        text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
+    });
+    terminal.write(answer);
+}
+
+#[test]
+fn add_user_prompts_twice_without_echo() {
+    if !is_installed("script") {
+        return;
+    }
+    let dir = temp_dir();
+    let users = format!("{}/users", dir.path().display());
+    let mut terminal = add_user_on_terminal(dir.path(), &users);
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "Repeat the password: ", b"topsecret\n");
+    let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
+    assert_eq!(status.code(), Some(0), "{}", text(&shown));
+    assert!(!text(&shown).contains("secret"), "{}", text(&shown));
+    assert!(read_users(&users).starts_with("alice:$argon2id$"));
+    assert_eq!(login_status(&users, "alice:topsecret"), Some(0));
+}
+
+#[test]
+fn add_user_with_different_passwords_changes_nothing() {
+    if !is_installed("script") {
+        return;
+    }
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "# mine\n");
+    let mut terminal = add_user_on_terminal(dir.path(), &users);
+    type_at_prompt(&mut terminal, dir.path(), "Password for alice: ", b"topsecret\n");
+    type_at_prompt(&mut terminal, dir.path(), "Repeat the password: ", b"othersecret\n");
+    let (status, shown, _) = terminal.wait_exit(HASH_TIMEOUT);
+    let shown = text(&shown);
+    assert!(!status.success(), "{shown}");
+    assert!(shown.contains("s5: ") && shown.contains("do not match") && !shown.contains("secret"), "{shown}");
+    assert_eq!(read_users(&users), "# mine\n");
+}

@@ -1,0 +1,9 @@
+//! Netcat features of the clients: retries, stdin and stdout or a program on the tunnel, reports, local ports, and
+//! datagram framings. The files beside it test the clients against proxies.
+
+mod bind;
+mod connect;
+mod forward;
+mod report;
+mod stdio;
+mod udp;

@@ -1,0 +1,33 @@
+//! Limits per client and per user, throttling of password guesses, and escaping of client data in the log.
+
+mod fail2ban;
+mod log_escaping;
+mod password_guessing;
+mod rate_limit;
+mod session_limits;
+mod slow_handshakes;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Held by tests that measure times or load the whole machine, because they would disturb each other.
+fn lock_machine() -> MutexGuard<'static, ()> {
+    static MACHINE: Mutex<()> = Mutex::new(());
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a measurement up to three times until it succeeds, because other programs may disturb it.
+fn try_three_times(attempt: impl Fn() -> Result<(), String>) {
+    let mut errors = Vec::new();
+    while let Err(error) = attempt() {
+        eprintln!("attempt failed: {error}");
+        errors.push(error);
+        assert!(errors.len() < 3, "{errors:#?}");
+    }
+}
+
+/// Returns the error unless the condition holds.
+fn ensure(is_true: bool, error: impl FnOnce() -> String) -> Result<(), String> {
+    if is_true { Ok(()) } else { Err(error()) }
+}

@@ -1,0 +1,350 @@
+//! The built-in rules, user rules that override them, and the default decision.
+
+use std::cell::Cell;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use s5::policy::Policy;
+use s5::policy::rules::{AccessRequest, Route, Rules};
+
+use super::{OWN_LISTENER, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
+
+const REMOTE_CLIENTS: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
+const LOOPBACK_CLIENTS: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
+/// Makes the client address unknown in [`evaluate`].
+const UNKNOWN_CLIENT: &str = "";
+
+/// This host, link-local, cloud metadata, unspecified, multicast, broadcast: first and last address of each range.
+const PROTECTED_V4: [&str; 13] = [
+    "0.0.0.0",
+    "0.255.255.255",
+    "127.0.0.0",
+    "127.0.0.1",
+    "127.255.255.255",
+    "169.254.0.0",
+    "169.254.169.254",
+    "169.254.255.255",
+    "224.0.0.0",
+    "224.0.0.251",
+    "239.255.255.255",
+    "255.255.255.255",
+    "127.0.0.53",
+];
+/// Addresses just outside of the protected ranges, and private addresses.
+const UNPROTECTED_V4: [&str; 14] = [
+    "1.0.0.0",
+    "126.255.255.255",
+    "128.0.0.0",
+    "169.253.255.255",
+    "169.255.0.0",
+    "223.255.255.255",
+    "240.0.0.0",
+    "255.255.255.254",
+    "198.51.100.1",
+    "8.8.8.8",
+    "10.0.0.1",
+    "172.16.0.1",
+    "192.168.0.1",
+    "100.100.100.200",
+];
+const PROTECTED_V6: [&str; 10] = [
+    "::",
+    "::1",
+    "fd00:ec2::254",
+    "fe80::",
+    "fe80::1",
+    "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "ff00::",
+    "ff02::1",
+    "ff0e::1",
+    "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+];
+/// Some of these resemble addresses that embed an IPv4 address, but do not.
+const UNPROTECTED_V6: [&str; 12] = [
+    "::2",
+    "fd00:ec2::253",
+    "fd00:ec2::255",
+    "fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "fec0::",
+    "fe00::1",
+    "2001:db8::1",
+    "2606:4700::1",
+    "2001:1:7f00:1::",
+    "2003:7f00:1::",
+    "64:ff9b:1::7f00:1",
+    "::fffe:7f00:1",
+];
+
+/// Returns each IPv4 address with the IPv6 addresses that embed it.
+fn with_embedded_forms(list: &[&str]) -> Vec<String> {
+    let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("valid IPv4 address"));
+    parsed.flat_map(embedded_addrs).map(|ip| ip.to_string()).collect()
+}
+
+fn protected() -> Vec<String> {
+    with_embedded_forms(&PROTECTED_V4).into_iter().chain(PROTECTED_V6.map(str::to_owned)).collect()
+}
+
+fn unprotected() -> Vec<String> {
+    with_embedded_forms(&UNPROTECTED_V4).into_iter().chain(UNPROTECTED_V6.map(str::to_owned)).collect()
+}
+
+/// Evaluates CONNECT and UDP requests for `to`, with and without a name.
+fn check(rules: &Rules, from: &str, to: &str, expected: &str) {
+    let plain = format!("from={from} method=password user=alice command=connect ip={to} port=80");
+    for facts in [plain.clone(), format!("{plain} name=example.net"), plain.replace("connect", "udp")] {
+        assert_eq!(evaluate(rules, &facts), expected, "{facts} with {:?}", rules.user_rules());
+    }
+}
+
+#[test]
+fn remote_clients_do_not_reach_protected_addresses() {
+    let none = Rules::default();
+    for from in REMOTE_CLIENTS {
+        for to in protected() {
+            check(&none, from, &to, "deny protected");
+        }
+        for to in unprotected() {
+            check(&none, from, &to, "allow default-allow");
+        }
+    }
+}
+
+#[test]
+fn loopback_clients_reach_every_address() {
+    let none = Rules::default();
+    for from in LOOPBACK_CLIENTS.into_iter().chain([UNKNOWN_CLIENT]) {
+        for to in protected().into_iter().chain(unprotected()) {
+            check(&none, from, &to, "allow default-allow");
+        }
+    }
+}
+
+#[test]
+fn deny_matches_server_and_client_of_teredo_address() {
+    // The Teredo client is 198.51.100.1; the Teredo server is 127.0.0.1, then 192.0.2.1.
+    let (bad, good) = ("2001:0:7f00:1:0:0:39cc:9bfe", "2001:0:c000:201:0:0:39cc:9bfe");
+    for from in REMOTE_CLIENTS {
+        check(&Rules::default(), from, bad, "deny protected");
+        check(&Rules::default(), from, good, "allow default-allow");
+        check(&rules("deny to=192.0.2.0/24"), from, good, "deny line 1");
+        check(&rules("deny to=198.51.100.0/24"), from, good, "deny line 1");
+        check(&rules("allow to=198.51.100.0/24"), from, bad, "allow line 1");
+        check(&rules("allow to=127.0.0.0/8"), from, bad, "deny protected");
+    }
+}
+
+#[test]
+fn allow_without_to_does_not_override_built_in_denials() {
+    let table = ["allow", "allow port=80", "allow user=*", "allow command=connect,udp method=password", "allow via=a"];
+    for rules in table.map(rules) {
+        for from in REMOTE_CLIENTS {
+            for to in protected() {
+                check(&rules, from, &to, "deny protected");
+            }
+        }
+        let expected = evaluate(&rules, "from=::1 method=password user=alice command=connect ip=127.0.0.1 port=80");
+        assert!(expected.starts_with("allow line 1"), "{expected}");
+        for from in LOOPBACK_CLIENTS {
+            protected().iter().for_each(|to| check(&rules, from, to, &expected));
+        }
+        for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
+            unprotected().iter().for_each(|to| check(&rules, from, to, &expected));
+        }
+    }
+}
+
+#[test]
+fn allow_with_to_overrides_built_in_denials_for_its_targets() {
+    let all = rules("allow to=0.0.0.0/0,::/0");
+    for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
+        for to in protected().into_iter().chain(unprotected()) {
+            check(&all, from, &to, "allow line 1");
+        }
+    }
+    let one = rules("allow to=169.254.169.254");
+    for (i, to) in with_embedded_forms(&PROTECTED_V4).iter().enumerate() {
+        let expected = if PROTECTED_V4[i / 5] == "169.254.169.254" { "allow line 1" } else { "deny protected" };
+        check(&one, "192.0.2.7", to, expected);
+    }
+    let named = rules("allow to=.example.net");
+    for to in protected() {
+        let facts = format!("from=192.0.2.7 ip={to} port=80");
+        assert_eq!(evaluate(&named, &format!("{facts} name=www.example.net")), "allow line 1", "{facts}");
+        assert_eq!(evaluate(&named, &format!("{facts} name=example.com")), "deny protected", "{facts}");
+    }
+}
+
+#[test]
+fn allow_compares_embedded_ipv4_address() {
+    let outer = rules("allow to=2002::/16,64:ff9b::/96,2001::/32,::/96");
+    for to in with_embedded_forms(&PROTECTED_V4) {
+        check(&outer, "192.0.2.7", &to, "deny protected");
+    }
+    check(&outer, "192.0.2.7", "::1", "allow line 1");
+}
+
+#[test]
+fn deny_compares_outer_and_embedded_address() {
+    for to in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)) {
+        check(&rules("deny to=198.51.100.0/24"), "::1", &to.to_string(), "deny line 1");
+        let expected = if to.is_ipv4() { "allow default-allow" } else { "deny line 1" };
+        check(&rules("deny to=::/0"), "::1", &to.to_string(), expected);
+    }
+    let table = [("2002::/16", 3), ("64:ff9b::/96", 2), ("2001::/32", 4)];
+    for (net, form) in table {
+        for (i, to) in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)).iter().enumerate() {
+            let expected = if i == form { "deny line 1" } else { "allow default-allow" };
+            check(&rules(&format!("deny to={net}")), "::1", &to.to_string(), expected);
+        }
+    }
+}
+
+#[test]
+fn deny_before_allow_with_to_decides() {
+    let rules = rules("deny to=127.0.0.1\nallow to=127.0.0.0/8");
+    check(&rules, "192.0.2.7", "127.0.0.1", "deny line 1");
+    check(&rules, "192.0.2.7", "127.0.0.2", "allow line 2");
+    check(&rules, "::1", "127.0.0.1", "deny line 1");
+}
+
+#[test]
+fn own_listeners_are_denied_to_every_client() {
+    let own_listener: SocketAddr = OWN_LISTENER.parse().expect("valid address");
+    let to_own_listener = format!("ip={} port={}", own_listener.ip(), own_listener.port());
+    let table = [
+        ("", "deny own-listener"),
+        ("allow", "deny own-listener"),
+        ("allow port=1080", "deny own-listener"),
+        ("allow from=0.0.0.0/0,::/0", "deny own-listener"),
+        ("allow to=192.0.2.81", "deny own-listener"),
+        ("allow to=192.0.2.80", "allow line 1"),
+        ("allow to=192.0.2.0/24 port=1080", "allow line 1"),
+        ("allow to=192.0.2.0/24 port=1081", "deny own-listener"),
+        ("allow to=example.net", "deny own-listener"),
+        ("deny\nallow to=192.0.2.80", "deny line 1"),
+    ];
+    for (text, expected) in table {
+        let rules = rules(text);
+        for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
+            assert_eq!(evaluate(&rules, &format!("from={from} {to_own_listener}")), expected, "{text:?} from {from}");
+        }
+    }
+    assert_eq!(evaluate(&rules(""), &to_own_listener), "deny own-listener", "unknown client");
+    assert_eq!(
+        evaluate(&rules("allow to=example.net"), &format!("{to_own_listener} name=example.net")),
+        "allow line 1"
+    );
+    for other in ["ip=192.0.2.80 port=1081", "ip=192.0.2.81 port=1080"] {
+        assert_eq!(evaluate(&rules(""), &format!("from=::1 {other}")), "allow default-allow");
+    }
+    assert_eq!(
+        evaluate(&rules_with_route(Route::Hop(0), "allow"), &format!("from=::1 {to_own_listener}")),
+        "deny own-listener"
+    );
+}
+
+#[test]
+fn is_local_is_called_only_for_ports_of_unspecified_listeners() {
+    let addr = |text: &str| text.parse::<SocketAddr>().expect("valid address");
+    let listen_addrs = vec![addr("127.0.0.1:1080"), addr("0.0.0.0:1081"), addr("[::1]:1082")];
+    let advertised_ips = vec![ip("198.51.100.1")];
+    let default_policy = Policy { listen_addrs: listen_addrs.clone(), advertised_ips, ..Policy::default() };
+    let overriding = Policy { listen_addrs, rules: rules("allow to=0.0.0.0/0,::/0"), ..Policy::default() };
+    let calls = Cell::new(0);
+    let local = |to: SocketAddr| {
+        calls.set(calls.get() + 1);
+        to.ip() == ip("192.0.2.1")
+    };
+    let table = [
+        ("127.0.0.1:1080", "deny own-listener", 0),
+        ("127.0.0.2:1080", "allow default-allow", 0),
+        ("127.0.0.1:1083", "allow default-allow", 0),
+        ("198.51.100.1:1080", "deny own-listener", 0),
+        ("198.51.100.1:1083", "allow default-allow", 0),
+        ("192.0.2.1:1080", "allow default-allow", 0),
+        ("192.0.2.1:1081", "deny own-listener", 1),
+        ("192.0.2.2:1081", "allow default-allow", 2),
+        ("[::1]:1082", "deny own-listener", 0),
+        ("[::1]:1081", "allow default-allow", 0),
+    ];
+    for (to, expected, expected_calls) in table.map(|(to, expected, calls)| (addr(to), expected, calls)) {
+        let request = AccessRequest {
+            client_ip: Some(ip("::1")),
+            target_ip: Some(to.ip()),
+            target_port: Some(to.port()),
+            ..AccessRequest::default()
+        };
+        calls.set(0);
+        assert_eq!(describe(default_policy.evaluate(&request, local)), expected, "{to}");
+        assert_eq!(calls.get() > 0, expected_calls > 0, "{to}");
+        assert_eq!(describe(overriding.evaluate(&request, local)), "allow line 1", "{to}");
+    }
+}
+
+#[test]
+fn allow_with_from_makes_deny_the_default() {
+    let table = [
+        ("allow from=10.0.0.0/8", "10.1.2.3", "198.51.100.1", "allow line 1"),
+        ("allow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8", "::1", "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8", UNKNOWN_CLIENT, "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8", "10.1.2.3", "127.0.0.1", "deny protected"),
+        ("allow from=10.0.0.0/8 to=127.0.0.1", "10.1.2.3", "127.0.0.1", "allow line 1"),
+        ("allow from=10.0.0.0/8 to=127.0.0.1", "10.1.2.3", "198.51.100.1", "deny default-deny"),
+        ("allow from=10.0.0.0/8 port=22", "10.1.2.3", "198.51.100.1", "deny default-deny"),
+        ("allow port=80\nallow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "allow line 1"),
+        ("allow port=22\nallow from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "deny default-deny"),
+        ("allow from=loopback\nallow", "192.0.2.7", "198.51.100.1", "allow line 2"),
+        ("deny from=10.0.0.0/8", "192.0.2.7", "198.51.100.1", "allow default-allow"),
+        ("deny from=10.0.0.0/8", "10.1.2.3", "198.51.100.1", "deny line 1"),
+        ("allow user=bob", "192.0.2.7", "198.51.100.1", "allow default-allow"),
+        ("allow to=203.0.113.1", "192.0.2.7", "198.51.100.1", "allow default-allow"),
+    ];
+    for (text, from, to, expected) in table {
+        check(&rules(text), from, to, expected);
+    }
+}
+
+#[test]
+fn built_in_rules_follow_user_rules() {
+    let names = |rules: &Rules| rules.in_display_order().map(super::label).collect::<Vec<_>>();
+    let none = Rules::default();
+    assert_eq!(
+        (none.user_rules().len(), names(&none)),
+        (0, ["own-listener", "protected", "default-allow", "default-deny"].map(Into::into).into())
+    );
+    let list = rules("allow from=::1\ndeny\n");
+    let expected = ["line 1", "line 2", "own-listener", "protected", "default-deny"].map(String::from);
+    assert_eq!((list.user_rules().len(), names(&list)), (2, expected.into()));
+}
+
+#[test]
+fn policy_is_open_relay_if_any_client_is_admitted_without_login() {
+    let table = [
+        ("", true),
+        ("allow", true),
+        ("deny from=192.0.2.0/24", true),
+        ("deny port=25", true),
+        ("deny user=*", true),
+        ("deny method=password", true),
+        ("deny to=0.0.0.0/0", true),
+        ("allow user=alice", true),
+        ("allow port=80\nallow from=10.0.0.0/8", true),
+        ("allow from=loopback\nallow", true),
+        ("deny", false),
+        ("deny method=none", false),
+        ("deny method=none,gssapi port=1-65535\ndeny method=none", false),
+        ("allow user=*\ndeny", false),
+        ("allow method=password\ndeny", false),
+        ("allow from=10.0.0.0/8", false),
+        ("allow from=loopback to=198.51.100.1", false),
+        ("allow from=10.0.0.0/8\nallow user=*", false),
+    ];
+    for (text, is_open) in table {
+        let policy = Policy { rules: rules(text), ..Policy::default() };
+        assert_eq!(policy.is_open_relay(), is_open, "{text:?}");
+        let with_users = Policy { users: Some(Arc::default()), ..policy };
+        assert!(!with_users.is_open_relay(), "{text:?} with users");
+    }
+}

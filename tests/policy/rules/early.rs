@@ -1,0 +1,294 @@
+//! Decisions before all facts are known: at accept, after the login, at a request by name. Later facts do not change
+//! them.
+
+use std::net::SocketAddr;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rules};
+use s5::proto::{HostName, ProtectionLevel};
+
+use super::generators::{any_request, any_route, any_rule, is_own_listener, std_ip, write_rules};
+use super::{config, describe, evaluate, ip, rules, rules_with_route};
+
+/// Facts that are known after the login.
+const LOGGED_IN: &str = "method=password user=alice";
+/// Facts that are known at a request by name.
+const BY_NAME: &str = "method=password user=alice command=connect port=80 name=www.example.org";
+
+/// Checks decisions for rules and facts. "?" means undecided because of any rule.
+fn check(table: &[(&str, &str, &str)]) {
+    for (text, facts, expected) in table {
+        let answer = evaluate(&rules(text), facts);
+        let is_open = *expected == "?" && answer.starts_with("? ");
+        assert!(is_open || answer == *expected, "{text:?} with {facts:?}: {answer} instead of {expected}");
+    }
+}
+
+#[test]
+fn client_address_can_deny_at_accept() {
+    let table = [
+        ("", "from=192.0.2.7", "?"),
+        ("", "from=::1", "?"),
+        ("deny", "from=192.0.2.7", "deny line 1"),
+        ("deny from=192.0.2.0/24", "from=192.0.2.7", "deny line 1"),
+        ("deny from=192.0.2.0/24", "from=192.0.3.7", "?"),
+        ("deny from=remote", "from=2001:db8::7", "deny line 1"),
+        ("allow from=10.0.0.0/8", "from=192.0.2.7", "deny default-deny"),
+        ("allow from=10.0.0.0/8", "from=10.1.2.3", "? line 1"),
+        ("allow from=10.0.0.0/8 to=0.0.0.0/0", "from=10.1.2.3", "? line 1"),
+        ("allow from=10.0.0.0/8 user=alice\nallow from=192.0.2.0/24", "from=198.51.100.7", "deny default-deny"),
+        ("deny user=bob\ndeny from=192.0.2.7", "from=192.0.2.7", "deny line 2"),
+        ("allow user=bob\ndeny from=192.0.2.7", "from=192.0.2.7", "? line 1"),
+        ("allow from=127.0.0.1 user=bob\ndeny from=192.0.2.7", "from=192.0.2.7", "deny line 2"),
+        ("deny method=none", "from=192.0.2.7", "?"),
+        ("deny command=bind", "from=192.0.2.7", "?"),
+        ("deny port=25", "from=192.0.2.7", "?"),
+        ("deny to=10.0.0.0/8", "from=192.0.2.7", "?"),
+        ("deny to=example.org", "from=192.0.2.7", "?"),
+        ("allow to=example.org\ndeny", "from=192.0.2.7", "? line 1"),
+        ("allow to=192.0.2.0/24\ndeny", "from=192.0.2.7", "? line 1"),
+    ];
+    check(&table);
+}
+
+#[test]
+fn identity_can_deny_after_login() {
+    let table = [
+        ("deny user=alice", LOGGED_IN, "deny line 1"),
+        ("deny user=bob", LOGGED_IN, "?"),
+        ("deny user=*", LOGGED_IN, "deny line 1"),
+        ("deny user=*", "method=none", "?"),
+        ("deny user=*", "", "?"),
+        ("deny user=*@example.org", "method=gssapi user=a@example.org", "deny line 1"),
+        ("deny method=none", "method=none", "deny line 1"),
+        ("deny method=none", LOGGED_IN, "?"),
+        ("allow user=bob\ndeny", "", "? line 1"),
+        ("allow user=bob\ndeny", LOGGED_IN, "deny line 2"),
+        ("allow user=bob\ndeny", "method=password user=bob", "? line 1"),
+        ("allow from=10.0.0.0/8 user=bob", "from=10.1.2.3", "? line 1"),
+        ("allow from=10.0.0.0/8 user=bob", "from=10.1.2.3 method=password user=alice", "deny default-deny"),
+        ("deny port=25\ndeny user=alice", LOGGED_IN, "deny line 2"),
+        ("allow port=25\ndeny user=alice", LOGGED_IN, "? line 1"),
+    ];
+    check(&table);
+}
+
+#[test]
+fn name_command_or_port_can_deny_before_resolution() {
+    let table = [
+        ("", BY_NAME, "?"),
+        ("deny to=.example.org", BY_NAME, "deny line 1"),
+        ("deny to=www.example.org", BY_NAME, "deny line 1"),
+        ("deny to=example.org", BY_NAME, "?"),
+        ("deny command=connect", BY_NAME, "deny line 1"),
+        ("deny port=80", BY_NAME, "deny line 1"),
+        ("deny port=80 to=.org,10.0.0.0/8", BY_NAME, "deny line 1"),
+        ("deny to=10.0.0.0/8\ndeny to=.org", BY_NAME, "deny line 2"),
+        ("allow to=10.0.0.0/8\ndeny to=.org", BY_NAME, "? line 1"),
+        ("allow to=10.0.0.0/8 port=22\ndeny to=.org", BY_NAME, "deny line 2"),
+        ("deny to=10.0.0.0/8", BY_NAME, "?"),
+        ("deny to=10.0.0.0/8\nallow", BY_NAME, "?"),
+        ("allow to=.example.net\ndeny", BY_NAME, "deny line 2"),
+        ("allow", BY_NAME, "? line 1"),
+    ];
+    check(&table);
+}
+
+#[test]
+fn name_is_allowed_before_resolution_unless_address_rule_precedes() {
+    let table = [
+        ("allow to=.example.org", "allow line 1"),
+        ("allow to=.example.org,10.0.0.0/8", "allow line 1"),
+        ("allow to=.example.org via=a", "allow line 1 a"),
+        ("deny to=.example.com\nallow to=www.example.org", "allow line 2"),
+        ("deny to=10.0.0.0/8 port=22\nallow to=www.example.org", "allow line 2"),
+        ("deny to=10.0.0.0/8\nallow to=www.example.org", "? line 1"),
+        ("deny to=10.0.0.0/8\ndeny to=::/0\nallow to=www.example.org", "? line 1"),
+        ("allow to=10.0.0.0/8\nallow to=www.example.org", "? line 1"),
+    ];
+    for (text, expected) in table {
+        for from in ["192.0.2.7", "::1"] {
+            assert_eq!(evaluate(&rules(text), &format!("from={from} {BY_NAME}")), expected, "{text:?} from {from}");
+        }
+    }
+}
+
+#[test]
+fn name_through_hop_is_not_resolved_unless_address_rule_precedes() {
+    let (direct, hop) = (Route::Direct, Route::Hop(1));
+    let table = [
+        (direct, "allow via=a", "allow line 1 a"),
+        (hop, "allow", "allow line 1 b"),
+        (hop, "allow via=a", "allow line 1 a"),
+        (direct, "allow", "? line 1"),
+        (hop, "allow via=direct", "? line 1"),
+        (direct, "allow from=remote,loopback user=* via=a", "allow line 1 a"),
+        (direct, "deny to=.example.com\nallow via=a", "allow line 2 a"),
+        (direct, "deny to=.example.org\nallow via=a", "deny line 1"),
+        (direct, "deny to=10.0.0.0/8\nallow via=a", "? line 1"),
+        (direct, "allow to=10.0.0.0/8\nallow via=a", "? line 1"),
+        (direct, "deny port=22 to=10.0.0.0/8\nallow via=a", "allow line 2 a"),
+        (direct, "allow\nallow via=a", "? line 1"),
+        (direct, "allow port=22\nallow via=a", "allow line 2 a"),
+    ];
+    for (route, text, expected) in table {
+        for from in ["192.0.2.7", "::1"] {
+            let answer = evaluate(&rules_with_route(route, text), &format!("from={from} {BY_NAME}"));
+            assert_eq!(answer, expected, "{text:?} from {from} with {route:?}");
+        }
+    }
+}
+
+#[test]
+fn name_through_default_hop_is_not_resolved_without_address_rules() {
+    for text in ["", "deny port=25", "deny to=.example.com", "allow user=bob"] {
+        for from in ["192.0.2.7", "::1"] {
+            let answer = evaluate(&rules_with_route(Route::Hop(0), text), &format!("from={from} {BY_NAME}"));
+            assert_eq!(answer, "allow default-allow a", "{text:?} from {from}");
+        }
+    }
+}
+
+#[test]
+fn undecided_names_first_rule_that_may_match() {
+    let table = [
+        ("", BY_NAME, "? default-allow"),
+        ("deny to=10.0.0.0/8", BY_NAME, "? line 1"),
+        ("deny to=10.0.0.0/8\nallow", BY_NAME, "? line 1"),
+        ("deny to=10.0.0.0/8\nallow to=192.0.2.0/24", BY_NAME, "? line 1"),
+        ("deny user=bob\nallow user=alice\ndeny", "from=192.0.2.7", "? line 1"),
+    ];
+    check(&table);
+}
+
+#[test]
+fn protected_address_is_denied_through_hop_too() {
+    for (from, expected) in [("192.0.2.7", "deny protected"), ("::1", "allow line 1 a")] {
+        assert_eq!(evaluate(&rules("allow via=a"), &format!("from={from} ip=127.0.0.1 port=80")), expected);
+    }
+    assert_eq!(evaluate(&rules("allow via=a to=127.0.0.1"), "from=192.0.2.7 ip=127.0.0.1 port=80"), "allow line 1 a");
+}
+
+#[test]
+fn known_address_leaves_only_client_conditions_undecided() {
+    let to = "ip=198.51.100.1 port=80";
+    let table = [
+        ("", to, "allow default-allow"),
+        ("", "from=192.0.2.7 ip=198.51.100.1", "?"),
+        ("", "ip=198.51.100.1", "?"),
+        ("deny to=198.51.100.1", "ip=198.51.100.1", "deny line 1"),
+        ("deny to=example.org", to, "allow default-allow"),
+        ("allow user=alice", to, "? line 1"),
+        ("deny user=alice", to, "? line 1"),
+        ("deny user=alice command=bind", "command=connect ip=198.51.100.1 port=80", "allow default-allow"),
+    ];
+    check(&table);
+}
+
+#[test]
+fn possible_routes_are_listed_without_duplicates() {
+    let routes = |rules: &Rules, from: &str, to: Option<&str>| {
+        let request = AccessRequest { client_ip: Some(ip(from)), target_ip: to.map(ip), ..AccessRequest::default() };
+        rules.possible_routes(&request)
+    };
+    let (direct, a, b) = (Route::Direct, Route::Hop(0), Route::Hop(1));
+    let text = "allow from=192.0.2.7 via=b\nallow port=22 via=a\nallow port=23 via=a\ndeny\nallow to=10.0.0.0/8";
+    let table = [
+        (rules(""), "::1", None, vec![direct]),
+        (rules_with_route(a, ""), "::1", None, vec![a]),
+        (rules(text), "192.0.2.7", None, vec![b, a, direct]),
+        (rules(text), "192.0.2.8", None, vec![a, direct]),
+        (rules(text), "192.0.2.8", Some("198.51.100.1"), vec![a]),
+        (rules("allow from=::1 via=direct"), "192.0.2.7", None, vec![]),
+    ];
+    for (rules, from, to, expected) in table {
+        assert_eq!(routes(&rules, from, to), expected, "{:?} from {from} to {to:?}", rules.user_rules());
+    }
+}
+
+// Known part of the target.
+const NO_TARGET: usize = 0;
+const NAME: usize = 1;
+const ADDRESS: usize = 2;
+/// Login, command and port are each known or not. The target is unknown, known by name, or known by address.
+const STAGES: usize = 8 * 3;
+
+/// Returns the facts of a request that are known at a stage.
+fn facts_at<'a>(all: &AccessRequest<'a>, stage: usize) -> AccessRequest<'a> {
+    let (bits, target) = (stage % 8, stage / 8);
+    AccessRequest {
+        client_ip: all.client_ip,
+        identity: all.identity.filter(|_| bits & 1 != 0),
+        command: all.command.filter(|_| bits & 2 != 0),
+        target_port: all.target_port.filter(|_| bits & 4 != 0),
+        target_name: all.target_name.filter(|_| target >= NAME),
+        target_ip: all.target_ip.filter(|_| target == ADDRESS),
+    }
+}
+
+/// Returns true if all facts of `stage` are known at `other` too.
+fn is_later(stage: usize, other: usize) -> bool {
+    let (bits, other_bits) = (stage % 8, other % 8);
+    bits & other_bits == bits && stage / 8 <= other / 8
+}
+
+/// Checks that a decision at one stage is the same at all stages with more facts.
+fn check_stages(rules: &Rules, all: &AccessRequest<'_>) -> Result<(), TestCaseError> {
+    let own_listener = |to: SocketAddr| is_own_listener(to);
+    let answers: Vec<Decision<'_>> =
+        (0..STAGES).map(|stage| rules.evaluate(&facts_at(all, stage), &own_listener)).collect();
+    for (stage, early) in answers.iter().enumerate() {
+        // If a hop resolves the name, its address never becomes known.
+        let is_resolved_by_hop = match early {
+            Decision::Allow(rule, Route::Hop(_)) => stage / 8 == NAME && !rule.to_string().contains(" to="),
+            _ => false,
+        };
+        for (other, late) in answers.iter().enumerate() {
+            if !is_later(stage, other) || is_resolved_by_hop && other / 8 != NAME {
+                continue;
+            }
+            match (early, late) {
+                (Decision::Undecided(_), _) | (Decision::Deny(_), Decision::Deny(_)) => {}
+                (Decision::Allow(..), Decision::Allow(..)) => prop_assert_eq!(describe(*early), describe(*late)),
+                _ => prop_assert!(false, "{} at {stage}, {} at {other}", describe(*early), describe(*late)),
+            }
+            if let Decision::Allow(_, route) = late {
+                let routes = rules.possible_routes(&facts_at(all, stage));
+                prop_assert!(routes.contains(route), "{route:?} at {other}, {routes:?} at {stage}");
+            }
+        }
+    }
+    let last = answers.last().expect("at least one stage");
+    prop_assert!(!matches!(last, Decision::Undecided(_)), "undecided with all facts");
+    let by_target = [NO_TARGET, NAME, ADDRESS].map(|target| describe(answers[target * 8 + 7]));
+    prop_assert!(all.target_name.is_some() || by_target[NO_TARGET] == by_target[NAME], "{:?}", by_target);
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(config(1000))]
+
+    #[test]
+    fn early_decision_equals_decision_with_all_facts(
+        written in vec(any_rule(), 0..6),
+        requests in vec(any_request(), 3),
+        route in any_route(),
+    ) {
+        let text = write_rules(&written).text;
+        let rules = rules_with_route(route, &text);
+        for plain in &requests {
+            let name = plain.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
+            let all = AccessRequest {
+                client_ip: plain.from.map(std_ip),
+                identity: Some(Identity { method: super::method(plain.method), user: plain.user, level: ProtectionLevel::None }),
+                command: Some(super::command(plain.command)),
+                target_name: name.as_ref(),
+                target_ip: Some(std_ip(plain.ip)),
+                target_port: Some(plain.port),
+            };
+            let checked = check_stages(&rules, &all);
+            prop_assert!(checked.is_ok(), "{checked:?}\n{text}\n{plain:?}");
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Access control of a running server: rules, name resolution, other hosts, reload, upstream proxies. Each test checks
+//! that denied traffic does not get through.
+
+mod closed_sessions;
+mod hosts;
+mod names;
+mod reload;
+mod reload_steps;
+mod rules;
+mod startup;
+mod tools;
+mod via;

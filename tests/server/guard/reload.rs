@@ -1,0 +1,351 @@
+//! Reload by SIGHUP: the files are read again, the new policy applies to sessions, and an error keeps the old policy.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::process::geteuid;
+
+use super::tools::{
+    ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as, reload,
+    send_request, try_log_in, unused_client_ip, user_line,
+};
+use crate::support::{
+    CONNECT, Server, TIMEOUT, V4, connect_from, echo_server, in_namespace, is_installed, ping, s5, tcp_server,
+    temp_dir, write_file,
+};
+use crate::udp::association::{receive, socket};
+
+const EVE: Login<'_> = Some(("eve", "secret"));
+
+fn alice_only() -> String {
+    alice_and_bob().lines().next().expect("two lines").to_owned() + "\n"
+}
+
+/// Returns the REP of a CONNECT from an unused client address, or `None` if the login is refused.
+fn rep(server: &Server, login: Login<'_>, dst: SocketAddr) -> Option<u8> {
+    let mut stream = try_log_in(server.addr(), unused_client_ip(), login)?;
+    Some(send_request(&mut stream, CONNECT, &dst.to_string()).0)
+}
+
+/// Starts a target that closes its connections.
+fn target() -> SocketAddr {
+    tcp_server(V4, drop)
+}
+
+#[test]
+fn reload_reads_users_and_rules() {
+    let [a, b] = [target(), target()];
+    let deny = |dst: SocketAddr| format!("deny port={}\n", dst.port());
+    let setup = Setup::start(&alice_only(), &deny(a), &[]);
+    let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
+    assert_eq!(reps(), [Some(2), Some(0), None, None]);
+    // The reload would close a session that has not ended yet.
+    setup.server.wait_log(|log| log.contains(" rep=0 "));
+    let eve = user_line("eve", "secret");
+    std::fs::write(&setup.users, &eve).expect("file written");
+    let line = setup.reload_rules(&(deny(b) + "# no rule\ndeny port=1\n"));
+    assert!(line.contains("INFO") && line.ends_with("reload: users: 1, rules: 2, sessions closed: 0"), "{line}");
+    assert_eq!(reps(), [None, None, Some(0), Some(2)]);
+    // Rules of options still precede those of the file. A reload of an unchanged file changes nothing.
+    let setup = Setup::start(&eve, &deny(a), &["--allow", &format!("port={}", b.port())]);
+    for rules in [deny(b), deny(b) + &deny(a), "deny\n".into(), "deny\n".into()] {
+        let line = setup.reload_rules(&rules);
+        assert!(line.contains(&format!(" rules: {},", rules.lines().count() + 1)), "{line}");
+        assert_eq!(rep(&setup.server, EVE, b), Some(0));
+    }
+    assert_eq!(rep(&setup.server, EVE, a), Some(2));
+}
+
+#[test]
+fn reload_replaces_users_and_rules_together() {
+    let [a, b] = [target(), target()];
+    let policies = [("alice", a, b), ("eve", b, a)]
+        .map(|(name, allowed, _)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
+    let setup = Setup::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
+    let is_done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let assert_denied = |login: Login<'static>, dst: SocketAddr| {
+            let (setup, is_done) = (&setup, &is_done);
+            scope.spawn(move || {
+                while !is_done.load(Ordering::Relaxed) {
+                    assert_ne!(rep(&setup.server, login, dst), Some(0), "{login:?} reached {dst}");
+                }
+            });
+        };
+        assert_denied(ALICE, b);
+        assert_denied(EVE, a);
+        for (users, rules) in policies.iter().cycle().skip(1).take(100) {
+            std::fs::write(&setup.users, users).expect("file written");
+            let line = setup.reload_rules(rules);
+            assert!(line.contains("reload: users: "), "{line}");
+        }
+        is_done.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn reload_forgets_cached_passwords() {
+    let setup = Setup::start(alice_and_bob(), "", &[]);
+    let dst = target();
+    // The second login uses the cache.
+    for _ in 0..2 {
+        assert_eq!(rep(&setup.server, ALICE, dst), Some(0));
+    }
+    let line = setup.reload_users(&user_line("alice", "another"));
+    assert!(line.contains(" users: 1,"), "{line}");
+    for _ in 0..2 {
+        assert_eq!(rep(&setup.server, ALICE, dst), None);
+        assert_eq!(rep(&setup.server, BOB, dst), None);
+        assert_eq!(rep(&setup.server, Some(("alice", "another")), dst), Some(0));
+    }
+    // After another change, the second password is refused too.
+    setup.reload_users(alice_and_bob());
+    assert_eq!(rep(&setup.server, Some(("alice", "another")), dst), None);
+    assert_eq!(rep(&setup.server, ALICE, dst), Some(0));
+}
+
+/// Invalid files, each with the line and the word that the log must contain.
+const BAD_USERS: [(&str, &str, &str); 7] = [
+    ("# ours\nalice\n", "line 2", "alice"),
+    ("eve:\n", "line 1", "eve"),
+    ("alice:secret\n", "line 1", "alice"),
+    ("alice:$1$abc$def\n", "line 1", "1"),
+    ("\n\nalice:$argon2id$v=19$m=1$x\n", "line 3", "alice"),
+    (":$2b$04$abc\n", "line 1", ""),
+    ("alice:$2b$04$tooshort\n", "line 1", "alice"),
+];
+const BAD_RULES: [(&str, &str, &str); 8] = [
+    ("deny\npermit port=1\n", "line 2", "permit"),
+    ("deny colour=red\n", "line 1", "colour"),
+    ("deny to=10.0.0.1/8\n", "line 1", "10.0.0.1/8"),
+    ("deny user=\n", "line 1", "user="),
+    ("# x\n\ndeny port=99999\n", "line 3", "99999"),
+    ("deny to\n", "line 1", "to"),
+    ("allow via=far\n", "line 1", "far"),
+    ("{\"deny\": true}\n", "line 1", "{"),
+];
+
+#[test]
+fn reload_keeps_policy_if_a_file_is_invalid() {
+    let [a, b] = [target(), target()];
+    let rules = format!("deny port={}\n", a.port());
+    let setup = Setup::start(alice_and_bob(), &rules, &[]);
+    let other = user_line("eve", "secret");
+    let assert_kept = |line: &str, file: &str, words: [&str; 2]| {
+        assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
+        assert!(
+            line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
+            "{words:?}: {line}"
+        );
+        let reps = [(ALICE, a), (ALICE, b), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
+        assert_eq!(reps, [Some(2), Some(0), None], "{line}");
+    };
+    for (text, line, word) in BAD_USERS {
+        // The new rules are valid, but must not be loaded without the users.
+        std::fs::write(&setup.rules, "deny\n").expect("file written");
+        assert_kept(&setup.reload_users(text), &setup.users, [line, word]);
+    }
+    // Passwords that are not hashed are not logged.
+    assert!(
+        !setup.server.log().contains(":secret") && !setup.server.log().contains("$argon2id$v"),
+        "{}",
+        setup.server.log()
+    );
+    for (text, line, word) in BAD_RULES {
+        std::fs::write(&setup.users, &other).expect("file written");
+        assert_kept(&setup.reload_rules(text), &setup.rules, [line, word]);
+    }
+    for (file, good) in [(&setup.users, &other), (&setup.rules, &rules)] {
+        std::fs::write(file, b"# fine\n\xff\xfe\n").expect("file written");
+        assert_kept(&setup.reload(), file, ["line 2", "UTF-8"]);
+        std::fs::write(file, "").expect("file written");
+        assert_kept(&setup.reload(), file, ["line 1", "empty"]);
+        std::fs::write(file, vec![b'#'; 17 << 20]).expect("file written");
+        assert_kept(&setup.reload(), file, ["too large", ""]);
+        std::fs::remove_file(file).expect("file removed");
+        assert_kept(&setup.reload(), file, ["no such file", ""]);
+        symlink(file, file).expect("symlink created");
+        assert_kept(&setup.reload(), file, ["symbolic link", ""]);
+        std::fs::remove_file(file).expect("file removed");
+        std::fs::create_dir(file).expect("directory created");
+        assert_kept(&setup.reload(), file, ["directory", ""]);
+        std::fs::remove_dir(file).expect("directory removed");
+        std::fs::write(file, good).expect("file written");
+    }
+    let line = setup.reload();
+    assert!(line.contains(" users: 1, rules: 1,"), "valid files are not loaded after errors: {line}");
+    assert_eq!(rep(&setup.server, EVE, b), Some(0));
+}
+
+#[test]
+fn reload_does_not_block_on_named_pipe() {
+    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain-timeout", "0"]);
+    std::fs::remove_file(&setup.rules).expect("file removed");
+    assert!(Command::new("mkfifo").arg(&setup.rules).status().expect("mkfifo runs").success());
+    setup.server.signal("HUP");
+    assert_eq!(rep(&setup.server, ALICE, target()), Some(0));
+    setup.server.signal("TERM");
+    assert_eq!(setup.server.wait(TIMEOUT / 4).code(), Some(0));
+}
+
+#[test]
+fn reload_keeps_policy_if_a_file_is_unreadable() {
+    let dir = temp_dir();
+    let file = |name, text| write_file(dir.path(), name, text);
+    let (users, rules) = (file("users", alice_and_bob()), file("rules", "deny port=1\n"));
+    let mode =
+        |file: &str, mode| std::fs::set_permissions(file, PermissionsExt::from_mode(mode)).expect("permissions set");
+    mode(dir.path().to_str().expect("UTF-8 path"), 0o755);
+    // Root can read any file, so the server runs as another user.
+    let mut command = if geteuid().is_root() {
+        if !is_installed("setpriv") {
+            return;
+        }
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--clear-groups", env!("CARGO_BIN_EXE_s5")]);
+        command
+    } else {
+        s5()
+    };
+    command.args(["serve", "--listen", "127.0.0.1:0", "--users", &users, "--rules", &rules]);
+    let server = Server::start_with(&mut command, 1);
+    for file in [&users, &rules] {
+        mode(file, 0o000);
+        let line = reload(&server);
+        assert!(line.contains("ERROR") && line.contains(file) && line.contains("denied"), "{line}");
+        assert_eq!(rep(&server, ALICE, target()), Some(0));
+        mode(file, 0o644);
+        assert!(reload(&server).contains("reload: users: "));
+    }
+}
+
+#[test]
+fn reload_rejects_file_without_final_line_end() {
+    let [a, b] = [target(), target()];
+    let users = format!("# both\n{}", alice_and_bob());
+    let rules = format!("# ours\ndeny port={} # not there\n\ndeny to=192.0.2.0/24,198.51.100.7\n", a.port());
+    let setup = Setup::start(&users, &rules, &[]);
+    for (file, text) in [(&setup.users, &users), (&setup.rules, &rules)] {
+        for length in 0..text.len() {
+            let part = &text[..length];
+            std::fs::write(file, part).expect("file written");
+            let line = setup.reload();
+            let last = part.lines().count();
+            let word = part.lines().last().unwrap_or_default().split([' ', ':']).next().unwrap_or_default();
+            if part.ends_with('\n') {
+                assert!(line.contains("reload: users: "), "{part:?}: {line}");
+                std::fs::write(file, text).expect("file written");
+                assert!(setup.reload().contains(" users: 2, rules: 2,"));
+            } else {
+                let is_named = line.contains(&format!("{file}: line {}: ", last.max(1))) && line.contains(word);
+                assert!(line.contains("ERROR") && is_named, "{part:?}: {line}");
+                let reps = [(ALICE, a), (BOB, b)].map(|(login, dst)| rep(&setup.server, login, dst));
+                assert_eq!(reps, [Some(2), Some(0)], "{part:?}");
+            }
+        }
+        std::fs::write(file, text).expect("file written");
+    }
+}
+
+#[test]
+fn reload_never_opens_relay() {
+    if !in_namespace("guard::reload::reload_never_opens_relay", "", "") {
+        return;
+    }
+    let (dir, dst) = (temp_dir(), target());
+    let rules = write_file(dir.path(), "rules", "allow from=127.0.0.2\n");
+    let mut command = s5();
+    command.args(["serve", "--listen", "*:0", "--rules", &rules]);
+    let server = Server::start_with(&mut command, 2);
+    let to = SocketAddr::new(V4, server.addr().port());
+    for open_rules in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"]
+    {
+        std::fs::write(&rules, open_rules).expect("file written");
+        let line = reload(&server);
+        assert!(
+            line.contains("ERROR")
+                && line.contains("--allow-open-relay")
+                && line.contains("keeping the current configuration"),
+            "{open_rules}: {line}"
+        );
+        assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open_rules}");
+        assert_eq!(
+            send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0,
+            0,
+            "{open_rules}"
+        );
+    }
+    std::fs::write(&rules, "allow from=127.0.0.3\n").expect("file written");
+    assert!(reload(&server).contains("reload: users: "));
+    assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.2"), 0), to)));
+    log_in(to, ip("127.0.0.3"), None);
+}
+
+#[test]
+fn reload_applies_to_next_datagram_of_association() {
+    let (good, bad) = (socket(V4), socket(V4));
+    let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("local address"));
+    let deny = format!("deny command=udp port={}\n", bad_addr.port());
+    for (args, is_rechecked) in [(&[][..], true), (&["--keep-sessions"], false)] {
+        let setup = Setup::start(alice_and_bob(), "# none\n", args);
+        let association = associate(setup.server.addr(), V4, ALICE);
+        let mut relay = None;
+        for socket in [&good, &bad] {
+            association.send(socket.local_addr().expect("local address"), b"before");
+            relay = Some(receive(socket).1);
+        }
+        let relay = relay.expect("two datagrams received");
+        assert!(setup.reload_rules(&deny).ends_with("sessions closed: 0"));
+        association.send(bad_addr, b"denied");
+        association.send(good_addr, b"after");
+        assert_eq!(receive(&good).0, b"after");
+        if is_rechecked {
+            assert_no_datagram(&bad);
+        } else {
+            assert_eq!(receive(&bad).0, b"denied");
+        }
+        // The new rules apply to answers too.
+        bad.send_to(b"denied", relay).expect("datagram sent");
+        good.send_to(b"answer", relay).expect("datagram sent");
+        let answer = association.receive();
+        assert_eq!(answer.1, if is_rechecked { &b"answer"[..] } else { b"denied" });
+        if !is_rechecked {
+            association.receive();
+        }
+        // The old rules apply again after another reload.
+        assert!(setup.reload_rules("# none\n").ends_with("sessions closed: 0"));
+        association.send(bad_addr, b"again");
+        assert_eq!(receive(&bad).0, b"again");
+    }
+}
+
+#[test]
+fn many_reloads_do_not_disturb_allowed_session() {
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+    let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    for number in 0..20_u8 {
+        setup.server.signal("HUP");
+        ping(&mut stream, &[number; 1000]);
+    }
+    setup.reload();
+    ping(&mut stream, b"last");
+}
+
+#[test]
+fn reload_during_shutdown_changes_nothing() {
+    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain-timeout", "60"]);
+    let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    setup.server.signal("TERM");
+    setup.server.wait_log(|log| log.contains("shutting down: draining sessions"));
+    for _ in 0..3 {
+        setup.server.signal("HUP");
+        ping(&mut stream, b"still open");
+    }
+    drop(stream);
+    assert_eq!(setup.server.wait(TIMEOUT).code(), Some(0));
+}

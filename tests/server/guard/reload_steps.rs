@@ -1,0 +1,227 @@
+//! A reload at each step of a session. Unchanged files have no effect; a denial by new files applies as if they had been
+//! loaded from the start.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+
+use super::tools::{
+    ALICE, Setup, alice_and_bob, assert_no_connection, assert_no_datagram, associate, credentials, log_in, request_for,
+    send_request, unused_client_ip,
+};
+use crate::support::dns::{self, Answer};
+use crate::support::{
+    BIND, CONNECT, Server, V4, accept, assert_no_data, connect_from, in_namespace, listener, read_exact, read_reply,
+    request_by_name,
+};
+use crate::udp::association::{datagram_name, receive, socket};
+
+/// A step of the client.
+#[derive(Clone)]
+enum Step {
+    Send(Vec<u8>),
+    Expect(Vec<u8>),
+}
+
+fn steps(dst: SocketAddr) -> Vec<Step> {
+    let login = credentials(ALICE.expect("alice has a password"));
+    let request = request_for(CONNECT, &dst.to_string());
+    let halves = |bytes: &[u8]| {
+        let (first, second) = bytes.split_at(bytes.len() / 2);
+        [Step::Send(first.to_vec()), Step::Send(second.to_vec())]
+    };
+    let mut steps = halves(&[5, 1, 2]).to_vec();
+    steps.push(Step::Expect(vec![5, 2]));
+    steps.extend(halves(&login));
+    steps.push(Step::Expect(vec![1, 0]));
+    steps.extend(halves(&request));
+    // VER, REP and RSV; the remaining bytes are read together with the data of the target.
+    steps.push(Step::Expect(vec![5, 0, 0]));
+    steps
+}
+
+/// Runs the steps until an unexpected answer. Returns true if all steps succeed.
+fn run_steps(stream: &mut TcpStream, steps: &[Step]) -> bool {
+    steps.iter().all(|step| match step {
+        Step::Send(bytes) => stream.write_all(bytes).is_ok(),
+        Step::Expect(expected) => {
+            let mut bytes = vec![0; expected.len()];
+            stream.read_exact(&mut bytes).is_ok() && bytes == *expected
+        }
+    })
+}
+
+/// Changes of the files.
+const CHANGES: [&str; 4] = ["nothing", "remove alice", "deny alice", "deny the target"];
+
+fn apply_change(setup: &Setup, change: &str, dst: SocketAddr) -> String {
+    match change {
+        "nothing" => setup.reload(),
+        "remove alice" => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        "deny alice" => setup.reload_rules("deny user=alice\n"),
+        _ => setup.reload_rules(&format!("deny to=127.0.0.1 port={}\n", dst.port())),
+    }
+}
+
+fn connect(server: &Server) -> TcpStream {
+    let stream = connect_from(SocketAddr::new(unused_client_ip(), 0), server.addr());
+    stream.set_nodelay(true).expect("option set");
+    stream
+}
+
+#[test]
+fn reload_applies_at_each_step_before_reply() {
+    for threads in ["1", "2"] {
+        for change in CHANGES {
+            let (target, dst) = listener(V4);
+            let steps = steps(dst);
+            // After the last step but one the request is complete. The tests below cover the time after it.
+            for step in 0..steps.len() - 1 {
+                let setup = Setup::start(alice_and_bob(), "# none\n", &["--threads", threads]);
+                let mut stream = connect(&setup.server);
+                assert!(run_steps(&mut stream, &steps[..step]));
+                let line = apply_change(&setup, change, dst);
+                assert!(line.contains("reload: users: "), "{line}");
+                let succeeds = run_steps(&mut stream, &steps[step..]);
+                assert_eq!(succeeds, change == "nothing", "{change} before step {step}:\n{}", setup.server.log());
+                if succeeds {
+                    accept(&target).0.write_all(b"hello").expect("data sent");
+                    assert_eq!(read_exact(&mut stream, 12)[7..], *b"hello", "data after the reply");
+                }
+                assert_no_connection(&target);
+            }
+        }
+    }
+}
+
+/// A target that accepts no connection until `accept` is called.
+struct SlowTarget(TcpListener, TcpStream);
+
+impl SlowTarget {
+    fn new() -> (Self, SocketAddr) {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket created");
+        listener.bind(&SocketAddr::new(V4, 0).into()).expect("free port");
+        listener.listen(0).expect("listening");
+        let listener = TcpListener::from(listener);
+        let addr = listener.local_addr().expect("local address");
+        let queued = TcpStream::connect(addr).expect("queued");
+        (Self(listener, queued), addr)
+    }
+
+    /// Accepts the connection of the server. Linux has dropped its first SYN and retransmits it after a second.
+    fn accept(self) -> TcpStream {
+        drop(self.1);
+        accept(&self.0);
+        accept(&self.0).0
+    }
+}
+
+#[test]
+fn reload_applies_while_connecting() {
+    let cases = CHANGES.map(|change| {
+        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+        let (slow, dst) = SlowTarget::new();
+        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
+        stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("request sent");
+        assert_no_data(&stream, Duration::from_millis(50));
+        assert!(apply_change(&setup, change, dst).contains("reload: users: "));
+        (change, setup, slow, stream)
+    });
+    // All cases run at once, because each takes a second.
+    for (change, _setup, slow, mut stream) in cases {
+        stream.write_all(b"early").expect("data sent");
+        if change == "nothing" {
+            let mut target = slow.accept();
+            assert_eq!(read_reply(&mut stream).0, 0);
+            assert_eq!(read_exact(&mut target, 5), b"early");
+        } else {
+            // The target has not answered yet.
+            assert_eq!(read_reply(&mut stream).0, 2, "{change}");
+        }
+    }
+}
+
+#[test]
+fn reload_applies_while_bind_waits() {
+    for change in CHANGES {
+        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
+        let (_, dst) = listener(V4);
+        let (rep, bnd) = send_request(&mut stream, BIND, &dst.to_string());
+        assert_eq!(rep, 0);
+        let line = apply_change(&setup, change, dst);
+        let count = usize::from(change != "nothing");
+        assert!(line.ends_with(&format!("sessions closed: {count}")), "{change}: {line}");
+        if change == "nothing" {
+            let peer = connect_from(dst, bnd);
+            assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("local address")));
+        } else {
+            assert_eq!(read_reply(&mut stream).0, 2, "{change}");
+            assert!(TcpStream::connect(bnd).is_err(), "{change}: the port still accepts connections");
+        }
+    }
+}
+
+/// Starts a resolver that does not answer until the returned sender is dropped.
+fn start_blocked_resolver() -> (dns::Queries, mpsc::Sender<()>) {
+    let (release, released) = mpsc::channel();
+    let queries = dns::start_with(move |name, nth| {
+        // The first query is blocked, and with it all later ones.
+        if name == "slow.test" && nth == 0 {
+            let _ = released.recv();
+        }
+        Answer::addrs([[127, 0, 0, 1].into()])
+    });
+    (queries, release)
+}
+
+#[test]
+fn reload_applies_to_connect_while_resolving() {
+    if !in_namespace("guard::reload_steps::reload_applies_to_connect_while_resolving", "", dns::RESOLV) {
+        return;
+    }
+    let (_queries, release) = start_blocked_resolver();
+    let cases = CHANGES.map(|change| {
+        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+        let (target, dst) = listener(V4);
+        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
+        stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("request sent");
+        assert_no_data(&stream, Duration::from_millis(50));
+        assert!(apply_change(&setup, change, dst).contains("reload: users: "));
+        (change, setup, target, stream)
+    });
+    drop(release);
+    for (change, _setup, target, mut stream) in cases {
+        assert_eq!(read_reply(&mut stream).0, if change == "nothing" { 0 } else { 2 }, "{change}");
+        if change == "nothing" {
+            accept(&target);
+        }
+        assert_no_connection(&target);
+    }
+}
+
+#[test]
+fn reload_applies_to_datagrams_while_resolving() {
+    if !in_namespace("guard::reload_steps::reload_applies_to_datagrams_while_resolving", "", dns::RESOLV) {
+        return;
+    }
+    let (_queries, release) = start_blocked_resolver();
+    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+    let (good, bad) = (socket(V4), socket(V4));
+    let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("local address").port());
+    let association = associate(setup.server.addr(), unused_client_ip(), ALICE);
+    for port in [bad_port, good_port] {
+        association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
+    }
+    // When this datagram by address arrives, the other two are waiting for the name.
+    let other = socket(V4);
+    association.send(other.local_addr().expect("local address"), b"after them");
+    receive(&other);
+    assert!(setup.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
+    drop(release);
+    assert_eq!(receive(&good).0, b"hello");
+    assert_no_datagram(&bad);
+}

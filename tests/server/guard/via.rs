@@ -1,0 +1,457 @@
+//! `--via`, `--hop` and `via=`: sessions go through the upstream proxies, and never bypass them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+
+use super::tools::{
+    alice_and_bob, assert_no_connection, assert_no_datagram, associate, ip, is_closed, open_as, user_line,
+};
+use crate::support::dns::{self, Answer};
+use crate::support::{
+    BIND, CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, echo_server, in_namespace, is_installed, listener,
+    ping, read_exact, read_reply, run, s5, tcp_server, temp_dir, timed, udp_echo_server, wait_until, write_file,
+};
+use crate::udp::association::{datagram_name, socket};
+
+/// Runs a session of each command through a server: CONNECT and UDP to echo servers, BIND with a peer.
+fn run_all_commands(server: &Server, what: &str) {
+    let (mut stream, rep, _) = open_as(server, None, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0, "{what}");
+    ping(&mut stream, b"connect");
+    bind(server, what);
+    associate(server.addr(), V4, None).ping(udp_echo_server(V4), b"udp");
+}
+
+fn bind(server: &Server, what: &str) {
+    let (mut client, rep, bnd) = open_as(server, None, BIND, "127.0.0.1:0");
+    assert_eq!(rep, 0, "{what}");
+    let mut peer = TcpStream::connect(bnd).expect("the listener accepts");
+    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")), "{what}");
+    peer.write_all(b"bind").expect("data sent");
+    assert_eq!(read_exact(&mut client, 4), b"bind", "{what}");
+}
+
+/// Returns the number of logged sessions of a server that contain `what`.
+fn logged_sessions(server: &Server, what: &str) -> usize {
+    server.log().lines().filter(|line| line.contains("session client=") && line.contains(what)).count()
+}
+
+#[test]
+fn all_commands_pass_through_one_and_several_hops() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &user_line("anna", "open sesame"));
+    let unix = format!("unix:{}", dir.path().join("hop").display());
+    let (plain, closed) = (Server::start(&[]), Server::start(&["--users", &users]));
+    let by_unix = Server::start_with(s5().args(["serve", "--listen", &unix]), 1);
+    let [plain_url, closed_url] =
+        [format!("{}", plain.addr()), format!("socks5h://anna:open%20sesame@{}", closed.addr())];
+    let rows = [
+        (plain_url.clone(), &plain),
+        (closed_url.clone(), &closed),
+        (unix.clone(), &by_unix),
+        (format!("{plain_url},{closed_url}"), &closed),
+        (format!("{closed_url},{plain_url}"), &plain),
+        (format!("{unix},{closed_url},{plain_url}"), &plain),
+    ];
+    for (url, last) in rows {
+        let before = ["connect", "bind", "udp"].map(|command| logged_sessions(last, &format!("command={command} ")));
+        let server = Server::start(&["--via", &url]);
+        run_all_commands(&server, &url);
+        for (command, before) in ["connect", "bind", "udp"].into_iter().zip(before) {
+            let what = format!("command={command} ");
+            wait_until("the last hop logs the session", TIMEOUT, || logged_sessions(last, &what) == before + 1);
+            server.wait_log(|log| log.lines().any(|line| line.contains(&what) && line.contains(" via=\"--via\" ")));
+        }
+    }
+    // The first hop sees only the address of the next hop.
+    let next_hop = format!("dst=\"{}\"", closed.addr());
+    wait_until("the first hop logs a session", TIMEOUT, || logged_sessions(&by_unix, &next_hop) > 0);
+}
+
+#[test]
+fn rules_select_route() {
+    let [a, b, c] = [(); 3].map(|()| Server::start(&[]));
+    let dir = temp_dir();
+    let rules = "allow to=127.0.0.2 via=a\nallow to=127.0.0.3,127.0.0.5 via=b\nallow to=127.0.0.4 via=direct\n\
+                 deny to=127.0.0.6\n";
+    let rules = write_file(dir.path(), "rules", rules);
+    let [at_a, at_b, at_c] = [("a=", &a), ("b=", &b), ("", &c)].map(|(name, hop)| format!("{name}{}", hop.addr()));
+    let server = Server::start(&["--hop", &at_a, "--hop", &at_b, "--via", &at_c, "--rules", &rules]);
+    let rows = [
+        ("127.0.0.2", Some(&a), " via=\"a\" "),
+        ("127.0.0.3", Some(&b), " via=\"b\" "),
+        ("127.0.0.4", None, ""),
+        ("127.0.0.5", Some(&b), " via=\"b\" "),
+        ("127.0.0.1", Some(&c), " via=\"--via\" "),
+    ];
+    let mut addrs = Vec::new();
+    for (at, hop, via) in rows {
+        let echo = tcp_server(ip(at), |mut stream| {
+            let mut other = stream.try_clone().expect("cloned");
+            let _ = std::io::copy(&mut stream, &mut other);
+        });
+        let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo.to_string());
+        assert_eq!(rep, 0, "{at}");
+        ping(&mut stream, b"hello");
+        drop(stream);
+        let dst = format!("dst=\"{echo}\"");
+        let log = server.wait_log(|log| log.contains(&dst));
+        let line = log.lines().find(|line| line.contains(&dst)).expect("the session is logged");
+        assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
+        for other in [&a, &b, &c] {
+            let is_selected = hop.is_some_and(|hop| std::ptr::eq(hop, other));
+            wait_until("the hop logs the session", TIMEOUT, || !is_selected || logged_sessions(other, &dst) == 1);
+            assert_eq!(logged_sessions(other, &dst), usize::from(is_selected), "{at}");
+        }
+        addrs.push(udp_echo_server(ip(at)));
+    }
+    let denied = socket(ip("127.0.0.6"));
+    assert_eq!(open_as(&server, None, CONNECT, "127.0.0.6:9").1, 2);
+    // Each datagram of an association is routed separately.
+    let association = associate(server.addr(), V4, None);
+    for _ in 0..2 {
+        for addr in &addrs {
+            association.send(denied.local_addr().expect("local address"), b"denied");
+            association.ping(*addr, b"udp");
+        }
+    }
+    assert_no_datagram(&denied);
+    drop(association);
+    for (hop, ups) in [(&a, "up=6 down=6"), (&b, "up=12 down=12"), (&c, "up=6 down=6")] {
+        hop.wait_log(|log| log.lines().any(|line| line.contains("command=udp") && line.contains(ups)));
+    }
+}
+
+/// Starts a server with this /etc/hosts, in a mount namespace.
+fn with_hosts(hosts: &str, args: &[&str]) -> (tempfile::TempDir, Server) {
+    let dir = temp_dir();
+    let hosts = write_file(dir.path(), "hosts", hosts);
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"", "sh", &hosts]);
+    command.args([env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0"]).args(args);
+    (dir, Server::start_with(&mut command, 1))
+}
+
+/// A hop whose /etc/hosts contains known.inside.test, a resolver that the hop does not need, and echo servers.
+struct InsideHop {
+    queries: dns::Queries,
+    _dir: tempfile::TempDir,
+    hop: Server,
+    echo: SocketAddr,
+    udp: SocketAddr,
+}
+
+impl InsideHop {
+    fn new() -> Self {
+        // Outside of the hop, the name resolves to an unused address.
+        let queries = dns::start_with(|_, _| Answer::addrs(["127.0.0.9".parse().expect("valid address")]));
+        let (_dir, hop) = with_hosts("127.0.0.1 known.inside.test\n", &[]);
+        Self { queries, _dir, hop, echo: echo_server(), udp: udp_echo_server(V4) }
+    }
+
+    fn queries(&self) -> Vec<String> {
+        std::mem::take(&mut *self.queries.lock().expect("not poisoned"))
+    }
+
+    /// Runs all commands by name, and checks that s5 resolves nothing.
+    fn all_commands(&self, args: &[&str]) {
+        let server = Server::start(args);
+        let dst = format!("known.inside.test:{}", self.echo.port());
+        let (mut stream, rep, _) = open_as(&server, None, CONNECT, &dst);
+        assert_eq!((self.queries(), rep), (vec![], 0), "{args:?}");
+        ping(&mut stream, b"hello");
+        let association = associate(server.addr(), V4, None);
+        association.send_raw(&datagram_name(0, "known.inside.test", self.udp.port(), b"by name"));
+        assert_eq!(association.receive(), (self.udp, b"by name".to_vec()), "{args:?}");
+        let (mut client, rep, bnd) = open_as(&server, None, BIND, "known.inside.test:0");
+        assert_eq!(rep, 0, "{args:?}");
+        let _peer = TcpStream::connect(bnd).expect("the listener accepts");
+        assert_eq!(read_reply(&mut client).0, 0, "{args:?}");
+        assert_eq!(self.queries(), Vec::<String>::new(), "{args:?}");
+    }
+}
+
+#[test]
+fn hop_resolves_names_unless_address_rule_precedes() {
+    if !in_namespace("guard::via::hop_resolves_names_unless_address_rule_precedes", "", dns::RESOLV) {
+        return;
+    }
+    let inside = InsideHop::new();
+    let (url, named) = (inside.hop.addr().to_string(), format!("in={}", inside.hop.addr()));
+    let rows: [&[&str]; 4] = [
+        &["--via", &url, "--allow", "to=.inside.test"],
+        &["--hop", &named, "--allow", "to=.inside.test via=in"],
+        &["--hop", &named, "--allow", "via=in"],
+        &["--via", &url, "--deny", "port=1", "--allow", ""],
+    ];
+    rows.into_iter().for_each(|args| inside.all_commands(args));
+    // A rule has an address, so s5 resolves the name and sends the address to the hop.
+    for (rule, expected) in [("to=127.0.0.3", 5), ("to=127.0.0.9", 2)] {
+        let server = Server::start(&["--via", &url, "--deny", rule]);
+        let dst = format!("known.inside.test:{}", inside.echo.port());
+        assert_eq!(open_as(&server, None, CONNECT, &dst).1, expected, "{rule}");
+        assert_eq!(inside.queries().first().map(String::as_str), Some("known.inside.test"));
+        let dst = format!("dst=\"127.0.0.9:{}\"", inside.echo.port());
+        wait_until("the hop gets the address", TIMEOUT, || logged_sessions(&inside.hop, &dst) == 1);
+    }
+    assert_eq!(logged_sessions(&inside.hop, "127.0.0.9"), 1);
+}
+
+#[test]
+fn hop_resolves_all_names_without_address_rules() {
+    if !in_namespace("guard::via::hop_resolves_all_names_without_address_rules", "", dns::RESOLV) {
+        return;
+    }
+    let inside = InsideHop::new();
+    let url = inside.hop.addr().to_string();
+    inside.all_commands(&["--via", &url]);
+    inside.all_commands(&["--via", &url, "--deny", "port=1"]);
+}
+
+/// Starts a hop that answers the greeting with `selection` and the request with `reply`, then stays silent.
+fn scripted(selection: &'static [u8], reply: &'static [u8]) -> SocketAddr {
+    tcp_server(V4, move |mut stream| {
+        let mut greeting = [0; 3];
+        let _ = stream.read_exact(&mut greeting).and_then(|()| stream.write_all(selection));
+        let _ = stream.read_exact(&mut [0; 10]).and_then(|()| stream.write_all(reply));
+        let _ = stream.read(&mut [0; 64]);
+    })
+}
+
+#[test]
+fn rep_of_hop_is_returned_to_client() {
+    let denying = Server::start(&["--deny", "to=127.0.0.3"]);
+    let server = Server::start(&["--via", &denying.addr().to_string()]);
+    for command in [CONNECT, BIND] {
+        assert_eq!(open_as(&server, None, command, "127.0.0.3:9").1, 2);
+    }
+    assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
+    assert_eq!(open_as(&server, None, CONNECT, "a b:9").1, 4, "a name that the hop cannot resolve");
+    macro_rules! reply {
+        ($rep:expr) => {
+            &[5, $rep, 0, 1, 0, 0, 0, 0, 0, 0]
+        };
+    }
+    let replies: [&[u8]; 9] =
+        [reply!(1), reply!(2), reply!(3), reply!(4), reply!(5), reply!(6), reply!(7), reply!(8), reply!(0x42)];
+    let (target, dst) = listener(V4);
+    for reply in replies {
+        let hop = scripted(&[5, 0], reply);
+        let server = Server::start(&["--via", &hop.to_string()]);
+        for command in [CONNECT, BIND, UDP_ASSOCIATE] {
+            let (mut stream, rep, _) = open_as(&server, None, command, &dst.to_string());
+            assert_eq!(rep, reply[1], "{command}");
+            assert!(is_closed(&mut stream));
+        }
+    }
+    assert_no_connection(&target);
+}
+
+#[test]
+fn failing_hop_is_never_bypassed() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
+    let locked = Server::start(&["--users", &users]);
+    let silent = TcpListener::bind("127.0.0.1:0").expect("free port");
+    let silent_url = silent.local_addr().expect("local address").to_string();
+    let fake = |selection, reply| scripted(selection, reply).to_string();
+    let closing = tcp_server(V4, drop).to_string();
+    let good = Server::start(&[]);
+    let hops = [
+        closed_port().to_string(),
+        format!("unix:{}", dir.path().join("missing").display()),
+        silent_url.clone(),
+        closing,
+        fake(b"HTTP/1.0 400 Bad Request\r\n\r\n", b""),
+        fake(&[0, 0x5B, 0, 0, 0, 0, 0, 0], b""),
+        fake(&[5, 0xFF], b""),
+        fake(&[5, 2], b""),
+        fake(&[5, 0], b""),
+        fake(&[5, 0], &[4, 0, 0, 1, 0, 0, 0, 0, 0, 0]),
+        fake(&[5, 0], &[5, 0, 0, 9, 0, 0, 0, 0, 0, 0]),
+        locked.addr().to_string(),
+        format!("alice:wrong@{}", locked.addr()),
+        // The second hop of a chain fails.
+        format!("{},alice:wrong@{}", good.addr(), locked.addr()),
+        format!("{},{silent_url}", good.addr()),
+    ];
+    let (target, dst) = listener(V4);
+    for hop in &hops {
+        let named = format!("h={hop}");
+        let by_rule = ["--hop", &named, "--allow", "via=h"];
+        for args in [&["--via", hop][..], &by_rule] {
+            let server = Server::start(&[args, &["--connect-timeout", "200ms"]].concat());
+            for command in [CONNECT, BIND, UDP_ASSOCIATE] {
+                let (time, (mut stream, rep, _)) = timed(|| open_as(&server, None, command, &dst.to_string()));
+                assert_eq!(rep, 1, "{hop}: {command}");
+                assert!(time < TIMEOUT / 4, "{hop}: {command}: {time:?}");
+                assert!(is_closed(&mut stream));
+            }
+            server.wait_log(|log| log.matches(" rep=1 up=0 down=0 ").count() == 3);
+        }
+    }
+    assert_no_connection(&target);
+    let name = open_as(&Server::start(&["--via", &hops[0]]), None, CONNECT, &format!("localhost:{}", dst.port()));
+    assert_eq!(name.1, 1);
+    assert_no_connection(&target);
+}
+
+#[test]
+fn sessions_end_with_their_hop() {
+    let (first, second) = (Server::start(&[]), Server::start(&[]));
+    for is_first_killed in [true, false] {
+        let mut hops = [Server::start(&[]), Server::start(&[])].map(Some);
+        let url = hops.iter().flatten().map(|hop| hop.addr().to_string()).collect::<Vec<_>>().join(",");
+        let server = Server::start(&["--via", &url]);
+        let (mut tunnel, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
+        assert_eq!(rep, 0);
+        ping(&mut tunnel, b"hello");
+        let mut association = associate(server.addr(), V4, None);
+        association.ping(udp_echo_server(V4), b"hello");
+        let (mut waiting, rep, _) = open_as(&server, None, BIND, "127.0.0.1:0");
+        assert_eq!(rep, 0);
+        hops[usize::from(!is_first_killed)].take();
+        assert!(is_closed(&mut tunnel), "the tunnel is still open");
+        assert!(is_closed(&mut association.control), "the association is still open");
+        assert_ne!(read_reply(&mut waiting).0, 0, "BIND at the killed hop succeeded");
+        drop((tunnel, association, waiting));
+        let log = server.wait_log(|log| log.matches(" via=\"--via\" ").count() == 3);
+        let line = log.lines().find(|line| line.contains("command=udp")).expect("the session is logged");
+        assert!(line.contains("closed its association"), "{line}");
+        assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 1);
+    }
+    // Sessions through other hops continue.
+    let [at_first, at_second] = [("a=", &first), ("b=", &second)].map(|(name, hop)| format!("{name}{}", hop.addr()));
+    let rules = ["--allow", "to=127.0.0.2 command=connect via=a", "--allow", "command=connect via=b"];
+    let server = Server::start(&[&["--hop", &at_first, "--hop", &at_second][..], &rules].concat());
+    let (mut tunnel, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    drop(first);
+    ping(&mut tunnel, b"still open");
+}
+
+#[test]
+fn passwords_of_hops_are_neither_printed_nor_logged() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", &user_line("anna", "open sesame"));
+    let hop = Server::start(&["--users", &users]);
+    let good = format!("anna:open%20sesame@{}", hop.addr());
+    let named = format!("far=anna:not%20sesame@{}", hop.addr());
+    let rules = write_file(dir.path(), "rules", "allow to=127.0.0.2 via=far\n");
+    let server = Server::start(&["-v", "-v", "--via", &good, "--hop", &named, "--rules", &rules]);
+    let rep = |command, dst: &str| open_as(&server, None, command, dst).1;
+    assert_eq!(rep(CONNECT, &echo_server().to_string()), 0);
+    assert_eq!(rep(CONNECT, &closed_port().to_string()), 5);
+    assert_eq!(rep(CONNECT, "127.0.0.2:9"), 1);
+    assert_eq!(rep(UDP_ASSOCIATE, "0.0.0.0:0"), 1);
+    std::fs::write(&rules, "allow to=127.0.0.2 via=near\n").expect("file written");
+    server.signal("HUP");
+    server.wait_log(|log| log.contains("reload: ") && log.matches("session client=").count() == 4);
+    drop(hop);
+    assert_eq!(rep(CONNECT, &closed_port().to_string()), 1);
+    let log = server.wait_log(|log| log.matches("session client=").count() == 5);
+    assert!(!log.contains("sesame"), "{log}");
+    for request in ["to=127.0.0.1:80", "to=127.0.0.2:80"] {
+        std::fs::write(&rules, "allow to=127.0.0.2 via=far\n").expect("file written");
+        let args = ["serve", "--via", &good, "--hop", &named, "--rules", &rules, "--explain", request];
+        let output = run(s5().args(args), b"", TIMEOUT);
+        let shown = [output.stdout, output.stderr].concat();
+        assert!(!String::from_utf8_lossy(&shown).contains("sesame"), "{}", String::from_utf8_lossy(&shown));
+    }
+    let bad = [
+        "http://anna:sesame@192.0.2.1:1080",
+        "anna:sesame@192.0.2.1:99999",
+        "anna:sesame@192.0.2.1:sesame",
+        "anna:sesame@",
+        "anna:sesame@[::1",
+        "anna:sesame@::1:x",
+        "anna:open/sesame@a/b",
+        "anna:sesame@a b",
+        "socks5://anna:sesame@192.0.2.1:1080,anna:sesame@unix:/socket",
+        "192.0.2.1:1080,anna:sesame",
+        "anna:,sesame@192.0.2.1",
+        "192.0.2.1,,anna:sesame@192.0.2.2",
+        ":sesame@192.0.2.1",
+        "sesame://anna@192.0.2.1:99999",
+        "anna:ses@ame:sesame@192.0.2.1:x",
+        "anna:sesame@unix:",
+    ];
+    for url in bad {
+        let (in_name, hop) = (format!("{url}=192.0.2.1"), format!("a={url}"));
+        for args in [["--via", url], ["--hop", &hop], ["--hop", &in_name], ["--hop", url]] {
+            let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
+            let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{args:?}: {shown}");
+            assert!(shown.lines().count() == 1 && shown.contains(args[0]), "{args:?}: {shown}");
+            assert!(!shown.contains("ame@") && (!shown.contains("sesame") || url.starts_with("sesame:")), "{shown}");
+        }
+    }
+    for hop in ["direct=anna:sesame@192.0.2.1", "=anna:sesame@192.0.2.1", "anna:sesame@192.0.2.1"] {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "--hop", hop]), b"", TIMEOUT);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("sesame"));
+    }
+}
+
+#[test]
+fn error_about_url_in_via_does_not_contain_the_url() {
+    let dir = temp_dir();
+    let rules = write_file(dir.path(), "rules", "deny port=1\nallow via=anna:sesame@192.0.2.1:1080\n");
+    let allow = "via=socks5h://anna:sesame@192.0.2.1";
+    for args in [["--rules", &rules], ["--allow", allow]] {
+        let output = run(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
+        let shown = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{shown}");
+        assert!(shown.contains("via=") && !shown.contains("sesame"), "{shown}");
+    }
+}
+
+/// danted; killed when dropped.
+struct Danted(Child);
+
+impl Drop for Danted {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn connect_and_udp_pass_through_dante_as_hop() {
+    if !is_installed("danted") {
+        return;
+    }
+    let dir = temp_dir();
+    let (addr, log) = (closed_port(), dir.path().join("log"));
+    let user = String::from_utf8(run(Command::new("id").arg("-un"), b"", TIMEOUT).stdout).expect("UTF-8");
+    let config = format!(
+        "logoutput: {}\ninternal: {} port = {}\nexternal: 127.0.0.1\nclientmethod: none\nsocksmethod: none\n\
+         user.privileged: {user}user.unprivileged: {user}client pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n}}\n\
+         socks pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n  command: connect udpassociate udpreply\n  \
+         log: connect error\n}}\n",
+        log.display(),
+        addr.ip(),
+        addr.port()
+    );
+    let (config, pid) = (write_file(dir.path(), "config", &config), write_file(dir.path(), "pid", ""));
+    let mut command = Command::new("/usr/sbin/danted");
+    command.args(["-N", "1", "-f", &config, "-p", &pid]).env("TMPDIR", dir.path());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let _danted = Danted(command.spawn().expect("danted starts"));
+    let read_log = || std::fs::read_to_string(&log).unwrap_or_default();
+    wait_until("danted is running", TIMEOUT, || read_log().contains(" running"));
+    let server = Server::start(&["--via", &addr.to_string()]);
+    let (mut stream, rep, _) = open_as(&server, None, CONNECT, &echo_server().to_string());
+    assert_eq!(rep, 0);
+    ping(&mut stream, b"connect");
+    let association = associate(server.addr(), V4, None);
+    let echo = udp_echo_server(V4);
+    (0..10).for_each(|_| association.ping(echo, b"udp"));
+    for what in ["tcp/connect", "udp/udpassociate"] {
+        wait_until(what, TIMEOUT, || read_log().contains(what));
+    }
+    // REP codes of danted are returned to the client.
+    assert_eq!(open_as(&server, None, CONNECT, &closed_port().to_string()).1, 5);
+    assert_eq!(open_as(&server, None, BIND, "127.0.0.1:0").1, 2);
+}

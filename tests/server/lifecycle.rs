@@ -1,0 +1,8 @@
+//! The server, end to end: listening, the handshake, logins, the connection limit, the session log and shutdown.
+
+mod connection_limit;
+mod handshake;
+mod listen;
+mod passwords;
+mod session_log;
+mod shutdown;

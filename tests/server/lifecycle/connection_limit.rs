@@ -1,0 +1,121 @@
+//! `--max-connections`, and too few descriptors: new connections wait, the log reports it, and tunnels keep running.
+
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    CONNECT, Server, TIMEOUT, V4, assert_no_data, echo_server, greet, is_installed, listener, open, ping, read_exact,
+    s5, session_lines, wait_until,
+};
+
+#[test]
+fn connection_over_the_limit_waits_until_another_one_ends() {
+    let server = Server::start(&["--max-connections", "2"]);
+    let dst = echo_server();
+    let [(mut first, ..), (second, ..)] = [(); 2].map(|()| open(&server, CONNECT, dst));
+    let mut third = server.connect();
+    third.write_all(&[5, 1, 0]).expect("greeting sent");
+    server.wait_log(|log| log.contains("limit of 2 connections reached: new ones wait"));
+    assert_no_data(&third, Duration::from_millis(100));
+    ping(&mut first, b"not disturbed");
+    drop(second);
+    assert_eq!(read_exact(&mut third, 2), [5, 0]);
+}
+
+#[test]
+fn connection_limit_is_logged_at_most_once_per_second() {
+    let server = Server::start(&["--max-connections", "1"]);
+    let started = Instant::now();
+    for _ in 0..100 {
+        let waiting = [(); 3].map(|()| server.connect());
+        drop(waiting);
+    }
+    let log = server.wait_log(|log| session_lines(log).len() == 300);
+    let lines = u64::try_from(log.matches("connections reached: new ones wait").count()).expect("64 bits suffice");
+    assert!(lines >= 1, "the limit was never reached");
+    assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} log lines");
+}
+
+#[test]
+fn idle_listener_holds_no_connection_permit() {
+    let server = crate::support::serve(
+        "127.0.0.1:0",
+        3,
+        &["--listen", "127.0.0.2:0", "--listen", "[::1]:0", "--max-connections", "1"],
+    );
+    for addr in &server.addrs {
+        let mut stream = TcpStream::connect(addr).expect("the server accepts");
+        stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+        stream.write_all(&[5, 1, 0]).expect("greeting sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 0], "{addr}");
+    }
+}
+
+#[test]
+fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    let mut command = std::process::Command::new("prlimit");
+    command.arg("--nofile=40:40").arg(s5().get_program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
+    let server = Server::start_with(&mut command, 1);
+    let dst = echo_server();
+    let (mut tunnel, rep, _) = open(&server, CONNECT, dst);
+    assert_eq!(rep, 0);
+    let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
+    server.wait_log(|log| log.contains("too many open files"));
+    // The load is measured over at least 1.2 s.
+    let (started, before) = (Instant::now(), server.cpu_seconds());
+    while started.elapsed() < Duration::from_millis(1200) {
+        ping(&mut tunnel, b"still open");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let load = (server.cpu_seconds() - before) / started.elapsed().as_secs_f64();
+    assert!(load < 0.15, "{:.0} % of a core", load * 100.0);
+    let lines = u64::try_from(server.log().matches("too many open files").count()).expect("64 bits suffice");
+    assert!(lines <= 3 + started.elapsed().as_secs(), "{lines} log lines");
+    let mut waiting = server.connect();
+    waiting.write_all(&[5, 1, 0]).expect("greeting sent");
+    drop(silent);
+    let resumed = Instant::now();
+    assert_eq!(read_exact(&mut waiting, 2), [5, 0]);
+    assert!(resumed.elapsed() < Duration::from_secs(5), "{:?}", resumed.elapsed());
+    ping(&mut tunnel, b"still open too");
+    let (_stream, rep, _) = open(&server, CONNECT, dst);
+    assert_eq!(rep, 0);
+}
+
+#[test]
+fn connect_without_a_free_descriptor_gets_general_failure() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    let mut command = std::process::Command::new("prlimit");
+    command.arg("--nofile=40:40").arg(s5().get_program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
+    let server = Server::start_with(&mut command, 1);
+    let (target, dst) = listener(V4);
+    let mut stream = greet(&server);
+    let _silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
+    server.wait_log(|log| log.contains("too many open files"));
+    stream.write_all(&crate::support::request(CONNECT, dst)).expect("request sent");
+    assert_eq!(crate::support::read_reply(&mut stream).0, 1);
+    drop(target);
+}
+
+#[test]
+fn soft_descriptor_limit_is_raised_to_the_hard_limit() {
+    if !is_installed("prlimit") {
+        return;
+    }
+    let mut command = std::process::Command::new("prlimit");
+    command.arg("--nofile=64:1000").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
+    let server = Server::start_with(&mut command, 1);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).expect("the server runs");
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("the limit is listed");
+    assert_eq!(line.split_whitespace().nth(3), Some("1000"), "{line}");
+    let streams: Vec<TcpStream> = (0..100).map(|_| greet(&server)).collect();
+    wait_until("all clients are served", TIMEOUT, || server.descriptors() > streams.len());
+}

@@ -1,0 +1,179 @@
+//! `--listen`: every form of the address, the log line, and errors.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use crate::support::{
+    CONNECT, Server, TIMEOUT, V4, V6, echo_server, in_namespace, listener, open, ping, run, s5, serve, temp_dir,
+};
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().expect("valid address")
+}
+
+/// Offers no authentication. Fails unless the server selects it.
+fn assert_serves(stream: &mut (impl std::io::Read + std::io::Write)) {
+    stream.write_all(&[5, 1, 0]).expect("greeting sent");
+    let mut selection = [0; 2];
+    stream.read_exact(&mut selection).expect("method selection received");
+    assert_eq!(selection, [5, 0]);
+}
+
+fn assert_listens(addr: SocketAddr) {
+    let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+    assert_serves(&mut stream);
+}
+
+/// Returns the last line on the stderr of a server that must fail to start.
+fn start_error(args: &[&str]) -> String {
+    let output = run(s5().arg("serve").args(args), b"", TIMEOUT);
+    assert!(!output.status.success(), "{args:?}");
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    let last = stderr.lines().last().unwrap_or_default().to_owned();
+    assert!(last.starts_with("s5: "), "{args:?}: {stderr}");
+    last
+}
+
+#[test]
+fn listen_port_binds_loopback_of_both_families() {
+    let server = serve("0", 2, &[]);
+    let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
+    assert_eq!(ips, [V4, V6]);
+    assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "ports differ");
+    server.addrs.iter().copied().for_each(assert_listens);
+    let other = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
+    assert!(TcpStream::connect(other).is_err(), "the server also listens on another loopback address");
+}
+
+#[test]
+fn listen_star_binds_all_addresses_of_both_families() {
+    let server = serve("*:0", 2, &["--allow-open-relay"]);
+    let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
+    assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
+    for ip in ["127.0.0.1", "127.0.0.2", "::1"] {
+        assert_listens(SocketAddr::new(ip.parse().expect("valid address"), server.addr().port()));
+    }
+}
+
+#[test]
+fn listen_address_or_name_binds_only_that_address() {
+    let server = serve("[::1]:0", 1, &["--listen", "127.0.0.2:0", "--listen", "127.0.0.1:0"]);
+    server.wait_log(|log| log.matches("listening on ").count() == 3);
+    assert_eq!(server.addr().ip(), V6);
+    assert_listens(server.addr());
+    let server = serve("localhost:0", 1, &[]);
+    assert!(server.addr().ip().is_loopback());
+    assert_listens(server.addr());
+}
+
+#[test]
+fn listen_log_line_has_the_bound_port() {
+    let server = Server::start(&[]);
+    assert_ne!(server.addr().port(), 0);
+    assert!(server.log().lines().any(|line| line.ends_with(&format!("listening on {}", server.addr()))));
+}
+
+#[test]
+fn unix_socket_serves_clients_and_is_removed_at_exit() {
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
+    let listen = format!("unix:{}", path.display());
+    let mut server = serve(&listen, 1, &[]);
+    assert!(server.log().contains(&format!("listening on {listen}")));
+    let mut stream = UnixStream::connect(&path).expect("the listener accepts");
+    assert_serves(&mut stream);
+    let dst = echo_server();
+    stream.write_all(&crate::support::request(CONNECT, dst)).expect("request sent");
+    let mut reply = [0; 10];
+    stream.read_exact(&mut reply).expect("reply received");
+    assert_eq!(reply[..2], [5, 0]);
+    stream.write_all(b"hello").expect("data sent");
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).expect("answer received");
+    assert_eq!(&answer, b"hello");
+    drop(stream);
+    assert!(server.wait_log(|log| log.contains("session ")).contains("client=unix "));
+    server.signal("TERM");
+    assert!(server.wait(TIMEOUT).success());
+    assert!(!path.exists());
+}
+
+#[test]
+fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
+    let dir = temp_dir();
+    let path = dir.path().join("s5.sock");
+    let listen = format!("unix:{}", path.display());
+    // Dropping a listener does not remove its file.
+    drop(UnixListener::bind(&path).expect("bound"));
+    let _server = serve(&listen, 1, &[]);
+    let error = start_error(&["--listen", &listen]);
+    assert!(error.contains(&listen), "{error}");
+    assert_serves(&mut UnixStream::connect(&path).expect("the listener accepts"));
+}
+
+#[test]
+fn listen_keeps_a_regular_file_at_the_socket_path() {
+    let dir = temp_dir();
+    let path = crate::support::write_file(dir.path(), "precious", "text");
+    let error = start_error(&["--listen", &format!("unix:{path}")]);
+    assert!(error.contains(&path), "{error}");
+    assert_eq!(std::fs::read_to_string(path).expect("file read"), "text");
+}
+
+#[test]
+fn listen_error_names_a_port_in_use() {
+    let (_taken, addr) = listener(V4);
+    let error = start_error(&["--listen", "127.0.0.1:0", "--listen", &addr.to_string()]);
+    assert!(error.contains(&addr.to_string()) && error.contains("in use"), "{error}");
+    assert!(error.ends_with("(choose another address with --listen)"), "{error}");
+    let (_taken, addr) = listener(V6);
+    let error = start_error(&["--listen", &addr.port().to_string()]);
+    assert!(error.contains("in use"), "{error}");
+}
+
+#[test]
+fn listen_error_names_an_address_of_another_host() {
+    let error = start_error(&["--listen", "192.0.2.200:0"]);
+    assert!(error.contains("192.0.2.200:0"), "{error}");
+}
+
+#[test]
+fn killed_server_can_rebind_its_port_at_once() {
+    // In a network namespace, so that no other program can take the port before the second server.
+    if !in_namespace("lifecycle::listen::killed_server_can_rebind_its_port_at_once", "", "") {
+        return;
+    }
+    let server = Server::start(&[]);
+    let addr = server.addr();
+    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+    assert_eq!(rep, 0);
+    ping(&mut stream, b"hello");
+    drop(server);
+    let restarted = serve(&addr.to_string(), 1, &[]);
+    assert_listens(restarted.addr());
+}
+
+#[test]
+fn one_and_four_threads_serve_all_tunnels() {
+    for threads in ["1", "4"] {
+        let server = Server::start(&["--threads", threads]);
+        let dst = echo_server();
+        let mut streams: Vec<TcpStream> = (0..50)
+            .map(|_| {
+                let (stream, rep, _) = open(&server, CONNECT, dst);
+                assert_eq!(rep, 0);
+                stream
+            })
+            .collect();
+        for _ in 0..3 {
+            streams.iter_mut().for_each(|stream| ping(stream, b"hello"));
+        }
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
+        let workers = tasks.flatten().filter(|task| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "s5-worker")
+        });
+        assert_eq!(workers.count().to_string(), threads);
+    }
+}

@@ -1,0 +1,138 @@
+//! SIGTERM and SIGINT: new connections are refused, open sessions are drained, a second signal ends the drain. Also:
+//! the server keeps running if the reader of its log closes the pipe.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::support::{
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, accept, assert_no_data, echo_server, greet, listener,
+    open, ping, read_exact, s5, stream_end, timed, wait_until,
+};
+
+#[test]
+fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
+    for signal in ["TERM", "INT"] {
+        let mut server = Server::start(&["--drain-timeout", "60"]);
+        let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+        assert_eq!(rep, 0);
+        server.signal(signal);
+        server.wait_log(|log| log.contains("shutting down: draining sessions"));
+        let addr = server.addr();
+        wait_until("new connections are refused", TIMEOUT, || TcpStream::connect(addr).is_err());
+        ping(&mut stream, b"draining");
+        stream.shutdown(std::net::Shutdown::Write).expect("half-closed");
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "closed, not reset");
+        assert_eq!(server.wait(TIMEOUT).code(), Some(0), "{signal}");
+        let log = server.wait_log(|log| log.contains("command=connect"));
+        // A probe above may have been accepted just before the listener was closed; its line has an error.
+        let tunnel = log.lines().find(|line| line.contains("command=connect")).unwrap_or_default();
+        assert!(!tunnel.contains("error=") && !log.contains("closing the remaining sessions"), "{log}");
+    }
+}
+
+#[test]
+fn sigterm_ends_an_idle_server_at_once() {
+    let mut server = Server::start(&["--drain-timeout", "60"]);
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+}
+
+#[test]
+fn drain_timeout_resets_the_remaining_tunnels() {
+    for threads in ["1", "4"] {
+        let mut server = Server::start(&["--drain-timeout", "300ms", "--threads", threads]);
+        let (target, dst) = listener(V4);
+        let mut tunnels: Vec<_> = (0..8)
+            .map(|_| {
+                let (client, rep, _) = open(&server, CONNECT, dst);
+                assert_eq!(rep, 0);
+                (client, accept(&target).0)
+            })
+            .collect();
+        for (client, target) in &mut tunnels {
+            client.write_all(b"half of a").expect("data sent");
+            assert_eq!(read_exact(target, 9), b"half of a");
+        }
+        let (time, status) = timed(|| {
+            server.signal("TERM");
+            server.wait(TIMEOUT)
+        });
+        assert_eq!(status.code(), Some(0));
+        assert!(time >= Duration::from_millis(300), "{time:?}");
+        for (client, target) in &mut tunnels {
+            assert_eq!(
+                [stream_end(client), stream_end(target)],
+                [StreamEnd::Reset, StreamEnd::Reset],
+                "{threads} threads"
+            );
+        }
+        let log = server.wait_log(|log| log.matches("session ").count() == 8);
+        assert!(log.contains("drain time over, closing the remaining sessions"), "{log}");
+    }
+}
+
+#[test]
+fn drain_timeout_closes_waiting_binds_and_udp_associations() {
+    let mut server = Server::start(&["--drain-timeout", "100ms"]);
+    let any: SocketAddr = "0.0.0.0:0".parse().expect("valid address");
+    let (_bind, rep, bnd) = open(&server, BIND, any);
+    assert_eq!(rep, 0);
+    let (_association, rep, _) = open(&server, UDP_ASSOCIATE, any);
+    assert_eq!(rep, 0);
+    let _handshake = greet(&server);
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    assert!(TcpStream::connect(bnd).is_err());
+    server.wait_log(|log| log.matches("session ").count() == 3);
+}
+
+#[test]
+fn second_signal_ends_the_drain() {
+    for signals in [["TERM", "TERM"], ["INT", "TERM"]] {
+        let mut server = Server::start(&["--drain-timeout", "60"]);
+        let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+        assert_eq!(rep, 0);
+        server.signal(signals[0]);
+        server.wait_log(|log| log.contains("shutting down: draining sessions"));
+        assert_no_data(&stream, Duration::from_millis(50));
+        server.signal(signals[1]);
+        assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+        assert_eq!(stream_end(&mut stream), StreamEnd::Reset);
+    }
+}
+
+#[test]
+fn drain_of_zero_resets_tunnels_at_once() {
+    let mut server = Server::start(&["--drain-timeout", "0"]);
+    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
+    assert_eq!(rep, 0);
+    server.signal("TERM");
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+    assert_eq!(stream_end(&mut stream), StreamEnd::Reset);
+}
+
+#[test]
+fn server_survives_a_closed_log_pipe() {
+    let mut command = s5();
+    command.args(["serve", "--listen", "127.0.0.1:0", "-v"]);
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("s5 starts");
+    let mut log = BufReader::new(child.stderr.take().expect("stderr is piped"));
+    let mut line = String::new();
+    log.read_line(&mut line).expect("line read");
+    let addr: SocketAddr = line.trim().rsplit(' ').next().and_then(|addr| addr.parse().ok()).expect("valid address");
+    drop(log);
+    let result = std::panic::catch_unwind(|| {
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(addr).expect("the listener accepts");
+            stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+            stream.write_all(&[5, 1, 0]).expect("greeting sent");
+            assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+        }
+    });
+    let is_running = child.try_wait().expect("the child can be waited for").is_none();
+    child.kill().expect("the child can be killed");
+    child.wait().expect("the child can be waited for");
+    assert!(result.is_ok() && is_running);
+}

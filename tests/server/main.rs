@@ -1,0 +1,9 @@
+//! The server, end to end on loopback, and the relay without a server. tests/limits tests the limits of the server.
+
+mod guard;
+mod lifecycle;
+mod relay;
+mod serve;
+#[path = "../support/mod.rs"]
+mod support;
+mod udp;

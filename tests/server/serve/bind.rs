@@ -1,0 +1,288 @@
+//! BIND: both replies, accepted and refused peers, and closing of the listener.
+
+use std::io::{ErrorKind, Write as _};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    BIND, Server, StreamEnd, TIMEOUT, V4, V6, connect_from, idle_descriptors, in_namespace, open, open_by_name, ping,
+    read_exact, read_reply, reset, serve, stream_end, timed, wait_until,
+};
+
+const ANY_PEER: &str = "0.0.0.0:0";
+const OTHER_PEER: &str = "127.0.0.2:0";
+/// Time for the server to close the listener after the client has disconnected.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().expect("valid address")
+}
+
+/// Sends BIND for `dst`. Returns the client's connection and BND.
+fn bind(server: &Server, dst: &str) -> (TcpStream, SocketAddr) {
+    let (stream, rep, bnd) = open(server, BIND, addr(dst));
+    assert_eq!(rep, 0, "BIND for {dst}");
+    assert_ne!(bnd.port(), 0);
+    (stream, bnd)
+}
+
+fn connect_peer(ip: IpAddr, to: SocketAddr) -> TcpStream {
+    connect_from(SocketAddr::new(ip, 0), to)
+}
+
+/// Asserts that the second reply has the peer's address, and that both directions are relayed.
+fn assert_relayed(client: &mut TcpStream, peer: &mut TcpStream) {
+    assert_eq!(read_reply(client), (0, peer.local_addr().expect("local address")));
+    client.write_all(b"question").expect("data sent");
+    client.shutdown(Shutdown::Write).expect("half-closed");
+    assert_eq!(stream_end(peer), StreamEnd::Closed(b"question".to_vec()));
+    peer.write_all(b"answer").expect("data sent");
+    peer.shutdown(Shutdown::Write).expect("half-closed");
+    assert_eq!(stream_end(client), StreamEnd::Closed(b"answer".to_vec()));
+}
+
+/// Asserts that the connection is closed or reset without data.
+fn assert_closed(peer: &mut TcpStream) {
+    let end = stream_end(peer);
+    assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
+}
+
+fn refuses(addr: SocketAddr) -> bool {
+    TcpStream::connect(addr).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+#[test]
+fn bind_sends_two_replies_and_relays() {
+    for (listen, ip) in [("127.0.0.1:0", V4), ("[::1]:0", V6), ("127.0.0.1:0", V6), ("[::1]:0", V4)] {
+        let server = serve(listen, 1, &[]);
+        let (mut client, bnd) = bind(&server, &SocketAddr::new(ip, 0).to_string());
+        assert_eq!(bnd.ip(), ip, "BND must have the family of DST");
+        assert_relayed(&mut client, &mut connect_peer(ip, bnd));
+    }
+}
+
+#[test]
+fn bind_bnd_is_the_address_that_the_client_connected_to() {
+    let server = serve("*:0", 2, &["--allow-open-relay"]);
+    let listen = SocketAddr::new(addr("127.0.0.3:0").ip(), server.addr().port());
+    let mut client = connect_peer(V4, listen);
+    client.write_all(&[5, 1, 0]).expect("greeting sent");
+    assert_eq!(read_exact(&mut client, 2), [5, 0]);
+    client.write_all(&crate::support::request(BIND, addr(ANY_PEER))).expect("request sent");
+    let (rep, bnd) = read_reply(&mut client);
+    assert_eq!((rep, bnd.ip()), (0, listen.ip()));
+    assert_relayed(&mut client, &mut connect_peer(V4, bnd));
+}
+
+#[test]
+fn bind_dst_of_zeros_accepts_any_peer() {
+    for (listen, dst, ip) in [("127.0.0.1:0", ANY_PEER, "127.0.0.5"), ("[::1]:0", "[::]:0", "::1")] {
+        let server = serve(listen, 1, &[]);
+        let (mut client, bnd) = bind(&server, dst);
+        assert_relayed(&mut client, &mut connect_peer(ip.parse().expect("valid address"), bnd));
+    }
+}
+
+#[test]
+fn bind_closes_unexpected_peers_and_keeps_waiting() {
+    let server = Server::start(&[]);
+    for dst in ["127.0.0.1:0", "[::ffff:127.0.0.1]:0"] {
+        let (mut client, bnd) = bind(&server, dst);
+        for _ in 0..3 {
+            assert_closed(&mut connect_from(addr(OTHER_PEER), bnd));
+        }
+        assert_relayed(&mut client, &mut connect_peer(V4, bnd));
+    }
+}
+
+#[test]
+fn bind_compares_the_port_of_dst() {
+    // In a namespace, so that no other process can bind the port.
+    if !in_namespace("serve::bind::bind_compares_the_port_of_dst", "", "") {
+        return;
+    }
+    let server = Server::start(&[]);
+    let expected = crate::support::closed_port();
+    let (mut client, bnd) = bind(&server, &expected.to_string());
+    assert_closed(&mut connect_peer(V4, bnd));
+    assert_relayed(&mut client, &mut connect_from(expected, bnd));
+}
+
+#[test]
+fn bind_accepts_all_addresses_of_a_name() {
+    let hosts = "127.0.0.1 localhost\n127.0.0.4 pair\n127.0.0.5 pair\n::1 dual\n127.0.0.1 dual\n";
+    if !in_namespace("serve::bind::bind_accepts_all_addresses_of_a_name", hosts, "") {
+        return;
+    }
+    let server = Server::start(&[]);
+    let table = [("localhost", "127.0.0.1"), ("pair", "127.0.0.4"), ("pair", "127.0.0.5"), ("dual", "127.0.0.1")];
+    for (name, ip) in table {
+        let (mut client, rep, bnd) = open_by_name(&server, BIND, name, 0);
+        assert_eq!(rep, 0, "{name}");
+        let bnd = SocketAddr::new(V4, bnd.port());
+        assert_closed(&mut connect_from(addr(OTHER_PEER), bnd));
+        assert_relayed(&mut client, &mut connect_peer(ip.parse().expect("valid address"), bnd));
+    }
+    // The peer can connect over each family of the name.
+    let (mut client, _, bnd) = open_by_name(&server, BIND, "dual", 0);
+    assert_relayed(&mut client, &mut connect_peer(V6, SocketAddr::new(V6, bnd.port())));
+    let (_, rep, _) = open_by_name(&server, BIND, "invalid.a..b", 0);
+    assert_eq!(rep, 4);
+}
+
+#[test]
+fn bind_timeout_is_rep_06_in_the_second_reply() {
+    let server = Server::start(&["--bind-timeout", "200ms"]);
+    let (time, (mut client, bnd)) = timed(|| {
+        let (mut client, bnd) = bind(&server, ANY_PEER);
+        assert_eq!(read_reply(&mut client).0, 6);
+        (client, bnd)
+    });
+    assert!(time >= Duration::from_millis(200) && time < TIMEOUT, "{time:?}");
+    assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
+    assert!(refuses(bnd), "the listener is still open");
+    assert!(server.wait_log(|log| log.contains("session ")).contains("rep=6"));
+}
+
+#[test]
+fn bind_timeout_is_not_extended_by_unexpected_peers() {
+    let server = Server::start(&["--bind-timeout", "300ms"]);
+    let (mut client, bnd) = bind(&server, "127.0.0.1:0");
+    let started = Instant::now();
+    // Connects repeatedly until the listener is closed.
+    while !refuses_unexpected_peer(bnd) {
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+    assert!(started.elapsed() >= Duration::from_millis(250));
+    assert_eq!(read_reply(&mut client).0, 6);
+}
+
+/// Returns true if the listener refuses a connection from another address than DST.
+fn refuses_unexpected_peer(bnd: SocketAddr) -> bool {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket created");
+    socket.bind(&addr(OTHER_PEER).into()).expect("free port");
+    socket.connect(&bnd.into()).is_err()
+}
+
+#[test]
+fn bind_listener_is_closed_when_the_client_disconnects() {
+    let server = Server::start(&[]);
+    let before = idle_descriptors(&server);
+    let disconnect: [fn(TcpStream); 4] = [
+        drop,
+        reset,
+        |stream| {
+            // The client closes after data that the server has not read.
+            (&stream).write_all(b"early").expect("data sent");
+        },
+        |mut stream| {
+            stream.shutdown(Shutdown::Write).expect("half-closed");
+            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
+        },
+    ];
+    for disconnect in disconnect {
+        let (client, bnd) = bind(&server, "192.0.2.1:9");
+        disconnect(client);
+        wait_until("the listener is closed", RELEASE_TIMEOUT, || refuses(bnd));
+        wait_until("the descriptors are closed", RELEASE_TIMEOUT, || server.descriptors() == before);
+    }
+}
+
+#[test]
+fn bind_relays_data_sent_before_the_second_reply() {
+    let server = Server::start(&[]);
+    let (mut client, bnd) = bind(&server, ANY_PEER);
+    client.write_all(b"early").expect("data sent");
+    let mut peer = connect_peer(V4, bnd);
+    assert_eq!(read_exact(&mut peer, 5), b"early");
+    assert_eq!(read_reply(&mut client).0, 0);
+    ping_both(&mut client, &mut peer);
+}
+
+fn ping_both(client: &mut TcpStream, peer: &mut TcpStream) {
+    client.write_all(b"ping").expect("data sent");
+    assert_eq!(read_exact(peer, 4), b"ping");
+    peer.write_all(b"pong").expect("data sent");
+    assert_eq!(read_exact(client, 4), b"pong");
+}
+
+#[test]
+fn bind_closes_its_listener_after_one_peer() {
+    let server = Server::start(&[]);
+    let (mut client, bnd) = bind(&server, ANY_PEER);
+    let mut peer = connect_peer(V4, bnd);
+    assert_eq!(read_reply(&mut client).0, 0);
+    assert!(refuses(bnd), "the listener is still open");
+    ping_both(&mut client, &mut peer);
+}
+
+#[test]
+fn bind_forwards_a_reset_of_the_peer() {
+    let server = Server::start(&[]);
+    let (mut client, bnd) = bind(&server, ANY_PEER);
+    let peer = connect_peer(V4, bnd);
+    assert_eq!(read_reply(&mut client).0, 0);
+    reset(peer);
+    assert_eq!(stream_end(&mut client), StreamEnd::Reset);
+}
+
+#[test]
+fn bind_ports_limits_the_ports_of_listeners() {
+    if !in_namespace("serve::bind::bind_ports_limits_the_ports_of_listeners", "", "") {
+        return;
+    }
+    let server = Server::start(&["--bind-ports", "20000-20002"]);
+    let mut open_binds: Vec<(TcpStream, SocketAddr)> = (0..3).map(|_| bind(&server, ANY_PEER)).collect();
+    let mut ports: Vec<u16> = open_binds.iter().map(|(_, bnd)| bnd.port()).collect();
+    ports.sort_unstable();
+    assert_eq!(ports, [20000, 20001, 20002]);
+    assert_eq!(open(&server, BIND, addr(ANY_PEER)).1, 1, "all ports are in use");
+    // A port can be bound again after its tunnel has ended, although connections are in TIME-WAIT.
+    let (mut client, bnd) = open_binds.swap_remove(1);
+    assert_relayed(&mut client, &mut connect_peer(V4, bnd));
+    drop(client);
+    wait_until("the port is free", RELEASE_TIMEOUT, || open(&server, BIND, addr(ANY_PEER)).1 == 0);
+}
+
+#[test]
+fn bind_bnd_is_the_advertised_address_of_its_family() {
+    let server = Server::start(&["--advertise", "192.0.2.9"]);
+    let (mut client, bnd) = bind(&server, ANY_PEER);
+    assert_eq!(bnd.ip(), addr("192.0.2.9:0").ip());
+    assert_relayed(&mut client, &mut connect_peer(V4, SocketAddr::new(V4, bnd.port())));
+    // The advertised address is IPv4. For an IPv6 peer, BND is the address of the listener.
+    let (_client, bnd) = bind(&server, "[::1]:0");
+    assert_eq!(bnd.ip(), V6);
+}
+
+#[test]
+fn bind_fifty_sessions_are_isolated() {
+    let server = Server::start(&[]);
+    let before = idle_descriptors(&server);
+    let mut clients: Vec<_> = (0..50_u8).map(|_| bind(&server, ANY_PEER)).collect();
+    let mut peers: Vec<TcpStream> = clients.iter().map(|(_, bnd)| connect_peer(V4, *bnd)).collect();
+    for (number, peer) in (0..50).zip(&mut peers) {
+        peer.write_all(&[number]).expect("data sent");
+    }
+    for ((number, (client, _)), peer) in (0..50).zip(&mut clients).zip(&peers) {
+        assert_eq!(read_reply(client), (0, peer.local_addr().expect("local address")));
+        assert_eq!(read_exact(client, 1), [number]);
+    }
+    drop((clients, peers));
+    wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
+}
+
+#[test]
+fn bind_relays_small_messages_without_delay() {
+    let server = Server::start(&[]);
+    let (mut client, bnd) = bind(&server, ANY_PEER);
+    let mut peer = connect_peer(V4, bnd);
+    assert_eq!(read_reply(&mut client).0, 0);
+    std::thread::spawn(move || {
+        let mut writer = peer.try_clone().expect("cloned");
+        let _ = std::io::copy(&mut peer, &mut writer);
+    });
+    for _ in 0..20 {
+        ping(&mut client, b"small");
+    }
+}
