@@ -154,7 +154,7 @@ async fn negotiate_level(
         if is_nec_exchange { token.first().copied() } else { Some(unwrap_level(&mut context, &mut token)?) };
     let level = choose_level(requested, levels)
         .ok_or_else(|| failed("the security context supports no allowed protection level (see --gssapi-protection)"))?;
-    let code = [level.code()];
+    let code = [level as u8];
     let answer = if is_nec_exchange { code.into() } else { context.wrap(&code, false)? };
     send_frame(conn, Frame::Protection(answer)).await?;
     Ok((level, context))
@@ -249,7 +249,7 @@ impl Initiator {
             true => ProtectionLevel::Confidentiality,
             false => ProtectionLevel::Integrity,
         };
-        let code = [self.requested_level.min(strongest).code()];
+        let code = [self.requested_level.min(strongest) as u8];
         let request = if self.uses_nec_exchange { code.into() } else { context.wrap(&code, false)? };
         send_frame(conn, Frame::Protection(request)).await?;
         let mut answer = conn.read_message().await?;

@@ -94,7 +94,7 @@ impl Message for Credentials {
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
         reader.expect_auth_version()?;
-        let mut field = || match reader.length_prefixed()? {
+        let mut field = || match reader.length_prefixed(0)? {
             [] => Err(DecodeError::from(ProtocolError::EmptyCredential)),
             bytes => Ok(bytes.to_vec()),
         };
@@ -148,18 +148,15 @@ impl Message for Request {
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
         reader.expect_version()?;
-        let command = match reader.byte()? {
-            1 => Command::Connect,
-            2 => Command::Bind,
-            3 => Command::UdpAssociate,
-            other => return Err(ProtocolError::Command(other).into()),
-        };
+        let code = reader.byte()?;
+        let command = Command::ALL.into_iter().find(|command| *command as u8 == code);
+        let command = command.ok_or(ProtocolError::Command(code))?;
         reader.byte()?;
         Ok(Self { command, dst: Addr::decode_fields(reader)? })
     }
 
     fn encode_into(&self, out: &mut Vec<u8>) {
-        out.extend([VERSION, self.command.code(), 0]);
+        out.extend([VERSION, self.command as u8, 0]);
         self.dst.encode_into(out);
     }
 }

@@ -69,7 +69,7 @@ pub enum Route {
 }
 
 /// One rule. An empty list stands for no condition.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Rule {
     allow: bool,
     from: Vec<ClientPattern>,
@@ -102,8 +102,9 @@ enum UserPattern {
     Realm(Vec<u8>),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 enum TargetCondition {
+    #[default]
     Any,
     /// `allow` without `to=`: every target that the built-in rules do not deny to this client.
     Unprotected,
@@ -267,19 +268,7 @@ fn match_any<T>(list: &[T], match_one: impl Fn(&T) -> Match) -> Match {
 impl Rule {
     /// Returns a built-in rule without conditions.
     fn unconditional(allow: bool, text: &str) -> Self {
-        Self {
-            allow,
-            from: Vec::new(),
-            users: Vec::new(),
-            methods: Vec::new(),
-            levels: Vec::new(),
-            commands: Vec::new(),
-            to: TargetCondition::Any,
-            ports: Vec::new(),
-            via: None,
-            text: text.into(),
-            origin: "built in".into(),
-        }
+        Self { allow, text: text.into(), origin: "built in".into(), ..Self::default() }
     }
 
     /// Returns the source of the rule: a file and line, an option, or "built in".
@@ -341,21 +330,19 @@ impl UserPattern {
 
 impl TargetPattern {
     fn matches(&self, allow: bool, request: &AccessRequest<'_>) -> Match {
-        let (name, net) = match self {
-            Self::Name(name) => (name, None),
-            Self::Suffix(suffix) => (suffix, None),
-            Self::Net(net) => (&String::new(), Some(net)),
+        let name = match self {
+            Self::Net(net) => return match_fact(request.target_ip, |ip| net_matches(net, ip, allow)),
+            Self::Name(name) | Self::Suffix(name) => name,
         };
-        match (net, request.target_ip, request.target_name) {
-            (Some(net), Some(ip), _) => net_matches(net, ip, allow).into(),
-            (_, None, None) | (Some(_), None, Some(_)) => Match::Maybe,
-            (None, _, None) => Match::No,
-            (None, _, Some(target)) => {
+        match (request.target_ip, request.target_name) {
+            (_, Some(target)) => {
                 let target = normalize_name(target.as_str());
                 let prefix = target.strip_suffix(name.as_str());
                 let is_subdomain = prefix.is_some_and(|prefix| prefix.ends_with('.'));
                 (prefix == Some("") || is_subdomain && matches!(self, Self::Suffix(_))).into()
             }
+            (Some(_), None) => Match::No,
+            (None, None) => Match::Maybe,
         }
     }
 }

@@ -15,6 +15,8 @@ use crate::proto::MAX_CREDENTIAL_LEN;
 /// Length of the longest password for bcrypt, in bytes. It ignores further bytes, so longer passwords are refused.
 const BCRYPT_MAX_PASSWORD: usize = 72;
 
+/// Start of a hash of argon2id.
+const ARGON2ID: &str = "$argon2id$";
 /// Identifiers of unsupported hash types, which error messages can name.
 const UNSUPPORTED_SCHEMES: [&str; 11] = ["1", "5", "6", "7", "y", "gy", "2", "2x", "apr1", "argon2i", "argon2d"];
 
@@ -28,17 +30,12 @@ pub struct Users {
     decoy_seed: RandomState,
 }
 
-enum StoredHash {
-    Argon2(String),
-    Bcrypt(String),
-}
+/// A hash of argon2id, or else of bcrypt. `Debug` omits it.
+struct StoredHash(String);
 
 impl fmt::Debug for StoredHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Argon2(_) => "Argon2(..)",
-            Self::Bcrypt(_) => "Bcrypt(..)",
-        })
+        f.write_str("StoredHash(..)")
     }
 }
 
@@ -97,15 +94,15 @@ impl Users {
 
 impl StoredHash {
     fn parse(text: &str) -> Result<Self, String> {
-        if text.starts_with("$argon2id$") {
+        if text.starts_with(ARGON2ID) {
             let hash = PasswordHash::new(text).map_err(|error| format!("invalid argon2id hash: {error}"))?;
             let is_complete = hash.salt.is_some() && hash.hash.is_some();
             let is_valid = is_complete && Params::try_from(&hash).is_ok();
-            return if is_valid { Ok(Self::Argon2(text.into())) } else { Err("invalid argon2id hash".into()) };
+            return if is_valid { Ok(Self(text.into())) } else { Err("invalid argon2id hash".into()) };
         }
         if ["$2a$", "$2b$", "$2y$"].iter().any(|prefix| text.starts_with(prefix)) {
             let is_valid = text.parse::<bcrypt::HashParts>().is_ok_and(|parts| (4..=31).contains(&parts.get_cost()));
-            return if is_valid { Ok(Self::Bcrypt(text.into())) } else { Err("invalid bcrypt hash".into()) };
+            return if is_valid { Ok(Self(text.into())) } else { Err("invalid bcrypt hash".into()) };
         }
         // Without a known $SCHEME$, the text may be a plain password, so it is not shown.
         match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
@@ -117,16 +114,13 @@ impl StoredHash {
     }
 
     fn verify(&self, passwd: &[u8]) -> bool {
-        match self {
-            Self::Argon2(hash) => {
-                PasswordHash::new(hash).is_ok_and(|hash| Argon2::default().verify_password(passwd, &hash).is_ok())
-            }
-            Self::Bcrypt(hash) => {
-                // bcrypt stops at a NUL byte, so "a\0a" can equal "a".
-                let is_comparable = passwd.len() <= BCRYPT_MAX_PASSWORD && !passwd.contains(&0);
-                bcrypt::verify(passwd, hash).unwrap_or(false) && is_comparable
-            }
+        let Self(hash) = self;
+        if hash.starts_with(ARGON2ID) {
+            return PasswordHash::new(hash).is_ok_and(|hash| Argon2::default().verify_password(passwd, &hash).is_ok());
         }
+        // bcrypt stops at a NUL byte, so "a\0a" can equal "a".
+        let is_comparable = passwd.len() <= BCRYPT_MAX_PASSWORD && !passwd.contains(&0);
+        bcrypt::verify(passwd, hash).unwrap_or(false) && is_comparable
     }
 }
 
@@ -174,23 +168,17 @@ pub fn edit_entry(text: &str, name: &str, line: Option<&str>) -> Option<String> 
         if !is_entry(old) {
             out.push_str(old);
         } else if let (Some(line), false) = (line, found) {
-            out.push_str(line);
-            out.push('\n');
+            out += &format!("{line}\n");
         }
         found |= is_entry(old);
     }
     match line {
-        None => return found.then_some(out),
-        Some(_) if found => {}
-        Some(line) => {
-            if !out.is_empty() && !out.ends_with('\n') {
-                out.push('\n');
-            }
-            out.push_str(line);
-            out.push('\n');
+        Some(line) if !found => {
+            let separator = if out.is_empty() || out.ends_with('\n') { "" } else { "\n" };
+            Some(format!("{out}{separator}{line}\n"))
         }
+        _ => (found || line.is_some()).then_some(out),
     }
-    Some(out)
 }
 
 /// Returns the start of a word for a message, enough to find its line. Shows no hash, and no long secret in full.

@@ -104,7 +104,7 @@ impl Addr {
     pub(super) fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
         let host = match reader.byte()? {
             ATYP_IPV4 => Host::Ip(Ipv4Addr::from(reader.array_followed_by::<4>(PORT_LEN)?).into()),
-            ATYP_NAME => Host::Name(HostName::new(reader.length_prefixed_followed_by(PORT_LEN)?)?),
+            ATYP_NAME => Host::Name(HostName::new(reader.length_prefixed(PORT_LEN)?)?),
             ATYP_IPV6 => Host::Ip(Ipv6Addr::from(reader.array_followed_by::<16>(PORT_LEN)?).into()),
             other => return Err(ProtocolError::AddressType(other).into()),
         };
@@ -113,17 +113,11 @@ impl Addr {
 
     pub(super) fn encode_into(&self, out: &mut Vec<u8>) {
         match &self.host {
-            Host::Ip(IpAddr::V4(ip)) => {
-                out.push(ATYP_IPV4);
-                out.extend(ip.octets());
-            }
+            Host::Ip(IpAddr::V4(ip)) => out.extend([ATYP_IPV4].into_iter().chain(ip.octets())),
+            Host::Ip(IpAddr::V6(ip)) => out.extend([ATYP_IPV6].into_iter().chain(ip.octets())),
             Host::Name(name) => {
                 out.push(ATYP_NAME);
                 write_length_prefixed(name.as_str().as_bytes(), out);
-            }
-            Host::Ip(IpAddr::V6(ip)) => {
-                out.push(ATYP_IPV6);
-                out.extend(ip.octets());
             }
         }
         out.extend(self.port.to_be_bytes());
@@ -151,7 +145,7 @@ impl FromStr for Addr {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match split_host_port(text) {
-            (host, Some(port)) => Ok(Self { port: parse_port(port)?, host: host.parse()? }),
+            (_, Some(_)) => Self::parse_with_default_port(text, 0),
             (_, None) => Err(format!("expected HOST:PORT or [IPV6]:PORT, found {text:?}")),
         }
     }

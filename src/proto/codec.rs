@@ -150,13 +150,9 @@ impl<'a> MessageReader<'a> {
     }
 
     /// Takes a length byte and that many bytes. The message has at least `min_after` bytes after them.
-    pub(super) fn length_prefixed_followed_by(&mut self, min_after: usize) -> Result<&'a [u8], DecodeError> {
+    pub(super) fn length_prefixed(&mut self, min_after: usize) -> Result<&'a [u8], DecodeError> {
         let length = self.byte()?;
         self.take(length.into(), min_after)
-    }
-
-    pub(super) fn length_prefixed(&mut self) -> Result<&'a [u8], DecodeError> {
-        self.length_prefixed_followed_by(0)
     }
 
     pub(super) fn expect_version(&mut self) -> Result<(), DecodeError> {

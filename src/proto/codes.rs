@@ -48,21 +48,15 @@ pub(super) fn from_name<T: Copy + fmt::Display>(text: &str, all: &[T], expected:
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     /// The server connects to DST.
-    Connect,
+    Connect = 1,
     /// The server accepts one connection from DST.
-    Bind,
+    Bind = 2,
     /// The server relays UDP datagrams.
-    UdpAssociate,
+    UdpAssociate = 3,
 }
 
 impl Command {
-    pub(super) fn code(self) -> u8 {
-        match self {
-            Self::Connect => 1,
-            Self::Bind => 2,
-            Self::UdpAssociate => 3,
-        }
-    }
+    pub(super) const ALL: [Self; 3] = [Self::Connect, Self::Bind, Self::UdpAssociate];
 }
 
 impl fmt::Display for Command {
@@ -79,7 +73,7 @@ impl FromStr for Command {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        from_name(text, &[Self::Connect, Self::Bind, Self::UdpAssociate], "connect, bind or udp")
+        from_name(text, &Self::ALL, "connect, bind or udp")
     }
 }
 

@@ -108,29 +108,20 @@ impl Message for Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ProtectionLevel {
     /// No protection. The RFC has no such level; NEC, Dante and curl use the code 0 for it.
-    None,
+    None = 0,
     /// Changes are detected.
-    Integrity,
+    Integrity = 1,
     /// Changes are detected, and the data is encrypted.
-    Confidentiality,
+    Confidentiality = 2,
 }
 
 impl ProtectionLevel {
     /// All levels except "selective" (3), which no implementation is known to support.
     pub const ALL: [Self; 3] = [Self::None, Self::Integrity, Self::Confidentiality];
 
-    /// Returns the byte that stands for the level in messages.
-    pub fn code(self) -> u8 {
-        match self {
-            Self::None => 0,
-            Self::Integrity => 1,
-            Self::Confidentiality => 2,
-        }
-    }
-
-    /// Returns the level with this code.
+    /// Returns the level with this code in messages.
     pub fn from_code(code: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|level| level.code() == code)
+        Self::ALL.into_iter().find(|level| *level as u8 == code)
     }
 }
 
