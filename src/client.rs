@@ -22,7 +22,7 @@ use crate::proto::{
 };
 pub use association::{Association, AssociationClosedError};
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
-pub use proxy::{Endpoint, Proxy, credentials, parse_hops};
+pub use proxy::{Endpoint, Proxy, check_credentials, parse_hops};
 
 /// What handshakes with different proxies and targets have in common. User names and passwords are part of each
 /// [`Proxy`].
@@ -77,9 +77,14 @@ impl Client {
         }
     }
 
-    /// The target.
-    pub fn dst(&self) -> &Addr {
-        &self.dst
+    /// The proxies, nearest first.
+    pub fn hops(&self) -> &[Proxy] {
+        &self.hops
+    }
+
+    /// The target, or with BIND the expected peer. `None`: any peer, or only a login.
+    pub fn dst(&self) -> Option<&Addr> {
+        Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
     /// Time spent in each phase so far.
@@ -101,9 +106,11 @@ impl Client {
     pub async fn request(&self, command: Command) -> Result<(Conn, Addr), ClientError> {
         self.with_deadline(async {
             if self.hops.is_empty() {
-                return self.connect_direct().await;
+                let conn = self.dial(&self.dst, Phase::ResolveTarget).await?;
+                let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
+                return Ok((conn, bnd));
             }
-            let mut last_error = ClientErrorKind::Unreachable(DialError::NameNotFound);
+            let mut last_error = DialError::NameNotFound.into();
             for dst in self.targets().await? {
                 let (mut conn, _) = self.open_hops(self.hops.len()).await?;
                 match self.send_request(&mut conn, command, &dst).await {
@@ -143,22 +150,19 @@ impl Client {
 
     /// Resolves `addr`. Returns the addresses of the families that the local address allows.
     async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
-        let mut addrs = lookup(&self.options.resolver, addr).await.map_err(ClientErrorKind::Unreachable)?;
+        let mut addrs = lookup(&self.options.resolver, addr).await?;
         addrs.retain(|addr| self.options.local.can_reach(addr.ip()));
-        if addrs.is_empty() { Err(ClientErrorKind::Unreachable(DialError::FamilyUnavailable)) } else { Ok(addrs) }
+        if addrs.is_empty() { Err(DialError::FamilyUnavailable.into()) } else { Ok(addrs) }
     }
 
-    /// Connects to the target without a proxy. Returns the connection and its local address.
-    async fn connect_direct(&self) -> Result<(Conn, Addr), ClientErrorKind> {
-        self.enter_phase(Phase::ResolveTarget);
-        let addrs = self.lookup(&self.dst).await?;
+    /// Resolves `addr`, in `phase`, and connects to it.
+    async fn dial(&self, addr: &Addr, phase: Phase) -> Result<Conn, ClientErrorKind> {
+        self.enter_phase(phase);
+        let addrs = self.lookup(addr).await?;
         self.enter_phase(Phase::Connect);
-        let conn = dial(addrs, self.options.local, no_deadline())
-            .await
-            .map(Conn::Tcp)
-            .map_err(ClientErrorKind::Unreachable)?;
-        let bnd = conn.local_addr().map_or(Addr::UNSPECIFIED, Addr::from);
-        Ok((conn, bnd))
+        // `with_deadline` bounds the whole handshake.
+        let no_deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
+        Ok(Conn::Tcp(dial(addrs, self.options.local, no_deadline).await?))
     }
 
     /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's address.
@@ -223,14 +227,7 @@ impl Client {
                 self.enter_phase(Phase::Connect);
                 connect_unix(path).await.map(Conn::Unix).map_err(ClientErrorKind::Socket)
             }
-            Endpoint::Tcp(addr) => {
-                let addrs = self.lookup(addr).await?;
-                self.enter_phase(Phase::Connect);
-                dial(addrs, self.options.local, no_deadline())
-                    .await
-                    .map(Conn::Tcp)
-                    .map_err(ClientErrorKind::Unreachable)
-            }
+            Endpoint::Tcp(addr) => self.dial(addr, Phase::ResolveProxy).await,
         }
     }
 
@@ -360,18 +357,12 @@ impl Client {
             ClientErrorKind::Rep(rep) if next.is_some() => ClientErrorKind::NextHop(rep),
             kind => kind,
         };
-        let dst = Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED).map(ToString::to_string);
-        ClientError { proxy, target: next.or(dst), phase, kind }
+        ClientError { proxy, target: next.or(self.dst().map(ToString::to_string)), phase, kind }
     }
 }
 
 fn join_methods(methods: &[Method]) -> String {
     methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// Returns a deadline in the far future: `with_deadline` bounds the whole handshake.
-fn no_deadline() -> Instant {
-    Instant::now() + Duration::from_secs(365 * 24 * 3600)
 }
 
 async fn write(conn: &mut Conn, message: &impl Message) -> Result<(), ClientErrorKind> {

@@ -11,7 +11,7 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use crate::proto::Command;
-pub use cli::completions::Shell;
+use cli::completions::{ScriptFn, parse_shell};
 pub use cli::exit::{CliError, ExitStatus, eprint_line, plain_os_errors};
 use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
@@ -25,8 +25,8 @@ struct Args {
     version: bool,
 
     /// print completions for bash, zsh or fish and exit
-    #[argh(option, arg_name = "SHELL")]
-    completions: Option<Shell>,
+    #[argh(option, arg_name = "SHELL", from_str_fn(parse_shell))]
+    completions: Option<ScriptFn>,
 
     /// print the manual page, in man(7) format, and exit
     #[argh(switch)]
@@ -120,7 +120,7 @@ impl Args {
         match self {
             Self { version: true, .. } => Ok(Action::Print(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),
             Self { man: true, .. } => Ok(Action::Print(manual::text(program))),
-            Self { completions: Some(shell), .. } => Ok(Action::Print(shell.script(program))),
+            Self { completions: Some(script), .. } => Ok(Action::Print(script(program))),
             _ => Err("a mode is required: serve, connect, bind or udp".into()),
         }
     }

@@ -8,7 +8,6 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
-use std::pin::pin;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
@@ -92,8 +91,7 @@ impl Client {
             let peer = hops.first().map_or(&self.dst, |first| &first.relay).clone();
             self.enter_phase(if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
             let first = self.lookup(&peer).await?.first().copied();
-            let relay = first.ok_or(ClientErrorKind::Unreachable(DialError::NameNotFound))?;
-            let socket = self.datagram_socket(relay).map_err(ClientErrorKind::Unreachable)?;
+            let socket = self.datagram_socket(first.ok_or(DialError::NameNotFound)?)?;
             Ok(Association { hops, socket, peer, invalid: Cell::default() })
         })
         .await
@@ -232,15 +230,11 @@ impl Association {
     pub async fn closed<'a>(&'a self) -> AssociationClosedError {
         let watch = |hop: &'a HopAssociation| (Box::pin(hop.control.wait_peer_closed()), hop);
         let mut watches: Vec<_> = self.hops.iter().map(watch).collect();
-        let mut first_closed = pin!(poll_fn(move |cx| {
-            for (watch, hop) in &mut watches {
-                if watch.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(AssociationClosedError(hop.proxy.clone()));
-                }
-            }
-            Poll::Pending
-        }));
-        first_closed.as_mut().await
+        poll_fn(|cx| {
+            let closed = watches.iter_mut().find_map(|(watch, hop)| watch.as_mut().poll(cx).is_ready().then_some(hop));
+            closed.map_or(Poll::Pending, |hop| Poll::Ready(AssociationClosedError(hop.proxy.clone())))
+        })
+        .await
     }
 }
 

@@ -84,6 +84,12 @@ pub enum ClientErrorKind {
     TimedOut(Duration),
 }
 
+impl From<DialError> for ClientErrorKind {
+    fn from(error: DialError) -> Self {
+        Self::Unreachable(error)
+    }
+}
+
 /// A failed handshake.
 #[derive(Debug)]
 pub struct ClientError {

@@ -65,10 +65,13 @@ impl FromStr for Proxy {
         };
         let decode = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
         let (uname, credentials) = match userinfo.map(|userinfo| (userinfo, userinfo.split_once(':'))) {
-            Some((_, Some((uname, passwd)))) => (None, Some(credentials(&decode(uname), &decode(passwd))?)),
+            Some((_, Some((uname, passwd)))) => {
+                (None, Some(Credentials { uname: decode(uname), passwd: decode(passwd) }))
+            }
             Some((uname, None)) => (Some(decode(uname)), None),
             None => (None, None),
         };
+        credentials.as_ref().map_or(Ok(()), check_credentials)?;
         let address = address.trim_end_matches('/');
         let endpoint = match (address.strip_prefix("unix:"), address.split_once("localhost/")) {
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
@@ -102,13 +105,13 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
 ///
 /// # Errors
 /// The message contains neither of them.
-pub fn credentials(uname: &[u8], passwd: &[u8]) -> Result<Credentials, String> {
-    for (name, bytes) in [("user name", uname), ("password", passwd)] {
+pub fn check_credentials(credentials: &Credentials) -> Result<(), String> {
+    for (name, bytes) in [("user name", &credentials.uname), ("password", &credentials.passwd)] {
         if !(1..=MAX_CREDENTIAL_LEN).contains(&bytes.len()) {
             return Err(format!("the {name} has {} bytes: SOCKS5 allows 1 to {MAX_CREDENTIAL_LEN}", bytes.len()));
         }
     }
-    Ok(Credentials { uname: uname.into(), passwd: passwd.into() })
+    Ok(())
 }
 
 #[cfg(test)]

@@ -85,12 +85,10 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
     });
     let output = output.transpose()?;
     let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
-    let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut SessionReport| {
+    let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut SessionReport<'_>| {
         let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
-        report.set_bnd(&bound);
-        let peer = accept_peer(&connector, client, &mut tunnel, &bound, output).await;
-        report.set_peer(client, peer.as_ref().ok());
-        peer?;
+        report.bnd = Some(bound.clone());
+        report.peer = Some(accept_peer(&connector, client, &mut tunnel, &bound, output).await?);
         Box::pin(tunnel::run(&connector, program.as_ref(), tunnel, &bound, report)).await
     };
     let request = async |client: &Client| client.request(Command::Bind).await;

@@ -8,7 +8,8 @@ use super::netcat::options::Args;
 use super::netcat::report::SessionReport;
 use super::netcat::tunnel;
 use crate::client::Client;
-use crate::proto::Command;
+use crate::conn::Conn;
+use crate::proto::{Addr, Command};
 
 /// Runs the mode until it ends.
 pub(super) fn run(args: Args) -> Result<(), CliError> {
@@ -33,9 +34,9 @@ pub(super) fn run(args: Args) -> Result<(), CliError> {
 }
 
 async fn connect(connector: &Connector, program: Option<&Program>) -> Result<(), CliError> {
-    let transfer = async |(tunnel, bnd), client: &Client, report: &mut SessionReport| {
-        report.set_bnd(&bnd);
-        connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
+    let transfer = async |(tunnel, bnd): (Conn, Addr), _: &Client, report: &mut SessionReport<'_>| {
+        connector.print_connected(&bnd);
+        report.bnd = Some(bnd.clone());
         Box::pin(tunnel::run(connector, program, tunnel, &bnd, report)).await
     };
     connector.run_reported(async |client| client.request(Command::Connect).await, transfer).await
@@ -43,7 +44,7 @@ async fn connect(connector: &Connector, program: Option<&Program>) -> Result<(),
 
 /// Performs the handshake up to the login, without a request.
 async fn probe(connector: &Connector) -> Result<(), CliError> {
-    let succeed = async |(), client: &Client, _: &mut SessionReport| {
+    let succeed = async |(), client: &Client, _: &mut SessionReport<'_>| {
         let method = client.method().map(|method| method.to_string()).unwrap_or_default();
         connector.print_verbose(&format!("handshake succeeded (method {method})"));
         Ok(())

@@ -4,44 +4,21 @@
 //! mode, and call functions that fish 3 does not have.
 
 use std::fmt::Write as _;
-use std::str::FromStr;
 
 use argh::FlagInfo;
 
 use super::syntax::{Syntax, summary, value_name};
 
-/// A shell for which there is a completion script.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shell {
-    /// GNU bash.
-    Bash,
-    /// The Z shell.
-    Zsh,
-    /// The friendly interactive shell.
-    Fish,
-}
+/// Returns the completion script of a shell.
+pub(in crate::cmd) type ScriptFn = fn(&Syntax) -> String;
 
-impl FromStr for Shell {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "bash" => Ok(Self::Bash),
-            "zsh" => Ok(Self::Zsh),
-            "fish" => Ok(Self::Fish),
-            _ => Err("expected bash, zsh or fish".into()),
-        }
-    }
-}
-
-impl Shell {
-    /// Returns the completion script.
-    pub(in crate::cmd) fn script(self, program: &Syntax) -> String {
-        match self {
-            Self::Bash => bash(program),
-            Self::Zsh => zsh(program),
-            Self::Fish => fish(program),
-        }
+/// Parses the name of a shell.
+pub(in crate::cmd) fn parse_shell(text: &str) -> Result<ScriptFn, String> {
+    match text {
+        "bash" => Ok(bash),
+        "zsh" => Ok(zsh),
+        "fish" => Ok(fish),
+        _ => Err("expected bash, zsh or fish".into()),
     }
 }
 

@@ -84,10 +84,10 @@ impl Connector {
     pub(in crate::cmd) async fn run_reported<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
-        transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport) -> Result<(), CliError>,
+        transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport<'_>) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         let RetryOutcome { client, attempts, result } = self.retry(operation).await;
-        let mut report = self.report(&client, attempts);
+        let mut report = SessionReport::new(&client, attempts);
         let result = match result {
             Ok(established) => transfer(established, &client, &mut report).await,
             Err(error) => Err(error),
@@ -140,6 +140,11 @@ impl Connector {
         }
     }
 
+    /// Prints where a tunnel begins and ends if `-v` is set.
+    pub(in crate::cmd) fn print_connected(&self, bnd: &Addr) {
+        self.print_verbose(&format!("connected to {} from {bnd}", self.dst));
+    }
+
     /// Returns the prefix of messages: the last proxy, or `direct`.
     fn label(&self) -> String {
         self.hops.last().map_or("direct".into(), |hop| format!("proxy {hop}"))
@@ -185,13 +190,12 @@ impl Connector {
         }
     }
 
-    /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn report(&self, client: &Client, attempts: u32) -> SessionReport {
-        SessionReport::new(client, self.hops.iter().map(ToString::to_string).collect(), self.dst(), attempts)
-    }
-
     /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.
-    pub(in crate::cmd) fn finish(&self, report: SessionReport, result: Result<(), CliError>) -> Result<(), CliError> {
+    pub(in crate::cmd) fn finish(
+        &self,
+        report: SessionReport<'_>,
+        result: Result<(), CliError>,
+    ) -> Result<(), CliError> {
         if !self.args.json {
             return self.filter_error(result);
         }

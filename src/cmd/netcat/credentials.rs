@@ -12,18 +12,12 @@ use std::process::{Command, Stdio};
 use super::descriptor;
 use super::options::Args;
 use super::proxies::env_var;
-use crate::client::{Proxy, credentials};
+use crate::client::{Proxy, check_credentials};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
 /// Maximum number of bytes read from a password file.
 const MAX_FILE_SIZE: u64 = 1 << 20;
-
-/// A user name and a password.
-struct Login {
-    uname: Vec<u8>,
-    passwd: Vec<u8>,
-}
 
 /// Adds credentials to hops whose URL has no password.
 ///
@@ -56,11 +50,13 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), Cli
     for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
         let uname = hop.uname.as_ref().or(user.as_ref());
         let login = logins.iter().find(|login| uname.is_none_or(|uname| *uname == login.uname));
-        hop.credentials = match (login, uname) {
-            (Some(Login { uname, passwd }), _) => Some(to_credentials(hop, uname, passwd)?),
-            (None, Some(uname)) => Some(to_credentials(hop, uname, &prompt_password(hop, uname, args)?)?),
-            (None, None) => None,
+        let login = match (login, uname) {
+            (Some(login), _) => login.clone(),
+            (None, Some(uname)) => Credentials { uname: uname.clone(), passwd: prompt_password(hop, uname, args)? },
+            (None, None) => continue,
         };
+        check_credentials(&login).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))?;
+        hop.credentials = Some(login);
     }
     Ok(())
 }
@@ -71,12 +67,8 @@ fn auth_file_label(file: &str) -> String {
     format!("--proxy-auth-file {shown}")
 }
 
-fn to_credentials(hop: &Proxy, uname: &[u8], passwd: &[u8]) -> Result<Credentials, CliError> {
-    credentials(uname, passwd).map_err(|error| CliError::usage(format!("proxy {hop}: {error}")))
-}
-
 /// Reads all lines of a file, but only the first line of stdin or a descriptor: later data may belong to the tunnel.
-fn read_file(name: &str) -> io::Result<Vec<Login>> {
+fn read_file(name: &str) -> io::Result<Vec<Credentials>> {
     let mut text = Vec::new();
     match (name, descriptor::fd_number(name)) {
         ("-", _) => read_first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
@@ -105,7 +97,7 @@ fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-fn read_environment() -> Result<Vec<Login>, CliError> {
+fn read_environment() -> Result<Vec<Credentials>, CliError> {
     // As bytes: a password need not be UTF-8.
     let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
     let mut logins = Vec::new();
@@ -118,45 +110,41 @@ fn read_environment() -> Result<Vec<Login>, CliError> {
         [("SOCKS5_USER", &["SOCKS5_PASSWORD", "SOCKS5_PASSWD"][..]), ("SOCKS_USERNAME", &["SOCKS_PASSWORD"])]
     {
         let passwd = passwords.iter().copied().find_map(variable);
-        logins.extend(variable(user).zip(passwd).map(|(uname, passwd)| Login { uname, passwd }));
+        logins.extend(variable(user).zip(passwd).map(|(uname, passwd)| Credentials { uname, passwd }));
     }
     Ok(logins)
 }
 
 /// Splits `user:password` at the first colon.
-fn parse_login(pair: &[u8]) -> Option<Login> {
+fn parse_login(pair: &[u8]) -> Option<Credentials> {
     let colon = pair.iter().position(|byte| *byte == b':')?;
     let (uname, passwd) = pair.split_at(colon);
-    Some(Login { uname: uname.into(), passwd: passwd.get(1..)?.into() })
+    Some(Credentials { uname: uname.into(), passwd: passwd.get(1..)?.into() })
 }
 
 /// Returns the password from the askpass program or the user. Fails if neither is available, and in CI.
 fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
-    let prompt = format!("Password for {} at {hop}: ", String::from_utf8_lossy(uname).escape_debug());
-    let may_prompt = env_var("CI").is_none_or(|ci| ci == "false");
-    if may_prompt {
+    let user = String::from_utf8_lossy(uname).escape_debug().to_string();
+    let login_error =
+        |problem: String| CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {problem}"));
+    if env_var("CI").is_none_or(|ci| ci == "false") {
+        let prompt = format!("Password for {user} at {hop}: ");
         if let Some(program) = askpass_program() {
-            return run_askpass(&program, &prompt).map_err(|error| {
-                CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {program}: {error}"))
-            });
+            return run_askpass(&program, &prompt).map_err(|error| login_error(format!("{program}: {error}")));
         }
-        let uses_stdin = !(args.zero_io || args.recv_only || args.pass_fd)
-            && args.listen.is_none()
-            && args.exec.is_none()
-            && args.sh_exec.is_none();
+        let has_program = args.exec.is_some() || args.sh_exec.is_some();
+        let is_stdin_unused = args.zero_io || args.recv_only || args.pass_fd || args.listen.is_some() || has_program;
         // If stdin is the terminal, its input belongs to the tunnel.
-        let is_terminal_used = uses_stdin && io::stdin().is_terminal();
-        if !is_terminal_used && let Ok(passwd) = rpassword::prompt_password(&prompt) {
+        if (is_stdin_unused || !io::stdin().is_terminal())
+            && let Ok(passwd) = rpassword::prompt_password(&prompt)
+        {
             return Ok(passwd.into_bytes());
         }
     }
-    let uname = String::from_utf8_lossy(uname);
-    let problem = format!("no password for {}", uname.escape_debug());
-    let message = match &args.proxy_auth_file {
-        Some(file) => format!("proxy {hop}: login: {}: {problem}", auth_file_label(file)),
-        None => format!("proxy {hop}: login: {problem} (use --proxy-auth-file or S5_PROXY_AUTH)"),
-    };
-    Err(CliError::new(ExitStatus::LOGIN_FAILED, message))
+    Err(login_error(match &args.proxy_auth_file {
+        Some(file) => format!("{}: no password for {user}", auth_file_label(file)),
+        None => format!("no password for {user} (use --proxy-auth-file or S5_PROXY_AUTH)"),
+    }))
 }
 
 /// Returns the program to ask for passwords, by the rules of ssh(1) for SSH_ASKPASS.

@@ -2,11 +2,13 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
+use socket2::SockRef;
 
 use super::connector::{Connector, RetryOutcome};
 use super::report::SessionReport;
@@ -19,27 +21,28 @@ use crate::net::{
 };
 use crate::proto::Command;
 
-/// Binds a local address with `bind` and prints the address that is bound.
-pub(in crate::cmd) fn listen<T>(
+/// Opens a socket on a local address with `bind`, and prints the address.
+pub(in crate::cmd) fn listen<T: AsFd>(
     connector: &Connector,
     addr: SocketAddr,
-    bind: impl FnOnce(SocketAddr) -> io::Result<(T, SocketAddr)>,
-) -> Result<T, CliError> {
-    let (socket, addr) = bind(addr).map_err(|error| {
+    bind: impl FnOnce(SocketAddr) -> io::Result<T>,
+) -> Result<Io<T>, CliError> {
+    let open = || {
+        let socket = bind(addr)?;
+        SockRef::from(&socket).set_nonblocking(true)?;
+        let local = SockRef::from(&socket).local_addr()?.as_socket();
+        Ok((Io::new(socket)?, local.unwrap_or(addr)))
+    };
+    let (socket, local) = open().map_err(|error: io::Error| {
         CliError::new(ExitStatus::LOCAL_ADDR, format!("listen on {addr}: {error} (choose another with -l)"))
     })?;
-    connector.print_line(&format!("listening on {addr}"));
+    connector.print_line(&format!("listening on {local}"));
     Ok(socket)
 }
 
 /// Forwards one connection, or with `-k` any number.
 pub(in crate::cmd) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
-    let listener = listen(connector, addr, |addr| {
-        let listener = TcpListener::bind(addr)?;
-        listener.set_nonblocking(true)?;
-        let addr = listener.local_addr()?;
-        Ok((Io::new(listener)?, addr))
-    })?;
+    let listener = listen(connector, addr, TcpListener::bind)?;
     if !connector.args.keep_open {
         let local = accept(connector, &listener).await?;
         drop(listener);
@@ -102,7 +105,7 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
         let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
         return connector.finish(SessionReport::default(), Err(error));
     };
-    let mut report = connector.report(&client, attempts);
+    let mut report = SessionReport::new(&client, attempts);
     let (mut tunnel, bnd) = match result {
         Ok(established) => established,
         Err(error) => {
@@ -111,8 +114,8 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
             return connector.finish(report, Err(error));
         }
     };
-    report.set_bnd(&bnd);
-    connector.print_verbose(&format!("connected to {} from {bnd}", client.dst()));
+    connector.print_connected(&bnd);
+    report.bnd = Some(bnd);
     let stats = Arc::new(RelayStats::default());
     let counts = ByteCounts::default();
     let options = RelayOptions {
@@ -129,8 +132,7 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
         sleep(UNDELIVERED_GRACE).await;
         local.abort();
     }
-    report.set_bytes(&counts);
-    report.set_stats(stats.first_byte(), stats.ended_first());
+    report.set_relayed(&counts, stats.first_byte(), stats.ended_first());
     let result = match outcome {
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))

@@ -1,6 +1,5 @@
 //! `--progress`: bytes, rate and time of a transfer on the terminal.
 
-use std::fmt;
 use std::future::pending;
 use std::io::{self, Write as _};
 use std::sync::atomic::Ordering;
@@ -35,10 +34,10 @@ impl ProgressLine<'_> {
         let bytes = self.counts.up.load(Ordering::Relaxed) + self.counts.down.load(Ordering::Relaxed);
         let elapsed = self.started.elapsed();
         let rate = u128::from(bytes) * 1000 / elapsed.as_millis().max(1);
-        let rate = ByteSize(u64::try_from(rate).unwrap_or(u64::MAX));
+        let (size, rate) = (format_size(bytes), format_size(u64::try_from(rate).unwrap_or(u64::MAX)));
         let seconds = elapsed.as_secs();
         let (minutes, seconds) = (seconds / 60, seconds % 60);
-        let _ = write!(io::stderr(), "\r\x1b[K{} in {minutes}:{seconds:02}, {rate}/s{end}", ByteSize(bytes));
+        let _ = write!(io::stderr(), "\r\x1b[K{size} in {minutes}:{seconds:02}, {rate}/s{end}");
     }
 }
 
@@ -48,20 +47,15 @@ impl Drop for ProgressLine<'_> {
     }
 }
 
-/// A size that is displayed as `17 B`, `1.5 KiB` or `3.2 GiB`.
-struct ByteSize(u64);
-
-impl fmt::Display for ByteSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(bytes) = *self;
-        let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-        match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
-            Some((shift, unit)) => {
-                let tenths = ((bytes >> (shift - 10)) * 10) >> 10;
-                write!(f, "{}.{} {unit}", tenths / 10, tenths % 10)
-            }
-            None => write!(f, "{bytes} B"),
+/// Formats a size as `17 B`, `1.5 KiB` or `3.2 GiB`.
+fn format_size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    match units.into_iter().find(|(shift, _)| bytes >> shift > 0) {
+        Some((shift, unit)) => {
+            let tenths = ((bytes >> (shift - 10)) * 10) >> 10;
+            format!("{}.{} {unit}", tenths / 10, tenths % 10)
         }
+        None => format!("{bytes} B"),
     }
 }
 
@@ -70,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn byte_size_uses_the_largest_unit_not_above_it() {
+    fn size_has_the_largest_unit_not_above_it() {
         let table = [
             (0, "0 B"),
             (1023, "1023 B"),
@@ -81,7 +75,7 @@ mod tests {
             (u64::MAX, "16777215.9 TiB"),
         ];
         for (bytes, shown) in table {
-            assert_eq!(ByteSize(bytes).to_string(), shown);
+            assert_eq!(format_size(bytes), shown);
         }
     }
 }

@@ -5,27 +5,20 @@ use std::fmt::Write as _;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::client::{Client, Phase, PhaseTimes};
+use crate::client::{Client, Phase};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::net::{ByteCounts, Side};
 use crate::proto::Addr;
 
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
-pub(in crate::cmd) struct SessionReport {
-    /// All proxies, nearest first.
-    hops: Vec<String>,
-    target: Option<String>,
-    /// Method selected by the last proxy that was reached.
-    method: Option<String>,
-    /// REP of the last reply.
-    rep: Option<u8>,
-    bnd: Option<String>,
-    /// BIND: the address of the peer that connected.
-    peer: Option<String>,
+pub(in crate::cmd) struct SessionReport<'a> {
+    /// The client of the attempt that the report describes.
+    client: Option<&'a Client>,
     attempts: u32,
-    /// Duration of each phase, in the attempt that the report describes.
-    times: PhaseTimes,
+    pub(in crate::cmd) bnd: Option<Addr>,
+    /// BIND: the address of the peer that connected.
+    pub(in crate::cmd) peer: Option<Addr>,
     /// Time from the end of the handshake to the first byte from the target.
     first_byte: Option<Duration>,
     /// Bytes to the target.
@@ -36,46 +29,30 @@ pub(in crate::cmd) struct SessionReport {
     ended_first: Option<Side>,
 }
 
-impl SessionReport {
+impl<'a> SessionReport<'a> {
     /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn new(client: &Client, hops: Vec<String>, target: Option<&Addr>, attempts: u32) -> Self {
-        Self {
-            hops,
-            target: target.map(ToString::to_string),
-            method: client.method().map(|method| method.to_string()),
-            rep: client.rep().map(|rep| rep.0),
-            attempts,
-            times: client.times(),
-            ..Self::default()
-        }
+    pub(in crate::cmd) fn new(client: &'a Client, attempts: u32) -> Self {
+        Self { client: Some(client), attempts, ..Self::default() }
     }
 
-    pub(in crate::cmd) fn set_bnd(&mut self, bnd: &Addr) {
-        self.bnd = Some(bnd.to_string());
-    }
-
-    /// Adds the second reply to BIND. `peer` is `None` if it failed.
-    pub(in crate::cmd) fn set_peer(&mut self, client: &Client, peer: Option<&Addr>) {
-        self.peer = peer.map(ToString::to_string);
-        self.rep = client.rep().map(|rep| rep.0);
-        self.times = client.times();
-    }
-
-    pub(in crate::cmd) fn set_bytes(&mut self, counts: &ByteCounts) {
-        self.up = counts.up.load(Ordering::Relaxed);
-        self.down = counts.down.load(Ordering::Relaxed);
-    }
-
-    pub(in crate::cmd) fn set_stats(&mut self, first_byte: Option<Duration>, ended_first: Option<Side>) {
-        self.first_byte = first_byte;
-        self.ended_first = ended_first;
+    /// Adds the results of a relay.
+    pub(in crate::cmd) fn set_relayed(
+        &mut self,
+        counts: &ByteCounts,
+        first_byte: Option<Duration>,
+        ended_first: Option<Side>,
+    ) {
+        (self.up, self.down) = (counts.up.load(Ordering::Relaxed), counts.down.load(Ordering::Relaxed));
+        (self.first_byte, self.ended_first) = (first_byte, ended_first);
     }
 
     /// Returns the object as one line.
     pub(in crate::cmd) fn to_json(&self, result: &Result<(), CliError>) -> String {
-        let time = |phase| format_millis(self.times.of(phase));
+        let client = self.client;
+        let times = client.map(Client::times).unwrap_or_default();
+        let time = |phase| format_millis(times.of(phase));
         let phases = [
-            ("resolve", format_millis(self.times.of(Phase::ResolveProxy) + self.times.of(Phase::ResolveTarget))),
+            ("resolve", format_millis(times.of(Phase::ResolveProxy) + times.of(Phase::ResolveTarget))),
             ("tcp", time(Phase::Connect)),
             ("method", time(Phase::Greeting)),
             ("login", time(Phase::Login)),
@@ -83,26 +60,26 @@ impl SessionReport {
             ("accept", time(Phase::Accept)),
             ("first_byte", or_null(self.first_byte.map(format_millis))),
         ];
-        let hops: Vec<String> = self.hops.iter().map(|hop| quote(hop)).collect();
-        let text = |text: Option<&String>| or_null(text.map(|text| quote(text)));
+        let hops = client.map(Client::hops).unwrap_or_default();
+        let hops: Vec<String> = hops.iter().map(|hop| quote(&hop.to_string())).collect();
         let ended_first = self.ended_first.map(|side| if side == Side::Client { "local" } else { "remote" });
         let error = result.as_ref().err();
         let message = error.map(ToString::to_string).filter(|message| !message.is_empty());
         object(&[
-            ("proxy", text(self.hops.last())),
+            ("proxy", or_null(hops.last())),
             ("hops", format!("[{}]", hops.join(","))),
-            ("target", text(self.target.as_ref())),
-            ("method", text(self.method.as_ref())),
-            ("rep", or_null(self.rep)),
+            ("target", text(client.and_then(Client::dst))),
+            ("method", text(client.and_then(Client::method))),
+            ("rep", or_null(client.and_then(Client::rep).map(|rep| rep.0))),
             ("bnd", text(self.bnd.as_ref())),
             ("peer", text(self.peer.as_ref())),
             ("tries", self.attempts.to_string()),
             ("ms", object(&phases)),
             ("up", self.up.to_string()),
             ("down", self.down.to_string()),
-            ("ended_first", or_null(ended_first.map(quote))),
+            ("ended_first", text(ended_first)),
             ("status", error.map_or(ExitStatus::SUCCESS, |error| error.status).code().to_string()),
-            ("error", text(message.as_ref())),
+            ("error", text(message)),
         ])
     }
 }
@@ -111,6 +88,10 @@ impl SessionReport {
 fn object(members: &[(&str, String)]) -> String {
     let members: Vec<String> = members.iter().map(|(name, value)| format!("{}:{value}", quote(name))).collect();
     format!("{{{}}}", members.join(","))
+}
+
+fn text(value: Option<impl ToString>) -> String {
+    or_null(value.map(|value| quote(&value.to_string())))
 }
 
 fn or_null(value: Option<impl ToString>) -> String {

@@ -71,7 +71,7 @@ pub(in crate::cmd) async fn run(
     program: Option<&Program>,
     tunnel: Conn,
     bnd: &Addr,
-    report: &mut SessionReport,
+    report: &mut SessionReport<'_>,
 ) -> Result<(), CliError> {
     let args = &connector.args;
     let failure = |reason: &str, error| connector.transfer_error(ExitStatus::FAILURE, &format!("{reason}: {error}"));
@@ -102,7 +102,7 @@ async fn relay_local(
     mut stdio: StdioStream,
     mut program_exit: Option<Pin<Box<dyn Future<Output = io::Result<ExitStatus>>>>>,
     mut tunnel: Conn,
-    report: &mut SessionReport,
+    report: &mut SessionReport<'_>,
 ) -> Result<(), CliError> {
     let args = &connector.args;
     let stats = Arc::new(RelayStats::default());
@@ -147,8 +147,7 @@ async fn relay_local(
         false => stdio.flush().await,
     };
     drop((stdio, tunnel));
-    report.set_bytes(&counts);
-    report.set_stats(stats.first_byte(), stats.ended_first());
+    report.set_relayed(&counts, stats.first_byte(), stats.ended_first());
     relay_result(connector, outcome, flushed)?;
     if let (None, Some(program_exit)) = (&exit_status, program_exit.filter(|_| !quit_timed_out.get())) {
         exit_status = Some(program_exit.await);

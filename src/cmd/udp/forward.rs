@@ -33,12 +33,7 @@ type PeerQueues = RefCell<HashMap<SocketAddr, Sender<Vec<u8>>>>;
 
 /// Relays between a local port and the target until an error occurs.
 pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
-    let socket = listen(connector, addr, |addr| {
-        let socket = UdpSocket::bind(addr)?;
-        socket.set_nonblocking(true)?;
-        let addr = socket.local_addr()?;
-        Ok((Io::new(socket)?, addr))
-    })?;
+    let socket = listen(connector, addr, UdpSocket::bind)?;
     let peers = PeerQueues::default();
     let executor = LocalExecutor::new();
     let mut is_limit_reported = false;

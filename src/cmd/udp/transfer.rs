@@ -38,9 +38,9 @@ pub(super) async fn run(
         let dst = client.target().await?;
         Ok((client.associate().await?, dst))
     };
-    let run_transfer = async |(association, dst): (Association, Addr), _: &Client, report: &mut SessionReport| {
+    let run_transfer = async |(association, dst): (Association, Addr), _: &Client, report: &mut SessionReport<'_>| {
         if let Some(relay) = association.relay() {
-            report.set_bnd(relay);
+            report.bnd = Some(relay.clone());
             let peer = peer.map(|peer| format!(" for {peer}")).unwrap_or_default();
             let target = connector.dst().map(|dst| format!(" to {dst}")).unwrap_or_default();
             connector.print_verbose(&format!("UDP relay{peer}{target} at {relay}"));
@@ -55,8 +55,7 @@ pub(super) async fn run(
             counts: ByteCounts::default(),
         };
         let result = transfer(&state).await;
-        report.set_bytes(&state.counts);
-        report.set_stats(state.first_answer.get(), None);
+        report.set_relayed(&state.counts, state.first_answer.get(), None);
         state.print_losses();
         result
     };
