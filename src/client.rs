@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::conn::{Conn, Protection, ReadError};
 use crate::gssapi::ffi::Credential;
 use crate::gssapi::{self, Initiator};
-use crate::net::{DialError, LocalAddr, Resolver, canonical, connect_unix, dial, timeout_at};
+use crate::net::{DialError, LocalAddr, Resolver, canonical, connect_unix, dial, set_keepalive, timeout_at};
 use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
@@ -162,7 +162,9 @@ impl Client {
         self.enter_phase(Phase::Connect);
         // `with_deadline` bounds the whole handshake.
         let no_deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
-        Ok(Conn::Tcp(dial(addrs, self.options.local, no_deadline).await?))
+        let io = dial(addrs, self.options.local, no_deadline).await?;
+        set_keepalive(&io);
+        Ok(Conn::Tcp(io))
     }
 
     /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's address.

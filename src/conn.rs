@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 use socket2::Socket;
 
-use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream, sleep, yield_now};
+use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream, set_keepalive, sleep, yield_now};
 use crate::proto::{DecodeError, Message, ProtocolError};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
@@ -244,6 +244,13 @@ impl Stream for Conn {
     fn abort(&self) {
         if let Err(error) = self.set_reset_on_close(true) {
             log::debug!("reset connection: {error}");
+        }
+    }
+
+    fn keep_alive(&self) {
+        let socket = self.io().get_ref();
+        if socket.keepalive().is_ok_and(|is_set| !is_set) {
+            set_keepalive(socket);
         }
     }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use futures_lite::FutureExt as _;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
-use socket2::Socket;
+use socket2::{SockRef, Socket, TcpKeepalive};
 
 use super::reactor::Interest;
 use super::socket::Io;
@@ -117,7 +117,7 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
 }
 
 /// Connects to the first of `addrs` that accepts (RFC 8305). Address families alternate. The next attempt starts after
-/// 250 ms, or at once if one fails. Sets the options of [`set_tcp_options`].
+/// 250 ms, or at once if one fails. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
@@ -172,7 +172,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<Socket>, DialE
     if poll_fn(|cx| Poll::Ready(io.poll_hangup(cx))).await.is_ready() {
         sockopt::socket_error(&io).and_then(|error| error).map_err(connect_error)?;
     }
-    set_tcp_options(&io);
+    log_failure(set_stream_options(&io));
     Ok(io)
 }
 
@@ -231,18 +231,27 @@ fn interleave(addrs: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
 /// Sets the options of a connection, or of a listener, whose connections inherit them. Failures are only logged.
 ///
 /// - TCP_NODELAY: small messages are not delayed.
-/// - Keepalive: an unreachable peer is detected by 6 probes, 15 s apart, after 60 s of silence.
 /// - SO_OOBINLINE: urgent data is not lost.
+/// - Keepalive, see [`set_keepalive`].
 pub fn set_tcp_options(socket: &impl AsFd) {
-    let socket = socket2::SockRef::from(socket);
-    let keepalive = socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(60))
-        .with_interval(Duration::from_secs(15))
-        .with_retries(6);
-    let result = socket
-        .set_tcp_nodelay(true)
-        .and_then(|()| socket.set_tcp_keepalive(&keepalive))
-        .and_then(|()| socket.set_out_of_band_inline(true));
+    log_failure(set_stream_options(socket));
+    set_keepalive(socket);
+}
+
+/// Makes the kernel detect an unreachable peer by 6 probes, 15 s apart, after 60 s of silence. Failures are only logged.
+pub fn set_keepalive(socket: &impl AsFd) {
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(6);
+    log_failure(SockRef::from(socket).set_tcp_keepalive(&keepalive));
+}
+
+fn set_stream_options(socket: &impl AsFd) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_out_of_band_inline(true)
+}
+
+fn log_failure(result: io::Result<()>) {
     if let Err(error) = result {
         log::debug!("cannot set socket options: {error}");
     }

@@ -28,6 +28,9 @@ const WRITE_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
 pub const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks for a reset by a peer that is not being read, and for idle pipes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Time after which dst gets TCP keepalive, which takes four system calls and sends the first probe after 60 s. Most
+/// tunnels end before that.
+const KEEPALIVE_DELAY: Duration = Duration::from_secs(45);
 
 /// Bytes relayed so far, readable while the relay runs.
 #[derive(Debug, Default)]
@@ -338,6 +341,7 @@ impl RelayState<'_> {
                 });
             }
             if has_fired {
+                dst.keep_alive();
                 self.up.close_idle_pipe(&self.counts.up);
                 self.down.close_idle_pipe(&self.counts.down);
             }
@@ -348,7 +352,8 @@ impl RelayState<'_> {
                 wake_later(cx);
                 return Poll::Pending;
             }
-            let Some(wake) = [due, check, tokens].into_iter().flatten().min() else { return Poll::Pending };
+            let keepalive = (!has_fired && !self.timer.is_set()).then(|| now + KEEPALIVE_DELAY);
+            let Some(wake) = [due, check, tokens, keepalive].into_iter().flatten().min() else { return Poll::Pending };
             ready!(self.timer.poll(cx, wake));
             has_fired = true;
         }

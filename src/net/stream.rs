@@ -18,6 +18,9 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
     /// Makes the next close a reset, if the stream supports it, so that the peer notices missing data.
     fn abort(&self);
 
+    /// Enables TCP keepalive, if the stream supports it.
+    fn keep_alive(&self) {}
+
     /// Returns whether written bytes are buffered, and need a flush.
     fn has_unflushed(&self) -> bool {
         false
@@ -38,6 +41,10 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
 impl Stream for &mut dyn Stream {
     fn abort(&self) {
         (**self).abort();
+    }
+
+    fn keep_alive(&self) {
+        (**self).keep_alive();
     }
 
     fn has_unflushed(&self) -> bool {

@@ -23,6 +23,11 @@ struct ArmedTimer {
 }
 
 impl IdleTimer {
+    /// Returns false before the first call of [`IdleTimer::poll`], and after it was ready.
+    pub fn is_set(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Ready at `due`, or at an earlier deadline from a previous call, so check the clock and poll again.
     pub fn poll(&mut self, cx: &Context<'_>, due: Instant) -> Poll<()> {
         let timer = match &self.0 {
