@@ -94,9 +94,6 @@ fn syntax() -> Syntax {
 }
 
 /// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's name.
-///
-/// # Errors
-/// The command line is invalid.
 pub fn parse(args: &[String]) -> Result<Action, CliError> {
     let program = syntax();
     let mode = args.get(1).filter(|mode| program.modes.iter().any(|known| known.name == **mode));

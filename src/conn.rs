@@ -55,9 +55,6 @@ pub enum DetachedConn {
 
 impl DetachedConn {
     /// Registers the connection with the event loop of this thread.
-    ///
-    /// # Errors
-    /// Errors from epoll_ctl(2).
     pub fn attach(self) -> io::Result<Conn> {
         Ok(match self {
             Self::Tcp(socket) => Conn::Tcp(Io::new(socket)?),
@@ -88,9 +85,6 @@ impl fmt::Display for ReadError {
 
 impl Conn {
     /// Reads one message, and no byte after it. The caller sets the deadline.
-    ///
-    /// # Errors
-    /// See [`ReadError`].
     pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
         let mut bytes = Vec::with_capacity(M::MIN_LEN);
         loop {
@@ -113,9 +107,6 @@ impl Conn {
     }
 
     /// Writes one message with one call: many peers read once and expect the whole message.
-    ///
-    /// # Errors
-    /// Errors from the socket.
     pub async fn write_message(&mut self, message: &impl Message) -> io::Result<()> {
         self.write_all(&message.encode()).await?;
         self.flush().await
@@ -190,9 +181,7 @@ impl Conn {
     }
 
     /// Duplicates the socket for another thread. The caller must then [`deregister`](Self::deregister) and drop `self`.
-    ///
-    /// # Errors
-    /// No descriptor is available, or the connection is protected.
+    /// A protected connection cannot be detached.
     pub fn detach(&self) -> io::Result<DetachedConn> {
         Ok(match self {
             Self::Tcp(io) => DetachedConn::Tcp(io.get_ref().try_clone()?),
@@ -202,9 +191,6 @@ impl Conn {
     }
 
     /// Sets whether a close sends a reset instead of a FIN (SO_LINGER with 0 s).
-    ///
-    /// # Errors
-    /// Errors from setsockopt(2).
     pub fn set_reset_on_close(&self, should_reset: bool) -> io::Result<()> {
         self.io().get_ref().set_linger(should_reset.then_some(Duration::ZERO))
     }

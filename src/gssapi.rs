@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smol::lock::{Semaphore, SemaphoreGuardArc};
+use smol::lock::Semaphore;
 
 use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder};
 use crate::net::timeout_at;
@@ -98,9 +98,6 @@ pub struct AuthenticatedClient {
 
 impl Acceptor {
     /// Loads the key of `service` (`rcmd`, `rcmd@host` or a principal), or all keys, from `keytab` or the system's one.
-    ///
-    /// # Errors
-    /// No library is installed, or the keytab has no such key.
     pub fn new(keytab: Option<PathBuf>, service: Option<&str>, levels: Vec<ProtectionLevel>) -> GssapiResult<Self> {
         let credential = Arc::new(Credential::acceptor(service, keytab.as_deref())?);
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -109,9 +106,6 @@ impl Acceptor {
 
     /// Establishes a context with the client on `conn` after the server has selected GSSAPI. The caller sets the
     /// deadline, and sends [`Frame::Abort`] after an error.
-    ///
-    /// # Errors
-    /// See [`GssapiError`].
     pub async fn accept(&self, conn: &mut Conn) -> GssapiResult<AuthenticatedClient> {
         let token = match conn.read_message().await? {
             Frame::Authentication(token) if !token.is_empty() => token,
@@ -140,7 +134,7 @@ impl Acceptor {
     }
 }
 
-/// Reads the requested level and sends the granted one. Both are wrapped, or both are one byte (NEC's variant).
+/// Reads the requested level, and sends that level if it is allowed, else the strongest allowed level. Both are wrapped, or both are one byte (NEC's variant).
 async fn negotiate_level(
     conn: &mut Conn,
     mut context: GssContext,
@@ -152,18 +146,14 @@ async fn negotiate_level(
     let is_nec_exchange = token.len() == 1;
     let requested =
         if is_nec_exchange { token.first().copied() } else { Some(unwrap_level(&mut context, &mut token)?) };
-    let level = choose_level(requested, levels)
+    let allowed = requested.and_then(ProtectionLevel::from_code).filter(|level| levels.contains(level));
+    let level = allowed
+        .or_else(|| levels.iter().copied().max())
         .ok_or_else(|| failed("the security context supports no allowed protection level (see --gssapi-protection)"))?;
     let code = [level as u8];
     let answer = if is_nec_exchange { code.into() } else { context.wrap(&code, false)? };
     send_frame(conn, Frame::Protection(answer)).await?;
     Ok((level, context))
-}
-
-/// Returns the requested level if it is allowed, else the strongest allowed level.
-fn choose_level(requested: Option<u8>, levels: &[ProtectionLevel]) -> Option<ProtectionLevel> {
-    let requested = requested.and_then(ProtectionLevel::from_code).filter(|level| levels.contains(level));
-    requested.or_else(|| levels.iter().copied().max())
 }
 
 /// The client side: its ticket cache, the service name and the protection levels.
@@ -215,9 +205,6 @@ impl Initiator {
     }
 
     /// Returns the client's credential. Does not check that it is valid for the service.
-    ///
-    /// # Errors
-    /// No library or no ticket is available.
     pub async fn acquire_ticket(&self) -> GssapiResult<Arc<Credential>> {
         let ccache = self.ccache.clone();
         let acquired = unblock_within_kdc_timeout(move || {
@@ -229,9 +216,6 @@ impl Initiator {
 
     /// Establishes a context with the server on `conn` after the server has selected GSSAPI. Returns the protection for
     /// all further data; `None` at [`ProtectionLevel::None`]. `host` is the host name of the proxy.
-    ///
-    /// # Errors
-    /// See [`GssapiError`].
     pub async fn initiate(
         &self,
         conn: &mut Conn,
@@ -281,7 +265,8 @@ impl Initiator {
     ) -> GssapiResult<GssContext> {
         let encrypts = self.requested_level == ProtectionLevel::Confidentiality;
         let flags = GSS_C_SEQUENCE_FLAG | if encrypts { GSS_C_CONF_FLAG } else { 0 };
-        let permit = self.kdc_permit().await?;
+        let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
+        let permit = permit.ok_or_else(|| failed("too many logins are waiting for the KDC"))?;
         let no_answer = || failed(format!("no answer from the KDC within {KDC_TIMEOUT:?}"));
         let first = unblock_within_kdc_timeout(move || {
             // Kept until the call returns, also if its result is no longer awaited.
@@ -308,12 +293,6 @@ impl Initiator {
             ))),
             false => Ok(format!("{}@{host}", self.service)),
         }
-    }
-
-    /// Waits until fewer than [`MAX_KDC_REQUESTS`] handshakes wait for a KDC.
-    async fn kdc_permit(&self) -> GssapiResult<SemaphoreGuardArc> {
-        let permit = timeout_at(Instant::now() + KDC_PERMIT_TIMEOUT, self.kdc_permits.acquire_arc()).await;
-        permit.ok_or_else(|| failed("too many logins are waiting for the KDC"))
     }
 }
 

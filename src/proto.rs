@@ -208,8 +208,7 @@ impl<'a> Datagram<'a> {
     /// Length of the longest header, in bytes: RSV, FRAG and a host name of 255 bytes.
     pub const MAX_HEADER_LEN: usize = 3 + Addr::MAX_LEN;
 
-    /// # Errors
-    /// The header is invalid or truncated.
+    /// Decodes a datagram, which must have a whole header.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, ProtocolError> {
         let reader = &mut MessageReader { remaining: bytes, min_missing: 0 };
         let mut decode = || {

@@ -83,10 +83,7 @@ impl FromStr for Proxy {
     }
 }
 
-/// Parses a comma-separated list of proxies, nearest first.
-///
-/// # Errors
-/// A message about the first invalid proxy, without its credentials.
+/// Parses a comma-separated list of proxies, nearest first. Error messages do not contain credentials.
 pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     let parse = |hop: &str| hop.trim().parse();
     let hops = text.split(',').map(parse).collect::<Result<Vec<Proxy>, String>>().map_err(|error| {
@@ -101,10 +98,7 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     }
 }
 
-/// Checks the lengths of user name and password (RFC 1929: 1 to 255 bytes).
-///
-/// # Errors
-/// The message contains neither of them.
+/// Checks the lengths of user name and password (RFC 1929: 1 to 255 bytes). The error message contains neither of them.
 pub fn check_credentials(credentials: &Credentials) -> Result<(), String> {
     for (name, bytes) in [("user name", &credentials.uname), ("password", &credentials.passwd)] {
         if !(1..=MAX_CREDENTIAL_LEN).contains(&bytes.len()) {

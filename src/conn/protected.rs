@@ -20,18 +20,13 @@ const READ_LEN: usize = MAX_WRAP_LEN + 256;
 /// Number of tokens without data that are skipped before other tasks run.
 const MAX_EMPTY_TOKENS: usize = 64;
 
-/// An established security context. Wraps and unwraps data (RFC 2743 sections 2.3.3 and 2.3.4).
+/// An established security context. Wraps and unwraps data (RFC 2743 sections 2.3.3 and 2.3.4). Errors are the library's
+/// messages.
 pub trait SecurityContext: fmt::Debug {
     /// Returns a token that contains `data`, encrypted or only integrity-protected.
-    ///
-    /// # Errors
-    /// The library's error message.
     fn wrap(&mut self, data: &[u8], should_encrypt: bool) -> Result<Vec<u8>, String>;
 
     /// Returns the data in `token`. Can overwrite `token`.
-    ///
-    /// # Errors
-    /// The library's error message.
     fn unwrap(&mut self, token: &mut [u8]) -> Result<Unwrapped, String>;
 
     /// Returns how much data fits into a token of [`MAX_TOKEN_LEN`] bytes, in bytes.
@@ -84,10 +79,7 @@ impl Protection {
         FRAME_HEADER_LEN + MAX_TOKEN_LEN.saturating_sub(self.context.borrow().wrap_size_limit(self.should_encrypt))
     }
 
-    /// Returns a data frame that contains `data`.
-    ///
-    /// # Errors
-    /// `data` is too long, or the library reports an error.
+    /// Returns a data frame that contains `data`. Fails if `data` is too long, or if the library reports an error.
     pub fn wrap(&self, data: &[u8]) -> io::Result<Vec<u8>> {
         let token = self.context.borrow_mut().wrap(data, self.should_encrypt).map_err(io::Error::other)?;
         let frame = Frame::Data(token);

@@ -10,7 +10,6 @@
 
 use std::error::Error as _;
 use std::ffi::{CStr, CString, OsString, c_int, c_void};
-use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr::{null, null_mut};
@@ -45,6 +44,7 @@ type Handle = *mut c_void;
 /// status, the result is the major status. A function after `?` is optional.
 macro_rules! functions {
     ($($name:ident($($argument:ty),*);)* ?$optional:ident($($optional_argument:ty),*);) => {
+        #[derive(Debug)]
         struct Api {
             $($name: unsafe extern "C" fn(*mut u32, $($argument),*) -> u32,)*
             $optional: Option<unsafe extern "C" fn(*mut u32, $($optional_argument),*) -> u32>,
@@ -119,10 +119,7 @@ fn open_library(name: OsString) -> LibraryResult<Api> {
     Api::load(library).map_err(|error| format!("{name} {error}"))
 }
 
-/// Checks that a GSSAPI library can be loaded.
-///
-/// # Errors
-/// The error of the loader, with the package to install.
+/// Checks that a GSSAPI library can be loaded. The error names the package to install.
 pub fn available() -> LibraryResult<()> {
     api().map(drop)
 }
@@ -198,6 +195,7 @@ enum Kind {
 }
 
 /// An object of the library, or null until a call has created it.
+#[derive(Debug)]
 struct Object {
     api: &'static Api,
     kind: Kind,
@@ -223,12 +221,6 @@ impl Object {
         // SAFETY: all pointers are to locals or constants.
         name.api.call(|minor| unsafe { (name.api.gss_import_name)(minor, &text, kind, &mut name.handle) })?;
         Ok(name)
-    }
-}
-
-impl fmt::Debug for Object {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.kind.fmt(f)
     }
 }
 
@@ -307,10 +299,7 @@ impl Credential {
         })
     }
 
-    /// Accepts a context with the first token of an initiator. Ignores a delegated credential.
-    ///
-    /// # Errors
-    /// The library rejects the token, or requires another one.
+    /// Accepts a context with the only token of an initiator. Ignores a delegated credential.
     pub fn accept(&self, token: &[u8]) -> LibraryResult<AcceptedContext> {
         let (mut object, mut initiator) = (Object::new(Kind::Context)?, Object::new(Kind::Name)?);
         let (api, context, name, keys) = (object.api, &mut object.handle, &mut initiator.handle, self.0.handle);
@@ -361,10 +350,7 @@ impl PendingContext {
         Ok((pending, token))
     }
 
-    /// Establishes the context with the token of the acceptor.
-    ///
-    /// # Errors
-    /// The library rejects the token, or requires another one.
+    /// Establishes the context with the only token of the acceptor.
     pub fn complete(mut self, token: &[u8]) -> LibraryResult<GssContext> {
         if !is_acceptor_token(token) {
             return Err("not the answer of a Kerberos acceptor".into());

@@ -19,8 +19,7 @@ const PORT_LEN: usize = 2;
 pub struct HostName(Box<str>);
 
 impl HostName {
-    /// # Errors
-    /// [`ProtocolError::InvalidHostName`].
+    /// Checks a host name of a message.
     pub fn new(bytes: &[u8]) -> Result<Self, ProtocolError> {
         match std::str::from_utf8(bytes) {
             Ok(text) if (1..=MAX_HOST_NAME_LEN).contains(&text.len()) && !text.contains(char::is_control) => {
@@ -88,9 +87,6 @@ impl Addr {
     pub const UNSPECIFIED: Self = Self { host: Host::Ip(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port: 0 };
 
     /// Parses `host`, `host:port` or `[ipv6]:port`.
-    ///
-    /// # Errors
-    /// The host or the port is invalid.
     pub fn parse_with_default_port(text: &str, default_port: u16) -> Result<Self, String> {
         let (host, port) = split_host_port(text);
         Ok(Self { port: port.map_or(Ok(default_port), parse_port)?, host: host.parse()? })
@@ -162,9 +158,6 @@ pub fn split_host_port(text: &str) -> (&str, Option<&str>) {
 }
 
 /// Parses a port from 0 to 65535.
-///
-/// # Errors
-/// `text` is not such a port.
 pub fn parse_port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| format!("expected a port from 0 to 65535, found {text:?}"))
 }

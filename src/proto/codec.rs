@@ -101,10 +101,7 @@ pub trait Message: Sized {
         Self::decode_fields(reader)
     }
 
-    /// Decodes the fields in order. Callers use [`Message::decode`].
-    ///
-    /// # Errors
-    /// Same as [`Message::decode`].
+    /// Decodes the fields in order. Callers use [`Message::decode`], which has the same errors.
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError>;
 
     /// Appends the message to `out`.

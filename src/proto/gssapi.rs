@@ -38,9 +38,6 @@ impl Frame {
     }
 
     /// Checks that LEN can express the length of the token. A longer token must not be sent.
-    ///
-    /// # Errors
-    /// [`ProtocolError::TokenLength`].
     pub fn check_len(&self) -> Result<(), ProtocolError> {
         match self.message_type_and_token().1.len() {
             0..=MAX_TOKEN_LEN => Ok(()),
@@ -54,10 +51,8 @@ impl Frame {
         bytes.get_mut(FRAME_HEADER_LEN..).filter(|_| is_whole)
     }
 
-    /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete.
-    ///
-    /// # Errors
-    /// `bytes` start with a message of another type or version.
+    /// Returns the length of the data frame at the start of `bytes`, in bytes; `None` if its header is incomplete. Fails
+    /// if `bytes` start with a message of another type or version.
     pub fn data_frame_len(bytes: &[u8]) -> Result<Option<usize>, ProtocolError> {
         match *bytes {
             [version, ..] if version != AUTH_VERSION => Err(ProtocolError::AuthVersion(version)),

@@ -24,10 +24,7 @@ pub(super) const ALIASES: [(&str, &str); 6] = [
 ///
 /// # Errors
 /// An unrecognized mode or option, a missing value, or a value for an option that does not take one.
-pub(in crate::cmd) fn normalize<'a>(
-    args: &[String],
-    program: &'a Syntax,
-) -> Result<(&'a Syntax, Option<Vec<String>>), String> {
+pub(crate) fn normalize<'a>(args: &[String], program: &'a Syntax) -> Result<(&'a Syntax, Option<Vec<String>>), String> {
     let is_help = args.first().is_some_and(|first| first == "help");
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
     let (syntax, args) = match args.split_first() {

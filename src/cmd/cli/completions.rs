@@ -10,10 +10,10 @@ use argh::FlagInfo;
 use super::syntax::{Syntax, summary, value_name};
 
 /// Returns the completion script of a shell.
-pub(in crate::cmd) type ScriptFn = fn(&Syntax) -> String;
+pub(crate) type ScriptFn = fn(&Syntax) -> String;
 
 /// Parses the name of a shell.
-pub(in crate::cmd) fn parse_shell(text: &str) -> Result<ScriptFn, String> {
+pub(crate) fn parse_shell(text: &str) -> Result<ScriptFn, String> {
     match text {
         "bash" => Ok(bash),
         "zsh" => Ok(zsh),

@@ -97,7 +97,7 @@ impl CliError {
     }
 
     /// Adds a reference to the help of a mode, unless the message ends with a remedy. `command` is `s5` or `s5 MODE`.
-    pub(in crate::cmd) fn with_help(mut self, command: &str) -> Self {
+    pub(crate) fn with_help(mut self, command: &str) -> Self {
         if self.refers_to_help && !self.message.is_empty() && !self.message.ends_with(')') {
             self.message += &format!(" (see {command} --help)");
         }

@@ -28,7 +28,7 @@ const GROUPS: [(&str, &str); 11] = [
 ];
 
 /// Returns the help of the program or of one of its modes.
-pub(in crate::cmd) fn text(syntax: &Syntax) -> String {
+pub(crate) fn text(syntax: &Syntax) -> String {
     let mut out = format!("Usage: {}\n{}\n", syntax.usage(), syntax.description.trim());
     if !syntax.modes.is_empty() {
         out.push_str("Modes\n");
@@ -53,7 +53,7 @@ pub(in crate::cmd) fn text(syntax: &Syntax) -> String {
 }
 
 /// Returns the heading of the group that begins with this option.
-pub(in crate::cmd) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
+pub(crate) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
     GROUPS.iter().find(|(first, _)| *first == flag.long).map(|(_, heading)| *heading)
 }
 

@@ -11,7 +11,7 @@ use super::syntax::{NAME, Syntax, split_summary, value_name};
 const PAGE: &str = include_str!("s5.1");
 
 /// Returns the manual page.
-pub(in crate::cmd) fn text(program: &Syntax) -> String {
+pub(crate) fn text(program: &Syntax) -> String {
     let (server, clients) = program.modes.split_at(1.min(program.modes.len()));
     let mut out = String::new();
     for line in PAGE.lines() {

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt as _;
 const FILLER: u8 = b'x';
 
 /// Returns `arg` with `…` instead of the text before its last `@`. A scheme is kept.
-pub(in crate::cmd) fn without_userinfo(arg: &str) -> String {
+pub(crate) fn without_userinfo(arg: &str) -> String {
     match arg.rsplit_once('@') {
         Some((before, host)) => match before.split_once("://") {
             Some((scheme, _)) => format!("{scheme}://…@{host}"),
@@ -22,7 +22,7 @@ pub(in crate::cmd) fn without_userinfo(arg: &str) -> String {
 
 /// Overwrites passwords in the command line of this process: in URLs, and in `user`, the `user:password` value of an
 /// option. `args` is a copy of the command line. Failures are only logged.
-pub(in crate::cmd) fn redact(args: &[String], user: Option<&str>) {
+pub(crate) fn redact(args: &[String], user: Option<&str>) {
     // In memory, each argument ends with a NUL.
     let original: Vec<u8> = args.iter().flat_map(|arg| arg.bytes().chain([0])).collect();
     let mut redacted = original.clone();

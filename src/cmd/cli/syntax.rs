@@ -3,43 +3,43 @@
 use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
 /// The program's name.
-pub(in crate::cmd) const NAME: &str = "s5";
+pub(crate) const NAME: &str = "s5";
 
 /// The command line of the program, or of one of its modes.
 #[derive(Default)]
-pub(in crate::cmd) struct Syntax {
+pub(crate) struct Syntax {
     /// Name of the mode; empty for the program.
-    pub(in crate::cmd) name: &'static str,
-    pub(in crate::cmd) description: &'static str,
+    pub(crate) name: &'static str,
+    pub(crate) description: &'static str,
     /// Placeholder of the positional argument.
-    pub(in crate::cmd) argument: Option<&'static str>,
+    pub(crate) argument: Option<&'static str>,
     /// All options, including those that the mode refuses.
-    pub(in crate::cmd) flags: &'static [FlagInfo<'static>],
+    pub(crate) flags: &'static [FlagInfo<'static>],
     /// Options that the mode refuses, with the reason.
-    pub(in crate::cmd) refusals: Vec<(&'static [&'static str], &'static str)>,
+    pub(crate) refusals: Vec<(&'static [&'static str], &'static str)>,
     /// The modes of the program.
-    pub(in crate::cmd) modes: Vec<Self>,
+    pub(crate) modes: Vec<Self>,
 }
 
 impl Syntax {
     /// Returns the syntax of the options that `T` defines.
-    pub(in crate::cmd) fn of<T: ArgsInfo>(name: &'static str) -> Self {
+    pub(crate) fn of<T: ArgsInfo>(name: &'static str) -> Self {
         let info = T::get_args_info();
         Self { name, description: info.description, flags: info.flags, ..Self::default() }
     }
 
     /// Returns the options, without `--help` and those that the mode refuses.
-    pub(in crate::cmd) fn options(&self) -> impl Iterator<Item = &'static FlagInfo<'static>> {
+    pub(crate) fn options(&self) -> impl Iterator<Item = &'static FlagInfo<'static>> {
         self.flags.iter().filter(|flag| flag.long != "--help" && self.refusal(flag).is_none())
     }
 
     /// Returns the reason why the mode refuses an option, if it does.
-    pub(in crate::cmd) fn refusal(&self, flag: &FlagInfo<'_>) -> Option<&'static str> {
+    pub(crate) fn refusal(&self, flag: &FlagInfo<'_>) -> Option<&'static str> {
         self.refusals.iter().find(|(options, _)| options.contains(&flag.long)).map(|(_, reason)| *reason)
     }
 
     /// Returns the synopsis, such as `s5 connect [options] [target]`.
-    pub(in crate::cmd) fn usage(&self) -> String {
+    pub(crate) fn usage(&self) -> String {
         let name = if self.modes.is_empty() { self.name } else { "<mode>" };
         let argument = self.argument.map(|argument| format!(" [{argument}]")).unwrap_or_default();
         format!("{NAME} {name} [options]{argument}")
@@ -47,7 +47,7 @@ impl Syntax {
 }
 
 /// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch.
-pub(in crate::cmd) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
+pub(crate) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
     match flag.kind {
         FlagInfoKind::Switch => None,
         FlagInfoKind::Option { arg_name } => Some(arg_name),
@@ -55,12 +55,12 @@ pub(in crate::cmd) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
 }
 
 /// Splits a description into its first sentence and the following ones, which only the manual contains.
-pub(in crate::cmd) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
+pub(crate) fn split_summary<'a>(flag: &FlagInfo<'a>) -> (&'a str, &'a str) {
     let text = flag.description.trim();
     text.split_once(". ").unwrap_or((text, ""))
 }
 
 /// Returns the description of an option in the help and in completions.
-pub(in crate::cmd) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
+pub(crate) fn summary<'a>(flag: &FlagInfo<'a>) -> &'a str {
     split_summary(flag).0
 }

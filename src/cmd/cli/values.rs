@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::proto::DEFAULT_PORT;
 
 /// Default of `--listen`, and of `--proxy`.
-pub(in crate::cmd) const DEFAULT_ADDR: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_PORT);
+pub(crate) const DEFAULT_ADDR: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_PORT);
 
 /// The longest time that an option accepts: one year.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -19,18 +19,18 @@ const TIME_UNITS: [(&str, u64); 5] =
 const RATE_UNITS: [(&str, u64); 4] = [("", 1), ("k", 1_000), ("M", 1_000_000), ("G", 1_000_000_000)];
 
 /// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`.
-pub(in crate::cmd) fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let time = parse_quantity(text, &TIME_UNITS).map(Duration::from_nanos).filter(|time| *time <= MAX_DURATION);
     time.ok_or_else(|| "expected a time such as 10, 500ms, 5m or 2h, at most one year".into())
 }
 
 /// Parses a time greater than 0.
-pub(in crate::cmd) fn parse_timeout(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_timeout(text: &str) -> Result<Duration, String> {
     parse_duration(text).and_then(|time| if time.is_zero() { Err("must be greater than 0".into()) } else { Ok(time) })
 }
 
 /// Parses bytes per second, such as `1500`, `64k` or `10M`.
-pub(in crate::cmd) fn parse_rate(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_rate(text: &str) -> Result<u64, String> {
     let rate = parse_quantity(text, &RATE_UNITS).filter(|rate| *rate > 0);
     rate.ok_or_else(|| "expected bytes per second, such as 1500 or 10M".into())
 }
@@ -50,17 +50,17 @@ fn parse_quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 }
 
 /// Parses a number greater than 0.
-pub(in crate::cmd) fn parse_positive(text: &str) -> Result<usize, String> {
+pub(crate) fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number greater than 0".into())
 }
 
 /// Parses a number of threads, or a port.
-pub(in crate::cmd) fn parse_nonzero(text: &str) -> Result<u16, String> {
+pub(crate) fn parse_nonzero(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number from 1 to 65535".into())
 }
 
 /// Parses a comma-separated list of different values.
-pub(in crate::cmd) fn parse_set<T: FromStr<Err = String> + PartialEq>(text: &str) -> Result<Vec<T>, String> {
+pub(crate) fn parse_set<T: FromStr<Err = String> + PartialEq>(text: &str) -> Result<Vec<T>, String> {
     let mut set = Vec::new();
     for word in text.split(',') {
         let value = word.parse()?;

@@ -11,7 +11,7 @@ use crate::cmd::cli::exit::{CliError, ExitStatus};
 
 /// A program and its arguments.
 #[derive(Debug)]
-pub(in crate::cmd) struct Program(Vec<String>);
+pub(crate) struct Program(Vec<String>);
 
 impl Program {
     /// Returns the program of `-e` or `-c`, if one is given.

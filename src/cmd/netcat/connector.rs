@@ -24,23 +24,23 @@ const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 
 /// Establishes tunnels and associations to one target through the selected proxies.
 #[derive(Debug)]
-pub(in crate::cmd) struct Connector {
-    pub(in crate::cmd) args: Args,
+pub(crate) struct Connector {
+    pub(crate) args: Args,
     hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
 }
 
 /// The result of one or more attempts. `client` is the client of the attempt with this result.
-pub(in crate::cmd) struct RetryOutcome<T> {
-    pub(in crate::cmd) client: Client,
-    pub(in crate::cmd) attempts: u32,
-    pub(in crate::cmd) result: Result<T, CliError>,
+pub(crate) struct RetryOutcome<T> {
+    pub(crate) client: Client,
+    pub(crate) attempts: u32,
+    pub(crate) result: Result<T, CliError>,
 }
 
 impl Connector {
     /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
-    pub(in crate::cmd) fn new(command: Command, args: Args, dst: Option<Addr>) -> Result<Self, CliError> {
+    pub(crate) fn new(command: Command, args: Args, dst: Option<Addr>) -> Result<Self, CliError> {
         // no_proxy does not apply to BIND: the peer connects to the proxy.
         let hops = proxies::select_proxies(&args, dst.as_ref().filter(|_| command != Command::Bind))?;
         if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
@@ -61,27 +61,24 @@ impl Connector {
     }
 
     /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
-    pub(in crate::cmd) fn run(
-        &self,
-        mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
-    ) -> Result<(), CliError> {
+    pub(crate) fn run(&self, mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>) -> Result<(), CliError> {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
         self.filter_error(reactor::run(mode).unwrap_or_else(start_error))
     }
 
     /// Returns the last proxy, without credentials.
-    pub(in crate::cmd) fn last_proxy(&self) -> Option<String> {
+    pub(crate) fn last_proxy(&self) -> Option<String> {
         self.hops.last().map(ToString::to_string)
     }
 
     /// Returns the target, or the expected peer of BIND, if there is one.
-    pub(in crate::cmd) fn dst(&self) -> Option<&Addr> {
+    pub(crate) fn dst(&self) -> Option<&Addr> {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
     /// Establishes a tunnel or an association by `operation`, with the retries of [`Connector::retry`], and uses it by
     /// `transfer`. Prints the report of both.
-    pub(in crate::cmd) async fn run_reported<T>(
+    pub(crate) async fn run_reported<T>(
         &self,
         operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
         transfer: impl AsyncFnOnce(T, &Client, &mut SessionReport<'_>) -> Result<(), CliError>,
@@ -96,10 +93,7 @@ impl Connector {
     }
 
     /// Repeats `operation` until it succeeds, fails with a final error, or `--retry` expires.
-    pub(in crate::cmd) async fn retry<T>(
-        &self,
-        operation: impl AsyncFn(&Client) -> Result<T, ClientError>,
-    ) -> RetryOutcome<T> {
+    pub(crate) async fn retry<T>(&self, operation: impl AsyncFn(&Client) -> Result<T, ClientError>) -> RetryOutcome<T> {
         let started = Instant::now();
         let max_timeout = self.args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT);
         let limit = self.args.retry.filter(|time| !time.is_zero());
@@ -141,7 +135,7 @@ impl Connector {
     }
 
     /// Prints where a tunnel begins and ends if `-v` is set.
-    pub(in crate::cmd) fn print_connected(&self, bnd: &Addr) {
+    pub(crate) fn print_connected(&self, bnd: &Addr) {
         self.print_verbose(&format!("connected to {} from {bnd}", self.dst));
     }
 
@@ -151,13 +145,13 @@ impl Connector {
     }
 
     /// Returns an error that occurred after the handshake.
-    pub(in crate::cmd) fn transfer_error(&self, status: ExitStatus, reason: &str) -> CliError {
+    pub(crate) fn transfer_error(&self, status: ExitStatus, reason: &str) -> CliError {
         let target = self.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
         CliError::new(status, format!("{}: transfer{target}: {reason}", self.label()))
     }
 
     /// Returns a read or write error after the handshake. The status selects the text.
-    pub(in crate::cmd) fn io_error(&self, status: ExitStatus, error: &io::Error) -> CliError {
+    pub(crate) fn io_error(&self, status: ExitStatus, error: &io::Error) -> CliError {
         let operation = match status {
             ExitStatus::READ_STDIN => "read from stdin",
             ExitStatus::WRITE_STDOUT => "write to stdout",
@@ -168,14 +162,14 @@ impl Connector {
     }
 
     /// Prints a line on stderr, unless `--quiet` is set.
-    pub(in crate::cmd) fn print_line(&self, line: &str) {
+    pub(crate) fn print_line(&self, line: &str) {
         if !self.args.quiet {
             eprint_line(&CliError::new(ExitStatus::FAILURE, line).to_string());
         }
     }
 
     /// Prints an error that does not end the mode.
-    pub(in crate::cmd) fn print_error(&self, result: Result<(), CliError>) {
+    pub(crate) fn print_error(&self, result: Result<(), CliError>) {
         if let Err(error) = result
             && !error.message.is_empty()
         {
@@ -184,18 +178,14 @@ impl Connector {
     }
 
     /// Prints a line on stderr if `-v` is set.
-    pub(in crate::cmd) fn print_verbose(&self, event: &str) {
+    pub(crate) fn print_verbose(&self, event: &str) {
         if self.args.verbose > 0 && !self.args.quiet {
             eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {event}", self.label()))));
         }
     }
 
     /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.
-    pub(in crate::cmd) fn finish(
-        &self,
-        report: SessionReport<'_>,
-        result: Result<(), CliError>,
-    ) -> Result<(), CliError> {
+    pub(crate) fn finish(&self, report: SessionReport<'_>, result: Result<(), CliError>) -> Result<(), CliError> {
         if !self.args.json {
             return self.filter_error(result);
         }

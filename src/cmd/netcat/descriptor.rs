@@ -12,13 +12,13 @@ use rustix::fs::OFlags;
 ///
 /// # Errors
 /// Those of open(2). ENXIO: the pipe is opened for writing and has no reader.
-pub(in crate::cmd) fn open_fifo(path: &Path, writes: bool) -> io::Result<File> {
+pub(crate) fn open_fifo(path: &Path, writes: bool) -> io::Result<File> {
     let flag = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
     OpenOptions::new().read(!writes).write(writes).custom_flags(flag).open(path)
 }
 
 /// Returns the number after `fd:`, or `None` for the name of a file.
-pub(in crate::cmd) fn fd_number(text: &str) -> Option<&str> {
+pub(crate) fn fd_number(text: &str) -> Option<&str> {
     text.strip_prefix("fd:")
 }
 
@@ -26,7 +26,7 @@ pub(in crate::cmd) fn fd_number(text: &str) -> Option<&str> {
 ///
 /// # Errors
 /// The descriptor is not open, or is stdin, stdout or stderr.
-pub(in crate::cmd) fn take_fd(number: &str) -> io::Result<FileDescriptor> {
+pub(crate) fn take_fd(number: &str) -> io::Result<FileDescriptor> {
     let invalid = |reason: &str| io::Error::new(io::ErrorKind::InvalidInput, reason);
     let n: i32 = number.parse().map_err(|_| invalid("not a file descriptor number"))?;
     if n < 3 {

@@ -22,7 +22,7 @@ use crate::net::{
 use crate::proto::Command;
 
 /// Opens a socket on a local address with `bind`, and prints the address.
-pub(in crate::cmd) fn listen<T: AsFd>(
+pub(crate) fn listen<T: AsFd>(
     connector: &Connector,
     addr: SocketAddr,
     bind: impl FnOnce(SocketAddr) -> io::Result<T>,
@@ -41,7 +41,7 @@ pub(in crate::cmd) fn listen<T: AsFd>(
 }
 
 /// Forwards one connection, or with `-k` any number.
-pub(in crate::cmd) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
+pub(crate) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), CliError> {
     let listener = listen(connector, addr, TcpListener::bind)?;
     if !connector.args.keep_open {
         let local = accept(connector, &listener).await?;
@@ -60,10 +60,10 @@ pub(in crate::cmd) async fn run(connector: &Connector, addr: SocketAddr) -> Resu
 }
 
 /// A task that runs while connections are accepted. One boxed type, so that the executor's code is compiled once.
-pub(in crate::cmd) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
+pub(crate) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 /// Runs `main` until it ends, and meanwhile the executor's tasks.
-pub(in crate::cmd) async fn run_with_tasks(
+pub(crate) async fn run_with_tasks(
     executor: &LocalExecutor<'_>,
     main: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
 ) -> Result<(), CliError> {

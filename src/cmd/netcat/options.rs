@@ -37,7 +37,7 @@ const RESTRICTED_OPTIONS: [(&[&str], &[&str], &str); 10] = [
 ];
 
 /// Returns the syntax of a client mode.
-pub(in crate::cmd) fn syntax(name: &'static str, description: &'static str, argument: &'static str) -> Syntax {
+pub(crate) fn syntax(name: &'static str, description: &'static str, argument: &'static str) -> Syntax {
     let refused = RESTRICTED_OPTIONS.iter().filter(|(_, modes, _)| !modes.contains(&name));
     let refusals = refused.map(|(options, _, reason)| (*options, *reason)).collect();
     Syntax { description, argument: Some(argument), refusals, ..Syntax::of::<Args>(name) }
@@ -51,199 +51,199 @@ pub struct Args {
     /// socks5:// is the same as socks5h://. Percent-encoding in user and password is decoded. A chain begins with the
     /// nearest proxy. The empty string is the same as --direct. See PROXY AND CREDENTIALS.
     #[argh(option, short = 'x', arg_name = "URL")]
-    pub(in crate::cmd) proxy: Vec<String>,
+    pub(crate) proxy: Vec<String>,
 
     /// accepted for compatibility with nc and ncat. The value must be 5, socks5 or socks5h.
     #[argh(option, short = 'X', arg_name = "5", from_str_fn(parse_proxy_type))]
     #[allow(dead_code, reason = "accepted for compatibility; SOCKS5 is the only protocol")]
-    pub(in crate::cmd) proxy_type: Option<()>,
+    pub(crate) proxy_type: Option<()>,
 
     /// use no proxy
     #[argh(switch)]
-    pub(in crate::cmd) direct: bool,
+    pub(crate) direct: bool,
 
     /// user name for proxies whose URL has none. USER can be user:password, but then other users of this machine may
     /// see the password.
     #[argh(option, short = 'P', arg_name = "USER")]
-    pub(in crate::cmd) proxy_user: Option<String>,
+    pub(crate) proxy_user: Option<String>,
 
     /// read user:password from FILE, - (stdin) or fd:N. FILE has one user:password per line. From stdin or descriptor
     /// N, s5 reads only the first line; the bytes after that line are data to send.
     #[argh(option, arg_name = "FILE")]
-    pub(in crate::cmd) proxy_auth_file: Option<String>,
+    pub(crate) proxy_auth_file: Option<String>,
 
     /// login methods to offer [default: automatic]. A comma-separated list of none, password and gssapi. The default is
     /// none, plus password and gssapi if there are credentials for them.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_set))]
-    pub(in crate::cmd) auth: Option<Vec<Method>>,
+    pub(crate) auth: Option<Vec<Method>>,
 
     /// service name for Kerberos [default: rcmd]. NAME is a service name, or a principal such as rcmd/HOST@REALM.
     #[argh(option, arg_name = "NAME")]
-    pub(in crate::cmd) gssapi_service: Option<String>,
+    pub(crate) gssapi_service: Option<String>,
 
     /// host name for Kerberos [default: from the URL]. It is required if the URL has an IP address, and not valid with
     /// a chain.
     #[argh(option, arg_name = "HOST")]
-    pub(in crate::cmd) gssapi_host: Option<String>,
+    pub(crate) gssapi_host: Option<String>,
 
     /// protection to request [default: confidentiality]. One of none, integrity and confidentiality. With this option,
     /// --gssapi-min or --gssapi-nec, the default of --auth is gssapi.
     #[argh(option, arg_name = "LEVEL")]
-    pub(in crate::cmd) gssapi_protection: Option<ProtectionLevel>,
+    pub(crate) gssapi_protection: Option<ProtectionLevel>,
 
     /// weakest protection to accept [default: integrity]. With --gssapi-nec the default is the requested level, because
     /// an attacker can change the level in that exchange.
     #[argh(option, arg_name = "LEVEL")]
-    pub(in crate::cmd) gssapi_min: Option<ProtectionLevel>,
+    pub(crate) gssapi_min: Option<ProtectionLevel>,
 
     /// use NEC's variant of the protection exchange
     #[argh(switch)]
-    pub(in crate::cmd) gssapi_nec: bool,
+    pub(crate) gssapi_nec: bool,
 
     /// file with Kerberos tickets [default: the system's]. The default is KRB5CCNAME or the default of the Kerberos
     /// library.
     #[argh(option, arg_name = "FILE")]
-    pub(in crate::cmd) ccache: Option<PathBuf>,
+    pub(crate) ccache: Option<PathBuf>,
 
     /// resolve target: remote or local [default: remote]. With local, s5 resolves the target's name and tries its
     /// addresses in turn. With remote, the last proxy resolves it.
     #[argh(option, long = "proxy-dns", short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
-    pub(in crate::cmd) resolves_target: bool,
+    pub(crate) resolves_target: bool,
 
     /// use IPv4 only. With -R remote, this applies to the connection to the proxy: the proxy chooses the family of the
     /// target.
     #[argh(switch, short = '4')]
-    pub(in crate::cmd) ipv4: bool,
+    pub(crate) ipv4: bool,
 
     /// use IPv6 only. The note on -4 applies.
     #[argh(switch, short = '6')]
-    pub(in crate::cmd) ipv6: bool,
+    pub(crate) ipv6: bool,
 
     /// source address
     #[argh(option, short = 's', arg_name = "IP")]
-    pub(in crate::cmd) source: Option<IpAddr>,
+    pub(crate) source: Option<IpAddr>,
 
     /// source port. With udp, it is the source port of the datagrams.
     #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_nonzero))]
-    pub(in crate::cmd) source_port: Option<u16>,
+    pub(crate) source_port: Option<u16>,
 
     /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
     /// With bind, -w also limits the wait for the peer. With udp, -w also sets the default of -q. To limit the whole
     /// run, use timeout(1).
     #[argh(option, short = 'w', arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(in crate::cmd) timeout: Option<Duration>,
+    pub(crate) timeout: Option<Duration>,
 
     /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
     /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, an unavailable local address,
     /// or REP 2, 7 and 8. It retries if the proxy only closes the connection.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(in crate::cmd) retry: Option<Duration>,
+    pub(crate) retry: Option<Duration>,
 
     /// exit 28 if idle this long [default: never]. With udp -l, it closes the association of an idle peer (default:
     /// 60s).
     #[argh(option, short = 'i', arg_name = "TIME", from_str_fn(parse_timeout))]
-    pub(in crate::cmd) idle_timeout: Option<Duration>,
+    pub(crate) idle_timeout: Option<Duration>,
 
     /// exit this long after stdin ends [default: never]. With udp, the default is the time that -w sets, or 2s.
     #[argh(option, short = 'q', arg_name = "TIME", from_str_fn(parse_duration))]
-    pub(in crate::cmd) quit_after: Option<Duration>,
+    pub(crate) quit_after: Option<Duration>,
 
     /// exit after N answers. If fewer answers arrive in time, the exit status is 28.
     #[argh(option, short = 'n', arg_name = "N")]
-    pub(in crate::cmd) count: Option<u64>,
+    pub(crate) count: Option<u64>,
 
     /// connect, transfer nothing, and exit 0 on success. Without a target, connect only logs in to the proxy, and udp
     /// opens an association. Without -v, s5 prints no error message.
     #[argh(switch, short = 'z')]
-    pub(in crate::cmd) zero_io: bool,
+    pub(crate) zero_io: bool,
 
     /// do not read stdin
     #[argh(switch, short = 'd')]
-    pub(in crate::cmd) recv_only: bool,
+    pub(crate) recv_only: bool,
 
     /// do not write to stdout. s5 exits at most 5s after stdin has ended.
     #[argh(switch)]
-    pub(in crate::cmd) send_only: bool,
+    pub(crate) send_only: bool,
 
     /// half-close after stdin ends (the default). The option is accepted for compatibility with nc.
     #[argh(switch, short = 'N')]
     #[allow(dead_code, reason = "accepted for compatibility; it is the default behaviour")]
-    pub(in crate::cmd) shutdown: bool,
+    pub(crate) shutdown: bool,
 
     /// do not half-close after stdin ends
     #[argh(switch)]
-    pub(in crate::cmd) no_shutdown: bool,
+    pub(crate) no_shutdown: bool,
 
     /// send line ends as CR LF
     #[argh(switch, short = 'C')]
-    pub(in crate::cmd) crlf: bool,
+    pub(crate) crlf: bool,
 
     /// pass the socket over stdout (ssh ProxyUseFdpass). s5 sends the connected socket with SCM_RIGHTS and exits, so no
     /// process has to copy the data. It is not possible if GSSAPI protects the tunnel.
     #[argh(switch, short = 'F')]
-    pub(in crate::cmd) pass_fd: bool,
+    pub(crate) pass_fd: bool,
 
     /// run PROGRAM with the tunnel as stdin and stdout. PROGRAM can have arguments, separated by spaces. s5 sets
     /// S5_TARGET, S5_BND and S5_PROXY_ADDR, and exits with the status of PROGRAM.
     #[argh(option, short = 'e', arg_name = "PROGRAM")]
-    pub(in crate::cmd) exec: Option<String>,
+    pub(crate) exec: Option<String>,
 
     /// run /bin/sh -c COMMAND in the same way
     #[argh(option, short = 'c', arg_name = "COMMAND")]
-    pub(in crate::cmd) sh_exec: Option<String>,
+    pub(crate) sh_exec: Option<String>,
 
     /// one datagram per read; answers without delimiters. The output does not show where an answer ends.
     #[argh(switch)]
-    pub(in crate::cmd) raw: bool,
+    pub(crate) raw: bool,
 
     /// one datagram per line of hexadecimal digits. Answers are written in the same form.
     #[argh(switch)]
-    pub(in crate::cmd) hex: bool,
+    pub(crate) hex: bool,
 
     /// read a 2-byte length before each datagram. The length is big-endian. Answers are written in the same form.
     #[argh(switch)]
-    pub(in crate::cmd) length_prefixed: bool,
+    pub(crate) length_prefixed: bool,
 
     /// listen here and forward to the target. ADDR is an IP address, or * for all IPv4 addresses; the default is
     /// 127.0.0.1. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
     /// on ADDR:PORT" on stderr.
     #[argh(option, short = 'l', arg_name = "[ADDR:]PORT", from_str_fn(parse_listen))]
-    pub(in crate::cmd) listen: Option<SocketAddr>,
+    pub(crate) listen: Option<SocketAddr>,
 
     /// with -l, accept any number of connections. By default, s5 serves one connection and exits.
     #[argh(switch, short = 'k')]
-    pub(in crate::cmd) keep_open: bool,
+    pub(crate) keep_open: bool,
 
     /// with -l, limit concurrent peers [default: 256]. Datagrams of further peers are dropped.
     #[argh(option, arg_name = "N", from_str_fn(parse_positive), default = "DEFAULT_MAX_PEERS")]
-    pub(in crate::cmd) max_peers: usize,
+    pub(crate) max_peers: usize,
 
     /// write the bound address to FILE or fd:N. s5 removes an existing file at its start, and writes the new file
     /// atomically. FILE may be a named pipe, whose reader must open it within 60s. s5 closes a descriptor after the
     /// write.
     #[argh(option, arg_name = "FILE")]
-    pub(in crate::cmd) address_file: Option<String>,
+    pub(crate) address_file: Option<String>,
 
     /// print details on stderr; twice for more. With -vv, s5 prints each step of the handshake.
     #[argh(switch, short = 'v')]
-    pub(in crate::cmd) verbose: u8,
+    pub(crate) verbose: u8,
 
     /// print nothing on stderr, not even errors
     #[argh(switch)]
-    pub(in crate::cmd) quiet: bool,
+    pub(crate) quiet: bool,
 
     /// print a JSON summary on stderr at the end. It replaces the error message. With -l, s5 prints one for each tunnel
     /// or association. See JSON.
     #[argh(switch)]
-    pub(in crate::cmd) json: bool,
+    pub(crate) json: bool,
 
     /// show bytes, rate and time if stderr is a terminal
     #[argh(switch)]
-    pub(in crate::cmd) progress: bool,
+    pub(crate) progress: bool,
 
     /// host:port, or host and port
     #[argh(positional)]
-    pub(in crate::cmd) target: Vec<String>,
+    pub(crate) target: Vec<String>,
 }
 
 fn parse_proxy_type(text: &str) -> Result<(), String> {
@@ -277,7 +277,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
 
 impl Args {
     /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
-    pub(in crate::cmd) fn target(&self) -> Result<Option<Addr>, CliError> {
+    pub(crate) fn target(&self) -> Result<Option<Addr>, CliError> {
         let parsed = match self.target.as_slice() {
             [] if self.zero_io => return Ok(None),
             [] => {

@@ -12,13 +12,13 @@ use crate::proto::Addr;
 
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
 #[derive(Debug, Default)]
-pub(in crate::cmd) struct SessionReport<'a> {
+pub(crate) struct SessionReport<'a> {
     /// The client of the attempt that the report describes.
     client: Option<&'a Client>,
     attempts: u32,
-    pub(in crate::cmd) bnd: Option<Addr>,
+    pub(crate) bnd: Option<Addr>,
     /// BIND: the address of the peer that connected.
-    pub(in crate::cmd) peer: Option<Addr>,
+    pub(crate) peer: Option<Addr>,
     /// Time from the end of the handshake to the first byte from the target.
     first_byte: Option<Duration>,
     /// Bytes to the target.
@@ -31,23 +31,18 @@ pub(in crate::cmd) struct SessionReport<'a> {
 
 impl<'a> SessionReport<'a> {
     /// Returns the report of a client's handshake.
-    pub(in crate::cmd) fn new(client: &'a Client, attempts: u32) -> Self {
+    pub(crate) fn new(client: &'a Client, attempts: u32) -> Self {
         Self { client: Some(client), attempts, ..Self::default() }
     }
 
     /// Adds the results of a relay.
-    pub(in crate::cmd) fn set_relayed(
-        &mut self,
-        counts: &ByteCounts,
-        first_byte: Option<Duration>,
-        ended_first: Option<Side>,
-    ) {
+    pub(crate) fn set_relayed(&mut self, counts: &ByteCounts, first_byte: Option<Duration>, ended_first: Option<Side>) {
         (self.up, self.down) = (counts.up.load(Ordering::Relaxed), counts.down.load(Ordering::Relaxed));
         (self.first_byte, self.ended_first) = (first_byte, ended_first);
     }
 
     /// Returns the object as one line.
-    pub(in crate::cmd) fn to_json(&self, result: &Result<(), CliError>) -> String {
+    pub(crate) fn to_json(&self, result: &Result<(), CliError>) -> String {
         let client = self.client;
         let times = client.map(Client::times).unwrap_or_default();
         let time = |phase| format_millis(times.of(phase));

@@ -30,7 +30,7 @@ enum StdioEnd {
 }
 
 /// A descriptor whose reads and writes block, even if another process has set O_NONBLOCK.
-pub(in crate::cmd) struct BlockingFile(pub(in crate::cmd) File);
+pub(crate) struct BlockingFile(pub(crate) File);
 
 impl BlockingFile {
     fn retry_when_ready<T>(&self, flags: PollFlags, mut op: impl FnMut(&File) -> io::Result<T>) -> io::Result<T> {

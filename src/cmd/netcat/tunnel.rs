@@ -34,7 +34,7 @@ const STDIN_LINGER: Duration = Duration::from_millis(250);
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
 /// Checks the options that apply to an established tunnel. Returns the program of `-e` or `-c`.
-pub(in crate::cmd) fn check_args(args: &Args) -> Result<Option<Program>, CliError> {
+pub(crate) fn check_args(args: &Args) -> Result<Option<Program>, CliError> {
     if args.timeout.is_some_and(|time| time.is_zero()) {
         return Err(CliError::usage("-w: must be greater than 0"));
     }
@@ -66,7 +66,7 @@ pub(in crate::cmd) fn check_args(args: &Args) -> Result<Option<Program>, CliErro
 }
 
 /// Uses the tunnel as the options require, until it ends.
-pub(in crate::cmd) async fn run(
+pub(crate) async fn run(
     connector: &Connector,
     program: Option<&Program>,
     tunnel: Conn,

@@ -17,9 +17,6 @@ const DIRECT: &str = "direct";
 const KEYS: &str = "from, user, method, protection, command, to, port, via";
 
 /// Parses a rules file. `file` is its name in [`Rule::origin`]; `hops` are the names for `via=`, by index.
-///
-/// # Errors
-/// The first invalid line.
 pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
     let mut rules = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {
@@ -30,9 +27,6 @@ pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>,
 }
 
 /// Parses one rule. Returns `None` if the line is empty or only a comment.
-///
-/// # Errors
-/// What is wrong, with the word that is wrong.
 pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
     let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
     let Some((action, conditions)) = words.split_first() else { return Ok(None) };
