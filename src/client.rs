@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::conn::{Conn, Protection, ReadError};
 use crate::gssapi::ffi::Credential;
-use crate::gssapi::{self, Initiator};
+use crate::gssapi::{GssapiError, Initiator};
 use crate::net::{DialError, LocalAddr, Resolver, canonical, connect_unix, dial, set_keepalive, timeout_at};
 use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
@@ -170,8 +170,7 @@ impl Client {
     /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's address.
     pub async fn wait_for_peer(&self, conn: &mut Conn, has_deadline: bool) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
-        let reply = async { self.read_reply(conn).await.map(|reply| reply.bnd) };
-        self.within(self.deadline.filter(|_| has_deadline), reply).await
+        self.within(self.deadline.filter(|_| has_deadline), self.read_reply(conn)).await
     }
 
     async fn with_deadline<T>(
@@ -250,7 +249,8 @@ impl Client {
         write(conn, &Greeting { methods: methods.clone() }).await?;
         let selected = read::<MethodSelection>(conn).await?.0;
         self.last_answer.set((Some(selected), None));
-        log::debug!("proxy {hop} selected method {selected} (offered: {})", join_methods(&methods));
+        let offered = methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        log::debug!("proxy {hop} selected method {selected} (offered: {offered})");
         match (selected, credentials, &self.options.gssapi, ticket) {
             (Method::NO_ACCEPTABLE, ..) => Err(ClientErrorKind::NoAcceptableMethod),
             _ if !methods.contains(&selected) => {
@@ -280,15 +280,13 @@ impl Client {
     /// Acquires a Kerberos ticket if GSSAPI may be offered. A missing ticket is an error only if GSSAPI is the only
     /// requested method.
     async fn ticket(&self) -> Result<Option<Arc<Credential>>, ClientErrorKind> {
-        let Some(initiator) = &self.options.gssapi else { return Ok(None) };
-        let is_requested = self.options.methods.as_ref().is_some_and(|methods| methods.contains(&Method::GSSAPI));
-        if self.options.methods.is_some() && !is_requested {
-            return Ok(None);
-        }
+        let methods = self.options.methods.as_deref();
+        let is_possible = methods.is_none_or(|methods| methods.contains(&Method::GSSAPI));
+        let Some(initiator) = self.options.gssapi.as_ref().filter(|_| is_possible) else { return Ok(None) };
         match initiator.acquire_ticket().await {
             Ok(ticket) => Ok(Some(ticket)),
-            Err(error @ (gssapi::GssapiError::NoCredential(_) | gssapi::GssapiError::Unavailable(_)))
-                if self.options.methods.as_ref().is_none_or(|methods| methods.len() > 1) =>
+            Err(error @ (GssapiError::NoCredential(_) | GssapiError::Unavailable(_)))
+                if methods.is_none_or(|methods| methods.len() > 1) =>
             {
                 log::debug!("gssapi not offered: {error}");
                 Ok(None)
@@ -301,10 +299,11 @@ impl Client {
     async fn send_request(&self, conn: &mut Conn, command: Command, dst: &Addr) -> Result<Addr, ClientErrorKind> {
         self.enter_phase(Phase::Request);
         write(conn, &Request { command, dst: dst.clone() }).await?;
-        self.read_reply(conn).await.map(|reply| reply.bnd)
+        self.read_reply(conn).await
     }
 
-    async fn read_reply(&self, conn: &mut Conn) -> Result<Reply, ClientErrorKind> {
+    /// Reads a reply. Returns its BND.
+    async fn read_reply(&self, conn: &mut Conn) -> Result<Addr, ClientErrorKind> {
         let record_rep = |rep| self.last_answer.set((self.last_answer.get().0, Some(rep)));
         let reply: Reply = conn.read_message().await.map_err(|error| match &error {
             // A failure reply that is truncated or has an invalid BND still has its REP.
@@ -319,7 +318,7 @@ impl Client {
         record_rep(reply.rep);
         log::debug!("reply: {} (REP {}), bnd {}", reply.rep, reply.rep.0, reply.bnd.to_string().escape_debug());
         match reply.rep {
-            Rep::SUCCEEDED => Ok(reply),
+            Rep::SUCCEEDED => Ok(reply.bnd),
             rep => Err(ClientErrorKind::Rep(rep)),
         }
     }
@@ -361,10 +360,6 @@ impl Client {
         };
         ClientError { proxy, target: next.or(self.dst().map(ToString::to_string)), phase, kind }
     }
-}
-
-fn join_methods(methods: &[Method]) -> String {
-    methods.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 async fn write(conn: &mut Conn, message: &impl Message) -> Result<(), ClientErrorKind> {

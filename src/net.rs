@@ -11,8 +11,8 @@ mod socket;
 mod stream;
 mod timer;
 
-pub use datagrams::DATAGRAM_BUFFER_SIZE;
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
+pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use dial::{DialError, LocalAddr, connect_unix, dial, set_keepalive, set_tcp_options, unspecified};
 pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};

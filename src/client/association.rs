@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use super::{Client, ClientError, ClientErrorKind, Phase};
 use crate::conn::{Conn, Protection};
-use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io, unspecified};
+use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io, retry_refused, unspecified};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reassembly::{Reassembler, fragment};
 
@@ -52,13 +52,6 @@ struct HopAssociation {
     proxy: String,
     relay: Addr,
     reassembler: RefCell<Reassembler>,
-}
-
-impl HopAssociation {
-    /// Maximum number of bytes that the protection adds to a datagram.
-    fn overhead(&self) -> usize {
-        self.protection.as_ref().map_or(0, Protection::max_overhead)
-    }
 }
 
 /// A received datagram is malformed, or is not from the relay.
@@ -148,19 +141,19 @@ impl Association {
         if self.hops.is_empty() {
             return Ok(vec![payload.to_vec()]);
         }
-        let nested = self.hops.iter().skip(1).map(|hop| header_size(&hop.relay)).sum::<usize>();
-        let overhead = nested + self.hops.iter().map(HopAssociation::overhead).sum::<usize>();
+        let headers = self.hops.iter().skip(1).map(|hop| encode_datagram(&hop.relay, &[]).len()).sum::<usize>();
+        let protections = self.hops.iter().filter_map(|hop| hop.protection.as_ref());
+        let overhead = headers + protections.map(Protection::max_overhead).sum::<usize>();
         let mut datagrams = fragment(dst, payload, MAX_UDP4_PAYLOAD.saturating_sub(overhead)).ok_or_else(too_large)?;
         for bytes in &mut datagrams {
-            let mut inner: Option<&HopAssociation> = None;
-            for hop in self.hops.iter().rev() {
-                if let Some(inner) = inner {
-                    *bytes = encode_datagram(&inner.relay, bytes);
-                }
+            for (i, hop) in self.hops.iter().enumerate().rev() {
                 if let Some(protection) = &hop.protection {
                     *bytes = protection.wrap(bytes)?;
                 }
-                inner = Some(hop);
+                // The hop before this one sends the datagram to this relay; to the first relay, the socket is connected.
+                if i > 0 {
+                    *bytes = encode_datagram(&hop.relay, bytes);
+                }
             }
         }
         Ok(datagrams)
@@ -196,7 +189,7 @@ impl Association {
     /// Receives one datagram. `None` if it is invalid, or a fragment of a datagram that is not yet complete.
     fn receive(&self, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
-            let n = receive(socket, buffer)?;
+            let n = retry_refused(|| socket.recv(buffer))?;
             Ok(self.decapsulate(buffer.get(..n).unwrap_or_default()).unwrap_or_else(|DatagramError| {
                 self.invalid.set(self.invalid.get() + 1);
                 None
@@ -250,16 +243,6 @@ fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Receives a datagram, ignoring ICMP errors about earlier datagrams.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
-    loop {
-        match socket.recv(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            received => return received,
-        }
-    }
-}
-
 /// Returns the number of datagrams that the kernel has dropped because the receive buffer was full (Linux).
 fn kernel_drops(socket: &Io<UdpSocket>) -> Option<u64> {
     let inode = fs::metadata(format!("/proc/self/fd/{}", socket.as_fd().as_raw_fd())).ok()?.ino().to_string();
@@ -267,11 +250,6 @@ fn kernel_drops(socket: &Io<UdpSocket>) -> Option<u64> {
     let mut rows = tables.iter().flat_map(|table| table.lines()).map(str::split_ascii_whitespace);
     // The tenth column is the inode, the thirteenth and last the drops (proc_net_udp(5)).
     rows.find_map(|mut row| (row.nth(9)? == inode).then(|| row.last()).flatten())?.parse().ok()
-}
-
-/// Returns the length of the header of a datagram to `dst`.
-fn header_size(dst: &Addr) -> usize {
-    encode_datagram(dst, &[]).len()
 }
 
 fn encode_datagram(dst: &Addr, data: &[u8]) -> Vec<u8> {

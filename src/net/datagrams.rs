@@ -145,6 +145,16 @@ fn retry_if_connected<T, E>(to: Option<SocketAddr>, mut send: impl FnMut() -> Re
     send().or_else(|error| if to.is_none() { send() } else { Err(error) })
 }
 
+/// Receives a datagram by `op`, again after ECONNREFUSED, which reports an ICMP error about an earlier datagram.
+pub fn retry_refused<T>(mut op: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match op() {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            done => return done,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;

@@ -105,28 +105,17 @@ impl<'a> Normalizer<'a> {
 
     /// Appends a long option, with its value if that follows `=`. Returns true if the next argument is the value.
     fn push_long(&mut self, text: &str) -> Result<bool, String> {
-        let (name, value) = match text.split_once('=') {
-            Some((name, value)) => (name, Some(value)),
-            None => (text, None),
-        };
+        let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
         let option = format!("--{name}");
         let long = ALIASES.iter().find(|(alias, _)| *alias == option).map_or(option.as_str(), |(_, long)| long);
-        let flag = self.find(long, |flag| flag.long == long)?;
-        let is_switch = match flag {
-            Some(flag) => is_switch(flag),
-            None if long == "--help" => true,
-            None => return Err(self.unrecognized_option(&option)),
-        };
+        let flag = self.find(long, |flag| flag.long == long)?.ok_or_else(|| self.unrecognized_option(&option))?;
+        if is_switch(flag) && value.is_some() {
+            return Err(format!("{option} does not take a value"));
+        }
         self.has_help |= long == "--help";
         self.out.push(long.into());
-        match value {
-            Some(_) if is_switch => Err(format!("--{name} does not take a value")),
-            Some(value) => {
-                self.out.push(value.into());
-                Ok(false)
-            }
-            None => Ok(!is_switch),
-        }
+        self.out.extend(value.map(str::to_owned));
+        Ok(!is_switch(flag) && value.is_none())
     }
 
     /// Appends the short options of one argument. The value of the last may follow directly, as in `-vw3`. Returns
@@ -134,21 +123,18 @@ impl<'a> Normalizer<'a> {
     fn push_short(&mut self, text: &str) -> Result<bool, String> {
         let mut chars = text.chars();
         while let Some(letter) = chars.next() {
-            let flag = self.find(&format!("-{letter}"), |flag| flag.short == Some(letter))?;
-            if flag.is_none() && letter == 'h' {
+            if letter == 'h' {
                 self.has_help = true;
                 continue;
             }
-            let Some(flag) = flag else { return Err(self.unrecognized_option(&format!("-{letter}"))) };
-            self.out.push(format!("-{letter}"));
+            let option = format!("-{letter}");
+            let flag = self.find(&option, |flag| flag.short == Some(letter))?;
+            let flag = flag.ok_or_else(|| self.unrecognized_option(&option))?;
+            self.out.push(option);
             if !is_switch(flag) {
-                let value = match chars.as_str() {
-                    "" => None,
-                    value => Some(value.strip_prefix('=').unwrap_or(value).to_owned()),
-                };
-                let is_next = value.is_none();
-                self.out.extend(value);
-                return Ok(is_next);
+                let value = Some(chars.as_str()).filter(|value| !value.is_empty());
+                self.out.extend(value.map(|value| value.strip_prefix('=').unwrap_or(value).to_owned()));
+                return Ok(value.is_none());
             }
         }
         Ok(false)

@@ -179,8 +179,8 @@ impl Connector {
 
     /// Prints a line on stderr if `-v` is set.
     pub(crate) fn print_verbose(&self, event: &str) {
-        if self.args.verbose > 0 && !self.args.quiet {
-            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, format!("{}: {event}", self.label()))));
+        if self.args.verbose > 0 {
+            self.print_line(&format!("s5: {}: {event}", self.label()));
         }
     }
 

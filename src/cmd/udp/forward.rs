@@ -3,7 +3,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use super::transfer::{self, Transfer};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::forward::{Task, listen, run_with_tasks};
-use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, sleep, yield_now};
+use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, retry_refused, sleep, yield_now};
 use crate::proto::Host;
 
 /// Maximum number of queued datagrams of a peer. Further datagrams are dropped.
@@ -40,7 +39,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
     let accept_datagrams = async {
         let mut buffer = vec![0; DATAGRAM_BUFFER_SIZE];
         loop {
-            let received = receive_from(&socket, &mut buffer).await;
+            let received = socket.with(Interest::Read, |socket| retry_refused(|| socket.recv_from(&mut buffer))).await;
             let (n, peer) = received.map_err(|error| connector.io_error(ExitStatus::RECEIVE_ERROR, &error))?;
             let data = buffer.get(..n).unwrap_or_default().to_vec();
             let queue = peers.borrow().get(&peer).cloned();
@@ -70,16 +69,6 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
         }
     };
     run_with_tasks(&executor, Box::pin(accept_datagrams)).await
-}
-
-/// Receives a datagram. Ignores ECONNREFUSED, which reports an ICMP error about an earlier answer.
-async fn receive_from(socket: &Io<UdpSocket>, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
-    loop {
-        match socket.with(Interest::Read, |socket| socket.recv_from(buffer)).await {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            received => return received,
-        }
-    }
 }
 
 /// Serves one peer, from its first datagram to the end of its association.

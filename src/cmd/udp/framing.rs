@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_lite::io::BufReader;
 use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
@@ -44,43 +43,38 @@ impl Framing {
 }
 
 /// Reads datagrams from stdin.
-pub(super) enum DatagramReader {
-    /// For [`Framing::Raw`], without a buffer.
-    Raw(Arc<Mutex<BlockingFile>>),
-    Buffered(Framing, BufReader<Unblock<BlockingFile>>),
+pub(super) struct DatagramReader {
+    framing: Framing,
+    stdin: BufReader<Unblock<BlockingFile>>,
 }
 
 impl DatagramReader {
     pub(super) fn new(framing: Framing) -> io::Result<Self> {
         let stdin = BlockingFile(File::from(io::stdin().as_fd().try_clone_to_owned()?));
-        Ok(match framing {
-            Framing::Raw => Self::Raw(Arc::new(Mutex::new(stdin))),
-            _ => Self::Buffered(framing, BufReader::new(Unblock::with_capacity(MAX_UDP6_PAYLOAD, stdin))),
-        })
+        Ok(Self { framing, stdin: BufReader::new(Unblock::with_capacity(MAX_UDP6_PAYLOAD, stdin)) })
     }
 
     /// Returns the next datagram; `None` at the end of stdin.
     pub(super) async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
-        match self {
-            Self::Raw(stdin) => {
-                let stdin = stdin.clone();
-                let data = smol::unblock(move || {
-                    let mut data = vec![0; MAX_UDP6_PAYLOAD];
-                    let n = stdin.lock().unwrap_or_else(PoisonError::into_inner).read(&mut data)?;
-                    data.truncate(n);
-                    io::Result::Ok(data)
-                })
-                .await?;
-                Ok(Some(data).filter(|data| !data.is_empty()))
-            }
-            Self::Buffered(Framing::LengthPrefixed, stdin) => read_length_prefixed(stdin).await,
-            Self::Buffered(Framing::Hex, stdin) => match read_line(stdin, MAX_HEX_LINE).await? {
-                Some(digits) => decode_hex(&digits).map(Some),
-                None => Ok(None),
-            },
-            Self::Buffered(_, stdin) => read_line(stdin, MAX_UDP6_PAYLOAD).await,
+        let Self { framing, stdin } = self;
+        match framing {
+            Framing::Raw => read_raw(stdin.get_mut()).await,
+            Framing::LengthPrefixed => read_length_prefixed(stdin).await,
+            Framing::Lines => read_line(stdin, MAX_UDP6_PAYLOAD).await,
+            Framing::Hex => read_line(stdin, MAX_HEX_LINE).await?.map(|digits| decode_hex(&digits)).transpose(),
         }
     }
+}
+
+/// Returns the bytes of one read(2), without a buffer in between.
+async fn read_raw(stdin: &mut Unblock<BlockingFile>) -> io::Result<Option<Vec<u8>>> {
+    let read = |file: &mut BlockingFile| {
+        let mut data = vec![0; MAX_UDP6_PAYLOAD];
+        let n = file.read(&mut data)?;
+        data.truncate(n);
+        Ok(Some(data).filter(|data| !data.is_empty()))
+    };
+    stdin.with_mut(read).await
 }
 
 /// Returns a line without its end, or the first `max` + 2 bytes of a longer line.
