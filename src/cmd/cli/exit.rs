@@ -125,21 +125,19 @@ impl fmt::Display for CliError {
 
 impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
-        let status = match (&error.kind, error.phase) {
-            (Kind::Unreachable(DialError::TimedOut) | Kind::TimedOut(_), _) => ExitStatus::TIMED_OUT,
-            (Kind::Unreachable(DialError::LocalAddr), _) => ExitStatus::LOCAL_ADDR,
-            (Kind::Unreachable(_), Phase::ResolveTarget) => ExitStatus::RESOLVE_TARGET,
-            (Kind::Unreachable(_), Phase::ResolveProxy) => ExitStatus::RESOLVE_PROXY,
-            (Kind::Unreachable(_) | Kind::Socket(_) | Kind::NextHop(_), _) => ExitStatus::UNREACHABLE,
-            (Kind::Protocol(_) | Kind::Closed(_), _) => ExitStatus::PROTOCOL,
-            (Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_), _) => ExitStatus::LOGIN_FAILED,
-            (Kind::Rep(rep), _) => ExitStatus::from_rep(*rep),
-        };
-        let is_final = match &error.kind {
-            Kind::Unreachable(error) => *error == DialError::LocalAddr,
-            Kind::Protocol(_) | Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_) => true,
-            Kind::Rep(rep) => [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED].contains(rep),
-            Kind::Socket(_) | Kind::Closed(_) | Kind::NextHop(_) | Kind::TimedOut(_) => false,
+        let (status, is_final) = match (&error.kind, error.phase) {
+            (Kind::Unreachable(DialError::TimedOut) | Kind::TimedOut(_), _) => (ExitStatus::TIMED_OUT, false),
+            (Kind::Unreachable(DialError::LocalAddr), _) => (ExitStatus::LOCAL_ADDR, true),
+            (Kind::Unreachable(_), Phase::ResolveTarget) => (ExitStatus::RESOLVE_TARGET, false),
+            (Kind::Unreachable(_), Phase::ResolveProxy) => (ExitStatus::RESOLVE_PROXY, false),
+            (Kind::Unreachable(_) | Kind::Socket(_) | Kind::NextHop(_), _) => (ExitStatus::UNREACHABLE, false),
+            (Kind::Protocol(_), _) => (ExitStatus::PROTOCOL, true),
+            (Kind::Closed(_), _) => (ExitStatus::PROTOCOL, false),
+            (Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_), _) => (ExitStatus::LOGIN_FAILED, true),
+            (Kind::Rep(rep), _) => {
+                let final_reps = [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED];
+                (ExitStatus::from_rep(*rep), final_reps.contains(rep))
+            }
         };
         Self { is_final, ..Self::new(status, error.to_string()) }
     }

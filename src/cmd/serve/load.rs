@@ -1,6 +1,6 @@
 //! Builds the policy from options and files at the start and at each reload.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -24,10 +24,9 @@ pub(super) struct ConfigFile {
     /// The option that names the file.
     option: &'static str,
     path: PathBuf,
-    /// Completeness of the file when it was last loaded. `None` before the first load.
-    previous: Cell<Option<Completeness>>,
-    /// The text that was last loaded, if it was unterminated: a truncated copy of it would look equally complete.
-    previous_text: RefCell<String>,
+    /// Completeness of the text that was last loaded, and the text if it was unterminated: a truncated copy of it would
+    /// look equally complete. `None` before the first load.
+    loaded: RefCell<Option<(Completeness, String)>>,
 }
 
 /// How complete a file looks. While it is being copied, a file is first empty and then may end in the middle of a line.
@@ -51,23 +50,24 @@ impl Completeness {
 
 impl ConfigFile {
     pub(super) fn new(option: &'static str, path: PathBuf) -> Self {
-        Self { option, path, previous: Cell::new(None), previous_text: RefCell::default() }
+        Self { option, path, loaded: RefCell::default() }
     }
 
     /// Reads the file. Fails if it looks less complete than the text that was last loaded.
-    fn read(&self, max: u64) -> Result<(String, Completeness), CliError> {
-        let previous = self.previous.get();
+    fn read(&self, max: u64) -> Result<String, CliError> {
+        let loaded = self.loaded.borrow();
         // At a reload, a pipe may have no writer, and opening it would block.
-        if previous.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
+        if loaded.is_some() && fs::metadata(&self.path).is_ok_and(|file| !file.is_file()) {
             return Err(file_error(&self.path, "not a regular file (a directory or a pipe cannot be reloaded)"));
         }
         let text = read_file(self.option, &self.path, max)?;
         let completeness = Completeness::of(&text);
-        let old = self.previous_text.borrow();
-        let is_shorter = text.len() < old.len() && old.starts_with(&text);
-        let is_truncated = completeness == Completeness::Unterminated && is_shorter;
-        if previous.is_none_or(|previous| completeness >= previous) && !is_truncated {
-            return Ok((text, completeness));
+        let is_less_complete = |(previous, old): &(Completeness, String)| {
+            let is_shorter = text.len() < old.len() && old.starts_with(&text);
+            completeness < *previous || completeness == Completeness::Unterminated && is_shorter
+        };
+        if !loaded.as_ref().is_some_and(is_less_complete) {
+            return Ok(text);
         }
         let line = text.lines().count();
         let first = text.lines().last().and_then(|line| line.split([' ', '\t', ':']).next()).unwrap_or_default();
@@ -76,6 +76,12 @@ impl ConfigFile {
             _ => format!("line {line}: no line end after the line that starts with {first:?}"),
         };
         Err(file_error(&self.path, format!("{problem} (is the file still being written?)")))
+    }
+
+    fn set_loaded(&self, text: String) {
+        let completeness = Completeness::of(&text);
+        let kept = if completeness == Completeness::Unterminated { text } else { String::new() };
+        self.loaded.replace(Some((completeness, kept)));
     }
 }
 
@@ -112,9 +118,9 @@ impl PolicySources {
         let users = match &self.users {
             None => None,
             Some(config) => {
-                let (text, completeness) = config.read(MAX_USERS_FILE)?;
+                let text = config.read(MAX_USERS_FILE)?;
                 let users = Users::parse(&text).map_err(|error| file_error(&config.path, error))?;
-                loaded.push((config, completeness, text));
+                loaded.push((config, text));
                 if users.is_empty() {
                     log::warn!(
                         "{}: no users, so every login is refused (add users with --add-user)",
@@ -126,16 +132,12 @@ impl PolicySources {
         };
         let mut all = self.parse_rule_options()?;
         if let Some(config) = &self.rules {
-            let (text, completeness) = config.read(MAX_RULES_FILE)?;
+            let text = config.read(MAX_RULES_FILE)?;
             let file = config.path.display().to_string();
             all.extend(rules::parse_rules(&text, &file, &self.hops).map_err(|error| file_error(&config.path, error))?);
-            loaded.push((config, completeness, text));
+            loaded.push((config, text));
         }
-        for (config, completeness, text) in loaded {
-            config.previous.set(Some(completeness));
-            let is_unterminated = completeness == Completeness::Unterminated;
-            config.previous_text.replace(if is_unterminated { text } else { String::new() });
-        }
+        loaded.into_iter().for_each(|(config, text)| config.set_loaded(text));
         let rules = Rules::new(all, self.default_route);
         Ok(Policy { users, methods: self.methods.clone(), rules, ..Policy::default() })
     }
