@@ -15,11 +15,12 @@ use cli::completions::{ScriptFn, parse_shell};
 pub use cli::exit::{CliError, ExitStatus, eprint_line, plain_os_errors};
 use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
-use netcat::options;
+use netcat::options::{self, ClientArgs};
+use serve::ServeArgs;
 
 /// A SOCKS5 server, and a netcat that works through SOCKS5 proxies
 #[derive(FromArgs, ArgsInfo, Debug)]
-struct Args {
+struct ProgramArgs {
     /// print the version and exit
     #[argh(switch)]
     version: bool,
@@ -38,9 +39,9 @@ struct Args {
 #[allow(clippy::large_enum_variant, reason = "a process has one")]
 pub enum Mode {
     /// `s5 serve`
-    Serve(serve::Args),
+    Serve(ServeArgs),
     /// `s5 connect`, `s5 bind` or `s5 udp`
-    Client(Command, options::Args),
+    Client(Command, ClientArgs),
 }
 
 impl Mode {
@@ -48,8 +49,8 @@ impl Mode {
     pub fn log_level(&self) -> LevelFilter {
         match self {
             Self::Serve(args) => args.log_level(),
-            Self::Client(_, options::Args { quiet: true, .. }) => LevelFilter::Off,
-            Self::Client(_, options::Args { verbose: 0 | 1, .. }) => LevelFilter::Warn,
+            Self::Client(_, ClientArgs { quiet: true, .. }) => LevelFilter::Off,
+            Self::Client(_, ClientArgs { verbose: 0 | 1, .. }) => LevelFilter::Warn,
             Self::Client(..) => LevelFilter::Debug,
         }
     }
@@ -85,12 +86,12 @@ fn syntax() -> Syntax {
     let bind = "Accept one connection through a SOCKS5 proxy; stdin and stdout are the tunnel";
     let udp = "Send stdin as datagrams through SOCKS5 proxies, and print the answers";
     let modes = vec![
-        Syntax::of::<serve::Args>("serve"),
+        Syntax::of::<ServeArgs>("serve"),
         options::syntax("connect", connect, "target"),
         options::syntax("bind", bind, "peer"),
         options::syntax("udp", udp, "target"),
     ];
-    Syntax { modes, ..Syntax::of::<Args>("") }
+    Syntax { modes, ..Syntax::of::<ProgramArgs>("") }
 }
 
 /// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's name.
@@ -105,14 +106,14 @@ pub fn parse(args: &[String]) -> Result<Action, CliError> {
     let option = normalized.iter().position(|arg| ["-P", "--proxy-user"].contains(arg));
     secrets::redact(args, option.and_then(|option| normalized.get(option + 1)).copied());
     let action = match mode.name {
-        "" => from_args::<Args>(&normalized).and_then(|args| args.action(&program)),
+        "" => from_args::<ProgramArgs>(&normalized).and_then(|args| args.action(&program)),
         "serve" => from_args(&normalized).map(|args| Action::Run(Mode::Serve(args))),
         client => client.parse().and_then(|command| Ok(Action::Run(Mode::Client(command, from_args(&normalized)?)))),
     };
     action.map_err(usage_error)
 }
 
-impl Args {
+impl ProgramArgs {
     fn action(self, program: &Syntax) -> Result<Action, String> {
         match self {
             Self { version: true, .. } => Ok(Action::Print(format!("{NAME} {}", env!("CARGO_PKG_VERSION")))),

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
-use super::netcat::options::Args;
+use super::netcat::options::ClientArgs;
 use super::netcat::report::SessionReport;
 use super::netcat::tunnel;
 use crate::client::Client;
@@ -67,7 +67,7 @@ impl AddrOutput {
 }
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: Args) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
     let program = tunnel::check_args(&args)?;
     let peer = match args.target.as_slice() {
         [] => None,

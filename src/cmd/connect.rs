@@ -4,7 +4,7 @@ use super::cli::exit::CliError;
 use super::netcat::child::Program;
 use super::netcat::connector::Connector;
 use super::netcat::forward;
-use super::netcat::options::Args;
+use super::netcat::options::ClientArgs;
 use super::netcat::report::SessionReport;
 use super::netcat::tunnel;
 use crate::client::Client;
@@ -12,7 +12,7 @@ use crate::conn::Conn;
 use crate::proto::{Addr, Command};
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: Args) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
     let program = tunnel::check_args(&args)?;
     // Without a target, -z tests whether the proxy accepts the login.
     let dst = args.target()?;

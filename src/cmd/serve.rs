@@ -30,7 +30,7 @@ const VIA_HOP_NAME: &str = "--via";
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
-pub struct Args {
+pub struct ServeArgs {
     /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
     /// addresses), *:PORT (all addresses) or unix:/PATH. With port 0 the kernel chooses the port, and s5 logs it. A
     /// Unix socket that no process uses is replaced; one in use is an error. Its file has the permissions of the umask.
@@ -228,7 +228,7 @@ fn parse_deny(conditions: &str) -> Result<RuleOption, String> {
     rule_option("--deny", format!("deny {conditions}"))
 }
 
-impl Args {
+impl ServeArgs {
     pub(super) fn log_level(&self) -> LevelFilter {
         match (self.quiet, self.verbose) {
             (true, _) => LevelFilter::Warn,

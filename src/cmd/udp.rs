@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
-use super::netcat::options::Args;
+use super::netcat::options::ClientArgs;
 use crate::net::{sleep, yield_now};
 use crate::proto::Command;
 use framing::{DatagramReader, DatagramWriter, Framing};
@@ -22,7 +22,7 @@ const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 const MAX_BATCH: usize = 1000;
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: Args) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
     let dst = args.target()?;
     let framing = Framing::from_args(&args)?;
     if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 
-use super::options::Args;
+use super::options::ClientArgs;
 use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 
@@ -15,7 +15,7 @@ pub(crate) struct Program(Vec<String>);
 
 impl Program {
     /// Returns the program of `-e` or `-c`, if one is given.
-    pub(super) fn from_args(args: &Args) -> Result<Option<Self>, CliError> {
+    pub(super) fn from_args(args: &ClientArgs) -> Result<Option<Self>, CliError> {
         match (&args.exec, &args.sh_exec) {
             (Some(program), _) => {
                 let words: Vec<String> = program.split_whitespace().map(str::to_owned).collect();

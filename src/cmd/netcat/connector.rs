@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::options::Args;
+use super::options::ClientArgs;
 use super::report::SessionReport;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Proxy};
@@ -25,7 +25,7 @@ const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 /// Establishes tunnels and associations to one target through the selected proxies.
 #[derive(Debug)]
 pub(crate) struct Connector {
-    pub(crate) args: Args,
+    pub(crate) args: ClientArgs,
     hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
@@ -40,7 +40,7 @@ pub(crate) struct RetryOutcome<T> {
 
 impl Connector {
     /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
-    pub(crate) fn new(command: Command, args: Args, dst: Option<Addr>) -> Result<Self, CliError> {
+    pub(crate) fn new(command: Command, args: ClientArgs, dst: Option<Addr>) -> Result<Self, CliError> {
         // no_proxy does not apply to BIND: the peer connects to the proxy.
         let hops = proxies::select_proxies(&args, dst.as_ref().filter(|_| command != Command::Bind))?;
         if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
@@ -201,7 +201,7 @@ impl Connector {
     }
 }
 
-fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> {
+fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> Result<LocalAddr, CliError> {
     let is_ipv4 = match (args.ipv4, args.ipv6) {
         (true, true) => return Err(CliError::usage("-4 and -6 cannot be combined")),
         (true, false) => Some(true),
@@ -220,7 +220,7 @@ fn source_from_args(args: &Args, hops: &[Proxy]) -> Result<LocalAddr, CliError> 
 }
 
 /// Returns the methods to offer to proxies, and the options of GSSAPI.
-fn auth_from_args(args: &Args, hops: &[Proxy]) -> Result<(Option<Vec<Method>>, Option<Initiator>), CliError> {
+fn auth_from_args(args: &ClientArgs, hops: &[Proxy]) -> Result<(Option<Vec<Method>>, Option<Initiator>), CliError> {
     let has_gssapi_options = args.ccache.is_some() || args.gssapi_service.is_some() || args.gssapi_host.is_some();
     let requires_gssapi = args.gssapi_protection.is_some() || args.gssapi_min.is_some() || args.gssapi_nec;
     let methods = match &args.auth {

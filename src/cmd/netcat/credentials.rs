@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::process::{Command, Stdio};
 
 use super::descriptor;
-use super::options::Args;
+use super::options::ClientArgs;
 use super::proxies::env_var;
 use crate::client::{Proxy, check_credentials};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
@@ -22,7 +22,7 @@ const MAX_FILE_SIZE: u64 = 1 << 20;
 /// Adds credentials to hops whose URL has no password.
 ///
 /// A hop whose URL has a user name gets the password of that user. Other hops get the first user name and password.
-pub(super) fn add_credentials(hops: &mut [Proxy], args: &Args) -> Result<(), CliError> {
+pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(), CliError> {
     let mut logins = Vec::new();
     let mut user = None;
     match args.proxy_user.as_deref().map(|user| (user, parse_login(user.as_bytes()))) {
@@ -123,7 +123,7 @@ fn parse_login(pair: &[u8]) -> Option<Credentials> {
 }
 
 /// Returns the password from the askpass program or the user. Fails if neither is available, and in CI.
-fn prompt_password(hop: &Proxy, uname: &[u8], args: &Args) -> Result<Vec<u8>, CliError> {
+fn prompt_password(hop: &Proxy, uname: &[u8], args: &ClientArgs) -> Result<Vec<u8>, CliError> {
     let user = String::from_utf8_lossy(uname).escape_debug().to_string();
     let login_error =
         |problem: String| CliError::new(ExitStatus::LOGIN_FAILED, format!("proxy {hop}: login: {problem}"));

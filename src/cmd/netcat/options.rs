@@ -40,12 +40,12 @@ const RESTRICTED_OPTIONS: [(&[&str], &[&str], &str); 10] = [
 pub(crate) fn syntax(name: &'static str, description: &'static str, argument: &'static str) -> Syntax {
     let refused = RESTRICTED_OPTIONS.iter().filter(|(_, modes, _)| !modes.contains(&name));
     let refusals = refused.map(|(options, _, reason)| (*options, *reason)).collect();
-    Syntax { description, argument: Some(argument), refusals, ..Syntax::of::<Args>(name) }
+    Syntax { description, argument: Some(argument), refusals, ..Syntax::of::<ClientArgs>(name) }
 }
 
 /// The options of the client modes.
 #[derive(FromArgs, ArgsInfo, Debug)]
-pub struct Args {
+pub struct ClientArgs {
     /// proxy or comma-separated chain (repeatable) [default: S5_PROXY, ALL_PROXY or 127.0.0.1:1080]. URL is
     /// \[socks5h://\]\[USER\[:PASSWORD\]@\]HOST\[:PORT\], \[USER\[:PASSWORD\]@\]unix:/PATH or socks5h://localhost/PATH.
     /// socks5:// is the same as socks5h://. Percent-encoding in user and password is decoded. A chain begins with the
@@ -275,7 +275,7 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     Ok(SocketAddr::new(ip, port))
 }
 
-impl Args {
+impl ClientArgs {
     /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
     pub(crate) fn target(&self) -> Result<Option<Addr>, CliError> {
         let parsed = match self.target.as_slice() {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::options::Args;
+use super::options::ClientArgs;
 use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::values::DEFAULT_ADDR;
@@ -17,7 +17,7 @@ const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS
 const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
 
 /// Returns the proxies on the route to `dst`, nearest first; none for a direct connection.
-pub(super) fn select_proxies(args: &Args, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
+pub(super) fn select_proxies(args: &ClientArgs, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
     match (args.direct, args.proxy.as_slice()) {
         (true, []) => return Ok(Vec::new()),
         (true, _) => return Err(CliError::usage("--direct and --proxy cannot be combined")),

@@ -15,7 +15,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::child::{self, Program};
 use super::connector::Connector;
-use super::options::Args;
+use super::options::ClientArgs;
 use super::progress;
 use super::report::SessionReport;
 use super::stdio::StdioStream;
@@ -34,7 +34,7 @@ const STDIN_LINGER: Duration = Duration::from_millis(250);
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
 /// Checks the options that apply to an established tunnel. Returns the program of `-e` or `-c`.
-pub(crate) fn check_args(args: &Args) -> Result<Option<Program>, CliError> {
+pub(crate) fn check_args(args: &ClientArgs) -> Result<Option<Program>, CliError> {
     if args.timeout.is_some_and(|time| time.is_zero()) {
         return Err(CliError::usage("-w: must be greater than 0"));
     }

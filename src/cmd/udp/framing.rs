@@ -10,7 +10,7 @@ use futures_lite::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use smol::Unblock;
 
 use crate::cmd::cli::exit::CliError;
-use crate::cmd::netcat::options::Args;
+use crate::cmd::netcat::options::ClientArgs;
 use crate::cmd::netcat::stdio::BlockingFile;
 use crate::proto::MAX_UDP6_PAYLOAD;
 
@@ -31,7 +31,7 @@ pub(super) enum Framing {
 }
 
 impl Framing {
-    pub(super) fn from_args(args: &Args) -> Result<Self, CliError> {
+    pub(super) fn from_args(args: &ClientArgs) -> Result<Self, CliError> {
         match (args.raw, args.hex, args.length_prefixed) {
             (false, false, false) => Ok(Self::Lines),
             (true, false, false) => Ok(Self::Raw),
