@@ -10,6 +10,7 @@
 
 use std::error::Error as _;
 use std::ffi::{CStr, CString, OsString, c_int, c_void};
+use std::fmt;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::ptr::{null, null_mut};
@@ -44,7 +45,6 @@ type Handle = *mut c_void;
 /// status, the result is the major status. A function after `?` is optional.
 macro_rules! functions {
     ($($name:ident($($argument:ty),*);)* ?$optional:ident($($optional_argument:ty),*);) => {
-        #[derive(Debug)]
         struct Api {
             $($name: unsafe extern "C" fn(*mut u32, $($argument),*) -> u32,)*
             $optional: Option<unsafe extern "C" fn(*mut u32, $($optional_argument),*) -> u32>,
@@ -194,8 +194,7 @@ enum Kind {
     Context,
 }
 
-/// An object of the library, or null until a call has created it.
-#[derive(Debug)]
+/// An object of the library, or null until a call has created it. `Debug` shows no addresses.
 struct Object {
     api: &'static Api,
     kind: Kind,
@@ -221,6 +220,12 @@ impl Object {
         // SAFETY: all pointers are to locals or constants.
         name.api.call(|minor| unsafe { (name.api.gss_import_name)(minor, &text, kind, &mut name.handle) })?;
         Ok(name)
+    }
+}
+
+impl fmt::Debug for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.kind.fmt(f)
     }
 }
 
