@@ -20,7 +20,7 @@ use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
 };
-pub use association::{Association, AssociationClosedError};
+pub use association::Association;
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, check_credentials, parse_hops};
 

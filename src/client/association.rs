@@ -57,10 +57,6 @@ struct HopAssociation {
 /// A received datagram is malformed, or is not from the relay.
 struct DatagramError;
 
-/// The proxy with this name has closed the control connection, which ends its association.
-#[derive(Debug)]
-pub struct AssociationClosedError(pub String);
-
 impl Client {
     /// Opens an association with each hop, through the hops before it.
     pub async fn associate(&self) -> Result<Association, ClientError> {
@@ -219,13 +215,13 @@ impl Association {
         Ok(Some((from, bytes)))
     }
 
-    /// Waits until a proxy has closed its control connection.
-    pub async fn closed<'a>(&'a self) -> AssociationClosedError {
+    /// Waits until a proxy has closed its control connection, which ends the association. Returns its name.
+    pub async fn closed<'a>(&'a self) -> String {
         let watch = |hop: &'a HopAssociation| (Box::pin(hop.control.wait_peer_closed()), hop);
         let mut watches: Vec<_> = self.hops.iter().map(watch).collect();
         poll_fn(|cx| {
             let closed = watches.iter_mut().find_map(|(watch, hop)| watch.as_mut().poll(cx).is_ready().then_some(hop));
-            closed.map_or(Poll::Pending, |hop| Poll::Ready(AssociationClosedError(hop.proxy.clone())))
+            closed.map_or(Poll::Pending, |hop| Poll::Ready(hop.proxy.clone()))
         })
         .await
     }

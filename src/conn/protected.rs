@@ -2,8 +2,9 @@
 //! connection, also over a protected one.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::fmt;
-use std::io;
+use std::io::{self, Read as _};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -109,38 +110,32 @@ pub struct ProtectedStream<S> {
     pub(super) protection: Protection,
     /// Received frames that are not unwrapped yet; the last one can be incomplete.
     received: Vec<u8>,
-    /// Data for the caller, and how many bytes of it the caller has read.
-    unwrapped: (Vec<u8>, usize),
-    /// Frames for the connection, and how many bytes of them are sent.
-    outgoing: (Vec<u8>, usize),
+    /// Data for the caller.
+    unwrapped: VecDeque<u8>,
+    /// Frames for the connection.
+    outgoing: VecDeque<u8>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
     pub(super) fn new(inner: S, protection: Protection) -> Self {
-        Self { inner, protection, received: Vec::new(), unwrapped: Default::default(), outgoing: Default::default() }
+        Self { inner, protection, received: Vec::new(), unwrapped: VecDeque::new(), outgoing: VecDeque::new() }
     }
 
     pub(super) fn has_unflushed(&self) -> bool {
-        !self.outgoing.0.is_empty()
+        !self.outgoing.is_empty()
     }
 
     pub(super) fn has_unread(&self) -> bool {
-        !self.received.is_empty() || !self.unwrapped.0.is_empty()
+        !self.received.is_empty() || !self.unwrapped.is_empty()
     }
 
-    /// Copies unwrapped data into `buf` and returns its length.
-    fn take_unwrapped(&mut self, buf: &mut [u8]) -> usize {
-        let (unwrapped, offset) = &mut self.unwrapped;
-        let unread = unwrapped.get(*offset..).unwrap_or_default();
-        let n = unread.len().min(buf.len());
-        if let (Some(to), Some(from)) = (buf.get_mut(..n), unread.get(..n)) {
-            to.copy_from_slice(from);
+    /// Moves unwrapped data into `buf` and returns its length.
+    fn take_unwrapped(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.unwrapped.read(buf)?;
+        if self.unwrapped.is_empty() {
+            self.unwrapped = VecDeque::new();
         }
-        *offset += n;
-        if *offset >= unwrapped.len() {
-            self.unwrapped = Default::default();
-        }
-        n
+        Ok(n)
     }
 
     /// Unwraps the first received frame. Returns `false` if it is incomplete.
@@ -160,7 +155,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
         if self.received.is_empty() {
             self.received = Vec::new();
         }
-        self.unwrapped = (unwrapped.data, 0);
+        self.unwrapped = unwrapped.data.into();
         Ok(true)
     }
 
@@ -181,18 +176,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ProtectedStream<S> {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        loop {
-            let (frames, offset) = &mut self.outgoing;
-            let unsent = frames.get(*offset..).unwrap_or_default();
-            if unsent.is_empty() {
-                self.outgoing = Default::default();
-                return Poll::Ready(Ok(()));
-            }
-            match ready!(Pin::new(&mut self.inner).poll_write(cx, unsent))? {
+        while !self.outgoing.is_empty() {
+            match ready!(Pin::new(&mut self.inner).poll_write(cx, self.outgoing.as_slices().0))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                n => *offset += n,
+                n => drop(self.outgoing.drain(..n)),
             }
         }
+        self.outgoing = VecDeque::new();
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -206,7 +197,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for ProtectedStream<S> {
         let this = self.get_mut();
         let mut empty_tokens = 0;
         loop {
-            let n = this.take_unwrapped(buf);
+            let n = this.take_unwrapped(buf)?;
             if n > 0 || buf.is_empty() {
                 return Poll::Ready(Ok(n));
             }
@@ -231,7 +222,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ProtectedStream<S> {
         let this = self.get_mut();
         ready!(this.poll_send(cx))?;
         let chunk = buf.get(..MAX_WRAP_LEN).unwrap_or(buf);
-        this.outgoing = (this.protection.wrap(chunk)?, 0);
+        this.outgoing = this.protection.wrap(chunk)?.into();
         // The next write, flush or close sends the bytes that the connection does not accept now.
         if let Poll::Ready(Err(error)) = this.poll_send(cx) {
             return Poll::Ready(Err(error));

@@ -1,5 +1,6 @@
 //! stdin and stdout, or those of a child process, as one stream for the relay.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, Read as _, Write as _};
@@ -232,7 +233,7 @@ struct CrlfEncoder {
     /// The last byte read.
     last: u8,
     /// Converted bytes that did not fit into the reader's buffer.
-    pending: Vec<u8>,
+    pending: VecDeque<u8>,
 }
 
 impl CrlfEncoder {
@@ -241,16 +242,12 @@ impl CrlfEncoder {
             let n = ready!(input.poll_read(cx, buf))?;
             for byte in buf.iter().take(n) {
                 if *byte == b'\n' && self.last != b'\r' {
-                    self.pending.push(b'\r');
+                    self.pending.push_back(b'\r');
                 }
-                self.pending.push(*byte);
+                self.pending.push_back(*byte);
                 self.last = *byte;
             }
         }
-        let n = buf.len().min(self.pending.len());
-        for (to, from) in buf.iter_mut().zip(self.pending.drain(..n)) {
-            *to = from;
-        }
-        Poll::Ready(Ok(n))
+        Poll::Ready(self.pending.read(buf))
     }
 }

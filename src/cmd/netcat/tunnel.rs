@@ -87,11 +87,11 @@ pub(crate) async fn run(
         return relay_local(connector, stdio, None, tunnel, report).await;
     };
     let variables = [
-        ("S5_TARGET", connector.dst().map(ToString::to_string)),
-        ("S5_BND", Some(bnd.to_string())),
-        ("S5_PROXY_ADDR", connector.last_proxy()),
+        ("S5_TARGET", connector.dst().map(ToString::to_string).unwrap_or_default()),
+        ("S5_BND", bnd.to_string()),
+        ("S5_PROXY_ADDR", connector.last_proxy().unwrap_or_default()),
     ];
-    let (child, stdio) = program.start(&variables.map(|(name, value)| (name, value.unwrap_or_default())), args.crlf)?;
+    let (child, stdio) = program.start(&variables, args.crlf)?;
     let exit = Box::pin(child::wait(child));
     relay_local(connector, stdio, Some(exit), tunnel, report).await
 }

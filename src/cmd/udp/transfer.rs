@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
 
-use crate::client::{Association, AssociationClosedError, Client};
+use crate::client::{Association, Client};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::report::SessionReport;
@@ -111,7 +111,7 @@ impl Transfer<'_> {
 
     /// Waits until a proxy ends the association. Always returns an error.
     async fn closed(&self) -> Result<(), CliError> {
-        let AssociationClosedError(proxy) = self.association.closed().await;
+        let proxy = self.association.closed().await;
         let target = self.connector.dst().map(|dst| format!(", for {dst}")).unwrap_or_default();
         let message = format!("proxy {proxy}: transfer{target}: the proxy ended the association");
         Err(CliError::new(ExitStatus::RECEIVE_ERROR, message))

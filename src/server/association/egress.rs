@@ -12,7 +12,7 @@ use super::super::reply::{SessionError, SessionResult};
 use super::super::state::{Server, Session};
 use super::routes::{Path, possible_hops};
 use super::sent_to::SentTo;
-use crate::client::{Association, AssociationClosedError};
+use crate::client::Association;
 use crate::net::{BatchSocket, GsoBatch, unspecified};
 use crate::proto::{Addr, Host, HostName};
 
@@ -42,7 +42,7 @@ impl Egress {
     /// Returns an error if a hop has closed its association.
     pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Option<String> {
         let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.closed.as_mut().poll(cx) {
-            Poll::Ready(closed) => Some(closed.0),
+            Poll::Ready(proxy) => Some(proxy),
             Poll::Pending => None,
         });
         closed.map(|proxy| format!("proxy {proxy} closed its association"))
@@ -92,7 +92,7 @@ pub(super) struct Upstream {
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
     association: Rc<Association>,
-    closed: Pin<Box<dyn Future<Output = AssociationClosedError>>>,
+    closed: Pin<Box<dyn Future<Output = String>>>,
 }
 
 impl Upstream {
