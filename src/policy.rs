@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::proto::{Method, ProtectionLevel};
-use rules::{AccessRequest, Decision, Identity, Rules};
+use rules::{AccessRequest, Decision, Identity, Rule, Rules, UserPattern};
 use users::Users;
 
 /// An error in a rules file or users file.
@@ -69,6 +69,19 @@ impl Policy {
         let has_user = |users: &Arc<Users>| identity.user.is_some_and(|user| users.contains(user));
         let is_user_valid = identity.method != Method::PASSWORD || self.users.as_ref().is_some_and(has_user);
         self.select_method(&[identity.method]).is_some() && is_user_valid
+    }
+
+    /// Returns the entries of `user=` that match no possible login, each with its rule.
+    pub fn unmatched_users(&self) -> impl Iterator<Item = (&Rule, &UserPattern)> {
+        let accepts_gssapi = self.select_method(&[Method::GSSAPI]).is_some();
+        let is_unmatched = move |user: &UserPattern| match user {
+            UserPattern::Named(name) if accepts_gssapi && name.contains(&b'@') => false,
+            UserPattern::Named(name) => !self.users.as_ref().is_some_and(|users| users.contains(name)),
+            UserPattern::Any | UserPattern::Realm(_) if accepts_gssapi => false,
+            pattern => !self.users.iter().flat_map(|users| users.names()).any(|name| pattern.matches(name)),
+        };
+        let entries = self.rules.user_rules().iter().flat_map(|rule| rule.users().iter().map(move |user| (rule, user)));
+        entries.filter(move |(_, user)| is_unmatched(user))
     }
 
     /// Returns whether a client that matches no `from=` condition can use the server without a login.

@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 
 use crate::proto::{Command, HostName, Method, ProtectionLevel};
-pub use parse::{normalize_name, parse_rule, parse_rules};
+pub use parse::{decode_user, normalize_name, parse_rule, parse_rules};
 
 /// Targets that a remote client reaches only if an `allow to=` rule names them: this host, link-local addresses,
 /// unspecified addresses, multicast and broadcast. Cloud metadata services have link-local addresses.
@@ -93,10 +93,12 @@ enum ClientPattern {
     Net(IpNet),
 }
 
+/// An entry of `user=`.
 #[derive(Debug)]
-enum UserPattern {
+pub enum UserPattern {
     /// `*`: any user that has logged in.
     Any,
+    /// A user name or Kerberos principal.
     Named(Vec<u8>),
     /// `*@REALM`, with the `@`.
     Realm(Vec<u8>),
@@ -286,6 +288,11 @@ impl Rule {
         matches!(self.to, TargetCondition::Patterns(_))
     }
 
+    /// Returns the entries of `user=`.
+    pub fn users(&self) -> &[UserPattern] {
+        &self.users
+    }
+
     /// Matches all conditions except `to=`.
     fn match_all_except_to(&self, request: &AccessRequest<'_>) -> Match {
         let identity = request.identity;
@@ -318,12 +325,24 @@ impl ClientPattern {
 }
 
 impl UserPattern {
-    fn matches(&self, user: &[u8]) -> bool {
+    /// Returns whether this is the user name of a login.
+    pub fn matches(&self, user: &[u8]) -> bool {
         match self {
             Self::Any => true,
             Self::Named(name) => name == user,
             // Kerberos escapes an @ that is part of a name as \@.
             Self::Realm(realm) => user.strip_suffix(realm.as_slice()).is_some_and(|name| !name.ends_with(b"\\")),
+        }
+    }
+}
+
+/// The entry as in a rule, without escapes.
+impl fmt::Display for UserPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Named(name) => String::from_utf8_lossy(name).escape_debug().fmt(f),
+            Self::Realm(realm) => write!(f, "*{}", String::from_utf8_lossy(realm).escape_debug()),
         }
     }
 }

@@ -83,6 +83,11 @@ impl Users {
         self.hashes.is_empty()
     }
 
+    /// Returns the names of all users.
+    pub fn names(&self) -> impl Iterator<Item = &[u8]> {
+        self.index_by_name.keys().map(Vec::as_slice)
+    }
+
     /// Returns whether a user has this name.
     pub fn contains(&self, uname: &[u8]) -> bool {
         self.index_by_name.contains_key(uname)

@@ -15,6 +15,20 @@ use crate::proto::{PortRange, parse_port, split_host_port};
 const DIRECT: &str = "direct";
 
 const KEYS: &str = "from, user, method, protection, command, to, port, via";
+/// Names of keys in other programs, with the key of a rule.
+const FOREIGN_KEYS: [(&str, &str); 9] = [
+    ("client", "from"),
+    ("source", "from"),
+    ("src", "from"),
+    ("target", "to"),
+    ("destination", "to"),
+    ("dest", "to"),
+    ("dst", "to"),
+    ("username", "user"),
+    ("cmd", "command"),
+];
+/// Words after `allow` or `deny` that other programs require for a rule without conditions.
+const ANY: [&str; 3] = ["all", "any", "*"];
 
 /// Parses a rules file. `file` is its name in [`Rule::origin`]; `hops` are the names for `via=`, by index.
 pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
@@ -42,19 +56,32 @@ pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Ru
     let mut rule = Rule { to, origin: origin.into(), ..Rule::unconditional(allow, &words.join(" ")) };
     let mut keys = HashSet::new();
     for word in conditions {
-        let expected = || format!("expected key=value, such as from=10.0.0.0/8, found {word:?}");
+        let expected = || match ANY.contains(word) {
+            true => format!("{word:?} is not a condition (a rule that matches everything is {action:?} alone)"),
+            false => format!("expected key=value, such as from=10.0.0.0/8, found {word:?}"),
+        };
         let (key, value) = word.split_once('=').ok_or_else(expected)?;
         // The value of via= may be a URL with a password, so the word is not shown.
         let with_word = |text: String| if key == "via" { format!("via=: {text}") } else { format!("{word:?}: {text}") };
         if !keys.insert(key) {
             return Err(with_word("duplicate key (lists are comma-separated)".into()));
         }
-        if value.split(',').any(str::is_empty) {
-            return Err(with_word("empty value".into()));
-        }
+        check_value(value).map_err(|problem| with_word(problem.into()))?;
         rule.set_condition(key, value, hops).map_err(with_word)?;
     }
     Ok(Some(rule))
+}
+
+/// Refuses values that would be taken literally and then match nothing.
+fn check_value(value: &str) -> Result<(), &'static str> {
+    match value {
+        _ if value.split(',').any(str::is_empty) => Err("empty value"),
+        _ if value.contains('"') || value.split(',').any(|entry| entry.starts_with('\'')) => {
+            Err("remove the quotes (a quote in a user name is %22 or %27)")
+        }
+        _ if value.contains('#') => Err("a comment requires a space before its # (a # in a user name is %23)"),
+        _ => Ok(()),
+    }
 }
 
 impl Rule {
@@ -69,7 +96,11 @@ impl Rule {
             "port" => self.ports = parse_list(value, parse_ports)?,
             "via" if self.allow => self.via = Some(parse_route(value, hops)?),
             "via" => return Err("only valid with allow".into()),
-            _ => return Err(format!("unknown key {key:?} (keys are {KEYS})")),
+            _ => {
+                let own = FOREIGN_KEYS.iter().find(|(foreign, _)| *foreign == key);
+                let hint = own.map_or(format!("keys are {KEYS}"), |(_, own)| format!("write {own}="));
+                return Err(format!("unknown key {key:?} ({hint})"));
+            }
         }
         Ok(())
     }
@@ -83,42 +114,51 @@ fn parse_client(text: &str) -> Result<ClientPattern, String> {
     match text {
         "loopback" => Ok(ClientPattern::Loopback),
         "remote" => Ok(ClientPattern::Remote),
-        _ => parse_cidr(text)?.map(ClientPattern::Net).ok_or_else(|| {
+        _ => parse_cidr(text, "from")?.map(ClientPattern::Net).ok_or_else(|| {
             format!("expected an address, a CIDR such as 192.0.2.0/24, loopback or remote, found {text:?}")
         }),
     }
 }
 
 fn parse_user(text: &str) -> Result<UserPattern, String> {
-    let decoded = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
     match text.strip_prefix('*') {
         Some("") => Ok(UserPattern::Any),
         Some(realm) if realm.len() > 1 && realm.starts_with('@') && !realm.contains('*') => {
-            Ok(UserPattern::Realm(decoded(realm)))
+            decode_user(realm).map(UserPattern::Realm)
         }
         _ if text.contains('*') => {
             Err(format!("expected NAME, *@REALM or *, found {text:?} (write a * in a name as %2A)"))
         }
-        _ => Ok(UserPattern::Named(decoded(text))),
+        _ => decode_user(text).map(UserPattern::Named),
+    }
+}
+
+/// Decodes the percent escapes of a user name.
+///
+/// # Errors
+/// A `%` without two hexadecimal digits.
+pub fn decode_user(text: &str) -> Result<Vec<u8>, String> {
+    let is_escape = |rest: &str| rest.bytes().take(2).filter(u8::is_ascii_hexdigit).count() == 2;
+    match text.split('%').skip(1).all(is_escape) {
+        true => Ok(percent_decode_str(text).collect()),
+        false => Err(format!("invalid escape in {text:?} (write a % in a name as %25)")),
     }
 }
 
 pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
-    if let (host, Some(port)) = split_host_port(text)
-        && parse_port(port).is_ok()
-    {
-        return Err(format!("{text:?} has a port (write to={host} port={port})"));
-    }
-    if let Some(net) = parse_cidr(text)? {
+    if let Some(net) = parse_cidr(text, "to")? {
         return Ok(TargetPattern::Net(net));
     }
     if text.contains('*') {
         return Err(format!("wildcard in {text:?} (use .example.org to match example.org and its subdomains)"));
     }
+    if !text.is_ascii() {
+        return Err(format!("{text:?} is not ASCII (write the name in its ASCII form, xn--...)"));
+    }
     let name = normalize_name(text);
     let suffix = name.strip_prefix('.');
     let labels = suffix.unwrap_or(&name);
-    let is_label_char = |c: char| c.is_alphanumeric() || c == '-' || c == '_';
+    let is_label_char = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     let has_valid_labels = labels.split('.').all(|label| !label.is_empty() && label.chars().all(is_label_char));
     // The system resolver parses 10.0.0 and 0x7f.1 as addresses, so a rule with them as names would never match.
     let last = labels.rsplit('.').next().unwrap_or_default();
@@ -151,8 +191,14 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
     Err(format!("{problem} (define hops with --hop NAME=URL)"))
 }
 
-/// Parses an address or a CIDR. Returns `None` if the text looks like neither, and can be a name.
-fn parse_cidr(text: &str) -> Result<Option<IpNet>, String> {
+/// Parses an address or a CIDR of `key`. Returns `None` if the text looks like neither, and can be a name.
+fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
+    if let (host, Some(port)) = split_host_port(text)
+        && (parse_port(port).is_ok() || host.contains('.') && port.chars().all(char::is_alphanumeric))
+    {
+        let own_condition = if key == "to" { format!(" port={port}") } else { String::new() };
+        return Err(format!("{text:?} has a port (write {key}={host}{own_condition})"));
+    }
     let Some(net) = parse_net(text) else {
         let looks_like_cidr = text.contains(['/', ':']);
         return if looks_like_cidr { Err(format!("invalid CIDR {text:?}")) } else { Ok(None) };

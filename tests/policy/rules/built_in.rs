@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use s5::policy::Policy;
 use s5::policy::rules::{AccessRequest, Route, Rules};
+use s5::policy::users::Users;
+use s5::proto::Method;
 
 use super::{OWN_LISTENER, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
 
@@ -317,6 +319,27 @@ fn built_in_rules_follow_user_rules() {
     let list = rules("allow from=::1\ndeny\n");
     let expected = ["line 1", "line 2", "own-listener", "protected", "default-deny"].map(String::from);
     assert_eq!((list.user_rules().len(), names(&list)), (2, expected.into()));
+}
+
+#[test]
+fn unmatched_users_are_those_that_cannot_log_in() {
+    let users = |text: &str| Some(Arc::new(Users::parse(text).expect("valid users file")));
+    let hash = "$2y$05$7hT6Qu9VIEHwTdqyYV9xDeEF1Ddl9G/Y3lkSBY/zO3DVHSZOQu1nS";
+    let alice_and_bob = users(&format!("alice:{hash}\nbob@corp:{hash}\n"));
+    let text = "deny user=alice,bob@corp\nallow user=eve,eve@corp\ndeny user=*@corp,*@lost\ndeny user=*\ndeny port=1";
+    let table = [
+        (None, vec![], "alice bob@corp eve eve@corp *@corp *@lost *"),
+        (users("# none\n"), vec![], "alice bob@corp eve eve@corp *@corp *@lost *"),
+        (alice_and_bob.clone(), vec![], "eve eve@corp *@lost"),
+        // The KDC knows the principals.
+        (None, vec![Method::GSSAPI], "alice eve"),
+        (alice_and_bob, vec![Method::PASSWORD, Method::GSSAPI], "eve"),
+    ];
+    for (users, methods, expected) in table {
+        let policy = Policy { users, methods, rules: rules(text), ..Policy::default() };
+        let unmatched: Vec<String> = policy.unmatched_users().map(|(_, user)| user.to_string()).collect();
+        assert_eq!(unmatched.join(" "), expected);
+    }
 }
 
 #[test]

@@ -99,7 +99,7 @@ const NAMES: [&str; 14] = [
     "localhost",
     "LOCALHOST.",
     "bücher.example",
-    "BÜCHER.example",
+    "xn--bcher-KVA.example",
 ];
 /// Names in rules. Some get a final dot when they are written.
 const RULE_NAMES: [&str; 9] = [
@@ -110,7 +110,7 @@ const RULE_NAMES: [&str; 9] = [
     "example.com",
     "org",
     "localhost",
-    "Bücher.example",
+    "xn--Bcher-kva.example",
     "example",
 ];
 const USERS: [&[u8]; 13] = [
