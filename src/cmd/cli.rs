@@ -7,4 +7,5 @@ pub(super) mod help;
 pub(super) mod manual;
 pub(super) mod secrets;
 pub(super) mod syntax;
+pub(super) mod text_file;
 pub(super) mod values;

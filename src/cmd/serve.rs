@@ -23,7 +23,7 @@ use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{Method, PortRange, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, ServerError};
-use load::{ConfigFile, PolicySources, RuleOption};
+use load::{PolicySources, RuleOption};
 
 /// Name of the `--via` hop in the log.
 const VIA_HOP_NAME: &str = "--via";
@@ -261,7 +261,7 @@ impl ServeArgs {
         if let Some(request) = request {
             return explain::explain(policy, &options, &request);
         }
-        let reload = || sources.load().map_err(|error| error.message);
+        let reload = || sources.reload().map_err(|error| error.message);
         server::run(options, policy, &reload).map_err(|error| match error {
             ServerError::Io(operation, error) => CliError::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
             ServerError::Config(message) => CliError::new(ExitStatus::USAGE, message),
@@ -315,8 +315,8 @@ impl ServeArgs {
         rule_options.sort_by_key(|rule| rule.position);
         let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
         PolicySources {
-            users: self.users.take().map(|file| ConfigFile::new("--users", file)),
-            rules: self.rules.take().map(|file| ConfigFile::new("--rules", file)),
+            users: self.users.take(),
+            rules: self.rules.take(),
             rule_options,
             methods,
             hops: hops.iter().map(|hop| hop.name.clone()).collect(),

@@ -270,6 +270,19 @@ fn only_passwords_in_urls_are_percent_decoded() {
 }
 
 #[test]
+fn auth_file_may_begin_with_a_byte_order_mark() {
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "auth", "\u{feff}alice:secret\r\nbob:other\r\n");
+    assert_eq!(sent_login("", &["--proxy-auth-file", &file], &[]), login("alice", b"secret"));
+    assert_eq!(sent_login("bob@", &["--proxy-auth-file", &file], &[]), login("bob", b"other"));
+    let stdin = std::fs::File::open(&file).expect("file opened");
+    let proxy = accepting_proxy();
+    let args = ["connect", "-z", "-x", &proxy.addr.to_string(), "--proxy-auth-file", "-", TARGET];
+    let output = s5().args(args).stdin(stdin).output();
+    assert_eq!(output.expect("s5 runs").status.code(), Some(0));
+}
+
+#[test]
 fn auth_file_on_stdin_is_the_first_line_and_later_data_goes_to_the_target() {
     let dir = temp_dir();
     let payload: Vec<u8> = (0..=255).cycle().skip(10).take(100_000).collect();

@@ -14,9 +14,10 @@ use super::options::ClientArgs;
 use super::proxies::env_var;
 use crate::client::{Proxy, check_credentials};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
+use crate::cmd::cli::text_file;
 use crate::proto::{Credentials, MAX_CREDENTIAL_LEN, Method};
 
-/// Maximum number of bytes read from a password file.
+/// Maximum size of a password file in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// Adds credentials to hops whose URL has no password.
@@ -73,8 +74,9 @@ fn read_file(name: &str) -> io::Result<Vec<Credentials>> {
     match (name, descriptor::fd_number(name)) {
         ("-", _) => read_first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?), &mut text)?,
         (_, Some(number)) => read_first_line(descriptor::take_fd(number)?, &mut text)?,
-        (path, None) => drop(File::open(path)?.take(MAX_FILE_SIZE).read_to_end(&mut text)?),
+        (path, None) => text = text_file::read(File::open(path)?, MAX_FILE_SIZE)?,
     }
+    text_file::skip_bom(&mut text);
     let lines = text.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let mut logins = Vec::new();
     for (i, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {

@@ -30,8 +30,7 @@ fn read_valid_users(file: &Path) -> Result<String, CliError> {
 pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
     let text = read_file("--users", file, MAX_USERS_FILE)?;
     let text = users::edit_entry(&text, name, None).ok_or_else(|| file_error(file, format!("no user {name:?}")))?;
-    // A reload rejects an empty file, because the file may still be being written.
-    replace_file(file, if text.is_empty() { "# no users\n" } else { &text })
+    replace_file(file, &text)
 }
 
 /// Replaces a file atomically: renames a new file over it. The new file has the owner of the old one. Only the owner can

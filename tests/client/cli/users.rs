@@ -54,6 +54,23 @@ fn login_status(users: &str, userinfo: &str) -> Option<i32> {
 }
 
 #[test]
+fn users_file_may_begin_with_a_byte_order_mark() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", "");
+    assert_success(&add_user(&users, "alice", b"secret\n"));
+    let entry = read_users(&users);
+    fs::write(&users, format!("\u{feff}{entry}")).expect("file written");
+    assert_eq!(login_status(&users, "alice:secret"), Some(0));
+    assert_success(&add_user(&users, "bob", b"secret\n"));
+    assert!(read_users(&users).starts_with(&entry), "{}", read_users(&users));
+    for (bom, encode) in [(b"\xff\xfe", u16::to_le_bytes as fn(u16) -> [u8; 2]), (b"\xfe\xff", u16::to_be_bytes)] {
+        fs::write(&users, [&bom[..], &entry.encode_utf16().flat_map(encode).collect::<Vec<_>>()].concat())
+            .expect("file written");
+        assert_error(&remove_user(&users, "alice"), &[&users, "the text is UTF-16 (save it as UTF-8)"]);
+    }
+}
+
+#[test]
 fn invalid_users_line_is_an_error_with_file_line_and_word() {
     let dir = temp_dir();
     let long = "n".repeat(256);

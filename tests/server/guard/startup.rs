@@ -2,7 +2,7 @@
 
 use std::process::{Command, Output};
 
-use super::tools::{alice_and_bob, user_line};
+use super::tools::{Setup, alice_and_bob, user_line};
 use crate::support::{Server, TIMEOUT, dns, in_namespace, run, s5, temp_dir, write_file};
 
 /// Runs `s5 serve` with options that make it exit without serving.
@@ -187,6 +187,12 @@ fn invalid_rule_error_names_file_line_and_word() {
         ("allow via=nowhere", "nowhere"),
         ("deny via=direct", "via="),
         ("deny to=10.0.0.1 10.0.0.2", "10.0.0.2"),
+        ("deny all", "is not a condition"),
+        ("deny user=\"alice\"", "remove the quotes"),
+        ("deny user=%zz", "invalid escape in \"%zz\""),
+        ("deny user=bob#x", "requires a space before its #"),
+        ("deny to=exämple.org", "xn--"),
+        ("deny from=10.1.1.1:5555", "has a port (write from=10.1.1.1)"),
     ];
     for (rule, word) in bad {
         let file = write_file(dir.path(), "rules", &format!("# fine\nallow port=80\n{rule}\ndeny\n"));
@@ -220,6 +226,56 @@ fn invalid_rule_error_names_file_line_and_word() {
             assert_eq!(output.status.code(), Some(2), "{option} {file}: {shown}");
         }
     }
+}
+
+#[test]
+fn rules_file_may_begin_with_a_byte_order_mark() {
+    let dir = temp_dir();
+    for (rules, expected) in [("\u{feff}deny port=25\r\n", "line 1"), ("\u{feff}# comment\ndeny port=25", "line 2")] {
+        let rules = write_file(dir.path(), "rules", rules);
+        let output = serve(&["--rules", &rules, "--show-rules"]);
+        let shown = text(&output.stdout);
+        let is_shown = shown.starts_with("deny port=25 ") && shown.contains(&format!("# {rules} {expected}\n"));
+        assert!(is_shown, "{shown}{}", text(&output.stderr));
+    }
+    // Only the first three bytes are a byte order mark.
+    let rules = write_file(dir.path(), "rules", "deny port=25\n\u{feff}deny port=26\n");
+    let output = serve(&["--rules", &rules, "--show-rules"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("line 2: "), "{}", text(&output.stderr));
+}
+
+#[test]
+fn user_that_cannot_log_in_is_a_warning() {
+    let dir = temp_dir();
+    let users = write_file(dir.path(), "users", alice_and_bob());
+    let rules = "allow user=alice,bob@corp,*,*@corp\ndeny user=eve%20x,alice\n\ndeny user=*@lost port=1\n";
+    let rules = write_file(dir.path(), "rules", rules);
+    let warnings = |args: &[&str]| -> Vec<String> {
+        let output = serve(&[args, &["--show-rules"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let lines = text(&output.stderr);
+        lines.lines().map(|line| line.split_once("] ").map_or(line, |(_, message)| message).to_owned()).collect()
+    };
+    let in_file = format!("never matches: no such user in {users} (add it with --add-user, or correct the rule)");
+    let expected = [("line 2", "eve x"), ("line 4", "*@lost")]
+        .map(|(line, name)| format!("{rules} {line}: user={name} {in_file}"));
+    assert_eq!(warnings(&["--users", &users, "--rules", &rules]), expected);
+    let no_login = "never matches: no login is accepted (use --users FILE)";
+    let expected = ["alice", "*"].map(|name| format!("--deny: user={name} {no_login}"));
+    assert_eq!(warnings(&["--deny", "user=alice", "--deny", "user=*", "--allow", "port=1"]), expected);
+    let many = (0..15).map(|i| format!("deny user=u{i}\n")).collect::<String>();
+    let shown = warnings(&["--rules", &write_file(dir.path(), "many", &many)]);
+    assert_eq!((shown.len(), &*shown[10]), (11, "5 more entries of user= never match"));
+}
+
+#[test]
+fn reload_warns_about_users_that_cannot_log_in() {
+    let setup = Setup::start(alice_and_bob(), "deny user=bob@corp port=1\n", &[]);
+    assert!(!setup.server.log().contains("never matches"));
+    setup.reload_users(alice_and_bob().split_inclusive('\n').next().expect("alice's line"));
+    let expected = format!("{} line 1: user=bob@corp never matches: no such user in {}", setup.rules, setup.users);
+    assert!(setup.server.log().contains(&expected), "{}", setup.server.log());
 }
 
 #[test]

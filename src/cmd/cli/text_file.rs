@@ -1,0 +1,30 @@
+//! Reads text files that the user has written.
+
+use std::io::{self, Read};
+
+const UTF8_BOM: &[u8] = b"\xef\xbb\xbf";
+
+/// Reads a text of at most `max` bytes to its end. A byte order mark at the start, as editors on Windows write it, is
+/// skipped.
+///
+/// # Errors
+/// Those of read(2), a longer text, and UTF-16.
+pub(in crate::cmd) fn read(file: impl Read, max: u64) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    file.take(max + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > max {
+        return Err(io::Error::other(format!("too large (the limit is {} MiB)", max >> 20)));
+    }
+    if text.starts_with(b"\xff\xfe") || text.starts_with(b"\xfe\xff") {
+        return Err(io::Error::other("the text is UTF-16 (save it as UTF-8)"));
+    }
+    skip_bom(&mut text);
+    Ok(text)
+}
+
+/// Removes a byte order mark from the start of a text.
+pub(in crate::cmd) fn skip_bom(text: &mut Vec<u8>) {
+    if text.starts_with(UTF8_BOM) {
+        text.drain(..UTF8_BOM.len());
+    }
+}
