@@ -16,7 +16,8 @@
 
 #![warn(missing_docs, unreachable_pub)]
 // No input from the network, a file or a user may cause a panic.
-#![warn(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)]
+#![forbid(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::unreachable)]
+#![forbid(clippy::todo, clippy::unimplemented)]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("s5 runs on Linux only: it relies on epoll and splice");

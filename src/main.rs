@@ -1,5 +1,7 @@
 //! The binary: parses the command line, starts logging, runs one mode, prints its error and exits.
 
+#![forbid(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -2,6 +2,8 @@
 //!
 //! Pure: no sockets, no clock, no files. A policy is immutable; a reload replaces it.
 
+#![deny(clippy::disallowed_types, clippy::disallowed_methods)]
+
 pub mod rules;
 pub mod users;
 

@@ -4,6 +4,8 @@
 //! belong to the message, so that its caller never reads past the message. Everything here is pure: no I/O, no clock
 //! and no policy.
 
+#![deny(clippy::disallowed_types, clippy::disallowed_methods)]
+
 mod addr;
 mod codec;
 mod codes;

@@ -3,6 +3,8 @@
 //! An association has one client, so the queue holds one sequence. Fragments must arrive in order: the RFC empties the
 //! queue at a FRAG lower than the highest one seen. So a late fragment can't complete a datagram.
 
+#![deny(clippy::disallowed_types, clippy::disallowed_methods)]
+
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 

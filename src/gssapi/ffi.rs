@@ -19,8 +19,8 @@ use std::sync::{Arc, OnceLock};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::layout::{
-    ERROR_MASK, GSS_C_ACCEPT, GSS_C_GSS_CODE, GSS_C_INDEFINITE, GSS_C_INITIATE, GSS_C_MECH_CODE, GSS_S_CONTINUE_NEEDED,
-    GssBuffer, HOSTBASED_SERVICE_OID, KRB5_OID, KRB5_PRINCIPAL_OID, KeyValueElement, KeyValueSet, Oid, OidSet,
+    ERROR_MASK, GSS_C_ACCEPT, GSS_C_GSS_CODE, GSS_C_INDEFINITE, GSS_C_INITIATE, GSS_C_MECH_CODE, GssBuffer,
+    HOSTBASED_SERVICE_OID, KRB5_OID, KRB5_PRINCIPAL_OID, KeyValueElement, KeyValueSet, Oid, OidSet, check_complete,
     error_text, is_acceptor_token, one_line, token_order,
 };
 pub use super::layout::{
@@ -377,11 +377,6 @@ impl PendingContext {
             init(minor, ticket, context, target, oid, requested, 0, any, token, no_type, output, flags, no_time)
         })
     }
-}
-
-/// Kerberos establishes a context with one token from each side.
-fn check_complete(major: u32) -> LibraryResult<()> {
-    if major & GSS_S_CONTINUE_NEEDED == 0 { Ok(()) } else { Err("more than one token is required".into()) }
 }
 
 /// One side of an established security context. Must not be used by two threads at once.

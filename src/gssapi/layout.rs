@@ -10,7 +10,7 @@ use crate::conn::TokenOrder;
 /// A major status is an error if one of these bits is set. The others are supplementary bits.
 pub(super) const ERROR_MASK: u32 = 0xFFFF_0000;
 const GSS_S_FAILURE: u32 = 13 << 16;
-pub(super) const GSS_S_CONTINUE_NEEDED: u32 = 1;
+const GSS_S_CONTINUE_NEEDED: u32 = 1;
 const GSS_S_DUPLICATE_TOKEN: u32 = 2;
 const GSS_S_OLD_TOKEN: u32 = 4;
 const GSS_S_UNSEQ_TOKEN: u32 = 8;
@@ -107,6 +107,11 @@ pub(super) fn token_order(major: u32) -> TokenOrder {
     } else {
         TokenOrder::Next
     }
+}
+
+/// Kerberos establishes a context with one token from each side.
+pub(super) fn check_complete(major: u32) -> Result<(), String> {
+    if major & GSS_S_CONTINUE_NEEDED == 0 { Ok(()) } else { Err("more than one token is required".into()) }
 }
 
 /// Returns whether a token is a framed AP-REP or KRB-ERROR (RFC 2743 section 3.1, RFC 4121 section 4.1). For other
