@@ -11,14 +11,14 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, FutureExt as _};
+use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 use socket2::Socket;
 
-use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream, set_keepalive, sleep, yield_now};
+use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream, set_keepalive, sleep, timeout_at, yield_now};
 use crate::proto::{DecodeError, Message, ProtocolError};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
@@ -138,12 +138,8 @@ impl Conn {
             }
             io::Result::Ok(())
         };
-        let timeout = async {
-            sleep(GRACEFUL_CLOSE_TIMEOUT).await;
-            Ok(())
-        };
         // An error does not matter: a peer that resets the connection does not want the message.
-        let _ = close.or(timeout).await;
+        let _ = timeout_at(Instant::now() + GRACEFUL_CLOSE_TIMEOUT, close).await;
     }
 
     /// Returns when the peer has reset the connection, or has shut down its write side and no data is left to read.

@@ -31,6 +31,9 @@ pub(crate) struct Connector {
     options: Arc<ClientOptions>,
 }
 
+/// The rest of a mode. One boxed type, so that the code of the event loop and of executors is compiled once.
+pub(crate) type ModeFuture<'a> = Pin<Box<dyn Future<Output = Result<(), CliError>> + 'a>>;
+
 /// The result of one or more attempts. `client` is the client of the attempt with this result.
 pub(crate) struct RetryOutcome<T> {
     pub(crate) client: Client,
@@ -61,7 +64,7 @@ impl Connector {
     }
 
     /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
-    pub(crate) fn run(&self, mode: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>) -> Result<(), CliError> {
+    pub(crate) fn run(&self, mode: ModeFuture<'_>) -> Result<(), CliError> {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
         self.filter_error(reactor::run(mode).unwrap_or_else(start_error))
     }
@@ -202,12 +205,10 @@ impl Connector {
 }
 
 fn source_from_args(args: &ClientArgs, hops: &[Proxy]) -> Result<LocalAddr, CliError> {
-    let is_ipv4 = match (args.ipv4, args.ipv6) {
-        (true, true) => return Err(CliError::usage("-4 and -6 cannot be combined")),
-        (true, false) => Some(true),
-        (false, true) => Some(false),
-        (false, false) => None,
-    };
+    if args.ipv4 && args.ipv6 {
+        return Err(CliError::usage("-4 and -6 cannot be combined"));
+    }
+    let is_ipv4 = (args.ipv4 || args.ipv6).then_some(args.ipv4);
     let source = LocalAddr { ip: args.source, port: args.source_port.unwrap_or(0), is_ipv4 };
     if let Some(ip) = source.ip.filter(|ip| !source.can_reach(*ip)) {
         return Err(CliError::usage(format!("-s {ip}: not an address of the family that -4 or -6 selects")));

@@ -10,7 +10,7 @@ use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
 use socket2::SockRef;
 
-use super::connector::{Connector, RetryOutcome};
+use super::connector::{Connector, ModeFuture, RetryOutcome};
 use super::report::SessionReport;
 use super::tunnel::relay_result;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
@@ -49,26 +49,18 @@ pub(crate) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
         return serve_connection(connector, local).await;
     }
     let executor = LocalExecutor::new();
-    let accept_all = async {
+    let accept_all: ModeFuture<'_> = Box::pin(async {
         loop {
             let local = accept(connector, &listener).await?;
             let tunnel = async { connector.print_error(serve_connection(connector, local).await) };
             executor.spawn(Box::pin(tunnel) as Task<'_>).detach();
         }
-    };
-    run_with_tasks(&executor, Box::pin(accept_all)).await
+    });
+    executor.run(accept_all).await
 }
 
 /// A task that runs while connections are accepted. One boxed type, so that the executor's code is compiled once.
 pub(crate) type Task<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
-
-/// Runs `main` until it ends, and meanwhile the executor's tasks.
-pub(crate) async fn run_with_tasks(
-    executor: &LocalExecutor<'_>,
-    main: Pin<Box<dyn Future<Output = Result<(), CliError>> + '_>>,
-) -> Result<(), CliError> {
-    executor.run(main).await
-}
 
 /// Accepts the next connection. After an error, accept(2) is retried after a pause; only the first error is printed.
 async fn accept(connector: &Connector, listener: &Io<TcpListener>) -> Result<Conn, CliError> {

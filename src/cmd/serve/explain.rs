@@ -20,23 +20,20 @@ const COMMENT_COLUMN: usize = 48;
 /// Prints all rules in order of evaluation, each with its origin.
 pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut text = String::new();
-    let mut lines: Vec<(String, &str)> = Vec::new();
+    let mut add = |rule: &str, origin: &str| text += &format!("{rule:COMMENT_COLUMN$}  # {origin}\n");
     for rule in policy.rules.in_display_order() {
-        if rule.denies_own_listeners() {
-            let own_listeners = options.listen.iter().flat_map(|listen| listen.addrs());
-            let rule_text = |addr: SocketAddr| match addr.ip().is_unspecified() {
-                true => format!("deny to=(any address of this host) port={}", addr.port()),
-                false => format!("deny to={} port={}", addr.ip(), addr.port()),
-            };
-            let mut rules: Vec<String> = own_listeners.map(rule_text).collect();
-            rules.dedup();
-            lines.extend(rules.into_iter().map(|rule| (rule, "built in, own listener")));
-        } else {
-            lines.push((rule.to_string(), rule.origin()));
+        if !rule.denies_own_listeners() {
+            add(&rule.to_string(), rule.origin());
+            continue;
         }
-    }
-    for (rule, origin) in lines {
-        let _ = writeln!(text, "{rule:COMMENT_COLUMN$}  # {origin}");
+        let own_listeners = options.listen.iter().flat_map(|listen| listen.addrs());
+        let rule_text = |addr: SocketAddr| match addr.ip().is_unspecified() {
+            true => format!("deny to=(any address of this host) port={}", addr.port()),
+            false => format!("deny to={} port={}", addr.ip(), addr.port()),
+        };
+        let mut rules: Vec<String> = own_listeners.map(rule_text).collect();
+        rules.dedup();
+        rules.iter().for_each(|rule| add(rule, "built in, own listener"));
     }
     text += "# an allow without to= does not override the built-in deny rules\n";
     print(&text)

@@ -11,8 +11,8 @@ use smol::channel::{Receiver, Sender, bounded};
 
 use super::transfer::{self, Transfer};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
-use crate::cmd::netcat::connector::Connector;
-use crate::cmd::netcat::forward::{Task, listen, run_with_tasks};
+use crate::cmd::netcat::connector::{Connector, ModeFuture};
+use crate::cmd::netcat::forward::{Task, listen};
 use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, retry_refused, sleep, yield_now};
 use crate::proto::Host;
 
@@ -36,7 +36,7 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
     let peers = PeerQueues::default();
     let executor = LocalExecutor::new();
     let mut is_limit_reported = false;
-    let accept_datagrams = async {
+    let accept_datagrams: ModeFuture<'_> = Box::pin(async {
         let mut buffer = vec![0; DATAGRAM_BUFFER_SIZE];
         loop {
             let received = socket.with(Interest::Read, |socket| retry_refused(|| socket.recv_from(&mut buffer))).await;
@@ -67,8 +67,8 @@ pub(super) async fn run(connector: &Connector, addr: SocketAddr) -> Result<(), C
             }
             yield_now().await;
         }
-    };
-    run_with_tasks(&executor, Box::pin(accept_datagrams)).await
+    });
+    executor.run(accept_datagrams).await
 }
 
 /// Serves one peer, from its first datagram to the end of its association.
