@@ -7,10 +7,11 @@ mod protected;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
+use std::mem::take;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use futures_lite::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -26,8 +27,8 @@ pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
 /// Time that a closing connection is still read: unread data would cause a reset, which can discard the last message.
 /// RFC 1928 section 6 requires the connection to be closed within 10 s.
 const GRACEFUL_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Buffer size for the first read of a message, in bytes. Later reads at most double the buffer.
-const INITIAL_READ_LEN: usize = 1024;
+/// Buffer size for reads of a message, in bytes.
+const READ_LEN: usize = 1024;
 /// Time to go on connecting after the client has shut down its write side: it may still want to receive.
 pub const HALF_CLOSED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks whether the peer has closed a connection with unread data.
@@ -84,25 +85,50 @@ impl fmt::Display for ReadError {
 }
 
 impl Conn {
-    /// Reads one message, and no byte after it. The caller sets the deadline.
+    /// Reads one message. The next read returns the bytes after it. The caller sets the deadline.
     pub async fn read_message<M: Message>(&mut self) -> Result<M, ReadError> {
-        let mut bytes = Vec::with_capacity(M::MIN_LEN);
-        loop {
-            let missing = match M::decode(&bytes) {
-                Ok(message) => return Ok(message),
-                Err(DecodeError::Incomplete(missing)) => missing,
-                Err(DecodeError::Invalid(error)) => return Err(ReadError::Protocol(error, bytes)),
-            };
-            let received = bytes.len();
-            // The buffer grows only as data arrives: a length field alone must not allocate 64 KiB.
-            bytes.resize(received + missing.min(received.max(INITIAL_READ_LEN)), 0);
-            let read = self.read(bytes.get_mut(received..).unwrap_or_default()).await;
-            bytes.truncate(received + *read.as_ref().unwrap_or(&0));
-            match read {
-                Ok(0) => return Err(ReadError::Closed(bytes, None)),
-                Ok(_) => {}
-                Err(error) => return Err(ReadError::Closed(bytes, Some(error))),
+        // Bytes of a message that arrives in several pieces.
+        let (mut begun, mut missing) = (Vec::new(), M::MIN_LEN);
+        poll_fn(|cx| {
+            loop {
+                // On the stack: an idle handshake owns no buffer, and a length field alone allocates nothing.
+                let mut buffer = [0; READ_LEN];
+                // From a socket, more than the message is read: a read that does not fill its buffer also shows that
+                // the socket is empty, which saves the next read.
+                let max = if matches!(self, Self::Protected(_)) { missing.min(READ_LEN) } else { READ_LEN };
+                let read = Pin::new(&mut *self).poll_read(cx, buffer.get_mut(..max).unwrap_or_default());
+                let received = match ready!(read) {
+                    Ok(n) if n > 0 => buffer.get(..n).unwrap_or_default(),
+                    end => return Poll::Ready(Err(ReadError::Closed(take(&mut begun), end.err()))),
+                };
+                let bytes = if begun.is_empty() {
+                    received
+                } else {
+                    begun.extend(received);
+                    &begun
+                };
+                match M::decode_prefix(bytes) {
+                    Ok((message, rest)) => {
+                        self.put_back(rest);
+                        return Poll::Ready(Ok(message));
+                    }
+                    Err(DecodeError::Incomplete(n)) => missing = n,
+                    Err(DecodeError::Invalid(error)) => {
+                        return Poll::Ready(Err(ReadError::Protocol(error, bytes.to_vec())));
+                    }
+                }
+                if begun.is_empty() {
+                    begun.extend(received);
+                }
             }
+        })
+        .await
+    }
+
+    /// Makes the next read return `bytes`, which were read from the socket.
+    fn put_back(&self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.io().put_back(bytes);
         }
     }
 
@@ -167,7 +193,7 @@ impl Conn {
 
     /// Returns whether bytes from the socket are buffered here, and not yet read by the caller.
     fn has_unread(&self) -> bool {
-        matches!(self, Self::Protected(protected) if protected.has_unread() || protected.inner.has_unread())
+        self.io().has_put_back() || matches!(self, Self::Protected(protected) if protected.has_unread())
     }
 
     fn has_event(&self, events: PollFlags) -> bool {

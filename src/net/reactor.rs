@@ -5,9 +5,9 @@
 //! sockets.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, poll_fn};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -125,6 +125,8 @@ pub(super) struct Reactor {
     epoll: OnceCell<OwnedFd>,
     sockets: RefCell<Slab<SocketState>>,
     timers: RefCell<BTreeMap<Due, Waker>>,
+    /// Bytes that are read before those of the socket. Not in `SocketState`, because few sockets have any.
+    put_back: RefCell<BTreeMap<SocketKey, VecDeque<u8>>>,
     /// Time of the first call of `due_at`.
     started: OnceCell<Instant>,
     /// Tasks that yielded; woken after those that have events.
@@ -212,7 +214,27 @@ impl Reactor {
         }
     }
 
+    pub(super) fn put_back(&self, key: SocketKey, bytes: &[u8]) {
+        self.put_back.borrow_mut().entry(key).or_default().extend(bytes);
+    }
+
+    pub(super) fn has_put_back(&self, key: SocketKey) -> bool {
+        self.put_back.borrow().contains_key(&key)
+    }
+
+    /// Reads bytes that were put back. `None` if there are none.
+    pub(super) fn read_put_back(&self, key: SocketKey, buf: &mut [u8]) -> Option<usize> {
+        let mut put_back = self.put_back.borrow_mut();
+        let bytes = put_back.get_mut(&key)?;
+        let n = bytes.read(buf).ok()?;
+        if bytes.is_empty() {
+            put_back.remove(&key);
+        }
+        Some(n)
+    }
+
     pub(super) fn forget(&self, key: SocketKey) {
+        self.put_back.borrow_mut().remove(&key);
         let state = self.sockets.borrow_mut().try_remove(key as usize);
         // Dropping the waker can drop its task, which needs `sockets` when it drops a socket.
         drop(state);

@@ -124,6 +124,16 @@ impl<T: AsFd> AsFd for Io<T> {
 }
 
 impl Io<Socket> {
+    /// Makes [`Io::poll_read`] return `bytes` before those of the socket. For bytes that were read too early.
+    pub fn put_back(&self, bytes: &[u8]) {
+        self.reactor.put_back(self.key, bytes);
+    }
+
+    /// Returns whether [`Io::put_back`] has left bytes to read.
+    pub fn has_put_back(&self) -> bool {
+        self.reactor.has_put_back(self.key)
+    }
+
     /// Reads from a stream. `short_read_means_empty`: a read shorter than `buf` has emptied the socket.
     pub fn poll_read(
         &self,
@@ -131,6 +141,9 @@ impl Io<Socket> {
         buf: &mut [u8],
         short_read_means_empty: bool,
     ) -> Poll<io::Result<usize>> {
+        if let Some(n) = self.reactor.read_put_back(self.key, buf) {
+            return Poll::Ready(Ok(n));
+        }
         let n = ready!(self.poll_with(cx, Interest::Read, |mut socket| socket.read(buf)))?;
         if short_read_means_empty && (1..buf.len()).contains(&n) {
             self.mark_not_ready(Interest::Read);

@@ -10,6 +10,8 @@ pub const VERSION: u8 = 5;
 pub const AUTH_VERSION: u8 = 1;
 /// Longest host name that ATYP 3 can carry, in bytes (RFC 1928 section 5).
 pub const MAX_HOST_NAME_LEN: usize = 255;
+/// Length of an IPv6 address and a port, in bytes. Most messages are at most this much longer than the shortest one.
+const MAX_IP_ADDR_LEN: usize = 18;
 /// Longest UNAME or PASSWD, in bytes (RFC 1929 section 2).
 pub const MAX_CREDENTIAL_LEN: usize = 255;
 /// Longest token that LEN can express, in bytes (RFC 1961 section 3.3).
@@ -97,8 +99,16 @@ pub trait Message: Sized {
     /// # Errors
     /// [`DecodeError::Incomplete`] if `bytes` is a proper prefix of a message, else [`DecodeError::Invalid`].
     fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        Self::decode_prefix(bytes).map(|(message, _)| message)
+    }
+
+    /// Like [`Message::decode`]. Also returns the bytes after the message.
+    ///
+    /// # Errors
+    /// Same as [`Message::decode`].
+    fn decode_prefix(bytes: &[u8]) -> Result<(Self, &[u8]), DecodeError> {
         let reader = &mut MessageReader { remaining: bytes, min_missing: Self::MIN_LEN.saturating_sub(bytes.len()) };
-        Self::decode_fields(reader)
+        Ok((Self::decode_fields(reader)?, reader.remaining))
     }
 
     /// Decodes the fields in order. Callers use [`Message::decode`], which has the same errors.
@@ -109,7 +119,7 @@ pub trait Message: Sized {
 
     /// Returns the message as bytes.
     fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(Self::MIN_LEN);
+        let mut out = Vec::with_capacity(Self::MIN_LEN + MAX_IP_ADDR_LEN);
         self.encode_into(&mut out);
         out
     }
