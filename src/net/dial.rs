@@ -18,7 +18,7 @@ use socket2::{SockRef, Socket, TcpKeepalive};
 
 use super::reactor::Interest;
 use super::socket::Io;
-use super::timer::{sleep, sleep_until};
+use super::timer::{sleep, sleep_until, timeout_at};
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -122,6 +122,12 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
 pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<Socket>, DialError> {
+    // Most targets have one address, and need neither the queue nor a list of attempts.
+    if let [addr] = addrs.as_slice()
+        && local.can_reach(addr.ip())
+    {
+        return timeout_at(deadline, attempt(*addr, local)).await.unwrap_or(Err(DialError::TimedOut));
+    }
     let mut queue = interleave(addrs.into_iter().filter(|addr| local.can_reach(addr.ip())).collect());
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut most_specific = None;
