@@ -5,16 +5,13 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
 use s5::proto::{Addr, Datagram, Host, HostName, MAX_UDP6_PAYLOAD};
 use s5::reassembly::{REASSEMBLY_TIMEOUT, Reassembler, fragment};
 
 /// Bit of FRAG that marks the last fragment.
 const LAST: u8 = 0x80;
-
-fn config() -> ProptestConfig {
-    ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
-}
 
 fn dst(port: u16) -> Addr {
     SocketAddr::from(([192, 0, 2, 1], port)).into()
@@ -30,110 +27,61 @@ fn push_all(queue: &mut Reassembler, now: Instant, datagrams: &[(u8, &str)]) -> 
     datagrams.iter().filter_map(push).collect()
 }
 
-/// Pushes `datagrams` to an empty queue. Checks the completed datagrams and whether the queue `is_empty` after them.
-/// Then checks that it reassembles the next sequence.
-fn check(datagrams: &[(u8, &str)], complete: &[&str], is_empty: bool) {
+#[test]
+fn sequence_is_complete_at_its_last_fragment_or_dropped() {
+    // Datagrams of an empty queue, the completed ones, and whether the queue is empty then.
+    type Case<'a> = (&'a [(u8, &'a str)], &'a [&'a str], bool);
+    let table: [Case<'_>; 26] = [
+        // FRAG 0 is complete, and empties the queue.
+        (&[(0, "a"), (0, ""), (0, "b"), (0, "b")], &["a", "", "b", "b"], true),
+        (&[(1, "a"), (0, "alone"), (2 | LAST, "b")], &["alone"], true),
+        // Fragments in order.
+        (&[(1, "a"), (2, "b"), (3 | LAST, "c")], &["abc"], true),
+        (&[(1, "a"), (2, "b")], &[], false),
+        (&[(1, "a"), (2, ""), (3 | LAST, "")], &["a"], true),
+        (&[(1, "a"), (2 | LAST, "b"), (1, "c"), (2 | LAST, "d")], &["ab", "cd"], true),
+        (&[(1 | LAST, "one")], &["one"], true),
+        (&[(1, "a"), (2, "b"), (1 | LAST, "one")], &["one"], true),
+        // The last fragment without the first.
+        (&[(2 | LAST, "b")], &[], true),
+        (&[(2 | LAST, "b"), (1, "a")], &[], false),
+        (&[(3 | LAST, "c"), (2, "b"), (1, "a")], &[], false),
+        (&[(2, "b"), (3 | LAST, "c")], &[], true),
+        // A lower FRAG empties the queue; FRAG 1 starts a new sequence.
+        (&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (4 | LAST, "d")], &[], true),
+        (&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true),
+        (&[(1, "a"), (2, "b"), (1, "c"), (2 | LAST, "d")], &["cd"], true),
+        (&[(1, "a"), (1, "c"), (2 | LAST, "d")], &["cd"], true),
+        (&[(1, "a"), (2, "b"), (1, "c"), (3 | LAST, "d")], &[], true),
+        // A duplicate of the last fragment is ignored.
+        (&[(1, "a"), (1, "a"), (2, "b"), (2, "b"), (2, "b"), (3 | LAST, "c")], &["abc"], true),
+        (&[(1, "a"), (2, ""), (2, ""), (3 | LAST, "c")], &["ac"], true),
+        (&[(1, "a"), (2 | LAST, "b"), (2 | LAST, "b")], &["ab"], true),
+        // The same FRAG with other data, and a gap, empty the queue.
+        (&[(1, "a"), (2, "b"), (2, "x"), (3 | LAST, "c")], &[], true),
+        (&[(1, "a"), (2, "b"), (2, "ab"), (3 | LAST, "c")], &[], true),
+        (&[(1, "a"), (3 | LAST, "c")], &[], true),
+        (&[(1, "a"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true),
+        // Position 0 with the end flag is dropped, and empties the queue.
+        (&[(LAST, "nothing")], &[], true),
+        (&[(1, "a"), (LAST, "nothing"), (2 | LAST, "b")], &[], true),
+    ];
+    for (datagrams, complete, is_empty) in table {
+        let (mut queue, now) = (Reassembler::default(), Instant::now());
+        assert_eq!(push_all(&mut queue, now, datagrams), complete, "{datagrams:?}");
+        assert_eq!(queue.deadline().is_none(), is_empty, "{datagrams:?}: {:?}", queue.deadline());
+        let next = push_all(&mut queue, now, &[(1, "ne"), (2 | LAST, "w")]);
+        assert_eq!((next, queue.deadline()), (vec!["new".into()], None), "after {datagrams:?}");
+    }
+}
+
+#[test]
+fn fragment_for_an_address_written_as_a_name_empties_the_queue() {
     let (mut queue, now) = (Reassembler::default(), Instant::now());
-    assert_eq!(push_all(&mut queue, now, datagrams), complete, "{datagrams:?}");
-    assert_eq!(queue.deadline().is_none(), is_empty, "{datagrams:?}: {:?}", queue.deadline());
-    assert_eq!(
-        push_all(&mut queue, now, &[(1, "ne"), (2 | LAST, "w")]),
-        ["new"],
-        "the next sequence after {datagrams:?}"
-    );
+    let by_name = Addr { host: Host::Name(HostName::new(b"192.0.2.1").expect("valid host name")), port: 53 };
+    assert_eq!(queue.push(now, Datagram { frag: 1, dst: dst(53), data: b"x" }), None);
+    assert_eq!(queue.push(now, Datagram { frag: 2 | LAST, dst: by_name, data: b"x" }), None);
     assert_eq!(queue.deadline(), None);
-}
-
-#[test]
-fn frag_0_is_a_complete_datagram() {
-    check(&[(0, "alone")], &["alone"], true);
-    check(&[(0, "")], &[""], true);
-    check(&[(0, "a"), (0, "b"), (0, "b")], &["a", "b", "b"], true);
-}
-
-#[test]
-fn fragments_in_order_are_complete_at_the_last_fragment() {
-    check(&[(1, "a"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
-    check(&[(1, "a"), (2, "b")], &[], false);
-    check(&[(1, "a"), (2, ""), (3 | LAST, "")], &["a"], true);
-    check(&[(1, "a"), (2 | LAST, "b"), (1, "c"), (2 | LAST, "d")], &["ab", "cd"], true);
-}
-
-#[test]
-fn single_fragment_with_end_flag_is_complete() {
-    check(&[(1 | LAST, "one")], &["one"], true);
-    check(&[(1, "a"), (2, "b"), (1 | LAST, "one")], &["one"], true);
-}
-
-#[test]
-fn last_fragment_without_first_is_dropped() {
-    check(&[(2 | LAST, "b")], &[], true);
-    check(&[(2 | LAST, "b"), (1, "a")], &[], false);
-    check(&[(3 | LAST, "c"), (2, "b"), (1, "a")], &[], false);
-    check(&[(2, "b"), (3 | LAST, "c")], &[], true);
-}
-
-#[test]
-fn lower_frag_empties_the_queue() {
-    check(&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (4 | LAST, "d")], &[], true);
-    check(&[(1, "a"), (2, "b"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true);
-}
-
-#[test]
-fn frag_1_starts_a_new_sequence() {
-    check(&[(1, "a"), (2, "b"), (1, "c"), (2 | LAST, "d")], &["cd"], true);
-    check(&[(1, "a"), (1, "c"), (2 | LAST, "d")], &["cd"], true);
-    check(&[(1, "a"), (2, "b"), (1, "c"), (3 | LAST, "d")], &[], true);
-}
-
-#[test]
-fn frag_0_passes_and_empties_the_queue() {
-    check(&[(1, "a"), (0, "alone"), (2 | LAST, "b")], &["alone"], true);
-}
-
-#[test]
-fn duplicate_of_the_last_fragment_is_ignored() {
-    check(&[(1, "a"), (1, "a"), (2, "b"), (2, "b"), (2, "b"), (3 | LAST, "c")], &["abc"], true);
-    check(&[(1, "a"), (2, ""), (2, ""), (3 | LAST, "c")], &["ac"], true);
-    check(&[(1, "a"), (2 | LAST, "b"), (2 | LAST, "b")], &["ab"], true);
-}
-
-#[test]
-fn same_frag_with_other_data_empties_the_queue() {
-    check(&[(1, "a"), (2, "b"), (2, "x"), (3 | LAST, "c")], &[], true);
-    check(&[(1, "a"), (2, "b"), (2, "ab"), (3 | LAST, "c")], &[], true);
-}
-
-#[test]
-fn gap_empties_the_queue() {
-    check(&[(1, "a"), (3 | LAST, "c")], &[], true);
-    check(&[(1, "a"), (3, "c"), (2, "b"), (3, "c"), (4 | LAST, "d")], &[], true);
-}
-
-#[test]
-fn position_0_with_end_flag_is_dropped() {
-    check(&[(LAST, "nothing")], &[], true);
-    check(&[(1, "a"), (LAST, "nothing"), (2 | LAST, "b")], &[], true);
-}
-
-#[test]
-fn fragment_for_another_dst_empties_the_queue() {
-    let (mut queue, now) = (Reassembler::default(), Instant::now());
-    let datagram = |port, frag| Datagram { frag, dst: dst(port), data: b"x" };
-    assert_eq!(queue.push(now, datagram(53, 1)), None);
-    assert_eq!(queue.push(now, datagram(54, 2)), None);
-    assert_eq!(queue.deadline(), None);
-    assert_eq!(queue.push(now, datagram(53, 2 | LAST)), None);
-
-    assert_eq!(queue.push(now, datagram(53, 1)), None);
-    assert_eq!(queue.push(now, datagram(54, 1)), None, "a new sequence");
-    let (to, complete) = queue.push(now, datagram(54, 2 | LAST)).expect("complete");
-    assert_eq!((to, &*complete), (dst(54), &b"xx"[..]));
-
-    let name = HostName::new(b"192.0.2.1").expect("valid host name");
-    assert_eq!(queue.push(now, datagram(53, 1)), None);
-    let by_name = Datagram { dst: Addr { host: Host::Name(name), port: 53 }, ..datagram(53, 2 | LAST) };
-    assert_eq!(queue.push(now, by_name), None, "an address written as a name is another DST");
 }
 
 #[test]
@@ -186,13 +134,9 @@ fn timeout_starts_at_the_first_fragment_and_is_never_extended() {
     assert!(push_all(&mut queue, start + half, &[(1, "anew")]).is_empty());
     assert_eq!(queue.deadline(), Some(start + half + REASSEMBLY_TIMEOUT));
     assert_eq!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(2 | LAST, "!")]), ["anew!"]);
-}
 
-#[test]
-fn repeated_first_fragment_after_timeout_starts_a_new_sequence() {
-    let (mut queue, start) = (Reassembler::default(), Instant::now());
     assert!(push_all(&mut queue, start, &[(1, "a")]).is_empty());
-    assert!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty());
+    assert!(push_all(&mut queue, start + REASSEMBLY_TIMEOUT, &[(1, "a")]).is_empty(), "not a duplicate");
     assert_eq!(queue.deadline(), Some(start + 2 * REASSEMBLY_TIMEOUT));
 }
 
@@ -306,52 +250,27 @@ fn compare(datagrams: Vec<(u8, u16, Vec<u8>, u64)>) -> Result<(), TestCaseError>
         prop_assert_eq!(complete, model.push(now, frag, &dst(port), &data));
         prop_assert_eq!(queue.deadline(), model.since.map(|since| since + REASSEMBLY_TIMEOUT));
     }
+    queue.expire(now + REASSEMBLY_TIMEOUT);
+    prop_assert_eq!(queue.deadline(), None);
     Ok(())
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn random_datagrams_match_the_model(datagrams in any_datagrams()) {
+    fn random_datagrams_match_the_model(datagrams in prop_oneof![any_datagrams(), any_sequences()]) {
         compare(datagrams)?;
-    }
-
-    #[test]
-    fn sequences_with_faults_match_the_model(datagrams in any_sequences()) {
-        compare(datagrams)?;
-    }
-
-    #[test]
-    fn random_bytes_never_panic_or_exceed_one_udp_payload(all in vec(vec(any::<u8>(), 0..40), 0..40)) {
-        let (mut queue, now) = (Reassembler::default(), Instant::now());
-        for bytes in &all {
-            let header = [&[0, 0], &bytes[..]].concat();
-            if let Ok(datagram) = Datagram::decode(&header) {
-                let complete = queue.push(now, datagram);
-                prop_assert!(complete.is_none_or(|(_, complete)| complete.len() <= MAX_UDP6_PAYLOAD));
-            }
-        }
-        queue.expire(now + REASSEMBLY_TIMEOUT);
-        prop_assert_eq!(queue.deadline(), None);
     }
 
     #[test]
     fn fragmented_payload_is_reassembled(
-        length in prop_oneof![0_usize..2000, 0..=MAX_UDP6_PAYLOAD],
-        limit in prop_oneof![11_usize..600, 11..=MAX_UDP6_PAYLOAD],
+        name in option::of("[a-z]{1,255}"),
+        length in prop_oneof![1 => Just(0), 4 => 0_usize..3000, 2 => 0..=MAX_UDP6_PAYLOAD],
+        limit in prop_oneof![0_usize..700, 11..=MAX_UDP6_PAYLOAD],
     ) {
-        check_fragment(&dst(53), length, limit)?;
-    }
-
-    #[test]
-    fn fragmented_payload_for_a_host_name_is_reassembled(
-        name in "[a-z]{1,255}",
-        length in prop_oneof![1 => Just(0_usize), 4 => 0_usize..3000],
-        limit in 0_usize..700,
-    ) {
-        let host = Host::Name(HostName::new(name.as_bytes()).expect("valid host name"));
-        check_fragment(&Addr { host, port: 53 }, length, limit)?;
+        let named = |name: String| Host::Name(HostName::new(name.as_bytes()).expect("valid host name"));
+        check_fragment(&name.map_or(dst(53), |name| Addr { host: named(name), port: 53 }), length, limit)?;
     }
 }
 
@@ -398,10 +317,6 @@ fn payload_is_split_into_at_most_127_fragments() {
     assert_eq!(sizes(12_700), Some((127, Some((127 | LAST, 100)))));
     assert_eq!(sizes(12_701), None);
     assert_eq!(fragment(&dst(53), b"x", header), None, "no space after the header");
-}
-
-#[test]
-fn header_over_the_limit_is_refused_even_without_data() {
-    assert_eq!(fragment(&dst(53), b"", 10).map(|parts| parts.len()), Some(1));
-    assert_eq!(fragment(&dst(53), b"", 9), None);
+    assert_eq!(fragment(&dst(53), b"", header).map(|parts| parts.len()), Some(1));
+    assert_eq!(fragment(&dst(53), b"", header - 1), None, "no space for the header");
 }
