@@ -103,13 +103,16 @@ pub fn parse(args: &[String]) -> Result<Action, CliError> {
     let (mode, normalized) = argv::normalize(args.get(1..).unwrap_or_default(), &program).map_err(usage_error)?;
     let Some(normalized) = normalized else { return Ok(Action::Print(help::text(mode))) };
     let normalized: Vec<&str> = normalized.iter().map(String::as_str).collect();
-    let option = normalized.iter().position(|arg| ["-P", "--proxy-user"].contains(arg));
-    secrets::redact(args, option.and_then(|option| normalized.get(option + 1)).copied());
     let action = match mode.name {
         "" => from_args::<ProgramArgs>(&normalized).and_then(|args| args.action(&program)),
         "serve" => from_args(&normalized).map(|args| Action::Run(Mode::Serve(args))),
         client => client.parse().and_then(|command| Ok(Action::Run(Mode::Client(command, from_args(&normalized)?)))),
     };
+    let user = match &action {
+        Ok(Action::Run(Mode::Client(_, client))) => client.proxy_user.as_deref(),
+        _ => None,
+    };
+    secrets::redact(args, user);
     action.map_err(usage_error)
 }
 

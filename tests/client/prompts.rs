@@ -196,6 +196,7 @@ fn password_in_the_command_line_is_overwritten() {
         "--proxy=alice:topsecret@ADDR",
         "-vxalice:topsecret@ADDR",
         "-x ADDR -P alice:topsecret",
+        "-x ADDR -e -P -P alice:topsecret",
         "-x ADDR -Palice:topsecret",
         "-x ADDR -vPalice:topsecret",
         "-x ADDR --proxy-user=alice:topsecret",
