@@ -239,11 +239,12 @@ impl Rules {
                 _ => Match::Maybe,
             },
             TargetCondition::Unprotected => {
+                let has_only_name = request.target_name.is_some() && request.target_ip.is_none();
                 let built_in = self.rules.iter().skip(self.user_rule_count).filter(|rule| !rule.allow);
                 match built_in.map(|rule| self.matches(rule, request, is_own_listener)).max() {
                     Some(Match::Yes) => Match::No,
                     // The hop resolves the name and applies its own rules to the address.
-                    Some(Match::Maybe) if is_unresolved(request) && self.route(rule) != Route::Direct => Match::Yes,
+                    Some(Match::Maybe) if has_only_name && self.route(rule) != Route::Direct => Match::Yes,
                     Some(Match::Maybe) => Match::Maybe,
                     Some(Match::No) | None => Match::Yes,
                 }
@@ -251,10 +252,6 @@ impl Rules {
         };
         other_conditions.min(to)
     }
-}
-
-fn is_unresolved(request: &AccessRequest<'_>) -> bool {
-    request.target_name.is_some() && request.target_ip.is_none()
 }
 
 /// Matches a fact; `Maybe` if it is unknown.

@@ -29,8 +29,11 @@ pub(crate) fn normalize<'a>(args: &[String], program: &'a Syntax) -> Result<(&'a
     let args = if is_help { args.get(1..).unwrap_or_default() } else { args };
     let (syntax, args) = match args.split_first() {
         Some((mode, args)) if !mode.starts_with('-') => {
-            let known = program.modes.iter().find(|known| known.name == mode);
-            (known.ok_or_else(|| unrecognized_mode(mode, program))?, args)
+            let unrecognized = || {
+                let names: Vec<&str> = program.modes.iter().map(|mode| mode.name).collect();
+                format!("unrecognized mode {} (expected one of {})", without_userinfo(mode), names.join(", "))
+            };
+            (program.modes.iter().find(|known| known.name == mode).ok_or_else(unrecognized)?, args)
         }
         _ => (program, args),
     };
@@ -65,11 +68,6 @@ pub(crate) fn normalize<'a>(args: &[String], program: &'a Syntax) -> Result<(&'a
         normalizer.out.append(&mut normalizer.positionals);
     }
     Ok((syntax, Some(normalizer.out)))
-}
-
-fn unrecognized_mode(mode: &str, program: &Syntax) -> String {
-    let names: Vec<&str> = program.modes.iter().map(|mode| mode.name).collect();
-    format!("unrecognized mode {} (expected one of {})", without_userinfo(mode), names.join(", "))
 }
 
 struct Normalizer<'a> {

@@ -55,11 +55,6 @@ exit_statuses! {
 }
 
 impl ExitStatus {
-    /// Returns 100 + REP, or 109 for an unassigned code.
-    fn from_rep(rep: Rep) -> Self {
-        Self(100 + rep.0.min(9))
-    }
-
     /// Returns the status of a child process as a shell does: its exit code, or 128 + the signal that killed it.
     pub fn from_child(code: Option<i32>, signal: Option<i32>) -> Self {
         let code = code.or(signal.map(|signal| 128 + signal));
@@ -136,7 +131,8 @@ impl From<ClientError> for CliError {
             (Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_), _) => (ExitStatus::LOGIN_FAILED, true),
             (Kind::Rep(rep), _) => {
                 let final_reps = [Rep::NOT_ALLOWED, Rep::COMMAND_NOT_SUPPORTED, Rep::ATYP_NOT_SUPPORTED];
-                (ExitStatus::from_rep(*rep), final_reps.contains(rep))
+                // 109 stands for all unassigned codes.
+                (ExitStatus(100 + rep.0.min(9)), final_reps.contains(rep))
             }
         };
         Self { is_final, ..Self::new(status, error.to_string()) }

@@ -26,7 +26,7 @@ const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct Connector {
     pub(crate) args: ClientArgs,
-    hops: Vec<Proxy>,
+    pub(super) hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
 }
@@ -67,11 +67,6 @@ impl Connector {
     pub(crate) fn run(&self, mode: ModeFuture<'_>) -> Result<(), CliError> {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
         self.filter_error(reactor::run(mode).unwrap_or_else(start_error))
-    }
-
-    /// Returns the last proxy, without credentials.
-    pub(crate) fn last_proxy(&self) -> Option<String> {
-        self.hops.last().map(ToString::to_string)
     }
 
     /// Returns the target, or the expected peer of BIND, if there is one.

@@ -89,7 +89,7 @@ pub(crate) async fn run(
     let variables = [
         ("S5_TARGET", connector.dst().map(ToString::to_string).unwrap_or_default()),
         ("S5_BND", bnd.to_string()),
-        ("S5_PROXY_ADDR", connector.last_proxy().unwrap_or_default()),
+        ("S5_PROXY_ADDR", connector.hops.last().map(ToString::to_string).unwrap_or_default()),
     ];
     let (child, stdio) = program.start(&variables, args.crlf)?;
     let exit = Box::pin(child::wait(child));

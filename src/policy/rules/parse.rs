@@ -199,7 +199,8 @@ fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
         let own_condition = if key == "to" { format!(" port={port}") } else { String::new() };
         return Err(format!("{text:?} has a port (write {key}={host}{own_condition})"));
     }
-    let Some(net) = parse_net(text) else {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let Ok(net) = bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()) else {
         let looks_like_cidr = text.contains(['/', ':']);
         return if looks_like_cidr { Err(format!("invalid CIDR {text:?}")) } else { Ok(None) };
     };
@@ -212,11 +213,6 @@ fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
         return Err(format!("invalid CIDR {text:?}: IPv4-mapped address (write it as IPv4: {v4})"));
     }
     Ok(Some(net))
-}
-
-fn parse_net(text: &str) -> Option<IpNet> {
-    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-    bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()).ok()
 }
 
 /// Returns a name in the form used for comparison: lower case, without the final dot.
