@@ -36,50 +36,36 @@ fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }
 
+/// Replaces the words of the first argument and the cases of the modes in the template of a script.
+fn fill(template: &str, first: &str, cases: &[String]) -> String {
+    template.replace("@first@", first).replace("@cases@", &cases.join("\n"))
+}
+
 fn bash(program: &Syntax) -> String {
     let modes: Vec<&str> = program.modes.iter().map(|mode| mode.name).collect();
-    let mut out = format!(
-        "_s5() {{\n    local cur=\"${{COMP_WORDS[COMP_CWORD]}}\" words=\n    COMPREPLY=()\n    \
-         if [[ $COMP_CWORD -eq 1 ]]; then\n        words={}\n    elif [[ $cur == -* ]]; then\n        \
-         case \"${{COMP_WORDS[1]}}\" in\n",
-        quote(&format!("{} {}", modes.join(" "), option_names(program)))
-    );
-    for mode in &program.modes {
-        let _ = writeln!(out, "            {}) words={} ;;", mode.name, quote(&option_names(mode)));
-    }
-    out + "        esac\n    fi\n    \
-           if [[ -n $words ]]; then\n        COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n    fi\n    return 0\n}\n\
-           complete -o bashdefault -o default -F _s5 s5\n"
+    let first = quote(&format!("{} {}", modes.join(" "), option_names(program)));
+    let case = |mode: &Syntax| format!("            {}) words={} ;;", mode.name, quote(&option_names(mode)));
+    let cases: Vec<String> = program.modes.iter().map(case).collect();
+    fill(include_str!("completions.bash"), &first, &cases)
 }
 
 fn zsh(program: &Syntax) -> String {
     let escape = |text: &str| text.replace('[', "(").replace(']', ")").replace(':', "\\:");
+    let line = |text: String| format!("            {}", quote(&text));
     let spec = |flag: &FlagInfo<'_>, name: &str| {
         let action = value_name(flag).map(|value| format!(":{}:_files", escape(value))).unwrap_or_default();
-        quote(&format!("*{name}[{}]{action}", escape(summary(flag))))
+        line(format!("*{name}[{}]{action}", escape(summary(flag))))
     };
-    let mut out =
-        "#compdef s5\n\n_s5() {\n    local -a modes specs\n    if (( CURRENT == 2 )); then\n        modes=(\n"
-            .to_owned();
-    for mode in &program.modes {
-        let text = format!("{}:{}", mode.name, escape(mode.description));
-        let _ = writeln!(out, "            {}", quote(&text));
-    }
-    for flag in program.options() {
-        let _ = writeln!(out, "            {}", quote(&format!("{}:{}", flag.long, escape(summary(flag)))));
-    }
-    out += "        )\n        _describe mode modes\n        return\n    fi\n    case $words[2] in\n";
-    for mode in &program.modes {
-        let _ = writeln!(out, "        {}) specs=(", mode.name);
-        for flag in mode.options() {
-            for name in names(flag) {
-                let _ = writeln!(out, "            {}", spec(flag, &name));
-            }
-        }
-        out += "        ) ;;\n";
-    }
-    out + "    esac\n    shift words\n    (( CURRENT-- ))\n    _arguments -s -S $specs '*: :_files'\n}\n\n\
-           if [[ $funcstack[1] == _s5 ]]; then\n    _s5 \"$@\"\nelse\n    compdef _s5 s5\nfi\n"
+    let modes = program.modes.iter().map(|mode| (mode.name, mode.description));
+    let first = modes.chain(program.options().map(|flag| (flag.long, summary(flag))));
+    let first: Vec<String> = first.map(|(name, text)| line(format!("{name}:{}", escape(text)))).collect();
+    let case = |mode: &Syntax| {
+        let specs = mode.options().flat_map(|flag| names(flag).map(move |name| (flag, name)));
+        let specs: Vec<String> = specs.map(|(flag, name)| spec(flag, &name)).collect();
+        format!("        {}) specs=(\n{}\n        ) ;;", mode.name, specs.join("\n"))
+    };
+    let cases: Vec<String> = program.modes.iter().map(case).collect();
+    fill(include_str!("completions.zsh"), &first.join("\n"), &cases)
 }
 
 fn fish(program: &Syntax) -> String {
