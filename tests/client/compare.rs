@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::support::behaviours::{Behaviour, Outcome, StdioSetup, behaviours};
+use crate::behaviours;
+use crate::support::is_installed;
 use crate::support::scripted::text;
-use crate::support::{is_installed, s5};
+use crate::table::{self, Behaviour, Outcome};
 
 /// A client that runs longer than this counts as hanging. Each client has a timeout of 0.5 s or 1 s.
 const HANG_TIMEOUT: Duration = Duration::from_secs(4);
@@ -40,16 +41,6 @@ fn host_and_port(row: &Behaviour) -> (String, String) {
     (host.trim_matches(['[', ']']).into(), port.into())
 }
 
-fn s5_connect(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
-    let mut command = s5();
-    command.env("CI", "true").args(["connect", "-w", "500ms", "-x", &format!("{}{host}:{port}", row.userinfo)]);
-    if row.has_idle_timeout {
-        command.args(["-i", "500ms"]);
-    }
-    command.args(row.target.split(' '));
-    Some(command)
-}
-
 fn nc(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     // nc cannot log in.
     if !row.userinfo.is_empty() {
@@ -70,7 +61,7 @@ fn ncat(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     } else if !row.userinfo.is_empty() {
         return None;
     }
-    if row.has_idle_timeout {
+    if row.has("idle") {
         command.args(["-i", "500ms"]);
     }
     let proxy = format!("{host}:{port}");
@@ -80,7 +71,7 @@ fn ncat(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
 
 fn connect_proxy(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     // connect-proxy has no idle timeout.
-    if row.has_idle_timeout {
+    if row.has("idle") {
         return None;
     }
     let (target, target_port) = host_and_port(row);
@@ -107,7 +98,7 @@ fn curl(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
     let target = if target.contains(':') { format!("[{target}]") } else { target };
     let mut command = Command::new("curl");
     command.args(["-q", "-sS", "-N", "--connect-timeout", "0.5"]);
-    if row.has_idle_timeout {
+    if row.has("idle") {
         command.args(["--speed-time", "1", "--speed-limit", "1"]);
     }
     command.args(["-x", &format!("socks5h://{}{host}:{port}", row.userinfo)]);
@@ -116,7 +107,7 @@ fn curl(row: &Behaviour, host: &str, port: u16) -> Option<Command> {
 }
 
 const CLIENTS: [Client; 5] = [
-    Client { name: "s5", program: "sh", command: s5_connect },
+    Client { name: "s5", program: "sh", command: |row, host, port| Some(behaviours::client(row, host, port)) },
     Client { name: "nc", program: "nc.openbsd", command: nc },
     Client { name: "ncat", program: "ncat", command: ncat },
     Client { name: "connect-proxy", program: "connect-proxy", command: connect_proxy },
@@ -127,7 +118,7 @@ const CLIENTS: [Client; 5] = [
 fn cell(row: &Behaviour, outcome: &Outcome) -> String {
     let Some(status) = outcome.status else { return "**hangs**".into() };
     let should_succeed = row.status == 0;
-    let has_data = outcome.stdout == row.stdout;
+    let has_data = outcome.stdout == row.stdout.as_bytes();
     let has_request = row.request.as_ref().is_none_or(|request| outcome.messages.last() == Some(request));
     match (should_succeed, status == 0) {
         (true, true) if has_data && !has_request => "**wrong request**".into(),
@@ -135,7 +126,7 @@ fn cell(row: &Behaviour, outcome: &Outcome) -> String {
         (true, true) => "**0, data lost**".into(),
         (true, false) => format!("**{status}**"),
         (false, true) => "**0**".into(),
-        (false, false) if outcome.stderr.trim().is_empty() && row.stdio != StdioSetup::ClosedStdout => {
+        (false, false) if outcome.stderr.trim().is_empty() && !row.has("closed") => {
             format!("{status}, no message")
         }
         (false, false) => status.to_string(),
@@ -158,7 +149,7 @@ fn compare_clients_and_rewrite_the_readme_table() {
     if !CLIENTS.iter().all(|client| is_installed(client.program)) {
         return;
     }
-    let rows = behaviours();
+    let rows = table::behaviours();
     let jobs: Vec<(usize, usize)> =
         (0..rows.len()).flat_map(|row| (0..CLIENTS.len()).map(move |client| (row, client))).collect();
     let next = AtomicUsize::new(0);

@@ -2,40 +2,26 @@
 
 use std::process::{Command, Output};
 
-use crate::support::scripted::{
-    LOGIN_SUCCESS, SELECT_NO_AUTH, SELECT_PASSWORD, SUCCESS_REPLY, ScriptedServer, Step, send, text, with_stream,
-};
-use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
-
-use Step::{Greeting, Login, Request};
-
-const TARGET: &str = "target.example:80";
+use crate::support::login::login_message;
+use crate::support::scripted::{LOGIN, NO_AUTH, SUCCESS, ScriptedServer, text};
+use crate::support::{TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
+use crate::{TARGET, command, outcome, outcome_of, serve, success};
 
 /// A proxy that accepts any login and echoes the data.
-pub(crate) fn accepting_proxy() -> ScriptedServer {
-    let echo = with_stream(|mut stream| {
+pub fn accepting_proxy() -> ScriptedServer {
+    ScriptedServer::start_at("127.0.0.1:0", &format!("{LOGIN} > {{request}}; {SUCCESS}"), |mut stream| {
         let mut other = stream.try_clone().expect("cloned");
         let _ = std::io::copy(&mut stream, &mut other);
-    });
-    ScriptedServer::start(vec![
-        Greeting,
-        send(SELECT_PASSWORD),
-        Login,
-        send(LOGIN_SUCCESS),
-        Request,
-        send(SUCCESS_REPLY),
-        echo,
-    ])
+    })
 }
 
-/// A login message (RFC 1929).
-pub(crate) fn login(uname: &str, passwd: &[u8]) -> Vec<u8> {
-    let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("at most 255");
-    [&[1, length(uname.as_bytes())], uname.as_bytes(), &[length(passwd)], passwd].concat()
+/// Fails unless the proxy receives this login.
+pub fn assert_login(proxy: &ScriptedServer, uname: &str, passwd: &[u8]) {
+    assert_eq!(text(&proxy.messages()[1]), text(&login_message(uname.as_bytes(), passwd)));
 }
 
 /// Another program in the environment of [`s5`], with the path of s5 in `$S5`.
-pub(crate) fn as_s5(program: &str) -> Command {
+pub fn as_s5(program: &str) -> Command {
     let mut command = Command::new(program);
     let s5 = s5();
     for (name, _) in s5.get_envs().filter(|(_, value)| value.is_none()) {
@@ -45,19 +31,19 @@ pub(crate) fn as_s5(program: &str) -> Command {
     command
 }
 
-/// Returns the login message sent with these options and variables. `userinfo` is put before the proxy's address.
-fn sent_login(userinfo: &str, options: &[&str], variables: &[(&str, &str)]) -> Vec<u8> {
+/// Fails unless a client with these options and variables sends this login. `userinfo` is put before the proxy's
+/// address.
+fn assert_sends(userinfo: &str, options: &[&str], variables: &[(&str, &str)], uname: &str, passwd: &[u8]) {
     let proxy = accepting_proxy();
-    let url = format!("{userinfo}{}", proxy.addr);
-    let mut command = s5();
-    command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
-    let output = run(&mut command, b"", TIMEOUT);
-    assert_eq!(output.status.code(), Some(0), "{userinfo} {options:?} {variables:?}: {}", text(&output.stderr));
-    proxy.messages().swap_remove(1)
+    let mut command = command(&format!("connect -z -x {userinfo}{} {TARGET}", proxy.addr));
+    command.args(options).envs(variables.iter().copied());
+    let (status, _, stderr) = outcome_of(&mut command, b"");
+    assert_eq!(status, Some(0), "{userinfo} {options:?} {variables:?}: {stderr}");
+    assert_login(&proxy, uname, passwd);
 }
 
 /// Checks the status, and that stderr is one line that contains `what` and not the password.
-pub(crate) fn assert_failure(output: &Output, status: i32, what: &str) {
+pub fn assert_failure(output: &Output, status: i32, what: &str) {
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{stderr}");
     assert!(
@@ -65,58 +51,6 @@ pub(crate) fn assert_failure(output: &Output, status: i32, what: &str) {
         "not about {what}: {stderr}"
     );
     assert!(!stderr.contains("topsecret"), "{stderr}");
-}
-
-#[test]
-fn proxy_sources_have_documented_precedence() {
-    let names = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
-    let option = closed_port().to_string();
-    let proxies = names.map(|name| (name, closed_port().to_string()));
-    for first in 0..proxies.len() {
-        let variables = proxies[first..].iter().map(|(name, proxy)| (name, proxy));
-        let output = run(s5().args(["connect", TARGET]).envs(variables.clone()), b"", TIMEOUT);
-        assert_failure(&output, 7, &format!("proxy {}: ", proxies[first].1));
-        let output = run(s5().args(["connect", "-x", &option, TARGET]).envs(variables), b"", TIMEOUT);
-        assert_failure(&output, 7, &format!("proxy {option}: "));
-    }
-}
-
-#[test]
-fn direct_option_ignores_proxy_variables() {
-    let (closed, target) = (closed_port().to_string(), echo_server().to_string());
-    for option in [&["-x", ""][..], &["--proxy="], &["--direct"], &["--no-proxy"]] {
-        let output = run(s5().args(["connect", &target]).args(option).env("S5_PROXY", &closed), b"direct", TIMEOUT);
-        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "direct".into()), "{option:?}");
-    }
-}
-
-#[test]
-fn chain_is_a_list_or_a_repeated_option() {
-    let chains = ["-x ADDR,second.example:2,third.example:3", "-x ADDR,second.example:2 -x third.example:3"];
-    for chain in chains.into_iter().chain(["-x ADDR -x second.example:2 -x third.example:3"]) {
-        let hop = || [Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY)];
-        let proxy = ScriptedServer::start([hop(), hop(), hop()].into_iter().flatten().collect());
-        let chain = chain.replace("ADDR", &proxy.url());
-        let output = run(s5().args(["connect", "-z", TARGET]).args(chain.split(' ')), b"", TIMEOUT);
-        assert_eq!(output.status.code(), Some(0), "{chain}: {}", text(&output.stderr));
-        let messages: Vec<String> = proxy.messages().iter().map(|message| text(message)).collect();
-        for (request, host) in [(1, "second.example"), (3, "third.example"), (5, "target.example")] {
-            assert!(messages[request].contains(host), "{chain}: {messages:?}");
-        }
-    }
-}
-
-#[test]
-fn url_of_localhost_with_path_is_a_unix_socket() {
-    let dir = temp_dir();
-    let path = dir.path().join("s5.sock");
-    let _server = Server::start_with(s5().args(["serve", "--listen", &format!("unix:{}", path.display())]), 1);
-    let (url, target) = (format!("socks5h://localhost{}", path.display()), echo_server().to_string());
-    let from_option = run(s5().args(["connect", "-x", &url, &target]), b"by path", TIMEOUT);
-    let from_variable = run(s5().args(["connect", &target]).env("ALL_PROXY", &url), b"by path", TIMEOUT);
-    for output in [from_option, from_variable] {
-        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "by path".into()));
-    }
 }
 
 #[test]
@@ -128,9 +62,8 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
     }
     let (closed, port) = (closed_port().to_string(), echo_server().port());
     let status = |host: &str, options: &[&str], variables: &[(&str, &str)]| {
-        let mut command = s5();
-        command.args(["connect", "-z", host, &port.to_string()]).args(options).envs(variables.iter().copied());
-        run(&mut command, b"", TIMEOUT).status.code()
+        let mut command = command(&format!("connect -z {host} {port}"));
+        outcome_of(command.args(options).envs(variables.iter().copied()), b"").0
     };
     let table = [
         ("target.example", "www.target.example", true),
@@ -188,11 +121,7 @@ fn login_sources_have_documented_precedence() {
         // If a variable is set twice, the last value is used.
         let variables: Vec<_> = sources[first..].iter().rev().flat_map(|source| source.3).copied().collect();
         let userinfo = if first == 0 { "url:1@" } else { "" };
-        assert_eq!(
-            sent_login(userinfo, &options, &variables),
-            login(uname, passwd.as_bytes()),
-            "{options:?} {variables:?}"
-        );
+        assert_sends(userinfo, &options, &variables, uname, passwd.as_bytes());
     }
 }
 
@@ -220,11 +149,11 @@ fn user_in_url_gets_only_the_password_of_that_user() {
         ("b%6Fb@", "bob", "his"),
     ];
     for (userinfo, uname, passwd) in table {
-        assert_eq!(sent_login(userinfo, &options, &variables), login(uname, passwd.as_bytes()), "{userinfo}");
+        assert_sends(userinfo, &options, &variables, uname, passwd.as_bytes());
         // The user of -P is used for URLs without a user.
         let with_user = [&options[..], &["-P", "bob"]].concat();
         let (uname, passwd) = if userinfo.is_empty() { ("bob", "his") } else { (uname, passwd) };
-        assert_eq!(sent_login(userinfo, &with_user, &variables), login(uname, passwd.as_bytes()), "{userinfo} -P bob");
+        assert_sends(userinfo, &with_user, &variables, uname, passwd.as_bytes());
     }
     // Nothing listens at this address: status 67 shows that the client has not connected.
     let closed = closed_port().to_string();
@@ -239,15 +168,15 @@ fn user_in_url_gets_only_the_password_of_that_user() {
 
 #[test]
 fn each_proxy_of_a_chain_gets_the_password_of_its_user() {
-    let hop = || [Greeting, send(SELECT_PASSWORD), Login, send(LOGIN_SUCCESS), Request, send(SUCCESS_REPLY)];
-    let proxy = ScriptedServer::start([hop(), hop(), hop()].into_iter().flatten().collect());
+    let proxy = ScriptedServer::start(&format!("{LOGIN} > {{request}}; {SUCCESS}").repeat(3));
     let dir = temp_dir();
     let file = write_file(dir.path(), "auth", "alice:hers\nbob:his\n");
     let chain = format!("bob@{},carol:own@second.example,third.example", proxy.addr);
-    let output = run(s5().args(["connect", "-z", "-x", &chain, "--proxy-auth-file", &file, TARGET]), b"", TIMEOUT);
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let args = format!("connect -z -x {chain} --proxy-auth-file {file} {TARGET}");
+    assert_eq!(outcome(&args, b""), success(""));
     let messages = proxy.messages();
-    let logins = [login("bob", b"his"), login("carol", b"own"), login("alice", b"hers")];
+    let logins = [("bob", "his"), ("carol", "own"), ("alice", "hers")];
+    let logins = logins.map(|(uname, passwd)| login_message(uname.as_bytes(), passwd.as_bytes()));
     assert_eq!([&messages[1], &messages[4], &messages[7]], logins.each_ref());
 }
 
@@ -256,25 +185,25 @@ fn only_passwords_in_urls_are_percent_decoded() {
     let dir = temp_dir();
     let file = write_file(dir.path(), "auth", "alice:p:a@b%41, /\n");
     let pair = "alice:p:a@b%41, /";
-    let expected = login("alice", b"p:a@b%41, /");
-    assert_eq!(sent_login("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[]), expected);
-    assert_eq!(sent_login("", &["--proxy-auth-file", &file], &[]), expected);
-    assert_eq!(sent_login("", &["-P", pair], &[]), expected);
-    assert_eq!(sent_login("", &[], &[("S5_PROXY_AUTH", pair)]), expected);
-    assert_eq!(sent_login("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])]), expected);
+    let passwd = b"p:a@b%41, /";
+    assert_sends("alice:p%3Aa%40b%2541%2C%20%2F@", &[], &[], "alice", passwd);
+    assert_sends("", &["--proxy-auth-file", &file], &[], "alice", passwd);
+    assert_sends("", &["-P", pair], &[], "alice", passwd);
+    assert_sends("", &[], &[("S5_PROXY_AUTH", pair)], "alice", passwd);
+    assert_sends("", &[], &[("SOCKS_USERNAME", "alice"), ("SOCKS_PASSWORD", &pair[6..])], "alice", passwd);
     // Bytes that are not UTF-8.
     let file = dir.path().join("bytes");
     std::fs::write(&file, b"alice:\xff\x00\xfe\r\n").expect("file written");
     let file = file.to_str().expect("UTF-8 path");
-    assert_eq!(sent_login("", &["--proxy-auth-file", file], &[]), login("alice", b"\xff\x00\xfe"));
+    assert_sends("", &["--proxy-auth-file", file], &[], "alice", b"\xff\x00\xfe");
 }
 
 #[test]
 fn auth_file_may_begin_with_a_byte_order_mark() {
     let dir = temp_dir();
     let file = write_file(dir.path(), "auth", "\u{feff}alice:secret\r\nbob:other\r\n");
-    assert_eq!(sent_login("", &["--proxy-auth-file", &file], &[]), login("alice", b"secret"));
-    assert_eq!(sent_login("bob@", &["--proxy-auth-file", &file], &[]), login("bob", b"other"));
+    assert_sends("", &["--proxy-auth-file", &file], &[], "alice", b"secret");
+    assert_sends("bob@", &["--proxy-auth-file", &file], &[], "bob", b"other");
     let stdin = std::fs::File::open(&file).expect("file opened");
     let proxy = accepting_proxy();
     let args = ["connect", "-z", "-x", &proxy.addr.to_string(), "--proxy-auth-file", "-", TARGET];
@@ -304,21 +233,19 @@ fn auth_file_on_stdin_is_the_first_line_and_later_data_goes_to_the_target() {
         let script = format!("exec \"$S5\" connect -x {} --proxy-auth-file {name} {TARGET} {redirection}", proxy.addr);
         let output = run(as_s5("sh").current_dir(dir.path()).args(["-c", &script]), stdin, TIMEOUT);
         assert_eq!(output.status.code(), Some(0), "{script}: {}", text(&output.stderr));
-        assert_eq!(proxy.messages()[1], login("alice", b"se:cret"), "{script}");
+        assert_login(&proxy, "alice", b"se:cret");
         assert!(output.stdout == payload, "{script}: {} bytes were returned", output.stdout.len());
     }
 }
 
 #[test]
 fn password_line_on_stdin_is_not_sent_to_the_target() {
-    let server = Server::start(&[]);
-    let (proxy, target) = (server.addr().to_string(), echo_server().to_string());
+    let ((_server, proxy), target) = (serve(), echo_server());
     let with_password = format!("bob:own@{proxy}");
     // The line is consumed even if the password is not used.
-    for options in [&["-x", &proxy][..], &["-x", &with_password], &["-x", ""], &["-x", &proxy, "--auth", "none"]] {
-        let args = ["connect", "--proxy-auth-file", "-", &target];
-        let output = run(s5().args(args).args(options), b"alice:topsecret\npayload", TIMEOUT);
-        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{options:?}");
+    for options in [&proxy, &with_password, "", &format!("{proxy} --auth none")] {
+        let args = format!("connect --proxy-auth-file - {target} -x {options}");
+        assert_eq!(outcome(&args, b"alice:topsecret\npayload"), success("payload"), "{options:?}");
     }
 }
 
@@ -377,12 +304,10 @@ fn password_method_is_offered_only_if_a_password_is_given() {
         ("", &["--auth", "password,none"], &[known], &[2, 0]),
     ];
     for (userinfo, options, variables, methods) in table {
-        let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_NO_AUTH), Request, send(SUCCESS_REPLY)]);
-        let url = format!("{userinfo}{}", proxy.addr);
-        let mut command = s5();
-        command.args(["connect", "-z", "-x", &url, TARGET]).args(options).envs(variables.iter().copied());
-        let output = run(&mut command, b"", TIMEOUT);
-        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let proxy = ScriptedServer::start(&format!("{NO_AUTH} {SUCCESS}"));
+        let mut command = command(&format!("connect -z -x {userinfo}{} {TARGET}", proxy.addr));
+        let (status, _, stderr) = outcome_of(command.args(options).envs(variables.iter().copied()), b"");
+        assert_eq!(status, Some(0), "{stderr}");
         let greeting = [&[5, u8::try_from(methods.len()).expect("at most 255")], methods].concat();
         assert_eq!(proxy.message(), greeting, "{userinfo} {options:?} {variables:?}");
     }

@@ -1,4 +1,5 @@
-//! The client modes end to end, against scripted proxies and against `s5 serve`. `README.md` lists the files.
+//! The client modes end to end, against scripted proxies and against `s5 serve`. `README.md` lists the files. What one
+//! proxy sees and one client prints is in the transcripts tests/wire/client-*.txt.
 
 mod behaviours;
 mod bind;
@@ -12,5 +13,65 @@ mod proxies;
 mod streams;
 #[path = "../support/mod.rs"]
 mod support;
+mod table;
 mod udp;
 mod wire;
+
+use std::process::Command;
+
+use support::scripted::{RunningProgram, text};
+use support::{Server, TIMEOUT, run, s5};
+
+/// Target of the requests to scripted proxies.
+const TARGET: &str = "target.example:80";
+
+/// s5 with these arguments, which are separated by spaces.
+fn command(args: &str) -> Command {
+    let mut command = s5();
+    command.args(args.split(' '));
+    command
+}
+
+/// Starts s5 with these arguments.
+fn start(args: &str) -> RunningProgram {
+    RunningProgram::start(&mut command(args))
+}
+
+/// Exit status, stdout and stderr of a command.
+type Outcome = (Option<i32>, String, String);
+
+fn outcome_of(command: &mut Command, stdin: &[u8]) -> Outcome {
+    let output = run(command, stdin, TIMEOUT);
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Runs s5 with these arguments.
+fn outcome(args: &str, stdin: &[u8]) -> Outcome {
+    outcome_of(&mut command(args), stdin)
+}
+
+/// What a client prints that succeeds.
+fn success(stdout: &str) -> Outcome {
+    (Some(0), stdout.into(), String::new())
+}
+
+/// What a client prints that fails.
+fn failure(status: i32, stderr: &str) -> Outcome {
+    (Some(status), String::new(), stderr.into())
+}
+
+/// Fails unless s5 exits with this status, and prints only one line, on stderr, that contains all words.
+fn assert_line(args: &str, status: i32, words: &[&str]) {
+    let (code, stdout, stderr) = outcome(args, b"");
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(status), "", 1), "{args}: {stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{args}: {word:?} is missing in: {stderr}");
+    }
+}
+
+/// Starts `s5 serve`. Returns it and its address.
+fn serve() -> (Server, String) {
+    let server = Server::start(&[]);
+    let addr = server.addr().to_string();
+    (server, addr)
+}

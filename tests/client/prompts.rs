@@ -6,13 +6,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::credentials::{accepting_proxy, as_s5, assert_failure, login};
-use crate::support::scripted::{RunningProgram, SELECT_PASSWORD, ScriptedServer, Step, send, text};
+use crate::credentials::{accepting_proxy, as_s5, assert_failure, assert_login};
+use crate::support::login::login_message;
+use crate::support::scripted::{RunningProgram, ScriptedServer, text};
 use crate::support::{Server, TIMEOUT, closed_port, is_installed, run, s5, temp_dir, wait_until, write_file};
-
-use Step::{Greeting, Login, WaitForClose};
-
-const TARGET: &str = "target.example:80";
+use crate::{TARGET, command, outcome_of};
 
 /// s5 in a new session, which has no terminal.
 fn without_a_terminal(args: &[&str]) -> Command {
@@ -79,7 +77,7 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
         let output = start(&proxy.url(), variables);
         // The program does not read the stdin of s5.
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{variables:?}");
-        assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{variables:?}");
+        assert_login(&proxy, "alice", b"topsecret");
         let prompt = fs::read_to_string(&prompt_file).expect("the askpass program ran");
         assert!(prompt.contains("alice") && prompt.contains(&proxy.url()), "{prompt}");
         fs::remove_file(&prompt_file).expect("file removed");
@@ -146,7 +144,7 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(0), "{shown}");
-        assert_eq!(proxy.messages()[1], login("alice", b"topsecret"), "{command}");
+        assert_login(&proxy, "alice", b"topsecret");
         assert!(!shown.contains("topsecret") && shown.contains(payload), "{shown}");
         assert!(shown.split_whitespace().any(|word| word == "echo"), "echo is still off: {shown}");
     }
@@ -175,16 +173,26 @@ fn no_prompt_if_the_terminal_is_the_payload_or_ci_is_set() {
 }
 
 /// The arguments of a process, as visible in /proc.
-fn command_line(pid: u32) -> Vec<String> {
+fn command_line(pid: u32) -> String {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).expect("file read");
-    text(&bytes).split_terminator('\0').map(String::from).collect()
+    text(&bytes).trim_end_matches('\0').replace('\0', " ")
 }
 
 /// Checks that only the passwords of a command line are overwritten.
-fn assert_hidden(pid: u32, given: &[String]) {
+fn assert_hidden(pid: u32, args: &str) {
+    let redacted = args.replace("topsecret", "xxxxxxxxx");
     let shown = command_line(pid);
-    let redacted: Vec<String> = given.iter().map(|word| word.replace("topsecret", "xxxxxxxxx")).collect();
-    assert_eq!(shown[1..], redacted);
+    assert_eq!(shown.split_once(' ').map(|(_, shown)| shown), Some(redacted.as_str()));
+}
+
+/// A proxy that answers a login only after it was checked.
+fn waiting_proxy() -> ScriptedServer {
+    ScriptedServer::start("> {greeting}; < 05 02; > {login}; > ...")
+}
+
+/// Fails unless the login is the next message.
+fn assert_next_login(proxy: &ScriptedServer) {
+    assert_eq!(proxy.message(), login_message(b"alice", b"topsecret"));
 }
 
 #[test]
@@ -201,55 +209,54 @@ fn password_in_the_command_line_is_overwritten() {
         "-x ADDR -vPalice:topsecret",
         "-x ADDR --proxy-user=alice:topsecret",
     ] {
-        let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
+        let proxy = waiting_proxy();
         let args = format!("connect {} {TARGET}", args.replace("ADDR", &proxy.url()));
-        let args: Vec<String> = args.split(' ').map(String::from).collect();
-        let client = RunningProgram::start(s5().args(&args));
+        let client = crate::start(&args);
         proxy.message();
         assert_hidden(client.pid(), &args);
-        assert_eq!(proxy.message(), login("alice", b"topsecret"), "{args:?}");
+        assert_next_login(&proxy);
     }
 }
 
 #[test]
 fn passwords_of_a_chain_in_the_command_line_are_overwritten() {
-    let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
+    let proxy = waiting_proxy();
     let chain = format!("alice:topsecret@{},bob:othersecret@second.example", proxy.addr);
-    let client = RunningProgram::start(s5().args(["connect", "-x", &chain, TARGET]));
+    let client = crate::start(&format!("connect -x {chain} {TARGET}"));
     proxy.message();
     let shown = command_line(client.pid());
-    let passwords = shown[3].strip_prefix("alice:").and_then(|rest| rest.strip_suffix("@second.example"));
-    assert!(passwords.is_some_and(|passwords| passwords.chars().all(|c| c == 'x')), "{shown:?}");
-    assert_eq!(shown[3].len(), chain.len());
-    assert_eq!(proxy.message(), login("alice", b"topsecret"));
+    let shown = shown.split(' ').nth(3).expect("the value of -x");
+    let passwords = shown.strip_prefix("alice:").and_then(|rest| rest.strip_suffix("@second.example"));
+    assert!(passwords.is_some_and(|passwords| passwords.chars().all(|c| c == 'x')), "{shown}");
+    assert_eq!(shown.len(), chain.len());
+    assert_next_login(&proxy);
 }
 
 #[test]
 fn password_in_the_via_option_of_a_server_is_overwritten() {
-    let proxy = ScriptedServer::start(vec![Greeting, send(SELECT_PASSWORD), Login, WaitForClose]);
+    let proxy = waiting_proxy();
     let via = format!("alice:topsecret@{}", proxy.addr);
     let server = Server::start(&["--via", &via]);
-    assert_hidden(server.pid(), &["serve", "--listen", "127.0.0.1:0", "--via", &via].map(String::from));
+    assert_hidden(server.pid(), &format!("serve --listen 127.0.0.1:0 --via {via}"));
     let mut client = server.connect();
     client.write_all(&[5, 1, 0]).expect("data sent");
     client.write_all(&crate::support::request(1, closed_port())).expect("data sent");
     proxy.message();
-    assert_eq!(proxy.message(), login("alice", b"topsecret"));
+    assert_next_login(&proxy);
 }
 
 #[test]
 fn password_in_the_user_option_causes_one_warning() {
-    let stderr = |options: &[&str]| {
+    let stderr = |options: &str| {
         let proxy = accepting_proxy();
-        let mut command = s5();
-        command.args(["connect", "-z", "-x", &proxy.url(), TARGET]).args(options).env("S5_PROXY_AUTH", "alice:known");
-        let output = run(&mut command, b"", TIMEOUT);
-        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        text(&output.stderr)
+        let mut command = command(&format!("connect -z -x {} {TARGET} {options}", proxy.addr));
+        let (status, _, stderr) = outcome_of(command.env("S5_PROXY_AUTH", "alice:known"), b"");
+        assert_eq!(status, Some(0), "{stderr}");
+        stderr
     };
-    let warned = stderr(&["-P", "alice:topsecret"]);
+    let warned = stderr("-P alice:topsecret");
     assert!(warned.starts_with("s5: --proxy-user: ") && warned.lines().count() == 1, "{warned}");
     assert!(!warned.contains("topsecret"), "{warned}");
-    assert_eq!(stderr(&["-P", "alice:topsecret", "--quiet"]), "");
-    assert_eq!(stderr(&["-P", "alice"]), "");
+    assert_eq!(stderr("-P alice:topsecret --quiet"), "");
+    assert_eq!(stderr("-P alice"), "");
 }

@@ -3,12 +3,13 @@
 
 #![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
 
-pub mod behaviours;
+pub mod bytes;
 mod connections;
 pub mod dns;
 pub mod login;
 pub mod realm;
 pub mod scripted;
+pub mod transcript;
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};

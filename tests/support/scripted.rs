@@ -1,89 +1,203 @@
-//! A SOCKS5 server that follows a script, even one that violates the protocol, and records the messages it receives.
-//! Also: programs that run in the background of a test.
+//! The proxy's side of a transcript: [`Player`] plays its steps, even ones that violate the protocol; [`ScriptedServer`]
+//! does so on its own thread. Also: programs that run in the background of a test.
 
 use std::io::{self, Read, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use crate::support::{TIMEOUT, message_with_addr, wait_until};
+use crate::support::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until};
+use crate::support::transcript::{Endpoint, Item, Step, script};
+use crate::support::{TIMEOUT, reset, retry, wait_until};
 
-/// Selects NO AUTHENTICATION.
-pub const SELECT_NO_AUTH: &[u8] = &[5, 0];
-/// Selects USERNAME/PASSWORD.
-pub const SELECT_PASSWORD: &[u8] = &[5, 2];
-/// Accepts the login (RFC 1929).
-pub const LOGIN_SUCCESS: &[u8] = &[1, 0];
+/// Accepts a greeting without authentication and a request.
+pub const NO_AUTH: &str = "> {greeting}; < 05 00; > {request};";
+/// Accepts user name and password.
+pub const LOGIN: &str = "> {greeting}; < 05 02; > {login}; < 01 00;";
 /// A success reply with an unspecified BND.
-pub const SUCCESS_REPLY: &[u8] = &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-
-/// One step of a script. After the last step the connection is closed.
-pub enum Step {
-    /// Reads a greeting.
-    Greeting,
-    /// Reads user name and password.
-    Login,
-    /// Reads a request.
-    Request,
-    /// Sends these bytes in one write.
-    Send(Vec<u8>),
-    /// Sends these bytes one by one.
-    SendByteByByte(Vec<u8>),
-    /// Resets the connection.
-    Reset,
-    /// Sends nothing until the client has closed.
-    WaitForClose,
-    /// Passes the connection to a function of the test. Must be the last step.
-    WithStream(Box<dyn FnOnce(TcpStream) + Send>),
-}
-
-/// A step that sends these bytes in one write.
-pub fn send(bytes: &[u8]) -> Step {
-    Step::Send(bytes.to_vec())
-}
-
-/// A last step that passes the connection to `serve`.
-pub fn with_stream(serve: impl FnOnce(TcpStream) + Send + 'static) -> Step {
-    Step::WithStream(Box::new(serve))
-}
+pub const SUCCESS: &str = "< 05 00 00 01 00*6;";
 
 /// Accepts a greeting without authentication and a request, and sends `reply`.
-pub fn reply_with(reply: &[u8]) -> Vec<Step> {
-    vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request, send(reply)]
+pub fn reply(reply: &str) -> String {
+    format!("{NO_AUTH} < {reply};")
 }
 
-/// Accepts a greeting without authentication and a request, and sends a success reply. Then `target` has the connection.
-pub fn open_tunnel(target: impl FnOnce(TcpStream) + Send + 'static) -> Vec<Step> {
-    reply_with(SUCCESS_REPLY).into_iter().chain([with_stream(target)]).collect()
+/// The proxy's side of a transcript: one TCP connection and a UDP relay.
+pub struct Player {
+    pub addr: SocketAddr,
+    /// Send each byte on its own.
+    pub byte_by_byte: bool,
+    pub relay: UdpSocket,
+    /// `None` if a second client must be refused.
+    listener: Option<TcpListener>,
+    stream: Option<TcpStream>,
+    /// Set if the client has closed the connection or the test has reset it.
+    is_closed: bool,
+    /// Source address of the client's last datagram.
+    client_udp_addr: Option<SocketAddr>,
+    placeholders: Placeholders,
 }
 
-/// A server that runs a script once, for its first client.
+impl Player {
+    /// Listens at this address. The relay has the same IP address.
+    pub fn new(addr: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(addr)?;
+        listener.set_nonblocking(true)?;
+        let addr = listener.local_addr()?;
+        let relay = UdpSocket::bind((addr.ip(), 0))?;
+        relay.set_read_timeout(Some(LIMIT))?;
+        let relay_addr = relay.local_addr()?;
+        let any_relay = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), relay_addr.port());
+        let named = vec![("relay", relay_addr), ("proxy", addr), ("any-relay", any_relay)];
+        Ok(Self {
+            addr,
+            byte_by_byte: false,
+            relay,
+            listener: Some(listener),
+            stream: None,
+            is_closed: false,
+            client_udp_addr: None,
+            placeholders: Placeholders { named, bnd: None },
+        })
+    }
+
+    /// Plays a step. Returns the bytes that the client has sent in it.
+    pub fn step(&mut self, step: &Step) -> Result<Vec<u8>, String> {
+        let text = |error: io::Error| error.to_string();
+        match step {
+            Step::ToServer(items) => {
+                self.accept()?;
+                return self.placeholders.expect(self.stream.as_mut().ok_or("no connection")?, items);
+            }
+            Step::ToClient(items) => self.send(items, if self.byte_by_byte { 1 } else { usize::MAX }, GAP)?,
+            // Slow enough that the client reads each byte separately.
+            Step::SlowlyToClient(items) => self.send(items, 1, Duration::from_millis(2))?,
+            Step::UdpToServer(_, items) => {
+                let mut buffer = vec![0; 65_536];
+                let (n, from) = retry(|| self.relay.recv_from(&mut buffer))
+                    .map_err(|error| format!("expected a datagram: {error}"))?;
+                self.client_udp_addr = Some(from);
+                self.placeholders.compare(items, &buffer[..n])?;
+            }
+            Step::UdpToClient(endpoint, items) => self.send_datagram(*endpoint, items)?,
+            Step::Fin => self.accept()?.shutdown(Shutdown::Write).map_err(text)?,
+            Step::Reset => {
+                self.accept()?;
+                self.is_closed = true;
+                self.stream.take().into_iter().for_each(reset);
+            }
+            Step::Eof | Step::Close => {
+                self.is_closed = matches!(step, Step::Close);
+                let is_closed = self.is_closed;
+                expect_end(self.accept()?, is_closed)?;
+            }
+            Step::Pause(time) => thread::sleep(*time),
+            Step::Quiet(time) => {
+                let stream = self.accept()?;
+                stream.set_read_timeout(Some(*time)).map_err(text)?;
+                if let Ok(n) = retry(|| stream.peek(&mut [0])) {
+                    return Err(if n == 0 { "unexpected EOF" } else { "unexpected data" }.into());
+                }
+                stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
+            }
+            _ => return Err("this step is only valid with role: server".into()),
+        }
+        Ok(Vec::new())
+    }
+
+    fn send(&mut self, items: &[Item], size: usize, gap: Duration) -> Result<(), String> {
+        for piece in self.placeholders.bytes(items)?.chunks(size) {
+            // The client may have closed already. Tests check its exit status.
+            let _ = self.accept()?.write_all(piece);
+            thread::sleep(gap);
+        }
+        Ok(())
+    }
+
+    fn send_datagram(&self, from: Endpoint, items: &[Item]) -> Result<(), String> {
+        let bytes = self.placeholders.bytes(items)?;
+        let to = self.client_udp_addr.ok_or("no datagram from the client so far")?;
+        let from_ip = |ip: IpAddr| UdpSocket::bind((ip, 0)).and_then(|socket| socket.send_to(&bytes, to));
+        let sent = match from {
+            Endpoint::Expected => self.relay.send_to(&bytes, to),
+            Endpoint::OtherPort => from_ip(self.addr.ip()),
+            Endpoint::OtherIp => from_ip(Ipv4Addr::new(127, 0, 0, 2).into()),
+        };
+        sent.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Returns the client's connection. Accepts it at the first call.
+    fn accept(&mut self) -> Result<&mut TcpStream, String> {
+        if let (None, Some(listener)) = (&self.stream, &self.listener) {
+            poll_until(LIMIT, || {
+                self.stream = listener.accept().map(|(stream, _)| stream).ok();
+                self.stream.is_some()
+            });
+            let stream = self.stream.as_ref().ok_or("the client did not connect")?;
+            let ready = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(LIMIT)));
+            ready.and_then(|()| stream.set_nodelay(true)).map_err(|error| error.to_string())?;
+        }
+        self.stream.as_mut().ok_or_else(|| "no connection".into())
+    }
+
+    /// Closes the connection. Fails if the client has sent more bytes.
+    pub fn close(&mut self) -> Result<(), String> {
+        let Some(mut stream) = self.stream.take().filter(|_| !self.is_closed) else { return Ok(()) };
+        let _ = stream.shutdown(Shutdown::Write);
+        expect_end(&mut stream, true)
+    }
+
+    /// Returns true if a client waits that the transcript does not mention.
+    pub fn has_unexpected_client(&self) -> bool {
+        self.listener.as_ref().is_some_and(|listener| listener.accept().is_ok())
+    }
+}
+
+/// A server on 127.0.0.1 that plays a script once, for its first client.
 pub struct ScriptedServer {
     pub addr: SocketAddr,
-    messages: Receiver<Vec<u8>>,
+    /// The relay of the script, for tests that act as the relay themselves.
+    pub relay: UdpSocket,
+    messages: Receiver<Result<Vec<u8>, String>>,
 }
 
 impl ScriptedServer {
-    /// Listens on 127.0.0.1.
-    pub fn start(script: Vec<Step>) -> Self {
-        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), script)
+    pub fn start(steps: &str) -> Self {
+        Self::start_at("127.0.0.1:0", steps, drop)
     }
 
-    pub fn start_at(addr: SocketAddr, script: Vec<Step>) -> Self {
-        let listener = TcpListener::bind(addr).expect("free port");
-        let addr = listener.local_addr().expect("local address");
+    /// Opens a tunnel and passes the connection to `target`.
+    pub fn open_tunnel(target: impl FnOnce(TcpStream) + Send + 'static) -> Self {
+        Self::start_at("127.0.0.1:0", &format!("{NO_AUTH} {SUCCESS}"), target)
+    }
+
+    /// Passes the connection to `end` after the last step of the script.
+    pub fn start_at(addr: &str, steps: &str, end: impl FnOnce(TcpStream) + Send + 'static) -> Self {
+        let mut player = Player::new(addr.parse().expect("valid address")).expect("free port");
+        let (addr, relay) = (player.addr, player.relay.try_clone().expect("cloned"));
         let (sender, messages) = channel();
+        let steps = script(steps);
         thread::spawn(move || {
-            let (stream, _) = listener.accept().expect("connection accepted");
-            drop(listener);
-            stream.set_nodelay(true).expect("option set");
-            // Some tests have a client that closes before the script ends.
-            let _ = run_script(stream, script, &sender);
+            let _ = player.accept();
+            player.listener = None;
+            for step in &steps {
+                let result = player.step(step);
+                let failed = result.is_err();
+                if failed || matches!(step, Step::ToServer(_)) {
+                    let _ = sender.send(result);
+                }
+                if failed {
+                    return;
+                }
+            }
+            if let Some(stream) = player.stream.take() {
+                end(stream);
+            }
         });
-        Self { addr, messages }
+        Self { addr, relay, messages }
     }
 
     /// The server's address, for `-x`.
@@ -93,88 +207,20 @@ impl ScriptedServer {
 
     /// Waits for the next message that the server receives.
     pub fn message(&self) -> Vec<u8> {
-        self.messages.recv_timeout(TIMEOUT).expect("a message arrives")
+        self.messages.recv_timeout(TIMEOUT).expect("a message arrives").expect("the message of the script")
     }
 
-    /// Waits for the end of the script. Returns all messages that the server has received.
+    /// Waits for the end of the script, or for a step that fails. Returns all messages that the server has received.
     pub fn messages(&self) -> Vec<Vec<u8>> {
-        std::iter::from_fn(|| self.messages.recv_timeout(TIMEOUT).ok()).collect()
+        std::iter::from_fn(|| self.messages.recv_timeout(TIMEOUT).ok()?.ok()).collect()
     }
-}
 
-fn run_script(mut stream: TcpStream, script: Vec<Step>, messages: &Sender<Vec<u8>>) -> io::Result<()> {
-    for step in script {
-        match step {
-            Step::Greeting => drop(messages.send(read_greeting(&mut stream)?)),
-            Step::Login => drop(messages.send(read_login(&mut stream)?)),
-            Step::Request => drop(messages.send(read_request(&mut stream)?)),
-            Step::Send(bytes) => stream.write_all(&bytes)?,
-            Step::SendByteByByte(bytes) => {
-                for byte in bytes {
-                    stream.write_all(&[byte])?;
-                    // Slow enough that the client reads each byte separately.
-                    thread::sleep(Duration::from_millis(2));
-                }
-            }
-            Step::Reset => {
-                reset(stream);
-                return Ok(());
-            }
-            Step::WaitForClose => drop(io::copy(&mut stream, &mut io::sink())?),
-            Step::WithStream(serve) => {
-                serve(stream);
-                return Ok(());
-            }
+    /// Waits for the end of the script. Fails if a step fails.
+    pub fn assert_played(&self) {
+        while let Ok(message) = self.messages.recv_timeout(TIMEOUT) {
+            message.expect("the script plays");
         }
     }
-    Ok(())
-}
-
-/// Closes the connection with an RST.
-pub fn reset(stream: TcpStream) {
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("option set");
-}
-
-fn read_more(stream: &mut TcpStream, bytes: &mut Vec<u8>, n: usize) -> io::Result<()> {
-    let start = bytes.len();
-    bytes.resize(start + n, 0);
-    stream.read_exact(&mut bytes[start..])
-}
-
-fn read_greeting(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    read_more(stream, &mut bytes, 2)?;
-    let methods = bytes[1].into();
-    read_more(stream, &mut bytes, methods)?;
-    Ok(bytes)
-}
-
-fn read_login(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    read_more(stream, &mut bytes, 2)?;
-    let uname = usize::from(bytes[1]);
-    read_more(stream, &mut bytes, uname + 1)?;
-    let passwd = bytes[uname + 2].into();
-    read_more(stream, &mut bytes, passwd)?;
-    Ok(bytes)
-}
-
-fn read_request(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    read_more(stream, &mut bytes, 5)?;
-    let rest = match bytes[3] {
-        1 => 3,
-        3 => bytes[4].into(),
-        4 => 15,
-        atyp => panic!("ATYP {atyp} in a request"),
-    };
-    read_more(stream, &mut bytes, rest + 2)?;
-    Ok(bytes)
-}
-
-/// A success reply with this BND.
-pub fn success_reply(bnd: SocketAddr) -> Vec<u8> {
-    message_with_addr([5, 0, 0], bnd)
 }
 
 /// A program in the background; killed when dropped.
@@ -187,22 +233,25 @@ pub struct RunningProgram {
 
 impl RunningProgram {
     pub fn start(command: &mut Command) -> Self {
-        Self::start_and_close_stdout_when(command, |_| false)
+        Self::start_with(command, Stdio::piped(), |_| false)
     }
 
-    /// Like `start`, but closes the reading end of stdout as soon as the output satisfies `enough`.
-    pub fn start_and_close_stdout_when(command: &mut Command, enough: fn(&[u8]) -> bool) -> Self {
-        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    /// Like `start`, with this stdout. Closes the reading end of a pipe as soon as the output satisfies `enough`.
+    pub fn start_with(command: &mut Command, stdout: Stdio, enough: fn(&[u8]) -> bool) -> Self {
+        let spawned = command.stdin(Stdio::piped()).stdout(stdout).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stdin = child.stdin.take();
-        let stdout = CollectedOutput::from(child.stdout.take().expect("stdout is piped"), enough);
+        let stdout = match child.stdout.take() {
+            Some(pipe) => CollectedOutput::from(pipe, enough),
+            None => CollectedOutput::from(io::empty(), enough),
+        };
         let stderr = CollectedOutput::from(child.stderr.take().expect("stderr is piped"), |_| false);
         Self { child, stdin, stdout, stderr }
     }
 
-    /// Writes to stdin, which stays open.
+    /// Writes to stdin, which stays open. The program may have exited already: tests check its output and status.
     pub fn write(&mut self, bytes: &[u8]) {
-        self.stdin.as_mut().expect("stdin is open").write_all(bytes).expect("data sent");
+        let _ = self.stdin.as_mut().expect("stdin is open").write_all(bytes);
     }
 
     /// Writes to stdin repeatedly until the program exits.
@@ -236,14 +285,28 @@ impl RunningProgram {
         self.child.try_wait().expect("the child can be waited for").is_none()
     }
 
-    /// Waits until the program exits, without closing stdin. Returns status, stdout and stderr.
-    pub fn wait_exit(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
+    /// Waits until the program exits, without closing stdin. Kills it after `limit`, and then returns no status.
+    pub fn output(&mut self, limit: Duration) -> (Option<ExitStatus>, Vec<u8>, String) {
         let mut status = None;
-        wait_until("the program exits", limit, || {
+        let has_exited = poll_until(limit, || {
             status = self.child.try_wait().expect("the child can be waited for");
             status.is_some()
         });
-        (status.expect("the program has exited"), self.stdout.all(), text(&self.stderr.all()))
+        if !has_exited {
+            let _ = self.child.kill();
+        }
+        (status, self.stdout.all(), text(&self.stderr.all()))
+    }
+
+    pub fn kill(&mut self) -> (Option<ExitStatus>, Vec<u8>, String) {
+        let _ = self.child.kill();
+        self.output(TIMEOUT)
+    }
+
+    /// Waits until the program exits, without closing stdin. Returns status, stdout and stderr.
+    pub fn wait_exit(&mut self, limit: Duration) -> (ExitStatus, Vec<u8>, String) {
+        let (status, stdout, stderr) = self.output(limit);
+        (status.unwrap_or_else(|| panic!("the program does not exit within {limit:?}: {stderr}")), stdout, stderr)
     }
 }
 

@@ -7,11 +7,12 @@ use std::thread;
 
 use socket2::{Domain, Socket, Type};
 
+use crate::support::bytes::encode_addr;
 use crate::support::{tcp_server, udp_echo_server};
 
 /// Targets that all transcripts share. They run until the tests end.
 pub struct Fixtures {
-    named: Vec<(&'static str, SocketAddr)>,
+    pub named: Vec<(&'static str, SocketAddr)>,
     /// Bound, but not listening. They keep the closed ports reserved.
     _closed: [Socket; 2],
     _closed_udp: UdpSocket,
@@ -66,15 +67,6 @@ pub fn bound(addr: SocketAddr) -> Socket {
 /// Returns the local address of a socket.
 pub fn addr_of(socket: &Socket) -> SocketAddr {
     socket.local_addr().ok().and_then(|addr| addr.as_socket()).expect("local address")
-}
-
-/// Encodes ATYP, address and port as in requests, replies and datagrams.
-pub fn encode_addr(addr: SocketAddr) -> Vec<u8> {
-    let ip = match addr.ip() {
-        IpAddr::V4(ip) => [&[1], ip.octets().as_slice()].concat(),
-        IpAddr::V6(ip) => [&[4], ip.octets().as_slice()].concat(),
-    };
-    [ip, addr.port().to_be_bytes().to_vec()].concat()
 }
 
 fn echo(mut stream: TcpStream) {

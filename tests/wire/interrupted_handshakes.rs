@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
-use super::bytes::{LIMIT, poll_until, wait_port_free};
-use super::fixtures::{encode_addr, fixtures};
+use super::fixtures::fixtures;
 use super::server_role::start;
-use super::transcript::User;
+use crate::support::bytes::{LIMIT, encode_addr, poll_until, wait_port_free};
+use crate::support::transcript::User;
 use crate::support::{Server, open, read_exact, retry, temp_dir, wait_until};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,5 @@
 //! The messages of the RFCs: their encoding, protected streams, reassembly of datagrams, transcripts of sessions.
 
-mod bytes;
 mod client_role;
 mod fixtures;
 mod interrupted_handshakes;
@@ -10,5 +9,4 @@ mod reassembly;
 mod server_role;
 #[path = "../support/mod.rs"]
 mod support;
-mod transcript;
 mod transcripts;

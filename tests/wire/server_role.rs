@@ -11,9 +11,9 @@ use argon2::password_hash::PasswordHasher as _;
 use argon2::{Algorithm, Argon2, Params, Version};
 use socket2::{SockRef, Socket};
 
-use super::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
-use super::fixtures::{addr_of, bound};
-use super::transcript::{Endpoint, Step, Transcript, User};
+use super::fixtures::{addr_of, bound, fixtures};
+use crate::support::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
+use crate::support::transcript::{Endpoint, Step, Transcript, User};
 use crate::support::{Server, retry, s5, write_file};
 
 /// Division of the client's bytes into writes.
@@ -172,14 +172,14 @@ impl Player {
             false => Ipv4Addr::LOCALHOST.into(),
         };
         let unconnected_peer = bound(SocketAddr::new(peer_ip, 0));
-        let mut placeholders = Placeholders::default();
+        let mut placeholders = Placeholders { named: fixtures().named.clone(), bnd: None };
         let peer = addr_of(&unconnected_peer);
-        placeholders.per_session.extend([
+        placeholders.named.extend([
             ("client-udp", client_udp.local_addr().map_err(text)?),
             ("peer", peer),
             ("peer6", peer),
         ]);
-        placeholders.per_session.extend(["listener", "listener6"].into_iter().zip(server.addrs.iter().copied()));
+        placeholders.named.extend(["listener", "listener6"].into_iter().zip(server.addrs.iter().copied()));
         // Placeholders of replies have no value yet. No request uses them.
         let mut bytes = Vec::new();
         for (_, step) in &transcript.steps {
@@ -214,7 +214,7 @@ impl Player {
                 self.send();
                 Ok(())
             }
-            Step::ToClient(items) => self.placeholders.expect(&mut self.stream, items),
+            Step::ToClient(items) => self.placeholders.expect(&mut self.stream, items).map(drop),
             Step::UdpToServer(endpoint, items) => {
                 let bytes = self.placeholders.bytes(items)?;
                 let sent = match endpoint {
@@ -256,7 +256,7 @@ impl Player {
             }
             Step::PeerReceives(items) => {
                 let peer = self.peer.as_mut().ok_or("the peer has not connected")?;
-                self.placeholders.expect(peer, items)
+                self.placeholders.expect(peer, items).map(drop)
             }
             Step::PeerFin => self.peer()?.shutdown(Shutdown::Write).map_err(text),
             Step::PeerEof => expect_end(self.peer()?, false),
@@ -277,6 +277,7 @@ impl Player {
                 if wait_port_free(bnd, *is_tcp) { Ok(()) } else { Err(format!("{bnd} is still in use")) }
             }
             Step::Log(_) => Ok(()),
+            Step::SlowlyToClient(_) | Step::Pause(_) | Step::Quiet(_) => Err("not valid with role: server".into()),
         }
     }
 

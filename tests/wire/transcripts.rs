@@ -13,11 +13,13 @@
 //! > 05 01 00 "text\r\n\x00"       bytes to the server, in hex or quoted; 41*255 and "ab"*3 repeat
 //! > 03 09 "localhost" {echo:port} a placeholder for an address, or for its port alone
 //! < 05 ?? 00 {bnd} ...            bytes from the server; ?? is any byte, ... is everything up to EOF
+//! slowly< 05 00                   the same, with 2 ms between two bytes (if s5 is the client)
 //! udp> udp<                       datagrams: from the client's UDP socket to BND, and back
-//! other-port> other-ip> other-ip< datagrams from another port or another IP address
+//! other-port> other-ip>           datagrams from another port or another IP address; also: other-port< other-ip<
 //! peer connects                   BIND's expected peer connects to BND
 //! peer sends  peer receives       data of the peer; also: peer fin, peer eof
 //! other-port connects             a peer from another port (other-ip: address) connects; the server must close it
+//! pause 50ms  quiet 50ms          the test waits; nothing must arrive for so long (if s5 is the client)
 //! fin  reset                      the test half-closes, resets the TCP connection
 //! eof  close                      s5 must close the TCP connection: with FIN; with FIN or RST
 //! port-free tcp  port-free udp    s5 must release the port of BND
@@ -29,7 +31,7 @@
 //! ```
 //!
 //! Placeholders: `{bnd}` in a reply accepts any loopback address with a port. `{same-bnd}` in a reply, and `{bnd}`
-//! elsewhere, is the last such address. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND.
+//! elsewhere, is the last such address. `{greeting}`, `{login}` and `{request}` accept any such message of a client. `{client-udp}` is the client's UDP socket, `{peer}` the expected peer of BIND.
 //! `{listener}` and `{listener6}` are the listeners of the server. If the test is the server, `{relay}` is its UDP
 //! socket and `{any-relay}` is 0.0.0.0 with the same port. `fixtures.rs` defines all others.
 //!
@@ -41,8 +43,8 @@ use std::sync::Mutex;
 use std::thread;
 
 use crate::server_role::{Chunking, Servers};
+use crate::support::transcript::{Role, Transcript};
 use crate::support::{Server, TIMEOUT, echo_server, in_namespace, run, s5};
-use crate::transcript::{Role, Transcript};
 use crate::{client_role, server_role};
 
 /// Number of transcripts played at the same time.

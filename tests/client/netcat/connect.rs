@@ -1,203 +1,149 @@
 //! Establishing a tunnel: -z, retries, source addresses and local name resolution. Also: invalid options.
 
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::scripted::{SELECT_NO_AUTH, SUCCESS_REPLY, ScriptedServer, Step, reply_with, send, text};
-use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, listener, run, s5, tcp_server};
-
-/// Runs s5 and returns its exit status and stderr.
-fn run_status(args: &[&str]) -> (Option<i32>, String) {
-    let output = run(s5().args(args), b"", TIMEOUT);
-    assert!(output.stdout.is_empty(), "{args:?}: output on stdout");
-    (output.status.code(), text(&output.stderr))
-}
+use crate::support::scripted::{NO_AUTH, SUCCESS, ScriptedServer, reply};
+use crate::support::{Server, V4, closed_port, echo_server, in_namespace, listener, tcp_server};
+use crate::{TARGET, assert_line, command, failure, outcome, outcome_of, serve, success};
 
 #[test]
 fn z_prints_nothing_without_v_and_exits_with_the_result() {
-    let (server, echo, down) = (Server::start(&[]), echo_server().to_string(), closed_port().to_string());
-    let proxy = server.addr().to_string();
-    for (target, expected) in [(&echo, 0), (&down, 105)] {
-        assert_eq!(run_status(&["connect", "-z", "-x", &proxy, target]), (Some(expected), String::new()));
-        let (code, stderr) = run_status(&["connect", "-zv", "-x", &proxy, target]);
-        assert_eq!((code, stderr.lines().count()), (Some(expected), 1), "{stderr}");
+    let ((_server, proxy), echo, down) = (serve(), echo_server(), closed_port());
+    for (target, expected) in [(echo, 0), (down, 105)] {
+        assert_eq!(outcome(&format!("connect -z -x {proxy} {target}"), b""), failure(expected, ""));
+        assert_line(&format!("connect -zv -x {proxy} {target}"), expected, &[]);
     }
-    assert_eq!(run_status(&["connect", "-z", "-x", &down, &echo]), (Some(7), String::new()));
-    // Usage errors are printed even with -z.
-    assert_eq!(run_status(&["connect", "-z", "nonsense"]).1.lines().count(), 1);
-}
-
-#[test]
-fn z_without_target_sends_no_request() {
-    for (userinfo, script, sent) in [
-        ("", vec![Step::Greeting, send(SELECT_NO_AUTH), Step::Request], vec![vec![5, 1, 0]]),
-        (
-            "alice:secret@",
-            vec![Step::Greeting, send(&[5, 2]), Step::Login, send(&[1, 0]), Step::Request],
-            vec![vec![5, 2, 0, 2], [&[1, 5][..], b"alice", &[6], b"secret"].concat()],
-        ),
-    ] {
-        let proxy = ScriptedServer::start(script);
-        let (code, stderr) = run_status(&["connect", "-zv", "-x", &format!("{userinfo}{}", proxy.addr)]);
-        assert_eq!((code, stderr.lines().count()), (Some(0), 1), "{stderr}");
-        assert_eq!(proxy.messages(), sent, "messages to the proxy");
-    }
+    assert_eq!(outcome(&format!("connect -z -x {down} {echo}"), b""), failure(7, ""));
     let server = Server::start(&["--users", "/dev/null"]);
-    assert_eq!(run_status(&["connect", "-z", "-x", &server.addr().to_string()]), (Some(67), String::new()));
-    let (code, stderr) = run_status(&["connect", "-z", "--direct"]);
-    assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{stderr}");
+    assert_eq!(outcome(&format!("connect -z -x {}", server.addr()), b""), failure(67, ""));
+    // Usage errors are printed even with -z.
+    assert_line("connect -z nonsense", 2, &[]);
+    assert_line("connect -z --direct", 2, &[]);
 }
 
 #[test]
 fn vv_prints_the_offered_and_the_selected_method() {
-    let server = Server::start(&[]);
+    let (_server, proxy) = serve();
     for (userinfo, offered) in [("", "none"), ("u:p@", "none, password")] {
-        let (code, stderr) = run_status(&["connect", "-zvv", "-x", &format!("{userinfo}{}", server.addr())]);
-        let line = format!("proxy {} selected method none (offered: {offered})\n", server.addr());
-        assert!(code == Some(0) && stderr.contains(&line), "{stderr}");
+        let (status, _, stderr) = outcome(&format!("connect -zvv -x {userinfo}{proxy}"), b"");
+        let line = format!("proxy {proxy} selected method none (offered: {offered})\n");
+        assert!(status == Some(0) && stderr.contains(&line), "{stderr}");
     }
-}
-
-#[test]
-fn udp_z_reports_whether_association_succeeds() {
-    let server = Server::start(&[]);
-    assert_eq!(run_status(&["udp", "-z", "-x", &server.addr().to_string()]), (Some(0), String::new()));
-    let proxy = ScriptedServer::start(reply_with(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]));
-    assert_eq!(run_status(&["udp", "-z", "-x", &proxy.url()]), (Some(107), String::new()));
 }
 
 /// A proxy that closes the first `failures` connections, and then succeeds.
 fn recovering_proxy(failures: usize) -> SocketAddr {
-    let count = std::sync::atomic::AtomicUsize::new(0);
-    tcp_server(Ipv4Addr::LOCALHOST.into(), move |mut stream| {
-        use std::io::{Read as _, Write as _};
-        if count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < failures {
+    let count = AtomicUsize::new(0);
+    tcp_server(V4, move |mut stream| {
+        if count.fetch_add(1, Ordering::Relaxed) < failures {
             return;
         }
-        let mut bytes = [0; 64];
-        let _ = stream.read(&mut bytes).and_then(|_| stream.write_all(SELECT_NO_AUTH));
-        let _ = stream.read(&mut bytes).and_then(|_| stream.write_all(SUCCESS_REPLY));
-        let _ = stream.read(&mut bytes);
+        for answer in [&[5, 0][..], &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0], &[]] {
+            let _ = stream.read(&mut [0; 64]).and_then(|_| stream.write_all(answer));
+        }
     })
 }
 
 #[test]
 fn retry_repeats_until_success() {
-    let proxy = recovering_proxy(3).to_string();
-    assert_eq!(
-        run_status(&["connect", "-x", &proxy, "target.example:80"]).0,
-        Some(97),
-        "without --retry there is one try"
-    );
-    let (code, stderr) = run_status(&["connect", "--retry", "10", "-x", &proxy, "target.example:80"]);
-    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    let proxy = recovering_proxy(3);
+    let status = outcome(&format!("connect -x {proxy} {TARGET}"), b"").0;
+    assert_eq!(status, Some(97), "without --retry there is one try");
+    assert_eq!(outcome(&format!("connect --retry 10 -x {proxy} {TARGET}"), b""), success(""));
 }
 
 #[test]
 fn retry_exits_with_the_last_error_at_its_time_limit() {
     let started = Instant::now();
-    let down = closed_port().to_string();
-    let (code, stderr) = run_status(&["connect", "--retry", "400ms", "-x", &down, "target.example:80"]);
-    assert_eq!(code, Some(7), "{stderr}");
-    assert!(stderr.contains("connection refused") && stderr.contains(" attempts)"), "{stderr}");
-    assert!(
-        (Duration::from_millis(350)..Duration::from_secs(3)).contains(&started.elapsed()),
-        "{:?}",
-        started.elapsed()
-    );
+    let words = ["connection refused", " attempts)"];
+    assert_line(&format!("connect --retry 400ms -x {} {TARGET}", closed_port()), 7, &words);
+    let time = started.elapsed();
+    assert!((Duration::from_millis(350)..Duration::from_secs(3)).contains(&time), "{time:?}");
     // The time limit also ends an attempt that hangs.
-    let proxy = ScriptedServer::start(vec![Step::WaitForClose]);
-    let (code, stderr) = run_status(&["connect", "--retry", "300ms", "-x", &proxy.url(), "target.example:80"]);
-    assert_eq!((code, stderr.contains("timed out after")), (Some(28), true), "{stderr}");
+    let proxy = ScriptedServer::start("> ...");
+    assert_line(&format!("connect --retry 300ms -x {} {TARGET}", proxy.addr), 28, &["timed out after"]);
 }
 
 #[test]
 fn retry_does_not_retry_final_errors() {
-    let cases: [(Vec<Step>, i32); 6] = [
-        (vec![Step::Greeting, send(&[5, 0xff])], 67),
-        (vec![Step::Greeting, send(b"HTTP/1.1 400")], 97),
-        (vec![Step::Greeting, send(&[5, 1])], 97),
-        (reply_with(&[5, 2, 0, 1, 0, 0, 0, 0, 0, 0]), 102),
-        (reply_with(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]), 107),
-        (reply_with(&[5, 8, 0, 1, 0, 0, 0, 0, 0, 0]), 108),
+    let cases = [
+        ("> {greeting}; < 05 ff".into(), 67),
+        ("> {greeting}; < \"HTTP/1.1 400\"".into(), 97),
+        ("> {greeting}; < 05 01".into(), 97),
+        (reply("05 02 00 01 00*6"), 102),
+        (reply("05 07 00 01 00*6"), 107),
+        (reply("05 08 00 01 00*6"), 108),
     ];
     for (script, expected) in cases {
         // The proxy accepts one connection, so a second attempt would fail with another status.
-        let proxy = ScriptedServer::start(script);
-        let (code, stderr) = run_status(&["connect", "--retry", "30", "-x", &proxy.url(), "target.example:80"]);
-        assert_eq!(code, Some(expected), "{stderr}");
-        assert!(!stderr.contains("attempts"), "{stderr}");
+        let proxy = ScriptedServer::start(&script);
+        let (status, _, stderr) = outcome(&format!("connect --retry 30 -x {} {TARGET}", proxy.addr), b"");
+        assert_eq!((status, stderr.contains("attempts")), (Some(expected), false), "{stderr}");
     }
-    let proxy = closed_port().to_string();
-    assert_eq!(run_status(&["connect", "--retry", "30", "-s", "192.0.2.9", "-x", &proxy, "a.example:80"]).0, Some(45));
+    let args = format!("connect --retry 30 -s 192.0.2.9 -x {} {TARGET}", closed_port());
+    assert_eq!(outcome(&args, b"").0, Some(45));
 }
 
 #[test]
 fn timeout_applies_to_each_try() {
-    let silent = ScriptedServer::start(vec![Step::WaitForClose]);
     // After the first connection, the proxy no longer listens.
-    let args = ["connect", "--retry", "1s", "-w", "200ms", "-x", &silent.url(), "target.example:80"];
-    let (code, stderr) = run_status(&args);
-    assert_eq!(code, Some(7), "{stderr}");
+    let silent = ScriptedServer::start("> ...");
+    assert_line(&format!("connect --retry 1s -w 200ms -x {} {TARGET}", silent.addr), 7, &[]);
 }
 
 #[test]
 fn source_options_apply_to_the_connection_to_the_proxy() {
-    let (listener, addr) = listener(Ipv4Addr::LOCALHOST.into());
-    let port = closed_port().port().to_string();
-    for args in [&["-s", "127.0.0.9"][..], &["-p", &port], &["-s", "127.0.0.9", "-p", &port]] {
-        let mut command = s5();
-        command.args(["connect", "-z", "-x", &addr.to_string()]).args(args).args(["-w", "5", "a.example:80"]);
-        let client = std::thread::spawn(move || run(&mut command, b"", TIMEOUT));
+    let (listener, addr) = listener(V4);
+    let port = closed_port().port();
+    for (args, ip, port) in [
+        ("-s 127.0.0.9".into(), 9, None),
+        (format!("-p {port}"), 1, Some(port)),
+        (format!("-s 127.0.0.9 -p {port}"), 9, Some(port)),
+    ] {
+        let mut command = command(&format!("connect -z -x {addr} {args} -w 5 {TARGET}"));
+        let client = std::thread::spawn(move || outcome_of(&mut command, b""));
         let (_, peer) = listener.accept().expect("connection accepted");
         client.join().expect("the thread does not panic");
-        assert!(!args.contains(&"-s") || peer.ip() == Ipv4Addr::new(127, 0, 0, 9), "{args:?}: {peer}");
-        assert!(!args.contains(&"-p") || peer.port().to_string() == port, "{args:?}: {peer}");
+        assert_eq!(peer.ip(), Ipv4Addr::new(127, 0, 0, ip), "{args}");
+        assert!(port.is_none_or(|port| peer.port() == port), "{args}: {peer}");
     }
-    for args in [&["-4", "-6"][..], &["-4", "-s", "::1"], &["-p", "0"], &["-s", "localhost"]] {
-        let (code, stderr) = run_status(&[&["connect", "a.example:80"], args].concat());
-        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{args:?}: {stderr}");
+    for args in ["-4 -6", "-4 -s ::1", "-p 0", "-s localhost", "-4 -x unix:/nonexistent"] {
+        assert_line(&format!("connect {TARGET} {args}"), 2, &[]);
     }
-    let (code, _) = run_status(&["connect", "-4", "-x", "unix:/nonexistent", "a.example:80"]);
-    assert_eq!(code, Some(2), "-4 with a Unix socket");
 }
 
 #[test]
 fn ipv4_and_ipv6_options_restrict_the_family() {
     // The proxy has only the address ::1, so -4 leaves no address.
-    let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("free port").to_string();
-    let (code, stderr) = run_status(&["connect", "-4", "-x", &proxy, "a.example:80"]);
-    assert_eq!(code, Some(5), "{stderr}");
-    assert_eq!(stderr, format!("s5: proxy {proxy}: not an IPv4 address, as -4 or -s requires\n"));
-    let (code, stderr) = run_status(&["connect", "-6", "--direct", "127.0.0.1:80"]);
-    assert_eq!((code, &*stderr), (Some(6), "s5: target 127.0.0.1:80: not an IPv6 address, as -6 or -s requires\n"));
-    assert_eq!(run_status(&["connect", "-6", "-x", &proxy, "a.example:80"]).0, Some(7));
+    let proxy = TcpListener::bind("[::1]:0").and_then(|listener| listener.local_addr()).expect("free port");
+    let line = format!("s5: proxy {proxy}: not an IPv4 address, as -4 or -s requires\n");
+    assert_eq!(outcome(&format!("connect -4 -x {proxy} {TARGET}"), b""), failure(5, &line));
+    let line = "s5: target 127.0.0.1:80: not an IPv6 address, as -6 or -s requires\n";
+    assert_eq!(outcome("connect -6 --direct 127.0.0.1:80", b""), failure(6, line));
+    assert_eq!(outcome(&format!("connect -6 -x {proxy} {TARGET}"), b"").0, Some(7));
 }
 
 #[test]
 fn resolve_local_tries_all_addresses_of_the_target() {
     let hosts = "127.0.0.1 localhost\n127.0.0.2 pair.test\n127.0.0.3 pair.test\n";
-    if !in_namespace(
-        "netcat::connect::resolve_local_tries_all_addresses_of_the_target",
-        hosts,
-        "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
-    ) {
+    let resolv = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
+    if !in_namespace("netcat::connect::resolve_local_tries_all_addresses_of_the_target", hosts, resolv) {
         return;
     }
-    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY));
-    let (code, stderr) = run_status(&["connect", "-z", "-R", "local", "-x", &proxy.url(), "localhost:80"]);
-    assert_eq!(code, Some(0), "{stderr}");
+    let proxy = ScriptedServer::start(&format!("{NO_AUTH} {SUCCESS}"));
+    assert_eq!(outcome(&format!("connect -z -R local -x {} localhost:80", proxy.addr), b""), success(""));
     assert_eq!(proxy.messages()[1], [5, 1, 0, 1, 127, 0, 0, 1, 0, 80]);
     // Only one address of the target accepts connections.
     let listener = TcpListener::bind("127.0.0.3:0").expect("free port");
-    let server = Server::start(&[]);
-    let target = format!("pair.test:{}", listener.local_addr().expect("local address").port());
-    let (code, stderr) = run_status(&["connect", "-z", "-v", "-R", "local", "-x", &server.addr().to_string(), &target]);
-    assert_eq!(code, Some(0), "{stderr}");
+    let port = listener.local_addr().expect("local address").port();
+    let (server, proxy) = serve();
+    assert_eq!(outcome(&format!("connect -z -v -R local -x {proxy} pair.test:{port}"), b"").0, Some(0));
     server.wait_log(|log| log.contains("127.0.0.2:"));
-    let (code, stderr) = run_status(&["connect", "-R", "local", "-x", &server.addr().to_string(), "unknown.test:80"]);
-    assert_eq!(code, Some(6), "{stderr}");
-    assert!(stderr.contains("resolving the target's name, for unknown.test:80"), "{stderr}");
+    let words = ["resolving the target's name, for unknown.test:80"];
+    assert_line(&format!("connect -R local -x {proxy} unknown.test:80"), 6, &words);
 }
 
 #[test]
@@ -228,57 +174,43 @@ fn option_of_another_mode_is_a_usage_error_with_reason() {
         ("udp -l 1 -n 1 a:1", "-n"),
     ];
     for (line, reason) in table {
-        let (code, stderr) = run_status(&line.split(' ').collect::<Vec<_>>());
-        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{line}: {stderr}");
-        assert!(stderr.contains(reason), "{line}: {stderr}");
+        assert_line(line, 2, &[reason]);
     }
     // Options of nc that have no effect here are accepted.
-    let (server, echo) = (Server::start(&[]), echo_server().to_string());
-    let args = ["connect", "-N", "-X", "5", "-x", &server.addr().to_string(), "-w3", &echo];
-    assert_eq!(run_status(&args), (Some(0), String::new()));
+    let (_server, proxy) = serve();
+    assert_eq!(outcome(&format!("connect -N -X 5 -x {proxy} -w3 {}", echo_server()), b""), success(""));
 }
 
 #[test]
 fn errors_before_connecting_respect_quiet_z_and_json() {
-    let run_without_password = |args: &[&str]| {
-        let mut command = s5();
-        let output =
-            run(command.env("CI", "true").args(["connect", "-P", "alice"]).args(args).arg("a.example:1"), b"", TIMEOUT);
-        (output.status.code(), text(&output.stderr))
+    let without_password = |option: &str| {
+        let mut command = command(&format!("connect -P alice {option} a.example:1"));
+        outcome_of(command.env("CI", "true"), b"")
     };
-    assert_eq!(run_without_password(&["-z"]), (Some(67), String::new()));
-    assert_eq!(run_without_password(&["--quiet"]), (Some(67), String::new()));
-    assert_eq!(run_status(&["connect", "--quiet", "-l", "192.0.2.9:1", "a.example:1"]), (Some(45), String::new()));
-    let (code, stderr) = run_without_password(&["--json"]);
-    assert_eq!((code, stderr.lines().count()), (Some(67), 1), "{stderr}");
+    assert_eq!(without_password("-z"), failure(67, ""));
+    assert_eq!(without_password("--quiet"), failure(67, ""));
+    assert_eq!(outcome("connect --quiet -l 192.0.2.9:1 a.example:1", b""), failure(45, ""));
+    let (status, _, stderr) = without_password("--json");
+    assert_eq!((status, stderr.lines().count()), (Some(67), 1), "{stderr}");
     assert!(stderr.starts_with('{') && stderr.contains("\"status\":67"), "{stderr}");
 }
 
 #[test]
 fn target_host_can_have_the_name_of_a_mode() {
     for host in ["help", "connect", "serve"] {
-        let proxy = ScriptedServer::start(reply_with(&[5, 4, 0, 1, 0, 0, 0, 0, 0, 0]));
-        assert_eq!(run_status(&["connect", "-x", &proxy.url(), host, "80"]).0, Some(104), "{host}");
+        let proxy = ScriptedServer::start(&reply("05 04 00 01 00*6"));
+        assert_eq!(outcome(&format!("connect -x {} {host} 80", proxy.addr), b"").0, Some(104), "{host}");
     }
 }
 
 #[test]
 fn usage_errors_do_not_contain_passwords() {
     for args in [
-        &["connect", "alice:topsecret@proxy.test"][..],
-        &["udp", "socks5h://alice:topsecret@proxy.test:80", "x"],
-        &["connect", "--proxy-auth-file", "alice:topsecret", "a.example:1"],
+        "connect alice:topsecret@proxy.test",
+        "udp socks5h://alice:topsecret@proxy.test:80 x",
+        "connect --proxy-auth-file alice:topsecret a.example:1",
     ] {
-        let (code, stderr) = run_status(args);
-        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{args:?}: {stderr}");
-        assert!(!stderr.contains("topsecret"), "{stderr}");
+        assert_line(args, 2, &[]);
+        assert!(!outcome(args, b"").2.contains("topsecret"), "{args}");
     }
-}
-
-#[test]
-fn udp_relay_with_port_0_is_a_protocol_error() {
-    let proxy = ScriptedServer::start(reply_with(SUCCESS_REPLY));
-    let (code, stderr) = run_status(&["udp", "-x", &proxy.url(), "192.0.2.7:7"]);
-    assert_eq!(code, Some(97), "{stderr}");
-    assert!(stderr.contains("port 0 in the reply to UDP ASSOCIATE"), "{stderr}");
 }

@@ -1,17 +1,19 @@
 //! The JSON object that --json prints, parsed by Python.
 
+use std::io::Write as _;
 use std::process::Command;
 
-use crate::support::scripted::{ScriptedServer, Step, reply_with, send, text};
-use crate::support::{Server, TIMEOUT, closed_port, echo_server, is_installed, run, s5};
+use crate::support::scripted::{ScriptedServer, reply};
+use crate::support::{TIMEOUT, V4, closed_port, echo_server, is_installed, tcp_server, udp_echo_server};
+use crate::{TARGET, outcome, outcome_of, serve, start};
 
 /// Evaluates a Python expression on `o`, the object in the last line of stderr.
-fn eval_json(stderr: &[u8], expression: &str) -> String {
-    let line = text(stderr).lines().last().unwrap_or_default().to_owned();
+fn eval_json(stderr: &str, expression: &str) -> String {
+    let line = stderr.lines().last().unwrap_or_default();
     let script = "import json,sys\no=json.loads(sys.argv[1])\nprint(eval(sys.argv[2]))";
-    let output = run(Command::new("python3").args(["-c", script, &line, expression]), b"", TIMEOUT);
-    assert!(output.status.success(), "{line}: {}", text(&output.stderr));
-    text(&output.stdout).trim_end().to_owned()
+    let (status, stdout, error) = outcome_of(Command::new("python3").args(["-c", script, line, expression]), b"");
+    assert_eq!(status, Some(0), "{line}: {error}");
+    stdout.trim_end().to_owned()
 }
 
 #[test]
@@ -19,19 +21,15 @@ fn json_reports_route_byte_counts_and_times() {
     if !is_installed("python3") {
         return;
     }
-    let (first, second, echo) = (Server::start(&[]), Server::start(&[]), echo_server().to_string());
-    let chain = format!("{},{}", first.addr(), second.addr());
-    let output = run(s5().args(["connect", "--json", "-x", &chain, &echo]), b"seven..", TIMEOUT);
-    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "seven..".into()));
-    assert_eq!(text(&output.stderr).lines().count(), 1, "more than one line");
+    let ((_first, first), (_second, second), echo) = (serve(), serve(), echo_server());
+    let (status, stdout, stderr) = outcome(&format!("connect --json -x {first},{second} {echo}"), b"seven..");
+    assert_eq!((status, stdout.as_str(), stderr.lines().count()), (Some(0), "seven..", 1), "{stderr}");
+    let all = "o['method'], o['rep'], o['up'], o['down'], o['tries'], o['status'], o['error'], o['peer']";
     let table = [
-        ("o['proxy']", second.addr().to_string()),
-        ("' '.join(o['hops'])", format!("{} {}", first.addr(), second.addr())),
-        ("o['target']", echo),
-        (
-            "o['method'], o['rep'], o['up'], o['down'], o['tries'], o['status'], o['error'], o['peer']",
-            "('none', 0, 7, 7, 1, 0, None, None)".into(),
-        ),
+        ("o['proxy']", second.clone()),
+        ("' '.join(o['hops'])", format!("{first} {second}")),
+        ("o['target']", echo.to_string()),
+        (all, "('none', 0, 7, 7, 1, 0, None, None)".into()),
         ("o['ended_first']", "local".into()),
         ("o['bnd'].startswith('127.0.0.1:')", "True".into()),
         ("sorted(o['ms'])", "['accept', 'first_byte', 'login', 'method', 'reply', 'resolve', 'tcp']".into()),
@@ -39,7 +37,7 @@ fn json_reports_route_byte_counts_and_times() {
         ("o['ms']['login'] == o['ms']['accept'] == 0", "True".into()),
     ];
     for (expression, expected) in table {
-        assert_eq!(eval_json(&output.stderr, expression), expected, "{expression}: {}", text(&output.stderr));
+        assert_eq!(eval_json(&stderr, expression), expected, "{expression}: {stderr}");
     }
 }
 
@@ -48,29 +46,19 @@ fn json_contains_the_error_and_no_other_line_is_printed() {
     if !is_installed("python3") {
         return;
     }
-    let hostile = [&[5, 0, 0, 3, 7][..], b"\"\\\xc3\xa9nam", &[0, 80]].concat();
-    let down = closed_port().to_string();
-    let cases: [(&[&str], Vec<Step>, &str, &str); 4] = [
-        (
-            &["-z"],
-            reply_with(&[5, 5, 0, 1, 0, 0, 0, 0, 0, 0]),
-            "o['status'], o['rep'], o['error'][-26:], o['bnd']",
-            "(105, 5, 'connection refused (REP 5)', None)",
-        ),
-        (&[], vec![Step::Greeting, send(&[5, 0xff])], "o['status'], o['rep'], o['up']", "(67, None, 0)"),
-        (&["-z"], reply_with(&hostile), "o['status'], o['rep']", "(0, 0)"),
-        (&["-x", &down], vec![], "o['status'], o['method'], o['ended_first']", "(7, None, None)"),
+    let hostile = reply("05 00 00 03 07 22 5c c3 a9 \"nam\" 00 50");
+    let refused = "o['status'], o['rep'], o['error'][-26:], o['bnd']";
+    let cases = [
+        (" -z", Some(reply("05 05 00 01 00*6")), refused, "(105, 5, 'connection refused (REP 5)', None)"),
+        ("", Some("> {greeting}; < 05 ff".into()), "o['status'], o['rep'], o['up']", "(67, None, 0)"),
+        (" -z", Some(hostile), "o['status'], o['rep']", "(0, 0)"),
+        ("", None, "o['status'], o['method'], o['ended_first']", "(7, None, None)"),
     ];
-    for (args, script, expression, expected) in cases {
-        let mut command = s5();
-        command.args(["connect", "--json"]).args(args);
-        let proxy = ScriptedServer::start(script);
-        if !args.contains(&"-x") {
-            command.args(["-x", &proxy.url()]);
-        }
-        let output = run(command.arg("target.example:80"), b"", TIMEOUT);
-        assert_eq!(text(&output.stderr).lines().count(), 1, "{}", text(&output.stderr));
-        assert_eq!(eval_json(&output.stderr, expression), expected, "{}", text(&output.stderr));
+    for (option, script, expression, expected) in cases {
+        let proxy = script.map_or_else(closed_port, |script| ScriptedServer::start(&script).addr);
+        let (_, _, stderr) = outcome(&format!("connect --json{option} -x {proxy} {TARGET}"), b"");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert_eq!(eval_json(&stderr, expression), expected, "{stderr}");
     }
 }
 
@@ -79,27 +67,15 @@ fn json_reports_ended_first_and_tries() {
     if !is_installed("python3") {
         return;
     }
-    let closes = crate::support::tcp_server([127, 0, 0, 1].into(), |mut stream| {
-        let _ = std::io::Write::write_all(&mut stream, b"bye");
-    });
-    let mut client = crate::support::scripted::RunningProgram::start(s5().args([
-        "connect",
-        "--json",
-        "--direct",
-        &closes.to_string(),
-    ]));
+    let closes = tcp_server(V4, |mut stream| drop(stream.write_all(b"bye")));
+    let mut client = start(&format!("connect --json --direct {closes}"));
     let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout), (Some(0), b"bye".to_vec()));
-    assert_eq!(
-        eval_json(stderr.as_bytes(), "o['ended_first'], o['proxy'], o['method'], o['down']"),
-        "('remote', None, None, 3)"
-    );
-    let down = closed_port().to_string();
-    let output = run(s5().args(["connect", "--json", "--retry", "300ms", "-x", &down, "a.example:1"]), b"", TIMEOUT);
-    assert_eq!(eval_json(&output.stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
-    let server = Server::start(&[]);
-    let args = ["udp", "--json", "-n", "1", "-x", &server.addr().to_string()];
-    let echo = crate::support::udp_echo_server([127, 0, 0, 1].into()).to_string();
-    let output = run(s5().args(args).arg(&echo), b"four\n", TIMEOUT);
-    assert_eq!(eval_json(&output.stderr, "o['up'], o['down'], o['status'], o['bnd'][:10]"), "(4, 4, 0, '127.0.0.1:')");
+    let ended = eval_json(&stderr, "o['ended_first'], o['proxy'], o['method'], o['down']");
+    assert_eq!(ended, "('remote', None, None, 3)");
+    let (_, _, stderr) = outcome(&format!("connect --json --retry 300ms -x {} {TARGET}", closed_port()), b"");
+    assert_eq!(eval_json(&stderr, "o['tries'] > 1, o['status']"), "(True, 7)");
+    let (_server, proxy) = serve();
+    let (_, _, stderr) = outcome(&format!("udp --json -n 1 -x {proxy} {}", udp_echo_server(V4)), b"four\n");
+    assert_eq!(eval_json(&stderr, "o['up'], o['down'], o['status'], o['bnd'][:10]"), "(4, 4, 0, '127.0.0.1:')");
 }

@@ -1,7 +1,8 @@
-//! Parses transcripts. `wire.rs` describes the format.
+//! Parses transcripts. `tests/wire/transcripts.rs` describes the format.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
+use std::time::Duration;
 
 /// One word of a line of bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub enum Endpoint {
 pub enum Step {
     ToServer(Vec<Item>),
     ToClient(Vec<Item>),
+    /// Like `ToClient`, with 2 ms between two bytes.
+    SlowlyToClient(Vec<Item>),
     UdpToServer(Endpoint, Vec<Item>),
     UdpToClient(Endpoint, Vec<Item>),
     Connects(Endpoint),
@@ -41,6 +44,10 @@ pub enum Step {
     Reset,
     Eof,
     Close,
+    /// Wait for this long.
+    Pause(Duration),
+    /// Nothing must arrive for this long.
+    Quiet(Duration),
     /// s5 must release the port of BND: the TCP port if true, otherwise the UDP port.
     PortFree(bool),
     Log(String),
@@ -150,15 +157,23 @@ impl Transcript {
     }
 }
 
+/// Parses a script: steps that are separated by line ends or semicolons. No text of a script has a semicolon.
+pub fn script(text: &str) -> Vec<Step> {
+    let lines = text.split(['\n', ';']).map(str::trim).filter(|line| !line.is_empty());
+    lines.map(|line| step(line).and_then(|step| step.ok_or("unknown step".into())).expect(line)).collect()
+}
+
 fn step(line: &str) -> Result<Option<Step>, String> {
     let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
     Ok(Some(match (word, rest) {
         (">", rest) => Step::ToServer(items(rest)?),
         ("<", rest) => Step::ToClient(items(rest)?),
+        ("slowly<", rest) => Step::SlowlyToClient(items(rest)?),
         ("udp>", rest) => Step::UdpToServer(Endpoint::Expected, items(rest)?),
         ("udp<", rest) => Step::UdpToClient(Endpoint::Expected, items(rest)?),
         ("other-port>", rest) => Step::UdpToServer(Endpoint::OtherPort, items(rest)?),
         ("other-ip>", rest) => Step::UdpToServer(Endpoint::OtherIp, items(rest)?),
+        ("other-port<", rest) => Step::UdpToClient(Endpoint::OtherPort, items(rest)?),
         ("other-ip<", rest) => Step::UdpToClient(Endpoint::OtherIp, items(rest)?),
         ("peer", "connects") => Step::Connects(Endpoint::Expected),
         ("other-port", "connects") => Step::Connects(Endpoint::OtherPort),
@@ -174,6 +189,11 @@ fn step(line: &str) -> Result<Option<Step>, String> {
         ("reset", "") => Step::Reset,
         ("eof", "") => Step::Eof,
         ("close", "") => Step::Close,
+        ("pause" | "quiet", time) => {
+            let time = time.strip_suffix("ms").and_then(|time| time.parse().ok());
+            let time = Duration::from_millis(time.ok_or("expected a time in ms")?);
+            if word == "pause" { Step::Pause(time) } else { Step::Quiet(time) }
+        }
         ("port-free", "tcp" | "udp") => Step::PortFree(rest == "tcp"),
         ("log:", rest) => Step::Log(rest.into()),
         _ => return Ok(None),
@@ -189,7 +209,7 @@ fn bytes(text: &str) -> Result<Vec<u8>, String> {
     Ok(items(text)?.into_iter().map(plain).collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-fn items(text: &str) -> Result<Vec<Item>, String> {
+pub fn items(text: &str) -> Result<Vec<Item>, String> {
     let mut items = Vec::new();
     let mut rest = text.trim_start();
     while !rest.is_empty() {

@@ -5,10 +5,8 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::retry;
-
-use super::fixtures::{encode_addr, fixtures};
 use super::transcript::Item;
+use super::{message_with_addr, retry};
 
 /// Time limit for each expected event. Shorter than the 10 s of RFC 1928 section 6.
 pub const LIMIT: Duration = Duration::from_secs(8);
@@ -21,8 +19,7 @@ const TCP_LISTEN: &str = "0A";
 /// Addresses of the placeholders of a transcript, such as `{echo}`.
 #[derive(Debug, Default)]
 pub struct Placeholders {
-    /// Addresses of this session. All sessions share those of the fixtures.
-    pub per_session: Vec<(&'static str, SocketAddr)>,
+    pub named: Vec<(&'static str, SocketAddr)>,
     /// BND of the last reply.
     pub bnd: Option<SocketAddr>,
 }
@@ -32,8 +29,8 @@ impl Placeholders {
         if name == "bnd" {
             return self.bnd.ok_or_else(|| "no reply with {bnd} so far".into());
         }
-        let addr = self.per_session.iter().find(|(key, _)| *key == name).map(|(_, addr)| *addr);
-        addr.or_else(|| fixtures().addr(name)).ok_or_else(|| format!("unknown placeholder {name:?}"))
+        let found = self.named.iter().find(|(key, _)| *key == name);
+        found.map(|(_, addr)| *addr).ok_or_else(|| format!("unknown placeholder {name:?}"))
     }
 
     /// Returns the expected bytes. `None` means any byte.
@@ -72,23 +69,63 @@ impl Placeholders {
         Err(format!("expected a datagram of {} bytes, received {}: {}", expected.len(), got.len(), hex(got)))
     }
 
-    /// Reads exactly these items from a stream. `{bnd}` accepts any loopback address with a port, and stores it.
-    pub fn expect(&mut self, stream: &mut TcpStream, items: &[Item]) -> Result<(), String> {
+    /// Reads exactly these items from a stream, and returns the bytes. `{bnd}` accepts any loopback address with a port,
+    /// and stores it.
+    pub fn expect(&mut self, stream: &mut TcpStream, items: &[Item]) -> Result<Vec<u8>, String> {
         let mut got = Vec::new();
         for item in items {
             match item {
-                Item::ToEnd => return stream.read_to_end(&mut got).map(drop).map_err(|error| error.to_string()),
+                Item::ToEnd => drop(stream.read_to_end(&mut got).map_err(|error| error.to_string())?),
                 Item::Named(name) if name == "bnd" => self.bnd = Some(read_addr(stream, &mut got)?),
                 Item::Named(name) if name == "same-bnd" => {
                     let bnd = self.addr("bnd")?;
                     expect_bytes(stream, &encode_addr(bnd), &mut got)?;
                 }
+                Item::Named(name) if name == "greeting" => read_greeting(stream, &mut got)?,
+                Item::Named(name) if name == "login" => read_login(stream, &mut got)?,
+                Item::Named(name) if name == "request" => read_request(stream, &mut got)?,
                 Item::AnyByte => drop(read_byte(stream, &mut got)?),
                 item => expect_bytes(stream, &self.bytes(std::slice::from_ref(item))?, &mut got)?,
             }
         }
-        Ok(())
+        Ok(got)
     }
+}
+
+/// Encodes ATYP, address and port as in requests, replies and datagrams.
+pub fn encode_addr(addr: SocketAddr) -> Vec<u8> {
+    message_with_addr([0; 3], addr).split_off(3)
+}
+
+fn read_bytes(stream: &mut TcpStream, got: &mut Vec<u8>, count: usize) -> Result<(), String> {
+    (0..count).try_for_each(|_| read_byte(stream, got).map(drop))
+}
+
+/// Reads a byte, and then as many bytes as it says.
+fn read_field(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<(), String> {
+    let length = read_byte(stream, got)?;
+    read_bytes(stream, got, length.into())
+}
+
+fn read_greeting(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<(), String> {
+    read_byte(stream, got)?;
+    read_field(stream, got)
+}
+
+fn read_login(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<(), String> {
+    read_greeting(stream, got)?;
+    read_field(stream, got)
+}
+
+fn read_request(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<(), String> {
+    read_bytes(stream, got, 3)?;
+    match read_byte(stream, got)? {
+        1 => read_bytes(stream, got, 4)?,
+        3 => read_field(stream, got)?,
+        4 => read_bytes(stream, got, 16)?,
+        atyp => return Err(format!("ATYP {atyp} in a request")),
+    }
+    read_bytes(stream, got, 2)
 }
 
 fn expect_bytes(stream: &mut TcpStream, expected: &[u8], got: &mut Vec<u8>) -> Result<(), String> {
@@ -113,24 +150,23 @@ fn read_byte(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<u8, String> {
 }
 
 fn read_addr(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<SocketAddr, String> {
-    let length = match read_byte(stream, got)? {
-        1 => 4,
-        4 => 16,
+    let start = got.len();
+    let ip: IpAddr = match read_byte(stream, got)? {
+        1 => read_array::<4>(stream, got)?.into(),
+        4 => read_array::<16>(stream, got)?.into(),
         other => return Err(format!("BND has ATYP {other}")),
     };
-    let bytes = (0..length + 2).map(|_| read_byte(stream, got)).collect::<Result<Vec<u8>, _>>()?;
-    let (ip, port) = bytes.split_at(length);
-    let ip: IpAddr = match (<[u8; 4]>::try_from(ip), <[u8; 16]>::try_from(ip)) {
-        (Ok(ip), _) => ip.into(),
-        (_, Ok(ip)) => ip.into(),
-        _ => return Err("BND is not an address".into()),
-    };
-    let addr = SocketAddr::new(ip, u16::from_be_bytes([port[0], port[1]]));
+    let addr = SocketAddr::new(ip, u16::from_be_bytes(read_array(stream, got)?));
     if addr.ip().is_loopback() && addr.port() != 0 {
         Ok(addr)
     } else {
-        Err(format!("expected a loopback address with a port as BND, received {addr}"))
+        Err(format!("expected a loopback address with a port as BND, received {}", hex(&got[start..])))
     }
+}
+
+fn read_array<const N: usize>(stream: &mut TcpStream, got: &mut Vec<u8>) -> Result<[u8; N], String> {
+    read_bytes(stream, got, N)?;
+    Ok(got[got.len() - N..].try_into().expect("N bytes"))
 }
 
 /// Expects EOF without bytes before it. A reset is accepted too if `allow_reset`.
