@@ -41,7 +41,7 @@ impl Message for Greeting {
     const MAX_LEN: usize = 2 + 255;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_version()?;
+        reader.expect(VERSION, ProtocolError::Version)?;
         let count = reader.byte()?;
         if count == 0 {
             return Err(ProtocolError::NoMethods.into());
@@ -66,7 +66,7 @@ impl Message for MethodSelection {
     const MAX_LEN: usize = 2;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_version()?;
+        reader.expect(VERSION, ProtocolError::Version)?;
         Ok(Self(Method(reader.byte()?)))
     }
 
@@ -95,7 +95,7 @@ impl Message for Credentials {
     const MAX_LEN: usize = 3 + 2 * MAX_CREDENTIAL_LEN;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_auth_version()?;
+        reader.expect(AUTH_VERSION, ProtocolError::AuthVersion)?;
         let mut field = || match reader.length_prefixed(0)? {
             [] => Err(DecodeError::from(ProtocolError::EmptyCredential)),
             bytes => Ok(bytes.to_vec()),
@@ -126,7 +126,7 @@ impl Message for LoginStatus {
     const MAX_LEN: usize = 2;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_auth_version()?;
+        reader.expect(AUTH_VERSION, ProtocolError::AuthVersion)?;
         Ok(Self(reader.byte()?))
     }
 
@@ -149,7 +149,7 @@ impl Message for Request {
     const MAX_LEN: usize = 3 + Addr::MAX_LEN;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_version()?;
+        reader.expect(VERSION, ProtocolError::Version)?;
         let code = reader.byte()?;
         let command = Command::ALL.into_iter().find(|command| *command as u8 == code);
         let command = command.ok_or(ProtocolError::Command(code))?;
@@ -177,7 +177,7 @@ impl Message for Reply {
     const MAX_LEN: usize = 3 + Addr::MAX_LEN;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_version()?;
+        reader.expect(VERSION, ProtocolError::Version)?;
         let rep = Rep(reader.byte()?);
         reader.byte()?;
         let bnd = match Addr::decode_fields(reader) {

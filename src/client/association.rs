@@ -169,15 +169,12 @@ impl Association {
         }
     }
 
-    /// Returns the next datagram that has already arrived.
-    pub fn try_recv(&self) -> io::Result<Option<(Addr, Vec<u8>)>> {
+    /// Returns the next datagram that has already arrived, if there is one.
+    pub fn try_recv(&self) -> Option<(Addr, Vec<u8>)> {
         loop {
-            match self.socket.try_with(Interest::Read, |socket| self.receive(socket)) {
-                Ok(Some(answer)) => return Ok(Some(answer)),
-                // Invalid, or not yet complete.
-                Ok(None) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) => return Err(error),
+            let received = self.socket.try_with(Interest::Read, |socket| self.receive(socket));
+            if let Some(answer) = received.ok()? {
+                return Some(answer);
             }
         }
     }

@@ -162,18 +162,10 @@ impl<'a> MessageReader<'a> {
         self.take(length.into(), min_after)
     }
 
-    pub(super) fn expect_version(&mut self) -> Result<(), DecodeError> {
-        match self.byte()? {
-            VERSION => Ok(()),
-            other => Err(ProtocolError::Version(other).into()),
-        }
-    }
-
-    pub(super) fn expect_auth_version(&mut self) -> Result<(), DecodeError> {
-        match self.byte()? {
-            AUTH_VERSION => Ok(()),
-            other => Err(ProtocolError::AuthVersion(other).into()),
-        }
+    /// Takes VER. `error` is the error for a value other than `version`.
+    pub(super) fn expect(&mut self, version: u8, error: fn(u8) -> ProtocolError) -> Result<(), DecodeError> {
+        let found = self.byte()?;
+        if found == version { Ok(()) } else { Err(error(found).into()) }
     }
 }
 

@@ -75,7 +75,7 @@ impl Message for Frame {
     const MAX_LEN: usize = FRAME_HEADER_LEN + MAX_TOKEN_LEN;
 
     fn decode_fields(reader: &mut MessageReader<'_>) -> Result<Self, DecodeError> {
-        reader.expect_auth_version()?;
+        reader.expect(AUTH_VERSION, ProtocolError::AuthVersion)?;
         let make = match reader.byte()? {
             ABORT => return Ok(Self::Abort),
             AUTHENTICATION => Self::Authentication,

@@ -99,7 +99,7 @@ impl Transfer<'_> {
 
     /// Returns a datagram that has already arrived, if any. The caller counts it.
     pub(super) fn try_recv(&self) -> Option<Vec<u8>> {
-        self.association.try_recv().ok().flatten().map(|(_, data)| data)
+        self.association.try_recv().map(|(_, data)| data)
     }
 
     /// Counts an answer.
