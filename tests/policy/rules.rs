@@ -29,6 +29,19 @@ const BUILT_IN: [(&str, &str); 4] = [
     ("deny", "default-deny"),
 ];
 
+/// This host, link-local, cloud metadata, unspecified, multicast, broadcast: first and last address of each range.
+const PROTECTED: &str = "0.0.0.0 0.255.255.255 127.0.0.0 127.0.0.1 127.0.0.53 127.255.255.255 169.254.0.0 \
+                         169.254.169.254 169.254.255.255 224.0.0.0 224.0.0.251 239.255.255.255 255.255.255.255 \
+                         :: ::1 fd00:ec2::254 fe80:: fe80::1 febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff ff00:: ff02::1 \
+                         ff0e::1 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
+/// Addresses just outside of the protected ranges, private addresses, and IPv6 addresses that resemble those that embed
+/// an IPv4 address.
+const UNPROTECTED: &str = "1.0.0.0 126.255.255.255 128.0.0.0 169.253.255.255 169.255.0.0 223.255.255.255 240.0.0.0 \
+                           255.255.255.254 198.51.100.1 8.8.8.8 10.0.0.1 172.16.0.1 192.168.0.1 100.100.100.200 ::2 \
+                           fd00:ec2::253 fd00:ec2::255 fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff fec0:: fe00::1 \
+                           feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 2001:db8::1 2606:4700::1 2001:1:7f00:1:: \
+                           2003:7f00:1:: 64:ff9b:1::7f00:1 ::fffe:7f00:1";
+
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, cases, ..ProptestConfig::default() }
 }

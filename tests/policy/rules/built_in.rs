@@ -1,7 +1,7 @@
 //! The built-in rules, user rules that override them, and the default decision.
 
 use std::cell::Cell;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use s5::policy::Policy;
@@ -9,86 +9,20 @@ use s5::policy::rules::{AccessRequest, Route, Rules};
 use s5::policy::users::Users;
 use s5::proto::Method;
 
-use super::{OWN_LISTENER, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
+use super::{OWN_LISTENER, PROTECTED, UNPROTECTED, describe, embedded_addrs, evaluate, ip, rules, rules_with_route};
 
 const REMOTE_CLIENTS: [&str; 4] = ["192.0.2.7", "10.1.2.3", "2001:db8::7", "fe80::7"];
 const LOOPBACK_CLIENTS: [&str; 3] = ["127.0.0.1", "127.1.2.3", "::1"];
 /// Makes the client address unknown in [`evaluate`].
 const UNKNOWN_CLIENT: &str = "";
 
-/// This host, link-local, cloud metadata, unspecified, multicast, broadcast: first and last address of each range.
-const PROTECTED_V4: [&str; 13] = [
-    "0.0.0.0",
-    "0.255.255.255",
-    "127.0.0.0",
-    "127.0.0.1",
-    "127.255.255.255",
-    "169.254.0.0",
-    "169.254.169.254",
-    "169.254.255.255",
-    "224.0.0.0",
-    "224.0.0.251",
-    "239.255.255.255",
-    "255.255.255.255",
-    "127.0.0.53",
-];
-/// Addresses just outside of the protected ranges, and private addresses.
-const UNPROTECTED_V4: [&str; 14] = [
-    "1.0.0.0",
-    "126.255.255.255",
-    "128.0.0.0",
-    "169.253.255.255",
-    "169.255.0.0",
-    "223.255.255.255",
-    "240.0.0.0",
-    "255.255.255.254",
-    "198.51.100.1",
-    "8.8.8.8",
-    "10.0.0.1",
-    "172.16.0.1",
-    "192.168.0.1",
-    "100.100.100.200",
-];
-const PROTECTED_V6: [&str; 10] = [
-    "::",
-    "::1",
-    "fd00:ec2::254",
-    "fe80::",
-    "fe80::1",
-    "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
-    "ff00::",
-    "ff02::1",
-    "ff0e::1",
-    "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
-];
-/// Some of these resemble addresses that embed an IPv4 address, but do not.
-const UNPROTECTED_V6: [&str; 12] = [
-    "::2",
-    "fd00:ec2::253",
-    "fd00:ec2::255",
-    "fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
-    "fec0::",
-    "fe00::1",
-    "2001:db8::1",
-    "2606:4700::1",
-    "2001:1:7f00:1::",
-    "2003:7f00:1::",
-    "64:ff9b:1::7f00:1",
-    "::fffe:7f00:1",
-];
-
-/// Returns each IPv4 address with the IPv6 addresses that embed it.
-fn with_embedded_forms(list: &[&str]) -> Vec<String> {
-    let parsed = list.iter().map(|text| text.parse::<Ipv4Addr>().expect("valid IPv4 address"));
-    parsed.flat_map(embedded_addrs).map(|ip| ip.to_string()).collect()
-}
-
-fn protected() -> Vec<String> {
-    with_embedded_forms(&PROTECTED_V4).into_iter().chain(PROTECTED_V6.map(str::to_owned)).collect()
-}
-
-fn unprotected() -> Vec<String> {
-    with_embedded_forms(&UNPROTECTED_V4).into_iter().chain(UNPROTECTED_V6.map(str::to_owned)).collect()
+/// Returns each address with the IPv6 addresses that embed it, if it is an IPv4 address.
+fn with_embedded_forms(list: &str) -> Vec<String> {
+    let forms = |text: &str| match ip(text) {
+        IpAddr::V4(ip) => embedded_addrs(ip).to_vec(),
+        ip => vec![ip],
+    };
+    list.split_whitespace().flat_map(forms).map(|ip| ip.to_string()).collect()
 }
 
 /// Evaluates CONNECT and UDP requests for `to`, with and without a name.
@@ -100,24 +34,26 @@ fn check(rules: &Rules, from: &str, to: &str, expected: &str) {
 }
 
 #[test]
-fn remote_clients_do_not_reach_protected_addresses() {
-    let none = Rules::default();
-    for from in REMOTE_CLIENTS {
-        for to in protected() {
-            check(&none, from, &to, "deny protected");
+fn only_allow_with_to_lets_remote_clients_reach_protected_addresses() {
+    // Decision for remote clients and protected addresses, and for all others.
+    let table = [
+        ("", "deny protected", "allow default-allow"),
+        ("allow", "deny protected", "allow line 1"),
+        ("allow port=80", "deny protected", "allow line 1"),
+        ("allow user=*", "deny protected", "allow line 1"),
+        ("allow command=connect,udp method=password", "deny protected", "allow line 1"),
+        ("allow via=a", "deny protected", "allow line 1 a"),
+        ("allow to=0.0.0.0/0,::/0", "allow line 1", "allow line 1"),
+    ];
+    for (text, denied, allowed) in table {
+        let rules = rules(text);
+        for to in with_embedded_forms(PROTECTED) {
+            REMOTE_CLIENTS.iter().for_each(|from| check(&rules, from, &to, denied));
+            LOOPBACK_CLIENTS.iter().chain([&UNKNOWN_CLIENT]).for_each(|from| check(&rules, from, &to, allowed));
         }
-        for to in unprotected() {
-            check(&none, from, &to, "allow default-allow");
-        }
-    }
-}
-
-#[test]
-fn loopback_clients_reach_every_address() {
-    let none = Rules::default();
-    for from in LOOPBACK_CLIENTS.into_iter().chain([UNKNOWN_CLIENT]) {
-        for to in protected().into_iter().chain(unprotected()) {
-            check(&none, from, &to, "allow default-allow");
+        for to in with_embedded_forms(UNPROTECTED) {
+            let clients = REMOTE_CLIENTS.iter().chain(&LOOPBACK_CLIENTS).chain([&UNKNOWN_CLIENT]);
+            clients.for_each(|from| check(&rules, from, &to, allowed));
         }
     }
 }
@@ -137,40 +73,14 @@ fn deny_matches_server_and_client_of_teredo_address() {
 }
 
 #[test]
-fn allow_without_to_does_not_override_built_in_denials() {
-    let table = ["allow", "allow port=80", "allow user=*", "allow command=connect,udp method=password", "allow via=a"];
-    for rules in table.map(rules) {
-        for from in REMOTE_CLIENTS {
-            for to in protected() {
-                check(&rules, from, &to, "deny protected");
-            }
-        }
-        let expected = evaluate(&rules, "from=::1 method=password user=alice command=connect ip=127.0.0.1 port=80");
-        assert!(expected.starts_with("allow line 1"), "{expected}");
-        for from in LOOPBACK_CLIENTS {
-            protected().iter().for_each(|to| check(&rules, from, to, &expected));
-        }
-        for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
-            unprotected().iter().for_each(|to| check(&rules, from, to, &expected));
-        }
-    }
-}
-
-#[test]
-fn allow_with_to_overrides_built_in_denials_for_its_targets() {
-    let all = rules("allow to=0.0.0.0/0,::/0");
-    for from in REMOTE_CLIENTS.into_iter().chain(LOOPBACK_CLIENTS) {
-        for to in protected().into_iter().chain(unprotected()) {
-            check(&all, from, &to, "allow line 1");
-        }
-    }
+fn allow_with_to_overrides_built_in_denials_for_its_targets_only() {
     let one = rules("allow to=169.254.169.254");
-    for (i, to) in with_embedded_forms(&PROTECTED_V4).iter().enumerate() {
-        let expected = if PROTECTED_V4[i / 5] == "169.254.169.254" { "allow line 1" } else { "deny protected" };
-        check(&one, "192.0.2.7", to, expected);
+    for to in PROTECTED.split_whitespace() {
+        let expected = if to == "169.254.169.254" { "allow line 1" } else { "deny protected" };
+        with_embedded_forms(to).iter().for_each(|to| check(&one, "192.0.2.7", to, expected));
     }
     let named = rules("allow to=.example.net");
-    for to in protected() {
+    for to in with_embedded_forms(PROTECTED) {
         let facts = format!("from=192.0.2.7 ip={to} port=80");
         assert_eq!(evaluate(&named, &format!("{facts} name=www.example.net")), "allow line 1", "{facts}");
         assert_eq!(evaluate(&named, &format!("{facts} name=example.com")), "deny protected", "{facts}");
@@ -180,7 +90,7 @@ fn allow_with_to_overrides_built_in_denials_for_its_targets() {
 #[test]
 fn allow_compares_embedded_ipv4_address() {
     let outer = rules("allow to=2002::/16,64:ff9b::/96,2001::/32,::/96");
-    for to in with_embedded_forms(&PROTECTED_V4) {
+    for to in with_embedded_forms("127.0.0.1 169.254.169.254 224.0.0.1") {
         check(&outer, "192.0.2.7", &to, "deny protected");
     }
     check(&outer, "192.0.2.7", "::1", "allow line 1");

@@ -5,10 +5,9 @@ use std::net::SocketAddr;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rules};
-use s5::proto::{HostName, ProtectionLevel};
+use s5::policy::rules::{AccessRequest, Decision, Route, Rules};
 
-use super::generators::{any_request, any_route, any_rule, is_own_listener, std_ip, write_rules};
+use super::generators::{any_request, any_route, any_rule, facts, host_name, is_own_listener, write_rules};
 use super::{config, describe, evaluate, ip, rules, rules_with_route};
 
 /// Facts that are known after the login.
@@ -278,15 +277,8 @@ proptest! {
         let text = write_rules(&written).text;
         let rules = rules_with_route(route, &text);
         for plain in &requests {
-            let name = plain.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
-            let all = AccessRequest {
-                client_ip: plain.from.map(std_ip),
-                identity: Some(Identity { method: super::method(plain.method), user: plain.user, level: ProtectionLevel::None }),
-                command: Some(super::command(plain.command)),
-                target_name: name.as_ref(),
-                target_ip: Some(std_ip(plain.ip)),
-                target_port: Some(plain.port),
-            };
+            let name = host_name(plain);
+            let all = facts(plain, name.as_ref());
             let checked = check_stages(&rules, &all);
             prop_assert!(checked.is_ok(), "{checked:?}\n{text}\n{plain:?}");
         }

@@ -4,18 +4,22 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
-use s5::policy::rules::Route;
+use proptest::strategy::Union;
+use s5::policy::rules::{self, Identity, Route};
+use s5::proto::{HostName, ProtectionLevel};
 
 use super::model::{AccessRequest, ClientPattern, Ip, Net, OWN_LISTENERS, Rule, TargetPattern, UserPattern};
+use super::{PROTECTED, UNPROTECTED, command, ip, method};
 
 pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
 
 /// Kind of target address. The last four kinds embed an IPv4 address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+#[derive(Clone, Copy, Debug)]
+enum Kind {
     V4,
     V6,
     Mapped,
@@ -24,95 +28,19 @@ pub enum Kind {
     Teredo,
 }
 
-pub const KINDS: [Kind; 6] = [Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::SixToFour, Kind::Teredo];
-
 /// Client addresses: loopback and remote, IPv4 and IPv6.
-pub const CLIENTS: [&[Ip]; 4] = [
-    &[Ip::V4(0x7f00_0001), Ip::V4(0x7f01_0203), Ip::V4(0x7fff_ffff)],
-    &[Ip::V6(1)],
-    &[Ip::V4(0xc000_0207), Ip::V4(0xc000_0307), Ip::V4(0x0a01_0203), Ip::V4(0x7e00_0001), Ip::V4(0)],
-    &[Ip::V6(0x2001_0db8 << 96 | 7), Ip::V6(0xfe80 << 112 | 7), Ip::V6(0x2002_7f00_0001 << 80), Ip::V6(2)],
-];
-
-/// First and last addresses of the protected ranges, the addresses next to them, and a few others.
-const V4: [u32; 24] = [
-    0,
-    0x00ff_ffff,
-    0x0100_0000,
-    0x0a00_0001,
-    0x0aff_ffff,
-    0x7eff_ffff,
-    0x7f00_0001,
-    0x7fff_ffff,
-    0x8000_0000,
-    0xa9fd_ffff,
-    0xa9fe_0000,
-    0xa9fe_a9fe,
-    0xa9fe_ffff,
-    0xa9ff_0000,
-    0xc000_0250,
-    0xc000_0201,
-    0xc000_0281,
-    0xc633_6401,
-    0xdfff_ffff,
-    0xe000_0001,
-    0xefff_ffff,
-    0xf000_0000,
-    0xffff_fffe,
-    0xffff_ffff,
-];
-const V6: [u128; 22] = [
-    0,
-    1,
-    2,
-    0x7f00_0001,
-    0xfffe_7f00_0001,
-    0x0064_ff9b_0001 << 80 | 0x7f00_0001,
-    0x0064_ff9b << 96 | 1 << 32,
-    0x2001_0001 << 96 | 0x80ff_fffe,
-    0x2001_0db8 << 96 | 0x50,
-    0x2001_0db8 << 96 | 1,
-    0x2001_0db8_ffff << 80,
-    0x2001_0db9 << 96,
-    0x2003_7f00_0001 << 80,
-    0xfd00_0ec2 << 96 | 0x253,
-    0xfd00_0ec2 << 96 | 0x254,
-    0xfe7f << 112 | 1,
-    0xfe80 << 112 | 1,
-    (0xfec0 << 112) - 1,
-    0xfec0 << 112,
-    (0xff00 << 112) - 1,
-    0xff02 << 112 | 1,
-    u128::MAX,
-];
-const NAMES: [&str; 14] = [
-    "example.org",
-    "EXAMPLE.Org",
-    "example.org.",
-    "www.example.org",
-    "a.B.example.org",
-    "notexample.org",
-    "example.org.example.com",
-    "example.com",
-    "org",
-    "org.",
-    "localhost",
-    "LOCALHOST.",
-    "bücher.example",
-    "xn--bcher-KVA.example",
-];
+const CLIENTS: &str = "127.0.0.1 127.1.2.3 127.255.255.255 ::1 192.0.2.7 192.0.3.7 10.1.2.3 126.0.0.1 0.0.0.0 \
+                       2001:db8::7 fe80::7 2002:7f00:1:: ::2";
+/// Target addresses besides those of [`super::PROTECTED`] and [`super::UNPROTECTED`]: near nets of the rules, and IPv6
+/// addresses that contain the bits of an IPv4 address.
+const TARGETS: &str = "10.255.255.255 192.0.2.80 192.0.2.1 192.0.2.129 ::7f00:1 64:ff9b::1:0:0 2001:1::80ff:fffe \
+                       2001:db8::50 2001:db8:ffff:: 2001:db9::";
+const NAMES: &str = "example.org EXAMPLE.Org example.org. www.example.org a.B.example.org notexample.org \
+                     example.org.example.com example.com org org. localhost LOCALHOST. bücher.example \
+                     xn--bcher-KVA.example";
 /// Names in rules. Some get a final dot when they are written.
-const RULE_NAMES: [&str; 9] = [
-    "example.org",
-    "EXAMPLE.org",
-    "www.example.org",
-    "b.example.org",
-    "example.com",
-    "org",
-    "localhost",
-    "xn--Bcher-kva.example",
-    "example",
-];
+const RULE_NAMES: &str = "example.org EXAMPLE.org www.example.org b.example.org example.com org localhost \
+                          xn--Bcher-kva.example example";
 const USERS: [&[u8]; 13] = [
     b"alice",
     b"Alice",
@@ -140,15 +68,34 @@ pub fn std_ip(ip: Ip) -> IpAddr {
     }
 }
 
+fn model_ip(ip: IpAddr) -> Ip {
+    match ip {
+        IpAddr::V4(ip) => Ip::V4(ip.into()),
+        IpAddr::V6(ip) => Ip::V6(ip.into()),
+    }
+}
+
+/// Selects one of the words of a text.
+fn any_word(text: &'static str) -> impl Strategy<Value = &'static str> {
+    select(text.split_whitespace().collect::<Vec<_>>())
+}
+
 pub fn is_own_listener(to: SocketAddr) -> bool {
     OWN_LISTENERS.iter().any(|(ip, port)| SocketAddr::new(std_ip(*ip), *port) == to)
 }
 
-fn any_v4() -> BoxedStrategy<u32> {
-    prop_oneof![9 => select(&V4[..]), 1 => any::<u32>()].boxed()
+/// Returns one of the listed addresses of a family.
+fn any_listed(is_ipv4: bool) -> impl Strategy<Value = Ip> {
+    let all = [TARGETS, PROTECTED, UNPROTECTED].into_iter().flat_map(str::split_whitespace).map(ip);
+    select(all.filter(|ip| ip.is_ipv4() == is_ipv4).map(model_ip).collect::<Vec<_>>())
 }
 
-pub fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
+fn any_v4() -> BoxedStrategy<u32> {
+    let listed = any_listed(true).prop_map(|ip| if let Ip::V4(ip) = ip { ip } else { unreachable!("IPv4 is listed") });
+    prop_oneof![9 => listed, 1 => any::<u32>()].boxed()
+}
+
+fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
     let embedding = (any_v4(), any_v4(), any::<u64>()).prop_map(move |(ip, server, rest)| {
         let (ip, server, rest) = (u128::from(ip), u128::from(server), u128::from(rest));
         match kind {
@@ -160,7 +107,7 @@ pub fn any_ip(kind: Kind) -> BoxedStrategy<Ip> {
     });
     match kind {
         Kind::V4 => any_v4().prop_map(Ip::V4).boxed(),
-        Kind::V6 => prop_oneof![9 => select(&V6[..]), 1 => any::<u128>()].prop_map(Ip::V6).boxed(),
+        Kind::V6 => prop_oneof![9 => any_listed(false), 1 => any::<u128>().prop_map(Ip::V6)].boxed(),
         _ => embedding.prop_map(Ip::V6).boxed(),
     }
 }
@@ -183,18 +130,18 @@ fn v4_net(ip: u32, bits: u32) -> Net {
 }
 
 fn any_client() -> BoxedStrategy<Ip> {
-    prop_oneof![select(CLIENTS[0]), select(CLIENTS[1]), select(CLIENTS[2]), select(CLIENTS[3])].boxed()
+    any_word(CLIENTS).prop_map(|text| model_ip(ip(text))).boxed()
 }
 
 fn any_target() -> BoxedStrategy<Ip> {
-    select(&KINDS[..]).prop_flat_map(any_ip).boxed()
+    Union::new([Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::SixToFour, Kind::Teredo].map(any_ip)).boxed()
 }
 
 fn any_target_pattern() -> impl Strategy<Value = TargetPattern> {
     prop_oneof![
         4 => any_net(any_target()).prop_map(TargetPattern::Net),
-        1 => select(&RULE_NAMES[..]).prop_map(TargetPattern::Name),
-        2 => select(&RULE_NAMES[..]).prop_map(TargetPattern::Suffix),
+        1 => any_word(RULE_NAMES).prop_map(TargetPattern::Name),
+        2 => any_word(RULE_NAMES).prop_map(TargetPattern::Suffix),
     ]
 }
 
@@ -227,7 +174,7 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
         3 => select(&USERS[..]).prop_map(UserPattern::Named),
         2 => select(&REALMS[..]).prop_map(UserPattern::Realm),
     ];
-    let route = proptest::option::of(select(&ROUTES[..]));
+    let route = option::of(select(&ROUTES[..]));
     let client = (up_to_three(source), up_to_three(user), subset(&METHODS), subset(&COMMANDS));
     let target = (up_to_three(any_target_pattern()), up_to_three(any_ports()), route);
     (any::<bool>(), client, target, any::<u64>()).prop_map(|(allow, client, target, style)| {
@@ -236,32 +183,33 @@ pub fn any_rule() -> impl Strategy<Value = Rule> {
     })
 }
 
-/// Returns a request of a client from `from` for an address of this kind.
-pub fn any_request_of(
-    from: BoxedStrategy<Option<Ip>>,
-    kind: Kind,
-    method: &'static str,
-    command: &'static str,
-    is_named: bool,
-) -> impl Strategy<Value = AccessRequest> {
+pub fn any_request() -> impl Strategy<Value = AccessRequest> {
+    let from = prop_oneof![19 => any_client().prop_map(Some), 1 => Just(None)];
+    let client = (from, select(&METHODS[..]), select(&USERS[..]), select(&COMMANDS[..]));
     let port = prop_oneof![8 => select(&PORTS[..]), 2 => Just(1080), 1 => Just(0), 1 => any::<u16>()];
-    let target = prop_oneof![8 => any_ip(kind).boxed(), 1 => select(&OWN_LISTENERS[..]).prop_map(|(ip, _)| ip).boxed()];
-    (from, select(&USERS[..]), select(&NAMES[..]), target, any_ip(kind), port).prop_map(
-        move |(from, user, name, ip, other, port)| {
-            let is_of_kind = matches!((kind, ip), (Kind::V4, Ip::V4(_)) | (Kind::V6, Ip::V6(_)));
-            let ip = if is_of_kind || !OWN_LISTENERS.iter().any(|(listener, _)| *listener == ip) { ip } else { other };
-            let user = (method != "none").then_some(user);
-            AccessRequest { from, method, user, command, name: is_named.then_some(name), ip, port }
-        },
-    )
+    let own = select(&OWN_LISTENERS[..]).prop_map(|(ip, _)| ip);
+    let target = (option::of(any_word(NAMES)), prop_oneof![8 => any_target(), 1 => own], port);
+    (client, target).prop_map(|((from, method, user, command), (name, ip, port))| {
+        let user = (method != "none").then_some(user);
+        AccessRequest { from, method, user, command, name, ip, port }
+    })
 }
 
-pub fn any_request() -> impl Strategy<Value = AccessRequest> {
-    let kinds = (select(&KINDS[..]), select(&METHODS[..]), select(&COMMANDS[..]), any::<bool>());
-    kinds.prop_flat_map(|(kind, method, command, is_named)| {
-        let from = prop_oneof![19 => any_client().prop_map(Some), 1 => Just(None)];
-        any_request_of(from.boxed(), kind, method, command, is_named)
-    })
+pub fn host_name(request: &AccessRequest) -> Option<HostName> {
+    request.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"))
+}
+
+/// Returns the request as s5 sees it. `name` is its [`host_name`].
+pub fn facts<'a>(request: &AccessRequest, name: Option<&'a HostName>) -> rules::AccessRequest<'a> {
+    let level = ProtectionLevel::None;
+    rules::AccessRequest {
+        client_ip: request.from.map(std_ip),
+        identity: Some(Identity { method: method(request.method), user: request.user, level }),
+        command: Some(command(request.command)),
+        target_name: name,
+        target_ip: Some(std_ip(request.ip)),
+        target_port: Some(request.port),
+    }
 }
 
 pub fn parse_route(route: &str) -> Route {
