@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 
-use crate::support::login::{log_in, users_file};
+use crate::support::login::{bcrypt_line, log_in, open_with_login, users_file};
 use crate::support::{
     BIND, CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, echo_server, greet, in_namespace, open, read_exact,
     run, s5, session_lines, stream_end, tcp_server, temp_dir, write_file,
@@ -45,42 +45,47 @@ fn request_bytes(command: u8, name: &[u8], port: u16) -> Vec<u8> {
     [&[5, command, 0, 3, length], name, &port.to_be_bytes()].concat()
 }
 
-/// Fails unless all characters are letters or printable ASCII, and session lines have only `key=value` pairs.
+/// Fails unless all characters are letters or printable ASCII, and session lines have all keys.
 fn assert_harmless(log: &str, session_count: usize) {
     for line in log.lines() {
         let harmful = line.chars().find(|c| !(c.is_ascii_graphic() || *c == ' ' || c.is_alphanumeric()));
         assert_eq!(harmful, None, "{line:?}");
         let (head, rest) = line.split_at("2026-11-23T23:30:48.827Z INFO  ".len());
         assert!(head.starts_with("20") && head.contains("Z ") && rest.starts_with("[s5"), "not a log line: {line}");
-        if let Some((_, pairs)) = line.split_once("] session ") {
-            assert_pairs(pairs);
-        }
     }
     assert_eq!(session_lines(log).len(), session_count, "one line per session:\n{log}");
+    for line in session_lines(log) {
+        let mut keys: Vec<&str> = pairs(line).into_iter().map(|(key, _)| key).collect();
+        keys.retain(|key| *key != "error" && *key != "via");
+        assert_eq!(keys, ["client", "user", "command", "dst", "bnd", "rep", "up", "down", "seconds"], "{line}");
+    }
 }
 
-fn assert_pairs(line: &str) {
-    let mut rest = line;
-    let mut keys = Vec::new();
-    while !rest.is_empty() {
-        let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("no key: {line}"));
+/// Returns the keys and values of a session line, without the quotes of quoted values.
+fn pairs(line: &str) -> Vec<(&str, &str)> {
+    let (mut key, mut rest) = ("client", line);
+    let mut pairs = Vec::new();
+    loop {
+        let (value, after) = match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split_at(quote_at(quoted)),
+            None => rest.split_at(rest.find(' ').unwrap_or(rest.len())),
+        };
         assert!(key.bytes().all(|byte| byte.is_ascii_lowercase()), "{key}: {line}");
-        let quoted = value.strip_prefix('"').map(|value| {
-            let mut escaped = false;
-            let end = value.bytes().position(|byte| {
-                let is_end = byte == b'"' && !escaped;
-                escaped = byte == b'\\' && !escaped;
-                is_end
-            });
-            end.unwrap_or_else(|| panic!("no closing quote: {line}")) + 2
-        });
-        let value = value.split_at(quoted.or(value.find(' ')).unwrap_or(value.len()));
-        keys.push(key);
-        rest = value.1.strip_prefix(' ').unwrap_or(value.1);
+        pairs.push((key, value));
+        let Some((_, next)) = after.split_once(' ') else { return pairs };
+        (key, rest) = next.split_once('=').unwrap_or_else(|| panic!("no key: {line}"));
     }
-    let all = ["client", "user", "command", "dst", "bnd", "rep", "up", "down", "seconds"];
-    keys.retain(|key| *key != "error" && *key != "via");
-    assert_eq!(keys, all, "{line}");
+}
+
+/// The position of the first quote without a backslash.
+fn quote_at(text: &str) -> usize {
+    let mut escaped = false;
+    let end = text.bytes().position(|byte| {
+        let is_end = byte == b'"' && !escaped;
+        escaped = byte == b'\\' && !escaped;
+        is_end
+    });
+    end.unwrap_or_else(|| panic!("no closing quote: {text}"))
 }
 
 /// Offers no authentication and sends a request.
@@ -144,6 +149,9 @@ fn domain_names_are_escaped_for_every_command_and_outcome() {
         stream_end(&mut control);
         let log = server.wait_log(|log| session_lines(log).len() > count);
         assert_harmless(&log, count + 1);
+        let has_exact_value =
+            |line: &&str| pairs(line).contains(&("dst", &format!(r#"a\" error=\"login refusedb.evil:{port}"#)));
+        assert!(session_lines(&log).iter().any(has_exact_value), "{log}");
         let outcome = if args.is_empty() { "name not found" } else { "denied: --deny" };
         assert!(log.contains(outcome), "no request was processed:\n{log}");
     }
@@ -153,12 +161,14 @@ fn domain_names_are_escaped_for_every_command_and_outcome() {
 fn hop_answers_are_escaped() {
     let unreachable = closed_port().to_string();
     let selection = |bytes: &[u8]| (3, bytes.to_vec());
-    for attack in ATTACKS.iter().filter(|attack| std::str::from_utf8(attack).is_ok()) {
-        let name = [b"a", *attack, b"b"].concat();
+    let is_text = |attack: &&&[u8]| std::str::from_utf8(attack).is_ok();
+    let all = ATTACKS.iter().filter(is_text).copied().collect::<Vec<_>>().concat();
+    for attack in [&all, &b"\\"[..]] {
+        let name = [b"a", attack, b"b"].concat();
         let hops = [
             unreachable.clone(),
             hop(vec![selection(attack)]),
-            hop(vec![selection(&[b"HTTP/1.1 400 ", *attack, b"\r\n\r\n"].concat())]),
+            hop(vec![selection(&[b"HTTP/1.1 400 ", attack, b"\r\n\r\n"].concat())]),
             hop(vec![selection(b"\x05\xff")]),
             hop(vec![selection(b"\x05\x00"), (7, reply_with_name(0, &name))]),
             hop(vec![selection(b"\x05\x00"), (7, reply_with_name(5, &name))]),
@@ -188,12 +198,8 @@ fn user_names_are_escaped_in_success_and_failure() {
         assert_ne!(log_in(&server, [127, 9, 0, n], attack, b"wrong").1, 0);
     }
     let mut open_streams = Vec::new();
-    for n in 1..=3 {
-        let (mut stream, status) = log_in(&server, [127, 9, 1, n], valid_name.as_bytes(), b"secret");
-        assert_eq!(status, 0);
-        stream.write_all(&crate::support::request(CONNECT, echo_server())).expect("data sent");
-        read_exact(&mut stream, 2);
-        open_streams.push(stream);
+    for _ in 0..3 {
+        open_streams.push(open_with_login(&server, (valid_name, "secret"), CONNECT, echo_server()));
     }
     drop(open_streams);
     let count = ATTACKS.len() + 3;
@@ -213,8 +219,8 @@ fn assert_no_secret(text: &str, secrets: &[&str]) {
 #[test]
 fn passwords_and_hashes_are_not_logged_at_trace_level() {
     let dir = temp_dir();
-    let (_users, users) = users_file(&[("alice", "open-sesame")]);
-    let text = std::fs::read_to_string(&users).expect("file read");
+    let text = bcrypt_line("alice", "open-sesame", 4);
+    let users = write_file(dir.path(), "users", &text);
     let hash = text.trim().split_once(':').expect("an entry").1.to_owned();
     let secrets = ["sesame", &hash, &hash[7..29], &hash[29..]];
     let refusing = |status: u8| hop(vec![(4, vec![5, 2]), (6, vec![]), (19, vec![1, status])]);
@@ -247,90 +253,35 @@ fn passwords_and_hashes_are_not_logged_at_trace_level() {
     }
 }
 
-/// Returns the stderr of a server that must fail to start.
-fn start_error(args: &[&str]) -> String {
-    let output = run(s5().args(["serve", "--listen", "127.0.0.1:0", "-v", "-v"]).args(args), b"", TIMEOUT);
-    assert_eq!(output.status.code(), Some(2), "{args:?}");
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
 #[test]
-fn users_file_error_does_not_contain_hashes() {
+fn users_file_error_contains_neither_hashes_nor_passwords() {
     let dir = temp_dir();
-    let bcrypt = bcrypt::hash("sesame", 4).expect("password hashed");
+    let bcrypt = bcrypt_line("alice", "sesame", 4);
     let argon2 = s5::policy::users::new_entry("alice", b"sesame").expect("valid entry");
-    let argon2 = argon2.split_once(':').expect("an entry").1;
-    for (hash, salt) in [(bcrypt.as_str(), &bcrypt[7..29]), (argon2, argon2.split('$').nth(4).expect("a salt"))] {
-        let end = &hash[hash.len() - 12..];
+    for line in [&bcrypt, &argon2] {
+        let hash = line.trim().split_once(':').expect("an entry").1;
+        let secrets = [hash, &hash[hash.len() - 12..], &hash[hash.len() / 2..][..12], "sesame", "\x1b"];
         let short = &hash[..hash.len() - 2];
         let wrong = [
             hash.to_owned(),
             format!("alice {hash}"),
-            format!("alice{hash}"),
+            format!("alice\t{hash}"),
             format!("{hash}:alice"),
             format!("alice:{hash}!"),
-            format!("alice:{hash}{hash}"),
             format!("alice:x{hash}"),
-            format!("alice:{hash} "),
-            format!("alice: {hash}"),
             format!("alice:{short}\u{1b}"),
-            format!("alice:$9{hash}"),
-            format!("alice:{hash}\nalice:{hash}\n"),
             format!("alice:{hash}\n{hash}\n"),
             format!("alice:{hash}\nb\x1b[2Job:{hash}\n"),
-            format!("alice:{}", hash.replace('$', "%")),
-            format!("alice\t{hash}"),
+            "alice:sesame:x".into(),
+            "alice:$sesame$x".into(),
         ];
         for text in wrong {
             let users = write_file(dir.path(), "users", &text);
-            // Some texts are valid, because spaces at the end are ignored.
-            if s5::policy::users::Users::parse(&text).is_ok() {
-                continue;
-            }
-            let stderr = start_error(&["--users", &users]);
-            assert_no_secret(&stderr, &[hash, salt, end, "sesame", "\x1b"]);
-            assert_eq!(stderr.lines().count(), 1, "{stderr}");
-        }
-    }
-}
-
-#[test]
-fn users_file_error_does_not_contain_plain_passwords() {
-    let dir = temp_dir();
-    for text in ["alice:hunter2", "alice:hunter2:x", "alice:$hunter2", "alice:$hunter2$x", "alice:hunter2$x$y"] {
-        let stderr = start_error(&["--users", &write_file(dir.path(), "users", text)]);
-        assert_no_secret(&stderr, &["hunter2"]);
-    }
-}
-
-#[test]
-fn hop_error_does_not_contain_the_password() {
-    for url in [
-        "alice:hunter2@",
-        "alice:hunter2@:x",
-        "alice:hunter2@host:99999",
-        "alice:hunter2@[::1",
-        "alice:hunter2@host:1080x",
-        "alice:hunter2@h ost",
-        "http://alice:hunter2@host",
-        "socks5://alice:hunter2/@host/x",
-        "alice:hunter2,@host",
-        "alice:hunter2@host,unix:/x",
-        "alice:hunter2%@unix:",
-        "alice:hunter2,hunter2@host:hunter2",
-        "hunter2",
-        ":hunter2@host",
-    ] {
-        let named = format!("name={url}");
-        for args in [["--via", url], ["--hop", &named], ["--hop", url]] {
-            // Some texts are valid URLs: a single word is a host name.
-            if s5::client::parse_hops(url).is_ok() && args[1] != url {
-                continue;
-            }
-            if args == ["--via", "hunter2"] {
-                continue;
-            }
-            assert_no_secret(&start_error(&args), &["hunter2"]);
+            let args = ["serve", "--listen", "127.0.0.1:0", "-v", "-v", "--users", &users];
+            let output = run(s5().args(args), b"", TIMEOUT);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 1), "{text:?}: {stderr}");
+            assert_no_secret(&stderr, &secrets);
         }
     }
 }

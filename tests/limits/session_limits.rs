@@ -8,11 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lock_machine;
-use crate::support::login::{connect_from_ip, log_in, login_message, users_file};
+use crate::support::login::{connect_from_ip, login_message, open_with_login, users_file};
 use crate::support::{
     BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, accept, closed_port, connect_from, echo_server,
-    in_namespace, listener, open, ping, read_exact, read_reply, request, reset, retry, serve, stream_end, tcp_server,
-    wait_until,
+    in_namespace, listener, open, ping, read_exact, request, reset, retry, serve, stream_end, tcp_server, wait_until,
 };
 
 const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
@@ -70,8 +69,8 @@ fn max_per_client_counts_every_command() {
     assert_closed(server.connect());
 }
 
-/// Opens and ends a session. Returns a stream that stays open after it.
-type Ending = fn(&Server) -> Option<TcpStream>;
+/// Opens and ends a session. Returns streams that stay open after it.
+type Ending = fn(&Server) -> Vec<TcpStream>;
 
 /// Opens a tunnel. Returns the client's and the target's connection.
 fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
@@ -83,78 +82,58 @@ fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
 
 #[test]
 fn max_per_client_frees_the_permit_at_each_kind_of_session_end() {
+    /// Returns the connection that the server has closed.
+    fn closed(mut stream: TcpStream) -> Vec<TcpStream> {
+        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
+        vec![stream]
+    }
+    /// Sends a request that gets this REP.
+    fn requested(server: &Server, command: u8, dst: SocketAddr, expected: u8) -> TcpStream {
+        let (stream, rep, _) = open(server, command, dst);
+        assert_eq!(rep, expected, "command {command}");
+        stream
+    }
+    fn end(what: impl FnOnce()) -> Vec<TcpStream> {
+        what();
+        vec![]
+    }
     let endings: [(&str, Ending); 14] = [
-        ("a silent client closes", |server| {
-            drop(server.connect());
-            None
-        }),
-        ("a silent client resets", |server| {
-            reset(server.connect());
-            None
-        }),
-        ("greeting times out", |server| {
-            let mut stream = server.connect();
-            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
-            Some(stream)
-        }),
-        ("request times out", |server| {
-            let mut stream = crate::support::greet(server);
-            assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
-            Some(stream)
-        }),
+        ("a silent client closes", |server| end(|| drop(server.connect()))),
+        ("a silent client resets", |server| end(|| reset(server.connect()))),
+        ("greeting times out", |server| closed(server.connect())),
+        ("request times out", |server| closed(crate::support::greet(server))),
         ("no acceptable method", |server| {
             let mut stream = server.connect();
             stream.write_all(&[5, 1, 9]).expect("data sent");
-            assert_eq!(read_exact(&mut stream, 2), [5, 0xFF]);
-            None
+            end(|| assert_eq!(read_exact(&mut stream, 2), [5, 0xFF]))
         }),
-        ("not SOCKS5", |server| {
-            server.connect().write_all(b"GET / HTTP/1.1\r\n\r\n").expect("data sent");
-            None
-        }),
-        ("refused", |server| {
-            let (mut stream, rep, _) = open(server, CONNECT, closed_port());
-            assert_eq!((rep, stream_end(&mut stream)), (5, StreamEnd::Closed(vec![])));
-            None
-        }),
-        ("an unknown command", |server| {
-            assert_eq!(open(server, 9, ANY).1, 7);
-            None
-        }),
+        ("not SOCKS5", |server| end(|| server.connect().write_all(b"GET / HTTP/1.1\r\n\r\n").expect("data sent"))),
+        ("refused", |server| end(|| drop(closed(requested(server, CONNECT, closed_port(), 5))))),
+        ("an unknown command", |server| end(|| drop(requested(server, 9, ANY, 7)))),
         ("both close", |server| {
-            let (mut client, target) = tunnel(server);
+            let (client, target) = tunnel(server);
             drop(target);
-            assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
-            None
+            end(|| drop(closed(client)))
         }),
         ("the client resets", |server| {
             let (client, target) = tunnel(server);
             reset(client);
-            Some(target)
+            vec![target]
         }),
         ("the target resets", |server| {
             let (client, target) = tunnel(server);
             reset(target);
-            Some(client)
+            vec![client]
         }),
-        ("the client of a waiting BIND closes", |server| {
-            assert_eq!(open(server, BIND, ANY).1, 0);
-            None
-        }),
-        ("an association ends", |server| {
-            assert_eq!(open(server, UDP_ASSOCIATE, ANY).1, 0);
-            None
-        }),
-        ("an association is reset", |server| {
-            reset(open(server, UDP_ASSOCIATE, ANY).0);
-            None
-        }),
+        ("the client of a waiting BIND closes", |server| end(|| drop(requested(server, BIND, ANY, 0)))),
+        ("an association ends", |server| end(|| drop(requested(server, UDP_ASSOCIATE, ANY, 0)))),
+        ("an association is reset", |server| end(|| reset(requested(server, UDP_ASSOCIATE, ANY, 0)))),
     ];
     for threads in ["1", "2"] {
         for (what, end) in endings {
             let args = ["--max-per-client", "1", "--handshake-timeout", "300ms", "--threads", threads];
             let server = Server::start(&args);
-            let _open_stream = end(&server);
+            let _open_streams = end(&server);
             wait_until(what, TIMEOUT, || is_admitted(&mut server.connect()));
         }
     }
@@ -201,26 +180,17 @@ fn max_per_user_denies_the_request_after_login_for_that_user_only() {
     let dst = echo_server();
     for threads in ["1", "2"] {
         let server = Server::start(&["--users", &users, "--max-per-user", "2", "--threads", threads]);
-        let mut last = 0;
-        let mut open_as = |uname: &[u8], passwd: &[u8], command, dst| {
-            last += 1;
-            let (mut stream, status) = log_in(&server, [127, 0, 3, last], uname, passwd);
-            assert_eq!(status, 0, "login refused");
-            stream.write_all(&request(command, dst)).expect("request sent");
-            let (rep, _) = read_reply(&mut stream);
-            (stream, rep)
-        };
-        let mut alice = |command, dst| open_as(b"alice", b"secret", command, dst);
+        let alice = |command, dst| open_with_login(&server, ("alice", "secret"), command, dst);
         let (mut first, second) = (alice(CONNECT, dst), alice(UDP_ASSOCIATE, ANY));
         assert_eq!((first.1, second.1), (0, 0));
         for (command, dst) in [(CONNECT, dst), (BIND, ANY), (UDP_ASSOCIATE, ANY)] {
             let (mut third, rep) = alice(command, dst);
             assert_eq!((rep, stream_end(&mut third)), (2, StreamEnd::Closed(vec![])), "command {command}");
         }
-        assert_eq!(open_as(b"bob", b"other", CONNECT, dst).1, 0);
+        assert_eq!(open_with_login(&server, ("bob", "other"), CONNECT, dst).1, 0);
         ping(&mut first.0, b"undisturbed");
         drop(second);
-        wait_until("a session of alice has ended", TIMEOUT, || open_as(b"alice", b"secret", CONNECT, dst).1 == 0);
+        wait_until("a session of alice has ended", TIMEOUT, || alice(CONNECT, dst).1 == 0);
         let log = server.wait_log(|log| log.contains("rep=2"));
         assert!(log.contains("error=\"session limit of this user reached (raise --max-per-user)\""), "{log}");
     }
