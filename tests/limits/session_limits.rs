@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::lock_machine;
 use crate::support::login::{connect_from_ip, login_message, open_with_login, users_file};
 use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, accept, closed_port, connect_from, echo_server,
-    in_namespace, listener, open, ping, read_exact, request, reset, retry, serve, stream_end, tcp_server, wait_until,
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, connect_from, echo_server, in_namespace,
+    open, ping, read_exact, request, reset, retry, serve, stream_end, tcp_server, tunnel, wait_until,
 };
 
 const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
@@ -71,14 +71,6 @@ fn max_per_client_counts_every_command() {
 
 /// Opens and ends a session. Returns streams that stay open after it.
 type Ending = fn(&Server) -> Vec<TcpStream>;
-
-/// Opens a tunnel. Returns the client's and the target's connection.
-fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
-    let (target, dst) = listener(V4);
-    let (client, rep, _) = open(server, CONNECT, dst);
-    assert_eq!(rep, 0);
-    (client, accept(&target).0)
-}
 
 #[test]
 fn max_per_client_frees_the_permit_at_each_kind_of_session_end() {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::support::{Server, TIMEOUT, read_exact, read_reply, retry, s5, wait_until};
+use crate::support::{Server, TIMEOUT, open, read_exact, read_reply, retry, s5, wait_until};
 
 pub const CONNECT: u8 = 1;
 pub const BIND: u8 = 2;
@@ -25,7 +25,13 @@ pub fn serve(listen: &str, count: usize, args: &[&str]) -> Server {
 
 /// Connects and offers no authentication. Fails unless the server selects it.
 pub fn greet(server: &Server) -> TcpStream {
-    let mut stream = server.connect();
+    greet_at(server.addr())
+}
+
+/// Like [`greet`], with one of several addresses of a server.
+pub fn greet_at(addr: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
+    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream.write_all(&[5, 1, 0]).expect("greeting sent");
     assert_eq!(read_exact(&mut stream, 2), [5, 0]);
     stream
@@ -71,6 +77,14 @@ pub fn connect_from(source: SocketAddr, to: SocketAddr) -> TcpStream {
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
     stream
+}
+
+/// Opens a tunnel to a new target. Returns the client's and the target's connection.
+pub fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
+    let (target, dst) = listener(V4);
+    let (client, rep, _) = open(server, CONNECT, dst);
+    assert_eq!(rep, 0);
+    (client, accept(&target).0)
 }
 
 /// A listener that never accepts: its accept queue is full, so Linux drops each SYN.

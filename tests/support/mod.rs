@@ -225,9 +225,14 @@ pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static)
     addr
 }
 
-/// Starts a TCP echo server, which half-closes after the client has.
+/// Starts a TCP echo server on 127.0.0.1.
 pub fn echo_server() -> SocketAddr {
-    tcp_server(Ipv4Addr::LOCALHOST.into(), |mut stream| {
+    echo_server_at(Ipv4Addr::LOCALHOST.into())
+}
+
+/// Starts a TCP echo server, which half-closes after the client has.
+pub fn echo_server_at(ip: IpAddr) -> SocketAddr {
+    tcp_server(ip, |mut stream| {
         let mut other = stream.try_clone().expect("cloned");
         let _ = io::copy(&mut stream, &mut other);
         let _ = other.shutdown(std::net::Shutdown::Write);

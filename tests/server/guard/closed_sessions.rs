@@ -8,14 +8,15 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::tools::{
-    ALICE, BOB, Login, Setup, addr, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as,
-    send_request, try_log_in, unused_client_ip,
+    ALICE, BOB, Login, Setup, addr, assert_accepts_peer, assert_no_datagram, associate, bind, ip, is_closed, log_in,
+    only_bob, open_ok, send_request, try_log_in, tunnel, udp_target,
 };
+use crate::support::login::unused_client_ip;
 use crate::support::{
-    BIND, CONNECT, Server, TIMEOUT, V4, accept, assert_no_data, connect_from, echo_server, in_namespace, listener,
-    ping, read_exact, read_reply, retry, udp_echo_server, wait_until,
+    CONNECT, Server, TIMEOUT, V4, accept, assert_no_data, connect_from, echo_server, in_namespace, listener, ping,
+    read_exact, read_reply, retry, udp_echo_server, wait_until,
 };
-use crate::udp::association::{Association, datagram, socket};
+use crate::udp::association::{Association, datagram};
 
 /// Time limit for closing a session on both sides.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -76,14 +77,8 @@ fn echo(mut stream: TcpStream, sends_first: bool, received: Arc<AtomicUsize>) ->
 
 /// Opens a session of each kind.
 fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> {
-    let tunnel = || {
-        let (listener, dst) = listener(V4);
-        let (client, rep, _) = open_as(server, login, CONNECT, &dst.to_string());
-        assert_eq!(rep, 0);
-        (client, accept(&listener).0)
-    };
     let busy = |kind: &str| {
-        let ((client, target), received) = (tunnel(), Arc::new(AtomicUsize::new(0)));
+        let ((client, target), received) = (tunnel(server, login), Arc::new(AtomicUsize::new(0)));
         let ends = match kind {
             "up" => [writer(client), reader(target, received.clone())],
             "down" => [reader(client, received.clone()), writer(target)],
@@ -91,12 +86,11 @@ fn sessions_of_each_kind(server: &Server, login: Login<'_>) -> Vec<LiveSession> 
         };
         LiveSession::Busy(ends, received)
     };
-    let (client, target) = tunnel();
-    let (half, mut half_target) = tunnel();
+    let (client, target) = tunnel(server, login);
+    let (half, mut half_target) = tunnel(server, login);
     half.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(retry(|| half_target.read(&mut [0])).expect("data received"), 0);
-    let (bind, rep, bnd) = open_as(server, login, BIND, "127.0.0.1:0");
-    assert_eq!(rep, 0);
+    let (bind, bnd) = bind(server, login, "127.0.0.1:0");
     let association = associate(server.addr(), V4, login);
     association.ping(udp_echo_server(V4), b"hello");
     let mut all = vec![
@@ -145,9 +139,8 @@ fn assert_closed(live: LiveSession, since: Instant) {
         }
         LiveSession::Udp(mut association) => {
             assert!(is_closed(&mut association.control));
-            let target = socket(V4);
-            let late = datagram(0, target.local_addr().expect("local address"), b"late");
-            let _ = association.socket.send_to(&late, association.bnd);
+            let (target, addr) = udp_target("127.0.0.1");
+            let _ = association.socket.send_to(&datagram(0, addr, b"late"), association.bnd);
             assert_no_datagram(&target);
         }
     }
@@ -168,8 +161,7 @@ fn assert_alive(live: LiveSession) {
         }
         LiveSession::Busy(ends, _) => assert!(!ends.iter().any(JoinHandle::is_finished)),
         LiveSession::Bind(mut client, bnd) => {
-            let _peer = TcpStream::connect(bnd).expect("the listener accepts");
-            assert_eq!(read_reply(&mut client).0, 0);
+            assert_accepts_peer(&mut client, bnd, addr("127.0.0.1:0"));
         }
         LiveSession::Udp(association) => association.ping(udp_echo_server(V4), b"hello"),
     }
@@ -182,12 +174,12 @@ enum Change {
 }
 
 fn check_sessions_of_alice(args: &[&str], change: &Change, keeps_sessions: bool) {
-    let setup = Setup::start(alice_and_bob(), "# none\n", args);
+    let setup = Setup::new(args);
     let alice_sessions = sessions_of_each_kind(&setup.server, ALICE);
     let bob_sessions = sessions_of_each_kind(&setup.server, BOB);
     let since = Instant::now();
     let line = match change {
-        Change::RemoveAlice => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        Change::RemoveAlice => setup.reload_users(only_bob()),
         Change::DenyAlice => setup.reload_rules("deny user=alice\n"),
     };
     let count = if keeps_sessions { 0 } else { alice_sessions.len() };
@@ -213,13 +205,15 @@ fn check_sessions_of_alice(args: &[&str], change: &Change, keeps_sessions: bool)
 #[test]
 fn sessions_of_removed_user_are_closed() {
     check_sessions_of_alice(&["--threads", "1"], &Change::RemoveAlice, false);
-    check_sessions_of_alice(&["--threads", "2"], &Change::RemoveAlice, false);
+    // A rate that is never reached, so that no datagram is dropped.
+    check_sessions_of_alice(&["--threads", "2", "--rate", "1000G"], &Change::RemoveAlice, false);
 }
 
 #[test]
 fn sessions_denied_by_new_rules_are_closed() {
-    check_sessions_of_alice(&["--threads", "1"], &Change::DenyAlice, false);
     check_sessions_of_alice(&["--threads", "2"], &Change::DenyAlice, false);
+    let hop = Server::start(&[]);
+    check_sessions_of_alice(&["--threads", "1", "--via", &hop.addr().to_string()], &Change::DenyAlice, false);
 }
 
 #[test]
@@ -229,31 +223,21 @@ fn keep_sessions_keeps_denied_sessions() {
 }
 
 #[test]
-fn rate_limited_and_upstream_sessions_are_closed() {
-    // A rate that is never reached, so that no datagram is dropped.
-    check_sessions_of_alice(&["--rate", "1000G"], &Change::RemoveAlice, false);
-    let hop = Server::start(&[]);
-    check_sessions_of_alice(&["--via", &hop.addr().to_string()], &Change::DenyAlice, false);
-}
-
-#[test]
 fn recheck_uses_connected_address_of_tunnel() {
     let hosts = "127.0.0.1 one.test\n127.0.0.3 three.test\n";
     if !in_namespace("guard::closed_sessions::recheck_uses_connected_address_of_tunnel", hosts, "") {
         return;
     }
-    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+    let setup = Setup::new(&[]);
     let targets = ["127.0.0.1", "127.0.0.3"].map(|at| listener(ip(at)));
     let port = |n: usize| targets[n].1.port();
     let open = |n: usize, dst: &str| {
-        let (client, rep, _) = open_as(&setup.server, ALICE, CONNECT, &format!("{dst}:{}", port(n)));
-        assert_eq!(rep, 0, "{dst}");
+        let (client, _) = open_ok(&setup.server, ALICE, CONNECT, &format!("{dst}:{}", port(n)));
         (client, accept(&targets[n].0).0)
     };
     let denied = ["127.0.0.3", "three.test", "[::ffff:127.0.0.3]", "=127.0.0.3"].map(|dst| open(1, dst));
     let kept = ["127.0.0.1", "one.test", "[::ffff:127.0.0.1]"].map(|dst| open(0, dst));
-    let (mut waiting_bind, rep, _) = open_as(&setup.server, ALICE, BIND, "127.0.0.3:0");
-    assert_eq!(rep, 0);
+    let (mut waiting_bind, _) = bind(&setup.server, ALICE, "127.0.0.3:0");
     assert!(setup.reload_rules("deny to=192.0.2.0/24\n").ends_with("sessions closed: 0"));
     let line = setup.reload_rules("deny to=127.0.0.3\n");
     assert!(line.ends_with("sessions closed: 5"), "{line}");
@@ -272,31 +256,26 @@ fn recheck_uses_connected_address_of_tunnel() {
 
 #[test]
 fn waiting_bind_checks_peer_by_new_rules() {
-    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
-    let (mut client, rep, bnd) = open_as(&setup.server, ALICE, BIND, "0.0.0.0:0");
-    assert_eq!(rep, 0);
-    // Other peers are still allowed, so BIND keeps waiting.
-    assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
-    assert_no_data(&client, Duration::from_millis(20));
-    assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)), "a peer that the new rules deny is accepted");
-    let peer = connect_from(addr("127.0.0.2:0"), bnd);
-    assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")));
-}
-
-#[test]
-fn waiting_bind_at_hop_checks_peer_by_new_rules() {
     let hop = Server::start(&[]);
-    let setup = Setup::start(alice_and_bob(), "# none\n", &["--via", &hop.addr().to_string()]);
-    let (mut client, rep, bnd) = open_as(&setup.server, ALICE, BIND, "0.0.0.0:0");
-    assert_eq!(rep, 0);
-    assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
-    let _peer = connect_from(addr("127.0.0.3:0"), bnd);
-    assert_eq!(read_reply(&mut client).0, 2, "the rules of s5 do not apply to the peer that the hop accepts");
+    for via in [&[][..], &["--via", &hop.addr().to_string()]] {
+        let setup = Setup::new(via);
+        let (mut client, bnd) = bind(&setup.server, ALICE, "0.0.0.0:0");
+        // Other peers are still allowed, so BIND keeps waiting.
+        assert!(setup.reload_rules("deny command=bind to=127.0.0.3\n").ends_with("sessions closed: 0"));
+        assert_no_data(&client, Duration::from_millis(20));
+        let mut denied = connect_from(addr("127.0.0.3:0"), bnd);
+        if via.is_empty() {
+            assert!(is_closed(&mut denied), "a peer that the new rules deny is accepted");
+            assert_accepts_peer(&mut client, bnd, addr("127.0.0.2:0"));
+        } else {
+            assert_eq!(read_reply(&mut client).0, 2, "the rules of s5 do not apply to the peer that the hop accepts");
+        }
+    }
 }
 
 #[test]
 fn reload_closes_sessions_by_client_address() {
-    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+    let setup = Setup::new(&[]);
     let dst = echo_server().to_string();
     let mut tunnels = ["127.0.0.2", "127.0.0.3"].map(|from| {
         let mut stream = log_in(setup.server.addr(), ip(from), ALICE);

@@ -4,13 +4,16 @@ use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::tools::{addr, assert_no_connection, assert_no_datagram, associate, ip, is_closed, open_as};
+use super::tools::{
+    addr, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate_anonymously, bind, is_closed,
+    open_as, rep, udp_target,
+};
 use crate::support::dns::{self, Answer};
 use crate::support::{
     BIND, CONNECT, Server, TIMEOUT, connect_from, echo_server, in_namespace, open, raise_fd_limit, read_exact,
     read_reply, request_by_name, timed, wait_until,
 };
-use crate::udp::association::{datagram_name, receive, socket};
+use crate::udp::association::{datagram_name, receive};
 
 const GOOD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const BAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
@@ -33,8 +36,8 @@ fn denied_name_is_never_resolved() {
         return;
     }
     let queries = dns::start();
-    let target = socket(ip("127.0.0.1"));
-    let port = target.local_addr().expect("local address").port();
+    let (target, addr) = udp_target("127.0.0.1");
+    let port = addr.port();
     let listener = TcpListener::bind(("127.0.0.1", port)).expect("the port is free in this namespace");
     // Denied by a rule for the name, and denied because only other names are allowed.
     for rules in [&["--deny", "to=.bad.test"][..], &["--allow", "to=good.test,last.test", "--deny", ""]] {
@@ -42,9 +45,9 @@ fn denied_name_is_never_resolved() {
         let server = Server::start(rules);
         for name in ["bad.test", "x.bad.test", "BAD.test.", "X.Y.bad.TEST"] {
             for command in [CONNECT, BIND] {
-                assert_eq!(open_as(&server, None, command, &format!("{name}:{port}")).1, 2, "{name}");
+                assert_eq!(rep(&server, command, &format!("{name}:{port}")), 2, "{name}");
             }
-            let association = associate(server.addr(), ip("127.0.0.1"), None);
+            let association = associate_anonymously(&server);
             association.send_raw(&datagram_name(0, name, port, b"denied"));
             association.send_raw(&datagram_name(0, "last.test", port, b"allowed"));
             assert_eq!(receive(&target).0, b"allowed", "{name}");
@@ -52,7 +55,7 @@ fn denied_name_is_never_resolved() {
         let names = std::mem::take(&mut *queries.lock().expect("not poisoned"));
         assert!(names.iter().all(|name| name == "last.test"), "{rules:?}: {names:?}");
         // An allowed name is resolved and connected to, so the resolver works.
-        assert_eq!(open_as(&server, None, CONNECT, &format!("good.test:{port}")).1, 0);
+        assert_eq!(rep(&server, CONNECT, &format!("good.test:{port}")), 0);
         listener.accept().expect("connection accepted");
         assert_eq!(queries.lock().expect("not poisoned").first().map(String::as_str), Some("good.test"));
         assert_no_connection(&listener);
@@ -70,11 +73,11 @@ fn changing_dns_answers_never_reach_denied_address() {
         Answer::addrs([if nth.is_multiple_of(2) == bad_first { BAD } else { GOOD }])
     });
     let [good, bad] = listen_on_good_and_bad();
-    let (udp_good, udp_bad) = (socket(GOOD.into()), socket(BAD.into()));
+    let [(udp_good, good_addr), (udp_bad, bad_addr)] = ["127.0.0.2", "127.0.0.3"].map(udp_target);
     let server = Server::start(&DENY_BAD);
     for (name, reps) in [("good-first.test", [0, 2, 0, 2]), ("bad-first.test", [2, 0, 2, 0])] {
         for expected in reps {
-            assert_eq!(open_as(&server, None, CONNECT, &format!("{name}:{}", port_of(&good))).1, expected, "{name}");
+            assert_eq!(rep(&server, CONNECT, &format!("{name}:{}", port_of(&good))), expected, "{name}");
             assert_no_connection(&bad);
             if expected == 0 {
                 good.accept().expect("connection accepted");
@@ -82,11 +85,11 @@ fn changing_dns_answers_never_reach_denied_address() {
             assert_no_connection(&good);
         }
     }
-    let [good_port, bad_port] = [&udp_good, &udp_bad].map(|socket| socket.local_addr().expect("local address").port());
+    let [good_port, bad_port] = [good_addr, bad_addr].map(|addr| addr.port());
     for name in ["good-first.udp.test", "bad-first.udp.test"] {
         for round in 0..6_usize {
             // Each association resolves a name once.
-            let association = associate(server.addr(), ip("127.0.0.1"), None);
+            let association = associate_anonymously(&server);
             for port in [bad_port, bad_port, good_port] {
                 association.send_raw(&datagram_name(0, name, port, b"x"));
             }
@@ -96,14 +99,9 @@ fn changing_dns_answers_never_reach_denied_address() {
                 assert_eq!(receive(&udp_good).0, b"again", "{name}, round {round}");
             } else {
                 // This name is resolved after the first one, so its datagram arrives after that answer.
-                let last = socket(GOOD.into());
+                let (last, addr) = udp_target("127.0.0.2");
                 let later = format!("good-first.{name}.{round}");
-                association.send_raw(&datagram_name(
-                    0,
-                    &later,
-                    last.local_addr().expect("local address").port(),
-                    b"last",
-                ));
+                association.send_raw(&datagram_name(0, &later, addr.port(), b"last"));
                 assert_eq!(receive(&last).0, b"last");
                 assert_no_datagram(&udp_good);
             }
@@ -130,26 +128,24 @@ fn denied_addresses_of_a_name_are_skipped() {
         assert_no_connection(&bad);
         assert_eq!((rep, bnd), (0, good.accept().expect("connection accepted").1));
     }
-    assert_eq!(open_as(&server, None, CONNECT, &format!("bad.test:{}", port_of(&good))).1, 2);
+    assert_eq!(rep(&server, CONNECT, &format!("bad.test:{}", port_of(&good))), 2);
     // BIND: a peer at the denied address is closed.
     for _ in 0..2 {
-        let (mut client, rep, bnd) = open_as(&server, None, BIND, "both.test:0");
-        assert_eq!(rep, 0);
+        let (mut client, bnd) = bind(&server, None, "both.test:0");
         assert!(is_closed(&mut connect_from(addr("127.0.0.3:0"), bnd)));
-        let peer = connect_from(addr("127.0.0.2:0"), bnd);
-        assert_eq!(read_reply(&mut client), (0, peer.local_addr().expect("local address")));
+        assert_accepts_peer(&mut client, bnd, addr("127.0.0.2:0"));
     }
-    assert_eq!(open_as(&server, None, BIND, "bad.test:0").1, 2);
+    assert_eq!(rep(&server, BIND, "bad.test:0"), 2);
     // The denied address is not tried after the allowed one refuses.
     let port = port_of(&good);
     drop(good);
     for _ in 0..4 {
-        assert_eq!(open_as(&server, None, CONNECT, &dst).1, 5);
+        assert_eq!(rep(&server, CONNECT, &dst), 5);
     }
     assert_no_connection(&bad);
     let (udp_good, udp_bad) = (udp_at(GOOD, port), udp_at(BAD, port));
     for _ in 0..4 {
-        let association = associate(server.addr(), ip("127.0.0.1"), None);
+        let association = associate_anonymously(&server);
         association.send_raw(&datagram_name(0, "both.test", port, b"hello"));
         let (data, relay) = receive(&udp_good);
         assert_eq!(data, b"hello");
@@ -215,6 +211,6 @@ fn thousand_pending_lookups_do_not_delay_other_requests() {
         assert!(elapsed >= LOOKUP_TIMEOUT - Duration::from_millis(100) && elapsed < 2 * LOOKUP_TIMEOUT, "{elapsed:?}");
     }
     wait_until("names are resolved again", TIMEOUT, || {
-        open_as(&server, None, CONNECT, &format!("known.test:{}", dst.port())).1 == 0
+        rep(&server, CONNECT, &format!("known.test:{}", dst.port())) == 0
     });
 }

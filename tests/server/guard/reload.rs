@@ -9,20 +9,17 @@ use std::thread;
 use rustix::process::geteuid;
 
 use super::tools::{
-    ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, open_as, reload,
-    send_request, try_log_in, unused_client_ip, user_line,
+    ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, only_alice,
+    only_bob, open_ok, reload, send_request, try_log_in, udp_target,
 };
+use crate::support::login::{unused_client_ip, user_line};
 use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, connect_from, echo_server, in_namespace, is_installed, ping, s5, tcp_server,
+    CONNECT, Server, TIMEOUT, V4, connect_from, echo_server, in_namespace, is_installed, ping, s5, serve, tcp_server,
     temp_dir, write_file,
 };
-use crate::udp::association::{receive, socket};
+use crate::udp::association::receive;
 
 const EVE: Login<'_> = Some(("eve", "secret"));
-
-fn alice_only() -> String {
-    alice_and_bob().lines().next().expect("two lines").to_owned() + "\n"
-}
 
 /// Returns the REP of a CONNECT from an unused client address, or `None` if the login is refused.
 fn rep(server: &Server, login: Login<'_>, dst: SocketAddr) -> Option<u8> {
@@ -39,7 +36,7 @@ fn target() -> SocketAddr {
 fn reload_reads_users_and_rules() {
     let [a, b] = [target(), target()];
     let deny = |dst: SocketAddr| format!("deny port={}\n", dst.port());
-    let setup = Setup::start(&alice_only(), &deny(a), &[]);
+    let setup = Setup::start(only_alice(), &deny(a), &[]);
     let reps = || [(ALICE, a), (ALICE, b), (EVE, a), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
     assert_eq!(reps(), [Some(2), Some(0), None, None]);
     // The reload would close a session that has not ended yet.
@@ -62,21 +59,19 @@ fn reload_reads_users_and_rules() {
 #[test]
 fn reload_replaces_users_and_rules_together() {
     let [a, b] = [target(), target()];
-    let policies = [("alice", a, b), ("eve", b, a)]
-        .map(|(name, allowed, _)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
+    let policies = [("alice", a), ("eve", b)]
+        .map(|(name, allowed)| (user_line(name, "secret"), format!("allow port={}\ndeny\n", allowed.port())));
     let setup = Setup::start(&policies[0].0, &policies[0].1, &["--threads", "2"]);
     let is_done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let assert_denied = |login: Login<'static>, dst: SocketAddr| {
+        for (login, dst) in [(ALICE, b), (EVE, a)] {
             let (setup, is_done) = (&setup, &is_done);
             scope.spawn(move || {
                 while !is_done.load(Ordering::Relaxed) {
                     assert_ne!(rep(&setup.server, login, dst), Some(0), "{login:?} reached {dst}");
                 }
             });
-        };
-        assert_denied(ALICE, b);
-        assert_denied(EVE, a);
+        }
         for (users, rules) in policies.iter().cycle().skip(1).take(100) {
             std::fs::write(&setup.users, users).expect("file written");
             let line = setup.reload_rules(rules);
@@ -107,26 +102,11 @@ fn reload_forgets_cached_passwords() {
     assert_eq!(rep(&setup.server, ALICE, dst), Some(0));
 }
 
-/// Invalid files, each with the line and the word that the log must contain.
-const BAD_USERS: [(&str, &str, &str); 7] = [
-    ("# ours\nalice\n", "line 2", "alice"),
-    ("eve:\n", "line 1", "eve"),
-    ("alice:secret\n", "line 1", "alice"),
-    ("alice:$1$abc$def\n", "line 1", "1"),
-    ("\n\nalice:$argon2id$v=19$m=1$x\n", "line 3", "alice"),
-    (":$2b$04$abc\n", "line 1", ""),
-    ("alice:$2b$04$tooshort\n", "line 1", "alice"),
-];
-const BAD_RULES: [(&str, &str, &str); 8] = [
-    ("deny\npermit port=1\n", "line 2", "permit"),
-    ("deny colour=red\n", "line 1", "colour"),
-    ("deny to=10.0.0.1/8\n", "line 1", "10.0.0.1/8"),
-    ("deny user=\n", "line 1", "user="),
-    ("# x\n\ndeny port=99999\n", "line 3", "99999"),
-    ("deny to\n", "line 1", "to"),
-    ("allow via=far\n", "line 1", "far"),
-    ("{\"deny\": true}\n", "line 1", "{"),
-];
+/// Invalid files, each with the line and the word that the log must contain. tests/policy has all errors.
+const BAD_USERS: [(&str, &str, &str); 2] =
+    [("# ours\nalice\n", "line 2", "alice"), ("\n\nalice:$argon2id$v=19$m=1$x\n", "line 3", "alice")];
+const BAD_RULES: [(&str, &str, &str); 2] =
+    [("# x\n\ndeny port=99999\n", "line 3", "99999"), ("allow via=far\n", "line 1", "far")];
 
 #[test]
 fn reload_keeps_policy_if_a_file_is_invalid() {
@@ -136,10 +116,8 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
     let other = user_line("eve", "secret");
     let assert_kept = |line: &str, file: &str, words: [&str; 2]| {
         assert!(line.contains("ERROR") && line.contains("keeping the current configuration"), "{line}");
-        assert!(
-            line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word)),
-            "{words:?}: {line}"
-        );
+        let is_named = line.contains(&format!("{file}: ")) && words.iter().all(|word| line.contains(word));
+        assert!(is_named, "{words:?}: {line}");
         let reps = [(ALICE, a), (ALICE, b), (EVE, b)].map(|(login, dst)| rep(&setup.server, login, dst));
         assert_eq!(reps, [Some(2), Some(0), None], "{line}");
     };
@@ -148,12 +126,6 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
         std::fs::write(&setup.rules, "deny\n").expect("file written");
         assert_kept(&setup.reload_users(text), &setup.users, [line, word]);
     }
-    // Passwords that are not hashed are not logged.
-    assert!(
-        !setup.server.log().contains(":secret") && !setup.server.log().contains("$argon2id$v"),
-        "{}",
-        setup.server.log()
-    );
     for (text, line, word) in BAD_RULES {
         std::fs::write(&setup.users, &other).expect("file written");
         assert_kept(&setup.reload_rules(text), &setup.rules, [line, word]);
@@ -180,7 +152,7 @@ fn reload_keeps_policy_if_a_file_is_invalid() {
 
 #[test]
 fn reload_does_not_block_on_named_pipe() {
-    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain-timeout", "0"]);
+    let mut setup = Setup::new(&["--drain-timeout", "0"]);
     std::fs::remove_file(&setup.rules).expect("file removed");
     assert!(Command::new("mkfifo").arg(&setup.rules).status().expect("mkfifo runs").success());
     setup.server.signal("HUP");
@@ -223,7 +195,7 @@ fn reload_keeps_policy_if_a_file_is_unreadable() {
 #[test]
 fn reload_applies_files_as_they_are() {
     let [a, b] = [target(), target()];
-    let (alice, bob) = alice_and_bob().split_at(alice_only().len());
+    let (alice, bob) = (only_alice(), only_bob());
     let setup = Setup::start(alice_and_bob(), &format!("deny port={}\ndeny port=1\n", a.port()), &[]);
     let reps = |logins: [Login<'_>; 2]| logins.map(|login| [a, b].map(|dst| rep(&setup.server, login, dst)));
     let without_final_line_end = format!("deny port={}", b.port());
@@ -258,26 +230,17 @@ fn reload_never_opens_relay() {
     }
     let (dir, dst) = (temp_dir(), target());
     let rules = write_file(dir.path(), "rules", "allow from=127.0.0.2\n");
-    let mut command = s5();
-    command.args(["serve", "--listen", "*:0", "--rules", &rules]);
-    let server = Server::start_with(&mut command, 2);
+    let server = serve("*:0", 2, &["--rules", &rules]);
     let to = SocketAddr::new(V4, server.addr().port());
-    for open_rules in ["deny port=25\n", "# none\n", "deny from=10.0.0.0/8\n", "allow from=127.0.0.2\nallow port=80\n"]
-    {
+    for open_rules in ["# none\n", "allow from=127.0.0.2\nallow port=80\n"] {
         std::fs::write(&rules, open_rules).expect("file written");
         let line = reload(&server);
-        assert!(
-            line.contains("ERROR")
-                && line.contains("--allow-open-relay")
-                && line.contains("keeping the current configuration"),
-            "{open_rules}: {line}"
-        );
+        for word in ["ERROR", "--allow-open-relay", "keeping the current configuration"] {
+            assert!(line.contains(word), "{open_rules}: {line}");
+        }
         assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.3"), 0), to)), "{open_rules}");
-        assert_eq!(
-            send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0,
-            0,
-            "{open_rules}"
-        );
+        let rep = send_request(&mut log_in(to, ip("127.0.0.2"), None), CONNECT, &dst.to_string()).0;
+        assert_eq!(rep, 0, "{open_rules}");
     }
     std::fs::write(&rules, "allow from=127.0.0.3\n").expect("file written");
     assert!(reload(&server).contains("reload: users: "));
@@ -287,18 +250,15 @@ fn reload_never_opens_relay() {
 
 #[test]
 fn reload_applies_to_next_datagram_of_association() {
-    let (good, bad) = (socket(V4), socket(V4));
-    let [good_addr, bad_addr] = [&good, &bad].map(|socket| socket.local_addr().expect("local address"));
+    let [(good, good_addr), (bad, bad_addr)] = [(); 2].map(|()| udp_target("127.0.0.1"));
     let deny = format!("deny command=udp port={}\n", bad_addr.port());
     for (args, is_rechecked) in [(&[][..], true), (&["--keep-sessions"], false)] {
-        let setup = Setup::start(alice_and_bob(), "# none\n", args);
+        let setup = Setup::new(args);
         let association = associate(setup.server.addr(), V4, ALICE);
-        let mut relay = None;
-        for socket in [&good, &bad] {
-            association.send(socket.local_addr().expect("local address"), b"before");
-            relay = Some(receive(socket).1);
-        }
-        let relay = relay.expect("two datagrams received");
+        let [_, relay] = [(&good, good_addr), (&bad, bad_addr)].map(|(socket, addr)| {
+            association.send(addr, b"before");
+            receive(socket).1
+        });
         assert!(setup.reload_rules(&deny).ends_with("sessions closed: 0"));
         association.send(bad_addr, b"denied");
         association.send(good_addr, b"after");
@@ -325,9 +285,8 @@ fn reload_applies_to_next_datagram_of_association() {
 
 #[test]
 fn many_reloads_do_not_disturb_allowed_session() {
-    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
-    let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
-    assert_eq!(rep, 0);
+    let setup = Setup::new(&[]);
+    let (mut stream, _) = open_ok(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     for number in 0..20_u8 {
         setup.server.signal("HUP");
         ping(&mut stream, &[number; 1000]);
@@ -338,9 +297,8 @@ fn many_reloads_do_not_disturb_allowed_session() {
 
 #[test]
 fn reload_during_shutdown_changes_nothing() {
-    let mut setup = Setup::start(alice_and_bob(), "# none\n", &["--drain-timeout", "60"]);
-    let (mut stream, rep, _) = open_as(&setup.server, ALICE, CONNECT, &echo_server().to_string());
-    assert_eq!(rep, 0);
+    let mut setup = Setup::new(&["--drain-timeout", "60"]);
+    let (mut stream, _) = open_ok(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     setup.server.signal("TERM");
     setup.server.wait_log(|log| log.contains("shutting down: draining sessions"));
     for _ in 0..3 {

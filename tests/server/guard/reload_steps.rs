@@ -9,15 +9,13 @@ use std::time::Duration;
 use socket2::{Domain, Socket, Type};
 
 use super::tools::{
-    ALICE, Setup, alice_and_bob, assert_no_connection, assert_no_datagram, associate, credentials, log_in, request_for,
-    send_request, unused_client_ip,
+    ALICE, Setup, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate, bind, log_in, only_bob,
+    request_for, udp_target,
 };
 use crate::support::dns::{self, Answer};
-use crate::support::{
-    BIND, CONNECT, Server, V4, accept, assert_no_data, connect_from, in_namespace, listener, read_exact, read_reply,
-    request_by_name,
-};
-use crate::udp::association::{datagram_name, receive, socket};
+use crate::support::login::{connect_from_ip, login_message, unused_client_ip};
+use crate::support::{CONNECT, V4, accept, assert_no_data, in_namespace, listener, read_exact, read_reply};
+use crate::udp::association::{datagram_name, receive};
 
 /// A step of the client.
 #[derive(Clone)]
@@ -27,7 +25,7 @@ enum Step {
 }
 
 fn steps(dst: SocketAddr) -> Vec<Step> {
-    let login = credentials(ALICE.expect("alice has a password"));
+    let login = login_message(b"alice", b"secret");
     let request = request_for(CONNECT, &dst.to_string());
     let halves = |bytes: &[u8]| {
         let (first, second) = bytes.split_at(bytes.len() / 2);
@@ -60,15 +58,18 @@ const CHANGES: [&str; 4] = ["nothing", "remove alice", "deny alice", "deny the t
 fn apply_change(setup: &Setup, change: &str, dst: SocketAddr) -> String {
     match change {
         "nothing" => setup.reload(),
-        "remove alice" => setup.reload_users(alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")),
+        "remove alice" => setup.reload_users(only_bob()),
         "deny alice" => setup.reload_rules("deny user=alice\n"),
         _ => setup.reload_rules(&format!("deny to=127.0.0.1 port={}\n", dst.port())),
     }
 }
 
-fn connect(server: &Server) -> TcpStream {
-    let stream = connect_from(SocketAddr::new(unused_client_ip(), 0), server.addr());
-    stream.set_nodelay(true).expect("option set");
+/// Sends a request that waits for its target while the files change. Returns the client's connection.
+fn change_during(setup: &Setup, change: &str, request: &[u8], dst: SocketAddr) -> TcpStream {
+    let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
+    stream.write_all(request).expect("request sent");
+    assert_no_data(&stream, Duration::from_millis(50));
+    assert!(apply_change(setup, change, dst).contains("reload: users: "));
     stream
 }
 
@@ -80,8 +81,9 @@ fn reload_applies_at_each_step_before_reply() {
             let steps = steps(dst);
             // After the last step but one the request is complete. The tests below cover the time after it.
             for step in 0..steps.len() - 1 {
-                let setup = Setup::start(alice_and_bob(), "# none\n", &["--threads", threads]);
-                let mut stream = connect(&setup.server);
+                let setup = Setup::new(&["--threads", threads]);
+                let mut stream = connect_from_ip(&setup.server, unused_client_ip());
+                stream.set_nodelay(true).expect("option set");
                 assert!(run_steps(&mut stream, &steps[..step]));
                 let line = apply_change(&setup, change, dst);
                 assert!(line.contains("reload: users: "), "{line}");
@@ -122,12 +124,9 @@ impl SlowTarget {
 #[test]
 fn reload_applies_while_connecting() {
     let cases = CHANGES.map(|change| {
-        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+        let setup = Setup::new(&[]);
         let (slow, dst) = SlowTarget::new();
-        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
-        stream.write_all(&request_for(CONNECT, &dst.to_string())).expect("request sent");
-        assert_no_data(&stream, Duration::from_millis(50));
-        assert!(apply_change(&setup, change, dst).contains("reload: users: "));
+        let stream = change_during(&setup, change, &request_for(CONNECT, &dst.to_string()), dst);
         (change, setup, slow, stream)
     });
     // All cases run at once, because each takes a second.
@@ -147,17 +146,14 @@ fn reload_applies_while_connecting() {
 #[test]
 fn reload_applies_while_bind_waits() {
     for change in CHANGES {
-        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
-        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
+        let setup = Setup::new(&[]);
         let (_, dst) = listener(V4);
-        let (rep, bnd) = send_request(&mut stream, BIND, &dst.to_string());
-        assert_eq!(rep, 0);
+        let (mut stream, bnd) = bind(&setup.server, ALICE, &dst.to_string());
         let line = apply_change(&setup, change, dst);
         let count = usize::from(change != "nothing");
         assert!(line.ends_with(&format!("sessions closed: {count}")), "{change}: {line}");
         if change == "nothing" {
-            let peer = connect_from(dst, bnd);
-            assert_eq!(read_reply(&mut stream), (0, peer.local_addr().expect("local address")));
+            assert_accepts_peer(&mut stream, bnd, dst);
         } else {
             assert_eq!(read_reply(&mut stream).0, 2, "{change}");
             assert!(TcpStream::connect(bnd).is_err(), "{change}: the port still accepts connections");
@@ -185,12 +181,10 @@ fn reload_applies_to_connect_while_resolving() {
     }
     let (_queries, release) = start_blocked_resolver();
     let cases = CHANGES.map(|change| {
-        let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
+        let setup = Setup::new(&[]);
         let (target, dst) = listener(V4);
-        let mut stream = log_in(setup.server.addr(), unused_client_ip(), ALICE);
-        stream.write_all(&request_by_name(CONNECT, "slow.test", dst.port())).expect("request sent");
-        assert_no_data(&stream, Duration::from_millis(50));
-        assert!(apply_change(&setup, change, dst).contains("reload: users: "));
+        let request = request_for(CONNECT, &format!("slow.test:{}", dst.port()));
+        let stream = change_during(&setup, change, &request, dst);
         (change, setup, target, stream)
     });
     drop(release);
@@ -209,16 +203,15 @@ fn reload_applies_to_datagrams_while_resolving() {
         return;
     }
     let (_queries, release) = start_blocked_resolver();
-    let setup = Setup::start(alice_and_bob(), "# none\n", &[]);
-    let (good, bad) = (socket(V4), socket(V4));
-    let [good_port, bad_port] = [&good, &bad].map(|socket| socket.local_addr().expect("local address").port());
+    let setup = Setup::new(&[]);
+    let [(good, good_addr), (bad, bad_addr), (other, other_addr)] = [(); 3].map(|()| udp_target("127.0.0.1"));
+    let [good_port, bad_port] = [good_addr, bad_addr].map(|addr| addr.port());
     let association = associate(setup.server.addr(), unused_client_ip(), ALICE);
     for port in [bad_port, good_port] {
         association.send_raw(&datagram_name(0, "slow.test", port, b"hello"));
     }
     // When this datagram by address arrives, the other two are waiting for the name.
-    let other = socket(V4);
-    association.send(other.local_addr().expect("local address"), b"after them");
+    association.send(other_addr, b"after them");
     receive(&other);
     assert!(setup.reload_rules(&format!("deny to=127.0.0.1 port={bad_port}\n")).ends_with("sessions closed: 0"));
     drop(release);

@@ -3,12 +3,13 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU16, Ordering};
 
 use tempfile::TempDir;
 
+use crate::support::login::{select_password, send_login, user_line};
 use crate::support::{
-    Server, UDP_ASSOCIATE, connect_from, read_exact, read_reply, request, request_by_name, retry, temp_dir, write_file,
+    BIND, CONNECT, Server, UDP_ASSOCIATE, V4, accept, connect_from, listener, read_exact, read_reply, request,
+    request_by_name, retry, temp_dir, write_file,
 };
 use crate::udp::association::{Association, socket};
 
@@ -26,22 +27,18 @@ pub fn addr(text: &str) -> SocketAddr {
     text.parse().expect("valid address")
 }
 
-/// Returns an entry of a users file: bcrypt with the lowest cost, because debug builds are slow.
-pub fn user_line(name: &str, passwd: &str) -> String {
-    format!("{name}:{}\n", bcrypt::hash(passwd, 4).expect("password hashed"))
-}
-
 /// Returns a users file with alice and bob.
 pub fn alice_and_bob() -> &'static str {
     static USERS: OnceLock<String> = OnceLock::new();
     USERS.get_or_init(|| user_line("alice", "secret") + &user_line("bob@corp", "secret"))
 }
 
-/// Returns a loopback address that no client has used yet, because logins after repeated failures are delayed.
-pub fn unused_client_ip() -> IpAddr {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-    IpAddr::from([127, 1, high, low])
+pub fn only_alice() -> &'static str {
+    alice_and_bob().split_inclusive('\n').next().expect("alice's line")
+}
+
+pub fn only_bob() -> &'static str {
+    alice_and_bob().split_inclusive('\n').nth(1).expect("bob's line")
 }
 
 /// A server with a users file and a rules file that tests rewrite.
@@ -59,6 +56,11 @@ impl Setup {
             [("users", users), ("rules", rules)].map(|(name, text)| write_file(dir.path(), name, text));
         let server = Server::start(&[&["--users", &users, "--rules", &rules], more].concat());
         Self { _dir: dir, users, rules, server }
+    }
+
+    /// Starts a server with alice and bob, and without rules.
+    pub fn new(more: &[&str]) -> Self {
+        Self::start(alice_and_bob(), "# none\n", more)
     }
 
     /// Sends SIGHUP and returns the log line of the reload.
@@ -88,27 +90,16 @@ pub fn reload(server: &Server) -> String {
     log.lines().rfind(|line| line.contains("] reload: ")).expect("a log line of the reload").to_owned()
 }
 
-pub fn greeting(login: Login<'_>) -> [u8; 3] {
-    [5, 1, if login.is_some() { 2 } else { 0 }]
-}
-
-pub fn credentials((name, passwd): (&str, &str)) -> Vec<u8> {
-    let length = |field: &str| u8::try_from(field.len()).expect("at most 255 bytes");
-    [&[1, length(name)], name.as_bytes(), &[length(passwd)], passwd.as_bytes()].concat()
-}
-
 /// Connects and logs in. Returns `None` if the login is refused.
 pub fn try_log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Option<TcpStream> {
     let mut stream = connect_from(SocketAddr::new(from, 0), server);
-    stream.write_all(&greeting(login)).expect("greeting sent");
-    assert_eq!(read_exact(&mut stream, 2), [5, greeting(login)[2]]);
-    if let Some(login) = login {
-        stream.write_all(&credentials(login)).expect("login sent");
-        if read_exact(&mut stream, 2) != [1, 0] {
-            return None;
-        }
-    }
-    Some(stream)
+    let Some((uname, passwd)) = login else {
+        stream.write_all(&[5, 1, 0]).expect("greeting sent");
+        assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+        return Some(stream);
+    };
+    select_password(&mut stream);
+    (send_login(&mut stream, uname.as_bytes(), passwd.as_bytes()) == 0).then_some(stream)
 }
 
 pub fn log_in(server: SocketAddr, from: IpAddr, login: Login<'_>) -> TcpStream {
@@ -139,6 +130,37 @@ pub fn open_as(server: &Server, login: Login<'_>, command: u8, dst: &str) -> (Tc
     (stream, rep, bnd)
 }
 
+/// Returns the REP of a client without a login.
+pub fn rep(server: &Server, command: u8, dst: &str) -> u8 {
+    open_as(server, None, command, dst).1
+}
+
+/// Opens a session that must succeed; returns the stream and BND.
+pub fn open_ok(server: &Server, login: Login<'_>, command: u8, dst: &str) -> (TcpStream, SocketAddr) {
+    let (stream, rep, bnd) = open_as(server, login, command, dst);
+    assert_eq!(rep, 0, "command {command} to {dst}");
+    (stream, bnd)
+}
+
+/// Opens a tunnel; returns its two ends.
+pub fn tunnel(server: &Server, login: Login<'_>) -> (TcpStream, TcpStream) {
+    let (listener, dst) = listener(V4);
+    (open_ok(server, login, CONNECT, &dst.to_string()).0, accept(&listener).0)
+}
+
+/// Opens a BIND that must succeed; returns the stream and BND.
+pub fn bind(server: &Server, login: Login<'_>, dst: &str) -> (TcpStream, SocketAddr) {
+    open_ok(server, login, BIND, dst)
+}
+
+/// Connects a peer to a BIND, and checks the second reply and the tunnel.
+pub fn assert_accepts_peer(client: &mut TcpStream, bnd: SocketAddr, from: SocketAddr) {
+    let mut peer = connect_from(from, bnd);
+    assert_eq!(read_reply(client), (0, peer.local_addr().expect("local address")), "peer {from}");
+    peer.write_all(b"hello").expect("data sent");
+    assert_eq!(read_exact(client, 5), b"hello", "peer {from}");
+}
+
 /// Opens a UDP association of a client at `from`.
 pub fn associate(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Association {
     let mut control = log_in(server, from, login);
@@ -147,26 +169,35 @@ pub fn associate(server: SocketAddr, from: IpAddr, login: Login<'_>) -> Associat
     Association { control, socket: socket(from), bnd }
 }
 
+/// Opens a UDP association of a client on 127.0.0.1 without a login.
+pub fn associate_anonymously(server: &Server) -> Association {
+    associate(server.addr(), V4, None)
+}
+
+/// A UDP socket at an address, and its address.
+pub fn udp_target(at: &str) -> (UdpSocket, SocketAddr) {
+    let socket = socket(ip(at));
+    let addr = socket.local_addr().expect("local address");
+    (socket, addr)
+}
+
 /// Fails if a connection has arrived. Does not wait: the server connects before it replies.
 pub fn assert_no_connection(listener: &TcpListener) {
     listener.set_nonblocking(true).expect("option set");
-    let result = listener.accept();
+    assert_would_block(listener.accept());
     listener.set_nonblocking(false).expect("option set");
-    assert!(
-        result.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
-        "a connection arrived: {result:?}"
-    );
 }
 
 /// Fails if a datagram has arrived. Does not wait: the server sends in order, and tests have received a later datagram.
 pub fn assert_no_datagram(socket: &UdpSocket) {
     socket.set_nonblocking(true).expect("option set");
-    let result = retry(|| socket.recv_from(&mut [0; 64]));
+    assert_would_block(retry(|| socket.recv_from(&mut [0; 64])));
     socket.set_nonblocking(false).expect("option set");
-    assert!(
-        result.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
-        "a datagram arrived: {result:?}"
-    );
+}
+
+fn assert_would_block<T: std::fmt::Debug>(result: std::io::Result<T>) {
+    let is_empty = result.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+    assert!(is_empty, "arrived: {result:?}");
 }
 
 /// Returns true if the other side has closed or reset the connection without sending a byte.

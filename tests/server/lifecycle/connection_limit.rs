@@ -2,11 +2,12 @@
 
 use std::io::Write as _;
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, assert_no_data, echo_server, greet, is_installed, listener, open, ping, read_exact,
-    s5, session_lines, wait_until,
+    CONNECT, Server, TIMEOUT, assert_no_data, echo_server, greet, greet_at, is_installed, open, ping, read_exact,
+    read_reply, request, s5, serve, session_lines, wait_until,
 };
 
 #[test]
@@ -39,17 +40,19 @@ fn connection_limit_is_logged_at_most_once_per_second() {
 
 #[test]
 fn idle_listener_holds_no_connection_permit() {
-    let server = crate::support::serve(
-        "127.0.0.1:0",
-        3,
-        &["--listen", "127.0.0.2:0", "--listen", "[::1]:0", "--max-connections", "1"],
-    );
+    let listen = ["--listen", "127.0.0.2:0", "--listen", "[::1]:0"];
+    let server = serve("127.0.0.1:0", 3, &[&listen[..], &["--max-connections", "1"]].concat());
     for addr in &server.addrs {
-        let mut stream = TcpStream::connect(addr).expect("the server accepts");
-        stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-        stream.write_all(&[5, 1, 0]).expect("greeting sent");
-        assert_eq!(read_exact(&mut stream, 2), [5, 0], "{addr}");
+        greet_at(*addr);
     }
+}
+
+/// Starts a server with these soft and hard limits of descriptors.
+fn serve_with_descriptors(limits: &str) -> Server {
+    let mut command = Command::new("prlimit");
+    command.arg(format!("--nofile={limits}")).arg(s5().get_program());
+    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
+    Server::start_with(&mut command, 1)
 }
 
 #[test]
@@ -57,15 +60,16 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     if !is_installed("prlimit") {
         return;
     }
-    let mut command = std::process::Command::new("prlimit");
-    command.arg("--nofile=40:40").arg(s5().get_program());
-    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
-    let server = Server::start_with(&mut command, 1);
+    let server = serve_with_descriptors("40:40");
+    // Its request follows when no descriptor is free.
+    let mut late = greet(&server);
     let dst = echo_server();
     let (mut tunnel, rep, _) = open(&server, CONNECT, dst);
     assert_eq!(rep, 0);
     let silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
     server.wait_log(|log| log.contains("too many open files"));
+    late.write_all(&request(CONNECT, dst)).expect("request sent");
+    assert_eq!(read_reply(&mut late).0, 1);
     // The load is measured over at least 1.2 s.
     let (started, before) = (Instant::now(), server.cpu_seconds());
     while started.elapsed() < Duration::from_millis(1200) {
@@ -83,26 +87,7 @@ fn descriptor_exhaustion_keeps_tunnels_running_and_new_clients_waiting() {
     assert_eq!(read_exact(&mut waiting, 2), [5, 0]);
     assert!(resumed.elapsed() < Duration::from_secs(5), "{:?}", resumed.elapsed());
     ping(&mut tunnel, b"still open too");
-    let (_stream, rep, _) = open(&server, CONNECT, dst);
-    assert_eq!(rep, 0);
-}
-
-#[test]
-fn connect_without_a_free_descriptor_gets_general_failure() {
-    if !is_installed("prlimit") {
-        return;
-    }
-    let mut command = std::process::Command::new("prlimit");
-    command.arg("--nofile=40:40").arg(s5().get_program());
-    command.args(["serve", "--listen", "127.0.0.1:0", "--max-connections", "1000"]);
-    let server = Server::start_with(&mut command, 1);
-    let (target, dst) = listener(V4);
-    let mut stream = greet(&server);
-    let _silent: Vec<TcpStream> = (0..60).map(|_| server.connect()).collect();
-    server.wait_log(|log| log.contains("too many open files"));
-    stream.write_all(&crate::support::request(CONNECT, dst)).expect("request sent");
-    assert_eq!(crate::support::read_reply(&mut stream).0, 1);
-    drop(target);
+    assert_eq!(open(&server, CONNECT, dst).1, 0);
 }
 
 #[test]
@@ -110,9 +95,7 @@ fn soft_descriptor_limit_is_raised_to_the_hard_limit() {
     if !is_installed("prlimit") {
         return;
     }
-    let mut command = std::process::Command::new("prlimit");
-    command.arg("--nofile=64:1000").arg(s5().get_program()).args(["serve", "--listen", "127.0.0.1:0"]);
-    let server = Server::start_with(&mut command, 1);
+    let server = serve_with_descriptors("64:1000");
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.pid())).expect("the server runs");
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("the limit is listed");
     assert_eq!(line.split_whitespace().nth(3), Some("1000"), "{line}");

@@ -6,19 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    CONNECT, Server, StreamEnd, TIMEOUT, echo_server, fastest, greet, idle_descriptors, open, ping, request,
+    CONNECT, Server, StreamEnd, TIMEOUT, echo_server, fastest, greet, idle_descriptors, open, ping, request, reset,
     session_lines, stream_end, timed, wait_until,
 };
-
-/// Sends bytes and returns all bytes of the answer. Fails if the connection is reset.
-fn answer_to(server: &Server, bytes: &[u8]) -> Vec<u8> {
-    let mut stream = server.connect();
-    stream.write_all(bytes).expect("data sent");
-    match stream_end(&mut stream) {
-        StreamEnd::Closed(answer) => answer,
-        StreamEnd::Reset => panic!("reset after {bytes:02x?}"),
-    }
-}
 
 #[test]
 fn handshake_timeout_closes_clients_that_stop_at_any_stage() {
@@ -39,8 +29,10 @@ fn handshake_timeout_closes_clients_that_stop_at_any_stage() {
 }
 
 #[test]
-fn handshake_timeout_is_not_extended_by_single_bytes() {
+fn handshake_timeout_is_not_extended_by_single_bytes_and_does_not_apply_to_the_tunnel() {
     let server = Server::start(&["--handshake-timeout", "600ms"]);
+    let (mut tunnel, rep, _) = open(&server, CONNECT, echo_server());
+    assert_eq!(rep, 0);
     let mut stream = server.connect();
     let started = Instant::now();
     let mut sending = stream.try_clone().expect("cloned");
@@ -60,18 +52,7 @@ fn handshake_timeout_is_not_extended_by_single_bytes() {
     assert!(time >= Duration::from_millis(550) && time < Duration::from_secs(5), "{time:?}");
     drop(stream);
     sender.join().expect("the thread does not panic");
-}
-
-#[test]
-fn handshake_timeout_does_not_apply_to_the_tunnel() {
-    let server = Server::start(&["--handshake-timeout", "300ms"]);
-    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
-    let started = Instant::now();
-    while started.elapsed() < Duration::from_millis(600) {
-        ping(&mut stream, b"still open");
-        thread::sleep(Duration::from_millis(50));
-    }
+    ping(&mut tunnel, b"still open");
 }
 
 #[test]
@@ -86,41 +67,18 @@ fn three_hundred_silent_clients_do_not_delay_others() {
 }
 
 #[test]
-fn http_requests_get_a_501_response_that_names_socks5() {
+fn http_request_gets_a_501_page_that_names_socks5() {
     let server = Server::start(&[]);
     for request in ["GET / HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT x:443 HTTP/1.1\r\n\r\n", "POST / HTTP/1.0\r\n\r\n"] {
-        let answer = String::from_utf8(answer_to(&server, request.as_bytes())).expect("UTF-8");
-        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
-        assert!(head.starts_with("HTTP/1.") && head.lines().next().expect("a status line").contains(" 501 "), "{head}");
-        let length =
-            head.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length: ").map(str::to_owned));
-        assert!(length.is_none_or(|length| length == body.len().to_string()), "{answer}");
-        assert!(body.contains("SOCKS5"), "{body}");
-    }
-}
-
-#[test]
-fn socks4_request_gets_a_socks4_rejection() {
-    let server = Server::start(&[]);
-    let answer = answer_to(&server, &[4, 1, 0, 80, 127, 0, 0, 1, 0]);
-    assert_eq!(answer.len(), 8);
-    assert_eq!(answer[..2], [0, 0x5b]);
-}
-
-#[test]
-fn tls_and_random_bytes_are_closed_without_an_answer() {
-    let server = Server::start(&[]);
-    let inputs: [&[u8]; 3] = [&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3], &[0, 0, 0], &[0xFF; 100]];
-    for bytes in inputs {
         let mut stream = server.connect();
-        stream.write_all(bytes).expect("data sent");
-        // A reset is allowed, because there is no answer that it could discard.
-        let end = stream_end(&mut stream);
-        assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
+        stream.write_all(request.as_bytes()).expect("data sent");
+        let StreamEnd::Closed(answer) = stream_end(&mut stream) else { panic!("reset after {request}") };
+        let answer = String::from_utf8(answer).expect("UTF-8");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        assert!(head.starts_with("HTTP/1.0 501 ") && body.contains("SOCKS5"), "{answer}");
+        let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+        assert!(length.is_none_or(|length| length == body.len().to_string()), "{answer}");
     }
-    let log = server.wait_log(|log| session_lines(log).len() == 3);
-    assert_eq!(log.matches("not SOCKS5: the client's first byte is").count(), 3, "{log}");
-    assert!(log.contains("TLS"), "{log}");
 }
 
 #[test]
@@ -142,7 +100,7 @@ fn clients_that_close_after_any_byte_leak_no_descriptor() {
     let mut message = vec![5, 1, 0];
     message.extend(request(CONNECT, echo_server()));
     for length in 0..=message.len() {
-        for end in [drop as fn(TcpStream), crate::support::reset] {
+        for end in [drop as fn(TcpStream), reset] {
             let mut stream = server.connect();
             stream.write_all(&message[..length]).expect("data sent");
             end(stream);

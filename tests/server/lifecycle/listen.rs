@@ -3,27 +3,25 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use crate::support::{
-    CONNECT, Server, TIMEOUT, V4, V6, echo_server, in_namespace, listener, open, ping, run, s5, serve, temp_dir,
+    CONNECT, Server, TIMEOUT, V4, V6, echo_server, greet_at, in_namespace, listener, open, ping, request, run, s5,
+    serve, temp_dir, write_file,
 };
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().expect("valid address")
 }
 
-/// Offers no authentication. Fails unless the server selects it.
-fn assert_serves(stream: &mut (impl std::io::Read + std::io::Write)) {
+/// A client of a Unix socket, which the server must serve.
+fn greet_unix(path: &Path) -> UnixStream {
+    let mut stream = UnixStream::connect(path).expect("the listener accepts");
     stream.write_all(&[5, 1, 0]).expect("greeting sent");
     let mut selection = [0; 2];
     stream.read_exact(&mut selection).expect("method selection received");
     assert_eq!(selection, [5, 0]);
-}
-
-fn assert_listens(addr: SocketAddr) {
-    let mut stream = TcpStream::connect(addr).unwrap_or_else(|error| panic!("{addr}: {error}"));
-    stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-    assert_serves(&mut stream);
+    stream
 }
 
 /// Returns the last line on the stderr of a server that must fail to start.
@@ -42,7 +40,8 @@ fn listen_port_binds_loopback_of_both_families() {
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [V4, V6]);
     assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "ports differ");
-    server.addrs.iter().copied().for_each(assert_listens);
+    assert_ne!(server.addr().port(), 0, "the log has the bound port");
+    server.addrs.iter().copied().for_each(|addr| drop(greet_at(addr)));
     let other = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
     assert!(TcpStream::connect(other).is_err(), "the server also listens on another loopback address");
 }
@@ -53,7 +52,7 @@ fn listen_star_binds_all_addresses_of_both_families() {
     let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
     assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
     for ip in ["127.0.0.1", "127.0.0.2", "::1"] {
-        assert_listens(SocketAddr::new(ip.parse().expect("valid address"), server.addr().port()));
+        greet_at(SocketAddr::new(ip.parse().expect("valid address"), server.addr().port()));
     }
 }
 
@@ -62,17 +61,10 @@ fn listen_address_or_name_binds_only_that_address() {
     let server = serve("[::1]:0", 1, &["--listen", "127.0.0.2:0", "--listen", "127.0.0.1:0"]);
     server.wait_log(|log| log.matches("listening on ").count() == 3);
     assert_eq!(server.addr().ip(), V6);
-    assert_listens(server.addr());
+    greet_at(server.addr());
     let server = serve("localhost:0", 1, &[]);
     assert!(server.addr().ip().is_loopback());
-    assert_listens(server.addr());
-}
-
-#[test]
-fn listen_log_line_has_the_bound_port() {
-    let server = Server::start(&[]);
-    assert_ne!(server.addr().port(), 0);
-    assert!(server.log().lines().any(|line| line.ends_with(&format!("listening on {}", server.addr()))));
+    greet_at(server.addr());
 }
 
 #[test]
@@ -82,17 +74,13 @@ fn unix_socket_serves_clients_and_is_removed_at_exit() {
     let listen = format!("unix:{}", path.display());
     let mut server = serve(&listen, 1, &[]);
     assert!(server.log().contains(&format!("listening on {listen}")));
-    let mut stream = UnixStream::connect(&path).expect("the listener accepts");
-    assert_serves(&mut stream);
+    let mut stream = greet_unix(&path);
     let dst = echo_server();
-    stream.write_all(&crate::support::request(CONNECT, dst)).expect("request sent");
-    let mut reply = [0; 10];
-    stream.read_exact(&mut reply).expect("reply received");
-    assert_eq!(reply[..2], [5, 0]);
+    stream.write_all(&request(CONNECT, dst)).expect("request sent");
     stream.write_all(b"hello").expect("data sent");
-    let mut answer = [0; 5];
-    stream.read_exact(&mut answer).expect("answer received");
-    assert_eq!(&answer, b"hello");
+    let mut answer = [0; 15];
+    stream.read_exact(&mut answer).expect("a reply and the echo");
+    assert_eq!((&answer[..2], &answer[10..]), (&[5, 0][..], &b"hello"[..]));
     drop(stream);
     assert!(server.wait_log(|log| log.contains("session ")).contains("client=unix "));
     server.signal("TERM");
@@ -101,29 +89,24 @@ fn unix_socket_serves_clients_and_is_removed_at_exit() {
 }
 
 #[test]
-fn stale_unix_socket_is_replaced_and_one_in_use_is_kept() {
+fn stale_unix_socket_is_replaced_and_one_in_use_or_another_file_is_kept() {
     let dir = temp_dir();
     let path = dir.path().join("s5.sock");
     let listen = format!("unix:{}", path.display());
     // Dropping a listener does not remove its file.
     drop(UnixListener::bind(&path).expect("bound"));
     let _server = serve(&listen, 1, &[]);
-    let error = start_error(&["--listen", &listen]);
-    assert!(error.contains(&listen), "{error}");
-    assert_serves(&mut UnixStream::connect(&path).expect("the listener accepts"));
+    let file = write_file(dir.path(), "precious", "text");
+    for in_use in [listen, format!("unix:{file}")] {
+        let error = start_error(&["--listen", &in_use]);
+        assert!(error.contains(&in_use), "{error}");
+    }
+    assert_eq!(std::fs::read_to_string(file).expect("file read"), "text");
+    greet_unix(&path);
 }
 
 #[test]
-fn listen_keeps_a_regular_file_at_the_socket_path() {
-    let dir = temp_dir();
-    let path = crate::support::write_file(dir.path(), "precious", "text");
-    let error = start_error(&["--listen", &format!("unix:{path}")]);
-    assert!(error.contains(&path), "{error}");
-    assert_eq!(std::fs::read_to_string(path).expect("file read"), "text");
-}
-
-#[test]
-fn listen_error_names_a_port_in_use() {
+fn listen_error_names_a_port_in_use_or_an_address_of_another_host() {
     let (_taken, addr) = listener(V4);
     let error = start_error(&["--listen", "127.0.0.1:0", "--listen", &addr.to_string()]);
     assert!(error.contains(&addr.to_string()) && error.contains("in use"), "{error}");
@@ -131,10 +114,6 @@ fn listen_error_names_a_port_in_use() {
     let (_taken, addr) = listener(V6);
     let error = start_error(&["--listen", &addr.port().to_string()]);
     assert!(error.contains("in use"), "{error}");
-}
-
-#[test]
-fn listen_error_names_an_address_of_another_host() {
     let error = start_error(&["--listen", "192.0.2.200:0"]);
     assert!(error.contains("192.0.2.200:0"), "{error}");
 }
@@ -152,7 +131,7 @@ fn killed_server_can_rebind_its_port_at_once() {
     ping(&mut stream, b"hello");
     drop(server);
     let restarted = serve(&addr.to_string(), 1, &[]);
-    assert_listens(restarted.addr());
+    greet_at(restarted.addr());
 }
 
 #[test]

@@ -35,7 +35,9 @@ fn session_logs_one_line_for_each_kind_of_end() {
     drop(open(&server, CONNECT, echo));
     drop(open(&server, CONNECT, closed_port()));
     let any = "0.0.0.0:0".parse().expect("valid address");
-    [(UDP_ASSOCIATE, any), (BIND, any), (9, echo)].map(|(command, dst)| drop(open(&server, command, dst)));
+    for (command, dst) in [(UDP_ASSOCIATE, any), (BIND, any), (9, echo)] {
+        drop(open(&server, command, dst));
+    }
     reset(greet(&server));
     let log = server.wait_log(|log| session_lines(log).len() >= 8);
     assert_eq!(session_lines(&log).len(), 8, "{log}");

@@ -7,8 +7,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, accept, assert_no_data, echo_server, greet, listener,
-    open, ping, read_exact, s5, stream_end, timed, wait_until,
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, assert_no_data, echo_server, greet, greet_at, open, ping,
+    read_exact, s5, stream_end, timed, tunnel, wait_until,
 };
 
 #[test]
@@ -33,24 +33,21 @@ fn sigterm_and_sigint_drain_open_tunnels_and_accept_no_new_ones() {
 }
 
 #[test]
-fn sigterm_ends_an_idle_server_at_once() {
-    let mut server = Server::start(&["--drain-timeout", "60"]);
-    server.signal("TERM");
-    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+fn idle_server_and_drain_of_zero_end_at_once() {
+    for (drain, has_tunnel) in [("60", false), ("0", true)] {
+        let mut server = Server::start(&["--drain-timeout", drain]);
+        let mut tunnel = has_tunnel.then(|| tunnel(&server));
+        server.signal("TERM");
+        assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+        assert!(tunnel.iter_mut().all(|(client, _)| stream_end(client) == StreamEnd::Reset));
+    }
 }
 
 #[test]
 fn drain_timeout_resets_the_remaining_tunnels() {
     for threads in ["1", "4"] {
         let mut server = Server::start(&["--drain-timeout", "300ms", "--threads", threads]);
-        let (target, dst) = listener(V4);
-        let mut tunnels: Vec<_> = (0..8)
-            .map(|_| {
-                let (client, rep, _) = open(&server, CONNECT, dst);
-                assert_eq!(rep, 0);
-                (client, accept(&target).0)
-            })
-            .collect();
+        let mut tunnels = [(); 8].map(|()| tunnel(&server));
         for (client, target) in &mut tunnels {
             client.write_all(b"half of a").expect("data sent");
             assert_eq!(read_exact(target, 9), b"half of a");
@@ -62,11 +59,8 @@ fn drain_timeout_resets_the_remaining_tunnels() {
         assert_eq!(status.code(), Some(0));
         assert!(time >= Duration::from_millis(300), "{time:?}");
         for (client, target) in &mut tunnels {
-            assert_eq!(
-                [stream_end(client), stream_end(target)],
-                [StreamEnd::Reset, StreamEnd::Reset],
-                "{threads} threads"
-            );
+            let ends = [stream_end(client), stream_end(target)];
+            assert_eq!(ends, [StreamEnd::Reset, StreamEnd::Reset], "{threads} threads");
         }
         let log = server.wait_log(|log| log.matches("session ").count() == 8);
         assert!(log.contains("drain time over, closing the remaining sessions"), "{log}");
@@ -104,16 +98,6 @@ fn second_signal_ends_the_drain() {
 }
 
 #[test]
-fn drain_of_zero_resets_tunnels_at_once() {
-    let mut server = Server::start(&["--drain-timeout", "0"]);
-    let (mut stream, rep, _) = open(&server, CONNECT, echo_server());
-    assert_eq!(rep, 0);
-    server.signal("TERM");
-    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
-    assert_eq!(stream_end(&mut stream), StreamEnd::Reset);
-}
-
-#[test]
 fn server_survives_a_closed_log_pipe() {
     let mut command = s5();
     command.args(["serve", "--listen", "127.0.0.1:0", "-v"]);
@@ -125,10 +109,7 @@ fn server_survives_a_closed_log_pipe() {
     drop(log);
     let result = std::panic::catch_unwind(|| {
         for _ in 0..20 {
-            let mut stream = TcpStream::connect(addr).expect("the listener accepts");
-            stream.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
-            stream.write_all(&[5, 1, 0]).expect("greeting sent");
-            assert_eq!(read_exact(&mut stream, 2), [5, 0]);
+            greet_at(addr);
         }
     });
     let is_running = child.try_wait().expect("the child can be waited for").is_none();
