@@ -9,7 +9,7 @@ const UTF8_BOM: &[u8] = b"\xef\xbb\xbf";
 ///
 /// # Errors
 /// Those of read(2), a longer text, and UTF-16.
-pub(in crate::cmd) fn read(file: impl Read, max: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read(file: impl Read, max: u64) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     file.take(max + 1).read_to_end(&mut text)?;
     if text.len() as u64 > max {
@@ -23,7 +23,7 @@ pub(in crate::cmd) fn read(file: impl Read, max: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Removes a byte order mark from the start of a text.
-pub(in crate::cmd) fn skip_bom(text: &mut Vec<u8>) {
+pub(crate) fn skip_bom(text: &mut Vec<u8>) {
     if text.starts_with(UTF8_BOM) {
         text.drain(..UTF8_BOM.len());
     }

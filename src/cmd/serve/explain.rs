@@ -90,12 +90,11 @@ impl ExplainedRequest {
         let method = conditions.remove("method").map_or(Ok(default_method), str::parse)?;
         let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), str::parse)?;
         let command = conditions.remove("command").map_or(Ok(Command::Connect), str::parse)?;
-        let to = conditions.remove("to").map(|to| Addr::parse_with_default_port(to, 0)).transpose()?;
+        let mut to = conditions.remove("to").map(|to| Addr::parse_with_default_port(to, 0)).transpose()?;
         let port = conditions.remove("port").map(parse_port).transpose()?;
-        let to = match (to, port) {
-            (Some(to), Some(port)) => Some(Addr { port, ..to }),
-            (to, _) => to,
-        };
+        if let (Some(to), Some(port)) = (&mut to, port) {
+            to.port = port;
+        }
         if let Some(key) = conditions.keys().next() {
             return Err(format!("unknown key {key:?} (keys are from, user, method, protection, command, to, port)"));
         }
@@ -191,24 +190,20 @@ impl Explanation<'_> {
     }
 
     fn report(&mut self, subject: &str, request: &AccessRequest<'_>) -> Result<bool, CliError> {
-        match self.policy.evaluate(request, is_local) {
-            Decision::Allow(rule, route) => {
-                self.add_line("allow", subject, rule, route);
-                Ok(true)
-            }
-            Decision::Deny(rule) => {
-                self.add_line("deny", subject, rule, Route::Direct);
-                Ok(false)
-            }
+        let (decision, rule, route) = match self.policy.evaluate(request, is_local) {
+            Decision::Allow(rule, route) => ("allow", rule, route),
+            Decision::Deny(rule) => ("deny", rule, Route::Direct),
             Decision::Undecided(_) => {
                 let to = self.query.to.as_ref().map(ToString::to_string);
                 let problem = match to.as_deref().and_then(|to| to.strip_suffix(":0")) {
                     Some(to) => format!("to={to} has no port"),
                     None => "the request has no target address".into(),
                 };
-                Err(CliError::usage(format!("--explain: {problem} (write to=HOST:PORT)")))
+                return Err(CliError::usage(format!("--explain: {problem} (write to=HOST:PORT)")));
             }
-        }
+        };
+        self.add_line(decision, subject, rule, route);
+        Ok(decision == "allow")
     }
 
     fn add_line(&mut self, decision: &str, subject: &str, rule: &Rule, route: Route) {
