@@ -60,13 +60,19 @@ fn failure(status: i32, stderr: &str) -> Outcome {
     (Some(status), String::new(), stderr.into())
 }
 
-/// Fails unless s5 exits with this status, and prints only one line, on stderr, that contains all words.
-fn assert_line(args: &str, status: i32, words: &[&str]) {
-    let (code, stdout, stderr) = outcome(args, b"");
-    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(status), "", 1), "{args}: {stderr}");
+/// Fails unless a command exits with this status, and prints only one line, on stderr, that contains all words.
+fn assert_line_of(command: &mut Command, status: i32, words: &[&str]) {
+    let (code, stdout, stderr) = outcome_of(command, b"");
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(status), "", 1), "{command:?}: {stderr}");
+    assert!(stderr.starts_with("s5: ") && stderr.ends_with('\n'), "{command:?}: {stderr}");
     for word in words {
-        assert!(stderr.contains(word), "{args}: {word:?} is missing in: {stderr}");
+        assert!(stderr.contains(word), "{command:?}: {word:?} is missing in: {stderr}");
     }
+}
+
+/// Runs s5 with these arguments, and checks its only line.
+fn assert_line(args: &str, status: i32, words: &[&str]) {
+    assert_line_of(&mut command(args), status, words);
 }
 
 /// Starts `s5 serve`. Returns it and its address.

@@ -109,7 +109,7 @@ fn failing_askpass_program_has_status_67() {
 }
 
 /// A shell command on a new terminal with echo. The terminal's output is the stdout of the command.
-fn on_a_terminal(dir: &Path, command: &str) -> Command {
+pub fn on_a_terminal(dir: &Path, command: &str) -> Command {
     let mut script = as_s5("script");
     script.current_dir(dir).env("SHELL", "/bin/sh");
     script.args(["-q", "-e", "-c", &format!("tty > tty; {command}"), "/dev/null"]);
@@ -117,10 +117,11 @@ fn on_a_terminal(dir: &Path, command: &str) -> Command {
 }
 
 /// Waits for the prompt and for echo to be off, then types a password.
-fn type_password(terminal: &mut RunningProgram, dir: &Path, passwd: &str) {
-    terminal.stdout(|shown| text(shown).contains("Password for alice at "));
+pub fn type_at_prompt(terminal: &mut RunningProgram, dir: &Path, prompt: &str, passwd: &str) {
+    terminal.stdout(|shown| text(shown).contains(prompt));
     let tty = fs::read_to_string(dir.join("tty")).expect("file read");
-    wait_until("the terminal does not echo", TIMEOUT, || {
+    // The time includes the hashing of an unoptimised build.
+    wait_until("the terminal does not echo", 6 * TIMEOUT, || {
         let settings = Command::new("stty").args(["-a", "-F", tty.trim()]).output().expect("stty runs");
         text(&settings.stdout).split_whitespace().any(|word| word == "-echo")
     });
@@ -140,7 +141,7 @@ fn password_prompt_on_a_terminal_does_not_echo() {
         let (dir, proxy) = (temp_dir(), accepting_proxy());
         let command = command.replace("ADDR", &proxy.url()).replace("TARGET", TARGET);
         let mut terminal = RunningProgram::start(&mut on_a_terminal(dir.path(), &command));
-        type_password(&mut terminal, dir.path(), "topsecret");
+        type_at_prompt(&mut terminal, dir.path(), "Password for alice at ", "topsecret");
         let (status, shown, _) = terminal.wait_exit(TIMEOUT);
         let shown = text(&shown);
         assert_eq!(status.code(), Some(0), "{shown}");

@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use connections::*;
+pub use scripted::run;
 
 /// Time limit for operations that should complete immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
@@ -171,43 +172,6 @@ pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bo
     while !condition() {
         assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
         thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Runs a command with this stdin and returns its output. Panics if it takes longer than `limit`.
-pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
-    let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let mut input = child.stdin.take().expect("stdin is piped");
-    let stdin = stdin.to_vec();
-    // The write fails if the child does not read all of it.
-    thread::spawn(move || drop(input.write_all(&stdin)));
-    let (mut out, mut err) =
-        (child.stdout.take().expect("stdout is piped"), child.stderr.take().expect("stderr is piped"));
-    let out = thread::spawn(move || {
-        let mut all = Vec::new();
-        out.read_to_end(&mut all).map(|_| all).unwrap_or_default()
-    });
-    let err = thread::spawn(move || {
-        let mut all = Vec::new();
-        err.read_to_end(&mut all).map(|_| all).unwrap_or_default()
-    });
-    let deadline = Instant::now() + limit;
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("the child can be waited for") {
-            break status;
-        }
-        if Instant::now() >= deadline {
-            let _ = child.kill();
-            let _ = child.wait();
-            panic!("{command:?} took longer than {limit:?}");
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
-    Output {
-        status,
-        stdout: out.join().expect("the thread does not panic"),
-        stderr: err.join().expect("the thread does not panic"),
     }
 }
 

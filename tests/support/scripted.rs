@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -308,6 +308,17 @@ impl RunningProgram {
         let (status, stdout, stderr) = self.output(limit);
         (status.unwrap_or_else(|| panic!("the program does not exit within {limit:?}: {stderr}")), stdout, stderr)
     }
+}
+
+/// Runs a command with this stdin and returns its output. Panics if it takes longer than `limit`.
+pub fn run(command: &mut Command, stdin: &[u8], limit: Duration) -> Output {
+    let mut program = RunningProgram::start(command);
+    let mut pipe = program.stdin.take().expect("stdin is open");
+    let stdin = stdin.to_vec();
+    // The write fails if the program does not read all of it.
+    thread::spawn(move || drop(pipe.write_all(&stdin)));
+    let (status, stdout, _) = program.wait_exit(limit);
+    Output { status, stdout, stderr: program.stderr.all() }
 }
 
 impl Drop for RunningProgram {

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
 
 use s5::cmd::ExitStatus;
 
-use super::{assert_usage_error, run_s5};
 use crate::support::scripted::text;
 use crate::support::{is_installed, run, temp_dir, write_file};
+use crate::{assert_line, outcome};
 
 /// Time limit for a shell, man or groff: they read many files at their start.
 const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);
@@ -24,24 +24,22 @@ const MAX_HELP_LINES: usize = 48;
 const MAX_HELP_COLUMNS: usize = 80;
 
 /// Runs s5 and returns its stdout. Fails unless it exits with 0.
-fn stdout_of(args: &[&str]) -> String {
-    let output = run_s5(args);
-    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{args:?}");
-    text(&output.stdout)
+fn stdout_of(args: &str) -> String {
+    let (status, stdout, stderr) = outcome(args, b"");
+    assert_eq!((status, stderr.as_str()), (Some(0), ""), "{args}");
+    stdout
 }
 
-/// Fails if a program prints warnings about the manual page.
-fn lint(program: &str, args: &[&str]) {
-    if is_installed(program) {
-        let output = run(Command::new(program).args(args), stdout_of(&["--man"]).as_bytes(), PROGRAM_TIMEOUT);
-        let report = text(&output.stdout) + &text(&output.stderr);
-        assert_eq!((output.status.code(), report.as_str()), (Some(0), ""), "{program}");
-    }
+/// Fails unless a program succeeds and prints nothing on stderr. Returns its stdout.
+fn run_quietly(command: &mut Command, stdin: &str) -> String {
+    let output = run(command, stdin.as_bytes(), PROGRAM_TIMEOUT);
+    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{command:?}");
+    text(&output.stdout)
 }
 
 /// The source of the manual page, without escapes and font changes.
 fn manual() -> String {
-    let page = stdout_of(&["--man"]);
+    let page = stdout_of("--man");
     ["\\fB", "\\fI", "\\fR", "\\fP", "\\&"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-")
 }
 
@@ -96,7 +94,7 @@ fn literals(line: &str) -> impl Iterator<Item = &str> {
 
 /// The options in the help of a mode, with their placeholders.
 fn options(mode: &str) -> Vec<String> {
-    let help = stdout_of(&[mode, "--help"]);
+    let help = stdout_of(&format!("{mode} --help"));
     let options = help.lines().filter(|line| line.starts_with("  -")).map(|line| line.trim().split("  ").next());
     options.map(|option| option.unwrap_or_default().to_owned()).collect()
 }
@@ -105,7 +103,7 @@ fn options(mode: &str) -> Vec<String> {
 fn help_groups_the_options_and_fits_on_two_screens() {
     let client = ["Proxy", "Addresses", "Limits", "Data", "Listening", "Logging"];
     for mode in MODES {
-        let help = stdout_of(&[mode, "--help"]);
+        let help = stdout_of(&format!("{mode} --help"));
         let lines: Vec<&str> = help.lines().collect();
         assert!(lines.len() <= MAX_HELP_LINES, "{mode}: {} lines", lines.len());
         assert!(lines.iter().all(|line| line.chars().count() <= MAX_HELP_COLUMNS), "{mode}: {help}");
@@ -120,7 +118,7 @@ fn help_groups_the_options_and_fits_on_two_screens() {
 #[test]
 fn help_line_of_an_option_ends_with_its_default() {
     for mode in MODES {
-        let help = stdout_of(&[mode, "--help"]);
+        let help = stdout_of(&format!("{mode} --help"));
         for line in help.lines().filter(|line| line.contains("[default:")) {
             assert!(line.ends_with(']'), "{mode}: {line}");
         }
@@ -137,15 +135,14 @@ fn manual_names_the_aliases_of_options() {
 
 #[test]
 fn mandoc_groff_and_man_have_no_warnings_about_the_manual() {
-    lint("mandoc", &["-T", "lint"]);
-    lint("groff", &["-man", "-ww", "-Tutf8", "-z"]);
-    if is_installed("man") {
-        let mut man = Command::new("man");
-        man.env("LC_ALL", "C.UTF-8").env_remove("MANOPT").env_remove("MANROFFOPT");
-        let page = stdout_of(&["--man"]);
-        let output = run(man.args(["--warnings=all", "-l", "-"]), page.as_bytes(), PROGRAM_TIMEOUT);
-        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
-        assert!(text(&output.stdout).starts_with("S5(1)"));
+    let page = stdout_of("--man");
+    let linters =
+        [("mandoc", "-T lint", ""), ("groff", "-man -ww -Tutf8 -z", ""), ("man", "--warnings=all -l -", "S5(1)")];
+    for (program, args, start) in linters.into_iter().filter(|(program, ..)| is_installed(program)) {
+        let mut linter = Command::new(program);
+        linter.env("LC_ALL", "C.UTF-8").env_remove("MANOPT").env_remove("MANROFFOPT");
+        let stdout = run_quietly(linter.args(args.split(' ')), &page);
+        assert!(stdout.starts_with(start) && (stdout.is_empty() || !start.is_empty()), "{program}: {stdout}");
     }
 }
 
@@ -207,16 +204,14 @@ fn manual_has_every_field_of_a_log_line() {
 
 #[test]
 fn manual_has_every_key_of_the_json_object() {
-    let output = run_s5(&["connect", "--json", "--auth", "none", "-x", "127.0.0.1:1", "192.0.2.1:1"]);
-    let json = text(&output.stderr);
+    let (_, _, json) = outcome("connect --json --auth none -x 127.0.0.1:1 192.0.2.1:1", b"");
     let keys = json.match_indices("\":").filter_map(|(at, _)| json[..at].rsplit('"').next());
     assert_documented(&manual(), "JSON", keys, 21);
 }
 
 #[test]
 fn manual_has_every_key_of_a_rule() {
-    let output = run_s5(&["serve", "--allow", "bogus=1", "--show-rules"]);
-    let error = text(&output.stderr);
+    let (_, _, error) = outcome("serve --allow bogus=1 --show-rules", b"");
     let (_, keys) = error.split_once("(keys are ").expect("the error lists the keys");
     let keys = keys.trim_end().trim_end_matches(')').split(", ").map(|key| format!("{key}="));
     assert_documented(&manual(), "RULES", keys, 8);
@@ -248,14 +243,14 @@ fn manual_has_every_exit_status_once_with_its_meaning() {
 #[test]
 fn completions_reject_an_unknown_shell() {
     for shell in ["tcsh", "", "Bash"] {
-        assert_usage_error(&["--completions", shell], &["--completions", shell, "bash", "zsh", "fish"]);
+        assert_line(&format!("--completions {shell}"), 2, &["--completions", shell, "bash", "zsh", "fish"]);
     }
-    assert_usage_error(&["--completions"], &["--completions"]);
+    assert_line("--completions", 2, &["--completions"]);
 }
 
 /// Writes the script for a shell to a file, and returns its path.
 fn script(dir: &Path, shell: &str) -> String {
-    write_file(dir, shell, &stdout_of(&["--completions", shell]))
+    write_file(dir, shell, &stdout_of(&format!("--completions {shell}")))
 }
 
 #[test]
@@ -263,8 +258,7 @@ fn completions_are_scripts_that_their_shells_parse() {
     let dir = temp_dir();
     for shell in SHELLS.into_iter().filter(|shell| is_installed(shell)) {
         let option = if shell == "fish" { "--no-execute" } else { "-n" };
-        let output = run(Command::new(shell).args([option, &script(dir.path(), shell)]), b"", PROGRAM_TIMEOUT);
-        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{shell}");
+        run_quietly(Command::new(shell).args([option, &script(dir.path(), shell)]), "");
     }
 }
 
@@ -282,12 +276,12 @@ const CASES: [(&str, &[&str]); 10] = [
     ("s5 serve --prox", &[]),
 ];
 
-/// Runs a shell without the user's configuration.
-fn shell(name: &str, home: &Path, args: &[&str]) -> Output {
+/// Runs a shell without the user's configuration. Returns its stdout.
+fn shell(name: &str, home: &Path, args: &[&str]) -> String {
     let mut command = Command::new(name);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.env("HOME", home).env("ZDOTDIR", home).env("TERM", "dumb").env("LC_ALL", "C.UTF-8");
-    run(command.current_dir(home).args(args), b"", PROGRAM_TIMEOUT)
+    run_quietly(command.current_dir(home).args(args), "")
 }
 
 fn sorted<'a>(words: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
@@ -306,9 +300,7 @@ fn bash_completes_modes_and_options() {
     for (line, expected) in CASES {
         let words: Vec<&str> = line.split(' ').collect();
         let args = [&["--norc", "--noprofile", "-c", code, "bash", &path], &words[..]].concat();
-        let output = shell("bash", dir.path(), &args);
-        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{line}");
-        let completions = text(&output.stdout);
+        let completions = shell("bash", dir.path(), &args);
         assert_eq!(sorted(completions.lines().filter(|line| !line.is_empty())), expected, "{line}");
     }
 }
@@ -322,9 +314,7 @@ fn fish_completes_modes_and_options() {
     let path = script(dir.path(), "fish");
     for (line, expected) in CASES {
         let code = format!("source '{path}'; complete --do-complete '{line}'");
-        let output = shell("fish", dir.path(), &["--no-config", "-c", &code]);
-        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""), "{line}");
-        let completions = text(&output.stdout);
+        let completions = shell("fish", dir.path(), &["--no-config", "-c", &code]);
         let words = completions.lines().map(|line| line.split('\t').next().unwrap_or_default());
         assert_eq!(sorted(words), expected, "{line}");
     }
@@ -360,13 +350,12 @@ fn zsh_completes_modes_and_options() {
     write_file(dir.path(), ".zshrc", &rc);
     let zpty = write_file(dir.path(), "zpty", ZPTY);
     let lines = CASES.map(|(line, _)| line);
-    let output = shell("zsh", dir.path(), &[&["-f", zpty.as_str()], &lines[..]].concat());
-    assert_eq!(text(&output.stderr), "");
+    let completed = shell("zsh", dir.path(), &[&["-f", zpty.as_str()], &lines[..]].concat());
     // With several completions, zsh inserts their common prefix.
     let expected_lines = CASES.map(|(line, expected)| match (line.rsplit_once(' ').expect("words"), expected) {
         (_, []) => line.to_owned(),
         ((before, _), [one]) => format!("{before} {one} "),
         ((before, _), [first, ..]) => format!("{before} {first}"),
     });
-    assert_eq!(text(&output.stdout).lines().collect::<Vec<_>>(), expected_lines);
+    assert_eq!(completed.lines().collect::<Vec<_>>(), expected_lines);
 }
