@@ -66,13 +66,18 @@ async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: I
 
 impl Session {
     /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
-    async fn cancellable<T>(&self, client: &Conn, work: impl Future<Output = SessionResult<T>>) -> SessionResult<T> {
+    // Not an async fn, whose future would store `work` twice.
+    fn cancellable<T>(
+        &self,
+        client: &Conn,
+        work: impl Future<Output = SessionResult<T>>,
+    ) -> impl Future<Output = SessionResult<T>> {
         let disconnected = async {
             client.wait_eof().await;
             sleep(HALF_CLOSED_GRACE).await;
             Err(SessionError::silent("client disconnected before the target was reached"))
         };
-        work.or(disconnected).or(self.denied_by_reload()).await
+        work.or(disconnected).or(self.denied_by_reload())
     }
 
     /// Resolves `dst`, and authorizes each of its addresses. A name whose route is a hop is not resolved here.

@@ -79,8 +79,8 @@ impl Session {
         let deadline = Instant::now() + self.server().options.handshake_timeout;
         let method = timeout_at(deadline, self.select_method(conn)).await.ok_or_else(|| self.timed_out())??;
         match method {
-            Method::PASSWORD => self.verify_password(conn, deadline).await,
-            // Boxed: other sessions need no room for its future.
+            // Boxed: sessions without a login need no room for its future.
+            Method::PASSWORD => Box::pin(self.verify_password(conn, deadline)).await,
             Method::GSSAPI => Box::pin(self.accept_gssapi(conn, deadline)).await,
             Method::NONE => {
                 self.log.method = Some(method);
