@@ -2,14 +2,14 @@
 //! address, and values that a client chooses neither add nor hide a match.
 
 use std::io::Write as _;
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::support::login::{login_message, select_password, send_login, users_file};
+use crate::support::login::{log_in, login_message, select_password, users_file};
 use crate::support::{
-    CONNECT, Server, TIMEOUT, closed_port, connect_from, in_namespace, is_installed, read_exact, read_reply, request,
+    CONNECT, TIMEOUT, V4, V6, closed_port, connect_from, in_namespace, is_installed, read_exact, read_reply, request,
     request_by_name, run, serve, session_lines, stream_end, temp_dir, write_file,
 };
 
@@ -72,12 +72,11 @@ fn matches(dir: &Path, log: &str, zone: &str) -> Vec<(String, f64)> {
     stdout.lines().map(parse).collect()
 }
 
-/// Logs in with the right password.
-fn log_in(server: &Server, uname: &str) -> TcpStream {
-    let mut stream = server.connect();
-    select_password(&mut stream);
-    assert_eq!(send_login(&mut stream, uname.as_bytes(), b"secret"), 0);
-    stream
+/// Returns the addresses of [`matches`], sorted.
+fn addresses(found: Vec<(String, f64)>) -> Vec<String> {
+    let mut addresses: Vec<_> = found.into_iter().map(|(ip, _)| ip).collect();
+    addresses.sort_unstable();
+    addresses
 }
 
 #[test]
@@ -94,20 +93,17 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     let mut expected = Vec::new();
     let names = user_names();
     for (uname, n) in names.iter().zip(1..) {
-        let ip = Ipv4Addr::new(127, 11, 0, n);
-        let mut stream = connect_from(SocketAddr::from((ip, 0)), server.addrs[0]);
-        select_password(&mut stream);
-        assert_ne!(send_login(&mut stream, uname, b"wrong"), 0, "{}", uname.escape_ascii());
-        expected.push(ip.to_string());
+        assert_ne!(log_in(&server, [127, 11, 0, n], uname, b"wrong").1, 0, "{}", uname.escape_ascii());
+        expected.push(Ipv4Addr::new(127, 11, 0, n).to_string());
     }
     for uname in names.iter().take(4) {
-        let mut stream = connect_from(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), server.addrs[1]);
+        let mut stream = connect_from(SocketAddr::new(V6, 0), server.addrs[1]);
         select_password(&mut stream);
         // The login counts as failed even if the client does not wait for the answer.
         stream.write_all(&login_message(uname, b"wrong")).expect("data sent");
         stream.shutdown(Shutdown::Write).expect("half-closed");
         stream_end(&mut stream);
-        expected.push(Ipv6Addr::LOCALHOST.to_string());
+        expected.push(V6.to_string());
     }
     let mut others = 0;
     for uname in ["alice", valid_name] {
@@ -115,12 +111,13 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
         for request in
             [request(CONNECT, closed_port()), request_by_name(CONNECT, &name, 80), request_by_name(2, &name, 80)]
         {
-            let mut stream = log_in(&server, uname);
+            let (mut stream, status) = log_in(&server, V4, uname.as_bytes(), b"secret");
+            assert_eq!(status, 0);
             stream.write_all(&request).expect("data sent");
             assert_ne!(read_reply(&mut stream).0, 0);
             others += 1;
         }
-        drop(log_in(&server, uname));
+        assert_eq!(log_in(&server, V4, uname.as_bytes(), b"secret").1, 0);
         others += 1;
     }
     // None of these is a complete login.
@@ -144,18 +141,14 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     assert_eq!(log.lines().count(), all + 2, "one line each, and two for the listeners:\n{log}");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is after 1970").as_secs_f64();
     let dir = temp_dir();
+    expected.sort_unstable();
     // Log times are in UTC in every time zone. A time in another zone would cause no ban, or one that is too long.
     for zone in ["UTC", "Asia/Tokyo", "America/New_York"] {
         let found = matches(dir.path(), &log, zone);
         assert!(found.iter().all(|(_, time)| (now - 120.0..=now + 1.0).contains(time)), "{zone}: {found:?} at {now}");
-        let mut addresses: Vec<_> = found.into_iter().map(|(ip, _)| ip).collect();
-        addresses.sort_unstable();
-        expected.sort_unstable();
-        assert_eq!(addresses, expected, "{zone}");
+        assert_eq!(addresses(found), expected, "{zone}");
     }
     // In the journal, host and program precede the line.
     let journal: String = log.lines().map(|line| format!("host s5[123]: {line}\n")).collect();
-    let mut addresses: Vec<_> = matches(dir.path(), &journal, "UTC").into_iter().map(|(ip, _)| ip).collect();
-    addresses.sort_unstable();
-    assert_eq!(addresses, expected, "from the journal");
+    assert_eq!(addresses(matches(dir.path(), &journal, "UTC")), expected, "from the journal");
 }

@@ -28,19 +28,21 @@ fn assert_closed(mut stream: TcpStream) {
 }
 
 #[test]
-fn max_per_client_closes_extra_connections_of_that_address_only() {
+fn max_per_client_counts_every_command_and_closes_extra_connections_of_that_address_only() {
     for threads in ["1", "2"] {
-        let server = Server::start(&["--max-per-client", "3", "--threads", threads]);
-        let mut first: Vec<TcpStream> = (0..3).map(|_| connect_from_ip(&server, [127, 0, 0, 1])).collect();
+        let server = Server::start(&["--max-per-client", "4", "--threads", threads]);
         // Silent clients count too.
-        assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
-        let mut other = connect_from_ip(&server, [127, 0, 0, 2]);
-        assert!(is_admitted(&mut other), "another address");
-        assert!(first.iter_mut().all(is_admitted), "one of the first three was closed");
-        assert_closed(connect_from_ip(&server, [127, 0, 0, 1]));
-        let log = server.wait_log(|log| log.contains("limit of 3 connections reached"));
-        let line = "client 127.0.0.1: refused: limit of 3 connections reached (raise --max-per-client)";
-        assert!(log.contains(line), "{log}");
+        let mut silent = server.connect();
+        let _open = [(CONNECT, echo_server()), (BIND, ANY), (UDP_ASSOCIATE, ANY)].map(|(command, dst)| {
+            let (stream, rep, _) = open(&server, command, dst);
+            assert_eq!(rep, 0, "command {command}");
+            stream
+        });
+        assert_closed(server.connect());
+        assert!(is_admitted(&mut connect_from_ip(&server, [127, 0, 0, 2])), "another address");
+        assert!(is_admitted(&mut silent), "an earlier connection was closed");
+        let line = "client 127.0.0.1: refused: limit of 4 connections reached (raise --max-per-client)";
+        server.wait_log(|log| log.contains(line));
     }
 }
 
@@ -55,18 +57,6 @@ fn max_per_client_is_logged_at_most_once_per_second() {
     let lines = server.wait_log(|log| log.matches("limit of 1 connections reached").count() >= 2);
     let lines = u64::try_from(lines.matches("limit of 1 connections reached").count()).expect("64 bits suffice");
     assert!(lines <= 1 + started.elapsed().as_secs(), "{lines} lines in {:?}", started.elapsed());
-}
-
-#[test]
-fn max_per_client_counts_every_command() {
-    let server = Server::start(&["--max-per-client", "3"]);
-    let dst = echo_server();
-    let _open = [(CONNECT, dst), (BIND, ANY), (UDP_ASSOCIATE, ANY)].map(|(command, dst)| {
-        let (stream, rep, _) = open(&server, command, dst);
-        assert_eq!(rep, 0, "command {command}");
-        stream
-    });
-    assert_closed(server.connect());
 }
 
 /// Opens and ends a session. Returns streams that stay open after it.

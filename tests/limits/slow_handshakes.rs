@@ -6,9 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lock_machine;
-use crate::support::login::{connect_from_ip, login_message, users_file};
+use crate::support::login::{connect_from_ip, login_message, open_with_login, users_file};
 use crate::support::{
-    Server, StreamEnd, TIMEOUT, raise_fd_limit, read_exact, session_lines, skip, stream_end, wait_until,
+    CONNECT, Server, StreamEnd, TIMEOUT, echo_server, fastest, raise_fd_limit, read_exact, session_lines, skip,
+    stream_end, wait_until,
 };
 
 const CLIENTS: usize = 2000;
@@ -100,11 +101,11 @@ impl StalledClients {
 }
 
 #[test]
-fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout() {
+fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout_and_delays_no_other_client() {
     if !raise_fd_limit(15_000) {
         return skip("too few descriptors");
     }
-    let machine = lock_machine();
+    let (machine, target) = (lock_machine(), echo_server());
     let (_dir, users) = users_file(&[("alice", "secret")]);
     let timeout = format!("{}s", HANDSHAKE_TIMEOUT.as_secs());
     let args = ["--users", &users, "--handshake-timeout", &timeout];
@@ -112,6 +113,11 @@ fn slow_handshake_uses_one_descriptor_and_4_kib_until_the_timeout() {
         // All stages at the same time, each with another server.
         let stalling = stages().map(|stage| scope.spawn(move || stall(Server::start(&args), stage)));
         let stalled = stalling.map(|thread| thread.join().expect("the thread does not panic"));
+        for clients in &stalled {
+            let open = || assert_eq!(open_with_login(&clients.server, ("alice", "secret"), CONNECT, target).1, 0);
+            let fastest = fastest(open);
+            assert!(fastest < Duration::from_millis(100), "{}: another client waits {fastest:?}", clients.stage);
+        }
         // The measurement is over. Waiting does not disturb other tests.
         drop(machine);
         for clients in stalled {

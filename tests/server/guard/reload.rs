@@ -284,8 +284,8 @@ fn reload_applies_to_next_datagram_of_association() {
 }
 
 #[test]
-fn many_reloads_do_not_disturb_allowed_session() {
-    let setup = Setup::new(&[]);
+fn many_reloads_disturb_no_allowed_session_also_during_shutdown() {
+    let mut setup = Setup::new(&["--drain-timeout", "60"]);
     let (mut stream, _) = open_ok(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     for number in 0..20_u8 {
         setup.server.signal("HUP");
@@ -293,12 +293,6 @@ fn many_reloads_do_not_disturb_allowed_session() {
     }
     setup.reload();
     ping(&mut stream, b"last");
-}
-
-#[test]
-fn reload_during_shutdown_changes_nothing() {
-    let mut setup = Setup::new(&["--drain-timeout", "60"]);
-    let (mut stream, _) = open_ok(&setup.server, ALICE, CONNECT, &echo_server().to_string());
     setup.server.signal("TERM");
     setup.server.wait_log(|log| log.contains("shutting down: draining sessions"));
     for _ in 0..3 {

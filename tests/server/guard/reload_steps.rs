@@ -9,8 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, Socket, Type};
 
 use super::tools::{
-    ALICE, Setup, assert_accepts_peer, assert_no_connection, assert_no_datagram, associate, bind, log_in, only_bob,
-    request_for, udp_target,
+    ALICE, Setup, assert_no_connection, assert_no_datagram, associate, log_in, only_bob, request_for, udp_target,
 };
 use crate::support::dns::{self, Answer};
 use crate::support::login::{connect_from_ip, login_message, unused_client_ip};
@@ -139,24 +138,6 @@ fn reload_applies_while_connecting() {
         } else {
             // The target has not answered yet.
             assert_eq!(read_reply(&mut stream).0, 2, "{change}");
-        }
-    }
-}
-
-#[test]
-fn reload_applies_while_bind_waits() {
-    for change in CHANGES {
-        let setup = Setup::new(&[]);
-        let (_, dst) = listener(V4);
-        let (mut stream, bnd) = bind(&setup.server, ALICE, &dst.to_string());
-        let line = apply_change(&setup, change, dst);
-        let count = usize::from(change != "nothing");
-        assert!(line.ends_with(&format!("sessions closed: {count}")), "{change}: {line}");
-        if change == "nothing" {
-            assert_accepts_peer(&mut stream, bnd, dst);
-        } else {
-            assert_eq!(read_reply(&mut stream).0, 2, "{change}");
-            assert!(TcpStream::connect(bnd).is_err(), "{change}: the port still accepts connections");
         }
     }
 }

@@ -62,7 +62,7 @@ fn explain_names_deciding_rule() {
     let rules = write_file(dir.path(), "rules", rules);
     let at = |line: u8, rule: &str| format!("{rules} line {line} ({rule})");
     let (denied_addr, denied_name) = (at(1, "deny to=127.0.0.3"), at(2, "deny to=.denied.test"));
-    let rows: [(bool, &str, i32, &[&str]); 9] = [
+    let rows: [(bool, &str, i32, &[&str]); 11] = [
         (false, "to=127.0.0.1:80", 0, &["allow 127.0.0.1: ", "allow"]),
         (false, "to=127.0.0.1:1080", 1, &["deny 127.0.0.1: built in (", "deny"]),
         (false, "from=192.0.2.1 to=127.0.0.1:80", 1, &["deny 127.0.0.1: built in (", "deny"]),
@@ -81,6 +81,8 @@ fn explain_names_deciding_rule() {
         (false, "to=bad.test:80", 1, &["resolve ", "deny 127.0.0.3: ", "deny"]),
         (true, "user=alice to=127.0.0.1:25", 1, &["deny 127.0.0.1: ", "deny"]),
         (true, "user=eve to=127.0.0.1:80", 1, &["deny at the login", "deny"]),
+        (true, "to=127.0.0.1:80", 1, &["deny at the greeting", "deny"]),
+        (true, "user=alice method=none to=127.0.0.1:80", 1, &["deny at the login", "deny"]),
         (false, "to=nx.test:80", 2, &["resolve nx.test"]),
     ];
     for (has_users, request, status, expected) in rows {
@@ -95,13 +97,6 @@ fn explain_names_deciding_rule() {
         }
         assert_eq!(lines.last().copied().unwrap_or_default().contains(' '), status == 2);
         assert_eq!(output.status.code(), Some(status), "{request}: {shown}{}", text(&output.stderr));
-    }
-    // Without a login, a server with users denies a client at the greeting.
-    let rows =
-        [("to=127.0.0.1:80", "deny at the greeting"), ("user=alice method=none to=127.0.0.1:80", "deny at the login")];
-    for (request, expected) in rows {
-        let output = serve(&["--rules", &rules, "--users", &users, "--explain", request]);
-        assert!(text(&output.stdout).contains(expected) && output.status.code() == Some(1), "{request}: {output:?}");
     }
     let queries = queries.lock().expect("not poisoned");
     assert!(!queries.iter().any(|name| name.contains("denied")), "a denied name was resolved");
@@ -130,19 +125,24 @@ fn explain_names_the_missing_part_of_the_request() {
 }
 
 #[test]
-fn explain_names_first_rule_that_needs_resolving() {
-    let output = serve(&["--deny", "to=127.0.0.9", "--explain", "to=localhost:80"]);
-    let expected = "resolve localhost (its addresses decide): --deny (deny to=127.0.0.9)\n";
-    assert!(text(&output.stdout).contains(expected), "{}", text(&output.stdout));
-}
-
-#[test]
-fn explain_names_hop() {
-    let args = ["--hop", "far=192.0.2.1:1080", "--allow", "to=.far.test via=far", "--explain"];
-    let output = serve(&[&args[..], &["to=x.far.test:80"]].concat());
-    assert!(text(&output.stdout).contains("\nallow x.far.test via far: --allow ("), "{}", text(&output.stdout));
-    let output = serve(&["--via", "alice:sesame@192.0.2.1:1080", "--explain", "to=a.test:80"]);
-    assert!(text(&output.stdout).contains("\nallow a.test via --via: built in ("), "{}", text(&output.stdout));
+fn explain_names_hop_and_first_rule_that_needs_resolving() {
+    let rows: [(&[&str], &str, &str); 3] = [
+        (
+            &["--deny", "to=127.0.0.9"],
+            "to=localhost:80",
+            "resolve localhost (its addresses decide): --deny (deny to=127.0.0.9)\n",
+        ),
+        (
+            &["--hop", "far=192.0.2.1:1080", "--allow", "to=.far.test via=far"],
+            "to=x.far.test:80",
+            "\nallow x.far.test via far: --allow (",
+        ),
+        (&["--via", "alice:sesame@192.0.2.1:1080"], "to=a.test:80", "\nallow a.test via --via: built in ("),
+    ];
+    for (args, request, expected) in rows {
+        let shown = text(&serve(&[args, &["--explain", request]].concat()).stdout);
+        assert!(shown.contains(expected), "{shown}");
+    }
 }
 
 #[test]
