@@ -7,14 +7,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::Duration;
 
-use crate::behaviours;
-use crate::support::is_installed;
-use crate::support::scripted::text;
+use crate::support::{is_installed, run_all};
 use crate::table::{self, Behaviour, Outcome};
+use crate::{behaviours, outcome_of};
 
 /// A client that runs longer than this counts as hanging. Each client has a timeout of 0.5 s or 1 s.
 const HANG_TIMEOUT: Duration = Duration::from_secs(4);
@@ -133,14 +130,8 @@ fn cell(row: &Behaviour, outcome: &Outcome) -> String {
     }
 }
 
-fn version(command: &mut Command) -> String {
-    let output = command.output().expect("the program runs");
-    let output = text(&output.stdout) + &text(&output.stderr);
-    output.lines().next().unwrap_or_default().to_owned()
-}
-
 fn package_version(package: &str) -> String {
-    version(Command::new("dpkg-query").args(["-W", "-f", "${Version}\n", package]))
+    outcome_of(Command::new("dpkg-query").args(["-W", "-f", "${Version}", package]), b"").1
 }
 
 #[test]
@@ -152,34 +143,23 @@ fn compare_clients_and_rewrite_the_readme_table() {
     let rows = table::behaviours();
     let jobs: Vec<(usize, usize)> =
         (0..rows.len()).flat_map(|row| (0..CLIENTS.len()).map(move |client| (row, client))).collect();
-    let next = AtomicUsize::new(0);
     let cells = Mutex::new(BTreeMap::new());
-    thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let (row, client) = (&rows[job.0], &CLIENTS[job.1]);
-                    let text = match (client.command)(row, "127.0.0.1", 1) {
-                        None => "-".into(),
-                        Some(_) => cell(
-                            row,
-                            &row.run(HANG_TIMEOUT, |row, host, port| {
-                                (client.command)(row, host, port).expect("the result does not depend on the port")
-                            }),
-                        ),
-                    };
-                    cells.lock().expect("not poisoned").insert(*job, text);
-                }
-            });
-        }
+    run_all(jobs, |job| {
+        let (row, client) = (&rows[job.0], &CLIENTS[job.1]);
+        let command = |row: &Behaviour, host: &str, port| (client.command)(row, host, port);
+        let text = match command(row, "127.0.0.1", 1) {
+            None => "-".into(),
+            Some(_) => {
+                cell(row, &row.run(HANG_TIMEOUT, |row, host, port| command(row, host, port).expect("a command")))
+            }
+        };
+        cells.lock().expect("not poisoned").insert(job, text);
     });
     let cells = cells.into_inner().expect("not poisoned");
+    let versions = ["netcat-openbsd", "ncat", "connect-proxy", "curl"].map(package_version);
+    let [nc, ncat, connect_proxy, curl] = versions;
     let mut table = format!(
-        "nc: netcat-openbsd {}, ncat {}, connect-proxy {}, curl {}, all from Debian.\n\n",
-        package_version("netcat-openbsd"),
-        package_version("ncat"),
-        package_version("connect-proxy"),
-        package_version("curl")
+        "nc: netcat-openbsd {nc}, ncat {ncat}, connect-proxy {connect_proxy}, curl {curl}, all from Debian.\n\n"
     );
     let names: Vec<&str> = CLIENTS.iter().map(|client| client.name).collect();
     let _ = writeln!(table, "| behaviour | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));

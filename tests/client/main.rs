@@ -60,14 +60,16 @@ fn failure(status: i32, stderr: &str) -> Outcome {
     (Some(status), String::new(), stderr.into())
 }
 
-/// Fails unless a command exits with this status, and prints only one line, on stderr, that contains all words.
+/// Fails unless a command has this status, and has printed only one line, on stderr, that contains all words.
+fn assert_line_in((code, stdout, stderr): Outcome, status: i32, words: &[&str]) {
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(status), "", 1), "{words:?}: {stderr}");
+    assert!(stderr.starts_with("s5: ") && stderr.ends_with('\n') && !stderr.contains("topsecret"), "{stderr}");
+    assert!(words.iter().all(|word| stderr.contains(word)), "{words:?} are not all in: {stderr}");
+}
+
+/// Runs a command, and checks its only line.
 fn assert_line_of(command: &mut Command, status: i32, words: &[&str]) {
-    let (code, stdout, stderr) = outcome_of(command, b"");
-    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (Some(status), "", 1), "{command:?}: {stderr}");
-    assert!(stderr.starts_with("s5: ") && stderr.ends_with('\n'), "{command:?}: {stderr}");
-    for word in words {
-        assert!(stderr.contains(word), "{command:?}: {word:?} is missing in: {stderr}");
-    }
+    assert_line_in(outcome_of(command, b""), status, words);
 }
 
 /// Runs s5 with these arguments, and checks its only line.

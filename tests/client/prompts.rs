@@ -4,13 +4,13 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
-use crate::credentials::{accepting_proxy, as_s5, assert_failure, assert_login};
+use crate::credentials::{accepting_proxy, as_s5, assert_login};
 use crate::support::login::login_message;
 use crate::support::scripted::{RunningProgram, ScriptedServer, text};
-use crate::support::{Server, TIMEOUT, closed_port, is_installed, run, s5, temp_dir, wait_until, write_file};
-use crate::{TARGET, command, outcome_of};
+use crate::support::{Server, TIMEOUT, closed_port, is_installed, s5, temp_dir, wait_until, write_file};
+use crate::{TARGET, assert_line_in, assert_line_of, command, outcome_of};
 
 /// s5 in a new session, which has no terminal.
 fn without_a_terminal(args: &[&str]) -> Command {
@@ -19,9 +19,10 @@ fn without_a_terminal(args: &[&str]) -> Command {
     command
 }
 
-/// Checks that s5 did not prompt, and failed before connecting.
-fn assert_not_prompted(output: &Output, proxy: &str) {
-    assert_failure(output, 67, &format!("proxy {proxy}: login: no password for alice (use --proxy-auth-file or "));
+/// Checks that s5 does not prompt, and fails before connecting.
+fn assert_not_prompted(command: &mut Command, proxy: &str) {
+    let words = [&*format!("proxy {proxy}: login: no password for alice (use --proxy-auth-file or ")];
+    assert_line_in(outcome_of(command, b"payload"), 67, &words);
 }
 
 #[test]
@@ -32,9 +33,9 @@ fn user_without_password_fails_at_once_without_a_terminal() {
     for mode in ["connect", "bind", "udp"] {
         for options in [&["-x", &url][..], &["-x", &closed, "-P", "alice"]] {
             let args = [&[mode][..], options, &[TARGET]].concat();
-            assert_not_prompted(&run(s5().args(&args).env("CI", "true"), b"", TIMEOUT), &closed);
+            assert_not_prompted(s5().args(&args).env("CI", "true"), &closed);
             if is_installed("setsid") {
-                assert_not_prompted(&run(&mut without_a_terminal(&args), b"", TIMEOUT), &closed);
+                assert_not_prompted(&mut without_a_terminal(&args), &closed);
             }
         }
     }
@@ -60,10 +61,10 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
     let dir = temp_dir();
     let program = askpass(dir.path());
     let prompt_file = dir.path().join("prompt");
-    let start = |proxy: &str, variables: &[(&str, &str)]| {
+    let with_askpass = |proxy: &str, variables: &[(&str, &str)]| {
         let mut command = without_a_terminal(&["connect", "-P", "alice", "-x", proxy, TARGET]);
         command.env("SSH_ASKPASS", &program).env("PROMPT_FILE", &prompt_file).envs(variables.iter().copied());
-        run(&mut command, b"payload", TIMEOUT)
+        command
     };
     let cases_with_askpass: [&[(&str, &str)]; 5] = [
         &[("SSH_ASKPASS_REQUIRE", "force")],
@@ -74,9 +75,9 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
     ];
     for variables in cases_with_askpass {
         let proxy = accepting_proxy();
-        let output = start(&proxy.url(), variables);
         // The program does not read the stdin of s5.
-        assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "payload".into()), "{variables:?}");
+        let (status, stdout, _) = outcome_of(&mut with_askpass(&proxy.url(), variables), b"payload");
+        assert_eq!((status, stdout.as_str()), (Some(0), "payload"), "{variables:?}");
         assert_login(&proxy, "alice", b"topsecret");
         let prompt = fs::read_to_string(&prompt_file).expect("the askpass program ran");
         assert!(prompt.contains("alice") && prompt.contains(&proxy.url()), "{prompt}");
@@ -90,7 +91,7 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
     ];
     let closed = closed_port().to_string();
     for variables in cases_without_askpass {
-        assert_not_prompted(&start(&closed, variables), &closed);
+        assert_not_prompted(&mut with_askpass(&closed, variables), &closed);
         assert!(!prompt_file.exists(), "{variables:?}");
     }
 }
@@ -103,8 +104,8 @@ fn failing_askpass_program_has_status_67() {
     for program in [&fails, "/nonexistent/askpass"] {
         let mut command = s5();
         command.args(["connect", "-P", "alice", "-x", &closed, TARGET]);
-        let output = run(command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force"), b"", TIMEOUT);
-        assert_failure(&output, 67, &format!("proxy {closed}: login: {program}: "));
+        command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force");
+        assert_line_of(&mut command, 67, &[&format!("proxy {closed}: login: {program}: ")]);
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use crate::support::scripted::{RunningProgram, ScriptedServer, text};
-use crate::support::{TIMEOUT, V4, echo_server, run, tcp_server};
+use crate::support::{TIMEOUT, V4, echo_server, pattern, run, tcp_server};
 use crate::{TARGET, command, outcome_of, serve, start, success};
 
 /// For transfers of many megabytes.
@@ -17,16 +17,7 @@ const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Pseudo-random bytes, so that swapped and repeated blocks are detected.
 fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
+    pattern().iter().copied().cycle().take(length).collect()
 }
 
 #[test]

@@ -177,7 +177,7 @@ pub fn raise_fd_limit(wanted: u64) -> bool {
 }
 
 /// Pseudo-random bytes, repeated after a length that is not a multiple of a buffer size.
-fn pattern() -> &'static [u8] {
+pub fn pattern() -> &'static [u8] {
     static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
     PATTERN.get_or_init(|| {
         let mut state = 0x9E37_79B9_7F4A_7C15_u64;

@@ -175,6 +175,17 @@ pub fn wait_until(what: &str, limit: Duration, mut condition: impl FnMut() -> bo
     }
 }
 
+/// Runs all jobs on 8 threads. With more threads, a slow machine could miss timeouts.
+pub fn run_all<J: Send>(jobs: Vec<J>, run: impl Fn(J) + Sync) {
+    let jobs = Mutex::new(jobs.into_iter());
+    let next = || jobs.lock().expect("not poisoned").next();
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| std::iter::from_fn(next).for_each(&run));
+        }
+    });
+}
+
 /// A TCP server that runs `serve` on a thread for each connection.
 pub fn tcp_server(ip: IpAddr, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
     let listener = TcpListener::bind((ip, 0)).expect("free port");

@@ -40,15 +40,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Mutex;
-use std::thread;
 
 use crate::server_role::{Chunking, Servers};
 use crate::support::transcript::{Role, Transcript};
 use crate::support::{Server, TIMEOUT, echo_server, in_namespace, run, s5};
-use crate::{client_role, server_role};
-
-/// Number of transcripts played at the same time.
-const THREADS: usize = 8;
+use crate::{client_role, server_role, support};
 
 #[test]
 fn transcripts_are_distinct_and_cover_every_requirement() {
@@ -181,23 +177,11 @@ fn play_client_transcripts(byte_by_byte: bool) {
     run_all(all.iter().collect(), |transcript| client_role::play(transcript, byte_by_byte));
 }
 
-/// Runs all jobs on [`THREADS`] threads. Panics with the list of failures.
+/// Runs all jobs. Panics with the list of failures.
 fn run_all<J: Send>(jobs: Vec<J>, run: impl Fn(J) -> Result<(), String> + Sync) {
     assert!(!jobs.is_empty());
-    let jobs = Mutex::new(jobs.into_iter());
     let failures = Mutex::new(Vec::new());
-    thread::scope(|scope| {
-        for _ in 0..THREADS {
-            scope.spawn(|| {
-                loop {
-                    let job = jobs.lock().expect("no job panics").next();
-                    let Some(job) = job else { return };
-                    let failure = run(job).err();
-                    failures.lock().expect("no job panics").extend(failure);
-                }
-            });
-        }
-    });
+    support::run_all(jobs, |job| failures.lock().expect("not poisoned").extend(run(job).err()));
     let failures = failures.into_inner().expect("no job panics");
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
 }
