@@ -49,17 +49,15 @@ fn from_ignores_embedded_ipv4_address() {
 }
 
 #[test]
-fn method_matches_each_method() {
-    check("method=none", &["method=none user="], &["", "method=gssapi"]);
-    check("method=password", &[""], &["method=none user=", "method=gssapi"]);
-    check("method=gssapi", &["method=gssapi"], &["", "method=none user="]);
-}
-
-#[test]
-fn command_matches_each_command() {
-    check("command=connect", &[""], &["command=bind", "command=udp"]);
-    check("command=bind", &["command=bind"], &["", "command=udp"]);
-    check("command=udp", &["command=udp"], &["", "command=bind"]);
+fn method_and_command_match_one_of_three() {
+    let (methods, commands) = (["none user=", "password", "gssapi"], ["connect", "bind", "udp"]);
+    for (key, values) in [("method", methods), ("command", commands)] {
+        let facts = values.map(|value| format!("{key}={value}"));
+        for (i, fact) in facts.iter().enumerate() {
+            let others: Vec<&str> = facts.iter().filter(|other| *other != fact).map(String::as_str).collect();
+            check(facts[i].trim_end_matches(" user="), &[fact], &others);
+        }
+    }
 }
 
 #[test]
@@ -213,7 +211,8 @@ fn parse_rule_keeps_origin_and_text() {
 }
 
 /// Invalid rules, each with words that the error message must contain.
-const INVALID_RULES: [(&str, &[&str]); 102] = [
+const INVALID_RULES: [(&str, &[&str]); 61] = [
+    ("allow via=", &["via=", "empty"]),
     ("permit", &["\"permit\"", "allow", "deny"]),
     ("Allow", &["\"Allow\""]),
     ("DENY port=80", &["\"DENY\""]),
@@ -255,94 +254,76 @@ const INVALID_RULES: [(&str, &[&str]); 102] = [
     ("allow dst=10.0.0.1", &["unknown key \"dst\" (write to=)"]),
     ("allow =80", &["\"=80\""]),
     ("allow po\u{1b}rt=80", &["po\\u{1b}rt"]),
-    ("allow port=", &["\"port=\"", "empty"]),
-    ("allow from=", &["\"from=\"", "empty"]),
-    ("allow user=", &["\"user=\"", "empty"]),
-    ("allow via=", &["via=", "empty"]),
     ("allow port= 80", &["\"port=\"", "empty"]),
-    ("allow port=80,", &["\"port=80,\"", "empty"]),
-    ("allow port=,80", &["\"port=,80\"", "empty"]),
-    ("allow to=a,,b", &["\"to=a,,b\"", "empty"]),
-    ("allow user=,", &["\"user=,\"", "empty"]),
     ("allow port=80 port=81", &["\"port=81\"", "port=", "duplicate key (lists are comma-separated)"]),
     ("allow to=a command=udp to=b", &["\"to=b\"", "duplicate key (lists are comma-separated)"]),
     ("allow from=192.0.2.0/33", &["\"192.0.2.0/33\"", "CIDR"]),
-    ("allow from=192.0.2.0/", &["\"192.0.2.0/\""]),
-    ("allow from=192.0.2.0/a", &["\"192.0.2.0/a\""]),
-    ("allow from=192.0.2.0/-1", &["\"192.0.2.0/-1\""]),
-    ("allow from=192.0.2.0/255.255.255.0", &["\"192.0.2.0/255.255.255.0\""]),
-    ("allow from=192.0.2/24", &["\"192.0.2/24\""]),
-    ("allow from=192.0.2.256", &["\"192.0.2.256\""]),
-    ("allow from=2001:db8::/129", &["\"2001:db8::/129\""]),
-    ("allow from=2001:db8", &["\"2001:db8\""]),
-    ("allow from=fe80::1%eth0", &["\"fe80::1%eth0\""]),
-    ("allow from=192.0.2.1:80", &["\"192.0.2.1:80\""]),
-    ("allow from=[::1", &["\"[::1\""]),
     ("allow from=192.0.2.1,10.0.0.1/8", &["\"10.0.0.1/8\"", "10.0.0.0/8"]),
     ("allow from=192.0.2.1/24", &["\"192.0.2.1/24\"", "192.0.2.0/24"]),
     ("allow to=2001:db8::1/32", &["\"2001:db8::1/32\"", "2001:db8::/32"]),
     ("allow to=1.0.0.0/0", &["\"1.0.0.0/0\"", "0.0.0.0/0"]),
     ("allow to=::ffff:192.0.2.1", &["\"::ffff:192.0.2.1\"", "192.0.2.1"]),
-    ("allow to=::ffff:0:0/96", &["\"::ffff:0:0/96\""]),
     ("allow from=example.org", &["\"example.org\"", "loopback"]),
-    ("allow from=*", &["\"*\""]),
-    ("allow from=Loopback", &["\"Loopback\""]),
     ("allow user=a*", &["\"a*\"", "%2A"]),
-    ("allow user=**", &["\"**\""]),
-    ("allow user=*@", &["\"*@\""]),
-    ("allow user=*example.org", &["\"*example.org\""]),
-    ("allow user=*@*.org", &["\"*@*.org\""]),
-    ("allow user=*%40example.org", &["\"*%40example.org\""]),
     ("allow method=plain", &["\"plain\"", "password"]),
-    ("allow method=None", &["\"None\""]),
     ("allow command=CONNECT", &["\"CONNECT\"", "connect"]),
     ("allow command=associate", &["\"associate\"", "udp"]),
-    ("allow to=10.0.0", &["\"10.0.0\""]),
-    ("allow to=0x7f.1", &["\"0x7f.1\""]),
-    ("allow to=127.1", &["\"127.1\""]),
-    ("allow to=2130706433", &["\"2130706433\""]),
-    ("allow to=127.0.0.0X1", &["\"127.0.0.0X1\""]),
-    ("allow to=.10", &["\".10\""]),
-    ("allow to=10.0.0.1.", &["\"10.0.0.1.\""]),
     ("allow to=*.example.org", &["\"*.example.org\"", ".example.org to match"]),
-    ("allow to=*", &["\"*\""]),
-    ("allow to=.", &["\".\""]),
-    ("allow to=a..b", &["\"a..b\""]),
-    ("allow to=..b", &["\"..b\""]),
-    ("allow to=http://example.org", &["\"http://example.org\""]),
     ("allow port=0", &["\"0\"", "65535"]),
-    ("allow port=70000", &["\"70000\""]),
     ("allow port=80,5-1", &["\"5-1\""]),
-    ("allow port=1-", &["\"1-\""]),
     ("allow via=c", &["via=", "\"c\"", "--hop NAME=URL"]),
     ("deny via=a", &["via=", "only valid with allow"]),
 ];
 
+/// Invalid values of each key. The error message must contain the value.
+const INVALID_VALUES: [(&str, &str); 5] = [
+    (
+        "from",
+        "192.0.2.0/ 192.0.2.0/a 192.0.2.0/-1 192.0.2.0/255.255.255.0 192.0.2/24 192.0.2.256 \
+         2001:db8::/129 2001:db8 fe80::1%eth0 192.0.2.1:80 [::1 * Loopback",
+    ),
+    (
+        "to",
+        "::ffff:0:0/96 10.0.0 0x7f.1 127.1 2130706433 127.0.0.0X1 .10 10.0.0.1. * . a..b ..b \
+         http://example.org",
+    ),
+    ("user", "** *@ *example.org *@*.org *%40example.org"),
+    ("method", "None"),
+    ("port", "70000 1- -1 0-5 1-65536 1-2-3 80x x http 0x50 - 5-1"),
+];
+
+fn check_error(bad: &str, words: &[&str]) {
+    let text = format!("# a comment\n\nallow port=80\n{bad}\npermit\n");
+    let error = parse_rules(&text, "file", &hops()).map(|rules| rules.len()).expect_err(bad);
+    let shown = error.to_string();
+    assert_eq!(error.line, 4, "{bad:?}: {shown}");
+    assert!(shown.starts_with("line 4: ") && shown.contains(&error.message), "{shown}");
+    for word in words {
+        assert!(shown.contains(word), "{bad:?} without {word:?}: {shown}");
+    }
+    assert!(!shown.contains(char::is_control) && shown.len() < 200, "{shown:?}");
+}
+
 #[test]
 fn error_names_line_and_word() {
-    for (bad, words) in INVALID_RULES {
-        let text = format!("# a comment\n\nallow port=80\n{bad}\npermit\n");
-        let error = parse_rules(&text, "file", &hops()).map(|rules| rules.len()).expect_err(bad);
-        let shown = error.to_string();
-        assert_eq!(error.line, 4, "{bad:?}: {shown}");
-        assert!(shown.starts_with("line 4: ") && shown.contains(&error.message), "{shown}");
-        for word in words {
-            assert!(shown.contains(word), "{bad:?} without {word:?}: {shown}");
+    INVALID_RULES.iter().for_each(|(bad, words)| check_error(bad, words));
+    for (key, values) in INVALID_VALUES {
+        for value in values.split_whitespace() {
+            check_error(&format!("allow {key}={value}"), &[&format!("{value:?}")]);
         }
-        assert!(!shown.contains(char::is_control) && shown.len() < 200, "{shown:?}");
+    }
+    for condition in "port= from= user= port=80, port=,80 to=a,,b user=,".split(' ') {
+        check_error(&format!("allow {condition}"), &[&format!("{condition:?}"), "empty"]);
     }
 }
 
 #[test]
-fn invalid_ports_and_routes_are_errors() {
-    for bad in ["-1", "0-5", "1-65536", "1-2-3", "80x", "x", "http", "0x50", "-", " 80"] {
-        parse_rule(&format!("deny port={bad}"), "", &[]).expect_err(bad);
-    }
+fn via_requires_allow_and_one_defined_hop() {
     for bad in ["direct,a", "a,b", "A", "Direct", "no"] {
-        parse_rule(&format!("allow via={bad}"), "", &hops()).expect_err(bad);
+        check_error(&format!("allow via={bad}"), &["via="]);
     }
     for via in ["direct", "a", "c"] {
-        parse_rule(&format!("deny via={via}"), "", &hops()).expect_err(via);
+        check_error(&format!("deny via={via}"), &["via="]);
     }
     parse_rule("allow via=a", "", &[]).expect_err("no hop is defined");
     parse_rule("allow via=direct", "", &[]).expect("direct requires no hop");
