@@ -1,11 +1,14 @@
 //! Plays the client's side of a transcript against `s5 serve`.
 
 use std::collections::HashMap;
-use std::io::Write as _;
+use std::error::Error;
+use std::fmt::Display;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use argon2::password_hash::PasswordHasher as _;
 use argon2::{Algorithm, Argon2, Params, Version};
@@ -15,6 +18,8 @@ use super::fixtures::{addr_of, bound, fixtures};
 use crate::support::bytes::{GAP, LIMIT, Placeholders, expect_end, poll_until, wait_port_free};
 use crate::support::transcript::{Endpoint, Step, Transcript, User};
 use crate::support::{Server, retry, s5, write_file};
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// Division of the client's bytes into writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,12 +63,8 @@ impl Servers {
     pub fn assert_no_leaks(&self) {
         for (key, (server, before)) in &self.running {
             let is_released = poll_until(LIMIT, || server.descriptors() <= *before);
-            assert!(
-                is_released,
-                "{key}: {} descriptors, {before} after the start\n{}",
-                server.descriptors(),
-                server.log()
-            );
+            let now = server.descriptors();
+            assert!(is_released, "{key}: {now} descriptors, {before} after the start\n{}", server.log());
             assert!(!server.log().contains("panic"), "{key}:\n{}", server.log());
         }
     }
@@ -97,21 +98,18 @@ fn users_file_line(user: &User) -> String {
 
 /// Plays a transcript. Errors name the file and line.
 pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Result<(), String> {
-    let at = |line: usize, what: String| format!("tests/wire/{}:{line} ({chunking:?}): {what}", transcript.name);
-    let mut player = Player::new(transcript, server, chunking).map_err(|error| at(1, error))?;
+    let at = |line: usize, what: &dyn Display| format!("tests/wire/{}:{line} ({chunking:?}): {what}", transcript.name);
+    let mut player = Player::new(transcript, server, chunking).map_err(|error| at(1, &error))?;
     for (line, step) in &transcript.steps {
-        player.step(step).map_err(|error| at(*line, error))?;
+        player.step(step).map_err(|error| at(*line, &error))?;
     }
-    let client = player.client;
-    player.end().map_err(|error| at(0, format!("after the last line: {error}")))?;
-    let logs = transcript.steps.iter().filter_map(|(line, step)| match step {
-        Step::Log(text) => Some((line, text)),
-        _ => None,
-    });
-    for (line, text) in logs {
-        let is_match = |log: &str| log.contains(&format!("client={client} ")) && log.contains(text.as_str());
+    let client = format!("client={} ", player.client);
+    player.end().map_err(|error| at(0, &format!("after the last line: {error}")))?;
+    for (line, step) in &transcript.steps {
+        let Step::Log(text) = step else { continue };
+        let is_match = |log: &str| log.contains(&client) && log.contains(text.as_str());
         if !poll_until(LIMIT, || server.log().lines().any(is_match)) {
-            return Err(at(*line, format!("no log line of client {client} has this text\n{}", server.log())));
+            return Err(at(*line, &format!("no log line of {client}has this text\n{}", server.log())));
         }
     }
     Ok(())
@@ -151,34 +149,20 @@ fn unused_ip(family_of: IpAddr) -> IpAddr {
 }
 
 impl Player {
-    fn new(transcript: &Transcript, server: &Server, chunking: Chunking) -> Result<Self, String> {
-        let text = |error: std::io::Error| error.to_string();
-        let listener = server
-            .addrs
-            .iter()
-            .find(|addr| addr.ip() == transcript.proxy_ip)
-            .ok_or("the server does not listen on this address")?;
+    fn new(transcript: &Transcript, server: &Server, chunking: Chunking) -> Outcome<Self> {
+        let listener = server.addrs.iter().find(|addr| addr.ip() == transcript.proxy_ip);
+        let listener = listener.ok_or("the server does not listen on this address")?;
         let ip = unused_ip(transcript.proxy_ip);
-        let socket = bound(SocketAddr::new(ip, 0));
-        socket.connect(&(*listener).into()).map_err(text)?;
-        let stream = TcpStream::from(socket);
-        stream.set_nodelay(true).map_err(text)?;
-        stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
-        let socket = || UdpSocket::bind((ip, 0)).map_err(text);
-        let (client_udp, other_udp) = (socket()?, socket()?);
-        client_udp.set_read_timeout(Some(LIMIT)).map_err(text)?;
-        let peer_ip: IpAddr = match transcript.steps.iter().any(|(_, step)| format!("{step:?}").contains("peer6")) {
-            true => Ipv6Addr::LOCALHOST.into(),
-            false => Ipv4Addr::LOCALHOST.into(),
-        };
+        let stream = connect(bound(SocketAddr::new(ip, 0)), *listener)?;
+        let (client_udp, other_udp) = (UdpSocket::bind((ip, 0))?, UdpSocket::bind((ip, 0))?);
+        client_udp.set_read_timeout(Some(LIMIT))?;
+        let is_peer_ipv6 = transcript.steps.iter().any(|(_, step)| format!("{step:?}").contains("peer6"));
+        let peer_ip = if is_peer_ipv6 { Ipv6Addr::LOCALHOST.into() } else { IpAddr::from(Ipv4Addr::LOCALHOST) };
         let unconnected_peer = bound(SocketAddr::new(peer_ip, 0));
-        let mut placeholders = Placeholders { named: fixtures().named.clone(), bnd: None };
         let peer = addr_of(&unconnected_peer);
-        placeholders.named.extend([
-            ("client-udp", client_udp.local_addr().map_err(text)?),
-            ("peer", peer),
-            ("peer6", peer),
-        ]);
+        let mut placeholders = Placeholders { named: fixtures().named.clone(), bnd: None };
+        let client = [("client-udp", client_udp.local_addr()?), ("peer", peer), ("peer6", peer)];
+        placeholders.named.extend(client);
         placeholders.named.extend(["listener", "listener6"].into_iter().zip(server.addrs.iter().copied()));
         // Placeholders of replies have no value yet. No request uses them.
         let mut bytes = Vec::new();
@@ -187,98 +171,91 @@ impl Player {
                 bytes.extend(placeholders.bytes(items)?);
             }
         }
-        let client = stream.local_addr().map_err(text)?;
-        let unconnected_peer = Some(unconnected_peer);
-        let (sent, line_end, is_closed, peer) = (0, 0, false, None);
         Ok(Self {
             chunking,
+            client: stream.local_addr()?,
             stream,
-            client,
             bytes,
-            sent,
-            line_end,
+            sent: 0,
+            line_end: 0,
             placeholders,
-            is_closed,
+            is_closed: false,
             client_udp,
             other_udp,
-            unconnected_peer,
-            peer,
+            unconnected_peer: Some(unconnected_peer),
+            peer: None,
         })
     }
 
-    fn step(&mut self, step: &Step) -> Result<(), String> {
-        let text = |error: std::io::Error| error.to_string();
+    fn step(&mut self, step: &Step) -> Outcome<()> {
         match step {
             Step::ToServer(items) => {
                 self.line_end += self.placeholders.bytes(items)?.len();
                 self.send();
-                Ok(())
             }
-            Step::ToClient(items) => self.placeholders.expect(&mut self.stream, items).map(drop),
+            Step::ToClient(items) => drop(self.placeholders.expect(&mut self.stream, items)?),
             Step::UdpToServer(endpoint, items) => {
-                let bytes = self.placeholders.bytes(items)?;
-                let sent = match endpoint {
-                    Endpoint::Expected => self.client_udp.send_to(&bytes, self.bnd()?),
-                    Endpoint::OtherPort => self.other_udp.send_to(&bytes, self.bnd()?),
-                    Endpoint::OtherIp => UdpSocket::bind("127.0.0.2:0").and_then(|s| s.send_to(&bytes, self.bnd_io()?)),
+                let (bytes, other_ip) = (self.placeholders.bytes(items)?, UdpSocket::bind("127.0.0.2:0")?);
+                let socket = match endpoint {
+                    Endpoint::Expected => &self.client_udp,
+                    Endpoint::OtherPort => &self.other_udp,
+                    Endpoint::OtherIp => &other_ip,
                 };
-                sent.map(drop).map_err(text)
+                socket.send_to(&bytes, self.bnd()?)?;
             }
             Step::UdpToClient(_, items) => {
                 let mut buffer = vec![0; 65_536];
                 let (n, from) = retry(|| self.client_udp.recv_from(&mut buffer))
                     .map_err(|error| format!("expected a datagram: {error}"))?;
                 if from != self.bnd()? {
-                    return Err(format!("received a datagram from {from}, which is not BND"));
+                    return Err(format!("received a datagram from {from}, which is not BND").into());
                 }
-                self.placeholders.compare(items, &buffer[..n])
-            }
-            Step::Connects(Endpoint::Expected) => {
-                let socket = self.unconnected_peer.take().ok_or("the peer has connected already")?;
-                socket.connect(&self.bnd()?.into()).map_err(text)?;
-                let peer = TcpStream::from(socket);
-                peer.set_read_timeout(Some(LIMIT)).map_err(text)?;
-                self.peer = Some(peer);
-                Ok(())
+                self.placeholders.compare(items, &buffer[..n])?;
             }
             Step::Connects(endpoint) => {
-                let ip =
-                    if *endpoint == Endpoint::OtherIp { Ipv4Addr::new(127, 0, 0, 2).into() } else { self.bnd()?.ip() };
-                let socket = bound(SocketAddr::new(ip, 0));
-                socket.connect(&self.bnd()?.into()).map_err(text)?;
-                let mut stream = TcpStream::from(socket);
-                stream.set_read_timeout(Some(LIMIT)).map_err(text)?;
-                expect_end(&mut stream, true)
+                let bnd = self.bnd()?;
+                let socket = match endpoint {
+                    Endpoint::Expected => self.unconnected_peer.take().ok_or("the peer has connected already")?,
+                    Endpoint::OtherPort => bound(SocketAddr::new(bnd.ip(), 0)),
+                    Endpoint::OtherIp => bound(SocketAddr::from(([127, 0, 0, 2], 0))),
+                };
+                let mut stream = connect(socket, bnd)?;
+                match endpoint {
+                    Endpoint::Expected => self.peer = Some(stream),
+                    _ => expect_end(&mut stream, true)?,
+                }
             }
             Step::PeerSends(items) => {
                 let bytes = self.placeholders.bytes(items)?;
-                self.peer()?.write_all(&bytes).map_err(text)
+                self.peer()?.write_all(&bytes)?;
             }
             Step::PeerReceives(items) => {
                 let peer = self.peer.as_mut().ok_or("the peer has not connected")?;
-                self.placeholders.expect(peer, items).map(drop)
+                self.placeholders.expect(peer, items)?;
             }
-            Step::PeerFin => self.peer()?.shutdown(Shutdown::Write).map_err(text),
-            Step::PeerEof => expect_end(self.peer()?, false),
-            Step::Fin => self.stream.shutdown(Shutdown::Write).map_err(text),
+            Step::PeerFin => self.peer()?.shutdown(Shutdown::Write)?,
+            Step::PeerEof => expect_end(self.peer()?, false)?,
+            Step::Fin => self.stream.shutdown(Shutdown::Write)?,
             Step::Reset => {
-                SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).map_err(text)?;
+                SockRef::from(&self.stream).set_linger(Some(Duration::ZERO))?;
                 // Replacing the stream closes it, which sends the RST.
-                self.stream = TcpStream::connect(self.client_of()?).map_err(text)?;
+                self.stream = TcpStream::connect(self.stream.peer_addr()?)?;
                 self.is_closed = true;
-                Ok(())
             }
             Step::Eof | Step::Close => {
                 self.is_closed = true;
-                expect_end(&mut self.stream, matches!(step, Step::Close))
+                expect_end(&mut self.stream, matches!(step, Step::Close))?;
             }
             Step::PortFree(is_tcp) => {
                 let bnd = self.bnd()?;
-                if wait_port_free(bnd, *is_tcp) { Ok(()) } else { Err(format!("{bnd} is still in use")) }
+                wait_port_free(bnd, *is_tcp).then_some(()).ok_or_else(|| format!("{bnd} is still in use"))?;
             }
-            Step::Log(_) => Ok(()),
-            Step::SlowlyToClient(_) | Step::Pause(_) | Step::Quiet(_) => Err("not valid with role: server".into()),
+            Step::Log(_) => {}
+            Step::SlowlyToClient(_) | Step::Pause(_) | Step::Quiet(_) => {
+                return Err("not valid with role: server".into());
+            }
         }
+        Ok(())
     }
 
     /// Sends the bytes up to the current line. Depending on the chunking, sends more.
@@ -308,33 +285,34 @@ impl Player {
     }
 
     /// Closes the open connections. Fails if there are datagrams or bytes that the transcript does not mention.
-    fn end(mut self) -> Result<(), String> {
+    fn end(mut self) -> Outcome<()> {
         drop(self.peer.take());
-        let datagrams =
-            [&self.client_udp, &self.other_udp].map(|s| s.set_nonblocking(true).and_then(|()| s.recv(&mut [0; 64])));
-        if let Some(n) = datagrams.iter().flatten().next() {
-            return Err(format!("unexpected datagram of {n} bytes"));
+        for socket in [&self.client_udp, &self.other_udp] {
+            socket.set_nonblocking(true)?;
+            if let Ok(n) = socket.recv(&mut [0; 64]) {
+                return Err(format!("unexpected datagram of {n} bytes").into());
+            }
         }
-        if self.is_closed {
-            return Ok(());
+        if !self.is_closed {
+            let _ = self.stream.shutdown(Shutdown::Write);
+            expect_end(&mut self.stream, true)?;
         }
-        let _ = self.stream.shutdown(Shutdown::Write);
-        expect_end(&mut self.stream, true)
+        Ok(())
     }
 
-    fn client_of(&self) -> Result<SocketAddr, String> {
-        self.stream.peer_addr().map_err(|error| error.to_string())
+    fn bnd(&self) -> Outcome<SocketAddr> {
+        Ok(self.placeholders.bnd.ok_or("no reply with {bnd} so far")?)
     }
 
-    fn bnd(&self) -> Result<SocketAddr, String> {
-        self.placeholders.bnd.ok_or_else(|| "no reply with {bnd} so far".into())
+    fn peer(&mut self) -> Outcome<&mut TcpStream> {
+        Ok(self.peer.as_mut().ok_or("the peer has not connected")?)
     }
+}
 
-    fn bnd_io(&self) -> std::io::Result<SocketAddr> {
-        self.bnd().map_err(std::io::Error::other)
-    }
-
-    fn peer(&mut self) -> Result<&mut TcpStream, String> {
-        self.peer.as_mut().ok_or_else(|| "the peer has not connected".into())
-    }
+fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    socket.connect(&to.into())?;
+    let stream = TcpStream::from(socket);
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    Ok(stream)
 }
