@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use futures_lite::future::or;
+use futures_lite::future::{or, zip};
 use futures_lite::{AsyncReadExt as _, AsyncWriteExt as _, FutureExt as _};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -87,21 +87,28 @@ fn run<T>(future: impl Future<Output = T>) -> T {
     reactor::run(or(future, timeout)).expect("reactor created")
 }
 
+/// Sends these pieces and closes. Returns the bytes that the other end reads and the error, if any.
+fn transfer(mut from: Conn, mut to: Conn, pieces: &[&[u8]]) -> (Vec<u8>, Option<ErrorKind>) {
+    let send = async {
+        for piece in pieces {
+            // The receiver can close early.
+            let _ = from.write_all(piece).await;
+            futures_lite::future::yield_now().await;
+        }
+        let _ = from.close().await;
+    };
+    let receive = async {
+        let mut all = Vec::new();
+        let end = to.read_to_end(&mut all).await.err().map(|error| error.kind());
+        (all, end)
+    };
+    run(zip(send, receive)).1
+}
+
 /// Sends these bytes to a protected connection. Returns the data that it reads and the error, if any.
 fn read_all(level: ProtectionLevel, bytes: &[u8]) -> (Vec<u8>, Option<ErrorKind>) {
-    let (mut protected, mut plain) = protected_and_plain(level);
-    run(async {
-        let send = async {
-            let _ = plain.write_all(bytes).await;
-            let _ = plain.close().await;
-        };
-        let receive = async {
-            let mut all = Vec::new();
-            let end = protected.read_to_end(&mut all).await.err().map(|error| error.kind());
-            (all, end)
-        };
-        futures_lite::future::zip(send, receive).await.1
-    })
+    let (protected, plain) = protected_and_plain(level);
+    transfer(plain, protected, &[bytes])
 }
 
 #[test]
@@ -129,36 +136,17 @@ fn messages_and_data_pass_at_both_levels() {
 
 #[test]
 fn confidentiality_encrypts_the_data() {
-    let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Confidentiality);
-    run(async {
-        protected.write_all(b"secret").await.expect("data sent");
-        protected.close().await.expect("closed");
-        let mut all = Vec::new();
-        plain.read_to_end(&mut all).await.expect("data received");
-        assert_eq!(all, frame(true, 1, b"secret"));
-    });
+    let (protected, plain) = protected_and_plain(ProtectionLevel::Confidentiality);
+    assert_eq!(transfer(protected, plain, &[b"secret"]), (frame(true, 1, b"secret"), None));
 }
 
 #[test]
 fn written_data_is_wrapped_into_tokens_of_at_most_16_kib() {
-    let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Integrity);
+    let (protected, plain) = protected_and_plain(ProtectionLevel::Integrity);
     let data: Vec<u8> = (0..100_000_u32).map(|n| n.to_le_bytes()[1]).collect();
-    run(async {
-        let send = async {
-            protected.write_all(&data).await.expect("data sent");
-            protected.close().await.expect("closed");
-        };
-        let receive = async {
-            let (mut all, mut sizes) = (Vec::<u8>::new(), Vec::new());
-            while let Ok(Frame::Data(token)) = plain.read_message().await {
-                sizes.push(token.len() - 2);
-                all.extend(&token[2..]);
-            }
-            assert_eq!(sizes, [16_384, 16_384, 16_384, 16_384, 16_384, 16_384, 1696]);
-            assert!(all == data);
-        };
-        futures_lite::future::zip(send, receive).await;
-    });
+    let frames: Vec<u8> =
+        (1..).zip(data.chunks(16_384)).flat_map(|(number, data)| frame(false, number, data)).collect();
+    assert!(transfer(protected, plain, &[&data]) == (frames, None));
 }
 
 #[test]
@@ -249,7 +237,7 @@ fn relay_between_protected_streams_loses_no_data() {
             target.write_all(b"done").await.expect("data sent");
             target.close().await.expect("closed");
         };
-        futures_lite::future::zip(send, receive).await;
+        zip(send, receive).await;
         let mut all = String::new();
         client.read_to_string(&mut all).await.expect("data received");
         assert_eq!(all, "done");
@@ -258,23 +246,14 @@ fn relay_between_protected_streams_loses_no_data() {
     let relayed = async {
         relay(&mut client_side, &mut target_side, &options, &byte_counts, |_, _| true).await.expect("relay succeeds")
     };
-    run(futures_lite::future::zip(endpoints, relayed));
+    run(zip(endpoints, relayed));
 }
 
 #[test]
 fn protected_stream_can_carry_another_protected_stream() {
     let (sender, receiver) = protected_pair(ProtectionLevel::Integrity);
-    let (mut sender, mut receiver) = (
-        sender.protect(protection(ProtectionLevel::Confidentiality)),
-        receiver.protect(protection(ProtectionLevel::Confidentiality)),
-    );
-    run(async {
-        sender.write_all(b"twice").await.expect("data sent");
-        sender.flush().await.expect("data sent");
-        let mut all = [0; 5];
-        receiver.read_exact(&mut all).await.expect("data received");
-        assert_eq!(&all, b"twice");
-    });
+    let [sender, receiver] = [sender, receiver].map(|conn| conn.protect(protection(ProtectionLevel::Confidentiality)));
+    assert_eq!(transfer(sender, receiver, &[b"twice"]), (b"twice".to_vec(), None));
 }
 
 #[test]
@@ -302,32 +281,14 @@ proptest! {
         data in vec(vec(any::<u8>(), 0..300), 1..20),
         pieces in vec(1_usize..400, 1..40),
     ) {
-        let mut bytes = Vec::new();
-        for (number, data) in (1..).zip(&data) {
-            bytes.extend(frame(true, number, data));
+        let bytes: Vec<u8> = (1..).zip(&data).flat_map(|(number, data)| frame(true, number, data)).collect();
+        let (mut rest, mut written, mut pieces) = (&bytes[..], Vec::new(), pieces.into_iter().cycle());
+        while !rest.is_empty() {
+            let (piece, later) = rest.split_at(pieces.next().map_or(1, |length| length.min(rest.len())));
+            written.push(piece);
+            rest = later;
         }
-        let (mut protected, mut plain) = protected_and_plain(ProtectionLevel::Confidentiality);
-        let all = run(async {
-            let send = async {
-                let mut rest = &bytes[..];
-                for piece in pieces.iter().cycle() {
-                    if rest.is_empty() {
-                        break;
-                    }
-                    let (now, later) = rest.split_at((*piece).min(rest.len()));
-                    plain.write_all(now).await.expect("data sent");
-                    futures_lite::future::yield_now().await;
-                    rest = later;
-                }
-                plain.close().await.expect("closed");
-            };
-            let receive = async {
-                let mut all = Vec::new();
-                protected.read_to_end(&mut all).await.expect("data received");
-                all
-            };
-            futures_lite::future::zip(send, receive).await.1
-        });
-        prop_assert_eq!(all, data.concat());
+        let (protected, plain) = protected_and_plain(ProtectionLevel::Confidentiality);
+        prop_assert_eq!(transfer(plain, protected, &written), (data.concat(), None));
     }
 }
