@@ -4,21 +4,25 @@
 //! same result at the receiver.
 
 mod batch;
-mod offload;
 
 use std::cell::Cell;
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::sync::OnceLock;
 use std::task::{Context, Poll};
 
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::UdpGroSegment;
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt};
+use quinn_udp::UdpSocketState;
 use socket2::{Domain, Socket, Type};
 
 use super::reactor::{Interest, wake_later};
 use super::socket::Io;
 pub use batch::DATAGRAM_BUFFER_SIZE;
-use batch::MAX_MESSAGES;
 pub(crate) use batch::{GsoBatch, RecvBatch};
-use offload::GsoLimit;
+use batch::{MAX_MESSAGES, MAX_SEGMENTS};
 
 /// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
@@ -26,7 +30,9 @@ const SOCKET_BUFFER_SIZE: usize = 1 << 20;
 /// A datagram socket, registered with the reactor of its thread.
 pub(crate) struct BatchSocket {
     io: Io<UdpSocket>,
-    gso_limit: Cell<GsoLimit>,
+    /// Maximum length of a datagram that is sent with GSO, from the kernel's errors: the smallest MTU of all routes so
+    /// far. 0: the kernel or the device does not support GSO, or a route goes through IPsec.
+    max_segment_len: Cell<u16>,
     /// Number of receive calls in a row, modulo 256, that returned a single message.
     single_streak: Cell<u8>,
     /// Set when a call has returned several messages: a socket with little traffic needs no GRO.
@@ -47,10 +53,11 @@ impl BatchSocket {
         let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_SIZE);
         let _ = socket.set_send_buffer_size(SOCKET_BUFFER_SIZE);
         socket.set_nonblocking(true)?;
-        let gso_limit = if offload::can_segment()? { GsoLimit::Unlimited } else { GsoLimit::Unsupported };
+        // Without GSO, the kernel would send a batch as one large datagram.
+        let can_segment = kernel_features()?.max_gso_segments() >= MAX_SEGMENTS;
         Ok(Self {
             io: Io::read_only(socket.into())?,
-            gso_limit: gso_limit.into(),
+            max_segment_len: Cell::new(if can_segment { u16::MAX } else { 0 }),
             single_streak: Cell::default(),
             is_gro_enabled: Cell::default(),
         })
@@ -85,9 +92,9 @@ impl BatchSocket {
         if is_one && !self.is_gro_enabled.get() {
             batch.receive_one(socket)?;
         } else {
-            batch.receive(socket, offload::quinn_state()?, if is_one { 1 } else { max })?;
+            batch.receive(socket, kernel_features()?, if is_one { 1 } else { max })?;
             if batch.message_count > 1 && !self.is_gro_enabled.replace(true) {
-                offload::enable_gro(socket);
+                let _ = setsockopt(socket, UdpGroSegment, &true);
             }
         }
         self.single_streak.set(if batch.message_count == 1 { self.single_streak.get().wrapping_add(1) } else { 0 });
@@ -110,18 +117,20 @@ impl BatchSocket {
         sent
     }
 
-    /// Sends the batch with one call. Returns false if nothing was sent.
+    /// Sends the batch with one call, which the kernel segments. Returns false if nothing was sent.
     fn send_gso(&self, to: Option<SocketAddr>, batch: &GsoBatch<'_>) -> bool {
-        match self.gso_limit.get() {
-            GsoLimit::Unsupported => return false,
-            GsoLimit::Below(peer, len) if peer == to && batch.segment_len >= len => return false,
-            _ => {}
-        }
-        match retry_if_connected(to, || offload::send(self.get_ref(), to, batch)) {
-            Ok(()) => return true,
-            Err(error) => {
-                self.gso_limit.set(offload::limit_after(error, to, batch.segment_len).unwrap_or(self.gso_limit.get()))
-            }
+        let segment_len = u16::try_from(batch.segment_len).ok().filter(|len| *len <= self.max_segment_len.get());
+        let Some(segment_len) = segment_len else { return false };
+        let (bytes, addr) = ([IoSlice::new(batch.bytes())], to.map(SockaddrStorage::from));
+        let control = [ControlMessage::UdpGsoSegments(&segment_len)];
+        let send = || sendmsg(self.get_ref().as_raw_fd(), &bytes, &control, MsgFlags::empty(), addr.as_ref());
+        match retry_if_connected(to, send) {
+            Ok(_) => return true,
+            // Longer than the MTU. Single datagrams of this length are fragmented.
+            Err(Errno::EMSGSIZE | Errno::EINVAL) => self.max_segment_len.set(segment_len.saturating_sub(1)),
+            Err(Errno::EIO | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP) => self.max_segment_len.set(0),
+            // Temporary, or about this peer only.
+            Err(_) => {}
         }
         false
     }
@@ -155,80 +164,14 @@ pub fn retry_refused<T>(mut op: impl FnMut() -> io::Result<T>) -> io::Result<T> 
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::future::poll_fn;
-    use std::net::Ipv4Addr;
-
-    use super::*;
-    use crate::net::reactor;
-
-    fn batch_socket() -> BatchSocket {
-        BatchSocket::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a socket")
+/// Returns the features of the kernel that quinn-udp detects. Detection uses a separate socket, because it sets options
+/// for QUIC: with one of them the kernel drops datagrams larger than the MTU.
+fn kernel_features() -> io::Result<&'static UdpSocketState> {
+    static STATE: OnceLock<UdpSocketState> = OnceLock::new();
+    if let Some(state) = STATE.get() {
+        return Ok(state);
     }
-
-    fn addr(socket: &BatchSocket) -> SocketAddr {
-        socket.get_ref().local_addr().expect("an address")
-    }
-
-    /// Receives `count` datagrams.
-    async fn receive(socket: &BatchSocket, count: usize) -> Vec<(SocketAddr, Vec<u8>)> {
-        let (mut batch, mut received) = (RecvBatch::default(), Vec::new());
-        poll_fn(|cx| {
-            while received.len() < count {
-                if !socket.poll_receive(cx, &mut batch, 64) {
-                    return Poll::Pending;
-                }
-                assert_eq!(batch.count(), batch.datagrams().count());
-                received.extend(batch.datagrams().map(|(from, bytes)| (from, bytes.to_vec())));
-            }
-            Poll::Ready(())
-        })
-        .await;
-        received
-    }
-
-    /// Sends the payloads in as few batches as possible. Returns the number of batches, and the bytes sent.
-    fn send(socket: &BatchSocket, to: SocketAddr, payloads: &[Vec<u8>]) -> (usize, usize) {
-        let (mut header, mut batches, mut sent) = (Vec::new(), 1, 0);
-        let mut batch = GsoBatch::new(&mut header);
-        batch.begin(to, |header| header.extend(b"head"));
-        for payload in payloads {
-            if !batch.push(payload) {
-                sent += socket.send_batch(Some(to), &mut batch);
-                batches += 1;
-                assert!(batch.push(payload), "everything fits into an empty batch");
-            }
-        }
-        (batches, sent + socket.send_batch(Some(to), &mut batch))
-    }
-
-    #[test]
-    fn udp_batches_arrive_as_single_datagrams_with_and_without_gso() {
-        let payloads: Vec<Vec<u8>> = (0..40_u8).map(|n| vec![n; if n % 10 == 9 { 30 } else { 100 }]).collect();
-        for gso_limit in [GsoLimit::Unlimited, GsoLimit::Unsupported] {
-            let [sender, receiver] = [(); 2].map(|()| batch_socket());
-            sender.gso_limit.set(gso_limit);
-            for _ in 0..10 {
-                assert_eq!(send(&sender, addr(&receiver), &payloads), (4, 36 * 100 + 4 * 30));
-                let received = reactor::run(receive(&receiver, payloads.len())).expect("reactor created");
-                let expected: Vec<_> = payloads.iter().map(|p| (addr(&sender), [b"head", &p[..]].concat())).collect();
-                assert_eq!(received, expected);
-            }
-        }
-    }
-
-    #[test]
-    fn udp_receive_loses_no_datagram_when_switching_between_single_and_batched() {
-        let receiver = batch_socket();
-        let (to, socket) = (addr(&receiver), UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket"));
-        // Single datagrams, then a burst, then single ones.
-        for count in [1; 40].into_iter().chain([50]).chain([1; 40]) {
-            for number in 0..count {
-                socket.send_to(&[number], to).expect("it is sent");
-            }
-            let received = reactor::run(receive(&receiver, count.into())).expect("reactor created");
-            assert!(received.iter().map(|(_, bytes)| bytes).eq(&(0..count).map(|n| vec![n]).collect::<Vec<_>>()));
-        }
-    }
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+    let state = UdpSocketState::new((&socket).into())?;
+    Ok(STATE.get_or_init(|| state))
 }

@@ -129,7 +129,7 @@ impl AssociationRelay<'_> {
         let Scratch { received, to_send } = scratch;
         let mut budget = MAX_DATAGRAMS_PER_TURN;
         while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
-            budget = budget.saturating_sub(received.count());
+            budget = budget.saturating_sub(received.datagrams().count());
             self.relay_from_client(now, received, to_send);
         }
         let mut has_more = budget == 0;
@@ -139,7 +139,7 @@ impl AssociationRelay<'_> {
                 if !socket.poll_receive(cx, received, budget) {
                     break;
                 }
-                budget = budget.saturating_sub(received.count());
+                budget = budget.saturating_sub(received.datagrams().count());
                 self.relay_from_targets(now, received, to_send);
             }
             has_more |= budget == 0;

@@ -50,12 +50,6 @@ impl RecvBatch {
         })
     }
 
-    /// Returns the number of datagrams.
-    pub(crate) fn count(&self) -> usize {
-        let messages = self.metas.iter().take(self.message_count);
-        messages.map(|meta| meta.len.div_ceil(meta.stride.max(1)).max(1)).sum()
-    }
-
     /// Receives one datagram from a socket without GRO.
     pub(super) fn receive_one(&mut self, socket: &UdpSocket) -> io::Result<()> {
         let (len, addr) = socket.recv_from(self.buffers.get_mut(..DATAGRAM_BUFFER_SIZE).unwrap_or_default())?;
@@ -160,19 +154,17 @@ mod tests {
     #[test]
     fn gso_batch_is_full_at_a_longer_datagram_after_a_shorter_one_and_at_the_limits() {
         let batches = |lengths: &[usize], header: usize| {
-            let payloads: Vec<Vec<u8>> = lengths.iter().map(|length| vec![0; *length]).collect();
-            let mut header_buf = Vec::new();
-            let (mut batch, mut counts) = (GsoBatch::new(&mut header_buf), vec![0]);
-            batch.begin(SocketAddr::from(([127, 0, 0, 1], 9)), |buf| buf.resize(header, 0));
-            for payload in &payloads {
-                if !batch.push(payload) {
+            let mut buffer = Vec::new();
+            let (mut batch, mut counts) = (GsoBatch::new(&mut buffer), Vec::new());
+            batch.begin(([127, 0, 0, 1], 9).into(), |buffer| buffer.resize(header, 0));
+            for length in lengths {
+                if !batch.push(&vec![0; *length]) {
+                    counts.push(batch.count);
                     batch.clear();
-                    assert!(batch.push(payload));
-                    counts.push(0);
+                    assert!(batch.push(&vec![0; *length]), "everything fits into an empty batch");
                 }
-                *counts.last_mut().expect("one") += 1;
             }
-            counts
+            [counts, vec![batch.count]].concat()
         };
         assert_eq!(batches(&[5, 5, 5], 0), [3]);
         assert_eq!(batches(&[5, 5, 4, 4], 0), [3, 1], "nothing fits after a shorter one");

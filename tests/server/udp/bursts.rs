@@ -72,7 +72,8 @@ fn udp_bursts_of_all_sizes_arrive_in_order_in_both_directions() {
         let target = socket(ip);
         let dst = target.local_addr().expect("local address");
         let association = Association::new(&server);
-        for burst in [1, 2, 3, 16, 31, 32, 33, 64, 65, 100] {
+        // After several single datagrams, the server uses another system call to receive.
+        for burst in [1, 1, 1, 1, 2, 3, 16, 31, 32, 33, 64, 65, 100] {
             for lengths in lengths(burst) {
                 echo_burst(&server, &association, &target, dst, &lengths);
             }
