@@ -14,7 +14,7 @@ mod timer;
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use dial::{DialError, LocalAddr, connect_unix, dial, set_keepalive, set_tcp_options, unspecified};
-pub use rate_limit::{RateLimit, RelayRateLimit, TokenBucket};
+pub use rate_limit::{RateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};
 pub use relay::{
     ByteCounts, RELAY_BUFFER_SIZE, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Side,

@@ -68,106 +68,67 @@ impl TokenBucket {
     }
 }
 
-/// The buckets of a session, at least one. All of them apply at once.
-#[derive(Clone, Debug)]
-pub struct RateLimit {
-    /// The bucket of the session; if only its user has a limit, that of the user.
-    pub session: Arc<TokenBucket>,
-    /// The bucket that all sessions of the user share, if the session has its own limit too.
-    pub user: Option<Arc<TokenBucket>>,
-}
+/// The buckets of a session: its own, that of its user, or both. All of them apply at once. Without one, there is no
+/// limit.
+#[derive(Clone, Debug, Default)]
+pub struct RateLimit(pub Vec<Arc<TokenBucket>>);
 
 impl RateLimit {
-    fn buckets(&self) -> impl Iterator<Item = &TokenBucket> {
-        [Some(&self.session), self.user.as_ref()].into_iter().flatten().map(|bucket| &**bucket)
-    }
-
     /// Reserves bytes. Returns their number, and the time to wait before moving them.
     fn reserve(&self, requested: usize, now: Instant) -> (usize, Duration) {
-        let bytes =
-            self.buckets().map(|bucket| bucket.reservation_size(requested, now)).fold(f64::MAX, f64::min) as usize;
-        let wait = self.buckets().map(|bucket| bucket.reserve(bytes, now)).max();
+        let sizes = self.0.iter().map(|bucket| bucket.reservation_size(requested, now));
+        let bytes = sizes.fold(f64::MAX, f64::min) as usize;
+        let wait = self.0.iter().map(|bucket| bucket.reserve(bytes, now)).max();
         (bytes, wait.unwrap_or_default())
-    }
-
-    fn refund(&self, bytes: usize) {
-        let now = Instant::now();
-        self.buckets().for_each(|bucket| bucket.refund(bytes, now));
     }
 
     /// Takes the tokens for one datagram. Returns false if a bucket is empty, and the caller drops the datagram.
     pub fn try_take(&self, bytes: usize, now: Instant) -> bool {
-        let has_tokens = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
+        let has_tokens = self.0.iter().all(|bucket| bucket.state(now).tokens > 0.0);
         if has_tokens {
-            for bucket in self.buckets() {
-                bucket.reserve(bytes, now);
-            }
+            let _ = self.0.iter().map(|bucket| bucket.reserve(bytes, now)).max();
         }
         has_tokens
     }
 }
 
-/// The reservations of a relay, one for each direction.
-#[derive(Debug)]
-pub struct RelayRateLimit {
-    pub(super) up: Reservation,
-    pub(super) down: Reservation,
-}
-
-impl RelayRateLimit {
-    /// Returns the limit of one relay, which takes its bytes from the buckets of `rate_limit`.
-    pub fn new(rate_limit: &RateLimit) -> Self {
-        let [up, down] = [(); 2].map(|()| Reservation { rate_limit: rate_limit.clone(), state: Mutex::default() });
-        Self { up, down }
-    }
-
-    /// Returns the earliest time at which a waiting direction can continue.
-    pub(super) fn due(&self) -> Option<Instant> {
-        [&self.up, &self.down].into_iter().filter_map(|reservation| reservation.state().due).min()
-    }
-}
-
-/// The reserved bytes of one direction. Those that have not moved are refunded when it is dropped.
+/// The bytes that one direction of a relay has reserved. Those that have not moved are refunded when it is dropped.
 #[derive(Debug)]
 pub(super) struct Reservation {
     rate_limit: RateLimit,
-    state: Mutex<Reserved>,
-}
-
-#[derive(Debug, Default)]
-struct Reserved {
     bytes: usize,
     /// Time at which the bytes are earned. `None` after that.
-    due: Option<Instant>,
+    pub(super) due: Option<Instant>,
 }
 
 impl Reservation {
-    fn state(&self) -> MutexGuard<'_, Reserved> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn new(rate_limit: &RateLimit) -> Self {
+        Self { rate_limit: rate_limit.clone(), bytes: 0, due: None }
     }
 
-    /// Ready with the number of bytes that may move now. Sets no timer: poll again at [`RelayRateLimit::due`].
-    pub(super) fn poll(&self, requested: usize) -> Poll<usize> {
-        let (mut state, now) = (self.state(), Instant::now());
-        if state.bytes == 0 {
+    /// Ready with the number of bytes that may move now. Sets no timer: poll again at `due`.
+    pub(super) fn poll(&mut self, requested: usize) -> Poll<usize> {
+        let now = Instant::now();
+        if self.bytes == 0 {
             let (bytes, wait) = self.rate_limit.reserve(requested, now);
-            *state = Reserved { bytes, due: Some(now + wait) };
+            (self.bytes, self.due) = (bytes, Some(now + wait));
         }
-        state.due = state.due.filter(|due| *due > now);
-        if state.due.is_some() { Poll::Pending } else { Poll::Ready(state.bytes) }
+        self.due = self.due.filter(|due| *due > now);
+        if self.due.is_some() { Poll::Pending } else { Poll::Ready(self.bytes) }
     }
 
     /// Deducts bytes that have moved.
-    pub(super) fn commit(&self, bytes: usize) {
-        let mut state = self.state();
-        state.bytes = state.bytes.saturating_sub(bytes);
+    pub(super) fn commit(&mut self, bytes: usize) {
+        self.bytes = self.bytes.saturating_sub(bytes);
     }
 
     /// Refunds the reserved bytes, because none can move now. Other relays can use them.
-    pub(super) fn refund(&self) {
-        let bytes = std::mem::take(&mut *self.state()).bytes;
+    pub(super) fn refund(&mut self) {
+        self.due = None;
+        let bytes = std::mem::take(&mut self.bytes);
         if bytes > 0 {
-            self.rate_limit.refund(bytes);
+            let now = Instant::now();
+            self.rate_limit.0.iter().for_each(|bucket| bucket.refund(bytes, now));
         }
     }
 }
@@ -183,7 +144,7 @@ mod tests {
     use super::*;
 
     fn rate_limit(rate: u64, start: Instant) -> RateLimit {
-        RateLimit { session: Arc::new(TokenBucket::new(rate, start)), user: None }
+        RateLimit(vec![Arc::new(TokenBucket::new(rate, start))])
     }
 
     /// Returns the bytes that move in `time` if each timer fires late by `late`.
@@ -235,15 +196,15 @@ mod tests {
     #[test]
     fn reservation_is_refunded_when_no_byte_can_move_and_on_drop() {
         let rate_limit = rate_limit(1_000, Instant::now());
-        let tokens = || rate_limit.session.state(Instant::now()).tokens;
-        let relay_limit = RelayRateLimit::new(&rate_limit);
-        assert_eq!(relay_limit.up.poll(100), Poll::Ready(25), "at least 25 ms of bytes");
-        relay_limit.up.commit(5);
-        assert_eq!((relay_limit.up.poll(100), relay_limit.due()), (Poll::Ready(20), None));
-        assert!(relay_limit.down.poll(100).is_pending() && relay_limit.due().is_some());
-        relay_limit.up.refund();
+        let tokens = || rate_limit.0.iter().map(|bucket| bucket.state(Instant::now()).tokens).sum::<f64>();
+        let [mut up, mut down] = [(); 2].map(|()| Reservation::new(&rate_limit));
+        assert_eq!(up.poll(100), Poll::Ready(25), "at least 25 ms of bytes");
+        up.commit(5);
+        assert_eq!((up.poll(100), up.due), (Poll::Ready(20), None));
+        assert!(down.poll(100).is_pending() && down.due.is_some());
+        up.refund();
         assert!(tokens() < 0.0);
-        drop(relay_limit);
+        drop((up, down));
         assert!(tokens() >= 20.0);
     }
 

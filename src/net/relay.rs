@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use super::rate_limit::RelayRateLimit;
+use super::rate_limit::RateLimit;
 use super::reactor::wake_later;
 use super::stream::Stream;
 use super::timer::IdleTimer;
@@ -109,7 +109,7 @@ pub struct RelayOptions {
     /// Leaves the write side of dst open when the client ends its stream.
     pub keeps_dst_open: bool,
     /// Limits the rate of both directions together. Bytes are then copied and not spliced.
-    pub rate_limit: Option<Arc<RelayRateLimit>>,
+    pub rate_limit: RateLimit,
     /// Records the events of the relay.
     pub stats: Option<Arc<RelayStats>>,
 }
@@ -188,10 +188,9 @@ where
     D: Stream,
 {
     let mut streams = AbortGuard { client: Some(client), dst: Some(dst) };
-    let must_copy = options.rate_limit.is_some();
     let mut relay = RelayState {
-        up: Direction::new(must_copy, options.keeps_dst_open),
-        down: Direction::new(must_copy, false),
+        up: Direction::new(&options.rate_limit, options.keeps_dst_open),
+        down: Direction::new(&options.rate_limit, false),
         counts,
         undelivered: None,
         options,
@@ -269,8 +268,7 @@ impl RelayState<'_> {
             self.options.stop_when_bulk && !this.has_source_ended && other.is_stateless() && self.undelivered.is_none()
         };
         let (up_may_stop, down_may_stop) = (may_stop(&self.up, &self.down), may_stop(&self.down, &self.up));
-        let rate_limit = self.options.rate_limit.as_deref();
-        match self.up.poll(cx, client, dst, &self.counts.up, rate_limit.map(|limit| &limit.up), up_may_stop) {
+        match self.up.poll(cx, client, dst, &self.counts.up, up_may_stop) {
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadClient, error),
             // `down` continues: dst may have sent bytes before, which the client has not received yet.
             Poll::Ready(Err(DirectionError::Write(error))) => {
@@ -280,7 +278,7 @@ impl RelayState<'_> {
             }
             Poll::Ready(Ok(())) | Poll::Pending => {}
         }
-        match self.down.poll(cx, dst, client, &self.counts.down, rate_limit.map(|limit| &limit.down), down_may_stop) {
+        match self.down.poll(cx, dst, client, &self.counts.down, down_may_stop) {
             Poll::Ready(Err(DirectionError::Read(_))) if self.undelivered.is_some() => self.down.is_done = true,
             Poll::Ready(Err(DirectionError::Read(error))) => return io_error(RelayOp::ReadDst, error),
             Poll::Ready(Err(DirectionError::Write(error))) => return io_error(RelayOp::WriteClient, error),
@@ -347,7 +345,7 @@ impl RelayState<'_> {
             }
             let needs_check = checks_client || checks_dst || self.up.has_pipe() || self.down.has_pipe();
             let check = needs_check.then(|| now + CHECK_INTERVAL);
-            let tokens = self.options.rate_limit.as_ref().and_then(|limit| limit.due());
+            let tokens = [&self.up, &self.down].into_iter().filter_map(Direction::tokens_due).min();
             if tokens.is_some_and(|tokens| now >= tokens) {
                 wake_later(cx);
                 return Poll::Pending;

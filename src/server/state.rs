@@ -66,7 +66,7 @@ impl SessionPermit {
     }
 
     pub(super) fn rate_limit(&self) -> Option<&RateLimit> {
-        self.quota.as_ref()?.rate_limit.as_ref()
+        self.quota.as_ref().map(|quota| &quota.rate_limit).filter(|limit| !limit.0.is_empty())
     }
 }
 

@@ -3,14 +3,13 @@
 //! A tunnel runs as a separate task, so that it holds no memory of the handshake.
 
 use std::io;
-use std::sync::Arc;
 
 use super::session_log::SessionLog;
 use super::state::{Session, SessionPermit};
 use super::worker::{self, BulkGuard, WorkerHandle};
 use crate::conn::{Conn, DetachedConn};
 use crate::net::{
-    RelayError, RelayOptions, RelayOutcome, RelayRateLimit, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep,
+    RateLimit, RelayError, RelayOptions, RelayOutcome, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep,
 };
 
 /// The state of a session that is relayed.
@@ -30,7 +29,7 @@ impl Tunnel {
     /// Relays in a task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer bulk tunnels.
     pub(super) fn start(mut self) {
         if let Some(limit) = self.permit.rate_limit() {
-            let rate_limit = Some(Arc::new(RelayRateLimit::new(limit)));
+            let rate_limit = limit.clone();
             return worker::spawn(Box::pin(self.relay_here(rate_limit, None)));
         }
         // `self` is not moved to a variable inside the block: the future would reserve room for it twice.
@@ -61,11 +60,11 @@ impl Tunnel {
             },
             None => self,
         };
-        tunnel.relay_here(None, server.workers.this().map(WorkerHandle::bulk_guard)).await;
+        tunnel.relay_here(RateLimit::default(), server.workers.this().map(WorkerHandle::bulk_guard)).await;
     }
 
     /// Relays to the end on this worker.
-    async fn relay_here(mut self, rate_limit: Option<Arc<RelayRateLimit>>, _guard: Option<BulkGuard>) {
+    async fn relay_here(mut self, rate_limit: RateLimit, _guard: Option<BulkGuard>) {
         let options = RelayOptions { stop_when_bulk: false, rate_limit, ..self.permit.server.relay_options.clone() };
         let result = self.relay(Some(&options)).await;
         self.finish(result).await;
@@ -85,7 +84,9 @@ impl Tunnel {
         // Counted before it arrives, so that the next tunnel chooses another worker.
         let guard = worker.bulk_guard();
         worker.send(move || match attach(client, target) {
-            Ok((client, target)) => worker::spawn(Self { client, target, log, permit }.relay_here(None, Some(guard))),
+            Ok((client, target)) => {
+                worker::spawn(Self { client, target, log, permit }.relay_here(RateLimit::default(), Some(guard)))
+            }
             Err(error) => log.set_error(error),
         });
         Ok(())
@@ -124,13 +125,5 @@ fn attach(client: DetachedConn, target: DetachedConn) -> io::Result<(Conn, Conn)
     Ok((client, target))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tunnel_state_is_at_most_224_bytes() {
-        // An idle tunnel holds this and the state of the relay, which tests/server/relay.rs measures.
-        assert!(size_of::<Tunnel>() <= 224, "{}", size_of::<Tunnel>());
-    }
-}
+// An idle tunnel holds this and the state of the relay, which tests/server/relay.rs measures.
+const _: () = assert!(size_of::<Tunnel>() <= 224);

@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::conn::Conn;
-use s5::net::{
-    ByteCounts, Io, RateLimit, RelayError, RelayOp, RelayOptions, RelayRateLimit, RelayStats, Side, TokenBucket, relay,
-};
+use s5::net::{ByteCounts, Io, RateLimit, RelayError, RelayOp, RelayOptions, RelayStats, Side, TokenBucket, relay};
 use tunnel::harness::{CAPACITY, Harness};
 use tunnel::memory::MemoryTunnel;
 use tunnel::sockets::SocketTunnel;
@@ -37,15 +35,6 @@ for_each_relay! {
     linger_timeout_does_not_apply_before_the_end_of_down
     rate_limit_holds_for_both_directions_together
 }
-
-const NO_TIMEOUTS: RelayOptions = RelayOptions {
-    idle_timeout: None,
-    linger: None,
-    stop_when_bulk: false,
-    keeps_dst_open: false,
-    rate_limit: None,
-    stats: None,
-};
 
 #[derive(Clone, Debug)]
 enum Action {
@@ -88,7 +77,7 @@ fn any_capacity() -> impl Strategy<Value = usize> {
 }
 
 fn run_actions<T: Tunnel>(capacity: usize, actions: &[Action]) {
-    run_actions_with::<T>(capacity, NO_TIMEOUTS, actions);
+    run_actions_with::<T>(capacity, RelayOptions::default(), actions);
 }
 
 fn run_actions_with<T: Tunnel>(capacity: usize, options: RelayOptions, actions: &[Action]) {
@@ -149,7 +138,7 @@ proptest! {
 
     #[test]
     fn bulk_transfer_is_relayed_exactly_after_moves_to_other_threads(actions in any_bulk_actions()) {
-        run_actions_with::<SocketTunnel>(2 << 20, RelayOptions { stop_when_bulk: true, ..NO_TIMEOUTS }, &actions);
+        run_actions_with::<SocketTunnel>(2 << 20, RelayOptions { stop_when_bulk: true, ..RelayOptions::default() }, &actions);
     }
 }
 
@@ -157,7 +146,7 @@ proptest! {
 /// a write to dst, and the kernel reports it to that write only.
 #[test]
 fn reset_that_a_write_reports_is_not_relayed_as_end_of_stream() {
-    let mut harness = Harness::<SocketTunnel>::new(CAPACITY, NO_TIMEOUTS);
+    let mut harness = Harness::<SocketTunnel>::new(CAPACITY, RelayOptions::default());
     harness.send(Direction::Down, 1 << 24);
     harness.tunnel.run_until_idle();
     harness.send(Direction::Down, 1 << 24);
@@ -170,7 +159,7 @@ fn reset_that_a_write_reports_is_not_relayed_as_end_of_stream() {
 }
 
 fn relay_copies_and_counts_bytes_in_both_directions<T: Tunnel>() {
-    let mut harness = Harness::<T>::new(CAPACITY, NO_TIMEOUTS);
+    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions::default());
     harness.transfer(Direction::Up, 100_000);
     harness.transfer(Direction::Down, 3);
     harness.transfer(Direction::Up, 1);
@@ -181,7 +170,7 @@ fn relay_copies_and_counts_bytes_in_both_directions<T: Tunnel>() {
 
 fn half_close_is_forwarded_and_the_other_direction_stays_open<T: Tunnel>() {
     for direction in [Direction::Up, Direction::Down] {
-        let mut harness = Harness::<T>::new(CAPACITY, NO_TIMEOUTS);
+        let mut harness = Harness::<T>::new(CAPACITY, RelayOptions::default());
         assert_eq!(harness.send(direction, 1000), 1000);
         harness.half_close(direction);
         harness.tunnel.run_until_idle();
@@ -195,7 +184,7 @@ fn half_close_is_forwarded_and_the_other_direction_stays_open<T: Tunnel>() {
 
 fn reset_is_forwarded_as_a_reset<T: Tunnel>() {
     for (from, operation) in [(Direction::Up, RelayOp::ReadClient), (Direction::Down, RelayOp::ReadDst)] {
-        let mut harness = Harness::<T>::new(CAPACITY, NO_TIMEOUTS);
+        let mut harness = Harness::<T>::new(CAPACITY, RelayOptions::default());
         harness.transfer(Direction::Up, 10);
         harness.transfer(Direction::Down, 10);
         harness.reset(from);
@@ -209,7 +198,7 @@ fn reset_is_forwarded_as_a_reset<T: Tunnel>() {
 
 fn stalled_sink_loses_no_bytes<T: Tunnel>() {
     for direction in [Direction::Up, Direction::Down] {
-        let mut harness = Harness::<T>::new(1000, NO_TIMEOUTS);
+        let mut harness = Harness::<T>::new(1000, RelayOptions::default());
         let mut attempts = 0;
         while attempts < 100 {
             attempts = if harness.send(direction, 10_000) > 0 { 0 } else { attempts + 1 };
@@ -222,7 +211,7 @@ fn stalled_sink_loses_no_bytes<T: Tunnel>() {
 }
 
 fn dropped_relay_resets_both_streams<T: Tunnel>() {
-    let mut harness = Harness::<T>::new(CAPACITY, NO_TIMEOUTS);
+    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions::default());
     harness.transfer(Direction::Up, 10);
     harness.half_close(Direction::Down);
     harness.tunnel.wait_until("the half-close arrives", |tunnel| tunnel.client().receive(1) == Received::End);
@@ -235,7 +224,7 @@ fn dropped_relay_resets_both_streams<T: Tunnel>() {
 fn idle_timeout_resets_both_streams<T: Tunnel>() {
     let idle = Duration::from_millis(60);
     let started = Instant::now();
-    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), ..NO_TIMEOUTS });
+    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), ..RelayOptions::default() });
     harness.tunnel.wait_end();
     assert!(started.elapsed() >= idle, "after {:?}", started.elapsed());
     assert!(matches!(harness.tunnel.outcome(), Some(Err(RelayError::IdleTimeout))), "{:?}", harness.tunnel.outcome());
@@ -261,7 +250,8 @@ fn bytes_in_either_direction_restart_the_idle_timeout<T: Tunnel>() {
     for direction in [Direction::Up, Direction::Down] {
         let attempts = 10;
         let has_passed = (0..attempts).any(|_| {
-            let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), ..NO_TIMEOUTS });
+            let mut harness =
+                Harness::<T>::new(CAPACITY, RelayOptions { idle_timeout: Some(idle), ..RelayOptions::default() });
             let stayed_busy = keep_busy(idle, || harness.transfer(direction, 1));
             let last = Instant::now();
             let has_ended = harness.tunnel.outcome().is_some();
@@ -295,7 +285,7 @@ fn linger_timeout_after_the_end_of_down_ends_the_relay_without_error<T: Tunnel>(
 fn linger_timeout_does_not_apply_before_the_end_of_down<T: Tunnel>() {
     for has_up_ended in [false, true] {
         let linger = Duration::from_millis(20);
-        let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { linger: Some(linger), ..NO_TIMEOUTS });
+        let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { linger: Some(linger), ..RelayOptions::default() });
         harness.transfer(Direction::Up, 1);
         if has_up_ended {
             harness.half_close(Direction::Up);
@@ -310,9 +300,8 @@ fn linger_timeout_does_not_apply_before_the_end_of_down<T: Tunnel>() {
 
 fn rate_limit_holds_for_both_directions_together<T: Tunnel>() {
     let begin = Instant::now();
-    let rate_limit = RateLimit { session: TokenBucket::new(1_000_000, begin).into(), user: None };
-    let rate_limit = Some(RelayRateLimit::new(&rate_limit).into());
-    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { rate_limit, ..NO_TIMEOUTS });
+    let rate_limit = RateLimit(vec![TokenBucket::new(1_000_000, begin).into()]);
+    let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { rate_limit, ..RelayOptions::default() });
     for direction in [Direction::Up, Direction::Down] {
         harness.transfer(direction, 150_000);
         harness.half_close(direction);
@@ -325,7 +314,7 @@ fn rate_limit_holds_for_both_directions_together<T: Tunnel>() {
 fn relay_stats_record_the_first_byte_and_the_side_that_ended_first() {
     for (direction, side) in [(Direction::Up, Side::Client), (Direction::Down, Side::Dst)] {
         let stats = Arc::new(RelayStats::default());
-        let options = RelayOptions { stats: Some(stats.clone()), ..NO_TIMEOUTS };
+        let options = RelayOptions { stats: Some(stats.clone()), ..RelayOptions::default() };
         let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, options);
         harness.transfer(Direction::Up, 10);
         assert_eq!((stats.first_byte(), stats.ended_first()), (None, None));
@@ -341,7 +330,8 @@ fn relay_stats_record_the_first_byte_and_the_side_that_ended_first() {
 
 #[test]
 fn dst_stays_open_after_the_end_of_the_client_if_required() {
-    let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions { keeps_dst_open: true, ..NO_TIMEOUTS });
+    let mut harness =
+        Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions { keeps_dst_open: true, ..RelayOptions::default() });
     harness.half_close(Direction::Up);
     harness.transfer(Direction::Down, 10);
     assert_eq!(harness.tunnel.dst().receive(1), Received::WouldBlock);
@@ -355,7 +345,8 @@ fn idle_relay_future_has_at_most_128_bytes() {
         Conn::Unix(Io::new(stream.into()).expect("registered with the event loop"))
     });
     let counts = ByteCounts::default();
-    let relay = relay(&mut client, &mut dst, &NO_TIMEOUTS, &counts, |_, _| true);
+    let options = RelayOptions::default();
+    let relay = relay(&mut client, &mut dst, &options, &counts, |_, _| true);
     // A server can have 100 000 idle relays.
     assert!(size_of_val(&relay) <= 128, "{}", size_of_val(&relay));
 }
@@ -363,7 +354,8 @@ fn idle_relay_future_has_at_most_128_bytes() {
 #[test]
 fn linger_timeout_does_not_apply_while_bytes_for_dst_are_pending() {
     let linger = Duration::from_millis(20);
-    let mut harness = Harness::<MemoryTunnel>::new(100, RelayOptions { linger: Some(linger), ..NO_TIMEOUTS });
+    let mut harness =
+        Harness::<MemoryTunnel>::new(100, RelayOptions { linger: Some(linger), ..RelayOptions::default() });
     harness.send(Direction::Up, 100);
     harness.half_close(Direction::Down);
     harness.tunnel.run_until_idle();
@@ -381,7 +373,8 @@ fn linger_timeout_does_not_apply_while_bytes_for_dst_are_pending() {
 fn bytes_from_the_client_restart_the_linger_timeout() {
     let linger = Duration::from_millis(80);
     let has_passed = (0..10).any(|_| {
-        let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions { linger: Some(linger), ..NO_TIMEOUTS });
+        let mut harness =
+            Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions { linger: Some(linger), ..RelayOptions::default() });
         harness.half_close(Direction::Down);
         let stayed_busy = keep_busy(linger, || harness.transfer(Direction::Up, 1));
         assert!(!stayed_busy || harness.tunnel.outcome().is_none(), "the relay ended while bytes were sent");
@@ -392,7 +385,7 @@ fn bytes_from_the_client_restart_the_linger_timeout() {
 
 #[test]
 fn idle_tunnel_without_timeouts_is_never_woken() {
-    let mut tunnel = MemoryTunnel::open(CAPACITY, NO_TIMEOUTS);
+    let mut tunnel = MemoryTunnel::open(CAPACITY, RelayOptions::default());
     tunnel.run_until_idle();
     let started = Instant::now();
     tunnel.wait_until("some time passes", |_| started.elapsed() > Duration::from_millis(30));
@@ -401,7 +394,7 @@ fn idle_tunnel_without_timeouts_is_never_woken() {
 
 #[test]
 fn relay_of_endless_data_yields_to_other_tasks() {
-    let mut tunnel = MemoryTunnel::open(CAPACITY, NO_TIMEOUTS);
+    let mut tunnel = MemoryTunnel::open(CAPACITY, RelayOptions::default());
     tunnel.client().stream().is_endless = true;
     tunnel.dst().stream().is_endless = true;
     for turn in 1..=3 {
@@ -414,7 +407,7 @@ fn relay_of_endless_data_yields_to_other_tasks() {
 
 #[test]
 fn bytes_from_dst_reach_the_client_after_writing_to_dst_has_failed() {
-    let mut harness = Harness::<MemoryTunnel>::new(1000, NO_TIMEOUTS);
+    let mut harness = Harness::<MemoryTunnel>::new(1000, RelayOptions::default());
     harness.transfer(Direction::Up, 10);
     harness.tunnel.dst().stream().fails_writes = true;
     assert_eq!(harness.send(Direction::Up, 500), 500);
@@ -433,7 +426,7 @@ fn bytes_from_dst_reach_the_client_after_writing_to_dst_has_failed() {
 
 #[test]
 fn silent_dst_that_accepts_no_bytes_ends_the_tunnel_within_seconds() {
-    let mut harness = Harness::<MemoryTunnel>::new(1000, NO_TIMEOUTS);
+    let mut harness = Harness::<MemoryTunnel>::new(1000, RelayOptions::default());
     harness.tunnel.dst().stream().fails_writes = true;
     harness.send(Direction::Up, 1);
     harness.tunnel.wait_end();
@@ -457,7 +450,7 @@ fn relay_error_names_the_failed_operation() {
         (|harness| harness.reset(Direction::Up), RelayOp::ReadClient, "read from the client: "),
     ];
     for (cause_failure, operation, text) in table {
-        let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, NO_TIMEOUTS);
+        let mut harness = Harness::<MemoryTunnel>::new(CAPACITY, RelayOptions::default());
         harness.send(Direction::Up, 10);
         harness.send(Direction::Down, 10);
         cause_failure(&mut harness);

@@ -5,9 +5,10 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use super::splice::{self, Pipe};
-use crate::net::rate_limit::Reservation;
+use crate::net::rate_limit::{RateLimit, Reservation};
 use crate::net::reactor::{Interest, wake_later};
 use crate::net::stream::Stream;
 
@@ -33,6 +34,8 @@ pub(super) enum DirectionError {
 #[derive(Default)]
 pub(super) struct Direction {
     pending: Option<Box<Pending>>,
+    /// Set if the rate is limited.
+    reservation: Option<Box<Reservation>>,
     /// Consecutive reads that filled the buffer.
     full_reads: u8,
     /// Set when splicing is impossible: rate limit, not plain sockets, no support by the kernel, or no pipe available.
@@ -61,8 +64,14 @@ enum Pending {
 }
 
 impl Direction {
-    pub(super) fn new(must_copy: bool, keeps_sink_open: bool) -> Self {
-        Self { must_copy, keeps_sink_open, ..Self::default() }
+    pub(super) fn new(rate_limit: &RateLimit, keeps_sink_open: bool) -> Self {
+        let reservation = (!rate_limit.0.is_empty()).then(|| Box::new(Reservation::new(rate_limit)));
+        Self { must_copy: reservation.is_some(), reservation, keeps_sink_open, ..Self::default() }
+    }
+
+    /// Returns the time at which a direction that waits for its rate limit can continue.
+    pub(super) fn tokens_due(&self) -> Option<Instant> {
+        self.reservation.as_ref()?.due
     }
 
     /// Returns whether a new `Direction` could continue: nothing is pending, and the source is open.
@@ -105,7 +114,6 @@ impl Direction {
         source: &mut impl Stream,
         sink: &mut impl Stream,
         count: &AtomicU64,
-        rate_limit: Option<&Reservation>,
         stop_if_bulk: bool,
     ) -> Poll<Result<(), DirectionError>> {
         if self.is_done {
@@ -113,7 +121,7 @@ impl Direction {
         }
         let mut budget = POLL_BUDGET;
         while budget > 0 {
-            let n = ready!(self.write_pending(cx, sink, rate_limit))?;
+            let n = ready!(self.write_pending(cx, sink))?;
             count.fetch_add(n as u64, Ordering::Relaxed);
             budget = budget.saturating_sub(n);
             if self.has_pending() {
@@ -132,11 +140,11 @@ impl Direction {
             }
             let progress = match self.has_pipe() {
                 true => self.fill_pipe(cx, source),
-                false => THREAD_BUFFER.with_borrow_mut(|buffer| self.copy_once(cx, source, sink, rate_limit, buffer)),
+                false => THREAD_BUFFER.with_borrow_mut(|buffer| self.copy_once(cx, source, sink, buffer)),
             };
             if progress.is_pending() {
-                if let Some(rate_limit) = rate_limit {
-                    rate_limit.refund();
+                if let Some(reservation) = &mut self.reservation {
+                    reservation.refund();
                 }
                 flush(cx, sink)?;
             }
@@ -167,17 +175,12 @@ impl Direction {
     }
 
     /// Writes pending bytes once. Returns how many the sink accepted.
-    fn write_pending(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut impl Stream,
-        rate_limit: Option<&Reservation>,
-    ) -> Poll<Result<usize, DirectionError>> {
+    fn write_pending(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, DirectionError>> {
         match self.pending.as_deref_mut() {
             None => Poll::Ready(Ok(0)),
             Some(Pending::Bytes { bytes, sent }) => {
                 let unsent = bytes.get(*sent..).unwrap_or_default();
-                let n = ready!(poll_write(cx, sink, rate_limit, unsent))?;
+                let n = ready!(poll_write(cx, sink, self.reservation.as_deref_mut(), unsent))?;
                 *sent += n;
                 if *sent >= bytes.len() {
                     self.pending = None;
@@ -227,7 +230,6 @@ impl Direction {
         cx: &mut Context<'_>,
         source: &mut impl Stream,
         sink: &mut impl Stream,
-        rate_limit: Option<&Reservation>,
         buffer: &mut [u8],
     ) -> Poll<Result<usize, DirectionError>> {
         let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(DirectionError::Read)?;
@@ -236,7 +238,7 @@ impl Direction {
             return Poll::Ready(Ok(0));
         };
         self.has_read = true;
-        let sent = match poll_write(cx, sink, rate_limit, bytes) {
+        let sent = match poll_write(cx, sink, self.reservation.as_deref_mut(), bytes) {
             Poll::Ready(sent) => sent?,
             Poll::Pending => 0,
         };
@@ -252,20 +254,20 @@ impl Direction {
 fn poll_write(
     cx: &mut Context<'_>,
     sink: &mut impl Stream,
-    rate_limit: Option<&Reservation>,
+    reservation: Option<&mut Reservation>,
     bytes: &[u8],
 ) -> Poll<Result<usize, DirectionError>> {
-    let Some(rate_limit) = rate_limit else {
+    let Some(reservation) = reservation else {
         return Pin::new(sink).poll_write(cx, bytes).map(|sent| sent.and_then(nonzero).map_err(DirectionError::Write));
     };
-    let Poll::Ready(max) = rate_limit.poll(bytes.len()) else {
+    let Poll::Ready(max) = reservation.poll(bytes.len()) else {
         flush(cx, sink)?;
         return Poll::Pending;
     };
     let sent = poll_write(cx, sink, None, bytes.get(..max).unwrap_or(bytes));
     match &sent {
-        Poll::Ready(Ok(n)) => rate_limit.commit(*n),
-        Poll::Ready(Err(_)) | Poll::Pending => rate_limit.refund(),
+        Poll::Ready(Ok(n)) => reservation.commit(*n),
+        Poll::Ready(Err(_)) | Poll::Pending => reservation.refund(),
     }
     sent
 }
