@@ -90,8 +90,8 @@ pub fn tunnel(server: &Server) -> (TcpStream, TcpStream) {
 /// A listener that never accepts: its accept queue is full, so Linux drops each SYN.
 pub struct FullBacklog {
     pub addr: SocketAddr,
-    _listener: Socket,
-    _queued: TcpStream,
+    listener: TcpListener,
+    queued: TcpStream,
 }
 
 impl FullBacklog {
@@ -102,11 +102,18 @@ impl FullBacklog {
         let addr = listener.local_addr().ok().and_then(|addr| addr.as_socket()).expect("local address");
         // A backlog of 0 holds one connection.
         let queued = TcpStream::connect(addr).expect("the first one is queued");
-        Self { addr, _listener: listener, _queued: queued }
+        Self { addr, listener: listener.into(), queued }
     }
 
     pub fn new() -> Self {
         Self::at(SocketAddr::new(V4, 0))
+    }
+
+    /// Accepts the connection after the queued one. Linux has dropped its first SYN and retransmits it after a second.
+    pub fn accept(self) -> TcpStream {
+        drop(self.queued);
+        accept(&self.listener);
+        accept(&self.listener).0
     }
 }
 

@@ -2,18 +2,18 @@
 //! loaded from the start.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::mpsc;
 use std::time::Duration;
-
-use socket2::{Domain, Socket, Type};
 
 use super::tools::{
     ALICE, Setup, assert_no_connection, assert_no_datagram, associate, log_in, only_bob, request_for, udp_target,
 };
 use crate::support::dns::{self, Answer};
 use crate::support::login::{connect_from_ip, login_message, unused_client_ip};
-use crate::support::{CONNECT, V4, accept, assert_no_data, in_namespace, listener, read_exact, read_reply};
+use crate::support::{
+    CONNECT, FullBacklog, V4, accept, assert_no_data, in_namespace, listener, read_exact, read_reply,
+};
 use crate::udp::association::{datagram_name, receive};
 
 /// A step of the client.
@@ -98,33 +98,12 @@ fn reload_applies_at_each_step_before_reply() {
     }
 }
 
-/// A target that accepts no connection until `accept` is called.
-struct SlowTarget(TcpListener, TcpStream);
-
-impl SlowTarget {
-    fn new() -> (Self, SocketAddr) {
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket created");
-        listener.bind(&SocketAddr::new(V4, 0).into()).expect("free port");
-        listener.listen(0).expect("listening");
-        let listener = TcpListener::from(listener);
-        let addr = listener.local_addr().expect("local address");
-        let queued = TcpStream::connect(addr).expect("queued");
-        (Self(listener, queued), addr)
-    }
-
-    /// Accepts the connection of the server. Linux has dropped its first SYN and retransmits it after a second.
-    fn accept(self) -> TcpStream {
-        drop(self.1);
-        accept(&self.0);
-        accept(&self.0).0
-    }
-}
-
 #[test]
 fn reload_applies_while_connecting() {
     let cases = CHANGES.map(|change| {
         let setup = Setup::new(&[]);
-        let (slow, dst) = SlowTarget::new();
+        let slow = FullBacklog::new();
+        let dst = slow.addr;
         let stream = change_during(&setup, change, &request_for(CONNECT, &dst.to_string()), dst);
         (change, setup, slow, stream)
     });

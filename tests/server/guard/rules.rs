@@ -17,90 +17,67 @@ use crate::udp::association::{datagram, datagram_name, receive};
 
 const HOSTS: &str = "127.0.0.1 localhost a.test sub.a.test xa.test b.test\n127.0.0.3 three.test\n";
 
-/// Rules, and requests: client address, user, command, DST and expected REP. P and Q stand for ports that accept
-/// connections at every address.
+/// Rules, and requests: client address, user, command, expected REP, and one or more DST. P and Q stand for ports that
+/// accept connections at every address.
 const TABLE: [(&str, &[&str]); 7] = [
     (
         "deny from=127.0.0.2,127.64.0.0/10 port=P",
         &[
-            "127.0.0.2 - connect 127.0.0.1:P 2",
-            "127.0.0.2 - connect 127.0.0.1:Q 0",
-            "127.64.0.9 - connect b.test:P 2",
-            "127.0.0.3 - connect 127.0.0.1:P 0",
+            "127.0.0.2 - connect 2 127.0.0.1:P",
+            "127.0.0.2 - connect 0 127.0.0.1:Q",
+            "127.64.0.9 - connect 2 b.test:P",
+            "127.0.0.3 - connect 0 127.0.0.1:P",
         ],
     ),
     (
         "deny user=alice command=udp,bind\nallow user=alice to=127.0.0.1 port=P\ndeny user=alice\n\
          deny user=*@corp method=password to=127.0.0.1 port=P",
         &[
-            "127.0.0.1 alice connect 127.0.0.1:P 0",
-            "127.0.0.1 alice connect 127.0.0.1:Q 2",
-            "127.0.0.1 alice bind 0.0.0.0:0 2",
-            "127.0.0.1 alice udp 0.0.0.0:0 2",
-            "127.0.0.1 bob@corp connect 127.0.0.1:P 2",
-            "127.0.0.1 bob@corp connect 127.0.0.2:P 0",
-            "127.0.0.1 bob@corp bind 0.0.0.0:0 0",
-            "127.0.0.1 bob@corp udp 0.0.0.0:0 0",
+            "127.0.0.1 alice connect 0 127.0.0.1:P",
+            "127.0.0.1 alice connect 2 127.0.0.1:Q",
+            "127.0.0.1 alice bind 2 0.0.0.0:0",
+            "127.0.0.1 alice udp 2 0.0.0.0:0",
+            "127.0.0.1 bob@corp connect 2 127.0.0.1:P",
+            "127.0.0.1 bob@corp connect 0 127.0.0.2:P",
+            "127.0.0.1 bob@corp bind 0 0.0.0.0:0",
+            "127.0.0.1 bob@corp udp 0 0.0.0.0:0",
         ],
     ),
     (
         "deny command=connect",
-        &[
-            "127.0.0.1 - connect 127.0.0.1:P 2",
-            "127.0.0.1 - connect a.test:P 2",
-            "127.0.0.1 - bind 0.0.0.0:0 0",
-            "127.0.0.1 - udp 0.0.0.0:0 0",
-        ],
+        &["127.0.0.1 - connect 2 127.0.0.1:P a.test:P", "127.0.0.1 - bind 0 0.0.0.0:0", "127.0.0.1 - udp 0 0.0.0.0:0"],
     ),
     (
         "deny to=.a.test\ndeny to=three.test",
         &[
-            "127.0.0.1 - connect A.Test.:P 2",
-            "127.0.0.1 - connect sub.a.test:P 2",
-            "127.0.0.1 - bind a.test:0 2",
-            "127.0.0.1 - connect three.test:P 2",
-            "127.0.0.1 - connect xa.test:P 0",
-            "127.0.0.1 - connect 127.0.0.1:P 0",
+            "127.0.0.1 - connect 2 A.Test.:P sub.a.test:P three.test:P",
+            "127.0.0.1 - bind 2 a.test:0",
+            "127.0.0.1 - connect 0 xa.test:P 127.0.0.1:P",
         ],
     ),
     (
         "deny to=127.0.0.1",
         &[
-            "127.0.0.1 - connect 127.0.0.1:P 2",
-            "127.0.0.1 - connect a.test:P 2",
-            "127.0.0.1 - connect 0.0.0.0:P 2",
-            "127.0.0.1 - connect [::ffff:127.0.0.1]:P 2",
-            "127.0.0.1 - connect [::ffff:0.0.0.0]:P 2",
-            "127.0.0.1 - connect [64:ff9b::7f00:1]:P 2",
-            "127.0.0.1 - connect [2002:7f00:1::]:P 2",
-            "127.0.0.1 - connect [2001::80ff:fffe]:P 2",
+            "127.0.0.1 - connect 2 127.0.0.1:P a.test:P 0.0.0.0:P [::ffff:127.0.0.1]:P [::ffff:0.0.0.0]:P",
+            "127.0.0.1 - connect 2 [64:ff9b::7f00:1]:P [2002:7f00:1::]:P [2001::80ff:fffe]:P",
             // Addresses that are sent as names.
-            "127.0.0.1 - connect =[::ffff:127.0.0.1]:P 2",
-            "127.0.0.1 - connect =::ffff:127.0.0.1:P 2",
-            "127.0.0.1 - connect =127.0.0.1:P 2",
-            "127.0.0.1 - connect 127.1:P 2",
-            "127.0.0.1 - connect 2130706433:P 2",
-            "127.0.0.1 - connect 0x7f000001:P 2",
-            "127.0.0.1 - connect 0:P 2",
-            "127.0.0.1 - connect 127.0.0.2:P 0",
-            "127.0.0.1 - connect [::1]:P 0",
+            "127.0.0.1 - connect 2 =[::ffff:127.0.0.1]:P =::ffff:127.0.0.1:P =127.0.0.1:P",
+            "127.0.0.1 - connect 2 127.1:P 2130706433:P 0x7f000001:P 0:P",
+            "127.0.0.1 - connect 0 127.0.0.2:P [::1]:P",
         ],
     ),
     // An allowed name is allowed regardless of its address.
     (
         "# a comment\n\n  allow \t to=127.0.0.1,three.test # and more\ndeny",
         &[
-            "127.0.0.1 - connect [::ffff:127.0.0.1]:P 0",
-            "127.0.0.1 - connect a.test:P 0",
-            "127.0.0.1 - connect three.test:P 0",
-            "127.0.0.1 - connect 127.0.0.3:P 2",
-            "127.0.0.1 - connect [::1]:P 2",
+            "127.0.0.1 - connect 0 [::ffff:127.0.0.1]:P a.test:P three.test:P",
+            "127.0.0.1 - connect 2 127.0.0.3:P [::1]:P",
         ],
     ),
     // An allow with from= makes deny the default.
     (
         "allow from=loopback command=connect port=P",
-        &["127.9.9.9 - connect a.test:P 0", "127.9.9.9 - connect a.test:Q 2", "127.9.9.9 - bind 0.0.0.0:0 2"],
+        &["127.9.9.9 - connect 0 a.test:P", "127.9.9.9 - connect 2 a.test:Q", "127.9.9.9 - bind 2 0.0.0.0:0"],
     ),
 ];
 
@@ -118,20 +95,21 @@ fn rules_apply_to_the_request_of_each_command() {
         let args = ["--rules", &file, "--users", &users];
         let server = Server::start(if rules.contains("user=") { &args } else { &args[..2] });
         for case in cases {
-            let [from, user, command, dst, expected] = case.split(' ').collect::<Vec<_>>()[..] else {
-                panic!("{case}")
-            };
+            let mut words = case.split(' ');
+            let [from, user, command, expected] = [(); 4].map(|()| words.next().expect("four words and a DST"));
             let login = [ALICE, BOB].into_iter().flatten().find(|(name, _)| *name == user);
             let command = match command {
                 "connect" => CONNECT,
                 "bind" => BIND,
                 _ => UDP_ASSOCIATE,
             };
-            let mut stream = log_in(server.addr(), ip(from), login);
-            let rep = send_request(&mut stream, command, &with_ports(dst)).0;
-            assert_eq!(rep.to_string(), expected, "{rules}: {case}");
-            if rep == 2 {
-                assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
+            for dst in words {
+                let mut stream = log_in(server.addr(), ip(from), login);
+                let rep = send_request(&mut stream, command, &with_ports(dst)).0;
+                assert_eq!(rep.to_string(), expected, "{rules}: {case}: {dst}");
+                if rep == 2 {
+                    assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]));
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 //! `--listen`: every form of the address, the log line, and errors.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -9,10 +9,6 @@ use crate::support::{
     CONNECT, Server, TIMEOUT, V4, V6, echo_server, greet_at, in_namespace, listener, open, ping, request, run, s5,
     serve, temp_dir, write_file,
 };
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().expect("valid address")
-}
 
 /// A client of a Unix socket, which the server must serve.
 fn greet_unix(path: &Path) -> UnixStream {
@@ -35,33 +31,25 @@ fn start_error(args: &[&str]) -> String {
 }
 
 #[test]
-fn listen_port_binds_loopback_of_both_families() {
-    let server = serve("0", 2, &[]);
-    let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
-    assert_eq!(ips, [V4, V6]);
-    assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "ports differ");
-    assert_ne!(server.addr().port(), 0, "the log has the bound port");
-    server.addrs.iter().copied().for_each(|addr| drop(greet_at(addr)));
-    let other = SocketAddr::new(addr("127.0.0.2:0").ip(), server.addr().port());
-    assert!(TcpStream::connect(other).is_err(), "the server also listens on another loopback address");
-}
-
-#[test]
-fn listen_star_binds_all_addresses_of_both_families() {
-    let server = serve("*:0", 2, &["--allow-open-relay"]);
-    let ips = [server.addrs[0].ip(), server.addrs[1].ip()];
-    assert_eq!(ips, [addr("0.0.0.0:0").ip(), addr("[::]:0").ip()]);
-    for ip in ["127.0.0.1", "127.0.0.2", "::1"] {
-        greet_at(SocketAddr::new(ip.parse().expect("valid address"), server.addr().port()));
+fn listen_binds_loopback_all_addresses_or_only_the_given_one() {
+    // The first --listen, more arguments, and the addresses in the log.
+    let table: [(&str, &[&str], &[&str]); 3] = [
+        ("0", &[], &["127.0.0.1", "::1"]),
+        ("*:0", &["--allow-open-relay"], &["0.0.0.0", "::"]),
+        ("[::1]:0", &["--listen", "127.0.0.2:0", "--listen", "127.0.0.1:0"], &["::1", "127.0.0.2", "127.0.0.1"]),
+    ];
+    for (listen, more, expected) in table {
+        let server = serve(listen, expected.len(), more);
+        let ips: Vec<String> = server.addrs.iter().map(|addr| addr.ip().to_string()).collect();
+        assert_eq!(ips, expected, "{listen}");
+        // An unspecified address is connected to as loopback.
+        server.addrs.iter().for_each(|addr| drop(greet_at(*addr)));
+        if expected.len() == 2 {
+            assert_eq!(server.addrs[0].port(), server.addrs[1].port(), "ports differ");
+            let other = TcpStream::connect(("127.0.0.2", server.addr().port()));
+            assert_eq!(other.is_ok(), listen == "*:0", "another loopback address");
+        }
     }
-}
-
-#[test]
-fn listen_address_or_name_binds_only_that_address() {
-    let server = serve("[::1]:0", 1, &["--listen", "127.0.0.2:0", "--listen", "127.0.0.1:0"]);
-    server.wait_log(|log| log.matches("listening on ").count() == 3);
-    assert_eq!(server.addr().ip(), V6);
-    greet_at(server.addr());
     let server = serve("localhost:0", 1, &[]);
     assert!(server.addr().ip().is_loopback());
     greet_at(server.addr());
