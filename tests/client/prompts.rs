@@ -9,13 +9,13 @@ use std::process::Command;
 use crate::credentials::{accepting_proxy, as_s5, assert_login};
 use crate::support::login::login_message;
 use crate::support::scripted::{RunningProgram, ScriptedServer, text};
-use crate::support::{Server, TIMEOUT, closed_port, is_installed, s5, temp_dir, wait_until, write_file};
+use crate::support::{Server, TIMEOUT, closed_port, is_installed, temp_dir, wait_until, write_file};
 use crate::{TARGET, assert_line_in, assert_line_of, command, outcome_of};
 
 /// s5 in a new session, which has no terminal.
-fn without_a_terminal(args: &[&str]) -> Command {
+fn without_a_terminal(args: &str) -> Command {
     let mut command = as_s5("setsid");
-    command.args(["--wait", env!("CARGO_BIN_EXE_s5")]).args(args);
+    command.args(["--wait", env!("CARGO_BIN_EXE_s5")]).args(args.split(' '));
     command
 }
 
@@ -29,22 +29,15 @@ fn assert_not_prompted(command: &mut Command, proxy: &str) {
 fn user_without_password_fails_at_once_without_a_terminal() {
     // Nothing listens at this address: status 67 shows that the client has not connected.
     let closed = closed_port().to_string();
-    let url = format!("alice@{closed}");
     for mode in ["connect", "bind", "udp"] {
-        for options in [&["-x", &url][..], &["-x", &closed, "-P", "alice"]] {
-            let args = [&[mode][..], options, &[TARGET]].concat();
-            assert_not_prompted(s5().args(&args).env("CI", "true"), &closed);
+        for options in [format!("-x alice@{closed}"), format!("-x {closed} -P alice")] {
+            let args = format!("{mode} {options} {TARGET}");
+            assert_not_prompted(command(&args).env("CI", "true"), &closed);
             if is_installed("setsid") {
                 assert_not_prompted(&mut without_a_terminal(&args), &closed);
             }
         }
     }
-}
-
-/// An askpass program that records its prompt, reads its stdin to the end, and answers with two lines.
-fn askpass(dir: &Path) -> String {
-    let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$PROMPT_FILE\"\ncat\necho topsecret\necho more\n";
-    executable(dir, "askpass", script)
 }
 
 fn executable(dir: &Path, name: &str, script: &str) -> String {
@@ -59,10 +52,12 @@ fn askpass_program_runs_in_the_same_cases_as_in_ssh() {
         return;
     }
     let dir = temp_dir();
-    let program = askpass(dir.path());
+    // Records its prompt, reads its stdin to the end, and answers with two lines.
+    let script = "#!/bin/sh\nprintf '%s' \"$*\" > \"$PROMPT_FILE\"\ncat\necho topsecret\necho more\n";
+    let program = executable(dir.path(), "askpass", script);
     let prompt_file = dir.path().join("prompt");
     let with_askpass = |proxy: &str, variables: &[(&str, &str)]| {
-        let mut command = without_a_terminal(&["connect", "-P", "alice", "-x", proxy, TARGET]);
+        let mut command = without_a_terminal(&format!("connect -P alice -x {proxy} {TARGET}"));
         command.env("SSH_ASKPASS", &program).env("PROMPT_FILE", &prompt_file).envs(variables.iter().copied());
         command
     };
@@ -102,8 +97,7 @@ fn failing_askpass_program_has_status_67() {
     let fails = executable(dir.path(), "fails", "#!/bin/sh\necho topsecret\nexit 3\n");
     let closed = closed_port().to_string();
     for program in [&fails, "/nonexistent/askpass"] {
-        let mut command = s5();
-        command.args(["connect", "-P", "alice", "-x", &closed, TARGET]);
+        let mut command = command(&format!("connect -P alice -x {closed} {TARGET}"));
         command.env("SSH_ASKPASS", program).env("SSH_ASKPASS_REQUIRE", "force");
         assert_line_of(&mut command, 67, &[&format!("proxy {closed}: login: {program}: ")]);
     }

@@ -11,16 +11,18 @@ pub mod realm;
 pub mod scripted;
 pub mod transcript;
 
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::process::{Command, ExitStatus};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 pub use connections::*;
 pub use scripted::run;
+
+use scripted::RunningProgram;
 
 /// Time limit for operations that should complete immediately.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
@@ -59,8 +61,7 @@ pub fn s5() -> Command {
 
 /// `s5 serve` as a child process; killed when dropped.
 pub struct Server {
-    child: Child,
-    log: Arc<(Mutex<String>, Condvar)>,
+    program: RunningProgram,
     /// The TCP addresses that the server listens on, in the order of its log.
     pub addrs: Vec<SocketAddr>,
 }
@@ -74,21 +75,9 @@ impl Server {
 
     /// Starts a command that runs `s5 serve`, and waits until it listens on `count` addresses.
     pub fn start_with(command: &mut Command, count: usize) -> Self {
-        let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
-        let mut child = spawned.expect("s5 starts");
-        let stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
-        let log = Arc::new((Mutex::new(String::new()), Condvar::new()));
-        let shared = log.clone();
-        thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                let (text, changed) = &*shared;
-                let mut text = text.lock().expect("not poisoned");
-                text.push_str(&line);
-                text.push('\n');
-                changed.notify_all();
-            }
-        });
-        let mut server = Self { child, log, addrs: Vec::new() };
+        let mut program = RunningProgram::start(command);
+        program.close_stdin();
+        let mut server = Self { program, addrs: Vec::new() };
         let text = server.wait_log(|log| log.matches("listening on ").count() >= count);
         let listening = text.lines().filter_map(|line| line.split_once("listening on "));
         server.addrs = listening.filter_map(|(_, addr)| addr.parse().ok()).collect();
@@ -108,22 +97,17 @@ impl Server {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.program.pid()
     }
 
     /// The log so far.
     pub fn log(&self) -> String {
-        // A test that panics while waiting for the log poisons the lock, and then prints the log.
-        self.log.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        complete_lines(&self.program.stderr_so_far()).into()
     }
 
     /// Waits until the log satisfies `done`, and returns the log.
     pub fn wait_log(&self, done: impl Fn(&str) -> bool) -> String {
-        let (text, changed) = &*self.log;
-        let text = text.lock().expect("not poisoned");
-        let (text, waited) = changed.wait_timeout_while(text, TIMEOUT, |text| !done(text)).expect("not poisoned");
-        assert!(!waited.timed_out(), "the log does not have the expected content:\n{}", *text);
-        text.clone()
+        complete_lines(&self.program.stderr(|log| done(complete_lines(log)))).into()
     }
 
     /// Number of open descriptors of the server.
@@ -147,23 +131,21 @@ impl Server {
 
     /// Waits until the server exits.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
-        let mut status = None;
-        wait_until("the server exits", limit, || {
-            status = self.child.try_wait().expect("the child can be waited for");
-            status.is_some()
-        });
-        status.expect("the server has exited")
+        self.program.wait_exit(limit).0
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if thread::panicking() {
             eprintln!("the server's log:\n{}", self.log());
         }
     }
+}
+
+/// Text without its last line if that has no end yet.
+fn complete_lines(text: &str) -> &str {
+    text.rfind('\n').map_or("", |end| &text[..=end])
 }
 
 /// Waits until `condition` is true, checking every 5 ms. Panics after `limit`.

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -277,6 +277,10 @@ impl RunningProgram {
         text(&self.stderr.wait("stderr", |bytes| done(&text(bytes))))
     }
 
+    pub fn stderr_so_far(&self) -> String {
+        text(&self.stderr.so_far())
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -368,6 +372,11 @@ impl CollectedOutput {
         let (state, _) = waited.expect("not poisoned");
         assert!(done(&state.0), "{what} does not have the expected content: {:?}", text(&state.0));
         state.0.clone()
+    }
+
+    fn so_far(&self) -> Vec<u8> {
+        // A test that panics while waiting for the output poisons the lock, and then prints the output.
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
     fn all(&self) -> Vec<u8> {
