@@ -9,7 +9,7 @@ use socket2::SockRef;
 
 use super::fixtures::fixtures;
 use super::server_role::start;
-use crate::support::bytes::{LIMIT, encode_addr, poll_until, wait_port_free};
+use crate::support::bytes::{LIMIT, encode_addr, wait_port_free};
 use crate::support::transcript::User;
 use crate::support::{Server, open, read_exact, retry, temp_dir, wait_until};
 
@@ -89,47 +89,34 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
     let alice = User { bcrypt: false, name: "alice".into(), password: "secret".into() };
     for users in [vec![], vec![alice]] {
         let server = start(&args, &users, dir.path(), "users");
+        let handshakes = [1, 2, 3].map(|command| handshake(command, !users.is_empty()));
         // First a complete session of each command, for descriptors that the server opens once and keeps.
-        for command in 1..=3 {
-            let handshake = handshake(command, !users.is_empty());
-            send_up_to(&server, &handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("half-closed");
+        for handshake in &handshakes {
+            send_up_to(&server, handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("half-closed");
         }
         wait_until("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
         let before = server.descriptors();
         let mut interrupted = Vec::new();
-        for command in 1..=3 {
-            let handshake = handshake(command, !users.is_empty());
+        for (command, handshake) in (1..).zip(&handshakes) {
             let length: usize = handshake.iter().map(|(message, _)| message.len()).sum();
-            interrupted.extend((0..=length).map(|end| (command, end, send_up_to(&server, &handshake, end))));
+            interrupted.extend((0..=length).map(|end| (command, send_up_to(&server, handshake, end))));
         }
-        let clients: Vec<SocketAddr> =
-            interrupted.iter().map(|(.., (stream, _))| stream.local_addr().expect("local address")).collect();
-        let mut ports = Vec::new();
-        for (command, end, (stream, reply)) in interrupted {
-            ports.extend(reply.filter(|_| command != 1).map(|addr| (addr, command == 2)));
-            interrupt(interruption, stream)
-                .unwrap_or_else(|error| panic!("{interruption:?}, CMD {command}, {end} bytes: {error}"));
+        let (mut clients, mut ports) = (Vec::new(), Vec::new());
+        for (command, (stream, bnd)) in interrupted {
+            clients.push(stream.local_addr().expect("local address"));
+            ports.extend(bnd.filter(|_| command != 1).map(|addr| (addr, command == 2)));
+            interrupt(interruption, stream).unwrap_or_else(|error| panic!("{interruption:?}, CMD {command}: {error}"));
         }
         assert_eq!(ports.len(), 2, "ports of the complete BIND and UDP ASSOCIATE");
         for (addr, is_tcp) in ports {
             assert!(wait_port_free(addr, is_tcp), "{interruption:?}: {addr} is still in use\n{}", server.log());
         }
-        let is_released = poll_until(LIMIT, || server.descriptors() <= before);
-        assert!(is_released, "{interruption:?}: {} descriptors, {before} before", server.descriptors());
+        wait_until("the server releases its descriptors", LIMIT, || server.descriptors() <= before);
         for client in clients {
-            let lines = || server.log().matches(&format!(" session client={client} ")).count();
-            assert!(
-                poll_until(LIMIT, || lines() == 1),
-                "{interruption:?}: {} log lines for {client}\n{}",
-                lines(),
-                server.log()
-            );
+            let line = format!(" session client={client} ");
+            wait_until(&format!("one line with{line}"), LIMIT, || server.log().matches(&line).count() == 1);
         }
-        assert!(
-            !server.log().contains("client=unix"),
-            "{interruption:?}: a TCP client is logged as a Unix client\n{}",
-            server.log()
-        );
+        assert!(!server.log().contains("client=unix"), "a TCP client is logged as a Unix client\n{}", server.log());
         send_up_to(&server, &handshake(1, !users.is_empty()), usize::MAX);
     }
 }

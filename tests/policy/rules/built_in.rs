@@ -59,20 +59,6 @@ fn only_allow_with_to_lets_remote_clients_reach_protected_addresses() {
 }
 
 #[test]
-fn deny_matches_server_and_client_of_teredo_address() {
-    // The Teredo client is 198.51.100.1; the Teredo server is 127.0.0.1, then 192.0.2.1.
-    let (bad, good) = ("2001:0:7f00:1:0:0:39cc:9bfe", "2001:0:c000:201:0:0:39cc:9bfe");
-    for from in REMOTE_CLIENTS {
-        check(&Rules::default(), from, bad, "deny protected");
-        check(&Rules::default(), from, good, "allow default-allow");
-        check(&rules("deny to=192.0.2.0/24"), from, good, "deny line 1");
-        check(&rules("deny to=198.51.100.0/24"), from, good, "deny line 1");
-        check(&rules("allow to=198.51.100.0/24"), from, bad, "allow line 1");
-        check(&rules("allow to=127.0.0.0/8"), from, bad, "deny protected");
-    }
-}
-
-#[test]
 fn allow_with_to_overrides_built_in_denials_for_its_targets_only() {
     let one = rules("allow to=169.254.169.254");
     for to in PROTECTED.split_whitespace() {
@@ -88,36 +74,37 @@ fn allow_with_to_overrides_built_in_denials_for_its_targets_only() {
 }
 
 #[test]
-fn allow_compares_embedded_ipv4_address() {
-    let outer = rules("allow to=2002::/16,64:ff9b::/96,2001::/32,::/96");
+fn deny_compares_outer_and_embedded_addresses_and_allow_the_innermost() {
+    // The Teredo client is 198.51.100.1; the Teredo server is 127.0.0.1, then 192.0.2.1.
+    let (bad, good) = ("2001:0:7f00:1:0:0:39cc:9bfe", "2001:0:c000:201:0:0:39cc:9bfe");
+    let outer = "allow to=2002::/16,64:ff9b::/96,2001::/32,::/96";
+    let table = [
+        ("", bad, "deny protected"),
+        ("", good, "allow default-allow"),
+        ("deny to=192.0.2.0/24", good, "deny line 1"),
+        ("deny to=198.51.100.0/24", good, "deny line 1"),
+        ("allow to=198.51.100.0/24", bad, "allow line 1"),
+        ("allow to=127.0.0.0/8", bad, "deny protected"),
+        (outer, "::1", "allow line 1"),
+        ("deny to=127.0.0.1\nallow to=127.0.0.0/8", "127.0.0.1", "deny line 1"),
+        ("deny to=127.0.0.1\nallow to=127.0.0.0/8", "127.0.0.2", "allow line 2"),
+    ];
+    for (text, to, expected) in table {
+        REMOTE_CLIENTS.iter().for_each(|from| check(&rules(text), from, to, expected));
+    }
     for to in with_embedded_forms("127.0.0.1 169.254.169.254 224.0.0.1") {
-        check(&outer, "192.0.2.7", &to, "deny protected");
+        check(&rules(outer), "192.0.2.7", &to, "deny protected");
     }
-    check(&outer, "192.0.2.7", "::1", "allow line 1");
-}
-
-#[test]
-fn deny_compares_outer_and_embedded_address() {
-    for to in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)) {
-        check(&rules("deny to=198.51.100.0/24"), "::1", &to.to_string(), "deny line 1");
-        let expected = if to.is_ipv4() { "allow default-allow" } else { "deny line 1" };
-        check(&rules("deny to=::/0"), "::1", &to.to_string(), expected);
-    }
-    let table = [("2002::/16", 3), ("64:ff9b::/96", 2), ("2001::/32", 4)];
-    for (net, form) in table {
-        for (i, to) in embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)).iter().enumerate() {
-            let expected = if i == form { "deny line 1" } else { "allow default-allow" };
-            check(&rules(&format!("deny to={net}")), "::1", &to.to_string(), expected);
+    let forms = embedded_addrs(Ipv4Addr::new(198, 51, 100, 1)).map(|ip| ip.to_string());
+    // Indexes of the forms that the net includes.
+    let nets =
+        [("198.51.100.0/24", 0..5), ("::/0", 1..5), ("2002::/16", 3..4), ("64:ff9b::/96", 2..3), ("2001::/32", 4..5)];
+    for (net, denied) in nets {
+        for (i, to) in forms.iter().enumerate() {
+            let expected = if denied.contains(&i) { "deny line 1" } else { "allow default-allow" };
+            check(&rules(&format!("deny to={net}")), "::1", to, expected);
         }
     }
-}
-
-#[test]
-fn deny_before_allow_with_to_decides() {
-    let rules = rules("deny to=127.0.0.1\nallow to=127.0.0.0/8");
-    check(&rules, "192.0.2.7", "127.0.0.1", "deny line 1");
-    check(&rules, "192.0.2.7", "127.0.0.2", "allow line 2");
-    check(&rules, "::1", "127.0.0.1", "deny line 1");
 }
 
 #[test]
