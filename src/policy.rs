@@ -4,6 +4,7 @@
 
 #![deny(clippy::disallowed_types, clippy::disallowed_methods)]
 
+mod index;
 pub mod rules;
 pub mod users;
 

@@ -10,7 +10,9 @@ mod against_model;
 mod built_in;
 mod early;
 mod generators;
+mod long_lists;
 mod model;
+mod plain_scan;
 mod readme;
 mod text;
 

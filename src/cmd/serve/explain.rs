@@ -23,7 +23,7 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
     let mut add = |rule: &str, origin: &str| text += &format!("{rule:COMMENT_COLUMN$}  # {origin}\n");
     for rule in policy.rules.in_display_order() {
         if !rule.denies_own_listeners() {
-            add(&rule.to_string(), rule.origin());
+            add(&rule.text(), &rule.origin());
             continue;
         }
         let own_listeners = options.listen.iter().flat_map(|listen| listen.addrs());

@@ -3,16 +3,23 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 
-use super::{ClientPattern, Route, Rule, TargetCondition, TargetPattern, UserPattern};
+use super::conditions::{ClientPattern, Conditions, Route, TargetPattern, UserPattern, normalize_name};
+use super::rule::{Rule, Source, TargetCondition};
 use crate::policy::PolicyError;
-use crate::proto::{PortRange, parse_port, split_host_port};
+use crate::proto::{MAX_HOST_NAME_LEN, PortRange, parse_port, split_host_port};
 
 /// Value of `via=` for a direct connection.
 const DIRECT: &str = "direct";
+
+/// Maximum length of a word in messages, in characters.
+const MAX_SHOWN: usize = 100;
+/// Maximum length of an entry of a list, in bytes. A user name with escapes has up to 765.
+const MAX_ENTRY: usize = 1000;
 
 const KEYS: &str = "from, user, method, protection, command, to, port, via";
 /// Names of keys in other programs, with the key of a rule.
@@ -27,72 +34,120 @@ const FOREIGN_KEYS: [(&str, &str); 9] = [
     ("username", "user"),
     ("cmd", "command"),
 ];
+const QUOTES: &str = "remove the quotes (a quote in a user name is %22 or %27)";
 /// Words after `allow` or `deny` that other programs require for a rule without conditions.
 const ANY: [&str; 3] = ["all", "any", "*"];
 
 /// Parses a rules file. `file` is its name in [`Rule::origin`]; `hops` are the names for `via=`, by index.
 pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
+    let source = Arc::new(Source { name: file.into(), text: text.into() });
+    let mut parser = Parser { source: source.clone(), hops, conditions: HashSet::new() };
     let mut rules = Vec::new();
-    for (line, text) in (1..).zip(text.lines()) {
-        let origin = format!("{file} line {line}");
-        rules.extend(parse_rule(text, &origin, hops).map_err(|message| PolicyError { line, message })?);
+    for (line, text) in (1..).zip(source.text.lines()) {
+        rules.extend(parser.parse_line(line, text).map_err(|message| PolicyError { line, message })?);
     }
+    rules.shrink_to_fit();
     Ok(rules)
 }
 
 /// Parses one rule. Returns `None` if the line is empty or only a comment.
 pub fn parse_rule(line: &str, origin: &str, hops: &[String]) -> Result<Option<Rule>, String> {
-    let words: Vec<&str> = line.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
-    let Some((action, conditions)) = words.split_first() else { return Ok(None) };
-    if let Some(word) = words.iter().find(|word| word.contains(char::is_control)) {
-        return Err(format!("control character in {word:?}"));
-    }
-    let allow = match *action {
-        "allow" => true,
-        "deny" => false,
-        other => return Err(format!("expected \"allow\" or \"deny\", found {other:?}")),
-    };
-    let to = if allow { TargetCondition::Unprotected } else { TargetCondition::Any };
-    let mut rule = Rule { to, origin: origin.into(), ..Rule::unconditional(allow, &words.join(" ")) };
-    let mut keys = HashSet::new();
-    for word in conditions {
-        let expected = || match ANY.contains(word) {
-            true => format!("{word:?} is not a condition (a rule that matches everything is {action:?} alone)"),
-            false => format!("expected key=value, such as from=10.0.0.0/8, found {word:?}"),
+    let source = Arc::new(Source { name: origin.into(), text: line.into() });
+    Parser { source: source.clone(), hops, conditions: HashSet::new() }.parse_line(0, &source.text)
+}
+
+struct Parser<'a> {
+    source: Arc<Source>,
+    hops: &'a [String],
+    /// Those of all rules so far. Equal conditions share one allocation.
+    conditions: HashSet<Arc<Conditions>>,
+}
+
+impl Parser<'_> {
+    fn parse_line(&mut self, line: usize, text: &str) -> Result<Option<Rule>, String> {
+        let words: Vec<&str> = text.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
+        let [action, words @ ..] = words.as_slice() else { return Ok(None) };
+        let allow = match *action {
+            "allow" => true,
+            "deny" => false,
+            other => return Err(format!("expected \"allow\" or \"deny\", found {}", excerpt(other))),
         };
-        let (key, value) = word.split_once('=').ok_or_else(expected)?;
-        // The value of via= may be a URL with a password, so the word is not shown.
-        let with_word = |text: String| if key == "via" { format!("via=: {text}") } else { format!("{word:?}: {text}") };
-        if !keys.insert(key) {
-            return Err(with_word("duplicate key (lists are comma-separated)".into()));
+        let mut conditions = Conditions { allow, ..Conditions::default() };
+        let mut keys = Vec::new();
+        for word in words {
+            let (key, value) = split_condition(word, action)?;
+            // The value of via= may be a URL with a password, so the word is not shown.
+            let shown = || if key == "via" { "via=".into() } else { excerpt(word) };
+            let with_word = |problem: String| format!("{}: {problem}", shown());
+            if keys.contains(&key) {
+                return Err(with_word("duplicate key (lists are comma-separated)".into()));
+            }
+            keys.push(key);
+            check_value(value).map_err(|problem| with_word(problem.into()))?;
+            conditions.set(key, value, self.hops).map_err(with_word)?;
         }
-        check_value(value).map_err(|problem| with_word(problem.into()))?;
-        rule.set_condition(key, value, hops).map_err(with_word)?;
+        let to = match allow {
+            _ if keys.contains(&"to") => TargetCondition::Listed,
+            true => TargetCondition::Unprotected,
+            false => TargetCondition::Any,
+        };
+        let last = words.last().unwrap_or(action);
+        let conditions = self.share(conditions);
+        Ok(Some(Rule::new(&self.source, line, [*action, *last], conditions, to)))
     }
-    Ok(Some(rule))
+
+    fn share(&mut self, conditions: Conditions) -> Arc<Conditions> {
+        if let Some(shared) = self.conditions.get(&conditions) {
+            return shared.clone();
+        }
+        let new = Arc::new(conditions);
+        self.conditions.insert(new.clone());
+        new
+    }
+}
+
+/// Returns key and value of a word after `action`.
+fn split_condition<'a>(word: &'a str, action: &str) -> Result<(&'a str, &'a str), String> {
+    match word.split_once('=') {
+        _ if word.contains(char::is_control) => Err(format!("control character in {}", excerpt(word))),
+        Some(condition) => Ok(condition),
+        None if ANY.contains(&word) => {
+            Err(format!("{word:?} is not a condition (a rule that matches everything is {action:?} alone)"))
+        }
+        None => Err(format!("expected key=value, such as from=10.0.0.0/8, found {}", excerpt(word))),
+    }
+}
+
+/// Returns the quoted start of a word for a message: a list can have many thousand entries.
+fn excerpt(word: &str) -> String {
+    match word.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{:?}...", word.get(..end).unwrap_or_default()),
+        None => format!("{word:?}"),
+    }
 }
 
 /// Refuses values that would be taken literally and then match nothing.
 fn check_value(value: &str) -> Result<(), &'static str> {
-    match value {
-        _ if value.split(',').any(str::is_empty) => Err("empty value"),
-        _ if value.contains('"') || value.split(',').any(|entry| entry.starts_with('\'')) => {
-            Err("remove the quotes (a quote in a user name is %22 or %27)")
-        }
-        _ if value.contains('#') => Err("a comment requires a space before its # (a # in a user name is %23)"),
+    value.split(',').try_for_each(|entry| match entry.as_bytes() {
+        [] => Err("empty value"),
+        bytes if bytes.len() > MAX_ENTRY => Err("an entry is longer than 1000 bytes"),
+        [b'\'', ..] => Err(QUOTES),
+        _ if entry.contains('"') => Err(QUOTES),
+        _ if entry.contains('#') => Err("a comment requires a space before its # (a # in a user name is %23)"),
         _ => Ok(()),
-    }
+    })
 }
 
-impl Rule {
-    fn set_condition(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
+impl Conditions {
+    /// Sets one condition. The targets of `to=` are only checked.
+    fn set(&mut self, key: &str, value: &str, hops: &[String]) -> Result<(), String> {
         match key {
             "from" => self.from = parse_list(value, parse_client)?,
             "user" => self.users = parse_list(value, parse_user)?,
             "method" => self.methods = parse_list(value, str::parse)?,
             "protection" => self.levels = parse_list(value, str::parse)?,
             "command" => self.commands = parse_list(value, str::parse)?,
-            "to" => self.to = TargetCondition::Patterns(parse_list(value, parse_target)?),
+            "to" => value.split(',').try_for_each(|target| parse_target(target).map(drop))?,
             "port" => self.ports = parse_list(value, parse_ports)?,
             "via" if self.allow => self.via = Some(parse_route(value, hops)?),
             "via" => return Err("only valid with allow".into()),
@@ -106,7 +161,7 @@ impl Rule {
     }
 }
 
-fn parse_list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+fn parse_list<T>(values: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Box<[T]>, String> {
     values.split(',').map(parse).collect()
 }
 
@@ -146,7 +201,9 @@ pub fn decode_user(text: &str) -> Result<Vec<u8>, String> {
 }
 
 pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
-    if let Some(net) = parse_cidr(text, "to")? {
+    // Most targets are names. An address ends with a digit, unless it has one of the others.
+    let may_be_net = text.ends_with(|c: char| c.is_ascii_digit()) || text.bytes().any(|byte| b":/".contains(&byte));
+    if may_be_net && let Some(net) = parse_cidr(text, "to")? {
         return Ok(TargetPattern::Net(net));
     }
     if text.contains('*') {
@@ -164,6 +221,7 @@ pub(super) fn parse_target(text: &str) -> Result<TargetPattern, String> {
     let last = labels.rsplit('.').next().unwrap_or_default();
     let is_numeric = last.chars().all(|c| c.is_ascii_digit()) || last.starts_with("0x");
     match suffix {
+        _ if labels.len() > MAX_HOST_NAME_LEN => Err(format!("a name has at most {MAX_HOST_NAME_LEN} bytes")),
         _ if !has_valid_labels || is_numeric => {
             Err(format!("expected a name, a .suffix, an address or a CIDR such as 192.0.2.0/24, found {text:?}"))
         }
@@ -213,9 +271,4 @@ fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
         return Err(format!("invalid CIDR {text:?}: IPv4-mapped address (write it as IPv4: {v4})"));
     }
     Ok(Some(net))
-}
-
-/// Returns a name in the form used for comparison: lower case, without the final dot.
-pub fn normalize_name(text: &str) -> String {
-    text.strip_suffix('.').unwrap_or(text).to_lowercase()
 }

@@ -165,10 +165,10 @@ const NO_TARGET: usize = 0;
 const NAME: usize = 1;
 const ADDRESS: usize = 2;
 /// Login, command and port are each known or not. The target is unknown, known by name, or known by address.
-const STAGES: usize = 8 * 3;
+pub const STAGES: usize = 8 * 3;
 
 /// Returns the facts of a request that are known at a stage.
-fn facts_at<'a>(all: &AccessRequest<'a>, stage: usize) -> AccessRequest<'a> {
+pub fn facts_at<'a>(all: &AccessRequest<'a>, stage: usize) -> AccessRequest<'a> {
     let (bits, target) = (stage % 8, stage / 8);
     AccessRequest {
         client_ip: all.client_ip,

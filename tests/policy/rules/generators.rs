@@ -137,7 +137,7 @@ fn any_target() -> BoxedStrategy<Ip> {
     Union::new([Kind::V4, Kind::V6, Kind::Mapped, Kind::Nat64, Kind::SixToFour, Kind::Teredo].map(any_ip)).boxed()
 }
 
-fn any_target_pattern() -> impl Strategy<Value = TargetPattern> {
+pub fn any_target_pattern() -> impl Strategy<Value = TargetPattern> {
     prop_oneof![
         4 => any_net(any_target()).prop_map(TargetPattern::Net),
         1 => any_word(RULE_NAMES).prop_map(TargetPattern::Name),

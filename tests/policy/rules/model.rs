@@ -129,11 +129,11 @@ pub fn matches(rule: &Rule, request: &AccessRequest) -> bool {
     !rule.allow || !is_own_listener(request) && !is_protected(request)
 }
 
-fn is_own_listener(request: &AccessRequest) -> bool {
+pub fn is_own_listener(request: &AccessRequest) -> bool {
     embedded_addrs(request.ip).into_iter().any(|ip| OWN_LISTENERS.contains(&(ip, request.port)))
 }
 
-fn is_protected(request: &AccessRequest) -> bool {
+pub fn is_protected(request: &AccessRequest) -> bool {
     let is_remote = request.from.is_some_and(|from| !is_loopback(from));
     let is_local_name = request.name.is_some_and(|name| labels(name).last().is_some_and(|last| last == "localhost"));
     is_remote && (is_local_name || embedded_addrs(request.ip).into_iter().any(is_protected_addr))
@@ -188,7 +188,7 @@ fn low(number: u128) -> u32 {
     u32::try_from(number % (1 << 32)).expect("32 bits suffice")
 }
 
-fn is_from(source: ClientPattern, from: Option<Ip>) -> bool {
+pub fn is_from(source: ClientPattern, from: Option<Ip>) -> bool {
     let Some(from) = from else { return false };
     match source {
         ClientPattern::Loopback => is_loopback(from),
@@ -197,7 +197,7 @@ fn is_from(source: ClientPattern, from: Option<Ip>) -> bool {
     }
 }
 
-fn is_user(user: UserPattern, name: Option<&[u8]>) -> bool {
+pub fn is_user(user: UserPattern, name: Option<&[u8]>) -> bool {
     let Some(name) = name else { return false };
     match user {
         UserPattern::Any => true,
@@ -206,7 +206,7 @@ fn is_user(user: UserPattern, name: Option<&[u8]>) -> bool {
     }
 }
 
-fn is_to(target: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
+pub fn is_to(target: TargetPattern, allow: bool, request: &AccessRequest) -> bool {
     match target {
         TargetPattern::Name(name) => request.name.is_some_and(|request| labels(request) == labels(name)),
         TargetPattern::Suffix(suffix) => request.name.is_some_and(|request| labels(request).ends_with(&labels(suffix))),

@@ -201,13 +201,13 @@ fn comments_blanks_and_crlf_are_ignored() {
     let found = parse_rules(&text.replace("a#b", "b"), "f", &[]).expect("valid rules");
     let shown: Vec<_> = found.iter().map(|rule| (rule.origin(), rule.to_string())).collect();
     let expected = [("f line 3", "allow port=80"), ("f line 5", "deny to=b"), ("f line 6", "deny port=1")];
-    assert_eq!(shown, expected.map(|(origin, text)| (origin, text.to_owned())));
+    assert_eq!(shown, expected.map(|(origin, text)| (origin.to_owned(), text.to_owned())));
 }
 
 #[test]
 fn parse_rule_keeps_origin_and_text() {
     let rule = parse_rule("deny # all", "--deny", &[]).expect("valid").expect("not a comment");
-    assert_eq!((rule.origin(), &*rule.to_string()), ("--deny", "deny"));
+    assert_eq!((&*rule.origin(), &*rule.to_string()), ("--deny", "deny"));
 }
 
 /// Invalid rules, each with words that the error message must contain.

@@ -1,0 +1,222 @@
+//! The conditions of a rule, and whether the facts about a session match them.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+
+use crate::proto::{Command, HostName, Method, ProtectionLevel};
+
+/// The facts about a session that rules are evaluated against. `None` means "not known yet".
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AccessRequest<'a> {
+    /// Client address, canonical. Unlike an unknown fact, `None` matches no `from=` condition.
+    pub client_ip: Option<IpAddr>,
+    /// Result of the login.
+    pub identity: Option<Identity<'a>>,
+    /// Requested command.
+    pub command: Option<Command>,
+    /// Domain name in DST. `None` if DST is an address.
+    pub target_name: Option<&'a HostName>,
+    /// Address that packets would be sent to, canonical.
+    pub target_ip: Option<IpAddr>,
+    /// Port of the target; with BIND, of the peer.
+    pub target_port: Option<u16>,
+}
+
+/// How a client has authenticated.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity<'a> {
+    /// Authentication method.
+    pub method: Method,
+    /// User name or Kerberos principal. `None` with [`Method::NONE`].
+    pub user: Option<&'a [u8]>,
+    /// Protection level of the session (RFC 1961 section 4).
+    pub level: ProtectionLevel,
+}
+
+/// How a target is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Route {
+    /// By connecting from this host.
+    #[default]
+    Direct,
+    /// Through the hop (upstream proxy or chain of proxies) with this index.
+    Hop(usize),
+}
+
+/// The action of a rule and its conditions except `to=`. An empty list is no condition. Rules that differ only in their
+/// targets share one.
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Conditions {
+    pub(super) allow: bool,
+    pub(super) from: Box<[ClientPattern]>,
+    pub(super) users: Box<[UserPattern]>,
+    pub(super) methods: Box<[Method]>,
+    pub(super) levels: Box<[ProtectionLevel]>,
+    pub(super) commands: Box<[Command]>,
+    pub(super) ports: Box<[RangeInclusive<u16>]>,
+    /// The route of an `allow`.
+    pub(super) via: Option<Route>,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) enum ClientPattern {
+    Loopback,
+    Remote,
+    Net(IpNet),
+}
+
+/// An entry of `user=`.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub enum UserPattern {
+    /// `*`: any user that has logged in.
+    Any,
+    /// A user name or Kerberos principal.
+    Named(Vec<u8>),
+    /// `*@REALM`, with the `@`.
+    Realm(Vec<u8>),
+}
+
+/// An entry of `to=`.
+#[derive(Debug)]
+pub(super) enum TargetPattern {
+    Name(String),
+    /// `.SUFFIX`, without the dot: the name and its subdomains.
+    Suffix(String),
+    Net(IpNet),
+}
+
+/// Result of matching a condition. `Maybe`: depends on an unknown fact. By their order, `min` is "and", `max` is "or".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Match {
+    No,
+    Maybe,
+    Yes,
+}
+
+impl From<bool> for Match {
+    fn from(matches: bool) -> Self {
+        if matches { Self::Yes } else { Self::No }
+    }
+}
+
+/// Matches a fact; `Maybe` if it is unknown.
+fn match_fact<T>(fact: Option<T>, matches: impl Fn(T) -> bool) -> Match {
+    fact.map_or(Match::Maybe, |fact| matches(fact).into())
+}
+
+/// Matches a list of which one entry must match; an empty list always matches.
+fn match_any<T>(list: &[T], match_one: impl Fn(&T) -> Match) -> Match {
+    if list.is_empty() { Match::Yes } else { list.iter().map(match_one).max().unwrap_or(Match::No) }
+}
+
+impl Conditions {
+    /// Matches all conditions.
+    pub(super) fn matches(&self, request: &AccessRequest<'_>) -> Match {
+        let identity = request.identity;
+        let user = |user: &UserPattern| match_fact(identity, |id| id.user.is_some_and(|name| user.matches(name)));
+        let method = |method: &Method| match_fact(identity, |id| id.method == *method);
+        let level = |level: &ProtectionLevel| match_fact(identity, |id| id.level == *level);
+        let command = |command: &Command| match_fact(request.command, |requested| requested == *command);
+        let port = |ports: &RangeInclusive<u16>| match_fact(request.target_port, |port| ports.contains(&port));
+        let from = match_any(&self.from, |pattern| pattern.matches(request.client_ip).into());
+        let login = match_any(&self.users, user).min(match_any(&self.methods, method));
+        let login = login.min(match_any(&self.levels, level));
+        from.min(login).min(match_any(&self.commands, command)).min(match_any(&self.ports, port))
+    }
+}
+
+impl ClientPattern {
+    fn matches(&self, client_ip: Option<IpAddr>) -> bool {
+        match self {
+            Self::Loopback => client_ip.is_some_and(|ip| ip.is_loopback()),
+            Self::Remote => client_ip.is_some_and(|ip| !ip.is_loopback()),
+            Self::Net(net) => client_ip.is_some_and(|ip| net.contains(&ip)),
+        }
+    }
+}
+
+impl UserPattern {
+    /// Returns whether this is the user name of a login.
+    pub fn matches(&self, user: &[u8]) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Named(name) => name == user,
+            // Kerberos escapes an @ that is part of a name as \@.
+            Self::Realm(realm) => user.strip_suffix(realm.as_slice()).is_some_and(|name| !name.ends_with(b"\\")),
+        }
+    }
+}
+
+/// The entry as in a rule, without escapes.
+impl fmt::Display for UserPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Named(name) => String::from_utf8_lossy(name).escape_debug().fmt(f),
+            Self::Realm(realm) => write!(f, "*{}", String::from_utf8_lossy(realm).escape_debug()),
+        }
+    }
+}
+
+impl TargetPattern {
+    pub(super) fn matches(&self, allow: bool, request: &AccessRequest<'_>) -> Match {
+        let name = match self {
+            Self::Net(net) => return match_fact(request.target_ip, |ip| net_matches(net, ip, allow)),
+            Self::Name(name) | Self::Suffix(name) => name,
+        };
+        match (request.target_ip, request.target_name) {
+            (_, Some(target)) => {
+                let target = normalize_name(target.as_str());
+                let prefix = target.strip_suffix(name.as_str());
+                let is_subdomain = prefix.is_some_and(|prefix| prefix.ends_with('.'));
+                (prefix == Some("") || is_subdomain && matches!(self, Self::Suffix(_))).into()
+            }
+            (Some(_), None) => Match::No,
+            (None, None) => Match::Maybe,
+        }
+    }
+}
+
+/// Matches an address. An `allow` compares the address that packets finally reach, a `deny` all [`embedded_addrs`].
+fn net_matches(net: &IpNet, ip: IpAddr, allow: bool) -> bool {
+    let destination = match ip {
+        IpAddr::V6(v6) => embedded_ipv4(v6).map_or(ip, IpAddr::V4),
+        IpAddr::V4(_) => ip,
+    };
+    if allow { net.contains(&destination) } else { embedded_addrs(ip).any(|addr| net.contains(&addr)) }
+}
+
+/// Returns `ip`, its embedded IPv4 address, and for Teredo also the address of the server.
+pub(super) fn embedded_addrs(ip: IpAddr) -> impl Iterator<Item = IpAddr> {
+    let (embedded, teredo_server) = match ip {
+        IpAddr::V4(_) => (None, None),
+        IpAddr::V6(v6) => match v6.segments() {
+            [0x2001, 0, high, low, ..] => (embedded_ipv4(v6), Some(ipv4(high, low))),
+            _ => (embedded_ipv4(v6), None),
+        },
+    };
+    [Some(ip), embedded.map(IpAddr::V4), teredo_server.map(IpAddr::V4)].into_iter().flatten()
+}
+
+/// Returns the IPv4 address embedded in an IPv6 address: IPv4-mapped, NAT64 (RFC 6052), 6to4 (RFC 3056) or the Teredo
+/// client (RFC 4380).
+pub fn embedded_ipv4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+    match ip.segments() {
+        [0, 0, 0, 0, 0, 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(ipv4(high, low)),
+        [0x2002, high, low, ..] => Some(ipv4(high, low)),
+        [0x2001, 0, .., high, low] => Some(ipv4(!high, !low)),
+        _ => None,
+    }
+}
+
+fn ipv4(high: u16, low: u16) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(high) << 16 | u32::from(low))
+}
+
+/// Returns a name in the form used for comparison: lower case, without the final dot.
+pub fn normalize_name(text: &str) -> String {
+    text.strip_suffix('.').unwrap_or(text).to_lowercase()
+}

@@ -1,0 +1,238 @@
+//! Finds the rules that may decide a request, without a scan of all rules.
+//!
+//! A group has all rules with the same action and conditions, except for their targets. Its conditions are matched once.
+//! If they match, only three rules of the group can be the first that matches: one without `to=`, one that lists the
+//! target, and one that may list it because the target is not known yet.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::conditions::{
+    AccessRequest, ClientPattern, Conditions, Match, TargetPattern, UserPattern, embedded_addrs, normalize_name,
+};
+use super::parse::parse_target;
+use super::rule::{Rule, TargetCondition};
+use crate::policy::index::Index;
+
+/// Space of the targets of groups without key.
+const NO_KEY: u32 = u32::MAX;
+
+/// The groups of a list of rules, with indexes of the clients and targets that the rules name.
+#[derive(Debug, Default)]
+pub(super) struct Groups {
+    groups: Vec<Group>,
+    /// Groups that any client may match.
+    without_key: Vec<u32>,
+    /// Groups that only named users match. While the user is not known, each of them may match: first `deny`, then
+    /// `allow`.
+    with_users: [Vec<u32>; 2],
+    /// Groups by user.
+    by_user: Index<u32>,
+    /// Groups that only clients of some networks match.
+    by_client: Index<u32>,
+    /// Rules by target. The space is the group, or `NO_KEY`.
+    by_target: Index<Target>,
+}
+
+#[derive(Debug)]
+struct Group {
+    conditions: Arc<Conditions>,
+    first: usize,
+    /// First rule without `to=`.
+    first_without_to: Option<usize>,
+    /// First rule with `to=`.
+    first_listed: Option<usize>,
+    /// First rule with a network in `to=`.
+    first_net: Option<usize>,
+}
+
+/// An entry of `to=`.
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    rule: u32,
+    /// Offset in the source of the rule.
+    offset: u32,
+}
+
+/// The attribute of clients that selects a group.
+#[derive(PartialEq)]
+enum Key {
+    None,
+    Users,
+    Nets,
+}
+
+impl Key {
+    fn of(conditions: &Conditions) -> Self {
+        let Conditions { users, from, .. } = conditions;
+        match () {
+            () if !users.is_empty() && users.iter().all(|user| matches!(user, UserPattern::Named(_))) => Self::Users,
+            () if !from.is_empty() && from.iter().all(|client| matches!(client, ClientPattern::Net(_))) => Self::Nets,
+            () => Self::None,
+        }
+    }
+}
+
+impl Groups {
+    pub(super) fn new(rules: &[Rule]) -> Self {
+        let mut groups = Self::default();
+        let mut ids: HashMap<Arc<Conditions>, u32> = HashMap::new();
+        for (i, rule) in rules.iter().enumerate() {
+            let new_id = || groups.add_group(i, &rule.conditions);
+            let id = *ids.entry(rule.conditions.clone()).or_insert_with(new_id);
+            groups.add_rule(id, i, rule);
+        }
+        groups
+    }
+
+    fn add_group(&mut self, first: usize, conditions: &Arc<Conditions>) -> u32 {
+        let id = to_id(self.groups.len());
+        match Key::of(conditions) {
+            Key::None => self.without_key.push(id),
+            Key::Nets => {
+                for client in &conditions.from {
+                    if let ClientPattern::Net(net) = client {
+                        self.by_client.insert_net(NO_KEY, *net, id);
+                    }
+                }
+            }
+            Key::Users => {
+                let [deny, allow] = &mut self.with_users;
+                if conditions.allow { allow } else { deny }.push(id);
+                for user in &conditions.users {
+                    if let UserPattern::Named(name) = user {
+                        self.by_user.insert(NO_KEY, name, id);
+                    }
+                }
+            }
+        }
+        let conditions = conditions.clone();
+        self.groups.push(Group { conditions, first, first_without_to: None, first_listed: None, first_net: None });
+        id
+    }
+
+    fn add_rule(&mut self, id: u32, index: usize, rule: &Rule) {
+        let Some(group) = self.groups.get_mut(to_index(id)) else { return };
+        if rule.to != TargetCondition::Listed {
+            group.first_without_to.get_or_insert(index);
+            return;
+        }
+        group.first_listed.get_or_insert(index);
+        let space = if Key::of(&rule.conditions) == Key::None { NO_KEY } else { id };
+        for (offset, target) in rule.targets() {
+            let value = Target { rule: to_id(index), offset };
+            match parse_target(target) {
+                Ok(TargetPattern::Net(net)) => {
+                    group.first_net.get_or_insert(index);
+                    self.by_target.insert_net(space, net, value);
+                }
+                Ok(TargetPattern::Name(name) | TargetPattern::Suffix(name)) => {
+                    self.by_target.insert(space, name.as_bytes(), value);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// A search for the rules that match a request, or may match it.
+pub(super) struct Search<'a> {
+    pub(super) groups: &'a Groups,
+    pub(super) rules: &'a [Rule],
+    pub(super) request: &'a AccessRequest<'a>,
+    /// Matches the target of a rule without `to=`.
+    pub(super) match_target: &'a dyn Fn(&Rule) -> Match,
+    /// If set, later rules than those found with the same action may be left out.
+    pub(super) only_first: bool,
+}
+
+impl Search<'_> {
+    /// Calls `found` for the rules in any order, some of them repeatedly. Includes the first rules that match or may
+    /// match.
+    pub(super) fn run(&self, found: &mut dyn FnMut(usize, Match)) {
+        if self.rules.is_empty() {
+            return;
+        }
+        let name = self.request.target_name.map(|name| normalize_name(name.as_str()));
+        let name = name.as_deref();
+        for id in &self.groups.without_key {
+            self.visit_group(*id, found);
+        }
+        self.visit_targets(NO_KEY, name, found);
+        for id in self.request.client_ip.into_iter().flat_map(|ip| self.groups.by_client.find_ip(NO_KEY, ip)) {
+            self.visit_group(id, found);
+            self.visit_targets(id, name, found);
+        }
+        let Some(identity) = self.request.identity else { return self.visit_all_users(name, found) };
+        for id in identity.user.into_iter().flat_map(|user| self.groups.by_user.find(NO_KEY, user)) {
+            self.visit_group(id, found);
+            self.visit_targets(id, name, found);
+        }
+    }
+
+    /// Visits the groups of all users, because the user is not known yet.
+    fn visit_all_users(&self, name: Option<&str>, found: &mut dyn FnMut(usize, Match)) {
+        for groups in &self.groups.with_users {
+            let mut first_found = usize::MAX;
+            for id in groups {
+                let first = self.groups.groups.get(to_index(*id)).map_or(usize::MAX, |group| group.first);
+                if self.only_first && first > first_found {
+                    break;
+                }
+                let mut found = |index: usize, matches| {
+                    if matches > Match::No {
+                        first_found = first_found.min(index);
+                    }
+                    found(index, matches);
+                };
+                self.visit_group(*id, &mut found);
+                self.visit_targets(*id, name, &mut found);
+            }
+        }
+    }
+
+    /// Reports the rules of a group that match every target, or any target that is not known yet.
+    fn visit_group(&self, id: u32, found: &mut dyn FnMut(usize, Match)) {
+        let Some(group) = self.groups.groups.get(to_index(id)) else { return };
+        let matches = group.conditions.matches(self.request);
+        if matches == Match::No {
+            return;
+        }
+        if let Some(index) = group.first_without_to
+            && let Some(rule) = self.rules.get(index)
+        {
+            found(index, matches.min((self.match_target)(rule)));
+        }
+        let undecided = match (self.request.target_ip, self.request.target_name) {
+            (None, None) => group.first_listed,
+            (None, Some(_)) => group.first_net,
+            (Some(_), _) => None,
+        };
+        if let Some(index) = undecided {
+            found(index, Match::Maybe);
+        }
+    }
+
+    /// Reports the rules that list the target.
+    fn visit_targets(&self, space: u32, name: Option<&str>, found: &mut dyn FnMut(usize, Match)) {
+        let by_target = &self.groups.by_target;
+        let named = name.into_iter().flat_map(|name| by_target.find_domains(space, name));
+        let addrs = self.request.target_ip.into_iter().flat_map(embedded_addrs);
+        for target in named.chain(addrs.flat_map(|ip| by_target.find_ip(space, ip))) {
+            let index = to_index(target.rule);
+            let Some(rule) = self.rules.get(index) else { continue };
+            let pattern = parse_target(rule.target_at(target.offset));
+            let is_listed = pattern.map_or(Match::No, |pattern| pattern.matches(rule.conditions.allow, self.request));
+            found(index, is_listed.min(rule.conditions.matches(self.request)));
+        }
+    }
+}
+
+/// Converts an index of a rule or group. A file is too small for 2^32 of them.
+fn to_id(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}
+
+fn to_index(id: u32) -> usize {
+    usize::try_from(id).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,229 @@
+//! Compares the decisions of s5, which has an index of the rules, with a plain scan: all rules one after the other, at
+//! each stage of a request.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::{Index, select};
+use s5::policy::rules::{AccessRequest, Decision, Identity, Rules};
+use s5::proto::{HostName, ProtectionLevel};
+
+use super::early::{STAGES, facts_at};
+use super::generators::{ROUTES, any_request, any_rule, any_target_pattern, is_own_listener, parse_route};
+use super::generators::{std_ip, write_rules};
+use super::model::{self, Ip, Rule, TargetPattern};
+use super::{command, config, label, method, rules_with_route};
+
+/// Result of one condition. By their order, `min` is "and", `max` is "or".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Match {
+    No,
+    Maybe,
+    Yes,
+}
+
+/// The facts of a request that are known at a stage.
+struct Facts {
+    all: model::AccessRequest,
+    /// Set if the server has listeners.
+    has_listeners: bool,
+    has_identity: bool,
+    has_command: bool,
+    has_port: bool,
+    name: Option<&'static str>,
+    ip: Option<Ip>,
+}
+
+fn known(is_known: bool, matches: bool) -> Match {
+    match (is_known, matches) {
+        (false, _) => Match::Maybe,
+        (true, false) => Match::No,
+        (true, true) => Match::Yes,
+    }
+}
+
+/// Matches a list of which one entry must match; an empty list always matches.
+fn any_of<T: Copy>(list: &[T], is_known: bool, matches: impl Fn(T) -> bool) -> Match {
+    known(is_known || list.is_empty(), list.is_empty() || list.iter().any(|entry| matches(*entry)))
+}
+
+impl Facts {
+    fn matches(&self, rule: &Rule, route: &str) -> Match {
+        let all = &self.all;
+        let from = any_of(&rule.from, true, |client| model::is_from(client, all.from));
+        let user = any_of(&rule.users, self.has_identity, |user| model::is_user(user, all.user));
+        let method = any_of(&rule.methods, self.has_identity, |method| method == all.method);
+        let command = any_of(&rule.commands, self.has_command, |command| command == all.command);
+        let port = any_of(&rule.ports, self.has_port, |(low, high)| (low..=high).contains(&all.port));
+        from.min(user).min(method).min(command).min(port).min(self.matches_target(rule, route))
+    }
+
+    fn matches_target(&self, rule: &Rule, route: &str) -> Match {
+        match (rule.to.is_empty(), rule.allow) {
+            (true, false) => Match::Yes,
+            (true, true) => match self.own_listener().max(self.protected()) {
+                Match::Yes => Match::No,
+                Match::Maybe if self.name.is_some() && self.ip.is_none() && route != "direct" => Match::Yes,
+                Match::Maybe => Match::Maybe,
+                Match::No => Match::Yes,
+            },
+            (false, allow) => {
+                rule.to.iter().map(|pattern| self.matches_pattern(*pattern, allow)).max().expect("not empty")
+            }
+        }
+    }
+
+    fn matches_pattern(&self, pattern: TargetPattern, allow: bool) -> Match {
+        let is_known = match pattern {
+            TargetPattern::Net(_) => self.ip.is_some(),
+            TargetPattern::Name(_) | TargetPattern::Suffix(_) => self.name.is_some() || self.ip.is_some(),
+        };
+        known(is_known, model::is_to(pattern, allow, &model::AccessRequest { name: self.name, ..self.all }))
+    }
+
+    fn own_listener(&self) -> Match {
+        known(self.ip.is_some() && self.has_port, self.has_listeners && model::is_own_listener(&self.all))
+    }
+
+    fn protected(&self) -> Match {
+        let all = model::AccessRequest { name: self.name, ..self.all };
+        // This name and this address are not protected.
+        let by_name = model::is_protected(&model::AccessRequest { ip: Ip::V4(1 << 24), ..all });
+        let is_local = !model::is_protected(&model::AccessRequest { name: Some("localhost"), ..all });
+        known(is_local || self.ip.is_some() || by_name, model::is_protected(&all))
+    }
+}
+
+/// A rule: label, whether it is an `allow`, its match and its route.
+type Row = (String, bool, Match, &'static str);
+
+/// Matches all rules.
+fn rows(rules: &[Rule], default_route: &'static str, facts: &Facts) -> Vec<Row> {
+    let mut rows: Vec<Row> = Vec::new();
+    for (i, rule) in rules.iter().enumerate() {
+        let route = rule.via.unwrap_or(default_route);
+        rows.push((format!("line {}", i + 1), rule.allow, facts.matches(rule, route), route));
+    }
+    if !rules.iter().any(|rule| rule.allow && !rule.from.is_empty()) {
+        let matches = facts.matches(&rule_without_conditions(true), default_route);
+        rows.push(("default-allow".into(), true, matches, default_route));
+    }
+    rows.push(("own-listener".into(), false, facts.own_listener(), ""));
+    rows.push(("protected".into(), false, facts.protected(), ""));
+    rows.push(("default-deny".into(), false, Match::Yes, ""));
+    rows
+}
+
+/// Returns the decision in the form of [`describe`].
+fn decide(rows: &[Row]) -> String {
+    let mut first_maybe = None;
+    for (label, allow, matches, route) in rows {
+        match (matches, allow) {
+            (Match::No, _) => {}
+            (Match::Maybe, false) => first_maybe = first_maybe.or(Some(label)),
+            (Match::Yes, false) => return format!("deny {label}"),
+            (Match::Maybe, true) => return format!("? {}", first_maybe.unwrap_or(label)),
+            (Match::Yes, true) => {
+                return first_maybe.map_or(format!("allow {label} {route}"), |rule| format!("? {rule}"));
+            }
+        }
+    }
+    unreachable!("the last rule matches")
+}
+
+/// Returns the routes of all rules that allow the request or may allow it.
+fn routes(rows: &[Row]) -> Vec<String> {
+    let mut routes: Vec<String> = Vec::new();
+    for (.., route) in rows.iter().filter(|(_, allow, matches, _)| *allow && *matches > Match::No) {
+        if !routes.iter().any(|known| known == route) {
+            routes.push((*route).to_owned());
+        }
+    }
+    routes
+}
+
+fn rule_without_conditions(allow: bool) -> Rule {
+    let (to, ports) = (vec![], vec![]);
+    Rule { allow, from: vec![], users: vec![], methods: vec![], commands: vec![], to, ports, via: None, style: 0 }
+}
+
+fn describe(decision: Decision<'_>) -> String {
+    match decision {
+        Decision::Allow(rule, route) => format!("allow {} {}", label(rule), name_of(route)),
+        Decision::Deny(rule) => format!("deny {}", label(rule)),
+        Decision::Undecided(rule) => format!("? {}", label(rule)),
+    }
+}
+
+fn name_of(route: s5::policy::rules::Route) -> String {
+    ROUTES.iter().find(|name| parse_route(name) == route).expect("known route").to_string()
+}
+
+/// Fails unless s5 and the scan decide alike at each stage of the request.
+fn compare(written: &[Rule], rules: &Rules, route: &'static str, all: model::AccessRequest) -> Result<(), String> {
+    let name = all.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
+    let level = ProtectionLevel::None;
+    let complete = AccessRequest {
+        client_ip: all.from.map(std_ip),
+        identity: Some(Identity { method: method(all.method), user: all.user, level }),
+        command: Some(command(all.command)),
+        target_name: name.as_ref(),
+        target_ip: Some(std_ip(all.ip)),
+        target_port: Some(all.port),
+    };
+    for stage in 0..STAGES {
+        let request = facts_at(&complete, stage);
+        let mut facts = Facts {
+            has_listeners: true,
+            has_identity: request.identity.is_some(),
+            has_command: request.command.is_some(),
+            has_port: request.target_port.is_some(),
+            name: all.name.filter(|_| request.target_name.is_some()),
+            ip: request.target_ip.map(|_| all.ip),
+            all,
+        };
+        let possible_routes = rules.possible_routes(&request).into_iter().map(name_of).collect();
+        let actual = (describe(rules.evaluate(&request, &is_own_listener)), possible_routes);
+        let decision = decide(&rows(written, route, &facts));
+        // The routes do not depend on the listeners of the server.
+        facts.has_listeners = false;
+        let expected = (decision, routes(&rows(written, route, &facts)));
+        if actual != expected {
+            return Err(format!("{actual:?} instead of {expected:?} for {request:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Returns rules of which many differ only in their targets: up to four sets of conditions.
+fn any_rules() -> impl Strategy<Value = Vec<Rule>> {
+    let targets = prop_oneof![1 => Just(Vec::new()), 9 => vec(any_target_pattern(), 1..4)];
+    let rules = vec((any::<Index>(), targets, any::<u64>()), 0..40);
+    (vec(any_rule(), 1..5), rules).prop_map(|(conditions, rules)| {
+        let rule =
+            |(index, to, style): (Index, Vec<TargetPattern>, u64)| Rule { to, style, ..index.get(&conditions).clone() };
+        rules.into_iter().map(rule).collect()
+    })
+}
+
+/// Returns the rules without the blank lines and comments of their style, so that rule N is in line N.
+fn one_per_line(rules: &[Rule]) -> String {
+    write_rules(rules).lines.iter().map(|(_, text)| text.clone() + "\n").collect()
+}
+
+proptest! {
+    #![proptest_config(config(500))]
+
+    #[test]
+    fn index_and_plain_scan_agree_at_each_stage(
+        written in prop_oneof![any_rules(), vec(any_rule(), 0..12)],
+        requests in vec(any_request(), 2),
+        route in select(&ROUTES[..]),
+    ) {
+        let text = one_per_line(&written);
+        let rules = rules_with_route(parse_route(route), &text);
+        for request in &requests {
+            let compared = compare(&written, &rules, route, *request);
+            prop_assert!(compared.is_ok(), "{}\n{text}\n{request:?}", compared.unwrap_err());
+        }
+    }
+}
