@@ -3,6 +3,7 @@
 
 mod closed_sessions;
 mod hosts;
+mod long_lists;
 mod names;
 mod reload;
 mod reload_steps;

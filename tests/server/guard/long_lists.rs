@@ -1,0 +1,86 @@
+//! A block list of 200 000 names: memory, time to load, and time of sessions and datagrams.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    CONNECT, Server, V4, echo_server, in_namespace, open_by_name, temp_dir, udp_echo_server, wait_until, write_file,
+};
+use crate::udp::association::{Association, datagram_name, receive};
+
+const NAMES: usize = 200_000;
+/// An unoptimised build needs about 20 times as long as a release build.
+const LOAD_LIMIT: Duration = Duration::from_secs(if cfg!(debug_assertions) { 60 } else { 1 });
+const MAX_KIB: u64 = 40 << 10;
+
+/// Returns names of 12 to 31 bytes.
+fn name(i: usize) -> String {
+    format!("{}{i}.blocked.example", &"tracker-ads"[..i % 11])
+}
+
+/// Returns rules without a name that the test sends to.
+fn rules(count: usize) -> String {
+    (0..count).fold(String::new(), |mut text, i| {
+        writeln!(text, "deny to={}", name(i)).expect("formatted");
+        text
+    })
+}
+
+/// Returns memory of the server in KiB: a field of proc_pid_status(5).
+fn memory(server: &Server, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("the server runs");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("a field");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+/// Returns the shortest time of a job.
+fn fastest(mut job: impl FnMut()) -> Duration {
+    let times = (0..30).map(|_| {
+        let started = Instant::now();
+        job();
+        started.elapsed()
+    });
+    times.min().expect("several times")
+}
+
+#[test]
+fn two_hundred_thousand_names_cost_little() {
+    if !in_namespace("guard::long_lists::two_hundred_thousand_names_cost_little", "127.0.0.1 one.test\n", "") {
+        return;
+    }
+    let (tcp, udp) = (echo_server(), udp_echo_server(V4));
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "rules", &rules(10));
+    let server = Server::start(&["--rules", &file]);
+    let sessions = || {
+        [("one.test", 0), (&name(9), 2)].map(|(name, rep)| {
+            fastest(|| assert_eq!(open_by_name(&server, CONNECT, name, tcp.port()).1, rep, "{name}"))
+        })
+    };
+    let datagrams = || {
+        let association = Association::new(&server);
+        let datagram = datagram_name(0, "one.test", udp.port(), b"ping");
+        fastest(|| {
+            association.send_raw(&datagram);
+            receive(&association.socket);
+        })
+    };
+    let measure = || {
+        let [allowed, denied] = sessions();
+        [("allowed", allowed), ("denied", denied), ("datagram", datagrams())]
+    };
+    let (few, memory_before) = (measure(), memory(&server, "VmRSS"));
+    std::fs::write(&file, rules(NAMES)).expect("file written");
+    server.signal("HUP");
+    wait_until("the server has loaded the list", LOAD_LIMIT, || server.log().contains(", rules: 200000,"));
+    for field in ["VmRSS", "VmHWM"] {
+        let used = memory(&server, field) - memory_before;
+        assert!(used <= MAX_KIB, "{field}: {NAMES} names take {used} KiB");
+    }
+    let is_as_fast = |_| few.iter().zip(measure()).all(|((_, few), (_, many))| many < 3 * *few);
+    assert!((0..5).any(is_as_fast), "{few:?} with 10 names, {:?} with {NAMES}", measure());
+    assert_eq!(open_by_name(&server, CONNECT, &name(NAMES - 1), tcp.port()).1, 2);
+    assert_ne!(open_by_name(&server, CONNECT, &name(NAMES), tcp.port()).1, 2, "the name is not in the list");
+    // The log names the rule of the list.
+    server.wait_log(|log| log.contains(&format!("{file} line {NAMES} (deny to={})", name(NAMES - 1))));
+}
