@@ -10,7 +10,7 @@ use crate::support::{
 };
 
 /// Attacks on readers of the log: texts that end a line or a value, control a terminal, or reverse the following text.
-const ATTACKS: [&[u8]; 26] = [
+pub const ATTACKS: [&[u8]; 26] = [
     b"\n",
     b"\r\n2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5",
     b"\" error=\"login refused",
