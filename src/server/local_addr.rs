@@ -74,15 +74,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn port_range_is_tried_whole_from_a_random_start() {
-        let range = "5000-5003".parse().expect("a range");
-        let mut ports = candidate_ports(Some(&range));
-        ports.sort_unstable();
-        assert_eq!(ports, [5000, 5001, 5002, 5003]);
-        assert_eq!(candidate_ports(None), [0]);
-    }
-
-    #[test]
     fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
         let control = |text: &str| Some(text.parse().expect("an address"));
         let reachable = |control, peer: &str| {

@@ -143,16 +143,4 @@ mod tests {
         assert_eq!(throttle.delay(A, now + BLOCK_TIME - seconds(1)), seconds(1));
         assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO, "forgotten");
     }
-
-    #[test]
-    fn full_table_evicts_clients_with_the_fewest_delayed_failures() {
-        let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
-        (0..FREE_FAILURES).for_each(|_| assert!(!throttle.record_failure(A, now)));
-        for n in 0..2 * MAX_CLIENTS {
-            let client = IpAddr::from(u32::try_from(n).expect("small").to_be_bytes());
-            throttle.record_failure(client, now + seconds(1));
-            assert!(throttle.0.len() <= MAX_CLIENTS);
-        }
-        assert_eq!(throttle.delay(A, now + seconds(2)), seconds(1));
-    }
 }

@@ -99,28 +99,3 @@ impl PasswordVerifier {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn alice(passwd: &str) -> Credentials {
-        Credentials { uname: b"alice".to_vec(), passwd: passwd.into() }
-    }
-
-    #[test]
-    fn verified_password_is_cached_and_a_wrong_one_is_not() {
-        let line = crate::policy::users::new_entry("alice", b"secret").expect("a line");
-        let users = Arc::new(Users::parse(&line).expect("users"));
-        let passwords = PasswordVerifier::default();
-        smol::block_on(async {
-            assert!(!passwords.verify(&users, alice("wrong")).await);
-            assert!(passwords.verify(&users, alice("secret")).await);
-            assert!(!passwords.verify(&users, alice("wrong")).await);
-            // Without a hash to compare with, only the cache can accept a password.
-            let no_users = Arc::new(Users::default());
-            assert!(passwords.verify(&no_users, alice("secret")).await);
-            assert!(!passwords.verify(&no_users, alice("wrong")).await);
-        });
-    }
-}
