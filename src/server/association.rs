@@ -7,29 +7,31 @@
 mod client_socket;
 mod egress;
 mod name_cache;
-mod routes;
 mod sent_to;
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use futures_lite::AsyncReadExt as _;
+use futures_lite::{AsyncReadExt as _, FutureExt as _};
 
 use super::options::Filtering;
+use super::policy_handle::Denial;
 use super::reply::{SessionError, SessionResult};
+use super::session_log::{with_addr, with_target};
 use super::state::Session;
 use crate::conn::Conn;
 use crate::net::{GsoBatch, IdleTimer, RateLimit, RecvBatch, canonical, wake_later};
+use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
 use client_socket::ClientSocket;
-use egress::Egress;
+use egress::{Egress, possible_hops};
 use name_cache::NameCache;
-use routes::{Path, is_allowed, possible_hops, route, route_addr};
 
 /// Datagrams relayed from one socket before the next socket is polled. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
@@ -37,15 +39,8 @@ const MAX_DATAGRAMS_PER_TURN: usize = 64;
 const MAX_CONTROL_BYTES: usize = 64 * 1024;
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// Buffers that are shared by all associations of a thread.
-#[derive(Default)]
-struct Scratch {
-    received: RecvBatch,
-    /// Buffer of the batch to send.
-    to_send: Vec<u8>,
+    /// Buffers that all associations of a thread share: for received datagrams, and for the batch to send.
+    static BUFFERS: RefCell<(RecvBatch, Vec<u8>)> = RefCell::default();
 }
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
@@ -82,17 +77,22 @@ struct AssociationRelay<'a> {
 impl AssociationRelay<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
-        let mut ended = std::pin::pin!(wait_for_control_end(control));
+        let mut ended: Pin<Box<dyn Future<Output = Option<String>>>> = Box::pin(wait_for_control_end(control));
+        for upstream in &self.egress.upstreams {
+            let association = upstream.association.clone();
+            let closed = async move { Some(format!("proxy {} closed its association", association.closed().await)) };
+            ended = Box::pin(ended.or(closed));
+        }
         let mut timer = IdleTimer::default();
         poll_fn(|cx| {
             if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
-                return Poll::Ready(reason.map(Into::into));
+                return Poll::Ready(reason);
             }
-            if let Some(reason) = self.recheck_policy().or_else(|| self.egress.poll_closed(cx)) {
+            if let Some(reason) = self.recheck_policy() {
                 return Poll::Ready(Some(reason));
             }
             let mut now = Instant::now();
-            let has_more = SCRATCH.with_borrow_mut(|scratch| self.relay_ready(cx, now, scratch));
+            let has_more = BUFFERS.with_borrow_mut(|(received, to_send)| self.relay_ready(cx, now, received, to_send));
             // Resolved datagrams may have been sent through a new socket, which has not been polled for answers yet.
             if self.send_resolved(cx) || has_more {
                 wake_later(cx);
@@ -125,8 +125,13 @@ impl AssociationRelay<'_> {
     }
 
     /// Relays received datagrams in both directions. Returns true if there may be more.
-    fn relay_ready(&mut self, cx: &mut Context<'_>, now: Instant, scratch: &mut Scratch) -> bool {
-        let Scratch { received, to_send } = scratch;
+    fn relay_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        now: Instant,
+        received: &mut RecvBatch,
+        to_send: &mut Vec<u8>,
+    ) -> bool {
         let mut budget = MAX_DATAGRAMS_PER_TURN;
         while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
             budget = budget.saturating_sub(received.datagrams().count());
@@ -152,7 +157,7 @@ impl AssociationRelay<'_> {
         for upstream in &self.egress.upstreams {
             let mut budget = MAX_DATAGRAMS_PER_TURN;
             while budget > 0
-                && let Poll::Ready(received) = upstream.poll_recv(cx)
+                && let Poll::Ready(received) = upstream.association.poll_recv(cx)
             {
                 budget -= 1;
                 // Errors are ICMP messages about earlier datagrams. They do not end the hop's association.
@@ -160,7 +165,7 @@ impl AssociationRelay<'_> {
                 self.last_activity = now;
                 // Filtering by sender is left to the hop. The rules are evaluated here, unless the client has sent to a
                 // name, which only the hop has resolved.
-                let is_allowed = upstream.has_sent_to_names || is_allowed(self.session, &from);
+                let is_allowed = upstream.has_sent_to_names || self.route(&from).is_ok();
                 if is_allowed && self.client.has_port() && self.charge(data.len()) {
                     self.send_answer(&from, &data);
                 }
@@ -187,12 +192,16 @@ impl AssociationRelay<'_> {
     /// Adds a datagram to the batch if it fits and has the same destination. Otherwise sends the batch first. Datagrams
     /// that go through a hop or to a name are not batched.
     fn queue(&mut self, batch: &mut GsoBatch<'_>, dst: Addr, data: &[u8]) {
-        let is_same_peer = matches!(dst.host, Host::Ip(ip) if batch.peer() == Some(canonical(ip, dst.port)));
-        if !is_same_peer {
+        let addr = match dst.host {
+            Host::Ip(ip) => Some(canonical(ip, dst.port)),
+            Host::Name(_) => None,
+        };
+        if addr.is_none() || addr != batch.peer() {
             self.flush(batch);
-            match route(self.session, dst) {
-                Some(Path::Direct(addr)) => batch.begin(addr, |_| {}),
-                path => return self.send(path, data),
+            match (self.route(&dst), addr) {
+                (Ok(Some(Route::Direct)), Some(addr)) => batch.begin(addr, |_| {}),
+                (Ok(route), _) => return self.send(route, &addr.map_or(dst, Addr::from), data),
+                (Err(_), _) => return,
             }
         }
         if self.charge(data.len()) && !batch.push(data) {
@@ -201,17 +210,28 @@ impl AssociationRelay<'_> {
         }
     }
 
+    /// Returns the route to `dst`. `None`: the rules depend on the addresses of its name.
+    fn route(&self, dst: &Addr) -> Result<Option<Route>, Denial<'_>> {
+        self.session.policy.authorize(&with_target(self.session.log.client_request(), dst))
+    }
+
+    /// Returns the route to an address, or `None` if it is denied. `name` is the name that the client has sent to, if any.
+    fn route_to_addr(&self, addr: SocketAddr, name: Option<&HostName>) -> Option<Route> {
+        let request = AccessRequest { target_name: name, ..with_addr(self.session.log.client_request(), addr) };
+        self.session.policy.authorize(&request).ok()?
+    }
+
     fn flush(&mut self, batch: &mut GsoBatch<'_>) {
         let sent = self.egress.send_batch(batch);
         self.count_sent(sent);
     }
 
-    /// Sends a datagram outside of a batch, or stores it until its name is resolved. Without a path, it is dropped.
-    fn send(&mut self, path: Option<Path>, data: &[u8]) {
-        let is_sent = match path {
-            Some(Path::Later(name, port)) => self.send_to_name(&name, port, data),
-            Some(path) => self.charge(data.len()) && self.egress.send(&path, None, data),
-            None => false,
+    /// Sends a datagram to a hop or a name, or stores it until its name is resolved.
+    fn send(&mut self, route: Option<Route>, dst: &Addr, data: &[u8]) {
+        let is_sent = match (route, &dst.host) {
+            (Some(Route::Hop(hop)), _) => self.charge(data.len()) && self.egress.send_to_hop(hop, dst, data),
+            (_, Host::Name(name)) => self.send_to_name(name, dst.port, data),
+            (_, Host::Ip(_)) => false,
         };
         if is_sent {
             self.count_sent(data.len());
@@ -223,12 +243,12 @@ impl AssociationRelay<'_> {
         let server = self.session.server();
         let deadline = Instant::now() + server.options.connect_timeout;
         let addrs = self.name_cache.get_or_wait(name, port, data, &server.resolver, deadline);
-        let Some(addrs) = addrs.filter(|_| self.charge(data.len())) else { return false };
-        for path in addrs.into_iter().filter_map(|addr| route_addr(self.session, addr, Some(name))) {
-            let is_sent = self.egress.send(&path, Some(name), data);
-            // A datagram that a hop loses is not sent again, so that the target sees one sender.
-            if is_sent || matches!(path, Path::Hop(..)) {
-                return is_sent;
+        for addr in addrs.filter(|_| self.charge(data.len())).into_iter().flatten() {
+            match self.route_to_addr(addr, Some(name)) {
+                Some(Route::Direct) if self.egress.send(addr, name, data) => return true,
+                // A datagram that a hop loses is not sent again, so that the target sees one sender.
+                Some(Route::Hop(hop)) => return self.egress.send_to_hop(hop, &addr.into(), data),
+                Some(Route::Direct) | None => {}
             }
         }
         false
@@ -240,7 +260,10 @@ impl AssociationRelay<'_> {
         let has_resolved = !resolved.is_empty();
         for (name, waiting) in resolved {
             for (port, data) in waiting {
-                self.send(route(self.session, Addr { host: Host::Name(name.clone()), port }), &data);
+                let dst = Addr { host: Host::Name(name.clone()), port };
+                if let Ok(route) = self.route(&dst) {
+                    self.send(route, &dst, &data);
+                }
             }
         }
         has_resolved
@@ -287,7 +310,7 @@ impl AssociationRelay<'_> {
         let sent_to = self.egress.sent_to.get(from.ip());
         (accepts_any || sent_to.is_some())
             && self.client.has_port()
-            && matches!(route_addr(self.session, from, sent_to.flatten()), Some(Path::Direct(_)))
+            && self.route_to_addr(from, sent_to.flatten()) == Some(Route::Direct)
     }
 
     fn flush_answers(&self, batch: &mut GsoBatch<'_>) {
@@ -309,13 +332,13 @@ impl AssociationRelay<'_> {
 }
 
 /// Waits until the client closes the control connection, or returns an error if it sends too much data on it.
-async fn wait_for_control_end(control: &mut Conn) -> Option<&'static str> {
+async fn wait_for_control_end(control: &mut Conn) -> Option<String> {
     let mut ignored = [0; 256];
     let mut total = 0;
     while let Ok(n @ 1..) = control.read(&mut ignored).await {
         total += n;
         if total > MAX_CONTROL_BYTES {
-            return Some("too much data on the control connection");
+            return Some("too much data on the control connection".into());
         }
     }
     None

@@ -1,19 +1,16 @@
 //! The sockets of an association to its targets, and its associations with the hops.
 
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::super::reply::{SessionError, SessionResult};
-use super::super::state::{Server, Session};
-use super::routes::{Path, possible_hops};
+use super::super::state::Session;
 use super::sent_to::SentTo;
 use crate::client::Association;
 use crate::net::{BatchSocket, GsoBatch, unspecified};
+use crate::policy::rules::Route;
 use crate::proto::{Addr, Host, HostName};
 
 pub(super) struct Egress {
@@ -28,42 +25,32 @@ impl Egress {
     /// datagrams later.
     pub(super) async fn open(session: &mut Session) -> SessionResult<Self> {
         let mut upstreams = Vec::new();
-        for hop in possible_hops(session) {
-            session.log.via = Some(session.server().hop(hop)?);
-            upstreams.push(Upstream::open(session.server(), hop).await?);
+        for index in possible_hops(session) {
+            let hop = session.server().hop(index)?;
+            session.log.via = Some(hop.clone());
+            let deadline = Instant::now() + session.server().options.connect_timeout;
+            let client = session.server().hop_client(&hop, Addr::UNSPECIFIED, deadline);
+            let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
+            upstreams.push(Upstream { hop: index, has_sent_to_names: false, association });
         }
         Ok(Self { sockets: [None, None], upstreams, sent_to: SentTo::default() })
     }
 
     pub(super) fn has_hop(&self, hop: usize) -> bool {
-        self.upstreams.iter().any(|upstream| upstream.hop_index == hop)
+        self.upstreams.iter().any(|upstream| upstream.hop == hop)
     }
 
-    /// Returns an error if a hop has closed its association.
-    pub(super) fn poll_closed(&mut self, cx: &mut Context<'_>) -> Option<String> {
-        let closed = self.upstreams.iter_mut().find_map(|upstream| match upstream.closed.as_mut().poll(cx) {
-            Poll::Ready(proxy) => Some(proxy),
-            Poll::Pending => None,
-        });
-        closed.map(|proxy| format!("proxy {proxy} closed its association"))
+    /// Sends one datagram to an address of `name`. Returns false if it is lost.
+    pub(super) fn send(&mut self, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
+        self.sent_to.insert(addr.ip(), Some(name));
+        self.socket(addr).and_then(|socket| socket.send_bytes(Some(addr), data)).is_ok()
     }
 
-    /// Sends one datagram. `name` is the name that the client has sent it to, if any. Returns false if it is lost.
-    pub(super) fn send(&mut self, path: &Path, name: Option<&HostName>, data: &[u8]) -> bool {
-        match path {
-            Path::Direct(addr) => {
-                self.sent_to.insert(addr.ip(), name);
-                self.socket(*addr).and_then(|socket| socket.send_bytes(Some(*addr), data)).is_ok()
-            }
-            Path::Hop(hop, dst) => {
-                let upstream = self.upstreams.iter_mut().find(|upstream| upstream.hop_index == *hop);
-                upstream.is_some_and(|upstream| {
-                    upstream.has_sent_to_names |= matches!(dst.host, Host::Name(_));
-                    upstream.association.try_send(dst, data).is_ok()
-                })
-            }
-            Path::Later(..) => false,
-        }
+    /// Sends one datagram through a hop. Returns false if it is lost.
+    pub(super) fn send_to_hop(&mut self, hop: usize, dst: &Addr, data: &[u8]) -> bool {
+        let Some(upstream) = self.upstreams.iter_mut().find(|upstream| upstream.hop == hop) else { return false };
+        upstream.has_sent_to_names |= matches!(dst.host, Host::Name(_));
+        upstream.association.try_send(dst, data).is_ok()
     }
 
     /// Sends and clears a batch. Returns the number of bytes sent.
@@ -88,28 +75,17 @@ impl Egress {
 /// The association of this server with a hop, for datagrams that the rules route through the hop.
 pub(super) struct Upstream {
     /// Index in `Options::hops`.
-    hop_index: usize,
+    hop: usize,
     /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
     pub(super) has_sent_to_names: bool,
-    association: Rc<Association>,
-    closed: Pin<Box<dyn Future<Output = String>>>,
+    pub(super) association: Rc<Association>,
 }
 
-impl Upstream {
-    async fn open(server: &Server, hop_index: usize) -> SessionResult<Self> {
-        let hop = server.hop(hop_index)?;
-        let client = server.hop_client(&hop, Addr::UNSPECIFIED, Instant::now() + server.options.connect_timeout);
-        let association = Rc::new(client.associate().await.map_err(SessionError::from_upstream)?);
-        let closing = association.clone();
-        Ok(Self {
-            hop_index,
-            has_sent_to_names: false,
-            association,
-            closed: Box::pin(async move { closing.closed().await }),
-        })
-    }
-
-    pub(super) fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
-        self.association.poll_recv(cx)
-    }
+/// Returns the hops that the rules may select for a datagram.
+pub(super) fn possible_hops(session: &Session) -> impl Iterator<Item = usize> + use<> {
+    let routes = session.policy.policy.rules.possible_routes(&session.log.access_request());
+    routes.into_iter().filter_map(|route| match route {
+        Route::Direct => None,
+        Route::Hop(hop) => Some(hop),
+    })
 }
