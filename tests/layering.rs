@@ -9,8 +9,8 @@ use std::path::Path;
 /// Modules that only parse and decide.
 const PURE: [&str; 3] = ["proto", "reassembly", "policy"];
 /// Everything outside of the crate that pure modules may use.
-const PURE_IMPORTS: &str = "std/borrow std/collections std/error std/fmt std/hash std/net std/ops std/str std/sync/Arc \
-                            std/time argon2 bcrypt ipnet percent_encoding";
+const PURE_IMPORTS: &str = "std/borrow std/collections std/error std/fmt std/hash std/iter std/net std/ops std/str \
+                            std/sync/Arc std/time argon2 bcrypt ipnet percent_encoding";
 
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
