@@ -129,6 +129,15 @@ impl Server {
         assert!(Command::new("kill").args(["-s", signal, &pid]).status().expect("kill runs").success());
     }
 
+    /// Sends SIGHUP and returns the log line of the reload.
+    pub fn reload(&self) -> String {
+        let reloads = |log: &str| log.matches("] reload: ").count();
+        let before = reloads(&self.log());
+        self.signal("HUP");
+        let log = self.wait_log(|log| reloads(log) > before);
+        log.lines().rfind(|line| line.contains("] reload: ")).expect("a log line of the reload").to_owned()
+    }
+
     /// Waits until the server exits.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
         self.program.wait_exit(limit).0

@@ -10,7 +10,7 @@ use rustix::process::geteuid;
 
 use super::tools::{
     ALICE, BOB, Login, Setup, alice_and_bob, assert_no_datagram, associate, ip, is_closed, log_in, only_alice,
-    only_bob, open_ok, reload, send_request, try_log_in, udp_target,
+    only_bob, open_ok, send_request, try_log_in, udp_target,
 };
 use crate::support::login::{unused_client_ip, user_line};
 use crate::support::{
@@ -184,11 +184,11 @@ fn reload_keeps_policy_if_a_file_is_unreadable() {
     let server = Server::start_with(&mut command, 1);
     for file in [&users, &rules] {
         mode(file, 0o000);
-        let line = reload(&server);
+        let line = server.reload();
         assert!(line.contains("ERROR") && line.contains(file) && line.contains("denied"), "{line}");
         assert_eq!(rep(&server, ALICE, target()), Some(0));
         mode(file, 0o644);
-        assert!(reload(&server).contains("reload: users: "));
+        assert!(server.reload().contains("reload: users: "));
     }
 }
 
@@ -234,7 +234,7 @@ fn reload_never_opens_relay() {
     let to = SocketAddr::new(V4, server.addr().port());
     for open_rules in ["# none\n", "allow from=127.0.0.2\nallow port=80\n"] {
         std::fs::write(&rules, open_rules).expect("file written");
-        let line = reload(&server);
+        let line = server.reload();
         for word in ["ERROR", "--allow-open-relay", "keeping the current configuration"] {
             assert!(line.contains(word), "{open_rules}: {line}");
         }
@@ -243,7 +243,7 @@ fn reload_never_opens_relay() {
         assert_eq!(rep, 0, "{open_rules}");
     }
     std::fs::write(&rules, "allow from=127.0.0.3\n").expect("file written");
-    assert!(reload(&server).contains("reload: users: "));
+    assert!(server.reload().contains("reload: users: "));
     assert!(is_closed(&mut connect_from(SocketAddr::new(ip("127.0.0.2"), 0), to)));
     log_in(to, ip("127.0.0.3"), None);
 }

@@ -65,7 +65,7 @@ impl Setup {
 
     /// Sends SIGHUP and returns the log line of the reload.
     pub fn reload(&self) -> String {
-        reload(&self.server)
+        self.server.reload()
     }
 
     /// Rewrites the users file and reloads.
@@ -79,15 +79,6 @@ impl Setup {
         std::fs::write(&self.rules, rules).expect("file written");
         self.reload()
     }
-}
-
-/// Sends SIGHUP to a server and returns the log line of the reload.
-pub fn reload(server: &Server) -> String {
-    let reloads = |log: &str| log.matches("] reload: ").count();
-    let before = reloads(&server.log());
-    server.signal("HUP");
-    let log = server.wait_log(|log| reloads(log) > before);
-    log.lines().rfind(|line| line.contains("] reload: ")).expect("a log line of the reload").to_owned()
 }
 
 /// Connects and logs in. Returns `None` if the login is refused.
