@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Identity, Route, Rule, Rules, parse_rules};
-use s5::proto::{Command, HostName, Method, ProtectionLevel};
+use s5::proto::{HostName, ProtectionLevel};
 
 mod against_model;
 mod built_in;
@@ -83,24 +83,6 @@ fn describe(decision: Decision<'_>) -> String {
     }
 }
 
-fn method(name: &str) -> Method {
-    match name {
-        "none" => Method::NONE,
-        "password" => Method::PASSWORD,
-        "gssapi" => Method::GSSAPI,
-        other => panic!("unknown method {other}"),
-    }
-}
-
-fn command(name: &str) -> Command {
-    match name {
-        "connect" => Command::Connect,
-        "bind" => Command::Bind,
-        "udp" => Command::UdpAssociate,
-        other => panic!("unknown command {other}"),
-    }
-}
-
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap_or_else(|_| panic!("invalid address {text}"))
 }
@@ -119,8 +101,12 @@ fn evaluate(rules: &Rules, facts: &str) -> String {
     let user = fact("user").map(str::as_bytes);
     let request = AccessRequest {
         client_ip: fact("from").map(ip),
-        identity: fact("method").map(|name| Identity { method: method(name), user, level: ProtectionLevel::None }),
-        command: fact("command").map(command),
+        identity: fact("method").map(|name| Identity {
+            method: name.parse().expect("valid method"),
+            user,
+            level: ProtectionLevel::None,
+        }),
+        command: fact("command").map(|name| name.parse().expect("valid command")),
         target_name: name.as_ref(),
         target_ip: fact("ip").map(ip),
         target_port: fact("port").map(|port| port.parse().expect("valid port")),

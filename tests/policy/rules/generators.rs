@@ -12,7 +12,7 @@ use s5::policy::rules::{self, Identity, Route};
 use s5::proto::{HostName, ProtectionLevel};
 
 use super::model::{AccessRequest, ClientPattern, Ip, Net, OWN_LISTENERS, Rule, TargetPattern, UserPattern};
-use super::{PROTECTED, UNPROTECTED, command, ip, method};
+use super::{PROTECTED, UNPROTECTED, ip};
 
 pub const METHODS: [&str; 3] = ["none", "password", "gssapi"];
 pub const COMMANDS: [&str; 3] = ["connect", "bind", "udp"];
@@ -201,11 +201,11 @@ pub fn host_name(request: &AccessRequest) -> Option<HostName> {
 
 /// Returns the request as s5 sees it. `name` is its [`host_name`].
 pub fn facts<'a>(request: &AccessRequest, name: Option<&'a HostName>) -> rules::AccessRequest<'a> {
-    let level = ProtectionLevel::None;
+    let (method, level) = (request.method.parse().expect("valid method"), ProtectionLevel::None);
     rules::AccessRequest {
         client_ip: request.from.map(std_ip),
-        identity: Some(Identity { method: method(request.method), user: request.user, level }),
-        command: Some(command(request.command)),
+        identity: Some(Identity { method, user: request.user, level }),
+        command: Some(request.command.parse().expect("valid command")),
         target_name: name,
         target_ip: Some(std_ip(request.ip)),
         target_port: Some(request.port),
