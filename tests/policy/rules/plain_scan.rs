@@ -4,14 +4,14 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
-use s5::policy::rules::{AccessRequest, Decision, Identity, Rules};
-use s5::proto::{HostName, ProtectionLevel};
+use s5::policy::rules::{Decision, Rules};
 
 use super::early::{STAGES, facts_at};
-use super::generators::{ROUTES, any_request, any_rule, any_target_pattern, is_own_listener, parse_route};
-use super::generators::{std_ip, write_rules};
+use super::generators::{
+    ROUTES, any_request, any_rule, any_target_pattern, facts, host_name, is_own_listener, parse_route, write_rules,
+};
 use super::model::{self, Ip, Rule, TargetPattern};
-use super::{command, config, label, method, rules_with_route};
+use super::{config, label, rules_with_route};
 
 /// Result of one condition. By their order, `min` is "and", `max` is "or".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -160,16 +160,8 @@ fn name_of(route: s5::policy::rules::Route) -> String {
 
 /// Fails unless s5 and the scan decide alike at each stage of the request.
 fn compare(written: &[Rule], rules: &Rules, route: &'static str, all: model::AccessRequest) -> Result<(), String> {
-    let name = all.name.map(|name| HostName::new(name.as_bytes()).expect("valid host name"));
-    let level = ProtectionLevel::None;
-    let complete = AccessRequest {
-        client_ip: all.from.map(std_ip),
-        identity: Some(Identity { method: method(all.method), user: all.user, level }),
-        command: Some(command(all.command)),
-        target_name: name.as_ref(),
-        target_ip: Some(std_ip(all.ip)),
-        target_port: Some(all.port),
-    };
+    let name = host_name(&all);
+    let complete = facts(&all, name.as_ref());
     for stage in 0..STAGES {
         let request = facts_at(&complete, stage);
         let mut facts = Facts {
