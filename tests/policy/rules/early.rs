@@ -1,5 +1,5 @@
 //! Decisions before all facts are known: at accept, after the login, at a request by name. Later facts do not change
-//! them.
+//! them. `plain_scan.rs` compares more of them, and the possible routes.
 
 use std::net::SocketAddr;
 
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Route, Rules};
 
 use super::generators::{any_request, any_route, any_rule, facts, host_name, is_own_listener, write_rules};
-use super::{config, describe, evaluate, ip, rules, rules_with_route};
+use super::{config, describe, evaluate, rules, rules_with_route};
 
 /// Facts that are known after the login.
 const LOGGED_IN: &str = "method=password user=alice";
@@ -22,34 +22,23 @@ fn request_is_denied_as_soon_as_no_later_fact_can_allow_it() {
     let table = [
         // At accept: the address of the client.
         ("", "from=192.0.2.7", "?"),
-        ("", "from=::1", "?"),
         ("deny", "from=192.0.2.7", "deny line 1"),
         ("deny from=192.0.2.0/24", "from=192.0.2.7", "deny line 1"),
         ("deny from=192.0.2.0/24", "from=192.0.3.7", "?"),
-        ("deny from=remote", "from=2001:db8::7", "deny line 1"),
         ("allow from=10.0.0.0/8", "from=192.0.2.7", "deny default-deny"),
         ("allow from=10.0.0.0/8", "from=10.1.2.3", "? line 1"),
-        ("allow from=10.0.0.0/8 to=0.0.0.0/0", "from=10.1.2.3", "? line 1"),
         ("allow from=10.0.0.0/8 user=alice\nallow from=192.0.2.0/24", "from=198.51.100.7", "deny default-deny"),
         ("deny user=bob\ndeny from=192.0.2.7", "from=192.0.2.7", "deny line 2"),
         ("allow user=bob\ndeny from=192.0.2.7", "from=192.0.2.7", "? line 1"),
         ("allow from=127.0.0.1 user=bob\ndeny from=192.0.2.7", "from=192.0.2.7", "deny line 2"),
-        ("deny method=none", "from=192.0.2.7", "?"),
-        ("deny command=bind", "from=192.0.2.7", "?"),
-        ("deny port=25", "from=192.0.2.7", "?"),
         ("deny to=10.0.0.0/8", "from=192.0.2.7", "?"),
-        ("deny to=example.org", "from=192.0.2.7", "?"),
         ("allow to=example.org\ndeny", "from=192.0.2.7", "? line 1"),
-        ("allow to=192.0.2.0/24\ndeny", "from=192.0.2.7", "? line 1"),
         // After the login.
         ("deny user=alice", LOGGED_IN, "deny line 1"),
         ("deny user=bob", LOGGED_IN, "?"),
         ("deny user=*", LOGGED_IN, "deny line 1"),
         ("deny user=*", "method=none", "?"),
-        ("deny user=*", "", "?"),
-        ("deny user=*@example.org", "method=gssapi user=a@example.org", "deny line 1"),
         ("deny method=none", "method=none", "deny line 1"),
-        ("deny method=none", LOGGED_IN, "?"),
         ("allow user=bob\ndeny", "", "? line 1"),
         ("allow user=bob\ndeny", LOGGED_IN, "deny line 2"),
         ("allow user=bob\ndeny", "method=password user=bob", "? line 1"),
@@ -59,25 +48,19 @@ fn request_is_denied_as_soon_as_no_later_fact_can_allow_it() {
         ("allow port=25\ndeny user=alice", LOGGED_IN, "? line 1"),
         // At a request by name, before the name is resolved.
         ("deny to=.example.org", BY_NAME, "deny line 1"),
-        ("deny to=www.example.org", BY_NAME, "deny line 1"),
         ("deny to=example.org", BY_NAME, "?"),
-        ("deny command=connect", BY_NAME, "deny line 1"),
         ("deny port=80", BY_NAME, "deny line 1"),
-        ("deny port=80 to=.org,10.0.0.0/8", BY_NAME, "deny line 1"),
         ("deny to=10.0.0.0/8\ndeny to=.org", BY_NAME, "deny line 2"),
         ("allow to=10.0.0.0/8\ndeny to=.org", BY_NAME, "? line 1"),
-        ("allow to=10.0.0.0/8 port=22\ndeny to=.org", BY_NAME, "deny line 2"),
         ("allow to=.example.net\ndeny", BY_NAME, "deny line 2"),
         ("allow", BY_NAME, "? line 1"),
         ("", BY_NAME, "? default-allow"),
         ("deny to=10.0.0.0/8", BY_NAME, "? line 1"),
-        ("deny to=10.0.0.0/8\nallow", BY_NAME, "? line 1"),
         ("deny to=10.0.0.0/8\nallow to=192.0.2.0/24", BY_NAME, "? line 1"),
         ("deny user=bob\nallow user=alice\ndeny", "from=192.0.2.7", "? line 1"),
         // At a request by address. Conditions of the client can be unknown, for example in a check of the rules.
         ("", BY_ADDRESS, "allow default-allow"),
         ("", "from=192.0.2.7 ip=198.51.100.1", "?"),
-        ("", "ip=198.51.100.1", "?"),
         ("deny to=198.51.100.1", "ip=198.51.100.1", "deny line 1"),
         ("deny to=example.org", BY_ADDRESS, "allow default-allow"),
         ("allow user=alice", BY_ADDRESS, "? line 1"),
@@ -98,28 +81,21 @@ fn name_is_allowed_before_resolution_if_rule_names_it_or_hop_resolves_it() {
         // The rule names it, and no rule with an address precedes.
         (direct, "allow to=.example.org", "allow line 1"),
         (direct, "allow to=.example.org,10.0.0.0/8", "allow line 1"),
-        (direct, "allow to=.example.org via=a", "allow line 1 a"),
         (direct, "deny to=.example.com\nallow to=www.example.org", "allow line 2"),
         (direct, "deny to=10.0.0.0/8 port=22\nallow to=www.example.org", "allow line 2"),
         (direct, "deny to=10.0.0.0/8\nallow to=www.example.org", "? line 1"),
-        (direct, "deny to=10.0.0.0/8\ndeny to=::/0\nallow to=www.example.org", "? line 1"),
         (direct, "allow to=10.0.0.0/8\nallow to=www.example.org", "? line 1"),
         // A hop resolves it, and no rule with an address precedes.
         (direct, "allow via=a", "allow line 1 a"),
         (hop, "allow", "allow line 1 b"),
-        (hop, "allow via=a", "allow line 1 a"),
         (direct, "allow", "? line 1"),
         (hop, "allow via=direct", "? line 1"),
         (direct, "allow from=remote,loopback user=* via=a", "allow line 1 a"),
-        (direct, "deny to=.example.com\nallow via=a", "allow line 2 a"),
         (direct, "deny to=.example.org\nallow via=a", "deny line 1"),
         (direct, "deny to=10.0.0.0/8\nallow via=a", "? line 1"),
-        (direct, "allow to=10.0.0.0/8\nallow via=a", "? line 1"),
         (direct, "deny port=22 to=10.0.0.0/8\nallow via=a", "allow line 2 a"),
-        (direct, "allow\nallow via=a", "? line 1"),
         (direct, "allow port=22\nallow via=a", "allow line 2 a"),
         (hop, "", "allow default-allow b"),
-        (hop, "deny port=25", "allow default-allow b"),
         (hop, "deny to=.example.com", "allow default-allow b"),
         (hop, "allow user=bob", "allow default-allow b"),
     ];
@@ -137,27 +113,6 @@ fn protected_address_is_denied_through_hop_too() {
         assert_eq!(evaluate(&rules("allow via=a"), &format!("from={from} ip=127.0.0.1 port=80")), expected);
     }
     assert_eq!(evaluate(&rules("allow via=a to=127.0.0.1"), "from=192.0.2.7 ip=127.0.0.1 port=80"), "allow line 1 a");
-}
-
-#[test]
-fn possible_routes_are_listed_without_duplicates() {
-    let routes = |rules: &Rules, from: &str, to: Option<&str>| {
-        let request = AccessRequest { client_ip: Some(ip(from)), target_ip: to.map(ip), ..AccessRequest::default() };
-        rules.possible_routes(&request)
-    };
-    let (direct, a, b) = (Route::Direct, Route::Hop(0), Route::Hop(1));
-    let text = "allow from=192.0.2.7 via=b\nallow port=22 via=a\nallow port=23 via=a\ndeny\nallow to=10.0.0.0/8";
-    let table = [
-        (rules(""), "::1", None, vec![direct]),
-        (rules_with_route(a, ""), "::1", None, vec![a]),
-        (rules(text), "192.0.2.7", None, vec![b, a, direct]),
-        (rules(text), "192.0.2.8", None, vec![a, direct]),
-        (rules(text), "192.0.2.8", Some("198.51.100.1"), vec![a]),
-        (rules("allow from=::1 via=direct"), "192.0.2.7", None, vec![]),
-    ];
-    for (rules, from, to, expected) in table {
-        assert_eq!(routes(&rules, from, to), expected, "{:?} from {from} to {to:?}", rules.user_rules());
-    }
 }
 
 // Known part of the target.
