@@ -214,13 +214,6 @@ impl ScriptedServer {
     pub fn messages(&self) -> Vec<Vec<u8>> {
         std::iter::from_fn(|| self.messages.recv_timeout(TIMEOUT).ok()?.ok()).collect()
     }
-
-    /// Waits for the end of the script. Fails if a step fails.
-    pub fn assert_played(&self) {
-        while let Ok(message) = self.messages.recv_timeout(TIMEOUT) {
-            message.expect("the script plays");
-        }
-    }
 }
 
 /// A program in the background; killed when dropped.
