@@ -142,9 +142,7 @@ impl Limiter {
         let Some(client) = client.filter(|_| self.has_failed_logins.load(Ordering::Relaxed)) else {
             return Some(Duration::ZERO);
         };
-        let (key, now) = (client_key(client), Instant::now());
-        let throttle = self.login_throttle();
-        (!throttle.is_blocked(key, now)).then(|| throttle.delay(key, now))
+        self.login_throttle().delay(client_key(client), Instant::now())
     }
 
     pub(super) fn record_failed_login(&self, client: Option<IpAddr>) {

@@ -39,10 +39,6 @@ impl FailedLogins {
         now.duration_since(self.last) >= if self.delayed_failures.is_some() { BLOCK_TIME } else { FAILURE_WINDOW }
     }
 
-    fn is_blocked(&self) -> bool {
-        self.delayed_failures.is_some_and(|count| count >= MAX_DELAYED_FAILURES)
-    }
-
     fn record_failure(&mut self, now: Instant) {
         self.last = now;
         if let Some(count) = &mut self.delayed_failures {
@@ -59,16 +55,13 @@ impl FailedLogins {
 }
 
 impl LoginThrottle {
-    /// Returns the delay of the next login answer to `client`.
-    pub(super) fn delay(&self, client: IpAddr, now: Instant) -> Duration {
+    /// Returns the delay of the next login answer to `client`; `None` if the client is blocked.
+    pub(super) fn delay(&self, client: IpAddr, now: Instant) -> Option<Duration> {
         match self.failures_of(client, now).and_then(|failed| failed.delayed_failures) {
-            Some(count) => MIN_DELAY.saturating_mul(2_u32.saturating_pow(count)).min(MAX_DELAY),
-            None => Duration::ZERO,
+            Some(MAX_DELAYED_FAILURES..) => None,
+            Some(count) => Some(MIN_DELAY.saturating_mul(2_u32.saturating_pow(count)).min(MAX_DELAY)),
+            None => Some(Duration::ZERO),
         }
-    }
-
-    pub(super) fn is_blocked(&self, client: IpAddr, now: Instant) -> bool {
-        self.failures_of(client, now).is_some_and(FailedLogins::is_blocked)
     }
 
     /// Counts a failure. Returns true if `client` is blocked from now on.
@@ -78,9 +71,8 @@ impl LoginThrottle {
             self.make_room(now);
         }
         let failed = self.0.entry(client).or_insert_with(|| FailedLogins::new(now));
-        let was_blocked = failed.is_blocked();
         failed.record_failure(now);
-        failed.is_blocked() && !was_blocked
+        failed.delayed_failures == Some(MAX_DELAYED_FAILURES)
     }
 
     fn failures_of(&self, client: IpAddr, now: Instant) -> Option<&FailedLogins> {
@@ -105,7 +97,6 @@ mod tests {
     use super::*;
 
     const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
-    const B: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2));
 
     fn seconds(n: u64) -> Duration {
         Duration::from_secs(n)
@@ -115,19 +106,16 @@ mod tests {
     fn delay_doubles_after_free_failures_until_the_client_is_blocked_for_ten_minutes() {
         let (mut throttle, now) = (LoginThrottle::default(), Instant::now());
         for _ in 0..FREE_FAILURES {
-            assert_eq!(throttle.delay(A, now), Duration::ZERO);
+            assert_eq!(throttle.delay(A, now), Some(Duration::ZERO));
             assert!(!throttle.record_failure(A, now));
         }
         for delay in [1, 2, 4, 8, 16, 30] {
-            assert_eq!(throttle.delay(A, now), seconds(delay));
-            assert!(!throttle.is_blocked(A, now));
+            assert_eq!(throttle.delay(A, now), Some(seconds(delay)));
             assert_eq!(throttle.record_failure(A, now), delay == 30);
         }
-        assert!(throttle.is_blocked(A, now + BLOCK_TIME - seconds(1)));
         assert!(!throttle.record_failure(A, now), "only one failure starts the block");
-        assert!(!throttle.is_blocked(A, now + BLOCK_TIME));
-        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO);
-        assert!(!throttle.is_blocked(B, now), "another client");
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME - seconds(1)), None);
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Some(Duration::ZERO));
     }
 
     #[test]
@@ -136,11 +124,11 @@ mod tests {
         for _ in 0..100 {
             throttle.record_failure(A, now);
             now += FAILURE_WINDOW / 4;
-            assert_eq!(throttle.delay(A, now), Duration::ZERO);
+            assert_eq!(throttle.delay(A, now), Some(Duration::ZERO));
         }
         now += FAILURE_WINDOW;
         (0..FREE_FAILURES).for_each(|_| assert!(!throttle.record_failure(A, now)));
-        assert_eq!(throttle.delay(A, now + BLOCK_TIME - seconds(1)), seconds(1));
-        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Duration::ZERO, "forgotten");
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME - seconds(1)), Some(seconds(1)));
+        assert_eq!(throttle.delay(A, now + BLOCK_TIME), Some(Duration::ZERO), "forgotten");
     }
 }
