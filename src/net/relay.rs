@@ -173,9 +173,6 @@ pub type RelayResult = Result<RelayOutcome, RelayError>;
 ///
 /// Both streams are reset on each error except [`RelayError::Undelivered`], and when the future is dropped before it
 /// completes. A reset by a peer is detected within a second, also on a side that is not being read.
-///
-/// # Errors
-/// See [`RelayError`].
 pub fn relay<'a, C, D>(
     client: &'a mut C,
     dst: &'a mut D,
@@ -243,7 +240,7 @@ struct RelayState<'a> {
 }
 
 impl RelayState<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
+    fn poll(&mut self, cx: &mut Context<'_>, client: &mut dyn Stream, dst: &mut dyn Stream) -> Poll<RelayResult> {
         let before = self.progress();
         let pumped = self.pump(cx, client, dst);
         if let Some(stats) = &self.options.stats {
@@ -263,7 +260,7 @@ impl RelayState<'_> {
         (count(&self.counts.up), count(&self.counts.down), self.up.is_done, self.down.is_done)
     }
 
-    fn pump(&mut self, cx: &mut Context<'_>, client: &mut impl Stream, dst: &mut impl Stream) -> Poll<RelayResult> {
+    fn pump(&mut self, cx: &mut Context<'_>, client: &mut dyn Stream, dst: &mut dyn Stream) -> Poll<RelayResult> {
         let may_stop = |this: &Direction, other: &Direction| {
             self.options.stop_when_bulk && !this.has_source_ended && other.is_stateless() && self.undelivered.is_none()
         };
@@ -308,7 +305,7 @@ impl RelayState<'_> {
     }
 
     /// Ready when a timeout has passed, or when a side that is not being read has reset its stream.
-    fn poll_timeouts(&mut self, cx: &mut Context<'_>, client: &impl Stream, dst: &impl Stream) -> Poll<RelayResult> {
+    fn poll_timeouts(&mut self, cx: &mut Context<'_>, client: &dyn Stream, dst: &dyn Stream) -> Poll<RelayResult> {
         let mut has_fired = false;
         loop {
             let now = Instant::now();

@@ -36,26 +36,3 @@ pub trait Stream: AsyncRead + AsyncWrite + Unpin {
         None
     }
 }
-
-/// Lets callers compile [`relay`](super::relay()) once for all types of streams.
-impl Stream for &mut dyn Stream {
-    fn abort(&self) {
-        (**self).abort();
-    }
-
-    fn keep_alive(&self) {
-        (**self).keep_alive();
-    }
-
-    fn has_unflushed(&self) -> bool {
-        (**self).has_unflushed()
-    }
-
-    fn is_reset(&self) -> bool {
-        (**self).is_reset()
-    }
-
-    fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {
-        (**self).poll_socket(cx, interest, op)
-    }
-}

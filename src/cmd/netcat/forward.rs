@@ -115,10 +115,7 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
         stats: Some(stats.clone()),
         ..RelayOptions::default()
     };
-    let outcome = {
-        let (mut local_stream, mut tunnel_stream): (&mut dyn Stream, &mut dyn Stream) = (&mut local, &mut tunnel);
-        relay(&mut local_stream, &mut tunnel_stream, &options, &counts, |_, _| true).await
-    };
+    let outcome = { relay(&mut local, &mut tunnel, &options, &counts, |_, _| true).await };
     drop(tunnel);
     if let Err(RelayError::Undelivered(_)) = outcome {
         sleep(UNDELIVERED_GRACE).await;

@@ -22,8 +22,7 @@ use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::Conn;
 use crate::net::{
-    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Stream, relay, sleep,
-    timeout_at,
+    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, relay, sleep, timeout_at,
 };
 use crate::proto::Addr;
 
@@ -133,8 +132,7 @@ async fn relay_local(
             Ok(RelayOutcome::Finished)
         };
         let show = progress::show(args.progress && io::stderr().is_terminal(), &counts);
-        let (mut local, mut remote): (&mut dyn Stream, &mut dyn Stream) = (&mut stdio, &mut tunnel);
-        relay(&mut local, &mut remote, &options, &counts, |_, _| true).or(quit).or(show).await
+        relay(&mut stdio, &mut tunnel, &options, &counts, |_, _| true).or(quit).or(show).await
     };
     if outcome.is_ok() {
         // After -q or the exit of the program, the peer may still be sending: close without a reset.

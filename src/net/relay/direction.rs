@@ -111,8 +111,8 @@ impl Direction {
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        source: &mut impl Stream,
-        sink: &mut impl Stream,
+        source: &mut dyn Stream,
+        sink: &mut dyn Stream,
         count: &AtomicU64,
         stop_if_bulk: bool,
     ) -> Poll<Result<(), DirectionError>> {
@@ -175,7 +175,7 @@ impl Direction {
     }
 
     /// Writes pending bytes once. Returns how many the sink accepted.
-    fn write_pending(&mut self, cx: &mut Context<'_>, sink: &mut impl Stream) -> Poll<Result<usize, DirectionError>> {
+    fn write_pending(&mut self, cx: &mut Context<'_>, sink: &mut dyn Stream) -> Poll<Result<usize, DirectionError>> {
         match self.pending.as_deref_mut() {
             None => Poll::Ready(Ok(0)),
             Some(Pending::Bytes { bytes, sent }) => {
@@ -207,7 +207,7 @@ impl Direction {
     }
 
     /// Splices from the source into the empty pipe. Returns 0, as nothing has reached the sink yet.
-    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &impl Stream) -> Poll<Result<usize, DirectionError>> {
+    fn fill_pipe(&mut self, cx: &mut Context<'_>, source: &dyn Stream) -> Poll<Result<usize, DirectionError>> {
         let Some(Pending::Pipe(pipe)) = self.pending.as_deref_mut() else { return Poll::Ready(Ok(0)) };
         match source.poll_socket(cx, Interest::Read, &mut |socket| pipe.fill_from(socket)) {
             Some(Poll::Pending) => return Poll::Pending,
@@ -228,8 +228,8 @@ impl Direction {
     fn copy_once(
         &mut self,
         cx: &mut Context<'_>,
-        source: &mut impl Stream,
-        sink: &mut impl Stream,
+        source: &mut dyn Stream,
+        sink: &mut dyn Stream,
         buffer: &mut [u8],
     ) -> Poll<Result<usize, DirectionError>> {
         let n = ready!(Pin::new(source).poll_read(cx, buffer)).map_err(DirectionError::Read)?;
@@ -253,7 +253,7 @@ impl Direction {
 /// Writes once, and at most as many bytes as the rate limit has granted.
 fn poll_write(
     cx: &mut Context<'_>,
-    sink: &mut impl Stream,
+    sink: &mut dyn Stream,
     reservation: Option<&mut Reservation>,
     bytes: &[u8],
 ) -> Poll<Result<usize, DirectionError>> {
@@ -272,7 +272,7 @@ fn poll_write(
     sent
 }
 
-fn flush(cx: &mut Context<'_>, sink: &mut impl Stream) -> Result<(), DirectionError> {
+fn flush(cx: &mut Context<'_>, sink: &mut dyn Stream) -> Result<(), DirectionError> {
     match sink.has_unflushed().then(|| Pin::new(sink).poll_flush(cx)) {
         Some(Poll::Ready(Err(error))) => Err(DirectionError::Write(error)),
         Some(Poll::Ready(Ok(())) | Poll::Pending) | None => Ok(()),
