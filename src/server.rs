@@ -73,9 +73,6 @@ impl ServerError {
 pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 
 /// Runs until SIGTERM or SIGINT, then drains; reloads at each SIGHUP. Blocks.
-///
-/// # Errors
-/// Listening failed, signals or threads are not available, or the configuration is refused.
 pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), ServerError> {
     let default_max_sessions = default_max_sessions(raise_descriptor_limit());
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);

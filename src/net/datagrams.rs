@@ -41,9 +41,6 @@ pub(crate) struct BatchSocket {
 
 impl BatchSocket {
     /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic.
-    ///
-    /// # Errors
-    /// Those of bind(2), epoll_ctl(2) and socket(2).
     pub(crate) fn bind(local: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
         if local.is_ipv6() {
@@ -136,9 +133,6 @@ impl BatchSocket {
     }
 
     /// Sends one datagram.
-    ///
-    /// # Errors
-    /// Those of sendto(2).
     pub(crate) fn send_bytes(&self, to: Option<SocketAddr>, bytes: &[u8]) -> io::Result<()> {
         retry_if_connected(to, || match &to {
             Some(to) => self.get_ref().send_to(bytes, to),

@@ -188,9 +188,6 @@ fn stream_socket(family: AddressFamily) -> rustix::io::Result<OwnedFd> {
 }
 
 /// Connects to the Unix socket at `path`. The caller sets the deadline.
-///
-/// # Errors
-/// Errors from socket(2) and connect(2).
 pub async fn connect_unix(path: &Path) -> io::Result<Io<Socket>> {
     let (addr, socket) = (SocketAddrUnix::new(path)?, stream_socket(AddressFamily::UNIX)?);
     loop {

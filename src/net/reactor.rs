@@ -46,9 +46,6 @@ pub(super) fn current() -> Rc<Reactor> {
 }
 
 /// Runs `future` to completion on this thread. Sockets and timers of this thread wake tasks only during the call.
-///
-/// # Errors
-/// The reactor's descriptors cannot be opened, or epoll_wait(2) fails.
 pub fn run<F: Future>(future: F) -> io::Result<F::Output> {
     let mut output = None;
     run_loop(pin!(async { output = Some(future.await) }))?;

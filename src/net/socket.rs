@@ -25,9 +25,6 @@ pub struct Io<T> {
 
 impl<T: AsFd> Io<T> {
     /// Registers a socket that is already non-blocking.
-    ///
-    /// # Errors
-    /// Errors from epoll_create1(2) and epoll_ctl(2), also in the other two constructors.
     pub fn new(socket: T) -> io::Result<Self> {
         let events = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI;
         Self::register(socket, events | EventFlags::ET)
@@ -91,10 +88,7 @@ impl<T: AsFd> Io<T> {
         self.reactor.poll_hangup(self.key, cx)
     }
 
-    /// Calls `op` once, without waiting.
-    ///
-    /// # Errors
-    /// Errors from `op`, including `WouldBlock` when the socket is not ready.
+    /// Calls `op` once, without waiting. Returns `WouldBlock` when the socket is not ready.
     pub fn try_with<R>(&self, interest: Interest, op: impl FnOnce(&T) -> io::Result<R>) -> io::Result<R> {
         let result = op(&self.socket);
         if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
@@ -165,9 +159,6 @@ impl Io<Socket> {
 pub const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Accepts a pending connection as a non-blocking socket. Returns the peer's address if it is an IP address.
-///
-/// # Errors
-/// Errors from accept(2).
 pub fn accept(listener: &impl AsFd) -> io::Result<(OwnedFd, Option<SocketAddr>)> {
     let (socket, peer) = acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
     Ok((socket, peer.and_then(|peer| SocketAddr::try_from(peer).ok())))

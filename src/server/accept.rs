@@ -22,9 +22,6 @@ use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, sleep, yield_now};
 const ACCEPTS_PER_TURN: usize = 32;
 
 /// Starts one accept loop for each listener on the worker of this thread. They run until the shutdown.
-///
-/// # Errors
-/// Errors from epoll_create1(2) and epoll_ctl(2).
 pub(super) fn start(server: &Arc<Server>, listeners: &[Arc<Listener>]) -> io::Result<()> {
     for listener in listeners {
         let accept_loop = AcceptLoop { server: server.clone(), listener: Io::shared_listener(listener.clone())? };

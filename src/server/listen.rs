@@ -81,9 +81,6 @@ impl ListenAddr {
     }
 
     /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound.
-    ///
-    /// # Errors
-    /// Those of the resolver and of bind(2).
     pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
         if let Self::Unix(path) = self {
             return Ok(vec![bind_unix(path)?]);
@@ -123,9 +120,6 @@ fn bind_all(addrs: &[SocketAddr]) -> io::Result<Vec<Listener>> {
 }
 
 /// Returns a non-blocking listening socket.
-///
-/// # Errors
-/// Those of socket(2) and bind(2).
 pub(super) fn listen_tcp(addr: SocketAddr, is_v6_only: bool, backlog: i32) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
     socket.set_nonblocking(true)?;

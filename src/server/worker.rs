@@ -164,10 +164,7 @@ impl WorkerHandle {
 }
 
 impl Worker {
-    /// Starts the thread, which first calls `start`, and runs until its inbox closes.
-    ///
-    /// # Errors
-    /// The thread cannot be created. Later errors and panics are reported.
+    /// Starts the thread, which first calls `start`, and runs until its inbox closes. Its errors and panics are reported.
     pub(super) fn spawn(self, start: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<JoinHandle<()>> {
         let reports = self.reports.clone();
         std::thread::Builder::new().name("s5-worker".into()).spawn(move || {
