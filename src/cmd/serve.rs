@@ -2,6 +2,7 @@
 
 mod explain;
 mod load;
+mod request;
 mod users;
 
 use std::net::{IpAddr, SocketAddr};
@@ -111,8 +112,9 @@ pub struct ServeArgs {
     show_rules: bool,
 
     /// show which rule decides REQUEST, then exit. REQUEST has the form 'from=IP user=NAME command=connect
-    /// to=HOST:PORT'; only to= is required. The keys method=, protection= and port= are also possible. The exit status
-    /// is 0 for allow and 1 for deny. No server is started.
+    /// to=HOST:PORT'; only to= is required. The keys method=, protection= and port= are also possible. REQUEST can also
+    /// be a line of the log: its addr= is the address of the name in to=. The exit status is 0 for allow and 1 for deny.
+    /// No server is started.
     #[argh(option, arg_name = "REQUEST")]
     explain: Option<String>,
 

@@ -2,6 +2,7 @@
 //! that denied traffic does not get through.
 
 mod closed_sessions;
+mod explain;
 mod hosts;
 mod long_lists;
 mod names;

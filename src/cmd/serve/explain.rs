@@ -1,17 +1,17 @@
 //! `--show-rules` and `--explain`: print the rules, or the rule that decides a request. The server is not started.
 
-use std::collections::HashMap;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::request::ExplainedRequest;
 use crate::client::lookup;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::net::{Resolver, canonical, parse_literal, reactor, timeout_at};
 use crate::policy::Policy;
-use crate::policy::rules::{AccessRequest, Decision, Identity, Route, Rule};
-use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, parse_port};
+use crate::policy::rules::{AccessRequest, Decision, Route, Rule};
+use crate::proto::{Addr, Host};
 use crate::server::{Options, is_local};
 
 /// Minimum column of a comment.
@@ -42,7 +42,8 @@ pub(super) fn show(policy: &Policy, options: &Options) -> Result<(), CliError> {
 /// Prints the deciding rule for the name and for each address. Fails with status 1 if the request is denied.
 pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> Result<(), CliError> {
     policy.listen_addrs = options.listen.iter().flat_map(|listen| listen.addrs()).collect();
-    let query = ExplainedRequest::parse(request).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
+    let query =
+        ExplainedRequest::parse(request, &policy).map_err(|error| CliError::usage(format!("--explain: {error}")))?;
     let mut explanation = Explanation { policy: &policy, options, query: &query, text: format!("request {query}\n") };
     let is_allowed = explanation.explain();
     explanation.text += match is_allowed {
@@ -57,83 +58,6 @@ pub(super) fn explain(mut policy: Policy, options: &Options, request: &str) -> R
 fn print(text: &str) -> Result<(), CliError> {
     let result = std::io::stdout().write_all(text.as_bytes());
     result.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("write to stdout: {error}")))
-}
-
-/// The parsed value of `--explain`.
-#[derive(Debug)]
-struct ExplainedRequest {
-    from: IpAddr,
-    user: Option<String>,
-    method: Method,
-    level: ProtectionLevel,
-    command: Command,
-    to: Option<Addr>,
-}
-
-impl ExplainedRequest {
-    fn parse(text: &str) -> Result<Self, String> {
-        let mut conditions: HashMap<&str, &str> = HashMap::new();
-        for word in text.split_whitespace() {
-            let expected = || format!("expected key=value, such as to=example.org:80, found {word:?}");
-            let (key, value) = word.split_once('=').ok_or_else(expected)?;
-            if value.is_empty() || conditions.insert(key, value).is_some() {
-                return Err(format!("{word:?}: empty value or duplicate key"));
-            }
-        }
-        let from = conditions.remove("from").unwrap_or("127.0.0.1");
-        let user = conditions.remove("user").map(str::to_owned);
-        let default_method = match &user {
-            None => Method::NONE,
-            Some(user) if user.contains('@') => Method::GSSAPI,
-            Some(_) => Method::PASSWORD,
-        };
-        let method = conditions.remove("method").map_or(Ok(default_method), str::parse)?;
-        let level = conditions.remove("protection").map_or(Ok(ProtectionLevel::None), str::parse)?;
-        let command = conditions.remove("command").map_or(Ok(Command::Connect), str::parse)?;
-        let mut to = conditions.remove("to").map(|to| Addr::parse_with_default_port(to, 0)).transpose()?;
-        let port = conditions.remove("port").map(parse_port).transpose()?;
-        if let (Some(to), Some(port)) = (&mut to, port) {
-            to.port = port;
-        }
-        if let Some(key) = conditions.keys().next() {
-            return Err(format!("unknown key {key:?} (keys are from, user, method, protection, command, to, port)"));
-        }
-        let from: IpAddr = from.parse().map_err(|_| format!("from={from}: expected one IP address"))?;
-        Ok(Self { from: from.to_canonical(), user, method, level, command, to })
-    }
-
-    fn request(&self) -> AccessRequest<'_> {
-        let identity =
-            Identity { method: self.method, user: self.user.as_deref().map(str::as_bytes), level: self.level };
-        AccessRequest {
-            client_ip: Some(self.from),
-            identity: Some(identity),
-            command: Some(self.command),
-            target_port: self.to.as_ref().map(|to| to.port).filter(|port| *port != 0),
-            ..AccessRequest::default()
-        }
-    }
-
-    /// Returns the target. BIND for `0.0.0.0` or `[::]` accepts any peer, so the request has none.
-    fn target(&self) -> Option<&Addr> {
-        let accepts_any =
-            |host: &Host| self.command == Command::Bind && matches!(host, Host::Ip(ip) if ip.is_unspecified());
-        self.to.as_ref().filter(|to| !accepts_any(&to.host))
-    }
-}
-
-impl fmt::Display for ExplainedRequest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "from={} ", self.from)?;
-        self.user.as_ref().map_or(Ok(()), |user| write!(f, "user={user} "))?;
-        write!(f, "method={} protection={} command={}", self.method, self.level, self.command)?;
-        match &self.to {
-            Some(Addr { host: Host::Name(name), port: 0 }) => write!(f, " to={}", name.as_str()),
-            Some(Addr { host: Host::Ip(ip), port: 0 }) => write!(f, " to={ip}"),
-            Some(to) => write!(f, " to={to}"),
-            None => Ok(()),
-        }
-    }
 }
 
 struct Explanation<'a> {
@@ -166,8 +90,9 @@ impl Explanation<'_> {
             return self.report_addrs(&request, &[ip]);
         }
         let request = AccessRequest { target_name: Some(name), ..request };
-        match self.policy.evaluate(&request, is_local) {
-            Decision::Undecided(rule) => {
+        match (self.policy.evaluate(&request, is_local), query.addr) {
+            (Decision::Undecided(_), Some(addr)) => self.report_addrs(&request, &[addr]),
+            (Decision::Undecided(rule), None) => {
                 let subject = format!("{} (its addresses decide)", name.as_str());
                 self.add_line("resolve", &subject, rule, Route::Direct);
                 let ips = resolve(to, self.options.connect_timeout).map_err(|error| {

@@ -110,6 +110,10 @@ fn explain_names_the_missing_part_of_the_request() {
         ("to=[2001:db8::1]", "to=[2001:db8::1] has no port (write to=HOST:PORT)"),
         ("to=localhost", "to=localhost has no port (write to=HOST:PORT)"),
         ("from=10.0.0.1", "the request has no target address (write to=HOST:PORT)"),
+        ("deny to=a.test:80", "\"deny\" begins a rule, but a request has only key=value (see s5 serve --help)"),
+        ("user=%zz to=a.test:80", "invalid escape in \"%zz\" (write a % in a name as %25)"),
+        ("user=\"bob to=a.test:80", "\"user=\\\"bob\": invalid escape, or no closing quote (see s5 serve --help)"),
+        ("from=10.0.0.0/8", "from=10.0.0.0/8: expected one IP address, with or without a port (see s5 serve --help)"),
         ("a.test:80", "expected key=value, such as to=example.org:80, found \"a.test:80\" (see s5 serve --help)"),
     ];
     for (request, expected) in table {
