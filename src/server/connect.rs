@@ -1,7 +1,6 @@
 //! CONNECT (RFC 1928 sections 4 and 6): resolve, evaluate the rules, connect directly or through a hop, reply.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Instant;
 
 use futures_lite::FutureExt as _;
@@ -15,13 +14,6 @@ use crate::net::{LocalAddr, dial, sleep};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command};
 
-/// The allowed target addresses, and the route to them.
-enum ResolvedRoute {
-    Direct(Vec<SocketAddr>),
-    /// One request for each address, until one succeeds.
-    Hop(Arc<Hop>, Vec<Addr>),
-}
-
 pub(super) async fn serve(
     session: &mut Session,
     client: &mut Conn,
@@ -29,20 +21,24 @@ pub(super) async fn serve(
     route: Option<Route>,
 ) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server().options.connect_timeout;
-    let route = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
-    if let ResolvedRoute::Hop(hop, _) = &route {
-        session.log.via = Some(hop.clone());
+    let (route, addrs) = session.cancellable(client, session.resolve_route(dst, route, deadline)).await?;
+    if let Route::Hop(hop) = route {
+        session.log.via = Some(session.server().hop(hop)?);
     }
     let connecting = async {
-        match route {
-            ResolvedRoute::Direct(addrs) => {
+        match &session.log.via {
+            None => {
                 let target = dial(addrs, LocalAddr::default(), deadline).await;
                 let target = target.map_err(|error| SessionError::from_dial(error, dst))?;
                 let target = Conn::Tcp(target);
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
                 Ok((target, bnd.into()))
             }
-            ResolvedRoute::Hop(hop, targets) => Box::pin(connect_via(session.server(), &hop, targets, deadline)).await,
+            Some(hop) => {
+                let targets =
+                    if addrs.is_empty() { vec![dst.clone()] } else { addrs.into_iter().map(Addr::from).collect() };
+                Box::pin(connect_via(session.server(), hop, targets, deadline)).await
+            }
         }
     };
     let (target, bnd) = session.cancellable(client, connecting).await?;
@@ -80,10 +76,16 @@ impl Session {
         work.or(disconnected).or(self.denied_by_reload())
     }
 
-    /// Resolves `dst`, and authorizes each of its addresses. A name whose route is a hop is not resolved here.
-    async fn resolve_route(&self, dst: &Addr, route: Option<Route>, deadline: Instant) -> SessionResult<ResolvedRoute> {
-        if let Some(Route::Hop(hop)) = route {
-            return Ok(ResolvedRoute::Hop(self.server().hop(hop)?, vec![dst.clone()]));
+    /// Resolves `dst`, and authorizes each of its addresses. Returns the route and the allowed addresses. If `route` is
+    /// a hop, which can resolve the name itself, there are none.
+    async fn resolve_route(
+        &self,
+        dst: &Addr,
+        route: Option<Route>,
+        deadline: Instant,
+    ) -> SessionResult<(Route, Vec<SocketAddr>)> {
+        if let Some(hop @ Route::Hop(_)) = route {
+            return Ok((hop, Vec::new()));
         }
         let mut addrs = self.server().resolve(dst, deadline).await?;
         let (mut first_denial, mut first_route) = (None, None);
@@ -96,12 +98,7 @@ impl Session {
                 false
             }
         });
-        match first_route {
-            Some(Route::Direct) => Ok(ResolvedRoute::Direct(addrs)),
-            Some(Route::Hop(hop)) => {
-                Ok(ResolvedRoute::Hop(self.server().hop(hop)?, addrs.into_iter().map(Addr::from).collect()))
-            }
-            None => Err(first_denial.unwrap_or_else(|| SessionError::not_allowed("no allowed address"))),
-        }
+        let denial = || first_denial.unwrap_or_else(|| SessionError::not_allowed("no allowed address"));
+        first_route.map(|route| (route, addrs)).ok_or_else(denial)
     }
 }

@@ -66,10 +66,7 @@ struct Authenticated {
 impl Authenticated {
     async fn read_request(&self, session: &Session, conn: &mut Conn) -> SessionResult<Request> {
         let request = timeout_at(self.deadline, conn.read_message()).await.ok_or_else(|| session.timed_out())?;
-        request.map_err(|error| match error {
-            ReadError::Protocol(error, _) => SessionError::with_rep(error.rep(), error),
-            other => SessionError::silent(other),
-        })
+        request.map_err(|error| read_error(error, |error| SessionError::with_rep(error.rep(), error)))
     }
 }
 
@@ -103,7 +100,7 @@ impl Session {
     }
 
     async fn select_method(&self, conn: &mut Conn) -> SessionResult<Method> {
-        let greeting: Greeting = conn.read_message().await.map_err(greeting_error)?;
+        let greeting: Greeting = conn.read_message().await.map_err(|error| read_error(error, greeting_error))?;
         let Some(method) = self.policy.policy.select_method(&greeting.methods) else {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
             return Err(SessionError::with_message(&none, "no acceptable authentication method"));
@@ -114,8 +111,9 @@ impl Session {
 
     /// Reads and verifies a login, and sends the result (RFC 1929) after a delay if logins of this client have failed.
     async fn verify_password(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
-        let credentials: Credentials =
-            timeout_at(deadline, conn.read_message()).await.ok_or_else(|| self.timed_out())?.map_err(login_error)?;
+        let credentials = timeout_at(deadline, conn.read_message()).await.ok_or_else(|| self.timed_out())?;
+        let invalid = |error| SessionError::with_message(&LoginStatus::FAILURE, error);
+        let credentials: Credentials = credentials.map_err(|error| read_error(error, invalid))?;
         // The password may have changed since the greeting.
         self.policy = self.server().policy.current();
         self.log.user = Some(credentials.uname.clone().into());
@@ -171,21 +169,19 @@ fn not_configured() -> SessionError {
     SessionError::silent("the selected authentication method is not configured")
 }
 
-fn greeting_error(error: ReadError) -> SessionError {
+/// Returns the error of a message that was not read. `answer` returns it for an invalid message.
+fn read_error(error: ReadError, answer: impl FnOnce(ProtocolError) -> SessionError) -> SessionError {
     match error {
-        ReadError::Protocol(ProtocolError::Version(first), _) => {
-            let protocol = OtherProtocol(first);
-            let reason = format!("not SOCKS5: the client's first byte is {protocol}");
-            SessionError { reply: protocol.rejection().to_vec(), rep: None, reason }
-        }
-        ReadError::Protocol(error, _) => SessionError::with_message(&MethodSelection(Method::NO_ACCEPTABLE), error),
-        other => SessionError::silent(other),
+        ReadError::Protocol(error, _) => answer(error),
+        closed @ ReadError::Closed(..) => SessionError::silent(closed),
     }
 }
 
-fn login_error(error: ReadError) -> SessionError {
-    match error {
-        ReadError::Protocol(error, _) => SessionError::with_message(&LoginStatus::FAILURE, error),
-        other => SessionError::silent(other),
-    }
+fn greeting_error(error: ProtocolError) -> SessionError {
+    let ProtocolError::Version(first) = error else {
+        return SessionError::with_message(&MethodSelection(Method::NO_ACCEPTABLE), error);
+    };
+    let protocol = OtherProtocol(first);
+    let reason = format!("not SOCKS5: the client's first byte is {protocol}");
+    SessionError { reply: protocol.rejection().to_vec(), rep: None, reason }
 }
