@@ -74,6 +74,11 @@ impl TokenBucket {
 pub struct RateLimit(pub Vec<Arc<TokenBucket>>);
 
 impl RateLimit {
+    /// Returns false if there is no bucket.
+    pub fn is_limited(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Reserves bytes. Returns their number, and the time to wait before moving them.
     fn reserve(&self, requested: usize, now: Instant) -> (usize, Duration) {
         let sizes = self.0.iter().map(|bucket| bucket.reservation_size(requested, now));

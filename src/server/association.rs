@@ -50,7 +50,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let bnd = session.server().advertised_addr(local);
     session.reply_success(control, bnd.into(), || None).await?;
     let relay = AssociationRelay {
-        rate_limit: session.permit.rate_limit().cloned(),
+        rate_limit: session.permit.rate_limit(),
         session,
         client,
         egress,
@@ -66,7 +66,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
 
 struct AssociationRelay<'a> {
     session: &'a mut Session,
-    rate_limit: Option<RateLimit>,
+    rate_limit: RateLimit,
     client: ClientSocket,
     egress: Egress,
     name_cache: NameCache,
@@ -275,7 +275,7 @@ impl AssociationRelay<'_> {
 
     /// Takes `bytes` from the rate limit. Returns false if it is exhausted: the caller drops the datagram.
     fn charge(&self, bytes: usize) -> bool {
-        self.rate_limit.as_ref().is_none_or(|rate_limit| rate_limit.try_take(bytes, Instant::now()))
+        !self.rate_limit.is_limited() || self.rate_limit.try_take(bytes, Instant::now())
     }
 
     fn relay_from_targets(&mut self, now: Instant, received: &RecvBatch, buffer: &mut Vec<u8>) {

@@ -65,8 +65,8 @@ impl SessionPermit {
         self.server.limiter.admit_user(user, &mut self.quota)
     }
 
-    pub(super) fn rate_limit(&self) -> Option<&RateLimit> {
-        self.quota.as_ref().map(|quota| &quota.rate_limit).filter(|limit| !limit.0.is_empty())
+    pub(super) fn rate_limit(&self) -> RateLimit {
+        self.quota.as_ref().map(|quota| quota.rate_limit.clone()).unwrap_or_default()
     }
 }
 

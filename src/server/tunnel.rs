@@ -8,9 +8,7 @@ use super::session_log::SessionLog;
 use super::state::{Session, SessionPermit};
 use super::worker::{self, BulkGuard, WorkerHandle};
 use crate::conn::{Conn, DetachedConn};
-use crate::net::{
-    RateLimit, RelayError, RelayOptions, RelayOutcome, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep,
-};
+use crate::net::{RelayError, RelayOptions, RelayOutcome, RelayResult, Stream, UNDELIVERED_GRACE, relay, sleep};
 
 /// The state of a session that is relayed.
 pub(super) struct Tunnel {
@@ -28,9 +26,8 @@ impl Tunnel {
 
     /// Relays in a task on this thread. Without a rate limit, a bulk tunnel moves to a worker with fewer bulk tunnels.
     pub(super) fn start(mut self) {
-        if let Some(limit) = self.permit.rate_limit() {
-            let rate_limit = limit.clone();
-            return worker::spawn(Box::pin(self.relay_here(rate_limit, None)));
+        if self.permit.rate_limit().is_limited() {
+            return worker::spawn(Box::pin(self.relay_here(None)));
         }
         // `self` is not moved to a variable inside the block: the future would reserve room for it twice.
         worker::spawn(async move {
@@ -60,11 +57,12 @@ impl Tunnel {
             },
             None => self,
         };
-        tunnel.relay_here(RateLimit::default(), server.workers.this().map(WorkerHandle::bulk_guard)).await;
+        tunnel.relay_here(server.workers.this().map(WorkerHandle::bulk_guard)).await;
     }
 
     /// Relays to the end on this worker.
-    async fn relay_here(mut self, rate_limit: RateLimit, _guard: Option<BulkGuard>) {
+    async fn relay_here(mut self, _guard: Option<BulkGuard>) {
+        let rate_limit = self.permit.rate_limit();
         let options = RelayOptions { stop_when_bulk: false, rate_limit, ..self.permit.server.relay_options.clone() };
         let result = self.relay(Some(&options)).await;
         self.finish(result).await;
@@ -84,9 +82,7 @@ impl Tunnel {
         // Counted before it arrives, so that the next tunnel chooses another worker.
         let guard = worker.bulk_guard();
         worker.send(move || match attach(client, target) {
-            Ok((client, target)) => {
-                worker::spawn(Self { client, target, log, permit }.relay_here(RateLimit::default(), Some(guard)))
-            }
+            Ok((client, target)) => worker::spawn(Self { client, target, log, permit }.relay_here(Some(guard))),
             Err(error) => log.set_error(error),
         });
         Ok(())

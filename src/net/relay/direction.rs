@@ -65,7 +65,7 @@ enum Pending {
 
 impl Direction {
     pub(super) fn new(rate_limit: &RateLimit, keeps_sink_open: bool) -> Self {
-        let reservation = (!rate_limit.0.is_empty()).then(|| Box::new(Reservation::new(rate_limit)));
+        let reservation = rate_limit.is_limited().then(|| Box::new(Reservation::new(rate_limit)));
         Self { must_copy: reservation.is_some(), reservation, keeps_sink_open, ..Self::default() }
     }
 
