@@ -76,8 +76,13 @@ impl Session {
         let deadline = Instant::now() + self.server().options.handshake_timeout;
         let method = timeout_at(deadline, self.select_method(conn)).await.ok_or_else(|| self.timed_out())??;
         match method {
-            // Boxed: sessions without a login need no room for its future.
-            Method::PASSWORD => Box::pin(self.verify_password(conn, deadline)).await,
+            // Boxed, once the login has arrived: a client that sends nothing takes no memory for it.
+            Method::PASSWORD => {
+                let login = timeout_at(deadline, conn.read_message()).await.ok_or_else(|| self.timed_out())?;
+                let invalid = |error| SessionError::with_message(&LoginStatus::FAILURE, error);
+                let login = login.map_err(|error| read_error(error, invalid))?;
+                Box::pin(self.verify_password(conn, login, deadline)).await
+            }
             Method::GSSAPI => Box::pin(self.accept_gssapi(conn, deadline)).await,
             Method::NONE => {
                 self.log.method = Some(method);
@@ -109,11 +114,13 @@ impl Session {
         Ok(method)
     }
 
-    /// Reads and verifies a login, and sends the result (RFC 1929) after a delay if logins of this client have failed.
-    async fn verify_password(&mut self, conn: &mut Conn, deadline: Instant) -> SessionResult<Authenticated> {
-        let credentials = timeout_at(deadline, conn.read_message()).await.ok_or_else(|| self.timed_out())?;
-        let invalid = |error| SessionError::with_message(&LoginStatus::FAILURE, error);
-        let credentials: Credentials = credentials.map_err(|error| read_error(error, invalid))?;
+    /// Verifies a login, and sends the result (RFC 1929) after a delay if logins of this client have failed.
+    async fn verify_password(
+        &mut self,
+        conn: &mut Conn,
+        credentials: Credentials,
+        deadline: Instant,
+    ) -> SessionResult<Authenticated> {
         // The password may have changed since the greeting.
         self.policy = self.server().policy.current();
         self.log.user = Some(credentials.uname.clone().into());
