@@ -6,6 +6,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+/// Index of no entry: so many would take more text than a file can have.
+const NONE: u32 = u32::MAX;
+
 /// Values by key. `space` tells keys of different owners apart.
 ///
 /// Keys are not stored, only their hashes. A lookup returns all values of the key. Very rarely it returns others too, so
@@ -23,8 +26,8 @@ pub(super) struct Index<V> {
 #[derive(Debug)]
 struct Entry<V> {
     value: V,
-    /// The previous entry with the same hash.
-    previous: Option<u32>,
+    /// The previous entry with the same hash, or [`NONE`].
+    previous: u32,
 }
 
 impl<V> Default for Index<V> {
@@ -39,6 +42,12 @@ impl<V> Default for Index<V> {
 }
 
 impl<V: Copy> Index<V> {
+    /// Returns an empty index with memory for `count` keys, so that it does not leave holes as it grows.
+    pub(super) fn with_capacity(count: usize) -> Self {
+        let (last, entries) = (HashMap::with_capacity(count), Vec::with_capacity(count));
+        Self { last, entries, ..Self::default() }
+    }
+
     pub(super) fn insert(&mut self, space: u32, key: &[u8], value: V) {
         self.insert_key((space, key), value);
     }
@@ -53,9 +62,8 @@ impl<V: Copy> Index<V> {
     }
 
     fn insert_key(&mut self, key: impl Hash, value: V) {
-        // 2^32 entries would take more text than a file can have.
         let Ok(entry) = u32::try_from(self.entries.len()) else { return };
-        let previous = self.last.insert(self.hasher.hash_one(key), entry);
+        let previous = self.last.insert(self.hasher.hash_one(key), entry).unwrap_or(NONE);
         self.entries.push(Entry { value, previous });
     }
 
@@ -82,7 +90,8 @@ impl<V: Copy> Index<V> {
         // Most servers have no rules.
         let last = if self.entries.is_empty() { None } else { self.last.get(&self.hasher.hash_one(key)) };
         let entry = |index: u32| usize::try_from(index).ok().and_then(|index| self.entries.get(index));
-        let entries = std::iter::successors(last.copied().and_then(entry), move |found| found.previous.and_then(entry));
+        let last = last.and_then(|last| entry(*last));
+        let entries = std::iter::successors(last, move |found| entry(found.previous));
         entries.map(|entry| entry.value)
     }
 }

@@ -1,6 +1,7 @@
 //! Reads text files that the user has written.
 
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read as _};
 
 const UTF8_BOM: &[u8] = b"\xef\xbb\xbf";
 
@@ -9,8 +10,9 @@ const UTF8_BOM: &[u8] = b"\xef\xbb\xbf";
 ///
 /// # Errors
 /// Those of read(2), a longer text, and UTF-16.
-pub(crate) fn read(file: impl Read, max: u64) -> io::Result<Vec<u8>> {
-    let mut text = Vec::new();
+pub(crate) fn read(file: File, max: u64) -> io::Result<Vec<u8>> {
+    let len = file.metadata().map_or(0, |metadata| metadata.len().min(max));
+    let mut text = Vec::with_capacity(usize::try_from(len).unwrap_or_default());
     file.take(max + 1).read_to_end(&mut text)?;
     if text.len() as u64 > max {
         return Err(io::Error::other(format!("too large (the limit is {} MiB)", max >> 20)));

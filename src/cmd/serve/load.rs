@@ -57,7 +57,7 @@ impl PolicySources {
         let mut all = self.parse_rule_options()?;
         if let Some(file) = &self.rules {
             let text = read_file("--rules", file, MAX_RULES_FILE)?;
-            let rules = rules::parse_rules(&text, &file.display().to_string(), &self.hops);
+            let rules = rules::parse_rules(text, &file.display().to_string(), &self.hops);
             all.extend(rules.map_err(|error| file_error(file, error))?);
         }
         let rules = Rules::new(all, self.default_route);

@@ -75,7 +75,8 @@ impl Key {
 
 impl Groups {
     pub(super) fn new(rules: &[Rule]) -> Self {
-        let mut groups = Self::default();
+        let targets = rules.iter().map(|rule| rule.targets().count()).sum();
+        let mut groups = Self { by_target: Index::with_capacity(targets), ..Self::default() };
         let mut ids: HashMap<Arc<Conditions>, u32> = HashMap::new();
         for (i, rule) in rules.iter().enumerate() {
             let new_id = || groups.add_group(i, &rule.conditions);

@@ -39,10 +39,10 @@ const QUOTES: &str = "remove the quotes (a quote in a user name is %22 or %27)";
 const ANY: [&str; 3] = ["all", "any", "*"];
 
 /// Parses a rules file. `file` is its name in [`Rule::origin`]; `hops` are the names for `via=`, by index.
-pub fn parse_rules(text: &str, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
+pub fn parse_rules(text: impl Into<String>, file: &str, hops: &[String]) -> Result<Vec<Rule>, PolicyError> {
     let source = Arc::new(Source { name: file.into(), text: text.into() });
     let mut parser = Parser { source: source.clone(), hops, conditions: HashSet::new() };
-    let mut rules = Vec::new();
+    let mut rules = Vec::with_capacity(source.text.lines().count());
     for (line, text) in (1..).zip(source.text.lines()) {
         rules.extend(parser.parse_line(line, text).map_err(|message| PolicyError { line, message })?);
     }
