@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use s5::policy::rules::{AccessRequest, Identity, Rules};
+use s5::policy::rules::{AccessRequest, Identity, Rules, parse_rule};
 use s5::proto::{Command, HostName, Method, ProtectionLevel};
 
 use super::{describe, ip, rules};
@@ -96,4 +96,23 @@ fn message_shows_the_start_of_a_long_rule() {
     assert_eq!(rule.text(), format!("deny to={names}"));
     let shown = rule.to_string();
     assert!(shown.len() < 510 && shown.starts_with("deny to=host0.blocked.test,host1.") && shown.ends_with("..."));
+}
+
+#[test]
+fn error_in_a_long_list_shows_the_wrong_entry_and_the_start_of_the_word() {
+    let names = list(1000, |i| format!("host{i}.blocked.test"));
+    let long = "a".repeat(256);
+    let table = [
+        (format!("deny to={names},a..b"), "found \"a..b\""),
+        (format!("deny to={names},{long}"), "a name has at most 255 bytes"),
+        (format!("deny user={names},{}", "a".repeat(1001)), "an entry is longer than 1000 bytes"),
+        (format!("deny {names}"), "expected key=value"),
+        (format!("{names} deny"), "expected \"allow\" or \"deny\""),
+    ];
+    for (line, expected) in table {
+        let error = parse_rule(&line, "", &[]).expect_err("an invalid rule");
+        assert!(error.contains("host0.blocked.test,host1.blo") && error.contains(expected), "{error}");
+        assert!(error.len() < 300, "{error}");
+    }
+    parse_rule(&format!("deny to={}", &long[1..]), "", &[]).expect("the longest name is valid");
 }
