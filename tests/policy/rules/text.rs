@@ -198,7 +198,7 @@ fn comments_blanks_and_crlf_are_ignored() {
     let text = "# first\r\n\r\n  allow port=80 # why\r\n\t#deny\ndeny to=a#b # c\ndeny port=1 #port=0";
     let wrong = parse_rules(text, "f", &[]).expect_err("a#b is invalid");
     assert_eq!((wrong.line, wrong.message.contains("a#b")), (5, true), "{wrong}");
-    let found = parse_rules(&text.replace("a#b", "b"), "f", &[]).expect("valid rules");
+    let found = parse_rules(text.replace("a#b", "b"), "f", &[]).expect("valid rules");
     let shown: Vec<_> = found.iter().map(|rule| (rule.origin(), rule.to_string())).collect();
     let expected = [("f line 3", "allow port=80"), ("f line 5", "deny to=b"), ("f line 6", "deny port=1")];
     assert_eq!(shown, expected.map(|(origin, text)| (origin.to_owned(), text.to_owned())));
