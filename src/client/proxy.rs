@@ -45,14 +45,17 @@ impl fmt::Display for Proxy {
     }
 }
 
-/// Parses `[socks5[h]://][user[:password]@]host[:port]`, `unix:/path`, or the latter in curl's form
-/// `socks5h://localhost/path`. Both schemes are equal: neither selects where the name of the target is resolved.
+/// Parses `[socks5h://][user[:password]@]host[:port]`, `unix:/path`, or the latter in curl's form
+/// `socks5h://localhost/path`. `socks5://` and `socks://` (which GNOME sets) are the same: no scheme selects where the
+/// name of the target is resolved.
 impl FromStr for Proxy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let without_scheme = match text.split_once("://") {
-            Some((scheme, rest)) if ["socks5", "socks5h"].contains(&scheme.to_ascii_lowercase().as_str()) => rest,
+            Some((scheme, rest)) if ["socks5h", "socks5", "socks"].contains(&scheme.to_ascii_lowercase().as_str()) => {
+                rest
+            }
             // Other text is not printed: it may be part of a password.
             Some((scheme, _)) if scheme.chars().all(|c| c.is_ascii_alphanumeric()) => {
                 return Err(format!("{scheme}:// is not supported (use socks5h://HOST:PORT)"));

@@ -50,6 +50,31 @@ fn default_proxy_is_loopback_port_1080() {
 }
 
 #[test]
+fn every_socks_scheme_selects_socks5_with_remote_resolution() {
+    let denied = || ScriptedServer::start(&reply("05 02 00 01 00*6"));
+    for name in ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"] {
+        let proxy = denied();
+        let url = format!("socks://{}/", proxy.addr);
+        assert_eq!(run_client(None, &[(name, &url)]).0, Some(102), "{name}");
+        assert!(proxy.messages()[1].ends_with(b"target.example\0\x50"), "{name}: the name is not in the request");
+    }
+    for scheme in ["socks", "SOCKS", "socks5", "socks5h"] {
+        let proxy = denied();
+        assert_eq!(run_client(Some(&format!("{scheme}://{}", proxy.addr)), &[]).0, Some(102), "{scheme}");
+    }
+    let (upstream, target) = (Server::start(&[]), echo_server());
+    let url = format!("socks://{}", upstream.addr());
+    for args in [&["--via", &url][..], &["--hop", &format!("h={url}"), "--allow", "via=h"]] {
+        let server = Server::start(args);
+        assert_eq!(outcome(&format!("connect -x {} {target}", server.addr()), b"hello"), success("hello"));
+    }
+    for scheme in ["socks4", "socks4a", "http"] {
+        let (status, stderr) = run_client(Some(&format!("{scheme}://127.0.0.1:1")), &[]);
+        assert!(status == Some(2) && stderr.contains(&format!("{scheme}:// is not supported")), "{stderr}");
+    }
+}
+
+#[test]
 fn proxy_variable_may_contain_a_chain() {
     let second = closed_port();
     let first = ScriptedServer::start(&reply("05 05 00 01 00*6"));
