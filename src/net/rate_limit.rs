@@ -69,29 +69,39 @@ impl TokenBucket {
 }
 
 /// The buckets of a session: its own, that of its user, or both. All of them apply at once. Without one, there is no
-/// limit.
+/// limit. One pointer, because every tunnel has one.
 #[derive(Clone, Debug, Default)]
-pub struct RateLimit(pub Vec<Arc<TokenBucket>>);
+pub struct RateLimit(Option<Arc<Vec<Arc<TokenBucket>>>>);
 
 impl RateLimit {
     /// Returns false if there is no bucket.
     pub fn is_limited(&self) -> bool {
-        !self.0.is_empty()
+        self.0.is_some()
+    }
+
+    /// Adds a bucket.
+    pub fn add(&mut self, bucket: Arc<TokenBucket>) {
+        Arc::make_mut(self.0.get_or_insert_default()).push(bucket);
+    }
+
+    /// Returns the buckets.
+    pub fn buckets(&self) -> impl Iterator<Item = &Arc<TokenBucket>> {
+        self.0.iter().flat_map(|buckets| buckets.iter())
     }
 
     /// Reserves bytes. Returns their number, and the time to wait before moving them.
     fn reserve(&self, requested: usize, now: Instant) -> (usize, Duration) {
-        let sizes = self.0.iter().map(|bucket| bucket.reservation_size(requested, now));
+        let sizes = self.buckets().map(|bucket| bucket.reservation_size(requested, now));
         let bytes = sizes.fold(f64::MAX, f64::min) as usize;
-        let wait = self.0.iter().map(|bucket| bucket.reserve(bytes, now)).max();
+        let wait = self.buckets().map(|bucket| bucket.reserve(bytes, now)).max();
         (bytes, wait.unwrap_or_default())
     }
 
     /// Takes the tokens for one datagram. Returns false if a bucket is empty, and the caller drops the datagram.
     pub fn try_take(&self, bytes: usize, now: Instant) -> bool {
-        let has_tokens = self.0.iter().all(|bucket| bucket.state(now).tokens > 0.0);
+        let has_tokens = self.buckets().all(|bucket| bucket.state(now).tokens > 0.0);
         if has_tokens {
-            let _ = self.0.iter().map(|bucket| bucket.reserve(bytes, now)).max();
+            let _ = self.buckets().map(|bucket| bucket.reserve(bytes, now)).max();
         }
         has_tokens
     }
@@ -133,7 +143,7 @@ impl Reservation {
         let bytes = std::mem::take(&mut self.bytes);
         if bytes > 0 {
             let now = Instant::now();
-            self.rate_limit.0.iter().for_each(|bucket| bucket.refund(bytes, now));
+            self.rate_limit.buckets().for_each(|bucket| bucket.refund(bytes, now));
         }
     }
 }
@@ -149,7 +159,9 @@ mod tests {
     use super::*;
 
     fn rate_limit(rate: u64, start: Instant) -> RateLimit {
-        RateLimit(vec![Arc::new(TokenBucket::new(rate, start))])
+        let mut rate_limit = RateLimit::default();
+        rate_limit.add(Arc::new(TokenBucket::new(rate, start)));
+        rate_limit
     }
 
     /// Returns the bytes that move in `time` if each timer fires late by `late`.
@@ -192,7 +204,7 @@ mod tests {
     #[test]
     fn reservation_is_refunded_when_no_byte_can_move_and_on_drop() {
         let rate_limit = rate_limit(1_000, Instant::now());
-        let tokens = || rate_limit.0.iter().map(|bucket| bucket.state(Instant::now()).tokens).sum::<f64>();
+        let tokens = || rate_limit.buckets().map(|bucket| bucket.state(Instant::now()).tokens).sum::<f64>();
         let [mut up, mut down] = [(); 2].map(|()| Reservation::new(&rate_limit));
         assert_eq!(up.poll(100), Poll::Ready(25), "at least 25 ms of bytes");
         up.commit(5);

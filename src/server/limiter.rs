@@ -103,7 +103,7 @@ impl Limiter {
             }
         }
         if let Some(rate) = self.quotas.session_rate {
-            quota.get_or_insert_default().rate_limit.0.push(Arc::new(TokenBucket::new(rate, Instant::now())));
+            quota.get_or_insert_default().rate_limit.add(Arc::new(TokenBucket::new(rate, Instant::now())));
         }
         true
     }
@@ -133,7 +133,7 @@ impl Limiter {
         *sessions += 1;
         let quota = quota.get_or_insert_default();
         quota.guards.push(QuotaGuard { usage: self.usage.clone(), key });
-        quota.rate_limit.0.extend(bucket.clone());
+        bucket.iter().for_each(|bucket| quota.rate_limit.add(bucket.clone()));
         true
     }
 
@@ -190,7 +190,8 @@ mod tests {
             quota.expect("a quota")
         };
         let (first, second) = (admit(), admit());
-        assert!(Arc::ptr_eq(&first.rate_limit.0[0], &second.rate_limit.0[0]));
+        let buckets = first.rate_limit.buckets().zip(second.rate_limit.buckets());
+        assert!(buckets.map(|(first, second)| Arc::ptr_eq(first, second)).eq([true]));
         drop((first, second));
         assert!(limiter.usage.lock().expect("no panic").is_empty());
     }

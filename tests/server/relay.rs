@@ -300,7 +300,8 @@ fn linger_timeout_does_not_apply_before_the_end_of_down<T: Tunnel>() {
 
 fn rate_limit_holds_for_both_directions_together<T: Tunnel>() {
     let begin = Instant::now();
-    let rate_limit = RateLimit(vec![TokenBucket::new(1_000_000, begin).into()]);
+    let mut rate_limit = RateLimit::default();
+    rate_limit.add(TokenBucket::new(1_000_000, begin).into());
     let mut harness = Harness::<T>::new(CAPACITY, RelayOptions { rate_limit, ..RelayOptions::default() });
     for direction in [Direction::Up, Direction::Down] {
         harness.transfer(direction, 150_000);
