@@ -101,10 +101,11 @@ pub fn parse_hops(text: &str) -> Result<Vec<Proxy>, String> {
     }
 }
 
-/// Checks the lengths of user name and password (RFC 1929: 1 to 255 bytes). The error message contains neither of them.
+/// Checks the lengths of user name and password: 1 to 255 bytes (RFC 1929). An empty password is possible too: a server
+/// that takes a token as the user name ignores it. The error message contains neither of them.
 pub fn check_credentials(credentials: &Credentials) -> Result<(), String> {
-    for (name, bytes) in [("user name", &credentials.uname), ("password", &credentials.passwd)] {
-        if !(1..=MAX_CREDENTIAL_LEN).contains(&bytes.len()) {
+    for (name, bytes, min_len) in [("user name", &credentials.uname, 1), ("password", &credentials.passwd, 0)] {
+        if !(min_len..=MAX_CREDENTIAL_LEN).contains(&bytes.len()) {
             return Err(format!("the {name} has {} bytes: SOCKS5 allows 1 to {MAX_CREDENTIAL_LEN}", bytes.len()));
         }
     }
@@ -132,7 +133,7 @@ mod tests {
         for (text, shown) in table {
             assert_eq!(proxy(text), Ok((shown.into(), None)), "{text}");
         }
-        for text in ["", ":pass@host", "user:@host"] {
+        for text in ["", ":pass@host", ":@host"] {
             assert!(proxy(text).is_err(), "{text}");
         }
     }

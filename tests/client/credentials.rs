@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use crate::support::login::login_message;
+use crate::support::login::{login_message, users_file};
 use crate::support::scripted::{LOGIN, NO_AUTH, SUCCESS, ScriptedServer, text};
-use crate::support::{TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
+use crate::support::{Server, TIMEOUT, closed_port, echo_server, in_namespace, run, s5, temp_dir, write_file};
 use crate::{TARGET, assert_line_in, assert_line_of, command, outcome, outcome_of, serve, success};
 
 /// A proxy that accepts any login and echoes the data.
@@ -86,6 +86,38 @@ fn no_proxy_targets_bypass_the_proxy_of_the_environment() {
         Some(7),
         "no_proxy must not apply to the default proxy"
     );
+}
+
+#[test]
+fn empty_password_of_every_source_is_sent() {
+    let dir = temp_dir();
+    let file = write_file(dir.path(), "auth", "t:\n");
+    assert_sends("t:@", &[], &[], "t", b"");
+    assert_sends("", &["-P", "t:"], &[], "t", b"");
+    assert_sends("", &["--proxy-auth-file", &file], &[], "t", b"");
+    for variables in [
+        &[("S5_PROXY_AUTH", "t:")][..],
+        &[("NCAT_PROXY_AUTH", "t:")],
+        &[("SOCKS5_USER", "t"), ("SOCKS5_PASSWORD", "")],
+        &[("SOCKS5_USER", "t"), ("SOCKS5_PASSWD", "")],
+        &[("SOCKS_USERNAME", "t"), ("SOCKS_PASSWORD", "")],
+    ] {
+        assert_sends("", &[], variables, "t", b"");
+    }
+    // A password that is set has precedence over an empty variable.
+    assert_sends("", &[], &[("SOCKS5_USER", "t"), ("SOCKS5_PASSWORD", ""), ("SOCKS5_PASSWD", "p")], "t", b"p");
+}
+
+#[test]
+fn server_sends_an_empty_password_to_its_upstream_and_refuses_one_from_clients() {
+    let upstream = accepting_proxy();
+    let server = Server::start(&["--via", &format!("token:@{}", upstream.addr)]);
+    assert_eq!(outcome(&format!("connect -x {} {TARGET}", server.addr()), b"hello"), success("hello"));
+    assert_login(&upstream, "token", b"");
+    let (_dir, users) = users_file(&[("alice", "topsecret")]);
+    let server = Server::start(&["--users", &users]);
+    let refused = outcome(&format!("connect -x alice:@{} {TARGET}", server.addr()), b"");
+    assert_line_in(refused, 67, &["user name or password refused"]);
 }
 
 #[test]

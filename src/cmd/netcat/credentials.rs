@@ -111,7 +111,9 @@ fn read_environment() -> Result<Vec<Credentials>, CliError> {
     for (user, passwords) in
         [("SOCKS5_USER", &["SOCKS5_PASSWORD", "SOCKS5_PASSWD"][..]), ("SOCKS_USERNAME", &["SOCKS_PASSWORD"])]
     {
-        let passwd = passwords.iter().copied().find_map(variable);
+        // An empty password counts if no other is set: the user name may be a token.
+        let has_empty = || passwords.iter().any(|name| env::var_os(name).is_some()).then(Vec::new);
+        let passwd = passwords.iter().copied().find_map(variable).or_else(has_empty);
         logins.extend(variable(user).zip(passwd).map(|(uname, passwd)| Credentials { uname, passwd }));
     }
     Ok(logins)
