@@ -1,13 +1,13 @@
 //! curl through `s5 serve`.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Command;
 
-use crate::support::{Server, closed_port, is_installed, run, tcp_server, temp_dir};
-use crate::{
-    LONG_TIMEOUT, add_anna, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session,
-};
+use crate::support::programs::{LONG_TIMEOUT, assert_echoes, has_all, stdout, wait_session};
+use crate::support::scripted::text;
+use crate::support::{Server, V4, V6, bytes, closed_port, run, s5, tcp_server, temp_dir};
+use crate::{add_anna, exit_code, htpasswd_berta, serve_for};
 
 /// Exit status of curl if the SOCKS server refuses the login or the request.
 const PROXY_REFUSED: i32 = 97;
@@ -20,8 +20,8 @@ fn curl(proxy: &str) -> Command {
 }
 
 /// A web server that answers with the body of the request, or with `hello` if it is empty.
-fn http_server(ip: impl Into<IpAddr>) -> SocketAddr {
-    tcp_server(ip.into(), |stream| drop(answer(stream)))
+fn http_server(ip: IpAddr) -> SocketAddr {
+    tcp_server(ip, |stream| drop(answer(stream)))
 }
 
 fn answer(stream: TcpStream) -> std::io::Result<()> {
@@ -49,50 +49,35 @@ fn answer(stream: TcpStream) -> std::io::Result<()> {
 }
 
 #[test]
-fn curl_socks5_resolves_locally_and_socks5h_remotely() {
-    if !is_installed("curl") {
+fn curl_reaches_names_and_ipv6_addresses_through_each_kind_of_listener() {
+    if !has_all(&["curl"]) {
         return;
     }
-    let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
-    let url = format!("http://localhost:{}/", web.port());
-    for scheme in ["socks5", "socks5h"] {
+    let (dir, web, web6) = (temp_dir(), http_server(V4), http_server(V6));
+    let socket = format!("{}/socket", dir.path().display());
+    let mut command = s5();
+    command.args(["serve", "--listen", "127.0.0.1:0", "--listen", "[::1]:0", "--listen", &format!("unix:{socket}")]);
+    let server = Server::start_with(&mut command, 3);
+    let [ipv4, ipv6] = server.addrs[..] else { panic!("{:?}", server.addrs) };
+    let by_name = format!("localhost:{}", web.port());
+    let table = [
+        // socks5 resolves names locally, and socks5h remotely.
+        (format!("socks5://{ipv4}"), by_name.clone(), web.to_string()),
+        (format!("socks5h://{ipv4}"), by_name.clone(), by_name),
+        (format!("socks5://{ipv4}"), web6.to_string(), web6.to_string()),
+        (format!("socks5h://{ipv4}"), web6.to_string(), web6.to_string()),
+        (format!("socks5h://{ipv6}"), web.to_string(), web.to_string()),
+        (format!("socks5h://localhost{socket}"), web.to_string(), web.to_string()),
+    ];
+    for (proxy, target, dst) in table {
+        let before = server.log().len();
+        let mut command = curl(&proxy);
         // -4: with socks5:// curl tries one address only, and the web server does not listen on ::1.
-        let proxy = format!("{scheme}://{}", server.addr());
-        assert_eq!(stdout(curl(&proxy).args(["-4", &url]), b""), b"hello", "{scheme}");
+        command.args(target.starts_with("localhost").then_some("-4"));
+        assert_eq!(stdout(command.arg(format!("http://{target}/")), b""), b"hello", "{proxy}");
+        server.wait_log(|log| log[before..].contains(&format!("command=connect dst=\"{dst}\" ")));
     }
-    wait_for_session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
-    wait_for_session(&server, &["command=connect", &format!("dst=\"localhost:{}\"", web.port()), "rep=0"]);
-}
-
-#[test]
-fn curl_reaches_an_ipv6_address() {
-    if !is_installed("curl") {
-        return;
-    }
-    let (server, web) = (Server::start(&[]), http_server(Ipv6Addr::LOCALHOST));
-    for scheme in ["socks5", "socks5h"] {
-        let proxy = format!("{scheme}://{}", server.addr());
-        assert_eq!(stdout(curl(&proxy).arg(format!("http://{web}/")), b""), b"hello", "{scheme}");
-    }
-    wait_for_session(&server, &["command=connect", &format!("dst=\"{web}\""), "rep=0"]);
-}
-
-#[test]
-fn curl_connects_to_the_server_on_ipv6_and_on_a_unix_socket() {
-    if !is_installed("curl") {
-        return;
-    }
-    let dir = temp_dir();
-    let path = dir.path().join("socket");
-    let path = path.to_str().expect("UTF-8 path");
-    let mut command = crate::s5();
-    command.args(["serve", "--listen", "[::1]:0", "--listen", &format!("unix:{path}")]);
-    let server = Server::start_with(&mut command, 2);
-    let web = http_server(Ipv4Addr::LOCALHOST);
-    for proxy in [format!("socks5h://{}", server.addr()), format!("socks5h://localhost{path}")] {
-        assert_eq!(stdout(curl(&proxy).arg(format!("http://{web}/")), b""), b"hello", "{proxy}");
-    }
-    wait_for_session(&server, &["client=unix", "command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+    wait_session(&server, &["unix user=", "command=connect", &format!("dst=\"{web}\""), "rep=0"]);
 }
 
 #[test]
@@ -104,7 +89,7 @@ fn curl_logs_in_with_the_right_password_only() {
     // --add-user adds a line to the file that htpasswd has written.
     htpasswd_berta(dir.path());
     let users = add_anna(dir.path());
-    let (server, web) = (Server::start(&["--users", &users]), http_server(Ipv4Addr::LOCALHOST));
+    let (server, web) = (Server::start(&["--users", &users]), http_server(V4));
     let get = |userinfo: &str| {
         let proxy = format!("socks5h://{userinfo}{}", server.addr());
         run(curl(&proxy).arg(format!("http://{web}/")), b"", LONG_TIMEOUT)
@@ -112,7 +97,7 @@ fn curl_logs_in_with_the_right_password_only() {
     for (userinfo, user) in [("anna:open%20sesame@", "user=\"anna\""), ("berta:swordfish@", "user=\"berta\"")] {
         let output = get(userinfo);
         assert_eq!((exit_code(&output), output.stdout.as_slice()), (0, &b"hello"[..]), "{}", text(&output.stderr));
-        wait_for_session(&server, &[user, "command=connect", "rep=0"]);
+        wait_session(&server, &[user, "command=connect", "rep=0"]);
     }
     for userinfo in ["anna:swordfish@", "berta:swordfis@", "clara:swordfish@", ""] {
         let output = get(userinfo);
@@ -124,23 +109,17 @@ fn curl_logs_in_with_the_right_password_only() {
 
 #[test]
 fn curl_transfers_32_mib_in_both_directions() {
-    if !is_installed("curl") {
-        return;
-    }
-    let (server, web) = (Server::start(&[]), http_server(Ipv4Addr::LOCALHOST));
+    let Some(server) = serve_for(&["curl"]) else { return };
+    let web = http_server(V4);
     let body = bytes(32 << 20);
     let mut command = curl(&format!("socks5h://{}", server.addr()));
     command.args(["-H", "Expect:", "-H", "Content-Type: application/octet-stream"]);
-    let answer = stdout(command.args(["--data-binary", "@-", &format!("http://{web}/")]), &body);
-    assert_same(&answer, &body);
+    assert_echoes(command.args(["--data-binary", "@-", &format!("http://{web}/")]), &body);
 }
 
 #[test]
 fn curl_reports_rep_5_if_the_target_refuses() {
-    if !is_installed("curl") {
-        return;
-    }
-    let server = Server::start(&[]);
+    let Some(server) = serve_for(&["curl"]) else { return };
     let output =
         run(curl(&format!("socks5h://{}", server.addr())).arg(format!("http://{}/", closed_port())), b"", LONG_TIMEOUT);
     assert_eq!(exit_code(&output), PROXY_REFUSED);

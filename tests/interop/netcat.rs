@@ -2,8 +2,10 @@
 
 use std::process::Command;
 
-use crate::support::{Server, closed_port, echo_server, is_installed, run, temp_dir};
-use crate::{LONG_TIMEOUT, assert_same, bytes, exit_code, has_all, htpasswd_berta, stdout, text, wait_for_session};
+use crate::support::programs::{LONG_TIMEOUT, assert_echoes, has_all, wait_session};
+use crate::support::scripted::text;
+use crate::support::{Server, bytes, closed_port, echo_server, run, temp_dir};
+use crate::{exit_code, htpasswd_berta, serve_for};
 
 /// More than socket buffers hold, so that data must flow in both directions at once.
 const SIZE: usize = 4 << 20;
@@ -22,14 +24,16 @@ fn nc(server: &Server) -> Command {
 }
 
 #[test]
-fn ncat_round_trips_bulk() {
-    if !is_installed("ncat") {
-        return;
+fn ncat_and_nc_transfer_bulk_in_both_directions() {
+    for (program, netcat) in [("ncat", ncat as fn(&Server) -> Command), ("nc.openbsd", nc)] {
+        let Some(server) = serve_for(&[program]) else { continue };
+        let (echo, data) = (echo_server(), bytes(SIZE));
+        for (host, data) in [("127.0.0.1", &data[..]), ("localhost", b"hello")] {
+            assert_echoes(netcat(&server).args([host, &echo.port().to_string()]), data);
+            let (dst, size) = (format!("dst=\"{host}:{}\"", echo.port()), data.len());
+            wait_session(&server, &[&dst, &format!("rep=0 up={size} down={size} ")]);
+        }
     }
-    let (server, echo, data) = (Server::start(&[]), echo_server(), bytes(SIZE));
-    let echoed = stdout(ncat(&server).args(["127.0.0.1", &echo.port().to_string()]), &data);
-    assert_same(&echoed, &data);
-    wait_for_session(&server, &[&format!("dst=\"{echo}\""), "rep=0", &format!("up={SIZE}"), &format!("down={SIZE}")]);
 }
 
 #[test]
@@ -52,24 +56,8 @@ fn ncat_logs_in_with_the_right_password_only() {
 }
 
 #[test]
-fn nc_round_trips_bulk() {
-    if !is_installed("nc.openbsd") {
-        return;
-    }
-    let (server, echo, data) = (Server::start(&[]), echo_server(), bytes(SIZE));
-    let echoed = stdout(nc(&server).args(["127.0.0.1", &echo.port().to_string()]), &data);
-    assert_same(&echoed, &data);
-    let by_name = stdout(nc(&server).args(["localhost", &echo.port().to_string()]), b"hello");
-    assert_eq!(by_name, b"hello");
-    wait_for_session(&server, &[&format!("dst=\"localhost:{}\"", echo.port()), "rep=0", "up=5", "down=5"]);
-}
-
-#[test]
 fn nc_reports_a_refused_connection() {
-    if !is_installed("nc.openbsd") {
-        return;
-    }
-    let server = Server::start(&[]);
+    let Some(server) = serve_for(&["nc.openbsd"]) else { return };
     let output = run(nc(&server).args(["127.0.0.1", &closed_port().port().to_string()]), b"", LONG_TIMEOUT);
     assert_eq!(exit_code(&output), 1);
     assert!(text(&output.stderr).contains("Connection refused"), "{}", text(&output.stderr));

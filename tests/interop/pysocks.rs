@@ -1,14 +1,12 @@
 //! PySocks (Debian's python3-socks) through `s5 serve`.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
+use std::net::Ipv6Addr;
 use std::process::Command;
 
-use crate::support::{Server, echo_server, is_installed, skip, temp_dir, udp_echo_server};
-use crate::{add_anna, stdout, text};
-
-/// Debian's Python, which has Debian's modules, even if another Python is first in PATH.
-const PYTHON: &str = "/usr/bin/python3";
+use crate::add_anna;
+use crate::support::programs::{PYTHON, has_python_module, stdout};
+use crate::support::scripted::text;
+use crate::support::{Server, V4, V6, echo_server, temp_dir, udp_echo_server};
 
 /// Arguments: host and port of the proxy, host and port of the target, user name and password.
 const TCP: &str = r#"
@@ -46,16 +44,8 @@ for length in map(int, sys.stdin.read().split()):
     print(length, answer == data, *sender)
 "#;
 
-/// Returns true if PySocks is installed. Otherwise records that the calling test is skipped.
 fn has_pysocks() -> bool {
-    if !Path::new(PYTHON).exists() {
-        return is_installed(PYTHON);
-    }
-    let imported = Command::new(PYTHON).args(["-c", "import socks"]).output().expect("Python runs");
-    if !imported.status.success() {
-        skip("PySocks (python3-socks) is not installed");
-    }
-    imported.status.success()
+    has_python_module("socks", "PySocks (python3-socks)")
 }
 
 fn python(script: &str, server: &Server, host: &str, port: u16, login: &[&str], stdin: &str) -> String {
@@ -66,17 +56,6 @@ fn python(script: &str, server: &Server, host: &str, port: u16, login: &[&str], 
 }
 
 #[test]
-fn pysocks_connects_and_echoes() {
-    if !has_pysocks() {
-        return;
-    }
-    let (server, echo) = (Server::start(&[]), echo_server());
-    for host in ["127.0.0.1", "localhost"] {
-        assert_eq!(python(TCP, &server, host, echo.port(), &[], ""), "True\n", "{host}");
-    }
-}
-
-#[test]
 fn pysocks_logs_in_with_the_right_password_only() {
     if !has_pysocks() {
         return;
@@ -84,7 +63,7 @@ fn pysocks_logs_in_with_the_right_password_only() {
     let dir = temp_dir();
     let users = add_anna(dir.path());
     let (server, echo) = (Server::start(&["--users", &users]), echo_server());
-    let udp = udp_echo_server(Ipv4Addr::LOCALHOST.into());
+    let udp = udp_echo_server(V4);
     let anna = ["anna", "open sesame"];
     assert_eq!(python(TCP, &server, "127.0.0.1", echo.port(), &anna, ""), "True\n");
     let answers = python(UDP, &server, "127.0.0.1", udp.port(), &anna, "4");
@@ -100,25 +79,19 @@ fn pysocks_logs_in_with_the_right_password_only() {
 }
 
 #[test]
-fn pysocks_exchanges_datagrams_of_all_sizes() {
+fn pysocks_uses_streams_and_datagrams_with_addresses_and_names() {
     if !has_pysocks() {
         return;
     }
-    let server = Server::start(&[]);
-    let targets: [(&str, IpAddr); 2] = [("127.0.0.1", Ipv4Addr::LOCALHOST.into()), ("::1", Ipv6Addr::LOCALHOST.into())];
-    for (host, ip) in targets {
-        let port = udp_echo_server(ip).port();
+    let (server, echo) = (Server::start(&[]), echo_server());
+    for host in ["127.0.0.1", "localhost"] {
+        assert_eq!(python(TCP, &server, host, echo.port(), &[], ""), "True\n", "{host}");
+    }
+    for ip in [V4, V6] {
+        let (host, port) = (ip.to_string(), udp_echo_server(ip).port());
         let expected = [0, 1, 1472, 65_000].map(|n| format!("{n} True {host} {port}\n")).concat();
-        assert_eq!(python(UDP, &server, host, port, &[], "0 1 1472 65000"), expected, "{host}");
+        assert_eq!(python(UDP, &server, &host, port, &[], "0 1 1472 65000"), expected, "{host}");
     }
-}
-
-#[test]
-fn pysocks_sends_datagrams_to_a_name() {
-    if !has_pysocks() {
-        return;
-    }
-    let server = Server::start(&[]);
     // On both families, since the server may use either address of the name.
     let port = udp_echo_server(Ipv6Addr::UNSPECIFIED.into()).port();
     let answers = python(UDP, &server, "localhost", port, &[], "5 5");

@@ -14,8 +14,9 @@ use std::thread;
 use std::time::Duration;
 
 use crate::ssh::Sshd;
+use crate::support::programs::{ProcessGroup, has_all};
+use crate::support::scripted::text;
 use crate::support::{TIMEOUT, record_skip, run, s5, temp_dir, wait_until, write_file};
-use crate::{ProcessGroup, has_all};
 
 const README: &str = include_str!("../../README.md");
 const TEST: &str = "readme::readme_commands_run_as_printed";
@@ -177,10 +178,9 @@ fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
             let stdin = if command.contains("--add-user") { PASSWORD } else { "" };
             // As on a terminal, stdout and stderr are one stream.
             let result = run(&mut shell(&format!("exec 2>&1\n{command}")), stdin.as_bytes(), COMMAND_TIMEOUT);
-            let text = String::from_utf8_lossy(&result.stdout).into_owned();
             let is_denied = output.last().is_some_and(|line| line == "deny");
-            assert_eq!(result.status.code(), Some(i32::from(is_denied)), "{command}: {text}");
-            text
+            assert_eq!(result.status.code(), Some(i32::from(is_denied)), "{command}: {}", text(&result.stdout));
+            text(&result.stdout)
         };
         let mut lines = printed.lines().map(without_numbers);
         for expected in output {
@@ -207,12 +207,12 @@ fn readme_commands_run_as_printed() {
         command.args(["--mount", "--net", "--", "sh", "-c", &script, "sh", &hosts]);
         command.arg(std::env::current_exe().expect("path of this test")).args(["--exact", TEST, "--nocapture"]);
         let output = run(command.env("S5_TEST_NAMESPACE", "1"), b"", 2 * COMMAND_TIMEOUT);
-        let report = [output.stderr, output.stdout].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+        let report = text(&output.stderr) + &text(&output.stdout);
         assert!(output.status.success() && report.contains("1 passed"), "in the namespace:\n{report}");
         return;
     }
     start_servers();
-    let sshd = Sshd::start();
+    let Some(sshd) = Sshd::start() else { return };
     let (recipes, page_config) = recipes();
     assert!(recipes.len() > 10, "only {} recipes were found", recipes.len());
     let config = sshd.client_config(&format!("{page_config}\nHost *\nPort {}", sshd.addr.port()));

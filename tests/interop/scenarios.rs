@@ -3,72 +3,37 @@
 mod dns;
 mod shell;
 
-use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::net::{Shutdown, TcpListener};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::exit_code;
 use crate::support::login::users_file;
-use crate::support::scripted::RunningProgram;
+use crate::support::programs::{LONG_TIMEOUT, OtherServer, PYTHON, assert_fails_with, has_python_module, wait_session};
+use crate::support::scripted::{RunningProgram, text};
 use crate::support::{
     Server, TIMEOUT, V4, check_pattern, closed_port, idle_descriptors, in_namespace, read_exact, run, s5, send_pattern,
-    skip, tcp_server, temp_dir, timed, wait_until,
+    tcp_server, timed, wait_until,
 };
-use crate::{LONG_TIMEOUT, ProcessGroup, exit_code, text, wait_for_session};
-
-/// Starts a server on a free port, with its log in `dir`. For programs that do not accept port 0.
-fn start_server(dir: &Path, command: impl Fn(SocketAddr) -> Command) -> (ProcessGroup, SocketAddr) {
-    let attempt = || {
-        let addr = closed_port();
-        let log = File::create(dir.join("log")).expect("file created");
-        let mut command = command(addr);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("cloned")).stderr(log);
-        let mut process = ProcessGroup::start(&mut command);
-        let mut ended = false;
-        wait_until("the server listens", LONG_TIMEOUT, || {
-            ended = process.has_ended();
-            ended || TcpStream::connect(addr).is_ok()
-        });
-        if ended {
-            eprintln!("{command:?}:\n{}", std::fs::read_to_string(dir.join("log")).unwrap_or_default());
-        }
-        (!ended).then_some((process, addr))
-    };
-    // Another process may take a port that was free.
-    (0..5).find_map(|_| attempt()).expect("the server listens")
-}
 
 const HOSTS: &str = "127.0.0.1 localhost\n";
-/// Debian's Python, even if another Python is first in PATH.
-const PYTHON: &str = "/usr/bin/python3";
-
-/// Returns true if aiosmtpd is installed. Otherwise records that the calling test is skipped.
-fn has_aiosmtpd() -> bool {
-    let import = || Command::new(PYTHON).args(["-c", "import aiosmtpd"]).output();
-    let is_installed = Path::new(PYTHON).exists() && import().expect("Python runs").status.success();
-    if !is_installed {
-        skip("aiosmtpd (python3-aiosmtpd) is not installed");
-    }
-    is_installed
-}
 
 #[test]
 fn smtp_requires_crlf_option() {
     // In a namespace, because the SMTP server resolves the machine's name.
-    if !has_aiosmtpd() || !in_namespace("scenarios::smtp_requires_crlf_option", HOSTS, "") {
+    let has_aiosmtpd = has_python_module("aiosmtpd", "aiosmtpd (python3-aiosmtpd)");
+    if !has_aiosmtpd || !in_namespace("scenarios::smtp_requires_crlf_option", HOSTS, "") {
         return;
     }
-    let dir = temp_dir();
-    let new = dir.path().join("mail/new");
-    let (_mta, addr) = start_server(dir.path(), |addr| {
+    let mta = OtherServer::start(|dir, addr| {
         let mut command = Command::new(PYTHON);
         command.args(["-m", "aiosmtpd", "-n", "-l", &addr.to_string(), "-c", "aiosmtpd.handlers.Mailbox"]);
-        command.arg(dir.path().join("mail"));
+        command.arg(dir.join("mail"));
         command
     });
+    let new = mta.dir.path().join("mail/new");
     let server = Server::start(&[]);
     let start = |options: &[&str]| {
         let mut command = s5();
@@ -80,7 +45,7 @@ fn smtp_requires_crlf_option() {
         client
     };
     let mails = || std::fs::read_dir(&new).expect("directory read").map(|entry| entry.expect("directory entry").path());
-    let target = addr.to_string();
+    let target = mta.addr.to_string();
 
     // The server waits for the end of the mail, a dot between two CR LF.
     let (status, stdout, stderr) = start(&["-i", "2s", &target]).wait_exit(LONG_TIMEOUT);
@@ -102,41 +67,30 @@ fn smtp_requires_crlf_option() {
 /// Longer than any of these tests runs.
 const LONG_WAIT: &str = "30s";
 
-/// Fails unless the client still runs after a few failed attempts.
-fn assert_keeps_trying(check: &mut RunningProgram) {
-    let started = Instant::now();
-    wait_until("the client has tried a few times", TIMEOUT, || {
-        assert!(check.is_running(), "the client gave up");
-        started.elapsed() > Duration::from_millis(400)
-    });
-}
-
-/// Fails unless the client exits with 0 and prints nothing.
-fn assert_succeeds(mut check: RunningProgram) {
+#[test]
+fn health_check_waits_for_proxy_and_target() {
+    let (proxy, target) = (closed_port().to_string(), closed_port());
+    let args = ["connect", "-z", "--retry", LONG_WAIT, "-x", &proxy, &target.to_string()];
+    let mut check = RunningProgram::start(s5().args(args));
+    let mut assert_keeps_trying = || {
+        let started = Instant::now();
+        wait_until("the client has tried a few times", TIMEOUT, || {
+            assert!(check.is_running(), "the client gave up");
+            started.elapsed() > Duration::from_millis(400)
+        });
+    };
+    assert_keeps_trying();
+    let server = Server::start_with(s5().args(["serve", "--listen", &proxy]), 1);
+    wait_session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
+    assert_keeps_trying();
+    let listener = TcpListener::bind(target).expect("the port is still free");
     let (status, stdout, stderr) = check.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
-}
-
-#[test]
-fn health_check_waits_for_the_proxy() {
-    let addr = closed_port().to_string();
-    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--retry", LONG_WAIT, "-x", &addr]));
-    assert_keeps_trying(&mut check);
-    let _server = Server::start_with(s5().args(["serve", "--listen", &addr]), 1);
-    assert_succeeds(check);
-}
-
-#[test]
-fn health_check_waits_for_the_target() {
-    let (server, target) = (Server::start(&[]), closed_port());
-    let (proxy, addr) = (server.addr().to_string(), target.to_string());
-    let mut check = RunningProgram::start(s5().args(["connect", "-z", "--retry", LONG_WAIT, "-x", &proxy, &addr]));
-    assert_keeps_trying(&mut check);
-    wait_for_session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
-    let listener = TcpListener::bind(target).expect("the port is still free");
-    assert_succeeds(check);
     drop(listener);
-    wait_for_session(&server, &[&format!("dst=\"{target}\""), "rep=0"]);
+    wait_session(&server, &[&format!("dst=\"{target}\""), "rep=0"]);
+    // Without a target, the proxy alone is checked.
+    let output = run(s5().args(["connect", "-z", "--retry", LONG_WAIT, "-x", &proxy]), b"", TIMEOUT);
+    assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));
 }
 
 #[test]
@@ -174,9 +128,8 @@ fn health_check_does_not_retry_final_errors() {
     for (proxy, status, word) in table {
         // A client that retries would not exit within TIMEOUT.
         let output = run(s5().args(["connect", "-zv", "--retry", LONG_WAIT, "-x", &proxy]), b"", TIMEOUT);
-        let stderr = text(&output.stderr);
-        assert_eq!(exit_code(&output), status, "{proxy}: {stderr}");
-        assert!(stderr.contains(word) && !stderr.contains("given up"), "{proxy}: {stderr}");
+        assert_fails_with(&output, status, &[word]);
+        assert!(!text(&output.stderr).contains("given up"), "{proxy}");
     }
     // --retry also limits a single try.
     let output = run(s5().args(["connect", "-zv", "--retry", "300ms", "-x", &silent.to_string()]), b"", TIMEOUT);

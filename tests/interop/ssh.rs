@@ -2,17 +2,21 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::support::{
-    Server, TIMEOUT, closed_port, echo_server, run, s5, tcp_server, temp_dir, wait_until, write_file,
+use crate::exit_code;
+use crate::support::programs::{
+    LONG_TIMEOUT, OtherServer, ProcessGroup, assert_echoes, assert_fails_with, has_all, stdout, wait_session,
 };
-use crate::{LONG_TIMEOUT, ProcessGroup, assert_same, bytes, exit_code, has_all, stdout, text, wait_for_session};
+use crate::support::scripted::text;
+use crate::support::{
+    Server, V4, bytes, closed_port, echo_server, is_installed, run, s5, tcp_server, temp_dir, write_file,
+};
 
 const SSHD: &str = "/usr/sbin/sshd";
 /// Exit status of s5 if the proxy closes the connection instead of replying.
@@ -27,7 +31,11 @@ pub(crate) struct Sshd {
 }
 
 impl Sshd {
-    pub(crate) fn start() -> Self {
+    /// Returns `None` if OpenSSH is not installed.
+    pub(crate) fn start() -> Option<Self> {
+        if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
+            return None;
+        }
         let dir = temp_dir();
         let path = |name: &str| dir.path().join(name).display().to_string();
         for key in ["host_key", "user_key"] {
@@ -53,7 +61,7 @@ impl Sshd {
         let log = File::create(dir.path().join("log")).expect("file created");
         let children = Arc::new(Mutex::new(Vec::new()));
         let shared = children.clone();
-        let addr = tcp_server(Ipv4Addr::LOCALHOST.into(), move |stream| {
+        let addr = tcp_server(V4, move |stream| {
             let socket = OwnedFd::from(stream);
             let second = socket.try_clone().expect("cloned");
             let mut command = sshd();
@@ -61,7 +69,7 @@ impl Sshd {
             command.stderr(log.try_clone().expect("cloned"));
             shared.lock().expect("not poisoned").push(ProcessGroup::start(&mut command));
         });
-        Self { addr, dir, children }
+        Some(Self { addr, dir, children })
     }
 
     /// Writes a configuration file for ssh that begins with these lines.
@@ -132,34 +140,22 @@ pub(crate) fn repository(dir: &Path, content: &[u8]) -> PathBuf {
 }
 
 #[test]
-fn s5_connect_as_proxy_command_carries_ssh() {
-    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
-        return;
+fn s5_or_nc_as_proxy_command_carries_ssh_through_s5_serve() {
+    let Some(sshd) = Sshd::start() else { return };
+    let nc = |server: &Server| format!("ProxyCommand nc.openbsd -X 5 -x {} %h %p", server.addr());
+    let commands: [&dyn Fn(&Server) -> String; 2] = [&|_| s5_as_proxy_command(""), &nc];
+    for command in &commands[..if is_installed("nc.openbsd") { 2 } else { 1 }] {
+        let server = Server::start(&[]);
+        let mut ssh = sshd.ssh(&command(&server));
+        assert_echoes(ssh.arg("cat").env("S5_PROXY", server.addr().to_string()), &bytes(4 << 20));
+        wait_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
     }
-    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), bytes(4 << 20));
-    let mut ssh = sshd.ssh(&s5_as_proxy_command(""));
-    let echoed = stdout(ssh.arg("cat").env("S5_PROXY", server.addr().to_string()), &data);
-    assert_same(&echoed, &data);
-    wait_for_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
-}
-
-#[test]
-fn nc_as_proxy_command_carries_ssh_through_s5_serve() {
-    if !has_all(&["ssh", "sshd", "ssh-keygen", "nc.openbsd"]) {
-        return;
-    }
-    let (server, sshd, data) = (Server::start(&[]), Sshd::start(), bytes(4 << 20));
-    let mut ssh = sshd.ssh(&format!("ProxyCommand nc.openbsd -X 5 -x {} %h %p", server.addr()));
-    assert_same(&stdout(ssh.arg("cat"), &data), &data);
-    wait_for_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
 }
 
 #[test]
 fn ssh_shows_error_of_s5_connect() {
-    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
-        return;
-    }
-    let (server, sshd, closed) = (Server::start(&[]), Sshd::start(), closed_port());
+    let Some(sshd) = Sshd::start() else { return };
+    let (server, closed) = (Server::start(&[]), closed_port());
     let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {}", server.addr())));
     let mut ssh = Command::new("ssh");
     let output =
@@ -169,89 +165,42 @@ fn ssh_shows_error_of_s5_connect() {
     assert!(stderr.contains(&format!("for {closed}: ")) && stderr.contains("refused (REP 5)"), "{stderr}");
 }
 
-#[test]
-fn git_clones_and_pushes_over_ssh_through_one_proxy_and_two() {
-    if !has_all(&["ssh", "sshd", "ssh-keygen", "git"]) {
-        return;
-    }
-    let (first, second, sshd) = (Server::start(&[]), Server::start(&[]), Sshd::start());
-    let (dir, content) = (temp_dir(), bytes(2 << 20));
-    let origin = repository(dir.path(), &content);
-    let url = format!("ssh://127.0.0.1:{}{}", sshd.addr.port(), origin.display());
-    for (name, hops) in [("one", first.addr().to_string()), ("two", format!("{},{}", first.addr(), second.addr()))] {
-        let config = sshd.client_config(&s5_as_proxy_command(&format!("-x {hops}")));
-        let with_ssh = |dir: &Path| {
-            let mut command = git(dir);
-            command.env("GIT_SSH_COMMAND", format!("ssh -F '{config}'"));
-            command
-        };
-        stdout(with_ssh(dir.path()).args(["clone", "-q", &url, name]), b"");
-        let clone = dir.path().join(name);
-        assert_same(&std::fs::read(clone.join("file")).expect("the file was cloned"), &content);
-        stdout(with_ssh(&clone).args(["push", "-q", "origin", &format!("main:{name}")]), b"");
-        stdout(git(&origin).args(["rev-parse", "--verify", "-q", name]), b"");
-    }
-    let target = format!("dst=\"{}\"", sshd.addr);
-    wait_for_session(&first, &[&target, "rep=0"]);
-    wait_for_session(&first, &[&format!("dst=\"{}\"", second.addr()), "rep=0"]);
-    wait_for_session(&second, &[&target, "rep=0"]);
-}
-
-/// Starts `ssh -D` on a free port. Returns the process and its address.
-fn start_ssh_d(sshd: &Sshd) -> (ProcessGroup, SocketAddr) {
-    let attempt = || {
-        let addr = closed_port();
+/// Starts `ssh -D`.
+fn start_ssh_d(sshd: &Sshd) -> OtherServer {
+    OtherServer::start(|_, addr| {
         let mut ssh = sshd.ssh(&format!("DynamicForward {addr}\nExitOnForwardFailure yes"));
-        let log = File::create(sshd.dir.path().join("ssh_d")).expect("file created");
-        ssh.args(["echo connected && exec cat"]).stdin(Stdio::piped()).stdout(log).stderr(Stdio::null());
-        let mut process = ProcessGroup::start(&mut ssh);
-        let mut ended = false;
-        wait_until("ssh -D listens", TIMEOUT, || {
-            ended = process.has_ended();
-            // ssh listens before it runs the command.
-            ended || std::fs::read(sshd.dir.path().join("ssh_d")).is_ok_and(|log| log == b"connected\n")
-        });
-        (!ended).then_some((process, addr))
-    };
-    // ssh -D does not accept port 0, and another process may take a port that was free.
-    (0..5).find_map(|_| attempt()).expect("ssh -D listens")
+        ssh.arg("-N");
+        ssh
+    })
 }
 
 #[test]
 fn s5_connect_passes_through_ssh_d() {
-    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
-        return;
+    let Some(sshd) = Sshd::start() else { return };
+    let (proxy, server, echo) = (start_ssh_d(&sshd), Server::start(&[]), echo_server());
+    let (hop, s5_hop) = (proxy.addr.to_string(), server.addr().to_string());
+    // Also in chains with s5, first and last.
+    let table = [
+        (hop.clone(), "127.0.0.1", bytes(4 << 20), None),
+        (hop.clone(), "localhost", b"hello".to_vec(), None),
+        (format!("{hop},{s5_hop}"), "127.0.0.1", b"hello".to_vec(), Some(echo)),
+        (format!("{s5_hop},{hop}"), "127.0.0.1", b"hello".to_vec(), Some(proxy.addr)),
+    ];
+    for (hops, host, data, dst) in table {
+        assert_echoes(s5().args(["connect", "-x", &hops, host, &echo.port().to_string()]), &data);
+        if let Some(dst) = dst {
+            wait_session(&server, &["command=connect", &format!("dst=\"{dst}\""), "rep=0"]);
+        }
     }
-    let sshd = Sshd::start();
-    let (_ssh, proxy) = start_ssh_d(&sshd);
-    let (echo, data) = (echo_server(), bytes(4 << 20));
-    let connect = |hops: &str, host: &str| {
-        let mut command = s5();
-        command.args(["connect", "-x", hops, host, &echo.port().to_string()]);
-        command
-    };
-    let hop = proxy.to_string();
-    assert_same(&stdout(&mut connect(&hop, "127.0.0.1"), &data), &data);
-    assert_eq!(stdout(&mut connect(&hop, "localhost"), b"hello"), b"hello");
-    // In chains with s5, first and last.
-    let server = Server::start(&[]);
-    assert_eq!(stdout(&mut connect(&format!("{hop},{}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
-    wait_for_session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
-    assert_eq!(stdout(&mut connect(&format!("{},{hop}", server.addr()), "127.0.0.1"), b"hello"), b"hello");
-    wait_for_session(&server, &["command=connect", &format!("dst=\"{proxy}\""), "rep=0"]);
 }
 
 #[test]
 fn s5_bind_and_udp_through_ssh_d_fail_with_status_97() {
-    if !has_all(&["ssh", "sshd", "ssh-keygen"]) {
-        return;
-    }
-    let sshd = Sshd::start();
-    let (_ssh, proxy) = start_ssh_d(&sshd);
+    let Some(sshd) = Sshd::start() else { return };
+    let proxy = start_ssh_d(&sshd);
     for mode in ["bind", "udp"] {
-        let output = run(s5().args([mode, "-x", &proxy.to_string(), "127.0.0.1:9"]), b"", LONG_TIMEOUT);
-        let stderr = text(&output.stderr);
-        assert_eq!(exit_code(&output), PROTOCOL_ERROR, "{mode}: {stderr}");
-        assert!(stderr.contains(&format!("proxy {proxy}: request, for 127.0.0.1:9: ")), "{mode}: {stderr}");
+        let output = run(s5().args([mode, "-x", &proxy.addr.to_string(), "127.0.0.1:9"]), b"", LONG_TIMEOUT);
+        let words = format!("proxy {}: request, for 127.0.0.1:9: ", proxy.addr);
+        assert_fails_with(&output, PROTOCOL_ERROR, &[&words]);
     }
 }

@@ -7,9 +7,12 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use crate::support::programs::{has_all, stdout};
 use crate::support::scripted::RunningProgram;
-use crate::support::{TIMEOUT, V4, in_namespace, is_installed, tcp_server, udp_echo_server, wait_until};
-use crate::{LEVELS, client_at, realm, serve_at, stdout, url};
+use crate::support::{
+    CONNECT, TIMEOUT, V4, in_namespace, request_by_name, tcp_server, temp_dir, udp_echo_server, wait_until,
+};
+use crate::{LEVELS, client_at, realm, serve_at, url};
 
 const CLIENT_DATA: &[u8] = b"a secret of the client";
 const SERVER_DATA: &[u8] = b"a secret of the server";
@@ -25,9 +28,7 @@ fn recorder(to: SocketAddr) -> (String, Recording) {
     let kept = seen.clone();
     let addr = tcp_server(V4, move |client| {
         let server = TcpStream::connect(to).expect("the server accepts");
-        let handles =
-            |a: &TcpStream, b: &TcpStream| (a.try_clone().expect("a handle"), b.try_clone().expect("a handle"));
-        let pump = |(mut from, mut to): (TcpStream, TcpStream), kept: Arc<Mutex<Vec<u8>>>| {
+        let pump = |mut from: &TcpStream, mut to: &TcpStream, kept: &Mutex<Vec<u8>>| {
             let mut buffer = [0; 65_536];
             while let Ok(n @ 1..) = from.read(&mut buffer) {
                 kept.lock().expect("no panic").extend(&buffer[..n]);
@@ -35,12 +36,21 @@ fn recorder(to: SocketAddr) -> (String, Recording) {
             }
             let _ = to.shutdown(Shutdown::Write);
         };
-        let (up, down, [sent, received]) = (handles(&client, &server), handles(&server, &client), kept.clone());
-        let back = thread::spawn(move || pump(down, received));
-        pump(up, sent);
-        back.join().expect("a thread");
+        thread::scope(|scope| {
+            scope.spawn(|| pump(&server, &client, &kept[1]));
+            pump(&client, &server, &kept[0]);
+        });
     });
     (format!("localhost:{}", addr.port()), seen)
+}
+
+/// Starts a target that answers after the client's half-close.
+fn target() -> SocketAddr {
+    tcp_server(V4, |mut stream| {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).expect("closed");
+        stream.write_all(SERVER_DATA).expect("sent");
+    })
 }
 
 fn contains(bytes: &[u8], needle: &[u8]) -> bool {
@@ -60,12 +70,8 @@ fn after_the_login(bytes: &[u8], greeting: usize) -> &[u8] {
 #[test]
 fn stream_is_readable_without_encryption_and_hidden_with_it() {
     let Some(realm) = realm() else { return };
-    let target = tcp_server(V4, |mut stream| {
-        let mut all = Vec::new();
-        stream.read_to_end(&mut all).expect("closed");
-        stream.write_all(SERVER_DATA).expect("sent");
-    });
-    let request = crate::support::request_by_name(crate::support::CONNECT, NAME, target.port());
+    let target = target();
+    let request = request_by_name(CONNECT, NAME, target.port());
     for level in LEVELS {
         let server = serve_at(&realm, level);
         let (proxy, seen) = recorder(server.addr());
@@ -89,7 +95,7 @@ fn stream_is_readable_without_encryption_and_hidden_with_it() {
 
 #[test]
 fn captured_packets_are_readable_only_without_encryption() {
-    if !is_installed("tshark") || !is_installed("unshare") || realm().is_none() {
+    if !has_all(&["tshark", "unshare"]) || realm().is_none() {
         return;
     }
     // A network namespace has no other traffic, and permits capturing.
@@ -98,18 +104,12 @@ fn captured_packets_are_readable_only_without_encryption() {
         return;
     }
     let realm = realm().expect("a realm can be started");
-    let target = tcp_server(V4, |mut stream| {
-        let mut all = Vec::new();
-        stream.read_to_end(&mut all).expect("closed");
-        stream.write_all(SERVER_DATA).expect("sent");
-    });
+    let target = target();
     let udp = udp_echo_server(V4);
     for level in &LEVELS[1..] {
-        let dir = crate::support::temp_dir();
+        let dir = temp_dir();
         let file = dir.path().join("capture.pcapng");
         let server = serve_at(&realm, level);
-        let (host, port) = (server.addr().ip(), server.addr().port());
-        assert_eq!(host, V4);
         let mut tshark = Command::new("tshark");
         tshark.args(["-i", "lo", "-q", "-w"]).arg(&file).stdin(Stdio::null());
         let mut tshark = RunningProgram::start(&mut tshark);
@@ -118,11 +118,9 @@ fn captured_packets_are_readable_only_without_encryption() {
         let marker = UdpSocket::bind((V4, 0)).expect("a port");
         let to = marker.local_addr().expect("an address");
         repeat_until_captured(&file, b"the capture begins", || drop(marker.send_to(b"the capture begins", to)));
-        let args = [target.to_string()];
-        let received = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&args[0]]), CLIENT_DATA);
-        assert_eq!(received, SERVER_DATA);
-        let mut client =
-            RunningProgram::start(&mut client_at(&realm, "udp", &url(&server), level, &[&udp.to_string()]));
+        let client = |mode, target: SocketAddr| client_at(&realm, mode, &url(&server), level, &[&target.to_string()]);
+        assert_eq!(stdout(&mut client("connect", target), CLIENT_DATA), SERVER_DATA);
+        let mut client = RunningProgram::start(&mut client("udp", udp));
         client.write(b"a secret datagram\n");
         client.stdout(|all| all == b"a secret datagram\n");
         drop(client);
@@ -130,13 +128,10 @@ fn captured_packets_are_readable_only_without_encryption() {
         assert!(tshark.is_running());
         drop(tshark);
         let bnd = server.wait_log(|log| log.contains("command=udp"));
-        let relay = bnd
-            .lines()
-            .find(|line| line.contains("command=udp"))
-            .and_then(|line| line.split("bnd=127.0.0.1:").nth(1)?.split(' ').next());
-        let relay = relay.expect("the relay's port");
+        let (_, relay) = bnd.rsplit_once("bnd=127.0.0.1:").expect("the relay's port");
+        let relay = relay.split(' ').next().expect("a number");
         // Only packets between client and server, not those between server and target.
-        let filter = format!("tcp.port == {port} || udp.port == {relay}");
+        let filter = format!("tcp.port == {} || udp.port == {relay}", server.addr().port());
         let mut read = Command::new("tshark");
         read.args(["-T", "fields", "-e", "tcp.payload", "-e", "udp.payload", "-Y", &filter, "-r"]).arg(&file);
         let hex = String::from_utf8(stdout(&mut read, b"")).expect("hexadecimal");

@@ -2,12 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
-use std::process::{Command, Output};
+use std::process::Command;
 
-use crate::peer::PYTHON;
+use crate::support::login::users_file;
+use crate::support::programs::{LONG_TIMEOUT, PYTHON, stdout, wait_session};
 use crate::support::realm::Realm;
-use crate::support::{Server, V4, echo_server, is_installed, is_strict, record_skip, run, tcp_server, temp_dir};
-use crate::{ALICE, LONG_TIMEOUT, client, realm, serve, stdout, text, url, wait_session};
+use crate::support::{Server, V4, echo_server, is_installed, is_strict, record_skip, run, skip, tcp_server, temp_dir};
+use crate::{ALICE, assert_hello, connect, realm, serve, text, url};
 
 /// Arguments: proxy, URL, and optionally `nec` for NEC's variant.
 const PYCURL: &str = r#"
@@ -45,7 +46,7 @@ fn web_server() -> SocketAddr {
 /// Checks that the server still serves other clients.
 fn assert_serves(realm: &Realm, server: &Server) {
     let args = ["--gssapi-min", "none", &echo_server().to_string()];
-    assert_eq!(stdout(&mut client(realm, "connect", &url(server), &args), b"hello"), b"hello");
+    assert_hello(&connect(realm, &url(server), &args), "after curl");
 }
 
 #[test]
@@ -77,24 +78,21 @@ fn libcurl_works_at_level_none_and_fails_cleanly_at_others() {
         return record_skip(&format!("this libcurl is too old, or without GSSAPI: {version}"));
     }
     let url_of = format!("http://{}/", web_server());
-    let curl = |server: &Server, nec: &[&str]| {
-        let mut command = python(PYCURL);
-        realm.env(command.args([&url(server), &url_of]).args(nec));
-        text(&stdout(&mut command, b""))
-    };
-    let server = serve(&realm, &["--gssapi-protection", "none"]);
-    for nec in [&[][..], &["nec"]] {
-        assert_eq!(curl(&server, nec), "it works\n", "{nec:?}");
+    // curl's unprotected request is not a valid frame at the other levels, so the server closes without a reply.
+    for (levels, expected, session) in [
+        ("none", "it works", ["command=connect", "rep=0"]),
+        ("integrity,confidentiality", "failed 97", ["command=- ", "rep=-"]),
+    ] {
+        let server = serve(&realm, &["--gssapi-protection", levels]);
+        for nec in [&[][..], &["nec"]] {
+            let mut command = python(PYCURL);
+            realm.env(command.args([&url(&server), &url_of]).args(nec));
+            let printed = text(&stdout(&mut command, b""));
+            assert!(printed.starts_with(expected), "{levels} {nec:?}: {printed}");
+        }
+        wait_session(&server, &[&[ALICE][..], &session].concat());
+        assert_serves(&realm, &server);
     }
-    wait_session(&server, &[ALICE, "command=connect", "rep=0"]);
-    let server = serve(&realm, &[]);
-    for nec in [&[][..], &["nec"]] {
-        let printed = curl(&server, nec);
-        assert!(printed.starts_with("failed 97"), "{nec:?}: {printed}");
-    }
-    // curl's unprotected request is not a valid frame, so the server closes without a reply.
-    wait_session(&server, &[ALICE, "command=- ", "rep=-"]);
-    assert_serves(&realm, &server);
 }
 
 #[test]
@@ -103,24 +101,19 @@ fn installed_curl_works_or_fails_after_the_login() {
     if !is_installed("curl") {
         return;
     }
-    let page = format!("http://{}/", web_server());
-    let curl = |server: &Server, more: &[&str]| -> Output {
-        let mut command = Command::new("curl");
-        let proxy = format!("socks5h://{}", url(server));
-        command
-            .args(["-sS", "--noproxy", "", "--max-time", "10", "-x", &proxy, "--socks5-gssapi"])
-            .args(more)
-            .arg(&page);
-        run(realm.env(&mut command), b"", LONG_TIMEOUT)
-    };
-    let version = text(&stdout(Command::new("curl").arg("--version"), b""));
-    if !version.contains("GSS-API") {
-        return crate::support::skip("this curl has no GSSAPI");
+    if !text(&stdout(Command::new("curl").arg("--version"), b"")).contains("GSS-API") {
+        return skip("this curl has no GSSAPI");
     }
+    let page = format!("http://{}/", web_server());
+    let curl = |proxy: &str, more: &[&str]| {
+        let mut command = Command::new("curl");
+        command.args(["-sS", "--noproxy", "", "--max-time", "10", "-x", &format!("socks5h://{proxy}"), &page]);
+        run(realm.env(command.args(more)), b"", LONG_TIMEOUT)
+    };
     for levels in ["none", "integrity,confidentiality"] {
         let server = serve(&realm, &["--gssapi-protection", levels]);
         for nec in [&[][..], &["--socks5-gssapi-nec"]] {
-            let output = curl(&server, nec);
+            let output = curl(&url(&server), &[&["--socks5-gssapi"], nec].concat());
             let ended = output.status.code();
             // curl 8.17 and later succeed at level none.
             let is_right = ended == Some(97) || levels == "none" && output.stdout == b"it works";
@@ -128,21 +121,9 @@ fn installed_curl_works_or_fails_after_the_login() {
         }
         assert_serves(&realm, &server);
     }
-}
-
-#[test]
-fn curl_logs_in_with_password_if_listed_first() {
-    let Some(realm) = realm() else { return };
-    if !is_installed("curl") {
-        return;
-    }
-    let dir = temp_dir();
-    let users = crate::path(&dir.path().join("users"));
-    stdout(crate::support::s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
+    // A password is used if it is listed first.
+    let (_dir, users) = users_file(&[("bob", "secret")]);
     let server = serve(&realm, &["--users", &users]);
-    let proxy = format!("socks5h://bob:secret@{}", url(&server));
-    let mut command = Command::new("curl");
-    command.args(["-sS", "--noproxy", "", "-x", &proxy, &format!("http://{}/", web_server())]);
-    assert_eq!(stdout(realm.env(&mut command), b""), b"it works");
+    assert_eq!(curl(&format!("bob:secret@{}", url(&server)), &[]).stdout, b"it works");
     wait_session(&server, &["user=\"bob\"", "rep=0"]);
 }

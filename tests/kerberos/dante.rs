@@ -3,15 +3,13 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
-use crate::peer::PYTHON;
+use crate::support::programs::{Dante, OtherServer, PYTHON, assert_echoes, stdout, wait_session};
 use crate::support::realm::Realm;
-use crate::support::scripted::{RunningProgram, text};
-use crate::support::{
-    TIMEOUT, V4, closed_port, echo_server, record_skip, temp_dir, udp_echo_server, wait_until, write_file,
-};
-use crate::{ALICE, LEVELS, bytes, client_at, path, realm, serve, stdout, wait_session};
+use crate::support::scripted::text;
+use crate::support::{V4, bytes, echo_server, record_skip, temp_dir, udp_echo_server, write_file};
+use crate::{ALICE, LEVELS, client_at, exchange_datagrams, realm, serve};
 
 /// Dante's names of the levels.
 const DANTE_LEVELS: [&str; 3] = ["clear", "integrity", "confidentiality"];
@@ -49,64 +47,18 @@ fn set_up() -> Option<(PathBuf, Realm)> {
     }
 }
 
-/// Dante's server; killed when dropped.
-struct Sockd(Child, SocketAddr, tempfile::TempDir);
-
-impl Sockd {
-    fn start(dante: &Path, realm: &Realm, level: &str, more: &str) -> Self {
-        // sockd does not support port 0, and another program can take the free port first.
-        (0..5).find_map(|_| Self::start_on(closed_port(), dante, realm, level, more)).expect("sockd listens")
-    }
-
-    fn start_on(addr: SocketAddr, dante: &Path, realm: &Realm, level: &str, more: &str) -> Option<Self> {
-        let dir = temp_dir();
-        let user = text(&stdout(Command::new("id").arg("-un"), b""));
-        // The client rule configures the login, the socks rule the level.
-        let keytab = realm.file("service.keytab");
-        let login = format!("gssapi.keytab: FILE:{}\n  gssapi.enctype: {level}", keytab.display());
-        let config = format!(
-            "logoutput: {log}\ninternal: 127.0.0.1 port = {port}\nexternal: 127.0.0.1\nclientmethod: none\n\
-             socksmethod: gssapi\nuser.privileged: {user}\nuser.unprivileged: {user}\n\
-             client pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n  {login}\n  {more}\n}}\n\
-             socks pass {{\n  from: 0.0.0.0/0 to: 0.0.0.0/0\n\
-             command: bind connect udpassociate bindreply udpreply\n\
-             {login}\n}}\n",
-            log = dir.path().join("log").display(),
-            port = addr.port(),
-            user = user.trim(),
-        );
-        let config = write_file(dir.path(), "sockd.conf", &config);
-        let mut command = Command::new(dante.join("sbin/sockd"));
-        command.args(["-N", "1", "-f", &config, "-p", &path(&dir.path().join("pid"))]).env("TMPDIR", dir.path());
-        realm.env(&mut command).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = command.spawn().expect("sockd starts");
-        let log = || std::fs::read_to_string(dir.path().join("log")).unwrap_or_default();
-        let mut has_ended = false;
-        wait_until("sockd runs", TIMEOUT, || {
-            has_ended = child.try_wait().expect("it can be waited for").is_some();
-            has_ended || log().contains(" running")
-        });
-        if has_ended {
-            eprintln!("sockd:\n{}", log());
-            return None;
-        }
-        Some(Self(child, addr, dir))
-    }
-
-    fn url(&self) -> String {
-        format!("localhost:{}", self.1.port())
-    }
-}
-
-impl Drop for Sockd {
-    fn drop(&mut self) {
-        // SIGTERM also ends its child processes.
-        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
-        let _ = self.0.wait();
-        if std::thread::panicking() {
-            eprintln!("sockd's log:\n{}", std::fs::read_to_string(self.2.path().join("log")).unwrap_or_default());
-        }
-    }
+/// Starts Dante's server. The client rule configures the login, the socks rule the level.
+fn start_sockd(dante: &Path, realm: &Realm, level: &str, more: &str) -> OtherServer {
+    let keytab = realm.file("service.keytab");
+    let login = format!("gssapi.keytab: FILE:{}\n  gssapi.enctype: {level}", keytab.display());
+    let (client_rule, commands) = (format!("{login}\n  {more}"), "connect bind udpassociate bindreply udpreply");
+    let socks_rule = format!("command: {commands}\n  {login}");
+    let config = Dante { method: "gssapi", client_rule: &client_rule, socks_rule: &socks_rule, ..Dante::default() };
+    OtherServer::start(|dir, addr| {
+        let mut sockd = Command::new(dante.join("sbin/sockd"));
+        realm.env(&mut sockd);
+        config.configure(dir, addr, sockd)
+    })
 }
 
 #[test]
@@ -115,16 +67,11 @@ fn s5_clients_work_with_dante_server() {
     let (echo, udp, data) = (echo_server().to_string(), udp_echo_server(V4).to_string(), bytes(300_000));
     for (level, dante_level) in LEVELS.into_iter().zip(DANTE_LEVELS) {
         for (more, nec) in [("", None), ("clientcompatibility: necgssapi", Some("--gssapi-nec"))] {
-            let sockd = Sockd::start(&dante, &realm, dante_level, more);
+            let sockd = start_sockd(&dante, &realm, dante_level, more);
+            let url = format!("localhost:{}", sockd.addr.port());
             let args = |target| nec.into_iter().chain([target]).collect::<Vec<&str>>();
-            let received = stdout(&mut client_at(&realm, "connect", &sockd.url(), level, &args(&echo)), &data);
-            assert!(received == data, "{level} {nec:?}: {} bytes", received.len());
-            let mut client = RunningProgram::start(&mut client_at(&realm, "udp", &sockd.url(), level, &args(&udp)));
-            for length in [1, 1472, 60_000] {
-                let line = [vec![b'x'; length], b"\n".to_vec()].concat();
-                client.write(&line);
-                client.stdout(|all| all.ends_with(&line));
-            }
+            assert_echoes(&mut client_at(&realm, "connect", &url, level, &args(&echo)), &data);
+            exchange_datagrams(&mut client_at(&realm, "udp", &url, level, &args(&udp)), &[1, 1472, 60_000]);
         }
     }
 }

@@ -2,71 +2,58 @@
 
 use std::io::Write as _;
 use std::net::TcpStream;
-use std::process::Output;
 use std::time::{Duration, Instant};
 
 use crate::page::assert_explains;
+use crate::support::programs::{LONG_TIMEOUT, assert_echoes, assert_failed, assert_fails_with};
 use crate::support::realm::{Realm, kinit};
 use crate::support::scripted::RunningProgram;
-use crate::support::{Server, TIMEOUT, closed_port, echo_server, read_exact, retry, run, timed, wait_until};
-use crate::{LONG_TIMEOUT, assert_fails_with, client, path, realm, serve, start, stdout, url};
+use crate::support::{
+    CONNECT, Server, TIMEOUT, closed_port, echo_server, greet, read_exact, request, retry, run, s5, timed, wait_until,
+};
+use crate::{client, connect, hello, path, realm, serve, start, url};
 
 /// An address without a listener. No test must reach it.
 const UNUSED_ADDR: &str = "127.0.0.9:9";
 
 /// Waits until a login with this ticket fails: the library accepts a ticket longer than klist shows.
 fn wait_for_expiry(realm: &Realm, server: &Server, ccache: &str) {
-    wait_until("the ticket expires", TIMEOUT, || connect_with_ccache(realm, server, ccache).status.code() == Some(67));
-}
-
-/// Runs a client that logs in with these tickets.
-fn connect_with_ccache(realm: &Realm, server: &Server, ccache: &str) -> Output {
-    let target = closed_port().to_string();
-    run(&mut client(realm, "connect", &url(server), &["--ccache", ccache, &target]), b"", LONG_TIMEOUT)
-}
-
-/// Returns the directory of a realm.
-fn dir(realm: &Realm) -> std::path::PathBuf {
-    realm.file("")
+    let args = ["--ccache", ccache, UNUSED_ADDR];
+    wait_until("the ticket expires", TIMEOUT, || connect(realm, &url(server), &args).status.code() == Some(67));
 }
 
 #[test]
-fn missing_ticket_names_kinit_and_ccache() {
+fn missing_ticket_expired_ticket_and_unknown_service_are_named() {
     let Some(realm) = realm() else { return };
-    let (server, none, target) = (serve(&realm, &[]), path(&realm.file("none")), closed_port().to_string());
-    let message = "No credentials cache found";
-    assert_fails_with(
-        &connect_with_ccache(&realm, &server, &none),
-        67,
-        &["proxy localhost:", message, "kinit", "--ccache"],
-    );
-    let mut command = client(&realm, "connect", &url(&server), &[&target]);
-    let output = run(command.env("KRB5CCNAME", format!("FILE:{none}")), b"", LONG_TIMEOUT);
+    let (server, none, short) = (serve(&realm, &[]), path(&realm.file("none")), path(&realm.file("short")));
+    kinit(&realm.file(""), "alice", "user.keytab", "short", "1s");
+    wait_for_expiry(&realm, &server, &short);
+    let table: [([&str; 2], &[&str], &str); 3] = [
+        (["--ccache", &none], &["kinit", "--ccache", &none], "No credentials cache found"),
+        (["--ccache", &short], &["login"], "Ticket expired"),
+        (
+            ["--gssapi-service", "nosuch"],
+            &["login", "Server nosuch/localhost@S5.TEST"],
+            "not found in Kerberos database",
+        ),
+    ];
+    for ([option, value], words, message) in table {
+        let output = connect(&realm, &url(&server), &[option, value, UNUSED_ADDR]);
+        assert_fails_with(&output, 67, &[&["proxy localhost:", message], words].concat());
+        assert_explains(message);
+    }
+    let mut command = client(&realm, "connect", &url(&server), &[UNUSED_ADDR]);
+    let output = hello(command.env("KRB5CCNAME", format!("FILE:{none}")));
     let message = "No Kerberos credentials available";
     assert_fails_with(&output, 67, &["proxy localhost:", message, &none, "kinit", "--ccache"]);
     assert_explains(message);
 }
 
 #[test]
-fn expired_ticket_is_reported() {
-    let Some(realm) = realm() else { return };
-    let (server, ccache) = (serve(&realm, &[]), path(&realm.file("short")));
-    kinit(&dir(&realm), "alice", "user.keytab", "short", "1s");
-    wait_for_expiry(&realm, &server, &ccache);
-    assert_fails_with(
-        &connect_with_ccache(&realm, &server, &ccache),
-        67,
-        &["proxy localhost:", "login", "Ticket expired"],
-    );
-    assert_explains("Ticket expired");
-}
-
-#[test]
 fn session_continues_after_its_ticket_expires() {
     let Some(realm) = realm() else { return };
-    let (server, echo) = (serve(&realm, &[]), echo_server().to_string());
-    let ccache = path(&realm.file("short"));
-    kinit(&dir(&realm), "alice", "user.keytab", "short", "2s");
+    let (server, echo, ccache) = (serve(&realm, &[]), echo_server().to_string(), path(&realm.file("short")));
+    kinit(&realm.file(""), "alice", "user.keytab", "short", "2s");
     let mut client =
         RunningProgram::start(&mut client(&realm, "connect", &url(&server), &["--ccache", &ccache, &echo]));
     client.write(b"before ");
@@ -79,23 +66,11 @@ fn session_continues_after_its_ticket_expires() {
 }
 
 #[test]
-fn unknown_service_is_named() {
-    let Some(realm) = realm() else { return };
-    let server = serve(&realm, &[]);
-    let args = ["--gssapi-service", "nosuch", UNUSED_ADDR];
-    let output = run(&mut client(&realm, "connect", &url(&server), &args), b"", LONG_TIMEOUT);
-    let message = "not found in Kerberos database";
-    assert_fails_with(&output, 67, &["login", &format!("Server nosuch/localhost@S5.TEST {message}")]);
-    assert_explains(message);
-}
-
-#[test]
 fn unreachable_kdc_is_reported_at_once() {
     let Some(mut realm) = realm() else { return };
     let server = serve(&realm, &[]);
     realm.stop();
-    let mut client = client(&realm, "connect", &url(&server), &[UNUSED_ADDR]);
-    let (time, output) = timed(|| run(&mut client, b"", LONG_TIMEOUT));
+    let (time, output) = timed(|| connect(&realm, &url(&server), &[UNUSED_ADDR]));
     let message = "Cannot contact any KDC";
     assert_fails_with(&output, 67, &["login", message, "S5.TEST"]);
     assert_explains(message);
@@ -109,52 +84,48 @@ fn silent_kdc_times_out_after_timeout_option_or_10_s() {
     realm.stop_answering();
     let started = Instant::now();
     let mut waiting = RunningProgram::start(&mut client(&realm, "connect", &url(&server), &[UNUSED_ADDR]));
-    let output = run(&mut client(&realm, "connect", &url(&server), &["-w", "300ms", UNUSED_ADDR]), b"", TIMEOUT);
-    assert_fails_with(&output, 28, &["proxy localhost:", "login", "timed out after 300ms"]);
-    let output = run(&mut client(&realm, "udp", &url(&server), &["-w", "300ms", UNUSED_ADDR]), b"", TIMEOUT);
-    assert_fails_with(&output, 28, &["login", "timed out after 300ms"]);
-    let (status, _, stderr) = waiting.wait_exit(TIMEOUT);
+    for mode in ["connect", "udp"] {
+        let output = run(&mut client(&realm, mode, &url(&server), &["-w", "300ms", UNUSED_ADDR]), b"", TIMEOUT);
+        assert_fails_with(&output, 28, &["proxy localhost:", "login", "timed out after 300ms"]);
+    }
+    let (status, _, stderr) = waiting.wait_exit(LONG_TIMEOUT);
     let time = started.elapsed();
-    assert!(status.code() == Some(67) && stderr.contains("no answer from the KDC"), "{stderr}");
+    assert_failed(status.code(), &stderr, 67, &["no answer from the KDC"]);
     assert!(time > Duration::from_secs(9) && time < Duration::from_secs(25), "{time:?}");
     assert_explains("no answer from the KDC");
-}
-
-/// Sends a CONNECT request without a login.
-fn send_request(server: &Server, to: &str) -> TcpStream {
-    let mut stream = crate::support::greet(server);
-    stream.write_all(&crate::support::request(1, to.parse().expect("an address"))).expect("the request is sent");
-    stream
 }
 
 #[test]
 fn silent_kdc_does_not_block_other_sessions() {
     let Some(mut realm) = realm() else { return };
-    let (hop, echo) = (serve(&realm, &[]), echo_server().to_string());
-    let plain_hop = start(&realm, &[]);
+    let (hop, plain_hop, echo) = (serve(&realm, &[]), start(&realm, &[]), echo_server());
     let (kerberos, plain) = (format!("kerberos={}", url(&hop)), format!("plain={}", url(&plain_hop)));
     let args = ["--hop", &kerberos, "--hop", &plain, "--allow", "to=127.0.0.9 via=kerberos"];
     let more = ["--allow", "to=localhost via=plain", "--connect-timeout", "5s", "--drain-timeout", "100ms"];
     let mut server = start(&realm, &[&args[..], &more].concat());
     realm.stop_answering();
     // 32 logins wait for the KDC until their deadline. The server refuses the other 8 after 1 s.
-    let mut all: Vec<TcpStream> = (0..40).map(|_| send_request(&server, UNUSED_ADDR)).collect();
-    let port = echo.rsplit_once(':').expect("an address").1;
-    for target in [&echo, &format!("localhost:{port}")] {
-        let mut command = crate::support::s5();
-        let proxy = server.addr().to_string();
-        let (time, received) = timed(|| stdout(command.args(["connect", "-x", &proxy, target]), b"hello"));
-        assert_eq!(received, b"hello", "{target}");
+    let send_request = |_| {
+        let mut stream = greet(&server);
+        let request = request(CONNECT, UNUSED_ADDR.parse().expect("an address"));
+        stream.write_all(&request).expect("the request is sent");
+        stream
+    };
+    let mut all: Vec<TcpStream> = (0..40).map(send_request).collect();
+    for target in [echo.to_string(), format!("localhost:{}", echo.port())] {
+        let mut command = s5();
+        command.args(["connect", "-x", &server.addr().to_string(), &target]);
+        let (time, ()) = timed(|| assert_echoes(&mut command, b"hello"));
         assert!(time < Duration::from_secs(2), "{target}: {time:?}");
     }
-    let is_answered = |stream: &TcpStream| {
+    let is_answered = |stream: &&TcpStream| {
         stream.set_nonblocking(true).expect("an option");
         let is_answered = retry(|| stream.peek(&mut [0])).is_ok();
         stream.set_nonblocking(false).expect("an option");
         is_answered
     };
-    wait_until("eight are refused", TIMEOUT, || all.iter().filter(|stream| is_answered(stream)).count() >= 8);
-    assert_eq!(all.iter().filter(|stream| is_answered(stream)).count(), 8, "the others wait");
+    wait_until("eight are refused", TIMEOUT, || all.iter().filter(is_answered).count() >= 8);
+    assert_eq!(all.iter().filter(is_answered).count(), 8, "the others wait");
     for stream in &mut all {
         assert_eq!(read_exact(stream, 4), [5, 1, 0, 1], "REP 1");
     }
@@ -164,4 +135,16 @@ fn silent_kdc_does_not_block_other_sessions() {
     // The shutdown does not wait for threads that are blocked in the library.
     server.signal("TERM");
     assert!(server.wait(TIMEOUT).success());
+}
+
+#[test]
+fn no_ticket_is_requested_for_a_server_without_gssapi() {
+    let Some(mut realm) = realm() else { return };
+    // A request would wait for the KDC.
+    realm.stop_answering();
+    let closed = format!("localhost:{}", closed_port().port());
+    assert_fails_with(&connect(&realm, &closed, &[UNUSED_ADDR]), 7, &["connection refused"]);
+    let server = start(&realm, &[]);
+    let output = connect(&realm, &url(&server), &["-w", "5s", UNUSED_ADDR]);
+    assert_fails_with(&output, 67, &["no acceptable authentication method"]);
 }

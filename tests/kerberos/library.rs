@@ -1,14 +1,12 @@
 //! Behavior without a GSSAPI library, and interoperation of Heimdal's and MIT's library.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use crate::page::assert_explains;
-use crate::support::realm::Realm;
-use crate::support::{Server, TIMEOUT, echo_server, is_installed, record_skip, run, s5, temp_dir};
-use crate::{
-    ALICE, LEVELS, LONG_TIMEOUT, assert_fails_with, bytes, client_at, path, realm, serve, stdout, url, wait_session,
-};
+use crate::support::programs::{assert_echoes, assert_fails_with, stdout, wait_session};
+use crate::support::{Server, TIMEOUT, bytes, echo_server, is_installed, record_skip, run, s5, temp_dir, write_file};
+use crate::{ALICE, LEVELS, assert_hello, client_at, hello, path, realm, serve, url};
 
 const LIBRARY_ENV_VAR: &str = "S5_GSSAPI_LIBRARY";
 
@@ -20,40 +18,51 @@ fn find_library(name: &str) -> Option<PathBuf> {
     Some(line.rsplit_once("=> ")?.1.into())
 }
 
+/// s5 with this library.
+fn s5_with(library: &str, args: &[&str]) -> Command {
+    let mut command = s5();
+    command.args(args).env(LIBRARY_ENV_VAR, library);
+    command
+}
+
 #[test]
 fn without_library_everything_except_gssapi_works() {
     let (dir, echo) = (temp_dir(), echo_server().to_string());
     let users = path(&dir.path().join("users"));
-    stdout(
-        s5().args(["serve", "--users", &users, "--add-user", "bob"]).env(LIBRARY_ENV_VAR, "/nonexistent"),
-        b"secret\n",
-    );
-    let mut command = s5();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--users", &users]).env(LIBRARY_ENV_VAR, "/nonexistent");
-    let server = Server::start_with(&mut command, 1);
+    stdout(&mut s5_with("/nonexistent", &["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
+    let args = ["serve", "--listen", "127.0.0.1:0", "--users", &users];
+    let server = Server::start_with(&mut s5_with("/nonexistent", &args), 1);
     let proxy = format!("bob:secret@{}", url(&server));
     let with = |args: &[&str]| {
-        let mut command = s5();
-        command.args(["connect", "-x", &proxy]).args(args).arg(&echo);
+        let mut command = s5_with("/nonexistent", &["connect", "-x", &proxy]);
         // The variable makes the client look for tickets.
-        command.env(LIBRARY_ENV_VAR, "/nonexistent").env("KRB5CCNAME", "FILE:/nonexistent");
-        run(&mut command, b"hello", LONG_TIMEOUT)
+        hello(command.args(args).arg(&echo).env("KRB5CCNAME", "FILE:/nonexistent"))
     };
     for args in [&[][..], &["--auth", "gssapi,password"], &["--auth", "none,password"]] {
-        assert_eq!(with(args).stdout, b"hello", "{args:?}");
+        assert_hello(&with(args), &args.concat());
     }
     assert_fails_with(&with(&["--auth", "gssapi"]), 67, &["/nonexistent", "cannot open shared object file"]);
     assert_explains("cannot open shared object file");
 }
 
 #[test]
-fn server_with_gssapi_does_not_start_without_library() {
+fn server_with_gssapi_does_not_start_without_usable_library() {
     let dir = temp_dir();
-    let keytab = crate::support::write_file(dir.path(), "keytab", "");
-    for args in [&["--auth", "gssapi"][..], &["--keytab", &keytab], &["--gssapi-service", "rcmd"]] {
-        let mut command = s5();
-        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).env(LIBRARY_ENV_VAR, "/nonexistent");
-        assert_fails_with(&run(&mut command, b"", TIMEOUT), 2, &["/nonexistent", "cannot open shared object file"]);
+    let (keytab, text) = (write_file(dir.path(), "keytab", ""), write_file(dir.path(), "text.so", "no library"));
+    let libc = find_library("libc.so.6").map(|path| path.display().to_string()).expect("ldconfig knows libc");
+    let missing = "/nonexistent: cannot open shared object file: No such file or directory";
+    let gssapi = &["--auth", "gssapi"];
+    let table: [(&str, &[&str; 2], &str); 6] = [
+        ("/nonexistent", gssapi, missing),
+        ("/nonexistent", &["--keytab", &keytab], missing),
+        ("/nonexistent", &["--gssapi-service", "rcmd"], missing),
+        (&text, gssapi, &format!("{text}: file too short")),
+        ("libgssapi_krb5.so.2", gssapi, "S5_GSSAPI_LIBRARY is not an absolute path: libgssapi_krb5.so.2"),
+        (&libc, gssapi, &format!("{libc} has no gss_import_name")),
+    ];
+    for (library, args, expected) in table {
+        let output = run(s5_with(library, &["serve", "--listen", "127.0.0.1:0"]).args(args), b"", TIMEOUT);
+        assert_fails_with(&output, 2, &[expected]);
     }
 }
 
@@ -63,48 +72,31 @@ fn missing_library_error_names_the_package() {
         return;
     }
     // /dev/null is mounted over each library, so that it can't be loaded.
-    let found: Vec<String> = ["libgssapi_krb5.so.2", "libgssapi.so.3"]
-        .iter()
-        .filter_map(|name| find_library(name))
-        .map(|at| path(&at))
-        .collect();
+    let found = ["libgssapi_krb5.so.2", "libgssapi.so.3"].iter().filter_map(|name| find_library(name));
     let script = "while [ \"$1\" != -- ]; do mount --bind /dev/null \"$1\"; shift; done; shift; exec \"$@\"";
     let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--mount", "--", "sh", "-e", "-c", script, "sh"]).args(&found);
+    command.args(["--user", "--map-root-user", "--mount", "--", "sh", "-e", "-c", script, "sh"]).args(found);
     command.args(["--", env!("CARGO_BIN_EXE_s5"), "serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]);
     assert_fails_with(&run(&mut command, b"", TIMEOUT), 2, &["--auth gssapi", "apt install libgssapi-krb5-2"]);
     assert_explains("apt install libgssapi-krb5-2");
-}
-
-/// Sets the library of a command.
-fn with_library<'a>(command: &'a mut Command, library: &Path) -> &'a mut Command {
-    command.env(LIBRARY_ENV_VAR, library)
 }
 
 #[test]
 fn heimdal_and_mit_interoperate() {
     let Some(realm) = realm() else { return };
     let Some(heimdal) = find_library("libgssapi.so.3") else {
-        record_skip("Heimdal's library is not installed");
-        return;
+        return record_skip("Heimdal's library is not installed");
     };
     let (echo, data) = (echo_server().to_string(), bytes(300_000));
     for level in LEVELS {
-        let server = serve_heimdal(&realm, &heimdal, level);
-        let received = stdout(&mut client_at(&realm, "connect", &url(&server), level, &[&echo]), &data);
-        assert!(received == data, "{level}: Heimdal's server, {} bytes", received.len());
+        // Heimdal's library reads the keytab's path only from the environment.
+        let args = ["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi", "--gssapi-protection", level];
+        let server = Server::start_with(realm.env(&mut s5_with(&path(&heimdal), &args)), 1);
+        assert_echoes(&mut client_at(&realm, "connect", &url(&server), level, &[&echo]), &data);
         wait_session(&server, &[ALICE, "rep=0"]);
         let server = serve(&realm, &["--gssapi-protection", level]);
         let mut client = client_at(&realm, "connect", &url(&server), level, &[&echo]);
-        let received = stdout(with_library(&mut client, &heimdal), &data);
-        assert!(received == data, "{level}: Heimdal's client, {} bytes", received.len());
+        assert_echoes(client.env(LIBRARY_ENV_VAR, &heimdal), &data);
         wait_session(&server, &[ALICE, "rep=0"]);
     }
-}
-
-/// Starts a server with Heimdal's library, which reads the keytab's path only from the environment.
-fn serve_heimdal(realm: &Realm, heimdal: &Path, level: &str) -> Server {
-    let mut command = s5();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi", "--gssapi-protection", level]);
-    Server::start_with(with_library(realm.env(&mut command), heimdal), 1)
 }

@@ -26,14 +26,12 @@ mod support;
 
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::Duration;
 
+use crate::support::programs::LONG_TIMEOUT;
 use crate::support::realm::{self, Realm};
-use crate::support::scripted::text;
-use crate::support::{Server, run, s5, session_lines};
+use crate::support::scripted::{RunningProgram, text};
+use crate::support::{Server, run, s5};
 
-/// Time limit of a program that transfers much data, on a loaded machine.
-const LONG_TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: &str = "alice@S5.TEST";
 const LEVELS: [&str; 3] = ["none", "integrity", "confidentiality"];
 
@@ -63,11 +61,16 @@ fn url(server: &Server) -> String {
     format!("localhost:{}", server.addr().port())
 }
 
+/// Returns a client command in the realm.
+fn any_client(realm: &Realm, mode: &str, proxy: &str, args: &[&str]) -> Command {
+    let mut command = s5();
+    realm.env(command.args([mode, "-x", proxy]).args(args));
+    command
+}
+
 /// Returns a client command in the realm that offers only GSSAPI.
 fn client(realm: &Realm, mode: &str, proxy: &str, args: &[&str]) -> Command {
-    let mut command = s5();
-    realm.env(command.args([mode, "-x", proxy, "--auth", "gssapi"]).args(args));
-    command
+    any_client(realm, mode, proxy, &[&["--auth", "gssapi"], args].concat())
 }
 
 /// Like [`client`], but requests this level.
@@ -75,40 +78,36 @@ fn client_at(realm: &Realm, mode: &str, proxy: &str, level: &str, args: &[&str])
     client(realm, mode, proxy, &[&["--gssapi-protection", level], args].concat())
 }
 
-/// Runs a program that must succeed, and returns its stdout.
-fn stdout(command: &mut Command, stdin: &[u8]) -> Vec<u8> {
-    let output = run(command, stdin, LONG_TIMEOUT);
-    assert!(output.status.success(), "{command:?}: {}: {}", output.status, text(&output.stderr));
-    output.stdout
+/// Runs a client that offers only GSSAPI and sends `hello`.
+fn connect(realm: &Realm, proxy: &str, args: &[&str]) -> Output {
+    hello(&mut client(realm, "connect", proxy, args))
 }
 
-/// Checks that a program failed with this status and one line on stderr that contains all of these words.
-fn assert_fails_with(output: &Output, status: i32, words: &[&str]) {
-    let stderr = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{stderr}");
-    assert!(stderr.starts_with("s5: ") && stderr.lines().count() == 1, "one line: {stderr:?}");
-    for word in words {
-        assert!(stderr.contains(word), "{word:?} is not in {stderr:?}");
+/// Runs a program with `hello` on stdin.
+fn hello(command: &mut Command) -> Output {
+    run(command, b"hello\n", LONG_TIMEOUT)
+}
+
+/// Checks the output of a client that has sent `hello` to an echo server.
+fn assert_hello(output: &Output, case: &str) {
+    assert_eq!(text(&output.stdout), "hello\n", "{case}: {}", text(&output.stderr));
+}
+
+/// Starts `s5 udp` and sends datagrams of these lengths to an echo server, each one after the echo of the last one.
+fn exchange_datagrams(command: &mut Command, lengths: &[usize]) -> RunningProgram {
+    let mut client = RunningProgram::start(command);
+    let mut expected = Vec::new();
+    for length in lengths {
+        let letters = (b'a'..=b'z').cycle().enumerate().map(|(i, letter)| letter ^ (u8::from(i % 7 == 0) << 5));
+        let line: Vec<u8> = letters.take(*length).chain([b'\n']).collect();
+        client.write(&line);
+        expected.extend(line);
+        let all = client.stdout(|all| all.len() >= expected.len());
+        assert!(all == expected, "{command:?}: {length} bytes");
     }
-}
-
-/// Waits for the log line of a session that contains all of these words.
-fn wait_session(server: &Server, words: &[&str]) {
-    server.wait_log(|log| session_lines(log).iter().any(|line| words.iter().all(|word| line.contains(word))));
+    client
 }
 
 fn path(path: &Path) -> String {
     path.to_str().expect("UTF-8").to_owned()
-}
-
-/// Returns pseudorandom bytes with a long period.
-fn bytes(length: usize) -> Vec<u8> {
-    let mut state = 1_u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        state.to_be_bytes()[0]
-    };
-    // The period is prime, so that a lost or repeated buffer changes the data.
-    let block: Vec<u8> = (0..65_521).map(|_| next()).collect();
-    block.into_iter().cycle().take(length).collect()
 }

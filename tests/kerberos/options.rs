@@ -4,21 +4,16 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
+use crate::page::assert_explains;
+use crate::support::login::users_file;
+use crate::support::programs::{assert_fails_with, wait_session};
 use crate::support::realm::Realm;
-use crate::support::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir};
-use crate::{
-    ALICE, LONG_TIMEOUT, assert_fails_with, client, client_at, path, realm, serve, start, stdout, url, wait_session,
-};
+use crate::support::{Server, TIMEOUT, echo_server, is_installed, read_exact, run, s5, temp_dir, write_file};
+use crate::{ALICE, any_client, assert_hello, connect, hello, path, realm, serve, start, url};
 
 /// Runs a server that must not start.
 fn refused(realm: &Realm, args: &[&str]) -> Output {
     run(realm.env(s5().args(["serve", "--listen", "127.0.0.1:0"]).args(args)), b"", TIMEOUT)
-}
-
-fn users(dir: &std::path::Path) -> String {
-    let users = path(&dir.join("users"));
-    stdout(s5().args(["serve", "--users", &users, "--add-user", "bob"]), b"secret\n");
-    users
 }
 
 /// Returns the method that the server selects.
@@ -32,8 +27,8 @@ fn selected(server: &Server, methods: &[u8]) -> u8 {
 #[test]
 fn server_selects_methods_in_order_of_auth() {
     let Some(realm) = realm() else { return };
-    let (dir, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
-    let users = users(dir.path());
+    let keytab = path(&realm.file("service.keytab"));
+    let (_dir, users) = users_file(&[("bob", "secret")]);
     let both = ["--users", &users, "--keytab", &keytab];
     let table: [(&[&str], [u8; 5]); 7] = [
         // Selected methods for each of `offers` below.
@@ -55,8 +50,8 @@ fn server_selects_methods_in_order_of_auth() {
 #[test]
 fn contradictory_options_are_refused() {
     let Some(realm) = realm() else { return };
-    let (dir, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
-    let users = users(dir.path());
+    let keytab = path(&realm.file("service.keytab"));
+    let (_dir, users) = users_file(&[("bob", "secret")]);
     let table: [(&[&str], &str); 9] = [
         (&["--auth", "password"], "password requires --users"),
         (&["--auth", "gssapi,password", "--keytab", &keytab], "password requires --users"),
@@ -76,20 +71,22 @@ fn contradictory_options_are_refused() {
 #[test]
 fn unusable_keytab_is_reported_at_start() {
     let Some(realm) = realm() else { return };
-    let dir = temp_dir();
+    let (dir, keytab) = (temp_dir(), path(&realm.file("service.keytab")));
     let file = |name: &str| path(&dir.path().join(name));
-    std::fs::write(file("junk"), b"this is no keytab\n").expect("a file");
-    std::fs::write(file("empty"), b"").expect("a file");
-    std::fs::create_dir(file("dir")).expect("a directory");
-    let unusable = "is nonexistent or empty";
-    for (name, expected) in [("missing", "no such file"), ("junk", unusable), ("empty", unusable), ("dir", unusable)] {
-        assert_fails_with(&refused(&realm, &["--keytab", &file(name)]), 2, &[&file(name), expected]);
-        crate::page::assert_explains(expected);
+    let (junk, empty) = (write_file(dir.path(), "junk", "no keytab\n"), write_file(dir.path(), "empty", ""));
+    let nonexistent = "is nonexistent or empty";
+    let table: [(&[&str], &[&str]); 6] = [
+        (&["--keytab", &file("missing")], &[&file("missing"), "no such file"]),
+        (&["--keytab", &junk], &[&junk, nonexistent]),
+        (&["--keytab", &empty], &[&empty, nonexistent]),
+        (&["--keytab", &file("")], &[&file(""), nonexistent]),
+        (&["--keytab", &keytab, "--gssapi-service", "nokey"], &[&keytab, "No key table entry found"]),
+        (&["--auth", "gssapi", "--gssapi-service", "rcmd@other.test"], &["--auth gssapi", "GSSAPI"]),
+    ];
+    for (args, words) in table {
+        assert_fails_with(&refused(&realm, args), 2, words);
+        assert_explains(words[1]);
     }
-    let keytab = path(&realm.file("service.keytab"));
-    let no_key = refused(&realm, &["--keytab", &keytab, "--gssapi-service", "nokey"]);
-    assert_fails_with(&no_key, 2, &[&keytab, "No key table entry found"]);
-    crate::page::assert_explains("No key table entry found");
     // Without --keytab, KRB5_KTNAME names the keytab.
     let mut command = s5();
     realm.env(command.args(["serve", "--listen", "127.0.0.1:0", "--auth", "gssapi"]));
@@ -112,44 +109,42 @@ fn unreadable_keytab_is_reported_at_start() {
     mode(&path(dir.path()), 0o755);
     mode(&program, 0o755);
     mode(&keytab, if is_root { 0o600 } else { 0 });
-    let mut command = if is_root {
-        let mut command = Command::new("setpriv");
+    let mut command = Command::new(if is_root { "setpriv" } else { &program });
+    if is_root {
         command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", &program]);
-        command
-    } else {
-        Command::new(&program)
-    };
+    }
     command.args(["serve", "--listen", "127.0.0.1:0", "--keytab", &keytab]);
     let output = run(realm.env(&mut command), b"", TIMEOUT);
     assert_fails_with(&output, 2, &[&keytab, "permission denied"]);
-    crate::page::assert_explains("permission denied");
+    assert_explains("permission denied");
 }
 
 #[test]
 fn service_can_be_a_name_a_name_with_host_or_a_principal() {
     let Some(realm) = realm() else { return };
     let echo = echo_server().to_string();
-    for (service, accepted) in [
-        ("rcmd", "rcmd"),
-        ("rcmd@localhost", "rcmd"),
-        ("rcmd/localhost@S5.TEST", "rcmd"),
-        ("rcmd/localhost", "rcmd"),
-        ("socks", "socks"),
-        ("socks@localhost", "socks"),
-        ("socks/localhost@S5.TEST", "socks"),
-    ] {
-        let server = serve(&realm, &["--gssapi-service", service]);
+    let table: [(&[&str], &[&str]); 8] = [
+        // Without the option, all keys of the keytab are used.
+        (&[], &["rcmd", "socks"]),
+        (&["--gssapi-service", "rcmd"], &["rcmd"]),
+        (&["--gssapi-service", "rcmd@localhost"], &["rcmd"]),
+        (&["--gssapi-service", "rcmd/localhost@S5.TEST"], &["rcmd"]),
+        (&["--gssapi-service", "rcmd/localhost"], &["rcmd"]),
+        (&["--gssapi-service", "socks"], &["socks"]),
+        (&["--gssapi-service", "socks@localhost"], &["socks"]),
+        (&["--gssapi-service", "socks/localhost@S5.TEST"], &["socks"]),
+    ];
+    for (args, accepted) in table {
+        // One server has the keytab of the environment.
+        let server = if args.is_empty() { start(&realm, &["--auth", "gssapi"]) } else { serve(&realm, args) };
         for requested in ["rcmd", "socks"] {
-            let args = ["--gssapi-service", requested, &echo];
-            let output = run(&mut client(&realm, "connect", &url(&server), &args), b"hello", LONG_TIMEOUT);
-            match requested == accepted {
-                true => assert_eq!(output.stdout, b"hello", "{service}"),
+            let output = connect(&realm, &url(&server), &["--gssapi-service", requested, &echo]);
+            match accepted.contains(&requested) {
+                true => assert_hello(&output, requested),
                 false => assert_fails_with(&output, 67, &["login", "GSSAPI"]),
             }
         }
     }
-    let other_host = refused(&realm, &["--auth", "gssapi", "--gssapi-service", "rcmd@other.test"]);
-    assert_fails_with(&other_host, 2, &["--auth gssapi", "GSSAPI"]);
 }
 
 #[test]
@@ -157,48 +152,41 @@ fn wrong_key_refuses_login_and_new_key_needs_no_restart() {
     let Some(realm) = realm() else { return };
     let server = start(&realm, &["--keytab", &path(&realm.file("wrong.keytab"))]);
     let echo = echo_server().to_string();
-    let output = run(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello", LONG_TIMEOUT);
+    let output = connect(&realm, &url(&server), &[&echo]);
     assert_fails_with(&output, 67, &["proxy localhost:", "login", "the server refused the login"]);
-    crate::page::assert_explains("the server refused the login");
-    wait_session(&server, &["user=- ", "rep=-", "GSSAPI: "]);
+    assert_explains("the server refused the login");
+    wait_session(&server, &["user=- ", "rep=-", "GSSAPI: ", "rcmd/localhost@S5.TEST"]);
     // A key that is written later is used at the next login.
-    let keytab = realm.file("wrong.keytab");
-    std::fs::copy(realm.file("service.keytab"), &keytab).expect("a copy");
-    assert_eq!(stdout(&mut client(&realm, "connect", &url(&server), &[&echo]), b"hello"), b"hello");
+    std::fs::copy(realm.file("service.keytab"), realm.file("wrong.keytab")).expect("a copy");
+    assert_hello(&connect(&realm, &url(&server), &[&echo]), "new key");
 }
 
 #[test]
 fn client_disconnects_if_granted_level_is_too_low() {
     let Some(realm) = realm() else { return };
     let echo = echo_server().to_string();
-    let table: [(&str, &[&str], Option<&str>); 8] = [
+    let too_low = |granted: &str, required: &str| Some(format!("grants protection {granted}, required is {required}"));
+    let table: [(&str, &[&str], Option<String>); 8] = [
         ("integrity,confidentiality", &[], None),
         ("integrity", &[], None),
-        (
-            "integrity",
-            &["--gssapi-min", "confidentiality"],
-            Some("the server grants protection integrity, required is confidentiality"),
-        ),
-        ("none", &[], Some("the server grants protection none, required is integrity (see --gssapi-min)")),
+        ("integrity", &["--gssapi-min", "confidentiality"], too_low("integrity", "confidentiality")),
+        ("none", &[], too_low("none", "integrity (see --gssapi-min)")),
         ("none", &["--gssapi-min", "none"], None),
-        ("none", &["--gssapi-protection", "integrity"], Some("the server grants protection none, required is")),
+        ("none", &["--gssapi-protection", "integrity"], too_low("none", "")),
         ("confidentiality", &["--gssapi-protection", "none"], None),
         ("confidentiality", &["--gssapi-nec"], None),
     ];
     for (levels, args, expected) in table {
         let server = serve(&realm, &["--gssapi-protection", levels]);
-        let output =
-            run(&mut client(&realm, "connect", &url(&server), &[args, &[&echo]].concat()), b"hello", LONG_TIMEOUT);
+        let output = connect(&realm, &url(&server), &[args, &[&echo]].concat());
         match expected {
-            None => assert_eq!(output.stdout, b"hello", "{levels} {args:?}"),
-            Some(expected) => assert_fails_with(&output, 67, &["login", expected]),
+            None => assert_hello(&output, levels),
+            Some(expected) => assert_fails_with(&output, 67, &["login", &expected]),
         }
     }
-    let args = ["--gssapi-min", "confidentiality", &echo];
-    let server = serve(&realm, &[]);
-    let min_above_requested =
-        run(&mut client_at(&realm, "connect", &url(&server), "integrity", &args), b"", LONG_TIMEOUT);
-    assert_fails_with(&min_above_requested, 2, &["--gssapi-min", "--gssapi-protection"]);
+    let min_above_requested = ["--gssapi-protection", "integrity", "--gssapi-min", "confidentiality", &echo];
+    let output = connect(&realm, "localhost:9", &min_above_requested);
+    assert_fails_with(&output, 2, &["--gssapi-min", "--gssapi-protection"]);
 }
 
 #[test]
@@ -206,9 +194,9 @@ fn ccache_option_selects_the_tickets() {
     let Some(realm) = realm() else { return };
     let (server, echo) = (serve(&realm, &[]), echo_server().to_string());
     for (ccache, user) in [("ccache", ALICE), ("ccache.mallory", "mallory@S5.TEST")] {
-        let mut command = client(&realm, "connect", &url(&server), &["--ccache", &path(&realm.file(ccache)), &echo]);
-        command.env("KRB5CCNAME", "FILE:/nonexistent");
-        assert_eq!(stdout(&mut command, b"hello"), b"hello");
+        let ccache = path(&realm.file(ccache));
+        let mut command = crate::client(&realm, "connect", &url(&server), &["--ccache", &ccache, &echo]);
+        assert_hello(&hello(command.env("KRB5CCNAME", "FILE:/nonexistent")), user);
         wait_session(&server, &[&format!("user=\"{user}\"")]);
     }
 }
@@ -216,25 +204,22 @@ fn ccache_option_selects_the_tickets() {
 #[test]
 fn gssapi_is_offered_only_with_a_ticket() {
     let Some(realm) = realm() else { return };
-    let (dir, echo) = (temp_dir(), echo_server().to_string());
+    let echo = echo_server().to_string();
+    let (_dir, users) = users_file(&[("bob", "secret")]);
     // Prefers GSSAPI, and accepts others.
-    let users = users(dir.path());
     let server = serve(&realm, &["--users", &users, "--auth", "gssapi,password,none"]);
-    let connect = |ccache: &str, args: &[&str], proxy: &str| {
-        let mut command = s5();
-        realm.env(command.args(["connect", "-x", proxy]).args(args).arg(&echo));
-        let output =
-            run(command.env("KRB5CCNAME", format!("FILE:{}", realm.file(ccache).display())), b"hello", LONG_TIMEOUT);
-        assert_eq!(output.stdout, b"hello", "{}", crate::text(&output.stderr));
-    };
-    let bob = format!("bob:secret@{}", url(&server));
-    connect("ccache", &[], &url(&server));
-    wait_session(&server, &[&format!("user=\"{ALICE}\"")]);
-    connect("none", &[], &bob);
-    wait_session(&server, &["user=\"bob\""]);
-    connect("none", &[], &url(&server));
-    wait_session(&server, &["user=- "]);
-    let before = server.log();
-    connect("ccache", &["--auth", "password"], &bob);
-    server.wait_log(|log| log[before.len()..].contains("user=\"bob\""));
+    let (plain, bob) = (url(&server), format!("bob:secret@{}", url(&server)));
+    let table: [(&str, &[&str], &str, &str); 4] = [
+        ("ccache", &[], &plain, "user=\"alice@S5.TEST\""),
+        ("none", &[], &bob, "user=\"bob\""),
+        ("none", &[], &plain, "user=- "),
+        ("ccache", &["--auth", "password"], &bob, "user=\"bob\""),
+    ];
+    for (ccache, args, proxy, user) in table {
+        let before = server.log().len();
+        let mut command = any_client(&realm, "connect", proxy, &[args, &[&echo]].concat());
+        command.env("KRB5CCNAME", format!("FILE:{}", realm.file(ccache).display()));
+        assert_hello(&hello(&mut command), user);
+        server.wait_log(|log| log[before..].contains(user));
+    }
 }

@@ -5,9 +5,10 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::programs::{LONG_TIMEOUT, stdout, wait_session};
 use crate::support::realm::{PASSWORD, REALM, Realm};
-use crate::support::{Server, V4, is_installed, run, tcp_server};
-use crate::{ALICE, LONG_TIMEOUT, realm, text, wait_session};
+use crate::support::{Server, V4, is_installed, run, tcp_server, temp_dir};
+use crate::{ALICE, realm, text};
 
 const PAGE: &str = include_str!("../../src/gssapi/README.md");
 
@@ -36,10 +37,9 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
     if !is_installed("sh") {
         return;
     }
-    let dir = crate::support::temp_dir();
+    let dir = temp_dir();
     let delete_principal = format!("kadmin.local -q 'delprinc -force rcmd/localhost@{REALM}'");
-    let output = run(&mut shell(&realm, dir.path(), &delete_principal), b"", LONG_TIMEOUT);
-    assert!(output.status.success(), "{}", text(&output.stderr));
+    stdout(&mut shell(&realm, dir.path(), &delete_principal), b"");
     let web = tcp_server(V4, |mut stream| {
         let mut request = [0; 18];
         stream.read_exact(&mut request).expect("a request");
@@ -71,10 +71,8 @@ fn commands_lead_from_an_empty_keytab_to_a_working_login() {
         if line.starts_with("s5 connect") {
             assert_eq!(text(&output.stdout), "HTTP/1.0 200 OK\r\n\r\nit works");
             assert!(text(&output.stderr).contains(&format!("connected to {web}")), "{}", text(&output.stderr));
-            wait_session(
-                server.as_ref().expect("the server starts before the client"),
-                &[ALICE, "command=connect", "rep=0"],
-            );
+            let server = server.as_ref().expect("the server starts before the client");
+            wait_session(server, &[ALICE, "command=connect", "rep=0"]);
         }
     }
     for command in ["addprinc", "ktadd", "s5 serve --keytab s5.keytab", "kinit alice", "s5 connect"] {

@@ -1,20 +1,18 @@
 //! An independent peer for the tests: GSSAPI is Debian's python3-gssapi in a separate process; the test chooses the
 //! messages, valid or invalid. Not a test itself.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use crate::support::programs::{PYTHON, has_python_module};
 use crate::support::realm::Realm;
-use crate::support::{CONNECT, Server, StreamEnd, TIMEOUT, is_installed, read_exact, request, skip, stream_end};
+use crate::support::{CONNECT, Server, TIMEOUT, V4, accept, listener, read_exact, request};
 
-/// Debian's Python, which has Debian's modules. The first Python in PATH can be another one.
-pub const PYTHON: &str = "/usr/bin/python3";
 const SCRIPT: &str = include_str!("peer.py");
 
 /// Flags of an initiator, with the values of RFC 2744.
@@ -26,22 +24,19 @@ pub const CONF: u32 = 16;
 pub const INTEG: u32 = 32;
 pub const ALL: u32 = MUTUAL | REPLAY | SEQUENCE | CONF | INTEG;
 
+/// A success reply with BND 0.0.0.0:0.
+pub const SUCCESS: [u8; 10] = [5, 0, 0, 1, 0, 0, 0, 0, 0, 0];
 pub const ABORT: [u8; 2] = [1, 0xff];
 /// Message types of RFC 1961.
 pub const AUTHENTICATION: u8 = 1;
 pub const PROTECTION: u8 = 2;
 pub const DATA: u8 = 3;
 
-/// Returns whether python3-gssapi is installed, like `is_installed`.
-pub fn has_python_gssapi() -> bool {
-    if !Path::new(PYTHON).exists() {
-        return is_installed(PYTHON);
-    }
-    let imported = Command::new(PYTHON).args(["-c", "import gssapi"]).output().expect("Python runs");
-    if !imported.status.success() {
-        skip("python3-gssapi is not installed");
-    }
-    imported.status.success()
+/// Starts a realm, and a library in it. Returns `None` if their programs are not installed.
+pub fn set_up() -> Option<(Realm, Library)> {
+    let realm = has_python_module("gssapi", "python3-gssapi").then(crate::realm)??;
+    let library = Library::start(&realm);
+    Some((realm, library))
 }
 
 /// A process that runs the GSSAPI calls.
@@ -74,22 +69,12 @@ impl Library {
         Self(Arc::new(Mutex::new(Process { child, stdin, answers })), Arc::default())
     }
 
-    fn try_call(&self, words: &[&str]) -> Result<String, String> {
+    fn call(&self, words: &[&str]) -> String {
         let mut process = self.0.lock().expect("no panic");
         process.stdin.write_all(format!("{}\n", words.join(" ")).as_bytes()).expect("Python reads");
         let answer = process.answers.recv_timeout(TIMEOUT).expect("Python answers");
-        match answer.strip_prefix("error ") {
-            Some(error) => Err(error.into()),
-            None => Ok(answer),
-        }
-    }
-
-    fn call(&self, words: &[&str]) -> String {
-        self.try_call(words).unwrap_or_else(|error| panic!("{}: {error}", words[0]))
-    }
-
-    fn new_name(&self) -> String {
-        self.1.fetch_add(1, Ordering::Relaxed).to_string()
+        assert!(!answer.starts_with("error "), "{}: {answer}", words[0]);
+        answer
     }
 
     /// Returns an initiator's context for `rcmd@localhost` with these flags.
@@ -98,15 +83,17 @@ impl Library {
     }
 
     pub fn init_with(&self, service: &str, flags: u32) -> Context {
-        let name = self.new_name();
-        self.call(&["init", &name, service, &flags.to_string()]);
-        Context { library: self.clone(), name }
+        self.new_context("init", &[service, &flags.to_string()])
     }
 
     /// Returns an acceptor's context.
     pub fn accept(&self) -> Context {
-        let name = self.new_name();
-        self.call(&["accept", &name]);
+        self.new_context("accept", &[])
+    }
+
+    fn new_context(&self, command: &str, args: &[&str]) -> Context {
+        let name = self.1.fetch_add(1, Ordering::Relaxed).to_string();
+        self.call(&[&[command, &*name], args].concat());
         Context { library: self.clone(), name }
     }
 }
@@ -134,6 +121,19 @@ impl Context {
 
     pub fn wrap(&self, data: &[u8], should_encrypt: bool) -> Vec<u8> {
         from_hex(&self.library.call(&["wrap", &self.name, if should_encrypt { "1" } else { "0" }, &to_hex(data)]))
+    }
+
+    /// Returns a message whose token has this data.
+    pub fn message(&self, mtyp: u8, data: &[u8], should_encrypt: bool) -> Vec<u8> {
+        message(mtyp, &self.wrap(data, should_encrypt))
+    }
+
+    /// Returns a message with this level, as a client requests it and a server grants it.
+    fn level_message(&self, level: u8, form: LevelForm) -> Vec<u8> {
+        match form {
+            LevelForm::Rfc => self.message(PROTECTION, &[level], false),
+            LevelForm::Nec => message(PROTECTION, &[level]),
+        }
     }
 
     /// Returns the data in a token, and whether it was encrypted.
@@ -192,9 +192,9 @@ impl Peer {
     /// Establishes this context on a connection.
     pub fn establish(stream: TcpStream, context: Context) -> Self {
         let mut peer = Self { stream, context, should_encrypt: false };
-        peer.greet();
+        greet(&mut peer.stream);
         let (token, is_complete) = peer.context.step(&[]);
-        peer.send_token(AUTHENTICATION, &token);
+        peer.send_raw(&message(AUTHENTICATION, &token));
         let answer = peer.receive_token(AUTHENTICATION);
         if !is_complete {
             assert_eq!(peer.context.step(&answer), (vec![], true));
@@ -202,35 +202,53 @@ impl Peer {
         peer
     }
 
-    /// Offers only GSSAPI. Checks that the server selects it.
-    pub fn greet(&mut self) {
-        greet(&mut self.stream);
-    }
-
-    /// Requests a level as a client. Returns the granted level.
-    pub fn request_level(&mut self, level: u8, form: LevelForm) -> u8 {
-        let request = if form == LevelForm::Nec { vec![level] } else { self.context.wrap(&[level], false) };
-        self.send_token(PROTECTION, &request);
-        let answer = self.receive_token(PROTECTION);
-        let granted = match form {
-            LevelForm::Nec => answer,
-            LevelForm::Rfc => {
-                let (granted, is_encrypted) = self.context.unwrap(&answer);
-                assert!(!is_encrypted, "levels are not encrypted");
-                granted
-            }
-        };
-        assert_eq!(granted.len(), 1, "a level is one byte");
-        self.should_encrypt = granted[0] == 2;
-        granted[0]
+    /// Like [`Peer::new`], and negotiates this level.
+    pub fn at_level(library: &Library, server: &Server, flags: u32, level: u8) -> Self {
+        let mut peer = Self::new(library, server, flags);
+        assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
+        peer
     }
 
     /// Connects to the server at this level and completes a CONNECT request.
     pub fn connected(library: &Library, server: &Server, level: u8, dst: SocketAddr) -> Self {
-        let mut peer = Self::new(library, server, ALL);
-        assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
+        let mut peer = Self::at_level(library, server, ALL, level);
         assert_eq!(peer.request(CONNECT, dst).0, 0);
         peer
+    }
+
+    /// Requests a level as a client. Returns the granted level.
+    pub fn request_level(&mut self, level: u8, form: LevelForm) -> u8 {
+        let request = self.context.level_message(level, form);
+        self.send_raw(&request);
+        let (granted, answered_form) = self.receive_level();
+        assert_eq!(answered_form, form);
+        self.should_encrypt = granted == 2;
+        granted
+    }
+
+    /// Receives the level that the other side requests or grants, and its form.
+    pub fn receive_level(&mut self) -> (u8, LevelForm) {
+        let token = self.receive_token(PROTECTION);
+        if token.len() == 1 {
+            return (token[0], LevelForm::Nec);
+        }
+        let (level, is_encrypted) = self.context.unwrap(&token);
+        assert!(!is_encrypted && level.len() == 1, "a level is one byte and not encrypted");
+        (level[0], LevelForm::Rfc)
+    }
+
+    /// Grants a level as a server.
+    pub fn grant_level(&mut self, level: u8, form: LevelForm) {
+        let answer = self.context.level_message(level, form);
+        self.send_raw(&answer);
+        self.should_encrypt = level == 2;
+    }
+
+    /// Receives a request as a server, and sends a success reply.
+    pub fn accept_request(&mut self) -> Vec<u8> {
+        let request = self.receive();
+        self.send(&SUCCESS);
+        request
     }
 
     /// Sends a request in one token. Returns REP and BND.
@@ -246,10 +264,15 @@ impl Peer {
         (rep, SocketAddr::from(([a, b, c, d], u16::from_be_bytes([high, low]))))
     }
 
+    /// Returns a message with this data.
+    pub fn frame(&self, data: &[u8]) -> Vec<u8> {
+        self.context.message(DATA, data, self.should_encrypt)
+    }
+
     /// Sends data in one token.
     pub fn send(&mut self, data: &[u8]) {
-        let token = self.context.wrap(data, self.should_encrypt);
-        self.send_token(DATA, &token);
+        let frame = self.frame(data);
+        self.send_raw(&frame);
     }
 
     /// Receives the data of the next token.
@@ -276,11 +299,6 @@ impl Peer {
         assert_eq!(self.receive_all(data.len()), data);
     }
 
-    /// Sends a message with this token.
-    pub fn send_token(&mut self, mtyp: u8, token: &[u8]) {
-        self.send_raw(&message(mtyp, token));
-    }
-
     /// Sends unprotected bytes.
     pub fn send_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("sent");
@@ -294,11 +312,6 @@ impl Peer {
     /// Shuts down the write side. Ignores the error if the peer has disconnected.
     pub fn shutdown(&self) {
         let _ = self.stream.shutdown(Shutdown::Write);
-    }
-
-    /// Checks that the server sends the two bytes of an abort and closes.
-    pub fn assert_aborted(&mut self, case: &str) {
-        assert_eq!(stream_end(&mut self.stream), StreamEnd::Closed(ABORT.to_vec()), "{case}");
     }
 }
 
@@ -331,7 +344,7 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn new(library: &Library) -> Self {
-        let (listener, addr) = crate::support::listener(crate::support::V4);
+        let (listener, addr) = listener(V4);
         Self { listener, addr, library: library.clone() }
     }
 
@@ -342,7 +355,7 @@ impl Proxy {
 
     /// Accepts a client and selects GSSAPI. Returns the connection and the offered methods.
     pub fn accept_greeting(&self) -> (TcpStream, Vec<u8>) {
-        let (mut stream, _) = crate::support::accept(&self.listener);
+        let (mut stream, _) = accept(&self.listener);
         let head = read_exact(&mut stream, 2);
         assert_eq!(head[0], 5, "VER");
         let methods = read_exact(&mut stream, head[1].into());
@@ -359,34 +372,9 @@ impl Proxy {
         let (answer, is_complete) = context.step(&token);
         assert!(is_complete, "Kerberos needs one token");
         let mut peer = Peer { stream, context, should_encrypt: false };
-        peer.send_token(AUTHENTICATION, &answer);
+        peer.send_raw(&message(AUTHENTICATION, &answer));
         peer
     }
-
-    /// Receives the level that a client requests, and its form.
-    pub fn receive_level(peer: &mut Peer) -> (u8, LevelForm) {
-        let token = peer.receive_token(PROTECTION);
-        if token.len() == 1 {
-            return (token[0], LevelForm::Nec);
-        }
-        let (level, is_encrypted) = peer.context.unwrap(&token);
-        assert!(!is_encrypted && level.len() == 1, "a level is one byte and not encrypted");
-        (level[0], LevelForm::Rfc)
-    }
-
-    /// Grants a level.
-    pub fn grant_level(peer: &mut Peer, level: u8, form: LevelForm) {
-        let answer = if form == LevelForm::Nec { vec![level] } else { peer.context.wrap(&[level], false) };
-        peer.send_token(PROTECTION, &answer);
-        peer.should_encrypt = level == 2;
-    }
-}
-
-/// Reads until the connection is closed.
-pub fn read_until_closed(stream: &mut TcpStream) -> Vec<u8> {
-    let mut all = Vec::new();
-    stream.read_to_end(&mut all).expect("closed");
-    all
 }
 
 fn to_hex(bytes: &[u8]) -> String {

@@ -2,37 +2,37 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
-use crate::peer::{ALL, AUTHENTICATION, Context, DATA, LevelForm, Library, Peer, has_python_gssapi, message};
+use crate::peer::{ALL, AUTHENTICATION, DATA, Library, Peer, SEQUENCE, message, set_up};
+use crate::serve;
 use crate::support::realm::Realm;
-use crate::support::{Server, UDP_ASSOCIATE, V4, retry, udp_echo_server};
-use crate::{bytes, realm, serve};
+use crate::support::{
+    Server, TIMEOUT, UDP_ASSOCIATE, V4, bytes, bytes::hex, message_with_addr, retry, udp_echo_server,
+};
 
-/// The client's UDP socket of an association.
-pub struct Udp<'a> {
-    context: &'a Context,
-    should_encrypt: bool,
+/// The client of an association.
+pub struct Udp {
+    control: Peer,
+    relay: SocketAddr,
     socket: UdpSocket,
 }
 
-impl<'a> Udp<'a> {
-    pub fn new(control: &'a mut Peer, relay: SocketAddr) -> Self {
+impl Udp {
+    pub fn new(mut control: Peer) -> Self {
+        let (rep, relay) = control.request(UDP_ASSOCIATE, SocketAddr::from(([0; 4], 0)));
+        assert_eq!(rep, 0);
         let socket = UdpSocket::bind((V4, 0)).expect("a port");
         socket.connect(relay).expect("an address");
-        socket.set_read_timeout(Some(crate::support::TIMEOUT)).expect("timeout set");
-        Self { context: &control.context, should_encrypt: control.should_encrypt, socket }
+        socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+        Self { control, relay, socket }
     }
 
     /// Returns a wrapped datagram for the relay.
     fn wrapped(&self, frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
-        message(DATA, &self.context.wrap(&datagram(frag, dst, data), self.should_encrypt))
+        self.control.frame(&datagram(frag, dst, data))
     }
 
     fn send_raw(&self, bytes: &[u8]) {
         self.socket.send(bytes).expect("sent");
-    }
-
-    fn send(&self, dst: SocketAddr, data: &[u8]) {
-        self.send_raw(&self.wrapped(0, dst, data));
     }
 
     /// Receives an answer. Returns FRAG, sender and data.
@@ -41,8 +41,8 @@ impl<'a> Udp<'a> {
         let n = retry(|| self.socket.recv(&mut buffer)).expect("an answer");
         let [1, DATA, high, low, token @ ..] = &buffer[..n] else { panic!("not a frame: {:?}", &buffer[..n.min(16)]) };
         assert_eq!(usize::from(u16::from_be_bytes([*high, *low])), token.len(), "LEN matches the datagram");
-        let (bytes, is_encrypted) = self.context.unwrap(token);
-        assert_eq!(is_encrypted, self.should_encrypt, "encrypted as negotiated");
+        let (bytes, is_encrypted) = self.control.context.unwrap(token);
+        assert_eq!(is_encrypted, self.control.should_encrypt, "encrypted as negotiated");
         let [0, 0, frag, 1, a, b, c, d, high, low, data @ ..] = &bytes[..] else { panic!("{bytes:?}") };
         (*frag, SocketAddr::from(([*a, *b, *c, *d], u16::from_be_bytes([*high, *low]))), data.to_vec())
     }
@@ -55,13 +55,14 @@ impl<'a> Udp<'a> {
 
     /// Sends data to an echo server. Checks that the next datagram is the echo.
     pub fn ping(&self, dst: SocketAddr, data: &[u8]) {
-        self.send(dst, data);
-        assert!(self.receive() == (dst, data.to_vec()), "{} bytes", data.len());
+        self.send_raw(&self.wrapped(0, dst, data));
+        let (from, received) = self.receive();
+        assert!((from, &received[..]) == (dst, data), "{} bytes, sent {}", received.len(), hex(data));
     }
 }
 
 fn datagram(frag: u8, dst: SocketAddr, data: &[u8]) -> Vec<u8> {
-    let mut bytes = crate::support::message_with_addr([0, 0, frag], dst);
+    let mut bytes = message_with_addr([0, 0, frag], dst);
     bytes.extend(data);
     bytes
 }
@@ -75,21 +76,13 @@ struct Setup {
 
 impl Setup {
     fn new() -> Option<Self> {
-        if !has_python_gssapi() {
-            return None;
-        }
-        let realm = realm()?;
-        let (library, server) = (Library::start(&realm), serve(&realm, &[]));
+        let (realm, library) = set_up()?;
+        let server = serve(&realm, &[]);
         Some(Self { _realm: realm, library, server, echo: udp_echo_server(V4) })
     }
 
-    /// Returns a control connection at this level, and the address of the relay.
-    fn associate(&self, flags: u32, level: u8) -> (Peer, SocketAddr) {
-        let mut peer = Peer::new(&self.library, &self.server, flags);
-        assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
-        let (rep, relay) = peer.request(UDP_ASSOCIATE, SocketAddr::from(([0; 4], 0)));
-        assert_eq!(rep, 0);
-        (peer, relay)
+    fn associate(&self, flags: u32, level: u8) -> Udp {
+        Udp::new(Peer::at_level(&self.library, &self.server, flags, level))
     }
 }
 
@@ -97,9 +90,8 @@ impl Setup {
 fn invalid_datagrams_are_dropped_and_association_continues() {
     let Some(setup) = Setup::new() else { return };
     for level in [1, 2] {
-        let (mut control, relay) = setup.associate(ALL, level);
-        let other = control.context.other_context();
-        let udp = Udp::new(&mut control, relay);
+        let udp = setup.associate(ALL, level);
+        let context = &udp.control.context;
         udp.ping(setup.echo, b"first");
         let evil = datagram(0, setup.echo, b"evil");
         let valid_token = || udp.wrapped(0, setup.echo, b"evil");
@@ -112,8 +104,8 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
         let mut invalid = vec![
             ("clear", evil.clone()),
             ("clear in a frame", message(DATA, &evil)),
-            ("from another context", message(DATA, &other.wrap(&evil, true))),
-            ("another type", message(AUTHENTICATION, &udp.context.wrap(&evil, true))),
+            ("from another context", context.other_context().message(DATA, &evil, true)),
+            ("another type", context.message(AUTHENTICATION, &evil, true)),
             ("another version", change(0, 5)),
             ("LEN is one more", change(3, valid[3] + 1)),
             ("LEN is one less", change(3, valid[3] - 1)),
@@ -124,17 +116,16 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
             ("an empty token", message(DATA, &[])),
             ("half a header", vec![1, 3]),
             ("nothing", vec![]),
-            ("not a datagram in a token", message(DATA, &udp.context.wrap(b"evil", true))),
+            ("not a datagram in a token", context.message(DATA, b"evil", true)),
             ("an abort", vec![1, 0xff]),
         ];
         if level == 2 {
-            invalid.push(("not encrypted", message(DATA, &udp.context.wrap(&evil, false))));
+            invalid.push(("not encrypted", context.message(DATA, &evil, false)));
         }
         for (case, bytes) in invalid {
             udp.send_raw(&bytes);
-            udp.send(setup.echo, case.as_bytes());
             // The next answer is that to the valid datagram.
-            assert_eq!(udp.receive(), (setup.echo, case.as_bytes().to_vec()), "level {level}");
+            udp.ping(setup.echo, format!("{case}, at level {level}").as_bytes());
         }
     }
 }
@@ -142,9 +133,8 @@ fn invalid_datagrams_are_dropped_and_association_continues() {
 #[test]
 fn datagrams_can_be_late_or_missing_but_are_relayed_once() {
     let Some(setup) = Setup::new() else { return };
-    for flags in [ALL, ALL & !crate::peer::SEQUENCE] {
-        let (mut control, relay) = setup.associate(flags, 2);
-        let udp = Udp::new(&mut control, relay);
+    for flags in [ALL, ALL & !SEQUENCE] {
+        let udp = setup.associate(flags, 2);
         let all: Vec<Vec<u8>> = (0..6_u8).map(|i| udp.wrapped(0, setup.echo, &[i])).collect();
         for (i, is_new) in [(0, true), (2, true), (2, false), (1, true), (0, false), (1, false), (5, true), (3, true)] {
             udp.send_raw(&all[i]);
@@ -161,34 +151,32 @@ fn datagrams_can_be_late_or_missing_but_are_relayed_once() {
 #[test]
 fn reflected_datagram_of_the_server_is_dropped() {
     let Some(setup) = Setup::new() else { return };
-    let (mut control, relay) = setup.associate(ALL, 1);
-    let udp = Udp::new(&mut control, relay);
-    udp.send(setup.echo, b"once");
+    let udp = setup.associate(ALL, 1);
+    udp.send_raw(&udp.wrapped(0, setup.echo, b"once"));
     let mut buffer = [0; 1024];
     let n = retry(|| udp.socket.recv(&mut buffer)).expect("an answer");
     udp.send_raw(&buffer[..n]);
-    udp.context.unwrap(&buffer[4..n]);
+    udp.control.context.unwrap(&buffer[4..n]);
     udp.ping(setup.echo, b"last");
 }
 
 #[test]
 fn client_port_is_that_of_the_first_valid_datagram() {
     let Some(setup) = Setup::new() else { return };
-    let (mut control, relay) = setup.associate(ALL, 2);
+    let udp = setup.associate(ALL, 2);
     // Another program on the same host sends invalid datagrams.
     let stranger = UdpSocket::bind((V4, 0)).expect("a port");
     for bytes in [&datagram(0, setup.echo, b"evil")[..], b"", b"\x01\x03\x00\x04evil"] {
-        stranger.send_to(bytes, relay).expect("sent");
+        stranger.send_to(bytes, udp.relay).expect("sent");
     }
-    Udp::new(&mut control, relay).ping(setup.echo, b"hello");
+    udp.ping(setup.echo, b"hello");
 }
 
 #[test]
 fn each_fragment_is_wrapped() {
     let Some(setup) = Setup::new() else { return };
     for level in [1, 2] {
-        let (mut control, relay) = setup.associate(ALL, level);
-        let udp = Udp::new(&mut control, relay);
+        let udp = setup.associate(ALL, level);
         for (frag, data) in [(1, &b"one "[..]), (2, b"two "), (0x83, b"three")] {
             udp.send_raw(&udp.wrapped(frag, setup.echo, data));
         }
@@ -200,8 +188,7 @@ fn each_fragment_is_wrapped() {
 fn answers_are_fragmented_only_if_too_long_for_one_datagram() {
     let Some(setup) = Setup::new() else { return };
     for (level, max) in [(1, 65_465), (2, 65_433)] {
-        let (mut control, relay) = setup.associate(ALL, level);
-        let udp = Udp::new(&mut control, relay);
+        let udp = setup.associate(ALL, level);
         udp.ping(setup.echo, &bytes(max));
         // The request is sent in two halves; the server fragments the answer by itself.
         let (half, more) = (bytes(max / 2), bytes(max + 1 - max / 2));

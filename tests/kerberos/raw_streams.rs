@@ -3,10 +3,13 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
-use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, LevelForm, Library, PROTECTION, Peer, has_python_gssapi, message};
+use crate::peer::{ABORT, ALL, AUTHENTICATION, DATA, Library, PROTECTION, Peer, message, set_up};
+use crate::serve;
+use crate::support::programs::wait_session;
 use crate::support::realm::Realm;
-use crate::support::{CONNECT, Server, StreamEnd, V4, accept, echo_server, listener, read_exact, retry, stream_end};
-use crate::{bytes, realm, serve, wait_session};
+use crate::support::{
+    CONNECT, Server, StreamEnd, V4, accept, bytes, echo_server, listener, read_exact, request, retry, stream_end,
+};
 
 struct Setup {
     _realm: Realm,
@@ -18,12 +21,8 @@ struct Setup {
 
 impl Setup {
     fn new() -> Option<Self> {
-        if !has_python_gssapi() {
-            return None;
-        }
-        let realm = realm()?;
-        let (library, server) = (Library::start(&realm), serve(&realm, &[]));
-        let (listener, target) = listener(V4);
+        let (realm, library) = set_up()?;
+        let (server, (listener, target)) = (serve(&realm, &[]), listener(V4));
         Some(Self { _realm: realm, library, server, listener, target })
     }
 
@@ -37,77 +36,54 @@ impl Setup {
     }
 }
 
-/// Sends invalid data.
-type SendInvalid = fn(&mut Peer, &mut TcpStream);
+/// Returns invalid data. Can send valid data before.
+type Invalid = fn(&mut Peer, &mut TcpStream) -> Vec<u8>;
 
-fn data(peer: &Peer, text: &[u8]) -> Vec<u8> {
-    message(DATA, &peer.context.wrap(text, peer.should_encrypt))
-}
-
-fn send_changed(peer: &mut Peer, at: impl Fn(usize) -> usize) {
-    let mut bytes = data(peer, b"evil evil evil");
+fn changed(peer: &Peer, at: impl Fn(usize) -> usize) -> Vec<u8> {
+    let mut bytes = peer.frame(b"evil evil evil");
     let at = at(bytes.len());
     bytes[at] ^= 0x40;
-    peer.send_raw(&bytes);
+    bytes
 }
 
-/// Name, text in the log, and function that sends it.
-const INVALID: [(&str, &str, SendInvalid); 20] = [
-    ("a duplicate", "out of order", |peer, _| {
-        let token = data(peer, b"good");
-        peer.send_raw(&[&token[..], &token].concat());
-    }),
+/// Name, text in the log, and data.
+const INVALID: [(&str, &str, Invalid); 20] = [
+    ("a duplicate", "out of order", |peer, _| peer.frame(b"good").repeat(2)),
     ("two tokens in the wrong order", "out of order", |peer, _| {
-        let tokens = [data(peer, b"evil"), data(peer, b"evil")];
-        peer.send_raw(&[&tokens[1][..], &tokens[0]].concat());
+        let tokens = [peer.frame(b"evil"), peer.frame(b"evil")];
+        [&tokens[1][..], &tokens[0]].concat()
     }),
     ("a gap", "out of order", |peer, _| {
-        data(peer, b"lost");
-        peer.send(b"evil");
+        peer.frame(b"lost");
+        peer.frame(b"evil")
     }),
     ("an old token", "out of order", |peer, _| {
-        let old = data(peer, b"good");
+        let old = peer.frame(b"good");
         peer.send_raw(&old);
-        for _ in 0..100 {
-            peer.send(b"");
-        }
-        peer.send_raw(&old);
+        (0..100).for_each(|_| peer.send(b""));
+        old
     }),
     ("a reflected token of the server", "protection: ", |peer, target| {
         target.write_all(b"evil").expect("sent");
-        let token = peer.receive_token(DATA);
-        peer.send_token(DATA, &token);
+        message(DATA, &peer.receive_token(DATA))
     }),
     ("a token from another context", "protection: ", |peer, _| {
-        let other = peer.context.other_context();
-        peer.send_token(DATA, &other.wrap(b"evil", true));
+        peer.context.other_context().message(DATA, b"evil", true)
     }),
-    ("changed data", "protection: ", |peer, _| send_changed(peer, |_| 4 + 20)),
-    ("changed checksum", "protection: ", |peer, _| send_changed(peer, |length| length - 1)),
-    ("changed sequence number", "protection: ", |peer, _| send_changed(peer, |_| 4 + 15)),
-    ("changed flags", "protection: ", |peer, _| send_changed(peer, |_| 4 + 2)),
-    ("an empty token", "protection: ", |peer, _| peer.send_token(DATA, b"")),
-    ("65535 invalid bytes", "protection: ", |peer, _| peer.send_token(DATA, &[5; 65_535])),
-    ("clear text in a frame", "protection: ", |peer, _| peer.send_token(DATA, b"evil")),
-    ("clear text", "protection: ", |peer, _| peer.send_raw(b"GET / HTTP/1.0\r\n\r\n")),
-    ("clear text after a frame", "protection: ", |peer, _| {
-        let good = data(peer, b"good");
-        peer.send_raw(&[&good[..], b"\x01GET"].concat());
-    }),
-    ("a token in a message of type 1", "protection: ", |peer, _| {
-        let token = peer.context.wrap(b"evil", true);
-        peer.send_token(AUTHENTICATION, &token);
-    }),
-    ("a token in a message of type 2", "protection: ", |peer, _| {
-        let token = peer.context.wrap(b"evil", true);
-        peer.send_token(PROTECTION, &token);
-    }),
-    ("an unknown message type", "protection: ", |peer, _| peer.send_token(4, b"evil")),
-    ("an abort", "protection: ", |peer, _| peer.send_raw(&ABORT)),
-    ("another version", "protection: ", |peer, _| {
-        let token = data(peer, b"evil");
-        peer.send_raw(&[&[5], &token[1..]].concat());
-    }),
+    ("changed data", "protection: ", |peer, _| changed(peer, |_| 4 + 20)),
+    ("changed checksum", "protection: ", |peer, _| changed(peer, |length| length - 1)),
+    ("changed sequence number", "protection: ", |peer, _| changed(peer, |_| 4 + 15)),
+    ("changed flags", "protection: ", |peer, _| changed(peer, |_| 4 + 2)),
+    ("an empty token", "protection: ", |_, _| message(DATA, b"")),
+    ("65535 invalid bytes", "protection: ", |_, _| message(DATA, &[5; 65_535])),
+    ("clear text in a frame", "protection: ", |_, _| message(DATA, b"evil")),
+    ("clear text", "protection: ", |_, _| b"GET / HTTP/1.0\r\n\r\n".to_vec()),
+    ("clear text after a frame", "protection: ", |peer, _| [&peer.frame(b"good")[..], b"\x01GET"].concat()),
+    ("a token in a message of type 1", "protection: ", |peer, _| peer.context.message(AUTHENTICATION, b"evil", true)),
+    ("a token in a message of type 2", "protection: ", |peer, _| peer.context.message(PROTECTION, b"evil", true)),
+    ("an unknown message type", "protection: ", |_, _| message(4, b"evil")),
+    ("an abort", "protection: ", |_, _| ABORT.to_vec()),
+    ("another version", "protection: ", |peer, _| [&[5], &peer.frame(b"evil")[1..]].concat()),
 ];
 
 /// Waits for the log line of the session that connected to the target from this address, with this error.
@@ -118,10 +94,11 @@ fn wait_session_error(setup: &Setup, target: SocketAddr, expected: &str) {
 #[test]
 fn invalid_token_ends_the_tunnel_and_never_reaches_the_target() {
     let Some(setup) = Setup::new() else { return };
-    for (case, expected, send_invalid) in INVALID {
+    for (case, expected, invalid) in INVALID {
         for level in [1, 2] {
             let (mut peer, mut target, from) = setup.tunnel(level);
-            send_invalid(&mut peer, &mut target);
+            let invalid = invalid(&mut peer, &mut target);
+            peer.send_raw(&invalid);
             let case = format!("{case}, at level {level}");
             let received = read_until_reset(&mut target, &case);
             assert!(received.is_empty() || received == b"good", "{case}: {received:?}");
@@ -148,15 +125,14 @@ fn read_until_reset(stream: &mut TcpStream, case: &str) -> Vec<u8> {
 fn unencrypted_token_is_rejected_at_confidentiality() {
     let Some(setup) = Setup::new() else { return };
     let (mut peer, mut target, from) = setup.tunnel(2);
-    let token = peer.context.wrap(b"evil", false);
-    peer.send_token(DATA, &token);
+    let token = peer.context.message(DATA, b"evil", false);
+    peer.send_raw(&token);
     assert_eq!(read_until_reset(&mut target, "not encrypted"), b"");
     wait_session_error(&setup, from, "token is not encrypted");
     // The same applies to a request.
-    let mut peer = Peer::new(&setup.library, &setup.server, ALL);
-    assert_eq!(peer.request_level(2, LevelForm::Rfc), 2);
-    let token = peer.context.wrap(&crate::support::request(CONNECT, setup.target), false);
-    peer.send_token(DATA, &token);
+    let mut peer = Peer::at_level(&setup.library, &setup.server, ALL, 2);
+    let token = peer.context.message(DATA, &request(CONNECT, setup.target), false);
+    peer.send_raw(&token);
     let end = stream_end(&mut peer.stream);
     assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{end:?}");
     wait_session(&setup.server, &["command=- ", "rep=-", "token is not encrypted"]);
@@ -168,8 +144,8 @@ fn unencrypted_token_is_rejected_at_confidentiality() {
 fn encrypted_token_is_accepted_at_integrity() {
     let Some(setup) = Setup::new() else { return };
     let (mut peer, mut target, _) = setup.tunnel(1);
-    let token = peer.context.wrap(b"secret", true);
-    peer.send_token(DATA, &token);
+    let token = peer.context.message(DATA, b"secret", true);
+    peer.send_raw(&token);
     assert_eq!(read_exact(&mut target, 6), b"secret");
     target.write_all(b"answer").expect("sent");
     assert_eq!(peer.receive(), b"answer");
@@ -181,7 +157,7 @@ fn end_of_stream_within_a_frame_is_an_error() {
     let length = 4 + 60 + 4;
     for end in 0..=length {
         let (mut peer, mut target, from) = setup.tunnel(2);
-        let bytes = data(&peer, b"last");
+        let bytes = peer.frame(b"last");
         assert_eq!(bytes.len(), length);
         peer.send_raw(&bytes[..end]);
         peer.shutdown();
@@ -207,7 +183,7 @@ fn tokens_of_all_sizes_pass() {
         let largest = peer.context.wrap_size_limit(level == 2);
         let token = peer.context.wrap(&bytes(largest), level == 2);
         assert!(token.len() > 65_535 - 32 && token.len() <= 65_535, "{}", token.len());
-        peer.send_token(DATA, &token);
+        peer.send_raw(&message(DATA, &token));
         assert!(peer.receive_all(largest) == bytes(largest), "level {level}");
         for length in [0, 1, 16_384, 16_385, 40_000] {
             peer.send(&bytes(length));
@@ -220,10 +196,8 @@ fn tokens_of_all_sizes_pass() {
 fn tokens_pass_in_any_pieces() {
     let Some(setup) = Setup::new() else { return };
     let (mut peer, mut target, _) = setup.tunnel(2);
-    let all: Vec<u8> = (0..300_usize).flat_map(|i| data(&peer, &bytes(i % 50))).collect();
-    for piece in all.chunks(97) {
-        peer.send_raw(piece);
-    }
+    let all: Vec<u8> = (0..300_usize).flat_map(|i| peer.frame(&bytes(i % 50))).collect();
+    all.chunks(97).for_each(|piece| peer.send_raw(piece));
     peer.shutdown();
     let expected: Vec<u8> = (0..300_usize).flat_map(|i| bytes(i % 50)).collect();
     assert!(stream_end(&mut target) == StreamEnd::Closed(expected), "wrong data");

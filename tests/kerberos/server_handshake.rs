@@ -1,52 +1,64 @@
 //! An independent client up to the negotiation of the level: the server answers all invalid messages with an abort.
 
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{Shutdown, TcpStream};
 
 use crate::peer::{
     ABORT, ALL, AUTHENTICATION, CONF, Context, DATA, DELEG, INTEG, LEVEL_FORMS, LevelForm, Library, MUTUAL, PROTECTION,
-    Peer, REPLAY, SEQUENCE, greet, has_python_gssapi, message, read_until_closed, receive_token,
+    Peer, REPLAY, SEQUENCE, greet, message, receive_token, set_up,
 };
-use crate::support::realm::Realm;
-use crate::support::{BIND, CONNECT, StreamEnd, UDP_ASSOCIATE, V4, echo_server, stream_end, udp_echo_server};
-use crate::{ALICE, realm, serve, wait_session};
+use crate::raw_datagrams::Udp;
+use crate::support::programs::wait_session;
+use crate::support::{
+    BIND, CONNECT, Server, StreamEnd, V4, echo_server, ping, read_reply, request, session_lines, stream_end,
+    udp_echo_server,
+};
+use crate::{ALICE, serve};
 
-fn set_up() -> Option<(Realm, Library)> {
-    if !has_python_gssapi() {
-        return None;
-    }
-    let realm = realm()?;
-    let library = Library::start(&realm);
-    Some((realm, library))
+const ALL_LEVELS: [&str; 2] = ["--gssapi-protection", "none,integrity,confidentiality"];
+
+/// Returns the first message of a client.
+fn first_message(library: &Library) -> Vec<u8> {
+    message(AUTHENTICATION, &library.init(ALL).step(&[]).0)
 }
 
-fn wrapped(context: &Context, level: &[u8]) -> Vec<u8> {
-    message(PROTECTION, &context.wrap(level, false))
+/// Selects GSSAPI and sends these bytes.
+fn start_login(server: &Server, bytes: &[u8]) -> TcpStream {
+    let mut stream = server.connect();
+    greet(&mut stream);
+    stream.write_all(bytes).expect("sent");
+    stream
 }
 
-/// Returns the first token of a client.
-fn first_token(library: &Library) -> Vec<u8> {
-    library.init(ALL).step(&[]).0
+/// Checks that the server closes the connection after these bytes.
+fn assert_closed(stream: &mut TcpStream, bytes: &[u8], case: &str) {
+    assert_eq!(stream_end(stream), StreamEnd::Closed(bytes.to_vec()), "{case}");
+}
+
+/// Opens a tunnel through a connection without frames, at level none.
+fn open_without_frames(mut peer: Peer) {
+    peer.send_raw(&request(CONNECT, echo_server()));
+    assert_eq!(read_reply(&mut peer.stream).0, 0);
+    ping(&mut peer.stream, b"hello");
 }
 
 #[test]
 fn all_levels_are_granted_in_both_forms() {
     let Some((realm, library)) = set_up() else { return };
-    let (server, echo) = (serve(&realm, &["--gssapi-protection", "none,integrity,confidentiality"]), echo_server());
+    let (server, echo) = (serve(&realm, &ALL_LEVELS), echo_server());
     for form in LEVEL_FORMS {
-        for level in [1, 2] {
+        for level in [0, 1, 2] {
             let mut peer = Peer::new(&library, &server, ALL);
             assert_eq!(peer.request_level(level, form), level, "{form:?}");
+            if level == 0 {
+                open_without_frames(peer);
+                continue;
+            }
             assert_eq!(peer.request(CONNECT, echo).0, 0);
             peer.ping(b"hello");
             peer.shutdown();
-            assert_eq!(read_until_closed(&mut peer.stream), b"", "{form:?}: half-close");
+            assert_closed(&mut peer.stream, b"", "half-close");
         }
-        let mut peer = Peer::new(&library, &server, ALL);
-        assert_eq!(peer.request_level(0, form), 0, "{form:?}");
-        peer.send_raw(&crate::support::request(CONNECT, echo));
-        assert_eq!(crate::support::read_reply(&mut peer.stream).0, 0, "{form:?}: without frames");
-        crate::support::ping(&mut peer.stream, b"hello");
     }
 }
 
@@ -75,18 +87,17 @@ fn disallowed_level_is_replaced_by_the_strongest_allowed() {
 fn invalid_authentication_token_is_aborted() {
     let Some((realm, library)) = set_up() else { return };
     let server = serve(&realm, &[]);
-    let mut changed = first_token(&library);
+    let token = library.init(ALL).step(&[]).0;
+    let (mut changed, cut) = (token.clone(), &token[..token.len() - 9]);
     *changed.last_mut().expect("not empty") ^= 1;
-    let mut cut = first_token(&library);
-    cut.truncate(cut.len() - 9);
     let table = [
         ("an empty token", message(AUTHENTICATION, &[])),
         ("not a token", message(AUTHENTICATION, b"hello")),
-        ("a truncated token", message(AUTHENTICATION, &cut)),
+        ("a truncated token", message(AUTHENTICATION, cut)),
         ("a changed token", message(AUTHENTICATION, &changed)),
         ("65535 invalid bytes", message(AUTHENTICATION, &[0x60; 65_535])),
         ("a level instead", message(PROTECTION, &[1])),
-        ("data instead", message(DATA, &first_token(&library))),
+        ("data instead", message(DATA, &token)),
         ("an unknown type", message(4, b"hello")),
         ("the version of SOCKS", vec![5, 1, 0, 1, 0]),
         ("version 0", vec![0, 1, 0, 1, 0]),
@@ -94,13 +105,10 @@ fn invalid_authentication_token_is_aborted() {
         ("an abort", ABORT.to_vec()),
     ];
     for (case, bytes) in table {
-        let mut stream = server.connect();
-        greet(&mut stream);
-        stream.write_all(&bytes).expect("sent");
-        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(ABORT.to_vec()), "{case}");
+        assert_closed(&mut start_login(&server, &bytes), &ABORT, case);
     }
     // The server still serves other clients.
-    assert_eq!(Peer::new(&library, &server, ALL).request_level(2, LevelForm::Rfc), 2);
+    Peer::at_level(&library, &server, ALL, 2);
 }
 
 #[test]
@@ -111,21 +119,21 @@ fn invalid_level_request_is_aborted() {
     let table: [(&str, Message); 12] = [
         ("an empty token", |_| message(PROTECTION, &[])),
         ("two plain bytes", |_| message(PROTECTION, &[1, 2])),
-        ("no byte in a token", |context| wrapped(context, &[])),
-        ("two bytes in a token", |context| wrapped(context, &[1, 2])),
+        ("no byte in a token", |context| context.message(PROTECTION, &[], false)),
+        ("two bytes in a token", |context| context.message(PROTECTION, &[1, 2], false)),
         ("a token that is not the first one", |context| {
             context.wrap(&[1], false);
-            wrapped(context, &[2])
+            context.message(PROTECTION, &[2], false)
         }),
         ("a changed token", |context| {
-            let mut bytes = wrapped(context, &[2]);
+            let mut bytes = context.message(PROTECTION, &[2], false);
             bytes[4 + 16] = 1;
             bytes
         }),
         ("an authentication token", |_| message(AUTHENTICATION, b"hello")),
         ("an empty authentication token", |_| message(AUTHENTICATION, &[])),
-        ("data", |context| message(DATA, &context.wrap(&[1], false))),
-        ("an unknown type", |context| message(9, &context.wrap(&[1], false))),
+        ("data", |context| context.message(DATA, &[1], false)),
+        ("an unknown type", |context| context.message(9, &[1], false)),
         ("a request in clear", |_| vec![5, 1, 0, 1, 127, 0, 0, 1, 0, 80]),
         ("an abort", |_| ABORT.to_vec()),
     ];
@@ -133,9 +141,9 @@ fn invalid_level_request_is_aborted() {
         let mut peer = Peer::new(&library, &server, ALL);
         let bytes = bytes(&peer.context);
         peer.send_raw(&bytes);
-        peer.assert_aborted(case);
+        assert_closed(&mut peer.stream, &ABORT, case);
     }
-    let log = server.wait_log(|log| crate::support::session_lines(log).len() == 12);
+    let log = server.wait_log(|log| session_lines(log).len() == 12);
     assert_eq!(log.matches("rep=-").count(), 12, "{log}");
     assert_eq!(log.matches("GSSAPI: ").count(), 12, "each reason is logged:\n{log}");
 }
@@ -144,22 +152,20 @@ fn invalid_level_request_is_aborted() {
 fn truncated_handshake_closes_without_abort() {
     let Some((realm, library)) = set_up() else { return };
     let server = serve(&realm, &[]);
-    let token = message(AUTHENTICATION, &first_token(&library));
+    let token = first_message(&library);
     for end in (0..8).chain([100, token.len() - 1]) {
-        let mut stream = server.connect();
-        greet(&mut stream);
-        stream.write_all(&token[..end]).expect("sent");
-        stream.shutdown(std::net::Shutdown::Write).expect("half-close");
+        let mut stream = start_login(&server, &token[..end]);
+        stream.shutdown(Shutdown::Write).expect("half-close");
         // The server sends no abort to a client that has closed.
-        assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{end} bytes");
+        assert_closed(&mut stream, b"", &format!("{end} bytes"));
     }
     for end in [0, 1, 2, 3, 4, 5, 20, 32] {
         let mut peer = Peer::new(&library, &server, ALL);
-        let level = message(PROTECTION, &peer.context.wrap(&[2], false));
+        let level = peer.context.message(PROTECTION, &[2], false);
         assert_eq!(level.len(), 33);
         peer.send_raw(&level[..end]);
         peer.shutdown();
-        assert_eq!(stream_end(&mut peer.stream), StreamEnd::Closed(vec![]), "{end} bytes of the level");
+        assert_closed(&mut peer.stream, b"", &format!("{end} bytes of the level"));
     }
 }
 
@@ -167,8 +173,7 @@ fn truncated_handshake_closes_without_abort() {
 fn handshake_works_in_single_bytes_and_in_one_write() {
     let Some((realm, library)) = set_up() else { return };
     let (server, echo) = (serve(&realm, &[]), echo_server());
-    let mut stream = server.connect();
-    greet(&mut stream);
+    let mut stream = start_login(&server, b"");
     stream.set_nodelay(true).expect("an option");
     let context = library.init(ALL);
     for byte in message(AUTHENTICATION, &context.step(&[]).0) {
@@ -176,65 +181,45 @@ fn handshake_works_in_single_bytes_and_in_one_write() {
     }
     assert!(context.step(&receive_token(&mut stream, AUTHENTICATION)).1);
     let mut peer = Peer { stream, context, should_encrypt: true };
-    let request = crate::support::request(CONNECT, echo);
+    let request = request(CONNECT, echo);
     let (start, end) = request.split_at(4);
-    let level = message(PROTECTION, &peer.context.wrap(&[2], false));
+    let level = peer.context.message(PROTECTION, &[2], false);
     // A request in two tokens. The second one also contains data.
-    let first = message(DATA, &peer.context.wrap(start, true));
-    let second = message(DATA, &peer.context.wrap(&[end, b"hello"].concat(), true));
+    let (first, second) = (peer.frame(start), peer.frame(&[end, b"hello"].concat()));
     peer.send_raw(&[level, first, second].concat());
-    let granted = peer.receive_token(PROTECTION);
-    assert_eq!(peer.context.unwrap(&granted), (vec![2], false));
+    assert_eq!(peer.receive_level(), (2, LevelForm::Rfc));
     assert_eq!(peer.receive_reply().0, 0);
     assert_eq!(peer.receive(), b"hello");
 }
 
 #[test]
-fn replayed_login_is_refused() {
+fn replayed_login_and_ticket_for_another_service_are_refused() {
     let Some((realm, library)) = set_up() else { return };
     let [server, other] = [(); 2].map(|()| serve(&realm, &[]));
-    let token = message(AUTHENTICATION, &first_token(&library));
-    let mut first = server.connect();
-    greet(&mut first);
-    first.write_all(&token).expect("sent");
-    receive_token(&mut first, AUTHENTICATION);
-    for server in [&server, &other] {
-        let mut second = server.connect();
-        greet(&mut second);
-        second.write_all(&token).expect("sent");
-        assert_eq!(stream_end(&mut second), StreamEnd::Closed(ABORT.to_vec()));
-        drop(second);
-        wait_session(server, &["rep=-", "Request is a replay"]);
+    let token = first_message(&library);
+    receive_token(&mut start_login(&server, &token), AUTHENTICATION);
+    let nokey = message(AUTHENTICATION, &library.init_with("nokey@localhost", ALL).step(&[]).0);
+    for (server, token, error) in [
+        (&server, &token, "Request is a replay"),
+        (&other, &token, "Request is a replay"),
+        (&server, &nokey, "nokey/localhost@S5.TEST not found in keytab"),
+    ] {
+        assert_closed(&mut start_login(server, token), &ABORT, error);
+        wait_session(server, &["rep=-", error]);
     }
-}
-
-#[test]
-fn ticket_for_another_service_is_refused() {
-    let Some((realm, library)) = set_up() else { return };
-    let server = serve(&realm, &[]);
-    let mut peer =
-        Peer { stream: server.connect(), context: library.init_with("nokey@localhost", ALL), should_encrypt: false };
-    peer.greet();
-    let token = peer.context.step(&[]).0;
-    peer.send_token(AUTHENTICATION, &token);
-    peer.assert_aborted("nokey/localhost");
-    drop(peer);
-    wait_session(&server, &["rep=-", "nokey/localhost@S5.TEST not found in keytab"]);
     // The server accepts all keys of the keytab.
-    let socks =
-        Peer::establish(server.connect(), library.init_with("socks@localhost", ALL)).request_level(2, LevelForm::Rfc);
-    assert_eq!(socks, 2);
+    let mut socks = Peer::establish(server.connect(), library.init_with("socks@localhost", ALL));
+    assert_eq!(socks.request_level(2, LevelForm::Rfc), 2);
 }
 
 #[test]
 fn without_mutual_authentication_server_sends_an_empty_token() {
     let Some((realm, library)) = set_up() else { return };
-    let (server, echo) = (serve(&realm, &[]), echo_server());
-    let mut peer = Peer { stream: server.connect(), context: library.init(ALL & !MUTUAL), should_encrypt: false };
-    peer.greet();
-    let (token, is_complete) = peer.context.step(&[]);
+    let (server, echo, context) = (serve(&realm, &[]), echo_server(), library.init(ALL & !MUTUAL));
+    let (token, is_complete) = context.step(&[]);
     assert!(is_complete);
-    peer.send_token(AUTHENTICATION, &token);
+    let stream = start_login(&server, &message(AUTHENTICATION, &token));
+    let mut peer = Peer { stream, context, should_encrypt: false };
     assert_eq!(peer.receive_token(AUTHENTICATION), b"");
     assert_eq!(peer.request_level(2, LevelForm::Rfc), 2);
     assert_eq!(peer.request(CONNECT, echo).0, 0);
@@ -244,26 +229,18 @@ fn without_mutual_authentication_server_sends_an_empty_token() {
 #[test]
 fn tcp_requires_replay_and_sequence_detection_but_udp_does_not() {
     let Some((realm, library)) = set_up() else { return };
-    let (server, echo) = (serve(&realm, &["--gssapi-protection", "none,integrity,confidentiality"]), echo_server());
+    let (server, echo) = (serve(&realm, &ALL_LEVELS), echo_server());
     for (flags, level) in [(MUTUAL | REPLAY | INTEG | CONF, 2), (MUTUAL | SEQUENCE | INTEG, 1), (MUTUAL | INTEG, 2)] {
         for command in [CONNECT, BIND] {
-            let mut peer = Peer::new(&library, &server, flags);
-            assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
+            let mut peer = Peer::at_level(&library, &server, flags, level);
             assert_eq!(peer.request(command, echo).0, 2, "command {command} with flags {flags}");
-            assert_eq!(read_until_closed(&mut peer.stream), b"");
+            assert_closed(&mut peer.stream, b"", "after the reply");
         }
-        let mut peer = Peer::new(&library, &server, flags);
-        assert_eq!(peer.request_level(level, LevelForm::Rfc), level);
-        let (rep, relay) = peer.request(UDP_ASSOCIATE, SocketAddr::from(([0; 4], 0)));
-        assert_eq!(rep, 0, "flags {flags}");
-        let udp = crate::raw_datagrams::Udp::new(&mut peer, relay);
+        let udp = Udp::new(Peer::at_level(&library, &server, flags, level));
         udp.ping(udp_echo_server(V4), b"hello");
     }
     // At level none, no detection is required.
-    let mut peer = Peer::new(&library, &server, MUTUAL | INTEG);
-    assert_eq!(peer.request_level(0, LevelForm::Rfc), 0);
-    peer.send_raw(&crate::support::request(CONNECT, echo));
-    assert_eq!(crate::support::read_reply(&mut peer.stream).0, 0);
+    open_without_frames(Peer::at_level(&library, &server, MUTUAL | INTEG, 0));
     wait_session(&server, &[ALICE, "rep=2", "RFC 1961"]);
 }
 
@@ -276,30 +253,21 @@ fn delegated_ticket_is_ignored() {
     assert_eq!(peer.request_level(2, LevelForm::Rfc), 2);
     assert_eq!(peer.request(CONNECT, echo).0, 0);
     peer.ping(b"hello");
-    end_session(&server, peer);
-}
-
-/// Disconnects, and waits for the log line of a successful session.
-fn end_session(server: &crate::support::Server, peer: Peer) {
     drop(peer);
-    wait_session(server, &[ALICE, "rep=0"]);
+    wait_session(&server, &[ALICE, "rep=0"]);
 }
 
 #[test]
 fn handshake_timeout_applies_at_every_stage() {
     let Some((realm, library)) = set_up() else { return };
     let server = serve(&realm, &["--handshake-timeout", "300ms"]);
-    let (mut greeted, mut half) = (server.connect(), server.connect());
-    greet(&mut greeted);
-    greet(&mut half);
-    let token = message(AUTHENTICATION, &first_token(&library));
-    half.write_all(&token[..token.len() / 2]).expect("sent");
+    let token = first_message(&library);
+    let (mut greeted, mut half) = (start_login(&server, b""), start_login(&server, &token[..token.len() / 2]));
     let mut established = Peer::new(&library, &server, ALL);
-    let mut granted = Peer::new(&library, &server, ALL);
-    granted.request_level(2, LevelForm::Rfc);
+    let mut granted = Peer::at_level(&library, &server, ALL, 2);
     // Before the level is negotiated, the server sends an abort.
     for stream in [&mut greeted, &mut half, &mut established.stream] {
-        assert_eq!(stream_end(stream), StreamEnd::Closed(vec![1, 0xff]));
+        assert_closed(stream, &ABORT, "a timeout");
     }
     let end = stream_end(&mut granted.stream);
     assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");

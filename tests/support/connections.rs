@@ -200,6 +200,11 @@ pub fn pattern() -> &'static [u8] {
     })
 }
 
+/// Returns the first `length` bytes of the pattern.
+pub fn bytes(length: usize) -> Vec<u8> {
+    pattern().iter().copied().cycle().take(length).collect()
+}
+
 /// Sends the first `total` bytes of the pattern. `sent` is called with the size of each piece.
 pub fn send_pattern(stream: &mut TcpStream, total: usize, sent: impl Fn(usize)) {
     let mut left = total;

@@ -7,6 +7,7 @@ pub mod bytes;
 mod connections;
 pub mod dns;
 pub mod login;
+pub mod programs;
 pub mod realm;
 pub mod scripted;
 pub mod transcript;

@@ -4,7 +4,6 @@
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
@@ -18,21 +17,10 @@ pub const PASSWORD: &str = "alice-secret";
 
 /// Programs that a realm needs.
 const PROGRAMS: [&str; 4] = ["krb5kdc", "kdb5_util", "kadmin.local", "kinit"];
-/// Environment variable with the realm's directory, for [`current_realm_dir`].
-const REALM_VARIABLE: &str = "S5_TEST_REALM";
-
-pub struct Options {
-    /// Lifetime of tickets in kinit's format: `10s`, `1h`.
-    pub lifetime: &'static str,
-    /// The only encryption type.
-    pub enctype: &'static str,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { lifetime: "1h", enctype: "aes256-cts-hmac-sha1-96" }
-    }
-}
+/// The only encryption type, unless another one is given.
+pub const DEFAULT_ENCTYPE: &str = "aes256-cts-hmac-sha1-96";
+/// Lifetime of tickets, in kinit's format.
+const LIFETIME: &str = "1h";
 
 pub struct Realm {
     dir: TempDir,
@@ -43,12 +31,11 @@ pub struct Realm {
 }
 
 impl Realm {
-    /// Starts a realm with the default options.
     pub fn start() -> Self {
-        Self::with(&Options::default())
+        Self::with(DEFAULT_ENCTYPE)
     }
 
-    /// Starts a realm with these files in its directory:
+    /// Starts a realm with this encryption type and these files in its directory:
     ///
     /// | file | content |
     /// | --- | --- |
@@ -58,19 +45,19 @@ impl Realm {
     /// | wrong.keytab | a wrong key with the name and key version of rcmd/localhost |
     ///
     /// The principal nokey/localhost exists too, without a keytab.
-    pub fn with(options: &Options) -> Self {
+    pub fn with(enctype: &str) -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
         // Another process may have the UDP port.
         for _ in 0..20 {
             let port = Port::reserve();
-            write_config(dir.path(), port.number, options);
+            write_config(dir.path(), port.number, enctype);
             if !dir.path().join("principal").exists() {
                 make_principals(dir.path());
             }
             if let Some(kdc) = start_kdc(dir.path(), &port) {
                 let realm = Self { dir, kdc, port, silent: None };
-                kinit(realm.dir.path(), "alice", "user.keytab", "ccache", options.lifetime);
-                kinit(realm.dir.path(), "mallory", "mallory.keytab", "ccache.mallory", options.lifetime);
+                kinit(realm.dir.path(), "alice", "user.keytab", "ccache", LIFETIME);
+                kinit(realm.dir.path(), "mallory", "mallory.keytab", "ccache.mallory", LIFETIME);
                 return realm;
             }
         }
@@ -140,31 +127,6 @@ pub fn can_start() -> bool {
     PROGRAMS.iter().all(|program| is_installed(program))
 }
 
-/// The directory of the realm if this process runs in one.
-pub fn current_realm_dir() -> Option<PathBuf> {
-    std::env::var_os(REALM_VARIABLE).map(PathBuf::from)
-}
-
-/// Runs the calling test again as a child process in a new realm. `prepare` can change the realm and the command before
-/// the child starts. Returns the realm's directory in the child, and `None` in the parent once the child has passed.
-pub fn in_realm(test: &str, options: &Options, prepare: impl FnOnce(&mut Realm, &mut Command)) -> Option<PathBuf> {
-    if current_realm_dir().is_some() {
-        return current_realm_dir();
-    }
-    if !can_start() {
-        return None;
-    }
-    let mut realm = Realm::with(options);
-    let mut command = Command::new(std::env::current_exe().expect("path of this test"));
-    command.args(["--exact", test, "--nocapture"]);
-    realm.env(&mut command).env(REALM_VARIABLE, realm.dir.path());
-    prepare(&mut realm, &mut command);
-    let output = run(&mut command, b"", Duration::from_secs(120));
-    let output_text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && output_text.contains("1 passed"), "inside the realm:\n{output_text}");
-    None
-}
-
 /// Acquires a ticket with a keytab. Both are files in the realm's directory.
 pub fn kinit(dir: &Path, user: &str, keytab: &str, ccache: &str, lifetime: &str) {
     let mut command = program("kinit");
@@ -217,8 +179,7 @@ fn check(command: &mut Command, stdin: &[u8]) {
     assert!(output.status.success(), "{command:?}:\n{output_text}");
 }
 
-fn write_config(dir: &Path, port: u16, options: &Options) {
-    let Options { lifetime, enctype } = options;
+fn write_config(dir: &Path, port: u16, enctype: &str) {
     // No DNS, and independent of this machine's host name.
     let krb5 = format!(
         "[libdefaults]
@@ -230,7 +191,7 @@ fn write_config(dir: &Path, port: u16, options: &Options) {
     qualify_shortname = \"\"
     udp_preference_limit = 1
     permitted_enctypes = {enctype}
-    ticket_lifetime = {lifetime}
+    ticket_lifetime = {LIFETIME}
     forwardable = true
 [realms]
     {REALM} = {{

@@ -3,50 +3,39 @@
 use std::net::SocketAddr;
 use std::process::Command;
 
-use super::start_server;
-use crate::support::{Server, TIMEOUT, is_installed, run, s5, temp_dir, write_file};
-use crate::{ProcessGroup, exit_code, stdout, text};
+use crate::exit_code;
+use crate::support::programs::{OtherServer, has_all, stdout};
+use crate::support::scripted::text;
+use crate::support::{Server, TIMEOUT, run, s5, write_file};
 
 const UNBOUND: &str = "/usr/sbin/unbound";
-
-struct Unbound {
-    addr: SocketAddr,
-    _process: ProcessGroup,
-    _dir: tempfile::TempDir,
-}
 
 /// The TXT record of `large.test`. It requires EDNS, and a larger buffer than the default of servers.
 fn large_txt() -> Vec<String> {
     (b'a'..=b'n').map(|letter| char::from(letter).to_string().repeat(250)).collect()
 }
 
-impl Unbound {
-    fn start() -> Self {
-        let dir = temp_dir();
-        let path = |name: &str| dir.path().join(name).display().to_string();
-        let strings: String = large_txt().iter().map(|string| format!(" \"{string}\"")).collect();
-        let (_process, addr) = start_server(dir.path(), |addr| {
-            let config = format!(
-                "server:\n\
-                 interface: 127.0.0.1@{port}\naccess-control: 127.0.0.0/8 allow\nnum-threads: 1\n\
-                 do-daemonize: no\nusername: \"\"\nchroot: \"\"\nuse-syslog: no\nlogfile: \"\"\n\
-                 directory: \"{directory}\"\npidfile: \"{pid}\"\n\
-                 module-config: \"iterator\"\ndo-not-query-localhost: yes\n\
-                 edns-buffer-size: 4096\nmax-udp-size: 4096\n\
-                 local-zone: \".\" refuse\nlocal-zone: \"test.\" static\n\
-                 local-data: \"host.test. A 192.0.2.10\"\nlocal-data: \"host.test. AAAA 2001:db8::10\"\n\
-                 local-data: 'large.test. TXT{strings}'\n\
-                 remote-control:\ncontrol-enable: no\n",
-                port = addr.port(),
-                directory = dir.path().display(),
-                pid = path("pid"),
-            );
-            let mut command = Command::new(UNBOUND);
-            command.args(["-d", "-c", &write_file(dir.path(), "unbound.conf", &config)]);
-            command
-        });
-        Self { addr, _process, _dir: dir }
-    }
+fn start_unbound() -> OtherServer {
+    let strings: String = large_txt().iter().map(|string| format!(" \"{string}\"")).collect();
+    OtherServer::start(|dir, addr| {
+        let config = format!(
+            "server:\n\
+             interface: 127.0.0.1@{port}\naccess-control: 127.0.0.0/8 allow\nnum-threads: 1\n\
+             do-daemonize: no\nusername: \"\"\nchroot: \"\"\nuse-syslog: no\nlogfile: \"\"\n\
+             directory: \"{dir}\"\npidfile: \"{dir}/pid\"\n\
+             module-config: \"iterator\"\ndo-not-query-localhost: yes\n\
+             edns-buffer-size: 4096\nmax-udp-size: 4096\n\
+             local-zone: \".\" refuse\nlocal-zone: \"test.\" static\n\
+             local-data: \"host.test. A 192.0.2.10\"\nlocal-data: \"host.test. AAAA 2001:db8::10\"\n\
+             local-data: 'large.test. TXT{strings}'\n\
+             remote-control:\ncontrol-enable: no\n",
+            port = addr.port(),
+            dir = dir.display(),
+        );
+        let mut command = Command::new(UNBOUND);
+        command.args(["-d", "-c", &write_file(dir, "unbound.conf", &config)]);
+        command
+    })
 }
 
 /// Returns the output of dig, with one try and over UDP only.
@@ -58,25 +47,21 @@ fn dig(server: SocketAddr, name: &str, kind: &str) -> String {
 }
 
 /// The duration in seconds of each association in the log, and its bytes to the client.
-fn associations(log: &str) -> Vec<(f64, usize)> {
-    let value = |line: &str, key: &str| {
-        let value = line.split_whitespace().find_map(|word| word.strip_prefix(key).map(str::to_owned));
-        value.unwrap_or_else(|| panic!("no {key} in {line}"))
+fn associations(log: &str) -> Vec<(f64, f64)> {
+    let value = |line: &str, key: &str| -> f64 {
+        let value = line.split_whitespace().find_map(|word| word.strip_prefix(key));
+        value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {key} in {line}"))
     };
-    let number = |line: &str| (value(line, "seconds=").parse(), value(line, "down=").parse());
     let sessions = log.lines().filter(|line| line.contains(" command=udp "));
-    sessions
-        .map(number)
-        .map(|(seconds, down)| (seconds.expect("valid seconds"), down.expect("valid byte count")))
-        .collect()
+    sessions.map(|line| (value(line, "seconds="), value(line, "down="))).collect()
 }
 
 #[test]
 fn dig_queries_through_local_port_and_idle_association_ends() {
-    if !is_installed("unbound") || !is_installed("dig") {
+    if !has_all(&["unbound", "dig"]) {
         return;
     }
-    let (unbound, server) = (Unbound::start(), Server::start(&[]));
+    let (unbound, server) = (start_unbound(), Server::start(&[]));
     let args = ["udp", "-l", "0", "-i", "1s", "-x", &server.addr().to_string(), &unbound.addr.to_string()];
     let forward = Server::start_with(s5().args(args), 1);
     assert_eq!(forward.log(), format!("listening on {}\n", forward.addr()));
@@ -89,17 +74,17 @@ fn dig_queries_through_local_port_and_idle_association_ends() {
     assert_eq!(dig(forward.addr(), "large.test", "TXT"), format!("{}\n", strings.join(" ")));
     let ended = associations(&server.wait_log(|log| associations(log).len() == 3));
     assert!(ended.iter().all(|(seconds, _)| (1.0..TIMEOUT.as_secs_f64()).contains(seconds)), "{ended:?}");
-    assert!(ended[2].1 > 3500, "the large answer is one datagram: {ended:?}");
+    assert!(ended[2].1 > 3500.0, "the large answer is one datagram: {ended:?}");
     // The end of an idle association is not an error.
     assert_eq!(forward.log().lines().count(), 1, "{}", forward.log());
 }
 
 #[test]
 fn hex_framing_queries_dns() {
-    if !is_installed("unbound") {
+    if !has_all(&["unbound"]) {
         return;
     }
-    let (unbound, server) = (Unbound::start(), Server::start(&[]));
+    let (unbound, server) = (start_unbound(), Server::start(&[]));
     // ID, RD, one question: host.test, A, IN (RFC 1035 section 4).
     let query = b"1234 0100 0001 0000 0000 0000 04686f7374 0474657374 00 0001 0001\n";
     let args = ["udp", "-x", &server.addr().to_string(), &unbound.addr.to_string(), "-n", "1", "--hex"];
