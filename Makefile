@@ -43,7 +43,7 @@ test-quick:        ## build, and run the tests that need no other programs in le
 PROGRAMS = curl:curl ncat:ncat nc.openbsd:netcat-openbsd ssh:openssh-client sshd:openssh-server git:git \
            python3:python3 danted:dante-server htpasswd:apache2-utils ip:iproute2 unshare:util-linux \
            strace:strace prlimit:util-linux script:bsdutils ss:iproute2 mount:mount fail2ban-regex:fail2ban \
-           krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind tshark:tshark \
+           krb5kdc:krb5-kdc kadmin.local:krb5-admin-server kinit:krb5-user valgrind:valgrind \
            connect-proxy:connect-proxy dig:bind9-dnsutils unbound:unbound rsync:rsync man:man-db groff:groff-base mandoc:mandoc \
            bash:bash zsh:zsh fish:fish
 test-programs:     ## install the programs that the tests need (Debian, as root or with sudo)
