@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::io;
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,6 +19,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cpu;
+use crate::measure::{BenchError, IDLE_TIMEOUT, failed};
 
 /// First argument of this program when it executes another program.
 pub const EXEC_HELPER: &str = "exec";
@@ -67,6 +71,30 @@ impl Process {
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.0.try_wait(), Ok(None))
     }
+}
+
+/// Waits until `is_ready` returns true, with pauses between the calls. Fails if a process ends or after `IDLE_TIMEOUT`.
+pub fn wait_until(
+    processes: &mut [Process],
+    pause: Duration,
+    mut is_ready: impl FnMut() -> bool,
+) -> Result<(), BenchError> {
+    let started = Instant::now();
+    while !is_ready() {
+        if started.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
+            return Err(failed("a process did not start"));
+        }
+        if !pause.is_zero() {
+            sleep(pause);
+        }
+    }
+    Ok(())
+}
+
+/// Waits until a process accepts connections at this port.
+pub fn wait_until_it_listens(process: &mut Process, port: u16) -> Result<(), BenchError> {
+    let is_ready = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
+    wait_until(std::slice::from_mut(process), Duration::from_millis(5), is_ready)
 }
 
 impl Drop for Process {

@@ -25,20 +25,14 @@ const MIB: f64 = (1 << 20) as f64;
 pub fn run(s5: &Proxy, target: &Target, out: &Path) -> Result<bool, BenchError> {
     let running = s5.start()?;
     let Via::Socks(proxy) = running.via else { return Err(failed("s5 is not a SOCKS proxy")) };
-    let s5_connect = || {
-        let mut command = Command::new(&s5.path);
-        command.args(["connect", "-z", "-x", &proxy.to_string()]);
-        command
+    let cpu_of = |program: &Path, args: &[&str]| {
+        let mut command = Command::new(program);
+        cpu_of_run(command.args(args).args(["-x", &proxy.to_string()]), target.echo)
     };
-    let nc = || {
-        let mut command = Command::new("nc.openbsd");
-        command.args(["-z", "-X", "5", "-x", &proxy.to_string()]);
-        command
-    };
+    let nc = Path::new("nc.openbsd");
+    let pair = |_| Ok((cpu_of(&s5.path, &["connect", "-z"])?, cpu_of(nc, &["-z", "-X", "5"])?));
     // The first runs load both programs into memory.
-    let _ = (cpu_of_run(s5_connect(), target.echo)?, cpu_of_run(nc(), target.echo)?);
-    let pairs = (0..PAIRS).map(|_| Ok((cpu_of_run(s5_connect(), target.echo)?, cpu_of_run(nc(), target.echo)?)));
-    let pairs = pairs.collect::<Result<Vec<_>, BenchError>>()?;
+    let pairs = (0..=PAIRS).map(pair).collect::<Result<Vec<_>, BenchError>>()?.split_off(1);
     let median_of = |value: fn(&(f64, f64)) -> f64| median(&pairs.iter().map(value).collect::<Vec<_>>());
     let ratio = median_of(|(s5, nc)| s5 / nc);
     let is_met = ratio <= MAX_RATIO;
@@ -59,7 +53,7 @@ pub fn run(s5: &Proxy, target: &Target, out: &Path) -> Result<bool, BenchError> 
 }
 
 /// Returns the CPU time in microseconds of one client that connects to `target`.
-fn cpu_of_run(mut command: Command, target: SocketAddrV4) -> Result<f64, BenchError> {
+fn cpu_of_run(command: &mut Command, target: SocketAddrV4) -> Result<f64, BenchError> {
     let before = cpu_of_children()?;
     command.args([target.ip().to_string(), target.port().to_string()]);
     let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _, stdin};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::net::{SocketAddrV4, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use s5::conn::{SecurityContext as _, TokenOrder};
 use s5::gssapi::ffi::{Credential, GSS_C_CONF_FLAG, GSS_C_SEQUENCE_FLAG, GssContext, PendingContext};
 
-use crate::children::{Process, dir};
-use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed};
+use crate::children::{Process, dir, wait_until_it_listens};
+use crate::measure::{BenchError, IDLE_TIMEOUT, Via, corrupt, failed, sum_of_threads};
 use crate::pattern::{TransferLimit, noise};
-use crate::proxies::{Proxy, ProxyKind, RunningProxy, free_port, user, which, write};
+use crate::proxies::{Proxy, ProxyKind, RunningProxy, dante_config, free_port, user, which, write};
 use crate::{socks, target};
 
 /// First argument of this program when it uses the library.
@@ -27,7 +27,7 @@ pub const GSSAPI: &str = "gssapi";
 /// Names of the protection levels, by number.
 const LEVELS: [&str; 3] = ["none", "integrity", "confidentiality"];
 /// Logins at the same time.
-const CONCURRENT_LOGINS: u64 = 8;
+const CONCURRENT_LOGINS: usize = 8;
 /// Bytes wrapped with one call.
 const PIECE_LEN: usize = 16 * 1024;
 const PROGRAMS: [&str; 4] = ["krb5kdc", "kdb5_util", "kadmin.local", "kinit"];
@@ -90,13 +90,7 @@ impl Realm {
             run("kadmin.local", &["-r", "S5.TEST", "-q", &query])?;
         }
         let mut kdc = Process::start(&in_realm("krb5kdc", &["-n", "-r", "S5.TEST"]))?;
-        let started = Instant::now();
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            if started.elapsed() > IDLE_TIMEOUT || kdc.has_ended() {
-                return Err(failed("krb5kdc did not start"));
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
+        wait_until_it_listens(&mut kdc, port)?;
         run("kinit", &["-k", "-t", &format!("{at}/user.keytab"), "-c", &format!("{at}/ccache"), "alice"])?;
         Ok(Self(kdc))
     }
@@ -163,14 +157,9 @@ impl Realm {
                 Ok(command)
             }),
             (ProxyKind::Dante, Some(dante)) => proxy.start_as(|port| {
-                let (user, level) = (user()?, LEVELS[level]);
-                let login = format!("gssapi.keytab: FILE:{}\n gssapi.enctype: {level}\n", keytab.display());
-                let config = format!(
-                    "logoutput: /dev/null\ninternal: 127.0.0.1 port = {port}\nexternal: 127.0.0.1\n\
-                     clientmethod: none\nsocksmethod: gssapi\nuser.privileged: {user}\nuser.unprivileged: {user}\n\
-                     client pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n {login}}}\n\
-                     socks pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n command: connect\n {login}}}\n"
-                );
+                let (level, keytab) = (LEVELS[level], keytab.display());
+                let login = format!("gssapi.keytab: FILE:{keytab}\n gssapi.enctype: {level}\n");
+                let config = dante_config(port, "gssapi", &user()?, &login, "connect");
                 let mut command = in_realm(&dante.join("sbin/sockd").to_string_lossy(), &["-N", "1", "-f"]);
                 command.arg(write("sockd.conf", &config)?).arg("-p").arg(dir().join("sockd.pid"));
                 Ok(command)
@@ -240,7 +229,7 @@ pub fn main(args: &[String]) -> ExitCode {
 
 fn upload(to: impl std::io::Write, from: impl std::io::Read, time: Duration) -> Result<f64, BenchError> {
     let started = Instant::now();
-    let bytes = target::upload_over(to, from, TransferLimit::for_time(time), false)?;
+    let bytes = target::upload(to, from, TransferLimit::for_time(time), false)?;
     Ok(bytes as f64 / MIB / started.elapsed().as_secs_f64())
 }
 
@@ -370,9 +359,6 @@ fn logins(time: Duration, to: Option<(SocketAddrV4, SocketAddrV4)>) -> Result<f6
         }
         Ok::<_, BenchError>(count)
     };
-    let count = thread::scope(|scope| {
-        let threads: Vec<_> = (0..CONCURRENT_LOGINS).map(|_| scope.spawn(repeat_login)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).sum::<Result<u64, _>>()
-    })?;
+    let count = sum_of_threads([repeat_login; CONCURRENT_LOGINS])?;
     Ok(count as f64 / started.elapsed().as_secs_f64())
 }

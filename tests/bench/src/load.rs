@@ -159,8 +159,7 @@ impl Load {
     fn transfer(&self, is_upload: bool) -> Result<(), BenchError> {
         let stream = socks::connect(self.via, self.bulk)?;
         let limit = TransferLimit::for_bytes(48 << 20);
-        let bytes =
-            if is_upload { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
+        let bytes = target::transfer(&stream, is_upload, limit, true)?;
         add(&self.counts.bytes, bytes as usize);
         if bytes == limit.bytes { Ok(()) } else { Err(corrupt(format!("{bytes} bytes"))) }
     }
@@ -170,7 +169,7 @@ impl Load {
         let open = |_| Association::open(self.via, self.udp_echo);
         let mut all = (0..ASSOCIATIONS).map(open).collect::<Result<Vec<_>, _>>()?;
         for size in [512, 1200].into_iter().cycle() {
-            let trips = udp::round_trips(&all, size, 4, Duration::from_millis(50))?;
+            let trips = udp::round_trips(&mut all, size, 4, Duration::from_millis(50))?;
             add(&self.counts.datagrams, trips.times.len());
             add(&self.counts.lost, trips.lost as usize);
             if !self.sleep_until_over(Duration::from_millis(300)) {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddrV4;
+use std::thread;
 use std::time::Duration;
 
 /// A measurement fails after this time without progress.
@@ -81,6 +82,17 @@ impl Times {
         let at = ((self.0.len() - 1) as f64 * q).round() as usize;
         f64::from(*self.0.select_nth_unstable(at).1) / 1000.0
     }
+}
+
+/// Runs each of these functions on a thread of its own. Returns the sum of their results.
+pub fn sum_of_threads<F>(functions: impl IntoIterator<Item = F>) -> Result<u64, BenchError>
+where
+    F: FnOnce() -> Result<u64, BenchError> + Send,
+{
+    thread::scope(|scope| {
+        let threads: Vec<_> = functions.into_iter().map(|function| scope.spawn(function)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).sum()
+    })
 }
 
 pub fn median(values: &[f64]) -> f64 {

@@ -5,13 +5,12 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::children::{Process, dir};
+use crate::children::{Process, dir, wait_until, wait_until_it_listens};
 use crate::cpu::Tree;
 use crate::floor::FLOOR;
-use crate::measure::{BenchError, IDLE_TIMEOUT, Via, failed};
+use crate::measure::{BenchError, Via, failed};
 use crate::socks;
 use crate::target::listen_anywhere;
 
@@ -143,13 +142,9 @@ impl Proxy {
         // Another process may bind the free port first.
         let mut last = Err(failed("not started"));
         for _ in 0..3 {
-            let port = free_port()?;
-            let mut processes = Vec::new();
-            if self.kind == ProxyKind::Ssh {
-                processes.push(start_sshd()?);
-            }
+            let (port, mut processes) = (free_port()?, self.prepare()?);
             processes.push(Process::start(&command(port)?)?);
-            last = self.wait(processes, port);
+            last = self.wait(processes, port, Duration::from_millis(5));
             if last.is_ok() {
                 break;
             }
@@ -159,32 +154,24 @@ impl Proxy {
 
     /// Starts the proxy. Returns the time until it answers a greeting.
     pub fn timed_start(&self) -> Result<(Duration, RunningProxy), BenchError> {
-        let port = free_port()?;
-        let mut processes = Vec::new();
-        if self.kind == ProxyKind::Ssh {
-            processes.push(start_sshd()?);
-        }
+        let (port, mut processes) = (free_port()?, self.prepare()?);
         let mut command = self.command(port)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let (started, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let started = Instant::now();
         processes.push(Process::spawn_directly(command)?);
-        while !socks::answers_greeting(at).unwrap_or(false) {
-            if started.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
-                return Err(failed("the proxy does not answer a greeting"));
-            }
-        }
-        let elapsed = started.elapsed();
-        Ok((elapsed, self.wait(processes, port)?))
+        let running = self.wait(processes, port, Duration::ZERO)?;
+        Ok((started.elapsed(), running))
     }
 
-    fn wait(&self, mut processes: Vec<Process>, port: u16) -> Result<RunningProxy, BenchError> {
-        let (started, at) = (Instant::now(), SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
-        while !socks::answers_greeting(at).unwrap_or(false) {
-            if started.elapsed() > IDLE_TIMEOUT || processes.iter_mut().any(Process::has_ended) {
-                return Err(failed(format!("{} did not start", self.path.display())));
-            }
-            sleep(Duration::from_millis(5));
-        }
+    /// Starts the processes that must run before the proxy.
+    fn prepare(&self) -> Result<Vec<Process>, BenchError> {
+        if self.kind == ProxyKind::Ssh { Ok(vec![start_sshd()?]) } else { Ok(Vec::new()) }
+    }
+
+    fn wait(&self, mut processes: Vec<Process>, port: u16, pause: Duration) -> Result<RunningProxy, BenchError> {
+        let at = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
+        wait_until(&mut processes, pause, || socks::answers_greeting(at).unwrap_or(false))
+            .map_err(|_| failed(format!("{} did not start", self.path.display())))?;
         let tree = Tree(processes.iter().map(Process::pid).collect());
         Ok(RunningProxy { via: Via::Socks(at), tree, _processes: processes })
     }
@@ -204,12 +191,7 @@ impl Proxy {
             }
             ProxyKind::Microsocks => command(path, &[&"-i", &"127.0.0.1", &"-p", &number]),
             ProxyKind::Dante => {
-                let text = format!(
-                    "logoutput: /dev/null\ninternal: 127.0.0.1 port = {port}\nexternal: 127.0.0.1\n\
-                     clientmethod: none\nsocksmethod: none\nuser.privileged: root\nuser.unprivileged: root\n\
-                     client pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n}}\n\
-                     socks pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n command: connect udpassociate udpreply\n}}\n"
-                );
+                let text = dante_config(port, "none", "root", "", "connect udpassociate udpreply");
                 command(path, &[&"-f", &write("danted.conf", &text)?, &"-p", &dir().join("danted.pid")])
             }
             ProxyKind::Ssh => ssh(path, port)?,
@@ -231,6 +213,16 @@ impl Proxy {
             ProxyKind::Other => command(path, &[&number]),
         })
     }
+}
+
+/// Returns a configuration of Dante. `login` has further lines of both rules.
+pub fn dante_config(port: u16, method: &str, user: &str, login: &str, commands: &str) -> String {
+    format!(
+        "logoutput: /dev/null\ninternal: 127.0.0.1 port = {port}\nexternal: 127.0.0.1\n\
+         clientmethod: none\nsocksmethod: {method}\nuser.privileged: {user}\nuser.unprivileged: {user}\n\
+         client pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n {login}}}\n\
+         socks pass {{\n from: 0.0.0.0/0 to: 0.0.0.0/0\n command: {commands}\n {login}}}\n"
+    )
 }
 
 pub fn user() -> Result<String, BenchError> {
@@ -274,13 +266,7 @@ fn start_sshd() -> Result<Process, BenchError> {
     };
     command.arg("-D").arg("-f").arg(config);
     let mut process = Process::start(&command)?;
-    let started = Instant::now();
-    while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-        if started.elapsed() > IDLE_TIMEOUT || process.has_ended() {
-            return Err(failed("sshd did not start"));
-        }
-        sleep(Duration::from_millis(5));
-    }
+    wait_until_it_listens(&mut process, port)?;
     write("sshd.port", &port.to_string())?;
     Ok(process)
 }

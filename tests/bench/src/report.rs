@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::measure::{BenchError, median};
 use crate::proxies::{Proxy, ProxyKind};
-use crate::rows::{Figure, ROWS, Row};
+use crate::rows::{Figure, Goal, ROWS, Row};
 
 /// All runs of one figure of one proxy.
 #[derive(Clone, Debug, Default)]
@@ -118,16 +118,16 @@ impl Results {
         };
         let mut text = "| row | goal | s5 | best peer | ratio | |\n| --- | --- | --: | --: | --: | --- |\n".to_owned();
         let mut unmeasured = Vec::new();
-        for (id, goal) in GOALS {
-            let figure = self.figures[self.at(id)].1;
-            let (digits, Some(got)) = (figure.digits, self.cell(s5, id).median()) else {
+        let all = self.figures.iter().flat_map(|(_, figure)| figure.goals.iter().map(move |goal| (figure, goal)));
+        for (figure, goal) in all {
+            let (digits, Some(got)) = (figure.digits, self.cell(s5, figure.id).median()) else {
                 unmeasured.push(figure.label);
                 continue;
             };
             let direct = self.proxies.iter().position(|proxy| proxy.kind == ProxyKind::Direct);
             let peer = match goal {
-                Goal::OfDirect(_) => direct.and_then(|at| Some(("alone", self.cell(at, id).median()?))),
-                _ => self.best_peer(figure),
+                Goal::OfDirect(_) => direct.and_then(|at| Some(("alone", self.cell(at, figure.id).median()?))),
+                _ => self.best_peer(*figure),
             };
             let best = peer.map_or("-".into(), |(name, best)| format!("{best:.digits$} ({name})"));
             let ratio =
@@ -166,79 +166,6 @@ impl Results {
         lines.concat()
     }
 }
-
-/// A goal for a figure of s5.
-#[derive(Clone, Copy)]
-enum Goal {
-    /// At most this factor of the best peer's figure.
-    AtMost(f64),
-    /// At least this factor of the best peer's figure.
-    AtLeast(f64),
-    /// At most this value, in the unit of the figure.
-    AtMostValue(f64),
-    /// At least this factor of the figure without a proxy, which is the library alone for GSSAPI.
-    OfDirect(f64),
-}
-
-impl Goal {
-    fn text(self, unit: &str) -> String {
-        match self {
-            Self::AtMost(1.0) | Self::AtLeast(1.0) => "no worse than the best peer".into(),
-            Self::AtMost(factor) => format!("at most {factor:.2} of the best peer"),
-            Self::AtLeast(factor) => format!("at least {factor:.2} times the best peer"),
-            Self::OfDirect(factor) => format!("at least {factor:.2} of the library alone"),
-            Self::AtMostValue(max) => format!("at most {max} {unit}"),
-        }
-    }
-
-    fn is_met(self, got: f64, best: Option<f64>) -> Option<bool> {
-        match self {
-            Self::AtMost(factor) => best.map(|best| got <= factor * best),
-            Self::AtLeast(factor) | Self::OfDirect(factor) => best.map(|best| got >= factor * best),
-            Self::AtMostValue(max) => Some(got <= max),
-        }
-    }
-}
-
-const GOALS: &[(&str, Goal)] = &[
-    ("down.rate", Goal::AtLeast(1.35)),
-    ("down.cpu", Goal::AtMost(0.60)),
-    ("up.rate", Goal::AtLeast(1.35)),
-    ("up.cpu", Goal::AtMost(0.60)),
-    ("down8.rate", Goal::AtLeast(1.15)),
-    ("down8.cpu", Goal::AtMost(0.50)),
-    ("short.rate", Goal::AtLeast(1.15)),
-    ("short.cpu", Goal::AtMost(0.80)),
-    ("short.p99", Goal::AtMost(1.0)),
-    ("trips1.cpu", Goal::AtMost(1.0)),
-    ("trips1.p50", Goal::AtMost(1.0)),
-    ("trips1.p99", Goal::AtMost(1.0)),
-    ("trips32.cpu", Goal::AtMost(1.0)),
-    ("trips32.p50", Goal::AtMost(1.0)),
-    ("trips32.p99", Goal::AtMost(1.0)),
-    ("trips1000.cpu", Goal::AtMost(1.0)),
-    ("trips1000.p50", Goal::AtMost(1.0)),
-    ("trips1000.p99", Goal::AtMost(1.0)),
-    ("idle.memory", Goal::AtMostValue(600.0)),
-    // Zero within the resolution of the clock.
-    ("idle.cpu", Goal::AtMostValue(0.1)),
-    ("growth", Goal::AtMostValue(1.15)),
-    ("udp512.cpu", Goal::AtMost(0.65)),
-    ("udp512w16.cpu", Goal::AtMost(0.65)),
-    ("udp512x64.cpu", Goal::AtMost(0.65)),
-    ("udp1200.cpu", Goal::AtMost(0.65)),
-    ("udp1200w16.cpu", Goal::AtMost(0.65)),
-    ("udp1200x64.cpu", Goal::AtMost(0.65)),
-    ("flood512", Goal::AtLeast(1.0)),
-    ("flood1200", Goal::AtLeast(1.0)),
-    ("start.time", Goal::AtMostValue(10.0)),
-    ("start.resident", Goal::AtMostValue(3.0)),
-    ("gssapi1.rate", Goal::AtLeast(1.5)),
-    ("gssapi1.rate", Goal::OfDirect(0.8)),
-    ("gssapi2.rate", Goal::AtLeast(1.5)),
-    ("gssapi2.rate", Goal::OfDirect(0.8)),
-    ("logins", Goal::OfDirect(0.8)),
-];
 
 /// Describes the machine, the date and the commit, one line each.
 pub fn environment() -> String {

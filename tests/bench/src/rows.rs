@@ -1,16 +1,18 @@
 //! The rows of the report: their measurements, labels and units.
 
+use std::net::TcpStream;
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::gssapi::Realm;
-use crate::measure::{BenchError, Times, Via, corrupt, failed, median};
+use crate::measure::{BenchError, Times, Via, corrupt, median, sum_of_threads};
 use crate::pattern::TransferLimit;
 use crate::proxies::{Proxy, RunningProxy};
 use crate::target::{self, Target};
 use crate::udp::{self, Association, Flood};
 use crate::{socks, tunnels};
+use Goal::{AtLeast, AtMost, AtMostValue, OfDirect};
 
 /// Time for background work to finish before CPU time and memory are read.
 const SETTLE_TIME: Duration = Duration::from_millis(100);
@@ -24,14 +26,61 @@ pub struct Figure {
     pub unit: &'static str,
     pub is_higher_better: bool,
     pub digits: usize,
+    /// Goals for s5.
+    pub goals: &'static [Goal],
 }
 
-const fn higher(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
-    Figure { id, label, unit, is_higher_better: true, digits }
+const fn higher(
+    id: &'static str,
+    label: &'static str,
+    unit: &'static str,
+    digits: usize,
+    goals: &'static [Goal],
+) -> Figure {
+    Figure { id, label, unit, is_higher_better: true, digits, goals }
 }
 
-const fn lower(id: &'static str, label: &'static str, unit: &'static str, digits: usize) -> Figure {
-    Figure { id, label, unit, is_higher_better: false, digits }
+const fn lower(
+    id: &'static str,
+    label: &'static str,
+    unit: &'static str,
+    digits: usize,
+    goals: &'static [Goal],
+) -> Figure {
+    Figure { is_higher_better: false, ..higher(id, label, unit, digits, goals) }
+}
+
+/// A goal for a figure of s5.
+#[derive(Clone, Copy, Debug)]
+pub enum Goal {
+    /// At most this factor of the best peer's figure.
+    AtMost(f64),
+    /// At least this factor of the best peer's figure.
+    AtLeast(f64),
+    /// At most this value, in the unit of the figure.
+    AtMostValue(f64),
+    /// At least this factor of the figure without a proxy, which is the library alone for GSSAPI.
+    OfDirect(f64),
+}
+
+impl Goal {
+    pub fn text(self, unit: &str) -> String {
+        match self {
+            Self::AtMost(1.0) | Self::AtLeast(1.0) => "no worse than the best peer".into(),
+            Self::AtMost(factor) => format!("at most {factor:.2} of the best peer"),
+            Self::AtLeast(factor) => format!("at least {factor:.2} times the best peer"),
+            Self::OfDirect(factor) => format!("at least {factor:.2} of the library alone"),
+            Self::AtMostValue(max) => format!("at most {max} {unit}"),
+        }
+    }
+
+    pub fn is_met(self, got: f64, best: Option<f64>) -> Option<bool> {
+        match self {
+            Self::AtMost(factor) => best.map(|best| got <= factor * best),
+            Self::AtLeast(factor) | Self::OfDirect(factor) => best.map(|best| got >= factor * best),
+            Self::AtMostValue(max) => Some(got <= max),
+        }
+    }
 }
 
 /// Figures that are measured together, on a proxy started for the row.
@@ -53,66 +102,80 @@ const fn row(name: &'static str, group: &'static str, figures: &'static [Figure]
 
 /// The figures of rows that differ only in their names.
 macro_rules! figures {
-    (bulk $id:literal, $label:literal) => {
+    (bulk $id:literal, $label:literal, $rate:literal, $cpu:literal) => {
         &[
-            higher(concat!($id, ".rate"), $label, "GiB/s", 2),
-            lower(concat!($id, ".cpu"), concat!($label, ", CPU"), "s/GiB", 3),
+            higher(concat!($id, ".rate"), $label, "GiB/s", 2, &[AtLeast($rate)]),
+            lower(concat!($id, ".cpu"), concat!($label, ", CPU"), "s/GiB", 3, &[AtMost($cpu)]),
         ]
     };
-    (trips $id:literal, $label:literal) => {
+    (trips $id:literal, $label:literal, $goals:expr) => {
         &[
-            lower(concat!($id, ".cpu"), concat!("64-byte round trip, ", $label, ", CPU"), "us", 1),
-            lower(concat!($id, ".p50"), concat!("64-byte round trip, ", $label, ", p50"), "us", 0),
-            lower(concat!($id, ".p99"), concat!("64-byte round trip, ", $label, ", p99"), "us", 0),
+            lower(concat!($id, ".cpu"), concat!("64-byte round trip, ", $label, ", CPU"), "us", 1, $goals),
+            lower(concat!($id, ".p50"), concat!("64-byte round trip, ", $label, ", p50"), "us", 0, $goals),
+            lower(concat!($id, ".p99"), concat!("64-byte round trip, ", $label, ", p99"), "us", 0, $goals),
         ]
     };
     (udp $id:literal, $label:literal) => {
         &[
-            lower(concat!($id, ".cpu"), concat!("UDP round trip, ", $label, ", CPU"), "us", 1),
-            lower(concat!($id, ".p50"), concat!("UDP round trip, ", $label, ", p50"), "us", 0),
-            lower(concat!($id, ".lost"), concat!("UDP round trip, ", $label, ", lost"), "%", 3),
+            lower(concat!($id, ".cpu"), concat!("UDP round trip, ", $label, ", CPU"), "us", 1, &[AtMost(0.65)]),
+            lower(concat!($id, ".p50"), concat!("UDP round trip, ", $label, ", p50"), "us", 0, &[]),
+            lower(concat!($id, ".lost"), concat!("UDP round trip, ", $label, ", lost"), "%", 3, &[]),
         ]
     };
     (gssapi $id:literal, $label:literal) => {
         &[
-            higher(concat!($id, ".rate"), concat!("GSSAPI, 1 stream up, ", $label), "MiB/s", 1),
-            higher(concat!($id, ".thread"), concat!("GSSAPI, ", $label, ", both sides on one thread"), "MiB/s", 1),
+            higher(
+                concat!($id, ".rate"),
+                concat!("GSSAPI, 1 stream up, ", $label),
+                "MiB/s",
+                1,
+                &[AtLeast(1.5), OfDirect(0.8)],
+            ),
+            higher(concat!($id, ".thread"), concat!("GSSAPI, ", $label, ", both sides on one thread"), "MiB/s", 1, &[]),
         ]
     };
     (flood $id:literal, $label:literal) => {
-        &[higher($id, concat!("UDP one-way, ", $label, ", highest rate without loss"), "datagrams/s", 0)]
+        &[higher(
+            $id,
+            concat!("UDP one-way, ", $label, ", highest rate without loss"),
+            "datagrams/s",
+            0,
+            &[AtLeast(1.0)],
+        )]
     };
 }
 
 const SHORT: &[Figure] = &[
-    higher("short.rate", "short tunnels, 32 at once", "tunnels/s", 0),
-    lower("short.cpu", "short tunnels, CPU", "us", 1),
-    lower("short.p50", "short tunnels, p50", "ms", 2),
-    lower("short.p99", "short tunnels, p99", "ms", 2),
+    higher("short.rate", "short tunnels, 32 at once", "tunnels/s", 0, &[AtLeast(1.15)]),
+    lower("short.cpu", "short tunnels, CPU", "us", 1, &[AtMost(0.80)]),
+    lower("short.p50", "short tunnels, p50", "ms", 2, &[]),
+    lower("short.p99", "short tunnels, p99", "ms", 2, &[AtMost(1.0)]),
 ];
 const IDLE: &[Figure] = &[
-    lower("idle.memory", "memory per idle tunnel", "bytes", 0),
-    lower("idle.cpu", "CPU in 3 s with idle tunnels only", "ms", 2),
-    lower("growth.few", "short tunnel with 10 idle tunnels, CPU", "us", 1),
-    lower("growth.many", "short tunnel with all idle tunnels, CPU", "us", 1),
-    lower("growth", "growth: CPU with all idle tunnels / with 10", "times", 2),
+    lower("idle.memory", "memory per idle tunnel", "bytes", 0, &[AtMostValue(600.0)]),
+    // The goal is zero within the resolution of the clock.
+    lower("idle.cpu", "CPU in 3 s with idle tunnels only", "ms", 2, &[AtMostValue(0.1)]),
+    lower("growth.few", "short tunnel with 10 idle tunnels, CPU", "us", 1, &[]),
+    lower("growth.many", "short tunnel with all idle tunnels, CPU", "us", 1, &[]),
+    lower("growth", "growth: CPU with all idle tunnels / with 10", "times", 2, &[AtMostValue(1.15)]),
 ];
 const START: &[Figure] = &[
-    lower("start.time", "start: exec to first answered greeting", "ms", 2),
-    lower("start.resident", "memory after start, resident", "MiB", 2),
-    lower("start.dirty", "memory after start, private dirty", "MiB", 2),
+    lower("start.time", "start: exec to first answered greeting", "ms", 2, &[AtMostValue(10.0)]),
+    lower("start.resident", "memory after start, resident", "MiB", 2, &[AtMostValue(3.0)]),
+    lower("start.dirty", "memory after start, private dirty", "MiB", 2, &[]),
 ];
-
-const LOGINS: &[Figure] = &[higher("logins", "GSSAPI logins, 8 at once", "logins/s", 0)];
+const LOGINS: &[Figure] = &[higher("logins", "GSSAPI logins, 8 at once", "logins/s", 0, &[OfDirect(0.8)])];
+/// Goal of the round trips of tunnels.
+const AS_PEERS: &[Goal] = &[AtMost(1.0)];
 
 pub static ROWS: &[Row] = &[
-    row("down", "bulk", figures!(bulk "down", "1 stream down"), |b, p| b.bulk(p, 1, false)),
-    row("up", "bulk", figures!(bulk "up", "1 stream up"), |b, p| b.bulk(p, 1, true)),
-    row("down8", "bulk", figures!(bulk "down8", "8 streams down"), |b, p| b.bulk(p, 8, false)),
+    row("down", "bulk", figures!(bulk "down", "1 stream down", 1.35, 0.60), |b, p| b.bulk(p, 1, false)),
+    row("up", "bulk", figures!(bulk "up", "1 stream up", 1.35, 0.60), |b, p| b.bulk(p, 1, true)),
+    row("down8", "bulk", figures!(bulk "down8", "8 streams down", 1.15, 0.50), |b, p| b.bulk(p, 8, false)),
     row("short", "short", SHORT, Bench::short),
-    row("trips1", "round-trips", figures!(trips "trips1", "1 tunnel"), |b, p| b.trips(p, 1, 0)),
-    row("trips32", "round-trips", figures!(trips "trips32", "32 tunnels"), |b, p| b.trips(p, 32, 0)),
-    row("trips1000", "round-trips", figures!(trips "trips1000", "1000 tunnels"), |b, p| b.trips(p, 1000, 0)),
+    row("trips1", "round-trips", figures!(trips "trips1", "1 tunnel", AS_PEERS), |b, p| b.trips(p, 1, 0)),
+    row("trips32", "round-trips", figures!(trips "trips32", "32 tunnels", AS_PEERS), |b, p| b.trips(p, 32, 0)),
+    row("trips1000", "round-trips", figures!(trips "trips1000", "1000 tunnels", AS_PEERS), |b, p| b.trips(p, 1000, 0)),
     row("idle", "idle", IDLE, Bench::idle),
     row("udp512", "udp", figures!(udp "udp512", "512 bytes"), |b, p| b.udp(p, 512, 1, 1)),
     row("udp512w16", "udp", figures!(udp "udp512w16", "512 bytes, 16 in flight"), |b, p| b.udp(p, 512, 1, 16)),
@@ -126,12 +189,12 @@ pub static ROWS: &[Row] = &[
     row("gssapi1", "gssapi", figures!(gssapi "gssapi1", "integrity"), |b, p| b.protected(p, 1)),
     row("gssapi2", "gssapi", figures!(gssapi "gssapi2", "confidentiality"), |b, p| b.protected(p, 2)),
     row("logins", "gssapi", LOGINS, Bench::logins),
-    row("busy1", THREADS, figures!(trips "busy1", "1 busy tunnel"), |b, p| b.trips(p, 1, 0)),
-    row("busy8", THREADS, figures!(trips "busy8", "8 busy tunnels"), |b, p| b.trips(p, 8, 0)),
-    row("busy32", THREADS, figures!(trips "busy32", "32 busy tunnels"), |b, p| b.trips(p, 32, 0)),
-    row("busy500", THREADS, figures!(trips "busy500", "500 busy tunnels"), |b, p| b.trips(p, 500, 0)),
-    row("busy5000", THREADS, figures!(trips "busy5000", "5000 busy tunnels"), |b, p| b.trips(p, 5000, 0)),
-    row("few5000", THREADS, figures!(trips "few5000", "8 busy among 5000"), |b, p| b.trips(p, 8, 4992)),
+    row("busy1", THREADS, figures!(trips "busy1", "1 busy tunnel", &[]), |b, p| b.trips(p, 1, 0)),
+    row("busy8", THREADS, figures!(trips "busy8", "8 busy tunnels", &[]), |b, p| b.trips(p, 8, 0)),
+    row("busy32", THREADS, figures!(trips "busy32", "32 busy tunnels", &[]), |b, p| b.trips(p, 32, 0)),
+    row("busy500", THREADS, figures!(trips "busy500", "500 busy tunnels", &[]), |b, p| b.trips(p, 500, 0)),
+    row("busy5000", THREADS, figures!(trips "busy5000", "5000 busy tunnels", &[]), |b, p| b.trips(p, 5000, 0)),
+    row("few5000", THREADS, figures!(trips "few5000", "8 busy among 5000", &[]), |b, p| b.trips(p, 8, 4992)),
 ];
 
 /// The group of rows for choosing the number of threads. They run only with `--only`.
@@ -174,8 +237,7 @@ impl Bench {
         let limit = TransferLimit::for_bytes(if self.quick { 16 << 20 } else { 128 << 20 });
         for is_upload in [false, true] {
             let stream = socks::connect(running.via, self.target.bulk)?;
-            let bytes =
-                if is_upload { target::upload(&stream, limit, true) } else { target::download(&stream, limit, true) }?;
+            let bytes = target::transfer(&stream, is_upload, limit, true)?;
             if bytes != limit.bytes {
                 return Err(corrupt(format!("received {bytes} bytes, expected {}", limit.bytes)));
             }
@@ -189,16 +251,13 @@ impl Bench {
         let sockets =
             (0..streams).map(|_| socks::connect(running.via, self.target.bulk)).collect::<Result<Vec<_>, _>>()?;
         let (before, started, go) = (running.tree.cpu(), Instant::now(), Barrier::new(streams));
-        let transfer = |stream| {
+        let transfer = |stream: &TcpStream| {
             go.wait();
-            if is_upload { target::upload(stream, limit, false) } else { target::download(stream, limit, false) }
+            target::transfer(stream, is_upload, limit, false)
         };
-        let bytes: Vec<_> = thread::scope(|scope| {
-            let threads: Vec<_> = sockets.iter().map(|stream| scope.spawn(|| transfer(stream))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(failed("panic")))).collect()
-        });
+        let bytes = sum_of_threads(sockets.iter().map(|stream| move || transfer(stream)))?;
         let (elapsed, cpu) = (started.elapsed().as_secs_f64(), running.tree.cpu() - before);
-        let gib = bytes.into_iter().sum::<Result<u64, _>>()? as f64 / GIB;
+        let gib = bytes as f64 / GIB;
         Ok(vec![gib / elapsed, unless_direct(&running, cpu / gib)])
     }
 
@@ -258,10 +317,10 @@ impl Bench {
         }
         let running = proxy.start()?;
         let open = |_| Association::open(running.via, self.target.udp_echo);
-        let all = (0..count).map(open).collect::<Result<Vec<_>, _>>()?;
-        udp::round_trips(&all, size, window, self.scaled(200))?;
+        let mut all = (0..count).map(open).collect::<Result<Vec<_>, _>>()?;
+        udp::round_trips(&mut all, size, window, self.scaled(200))?;
         let before = running.tree.cpu();
-        let mut trips = udp::round_trips(&all, size, window, self.scaled(1500))?;
+        let mut trips = udp::round_trips(&mut all, size, window, self.scaled(1500))?;
         let (cpu, echoed) = (running.tree.cpu() - before, trips.times.len() as f64);
         let lost = 100.0 * trips.lost as f64 / (echoed + trips.lost as f64);
         Ok(vec![unless_direct(&running, cpu * 1e6 / echoed), trips.times.quantile(0.5), lost])

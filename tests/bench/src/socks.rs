@@ -22,10 +22,10 @@ pub fn request(command: u8, to: SocketAddrV4) -> [u8; 10] {
 
 /// Connects to `to`. The stream is blocking and has timeouts.
 pub fn connect(via: Via, to: SocketAddrV4) -> Result<TcpStream, BenchError> {
-    let Via::Socks(proxy) = via else { return connect_direct(to) };
-    let mut stream = connect_direct(proxy)?;
-    send_request(&mut stream, CONNECT, to)?;
-    Ok(stream)
+    match via {
+        Via::Direct => connect_direct(to),
+        Via::Socks(proxy) => Ok(send_request(proxy, CONNECT, to)?.0),
+    }
 }
 
 pub fn connect_direct(to: SocketAddrV4) -> Result<TcpStream, BenchError> {
@@ -38,15 +38,16 @@ pub fn connect_direct(to: SocketAddrV4) -> Result<TcpStream, BenchError> {
 
 /// Opens an association. Returns its control connection and BND.
 pub fn associate(proxy: SocketAddrV4) -> Result<(TcpStream, SocketAddrV4), BenchError> {
-    let mut stream = connect_direct(proxy)?;
-    let mut relay = send_request(&mut stream, ASSOCIATE, SocketAddrV4::new([0, 0, 0, 0].into(), 0))?;
+    let (stream, mut relay) = send_request(proxy, ASSOCIATE, SocketAddrV4::new([0, 0, 0, 0].into(), 0))?;
     if relay.ip().is_unspecified() {
         relay.set_ip(*proxy.ip());
     }
     Ok((stream, relay))
 }
 
-fn send_request(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result<SocketAddrV4, BenchError> {
+/// Sends a request to a proxy. Returns the connection and BND.
+fn send_request(proxy: SocketAddrV4, command: u8, to: SocketAddrV4) -> Result<(TcpStream, SocketAddrV4), BenchError> {
+    let mut stream = connect_direct(proxy)?;
     let mut answer = [0; 10];
     stream.write_all(&GREETING)?;
     stream.read_exact(&mut answer[..2])?;
@@ -57,7 +58,7 @@ fn send_request(stream: &mut TcpStream, command: u8, to: SocketAddrV4) -> Result
     stream.read_exact(&mut answer)?;
     match answer {
         [5, 0, 0, 1, a, b, c, d, high, low] => {
-            Ok(SocketAddrV4::new([a, b, c, d].into(), u16::from_be_bytes([high, low])))
+            Ok((stream, SocketAddrV4::new([a, b, c, d].into(), u16::from_be_bytes([high, low]))))
         }
         [5, 7, ..] => Err(BenchError::Unsupported),
         _ => Err(failed(format!("reply {answer:?}"))),

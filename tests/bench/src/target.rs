@@ -3,20 +3,21 @@
 
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::AsRawFd as _;
 use std::process::{ChildStdin, ChildStdout, Command};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 
 use crate::children::Process;
 use crate::measure::{BenchError, failed};
 use crate::pattern::{self, TransferLimit};
-use crate::udp::{Content, MIN_PAYLOAD};
+use crate::tunnels::Events;
+use crate::udp::{self, MIN_PAYLOAD};
 
 /// First argument of this program when it runs as the target.
 pub const TARGET: &str = "target";
@@ -38,14 +39,8 @@ pub struct Target {
     pub sink: SocketAddrV4,
 }
 
-/// Datagrams of the current step of a flood that the sink has received.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SinkCounts {
-    pub step: u64,
-    pub received: u64,
-    pub duplicates: u64,
-    pub corrupt: u64,
-}
+/// Datagrams of the current step of a flood that the sink has received: step, received, duplicates, corrupt.
+pub type SinkCounts = [u64; 4];
 
 impl Target {
     pub fn start() -> io::Result<Self> {
@@ -64,10 +59,7 @@ impl Target {
 
     pub fn sink_counts(&mut self) -> Result<SinkCounts, BenchError> {
         writeln!(self.requests)?;
-        match numbers(&mut self.answers)?[..] {
-            [step, received, duplicates, corrupt] => Ok(SinkCounts { step, received, duplicates, corrupt }),
-            _ => Err(failed("the sink does not answer")),
-        }
+        numbers(&mut self.answers)?.try_into().map_err(|_| failed("the sink does not answer"))
     }
 }
 
@@ -77,8 +69,16 @@ fn numbers(answers: &mut BufReader<ChildStdout>) -> io::Result<Vec<u64>> {
     Ok(line.split_whitespace().filter_map(|word| word.parse().ok()).collect())
 }
 
-/// Downloads from the target and verifies the data. Returns the number of bytes.
-pub fn download(stream: &TcpStream, limit: TransferLimit, compare_all: bool) -> Result<u64, BenchError> {
+/// Downloads from the target and verifies the data, or uploads to it, and it verifies. Returns the number of bytes.
+pub fn transfer(
+    stream: &TcpStream,
+    is_upload: bool,
+    limit: TransferLimit,
+    compare_all: bool,
+) -> Result<u64, BenchError> {
+    if is_upload {
+        return upload(stream, stream, limit, compare_all);
+    }
     begin_download(stream, limit)?;
     finish_download(stream, compare_all)
 }
@@ -94,11 +94,7 @@ pub fn finish_download(mut stream: &TcpStream, compare_all: bool) -> Result<u64,
 }
 
 /// Uploads to the target, which verifies the data. Returns the number of bytes.
-pub fn upload(stream: &TcpStream, limit: TransferLimit, compare_all: bool) -> Result<u64, BenchError> {
-    upload_over(stream, stream, limit, compare_all)
-}
-
-pub fn upload_over(
+pub fn upload(
     mut to: impl Write,
     mut from: impl Read,
     limit: TransferLimit,
@@ -136,18 +132,14 @@ pub fn run() -> io::Result<()> {
     writeln!(out, "{}", ports.map(|addr| addr.port().to_string()).join(" "))?;
     for line in io::stdin().lines() {
         line?;
-        let sink_counts = count.lock().expect("not poisoned").sink_counts;
-        writeln!(
-            out,
-            "{} {} {} {}",
-            sink_counts.step, sink_counts.received, sink_counts.duplicates, sink_counts.corrupt
-        )?;
+        let [step, received, duplicates, corrupt] = count.lock().expect("not poisoned").counts;
+        writeln!(out, "{step} {received} {duplicates} {corrupt}")?;
     }
     Ok(())
 }
 
 /// Ends the process when a service ends. Otherwise its failure would look like a failure of the proxy.
-fn exit_on_end(result: io::Result<()>) {
+fn exit_on_end(result: Result<(), impl std::fmt::Display>) {
     if let Err(error) = result {
         eprintln!("bench: target: {error}");
     }
@@ -187,27 +179,19 @@ pub fn large_buffer_socket() -> io::Result<UdpSocket> {
 ///
 /// After a message of one byte the target closes first. Otherwise the connections in TIME-WAIT would use up the ports
 /// for outgoing connections of proxy and load generator.
-fn serve_echo(listener: &TcpListener) -> io::Result<()> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    let watch = |fd: &dyn AsFd, key: usize| {
-        epoll.add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, key as u64)).map_err(io::Error::from)
-    };
+fn serve_echo(listener: &TcpListener) -> Result<(), BenchError> {
+    let mut events = Events::new()?;
     listener.set_nonblocking(true)?;
-    watch(listener, listener.as_raw_fd() as usize)?;
-    let mut streams: Vec<Option<TcpStream>> = Vec::new();
-    let (mut events, mut buffer) = (vec![EpollEvent::empty(); 256], vec![0; 16 * 1024]);
+    let listening = listener.as_raw_fd() as usize;
+    events.add(listener, listening, EpollFlags::EPOLLIN)?;
+    let (mut streams, mut buffer): (Vec<Option<TcpStream>>, _) = (Vec::new(), vec![0; 16 * 1024]);
     loop {
-        let ready = match epoll.wait(&mut events, EpollTimeout::NONE) {
-            Err(nix::Error::EINTR) => 0,
-            ready => ready?,
-        };
-        for event in &events[..ready] {
-            let key = event.data() as usize;
-            if key == listener.as_raw_fd() as usize {
+        for key in events.wait(Duration::MAX)? {
+            if key == listening {
                 while let Ok((stream, _)) = listener.accept() {
                     let key = stream.as_raw_fd() as usize;
                     stream.set_nodelay(true)?;
-                    watch(&stream, key)?;
+                    events.add(&stream, key, EpollFlags::EPOLLIN)?;
                     streams.resize_with(streams.len().max(key + 1), || None);
                     streams[key] = Some(stream);
                 }
@@ -260,30 +244,27 @@ fn serve_datagrams(socket: &UdpSocket) -> io::Result<()> {
 
 #[derive(Default)]
 struct SinkState {
-    sink_counts: SinkCounts,
+    counts: SinkCounts,
     seen: Vec<u64>,
 }
 
 impl SinkState {
     fn add(&mut self, datagram: &[u8]) {
-        let Some(number) = Content::number(datagram) else { return self.sink_counts.corrupt += 1 };
+        let Some(number) = udp::number(datagram) else { return self.counts[3] += 1 };
         let (step, number) = (number >> 32, number & 0xffff_ffff);
-        match step.cmp(&self.sink_counts.step) {
+        if step < self.counts[0] {
             // A late datagram of an earlier step.
-            std::cmp::Ordering::Less => return,
-            std::cmp::Ordering::Greater => {
-                *self = Self { sink_counts: SinkCounts { step, ..SinkCounts::default() }, seen: Vec::new() }
-            }
-            std::cmp::Ordering::Equal => {}
+            return;
+        }
+        if step > self.counts[0] {
+            *self = Self { counts: [step, 0, 0, 0], seen: Vec::new() };
         }
         let (word, bit) = ((number / 64) as usize, 1 << (number % 64));
         if word >= self.seen.len() {
             self.seen.resize(word + 1024, 0);
         }
-        match self.seen[word] & bit == 0 {
-            true => self.sink_counts.received += 1,
-            false => self.sink_counts.duplicates += 1,
-        }
+        let is_duplicate = self.seen[word] & bit != 0;
+        self.counts[1 + usize::from(is_duplicate)] += 1;
         self.seen[word] |= bit;
     }
 }

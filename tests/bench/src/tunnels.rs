@@ -31,21 +31,21 @@ impl Events {
     }
 
     /// Returns the keys of ready sockets, or no keys after `time`.
-    pub fn wait(&mut self, time: Duration) -> Result<impl Iterator<Item = usize>, BenchError> {
+    pub fn wait(&mut self, time: Duration) -> Result<Vec<usize>, BenchError> {
         let millis = u16::try_from(time.as_millis()).unwrap_or(u16::MAX);
         let count = match self.epoll.wait(&mut self.ready, millis) {
             Err(nix::Error::EINTR) => 0,
             count => count?,
         };
-        Ok(self.ready[..count].iter().map(|event| event.data() as usize))
+        Ok(self.ready[..count].iter().map(|event| event.data() as usize).collect())
     }
 
     /// Like `wait`, but fails after `IDLE_TIMEOUT` without an event.
-    fn wait_any(&mut self) -> Result<impl Iterator<Item = usize>, BenchError> {
-        let mut keys = self.wait(IDLE_TIMEOUT)?.peekable();
-        match keys.peek() {
-            Some(_) => Ok(keys),
-            None => Err(failed(format!("no progress for {} s", IDLE_TIMEOUT.as_secs()))),
+    fn wait_any(&mut self) -> Result<Vec<usize>, BenchError> {
+        let keys = self.wait(IDLE_TIMEOUT)?;
+        match keys.is_empty() {
+            false => Ok(keys),
+            true => Err(failed(format!("no progress for {} s", IDLE_TIMEOUT.as_secs()))),
         }
     }
 }
@@ -96,29 +96,23 @@ impl ShortTunnel {
 /// Opens tunnels, `concurrency` at a time. Each echoes one byte, then the target closes it. Returns their times.
 pub fn short_tunnels(via: Via, echo: SocketAddrV4, concurrency: usize, time: Duration) -> Result<Times, BenchError> {
     let (mut events, mut times, started) = (Events::new()?, Times::default(), Instant::now());
-    let mut slots = Vec::new();
-    for key in 0..concurrency {
+    let begin = |events: &Events, key| {
         let short = ShortTunnel::begin(via, echo)?;
         events.add(&short.pending.stream, key, edge_triggered())?;
-        slots.push(Some(short));
-    }
-    let mut left = concurrency;
-    while left > 0 {
-        let keys: Vec<usize> = events.wait_any()?.collect();
-        for key in keys {
+        Ok::<_, BenchError>(Some(short))
+    };
+    let mut slots = (0..concurrency).map(|key| begin(&events, key)).collect::<Result<Vec<_>, _>>()?;
+    while slots.iter().any(Option::is_some) {
+        for key in events.wait_any()? {
             let Some(short) = &mut slots[key] else { continue };
-            if !short.advance()? {
-                continue;
+            if short.advance()? {
+                times.add(short.started.elapsed());
+                // Closes the tunnel before the next one begins.
+                slots[key] = None;
+                if started.elapsed() < time {
+                    slots[key] = begin(&events, key)?;
+                }
             }
-            times.add(short.started.elapsed());
-            slots[key] = None;
-            if started.elapsed() >= time {
-                left -= 1;
-                continue;
-            }
-            let short = ShortTunnel::begin(via, echo)?;
-            events.add(&short.pending.stream, key, edge_triggered())?;
-            slots[key] = Some(short);
         }
     }
     Ok(times)
@@ -134,8 +128,7 @@ pub fn open(via: Via, echo: SocketAddrV4, count: usize) -> Result<Vec<TcpStream>
             events.add(&pending.stream, pending_tunnels.len(), edge_triggered())?;
             pending_tunnels.push(Some(pending));
         }
-        let keys: Vec<usize> = events.wait_any()?.collect();
-        for key in keys {
+        for key in events.wait_any()? {
             if let Some(mut pending) = pending_tunnels[key].take() {
                 match pending.advance()? {
                     true => open.push(pending.stream),
@@ -155,8 +148,7 @@ pub fn close(tunnels: Vec<TcpStream>) -> Result<(), BenchError> {
         tunnel.write_all(&[key as u8])?;
     }
     while left > 0 {
-        let keys: Vec<usize> = events.wait_any()?.collect();
-        for key in keys.into_iter().filter(|key| std::mem::take(&mut open[*key])) {
+        for key in events.wait_any()?.into_iter().filter(|key| std::mem::take(&mut open[*key])) {
             match (&tunnels[key]).read(&mut [0; 2]) {
                 Ok(1) => left -= 1,
                 _ => return Err(corrupt("an idle tunnel did not echo a byte")),
@@ -167,41 +159,35 @@ pub fn close(tunnels: Vec<TcpStream>) -> Result<(), BenchError> {
 }
 
 /// The state of one round trip.
-#[derive(Clone)]
 struct RoundTrip {
     sent: Instant,
     message: &'static [u8],
     received: usize,
-    is_over: bool,
 }
 
 /// Keeps one message in flight on each tunnel until the time is over. Returns the times of the round trips.
 pub fn round_trips(tunnels: &[TcpStream], time: Duration) -> Result<Times, BenchError> {
     let (mut events, mut times, started) = (Events::new()?, Times::default(), Instant::now());
+    let begin = |mut tunnel: &TcpStream, number| {
+        let trip = RoundTrip { sent: Instant::now(), message: message(number), received: 0 };
+        tunnel.write_all(trip.message)?;
+        Ok::<_, BenchError>(trip)
+    };
     let mut trips = Vec::with_capacity(tunnels.len());
-    for (key, mut tunnel) in tunnels.iter().enumerate() {
+    for (key, tunnel) in tunnels.iter().enumerate() {
         events.add(tunnel, key, EpollFlags::EPOLLIN)?;
-        let message = message(key);
-        trips.push(RoundTrip { sent: Instant::now(), message, received: 0, is_over: false });
-        tunnel.write_all(message)?;
+        trips.push(begin(tunnel, key)?);
     }
     let mut left = tunnels.len();
     while left > 0 {
-        let keys: Vec<usize> = events.wait_any()?.collect();
-        for key in keys {
-            let (trip, mut tunnel) = (&mut trips[key], &tunnels[key]);
-            if !trip.receive(tunnel)? {
-                continue;
+        for key in events.wait_any()? {
+            if trips[key].receive(&tunnels[key])? {
+                times.add(trips[key].sent.elapsed());
+                match started.elapsed() < time {
+                    true => trips[key] = begin(&tunnels[key], key + times.len())?,
+                    false => left -= 1,
+                }
             }
-            times.add(trip.sent.elapsed());
-            if started.elapsed() >= time {
-                trip.is_over = true;
-                left -= 1;
-                continue;
-            }
-            *trip =
-                RoundTrip { sent: Instant::now(), message: message(key + times.len()), received: 0, is_over: false };
-            tunnel.write_all(trip.message)?;
         }
     }
     Ok(times)
@@ -220,7 +206,8 @@ impl RoundTrip {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
             got => got?,
         };
-        let rest = if self.is_over { &[] } else { &self.message[self.received..] };
+        // Empty after the last round trip: an answer would be one too many.
+        let rest = &self.message[self.received..];
         if got == 0 {
             return Err(corrupt("a tunnel was closed"));
         }

@@ -1,6 +1,5 @@
 //! Datagrams through associations: round trips with a window, and floods in one direction at increasing rates.
 
-use std::cell::{Cell, RefCell};
 use std::io::{self, ErrorKind};
 use std::net::{SocketAddrV4, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,27 +27,23 @@ const BURST_INTERVAL: Duration = Duration::from_micros(50);
 /// First number of the next association or step of a flood. The ranges do not overlap.
 static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1 << 32);
 
-/// The payload of a datagram: its number and pseudo-random bytes.
-pub struct Content;
+/// Writes the payload of a datagram: its number and pseudo-random bytes.
+fn write_payload(number: u64, datagram: &mut [u8]) {
+    let (head, body) = datagram.split_at_mut(MIN_PAYLOAD);
+    head.copy_from_slice(&number.to_le_bytes());
+    body.copy_from_slice(body_of(number, body.len()));
+}
 
-impl Content {
-    fn write(number: u64, datagram: &mut [u8]) {
-        let (head, body) = datagram.split_at_mut(MIN_PAYLOAD);
-        head.copy_from_slice(&number.to_le_bytes());
-        body.copy_from_slice(Self::noise(number, body.len()));
-    }
+fn body_of(number: u64, length: usize) -> &'static [u8] {
+    let from = (number % 4096) as usize;
+    &noise()[from..from + length]
+}
 
-    fn noise(number: u64, length: usize) -> &'static [u8] {
-        let from = (number % 4096) as usize;
-        &noise()[from..from + length]
-    }
-
-    /// Returns the number, or `None` if the payload is corrupt.
-    pub fn number(datagram: &[u8]) -> Option<u64> {
-        let (head, body) = datagram.split_first_chunk()?;
-        let number = u64::from_le_bytes(*head);
-        (body == Self::noise(number, body.len())).then_some(number)
-    }
+/// Returns the number in a payload, or `None` if it is corrupt.
+pub fn number(datagram: &[u8]) -> Option<u64> {
+    let (head, body) = datagram.split_first_chunk()?;
+    let number = u64::from_le_bytes(*head);
+    (body == body_of(number, body.len())).then_some(number)
 }
 
 /// A socket whose datagrams reach one address of the target.
@@ -56,9 +51,11 @@ pub struct Association {
     socket: UdpSocket,
     header: Vec<u8>,
     /// Number of the next datagram. Other associations use other ranges.
-    next: Cell<u64>,
+    next: u64,
+    /// Datagrams in flight, with number and time of sending.
+    in_flight: Vec<(u64, Instant)>,
     /// Numbers that count as lost, but may still arrive.
-    expired: RefCell<Vec<u64>>,
+    expired: Vec<u64>,
     /// The control connection.
     _stream: Option<TcpStream>,
 }
@@ -78,15 +75,15 @@ impl Association {
         };
         socket.connect(first)?;
         socket.set_nonblocking(true)?;
-        let next = Cell::new(NEXT_NUMBER.fetch_add(1 << 32, Ordering::Relaxed));
-        Ok(Self { socket, header, next, expired: RefCell::default(), _stream: stream })
+        let next = NEXT_NUMBER.fetch_add(1 << 32, Ordering::Relaxed);
+        Ok(Self { socket, header, next, in_flight: Vec::new(), expired: Vec::new(), _stream: stream })
     }
 
     fn send(&self, number: u64, size: usize) -> io::Result<()> {
         let mut buffer = [0; 2048];
         let start = self.header.len();
         buffer[..start].copy_from_slice(&self.header);
-        Content::write(number, &mut buffer[start..start + size]);
+        write_payload(number, &mut buffer[start..start + size]);
         self.socket.send(&buffer[..start + size]).map(drop)
     }
 
@@ -104,32 +101,42 @@ impl Association {
             }
             false => &buffer[HEADER_LEN..length],
         };
-        match Content::number(datagram) {
+        match number(datagram) {
             Some(number) if datagram.len() == size => Ok(Some(number)),
             _ => Err(corrupt("the echo differs from the datagram")),
         }
     }
-}
 
-/// An association and its datagrams in flight, with number and time of sending.
-struct Flow<'a> {
-    association: &'a Association,
-    in_flight: Vec<(u64, Instant)>,
-}
-
-impl Flow<'_> {
-    fn send(&mut self, size: usize) -> Result<(), BenchError> {
-        let number = self.association.next.get();
-        self.association.next.set(number + 1);
-        self.in_flight.push((number, Instant::now()));
-        Ok(self.association.send(number, size)?)
+    /// Sends the next datagram of a round trip.
+    fn begin(&mut self, size: usize) -> Result<(), BenchError> {
+        self.in_flight.push((self.next, Instant::now()));
+        self.next += 1;
+        Ok(self.send(self.next - 1, size)?)
     }
 
     /// Removes the datagrams that count as lost. Returns their number.
     fn expire(&mut self) -> u64 {
-        let late: Vec<_> = self.in_flight.extract_if(.., |(_, sent)| sent.elapsed() >= LOSS_TIMEOUT).collect();
-        self.association.expired.borrow_mut().extend(late.iter().map(|(number, _)| number));
-        late.len() as u64
+        let before = self.expired.len();
+        let late = self.in_flight.extract_if(.., |(_, sent)| sent.elapsed() >= LOSS_TIMEOUT);
+        self.expired.extend(late.map(|(number, _)| number));
+        (self.expired.len() - before) as u64
+    }
+
+    /// Receives the answers that have arrived, and begins a new round trip for each one unless the time is over.
+    fn receive_answers(&mut self, size: usize, is_over: bool, times: &mut Times) -> Result<(), BenchError> {
+        while let Some(number) = self.receive(size)? {
+            if let Some(at) = self.in_flight.iter().position(|(sent, _)| *sent == number) {
+                times.add(self.in_flight.swap_remove(at).1.elapsed());
+                if !is_over {
+                    self.begin(size)?;
+                }
+            } else if let Some(at) = self.expired.iter().position(|expired| *expired == number) {
+                self.expired.swap_remove(at);
+            } else {
+                return Err(corrupt("a datagram arrived twice, or at another association"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -141,28 +148,30 @@ pub struct RoundTrips {
 }
 
 /// Keeps `window` datagrams of `size` bytes in flight on each association until the time is over.
-pub fn round_trips(all: &[Association], size: usize, window: usize, time: Duration) -> Result<RoundTrips, BenchError> {
+pub fn round_trips(
+    all: &mut [Association],
+    size: usize,
+    window: usize,
+    time: Duration,
+) -> Result<RoundTrips, BenchError> {
     let (mut events, mut trips, started) = (Events::new()?, RoundTrips::default(), Instant::now());
     let mut last_check = started;
-    let mut flows: Vec<_> = all.iter().map(|association| Flow { association, in_flight: Vec::new() }).collect();
-    for (key, flow) in flows.iter_mut().enumerate() {
-        events.add(&flow.association.socket, key, EpollFlags::EPOLLIN)?;
-        for _ in 0..window {
-            flow.send(size)?;
-        }
+    for (key, association) in all.iter_mut().enumerate() {
+        events.add(&association.socket, key, EpollFlags::EPOLLIN)?;
+        (0..window).try_for_each(|_| association.begin(size))?;
     }
-    while flows.iter().any(|flow| !flow.in_flight.is_empty()) {
-        let keys: Vec<usize> = events.wait(LOSS_TIMEOUT / 4)?.collect();
+    while all.iter().any(|association| !association.in_flight.is_empty()) {
+        let keys = events.wait(LOSS_TIMEOUT / 4)?;
         let is_over = started.elapsed() >= time;
         for key in keys {
-            receive_answers(&mut flows[key], size, is_over, &mut trips)?;
+            all[key].receive_answers(size, is_over, &mut trips.times)?;
         }
         if last_check.elapsed() > LOSS_TIMEOUT / 4 {
             last_check = Instant::now();
-            for flow in &mut flows {
-                trips.lost += flow.expire();
-                while !is_over && flow.in_flight.len() < window {
-                    flow.send(size)?;
+            for association in &mut *all {
+                trips.lost += association.expire();
+                while !is_over && association.in_flight.len() < window {
+                    association.begin(size)?;
                 }
             }
         }
@@ -171,24 +180,6 @@ pub fn round_trips(all: &[Association], size: usize, window: usize, time: Durati
         0 => Err(failed("no datagram was echoed")),
         _ => Ok(trips),
     }
-}
-
-fn receive_answers(flow: &mut Flow<'_>, size: usize, is_over: bool, trips: &mut RoundTrips) -> Result<(), BenchError> {
-    while let Some(number) = flow.association.receive(size)? {
-        let Some(at) = flow.in_flight.iter().position(|(sent, _)| *sent == number) else {
-            let mut late = flow.association.expired.borrow_mut();
-            let Some(at) = late.iter().position(|expired| *expired == number) else {
-                return Err(corrupt("a datagram arrived twice, or at another association"));
-            };
-            late.swap_remove(at);
-            continue;
-        };
-        trips.times.add(flow.in_flight.swap_remove(at).1.elapsed());
-        if !is_over {
-            flow.send(size)?;
-        }
-    }
-    Ok(())
 }
 
 /// Parameters of a flood.
@@ -235,14 +226,11 @@ impl Flood {
             let count = (rate * self.time.as_secs_f64()) as u64;
             let reached = self.send_at_rate(association, rate, first, count)?;
             thread::sleep(Duration::from_millis(50));
-            let sink_counts = target.sink_counts()?;
-            if sink_counts.duplicates > 0 || sink_counts.corrupt > 0 {
-                return Err(corrupt(format!(
-                    "{} duplicate datagrams, {} corrupt",
-                    sink_counts.duplicates, sink_counts.corrupt
-                )));
+            let [step, received, duplicates, damaged] = target.sink_counts()?;
+            if duplicates > 0 || damaged > 0 {
+                return Err(corrupt(format!("{duplicates} duplicate datagrams, {damaged} corrupt")));
             }
-            if sink_counts.received == count && sink_counts.step == first >> 32 {
+            if received == count && step == first >> 32 {
                 return Ok(Some(reached));
             }
         }
