@@ -83,7 +83,7 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
         listeners.extend(bound?);
     }
     policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
-    policy.advertised_ips.clone_from(&options.advertise);
+    policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
     if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
         return Err(ServerError::Config(error));
     }

@@ -18,7 +18,7 @@ use super::netcat::tunnel;
 use crate::client::Client;
 use crate::conn::Conn;
 use crate::net::sleep;
-use crate::proto::{Addr, Command};
+use crate::proto::{Addr, Command, Host};
 
 /// Time limit for writing the bound address to a named pipe that has no reader yet.
 const FIFO_WRITE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -118,7 +118,8 @@ async fn accept_peer(
         };
         written.map_err(|error| CliError::new(ExitStatus::WRITE_STDOUT, format!("--address-file: {error}")))?;
     }
-    let expected = connector.dst().map_or("any peer".into(), ToString::to_string);
+    let is_any = |dst: &&Addr| matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
+    let expected = connector.dst().filter(|dst| !is_any(dst)).map_or("any peer".into(), ToString::to_string);
     connector.print_verbose(&format!("waiting for a connection from {expected}"));
     let peer = client.wait_for_peer(tunnel, connector.args.timeout.is_some()).await?;
     connector.print_line(&format!("accepted {peer}"));

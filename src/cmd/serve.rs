@@ -39,12 +39,22 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
-    /// public address of this host behind NAT. The replies to BIND and UDP ASSOCIATE contain IP instead of the address
-    /// that the client connected to. At most one IPv4 and one IPv6 address.
+    /// public address of this host behind NAT. IP is the address in the replies to BIND and UDP ASSOCIATE, which clients
+    /// and peers can reach. By default, BIND has the address on the route to the peer (without a peer in the request, on
+    /// the default route), and UDP ASSOCIATE the address that the client connected to. Clients on this host still get
+    /// loopback, unless the server listens on loopback only. At most one IPv4 and one IPv6 address.
     #[argh(option, arg_name = "IP")]
     advertise: Vec<IpAddr>,
 
-    /// ports for BIND [default: any free port]
+    /// address for BIND alone [default: as --advertise]
+    #[argh(option, arg_name = "IP")]
+    advertise_bind: Vec<IpAddr>,
+
+    /// address for UDP alone [default: as --advertise]
+    #[argh(option, arg_name = "IP")]
+    advertise_udp: Vec<IpAddr>,
+
+    /// ports for BIND [default: any free port]. If any peer may connect, s5 tries the port of the request first.
     #[argh(option, arg_name = "LO-HI")]
     bind_ports: Option<PortRange>,
 
@@ -203,6 +213,14 @@ pub struct ServeArgs {
 fn default_threads() -> u16 {
     std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX))
 }
+/// Returns the addresses of an option that takes at most one of each family.
+fn one_per_family(option: &str, ips: Vec<IpAddr>) -> Result<Vec<IpAddr>, CliError> {
+    let count = |is_family: fn(&IpAddr) -> bool| ips.iter().filter(|ip| is_family(ip)).count();
+    if count(IpAddr::is_ipv4) > 1 || count(IpAddr::is_ipv6) > 1 {
+        return Err(CliError::usage(format!("{option}: at most one IPv4 and one IPv6 address")));
+    }
+    Ok(ips)
+}
 
 fn parse_filtering(text: &str) -> Result<Filtering, String> {
     match text {
@@ -327,10 +345,13 @@ impl ServeArgs {
     }
 
     fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, CliError> {
-        let count = |is_family: fn(&IpAddr) -> bool| self.advertise.iter().filter(|ip| is_family(ip)).count();
-        if count(IpAddr::is_ipv4) > 1 || count(IpAddr::is_ipv6) > 1 {
-            return Err(CliError::usage("--advertise: at most one IPv4 and one IPv6 address"));
-        }
+        let both = one_per_family("--advertise", self.advertise)?;
+        let or_both = |own: Vec<IpAddr>| {
+            let others = both.iter().filter(|ip| !own.iter().any(|own| own.is_ipv4() == ip.is_ipv4()));
+            own.iter().chain(others).copied().collect()
+        };
+        let advertise_bind = or_both(one_per_family("--advertise-bind", self.advertise_bind)?);
+        let advertise_udp = or_both(one_per_family("--advertise-udp", self.advertise_udp)?);
         let offers_gssapi = match &self.hop_auth {
             Some(methods) => methods.contains(&Method::GSSAPI),
             None => Initiator::may_have_tickets(),
@@ -352,7 +373,8 @@ impl ServeArgs {
             drain_timeout: self.drain_timeout,
             max_connections: self.max_connections,
             threads: self.threads.unwrap_or_else(default_threads),
-            advertise: self.advertise,
+            advertise_bind,
+            advertise_udp,
             bind_ports: self.bind_ports,
             udp_ports: self.udp_ports,
             udp_filtering: self.udp_filtering,

@@ -47,7 +47,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let egress = Egress::open(session).await?;
     let client = ClientSocket::bind(session, control, dst.port).map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
-    let bnd = session.server().advertised_addr(local);
+    let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
     let relay = AssociationRelay {
         rate_limit: session.permit.rate_limit(),

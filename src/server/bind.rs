@@ -1,6 +1,7 @@
 //! BIND (RFC 1928 sections 4 and 6): listen for one expected peer, send two replies, relay.
 //!
-//! DST is the address of the expected peer, not where to listen: all zeros accept any address, port 0 any port.
+//! DST is the address of the expected peer. Its port is that of the primary connection, and the peer connects from
+//! another one. Without an address, any peer may connect, and the port is where the client wishes the server to listen.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -13,11 +14,14 @@ use super::local_addr::{bind_in_range, reachable_addr};
 use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
-use super::state::{Server, Session};
+use super::state::Session;
 use crate::conn::Conn;
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, Rep};
+
+/// Programs without privileges can bind this port and higher ones.
+const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
 pub(super) async fn serve(
     session: &mut Session,
@@ -37,13 +41,7 @@ pub(super) async fn serve(
 
 async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     let expected = ExpectedPeer::resolve(session, dst).await?;
-    let listener = listen_for_peer(session.server(), client, &expected).map_err(SessionError::general_failure)?;
-    let local = listener.get_ref().local_addr().map_err(SessionError::general_failure)?;
-    let bnd = match reachable_addr(client.local_addr(), expected.preferred_ip(client.local_addr())) {
-        Ok(addr) if local.ip().is_unspecified() => SocketAddr::new(addr.ip(), local.port()),
-        _ => local,
-    };
-    let bnd = session.server().advertised_addr(bnd);
+    let (listener, bnd) = listen_for_peer(session, client, &expected).map_err(SessionError::general_failure)?;
     session.reply_success(client, bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
@@ -118,8 +116,8 @@ impl Session {
 struct ExpectedPeer {
     /// All addresses of DST, canonical. The unspecified address stands for any.
     ips: Vec<IpAddr>,
-    /// 0 for any.
-    port: u16,
+    /// Port to listen on if it is free.
+    wished_port: Option<u16>,
 }
 
 impl ExpectedPeer {
@@ -129,8 +127,9 @@ impl ExpectedPeer {
             Host::Ip(ip) => Some(*ip),
             Host::Name(name) => parse_literal(name.as_str()),
         };
-        if let Some(ip) = literal {
-            return Ok(Self { ips: vec![ip.to_canonical()], port: dst.port });
+        if let Some(ip) = literal.map(|ip| ip.to_canonical()) {
+            let wished_port = Some(dst.port).filter(|port| ip.is_unspecified() && *port >= FIRST_UNPRIVILEGED_PORT);
+            return Ok(Self { ips: vec![ip], wished_port });
         }
         let deadline = Instant::now() + session.server().options.connect_timeout;
         let mut addrs = session.server().resolve(dst, deadline).await?;
@@ -141,14 +140,13 @@ impl ExpectedPeer {
         });
         match last_denial {
             Some(denial) if addrs.is_empty() => Err(denial),
-            _ => Ok(Self { ips: addrs.into_iter().map(|addr| addr.ip()).collect(), port: dst.port }),
+            _ => Ok(Self { ips: addrs.into_iter().map(|addr| addr.ip()).collect(), wished_port: None }),
         }
     }
 
     fn includes(&self, peer: SocketAddr) -> bool {
         let ip = peer.ip().to_canonical();
-        let is_expected = |expected: &IpAddr| expected.is_unspecified() || *expected == ip;
-        self.ips.iter().any(is_expected) && (self.port == 0 || self.port == peer.port())
+        self.ips.iter().any(|expected| expected.is_unspecified() || *expected == ip)
     }
 
     /// Returns the address that selects family and address of the listener. The family of the control connection is
@@ -164,16 +162,31 @@ impl ExpectedPeer {
     }
 }
 
-/// Binds the address that the client has connected to, or one on the route to the peer. Binds all addresses if peers
-/// of both families are expected, or if an advertised address is set, since this host may not have it.
-fn listen_for_peer(server: &Server, client: &Conn, expected: &ExpectedPeer) -> io::Result<Io<TcpListener>> {
-    let mut local = reachable_addr(client.local_addr(), expected.preferred_ip(client.local_addr()))?;
-    if expected.has_both_families() {
+/// Listens at an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers of both
+/// families are expected, or if BND is an advertised address, since this host may not have it.
+fn listen_for_peer(
+    session: &Session,
+    client: &Conn,
+    expected: &ExpectedPeer,
+) -> io::Result<(Io<TcpListener>, SocketAddr)> {
+    let options = &session.server().options;
+    let control = client.local_addr();
+    let mut local = reachable_addr(control, expected.preferred_ip(control))?;
+    let mut bnd = session.advertised_addr(&options.advertise_bind, local);
+    let both_families = expected.has_both_families();
+    if both_families {
         local.set_ip(Ipv6Addr::UNSPECIFIED.into());
-    } else if server.advertised_addr(local) != local {
+    } else if bnd != local {
         local.set_ip(unspecified(local.ip()));
     }
     // The backlog has room for other peers too, whose connections are accepted and closed.
-    let bind = |local| listen_tcp(local, !expected.has_both_families(), 16);
-    Io::new(bind_in_range(server.options.bind_ports.as_ref(), local, bind)?)
+    let bind = |local| listen_tcp(local, !both_families, 16);
+    let is_allowed = |port: &u16| options.bind_ports.as_ref().is_none_or(|ports| ports.0.contains(port));
+    let wished = expected.wished_port.filter(is_allowed).map(|port| bind(SocketAddr::new(local.ip(), port)));
+    let listener = match wished {
+        Some(Ok(listener)) => listener,
+        _ => bind_in_range(options.bind_ports.as_ref(), local, bind)?,
+    };
+    bnd.set_port(listener.local_addr()?.port());
+    Ok((Io::new(listener)?, bnd))
 }

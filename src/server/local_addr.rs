@@ -6,27 +6,33 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use crate::net::unspecified;
 use crate::proto::PortRange;
 
-/// Returns the local address, with port 0, at which `peer` can reach the sockets of a session. The session's client has
-/// connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that family.
+/// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it. The
+/// session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
+/// family: one on this host if the client is, else the default route leads to it.
 pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
     let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
     control.set_port(0);
-    let is_loopback = control.ip().is_loopback();
-    // Loopback addresses are reachable from loopback only, and the other addresses from other hosts.
-    let can_reach = peer.is_unspecified() || peer.is_loopback() == is_loopback;
-    if control.is_ipv4() == peer.is_ipv4() && can_reach {
-        return Ok(control);
-    }
+    let is_same_family = control.is_ipv4() == peer.is_ipv4();
+    let is_client_local = control.ip().is_loopback();
     let target = match peer {
-        _ if peer.is_unspecified() && is_loopback => loopback,
+        _ if peer.is_loopback() || peer.is_unspecified() && is_client_local => loopback,
         // A documentation address (RFC 5737, RFC 3849) stands for any peer: it selects the default route.
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
         peer => peer,
     };
-    // connect(2) on a UDP socket sends nothing, and selects the source address for this peer.
-    let probe = UdpSocket::bind((unspecified(peer), 0))?;
+    if is_same_family && is_client_local && target == loopback {
+        return Ok(control);
+    }
+    // Without a route, the peer may still be on the client's side.
+    route_source(target).or_else(|error| if is_same_family && !is_client_local { Ok(control) } else { Err(error) })
+}
+
+/// Returns the local address, with port 0, from which this host sends to `target`.
+fn route_source(target: IpAddr) -> io::Result<SocketAddr> {
+    // connect(2) on a UDP socket sends nothing, and selects the source address.
+    let probe = UdpSocket::bind((unspecified(target), 0))?;
     probe.connect((target, 9))?;
     let mut local = probe.local_addr()?;
     local.set_port(0);
@@ -74,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reachable_addr_is_the_control_address_if_the_peer_can_use_it() {
+    fn reachable_addr_is_loopback_if_client_and_peer_are_on_this_host() {
         let control = |text: &str| Some(text.parse().expect("an address"));
         let reachable = |control, peer: &str| {
             reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
@@ -84,7 +90,6 @@ mod tests {
         assert_eq!(reachable(control("[::1]:1080"), "0.0.0.0").as_deref(), Some("127.0.0.1"));
         assert_eq!(reachable(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
         assert_eq!(reachable(None, "::").as_deref(), Some("::1"));
-        assert_eq!(reachable(control("192.0.2.7:1080"), "0.0.0.0").as_deref(), Some("192.0.2.7"));
         assert_eq!(reachable(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
     }
 }

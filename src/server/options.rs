@@ -28,8 +28,10 @@ pub struct Options {
     pub max_connections: Option<usize>,
     /// Threads that run sessions, at least 1.
     pub threads: u16,
-    /// Addresses for BND instead of the one that the client connected to, at most one per family.
-    pub advertise: Vec<IpAddr>,
+    /// Addresses for BND of BIND instead of the one on the route to the peer, at most one per family.
+    pub advertise_bind: Vec<IpAddr>,
+    /// Addresses for BND of UDP ASSOCIATE instead of the one that the client connected to, at most one per family.
+    pub advertise_udp: Vec<IpAddr>,
     /// Ports for BIND. `None`: chosen by the kernel.
     pub bind_ports: Option<PortRange>,
     /// Ports for UDP associations. `None`: chosen by the kernel.

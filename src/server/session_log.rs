@@ -81,17 +81,16 @@ impl SessionLog {
         AccessRequest { identity: self.identity(), command: self.command, ..request_from(self.client()) }
     }
 
-    /// Returns the access request of the session. For BIND, a zero address or port in DST matches any peer. DST of UDP
-    /// ASSOCIATE is not a target.
+    /// Returns the access request of the session. For BIND, a zero address in DST matches any peer, and a zero port that of
+    /// the peer. DST of UDP ASSOCIATE is not a target.
     pub(super) fn access_request(&self) -> AccessRequest<'_> {
         let request = self.client_request();
         match (&self.dst, self.command) {
             (Some(dst), Some(Command::Connect)) => with_target(request, dst),
+            (Some(Addr { host: Host::Ip(ip), .. }), Some(Command::Bind)) if ip.is_unspecified() => request,
             (Some(dst), Some(Command::Bind)) => {
-                let is_unspecified = matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
                 let request = with_target(request, dst);
-                let ip = request.target_ip.filter(|_| !is_unspecified);
-                AccessRequest { target_ip: ip, target_port: request.target_port.filter(|port| *port != 0), ..request }
+                AccessRequest { target_port: request.target_port.filter(|port| *port != 0), ..request }
             }
             _ => request,
         }
@@ -118,9 +117,10 @@ pub(super) fn with_target<'a>(request: AccessRequest<'a>, dst: &'a Addr) -> Acce
     }
 }
 
-/// Adds an address, of the target or of a peer, to an access request.
+/// Adds an address, of the target or of a peer, to an access request. The port of DST is kept, because the peer of BIND
+/// connects from another one.
 pub(super) fn with_addr(request: AccessRequest<'_>, addr: SocketAddr) -> AccessRequest<'_> {
-    AccessRequest { target_ip: Some(addr.ip()), target_port: Some(addr.port()), ..request }
+    AccessRequest { target_ip: Some(addr.ip()), target_port: request.target_port.or(Some(addr.port())), ..request }
 }
 
 impl Drop for SessionLog {

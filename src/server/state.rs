@@ -1,7 +1,7 @@
 //! The state of the server, which all sessions share, and the state of one session until its success reply.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
@@ -29,12 +29,6 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Returns BND for a socket at `local`. An address of its family in [`Options::advertise`] replaces the IP address.
-    pub(super) fn advertised_addr(&self, local: SocketAddr) -> SocketAddr {
-        let ip = self.options.advertise.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
-        ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
-    }
-
     /// Returns a client that requests `dst` through `hop`.
     pub(super) fn hop_client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let remaining = deadline.saturating_duration_since(Instant::now());
@@ -94,6 +88,17 @@ impl Session {
 
     pub(super) fn server(&self) -> &Server {
         &self.permit.server
+    }
+
+    /// Returns BND for a socket at `local`: an address of its family in `advertised` replaces the IP address. Clients and
+    /// peers on this host use loopback, unless the server listens on loopback only: then its clients are forwarded.
+    pub(super) fn advertised_addr(&self, advertised: &[IpAddr], local: SocketAddr) -> SocketAddr {
+        let has_remote_clients = || self.policy.policy.listen_addrs.iter().any(|addr| !addr.ip().is_loopback());
+        if local.ip().is_loopback() && has_remote_clients() {
+            return local;
+        }
+        let ip = advertised.iter().find(|ip| ip.is_ipv4() == local.is_ipv4());
+        ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
     }
 
     /// Decides a request by the current policy, or by that of the session if reloads do not affect sessions. `None`: the

@@ -158,12 +158,17 @@ fn error_names_invalid_value_of_an_option() {
         ("--bind-ports", &ranges),
         ("--udp-ports", &ranges),
         ("--advertise", &["", "host", "1.2.3", "127.0.0.1:1"]),
+        ("--advertise-bind", &["host"]),
+        ("--advertise-udp", &["host"]),
         ("--udp-filtering", &["", "endpoint", "none"]),
         ("--rate", &["", "0", "k", "-1", "1T", "1K", "1 k", "99999999999999999999"]),
     ] {
         assert_invalid("serve", option, values);
     }
-    assert_line("serve --advertise 192.0.2.1 --advertise 192.0.2.2", 2, &["--advertise", "one"]);
+    for option in ["--advertise", "--advertise-bind", "--advertise-udp"] {
+        let args = format!("serve {option} 192.0.2.1 {option} 192.0.2.2");
+        assert_line(&args, 2, &[&format!("{option}: at most one IPv4 and one IPv6 address")]);
+    }
 }
 
 #[test]

@@ -3,12 +3,12 @@
 
 mod closed_sessions;
 mod explain;
-mod hosts;
+pub mod hosts;
 mod long_lists;
 mod names;
 mod reload;
 mod reload_steps;
 mod rules;
 mod startup;
-mod tools;
+pub mod tools;
 mod via;

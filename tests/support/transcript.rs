@@ -176,7 +176,6 @@ fn step(line: &str) -> Result<Option<Step>, String> {
         ("other-port<", rest) => Step::UdpToClient(Endpoint::OtherPort, items(rest)?),
         ("other-ip<", rest) => Step::UdpToClient(Endpoint::OtherIp, items(rest)?),
         ("peer", "connects") => Step::Connects(Endpoint::Expected),
-        ("other-port", "connects") => Step::Connects(Endpoint::OtherPort),
         ("other-ip", "connects") => Step::Connects(Endpoint::OtherIp),
         ("peer", "fin") => Step::PeerFin,
         ("peer", "eof") => Step::PeerEof,

@@ -18,7 +18,7 @@
 //! other-port> other-ip>           datagrams from another port or another IP address; also: other-port< other-ip<
 //! peer connects                   BIND's expected peer connects to BND
 //! peer sends  peer receives       data of the peer; also: peer fin, peer eof
-//! other-port connects             a peer from another port (other-ip: address) connects; the server must close it
+//! other-ip connects               a peer from another IP address connects; the server must close it
 //! pause 50ms  quiet 50ms          the test waits; nothing must arrive for so long (if s5 is the client)
 //! fin  reset                      the test half-closes, resets the TCP connection
 //! eof  close                      s5 must close the TCP connection: with FIN; with FIN or RST

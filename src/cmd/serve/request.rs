@@ -112,13 +112,13 @@ impl ExplainedRequest {
             client_ip: Some(self.from),
             identity: Some(identity),
             command: Some(self.command),
-            target_port: self.to.as_ref().map(|to| to.port).filter(|port| *port != 0),
+            target_port: self.target().map(|to| to.port).filter(|port| *port != 0),
             ..AccessRequest::default()
         }
     }
 
     /// Returns the target. BIND for `0.0.0.0` or `[::]` accepts any peer, and UDP ASSOCIATE has a target only for each
-    /// datagram, so these requests have none.
+    /// datagram, so these requests have none, and their port is not that of a target.
     pub(super) fn target(&self) -> Option<&Addr> {
         let has_none = |host: &Host| matches!(host, Host::Ip(ip) if ip.is_unspecified());
         self.to.as_ref().filter(|to| self.command == Command::Connect || !has_none(&to.host))

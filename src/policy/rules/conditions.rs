@@ -21,7 +21,7 @@ pub struct AccessRequest<'a> {
     pub target_name: Option<&'a HostName>,
     /// Address that packets would be sent to, canonical.
     pub target_ip: Option<IpAddr>,
-    /// Port of the target; with BIND, of the peer.
+    /// Port of the target; with BIND, of DST, or if that is 0 or any peer may connect, of the peer.
     pub target_port: Option<u16>,
 }
 

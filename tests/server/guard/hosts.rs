@@ -37,10 +37,10 @@ const CLIENT_NETWORK: &str = "set -e
     ip link set c0 up; ip link set c1 up";
 
 /// The network namespace of the server, and the process that keeps it. Killed when dropped.
-struct Host(Child);
+pub struct Host(Child);
 
 impl Host {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let pid = std::process::id().to_string();
         let mut command = Command::new("unshare");
         command.args(["--net", "sh", "-c", SERVER_NETWORK, "sh", &pid]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -56,16 +56,21 @@ impl Host {
         host
     }
 
+    /// A command that runs in this namespace.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{}/ns/net", self.0.id())).args(["--", program]);
+        command
+    }
+
     /// Starts a server in this namespace, and waits until it listens on `count` addresses.
     fn s5(&self, listen: &str, count: usize, args: &[&str]) -> Server {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/proc/{}/ns/net", self.0.id()));
-        command.args(["--", env!("CARGO_BIN_EXE_s5"), "serve", "--listen", listen]).args(args);
-        Server::start_with(&mut command, count)
+        let mut command = self.command(env!("CARGO_BIN_EXE_s5"));
+        Server::start_with(command.args(["serve", "--listen", listen]).args(args), count)
     }
 
     /// Starts a server on every address, open to all clients.
-    fn serve(&self, args: &[&str]) -> Server {
+    pub fn serve(&self, args: &[&str]) -> Server {
         self.s5("*:1080", 2, &[&["--allow-open-relay"], args].concat())
     }
 }
@@ -78,7 +83,7 @@ impl Drop for Host {
 }
 
 /// Address that clients connect to.
-fn server_addr() -> SocketAddr {
+pub fn server_addr() -> SocketAddr {
     addr("10.9.0.1:1080")
 }
 
@@ -151,7 +156,7 @@ fn remote_client_reaches_other_hosts_but_not_server_or_link() {
 
 const METADATA_DST: &str = "169.254.169.254:80";
 
-fn server_addr_v6() -> SocketAddr {
+pub fn server_addr_v6() -> SocketAddr {
     addr("[fd09::1]:1080")
 }
 

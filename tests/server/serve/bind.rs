@@ -96,16 +96,51 @@ fn bind_closes_unexpected_peers_and_keeps_waiting() {
 }
 
 #[test]
-fn bind_compares_the_port_of_dst() {
-    // In a namespace, so that no other process can bind the port.
-    if !in_namespace("serve::bind::bind_compares_the_port_of_dst", "", "") {
+fn bind_accepts_the_expected_peer_from_any_port() {
+    let server = Server::start(&[]);
+    let hop = Server::start(&["--via", &server.addr().to_string()]);
+    // These rules allow the primary connection of FTP, and so its data connection.
+    let rules = ["--allow", "from=loopback to=127.0.0.1,::1 port=21"];
+    for server in [&server, &hop, &Server::start(&rules)] {
+        for (dst, ip) in [("127.0.0.1:21", V4), ("[::1]:21", V6), ("[::ffff:127.0.0.1]:21", V4)] {
+            let (mut client, bnd) = bind(server, dst);
+            if ip == V4 {
+                assert_closed(&mut connect_from(addr(OTHER_PEER), bnd));
+            }
+            assert_relayed(&mut client, &mut connect_peer(ip, bnd));
+        }
+    }
+}
+
+#[test]
+fn bind_listens_on_the_port_of_dst_if_any_peer_may_connect() {
+    // In a namespace, so that no other process uses the ports.
+    if !in_namespace("serve::bind::bind_listens_on_the_port_of_dst_if_any_peer_may_connect", "", "") {
         return;
     }
     let server = Server::start(&[]);
-    let expected = crate::support::closed_port();
-    let (mut client, bnd) = bind(&server, &expected.to_string());
-    assert_closed(&mut connect_peer(V4, bnd));
-    assert_relayed(&mut client, &mut connect_from(expected, bnd));
+    let hop = Server::start(&["--via", &server.addr().to_string()]);
+    let ranges = Server::start(&["--bind-ports", "20000-20003"]);
+    // The rule does not apply: the port is not that of a target.
+    let rules = Server::start(&["--deny", "port=20000"]);
+    let table = [
+        (&server, "0.0.0.0:24242", true),
+        (&server, "[::]:1024", true),
+        (&server, "0.0.0.0:1023", false),
+        (&server, "127.0.0.1:24242", false),
+        (&hop, "0.0.0.0:24242", true),
+        (&ranges, "0.0.0.0:20002", true),
+        (&ranges, "0.0.0.0:20004", false),
+        (&rules, "0.0.0.0:20000", true),
+    ];
+    for (server, dst, is_granted) in table {
+        let (mut client, bnd) = bind(server, dst);
+        assert_eq!(bnd.port() == addr(dst).port(), is_granted, "{dst}: {bnd}");
+        // The second client gets another port.
+        let (_other, other) = bind(server, dst);
+        assert_ne!(other.port(), bnd.port());
+        assert_relayed(&mut client, &mut connect_peer(bnd.ip(), bnd));
+    }
 }
 
 #[test]
@@ -117,7 +152,7 @@ fn bind_accepts_all_addresses_of_a_name() {
     let server = Server::start(&[]);
     let table = [("localhost", "127.0.0.1"), ("pair", "127.0.0.4"), ("pair", "127.0.0.5"), ("dual", "127.0.0.1")];
     for (name, ip) in table {
-        let (mut client, rep, bnd) = open_by_name(&server, BIND, name, 0);
+        let (mut client, rep, bnd) = open_by_name(&server, BIND, name, 21);
         assert_eq!(rep, 0, "{name}");
         let bnd = SocketAddr::new(V4, bnd.port());
         assert_closed(&mut connect_from(addr(OTHER_PEER), bnd));
@@ -253,6 +288,9 @@ fn bind_bnd_is_the_advertised_address_of_its_family() {
     // The advertised address is IPv4. For an IPv6 peer, BND is the address of the listener.
     let (_client, bnd) = bind(&server, "[::1]:0");
     assert_eq!(bnd.ip(), V6);
+    // The BND of a hop is the address of its listener.
+    let via = ["--via", &server.addr().to_string(), "--advertise", "192.0.2.10"];
+    assert_eq!(bind(&Server::start(&via), ANY_PEER).1.ip(), addr("192.0.2.9:0").ip());
 }
 
 #[test]
