@@ -170,7 +170,14 @@ impl Client {
     /// Waits for the second reply to BIND, until the deadline if `has_deadline` is set. Returns its BND, the peer's address.
     pub async fn wait_for_peer(&self, conn: &mut Conn, has_deadline: bool) -> Result<Addr, ClientError> {
         self.enter_phase(Phase::Accept);
-        self.within(self.deadline.filter(|_| has_deadline), self.read_reply(conn)).await
+        let started = Instant::now();
+        let accepted = async {
+            self.read_reply(conn).await.map_err(|kind| match kind {
+                ClientErrorKind::Rep(Rep::TTL_EXPIRED) => ClientErrorKind::NoPeer(started.elapsed()),
+                kind => kind,
+            })
+        };
+        self.within(self.deadline.filter(|_| has_deadline), accepted).await
     }
 
     async fn with_deadline<T>(

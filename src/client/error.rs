@@ -78,6 +78,8 @@ pub enum ClientErrorKind {
     Gssapi(gssapi::GssapiError),
     /// The last proxy replied with a failure.
     Rep(Rep),
+    /// The last proxy stopped waiting for the peer of BIND (REP 6 in the second reply), after this time.
+    NoPeer(Duration),
     /// A proxy before the last one could not connect to the next proxy.
     NextHop(Rep),
     /// This timeout expired.
@@ -142,6 +144,13 @@ impl fmt::Display for ClientError {
             ClientErrorKind::Gssapi(error) => error.fmt(f),
             ClientErrorKind::LoginRefused => f.write_str("user name or password refused"),
             ClientErrorKind::Rep(rep) | ClientErrorKind::NextHop(rep) => write!(f, "{rep} (REP {})", rep.0),
+            ClientErrorKind::NoPeer(after) => {
+                let tenths = (after.as_millis() + 50) / 100;
+                let fraction = if tenths % 10 == 0 { String::new() } else { format!(".{}", tenths % 10) };
+                write!(f, "the proxy stopped waiting for the peer after {}{fraction} s", tenths / 10)?;
+                let remedy = "to wait longer, raise the limit of the proxy: --bind-timeout of s5 serve";
+                write!(f, " (REP {}) ({remedy})", Rep::TTL_EXPIRED.0)
+            }
             ClientErrorKind::TimedOut(after) => write!(f, "timed out after {after:?}"),
         }
     }

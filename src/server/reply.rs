@@ -40,6 +40,7 @@ impl SessionError {
     pub(super) fn from_upstream(error: ClientError) -> Self {
         let rep = match error.kind {
             ClientErrorKind::Rep(rep) => rep,
+            ClientErrorKind::NoPeer(_) => Rep::TTL_EXPIRED,
             _ => Rep::GENERAL_FAILURE,
         };
         Self::with_rep(rep, error)

@@ -47,7 +47,6 @@ fn each_failure_of_the_second_reply_has_its_status() {
         ("< 05 00 00 01 00 00", 97, closed),
         ("reset", 97, "connection reset by peer"),
         ("< 05 02 00 01 00*6", 102, "not allowed by ruleset (REP 2)"),
-        ("< 05 06", 106, "TTL expired (REP 6)"),
         ("< 04 00 00 01 00*6", 97, "not a SOCKS5 server (first byte 0x04, SOCKS4?)"),
         ("< 05 00 00 09 00*6", 97, "not a SOCKS5 server (unknown address type 9)"),
     ];
@@ -57,4 +56,35 @@ fn each_failure_of_the_second_reply_has_its_status() {
         let expected = failure(status, &format!("bound 127.0.0.1:4321\n{line}\n"));
         assert_eq!(outcome(&format!("bind -x {} 192.0.2.1", proxy.addr), b""), expected);
     }
+}
+
+#[test]
+fn error_says_that_the_proxy_stopped_waiting_and_how_to_wait_longer() {
+    let server = Server::start(&["--bind-timeout", "200ms"]);
+    let proxy = server.addr().to_string();
+    // The peer's time limit of a server applies also to the proxy that it uses.
+    let via = Server::start(&["--via", &proxy]);
+    let first = Server::start(&[]);
+    for (chain, last) in [
+        (proxy.clone(), server.addr()),
+        (format!("{},{proxy}", first.addr()), server.addr()),
+        (via.addr().to_string(), via.addr()),
+    ] {
+        for json in ["", "--json "] {
+            let (status, _, stderr) = outcome(&format!("bind {json}-w 1m -x {chain} 127.0.0.1"), b"");
+            assert_eq!(status, Some(106), "{stderr}");
+            let line = stderr.lines().last().unwrap_or_default();
+            let begin = format!(
+                "proxy {last}: waiting for the peer, for 127.0.0.1:0: the proxy stopped waiting for the peer after "
+            );
+            let (_, rest) = line.split_once(&begin).unwrap_or_else(|| panic!("{stderr}"));
+            let (time, rest) = rest.split_once(" s (REP 6) ").unwrap_or_else(|| panic!("{stderr}"));
+            assert!(time.parse::<f32>().is_ok_and(|time| (0.2..5.0).contains(&time)), "{stderr}");
+            let remedy = "(to wait longer, raise the limit of the proxy: --bind-timeout of s5 serve)";
+            assert!(rest.starts_with(remedy), "{stderr}");
+        }
+    }
+    let log = via.wait_log(|log| log.contains("rep=6"));
+    assert!(log.contains(&format!("proxy {proxy}: waiting for the peer")), "{log}");
+    assert!(log.contains("stopped waiting for the peer after 0."), "{log}");
 }
