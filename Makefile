@@ -2,7 +2,7 @@
 
 PREFIX = /usr/local
 ROOT = $(DESTDIR)$(PREFIX)
-LISTEN = 127.0.0.1:1080
+LISTEN = 1080
 FUZZ_SECONDS = 30
 FUZZ_TARGETS = proto reassembly
 CARGO = cargo
@@ -16,7 +16,7 @@ help:              ## list the commands
 build:             ## build the release binary
 	$(CARGO) build --release --locked
 
-serve: build       ## build s5 and run a server on LISTEN (127.0.0.1:1080)
+serve: build       ## build s5 and run a server on LISTEN (1080, loopback)
 	$(BINARY) serve --listen '$(LISTEN)'
 
 check:             ## check format, lints and documentation; warnings are errors

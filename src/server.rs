@@ -22,7 +22,7 @@ mod tunnel;
 mod worker;
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -78,9 +78,10 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let mut listeners = Vec::new();
     for listen in &options.listen {
-        let with_remedy = |error| io::Error::other(format!("{error} (choose another address with --listen)"));
-        let bound = listen.bind().map_err(with_remedy).map_err(ServerError::io(format!("listen on {listen}")));
-        listeners.extend(bound?);
+        listeners.extend(listen.bind().map_err(|(addr, error)| {
+            let with_remedy = io::Error::other(format!("{error} (choose another address with --listen)"));
+            ServerError::Io(format!("listen on {addr}"), with_remedy)
+        })?);
     }
     policy.listen_addrs = listeners.iter().filter_map(Listener::addr).collect();
     policy.advertised_ips = [options.advertise_bind.as_slice(), &options.advertise_udp].concat();
@@ -89,6 +90,9 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     }
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
+    for addr in ipv6_only(&policy.listen_addrs) {
+        log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
+    }
     let drain = options.drain_timeout;
     let relay_options = RelayOptions {
         idle_timeout: Some(options.idle_timeout),
@@ -116,6 +120,12 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
         let _ = thread.join();
     }
     result.map_err(ServerError::io("worker threads"))
+}
+
+/// Returns the wildcard addresses of IPv6 whose port does not accept IPv4: other programs accept both there.
+fn ipv6_only(addrs: &[SocketAddr]) -> impl Iterator<Item = &SocketAddr> {
+    let has_ipv4 = |port| addrs.contains(&SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
+    addrs.iter().filter(move |addr| addr.ip() == Ipv6Addr::UNSPECIFIED && !has_ipv4(addr.port()))
 }
 
 /// Returns an error with remedies if the server would be an open relay, unless the options allow that.

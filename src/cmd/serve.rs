@@ -5,7 +5,7 @@ mod load;
 mod request;
 mod users;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,14 +15,12 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus};
-use super::cli::values::{
-    DEFAULT_ADDR, parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout,
-};
+use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
 use crate::client::{ClientOptions, parse_hops};
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
-use crate::proto::{Method, PortRange, ProtectionLevel};
+use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, ServerError};
 use load::{PolicySources, RuleOption};
 
@@ -32,9 +30,10 @@ const VIA_HOP_NAME: &str = "--via";
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
 pub struct ServeArgs {
-    /// listen here (repeatable) [default: 127.0.0.1:1080]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (both loopback
-    /// addresses), *:PORT (all addresses) or unix:/PATH. With port 0 the kernel chooses the port, and s5 logs it. A
-    /// Unix socket that no process uses is replaced; one in use is an error. Its file has the permissions of the umask.
+    /// listen here (repeatable) [default: 1080, loopback]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (127.0.0.1 and ::1),
+    /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts IPv4 alone, and \[::\]:PORT IPv6 alone. An address
+    /// family that the host does not have is skipped. With port 0 the kernel chooses the port, and s5 logs it. A Unix
+    /// socket that no process uses is replaced; one in use is an error. Its file has the permissions of the umask.
     /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
@@ -363,7 +362,7 @@ impl ServeArgs {
             let levels = self.gssapi_protection.unwrap_or_else(default_levels);
             load::gssapi_acceptor(self.keytab, self.gssapi_service.as_deref(), levels)
         });
-        let default_listen = ListenAddr::Host(SocketAddr::V4(DEFAULT_ADDR).into());
+        let default_listen = ListenAddr::Loopback(DEFAULT_PORT);
         Ok(Options {
             listen: if self.listen.is_empty() { vec![default_listen] } else { self.listen },
             handshake_timeout: self.handshake_timeout,

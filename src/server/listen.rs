@@ -13,7 +13,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::conn::DetachedConn;
 use crate::net::{accept, set_tcp_options};
-use crate::proto::{Addr, Host};
+use crate::proto::{Addr, DEFAULT_PORT, Host};
 
 /// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
 const LISTEN_BACKLOG: i32 = 4096;
@@ -44,11 +44,27 @@ impl FromStr for ListenAddr {
                 Ok(Self::Unix(path.into()))
             };
         }
-        let invalid = || "expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH".to_owned();
-        match text.strip_prefix("*:") {
-            Some(port) => port.parse().map(Self::Wildcard).map_err(|_| invalid()),
-            None => text.parse().map(Self::Loopback).or_else(|_| text.parse().map(Self::Host)).map_err(|_| invalid()),
-        }
+        let parsed = match text.strip_prefix("*:") {
+            Some(port) => port.parse().ok().map(Self::Wildcard),
+            None => text.parse().map(Self::Loopback).ok().or_else(|| text.parse().map(Self::Host).ok()),
+        };
+        let hint = || meant(text).map(|meant| format!(" (write {meant})")).unwrap_or_default();
+        parsed.ok_or_else(|| format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH{}", hint()))
+    }
+}
+
+/// Returns what a text that is not an address probably means: it lacks the host, the port, or the brackets of IPv6.
+fn meant(text: &str) -> Option<String> {
+    let split = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    let (host, port) = match split {
+        Some(("", port)) => return Some(format!("*:{port} for all addresses, or {port} for loopback")),
+        Some((host, port)) if host.parse::<Ipv6Addr>().is_ok() => (host, port),
+        _ => (text, DEFAULT_PORT),
+    };
+    match host.parse().ok()? {
+        Host::Ip(ip) if ip.is_unspecified() => Some(format!("*:{port}")),
+        Host::Name(name) if name.as_str() != "*" && !name.as_str().starts_with(char::is_alphabetic) => None,
+        host => Some(Addr { host, port }.to_string()),
     }
 }
 
@@ -80,17 +96,19 @@ impl ListenAddr {
         })
     }
 
-    /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound.
-    pub(super) fn bind(&self) -> io::Result<Vec<Listener>> {
+    /// Binds all addresses. Skips a family that this machine does not have if the other one can be bound. An error has the
+    /// address that it is about.
+    pub(super) fn bind(&self) -> Result<Vec<Listener>, (String, io::Error)> {
+        let name_self = |error| (self.to_string(), error);
         if let Self::Unix(path) = self {
-            return Ok(vec![bind_unix(path)?]);
+            return Ok(vec![bind_unix(path).map_err(name_self)?]);
         }
-        let addrs = self.resolve()?;
+        let addrs = self.resolve().map_err(name_self)?;
         // The kernel chooses the port for the first address; it may be in use at another one.
         let may_retry = addrs.first().is_some_and(|addr| addr.port() == 0);
         for _ in 1..MAX_PORT_ATTEMPTS {
             match bind_all(&addrs) {
-                Err(error) if may_retry && error.kind() == io::ErrorKind::AddrInUse => {}
+                Err((_, error)) if may_retry && error.kind() == io::ErrorKind::AddrInUse => {}
                 result => return result,
             }
         }
@@ -99,8 +117,9 @@ impl ListenAddr {
 }
 
 /// Binds each address. With port 0, all get the port that the kernel chooses for the first one.
-fn bind_all(addrs: &[SocketAddr]) -> io::Result<Vec<Listener>> {
-    let (mut listeners, mut unavailable) = (Vec::<Listener>::new(), io::ErrorKind::AddrNotAvailable.into());
+fn bind_all(addrs: &[SocketAddr]) -> Result<Vec<Listener>, (String, io::Error)> {
+    let mut listeners = Vec::<Listener>::new();
+    let mut unavailable = ("the name".to_owned(), io::ErrorKind::AddrNotAvailable.into());
     for mut addr in addrs.iter().copied() {
         if let (0, Some(first)) = (addr.port(), listeners.first().and_then(Listener::addr)) {
             addr.set_port(first.port());
@@ -108,12 +127,11 @@ fn bind_all(addrs: &[SocketAddr]) -> io::Result<Vec<Listener>> {
         if listeners.iter().any(|listener| listener.addr() == Some(addr)) {
             continue;
         }
-        match listen_tcp(addr, true, LISTEN_BACKLOG) {
-            Ok(socket) => {
-                listeners.push(Listener { path: None, addr: Some(socket.local_addr()?), socket: socket.into() });
-            }
-            Err(error) if is_family_unavailable(&error) => unavailable = error,
-            Err(error) => return Err(error),
+        let bound = listen_tcp(addr, true, LISTEN_BACKLOG).and_then(|socket| Ok((socket.local_addr()?, socket)));
+        match bound {
+            Ok((addr, socket)) => listeners.push(Listener { path: None, addr: Some(addr), socket: socket.into() }),
+            Err(error) if is_family_unavailable(&error) => unavailable = (addr.to_string(), error),
+            Err(error) => return Err((addr.to_string(), error)),
         }
     }
     if listeners.is_empty() { Err(unavailable) } else { Ok(listeners) }
@@ -212,8 +230,31 @@ mod tests {
         for text in texts {
             assert_eq!(text.parse::<ListenAddr>().map(|listen| listen.to_string()).as_deref(), Ok(text));
         }
-        for text in ["", ":1080", "host", "host:", "host:65536", "::1:1080", "[::1]", "[host]:1", "unix:", "-1"] {
-            assert!(text.parse::<ListenAddr>().is_err(), "{text}");
+        for text in ["", ":", "host:", "host:65536", "[host]:1", "unix:", "-1", "[]", "[host]", "70000", "*:x"] {
+            let error = text.parse::<ListenAddr>().expect_err(text);
+            assert!(!error.contains("write"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn listen_addr_error_names_what_is_probably_meant() {
+        let table = [
+            (":1081", "*:1081 for all addresses, or 1081 for loopback"),
+            ("0.0.0.0", "*:1080"),
+            ("*", "*:1080"),
+            ("[::]", "*:1080"),
+            ("::", "*:1080"),
+            (":::1081", "*:1081"),
+            ("::1:1081", "[::1]:1081"),
+            ("::1", "[::1]:1080"),
+            ("[2001:db8::7]", "[2001:db8::7]:1080"),
+            ("2001:db8::7", "[2001:db8::7]:1080"),
+            ("192.0.2.7", "192.0.2.7:1080"),
+            ("host", "host:1080"),
+        ];
+        for (text, meant) in table {
+            let error = text.parse::<ListenAddr>().expect_err(text);
+            assert!(error.ends_with(&format!(" (write {meant})")), "{text}: {error}");
         }
     }
 }

@@ -165,7 +165,10 @@ fn run_recipe(steps: &[Step], dir: &Path, environment: &[(&str, String)]) {
             wait_until(command, COMMAND_TIMEOUT, || {
                 let process = running.last_mut().expect("the command was started");
                 assert!(read().contains(ready) || !process.has_ended(), "{command}: {}", read());
-                read().contains(ready) && (!ready.is_empty() || TcpStream::connect("127.0.0.1:1080").is_ok())
+                // The page may show several such lines.
+                let lines = output.iter().filter(|line| line.contains(ready)).count().max(1);
+                read().matches(ready).count() >= lines
+                    && (!ready.is_empty() || TcpStream::connect("127.0.0.1:1080").is_ok())
             });
             if let Some(bnd) = read().strip_prefix("bound ").filter(|_| !command.contains("--address-file")) {
                 let bnd: SocketAddr = bnd.trim().parse().expect("valid address");

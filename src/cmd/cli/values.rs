@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::proto::DEFAULT_PORT;
 
-/// Default of `--listen`, and of `--proxy`.
+/// Default of `--proxy`.
 pub(crate) const DEFAULT_ADDR: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, DEFAULT_PORT);
 
 /// The longest time that an option accepts: one year.

@@ -263,6 +263,9 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
 
 /// Parses the address of `-l`: without an IP address, it is 127.0.0.1.
 fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    if let Some(port) = text.strip_prefix(':').filter(|port| port.parse::<u16>().is_ok()) {
+        return Err(format!("expected [ADDR:]PORT (write *:{port} for all addresses, or {port} for loopback)"));
+    }
     let (ip, port) = match text.parse() {
         Ok(ListenAddr::Loopback(port)) => (Ipv4Addr::LOCALHOST.into(), port),
         Ok(ListenAddr::Wildcard(port)) => (Ipv4Addr::UNSPECIFIED.into(), port),

@@ -59,6 +59,22 @@ fn unix_socket_is_replaced_unless_it_is_in_use() {
 }
 
 #[test]
+fn listen_error_says_what_is_meant() {
+    let table = [
+        ("serve --listen :1081", "--listen", "(write *:1081 for all addresses, or 1081 for loopback)"),
+        ("serve --listen 0.0.0.0", "--listen", "(write *:1080)"),
+        ("serve --listen :::1081", "--listen", "(write *:1081)"),
+        ("serve --listen ::1", "--listen", "(write [::1]:1080)"),
+        ("serve --listen 192.0.2.1", "--listen", "(write 192.0.2.1:1080)"),
+        ("connect -l :1081 example.org:80", "-l", "(write *:1081 for all addresses, or 1081 for loopback)"),
+        ("udp -l :1081 example.org:80", "-l", "(write *:1081 for all addresses, or 1081 for loopback)"),
+    ];
+    for (args, option, hint) in table {
+        assert_line(args, 2, &[option, hint]);
+    }
+}
+
+#[test]
 fn server_prints_nothing_on_stdout_and_a_quiet_one_logs_nothing_at_start() {
     let mut child = start("serve --listen 127.0.0.1:0");
     child.stderr(|stderr| stderr.contains("listening on 127.0.0.1:"));

@@ -1,9 +1,10 @@
 //! `--listen`: every form of the address, the log line, and errors.
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 
 use crate::support::{
     CONNECT, Server, TIMEOUT, V4, V6, echo_server, greet_at, in_namespace, listener, open, ping, request, run, s5,
@@ -53,6 +54,52 @@ fn listen_binds_loopback_all_addresses_or_only_the_given_one() {
     let server = serve("localhost:0", 1, &[]);
     assert!(server.addr().ip().is_loopback());
     greet_at(server.addr());
+}
+
+#[test]
+fn default_listens_on_loopback_of_each_family() {
+    // In a namespace, so that no other process uses the port.
+    if !in_namespace("lifecycle::listen::default_listens_on_loopback_of_each_family", "", "") {
+        return;
+    }
+    let connect = || {
+        let output = run(s5().args(["connect", &echo_server().to_string()]), b"hello", TIMEOUT);
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "hello", "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let server = Server::start_with(s5().arg("serve"), 2);
+    let addrs = server.addrs.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(addrs, ["127.0.0.1:1080", "[::1]:1080"]);
+    server.addrs.iter().for_each(|addr| drop(greet_at(*addr)));
+    connect();
+    // An error names the address that cannot be bound, not the option's value.
+    let error = start_error(&[]);
+    assert!(error.starts_with("s5: listen on 127.0.0.1:1080: address already in use"), "{error}");
+    drop(server);
+    let taken = TcpListener::bind("[::1]:1080").expect("free port");
+    let error = start_error(&[]);
+    assert!(error.starts_with("s5: listen on [::1]:1080: address already in use"), "{error}");
+    drop(taken);
+    // A host without IPv6.
+    let removed = run(Command::new("ip").args(["address", "del", "::1/128", "dev", "lo"]), b"", TIMEOUT);
+    assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+    let server = Server::start_with(s5().arg("serve"), 1);
+    connect();
+    let log = server.log();
+    assert!(log.matches("listening on").count() == 1 && log.contains("listening on 127.0.0.1:1080"), "{log}");
+    assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+}
+
+#[test]
+fn ipv6_wildcard_logs_that_it_accepts_no_ipv4() {
+    let log_of = |listen: &str, count, more: &[&str]| {
+        let server = serve(listen, count, &[&["--allow-open-relay"], more].concat());
+        assert!(TcpStream::connect((V6, server.addrs[count - 1].port())).is_ok());
+        (server.addr().port(), server.log())
+    };
+    let (port, log) = log_of("[::]:0", 1, &[]);
+    assert!(log.contains(&format!("[::]:{port} accepts IPv6 alone (for IPv4 too, use --listen *:{port})")), "{log}");
+    assert!(!log_of("*:0", 2, &[]).1.contains("IPv6 alone"));
+    assert!(!log_of("[::1]:0", 1, &[]).1.contains("IPv6 alone"));
 }
 
 #[test]
