@@ -38,6 +38,8 @@ pub struct ClientOptions {
     pub local: LocalAddr,
     /// Whether this machine resolves the target's name, instead of the last proxy.
     pub resolves_target: bool,
+    /// Whether datagrams are sent to the address of each proxy, instead of that in its reply.
+    pub proxy_is_udp_relay: bool,
 }
 
 /// One handshake: the proxies, the target and the deadline.
@@ -360,7 +362,8 @@ impl Client {
         let (hop, phase, _) = self.position.get();
         let proxy = self.hops.get(hop).map(ToString::to_string);
         // Before the last hop, the target of a request is the next hop.
-        let next = self.hops.get(hop + 1).filter(|_| phase == Phase::Request).map(ToString::to_string);
+        let is_about_next = phase == Phase::Request && !matches!(kind, ClientErrorKind::Relay(..));
+        let next = self.hops.get(hop + 1).filter(|_| is_about_next).map(ToString::to_string);
         let kind = match kind {
             ClientErrorKind::Rep(rep) if next.is_some() => ClientErrorKind::NextHop(rep),
             kind => kind,

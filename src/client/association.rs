@@ -65,6 +65,8 @@ impl Client {
             for (hop, proxy) in self.hops.iter().enumerate() {
                 let (mut control, protection) = self.open_hops(hop + 1).await?;
                 let bnd = self.send_request(&mut control, Command::UdpAssociate, &Addr::UNSPECIFIED).await?;
+                let bnd =
+                    if self.options.proxy_is_udp_relay { Addr { port: bnd.port, ..Addr::UNSPECIFIED } } else { bnd };
                 let relay = self.resolve_unspecified_bnd(bnd, &control);
                 if relay.port == 0 {
                     return Err(ClientErrorKind::Protocol("port 0 in the reply to UDP ASSOCIATE".into()));
@@ -77,21 +79,38 @@ impl Client {
                     reassembler: RefCell::default(),
                 });
             }
-            let peer = hops.first().map_or(&self.dst, |first| &first.relay).clone();
-            self.enter_phase(if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
-            let first = self.lookup(&peer).await?.first().copied();
-            let socket = self.datagram_socket(first.ok_or(DialError::NameNotFound)?)?;
-            Ok(Association { hops, socket, peer, invalid: Cell::default() })
+            let peer = hops.first().map_or(&self.dst, |first| &first.relay);
+            let open_socket = async {
+                self.enter_phase_at(0, if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
+                let addr = self.lookup(peer).await?.first().copied().ok_or(DialError::NameNotFound)?;
+                if hops.is_empty() {
+                    self.enter_phase(Phase::Connect);
+                }
+                Ok(self.datagram_socket(addr)?)
+            };
+            let socket =
+                open_socket.await.map_err(|kind| if hops.is_empty() { kind } else { relay_error(kind, peer) })?;
+            Ok(Association { peer: peer.clone(), hops, socket, invalid: Cell::default() })
         })
         .await
     }
 
-    fn datagram_socket(&self, relay: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
-        let from = self.options.local.bind_addr(relay).unwrap_or(SocketAddr::new(unspecified(relay.ip()), 0));
+    fn datagram_socket(&self, peer: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
+        let from = self.options.local.bind_addr(peer).unwrap_or(SocketAddr::new(unspecified(peer.ip()), 0));
         let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
         // On a connected socket, the kernel drops datagrams from other senders.
-        let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(relay));
-        connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, relay))
+        let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(peer));
+        connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, peer))
+    }
+}
+
+/// Names the relay in an error of the socket to it.
+fn relay_error(kind: ClientErrorKind, relay: &Addr) -> ClientErrorKind {
+    match kind {
+        ClientErrorKind::Unreachable(error) if error != DialError::LocalAddr => {
+            ClientErrorKind::Relay(relay.clone(), error)
+        }
+        kind => kind,
     }
 }
 
@@ -99,6 +118,13 @@ impl Association {
     /// Address of the last proxy's relay.
     pub fn relay(&self) -> Option<&Addr> {
         self.hops.last().map(|hop| &hop.relay)
+    }
+
+    /// Returns the relay that the socket sends to, if it has another address than its proxy.
+    pub fn relay_elsewhere(&self) -> Option<&Addr> {
+        let first = self.hops.first()?;
+        let proxy = first.control.peer_addr()?.ip();
+        Some(&first.relay).filter(|relay| matches!(relay.host, Host::Ip(ip) if ip != proxy))
     }
 
     /// Returns the losses so far.

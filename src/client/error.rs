@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::gssapi;
 use crate::net::DialError;
-use crate::proto::Rep;
+use crate::proto::{Addr, Rep};
 
 /// Phase of the client handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +82,8 @@ pub enum ClientErrorKind {
     NoPeer(Duration),
     /// A proxy before the last one could not connect to the next proxy.
     NextHop(Rep),
+    /// The UDP relay that the proxy reported could not be resolved or reached.
+    Relay(Addr, DialError),
     /// This timeout expired.
     TimedOut(Duration),
 }
@@ -151,6 +153,7 @@ impl fmt::Display for ClientError {
                 let remedy = "to wait longer, raise the limit of the proxy: --bind-timeout of s5 serve";
                 write!(f, " (REP {}) ({remedy})", Rep::TTL_EXPIRED.0)
             }
+            ClientErrorKind::Relay(relay, failure) => write!(f, "UDP relay {relay}: {failure}"),
             ClientErrorKind::TimedOut(after) => write!(f, "timed out after {after:?}"),
         }
     }

@@ -9,7 +9,7 @@ use std::io;
 use std::time::Duration;
 
 use super::cli::exit::{CliError, ExitStatus};
-use super::netcat::connector::Connector;
+use super::netcat::connector::{Connector, UDP_RELAY_HINT};
 use super::netcat::options::ClientArgs;
 use crate::net::{sleep, yield_now};
 use crate::proto::Command;
@@ -56,7 +56,10 @@ async fn relay_stdio(transfer: &Transfer<'_>, framing: Framing) -> Result<(), Cl
     }
     ended?;
     if args.count.is_some() && answers.missing > 0 {
-        let reason = format!("received {} of {expected} answers in time", expected - answers.missing);
+        let received = expected - answers.missing;
+        let relay = transfer.relay_elsewhere().filter(|_| received == 0);
+        let hint = relay.map(|relay| format!(" (the UDP relay is {relay}; {UDP_RELAY_HINT})")).unwrap_or_default();
+        let reason = format!("received {received} of {expected} answers in time{hint}");
         return Err(connector.transfer_error(ExitStatus::TIMED_OUT, &reason));
     }
     Ok(())

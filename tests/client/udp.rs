@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt as _;
 
 use crate::support::scripted::{RunningProgram, ScriptedServer, reply, text};
 use crate::support::{Server, TIMEOUT, V4, in_namespace, retry, run, udp_echo_server};
-use crate::{command, serve, start};
+use crate::{command, outcome, serve, start, success};
 
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
@@ -126,4 +126,54 @@ fn udp_relay_address_that_is_a_name_is_resolved() {
     let mut client = start(&format!("udp -x {} 192.0.2.7:7", proxy.addr));
     client.write(b"found\n");
     assert_eq!(receive(&proxy.relay).0, datagram(b"found"));
+}
+
+#[test]
+fn udp_relay_that_cannot_be_reached_is_named() {
+    if !in_namespace("udp::udp_relay_that_cannot_be_reached_is_named", "127.0.0.1 localhost\n", "") {
+        return;
+    }
+    let hint = "--udp-relay proxy uses the address of the proxy itself";
+    let relays = [
+        ("01 c0 00 02 09 13 88", "192.0.2.9:5000: network unreachable"),
+        ("04 20 01 0d b8 00*11 09 13 88", "[2001:db8::9]:5000: network unreachable"),
+        ("03 0a \"relay.test\" 13 88", "relay.test:5000: "),
+    ];
+    for (bnd, reason) in relays {
+        for option in ["", "-v ", "-z -v "] {
+            let proxy = ScriptedServer::start(&reply(&format!("05 00 00 {bnd}; > ...")));
+            let (status, _, stderr) = outcome(&format!("udp {option}-x {} 192.0.2.7:7", proxy.addr), b"x\n");
+            let expected = format!("s5: proxy {}: request, for 192.0.2.7:7: UDP relay {reason}", proxy.addr);
+            assert_eq!((status, stderr.starts_with(&expected)), (Some(7), true), "{stderr}");
+            assert!(stderr.ends_with(&format!(" ({hint})\n")), "{stderr}");
+        }
+    }
+    // No ICMP error arrives from an address where nothing listens, or it is about an earlier datagram.
+    let proxy = ScriptedServer::start(&reply("05 00 00 01 7f 00 00 02 {relay:port}; > ..."));
+    let (status, _, stderr) = outcome(&format!("udp -n 1 -w 200ms -x {} 192.0.2.7:7", proxy.addr), b"x\n");
+    let relay = format!("127.0.0.2:{}", proxy.relay.local_addr().expect("local address").port());
+    let expected = format!("received 0 of 1 answers in time (the UDP relay is {relay}; {hint})\n");
+    assert_eq!((status, stderr.ends_with(&expected)), (Some(28), true), "{stderr}");
+    // In a chain, only the first relay is reached by the client; a server names that of its upstream in the log.
+    let (first, second) = (Server::start(&["--advertise", "192.0.2.9"]), Server::start(&[]));
+    let (status, _, stderr) = outcome(&format!("udp -x {},{} 192.0.2.7:7", first.addr(), second.addr()), b"x\n");
+    let expected = format!("s5: proxy {}: request, for 192.0.2.7:7: UDP relay 192.0.2.9:", first.addr());
+    assert_eq!((status, stderr.starts_with(&expected)), (Some(7), true), "{stderr}");
+}
+
+#[test]
+fn udp_relay_proxy_replaces_the_address_of_each_reply() {
+    let proxy = ScriptedServer::start(&reply("05 00 00 01 c0 00 02 09 {relay:port}; > ..."));
+    let mut client = start(&format!("udp --udp-relay proxy -x {} 192.0.2.7:7", proxy.addr));
+    client.write(b"found\n");
+    assert_eq!(receive(&proxy.relay).0, datagram(b"found"));
+    let servers = [(); 3].map(|()| Server::start(&["--advertise", "192.0.2.9"]));
+    let [one, two, three] = servers.each_ref().map(Server::addr);
+    let echo = udp_echo_server(V4);
+    for chain in [format!("{one}"), format!("{one},{two},{three}")] {
+        let args = format!("udp --udp-relay proxy -n 1 -w 5 -x {chain} {echo}");
+        assert_eq!(outcome(&args, b"hello\n"), success("hello\n"), "{chain}");
+    }
+    let (status, _, stderr) = outcome("connect --udp-relay proxy a:1", b"");
+    assert_eq!((status, stderr.contains("only udp uses it")), (Some(2), true), "{stderr}");
 }

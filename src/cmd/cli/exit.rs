@@ -125,7 +125,9 @@ impl From<ClientError> for CliError {
             (Kind::Unreachable(DialError::LocalAddr), _) => (ExitStatus::LOCAL_ADDR, true),
             (Kind::Unreachable(_), Phase::ResolveTarget) => (ExitStatus::RESOLVE_TARGET, false),
             (Kind::Unreachable(_), Phase::ResolveProxy) => (ExitStatus::RESOLVE_PROXY, false),
-            (Kind::Unreachable(_) | Kind::Socket(_) | Kind::NextHop(_), _) => (ExitStatus::UNREACHABLE, false),
+            (Kind::Unreachable(_) | Kind::Socket(_) | Kind::NextHop(_) | Kind::Relay(..), _) => {
+                (ExitStatus::UNREACHABLE, false)
+            }
             (Kind::Protocol(_), _) => (ExitStatus::PROTOCOL, true),
             (Kind::Closed(_), _) => (ExitStatus::PROTOCOL, false),
             (Kind::NoAcceptableMethod | Kind::LoginRefused | Kind::Gssapi(_), _) => (ExitStatus::LOGIN_FAILED, true),

@@ -21,6 +21,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// Minimum time left of `--retry` for a further attempt.
 const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
+/// The remedy for a proxy whose UDP relay cannot be reached at the address in the reply.
+pub(crate) const UDP_RELAY_HINT: &str = "--udp-relay proxy uses the address of the proxy itself";
 
 /// Establishes tunnels and associations to one target through the selected proxies.
 #[derive(Debug)]
@@ -51,9 +53,14 @@ impl Connector {
         }
         let local = source_from_args(&args, &hops)?;
         let (methods, gssapi) = auth_from_args(&args, &hops)?;
-        let resolves_target = args.resolves_target;
-        let options =
-            Arc::new(ClientOptions { methods, gssapi, resolver: Resolver::default(), local, resolves_target });
+        let options = Arc::new(ClientOptions {
+            methods,
+            gssapi,
+            resolver: Resolver::default(),
+            local,
+            resolves_target: args.resolves_target,
+            proxy_is_udp_relay: args.udp_relay,
+        });
         let mut connector = Self { args, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
         // --quiet, -z and --json apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
@@ -109,7 +116,9 @@ impl Connector {
                 Err(error) => error,
             };
             let is_shortened = timeout < max_timeout && matches!(error.kind, ClientErrorKind::TimedOut(_));
-            let error = CliError::from(error);
+            let hint = self.hint(&error);
+            let mut error = CliError::from(error);
+            error.message += &hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
             // If --retry has cut the last attempt short, the error of the attempt before it is more informative.
             let latest = match previous.take() {
                 Some(previous) if is_shortened => previous,
@@ -130,6 +139,12 @@ impl Connector {
                 }
             }
         }
+    }
+
+    /// Returns what may help against an error of a handshake.
+    fn hint(&self, error: &ClientError) -> Option<String> {
+        let is_relay = matches!(error.kind, ClientErrorKind::Relay(..)) && !self.args.udp_relay;
+        is_relay.then(|| UDP_RELAY_HINT.into())
     }
 
     /// Prints where a tunnel begins and ends if `-v` is set.

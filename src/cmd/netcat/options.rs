@@ -33,7 +33,7 @@ const RESTRICTED_OPTIONS: [(&[&str], &[&str], &str); 10] = [
     (&["--pass-fd"], STREAM, "a UDP association ends with its TCP connection, which s5 must keep open"),
     (&["--exec", "--sh-exec"], STREAM, "a program needs a stream, not datagrams"),
     (&["--progress"], STREAM, "it shows the progress of a stream, not of datagrams"),
-    (&["--count", "--raw", "--hex", "--length-prefixed", "--max-peers"], &["udp"], "only udp uses it"),
+    (&["--count", "--raw", "--hex", "--length-prefixed", "--max-peers", "--udp-relay"], &["udp"], "only udp uses it"),
 ];
 
 /// Returns the syntax of a client mode.
@@ -109,6 +109,12 @@ pub struct ClientArgs {
     /// addresses in turn. With remote, the last proxy resolves it.
     #[argh(option, long = "proxy-dns", short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
     pub(crate) resolves_target: bool,
+
+    /// UDP relay: reply or proxy [default: reply]. With reply, it is the address in the reply of the proxy. With
+    /// proxy, it is the address of the proxy itself, with the port in the reply. A proxy behind NAT, or in a container,
+    /// may reply with an address that only its own network has. In a chain this applies to each proxy.
+    #[argh(option, arg_name = "ADDR", from_str_fn(parse_udp_relay), default = "false")]
+    pub(crate) udp_relay: bool,
 
     /// use IPv4 only. With -R remote, this applies to the connection to the proxy: the proxy chooses the family of the
     /// target.
@@ -258,6 +264,15 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
         "remote" => Ok(false),
         "local" => Ok(true),
         _ => Err("expected local or remote".into()),
+    }
+}
+
+/// Returns true for `proxy`.
+fn parse_udp_relay(text: &str) -> Result<bool, String> {
+    match text {
+        "reply" => Ok(false),
+        "proxy" => Ok(true),
+        _ => Err("expected reply or proxy".into()),
     }
 }
 

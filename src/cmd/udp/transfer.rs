@@ -81,6 +81,11 @@ impl Transfer<'_> {
         receive.or(send).or(idle).or(self.closed()).await
     }
 
+    /// Returns the relay, if it has another address than its proxy.
+    pub(super) fn relay_elsewhere(&self) -> Option<&Addr> {
+        self.association.relay_elsewhere()
+    }
+
     /// Sends and counts a datagram.
     pub(super) async fn send(&self, data: &[u8]) -> io::Result<()> {
         let sent = self.association.send(&self.dst, data).await;
