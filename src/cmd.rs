@@ -137,6 +137,9 @@ fn one_line(text: &str) -> String {
     let words: Vec<String> = text.split_whitespace().map(secrets::without_userinfo).collect();
     let line = words.join(" ").replace("Error parsing option '", "").replace("' with value ", " ");
     let line = line.replace("invalid digit found in string", "expected a number");
+    // The message of a parser may repeat the value.
+    let value = line.split('\'').nth(1).map(|value| format!(", found {value:?}"));
+    let line = value.and_then(|found| line.strip_suffix(&found)).unwrap_or(&line);
     let mut chars = line.chars();
     chars.next().map(|first| first.to_lowercase().chain(chars).collect()).unwrap_or_default()
 }

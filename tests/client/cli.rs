@@ -112,7 +112,7 @@ fn usage_error_has_a_remedy_or_refers_to_the_help() {
         ("connect [::1]:80 extra", too_many),
         ("connect http://example.org/", not_a_url),
         ("connect socks5h://u:secret@example.org 80", not_a_url),
-        ("serve --port 1080", "unrecognized option --port (see s5 serve --help)"),
+        ("serve --prot 1080", "unrecognized option --prot (see s5 serve --help)"),
         ("connect --porxy a b:1", "unrecognized option --porxy (did you mean --proxy?)"),
         ("connect -k a:1", "-k requires -l (see s5 connect --help)"),
         ("bind -w", "-w requires a value (see s5 bind --help)"),

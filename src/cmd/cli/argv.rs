@@ -9,13 +9,23 @@ use super::syntax::{Syntax, value_name};
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
 const MAX_EDIT_DISTANCE: usize = 2;
 /// Aliases of options, each with the name of the option. Most of them are former names.
-pub(super) const ALIASES: [(&str, &str); 6] = [
+pub(super) const ALIASES: [(&str, &str); 7] = [
     ("--no-proxy", "--direct"),
     ("--resolve", "--proxy-dns"),
     ("--wait", "--retry"),
+    ("--proxy-auth", "--proxy-user"),
     ("--bound-to", "--address-file"),
     ("--drain", "--drain-timeout"),
     ("--open", "--allow-open-relay"),
+];
+
+/// Options of other programs, the modes in which users try them, and what to use instead.
+const FOREIGN: [(&[&str], &[&str], &str); 5] = [
+    (&["-u", "--udp"], &["connect", "bind"], "use s5 udp"),
+    (&["-u", "--udp"], &["udp"], "not necessary: s5 udp always sends datagrams"),
+    (&["--port"], &["connect", "bind", "udp"], "write the port after the host: HOST:PORT"),
+    (&["-l", "-p", "--port"], &["serve"], "use --listen [ADDR:]PORT"),
+    (&["--check"], &["connect", "bind", "udp"], "use -z"),
 ];
 
 /// Selects the mode, and makes each of its options and each value a separate argument. `args` does not contain the
@@ -88,6 +98,11 @@ impl<'a> Normalizer<'a> {
     }
 
     fn unrecognized_option(&self, option: &str) -> String {
+        let is_meant =
+            |(names, modes): (&[&str], &[&str])| names.contains(&option) && modes.contains(&self.syntax.name);
+        if let Some((.., remedy)) = FOREIGN.iter().find(|(names, modes, _)| is_meant((names, modes))) {
+            return format!("unrecognized option {option} ({remedy})");
+        }
         let names = self.syntax.options().map(|flag| (flag.long, flag.long));
         let aliases = ALIASES.into_iter().filter(|(_, long)| self.syntax.options().any(|flag| flag.long == *long));
         let names = names.chain(aliases).filter(|_| option.starts_with("--"));
@@ -116,6 +131,14 @@ impl<'a> Normalizer<'a> {
         Ok(!is_switch(flag) && value.is_none())
     }
 
+    /// Returns true if `-n` is nc's option, which has no value and no effect: s5 leaves names to the proxy. `rest` is the
+    /// rest of the argument.
+    fn is_nodns(&self, rest: &str) -> bool {
+        let count = self.syntax.flags.iter().find(|flag| flag.short == Some('n'));
+        let is_bundle = rest.starts_with(|c: char| c.is_ascii_alphabetic());
+        count.is_some_and(|count| is_bundle || self.syntax.refusal(count).is_some())
+    }
+
     /// Appends the short options of one argument. The value of the last may follow directly, as in `-vw3`. Returns
     /// true if the next argument is the value.
     fn push_short(&mut self, text: &str) -> Result<bool, String> {
@@ -123,6 +146,9 @@ impl<'a> Normalizer<'a> {
         while let Some(letter) = chars.next() {
             if letter == 'h' {
                 self.has_help = true;
+                continue;
+            }
+            if letter == 'n' && self.is_nodns(chars.as_str()) {
                 continue;
             }
             let option = format!("-{letter}");
@@ -192,10 +218,23 @@ mod tests {
             ("serve --nonsense", "unrecognized option --nonsense"),
             ("serve --drian 3", "unrecognized option --drian (did you mean --drain-timeout?)"),
             ("serve --bound-t f", "unrecognized option --bound-t"),
-            ("serve --port 1", "unrecognized option --port"),
+            ("serve --port 1", "unrecognized option --port (use --listen [ADDR:]PORT)"),
+            ("serve -p 1", "unrecognized option -p (use --listen [ADDR:]PORT)"),
             ("serve --bind a", "unrecognized option --bind"),
             ("serve --liten a", "unrecognized option --liten (did you mean --listen?)"),
-            ("connect --port 1", "unrecognized option --port"),
+            ("connect --port 1", "unrecognized option --port (write the port after the host: HOST:PORT)"),
+            ("connect --check a", "unrecognized option --check (use -z)"),
+            ("connect --chek a", "unrecognized option --chek"),
+            ("connect -u a", "unrecognized option -u (use s5 udp)"),
+            ("udp -zu a", "unrecognized option -u (not necessary: s5 udp always sends datagrams)"),
+            ("connect -n a 80", "connect -- a 80"),
+            ("connect -nzv a 80", "connect -z -v -- a 80"),
+            ("bind -vn", "bind -v"),
+            ("udp -nzv a 80", "udp -z -v -- a 80"),
+            ("udp -zn 3 a 80", "udp -z -n 3 -- a 80"),
+            ("udp -n3 a 80", "udp -n 3 -- a 80"),
+            ("serve -n", "unrecognized option -n"),
+            ("connect --proxy-auth u:p a 80", "connect --proxy-user u:p -- a 80"),
             ("connect -vZ", "unrecognized option -Z"),
             ("connect --json=yes", "--json does not take a value"),
             ("--versoin", "unrecognized option --versoin (did you mean --version?)"),

@@ -45,7 +45,7 @@ pub(crate) fn text(syntax: &Syntax) -> String {
         push_entry(&mut out, &synopsis(flag), summary(flag));
     }
     let _ = if syntax.modes.is_empty() {
-        writeln!(out, "TIME is in seconds, or 500ms, 10s, 5m, 2h. Manual: {NAME} --man | man -l -")
+        writeln!(out, "TIME is in seconds, or 500ms, 10s, 1m30s, 2h. Manual: {NAME} --man | man -l -")
     } else {
         writeln!(out, "Help for a mode: {NAME} <mode> --help. Manual: {NAME} --man | man -l -")
     };

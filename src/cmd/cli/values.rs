@@ -18,10 +18,26 @@ const TIME_UNITS: [(&str, u64); 5] =
 /// Units of rates, in bytes per second.
 const RATE_UNITS: [(&str, u64); 4] = [("", 1), ("k", 1_000), ("M", 1_000_000), ("G", 1_000_000_000)];
 
-/// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `5m` or `2h`.
+/// Parses a time such as `10`, `2.5`, `500ms`, `10s`, `1m30s` or `2h`.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
-    let time = parse_quantity(text, &TIME_UNITS).map(Duration::from_nanos).filter(|time| *time <= MAX_DURATION);
-    time.ok_or_else(|| "expected a time such as 10, 500ms, 5m or 2h, at most one year".into())
+    let time = parse_time(text).map(Duration::from_nanos).filter(|time| *time <= MAX_DURATION);
+    time.ok_or_else(|| "expected a time such as 10, 500ms, 1m30s or 2h, at most one year".into())
+}
+
+/// Parses a sum of times. If there are several, each has a unit. Returns nanoseconds.
+fn parse_time(text: &str) -> Option<u64> {
+    let is_letter = |c: char| c.is_ascii_alphabetic();
+    let (mut rest, mut sum) = (text, 0_u64);
+    loop {
+        let unit = rest.trim_start_matches(|c| !is_letter(c));
+        let next = unit.trim_start_matches(is_letter);
+        let part = rest.strip_suffix(next)?;
+        sum = sum.checked_add(parse_quantity(part, &TIME_UNITS)?)?;
+        if next.is_empty() {
+            return Some(sum).filter(|_| part == text || !unit.is_empty());
+        }
+        rest = next;
+    }
 }
 
 /// Parses a time greater than 0.
@@ -87,9 +103,18 @@ mod tests {
             ("10s", 10_000),
             ("5m", 300_000),
             ("2h", 7_200_000),
+            ("1m30s", 90_000),
+            ("1h1m1.5s250ms", 3_661_750),
         ];
         for (text, millis) in table {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+    }
+
+    #[test]
+    fn parse_duration_requires_a_unit_for_each_part_of_a_sum() {
+        for text in ["1m30", "30s5", "1m s", "m30s", "1m-30s", "1m30s ", "1mm", "99999999999h1s"] {
+            assert!(parse_duration(text).is_err(), "{text}");
         }
     }
 

@@ -155,7 +155,7 @@ pub struct ClientArgs {
     pub(crate) quit_after: Option<Duration>,
 
     /// exit after N answers. If fewer answers arrive in time, the exit status is 28.
-    #[argh(option, short = 'n', arg_name = "N")]
+    #[argh(option, short = 'n', arg_name = "N", from_str_fn(parse_count))]
     pub(crate) count: Option<u64>,
 
     /// connect, transfer nothing, and exit 0 on success. Without a target, connect only logs in to the proxy, and udp
@@ -265,6 +265,10 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
         "local" => Ok(true),
         _ => Err("expected local or remote".into()),
     }
+}
+
+fn parse_count(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "expected a number of answers (without a number, -n is not necessary)".into())
 }
 
 /// Returns true for `proxy`.

@@ -118,8 +118,8 @@ async fn relay_local(
     let quit_timed_out = Cell::new(false);
     let outcome = {
         let quit = async {
-            // The relay wakes this task, and is polled first.
-            poll_fn(|_| if stats.is_up_done() { Poll::Ready(()) } else { Poll::Pending }).await;
+            // Without stdin, the time of -q begins at once. The relay wakes this task, and is polled first.
+            poll_fn(|_| if args.recv_only || stats.is_up_done() { Poll::Ready(()) } else { Poll::Pending }).await;
             match (args.quit_after.or(args.send_only.then_some(SEND_ONLY_GRACE)), &mut program_exit) {
                 (Some(time), _) => {
                     sleep(time).await;

@@ -128,7 +128,7 @@ fn help_line_of_an_option_ends_with_its_default() {
 #[test]
 fn manual_names_the_aliases_of_options() {
     let manual = manual();
-    for alias in ["--no-proxy", "--resolve", "--wait", "--bound-to", "--drain", "--open"] {
+    for alias in ["--no-proxy", "--resolve", "--wait", "--proxy-auth", "--bound-to", "--drain", "--open"] {
         assert_eq!(manual.matches(&format!("\nAlias: {alias}.\n")).count(), 1, "{alias}");
     }
 }

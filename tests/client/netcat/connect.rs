@@ -153,7 +153,7 @@ fn option_of_another_mode_is_a_usage_error_with_reason() {
         ("bind -k", "bind does not support -k: "),
         ("bind --direct", "bind requires a proxy"),
         ("connect --address-file f a:1", "only bind uses it"),
-        ("connect -n 1 a:1", "only udp uses it"),
+        ("connect --count 1 a:1", "only udp uses it"),
         ("connect --hex a:1", "only udp uses it"),
         ("udp -C a:1", "udp does not support -C: "),
         ("udp -F a:1", "udp does not support -F: "),
