@@ -2,6 +2,7 @@
 //!
 //! A [`ClientError`] names the proxy, the phase and the cause; `cmd` maps it to an exit status.
 
+mod address;
 mod association;
 mod error;
 mod proxy;
@@ -20,6 +21,7 @@ use crate::proto::{
     self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
     Request,
 };
+pub use address::{parse_addr, parse_addr_or_host, parse_port};
 pub use association::Association;
 pub use error::{ClientError, ClientErrorKind, Phase, PhaseTimes};
 pub use proxy::{Endpoint, Proxy, check_credentials, parse_hops};
@@ -142,7 +144,9 @@ impl Client {
     /// Returns the values of DST to try in turn.
     async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
         match self.dst.host {
-            Host::Name(_) if self.options.resolves_target || self.hops.is_empty() => {
+            Host::Name(ref name)
+                if self.hops.is_empty() || self.options.resolves_target && !name.is_zoned_address() =>
+            {
                 self.enter_phase(Phase::ResolveTarget);
                 Ok(self.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }

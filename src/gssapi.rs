@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use smol::lock::Semaphore;
 
 use crate::conn::{Conn, Protection, ReadError, SecurityContext as _, TokenOrder};
-use crate::net::timeout_at;
+use crate::net::{parse_literal, timeout_at};
 use crate::proto::{Frame, ProtectionLevel};
 use ffi::{
     AcceptedContext, Credential, GSS_C_ANON_FLAG, GSS_C_CONF_FLAG, GSS_C_INTEG_FLAG, GSS_C_MUTUAL_FLAG,
@@ -288,7 +288,7 @@ impl Initiator {
         let host = self.host.as_deref().unwrap_or(host);
         match self.service.contains(['/', '@']) {
             true => Ok(self.service.clone()),
-            false if host.is_empty() || host.parse::<std::net::IpAddr>().is_ok() => Err(failed(format!(
+            false if host.is_empty() || parse_literal(host).is_some() => Err(failed(format!(
                 "Kerberos needs the host name of the proxy, not {host:?} (set it with --gssapi-host)"
             ))),
             false => Ok(format!("{}@{host}", self.service)),

@@ -13,14 +13,14 @@ mod timer;
 
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
-pub use dial::{DialError, LocalAddr, connect_unix, dial, set_keepalive, set_tcp_options, unspecified};
+pub use dial::{DialError, LocalAddr, connect_unix, dial, set_keepalive, set_tcp_options, unspecified, with_scope};
 pub use rate_limit::{RateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};
 pub use relay::{
     ByteCounts, RELAY_BUFFER_SIZE, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, Side,
     UNDELIVERED_GRACE, relay,
 };
-pub use resolve::{Resolver, canonical, parse_literal};
+pub use resolve::{Resolver, canonical, parse_literal, service_port};
 pub use socket::{ACCEPT_RETRY_DELAY, Io, accept};
 pub use stream::{SocketOp, SocketPoll, Stream};
 pub use timer::{IdleTimer, sleep, sleep_until, timeout_at};

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use super::{Client, ClientError, ClientErrorKind, Phase};
 use crate::conn::{Conn, Protection};
-use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io, retry_refused, unspecified};
+use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io, retry_refused, unspecified, with_scope};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reassembly::{Reassembler, fragment};
 
@@ -79,14 +79,18 @@ impl Client {
                     reassembler: RefCell::default(),
                 });
             }
-            let peer = hops.first().map_or(&self.dst, |first| &first.relay);
+            let (peer, link) = match hops.first() {
+                Some(first) => (&first.relay, first.control.peer_addr()),
+                None => (&self.dst, None),
+            };
             let open_socket = async {
                 self.enter_phase_at(0, if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
                 let addr = self.lookup(peer).await?.first().copied().ok_or(DialError::NameNotFound)?;
                 if hops.is_empty() {
                     self.enter_phase(Phase::Connect);
                 }
-                Ok(self.datagram_socket(addr)?)
+                // A link-local relay is on the link of the control connection.
+                Ok(self.datagram_socket(link.map_or(addr, |link| with_scope(addr, link)))?)
             };
             let socket =
                 open_socket.await.map_err(|kind| if hops.is_empty() { kind } else { relay_error(kind, peer) })?;

@@ -1,11 +1,13 @@
 //! Proxies and the parser for their URLs.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 
+use super::address::parse_addr_or_host;
 use crate::proto::{Addr, Credentials, DEFAULT_PORT, MAX_CREDENTIAL_LEN};
 
 /// A SOCKS5 proxy and the credentials for it.
@@ -80,9 +82,18 @@ impl FromStr for Proxy {
             (Some(""), _) => return Err("unix: requires a path, as in unix:/run/s5.sock".into()),
             (Some(path), _) => Endpoint::Unix(path.into()),
             (None, Some(("", path))) => Endpoint::Unix(format!("/{path}").into()),
-            (None, _) => Endpoint::Tcp(Addr::parse_with_default_port(address, DEFAULT_PORT)?),
+            (None, _) => Endpoint::Tcp(parse_addr_or_host(&decode_zone(address), DEFAULT_PORT)?),
         };
         Ok(Self { endpoint, uname, credentials })
+    }
+}
+
+/// Replaces the `%25` before a zone by `%` (RFC 6874).
+fn decode_zone(address: &str) -> Cow<'_, str> {
+    match address.split_once("%25") {
+        // `%25` alone is zone 25.
+        Some((ip, zone)) if zone.starts_with(|c: char| c.is_ascii_alphabetic()) => format!("{ip}%{zone}").into(),
+        _ => address.into(),
     }
 }
 

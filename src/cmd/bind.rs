@@ -14,6 +14,7 @@ use super::netcat::connector::Connector;
 use super::netcat::descriptor;
 use super::netcat::options::ClientArgs;
 use super::netcat::report::SessionReport;
+use super::netcat::target::expected_peer;
 use super::netcat::tunnel;
 use crate::client::Client;
 use crate::conn::Conn;
@@ -69,16 +70,7 @@ impl AddrOutput {
 /// Runs the mode until it ends.
 pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
     let program = tunnel::check_args(&args)?;
-    let peer = match args.target.as_slice() {
-        [] => None,
-        [peer] => {
-            let peer = Addr::parse_with_default_port(peer, 0);
-            Some(peer.map_err(|error| CliError::usage(format!("peer: {error}")))?)
-        }
-        [_, extra, ..] => {
-            return Err(CliError::usage(format!("too many operands: expected one peer, found also {extra:?}")));
-        }
-    };
+    let peer = expected_peer(&args)?;
     let output = args.address_file.as_deref().map(|text| {
         AddrOutput::open(text)
             .map_err(|error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}")))

@@ -6,7 +6,7 @@ use super::netcat::connector::Connector;
 use super::netcat::forward;
 use super::netcat::options::ClientArgs;
 use super::netcat::report::SessionReport;
-use super::netcat::tunnel;
+use super::netcat::{target, tunnel};
 use crate::client::Client;
 use crate::conn::Conn;
 use crate::proto::{Addr, Command};
@@ -15,7 +15,7 @@ use crate::proto::{Addr, Command};
 pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
     let program = tunnel::check_args(&args)?;
     // Without a target, -z tests whether the proxy accepts the login.
-    let dst = args.target()?;
+    let dst = target::target(&args, false)?;
     if args.listen.is_none() && args.keep_open {
         return Err(CliError::usage("-k requires -l"));
     }

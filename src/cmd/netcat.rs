@@ -10,4 +10,5 @@ pub(super) mod progress;
 pub(super) mod proxies;
 pub(super) mod report;
 pub(super) mod stdio;
+pub(super) mod target;
 pub(super) mod tunnel;

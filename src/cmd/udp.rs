@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::{Connector, UDP_RELAY_HINT};
 use super::netcat::options::ClientArgs;
+use super::netcat::target::target;
 use crate::net::{sleep, yield_now};
 use crate::proto::Command;
 use framing::{DatagramReader, DatagramWriter, Framing};
@@ -23,7 +24,7 @@ const MAX_BATCH: usize = 1000;
 
 /// Runs the mode until it ends.
 pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
-    let dst = args.target()?;
+    let dst = target(&args, true)?;
     let framing = Framing::from_args(&args)?;
     if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
         return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));

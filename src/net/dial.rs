@@ -36,6 +36,8 @@ pub enum DialError {
     Resolver,
     /// No address of the target has a family that this machine and [`LocalAddr`] support.
     FamilyUnavailable,
+    /// A link-local address has no zone, which selects the interface.
+    ZoneRequired,
     /// No route to the network of the target.
     NetworkUnreachable,
     /// No answer within the time limit.
@@ -60,6 +62,7 @@ impl DialError {
             Some(Errno::NETUNREACH | Errno::NETDOWN) => Self::NetworkUnreachable,
             Some(Errno::TIMEDOUT) => Self::TimedOut,
             Some(Errno::AFNOSUPPORT) => Self::FamilyUnavailable,
+            Some(Errno::INVAL) if requires_zone(addr) => Self::ZoneRequired,
             // connect(2) fails with this for IPv6 if no interface has an IPv6 address.
             Some(Errno::ADDRNOTAVAIL) if addr.is_ipv6() => Self::FamilyUnavailable,
             _ => Self::LocalResources,
@@ -74,6 +77,7 @@ impl fmt::Display for DialError {
             Self::LocalAddr => "source address or port not available on this machine",
             Self::Resolver => "temporary failure in name resolution",
             Self::FamilyUnavailable => "no address of a usable family",
+            Self::ZoneRequired => "a link-local address requires a zone, as in fe80::1%eth0",
             Self::NetworkUnreachable => "network unreachable",
             Self::TimedOut => "timed out",
             Self::NameNotFound => "name not found",
@@ -107,8 +111,25 @@ impl LocalAddr {
     /// Returns the address to bind(2) before connecting to `to`. `None` if the kernel chooses both address and port.
     pub fn bind_addr(&self, to: SocketAddr) -> Option<SocketAddr> {
         let is_any = self.ip.is_none() && self.port == 0;
-        (!is_any).then(|| SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port))
+        // A link-local address is on the link of `to`.
+        (!is_any).then(|| with_scope(SocketAddr::new(self.ip.unwrap_or(unspecified(to.ip())), self.port), to))
     }
+}
+
+/// Returns true if connect(2) requires the scope of the address, and it has none.
+fn requires_zone(addr: SocketAddr) -> bool {
+    matches!(addr, SocketAddr::V6(addr) if addr.ip().is_unicast_link_local() && addr.scope_id() == 0)
+}
+
+/// Gives a link-local address without a scope (interface) that of `from`.
+pub fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
+    let is_missing = requires_zone(addr);
+    if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from)
+        && is_missing
+    {
+        addr.set_scope_id(from.scope_id());
+    }
+    addr
 }
 
 /// Returns the unspecified address of the family of `ip`.
@@ -283,6 +304,8 @@ mod tests {
             (Errno::AFNOSUPPORT, v6, DialError::FamilyUnavailable),
             (Errno::ADDRNOTAVAIL, v6, DialError::FamilyUnavailable),
             (Errno::ADDRNOTAVAIL, v4, DialError::LocalResources),
+            (Errno::INVAL, "[fe80::1]:1".parse().expect("an address"), DialError::ZoneRequired),
+            (Errno::INVAL, v4, DialError::LocalResources),
             (Errno::MFILE, v4, DialError::LocalResources),
             (Errno::PERM, v4, DialError::Denied),
         ];

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType, getaddrinfo};
 use smol::lock::Semaphore;
 
-use super::dial::DialError;
+use super::dial::{DialError, with_scope};
 
 /// Maximum concurrent calls of getaddrinfo(3). Each occupies one of the 500 threads of the pool.
 const MAX_LOOKUPS: usize = 256;
@@ -31,10 +31,11 @@ impl Resolver {
     /// # Errors
     /// [`DialError::NameNotFound`], [`DialError::FamilyUnavailable`] or [`DialError::Resolver`].
     pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, DialError> {
-        if let Some(ip) = parse_literal(name) {
+        let is_zoned = zoned_address(name).is_some();
+        if let Some(ip) = parse_literal(name).filter(|_| !is_zoned) {
             return Ok(vec![canonical(ip, port)]);
         }
-        if !is_host_name(name) {
+        if !is_host_name(name) && !is_zoned {
             return Err(DialError::NameNotFound);
         }
         let name = name.to_owned();
@@ -56,11 +57,33 @@ impl Resolver {
     }
 }
 
+/// Returns the port of a TCP or UDP service by its name, as getservbyname(3) does. If the service has no port for this
+/// protocol, returns that for the other one.
+pub fn service_port(name: &str, is_udp: bool) -> Option<u16> {
+    // getaddrinfo(3) would accept a number, and truncate it.
+    if !name.contains(|c: char| c.is_ascii_alphabetic()) {
+        return None;
+    }
+    let types = if is_udp { [SockType::DGram, SockType::Stream] } else { [SockType::Stream, SockType::DGram] };
+    types.into_iter().find_map(|socktype| {
+        let hints = AddrInfoHints { socktype: socktype.into(), ..AddrInfoHints::default() };
+        let found = getaddrinfo(None, Some(name), Some(hints)).ok()?.flatten().next()?;
+        Some(found.sockaddr.port())
+    })
+}
+
 /// Parses an IP address that a client sent as a name, with or without brackets. Accepts the forms of inet_aton(3) too,
-/// as getaddrinfo(3) does: `127.1`, `0x7f.0.0.1` or `2130706433`.
+/// as getaddrinfo(3) does: `127.1`, `0x7f.0.0.1` or `2130706433`. Ignores the zone of a link-local address.
 pub fn parse_literal(text: &str) -> Option<IpAddr> {
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-    bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4))
+    let ip = bare.parse().ok().or_else(|| parse_inet_aton(text).map(IpAddr::V4));
+    ip.or_else(|| zoned_address(text).map(IpAddr::V6))
+}
+
+/// Parses a link-local address with a zone, such as `fe80::1%eth0`. Other addresses have no zone.
+fn zoned_address(text: &str) -> Option<Ipv6Addr> {
+    let (ip, _) = text.split_once('%').filter(|(_, zone)| !zone.is_empty())?;
+    ip.parse().ok().filter(Ipv6Addr::is_unicast_link_local)
 }
 
 /// Parses one to four numbers separated by dots: decimal, octal (`0…`) or hexadecimal (`0x…`). The last number fills
@@ -98,14 +121,6 @@ pub fn canonical(ip: IpAddr, port: u16) -> SocketAddr {
         ip => ip,
     };
     SocketAddr::new(ip, port)
-}
-
-/// Copies the scope (interface) of a link-local address. connect(2) requires it.
-fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
-    if let (SocketAddr::V6(addr), SocketAddr::V6(from)) = (&mut addr, from) {
-        addr.set_scope_id(from.scope_id());
-    }
-    addr
 }
 
 /// Checks the length (253 bytes, 63 per label) and the characters: letters of any script, digits, `-` and `_`.
@@ -148,6 +163,11 @@ mod tests {
             ("1.", None),
             ("a.1", None),
             ("face", None),
+            ("fe80::1%eth0", Some("fe80::1")),
+            ("fe80::1%", None),
+            ("::1%lo", None),
+            ("127.0.0.1%lo", None),
+            ("example.org%eth0", None),
         ];
         for (text, ip) in table {
             assert_eq!(parse_literal(text).map(|ip| ip.to_string()).as_deref(), ip, "{text}");

@@ -33,6 +33,13 @@ impl HostName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Returns true for a link-local address with a zone, such as `fe80::1%eth0`. It is encoded as a name (ATYP 3),
+    /// because ATYP 4 has no room for the zone.
+    pub fn is_zoned_address(&self) -> bool {
+        let parts = self.0.split_once('%').filter(|(_, zone)| !zone.is_empty());
+        parts.and_then(|(ip, _)| ip.parse().ok()).is_some_and(|ip: Ipv6Addr| ip.is_unicast_link_local())
+    }
 }
 
 impl FromStr for HostName {
@@ -40,6 +47,9 @@ impl FromStr for HostName {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match (Self::new(text.as_bytes()), text.len()) {
+            (Ok(_), _) if !text.is_ascii() => {
+                Err(format!("{text} is not ASCII (write the name in its ASCII form, xn--\u{2026}, RFC 5891)"))
+            }
             (Ok(name), _) if !text.contains(['/', '@', ' ']) => Ok(name),
             (Err(_), 0) => Err("the host is empty".into()),
             (Err(_), length) if length > MAX_HOST_NAME_LEN => {
@@ -59,16 +69,18 @@ pub enum Host {
     Name(HostName),
 }
 
-/// Parses an IPv4 or IPv6 address, with or without brackets, or a name.
+/// Parses an IPv4 or IPv6 address, with or without brackets, or a name. An address with a zone becomes a name.
 impl FromStr for Host {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
-        match inner.unwrap_or(text).parse() {
-            Ok(ip) => Ok(Self::Ip(ip)),
-            Err(_) if inner.is_some() || text.contains(':') => Err(format!("invalid IPv6 address {text:?}")),
-            Err(_) => text.parse().map(Self::Name),
+        let host = inner.unwrap_or(text);
+        match (host.parse(), host.parse::<HostName>()) {
+            (Ok(ip), _) => Ok(Self::Ip(ip)),
+            (_, Ok(name)) if name.is_zoned_address() => Ok(Self::Name(name)),
+            _ if inner.is_some() || text.contains(':') => Err(format!("invalid IPv6 address {text:?}")),
+            (_, name) => name.map(Self::Name),
         }
     }
 }
@@ -88,8 +100,23 @@ impl Addr {
 
     /// Parses `host`, `host:port` or `[ipv6]:port`.
     pub fn parse_with_default_port(text: &str, default_port: u16) -> Result<Self, String> {
+        Self::parse_with(text, Some(default_port), parse_port)
+    }
+
+    /// Like [`Addr::parse_with_default_port`]. `parse_port` may accept more than numbers. Without a default, the port is
+    /// required.
+    pub fn parse_with(
+        text: &str,
+        default_port: Option<u16>,
+        parse_port: impl Fn(&str) -> Result<u16, String>,
+    ) -> Result<Self, String> {
         let (host, port) = split_host_port(text);
-        Ok(Self { port: port.map_or(Ok(default_port), parse_port)?, host: host.parse()? })
+        let missing = || format!("expected HOST:PORT or [IPV6]:PORT, found {text:?}");
+        let port = match port {
+            Some(port) => parse_port(port)?,
+            None => default_port.ok_or_else(missing)?,
+        };
+        Ok(Self { port, host: host.parse()? })
     }
 
     /// Length of ATYP, an empty host name (in replies only) and the port.
@@ -130,6 +157,7 @@ impl fmt::Display for Addr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
             Host::Ip(ip) => SocketAddr::new(*ip, self.port).fmt(f),
+            Host::Name(name) if name.is_zoned_address() => write!(f, "[{}]:{}", name.as_str(), self.port),
             Host::Name(name) => write!(f, "{}:{}", name.as_str(), self.port),
         }
     }
@@ -140,10 +168,7 @@ impl FromStr for Addr {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match split_host_port(text) {
-            (_, Some(_)) => Self::parse_with_default_port(text, 0),
-            (_, None) => Err(format!("expected HOST:PORT or [IPV6]:PORT, found {text:?}")),
-        }
+        Self::parse_with(text, None, parse_port)
     }
 }
 

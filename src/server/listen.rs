@@ -11,6 +11,7 @@ use std::str::FromStr;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::client::{parse_addr, parse_port};
 use crate::conn::DetachedConn;
 use crate::net::{accept, set_tcp_options};
 use crate::proto::{Addr, DEFAULT_PORT, Host};
@@ -45,11 +46,15 @@ impl FromStr for ListenAddr {
             };
         }
         let parsed = match text.strip_prefix("*:") {
-            Some(port) => port.parse().ok().map(Self::Wildcard),
-            None => text.parse().map(Self::Loopback).ok().or_else(|| text.parse().map(Self::Host).ok()),
+            Some(port) => parse_port(port, false).map(Self::Wildcard),
+            None => parse_port(text, false).map(Self::Loopback).or_else(|_| parse_addr(text, false).map(Self::Host)),
         };
         let hint = || meant(text).map(|meant| format!(" (write {meant})")).unwrap_or_default();
-        parsed.ok_or_else(|| format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH{}", hint()))
+        parsed.map_err(|error| match text.is_ascii() {
+            true => format!("expected HOST:PORT, [IPV6]:PORT, PORT, *:PORT or unix:PATH{}", hint()),
+            // The advice about the name.
+            false => error,
+        })
     }
 }
 

@@ -70,7 +70,7 @@ fn rep_for(error: DialError, is_name: bool) -> Rep {
     match error {
         DialError::LocalResources | DialError::LocalAddr | DialError::Resolver => Rep::GENERAL_FAILURE,
         DialError::Denied => Rep::NOT_ALLOWED,
-        DialError::NetworkUnreachable => Rep::NETWORK_UNREACHABLE,
+        DialError::NetworkUnreachable | DialError::ZoneRequired => Rep::NETWORK_UNREACHABLE,
         DialError::HostUnreachable | DialError::NameNotFound => Rep::HOST_UNREACHABLE,
         DialError::Refused => Rep::CONNECTION_REFUSED,
         DialError::TimedOut => Rep::TTL_EXPIRED,
@@ -90,6 +90,7 @@ mod tests {
             (DialError::HostUnreachable, 4, 4),
             (DialError::FamilyUnavailable, 8, 4),
             (DialError::Denied, 2, 2),
+            (DialError::ZoneRequired, 3, 3),
             (DialError::LocalResources, 1, 1),
         ];
         for (error, by_address, by_name) in table {

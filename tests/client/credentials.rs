@@ -299,7 +299,7 @@ fn invalid_login_source_is_a_usage_error_that_names_the_source() {
     for (name, value, what) in [
         ("S5_PROXY_AUTH", "topsecret", "S5_PROXY_AUTH: "),
         ("NCAT_PROXY_AUTH", "topsecret", "NCAT_PROXY_AUTH: "),
-        ("S5_PROXY_AUTH", "alice:", "the password has 0 bytes"),
+        ("S5_PROXY_AUTH", ":secret", "the user name has 0 bytes"),
         ("S5_PROXY_AUTH", &long, "the password has "),
     ] {
         assert_line_of(s5().args(["connect", "-x", &closed, TARGET]).env(name, value), 2, &[what]);

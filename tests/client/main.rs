@@ -1,6 +1,7 @@
 //! The client modes end to end, against scripted proxies and against `s5 serve`. `README.md` lists the files. What one
 //! proxy sees and one client prints is in the transcripts tests/wire/client-*.txt.
 
+mod arguments;
 mod behaviours;
 mod bind;
 mod cli;
@@ -16,6 +17,7 @@ mod support;
 mod table;
 mod udp;
 mod wire;
+mod zones;
 
 use std::process::Command;
 

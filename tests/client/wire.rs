@@ -39,7 +39,6 @@ fn oversized_fields_are_rejected_before_connecting() {
         ("".into(), format!("{long}:80"), "the host name has 256 bytes"),
         (format!("{long}:p@"), "a:80".into(), "the user name has 256 bytes"),
         (format!("u:{long}@"), "a:80".into(), "the password has 256 bytes"),
-        ("u:@".into(), "a:80".into(), "the password has 0 bytes"),
         (":p@".into(), "a:80".into(), "the user name has 0 bytes"),
         ("".into(), "a\nb:80".into(), "invalid host name \"a\\nb\""),
     ];

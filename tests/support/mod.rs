@@ -29,12 +29,16 @@ use scripted::RunningProgram;
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Environment variables that the client modes read. [`s5`] removes them; tests may set them.
-const CLIENT_VARIABLES: [&str; 19] = [
+const CLIENT_VARIABLES: [&str; 23] = [
     "S5_PROXY",
     "all_proxy",
     "ALL_PROXY",
     "SOCKS5_SERVER",
     "SOCKS_SERVER",
+    "https_proxy",
+    "HTTPS_PROXY",
+    "http_proxy",
+    "HTTP_PROXY",
     "no_proxy",
     "NO_PROXY",
     "S5_PROXY_AUTH",

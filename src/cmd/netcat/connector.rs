@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::options::ClientArgs;
 use super::report::SessionReport;
 use super::{credentials, proxies};
-use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Proxy};
+use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
 use crate::net::{LocalAddr, Resolver, reactor, sleep};
@@ -143,8 +143,11 @@ impl Connector {
 
     /// Returns what may help against an error of a handshake.
     fn hint(&self, error: &ClientError) -> Option<String> {
-        let is_relay = matches!(error.kind, ClientErrorKind::Relay(..)) && !self.args.udp_relay;
-        is_relay.then(|| UDP_RELAY_HINT.into())
+        match (&error.kind, error.phase) {
+            (ClientErrorKind::Relay(..), _) if !self.args.udp_relay => Some(UDP_RELAY_HINT.into()),
+            (ClientErrorKind::Unreachable(_), Phase::Connect) => proxies::default_proxy_hint(&self.args),
+            _ => None,
+        }
     }
 
     /// Prints where a tunnel begins and ends if `-v` is set.

@@ -7,11 +7,9 @@ use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
 
-use crate::cmd::cli::exit::CliError;
-use crate::cmd::cli::secrets::without_userinfo;
 use crate::cmd::cli::syntax::Syntax;
 use crate::cmd::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout};
-use crate::proto::{Addr, Host, Method, ProtectionLevel, parse_port};
+use crate::proto::{Addr, Host, Method, ProtectionLevel};
 use crate::server::ListenAddr;
 
 /// Default of `--max-peers`: local peers of `udp -l` that have an association at the same time.
@@ -106,7 +104,8 @@ pub struct ClientArgs {
     pub(crate) ccache: Option<PathBuf>,
 
     /// resolve target: remote or local [default: remote]. With local, s5 resolves the target's name and tries its
-    /// addresses in turn. With remote, the last proxy resolves it.
+    /// addresses in turn. With remote, the last proxy resolves it. An address with a zone, such as fe80::1%eth0, is
+    /// always sent to the proxy as it is: the zone is an interface of the proxy's host.
     #[argh(option, long = "proxy-dns", short = 'R', arg_name = "SIDE", from_str_fn(parse_dns_side), default = "false")]
     pub(crate) resolves_target: bool,
 
@@ -116,12 +115,12 @@ pub struct ClientArgs {
     #[argh(option, arg_name = "ADDR", from_str_fn(parse_udp_relay), default = "false")]
     pub(crate) udp_relay: bool,
 
-    /// use IPv4 only. With -R remote, this applies to the connection to the proxy: the proxy chooses the family of the
-    /// target.
+    /// reach the proxy by IPv4 (-R local: the target too). Without -R local, the proxy chooses the family of the
+    /// connection to the target. Without a proxy, s5 reaches the target by IPv4.
     #[argh(switch, short = '4')]
     pub(crate) ipv4: bool,
 
-    /// use IPv6 only. The note on -4 applies.
+    /// reach the proxy by IPv6 (-R local: the target too). The note on -4 applies.
     #[argh(switch, short = '6')]
     pub(crate) ipv6: bool,
 
@@ -211,7 +210,7 @@ pub struct ClientArgs {
     pub(crate) length_prefixed: bool,
 
     /// listen here and forward to the target. ADDR is an IP address, or * for all IPv4 addresses; the default is
-    /// 127.0.0.1. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
+    /// 127.0.0.1. A link-local address has a zone, as in \[fe80::1%eth0\]:8080. Each TCP connection has its own tunnel, and each UDP peer its own association. s5 prints "listening
     /// on ADDR:PORT" on stderr.
     #[argh(option, short = 'l', arg_name = "[ADDR:]PORT", from_str_fn(parse_listen))]
     pub(crate) listen: Option<SocketAddr>,
@@ -285,43 +284,18 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix(':').filter(|port| port.parse::<u16>().is_ok()) {
         return Err(format!("expected [ADDR:]PORT (write *:{port} for all addresses, or {port} for loopback)"));
     }
-    let (ip, port) = match text.parse() {
-        Ok(ListenAddr::Loopback(port)) => (Ipv4Addr::LOCALHOST.into(), port),
-        Ok(ListenAddr::Wildcard(port)) => (Ipv4Addr::UNSPECIFIED.into(), port),
-        Ok(ListenAddr::Host(Addr { host: Host::Ip(ip), port })) => (ip, port),
+    let listen = text.parse::<ListenAddr>();
+    let (ip, port) = match &listen {
+        Ok(ListenAddr::Loopback(port)) => (Ipv4Addr::LOCALHOST.into(), *port),
+        Ok(ListenAddr::Wildcard(port)) => (Ipv4Addr::UNSPECIFIED.into(), *port),
+        Ok(ListenAddr::Host(Addr { host: Host::Ip(ip), port })) => (*ip, *port),
         Ok(ListenAddr::Host(Addr { host: Host::Name(name), port })) if name.as_str() == "localhost" => {
-            (Ipv4Addr::LOCALHOST.into(), port)
+            (Ipv4Addr::LOCALHOST.into(), *port)
+        }
+        Ok(zoned @ ListenAddr::Host(Addr { host: Host::Name(name), .. })) if name.is_zoned_address() => {
+            return zoned.addrs().first().copied().ok_or_else(|| "this machine has no such interface".into());
         }
         _ => return Err("expected [ADDR:]PORT (-l takes a value: write other options before it)".into()),
     };
     Ok(SocketAddr::new(ip, port))
-}
-
-impl ClientArgs {
-    /// Returns the target, given as `host:port` or as `host port`. `None`: there is none, and `-z` does not need one.
-    pub(crate) fn target(&self) -> Result<Option<Addr>, CliError> {
-        let parsed = match self.target.as_slice() {
-            [] if self.zero_io => return Ok(None),
-            [] => {
-                let purpose = if self.listen.is_some() { " (-l forwards to it)" } else { "" };
-                return Err(CliError::usage(format!("a target is required: HOST:PORT, or HOST and PORT{purpose}")));
-            }
-            // The URL is not printed: a proxy's URL may contain a password.
-            [url, ..] if url.contains("://") => {
-                Err("expected HOST:PORT, not a URL (-x takes the URL of a proxy)".into())
-            }
-            [host_port] => host_port.parse(),
-            [host, port] if host.parse::<Addr>().is_err() => {
-                host.parse().and_then(|host| Ok(Addr { host, port: parse_port(port)? }))
-            }
-            _ => return Err(CliError::usage("too many operands: expected HOST:PORT, or HOST and PORT")),
-        };
-        match parsed {
-            Ok(addr) if addr.port == 0 => Err(CliError::usage("target: the port must not be 0")),
-            // The target may be a proxy with a password, given without -x.
-            parsed => {
-                parsed.map(Some).map_err(|error| CliError::usage(format!("target: {}", without_userinfo(&error))))
-            }
-        }
-    }
 }

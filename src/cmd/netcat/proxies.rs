@@ -9,12 +9,16 @@ use super::options::ClientArgs;
 use crate::client::{Proxy, parse_hops};
 use crate::cmd::cli::exit::CliError;
 use crate::cmd::cli::values::DEFAULT_ADDR;
+use crate::net::parse_literal;
 use crate::proto::{Addr, Host, split_host_port};
 
 /// Environment variables with a list of proxies. The first that is set is used.
 const PROXY_VARIABLES: [&str; 5] = ["S5_PROXY", "all_proxy", "ALL_PROXY", "SOCKS5_SERVER", "SOCKS_SERVER"];
 /// Environment variables with a list of targets that are reached without a proxy. The first that is set is used.
 const NO_PROXY_VARIABLES: [&str; 2] = ["no_proxy", "NO_PROXY"];
+
+/// Environment variables with an HTTP proxy, which s5 does not use.
+const HTTP_PROXY_VARIABLES: [&str; 4] = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"];
 
 /// Returns the proxies on the route to `dst`, nearest first; none for a direct connection.
 pub(super) fn select_proxies(args: &ClientArgs, dst: Option<&Addr>) -> Result<Vec<Proxy>, CliError> {
@@ -35,6 +39,18 @@ pub(super) fn select_proxies(args: &ClientArgs, dst: Option<&Addr>) -> Result<Ve
         return Ok(Vec::new());
     }
     parse_hops(&text).map_err(|error| CliError::usage(format!("{name}: {error} (-x overrides it)")))
+}
+
+/// Returns what the user may have meant, if the default proxy is used.
+pub(super) fn default_proxy_hint(args: &ClientArgs) -> Option<String> {
+    if args.direct || !args.proxy.is_empty() || PROXY_VARIABLES.into_iter().any(|name| env_var(name).is_some()) {
+        return None;
+    }
+    if let Some(port) = args.source_port {
+        return Some(format!("-p is the source port; -x 127.0.0.1:{port} sets the port of the proxy"));
+    }
+    let http = HTTP_PROXY_VARIABLES.into_iter().find(|name| env_var(name).is_some());
+    http.map(|name| format!("{name} is not used; set ALL_PROXY or -x to a SOCKS5 proxy"))
 }
 
 /// Returns an environment variable that is set and not empty.
@@ -58,10 +74,9 @@ fn entry_matches(entry: &str, dst: &Addr) -> bool {
     }
     let entry = entry.trim_start_matches('[').trim_end_matches(']');
     match &dst.host {
-        Host::Ip(ip) => {
-            let ip = ip.to_canonical();
-            entry.parse::<IpAddr>().is_ok_and(|entry| entry.to_canonical() == ip)
-                || entry.parse::<IpNet>().is_ok_and(|net| net.contains(&ip))
+        Host::Ip(ip) => matches_ip(entry, *ip),
+        Host::Name(name) if name.is_zoned_address() => {
+            entry == name.as_str() || parse_literal(name.as_str()).is_some_and(|ip| matches_ip(entry, ip))
         }
         Host::Name(name) => {
             let name = name.as_str().trim_end_matches('.').to_ascii_lowercase();
@@ -69,6 +84,12 @@ fn entry_matches(entry: &str, dst: &Addr) -> bool {
             !entry.is_empty() && (name == entry || name.strip_suffix(&entry).is_some_and(|rest| rest.ends_with('.')))
         }
     }
+}
+
+fn matches_ip(entry: &str, ip: IpAddr) -> bool {
+    let ip = ip.to_canonical();
+    entry.parse::<IpAddr>().is_ok_and(|entry| entry.to_canonical() == ip)
+        || entry.parse::<IpNet>().is_ok_and(|net| net.contains(&ip))
 }
 
 #[cfg(test)]
@@ -87,6 +108,9 @@ mod tests {
             ("[::1]", "[::1]:80", true),
             ("[::1]:81", "[::1]:80", false),
             ("2001:db8::/32", "[2001:db8::7]:80", true),
+            ("fe80::1%eth0", "[fe80::1%eth0]:80", true),
+            ("fe80::/10", "[fe80::1%eth0]:80", true),
+            ("fe80::2", "[fe80::1%eth0]:80", false),
             (".", "example.org:80", false),
         ];
         for (list, target, expected) in table {

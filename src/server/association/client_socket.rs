@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use super::super::local_addr::bind_in_range;
 use super::super::state::Session;
 use crate::conn::{Conn, Protection};
-use crate::net::BatchSocket;
+use crate::net::{BatchSocket, with_scope};
 use crate::proto::{Addr, MAX_UDP4_PAYLOAD};
 use crate::reassembly::fragment;
 
@@ -24,6 +24,9 @@ impl ClientSocket {
     pub(super) fn bind(session: &Session, control: &Conn, port: u16) -> io::Result<Self> {
         let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         addr.set_port(port);
+        if let Some(peer) = control.peer_addr() {
+            addr = with_scope(addr, peer);
+        }
         let mut local = control.local_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
         let socket = bind_in_range(session.server().options.udp_ports.as_ref(), local, BatchSocket::bind)?;
