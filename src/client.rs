@@ -168,7 +168,7 @@ impl Client {
         self.enter_phase(Phase::Connect);
         // `with_deadline` bounds the whole handshake.
         let no_deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);
-        let io = dial(addrs, self.options.local, no_deadline).await?;
+        let (io, _) = dial(addrs, self.options.local, no_deadline).await?;
         set_keepalive(&io);
         Ok(Conn::Tcp(io))
     }

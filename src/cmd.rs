@@ -12,7 +12,8 @@ use log::LevelFilter;
 
 use crate::proto::Command;
 use cli::completions::{ScriptFn, parse_shell};
-pub use cli::exit::{CliError, ExitStatus, eprint_line, plain_os_errors};
+pub use cli::exit::{CliError, ExitStatus};
+pub use cli::logger::Logger;
 use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
 use netcat::options::{self, ClientArgs};

@@ -6,6 +6,7 @@ mod accept;
 mod association;
 mod bind;
 mod connect;
+mod counters;
 mod dispatch;
 mod limiter;
 mod listen;
@@ -44,6 +45,7 @@ use listen::Listener;
 pub use local_addr::is_local;
 pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
+pub use session_log::LOGFMT_TARGET;
 use state::Server;
 use worker::{Worker, WorkerPool, WorkerReport};
 

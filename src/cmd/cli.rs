@@ -4,6 +4,8 @@ pub(super) mod argv;
 pub(super) mod completions;
 pub mod exit;
 pub(super) mod help;
+mod journal;
+pub(super) mod logger;
 pub(super) mod manual;
 pub(super) mod secrets;
 pub(super) mod syntax;

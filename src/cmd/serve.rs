@@ -200,7 +200,7 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration), default = "Duration::from_secs(5)")]
     drain_timeout: Duration,
 
-    /// log more: dropped datagrams, blocked clients
+    /// log the steps of sessions; -vv: handshakes too. See LOG.
     #[argh(switch, short = 'v')]
     verbose: u8,
 

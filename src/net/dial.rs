@@ -137,12 +137,12 @@ pub fn unspecified(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Connects to the first of `addrs` that accepts (RFC 8305). Address families alternate. The next attempt starts after
+/// Connects to the first of `addrs` that accepts (RFC 8305), and returns it too. Address families alternate. The next attempt starts after
 /// 250 ms, or at once if one fails. Sets the options of [`set_tcp_options`], but leaves keepalive to the caller.
 ///
 /// # Errors
 /// The most specific error of all attempts. Attempts that are still running at `deadline` count as timed out.
-pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Io<Socket>, DialError> {
+pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -> Result<Dialed, DialError> {
     // Most targets have one address, and need neither the queue nor a list of attempts.
     if let [addr] = addrs.as_slice()
         && local.can_reach(addr.ip())
@@ -165,7 +165,7 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
             None
         };
         match first.or(timeout).await {
-            Some(Ok(stream)) => return Ok(stream),
+            Some(Ok(dialed)) => return Ok(dialed),
             Some(Err(error)) => most_specific = most_specific.max(Some(error)),
             None if Instant::now() >= deadline => {
                 return Err(most_specific.max(Some(DialError::TimedOut)).unwrap_or(DialError::TimedOut));
@@ -175,10 +175,13 @@ pub async fn dial(addrs: Vec<SocketAddr>, local: LocalAddr, deadline: Instant) -
     }
 }
 
-type Attempt = Pin<Box<dyn Future<Output = Result<Io<Socket>, DialError>>>>;
+/// A new connection and its target.
+type Dialed = (Io<Socket>, SocketAddr);
+
+type Attempt = Pin<Box<dyn Future<Output = Result<Dialed, DialError>>>>;
 
 /// Connects a new socket to `addr`, bound to `local`.
-async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<Socket>, DialError> {
+async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Dialed, DialError> {
     let connect_error = |error: Errno| DialError::from_connect(&error.into(), addr);
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let (socket, from) = (stream_socket(family).map_err(connect_error)?, local.bind_addr(addr));
@@ -200,7 +203,7 @@ async fn attempt(addr: SocketAddr, local: LocalAddr) -> Result<Io<Socket>, DialE
         sockopt::socket_error(&io).and_then(|error| error).map_err(connect_error)?;
     }
     log_failure(set_stream_options(&io));
-    Ok(io)
+    Ok((io, addr))
 }
 
 /// Creates a non-blocking stream socket.
@@ -222,7 +225,7 @@ pub async fn connect_unix(path: &Path) -> io::Result<Io<Socket>> {
 }
 
 /// Waits until an attempt has finished, and removes it.
-async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Io<Socket>, DialError> {
+async fn first_done(attempts: &mut Vec<Attempt>) -> Result<Dialed, DialError> {
     poll_fn(|cx| {
         for i in 0..attempts.len() {
             let polled = attempts.get_mut(i).map(|attempt| attempt.as_mut().poll(cx));

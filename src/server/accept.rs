@@ -10,6 +10,7 @@ use std::sync::Arc;
 use futures_lite::FutureExt as _;
 use smol::lock::SemaphoreGuard;
 
+use super::counters::COUNTERS;
 use super::limiter::warn;
 use super::listen::Listener;
 use super::session;
@@ -74,14 +75,17 @@ impl AcceptLoop {
     fn admit(&self, client: Option<SocketAddr>, permit: SemaphoreGuard<'_>) -> Option<Session> {
         let mut quota = None;
         if !self.server.limiter.admit_client(client, &mut quota) {
+            COUNTERS.count_refused();
             return None;
         }
         permit.forget();
         let session = Session::new(self.server.clone(), client, quota);
         if let Err(denial) = session.policy.authorize(&request_from(client)) {
+            COUNTERS.count_refused();
             session.log.set_error(denial);
             return None;
         }
+        session.log.log_start();
         Some(session)
     }
 }

@@ -19,6 +19,7 @@ use std::time::Instant;
 
 use futures_lite::{AsyncReadExt as _, FutureExt as _};
 
+use super::counters::COUNTERS;
 use super::options::Filtering;
 use super::policy_handle::Denial;
 use super::reply::{SessionError, SessionResult};
@@ -49,6 +50,7 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
+    let _guard = COUNTERS.count_association();
     let relay = AssociationRelay {
         rate_limit: session.permit.rate_limit(),
         session,

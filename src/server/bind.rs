@@ -46,6 +46,8 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
     let (peer, addr) = accepted?;
+    session.log.set_addr(addr);
+    session.log.log_connect();
     session.reply_success(client, addr.into(), || Some(addr)).await?;
     Ok(peer)
 }
@@ -59,6 +61,8 @@ async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop:
     let peer = session.wait_for_peer(client, accepted).await?;
     let Host::Ip(ip) = peer.host else { return Err(SessionError::general_failure("the peer's address is a name")) };
     let addr = SocketAddr::new(ip.to_canonical(), peer.port);
+    session.log.set_addr(addr);
+    session.log.log_connect();
     session.authorize(&with_addr(session.log.access_request(), addr))?;
     session.reply_success(client, peer, || Some(addr)).await?;
     Ok(conn)
@@ -132,7 +136,7 @@ impl ExpectedPeer {
             return Ok(Self { ips: vec![ip], wished_port });
         }
         let deadline = Instant::now() + session.server().options.connect_timeout;
-        let mut addrs = session.server().resolve(dst, deadline).await?;
+        let mut addrs = session.resolve(dst, deadline).await?;
         let mut last_denial = None;
         addrs.retain(|addr| {
             let request = AccessRequest { target_ip: Some(addr.ip()), ..session.log.access_request() };

@@ -12,7 +12,7 @@ use super::state::{Server, Session};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::net::{LocalAddr, dial, sleep};
 use crate::policy::rules::Route;
-use crate::proto::{Addr, Command};
+use crate::proto::{Addr, Command, Host};
 
 pub(super) async fn serve(
     session: &mut Session,
@@ -25,14 +25,17 @@ pub(super) async fn serve(
     if let Route::Hop(hop) = route {
         session.log.via = Some(session.server().hop(hop)?);
     }
+    if let [only] = *addrs {
+        session.log.set_addr(only);
+    }
     let connecting = async {
         match &session.log.via {
             None => {
-                let target = dial(addrs, LocalAddr::default(), deadline).await;
-                let target = target.map_err(|error| SessionError::from_dial(error, dst))?;
+                let dialed = dial(addrs, LocalAddr::default(), deadline).await;
+                let (target, addr) = dialed.map_err(|error| SessionError::from_dial(error, dst))?;
                 let target = Conn::Tcp(target);
                 let bnd = target.local_addr().ok_or_else(|| SessionError::general_failure("no local address"))?;
-                Ok((target, bnd.into()))
+                Ok((target, bnd.into(), addr.into()))
             }
             Some(hop) => {
                 let targets =
@@ -41,19 +44,26 @@ pub(super) async fn serve(
             }
         }
     };
-    let (target, bnd) = session.cancellable(client, connecting).await?;
+    let (target, bnd, addr) = session.cancellable(client, connecting).await?;
+    if let Host::Ip(ip) = addr.host {
+        session.log.set_addr(SocketAddr::new(ip, addr.port));
+    }
+    session.log.log_connect();
     let is_direct = session.log.via.is_none();
     session.reply_success(client, bnd, || target.peer_addr().filter(|_| is_direct)).await?;
     Ok(target)
 }
 
+/// A connection to a target, its BND, and the address or name that was connected to.
+type Connected = (Conn, Addr, Addr);
+
 /// Requests one target after the other from the hop, until one succeeds.
-async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<(Conn, Addr)> {
+async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: Instant) -> SessionResult<Connected> {
     let mut last_error = SessionError::general_failure("no target address");
     for dst in targets {
-        let client = server.hop_client(hop, dst, deadline);
+        let client = server.hop_client(hop, dst.clone(), deadline);
         match client.request(Command::Connect).await {
-            Ok(connected) => return Ok(connected),
+            Ok((conn, bnd)) => return Ok((conn, bnd, dst)),
             Err(error) => last_error = SessionError::from_upstream(error),
         }
     }
@@ -87,7 +97,7 @@ impl Session {
         if let Some(hop @ Route::Hop(_)) = route {
             return Ok((hop, Vec::new()));
         }
-        let mut addrs = self.server().resolve(dst, deadline).await?;
+        let mut addrs = self.resolve(dst, deadline).await?;
         let (mut first_denial, mut first_route) = (None, None);
         addrs.retain(|addr| match self.authorize(&with_addr(self.log.access_request(), *addr)) {
             // Only addresses with the route of the first allowed one are used.

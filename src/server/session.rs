@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use super::counters::COUNTERS;
 use super::dispatch::dispatch;
 use super::login_throttle::MAX_DELAY;
 use super::reply::{SessionError, SessionResult};
@@ -86,6 +87,7 @@ impl Session {
             Method::GSSAPI => Box::pin(self.accept_gssapi(conn, deadline)).await,
             Method::NONE => {
                 self.log.method = Some(method);
+                self.log.log_login();
                 Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
             }
             _ => Err(not_configured()),
@@ -97,6 +99,7 @@ impl Session {
         let request = login.read_request(self, conn).await?;
         self.log.command = Some(request.command);
         self.log.dst = Some(request.dst.clone());
+        self.log.log_request();
         dispatch(self, conn, &request, login.is_stream_allowed).await
     }
 
@@ -106,7 +109,9 @@ impl Session {
 
     async fn select_method(&self, conn: &mut Conn) -> SessionResult<Method> {
         let greeting: Greeting = conn.read_message().await.map_err(|error| read_error(error, greeting_error))?;
-        let Some(method) = self.policy.policy.select_method(&greeting.methods) else {
+        let selected = self.policy.policy.select_method(&greeting.methods);
+        self.log.log_methods(&greeting.methods, selected);
+        let Some(method) = selected else {
             let none = MethodSelection(Method::NO_ACCEPTABLE);
             return Err(SessionError::with_message(&none, "no acceptable authentication method"));
         };
@@ -149,6 +154,7 @@ impl Session {
         }
         let deadline = deadline + delay;
         self.log.method = Some(Method::PASSWORD);
+        self.log.log_login();
         let sent = timeout_at(deadline, conn.write_message(&LoginStatus::SUCCESS)).await;
         sent.ok_or_else(|| self.timed_out())?.map_err(SessionError::silent)?;
         Ok(Authenticated { deadline, protection: None, is_stream_allowed: true })
@@ -160,13 +166,17 @@ impl Session {
         let abort = |error| SessionError::with_message(&Frame::Abort, error);
         let accepted =
             timeout_at(deadline, acceptor.accept(conn)).await.ok_or_else(|| abort(self.timed_out().reason))?;
-        let accepted = accepted.map_err(|error| match error {
-            GssapiError::Refused(_) => SessionError::silent(error),
-            _ => abort(error.to_string()),
+        let accepted = accepted.map_err(|error| {
+            COUNTERS.count_failed_login();
+            match error {
+                GssapiError::Refused(_) => SessionError::silent(error),
+                _ => abort(error.to_string()),
+            }
         })?;
         self.log.method = Some(Method::GSSAPI);
         self.log.user = Some(accepted.user.into());
         self.log.level = accepted.level;
+        self.log.log_login();
         let is_stream_allowed = accepted.detects_reordering || accepted.protection.is_none();
         Ok(Authenticated { deadline, protection: accepted.protection, is_stream_allowed })
     }

@@ -1,23 +1,36 @@
-//! The facts about one session: for the log line at its end, and for the requests to the policy.
+//! The facts about one session: for its log lines, and for the requests to the policy.
+//!
+//! The lines are logfmt: `key=value`, with the keys of rules and of `--explain`. A value that is not known is left out.
+//! Text that a client, a peer or a hop can choose is quoted and escaped.
 
 use std::cell::{Cell, OnceCell};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
-use std::time::Instant;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
+use log::Level;
+
+use super::counters::COUNTERS;
 use super::options::Hop;
-use crate::net::{ByteCounts, canonical, parse_literal};
+use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
 
+/// Target of records in logfmt. The logger adds time and level as further fields.
+pub const LOGFMT_TARGET: &str = "s5::session";
 /// Error of a failed login. fail2ban filters match it.
 pub(super) const LOGIN_REFUSED: &str = "login refused";
 
 /// Filled in during the session; writes the log line on drop. Kept small, because every tunnel has one.
 #[derive(Debug)]
 pub(super) struct SessionLog {
-    started: Instant,
+    /// Number of the session since the start of the server.
+    id: u32,
+    /// Time from the start of the first session to that of this one, in milliseconds.
+    started: u64,
     client: Option<AddrPort>,
     pub(super) user: Option<Box<[u8]>>,
     /// Set after a successful login.
@@ -25,29 +38,60 @@ pub(super) struct SessionLog {
     pub(super) level: ProtectionLevel,
     pub(super) command: Option<Command>,
     pub(super) dst: Option<Addr>,
+    /// The address that stands for DST: of the target, or of the peer of BIND.
+    addr: Option<AddrPort>,
     bnd: Option<AddrPort>,
     pub(super) via: Option<Arc<Hop>>,
     pub(super) rep: Option<Rep>,
     /// Generation of the policy that the session was last checked with.
     pub(super) policy_generation: Cell<u32>,
     pub(super) bytes: ByteCounts,
-    pub(super) error: OnceCell<Box<str>>,
+    #[allow(clippy::box_collection, reason = "one pointer, because most sessions have no error")]
+    error: OnceCell<Box<String>>,
 }
 
-/// A [`SocketAddr`] without flow information and scope, which take up 8 bytes.
-type AddrPort = (IpAddr, u16);
+/// A [`SocketAddr`] without flow information and scope. In an `Option`, it takes up 18 bytes instead of 32.
+#[derive(Clone, Copy, Debug)]
+struct AddrPort {
+    /// IPv4 addresses are mapped.
+    ip: Ipv6Addr,
+    port: NonZeroU16,
+}
+
+impl AddrPort {
+    /// Returns `None` for port 0, which no connection has.
+    fn new(addr: SocketAddr) -> Option<Self> {
+        let ip = match addr.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        };
+        NonZeroU16::new(addr.port()).map(|port| Self { ip, port })
+    }
+
+    fn socket_addr(self) -> SocketAddr {
+        SocketAddr::new(self.ip.to_canonical(), self.port.get())
+    }
+}
+
+/// Returns the time since the first call, in milliseconds.
+fn uptime_ms() -> u64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
 
 impl SessionLog {
     /// `client` is `None` on a Unix socket.
     pub(super) fn new(client: Option<SocketAddr>) -> Self {
         Self {
-            started: Instant::now(),
-            client: client.map(|client| (client.ip(), client.port())),
+            id: COUNTERS.next_session(),
+            started: uptime_ms(),
+            client: client.and_then(AddrPort::new),
             user: None,
             method: None,
             level: ProtectionLevel::None,
             command: None,
             dst: None,
+            addr: None,
             bnd: None,
             via: None,
             rep: None,
@@ -59,16 +103,21 @@ impl SessionLog {
 
     /// Sets the reason for the end of the session. The first one is kept.
     pub(super) fn set_error(&self, error: impl ToString) {
-        let _ = self.error.set(error.to_string().into());
+        let _ = self.error.set(Box::new(error.to_string()));
     }
 
     pub(super) fn client(&self) -> Option<SocketAddr> {
-        self.client.map(SocketAddr::from)
+        self.client.map(AddrPort::socket_addr)
     }
 
     /// Sets BND. The first one is kept, which for BIND is the listening socket.
     pub(super) fn set_bnd(&mut self, bnd: SocketAddr) {
-        self.bnd.get_or_insert((bnd.ip(), bnd.port()));
+        self.bnd = self.bnd.or(AddrPort::new(bnd));
+    }
+
+    /// Sets the address that stands for DST.
+    pub(super) fn set_addr(&mut self, addr: SocketAddr) {
+        self.addr = AddrPort::new(addr);
     }
 
     /// Returns the identity of a client that has logged in.
@@ -123,43 +172,111 @@ pub(super) fn with_addr(request: AccessRequest<'_>, addr: SocketAddr) -> AccessR
     AccessRequest { target_ip: Some(addr.ip()), target_port: request.target_port.or(Some(addr.port())), ..request }
 }
 
-impl Drop for SessionLog {
-    fn drop(&mut self) {
-        let is_refused = self.error.get().is_some_and(|error| **error == *LOGIN_REFUSED);
-        log::log!(if is_refused { log::Level::Warn } else { log::Level::Info }, "session {self}");
+/// The steps of a session, which only a verbose server logs. Each line has the facts that are known so far.
+impl SessionLog {
+    fn log_step(&self, level: Level, step: &str, fields: fmt::Arguments<'_>) {
+        log::log!(target: LOGFMT_TARGET, level, "msg={step} {}{fields}", Facts(self));
+    }
+
+    pub(super) fn log_start(&self) {
+        self.log_step(Level::Debug, "start", format_args!(""));
+    }
+
+    pub(super) fn log_methods(&self, offered: &[Method], selected: Option<Method>) {
+        let selected = selected.unwrap_or(Method::NO_ACCEPTABLE);
+        self.log_step(Level::Trace, "greeting", format_args!(" offered=\"{}\" selected=\"{selected}\"", List(offered)));
+    }
+
+    pub(super) fn log_login(&self) {
+        self.log_step(Level::Debug, "login", format_args!(""));
+    }
+
+    /// DST of UDP ASSOCIATE is not a target, but the address that the client announces.
+    pub(super) fn log_request(&self) {
+        match (self.command, &self.dst) {
+            (Some(Command::UdpAssociate), Some(dst)) => {
+                self.log_step(Level::Trace, "request", format_args!(" announced={:?}", dst.to_string()));
+            }
+            _ => self.log_step(Level::Trace, "request", format_args!("")),
+        }
+    }
+
+    pub(super) fn log_lookup(&self, found: &Result<Vec<SocketAddr>, DialError>) {
+        match found {
+            Ok(addrs) => self.log_step(Level::Debug, "lookup", format_args!(" addrs=\"{}\"", List(addrs))),
+            Err(error) => self.log_step(Level::Debug, "lookup", format_args!(" error=\"{error}\"")),
+        }
+    }
+
+    pub(super) fn log_connect(&self) {
+        self.log_step(Level::Debug, "connect", format_args!(""));
+    }
+
+    pub(super) fn log_reply(&self, rep: Rep, bnd: &Addr) {
+        self.log_step(Level::Trace, "reply", format_args!(" rep={} bnd={:?}", rep.0, bnd.to_string()));
     }
 }
 
-/// `key=value` pairs; `-` means "not reached". Values that a client or a hop can choose are quoted and escaped.
+impl Drop for SessionLog {
+    fn drop(&mut self) {
+        COUNTERS.count_end(self.rep, &self.bytes);
+        let level = match self.error.get() {
+            Some(error) if **error == LOGIN_REFUSED => {
+                COUNTERS.count_failed_login();
+                Level::Warn
+            }
+            _ => Level::Info,
+        };
+        log::log!(target: LOGFMT_TARGET, level, "msg=session {self}");
+    }
+}
+
+/// The fields of a request, which all lines of a session have.
+struct Facts<'a>(&'a SessionLog);
+
+impl fmt::Display for Facts<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(log) = self;
+        write!(f, "id={}", log.id)?;
+        match log.client() {
+            Some(client) => write!(f, " from={client}")?,
+            None => write!(f, " from=unix")?,
+        }
+        if let Some(user) = &log.user {
+            write!(f, " user=\"{}\"", user.escape_ascii())?;
+        }
+        field(f, " method=", log.method)?;
+        field(f, " protection=", log.method.filter(|method| *method == Method::GSSAPI).map(|_| log.level))?;
+        field(f, " command=", log.command)?;
+        if let Some(dst) = log.dst.as_ref().filter(|_| log.command != Some(Command::UdpAssociate)) {
+            write!(f, " to={:?}", dst.to_string())?;
+        }
+        field(f, " addr=", log.addr.map(AddrPort::socket_addr))?;
+        log.via.as_ref().map_or(Ok(()), |hop| write!(f, " via={:?}", hop.name))
+    }
+}
+
 impl fmt::Display for SessionLog {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.client() {
-            Some(client) => write!(f, "client={client}")?,
-            None => write!(f, "client=unix")?,
-        }
-        match &self.user {
-            Some(user) => write!(f, " user=\"{}\"", user.escape_ascii())?,
-            None => write!(f, " user=-")?,
-        }
-        if self.method == Some(Method::GSSAPI) {
-            write!(f, " protection={}", self.level)?;
-        }
-        write!(f, " command={}", or_dash(self.command))?;
-        match &self.dst {
-            Some(dst) => write!(f, " dst={:?}", dst.to_string())?,
-            None => write!(f, " dst=-")?,
-        }
-        if let Some(hop) = &self.via {
-            write!(f, " via={:?}", hop.name)?;
-        }
-        write!(f, " bnd={} rep={}", or_dash(self.bnd.map(SocketAddr::from)), or_dash(self.rep.map(|rep| rep.0)))?;
-        let [up, down] = [&self.bytes.up, &self.bytes.down].map(|n| n.load(std::sync::atomic::Ordering::Relaxed));
-        let elapsed = self.started.elapsed();
+        Facts(self).fmt(f)?;
+        field(f, " bnd=", self.bnd.map(AddrPort::socket_addr))?;
+        field(f, " rep=", self.rep.map(|rep| rep.0))?;
+        let [up, down] = [&self.bytes.up, &self.bytes.down].map(|bytes| bytes.load(Ordering::Relaxed));
+        let elapsed = Duration::from_millis(uptime_ms().saturating_sub(self.started));
         write!(f, " up={up} down={down} seconds={}.{:03}", elapsed.as_secs(), elapsed.subsec_millis())?;
         self.error.get().map_or(Ok(()), |error| write!(f, " error={error:?}"))
     }
 }
 
-fn or_dash(value: Option<impl fmt::Display>) -> String {
-    value.map_or_else(|| "-".into(), |value| value.to_string())
+fn field(f: &mut fmt::Formatter<'_>, key: &str, value: Option<impl fmt::Display>) -> fmt::Result {
+    value.map_or(Ok(()), |value| write!(f, "{key}{value}"))
+}
+
+/// Values separated by commas.
+struct List<'a, T>(&'a [T]);
+
+impl<T: fmt::Display> fmt::Display for List<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (0..).zip(self.0).try_for_each(|(i, value)| write!(f, "{}{value}", if i > 0 { "," } else { "" }))
+    }
 }

@@ -40,11 +40,6 @@ impl Server {
         let hop = self.options.hops.get(index).cloned();
         hop.ok_or_else(|| SessionError::general_failure(format!("hop {index} is not configured")))
     }
-
-    pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
-        let addrs = timeout_at(deadline, lookup(&self.resolver, dst)).await.unwrap_or(Err(DialError::Resolver));
-        addrs.map_err(|error| SessionError::from_dial(error, dst))
-    }
 }
 
 /// Counts a session against all limits until it is dropped, and gives it access to the server.
@@ -101,6 +96,15 @@ impl Session {
         ip.map_or(local, |ip| SocketAddr::new(*ip, local.port()))
     }
 
+    pub(super) async fn resolve(&self, dst: &Addr, deadline: Instant) -> SessionResult<Vec<SocketAddr>> {
+        let found = timeout_at(deadline, lookup(&self.server().resolver, dst)).await;
+        let found = found.unwrap_or(Err(DialError::Resolver));
+        if let Host::Name(_) = dst.host {
+            self.log.log_lookup(&found);
+        }
+        found.map_err(|error| SessionError::from_dial(error, dst))
+    }
+
     /// Decides a request by the current policy, or by that of the session if reloads do not affect sessions. `None`: the
     /// rules depend on an address that is not known yet.
     pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> SessionResult<Option<Route>> {
@@ -130,6 +134,7 @@ impl Session {
         if let Some(reason) = self.server().policy.recheck(&self.log, &self.log.policy_generation, peer) {
             return Err(SessionError::not_allowed(reason));
         }
+        self.log.log_reply(Rep::SUCCEEDED, &bnd);
         if let Host::Ip(ip) = bnd.host {
             self.log.set_bnd(SocketAddr::new(ip, bnd.port));
         }

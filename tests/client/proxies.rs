@@ -206,7 +206,7 @@ fn client_logs_in_at_each_server_of_a_chain() {
     let (chain, target) = (format!("one:first@{one},two:second@{two},three:third@{three}"), echo_server().to_string());
     assert_eq!(outcome(&format!("connect -x {chain} {target}"), b"hello"), success("hello"));
     for ((server, (user, _)), next) in servers.iter().zip(users).zip([&two, &three, &target]) {
-        let log = server.wait_log(|log| log.contains("dst="));
+        let log = server.wait_log(|log| log.contains("to="));
         assert!(log.contains(next) && log.contains(user), "{log}");
     }
     let wrong = chain.replace("second", "wrong");

@@ -112,7 +112,7 @@ fn udp_through_a_chain_of_three_servers_round_trips() {
     assert!(client.stdout(|bytes| bytes.len() >= 13 + long.len())[13..] == long, "the returned data differs");
     drop(client);
     for server in &servers {
-        server.wait_log(|log| log.contains("dst="));
+        server.wait_log(|log| log.contains("command="));
     }
     assert!(servers[2].log().contains("udp"), "{}", servers[2].log());
 }

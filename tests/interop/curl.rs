@@ -75,9 +75,9 @@ fn curl_reaches_names_and_ipv6_addresses_through_each_kind_of_listener() {
         // -4: with socks5:// curl tries one address only, and the web server does not listen on ::1.
         command.args(target.starts_with("localhost").then_some("-4"));
         assert_eq!(stdout(command.arg(format!("http://{target}/")), b""), b"hello", "{proxy}");
-        server.wait_log(|log| log[before..].contains(&format!("command=connect dst=\"{dst}\" ")));
+        server.wait_log(|log| log[before..].contains(&format!("command=connect to=\"{dst}\" ")));
     }
-    wait_session(&server, &["unix user=", "command=connect", &format!("dst=\"{web}\""), "rep=0"]);
+    wait_session(&server, &["from=unix method=none", "command=connect", &format!("to=\"{web}\""), "rep=0"]);
 }
 
 #[test]

@@ -140,8 +140,8 @@ fn chains_of_dante_and_s5_pass_connect_bind_and_udp() {
     let Some(danted) = danted(ALL_COMMANDS, "") else { return };
     let (first, last, echo, udp) = (Server::start(&[]), Server::start(&[]), echo_server(), udp_echo_server(V4));
     assert_echoes(&mut connect(&format!("{},{},{}", first.addr(), danted.addr, last.addr()), echo), &bytes(1 << 20));
-    wait_session(&first, &["command=connect", &format!("dst=\"{}\"", danted.addr), "rep=0"]);
-    wait_session(&last, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
+    wait_session(&first, &["command=connect", &format!("to=\"{}\"", danted.addr), "rep=0"]);
+    wait_session(&last, &["command=connect", &format!("to=\"{echo}\""), "rep=0"]);
     danted.wait_log(&format!("127.0.0.1.{}", last.addr().port()));
     for hops in [[first.addr(), danted.addr], [danted.addr, last.addr()]] {
         let hops = hops.map(|addr| addr.to_string()).join(",");
@@ -160,5 +160,5 @@ fn dante_forwards_connect_to_s5() {
     );
     let Some(danted) = danted(ALL_COMMANDS, &route) else { return };
     assert_echoes(&mut connect(&proxy(&danted), echo), &bytes(1 << 20));
-    wait_session(&server, &["command=connect", &format!("dst=\"{echo}\""), "rep=0"]);
+    wait_session(&server, &["command=connect", &format!("to=\"{echo}\""), "rep=0"]);
 }

@@ -30,7 +30,7 @@ fn ncat_and_nc_transfer_bulk_in_both_directions() {
         let (echo, data) = (echo_server(), bytes(SIZE));
         for (host, data) in [("127.0.0.1", &data[..]), ("localhost", b"hello")] {
             assert_echoes(netcat(&server).args([host, &echo.port().to_string()]), data);
-            let (dst, size) = (format!("dst=\"{host}:{}\"", echo.port()), data.len());
+            let (dst, size) = (format!("to=\"{host}:{}\"", echo.port()), data.len());
             wait_session(&server, &[&dst, &format!("rep=0 up={size} down={size} ")]);
         }
     }

@@ -81,13 +81,13 @@ fn health_check_waits_for_proxy_and_target() {
     };
     assert_keeps_trying();
     let server = Server::start_with(s5().args(["serve", "--listen", &proxy]), 1);
-    wait_session(&server, &[&format!("dst=\"{target}\""), "rep=5"]);
+    wait_session(&server, &[&format!("to=\"{target}\""), "rep=5"]);
     assert_keeps_trying();
     let listener = TcpListener::bind(target).expect("the port is still free");
     let (status, stdout, stderr) = check.wait_exit(TIMEOUT);
     assert_eq!((status.code(), stdout.len(), stderr.as_str()), (Some(0), 0, ""));
     drop(listener);
-    wait_session(&server, &[&format!("dst=\"{target}\""), "rep=0"]);
+    wait_session(&server, &[&format!("to=\"{target}\""), "rep=0"]);
     // Without a target, the proxy alone is checked.
     let output = run(s5().args(["connect", "-z", "--retry", LONG_WAIT, "-x", &proxy]), b"", TIMEOUT);
     assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (0, ""));

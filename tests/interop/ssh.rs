@@ -148,7 +148,7 @@ fn s5_or_nc_as_proxy_command_carries_ssh_through_s5_serve() {
         let server = Server::start(&[]);
         let mut ssh = sshd.ssh(&command(&server));
         assert_echoes(ssh.arg("cat").env("S5_PROXY", server.addr().to_string()), &bytes(4 << 20));
-        wait_session(&server, &["command=connect", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+        wait_session(&server, &["command=connect", &format!("to=\"{}\"", sshd.addr), "rep=0"]);
     }
 }
 
@@ -189,7 +189,7 @@ fn s5_connect_passes_through_ssh_d() {
     for (hops, host, data, dst) in table {
         assert_echoes(s5().args(["connect", "-x", &hops, host, &echo.port().to_string()]), &data);
         if let Some(dst) = dst {
-            wait_session(&server, &["command=connect", &format!("dst=\"{dst}\""), "rep=0"]);
+            wait_session(&server, &["command=connect", &format!("to=\"{dst}\""), "rep=0"]);
         }
     }
 }

@@ -29,8 +29,8 @@ fn each_hop_of_a_chain_has_its_own_context() {
         let [first, second] = levels.map(|level| serve_at(&realm, level));
         let hops = format!("{},{}", url(&first), url(&second));
         assert_echoes(&mut client(&realm, "connect", &hops, &["--gssapi-min", "none", &echo]), &data);
-        wait_session(&first, &[ALICE, &format!("dst=\"{}\"", url(&second)), "rep=0"]);
-        wait_session(&second, &[ALICE, &format!("dst=\"{echo}\""), "rep=0"]);
+        wait_session(&first, &[ALICE, &format!("to=\"{}\"", url(&second)), "rep=0"]);
+        wait_session(&second, &[ALICE, &format!("to=\"{echo}\""), "rep=0"]);
         // The last datagram is sent in fragments.
         let mut client = client(&realm, "udp", &hops, &["--gssapi-min", "none", &udp]);
         exchange_datagrams(&mut client, &[5, 1472, 60_000, 65_400]);

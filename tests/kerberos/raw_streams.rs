@@ -135,7 +135,7 @@ fn unencrypted_token_is_rejected_at_confidentiality() {
     peer.send_raw(&token);
     let end = stream_end(&mut peer.stream);
     assert!(end == StreamEnd::Reset || end == StreamEnd::Closed(vec![]), "{end:?}");
-    wait_session(&setup.server, &["command=- ", "rep=-", "token is not encrypted"]);
+    wait_session(&setup.server, &["protection=confidentiality up=0 ", "token is not encrypted"]);
     setup.listener.set_nonblocking(true).expect("an option");
     assert!(setup.listener.accept().is_err(), "no connection");
 }

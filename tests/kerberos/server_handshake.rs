@@ -144,7 +144,7 @@ fn invalid_level_request_is_aborted() {
         assert_closed(&mut peer.stream, &ABORT, case);
     }
     let log = server.wait_log(|log| session_lines(log).len() == 12);
-    assert_eq!(log.matches("rep=-").count(), 12, "{log}");
+    assert!(!log.contains(" rep="), "{log}");
     assert_eq!(log.matches("GSSAPI: ").count(), 12, "each reason is logged:\n{log}");
 }
 
@@ -205,7 +205,7 @@ fn replayed_login_and_ticket_for_another_service_are_refused() {
         (&server, &nokey, "nokey/localhost@S5.TEST not found in keytab"),
     ] {
         assert_closed(&mut start_login(server, token), &ABORT, error);
-        wait_session(server, &["rep=-", error]);
+        wait_session(server, &[" up=0 down=0 ", error]);
     }
     // The server accepts all keys of the keytab.
     let mut socks = Peer::establish(server.connect(), library.init_with("socks@localhost", ALL));
@@ -272,5 +272,5 @@ fn handshake_timeout_applies_at_every_stage() {
     let end = stream_end(&mut granted.stream);
     assert!(end == StreamEnd::Closed(vec![]) || end == StreamEnd::Reset, "{end:?}");
     let log = server.wait_log(|log| log.matches("handshake timed out").count() == 4);
-    assert_eq!(log.matches("rep=-").count(), 4, "{log}");
+    assert!(!log.contains(" rep="), "{log}");
 }

@@ -97,7 +97,7 @@ fn proxy_at_unix_socket_or_ip_address_requires_gssapi_host() {
     let mut command = s5();
     let server = Server::start_with(realm.env(command.args(["serve", "--keytab", &keytab, "--listen", &listen])), 1);
     assert_hello(&connect(&realm, &listen, &["--gssapi-host", "localhost", &echo]), "unix");
-    server.wait_log(|log| log.contains(&format!("client=unix user=\"{ALICE}\"")));
+    server.wait_log(|log| log.contains(&format!("from=unix user=\"{ALICE}\"")));
     assert_fails_with(&connect(&realm, &listen, &[&echo]), 67, &["login", "--gssapi-host"]);
 
     let server = serve(&realm, &[]);

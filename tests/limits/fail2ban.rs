@@ -23,19 +23,19 @@ fn filter() -> String {
 }
 
 /// The end of a log line of another client's failed login. Sent as a user name to forge that line.
-const FORGED: &str = "x\" command=- dst=- bnd=- rep=- up=0 down=0 seconds=0.001 error=\"login refused\"";
+const FORGED: &str = "x\" up=0 down=0 seconds=0.001 error=\"login refused\"";
 
 /// User names that try to forge or hide a match.
 fn user_names() -> Vec<Vec<u8>> {
-    let line =
-        format!("2026-11-23T23:30:48.827Z WARN  [s5::server::session_log] session client=1.2.3.4:5 user=\"{FORGED}");
+    let line = format!("ts=2026-11-23T23:30:48.827Z level=warn msg=session id=1 from=1.2.3.4:5 user=\"{FORGED}");
     let line = line.split_at(line.len().min(250)).0;
     let ends_of_line = ["\n", "\r\n", "\u{2028}", "\u{85}", "\x0b\x0c"].map(|end| format!("{end}{line}"));
     let texts = [
         "alice",
         "\\\\\\",
         "a\" rep=0 error=\"other",
-        "a\" client=1.2.3.4:5 user=\"b",
+        "a\" from=1.2.3.4:5 user=\"b",
+        "a msg=session id=1 from=1.2.3.4:5 user=\"b",
         FORGED,
         &format!("{FORGED}\n"),
         "<HOST> <F-ID>1.2.3.4</F-ID> %(known/failregex)s",
@@ -128,7 +128,7 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
     }
     let all = expected.len() + others;
     let log = server.wait_log(|log| session_lines(log).len() >= all);
-    assert_eq!(log.lines().count(), all + 2, "one line each, and two for the listeners:\n{log}");
+    assert_eq!(session_lines(&log).len(), all, "one line each:\n{log}");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is after 1970").as_secs_f64();
     let dir = temp_dir();
     expected.sort_unstable();
@@ -138,7 +138,15 @@ fn fail2ban_filter_matches_each_failed_login_once_and_nothing_else() {
         assert!(found.iter().all(|(_, time)| (now - 120.0..=now + 1.0).contains(time)), "{zone}: {found:?} at {now}");
         assert_eq!(addresses(found), expected, "{zone}");
     }
-    // In the journal, host and program precede the line.
-    let journal: String = log.lines().map(|line| format!("host s5[123]: {line}\n")).collect();
-    assert_eq!(addresses(matches(dir.path(), &journal, "UTC")), expected, "from the journal");
+    // From the journal, and in files that a syslog daemon or journalctl has written. There, the line has no time of its
+    // own, unless another program has read it from a pipe.
+    let seconds = |time: &str| format!("{time} host s5[123]:");
+    let day = "2026-11-23T23:30:48";
+    for start in ["host s5[123]:".into(), seconds("Nov 23 23:30:48"), seconds(&format!("{day}.827123+00:00"))] {
+        let in_journal = |line: &str| format!("{start} {}\n", line.split_once(' ').expect("a time").1);
+        let from_pipe = |line: &str| format!("{start} {line}\n");
+        for file in [log.lines().map(in_journal).collect::<String>(), log.lines().map(from_pipe).collect()] {
+            assert_eq!(addresses(matches(dir.path(), &file, "UTC")), expected, "{start}");
+        }
+    }
 }

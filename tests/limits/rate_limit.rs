@@ -279,7 +279,7 @@ fn rate_limited_tunnel_loses_no_data_and_relays_half_close() {
     sender.join().expect("the thread does not panic");
     // 3 million bytes in both directions. The first million may be a burst.
     assert!(started.elapsed() > Duration::from_millis(450), "{:?}", started.elapsed());
-    let log = server.wait_log(|log| log.contains("session client="));
+    let log = server.wait_log(|log| log.contains("msg=session "));
     assert!(log.contains("up=1500000 down=1500000") && !log.contains("error="), "{log}");
 }
 

@@ -3,6 +3,7 @@
 mod connection_limit;
 mod handshake;
 mod listen;
+mod log_lines;
 mod passwords;
 mod session_log;
 mod shutdown;

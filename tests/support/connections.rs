@@ -171,9 +171,18 @@ pub fn resident_kib(server: &Server) -> usize {
     line.trim().trim_end_matches(" kB").parse().expect("valid number")
 }
 
-/// The log lines of ended sessions.
+/// The log lines of ended sessions, from `id=` on.
 pub fn session_lines(log: &str) -> Vec<&str> {
-    log.lines().filter_map(|line| line.split_once("session client=").map(|(_, rest)| rest)).collect()
+    steps(log, "session")
+}
+
+/// The log lines with `msg=` and this step of a session, from `id=` on.
+pub fn steps<'a>(log: &'a str, step: &str) -> Vec<&'a str> {
+    let start = format!(" msg={step} id=");
+    let lines = log.lines().filter_map(|line| Some((line, line.find(&start)?)));
+    // A quoted value of another line can contain this text too.
+    let lines = lines.filter(|(line, at)| !line[..*at].contains('"'));
+    lines.map(|(line, at)| line[at..].split_at(start.len() - "id=".len()).1).collect()
 }
 
 /// Raises the descriptor limit of this process to the hard limit. Returns false if that is less than `wanted`.

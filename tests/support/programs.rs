@@ -80,6 +80,10 @@ impl ProcessGroup {
         Self { child: spawned.unwrap_or_else(|error| panic!("{command:?}: {error}")), ended: false }
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     pub fn has_ended(&mut self) -> bool {
         self.ended |= self.child.try_wait().expect("the child can be waited for").is_some();
         self.ended

@@ -79,8 +79,8 @@ fn client_reset_before_accept_is_logged_with_its_address() {
     let client = stream.local_addr().expect("local address");
     interrupt(Interruption::Reset, stream).expect("connection reset");
     server.signal("CONT");
-    let log = server.wait_log(|log| log.contains(" session client="));
-    assert!(log.contains(&format!(" session client={client} ")), "{client}\n{log}");
+    let log = server.wait_log(|log| log.contains(" msg=session "));
+    assert!(log.contains(&format!(" from={client} ")), "{client}\n{log}");
 }
 
 fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
@@ -94,7 +94,7 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
         for handshake in &handshakes {
             send_up_to(&server, handshake, usize::MAX).0.shutdown(Shutdown::Both).expect("half-closed");
         }
-        wait_until("the first sessions end", LIMIT, || server.log().matches(" session client=").count() >= 3);
+        wait_until("the first sessions end", LIMIT, || server.log().matches(" msg=session ").count() >= 3);
         let before = server.descriptors();
         let mut interrupted = Vec::new();
         for (command, handshake) in (1..).zip(&handshakes) {
@@ -113,10 +113,10 @@ fn interrupt_at_every_byte(interruption: Interruption, args: &[&str]) {
         }
         wait_until("the server releases its descriptors", LIMIT, || server.descriptors() <= before);
         for client in clients {
-            let line = format!(" session client={client} ");
+            let line = format!(" from={client} ");
             wait_until(&format!("one line with{line}"), LIMIT, || server.log().matches(&line).count() == 1);
         }
-        assert!(!server.log().contains("client=unix"), "a TCP client is logged as a Unix client\n{}", server.log());
+        assert!(!server.log().contains("from=unix"), "a TCP client is logged as a Unix client\n{}", server.log());
         send_up_to(&server, &handshake(1, !users.is_empty()), usize::MAX);
     }
 }

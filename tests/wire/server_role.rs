@@ -103,11 +103,12 @@ pub fn play(transcript: &Transcript, server: &Server, chunking: Chunking) -> Res
     for (line, step) in &transcript.steps {
         player.step(step).map_err(|error| at(*line, &error))?;
     }
-    let client = format!("client={} ", player.client);
+    let client = format!("from={} ", player.client);
     player.end().map_err(|error| at(0, &format!("after the last line: {error}")))?;
     for (line, step) in &transcript.steps {
         let Step::Log(text) = step else { continue };
-        let is_match = |log: &str| log.contains(&client) && log.contains(text.as_str());
+        let text = text.strip_prefix('^').map_or(text.clone(), |text| format!("{client}{text}"));
+        let is_match = |log: &str| log.contains(&client) && log.contains(&text);
         if !poll_until(LIMIT, || server.log().lines().any(is_match)) {
             return Err(at(*line, &format!("no log line of {client}has this text\n{}", server.log())));
         }

@@ -23,7 +23,7 @@
 //! fin  reset                      the test half-closes, resets the TCP connection
 //! eof  close                      s5 must close the TCP connection: with FIN; with FIN or RST
 //! port-free tcp  port-free udp    s5 must release the port of BND
-//! log: rep=5                      part of the session's line in the server's log
+//! log: rep=5                      part of the session's line in the server's log; with ^, directly after from=
 //! stdin: "text"                   stdin of the client; with `stdin open:` it stays open
 //! status: 105                     exit status of the client [default: 0]
 //! stdout: "text"                  complete output of the client on stdout [default: empty]

@@ -7,6 +7,9 @@ use std::fmt;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
+use log::Level;
+
+use super::journal;
 use crate::client::{ClientError, ClientErrorKind as Kind, Phase};
 use crate::net::DialError;
 use crate::proto::Rep;
@@ -102,7 +105,7 @@ impl CliError {
     /// Prints the message and returns the exit status.
     pub fn print(self) -> ExitCode {
         if !self.message.is_empty() {
-            eprint_line(&format!("s5: {self}"));
+            eprint_line(&format!("{}s5: {self}", journal::priority(Level::Error)));
         }
         ExitCode::from(self.status.code())
     }

@@ -35,8 +35,8 @@ fn git_clones_and_pushes_over_ssh_through_two_proxies_with_passwords_from_file()
     }
     assert!(std::fs::read(clone.join("file")).expect("the file was cloned") == content);
     stdout(git(&origin).args(["rev-parse", "--verify", "-q", "pushed"]), b"");
-    wait_session(&first, &["user=\"alice\"", &format!("dst=\"{}\"", second.addr()), "rep=0"]);
-    wait_session(&second, &["user=\"bob\"", &format!("dst=\"{}\"", sshd.addr), "rep=0"]);
+    wait_session(&first, &["user=\"alice\"", &format!("to=\"{}\"", second.addr()), "rep=0"]);
+    wait_session(&second, &["user=\"bob\"", &format!("to=\"{}\"", sshd.addr), "rep=0"]);
 
     let output = git_with("bob:open barley\nalice:open sesame\n", at, &["clone", "-q", &url, "wrong"]);
     let stderr = text(&output.stderr);
@@ -89,7 +89,7 @@ fn rsync_copies_directory_over_ssh_in_both_directions() {
         let copied = read_files(&dir.path().join(name));
         assert!(copied == original, "{name}: {:?}", copied.keys());
     }
-    let alice_session = format!("user=\"alice\" command=connect dst=\"{}\"", sshd.addr);
+    let alice_session = format!("user=\"alice\" method=password command=connect to=\"{}\"", sshd.addr);
     server.wait_log(|log| log.matches(&alice_session).count() == 2);
 }
 
@@ -126,7 +126,7 @@ fn ssh_uses_passed_socket_after_s5_has_exited() {
         assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
         assert!(echoed[6..] == data, "{} bytes", echoed.len());
     }
-    let target = format!("dst=\"{}\"", sshd.addr);
+    let target = format!("to=\"{}\"", sshd.addr);
     server.wait_log(|log| log.lines().filter(|line| line.contains(&target) && line.contains(" rep=0 ")).count() == 3);
 }
 

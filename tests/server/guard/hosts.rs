@@ -192,7 +192,7 @@ fn datagrams_reach_only_allowed_targets() {
     assert_eq!(receive(&target).0, b"allowed", "an earlier datagram was relayed");
     [&target, &denied, &metadata, &member].into_iter().for_each(assert_no_datagram);
     drop(association);
-    server.wait_log(|log| log.contains("client=10.9.0.2") && log.contains(" up=7 down=0 "));
+    server.wait_log(|log| log.contains("from=10.9.0.2") && log.contains(" up=7 down=0 "));
     let association = associate_from(CLIENT);
     for dst in [association.bnd, other.bnd] {
         association.send(dst, &nested);

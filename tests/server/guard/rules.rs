@@ -132,7 +132,7 @@ fn client_denied_by_address_is_closed_without_reply() {
         let server = Server::start(args);
         let mut stream = connect_from(SocketAddr::new(ip("127.0.0.2"), 0), server.addr());
         assert_eq!(stream_end(&mut stream), StreamEnd::Closed(vec![]), "{args:?}");
-        let line = format!("client={}", stream.local_addr().expect("local address"));
+        let line = format!("from={}", stream.local_addr().expect("local address"));
         let log = server.wait_log(|log| log.contains(&line));
         assert!(log.lines().any(|logged| logged.contains(&line) && logged.contains(reason)), "{log}");
         log_in(server.addr(), ip("127.0.0.3"), if args.contains(&"--users") { ALICE } else { None });

@@ -18,7 +18,7 @@ use crate::udp::association::datagram_name;
 
 /// Returns the number of logged sessions of a server that contain `what`.
 fn logged_sessions(server: &Server, what: &str) -> usize {
-    server.log().lines().filter(|line| line.contains("session client=") && line.contains(what)).count()
+    server.log().lines().filter(|line| line.contains("msg=session ") && line.contains(what)).count()
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn all_commands_pass_through_one_and_several_hops() {
         }
     }
     // The first hop sees only the address of the next hop.
-    let next_hop = format!("dst=\"{}\"", closed.addr());
+    let next_hop = format!("to=\"{}\"", closed.addr());
     wait_until("the first hop logs a session", TIMEOUT, || logged_sessions(&by_unix, &next_hop) > 0);
 }
 
@@ -77,7 +77,7 @@ fn rules_select_route() {
     for (at, hop, via) in rows {
         let echo = echo_server_at(ip(at));
         ping(&mut open_ok(&server, None, CONNECT, &echo.to_string()).0, b"hello");
-        let dst = format!("dst=\"{echo}\"");
+        let dst = format!("to=\"{echo}\"");
         let log = server.wait_log(|log| log.contains(&dst));
         let line = log.lines().find(|line| line.contains(&dst)).expect("the session is logged");
         assert_eq!((line.contains(via), line.contains(" via=")), (true, hop.is_some()), "{line}");
@@ -172,7 +172,7 @@ fn hop_resolves_names_unless_address_rule_precedes() {
         let dst = format!("known.inside.test:{}", inside.echo.port());
         assert_eq!(rep(&server, CONNECT, &dst), expected, "{rule}");
         assert_eq!(inside.queries().first().map(String::as_str), Some("known.inside.test"));
-        let dst = format!("dst=\"127.0.0.9:{}\"", inside.echo.port());
+        let dst = format!("to=\"127.0.0.9:{}\"", inside.echo.port());
         wait_until("the hop gets the address", TIMEOUT, || logged_sessions(&inside.hop, &dst) == 1);
     }
     assert_eq!(logged_sessions(&inside.hop, "127.0.0.9"), 1);
@@ -305,7 +305,7 @@ fn passwords_of_hops_are_neither_printed_nor_logged() {
     });
     std::fs::write(&rules, "allow to=127.0.0.2 via=near\n").expect("file written");
     server.reload();
-    let log = server.wait_log(|log| log.matches("session client=").count() == 5);
+    let log = server.wait_log(|log| log.matches("msg=session ").count() == 5);
     assert!(!log.contains("sesame") && !printed.concat().contains("sesame"), "{log}{printed:?}");
 }
 

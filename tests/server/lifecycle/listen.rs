@@ -117,7 +117,7 @@ fn unix_socket_serves_clients_and_is_removed_at_exit() {
     stream.read_exact(&mut answer).expect("a reply and the echo");
     assert_eq!((&answer[..2], &answer[10..]), (&[5, 0][..], &b"hello"[..]));
     drop(stream);
-    assert!(server.wait_log(|log| log.contains("session ")).contains("client=unix "));
+    assert!(server.wait_log(|log| log.contains("msg=session ")).contains("from=unix "));
     server.signal("TERM");
     assert!(server.wait(TIMEOUT).success());
     assert!(!path.exists());

@@ -4,9 +4,10 @@ use std::io::Write as _;
 use std::net::{Shutdown, TcpStream};
 use std::process::Stdio;
 
+use crate::support::login::{log_in, users_file};
 use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, closed_port, echo_server, greet, in_namespace, open,
-    reset, s5, session_lines, stream_end, wait_until,
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, echo_server, greet, in_namespace, open,
+    read_reply, request_by_name, reset, s5, session_lines, steps, stream_end, wait_until,
 };
 
 #[test]
@@ -19,11 +20,86 @@ fn session_log_line_has_all_keys_and_values() {
     stream.shutdown(Shutdown::Write).expect("half-closed");
     assert_eq!(stream_end(&mut stream), StreamEnd::Closed(b"hello".to_vec()));
     let log = server.wait_log(|log| !session_lines(log).is_empty());
-    let line = log.lines().find(|line| line.contains("session client=")).expect("a session line");
-    let expected =
-        format!("session client={client} user=- command=connect dst=\"{dst}\" bnd={bnd} rep=0 up=5 down=5 seconds=");
-    let (head, seconds) = line.split_once(&expected).unwrap_or_else(|| panic!("{expected} is not in {line}"));
-    assert!(head.contains("INFO") && seconds.parse::<f64>().is_ok_and(|seconds| seconds < 60.0), "{line}");
+    let line = log.lines().find(|line| line.contains("msg=session ")).expect("a session line");
+    let expected = format!(
+        " level=info msg=session id=1 from={client} method=none command=connect to=\"{dst}\" addr={dst} bnd={bnd} rep=0 \
+         up=5 down=5 seconds="
+    );
+    let (time, seconds) = line.split_once(&expected).unwrap_or_else(|| panic!("{expected} is not in {line}"));
+    assert!(time.starts_with("ts=20") && time.ends_with('Z') && time.len() == 27, "{line}");
+    assert!(seconds.parse::<f64>().is_ok_and(|seconds| seconds < 60.0), "{line}");
+}
+
+#[test]
+fn session_log_line_has_the_address_of_a_name() {
+    let server = Server::start(&[]);
+    let echo = echo_server();
+    let mut stream = greet(&server);
+    stream.write_all(&request_by_name(CONNECT, "localhost", echo.port())).expect("request sent");
+    assert_eq!(read_reply(&mut stream).0, 0);
+    drop(stream);
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
+    let expected = format!(" to=\"localhost:{}\" addr={echo} ", echo.port());
+    assert!(session_lines(&log)[0].contains(&expected), "{expected} is not in {log}");
+}
+
+#[test]
+fn session_log_line_of_bind_has_the_address_of_the_peer() {
+    let server = Server::start(&[]);
+    let (mut stream, rep, bnd) = open(&server, BIND, "127.0.0.1:0".parse().expect("valid address"));
+    assert_eq!(rep, 0);
+    let peer = TcpStream::connect(bnd).expect("the listener accepts");
+    assert_eq!(read_reply(&mut stream).0, 0);
+    let addr = peer.local_addr().expect("local address");
+    drop((stream, peer));
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
+    let expected = format!(" command=bind to=\"127.0.0.1:0\" addr={addr} bnd={bnd} rep=0 ");
+    assert!(session_lines(&log)[0].contains(&expected), "{expected} is not in {log}");
+}
+
+#[test]
+fn steps_of_a_session_have_its_id_and_known_facts() {
+    let (_dir, users) = users_file(&[("alice", "secret")]);
+    let server = Server::start(&["--users", &users, "-v", "-v"]);
+    let echo = echo_server();
+    let (mut stream, status) = log_in(&server, V4, b"alice", b"secret");
+    assert_eq!(status, 0);
+    stream.write_all(&request_by_name(CONNECT, "localhost", echo.port())).expect("request sent");
+    let (rep, bnd) = read_reply(&mut stream);
+    assert_eq!(rep, 0);
+    let client = stream.local_addr().expect("local address");
+    drop(stream);
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
+    let (start, to) = (format!("id=1 from={client}"), format!("to=\"localhost:{}\"", echo.port()));
+    let login = format!("{start} user=\"alice\" method=password");
+    let request = format!("{login} command=connect {to}");
+    let expected = [
+        ("debug", "start", start.clone()),
+        ("trace", "greeting", format!("{start} offered=\"password\" selected=\"password\"")),
+        ("debug", "login", login),
+        ("trace", "request", request.clone()),
+        ("debug", "connect", format!("{request} addr={echo}")),
+        ("trace", "reply", format!("{request} addr={echo} rep=0 bnd=\"{bnd}\"")),
+    ];
+    for (level, step, line) in expected {
+        assert_eq!(steps(&log, step), [line], "{step}");
+        assert!(log.contains(&format!(" level={level} msg={step} ")), "{step} is not {level}: {log}");
+    }
+    let [lookup] = steps(&log, "lookup")[..] else { panic!("one lookup: {log}") };
+    assert!(lookup.starts_with(&format!("{request} addrs=\"")) && lookup.contains(&echo.to_string()), "{lookup}");
+    assert!(session_lines(&log)[0].starts_with(&format!("{request} addr={echo} bnd={bnd} rep=0 ")), "{log}");
+}
+
+#[test]
+fn verbose_log_omits_the_handshake_and_the_default_log_all_steps() {
+    for (args, expected) in [(&["-v"][..], ["start", "login", "connect"].as_slice()), (&[], &[])] {
+        let server = Server::start(args);
+        drop(open(&server, CONNECT, echo_server()));
+        let log = server.wait_log(|log| !session_lines(log).is_empty());
+        let all = ["start", "greeting", "login", "request", "lookup", "connect", "reply"];
+        let logged: Vec<&str> = all.into_iter().filter(|step| !steps(&log, step).is_empty()).collect();
+        assert_eq!(logged, expected, "{log}");
+    }
 }
 
 #[test]

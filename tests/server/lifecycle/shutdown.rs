@@ -62,7 +62,7 @@ fn drain_timeout_resets_the_remaining_tunnels() {
             let ends = [stream_end(client), stream_end(target)];
             assert_eq!(ends, [StreamEnd::Reset, StreamEnd::Reset], "{threads} threads");
         }
-        let log = server.wait_log(|log| log.matches("session ").count() == 8);
+        let log = server.wait_log(|log| log.matches("msg=session ").count() == 8);
         assert!(log.contains("drain time over, closing the remaining sessions"), "{log}");
     }
 }
@@ -79,7 +79,7 @@ fn drain_timeout_closes_waiting_binds_and_udp_associations() {
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
     assert!(TcpStream::connect(bnd).is_err());
-    server.wait_log(|log| log.matches("session ").count() == 3);
+    server.wait_log(|log| log.matches("msg=session ").count() == 3);
 }
 
 #[test]

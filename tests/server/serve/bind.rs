@@ -176,7 +176,7 @@ fn bind_timeout_is_rep_06_in_the_second_reply() {
     assert!(time >= Duration::from_millis(200) && time < TIMEOUT, "{time:?}");
     assert_eq!(stream_end(&mut client), StreamEnd::Closed(vec![]));
     assert!(refuses(bnd), "the listener is still open");
-    assert!(server.wait_log(|log| log.contains("session ")).contains("rep=6"));
+    assert!(server.wait_log(|log| log.contains("msg=session ")).contains("rep=6"));
 }
 
 #[test]

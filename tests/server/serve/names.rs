@@ -160,7 +160,7 @@ fn connect_lookup_is_cancelled_when_the_client_disconnects() {
     wait_until("the resolver is queried", Duration::from_secs(5), || !queries.lock().expect("not poisoned").is_empty());
     drop(stream);
     let log = server.wait_log(|log| log.contains("client disconnected"));
-    assert!(log.contains("dst=\"silent.example:9\""), "{log}");
+    assert!(log.contains("to=\"silent.example:9\""), "{log}");
 }
 
 #[test]

@@ -182,7 +182,7 @@ fn udp_multicast_and_broadcast_are_dropped() {
     association.send(addr("255.255.255.255:9"), b"all");
     association.ping(echo, b"one");
     drop(association);
-    let log = server.wait_log(|log| log.contains("session "));
+    let log = server.wait_log(|log| log.contains("msg=session "));
     assert!(log.contains("up=3 down=3 "), "{log}");
 }
 

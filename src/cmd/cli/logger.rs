@@ -1,0 +1,59 @@
+//! The log: each record is one line on stderr.
+//!
+//! Lines about sessions are logfmt. The other lines have the form of simple_logger: time, level, module and text. The
+//! journal has its own times, so there each line begins with a priority instead.
+
+use log::{LevelFilter, Log, Metadata, Record};
+use simple_logger::SimpleLogger;
+use time::OffsetDateTime;
+use time::format_description::BorrowedFormatItem;
+use time::macros::format_description;
+
+use super::exit::{eprint_line, plain_os_errors};
+use super::journal;
+use crate::server::LOGFMT_TARGET;
+
+const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
+
+/// Writes the records that its levels allow. `SimpleLogger` itself writes a line in two parts, between which another
+/// process can write, and panics if stderr is closed.
+pub struct Logger(SimpleLogger);
+
+impl Logger {
+    /// Returns a logger for records of this level and the more severe ones.
+    pub fn new(level: LevelFilter) -> Self {
+        Self(SimpleLogger::new().with_level(level))
+    }
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            eprint_line(&line(record));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Returns the line of a record, without a line end.
+fn line(record: &Record<'_>) -> String {
+    let (level, target, text) = (record.level(), record.target(), plain_os_errors(record.args().to_string()));
+    let name = level.as_str().to_ascii_lowercase();
+    match (target == LOGFMT_TARGET, journal::priority(level)) {
+        (true, "") => format!("ts={} level={name} {text}", now()),
+        (true, priority) => format!("{priority}level={name} {text}"),
+        (false, "") => format!("{} {level:<5} [{target}] {}", now(), text.replace('\n', " ")),
+        (false, priority) => format!("{priority}{level:<5} [{target}] {}", text.replace('\n', " ")),
+    }
+}
+
+/// Returns the current time in UTC, with milliseconds.
+fn now() -> String {
+    OffsetDateTime::now_utc().format(TIME_FORMAT).unwrap_or_default()
+}
