@@ -15,6 +15,7 @@ use log::Level;
 
 use super::counters::COUNTERS;
 use super::options::Hop;
+use super::worker;
 use crate::net::{ByteCounts, DialError, canonical, parse_literal};
 use crate::policy::rules::{AccessRequest, Identity};
 use crate::proto::{Addr, Command, Host, Method, ProtectionLevel, Rep};
@@ -219,6 +220,9 @@ impl SessionLog {
 
 impl Drop for SessionLog {
     fn drop(&mut self) {
+        if worker::is_ending() {
+            self.set_error("cut at shutdown");
+        }
         COUNTERS.count_end(self.rep, &self.bytes);
         let level = match self.error.get() {
             Some(error) if **error == LOGIN_REFUSED => {

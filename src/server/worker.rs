@@ -3,7 +3,7 @@
 //! A task stays on its thread, because a move costs more than most sessions. There are two exceptions: a new connection
 //! if one worker has far more sockets than another, and a tunnel with bulk data. The pool selects the new thread.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,6 +23,8 @@ const SOCKET_SURPLUS: usize = 64;
 thread_local! {
     /// Index and executor of the worker of this thread. Weak: `Worker::run` owns the executor.
     static THIS: RefCell<(usize, Weak<LocalExecutor<'static>>)> = RefCell::default();
+    /// Set when the remaining tasks of this thread are being dropped.
+    static IS_ENDING: Cell<bool> = const { Cell::new(false) };
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -33,6 +35,11 @@ pub(super) fn spawn(task: impl Future<Output = ()> + 'static) {
     if let Some(executor) = THIS.with_borrow(|(_, executor)| executor.upgrade()) {
         executor.spawn(task).detach();
     }
+}
+
+/// Returns true in a task that is dropped before its end, because the worker of this thread ends.
+pub(super) fn is_ending() -> bool {
+    IS_ENDING.get()
 }
 
 /// A report to the main thread.
@@ -190,6 +197,7 @@ impl Worker {
             });
             // A panic ends only its own session: the executor catches it, and the panic hook has logged it.
             executor.run(jobs).await;
+            IS_ENDING.set(true);
             Ok(())
         })?
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::support::{
     BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, assert_no_data, echo_server, greet, greet_at, open, ping,
-    read_exact, s5, stream_end, timed, tunnel, wait_until,
+    read_exact, s5, session_lines, stream_end, timed, tunnel, wait_until,
 };
 
 #[test]
@@ -62,7 +62,9 @@ fn drain_timeout_resets_the_remaining_tunnels() {
             let ends = [stream_end(client), stream_end(target)];
             assert_eq!(ends, [StreamEnd::Reset, StreamEnd::Reset], "{threads} threads");
         }
-        let log = server.wait_log(|log| log.matches("msg=session ").count() == 8);
+        let log = server.wait_log(|log| session_lines(log).len() == 8);
+        let is_cut = |line: &&str| line.contains(" up=9 ") && line.ends_with(" error=\"cut at shutdown\"");
+        assert!(session_lines(&log).iter().all(is_cut), "{log}");
         assert!(log.contains("drain time over, closing the remaining sessions"), "{log}");
     }
 }
@@ -79,7 +81,8 @@ fn drain_timeout_closes_waiting_binds_and_udp_associations() {
     server.signal("TERM");
     assert_eq!(server.wait(TIMEOUT).code(), Some(0));
     assert!(TcpStream::connect(bnd).is_err());
-    server.wait_log(|log| log.matches("msg=session ").count() == 3);
+    let log = server.wait_log(|log| session_lines(log).len() == 3);
+    assert_eq!(log.matches(" error=\"cut at shutdown\"\n").count(), 3, "{log}");
 }
 
 #[test]
