@@ -6,7 +6,9 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use rustix::process::Signal;
 use s5::cmd::{self, Action, CliError, ExitStatus, Logger};
 
 fn main() -> ExitCode {
@@ -31,6 +33,8 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
         CliError::new(ExitStatus::FAILURE, panic.to_string().replace('\n', " ")).print();
     }));
+    // So that it can be sent to all processes of s5, of which the servers log their counters.
+    let _ = signal_hook::flag::register(Signal::USR1.as_raw(), Arc::default());
     match catch_unwind(AssertUnwindSafe(|| mode.run())) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => error.print(),

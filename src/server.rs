@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use async_signal::{Signal, Signals};
 use futures_lite::{FutureExt as _, StreamExt as _};
+use log::Level;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::Receiver;
@@ -39,6 +40,7 @@ use crate::client::Endpoint;
 use crate::net::{RelayOptions, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::proto::Host;
+use counters::COUNTERS;
 use limiter::Limiter;
 pub use listen::ListenAddr;
 use listen::Listener;
@@ -90,7 +92,8 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
         return Err(ServerError::Config(error));
     }
-    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).map_err(ServerError::io("handle signals"))?;
+    let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
+    let signals = signals.map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
     for addr in ipv6_only(&policy.listen_addrs) {
         log::info!("{addr} accepts IPv6 alone (for IPv4 too, use --listen *:{})", addr.port());
@@ -219,8 +222,8 @@ fn raise_descriptor_limit() -> u64 {
     .unwrap_or(u64::MAX)
 }
 
-/// Reloads at SIGHUP. At SIGTERM or SIGINT stops accepting, and returns when all sessions have ended, after `drain`, or
-/// at a second signal. Returns the error of a worker that ends earlier: a supervisor would not notice a server that
+/// Handles signals until [`wait_end_signal`] returns. Then stops accepting, and returns when all sessions have ended,
+/// after `drain`, or at a second SIGTERM or SIGINT. Returns the error of a worker that ends earlier: a supervisor would not notice a server that
 /// runs without one of its threads.
 async fn run_until_shutdown(
     mut signals: Signals,
@@ -230,9 +233,11 @@ async fn run_until_shutdown(
     reload: impl AsyncFn(),
 ) -> io::Result<()> {
     let end_signal = async {
-        while let Some(Ok(Signal::Hup)) = signals.next().await {
+        wait_end_signal(&mut signals, async || {
             reload().await;
-        }
+            false
+        })
+        .await;
         Ok(())
     };
     // A report that all have ended precedes the error of the only worker.
@@ -255,9 +260,22 @@ async fn run_until_shutdown(
         log::info!("shutting down: drain time over, closing the remaining sessions");
     };
     let second_signal = async {
-        while let Some(Ok(Signal::Hup)) = signals.next().await {}
+        wait_end_signal(&mut signals, async || false).await;
         log::info!("shutting down: second signal, closing the remaining sessions");
     };
     drained.or(timeout).or(second_signal).await;
     Ok(())
+}
+
+/// Returns at SIGTERM or SIGINT, or at a SIGHUP for which `hang_up` returns true. Logs the counters at SIGUSR1, even with
+/// `--quiet`: the line was asked for.
+async fn wait_end_signal(signals: &mut Signals, hang_up: impl AsyncFn() -> bool) {
+    while let Some(Ok(signal @ (Signal::Hup | Signal::Usr1))) = signals.next().await {
+        if signal == Signal::Usr1 {
+            let level = if log::log_enabled!(Level::Info) { Level::Info } else { Level::Warn };
+            log::log!(target: LOGFMT_TARGET, level, "msg=counters {COUNTERS}");
+        } else if hang_up().await {
+            return;
+        }
+    }
 }

@@ -8,8 +8,10 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::support::scripted::{RunningProgram, ScriptedServer, text};
-use crate::support::{TIMEOUT, V4, echo_server, pattern, run, tcp_server};
+use crate::support::{TIMEOUT, V4, echo_server, pattern, run, tcp_server, udp_echo_server};
 use crate::{TARGET, command, outcome_of, serve, start, success};
 
 /// For transfers of many megabytes.
@@ -48,6 +50,22 @@ fn interactive_data_is_not_delayed() {
     }
     client.close_stdin();
     assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0));
+}
+
+#[test]
+fn sigusr1_does_not_end_a_client() {
+    let (_server, proxy) = serve();
+    let echo = echo_server();
+    for args in [format!("connect -x {proxy} {echo}"), format!("udp -x {proxy} {}", udp_echo_server(V4))] {
+        let mut client = start(&args);
+        for line in [b"1\n", b"2\n"] {
+            client.write(line);
+            client.stdout(|bytes| bytes.ends_with(line));
+            let pid = Pid::from_raw(client.pid().try_into().expect("a process id")).expect("not 0");
+            kill_process(pid, Signal::USR1).expect("the client runs");
+        }
+        assert!(client.is_running(), "{args}");
+    }
 }
 
 #[test]

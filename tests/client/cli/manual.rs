@@ -203,6 +203,15 @@ fn manual_has_every_field_of_a_log_line() {
 }
 
 #[test]
+fn manual_has_every_counter() {
+    let sources = sources();
+    let (_, code) = sources.iter().find(|(path, _)| path.ends_with("counters.rs")).expect("src/**/counters.rs");
+    let words = code.lines().flat_map(literals).flat_map(|literal| literal.split(' '));
+    let counters = words.filter_map(|word| word.split_once('=')).map(|(counter, _)| counter);
+    assert_documented(&manual(), "SIGNALS", counters.collect::<BTreeSet<_>>(), 8);
+}
+
+#[test]
 fn manual_has_every_key_of_the_json_object() {
     let (_, _, json) = outcome("connect --json --auth none -x 127.0.0.1:1 192.0.2.1:1", b"");
     let keys = json.match_indices("\":").filter_map(|(at, _)| json[..at].rsplit('"').next());

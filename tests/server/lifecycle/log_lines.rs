@@ -1,17 +1,21 @@
-//! The form of the log: one write for each line, and priorities in the journal.
+//! The form of the log: one write for each line, priorities in the journal, and the counters.
 
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Stdio};
 
+use crate::support::login::{log_in, unused_client_ip, users_file};
 use crate::support::programs::ProcessGroup;
-use crate::support::{CONNECT, TIMEOUT, closed_port, greet_at, read_reply, request, retry, s5};
+use crate::support::{
+    CONNECT, Server, TIMEOUT, UDP_ASSOCIATE, closed_port, echo_server, greet_at, open, read_reply, request, retry, s5,
+    session_lines, stream_end, tunnel,
+};
 
 /// A server whose stderr is a datagram socket: each write is one datagram.
 struct DatagramLog {
-    _server: ProcessGroup,
+    server: ProcessGroup,
     socket: UnixDatagram,
 }
 
@@ -23,7 +27,7 @@ impl DatagramLog {
         let stat = rustix::fs::fstat(&stderr).expect("status of a socket");
         command.env("JOURNAL_STREAM", journal_stream(stat.st_dev, stat.st_ino));
         command.stdin(Stdio::null()).stderr(OwnedFd::from(stderr));
-        Self { _server: ProcessGroup::start(command), socket }
+        Self { server: ProcessGroup::start(command), socket }
     }
 
     /// Returns the data of the next write.
@@ -78,4 +82,55 @@ fn journal_shows_an_error_at_the_start_with_its_priority() {
     let log = DatagramLog::start(command, |device, inode| format!("{device}:{inode}"));
     let line = log.next();
     assert!(line.starts_with("<3>s5: --rules /nonexistent: ") && line.ends_with('\n'), "{line}");
+}
+
+/// Sends SIGUSR1 and returns the line of the counters, from `open=` on.
+fn counters(server: &Server) -> String {
+    let lines = |log: &str| log.matches(" msg=counters ").count();
+    let before = lines(&server.log());
+    server.signal("USR1");
+    let log = server.wait_log(|log| lines(log) > before);
+    let line = log.lines().filter_map(|line| line.split_once(" msg=counters ")).next_back();
+    line.expect("a line of counters").1.into()
+}
+
+#[test]
+fn sigusr1_logs_the_counters_and_ends_neither_server_nor_sessions() {
+    let (_dir, users) = users_file(&[("alice", "secret")]);
+    let rules = ["--auth", "none,password", "--users", &users, "--deny", "port=9", "--drain-timeout", "60"];
+    let mut server = Server::start(&rules);
+    let zeros = "open=0 associations=0 sessions=0 refused=0 failed=0 failed_logins=0 up=0 down=0";
+    assert_eq!(counters(&server), zeros);
+    let (mut client, mut target) = tunnel(&server);
+    let association = open(&server, UDP_ASSOCIATE, "0.0.0.0:0".parse().expect("valid address"));
+    assert_eq!(open(&server, CONNECT, "127.0.0.1:9".parse().expect("valid address")).1, 2);
+    assert_eq!(open(&server, CONNECT, closed_port()).1, 5);
+    assert_ne!(log_in(&server, unused_client_ip(), b"alice", b"wrong").1, 0);
+    let (mut ended, ..) = open(&server, CONNECT, echo_server());
+    ended.write_all(b"hello").expect("data sent");
+    ended.shutdown(std::net::Shutdown::Write).expect("half-closed");
+    stream_end(&mut ended);
+    server.wait_log(|log| session_lines(log).len() == 4);
+    let expected = "open=2 associations=1 sessions=6 refused=1 failed=1 failed_logins=1 up=5 down=5";
+    assert_eq!(counters(&server), expected);
+    // Also while the open sessions are drained.
+    server.signal("TERM");
+    server.wait_log(|log| log.contains("draining sessions"));
+    drop(association);
+    server.wait_log(|log| session_lines(log).len() == 5);
+    assert!(counters(&server).starts_with("open=1 associations=0 "));
+    client.write_all(b"still open").expect("data sent");
+    assert_eq!(crate::support::read_exact(&mut target, 10), b"still open");
+    drop((client, target));
+    assert_eq!(server.wait(TIMEOUT).code(), Some(0));
+}
+
+#[test]
+fn sigusr1_logs_the_counters_of_a_quiet_server() {
+    let mut command = s5();
+    let addr = closed_port();
+    let log = DatagramLog::start(command.args(["serve", "-q", "--listen", &addr.to_string()]), |_, _| String::new());
+    crate::support::wait_until("the server listens", TIMEOUT, || TcpStream::connect(addr).is_ok());
+    rustix::process::kill_process(log.server.pid(), rustix::process::Signal::USR1).expect("the server runs");
+    assert!(log.next().contains(" level=warn msg=counters open="));
 }
