@@ -19,6 +19,7 @@ mod reply;
 mod session;
 mod session_log;
 mod state;
+mod terminal;
 mod tunnel;
 mod worker;
 
@@ -49,6 +50,7 @@ pub use options::{Filtering, Hop, Options, Quotas};
 use policy_handle::PolicyHandle;
 pub use session_log::LOGFMT_TARGET;
 use state::Server;
+use terminal::Terminal;
 use worker::{Worker, WorkerPool, WorkerReport};
 
 /// Descriptors reserved for the listeners, the event loop, the log and the resolver; at most a quarter of all.
@@ -76,7 +78,7 @@ impl ServerError {
 /// Reads the policy again from its files. The error names file, line and word.
 pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
 
-/// Runs until SIGTERM or SIGINT, then drains; reloads at each SIGHUP. Blocks.
+/// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
 pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), ServerError> {
     let default_max_sessions = default_max_sessions(raise_descriptor_limit());
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
@@ -92,6 +94,7 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     if let Some(error) = check_open_relay(&policy, &options).or_else(|| check_proxy_loop(&policy, &options)) {
         return Err(ServerError::Config(error));
     }
+    let terminal = Terminal::at_start();
     let signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup, Signal::Usr1]);
     let signals = signals.map_err(ServerError::io("handle signals"))?;
     let addrs: Vec<String> = listeners.iter().map(ToString::to_string).collect();
@@ -116,7 +119,7 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
     let reload = || reload(&server, load_policy);
-    let result = smol::block_on(run_until_shutdown(signals, &server, drain, reports, reload));
+    let result = smol::block_on(run_until_shutdown(signals, &terminal, &server, drain, reports, reload));
     if let Some(server) = server.upgrade() {
         server.workers.stop();
     }
@@ -227,6 +230,7 @@ fn raise_descriptor_limit() -> u64 {
 /// runs without one of its threads.
 async fn run_until_shutdown(
     mut signals: Signals,
+    terminal: &Terminal,
     server: &Weak<Server>,
     drain: Duration,
     reports: Receiver<WorkerReport>,
@@ -234,8 +238,11 @@ async fn run_until_shutdown(
 ) -> io::Result<()> {
     let end_signal = async {
         wait_end_signal(&mut signals, async || {
-            reload().await;
-            false
+            let is_end = terminal.is_gone();
+            if !is_end {
+                reload().await;
+            }
+            is_end
         })
         .await;
         Ok(())
@@ -260,6 +267,7 @@ async fn run_until_shutdown(
         log::info!("shutting down: drain time over, closing the remaining sessions");
     };
     let second_signal = async {
+        // When a terminal is closed, the shell and the kernel may both send SIGHUP.
         wait_end_signal(&mut signals, async || false).await;
         log::info!("shutting down: second signal, closing the remaining sessions");
     };

@@ -7,3 +7,4 @@ mod log_lines;
 mod passwords;
 mod session_log;
 mod shutdown;
+mod terminal;
