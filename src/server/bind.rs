@@ -18,7 +18,7 @@ use super::state::Session;
 use crate::conn::Conn;
 use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
 use crate::policy::rules::{AccessRequest, Route};
-use crate::proto::{Addr, Command, Host, Rep};
+use crate::proto::{Addr, Command, Host, PortRange, Rep};
 
 /// Programs without privileges can bind this port and higher ones.
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
@@ -183,14 +183,25 @@ fn listen_for_peer(
     } else if bnd != local {
         local.set_ip(unspecified(local.ip()));
     }
-    // The backlog has room for other peers too, whose connections are accepted and closed.
-    let bind = |local| listen_tcp(local, !both_families, 16);
-    let is_allowed = |port: &u16| options.bind_ports.as_ref().is_none_or(|ports| ports.0.contains(port));
-    let wished = expected.wished_port.filter(is_allowed).map(|port| bind(SocketAddr::new(local.ip(), port)));
-    let listener = match wished {
-        Some(Ok(listener)) => listener,
-        _ => bind_in_range(options.bind_ports.as_ref(), local, bind)?,
-    };
+    let listener = listen_on_port(local, !both_families, expected.wished_port, options.bind_ports.as_ref())?;
     bnd.set_port(listener.local_addr()?.port());
     Ok((Io::new(listener)?, bnd))
+}
+
+/// Listens on the wished port if it is one of `ports` and free, otherwise on any of `ports`.
+fn listen_on_port(
+    local: SocketAddr,
+    is_v6_only: bool,
+    wished: Option<u16>,
+    ports: Option<&PortRange>,
+) -> io::Result<TcpListener> {
+    // The backlog has room for other peers too, whose connections are accepted and closed.
+    let bind = |local| listen_tcp(local, is_v6_only, 16);
+    let wished = wished.filter(|port| ports.is_none_or(|ports| ports.0.contains(port)));
+    let listener = wished.and_then(|port| {
+        let mut local = local;
+        local.set_port(port);
+        bind(local).ok()
+    });
+    listener.map_or_else(|| bind_in_range(ports, local, bind), Ok)
 }
