@@ -4,11 +4,12 @@
 //! | --- | --- | --- |
 //! | [`proto`] | encoding and decoding of the messages of RFC 1928, 1929 and 1961; pure | nothing |
 //! | [`reassembly`] | reassembly of UDP fragments; pure | `proto` |
+//! | [`name_addrs`] | the addresses of a name that datagrams are sent to; pure | nothing |
 //! | [`policy`] | access control: methods, users, rules; pure | `proto` |
 //! | [`net`] | sockets and timers: event loop, name resolution, connecting, relaying, batches of datagrams | nothing |
 //! | [`conn`] | a SOCKS connection that reads and writes whole messages | `net`, `proto` |
 //! | [`gssapi`] | RFC 1961: security contexts, both sides | `conn`, `net`, `proto` |
-//! | [`client`] | the client handshake, through any number of proxies | `gssapi`, `conn`, `net`, `reassembly`, `proto` |
+//! | [`client`] | the client handshake, through any number of proxies | `gssapi`, `conn`, `net`, `reassembly`, `name_addrs`, `proto` |
 //! | [`server`] | the server: listeners, limits, sessions, shutdown | all of the above |
 //! | [`cmd`] | the four modes: options, messages, exit statuses | all of the above |
 //!
@@ -26,6 +27,7 @@ pub mod client;
 pub mod cmd;
 pub mod conn;
 pub mod gssapi;
+pub mod name_addrs;
 pub mod net;
 pub mod policy;
 pub mod proto;

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 /// Modules that only parse and decide.
-const PURE: [&str; 3] = ["proto", "reassembly", "policy"];
+const PURE: [&str; 4] = ["proto", "reassembly", "name_addrs", "policy"];
 /// Everything outside of the crate that pure modules may use.
 const PURE_IMPORTS: &str = "std/borrow std/collections std/error std/fmt std/hash std/iter std/net std/ops std/str \
                             std/sync/Arc std/time argon2 bcrypt ipnet percent_encoding";

@@ -5,16 +5,18 @@
 
 mod batch;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, IoSlice};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::sync::OnceLock;
 use std::task::{Context, Poll};
 
 use nix::errno::Errno;
-use nix::sys::socket::sockopt::UdpGroSegment;
-use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt};
+use nix::sys::socket::sockopt::{Ipv4RecvErr, Ipv6RecvErr, UdpGroSegment};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+};
 use quinn_udp::UdpSocketState;
 use socket2::{Domain, Socket, Type};
 
@@ -26,6 +28,8 @@ use batch::{MAX_MESSAGES, MAX_SEGMENTS};
 
 /// SO_RCVBUF and SO_SNDBUF in bytes, for bursts. The kernel may grant less.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
+/// Size in bytes of the control message of an ICMP error: a header, `sock_extended_err` and an IPv6 address, rounded up.
+const ERROR_CONTROL_LEN: usize = 128;
 
 /// A datagram socket, registered with the reactor of its thread.
 pub(crate) struct BatchSocket {
@@ -37,6 +41,10 @@ pub(crate) struct BatchSocket {
     single_streak: Cell<u8>,
     /// Set when a call has returned several messages: a socket with little traffic needs no GRO.
     is_gro_enabled: Cell<bool>,
+    /// Set by [`BatchSocket::report_unreachable`].
+    reports_unreachable: Cell<bool>,
+    /// Destinations of datagrams that caused an ICMP error; at most [`MAX_MESSAGES`].
+    unreachable: RefCell<Vec<SocketAddr>>,
 }
 
 impl BatchSocket {
@@ -57,7 +65,39 @@ impl BatchSocket {
             max_segment_len: Cell::new(if can_segment { u16::MAX } else { 0 }),
             single_streak: Cell::default(),
             is_gro_enabled: Cell::default(),
+            reports_unreachable: Cell::default(),
+            unreachable: RefCell::default(),
         })
+    }
+
+    /// Makes [`BatchSocket::next_unreachable`] report ICMP errors. `ip` is any address of the family of the socket.
+    pub(crate) fn report_unreachable(&self, ip: IpAddr) {
+        if !self.reports_unreachable.replace(true) {
+            let _ = match ip {
+                IpAddr::V4(_) => setsockopt(self.get_ref(), Ipv4RecvErr, &true),
+                IpAddr::V6(_) => setsockopt(self.get_ref(), Ipv6RecvErr, &true),
+            };
+        }
+    }
+
+    /// Returns a destination from which an ICMP error was received during [`BatchSocket::poll_receive`] or a send call.
+    pub(crate) fn next_unreachable(&self) -> Option<SocketAddr> {
+        self.unreachable.borrow_mut().pop()
+    }
+
+    /// Reads queued ICMP errors. Returns false if the kernel does not queue them.
+    fn read_errors(&self) -> bool {
+        if !self.reports_unreachable.get() {
+            return false;
+        }
+        let (mut unreachable, mut control) = (self.unreachable.borrow_mut(), vec![0; ERROR_CONTROL_LEN]);
+        for _ in 0..MAX_MESSAGES {
+            let (fd, flags) = (self.get_ref().as_raw_fd(), MsgFlags::MSG_ERRQUEUE);
+            let Ok(message) = recvmsg::<SockaddrStorage>(fd, &mut [], Some(&mut control), flags) else { break };
+            let is_full = unreachable.len() >= MAX_MESSAGES;
+            unreachable.extend(unreachable_addr(&message).filter(|_| !is_full));
+        }
+        true
     }
 
     pub(crate) fn get_ref(&self) -> &UdpSocket {
@@ -75,7 +115,9 @@ impl BatchSocket {
                     }
                     return true;
                 }
-                Poll::Ready(Err(_)) => {}
+                Poll::Ready(Err(_)) => {
+                    self.read_errors();
+                }
                 Poll::Pending => return false,
             }
         }
@@ -121,7 +163,7 @@ impl BatchSocket {
         let (bytes, addr) = ([IoSlice::new(batch.bytes())], to.map(SockaddrStorage::from));
         let control = [ControlMessage::UdpGsoSegments(&segment_len)];
         let send = || sendmsg(self.get_ref().as_raw_fd(), &bytes, &control, MsgFlags::empty(), addr.as_ref());
-        match retry_if_connected(to, send) {
+        match self.retry_after_icmp(to, send) {
             Ok(_) => return true,
             // Longer than the MTU. Single datagrams of this length are fragmented.
             Err(Errno::EMSGSIZE | Errno::EINVAL) => self.max_segment_len.set(segment_len.saturating_sub(1)),
@@ -134,18 +176,31 @@ impl BatchSocket {
 
     /// Sends one datagram.
     pub(crate) fn send_bytes(&self, to: Option<SocketAddr>, bytes: &[u8]) -> io::Result<()> {
-        retry_if_connected(to, || match &to {
+        self.retry_after_icmp(to, || match &to {
             Some(to) => self.get_ref().send_to(bytes, to),
             None => self.get_ref().send(bytes),
         })?;
         Ok(())
     }
+
+    /// Retries once if the first error may be an ICMP message about an earlier datagram. Sockets that are not connected
+    /// receive such errors only after [`BatchSocket::report_unreachable`].
+    fn retry_after_icmp<T, E>(&self, to: Option<SocketAddr>, mut send: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+        send().or_else(|error| if self.read_errors() || to.is_none() { send() } else { Err(error) })
+    }
 }
 
-/// Retries once on a connected socket, whose first error may be an ICMP message about an earlier datagram. Sockets that
-/// are not connected receive no such errors.
-fn retry_if_connected<T, E>(to: Option<SocketAddr>, mut send: impl FnMut() -> Result<T, E>) -> Result<T, E> {
-    send().or_else(|error| if to.is_none() { send() } else { Err(error) })
+/// Returns the destination of a datagram that caused an ICMP error. An ICMP message about the MTU is no error.
+fn unreachable_addr(message: &RecvMsg<'_, '_, SockaddrStorage>) -> Option<SocketAddr> {
+    let is_error = |control| match control {
+        ControlMessageOwned::Ipv4RecvErr(error, _) | ControlMessageOwned::Ipv6RecvErr(error, _) => {
+            error.ee_errno != Errno::EMSGSIZE as u32
+        }
+        _ => false,
+    };
+    let addr = message.address.filter(|_| message.cmsgs().is_ok_and(|mut controls| controls.any(is_error)))?;
+    let v4 = addr.as_sockaddr_in().map(|addr| SocketAddr::V4((*addr).into()));
+    v4.or_else(|| addr.as_sockaddr_in6().map(|addr| SocketAddr::V6((*addr).into())))
 }
 
 /// Receives a datagram by `op`, again after ECONNREFUSED, which reports an ICMP error about an earlier datagram.

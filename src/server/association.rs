@@ -51,12 +51,14 @@ pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr)
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
     let _guard = COUNTERS.count_association();
+    let (resolver, timeout) = (session.server().resolver.clone(), session.server().options.connect_timeout);
+    let name_cache = NameCache::new(resolver, timeout);
     let relay = AssociationRelay {
         rate_limit: session.permit.rate_limit(),
         session,
         client,
         egress,
-        name_cache: NameCache::default(),
+        name_cache,
         reassembler: Reassembler::default(),
         last_activity: Instant::now(),
     };
@@ -150,8 +152,26 @@ impl AssociationRelay<'_> {
                 self.relay_from_targets(now, received, to_send);
             }
             has_more |= budget == 0;
+            self.record_unreachable(family);
         }
         has_more | self.relay_from_upstreams(cx, now)
+    }
+
+    /// Records the ICMP errors that a socket has received about addresses of names.
+    fn record_unreachable(&mut self, family: usize) {
+        let Some(Some(socket)) = self.egress.sockets.get(family) else { return };
+        while let Some(addr) = socket.next_unreachable() {
+            if let Some(Some(name)) = self.egress.sent_to.get(addr.ip()) {
+                self.name_cache.fail(name, addr);
+            }
+        }
+    }
+
+    /// Records that the address of a name has answered.
+    fn record_answer(&mut self, from: SocketAddr) {
+        if let Some(Some(name)) = self.egress.sent_to.get(from.ip()) {
+            self.name_cache.on_answer(name, from);
+        }
     }
 
     fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
@@ -165,6 +185,11 @@ impl AssociationRelay<'_> {
                 // Errors are ICMP messages about earlier datagrams. They do not end the hop's association.
                 let Ok((from, data)) = received else { continue };
                 self.last_activity = now;
+                if let Host::Ip(ip) = from.host
+                    && let Some(Some(name)) = self.egress.sent_to.get(ip)
+                {
+                    self.name_cache.on_answer(name, SocketAddr::new(ip, from.port));
+                }
                 // Filtering by sender is left to the hop. The rules are evaluated here, unless the client has sent to a
                 // name, which only the hop has resolved.
                 let is_allowed = upstream.has_sent_to_names || self.route(&from).is_ok();
@@ -240,18 +265,24 @@ impl AssociationRelay<'_> {
         }
     }
 
-    /// Tries the allowed addresses of a name in turn until a send call succeeds.
+    /// Sends a datagram to the current address of a name. If it is denied or the send call fails, tries the next one.
     fn send_to_name(&mut self, name: &HostName, port: u16, data: &[u8]) -> bool {
-        let server = self.session.server();
-        let deadline = Instant::now() + server.options.connect_timeout;
-        let addrs = self.name_cache.get_or_wait(name, port, data, &server.resolver, deadline);
-        for addr in addrs.filter(|_| self.charge(data.len())).into_iter().flatten() {
+        let now = Instant::now();
+        let mut selected = self.name_cache.select(now, name, port);
+        if selected.is_none() {
+            self.name_cache.wait(now, name, port, data);
+        } else if !self.charge(data.len()) {
+            return false;
+        }
+        while let Some(addr) = selected {
             match self.route_to_addr(addr, Some(name)) {
                 Some(Route::Direct) if self.egress.send(addr, name, data) => return true,
                 // A datagram that a hop loses is not sent again, so that the target sees one sender.
-                Some(Route::Hop(hop)) => return self.egress.send_to_hop(hop, &addr.into(), data),
+                Some(Route::Hop(hop)) => return self.egress.send_to_hop_by_addr(hop, addr, name, data),
                 Some(Route::Direct) | None => {}
             }
+            let has_other = self.name_cache.fail(name, addr);
+            selected = if has_other { self.name_cache.select(now, name, port) } else { None };
         }
         false
     }
@@ -288,6 +319,7 @@ impl AssociationRelay<'_> {
                 if !self.is_answer_allowed(from) {
                     continue;
                 }
+                self.record_answer(from);
                 batch.begin(from, |header| Datagram { frag: 0, dst: from.into(), data: &[] }.encode_into(header));
             }
             self.last_activity = now;

@@ -212,8 +212,13 @@ pub fn echo_server_at(ip: IpAddr) -> SocketAddr {
 
 /// Starts a UDP echo server.
 pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
-    let socket = UdpSocket::bind((ip, 0)).expect("free port");
+    udp_echo(UdpSocket::bind((ip, 0)).expect("free port"))
+}
+
+/// Sends each datagram back, on a new thread. Returns the address of the socket.
+pub fn udp_echo(socket: UdpSocket) -> SocketAddr {
     let addr = socket.local_addr().expect("local address");
+    socket.set_read_timeout(None).expect("timeout removed");
     thread::spawn(move || {
         let mut buffer = vec![0; 65_536];
         while let Ok((n, from)) = socket.recv_from(&mut buffer) {
@@ -221,6 +226,27 @@ pub fn udp_echo_server(ip: IpAddr) -> SocketAddr {
         }
     });
     addr
+}
+
+/// UDP sockets with the same port at several addresses. For tests in a namespace, where all ports are free.
+pub fn udp_sockets<const N: usize>(ips: [IpAddr; N]) -> ([UdpSocket; N], u16) {
+    let mut port = 0;
+    let sockets = ips.map(|ip| {
+        let socket = UdpSocket::bind((ip, port)).expect("free port");
+        socket.set_read_timeout(Some(TIMEOUT)).expect("timeout set");
+        port = socket.local_addr().expect("local address").port();
+        socket
+    });
+    (sockets, port)
+}
+
+/// Returns true if a datagram arrives within 20 ms. Drops it.
+pub fn arrives(socket: &UdpSocket) -> bool {
+    let before = socket.read_timeout().expect("timeout read");
+    socket.set_read_timeout(Some(Duration::from_millis(20))).expect("timeout set");
+    let arrives = retry(|| socket.recv(&mut [0; 64])).is_ok();
+    socket.set_read_timeout(before).expect("timeout set");
+    arrives
 }
 
 /// A port on 127.0.0.1 without a listener.

@@ -1,8 +1,10 @@
-//! The messages of the RFCs: their encoding, protected streams, reassembly of datagrams, transcripts of sessions.
+//! The messages of the RFCs: their encoding, protected streams, reassembly of datagrams, transcripts of sessions. Also
+//! the addresses of names.
 
 mod client_role;
 mod fixtures;
 mod interrupted_handshakes;
+mod name_addrs;
 mod protected;
 mod proto;
 mod reassembly;

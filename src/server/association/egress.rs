@@ -43,7 +43,15 @@ impl Egress {
     /// Sends one datagram to an address of `name`. Returns false if it is lost.
     pub(super) fn send(&mut self, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
         self.sent_to.insert(addr.ip(), Some(name));
-        self.socket(addr).and_then(|socket| socket.send_bytes(Some(addr), data)).is_ok()
+        let Ok(socket) = self.socket(addr) else { return false };
+        socket.report_unreachable(addr.ip());
+        socket.send_bytes(Some(addr), data).is_ok()
+    }
+
+    /// Sends one datagram to an address of `name` through a hop. Returns false if it is lost.
+    pub(super) fn send_to_hop_by_addr(&mut self, hop: usize, addr: SocketAddr, name: &HostName, data: &[u8]) -> bool {
+        self.sent_to.insert(addr.ip(), Some(name));
+        self.send_to_hop(hop, &addr.into(), data)
     }
 
     /// Sends one datagram through a hop. Returns false if it is lost.

@@ -1,4 +1,5 @@
-//! Cache of the names that an association sends to. Datagrams wait while their name is resolved.
+//! Cache of the names that an association sends to. Datagrams wait while their name is resolved. A lookup that repeats
+//! an earlier one runs in the background.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -6,8 +7,9 @@ use std::mem::take;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::name_addrs::NameAddrs;
 use crate::net::{DialError, Resolver, timeout_at};
 use crate::proto::HostName;
 
@@ -23,51 +25,74 @@ const DATAGRAM_OVERHEAD: usize = 64;
 /// A datagram to a name that is being resolved: port and payload.
 pub(super) type WaitingDatagram = (u16, Vec<u8>);
 
-/// The addresses of names, and the lookups of others.
-#[derive(Default)]
+/// The addresses of names, and the lookups.
 pub(super) struct NameCache {
-    names: HashMap<HostName, Vec<SocketAddr>>,
+    resolver: Resolver,
+    /// Time limit of a lookup.
+    timeout: Duration,
+    names: HashMap<HostName, NameAddrs>,
     lookups: Vec<Lookup>,
 }
 
 struct Lookup {
     name: HostName,
+    started: Instant,
     addrs: Pin<Box<dyn Future<Output = Result<Vec<SocketAddr>, DialError>>>>,
     waiting: Vec<WaitingDatagram>,
 }
 
 impl NameCache {
-    /// Returns the addresses of a resolved name, with `port`. Otherwise stores the datagram for [`NameCache::poll`] and
-    /// starts a lookup, unless one is running. Above a limit the datagram is dropped.
-    pub(super) fn get_or_wait(
-        &mut self,
-        name: &HostName,
-        port: u16,
-        data: &[u8],
-        resolver: &Resolver,
-        deadline: Instant,
-    ) -> Option<Vec<SocketAddr>> {
-        if let Some(addrs) = self.names.get(name) {
-            return Some(addrs.iter().map(|addr| with_port(*addr, port)).collect());
+    pub(super) fn new(resolver: Resolver, timeout: Duration) -> Self {
+        Self { resolver, timeout, names: HashMap::new(), lookups: Vec::new() }
+    }
+
+    /// Returns the address to send a datagram to, if the name is resolved.
+    pub(super) fn select(&mut self, now: Instant, name: &HostName, port: u16) -> Option<SocketAddr> {
+        let addrs = self.names.get_mut(name)?;
+        let (selected, is_lookup_due) = (addrs.select(now, port), addrs.start_lookup(now));
+        if is_lookup_due {
+            self.look_up(now, name);
         }
+        selected
+    }
+
+    /// Stores a datagram until its name is resolved. Above a limit the datagram is dropped.
+    pub(super) fn wait(&mut self, now: Instant, name: &HostName, port: u16, data: &[u8]) {
         let waiting = self.lookups.iter().flat_map(|lookup| &lookup.waiting);
-        if waiting.map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum::<usize>() + data.len() > MAX_WAITING_BYTES {
+        let size: usize = waiting.map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum();
+        if size + data.len() <= MAX_WAITING_BYTES
+            && let Some(lookup) = self.look_up(now, name)
+        {
+            lookup.waiting.push((port, data.to_vec()));
+        }
+    }
+
+    /// Records that a datagram was not delivered. Returns false if all addresses of the name have failed.
+    pub(super) fn fail(&mut self, name: &HostName, addr: SocketAddr) -> bool {
+        self.names.get_mut(name).is_some_and(|addrs| addrs.fail(addr))
+    }
+
+    pub(super) fn on_answer(&mut self, name: &HostName, from: SocketAddr) {
+        if let Some(addrs) = self.names.get_mut(name) {
+            addrs.on_answer(from);
+        }
+    }
+
+    /// Returns the lookup of a name, which it starts if there is none. `None`: too many others are running.
+    fn look_up(&mut self, now: Instant, name: &HostName) -> Option<&mut Lookup> {
+        if let Some(i) = self.lookups.iter().position(|lookup| lookup.name == *name) {
+            return self.lookups.get_mut(i);
+        }
+        if self.lookups.len() >= MAX_CONCURRENT_LOOKUPS {
             return None;
         }
-        let datagram = (port, data.to_vec());
-        if let Some(lookup) = self.lookups.iter_mut().find(|lookup| lookup.name == *name) {
-            lookup.waiting.push(datagram);
-        } else if self.lookups.len() < MAX_CONCURRENT_LOOKUPS {
-            let (resolver, name) = (resolver.clone(), name.clone());
-            let lookup_name = name.clone();
-            let addrs = Box::pin(async move {
-                timeout_at(deadline, resolver.lookup(lookup_name.as_str(), port))
-                    .await
-                    .unwrap_or(Err(DialError::Resolver))
-            });
-            self.lookups.push(Lookup { name, addrs, waiting: vec![datagram] });
-        }
-        None
+        let (resolver, lookup_name, deadline) = (self.resolver.clone(), name.clone(), now + self.timeout);
+        let addrs = Box::pin(async move {
+            let found = timeout_at(deadline, resolver.lookup(lookup_name.as_str(), 0)).await;
+            found.unwrap_or(Err(DialError::Resolver))
+        });
+        self.lookups.push(Lookup { name: name.clone(), started: now, addrs, waiting: Vec::new() });
+        self.lookups.last_mut()
     }
 
     /// Polls the lookups. Returns the names resolved since the last call, with their waiting datagrams.
@@ -75,21 +100,23 @@ impl NameCache {
         let mut resolved = Vec::new();
         self.lookups.retain_mut(|lookup| {
             let Poll::Ready(result) = lookup.addrs.as_mut().poll(cx) else { return true };
-            // Failures are not cached: the next datagram starts a new lookup. Waiting datagrams are dropped.
-            if let Ok(addrs) = result {
-                if self.names.len() >= MAX_CACHED_NAMES {
-                    self.names.clear();
+            // Failures are not cached: the next datagram starts a new lookup. Waiting datagrams are dropped. After a
+            // failure in the background, the known addresses stay.
+            let Ok(addrs) = result else { return false };
+            match self.names.get_mut(&lookup.name) {
+                Some(known) => known.update(&addrs),
+                None => {
+                    if self.names.len() >= MAX_CACHED_NAMES {
+                        self.names.clear();
+                    }
+                    self.names.insert(lookup.name.clone(), NameAddrs::new(lookup.started, &addrs));
                 }
-                self.names.insert(lookup.name.clone(), addrs);
+            }
+            if !lookup.waiting.is_empty() {
                 resolved.push((lookup.name.clone(), take(&mut lookup.waiting)));
             }
             false
         });
         resolved
     }
-}
-
-fn with_port(mut addr: SocketAddr, port: u16) -> SocketAddr {
-    addr.set_port(port);
-    addr
 }
