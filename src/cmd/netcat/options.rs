@@ -145,7 +145,7 @@ pub struct ClientArgs {
     pub(crate) retry: Option<Duration>,
 
     /// exit 28 if idle this long [default: never]. With udp -l, it closes the association of an idle peer (default:
-    /// 60s).
+    /// 5m).
     #[argh(option, short = 'i', arg_name = "TIME", from_str_fn(parse_timeout))]
     pub(crate) idle_timeout: Option<Duration>,
 
