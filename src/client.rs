@@ -5,6 +5,7 @@
 mod address;
 mod association;
 mod error;
+mod peer_socket;
 mod proxy;
 
 use std::cell::Cell;
@@ -18,8 +19,8 @@ use crate::gssapi::ffi::Credential;
 use crate::gssapi::{GssapiError, Initiator};
 use crate::net::{DialError, LocalAddr, Resolver, canonical, connect_unix, dial, set_keepalive, timeout_at};
 use crate::proto::{
-    self, Addr, Command, Greeting, Host, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep, Reply,
-    Request,
+    self, Addr, Command, Greeting, Host, HostName, LoginStatus, Message, Method, MethodSelection, OtherProtocol, Rep,
+    Reply, Request,
 };
 pub use address::{parse_addr, parse_addr_or_host, parse_port};
 pub use association::Association;
@@ -42,6 +43,15 @@ pub struct ClientOptions {
     pub resolves_target: bool,
     /// Whether datagrams are sent to the address of each proxy, instead of that in its reply.
     pub proxy_is_udp_relay: bool,
+}
+
+impl ClientOptions {
+    /// Resolves `addr`. Returns the addresses of the families that the local address allows.
+    async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, DialError> {
+        let mut addrs = lookup(&self.resolver, addr).await?;
+        addrs.retain(|addr| self.local.can_reach(addr.ip()));
+        if addrs.is_empty() { Err(DialError::FamilyUnavailable) } else { Ok(addrs) }
+    }
 }
 
 /// One handshake: the proxies, the target and the deadline.
@@ -133,38 +143,26 @@ impl Client {
         self.with_deadline(async { self.open_hops(self.hops.len()).await.map(drop) }).await
     }
 
-    /// Returns DST of a request: the target as given, or its first address if this machine resolves it.
-    pub async fn target(&self) -> Result<Addr, ClientError> {
-        self.with_deadline(async {
-            self.targets().await.map(|targets| targets.into_iter().next().unwrap_or(Addr::UNSPECIFIED))
-        })
-        .await
+    /// Returns true if the last hop gets the addresses of a name instead of the name.
+    fn resolves_for_hops(&self, name: &HostName) -> bool {
+        self.options.resolves_target && !self.hops.is_empty() && !name.is_zoned_address()
     }
 
     /// Returns the values of DST to try in turn.
     async fn targets(&self) -> Result<Vec<Addr>, ClientErrorKind> {
         match self.dst.host {
-            Host::Name(ref name)
-                if self.hops.is_empty() || self.options.resolves_target && !name.is_zoned_address() =>
-            {
+            Host::Name(ref name) if self.hops.is_empty() || self.resolves_for_hops(name) => {
                 self.enter_phase(Phase::ResolveTarget);
-                Ok(self.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
+                Ok(self.options.lookup(&self.dst).await?.into_iter().map(Addr::from).collect())
             }
             _ => Ok(vec![self.dst.clone()]),
         }
     }
 
-    /// Resolves `addr`. Returns the addresses of the families that the local address allows.
-    async fn lookup(&self, addr: &Addr) -> Result<Vec<SocketAddr>, ClientErrorKind> {
-        let mut addrs = lookup(&self.options.resolver, addr).await?;
-        addrs.retain(|addr| self.options.local.can_reach(addr.ip()));
-        if addrs.is_empty() { Err(DialError::FamilyUnavailable.into()) } else { Ok(addrs) }
-    }
-
     /// Resolves `addr`, in `phase`, and connects to it.
     async fn dial(&self, addr: &Addr, phase: Phase) -> Result<Conn, ClientErrorKind> {
         self.enter_phase(phase);
-        let addrs = self.lookup(addr).await?;
+        let addrs = self.options.lookup(addr).await?;
         self.enter_phase(Phase::Connect);
         // `with_deadline` bounds the whole handshake.
         let no_deadline = Instant::now() + Duration::from_secs(365 * 24 * 3600);

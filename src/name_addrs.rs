@@ -83,10 +83,12 @@ impl NameAddrs {
     /// Records an answer. It may be late, and its port may differ from the one that was sent to, as with TFTP.
     pub fn on_answer(&mut self, from: SocketAddr) {
         let is_known_port = self.ports.iter().any(|state| state.current.port() == from.port());
-        let is_listed = position(&self.addrs, from.ip()).is_some();
+        let listed = self.addrs.iter().find(|addr| addr.ip() == from.ip());
         for state in self.ports.iter_mut().filter(|state| !is_known_port || state.current.port() == from.port()) {
-            if state.current.ip() == from.ip() || is_listed && !state.has_answered {
-                state.current = with_port(from, state.current.port());
+            if let Some(addr) = listed.filter(|_| !state.has_answered) {
+                state.current = with_port(*addr, state.current.port());
+            }
+            if state.current.ip() == from.ip() {
                 (state.has_answered, state.unanswered_since) = (true, None);
                 state.failed.retain(|ip| *ip != from.ip());
             }

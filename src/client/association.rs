@@ -8,12 +8,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Instant;
 
+use super::peer_socket::{PeerSocket, ResolvedAddr};
 use super::{Client, ClientError, ClientErrorKind, Phase};
 use crate::conn::{Conn, Protection};
-use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io, retry_refused, unspecified, with_scope};
+use crate::net::{DATAGRAM_BUFFER_SIZE, DialError, Interest, Io};
 use crate::proto::{Addr, Command, Datagram, Host, MAX_UDP4_PAYLOAD, MAX_UDP6_PAYLOAD};
 use crate::reassembly::{Reassembler, fragment};
 
@@ -22,13 +23,13 @@ thread_local! {
 }
 
 /// Nested associations with all hops, and the socket connected to the first relay or, without hops, to the target.
-#[derive(Debug)]
 pub struct Association {
     /// Nearest first.
     hops: Vec<HopAssociation>,
-    socket: Io<UdpSocket>,
-    /// Address that the socket is connected to.
-    peer: Addr,
+    socket: PeerSocket,
+    dst: Addr,
+    /// The addresses of `dst` if this machine resolves them for the last hop.
+    target: Option<ResolvedAddr>,
     /// Received datagrams that were dropped as invalid.
     invalid: Cell<u64>,
 }
@@ -61,6 +62,13 @@ impl Client {
     /// Opens an association with each hop, through the hops before it.
     pub async fn associate(&self) -> Result<Association, ClientError> {
         self.with_deadline(async {
+            let target = match &self.dst.host {
+                Host::Name(name) if self.resolves_for_hops(name) => {
+                    self.enter_phase(Phase::ResolveTarget);
+                    Some(ResolvedAddr::resolve(&self.dst, None, &self.options).await?)
+                }
+                _ => None,
+            };
             let mut hops = Vec::new();
             for (hop, proxy) in self.hops.iter().enumerate() {
                 let (mut control, protection) = self.open_hops(hop + 1).await?;
@@ -85,26 +93,17 @@ impl Client {
             };
             let open_socket = async {
                 self.enter_phase_at(0, if hops.is_empty() { Phase::ResolveTarget } else { Phase::Request });
-                let addr = self.lookup(peer).await?.first().copied().ok_or(DialError::NameNotFound)?;
+                let peer = ResolvedAddr::resolve(peer, link, &self.options).await?;
                 if hops.is_empty() {
                     self.enter_phase(Phase::Connect);
                 }
-                // A link-local relay is on the link of the control connection.
-                Ok(self.datagram_socket(link.map_or(addr, |link| with_scope(addr, link)))?)
+                Ok(PeerSocket::connect(peer)?)
             };
             let socket =
                 open_socket.await.map_err(|kind| if hops.is_empty() { kind } else { relay_error(kind, peer) })?;
-            Ok(Association { peer: peer.clone(), hops, socket, invalid: Cell::default() })
+            Ok(Association { hops, socket, dst: self.dst.clone(), target, invalid: Cell::default() })
         })
         .await
-    }
-
-    fn datagram_socket(&self, peer: SocketAddr) -> Result<Io<UdpSocket>, DialError> {
-        let from = self.options.local.bind_addr(peer).unwrap_or(SocketAddr::new(unspecified(peer.ip()), 0));
-        let socket = UdpSocket::bind(from).map_err(|_| DialError::LocalAddr)?;
-        // On a connected socket, the kernel drops datagrams from other senders.
-        let connected = socket.set_nonblocking(true).and_then(|()| socket.connect(peer));
-        connected.and_then(|()| Io::new(socket)).map_err(|error| DialError::from_connect(&error, peer))
     }
 }
 
@@ -134,28 +133,39 @@ impl Association {
     /// Returns the losses so far.
     pub fn losses(&self) -> LossCounts {
         let incomplete = self.hops.iter().map(|hop| hop.reassembler.borrow().lost_count(Instant::now())).sum();
-        let overflowed = kernel_drops(&self.socket).unwrap_or_default();
+        let sockets = (0..).map_while(|i| self.socket.get(i));
+        let overflowed = sockets.filter_map(|(_, socket)| kernel_drops(&socket)).sum();
         LossCounts { incomplete, invalid: self.invalid.get(), overflowed }
     }
 
-    /// Sends one datagram to `dst`, in fragments if the headers do not fit.
+    /// Sends one datagram to the target of the client, in fragments if the headers do not fit. Poll for answers after it.
     ///
     /// # Errors
     /// Errors from the socket; `InvalidInput` if the payload is larger than a UDP datagram.
-    pub async fn send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
-        for bytes in self.encapsulate(dst, data)? {
-            self.socket.with(Interest::Write, |socket| send(socket, &bytes)).await?;
+    pub async fn send(&self, data: &[u8]) -> io::Result<()> {
+        let resolved = self.target.as_ref().and_then(ResolvedAddr::select).map(Addr::from);
+        for bytes in self.encapsulate(resolved.as_ref().unwrap_or(&self.dst), data)? {
+            self.socket.send(&bytes).await?;
         }
         Ok(())
     }
 
-    /// Like [`Association::send`], but does not wait for the socket.
+    /// Returns true if datagrams from this address are from the target. The addresses of a target that the proxy resolves
+    /// are not known: then all are.
+    pub fn is_from_target(&self, from: &Addr) -> bool {
+        match &self.target {
+            Some(target) => target.contains(from),
+            None => matches!(self.dst.host, Host::Name(_)) || *from == self.dst,
+        }
+    }
+
+    /// Like [`Association::send`], but to `dst`, and does not wait for the socket.
     ///
     /// # Errors
     /// As [`Association::send`], and `WouldBlock` if the send buffer is full.
     pub fn try_send(&self, dst: &Addr, data: &[u8]) -> io::Result<()> {
         let mut datagrams = self.encapsulate(dst, data)?.into_iter();
-        datagrams.try_for_each(|bytes| self.socket.try_with(Interest::Write, |socket| send(socket, &bytes)))
+        datagrams.try_for_each(|bytes| self.socket.try_send(&bytes))
     }
 
     /// Returns the datagram, or its fragments, to send to the first relay, with the headers of all hops.
@@ -192,38 +202,51 @@ impl Association {
 
     /// Poll version of [`Association::recv`].
     pub fn poll_recv(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Addr, Vec<u8>)>> {
-        loop {
-            if let Some(answer) = ready!(self.socket.poll_with(cx, Interest::Read, |socket| self.receive(socket)))? {
-                return Poll::Ready(Ok(answer));
+        for resolved in self.target.iter().chain([&self.socket.peer]) {
+            resolved.poll_lookup(cx);
+        }
+        for (addr, socket) in (0..).map_while(|i| self.socket.get(i)) {
+            while let Poll::Ready(answer) = socket.poll_with(cx, Interest::Read, |socket| self.receive(addr, socket)) {
+                if let Some(answer) = answer.transpose() {
+                    return Poll::Ready(answer);
+                }
             }
         }
+        Poll::Pending
     }
 
     /// Returns the next datagram that has already arrived, if there is one.
     pub fn try_recv(&self) -> Option<(Addr, Vec<u8>)> {
-        loop {
-            let received = self.socket.try_with(Interest::Read, |socket| self.receive(socket));
-            if let Some(answer) = received.ok()? {
-                return Some(answer);
+        (0..).map_while(|i| self.socket.get(i)).find_map(|(addr, socket)| {
+            loop {
+                let received = socket.try_with(Interest::Read, |socket| self.receive(addr, socket));
+                if let Some(answer) = received.ok()? {
+                    return Some(answer);
+                }
             }
-        }
+        })
     }
 
-    /// Receives one datagram. `None` if it is invalid, or a fragment of a datagram that is not yet complete.
-    fn receive(&self, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
+    /// Receives one datagram from `peer`. `None` if it is invalid, or a fragment of a datagram that is not yet complete.
+    fn receive(&self, peer: SocketAddr, socket: &UdpSocket) -> io::Result<Option<(Addr, Vec<u8>)>> {
         BUFFER.with_borrow_mut(|buffer| {
-            let n = retry_refused(|| socket.recv(buffer))?;
-            Ok(self.decapsulate(buffer.get(..n).unwrap_or_default()).unwrap_or_else(|DatagramError| {
+            let n = self.socket.receive(peer, socket, buffer)?;
+            let Ok(answer) = self.decapsulate(buffer.get(..n).unwrap_or_default()) else {
                 self.invalid.set(self.invalid.get() + 1);
-                None
-            }))
+                return Ok(None);
+            };
+            self.socket.peer.on_answer(peer);
+            if let (Some(target), Some((Addr { host: Host::Ip(ip), port }, _))) = (&self.target, &answer) {
+                target.on_answer(SocketAddr::new(*ip, *port));
+            }
+            Ok(answer)
         })
     }
 
     /// Removes the headers of all hops. `None` for a fragment of a datagram that is not yet complete.
     fn decapsulate(&self, bytes: &[u8]) -> Result<Option<(Addr, Vec<u8>)>, DatagramError> {
         let mut bytes = bytes.to_vec();
-        let mut from = self.peer.clone();
+        let mut from = self.socket.peer.addr.clone();
         for (i, hop) in self.hops.iter().enumerate() {
             if let Some(protection) = &hop.protection {
                 bytes = protection.unwrap_datagram(&mut bytes).ok_or(DatagramError)?;
@@ -252,18 +275,6 @@ impl Association {
         })
         .await
     }
-}
-
-/// Sends a datagram, once more after ECONNREFUSED, which reports an ICMP error about an earlier datagram. The control
-/// connection shows that a relay has ended.
-fn send(socket: &UdpSocket, bytes: &[u8]) -> io::Result<()> {
-    for _ in 0..2 {
-        match socket.send(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            sent => return sent.map(drop),
-        }
-    }
-    Ok(())
 }
 
 /// Returns the number of datagrams that the kernel has dropped because the receive buffer was full (Linux).

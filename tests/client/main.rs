@@ -16,6 +16,7 @@ mod streams;
 mod support;
 mod table;
 mod udp;
+mod udp_names;
 mod wire;
 mod zones;
 

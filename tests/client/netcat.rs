@@ -3,7 +3,7 @@
 
 mod bind;
 mod connect;
-mod forward;
+pub mod forward;
 mod report;
 mod stdio;
 mod udp;

@@ -265,6 +265,10 @@ impl RunningProgram {
         self.stdout.wait("stdout", done)
     }
 
+    pub fn stdout_so_far(&self) -> Vec<u8> {
+        self.stdout.so_far()
+    }
+
     /// Waits until stderr satisfies `done`, and returns it.
     pub fn stderr(&self, done: impl Fn(&str) -> bool) -> String {
         text(&self.stderr.wait("stderr", |bytes| done(&text(bytes))))

@@ -14,7 +14,6 @@ use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::{Connector, ModeFuture};
 use crate::cmd::netcat::forward::{Task, listen};
 use crate::net::{DATAGRAM_BUFFER_SIZE, Interest, Io, retry_refused, sleep, yield_now};
-use crate::proto::Host;
 
 /// Maximum number of queued datagrams of a peer. Further datagrams are dropped.
 const MAX_QUEUED: usize = 64;
@@ -113,9 +112,8 @@ async fn send(transfer: &Transfer<'_>, datagrams: &Receiver<Vec<u8>>, peer: Sock
 async fn receive(transfer: &Transfer<'_>, socket: &Io<UdpSocket>, peer: SocketAddr) -> Result<(), CliError> {
     loop {
         let (from, data) = transfer.recv().await?;
-        // If the proxy resolves the target, its address is not known here.
-        if matches!(transfer.dst.host, Host::Ip(_)) && from != transfer.dst {
-            log::debug!("dropped an answer from {from}: it is not from {}", transfer.dst);
+        if !transfer.is_from_target(&from) {
+            log::debug!("dropped an answer from {from}: it is not from the target");
             continue;
         }
         transfer.count_answer(&data);

@@ -18,8 +18,6 @@ use crate::proto::Addr;
 /// An association to one target.
 pub(super) struct Transfer<'a> {
     pub(super) connector: &'a Connector,
-    /// The target. `-R local` resolves it on this machine.
-    pub(super) dst: Addr,
     association: Association,
     started: Instant,
     first_answer: Cell<Option<Duration>>,
@@ -34,11 +32,7 @@ pub(super) async fn run(
     peer: Option<SocketAddr>,
     transfer: impl AsyncFnOnce(&Transfer<'_>) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
-    let associate = async |client: &Client| {
-        let dst = client.target().await?;
-        Ok((client.associate().await?, dst))
-    };
-    let run_transfer = async |(association, dst): (Association, Addr), _: &Client, report: &mut SessionReport<'_>| {
+    let run_transfer = async |association: Association, _: &Client, report: &mut SessionReport<'_>| {
         if let Some(relay) = association.relay() {
             report.bnd = Some(relay.clone());
             let peer = peer.map(|peer| format!(" for {peer}")).unwrap_or_default();
@@ -47,7 +41,6 @@ pub(super) async fn run(
         }
         let state = Transfer {
             connector,
-            dst,
             association,
             started: Instant::now(),
             first_answer: Cell::default(),
@@ -59,7 +52,7 @@ pub(super) async fn run(
         state.print_losses();
         result
     };
-    connector.run_reported(associate, run_transfer).await
+    connector.run_reported(async |client: &Client| client.associate().await, run_transfer).await
 }
 
 impl Transfer<'_> {
@@ -88,7 +81,7 @@ impl Transfer<'_> {
 
     /// Sends and counts a datagram.
     pub(super) async fn send(&self, data: &[u8]) -> io::Result<()> {
-        let sent = self.association.send(&self.dst, data).await;
+        let sent = self.association.send(data).await;
         self.last_activity.set(Instant::now());
         self.counts.up.fetch_add(data.len() as u64, Ordering::Relaxed);
         // Receiving must make progress even if datagrams to send are always ready.
@@ -100,6 +93,11 @@ impl Transfer<'_> {
     pub(super) async fn recv(&self) -> Result<(Addr, Vec<u8>), CliError> {
         let received = self.association.recv().await;
         received.map_err(|error| self.connector.io_error(ExitStatus::RECEIVE_ERROR, &error))
+    }
+
+    /// Returns true if a datagram from this address is an answer of the target.
+    pub(super) fn is_from_target(&self, from: &Addr) -> bool {
+        self.association.is_from_target(from)
     }
 
     /// Returns a datagram that has already arrived, if any. The caller counts it.

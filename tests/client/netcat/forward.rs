@@ -23,7 +23,7 @@ fn listening_address(client: &RunningProgram) -> SocketAddr {
 }
 
 /// Starts a client with -l. Returns it and the address that it listens on.
-fn start_forward(args: &str) -> (RunningProgram, SocketAddr) {
+pub fn start_forward(args: &str) -> (RunningProgram, SocketAddr) {
     let client = start(args);
     let at = listening_address(&client);
     (client, at)

@@ -1,0 +1,148 @@
+//! `s5 udp` to names with several addresses, or whose addresses change, and local peers that are silent for long. Each
+//! test runs in a new network namespace with an /etc/hosts or a resolver.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use crate::netcat::forward::start_forward;
+use crate::support::dns::{self, Answer};
+use crate::support::scripted::{RunningProgram, ScriptedServer, reply};
+use crate::support::{
+    TIMEOUT, V4, V6, arrives, in_namespace, is_strict, record_skip, retry, udp_echo, udp_sockets, wait_until,
+};
+use crate::udp::{datagram, receive, socket};
+use crate::{serve, start};
+
+const BOTH: &str = "::1 both.test\n127.0.0.1 both.test\n::1 relay.test\n127.0.0.1 relay.test\n";
+
+/// Writes lines until the client prints an answer. Returns the time until then.
+fn write_until_answered(client: &mut RunningProgram) -> Duration {
+    let started = Instant::now();
+    while client.stdout_so_far().is_empty() {
+        client.write(b"hello\n");
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(started.elapsed() < TIMEOUT, "no answer: {}", client.stderr_so_far());
+    }
+    started.elapsed()
+}
+
+/// Sends datagrams to a local port of a client until one is answered.
+fn ping_until_answered(peer: &UdpSocket, at: SocketAddr) {
+    let started = Instant::now();
+    while !arrives(peer) {
+        peer.send_to(b"x", at).expect("datagram sent");
+        assert!(started.elapsed() < TIMEOUT, "no answer");
+    }
+}
+
+#[test]
+fn udp_client_that_resolves_the_target_uses_its_next_address() {
+    if !in_namespace("udp_names::udp_client_that_resolves_the_target_uses_its_next_address", BOTH, "") {
+        return;
+    }
+    let (_server, proxy) = serve();
+    for ip in [V4, V6] {
+        let ([target], port) = udp_sockets([ip]);
+        udp_echo(target);
+        // After an ICMP error, which a proxy does not forward.
+        let time = write_until_answered(&mut start(&format!("udp --direct both.test:{port}")));
+        assert!(time < Duration::from_millis(800), "{time:?}");
+        write_until_answered(&mut start(&format!("udp -R local -x {proxy} both.test:{port}")));
+        write_until_answered(&mut start(&format!("udp -x {proxy} both.test:{port}")));
+    }
+    // After a second without an answer.
+    let ([silent, answering], port) = udp_sockets([V6, V4]);
+    udp_echo(answering);
+    for options in ["--direct".to_owned(), format!("-R local -x {proxy}")] {
+        let mut client = start(&format!("udp {options} both.test:{port}"));
+        let time = write_until_answered(&mut client);
+        assert!((900..2500).contains(&time.as_millis()), "{time:?}");
+        while arrives(&silent) {}
+        client.write(b"last\n");
+        client.stdout(|bytes| bytes.ends_with(b"last\n"));
+        assert!(!arrives(&silent), "{options}");
+    }
+}
+
+#[test]
+fn udp_forward_that_resolves_the_target_uses_its_next_address() {
+    if !in_namespace("udp_names::udp_forward_that_resolves_the_target_uses_its_next_address", BOTH, "") {
+        return;
+    }
+    let (_server, proxy) = serve();
+    let ([target], port) = udp_sockets([V4]);
+    udp_echo(target);
+    for options in ["--direct".to_owned(), format!("-R local -x {proxy}"), format!("-x {proxy}")] {
+        let (_client, at) = start_forward(&format!("udp -l 0 {options} both.test:{port}"));
+        ping_until_answered(&socket(), at);
+    }
+}
+
+#[test]
+fn udp_relay_with_several_addresses_is_reached_at_the_one_that_works() {
+    if !in_namespace("udp_names::udp_relay_with_several_addresses_is_reached_at_the_one_that_works", BOTH, "") {
+        return;
+    }
+    let proxy = ScriptedServer::start(&reply("05 00 00 03 0a \"relay.test\" {relay:port}; > ..."));
+    proxy.relay.set_read_timeout(Some(Duration::from_millis(50))).expect("timeout set");
+    let mut client = start(&format!("udp -x {} 192.0.2.7:7", proxy.addr));
+    let started = Instant::now();
+    let (bytes, from) = loop {
+        client.write(b"found\n");
+        let mut buffer = [0; 64];
+        if let Ok((n, from)) = retry(|| proxy.relay.recv_from(&mut buffer)) {
+            break (buffer[..n].to_vec(), from);
+        }
+        assert!(started.elapsed() < TIMEOUT, "no datagram at the relay");
+    };
+    assert_eq!(bytes, datagram(b"found"));
+    proxy.relay.send_to(&datagram(b"answer"), from).expect("datagram sent");
+    client.stdout(|bytes| bytes == b"answer\n");
+}
+
+#[test]
+fn udp_client_looks_up_names_again_after_a_minute_and_remembers_silent_peers() {
+    // The times are constants.
+    if !is_strict() {
+        return record_skip("takes a minute");
+    }
+    let test = "udp_names::udp_client_looks_up_names_again_after_a_minute_and_remembers_silent_peers";
+    if !in_namespace(test, "", dns::RESOLV) {
+        return;
+    }
+    let ips = [2, 3].map(|n| Ipv4Addr::new(127, 0, 0, n));
+    // --direct and -R local, and each with a first lookup.
+    dns::start_with(move |_, nth| Answer::addrs([ips[usize::from(nth > 0)]]));
+    let (_server, proxy) = serve();
+    let ([old, new], port) = udp_sockets(ips.map(IpAddr::from));
+    let silent_target = socket();
+    let target_addr = silent_target.local_addr().expect("local address");
+    let (_forward, at) = start_forward(&format!("udp -l 0 -x {proxy} {target_addr}"));
+    let peer = socket();
+    peer.send_to(b"question", at).expect("datagram sent");
+    let (_, egress) = receive(&silent_target);
+    let asked = Instant::now();
+    for (name, options) in [("direct.test", "--direct".to_owned()), ("local.test", format!("-R local -x {proxy}"))] {
+        let mut client = start(&format!("udp {options} {name}:{port}"));
+        let started = Instant::now();
+        client.write(b"x\n");
+        receive(&old);
+        std::thread::spawn(move || {
+            while started.elapsed() < Duration::from_secs(75) {
+                client.write(b"x\n");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+    }
+    // Both clients send to the new address from their own ports.
+    let mut senders = std::collections::BTreeSet::new();
+    wait_until("both clients use the new address", Duration::from_secs(75), || {
+        senders.extend(arrives(&new).then(|| receive(&new).1));
+        senders.len() == 2
+    });
+    assert!(asked.elapsed() > Duration::from_secs(59), "{:?}", asked.elapsed());
+    // RFC 4787 requires two minutes, but the answer after one minute was lost.
+    wait_until("a minute has passed", Duration::from_secs(10), || asked.elapsed() > Duration::from_secs(62));
+    silent_target.send_to(b"answer", egress).expect("datagram sent");
+    assert_eq!(receive(&peer).0, b"answer");
+}
