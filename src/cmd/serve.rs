@@ -14,7 +14,7 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
-use super::cli::exit::{CliError, ExitStatus};
+use super::cli::exit::{CliError, ExitStatus, eprint_line};
 use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
 use crate::client::{ClientOptions, parse_hops};
 use crate::gssapi::Initiator;
@@ -264,8 +264,8 @@ impl ServeArgs {
             }
             (None, Some(_), None) => return Err(CliError::usage("--add-user requires --users FILE")),
             (None, None, Some(_)) => return Err(CliError::usage("--remove-user requires --users FILE")),
-            (Some(file), Some(name), None) => return users::add_user(file, name),
-            (Some(file), None, Some(name)) => return users::remove_user(file, name),
+            (Some(file), Some(name), None) => return self.report(users::add_user(file, name)?),
+            (Some(file), None, Some(name)) => return self.report(users::remove_user(file, name)?),
             (_, None, None) => {}
         }
         let hops = self.hops()?;
@@ -285,6 +285,14 @@ impl ServeArgs {
             ServerError::Io(operation, error) => CliError::new(ExitStatus::FAILURE, format!("{operation}: {error}")),
             ServerError::Config(message) => CliError::new(ExitStatus::USAGE, message),
         })
+    }
+
+    /// Prints what has changed, unless `--quiet` is set.
+    fn report(&self, change: String) -> Result<(), CliError> {
+        if !self.quiet {
+            eprint_line(&format!("s5: {}", CliError::new(ExitStatus::FAILURE, change)));
+        }
+        Ok(())
     }
 
     /// Parses the values of `--hop` and `--via`. The `--via` hop is the last.

@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::Path;
 
 use super::load::{MAX_USERS_FILE, file_error, read_file};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::policy::users::{self, Users};
 
-pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {
+/// Adds a user or changes the password. Returns a report for the user.
+pub(super) fn add_user(file: &Path, name: &str) -> Result<String, CliError> {
     let usage_error = |error| CliError::usage(format!("--add-user: {error}"));
     users::check_name(name).map_err(usage_error)?;
     read_valid_users(file)?;
@@ -17,7 +18,13 @@ pub(super) fn add_user(file: &Path, name: &str) -> Result<(), CliError> {
     let line = users::new_entry(name, passwd.as_bytes()).map_err(usage_error)?;
     // Read again: another process may have edited the file during the prompt.
     let text = read_valid_users(file)?;
-    replace_file(file, &users::edit_entry(&text, name, Some(&line)).unwrap_or_default())
+    let is_new = users::edit_entry(&text, name, None).is_none();
+    replace_file(file, &users::edit_entry(&text, name, Some(&line)).unwrap_or_default())?;
+    Ok(change_report(file, if is_new { "added user" } else { "changed the password of" }, name))
+}
+
+fn change_report(file: &Path, change: &str, name: &str) -> String {
+    format!("{}: {change} {name} (send SIGHUP to a running server)", file.display())
 }
 
 /// Reads a users file and checks that it is valid. A missing file is empty.
@@ -27,14 +34,16 @@ fn read_valid_users(file: &Path) -> Result<String, CliError> {
     Ok(text)
 }
 
-pub(super) fn remove_user(file: &Path, name: &str) -> Result<(), CliError> {
+/// Removes a user. Returns a report for the user.
+pub(super) fn remove_user(file: &Path, name: &str) -> Result<String, CliError> {
     let text = read_file("--users", file, MAX_USERS_FILE)?;
     let text = users::edit_entry(&text, name, None).ok_or_else(|| file_error(file, format!("no user {name:?}")))?;
-    replace_file(file, &text)
+    replace_file(file, &text)?;
+    Ok(change_report(file, "removed user", name))
 }
 
-/// Replaces a file atomically: renames a new file over it. The new file has the owner of the old one. Only the owner can
-/// read it.
+/// Replaces a file atomically: renames a new file over it. The new file has owner, group and mode of the old one. If
+/// there is no old one, only the owner can read it.
 fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
     // Replaces the target of a symbolic link, not the link.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.into());
@@ -51,7 +60,15 @@ fn replace_file(file: &Path, text: &str) -> Result<(), CliError> {
     let write = || {
         new.as_file().write_all(text.as_bytes())?;
         if let Ok(old) = fs::metadata(&target) {
-            std::os::unix::fs::fchown(new.as_file(), Some(old.uid()), Some(old.gid()))?;
+            let own = new.as_file().metadata()?;
+            if (own.uid(), own.gid()) != (old.uid(), old.gid()) {
+                fchown(new.as_file(), Some(old.uid()), Some(old.gid())).map_err(|error| {
+                    let (uid, gid) = (old.uid(), old.gid());
+                    io::Error::other(format!("keep owner {uid} and group {gid}: {} (run s5 as root)", error.kind()))
+                })?;
+            }
+            // After fchown(2), which clears the bits of set-user-ID and set-group-ID.
+            new.as_file().set_permissions(old.permissions())?;
         }
         new.as_file().sync_all()
     };

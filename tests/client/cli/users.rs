@@ -1,7 +1,7 @@
 //! The users file: errors in the file, --add-user and --remove-user.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -190,16 +190,57 @@ fn removing_unknown_user_is_an_error() {
 }
 
 #[test]
-fn written_users_file_is_readable_by_owner_only() {
+fn edited_users_file_keeps_mode_owner_and_group() {
     let (dir, users) = file_with(&format!("bob:{BCRYPT_HASH}\n"));
+    // Only root can give a file away.
+    let owner = rustix::process::getuid().is_root().then_some((12, 34));
     for act in [add_user, |users: &str, name: &str, _: &[u8]| remove_user(users, name)] {
-        fs::set_permissions(&users, fs::Permissions::from_mode(0o644)).expect("permissions set");
-        assert_success(&act(&users, "bob", b"topsecret\n"));
-        assert_eq!(mode(&users), 0o600);
+        for mode in [0o600, 0o640, 0o644, 0o664, 0o440] {
+            fs::write(&users, format!("bob:{BCRYPT_HASH}\n")).expect("file written");
+            owner.map(|(uid, gid)| chown(&users, Some(uid), Some(gid)).expect("owner set"));
+            fs::set_permissions(&users, fs::Permissions::from_mode(mode)).expect("permissions set");
+            assert_success(&act(&users, "bob", b"topsecret\n"));
+            assert_eq!(self::mode(&users), mode);
+            let metadata = fs::metadata(&users).expect("the file exists");
+            assert!(owner.is_none_or(|owner| owner == (metadata.uid(), metadata.gid())), "{metadata:?}");
+            fs::set_permissions(&users, fs::Permissions::from_mode(0o600)).expect("permissions set");
+        }
     }
     let names: Vec<_> =
         fs::read_dir(dir.path()).expect("directory read").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["users"], "a temporary file is left");
+}
+
+#[test]
+fn group_that_cannot_be_kept_is_an_error_and_changes_nothing() {
+    if !rustix::process::getuid().is_root() || !is_installed("setpriv") {
+        return;
+    }
+    let before = format!("bob:{BCRYPT_HASH}\n");
+    let (dir, users) = file_with(&before);
+    // The user 1 owns the file and the directory, but is not in the group 34.
+    chown(dir.path(), Some(1), Some(1)).expect("owner set");
+    chown(&users, Some(1), Some(34)).expect("owner set");
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=1", "--regid=1", "--clear-groups", env!("CARGO_BIN_EXE_s5")]);
+    let output = run(command.args(["serve", "--users", &users, "--remove-user", "bob"]), b"", HASH_TIMEOUT);
+    assert_error(&output, &[&users, "keep owner 1 and group 34: ", "(run s5 as root)"]);
+    assert_eq!(read_users(&users), before);
+}
+
+#[test]
+fn changes_of_the_users_file_are_reported_with_the_next_step() {
+    let (_dir, users) = new_file();
+    let report = |change: &str| format!("s5: {users}: {change} alice (send SIGHUP to a running server)\n");
+    for change in ["added user", "changed the password of"] {
+        assert_eq!(text(&add_user(&users, "alice", b"topsecret\n").stderr), report(change));
+    }
+    assert_eq!(text(&remove_user(&users, "alice").stderr), report("removed user"));
+    let mut command = s5();
+    command.args(["serve", "--quiet", "--users", &users, "--add-user", "alice"]);
+    let output = run(&mut command, b"topsecret\n", HASH_TIMEOUT);
+    assert_success(&output);
+    assert_eq!(text(&output.stderr), "");
 }
 
 #[test]
