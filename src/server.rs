@@ -37,7 +37,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use smol::Timer;
 use smol::channel::Receiver;
 
-use crate::client::Endpoint;
+use crate::client::{Endpoint, Proxy};
 use crate::net::{RelayOptions, canonical, parse_literal};
 use crate::policy::Policy;
 use crate::proto::Host;
@@ -75,11 +75,14 @@ impl ServerError {
     }
 }
 
-/// Reads the policy again from its files. The error names file, line and word.
-pub type LoadPolicy<'a> = dyn Fn() -> Result<Policy, String> + 'a;
+/// What a reload replaces: the policy, and the proxies of each hop with their passwords.
+pub type Configuration = (Policy, Vec<Vec<Proxy>>);
+
+/// Reads the configuration again from its files. The error names file, line and word.
+pub type LoadConfiguration<'a> = dyn Fn() -> Result<Configuration, String> + 'a;
 
 /// Runs until SIGTERM, SIGINT or the end of the terminal, then drains. Reloads at each other SIGHUP. Blocks.
-pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -> Result<(), ServerError> {
+pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -> Result<(), ServerError> {
     let default_max_sessions = default_max_sessions(raise_descriptor_limit());
     let max_sessions = options.max_connections.unwrap_or(default_max_sessions);
     let mut listeners = Vec::new();
@@ -118,7 +121,7 @@ pub fn run(options: Options, mut policy: Policy, load_policy: &LoadPolicy<'_>) -
     }
     // From now on, only the accept loops and the sessions keep the server alive.
     let server = Arc::downgrade(&{ server });
-    let reload = || reload(&server, load_policy);
+    let reload = || reload(&server, load);
     let result = smol::block_on(run_until_shutdown(signals, &terminal, &server, drain, reports, reload));
     if let Some(server) = server.upgrade() {
         server.workers.stop();
@@ -152,7 +155,8 @@ fn check_open_relay(policy: &Policy, options: &Options) -> Option<String> {
 /// Returns an error if the first proxy of a hop is this server: one request would use up all of its sessions.
 fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
     let is_this_server = |hop: &&Arc<Hop>| {
-        let Some(Endpoint::Tcp(addr)) = hop.proxies.first().map(|proxy| &proxy.endpoint) else { return false };
+        let proxies = hop.proxies();
+        let Some(Endpoint::Tcp(addr)) = proxies.first().map(|proxy| &proxy.endpoint) else { return false };
         let ips = match &addr.host {
             Host::Ip(ip) => vec![*ip],
             Host::Name(name) if name.as_str().eq_ignore_ascii_case("localhost") => {
@@ -163,21 +167,24 @@ fn check_proxy_loop(policy: &Policy, options: &Options) -> Option<String> {
         ips.into_iter().any(|ip| policy.is_own_listener(canonical(ip, addr.port), is_local))
     };
     let hop = options.hops.iter().find(is_this_server)?;
-    let proxy = hop.proxies.first().map(ToString::to_string).unwrap_or_default();
+    let proxy = hop.proxies().first().map(ToString::to_string).unwrap_or_default();
     Some(format!("hop {}: proxy {proxy} is this server itself (choose another)", hop.name))
 }
 
-/// Loads the policy again and rechecks all sessions. Keeps the current policy if the new one has an error.
-async fn reload(server: &Weak<Server>, load_policy: &LoadPolicy<'_>) {
+/// Loads the configuration again and rechecks all sessions. Keeps the current one if the new one has an error.
+async fn reload(server: &Weak<Server>, load: &LoadConfiguration<'_>) {
     let Some(server) = server.upgrade() else { return };
     let old = server.policy.current();
-    let policy = load_policy().and_then(|policy| {
+    let loaded = load().and_then(|(policy, hops)| {
         let policy = policy.with_listeners_of(&old.policy);
-        check_open_relay(&policy, &server.options).map_or(Ok(policy), Err)
+        check_open_relay(&policy, &server.options).map_or(Ok((policy, hops)), Err)
     });
-    match policy {
+    match loaded {
         Err(error) => log::error!("reload: {error}; keeping the current configuration"),
-        Ok(policy) => {
+        Ok((policy, hops)) => {
+            for (hop, proxies) in server.options.hops.iter().zip(hops) {
+                hop.set_proxies(proxies);
+            }
             let users = policy.users.as_ref().map_or(0, |users| users.len());
             let rules = policy.rules.user_rules().len();
             server.policy.replace(policy);

@@ -1,6 +1,7 @@
 //! `s5 serve`: options of the server.
 
 mod explain;
+mod hops;
 mod load;
 mod request;
 mod users;
@@ -16,16 +17,14 @@ use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus, eprint_line};
 use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
-use crate::client::{ClientOptions, parse_hops};
+use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
 use crate::policy::rules::Route;
 use crate::proto::{DEFAULT_PORT, Method, PortRange, ProtectionLevel};
 use crate::server::{self, Filtering, Hop, ListenAddr, Options, Quotas, ServerError};
+use hops::HopSources;
 use load::{PolicySources, RuleOption};
-
-/// Name of the `--via` hop in the log.
-const VIA_HOP_NAME: &str = "--via";
 
 /// Run a SOCKS5 server: CONNECT, BIND and UDP ASSOCIATE
 #[derive(FromArgs, ArgsInfo, Debug)]
@@ -135,8 +134,9 @@ pub struct ServeArgs {
     #[argh(switch)]
     keep_sessions: bool,
 
-    /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS. The
-    /// password must be part of the URL: the other sources of credentials are for clients only.
+    /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS. User
+    /// and password can also come from --proxy-auth-file or the environment, as described in PROXIES; s5 serve does not
+    /// prompt for a password.
     #[argh(option, arg_name = "URL")]
     via: Option<String>,
 
@@ -144,6 +144,11 @@ pub struct ServeArgs {
     /// may be a chain.
     #[argh(option, arg_name = "NAME=URL")]
     hop: Vec<String>,
+
+    /// read user:password lines for --via and --hop. It is the file of CLIENT OPTIONS. s5 reads it again at SIGHUP, for
+    /// new connections to the proxies.
+    #[argh(option, arg_name = "FILE")]
+    proxy_auth_file: Option<String>,
 
     /// login methods for proxies [default: automatic]. A comma-separated list of none, password and gssapi. The default
     /// is none, plus password and gssapi if there are credentials for them. With only gssapi in the list, s5 never uses
@@ -268,10 +273,11 @@ impl ServeArgs {
             (Some(file), None, Some(name)) => return self.report(users::remove_user(file, name)?),
             (_, None, None) => {}
         }
-        let hops = self.hops()?;
         let methods = self.accepted_methods()?;
-        let sources = self.policy_sources(&hops, methods);
-        let policy = sources.load()?;
+        let sources = self.policy_sources(methods)?;
+        let (policy, proxies) = sources.load()?;
+        let hops = sources.hops.names().into_iter().zip(proxies).map(|(name, proxies)| Hop::new(name, proxies).into());
+        let hops = hops.collect();
         let (request, show_rules) = (self.explain.take(), self.show_rules);
         let options = self.options(&policy, hops)?;
         if show_rules {
@@ -295,30 +301,6 @@ impl ServeArgs {
         Ok(())
     }
 
-    /// Parses the values of `--hop` and `--via`. The `--via` hop is the last.
-    fn hops(&mut self) -> Result<Vec<Arc<Hop>>, CliError> {
-        let mut hops: Vec<Arc<Hop>> = Vec::new();
-        for text in &self.hop {
-            let (name, url) = text.split_once('=').ok_or_else(|| CliError::usage("--hop: expected NAME=URL"))?;
-            // The name may be part of a URL with a password, so it is not printed.
-            let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
-            if !is_name || name == "direct" {
-                let hint = "a name consists of letters, digits, \"-\", \"_\" and \".\", and is not \"direct\"";
-                return Err(CliError::usage(format!("--hop: expected NAME=URL; {hint}")));
-            }
-            if hops.iter().any(|hop| hop.name == name) {
-                return Err(CliError::usage(format!("--hop: duplicate name {name:?}")));
-            }
-            let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--hop {name}: {error}")))?;
-            hops.push(Arc::new(Hop { name: name.into(), proxies }));
-        }
-        if let Some(url) = &self.via {
-            let proxies = parse_hops(url).map_err(|error| CliError::usage(format!("--via: {error}")))?;
-            hops.push(Arc::new(Hop { name: VIA_HOP_NAME.into(), proxies }));
-        }
-        Ok(hops)
-    }
-
     /// Returns the accepted methods, the preferred one first.
     fn accepted_methods(&self) -> Result<Vec<Method>, CliError> {
         let has_gssapi = self.keytab.is_some() || self.gssapi_service.is_some() || self.gssapi_protection.is_some();
@@ -337,18 +319,23 @@ impl ServeArgs {
         }
     }
 
-    fn policy_sources(&mut self, hops: &[Arc<Hop>], methods: Vec<Method>) -> PolicySources {
+    fn policy_sources(&mut self, methods: Vec<Method>) -> Result<PolicySources, CliError> {
         let mut rule_options = [&mut self.rule, &mut self.allow, &mut self.deny].map(std::mem::take).concat();
         rule_options.sort_by_key(|rule| rule.position);
-        let via = self.via.as_ref().and_then(|_| hops.len().checked_sub(1));
-        PolicySources {
+        // The --via hop follows the others.
+        let via = self.via.as_ref().map(|_| self.hop.len());
+        let takes_passwords = self.hop_auth.as_ref().is_none_or(|methods| methods.contains(&Method::PASSWORD));
+        // Without a server, no password is needed.
+        let takes_passwords = takes_passwords && self.explain.is_none() && !self.show_rules;
+        let login_file = self.proxy_auth_file.take();
+        Ok(PolicySources {
             users: self.users.take(),
             rules: self.rules.take(),
             rule_options,
             methods,
-            hops: hops.iter().map(|hop| hop.name.clone()).collect(),
+            hops: HopSources::new(&self.hop, self.via.as_deref(), login_file, takes_passwords)?,
             default_route: via.map_or(Route::Direct, Route::Hop),
-        }
+        })
     }
 
     fn options(self, policy: &Policy, hops: Vec<Arc<Hop>>) -> Result<Options, CliError> {

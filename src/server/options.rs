@@ -1,7 +1,7 @@
-//! Settings of a server, which a reload does not change.
+//! Settings of a server. A reload changes none of them but the passwords of the hops.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::listen::ListenAddr;
@@ -40,7 +40,7 @@ pub struct Options {
     pub udp_filtering: Filtering,
     /// Server side of GSSAPI logins.
     pub gssapi_acceptor: Option<Acceptor>,
-    /// Login methods and Kerberos tickets for hops; passwords are part of each hop's URL.
+    /// Login methods and Kerberos tickets for hops; passwords are part of each hop.
     pub hop_options: Arc<ClientOptions>,
     /// Upstreams that rules can select. [`Route::Hop`](crate::policy::rules::Route) is an index into this list.
     pub hops: Vec<Arc<Hop>>,
@@ -57,8 +57,25 @@ pub struct Options {
 pub struct Hop {
     /// Name in rules and in the log.
     pub name: String,
-    /// Nearest first, at least one.
-    pub proxies: Vec<Proxy>,
+    /// Nearest first, at least one. A reload changes only users and passwords.
+    proxies: RwLock<Vec<Proxy>>,
+}
+
+impl Hop {
+    /// `proxies` has at least one proxy, nearest first.
+    pub fn new(name: String, proxies: Vec<Proxy>) -> Self {
+        Self { name, proxies: RwLock::new(proxies) }
+    }
+
+    /// Returns the proxies, nearest first.
+    pub fn proxies(&self) -> Vec<Proxy> {
+        self.proxies.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the proxies of later sessions.
+    pub(super) fn set_proxies(&self, proxies: Vec<Proxy>) {
+        *self.proxies.write().unwrap_or_else(PoisonError::into_inner) = proxies;
+    }
 }
 
 /// Senders whose datagrams a UDP association relays to its client (RFC 4787 section 5).

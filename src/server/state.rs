@@ -32,7 +32,7 @@ impl Server {
     /// Returns a client that requests `dst` through `hop`.
     pub(super) fn hop_client(&self, hop: &Hop, dst: Addr, deadline: Instant) -> Client {
         let remaining = deadline.saturating_duration_since(Instant::now());
-        Client::new(hop.proxies.clone(), dst, Some(remaining), self.options.hop_options.clone())
+        Client::new(hop.proxies(), dst, Some(remaining), self.options.hop_options.clone())
     }
 
     /// Returns a hop by its index in `Options::hops`.

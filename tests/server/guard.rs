@@ -11,4 +11,5 @@ mod reload_steps;
 mod rules;
 mod startup;
 pub mod tools;
+mod upstream_passwords;
 mod via;

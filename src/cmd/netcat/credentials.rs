@@ -40,8 +40,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
         None => {}
     }
     if let Some(file) = &args.proxy_auth_file {
-        let file_error = |error| CliError::new(ExitStatus::USAGE, format!("{}: {error}", auth_file_label(file)));
-        logins.extend(read_file(file).map_err(file_error)?);
+        logins.extend(read_login_file(file)?);
     }
     // This check follows the read, so that a line from stdin or a descriptor never reaches the tunnel.
     if args.auth.as_ref().is_some_and(|methods| !methods.contains(&Method::PASSWORD)) {
@@ -50,8 +49,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
     logins.extend(read_environment()?);
     for hop in hops.iter_mut().filter(|hop| hop.credentials.is_none()) {
         let uname = hop.uname.as_ref().or(user.as_ref());
-        let login = logins.iter().find(|login| uname.is_none_or(|uname| *uname == login.uname));
-        let login = match (login, uname) {
+        let login = match (find_login(&logins, uname.map(Vec::as_slice)), uname) {
             (Some(login), _) => login.clone(),
             (None, Some(uname)) => Credentials { uname: uname.clone(), passwd: prompt_password(hop, uname, args)? },
             (None, None) => continue,
@@ -60,6 +58,21 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
         hop.credentials = Some(login);
     }
     Ok(())
+}
+
+/// Returns the first login of a user, or the first login if no user is given.
+pub(crate) fn find_login<'a>(logins: &'a [Credentials], uname: Option<&[u8]>) -> Option<&'a Credentials> {
+    logins.iter().find(|login| uname.is_none_or(|uname| uname == login.uname))
+}
+
+/// Reads the file of `--proxy-auth-file`.
+pub(crate) fn read_login_file(file: &str) -> Result<Vec<Credentials>, CliError> {
+    read_file(file).map_err(|error| CliError::new(ExitStatus::USAGE, format!("{}: {error}", auth_file_label(file))))
+}
+
+/// Returns true if the file of `--proxy-auth-file` is stdin or a descriptor, which can be read only once.
+pub(crate) fn is_stream(file: &str) -> bool {
+    file == "-" || descriptor::fd_number(file).is_some()
 }
 
 /// Returns the option with its value. The value may be a password, given by mistake: then it is not shown.
@@ -99,7 +112,8 @@ fn read_first_line(mut file: impl Read, line: &mut Vec<u8>) -> io::Result<()> {
     Ok(())
 }
 
-fn read_environment() -> Result<Vec<Credentials>, CliError> {
+/// Returns the logins of the environment, in the order of precedence.
+pub(crate) fn read_environment() -> Result<Vec<Credentials>, CliError> {
     // As bytes: a password need not be UTF-8.
     let variable = |name: &str| env::var_os(name).map(OsString::into_vec).filter(|value| !value.is_empty());
     let mut logins = Vec::new();

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::hops::HopSources;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::cli::text_file;
 use crate::gssapi::Acceptor;
@@ -12,6 +13,7 @@ use crate::policy::Policy;
 use crate::policy::rules::{self, Route, Rule, Rules};
 use crate::policy::users::Users;
 use crate::proto::{Method, ProtectionLevel};
+use crate::server::Configuration;
 
 /// Maximum size of a users file in bytes: about 100 000 users.
 pub(super) const MAX_USERS_FILE: u64 = 16 << 20;
@@ -37,18 +39,19 @@ pub(super) struct PolicySources {
     pub(super) methods: Vec<Method>,
     /// Rules of the command line, in order.
     pub(super) rule_options: Vec<RuleOption>,
-    /// Names of the hops, by index.
-    pub(super) hops: Vec<String>,
+    /// Upstreams, by index.
+    pub(super) hops: HopSources,
     /// Route of rules without `via=`.
     pub(super) default_route: Route,
 }
 
 impl PolicySources {
-    /// Reads the files and builds the policy. The log has warnings about rules and users that are valid but useless.
+    /// Reads the files and builds the policy. The log has warnings about rules and users that are valid but useless. Also
+    /// returns the proxies of each hop, with their passwords.
     ///
     /// # Errors
     /// A file cannot be read, or a line is invalid. The message names file, line and word.
-    pub(super) fn load(&self) -> Result<Policy, CliError> {
+    pub(super) fn load(&self) -> Result<Configuration, CliError> {
         let users = self.users.as_deref().map(|file| {
             let text = read_file("--users", file, MAX_USERS_FILE)?;
             Users::parse(&text).map(Arc::new).map_err(|error| file_error(file, error))
@@ -57,22 +60,24 @@ impl PolicySources {
         let mut all = self.parse_rule_options()?;
         if let Some(file) = &self.rules {
             let text = read_file("--rules", file, MAX_RULES_FILE)?;
-            let rules = rules::parse_rules(text, &file.display().to_string(), &self.hops);
+            let rules = rules::parse_rules(text, &file.display().to_string(), &self.hops.names());
             all.extend(rules.map_err(|error| file_error(file, error))?);
         }
         let rules = Rules::new(all, self.default_route);
         let policy = Policy { users, methods: self.methods.clone(), rules, ..Policy::default() };
+        let hops = self.hops.load()?;
         self.warn(&policy);
-        Ok(policy)
+        Ok((policy, hops))
     }
 
     /// Reads the files again, as [`PolicySources::load`].
     ///
     /// # Errors
     /// Those of `load`, and a file that is not a regular one: a pipe may have no writer, and opening it would block.
-    pub(super) fn reload(&self) -> Result<Policy, CliError> {
-        let is_special = |file: &&PathBuf| fs::metadata(file).is_ok_and(|metadata| !metadata.is_file());
-        match [&self.users, &self.rules].into_iter().flatten().find(is_special) {
+    pub(super) fn reload(&self) -> Result<Configuration, CliError> {
+        let is_special = |file: &&Path| fs::metadata(file).is_ok_and(|metadata| !metadata.is_file());
+        let files = [self.users.as_deref(), self.rules.as_deref(), self.hops.file()];
+        match files.into_iter().flatten().find(is_special) {
             Some(file) => Err(file_error(file, "not a regular file (a directory or a pipe cannot be reloaded)")),
             None => self.load(),
         }
@@ -98,8 +103,9 @@ impl PolicySources {
     }
 
     fn parse_rule_options(&self) -> Result<Vec<Rule>, CliError> {
+        let hops = self.hops.names();
         let parse = |RuleOption { option, text, .. }: &RuleOption| {
-            let parsed = rules::parse_rule(text, option, &self.hops);
+            let parsed = rules::parse_rule(text, option, &hops);
             let rule = parsed.and_then(|rule| rule.ok_or_else(|| "the rule is empty".into()));
             rule.map_err(|error| CliError::usage(format!("{option}: {error}")))
         };

@@ -282,7 +282,7 @@ const CASES: [(&str, &[&str]); 10] = [
     ("s5 connect --addr", &[]),
     ("s5 udp --len", &["--length-prefixed"]),
     ("s5 serve --max-c", &["--max-connections"]),
-    ("s5 serve --prox", &[]),
+    ("s5 serve --addr", &[]),
 ];
 
 /// Runs a shell without the user's configuration. Returns its stdout.
