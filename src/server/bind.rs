@@ -107,7 +107,7 @@ impl Session {
                     if expected.includes(peer) && route().is_ok_and(|route| route == Some(Route::Direct)) {
                         return (Conn::Tcp(stream), peer);
                     }
-                    log::debug!("bind: closed connection from {peer}: not the expected peer, or denied");
+                    self.log.log_other_peer(peer);
                 }
                 Ok((_, None)) => {}
                 Err(_) => sleep(ACCEPT_RETRY_DELAY).await,

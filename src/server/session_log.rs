@@ -213,6 +213,10 @@ impl SessionLog {
         self.log_step(Level::Debug, "connect", format_args!(""));
     }
 
+    pub(super) fn log_other_peer(&self, peer: SocketAddr) {
+        self.log_step(Level::Debug, "peer", format_args!(" peer={peer} error=\"not the expected peer, or denied\""));
+    }
+
     pub(super) fn log_reply(&self, rep: Rep, bnd: &Addr) {
         self.log_step(Level::Trace, "reply", format_args!(" rep={} bnd={:?}", rep.0, bnd.to_string()));
     }

@@ -6,8 +6,8 @@ use std::process::Stdio;
 
 use crate::support::login::{log_in, users_file};
 use crate::support::{
-    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, echo_server, greet, in_namespace, open,
-    read_reply, request_by_name, reset, s5, session_lines, steps, stream_end, wait_until,
+    BIND, CONNECT, Server, StreamEnd, TIMEOUT, UDP_ASSOCIATE, V4, closed_port, connect_from, echo_server, greet,
+    in_namespace, open, read_reply, request_by_name, reset, s5, session_lines, steps, stream_end, wait_until,
 };
 
 #[test]
@@ -45,9 +45,11 @@ fn session_log_line_has_the_address_of_a_name() {
 
 #[test]
 fn session_log_line_of_bind_has_the_address_of_the_peer() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["-v"]);
     let (mut stream, rep, bnd) = open(&server, BIND, "127.0.0.1:0".parse().expect("valid address"));
     assert_eq!(rep, 0);
+    let mut other = connect_from("127.0.0.2:0".parse().expect("valid address"), bnd);
+    stream_end(&mut other);
     let peer = TcpStream::connect(bnd).expect("the listener accepts");
     assert_eq!(read_reply(&mut stream).0, 0);
     let addr = peer.local_addr().expect("local address");
@@ -55,6 +57,9 @@ fn session_log_line_of_bind_has_the_address_of_the_peer() {
     let log = server.wait_log(|log| !session_lines(log).is_empty());
     let expected = format!(" command=bind to=\"127.0.0.1:0\" addr={addr} bnd={bnd} rep=0 ");
     assert!(session_lines(&log)[0].contains(&expected), "{expected} is not in {log}");
+    let (other, steps) = (other.local_addr().expect("local address"), [steps(&log, "peer"), steps(&log, "connect")]);
+    assert!(steps[0][0].contains(&format!(" peer={other} error=\"not the expected peer, or denied\"")), "{log}");
+    assert_eq!((steps[0].len(), steps[1].len()), (1, 1), "{log}");
 }
 
 #[test]
