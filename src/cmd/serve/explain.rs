@@ -81,7 +81,11 @@ impl Explanation<'_> {
             };
             return Ok(false);
         }
-        let Some(to) = query.target() else { return self.report("the client", &request) };
+        let to = match (query.target(), query.addr) {
+            (Some(to), _) => to,
+            (None, Some(addr)) => return self.report_addrs(&request, &[addr]),
+            (None, None) => return self.report("the client", &request),
+        };
         let name = match &to.host {
             Host::Ip(ip) => return self.report_addrs(&request, &[*ip]),
             Host::Name(name) => name,

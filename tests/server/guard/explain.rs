@@ -87,6 +87,13 @@ fn explain_decides_about_the_address_of_a_log_line_without_a_lookup() {
 }
 
 #[test]
+fn explain_of_a_bind_for_any_peer_decides_about_the_peer_of_the_log_line() {
+    let line = "msg=session from=192.0.2.7:5 command=bind to=\"0.0.0.0:0\" addr=198.51.100.1:80 rep=0";
+    let output = explain(&["--deny", "to=198.51.100.0/24"], line);
+    assert!(text(&output.stdout).contains("\ndeny 198.51.100.1: --deny (deny to=198.51.100.0/24)\n"), "{output:?}");
+}
+
+#[test]
 fn explain_of_the_log_line_of_a_denial_names_the_rule_of_the_line() {
     let args = ["--allow", "port=80", "--deny", "port=25"];
     let server = Server::start(&args);
