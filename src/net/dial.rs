@@ -121,6 +121,11 @@ fn requires_zone(addr: SocketAddr) -> bool {
     matches!(addr, SocketAddr::V6(addr) if addr.ip().is_unicast_link_local() && addr.scope_id() == 0)
 }
 
+/// Replaces an error of bind(2) that a link-local address without a scope causes.
+pub fn bind_error(error: io::Error, addr: SocketAddr) -> io::Error {
+    if requires_zone(addr) { io::Error::other(DialError::ZoneRequired) } else { error }
+}
+
 /// Gives a link-local address without a scope (interface) that of `from`.
 pub fn with_scope(mut addr: SocketAddr, from: SocketAddr) -> SocketAddr {
     let is_missing = requires_zone(addr);

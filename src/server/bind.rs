@@ -4,7 +4,7 @@
 //! another one. Without an address, any peer may connect, and the port is where the client wishes the server to listen.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::time::Instant;
 
 use futures_lite::FutureExt as _;
@@ -16,7 +16,7 @@ use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::Session;
 use crate::conn::Conn;
-use crate::net::{ACCEPT_RETRY_DELAY, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
+use crate::net::{ACCEPT_RETRY_DELAY, DialError, Interest, Io, accept, parse_literal, sleep, timeout_at, unspecified};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Command, Host, PortRange, Rep};
 
@@ -41,7 +41,11 @@ pub(super) async fn serve(
 
 async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
     let expected = ExpectedPeer::resolve(session, dst).await?;
-    let (listener, bnd) = listen_for_peer(session, client, &expected).map_err(SessionError::general_failure)?;
+    let control = client.local_addr();
+    let peer = expected.preferred_addr(control);
+    let local = reachable_addr(control, peer)
+        .map_err(|error| SessionError::from_dial(DialError::from_connect(&error, peer), dst))?;
+    let (listener, bnd) = listen_for_peer(session, local, &expected).map_err(SessionError::general_failure)?;
     session.reply_success(client, bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
@@ -119,7 +123,7 @@ impl Session {
 /// The peers that may connect.
 struct ExpectedPeer {
     /// All addresses of DST, canonical. The unspecified address stands for any.
-    ips: Vec<IpAddr>,
+    addrs: Vec<SocketAddr>,
     /// Port to listen on if it is free.
     wished_port: Option<u16>,
 }
@@ -129,11 +133,11 @@ impl ExpectedPeer {
     async fn resolve(session: &Session, dst: &Addr) -> SessionResult<Self> {
         let literal = match &dst.host {
             Host::Ip(ip) => Some(*ip),
-            Host::Name(name) => parse_literal(name.as_str()),
+            Host::Name(name) => parse_literal(name.as_str()).filter(|_| !name.is_zoned_address()),
         };
         if let Some(ip) = literal.map(|ip| ip.to_canonical()) {
             let wished_port = Some(dst.port).filter(|port| ip.is_unspecified() && *port >= FIRST_UNPRIVILEGED_PORT);
-            return Ok(Self { ips: vec![ip], wished_port });
+            return Ok(Self { addrs: vec![SocketAddr::new(ip, 0)], wished_port });
         }
         let deadline = Instant::now() + session.server().options.connect_timeout;
         let mut addrs = session.resolve(dst, deadline).await?;
@@ -144,38 +148,36 @@ impl ExpectedPeer {
         });
         match last_denial {
             Some(denial) if addrs.is_empty() => Err(denial),
-            _ => Ok(Self { ips: addrs.into_iter().map(|addr| addr.ip()).collect(), wished_port: None }),
+            _ => Ok(Self { addrs, wished_port: None }),
         }
     }
 
     fn includes(&self, peer: SocketAddr) -> bool {
         let ip = peer.ip().to_canonical();
-        self.ips.iter().any(|expected| expected.is_unspecified() || *expected == ip)
+        self.addrs.iter().any(|expected| expected.ip().is_unspecified() || expected.ip() == ip)
     }
 
     /// Returns the address that selects family and address of the listener. The family of the control connection is
     /// preferred.
-    fn preferred_ip(&self, control: Option<SocketAddr>) -> IpAddr {
-        let is_same_family = |ip: &&IpAddr| control.is_some_and(|control| control.is_ipv4() == ip.is_ipv4());
-        let preferred = self.ips.iter().find(is_same_family).or(self.ips.first());
-        preferred.copied().unwrap_or(Ipv4Addr::UNSPECIFIED.into())
+    fn preferred_addr(&self, control: Option<SocketAddr>) -> SocketAddr {
+        let is_same_family = |addr: &&SocketAddr| control.is_some_and(|control| control.is_ipv4() == addr.is_ipv4());
+        let preferred = self.addrs.iter().find(is_same_family).or(self.addrs.first());
+        preferred.copied().unwrap_or((Ipv4Addr::UNSPECIFIED, 0).into())
     }
 
     fn has_both_families(&self) -> bool {
-        self.ips.iter().any(IpAddr::is_ipv4) && self.ips.iter().any(IpAddr::is_ipv6)
+        self.addrs.iter().any(SocketAddr::is_ipv4) && self.addrs.iter().any(SocketAddr::is_ipv6)
     }
 }
 
-/// Listens at an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers of both
+/// Listens at `local`, an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers of both
 /// families are expected, or if BND is an advertised address, since this host may not have it.
 fn listen_for_peer(
     session: &Session,
-    client: &Conn,
+    mut local: SocketAddr,
     expected: &ExpectedPeer,
 ) -> io::Result<(Io<TcpListener>, SocketAddr)> {
     let options = &session.server().options;
-    let control = client.local_addr();
-    let mut local = reachable_addr(control, expected.preferred_ip(control))?;
     let mut bnd = session.advertised_addr(&options.advertise_bind, local);
     let both_families = expected.has_both_families();
     if both_families {

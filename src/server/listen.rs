@@ -13,7 +13,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::client::{parse_addr, parse_port};
 use crate::conn::DetachedConn;
-use crate::net::{accept, set_tcp_options};
+use crate::net::{accept, bind_error, set_tcp_options};
 use crate::proto::{Addr, DEFAULT_PORT, Host};
 
 /// Connections that wait for accept(2). The kernel limits it to net.core.somaxconn.
@@ -150,7 +150,7 @@ pub(super) fn listen_tcp(addr: SocketAddr, is_v6_only: bool, backlog: i32) -> io
         socket.set_only_v6(is_v6_only)?;
     }
     socket.set_reuse_address(true)?;
-    socket.bind(&addr.into())?;
+    socket.bind(&addr.into()).map_err(|error| bind_error(error, addr))?;
     set_tcp_options(&socket);
     socket.listen(backlog)?;
     Ok(socket.into())

@@ -9,20 +9,21 @@ use crate::proto::PortRange;
 /// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it. The
 /// session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
 /// family: one on this host if the client is, else the default route leads to it.
-pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::Result<SocketAddr> {
-    let loopback = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> io::Result<SocketAddr> {
+    let loopback: IpAddr = if peer.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     let mut control = control.unwrap_or(SocketAddr::new(loopback, 0));
     control.set_port(0);
     let is_same_family = control.is_ipv4() == peer.is_ipv4();
     let is_client_local = control.ip().is_loopback();
-    let target = match peer {
-        _ if peer.is_loopback() || peer.is_unspecified() && is_client_local => loopback,
+    let mut target = peer;
+    match peer.ip() {
+        ip if ip.is_loopback() || ip.is_unspecified() && is_client_local => target.set_ip(loopback),
         // A documentation address (RFC 5737, RFC 3849) stands for any peer: it selects the default route.
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::new(192, 0, 2, 1).into(),
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
-        peer => peer,
-    };
-    if is_same_family && is_client_local && target == loopback {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => target.set_ip(Ipv4Addr::new(192, 0, 2, 1).into()),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => target.set_ip(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()),
+        _ => {}
+    }
+    if is_same_family && is_client_local && target.ip() == loopback {
         return Ok(control);
     }
     // Without a route, the peer may still be on the client's side.
@@ -30,10 +31,11 @@ pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: IpAddr) -> io::R
 }
 
 /// Returns the local address, with port 0, from which this host sends to `target`.
-fn route_source(target: IpAddr) -> io::Result<SocketAddr> {
+fn route_source(mut target: SocketAddr) -> io::Result<SocketAddr> {
     // connect(2) on a UDP socket sends nothing, and selects the source address.
-    let probe = UdpSocket::bind((unspecified(target), 0))?;
-    probe.connect((target, 9))?;
+    let probe = UdpSocket::bind((unspecified(target.ip()), 0))?;
+    target.set_port(9);
+    probe.connect(target)?;
     let mut local = probe.local_addr()?;
     local.set_port(0);
     Ok(local)
@@ -83,7 +85,8 @@ mod tests {
     fn reachable_addr_is_loopback_if_client_and_peer_are_on_this_host() {
         let control = |text: &str| Some(text.parse().expect("an address"));
         let reachable = |control, peer: &str| {
-            reachable_addr(control, peer.parse().expect("an address")).map(|addr| addr.ip().to_string()).ok()
+            let peer = SocketAddr::new(peer.parse().expect("an address"), 0);
+            reachable_addr(control, peer).map(|addr| addr.ip().to_string()).ok()
         };
         assert_eq!(reachable(control("127.0.0.2:1080"), "127.0.0.1").as_deref(), Some("127.0.0.2"));
         assert_eq!(reachable(control("127.0.0.2:1080"), "0.0.0.0").as_deref(), Some("127.0.0.2"));

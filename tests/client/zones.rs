@@ -86,6 +86,9 @@ fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
     stream.write_all(b"hello").expect("data sent");
     assert_eq!(read_exact(&mut stream, 5), b"hello");
     bound_address(&start(&format!("bind -x {proxy} fe80::2%s0")));
+    // BIND at a server whose client is on loopback: the zone selects the interface.
+    let bound = bound_address(&start(&format!("bind -x {} fe80::1%c0", near.addr())));
+    assert_eq!(bound.ip().to_string(), "fe80::2");
     assert_eq!(outcome(&format!("connect --direct [fe80::2%c0]:{tcp}"), b"hello"), success("hello"));
     assert_eq!(outcome(&format!("udp --direct -n 1 -w 5 [fe80::2%c0]:{udp}"), b"hello\n"), success("hello\n"));
 }
@@ -104,6 +107,12 @@ fn link_local_address_without_a_zone_fails_with_the_reason() {
     assert_line("connect -x [fe80::1]:1080 a:1", 7, &["proxy [fe80::1]:1080: connecting to the proxy", reason]);
     assert_line("connect --direct [fe80::2]:80", 7, &["direct: connecting to the target", reason]);
     assert_line("udp --direct [fe80::2]:53", 7, &["direct: connecting to the target", reason]);
+    assert_line("connect -l [fe80::1]:0 a:1", 45, &["listen on [fe80::1]:0: ", reason]);
+    assert_line("udp -l [fe80::1]:0 a:1", 45, &["listen on [fe80::1]:0: ", reason]);
+    assert_line("serve --listen [fe80::1]:0", 1, &["listen on [fe80::1]:0: ", reason]);
+    let (status, _, stderr) = outcome(&format!("bind -x {} fe80::2", server.addr()), b"");
+    assert_eq!((status, stderr.contains("network unreachable (REP 3)")), (Some(103), true), "{stderr}");
+    server.wait_log(|log| log.matches(reason).count() >= 2);
     // No interface has this name.
     assert_line("connect -x [fe80::1%nope]:1080 a:1", 5, &["proxy [fe80::1%nope]:1080: resolving the proxy's name"]);
     assert_line("connect -l [fe80::1%nope]:1 a:1", 2, &["this machine has no such interface"]);

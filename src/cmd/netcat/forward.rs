@@ -28,7 +28,7 @@ pub(crate) fn listen<T: AsFd>(
     bind: impl FnOnce(SocketAddr) -> io::Result<T>,
 ) -> Result<Io<T>, CliError> {
     let open = || {
-        let socket = bind(addr)?;
+        let socket = bind(addr).map_err(|error| net::bind_error(error, addr))?;
         SockRef::from(&socket).set_nonblocking(true)?;
         let local = SockRef::from(&socket).local_addr()?.as_socket();
         Ok((Io::new(socket)?, local.unwrap_or(addr)))
