@@ -16,7 +16,9 @@ use argh::{ArgsInfo, FromArgs};
 use log::LevelFilter;
 
 use super::cli::exit::{CliError, ExitStatus, eprint_line};
-use super::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout};
+use super::cli::values::{
+    parse_duration, parse_nonzero, parse_positive, parse_rate, parse_set, parse_timeout, parse_udp_relay,
+};
 use crate::client::ClientOptions;
 use crate::gssapi::Initiator;
 use crate::policy::Policy;
@@ -31,9 +33,10 @@ use load::{PolicySources, RuleOption};
 pub struct ServeArgs {
     /// listen here (repeatable) [default: 1080, loopback]. ADDR is HOST:PORT, \[IPV6\]:PORT, PORT (127.0.0.1 and ::1),
     /// *:PORT (all addresses) or unix:/PATH. 0.0.0.0:PORT accepts IPv4 alone, and \[::\]:PORT IPv6 alone. An address
-    /// family that the host does not have is skipped. With port 0 the kernel chooses the port, and s5 logs it. A Unix
-    /// socket that no process uses is replaced; one in use is an error. Its file has the permissions of the umask.
-    /// Addresses other than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
+    /// family that the host does not have is skipped. A link-local address has a zone, as in \[fe80::1%eth0\]:1080.
+    /// With port 0 the kernel chooses the port, and s5 logs it. PORT can be the name of a service. A Unix socket that
+    /// no process uses is replaced; one in use is an error. Its file has the permissions of the umask. Addresses other
+    /// than loopback require --users, --keytab, an allow rule with from=, or --allow-open-relay.
     #[argh(option, arg_name = "ADDR")]
     listen: Vec<ListenAddr>,
 
@@ -155,6 +158,12 @@ pub struct ServeArgs {
     /// an unprotected session.
     #[argh(option, arg_name = "METHODS", from_str_fn(parse_set))]
     hop_auth: Option<Vec<Method>>,
+
+    /// UDP relay: reply or proxy [default: reply]. With reply, datagrams go to the address in the reply of a proxy. With
+    /// proxy, they go to the address of the proxy itself, with the port in the reply, as with --udp-relay of the
+    /// clients.
+    #[argh(option, arg_name = "ADDR", from_str_fn(parse_udp_relay), default = "false")]
+    hop_udp_relay: bool,
 
     /// filter UDP answers [default: address-dependent]. With address-dependent, a client receives datagrams only from
     /// addresses that it has sent to; with endpoint-independent, from all addresses (RFC 4787 section 5).
@@ -351,7 +360,12 @@ impl ServeArgs {
             None => Initiator::may_have_tickets(),
         };
         let gssapi = offers_gssapi.then(Initiator::default);
-        let hop_options = ClientOptions { gssapi, methods: self.hop_auth, ..ClientOptions::default() };
+        let hop_options = ClientOptions {
+            gssapi,
+            methods: self.hop_auth,
+            proxy_is_udp_relay: self.hop_udp_relay,
+            ..ClientOptions::default()
+        };
         let acceptor = policy.methods.contains(&Method::GSSAPI).then(|| {
             let default_levels = || vec![ProtectionLevel::Integrity, ProtectionLevel::Confidentiality];
             let levels = self.gssapi_protection.unwrap_or_else(default_levels);

@@ -174,6 +174,11 @@ fn udp_relay_proxy_replaces_the_address_of_each_reply() {
         let args = format!("udp --udp-relay proxy -n 1 -w 5 -x {chain} {echo}");
         assert_eq!(outcome(&args, b"hello\n"), success("hello\n"), "{chain}");
     }
+    for hop in [&["--via", &one.to_string()][..], &["--hop", &format!("h={one},{two}"), "--allow", "via=h"]] {
+        let server = Server::start(&[hop, &["--hop-udp-relay", "proxy"]].concat());
+        let args = format!("udp -n 1 -w 5 -x {} {echo}", server.addr());
+        assert_eq!(outcome(&args, b"hello\n"), success("hello\n"), "{hop:?}");
+    }
     let (status, _, stderr) = outcome("connect --udp-relay proxy a:1", b"");
     assert_eq!((status, stderr.contains("only udp uses it")), (Some(2), true), "{stderr}");
 }

@@ -65,6 +65,15 @@ fn parse_quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     u64::try_from(billionths.checked_mul((*unit).into())? / 1_000_000_000).ok()
 }
 
+/// Parses the address to send datagrams to: that in the reply of a proxy, or that of the proxy. Returns true for `proxy`.
+pub(crate) fn parse_udp_relay(text: &str) -> Result<bool, String> {
+    match text {
+        "reply" => Ok(false),
+        "proxy" => Ok(true),
+        _ => Err("expected reply or proxy".into()),
+    }
+}
+
 /// Parses a number greater than 0.
 pub(crate) fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a number greater than 0".into())

@@ -8,7 +8,9 @@ use std::time::Duration;
 use argh::{ArgsInfo, FromArgs};
 
 use crate::cmd::cli::syntax::Syntax;
-use crate::cmd::cli::values::{parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout};
+use crate::cmd::cli::values::{
+    parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
+};
 use crate::proto::{Addr, Host, Method, ProtectionLevel};
 use crate::server::ListenAddr;
 
@@ -268,15 +270,6 @@ fn parse_dns_side(text: &str) -> Result<bool, String> {
 
 fn parse_count(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| "expected a number of answers (without a number, -n is not necessary)".into())
-}
-
-/// Returns true for `proxy`.
-fn parse_udp_relay(text: &str) -> Result<bool, String> {
-    match text {
-        "reply" => Ok(false),
-        "proxy" => Ok(true),
-        _ => Err("expected reply or proxy".into()),
-    }
 }
 
 /// Parses the address of `-l`: without an IP address, it is 127.0.0.1.
