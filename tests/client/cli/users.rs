@@ -197,7 +197,9 @@ fn edited_users_file_keeps_mode_owner_and_group() {
     for act in [add_user, |users: &str, name: &str, _: &[u8]| remove_user(users, name)] {
         for mode in [0o600, 0o640, 0o644, 0o664, 0o440] {
             fs::write(&users, format!("bob:{BCRYPT_HASH}\n")).expect("file written");
-            owner.map(|(uid, gid)| chown(&users, Some(uid), Some(gid)).expect("owner set"));
+            if let Some((uid, gid)) = owner {
+                chown(&users, Some(uid), Some(gid)).expect("owner set");
+            }
             fs::set_permissions(&users, fs::Permissions::from_mode(mode)).expect("permissions set");
             assert_success(&act(&users, "bob", b"topsecret\n"));
             assert_eq!(self::mode(&users), mode);

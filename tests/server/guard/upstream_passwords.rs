@@ -10,6 +10,8 @@ use crate::support::{
     CONNECT, Server, TIMEOUT, V4, echo_server, echo_server_at, ping, run, s5, temp_dir, udp_echo_server, write_file,
 };
 
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
 /// A hop that accepts only alice and bob, and the directory of its users file.
 fn hop() -> (TempDir, Server) {
     let dir = temp_dir();
@@ -18,7 +20,7 @@ fn hop() -> (TempDir, Server) {
 }
 
 /// Starts a server with these options and variables.
-fn start(args: &[&str], variables: &[(&str, &str)]) -> Server {
+fn start(args: &[&str], variables: Variables<'_>) -> Server {
     let mut command = s5();
     Server::start_with(command.args(["serve", "--listen", "127.0.0.1:0"]).args(args).envs(variables.iter().copied()), 1)
 }
@@ -32,7 +34,7 @@ fn passwords_of_hops_come_from_the_url_the_file_and_the_environment() {
         ["", "alice@", "bob%40corp@", "alice:wrong@"].map(|userinfo| format!("{userinfo}{}", hop.addr()));
     let environment = [("S5_PROXY_AUTH", "alice:secret")];
     let other = [("SOCKS5_USER", "alice"), ("SOCKS5_PASSWORD", "secret")];
-    let rows: [(&[&str], &[(&str, &str)], u8, &str); 9] = [
+    let rows: [(&[&str], Variables<'_>, u8, &str); 9] = [
         (&["--via", &alice], &environment, 0, "alice"),
         (&["--via", &none], &environment, 0, "alice"),
         (&["--via", &alice], &other, 0, "alice"),
@@ -51,11 +53,10 @@ fn passwords_of_hops_come_from_the_url_the_file_and_the_environment() {
         let server = start(args, variables);
         assert_eq!(rep(&server, CONNECT, &target), expected, "{args:?} {variables:?}");
         if expected == 0 {
+            let user = format!(" user=\"{user}\" method=password command=udp ");
+            let before = hop.log().matches(&user).count();
             associate_anonymously(&server).ping(udp_echo_server(V4), b"udp");
-            let user = format!(" user=\"{user}\" command=udp ");
-            hop.wait_log(|log| log.contains(&user));
-            // So that the next row finds only its own session.
-            drop(server);
+            hop.wait_log(|log| log.matches(&user).count() == before + 1);
         }
     }
 }
@@ -137,7 +138,7 @@ fn start_fails_without_a_valid_password_for_each_user_of_a_hop() {
     let missing = dir.path().join("missing").display().to_string();
     let long = format!("bob:{}", "s".repeat(256));
     let remedy = "no password for alice (use --proxy-auth-file or S5_PROXY_AUTH)";
-    let rows: [(&[&str], &[(&str, &str)], &[&str]); 9] = [
+    let rows: [(&[&str], Variables<'_>, &[&str]); 9] = [
         (&["--via", "alice@192.0.2.1"], &[], &["s5: --via: proxy 192.0.2.1:1080: ", remedy]),
         (&["--via", "alice@192.0.2.1"], &[("S5_PROXY_AUTH", "bob:secret")], &[remedy]),
         (&["--hop", "h=192.0.2.1,alice@192.0.2.2"], &[], &["s5: --hop h: proxy 192.0.2.2:1080: ", remedy]),
