@@ -80,6 +80,12 @@ impl NameAddrs {
         state.current.ip() != addr.ip() || state.advance(&self.addrs)
     }
 
+    /// Returns true if a datagram to `addr` may have to be sent again to another address, after an error.
+    pub fn is_uncertain(&self, addr: SocketAddr) -> bool {
+        let state = self.ports.iter().find(|state| state.current == addr);
+        self.addrs.len() > 1 && state.is_some_and(|state| !state.has_answered)
+    }
+
     /// Records an answer. It may be late, and its port may differ from the one that was sent to, as with TFTP.
     pub fn on_answer(&mut self, from: SocketAddr) {
         let is_known_port = self.ports.iter().any(|state| state.current.port() == from.port());

@@ -205,14 +205,22 @@ impl Association {
         for resolved in self.target.iter().chain([&self.socket.peer]) {
             resolved.poll_lookup(cx);
         }
-        for (addr, socket) in (0..).map_while(|i| self.socket.get(i)) {
-            while let Poll::Ready(answer) = socket.poll_with(cx, Interest::Read, |socket| self.receive(addr, socket)) {
-                if let Some(answer) = answer.transpose() {
-                    return Poll::Ready(answer);
+        loop {
+            self.socket.take_new_socket();
+            for (addr, socket) in (0..).map_while(|i| self.socket.get(i)) {
+                while let Poll::Ready(answer) =
+                    socket.poll_with(cx, Interest::Read, |socket| self.receive(addr, socket))
+                {
+                    if let Some(answer) = answer.transpose() {
+                        return Poll::Ready(answer);
+                    }
                 }
             }
+            // An ICMP error may have caused a datagram with a new socket.
+            if !self.socket.take_new_socket() {
+                return Poll::Pending;
+            }
         }
-        Poll::Pending
     }
 
     /// Returns the next datagram that has already arrived, if there is one.

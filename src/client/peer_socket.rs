@@ -1,6 +1,6 @@
 //! Names that this machine resolves for datagrams, and the sockets of an association to its first relay or its target.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
@@ -91,12 +91,17 @@ pub(super) struct PeerSocket {
     pub(super) peer: ResolvedAddr,
     /// Each with its peer, the newest last. An older one receives late answers.
     sockets: RefCell<VecDeque<(SocketAddr, Rc<Io<UdpSocket>>)>>,
+    /// Set when a socket was opened that has not been polled yet.
+    has_new_socket: Cell<bool>,
+    /// The last datagram to an address that has not answered.
+    unanswered: RefCell<Option<(SocketAddr, Vec<u8>)>>,
 }
 
 impl PeerSocket {
     /// Opens a socket to the first address of `peer` that has a route.
     pub(super) fn connect(peer: ResolvedAddr) -> Result<Self, DialError> {
-        let socket = Self { peer, sockets: RefCell::default() };
+        let socket =
+            Self { peer, sockets: RefCell::default(), has_new_socket: Cell::default(), unanswered: RefCell::default() };
         socket.current()?;
         Ok(socket)
     }
@@ -104,6 +109,11 @@ impl PeerSocket {
     /// Returns the open socket with this index, and its peer.
     pub(super) fn get(&self, index: usize) -> Option<(SocketAddr, Rc<Io<UdpSocket>>)> {
         self.sockets.borrow().get(index).cloned()
+    }
+
+    /// Returns true if a socket was opened since the last call.
+    pub(super) fn take_new_socket(&self) -> bool {
+        self.has_new_socket.take()
     }
 
     /// Returns the socket for the next datagram. A new socket receives only after the caller has polled it.
@@ -130,10 +140,11 @@ impl PeerSocket {
         }
         let socket = Rc::new(datagram_socket(addr, local)?);
         sockets.push_back((addr, socket.clone()));
+        self.has_new_socket.set(true);
         Ok(socket)
     }
 
-    /// Sends a datagram to the current address, without waiting. After an ICMP error about an earlier datagram, sends it
+    /// Sends a datagram to the current address, without waiting. After an ICMP error about an earlier datagram, sends both
     /// to the next address.
     ///
     /// # Errors
@@ -147,11 +158,26 @@ impl PeerSocket {
                 // The control connection shows that a relay has ended.
                 Err(io::ErrorKind::ConnectionRefused) => Ok(()),
                 Err(io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable) => sent.map(drop),
-                _ => return sent.map(drop),
+                _ => {
+                    let is_kept = sent.is_ok() && self.peer.addrs.borrow().is_uncertain(addr);
+                    self.unanswered.replace(is_kept.then(|| (addr, bytes.to_vec())));
+                    return sent.map(drop);
+                }
             };
-            self.peer.fail(addr);
+            self.on_unreachable(addr);
         }
         result
+    }
+
+    /// Uses the next address after an ICMP error. Sends the last datagram again, because it has not been delivered.
+    fn on_unreachable(&self, addr: SocketAddr) {
+        let lost = self.unanswered.take().filter(|(to, _)| *to == addr);
+        if self.peer.fail(addr)
+            && let Some((_, bytes)) = lost
+            && let Err(error) = self.try_send(&bytes)
+        {
+            log::debug!("cannot send a datagram again: {error}");
+        }
     }
 
     /// Sends a datagram as [`PeerSocket::try_send`], when the send buffer has room.
@@ -172,9 +198,7 @@ impl PeerSocket {
     pub(super) fn receive(&self, addr: SocketAddr, socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             match socket.recv(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    self.peer.fail(addr);
-                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => self.on_unreachable(addr),
                 received => return received,
             }
         }

@@ -152,19 +152,24 @@ impl AssociationRelay<'_> {
                 self.relay_from_targets(now, received, to_send);
             }
             has_more |= budget == 0;
-            self.record_unreachable(family);
+            has_more |= self.record_unreachable(family);
         }
         has_more | self.relay_from_upstreams(cx, now)
     }
 
-    /// Records the ICMP errors that a socket has received about addresses of names.
-    fn record_unreachable(&mut self, family: usize) {
-        let Some(Some(socket)) = self.egress.sockets.get(family) else { return };
-        while let Some(addr) = socket.next_unreachable() {
-            if let Some(Some(name)) = self.egress.sent_to.get(addr.ip()) {
-                self.name_cache.fail(name, addr);
+    /// Records the ICMP errors that a socket has received about addresses of names. Returns true if it has sent a datagram
+    /// to another address, perhaps through a new socket, which has not been polled yet.
+    fn record_unreachable(&mut self, family: usize) -> bool {
+        let mut has_sent = false;
+        while let Some(Some(socket)) = self.egress.sockets.get(family)
+            && let Some(addr) = socket.next_unreachable()
+        {
+            let name = self.egress.sent_to.get(addr.ip()).flatten();
+            if let Some((name, data)) = name.and_then(|name| self.name_cache.on_unreachable(name, addr)) {
+                has_sent |= self.send_to_name(&name, addr.port(), &data);
             }
         }
+        has_sent
     }
 
     /// Records that the address of a name has answered.
@@ -276,7 +281,10 @@ impl AssociationRelay<'_> {
         }
         while let Some(addr) = selected {
             match self.route_to_addr(addr, Some(name)) {
-                Some(Route::Direct) if self.egress.send(addr, name, data) => return true,
+                Some(Route::Direct) if self.egress.send(addr, name, data) => {
+                    self.name_cache.on_sent(name, addr, data);
+                    return true;
+                }
                 // A datagram that a hop loses is not sent again, so that the target sees one sender.
                 Some(Route::Hop(hop)) => return self.egress.send_to_hop_by_addr(hop, addr, name, data),
                 Some(Route::Direct) | None => {}

@@ -123,6 +123,18 @@ fn late_answer_selects_its_address_unless_another_one_has_answered() {
 }
 
 #[test]
+fn datagrams_are_kept_only_for_addresses_that_have_not_answered() {
+    let mut name = Name::new("::1 127.0.0.1");
+    name.send();
+    assert!(name.addrs.is_uncertain(addr("::1")) && !name.addrs.is_uncertain(addr("127.0.0.1")));
+    name.addrs.on_answer(addr("::1"));
+    assert!(!name.addrs.is_uncertain(addr("::1")));
+    let mut name = Name::new("::1");
+    name.send();
+    assert!(!name.addrs.is_uncertain(addr("::1")));
+}
+
+#[test]
 fn each_port_has_its_own_address() {
     let mut name = Name::new("::1 127.0.0.1");
     let select = |name: &mut Name, port| name.addrs.select(name.now, port).expect("an address").to_string();

@@ -32,6 +32,8 @@ pub(super) struct NameCache {
     timeout: Duration,
     names: HashMap<HostName, NameAddrs>,
     lookups: Vec<Lookup>,
+    /// The last datagram to an address that has not answered.
+    unanswered: Option<(SocketAddr, HostName, Vec<u8>)>,
 }
 
 struct Lookup {
@@ -43,7 +45,7 @@ struct Lookup {
 
 impl NameCache {
     pub(super) fn new(resolver: Resolver, timeout: Duration) -> Self {
-        Self { resolver, timeout, names: HashMap::new(), lookups: Vec::new() }
+        Self { resolver, timeout, names: HashMap::new(), lookups: Vec::new(), unanswered: None }
     }
 
     /// Returns the address to send a datagram to, if the name is resolved.
@@ -70,6 +72,20 @@ impl NameCache {
     /// Records that a datagram was not delivered. Returns false if all addresses of the name have failed.
     pub(super) fn fail(&mut self, name: &HostName, addr: SocketAddr) -> bool {
         self.names.get_mut(name).is_some_and(|addrs| addrs.fail(addr))
+    }
+
+    /// Records that a datagram was sent. Keeps it if it may have to be sent again.
+    pub(super) fn on_sent(&mut self, name: &HostName, addr: SocketAddr, data: &[u8]) {
+        let is_uncertain = self.names.get(name).is_some_and(|addrs| addrs.is_uncertain(addr));
+        self.unanswered = is_uncertain.then(|| (addr, name.clone(), data.to_vec()));
+    }
+
+    /// Records an ICMP error. Returns a datagram to send to another address of its name: it has not been delivered.
+    pub(super) fn on_unreachable(&mut self, name: &HostName, addr: SocketAddr) -> Option<(HostName, Vec<u8>)> {
+        if !self.fail(name, addr) {
+            return None;
+        }
+        self.unanswered.take_if(|(to, ..)| *to == addr).map(|(_, name, data)| (name, data))
     }
 
     pub(super) fn on_answer(&mut self, name: &HostName, from: SocketAddr) {
