@@ -19,7 +19,10 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 use socket2::Socket;
 
-use crate::net::{Interest, Io, SocketOp, SocketPoll, Stream, set_keepalive, sleep, timeout_at, yield_now};
+use crate::net::{
+    Interest, Io, SHORT_KEEPALIVE_TIME, SocketOp, SocketPoll, Stream, set_keepalive, set_reset_after_delivery,
+    shorten_keepalive, sleep, timeout_at, yield_now,
+};
 use crate::proto::{DecodeError, Message, ProtocolError};
 use protected::ProtectedStream;
 pub use protected::{Protection, SecurityContext, TokenOrder, Unwrapped};
@@ -230,6 +233,15 @@ impl Conn {
         }
     }
 
+    /// Returns the socket below all protection; `None` if it is a Unix socket.
+    fn tcp_socket(&self) -> Option<&Socket> {
+        match self {
+            Self::Tcp(io) => Some(io.get_ref()),
+            Self::Unix(_) => None,
+            Self::Protected(protected) => protected.inner.tcp_socket(),
+        }
+    }
+
     /// Returns the address of the peer; `None` on a Unix socket.
     pub fn peer_addr(&self) -> Option<SocketAddr> {
         self.io().get_ref().peer_addr().ok()?.as_socket().map(to_canonical_addr)
@@ -255,10 +267,19 @@ impl Stream for Conn {
         }
     }
 
-    fn keep_alive(&self) {
-        let socket = self.io().get_ref();
+    fn keep_alive(&self, peer_has_ended: bool) {
+        let Some(socket) = self.tcp_socket() else { return };
         if socket.keepalive().is_ok_and(|is_set| !is_set) {
             set_keepalive(socket);
+        }
+        if peer_has_ended && socket.tcp_keepalive_time().is_ok_and(|time| time != SHORT_KEEPALIVE_TIME) {
+            shorten_keepalive(socket);
+        }
+    }
+
+    fn reset_after_delivery(&self) {
+        if let Some(socket) = self.tcp_socket() {
+            set_reset_after_delivery(socket);
         }
     }
 
@@ -268,6 +289,11 @@ impl Stream for Conn {
 
     fn is_reset(&self) -> bool {
         self.has_event(PollFlags::ERR)
+    }
+
+    /// A Unix socket has no error after an orderly close.
+    fn is_closed(&self) -> bool {
+        self.has_event(PollFlags::ERR | PollFlags::HUP)
     }
 
     fn poll_socket(&self, cx: &mut Context<'_>, interest: Interest, op: &mut SocketOp<'_>) -> SocketPoll {

@@ -14,7 +14,8 @@ mod timer;
 pub(crate) use datagrams::{BatchSocket, GsoBatch, RecvBatch};
 pub use datagrams::{DATAGRAM_BUFFER_SIZE, retry_refused};
 pub use dial::{
-    DialError, LocalAddr, bind_error, connect_unix, dial, set_keepalive, set_tcp_options, unspecified, with_scope,
+    DialError, LocalAddr, SHORT_KEEPALIVE_TIME, bind_error, connect_unix, dial, set_keepalive,
+    set_reset_after_delivery, set_tcp_options, shorten_keepalive, unspecified, with_scope,
 };
 pub use rate_limit::{RateLimit, TokenBucket};
 pub use reactor::{Interest, wake_later, yield_now};

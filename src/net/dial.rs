@@ -12,6 +12,8 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures_lite::FutureExt as _;
+use nix::sys::socket::{SetSockOpt as _, sockopt::SetStruct};
+use nix::{libc, setsockopt_impl};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with, sockopt};
 use socket2::{SockRef, Socket, TcpKeepalive};
@@ -22,6 +24,8 @@ use super::timer::{sleep, sleep_until, timeout_at};
 
 /// Time after which [`dial`] tries the next address: the Connection Attempt Delay of RFC 8305 section 5.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Time without a packet after which a peer that has ended its stream is probed.
+pub const SHORT_KEEPALIVE_TIME: Duration = Duration::from_secs(5);
 /// Pause before connecting again to a Unix socket whose backlog is full.
 const BACKLOG_RETRY_DELAY: Duration = Duration::from_millis(10);
 
@@ -275,6 +279,29 @@ pub fn set_keepalive(socket: &impl AsFd) {
     let keepalive =
         TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(6);
     log_failure(SockRef::from(socket).set_tcp_keepalive(&keepalive));
+}
+
+/// Shortens keepalive, which is already set, for a peer that has ended its stream: the kernel detects within 65 s that the
+/// peer is unreachable, and that the peer's kernel has forgotten the connection, which Linux does 60 s after a close.
+pub fn shorten_keepalive(socket: &impl AsFd) {
+    let set = || {
+        sockopt::set_tcp_keepidle(socket, SHORT_KEEPALIVE_TIME)?;
+        sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
+        sockopt::set_tcp_keepcnt(socket, 6)
+    };
+    log_failure(set().map_err(io::Error::from));
+}
+
+/// The option TCP_LINGER2 of tcp(7).
+#[derive(Clone)]
+struct Linger2;
+
+setsockopt_impl!(Linger2, libc::IPPROTO_TCP, libc::TCP_LINGER2, i32, SetStruct<'_, i32>);
+
+/// Makes the kernel reset the connection after the next close, as soon as the peer has acknowledged all data and the end of
+/// the stream. Failures are only logged.
+pub fn set_reset_after_delivery(socket: &impl AsFd) {
+    log_failure(Linger2.set(&socket.as_fd(), &-1).map_err(io::Error::from));
 }
 
 fn set_stream_options(socket: &impl AsFd) -> io::Result<()> {

@@ -29,8 +29,11 @@ pub const UNDELIVERED_GRACE: Duration = Duration::from_secs(2);
 /// Interval of checks for a reset by a peer that is not being read, and for idle pipes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Time after which dst gets TCP keepalive, which takes four system calls and sends the first probe after 60 s. Most
-/// tunnels end before that.
+/// tunnels end before that. After the end of a stream, its peer gets a shorter keepalive at the first check.
 const KEEPALIVE_DELAY: Duration = Duration::from_secs(45);
+/// If dst is gone this long after the last byte, it has received all bytes: a lost one would have caused a reset earlier.
+/// A reset takes up to 3 s for each proxy that it passes.
+const LOSS_WINDOW: Duration = Duration::from_secs(10);
 
 /// Bytes relayed so far, readable while the relay runs.
 #[derive(Debug, Default)]
@@ -55,13 +58,20 @@ pub struct RelayStats {
     started: Instant,
     first_byte: OnceLock<Duration>,
     ended_first: OnceLock<Side>,
+    /// Bytes that dst had accepted when it ended its stream.
+    up_at_dst_end: OnceLock<u64>,
     is_up_done: AtomicBool,
 }
 
 impl Default for RelayStats {
     fn default() -> Self {
-        let started = Instant::now();
-        Self { started, first_byte: OnceLock::new(), ended_first: OnceLock::new(), is_up_done: AtomicBool::new(false) }
+        Self {
+            started: Instant::now(),
+            first_byte: OnceLock::new(),
+            ended_first: OnceLock::new(),
+            up_at_dst_end: OnceLock::new(),
+            is_up_done: AtomicBool::new(false),
+        }
     }
 }
 
@@ -69,6 +79,11 @@ impl RelayStats {
     /// Returns the time from the creation of this value to the first byte from dst.
     pub fn first_byte(&self) -> Option<Duration> {
         self.first_byte.get().copied()
+    }
+
+    /// Records the first byte from dst, for a relay of datagrams.
+    pub fn set_first_byte(&self) {
+        self.first_byte.get_or_init(|| self.started.elapsed());
     }
 
     /// Returns the side that ended its stream first. The client's end counts when dst has received it.
@@ -81,15 +96,16 @@ impl RelayStats {
         self.is_up_done.load(Ordering::Relaxed)
     }
 
-    fn update(&self, up: &Direction, down: &Direction) {
+    fn update(&self, up: &Direction, down: &Direction, up_count: u64) {
         if down.has_read {
-            self.first_byte.get_or_init(|| self.started.elapsed());
+            self.set_first_byte();
         }
         if up.has_delivered {
             self.is_up_done.store(true, Ordering::Relaxed);
             self.ended_first.get_or_init(|| Side::Client);
         }
         if down.has_source_ended {
+            self.up_at_dst_end.get_or_init(|| up_count);
             self.ended_first.get_or_init(|| Side::Dst);
         }
     }
@@ -145,6 +161,9 @@ pub enum RelayError {
     /// dst has ended its stream and accepts no more bytes. dst has been reset, the client has not. The caller must wait
     /// for [`UNDELIVERED_GRACE`] before it closes the client's stream, or the client can lose the last bytes.
     Undelivered(io::Error),
+    /// dst has ended its stream, and is gone now. Nothing is lost. dst has been reset; the client is reset when its stream
+    /// is closed, after it has received all data.
+    DstGone,
 }
 
 impl fmt::Display for RelayError {
@@ -152,6 +171,7 @@ impl fmt::Display for RelayError {
         let (operation, peer, error) = match self {
             Self::IdleTimeout => return f.write_str("idle timeout"),
             Self::Stopped => return f.write_str("stopped"),
+            Self::DstGone => return f.write_str("dst is gone after the end of its stream: connection reset"),
             Self::Io(RelayOp::ReadClient, error) => ("read from", "the client", error),
             Self::Io(RelayOp::WriteClient, error) => ("write to", "the client", error),
             Self::Io(RelayOp::ReadDst, error) => ("read from", "dst", error),
@@ -171,8 +191,9 @@ pub type RelayResult = Result<RelayOutcome, RelayError>;
 /// Relays bytes in both directions until both have ended. The end of a source closes the write side of its sink.
 /// `may_continue` is called at each poll; the relay ends when it returns false.
 ///
-/// Both streams are reset on each error except [`RelayError::Undelivered`], and when the future is dropped before it
-/// completes. A reset by a peer is detected within a second, also on a side that is not being read.
+/// Both streams are reset on each error except [`RelayError::Undelivered`] and [`RelayError::DstGone`], and when the
+/// future is dropped before it completes. A reset by a peer is detected within a second, also on a side that is not being
+/// read. TCP keepalive detects that a peer is gone.
 pub fn relay<'a, C, D>(
     client: &'a mut C,
     dst: &'a mut D,
@@ -201,7 +222,7 @@ where
             return Poll::Ready(Err(RelayError::Stopped));
         }
         let result = ready!(relay.poll(cx, *client, *dst));
-        if matches!(result, Ok(_) | Err(RelayError::Undelivered(_))) {
+        if matches!(result, Ok(_) | Err(RelayError::Undelivered(_) | RelayError::DstGone)) {
             streams.client = None;
         }
         if result.is_ok() {
@@ -244,7 +265,7 @@ impl RelayState<'_> {
         let before = self.progress();
         let pumped = self.pump(cx, client, dst);
         if let Some(stats) = &self.options.stats {
-            stats.update(&self.up, &self.down);
+            stats.update(&self.up, &self.down, self.counts.up.load(Ordering::Relaxed));
         }
         if pumped.is_ready() {
             return pumped;
@@ -304,6 +325,20 @@ impl RelayState<'_> {
         }
     }
 
+    /// If dst, which has ended its stream, is gone: returns whether it may lack bytes of the client.
+    fn dst_loss(&self, dst: &dyn Stream) -> Option<bool> {
+        let up = self.counts.up.load(Ordering::Relaxed);
+        let is_recent = self.last_progress.elapsed() < LOSS_WINDOW;
+        let may_be_late = match &self.options.stats {
+            _ if dst.is_reset() => up > 0,
+            // An orderly close, which only a Unix socket reports, loses nothing that was sent before.
+            Some(stats) if dst.is_closed() => stats.up_at_dst_end.get().is_none_or(|before| up > *before),
+            None if dst.is_closed() && !is_recent => false,
+            _ => return None,
+        };
+        Some(self.undelivered.is_some() || self.up.has_pending() || may_be_late && is_recent)
+    }
+
     /// Ready when a timeout has passed, or when a side that is not being read has reset its stream.
     fn poll_timeouts(&mut self, cx: &mut Context<'_>, client: &dyn Stream, dst: &dyn Stream) -> Poll<RelayResult> {
         let mut has_fired = false;
@@ -315,7 +350,14 @@ impl RelayState<'_> {
             if has_fired && checks_client && client.is_reset() {
                 return io_error(RelayOp::ReadClient, io::ErrorKind::ConnectionReset.into());
             }
-            if has_fired && checks_dst && dst.is_reset() {
+            if has_fired
+                && checks_dst
+                && let Some(may_lack_bytes) = self.dst_loss(dst)
+            {
+                if !may_lack_bytes {
+                    client.reset_after_delivery();
+                    return Poll::Ready(Err(RelayError::DstGone));
+                }
                 let error = self.undelivered.take().unwrap_or(io::ErrorKind::ConnectionReset.into());
                 return Poll::Ready(Err(self.undelivered_error(error)));
             }
@@ -336,7 +378,10 @@ impl RelayState<'_> {
                 });
             }
             if has_fired {
-                dst.keep_alive();
+                dst.keep_alive(self.down.has_source_ended);
+                if self.up.has_source_ended {
+                    client.keep_alive(true);
+                }
                 self.up.close_idle_pipe(&self.counts.up);
                 self.down.close_idle_pipe(&self.counts.down);
             }

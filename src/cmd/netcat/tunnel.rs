@@ -166,15 +166,16 @@ pub(super) fn relay_result(
     flushed: io::Result<()>,
 ) -> Result<(), CliError> {
     let outcome = match (outcome, flushed) {
-        (Ok(_) | Err(RelayError::IdleTimeout | RelayError::Io(RelayOp::WriteClient, _)), Err(error)) => {
-            Err(RelayError::Io(RelayOp::WriteClient, error))
-        }
+        (
+            Ok(_) | Err(RelayError::DstGone | RelayError::IdleTimeout | RelayError::Io(RelayOp::WriteClient, _)),
+            Err(error),
+        ) => Err(RelayError::Io(RelayOp::WriteClient, error)),
         (outcome, _) => outcome,
     };
     let io_error = |status, error: &io::Error| Err(connector.io_error(status, error));
     match outcome {
         // The clients never stop a relay from outside.
-        Ok(_) | Err(RelayError::Stopped) => Ok(()),
+        Ok(_) | Err(RelayError::DstGone | RelayError::Stopped) => Ok(()),
         Err(RelayError::IdleTimeout) => {
             let idle = connector.args.idle_timeout.unwrap_or_default();
             Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))

@@ -160,6 +160,22 @@ fn check_slow_client(is_half_closed: bool) {
 }
 
 #[test]
+fn tunnel_delivers_all_data_to_a_slow_client_before_it_forwards_the_reset_of_a_target_that_has_ended() {
+    const TOTAL: usize = 512 << 10;
+    let (server, mut client, mut target) = tunnel(&[]);
+    socket2::SockRef::from(&client).set_recv_buffer_size(65_536).expect("option set");
+    send_pattern(&mut target, TOTAL, |_| {});
+    target.shutdown(Shutdown::Write).expect("half-closed");
+    wait_until("the data of the target is acknowledged", TIMEOUT, || state_of(&target) == Some("05".into()));
+    reset(target);
+    let log = server.wait_log(|log| !session_lines(log).is_empty());
+    assert!(log.contains("error=\"dst is gone after the end of its stream: connection reset\""), "{log}");
+    check_pattern(&mut client, TOTAL);
+    // The client has received all data; now its connection is closed in both directions.
+    wait_until("the client is reset", TIMEOUT, || client.take_error().is_ok_and(|error| error.is_some()));
+}
+
+#[test]
 fn tunnel_resets_an_upload_that_the_target_does_not_read() {
     let (server, mut client, mut target) = tunnel(&[]);
     target.write_all(b"bye").expect("data sent");

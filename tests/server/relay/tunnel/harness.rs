@@ -97,7 +97,7 @@ impl<T: Tunnel> Harness<T> {
         let is_broken = self.is_reset.contains(&true);
         match self.tunnel.outcome() {
             Some(Ok(_)) => {}
-            Some(Err(RelayError::Io(..) | RelayError::Undelivered(_))) => {
+            Some(Err(RelayError::Io(..) | RelayError::Undelivered(_) | RelayError::DstGone)) => {
                 assert!(is_broken, "the relay failed without a reset")
             }
             other => panic!("ended as {other:?}"),
