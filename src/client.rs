@@ -101,6 +101,11 @@ impl Client {
         Some(&self.dst).filter(|dst| **dst != Addr::UNSPECIFIED)
     }
 
+    /// The current phase, or the last one.
+    pub fn phase(&self) -> Phase {
+        self.position.get().1
+    }
+
     /// Time spent in each phase so far.
     pub fn times(&self) -> PhaseTimes {
         self.times.get()
@@ -202,7 +207,7 @@ impl Client {
                 timeout_at(deadline, future).await.unwrap_or(Err(ClientErrorKind::TimedOut(timeout)))
             }
         };
-        self.enter_phase(self.position.get().1);
+        self.enter_phase(self.phase());
         result.map_err(|kind| self.error_at_position(kind))
     }
 
@@ -355,9 +360,30 @@ impl Client {
         let (_, last, since) = self.position.get();
         let now = Instant::now();
         let mut times = self.times.get();
-        times.add(last, now.saturating_duration_since(since));
+        if self.is_timed(last) {
+            times.add(last, now.saturating_duration_since(since));
+        }
         self.times.set(times);
         self.position.set((hop, phase, now));
+    }
+
+    /// Returns whether a phase takes time: an address or a path needs no resolution.
+    fn is_timed(&self, phase: Phase) -> bool {
+        let is_name = |host: &Host| matches!(host, Host::Name(_));
+        match phase {
+            Phase::ResolveProxy => {
+                let proxy = self.hops.first().map(|hop| &hop.endpoint);
+                proxy.is_some_and(|proxy| matches!(proxy, Endpoint::Tcp(addr) if is_name(&addr.host)))
+            }
+            Phase::ResolveTarget => is_name(&self.dst.host),
+            _ => true,
+        }
+    }
+
+    /// Returns the error of a handshake that its caller ends after `limit`.
+    pub fn timed_out(&self, limit: Duration) -> ClientError {
+        self.enter_phase(self.phase());
+        self.error_at_position(ClientErrorKind::TimedOut(limit))
     }
 
     fn error_at_position(&self, kind: ClientErrorKind) -> ClientError {

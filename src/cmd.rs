@@ -16,6 +16,7 @@ pub use cli::exit::{CliError, ExitStatus};
 pub use cli::logger::Logger;
 use cli::syntax::{NAME, Syntax};
 use cli::{argv, help, manual, secrets};
+use netcat::json_output::JsonOutput;
 use netcat::options::{self, ClientArgs};
 use serve::ServeArgs;
 
@@ -51,6 +52,7 @@ impl Mode {
         match self {
             Self::Serve(args) => args.log_level(),
             Self::Client(_, ClientArgs { quiet: true, .. }) => LevelFilter::Off,
+            Self::Client(_, args) if args.prints_only_json() => LevelFilter::Off,
             Self::Client(_, ClientArgs { verbose: 0 | 1, .. }) => LevelFilter::Warn,
             Self::Client(..) => LevelFilter::Debug,
         }
@@ -61,13 +63,18 @@ impl Mode {
     /// # Errors
     /// The message to print and the exit status.
     pub fn run(self) -> Result<(), CliError> {
-        let (name, result) = match self {
-            Self::Serve(args) => ("serve", args.run()),
-            Self::Client(Command::Connect, args) => ("connect", connect::run(args)),
-            Self::Client(Command::Bind, args) => ("bind", bind::run(args)),
-            Self::Client(Command::UdpAssociate, args) => ("udp", udp::run(args)),
-        };
-        result.map_err(|error| error.with_help(&format!("{NAME} {name}")))
+        match self {
+            Self::Serve(args) => args.run().map_err(|error| error.with_help(&format!("{NAME} serve"))),
+            Self::Client(command, args) => {
+                let json = JsonOutput::open(args.json.as_deref())?;
+                let result = match command {
+                    Command::Connect => connect::run(args, json.clone()),
+                    Command::Bind => bind::run(args, json.clone()),
+                    Command::UdpAssociate => udp::run(args, json.clone()),
+                };
+                result.map_err(|error| json.report_usage_error(error.with_help(&format!("{NAME} {command}"))))
+            }
+        }
     }
 }
 
@@ -97,15 +104,22 @@ fn syntax() -> Syntax {
 
 /// Parses a command line, and overwrites passwords in the command line of this process. `args[0]` is the program's name.
 pub fn parse(args: &[String]) -> Result<Action, CliError> {
-    let program = syntax();
+    let is_client = args.get(1).is_some_and(|mode| mode.parse::<Command>().is_ok());
+    parse_with(&syntax(), args).map_err(|error| match is_client {
+        true => JsonOutput::of_invalid_args(args).report_usage_error(error),
+        false => error,
+    })
+}
+
+fn parse_with(program: &Syntax, args: &[String]) -> Result<Action, CliError> {
     let mode = args.get(1).filter(|mode| program.modes.iter().any(|known| known.name == **mode));
     let command = mode.map_or(NAME.into(), |mode| format!("{NAME} {mode}"));
     let usage_error = |message| CliError::usage(message).with_help(&command);
-    let (mode, normalized) = argv::normalize(args.get(1..).unwrap_or_default(), &program).map_err(usage_error)?;
+    let (mode, normalized) = argv::normalize(args.get(1..).unwrap_or_default(), program).map_err(usage_error)?;
     let Some(normalized) = normalized else { return Ok(Action::Print(help::text(mode))) };
     let normalized: Vec<&str> = normalized.iter().map(String::as_str).collect();
     let action = match mode.name {
-        "" => from_args::<ProgramArgs>(&normalized).and_then(|args| args.action(&program)),
+        "" => from_args::<ProgramArgs>(&normalized).and_then(|args| args.action(program)),
         "serve" => from_args(&normalized).map(|args| Action::Run(Mode::Serve(args))),
         client => client.parse().and_then(|command| Ok(Action::Run(Mode::Client(command, from_args(&normalized)?)))),
     };

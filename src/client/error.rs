@@ -44,17 +44,17 @@ impl fmt::Display for Phase {
 
 /// Time spent in each phase, summed over all hops and target addresses.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct PhaseTimes([Duration; 7]);
+pub struct PhaseTimes([Option<Duration>; 7]);
 
 impl PhaseTimes {
-    /// Time spent in `phase`.
-    pub fn of(&self, phase: Phase) -> Duration {
-        self.0.get(phase as usize).copied().unwrap_or_default()
+    /// Time spent in `phase`. `None`: it has not begun.
+    pub fn of(&self, phase: Phase) -> Option<Duration> {
+        self.0.get(phase as usize).copied().flatten()
     }
 
     pub(super) fn add(&mut self, phase: Phase, time: Duration) {
         if let Some(sum) = self.0.get_mut(phase as usize) {
-            *sum += time;
+            *sum = Some(sum.unwrap_or_default() + time);
         }
     }
 }

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::Connector;
 use super::netcat::descriptor;
+use super::netcat::json_output::JsonOutput;
 use super::netcat::options::ClientArgs;
 use super::netcat::report::SessionReport;
 use super::netcat::target::expected_peer;
@@ -68,7 +69,7 @@ impl AddrOutput {
 }
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs, json: JsonOutput) -> Result<(), CliError> {
     let program = tunnel::check_args(&args)?;
     let peer = expected_peer(&args)?;
     let output = args.address_file.as_deref().map(|text| {
@@ -76,7 +77,7 @@ pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
             .map_err(|error| CliError::new(ExitStatus::USAGE, format!("--address-file {text}: {error}")))
     });
     let output = output.transpose()?;
-    let connector = Connector::new(Command::Bind, args, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
+    let connector = Connector::new(Command::Bind, args, json, Some(peer.unwrap_or(Addr::UNSPECIFIED)))?;
     let transfer = async |(mut tunnel, bnd): (Conn, Addr), client: &Client, report: &mut SessionReport<'_>| {
         let bound = client.resolve_unspecified_bnd(bnd, &tunnel);
         report.bnd = Some(bound.clone());
@@ -113,7 +114,7 @@ async fn accept_peer(
     let is_any = |dst: &&Addr| matches!(dst.host, Host::Ip(ip) if ip.is_unspecified());
     let expected = connector.dst().filter(|dst| !is_any(dst)).map_or("any peer".into(), ToString::to_string);
     connector.print_verbose(&format!("waiting for a connection from {expected}"));
-    let peer = client.wait_for_peer(tunnel, connector.args.timeout.is_some()).await?;
+    let peer = client.wait_for_peer(tunnel, connector.args.connect_timeout().is_some()).await?;
     connector.print_line(&format!("accepted {peer}"));
     Ok(peer)
 }

@@ -4,6 +4,7 @@ use super::cli::exit::CliError;
 use super::netcat::child::Program;
 use super::netcat::connector::Connector;
 use super::netcat::forward;
+use super::netcat::json_output::JsonOutput;
 use super::netcat::options::ClientArgs;
 use super::netcat::report::SessionReport;
 use super::netcat::{target, tunnel};
@@ -12,7 +13,7 @@ use crate::conn::Conn;
 use crate::proto::{Addr, Command};
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs, json: JsonOutput) -> Result<(), CliError> {
     let program = tunnel::check_args(&args)?;
     // Without a target, -z tests whether the proxy accepts the login.
     let dst = target::target(&args, false)?;
@@ -22,7 +23,7 @@ pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
     if args.keep_open && args.source_port.is_some() {
         return Err(CliError::usage("-p and -k cannot be combined: a source port serves one connection only"));
     }
-    let connector = Connector::new(Command::Connect, args, dst)?;
+    let connector = Connector::new(Command::Connect, args, json, dst)?;
     connector.run(Box::pin(async {
         match (connector.args.listen, connector.dst()) {
             // Boxed: the future is large, and often not needed.

@@ -5,6 +5,7 @@ pub(super) mod connector;
 pub(super) mod credentials;
 pub(super) mod descriptor;
 pub(super) mod forward;
+pub(super) mod json_output;
 pub mod options;
 pub(super) mod progress;
 pub(super) mod proxies;

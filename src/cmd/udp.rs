@@ -8,8 +8,11 @@ use std::future::pending;
 use std::io;
 use std::time::Duration;
 
+use futures_lite::FutureExt as _;
+
 use super::cli::exit::{CliError, ExitStatus};
 use super::netcat::connector::{Connector, UDP_RELAY_HINT};
+use super::netcat::json_output::JsonOutput;
 use super::netcat::options::ClientArgs;
 use super::netcat::target::target;
 use crate::net::{sleep, yield_now};
@@ -23,13 +26,13 @@ const DEFAULT_ANSWER_WAIT: Duration = Duration::from_secs(2);
 const MAX_BATCH: usize = 1000;
 
 /// Runs the mode until it ends.
-pub(super) fn run(args: ClientArgs) -> Result<(), CliError> {
+pub(super) fn run(args: ClientArgs, json: JsonOutput) -> Result<(), CliError> {
     let dst = target(&args, true)?;
     let framing = Framing::from_args(&args)?;
     if args.listen.is_some() && (args.zero_io || args.recv_only || args.send_only || args.count.is_some()) {
         return Err(CliError::usage("-z, -d, -n and --send-only cannot be used with -l"));
     }
-    let connector = Connector::new(Command::UdpAssociate, args, dst)?;
+    let connector = Connector::new(Command::UdpAssociate, args, json, dst)?;
     if let Some(addr) = connector.args.listen {
         return connector.run(Box::pin(forward::run(&connector, addr)));
     }
@@ -75,7 +78,11 @@ async fn send_stdin(transfer: &Transfer<'_>, framing: Framing) -> Result<(), Cli
         let io_error = |status| move |error: io::Error| transfer.connector.io_error(status, &error);
         let stdin_error = io_error(ExitStatus::READ_STDIN);
         let mut reader = DatagramReader::new(framing).map_err(stdin_error)?;
-        while let Some(data) = reader.next().await.map_err(stdin_error)? {
+        let mut read = async || {
+            let next = async { reader.next().await.map_err(stdin_error) };
+            next.or(transfer.idle(args.max_idle_time())).await
+        };
+        while let Some(data) = read().await? {
             transfer.send(&data).await.map_err(io_error(ExitStatus::SEND_ERROR))?;
         }
         wait = wait.or(Some(DEFAULT_ANSWER_WAIT));

@@ -24,6 +24,9 @@ pub fn client(row: &Behaviour, host: &str, port: u16) -> Command {
     if row.has("idle") {
         command.args(["-i", SHORT_TIMEOUT]);
     }
+    if row.has("linger") {
+        command.args(["--linger", SHORT_TIMEOUT]);
+    }
     command.args(row.target.split(' '));
     command
 }

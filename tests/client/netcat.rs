@@ -4,6 +4,8 @@
 mod bind;
 mod connect;
 pub mod forward;
+mod remote_end;
 mod report;
 mod stdio;
+mod timeouts;
 mod udp;

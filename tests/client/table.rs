@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use crate::support::bytes::Placeholders;
@@ -13,6 +14,9 @@ use crate::support::{FullBacklog, closed_port, echo_server};
 
 /// Timeout of the client in rows that expect a timeout.
 pub const SHORT_TIMEOUT: &str = "500ms";
+
+/// Time from the start of the client to its input in rows with late input.
+const LATE: Duration = Duration::from_secs(1);
 
 /// One row of the table.
 #[derive(Default)]
@@ -85,6 +89,11 @@ impl Behaviour {
         let stdout = if self.has("full") { full() } else { Stdio::piped() };
         let enough = if self.has("closed") { |bytes: &[u8]| !bytes.is_empty() } else { |_: &[u8]| false };
         let mut program = RunningProgram::start_with(&mut client(self, host, addr.port()), stdout, enough);
+        if self.has("late") {
+            // A client that does not wait for stdin has exited by then.
+            thread::sleep(LATE);
+            program.write(b"two");
+        }
         if !self.has("stdin") {
             program.close_stdin();
         }

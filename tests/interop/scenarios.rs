@@ -53,7 +53,7 @@ fn smtp_requires_crlf_option() {
     assert!(text(&stdout).lines().last().is_some_and(|line| line.starts_with("354 ")), "{}", text(&stdout));
     assert_eq!(mails().count(), 0);
 
-    let (status, stdout, stderr) = start(&["-C", &target]).wait_exit(LONG_TIMEOUT);
+    let (status, stdout, stderr) = start(&["-C", "--linger", "0", &target]).wait_exit(LONG_TIMEOUT);
     assert_eq!((status.code(), stderr.as_str()), (Some(0), ""), "{}", text(&stdout));
     let stdout = text(&stdout);
     let codes: Vec<&str> = stdout.lines().filter_map(|line| line.get(..3)).collect();

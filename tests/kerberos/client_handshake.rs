@@ -281,6 +281,7 @@ fn invalid_data_ends_the_client_with_status_56() {
     // The end of the stream between two frames is no error.
     let (mut client, peer) = setup.tunnel();
     peer.shutdown();
+    client.close_stdin();
     assert!(client.wait_exit(TIMEOUT).0.success());
 }
 
@@ -293,6 +294,7 @@ fn largest_token_is_accepted() {
     peer.send(&[]);
     peer.send(b"end");
     peer.shutdown();
+    client.close_stdin();
     let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
     assert!(status.success(), "{stderr}");
     assert!(stdout == [bytes(largest), b"end".to_vec()].concat(), "{} bytes", stdout.len());

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::mpsc::channel;
 
 use crate::support::programs::{assert_echoes, assert_fails_with, wait_session};
 use crate::support::scripted::{RunningProgram, text};
@@ -31,7 +32,13 @@ fn half_close_close_reset_and_failure_reply_pass_at_every_level() {
         stream.read_to_end(&mut all).expect("closed");
         stream.write_all(format!("{} bytes", all.len()).as_bytes()).expect("sent");
     });
-    let closes = tcp_server(V4, |mut stream| stream.write_all(b"all").expect("sent"));
+    let (sender, received) = channel();
+    let ends_first = tcp_server(V4, move |mut stream| {
+        stream.write_all(b"all").and_then(|()| stream.shutdown(Shutdown::Write)).expect("sent");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).expect("closed");
+        sender.send(answer).expect("the test runs");
+    });
     let resets = tcp_server(V4, |mut stream| {
         read_exact(&mut stream, 2);
         reset(stream);
@@ -46,8 +53,12 @@ fn half_close_close_reset_and_failure_reply_pass_at_every_level() {
         let (status, stdout, stderr) = client.wait_exit(TIMEOUT);
         assert_eq!((status.code(), text(&stdout).as_str()), (Some(0), "220 hello\n8 bytes"), "{level}: {stderr}");
 
-        let (status, stdout, stderr) = RunningProgram::start(&mut command(closes)).wait_exit(TIMEOUT);
-        assert_eq!((status.code(), text(&stdout).as_str()), (Some(0), "all"), "{level}: {stderr}");
+        let mut client = RunningProgram::start(&mut command(ends_first));
+        assert_eq!(client.stdout_end(), b"all", "{level}");
+        client.write(b"late");
+        client.close_stdin();
+        assert_eq!(received.recv_timeout(TIMEOUT).as_deref(), Ok(&b"late"[..]), "{level}");
+        assert_eq!(client.wait_exit(TIMEOUT).0.code(), Some(0), "{level}");
 
         let mut client = RunningProgram::start(&mut command(resets));
         client.write(b"go");

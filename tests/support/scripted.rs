@@ -269,6 +269,11 @@ impl RunningProgram {
         self.stdout.so_far()
     }
 
+    /// Waits until the program has closed stdout, and returns its output.
+    pub fn stdout_end(&self) -> Vec<u8> {
+        self.stdout.end("stdout")
+    }
+
     /// Waits until stderr satisfies `done`, and returns it.
     pub fn stderr(&self, done: impl Fn(&str) -> bool) -> String {
         text(&self.stderr.wait("stderr", |bytes| done(&text(bytes))))
@@ -368,6 +373,14 @@ impl CollectedOutput {
         let waited = changed.wait_timeout_while(state, TIMEOUT, |(bytes, ended)| !done(bytes) && !*ended);
         let (state, _) = waited.expect("not poisoned");
         assert!(done(&state.0), "{what} does not have the expected content: {:?}", text(&state.0));
+        state.0.clone()
+    }
+
+    fn end(&self, what: &str) -> Vec<u8> {
+        let (state, changed) = &*self.0;
+        let state = state.lock().expect("not poisoned");
+        let (state, timeout) = changed.wait_timeout_while(state, TIMEOUT, |(_, ended)| !*ended).expect("not poisoned");
+        assert!(!timeout.timed_out(), "{what} has not ended after {:?}", text(&state.0));
         state.0.clone()
     }
 

@@ -4,7 +4,7 @@
 use argh::FlagInfo;
 
 use super::secrets::without_userinfo;
-use super::syntax::{Syntax, value_name};
+use super::syntax::{OPTIONAL_VALUE, Syntax, optional_value_name, value_name};
 
 /// Maximum edit distance from an unrecognized option to the option that the error suggests.
 const MAX_EDIT_DISTANCE: usize = 2;
@@ -18,6 +18,9 @@ pub(super) const ALIASES: [(&str, &str); 7] = [
     ("--drain", "--drain-timeout"),
     ("--open", "--allow-open-relay"),
 ];
+
+/// Options that select the default, and the option that selects the opposite.
+const DEFAULTS: [(&str, &str); 2] = [("-N", "--no-shutdown"), ("--shutdown", "--no-shutdown")];
 
 /// Options of other programs, the modes in which users try them, and what to use instead.
 const FOREIGN: [(&[&str], &[&str], &str); 5] = [
@@ -116,18 +119,30 @@ impl<'a> Normalizer<'a> {
         }
     }
 
+    /// Returns true if an option selects the default of the mode. Returns an error if the mode refuses it.
+    fn is_default(&self, option: &str) -> Result<bool, String> {
+        match DEFAULTS.iter().find(|(name, _)| *name == option) {
+            Some((_, opposite)) => Ok(self.find(option, |flag| flag.long == *opposite)?.is_some()),
+            None => Ok(false),
+        }
+    }
+
     /// Appends a long option, with its value if that follows `=`. Returns true if the next argument is the value.
     fn push_long(&mut self, text: &str) -> Result<bool, String> {
         let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
         let option = format!("--{name}");
         let long = ALIASES.iter().find(|(alias, _)| *alias == option).map_or(option.as_str(), |(_, long)| long);
+        if value.is_none() && self.is_default(&option)? {
+            return Ok(false);
+        }
         let flag = self.find(long, |flag| flag.long == long)?.ok_or_else(|| self.unrecognized_option(&option))?;
-        if is_switch(flag) && value.is_some() {
+        let default = optional_value_name(flag).map(|_| OPTIONAL_VALUE.1);
+        if is_switch(flag) && default.is_none() && value.is_some() {
             return Err(format!("{option} does not take a value"));
         }
         self.has_help |= long == "--help";
         self.out.push(long.into());
-        self.out.extend(value.map(str::to_owned));
+        self.out.extend(value.or(default).map(str::to_owned));
         Ok(!is_switch(flag) && value.is_none())
     }
 
@@ -152,6 +167,9 @@ impl<'a> Normalizer<'a> {
                 continue;
             }
             let option = format!("-{letter}");
+            if self.is_default(&option)? {
+                continue;
+            }
             let flag = self.find(&option, |flag| flag.short == Some(letter))?;
             let flag = flag.ok_or_else(|| self.unrecognized_option(&option))?;
             self.out.push(option);
@@ -236,7 +254,12 @@ mod tests {
             ("serve -n", "unrecognized option -n"),
             ("connect --proxy-auth u:p a 80", "connect --proxy-user u:p -- a 80"),
             ("connect -vZ", "unrecognized option -Z"),
-            ("connect --json=yes", "--json does not take a value"),
+            ("connect --json host:80", "connect --json fd:2 -- host:80"),
+            ("connect --json=file host:80", "connect --json file -- host:80"),
+            ("connect -Nv --shutdown host:80", "connect -v -- host:80"),
+            ("connect --shutdown=yes host:80", "unrecognized option --shutdown"),
+            ("serve -N", "unrecognized option -N"),
+            ("connect --quiet=yes", "--quiet does not take a value"),
             ("--versoin", "unrecognized option --versoin (did you mean --version?)"),
         ];
         for (line, expected) in table {

@@ -81,12 +81,14 @@ pub struct CliError {
     pub is_final: bool,
     /// Set if the command line is invalid, so that the help can explain the error.
     pub refers_to_help: bool,
+    /// Set if an object of `--json` has this error.
+    pub is_reported: bool,
 }
 
 impl CliError {
     /// Returns an error for which `is_final` is set.
     pub fn new(status: ExitStatus, message: impl Into<String>) -> Self {
-        Self { message: message.into(), status, is_final: true, refers_to_help: false }
+        Self { message: message.into(), status, is_final: true, refers_to_help: false, is_reported: false }
     }
 
     /// Returns an error in the command line.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use argh::FlagInfo;
 
-use super::syntax::{NAME, Syntax, summary, value_name};
+use super::syntax::{NAME, Syntax, optional_value_name, summary, value_name};
 
 /// Width of the text, in columns.
 const WIDTH: usize = 80;
@@ -61,7 +61,8 @@ pub(crate) fn heading(flag: &FlagInfo<'_>) -> Option<&'static str> {
 fn synopsis(flag: &FlagInfo<'_>) -> String {
     let short = flag.short.map(|short| format!("-{short}, ")).unwrap_or_default();
     let value = value_name(flag).map(|value| format!(" {value}")).unwrap_or_default();
-    format!("{short}{}{value}", flag.long)
+    let optional = optional_value_name(flag).map(|value| format!("[={value}]")).unwrap_or_default();
+    format!("{short}{}{value}{optional}", flag.long)
 }
 
 /// Appends an entry of two columns. The description starts on the next line if `name` is too long for its column.

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::argv::ALIASES;
 use super::exit::ExitStatus;
 use super::help::heading;
-use super::syntax::{NAME, Syntax, split_summary, value_name};
+use super::syntax::{NAME, Syntax, optional_value_name, split_summary, value_name};
 
 /// The page. A line that begins with `@` is replaced by the generated text of that name.
 const PAGE: &str = include_str!("s5.1");
@@ -52,7 +52,8 @@ fn push_options(out: &mut String, modes: &[Syntax]) {
         }
         let short = flag.short.map(|short| format!("\\fB\\-{short}\\fR, ")).unwrap_or_default();
         let value = value_name(flag).map(|value| format!(" \\fI{}\\fR", escape(value))).unwrap_or_default();
-        let _ = writeln!(out, ".TP\n{short}\\fB{}\\fR{value}", escape(flag.long));
+        let optional = optional_value_name(flag).map(|value| format!("[=\\fI{value}\\fR]")).unwrap_or_default();
+        let _ = writeln!(out, ".TP\n{short}\\fB{}\\fR{value}{optional}", escape(flag.long));
         let (summary, details) = split_summary(flag);
         let mut chars = summary.chars();
         let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();

@@ -4,6 +4,8 @@ use argh::{ArgsInfo, FlagInfo, FlagInfoKind};
 
 /// The program's name.
 pub(crate) const NAME: &str = "s5";
+/// The option that can have a value after `=` and never takes the next argument, and its value without one.
+pub(crate) const OPTIONAL_VALUE: (&str, &str) = ("--json", "fd:2");
 
 /// The command line of the program, or of one of its modes.
 #[derive(Default)]
@@ -46,8 +48,17 @@ impl Syntax {
     }
 }
 
-/// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch.
+/// Returns the placeholder for the value of an option, such as `FILE`. `None` for a switch and for an optional value.
 pub(crate) fn value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
+    any_value_name(flag).filter(|_| flag.long != OPTIONAL_VALUE.0)
+}
+
+/// Returns the placeholder for the optional value of an option.
+pub(crate) fn optional_value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
+    any_value_name(flag).filter(|_| flag.long == OPTIONAL_VALUE.0)
+}
+
+fn any_value_name<'a>(flag: &FlagInfo<'a>) -> Option<&'a str> {
     match flag.kind {
         FlagInfoKind::Switch => None,
         FlagInfoKind::Option { arg_name } => Some(arg_name),

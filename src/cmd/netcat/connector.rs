@@ -5,13 +5,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::json_output::JsonOutput;
 use super::options::ClientArgs;
 use super::report::SessionReport;
 use super::{credentials, proxies};
 use crate::client::{Client, ClientError, ClientErrorKind, ClientOptions, Phase, Proxy};
 use crate::cmd::cli::exit::{CliError, ExitStatus, eprint_line};
 use crate::gssapi::Initiator;
-use crate::net::{LocalAddr, Resolver, reactor, sleep};
+use crate::net::{LocalAddr, Resolver, reactor, sleep, timeout_at};
 use crate::proto::{Addr, Command, Method};
 
 /// Default for `-w`: the time limit of a handshake. A proxy that connects through other proxies may be slow.
@@ -25,9 +26,11 @@ const MIN_TIME_LEFT: Duration = Duration::from_millis(20);
 pub(crate) const UDP_RELAY_HINT: &str = "--udp-relay proxy uses the address of the proxy itself";
 
 /// Establishes tunnels and associations to one target through the selected proxies.
-#[derive(Debug)]
 pub(crate) struct Connector {
     pub(crate) args: ClientArgs,
+    json: JsonOutput,
+    /// The end of `--max-time`.
+    deadline: Option<(Instant, Duration)>,
     pub(super) hops: Vec<Proxy>,
     dst: Addr,
     options: Arc<ClientOptions>,
@@ -45,7 +48,13 @@ pub(crate) struct RetryOutcome<T> {
 
 impl Connector {
     /// `dst` is the target, or with BIND the expected peer. `None`: only the login to the proxy is tested.
-    pub(crate) fn new(command: Command, args: ClientArgs, dst: Option<Addr>) -> Result<Self, CliError> {
+    pub(crate) fn new(
+        command: Command,
+        args: ClientArgs,
+        json: JsonOutput,
+        dst: Option<Addr>,
+    ) -> Result<Self, CliError> {
+        let deadline = args.max_time.and_then(|time| Some((Instant::now().checked_add(time)?, time)));
         // no_proxy does not apply to BIND: the peer connects to the proxy.
         let hops = proxies::select_proxies(&args, dst.as_ref().filter(|_| command != Command::Bind))?;
         if hops.is_empty() && (command == Command::Bind || dst.is_none()) {
@@ -61,11 +70,11 @@ impl Connector {
             resolves_target: args.resolves_target,
             proxy_is_udp_relay: args.udp_relay,
         });
-        let mut connector = Self { args, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
-        // --quiet, -z and --json apply to all errors except usage errors.
+        let mut connector = Self { args, json, deadline, hops, dst: dst.unwrap_or(Addr::UNSPECIFIED), options };
+        // --quiet and -z apply to all errors except usage errors.
         credentials::add_credentials(&mut connector.hops, &connector.args).or_else(|error| match error.status {
             ExitStatus::USAGE => Err(error),
-            _ => connector.finish(SessionReport::default(), Err(error)),
+            _ => connector.finish(&SessionReport::default(), Err(error)),
         })?;
         Ok(connector)
     }
@@ -73,7 +82,15 @@ impl Connector {
     /// Runs a mode on the event loop. Removes the message of its error if the options hide errors.
     pub(crate) fn run(&self, mode: ModeFuture<'_>) -> Result<(), CliError> {
         let start_error = |error| Err(CliError::new(ExitStatus::FAILURE, format!("start the event loop: {error}")));
-        self.filter_error(reactor::run(mode).unwrap_or_else(start_error))
+        let limited = async {
+            // Sessions, which also observe the deadline, report their results first.
+            let timed_out =
+                |limit| Err(self.transfer_error(ExitStatus::TIMED_OUT, &format!("timed out after {limit:?}")));
+            self.before_deadline(mode).await.unwrap_or_else(timed_out)
+        };
+        let result = reactor::run(limited).unwrap_or_else(start_error);
+        let report = |error| self.json.report_error(&SessionReport::default(), error);
+        self.filter_error(result.map_err(report))
     }
 
     /// Returns the target, or the expected peer of BIND, if there is one.
@@ -91,27 +108,49 @@ impl Connector {
         let RetryOutcome { client, attempts, result } = self.retry(operation).await;
         let mut report = SessionReport::new(&client, attempts);
         let result = match result {
-            Ok(established) => transfer(established, &client, &mut report).await,
+            Ok(established) => {
+                let transferred = self.before_deadline(transfer(established, &client, &mut report)).await;
+                transferred.unwrap_or_else(|limit| Err(self.cut_error(&client, &report, limit)))
+            }
             Err(error) => Err(error),
         };
-        self.finish(report, result)
+        self.finish(&report, result)
+    }
+
+    /// Runs `future` until the end of `--max-time`. Returns that time if the future does not complete.
+    pub(crate) async fn before_deadline<T>(&self, future: impl Future<Output = T>) -> Result<T, Duration> {
+        match self.deadline {
+            Some((deadline, limit)) => timeout_at(deadline, future).await.ok_or(limit),
+            None => Ok(future.await),
+        }
+    }
+
+    /// Returns the error of a session that `--max-time` has cut.
+    pub(super) fn cut_error(&self, client: &Client, report: &SessionReport<'_>, limit: Duration) -> CliError {
+        match report.has_relay() {
+            true => self.transfer_error(ExitStatus::TIMED_OUT, &format!("timed out after {limit:?}")),
+            false => client.timed_out(limit).into(),
+        }
     }
 
     /// Repeats `operation` until it succeeds, fails with a final error, or `--retry` expires.
     pub(crate) async fn retry<T>(&self, operation: impl AsyncFn(&Client) -> Result<T, ClientError>) -> RetryOutcome<T> {
         let started = Instant::now();
-        let max_timeout = self.args.timeout.filter(|time| !time.is_zero()).unwrap_or(DEFAULT_TIMEOUT);
+        let max_timeout = self.args.connect_timeout().unwrap_or(DEFAULT_TIMEOUT);
         let limit = self.args.retry.filter(|time| !time.is_zero());
-        let time_left = || limit.map(|limit| limit.saturating_sub(started.elapsed()));
+        let max_left = || self.deadline.map(|(deadline, _)| deadline.saturating_duration_since(Instant::now()));
+        let retry_left = || limit.map(|limit| limit.saturating_sub(started.elapsed()));
+        let time_left = || retry_left().map(|left| max_left().map_or(left, |max_left| max_left.min(left)));
         let mut pause = FIRST_PAUSE;
         let mut attempts = 0;
         let mut previous: Option<(Client, CliError)> = None;
         loop {
             attempts += 1;
-            let timeout = time_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
+            let timeout = retry_left().map_or(max_timeout, |left| left.min(max_timeout).max(MIN_TIME_LEFT));
             let timeout = Duration::from_millis(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
             let client = Client::new(self.hops.clone(), self.dst.clone(), Some(timeout), self.options.clone());
-            let error = match operation(&client).await {
+            let attempt = self.before_deadline(operation(&client)).await;
+            let error = match attempt.unwrap_or_else(|limit| Err(client.timed_out(limit))) {
                 Ok(value) => return RetryOutcome { client, attempts, result: Ok(value) },
                 Err(error) => error,
             };
@@ -134,6 +173,9 @@ impl Connector {
                     let (client, mut error) = latest;
                     if attempts > 1 {
                         error.message += &format!(" (given up after {attempts} attempts)");
+                    }
+                    if !error.is_final && limit.is_some() && max_left().is_some_and(|left| left <= MIN_TIME_LEFT) {
+                        error.status = ExitStatus::TIMED_OUT;
                     }
                     return RetryOutcome { client, attempts, result: Err(error) };
                 }
@@ -177,9 +219,9 @@ impl Connector {
         self.transfer_error(status, &format!("{operation}: {error}"))
     }
 
-    /// Prints a line on stderr, unless `--quiet` is set.
+    /// Prints a line on stderr, unless `--quiet` is set, or `--json` reserves stderr for objects.
     pub(crate) fn print_line(&self, line: &str) {
-        if !self.args.quiet {
+        if !self.args.quiet && !self.args.prints_only_json() {
             eprint_line(&CliError::new(ExitStatus::FAILURE, line).to_string());
         }
     }
@@ -200,19 +242,15 @@ impl Connector {
         }
     }
 
-    /// Prints the report if `--json` is set. Returns `result`, without its message if that must not be printed.
-    pub(crate) fn finish(&self, report: SessionReport<'_>, result: Result<(), CliError>) -> Result<(), CliError> {
-        if !self.args.json {
-            return self.filter_error(result);
-        }
-        eprint_line(&report.to_json(&result));
-        // The JSON object contains the message.
-        result.map_err(|error| CliError { message: String::new(), ..error })
+    /// Writes the report if `--json` is set. Returns `result`, without its message if that must not be printed.
+    pub(crate) fn finish(&self, report: &SessionReport<'_>, result: Result<(), CliError>) -> Result<(), CliError> {
+        self.filter_error(self.json.report(report, result))
     }
 
-    /// Removes the message of an error if it must not be printed.
+    /// Removes the message of an error if it must not be printed: the status of `-z` is enough for a single attempt.
     fn filter_error(&self, result: Result<(), CliError>) -> Result<(), CliError> {
-        let is_hidden = self.args.quiet || self.args.zero_io && self.args.verbose == 0;
+        let is_probe = self.args.zero_io && self.args.verbose == 0 && self.args.retry.is_none();
+        let is_hidden = self.args.quiet || is_probe;
         result.map_err(|error| if is_hidden { CliError { message: String::new(), ..error } } else { error })
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn add_credentials(hops: &mut [Proxy], args: &ClientArgs) -> Result<(
     match args.proxy_user.as_deref().map(|user| (user, parse_login(user.as_bytes()))) {
         Some(("", _)) => return Err(CliError::usage("--proxy-user: the user name is empty")),
         Some((_, Some(login))) => {
-            if !args.quiet {
+            if !args.quiet && !args.prints_only_json() {
                 eprint_line(
                     "s5: --proxy-user: other users may see the password (use --proxy-auth-file or S5_PROXY_AUTH)",
                 );

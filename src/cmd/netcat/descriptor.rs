@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use filedescriptor::FileDescriptor;
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 
 /// Opens a named pipe for reading or writing, with O_NONBLOCK.
 ///
@@ -35,4 +35,17 @@ pub(crate) fn take_fd(number: &str) -> io::Result<FileDescriptor> {
     let duplicate = FileDescriptor::dup(&n).map_err(|_| io::Error::last_os_error())?;
     nix::unistd::close(n)?;
     Ok(duplicate)
+}
+
+/// Closes stdout: replaces it by /dev/null, so that its number is not used for another file. If stdin and stdout are the
+/// same socket, stdin keeps it open, so its write side is shut down.
+pub(super) fn close_stdout() -> io::Result<()> {
+    let (stdin, stdout) = (rustix::fs::fstat(io::stdin())?, rustix::fs::fstat(io::stdout())?);
+    if FileType::from_raw_mode(stdout.st_mode).is_socket()
+        && (stdin.st_dev, stdin.st_ino) == (stdout.st_dev, stdout.st_ino)
+    {
+        // A peer that has closed the socket does not need its end.
+        let _ = rustix::net::shutdown(io::stdout(), rustix::net::Shutdown::Write);
+    }
+    Ok(rustix::stdio::dup2_stdout(OpenOptions::new().write(true).open("/dev/null")?)?)
 }

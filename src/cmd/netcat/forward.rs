@@ -4,7 +4,6 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::pin::Pin;
-use std::sync::Arc;
 
 use futures_lite::FutureExt as _;
 use smol::LocalExecutor;
@@ -16,8 +15,8 @@ use super::tunnel::relay_result;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
 use crate::net::{
-    self, ACCEPT_RETRY_DELAY, ByteCounts, Interest, Io, RelayError, RelayOp, RelayOptions, RelayStats, Stream,
-    UNDELIVERED_GRACE, relay, set_tcp_options, sleep,
+    self, ACCEPT_RETRY_DELAY, Interest, Io, RelayError, RelayOp, RelayOptions, Stream, UNDELIVERED_GRACE, relay,
+    set_tcp_options, sleep,
 };
 use crate::proto::Command;
 
@@ -95,7 +94,7 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
     let Some(RetryOutcome { client, attempts, result }) = async { Some(request.await) }.or(disconnected).await else {
         let reason = "the local client disconnected before the tunnel was established";
         let error = connector.transfer_error(ExitStatus::RECEIVE_ERROR, reason);
-        return connector.finish(SessionReport::default(), Err(error));
+        return connector.finish(&SessionReport::default(), Err(error));
     };
     let mut report = SessionReport::new(&client, attempts);
     let (mut tunnel, bnd) = match result {
@@ -103,30 +102,36 @@ async fn serve_connection(connector: &Connector, mut local: Conn) -> Result<(), 
         Err(error) => {
             // Reset the connection: an orderly close would look like an empty answer from the target.
             local.abort();
-            return connector.finish(report, Err(error));
+            return connector.finish(&report, Err(error));
         }
     };
     connector.print_connected(&bnd);
     report.bnd = Some(bnd);
-    let stats = Arc::new(RelayStats::default());
-    let counts = ByteCounts::default();
+    let (counts, stats) = report.start_relay();
     let options = RelayOptions {
-        idle_timeout: connector.args.idle_timeout,
-        stats: Some(stats.clone()),
+        idle_timeout: connector.args.max_idle_time(),
+        linger: connector.args.linger,
+        stats: Some(stats),
         ..RelayOptions::default()
     };
-    let outcome = { relay(&mut local, &mut tunnel, &options, &counts, |_, _| true).await };
+    let outcome = {
+        let relayed = relay(&mut local, &mut tunnel, &options, &counts, |_, _| true);
+        connector.before_deadline(relayed).await
+    };
     drop(tunnel);
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(limit) => return connector.finish(&report, Err(connector.cut_error(&client, &report, limit))),
+    };
     if let Err(RelayError::Undelivered(_)) = outcome {
         sleep(UNDELIVERED_GRACE).await;
         local.abort();
     }
-    report.set_relayed(&counts, stats.first_byte(), stats.ended_first());
     let result = match outcome {
         Err(RelayError::Io(RelayOp::ReadClient | RelayOp::WriteClient, error)) => {
             Err(connector.transfer_error(ExitStatus::RECEIVE_ERROR, &format!("local client: {error}")))
         }
         outcome => relay_result(connector, outcome, Ok(())),
     };
-    connector.finish(report, result)
+    connector.finish(&report, result)
 }

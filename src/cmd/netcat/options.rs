@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
 
-use crate::cmd::cli::syntax::Syntax;
+use crate::cmd::cli::syntax::{OPTIONAL_VALUE, Syntax};
 use crate::cmd::cli::values::{
     parse_duration, parse_nonzero, parse_positive, parse_set, parse_timeout, parse_udp_relay,
 };
@@ -28,7 +28,7 @@ const RESTRICTED_OPTIONS: [(&[&str], &[&str], &str); 10] = [
     (&["--keep-open"], &["connect"], "only connect -l uses it; udp -l always serves several peers"),
     (&["--direct"], LISTEN, "bind requires a proxy"),
     (&["--address-file"], &["bind"], "only bind uses it"),
-    (&["--shutdown", "--no-shutdown"], STREAM, "datagrams have no end of stream"),
+    (&["--no-shutdown", "--linger"], STREAM, "datagrams have no end of stream"),
     (&["--crlf"], STREAM, "line ends are not part of a datagram"),
     (&["--pass-fd"], STREAM, "a UDP association ends with its TCP connection, which s5 must keep open"),
     (&["--exec", "--sh-exec"], STREAM, "a program needs a stream, not datagrams"),
@@ -134,14 +134,23 @@ pub struct ClientArgs {
     #[argh(option, short = 'p', arg_name = "PORT", from_str_fn(parse_nonzero))]
     pub(crate) source_port: Option<u16>,
 
-    /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
-    /// With bind, -w also limits the wait for the peer. With udp, -w also sets the default of -q. To limit the whole
-    /// run, use timeout(1).
+    /// set --connect-timeout and --idle-timeout, as in nc. These options override it. With udp, -w is an idle timeout
+    /// only until stdin ends; then it is the default of -q.
     #[argh(option, short = 'w', arg_name = "TIME", from_str_fn(parse_duration))]
     pub(crate) timeout: Option<Duration>,
 
+    /// time limit to establish the tunnel [default: 60s]. It covers name resolution, TCP, the handshakes and the reply.
+    /// With bind, it also limits the wait for the peer if it is given. The exit status is 28.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_timeout))]
+    connect_timeout: Option<Duration>,
+
+    /// time limit of the whole run [default: never]. It covers all attempts and the transfer, as in curl. The exit status
+    /// is 28.
+    #[argh(option, short = 'm', arg_name = "TIME", from_str_fn(parse_timeout))]
+    pub(crate) max_time: Option<Duration>,
+
     /// retry failed attempts for this long. The pause between attempts grows to 2s. Each attempt has the time limit of
-    /// --timeout. s5 does not retry after a refused login, a server that is not SOCKS5, an unavailable local address,
+    /// --connect-timeout. s5 does not retry after a refused login, a server that is not SOCKS5, an unavailable local address,
     /// or REP 2, 7 and 8. It retries if the proxy only closes the connection.
     #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
     pub(crate) retry: Option<Duration>,
@@ -150,6 +159,13 @@ pub struct ClientArgs {
     /// 5m).
     #[argh(option, short = 'i', arg_name = "TIME", from_str_fn(parse_timeout))]
     pub(crate) idle_timeout: Option<Duration>,
+
+    /// limit the wait for stdin after the remote end. When the remote side has ended the stream, s5 reads stdin to
+    /// its end, unless stdin is a terminal. With --linger, it exits when stdin has been silent for this long. Without it,
+    /// s5 exits when the peer is gone, which TCP keepalive detects within 75s. With -l, this applies to the local
+    /// connection, and with -e and -c to the output of the program.
+    #[argh(option, arg_name = "TIME", from_str_fn(parse_duration))]
+    pub(crate) linger: Option<Duration>,
 
     /// exit this long after stdin ends [default: never]. With udp, the default is the time that -w sets, or 2s.
     #[argh(option, short = 'q', arg_name = "TIME", from_str_fn(parse_duration))]
@@ -160,7 +176,7 @@ pub struct ClientArgs {
     pub(crate) count: Option<u64>,
 
     /// connect, transfer nothing, and exit 0 on success. Without a target, connect only logs in to the proxy, and udp
-    /// opens an association. Without -v, s5 prints no error message.
+    /// opens an association. s5 prints an error message only with -v or --retry.
     #[argh(switch, short = 'z')]
     pub(crate) zero_io: bool,
 
@@ -172,12 +188,7 @@ pub struct ClientArgs {
     #[argh(switch)]
     pub(crate) send_only: bool,
 
-    /// half-close after stdin ends (the default). The option is accepted for compatibility with nc.
-    #[argh(switch, short = 'N')]
-    #[allow(dead_code, reason = "accepted for compatibility; it is the default behaviour")]
-    pub(crate) shutdown: bool,
-
-    /// do not half-close after stdin ends
+    /// do not half-close after stdin ends. -N and --shutdown, as in nc and ncat, select the default.
     #[argh(switch)]
     pub(crate) no_shutdown: bool,
 
@@ -239,10 +250,10 @@ pub struct ClientArgs {
     #[argh(switch)]
     pub(crate) quiet: bool,
 
-    /// print a JSON summary on stderr at the end. It replaces the error message. With -l, s5 prints one for each tunnel
-    /// or association. See JSON.
-    #[argh(switch)]
-    pub(crate) json: bool,
+    /// print a JSON summary on stderr or write it to FILE. FILE can be fd:N. On stderr, it replaces all other lines except
+    /// those of -v. With -l, there is one for each tunnel or association. See JSON.
+    #[argh(option, arg_name = "FILE")]
+    pub(crate) json: Option<String>,
 
     /// show bytes, rate and time if stderr is a terminal
     #[argh(switch)]
@@ -291,4 +302,21 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
         _ => return Err("expected [ADDR:]PORT (-l takes a value: write other options before it)".into()),
     };
     Ok(SocketAddr::new(ip, port))
+}
+
+impl ClientArgs {
+    /// Returns the time limit to establish a tunnel, if one is given.
+    pub(crate) fn connect_timeout(&self) -> Option<Duration> {
+        self.connect_timeout.or(self.timeout).filter(|time| !time.is_zero())
+    }
+
+    /// Returns whether the objects of `--json` are all that may be printed on stderr.
+    pub(crate) fn prints_only_json(&self) -> bool {
+        self.verbose == 0 && self.json.as_deref() == Some(OPTIONAL_VALUE.1)
+    }
+
+    /// Returns the idle timeout of a tunnel, given by `-i` or `-w`.
+    pub(crate) fn max_idle_time(&self) -> Option<Duration> {
+        self.idle_timeout.or(self.timeout).filter(|time| !time.is_zero())
+    }
 }

@@ -2,12 +2,13 @@
 //! number formatting would add more code to the binary than this module.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::client::{Client, Phase};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
-use crate::net::{ByteCounts, Side};
+use crate::net::{ByteCounts, RelayStats, Side};
 use crate::proto::Addr;
 
 /// The route and the tunnel of a client, in the terms of RFC 1928. `None` means "not reached".
@@ -19,14 +20,8 @@ pub(crate) struct SessionReport<'a> {
     pub(crate) bnd: Option<Addr>,
     /// BIND: the address of the peer that connected.
     pub(crate) peer: Option<Addr>,
-    /// Time from the end of the handshake to the first byte from the target.
-    first_byte: Option<Duration>,
-    /// Bytes to the target.
-    up: u64,
-    /// Bytes from the target.
-    down: u64,
-    /// The side that ended first.
-    ended_first: Option<Side>,
+    /// Bytes and events of the relay, which begins at the end of the handshake.
+    relay: Option<(Arc<ByteCounts>, Arc<RelayStats>)>,
 }
 
 impl<'a> SessionReport<'a> {
@@ -35,30 +30,50 @@ impl<'a> SessionReport<'a> {
         Self { client: Some(client), attempts, ..Self::default() }
     }
 
-    /// Adds the results of a relay.
-    pub(crate) fn set_relayed(&mut self, counts: &ByteCounts, first_byte: Option<Duration>, ended_first: Option<Side>) {
-        (self.up, self.down) = (counts.up.load(Ordering::Relaxed), counts.down.load(Ordering::Relaxed));
-        (self.first_byte, self.ended_first) = (first_byte, ended_first);
+    /// Begins the relay. Returns where to record its bytes and events, which the report has even if the relay is cut.
+    pub(crate) fn start_relay(&mut self) -> (Arc<ByteCounts>, Arc<RelayStats>) {
+        self.relay.insert(Default::default()).clone()
+    }
+
+    /// Returns whether the relay has begun.
+    pub(crate) fn has_relay(&self) -> bool {
+        self.relay.is_some()
+    }
+
+    /// Returns the name of the phase that s5 has reached.
+    fn phase(&self) -> Option<&'static str> {
+        if self.has_relay() {
+            return Some("transfer");
+        }
+        Some(match self.client?.phase() {
+            Phase::ResolveProxy | Phase::ResolveTarget => "resolve",
+            Phase::Connect => "tcp",
+            Phase::Greeting => "method",
+            Phase::Login => "login",
+            Phase::Request => "reply",
+            Phase::Accept => "accept",
+        })
     }
 
     /// Returns the object as one line.
-    pub(crate) fn to_json(&self, result: &Result<(), CliError>) -> String {
+    pub(crate) fn to_json(&self, error: Option<&CliError>) -> String {
         let client = self.client;
         let times = client.map(Client::times).unwrap_or_default();
-        let time = |phase| format_millis(times.of(phase));
+        let time = |phase| or_null(times.of(phase).map(format_millis));
+        let resolve = [Phase::ResolveProxy, Phase::ResolveTarget].into_iter().filter_map(|phase| times.of(phase));
+        let (counts, stats) = self.relay.clone().unwrap_or_default();
         let phases = [
-            ("resolve", format_millis(times.of(Phase::ResolveProxy) + times.of(Phase::ResolveTarget))),
+            ("resolve", or_null(resolve.reduce(|a, b| a + b).map(format_millis))),
             ("tcp", time(Phase::Connect)),
             ("method", time(Phase::Greeting)),
             ("login", time(Phase::Login)),
             ("reply", time(Phase::Request)),
             ("accept", time(Phase::Accept)),
-            ("first_byte", or_null(self.first_byte.map(format_millis))),
+            ("first_byte", or_null(stats.first_byte().map(format_millis))),
         ];
         let hops = client.map(Client::hops).unwrap_or_default();
         let hops: Vec<String> = hops.iter().map(|hop| quote(&hop.to_string())).collect();
-        let ended_first = self.ended_first.map(|side| if side == Side::Client { "local" } else { "remote" });
-        let error = result.as_ref().err();
+        let ended_first = stats.ended_first().map(|side| if side == Side::Client { "local" } else { "remote" });
         let message = error.map(ToString::to_string).filter(|message| !message.is_empty());
         object(&[
             ("proxy", or_null(hops.last())),
@@ -69,9 +84,10 @@ impl<'a> SessionReport<'a> {
             ("bnd", text(self.bnd.as_ref())),
             ("peer", text(self.peer.as_ref())),
             ("tries", self.attempts.to_string()),
+            ("phase", text(self.phase())),
             ("ms", object(&phases)),
-            ("up", self.up.to_string()),
-            ("down", self.down.to_string()),
+            ("up", counts.up.load(Ordering::Relaxed).to_string()),
+            ("down", counts.down.load(Ordering::Relaxed).to_string()),
             ("ended_first", text(ended_first)),
             ("status", error.map_or(ExitStatus::SUCCESS, |error| error.status).code().to_string()),
             ("error", text(message)),

@@ -134,6 +134,8 @@ pub(super) struct StdioStream {
     ignores_broken_pipe: bool,
     /// Whether data has been accepted since the last flush.
     has_unflushed: bool,
+    /// Whether the output is the stdout of this process.
+    is_stdout: bool,
 }
 
 impl StdioStream {
@@ -143,7 +145,7 @@ impl StdioStream {
         let stdout = writes.then(|| io::stdout().as_fd().try_clone_to_owned()).transpose()?;
         let input = stdin.map(|fd| StdioEnd::from_shared(fd, false));
         let output = stdout.map(|fd| StdioEnd::from_shared(fd, true));
-        Ok(Self::new(input, output, crlf, false))
+        Ok(Self { is_stdout: writes, ..Self::new(input, output, crlf, false) })
     }
 
     /// Returns the pipes of a child process as a stream.
@@ -153,11 +155,8 @@ impl StdioStream {
     }
 
     fn new(input: Option<StdioEnd>, output: Option<StdioEnd>, crlf: bool, ignores_broken_pipe: bool) -> Self {
-        Self { input, output, crlf: crlf.then(CrlfEncoder::default), ignores_broken_pipe, has_unflushed: false }
-    }
-
-    pub(super) fn has_input(&self) -> bool {
-        self.input.is_some()
+        let crlf = crlf.then(CrlfEncoder::default);
+        Self { input, output, crlf, ignores_broken_pipe, has_unflushed: false, is_stdout: false }
     }
 
     /// Waits until all accepted data is written. An error of the writing thread is reported only here.
@@ -219,11 +218,11 @@ impl AsyncWrite for StdioStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Flushes and closes this copy of the descriptor, which ends the stdin of a program.
+    /// Flushes and closes the output. Its reader, which may wait for the end before it closes stdin, then sees the end.
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.as_mut().poll_flush(cx))?;
         self.output = None;
-        Poll::Ready(Ok(()))
+        Poll::Ready(if self.is_stdout { descriptor::close_stdout() } else { Ok(()) })
     }
 }
 

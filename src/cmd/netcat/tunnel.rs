@@ -6,7 +6,6 @@ use std::future::{pending, poll_fn};
 use std::io::{self, IoSlice, IsTerminal as _};
 use std::os::fd::AsFd as _;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -21,14 +20,11 @@ use super::report::SessionReport;
 use super::stdio::StdioStream;
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::conn::Conn;
-use crate::net::{
-    ByteCounts, RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, RelayStats, relay, sleep, timeout_at,
-};
+use crate::net::{RelayError, RelayOp, RelayOptions, RelayOutcome, RelayResult, relay, sleep, timeout_at};
 use crate::proto::Addr;
 
-/// Time to wait for stdin after the remote side has ended. It is short: the peer has most likely closed its socket. Data
-/// that is ready is still sent. Also limits the last flush of stdout after a timeout.
-const STDIN_LINGER: Duration = Duration::from_millis(250);
+/// Time limit of the last flush of stdout after a timeout.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(250);
 /// With `--send-only`, time from the end of stdin to the exit of s5.
 const SEND_ONLY_GRACE: Duration = Duration::from_secs(5);
 
@@ -51,6 +47,9 @@ pub(crate) fn check_args(args: &ClientArgs) -> Result<Option<Program>, CliError>
         return Err(CliError::usage(format!("{first} and {second} cannot be combined")));
     }
     let has_stdin = !(args.zero_io || args.pass_fd || args.listen.is_some());
+    if args.linger.is_some() && (args.zero_io || args.pass_fd) {
+        return Err(CliError::usage(format!("--linger cannot be used with {}", given.concat())));
+    }
     if !has_stdin && (args.crlf || args.no_shutdown || args.quit_after.is_some() || args.progress) {
         let relay_options = "-C, -q, --no-shutdown and --progress";
         return Err(CliError::usage(format!("{relay_options} cannot be used with {}", given.concat())));
@@ -104,16 +103,16 @@ async fn relay_local(
     report: &mut SessionReport<'_>,
 ) -> Result<(), CliError> {
     let args = &connector.args;
-    let stats = Arc::new(RelayStats::default());
-    let linger = if stdio.has_input() { STDIN_LINGER } else { Duration::ZERO };
+    let (counts, stats) = report.start_relay();
+    // After the end of the answer, a user at a terminal has nothing more to say.
+    let ends_with_remote = program_exit.is_none() && (args.recv_only || io::stdin().is_terminal());
     let options = RelayOptions {
-        idle_timeout: args.idle_timeout,
-        linger: program_exit.is_none().then_some(linger),
+        idle_timeout: args.max_idle_time(),
+        linger: if ends_with_remote { Some(Duration::ZERO) } else { args.linger },
         keeps_dst_open: args.no_shutdown,
         stats: Some(stats.clone()),
         ..RelayOptions::default()
     };
-    let counts = ByteCounts::default();
     let mut exit_status = None;
     let quit_timed_out = Cell::new(false);
     let outcome = {
@@ -141,14 +140,17 @@ async fn relay_local(
     let is_aborted = quit_timed_out.get() || matches!(outcome, Err(RelayError::IdleTimeout));
     let flushed = match is_aborted {
         // A stalled reader of stdout must not delay the exit.
-        true => timeout_at(Instant::now() + STDIN_LINGER, stdio.flush()).await.unwrap_or(Ok(())),
+        true => timeout_at(Instant::now() + FLUSH_TIMEOUT, stdio.flush()).await.unwrap_or(Ok(())),
         false => stdio.flush().await,
     };
     drop((stdio, tunnel));
-    report.set_relayed(&counts, stats.first_byte(), stats.ended_first());
     relay_result(connector, outcome, flushed)?;
     if let (None, Some(program_exit)) = (&exit_status, program_exit.filter(|_| !quit_timed_out.get())) {
-        exit_status = Some(program_exit.await);
+        exit_status = match args.linger {
+            // The program may go on although nothing reads its output any more.
+            Some(linger) => timeout_at(Instant::now() + linger, program_exit).await,
+            None => Some(program_exit.await),
+        };
     }
     match exit_status {
         Some(Ok(ExitStatus::SUCCESS)) | None => Ok(()),
@@ -177,7 +179,7 @@ pub(super) fn relay_result(
         // The clients never stop a relay from outside.
         Ok(_) | Err(RelayError::DstGone | RelayError::Stopped) => Ok(()),
         Err(RelayError::IdleTimeout) => {
-            let idle = connector.args.idle_timeout.unwrap_or_default();
+            let idle = connector.args.max_idle_time().unwrap_or_default();
             Err(connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {idle:?}")))
         }
         Err(RelayError::Io(RelayOp::WriteClient, error)) if error.kind() == io::ErrorKind::BrokenPipe => {

@@ -78,7 +78,7 @@ async fn serve_peer(
     peer: SocketAddr,
     datagrams: Receiver<Vec<u8>>,
 ) {
-    let idle_timeout = connector.args.idle_timeout.unwrap_or(DEFAULT_IDLE_TIMEOUT);
+    let idle_timeout = connector.args.max_idle_time().unwrap_or(DEFAULT_IDLE_TIMEOUT);
     let mut is_associated = false;
     let relay = async |transfer: &Transfer<'_>| {
         is_associated = true;

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -12,18 +13,17 @@ use crate::client::{Association, Client};
 use crate::cmd::cli::exit::{CliError, ExitStatus};
 use crate::cmd::netcat::connector::Connector;
 use crate::cmd::netcat::report::SessionReport;
-use crate::net::{ByteCounts, sleep_until, yield_now};
+use crate::net::{ByteCounts, RelayStats, sleep_until, yield_now};
 use crate::proto::Addr;
 
 /// An association to one target.
 pub(super) struct Transfer<'a> {
     pub(super) connector: &'a Connector,
     association: Association,
-    started: Instant,
-    first_answer: Cell<Option<Duration>>,
     /// Time of the last datagram in either direction.
     last_activity: Cell<Instant>,
-    counts: ByteCounts,
+    counts: Arc<ByteCounts>,
+    stats: Arc<RelayStats>,
 }
 
 /// Establishes an association and runs `transfer` with it. `peer` is the local peer, `None` for stdin and stdout.
@@ -39,16 +39,10 @@ pub(super) async fn run(
             let target = connector.dst().map(|dst| format!(" to {dst}")).unwrap_or_default();
             connector.print_verbose(&format!("UDP relay{peer}{target} at {relay}"));
         }
-        let state = Transfer {
-            connector,
-            association,
-            started: Instant::now(),
-            first_answer: Cell::default(),
-            last_activity: Cell::new(Instant::now()),
-            counts: ByteCounts::default(),
-        };
+        let (counts, stats) = report.start_relay();
+        let last_activity = Cell::new(Instant::now());
+        let state = Transfer { connector, association, last_activity, counts, stats };
         let result = transfer(&state).await;
-        report.set_relayed(&state.counts, state.first_answer.get(), None);
         state.print_losses();
         result
     };
@@ -64,14 +58,16 @@ impl Transfer<'_> {
         receive: impl Future<Output = Result<(), CliError>>,
         idle_timeout: Option<Duration>,
     ) -> Result<(), CliError> {
-        let idle = async {
-            let Some(limit) = idle_timeout else { return std::future::pending().await };
-            while self.last_activity.get().elapsed() < limit {
-                sleep_until(self.last_activity.get() + limit).await;
-            }
-            Err(self.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {limit:?}")))
-        };
-        receive.or(send).or(idle).or(self.closed()).await
+        receive.or(send).or(self.idle(idle_timeout)).or(self.closed()).await
+    }
+
+    /// Waits until there has been no datagram for `timeout`. Always returns an error.
+    pub(super) async fn idle<T>(&self, timeout: Option<Duration>) -> Result<T, CliError> {
+        let Some(limit) = timeout else { return std::future::pending().await };
+        while self.last_activity.get().elapsed() < limit {
+            sleep_until(self.last_activity.get() + limit).await;
+        }
+        Err(self.connector.transfer_error(ExitStatus::TIMED_OUT, &format!("idle for {limit:?}")))
     }
 
     /// Returns the relay, if it has another address than its proxy.
@@ -108,7 +104,7 @@ impl Transfer<'_> {
     /// Counts an answer.
     pub(super) fn count_answer(&self, data: &[u8]) {
         self.last_activity.set(Instant::now());
-        self.first_answer.set(self.first_answer.get().or(Some(self.started.elapsed())));
+        self.stats.set_first_byte();
         self.counts.down.fetch_add(data.len() as u64, Ordering::Relaxed);
     }
 

@@ -19,6 +19,15 @@ fn z_prints_nothing_without_v_and_exits_with_the_result() {
     assert_eq!(outcome(&format!("connect -z -x {down} {echo}"), b""), failure(7, ""));
     let server = Server::start(&["--users", "/dev/null"]);
     assert_eq!(outcome(&format!("connect -z -x {}", server.addr()), b""), failure(67, ""));
+    // A series of attempts that fails is worth a line.
+    for option in ["--retry 200ms", "--wait 200ms"] {
+        assert_line(&format!("connect -z {option} -x {down} {echo}"), 7, &["connection refused", " attempts)"]);
+        assert_line(&format!("connect -z {option} -x {proxy} {down}"), 105, &["(REP 5)", " attempts)"]);
+        assert_line(&format!("connect -z {option} -x {down}"), 7, &["connection refused", " attempts)"]);
+        assert_line(&format!("udp -z {option} -x {down}"), 7, &["connection refused", " attempts)"]);
+        assert_line(&format!("bind -z {option} -x {down}"), 7, &["connection refused", " attempts)"]);
+        assert_eq!(outcome(&format!("connect -z {option} --quiet -x {down} {echo}"), b""), failure(7, ""));
+    }
     // Usage errors are printed even with -z.
     assert_line("connect -z nonsense", 2, &[]);
     assert_line("connect -z --direct", 2, &[]);

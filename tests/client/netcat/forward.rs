@@ -242,7 +242,7 @@ fn udp_forward_limits_tries_to_reach_a_proxy_that_is_down() {
 #[test]
 fn udp_forward_json_reports_each_association() {
     let (_server, proxy) = serve();
-    let (client, at) = start_udp_forward(&proxy, " -i 300ms --json");
+    let (client, at) = start_udp_forward(&proxy, " -i 300ms --json -v");
     exchange(&socket(), at, b"seven..");
     let stderr = client.stderr(|stderr| stderr.contains("\"up\":"));
     assert!(stderr.contains("\"up\":7,\"down\":7") && !stderr.contains("\"first_byte\":null"), "{stderr}");
