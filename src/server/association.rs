@@ -46,7 +46,7 @@ thread_local! {
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
     let egress = Egress::open(session).await?;
-    let client = ClientSocket::bind(session, control, dst.port).map_err(SessionError::general_failure)?;
+    let client = ClientSocket::bind(session, control, dst.port).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;

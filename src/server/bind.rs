@@ -40,12 +40,12 @@ pub(super) async fn serve(
 }
 
 async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> SessionResult<Conn> {
-    let expected = ExpectedPeer::resolve(session, dst).await?;
+    let expected = session.cancellable(client, ExpectedPeer::resolve(session, dst)).await?;
     let control = client.local_addr();
     let peer = expected.preferred_addr(control);
     let local = reachable_addr(control, peer)
         .map_err(|error| SessionError::from_dial(DialError::from_connect(&error, peer), dst))?;
-    let (listener, bnd) = listen_for_peer(session, local, &expected).map_err(SessionError::general_failure)?;
+    let (listener, bnd) = listen_for_peer(session, local, &expected).await.map_err(SessionError::general_failure)?;
     session.reply_success(client, bnd.into(), || None).await?;
     let accepted = session.wait_for_peer(client, async { Ok(session.accept(&listener, &expected).await) }).await;
     drop(listener);
@@ -59,7 +59,8 @@ async fn bind_directly(session: &mut Session, client: &mut Conn, dst: &Addr) -> 
 async fn bind_via_hop(session: &mut Session, client: &mut Conn, dst: &Addr, hop: &Hop) -> SessionResult<Conn> {
     let deadline = Instant::now() + session.server().options.connect_timeout;
     let proxy = session.server().hop_client(hop, dst.clone(), deadline);
-    let (mut conn, bnd) = proxy.request(Command::Bind).await.map_err(SessionError::from_upstream)?;
+    let requested = async { proxy.request(Command::Bind).await.map_err(SessionError::from_upstream) };
+    let (mut conn, bnd) = session.cancellable(client, requested).await?;
     session.reply_success(client, proxy.resolve_unspecified_bnd(bnd, &conn), || None).await?;
     let accepted = async { proxy.wait_for_peer(&mut conn, false).await.map_err(SessionError::from_upstream) };
     let peer = session.wait_for_peer(client, accepted).await?;
@@ -172,7 +173,7 @@ impl ExpectedPeer {
 
 /// Listens at `local`, an address that the peer can reach. Returns the listener and BND. Binds all addresses if peers of both
 /// families are expected, or if BND is an advertised address, since this host may not have it.
-fn listen_for_peer(
+async fn listen_for_peer(
     session: &Session,
     mut local: SocketAddr,
     expected: &ExpectedPeer,
@@ -185,13 +186,13 @@ fn listen_for_peer(
     } else if bnd != local {
         local.set_ip(unspecified(local.ip()));
     }
-    let listener = listen_on_port(local, !both_families, expected.wished_port, options.bind_ports.as_ref())?;
+    let listener = listen_on_port(local, !both_families, expected.wished_port, options.bind_ports.as_ref()).await?;
     bnd.set_port(listener.local_addr()?.port());
     Ok((Io::new(listener)?, bnd))
 }
 
 /// Listens on the wished port if it is one of `ports` and free, otherwise on any of `ports`.
-fn listen_on_port(
+async fn listen_on_port(
     local: SocketAddr,
     is_v6_only: bool,
     wished: Option<u16>,
@@ -205,5 +206,8 @@ fn listen_on_port(
         local.set_port(port);
         bind(local).ok()
     });
-    listener.map_or_else(|| bind_in_range(ports, local, bind), Ok)
+    match listener {
+        Some(listener) => Ok(listener),
+        None => bind_in_range(ports, "--bind-ports", local, bind).await,
+    }
 }

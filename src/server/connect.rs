@@ -3,14 +3,12 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use futures_lite::FutureExt as _;
-
 use super::options::Hop;
 use super::reply::{SessionError, SessionResult};
 use super::session_log::with_addr;
 use super::state::{Server, Session};
-use crate::conn::{Conn, HALF_CLOSED_GRACE};
-use crate::net::{LocalAddr, dial, sleep};
+use crate::conn::Conn;
+use crate::net::{LocalAddr, dial};
 use crate::policy::rules::Route;
 use crate::proto::{Addr, Command, Host};
 
@@ -71,21 +69,6 @@ async fn connect_via(server: &Server, hop: &Hop, targets: Vec<Addr>, deadline: I
 }
 
 impl Session {
-    /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
-    // Not an async fn, whose future would store `work` twice.
-    fn cancellable<T>(
-        &self,
-        client: &Conn,
-        work: impl Future<Output = SessionResult<T>>,
-    ) -> impl Future<Output = SessionResult<T>> {
-        let disconnected = async {
-            client.wait_eof().await;
-            sleep(HALF_CLOSED_GRACE).await;
-            Err(SessionError::silent("client disconnected before the target was reached"))
-        };
-        work.or(disconnected).or(self.denied_by_reload())
-    }
-
     /// Resolves `dst`, and authorizes each of its addresses. Returns the route and the allowed addresses. If `route` is
     /// a hop, which can resolve the name itself, there are none.
     async fn resolve_route(

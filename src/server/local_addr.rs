@@ -2,9 +2,15 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::ops::RangeInclusive;
 
-use crate::net::unspecified;
+use crate::net::{unspecified, yield_now};
 use crate::proto::PortRange;
+
+/// Maximum number of ports that are tried for one socket. If 1 % of a large range is free, one is almost always found.
+const MAX_PORTS_TRIED: u64 = 1024;
+/// Ports tried before other tasks run. One try takes about 1 µs.
+const PORTS_TRIED_PER_TURN: usize = 64;
 
 /// Returns the local address, with port 0, at which `peer` can reach the listener of BIND: the one on the route to it. The
 /// session's client has connected to `control`: `None` on a Unix socket. An unspecified `peer` is any peer of that
@@ -50,36 +56,48 @@ pub fn is_local(mut addr: SocketAddr) -> bool {
     !matches!(refused, Some(Errno::ADDRNOTAVAIL | Errno::INVAL | Errno::AFNOSUPPORT))
 }
 
-/// Returns the ports to try in turn: all ports of a range, rotated to a random start, or only 0 (the kernel chooses).
-fn candidate_ports(ports: Option<&PortRange>) -> Vec<u16> {
-    let Some(PortRange(range)) = ports else { return vec![0] };
-    let mut ports: Vec<u16> = range.clone().collect();
-    let start = getrandom::u32().ok().and_then(|random| usize::try_from(random).ok()).unwrap_or(0);
-    let start = start.checked_rem(ports.len()).unwrap_or(0);
-    ports.rotate_left(start);
-    ports
+/// Returns ports of the range to try in turn, from a random start and spread over the range.
+fn candidate_ports(range: &RangeInclusive<u16>) -> impl Iterator<Item = u16> + use<> {
+    // A prime that is larger than any range, so that no port is returned twice.
+    const STEP: u64 = 2_654_435_761;
+    let (first, start) = (u64::from(*range.start()), u64::from(getrandom::u32().unwrap_or_default()));
+    let count = u64::from(range.end().saturating_sub(*range.start())) + 1;
+    (0..count.min(MAX_PORTS_TRIED)).filter_map(move |n| u16::try_from(first + (start + n * STEP) % count).ok())
 }
 
-/// Binds `local` with the first free port of `ports`.
-pub(super) fn bind_in_range<T>(
+/// Binds `local` with the first free port of those tried in `ports`, or with any free port. `option` sets the ports.
+pub(super) async fn bind_in_range<T>(
     ports: Option<&PortRange>,
+    option: &str,
     mut local: SocketAddr,
     bind: impl Fn(SocketAddr) -> io::Result<T>,
 ) -> io::Result<T> {
-    let mut result = Err(io::ErrorKind::AddrInUse.into());
-    for port in candidate_ports(ports) {
+    let Some(PortRange(range)) = ports else { return bind(local) };
+    let mut tried = 0;
+    for port in candidate_ports(range) {
+        if tried > 0 && tried % PORTS_TRIED_PER_TURN == 0 {
+            yield_now().await;
+        }
+        tried += 1;
         local.set_port(port);
-        result = bind(local);
-        if !result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            break;
+        match bind(local) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            result => return result,
         }
     }
-    result
+    let (low, high) = (range.start(), range.end());
+    Err(io::Error::other(format!("no free port in {low}-{high}: {tried} tried (choose more ports with {option})")))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::pin::pin;
+
+    use futures_lite::future::{block_on, poll_once};
+
     use super::*;
+    use crate::net::reactor;
 
     #[test]
     fn reachable_addr_is_loopback_if_client_and_peer_are_on_this_host() {
@@ -94,5 +112,31 @@ mod tests {
         assert_eq!(reachable(None, "0.0.0.0").as_deref(), Some("127.0.0.1"));
         assert_eq!(reachable(None, "::").as_deref(), Some("::1"));
         assert_eq!(reachable(control("192.0.2.7:1080"), "127.0.0.1").as_deref(), Some("127.0.0.1"));
+    }
+
+    #[test]
+    fn candidate_ports_are_all_ports_of_a_small_range_and_a_limited_number_of_a_large_one() {
+        for (range, count) in [(5000..=5000, 1), (5000..=5002, 3), (1..=1024, 1024), (1..=u16::MAX, 1024)] {
+            let mut ports: Vec<u16> = candidate_ports(&range).collect();
+            ports.sort_unstable();
+            ports.dedup();
+            assert!(ports.len() == count && ports.iter().all(|port| range.contains(port)), "{range:?}: {ports:?}");
+        }
+    }
+
+    #[test]
+    fn bind_in_range_lets_other_tasks_run_after_some_ports() {
+        let tried = Cell::new(0);
+        let in_use = |_| -> io::Result<()> {
+            tried.set(tried.get() + 1);
+            Err(io::ErrorKind::AddrInUse.into())
+        };
+        let ports = "1-65535".parse().expect("a range");
+        let local = "127.0.0.1:0".parse().expect("an address");
+        let mut binding = pin!(bind_in_range(Some(&ports), "--udp-ports", local, in_use));
+        assert!(block_on(poll_once(&mut binding)).is_none());
+        assert_eq!(tried.get(), PORTS_TRIED_PER_TURN);
+        let error = reactor::run(binding).expect("epoll").expect_err("all ports are in use").to_string();
+        assert_eq!(error, "no free port in 1-65535: 1024 tried (choose more ports with --udp-ports)");
     }
 }

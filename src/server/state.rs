@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
+use futures_lite::FutureExt as _;
+
 use super::limiter::{Limiter, SessionQuota};
 use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
@@ -13,8 +15,8 @@ use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
 use super::worker::WorkerPool;
 use crate::client::{Client, lookup};
-use crate::conn::Conn;
-use crate::net::{DialError, RateLimit, RelayOptions, Resolver, timeout_at};
+use crate::conn::{Conn, HALF_CLOSED_GRACE};
+use crate::net::{DialError, RateLimit, RelayOptions, Resolver, sleep, timeout_at};
 use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Host, Rep, Reply};
 
@@ -110,6 +112,21 @@ impl Session {
     pub(super) fn authorize(&self, request: &AccessRequest<'_>) -> SessionResult<Option<Route>> {
         let newer = self.server().policy.newer_than(self.policy.generation);
         Ok(newer.as_ref().unwrap_or(&self.policy).authorize(request)?)
+    }
+
+    /// Runs `work`, and cancels it when the client disconnects or a reloaded policy denies the session.
+    // Not an async fn, whose future would store `work` twice.
+    pub(super) fn cancellable<T>(
+        &self,
+        client: &Conn,
+        work: impl Future<Output = SessionResult<T>>,
+    ) -> impl Future<Output = SessionResult<T>> {
+        let disconnected = async {
+            client.wait_eof().await;
+            sleep(HALF_CLOSED_GRACE).await;
+            Err(SessionError::silent("client disconnected before the reply"))
+        };
+        work.or(disconnected).or(self.denied_by_reload())
     }
 
     /// Waits until a reloaded policy denies this session, and returns the error.

@@ -21,7 +21,7 @@ pub(super) struct ClientSocket {
 
 impl ClientSocket {
     /// `port` is DST.PORT. DST.ADDR is ignored. A client on a Unix socket sends from loopback.
-    pub(super) fn bind(session: &Session, control: &Conn, port: u16) -> io::Result<Self> {
+    pub(super) async fn bind(session: &Session, control: &Conn, port: u16) -> io::Result<Self> {
         let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         addr.set_port(port);
         if let Some(peer) = control.peer_addr() {
@@ -29,7 +29,8 @@ impl ClientSocket {
         }
         let mut local = control.local_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
-        let socket = bind_in_range(session.server().options.udp_ports.as_ref(), local, BatchSocket::bind)?;
+        let socket =
+            bind_in_range(session.server().options.udp_ports.as_ref(), "--udp-ports", local, BatchSocket::bind).await?;
         // Connecting to port 0 filters by address only.
         socket.get_ref().connect(addr)?;
         Ok(Self { socket, addr, protection: control.protection().cloned() })
