@@ -46,7 +46,7 @@ thread_local! {
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
     let egress = Egress::open(session).await?;
-    let client = ClientSocket::bind(session, control, dst.port).await.map_err(SessionError::general_failure)?;
+    let client = ClientSocket::bind(session, control, dst).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
     session.reply_success(control, bnd.into(), || None).await?;
@@ -108,7 +108,8 @@ impl AssociationRelay<'_> {
                 if now >= idle {
                     return Poll::Ready(Some(crate::net::RelayError::IdleTimeout.to_string()));
                 }
-                ready!(timer.poll(cx, self.reassembler.deadline().map_or(idle, |deadline| deadline.min(idle))));
+                let others = [self.reassembler.deadline(), self.client.release_silent_port(now)];
+                ready!(timer.poll(cx, others.into_iter().flatten().fold(idle, Instant::min)));
                 now = Instant::now();
             }
         })
@@ -213,7 +214,7 @@ impl AssociationRelay<'_> {
             let Some(bytes) = self.client.accept(from, bytes) else { continue };
             let Ok(datagram) = Datagram::decode(&bytes) else { continue };
             self.last_activity = now;
-            self.client.set_port(from);
+            self.client.record_valid(from, now);
             if let Some((dst, data)) = self.reassembler.push(now, datagram) {
                 self.queue(batch, dst, &data);
             }
@@ -357,7 +358,7 @@ impl AssociationRelay<'_> {
 
     fn flush_answers(&self, batch: &mut GsoBatch<'_>) {
         if !batch.is_empty() {
-            self.count_answered(self.client.socket.send_batch(None, batch));
+            self.count_answered(self.client.send_batch(batch));
         }
     }
 

@@ -2,8 +2,10 @@
 
 pub mod association;
 mod bursts;
+mod client_port;
 mod filter;
 mod fragments;
 mod lifetime;
 mod names;
+mod ports;
 mod relay;

@@ -1,61 +1,93 @@
-//! The socket of an association to its client.
+//! The socket of an association to its client, and the client's port.
+//!
+//! While the port is in use, the socket is connected to it, so that the kernel drops datagrams from all other senders.
 
 use std::borrow::Cow;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use super::super::local_addr::bind_in_range;
 use super::super::state::Session;
 use crate::conn::{Conn, Protection};
-use crate::net::{BatchSocket, with_scope};
-use crate::proto::{Addr, MAX_UDP4_PAYLOAD};
+use crate::net::{BatchSocket, GsoBatch, parse_literal, with_scope};
+use crate::proto::{Addr, Host, MAX_UDP4_PAYLOAD};
 use crate::reassembly::fragment;
+
+/// Time without a valid datagram after which the client may use another port. A NAT that has removed its mapping selects
+/// a new port. While the port is in use, no other sender can take over the association.
+const PORT_SILENCE: Duration = Duration::from_secs(2);
 
 pub(super) struct ClientSocket {
     pub(super) socket: BatchSocket,
-    /// The IP address of the control connection, and DST.PORT. The first datagram replaces a port of 0.
+    /// The IP address of the control connection, and the port of the last valid datagram, or at first DST.PORT. Port 0:
+    /// not known yet.
     addr: SocketAddr,
+    /// Set while only `addr` may send. Otherwise, the next valid datagram sets the port.
+    is_port_fixed: bool,
+    /// Time of the last valid datagram.
+    last_heard: Instant,
     /// The protection of the control connection also protects datagrams (RFC 1961 section 5).
     protection: Option<Protection>,
 }
 
 impl ClientSocket {
-    /// `port` is DST.PORT. DST.ADDR is ignored. A client on a Unix socket sends from loopback.
-    pub(super) async fn bind(session: &Session, control: &Conn, port: u16) -> io::Result<Self> {
-        let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
-        addr.set_port(port);
-        if let Some(peer) = control.peer_addr() {
-            addr = with_scope(addr, peer);
-        }
+    pub(super) async fn bind(session: &Session, control: &Conn, dst: &Addr) -> io::Result<Self> {
+        let addr = expected_sender(session, control, dst);
         let mut local = control.local_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
-        let socket =
-            bind_in_range(session.server().options.udp_ports.as_ref(), "--udp-ports", local, BatchSocket::bind).await?;
+        let ports = session.server().options.udp_ports.as_ref();
+        let socket = bind_in_range(ports, "--udp-ports", local, BatchSocket::bind).await?;
         // Connecting to port 0 filters by address only.
         socket.get_ref().connect(addr)?;
-        Ok(Self { socket, addr, protection: control.protection().cloned() })
+        let (is_port_fixed, last_heard) = (addr.port() != 0, Instant::now());
+        Ok(Self { socket, addr, is_port_fixed, last_heard, protection: control.protection().cloned() })
     }
 
     pub(super) fn has_port(&self) -> bool {
         self.addr.port() != 0
     }
 
-    /// Sets the client's port to that of its first datagram.
-    pub(super) fn set_port(&mut self, from: SocketAddr) {
-        if self.has_port() {
+    /// Records a valid datagram, which sets the client's port unless it is fixed.
+    pub(super) fn record_valid(&mut self, from: SocketAddr, now: Instant) {
+        self.last_heard = now;
+        if self.is_port_fixed {
             return;
         }
-        self.addr = from;
-        if let Err(error) = self.socket.get_ref().connect(from) {
-            log::debug!("udp: connect to {from}: {error}");
+        if self.has_port() && self.addr.port() != from.port() {
+            log::debug!("udp: client {}: port {} replaces {}", from.ip(), from.port(), self.addr.port());
         }
+        self.addr = from;
+        self.is_port_fixed = match self.socket.get_ref().connect(from) {
+            Ok(()) => true,
+            Err(error) => {
+                log::debug!("udp: connect to {from}: {error}");
+                false
+            }
+        };
+    }
+
+    /// Accepts datagrams from all ports of the client once its port is silent. Returns the time of the next call, if any. A
+    /// loopback address keeps its first port: no NAT is involved, and other users share the address.
+    pub(super) fn release_silent_port(&mut self, now: Instant) -> Option<Instant> {
+        if !self.is_port_fixed || self.addr.ip().is_loopback() {
+            return None;
+        }
+        let silent_at = self.last_heard + PORT_SILENCE;
+        if now < silent_at {
+            return Some(silent_at);
+        }
+        let mut any_port = self.addr;
+        any_port.set_port(0);
+        self.is_port_fixed = self.socket.get_ref().connect(any_port).is_err();
+        None
     }
 
     /// Unwraps a received datagram. Returns `None` if it is not from the client, or if its protection is invalid.
     pub(super) fn accept<'a>(&self, from: SocketAddr, bytes: &'a [u8]) -> Option<Cow<'a, [u8]>> {
         // The socket may hold datagrams from other ports received before connect(2), and not every kernel filters a
         // socket that is connected to port 0.
-        if from.ip() != self.addr.ip() || ![0, from.port()].contains(&self.addr.port()) {
+        if from.ip() != self.addr.ip() || self.is_port_fixed && from.port() != self.addr.port() {
             return None;
         }
         match &self.protection {
@@ -64,22 +96,45 @@ impl ClientSocket {
         }
     }
 
+    /// Returns the destination of answers: `None` for the address that the socket is connected to.
+    fn destination(&self) -> Option<SocketAddr> {
+        (!self.is_port_fixed).then_some(self.addr)
+    }
+
     /// Returns whether an answer of this length, including its header, can be sent in a batch.
     pub(super) fn can_batch(&self, len: usize) -> bool {
         self.protection.is_none() && len <= MAX_UDP4_PAYLOAD
+    }
+
+    /// Sends and clears a batch of answers. Returns the number of payload bytes sent.
+    pub(super) fn send_batch(&self, batch: &mut GsoBatch<'_>) -> usize {
+        self.socket.send_batch(self.destination(), batch)
     }
 
     /// Sends one answer, protected, and in fragments if it is too long with its header. Returns false if it is lost.
     pub(super) fn send(&self, from: &Addr, data: &[u8]) -> bool {
         let overhead = self.protection.as_ref().map_or(0, Protection::max_overhead);
         let datagrams = fragment(from, data, MAX_UDP4_PAYLOAD.saturating_sub(overhead));
+        let to = self.destination();
         datagrams.is_some_and(|datagrams| {
             datagrams.iter().all(|bytes| match &self.protection {
-                Some(protection) => {
-                    protection.wrap(bytes).and_then(|bytes| self.socket.send_bytes(None, &bytes)).is_ok()
-                }
-                None => self.socket.send_bytes(None, bytes).is_ok(),
+                Some(protection) => protection.wrap(bytes).and_then(|bytes| self.socket.send_bytes(to, &bytes)).is_ok(),
+                None => self.socket.send_bytes(to, bytes).is_ok(),
             })
         })
     }
+}
+
+/// Returns the address that the client sends from: that of the control connection (on a Unix socket, loopback). The port
+/// is that of DST if DST is this address, else 0. Behind NAT, a client does not know its address and port, and some
+/// clients send a target as DST.
+fn expected_sender(session: &Session, control: &Conn, dst: &Addr) -> SocketAddr {
+    let mut addr = session.log.client().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+    let dst_ip = match &dst.host {
+        Host::Ip(ip) => Some(*ip),
+        Host::Name(name) => parse_literal(name.as_str()),
+    };
+    let is_client = dst_ip.is_some_and(|ip| ip.to_canonical() == addr.ip().to_canonical());
+    addr.set_port(if is_client { dst.port } else { 0 });
+    control.peer_addr().map_or(addr, |peer| with_scope(addr, peer))
 }

@@ -49,23 +49,6 @@ fn udp_first_datagram_sets_the_client_port() {
 }
 
 #[test]
-fn udp_port_of_dst_is_the_only_client_port() {
-    let server = Server::start(&[]);
-    let (target, dst) = target();
-    // DST.ADDR is ignored, even if it is not the client's address.
-    for ip in ["127.0.0.1", "0.0.0.0", "192.0.2.1"] {
-        let socket = socket(V4);
-        let port = socket.local_addr().expect("local address").port();
-        let client_dst = SocketAddr::new(ip.parse().expect("valid address"), port);
-        let association = Association::with_dst(&server, client_dst, socket);
-        let other = self::socket(V4);
-        let _ = other.send_to(&datagram(0, dst, b"other"), association.bnd);
-        association.send(dst, b"client");
-        assert_eq!(receive(&target).0, b"client", "{ip}");
-    }
-}
-
-#[test]
 fn udp_answers_are_relayed_only_from_addresses_sent_to() {
     let server = Server::start(&[]);
     let association = Association::new(&server);
