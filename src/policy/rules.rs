@@ -137,25 +137,43 @@ impl Rules {
 
     /// Returns every route that an `allow` may still select for this request, without duplicates.
     pub fn possible_routes(&self, request: &AccessRequest<'_>) -> Vec<Route> {
-        let mut found = Vec::new();
-        let match_target = |rule: &Rule| self.match_target(rule, request, &|_| false);
-        let mut add = |index: usize, rule: &Rule, matches: Match| {
-            if rule.conditions.allow && matches > Match::No {
-                found.push((index, self.route(rule)));
-            }
-        };
-        self.search(request, false, &match_target, &mut add);
-        for (index, rule) in (self.user_rules.len()..).zip(&self.built_in) {
-            add(index, rule, rule.conditions.matches(request).min(match_target(rule)));
-        }
-        found.sort_unstable();
         let mut routes = Vec::new();
-        for (_, route) in found {
+        for rule in self.possible_rules(request).into_iter().filter(|rule| rule.conditions.allow) {
+            let route = self.route(rule);
             if !routes.contains(&route) {
                 routes.push(route);
             }
         }
         routes
+    }
+
+    /// Returns the route of all targets that the rules may still allow, if there is only one. Rules after one that decides
+    /// about all targets are ignored.
+    pub fn only_route(&self, request: &AccessRequest<'_>) -> Option<Route> {
+        let rules = self.possible_rules(request);
+        let decides_all = |rule: &&Rule| {
+            let has_all_targets = matches!(rule.to, TargetCondition::Any | TargetCondition::Unprotected);
+            has_all_targets && rule.conditions.matches(request) == Match::Yes
+        };
+        let count = rules.iter().position(decides_all).map_or(rules.len(), |last| last + 1);
+        let mut routes =
+            rules.into_iter().take(count).filter(|rule| rule.conditions.allow).map(|rule| self.route(rule));
+        let first = routes.next()?;
+        routes.all(|route| route == first).then_some(first)
+    }
+
+    /// Returns the rules that may still match, in order.
+    fn possible_rules(&self, request: &AccessRequest<'_>) -> Vec<&Rule> {
+        let mut found = Vec::new();
+        let match_target = |rule: &Rule| self.match_target(rule, request, &|_| false);
+        self.search(request, false, &match_target, &mut |index, rule, matches| found.push((index, rule, matches)));
+        let built_in = (self.user_rules.len()..).zip(&self.built_in);
+        found.extend(
+            built_in.map(|(index, rule)| (index, rule, rule.conditions.matches(request).min(match_target(rule)))),
+        );
+        found.retain(|(.., matches)| *matches > Match::No);
+        found.sort_by_key(|(index, ..)| *index);
+        found.into_iter().map(|(_, rule, _)| rule).collect()
     }
 
     fn search<'a>(

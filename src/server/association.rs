@@ -8,16 +8,17 @@ mod client_socket;
 mod egress;
 mod name_cache;
 mod sent_to;
+mod upstream;
 
 use std::cell::RefCell;
-use std::future::{Future, poll_fn};
+use std::future::{Future as _, poll_fn};
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use futures_lite::{AsyncReadExt as _, FutureExt as _};
+use futures_lite::AsyncReadExt as _;
 
 use super::counters::COUNTERS;
 use super::options::Filtering;
@@ -31,8 +32,9 @@ use crate::policy::rules::{AccessRequest, Route};
 use crate::proto::{Addr, Datagram, Host, HostName};
 use crate::reassembly::Reassembler;
 use client_socket::ClientSocket;
-use egress::{Egress, possible_hops};
+use egress::Egress;
 use name_cache::NameCache;
+use upstream::{Upstream, UpstreamEvent};
 
 /// Datagrams relayed from one socket before the next socket is polled. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
@@ -45,7 +47,7 @@ thread_local! {
 }
 
 pub(super) async fn serve(session: &mut Session, control: &mut Conn, dst: &Addr) -> SessionResult<()> {
-    let egress = Egress::open(session).await?;
+    let egress = Egress { upstreams: open_only_route(session, control).await?, ..Egress::default() };
     let client = ClientSocket::bind(session, control, dst).await.map_err(SessionError::general_failure)?;
     let local = client.socket.get_ref().local_addr().map_err(SessionError::general_failure)?;
     let bnd = session.advertised_addr(&session.server().options.advertise_udp, local);
@@ -81,14 +83,9 @@ struct AssociationRelay<'a> {
 impl AssociationRelay<'_> {
     /// Relays until the association ends. Returns `None` when the client closes the control connection, else an error.
     async fn run(mut self, control: &mut Conn) -> Option<String> {
-        let mut ended: Pin<Box<dyn Future<Output = Option<String>>>> = Box::pin(wait_for_control_end(control));
-        for upstream in &self.egress.upstreams {
-            let association = upstream.association.clone();
-            let closed = async move { Some(format!("proxy {} closed its association", association.closed().await)) };
-            ended = Box::pin(ended.or(closed));
-        }
+        let mut ended = pin!(wait_for_control_end(control));
         let mut timer = IdleTimer::default();
-        poll_fn(|cx| {
+        let ended = poll_fn(|cx| {
             if let Poll::Ready(reason) = ended.as_mut().poll(cx) {
                 return Poll::Ready(reason);
             }
@@ -97,8 +94,13 @@ impl AssociationRelay<'_> {
             }
             let mut now = Instant::now();
             let has_more = BUFFERS.with_borrow_mut(|(received, to_send)| self.relay_ready(cx, now, received, to_send));
-            // Resolved datagrams may have been sent through a new socket, which has not been polled for answers yet.
-            if self.send_resolved(cx) || has_more {
+            let has_resolved = self.send_resolved(cx);
+            let has_opened = match self.poll_upstreams(cx) {
+                Ok(has_opened) => has_opened,
+                Err(reason) => return Poll::Ready(Some(reason)),
+            };
+            // The new sockets have not been polled for answers yet.
+            if has_more || has_resolved || has_opened {
                 wake_later(cx);
                 return Poll::Pending;
             }
@@ -113,11 +115,14 @@ impl AssociationRelay<'_> {
                 now = Instant::now();
             }
         })
-        .await
+        .await;
+        for upstream in self.egress.upstreams.iter().filter(|upstream| upstream.dropped > 0) {
+            self.session.log.log_hop(&upstream.hop, upstream.dropped, "not open when datagrams needed it");
+        }
+        ended
     }
 
-    /// Applies a reloaded policy. Returns an error if the policy denies the association, or may route datagrams through
-    /// a hop that is not open.
+    /// Applies a reloaded policy. Returns an error if the policy denies the association.
     fn recheck_policy(&mut self) -> Option<String> {
         let Session { permit, policy, log } = &mut *self.session;
         let denial = permit.server.policy.recheck(log, &log.policy_generation, || None);
@@ -125,8 +130,29 @@ impl AssociationRelay<'_> {
             return denial;
         }
         *policy = permit.server.policy.current();
-        let has_all_hops = possible_hops(self.session).all(|hop| self.egress.has_hop(hop));
-        (!has_all_hops).then(|| "the reloaded rules use a hop that this association has not opened".into())
+        let routes = policy.policy.rules.possible_routes(&log.access_request());
+        self.egress.upstreams.retain(|upstream| routes.contains(&Route::Hop(upstream.index)));
+        None
+    }
+
+    /// Notices upstreams that have opened, failed or closed. Returns true if one has opened, and an error if the only
+    /// possible route has closed.
+    fn poll_upstreams(&mut self, cx: &mut Context<'_>) -> Result<bool, String> {
+        let (mut has_opened, mut sent) = (false, 0);
+        for upstream in &mut self.egress.upstreams {
+            match upstream.poll(cx) {
+                Some(UpstreamEvent::Opened(bytes)) => (has_opened, sent) = (true, sent + bytes),
+                Some(UpstreamEvent::Closed(error)) if only_route(self.session) == Some(Route::Hop(upstream.index)) => {
+                    return Err(error);
+                }
+                Some(UpstreamEvent::Failed(error) | UpstreamEvent::Closed(error)) => {
+                    self.session.log.log_hop(&upstream.hop, upstream.dropped, &error);
+                }
+                None => {}
+            }
+        }
+        self.count_sent(sent);
+        Ok(has_opened)
     }
 
     /// Relays received datagrams in both directions. Returns true if there may be more.
@@ -140,7 +166,7 @@ impl AssociationRelay<'_> {
         let mut budget = MAX_DATAGRAMS_PER_TURN;
         while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
             budget = budget.saturating_sub(received.datagrams().count());
-            self.relay_from_client(now, received, to_send);
+            self.relay_from_client(now, received.datagrams(), to_send);
         }
         let mut has_more = budget == 0;
         for family in 0..self.egress.sockets.len() {
@@ -183,9 +209,10 @@ impl AssociationRelay<'_> {
     fn relay_from_upstreams(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut has_more = false;
         for upstream in &self.egress.upstreams {
+            let Some(association) = upstream.association() else { continue };
             let mut budget = MAX_DATAGRAMS_PER_TURN;
             while budget > 0
-                && let Poll::Ready(received) = upstream.association.poll_recv(cx)
+                && let Poll::Ready(received) = association.poll_recv(cx)
             {
                 budget -= 1;
                 // Errors are ICMP messages about earlier datagrams. They do not end the hop's association.
@@ -208,9 +235,14 @@ impl AssociationRelay<'_> {
         has_more
     }
 
-    fn relay_from_client(&mut self, now: Instant, received: &RecvBatch, buffer: &mut Vec<u8>) {
+    fn relay_from_client<'a>(
+        &mut self,
+        now: Instant,
+        received: impl Iterator<Item = (SocketAddr, &'a [u8])>,
+        buffer: &mut Vec<u8>,
+    ) {
         let batch = &mut GsoBatch::new(buffer);
-        for (from, bytes) in received.datagrams() {
+        for (from, bytes) in received {
             let Some(bytes) = self.client.accept(from, bytes) else { continue };
             let Ok(datagram) = Datagram::decode(&bytes) else { continue };
             self.last_activity = now;
@@ -262,7 +294,7 @@ impl AssociationRelay<'_> {
     /// Sends a datagram to a hop or a name, or stores it until its name is resolved.
     fn send(&mut self, route: Option<Route>, dst: &Addr, data: &[u8]) {
         let is_sent = match (route, &dst.host) {
-            (Some(Route::Hop(hop)), _) => self.charge(data.len()) && self.egress.send_to_hop(hop, dst, data),
+            (Some(Route::Hop(hop)), _) => self.charge(data.len()) && self.send_to_hop(hop, dst, data),
             (_, Host::Name(name)) => self.send_to_name(name, dst.port, data),
             (_, Host::Ip(_)) => false,
         };
@@ -287,13 +319,25 @@ impl AssociationRelay<'_> {
                     return true;
                 }
                 // A datagram that a hop loses is not sent again, so that the target sees one sender.
-                Some(Route::Hop(hop)) => return self.egress.send_to_hop_by_addr(hop, addr, name, data),
+                Some(Route::Hop(hop)) => {
+                    self.egress.sent_to.insert(addr.ip(), Some(name));
+                    return self.send_to_hop(hop, &addr.into(), data);
+                }
                 Some(Route::Direct) | None => {}
             }
             let has_other = self.name_cache.fail(name, addr);
             selected = if has_other { self.name_cache.select(now, name, port) } else { None };
         }
         false
+    }
+
+    /// Sends a datagram through a hop, or stores it until the association with the hop is open. Returns true if it has
+    /// been sent.
+    fn send_to_hop(&mut self, index: usize, dst: &Addr, data: &[u8]) -> bool {
+        let Session { permit, log, .. } = &mut *self.session;
+        let Some(hop) = permit.server.options.hops.get(index) else { return false };
+        log.via.get_or_insert_with(|| hop.clone());
+        self.egress.upstream(index, hop).is_some_and(|upstream| upstream.send(&permit.server, dst, data))
     }
 
     /// Sends the datagrams whose names have been resolved. Returns false if there are none.
@@ -372,6 +416,24 @@ impl AssociationRelay<'_> {
     fn count_answered(&self, bytes: usize) {
         self.session.log.bytes.down.fetch_add(bytes as u64, Ordering::Relaxed);
     }
+}
+
+/// Opens the association with a hop if the rules allow no other route: if the hop fails, the client receives its error
+/// instead of losing all datagrams. With several routes, each hop is opened when it is needed.
+async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
+    let Some(Route::Hop(index)) = only_route(session) else { return Ok(Vec::new()) };
+    let hop = session.server().hop(index)?;
+    session.log.via = Some(hop.clone());
+    let opening = Upstream::open(session.server(), &hop);
+    let opening = async { opening.await.map_err(SessionError::from_upstream) };
+    let association = session.cancellable(control, opening).await?;
+    let mut upstream = Upstream::new(index, hop);
+    upstream.set_open(association);
+    Ok(vec![upstream])
+}
+
+fn only_route(session: &Session) -> Option<Route> {
+    session.policy.policy.rules.only_route(&session.log.access_request())
 }
 
 /// Waits until the client closes the control connection, or returns an error if it sends too much data on it.

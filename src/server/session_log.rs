@@ -213,6 +213,11 @@ impl SessionLog {
         self.log_step(Level::Debug, "connect", format_args!(""));
     }
 
+    /// Logs that a hop of a UDP association does not work. `dropped`: the number of datagrams dropped so far.
+    pub(super) fn log_hop(&self, hop: &Hop, dropped: usize, error: &str) {
+        self.log_step(Level::Debug, "hop", format_args!(" hop={:?} dropped={dropped} error={error:?}", hop.name));
+    }
+
     pub(super) fn log_other_peer(&self, peer: SocketAddr) {
         self.log_step(Level::Debug, "peer", format_args!(" peer={peer} error=\"not the expected peer, or denied\""));
     }

@@ -11,5 +11,6 @@ mod reload_steps;
 mod rules;
 mod startup;
 pub mod tools;
+mod udp_hops;
 mod upstream_passwords;
 mod via;

@@ -7,7 +7,9 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use s5::policy::rules::{AccessRequest, Decision, Route, Rules};
 
-use super::generators::{any_request, any_route, any_rule, facts, host_name, is_own_listener, write_rules};
+use super::generators::{
+    any_request, any_route, any_rule, facts, host_name, is_own_listener, parse_route, write_rules,
+};
 use super::{config, describe, evaluate, rules, rules_with_route};
 
 /// Facts that are known after the login.
@@ -191,5 +193,22 @@ proptest! {
             let checked = check_stages(&rules, &all);
             prop_assert!(checked.is_ok(), "{checked:?}\n{text}\n{plain:?}");
         }
+    }
+}
+
+#[test]
+fn only_route_ignores_rules_after_one_that_decides_all_targets() {
+    let (hop, other) = (parse_route("a"), parse_route("b"));
+    for (text, route, only) in [
+        ("", Route::Direct, Some(Route::Direct)),
+        ("", hop, Some(hop)),
+        ("allow via=a\nallow to=.example via=b", Route::Direct, Some(hop)),
+        ("allow to=.example via=a", Route::Direct, None),
+        ("allow to=.example via=a\nallow via=b", Route::Direct, None),
+        ("allow to=.example via=a\nallow via=a", other, Some(hop)),
+        ("allow to=.example via=a\ndeny", Route::Direct, Some(hop)),
+        ("allow user=alice via=a", Route::Direct, None),
+    ] {
+        assert_eq!(rules_with_route(route, text).only_route(&AccessRequest::default()), only, "{text:?}");
     }
 }

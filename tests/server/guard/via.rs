@@ -296,8 +296,10 @@ fn passwords_of_hops_are_neither_printed_nor_logged() {
     assert_eq!(rep(&server, CONNECT, &echo_server().to_string()), 0);
     assert_eq!(rep(&server, CONNECT, &closed_port().to_string()), 5);
     assert_eq!(rep(&server, CONNECT, "127.0.0.2:9"), 1);
-    assert_eq!(rep(&server, UDP_ASSOCIATE, "0.0.0.0:0"), 1);
-    drop(hop);
+    let association = associate_anonymously(&server);
+    association.send(addr("127.0.0.2:9"), b"dropped");
+    server.wait_log(|log| log.contains(" hop=\"far\" "));
+    drop((association, hop));
     assert_eq!(rep(&server, CONNECT, &closed_port().to_string()), 1);
     let printed = ["to=127.0.0.1:80", "to=127.0.0.2:80"].map(|request| {
         let output = run(s5().arg("serve").args(args).args(["--explain", request]), b"", TIMEOUT);

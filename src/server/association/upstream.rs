@@ -1,0 +1,150 @@
+//! The associations of this server with its hops. Each is opened when the first datagram needs it.
+
+use std::mem::take;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use super::super::options::Hop;
+use super::super::state::Server;
+use crate::client::{Association, ClientError};
+use crate::proto::{Addr, Host};
+
+/// Time between the starts of two attempts to open the association with a hop.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// Maximum size in bytes of the datagrams that wait until the association with a hop is open.
+const MAX_WAITING_BYTES: usize = 64 * 1024;
+/// Bytes added to the size of each waiting datagram, so that the number of empty ones is limited too.
+const DATAGRAM_OVERHEAD: usize = 64;
+
+/// The association with one hop, for datagrams that the rules route through it.
+pub(super) struct Upstream {
+    /// Index in `Options::hops`.
+    pub(super) index: usize,
+    pub(super) hop: Arc<Hop>,
+    state: UpstreamState,
+    /// Earliest time of the next attempt to open it.
+    next_attempt: Instant,
+    /// Datagrams that wait until it is open.
+    waiting: Vec<(Addr, Vec<u8>)>,
+    /// Datagrams that were dropped because it was not open.
+    pub(super) dropped: usize,
+    /// Set when a datagram has been sent to a name. The hop has resolved it, so its addresses are not known here.
+    pub(super) has_sent_to_names: bool,
+}
+
+enum UpstreamState {
+    Closed,
+    Opening(OpeningUpstream),
+    Open { association: Rc<Association>, closed: Pin<Box<dyn Future<Output = String>>> },
+}
+
+type OpeningUpstream = Pin<Box<dyn Future<Output = Result<Association, ClientError>>>>;
+
+/// What [`Upstream::poll`] has noticed.
+pub(super) enum UpstreamEvent {
+    /// It is open. The waiting datagrams with this number of payload bytes have been sent.
+    Opened(usize),
+    /// Opening it has failed with this error.
+    Failed(String),
+    /// A proxy has closed it.
+    Closed(String),
+}
+
+impl Upstream {
+    pub(super) fn new(index: usize, hop: Arc<Hop>) -> Self {
+        Self {
+            index,
+            hop,
+            state: UpstreamState::Closed,
+            next_attempt: Instant::now(),
+            waiting: Vec::new(),
+            dropped: 0,
+            has_sent_to_names: false,
+        }
+    }
+
+    /// Opens an association with the hop within the connect timeout.
+    pub(super) fn open(server: &Server, hop: &Hop) -> impl Future<Output = Result<Association, ClientError>> + use<> {
+        let deadline = Instant::now() + server.options.connect_timeout;
+        let client = server.hop_client(hop, Addr::UNSPECIFIED, deadline);
+        async move { client.associate().await }
+    }
+
+    pub(super) fn set_open(&mut self, association: Association) {
+        let association = Rc::new(association);
+        let watched = association.clone();
+        let closed = Box::pin(async move { watched.closed().await });
+        self.state = UpstreamState::Open { association, closed };
+    }
+
+    /// Returns the association if it is open.
+    pub(super) fn association(&self) -> Option<&Association> {
+        match &self.state {
+            UpstreamState::Open { association, .. } => Some(association),
+            UpstreamState::Closed | UpstreamState::Opening(_) => None,
+        }
+    }
+
+    /// Sends one datagram, or stores it until the association is open. Returns true if it has been sent.
+    pub(super) fn send(&mut self, server: &Server, dst: &Addr, data: &[u8]) -> bool {
+        if let Some(is_sent) = self.send_open(dst, data) {
+            return is_sent;
+        }
+        let now = Instant::now();
+        if matches!(self.state, UpstreamState::Closed) && now >= self.next_attempt {
+            self.next_attempt = now + RETRY_INTERVAL;
+            self.state = UpstreamState::Opening(Box::pin(Self::open(server, &self.hop)));
+        }
+        let waiting: usize = self.waiting.iter().map(|(_, data)| data.len() + DATAGRAM_OVERHEAD).sum();
+        let is_opening = matches!(self.state, UpstreamState::Opening(_));
+        if is_opening && waiting + data.len() <= MAX_WAITING_BYTES {
+            self.waiting.push((dst.clone(), data.to_vec()));
+        } else {
+            self.dropped += 1;
+        }
+        false
+    }
+
+    /// Notices that the association is open, has failed to open, or has been closed.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Option<UpstreamEvent> {
+        match &mut self.state {
+            UpstreamState::Closed => None,
+            UpstreamState::Opening(opening) => match opening.as_mut().poll(cx) {
+                Poll::Pending => None,
+                Poll::Ready(Ok(association)) => {
+                    self.set_open(association);
+                    Some(UpstreamEvent::Opened(self.send_waiting()))
+                }
+                Poll::Ready(Err(error)) => {
+                    self.state = UpstreamState::Closed;
+                    self.dropped += self.waiting.drain(..).count();
+                    Some(UpstreamEvent::Failed(error.to_string()))
+                }
+            },
+            UpstreamState::Open { closed, .. } => match closed.as_mut().poll(cx) {
+                Poll::Pending => None,
+                Poll::Ready(proxy) => {
+                    self.state = UpstreamState::Closed;
+                    Some(UpstreamEvent::Closed(format!("proxy {proxy} closed its association")))
+                }
+            },
+        }
+    }
+
+    /// Sends the waiting datagrams. Returns the number of their payload bytes.
+    fn send_waiting(&mut self) -> usize {
+        let waiting = take(&mut self.waiting);
+        let sent = waiting.iter().filter(|(dst, data)| self.send_open(dst, data) == Some(true));
+        sent.map(|(_, data)| data.len()).sum()
+    }
+
+    /// Sends one datagram if the association is open. Returns whether it was sent.
+    fn send_open(&mut self, dst: &Addr, data: &[u8]) -> Option<bool> {
+        let is_sent = self.association()?.try_send(dst, data).is_ok();
+        self.has_sent_to_names |= matches!(dst.host, Host::Name(_));
+        Some(is_sent)
+    }
+}
