@@ -1,5 +1,6 @@
 //! Link-local addresses with a zone: of the proxy, of the target and of the listeners. The first server has its own
-//! network namespace: it is fe80::1 on the interface s0, and the clients are fe80::2 on c0, the other end of the link.
+//! network namespace: it is fe80::1 and fd09::1 on the interface s0. The clients are fe80::2 on c0, the other end of the
+//! link, and have no other address there.
 
 use std::io::Write as _;
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
@@ -13,10 +14,11 @@ use crate::{assert_line, outcome, start, success};
 /// Sets up an interface for the server, whose other end is in the namespace of process $1.
 const SERVER_LINK: &str = "set -e; ip link set lo up
     ip link add s0 type veth peer name c0 netns $1; ip link set s0 addrgenmode none; ip link set s0 up
-    ip addr add fe80::1/64 dev s0 nodad
+    ip addr add fe80::1/64 dev s0 nodad; ip addr add fd09::1/64 dev s0 nodad
     echo ready; exec cat";
 const CLIENT_LINK: &str =
-    "set -e; ip link set c0 addrgenmode none; ip link set c0 up; ip addr add fe80::2/64 dev c0 nodad";
+    "set -e; ip link set c0 addrgenmode none; ip link set c0 up; ip addr add fe80::2/64 dev c0 nodad
+    ip -6 route add fd09::/64 dev c0";
 
 /// Starts a process that has another network namespace with a link to this one.
 fn linked_namespace() -> RunningProgram {
@@ -32,8 +34,9 @@ fn linked_namespace() -> RunningProgram {
 fn serve_at_link(host: &RunningProgram) -> Server {
     let mut command = Command::new("nsenter");
     command.args([&format!("--net=/proc/{}/ns/net", host.pid()), "--", env!("CARGO_BIN_EXE_s5"), "serve"]);
-    command.args(["--listen", "[fe80::1%s0]:1080", "--allow", "from=fe80::/10 to=fe80::/10"]);
-    Server::start_with(&mut command, 1)
+    command.args(["--listen", "[fe80::1%s0]:1080", "--listen", "[fd09::1]:1080"]);
+    command.args(["--allow", "from=fe80::/10 to=fe80::/10"]);
+    Server::start_with(&mut command, 2)
 }
 
 #[test]
@@ -46,8 +49,8 @@ fn link_local_addresses_with_a_zone_are_reached() {
     let proxy = "[fe80::1%c0]:1080";
     let any = Ipv6Addr::UNSPECIFIED.into();
     let (tcp, udp) = (echo_server_at(any).port(), udp_echo_server(any).port());
-    // The URL form has %25; the source address is on the link of the proxy.
-    let options = [proxy, "socks5h://[fe80::1%25c0]:1080", "[fe80::1%c0]:1080 -s fe80::2 -R local"];
+    // The URL form has %25; the source address is on the link of the proxy. The last server has a client without a zone.
+    let options = [proxy, "socks5h://[fe80::1%25c0]:1080", "[fe80::1%c0]:1080 -s fe80::2 -R local", "[fd09::1]:1080"];
     for option in options {
         for target in [format!("[fe80::2%s0]:{tcp}"), format!("fe80::2%s0 {tcp}")] {
             assert_eq!(outcome(&format!("connect -x {option} {target}"), b"hello"), success("hello"), "{option}");
