@@ -83,7 +83,7 @@ impl Explanation<'_> {
         }
         let to = match (query.target(), query.addr) {
             (Some(to), _) => to,
-            (None, Some(addr)) => return self.report_addrs(&request, &[addr]),
+            (None, Some(addr)) => return self.report_addrs(&request, &[addr.ip()]),
             (None, None) => return self.report("the client", &request),
         };
         let name = match &to.host {
@@ -95,7 +95,7 @@ impl Explanation<'_> {
         }
         let request = AccessRequest { target_name: Some(name), ..request };
         match (self.policy.evaluate(&request, is_local), query.addr) {
-            (Decision::Undecided(_), Some(addr)) => self.report_addrs(&request, &[addr]),
+            (Decision::Undecided(_), Some(addr)) => self.report_addrs(&request, &[addr.ip()]),
             (Decision::Undecided(rule), None) => {
                 let subject = format!("{} (its addresses decide)", name.as_str());
                 self.add_line("resolve", &subject, rule, Route::Direct);

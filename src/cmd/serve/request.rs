@@ -27,8 +27,8 @@ pub(super) struct ExplainedRequest {
     level: ProtectionLevel,
     command: Command,
     pub(super) to: Option<Addr>,
-    /// The address of the target that a log line has.
-    pub(super) addr: Option<IpAddr>,
+    /// The address of the target that a log line has. Its port counts if that of the target is 0.
+    pub(super) addr: Option<SocketAddr>,
 }
 
 /// The value of a field.
@@ -102,17 +102,18 @@ impl ExplainedRequest {
             level: level.map(text).map_or(Ok(ProtectionLevel::None), |text| text.parse())?,
             command: command.map(text).map_or(Ok(Command::Connect), |text| text.parse())?,
             to,
-            addr: addr.map(|addr| addr.ip()),
+            addr,
         })
     }
 
     pub(super) fn request(&self) -> AccessRequest<'_> {
+        let ports = [self.target().map(|to| to.port), self.addr.map(|addr| addr.port())];
         let identity = Identity { method: self.method, user: self.user.as_deref(), level: self.level };
         AccessRequest {
             client_ip: Some(self.from),
             identity: Some(identity),
             command: Some(self.command),
-            target_port: self.target().map(|to| to.port).filter(|port| *port != 0),
+            target_port: ports.into_iter().flatten().find(|port| *port != 0),
             ..AccessRequest::default()
         }
     }
@@ -137,7 +138,11 @@ impl fmt::Display for ExplainedRequest {
             Some(to) => write!(f, " to={to}")?,
             None => {}
         }
-        self.addr.map_or(Ok(()), |addr| write!(f, " addr={addr}"))
+        match self.addr {
+            Some(addr) if addr.port() == 0 => write!(f, " addr={}", addr.ip()),
+            Some(addr) => write!(f, " addr={addr}"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ const LOG_LINES: [(&str, &str); 9] = [
         "ts=2026-11-26T21:17:50.123Z level=info msg=session id=7f3a from=192.0.2.7:50000 user=\"alice\" method=password \
          command=connect to=\"a.test:25\" addr=198.51.100.1:25 bnd=- rep=2 up=0 down=0 seconds=0.001 \
          error=\"denied: rules line 1 (deny port=25 to=a.test)\"",
-        "from=192.0.2.7 user=alice method=password protection=none command=connect to=a.test:25 addr=198.51.100.1",
+        "from=192.0.2.7 user=alice method=password protection=none command=connect to=a.test:25 addr=198.51.100.1:25",
     ),
     (
         "Nov 26 21:17:50 host s5[71]: <6>level=info msg=session id=7 from=[2001:db8::7]:50000 user=\"alice\" \
@@ -20,7 +20,8 @@ const LOG_LINES: [(&str, &str); 9] = [
     ),
     (
         "msg=datagram id=7 from=192.0.2.7:50000 user=\"alice\" command=udp addr=[2001:db8::1]:53",
-        "from=192.0.2.7 user=alice method=password protection=none command=udp to=[2001:db8::1]:53 addr=2001:db8::1",
+        "from=192.0.2.7 user=alice method=password protection=none command=udp to=[2001:db8::1]:53 \
+         addr=[2001:db8::1]:53",
     ),
     (
         "2026-11-26T21:17:50.123Z INFO  [s5::server::session_log] session client=192.0.2.7:50000 \
@@ -87,10 +88,19 @@ fn explain_decides_about_the_address_of_a_log_line_without_a_lookup() {
 }
 
 #[test]
-fn explain_of_a_bind_for_any_peer_decides_about_the_peer_of_the_log_line() {
-    let line = "msg=session from=192.0.2.7:5 command=bind to=\"0.0.0.0:0\" addr=198.51.100.1:80 rep=0";
-    let output = explain(&["--deny", "to=198.51.100.0/24"], line);
-    assert!(text(&output.stdout).contains("\ndeny 198.51.100.1: --deny (deny to=198.51.100.0/24)\n"), "{output:?}");
+fn explain_of_a_bind_decides_about_address_and_port_of_the_peer_of_the_log_line() {
+    let rules = ["--deny", "to=198.51.100.0/24 port=80", "--allow", "port=443", "--deny", ""];
+    let rows = [
+        ("0.0.0.0:0", "198.51.100.1:80", "deny 198.51.100.1: --deny (deny to=198.51.100.0/24 port=80)"),
+        ("[::]:5000", "198.51.100.1:443", "allow 198.51.100.1: --allow (allow port=443)"),
+        ("198.51.100.1:0", "198.51.100.1:443", "allow 198.51.100.1: --allow (allow port=443)"),
+        ("198.51.100.1:443", "198.51.100.1:80", "allow 198.51.100.1: --allow (allow port=443)"),
+    ];
+    for (to, addr, expected) in rows {
+        let line = format!("msg=session from=192.0.2.7:5 command=bind to=\"{to}\" addr={addr} rep=0");
+        let output = explain(&rules, &line);
+        assert_eq!(text(&output.stdout).lines().nth(1), Some(expected), "{line}: {}", text(&output.stderr));
+    }
 }
 
 #[test]
