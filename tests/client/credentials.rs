@@ -224,11 +224,15 @@ fn auth_file_may_begin_with_a_byte_order_mark() {
     let file = write_file(dir.path(), "auth", "\u{feff}alice:secret\r\nbob:other\r\n");
     assert_sends("", &["--proxy-auth-file", &file], &[], "alice", b"secret");
     assert_sends("bob@", &["--proxy-auth-file", &file], &[], "bob", b"other");
+    // The longest login is read from stdin completely.
+    let (uname, passwd) = ("u".repeat(255), "p".repeat(255));
+    let file = write_file(dir.path(), "longest", &format!("\u{feff}{uname}:{passwd}\r\n"));
     let stdin = std::fs::File::open(&file).expect("file opened");
     let proxy = accepting_proxy();
     let args = ["connect", "-z", "-x", &proxy.addr.to_string(), "--proxy-auth-file", "-", TARGET];
     let output = s5().args(args).stdin(stdin).output();
     assert_eq!(output.expect("s5 runs").status.code(), Some(0));
+    assert_login(&proxy, &uname, passwd.as_bytes());
 }
 
 #[test]
