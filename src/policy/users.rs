@@ -129,8 +129,8 @@ impl StoredHash {
 /// Checks that a user name fits into a line of the file and into a login.
 ///
 /// # Errors
-/// The name is empty or longer than 255 bytes, starts with `#`, or contains a colon or a control character. Or it
-/// starts or ends with whitespace.
+/// The name is empty or longer than 255 bytes, starts with `#` or a byte order mark, or contains a colon or a control
+/// character. Or it starts or ends with whitespace.
 pub fn check_name(name: &str) -> Result<(), String> {
     let problem = match name {
         "" => "is empty",
@@ -139,6 +139,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
         _ if name.contains(char::is_control) => "contains a control character",
         _ if name.trim() != name => "starts or ends with whitespace",
         _ if name.starts_with('#') => "starts with \"#\"",
+        _ if name.starts_with('\u{feff}') => "starts with a byte order mark (remove it)",
         _ => return Ok(()),
     };
     Err(format!("user name {:?} {problem}", excerpt(name)))

@@ -212,7 +212,21 @@ fn check_name_accepts_names_valid_in_file_and_login() {
         assert!(users.contains(name.as_bytes()), "{name:?}");
     }
     let too_long = "ë".repeat(128);
-    for name in ["", ":", "a:b", "a\nb", "a\0", "a\u{85}", " a", "a ", "a\u{a0}", "#a", &"a".repeat(256), &too_long] {
+    for name in [
+        "",
+        ":",
+        "a:b",
+        "a\nb",
+        "a\0",
+        "a\u{85}",
+        " a",
+        "a ",
+        "a\u{a0}",
+        "#a",
+        "\u{feff}a",
+        &"a".repeat(256),
+        &too_long,
+    ] {
         let error = check_name(name).expect_err(name);
         assert!(error.starts_with("user name ") && error.len() < 100 && !error.contains(char::is_control), "{error}");
     }
