@@ -11,13 +11,13 @@ const NONE: u32 = u32::MAX;
 
 /// Values by key. `space` tells keys of different owners apart.
 ///
-/// Keys are not stored, only their hashes. A lookup returns all values of the key. Very rarely it returns others too, so
+/// Keys are not stored, only their hashes. A lookup returns all values of the key. Rarely it returns others too, so
 /// the caller compares what it finds.
 #[derive(Debug)]
 pub(super) struct Index<V> {
     hasher: RandomState,
-    /// The last entry with this hash.
-    last: HashMap<u64, u32>,
+    /// The last entry with this hash. 32 bits of it, because a long list has hundreds of thousands.
+    last: HashMap<u32, u32>,
     entries: Vec<Entry<V>>,
     /// Prefix lengths that occur, of IPv4 and IPv6.
     prefix_lens: [Vec<u8>; 2],
@@ -63,8 +63,12 @@ impl<V: Copy> Index<V> {
 
     fn insert_key(&mut self, key: impl Hash, value: V) {
         let Ok(entry) = u32::try_from(self.entries.len()) else { return };
-        let previous = self.last.insert(self.hasher.hash_one(key), entry).unwrap_or(NONE);
+        let previous = self.last.insert(self.hash(key), entry).unwrap_or(NONE);
         self.entries.push(Entry { value, previous });
+    }
+
+    fn hash(&self, key: impl Hash) -> u32 {
+        u32::try_from(self.hasher.hash_one(key) >> 32).unwrap_or_default()
     }
 
     /// Returns the values of a key.
@@ -88,7 +92,7 @@ impl<V: Copy> Index<V> {
 
     fn find_key(&self, key: impl Hash) -> impl Iterator<Item = V> {
         // Most servers have no rules.
-        let last = if self.entries.is_empty() { None } else { self.last.get(&self.hasher.hash_one(key)) };
+        let last = if self.entries.is_empty() { None } else { self.last.get(&self.hash(key)) };
         let entry = |index: u32| usize::try_from(index).ok().and_then(|index| self.entries.get(index));
         let last = last.and_then(|last| entry(*last));
         let entries = std::iter::successors(last, move |found| entry(found.previous));
