@@ -65,15 +65,15 @@ struct Parser<'a> {
 
 impl Parser<'_> {
     fn parse_line(&mut self, line: usize, text: &str) -> Result<Option<Rule>, String> {
-        let words: Vec<&str> = text.split_whitespace().take_while(|word| !word.starts_with('#')).collect();
-        let [action, words @ ..] = words.as_slice() else { return Ok(None) };
-        let allow = match *action {
+        let mut words = text.split_whitespace().take_while(|word| !word.starts_with('#'));
+        let Some(action) = words.next() else { return Ok(None) };
+        let allow = match action {
             "allow" => true,
             "deny" => false,
             other => return Err(format!("expected \"allow\" or \"deny\", found {}", excerpt(other))),
         };
         let mut conditions = Conditions { allow, ..Conditions::default() };
-        let mut keys = Vec::new();
+        let (mut keys, mut last) = (Vec::new(), action);
         for word in words {
             let (key, value) = split_condition(word, action)?;
             // The value of via= may be a URL with a password, so the word is not shown.
@@ -85,15 +85,15 @@ impl Parser<'_> {
             keys.push(key);
             check_value(value).map_err(|problem| with_word(problem.into()))?;
             conditions.set(key, value, self.hops).map_err(with_word)?;
+            last = word;
         }
         let to = match allow {
             _ if keys.contains(&"to") => TargetCondition::Listed,
             true => TargetCondition::Unprotected,
             false => TargetCondition::Any,
         };
-        let last = words.last().unwrap_or(action);
         let conditions = self.share(conditions);
-        Ok(Some(Rule::new(&self.source, line, [*action, *last], conditions, to)))
+        Ok(Some(Rule::new(&self.source, line, [action, last], conditions, to)))
     }
 
     fn share(&mut self, conditions: Conditions) -> Arc<Conditions> {
@@ -129,10 +129,10 @@ fn excerpt(word: &str) -> String {
 /// Refuses values that would be taken literally and then match nothing.
 fn check_value(value: &str) -> Result<(), &'static str> {
     value.split(',').try_for_each(|entry| match entry.as_bytes() {
-        [] => Err("empty value"),
+        [] => Err("empty value (values and lists have no spaces)"),
         bytes if bytes.len() > MAX_ENTRY => Err("an entry is longer than 1000 bytes"),
         [b'\'', ..] => Err(QUOTES),
-        _ if entry.contains('"') => Err(QUOTES),
+        _ if entry.contains(['"', '“', '”']) => Err(QUOTES),
         _ if entry.contains('#') => Err("a comment requires a space before its # (a # in a user name is %23)"),
         _ => Ok(()),
     })
@@ -249,7 +249,7 @@ fn parse_route(text: &str, hops: &[String]) -> Result<Route, String> {
     Err(format!("{problem} (define hops with --hop NAME=URL)"))
 }
 
-/// Parses an address or a CIDR of `key`. Returns `None` if the text looks like neither, and can be a name.
+/// Parses an address or a CIDR of `key`. Returns `None` if the text is neither.
 fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
     if let (host, Some(port)) = split_host_port(text)
         && (parse_port(port).is_ok() || host.contains('.') && port.chars().all(char::is_alphanumeric))
@@ -258,10 +258,7 @@ fn parse_cidr(text: &str, key: &str) -> Result<Option<IpNet>, String> {
         return Err(format!("{text:?} has a port (write {key}={host}{own_condition})"));
     }
     let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-    let Ok(net) = bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()) else {
-        let looks_like_cidr = text.contains(['/', ':']);
-        return if looks_like_cidr { Err(format!("invalid CIDR {text:?}")) } else { Ok(None) };
-    };
+    let Ok(net) = bare.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse()) else { return Ok(None) };
     if net.trunc() != net {
         return Err(format!("invalid CIDR {text:?}: host bits are set (did you mean {}?)", net.trunc()));
     }

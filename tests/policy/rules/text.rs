@@ -211,7 +211,7 @@ fn parse_rule_keeps_origin_and_text() {
 }
 
 /// Invalid rules, each with words that the error message must contain.
-const INVALID_RULES: [(&str, &[&str]); 61] = [
+const INVALID_RULES: [(&str, &[&str]); 65] = [
     ("allow via=", &["via=", "empty"]),
     ("permit", &["\"permit\"", "allow", "deny"]),
     ("Allow", &["\"Allow\""]),
@@ -228,6 +228,10 @@ const INVALID_RULES: [(&str, &[&str]); 61] = [
     ("deny user=bob,'alice'", &["\"user=bob,'alice'\": remove the quotes"]),
     ("deny to=\"example.org\"", &["remove the quotes"]),
     ("deny from='10.0.0.1'", &["remove the quotes"]),
+    ("deny user=“alice”", &["\"user=“alice”\": remove the quotes"]),
+    ("deny to=a.test, b.test", &["\"to=a.test,\": empty value (values and lists have no spaces)"]),
+    ("deny to=http://a.test/", &["expected a name, a .suffix, an address or a CIDR", "found \"http://a.test/\""]),
+    ("deny from=10.0.0.0/255.0.0.0", &["expected an address, a CIDR such as 192.0.2.0/24, loopback or remote"]),
     ("deny user=%zz", &["\"user=%zz\": invalid escape in \"%zz\" (write a % in a name as %25)"]),
     ("deny user=a%2", &["invalid escape in \"a%2\""]),
     ("deny user=100%", &["invalid escape in \"100%\""]),
