@@ -107,24 +107,22 @@ fn match_fact<T>(fact: Option<T>, matches: impl Fn(T) -> bool) -> Match {
     fact.map_or(Match::Maybe, |fact| matches(fact).into())
 }
 
-/// Matches a list of which one entry must match; an empty list always matches.
-fn match_any<T>(list: &[T], match_one: impl Fn(&T) -> Match) -> Match {
-    if list.is_empty() { Match::Yes } else { list.iter().map(match_one).max().unwrap_or(Match::No) }
+/// Matches a fact with a list of which one entry must match; an empty list always matches.
+fn match_any<T, F>(list: &[T], fact: Option<F>, matches: impl Fn(&T, &F) -> bool) -> Match {
+    if list.is_empty() { Match::Yes } else { match_fact(fact, |fact| list.iter().any(|entry| matches(entry, &fact))) }
 }
 
 impl Conditions {
     /// Matches all conditions.
     pub(super) fn matches(&self, request: &AccessRequest<'_>) -> Match {
         let identity = request.identity;
-        let user = |user: &UserPattern| match_fact(identity, |id| id.user.is_some_and(|name| user.matches(name)));
-        let method = |method: &Method| match_fact(identity, |id| id.method == *method);
-        let level = |level: &ProtectionLevel| match_fact(identity, |id| id.level == *level);
-        let command = |command: &Command| match_fact(request.command, |requested| requested == *command);
-        let port = |ports: &RangeInclusive<u16>| match_fact(request.target_port, |port| ports.contains(&port));
-        let from = match_any(&self.from, |pattern| pattern.matches(request.client_ip).into());
-        let login = match_any(&self.users, user).min(match_any(&self.methods, method));
-        let login = login.min(match_any(&self.levels, level));
-        from.min(login).min(match_any(&self.commands, command)).min(match_any(&self.ports, port))
+        let from = match_any(&self.from, Some(request.client_ip), |pattern, ip| pattern.matches(*ip));
+        let user = match_any(&self.users, identity, |user, id| id.user.is_some_and(|name| user.matches(name)));
+        let method = match_any(&self.methods, identity, |method, id| id.method == *method);
+        let level = match_any(&self.levels, identity, |level, id| id.level == *level);
+        let command = match_any(&self.commands, request.command, |command, requested| requested == command);
+        let port = match_any(&self.ports, request.target_port, |ports, port| ports.contains(port));
+        from.min(user).min(method).min(level).min(command).min(port)
     }
 }
 
