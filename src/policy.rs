@@ -83,7 +83,7 @@ impl Policy {
             UserPattern::Any | UserPattern::Realm(_) if accepts_gssapi => false,
             pattern => !self.users.iter().flat_map(|users| users.names()).any(|name| pattern.matches(name)),
         };
-        let entries = self.rules.user_rules().iter().flat_map(|rule| rule.users().iter().map(move |user| (rule, user)));
+        let entries = self.rules.first_user_rules().flat_map(|rule| rule.users().iter().map(move |user| (rule, user)));
         entries.filter(move |(_, user)| is_unmatched(user))
     }
 

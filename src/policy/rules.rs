@@ -99,6 +99,11 @@ impl Rules {
         &self.user_rules
     }
 
+    /// Returns the user rules that do not merely repeat the conditions of an earlier one for other targets.
+    pub fn first_user_rules(&self) -> impl Iterator<Item = &Rule> {
+        self.groups.first_rules().filter_map(|index| self.user_rules.get(index))
+    }
+
     /// Returns whether a user rule has a `from=` condition.
     pub fn has_from_condition(&self) -> bool {
         self.user_rules.iter().any(|rule| !rule.conditions.from.is_empty())

@@ -86,6 +86,11 @@ impl Groups {
         groups
     }
 
+    /// Returns the index of the first rule of each group.
+    pub(super) fn first_rules(&self) -> impl Iterator<Item = usize> {
+        self.groups.iter().map(|group| group.first)
+    }
+
     fn add_group(&mut self, first: usize, conditions: &Arc<Conditions>) -> u32 {
         let id = to_id(self.groups.len());
         match Key::of(conditions) {

@@ -207,7 +207,8 @@ fn rules_file_may_begin_with_a_byte_order_mark() {
 fn user_that_cannot_log_in_is_a_warning() {
     let dir = temp_dir();
     let users = write_file(dir.path(), "users", alice_and_bob());
-    let rules = "allow user=alice,bob@corp,*,*@corp\ndeny user=eve%20x,alice\n\ndeny user=*@lost port=1\n";
+    let rules = "allow user=alice,bob@corp,*,*@corp\ndeny user=eve%20x,alice\n\ndeny user=*@lost port=1\n\
+                 deny user=eve%20x,alice to=a.test\ndeny to=b.test user=*@lost port=1\n";
     let rules = write_file(dir.path(), "rules", rules);
     let warnings = |args: &[&str]| -> Vec<String> {
         let output = serve(&[args, &["--show-rules"]].concat());
