@@ -138,8 +138,7 @@ pub struct ServeArgs {
     keep_sessions: bool,
 
     /// forward all traffic through this proxy or chain. Rules with via= override it. For URL, see CLIENT OPTIONS. User
-    /// and password can also come from --proxy-auth-file or the environment, as described in PROXIES; s5 serve does not
-    /// prompt for a password.
+    /// and password can also come from --proxy-auth-file or the environment, see PROXY AND CREDENTIALS.
     #[argh(option, arg_name = "URL")]
     via: Option<String>,
 
