@@ -13,7 +13,9 @@ use crate::support::{
 use crate::udp::{datagram, receive, socket};
 use crate::{outcome, serve, start, success};
 
-const BOTH: &str = "::1 both.test\n127.0.0.1 both.test\n::1 relay.test\n127.0.0.1 relay.test\n";
+/// An /etc/hosts. The resolver returns ::1 first.
+const HOSTS: &str = "::1 both.test\n127.0.0.1 both.test\n::1 relay.test\n127.0.0.1 relay.test\n\
+                     ::1 three.test\n127.0.0.1 three.test\n127.0.0.2 three.test\n";
 
 /// Writes lines until the client prints an answer. Returns the time until then.
 fn write_until_answered(client: &mut RunningProgram) -> Duration {
@@ -37,7 +39,7 @@ fn ping_until_answered(peer: &UdpSocket, at: SocketAddr) {
 
 #[test]
 fn udp_client_that_resolves_the_target_uses_its_next_address() {
-    if !in_namespace("udp_names::udp_client_that_resolves_the_target_uses_its_next_address", BOTH, "") {
+    if !in_namespace("udp_names::udp_client_that_resolves_the_target_uses_its_next_address", HOSTS, "") {
         return;
     }
     let (_server, proxy) = serve();
@@ -52,23 +54,46 @@ fn udp_client_that_resolves_the_target_uses_its_next_address() {
         // A proxy that gets addresses does not forward ICMP errors.
         write_until_answered(&mut start(&format!("udp -R local -x {proxy} both.test:{port}")));
     }
-    // After a second without an answer.
-    let ([silent, answering], port) = udp_sockets([V6, V4]);
-    udp_echo(answering);
-    for options in ["--direct".to_owned(), format!("-R local -x {proxy}")] {
-        let mut client = start(&format!("udp {options} both.test:{port}"));
-        let time = write_until_answered(&mut client);
-        assert!((900..2500).contains(&time.as_millis()), "{time:?}");
-        while arrives(&silent) {}
-        client.write(b"last\n");
-        client.stdout(|bytes| bytes.ends_with(b"last\n"));
-        assert!(!arrives(&silent), "{options}");
+}
+
+#[test]
+fn udp_client_tries_all_addresses_of_the_target() {
+    if !in_namespace("udp_names::udp_client_tries_all_addresses_of_the_target", HOSTS, "") {
+        return;
+    }
+    for ip in ["::1", "127.0.0.1", "127.0.0.2"] {
+        let ([target], port) = udp_sockets([ip.parse().expect("valid address")]);
+        udp_echo(target);
+        let args = format!("udp --direct -n 1 -w 900ms three.test:{port}");
+        assert_eq!(outcome(&args, b"only one\n"), success("only one\n"), "{ip}");
     }
 }
 
 #[test]
+fn udp_client_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answered() {
+    let test = "udp_names::udp_client_leaves_a_silent_address_after_a_second_and_keeps_one_that_has_answered";
+    if !in_namespace(test, HOSTS, "") {
+        return;
+    }
+    let (_server, proxy) = serve();
+    let ([silent, answering], port) = udp_sockets([V6, V4]);
+    udp_echo(answering);
+    let mut clients = ["--direct".to_owned(), format!("-R local -x {proxy}")]
+        .map(|options| start(&format!("udp {options} both.test:{port}")));
+    let time = clients.each_mut().map(write_until_answered)[0];
+    assert!((900..2500).contains(&time.as_millis()), "{time:?}");
+    std::thread::sleep(Duration::from_millis(1100));
+    while arrives(&silent) {}
+    for client in &mut clients {
+        client.write(b"last\n");
+        client.stdout(|bytes| bytes.ends_with(b"last\n"));
+    }
+    assert!(!arrives(&silent));
+}
+
+#[test]
 fn udp_forward_that_resolves_the_target_uses_its_next_address() {
-    if !in_namespace("udp_names::udp_forward_that_resolves_the_target_uses_its_next_address", BOTH, "") {
+    if !in_namespace("udp_names::udp_forward_that_resolves_the_target_uses_its_next_address", HOSTS, "") {
         return;
     }
     let (_server, proxy) = serve();
@@ -82,7 +107,7 @@ fn udp_forward_that_resolves_the_target_uses_its_next_address() {
 
 #[test]
 fn udp_relay_with_several_addresses_is_reached_at_the_one_that_works() {
-    if !in_namespace("udp_names::udp_relay_with_several_addresses_is_reached_at_the_one_that_works", BOTH, "") {
+    if !in_namespace("udp_names::udp_relay_with_several_addresses_is_reached_at_the_one_that_works", HOSTS, "") {
         return;
     }
     let proxy = ScriptedServer::start(&reply("05 00 00 03 0a \"relay.test\" {relay:port}; > ..."));
