@@ -32,8 +32,9 @@ pub(super) fn reachable_addr(control: Option<SocketAddr>, peer: SocketAddr) -> i
     if is_same_family && is_client_local && target.ip() == loopback {
         return Ok(control);
     }
-    // Without a route, the peer may still be on the client's side.
-    route_source(target).or_else(|error| if is_same_family && !is_client_local { Ok(control) } else { Err(error) })
+    // Without a route, the peer may still be on the client's side. Any peer may have the family of the client.
+    let is_usable = (is_same_family || peer.ip().is_unspecified()) && !is_client_local;
+    route_source(target).or_else(|error| if is_usable { Ok(control) } else { Err(error) })
 }
 
 /// Returns the local address, with port 0, from which this host sends to `target`.

@@ -89,6 +89,8 @@ fn server_and_clients_listen_on_and_forward_to_link_local_addresses() {
     stream.write_all(b"hello").expect("data sent");
     assert_eq!(read_exact(&mut stream, 5), b"hello");
     bound_address(&start(&format!("bind -x {proxy} fe80::2%s0")));
+    // Without a peer, the request has an IPv4 address, but this server has no route for IPv4.
+    bound_address(&start(&format!("bind -x {proxy}")));
     // BIND at a server whose client is on loopback: the zone selects the interface.
     let bound = bound_address(&start(&format!("bind -x {} fe80::1%c0", near.addr())));
     assert_eq!(bound.ip().to_string(), "fe80::2");
