@@ -96,8 +96,11 @@ fn health_check_waits_for_proxy_and_target() {
 #[test]
 fn health_check_exits_at_its_time_limit_and_reports_attempts() {
     let proxy = closed_port().to_string();
-    let check =
-        |options: &str| timed(|| run(s5().args(["connect", options, "--retry", "300ms", "-x", &proxy]), b"", TIMEOUT));
+    let check = |options: &str| {
+        let mut command = s5();
+        command.arg("connect").args(options.split(' ')).args(["--retry", "300ms", "-x", &proxy]);
+        timed(|| run(&mut command, b"", TIMEOUT))
+    };
     let (elapsed, output) = check("-zv");
     let stderr = text(&output.stderr);
     assert_eq!((exit_code(&output), stderr.lines().count()), (7, 1), "{stderr}");
@@ -107,8 +110,10 @@ fn health_check_exits_at_its_time_limit_and_reports_attempts() {
     let attempts: Option<u32> = attempts.and_then(|(_, attempts)| attempts.parse().ok());
     // More than one attempt, with pauses between them.
     assert!(attempts.is_some_and(|attempts| (2..=10).contains(&attempts)), "{stderr}");
-    let (_, quiet) = check("-z");
-    assert_eq!((exit_code(&quiet), text(&quiet.stderr).as_str()), (7, ""));
+    let (_, output) = check("-z");
+    assert!(text(&output.stderr).ends_with(" attempts)\n"), "{}", text(&output.stderr));
+    let (_, output) = check("-z --quiet");
+    assert_eq!((exit_code(&output), text(&output.stderr).as_str()), (7, ""));
 }
 
 #[test]
