@@ -118,6 +118,8 @@ fn cell(row: &Behaviour, outcome: &Outcome) -> String {
     let has_data = outcome.stdout == row.stdout.as_bytes();
     let has_request = row.request.as_ref().is_none_or(|request| outcome.messages.last() == Some(request));
     match (should_succeed, status == 0) {
+        // The last message is the data on stdin.
+        (true, true) if has_data && !has_request && row.has("late") => "**0, data lost**".into(),
         (true, true) if has_data && !has_request => "**wrong request**".into(),
         (true, true) if has_data => "ok".into(),
         (true, true) => "**0, data lost**".into(),
