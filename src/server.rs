@@ -18,6 +18,7 @@ mod policy_handle;
 mod reply;
 mod session;
 mod session_log;
+mod shared_ports;
 mod state;
 mod terminal;
 mod tunnel;
@@ -114,7 +115,15 @@ pub fn run(options: Options, mut policy: Policy, load: &LoadConfiguration<'_>) -
         (PolicyHandle::new(policy, options.keep_sessions), Limiter::new(max_sessions, options.quotas));
     let (pool, workers, reports) = WorkerPool::new(options.threads);
     let resolver = options.hop_options.resolver.clone();
-    let server = Arc::new(Server { options, policy, limiter, resolver, relay_options, workers: pool });
+    let server = Arc::new(Server {
+        options,
+        policy,
+        limiter,
+        resolver,
+        relay_options,
+        workers: pool,
+        shared_ports: Arc::default(),
+    });
     let threads = start(&server, workers, listeners, &reports).map_err(ServerError::io("start worker threads"))?;
     for addr in addrs {
         log::info!("listening on {addr}");

@@ -55,12 +55,15 @@ pub struct ServeArgs {
     #[argh(option, arg_name = "IP")]
     advertise_udp: Vec<IpAddr>,
 
-    /// ports for BIND [default: any free port]. If any peer may connect, s5 tries the port of the request first.
-    #[argh(option, arg_name = "LO-HI")]
+    /// ports for BIND [default: any free port]. PORTS is LO-HI or a single port. If any peer may connect, s5 tries the
+    /// port of the request first.
+    #[argh(option, arg_name = "PORTS")]
     bind_ports: Option<PortRange>,
 
-    /// ports for UDP ASSOCIATE [default: any free port]
-    #[argh(option, arg_name = "LO-HI")]
+    /// ports for UDP ASSOCIATE [default: any free port]. PORTS is LO-HI, with one port for each association and REP 1 if
+    /// none is free, or a single port for all associations. They are told apart by the addresses of their clients. The
+    /// first datagram from a new port of a client address belongs to its oldest association without a port.
+    #[argh(option, arg_name = "PORTS")]
     udp_ports: Option<PortRange>,
 
     /// number of worker threads [default: one per core]

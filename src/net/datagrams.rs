@@ -50,7 +50,19 @@ pub(crate) struct BatchSocket {
 impl BatchSocket {
     /// Binds a socket with large buffers. An IPv6 socket receives no IPv4 traffic.
     pub(crate) fn bind(local: SocketAddr) -> io::Result<Self> {
+        Self::bind_with(local, false)
+    }
+
+    /// Like [`BatchSocket::bind`], but more sockets of this user can be bound to the address. The kernel selects one that
+    /// is connected to the sender.
+    pub(crate) fn bind_shared(local: SocketAddr) -> io::Result<Self> {
+        Self::bind_with(local, true)
+    }
+
+    fn bind_with(local: SocketAddr, is_shared: bool) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(local), Type::DGRAM, None)?;
+        // SO_REUSEADDR would let other users take over the port.
+        socket.set_reuse_port(is_shared)?;
         if local.is_ipv6() {
             socket.set_only_v6(true)?;
         }

@@ -187,7 +187,7 @@ pub fn parse_port(text: &str) -> Result<u16, String> {
     text.parse().map_err(|_| format!("expected a port from 0 to 65535, found {text:?}"))
 }
 
-/// A range of ports, `LO-HI`, both from 1 to 65535.
+/// A range of ports, `LO-HI` or a single port, from 1 to 65535.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortRange(pub RangeInclusive<u16>);
 
@@ -196,10 +196,16 @@ impl FromStr for PortRange {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let port = |text: &str| text.parse().ok().filter(|port| *port != 0 && !text.starts_with('+'));
-        text.split_once('-')
-            .and_then(|(low, high)| Some(port(low)?..=port(high)?))
-            .filter(|ports| !ports.is_empty())
-            .map(Self)
-            .ok_or_else(|| "expected LO-HI, ports from 1 to 65535".into())
+        let (low, high) = text.split_once('-').unwrap_or((text, text));
+        let range = port(low).and_then(|low| Some(low..=port(high)?));
+        let range = range.filter(|ports| !ports.is_empty());
+        range.map(Self).ok_or_else(|| "expected PORT or LO-HI, ports from 1 to 65535".into())
+    }
+}
+
+impl PortRange {
+    /// Returns the port if there is only one.
+    pub fn single(&self) -> Option<u16> {
+        (self.0.start() == self.0.end()).then_some(*self.0.start())
     }
 }

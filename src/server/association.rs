@@ -12,6 +12,7 @@ mod upstream;
 
 use std::cell::RefCell;
 use std::future::{Future as _, poll_fn};
+use std::iter::once;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::Ordering;
@@ -34,7 +35,7 @@ use crate::reassembly::Reassembler;
 use client_socket::ClientSocket;
 use egress::Egress;
 use name_cache::NameCache;
-use upstream::{Upstream, UpstreamEvent};
+use upstream::{UpstreamEvent, only_route, open_only_route};
 
 /// Datagrams relayed from one socket before the next socket is polled. The last receive call may exceed it.
 const MAX_DATAGRAMS_PER_TURN: usize = 64;
@@ -163,6 +164,9 @@ impl AssociationRelay<'_> {
         received: &mut RecvBatch,
         to_send: &mut Vec<u8>,
     ) -> bool {
+        while let Some((from, bytes)) = self.client.poll_handed_over(cx) {
+            self.relay_from_client(now, once((from, bytes.as_slice())), to_send);
+        }
         let mut budget = MAX_DATAGRAMS_PER_TURN;
         while budget > 0 && self.client.socket.poll_receive(cx, received, budget) {
             budget = budget.saturating_sub(received.datagrams().count());
@@ -416,24 +420,6 @@ impl AssociationRelay<'_> {
     fn count_answered(&self, bytes: usize) {
         self.session.log.bytes.down.fetch_add(bytes as u64, Ordering::Relaxed);
     }
-}
-
-/// Opens the association with a hop if the rules allow no other route: if the hop fails, the client receives its error
-/// instead of losing all datagrams. With several routes, each hop is opened when it is needed.
-async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
-    let Some(Route::Hop(index)) = only_route(session) else { return Ok(Vec::new()) };
-    let hop = session.server().hop(index)?;
-    session.log.via = Some(hop.clone());
-    let opening = Upstream::open(session.server(), &hop);
-    let opening = async { opening.await.map_err(SessionError::from_upstream) };
-    let association = session.cancellable(control, opening).await?;
-    let mut upstream = Upstream::new(index, hop);
-    upstream.set_open(association);
-    Ok(vec![upstream])
-}
-
-fn only_route(session: &Session) -> Option<Route> {
-    session.policy.policy.rules.only_route(&session.log.access_request())
 }
 
 /// Waits until the client closes the control connection, or returns an error if it sends too much data on it.

@@ -34,7 +34,7 @@ pub struct Options {
     pub advertise_udp: Vec<IpAddr>,
     /// Ports for BIND. `None`: chosen by the kernel.
     pub bind_ports: Option<PortRange>,
-    /// Ports for UDP associations. `None`: chosen by the kernel.
+    /// Ports for UDP associations. All share a single port. `None`: chosen by the kernel.
     pub udp_ports: Option<PortRange>,
     /// Filter for datagrams to the client of a UDP association.
     pub udp_filtering: Filtering,

@@ -13,6 +13,7 @@ use super::options::{Hop, Options};
 use super::policy_handle::{PolicyHandle, PolicySnapshot};
 use super::reply::{SessionError, SessionResult};
 use super::session_log::SessionLog;
+use super::shared_ports::SharedPorts;
 use super::worker::WorkerPool;
 use crate::client::{Client, lookup};
 use crate::conn::{Conn, HALF_CLOSED_GRACE};
@@ -28,6 +29,7 @@ pub(super) struct Server {
     pub(super) resolver: Resolver,
     pub(super) relay_options: RelayOptions,
     pub(super) workers: WorkerPool,
+    pub(super) shared_ports: Arc<SharedPorts>,
 }
 
 impl Server {

@@ -138,7 +138,7 @@ fn assert_invalid(mode: &str, option: &str, values: &[&str]) {
 #[test]
 fn error_names_invalid_value_of_an_option() {
     let times = ["", "x", "-1", "1.2.3", ".", "1d", "1e400", "inf", "NaN", "ms", "1 s", "99999999999h"];
-    let ranges = ["", "1", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "+1-2"];
+    let ranges = ["", "0", "65536", "1-", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "+1-2"];
     let addrs = ["", "host", "host:", "host:65536", "::1:1080", "[::1]", "[host]:1", "unix:", ":1080", "-1", "*"];
     for option in ["--handshake-timeout", "--connect-timeout", "--bind-timeout", "--idle-timeout", "--drain-timeout"] {
         assert_invalid("serve", option, &times);

@@ -5,13 +5,15 @@
 use std::borrow::Cow;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::task::Context;
 use std::time::{Duration, Instant};
 
 use super::super::local_addr::bind_in_range;
+use super::super::shared_ports::Membership;
 use super::super::state::Session;
 use crate::conn::{Conn, Protection};
 use crate::net::{BatchSocket, GsoBatch, parse_literal, with_scope};
-use crate::proto::{Addr, Host, MAX_UDP4_PAYLOAD};
+use crate::proto::{Addr, Host, MAX_UDP4_PAYLOAD, PortRange};
 use crate::reassembly::fragment;
 
 /// Time without a valid datagram after which the client may use another port. A NAT that has removed its mapping selects
@@ -29,6 +31,8 @@ pub(super) struct ClientSocket {
     last_heard: Instant,
     /// The protection of the control connection also protects datagrams (RFC 1961 section 5).
     protection: Option<Protection>,
+    /// Set if associations share the port.
+    membership: Option<Membership>,
 }
 
 impl ClientSocket {
@@ -36,12 +40,21 @@ impl ClientSocket {
         let addr = expected_sender(session, control, dst);
         let mut local = control.local_addr().unwrap_or(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         local.set_port(0);
-        let ports = session.server().options.udp_ports.as_ref();
-        let socket = bind_in_range(ports, "--udp-ports", local, BatchSocket::bind).await?;
-        // Connecting to port 0 filters by address only.
-        socket.get_ref().connect(addr)?;
-        let (is_port_fixed, last_heard) = (addr.port() != 0, Instant::now());
-        Ok(Self { socket, addr, is_port_fixed, last_heard, protection: control.protection().cloned() })
+        let (server, protection) = (session.server(), control.protection().cloned());
+        let ports = server.options.udp_ports.as_ref();
+        let (socket, membership) = match ports.and_then(PortRange::single) {
+            Some(port) => {
+                local.set_port(port);
+                let membership = server.shared_ports.join(local, addr, protection.is_some())?;
+                (BatchSocket::bind_shared(local)?, Some(membership))
+            }
+            None => (bind_in_range(ports, "--udp-ports", local, BatchSocket::bind).await?, None),
+        };
+        // Connecting to port 0 filters by address only. A socket with a shared port is connected to itself, and receives
+        // nothing, until the client's port is known.
+        let is_port_fixed = addr.port() != 0;
+        socket.get_ref().connect(if is_port_fixed || membership.is_none() { addr } else { local })?;
+        Ok(Self { socket, addr, is_port_fixed, last_heard: Instant::now(), protection, membership })
     }
 
     pub(super) fn has_port(&self) -> bool {
@@ -58,6 +71,7 @@ impl ClientSocket {
             log::debug!("udp: client {}: port {} replaces {}", from.ip(), from.port(), self.addr.port());
         }
         self.addr = from;
+        self.set_shared_port(false);
         self.is_port_fixed = match self.socket.get_ref().connect(from) {
             Ok(()) => true,
             Err(error) => {
@@ -79,8 +93,21 @@ impl ClientSocket {
         }
         let mut any_port = self.addr;
         any_port.set_port(0);
-        self.is_port_fixed = self.socket.get_ref().connect(any_port).is_err();
+        self.is_port_fixed = self.membership.is_none() && self.socket.get_ref().connect(any_port).is_err();
+        self.set_shared_port(true);
         None
+    }
+
+    /// Sets which datagrams are handed over to this association, if it shares its port.
+    fn set_shared_port(&self, accepts_other_ports: bool) {
+        if let Some(membership) = &self.membership {
+            membership.set_port(self.addr.port(), accepts_other_ports);
+        }
+    }
+
+    /// Returns the next datagram that was received by another socket with the shared port.
+    pub(super) fn poll_handed_over(&mut self, cx: &mut Context<'_>) -> Option<(SocketAddr, Vec<u8>)> {
+        self.membership.as_mut()?.poll_handed_over(cx)
     }
 
     /// Unwraps a received datagram. Returns `None` if it is not from the client, or if its protection is invalid.
@@ -90,10 +117,13 @@ impl ClientSocket {
         if from.ip() != self.addr.ip() || self.is_port_fixed && from.port() != self.addr.port() {
             return None;
         }
-        match &self.protection {
-            Some(protection) => protection.unwrap_datagram(&mut bytes.to_vec()).map(Cow::Owned),
-            None => Some(Cow::Borrowed(bytes)),
+        let Some(protection) = &self.protection else { return Some(Cow::Borrowed(bytes)) };
+        let unwrapped = protection.unwrap_datagram(&mut bytes.to_vec()).map(Cow::Owned);
+        if unwrapped.is_none() && !self.is_port_fixed {
+            // The handed over datagram was from another client.
+            self.set_shared_port(true);
         }
+        unwrapped
     }
 
     /// Returns the destination of answers: `None` for the address that the socket is connected to.

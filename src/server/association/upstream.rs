@@ -8,8 +8,11 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::super::options::Hop;
-use super::super::state::Server;
+use super::super::reply::{SessionError, SessionResult};
+use super::super::state::{Server, Session};
 use crate::client::{Association, ClientError};
+use crate::conn::Conn;
+use crate::policy::rules::Route;
 use crate::proto::{Addr, Host};
 
 /// Time between the starts of two attempts to open the association with a hop.
@@ -147,4 +150,22 @@ impl Upstream {
         self.has_sent_to_names |= matches!(dst.host, Host::Name(_));
         Some(is_sent)
     }
+}
+
+/// Opens the association with a hop if the rules allow no other route: if the hop fails, the client receives its error
+/// instead of losing all datagrams. With several routes, each hop is opened when it is needed.
+pub(super) async fn open_only_route(session: &mut Session, control: &Conn) -> SessionResult<Vec<Upstream>> {
+    let Some(Route::Hop(index)) = only_route(session) else { return Ok(Vec::new()) };
+    let hop = session.server().hop(index)?;
+    session.log.via = Some(hop.clone());
+    let opening = Upstream::open(session.server(), &hop);
+    let opening = async { opening.await.map_err(SessionError::from_upstream) };
+    let association = session.cancellable(control, opening).await?;
+    let mut upstream = Upstream::new(index, hop);
+    upstream.set_open(association);
+    Ok(vec![upstream])
+}
+
+pub(super) fn only_route(session: &Session) -> Option<Route> {
+    session.policy.policy.rules.only_route(&session.log.access_request())
 }

@@ -91,7 +91,7 @@ fn udp_association_follows_the_client_to_another_port_after_silence() {
         let is_routed = || UdpSocket::bind((ip, 0)).and_then(|socket| socket.connect((ip, 9))).is_ok();
         wait_until("the address is usable", TIMEOUT, is_routed);
     }
-    let args: [&[&str]; 1] = [&[]];
+    let args: [&[&str]; 2] = [&[], &["--udp-ports", "5000"]];
     let servers = args.map(|args| serve("*:0", 2, &[&["--allow-open-relay"], args].concat()));
     let mut moving = Vec::new();
     for (server, ip) in servers.iter().flat_map(|server| ips.map(|ip| (server, ip))) {

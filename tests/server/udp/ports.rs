@@ -1,11 +1,104 @@
-//! `--udp-ports`: a range without a free port.
+//! `--udp-ports`: associations that share one port, and a range without a free port.
 
 use std::net::{SocketAddr, UdpSocket};
 
-use super::association::Association;
-use crate::support::{Server, UDP_ASSOCIATE, V4, in_namespace, open, raise_fd_limit, udp_echo_server};
+use super::association::{Association, assert_nothing_arrives, datagram, receive, socket};
+use crate::support::{
+    Server, TIMEOUT, UDP_ASSOCIATE, V4, idle_descriptors, in_namespace, open, raise_fd_limit, serve, session_lines,
+    udp_echo_server, wait_until,
+};
 
 const ANY: SocketAddr = SocketAddr::new(V4, 0);
+
+fn is_free(addr: SocketAddr) -> bool {
+    UdpSocket::bind(addr).is_ok()
+}
+
+#[test]
+fn udp_associations_share_one_port() {
+    if !in_namespace("udp::ports::udp_associations_share_one_port", "", "") {
+        return;
+    }
+    let echo = udp_echo_server(V4);
+    for (listen, ports) in [("127.0.0.1:0", "5000"), ("127.0.0.1:0", "5000-5000"), ("[::1]:0", "5000")] {
+        let server = serve(listen, 1, &["--udp-ports", ports, "--threads", "4"]);
+        let before = idle_descriptors(&server);
+        // All have the same address, and no port yet.
+        let mut associations: Vec<Association> = (0..20).map(|_| Association::new(&server)).collect();
+        assert!(associations.iter().all(|association| association.bnd.port() == 5000));
+        for round in [b"first round", b"second rnd."] {
+            associations.iter().for_each(|association| association.send(echo, round));
+            for association in &associations {
+                assert_eq!(association.receive(), (echo, round.to_vec()));
+            }
+        }
+        // The associations got their first datagrams in the order of their requests.
+        associations.drain(..10);
+        wait_until("ten sessions have ended", TIMEOUT, || session_lines(&server.log()).len() == 11);
+        associations.extend((0..5).map(|_| Association::new(&server)));
+        for association in &associations {
+            association.ping(echo, b"after others have ended");
+        }
+        let bnd = associations[0].bnd;
+        drop(associations);
+        wait_until("the port is free", TIMEOUT, || is_free(bnd));
+        wait_until("all descriptors are closed", TIMEOUT, || server.descriptors() == before);
+        Association::new(&server).ping(echo, b"again");
+    }
+}
+
+#[test]
+fn udp_associations_on_a_shared_port_are_isolated() {
+    if !in_namespace("udp::ports::udp_associations_on_a_shared_port_are_isolated", "", "") {
+        return;
+    }
+    let server = Server::start(&["--udp-ports", "5000"]);
+    let target = socket(V4);
+    let dst = target.local_addr().expect("local address");
+    let waiting = Association::new(&server);
+    // DST announces the port, so its datagrams belong to this association although the other one is older.
+    let announced = socket(V4);
+    let announced = Association::with_dst(&server, announced.local_addr().expect("local address"), announced);
+    announced.send(dst, b"announced");
+    let (_, egress) = receive(&target);
+    waiting.send(dst, b"waiting");
+    let (_, other_egress) = receive(&target);
+    assert_ne!(egress, other_egress);
+    target.send_to(b"to the announced", egress).expect("datagram sent");
+    target.send_to(b"to the waiting", other_egress).expect("datagram sent");
+    assert_eq!(announced.receive().1, b"to the announced");
+    assert_eq!(waiting.receive().1, b"to the waiting");
+    // All associations of this address have a port.
+    let unknown = socket(V4);
+    let _ = unknown.send_to(&datagram(0, dst, b"unknown"), waiting.bnd);
+    assert_nothing_arrives(&target);
+    // Other programs cannot bind the port.
+    assert!(!is_free(waiting.bnd));
+    // A malformed datagram does not take up a new association.
+    let new = Association::new(&server);
+    unknown.send_to(b"malformed", new.bnd).expect("datagram sent");
+    new.send(dst, b"new");
+    assert_eq!(receive(&target).0, b"new");
+}
+
+#[test]
+fn udp_burst_of_a_new_client_on_a_shared_port_arrives() {
+    if !in_namespace("udp::ports::udp_burst_of_a_new_client_on_a_shared_port_arrives", "", "") {
+        return;
+    }
+    let server = Server::start(&["--udp-ports", "5000", "--threads", "2"]);
+    let target = socket(V4);
+    let dst = target.local_addr().expect("local address");
+    for _ in 0..20 {
+        let associations = [Association::new(&server), Association::new(&server)];
+        for number in 0..20 {
+            associations.iter().for_each(|association| association.send(dst, &[number]));
+        }
+        let mut received: Vec<u8> = (0..40).map(|_| receive(&target).0[0]).collect();
+        received.sort_unstable();
+        assert_eq!(received, (0..20).flat_map(|number| [number, number]).collect::<Vec<_>>());
+    }
+}
 
 #[test]
 fn udp_ports_in_use_are_tried_in_limited_number() {

@@ -1,0 +1,202 @@
+//! The UDP port that all associations share (`--udp-ports` with a single port).
+//!
+//! Each association has a socket that is bound to the port and connected to its client, so the kernel delivers the
+//! client's datagrams to it. Datagrams from a port of a client that no association has yet are received by one more socket
+//! for each client address. They are handed over to an association of this address that waits for a port, the oldest one
+//! first, or else to one whose port is silent.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use futures_lite::stream::Stream as _;
+use smol::channel::{self, Receiver, Sender};
+
+use super::worker;
+use crate::net::{BatchSocket, RecvBatch, wake_later};
+use crate::proto::{Datagram, Frame};
+
+/// Datagrams that are received before other tasks run.
+const MAX_DATAGRAMS_PER_TURN: usize = 64;
+/// Datagrams that wait for an association until it has connected its socket to their port. More are dropped.
+const MAX_HANDED_OVER: usize = 32;
+
+thread_local! {
+    /// Buffer for received datagrams, which all groups of a thread share.
+    static RECEIVED: RefCell<RecvBatch> = RefCell::default();
+}
+
+/// The clients of all shared ports.
+#[derive(Default)]
+pub(super) struct SharedPorts(Mutex<HashMap<GroupKey, Group>>);
+
+/// A datagram with its sender.
+type Received = (SocketAddr, Vec<u8>);
+
+/// The local address, and the client's IP address.
+type GroupKey = (SocketAddr, IpAddr);
+
+/// The associations of one client address, oldest first.
+struct Group {
+    members: Vec<Arc<Member>>,
+    /// Wakes the task of the group when a member has left.
+    has_left: Sender<()>,
+}
+
+/// The part of an association that the task of its group uses.
+struct Member {
+    is_protected: bool,
+    /// The client's port. 0: not known yet.
+    port: AtomicU16,
+    /// Set while datagrams from other ports are accepted too.
+    accepts_other_ports: AtomicBool,
+    handed_over: Sender<Received>,
+}
+
+/// An association in its group. Dropping it ends the membership.
+pub(super) struct Membership {
+    ports: Arc<SharedPorts>,
+    key: GroupKey,
+    member: Arc<Member>,
+    handed_over: Pin<Box<Receiver<Received>>>,
+}
+
+impl SharedPorts {
+    fn groups(&self) -> MutexGuard<'_, HashMap<GroupKey, Group>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds an association of a client that has connected to `local`. Port 0 of `client`: not known yet.
+    pub(super) fn join(
+        self: &Arc<Self>,
+        local: SocketAddr,
+        client: SocketAddr,
+        is_protected: bool,
+    ) -> io::Result<Membership> {
+        let (sender, receiver) = channel::bounded(MAX_HANDED_OVER);
+        let member = Arc::new(Member {
+            is_protected,
+            port: client.port().into(),
+            accepts_other_ports: AtomicBool::new(client.port() == 0),
+            handed_over: sender,
+        });
+        let (key, mut any_port) = ((local, client.ip()), client);
+        any_port.set_port(0);
+        let mut groups = self.groups();
+        if let Some(group) = groups.get_mut(&key) {
+            group.members.push(member.clone());
+        } else {
+            let socket = BatchSocket::bind_shared(local)?;
+            // Filters by address only. Sockets that are connected to a port take precedence.
+            socket.get_ref().connect(any_port)?;
+            let (has_left, left) = channel::bounded(1);
+            groups.insert(key, Group { members: vec![member.clone()], has_left });
+            worker::spawn(self.clone().run_group(key, socket, left));
+        }
+        drop(groups);
+        Ok(Membership { ports: self.clone(), key, member, handed_over: Box::pin(receiver) })
+    }
+
+    /// Hands datagrams over until the group is empty.
+    async fn run_group(self: Arc<Self>, key: GroupKey, socket: BatchSocket, left: Receiver<()>) {
+        let (mut socket, mut left) = (Some(socket), Box::pin(left));
+        poll_fn(|cx| {
+            while let Poll::Ready(Some(())) = left.as_mut().poll_next(cx) {}
+            if self.remove_if_empty(key, &mut socket) {
+                return Poll::Ready(());
+            }
+            let Some(socket) = &socket else { return Poll::Ready(()) };
+            RECEIVED.with_borrow_mut(|received| self.hand_over_ready(key, socket, cx, received));
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Hands received datagrams over. Wakes the task again if there may be more.
+    fn hand_over_ready(&self, key: GroupKey, socket: &BatchSocket, cx: &mut Context<'_>, received: &mut RecvBatch) {
+        let mut budget = MAX_DATAGRAMS_PER_TURN;
+        while budget > 0 && socket.poll_receive(cx, received, budget) {
+            budget = budget.saturating_sub(received.datagrams().count());
+            received.datagrams().for_each(|(from, bytes)| self.hand_over(key, from, bytes));
+        }
+        if budget == 0 {
+            wake_later(cx);
+        }
+    }
+
+    /// Removes the group and closes its socket if it has no members. Under the lock, so that a new group of the same client
+    /// cannot have a socket at the same time.
+    fn remove_if_empty(&self, key: GroupKey, socket: &mut Option<BatchSocket>) -> bool {
+        let mut groups = self.groups();
+        let is_empty = groups.get(&key).is_none_or(|group| group.members.is_empty());
+        if is_empty {
+            groups.remove(&key);
+            socket.take();
+        }
+        is_empty
+    }
+
+    /// Hands a datagram over to the association that it belongs to. The port of the datagram becomes the association's.
+    fn hand_over(&self, key: GroupKey, from: SocketAddr, bytes: &[u8]) {
+        let groups = self.groups();
+        let members = groups.get(&key).map(|group| group.members.as_slice()).unwrap_or_default();
+        let candidates = members.iter().filter(|member| from.ip() == key.1 && member.is_well_formed(bytes));
+        let ranked = candidates.filter_map(|member| Some((member.rank(from.port())?, member)));
+        let Some((_, member)) = ranked.min_by_key(|(rank, _)| *rank) else { return };
+        member.set_port(from.port(), false);
+        let _ = member.handed_over.try_send((from, bytes.to_vec()));
+    }
+}
+
+impl Member {
+    /// Returns how well the association fits to a datagram from this port, lower is better; `None`: not at all.
+    fn rank(&self, port: u16) -> Option<u8> {
+        match self.port.load(Ordering::Relaxed) {
+            own if own == port => Some(0),
+            0 => Some(1),
+            _ => self.accepts_other_ports.load(Ordering::Relaxed).then_some(2),
+        }
+    }
+
+    fn is_well_formed(&self, bytes: &[u8]) -> bool {
+        match self.is_protected {
+            true => Frame::datagram_token(&mut bytes.to_vec()).is_some(),
+            false => Datagram::decode(bytes).is_ok(),
+        }
+    }
+
+    fn set_port(&self, port: u16, accepts_other_ports: bool) {
+        self.port.store(port, Ordering::Relaxed);
+        self.accepts_other_ports.store(accepts_other_ports, Ordering::Relaxed);
+    }
+}
+
+impl Membership {
+    /// Sets the port of the client, and whether other ports of the client may replace it.
+    pub(super) fn set_port(&self, port: u16, accepts_other_ports: bool) {
+        self.member.set_port(port, accepts_other_ports);
+    }
+
+    /// Returns the next datagram that was handed over.
+    pub(super) fn poll_handed_over(&mut self, cx: &mut Context<'_>) -> Option<Received> {
+        match self.handed_over.as_mut().poll_next(cx) {
+            Poll::Ready(datagram) => datagram,
+            Poll::Pending => None,
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        let mut groups = self.ports.groups();
+        let Some(group) = groups.get_mut(&self.key) else { return };
+        group.members.retain(|member| !Arc::ptr_eq(member, &self.member));
+        let _ = group.has_left.try_send(());
+    }
+}
